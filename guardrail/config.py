@@ -1,0 +1,324 @@
+"""TOML -> typed settings; a configuration that cannot run is refused before any process starts.
+
+`[launch] trainer` names the package whose `config` module holds the complete schema (a subclass of `Settings`),
+so guardrail reads the sections of a trainer without importing it at module level.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import re
+import tomllib
+import typing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from guardrail.errors import ConfigError
+from guardrail.records import Mode
+
+Positive = Annotated[int, Meta(ge=1)]
+Natural = Annotated[int, Meta(ge=0)]
+PositiveFloat = Annotated[float, Meta(gt=0)]
+NonNegativeFloat = Annotated[float, Meta(ge=0)]
+Fraction = Annotated[float, Meta(ge=0, le=1)]
+
+
+class Section(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
+    """Base of every section: unknown keys are errors, values never change after loading."""
+
+
+class RunSection(Section, frozen=True, kw_only=True):
+    """[run]: what the run is called and where it lives."""
+
+    # Name of the run; the run directory is ROOT/NAME/DATE-NN.
+    name: str = "run"
+    # Folder of all runs, relative to the working directory.
+    root: str = "runs"
+
+
+class LaunchSection(Section, frozen=True, kw_only=True):
+    """[launch]: the processes. Passed to torch elastic, which starts them."""
+
+    # Processes on this node; each is one rank with one device.
+    processes: Positive = 1
+    # "auto" takes CUDA where it is, else the CPU.
+    device: typing.Literal["auto", "cpu", "cuda"] = "auto"
+    # Package that trains: TRAINER.config holds the schema, `python -m TRAINER` is one rank.
+    trainer: str = "trainer"
+    # Nodes that take part, and their rendezvous, as torchrun names them.
+    nodes: Positive = 1
+    node_rank: Natural = 0
+    rendezvous_backend: typing.Literal["static", "c10d"] = "c10d"
+    rendezvous_endpoint: str = ""
+    rendezvous_id: str = ""
+    # Times the ranks are started again after a failure before the run ends with exit code 4.
+    max_restarts: Natural = 3
+    # Seconds without progress after which a rank counts as hung, per phase.
+    setup_seconds: PositiveFloat = 1800.0
+    step_seconds: PositiveFloat = 600.0
+    eval_seconds: PositiveFloat = 1800.0
+    save_seconds: PositiveFloat = 1800.0
+    # Seconds that a stop may take to save before the ranks are killed.
+    stop_seconds: PositiveFloat = 300.0
+    # Seconds after which a collective that waits for another rank gives up.
+    collective_seconds: PositiveFloat = 600.0
+    # Intra-op threads of a CPU rank; 0: cores / processes.
+    threads: Natural = 0
+
+
+class GuardSection(Section, frozen=True, kw_only=True):
+    """[guard]: what is watched, and what is done about it."""
+
+    # auto: acts; ask: parks and asks before a rollback; advise: only says what it would do; off: no detection.
+    mode: Mode = Mode.AUTO
+    # Accepted steps that make up a detector's baseline.
+    window: Annotated[int, Meta(ge=16)] = 128
+    # Accepted steps before a spike detector speaks; non-finite values are caught from the first step.
+    warmup: Annotated[int, Meta(ge=8)] = 32
+    # Robust score (median / MAD of the logarithm) above which a step is rejected, per signal.
+    loss_score: PositiveFloat = 8.0
+    grad_score: PositiveFloat = 10.0
+    embed_score: PositiveFloat = 10.0
+    # Rejections in a row, nothing applied between, that call for a rollback.
+    persist: Positive = 3
+    # The loss stays this many robust sigmas high for this many accepted steps in a row: divergence.
+    divergence_score: PositiveFloat = 4.0
+    divergence_steps: Positive = 20
+    # Batches that a rollback leaves out before the onset and after the last bad batch (PaLM: 100 and 200-400).
+    window_before: Natural = 1
+    window_after: Natural = 0
+    # Rollbacks in a row without `healthy_after` applied steps between them, before the run halts (or asks).
+    rollbacks: Natural = 5
+    healthy_after: Positive = 200
+    # Applied healthy steps after which a snapshot or checkpoint counts as good.
+    confirm: Natural = 8
+    # Seconds that `ask` waits for an answer before it takes its own proposal; 0: for ever.
+    ask_seconds: NonNegativeFloat = 0.0
+
+
+class SnapshotSection(Section, frozen=True, kw_only=True):
+    """[snapshots]: the ring in host memory."""
+
+    # Steps between two snapshots.
+    every: Positive = 10
+    # Snapshots kept by each rank, each as large as its parameters and optimizer state.
+    keep: Annotated[int, Meta(ge=2)] = 4
+
+
+class CheckpointSection(Section, frozen=True, kw_only=True):
+    """[checkpoint]: the tier on disk."""
+
+    # Steps between two checkpoints.
+    every: Positive = 200
+    # Good checkpoints kept, beside one older than the longest detection delay. One is not enough: the last
+    # good one must outlive the writing of the next.
+    keep: Annotated[int, Meta(ge=2)] = 3
+    # Seconds between two tries of a save that failed.
+    retry_seconds: PositiveFloat = 30.0
+
+
+class TensorboardSection(Section, frozen=True, kw_only=True):
+    """[tensorboard]: the same story as event files."""
+
+    enabled: bool = True
+
+
+class Settings(Section, frozen=True, kw_only=True):
+    """Base of a trainer's complete schema; `check` and `warnings` may be extended there."""
+
+    run: RunSection = RunSection()
+    launch: LaunchSection = LaunchSection()
+    guard: GuardSection = GuardSection()
+    snapshots: SnapshotSection = SnapshotSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    tensorboard: TensorboardSection = TensorboardSection()
+
+    def resolved(self, *, base: Path) -> Settings:
+        """A copy that means the same from any working directory: relative paths made absolute."""
+        return msgspec.structs.replace(self, run=msgspec.structs.replace(self.run, root=str(base / self.run.root)))
+
+    def check(self, *, base: Path) -> None:
+        """Refuse impossible combinations. `base` resolves relative paths. Raises ConfigError."""
+        guard, snapshots = self.guard, self.snapshots
+        if guard.warmup > guard.window:
+            raise ConfigError(
+                f"at most guard.window ({guard.window})",
+                key="guard.warmup",
+                value=guard.warmup,
+                hint="the warm-up fills the window",
+            )
+        reach = snapshots.every * (snapshots.keep - 1)
+        if guard.mode is not Mode.OFF and guard.confirm > reach:
+            raise ConfigError(
+                f"at most snapshots.every * (snapshots.keep - 1) = {reach}",
+                key="guard.confirm",
+                value=guard.confirm,
+                hint="no snapshot would live long enough to be called good; raise snapshots.keep",
+            )
+        if self.launch.nodes > 1 and not self.launch.rendezvous_endpoint:
+            raise ConfigError(
+                "HOST:PORT of the first node",
+                key="launch.rendezvous_endpoint",
+                value="",
+                hint="launch.nodes is greater than 1",
+            )
+
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+def load(path: str | os.PathLike[str], *, overrides: Sequence[str] = ()) -> Settings:
+    """Read, override, type and check a configuration.
+
+    Args:
+        path: the TOML file.
+        overrides: "section.key=value" strings, the value as TOML (a bare word counts as a string).
+
+    Raises:
+        ConfigError: names file, key, value, expectation and the nearest valid key.
+    """
+    file = Path(path)
+    tree = parse(file)
+    return build(tree, file=str(path), overrides=overrides, base=Path.cwd())
+
+
+def parse(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise ConfigError(f"a readable TOML file ({reason})", file=str(file)) from error
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"valid TOML ({error})", file=str(file)) from error
+
+
+def build(tree: dict[str, Any], *, file: str, overrides: Sequence[str] = (), base: Path) -> Settings:
+    """A parsed TOML tree plus overrides -> checked settings of the schema that `launch.trainer` names."""
+    origin = {}
+    for text in overrides:
+        origin[_override(tree, text)] = "--set"
+    schema = schema_of(tree, file=file)
+    try:
+        settings = typed(tree, schema, file=file)
+        settings.check(base=base)
+        settings = settings.resolved(base=base)
+    except ConfigError as error:
+        source = next((origin[key] for key in origin if error.key == key or error.key.startswith(key + ".")), file)
+        raise ConfigError(error.expected, file=source, key=error.key, value=error.value, hint=error.hint) from error
+    return settings
+
+
+def schema_of(tree: dict[str, Any], *, file: str) -> type[Settings]:
+    """The schema class `Config` of the package that `[launch] trainer` names."""
+    launch = tree.get("launch", {})
+    package = launch.get("trainer", "trainer") if isinstance(launch, dict) else "trainer"
+    try:
+        module = importlib.import_module(f"{package}.config")
+    except (ImportError, ValueError, TypeError) as error:
+        raise ConfigError(
+            "an importable package with a `config` module",
+            file=file,
+            key="launch.trainer",
+            value=package,
+            hint=str(error),
+        ) from error
+    schema: type[Settings] = module.Config
+    return schema
+
+
+def typed(tree: dict[str, Any], schema: type[SettingsT], *, file: str) -> SettingsT:
+    """Unknown keys first (with the nearest valid one), then types and ranges by msgspec."""
+    _refuse_unknown(tree, schema, file=file, path="")
+    try:
+        return msgspec.convert(tree, schema)
+    except msgspec.ValidationError as error:
+        message, _, where = str(error).partition(" - at ")
+        key = where.strip("`").removeprefix("$").removeprefix(".")
+        expected = re.sub(r"^[Ee]xpected\s+", "", message.replace("`", ""))
+        raise ConfigError(expected, file=file, key=key, value=_value_at(tree, key)) from error
+
+
+def dump(settings: Settings) -> str:
+    """The complete configuration as TOML: it starts the same run again."""
+    import tomli_w
+
+    return tomli_w.dumps(_without_none(msgspec.to_builtins(settings)))
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list):
+        return [_without_none(v) for v in value]
+    return value
+
+
+def _override(tree: dict[str, Any], text: str) -> str:
+    key, equals, raw = text.partition("=")
+    parts = [part.strip() for part in key.split(".")]
+    if not equals or len(parts) < 2 or not all(parts):
+        raise ConfigError("section.key=value", file="--set", value=text)
+    try:
+        value = tomllib.loads(f"v = {raw}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = raw.strip()
+    at = tree
+    for part in parts[:-1]:
+        at = at.setdefault(part, {})
+        if not isinstance(at, dict):
+            raise ConfigError("a key inside a section", file="--set", key=key.strip(), value=raw)
+    at[parts[-1]] = value
+    return ".".join(parts)
+
+
+def _structs_in(annotation: Any) -> Iterable[type[msgspec.Struct]]:
+    if isinstance(annotation, type) and issubclass(annotation, msgspec.Struct):
+        yield annotation
+    for argument in typing.get_args(annotation):
+        yield from _structs_in(argument)
+
+
+def _refuse_unknown(tree: Any, schema: type[msgspec.Struct], *, file: str, path: str) -> None:
+    if not isinstance(tree, dict):
+        return
+    hints = typing.get_type_hints(schema)
+    names = {field.encode_name: hints[field.name] for field in msgspec.structs.fields(schema)}
+    for key, value in tree.items():
+        dotted = f"{path}{key}"
+        if key not in names:
+            known = _all_keys(schema, prefix=path)
+            close = difflib.get_close_matches(dotted, known, n=1, cutoff=0.5) or [
+                k for k in known if k.rsplit(".", 1)[-1] == key
+            ]
+            hint = f"did you mean {close[0]}?" if close else f"valid keys: {', '.join(sorted(names))}"
+            raise ConfigError("a known key", file=file, key=dotted, value=value, hint=hint)
+        for struct in _structs_in(names[key]):
+            for item in value if isinstance(value, list) else [value]:
+                _refuse_unknown(item, struct, file=file, path=f"{dotted}.")
+
+
+def _all_keys(schema: type[msgspec.Struct], *, prefix: str) -> list[str]:
+    hints = typing.get_type_hints(schema)
+    keys = []
+    for field in msgspec.structs.fields(schema):
+        keys.append(f"{prefix}{field.encode_name}")
+        for struct in _structs_in(hints[field.name]):
+            keys += _all_keys(struct, prefix=f"{prefix}{field.encode_name}.")
+    return keys
+
+
+def _value_at(tree: Any, key: str) -> Any:
+    for part in re.findall(r"[^.\[\]]+", key):
+        try:
+            tree = tree[int(part)] if isinstance(tree, list) else tree[part]
+        except (KeyError, IndexError, ValueError, TypeError):
+            return None
+    return tree if not isinstance(tree, dict) else None

@@ -1,0 +1,85 @@
+"""Every failure guardrail raises on purpose, and the exit code it becomes.
+
+GuardrailError
+├── UsageError                  2   the caller asked for something that cannot be
+│   ├── ConfigError             2   names file, key, value, expectation and a hint
+│   ├── DataError               2   no usable record in the data
+│   └── RunDirectoryError       2   no such run, not a run, not yours, already running
+├── Halted                      3   the guard ended the run
+├── WorkersFailed               4   the training processes failed
+├── CheckFailed                 5   verify or replay found a difference
+│   └── CheckpointInvalid       5   manifest, size or hash of a checkpoint does not hold
+└── Interrupted               130   a stop command, SIGTERM, SIGUSR1 or Ctrl-C
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of every guardrail command; the table stands in the README."""
+
+    FINISHED = 0
+    USAGE = 2
+    HALTED = 3
+    WORKERS_FAILED = 4
+    CHECK_FAILED = 5
+    INTERRUPTED = 130
+
+
+class GuardrailError(Exception):
+    """Base of the tree. `str(error)` is a complete sentence for a person."""
+
+    exit_code = ExitCode.WORKERS_FAILED
+
+
+class UsageError(GuardrailError):
+    exit_code = ExitCode.USAGE
+
+
+class ConfigError(UsageError):
+    """A configuration that cannot start a run.
+
+    Args:
+        expected: what would have been right, as the end of "expected ...".
+        file: the TOML file (or "--set") that holds the key.
+        key: dotted key, e.g. "optim.lr".
+        value: the offending value as written.
+        hint: one more line: the nearest valid key, a way out.
+    """
+
+    def __init__(self, expected: str, *, file: str = "", key: str = "", value: object = None, hint: str = "") -> None:
+        self.expected, self.file, self.key, self.value, self.hint = expected, file, key, value, hint
+        place = ": ".join(part for part in (file, key) if part)
+        shown = f" = {value!r}" if value is not None else ""
+        message = f"{place}{shown}: expected {expected}" if place else f"expected {expected}"
+        super().__init__(f"{message}\n  hint: {hint}" if hint else message)
+
+
+class DataError(UsageError):
+    pass
+
+
+class RunDirectoryError(UsageError):
+    pass
+
+
+class Halted(GuardrailError):
+    exit_code = ExitCode.HALTED
+
+
+class WorkersFailed(GuardrailError):
+    exit_code = ExitCode.WORKERS_FAILED
+
+
+class CheckFailed(GuardrailError):
+    exit_code = ExitCode.CHECK_FAILED
+
+
+class CheckpointInvalid(CheckFailed):
+    """A checkpoint whose manifest, file sizes or hashes do not hold; it is never loaded."""
+
+
+class Interrupted(GuardrailError):
+    exit_code = ExitCode.INTERRUPTED

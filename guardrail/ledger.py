@@ -1,0 +1,237 @@
+"""The sample order, the cursor and the quarantine: which samples a run has met, meets next, and never meets.
+
+The order is a function of (seed, position): resuming anywhere costs the same as starting. Everything here is
+pure integer arithmetic, so that every rank, the report and the tests compute the same batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from guardrail.errors import DataError, UsageError
+from guardrail.records import Record, Span
+
+_MASK = (1 << 64) - 1
+_GOLDEN, _MIX_A, _MIX_B = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def mix64(*values: int) -> int:
+    """Hash integers to 64 bits (SplitMix64's finaliser, Steele et al. 2014, folded over the values)."""
+    state = _GOLDEN
+    for value in values:
+        state = ((state ^ (value & _MASK)) + _GOLDEN) & _MASK
+        state = ((state ^ (state >> 30)) * _MIX_A) & _MASK
+        state = ((state ^ (state >> 27)) * _MIX_B) & _MASK
+        state ^= state >> 31
+    return state
+
+
+def _mix64_array(values: np.ndarray) -> np.ndarray:
+    """The finaliser of `mix64` over a uint64 array; wraps modulo 2^64 as uint64 arithmetic does."""
+    state = values + np.uint64(_GOLDEN)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(_MIX_A)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(_MIX_B)
+    return np.asarray(state ^ (state >> np.uint64(31)))
+
+
+class SampleOrder:
+    """Position -> sample id, over endless epochs.
+
+    `shuffled` draws another permutation of [0, n) for each epoch: a four-round Feistel network over the next
+    power of four, walked until it lands inside (a format-preserving cipher, Black & Rogaway 2002). It needs
+    no table, so position 10^12 costs what position 0 costs.
+
+    Args:
+        samples: number of samples of the training split, > 0.
+        seed: of the permutation; `stream` ignores it.
+        shuffled: False gives the samples as they stand in the data, epoch after epoch.
+    """
+
+    _ROUNDS = 4
+
+    def __init__(self, *, samples: int, seed: int = 0, shuffled: bool = True) -> None:
+        if samples <= 0:
+            raise DataError("the training split holds no complete sample: give more text or a shorter sequence")
+        self.n_samples = samples
+        self.seed = seed
+        self.shuffled = shuffled
+        self._half = np.uint64(max(1, ((samples - 1).bit_length() + 1) // 2))
+        self._half_mask = np.uint64((1 << int(self._half)) - 1)
+
+    def epoch(self, position: int) -> int:
+        return position // self.n_samples
+
+    def sample(self, position: int) -> int:
+        """The sample id at `position` (>= 0)."""
+        return self.samples(position, position + 1)[0]
+
+    def samples(self, first: int, last: int) -> list[int]:
+        """The sample ids at the positions [first, last)."""
+        ids: list[int] = []
+        while first < last:
+            epoch, offset = divmod(first, self.n_samples)
+            count = min(last - first, self.n_samples - offset)
+            offsets = np.arange(offset, offset + count, dtype=np.uint64)
+            ids += (self._permuted(offsets, epoch) if self.shuffled else offsets).tolist()
+            first += count
+        return ids
+
+    def _permuted(self, values: np.ndarray, epoch: int) -> np.ndarray:
+        keys = [np.uint64(mix64(self.seed, epoch, turn)) for turn in range(self._ROUNDS)]
+        walking = np.ones(len(values), dtype=bool)
+        values = values.copy()
+        while walking.any():
+            left, right = values[walking] >> self._half, values[walking] & self._half_mask
+            for key in keys:
+                left, right = right, left ^ (_mix64_array(right ^ key) & self._half_mask)
+            values[walking] = (left << self._half) | right
+            walking = values >= np.uint64(self.n_samples)
+        return values
+
+
+class Batch(Record, frozen=True, kw_only=True):
+    """The samples of one step.
+
+    Attributes:
+        first, last: the stretch [first, last) of positions that it takes up, quarantined ones included.
+        positions: the positions used, ascending; shorter than the batch size only at the end of the data.
+        samples: their sample ids.
+        streak: batches rejected directly before it with no applied update between.
+    """
+
+    first: int
+    last: int
+    positions: tuple[int, ...]
+    samples: tuple[int, ...]
+    streak: int = 0
+
+
+class Quarantine:
+    """The samples that a run leaves out; grows only.
+
+    A sample met a second time, in epoch e > 0, is left out from epoch e on: its healthy use before stays true,
+    and a run that is told so from its beginning makes exactly the same batches. Written `ID` (always) or
+    `ID@EPOCH` (from that epoch on), one a line.
+    """
+
+    def __init__(self) -> None:
+        self._from_epoch: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._from_epoch)
+
+    def add(self, sample: int, epoch: int = 0) -> None:
+        self._from_epoch[sample] = min(epoch, self._from_epoch.get(sample, epoch))
+
+    def holds(self, sample: int, epoch: int) -> bool:
+        start = self._from_epoch.get(sample)
+        return start is not None and start <= epoch
+
+    def lines(self) -> Iterator[str]:
+        for sample, epoch in sorted(self._from_epoch.items()):
+            yield str(sample) if epoch == 0 else f"{sample}@{epoch}"
+
+    def read(self, lines: Iterable[str], *, source: str = "quarantine") -> None:
+        """Add what `lines()` wrote; blank lines and `#` comments are passed over."""
+        for number, raw in enumerate(lines, 1):
+            text = raw.split("#", 1)[0].strip()
+            if not text:
+                continue
+            sample, _, epoch = text.partition("@")
+            try:
+                sample_id, from_epoch = int(sample), int(epoch or 0)
+            except ValueError:
+                sample_id, from_epoch = -1, -1
+            if sample_id < 0 or from_epoch < 0:
+                raise UsageError(f"{source}, line {number}: {text!r} is not a sample id (ID, or ID@EPOCH)")
+            self.add(sample_id, from_epoch)
+
+
+class LedgerState(msgspec.Struct, frozen=True, kw_only=True):
+    """What travels with a snapshot. The quarantine does not: it grows only, and the journal holds it."""
+
+    cursor: int
+    applied_end: int
+
+
+class Ledger:
+    """Order + cursor + quarantine -> the next batch.
+
+    Args:
+        order: the sample order.
+        batch_size: samples of a global batch.
+        limit: positions after which the data ends (epochs * samples), None: endless.
+    """
+
+    def __init__(self, order: SampleOrder, *, batch_size: int, limit: int | None = None) -> None:
+        self.order = order
+        self.batch_size = batch_size
+        self.limit = limit
+        self.quarantine = Quarantine()
+        self.spans: list[Span] = []
+        self.cursor = 0
+        # End of the last applied batch. Rejected spans between it and the next batch are the streak, which a
+        # crash cannot change: after a restart the journal puts the same spans there.
+        self.applied_end = 0
+        self._rejected: list[tuple[int, int]] = []
+
+    def next_batch(self) -> Batch | None:
+        """The next batch of the order that is not quarantined, or None at the end of the data.
+
+        Does not move the cursor. Raises DataError when one whole epoch holds nothing but quarantined samples.
+        """
+        positions: list[int] = []
+        samples: list[int] = []
+        position = self.cursor
+        barren = 0
+        while len(positions) < self.batch_size and (self.limit is None or position < self.limit):
+            stretch = position + self.batch_size - len(positions)
+            stretch = stretch if self.limit is None else min(stretch, self.limit)
+            for sample in self.order.samples(position, stretch):
+                if self.quarantine.holds(sample, self.order.epoch(position)):
+                    barren += 1
+                else:
+                    barren = 0
+                    positions.append(position)
+                    samples.append(sample)
+                position += 1
+            if barren > self.order.n_samples:
+                raise DataError(f"all {self.order.n_samples} samples of the training split are quarantined")
+        if not positions:
+            return None
+        # `first` is the first position used: the stretch that a rejected batch quarantines begins with it.
+        first = positions[0]
+        streak = sum(self.applied_end <= begin and end <= first for begin, end in self._rejected)
+        return Batch(first=first, last=position, positions=tuple(positions), samples=tuple(samples), streak=streak)
+
+    def passed(self, batch: Batch, *, applied: bool) -> None:
+        """Move the cursor behind `batch`."""
+        self.cursor = batch.last
+        if applied:
+            self.applied_end = batch.last
+
+    def leave_out(self, span: Span) -> int:
+        """Quarantine the samples of a span; returns how many were new. The journal has the span already."""
+        before = len(self.quarantine)
+        for position, sample in enumerate(self.order.samples(span.first, span.last), span.first):
+            self.quarantine.add(sample, self.order.epoch(position))
+        self.spans.append(span)
+        if span.cause == "rejected":
+            self._rejected.append((span.first, span.last))
+        elif span.cause == "rollback":
+            # What a rollback has answered does not count again towards the next one.
+            self._rejected = [r for r in self._rejected if not (span.first <= r[0] and r[1] <= span.last)]
+        return len(self.quarantine) - before
+
+    def state(self) -> LedgerState:
+        return LedgerState(cursor=self.cursor, applied_end=self.applied_end)
+
+    def restore(self, state: LedgerState | dict[str, Any]) -> None:
+        """Go back to a snapshot's cursor; the quarantine keeps all that it has learnt."""
+        if isinstance(state, dict):
+            state = msgspec.convert(state, LedgerState)
+        self.cursor, self.applied_end = state.cursor, state.applied_end

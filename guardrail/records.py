@@ -1,0 +1,291 @@
+"""The typed records that cross a boundary: controller to guard, guard to run directory, run directory to screen.
+
+Plain immutable data. No I/O, no clock, no torch: the pure core, the backtest and the screen share this file.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+import msgspec
+
+LOSS = "loss"  # nats a token, mean over the global batch
+GRAD_NORM = "grad_norm"  # L2 norm of all gradients before clipping
+EMBED_GRAD_NORM = "embed_grad_norm"  # L2 norm of the embedding gradients before clipping
+EMBED_SHARE = "embed_share"  # embed_grad_norm^2 / grad_norm^2, in [0, 1]
+
+MAX_NAMED = 16  # documents or parameters named in one journal line; the rest is counted
+
+
+class Action(str, Enum):
+    """The controller's answer to a step, mildest first."""
+
+    APPLY = "apply"
+    SKIP = "skip"  # leave this update out and quarantine its samples
+    ROLLBACK = "rollback"  # go back before the onset and quarantine the window
+    PAUSE = "pause"  # park and ask
+    HALT = "halt"  # checkpoint and exit with code 3
+
+
+class Severity(str, Enum):
+    NOTE = "note"  # worth a line
+    REJECT = "reject"  # this update must not be applied
+    PERSISTENT = "persistent"  # damage is already in the weights: go back
+
+
+class Kind(str, Enum):
+    """What a finding claims."""
+
+    NONFINITE = "nonfinite"  # NaN or Inf in a loss or a gradient
+    LOSS_SPIKE = "loss_spike"
+    GRAD_SPIKE = "grad_spike"
+    EMBED_SPIKE = "embed_spike"
+    DIVERGENCE = "divergence"  # the loss rose and stays up
+    NO_TOKENS = "no_tokens"  # every label of the batch is ignored: nothing to learn from
+
+
+class Mode(str, Enum):
+    """Who decides about remedies. Changed live by the `policy` command."""
+
+    AUTO = "auto"
+    ASK = "ask"
+    ADVISE = "advise"  # says what it would do and changes nothing
+    OFF = "off"  # no detection at all
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=False):
+    """Base of the records: immutable, keyword-only, tolerant of fields of a newer version."""
+
+
+class Observation(Record, frozen=True, kw_only=True):
+    """What every rank knows about one step after the one all-reduce; equal on all ranks.
+
+    Attributes:
+        step: the number this update would get, counting from 1.
+        first, last: positions [first, last) of the sample order that the batch covers.
+        signals: name -> value; NaN and Inf are allowed and meaningful.
+        nonfinite_loss, nonfinite_grad: ranks that saw a NaN or Inf themselves.
+        tokens: label tokens in the global batch that are not ignored.
+        streak: batches rejected directly before this one, with no applied update between.
+    """
+
+    step: int
+    first: int
+    last: int
+    signals: dict[str, float]
+    nonfinite_loss: tuple[int, ...] = ()
+    nonfinite_grad: tuple[int, ...] = ()
+    tokens: int = 1
+    streak: int = 0
+
+
+class Finding(Record, frozen=True, kw_only=True):
+    """A detector's claim. `onset` is the step at which the trouble is estimated to have begun."""
+
+    signal: str
+    step: int
+    kind: Kind
+    severity: Severity
+    value: float
+    baseline: float
+    score: float
+    threshold: float
+    onset: int
+    ranks: tuple[int, ...] = ()
+
+    def sentence(self) -> str:
+        """One line for a person: "loss 11.50 against 2.31, score 41.2 over 8.0"."""
+        where = f" on rank {', '.join(map(str, self.ranks))}" if self.ranks else ""
+        return (
+            f"{self.signal} {self.value:.4g} against {self.baseline:.4g}{where}, "
+            f"score {self.score:.3g} over {self.threshold:.3g}"
+        )
+
+
+class Verdict(Record, frozen=True, kw_only=True):
+    """The controller's answer to one observation.
+
+    Attributes:
+        action: what happens (in `advise`: APPLY, with `would` saying what would have happened).
+        findings: the evidence, most severe first.
+        onset: first step of the trouble; rollback goes to a snapshot before it.
+        window: for ROLLBACK, positions [first, last) to quarantine; else the batch's own span.
+        reason: one sentence with numbers, for the journal.
+        would: in `advise` and in PAUSE, the action that `auto` would have taken.
+        accepted: the value enters the baselines (False for every rejected step).
+    """
+
+    action: Action
+    step: int
+    findings: tuple[Finding, ...] = ()
+    onset: int | None = None
+    window: tuple[int, int] | None = None
+    reason: str = ""
+    would: Action | None = None
+    accepted: bool = True
+
+
+class CommandKind(str, Enum):
+    PAUSE = "pause"
+    RESUME = "resume"
+    ROLLBACK = "rollback"  # value: step of the target; nan: newest good one
+    SKIP = "skip"  # value: number of batches to leave out
+    LR = "lr"  # value: factor on the scheduled learning rate
+    EMBED_ALPHA = "embed-alpha"  # value: embedding-gradient factor in (0, 1]
+    CHECKPOINT = "checkpoint"
+    POLICY = "policy"  # value: index into list(Mode)
+    STOP = "stop"
+    ANSWER = "answer"  # value: index of the proposal while parked (0: do as proposed, 1: go on, 2: stop)
+
+
+class Command(Record, frozen=True, kw_only=True):
+    """One file of the inbox. Kind and value fit two float64 slots of the packed vector.
+
+    `at_step` (optional) delays the effect to the end of that step, for scripts and tests.
+    """
+
+    id: str
+    kind: CommandKind
+    value: float = 0.0
+    who: str = ""
+    time: float = 0.0
+    at_step: int = 0
+
+
+class Span(Record, frozen=True, kw_only=True):
+    """A stretch [first, last) of positions of the sample order that the run leaves out, and why.
+
+    `cause` is "rejected" (one left-out update), "rollback", "user" or "file". `step` is the step at which it
+    was decided; `batches` how many batches it covered.
+    """
+
+    first: int
+    last: int
+    cause: str
+    step: int
+    reason: str = ""
+    batches: int = 1
+
+
+class SnapshotInfo(Record, frozen=True, kw_only=True):
+    """A restorable state, on either tier, as the policy and the screen see it."""
+
+    step: int
+    cursor: int
+    timeline: int
+    tier: str  # "memory" or "disk"
+    state: str  # "candidate", "good" or "suspect"
+    time: float = 0.0
+    bytes: int = 0
+    path: str = ""
+
+
+class Event(Record, frozen=True, kw_only=True):
+    """One journal line. On disk the fields of `data` stand beside the five fixed ones, flat."""
+
+    seq: int
+    time: float
+    step: int
+    timeline: int
+    kind: str
+    message: str = ""
+    data: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+class Phase(str, Enum):
+    """Where a run or a rank is. Each phase has its own deadline for the heartbeat."""
+
+    STARTING = "starting"
+    SETUP = "setup"  # data, model, process group
+    STEP = "step"
+    EVAL = "eval"
+    SAVE = "save"
+    ROLLBACK = "rollback"
+    PAUSED = "paused"
+    FINISHED = "finished"
+    STOPPED = "stopped"  # by command or signal
+    HALTED = "halted"  # by the guard
+    FAILED = "failed"
+
+    @property
+    def ended(self) -> bool:
+        return self in (Phase.FINISHED, Phase.STOPPED, Phase.HALTED, Phase.FAILED)
+
+
+class Status(Record, frozen=True, kw_only=True):
+    """status.json: what a glance needs. `heartbeat` is the wall time of the last replacement."""
+
+    run: str
+    phase: Phase
+    step: int = 0
+    total_steps: int = 0
+    cursor: int = 0
+    timeline: int = 0
+    heartbeat: float = 0.0
+    started: float = 0.0
+    progress: str = ""  # a long set-up says how far it is: "tokenizing 43 %"
+    mode: Mode = Mode.AUTO
+    durability: str = "ok"  # "ok" or "degraded: WHY"
+    question: str = ""  # while parked by the guard: what it proposes
+    tokens: int = 0  # label tokens of applied steps
+    tokens_per_second: float = 0.0
+    eta_seconds: float = 0.0
+    lr_factor: float = 1.0
+    guard_share: float = 0.0  # the guard's own time as a share of the step, measured in the run
+    restarts: int = 0
+    world: int = 0
+    host: str = ""
+    pid: int = 0
+    supervisor_pid: int = 0
+    snapshots: tuple[SnapshotInfo, ...] = ()
+    versions: dict[str, str] = msgspec.field(default_factory=dict)
+    exit_code: int | None = None
+
+
+class RankStatus(Record, frozen=True, kw_only=True):
+    """ranks/rank-00000.json: what the supervisor and the screen need of one rank.
+
+    `progress` counts up whenever the main thread gets ahead; a hung rank's heartbeat goes on (its thread
+    lives) while its progress does not.
+    """
+
+    rank: int
+    pid: int
+    host: str
+    phase: Phase
+    step: int = 0
+    progress: int = 0
+    progress_time: float = 0.0
+    heartbeat: float = 0.0
+    step_seconds: float = 0.0
+    memory_bytes: int = 0
+    incarnation: int = 0
+
+
+# Columns of metrics.bin, all float64. One row for each step that was tried, rejected ones included.
+METRIC_COLUMNS = (
+    "step",
+    "timeline",
+    "time",
+    "first",
+    "last",
+    LOSS,
+    GRAD_NORM,
+    EMBED_GRAD_NORM,
+    EMBED_SHARE,
+    "lr",
+    "tokens",
+    "step_time",
+    "step_time_max",
+    "slowest_rank",
+    "guard_time",
+    "verdict",  # index into list(Action); in `advise` always 0
+    "loss_baseline",
+    "loss_threshold",
+    "grad_norm_baseline",
+    "grad_norm_threshold",
+    "embed_grad_norm_baseline",
+    "embed_grad_norm_threshold",
+    "eval_loss",  # NaN where no evaluation was made after this step
+)

@@ -1,0 +1,232 @@
+"""The complete configuration of the built-in trainer: guardrail's own sections plus data, model, optimizer, run length.
+
+Imports no torch: `guardrail launch` refuses a bad file before any process starts.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from guardrail.config import (
+    Fraction,
+    Natural,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+    Settings,
+)
+from guardrail.errors import ConfigError
+
+BUILTIN = "builtin:python"
+
+
+class DataSection(Section, frozen=True, kw_only=True):
+    """[data]: the text, how it is cut into samples, and in which order they come."""
+
+    # Folders, globs, files (.txt .md .py ... , .jsonl, each also .gz or .zst) or "builtin:python".
+    sources: Annotated[tuple[str, ...], Meta(min_length=1)] = (BUILTIN,)
+    # Field of a JSONL record that holds the text.
+    text_field: str = "text"
+    # "bytes" (259 ids), "bpe" (trained once on the sources and cached) or the path of a tokenizer.json.
+    tokenizer: str = "bytes"
+    # Size of the vocabulary that "bpe" trains.
+    vocabulary: Annotated[int, Meta(ge=260)] = 8192
+    # Tokens that the model sees of one sample; one more is stored, for the labels.
+    sequence_length: Annotated[int, Meta(ge=2)] = 256
+    # "shuffled": another permutation each epoch; "stream": as the documents stand.
+    order: Literal["shuffled", "stream"] = "shuffled"
+    # Seed of the permutation.
+    seed: Natural = 0
+    # Share of the documents held out for evaluation, chosen by a hash of their origin.
+    eval_fraction: Annotated[float, Meta(ge=0, lt=1)] = 0.02
+    # File with one sample id a line (ID or ID@EPOCH) that is left out from the beginning; "": none.
+    quarantine: str = ""
+    # Where tokenised shards are kept between runs; "": $XDG_CACHE_HOME/guardrail.
+    cache: str = ""
+    # A document larger than this many bytes counts as a bad record.
+    max_document_bytes: Positive = 64 * 1024 * 1024
+
+
+class ModelSection(Section, frozen=True, kw_only=True):
+    """[model]: a causal decoder: RMSNorm before each block, RoPE, SwiGLU."""
+
+    layers: Positive = 4
+    width: Positive = 128
+    heads: Positive = 4
+    # Width of the SwiGLU block; 0: 8/3 of the width, rounded up to a multiple of 32.
+    hidden: Natural = 0
+    # Input and output embeddings share one matrix.
+    tied: bool = True
+    dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    rope_base: PositiveFloat = 10000.0
+    norm_eps: PositiveFloat = 1e-5
+    # Standard deviation of the initial weights; output projections are scaled by 1/sqrt(2 layers) (GPT-2).
+    init_std: PositiveFloat = 0.02
+
+
+class OptimSection(Section, frozen=True, kw_only=True):
+    """[optim]: AdamW, linear warm-up, cosine decay, clipping."""
+
+    lr: PositiveFloat = 1e-3
+    beta1: Annotated[float, Meta(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Meta(ge=0, lt=1)] = 0.95
+    eps: PositiveFloat = 1e-8
+    # On matrices only; norms, biases and one-dimensional parameters have none.
+    weight_decay: NonNegativeFloat = 0.1
+    warmup_steps: Natural = 100
+    # The cosine ends at this share of the peak.
+    min_lr_share: Fraction = 0.1
+    # Global norm to which gradients are clipped; 0: no clipping.
+    clip: NonNegativeFloat = 1.0
+
+
+class TrainSection(Section, frozen=True, kw_only=True):
+    """[train]: length, batch, precision, strategy."""
+
+    # Applied updates of the whole run; 0: given by epochs.
+    steps: Natural = 0
+    # Passes over the training split; used when steps is 0.
+    epochs: Natural = 0
+    # Samples of one update, over all ranks and micro-batches.
+    batch_size: Positive = 16
+    # Samples of one forward and backward pass of one rank; 0: batch_size / processes (no accumulation).
+    micro_batch_size: Natural = 0
+    # Seed of the initial weights, dropout and every other draw.
+    seed: Natural = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    # "ddp": parameters replicated; "fsdp": parameters, gradients and optimizer state sharded (FSDP2).
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    # Recompute the activations of each block in the backward pass.
+    activation_checkpointing: bool = False
+    # Steps between two evaluations on the held-out documents; 0: none.
+    eval_every: Natural = 0
+    # Batches of one evaluation.
+    eval_batches: Positive = 8
+
+
+class FaultSection(Section, frozen=True, kw_only=True):
+    """[[faults]]: faults that the trainer stages on purpose, for tests and demonstrations."""
+
+    # nan_loss, inf_grad, inf_grad_reduced (after the reduction, as a broken rank would), spike_grad, spike_loss,
+    # nan_weight, hang, exit, raise
+    kind: Literal[
+        "nan_loss", "inf_grad", "inf_grad_reduced", "spike_grad", "spike_loss", "ignore_labels", "hang", "exit", "raise"
+    ]
+    # The fault strikes a batch that covers a position in [first, last) of the order ...
+    first: Natural = 0
+    last: Natural = 0
+    # ... or the attempt at this step (0: by position). `times` bounds how often, per process life.
+    step: Natural = 0
+    times: Positive = 1_000_000_000
+    # Rank that it strikes; -1: all.
+    rank: Annotated[int, Meta(ge=-1)] = -1
+    # Strength: factor of a spike, seconds of a hang, exit status.
+    value: float = 100.0
+    # Micro-batch of the window that it strikes; -1: all.
+    micro: Annotated[int, Meta(ge=-1)] = -1
+
+
+class Config(Settings, frozen=True, kw_only=True):
+    data: DataSection = DataSection()
+    model: ModelSection = ModelSection()
+    optim: OptimSection = OptimSection()
+    train: TrainSection = TrainSection()
+    faults: tuple[FaultSection, ...] = ()
+
+    @property
+    def world(self) -> int:
+        return self.launch.processes * self.launch.nodes
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self.train.micro_batch_size or self.train.batch_size // self.world
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of one rank in one update."""
+        return self.train.batch_size // (self.world * self.micro_batch_size)
+
+    def resolved(self, *, base: Path) -> Config:
+        config = super().resolved(base=base)
+        assert isinstance(config, Config)
+        data = config.data
+        absolute = lambda path: str(base / os.path.expanduser(path))  # noqa: E731
+        data = msgspec.structs.replace(
+            data,
+            sources=tuple(s if s.startswith("builtin:") else absolute(s) for s in data.sources),
+            tokenizer=data.tokenizer if data.tokenizer in ("bytes", "bpe") else absolute(data.tokenizer),
+            quarantine=absolute(data.quarantine) if data.quarantine else "",
+            cache=absolute(data.cache) if data.cache else "",
+        )
+        return msgspec.structs.replace(config, data=data)
+
+    def check(self, *, base: Path) -> None:
+        super().check(base=base)
+        self._check_batch()
+        self._check_data(base)
+        if self.model.width % self.model.heads or (self.model.width // self.model.heads) % 2:
+            raise ConfigError(
+                "a multiple of 2 * model.heads (RoPE turns pairs)",
+                key="model.width",
+                value=self.model.width,
+                hint=f"model.heads = {self.model.heads}; nearest: {_nearest(self.model.width, 2 * self.model.heads)}",
+            )
+        if bool(self.train.steps) == bool(self.train.epochs):
+            raise ConfigError(
+                "either train.steps or train.epochs, and not both", key="train.steps", value=self.train.steps
+            )
+        if self.train.steps and self.optim.warmup_steps >= self.train.steps:
+            raise ConfigError(
+                f"less than train.steps ({self.train.steps})", key="optim.warmup_steps", value=self.optim.warmup_steps
+            )
+        if self.train.eval_every and not self.data.eval_fraction:
+            raise ConfigError(
+                "0, or held-out documents to evaluate on",
+                key="train.eval_every",
+                value=self.train.eval_every,
+                hint="set data.eval_fraction above 0",
+            )
+
+    def _check_batch(self) -> None:
+        batch, world = self.train.batch_size, self.world
+        if batch % world:
+            raise ConfigError(
+                f"a multiple of the {world} processes",
+                key="train.batch_size",
+                value=batch,
+                hint=f"nearest: {_nearest(batch, world)}",
+            )
+        share = self.train.micro_batch_size * world
+        if share and batch % share:
+            raise ConfigError(
+                f"a divisor of the {batch // world} samples that a rank has of one batch",
+                key="train.micro_batch_size",
+                value=self.train.micro_batch_size,
+            )
+
+    def _check_data(self, base: Path) -> None:
+        for source in self.data.sources:
+            if source.startswith("builtin:"):
+                if source != BUILTIN:
+                    raise ConfigError(f"{BUILTIN!r}, the one built-in corpus", key="data.sources", value=source)
+            elif not any(True for _ in glob.iglob(str(base / os.path.expanduser(source)))):
+                raise ConfigError("an existing file, folder or glob with matches", key="data.sources", value=source)
+        if self.data.tokenizer not in ("bytes", "bpe") and not (base / self.data.tokenizer).is_file():
+            raise ConfigError(
+                '"bytes", "bpe" or an existing tokenizer.json', key="data.tokenizer", value=self.data.tokenizer
+            )
+        if self.data.quarantine and not (base / self.data.quarantine).is_file():
+            raise ConfigError(
+                "an existing file with one sample id a line", key="data.quarantine", value=self.data.quarantine
+            )
+
+
+def _nearest(value: int, multiple: int) -> int:
+    return max(multiple, round(value / multiple) * multiple)
