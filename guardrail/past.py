@@ -1,0 +1,139 @@
+"""What the journal says about a run so far: all that outlives a rollback and a crash. Pure.
+
+A run's state is checkpoint + journal. The checkpoint holds what rolls back (weights, moments, cursor, detectors); the
+journal what does not: the quarantine, the rollbacks done, rates set by a person, which checkpoints are on the present
+timeline and which are suspect.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from guardrail.records import CommandKind, Event, Mode, Span
+
+
+class StepSetting:
+    """A value that a person changes live, as a function of the step: [(first step, value), ...].
+
+    A run that resumes from before a change meets it again at the same step. After a rollback a value that was set
+    later than the target holds from the target on: it was set because of what happened.
+    """
+
+    def __init__(self, default: float) -> None:
+        self.default = default
+        self.changes: list[tuple[int, float]] = []
+
+    def at(self, step: int) -> float:
+        index = bisect_right(self.changes, (step, math.inf))
+        return self.changes[index - 1][1] if index else self.default
+
+    def set(self, from_step: int, value: float) -> None:
+        self.changes = [change for change in self.changes if change[0] < from_step]
+        self.changes.append((from_step, value))
+
+    def rewind(self, to_step: int) -> None:
+        later = [value for step, value in self.changes if step > to_step + 1]
+        if later:
+            self.set(to_step + 1, later[-1])
+
+
+@dataclass(kw_only=True)
+class Past:
+    """Facts of the journal, in order.
+
+    Attributes:
+        spans: what was left out, quarantined again at a start.
+        rollbacks: `rollback` events' data, oldest first.
+        branches: (timeline, step): that timeline began after that step, so later steps of older ones are abandoned.
+        timeline: the newest one.
+        suspects: names of checkpoints that a rollback has found polluted.
+        good: names of checkpoints that were confirmed.
+        incident: number of the last incident.
+    """
+
+    spans: list[Span] = field(default_factory=list)
+    rollbacks: list[dict[str, Any]] = field(default_factory=list)
+    branches: list[tuple[int, int]] = field(default_factory=list)
+    timeline: int = 0
+    suspects: set[str] = field(default_factory=set)
+    good: set[str] = field(default_factory=set)
+    lr: StepSetting = field(default_factory=lambda: StepSetting(1.0))
+    alpha: StepSetting = field(default_factory=lambda: StepSetting(1.0))
+    mode: Mode | None = None
+    incident: int = 0
+    restarts: int = 0
+    started: dict[str, Any] | None = None
+    ended: str | None = None
+
+    @classmethod
+    def of(cls, events: Iterable[Event]) -> Past:
+        past = cls()
+        for event in events:
+            past.add(event)
+        return past
+
+    def add(self, event: Event) -> None:
+        data = event.data
+        self.timeline = max(self.timeline, event.timeline)
+        match event.kind:
+            case "started":
+                self.started = data
+            case "restarted":
+                self.restarts += 1
+                self.ended = None
+                self._branch(event.timeline, event.step)
+            case "left_out":
+                self._span(data.get("span"))
+            case "rollback":
+                self._span(data.get("span"))
+                self.rollbacks.append(data)
+                to_step = int(data["to_step"])
+                self._branch(int(data["new_timeline"]), to_step)
+                self.lr.rewind(to_step)
+                self.alpha.rewind(to_step)
+            case "command" if data.get("effect") == "applied":
+                self._command(event)
+            case "checkpoint":
+                name = str(data.get("path", "")).rsplit("/", 1)[-1]
+                state = data.get("state")
+                if state == "good":
+                    self.good.add(name)
+                elif state == "suspect":
+                    self.suspects.add(name)
+                elif state in ("candidate", "pruned"):
+                    # A name that is written again belongs to another state of the run.
+                    self.good.discard(name)
+                    self.suspects.discard(name)
+            case "incident":
+                self.incident = max(self.incident, int(data.get("number", 0)))
+            case "ended":
+                self.ended = str(data.get("phase", ""))
+
+    def _command(self, event: Event) -> None:
+        kind, value = event.data.get("command"), event.data.get("value")
+        if kind == CommandKind.LR:
+            self.lr.set(event.step + 1, float(value))
+        elif kind == CommandKind.EMBED_ALPHA:
+            self.alpha.set(event.step + 1, float(value))
+        elif kind == CommandKind.POLICY:
+            self.mode = list(Mode)[int(value)]
+
+    def _span(self, raw: Any) -> None:
+        if raw is not None:
+            span = raw if isinstance(raw, Span) else msgspec.convert(raw, Span)
+            if span not in self.spans:
+                self.spans.append(span)
+
+    def _branch(self, timeline: int, step: int) -> None:
+        self.branches.append((timeline, step))
+        self.timeline = max(self.timeline, timeline)
+
+    def lives(self, *, timeline: int, step: int) -> bool:
+        """Whether a state of (timeline, step) lies on the way to the present."""
+        return all(step <= to_step for branch, to_step in self.branches if branch > timeline)

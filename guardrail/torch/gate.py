@@ -1,0 +1,79 @@
+"""Apply an update or leave it out: a real branch, never a multiplication with zero (0 x NaN is NaN)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from guardrail.torch.probes import Reduced, local
+
+
+class Gate:
+    """The only place where an optimizer is stepped.
+
+    Args:
+        optimizers: torch.optim optimizers over `parameters`.
+        parameters: all trainable parameters; `embedding` the subset that `embed_alpha` shrinks.
+        clip: largest global norm of an applied gradient; 0: no clipping.
+    """
+
+    def __init__(
+        self,
+        optimizers: Sequence[torch.optim.Optimizer],
+        *,
+        parameters: Sequence[nn.Parameter],
+        embedding: Sequence[nn.Parameter],
+        clip: float,
+    ) -> None:
+        self.optimizers = list(optimizers)
+        self.parameters = list(parameters)
+        self.embedding = list(embedding)
+        self.clip = clip
+
+    def factor(self, reduced: Reduced, *, embed_alpha: float = 1.0) -> float:
+        """What all gradients are multiplied by: token weighting and clipping in one pass.
+
+        Clipping uses torch's rule, min(1, clip / (norm + 1e-6)), with the norm after embedding shrink.
+        """
+        norm = reduced.grad_norm
+        if embed_alpha != 1.0:
+            rest = max(0.0, norm**2 - reduced.embed_grad_norm**2)
+            norm = (rest + (embed_alpha * reduced.embed_grad_norm) ** 2) ** 0.5
+        coefficient = self.clip / (norm + 1e-6) if self.clip else 1.0
+        # Written so that a NaN norm stays NaN: only `advise` and `off` ever apply such a step.
+        return reduced.scale * (1.0 if coefficient >= 1.0 else coefficient)
+
+    @torch.no_grad()
+    def apply(self, factor: float, *, lr_factor: float = 1.0, embed_alpha: float = 1.0) -> None:
+        """Scale the gradients, step every optimizer at lr * lr_factor, drop the gradients."""
+        if embed_alpha != 1.0:
+            self._scale(self.embedding, embed_alpha)
+        if factor != 1.0:
+            self._scale(self.parameters, factor)
+        rates: list[tuple[dict[str, Any], Any]] = []
+        if lr_factor != 1.0:
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    rates.append((group, group["lr"]))
+                    group["lr"] = group["lr"] * lr_factor
+        for optimizer in self.optimizers:
+            optimizer.step()
+        for group, rate in rates:
+            group["lr"] = rate
+        self.leave_out()
+
+    def leave_out(self) -> None:
+        """Drop the accumulated gradients: nothing of a rejected window can leak into the next."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    @staticmethod
+    def _scale(parameters: Sequence[nn.Parameter], factor: float) -> None:
+        gradients = [local(p.grad) for p in parameters if p.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, factor)

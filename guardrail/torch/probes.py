@@ -1,0 +1,235 @@
+"""Tensors -> one packed float64 vector -> ONE all-reduce a step.
+
+The vector carries everything that a step has to agree on: loss and token sums, squared norms, finite flags and step
+times of each rank, a pending command, a stop signal. After the sum every rank holds the same numbers.
+
+Layout: `HEAD` sums, then one block of `PER_RANK` slots for each rank, in which only that rank writes. A NaN therefore
+poisons the sums that it belongs to and nothing else; flags stay finite and name their rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from guardrail.records import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS
+
+HEAD = ("loss_sum", "tokens", "grad_sq", "embed_sq", "command_kind", "command_value", "stop", "incomplete")
+PER_RANK = ("nonfinite_loss", "nonfinite_grad", "nonfinite_local", "step_time")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The local storage of a parameter or gradient, sharded or not."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def copies(parameter: Tensor, world: int) -> int:
+    """How many ranks hold the same shard, so that squares summed over all ranks count each element once."""
+    if not isinstance(parameter, DTensor):
+        return world
+    shards = 1
+    for size, placement in zip(parameter.device_mesh.shape, parameter.placements, strict=True):
+        if isinstance(placement, Shard):
+            shards *= size
+    return world // shards
+
+
+def embedding_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Weights of every nn.Embedding; under tied embeddings that is the output matrix too."""
+    found: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            found[id(module.weight)] = module.weight
+    return list(found.values())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reduced:
+    """The sums of one step, equal on every rank.
+
+    Attributes:
+        loss: mean over the label tokens of the global batch, nats; NaN when there is none.
+        tokens: label tokens of the global batch.
+        grad_norm, embed_grad_norm: L2 norms of the gradient of the mean loss, before clipping.
+        embed_share: embed_grad_norm^2 / grad_norm^2.
+        scale: factor that turns the accumulated gradients into the gradient of the mean loss.
+        nonfinite_loss, nonfinite_grad: ranks that saw NaN or Inf themselves (before the reduction, where known).
+        step_times: seconds of this step on each rank.
+        command_kind: 0, or 1 + index of the CommandKind; command_value its argument.
+        stop, incomplete: ranks that were asked to stop; ranks that left micro-batches out because of it.
+    """
+
+    loss: float
+    tokens: int
+    grad_norm: float
+    embed_grad_norm: float
+    embed_share: float
+    scale: float
+    nonfinite_loss: tuple[int, ...]
+    nonfinite_grad: tuple[int, ...]
+    step_times: tuple[float, ...]
+    command_kind: int
+    command_value: float
+    stop: int
+    incomplete: int
+
+    def signals(self) -> dict[str, float]:
+        return {
+            LOSS: self.loss,
+            GRAD_NORM: self.grad_norm,
+            EMBED_GRAD_NORM: self.embed_grad_norm,
+            EMBED_SHARE: self.embed_share,
+        }
+
+
+class Probes:
+    """Measures the gradients of `parameters` and agrees on them with all other ranks.
+
+    Args:
+        model: unwrapped or wrapped; its nn.Embedding weights are the embedding parameters.
+        rank, world: of the default process group; without one, 0 and 1.
+        locate: with several ranks, watch each rank's own gradients before the reduction, so that a NaN or Inf can be
+            traced to the rank that produced it. Costs one more read of the gradients.
+    """
+
+    def __init__(self, model: nn.Module, *, rank: int, world: int, locate: bool = True) -> None:
+        self.rank, self.world = rank, world
+        self._own_slots = len(HEAD) + rank * len(PER_RANK)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        embeddings = {id(p) for p in embedding_parameters(model)}
+        self.embedding = [p for p in self.parameters if id(p) in embeddings]
+        self._is_embedding = [id(p) in embeddings for p in self.parameters]
+        device = local(self.parameters[0]).device
+        # Apple's MPS has no float64; there the sums are float32.
+        self._dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._weights = torch.tensor(
+            [1.0 / copies(p, world) for p in self.parameters], dtype=self._dtype, device=device
+        )
+        self._embedding_index = torch.tensor(
+            [i for i, e in enumerate(self._is_embedding) if e], dtype=torch.long, device=device
+        )
+        self._own_norm = torch.zeros((), dtype=torch.float32, device=device)
+        self._grouped: set[int] = set()
+        if locate and world > 1:
+            self._watch(model)
+
+    def _watch(self, model: nn.Module) -> None:
+        """Add up each rank's own gradient norms during backward, before DDP or FSDP reduce them.
+
+        Hooks sit on the parameters that take part in the forward pass: under FSDP2 those are the gathered ones, which
+        exist only once the module's own pre-forward hook has run, hence the forward hook. One call a module with
+        parameters of its own keeps the number of small kernels low.
+        """
+
+        def gather_hooks(module: nn.Module, _arguments: object) -> None:
+            fresh = [p for p in module._parameters.values() if p is not None and id(p) not in self._grouped]
+            fresh = [p for p in fresh if p.requires_grad]
+            if fresh:
+                self._grouped.update(map(id, fresh))
+                self._hooked.extend(fresh)  # keeps ids from being reused
+                torch.autograd.graph.register_multi_grad_hook(fresh, self._add_own)
+
+        self._hooked: list[Tensor] = []
+        for module in model.modules():
+            if any(True for _ in module.parameters(recurse=False)):
+                module.register_forward_pre_hook(gather_hooks)
+
+    @torch.no_grad()
+    def _add_own(self, gradients: Sequence[Tensor | None]) -> None:
+        present = [local(g) for g in gradients if g is not None]
+        if present:
+            self._own_norm += torch.stack(torch._foreach_norm(present)).sum().float()
+
+    @torch.no_grad()
+    def reduce(
+        self,
+        loss_sum: Tensor,
+        tokens: Tensor | float,
+        *,
+        nominal_tokens: float | None,
+        step_time: float,
+        command: tuple[int, float] = (0, 0.0),
+        stop: bool = False,
+        incomplete: bool = False,
+    ) -> Reduced:
+        """The one all-reduce. See `Reduced` for what comes back.
+
+        Args:
+            loss_sum: sum of this rank's token losses over the window, 0-d.
+            tokens: label tokens behind it.
+            nominal_tokens: what the losses were divided by before backward, summed over the ranks: the gradients are
+                those of loss_sum / nominal_tokens. None: they are those of the mean already.
+        """
+        device = self._weights.device
+        present = [p.grad is not None for p in self.parameters]
+        gradients = [local(p.grad) for p in self.parameters if p.grad is not None]
+        zero = torch.zeros((), dtype=self._dtype, device=device)
+        grad_sq = embed_sq = zero
+        if gradients:
+            squares = torch.stack(torch._foreach_norm(gradients)).to(self._dtype) ** 2
+            if all(present):
+                squares, embedded = squares * self._weights, self._embedding_index
+            else:
+                chosen = torch.tensor(present, device=device)
+                squares = squares * self._weights[chosen]
+                marks = [e for e, p in zip(self._is_embedding, present, strict=True) if p]
+                embedded = torch.tensor(marks, device=device).nonzero().flatten()
+            grad_sq, embed_sq = squares.sum(), squares[embedded].sum()
+        loss_sum = loss_sum.detach().to(self._dtype)
+        # Host numbers travel in one copy, device numbers join them there: no wait on a device before the reduction.
+        host = [0.0] * (len(HEAD) + self.world * len(PER_RANK))
+        host[HEAD.index("command_kind")], host[HEAD.index("command_value")] = float(command[0]), command[1]
+        host[HEAD.index("stop")], host[HEAD.index("incomplete")] = float(stop), float(incomplete)
+        host[self._own_slots + PER_RANK.index("step_time")] = step_time
+        vector = torch.tensor(host, dtype=self._dtype).to(device, non_blocking=True)
+        sums = [loss_sum, torch.as_tensor(tokens, dtype=self._dtype, device=device), grad_sq, embed_sq]
+        flags = ~torch.isfinite(torch.stack([loss_sum, grad_sq, self._own_norm.to(self._dtype)]))
+        vector[: len(sums)] = torch.stack(sums)
+        vector[self._own_slots : self._own_slots + len(flags)] = flags.to(self._dtype)
+        self._own_norm.zero_()
+        if self.world > 1:
+            dist.all_reduce(vector)
+        return self._unpack(vector.tolist(), nominal_tokens)
+
+    def _unpack(self, values: list[float], nominal_tokens: float | None) -> Reduced:
+        sums = dict(zip(HEAD, values, strict=False))
+        blocks = [values[i : i + len(PER_RANK)] for i in range(len(HEAD), len(values), len(PER_RANK))]
+        ranks = lambda slot: tuple(r for r, block in enumerate(blocks) if block[PER_RANK.index(slot)])  # noqa: E731
+        tokens = sums["tokens"]
+        scale = 1.0 if nominal_tokens is None or not tokens else nominal_tokens / tokens
+        grad_sq, embed_sq = sums["grad_sq"], sums["embed_sq"]
+        share = embed_sq / grad_sq if grad_sq > 0 else (0.0 if grad_sq == 0 else float("nan"))
+        # After the reduction a bad gradient stands on every rank; the rank that made it is known from before.
+        culprits = ranks("nonfinite_local") or ranks("nonfinite_grad")
+        return Reduced(
+            loss=sums["loss_sum"] / tokens if tokens else float("nan"),
+            tokens=int(tokens),
+            grad_norm=_root(grad_sq) * scale,
+            embed_grad_norm=_root(embed_sq) * scale,
+            embed_share=share,
+            scale=scale,
+            nonfinite_loss=ranks("nonfinite_loss"),
+            nonfinite_grad=culprits,
+            step_times=tuple(block[PER_RANK.index("step_time")] for block in blocks),
+            command_kind=int(sums["command_kind"]),
+            command_value=sums["command_value"],
+            stop=int(sums["stop"]),
+            incomplete=int(sums["incomplete"]),
+        )
+
+    def names_of_nonfinite(self, names: dict[int, str]) -> list[str]:
+        """Parameters whose local gradient holds NaN or Inf. For incidents only: one read and one wait each."""
+        return [
+            names.get(id(p), "?")
+            for p in self.parameters
+            if p.grad is not None and not bool(torch.isfinite(local(p.grad)).all())
+        ]
+
+
+def _root(square: float) -> float:
+    return square**0.5 if square >= 0 else float("nan")
