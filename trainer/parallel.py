@@ -1,0 +1,189 @@
+"""Processes, devices and the way a model is spread over them: ddp or fsdp, on gloo and NCCL by the same code.
+
+Accelerate provides process state, device, autocast and DDP. It has no FSDP2 on CPU (it silently falls back to DDP), so
+`fully_shard` is applied here on a DeviceMesh of torch's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
+from torch import nn
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from guardrail.errors import WorkersFailed
+from guardrail.ledger import mix64
+from trainer.config import Config
+from trainer.model import Decoder
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """Join the process group and take a device.
+
+    Accelerate reads two dozen environment variables, and some of them win over arguments; what came out is compared
+    with the configuration, because a run on half of its processes looks healthy.
+
+    Raises:
+        WorkersFailed: the processes, device or precision are not the configured ones.
+    """
+    device = config.launch.device
+    cuda = torch.cuda.is_available()
+    if device == "cuda" and not cuda:
+        raise WorkersFailed('launch.device is "cuda", and torch finds no CUDA device in this process')
+    on_cpu = device == "cpu" or not cuda
+    if on_cpu:
+        torch.set_num_threads(cpu_threads(config))
+        # Accelerate sets the threads by itself, with a warning, where this is unset.
+        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision="bf16" if config.train.precision == "bf16" else "no",
+        # Accelerator.backward divides by this; the objective has its own arithmetic (trainer.objectives).
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+        dynamo_backend="no",
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.launch.collective_seconds)),
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+        ],
+    )
+    _check(accelerator, config, on_cpu=on_cpu)
+    return accelerator
+
+
+def cpu_threads(config: Config) -> int:
+    """Intra-op threads of one CPU rank: launch.threads, or its share of the cores this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return config.launch.threads or max(1, cores // config.launch.processes)
+
+
+def _check(accelerator: Accelerator, config: Config, *, on_cpu: bool) -> None:
+    if accelerator.num_processes != config.world:
+        raise WorkersFailed(
+            f"{accelerator.num_processes} process(es) take part, and the configuration says "
+            f"{config.launch.processes} x {config.launch.nodes} node(s) = {config.world}: start the run with "
+            "`guardrail launch`, or torchrun with the same numbers (`accelerate launch --cpu` starts one process)"
+        )
+    expected = "bf16" if config.train.precision == "bf16" else "no"
+    found = {
+        "device": (accelerator.device.type, "cpu" if on_cpu else "cuda"),
+        "mixed precision": (accelerator.mixed_precision, expected),
+        "accumulation": (accelerator.gradient_accumulation_steps, 1),
+        "plugin": (accelerator.distributed_type.value.removeprefix("MULTI_"), _plain_type(accelerator)),
+    }
+    for what, (is_, should) in found.items():
+        if is_ != should:
+            variables = ", ".join(sorted(name for name in os.environ if name.startswith("ACCELERATE_"))) or "none"
+            raise WorkersFailed(
+                f"Accelerate chose {what} {is_!r} where the configuration means {should!r} "
+                f"(ACCELERATE_ variables set here: {variables})"
+            )
+
+
+def _plain_type(accelerator: Accelerator) -> str:
+    if not accelerator.use_distributed and accelerator.distributed_type.value == "NO":
+        return "NO"
+    return "CPU" if accelerator.device.type == "cpu" else "GPU"
+
+
+def distribute(model: Decoder, config: Config, accelerator: Accelerator) -> nn.Module:
+    """Spread a freshly built model over the ranks; every rank passes the same weights.
+
+    ddp gives a DistributedDataParallel (or the model itself in a single process), fsdp the same Decoder with
+    DTensor parameters. Either takes tokens [B, T] and gives fp32 logits. Build the optimizer from what is returned.
+    """
+    model.set_recompute(config.train.activation_checkpointing)
+    if config.train.strategy == "fsdp":
+        return _shard(model, config, accelerator)
+    with warnings.catch_warnings():
+        # torch 2.13 renames it, and Accelerate knows the old name only. The rotary table is the same everywhere.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        prepared = cast(nn.Module, accelerator.prepare_model(model))
+    _settle_buckets(prepared, accelerator.device)
+    return prepared
+
+
+def _shard(model: Decoder, config: Config, accelerator: Accelerator) -> Decoder:
+    """A shard group for each block and one, the root, for the rest.
+
+    The embedding, the last norm and the head are in the root's group, so a tied matrix is gathered once and stays
+    one parameter. Parameters, moments and the reduction are fp32; with bf16 only compute and gathering are bf16.
+    """
+    if not dist.is_initialized():  # a single process: a mesh of one, so that one rank runs the code of many
+        backend = "gloo" if accelerator.device.type == "cpu" else "nccl"
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh(accelerator.device.type, (config.world,), mesh_dim_names=("shard",))
+    if config.train.precision == "bf16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        # Logits in fp32, as Accelerate's autocast gives them.
+        root_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
+        )
+    else:
+        policy = root_policy = MixedPrecisionPolicy()
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return cast(Decoder, fully_shard(model, mesh=mesh, mp_policy=root_policy))
+
+
+def _settle_buckets(model: nn.Module, device: torch.device) -> None:
+    """Make DDP's buckets final before the first step.
+
+    DDP reduces the first backward pass in buckets of registration order and every later one in buckets of the order
+    in which gradients came. Where more than two ranks add, that is another order of addition, and a run resumed at
+    step n would differ in its last bits from one that was never stopped. One backward pass over two tokens, whose
+    gradients are dropped, and one forward pass let it settle; weights and dice stay as they are.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        tokens = torch.zeros((1, 2), dtype=torch.int64, device=device)
+        model(tokens).sum().backward()
+        model.zero_grad(set_to_none=True)
+        model(tokens)  # the buckets are rebuilt at the beginning of a forward pass
+
+
+@contextlib.contextmanager
+def accumulating(model: nn.Module, *, last: bool) -> Iterator[None]:
+    """Around forward and backward of one micro-batch: the ranks reduce gradients after the `last` one of a window.
+
+    fsdp reduces after every micro-batch: to hold them back, each rank would have to keep the whole unsharded
+    gradient in fp32, which is the memory that fsdp is chosen to save.
+    """
+    if last or not isinstance(model, DistributedDataParallel):
+        yield
+    else:
+        with model.no_sync():
+            yield
+
+
+def unwrapped(model: nn.Module) -> Decoder:
+    """The Decoder inside DDP, or the sharded Decoder itself."""
+    return cast(Decoder, model.module if isinstance(model, DistributedDataParallel) else model)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def seed_micro_batch(seed: int, position: int, rank: int) -> None:
+    """Make every draw of the next forward pass a function of (seed, position of its first sample, rank).
+
+    `torch.manual_seed` would do the same, and takes a stack trace to remember for a CUDA that is not there: 0.1 ms.
+    """
+    value = mix64(seed, position, rank)
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(value)
