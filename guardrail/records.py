@@ -168,6 +168,26 @@ class Span(Record, frozen=True, kw_only=True):
     batches: int = 1
 
 
+class DocumentRef(Record, frozen=True, kw_only=True):
+    """A stretch of one document: what a sample was cut from, for a person to look up.
+
+    Attributes:
+        path: file, or "builtin:..." for text that stands in no file of its own.
+        record: line of a JSONL file, counting from 1; 0: the whole file is one document.
+        first_byte, last_byte: the stretch [first_byte, last_byte) of the document's text in UTF-8, which is the
+            (uncompressed) file itself where `record` is 0.
+    """
+
+    path: str
+    record: int = 0
+    first_byte: int = 0
+    last_byte: int = 0
+
+    def __str__(self) -> str:
+        line = f":{self.record}" if self.record else ""
+        return f"{self.path}{line} bytes {self.first_byte}-{self.last_byte}"
+
+
 class SnapshotInfo(Record, frozen=True, kw_only=True):
     """A restorable state, on either tier, as the policy and the screen see it."""
 
