@@ -1,0 +1,135 @@
+"""Faults staged on purpose, for tests and demonstrations: `[[faults]]` of the configuration.
+
+The loop calls one hook at each place where a fault can strike:
+
+    faults.batch(step=..., positions=...)            # once an attempt
+    for micro, (tokens, labels) in enumerate(...):
+        labels = faults.labels(micro, labels)        # before the forward pass; hangs, exits and raises strike here
+        loss = faults.loss(micro, model, loss)       # the 0-d loss, before its backward pass
+    faults.gradients(model)                          # reduced gradients, before the probes measure them
+
+A loop whose `Faults` is empty (false) skips them. A fault by position strikes the batches that use a position of its
+stretch, so a quarantined stretch never strikes again; a fault by step strikes each attempt at that step.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+import time
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config import FaultSection
+from trainer.objectives import IGNORED
+from trainer.parallel import unwrapped
+
+
+class StagedFault(RuntimeError):
+    """Raised by a fault of kind "raise": an error nobody handles, as a bug in a user's loop would be."""
+
+
+class Faults:
+    """The faults that strike this rank.
+
+    Args:
+        sections: of the configuration.
+        rank: of this process.
+    """
+
+    def __init__(self, sections: Sequence[FaultSection], *, rank: int) -> None:
+        self._rank = rank
+        self._sections = [section for section in sections if section.rank in (-1, rank)]
+        self._left = [section.times for section in self._sections]
+        self._now: list[FaultSection] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._sections)
+
+    def batch(self, *, step: int, positions: Sequence[int]) -> None:
+        """Choose what strikes this attempt.
+
+        Args:
+            step: the number that the update would get.
+            positions: of the sample order that the global batch uses, ascending, quarantined ones not among them.
+        """
+        self._now = []
+        for index, section in enumerate(self._sections):
+            if self._left[index] and _meets(section, step, positions):
+                self._left[index] -= 1
+                self._now.append(section)
+
+    def labels(self, micro: int, labels: Tensor) -> Tensor:
+        """Labels [B, T] of a micro-batch, all ignored where the fault says so; the argument is not written to."""
+        for fault in self._now:
+            # Without a micro-batch of its own, what ends or stops the process does so before the first.
+            if micro == max(fault.micro, 0):
+                _interrupt(fault, self._rank)
+            if fault.kind == "ignore_labels" and fault.micro in (-1, micro):
+                labels = torch.full_like(labels, IGNORED)
+        return labels
+
+    def loss(self, micro: int, model: nn.Module, loss: Tensor) -> Tensor:
+        """The loss of a micro-batch, spoiled; gradient faults are hung into the backward pass that follows."""
+        for fault in self._now:
+            if fault.micro not in (-1, micro):
+                continue
+            if fault.kind == "nan_loss":
+                loss = loss * math.nan
+            elif fault.kind == "spike_loss":
+                loss = loss * fault.value
+            elif fault.kind == "spike_grad":
+                loss.register_hook(partial(operator.mul, fault.value))
+            elif fault.kind == "inf_grad":
+                _spoil_one_entry(unwrapped(model).norm.weight)
+        return loss
+
+    def gradients(self, model: nn.Module) -> None:
+        """Spoil one entry of this rank's reduced gradients, as broken memory would. `micro` has no meaning here."""
+        if any(fault.kind == "inf_grad_reduced" for fault in self._now):
+            for parameter in model.parameters():
+                gradient = parameter.grad
+                if gradient is None:
+                    continue
+                local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+                if local.numel():  # a rank may hold nothing of a small sharded parameter
+                    local.view(-1)[0] = math.inf
+                    return
+
+
+def _meets(fault: FaultSection, step: int, positions: Sequence[int]) -> bool:
+    if fault.step:
+        return step == fault.step
+    return any(fault.first <= position < fault.last for position in positions)
+
+
+def _spoil_one_entry(weight: Tensor) -> None:
+    """Make the first entry of this weight's next gradient infinite, on this rank and before ranks are averaged.
+
+    The weight is that of the last norm: between forward and backward it is a whole, plain leaf under fsdp as well,
+    because the root's group stays gathered.
+    """
+
+    def spoil(gradient: Tensor) -> Tensor:
+        handle.remove()
+        spoiled = gradient.clone()
+        spoiled.view(-1)[0] = math.inf
+        return spoiled
+
+    handle = weight.register_hook(spoil)
+
+
+def _interrupt(fault: FaultSection, rank: int) -> None:
+    if fault.kind == "hang":
+        # Threads and signal handlers go on, as they do while a collective waits for a lost rank.
+        end = time.monotonic() + fault.value
+        while (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, 1.0))
+    elif fault.kind == "exit":
+        os._exit(int(fault.value))
+    elif fault.kind == "raise":
+        raise StagedFault(f"staged on rank {rank} by [[faults]]")
