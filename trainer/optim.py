@@ -63,26 +63,27 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Scheduler:
-    """Sets the optimizer's learning rate; remembers no more than the step and the factor it was last told.
+    """Keeps the optimizer's learning rate at schedule(number of the next update).
 
-    Plain floats in, plain floats out: `load_state_dict(state_dict())` restores the very same learning rate.
+    Plain integers in and out: `load_state_dict(state_dict())` restores the very same learning rate.
     """
 
     def __init__(self, optimizer: AdamW, schedule: Schedule) -> None:
         self.optimizer = optimizer
         self.schedule = schedule
-        self.set(0)
+        self._set(1)
 
-    def set(self, step: int, *, factor: float = 1.0) -> float:
-        """Make the update with this number (from 1) use schedule(step) * factor; returns that learning rate."""
-        self.step, self.factor = step, factor
-        lr = self.schedule(step) * factor
+    def step(self) -> None:
+        """An update was applied: the next one has the next number."""
+        self._set(self.next_step + 1)
+
+    def _set(self, step: int) -> None:
+        self.next_step = step
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        return lr
+            group["lr"] = self.schedule(step)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "factor": self.factor}
+        return {"next_step": self.next_step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.set(int(state["step"]), factor=float(state["factor"]))
+        self._set(int(state["next_step"]))
