@@ -57,8 +57,9 @@ class Rotary(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Turn `x`, shaped [B, T, ..., K], by its positions; dtype kept."""
-        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-        turns = torch.view_as_complex(self.turns_TK[: x.shape[1]])
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        pairs = torch.view_as_complex(x.to(dtype).unflatten(-1, (-1, 2)))
+        turns = torch.view_as_complex(self.turns_TK[: x.shape[1]].to(dtype))
         turns = turns.view(x.shape[1], *[1] * (x.ndim - 3), -1)
         return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
 

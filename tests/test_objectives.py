@@ -1,0 +1,135 @@
+"""The objective, and that a batch cut into micro-batches and ranks in any way gives the same gradient."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from trainer.config import ModelSection
+from trainer.model import Decoder
+from trainer.objectives import IGNORED, clip_coefficient, correction, loss_sum, nominal_tokens
+
+V, T, B = 13, 6, 8
+
+
+def labels(ignored: float, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, V, (B, T), generator=generator)
+    return ids.masked_fill(torch.rand(B, T, generator=generator) < ignored, IGNORED)
+
+
+def test_loss_sum_is_the_sum_over_counted_tokens() -> None:
+    logits = torch.randn(B, T, V, generator=torch.Generator().manual_seed(0))
+    targets = labels(0.4)
+    total, count = loss_sum(logits, targets)
+    expected, tokens = 0.0, 0
+    for row, target in zip(logits.flatten(0, 1).double(), targets.flatten().tolist(), strict=True):
+        if target != IGNORED:
+            expected -= row.log_softmax(-1)[target].item()
+            tokens += 1
+    assert total.dtype == torch.float32 and total.shape == ()
+    assert total.item() == pytest.approx(expected, rel=1e-6)
+    assert count.item() == tokens < B * T
+
+
+def test_bf16_logits_are_summed_in_fp32() -> None:
+    logits = torch.randn(B, T, V, generator=torch.Generator().manual_seed(0)).bfloat16()
+    total, _ = loss_sum(logits, labels(0.0))
+    assert total.dtype == torch.float32
+    assert torch.equal(total, loss_sum(logits.float(), labels(0.0))[0])
+
+
+def test_fp32_logits_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(B, T, V)
+    seen = []
+    original = torch.nn.functional.cross_entropy
+
+    def spy(rows: Tensor, *args: object, **options: object) -> Tensor:
+        seen.append(rows.data_ptr())
+        return original(rows, *args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", spy)
+    loss_sum(logits, labels(0.0))
+    assert seen == [logits.data_ptr()]
+
+
+def test_a_micro_batch_without_labels_weighs_nothing() -> None:
+    logits = torch.randn(2, T, V, requires_grad=True)
+    total, count = loss_sum(logits, torch.full((2, T), IGNORED))
+    total.backward()
+    assert total.item() == 0.0 and count.item() == 0
+    assert logits.grad is not None and torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def gradients(targets: Tensor, *, micro_batch: int, world: int = 1) -> tuple[dict[str, Tensor], float]:
+    """Gradients and loss of one batch in float64, as the loop forms them: ranks average, then one correction."""
+    model = Decoder(ModelSection(layers=1, width=8, heads=2), vocabulary=V, sequence_length=T, seed=1).double()
+    ids = torch.randint(0, V, (len(targets), T), generator=torch.Generator().manual_seed(2))
+    nominal = nominal_tokens(batch_size=B, sequence_length=T, world=world)
+    reduced = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    loss, tokens = 0.0, 0
+    for rank in range(world):
+        model.zero_grad()
+        share_ids, share_targets = ids[rank::world], targets[rank::world]
+        for at in range(0, len(share_ids), micro_batch):
+            total, count = loss_sum(model(share_ids[at : at + micro_batch]), share_targets[at : at + micro_batch])
+            (total / nominal).backward()
+            loss += total.item()
+            tokens += int(count)
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                reduced[name] += parameter.grad / world
+    factor = correction(batch_size=B, sequence_length=T, tokens=tokens)
+    return {name: g * factor for name, g in reduced.items()}, loss / tokens
+
+
+def mean_gradients(targets: Tensor) -> tuple[dict[str, Tensor], float]:
+    """The definition: mean cross-entropy over all label tokens of the whole batch."""
+    model = Decoder(ModelSection(layers=1, width=8, heads=2), vocabulary=V, sequence_length=T, seed=1).double()
+    ids = torch.randint(0, V, (len(targets), T), generator=torch.Generator().manual_seed(2))
+    loss = torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, loss.item()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+@pytest.mark.parametrize("case", ["full", "uneven", "one half silent", "short window"])
+def test_gradients_do_not_depend_on_the_cut(world: int, accumulation: int, case: str) -> None:
+    targets = labels(0.0 if case == "full" else 0.5)
+    if case == "one half silent":
+        targets[: B // 2] = IGNORED
+    if case == "short window":  # the end of the data: fewer samples than a batch
+        targets = targets[: B - 3]
+    expected, expected_loss = mean_gradients(targets)
+    found, loss = gradients(targets, micro_batch=B // accumulation // world, world=world)
+    assert loss == pytest.approx(expected_loss, rel=1e-12)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=1e-12, msg=name)
+
+
+@given(st.integers(1, 512), st.integers(1, 4096), st.sampled_from([1, 2, 3, 8]), st.data())
+@settings(deadline=None, max_examples=50)
+def test_nominal_and_correction_cancel_to_the_mean(batch: int, length: int, world: int, data: st.DataObject) -> None:
+    tokens = data.draw(st.integers(1, batch * length))
+    nominal = nominal_tokens(batch_size=batch, sequence_length=length, world=world)
+    # Each rank's sum over `nominal`, averaged over the ranks, times the correction: the sum over `tokens`.
+    weight = 1 / nominal / world * correction(batch_size=batch, sequence_length=length, tokens=tokens)
+    assert weight == pytest.approx(1 / tokens, rel=1e-12)
+
+
+def test_no_tokens_give_no_factor() -> None:
+    assert correction(batch_size=4, sequence_length=8, tokens=0) == 1.0
+
+
+def test_clip_coefficient() -> None:
+    assert clip_coefficient(4.0, 1.0) == 0.25
+    assert clip_coefficient(0.5, 1.0) == 1.0
+    assert clip_coefficient(0.0, 1.0) == 1.0
+    assert clip_coefficient(4.0, 0.0) == 1.0
+    for broken in (math.inf, math.nan):
+        with pytest.raises(ValueError, match="cannot be clipped"):
+            clip_coefficient(broken, 1.0)
