@@ -1,0 +1,103 @@
+"""Atomic replacement of small files, and floats that JSON has no word for."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+FILE_MODE = 0o600
+FOLDER_MODE = 0o700
+TEMPORARY = ".tmp-"  # prefix of a file that has not been renamed into place yet
+
+_NO_NUMBER = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def replace_file(path: Path, data: bytes, *, sync: bool = True) -> None:
+    """Readers see the old content or the new, never a part. The temporary file is gone when OSError is raised.
+
+    Args:
+        sync: the content survives a power failure once this returns (file and folder are synced).
+    """
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
+        try:
+            write_all(descriptor, data)
+            if sync:
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    if sync:
+        sync_folder(path.parent)
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def sync_folder(path: Path) -> None:
+    """Make a rename in `path` survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def encode_json(value: Any) -> bytes:
+    """Strict JSON of records, paths, numpy scalars and plain data.
+
+    NaN, Infinity and -Infinity become the strings "nan", "inf" and "-inf": JSON has no number for them, and null
+    would lose which one it was. `as_float` and msgspec's lax conversion turn them back. Lone surrogates, as in
+    file names that are not UTF-8, become backslash escapes.
+    """
+    return msgspec.json.encode(_jsonable(msgspec.to_builtins(value, enc_hook=_builtin)))
+
+
+def as_float(value: Any) -> float:
+    """A number from JSON, "nan", "inf" and "-inf" included; NaN for anything else."""
+    if isinstance(value, str):
+        return _NO_NUMBER.get(value, math.nan)
+    return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def _builtin(value: Any) -> Any:
+    """Journal lines must not be lost over a type: numpy scalars by value, the rest by name."""
+    item = getattr(value, "item", None)
+    if callable(item) and getattr(value, "size", None) == 1:
+        return item()
+    tolist = getattr(value, "tolist", None)
+    return tolist() if callable(tolist) else str(value)
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if value != value else "inf" if value > 0 else "-inf"
+    if isinstance(value, str):
+        return _encodable(value)
+    if isinstance(value, dict):
+        return {_encodable(str(key)): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(item) for item in value]
+    return value
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return text

@@ -1,0 +1,181 @@
+"""metrics.bin: one fixed-size little-endian record a step, columns named in metrics.json.
+
+A part of `guardrail.rundir`: callers go through `RunDirectory.metrics_writer` and `RunDirectory.metrics`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import os
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from guardrail.errors import RunDirectoryError
+from guardrail.files import FILE_MODE, replace_file
+from guardrail.records import METRIC_COLUMNS, Record
+from guardrail.timelines import Timelines
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class Layout(Record, frozen=True, kw_only=True):
+    """metrics.json. The file that began a run keeps its columns, also when a newer version goes on with it."""
+
+    version: int = 1
+    dtype: str = "<f8"
+    columns: tuple[str, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        return 8 * len(self.columns)
+
+
+def read_layout(path: Path) -> Layout | None:
+    """None while no metrics were written."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Layout)
+    except FileNotFoundError:
+        return None
+    except msgspec.DecodeError as error:
+        raise RunDirectoryError(f"{path}: does not name the columns of metrics.bin ({error})") from error
+
+
+class MetricsWriter:
+    """Appends rows; one system call a row, flushed and not synced. For one writer: the holder of run.lock.
+
+    A torn row at the end, left by a crash or a full disk, is cut off when the file is opened and after a write
+    that failed. OSError of a full disk reaches the caller; the next `append` starts clean.
+    """
+
+    def __init__(self, path: Path, layout_path: Path) -> None:
+        layout = read_layout(layout_path)
+        if layout is None:
+            layout = Layout(columns=METRIC_COLUMNS)
+            replace_file(layout_path, msgspec.json.encode(layout))
+        self.columns = layout.columns
+        self._pack = struct.Struct(f"<{len(self.columns)}d").pack
+        self._row_bytes = layout.row_bytes
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._descriptor = os.open(path, flags, FILE_MODE)
+        self._size = os.fstat(self._descriptor).st_size
+        self._torn = self._size % self._row_bytes != 0
+        if self._torn:
+            self._cut()
+
+    @property
+    def rows(self) -> int:
+        return self._size // self._row_bytes
+
+    def append(self, row: dict[str, float]) -> None:
+        """Write one row; columns that `row` lacks are NaN, names that are no column are passed over."""
+        if self._torn:
+            self._cut()
+        data = self._pack(*[row.get(name, math.nan) for name in self.columns])
+        try:
+            written = os.write(self._descriptor, data)
+            if written != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            self._torn = True
+            with contextlib.suppress(OSError):
+                self._cut()
+            raise
+        self._size += written
+
+    def _cut(self) -> None:
+        self._size -= self._size % self._row_bytes
+        os.ftruncate(self._descriptor, self._size)
+        self._torn = False
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+class MetricsView:
+    """The rows that were complete when the view was made; a file that grows meanwhile does not change it.
+
+    Attributes:
+        columns: names, in file order.
+        array: float64 [rows, columns], mapped from the file and read as touched.
+    """
+
+    def __init__(self, columns: Sequence[str], array: np.ndarray, timelines: Callable[[], Timelines]) -> None:
+        self.columns = tuple(columns)
+        self.array = array
+        self._timelines = timelines
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def column(self, name: str) -> np.ndarray:
+        """float64 [rows]; all NaN where the run has no such column."""
+        import numpy as np
+
+        if name not in self.columns:
+            return np.full(len(self.array), np.nan)
+        return self.array[:, self.columns.index(name)]
+
+    def current(self, timelines: Timelines | None = None) -> np.ndarray:
+        """bool [rows]: rows of the present; what a rollback or a restart abandoned is False.
+
+        Args:
+            timelines: as a `Follower` keeps them; without, the journal is read.
+        """
+        steps, numbers = self.column("step"), self.column("timeline")
+        if timelines is None:
+            timelines = self._timelines()
+            timelines.add_rows(steps, numbers)
+        return timelines.current(steps, numbers)
+
+
+def read_metrics(
+    path: Path, layout_path: Path, *, columns: Sequence[str] | None, timelines: Callable[[], Timelines]
+) -> MetricsView:
+    """Map the complete rows. `columns` picks and orders columns (a copy); None maps all of them without reading."""
+    import numpy as np
+
+    layout = read_layout(layout_path)
+    names = layout.columns if layout else METRIC_COLUMNS
+    try:
+        rows = path.stat().st_size // (8 * len(names)) if layout else 0
+    except FileNotFoundError:
+        rows = 0
+    array: np.ndarray
+    if rows:
+        array = np.memmap(path, dtype="<f8", mode="r", shape=(rows, len(names)))
+    else:
+        array = np.empty((0, len(names)))
+    whole = MetricsView(names, array, timelines)
+    if columns is None:
+        return whole
+    return _Picked(whole, columns)
+
+
+class _Picked(MetricsView):
+    """Some columns of a view; `current()` still sees step and timeline of the whole."""
+
+    def __init__(self, whole: MetricsView, columns: Sequence[str]) -> None:
+        import numpy as np
+
+        picked = np.stack([whole.column(name) for name in columns], axis=1) if columns else whole.array[:, :0]
+        super().__init__(columns, picked, whole._timelines)
+        self._whole = whole
+
+    def current(self, timelines: Timelines | None = None) -> np.ndarray:
+        return self._whole.current(timelines)

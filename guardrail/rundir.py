@@ -1,0 +1,394 @@
+"""A run directory: the whole truth of a run, and the only channel between its processes.
+
+Only plain appends and atomic replaces, so that a reader on any machine that sees the files sees a true state,
+and a crash at any moment leaves one. This module, with its parts `journal`, `metrics`, `inbox` and `runlock`, is
+the only code that reads or writes one. It imports neither torch nor, at module level, numpy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import difflib
+import errno
+import os
+import re
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from guardrail import journal
+from guardrail.errors import RunDirectoryError
+from guardrail.files import FILE_MODE, FOLDER_MODE, TEMPORARY, encode_json, replace_file, sync_folder
+from guardrail.inbox import Inbox, Refusal, check_command
+from guardrail.journal import findings_of, span_of
+from guardrail.metrics import MetricsView, MetricsWriter, read_metrics
+from guardrail.records import Command, Event, RankStatus, Status
+from guardrail.runlock import Holder, RunLock, holder_of
+from guardrail.text import clean
+from guardrail.timelines import Timelines
+
+__all__ = [
+    "Holder",
+    "MetricsView",
+    "MetricsWriter",
+    "Refusal",
+    "RunDirectory",
+    "RunLock",
+    "check_command",
+    "find_run",
+    "findings_of",
+    "list_runs",
+    "span_of",
+]
+
+SCREEN_SECONDS = 15.0  # a screen that has not been seen for this long is gone
+_FOLDERS = ("checkpoints", "commands", "logs", "ranks", "screens", "tensorboard")
+_NAME = re.compile(r"[^\W_][\w.+=@-]{0,99}")
+
+
+class RunDirectory:
+    """One run on disk. Cheap to make; `open` and `create` check, the constructor does not."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.commands = self.path / "commands"
+        self.logs = self.path / "logs"
+        self.tensorboard = self.path / "tensorboard"
+        self._ranks = self.path / "ranks"
+        self._screens = self.path / "screens"
+        self._inbox: Inbox | None = None
+        self._recovered = False  # what an earlier trainer answered without removing it has been removed
+
+    def __repr__(self) -> str:
+        return f"RunDirectory({str(self.path)!r})"
+
+    @property
+    def name(self) -> str:
+        """NAME/YYYY-MM-DD-NN."""
+        return f"{self.path.parent.name}/{self.path.name}"
+
+    @classmethod
+    def create(cls, root: str | os.PathLike[str], name: str, config_toml: str) -> RunDirectory:
+        """Make ROOT/NAME/YYYY-MM-DD-NN with its configuration, complete before anybody can see it.
+
+        Several processes may do this at once: each gets its own number. Raises RunDirectoryError.
+        """
+        if not _NAME.fullmatch(name):
+            raise RunDirectoryError(
+                f"{clean(name, 80)!r} is no name for a run: letters, digits, and . _ + = @ - inside"
+            )
+        parent = Path(root) / name
+        try:
+            parent.mkdir(parents=True, exist_ok=True, mode=FOLDER_MODE)
+            hidden = parent / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}"
+            hidden.mkdir(mode=FOLDER_MODE)
+            try:
+                for folder in _FOLDERS:
+                    (hidden / folder).mkdir(mode=FOLDER_MODE)
+                replace_file(hidden / "config.toml", config_toml.encode("utf-8"))
+                path = _claim(hidden, parent)
+            except BaseException:
+                shutil.rmtree(hidden, ignore_errors=True)
+                raise
+            sync_folder(parent)
+        except OSError as error:
+            raise RunDirectoryError(f"cannot make a run directory in {parent}: {error.strerror}") from error
+        return cls(path.absolute())
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> RunDirectory:
+        """An existing run. Raises RunDirectoryError: nothing there, not a run, not yours."""
+        where = Path(path).absolute()
+        try:
+            known = any((where / name).exists() for name in ("config.toml", "status.json", "journal.jsonl"))
+            if known:
+                os.listdir(where)
+        except PermissionError as error:
+            raise RunDirectoryError(f"{where}: not yours to read") from error
+        if not known:
+            raise RunDirectoryError(f"{where}: {'not a run directory' if where.is_dir() else 'no such run'}")
+        return cls(where)
+
+    # -- configuration and status
+
+    def config_text(self) -> str:
+        """The resolved configuration as TOML. RunDirectoryError where it cannot be read."""
+        try:
+            return (self.path / "config.toml").read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8 text"
+            raise RunDirectoryError(f"{self.path / 'config.toml'}: {reason}") from error
+
+    def write_config(self, text: str) -> None:
+        replace_file(self.path / "config.toml", text.encode("utf-8"))
+
+    def read_status(self) -> Status | None:
+        """None while there is none, or when a newer version wrote something this one cannot understand."""
+        return _read(self.path / "status.json", Status)
+
+    def write_status(self, status: Status) -> None:
+        """Replace status.json; not synced, since a second later it is replaced again. Raises OSError."""
+        replace_file(self.path / "status.json", encode_json(status), sync=False)
+
+    def read_ranks(self) -> list[RankStatus]:
+        """What each rank said last, by rank."""
+        try:
+            names = sorted(name for name in os.listdir(self._ranks) if name.startswith("rank-"))
+        except OSError:
+            return []
+        read = (_read(self._ranks / name, RankStatus) for name in names)
+        return [status for status in read if status is not None]
+
+    def write_rank(self, status: RankStatus) -> None:
+        self._folder(self._ranks)
+        replace_file(self._ranks / f"rank-{status.rank:05d}.json", encode_json(status), sync=False)
+
+    def remove_ranks(self) -> None:
+        """Forget the ranks of an earlier start, before the next ones are started."""
+        with contextlib.suppress(OSError):
+            for name in os.listdir(self._ranks):
+                (self._ranks / name).unlink()
+
+    # -- the one trainer
+
+    def lock(self, who: str) -> RunLock:
+        """Become the run's only trainer until the lock is released or this process ends, however it ends.
+
+        Raises RunDirectoryError that names the holder.
+        """
+        return RunLock(self.path / "run.lock", who)
+
+    def lock_holder(self) -> Holder | None:
+        """The running trainer, or None."""
+        return holder_of(self.path / "run.lock")
+
+    # -- the journal
+
+    @property
+    def journal_path(self) -> Path:
+        return self.path / "journal.jsonl"
+
+    def append(self, kind: str, message: str = "", *, step: int = 0, timeline: int = 0, **data: Any) -> Event:
+        """Write one event and sync it. Any process of the run may do so, at any time.
+
+        Raises:
+            OSError: the event is not on disk, and nothing half written is left.
+        """
+        return journal.append_event(
+            self.journal_path, kind, message, step=step, timeline=timeline, data=data, at=time.time()
+        )
+
+    def events(self, after: int = 0) -> list[Event]:
+        """Events with seq > `after`, oldest first. A torn last line and unknown fields do no harm."""
+        return journal.read_events(self.journal_path, after=after)
+
+    # -- metrics
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.bin"
+
+    def metrics_writer(self) -> MetricsWriter:
+        """For the holder of the lock. Raises OSError."""
+        return MetricsWriter(self.metrics_path, self.path / "metrics.json")
+
+    def metrics(self, columns: Sequence[str] | None = None) -> MetricsView:
+        """The rows that are complete now; empty while there are none."""
+
+        def timelines() -> Timelines:
+            known = Timelines()
+            known.add_events(self.events())
+            return known
+
+        return read_metrics(self.metrics_path, self.path / "metrics.json", columns=columns, timelines=timelines)
+
+    # -- commands
+
+    @property
+    def inbox(self) -> Inbox:
+        if self._inbox is None:
+            self._inbox = Inbox(self.commands, owner=self.path.stat().st_uid)
+        return self._inbox
+
+    def send(self, command: Command) -> None:
+        """Ask the run for something; the answer is a journal line of kind `command` with the same id.
+
+        Raises:
+            RunDirectoryError: the command can never be obeyed, or the run belongs to somebody else.
+            OSError: the file cannot be written.
+        """
+        reason = check_command(command)
+        if reason is not None:
+            raise RunDirectoryError(reason)
+        if os.geteuid() != self.path.stat().st_uid:
+            raise RunDirectoryError(f"{self.path}: not your run; only its owner may send commands")
+        self._folder(self.commands)
+        self.inbox.send(command)
+
+    def commands_pending(self) -> list[Command]:
+        """Commands that wait for an answer, oldest first. Never raises; see `commands_refused` for the rest."""
+        return self._pending()[0]
+
+    def commands_refused(self) -> list[Refusal]:
+        """Files of the inbox that cannot be obeyed: broken, foreign, out of range. Each wants an answer as well."""
+        return self._pending()[1]
+
+    def command_done(self, id: str) -> None:
+        """Remove an answered command; its answer is in the journal already."""
+        self.inbox.remove(id)
+
+    def answer(
+        self, to: Command | Refusal, *, applied: bool, reason: str = "", step: int = 0, timeline: int = 0
+    ) -> Event:
+        """Journal the answer to a command, then remove its file. Raises OSError and keeps the file."""
+        kind = to.kind.value if isinstance(to, Command) else to.kind
+        reason = reason or (to.reason if isinstance(to, Refusal) else "")
+        effect = "applied" if applied else "refused"
+        event = self.append(
+            "command",
+            f"{kind or 'command'} {effect}{f': {reason}' if reason else ''}",
+            step=step,
+            timeline=timeline,
+            id=to.id,
+            command=kind,
+            value=to.value,
+            who=to.who,
+            effect=effect,
+            reason=reason,
+        )
+        self.command_done(to.id)
+        return event
+
+    def _pending(self) -> tuple[list[Command], list[Refusal]]:
+        try:
+            commands, refusals = self.inbox.scan()
+            if not self._recovered and (commands or refusals):
+                # A crash between the answer and the removal of its file must not make it count twice.
+                answered = {event.data.get("id") for event in self.events() if event.kind == "command"}
+                for id in {item.id for item in commands} | {item.id for item in refusals}:
+                    if id in answered:
+                        self.inbox.remove(id)
+                commands, refusals = self.inbox.scan()
+            self._recovered = True
+            return commands, refusals
+        except OSError:
+            return [], []
+
+    # -- screens
+
+    def screen_seen(self) -> None:
+        """A screen says every few seconds that somebody watches. A full disk only makes it count as nobody."""
+        mine = self._screens / f"{clean(socket.gethostname(), 64).replace('/', '_')}-{os.getpid()}"
+        now = time.time()
+        with contextlib.suppress(OSError):
+            self._folder(self._screens)
+            os.close(os.open(mine, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE))
+            os.utime(mine, (now, now))
+
+    def screen_gone(self) -> None:
+        with contextlib.suppress(OSError):
+            (self._screens / f"{clean(socket.gethostname(), 64).replace('/', '_')}-{os.getpid()}").unlink()
+
+    def screens(self) -> int:
+        """Screens seen in the last 15 seconds."""
+        alive = 0
+        with contextlib.suppress(OSError), os.scandir(self._screens) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):
+                    alive += abs(time.time() - entry.stat(follow_symlinks=False).st_mtime) < SCREEN_SECONDS
+        return alive
+
+    def _folder(self, path: Path) -> None:
+        path.mkdir(mode=FOLDER_MODE, exist_ok=True)
+
+
+def list_runs(root: str | os.PathLike[str]) -> list[RunDirectory]:
+    """All runs under ROOT/NAME/, newest first; folders that are no runs, or that cannot be read, are passed over."""
+    found: list[tuple[float, str, RunDirectory]] = []
+    for folder in _folders(Path(root)):
+        for path in _folders(folder):
+            with contextlib.suppress(RunDirectoryError, OSError):
+                run = RunDirectory.open(path)
+                found.append((_started(path), run.name, run))
+    return [run for _, _, run in sorted(found, key=lambda item: item[:2], reverse=True)]
+
+
+def find_run(spec: str | None, root: str | os.PathLike[str]) -> RunDirectory:
+    """The run that a person means.
+
+    Args:
+        spec: a path, NAME (its newest run), NAME/DATE-NN, the unique beginning of one, or None: the newest run.
+
+    Raises:
+        RunDirectoryError: none or several match; says which come close.
+    """
+    if spec is not None and (os.sep in spec or spec in (".", "..")) and Path(spec).is_dir():
+        return RunDirectory.open(spec)
+    runs = list_runs(root)
+    if spec and Path(spec).is_dir() and not any(run.name.startswith(spec) for run in runs):
+        return RunDirectory.open(spec)
+    if not runs:
+        raise RunDirectoryError(f"no such run: {clean(spec or '', 200) or 'there is none'} in {root}")
+    if spec is None:
+        return runs[0]
+    spec = spec.rstrip("/")
+    exact = [run for run in runs if spec in (run.name, run.path.parent.name, run.path.name)]
+    if exact and (len(exact) == 1 or exact[0].path.parent.name == spec):
+        return exact[0]
+    matches = exact or [run for run in runs if run.name.startswith(spec)]
+    if matches and "/" not in spec and len({run.path.parent for run in matches}) == 1 and not exact:
+        return matches[0]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        names = ", ".join(run.name for run in matches[:5]) + (" ..." if len(matches) > 5 else "")
+        raise RunDirectoryError(f"{clean(spec, 200)!r} is not one run; it could be {names}")
+    close = difflib.get_close_matches(spec, [run.name for run in runs] + [run.path.parent.name for run in runs], n=1)
+    hint = f"\n  hint: did you mean {close[0]}?" if close else ""
+    raise RunDirectoryError(f"no such run: {clean(spec, 200)} in {root}{hint}")
+
+
+def _claim(hidden: Path, parent: Path) -> Path:
+    """Rename a complete directory to the next free number. Renaming onto a directory that is not empty fails."""
+    day = datetime.date.today().isoformat()
+    taken = [int(name.rsplit("-", 1)[1]) for name in os.listdir(parent) if re.fullmatch(rf"{day}-\d+", name)]
+    number = max(taken, default=0)
+    while True:
+        number += 1
+        path = parent / f"{day}-{number:02d}"
+        try:
+            os.rename(hidden, path)
+            return path
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+
+
+def _folders(path: Path) -> list[Path]:
+    try:
+        return [path / name for name in os.listdir(path) if not name.startswith(".") and (path / name).is_dir()]
+    except OSError:
+        return []
+
+
+def _started(path: Path) -> float:
+    """config.toml is written when a run begins; ties are settled by the name."""
+    try:
+        return (path / "config.toml").stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _read(path: Path, kind: type[Any]) -> Any:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind, strict=False)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return None

@@ -1,0 +1,45 @@
+"""External text made safe for a terminal: nothing that comes out of `clean` can move a cursor or set a clipboard.
+
+Log lines, file names, excerpts of documents, host names and journal messages all come from outside.
+"""
+
+from __future__ import annotations
+
+import re
+
+# Strings that a terminal takes as one command (ECMA-48, 8.3): OSC, DCS, SOS, PM, APC up to BEL or ST, and CSI.
+# A string that is never terminated loses its introducer only, so that no text disappears with it. Payloads
+# exclude every control that can begin another sequence, which keeps the match linear.
+_SEQUENCE = re.compile(
+    r"(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x80-\x9f]*(?:\x07|\x1b\\|\x9c)"
+    r"|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
+    r"|\x1b[ -/]*[0-~]?"
+)
+# White space that is a control or a line separator becomes a space, so that words stay apart.
+_SPACE = re.compile("\r\n|[\t\n\v\f\r\x85\u2028\u2029]")
+# C0, DEL, C1; marks, embeddings, overrides and isolates of bidirectional text (Trojan Source, CVE-2021-42574);
+# deprecated format characters, interlinear annotation, byte-order mark, invisible tags.
+_UNWANTED = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def clean(text: str | bytes, limit: int | None = None) -> str:
+    """One line of text without terminal sequences, control characters and bidi controls; never raises.
+
+    Args:
+        text: anything; bytes are decoded as UTF-8, wrong ones (and lone surrogates) become U+FFFD.
+        limit: longest result in characters; a longer one ends in an ellipsis.
+    """
+    if isinstance(text, (bytes, bytearray, memoryview)):
+        text = bytes(text).decode("utf-8", "replace")
+    elif not isinstance(text, str):
+        text = str(text)
+    text = _SURROGATE.sub("\ufffd", text)
+    text = _SEQUENCE.sub("", text)
+    text = _SPACE.sub(" ", text)
+    text = _UNWANTED.sub("", text)
+    if limit is not None and len(text) > limit:
+        text = text[: max(0, limit - 1)] + "…" if limit > 0 else ""
+    return text

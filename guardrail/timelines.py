@@ -1,0 +1,68 @@
+"""Which metric rows tell the present and which were abandoned by a rollback or a restart. Pure.
+
+A timeline begins at the step of the state it was restored from. What earlier timelines did beyond that step is
+abandoned; it stays readable. Both sources of the beginnings agree, and either may come first: the journal says
+it before a row is there, the first row of a timeline says it where a journal line was lost to a full disk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from guardrail.records import Event
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class Timelines:
+    """The step at which each timeline began; later timelines cut off earlier ones there."""
+
+    def __init__(self) -> None:
+        self.begins: dict[int, int] = {}
+
+    @property
+    def newest(self) -> int:
+        return max(self.begins, default=0)
+
+    def begin(self, timeline: int, step: int) -> None:
+        self.begins[timeline] = min(step, self.begins.get(timeline, step))
+
+    def add_events(self, events: Iterable[Event]) -> None:
+        """Learn from `rollback` (to_step, new_timeline) and `restarted` (step) lines; others say nothing."""
+        for event in events:
+            if event.kind == "rollback":
+                step, timeline = event.data.get("to_step"), event.data.get("new_timeline")
+                if isinstance(step, int) and isinstance(timeline, int):
+                    self.begin(timeline, step)
+            elif event.kind == "restarted":
+                timeline = event.data.get("new_timeline", event.timeline)
+                if isinstance(timeline, int):
+                    self.begin(timeline, event.step)
+
+    def add_rows(self, steps: np.ndarray, timelines: np.ndarray) -> None:
+        """Learn from metric rows in file order: the first row of a timeline is the step after its beginning."""
+        import numpy as np
+
+        if not len(steps):
+            return
+        firsts = np.concatenate(([0], np.flatnonzero(np.diff(timelines) > 0) + 1))
+        for at in firsts.tolist():
+            if steps[at] >= 1 and timelines[at] >= 1:
+                self.begin(int(timelines[at]), int(steps[at]) - 1)
+
+    def end(self, timeline: int) -> float:
+        """The last step of `timeline` that is still the present; infinity for the newest."""
+        return min((step for other, step in self.begins.items() if other > timeline), default=math.inf)
+
+    def current(self, steps: np.ndarray, timelines: np.ndarray) -> np.ndarray:
+        """Mask of the rows that tell the present. Rows of step 0 are the zeros a power failure leaves: never."""
+        import numpy as np
+
+        if not len(steps):
+            return np.zeros(0, dtype=bool)
+        known = np.array(sorted(self.begins), dtype=np.float64)
+        ends = np.array([self.end(int(t)) for t in (-1, *known)])  # of a timeline in [known[i-1], known[i])
+        return (steps <= ends[np.searchsorted(known, timelines, side="right")]) & (steps >= 1)

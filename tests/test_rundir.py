@@ -1,0 +1,653 @@
+"""The run directory: what a crash, a full disk, a second writer and a stranger can do to it, and what they cannot."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import resource
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from guardrail.errors import RunDirectoryError
+from guardrail.records import (
+    METRIC_COLUMNS,
+    Command,
+    CommandKind,
+    Finding,
+    Kind,
+    Mode,
+    Phase,
+    RankStatus,
+    Severity,
+    Span,
+    Status,
+)
+from guardrail.rundir import RunDirectory, check_command, find_run, findings_of, list_runs, span_of
+from guardrail.timelines import Timelines
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return RunDirectory.create(tmp_path / "runs", "demo", "[run]\nname = 'demo'\n")
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """What a full disk does: a write is cut short at `size` bytes, the next one fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def row(step: int, timeline: int = 0, **values: float) -> dict[str, float]:
+    return {"step": step, "timeline": timeline, "loss": 2.0, **values}
+
+
+# -- creating, opening, finding
+
+
+def test_a_new_run_is_complete_private_and_numbered(tmp_path: Path) -> None:
+    first = RunDirectory.create(tmp_path, "demo", "a = 1\n")
+    second = RunDirectory.create(tmp_path, "demo", "a = 2\n")
+    assert first.name.startswith("demo/") and first.name.endswith("-01") and second.name.endswith("-02")
+    assert first.config_text() == "a = 1\n"
+    assert stat.S_IMODE(first.path.stat().st_mode) == 0o700
+    for path in first.path.rglob("*"):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
+    assert not [name for name in os.listdir(tmp_path / "demo") if name.startswith(".")]
+
+
+def test_creators_at_once_never_share_a_directory(tmp_path: Path) -> None:
+    made: list[RunDirectory] = []
+    threads = [
+        threading.Thread(target=lambda n=n: made.append(RunDirectory.create(tmp_path, "demo", f"n = {n}\n")))
+        for n in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({run.path for run in made}) == 8
+    assert {run.config_text() for run in made} == {f"n = {n}\n" for n in range(8)}
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "-x", ".hidden", "a\nb", "a" * 200, "\x1b[31m"])
+def test_names_that_would_leave_the_root_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(RunDirectoryError, match="no name for a run"):
+        RunDirectory.create(tmp_path, name, "")
+
+
+def test_opening_says_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(RunDirectoryError, match="no such run"):
+        RunDirectory.open(tmp_path / "nothing")
+    with pytest.raises(RunDirectoryError, match="not a run directory"):
+        RunDirectory.open(tmp_path)
+
+
+def test_a_run_is_found_by_every_name_a_person_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [RunDirectory.create(tmp_path, name, "") for name in ("alpha", "alpha", "beta", "alphabet")]
+    for age, run in enumerate(reversed(runs)):
+        os.utime(run.path / "config.toml", (1000 - age, 1000 - age))
+    (tmp_path / "not-a-run" / "x").mkdir(parents=True)
+    assert [r.path for r in list_runs(tmp_path)] == [r.path for r in reversed(runs)]
+    day = runs[0].path.name[:-3]
+    for spec, index in [
+        (None, 3),
+        ("alpha", 1),
+        ("beta", 2),
+        ("be", 2),
+        (f"alpha/{day}-01", 0),
+        (f"alpha/{day}-02", 1),
+        (str(runs[0].path), 0),
+        (f"{day}-02", 1),
+        ("beta/", 2),
+    ]:
+        assert find_run(spec, tmp_path).path == runs[index].path, spec
+    with pytest.raises(RunDirectoryError, match="could be"):
+        find_run("al", tmp_path)
+    with pytest.raises(RunDirectoryError, match="could be"):
+        find_run(f"{day}-01", tmp_path)
+    with pytest.raises(RunDirectoryError, match="did you mean beta"):
+        find_run("beta2", tmp_path)
+    with pytest.raises(RunDirectoryError, match="there is none"):
+        find_run(None, tmp_path / "empty")
+    monkeypatch.chdir(runs[2].path.parent)
+    assert find_run(runs[2].path.name, tmp_path / "empty").path == runs[2].path
+
+
+# -- journal
+
+
+def test_events_come_back_as_they_were_written(run: RunDirectory) -> None:
+    finding = Finding(
+        signal="loss",
+        step=7,
+        kind=Kind.NONFINITE,
+        severity=Severity.REJECT,
+        value=math.nan,
+        baseline=2.5,
+        score=math.inf,
+        threshold=8.0,
+        onset=7,
+        ranks=(1,),
+    )
+    span = Span(first=10, last=20, cause="rejected", step=7, reason="because")
+    first = run.append(
+        "verdict", "loss nan", step=7, timeline=2, findings=[finding], value=-math.inf, n=np.float64(1.5)
+    )
+    run.append("left_out", step=7, timeline=2, span=span, path=Path("/x"), name=os.fsdecode(b"\xff.txt"))
+    events = run.events()
+    assert [e.seq for e in events] == [1, 2]
+    assert events[0].kind == "verdict" and events[0].message == "loss nan" and events[0].timeline == 2
+    assert events[0].time == first.time
+    back = findings_of(events[0])[0]
+    assert math.isnan(back.value) and back.score == math.inf and back.ranks == (1,)
+    assert msgspec.structs.replace(back, value=0.0) == msgspec.structs.replace(finding, value=0.0)
+    assert events[0].data["value"] == "-inf" and events[0].data["n"] == 1.5
+    assert span_of(events[1]) == span
+    assert events[1].data["path"] == "/x" and events[1].data["name"] == "\\udcff.txt"
+    assert run.events(after=1) == events[1:]
+    for line in run.journal_path.read_text().splitlines():
+        assert {"seq", "time", "step", "timeline", "kind"} <= json.loads(line).keys()
+
+
+def test_fixed_fields_are_not_data(run: RunDirectory) -> None:
+    with pytest.raises(ValueError, match="seq"):
+        run.append("note", seq=3)
+    assert run.events() == []
+
+
+def test_unknown_fields_and_broken_lines_of_others_do_no_harm(run: RunDirectory) -> None:
+    run.append("note", "one")
+    with run.journal_path.open("ab") as file:
+        file.write(b"\0\0\0\0\n[1]\nnot json\n\xff\xfe\n")
+        file.write(b'{"seq": 2, "time": 1.0, "kind": "new-kind", "colour": "red", "message": ""}\n')
+    run.append("note", "three")
+    assert [(e.seq, e.kind) for e in run.events()] == [(1, "note"), (2, "new-kind"), (3, "note")]
+    assert run.events()[1].data == {"colour": "red"}
+
+
+@pytest.mark.parametrize("keep", [1, 20, -2])
+def test_a_torn_last_line_is_cut_off_and_the_journal_says_so(run: RunDirectory, keep: int) -> None:
+    run.append("note", "first")
+    whole = run.journal_path.read_bytes()
+    run.append("note", "torn")
+    torn = run.journal_path.read_bytes()[len(whole) :][:keep]
+    run.journal_path.write_bytes(whole + torn)
+    assert [e.message for e in run.events()] == ["first"]
+    run.append("note", "next")
+    messages = [e.message for e in run.events()]
+    assert messages == ["first", f"cut off {len(torn)} bytes of a line that was never finished", "next"]
+    assert [e.seq for e in run.events()] == [1, 2, 3]
+
+
+def test_a_line_that_lacks_only_its_newline_is_kept(run: RunDirectory) -> None:
+    run.append("note", "first")
+    run.append("note", "second")
+    run.journal_path.write_bytes(run.journal_path.read_bytes()[:-1])
+    run.append("note", "third")
+    assert [(e.seq, e.message) for e in run.events()] == [(1, "first"), (2, "second"), (3, "third")]
+
+
+def test_seq_goes_on_behind_lines_longer_than_the_tail_that_is_read(run: RunDirectory) -> None:
+    run.append("note", "x" * 300_000)
+    run.append("note", "y" * 70_000)
+    assert run.append("note", "z").seq == 3
+    run.journal_path.write_bytes(run.journal_path.read_bytes() + b'{"torn' + b"t" * 200_000)
+    assert run.append("note", "after").seq == 5
+    assert [e.seq for e in run.events()] == [1, 2, 3, 4, 5]
+
+
+def test_a_full_disk_raises_and_leaves_no_half_line(run: RunDirectory) -> None:
+    run.append("note", "before")
+    before = run.journal_path.read_bytes()
+    with file_size_limit(len(before) + 40), pytest.raises(OSError):
+        run.append("note", "x" * 200)
+    assert run.journal_path.read_bytes() == before
+    assert run.append("note", "after").seq == 2
+
+
+WRITER = """
+import sys
+from guardrail.rundir import RunDirectory
+run = RunDirectory.open(sys.argv[1])
+for n in range(int(sys.argv[2])):
+    run.append("note", "x" * (n * 37 % 500), who=sys.argv[3], n=n)
+    if n == 3:
+        print("going", flush=True)
+"""
+
+
+def writer(run: RunDirectory, count: int, who: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", WRITER, str(run.path), str(count), who], stdout=subprocess.PIPE)
+
+
+def test_writers_at_once_number_their_events_without_gap_or_repeat(run: RunDirectory) -> None:
+    processes = [writer(run, 40, str(n)) for n in range(3)]
+    threads = [threading.Thread(target=lambda: [run.append("note", who="t") for _ in range(20)]) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for process in processes:
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+    events = run.events()
+    assert [e.seq for e in events] == list(range(1, 161))
+    for who in "012":
+        assert [e.data["n"] for e in events if e.data["who"] == who] == list(range(40))
+
+
+def test_a_killed_writer_leaves_a_journal_that_goes_on(run: RunDirectory) -> None:
+    for trial in range(4):
+        process = writer(run, 100_000, str(trial))
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(0.013 * trial)
+        process.kill()
+        process.communicate()
+        run.append("note", "after")
+    events = run.events()
+    assert [e.seq for e in events] == list(range(1, len(events) + 1))
+    assert sum(e.message == "after" for e in events) == 4 and len(events) >= 20
+
+
+def test_the_journal_does_not_follow_a_link(run: RunDirectory, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.write_text("precious")
+    run.journal_path.symlink_to(target)
+    with pytest.raises(OSError):
+        run.append("note")
+    assert target.read_text() == "precious"
+
+
+# -- metrics
+
+
+def test_rows_come_back_by_name(run: RunDirectory) -> None:
+    assert len(run.metrics()) == 0 and run.metrics().columns == METRIC_COLUMNS
+    assert run.metrics().current().tolist() == []
+    with run.metrics_writer() as writer:
+        writer.append(row(1, loss=math.nan, unknown=4.0))
+        writer.append(row(2, loss=math.inf))
+        view = run.metrics()
+        assert view.array.shape == (2, len(METRIC_COLUMNS)) and view.array.dtype == "<f8"
+        writer.append(row(3))
+        assert len(view) == 2 and len(run.metrics()) == 3 == writer.rows
+    assert view.column("step").tolist() == [1, 2]
+    assert math.isnan(view.column("loss")[0]) and view.column("loss")[1] == math.inf
+    assert np.isnan(view.column("lr")).all() and np.isnan(view.column("not-there")).all()
+    picked = run.metrics(["loss", "step"])
+    assert picked.columns == ("loss", "step") and picked.array[:, 1].tolist() == [1, 2, 3]
+    assert picked.current().tolist() == [True] * 3
+
+
+def test_a_torn_row_is_not_read_and_cut_at_the_next_open(run: RunDirectory) -> None:
+    with run.metrics_writer() as writer:
+        writer.append(row(1))
+        writer.append(row(2))
+    data = run.metrics_path.read_bytes()
+    run.metrics_path.write_bytes(data[:-5])
+    assert run.metrics().column("step").tolist() == [1]
+    with run.metrics_writer() as writer:
+        writer.append(row(2, loss=7.0))
+    assert run.metrics().column("step").tolist() == [1, 2] and run.metrics().column("loss")[1] == 7.0
+
+
+def test_a_full_disk_raises_and_the_next_row_starts_clean(run: RunDirectory) -> None:
+    with run.metrics_writer() as writer:
+        writer.append(row(1))
+        size = run.metrics_path.stat().st_size
+        with file_size_limit(size + 30), pytest.raises(OSError):
+            writer.append(row(2))
+        assert run.metrics_path.stat().st_size == size
+        with file_size_limit(size), pytest.raises(OSError):
+            writer.append(row(3))
+        writer.append(row(4))
+    assert run.metrics().column("step").tolist() == [1, 4]
+
+
+def test_a_newer_file_keeps_its_own_columns(run: RunDirectory) -> None:
+    columns = ["step", "timeline", "temperature", "loss"]
+    (run.path / "metrics.json").write_text(json.dumps({"version": 9, "columns": columns, "unit": {"loss": "nat"}}))
+    with run.metrics_writer() as writer:
+        writer.append({"step": 1, "timeline": 0, "loss": 2.0, "lr": 0.1})
+    view = run.metrics()
+    assert view.columns == tuple(columns) and view.column("loss").tolist() == [2.0]
+    (run.path / "metrics.json").write_text("{")
+    with pytest.raises(RunDirectoryError, match="columns"):
+        run.metrics()
+
+
+def test_a_million_rows_are_mapped_not_read(run: RunDirectory) -> None:
+    with run.metrics_writer() as writer:
+        writer.append(row(1))
+    rows = 1_000_000
+    with run.metrics_path.open("r+b") as file:
+        file.truncate(rows * 8 * len(METRIC_COLUMNS))
+    view = run.metrics()
+    assert isinstance(view.array, np.memmap) and len(view) == rows
+    assert view.current().sum() == 1, "the zeros that a power failure leaves are no steps"
+
+
+def write_rows(run: RunDirectory, *rows: tuple[int, int]) -> None:
+    with run.metrics_writer() as writer:
+        for step, timeline in rows:
+            writer.append(row(step, timeline))
+
+
+def present(run: RunDirectory) -> list[tuple[int, int]]:
+    view = run.metrics()
+    mask = view.current()
+    return list(zip(view.column("step")[mask].tolist(), view.column("timeline")[mask].tolist(), strict=True))
+
+
+def test_the_present_leaves_out_what_a_rollback_abandoned(run: RunDirectory) -> None:
+    write_rows(run, *[(s, 0) for s in range(1, 8)])
+    run.append("rollback", step=7, timeline=0, to_step=4, new_timeline=1)
+    assert present(run) == [(s, 0) for s in (1, 2, 3, 4)], "the journal says so before a row does"
+    write_rows(run, (5, 1), (6, 1))
+    run.append("restarted", step=2, timeline=2)
+    write_rows(run, (3, 2), (4, 2), (4, 2))
+    assert present(run) == [(1, 0), (2, 0), (3, 2), (4, 2), (4, 2)]
+    assert len(run.metrics()) == 12, "abandoned timelines stay readable"
+
+
+def test_rows_alone_tell_the_present_when_the_journal_was_lost(run: RunDirectory) -> None:
+    write_rows(run, (1, 0), (2, 0), (3, 0), (2, 1), (3, 1), (2, 2))
+    assert present(run) == [(1, 0), (2, 2)]
+
+
+def test_the_mask_equals_its_definition() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        timelines = np.sort(generator.integers(0, 6, 40)).astype(float)
+        steps = generator.integers(1, 30, 40).astype(float)
+        known = Timelines()
+        for timeline in generator.permutation(6)[:4].tolist():
+            known.begin(timeline, int(generator.integers(0, 30)))
+        expected = [
+            all(step <= begin for other, begin in known.begins.items() if other > timeline)
+            for step, timeline in zip(steps, timelines, strict=True)
+        ]
+        assert known.current(steps, timelines).tolist() == expected
+
+
+# -- status and ranks
+
+
+def test_status_survives_odd_numbers_and_a_newer_version(run: RunDirectory) -> None:
+    assert run.read_status() is None
+    status = Status(run="demo", phase=Phase.STEP, step=3, eta_seconds=math.inf, mode=Mode.ASK, versions={"torch": "2"})
+    run.write_status(status)
+    assert run.read_status() == status
+    raw = json.loads((run.path / "status.json").read_text())
+    (run.path / "status.json").write_text(json.dumps({**raw, "colour": {"a": 1}}))
+    assert run.read_status() == status
+    (run.path / "status.json").write_text(json.dumps({**raw, "phase": "dreaming"}))
+    assert run.read_status() is None
+    (run.path / "status.json").write_text('{"run": ')
+    assert run.read_status() is None
+
+
+def test_a_failed_replacement_keeps_the_old_status_and_no_rubbish(run: RunDirectory) -> None:
+    run.write_status(Status(run="demo", phase=Phase.STEP))
+    names = sorted(os.listdir(run.path))
+    with file_size_limit(10), pytest.raises(OSError):
+        run.write_status(Status(run="demo", phase=Phase.FAILED))
+    assert sorted(os.listdir(run.path)) == names
+    status = run.read_status()
+    assert status is not None and status.phase is Phase.STEP
+
+
+def test_ranks_are_read_in_order(run: RunDirectory) -> None:
+    for rank in (10, 2, 0):
+        run.write_rank(RankStatus(rank=rank, pid=rank, host="h", phase=Phase.SETUP))
+    (run.path / "ranks" / "rank-00005.json").write_text("half")
+    assert [status.rank for status in run.read_ranks()] == [0, 2, 10]
+    run.remove_ranks()
+    assert run.read_ranks() == []
+
+
+# -- the lock
+
+
+LOCKER = """
+import os, sys, time
+from guardrail.rundir import RunDirectory
+RunDirectory.open(sys.argv[1]).lock("rank 0")
+if len(sys.argv) > 2 and os.fork() == 0:  # a worker that outlives the trainer
+    time.sleep(30)
+    os._exit(0)
+print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+
+
+def test_one_trainer_a_run_and_the_other_is_told_who(run: RunDirectory) -> None:
+    assert run.lock_holder() is None
+    with subprocess.Popen([sys.executable, "-c", LOCKER, str(run.path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        holder = run.lock_holder()
+        assert holder is not None and holder.pid == pid
+        with pytest.raises(RunDirectoryError, match=f"already running.*rank 0, process {pid}"):
+            run.lock("second")
+        process.kill()
+    assert run.lock_holder() is None
+    with run.lock("second"):
+        assert run.lock_holder() is not None
+        assert run.lock_holder() is not None, "asking does not take the lock away"
+    assert run.lock_holder() is None
+
+
+def test_a_forked_worker_does_not_keep_the_lock(run: RunDirectory) -> None:
+    command = [sys.executable, "-c", LOCKER, str(run.path), "fork"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert run.lock_holder() is not None
+        process.kill()
+        process.wait()
+        try:
+            assert run.lock_holder() is None
+            run.lock("next").release()
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+# -- commands
+
+
+def test_commands_arrive_oldest_first_and_leave_when_answered(run: RunDirectory) -> None:
+    sent = [
+        Command(id="a", kind=CommandKind.PAUSE, who="me", time=5.0),
+        Command(id="b", kind=CommandKind.ROLLBACK, value=math.nan),
+        Command(id="c", kind=CommandKind.LR, value=0.5, at_step=9),
+    ]
+    for command in sent:
+        run.send(command)
+    pending = run.commands_pending()
+    assert [c.id for c in pending] == ["a", "b", "c"]
+    assert pending[0] == sent[0] and pending[2] == sent[2] and math.isnan(pending[1].value)
+    run.answer(pending[0], applied=True, step=4, timeline=1)
+    run.command_done("b")
+    assert [c.id for c in RunDirectory.open(run.path).commands_pending()] == ["c"]
+    answer = run.events()[0]
+    assert (answer.kind, answer.step, answer.data["id"], answer.data["effect"]) == ("command", 4, "a", "applied")
+    run.command_done("never sent")
+    assert len(os.listdir(run.commands)) == 1
+
+
+def test_an_answered_command_is_not_obeyed_again_after_a_crash(run: RunDirectory) -> None:
+    run.send(Command(id="once", kind=CommandKind.ROLLBACK, value=3))
+    run.append("command", id="once", effect="applied")  # and dies before it can remove the file
+    assert RunDirectory.open(run.path).commands_pending() == []
+    assert os.listdir(run.commands) == []
+
+
+BAD_COMMANDS = {
+    "empty": (b"", "not JSON"),
+    "half": (b'{"kind": "pau', "not JSON"),
+    "binary": (b"\xff\x00\x1b[2J", "not JSON"),
+    "deep": (b"[" * 30_000, "not JSON"),
+    "list": (b'["pause"]', "not a JSON object"),
+    "kind": (b'{"kind": "explode"}', "none of pause, resume"),
+    "no-kind": (b'{"value": 1}', "none of pause"),
+    "kind-type": (b'{"kind": ["pause"]}', "none of pause"),
+    "value-type": (b'{"kind": "lr", "value": "much"}', "does not fit"),
+    "value-huge": (b'{"kind": "skip", "value": 1e999}', "skip takes|not JSON"),
+    "step-type": (b'{"kind": "pause", "at_step": "soon"}', "does not fit"),
+    "step-huge": (b'{"kind": "pause", "at_step": 99999999999999999999999999}', "does not fit|at_step"),
+    "lr-zero": (b'{"kind": "lr", "value": 0}', "factor in"),
+    "lr-nan": (b'{"kind": "lr", "value": "nan"}', "factor in"),
+    "alpha": (b'{"kind": "embed-alpha", "value": 1.5}', "factor in"),
+    "skip": (b'{"kind": "skip", "value": 2.5}', "batches"),
+    "rollback": (b'{"kind": "rollback", "value": -3}', "takes a step"),
+    "policy": (b'{"kind": "policy", "value": 7}', "from 0 to 3"),
+    "answer": (b'{"kind": "answer", "value": 3}', "from 0 to 2"),
+    "pause": (b'{"kind": "pause", "value": 5}', "takes no value"),
+    "id": (b'{"kind": "pause", "id": "../../etc"}', "the id must"),
+    "large": (b" " * 70_000, "more than"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_COMMANDS)
+def test_bad_commands_are_refused_with_a_reason(run: RunDirectory, name: str) -> None:
+    content, reason = BAD_COMMANDS[name]
+    (run.commands / f"{name}.json").write_bytes(content)
+    run.send(Command(id="good", kind=CommandKind.PAUSE))
+    assert [c.id for c in run.commands_pending()] == ["good"]
+    (refusal,) = run.commands_refused()
+    assert msgspec.json.encode(reason) and any(part in refusal.reason for part in reason.split("|")), refusal.reason
+    assert refusal.id == name and refusal.reason.isprintable()
+    run.answer(refusal, applied=False, step=3)
+    assert run.commands_refused() == [] and [c.id for c in run.commands_pending()] == ["good"]
+    answer = run.events()[-1]
+    assert answer.data["effect"] == "refused" and answer.data["reason"] == refusal.reason and answer.data["id"] == name
+
+
+def test_a_rollback_without_a_value_means_the_newest_good_state(run: RunDirectory) -> None:
+    (run.commands / "by-hand.json").write_text('{"kind": "rollback", "new": true}')
+    (run.commands / "null.json").write_text('{"kind": "rollback", "value": null}')
+    pending = run.commands_pending()
+    assert sorted(c.id for c in pending) == ["by-hand", "null"] and all(math.isnan(c.value) for c in pending)
+
+
+def test_links_pipes_and_folders_in_the_inbox_are_refused_and_removed(run: RunDirectory, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.json"
+    secret.write_text('{"kind": "stop"}')
+    (run.commands / "link.json").symlink_to(secret)
+    (run.commands / "dangling.json").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(run.commands / "pipe.json")
+    (run.commands / "folder.json").mkdir()
+    (run.commands / "full.json").mkdir()
+    (run.commands / "full.json" / "x").touch()
+    (run.commands / ".tmp-half-written").write_text("{")
+    assert run.commands_pending() == []
+    refused = run.commands_refused()
+    assert sorted(r.id for r in refused) == ["dangling", "folder", "full", "link", "pipe"]
+    assert {r.reason for r in refused} == {"it is not a regular file"}
+    for refusal in refused:
+        run.command_done(refusal.id)
+    assert secret.exists() and run.commands_refused() == []
+    assert sorted(os.listdir(run.commands)) == [".tmp-half-written", "full.json"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to give a file to somebody else")
+def test_a_command_of_somebody_else_is_refused(run: RunDirectory) -> None:
+    run.send(Command(id="theirs", kind=CommandKind.STOP))
+    (file,) = run.commands.iterdir()
+    os.chown(file, 12345, 12345)
+    assert run.commands_pending() == []
+    assert "belongs to user 12345" in run.commands_refused()[0].reason
+
+
+def test_only_the_owner_of_the_run_counts(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.send(Command(id="mine", kind=CommandKind.STOP))
+    run.inbox.owner += 1
+    assert run.commands_pending() == [] and "belongs to user" in run.commands_refused()[0].reason
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(RunDirectoryError, match="not your run"):
+        run.send(Command(id="other", kind=CommandKind.STOP))
+
+
+def test_an_inbox_that_is_not_there_is_empty(run: RunDirectory) -> None:
+    run.commands.rmdir()
+    assert run.commands_pending() == [] and run.commands_refused() == []
+    run.send(Command(id="a", kind=CommandKind.PAUSE))
+    assert len(run.commands_pending()) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        (CommandKind.PAUSE, [0.0], [1.0, math.nan, math.inf]),
+        (CommandKind.RESUME, [0.0], [-1.0]),
+        (CommandKind.CHECKPOINT, [0.0], [2.0]),
+        (CommandKind.STOP, [0.0], [2.0]),
+        (CommandKind.ROLLBACK, [0.0, 17.0, math.nan], [-1.0, 0.5, math.inf, -math.inf, 1e300]),
+        (CommandKind.SKIP, [1.0, 500.0], [0.0, -1.0, 1.5, math.nan, math.inf, 1e9]),
+        (CommandKind.LR, [0.5, 1.0, 1e-9], [0.0, -0.1, math.nan, math.inf, 101.0]),
+        (CommandKind.EMBED_ALPHA, [0.1, 1.0], [0.0, 1.1, -0.1, math.nan]),
+        (CommandKind.POLICY, [0.0, 3.0], [4.0, -1.0, 0.5, math.nan]),
+        (CommandKind.ANSWER, [0.0, 1.0, 2.0], [3.0, -1.0, math.nan, math.inf]),
+    ],
+)
+def test_each_command_has_its_range(kind: CommandKind, good: list[float], bad: list[float]) -> None:
+    for value in good:
+        assert check_command(Command(id="x", kind=kind, value=value)) is None
+    for value in bad:
+        assert check_command(Command(id="x", kind=kind, value=value)), value
+
+
+def test_a_command_that_can_never_be_obeyed_is_not_even_sent(run: RunDirectory) -> None:
+    for command in (
+        Command(id="a", kind=CommandKind.LR, value=-1),
+        Command(id="a/b", kind=CommandKind.PAUSE),
+        Command(id="a", kind=CommandKind.PAUSE, at_step=-1),
+        Command(id="a", kind=CommandKind.PAUSE, time=math.nan),
+    ):
+        with pytest.raises(RunDirectoryError):
+            run.send(command)
+    assert os.listdir(run.commands) == []
+
+
+# -- screens, and what an import costs
+
+
+def test_screens_count_while_they_are_seen(run: RunDirectory) -> None:
+    assert run.screens() == 0
+    run.screen_seen()
+    (other := run.path / "screens" / "elsewhere-77").touch()
+    assert run.screens() == 2
+    os.utime(other, (time.time() - 60, time.time() - 60))
+    assert run.screens() == 1
+    run.screen_gone()
+    assert run.screens() == 0
+
+
+def test_importing_the_run_directory_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, guardrail.rundir\n"
+        "heavy = {'numpy', 'torch', 'textual', 'tensorboard', 'rich', 'watchdog', 'psutil'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
