@@ -1,0 +1,8 @@
+"""`python -m guardrail` is the `guardrail` command."""
+
+import sys
+
+from guardrail.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""The `guardrail` command. Subcommands are imported when they are used, and their bodies import what they run."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from guardrail.errors import ExitCode, GuardrailError
+
+# name -> what the list of `guardrail --help` says, so that it needs no import. The command stands in
+# guardrail/commands/NAME.py under the name `command`.
+COMMANDS = {
+    "launch": "Start a training run and watch it.",
+    "attach": "Watch a run, running or ended.",
+    "runs": "List the runs.",
+    "ctl": "Send a command to a run and wait for its answer.",
+    "report": "Say what happened in a run.",
+    "verify": "Check the hashes of a checkpoint.",
+    "doctor": "Say what this machine can do, and what of a configuration it cannot.",
+}
+
+
+class LazyGroup(click.Group):
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"guardrail.commands.{name}").command
+        return command
+
+    def resolve_command(
+        self, context: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            import difflib
+
+            close = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"commands: {', '.join(COMMANDS)}"
+            raise click.UsageError(f"no such command: {args[0]}\n  hint: {hint}", context)
+        return super().resolve_command(context, args)
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="guardrail", message="%(version)s")
+def guardrail() -> None:
+    """Seat belt and flight recorder of a language-model training run.
+
+    \b
+    guardrail launch configs/quickstart.toml     start a run and watch it
+    guardrail attach                             come back to the newest run
+
+    Exit codes: 0 finished, 2 bad usage or configuration, 3 halted by the guard, 4 the training processes failed,
+    5 a check did not hold, 130 interrupted.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the one place that turns an error into a message on stderr and an exit code."""
+    try:
+        result = guardrail.main(args=arguments, prog_name="guardrail", standalone_mode=False)
+        return int(result) if isinstance(result, int) else ExitCode.FINISHED
+    except GuardrailError as error:
+        print(f"guardrail: {error}", file=sys.stderr)
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return ExitCode.USAGE
+    except (KeyboardInterrupt, click.Abort):
+        return ExitCode.INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone (`guardrail runs | head`); the interpreter flushes once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.FINISHED

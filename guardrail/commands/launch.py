@@ -1,0 +1,53 @@
+"""guardrail launch: check, create the run directory, start the supervisor, then watch."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command(short_help="Start a training run and watch it.")
+@click.argument("config", required=False, metavar="CONFIG.toml")
+@click.option("--headless", is_flag=True, help="Print lines instead of the screen; the default without a terminal.")
+@click.option("--detach", is_flag=True, help="Return as soon as the run lives.")
+@click.option("--run-dir", metavar="DIR", help="Use this folder as the run directory instead of ROOT/NAME/DATE-NN.")
+@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a setting; repeatable.")
+@click.option("--resume", metavar="RUN", help="Go on with a run that has ended in any way, with its own configuration.")
+@click.option("--read-only", is_flag=True, help="The screen sends no commands.")
+def command(
+    config: str | None,
+    headless: bool,
+    detach: bool,
+    run_dir: str | None,
+    overrides: tuple[str, ...],
+    resume: str | None,
+    read_only: bool,
+) -> int:
+    """Start a training run and watch it.
+
+    Prints the run directory on stdout. The run lives in its own session: closing the terminal, leaving the screen
+    or Ctrl-C do not touch it; `guardrail ctl RUN stop` ends it.
+    """
+    import sys
+
+    from guardrail import launching
+
+    if (config is None) == (resume is None):
+        raise click.UsageError("give either CONFIG.toml or --resume RUN")
+    if resume is not None:
+        if run_dir is not None:
+            raise click.UsageError("--run-dir does not go with --resume: the run has its directory")
+        run = launching.prepare_resume(resume, overrides)
+        if run is None:
+            return 0
+    else:
+        assert config is not None
+        run = launching.prepare(config, overrides, run_dir)
+    supervisor = launching.start(run)
+    print(run.path, flush=True)
+    if detach:
+        return 0
+    if headless or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        from guardrail.headless import follow
+
+        return follow(run, supervisor)
+    return launching.show(run, read_only=read_only, supervisor=supervisor)

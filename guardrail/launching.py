@@ -1,0 +1,219 @@
+"""Between `guardrail launch` and the first step: checks, the run directory, the supervisor; and the way back."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from guardrail import config, processes
+from guardrail.config import Settings
+from guardrail.errors import ConfigError, ExitCode, RunDirectoryError, WorkersFailed
+from guardrail.records import Phase, Status
+from guardrail.rundir import RunDirectory, find_run
+from guardrail.text import clean
+
+START_SECONDS = 30.0  # for the supervisor's first word; it needs 0.2 on an idle machine
+FRESH_SECONDS = 30.0  # a heartbeat younger than this, from another host, means that the run is alive
+
+# Settings that a resumed run may change: how it is run, not what it computes.
+CHANGEABLE = (
+    *("launch.", "guard.", "snapshots.", "checkpoint.", "tensorboard."),
+    *("train.steps", "train.epochs", "train.eval_every", "train.eval_batches"),
+)
+
+
+def prepare(path: str, overrides: tuple[str, ...], run_dir: str | None) -> RunDirectory:
+    """Load and check a configuration, check the machine, make the run directory. Raises ConfigError and its kin."""
+    from guardrail import preflight
+
+    settings = load(config.parse(Path(path)), file=path, overrides=overrides)
+    for warning in preflight.check(settings, file=path):
+        print(f"guardrail: {warning}", file=sys.stderr)
+    text = config.dump(settings)
+    if run_dir is None:
+        return RunDirectory.create(settings.run.root, settings.run.name, text)
+    return _create_at(Path(run_dir).absolute(), text, node_rank=settings.launch.node_rank)
+
+
+def load(tree: dict[str, Any], *, file: str, overrides: tuple[str, ...] = ()) -> Settings:
+    """`config.build`, with the current folder as the last place where the trainer's package may lie."""
+    package = tree.get("launch", {}).get("trainer", "trainer")
+    for override in overrides:
+        if override.partition("=")[0].strip() == "launch.trainer":
+            package = override.partition("=")[2].strip().strip("\"'")
+    if isinstance(package, str) and package.isidentifier() and importlib.util.find_spec(package) is None:
+        sys.path.append(os.getcwd())
+    return config.build(tree, file=file, overrides=overrides, base=Path.cwd())
+
+
+def _create_at(path: Path, text: str, *, node_rank: int) -> RunDirectory:
+    """A run directory at exactly this place. The other nodes of a run join the one that the first has made."""
+    if node_rank:
+        deadline = time.monotonic() + START_SECONDS
+        while not (path / "config.toml").exists():
+            if time.monotonic() > deadline:
+                raise RunDirectoryError(f"{path}: the first node (launch.node_rank = 0) has not made this run")
+            time.sleep(0.2)
+        return RunDirectory.open(path)
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if any(path.iterdir()):
+            hint = "guardrail launch --resume goes on with a run" if (path / "config.toml").exists() else "not empty"
+            raise RunDirectoryError(f"{path}: exists already\n  hint: {hint}")
+        run = RunDirectory(path)
+        for folder in (run.checkpoints, run.commands, run.logs, run.tensorboard):
+            folder.mkdir(mode=0o700)
+        run.write_config(text)
+    except OSError as error:
+        raise RunDirectoryError(f"cannot make a run directory at {path}: {error.strerror}") from error
+    return run
+
+
+# -- going on with a run
+
+
+def prepare_resume(spec: str, overrides: tuple[str, ...]) -> RunDirectory | None:
+    """Make an ended run ready to go on; None if it has nothing left to do.
+
+    Ranks that outlived their supervisor are asked to save and stop first.
+
+    Raises:
+        RunDirectoryError: no such run, or it is alive.
+        ConfigError: an override that would make it another run.
+    """
+    from guardrail import preflight
+
+    run = find_run(spec, "runs")
+    status = run.read_status()
+    refuse_alive(run, status)
+    if status is not None and status.phase is Phase.FINISHED and not overrides:
+        print(f"{run.name} has finished at step {status.step}; nothing is left to do", file=sys.stderr)
+        return None
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if not key.startswith(CHANGEABLE):
+            hint = f"a resumed run may change {', '.join(name.rstrip('.') for name in CHANGEABLE)}"
+            raise ConfigError("a setting that leaves the run the same", file="--set", key=key, hint=hint)
+    file = str(run.path / "config.toml")
+    settings = load(config.parse(Path(file)), file=file, overrides=overrides)
+    for warning in preflight.check(settings, file=file):
+        print(f"guardrail: {warning}", file=sys.stderr)
+    end_orphans(run, settings.launch.stop_seconds)
+    if overrides:
+        run.write_config(config.dump(settings))
+    return run
+
+
+def refuse_alive(run: RunDirectory, status: Status | None) -> None:
+    """RunDirectoryError if a supervisor works on this run, here or on another host."""
+    import socket
+
+    if status is None:
+        return
+    way = f"\n  hint: guardrail attach {run.name}, or guardrail ctl {run.name} stop"
+    if status.host in ("", socket.gethostname()):
+        if processes.supervisor_of(run.path, status.supervisor_pid) is not None:
+            raise RunDirectoryError(f"{run.name} is running (supervisor {status.supervisor_pid} on this machine){way}")
+    elif not status.phase.ended and time.time() - status.heartbeat < FRESH_SECONDS:
+        raise RunDirectoryError(f"{run.name} is running on {clean(status.host, 80)}{way}")
+
+
+def end_orphans(run: RunDirectory, seconds: float) -> None:
+    """Processes of the run whose supervisor is dead: save and stop, then kill."""
+    orphans = processes.processes_of(run.path)
+    if not orphans:
+        return
+    print(f"{len(orphans)} processes of {run.name} outlived their supervisor; they save and stop", file=sys.stderr)
+    pids = {process.pid for process in orphans}
+    ranks = [report for report in run.read_ranks() if report.pid in pids]
+    agents = [process for process in orphans if "torch.distributed.run" in _arguments(process)]
+    processes.kill(agents)  # first, so that they do not start the ranks again
+    by_pid = {process.pid: process for process in orphans}
+    for report in ranks:
+        processes.tell(by_pid[report.pid], signal.SIGUSR1)
+    deadline = time.monotonic() + (seconds if ranks else 0.0)
+    while time.monotonic() < deadline and any(processes.alive(by_pid[report.pid]) for report in ranks):
+        time.sleep(0.1)
+    stuck = processes.kill(processes.processes_of(run.path))
+    if stuck:
+        raise RunDirectoryError(f"{run.name}: processes {[process.pid for process in stuck]} cannot be ended")
+
+
+def _arguments(process: Any) -> list[str]:
+    with contextlib.suppress(Exception):
+        return list(process.cmdline())
+    return []
+
+
+# -- the supervisor
+
+
+def start(run: RunDirectory) -> subprocess.Popen[bytes]:
+    """Start the supervisor in its own session and wait until it has taken over. Raises WorkersFailed."""
+    variables = dict(os.environ)
+    # Modules that this process finds only because it stands in the current folder; the supervisor stands in /.
+    extra = [path for path in sys.path if path == os.getcwd()]
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, [variables.get("PYTHONPATH", ""), *extra]))
+    if not variables["PYTHONPATH"]:
+        del variables["PYTHONPATH"]
+    log_path = run.logs / "supervisor.log"
+    offset = log_path.stat().st_size if log_path.exists() else 0
+    with log_path.open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", processes.SUPERVISOR_MODULE, str(run.path)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd="/",
+            env=variables,
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        status = run.read_status()
+        if status is not None and status.supervisor_pid == process.pid:
+            return process
+        time.sleep(0.02)
+    if process.poll() is None:
+        return process  # a very slow machine; it lives
+    if (status := run.read_status()) is not None and status.supervisor_pid == process.pid:
+        return process  # it lived, and has ended already
+    words = [clean(line, 500) for line in log_path.read_bytes()[offset:].splitlines()[-12:]]
+    if process.returncode == ExitCode.USAGE:
+        raise RunDirectoryError("\n".join(words))
+    raise WorkersFailed("the supervisor did not start:\n" + "\n".join(words))
+
+
+def exit_code_of(run: RunDirectory, supervisor: subprocess.Popen[bytes]) -> int | None:
+    """The run's exit code once its supervisor has ended, else None."""
+    code = supervisor.poll()
+    if code is None or code >= 0:
+        return code
+    return ExitCode.WORKERS_FAILED  # the supervisor itself was killed
+
+
+def show(run: RunDirectory, *, read_only: bool, supervisor: subprocess.Popen[bytes]) -> int:
+    """The screen; then the run's exit code, or how to come back to a run that goes on."""
+    from guardrail.tui.app import run_screen
+
+    run_screen(run.path, read_only=read_only)
+    deadline = time.monotonic() + 2.0  # a run that the screen saw end is about to have its exit code
+    status = run.read_status()
+    while status is not None and status.phase.ended and time.monotonic() < deadline and supervisor.poll() is None:
+        time.sleep(0.05)
+    code = exit_code_of(run, supervisor)
+    if code is None:
+        print(f"training goes on\n{way_back(run)}", file=sys.stderr)
+        return ExitCode.FINISHED
+    return code
+
+
+def way_back(run: RunDirectory) -> str:
+    return f"  guardrail attach {run.path}\n  guardrail ctl {run.path} stop"

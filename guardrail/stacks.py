@@ -1,0 +1,89 @@
+"""Where a rank stands: the stacks of its threads, before it is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+
+from guardrail import processes
+from guardrail.records import RankStatus
+
+FAULTHANDLER_SECONDS = 2.0  # a process that can run at all has written its stacks by then
+PY_SPY_SECONDS = 15.0
+_TOP_FRAME = re.compile(
+    r'(?:Current thread|Thread) 0x[0-9a-f]+.*\(most recent call first\):\n  File "([^"]+)", line (\d+)'
+)
+
+
+def capture(logs: Path, ranks: Mapping[int, RankStatus | None], culprit: int) -> tuple[list[Path], str]:
+    """Append the stacks of all local ranks to logs/rank-N.stacks.
+
+    SIGUSR2 makes faulthandler write them (see guardrail.signals); a process that is stopped or lives in C++ only
+    does not answer, so py-spy reads the culprit from outside where it is installed and allowed.
+
+    Returns:
+        The files that were written, and ", in FILE:LINE" of the culprit's main thread if it could be read.
+    """
+    before: dict[Path, int] = {}
+    for pid, report in ranks.items():
+        if report is not None:
+            file = logs / f"rank-{report.rank}.stacks"
+            before[file] = _size(file)
+            with contextlib.suppress(psutil.Error):
+                processes.tell(psutil.Process(pid), signal.SIGUSR2)
+    deadline = time.monotonic() + FAULTHANDLER_SECONDS
+    while time.monotonic() < deadline and any(_size(file) == size for file, size in before.items()):
+        time.sleep(0.05)
+    time.sleep(0.1)  # the last lines of a dump that has just begun
+
+    report = ranks.get(culprit)
+    culprit_file = logs / (f"rank-{report.rank}.stacks" if report else f"process-{culprit}.stacks")
+    size = before.setdefault(culprit_file, _size(culprit_file))
+    where = _top_frame(culprit_file, size)
+    if not where:
+        _py_spy(culprit, culprit_file)
+    return [file for file, size in before.items() if _size(file) > size], where
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
+
+
+def _top_frame(file: Path, offset: int) -> str:
+    """The innermost frame of the main thread, which faulthandler writes last."""
+    try:
+        text = file.read_bytes()[offset:].decode("utf-8", "replace")
+    except OSError:
+        return ""
+    frames = _TOP_FRAME.findall(text)
+    return f", in {Path(frames[-1][0]).name}:{frames[-1][1]}" if frames else ""
+
+
+def _py_spy(pid: int, file: Path) -> None:
+    beside = Path(sys.executable).with_name("py-spy")
+    program = str(beside) if beside.exists() else shutil.which("py-spy")
+    if program is None:
+        return
+    with contextlib.suppress(OSError, subprocess.SubprocessError), file.open("ab") as output:
+        output.write(f"py-spy dump --pid {pid}\n".encode())
+        output.flush()
+        subprocess.run(
+            [program, "dump", "--nonblocking", "--pid", str(pid)],
+            stdout=output,
+            stderr=output,
+            stdin=subprocess.DEVNULL,
+            timeout=PY_SPY_SECONDS,
+            check=False,
+        )
