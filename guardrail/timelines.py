@@ -42,13 +42,19 @@ class Timelines:
                 if isinstance(timeline, int):
                     self.begin(timeline, event.step)
 
-    def add_rows(self, steps: np.ndarray, timelines: np.ndarray) -> None:
-        """Learn from metric rows in file order: the first row of a timeline is the step after its beginning."""
+    def add_rows(self, steps: np.ndarray, timelines: np.ndarray, *, from_start: bool = True) -> None:
+        """Learn from metric rows in file order: the first row of a timeline is the step after its beginning.
+
+        Args:
+            steps, timelines: columns of the rows.
+            from_start: the first row given is the first of the file; else it only tells which timeline went before.
+        """
         import numpy as np
 
         if not len(steps):
             return
-        firsts = np.concatenate(([0], np.flatnonzero(np.diff(timelines) > 0) + 1))
+        firsts = np.flatnonzero(np.diff(timelines) > 0) + 1
+        firsts = np.concatenate(([0], firsts)) if from_start else firsts
         for at in firsts.tolist():
             if steps[at] >= 1 and timelines[at] >= 1:
                 self.begin(int(timelines[at]), int(steps[at]) - 1)

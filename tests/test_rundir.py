@@ -646,7 +646,7 @@ def test_screens_count_while_they_are_seen(run: RunDirectory) -> None:
 
 def test_importing_the_run_directory_loads_nothing_heavy() -> None:
     code = (
-        "import sys, guardrail.rundir\n"
+        "import sys, guardrail.rundir, guardrail.follow, guardrail.heartbeat\n"
         "heavy = {'numpy', 'torch', 'textual', 'tensorboard', 'rich', 'watchdog', 'psutil'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

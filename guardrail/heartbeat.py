@@ -1,0 +1,166 @@
+"""A thread that says once a second that this rank lives, where it is, and whether its main thread gets ahead.
+
+The training loop only assigns attributes. A disk that is full or gone costs a heartbeat, never a step.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from guardrail.records import Phase, RankStatus, Status
+from guardrail.rundir import RunDirectory
+
+
+class Heartbeat:
+    """Writes ranks/rank-N.json, and on rank 0 status.json as well.
+
+    Args:
+        run: the run directory.
+        rank: of this process in the whole run.
+        status: called by the thread for status.json, on rank 0. Until it is set, the heartbeat tells what it knows
+            itself, on top of what the supervisor wrote: phase and progress of a long set-up.
+        incarnation: which start of the ranks this is; None: as torch elastic counts them.
+        seconds: between two beats.
+
+    Attributes:
+        step_seconds: duration of the last step, set by the loop.
+        failures, error: beats that could not be written, and why the last one could not.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        rank: int,
+        *,
+        status: Callable[[], Status] | None = None,
+        incarnation: int | None = None,
+        seconds: float = 1.0,
+    ) -> None:
+        self.status = status
+        self.phase = Phase.SETUP
+        self.step = 0
+        self.progress = 0
+        self.progress_time = time.time()
+        self.step_seconds = 0.0
+        self.failures = 0
+        self.error = ""
+        self._run, self._rank, self._seconds = run, rank, seconds
+        count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+        self._incarnation = incarnation if incarnation is not None else int(count) if count.isdigit() else 0
+        self._text = ""
+        self._host = socket.gethostname()
+        self._base: Status | None = None
+        self._wake, self._ended = threading.Event(), threading.Event()
+        self._writing = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> Heartbeat:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._beat, name="guardrail-heartbeat", daemon=True)
+            self._thread.start()
+        return self
+
+    def at(self, phase: Phase, step: int | None = None) -> None:
+        """The main thread is in `phase`, working on `step`; counts as progress. A new phase is written at once."""
+        if step is not None:
+            self.step = step
+        self.tick()
+        if phase is not self.phase:
+            self.phase = phase
+            self._text = ""
+            self._wake.set()
+
+    def tick(self) -> None:
+        """The main thread got ahead."""
+        self.progress += 1
+        self.progress_time = time.time()
+
+    def say(self, text: str) -> None:
+        """How far a long phase is, for status.json: "tokenizing 43 %". Counts as progress; gone with the phase."""
+        self._text = text
+        self.tick()
+
+    def stop(self) -> None:
+        """End the thread and write the last state. May be called again; never raises."""
+        self._ended.set()
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(timeout=10)
+        self._write()
+
+    def _beat(self) -> None:
+        while not self._ended.is_set():
+            self._write()
+            self._wake.wait(self._seconds)
+            self._wake.clear()
+
+    def _write(self) -> None:
+        # Whatever goes wrong here, from a full disk to a status that cannot be told in the middle of a rollback,
+        # is counted and tried again a second later: this thread must not die before its process.
+        with self._writing:
+            try:
+                self._write_rank()
+                if self._rank == 0:
+                    self._run.write_status(self._status())
+            except Exception as error:
+                self.failures += 1
+                self.error = f"{type(error).__name__}: {error}"
+
+    def _write_rank(self) -> None:
+        self._run.write_rank(
+            RankStatus(
+                rank=self._rank,
+                pid=os.getpid(),
+                host=self._host,
+                phase=self.phase,
+                step=self.step,
+                progress=self.progress,
+                progress_time=self.progress_time,
+                heartbeat=time.time(),
+                step_seconds=self.step_seconds,
+                memory_bytes=resident_bytes(),
+                incarnation=self._incarnation,
+            )
+        )
+
+    def _status(self) -> Status:
+        """The loop's own status; what only the supervisor knows is kept from the file."""
+        if self._base is None:
+            self._base = self._run.read_status() or Status(run=self._run.name, phase=self.phase)
+        base = self._base
+        own = self.status() if self.status is not None else None
+        known = own or base
+        return msgspec.structs.replace(
+            known,
+            run=known.run or base.run or self._run.name,
+            phase=own.phase if own is not None and own.phase.ended else self.phase,
+            progress=self._text or (own.progress if own is not None else ""),
+            heartbeat=time.time(),
+            started=known.started or base.started,
+            restarts=known.restarts or base.restarts,
+            world=known.world or base.world,
+            versions=known.versions or base.versions,
+            supervisor_pid=known.supervisor_pid or base.supervisor_pid,
+            host=self._host,
+            pid=os.getpid(),
+            exit_code=None,
+        )
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM, without psutil: the page count of Linux, else the peak."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
