@@ -110,7 +110,9 @@ def distribute(model: Decoder, config: Config, accelerator: Accelerator) -> nn.M
     with warnings.catch_warnings():
         # torch 2.13 renames it, and Accelerate knows the old name only. The rotary table is the same everywhere.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-        prepared = cast(nn.Module, accelerator.prepare_model(model))
+        # Under torchrun Accelerate takes a single CPU process for a group of one and wraps it too; this flag leaves
+        # device and autocast, and no DDP.
+        prepared = cast(nn.Module, accelerator.prepare_model(model, evaluation_mode=config.world == 1))
     _settle_buckets(prepared, accelerator.device)
     return prepared
 
@@ -143,16 +145,17 @@ def _settle_buckets(model: nn.Module, device: torch.device) -> None:
 
     DDP reduces the first backward pass in buckets of registration order and every later one in buckets of the order
     in which gradients came. Where more than two ranks add, that is another order of addition, and a run resumed at
-    step n would differ in its last bits from one that was never stopped. One backward pass over two tokens, whose
-    gradients are dropped, and one forward pass let it settle; weights and dice stay as they are.
+    step n would differ in its last bits from one that was never stopped. Two passes over two tokens, whose gradients
+    are dropped, let it settle: buckets are rebuilt at the beginning of the second forward pass. That one has its
+    backward pass too, because DDP reduces after the next one it sees, be it inside `no_sync`.
     """
     if not isinstance(model, DistributedDataParallel):
         return
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         tokens = torch.zeros((1, 2), dtype=torch.int64, device=device)
-        model(tokens).sum().backward()
-        model.zero_grad(set_to_none=True)
-        model(tokens)  # the buckets are rebuilt at the beginning of a forward pass
+        for _ in range(2):
+            model(tokens).sum().backward()
+            model.zero_grad(set_to_none=True)
 
 
 @contextlib.contextmanager
