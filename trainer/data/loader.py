@@ -1,0 +1,115 @@
+"""The rows of a batch that belong to this rank, as micro-batches of a constant shape, read ahead by one thread.
+
+Which row goes where: with M = `micro_batch_size` and W ranks, row g of the global batch belongs to micro-batch
+m = g // (M W) of rank r = (g // M) % W. So the ranks' m-th micro-batches stand side by side in the order, and the
+global batch is the same set of samples whatever W is.
+
+A batch that is shorter than the others (the end of the data) is filled up with rows whose labels are all ignored.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from guardrail.ledger import Batch
+from trainer.data.corpus import Split
+
+IGNORED = -100  # label that no loss counts: the default `ignore_index` of torch's cross_entropy
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """One forward and backward pass of one rank.
+
+    Attributes:
+        tokens: int64 [micro_batch_size, sequence_length].
+        labels: int64 [micro_batch_size, sequence_length]; labels[b, t] is the token behind tokens[b, t], or
+            `IGNORED` for padding and in rows that only fill up.
+        position: of its first sample in the order; the end of the batch if it holds no sample at all.
+        sample_ids: of its real rows; fewer than micro_batch_size only in a short batch.
+    """
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    position: int
+    sample_ids: tuple[int, ...]
+
+    @property
+    def label_count(self) -> int:
+        """Labels that count."""
+        return int(np.count_nonzero(self.labels != IGNORED))
+
+
+class Loader:
+    """Args:
+    split: the samples.
+    pad: token id that is ignored as a label, None: none.
+    world, rank: of the data-parallel group.
+    micro_batches: of one rank in one batch; micro_batch_size: rows of each.
+    """
+
+    def __init__(
+        self, split: Split, *, pad: int | None, world: int, rank: int, micro_batches: int, micro_batch_size: int
+    ) -> None:
+        self.split, self.pad, self.world, self.rank = split, pad, world, rank
+        self.micro_batches, self.micro_batch_size = micro_batches, micro_batch_size
+        self._thread: ThreadPoolExecutor | None = None
+        self._ahead: tuple[object, Future[list[MicroBatch]]] | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of a full batch, over all ranks."""
+        return self.world * self.micro_batches * self.micro_batch_size
+
+    def load(self, batch: Batch) -> list[MicroBatch]:
+        """This rank's micro-batches of `batch`: read ahead if `prefetch` was told so, else read now."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            key, future = ahead
+            if key == _key(batch):
+                return future.result()
+            future.cancel()
+        return self._read(batch)
+
+    def prefetch(self, batch: Batch) -> None:
+        """Begin to read the batch that will probably be next. A wrong guess costs nothing but the reading."""
+        if self._ahead is not None:
+            key, future = self._ahead
+            if key == _key(batch):
+                return
+            future.cancel()
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+        self._ahead = _key(batch), self._thread.submit(self._read, batch)
+
+    def close(self) -> None:
+        """End the thread. The loader can still be used; it starts another one then."""
+        self._ahead = None
+        if self._thread is not None:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+            self._thread = None
+
+    def _read(self, batch: Batch) -> list[MicroBatch]:
+        if len(batch.samples) > self.batch_size:
+            raise ValueError(f"a batch of {len(batch.samples)} samples for a loader of {self.batch_size}")
+        return [self._micro_batch(batch, number) for number in range(self.micro_batches)]
+
+    def _micro_batch(self, batch: Batch, number: int) -> MicroBatch:
+        first = (number * self.world + self.rank) * self.micro_batch_size
+        ids = batch.samples[first : first + self.micro_batch_size]
+        rows = self.split.tokens(ids)
+        missing = self.micro_batch_size - len(ids)
+        tokens = np.pad(rows[:, :-1], ((0, missing), (0, 0)))  # id 0 is in every vocabulary
+        labels = np.pad(rows[:, 1:], ((0, missing), (0, 0)), constant_values=IGNORED)
+        if self.pad is not None:
+            labels[labels == self.pad] = IGNORED
+        position = batch.positions[first] if ids else batch.last
+        return MicroBatch(tokens, labels, position, tuple(ids))
+
+
+def _key(batch: Batch) -> object:
+    """What the rows and their positions depend on: a predicted batch may be wrong in the rest."""
+    return batch.samples, batch.positions, batch.last

@@ -1,0 +1,145 @@
+"""Sources -> a corpus in the cache: found again, waited for, or built and committed by one rename.
+
+CACHE/NAME/          a corpus; NAME is a fingerprint of the sources as they lie on disk and of the settings
+CACHE/NAME.lock      held by the process that builds it
+CACHE/NAME.tmp-PID/  half-built; nobody ever reads it
+CACHE/tokenizers/    trained BPE vocabularies
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from guardrail.errors import DataError
+from guardrail.files import sync_folder
+from trainer.config import BUILTIN, DataSection
+from trainer.data.build import Builder
+from trainer.data.corpus import FORMAT, inspect
+from trainer.data.pulse import Progress, Pulse, Stop
+from trainer.data.shards import SHARD_BYTES
+from trainer.data.sources import Found, discover
+from trainer.data.tokenizer import from_file
+
+_POLL_SECONDS = 0.05
+
+
+def cache_folder(data: DataSection) -> Path:
+    """`[data] cache`, else $XDG_CACHE_HOME/guardrail, else ~/.cache/guardrail."""
+    if data.cache:
+        return Path(os.path.abspath(os.path.expanduser(data.cache)))
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "guardrail"
+
+
+def prepare(data: DataSection, *, progress: Progress, stop: Stop, shard_bytes: int = SHARD_BYTES) -> Path:
+    """The folder of the corpus that `data` describes; built when the cache does not have it.
+
+    Any number of processes may call this at once: one builds, the others wait for it.
+
+    Args:
+        progress: called with (what is being done, share done in [0, 1]) a few times a second.
+        stop: polled every few milliseconds; true ends the work at once.
+        shard_bytes: largest size of a file of tokens.
+
+    Raises:
+        DataError: nothing usable in the sources, or a cache that cannot be written.
+        Interrupted: `stop` said so. Nothing half-built stays behind.
+    """
+    pulse = Pulse(progress, stop)
+    found = discover(data.sources, pulse)
+    folder = cache_folder(data) / _name(data, found)
+    if inspect(folder)[0] is not None:
+        return folder
+    try:
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with _locked(folder, pulse):
+            index, damage = inspect(folder)
+            if index is None:
+                _build(data, found, folder, damage if folder.exists() else "", pulse, shard_bytes)
+    except OSError as error:
+        raise DataError(
+            f"cannot write the cache {folder.parent}: {error.strerror or error}\n"
+            "  hint: name another folder in data.cache"
+        ) from error
+    return folder
+
+
+def wait_prepared(data: DataSection, *, stop: Stop, seconds: float) -> Path:
+    """The folder of the corpus that another process builds with `prepare`; for the ranks that do not build.
+
+    Raises DataError after `seconds`, Interrupted when `stop` says so.
+    """
+    pulse = Pulse(lambda text, share: None, stop, "waiting for the corpus")
+    folder = cache_folder(data) / _name(data, discover(data.sources, pulse))
+    deadline = time.monotonic() + seconds
+    while True:
+        index, damage = inspect(folder)
+        if index is not None:
+            return folder
+        if time.monotonic() >= deadline:
+            raise DataError(
+                f"no corpus after {seconds:.0f} s of waiting for the process that builds it: {folder}: {damage}"
+            )
+        pulse()
+        time.sleep(_POLL_SECONDS)
+
+
+def _name(data: DataSection, found: Found) -> str:
+    """32 hex digits over all that the corpus depends on."""
+    tokenizer = data.tokenizer
+    if tokenizer == "bpe":
+        tokenizer = f"bpe {data.vocabulary}"
+    elif tokenizer != "bytes":
+        tokenizer = from_file(Path(tokenizer), name=tokenizer).identity
+    settings = (FORMAT, tokenizer, data.sequence_length, data.eval_fraction, data.text_field, data.max_document_bytes)
+    digest = hashlib.sha256(repr(settings).encode())
+    if BUILTIN in data.sources:
+        digest.update(sys.version.encode())
+    for file in found.files:
+        entry = repr((file.path, file.key, file.size, file.mtime_ns))
+        digest.update(entry.encode("utf-8", "backslashreplace"))
+    return digest.hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, pulse: Pulse) -> Iterator[None]:
+    """Holds the lock of a corpus. The file stays: deleting it would race with the next process to take it."""
+    descriptor = os.open(folder.with_name(folder.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                pulse.text = "waiting for another process that tokenizes the same text"
+                pulse()
+                time.sleep(_POLL_SECONDS)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _build(data: DataSection, found: Found, folder: Path, damage: str, pulse: Pulse, shard_bytes: int) -> None:
+    """Build into a temporary folder and rename. Called with the lock held."""
+    if damage:
+        print(f"guardrail: the corpus in {folder} is damaged ({damage}): tokenising again", file=sys.stderr)
+    for leftover in folder.parent.glob(f"{folder.name}.tmp-*"):
+        shutil.rmtree(leftover)
+    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    temporary.mkdir(mode=0o700)
+    try:
+        Builder(data, found, temporary, cache=folder.parent, pulse=pulse, shard_bytes=shard_bytes).build(rebuilt=damage)
+        sync_folder(temporary)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.rename(temporary, folder)
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,216 @@
+"""How a split lies on disk, and the writer of it.
+
+A split is one stream of tokens: its documents one after another, an EOS behind each. Sample i is the stretch
+[i T, i T + T + 1) of the stream (T = `sequence_length`): the last token of a sample is the first of the next, so that
+every token but the first one is a label exactly once. What does not fill a sample at the end is dropped.
+
+    SPLIT-00000.bin ...   tokens, uint16 or uint32: `samples_per_shard` samples each, T tokens a sample and one more
+    SPLIT-start.idx       int64 [documents]: position of each document in the stream, ascending
+    SPLIT-file.idx        int64 [documents]: its file, an index into files.idx
+    SPLIT-record.idx      int64 [documents]: its line, 0 for a whole file
+    SPLIT-bytes.idx       int64 [documents]: its length in bytes
+    SPLIT-hash.idx        uint64 [documents]: hash of its origin; only while the corpus is built
+    SPLIT-cut.idx         int64 [samples + 1, 2]: byte span, in its document, of the token at position i T
+
+All numbers are little-endian.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from array import array
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from trainer.data.tokenizer import Encoded
+
+SHARD_BYTES = 256 << 20
+_BLOCK_TOKENS = 1 << 20  # tokens gathered before they are written
+_BLOCK_ROWS = 1 << 16
+COLUMNS = ("start", "file", "record", "bytes", "hash", "cut")
+
+
+class FileEntry(msgspec.Struct, frozen=True):
+    """A file of the corpus: its size, and SHA-256 where it holds tokens."""
+
+    name: str
+    bytes: int
+    sha256: str = ""
+
+
+class SplitIndex(msgspec.Struct, frozen=True, kw_only=True):
+    """What corpus.json says of one split: `tokens` counts those in samples, `stream_tokens` also those dropped."""
+
+    documents: int
+    samples: int
+    tokens: int
+    stream_tokens: int
+    samples_per_shard: int
+    shards: list[FileEntry]
+    columns: dict[str, FileEntry]
+
+    @property
+    def files(self) -> list[FileEntry]:
+        return [*self.shards, *self.columns.values()]
+
+
+class _File:
+    """A file being written, hashed on the way if asked; synced when closed."""
+
+    def __init__(self, path: Path, *, hashed: bool = False) -> None:
+        self.path = path
+        self._stream = open(path, "xb")
+        self._hash = hashlib.sha256() if hashed else None
+        self._bytes = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._stream.write(data)
+        self._bytes += len(data)
+        if self._hash:
+            self._hash.update(data)
+
+    def close(self) -> FileEntry:
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+        return FileEntry(self.path.name, self._bytes, self._hash.hexdigest() if self._hash else "")
+
+    def abandon(self) -> None:
+        self._stream.close()
+
+
+class _Column:
+    """64-bit integers appended to a file in blocks."""
+
+    def __init__(self, path: Path, code: str = "q") -> None:
+        self._file = _File(path)
+        self._rows = array(code)
+
+    def append(self, value: int) -> None:
+        self._rows.append(value)
+        if len(self._rows) >= _BLOCK_ROWS:
+            self._flush()
+
+    def extend(self, values: np.ndarray) -> None:
+        self._flush()
+        self._file.write(np.ascontiguousarray(values, dtype="<i8").tobytes())
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._file.write(np.array(self._rows).astype(f"<{'u' if self._rows.typecode == 'Q' else 'i'}8").tobytes())
+            del self._rows[:]
+
+    def close(self) -> FileEntry:
+        self._flush()
+        return self._file.close()
+
+    def abandon(self) -> None:
+        self._file.abandon()
+
+
+class SplitWriter:
+    """Packs documents into samples: `begin`, `add` for each piece, `end`; at last `close`.
+
+    Args:
+        folder: must exist; files of this split must not.
+        name: "train" or "eval".
+        length: tokens that a model sees of one sample.
+        dtype: of the ids.
+        eos: id behind each document.
+    """
+
+    def __init__(
+        self, folder: Path, name: str, *, length: int, dtype: np.dtype, eos: int, shard_bytes: int = SHARD_BYTES
+    ) -> None:
+        self._folder, self._name, self._length, self._dtype, self._eos = folder, name, length, dtype, eos
+        self._per_shard = max(1, shard_bytes // (length * dtype.itemsize))
+        self._columns = {c: _Column(folder / f"{name}-{c}.idx", "Q" if c == "hash" else "q") for c in COLUMNS}
+        self._position = 0  # in the stream, of the next token
+        self._next_cut = 0  # position of the next sample boundary without a cut
+        self._bytes = 0  # of the document, so far
+        self._pending: list[np.ndarray] = []
+        self._pending_tokens = 0
+        self._shard: _File | None = None
+        self._shard_samples = 0
+        self._shards: list[FileEntry] = []
+        self.documents = self.samples = 0
+
+    def begin(self, *, file: int, record: int, origin: int) -> None:
+        for name, value in (("start", self._position), ("file", file), ("record", record), ("hash", origin)):
+            self._columns[name].append(value)
+        self._bytes = 0
+        self.documents += 1
+
+    def add(self, piece: Encoded, size: int) -> None:
+        """One piece of the document that has begun; `size`: its bytes."""
+        end = self._position + len(piece.ids)
+        if self._next_cut < end:
+            cuts = np.arange(self._next_cut, end, self._length)
+            self._columns["cut"].extend(piece.spans(cuts - self._position) + self._bytes)
+            self._next_cut = int(cuts[-1]) + self._length
+        self._bytes += size
+        self._append(piece.ids)
+
+    def end(self) -> None:
+        self._columns["bytes"].append(self._bytes)
+        if self._next_cut == self._position:
+            self._columns["cut"].extend(np.array([[self._bytes, self._bytes]]))
+            self._next_cut += self._length
+        self._append(np.array([self._eos], dtype=self._dtype))
+
+    def _append(self, ids: np.ndarray) -> None:
+        self._pending.append(ids)
+        self._pending_tokens += len(ids)
+        self._position += len(ids)
+        if self._pending_tokens >= _BLOCK_TOKENS:
+            self._write_samples()
+
+    def _write_samples(self) -> None:
+        """Write all complete samples that are pending, each without the token that it shares with the next."""
+        if not self._pending:
+            return
+        tokens = np.concatenate(self._pending)
+        ready, at = (len(tokens) - 1) // self._length, 0
+        while ready:
+            if self._shard is None:
+                self._shard = _File(self._folder / f"{self._name}-{len(self._shards):05d}.bin", hashed=True)
+            count = min(ready, self._per_shard - self._shard_samples)
+            self._shard.write(tokens[at : at + count * self._length].tobytes())
+            at, ready = at + count * self._length, ready - count
+            self._shard_samples += count
+            self.samples += count
+            if self._shard_samples == self._per_shard:
+                self._close_shard(tokens[at])
+        self._pending = [tokens[at:]]
+        self._pending_tokens = len(tokens) - at
+
+    def _close_shard(self, shared: np.ndarray) -> None:
+        """The last sample of a shard needs the first token of the next one."""
+        assert self._shard is not None
+        self._shard.write(shared.tobytes())
+        self._shards.append(self._shard.close())
+        self._shard, self._shard_samples = None, 0
+
+    def close(self) -> SplitIndex:
+        self._write_samples()
+        if self._shard is not None:
+            self._close_shard(self._pending[0][0])
+        return SplitIndex(
+            documents=self.documents,
+            samples=self.samples,
+            tokens=self.samples * self._length + 1 if self.samples else 0,
+            stream_tokens=self._position,
+            samples_per_shard=self._per_shard,
+            shards=self._shards,
+            columns={name: column.close() for name, column in self._columns.items()},
+        )
+
+    def abandon(self) -> None:
+        """Close all files of a split that will not be used."""
+        for column in self._columns.values():
+            column.abandon()
+        if self._shard is not None:
+            self._shard.abandon()
