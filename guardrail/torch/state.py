@@ -1,0 +1,470 @@
+"""The training state as named tensors and plain numbers: what a snapshot copies and a checkpoint stores.
+
+    model/FQN        parameters, tied ones once
+    buffer/FQN       persistent buffers (a buffer that is not persistent is, by torch's definition, not state)
+    optim/FQN/KEY    tensors of the optimizer, by the parameter's name, never by its index
+
+Works on local tensors: a DTensor (FSDP2) stands for this rank's shard of it, and its `Box` says which part that is.
+Parameters never change identity and `.grad` is never part of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, Partial
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim import Optimizer
+
+from guardrail.errors import CheckpointInvalid, UsageError
+from guardrail.manifest import BUFFER, MODEL, OPTIM, Box, Shape
+from guardrail.torch import plain
+
+# How to compute an update, not which one: it belongs to the machine that trains now, not to the one that saved.
+_IMPLEMENTATION = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
+_WRAPPED = ("_orig_mod.", "_checkpoint_wrapped_module.")  # torch.compile, activation checkpointing
+_NAMED = 3  # differences that a message names; the rest is counted
+
+
+class TrainingState:
+    """Model, optimizers and schedules as one thing that can be copied, compared and put back bit by bit.
+
+    Args:
+        model: plain, compiled, DDP, FSDP2 (`fully_shard`), or what Accelerate's `prepare` returned.
+        optimizer: one torch.optim optimizer or several, of parameters of the model, each in one of them.
+        scheduler: anything with state_dict and load_state_dict, several, or None.
+
+    Raises:
+        UsageError: something that could not be restored exactly; names it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        scheduler: Any = None,
+    ) -> None:
+        self.model = unwrap_model(model)
+        wrapped: list[Any] = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+        self.optimizers: list[Optimizer] = [_unwrap(item, "optimizer") for item in wrapped]
+        self._scalers = [s for item in wrapped if _accelerated(item) and (s := item.scaler) is not None]
+        schedulers = list(scheduler) if isinstance(scheduler, (list, tuple)) else [scheduler]
+        self.schedulers = [_unwrap(item, "scheduler") for item in schedulers if item is not None]
+        self._refuse_unknown_sharding()
+        self.settle()
+        self._parameters = {_plain_name(name): parameter for name, parameter in self.model.named_parameters()}
+        self.names: dict[int, str] = {id(p): name for name, p in self._parameters.items()}
+        self._buffers = list(_persistent_buffers(self.model))
+        self._refuse_overlapping()
+        self._groups = self._trained()
+        self._boxes: dict[Any, Box] = {}
+        self.scalars()  # refuse now what could not be saved later
+
+    def _refuse_unknown_sharding(self) -> None:
+        for module in self.model.modules():
+            if isinstance(module, FullyShardedDataParallel):
+                raise UsageError("the model is wrapped in FullyShardedDataParallel (FSDP1): use fully_shard (FSDP2)")
+        for optimizer in self.optimizers:
+            if "ZeroRedundancyOptimizer" in {kind.__name__ for kind in type(optimizer).__mro__}:
+                raise UsageError("ZeroRedundancyOptimizer hides which rank holds which state: use fully_shard (FSDP2)")
+
+    def _refuse_overlapping(self) -> None:
+        for name, module, key in self._buffers:
+            buffer = module._buffers[key]
+            if buffer is not None and any(s == 0 and n > 1 for n, s in zip(buffer.shape, buffer.stride(), strict=True)):
+                raise UsageError(f"buffer {name} is an expanded view and cannot be restored in place: clone() it")
+
+    def _trained(self) -> dict[str, tuple[nn.Parameter, Optimizer, dict[str, Any]]]:
+        """Parameter name -> (parameter, its optimizer, its group)."""
+        trained: dict[str, tuple[nn.Parameter, Optimizer, dict[str, Any]]] = {}
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    name = self.names.get(id(parameter))
+                    if name is None:
+                        raise UsageError(
+                            f"{type(optimizer).__name__} trains a tensor of shape {tuple(parameter.shape)} that is no "
+                            "parameter of the model: build the optimizer after the model was sharded or moved"
+                        )
+                    if name in trained:
+                        raise UsageError(f"{name} is trained by two optimizers; guardrail needs one for each parameter")
+                    trained[name] = (parameter, optimizer, group)
+        return trained
+
+    # -- tensors -------------------------------------------------------------------------------------------------
+
+    @property
+    def sharded(self) -> bool:
+        """Whether any parameter is spread over ranks."""
+        return any(isinstance(p, DTensor) for p in self._parameters.values())
+
+    def settle(self) -> None:
+        """Drop FSDP's gathered copies of parameters.
+
+        After a forward pass with no backward (an evaluation) FSDP2 keeps the root's parameters gathered, and would
+        compute the next step with that copy of the old values.
+        """
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def _entries(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self._parameters.items():
+            yield MODEL + name, parameter
+        for name, module, key in self._buffers:
+            buffer = module._buffers[key]
+            if buffer is not None:
+                yield BUFFER + name, buffer
+        for name, (parameter, optimizer, _) in self._groups.items():
+            if parameter in optimizer.state:
+                for key, value in optimizer.state[parameter].items():
+                    if isinstance(value, Tensor):
+                        yield f"{OPTIM}{name}/{key}", value
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Name -> this rank's part of it, the live storage. Empty optimizer state (never stepped) has no names."""
+        return {name: local(tensor) for name, tensor in self._entries()}
+
+    def boxes(self) -> dict[str, Box]:
+        """Name -> which part of the whole tensor this rank holds."""
+        return {name: self._box_of(tensor) for name, tensor in self._entries()}
+
+    def replicas(self) -> dict[str, tuple[int, int]]:
+        """Name -> (index, count) of this rank among those that hold the same part; plain tensors: all of the world."""
+        return {name: _replica(tensor) for name, tensor in self._entries()}
+
+    def box(self, name: str, shape: Shape) -> Box:
+        """The part that this rank holds, or would hold, of a tensor with this global shape."""
+        parameter = self._parameters.get(name.split("/", 1)[1])
+        if name.startswith(OPTIM):
+            parameter = self._groups[name.split("/", 1)[1].rpartition("/")[0]][0]
+        if parameter is not None and isinstance(parameter, DTensor) and tuple(parameter.shape) == shape:
+            return self._box_of(parameter)
+        return Box.whole(shape)
+
+    def _box_of(self, tensor: Tensor) -> Box:
+        if not isinstance(tensor, DTensor):
+            return Box.whole(tensor.shape)
+        key = (tensor.shape, tensor.device_mesh, tensor.placements)
+        if key not in self._boxes:
+            if any(isinstance(placement, Partial) for placement in tensor.placements):
+                raise UsageError("a partial DTensor has no value of its own and cannot be saved")
+            chunk = tensor.__create_chunk_list__()[0]  # the protocol of torch.distributed.checkpoint
+            self._boxes[key] = Box(
+                global_shape=tuple(tensor.shape), offset=tuple(chunk.offsets), size=tuple(chunk.sizes)
+            )
+        return self._boxes[key]
+
+    # -- numbers -------------------------------------------------------------------------------------------------
+
+    def scalars(self) -> dict[str, Any]:
+        """All that is not a tensor, JSON-able: hyperparameters by group, optimizer numbers, schedules, loss scale."""
+        return {
+            "groups": [[self._group_scalars(group) for group in o.param_groups] for o in self.optimizers],
+            "state": self._state_scalars(),
+            "schedulers": [plain.encode(s.state_dict(), type(s).__name__) for s in self.schedulers],
+            "scalers": [plain.encode(s.state_dict(), type(s).__name__) for s in self._scalers],
+        }
+
+    def _group_scalars(self, group: dict[str, Any]) -> dict[str, Any]:
+        names = ",".join(sorted(self.names[id(parameter)] for parameter in group["params"]))
+        values = {key: value for key, value in group.items() if key not in _IMPLEMENTATION}
+        return {
+            "parameters": hashlib.sha256(names.encode()).hexdigest()[:16],
+            "values": plain.encode(values, "a parameter group"),
+        }
+
+    def _state_scalars(self) -> dict[str, Any]:
+        """Optimizer state that is no tensor, and which tensors stay on the host beside a device (Adam's steps)."""
+        numbers: dict[str, Any] = {}
+        on_host: set[str] = set()
+        for name, (parameter, optimizer, _) in self._groups.items():
+            held = {}
+            for key, value in (optimizer.state[parameter] if parameter in optimizer.state else {}).items():
+                if not isinstance(value, Tensor):
+                    held[key] = plain.encode(value, f"the optimizer state of {name}: {key}")
+                elif value.device != parameter.device:
+                    on_host.add(key)
+            if held:
+                numbers[name] = held
+        return {"numbers": numbers, "on_host": sorted(on_host)}
+
+    @torch.no_grad()
+    def load_scalars(self, scalars: Mapping[str, Any]) -> None:
+        """Put the numbers of `scalars()` back: schedules first, so that the saved learning rates have the last word."""
+        self._check_scalars(scalars)
+        for scheduler, saved in zip(self.schedulers, scalars["schedulers"], strict=True):
+            scheduler.load_state_dict(plain.decode(saved))
+        for scaler, saved in zip(self._scalers, scalars["scalers"], strict=True):
+            scaler.load_state_dict(plain.decode(saved))
+        for optimizer, groups in zip(self.optimizers, scalars["groups"], strict=True):
+            for group, saved in zip(optimizer.param_groups, groups, strict=True):
+                for key, value in plain.decode(saved["values"]).items():
+                    if isinstance(group.get(key), Tensor):  # a compiled or captured step reads it where it lies
+                        group[key].copy_(torch.as_tensor(value))
+                    else:
+                        group[key] = value
+        for name, numbers in scalars["state"]["numbers"].items():
+            parameter, optimizer, _ = self._groups[name]
+            optimizer.state[parameter].update(plain.decode(numbers))
+
+    def _check_scalars(self, scalars: Mapping[str, Any]) -> None:
+        for what, live in (("schedulers", self.schedulers), ("scalers", self._scalers), ("groups", self.optimizers)):
+            if len(scalars[what]) != len(live):
+                noun = {"groups": "optimizers", "scalers": "gradient scalers"}.get(what, what)
+                raise CheckpointInvalid(f"saved with {len(scalars[what])} {noun}, and there are {len(live)} now")
+        for optimizer, groups in zip(self.optimizers, scalars["groups"], strict=True):
+            now = [self._group_scalars(group)["parameters"] for group in optimizer.param_groups]
+            if [group["parameters"] for group in groups] != now:
+                raise CheckpointInvalid("the optimizer's groups held other parameters when this was saved")
+        strangers = sorted(set(scalars["state"]["numbers"]) - set(self._groups))
+        if strangers:
+            raise CheckpointInvalid(f"optimizer state of parameters that are not trained here: {_some(strangers)}")
+
+    # -- putting back --------------------------------------------------------------------------------------------
+
+    def differences(self, found: Mapping[str, tuple[torch.dtype, Shape]], *, weights_only: bool = False) -> list[str]:
+        """What keeps tensors of these types and global shapes from being loaded; nothing live is touched."""
+        live = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self._entries()}
+        wanted = [name for name in live if not name.startswith(OPTIM)]
+        problems = [f"{name} is missing" for name in wanted if name not in found]
+        for name, (dtype, shape) in found.items():
+            if name.startswith(OPTIM):
+                if not weights_only:
+                    problems += self._moment_differences(name, dtype, shape, live.get(name))
+            elif name not in live:
+                problems.append(f"{name} is not in this model")
+            elif live[name] != (dtype, shape):
+                problems.append(f"{name} is {_kind(dtype, shape)} and should be {_kind(*live[name])}")
+        return problems
+
+    def _moment_differences(
+        self, name: str, dtype: torch.dtype, shape: Shape, live: tuple[torch.dtype, Shape] | None
+    ) -> list[str]:
+        owner = name.removeprefix(OPTIM).rpartition("/")[0]
+        if owner not in self._groups:
+            return [f"{name} belongs to a parameter that is not trained here"]
+        if live is not None and live != (dtype, shape):
+            return [f"{name} is {_kind(dtype, shape)} and should be {_kind(*live)}"]
+        parameter = self._groups[owner][0]
+        if live is None and isinstance(parameter, DTensor) and shape and shape != tuple(parameter.shape):
+            return [f"{name} of shape {list(shape)} has no place beside the sharded {owner}"]
+        return []
+
+    @torch.no_grad()
+    def load(
+        self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any], boxes: Mapping[str, Box] | None = None
+    ) -> None:
+        """Make the live state equal to a saved one, bit for bit, cold or warm.
+
+        Optimizer state that is missing is created (type, device and sharding as the optimizer would), surplus state
+        is deleted: a state from before the first step makes the optimizer a new one again.
+
+        Args:
+            tensors: name -> local part on any device, as `tensors()` gave it.
+            scalars: as `scalars()` gave it.
+            boxes: name -> part of the whole; default: plain tensors are whole, shards are as they lie here.
+
+        Raises:
+            CheckpointInvalid: names, shapes or types do not fit. Nothing live has been touched then.
+        """
+        boxes = boxes if boxes is not None else self._boxes_like(tensors)
+        found = {name: (tensor.dtype, boxes[name].global_shape) for name, tensor in tensors.items()}
+        refuse(self.differences(found) + self._part_differences(tensors, boxes))
+        self._check_scalars(scalars)
+        self.settle()
+        self._reshape_optimizers(found, scalars)
+        live = self.tensors()
+        torch._foreach_copy_([live[name] for name in tensors], list(tensors.values()))
+        self.load_scalars(scalars)
+
+    @torch.no_grad()
+    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy parameters and buffers alone; optimizer and schedule stay as they are."""
+        self.settle()
+        live = self.tensors()
+        names = [name for name in tensors if not name.startswith(OPTIM)]
+        torch._foreach_copy_([live[name] for name in names], [tensors[name] for name in names])
+
+    def _boxes_like(self, tensors: Mapping[str, Tensor]) -> dict[str, Box]:
+        boxes = {}
+        for name, tensor in tensors.items():
+            parameter = self._parameters.get(name.split("/", 1)[1])
+            if name.startswith(OPTIM):
+                parameter = self._groups.get(name.removeprefix(OPTIM).rpartition("/")[0], (None,))[0]
+            own = self._box_of(parameter) if isinstance(parameter, DTensor) else None
+            boxes[name] = own if own is not None and own.size == tuple(tensor.shape) else Box.whole(tensor.shape)
+        return boxes
+
+    def _part_differences(self, tensors: Mapping[str, Tensor], boxes: Mapping[str, Box]) -> list[str]:
+        problems = []
+        for name, tensor in tensors.items():
+            box = boxes[name]
+            owner = name.removeprefix(OPTIM).rpartition("/")[0]
+            if name.startswith(OPTIM) and owner not in self._groups:
+                continue  # named by `differences` already
+            if tuple(tensor.shape) != box.size or self.box(name, box.global_shape) != box:
+                problems.append(f"{name} holds another part of the whole than this rank does")
+        return problems
+
+    def _reshape_optimizers(self, found: Mapping[str, tuple[torch.dtype, Shape]], scalars: Mapping[str, Any]) -> None:
+        """Give each parameter's state exactly the keys that were saved."""
+        saved: dict[str, dict[str, tuple[torch.dtype, Shape]]] = {}
+        for name, kind in found.items():
+            if name.startswith(OPTIM):
+                owner, _, key = name.removeprefix(OPTIM).rpartition("/")
+                saved.setdefault(owner, {})[key] = kind
+        on_host = scalars["state"]["on_host"]
+        for name, (parameter, optimizer, group) in self._groups.items():
+            kept = optimizer.state.pop(parameter, {})
+            fresh = {}
+            for key, (dtype, shape) in saved.get(name, {}).items():
+                live = kept.get(key)
+                if not isinstance(live, Tensor):
+                    live = _created(parameter, group, key, dtype, shape, on_host=key in on_host)
+                fresh[key] = live
+            if fresh or name in scalars["state"]["numbers"]:
+                optimizer.state[parameter] = fresh
+
+    # -- comparing -----------------------------------------------------------------------------------------------
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of each component of this rank's live state: weights, moments, schedule, buffers where there are."""
+        return component_digests(self.tensors(), self.scalars())
+
+    def stateless(self) -> bool:
+        """Whether these optimizers keep no tensors by nature, such as SGD without momentum."""
+        return not any(map(_keeps_tensors, self.optimizers))
+
+
+def component_digests(tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 of weights, moments, schedule and buffers, from live or copied local tensors, on any device."""
+    parts: dict[str, Any] = {"weights": hashlib.sha256(), "moments": hashlib.sha256(), "schedule": hashlib.sha256()}
+    for name in sorted(tensors):
+        prefix = name.split("/", 1)[0] + "/"
+        component = {MODEL: "weights", OPTIM: "moments", BUFFER: "buffers"}[prefix]
+        digest = parts.setdefault(component, hashlib.sha256())
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(raw_bytes(tensor))
+    parts["moments"].update(_canonical(scalars["state"]["numbers"]))
+    for key in ("groups", "schedulers", "scalers"):
+        parts["schedule"].update(_canonical(scalars[key]))
+    return {name: digest.hexdigest() for name, digest in parts.items()}
+
+
+def raw_bytes(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The elements in row-major order as bytes, [numel * itemsize] uint8; shares memory where it can."""
+    array: np.ndarray[Any, np.dtype[np.uint8]] = (
+        tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    )
+    return array
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part, the live storage, free of autograd."""
+    return (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """The module inside of DDP, DataParallel and torch.compile."""
+    while True:
+        if isinstance(model, (DistributedDataParallel, DataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def refuse(problems: Iterable[str]) -> None:
+    """Raise CheckpointInvalid that names the first problems, if there are any."""
+    found = list(problems)
+    if found:
+        raise CheckpointInvalid(f"the saved state does not fit this model: {_some(found, '; ')}")
+
+
+def _unwrap(item: Any, attribute: str) -> Any:
+    """What Accelerate's AcceleratedOptimizer and AcceleratedScheduler hold."""
+    return getattr(item, attribute) if _accelerated(item) else item
+
+
+def _accelerated(item: Any) -> bool:
+    return type(item).__name__.startswith("Accelerated") and type(item).__module__.startswith("accelerate.")
+
+
+def _plain_name(name: str) -> str:
+    for wrapped in _WRAPPED:
+        name = name.replace(wrapped, "")
+    return name
+
+
+def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """(name, module, key) of each, not the tensor: some modules put another one in its place."""
+    for prefix, module in model.named_modules():
+        for key in module._buffers:
+            if key not in module._non_persistent_buffers_set:
+                yield _plain_name(f"{prefix}.{key}" if prefix else key), module, key
+
+
+def _replica(tensor: Tensor) -> tuple[int, int]:
+    if not isinstance(tensor, DTensor):
+        group = torch.distributed
+        return (group.get_rank(), group.get_world_size()) if group.is_initialized() else (0, 1)
+    index, count = 0, 1
+    coordinate = tensor.device_mesh.get_coordinate() or [0] * tensor.device_mesh.ndim
+    for position, size, placement in zip(coordinate, tensor.device_mesh.shape, tensor.placements, strict=True):
+        if placement.is_replicate():
+            index, count = index * size + position, count * size
+    return index, count
+
+
+def _created(
+    parameter: nn.Parameter, group: dict[str, Any], key: str, dtype: torch.dtype, shape: Shape, *, on_host: bool
+) -> Tensor:
+    """An optimizer tensor as the optimizer would have made it: shaped and sharded like the parameter, or small."""
+    if shape == tuple(parameter.shape) and not (on_host and not isinstance(parameter, DTensor)):
+        return torch.empty_like(parameter.detach(), dtype=dtype)
+    device = torch.device("cpu") if on_host else parameter.device
+    if key == "step":  # torch.optim keeps it on the host unless the step itself runs on the device
+        device = parameter.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _keeps_tensors(optimizer: Optimizer) -> bool:
+    """Tried with one step of a twin on a parameter of its own, which shares nothing that a step changes."""
+    if any(isinstance(value, Tensor) for state in optimizer.state.values() for value in state.values()):
+        return True
+    probe = nn.Parameter(torch.ones(2, 2))
+    probe.grad = torch.ones(2, 2)
+    twin = object.__new__(type(optimizer))
+    twin.__dict__.update(optimizer.__dict__)
+    twin.state = type(optimizer.state)(dict)
+    twin.param_groups = [{**optimizer.param_groups[0], "params": [probe]}]
+    twin._optimizer_step_pre_hooks, twin._optimizer_step_post_hooks = {}, {}
+    try:
+        # Not twin.step(): a scheduler has put a wrapper there that is bound to the real optimizer.
+        type(optimizer).step(twin)
+    except Exception:
+        return True  # no way to know, so the safe answer: missing tensors count as lost
+    return any(isinstance(value, Tensor) for state in twin.state.values() for value in state.values())
+
+
+def _canonical(value: Any) -> bytes:
+    return msgspec.json.encode(value, order="deterministic")
+
+
+def _kind(dtype: torch.dtype, shape: Shape) -> str:
+    return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
+
+
+def _some(items: Sequence[str], separator: str = ", ") -> str:
+    rest = len(items) - _NAMED
+    return separator.join(items[:_NAMED]) + (f"{separator}and {rest} more" if rest > 0 else "")
