@@ -79,16 +79,18 @@ class GuardSection(Section, frozen=True, kw_only=True):
     mode: Mode = Mode.AUTO
     # Accepted steps that make up a detector's baseline.
     window: Annotated[int, Meta(ge=16)] = 128
-    # Accepted steps before a spike detector speaks; non-finite values are caught from the first step.
+    # Accepted steps before a spike detector is sure of its scale; until then only larger jumps count, and
+    # non-finite values are caught from the first step.
     warmup: Annotated[int, Meta(ge=8)] = 32
-    # Robust score (median / MAD of the logarithm) above which a step is rejected, per signal.
+    # Distance of the logarithm from the baseline in robust sigmas (median, MAD) above which a step is rejected.
     loss_score: PositiveFloat = 8.0
     grad_score: PositiveFloat = 10.0
     embed_score: PositiveFloat = 10.0
     # Rejections in a row, nothing applied between, that call for a rollback.
     persist: Positive = 3
-    # The loss stays this many robust sigmas high for this many accepted steps in a row: divergence.
-    divergence_score: PositiveFloat = 4.0
+    # Divergence: the median of this many accepted losses stands this many robust sigmas above the lowest such
+    # median of the window. A sudden step is found after more than half of these steps.
+    divergence_score: PositiveFloat = 6.0
     divergence_steps: Positive = 20
     # Batches that a rollback leaves out before the onset and after the last bad batch (PaLM: 100 and 200-400).
     window_before: Natural = 1

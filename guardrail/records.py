@@ -43,6 +43,8 @@ class Kind(str, Enum):
     EMBED_SPIKE = "embed_spike"
     DIVERGENCE = "divergence"  # the loss rose and stays up
     NO_TOKENS = "no_tokens"  # every label of the batch is ignored: nothing to learn from
+    IMPOSSIBLE = "impossible"  # finite, but no working model gives it: a loss of exactly 0, 1e30
+    RESTART = "restart"  # the step counter went back: another run, or a resume in a recorded log
 
 
 class Mode(str, Enum):
@@ -96,7 +98,14 @@ class Finding(Record, frozen=True, kw_only=True):
 
     def sentence(self) -> str:
         """One line for a person: "loss 11.50 against 2.31, score 41.2 over 8.0"."""
-        where = f" on rank {', '.join(map(str, self.ranks))}" if self.ranks else ""
+        named = ", ".join(map(str, self.ranks))
+        where = f" on rank{'s' if len(self.ranks) > 1 else ''} {named}" if self.ranks else ""
+        if self.kind is Kind.NO_TOKENS:
+            return "no label token in the whole batch"
+        if self.kind is Kind.RESTART:
+            return f"the step counter goes back to {self.step}"
+        if self.kind is Kind.NONFINITE or self.kind is Kind.IMPOSSIBLE:
+            return f"{self.signal} is {self.value:.4g}{where}"
         return (
             f"{self.signal} {self.value:.4g} against {self.baseline:.4g}{where}, "
             f"score {self.score:.3g} over {self.threshold:.3g}"
@@ -114,6 +123,8 @@ class Verdict(Record, frozen=True, kw_only=True):
         reason: one sentence with numbers, for the journal.
         would: in `advise` and in PAUSE, the action that `auto` would have taken.
         accepted: the value enters the baselines (False for every rejected step).
+        incident: number of the incident that this step belongs to, None while all is well.
+        incident_state: "open" on the verdict that opens it, "recovered" on the one that closes it, else "".
     """
 
     action: Action
@@ -124,6 +135,8 @@ class Verdict(Record, frozen=True, kw_only=True):
     reason: str = ""
     would: Action | None = None
     accepted: bool = True
+    incident: int | None = None
+    incident_state: str = ""
 
 
 class CommandKind(str, Enum):

@@ -1,0 +1,398 @@
+"""observe(step) -> verdict: the state machine that every rank runs on the same reduced numbers.
+
+Two kinds of memory, kept apart on purpose:
+
+    state   detectors and the recent batches. Travels with each snapshot and rolls back with it (`state_dict`).
+            Only applied steps change it, so a rejected batch leaves no trace in it.
+    facts   rollbacks done, batches rejected, incidents. They outlive a rollback; the journal holds them, and
+            `rebuild` reads them back after a crash.
+
+Together: a controller that was loaded from a checkpoint and rebuilt from the journal reaches the verdicts of one that
+never stopped.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from guardrail.config import GuardSection
+from guardrail.detectors.base import Detector
+from guardrail.detectors.divergence import Divergence
+from guardrail.detectors.no_tokens import NoTokens
+from guardrail.detectors.nonfinite import NonFinite
+from guardrail.detectors.spike import LOOK_BACK, Spike
+from guardrail.incidents import OPEN, Incidents
+from guardrail.policy import Rollback, by_severity, decide, is_trouble, rollbacks_in_a_row
+from guardrail.records import (
+    EMBED_GRAD_NORM,
+    GRAD_NORM,
+    LOSS,
+    Action,
+    Event,
+    Finding,
+    Kind,
+    Mode,
+    Observation,
+    Severity,
+    Verdict,
+)
+
+# Smallest log jump that is ever a spike, as sigmas of this size: 8 x 0.01 = 8 % of the loss, 10 x 0.2 = 7.4-fold for
+# a norm. A gradient that is a few times too long is clipped and does no harm.
+LOSS_FLOOR, NORM_FLOOR = 0.01, 0.2
+# Jumps over the first steps' median that are rejected before there is a scale.
+LOSS_COLD, NORM_COLD = 3.0, 100.0
+
+
+class Applied(NamedTuple):
+    """A batch whose update was applied."""
+
+    step: int
+    first: int
+    last: int
+
+
+class Controller:
+    """Detectors, policy and memory of one run.
+
+    Args:
+        settings: the [guard] section.
+        mode: overrides `settings.mode`.
+    """
+
+    def __init__(self, settings: GuardSection, *, mode: Mode | None = None) -> None:
+        self.settings = settings
+        self.mode = settings.mode if mode is None else mode
+        self._no_tokens = NoTokens()
+        self.detectors = _detectors(settings)
+        self.incidents = Incidents(confirm=settings.confirm)
+        self.rollbacks: list[Rollback] = []
+        self._empty_spans: set[tuple[int, int]] = set()  # rejected for want of labels: no sign of trouble
+        # Reaches back to the earliest onset that a detector can name, and `window_before` batches further.
+        reach = settings.window_before + max(LOOK_BACK, Divergence.MEMORY * settings.divergence_steps) + 1
+        self._history: deque[Applied] = deque(maxlen=reach)
+        self._advice = _Advice()
+
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def observe(self, obs: Observation) -> Verdict:
+        """Judge one step. In APPLY the step is taken as applied; anything else changes no state."""
+        if self.mode is Mode.OFF:
+            self._history.append(Applied(obs.step, obs.first, obs.last))
+            return Verdict(action=Action.APPLY, step=obs.step)
+        findings: list[Finding] = []
+        if self._history and obs.step <= self._history[-1].step:
+            findings.append(_restarted(obs))
+            self._forget()
+        if obs.tokens > 0:
+            for detector in self.detectors.values():
+                findings += detector.observe(obs)
+        else:
+            # Without a label token the loss is 0/0: every other claim about it would be noise.
+            findings = self._no_tokens.observe(obs)
+        if not findings:
+            return self._healthy(obs, (), "")
+        evidence = by_severity(findings)
+        if evidence[0].severity is Severity.NOTE:
+            return self._healthy(obs, evidence, f"noted: {evidence[0].sentence()}")
+        return self._rejected(obs, evidence)
+
+    def _healthy(self, obs: Observation, findings: tuple[Finding, ...], reason: str) -> Verdict:
+        for detector in self.detectors.values():
+            detector.accept(obs)
+        self._history.append(Applied(obs.step, obs.first, obs.last))
+        self._advice.accepted()
+        number, state = self.incidents.healthy(obs.step)
+        return Verdict(
+            action=Action.APPLY,
+            step=obs.step,
+            findings=findings,
+            reason=reason,
+            incident=number,
+            incident_state=state,
+        )
+
+    def _rejected(self, obs: Observation, findings: tuple[Finding, ...]) -> Verdict:
+        trouble = is_trouble(findings)
+        streak = self._streak(obs)
+        in_a_row = rollbacks_in_a_row(
+            [*self.rollbacks, *self._advice.rollbacks],
+            applied=obs.step - 1,
+            healthy_after=self.settings.healthy_after,
+        )
+        action = decide(findings, streak=streak, in_a_row=in_a_row, settings=self.settings)
+        onset = max(1, min(finding.onset for finding in findings))
+        window = (obs.first, obs.last) if action is Action.SKIP else self._window(onset, obs)
+        reason = self._reason(action, findings, onset=onset, window=window, streak=streak, in_a_row=in_a_row)
+        number, state = self.incidents.trouble(obs.step, onset) if trouble else (None, "")
+        taken, would = action, None
+        if self.mode is Mode.ADVISE:
+            taken, would = Action.APPLY, action
+            self._advise(action, obs, findings, onset, window)
+        elif self.mode is Mode.ASK and action in (Action.ROLLBACK, Action.HALT):
+            taken, would = Action.PAUSE, action
+        elif not trouble:
+            self._empty_spans.add((obs.first, obs.last))
+        return Verdict(
+            action=taken,
+            step=obs.step,
+            findings=findings,
+            onset=onset,
+            window=window,
+            reason=reason,
+            would=would,
+            accepted=False,
+            incident=number,
+            incident_state=state,
+        )
+
+    def overrule(self, obs: Observation) -> None:
+        """A person had the update applied that the last verdict rejected.
+
+        What it showed is taken as the new normal: detectors learn anew, so that they do not reject each step that
+        follows. Call it instead of a second `observe`.
+        """
+        for detector in self.detectors.values():
+            detector.reset()
+            detector.accept(obs)
+        self._history.append(Applied(obs.step, obs.first, obs.last))
+
+    def set_mode(self, mode: Mode) -> None:
+        """Takes effect with the next step. Leaving `off`, detectors begin anew: what they knew is out of date."""
+        if self.mode is Mode.OFF and mode is not Mode.OFF:
+            for detector in self.detectors.values():
+                detector.reset()
+        if mode is not Mode.ADVISE:
+            self._advice = _Advice()
+        self.mode = mode
+
+    # -- the window ----------------------------------------------------------------------------------------------
+
+    def _streak(self, obs: Observation) -> int:
+        """Troubled batches rejected directly before this one; those without a label do not count."""
+        if self.mode is Mode.ADVISE:
+            return self._advice.streak
+        applied_end = self._history[-1].last if self._history else 0
+        empty = sum(applied_end <= first and last <= obs.first for first, last in self._empty_spans)
+        return max(0, obs.streak - empty)
+
+    def _window(self, onset: int, obs: Observation) -> tuple[int, int]:
+        """Positions that a rollback leaves out. A function of the onset and of applied batches alone, never of which
+        snapshot is at hand: the data that a run meets must not depend on what a crash has left of its ring."""
+        history = self._history
+        index = bisect_left(history, onset, key=lambda batch: batch.step) - self.settings.window_before
+        if index < len(history) and history:
+            first = history[max(0, index)].first
+        elif history:
+            first = history[-1].last
+        else:
+            first = max(0, obs.first - obs.streak * (obs.last - obs.first))
+        span = min([obs.last - obs.first, *(batch.last - batch.first for batch in history)])
+        return min(first, obs.first), obs.last + self.settings.window_after * span
+
+    def _reason(
+        self,
+        action: Action,
+        findings: tuple[Finding, ...],
+        *,
+        onset: int,
+        window: tuple[int, int],
+        streak: int,
+        in_a_row: int,
+    ) -> str:
+        """One sentence with the numbers that led here."""
+        settings = self.settings
+        what = findings[0].sentence()
+        if action is Action.SKIP:
+            count = f", rejection {streak + 1} in a row of {settings.persist} that call for a rollback"
+            return f"{what}: leave this update out{count if is_trouble(findings) else ''}"
+        cause = f"{streak + 1} batches in a row rejected" if streak + 1 >= settings.persist else "it has stayed up"
+        if action is Action.HALT:
+            return (
+                f"{what}, {cause}: halt, since {in_a_row} rollbacks without {settings.healthy_after} healthy steps "
+                f"between them are as many as guard.rollbacks allows"
+            )
+        return f"{what}, {cause}: go back before step {onset} and leave out positions {window[0]} to {window[1] - 1}"
+
+    # -- what is known -------------------------------------------------------------------------------------------
+
+    def bands(self) -> dict[str, tuple[float, float]]:
+        """signal -> (baseline, threshold) that the next step meets, in the signal's own units."""
+        known = ((name, detector.band()) for name, detector in self.detectors.items())
+        return {name: band for name, band in known if band is not None}
+
+    @property
+    def healthy_through(self) -> int:
+        """The newest applied step that no detector suspects, 0 if there is none."""
+        if not self._history:
+            return 0
+        last = self._history[-1].step
+        suspected = (detector.suspect_from() for detector in self.detectors.values())
+        return min((step - 1 for step in suspected if step is not None), default=last)
+
+    # -- state: rolls back ---------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able; floats are exact through `repr`. Independent of what is done with the controller afterwards."""
+        return {
+            "detectors": {name: detector.state_dict() for name, detector in self.detectors.items()},
+            "history": [list(batch) for batch in self._history],
+            "advice": self._advice.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to a state. A detector that it does not know, as of an older version, begins anew."""
+        for name, detector in self.detectors.items():
+            detector.reset()
+            if name in state["detectors"]:
+                detector.load_state_dict(state["detectors"][name])
+        self._history.clear()
+        self._history.extend(Applied(*batch) for batch in state["history"])
+        self._advice = _Advice.of(state["advice"]) if self.mode is Mode.ADVISE else _Advice()
+
+    # -- facts: outlive a rollback -------------------------------------------------------------------------------
+
+    def remember_rollback(self, rollback: Rollback) -> None:
+        """A rollback that was done."""
+        self.rollbacks.append(rollback)
+
+    def load_rollbacks(self, rollbacks: Iterable[Rollback | Mapping[str, Any]]) -> None:
+        """All rollbacks of the run, oldest first, as records or as the data of `rollback` events."""
+        self.rollbacks = [one if isinstance(one, Rollback) else _rollback_of(one) for one in rollbacks]
+
+    def rebuild(self, events: Iterable[Event]) -> None:
+        """Take the facts over from the journal's events, in order. Replaces what was known."""
+        self.rollbacks = []
+        self._empty_spans = set()
+        self.incidents = Incidents(confirm=self.settings.confirm)
+        open_number = onset = step = 0
+        number = 0
+        for event in events:
+            data = event.data
+            if event.kind == "rollback":
+                self.rollbacks.append(_rollback_of(data))
+            elif event.kind == "incident":
+                number = max(number, int(data["number"]))
+                is_open = data.get("state") == OPEN
+                open_number, onset = (int(data["number"]), int(data.get("onset") or 0)) if is_open else (0, 0)
+            elif event.kind == "verdict":
+                kinds = {_field(finding, "kind") for finding in data.get("findings") or ()}
+                step = int(data.get("at_step") or event.step)
+                if data.get("action") == Action.SKIP and kinds == {Kind.NO_TOKENS} and data.get("window"):
+                    self._empty_spans.add((int(data["window"][0]), int(data["window"][1])))
+        self.incidents.resume(number, is_open=bool(open_number), onset=onset, step=step)
+
+    # -- advise --------------------------------------------------------------------------------------------------
+
+    def _advise(
+        self, action: Action, obs: Observation, findings: tuple[Finding, ...], onset: int, window: tuple[int, int]
+    ) -> None:
+        """Book what `auto` would have done. Nothing was done, so the run goes on from the bad state."""
+        advice = self._advice
+        advice.rejected(trouble=is_trouble(findings))
+        if action in (Action.ROLLBACK, Action.HALT):
+            advice.streak = 0
+            if action is Action.ROLLBACK:
+                advice.rollbacks.append(
+                    Rollback(from_step=obs.step - 1, to_step=max(0, onset - 1), onset=onset, window=window)
+                )
+            if any(finding.severity is Severity.PERSISTENT for finding in findings):
+                self.detectors["divergence"].reset()
+        if advice.in_a_row >= self.settings.warmup:
+            # So long a stretch is where the run is now. Learn that, instead of the same alarm for ever.
+            for detector in self.detectors.values():
+                detector.reset()
+            advice.in_a_row = 0
+
+    def _forget(self) -> None:
+        """Another run begins in the same log: nothing that was learnt says anything about it."""
+        for detector in self.detectors.values():
+            detector.reset()
+        self._history.clear()
+        self._advice = _Advice()
+
+
+class _Advice:
+    """What `advise` would have done: the counts that rejections and rollbacks leave elsewhere when they are done."""
+
+    KEEP = 64  # would-be rollbacks; more than any sensible budget
+
+    def __init__(self) -> None:
+        self.streak = 0  # troubled would-be rejections since the last accepted step or would-be rollback
+        self.in_a_row = 0  # would-be rejections since the last accepted step
+        self.rollbacks: deque[Rollback] = deque(maxlen=self.KEEP)
+
+    def accepted(self) -> None:
+        self.streak = self.in_a_row = 0
+
+    def rejected(self, *, trouble: bool) -> None:
+        self.streak += trouble
+        self.in_a_row += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "streak": self.streak,
+            "in_a_row": self.in_a_row,
+            "rollbacks": [[r.from_step, r.to_step, r.onset, *r.window] for r in self.rollbacks],
+        }
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> _Advice:
+        advice = cls()
+        advice.streak, advice.in_a_row = int(state["streak"]), int(state["in_a_row"])
+        for from_step, to_step, onset, first, last in state["rollbacks"]:
+            advice.rollbacks.append(Rollback(from_step=from_step, to_step=to_step, onset=onset, window=(first, last)))
+        return advice
+
+
+def _detectors(settings: GuardSection) -> dict[str, Detector]:
+    """Name -> detector, in the order in which they are asked; a spike detector is named after its signal."""
+    shared: dict[str, Any] = {"window": settings.window, "warmup": settings.warmup}
+    loss = Spike(LOSS, Kind.LOSS_SPIKE, score=settings.loss_score, floor=LOSS_FLOOR, cold_factor=LOSS_COLD, **shared)
+    norm: dict[str, Any] = {"floor": NORM_FLOOR, "cold_factor": NORM_COLD, **shared}
+    return {
+        "nonfinite": NonFinite(),
+        LOSS: loss,
+        GRAD_NORM: Spike(GRAD_NORM, Kind.GRAD_SPIKE, score=settings.grad_score, **norm),
+        EMBED_GRAD_NORM: Spike(EMBED_GRAD_NORM, Kind.EMBED_SPIKE, score=settings.embed_score, **norm),
+        "divergence": Divergence(
+            loss.baseline,
+            score=settings.divergence_score,
+            steps=settings.divergence_steps,
+            window=settings.window,
+        ),
+    }
+
+
+def _restarted(obs: Observation) -> Finding:
+    return Finding(
+        signal="step",
+        step=obs.step,
+        kind=Kind.RESTART,
+        severity=Severity.NOTE,
+        value=obs.step,
+        baseline=0.0,
+        score=0.0,
+        threshold=0.0,
+        onset=obs.step,
+    )
+
+
+def _rollback_of(data: Mapping[str, Any]) -> Rollback:
+    """From the data of a `rollback` event."""
+    first, last = data["window"]
+    return Rollback(
+        from_step=int(data["from_step"]),
+        to_step=int(data["to_step"]),
+        onset=int(data["onset"]),
+        window=(int(first), int(last)),
+        by_person=_field(data.get("span"), "cause") == "user",
+    )
+
+
+def _field(record: Any, name: str) -> Any:
+    """A field of a record, or of the dict that it became in the journal."""
+    return record.get(name) if isinstance(record, Mapping) else getattr(record, name, None)

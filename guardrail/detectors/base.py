@@ -1,0 +1,35 @@
+"""What a detector is: numbers in, findings out.
+
+`observe` judges a step and changes nothing; `accept` learns from a step that was applied. Between the two lies the
+verdict, so a rejected value can never enter the baseline that rejected it. Nothing here reads a clock, draws a number
+or depends on a rank: equal observations give equal findings everywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from guardrail.records import Finding, Observation
+
+
+class Detector(Protocol):
+    def observe(self, obs: Observation) -> list[Finding]:
+        """Findings about this step; leaves the detector as it was."""
+
+    def accept(self, obs: Observation) -> None:
+        """Learn from a step whose update is applied."""
+
+    def suspect_from(self) -> int | None:
+        """First accepted step of a suspicion that has not gone away: states from it on are not called good yet."""
+
+    def band(self) -> tuple[float, float] | None:
+        """(baseline, threshold) in the signal's own units, or None while nothing is known."""
+
+    def reset(self) -> None:
+        """Forget everything, as after a restart with other data."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able and exact: floats survive `repr`."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state, also one that was written under another window length."""

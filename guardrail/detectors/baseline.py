@@ -1,0 +1,118 @@
+"""The robust baseline of one signal: a centre that follows drift and a scale that outliers cannot move.
+
+Everything is measured in logarithms, so that units cancel and a norm that doubles weighs the same at 0.1 and at 10.
+
+    centre  median of the last `FOLLOW` accepted logarithms. Short, because losses fall fast in early training and
+            norms drift for a whole run; long enough that three bad values in a row do not move it.
+    scale   1.4826 x median of |y - centre| over the last `window` accepted steps, each deviation taken from the
+            centre as it stood before the step. So the scale is the error of predicting the next value, and a
+            steady slope is part of it. 1.4826 makes it the standard deviation if the noise is normal (Hampel 1974).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+MAD_TO_SIGMA = 1.4826
+# Values in the centre: a fall of 1 % a step lags it by about 12 %, and 12 outliers would be needed to move it.
+FOLLOW = 24
+# The scale never counts as less than this share of what has been usual of late. A stretch of repeated numbers
+# (a stuck or rounded signal) would otherwise make the next ordinary value a spike.
+USUAL_SHARE = 0.5
+# "Of late", in windows. An average of logarithms, or the fall of the first steps would rule for thousands of steps.
+USUAL_WINDOWS = 2
+
+
+class SortedWindow:
+    """The last `size` values, in order of arrival and sorted. A push costs one bisection and one short memmove."""
+
+    __slots__ = ("arrivals", "size", "sorted")
+
+    def __init__(self, size: int, values: Iterable[float] = ()) -> None:
+        self.size = size
+        self.arrivals: deque[float] = deque(values, maxlen=size)
+        self.sorted = sorted(self.arrivals)
+
+    def __len__(self) -> int:
+        return len(self.sorted)
+
+    def push(self, value: float) -> None:
+        if len(self.arrivals) == self.size:
+            del self.sorted[bisect_left(self.sorted, self.arrivals[0])]
+        self.arrivals.append(value)
+        insort(self.sorted, value)
+
+    def median(self) -> float:
+        """The upper median; a value that was really seen, so that it scales exactly with the units."""
+        return self.sorted[len(self.sorted) >> 1]
+
+    def clear(self) -> None:
+        self.arrivals.clear()
+        self.sorted.clear()
+
+
+class Baseline:
+    """Centre and scale of a signal's logarithm.
+
+    Args:
+        window: accepted steps in the scale.
+        floor: least scale that counts, in log units: changes below a few times this are nobody's business.
+    """
+
+    __slots__ = ("_centre", "_deviations", "count", "floor", "usual", "window")
+
+    def __init__(self, *, window: int, floor: float) -> None:
+        self.window = window
+        self.floor = floor
+        self.reset()
+
+    def reset(self) -> None:
+        self.count = 0  # accepted values since the beginning
+        self.usual = self.floor  # slow geometric mean of the scale
+        self._centre = SortedWindow(FOLLOW)
+        self._deviations = SortedWindow(self.window)
+
+    @property
+    def empty(self) -> bool:
+        return not self._centre.sorted
+
+    @property
+    def centre(self) -> float:
+        return self._centre.median()
+
+    @property
+    def scale(self) -> float:
+        if not self._deviations.sorted:
+            return self.floor
+        return max(MAD_TO_SIGMA * self._deviations.median(), USUAL_SHARE * self.usual, self.floor)
+
+    def learn(self, y: float) -> None:
+        """Add an accepted logarithm (finite)."""
+        self.count += 1
+        if self._centre.sorted:
+            deviations = self._deviations
+            deviations.push(abs(y - self._centre.median()))
+            now = max(MAD_TO_SIGMA * deviations.median(), self.floor)
+            self.usual *= (now / self.usual) ** (1.0 / min(self.count, USUAL_WINDOWS * self.window))
+        self._centre.push(y)
+
+    def recentre(self) -> None:
+        """Forget the centre, keep the scale: the signal stands on a new level."""
+        self._centre.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "count": self.count,
+            "usual": self.usual,
+            "centre": list(self._centre.arrivals),
+            "deviations": list(self._deviations.arrivals),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count = int(state["count"])
+        self.usual = float(state["usual"])
+        self._centre = SortedWindow(FOLLOW, state["centre"])
+        self._deviations = SortedWindow(self.window, state["deviations"])

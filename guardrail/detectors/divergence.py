@@ -1,0 +1,125 @@
+"""The loss rose and stays up: slow divergence, or a step to a worse level that no single value gave away.
+
+The level of the loss is the median of the logarithms of the last `steps` accepted steps. It is held against the
+lowest level of the last `window` accepted steps, which a rise cannot lift: the baseline is from before it. What is
+rejected never gets here, so this is damage that is in the weights already, and the finding is persistent.
+
+The onset is where the last values part best into "before" and "after": the k that maximises the sum over i >= k of
+y[i] - middle, with the middle between reference and present level (the maximum-likelihood change point of a step in
+normal noise, Hinkley 1970).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import Any
+
+from guardrail.detectors.baseline import Baseline, SortedWindow
+from guardrail.records import LOSS, Finding, Kind, Observation, Severity
+
+
+class Divergence:
+    """Watches the loss.
+
+    Args:
+        baseline: of the loss spikes; its scale is the noise of a single value. It learns elsewhere.
+        score: robust sigmas of rise that count.
+        steps: accepted steps in the level; a sudden step is found after more than half of them.
+        window: accepted steps within which the reference level lies.
+    """
+
+    # Accepted steps kept for the onset, in multiples of `steps`: a slow rise began before the level showed it.
+    MEMORY = 3
+
+    def __init__(self, baseline: Baseline, *, score: float, steps: int, window: int) -> None:
+        self.baseline = baseline
+        self.score = score
+        self.steps = steps
+        self.window = window
+        self.reset()
+
+    def reset(self) -> None:
+        self._count = 0
+        self._recent = SortedWindow(self.steps)
+        self._memory: deque[tuple[int, float]] = deque(maxlen=self.MEMORY * self.steps)  # (step, y)
+        # Candidates for the lowest level: (count, level, scale), ascending in both; the first is the reference.
+        self._lowest: deque[tuple[int, float, float]] = deque()
+
+    def observe(self, obs: Observation) -> list[Finding]:
+        value = obs.signals.get(LOSS)
+        if value is None or not 0.0 < value < math.inf or not self.raised:
+            return []
+        _, reference, scale = self._lowest[0]
+        rise = self._recent.median() - reference
+        if rise <= self.score * scale or math.log(value) <= reference + 0.5 * rise:
+            return []
+        return [
+            Finding(
+                signal=LOSS,
+                step=obs.step,
+                kind=Kind.DIVERGENCE,
+                severity=Severity.PERSISTENT,
+                value=math.exp(self._recent.median()),
+                baseline=math.exp(reference),
+                score=rise / scale,
+                threshold=self.score,
+                onset=self.onset(),
+            )
+        ]
+
+    @property
+    def raised(self) -> bool:
+        """Whether the level stands half as high over its reference as divergence takes."""
+        if len(self._recent) < self.steps or not self._lowest:
+            return False
+        _, reference, scale = self._lowest[0]
+        return self._recent.median() - reference > 0.5 * self.score * scale
+
+    def onset(self) -> int:
+        """The step at which the present rise began; only meaningful while `raised`."""
+        middle = 0.5 * (self._lowest[0][1] + self._recent.median())
+        best, total, onset = 0.0, 0.0, self._memory[-1][0]
+        for step, y in reversed(self._memory):
+            total += y - middle
+            if total >= best:
+                best, onset = total, step
+        return onset
+
+    def accept(self, obs: Observation) -> None:
+        value = obs.signals.get(LOSS)
+        if value is None or not 0.0 < value < math.inf:
+            return
+        y = math.log(value)
+        self._count += 1
+        self._recent.push(y)
+        self._memory.append((obs.step, y))
+        if len(self._recent) < self.steps:
+            return
+        level = self._recent.median()
+        while self._lowest and self._lowest[-1][1] >= level:
+            self._lowest.pop()
+        self._lowest.append((self._count, level, self.baseline.scale))
+        if self._lowest[0][0] <= self._count - self.window:
+            self._lowest.popleft()
+
+    def suspect_from(self) -> int | None:
+        return self.onset() if self.raised else None
+
+    def band(self) -> None:
+        """The spike detector of the loss draws its band."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "count": self._count,
+            "memory": [list(pair) for pair in self._memory],
+            "lowest": [list(entry) for entry in self._lowest],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.reset()
+        self._count = int(state["count"])
+        self._memory.extend((int(step), float(y)) for step, y in state["memory"])
+        self._recent = SortedWindow(self.steps, (y for _, y in self._memory))
+        self._lowest.extend((int(count), float(level), float(scale)) for count, level, scale in state["lowest"])

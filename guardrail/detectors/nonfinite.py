@@ -1,0 +1,68 @@
+"""NaN, Inf, and numbers that no working model gives. Speaks from the first step; needs no baseline.
+
+A NaN that one rank alone saw arrives here twice: as that rank's flag and as NaN in the sum over ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from guardrail.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Finding, Kind, Observation, Severity
+
+WATCHED = (LOSS, GRAD_NORM, EMBED_GRAD_NORM)
+# sqrt of the largest float32: beyond it a square overflows, so a norm or a loss has lost all meaning. Logs of runs
+# that ended in NaN show such values (1e30) in the rows before.
+ABSURD = 1.8e19
+
+
+class NonFinite:
+    """Rejects a step whose loss or gradient is not a usable number, and names the ranks that saw it themselves."""
+
+    def observe(self, obs: Observation) -> list[Finding]:
+        flagged = {LOSS: obs.nonfinite_loss, GRAD_NORM: obs.nonfinite_grad}
+        findings = []
+        for signal in WATCHED:
+            value = obs.signals.get(signal)
+            ranks = flagged.get(signal, ())
+            if ranks or (value is not None and not math.isfinite(value)):
+                # A flagged rank makes the step non-finite even if the reduced number happens to be finite.
+                value = math.nan if value is None or math.isfinite(value) else value
+                findings.append(_finding(obs, signal, Kind.NONFINITE, value, ranks))
+            elif value is not None and (abs(value) > ABSURD or (value == 0.0 and signal == LOSS)):
+                # A cross-entropy of exactly 0 means that no token was scored, or that the loss is disconnected.
+                findings.append(_finding(obs, signal, Kind.IMPOSSIBLE, value, ranks))
+        return findings
+
+    def accept(self, obs: Observation) -> None:
+        """Nothing to learn."""
+
+    def suspect_from(self) -> None:
+        return None
+
+    def band(self) -> None:
+        return None
+
+    def reset(self) -> None:
+        """Nothing to forget."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """No state."""
+
+
+def _finding(obs: Observation, signal: str, kind: Kind, value: float, ranks: tuple[int, ...]) -> Finding:
+    return Finding(
+        signal=signal,
+        step=obs.step,
+        kind=kind,
+        severity=Severity.REJECT,
+        value=value,
+        baseline=0.0,
+        score=0.0,
+        threshold=0.0,
+        onset=obs.step,
+        ranks=ranks,
+    )

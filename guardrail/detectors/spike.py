@@ -1,0 +1,152 @@
+"""A value far above what the signal has been: loss spikes, gradient spikes, spikes of the embedding gradients.
+
+The score is the distance of the logarithm from the baseline's centre in robust sigmas. Only upwards: a loss that
+drops is no reason to leave an update out.
+
+    first steps     Without a scale only a jump by `cold_factor` over the median so far counts. Losses double at step
+                    2 in healthy runs that start without warm-up; three times the uniform loss ln V is beyond them.
+    warm-up         The scale is known roughly: the threshold is widened by warmup / accepted steps.
+    afterwards      `score` sigmas; from `NOTE_SHARE` of that on a step is worth a note and is applied.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import Any
+
+from guardrail.detectors.baseline import Baseline
+from guardrail.records import Finding, Kind, Observation, Severity
+
+# Accepted values from which on a scale means something.
+COLD = 8
+# A note from this share of the rejecting score on.
+NOTE_SHARE = 0.65
+# Accepted values from this share of the rejecting score on, right before a finding, belong to the same trouble.
+ONSET_SHARE = 0.4
+# Accepted values above the note line in a row that are a new level, not outliers.
+NEW_LEVEL = 8
+# Steps over which an onset is looked for backwards.
+LOOK_BACK = 16
+
+
+class Spike:
+    """Watches one signal.
+
+    Args:
+        signal: its name in `Observation.signals`; steps without it are passed over.
+        kind: of the findings.
+        score: robust sigmas above which a step is rejected.
+        floor: least scale, in log units: `score * floor` is the smallest log jump that is ever rejected.
+        cold_factor: jump over the median so far that is rejected while there is no scale.
+        window, warmup: accepted steps in the scale, and before it is trusted.
+    """
+
+    def __init__(
+        self,
+        signal: str,
+        kind: Kind,
+        *,
+        score: float,
+        floor: float,
+        cold_factor: float,
+        window: int,
+        warmup: int,
+    ) -> None:
+        self.signal = signal
+        self.kind = kind
+        self.score = score
+        self.warmup = warmup
+        self.cold_jump = math.log(cold_factor)
+        self.baseline = Baseline(window=window, floor=floor)
+        self.reset()
+
+    def reset(self) -> None:
+        self.baseline.reset()
+        self._above = 0  # accepted values in a row above the note line
+        self._last: deque[tuple[int, float]] = deque(maxlen=LOOK_BACK)  # (step, score) of the last accepted ones
+
+    def observe(self, obs: Observation) -> list[Finding]:
+        value = obs.signals.get(self.signal)
+        if value is None or not 0.0 < value < math.inf or self.baseline.empty:
+            return []
+        jump = math.log(value) - self.baseline.centre
+        scale = self.baseline.scale
+        limit = self._limit(scale)
+        if jump <= NOTE_SHARE * limit:
+            return []
+        return [
+            Finding(
+                signal=self.signal,
+                step=obs.step,
+                kind=self.kind,
+                severity=Severity.REJECT if jump > limit else Severity.NOTE,
+                value=value,
+                baseline=math.exp(self.baseline.centre),
+                score=jump / scale,
+                threshold=limit / scale,
+                onset=self._onset(obs.step),
+            )
+        ]
+
+    def accept(self, obs: Observation) -> None:
+        value = obs.signals.get(self.signal)
+        if value is None or not 0.0 < value < math.inf:
+            return
+        y = math.log(value)
+        baseline = self.baseline
+        if baseline.empty:
+            baseline.learn(y)
+            return
+        jump = y - baseline.centre
+        scale = baseline.scale
+        self._last.append((obs.step, jump / scale))
+        if baseline.count >= self.warmup and jump > NOTE_SHARE * self._limit(scale):
+            # An outlier that was let through must not raise the bar for the next one, a new level must.
+            self._above += 1
+            if self._above < NEW_LEVEL:
+                return
+            baseline.recentre()
+        self._above = 0
+        baseline.learn(y)
+
+    def _limit(self, scale: float) -> float:
+        """The log jump over the centre above which a value is rejected."""
+        count = self.baseline.count
+        if count < COLD:
+            return self.cold_jump
+        if count < self.warmup:
+            return min(self.cold_jump, self.score * scale * self.warmup / count)
+        return self.score * scale
+
+    def _onset(self, step: int) -> int:
+        """First step of the unbroken run of high accepted values that leads here."""
+        for earlier, score in reversed(self._last):
+            if score < ONSET_SHARE * self.score:
+                break
+            step = earlier
+        return step
+
+    def suspect_from(self) -> int | None:
+        if not self._last or self._last[-1][1] < ONSET_SHARE * self.score:
+            return None
+        return self._onset(self._last[-1][0])
+
+    def band(self) -> tuple[float, float] | None:
+        if self.baseline.empty:
+            return None
+        centre = self.baseline.centre
+        return math.exp(centre), _exp(centre + self._limit(self.baseline.scale))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"above": self._above, "last": [list(pair) for pair in self._last], **self.baseline.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.baseline.load_state_dict(state)
+        self._above = int(state["above"])
+        self._last = deque(((int(step), float(score)) for step, score in state["last"]), maxlen=LOOK_BACK)
+
+
+def _exp(x: float) -> float:
+    """A threshold beyond the largest double is no threshold."""
+    return math.exp(x) if x < 709.0 else math.inf

@@ -1,0 +1,114 @@
+"""Findings -> what to do: the ladder, the budget of rollbacks, and which state to go back to. Pure functions.
+
+What outlives a rollback (the rollbacks themselves) is a list of facts that the journal holds too, so that a process
+which starts again after a crash decides as the one that died would have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from guardrail.config import GuardSection
+from guardrail.records import Action, Finding, Kind, Record, Severity, SnapshotInfo
+
+_RANK = {Severity.PERSISTENT: 2, Severity.REJECT: 1, Severity.NOTE: 0}
+
+
+class Rollback(Record, frozen=True, kw_only=True):
+    """One rollback that was done.
+
+    Attributes:
+        from_step: applied steps when it was decided.
+        to_step: applied steps of the state that was restored.
+        onset: first step of the trouble.
+        window: positions [first, last) that it left out.
+        by_person: commanded, not decided by the guard; such a rollback is outside the budget.
+    """
+
+    from_step: int
+    to_step: int
+    onset: int
+    window: tuple[int, int]
+    by_person: bool = False
+
+
+def by_severity(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """Most severe first; among equals the one that is furthest over its threshold, and NaN before any number."""
+    return tuple(sorted(findings, key=lambda f: (-_RANK[f.severity], f.threshold != 0.0, -_excess(f))))
+
+
+def _excess(finding: Finding) -> float:
+    return finding.score / finding.threshold if finding.threshold else 0.0
+
+
+def rejects(findings: Iterable[Finding]) -> bool:
+    """Whether this update must not be applied."""
+    return any(finding.severity is not Severity.NOTE for finding in findings)
+
+
+def is_trouble(findings: Iterable[Finding]) -> bool:
+    """Whether something is wrong with the run, and not just with a batch that holds no label."""
+    return any(f.severity is not Severity.NOTE and f.kind is not Kind.NO_TOKENS for f in findings)
+
+
+def decide(findings: Sequence[Finding], *, streak: int, in_a_row: int, settings: GuardSection) -> Action:
+    """What `auto` does.
+
+    Args:
+        findings: of this step.
+        streak: troubled batches rejected directly before this one.
+        in_a_row: rollbacks done without `healthy_after` steps of progress between them; see `rollbacks_in_a_row`.
+    """
+    if not rejects(findings):
+        return Action.APPLY
+    persistent = any(finding.severity is Severity.PERSISTENT for finding in findings)
+    if not persistent and not (is_trouble(findings) and streak + 1 >= settings.persist):
+        return Action.SKIP
+    return Action.ROLLBACK if in_a_row < settings.rollbacks else Action.HALT
+
+
+def rollbacks_in_a_row(rollbacks: Sequence[Rollback], *, applied: int, healthy_after: int) -> int:
+    """Rollbacks that lie less than `healthy_after` applied steps apart, the last one less than that before `applied`.
+
+    Progress is counted from where the earlier rollback gave up, not from where it went back to: re-running the
+    abandoned stretch proves nothing, and a far rollback must not clear its own record.
+    """
+    count = 0
+    for rollback in reversed(rollbacks):
+        if rollback.by_person:
+            continue
+        if applied - rollback.from_step >= healthy_after:
+            break
+        count += 1
+        applied = rollback.from_step
+    return count
+
+
+def confirmed(infos: Iterable[SnapshotInfo], *, healthy_through: int, confirm: int) -> list[SnapshotInfo]:
+    """Candidates that `confirm` healthy applied steps have followed: they count as good from now on.
+
+    Args:
+        healthy_through: the newest applied step that is surely healthy; see `Controller.healthy_through`.
+    """
+    return [info for info in infos if info.state == "candidate" and info.step + confirm <= healthy_through]
+
+
+def choose_target(
+    infos: Iterable[SnapshotInfo], before_step: int, *, good_only: bool = True, cursor: int | None = None
+) -> SnapshotInfo | None:
+    """The newest state from strictly before `before_step`, the first step whose batch is in the window.
+
+    Args:
+        good_only: candidates do not count; suspects never do.
+        cursor: first position of the window, as a second bound: the state must not have passed it.
+
+    Returns:
+        None if there is none: the caller goes to the next tier.
+    """
+    states = ("good",) if good_only else ("good", "candidate")
+    fit = [
+        info
+        for info in infos
+        if info.state in states and info.step < before_step and (cursor is None or info.cursor <= cursor)
+    ]
+    return max(fit, key=lambda info: (info.step, info.timeline), default=None)
