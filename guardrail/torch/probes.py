@@ -104,12 +104,12 @@ class Probes:
         embeddings = {id(p) for p in embedding_parameters(model)}
         self.embedding = [p for p in self.parameters if id(p) in embeddings]
         self._is_embedding = [id(p) in embeddings for p in self.parameters]
-        device = local(self.parameters[0]).device
+        wrappers = ("module.", "_orig_mod.")
+        self._names = {id(p): _without(name, wrappers) for name, p in model.named_parameters()}
+        self.device = device = local(self.parameters[0]).device
         # Apple's MPS has no float64; there the sums are float32.
-        self._dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._weights = torch.tensor(
-            [1.0 / copies(p, world) for p in self.parameters], dtype=self._dtype, device=device
-        )
+        self.dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._weights = torch.tensor([1.0 / copies(p, world) for p in self.parameters], dtype=self.dtype, device=device)
         self._embedding_index = torch.tensor(
             [i for i, e in enumerate(self._is_embedding) if e], dtype=torch.long, device=device
         )
@@ -165,13 +165,13 @@ class Probes:
             nominal_tokens: what the losses were divided by before backward, summed over the ranks: the gradients are
                 those of loss_sum / nominal_tokens. None: they are those of the mean already.
         """
-        device = self._weights.device
+        device = self.device
         present = [p.grad is not None for p in self.parameters]
         gradients = [local(p.grad) for p in self.parameters if p.grad is not None]
-        zero = torch.zeros((), dtype=self._dtype, device=device)
+        zero = torch.zeros((), dtype=self.dtype, device=device)
         grad_sq = embed_sq = zero
         if gradients:
-            squares = torch.stack(torch._foreach_norm(gradients)).to(self._dtype) ** 2
+            squares = torch.stack(torch._foreach_norm(gradients)).to(self.dtype) ** 2
             if all(present):
                 squares, embedded = squares * self._weights, self._embedding_index
             else:
@@ -180,17 +180,17 @@ class Probes:
                 marks = [e for e, p in zip(self._is_embedding, present, strict=True) if p]
                 embedded = torch.tensor(marks, device=device).nonzero().flatten()
             grad_sq, embed_sq = squares.sum(), squares[embedded].sum()
-        loss_sum = loss_sum.detach().to(self._dtype)
+        loss_sum = loss_sum.detach().to(self.dtype)
         # Host numbers travel in one copy, device numbers join them there: no wait on a device before the reduction.
         host = [0.0] * (len(HEAD) + self.world * len(PER_RANK))
         host[HEAD.index("command_kind")], host[HEAD.index("command_value")] = float(command[0]), command[1]
         host[HEAD.index("stop")], host[HEAD.index("incomplete")] = float(stop), float(incomplete)
         host[self._own_slots + PER_RANK.index("step_time")] = step_time
-        vector = torch.tensor(host, dtype=self._dtype).to(device, non_blocking=True)
-        sums = [loss_sum, torch.as_tensor(tokens, dtype=self._dtype, device=device), grad_sq, embed_sq]
-        flags = ~torch.isfinite(torch.stack([loss_sum, grad_sq, self._own_norm.to(self._dtype)]))
+        vector = torch.tensor(host, dtype=self.dtype).to(device, non_blocking=True)
+        sums = [loss_sum, torch.as_tensor(tokens, dtype=self.dtype, device=device), grad_sq, embed_sq]
+        flags = ~torch.isfinite(torch.stack([loss_sum, grad_sq, self._own_norm.to(self.dtype)]))
         vector[: len(sums)] = torch.stack(sums)
-        vector[self._own_slots : self._own_slots + len(flags)] = flags.to(self._dtype)
+        vector[self._own_slots : self._own_slots + len(flags)] = flags.to(self.dtype)
         self._own_norm.zero_()
         if self.world > 1:
             dist.all_reduce(vector)
@@ -222,13 +222,19 @@ class Probes:
             incomplete=int(sums["incomplete"]),
         )
 
-    def names_of_nonfinite(self, names: dict[int, str]) -> list[str]:
+    def names_of_nonfinite(self) -> list[str]:
         """Parameters whose local gradient holds NaN or Inf. For incidents only: one read and one wait each."""
         return [
-            names.get(id(p), "?")
+            self._names[id(p)]
             for p in self.parameters
             if p.grad is not None and not bool(torch.isfinite(local(p.grad)).all())
         ]
+
+
+def _without(name: str, prefixes: Sequence[str]) -> str:
+    for prefix in prefixes:
+        name = name.replace(prefix, "")
+    return name
 
 
 def _root(square: float) -> float:

@@ -1,0 +1,99 @@
+"""What a trainer writes into its run directory: events and metric rows, by rank 0, never stopping a step.
+
+A disk that fails degrades durability and is said so; events wait in memory, in order, until it takes them again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from guardrail.records import Event
+from guardrail.rundir import MetricsWriter, RunDirectory
+
+
+class Recorder:
+    """Journal and metrics of one trainer.
+
+    Args:
+        run: the run directory; None records nothing (a guard without one still decides).
+        active: True on rank 0. On other ranks the same calls return the same events and write nothing.
+        learn: called with every event, written or not, so that all ranks remember the same past.
+    """
+
+    def __init__(self, run: RunDirectory | None, *, active: bool, learn: Callable[[Event], None]) -> None:
+        self._run = run if active else None
+        self._learn = learn
+        self._metrics: MetricsWriter | None = None
+        self._waiting: deque[tuple[str, str, dict[str, Any]]] = deque()
+        self._failing: dict[str, str] = {}
+        self._metrics_retry = 0.0
+
+    @property
+    def durability(self) -> str:
+        """ "ok" or "degraded: WHY", for status and screen."""
+        return "ok" if not self._failing else "degraded: " + "; ".join(self._failing.values())
+
+    def event(self, kind: str, message: str, *, step: int, timeline: int, **data: Any) -> Event:
+        """Append an event, synced before this returns, or queue it when the disk refuses."""
+        event = Event(seq=0, time=time.time(), step=step, timeline=timeline, kind=kind, message=message, data=data)
+        self._learn(event)
+        if self._run is not None:
+            self._waiting.append((kind, message, {"step": step, "timeline": timeline, **data}))
+            self.flush()
+        return event
+
+    def flush(self) -> None:
+        """Write what waits. Called with each event and once in a while by the guard."""
+        if self._run is None:
+            return
+        try:
+            while self._waiting:
+                kind, message, data = self._waiting[0]
+                self._run.append(kind, message, **data)
+                self._waiting.popleft()
+        except OSError as error:
+            self.degraded("journal", f"journal: {error.strerror or error}")
+        else:
+            self.restored("journal")
+
+    def row(self, values: dict[str, float]) -> None:
+        """Append a metrics row; flushed to the kernel, not synced."""
+        if self._run is None or time.monotonic() < self._metrics_retry:
+            return
+        try:
+            if self._metrics is None:
+                self._metrics = self._run.metrics_writer()
+            self._metrics.append(values)
+        except OSError as error:
+            # Rows that a full disk refuses are lost; the journal says from when on.
+            self._metrics_retry = time.monotonic() + 5.0
+            self.degraded("metrics", f"metrics: {error.strerror or error}")
+        else:
+            self.restored("metrics")
+
+    def degraded(self, what: str, reason: str) -> None:
+        """Note that `what` cannot be kept safely; journaled once, when it changes."""
+        if self._failing.get(what) == reason:
+            return
+        self._failing[what] = reason
+        self._say("degraded", f"durability degraded: {reason}")
+
+    def restored(self, what: str) -> None:
+        if self._failing.pop(what, None) is not None:
+            self._say("ok" if not self._failing else "degraded", f"{what} can be written again")
+
+    def _say(self, state: str, message: str) -> None:
+        if self._run is not None:
+            data = {"step": 0, "timeline": 0, "state": state, "reason": self.durability}
+            self._waiting.append(("durability", message, data))
+            if "journal" not in self._failing:
+                self.flush()
+
+    def close(self) -> None:
+        self.flush()
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None

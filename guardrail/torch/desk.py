@@ -1,0 +1,225 @@
+"""The front desk: commands and questions of people, carried out by all ranks at the same step.
+
+Rank 0 reads the inbox; a command travels to the other ranks as two numbers of the packed vector, so no step waits
+for a broadcast. Each command is answered in the journal before it takes effect, with the step at which it does.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from guardrail.mailbox import Mailbox
+from guardrail.records import Action, Command, CommandKind, Mode, Phase, Span
+from guardrail.rundir import RunDirectory
+
+if TYPE_CHECKING:
+    from guardrail.torch.guard import Guard
+
+PARKED_SECONDS = 0.1  # between two meetings of parked ranks
+KINDS = list(CommandKind)
+MODES = list(Mode)
+
+
+class Answer(Enum):
+    """How a wait ended."""
+
+    AS_PROPOSED = 0
+    GO_ON = 1
+    STOP = 2
+    ROLLED_BACK = 3
+
+
+class Desk:
+    """Commands of one guard; `question` is what it asks while parked."""
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
+        self._mailbox: Mailbox | None = None
+        self._current: Command | None = None
+        self._end = 0  # end of the batch that is under question, else 0
+        self.question = ""
+
+    def open(self, run: RunDirectory) -> None:
+        """Read commands; on rank 0 only."""
+        self._mailbox = Mailbox(run)
+
+    def close(self) -> None:
+        if self._mailbox is not None:
+            self._mailbox.close()
+            self._mailbox = None
+
+    def next(self, step: int) -> tuple[int, float]:
+        """Rank 0's next command as two numbers, 1 + index of its kind and its value; (0, 0.0) when there is none."""
+        self._current = self._mailbox.next(step) if self._mailbox is not None else None
+        if self._current is not None:
+            return 1 + KINDS.index(self._current.kind), self._current.value
+        if self._guard.tiers.wants_retry():
+            # Each rank writes its share of a checkpoint, so a save is tried again by all of them together.
+            return 1 + KINDS.index(CommandKind.CHECKPOINT), 0.0
+        return 0, 0.0
+
+    def agree(self, command: tuple[int, float]) -> tuple[int, float, int]:
+        """The small all-reduce outside a step: (command kind, value, ranks that were asked to stop)."""
+        guard = self._guard
+        vector = torch.tensor([float(command[0]), command[1], float(guard.stopping)], dtype=guard.probes.dtype)
+        vector = vector.to(guard.probes.device)
+        if guard.world > 1:
+            dist.all_reduce(vector)
+        kind, value, stop = vector.tolist()
+        return int(kind), value, int(stop)
+
+    # -- waiting for a person ------------------------------------------------------------------------------------
+
+    def park(self, question: str = "", *, would: Action | None = None, end: int = 0) -> Answer:
+        """Wait for a person while the ranks keep meeting, so that no collective times out, for hours if need be.
+
+        Args:
+            question: what the guard asks; "" for a pause by hand.
+            would: what it proposes, and does after the deadline.
+            end: end of the batch under question, which a rollback by hand leaves out as well.
+        """
+        guard = self._guard
+        self.question, self._end = question, end
+        proposals = [would.value, "go on", "stop"] if would else []
+        guard.say("paused", question or "paused by a person", proposals=proposals)
+        answer: Answer | None = None
+        began = time.monotonic()
+        while answer is None:
+            guard.at(Phase.PAUSED)
+            command = self.next(guard.step + 1)
+            if not command[0] and question and self._decides_alone(would, time.monotonic() - began):
+                command = 1 + KINDS.index(CommandKind.ANSWER), 0.0
+            kind, value, stop = self.agree(command)
+            if stop:
+                guard.end(Phase.STOPPED, "asked to stop by a signal while paused")
+                answer = Answer.STOP
+            elif kind:
+                answer = self._while_parked(KINDS[kind - 1], value)
+            else:
+                guard.tiers.poll(guard.say)
+                time.sleep(PARKED_SECONDS)
+        self.question, self._end = "", 0
+        if guard.phase is None:
+            guard.say("resumed", f"training goes on: {answer.name.lower().replace('_', ' ')}")
+        return answer
+
+    def _decides_alone(self, would: Action | None, waited: float) -> bool:
+        """On rank 0: nobody will answer. A run that is out of budget does not wait for a screen that is not there."""
+        guard = self._guard
+        if guard.rank:
+            return False
+        seconds = guard.settings.guard.ask_seconds
+        unseen = would is Action.HALT and (guard.run is None or not guard.run.screens())
+        return unseen or (seconds > 0 and waited > seconds)
+
+    def _while_parked(self, kind: CommandKind, value: float) -> Answer | None:
+        """What ends the wait comes back; the rest takes effect in place."""
+        asked = bool(self.question)
+        if kind is CommandKind.RESUME or (kind is CommandKind.ANSWER and asked):
+            self._answer(kind, value)
+            answer = Answer(int(value)) if kind is CommandKind.ANSWER else Answer.AS_PROPOSED
+            if answer is Answer.STOP:
+                self._guard.end(Phase.STOPPED, "stopped by a person while the guard asked")
+            return answer
+        if kind is CommandKind.PAUSE:
+            self._answer(kind, value, refusal="training is paused already")
+            return None
+        done = self.execute(kind, value)
+        if done and kind is CommandKind.STOP:
+            return Answer.STOP
+        return Answer.ROLLED_BACK if done and kind is CommandKind.ROLLBACK else None
+
+    # -- commands ------------------------------------------------------------------------------------------------
+
+    def execute(self, kind: CommandKind, value: float) -> bool:
+        """Carry a command out, or refuse it with a reason; returns whether it was taken. Every rank decides alike."""
+        guard = self._guard
+        match kind:
+            case CommandKind.PAUSE:
+                self._answer(kind, value)
+                self.park()
+            case CommandKind.RESUME:
+                return self._answer(kind, value, refusal="training is not paused")
+            case CommandKind.ANSWER:
+                return self._answer(kind, value, refusal="no question is open")
+            case CommandKind.STOP:
+                self._answer(kind, value)
+                guard.end(Phase.STOPPED, "stopped by command")
+            case CommandKind.LR | CommandKind.EMBED_ALPHA:
+                self._answer(kind, value)  # the journal line itself is where the setting is read from; see Past
+            case CommandKind.POLICY:
+                self._answer(kind, value)
+                guard.set_mode(MODES[int(value)])
+            case CommandKind.CHECKPOINT:
+                self._answer(kind, value)
+                guard.tiers.save_now(guard.facts)
+            case CommandKind.SKIP:
+                self._skip(int(value))
+            case CommandKind.ROLLBACK:
+                return self._roll_back(value)
+        return True
+
+    def _answer(self, kind: CommandKind, value: float, *, refusal: str = "") -> bool:
+        """Acknowledge a command in the journal, before its effect. Returns whether it is taken."""
+        guard, command = self._guard, self._current
+        if command is None and kind is CommandKind.CHECKPOINT and guard.rank == 0:
+            return True  # a retry of the guard's own
+        outcome = f"refused: {refusal}" if refusal else f"takes effect after step {guard.step}"
+        guard.say(
+            "command",
+            f"{kind.value} {outcome}",
+            id=command.id if command else "",
+            command=kind.value,
+            value=value,
+            who=command.who if command else "guard",
+            effect="refused" if refusal else "applied",
+            reason=refusal,
+        )
+        if command is not None and guard.run is not None:
+            guard.run.command_done(command.id)
+            self._current = None
+        return not refusal
+
+    def _skip(self, batches: int) -> None:
+        """Leave the next `batches` batches out."""
+        guard, ledger = self._guard, self._guard.ledger
+        self._answer(CommandKind.SKIP, batches)
+        position = ledger.state()
+        first = last = position.cursor
+        for _ in range(batches):
+            batch = ledger.next_batch()
+            if batch is None:
+                break
+            last = batch.last
+            ledger.passed(batch, applied=False)
+        ledger.restore(position)
+        if last > first:
+            reason = f"{batches} batches skipped by command"
+            guard.leave_out(
+                Span(first=first, last=last, cause="user", step=guard.step + 1, reason=reason, batches=batches)
+            )
+
+    def _roll_back(self, value: float) -> bool:
+        """To the named step, or the newest good state before the present; leaves out the data in between."""
+        guard = self._guard
+        to_step = None if math.isnan(value) else int(value)
+        end = max(guard.ledger.cursor, self._end)
+        target = guard.tiers.target(guard.ledger.cursor - 1, past=guard.past, to_step=to_step)
+        if target is None:
+            where = f"step {to_step}" if to_step is not None else "an earlier step"
+            refusal = f"there is no snapshot or valid checkpoint of {where}"
+            return self._answer(CommandKind.ROLLBACK, value, refusal=refusal)
+        self._answer(CommandKind.ROLLBACK, value)
+        return guard.roll_back(
+            window=(target.cursor, end),
+            onset=target.step + 1,
+            reason=f"rollback to step {target.step} by command",
+            cause="user",
+            target=target,
+        )

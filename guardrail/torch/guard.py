@@ -1,0 +1,631 @@
+"""The guard: what a training loop calls.
+
+    guard = Guard.from_config(settings, model=model, optimizer=optimizer, scheduler=scheduler, data=order)
+    for step in guard:                      # rewinds by itself after a rollback
+        loss = train_batch(step.batch)      # forward and backward, accumulation included
+        step.finish(loss)                   # observe, decide, apply or not
+
+Every rank runs this same code on the same reduced numbers, so all reach the same verdict at the same step. Rank 0
+alone writes the run directory, always before what it writes takes effect.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from guardrail.config import Settings
+from guardrail.controller import Controller
+from guardrail.errors import UsageError
+from guardrail.heartbeat import Heartbeat
+from guardrail.ledger import Batch, Ledger, SampleOrder
+from guardrail.past import Past
+from guardrail.policy import Rollback
+from guardrail.recorder import Recorder
+from guardrail.records import (
+    MAX_NAMED,
+    Action,
+    CommandKind,
+    Mode,
+    Observation,
+    Phase,
+    Span,
+    Status,
+    Verdict,
+)
+from guardrail.rundir import RunDirectory
+from guardrail.signals import StopSignals
+from guardrail.torch import rng
+from guardrail.torch.desk import Answer, Desk
+from guardrail.torch.gate import Gate
+from guardrail.torch.probes import Probes, Reduced
+from guardrail.torch.state import TrainingState
+from guardrail.torch.tiers import Restored, Target, Tiers
+
+Describe = Callable[[Sequence[int]], tuple[list[dict[str, Any]], int]]
+
+
+class Step:
+    """One try at an update. `number` is the step it becomes when it is applied."""
+
+    def __init__(self, guard: Guard, *, number: int, batch: Batch) -> None:
+        self._guard = guard
+        self.number = number
+        self.batch = batch
+        self.verdict: Verdict | None = None
+        self.applied = False
+        self._began = time.perf_counter()
+
+    def finish(
+        self,
+        loss: Tensor,
+        *,
+        tokens: Tensor | float = 1.0,
+        nominal_tokens: float | None = None,
+        incomplete: bool = False,
+    ) -> Verdict | None:
+        """Observe, decide, and apply the update or leave it out. Call once, on every rank, after the last backward.
+
+        Args:
+            loss: without `nominal_tokens` this rank's mean loss, whose gradients are in `.grad` (averaged over ranks,
+                as DDP and FSDP do); with it the SUM of this rank's token losses, 0-d.
+            tokens: label tokens behind the sum.
+            nominal_tokens: the number, summed over ranks, that the sums were divided by before backward. The guard
+                rescales the gradients by nominal / actual tokens, so that every token weighs the same.
+            incomplete: this rank was asked to stop and left micro-batches out: nothing is decided, the run ends.
+
+        Returns:
+            The verdict; None when a stop made the window incomplete.
+        """
+        if self.verdict is not None:
+            raise RuntimeError("step.finish was called twice")
+        return self._guard._finish(self, loss, tokens, nominal_tokens, incomplete)
+
+
+class Guard:
+    """Watches a training loop, leaves bad updates out, rolls back, keeps the record.
+
+    Args:
+        settings: the [guard], [snapshots] and [checkpoint] sections.
+        model: any nn.Module: plain, DDP, FSDP2 (`fully_shard`).
+        optimizer: one torch.optim optimizer or several.
+        scheduler: anything with step(), state_dict() and load_state_dict(); stepped once an applied update.
+        order: the sample order.
+        batch_size: samples of a global batch.
+        total_steps: applied updates after which the run is finished; 0: endless.
+        limit: positions after which the data ends; None: endless.
+        clip: global norm to which gradients are clipped; 0: none.
+        run: the run directory; None keeps everything in memory (no commands, no disk tier).
+        signals: stop signals of the process, installed by the caller; None: none.
+        heartbeat: created by the caller early in set-up; None: the guard makes its own when there is a run.
+        describe: sample ids -> (documents as dicts, number of documents), for the journal. Called on rank 0.
+        fixed_loss: loss on one fixed batch, same on every rank; stored with a checkpoint and compared after a resume.
+        lr_at: the scheduled learning rate as a function of the step, to be compared after a resume.
+        identity: facts that must not change over a resume, such as data and tokenizer fingerprints.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        scheduler: Any = None,
+        order: SampleOrder,
+        batch_size: int,
+        total_steps: int = 0,
+        limit: int | None = None,
+        clip: float = 1.0,
+        run: RunDirectory | None = None,
+        signals: StopSignals | None = None,
+        heartbeat: Heartbeat | None = None,
+        describe: Describe | None = None,
+        fixed_loss: Callable[[], float] | None = None,
+        lr_at: Callable[[int], float] | None = None,
+        identity: dict[str, Any] | None = None,
+    ) -> None:
+        self.settings = settings
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.run = run
+        self.total_steps = total_steps
+        self.ledger = Ledger(order, batch_size=batch_size, limit=limit)
+        self.past = Past()
+        self.controller = Controller(settings.guard)
+        self.recorder = Recorder(run, active=self.rank == 0, learn=lambda event: self.past.add(event))
+        self.probes = Probes(model, rank=self.rank, world=self.world)
+        optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+        self.gate = Gate(optimizers, parameters=self.probes.parameters, embedding=self.probes.embedding, clip=clip)
+        self.state = TrainingState(model, optimizers, scheduler)
+        self._scheduler = scheduler
+        self._optimizers = optimizers
+        self._describe, self._fixed_loss, self._lr_at = describe, fixed_loss, lr_at
+        self._identity = identity or {}
+        self._signals = signals
+        self._heartbeat = heartbeat
+        self.tiers = Tiers(
+            settings, state=self.state, store=self._store(run), recorder=self.recorder, rank=self.rank
+        )
+
+        self.desk = Desk(self)
+
+        self.step = 0  # applied updates so far
+        self.timeline = 0
+        self.tokens = 0
+        self.phase: Phase | None = None  # set when the run has ended
+        self.mode = settings.guard.mode
+        self._row: dict[str, float] | None = None
+        self._incident: int | None = None
+        self._recent: list[tuple[float, int]] = []  # (seconds, tokens) of the last applied steps
+        self._guard_seconds = self._step_seconds = 0.0
+        self._started = time.time()
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_config(cls, settings: Settings, *, data: SampleOrder, **parts: Any) -> Guard:
+        """The guard of a loop of one's own: `data` is the sample order, `parts` the arguments of the constructor."""
+        return cls(settings, order=data, **parts)
+
+    def __iter__(self) -> Iterator[Step]:
+        self.open()
+        try:
+            while self.phase is None:
+                self._flush_row()
+                if self.total_steps and self.step >= self.total_steps:
+                    self.end(Phase.FINISHED, f"all {self.total_steps} steps are done")
+                    break
+                batch = self.ledger.next_batch()
+                if batch is None:
+                    self.end(Phase.FINISHED, "the data has been passed to its end")
+                    break
+                self.at(Phase.STEP, self.step + 1)
+                step = Step(self, number=self.step + 1, batch=batch)
+                yield step
+                if step.verdict is None and self.phase is None:
+                    raise RuntimeError("the loop went on without step.finish(loss)")
+            self._flush_row()
+        finally:
+            self.close()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether this process was asked to stop; all ranks learn of it in the next reduction."""
+        return self._signals is not None and self._signals.requested
+
+    def ahead(self, batch: Batch) -> Batch | None:
+        """The batch that follows `batch` if it is applied: what a loader may fetch meanwhile."""
+        position = self.ledger.state()
+        self.ledger.passed(batch, applied=True)
+        following = self.ledger.next_batch()
+        self.ledger.restore(position)
+        return following
+
+    def enter(self, phase: Phase) -> None:
+        """Say what the loop does between steps, and that it gets ahead; call it again now and then."""
+        self.at(phase)
+
+    def log_eval(self, loss: float) -> None:
+        """Record the held-out loss after the present step (nats a token, equal on all ranks)."""
+        if self._row is not None:
+            self._row["eval_loss"] = loss
+        self.say("eval", f"held-out loss {loss:.4f} after step {self.step}", loss=loss)
+
+    def poll_stop(self) -> bool:
+        """Agree on whether any rank was asked to stop. For long phases between steps (evaluation); a collective."""
+        return self.desk.agree((0, 0.0))[2] > 0
+
+    # -- start and end -------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Resume from checkpoint + journal, or begin; called by the iteration."""
+        if self.run is not None:
+            if self._heartbeat is None:
+                self._heartbeat = Heartbeat(self.run, self.rank).start()
+            if self.rank == 0:
+                self.desk.open(self.run)
+            events = self._shared(self.run.events() if self.rank == 0 else None)
+            self.past = Past.of(events)
+            self.controller.rebuild(events)
+            if self.rank == 0:
+                self._heartbeat.status = self.status
+        for span in self.past.spans:
+            self.ledger.leave_out(span)
+        if self.past.mode is not None:
+            self.set_mode(self.past.mode)
+        restored = self.tiers.resume(self.past)
+        for refusal in self.tiers.refused:
+            self.say("checkpoint", refusal.reason, path=refusal.path, state="invalid", reason=refusal.reason)
+        if self.past.started is None and restored is None:
+            self._begin()
+        else:
+            self._continue(restored)
+
+    def _begin(self) -> None:
+        self.say(
+            "started",
+            f"training begins on {self.world} rank{'s' if self.world > 1 else ''}",
+            world=self.world,
+            samples=self.ledger.order.n_samples,
+            order_seed=self.ledger.order.seed,
+            shuffled=self.ledger.order.shuffled,
+            batch_size=self.ledger.batch_size,
+            host=socket.gethostname(),
+            **self._identity,
+        )
+        self.tiers.begin(self.facts)
+
+    def _continue(self, restored: Restored | None) -> None:
+        """After a restart: the newest valid state of the present timeline, checked against what it says of itself."""
+        check: dict[str, str] = {}
+        if restored is not None:
+            self._adopt(restored.extra)
+            check = restored.check | self._check_resume(restored.extra)
+        self.timeline = self.past.timeline + 1
+        where = f"checkpoint {restored.name}" if restored else "the beginning: no valid checkpoint was found"
+        self.say(
+            "restarted",
+            f"continues at step {self.step} from {where}",
+            checkpoint=restored.name if restored else "",
+            world=self.world,
+        )
+        if check:
+            wrong = [name for name, outcome in check.items() if outcome != "ok"]
+            message = f"resumed state differs in {', '.join(wrong)}" if wrong else "resumed state is what was saved"
+            self.say("resume_check", message, **check)
+        self.tiers.begin(self.facts, good=restored is None or restored.good, saved=restored is not None)
+
+    def _check_resume(self, extra: dict[str, Any]) -> dict[str, str]:
+        """Which of schedule, data order and loss differ from what the checkpoint says (weights: see TrainingState)."""
+        check = {}
+        if self._lr_at is not None:
+            have, want = float(self._optimizers[0].param_groups[0]["lr"]), self._lr_at(self.step + 1)
+            good = math.isclose(have, want, rel_tol=0.01)
+            check["schedule"] = "ok" if good else f"learning rate {have:.4g}, the schedule says {want:.4g}"
+        ahead = self._order_ahead()
+        check["data"] = "ok" if extra.get("order_ahead") == ahead else "the sample order is another one"
+        for key, value in self._identity.items():
+            if key in extra.get("identity", {}) and extra["identity"][key] != value:
+                raise UsageError(
+                    f"{key} was {extra['identity'][key]} when this run was saved and is {value} now: "
+                    "resuming would train on something else"
+                )
+        stored = extra.get("fixed_loss")
+        if stored is not None and self._fixed_loss is not None:
+            now = self._fixed_loss()
+            same = now == stored if extra.get("world") == self.world else math.isclose(now, stored, rel_tol=1e-3)
+            check["loss"] = "ok" if same else f"fixed batch gives {now!r}, was {stored!r}"
+        return check
+
+    def _order_ahead(self) -> list[int]:
+        cursor = self.ledger.cursor
+        return self.ledger.order.samples(cursor, cursor + 8)
+
+    def end(self, phase: Phase, reason: str) -> None:
+        """A deliberate end: the last checkpoint, the last word in the journal."""
+        self._flush_row()
+        self.at(Phase.SAVE)
+        saved = self.tiers.finish(self.facts)
+        if not saved:
+            reason += "; the final checkpoint could not be written"
+        self.phase = phase
+        self.say("ended", f"{phase.value} at step {self.step}: {reason}", phase=phase.value, reason=reason, saved=saved)
+        self.at(phase)
+
+    def close(self) -> None:
+        """Release threads and files. Part of the iteration's `finally`; harmless when called again."""
+        self.desk.close()
+        self.tiers.close()
+        self.recorder.close()
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+            self._heartbeat = None
+
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def _finish(
+        self, step: Step, loss: Tensor, tokens: Tensor | float, nominal: float | None, incomplete: bool
+    ) -> Verdict | None:
+        began = time.perf_counter()
+        reduced = self.probes.reduce(
+            loss if nominal is not None else loss * tokens,
+            tokens,
+            nominal_tokens=nominal,
+            step_time=began - step._began,
+            command=self.desk.next(step.number),
+            stop=self.stopping,
+            incomplete=incomplete,
+        )
+        if reduced.incomplete:
+            self.gate.leave_out()
+            self.end(Phase.STOPPED, "asked to stop; the unfinished batch was given back")
+            return None
+        observation = Observation(
+            step=step.number,
+            first=step.batch.first,
+            last=step.batch.last,
+            signals=reduced.signals(),
+            nonfinite_loss=reduced.nonfinite_loss,
+            nonfinite_grad=reduced.nonfinite_grad,
+            tokens=reduced.tokens,
+            streak=step.batch.streak,
+        )
+        bands = self.controller.bands()
+        verdict = self.controller.observe(observation)
+        decided = time.perf_counter()
+        step.verdict = verdict
+        lr = float(self._optimizers[0].param_groups[0]["lr"]) * self.past.lr.at(step.number)
+        self._row = self._metrics_row(step, reduced, verdict, bands, lr)
+        self._act(step, verdict, reduced, observation)
+        acted = time.perf_counter()
+        if reduced.command_kind and self.phase is None:
+            self.desk.execute(list(CommandKind)[reduced.command_kind - 1], reduced.command_value)
+        if reduced.stop and self.phase is None:
+            self.end(Phase.STOPPED, f"asked to stop by a signal on {reduced.stop} of {self.world} ranks")
+        self._account(step, reduced, guard=decided - began + (time.perf_counter() - acted), verdict=verdict)
+        return verdict
+
+    def _act(self, step: Step, verdict: Verdict, reduced: Reduced, observation: Observation) -> None:
+        self._incident = verdict.incident
+        if verdict.findings:
+            self._explain(step, verdict)
+        if verdict.incident_state:
+            self.say(
+                "incident",
+                f"incident {verdict.incident}: {verdict.incident_state}",
+                number=verdict.incident,
+                state=verdict.incident_state,
+                onset=verdict.onset,
+            )
+        match verdict.action:
+            case Action.APPLY:
+                self._apply(step, reduced)
+            case Action.SKIP:
+                self._skip(step, verdict)
+            case Action.ROLLBACK:
+                self._roll_back_for(step, verdict)
+            case Action.PAUSE:
+                self._ask(step, verdict, reduced, observation)
+            case Action.HALT:
+                self.gate.leave_out()
+                self._halt(verdict)
+
+    def _apply(self, step: Step, reduced: Reduced) -> None:
+        alpha = self.past.alpha.at(step.number)
+        factor = self.gate.factor(reduced, embed_alpha=alpha)
+        self.gate.apply(factor, lr_factor=self.past.lr.at(step.number), embed_alpha=alpha)
+        if self._scheduler is not None:
+            self._scheduler.step()
+        step.applied = True
+        self.step = step.number
+        self.tokens += reduced.tokens
+        self.ledger.passed(step.batch, applied=True)
+        self.state.settle()
+        self.tiers.after_step(self.step, healthy_through=self.controller.healthy_through, facts=self.facts)
+
+    def _skip(self, step: Step, verdict: Verdict) -> None:
+        self.gate.leave_out()
+        self.leave_out(
+            Span(
+                first=step.batch.first, last=step.batch.last, cause="rejected", step=step.number, reason=verdict.reason
+            )
+        )
+        self.ledger.passed(step.batch, applied=False)
+
+    def leave_out(self, span: Span) -> None:
+        """Journal first, then quarantine."""
+        self.say("left_out", f"samples left out: {span.reason}", **self._span_data(span))
+        self.ledger.leave_out(span)
+
+    def _span_data(self, span: Span) -> dict[str, Any]:
+        data: dict[str, Any] = {"span": span, "samples": span.last - span.first, "incident": self._incident}
+        if self.rank == 0 and self._describe is not None:
+            documents, total = self._describe(self.ledger.order.samples(span.first, span.last))
+            data |= {"documents": documents[:MAX_NAMED], "documents_total": total}
+        return data
+
+    # -- rollback ------------------------------------------------------------------------------------------------
+
+    def _roll_back_for(self, step: Step, verdict: Verdict) -> None:
+        assert verdict.window is not None
+        self.gate.leave_out()
+        if not self.roll_back(window=verdict.window, onset=verdict.onset or step.number, reason=verdict.reason):
+            self._halt(verdict)
+
+    def roll_back(
+        self, *, window: tuple[int, int], onset: int, reason: str, cause: str = "rollback", target: Target | None = None
+    ) -> bool:
+        """Go back to a state from before `window` and leave the window out. False: there is no such state.
+
+        The window depends on the onset alone, never on which state is at hand, so that a run which lost its ring in a
+        crash still makes the same batches afterwards.
+        """
+        self.at(Phase.ROLLBACK)
+        target = target or self.tiers.target(window[0], past=self.past)
+        if target is None:
+            self.say("note", f"no valid state from before position {window[0]} to roll back to")
+            return False
+        left = self.step
+        batches = max(1, round((window[1] - window[0]) / self.ledger.batch_size))
+        span = Span(first=window[0], last=window[1], cause=cause, step=onset, reason=reason, batches=batches)
+        self.say(
+            "rollback",
+            f"rolled back from step {left} to {target.step} ({target.tier}), leaving out {batches} batches: {reason}",
+            to_step=target.step,
+            from_step=left,
+            onset=onset,
+            window=list(window),
+            tier=target.tier,
+            new_timeline=self.timeline + 1,
+            **self._span_data(span),
+        )
+        self.ledger.leave_out(span)
+        self._adopt(self.tiers.restore(target))
+        self.timeline += 1
+        self.controller.remember_rollback(
+            Rollback(
+                from_step=left, to_step=target.step, onset=onset, window=window, by_person=cause == "user"
+            )
+        )
+        self.tiers.rolled_back(self.facts, target)
+        return True
+
+    def _adopt(self, extra: dict[str, Any]) -> None:
+        """Take over what travelled with a snapshot besides tensors."""
+        self.step = int(extra["step"])
+        self.tokens = int(extra["tokens"])
+        self.ledger.restore(extra["ledger"])
+        self.controller.load_state_dict(extra["controller"])
+        rng.restore(extra["rng"])
+
+    def facts(self, checkpoint: bool = False) -> dict[str, Any]:
+        """What travels with a snapshot besides tensors; for a checkpoint also what a resume is checked against."""
+        facts: dict[str, Any] = {
+            "step": self.step,
+            "cursor": self.ledger.cursor,
+            "timeline": self.timeline,
+            "tokens": self.tokens,
+            "ledger": {"cursor": self.ledger.cursor, "applied_end": self.ledger.applied_end},
+            "controller": self.controller.state_dict(),
+            "rng": rng.capture(),
+        }
+        if checkpoint:
+            facts |= {"world": self.world, "order_ahead": self._order_ahead(), "identity": self._identity}
+            if self._fixed_loss is not None:
+                facts["fixed_loss"] = self._fixed_loss()
+        return facts
+
+    # -- asking and halting --------------------------------------------------------------------------------------
+
+    def _halt(self, verdict: Verdict) -> None:
+        self.end(Phase.HALTED, verdict.reason)
+
+    def _ask(self, step: Step, verdict: Verdict, reduced: Reduced, observation: Observation) -> None:
+        """Park with the gradients kept, until a person (or the deadline) has decided."""
+        would = verdict.would or Action.ROLLBACK
+        answer = self.desk.park(f"{verdict.reason}; proposed: {would.value}", would=would, end=step.batch.last)
+        if answer is Answer.GO_ON and math.isfinite(reduced.loss) and math.isfinite(reduced.grad_norm):
+            self.controller.overrule(observation)
+            self._apply(step, reduced)
+        elif answer is Answer.GO_ON:
+            self._skip(step, verdict)
+        elif answer is Answer.AS_PROPOSED and would is Action.ROLLBACK:
+            self._roll_back_for(step, verdict)
+        elif answer is Answer.AS_PROPOSED:
+            self.gate.leave_out()
+            self._halt(verdict)
+        else:  # stopped, or rolled back by hand: either is done
+            self.gate.leave_out()
+
+    def set_mode(self, mode: Mode) -> None:
+        self.mode = mode
+        self.controller.set_mode(mode)
+
+    # -- the record ----------------------------------------------------------------------------------------------
+
+    def say(self, kind: str, message: str, **data: Any) -> None:
+        self.recorder.event(kind, message, step=self.step, timeline=self.timeline, **data)
+
+    def _explain(self, step: Step, verdict: Verdict) -> None:
+        """The evidence of a verdict; a non-finite gradient also names its parameters on every rank."""
+        data: dict[str, Any] = {
+            "action": verdict.action.value,
+            "would": verdict.would.value if verdict.would else None,
+            "findings": list(verdict.findings),
+            "onset": verdict.onset,
+            "window": list(verdict.window) if verdict.window else None,
+            "incident": self._incident,
+            "at_step": step.number,
+        }
+        if any(f.kind.value == "nonfinite" and f.signal != "loss" for f in verdict.findings):
+            named = self._gathered(self.probes.names_of_nonfinite())
+            data["parameters"] = {str(r): names[:MAX_NAMED] for r, names in enumerate(named) if names}
+        self.say("verdict", f"step {step.number}: {verdict.action.value}: {verdict.reason}", **data)
+
+    def _metrics_row(
+        self, step: Step, reduced: Reduced, verdict: Verdict, bands: dict[str, tuple[float, float]], lr: float
+    ) -> dict[str, float]:
+        row = {
+            "step": step.number,
+            "timeline": self.timeline,
+            "time": time.time(),
+            "first": step.batch.first,
+            "last": step.batch.last,
+            "lr": lr,
+            "tokens": reduced.tokens,
+            "step_time_max": max(reduced.step_times),
+            "slowest_rank": reduced.step_times.index(max(reduced.step_times)),
+            "verdict": list(Action).index(verdict.action),
+            "eval_loss": math.nan,
+            **reduced.signals(),
+        }
+        for signal, (baseline, threshold) in bands.items():
+            row[f"{signal}_baseline"], row[f"{signal}_threshold"] = baseline, threshold
+        return row
+
+    def _account(self, step: Step, reduced: Reduced, *, guard: float, verdict: Verdict) -> None:
+        """Times of this step, for the row and the status."""
+        seconds = time.perf_counter() - step._began
+        if self._row is not None:
+            self._row["step_time"], self._row["guard_time"] = seconds, guard
+        if step.applied:
+            self._recent = [*self._recent[-19:], (seconds, reduced.tokens)]
+            self._guard_seconds += guard
+            self._step_seconds += seconds
+
+    def _flush_row(self) -> None:
+        if self._row is not None:
+            self.recorder.row(self._row)
+            self._row = None
+
+    def status(self) -> Status:
+        """The present state for status.json; called by the heartbeat's thread."""
+        recent = self._recent
+        seconds, tokens = sum(s for s, _ in recent), sum(t for _, t in recent)
+        ahead = max(0, self.total_steps - self.step)
+        return Status(
+            run=self.run.name if self.run is not None else "",
+            phase=self.phase or Phase.STEP,
+            step=self.step,
+            total_steps=self.total_steps,
+            cursor=self.ledger.cursor,
+            timeline=self.timeline,
+            mode=self.mode,
+            durability=self.recorder.durability,
+            question=self.desk.question,
+            tokens=self.tokens,
+            tokens_per_second=tokens / seconds if seconds else 0.0,
+            eta_seconds=ahead * seconds / len(recent) if recent else 0.0,
+            lr_factor=self.past.lr.at(self.step + 1),
+            guard_share=self._guard_seconds / self._step_seconds if self._step_seconds else 0.0,
+            started=self._started,
+            world=self.world,
+            snapshots=self.tiers.infos,
+        )
+
+    # -- small things --------------------------------------------------------------------------------------------
+
+    def at(self, phase: Phase, step: int | None = None) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.at(phase, self.step if step is None else step)
+
+    def _shared(self, value: Any) -> Any:
+        """Rank 0's value on every rank: facts read from the disk once, at a start."""
+        if self.world == 1:
+            return value
+        box = [value if self.rank == 0 else None]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def _gathered(self, value: Any) -> list[Any]:
+        if self.world == 1:
+            return [value]
+        everyone: list[Any] = [None] * self.world
+        dist.all_gather_object(everyone, value)
+        return everyone

@@ -1,0 +1,253 @@
+"""The training loop: guardrail.torch used as any loop of one's own would use it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from guardrail.errors import Interrupted, RunDirectoryError
+from guardrail.heartbeat import Heartbeat
+from guardrail.ledger import SampleOrder
+from guardrail.records import Phase
+from guardrail.rundir import RunDirectory, RunLock
+from guardrail.signals import StopSignals
+from guardrail.torch.guard import Guard, Step
+from trainer.config import Config
+from trainer.data.corpus import Corpus
+from trainer.data.loader import Loader
+from trainer.data.prepare import prepare, wait_prepared
+from trainer.faults import Faults
+from trainer.model import Decoder
+from trainer.objectives import loss_sum
+from trainer.optim import Schedule, Scheduler, build_optimizer
+from trainer.parallel import accumulating, distribute, is_sharded, make_accelerator, seed_micro_batch
+
+LOCK_SECONDS = 60.0  # the ranks of an earlier start may need this long to die
+MAX_DESCRIBED = 20_000  # samples whose documents are looked up for one journal line
+
+
+class Trainer:
+    """One rank of a run.
+
+    Args:
+        config: the checked configuration.
+        run: the run directory; None trains in memory, for tests and benchmarks.
+        signals, heartbeat: of this process, installed by the entry point.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        run: RunDirectory | None = None,
+        signals: StopSignals | None = None,
+        heartbeat: Heartbeat | None = None,
+    ) -> None:
+        self.config = config
+        self.run_directory = run
+        self.signals = signals or StopSignals()
+        self.heartbeat = heartbeat
+        self.rank = int(os.environ.get("RANK", "0"))
+        self._lock = self._take_lock() if run is not None and self.rank == 0 else None
+        self.corpus = Corpus.open(self._prepare_data())
+        self.accelerator = make_accelerator(config)
+        self._stop_if_asked()
+        self.device = self.accelerator.device
+        self._build()
+
+    def _build(self) -> None:
+        config, corpus = self.config, self.corpus
+        order = SampleOrder(samples=len(corpus.train), seed=config.data.seed, shuffled=config.data.order == "shuffled")
+        limit = config.train.epochs * order.n_samples if config.train.epochs else None
+        self.total_steps = config.train.steps or -(-(limit or 0) // config.train.batch_size)
+        self.loader = Loader(
+            corpus.train,
+            world=config.world,
+            rank=self.rank,
+            pad=corpus.tokenizer.pad,
+            micro_batches=config.micro_batches,
+            micro_batch_size=config.micro_batch_size,
+        )
+        torch.manual_seed(config.train.seed)
+        model = Decoder(config.model, vocabulary=corpus.vocabulary, sequence_length=config.data.sequence_length)
+        self._stop_if_asked()
+        self.model = distribute(model.to(self.device), config, self.accelerator)
+        self.optimizer = build_optimizer(self.model, config.optim)
+        schedule = Schedule.of(config.optim, steps=self.total_steps)
+        self.faults = Faults(config.faults, rank=self.rank)
+        self.guard = Guard.from_config(
+            config,
+            data=order,
+            model=self.model,
+            optimizer=self.optimizer,
+            scheduler=Scheduler(self.optimizer, schedule),
+            batch_size=config.train.batch_size,
+            total_steps=config.train.steps,
+            limit=limit,
+            clip=config.optim.clip,
+            run=self.run_directory,
+            signals=self.signals,
+            heartbeat=self.heartbeat,
+            describe=self._describe,
+            fixed_loss=self._fixed_loss,
+            lr_at=schedule,
+            identity={"data": corpus.fingerprint},
+        )
+        if config.data.quarantine:
+            lines = Path(config.data.quarantine).read_text(encoding="utf-8").splitlines()
+            self.guard.ledger.quarantine.read(lines, source=config.data.quarantine)
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def train(self) -> Phase:
+        """Train until the run ends; returns how it ended."""
+        try:
+            for step in self.guard:
+                self._train_step(step)
+                if step.applied and self._evaluation_due(step.number):
+                    self._evaluate()
+        finally:
+            self.loader.close()
+            if self._lock is not None:
+                self._lock.release()
+        assert self.guard.phase is not None
+        return self.guard.phase
+
+    def _train_step(self, step: Step) -> None:
+        config = self.config
+        micro_batches = self.loader.load(step.batch)
+        ahead = self.guard.ahead(step.batch)
+        if ahead is not None:
+            self.loader.prefetch(ahead)
+        if self.faults:
+            self.faults.batch(step=step.number, positions=step.batch.positions)
+        nominal = config.train.batch_size * config.data.sequence_length
+        total = torch.zeros((), device=self.device)
+        tokens = torch.zeros((), device=self.device, dtype=torch.int64)
+        incomplete = False
+        for index, micro in enumerate(micro_batches):
+            last = index == len(micro_batches) - 1
+            if self.guard.stopping and not last and not is_sharded(self.model):
+                # Before the last micro-batch no rank waits for another: what is left can be given back.
+                incomplete = True
+                continue
+            inputs, labels = self._to_device(micro.tokens), self._to_device(micro.labels)
+            if self.faults:
+                labels = self.faults.labels(index, labels)
+            seed_micro_batch(config.train.seed, micro.position, self.rank)
+            with accumulating(self.model, last=last):
+                with self.accelerator.autocast():
+                    logits = self.model(inputs)
+                loss, count = loss_sum(logits, labels)
+                if self.faults:
+                    loss = self.faults.loss(index, self.model, loss)
+                self.accelerator.backward(loss * (config.world / nominal))
+            total += loss.detach()
+            tokens += count
+        if self.faults:
+            self.faults.gradients(self.model)
+        step.finish(total, tokens=tokens, nominal_tokens=nominal, incomplete=incomplete)
+
+    def _to_device(self, array: Any) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+    # -- evaluation ----------------------------------------------------------------------------------------------
+
+    def _evaluation_due(self, step: int) -> bool:
+        every = self.config.train.eval_every
+        return bool(every) and len(self.corpus.eval) > 0 and (step % every == 0 or step == self.total_steps)
+
+    def _evaluate(self) -> None:
+        """Mean held-out loss, nats a token, over the same samples each time; gives way to a stop at every batch."""
+        config, split = self.config, self.corpus.eval
+        self.guard.enter(Phase.EVAL)
+        sums = torch.zeros(2, device=self.device, dtype=torch.float64)
+        size = config.micro_batch_size
+        for index in range(config.train.eval_batches):
+            if self.guard.poll_stop():
+                return
+            first = (index * config.world + self.rank) * size
+            ids = [sample for sample in range(first, first + size) if sample < len(split)]
+            loss, count = self._loss_of(split, ids or [0])
+            sums += torch.stack([loss, count]) if ids else 0.0
+            self.guard.enter(Phase.EVAL)
+        if config.world > 1:
+            dist.all_reduce(sums)
+        loss_total, tokens = sums.tolist()
+        if tokens:
+            self.guard.log_eval(loss_total / tokens)
+
+    @torch.no_grad()
+    def _loss_of(self, split: Any, sample_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(sum of losses, label tokens) of some samples, float64, without dropout."""
+        rows = torch.from_numpy(split.tokens(sample_ids)).to(self.device, torch.int64)
+        self.model.eval()
+        try:
+            with self.accelerator.autocast():
+                logits = self.model(rows[:, :-1])
+            loss, count = loss_sum(logits, rows[:, 1:])
+        finally:
+            self.model.train()
+            # FSDP2 keeps the root's parameters gathered after a forward pass without a backward one, and would take
+            # the next update's step from that copy.
+            self.guard.state.settle()
+        return loss.double(), count.double()
+
+    def _fixed_loss(self) -> float:
+        """Loss on the first samples of the data, the same on every rank: what a resumed model must reproduce."""
+        split = self.corpus.eval if len(self.corpus.eval) else self.corpus.train
+        loss, count = self._loss_of(split, range(min(self.config.micro_batch_size, len(split))))
+        return float(loss / count.clamp(min=1))
+
+    # -- set-up --------------------------------------------------------------------------------------------------
+
+    def _take_lock(self) -> RunLock:
+        assert self.run_directory is not None
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                return self.run_directory.lock("trainer")
+            except RunDirectoryError:
+                self._stop_if_asked()
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+
+    def _prepare_data(self) -> Path:
+        """The first rank of each node builds the shards; the others wait for them without a collective to time out."""
+        builds = int(os.environ.get("LOCAL_RANK", "0")) == 0
+        if builds:
+            return prepare(self.config.data, progress=self._progress, stop=lambda: self.signals.requested)
+        seconds = self.config.launch.setup_seconds
+        return wait_prepared(self.config.data, stop=lambda: self.signals.requested, seconds=seconds)
+
+    def _progress(self, text: str, share: float) -> None:
+        if self.heartbeat is not None:
+            self.heartbeat.say(f"{text} {share:.0%}")
+
+    def _stop_if_asked(self) -> None:
+        if self.signals.requested:
+            raise Interrupted("asked to stop during set-up; nothing was trained that is not saved")
+
+    # -- the record ----------------------------------------------------------------------------------------------
+
+    def _describe(self, sample_ids: Sequence[int]) -> tuple[list[dict[str, Any]], int]:
+        """The documents that samples were cut from, with an excerpt of the first ones."""
+        split = self.corpus.train
+        refs, total = split.documents_of(sample_ids[:MAX_DESCRIBED])
+        excerpts = [split.excerpt(ref, limit=120) for ref in refs]
+        return [msgspec.to_builtins(ref) | {"excerpt": text} for ref, text in zip(refs, excerpts, strict=True)], total
+
+
+def train(config: Config, **parts: Any) -> Phase:
+    """Build a Trainer and run it to its end."""
+    return Trainer(config, **parts).train()
