@@ -56,12 +56,11 @@ class Rotary(nn.Module):
         self.turns_TK.copy_(torch.stack([angles.cos(), angles.sin()], dim=-1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Turn `x`, shaped [B, T, ..., K], by its positions; dtype kept."""
+        """Turn `x`, shaped [B, T, H, K], by its positions; dtype kept."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         pairs = torch.view_as_complex(x.to(dtype).unflatten(-1, (-1, 2)))
         turns = torch.view_as_complex(self.turns_TK[: x.shape[1]].to(dtype))
-        turns = turns.view(x.shape[1], *[1] * (x.ndim - 3), -1)
-        return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
+        return torch.view_as_real(pairs * turns[:, None]).flatten(-2).type_as(x)
 
 
 class Attention(nn.Module):
@@ -73,9 +72,8 @@ class Attention(nn.Module):
         self.out = Linear(section.width, section.width)
 
     def forward(self, x_BTD: Tensor, rotary: Rotary) -> Tensor:
-        qkv_BT3HK = self.qkv(x_BTD).unflatten(-1, (3, self.heads, -1))
-        q_BHTK, k_BHTK = rotary(qkv_BT3HK[:, :, :2]).permute(2, 0, 3, 1, 4)
-        v_BHTK = qkv_BT3HK[:, :, 2].transpose(1, 2)
+        q_BTHK, k_BTHK, v_BTHK = self.qkv(x_BTD).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        q_BHTK, k_BHTK, v_BHTK = (y.transpose(1, 2) for y in (rotary(q_BTHK), rotary(k_BTHK), v_BTHK))
         dropout = self.dropout if self.training else 0.0
         y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True, dropout_p=dropout)
         return cast(Tensor, self.out(y_BHTK.transpose(1, 2).flatten(-2)))
