@@ -199,7 +199,7 @@ class TrainingState:
     @torch.no_grad()
     def load_scalars(self, scalars: Mapping[str, Any]) -> None:
         """Put the numbers of `scalars()` back: schedules first, so that the saved learning rates have the last word."""
-        self._check_scalars(scalars)
+        self.check_scalars(scalars)
         for scheduler, saved in zip(self.schedulers, scalars["schedulers"], strict=True):
             scheduler.load_state_dict(plain.decode(saved))
         for scaler, saved in zip(self._scalers, scalars["scalers"], strict=True):
@@ -215,7 +215,7 @@ class TrainingState:
             parameter, optimizer, _ = self._groups[name]
             optimizer.state[parameter].update(plain.decode(numbers))
 
-    def _check_scalars(self, scalars: Mapping[str, Any]) -> None:
+    def check_scalars(self, scalars: Mapping[str, Any]) -> None:
         for what, live in (("schedulers", self.schedulers), ("scalers", self._scalers), ("groups", self.optimizers)):
             if len(scalars[what]) != len(live):
                 noun = {"groups": "optimizers", "scalers": "gradient scalers"}.get(what, what)
@@ -278,7 +278,7 @@ class TrainingState:
         boxes = boxes if boxes is not None else self._boxes_like(tensors)
         found = {name: (tensor.dtype, boxes[name].global_shape) for name, tensor in tensors.items()}
         refuse(self.differences(found) + self._part_differences(tensors, boxes))
-        self._check_scalars(scalars)
+        self.check_scalars(scalars)
         self.settle()
         self._reshape_optimizers(found, scalars)
         live = self.tensors()
@@ -339,9 +339,10 @@ class TrainingState:
         """SHA-256 of each component of this rank's live state: weights, moments, schedule, buffers where there are."""
         return component_digests(self.tensors(), self.scalars())
 
-    def stateless(self) -> bool:
-        """Whether these optimizers keep no tensors by nature, such as SGD without momentum."""
-        return not any(map(_keeps_tensors, self.optimizers))
+    def stateless(self) -> bool | None:
+        """Whether these optimizers keep no tensors by nature, such as SGD without momentum; None: no way to know."""
+        answers = [_keeps_tensors(optimizer) for optimizer in self.optimizers]
+        return False if True in answers else None if None in answers else True
 
 
 def component_digests(tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> dict[str, str]:
@@ -430,15 +431,15 @@ def _created(
     parameter: nn.Parameter, group: dict[str, Any], key: str, dtype: torch.dtype, shape: Shape, *, on_host: bool
 ) -> Tensor:
     """An optimizer tensor as the optimizer would have made it: shaped and sharded like the parameter, or small."""
-    if shape == tuple(parameter.shape) and not (on_host and not isinstance(parameter, DTensor)):
-        return torch.empty_like(parameter.detach(), dtype=dtype)
     device = torch.device("cpu") if on_host else parameter.device
     if key == "step":  # torch.optim keeps it on the host unless the step itself runs on the device
         device = parameter.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
+    elif shape == tuple(parameter.shape) and not on_host:
+        return torch.empty_like(parameter.detach(), dtype=dtype)
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def _keeps_tensors(optimizer: Optimizer) -> bool:
+def _keeps_tensors(optimizer: Optimizer) -> bool | None:
     """Tried with one step of a twin on a parameter of its own, which shares nothing that a step changes."""
     if any(isinstance(value, Tensor) for state in optimizer.state.values() for value in state.values()):
         return True
@@ -453,7 +454,7 @@ def _keeps_tensors(optimizer: Optimizer) -> bool:
         # Not twin.step(): a scheduler has put a wrapper there that is bound to the real optimizer.
         type(optimizer).step(twin)
     except Exception:
-        return True  # no way to know, so the safe answer: missing tensors count as lost
+        return None
     return any(isinstance(value, Tensor) for state in twin.state.values() for value in state.values())
 
 

@@ -1,0 +1,37 @@
+"""Which checkpoints may go. A pure function of their steps and states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from guardrail.records import SnapshotInfo
+from guardrail.torch.snapshots import CANDIDATE, GOOD
+
+
+def superfluous(infos: Sequence[SnapshotInfo], *, keep: int, now: int, delay: int) -> list[SnapshotInfo]:
+    """The checkpoints that nobody will need again, oldest first.
+
+    Kept are the `keep` newest good ones; the newest good one from before `now - delay`, because trouble may be found
+    that late, or, while there is none, the oldest good one; every candidate that is newer than the newest good one.
+    Suspect and invalid ones are never chosen again; like everything else they stay until `keep` good ones exist, as
+    the last resort of a person.
+
+    Args:
+        keep: good ones kept, at least 1.
+        now: the present step.
+        delay: longest time between the onset of trouble and its detection, in steps.
+    """
+    ordered = sorted(infos, key=lambda info: (info.timeline, info.step, info.path))
+    good = [info for info in ordered if info.state == GOOD]
+    if not good or len(good) < keep:
+        return []
+    kept = good[-keep:]
+    old = [info for info in good if info.step <= now - delay]
+    kept.append(old[-1] if old else good[0])
+    newest = good[-1]
+    kept += [
+        info
+        for info in ordered
+        if info.state == CANDIDATE and (info.timeline, info.step) > (newest.timeline, newest.step)
+    ]
+    return [info for info in ordered if info not in kept]
