@@ -1,0 +1,463 @@
+"""The same story for TensorBoard: follows a run directory and writes event files, without torch or tensorflow.
+
+What a rollback or a restart abandoned is purged the way a restarted writer does it, with a SessionLog START at the
+first step that is told anew, so that TensorBoard shows the present timeline. Position and files survive a restart
+of the exporter: it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import math
+import os
+import re
+import struct
+import threading
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from guardrail.errors import RunDirectoryError
+from guardrail.files import FILE_MODE, FOLDER_MODE, replace_file, write_all
+from guardrail.follow import Follower
+from guardrail.records import Event, Record
+from guardrail.rundir import MetricsView, RunDirectory
+from guardrail.text import clean
+
+logger = logging.getLogger(__name__)
+
+SECONDS = 2.0  # between two exports
+_CHUNK = 4096  # rows written at once
+
+INCIDENT, COMMAND = "guard/incident", "guard/command"
+# Event kinds told as text, and under which tag. TensorBoard keeps a sample of the texts of a tag only, so that
+# commands have their own, and all that happened at one step is one text.
+_TEXTS = {
+    "command": COMMAND,
+    **dict.fromkeys(
+        ("finding", "verdict", "left_out", "rollback", "incident", "paused", "resumed", "hung", "ranks_failed"),
+        INCIDENT,
+    ),
+    **dict.fromkeys(("restarted", "durability", "ended"), INCIDENT),
+}
+# Of rows whose update was applied: tag -> column. A step that was rejected and then made with other data has one
+# point in these curves; the rejected values have their own tags.
+_APPLIED = {
+    "train/loss": "loss",
+    "train/grad_norm": "grad_norm",
+    "train/embed_grad_norm": "embed_grad_norm",
+    "train/embed_share": "embed_share",
+    "train/lr": "lr",
+    "train/step_time": "step_time",
+    "guard/loss_threshold": "loss_threshold",
+    "guard/grad_norm_threshold": "grad_norm_threshold",
+    "guard/embed_grad_norm_threshold": "embed_grad_norm_threshold",
+}
+_REJECTED = {
+    "guard/rejected_loss": "loss",
+    "guard/rejected_grad_norm": "grad_norm",
+    "guard/rejected_embed_grad_norm": "embed_grad_norm",
+}
+# Where NaN is news; elsewhere it says that there is nothing to say.
+_NEWS = ("train/loss", "train/grad_norm", "guard/rejected_loss", "guard/rejected_grad_norm")
+
+
+class Position(Record, frozen=True, kw_only=True):
+    """tensorboard/position.json: how far the event files tell the run."""
+
+    rows: int = 0
+    seq: int = 0
+    timeline: int = 0
+    config: str = ""  # digest of the configuration that was written
+
+
+def export(run: RunDirectory, *, stop: Callable[[], bool] | threading.Event, seconds: float = SECONDS) -> None:
+    """Follow `run` until `stop`, then write what is left and return. For a thread of its own.
+
+    A disk that fails is logged once and tried again; nothing is raised for it.
+    """
+    stopped = stop.is_set if isinstance(stop, threading.Event) else stop
+    with _alone(run) as alone:
+        if not alone:
+            logger.info("%s: TensorBoard files are being written by another process", run.path)
+            return
+        exporter = Exporter(run)
+        while True:
+            last = stopped()
+            exporter.try_catch_up()
+            if last:
+                exporter.close()
+                return
+            deadline = time.monotonic() + seconds
+            while not stopped() and time.monotonic() < deadline:
+                time.sleep(min(0.1, seconds))
+
+
+def catch_up(run: RunDirectory) -> None:
+    """Write what is there and return."""
+    export(run, stop=lambda: True)
+
+
+@contextlib.contextmanager
+def _alone(run: RunDirectory) -> Iterator[bool]:
+    """One exporter a run. Where no lock can be had at all, on a disk that is gone, there is nothing to protect."""
+    descriptor = -1
+    try:
+        run.tensorboard.mkdir(mode=FOLDER_MODE, exist_ok=True)
+        descriptor = os.open(
+            run.tensorboard / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE
+        )
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        alone = True
+    except BlockingIOError:
+        alone = False
+    except OSError as error:
+        logger.warning("%s: %s", run.tensorboard, error.strerror)
+        alone = True
+    try:
+        yield alone
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+class Exporter:
+    """Writes one run's event files. One at a time; `export` sees to that."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self._run = run
+        self._follower = Follower(run)
+        self._position = _read_position(run)
+        self._saved = self._position
+        self._file = EventFile(run.tensorboard)
+        self._events: list[Event] = []
+        self._error = ""
+
+    def try_catch_up(self) -> None:
+        """`catch_up`, with one line in the log for a disk that fails and one when it works again."""
+        try:
+            self.catch_up()
+        except (OSError, RunDirectoryError) as error:
+            text = f"TensorBoard files cannot be written: {error}"
+            if text != self._error:
+                logger.warning("%s", text)
+            self._error = text
+        else:
+            if self._error:
+                logger.warning("TensorBoard files are written again")
+            self._error = ""
+
+    def catch_up(self) -> None:
+        """Write all that is new. Raises OSError; then nothing counts as written that is not."""
+        self._events += self._follower.poll().events
+        while True:
+            data, position = self._next()
+            moved = position != self._position
+            if moved and data:
+                self._file.append(data)
+            self._position = position  # also when it cannot be noted now: it is written
+            if self._position != self._saved:
+                replace_file(self._run.tensorboard / "position.json", msgspec.json.encode(self._position))
+                self._saved = self._position
+            if not moved:
+                return
+
+    def close(self) -> None:
+        self._follower.close()
+        self._file.close()
+
+    def _next(self) -> tuple[bytes, Position]:
+        """The next piece of the story as records, and the position behind it. Changes nothing."""
+        was, timelines, view = self._position, self._follower.timelines, self._follower.view
+        assert view is not None
+        story = _Story(self._events, timelines.begins, timeline=was.timeline)
+        first, last = was.rows, max(was.rows, min(len(view), was.rows + _CHUNK))
+        if not self._file.begun:
+            first = self._tell_again(story, view, first)
+        config = self._config(story, was.config)
+        for event in self._events:
+            if event.seq > was.seq:
+                story.event(event)
+        rows = view.array[first:last]
+        present = timelines.current(view.column("step")[first:last], view.column("timeline")[first:last])
+        for row in rows[present].tolist():
+            story.row(dict(zip(view.columns, row, strict=True)))
+        seq = max((event.seq for event in self._events), default=was.seq)
+        return story.data(), Position(rows=last, seq=seq, timeline=story.timeline, config=config)
+
+    def _tell_again(self, story: _Story, view: MetricsView, first: int) -> int:
+        """A new file begins by purging what an exporter that died may have written without noting its position.
+
+        All rows of the step that comes next are told once more, for the purge takes those that were noted too.
+        Returns the first row to tell. TensorBoard's server purges nothing at the first START of all, so there must
+        be one at the very beginning.
+        """
+        if first == 0:
+            story.purge(0)
+            return 0
+        steps, present = view.column("step"), view.current(self._follower.timelines)
+        ahead = present[first:].nonzero()[0]
+        if not len(ahead):
+            return first
+        step = steps[first + int(ahead[0])]
+        story.purge(int(step))
+        behind = (present[:first] & (steps[:first] >= step)).nonzero()[0]
+        return int(behind[0]) if len(behind) else first
+
+    def _config(self, story: _Story, written: str) -> str:
+        try:
+            text = self._run.config_text()
+        except RunDirectoryError:
+            return written
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        if digest != written:
+            story.config(text, name=self._run.name)
+        return digest
+
+
+class _Story:
+    """Turns events and rows into records of an event file, in order.
+
+    Args:
+        events: all events of the run so far.
+        begins: timeline -> step at which it began.
+        timeline: the one that was told last.
+    """
+
+    def __init__(self, events: list[Event], begins: dict[int, int], *, timeline: int) -> None:
+        self.timeline = timeline
+        self._begins = begins
+        self._parts: list[bytes] = []
+        self._last_step = -1
+        self._untold: dict[str, int] = {}  # tag -> first step whose text is new
+        self._texts: dict[tuple[str, int], list[Event]] = {}
+        for event in events:
+            if event.kind in _TEXTS and event.message:
+                self._texts.setdefault((_TEXTS[event.kind], event.step), []).append(event)
+
+    def data(self) -> bytes:
+        """All records so far; texts come last, behind every purge."""
+        for tag, step in self._untold.items():
+            self._tell(tag, step)
+        self._untold.clear()
+        return b"".join(self._parts)
+
+    def event(self, event: Event) -> None:
+        begun = event.data.get("new_timeline", event.timeline)
+        if isinstance(begun, int) and begun in self._begins:
+            self._turn(begun)
+        tag = _TEXTS.get(event.kind)
+        if tag is not None and event.message:
+            self._untold[tag] = min(event.step, self._untold.get(tag, event.step))
+        if event.kind == "ended":
+            self._session_end(event)
+
+    def row(self, row: dict[str, float]) -> None:
+        self._turn(int(row["timeline"]))
+        step, applied = int(row["step"]), row.get("verdict", 0.0) == 0.0
+        values = {tag: row[column] for tag, column in (_APPLIED if applied else _REJECTED).items() if column in row}
+        if applied and row.get("step_time", 0.0) > 0:
+            values["train/tokens_per_second"] = row.get("tokens", math.nan) / row["step_time"]
+            values["guard/time_share"] = row.get("guard_time", math.nan) / row["step_time"]
+        values = {tag: value for tag, value in values.items() if tag in _NEWS or not math.isnan(value)}
+        if not math.isnan(row.get("eval_loss", math.nan)):
+            values["eval/loss"] = row["eval_loss"]
+        if not applied or step != self._last_step:
+            # Of several attempts at a step the rejections count: readers keep one value a step.
+            values["guard/verdict"] = row.get("verdict", 0.0)
+        values["timeline"] = row["timeline"]
+        self._last_step = step
+        self._scalars(values, step=step, at=row.get("time", math.nan))
+
+    def purge(self, step: int) -> None:
+        """Readers forget everything from `step` on; texts of abandoned steps are told again, for they stay true."""
+        from tensorboard.compat.proto import event_pb2
+
+        log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._add(event_pb2.Event(wall_time=time.time(), step=max(0, step), session_log=log))
+        for tag in (INCIDENT, COMMAND):
+            self._untold[tag] = min(step, self._untold.get(tag, step))
+
+    def config(self, text: str, *, name: str) -> None:
+        from tensorboard.compat.proto import event_pb2
+        from tensorboard.plugins.hparams import summary_v2
+
+        now = time.time()
+        self._text("config", f"```toml\n{_block(text)}\n```", step=0, at=now)
+        with contextlib.suppress(tomllib.TOMLDecodeError):
+            values = dict(_flat(tomllib.loads(text)))
+            metrics = [summary_v2.Metric("eval/loss"), summary_v2.Metric("train/loss")]
+            summaries = (
+                summary_v2.hparams_config_pb([summary_v2.HParam(key) for key in values], metrics),
+                summary_v2.hparams_pb(values, trial_id=name),
+            )
+            for summary in summaries:
+                self._add(event_pb2.Event(wall_time=now, step=0, summary=summary))
+
+    def _turn(self, timeline: int) -> None:
+        if timeline > self.timeline:
+            begins = [step for other, step in self._begins.items() if self.timeline < other <= timeline]
+            self.timeline = timeline
+            if begins:
+                self.purge(min(begins) + 1)
+
+    def _tell(self, tag: str, step: int) -> None:
+        """The texts of `tag` from `step` on, in order of their steps: fast readers drop what is not told in order."""
+        for where in sorted(where for other, where in self._texts if other == tag and where >= step):
+            events = self._texts[tag, where]
+            self._text(tag, "\n\n".join(_words(event) for event in events), step=where, at=events[-1].time)
+
+    def _session_end(self, event: Event) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+
+        good = event.data.get("phase") in ("finished", "stopped")
+        status = api_pb2.Status.Value("STATUS_SUCCESS" if good else "STATUS_FAILURE")
+        info = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=event.time)
+        value = summary_pb2.Summary.Value(
+            tag=metadata.SESSION_END_INFO_TAG,
+            metadata=metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=info)),
+            tensor=metadata.NULL_TENSOR,
+        )
+        self._add(event_pb2.Event(wall_time=event.time, step=0, summary=summary_pb2.Summary(value=[value])))
+
+    def _scalars(self, values: dict[str, float], *, step: int, at: float) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+
+        summary = summary_pb2.Summary(
+            value=[summary_pb2.Summary.Value(tag=t, simple_value=v) for t, v in values.items()]
+        )
+        self._add(event_pb2.Event(wall_time=time.time() if math.isnan(at) else at, step=step, summary=summary))
+
+    def _text(self, tag: str, text: str, *, step: int, at: float) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2, types_pb2
+        from tensorboard.plugins.text.plugin_data_pb2 import TextPluginData
+
+        plugin = summary_pb2.SummaryMetadata.PluginData(
+            plugin_name="text", content=TextPluginData(version=0).SerializeToString()
+        )
+        shape = tensor_shape_pb2.TensorShapeProto(dim=[tensor_shape_pb2.TensorShapeProto.Dim(size=1)])
+        tensor = tensor_pb2.TensorProto(dtype=types_pb2.DT_STRING, string_val=[text.encode()], tensor_shape=shape)
+        metadata = summary_pb2.SummaryMetadata(plugin_data=plugin)
+        value = summary_pb2.Summary.Value(tag=tag, metadata=metadata, tensor=tensor)
+        self._add(event_pb2.Event(wall_time=at, step=max(0, step), summary=summary_pb2.Summary(value=[value])))
+
+    def _add(self, event: Any) -> None:
+        self._parts.append(record(event.SerializeToString()))
+
+
+class EventFile:
+    """An event file of this process, made with the first record, whose name sorts behind all that are there."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._path: Path | None = None
+        self._size = 0
+
+    @property
+    def begun(self) -> bool:
+        return self._path is not None
+
+    def append(self, data: bytes) -> None:
+        """All of `data`, or OSError and a file as before."""
+        if self._path is not None and not self._path.exists():
+            self.close()
+        path = self._path or self._folder / self._name()
+        data = data if self._path else _version() + data
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
+        try:
+            write_all(descriptor, data)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, self._size)
+                if not self._size:
+                    path.unlink()
+            raise
+        finally:
+            os.close(descriptor)
+        self._path = path
+        self._size += len(data)
+
+    def others(self) -> list[int]:
+        """Times in the names of the event files that are there."""
+        names = (re.match(r"events\.out\.tfevents\.(\d{10})\.", name) for name in os.listdir(self._folder))
+        return [int(match[1]) for match in names if match]
+
+    def _name(self) -> str:
+        last = max(self.others(), default=0)
+        return f"events.out.tfevents.{max(int(time.time()), last + 1):010d}.guardrail.{os.getpid()}"
+
+    def close(self) -> None:
+        self._path = None
+        self._size = 0
+
+
+def record(data: bytes) -> bytes:
+    """One TFRecord: length, its masked CRC-32C, data, its masked CRC-32C; little-endian."""
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+
+    header = struct.pack("<Q", len(data))
+    return header + struct.pack("<I", masked_crc32c(header)) + data + struct.pack("<I", masked_crc32c(data))
+
+
+def _version() -> bytes:
+    from tensorboard.compat.proto import event_pb2
+
+    return record(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+
+
+def _read_position(run: RunDirectory) -> Position:
+    """Unreadable or lost: tell everything again; the first purge removes what was told."""
+    try:
+        return msgspec.json.decode((run.tensorboard / "position.json").read_bytes(), type=Position)
+    except (OSError, msgspec.DecodeError):
+        return Position()
+
+
+def _words(event: Event) -> str:
+    """One event as Markdown."""
+    lines = [f"**{event.kind.replace('_', ' ')}** {_plain(event.message)}"]
+    documents = event.data.get("documents")
+    for document in documents if isinstance(documents, list) else []:
+        if isinstance(document, dict):
+            lines.append("- " + _plain(document_words(document)))
+    total = event.data.get("documents_total")
+    if isinstance(total, int) and isinstance(documents, list) and total > len(documents):
+        lines.append(f"- and {total - len(documents)} more documents")
+    return "\n".join(lines)
+
+
+def document_words(document: dict[str, Any]) -> str:
+    """A document reference of the journal for a person: "FILE:RECORD bytes 10-20  EXCERPT"."""
+    record = document.get("record")
+    text = clean(str(document.get("path", "?")), 300) + (f":{record}" if record else "")
+    if isinstance(document.get("last_byte"), int):
+        text += f" bytes {document.get('first_byte', 0)}-{document['last_byte']}"
+    excerpt = document.get("excerpt")
+    return text + (f"  {clean(excerpt, 160)}" if isinstance(excerpt, str) and excerpt else "")
+
+
+def _plain(text: str) -> str:
+    """Text that means itself in Markdown."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", clean(text, 2000))
+
+
+def _block(text: str) -> str:
+    return "\n".join(clean(line.replace("```", "'''")) for line in text.splitlines())
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | int | float | str]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, (bool, int, float, str)):
+            yield f"{prefix}{key}", value
+        else:
+            yield f"{prefix}{key}", str(value)
