@@ -116,11 +116,11 @@ class Past:
                 self.ended = str(data.get("phase", ""))
 
     def _command(self, event: Event) -> None:
-        kind, value = event.data.get("command"), event.data.get("value")
+        kind, value = event.data.get("command"), float(event.data.get("value", 0.0))
         if kind == CommandKind.LR:
-            self.lr.set(event.step + 1, float(value))
+            self.lr.set(event.step + 1, value)
         elif kind == CommandKind.EMBED_ALPHA:
-            self.alpha.set(event.step + 1, float(value))
+            self.alpha.set(event.step + 1, value)
         elif kind == CommandKind.POLICY:
             self.mode = list(Mode)[int(value)]
 

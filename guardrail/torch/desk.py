@@ -59,7 +59,7 @@ class Desk:
         self._current = self._mailbox.next(step) if self._mailbox is not None else None
         if self._current is not None:
             return 1 + KINDS.index(self._current.kind), self._current.value
-        if self._guard.tiers.wants_retry():
+        if self._guard.tiers.retry_due:
             # Each rank writes its share of a checkpoint, so a save is tried again by all of them together.
             return 1 + KINDS.index(CommandKind.CHECKPOINT), 0.0
         return 0, 0.0
@@ -102,7 +102,7 @@ class Desk:
             elif kind:
                 answer = self._while_parked(KINDS[kind - 1], value)
             else:
-                guard.tiers.poll(guard.say)
+                guard.tiers.poll()
                 time.sleep(PARKED_SECONDS)
         self.question, self._end = "", 0
         if guard.phase is None:
@@ -210,7 +210,7 @@ class Desk:
         guard = self._guard
         to_step = None if math.isnan(value) else int(value)
         end = max(guard.ledger.cursor, self._end)
-        target = guard.tiers.target(guard.ledger.cursor - 1, past=guard.past, to_step=to_step)
+        target = guard.tiers.target(guard.ledger.cursor - 1, to_step=to_step)
         if target is None:
             where = f"step {to_step}" if to_step is not None else "an earlier step"
             refusal = f"there is no snapshot or valid checkpoint of {where}"

@@ -43,6 +43,7 @@ from guardrail.records import (
 from guardrail.rundir import RunDirectory
 from guardrail.signals import StopSignals
 from guardrail.torch import rng
+from guardrail.torch.checkpoints import CheckpointStore
 from guardrail.torch.desk import Answer, Desk
 from guardrail.torch.gate import Gate
 from guardrail.torch.probes import Probes, Reduced
@@ -150,7 +151,12 @@ class Guard:
         self._signals = signals
         self._heartbeat = heartbeat
         self.tiers = Tiers(
-            settings, state=self.state, store=self._store(run), recorder=self.recorder, rank=self.rank
+            settings,
+            state=self.state,
+            store=self._store(run),
+            recorder=self.recorder,
+            say=self.say,
+            shared=self._shared,
         )
 
         self.desk = Desk(self)
@@ -240,8 +246,6 @@ class Guard:
         if self.past.mode is not None:
             self.set_mode(self.past.mode)
         restored = self.tiers.resume(self.past)
-        for refusal in self.tiers.refused:
-            self.say("checkpoint", refusal.reason, path=refusal.path, state="invalid", reason=refusal.reason)
         if self.past.started is None and restored is None:
             self._begin()
         else:
@@ -259,7 +263,7 @@ class Guard:
             host=socket.gethostname(),
             **self._identity,
         )
-        self.tiers.begin(self.facts)
+        self.tiers.begin(self.facts, past=self.past)
 
     def _continue(self, restored: Restored | None) -> None:
         """After a restart: the newest valid state of the present timeline, checked against what it says of itself."""
@@ -279,7 +283,7 @@ class Guard:
             wrong = [name for name, outcome in check.items() if outcome != "ok"]
             message = f"resumed state differs in {', '.join(wrong)}" if wrong else "resumed state is what was saved"
             self.say("resume_check", message, **check)
-        self.tiers.begin(self.facts, good=restored is None or restored.good, saved=restored is not None)
+        self.tiers.begin(self.facts, past=self.past, good=restored is None or restored.good, saved=restored is not None)
 
     def _check_resume(self, extra: dict[str, Any]) -> dict[str, str]:
         """Which of schedule, data order and loss differ from what the checkpoint says (weights: see TrainingState)."""
@@ -447,7 +451,7 @@ class Guard:
         crash still makes the same batches afterwards.
         """
         self.at(Phase.ROLLBACK)
-        target = target or self.tiers.target(window[0], past=self.past)
+        target = target or self.tiers.target(window[0])
         if target is None:
             self.say("note", f"no valid state from before position {window[0]} to roll back to")
             return False
@@ -469,9 +473,7 @@ class Guard:
         self._adopt(self.tiers.restore(target))
         self.timeline += 1
         self.controller.remember_rollback(
-            Rollback(
-                from_step=left, to_step=target.step, onset=onset, window=window, by_person=cause == "user"
-            )
+            Rollback(from_step=left, to_step=target.step, onset=onset, window=window, by_person=cause == "user")
         )
         self.tiers.rolled_back(self.facts, target)
         return True
@@ -614,6 +616,20 @@ class Guard:
     def at(self, phase: Phase, step: int | None = None) -> None:
         if self._heartbeat is not None:
             self._heartbeat.at(phase, self.step if step is None else step)
+
+    def _store(self, run: RunDirectory | None) -> CheckpointStore | None:
+        if run is None:
+            return None
+        guard, checkpoint = self.settings.guard, self.settings.checkpoint
+        return CheckpointStore(
+            run.checkpoints,
+            self.state,
+            rank=self.rank,
+            world=self.world,
+            keep=checkpoint.keep,
+            delay_steps=2 * guard.divergence_steps + guard.window_before + guard.confirm,
+            retry_seconds=checkpoint.retry_seconds,
+        )
 
     def _shared(self, value: Any) -> Any:
         """Rank 0's value on every rank: facts read from the disk once, at a start."""

@@ -44,7 +44,8 @@ def embedding_parameters(model: nn.Module) -> list[nn.Parameter]:
     found: dict[int, nn.Parameter] = {}
     for module in model.modules():
         if isinstance(module, nn.Embedding):
-            found[id(module.weight)] = module.weight
+            weight = module.get_parameter("weight")
+            found[id(weight)] = weight
     return list(found.values())
 
 

@@ -6,23 +6,22 @@ newest valid checkpoint of the present timeline.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from guardrail.config import Settings
+from guardrail.manifest import Manifest
 from guardrail.past import Past
 from guardrail.policy import choose_target
 from guardrail.recorder import Recorder
 from guardrail.records import SnapshotInfo
-from guardrail.rundir import RunDirectory
-from guardrail.torch.checkpoints import CheckpointStore
-from guardrail.torch.snapshots import GOOD, Snapshot, SnapshotRing
+from guardrail.torch.checkpoints import INVALID, CheckpointEvent, CheckpointStore
+from guardrail.torch.snapshots import CANDIDATE, GOOD, SUSPECT, Snapshot, SnapshotRing
 from guardrail.torch.state import TrainingState
 
 Facts = Callable[[bool], dict[str, Any]]
-Say = Callable[..., None]
+FINAL_TRIES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +53,8 @@ class Tiers:
         state: what is copied.
         store: the disk tier; None: there is none.
         recorder: told when durability degrades.
-        rank: of the default process group.
+        say: journals an event of this run, (kind, message, **data).
+        shared: rank 0's value on every rank; a collective.
     """
 
     def __init__(
@@ -64,41 +64,52 @@ class Tiers:
         state: TrainingState,
         store: CheckpointStore | None,
         recorder: Recorder,
-        rank: int,
+        say: Callable[..., None],
+        shared: Callable[[Any], Any],
     ) -> None:
         self.settings = settings
         self.ring = SnapshotRing(state, settings.snapshots.keep)
         self.store = store
-        self.infos: tuple[SnapshotInfo, ...] = ()
-        self._recorder, self._rank = recorder, rank
-        self._retry_at: float | None = None
+        self.infos: tuple[SnapshotInfo, ...] = ()  # of both tiers, for the status
+        self._recorder, self._say, self._shared = recorder, say, shared
+        self._past = Past()
+        self._born_good: tuple[int, int] | None = None  # (timeline, step) of a state with nothing bad before it
 
     # -- copying -------------------------------------------------------------------------------------------------
 
-    def begin(self, facts: Facts, *, good: bool = True, saved: bool = False) -> None:
+    def begin(self, facts: Facts, *, past: Past, good: bool = True, saved: bool = False) -> None:
         """The first snapshot and checkpoint of this process, so that there always is something to go back to.
 
         Args:
+            past: of the run; kept up to date by its owner.
             good: nothing has happened yet, or the checkpoint that was loaded is good.
             saved: this very state is on disk already.
         """
+        self._past = past
         snapshot = self._take(facts, checkpoint=not saved)
         if good:
             snapshot.state = GOOD
+            self._born_good = (snapshot.timeline, snapshot.step)
         if not saved:
             self._save(snapshot)
         self._tell()
 
     def after_step(self, step: int, *, healthy_through: int, facts: Facts) -> None:
-        """Confirm what has been followed by enough healthy steps; copy and save when it is time."""
-        self.ring.confirm(healthy_through, self.settings.guard.confirm)
+        """Confirm what enough healthy steps have followed; copy and save when it is time."""
+        confirm = self.settings.guard.confirm
+        changed = bool(self.ring.confirm(healthy_through, confirm))
         if self.store is not None:
-            self.store.confirm(healthy_through, self.settings.guard.confirm)
+            self.poll()
+            for info in self.store.confirm(healthy_through, confirm):
+                self._confirmed(info)
+                changed = True
         save = self.store is not None and step % self.settings.checkpoint.every == 0
         if save or step % self.settings.snapshots.every == 0:
             snapshot = self._take(facts, checkpoint=save)
             if save:
                 self._save(snapshot)
+            changed = True
+        if changed:
             self._tell()
 
     def save_now(self, facts: Facts) -> None:
@@ -107,52 +118,183 @@ class Tiers:
             self._save(self._take(facts, checkpoint=True))
             self._tell()
 
+    @property
+    def retry_due(self) -> bool:
+        """On rank 0: a save has failed and it is time for another try, by all ranks together."""
+        return self.store is not None and self.store.retry_due
+
     def _take(self, facts: Facts, *, checkpoint: bool) -> Snapshot:
         extra = facts(checkpoint)
         return self.ring.take(extra["step"], extra["cursor"], extra["timeline"], extra)
 
+    def _save(self, snapshot: Snapshot) -> None:
+        if self.store is not None:
+            self.store.save(snapshot, identity=snapshot.extra.get("identity"))
+
+    def _tell(self) -> None:
+        disk = self.store.infos() if self.store is not None else []
+        self.infos = (*disk, *self.ring.infos())
+
     # -- going back ----------------------------------------------------------------------------------------------
 
-    def target(self, cursor: int, *, past: Past, to_step: int | None = None) -> Target | None:
-        """The newest good state that has passed no position from `cursor` on; of step `to_step` where that is given.
+    def target(self, cursor: int, *, to_step: int | None = None) -> Target | None:
+        """The newest state that has passed no position from `cursor` on; of step `to_step` where that is given.
 
-        A collective when the ring does not reach back far enough: then all ranks agree on a checkpoint.
+        Good ones of the ring, good ones on disk, then candidates in the same order. A collective wherever the ring
+        does not do: all ranks agree on a checkpoint.
         """
-        infos = [info for info in self.ring.infos() if to_step is None or info.step == to_step]
-        beyond = 1 + max((info.step for info in infos), default=0)
-        chosen = choose_target(infos, beyond, cursor=cursor, good_only=to_step is None)
-        if chosen is not None:
-            snapshot = self.ring.get(chosen.step)
-            return Target(step=chosen.step, cursor=chosen.cursor, tier="memory", snapshot=snapshot)
+        for good_only in (True, False):
+            found = self._in_ring(cursor, to_step, good_only) or self._on_disk(cursor, to_step, good_only)
+            if found is not None:
+                return found
         return None
+
+    def _in_ring(self, cursor: int, to_step: int | None, good_only: bool) -> Target | None:
+        infos = [info for info in self.ring.infos() if to_step is None or info.step == to_step]
+        newest = max((info.step for info in infos), default=0)
+        chosen = choose_target(infos, newest + 1, cursor=cursor, good_only=good_only)
+        if chosen is None:
+            return None
+        snapshot = self.ring.get(chosen.step)
+        return Target(step=chosen.step, cursor=chosen.cursor, tier="memory", snapshot=snapshot)
+
+    def _on_disk(self, cursor: int, to_step: int | None, good_only: bool) -> Target | None:
+        if self.store is None:
+            return None
+
+        wanted = (GOOD,) if good_only else (GOOD, CANDIDATE)
+
+        def allowed(manifest: Manifest) -> bool:
+            return (
+                self._state_of(manifest) in wanted
+                and manifest.cursor <= cursor
+                and (to_step is None or manifest.step == to_step)
+            )
+
+        selection = self.store.newest_valid(allowed)
+        if selection.path is None or selection.manifest is None:
+            return None
+        step, at = selection.manifest.step, selection.manifest.cursor
+        return Target(step=step, cursor=at, tier="disk", name=selection.path.name)
+
+    def _state_of(self, manifest: Manifest) -> str:
+        """Good, candidate or suspect, as rank 0 knows it; its answer counts."""
+        assert self.store is not None
+        if not self._past.lives(timeline=manifest.timeline, step=manifest.step):
+            return SUSPECT
+        key = (manifest.timeline, manifest.step)
+        states = [info.state for info in self.store.infos() if (info.timeline, info.step) == key]
+        return states[-1] if states else CANDIDATE
 
     def restore(self, target: Target) -> dict[str, Any]:
         """Make the live state that of `target`; returns the guard's own part of it."""
-        assert target.snapshot is not None
-        return self.ring.restore(target.snapshot)
+        if target.snapshot is not None:
+            return self.ring.restore(target.snapshot)
+        assert self.store is not None
+        return self.store.load(self.store.folder / target.name).extra
 
     def rolled_back(self, facts: Facts, target: Target) -> None:
         """The states after `target` belong to an abandoned timeline."""
         self.ring.drop_after(target.step)
+        if target.snapshot is None:
+            self._take(facts, checkpoint=False).state = GOOD
+        if self.store is not None:
+            for info in self.store.mark_suspect(target.step + 1):
+                self._suspected(info)
         self._tell()
 
+    # -- the start and the end of a process ----------------------------------------------------------------------
+
     def resume(self, past: Past) -> Restored | None:
-        return None
+        """Load the newest valid checkpoint of the present timeline; None when there is none. A collective."""
+        self._past = past
+        if self.store is None:
+            return None
+        self.store.adopt(dict.fromkeys(past.good, GOOD) | dict.fromkeys(past.suspects, SUSPECT))
+        selection = self.store.newest_valid(
+            lambda manifest: self._state_of(manifest) != SUSPECT or "its stretch of the run was given up"
+        )
+        self.poll()
+        if selection.path is None:
+            return None
+        loaded = self.store.load(selection.path)
+        name = selection.path.name
+        return Restored(name=name, extra=loaded.extra, good=name in past.good, check=loaded.checks)
 
     def finish(self, facts: Facts) -> bool:
-        return True
+        """Leave a checkpoint of the last state, however the run ends. False when the disk refused three times."""
+        if self.store is None:
+            return True
+        for _ in range(FINAL_TRIES):
+            self.store.wait(self.settings.launch.save_seconds)
+            self.poll()
+            if self._shared(self._on_disk_now(facts)):
+                return True
+            self.save_now(facts)
+        self.store.wait(self.settings.launch.save_seconds)
+        self.poll()
+        return bool(self._shared(self._on_disk_now(facts)))
 
-    def wants_retry(self) -> bool:
-        return False
-
-    def poll(self, say: Say) -> None:
-        pass
+    def _on_disk_now(self, facts: Facts) -> bool:
+        """On rank 0: whether the present state is a committed checkpoint."""
+        assert self.store is not None
+        present = facts(False)
+        key = (present["step"], present["timeline"])
+        return any((info.step, info.timeline) == key and info.state != INVALID for info in self.store.infos())
 
     def close(self) -> None:
-        pass
+        if self.store is not None:
+            self.store.close()
 
-    def _save(self, snapshot: Snapshot) -> None:
-        pass
+    # -- the record ----------------------------------------------------------------------------------------------
 
-    def _tell(self) -> None:
-        self.infos = tuple(self.ring.infos())
+    def poll(self) -> None:
+        """Journal what the background thread has done since the last look; prune."""
+        if self.store is None:
+            return
+        events = self.store.poll()
+        for event in events:
+            self._say(
+                "checkpoint",
+                f"checkpoint {event.name or f'of step {event.step}'}: {event.state}"
+                + (f" ({event.reason})" if event.reason else ""),
+                path=event.name,
+                state=event.state,
+                cp_step=event.step,
+                bytes=event.bytes,
+                seconds=round(event.seconds, 3),
+                reason=event.reason,
+            )
+            if event.state == CANDIDATE:
+                self._committed(event)
+        if events:
+            failed = next((event.reason for event in reversed(events) if event.state == "failed"), "")
+            if self.store.degraded:
+                self._recorder.degraded("checkpoint", f"checkpoint: {failed}")
+            else:
+                self._recorder.restored("checkpoint")
+            self._tell()
+
+    def _committed(self, event: CheckpointEvent) -> None:
+        """A checkpoint that was being written while its timeline was given up is suspect from the start."""
+        assert self.store is not None
+        if not self._past.lives(timeline=event.timeline, step=event.step):
+            self.store.adopt({event.name: SUSPECT})
+            self._suspected(next(info for info in self.store.infos() if info.path == event.name))
+        elif self._born_good == (event.timeline, event.step):
+            self.store.adopt({event.name: GOOD})
+            self._confirmed(next(info for info in self.store.infos() if info.path == event.name))
+
+    def _confirmed(self, info: SnapshotInfo) -> None:
+        assert self.store is not None
+        self._say("checkpoint", f"checkpoint {info.path} is good", path=info.path, state=GOOD, cp_step=info.step)
+        self.store.prune(info.step)
+
+    def _suspected(self, info: SnapshotInfo) -> None:
+        self._say(
+            "checkpoint",
+            f"checkpoint {info.path} is suspect: it holds a stretch that was given up",
+            path=info.path,
+            state=SUSPECT,
+            cp_step=info.step,
+        )
