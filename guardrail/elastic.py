@@ -99,14 +99,20 @@ class Agent:
 
     def failures(self) -> Iterator[Failure]:
         """Failures that the agent has logged since the last call."""
-        with open(self._log.name, "rb") as log:
-            log.seek(self._offset)
-            text = log.read()
+        try:
+            with open(self._log.name, "rb") as log:
+                log.seek(self._offset)
+                text = log.read()
+        except OSError:
+            return  # a file system that does not answer; the lines stay where they are
         whole = text[: text.rfind(b"\n") + 1]
         self._offset += len(whole)
         for found in _FAILURE.finditer(whole):
             code, local_rank, pid = map(int, found.groups())
             yield Failure(exit=code, local_rank=local_rank, pid=pid)
 
-    def close(self) -> None:
+    def end(self) -> None:
+        """Kill the agent if it still runs. It leaves its ranks to the reaper."""
+        self.process.kill()
+        self.process.wait()
         self._log.close()

@@ -7,19 +7,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from guardrail.errors import ExitCode
-from guardrail.launching import exit_code_of, way_back
+from guardrail.follow import Follower
+from guardrail.launching import exit_code_of, is_alive, way_back
 from guardrail.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Action, Event, Phase, Status
 from guardrail.rundir import RunDirectory
+from guardrail.signals import DEBOUNCE_SECONDS
 from guardrail.text import clean
 
 POLL_SECONDS = 0.3
 SETUP_SECONDS = 5.0  # between two lines of a set-up that gets ahead
-DEBOUNCE_SECONDS = 0.25  # `timeout` signals its child and then its group: one request
-COLUMNS = ("step", LOSS, GRAD_NORM, EMBED_GRAD_NORM, "lr", "verdict", "eval_loss")
+ATTACH_LINES = 10  # of the past, when one comes to a run
 
 # Journal lines that a person at a log wants to read. Findings are told again by their verdict, a checkpoint that
 # became good is routine.
@@ -31,61 +32,49 @@ SPOKEN_CHECKPOINTS = frozenset(("failed", "invalid", "suspect"))
 
 
 class Lines:
-    """Turns what is new in a run directory into lines."""
+    """Turns what is new in a run directory into lines.
 
-    def __init__(self, run: RunDirectory, *, every: int = 20, history: bool = True) -> None:
-        """`every`: steps between two lines. `history`: begin with what the run has already said."""
-        self._run = run
-        self._every = every
-        self._seq = 0
-        self._rows = 0
-        self._journal_size = -1
+    Args:
+        every: applied steps between two lines; a step with an evaluation has one in any case.
+    """
+
+    def __init__(self, run: RunDirectory, *, every: int = 20) -> None:
+        self._run, self._every = run, every
+        self._follower = Follower(run)
         self._setup = ("", 0.0)
-        if not history:
-            self._seq = max((event.seq for event in run.events()), default=0)
-            self._rows = len(run.metrics())
 
-    def new(self) -> Iterator[str]:
+    def new(self) -> list[str]:
         """Lines since the last call: events and steps in the order of their time."""
         status = self._run.read_status()
-        told = [(event.time, line) for event in self._events() if (line := event_line(event))]
-        told += self._steps(status)
-        for _, line in sorted(told, key=lambda pair: pair[0]):
-            yield line
-        if not told and status is not None:
-            yield from self._set_up(status)
+        update = self._follower.poll()
+        told = [(event.time, line) for event in update.events if (line := event_line(event))]
+        told += self._steps(*update.rows, status)
+        if told:
+            return [line for _, line in sorted(told, key=lambda pair: pair[0])]
+        return self._set_up(status) if status is not None else []
 
-    def _events(self) -> list[Event]:
-        with contextlib.suppress(OSError):
-            size = self._run.journal_path.stat().st_size
-            if size == self._journal_size:
-                return []
-            self._journal_size = size
-        events = self._run.events(after=self._seq)
-        if events:
-            self._seq = events[-1].seq
-        return events
-
-    def _steps(self, status: Status | None) -> list[tuple[float, str]]:
-        view = self._run.metrics()
-        new = view.array[self._rows :]
-        self._rows = len(view)
+    def _steps(self, first: int, last: int, status: Status | None) -> list[tuple[float, str]]:
+        view = self._follower.view
+        if view is None or first == last:
+            return []
+        rows = view.array[first:last]
+        step, verdict, evaluated = (view.column(name)[first:last] for name in ("step", "verdict", "eval_loss"))
+        chosen = (verdict == list(Action).index(Action.APPLY)) & ((step % self._every == 0) | (evaluated == evaluated))
         told = []
-        for row in new:
-            values = dict(zip(view.columns, row.tolist(), strict=True))
-            applied = values.get("verdict") == list(Action).index(Action.APPLY)
-            if applied and (values["step"] % self._every == 0 or values["eval_loss"] == values["eval_loss"]):
-                told.append((values["time"], step_line(values, status)))
+        for row in rows[chosen].tolist():
+            values = dict(zip(view.columns, row, strict=True))
+            told.append((values["time"], step_line(values, status)))
         return told
 
-    def _set_up(self, status: Status) -> Iterator[str]:
+    def _set_up(self, status: Status) -> list[str]:
         if status.phase not in (Phase.STARTING, Phase.SETUP):
-            return
+            return []
         text = f"{status.phase.value}: {clean(status.progress, 200)}" if status.progress else status.phase.value
         before, at = self._setup
-        if text != before and time.monotonic() - at > SETUP_SECONDS:
-            self._setup = (text, time.monotonic())
-            yield text
+        if text == before or time.monotonic() - at < SETUP_SECONDS:
+            return []
+        self._setup = (text, time.monotonic())
+        return [text]
 
 
 def step_line(values: dict[str, float], status: Status | None) -> str:
@@ -109,7 +98,8 @@ def event_line(event: Event) -> str:
     if event.kind not in SPOKEN and event.kind != "checkpoint":
         return ""
     where = f"step {event.step}: " if event.step else ""
-    return f"{event.kind:<12} {where}{clean(event.message, 2000)}"
+    first, *more = [clean(line, 1000) for line in event.message.splitlines()] or [""]
+    return "\n".join([f"{event.kind:<12} {where}{first}", *(f"    {line}" for line in more)])
 
 
 def clock(seconds: float) -> str:
@@ -118,68 +108,99 @@ def clock(seconds: float) -> str:
     return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
 
 
-class _Asked(Exception):
+class _Left(Exception):
     """A signal that means to leave."""
 
 
-class Watcher:
-    """Prints lines until the run has ended; signals decide whether we leave it or stop it.
+class Printer:
+    """Prints lines to stderr until the run has ended.
+
+    A reader that has gone must not end the wait: a batch job lives as long as this process.
+    """
+
+    def __init__(self, run: RunDirectory) -> None:
+        self._lines = Lines(run)
+        self._silent = False
+
+    def say(self, *lines: str) -> None:
+        try:
+            for line in lines:
+                if not self._silent:
+                    print(line, file=sys.stderr, flush=True)
+        except OSError:
+            self._silent = True
+
+    def until(self, ended: Callable[[], int | None], *, past: int | None = None) -> int:
+        """Print until `ended` returns an exit code. `past`: at most so many lines of what was before."""
+        code = ended()
+        before = self._lines.new()
+        self.say(*(before if past is None else before[-past:]))
+        while code is None:
+            time.sleep(POLL_SECONDS)
+            code = ended()  # asked first, so that what came before the end is printed
+            self.say(*self._lines.new())
+        return code
+
+
+def follow(run: RunDirectory, supervisor: subprocess.Popen[bytes]) -> int:
+    """For `launch`: print until the run has ended; returns its exit code, or 130 when left.
 
     Ctrl-C and SIGHUP leave. SIGTERM and SIGUSR1, which batch systems and containers send before they kill, are
     handed on as a stop, and the end is waited for; a second SIGTERM kills.
     """
+    asked: list[float] = []
 
-    def __init__(self, run: RunDirectory, supervisor: subprocess.Popen[bytes]) -> None:
-        self._run, self._supervisor = run, supervisor
-        self._term = 0.0
-        self._silent = False
-
-    def follow(self) -> int:
-        handlers = {signal.SIGTERM: self._hand_on, signal.SIGUSR1: self._hand_on, signal.SIGINT: self._leave}
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
-            handlers[signal.SIGHUP] = self._leave
-        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        try:
-            return self._follow()
-        except _Asked:
-            self._say(f"training goes on\n{way_back(self._run)}")
-            return ExitCode.INTERRUPTED
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _follow(self) -> int:
-        lines = Lines(self._run)
-        while True:
-            code = exit_code_of(self._run, self._supervisor)
-            for line in lines.new():
-                self._say(line)
-            if code is not None:
-                return code
-            time.sleep(POLL_SECONDS)
-
-    def _say(self, line: str) -> None:
-        """A reader that has gone must not end the wait: a batch job lives as long as this process."""
-        if not self._silent:
-            try:
-                print(line, file=sys.stderr, flush=True)
-            except OSError:
-                self._silent = True
-
-    def _leave(self, signum: int, frame: FrameType | None) -> None:
-        raise _Asked
-
-    def _hand_on(self, signum: int, frame: FrameType | None) -> None:
-        # SIGUSR1, because a batch system may have sent SIGTERM to the supervisor as well and its second one kills.
-        number = signal.SIGUSR1
+    def hand_on(signum: int, frame: FrameType | None) -> None:
+        # SIGUSR1, because a batch system may have sent SIGTERM to the supervisor as well, and its second one kills.
+        again = signum == signal.SIGTERM and bool(asked) and time.monotonic() - asked[0] > DEBOUNCE_SECONDS
         if signum == signal.SIGTERM:
-            now = time.monotonic()
-            if self._term and now - self._term > DEBOUNCE_SECONDS:
-                number = signal.SIGQUIT
-            self._term = self._term or now
-        self._supervisor.send_signal(number)
+            asked.append(time.monotonic())
+        supervisor.send_signal(signal.SIGQUIT if again else signal.SIGUSR1)
+
+    with _handlers({signal.SIGTERM: hand_on, signal.SIGUSR1: hand_on, signal.SIGINT: _leave, signal.SIGHUP: _leave}):
+        printer = Printer(run)
+        try:
+            return printer.until(lambda: exit_code_of(supervisor))
+        except _Left:
+            printer.say("training goes on", way_back(run))
+            return ExitCode.INTERRUPTED
 
 
-def follow(run: RunDirectory, supervisor: subprocess.Popen[bytes]) -> int:
-    """Print lines until the run has ended; returns its exit code, or 130 when left."""
-    return Watcher(run, supervisor).follow()
+def attach(run: RunDirectory) -> int:
+    """For `attach` without a terminal: the last lines, then new ones until the run has ended; its exit code."""
+
+    def ended() -> int | None:
+        status = run.read_status()
+        if status is None:
+            return None
+        if status.exit_code is not None:
+            return status.exit_code
+        return None if is_alive(run, status) else ExitCode.WORKERS_FAILED
+
+    with _handlers({signal.SIGINT: _leave, signal.SIGHUP: _leave}):
+        printer = Printer(run)
+        try:
+            code = printer.until(ended, past=ATTACH_LINES)
+        except _Left:
+            return ExitCode.INTERRUPTED
+        status = run.read_status()
+        if status is not None and status.exit_code is None:
+            printer.say(f"no sign of life; go on with: guardrail launch --resume {run.path}")
+        return code
+
+
+def _leave(signum: int, frame: FrameType | None) -> None:
+    raise _Left
+
+
+@contextlib.contextmanager
+def _handlers(handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]]) -> Iterator[None]:
+    """Install signal handlers for a while; an ignored SIGHUP (nohup) stays ignored."""
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        handlers.pop(signal.SIGHUP, None)
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

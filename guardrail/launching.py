@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -44,13 +44,19 @@ def prepare(path: str, overrides: tuple[str, ...], run_dir: str | None) -> RunDi
 
 def load(tree: dict[str, Any], *, file: str, overrides: tuple[str, ...] = ()) -> Settings:
     """`config.build`, with the current folder as the last place where the trainer's package may lie."""
-    package = tree.get("launch", {}).get("trainer", "trainer")
+    package = _table(tree, "launch").get("trainer", "trainer")
     for override in overrides:
         if override.partition("=")[0].strip() == "launch.trainer":
             package = override.partition("=")[2].strip().strip("\"'")
-    if isinstance(package, str) and package.isidentifier() and importlib.util.find_spec(package) is None:
+    top = package.partition(".")[0] if isinstance(package, str) else ""
+    if top.isidentifier() and importlib.util.find_spec(top) is None:
         sys.path.append(os.getcwd())
     return config.build(tree, file=file, overrides=overrides, base=Path.cwd())
+
+
+def _table(tree: dict[str, Any], name: str) -> dict[str, Any]:
+    table = tree.get(name)
+    return table if isinstance(table, dict) else {}
 
 
 def _create_at(path: Path, text: str, *, node_rank: int) -> RunDirectory:
@@ -79,7 +85,7 @@ def _create_at(path: Path, text: str, *, node_rank: int) -> RunDirectory:
 # -- going on with a run
 
 
-def prepare_resume(spec: str, overrides: tuple[str, ...]) -> RunDirectory | None:
+def prepare_resume(spec: str, overrides: tuple[str, ...], *, root: str) -> RunDirectory | None:
     """Make an ended run ready to go on; None if it has nothing left to do.
 
     Ranks that outlived their supervisor are asked to save and stop first.
@@ -90,7 +96,7 @@ def prepare_resume(spec: str, overrides: tuple[str, ...]) -> RunDirectory | None
     """
     from guardrail import preflight
 
-    run = find_run(spec, "runs")
+    run = find_run(spec, root)
     status = run.read_status()
     refuse_alive(run, status)
     if status is not None and status.phase is Phase.FINISHED and not overrides:
@@ -111,18 +117,24 @@ def prepare_resume(spec: str, overrides: tuple[str, ...]) -> RunDirectory | None
     return run
 
 
-def refuse_alive(run: RunDirectory, status: Status | None) -> None:
-    """RunDirectoryError if a supervisor works on this run, here or on another host."""
-    import socket
+def is_alive(run: RunDirectory, status: Status) -> bool:
+    """Somebody works on this run: its supervisor, or ranks that outlived it, here or on another host."""
+    if status.host == socket.gethostname() and processes.supervisor_of(run.path, status.supervisor_pid) is not None:
+        return True
+    return not status.phase.ended and time.time() - status.heartbeat < FRESH_SECONDS
 
-    if status is None:
+
+def refuse_alive(run: RunDirectory, status: Status | None) -> None:
+    """RunDirectoryError if a supervisor works on this run. Ranks that outlived theirs on this host do not count."""
+    if status is None or not is_alive(run, status):
         return
-    way = f"\n  hint: guardrail attach {run.name}, or guardrail ctl {run.name} stop"
-    if status.host in ("", socket.gethostname()):
-        if processes.supervisor_of(run.path, status.supervisor_pid) is not None:
-            raise RunDirectoryError(f"{run.name} is running (supervisor {status.supervisor_pid} on this machine){way}")
-    elif not status.phase.ended and time.time() - status.heartbeat < FRESH_SECONDS:
-        raise RunDirectoryError(f"{run.name} is running on {clean(status.host, 80)}{way}")
+    supervisor = processes.supervisor_of(run.path, status.supervisor_pid)
+    if status.host == socket.gethostname() and supervisor is None:
+        return
+    raise RunDirectoryError(
+        f"{run.name} is running on {clean(status.host, 80)}\n"
+        f"  hint: guardrail attach {run.name}, or guardrail ctl {run.name} stop"
+    )
 
 
 def end_orphans(run: RunDirectory, seconds: float) -> None:
@@ -133,23 +145,17 @@ def end_orphans(run: RunDirectory, seconds: float) -> None:
     print(f"{len(orphans)} processes of {run.name} outlived their supervisor; they save and stop", file=sys.stderr)
     pids = {process.pid for process in orphans}
     ranks = [report for report in run.read_ranks() if report.pid in pids]
-    agents = [process for process in orphans if "torch.distributed.run" in _arguments(process)]
-    processes.kill(agents)  # first, so that they do not start the ranks again
     by_pid = {process.pid: process for process in orphans}
     for report in ranks:
         processes.tell(by_pid[report.pid], signal.SIGUSR1)
     deadline = time.monotonic() + (seconds if ranks else 0.0)
     while time.monotonic() < deadline and any(processes.alive(by_pid[report.pid]) for report in ranks):
         time.sleep(0.1)
-    stuck = processes.kill(processes.processes_of(run.path))
-    if stuck:
-        raise RunDirectoryError(f"{run.name}: processes {[process.pid for process in stuck]} cannot be ended")
-
-
-def _arguments(process: Any) -> list[str]:
-    with contextlib.suppress(Exception):
-        return list(process.cmdline())
-    return []
+    for _ in range(3):  # an elastic agent that dies last may just have started a rank again
+        left = processes.processes_of(run.path)
+        left.sort(key=lambda process: process.pid)  # agents are older than their ranks
+        if stuck := processes.kill(left):
+            raise RunDirectoryError(f"{run.name}: processes {[process.pid for process in stuck]} cannot be ended")
 
 
 # -- the supervisor
@@ -158,16 +164,16 @@ def _arguments(process: Any) -> list[str]:
 def start(run: RunDirectory) -> subprocess.Popen[bytes]:
     """Start the supervisor in its own session and wait until it has taken over. Raises WorkersFailed."""
     variables = dict(os.environ)
-    # Modules that this process finds only because it stands in the current folder; the supervisor stands in /.
-    extra = [path for path in sys.path if path == os.getcwd()]
-    variables["PYTHONPATH"] = os.pathsep.join(filter(None, [variables.get("PYTHONPATH", ""), *extra]))
-    if not variables["PYTHONPATH"]:
-        del variables["PYTHONPATH"]
+    # The supervisor stands in /, so that it holds no folder: what is found from here must be found from there.
+    paths = [os.path.abspath(path) for path in variables.get("PYTHONPATH", "").split(os.pathsep) if path]
+    paths += [path for path in sys.path if path == os.getcwd() and path not in paths]
+    if paths:
+        variables["PYTHONPATH"] = os.pathsep.join(paths)
     log_path = run.logs / "supervisor.log"
     offset = log_path.stat().st_size if log_path.exists() else 0
     with log_path.open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", processes.SUPERVISOR_MODULE, str(run.path)],
+            [sys.executable, "-m", processes.SUPERVISOR_MODULE, str(run.path.resolve())],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -191,7 +197,7 @@ def start(run: RunDirectory) -> subprocess.Popen[bytes]:
     raise WorkersFailed("the supervisor did not start:\n" + "\n".join(words))
 
 
-def exit_code_of(run: RunDirectory, supervisor: subprocess.Popen[bytes]) -> int | None:
+def exit_code_of(supervisor: subprocess.Popen[bytes]) -> int | None:
     """The run's exit code once its supervisor has ended, else None."""
     code = supervisor.poll()
     if code is None or code >= 0:
@@ -208,7 +214,7 @@ def show(run: RunDirectory, *, read_only: bool, supervisor: subprocess.Popen[byt
     status = run.read_status()
     while status is not None and status.phase.ended and time.monotonic() < deadline and supervisor.poll() is None:
         time.sleep(0.05)
-    code = exit_code_of(run, supervisor)
+    code = exit_code_of(supervisor)
     if code is None:
         print(f"training goes on\n{way_back(run)}", file=sys.stderr)
         return ExitCode.FINISHED

@@ -34,7 +34,7 @@ def supervisor_of(run: Path, pid: int) -> psutil.Process | None:
         arguments = process.cmdline()
     except (psutil.Error, ValueError):
         return None
-    ours = SUPERVISOR_MODULE in arguments and str(run) in arguments
+    ours = SUPERVISOR_MODULE in arguments and str(run.resolve()) in arguments
     return process if ours and alive(process) else None
 
 
@@ -43,10 +43,10 @@ def processes_of(run: Path) -> list[psutil.Process]:
 
     A supervisor is not among them: it gives the variable to others only.
     """
-    found = []
+    found, path = [], str(run.resolve())
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and process.environ().get(RUN_VARIABLE) == str(run) and alive(process):
+            if process.pid != os.getpid() and process.environ().get(RUN_VARIABLE) == path and alive(process):
                 found.append(process)
         except (psutil.Error, OSError):
             continue  # another user's, or gone
@@ -71,9 +71,14 @@ def kill(processes: Iterable[psutil.Process], *, seconds: float = 10.0) -> list[
     while (left := [process for process in victims if alive(process)]) and time.monotonic() < deadline:
         time.sleep(0.02)
     for process in victims:
-        with contextlib.suppress(psutil.Error, psutil.TimeoutExpired):
-            process.wait(0)  # reaps it if it is our child
+        reap(process)
     return left
+
+
+def reap(process: psutil.Process) -> None:
+    """Take the exit status of a dead child; nothing happens for another's child or a live one."""
+    with contextlib.suppress(psutil.Error, psutil.TimeoutExpired):
+        process.wait(0)
 
 
 def cores() -> int:

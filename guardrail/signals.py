@@ -1,29 +1,36 @@
-"""Stop requests that reach a rank as signals. Imports no torch.
+"""Requests that reach a rank, the supervisor or `launch` as signals. Imports no torch.
 
-SIGTERM, SIGUSR1   save and stop: `requested` turns true, the loop reads it at its next safe point
-second SIGTERM     ends the process at once with status 143, even while the main thread waits inside a collective
-SIGUSR2            faulthandler writes the stack of every thread to a file, even while Python cannot run
-
-The Python handler of a signal runs only between two bytecodes of the main thread, which may sit in C++ for minutes.
-So a thread reads the bytes that the interpreter's C handler writes to a pipe (signal.set_wakeup_fd).
+                   rank                                  supervisor
+SIGTERM, SIGUSR1   save and stop at the next safe point  ask the ranks to save and stop
+second SIGTERM     end at once with status 143           kill everything at once (so does SIGQUIT)
+SIGUSR2            stacks of all threads to a file       -
+SIGHUP             ignored: training outlives every terminal
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
+import select
 import signal
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 KILLED = 128 + signal.SIGTERM  # exit status after the second SIGTERM
+DEBOUNCE_SECONDS = 0.25  # `timeout` and some batch systems deliver one SIGTERM twice: to a process and to its group
 
 
 class StopSignals:
-    """One per process; `install` from the main thread, as early as possible and before any data worker is forked."""
+    """Of a rank. `install` from the main thread, as early as possible and before any data worker is forked.
+
+    The Python handler of a signal runs only between two bytecodes of the main thread, which may sit in a collective
+    for minutes. So a thread reads the bytes that the interpreter's C handler writes to a pipe, and ends the process.
+    """
 
     def __init__(self) -> None:
         self._requested = False
@@ -75,3 +82,38 @@ def _forget() -> None:
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+class SupervisorSignals:
+    """Of the supervisor. `wait` returns early when a signal arrives, SIGCHLD of the elastic agent included.
+
+    Attributes:
+        stop: name of the signal that asked first to stop, or "".
+        kill: asked to kill everything at once.
+    """
+
+    def __init__(self) -> None:
+        self.stop = ""
+        self.kill = False
+        self._last_term: float | None = None
+        self._reading, writing = os.pipe()
+        for descriptor in (self._reading, writing):
+            os.set_blocking(descriptor, False)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, lambda signum, frame: None)
+        for number in (*STOP_SIGNALS, signal.SIGQUIT, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGTERM:
+            now = time.monotonic()
+            self.kill |= self._last_term is not None and now - self._last_term > DEBOUNCE_SECONDS
+            self._last_term = now
+        self.kill |= signum == signal.SIGQUIT
+        self.stop = self.stop or signal.Signals(signum).name
+
+    def wait(self, seconds: float) -> None:
+        if select.select([self._reading], [], [], seconds)[0]:
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._reading, 64)

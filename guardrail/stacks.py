@@ -9,13 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
-import psutil
-
-from guardrail import processes
-from guardrail.records import RankStatus
+from guardrail.local_ranks import LocalRanks
 
 FAULTHANDLER_SECONDS = 2.0  # a process that can run at all has written its stacks by then
 PY_SPY_SECONDS = 15.0
@@ -24,7 +20,7 @@ _TOP_FRAME = re.compile(
 )
 
 
-def capture(logs: Path, ranks: Mapping[int, RankStatus | None], culprit: int) -> tuple[list[Path], str]:
+def capture(logs: Path, ranks: LocalRanks, culprit: int) -> tuple[list[Path], str]:
     """Append the stacks of all local ranks to logs/rank-N.stacks.
 
     SIGUSR2 makes faulthandler write them (see guardrail.signals); a process that is stopped or lives in C++ only
@@ -34,19 +30,17 @@ def capture(logs: Path, ranks: Mapping[int, RankStatus | None], culprit: int) ->
         The files that were written, and ", in FILE:LINE" of the culprit's main thread if it could be read.
     """
     before: dict[Path, int] = {}
-    for pid, report in ranks.items():
-        if report is not None:
-            file = logs / f"rank-{report.rank}.stacks"
-            before[file] = _size(file)
-            with contextlib.suppress(psutil.Error):
-                processes.tell(psutil.Process(pid), signal.SIGUSR2)
+    for pid, report in ranks.registered.items():
+        file = logs / f"rank-{report.rank}.stacks"
+        before[file] = _size(file)
+        ranks.tell(pid, signal.SIGUSR2)
     deadline = time.monotonic() + FAULTHANDLER_SECONDS
     while time.monotonic() < deadline and any(_size(file) == size for file, size in before.items()):
         time.sleep(0.05)
     time.sleep(0.1)  # the last lines of a dump that has just begun
 
-    report = ranks.get(culprit)
-    culprit_file = logs / (f"rank-{report.rank}.stacks" if report else f"process-{culprit}.stacks")
+    rank = ranks.number(culprit)
+    culprit_file = logs / (f"rank-{rank}.stacks" if rank is not None else f"process-{culprit}.stacks")
     size = before.setdefault(culprit_file, _size(culprit_file))
     where = _top_frame(culprit_file, size)
     if not where:

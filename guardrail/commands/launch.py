@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from guardrail.commands.common import root_option
+
 
 @click.command(short_help="Start a training run and watch it.")
 @click.argument("config", required=False, metavar="CONFIG.toml")
@@ -12,6 +14,7 @@ import click
 @click.option("--run-dir", metavar="DIR", help="Use this folder as the run directory instead of ROOT/NAME/DATE-NN.")
 @click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a setting; repeatable.")
 @click.option("--resume", metavar="RUN", help="Go on with a run that has ended in any way, with its own configuration.")
+@root_option
 @click.option("--read-only", is_flag=True, help="The screen sends no commands.")
 def command(
     config: str | None,
@@ -20,6 +23,7 @@ def command(
     run_dir: str | None,
     overrides: tuple[str, ...],
     resume: str | None,
+    root: str,
     read_only: bool,
 ) -> int:
     """Start a training run and watch it.
@@ -36,7 +40,7 @@ def command(
     if resume is not None:
         if run_dir is not None:
             raise click.UsageError("--run-dir does not go with --resume: the run has its directory")
-        run = launching.prepare_resume(resume, overrides)
+        run = launching.prepare_resume(resume, overrides, root=root)
         if run is None:
             return 0
     else:

@@ -1,0 +1,130 @@
+"""What the supervisor writes into a run directory: its events, the status while no rank writes one, the last word.
+
+A disk that takes nothing must not end the training, so a failed write is told to supervisor.log and passed over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from guardrail.config import LaunchSection
+from guardrail.errors import ExitCode
+from guardrail.records import Event, Mode, Phase, Status
+from guardrail.rundir import RunDirectory
+from guardrail.text import clean
+
+TAIL_LINES = 12
+
+EXIT_CODES = {
+    Phase.FINISHED: ExitCode.FINISHED,
+    Phase.STOPPED: ExitCode.INTERRUPTED,
+    Phase.HALTED: ExitCode.HALTED,
+    Phase.FAILED: ExitCode.WORKERS_FAILED,
+}
+
+
+class Chronicle:
+    """The supervisor's pen. On other nodes than the first it writes events only."""
+
+    def __init__(self, run: RunDirectory, launch: LaunchSection, host: str, mode: Mode) -> None:
+        self._run, self._launch, self._host, self._mode = run, launch, host, mode
+        self._leads = launch.node_rank == 0
+        self._began = time.time()
+        self._written = -1.0  # time.monotonic() of our last status
+
+    def record(self, kind: str, message: str, **data: Any) -> bool:
+        """Append to the journal at the run's present step; False when the disk does not take it."""
+        log(f"{kind}: {message}")
+        status = self._run.read_status()
+        step, timeline = (status.step, status.timeline) if status else (0, 0)
+        try:
+            self._run.append(kind, message, step=step, timeline=timeline, **data)
+        except OSError as error:
+            log(f"the journal cannot be written: {error}")
+            return False
+        return True
+
+    def starting(self, *, restarts: int) -> None:
+        """Keep the status fresh while ranks are started; at most once a second."""
+        if self._leads and time.monotonic() - self._written >= 1.0:
+            again = f", restart {restarts} of {self._launch.max_restarts}" if restarts else ""
+            progress = f"starting {self._launch.processes} processes{again}"
+            self._replace(phase=Phase.STARTING, progress=progress, restarts=restarts, question="", pid=0)
+
+    def ended(self, phase: Phase, exit_code: ExitCode, reason: str, last_lines: list[str]) -> None:
+        """The journal's last line, unless rank 0 has written it (then `reason` is "")."""
+        if not reason:
+            log(f"{phase.value}, exit code {exit_code.value}")
+        elif self._leads:
+            message = "\n".join([f"{phase.value}: {reason}", *last_lines])
+            self.record("ended", message, phase=phase.value, exit_code=exit_code.value, reason=reason)
+
+    def final_status(self, phase: Phase, exit_code: ExitCode, *, restarts: int) -> None:
+        if self._leads:
+            self._replace(phase=phase, progress="", exit_code=exit_code.value, restarts=restarts)
+
+    def last_word_of_ranks(self, pids: Collection[int]) -> tuple[Phase, ExitCode] | None:
+        """How rank 0 ended the run, if it did so since this supervisor began.
+
+        The journal says it; where a full disk has kept it out, the status does if it is of one of `pids` or of
+        another host: a status that an earlier incarnation left behind is no answer.
+        """
+        events = [event for event in self._run.events() if event.kind in ("started", "restarted", "ended")]
+        if events and events[-1].kind == "ended" and events[-1].time >= self._began:
+            if (said := _outcome(events[-1])) is not None:
+                return said
+        status = self._run.read_status()
+        if status is None or not status.phase.ended or status.heartbeat < self._began:
+            return None
+        if status.host == self._host and status.pid not in pids:
+            return None
+        return status.phase, EXIT_CODES[status.phase]
+
+    def _replace(self, *, phase: Phase, **changes: Any) -> None:
+        last = self._run.read_status() or Status(run="", phase=phase, started=self._began, mode=self._mode)
+        status = msgspec.structs.replace(
+            last,
+            phase=phase,
+            run=self._run.name,
+            heartbeat=time.time(),
+            host=self._host,
+            supervisor_pid=os.getpid(),
+            world=self._launch.processes * self._launch.nodes,
+            **{"exit_code": None, **changes},
+        )
+        self._written = time.monotonic()
+        with contextlib.suppress(OSError):  # the next one, or a rank's, will get through
+            self._run.write_status(status)
+
+
+def log(line: str) -> None:
+    """A line for logs/supervisor.log, which is our stdout."""
+    with contextlib.suppress(OSError):
+        print(time.strftime("%Y-%m-%d %H:%M:%S"), line, flush=True)
+
+
+def tail(file: Path, lines: int = TAIL_LINES) -> list[str]:
+    """The last lines of a log, made safe for a screen."""
+    try:
+        with file.open("rb") as opened:
+            opened.seek(max(0, file.stat().st_size - 16 * 1024))
+            text = opened.read()
+    except OSError:
+        return []
+    return [clean(line, 300) for line in text.splitlines()[-lines:]]
+
+
+def _outcome(event: Event) -> tuple[Phase, ExitCode] | None:
+    try:
+        phase = Phase(event.data.get("phase"))
+        given = event.data.get("exit_code")
+        return phase, EXIT_CODES[phase] if given is None else ExitCode(given)
+    except (KeyError, ValueError):
+        return None

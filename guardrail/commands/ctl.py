@@ -1,0 +1,41 @@
+"""guardrail ctl: one command to a run, and the answer from its journal."""
+
+from __future__ import annotations
+
+import click
+
+from guardrail.commands.common import json_option, print_json, root_option, the_run
+
+
+@click.command(short_help="Send a command to a run and wait for its answer.")
+@click.argument("run")
+@click.argument("action", metavar="ACTION")
+@click.argument("value", required=False)
+@click.option("--wait", "seconds", default=120.0, show_default=True, metavar="SECONDS", help="0: do not wait.")
+@click.option("--at-step", default=0, metavar="STEP", help="Take effect at the end of this step; 0: at once.")
+@json_option
+@root_option
+def command(run: str, action: str, value: str | None, seconds: float, at_step: int, as_json: bool, root: str) -> None:
+    """Send a command to a run and wait until it has taken effect.
+
+    \b
+    pause | resume        stop turning, keep everything; go on
+    rollback [STEP]       back to a snapshot or checkpoint; without STEP the newest good one
+    skip N                leave out the next N batches
+    lr FACTOR             multiply the scheduled learning rate
+    embed-alpha A         shrink the embedding gradient, A in (0, 1]
+    checkpoint            write one now
+    policy MODE           auto, ask, advise or off
+    stop                  save and end
+    answer N              to the guard's question: 0 do as proposed, 1 go on, 2 stop
+
+    Prints what took effect and at which step. Exit code 2 if the run refuses, is not running or does not answer.
+    """
+    from guardrail import control
+
+    found = the_run(run, root)
+    answer = control.send(found, control.parse(action, value, at_step=at_step), seconds=seconds)
+    if as_json:
+        print_json(control.as_dict(answer))
+    else:
+        click.echo(control.sentence(answer))

@@ -1,0 +1,123 @@
+"""Commands to a run from outside: from words to a Command, into the inbox, and the answer out of the journal."""
+
+from __future__ import annotations
+
+import difflib
+import getpass
+import math
+import os
+import secrets
+import signal
+import socket
+import time
+from typing import Any
+
+from guardrail import processes
+from guardrail.errors import UsageError
+from guardrail.launching import is_alive
+from guardrail.records import Command, CommandKind, Event, Mode, Phase
+from guardrail.rundir import RunDirectory, check_command
+
+POLL_SECONDS = 0.1
+_NEED_VALUE = {
+    CommandKind.SKIP: "a number of batches",
+    CommandKind.LR: "a factor",
+    CommandKind.EMBED_ALPHA: "a factor in (0, 1]",
+    CommandKind.POLICY: "a mode",
+    CommandKind.ANSWER: "0, 1 or 2",
+}
+
+
+def parse(action: str, value: str | None, *, at_step: int = 0) -> Command:
+    """Words of a command line -> a command that makes sense. Raises UsageError."""
+    names = [kind.value for kind in CommandKind]
+    if action not in names:
+        close = difflib.get_close_matches(action, names, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"commands: {', '.join(names)}"
+        raise UsageError(f"no such command: {action}\n  hint: {hint}")
+    kind = CommandKind(action)
+    if value is None and kind in _NEED_VALUE:
+        raise UsageError(f"{action} needs {_NEED_VALUE[kind]}")
+    command = Command(
+        id=f"{time.time_ns():x}-{secrets.token_hex(4)}",
+        kind=kind,
+        value=_number(kind, value),
+        who=f"{_user()}@{socket.gethostname()}",
+        time=time.time(),
+        at_step=at_step,
+    )
+    if reason := check_command(command):
+        raise UsageError(reason)
+    return command
+
+
+def _number(kind: CommandKind, value: str | None) -> float:
+    if value is None:
+        return math.nan if kind is CommandKind.ROLLBACK else 0.0
+    if kind is CommandKind.POLICY:
+        modes = [mode.value for mode in Mode]
+        if value not in modes:
+            raise UsageError(f"policy takes one of {', '.join(modes)}, not {value}")
+        return float(modes.index(value))
+    try:
+        return float(value)
+    except ValueError:
+        raise UsageError(f"{kind.value} takes a number, not {value}") from None
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())  # a container without an entry for this user
+
+
+def send(run: RunDirectory, command: Command, *, seconds: float) -> Event | None:
+    """Send and wait for the answer; None if `seconds` is 0.
+
+    A stop during the set-up, when no rank reads the inbox yet, goes by signal as well and is answered by the end.
+
+    Raises:
+        UsageError: the run is not running, refuses, or does not answer in time.
+    """
+    status = run.read_status()
+    if status is None or not is_alive(run, status):
+        state = f"it {status.phase.value} at step {status.step}" if status and status.phase.ended else "no sign of life"
+        raise UsageError(f"{run.name} is not running ({state})")
+    seq = max((event.seq for event in run.events()), default=0)
+    run.send(command)
+    if command.kind is CommandKind.STOP and status.phase in (Phase.STARTING, Phase.SETUP):
+        supervisor = processes.supervisor_of(run.path, status.supervisor_pid)
+        if supervisor is not None:
+            processes.tell(supervisor, signal.SIGUSR1)
+    if seconds <= 0:
+        return None
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        for event in run.events(after=seq):
+            seq = event.seq
+            if event.kind == "command" and event.data.get("id") == command.id:
+                if event.data.get("effect") != "applied":
+                    raise UsageError(f"{run.name} refuses: {event.data.get('reason') or event.message}")
+                return event
+            if event.kind == "ended":
+                if command.kind is CommandKind.STOP:
+                    return event
+                raise UsageError(f"{run.name} ended before it answered ({event.message})")
+        time.sleep(POLL_SECONDS)
+    raise UsageError(f"{run.name} has not answered within {seconds:g} s; the command waits in its inbox")
+
+
+def sentence(answer: Event | None) -> str:
+    """The answer for a person."""
+    if answer is None:
+        return "sent"
+    return f"step {answer.step}: {answer.message}"
+
+
+def as_dict(answer: Event | None) -> dict[str, Any]:
+    """The answer for a script: effect, and the journal line's seq, step, timeline and data."""
+    if answer is None:
+        return {"effect": "sent"}
+    fixed = {"seq": answer.seq, "time": answer.time, "step": answer.step, "timeline": answer.timeline}
+    return {"effect": "applied", **fixed, "message": answer.message, **answer.data}

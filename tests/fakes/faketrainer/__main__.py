@@ -1,0 +1,78 @@
+"""One rank that needs no torch and no model: it counts steps, saves the count, and misbehaves where it is told to."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from guardrail.config import load
+from guardrail.files import replace_file
+from guardrail.heartbeat import Heartbeat
+from guardrail.records import Phase, Status
+from guardrail.rundir import RunDirectory
+from guardrail.signals import StopSignals
+
+
+def here_it_hangs() -> None:
+    while True:
+        time.sleep(0.1)
+
+
+def misbehave(kind: str, run: RunDirectory) -> None:
+    if kind == "exit":
+        print("this is the line that explains it", flush=True)
+        os._exit(1)
+    if kind == "hang":
+        here_it_hangs()
+    if kind == "silent":
+        os._exit(0)
+    if kind == "forks" and os.fork() == 0:
+        os.setsid()
+        here_it_hangs()
+    if kind == "chatty":
+        for _ in range(1000):
+            run.append("note", "a long line that nobody reads " * 30)
+
+
+def main() -> None:
+    run = RunDirectory.open(os.environ["GUARDRAIL_RUN"])
+    rank, start = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    config = load(run.path / "config.toml")
+    fake = config.fake  # type: ignore[attr-defined]
+    time.sleep(fake.import_seconds)
+    signals = StopSignals()
+    signals.install(run.logs / f"rank-{rank}.stacks")
+    heartbeat = Heartbeat(run, rank, status=lambda: Status(run=run.name, phase=Phase.SETUP, total_steps=fake.steps))
+    heartbeat.status = lambda: Status(run=run.name, phase=heartbeat.phase, step=heartbeat.step, total_steps=fake.steps)
+    heartbeat.start()
+    print(f"rank {rank} start {start} threads {os.environ['OMP_NUM_THREADS']} in {os.getcwd()}", flush=True)
+    saved = run.checkpoints / f"fake-{rank}"
+    first = int(saved.read_text()) if saved.exists() else 0
+    if rank == 0:
+        run.append("restarted" if first else "started", f"begins after step {first}", step=first)
+    strikes = rank == fake.rank and int(os.environ["GUARDRAIL_INCARNATION"]) + start < fake.starts
+    if strikes and fake.fault == "usage":
+        end(run, rank, heartbeat, Phase.FAILED, 2)
+    for step in range(first + 1, fake.steps + 1):
+        heartbeat.at(Phase.STEP, step)
+        if strikes and step == fake.step:
+            misbehave(fake.fault, run)
+        time.sleep(fake.seconds)
+        replace_file(saved, str(step).encode(), sync=False)
+        if signals.requested and fake.fault != "deaf":
+            end(run, rank, heartbeat, Phase.STOPPED, 130)
+    end(run, rank, heartbeat, Phase.FINISHED, 0)
+
+
+def end(run: RunDirectory, rank: int, heartbeat: Heartbeat, phase: Phase, code: int) -> None:
+    heartbeat.at(phase)
+    heartbeat.stop()
+    if rank == 0:
+        run.append("ended", f"{phase.value} by the fake", step=heartbeat.step, phase=phase.value, exit_code=code)
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    assert Path.cwd() == Path("/")
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""A place where tests run the real command line, supervisor and ranks, and end whatever they started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from guardrail import processes
+from guardrail.rundir import RunDirectory, list_runs
+
+REPOSITORY = Path(__file__).parent.parent
+FAKES = Path(__file__).parent / "fakes"
+
+
+def wait_for(condition: Callable[[], object], *, seconds: float = 60.0, what: str = "") -> None:
+    """Poll until `condition` holds; fails the test after `seconds`, which only a broken program needs."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"did not happen within {seconds:g} s: {what or condition}")
+        time.sleep(0.02)
+
+
+class Lab:
+    """A folder with runs, the command line, and the end of every process that was started in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.root = folder / "runs"
+        self._started: list[subprocess.Popen[str]] = []
+
+    def environment(self, **variables: str) -> dict[str, str]:
+        paths = os.pathsep.join([str(FAKES), str(REPOSITORY)])
+        return {**os.environ, "PYTHONPATH": paths, "GUARDRAIL_ROOT": str(self.root), **variables}
+
+    def guardrail(self, *arguments: str, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end."""
+        return subprocess.run(
+            [sys.executable, "-m", "guardrail", *arguments],
+            cwd=self.folder,
+            env=self.environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start a command and go on."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "guardrail", *arguments],
+            cwd=self.folder,
+            env=self.environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._started.append(process)
+        return process
+
+    def newest(self) -> RunDirectory:
+        wait_for(lambda: list_runs(self.root), what="a run directory")
+        return list_runs(self.root)[0]
+
+    def supervisor(self, run: RunDirectory) -> psutil.Process:
+        """The live supervisor of a run."""
+        found: list[psutil.Process] = []
+
+        def look() -> bool:
+            status = run.read_status()
+            process = processes.supervisor_of(run.path, status.supervisor_pid) if status else None
+            found.extend([process] if process else [])
+            return bool(found)
+
+        wait_for(look, what="a supervisor")
+        return found[0]
+
+    def close(self) -> None:
+        for process in self._started:
+            if process.poll() is None:
+                process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=10)
+        for run in list_runs(self.root):
+            status = run.read_status()
+            supervisor = processes.supervisor_of(run.path, status.supervisor_pid) if status else None
+            if supervisor is not None:
+                processes.tell(supervisor, signal.SIGQUIT)
+                wait_for(lambda alive=supervisor: not processes.alive(alive), seconds=20)  # type: ignore[misc]
+            processes.kill(processes.processes_of(run.path))
