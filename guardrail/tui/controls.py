@@ -1,0 +1,128 @@
+"""Commands on their way: sent, answered by the journal with the step of their effect, refused with the reason, or not
+answered yet, and said so. Pure but for the names of user and host."""
+
+from __future__ import annotations
+
+import getpass
+import math
+import secrets
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from guardrail.records import Command, CommandKind, SnapshotInfo, Status
+from guardrail.tui.format import count, plural, spoken
+from guardrail.tui.health import HEARTBEAT_SECONDS
+from guardrail.tui.view import View
+
+SHOWN_SECONDS = 60.0  # an answer stays this long
+
+
+def who() -> str:
+    """user@host, for the journal."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = "unknown"  # a container without an entry for the user's number
+    return f"{user}@{socket.gethostname()}"
+
+
+@dataclass(frozen=True)
+class Sent:
+    id: str
+    label: str
+    time: float
+
+
+class Desk:
+    """The commands of this viewer.
+
+    Args:
+        send: hands a command in; its failure comes back as `Snapshot.unsent`.
+        clock: wall time.
+    """
+
+    def __init__(self, send: Callable[[Command], None], clock: Callable[[], float]) -> None:
+        self._send, self._clock = send, clock
+        self._sent: list[Sent] = []
+        self._answered: dict[str, float] = {}
+        self._notice: tuple[str, str, float] | None = None
+
+    def command(self, kind: CommandKind, value: float, label: str) -> None:
+        now = self._clock()
+        sent = Sent(f"screen-{secrets.token_hex(8)}", label, now)
+        self._sent.append(sent)
+        self._notice = None
+        self._send(Command(id=sent.id, kind=kind, value=value, who=who(), time=now))
+
+    def notice(self, text: str, tone: str = "warn") -> None:
+        """Something for the viewer alone."""
+        self._notice = (text, tone, self._clock())
+
+    def message(self, view: View) -> tuple[str, str]:
+        """(text, tone) of the message line."""
+        for sent in self._sent:
+            if sent.id in view.snapshot.story.answers or sent.id in view.snapshot.unsent:
+                self._answered.setdefault(sent.id, view.now)
+        # Answers leave after a while; what waits for one never does.
+        self._sent = [s for s in self._sent if view.now - self._answered.get(s.id, view.now) < SHOWN_SECONDS]
+        if self._notice and view.now - self._notice[2] < SHOWN_SECONDS:
+            return self._notice[0], self._notice[1]
+        if not self._sent:
+            return "", "plain"
+        waiting = [sent for sent in self._sent if sent.id not in self._answered]
+        text, tone = self._state(self._sent[-1], view)
+        others = len(waiting) - (bool(waiting) and waiting[-1] is self._sent[-1])
+        return text + (f"  (and {plural(others, 'command')} without an answer yet)" if others else ""), tone
+
+    def _state(self, sent: Sent, view: View) -> tuple[str, str]:
+        reason = view.snapshot.unsent.get(sent.id)
+        if reason is not None:
+            return f"✗ {sent.label}: could not be sent: {reason}", "bad"
+        answer = view.snapshot.story.answers.get(sent.id)
+        if answer is None:
+            silent = ", and no sign of life of the run" if view.silence > HEARTBEAT_SECONDS else ""
+            return f"… {sent.label}: sent, no answer yet ({spoken(view.now - sent.time)}{silent})", "accent"
+        why = f": {answer.reason}" if answer.reason else ""
+        if answer.applied:
+            return f"✓ {sent.label}: took effect at step {count(answer.step)}{why}", "good"
+        return f"✗ {sent.label}: refused at step {count(answer.step)}{why}", "bad"
+
+
+def refusal(status: Status | None, *, read_only: bool) -> str | None:
+    """Why no control key can do anything now, or None."""
+    if read_only:
+        return "read-only: this screen controls nothing (attach without --read-only to control)"
+    if status is not None and status.phase.ended:
+        return f"the run has ended ({status.phase.value}); there is nothing to control"
+    return None
+
+
+def number(text: str, *, whole: bool) -> float | str:
+    """A number above zero, or what was expected instead."""
+    expected = "a whole number from 1 on" if whole else "a number above 0, such as 0.5"
+    try:
+        value = float(text.strip())
+    except ValueError:
+        return f"expected {expected}"
+    if not math.isfinite(value) or value <= 0 or (whole and value != int(value)):
+        return f"expected {expected}"
+    return value
+
+
+def rollback_cost(info: SnapshotInfo, status: Status) -> list[str]:
+    """What going back to a state costs, one fact a line."""
+    steps, samples = max(0, status.step - info.step), max(0, status.cursor - info.cursor)
+    lines = [f"Loses {plural(steps, 'step')}" + _since(info, status) + "."]
+    if samples:
+        lines.append(f"Leaves out the {plural(samples, 'sample')} that came after it.")
+    if info.state == "suspect":
+        lines.append("▲ This state is suspect: it was taken after the trouble is thought to have begun.")
+    elif info.state == "candidate":
+        lines.append("It is a candidate: too few healthy steps have followed it to call it good.")
+    return lines
+
+
+def _since(info: SnapshotInfo, status: Status) -> str:
+    seconds = status.heartbeat - info.time
+    return f", made in the last {spoken(seconds)}" if info.time > 0 and seconds >= 1 else ""

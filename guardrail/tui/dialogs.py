@@ -1,0 +1,214 @@
+"""Windows over the screen. Each closes with a result, or with None when nothing is to be done; none sends anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar, TypeVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical
+from textual.events import Click
+from textual.screen import ModalScreen
+from textual.widgets import Input
+
+from guardrail.tui.lines import Builder, Lines, Row, fit, row, title, wrap
+from guardrail.tui.view import View
+
+T = TypeVar("T")
+
+
+class Dialog(ModalScreen[T]):
+    """A framed window of at most `WIDTH` cells, with rows that are built anew for every frame."""
+
+    WIDTH = 84
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q", "close", "close", show=False)]
+
+    def __init__(self, name: str, view: View) -> None:
+        super().__init__()
+        self.label, self.view = name, view
+
+    def compose(self) -> ComposeResult:
+        with Vertical(classes="dialog"):
+            yield Lines(self._all_rows, classes="body")
+            yield from self.extras()
+
+    def extras(self) -> ComposeResult:
+        yield from ()
+
+    def on_mount(self) -> None:
+        self.query_one(".dialog").styles.max_width = self.WIDTH
+        self.show(self.view)
+
+    def show(self, view: View) -> None:
+        self.view = view
+        body = self.query_one(Lines)
+        body.show(view)
+        body.refresh(layout=True)
+
+    def _all_rows(self, view: View, width: int, height: int) -> Sequence[Row]:
+        rows = [title(self.label, width, tone="strong"), (), *self.body(view, width, height - 4)]
+        return [*rows, (), fit(row((" " + self.hint(), "dim")), width)]
+
+    def body(self, view: View, width: int, height: int) -> Sequence[Row]:
+        raise NotImplementedError
+
+    def hint(self) -> str:
+        return "Esc close"
+
+    def action_close(self) -> None:
+        self.dismiss(None)
+
+
+class Choose(Dialog[int]):
+    """A text and a list to choose from; the result is the index.
+
+    Args:
+        text: said above the list.
+        options: (label, explanation of the marked one).
+        cursor: what is marked first.
+        alive: closes the dialog by itself once it says False (somebody else has answered).
+    """
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("up,k", "move(-1)", "up", show=False),
+        Binding("down,j", "move(1)", "down", show=False),
+        Binding("home", "move(-9999)", "first", show=False),
+        Binding("end", "move(9999)", "last", show=False),
+        Binding("enter", "take", "choose", show=False),
+    ]
+
+    def __init__(
+        self,
+        name: str,
+        view: View,
+        *,
+        text: Sequence[str],
+        options: Sequence[tuple[str | Row, str]],
+        cursor: int = 0,
+        alive: Callable[[View], bool] = lambda view: True,
+    ) -> None:
+        super().__init__(name, view)
+        self.text, self.options, self.cursor, self._alive = text, options, cursor, alive
+        self._first_option = 0  # row of the first option that is shown
+        self._offset = 0
+
+    def show(self, view: View) -> None:
+        if self._alive(view):
+            super().show(view)
+        else:
+            self.dismiss(None)
+
+    def body(self, view: View, width: int, height: int) -> Sequence[Row]:
+        rows: list[Row] = [row(f" {line}") for text in self.text for line in wrap(text, width - 2)]
+        rows += [()] if rows else []
+        self._first_option = len(rows) + 2
+        explained = [row((f"   {line}", "dim")) for line in wrap(self.options[self.cursor][1], width - 6)]
+        room = max(1, height - len(rows) - len(explained) - 1)
+        self._offset = max(0, min(self.cursor - room // 2, len(self.options) - room))
+        for index in range(self._offset, min(len(self.options), self._offset + room)):
+            label = self.options[index][0]
+            marked = index == self.cursor
+            pieces = ((label, "strong" if marked else "plain"),) if isinstance(label, str) else label
+            rows.append(fit(((" ▸ " if marked else "   ", "key"), *pieces), width))
+        return [*rows, (), *explained] if any(why for _, why in self.options) else rows
+
+    def hint(self) -> str:
+        return "↑ ↓ move   Enter choose   Esc close"
+
+    def action_move(self, by: int) -> None:
+        self.cursor = max(0, min(len(self.options) - 1, self.cursor + by))
+        self.show(self.view)
+
+    def action_take(self) -> None:
+        self.dismiss(self.cursor)
+
+    def on_click(self, event: Click) -> None:
+        """A click marks; what is done is left to Enter."""
+        body = self.query_one(Lines)
+        index = event.screen_y - body.region.y - self._first_option + self._offset
+        if body.region.contains(event.screen_x, event.screen_y) and 0 <= index < len(self.options):
+            self.cursor = index
+            self.show(self.view)
+
+
+class Confirm(Choose):
+    """A question whose default is No; the result is 1 for Yes."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("y", "answer(1)", "yes", show=False),
+        Binding("n", "answer(0)", "no", show=False),
+    ]
+
+    def __init__(self, name: str, view: View, *, text: Sequence[str], yes: str) -> None:
+        super().__init__(name, view, text=text, options=[("No, go back", ""), (f"Yes, {yes}", "")])
+
+    def hint(self) -> str:
+        return "↑ ↓ move   Enter choose   y yes   n no   Esc close"
+
+    def action_answer(self, answer: int) -> None:
+        self.dismiss(answer)
+
+
+class Number(Dialog[float]):
+    """Asks for a number; what `parse` does not like is said and asked again."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "close", "close", show=False, priority=True)]
+
+    def __init__(
+        self, name: str, view: View, *, text: Sequence[str], default: str, parse: Callable[[str], float | str]
+    ) -> None:
+        super().__init__(name, view)
+        self.text, self._default, self._parse = text, default, parse
+        self._wrong = ""
+
+    def extras(self) -> ComposeResult:
+        yield Input(self._default, id="number", select_on_focus=True)
+
+    def body(self, view: View, width: int, height: int) -> Sequence[Row]:
+        rows: list[Row] = [row(f" {line}") for text in self.text for line in wrap(text, width - 2)]
+        return [*rows, row((f" ✗ {self._wrong}", "bad"))] if self._wrong else rows
+
+    def hint(self) -> str:
+        return "Enter send   Esc close"
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        value = self._parse(event.value)
+        if isinstance(value, str):
+            self._wrong = value
+            self.show(self.view)
+        else:
+            self.dismiss(value)
+
+
+class Pager(Dialog[None]):
+    """Rows to scroll through; `tail` keeps the end in sight until somebody scrolls."""
+
+    WIDTH = 120
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("up,k", "scroll(-1)", "up", show=False),
+        Binding("down,j", "scroll(1)", "down", show=False),
+        Binding("pageup", "scroll(-20)", "page up", show=False),
+        Binding("pagedown,space", "scroll(20)", "page down", show=False),
+        Binding("home", "scroll(-1000000)", "first", show=False),
+        Binding("end", "scroll(1000000)", "last", show=False),
+        Binding("question_mark,enter", "close", "close", show=False),
+    ]
+
+    def __init__(self, name: str, view: View, build: Builder, *, tail: bool = False) -> None:
+        super().__init__(name, view)
+        self._content, self._top, self._tail = build, 0, tail
+
+    def body(self, view: View, width: int, height: int) -> Sequence[Row]:
+        rows = self._content(view, width, height)
+        last = max(0, len(rows) - height)
+        self._top = last if self._tail else max(0, min(self._top, last))
+        return [fit(line, width) for line in rows[self._top : self._top + height]]
+
+    def hint(self) -> str:
+        return "↑ ↓ scroll   Esc close"
+
+    def action_scroll(self, by: int) -> None:
+        self._top = max(0, self._top + by)
+        self._tail = by > 100_000
+        self.show(self.view)

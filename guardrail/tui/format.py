@@ -1,0 +1,69 @@
+"""Numbers for people: counts, rates, durations, ages, sizes. Fixed widths where a column stands still."""
+
+from __future__ import annotations
+
+import math
+import time
+
+
+def count(value: float) -> str:
+    """1284 -> "1,284"."""
+    return f"{int(value):,}" if math.isfinite(value) else "?"
+
+
+def metric(value: float) -> str:
+    """A count with a unit in at most five characters: 8.1k, 131M; "–" for what is unknown."""
+    if not math.isfinite(value) or value < 0:
+        return "–"
+    for unit in ("", "k", "M", "G", "T"):
+        if value < 999.5:
+            return f"{value:.3g}{unit}" if unit or value != int(value) else f"{value:.0f}"
+        value /= 1000
+    return f"{value:.2g}P"
+
+
+def duration(seconds: float) -> str:
+    """h:mm:ss, with days in front from one day on."""
+    if not math.isfinite(seconds) or seconds < 0:
+        return "–:--:--"
+    whole = int(seconds)
+    days, rest = divmod(whole, 86400)
+    text = f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+    return f"{days}d {text}" if days else text
+
+
+def spoken(seconds: float) -> str:
+    """A duration in words: "4 s", "2 min 10 s", "1 h 5 min"."""
+    if not math.isfinite(seconds) or seconds < 0:
+        return "an unknown time"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min" + (f" {whole % 60} s" if whole % 60 else "")
+    return f"{whole // 3600} h" + (f" {whole // 60 % 60} min" if whole // 60 % 60 else "")
+
+
+def size(value: float) -> str:
+    """Bytes: "41 MB" (powers of 1000, as disks are sold and `ls --si` counts)."""
+    if value <= 0:
+        return ""
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def clock(when: float) -> str:
+    """Local wall time hh:mm:ss of a time stamp; dashes for one that is none."""
+    try:
+        return time.strftime("%H:%M:%S", time.localtime(when))
+    except (OverflowError, ValueError, OSError):
+        return "--:--:--"
+
+
+def plural(number: int, noun: str) -> str:
+    """1 batch, 2 batches."""
+    ending = "es" if noun.endswith(("ch", "s")) else "s"
+    return f"{number:,} {noun}{'' if number == 1 else ending}"

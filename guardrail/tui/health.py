@@ -1,0 +1,53 @@
+"""Is it healthy? One glyph, one word and one tone for every state a run can be in. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from guardrail.records import Phase, Status
+from guardrail.tui.format import clock
+
+HEARTBEAT_SECONDS = 10.0  # a heartbeat comes once a second; this long without one is a loss
+WORDS = ("HEALTHY", "RECOVERING", "ASKING", "PAUSED", "HALTED", "STOPPED", "FINISHED", "FAILED", "STARTING")
+
+
+@dataclass(frozen=True)
+class Health:
+    glyph: str
+    word: str
+    tone: str  # "good", "warn", "bad", "calm"
+
+    def __str__(self) -> str:
+        return f"{self.glyph} {self.word}"
+
+
+_ENDED = {
+    Phase.FINISHED: Health("✓", "FINISHED", "good"),
+    Phase.STOPPED: Health("■", "STOPPED", "calm"),
+    Phase.HALTED: Health("✗", "HALTED", "bad"),
+    Phase.FAILED: Health("✗", "FAILED", "bad"),
+}
+
+
+def health_of(status: Status | None, *, recovering: bool, silence: float) -> Health:
+    """The state of a run.
+
+    Args:
+        recovering: the newest incident is still open.
+        silence: seconds since a new heartbeat was last seen.
+    """
+    if status is None:
+        return Health("○", "NO STATUS YET", "calm")
+    if status.phase in _ENDED:
+        return _ENDED[status.phase]
+    if silence > HEARTBEAT_SECONDS:
+        return Health("?", f"NO HEARTBEAT since {clock(status.heartbeat)}", "bad")
+    if status.question:
+        return Health("◆", "ASKING", "warn")
+    if status.phase is Phase.PAUSED:
+        return Health("‖", "PAUSED", "warn")
+    if status.phase is Phase.ROLLBACK or recovering:
+        return Health("▲", "RECOVERING", "warn")
+    if status.phase in (Phase.STARTING, Phase.SETUP):
+        return Health("○", "STARTING", "calm")
+    return Health("●", "HEALTHY", "good")

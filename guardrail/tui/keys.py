@@ -1,0 +1,114 @@
+"""Every key of the screen, once. Bindings, footer, the `?` page and the README's table are made from this table.
+
+`python -m guardrail.tui.keys` prints the README's table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from guardrail.tui.lines import Row, fit, width_of
+
+
+@dataclass(frozen=True)
+class Key:
+    """One line of the table.
+
+    Attributes:
+        keys: names as textual knows them, comma-separated; all do the same.
+        shown: how the key is written for a person.
+        action: the cockpit's method `action_...`, with arguments in brackets if any.
+        label: one or two words for the footer; "" keeps it out of there.
+        help: what it does, as a sentence.
+        control: it asks the run for something (refused by --read-only and by a run that has ended).
+        rank: the footer drops the highest first where the terminal is narrow.
+    """
+
+    keys: str
+    shown: str
+    action: str
+    label: str
+    help: str
+    control: bool = False
+    rank: int = 5
+
+
+KEYS = (
+    Key("p", "p", "pause", "pause", "Pause training after the current step, or go on with it.", control=True, rank=1),
+    Key(
+        "r",
+        "r",
+        "rollback",
+        "roll back",
+        "Roll back: choose a snapshot or checkpoint, see what it costs, confirm.",
+        control=True,
+        rank=1,
+    ),
+    Key("s", "s", "skip", "skip", "Leave out the next N batches.", control=True, rank=3),
+    Key("l", "l", "rate", "rate", "Multiply the scheduled learning rate by a factor.", control=True, rank=3),
+    Key("c", "c", "checkpoint", "checkpoint", "Write a checkpoint now.", control=True, rank=4),
+    Key("m", "m", "mode", "mode", "Change who decides: auto, ask, advise or off.", control=True, rank=4),
+    Key("a", "a", "answer", "answer", "Answer the guard's question while training is parked.", control=True, rank=1),
+    Key("S", "S", "stop", "stop", "Stop training: save a checkpoint and end. Asks first.", control=True, rank=2),
+    Key("tab", "Tab", "next_chart", "chart", "Enlarge the next chart.", rank=5),
+    Key("1", "1", "chart('loss')", "", "Enlarge the loss."),
+    Key("2", "2", "chart('grad_norm')", "", "Enlarge the gradient norm."),
+    Key("3", "3", "chart('embed_grad_norm')", "", "Enlarge the gradient norm of the embedding."),
+    Key("x", "x", "logarithm", "log", "Switch the enlarged chart between a linear and a logarithmic axis.", rank=6),
+    Key("j", "j", "journal", "journal", "Read the journal: everything that happened, who did it, and when.", rank=5),
+    Key("q,ctrl+c,ctrl+q", "q", "leave", "leave", "Leave the screen (so does Ctrl-C). Training goes on.", rank=0),
+    Key("question_mark,f1", "?", "help", "help", "Show all keys and signs.", rank=0),
+)
+# Keys inside of a dialog, for the `?` page; each dialog binds those it needs.
+DIALOG_KEYS = (
+    ("↑ ↓", "Move the choice, or scroll."),
+    ("Enter", "Take what is marked."),
+    ("y n", "Answer a yes-or-no question at once."),
+    ("Esc q", "Close the dialog; nothing is sent."),
+)
+SIGNS = (
+    ("● ▲ ◆ ‖", "healthy, recovering, asking, paused"),
+    ("✓ ■ ✗ ?", "finished, stopped, halted or failed, no heartbeat"),
+    ("R S ! C", "on the axis: rollback and left-out update with the incident's number, command, checkpoint"),
+    ("▲ × ┈", "on a curve: value above the axis, NaN or Inf, threshold of the detector"),
+    ("⠂⠂ ┊", "an abandoned timeline, and where it was left"),
+)
+
+
+def footer(width: int, *, controls: bool = True, asking: bool = False) -> Row:
+    """As many keys as fit, always in the order of the table.
+
+    Args:
+        controls: the run can be asked for something.
+        asking: the guard waits for an answer.
+    """
+    chosen = [key for key in KEYS if key.label and (controls or not key.control)]
+    chosen = [key for key in chosen if asking or key.action != "answer"]
+    while chosen:
+        line: list[tuple[str, str]] = [(" ", "plain")]
+        for key in chosen:
+            line += [(key.shown, "key"), (f" {key.label}  ", "dim")]
+        if width_of(tuple(line)) <= width + 2:
+            return fit(tuple(line), width + 2)
+        worst = max(key.rank for key in chosen)
+        chosen.remove(next(key for key in reversed(chosen) if key.rank == worst))
+    return ()
+
+
+def help_rows() -> list[Row]:
+    """All keys and signs, for the `?` page."""
+    rows: list[Row] = [((f"{key.shown:>8}  ", "key"), (key.help, "plain")) for key in KEYS]
+    rows += [(), (("   in a dialog", "dim"),)]
+    rows += [((f"{shown:>8}  ", "key"), (text, "plain")) for shown, text in DIALOG_KEYS]
+    rows += [(), (("   signs", "dim"),)]
+    return rows + [((f"{shown:>8}  ", "strong"), (text, "plain")) for shown, text in SIGNS]
+
+
+def markdown() -> str:
+    """The table of the README."""
+    lines = ["| key | what it does |", "|---|---|"]
+    return "\n".join([*lines, *(f"| `{key.shown}` | {key.help} |" for key in KEYS)]) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

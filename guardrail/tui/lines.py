@@ -1,0 +1,138 @@
+"""Rows of toned text, and the widget that draws them and redraws only those that changed.
+
+A row is a tuple of pieces (text, tone). There is no markup anywhere: text is cleaned where it becomes a strip, the one
+place that leads to the terminal, so that no log line or file name can send it a sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from rich.cells import cell_len, set_cell_size
+from rich.segment import Segment
+from textual.events import Resize
+from textual.geometry import Region, Size
+from textual.strip import Strip
+from textual.widget import Widget
+
+from guardrail.text import clean
+from guardrail.tui import palette
+from guardrail.tui.view import View
+
+Piece = tuple[str, str]
+Row = tuple[Piece, ...]
+Builder = Callable[[View, int, int], Sequence[Row]]
+
+
+def row(*pieces: Piece | str) -> Row:
+    """Pieces; a bare string is plain."""
+    return tuple((piece, "plain") if isinstance(piece, str) else piece for piece in pieces if piece)
+
+
+def width_of(line: Row) -> int:
+    return sum(cell_len(text) for text, _ in line)
+
+
+def fit(line: Row, width: int) -> Row:
+    """The row in at most `width` cells, ending in an ellipsis where it was cut."""
+    if width_of(line) <= width:
+        return line
+    kept: list[Piece] = []
+    left = width - 1
+    for text, tone in line:
+        length = cell_len(text)
+        if length > left:
+            kept.append((set_cell_size(text, max(0, left)).rstrip() + "…", tone))
+            break
+        kept.append((text, tone))
+        left -= length
+    return tuple(kept) if width > 0 else ()
+
+
+def spread(left: Row, right: Row, width: int) -> Row:
+    """`left`, and `right` at the right edge; `right` goes where both have no room."""
+    room = width - width_of(left) - width_of(right)
+    return (*left, (" " * room, "plain"), *right) if right and room >= 2 else fit(left, width)
+
+
+def title(name: str, width: int, *, right: Row = (), tone: str = "dim") -> Row:
+    """`─ name ─────── right ─`"""
+    left: Row = (("─ ", "faint"), (name, tone), (" ", "plain"))
+    tail: Row = ((" ", "plain"), *right, (" ─", "faint")) if right else (("─", "faint"),)
+    room = width - width_of(left) - width_of(tail)
+    return (*left, ("─" * room, "faint"), *tail) if room >= 1 else fit(left, width)
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Words in lines of at most `width` cells; a longer word is broken."""
+    width = max(1, width)
+    lines, line = [], ""
+    for word in text.split(" "):
+        joined = f"{line} {word}" if line else word
+        if cell_len(joined) <= width:
+            line = joined
+            continue
+        if line:
+            lines.append(line)
+        while cell_len(word) > width:
+            head = set_cell_size(word, width).rstrip() or word[0]
+            lines.append(head)
+            word = word[len(head) :]
+        line = word
+    return [*lines, line] if line or not lines else lines
+
+
+class Lines(Widget):
+    """Draws what `build(view, width, height)` says; a row that did not change is not drawn again."""
+
+    DEFAULT_CSS = "Lines { height: 1fr; width: 1fr; }"
+
+    def __init__(self, build: Builder, *, id: str | None = None, classes: str | None = None) -> None:
+        super().__init__(id=id, classes=classes)
+        self._build = build
+        self._view: View | None = None
+        self._rows: list[Row] = []
+        self._strips: dict[int, Strip] = {}
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        return self._rows
+
+    def show(self, view: View) -> None:
+        self._view = view
+        self.redraw()
+
+    def redraw(self) -> None:
+        """Build again and refresh the rows that differ."""
+        width, height = self.size
+        if self._view is None or not width or not height or not self.display:
+            return
+        rows = list(self._build(self._view, width, height))[:height]
+        changed = [y for y in range(max(len(rows), len(self._rows))) if rows[y : y + 1] != self._rows[y : y + 1]]
+        self._rows = rows
+        if changed:
+            for y in changed:
+                self._strips.pop(y, None)
+            self.refresh(*(Region(0, y, width, 1) for y in changed))
+
+    def on_resize(self, event: Resize) -> None:
+        self._strips.clear()
+        self.redraw()
+
+    def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
+        if self._view is None:
+            return 1
+        return max(1, len(self._build(self._view, width, viewport.height)))
+
+    def render_line(self, y: int) -> Strip:
+        strip = self._strips.get(y)
+        if strip is None:
+            strip = self._strips[y] = self._strip(self._rows[y] if y < len(self._rows) else ())
+        return strip
+
+    def _strip(self, line: Row) -> Strip:
+        styles = palette.ANSI if self.app.native_ansi_color else palette.FULL
+        base = self.rich_style
+        cleaned = fit(tuple((clean(text), tone) for text, tone in line), self.size.width)
+        segments = [Segment(text, base + styles[tone]) for text, tone in cleaned if text]
+        return Strip(segments).adjust_cell_length(self.size.width, base)

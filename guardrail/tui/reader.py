@@ -1,0 +1,153 @@
+"""From the run directory to snapshots. One thread reads, one hands commands in; the screen's own touches no disk, so
+that a file system that hangs leaves the keys alive.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from guardrail.errors import GuardrailError
+from guardrail.follow import Follower
+from guardrail.records import Command
+from guardrail.rundir import RunDirectory
+from guardrail.tui.series import Track
+from guardrail.tui.story import Digest
+from guardrail.tui.view import Snapshot
+
+LOOK_SECONDS = 0.25  # between two looks at a run that is busy
+WAIT_SECONDS = 1.0  # between two looks at a quiet one
+PRESENCE_SECONDS = 5.0
+_CHUNK = 65536  # rows read before the screen hears of them
+
+
+class Reader(Protocol):
+    """What the screen needs of a run; tests bring their own."""
+
+    def start(self, notify: Callable[[], None]) -> None:
+        """Begin to read; `notify` is called, on any thread, whenever `latest` has something new."""
+
+    def latest(self) -> Snapshot: ...
+
+    def send(self, command: Command) -> None:
+        """Hand a command in; never blocks, and says a failure through `Snapshot.unsent`."""
+
+    def close(self) -> None: ...
+
+
+class RunReader:
+    """Reads a run directory when it changes, at most four times a second.
+
+    Args:
+        run: the directory.
+        present: say in the directory that somebody watches, who could answer a question.
+        clock: wall time.
+    """
+
+    def __init__(self, run: RunDirectory, *, present: bool = True, clock: Callable[[], float] = time.time) -> None:
+        self._run, self._present, self._clock = run, present, clock
+        self._follower = Follower(run)
+        self._track, self._digest = Track(), Digest()
+        self._outbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._leaving = threading.Event()
+        self._heartbeat = -1.0
+        self._seen = -PRESENCE_SECONDS
+        self._latest = Snapshot(run.name, loaded=False)
+        self._lock = threading.Lock()  # both threads replace parts of `_latest`
+        self._notify: Callable[[], None] = lambda: None
+        self._threads = [
+            threading.Thread(target=work, name=f"guardrail-{work.__name__.strip('_')}", daemon=True)
+            for work in (self._read, self._hand_in)
+        ]
+
+    def start(self, notify: Callable[[], None]) -> None:
+        self._notify = notify
+        for thread in self._threads:
+            thread.start()
+
+    def latest(self) -> Snapshot:
+        return self._latest
+
+    def send(self, command: Command) -> None:
+        self._outbox.put(command)
+
+    def close(self) -> None:
+        """Leave. A file system that hangs does not hold the screen: both threads end with the process."""
+        self._leaving.set()
+        self._outbox.put(None)
+        if self._threads[1].is_alive():
+            self._threads[1].join(timeout=0.5)
+
+    def look(self) -> None:
+        """Read what is new and publish it; what cannot be read is said in `Snapshot.trouble`."""
+        try:
+            self._look_at_status()
+            update = self._follower.poll()
+            if update.events:
+                self._digest.add(update.events)
+                self._publish(story=self._digest.story())
+            self._take_rows(*update.rows)
+            self._publish(loaded=True, trouble="")
+        except (OSError, GuardrailError) as error:
+            reason = error.strerror if isinstance(error, OSError) else None
+            self._publish(loaded=True, trouble=f"cannot read the run: {reason or error}")
+
+    def _read(self) -> None:
+        while not self._leaving.is_set():
+            began = time.monotonic()
+            self.look()
+            self._show_presence()
+            self._leaving.wait(max(0.0, LOOK_SECONDS - (time.monotonic() - began)))
+            if not self._leaving.is_set():
+                self._follower.wait(WAIT_SECONDS)
+        self._follower.close()
+
+    def _look_at_status(self) -> None:
+        status = self._run.read_status()
+        if status is None:
+            return
+        heard = self._latest.heard
+        if status.heartbeat != self._heartbeat:
+            # What was there when we came may be old; whatever comes later came now, whatever the other clock says.
+            now = self._clock()
+            heard = min(status.heartbeat, now) if self._heartbeat < 0 else now
+            self._heartbeat = status.heartbeat
+        self._publish(status=status, heard=heard)
+
+    def _take_rows(self, first: int, end: int) -> None:
+        view = self._follower.view
+        for at in range(first, end, _CHUNK):
+            assert view is not None, "rows came without a view"
+            self._track.add(view.columns, np.asarray(view.array[at : min(end, at + _CHUNK)]))
+            self._publish(series=self._track.series())
+
+    def _publish(self, **news: Any) -> None:
+        """Replace the latest snapshot, and say so where it says something new."""
+        with self._lock:
+            if all(getattr(self._latest, name) == value for name, value in news.items()):
+                return
+            self._latest = replace(self._latest, **news)
+        self._notify()
+
+    def _show_presence(self) -> None:
+        status = self._latest.status
+        ended = status is not None and status.phase.ended
+        if self._present and not ended and time.monotonic() - self._seen >= PRESENCE_SECONDS:
+            self._seen = time.monotonic()
+            self._run.screen_seen()
+
+    def _hand_in(self) -> None:
+        while (command := self._outbox.get()) is not None:
+            try:
+                self._run.send(command)
+            except (OSError, GuardrailError) as error:
+                reason = error.strerror if isinstance(error, OSError) else None
+                self._publish(unsent={**self._latest.unsent, command.id: str(reason or error)})
+        if self._present:
+            self._run.screen_gone()

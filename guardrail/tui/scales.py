@@ -1,0 +1,203 @@
+"""Axes: x to dot columns, y to dot rows, round ticks and their labels. Pure numpy.
+
+Both scales are snapped to round numbers, so that a curve that grows stands still most of the time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+# A feature narrower than half of this many dot columns does not set the y-range.
+_SMOOTH = 7
+# ... unless it sticks out by less than this share of the range: then it is shown whole.
+_SLACK = 0.5
+# Finite values beyond are clipped like spikes, so that no difference of two overflows.
+_HUGE = 1e100
+_X_STEPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 60, 80, 100)
+
+
+@dataclass(frozen=True, slots=True)
+class XScale:
+    """x -> dot column: floor((x - first) / per_dot), for `dots` columns."""
+
+    first: float
+    per_dot: float
+    dots: int
+
+    @classmethod
+    def fit(cls, last: float, dots: int, *, first: float = 0.0, least: float = 50.0) -> XScale:
+        """The narrowest round scale that shows [first, last]; it changes rarely, so that a growing curve stands still.
+
+        Args:
+            least: the stretch shown at least, so that the first steps of a run do not fill the plot.
+        """
+        dots = max(1, dots)
+        need = max(last - first, least) * (1 + 1e-9) / dots
+        if not math.isfinite(need) or need <= 0:
+            return cls(first, 1.0, dots)
+        decade = 10.0 ** math.floor(math.log10(need))
+        if need >= 1:
+            per_dot = next((m * decade for m in _X_STEPS if m * decade > need), 100 * decade)
+        else:
+            per_dot = next(m * decade for m in (1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if m * decade >= need)
+        return cls(first, per_dot, dots)
+
+    @property
+    def last(self) -> float:
+        return self.first + self.per_dot * self.dots
+
+    def edges(self) -> np.ndarray:
+        """float64 [C + 1]"""
+        return np.asarray(self.first + self.per_dot * np.arange(self.dots + 1))
+
+    def cell(self, x: float) -> int:
+        """The cell column of x; may lie outside of the plot."""
+        return math.floor((x - self.first) / self.per_dot) // 2
+
+
+@dataclass(frozen=True, slots=True)
+class YScale:
+    """y -> dot row, 0 at the top. `bottom` and `top` are log10 of the value where `log`."""
+
+    bottom: float
+    top: float
+    log: bool
+
+    def place(self, y: np.ndarray) -> np.ndarray:
+        """Values on the axis, -inf for what a logarithm does not have."""
+        if not self.log:
+            return np.clip(y, -_HUGE, _HUGE)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(y > 0, np.log10(np.clip(y, 1 / _HUGE, _HUGE)), np.where(np.isnan(y), np.nan, -np.inf))
+
+    def rows(self, y: np.ndarray, dots: int) -> np.ndarray:
+        """Dot rows (float, not clipped to the plot) of values y."""
+        return np.asarray((self.top - self.place(y)) / (self.top - self.bottom) * (dots - 1))
+
+
+def y_scale(
+    parts: Sequence[tuple[np.ndarray, np.ndarray]], *, log: bool, threshold: np.ndarray | None = None
+) -> YScale:
+    """A range that a single spike does not set.
+
+    Args:
+        parts: (least, greatest) value of each column, of the curve first, then of ghosts; these widen the range only
+            a little.
+        threshold: [C], included where it lies near.
+    """
+    probe = YScale(0.0, 1.0, log)
+    lows, highs = (probe.place(values) for values in parts[0])
+    some = np.isfinite(highs)
+    highs, lows = highs[some], lows[some]
+    # On a log axis a column may reach down to zero or below: its upper end counts alone.
+    lows = np.where(np.isfinite(lows), lows, highs)
+    if not len(highs):
+        return y_scale(parts[1:], log=log) if len(parts) > 1 else YScale(0.0, 1.0, log)
+    bottom, top = float(_smooth(lows).min()), float(_smooth(highs).max())
+    bottom = min(bottom, top)
+    span = max(top - bottom, 0.02 if log else max(abs(top), abs(bottom)) * 0.01)
+    for part in parts:
+        for values in map(probe.place, part):
+            near = values[(values >= bottom - _SLACK * span) & (values <= top + _SLACK * span)]
+            if len(near):
+                bottom, top = min(bottom, float(near.min())), max(top, float(near.max()))
+    if threshold is not None and len(threshold):
+        wanted = probe.place(threshold)
+        near = wanted[np.isfinite(wanted) & (wanted <= top + _SLACK * span) & (wanted >= bottom)]
+        if len(near):
+            top = max(top, float(near.max()))
+    return _snap(bottom, top, log)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Running median; the ends are mirrored so that a spike in the last column counts as narrow too."""
+    width = _SMOOTH if len(values) >= 4 * _SMOOTH else 3
+    if len(values) < width:
+        return values
+    padded = np.pad(values, width // 2, mode="reflect")
+    return np.asarray(np.median(np.lib.stride_tricks.sliding_window_view(padded, width), axis=1))
+
+
+def _snap(bottom: float, top: float, log: bool) -> YScale:
+    span = top - bottom
+    floor = 0.1 if log else max(abs(top), abs(bottom)) * 0.02 or 1.0
+    if span < floor:
+        middle = (top + bottom) / 2
+        bottom, top, span = middle - floor / 2, middle + floor / 2, floor
+    grid = nice(span / 8)
+    # A little under the round number counts as the number: 2.4000001 does not open another stretch.
+    bottom, top = math.floor(bottom / grid + 1e-6) * grid, math.ceil(top / grid - 1e-6) * grid
+    return YScale(bottom, top if top > bottom else bottom + grid, log)
+
+
+def nice(value: float) -> float:
+    """The least of 1, 2, 2.5, 5 x 10^k that is not below `value`."""
+    if not math.isfinite(value) or value <= 0:
+        return 1.0
+    decade = 10.0 ** math.floor(math.log10(value))
+    return next((m * decade for m in (1.0, 2.0, 2.5, 5.0) if m * decade >= value * (1 - 1e-9)), 10 * decade)
+
+
+def ticks(y: YScale, rows: int, *, offset: int = 0) -> list[tuple[int, str]]:
+    """(cell row, label) of round values, about one in three rows, from top to bottom."""
+    wanted = max(2, rows // 3)
+    values = _log_ticks(y, wanted) if y.log else _linear_ticks(y.bottom, y.top, wanted)
+    dots = 4 * rows
+    placed: dict[int, str] = {}
+    labels = [short(value) for value in values] if y.log else labels_of(values)
+    for value, label in zip(values, labels, strict=True):
+        row = round(float(y.rows(np.array([value]), dots)[0])) // 4
+        if 0 <= row < rows and not {row - 1, row, row + 1} & placed.keys():
+            placed[row] = label
+    return sorted((row + offset, label) for row, label in placed.items())
+
+
+def _linear_ticks(bottom: float, top: float, wanted: int) -> list[float]:
+    step = nice((top - bottom) / wanted)
+    first = math.ceil(bottom / step - 1e-6)
+    return [k * step for k in range(first, first + 64) if k * step <= top + step * 1e-6]
+
+
+def _log_ticks(y: YScale, wanted: int) -> list[float]:
+    """Decades, every second (third, ...) where there are many; 1-2-5 or plain round values where there are few."""
+    first, last = math.ceil(y.bottom - 1e-9), math.floor(y.top + 1e-9)
+    if last - first >= 1:
+        stride = max(1, math.ceil((last - first) / wanted))
+        return [10.0**k for k in range(math.ceil(first / stride) * stride, last + 1, stride)]
+    finer = [m * 10.0**k for k in range(first - 1, last + 1) for m in (1, 2, 5)]
+    found = [v for v in finer if y.bottom - 1e-9 <= math.log10(v) <= y.top + 1e-9]
+    return found if len(found) >= 2 else _linear_ticks(10.0**y.bottom, 10.0**y.top, wanted)
+
+
+def labels_of(values: Sequence[float]) -> list[str]:
+    """Short labels with the same number of decimals, enough to tell neighbours apart."""
+    if not values:
+        return []
+    largest = max(abs(v) for v in values)
+    if largest >= 1e5 or largest < 1e-3 or min(abs(v) for v in values if v) < 1e-4 * largest:
+        return [short(v) for v in values]
+    gap = min((abs(b - a) for a, b in itertools.pairwise(values)), default=largest)
+    decimals = next((d for d in range(5) if abs(round(gap, d) - gap) < 1e-3 * gap), 4)
+    return [f"{v:.{decimals}f}" for v in values]
+
+
+def short(value: float) -> str:
+    """A number in at most seven characters: 0.0312, 11.5, 1.2k, 3e+12, NaN."""
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "Inf" if value > 0 else "-Inf"
+    size = abs(value)
+    if size == 0:
+        return "0"
+    if size < 1e-3 or size >= 1e9:
+        return f"{value:.2g}".replace("e+0", "e").replace("e-0", "e-").replace("e+", "e")
+    for limit, divisor, unit in ((1e3, 1.0, ""), (1e6, 1e3, "k"), (1e9, 1e6, "M")):
+        if size < limit * 0.9995:
+            return f"{value / divisor:.3g}{unit}"
+    return f"{value:.2g}".replace("e+0", "e")

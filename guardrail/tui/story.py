@@ -1,0 +1,324 @@
+"""The journal as the screen tells it: incidents, marks on the curves, log lines, answers to commands. Pure.
+
+A `Digest` takes events in order, in the reader's thread; the `Story` that it hands out never changes. Journals of other
+versions, and broken ones, are read as far as they make sense: nothing here raises on what an event holds.
+"""
+
+from __future__ import annotations
+
+import math
+import posixpath
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+from guardrail.records import Action, Event, Finding
+from guardrail.rundir import findings_of, span_of
+from guardrail.text import clean
+from guardrail.tui.format import count, plural
+
+_MAX_LINES = 500  # newest log lines, and answers to commands, that are kept
+_MAX_INCIDENTS = 200
+_MAX_DOCUMENTS = 16
+_NEAR = 20  # verdicts without an incident's number belong together up to this many steps apart
+
+SKIP, ROLLBACK, COMMAND, CHECKPOINT = "S", "R", "!", "C"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the log. `mark` says the kind in one character, `tone` how it is meant."""
+
+    time: float
+    step: int
+    mark: str
+    tone: str  # "plain", "good", "warn", "bad"
+    text: str
+
+
+@dataclass(frozen=True)
+class Incident:
+    """What went wrong and what was done. `number` 0: the journal has given none."""
+
+    number: int
+    step: int
+    open: bool = True
+    deed: str = ""
+    findings: tuple[Finding, ...] = ()
+    samples: int = 0
+    documents: tuple[str, ...] = ()
+    documents_total: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The journal's answer to a command."""
+
+    applied: bool
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Story:
+    """Everything the journal has said so far.
+
+    Attributes:
+        incidents: newest first.
+        marks: letter -> (steps, labels), in order of the journal; a label is an incident's number or "".
+        lines: newest last.
+        answers: command id -> answer.
+        proposals: what the guard proposed when it last parked, while it is parked.
+    """
+
+    incidents: tuple[Incident, ...] = ()
+    marks: Mapping[str, tuple[tuple[int, str], ...]] = field(default_factory=dict)
+    lines: tuple[Line, ...] = ()
+    answers: Mapping[str, Answer] = field(default_factory=dict)
+    proposals: tuple[str, ...] = ()
+
+    @property
+    def recovering(self) -> bool:
+        """The newest incident is not over."""
+        return bool(self.incidents) and self.incidents[0].open and self.incidents[0].number > 0
+
+
+class Digest:
+    def __init__(self) -> None:
+        self._incidents: dict[int, Incident] = {}
+        self._loose: Incident | None = None
+        self._marks: dict[str, dict[int, str]] = {SKIP: {}, ROLLBACK: {}, COMMAND: {}}
+        self._lines: deque[Line] = deque(maxlen=_MAX_LINES)
+        self._answers: dict[str, Answer] = {}
+        self._proposals: tuple[str, ...] = ()
+        self._unnumbered = 0
+
+    def add(self, events: Iterable[Event]) -> None:
+        for event in events:
+            match event.kind:
+                case "verdict":
+                    self._verdict(event)
+                case "left_out":
+                    self._left_out(event)
+                case "rollback":
+                    self._rollback(event)
+                case "incident":
+                    self._incident(event)
+                case "command":
+                    self._command(event)
+                case "paused":
+                    proposals = event.data.get("proposals")
+                    self._proposals = tuple(clean(p, 200) for p in proposals) if isinstance(proposals, list) else ()
+                case "resumed":
+                    self._proposals = ()
+                case "restarted":
+                    self._forget_after(event.step)
+            self._lines.append(line_of(event))
+
+    def story(self) -> Story:
+        incidents = [*self._incidents.values(), *([self._loose] if self._loose else [])]
+        return Story(
+            incidents=tuple(reversed(incidents)),
+            marks=MappingProxyType({letter: tuple(found.items()) for letter, found in self._marks.items()}),
+            lines=tuple(self._lines),
+            answers=MappingProxyType(dict(self._answers)),
+            proposals=self._proposals,
+        )
+
+    # -- incidents
+
+    def _learn(self, event: Event, **news: Any) -> Incident:
+        """Merge `news` into the incident that the event belongs to: its own number, else the open one, else a new."""
+        number = _whole(event.data.get("incident", event.data.get("number")), 0)
+        if not number:
+            newest = next(reversed(self._incidents.values()), None)
+            number = newest.number if newest is not None and newest.open and newest.number > 0 else 0
+        if not number:
+            if self._loose is not None and abs(event.step - self._loose.step) > _NEAR:
+                self._unnumbered -= 1
+                self._incidents[self._unnumbered] = replace(self._loose, open=False)
+                self._loose = None
+            self._loose = _merged(self._loose or Incident(0, event.step), news)
+            return self._loose
+        known = self._incidents.get(number)
+        if known is None:
+            known = Incident(number, event.step)
+            if self._loose is not None and abs(event.step - self._loose.step) <= _NEAR:
+                # The verdict came before the line that gives the incident its number.
+                known, self._loose = replace(self._loose, number=number), None
+        self._incidents[number] = _merged(known, news)
+        while len(self._incidents) > _MAX_INCIDENTS:
+            del self._incidents[next(iter(self._incidents))]
+        return self._incidents[number]
+
+    def _verdict(self, event: Event) -> None:
+        action, would = _action(event.data.get("action")), _action(event.data.get("would"))
+        if action is Action.APPLY and would in (None, Action.APPLY):
+            return
+        deed = _DEEDS.get(action, "") if action is not Action.APPLY else f"would: {_DEEDS.get(would, '')}"
+        incident = self._learn(event, deed=deed, findings=findings_of(event))
+        if action is Action.SKIP:
+            self._marks[SKIP][event.step] = _label(incident)
+
+    def _left_out(self, event: Event) -> None:
+        span = span_of(event)
+        cause = span.cause if span else ""
+        if cause == "rejected":
+            self._marks[SKIP].setdefault(event.step, "")
+        elif cause == "user":
+            self._marks[SKIP][event.step] = ""
+            return  # no incident: a person wanted it
+        samples = event.data.get("samples")
+        documents = event.data.get("documents")
+        named = tuple(filter(None, map(_document, documents))) if isinstance(documents, list) else ()
+        self._learn(
+            event,
+            samples=len(samples) if isinstance(samples, list) else _whole(samples, 0),
+            documents=named,
+            documents_total=_whole(event.data.get("documents_total"), len(named)),
+        )
+
+    def _rollback(self, event: Event) -> None:
+        to_step = _whole(event.data.get("to_step"), event.step)
+        if not event.data.get("incident") and not (self._loose or self._open()):
+            label = ""  # asked for by a person
+        else:
+            label = _label(self._learn(event, deed=f"rolled back to {count(to_step)}"))
+        self._forget_after(to_step)
+        self._marks[ROLLBACK][to_step] = label
+
+    def _open(self) -> bool:
+        newest = next(reversed(self._incidents.values()), None)
+        return newest is not None and newest.open
+
+    def _forget_after(self, step: int) -> None:
+        """Skips of an abandoned stretch would point at steps of the present."""
+        self._marks[SKIP] = {at: label for at, label in self._marks[SKIP].items() if at <= step}
+
+    def _incident(self, event: Event) -> None:
+        onset = _whole(event.data.get("onset"), event.step)
+        self._learn(event, open=event.data.get("state") != "recovered", **({"step": onset} if onset else {}))
+
+    # -- commands
+
+    def _command(self, event: Event) -> None:
+        applied = event.data.get("effect") == "applied"
+        identity = event.data.get("id")
+        if isinstance(identity, str):
+            self._answers.pop(identity, None)
+            self._answers[identity] = Answer(applied, event.step, clean(event.data.get("reason") or "", 200))
+            while len(self._answers) > _MAX_LINES:
+                del self._answers[next(iter(self._answers))]
+        if applied:
+            self._marks[COMMAND][event.step] = ""
+
+
+_DEEDS: dict[Action | None, str] = {
+    Action.SKIP: "update left out",
+    Action.ROLLBACK: "roll back",
+    Action.PAUSE: "parked, asks",
+    Action.HALT: "halted",
+}
+
+
+def _merged(incident: Incident, news: Mapping[str, Any]) -> Incident:
+    known = {(f.signal, f.kind): f for f in (*incident.findings, *news.get("findings", ()))}
+    documents = dict.fromkeys((*incident.documents, *news.get("documents", ())))
+    return replace(
+        incident,
+        step=news.get("step", incident.step),
+        open=news.get("open", incident.open),
+        deed=news.get("deed") or incident.deed,
+        findings=tuple(known.values()),
+        samples=incident.samples + news.get("samples", 0),
+        documents=tuple(documents)[:_MAX_DOCUMENTS],
+        documents_total=max(len(documents), incident.documents_total, news.get("documents_total", 0)),
+    )
+
+
+def _label(incident: Incident) -> str:
+    return str(incident.number) if incident.number > 0 else ""
+
+
+def _action(value: Any) -> Action | None:
+    try:
+        return Action(value)
+    except ValueError:
+        return None
+
+
+def _whole(value: Any, default: int) -> int:
+    if isinstance(value, float) and math.isfinite(value):
+        value = int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else default
+
+
+def _document(raw: Any) -> str:
+    """A document as a person names it: the end of its path, and the record in it."""
+    if not isinstance(raw, Mapping):
+        return clean(raw, 200) if isinstance(raw, str) else ""
+    path = clean(str(raw.get("path", "")), 400)
+    name = path if path.startswith("builtin:") else posixpath.basename(path) or path
+    record = _whole(raw.get("record"), 0)
+    return f"{name}:{record}" if record else name
+
+
+# -- log lines
+
+_MARKS = {
+    "verdict": "▲",
+    "finding": "▲",
+    "left_out": SKIP,
+    "rollback": ROLLBACK,
+    "command": COMMAND,
+    "checkpoint": CHECKPOINT,
+    "incident": "#",
+    "paused": "‖",
+    "hung": "✗",
+    "ranks_failed": "✗",
+    "ended": "■",
+    "started": "●",
+    "restarted": "●",
+}
+_TONES = {
+    "verdict": "warn",
+    "left_out": "warn",
+    "rollback": "warn",
+    "paused": "warn",
+    "hung": "bad",
+    "ranks_failed": "bad",
+}
+
+
+def line_of(event: Event) -> Line:
+    """One event for a person: its message, or what its data says where an old version wrote no message."""
+    tone = _TONES.get(event.kind, "plain")
+    data = event.data
+    if event.kind == "command" and data.get("effect") != "applied":
+        tone = "warn"
+    elif event.kind == "checkpoint" and data.get("state") in ("failed", "invalid"):
+        tone = "bad"
+    elif event.kind == "durability":
+        tone = "good" if data.get("state") == "ok" else "bad"
+    elif event.kind == "incident" and data.get("state") == "recovered":
+        tone = "good"
+    elif event.kind == "ended":
+        tone = "good" if data.get("phase") == "finished" else "bad" if data.get("phase") == "failed" else "warn"
+    text = clean(event.message, 400) or _fallback(event)
+    return Line(event.time, event.step, _MARKS.get(event.kind, "·"), tone, text)
+
+
+def _fallback(event: Event) -> str:
+    kind = clean(event.kind, 40)
+    plain = [f"{clean(k, 40)} {clean(str(v), 80)}" for k, v in event.data.items() if isinstance(v, str | int | float)]
+    return f"{kind} {', '.join(plain)}".strip()[:400]
+
+
+def left_out(incident: Incident) -> str:
+    """ "12 samples of 3 documents left out", or nothing."""
+    if not incident.samples:
+        return ""
+    documents = f" of {plural(incident.documents_total, 'document')}" if incident.documents_total else ""
+    return f"{plural(incident.samples, 'sample')}{documents} left out"
