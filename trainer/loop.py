@@ -144,9 +144,7 @@ class Trainer:
                 labels = self.faults.labels(index, labels)
             seed_micro_batch(config.train.seed, micro.position, self.rank)
             with accumulating(self.model, last=last):
-                with self.accelerator.autocast():
-                    logits = self.model(inputs)
-                loss, count = loss_sum(logits, labels)
+                loss, count = loss_sum(self.model(inputs), labels)
                 if self.faults:
                     loss = self.faults.loss(index, self.model, loss)
                 self.accelerator.backward(loss * (config.world / nominal))
@@ -192,9 +190,7 @@ class Trainer:
         rows = torch.from_numpy(split.tokens(sample_ids)).to(self.device, torch.int64)
         self.model.eval()
         try:
-            with self.accelerator.autocast():
-                logits = self.model(rows[:, :-1])
-            loss, count = loss_sum(logits, rows[:, 1:])
+            loss, count = loss_sum(self.model(rows[:, :-1]), rows[:, 1:])
         finally:
             self.model.train()
             # FSDP2 keeps the root's parameters gathered after a forward pass without a backward one, and would take
