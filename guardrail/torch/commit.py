@@ -168,7 +168,7 @@ def withdraw(job: Job, reason: str) -> None:
         # The name alone says it: an empty file can be created on a disk that has no room for the reason.
         descriptor = os.open(job.folder / _failed_name(job.rank), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
         try:
-            write_all(descriptor, reason.encode())
+            write_all(descriptor, reason.encode(errors="replace"))
         finally:
             os.close(descriptor)
 
