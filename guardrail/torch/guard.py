@@ -424,7 +424,8 @@ class Guard:
 
     def leave_out(self, span: Span) -> None:
         """Journal first, then quarantine."""
-        self.say("left_out", f"samples left out: {span.reason}", **self._span_data(span))
+        data = self._span_data(span)
+        self.say("left_out", f"left out {_amount(data)}", **data)
         self.ledger.leave_out(span)
 
     def _span_data(self, span: Span) -> dict[str, Any]:
@@ -458,16 +459,17 @@ class Guard:
         left = self.step
         batches = max(1, round((window[1] - window[0]) / self.ledger.batch_size))
         span = Span(first=window[0], last=window[1], cause=cause, step=onset, reason=reason, batches=batches)
+        data = self._span_data(span)
         self.say(
             "rollback",
-            f"rolled back from step {left} to {target.step} ({target.tier}), leaving out {batches} batches: {reason}",
+            f"rolled back from step {left} to {target.step} ({target.tier}), left out {_amount(data)}",
             to_step=target.step,
             from_step=left,
             onset=onset,
             window=list(window),
             tier=target.tier,
             new_timeline=self.timeline + 1,
-            **self._span_data(span),
+            **data,
         )
         self.ledger.leave_out(span)
         self._adopt(self.tiers.restore(target))
@@ -548,7 +550,7 @@ class Guard:
         if any(f.kind.value == "nonfinite" and f.signal != "loss" for f in verdict.findings):
             named = self._gathered(self.probes.names_of_nonfinite())
             data["parameters"] = {str(r): names[:MAX_NAMED] for r, names in enumerate(named) if names}
-        self.say("verdict", f"step {step.number}: {verdict.action.value}: {verdict.reason}", **data)
+        self.say("verdict", f"{verdict.action.value} at step {step.number}: {verdict.reason}", **data)
 
     def _metrics_row(
         self, step: Step, reduced: Reduced, verdict: Verdict, bands: dict[str, tuple[float, float]], lr: float
@@ -645,3 +647,13 @@ class Guard:
         everyone: list[Any] = [None] * self.world
         dist.all_gather_object(everyone, value)
         return everyone
+
+
+def _amount(data: dict[str, Any]) -> str:
+    """ "64 samples of 2 documents (0357.txt, 0358.txt)", from the data of a `left_out` event."""
+    total = data.get("documents_total", 0)
+    if not total:
+        return f"{data['samples']} samples"
+    names = list(dict.fromkeys(str(d["path"]).rsplit("/", 1)[-1] for d in data["documents"]))
+    more = ", ..." if len(names) > 3 or total > len(data["documents"]) else ""
+    return f"{data['samples']} samples of {total} document{'s' if total > 1 else ''} ({', '.join(names[:3])}{more})"
