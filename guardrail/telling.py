@@ -1,0 +1,169 @@
+"""A report as plain text for a terminal, a pager or a mail. Pure; everything in a report is clean already."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable, Iterator
+
+from guardrail.records import CommandKind, Finding, Mode
+from guardrail.report import Answered, CheckpointLine, Deed, Document, Incident, Report, Restart
+
+MAX_DOCUMENTS = 16  # named of one incident; the JSON report has all that the journal named
+MAX_DEEDS = 12  # told of one incident
+
+
+def tell(report: Report) -> str:
+    lines = [*_head(report), "", *_incidents(report.incidents)]
+    for title, part in (
+        ("Asked for by a person", [f"  step {deed.step:,}  {deed.sentence}" for deed in report.by_person]),
+        ("Commands", [_command(answer) for answer in report.commands]),
+        ("Restarts", [line for restart in report.restarts for line in _restart(restart)]),
+        ("Checkpoints", list(_checkpoints(report.checkpoints))),
+        ("Also noted", [f"  {trouble}" for trouble in report.troubles]),
+    ):
+        if part:
+            lines += ["", title, *part]
+    return "\n".join(lines)
+
+
+def _head(report: Report) -> Iterator[str]:
+    of = f" of {report.total_steps:,}" if report.total_steps else ""
+    code = f" (exit {report.exit_code})" if report.exit_code is not None else ""
+    yield f"{report.run}  {report.state}{code}  step {report.step:,}{of}"
+    yield f"  {report.path}"
+    if report.reason:
+        yield f"  {report.reason}"
+    elif report.state == "lost":
+        yield "  ended without a last word; `guardrail launch --resume` goes on with it"
+    facts = []
+    if report.started:
+        facts.append(f"started {_moment(report.started)}, {_duration(report.seconds)}")
+    if report.world:
+        facts.append(f"{_count(report.world, 'rank')}{f' on {report.host}' if report.host else ''}")
+    if report.mode:
+        facts.append(f"mode {report.mode}")
+    if facts:
+        yield f"  {', '.join(facts)}"
+    numbers = []
+    if report.loss is not None:
+        numbers.append(f"loss {report.loss:.4g}")
+    if report.eval_loss is not None:
+        numbers.append(f"held-out loss {report.eval_loss:.4g}")
+    if report.tokens:
+        numbers.append(f"{report.tokens:,} tokens")
+    if report.guard_share:
+        numbers.append(f"guard {report.guard_share:.2%} of the step")
+    if numbers:
+        yield f"  {', '.join(numbers)}"
+    if report.left_out:
+        yield f"  {_count(report.left_out, 'sample')} left out" if report.left_out > 0 else "  samples were left out"
+
+
+def _incidents(incidents: tuple[Incident, ...]) -> Iterator[str]:
+    if not incidents:
+        yield "No incidents"
+        return
+    yield "Incidents"
+    for incident in incidents:
+        number = f"#{incident.number}" if incident.number else "#?"
+        yield f"{number}  step {incident.onset:,}  {incident.state}"
+        for finding in incident.findings:
+            yield f"    {_finding(finding)}"
+        for rank, names in incident.parameters.items():
+            yield f"    rank {rank}: not finite: {', '.join(names)}"
+        for deed in incident.deeds[:MAX_DEEDS]:
+            yield f"    {_deed(deed)}"
+        if len(incident.deeds) > MAX_DEEDS:
+            yield f"    and {len(incident.deeds) - MAX_DEEDS} more of the kind"
+        yield from _left_out(incident)
+
+
+def _finding(finding: Finding) -> str:
+    onset = f", since step {finding.onset:,}" if finding.onset < finding.step else ""
+    return f"step {finding.step:,}: {finding.kind.value.replace('_', ' ')}: {finding.sentence()}{onset}"
+
+
+def _deed(deed: Deed) -> str:
+    if deed.action != "rollback" or deed.to_step is None:
+        return deed.sentence or f"{deed.action} at step {deed.step:,}"
+    tier = f" from {deed.tier}" if deed.tier else ""
+    window = f", leaving out positions {deed.window[0]:,} to {deed.window[1]:,}" if deed.window else ""
+    return f"rollback: back to step {deed.to_step:,}{tier}, {_count(deed.steps_lost, 'step')} lost{window}"
+
+
+def _left_out(incident: Incident) -> Iterator[str]:
+    if not incident.spans:
+        return
+    of = f" of {_count(incident.documents_total, 'document')}" if incident.documents_total else ""
+    where = ", ".join(f"{span.first:,}-{span.last:,}" for span in incident.spans[:8])
+    more = f" and {len(incident.spans) - 8} more stretches" if len(incident.spans) > 8 else ""
+    yield f"    left out: {_count(incident.samples, 'sample')}{of} (positions {where}{more})"
+    for document in incident.documents[:MAX_DOCUMENTS]:
+        yield f"      {_document(document)}"
+        if document.excerpt:
+            yield f'        "{document.excerpt}"'
+    shown = min(len(incident.documents), MAX_DOCUMENTS)
+    if shown and incident.documents_total > shown:
+        yield f"      and {_count(incident.documents_total - shown, 'more document')}"
+
+
+def _document(document: Document) -> str:
+    record = f":{document.record}" if document.record else ""
+    stretch = f"  bytes {document.first_byte:,}-{document.last_byte:,}" if document.last_byte else ""
+    return f"{document.path}{record}{stretch}"
+
+
+def _command(answer: Answered) -> str:
+    value = ""
+    if answer.command == CommandKind.POLICY.value and answer.value in range(len(Mode)):
+        value = f" {list(Mode)[int(answer.value)].value}"
+    elif answer.command not in ("pause", "resume", "checkpoint", "stop") and answer.value == answer.value:
+        value = f" {answer.value:g}"
+    who = f" by {answer.who}" if answer.who else ""
+    reason = f": {answer.reason}" if answer.reason else ""
+    return f"  step {answer.step:,}  {answer.command or 'command'}{value}{who}  {answer.effect}{reason}"
+
+
+def _restart(restart: Restart) -> Iterator[str]:
+    lost = f", {_count(restart.steps_lost, 'step')} made again" if restart.steps_lost else ""
+    yield f"  {_moment(restart.time)}  {restart.sentence or f'continues at step {restart.step:,}'}{lost}"
+    for difference in restart.differs:
+        yield f"    differs from what was saved: {difference}"
+
+
+def _checkpoints(checkpoints: Iterable[CheckpointLine]) -> Iterator[str]:
+    """Those that are there or went wrong; pruned ones are counted."""
+    pruned = 0
+    for checkpoint in checkpoints:
+        if checkpoint.state == "pruned":
+            pruned += 1
+            continue
+        size = f"  {_bytes(checkpoint.bytes)}" if checkpoint.bytes else ""
+        reason = f"  {checkpoint.reason}" if checkpoint.reason else ""
+        yield f"  step {checkpoint.step:,}  {checkpoint.state}  {checkpoint.name}{size}{reason}"
+    if pruned:
+        yield f"  {_count(pruned, 'older one')} pruned"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _moment(time: float) -> str:
+    try:
+        return datetime.datetime.fromtimestamp(time).strftime("%Y-%m-%d %H:%M:%S")
+    except (ValueError, OverflowError, OSError):
+        return "?"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
