@@ -336,6 +336,7 @@ class _Incidents:
                     self._remedy(event)
                 case "incident":
                     self._turn(event)
+        # Found under negative numbers where the journal gave none.
         return [
             msgspec.structs.replace(incident, number=max(0, number)) if number < 0 else incident
             for number, incident in self._found.items()
@@ -376,9 +377,8 @@ class _Incidents:
         self._put(incident, changes)
 
     def _turn(self, event: Event) -> None:
-        incident = self._at(event)
-        if event.data.get("state") == "recovered":
-            self._put(incident, {"state": "recovered", "closed": event.time})
+        over = event.data.get("state") == "recovered"
+        self._put(self._at(event), {"state": "recovered", "closed": event.time} if over else {})
 
     def _at(self, event: Event, findings: Iterable[Finding] = ()) -> Incident:
         """The incident of an event. Its onset is the earliest that anything names."""
@@ -387,20 +387,34 @@ class _Incidents:
             number = self._close_by(event)
         named = [event.data.get("onset"), *(finding.onset for finding in findings)]
         onsets = [onset for onset in named if isinstance(onset, int) and onset > 0]
-        incident = self._found.get(number)
+        incident = self._found.get(number) or self._adopted(number, event)
         if incident is None:
             onset = min(onsets, default=event.step)
             return Incident(number=number, state="open", onset=onset, opened=event.time)
         return msgspec.structs.replace(incident, onset=min([incident.onset, *onsets]))
 
+    def _adopted(self, number: int, event: Event) -> Incident | None:
+        """A verdict may have come before the line that gives its incident a number."""
+        before = self._near(event)
+        if number < 0 or before is None or before.number > 0:
+            return None
+        del self._found[before.number]
+        return msgspec.structs.replace(before, number=number)
+
     def _close_by(self, event: Event) -> int:
-        if self._found:
-            number, last = next(reversed(self._found.items()))
-            steps = [deed.step for deed in last.deeds] + [finding.step for finding in last.findings] + [last.onset]
-            if last.state == "open" and min(abs(event.step - step) for step in steps) <= _NEAR:
-                return number
+        before = self._near(event)
+        if before is not None:
+            return before.number
         self._unnumbered -= 1
         return self._unnumbered
+
+    def _near(self, event: Event) -> Incident | None:
+        """The newest incident, if it is open and the event happened close by."""
+        last = next(reversed(self._found.values()), None)
+        if last is None or last.state != "open":
+            return None
+        steps = [deed.step for deed in last.deeds] + [finding.step for finding in last.findings] + [last.onset]
+        return last if min(abs(event.step - step) for step in steps) <= _NEAR else None
 
     def _put(self, incident: Incident, changes: dict[str, Any]) -> None:
         self._found[incident.number] = msgspec.structs.replace(incident, **changes)

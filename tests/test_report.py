@@ -199,6 +199,15 @@ def test_an_open_incident_and_one_that_is_only_advised(run: RunDirectory) -> Non
     assert (close.onset, far.onset) == (4, 90) and "#?  step 4  open" in text(run)
 
 
+def test_an_incident_may_get_its_number_after_its_first_verdict(run: RunDirectory) -> None:
+    start(run)
+    run.append("verdict", "step 4: skip", step=3, action="skip", findings=[finding(4)])
+    run.append("incident", "incident 1: open", step=3, number=1, state="open", onset=4)
+    run.append("incident", "incident 1: recovered", step=20, number=1, state="recovered")
+    (incident,) = build(run).incidents
+    assert incident.number == 1 and incident.state == "recovered" and len(incident.findings) == 1
+
+
 def test_the_ranks_and_parameters_of_a_bad_gradient_are_named(run: RunDirectory) -> None:
     start(run)
     bad = finding(4, signal="grad_norm", kind=Kind.NONFINITE, value=math.inf, ranks=(1,))

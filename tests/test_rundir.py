@@ -23,8 +23,6 @@ import pytest
 from guardrail.errors import RunDirectoryError
 from guardrail.records import (
     METRIC_COLUMNS,
-    Command,
-    CommandKind,
     Finding,
     Kind,
     Mode,
@@ -34,7 +32,7 @@ from guardrail.records import (
     Span,
     Status,
 )
-from guardrail.rundir import RunDirectory, check_command, find_run, findings_of, list_runs, span_of
+from guardrail.rundir import RunDirectory, find_run, findings_of, list_runs, span_of
 from guardrail.timelines import Timelines
 
 
@@ -473,163 +471,6 @@ def test_a_forked_worker_does_not_keep_the_lock(run: RunDirectory) -> None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-# -- commands
-
-
-def test_commands_arrive_oldest_first_and_leave_when_answered(run: RunDirectory) -> None:
-    sent = [
-        Command(id="a", kind=CommandKind.PAUSE, who="me", time=5.0),
-        Command(id="b", kind=CommandKind.ROLLBACK, value=math.nan),
-        Command(id="c", kind=CommandKind.LR, value=0.5, at_step=9),
-    ]
-    for command in sent:
-        run.send(command)
-    pending = run.commands_pending()
-    assert [c.id for c in pending] == ["a", "b", "c"]
-    assert pending[0] == sent[0] and pending[2] == sent[2] and math.isnan(pending[1].value)
-    run.answer(pending[0], applied=True, step=4, timeline=1)
-    run.command_done("b")
-    assert [c.id for c in RunDirectory.open(run.path).commands_pending()] == ["c"]
-    answer = run.events()[0]
-    assert (answer.kind, answer.step, answer.data["id"], answer.data["effect"]) == ("command", 4, "a", "applied")
-    run.command_done("never sent")
-    assert len(os.listdir(run.commands)) == 1
-
-
-def test_an_answered_command_is_not_obeyed_again_after_a_crash(run: RunDirectory) -> None:
-    run.send(Command(id="once", kind=CommandKind.ROLLBACK, value=3))
-    run.append("command", id="once", effect="applied")  # and dies before it can remove the file
-    assert RunDirectory.open(run.path).commands_pending() == []
-    assert os.listdir(run.commands) == []
-
-
-BAD_COMMANDS = {
-    "empty": (b"", "not JSON"),
-    "half": (b'{"kind": "pau', "not JSON"),
-    "binary": (b"\xff\x00\x1b[2J", "not JSON"),
-    "deep": (b"[" * 30_000, "not JSON"),
-    "list": (b'["pause"]', "not a JSON object"),
-    "kind": (b'{"kind": "explode"}', "none of pause, resume"),
-    "no-kind": (b'{"value": 1}', "none of pause"),
-    "kind-type": (b'{"kind": ["pause"]}', "none of pause"),
-    "value-type": (b'{"kind": "lr", "value": "much"}', "does not fit"),
-    "value-huge": (b'{"kind": "skip", "value": 1e999}', "skip takes|not JSON"),
-    "step-type": (b'{"kind": "pause", "at_step": "soon"}', "does not fit"),
-    "step-huge": (b'{"kind": "pause", "at_step": 99999999999999999999999999}', "does not fit|at_step"),
-    "lr-zero": (b'{"kind": "lr", "value": 0}', "factor in"),
-    "lr-nan": (b'{"kind": "lr", "value": "nan"}', "factor in"),
-    "alpha": (b'{"kind": "embed-alpha", "value": 1.5}', "factor in"),
-    "skip": (b'{"kind": "skip", "value": 2.5}', "batches"),
-    "rollback": (b'{"kind": "rollback", "value": -3}', "takes a step"),
-    "policy": (b'{"kind": "policy", "value": 7}', "from 0 to 3"),
-    "answer": (b'{"kind": "answer", "value": 3}', "from 0 to 2"),
-    "pause": (b'{"kind": "pause", "value": 5}', "takes no value"),
-    "id": (b'{"kind": "pause", "id": "../../etc"}', "the id must"),
-    "large": (b" " * 70_000, "more than"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_COMMANDS)
-def test_bad_commands_are_refused_with_a_reason(run: RunDirectory, name: str) -> None:
-    content, reason = BAD_COMMANDS[name]
-    (run.commands / f"{name}.json").write_bytes(content)
-    run.send(Command(id="good", kind=CommandKind.PAUSE))
-    assert [c.id for c in run.commands_pending()] == ["good"]
-    (refusal,) = run.commands_refused()
-    assert msgspec.json.encode(reason) and any(part in refusal.reason for part in reason.split("|")), refusal.reason
-    assert refusal.id == name and refusal.reason.isprintable()
-    run.answer(refusal, applied=False, step=3)
-    assert run.commands_refused() == [] and [c.id for c in run.commands_pending()] == ["good"]
-    answer = run.events()[-1]
-    assert answer.data["effect"] == "refused" and answer.data["reason"] == refusal.reason and answer.data["id"] == name
-
-
-def test_a_rollback_without_a_value_means_the_newest_good_state(run: RunDirectory) -> None:
-    (run.commands / "by-hand.json").write_text('{"kind": "rollback", "new": true}')
-    (run.commands / "null.json").write_text('{"kind": "rollback", "value": null}')
-    pending = run.commands_pending()
-    assert sorted(c.id for c in pending) == ["by-hand", "null"] and all(math.isnan(c.value) for c in pending)
-
-
-def test_links_pipes_and_folders_in_the_inbox_are_refused_and_removed(run: RunDirectory, tmp_path: Path) -> None:
-    secret = tmp_path / "secret.json"
-    secret.write_text('{"kind": "stop"}')
-    (run.commands / "link.json").symlink_to(secret)
-    (run.commands / "dangling.json").symlink_to(tmp_path / "nowhere")
-    os.mkfifo(run.commands / "pipe.json")
-    (run.commands / "folder.json").mkdir()
-    (run.commands / "full.json").mkdir()
-    (run.commands / "full.json" / "x").touch()
-    (run.commands / ".tmp-half-written").write_text("{")
-    assert run.commands_pending() == []
-    refused = run.commands_refused()
-    assert sorted(r.id for r in refused) == ["dangling", "folder", "full", "link", "pipe"]
-    assert {r.reason for r in refused} == {"it is not a regular file"}
-    for refusal in refused:
-        run.command_done(refusal.id)
-    assert secret.exists() and run.commands_refused() == []
-    assert sorted(os.listdir(run.commands)) == [".tmp-half-written", "full.json"]
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs to give a file to somebody else")
-def test_a_command_of_somebody_else_is_refused(run: RunDirectory) -> None:
-    run.send(Command(id="theirs", kind=CommandKind.STOP))
-    (file,) = run.commands.iterdir()
-    os.chown(file, 12345, 12345)
-    assert run.commands_pending() == []
-    assert "belongs to user 12345" in run.commands_refused()[0].reason
-
-
-def test_only_the_owner_of_the_run_counts(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    run.send(Command(id="mine", kind=CommandKind.STOP))
-    run.inbox.owner += 1
-    assert run.commands_pending() == [] and "belongs to user" in run.commands_refused()[0].reason
-    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-    with pytest.raises(RunDirectoryError, match="not your run"):
-        run.send(Command(id="other", kind=CommandKind.STOP))
-
-
-def test_an_inbox_that_is_not_there_is_empty(run: RunDirectory) -> None:
-    run.commands.rmdir()
-    assert run.commands_pending() == [] and run.commands_refused() == []
-    run.send(Command(id="a", kind=CommandKind.PAUSE))
-    assert len(run.commands_pending()) == 1
-
-
-@pytest.mark.parametrize(
-    ("kind", "good", "bad"),
-    [
-        (CommandKind.PAUSE, [0.0], [1.0, math.nan, math.inf]),
-        (CommandKind.RESUME, [0.0], [-1.0]),
-        (CommandKind.CHECKPOINT, [0.0], [2.0]),
-        (CommandKind.STOP, [0.0], [2.0]),
-        (CommandKind.ROLLBACK, [0.0, 17.0, math.nan], [-1.0, 0.5, math.inf, -math.inf, 1e300]),
-        (CommandKind.SKIP, [1.0, 500.0], [0.0, -1.0, 1.5, math.nan, math.inf, 1e9]),
-        (CommandKind.LR, [0.5, 1.0, 1e-9], [0.0, -0.1, math.nan, math.inf, 101.0]),
-        (CommandKind.EMBED_ALPHA, [0.1, 1.0], [0.0, 1.1, -0.1, math.nan]),
-        (CommandKind.POLICY, [0.0, 3.0], [4.0, -1.0, 0.5, math.nan]),
-        (CommandKind.ANSWER, [0.0, 1.0, 2.0], [3.0, -1.0, math.nan, math.inf]),
-    ],
-)
-def test_each_command_has_its_range(kind: CommandKind, good: list[float], bad: list[float]) -> None:
-    for value in good:
-        assert check_command(Command(id="x", kind=kind, value=value)) is None
-    for value in bad:
-        assert check_command(Command(id="x", kind=kind, value=value)), value
-
-
-def test_a_command_that_can_never_be_obeyed_is_not_even_sent(run: RunDirectory) -> None:
-    for command in (
-        Command(id="a", kind=CommandKind.LR, value=-1),
-        Command(id="a/b", kind=CommandKind.PAUSE),
-        Command(id="a", kind=CommandKind.PAUSE, at_step=-1),
-        Command(id="a", kind=CommandKind.PAUSE, time=math.nan),
-    ):
-        with pytest.raises(RunDirectoryError):
-            run.send(command)
-    assert os.listdir(run.commands) == []
-
-
 # -- screens, and what an import costs
 
 
@@ -647,6 +488,7 @@ def test_screens_count_while_they_are_seen(run: RunDirectory) -> None:
 def test_importing_the_run_directory_loads_nothing_heavy() -> None:
     code = (
         "import sys, guardrail.rundir, guardrail.follow, guardrail.heartbeat\n"
+        "import guardrail.tensorboard, guardrail.telling\n"
         "heavy = {'numpy', 'torch', 'textual', 'tensorboard', 'rich', 'watchdog', 'psutil'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
