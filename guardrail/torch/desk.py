@@ -106,7 +106,8 @@ class Desk:
                 time.sleep(PARKED_SECONDS)
         self.question, self._end = "", 0
         if guard.phase is None:
-            guard.say("resumed", f"training goes on: {answer.name.lower().replace('_', ' ')}")
+            taken = f": {answer.name.lower().replace('_', ' ')}" if question else ""
+            guard.say("resumed", f"training goes on{taken}")
         return answer
 
     def _decides_alone(self, would: Action | None, waited: float) -> bool:
@@ -173,7 +174,7 @@ class Desk:
         outcome = f"refused: {refusal}" if refusal else f"takes effect after step {guard.step}"
         guard.say(
             "command",
-            f"{kind.value} {outcome}",
+            f"{_worded(kind, value)} {outcome}",
             id=command.id if command else "",
             command=kind.value,
             value=value,
@@ -223,3 +224,19 @@ class Desk:
             cause="user",
             target=target,
         )
+
+
+def _worded(kind: CommandKind, value: float) -> str:
+    """ "lr x0.5", "skip 20 batches": a command as a person would say it."""
+    match kind:
+        case CommandKind.LR | CommandKind.EMBED_ALPHA:
+            return f"{kind.value} x{value:g}"
+        case CommandKind.SKIP:
+            return f"skip {value:g} batches"
+        case CommandKind.POLICY:
+            return f"policy {MODES[int(value)].value}"
+        case CommandKind.ROLLBACK:
+            return "rollback" if math.isnan(value) else f"rollback to step {value:g}"
+        case CommandKind.ANSWER:
+            return f"answer {value:g}"
+    return kind.value

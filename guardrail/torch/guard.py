@@ -169,7 +169,8 @@ class Guard:
         self._row: dict[str, float] | None = None
         self._incident: int | None = None
         self._recent: list[tuple[float, int]] = []  # (seconds, tokens) of the last applied steps
-        self._guard_seconds = self._step_seconds = 0.0
+        self._guarding = 0.0  # seconds that the guard took of the present step
+        self._guard_seconds = self._step_seconds = 0.0  # of all applied steps
         self._started = time.time()
 
     # -- the loop ------------------------------------------------------------------------------------------------
@@ -362,17 +363,16 @@ class Guard:
         )
         bands = self.controller.bands()
         verdict = self.controller.observe(observation)
-        decided = time.perf_counter()
+        self._guarding = time.perf_counter() - began
         step.verdict = verdict
         lr = float(self._optimizers[0].param_groups[0]["lr"]) * self.past.lr.at(step.number)
         self._row = self._metrics_row(step, reduced, verdict, bands, lr)
         self._act(step, verdict, reduced, observation)
-        acted = time.perf_counter()
+        self._account(step, reduced)
         if reduced.command_kind and self.phase is None:
             self.desk.execute(list(CommandKind)[reduced.command_kind - 1], reduced.command_value)
         if reduced.stop and self.phase is None:
             self.end(Phase.STOPPED, f"asked to stop by a signal on {reduced.stop} of {self.world} ranks")
-        self._account(step, reduced, guard=decided - began + (time.perf_counter() - acted), verdict=verdict)
         return verdict
 
     def _act(self, step: Step, verdict: Verdict, reduced: Reduced, observation: Observation) -> None:
@@ -411,7 +411,9 @@ class Guard:
         self.tokens += reduced.tokens
         self.ledger.passed(step.batch, applied=True)
         self.state.settle()
+        copying = time.perf_counter()
         self.tiers.after_step(self.step, healthy_through=self.controller.healthy_through, facts=self.facts)
+        self._guarding += time.perf_counter() - copying
 
     def _skip(self, step: Step, verdict: Verdict) -> None:
         self.gate.leave_out()
@@ -573,20 +575,22 @@ class Guard:
             row[f"{signal}_baseline"], row[f"{signal}_threshold"] = baseline, threshold
         return row
 
-    def _account(self, step: Step, reduced: Reduced, *, guard: float, verdict: Verdict) -> None:
-        """Times of this step, for the row and the status."""
+    def _account(self, step: Step, reduced: Reduced) -> None:
+        """Times of this step, for the row and the status. The guard's own: reduction, verdict, copies, the row."""
         seconds = time.perf_counter() - step._began
         if self._row is not None:
-            self._row["step_time"], self._row["guard_time"] = seconds, guard
+            self._row["step_time"], self._row["guard_time"] = seconds, self._guarding
         if step.applied:
             self._recent = [*self._recent[-19:], (seconds, reduced.tokens)]
-            self._guard_seconds += guard
+            self._guard_seconds += self._guarding
             self._step_seconds += seconds
 
     def _flush_row(self) -> None:
         if self._row is not None:
+            began = time.perf_counter()
             self.recorder.row(self._row)
             self._row = None
+            self._guard_seconds += time.perf_counter() - began
 
     def status(self) -> Status:
         """The present state for status.json; called by the heartbeat's thread."""
