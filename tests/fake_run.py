@@ -38,7 +38,7 @@ from guardrail.tui.series import Track
 from guardrail.tui.story import Digest
 from guardrail.tui.view import Snapshot
 
-START = 1_795_572_840.0  # 2026-11-25 01:14:00 UTC
+START = 1_795_569_240.0  # 2026-11-25 01:14:00 UTC
 STEP_SECONDS = 0.12
 BATCH = 16
 TOKENS = BATCH * 256

@@ -68,9 +68,10 @@ def chart_rows(view: View, signal: str, width: int, height: int) -> list[Row]:
         return [head][:height]
     scale = x_scale(view, cells)
     drawn = _plot(view, signal, scale, rows)
-    labels = dict(drawn.ticks)
+    nothing = not len(view.snapshot.series) and not view.snapshot.series.ghosts
+    labels = {} if nothing else dict(drawn.ticks)
     plot = [(_gutter(labels.get(y)), *_pieces(drawn, y, signal)) for y in range(rows)]
-    if not len(view.snapshot.series) and not view.snapshot.series.ghosts:
+    if nothing:
         text = "no steps yet" if view.snapshot.loaded else "reading the metrics"
         plot[rows // 2] = (_gutter(None), (text.center(cells), "dim"))
     return [head, *plot, *_axis(view, scale, cells)[:axis]]
@@ -93,7 +94,8 @@ def x_scale(view: View, cells: int) -> XScale:
     total = float(view.status.total_steps) if view.status else 0.0
     if last <= total <= last * 1.25:
         last = total
-    return XScale.fit(last, 2 * cells)
+    # Steps count from 1: half a step before it the axis begins, so that the last step of a full axis is on it.
+    return XScale.fit(last, 2 * cells, first=0.5)
 
 
 def _plot(view: View, signal: str, scale: XScale, rows: int) -> raster.Plot:
@@ -156,8 +158,8 @@ def _axis(view: View, scale: XScale, cells: int) -> list[Row]:
     line: list[Piece] = [("─", "dim")] * cells
     numbers = [" "] * cells
     step = nice(scale.per_dot * 2 * _LABEL_CELLS)
-    at = math.ceil(scale.first / step) * step
-    while (cell := scale.cell(at)) < cells:
+    at = 0.0
+    while (cell := max(0, scale.cell(at))) < cells:
         line[cell] = ("┬", "dim")
         text = count(at) if scale.last < 1e6 else metric(at)
         start = min(max(0, cell - len(text) // 2), cells - len(text))

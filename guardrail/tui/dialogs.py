@@ -16,12 +16,16 @@ from guardrail.tui.lines import Builder, Lines, Row, fit, row, title, wrap
 from guardrail.tui.view import View
 
 T = TypeVar("T")
+_FRAME = 3  # rows of border and hint
+_OPTIONS = 6  # options that are always in sight
+_AIRY = 18  # rows of the terminal from which on a dialog is set with blank rows
 
 
 class Dialog(ModalScreen[T]):
     """A framed window of at most `WIDTH` cells, with rows that are built anew for every frame."""
 
     WIDTH = 84
+    EXTRA = 0
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q", "close", "close", show=False)]
 
     def __init__(self, name: str, view: View) -> None:
@@ -30,10 +34,12 @@ class Dialog(ModalScreen[T]):
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog"):
-            yield Lines(self._all_rows, classes="body")
+            yield Lines(self._rows, classes="body", reserve=_FRAME + self.EXTRA)
             yield from self.extras()
+            yield Lines(lambda view, width, height: [fit(row((f" {self.hint()}", "dim")), width)], classes="hint")
 
     def extras(self) -> ComposeResult:
+        """Widgets between rows and hint, of EXTRA rows together."""
         yield from ()
 
     def on_mount(self) -> None:
@@ -42,13 +48,19 @@ class Dialog(ModalScreen[T]):
 
     def show(self, view: View) -> None:
         self.view = view
-        body = self.query_one(Lines)
-        body.show(view)
-        body.refresh(layout=True)
+        for lines in self.query(Lines):
+            lines.show(view)
+        self.query_one(".body", Lines).refresh(layout=True)
 
-    def _all_rows(self, view: View, width: int, height: int) -> Sequence[Row]:
-        rows = [title(self.label, width, tone="strong"), (), *self.body(view, width, height - 4)]
-        return [*rows, (), fit(row((" " + self.hint(), "dim")), width)]
+    def _rows(self, view: View, width: int, height: int) -> Sequence[Row]:
+        air: list[Row] = [()] * self._airy
+        head = [title(self.label, width, tone="strong"), *air]
+        return [*head, *self.body(view, width, height - len(head) - len(air)), *air]
+
+    @property
+    def _airy(self) -> bool:
+        """A low terminal has no blank rows to give."""
+        return self.app.size.height >= _AIRY
 
     def body(self, view: View, width: int, height: int) -> Sequence[Row]:
         raise NotImplementedError
@@ -100,18 +112,24 @@ class Choose(Dialog[int]):
             self.dismiss(None)
 
     def body(self, view: View, width: int, height: int) -> Sequence[Row]:
-        rows: list[Row] = [row(f" {line}") for text in self.text for line in wrap(text, width - 2)]
+        # The options come first: of the text goes what a low terminal has no room for.
+        why = wrap(self.options[self.cursor][1], width - 6) if any(why for _, why in self.options) else []
+        tail: list[Row] = [(), *(row((f"   {line}", "dim")) for line in why)] if why else []
+        lines = [line for text in self.text for line in wrap(text, width - 2)]
+        spare = max(0, height - len(tail) - min(len(self.options), _OPTIONS) - 1)
+        rows: list[Row] = [row(f" {line}") for line in lines[:spare]]
+        while rows and not rows[-1][0][0].strip():
+            rows.pop()
         rows += [()] if rows else []
-        self._first_option = len(rows) + 2
-        explained = [row((f"   {line}", "dim")) for line in wrap(self.options[self.cursor][1], width - 6)]
-        room = max(1, height - len(rows) - len(explained) - 1)
+        self._first_option = 1 + self._airy + len(rows)
+        room = max(1, height - len(rows) - len(tail))
         self._offset = max(0, min(self.cursor - room // 2, len(self.options) - room))
         for index in range(self._offset, min(len(self.options), self._offset + room)):
             label = self.options[index][0]
             marked = index == self.cursor
             pieces = ((label, "strong" if marked else "plain"),) if isinstance(label, str) else label
             rows.append(fit(((" ▸ " if marked else "   ", "key"), *pieces), width))
-        return [*rows, (), *explained] if any(why for _, why in self.options) else rows
+        return [*rows, *tail]
 
     def hint(self) -> str:
         return "↑ ↓ move   Enter choose   Esc close"
@@ -125,7 +143,7 @@ class Choose(Dialog[int]):
 
     def on_click(self, event: Click) -> None:
         """A click marks; what is done is left to Enter."""
-        body = self.query_one(Lines)
+        body = self.query_one(".body", Lines)
         index = event.screen_y - body.region.y - self._first_option + self._offset
         if body.region.contains(event.screen_x, event.screen_y) and 0 <= index < len(self.options):
             self.cursor = index
@@ -153,6 +171,7 @@ class Confirm(Choose):
 class Number(Dialog[float]):
     """Asks for a number; what `parse` does not like is said and asked again."""
 
+    EXTRA = 2
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "close", "close", show=False, priority=True)]
 
     def __init__(
@@ -163,7 +182,7 @@ class Number(Dialog[float]):
         self._wrong = ""
 
     def extras(self) -> ComposeResult:
-        yield Input(self._default, id="number", select_on_focus=True)
+        yield Input(self._default, id="number", select_on_focus=True, compact=True)
 
     def body(self, view: View, width: int, height: int) -> Sequence[Row]:
         rows: list[Row] = [row(f" {line}") for text in self.text for line in wrap(text, width - 2)]

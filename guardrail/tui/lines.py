@@ -83,13 +83,18 @@ def wrap(text: str, width: int) -> list[str]:
 
 
 class Lines(Widget):
-    """Draws what `build(view, width, height)` says; a row that did not change is not drawn again."""
+    """Draws what `build(view, width, height)` says; a row that did not change is not drawn again.
+
+    Args:
+        build: rows for a view and a size.
+        reserve: rows of the screen that an automatic height leaves to others.
+    """
 
     DEFAULT_CSS = "Lines { height: 1fr; width: 1fr; }"
 
-    def __init__(self, build: Builder, *, id: str | None = None, classes: str | None = None) -> None:
+    def __init__(self, build: Builder, *, id: str | None = None, classes: str | None = None, reserve: int = 0) -> None:
         super().__init__(id=id, classes=classes)
-        self._build = build
+        self._build, self._reserve = build, reserve
         self._view: View | None = None
         self._rows: list[Row] = []
         self._strips: dict[int, Strip] = {}
@@ -122,7 +127,8 @@ class Lines(Widget):
     def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
         if self._view is None:
             return 1
-        return max(1, len(self._build(self._view, width, viewport.height)))
+        room = max(1, viewport.height - self._reserve)
+        return min(room, max(1, len(self._build(self._view, width, room))))
 
     def render_line(self, y: int) -> Strip:
         strip = self._strips.get(y)

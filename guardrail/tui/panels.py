@@ -9,6 +9,7 @@ from guardrail.records import Finding, Phase, SnapshotInfo, Status
 from guardrail.tui import keys
 from guardrail.tui.chart import spark_row
 from guardrail.tui.format import clock, count, duration, metric, plural, size
+from guardrail.tui.health import HEARTBEAT_SECONDS
 from guardrail.tui.lines import Piece, Row, fit, row, spread, title, width_of, wrap
 from guardrail.tui.scales import short
 from guardrail.tui.story import Incident, Line, left_out
@@ -73,7 +74,8 @@ def facts(view: View, width: int, height: int) -> Sequence[Row]:
     if status.durability != "ok":
         parts.append((f"▲ durability {status.durability}", "bad"))
     progress = f": {status.progress}" if status.progress and not status.phase.ended else ""
-    parts.append((f"{PHASES[status.phase]}{progress}", "plain"))
+    lost = view.silence > HEARTBEAT_SECONDS and not status.phase.ended
+    parts.append((f"{'last seen ' if lost else ''}{PHASES[status.phase]}{progress}", "plain"))
     if status.phase.ended and status.exit_code:
         parts.append((f"exit code {status.exit_code}", "warn"))
     parts.append((f"timeline {status.timeline}", "dim"))
@@ -137,11 +139,13 @@ def _incident(incident: Incident, width: int, *, full: bool) -> list[Row]:
     rows = [_head(incident, width)]
     evidence = _evidence(incident, width)
     rows += evidence[:4] if full else evidence[:1]
-    if full:
-        rows += [fit(row(("    ", "plain"), (name, "dim")), width) for name in incident.documents[:3]]
-        more = incident.documents_total - min(3, len(incident.documents))
-        if incident.documents and more > 0:
-            rows.append(row((f"    and {more:,} more", "dim")))
+    if full and incident.documents:
+        more = incident.documents_total - len(incident.documents)
+        names = ", ".join(incident.documents) + (f" and {more:,} more" if more > 0 else "")
+        lines = wrap(names, width - 5)
+        rows += [row((f"    {line}", "dim")) for line in lines[:3]]
+        if len(lines) > 3:
+            rows[-1] = fit(row((f"    {lines[2]} …", "dim")), width)
     return rows
 
 

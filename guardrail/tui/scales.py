@@ -18,7 +18,9 @@ _SMOOTH = 7
 _SLACK = 0.5
 # Finite values beyond are clipped like spikes, so that no difference of two overflows.
 _HUGE = 1e100
-_X_STEPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 60, 80, 100)
+# Steps a dot column: whole numbers below ten, so that columns hold the same number of steps.
+_X_STEPS = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
+_X_WHOLE = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +43,8 @@ class XScale:
         if not math.isfinite(need) or need <= 0:
             return cls(first, 1.0, dots)
         decade = 10.0 ** math.floor(math.log10(need))
-        if need >= 1:
-            per_dot = next((m * decade for m in _X_STEPS if m * decade > need), 100 * decade)
-        else:
-            per_dot = next(m * decade for m in (1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if m * decade >= need)
+        ladder = _X_WHOLE if 1 <= need < 10 else _X_STEPS
+        per_dot = next((m * decade for m in ladder if m * decade >= need), 10 * decade)
         return cls(first, per_dot, dots)
 
     @property

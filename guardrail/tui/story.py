@@ -275,6 +275,7 @@ _MARKS = {
     "command": COMMAND,
     "checkpoint": CHECKPOINT,
     "incident": "#",
+    "durability": "▲",
     "paused": "‖",
     "hung": "✗",
     "ranks_failed": "✗",
@@ -307,7 +308,8 @@ def line_of(event: Event) -> Line:
     elif event.kind == "ended":
         tone = "good" if data.get("phase") == "finished" else "bad" if data.get("phase") == "failed" else "warn"
     text = clean(event.message, 400) or _fallback(event)
-    return Line(event.time, event.step, _MARKS.get(event.kind, "·"), tone, text)
+    mark = "●" if tone == "good" and event.kind == "durability" else _MARKS.get(event.kind, "·")
+    return Line(event.time, event.step, mark, tone, text)
 
 
 def _fallback(event: Event) -> str:
