@@ -26,7 +26,7 @@ class Heartbeat:
         rank: of this process in the whole run.
         status: called by the thread for status.json, on rank 0. Until it is set, the heartbeat tells what it knows
             itself, on top of what the supervisor wrote: phase and progress of a long set-up.
-        incarnation: which start of the ranks this is; None: as torch elastic counts them.
+        incarnation: which start of the ranks this is; None: as supervisor and torch elastic count them.
         seconds: between two beats.
 
     Attributes:
@@ -52,8 +52,7 @@ class Heartbeat:
         self.failures = 0
         self.error = ""
         self._run, self._rank, self._seconds = run, rank, seconds
-        count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
-        self._incarnation = incarnation if incarnation is not None else int(count) if count.isdigit() else 0
+        self._incarnation = _incarnation() if incarnation is None else incarnation
         self._text = ""
         self._host = socket.gethostname()
         self._base: Status | None = None
@@ -152,6 +151,12 @@ class Heartbeat:
             pid=os.getpid(),
             exit_code=None,
         )
+
+
+def _incarnation() -> int:
+    """Starts of the ranks before this one: by earlier elastic agents, and by this one, which counts from 0."""
+    counts = (os.environ.get(name, "") for name in ("GUARDRAIL_INCARNATION", "TORCHELASTIC_RESTART_COUNT"))
+    return sum(int(count) for count in counts if count.isdigit())
 
 
 def resident_bytes() -> int:

@@ -7,6 +7,8 @@ Text that came from outside is cleaned here, so that every way of showing the re
 from __future__ import annotations
 
 import os
+import socket
+import time
 import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,6 +22,7 @@ from guardrail.records import Event, Finding, Record, Span, Status
 from guardrail.rundir import RunDirectory, findings_of, span_of
 from guardrail.text import clean
 
+_FRESH_SECONDS = 30.0  # a status younger than this means that somebody lives, on whatever host
 _NEAR = 20  # verdicts without an incident's number belong together up to this many steps apart
 
 
@@ -289,9 +292,16 @@ def _state(run: RunDirectory, status: Status | None, events: list[Event]) -> tup
         return ("lost" if turns and run.lock_holder() is None else "running" if turns else "new"), None
     if status.phase.ended:
         return status.phase.value, None
-    from guardrail.launching import is_alive
+    return ("running" if _alive(run, status) else "lost"), None
 
-    return ("running" if run.lock_holder() is not None or is_alive(run, status) else "lost"), None
+
+def _alive(run: RunDirectory, status: Status) -> bool:
+    """A trainer holds the lock, somebody wrote the status just now, or a supervisor on this host is at work."""
+    if run.lock_holder() is not None or time.time() - status.heartbeat < _FRESH_SECONDS:
+        return True
+    from guardrail.processes import supervisor_of
+
+    return status.host == socket.gethostname() and supervisor_of(run.path, status.supervisor_pid) is not None
 
 
 def _exit_code(status: Status | None, last: Event | None) -> int | None:

@@ -122,6 +122,14 @@ def test_nothing_that_fails_gets_out_and_the_beat_goes_on(run: RunDirectory, tmp
     heart.stop()
 
 
+def test_starts_are_counted_over_elastic_agents(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    for before, own, expected in (("", "", 0), ("2", "1", 3), ("x", "4", 4)):
+        monkeypatch.setenv("GUARDRAIL_INCARNATION", before)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", own)
+        Heartbeat(run, 0).stop()
+        assert rank(run).incarnation == expected
+
+
 def test_memory_is_of_this_process() -> None:
     import psutil
 
