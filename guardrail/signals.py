@@ -52,7 +52,7 @@ class StopSignals:
         if stacks is not None:
             self._stacks = stacks.open("ab", buffering=0)
             faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True, chain=False)
-        os.register_at_fork(after_in_child=_forget)
+        _hook_forks()
 
     def request(self) -> None:
         """The same as a signal; for a stop that came another way."""
@@ -73,15 +73,33 @@ class StopSignals:
                         os._exit(KILLED)
 
 
-def _forget() -> None:
-    """In a forked child, such as a data worker: it must neither save nor speak for the rank.
+# A forked child, such as a data worker, must neither save nor speak for the rank. Until it has forgotten the handlers
+# and the pipe, which it shares with its parent, no signal may reach it: they are blocked over the fork.
+_masks = threading.local()
+_hooked = False
 
-    SIGTERM gets its default action back, because that is how multiprocessing ends its workers; SIGUSR1, whose
-    default would kill, is ignored.
-    """
+
+def _hook_forks() -> None:
+    global _hooked
+    if not _hooked:
+        _hooked = True
+        os.register_at_fork(before=_block, after_in_parent=_unblock, after_in_child=_forget)
+
+
+def _block() -> None:
+    _masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
+def _unblock() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _masks.before)
+
+
+def _forget() -> None:
+    """SIGTERM gets its default action back, because multiprocessing ends its workers by it; SIGUSR1 is ignored."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    _unblock()
 
 
 class SupervisorSignals:
