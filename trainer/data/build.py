@@ -15,7 +15,7 @@ from guardrail.text import clean
 from trainer.config import DataSection
 from trainer.data import bpe, holdout
 from trainer.data.corpus import FORMAT, INDEX, CorpusIndex, Report
-from trainer.data.problems import BadRecords
+from trainer.data.problems import FIELD, BadRecords
 from trainer.data.pulse import Pulse
 from trainer.data.reading import Document, DocumentReader
 from trainer.data.shards import FileEntry, SplitIndex, SplitWriter
@@ -231,8 +231,10 @@ def _places(data: DataSection) -> str:
 
 def _nothing(data: DataSection, found: Found, bad: BadRecords) -> str:
     """What was found, when none of it can be used."""
-    message = [f"no usable document in {_places(data)}: {len(found.files):,} files read"]
+    message = [f"no usable document in {_places(data)}, files read: {len(found.files):,}"]
     message += [f"  {line}" for line in bad.lines()]
+    if FIELD in bad.counts:
+        message.append("  hint: data.text_field names the field of a record that holds the text")
     if found.ignored:
         kinds = ", ".join(f"{count:,} x {suffix}" for suffix, count in found.ignored.most_common(8))
         message.append(f"  files that are no text by their suffix: {kinds}")

@@ -69,12 +69,14 @@ def _topics() -> dict[str, str]:
 
 def _docstrings(module_name: str) -> str:
     """Docstrings of a compiled module, its functions, classes and methods. Text only: no repr, hence no address."""
-    if module_name == "__main__":
+    if module_name in ("__main__", "sys"):  # its hooks are there to be replaced
         return ""
     module = importlib.import_module(module_name)
     entries = [(module_name, module.__doc__)]
     for name, value in sorted(vars(module).items()):
-        # Only what is compiled in: `site` and others hang more names into `builtins`.
+        # Only what is compiled in: `site` and others hang more names into `builtins`, or replace `__import__`.
+        if name.startswith("__"):
+            continue
         if inspect.isbuiltin(value):
             entries.append((f"{module_name}.{name}", value.__doc__))
         elif isinstance(value, type) and value.__module__ == module_name:

@@ -194,13 +194,8 @@ class Split:
         wanted = 4 * limit + 16  # clean() takes characters out, and a character may take four tokens
         if isinstance(what, int):
             return clean(self._corpus.tokenizer.decode(self.tokens([what])[0][:wanted]), limit)
-        document = self._find(what)
-        start = int(self._column("start")[document])
-        end = self._end(document) - 1  # of its EOS
-        position = self._position(document, what.first_byte)
-        ids = self._stream(position, min(end, position + wanted, start + what.last_byte))
-        text = self._corpus.tokenizer.decode(ids).encode("utf-8")[: what.last_byte - what.first_byte]
-        return clean(text.decode("utf-8", "ignore"), limit)
+        first, last = self._positions(what)
+        return clean(self._corpus.tokenizer.decode(self._stream(first, min(last, first + wanted))), limit)
 
     def _ref(self, document: int, first_byte: int, last_byte: int) -> DocumentRef:
         path = self._corpus.file_name(int(self._column("file")[document]))
@@ -216,8 +211,17 @@ class Split:
             raise KeyError(str(ref))
         return document
 
+    def _positions(self, ref: DocumentRef) -> tuple[int, int]:
+        """The stretch of the stream that `documents` gave `ref` for: it ends at a sample's boundary or its EOS."""
+        document = self._find(ref)
+        first, last = (self._position(document, byte) for byte in (ref.first_byte, ref.last_byte - 1))
+        boundary, inside = divmod(last, self._length)
+        if not inside and self._column("cut")[2 * boundary + 1] == ref.last_byte:
+            return first, last + 1
+        return first, self._end(document) - 1
+
     def _position(self, document: int, byte: int) -> int:
-        """The nearest known stream position at or before a byte of a document: its start, or a sample's boundary."""
+        """The last known stream position at or before a byte of a document: its start, or a sample's boundary."""
         start = int(self._column("start")[document])
         first = -(-start // self._length)  # the first boundary inside
         last = min((self._end(document) - 1) // self._length, len(self))

@@ -77,14 +77,14 @@ class DocumentReader:
     def _whole(self, index: int) -> Iterator[Document]:
         file = self.files[index]
         if file.size > self.max_bytes and not file.compression:
-            self._reject(file, LARGE, reason=f"{file.size:,} bytes, at most {self.max_bytes:,}")
+            self._reject(file, LARGE, reason=f"{file.size:,} bytes, data.max_document_bytes is {self.max_bytes:,}")
             return
         parts, held = [], 0
         with _Stream(file, self._at) as stream:
             while chunk := stream.read(CHUNK):
                 held += len(chunk)
                 if held > self.max_bytes:
-                    self._reject(file, LARGE, reason=f"more than {self.max_bytes:,} bytes")
+                    self._reject(file, LARGE, reason=f"more than data.max_document_bytes, {self.max_bytes:,}")
                     return
                 parts.append(chunk)
         yield from self._document(index, 0, b"".join(parts))
@@ -93,7 +93,7 @@ class DocumentReader:
         file = self.files[index]
         for number, line in _lines(stream, self.max_bytes):
             if line is None:
-                self._reject(file, LARGE, number, f"more than {self.max_bytes:,} bytes")
+                self._reject(file, LARGE, number, f"more than data.max_document_bytes, {self.max_bytes:,}")
                 continue
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
@@ -103,6 +103,8 @@ class DocumentReader:
                 record = _json(line)
             except UnicodeDecodeError as error:
                 self._reject(file, ENCODING, number, _position(error))
+            except json.JSONDecodeError as error:
+                self._reject(file, JSON, number, f"column {error.colno}: {error.msg}")
             except (ValueError, RecursionError) as error:
                 self._reject(file, JSON, number, str(error))
             else:

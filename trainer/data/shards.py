@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from array import array
 from pathlib import Path
 
 import msgspec
@@ -29,7 +28,7 @@ from trainer.data.tokenizer import Encoded
 
 SHARD_BYTES = 256 << 20
 _BLOCK_TOKENS = 1 << 20  # tokens gathered before they are written
-_BLOCK_ROWS = 1 << 16
+_BLOCK_ROWS = 1 << 14
 COLUMNS = ("start", "file", "record", "bytes", "hash", "cut")
 
 
@@ -66,7 +65,9 @@ class _File:
         self._hash = hashlib.sha256() if hashed else None
         self._bytes = 0
 
-    def write(self, data: bytes | memoryview) -> None:
+    def write(self, values: np.ndarray) -> None:
+        """One-dimensional and contiguous; goes out without a copy."""
+        data = values.view(np.uint8).data
         self._stream.write(data)
         self._bytes += len(data)
         if self._hash:
@@ -85,9 +86,10 @@ class _File:
 class _Column:
     """64-bit integers appended to a file in blocks."""
 
-    def __init__(self, path: Path, code: str = "q") -> None:
-        self._file = _File(path)
-        self._rows = array(code)
+    def __init__(self, path: Path, dtype: str) -> None:
+        self._file, self._dtype = _File(path), dtype
+        self._rows: list[int] = []
+        self._arrays: list[np.ndarray] = []
 
     def append(self, value: int) -> None:
         self._rows.append(value)
@@ -95,13 +97,15 @@ class _Column:
             self._flush()
 
     def extend(self, values: np.ndarray) -> None:
-        self._flush()
-        self._file.write(np.ascontiguousarray(values, dtype="<i8").tobytes())
+        """A column takes either single values or arrays."""
+        self._arrays.append(values.reshape(-1))
+        if len(self._arrays) >= _BLOCK_ROWS:
+            self._flush()
 
     def _flush(self) -> None:
-        if self._rows:
-            self._file.write(np.array(self._rows).astype(f"<{'u' if self._rows.typecode == 'Q' else 'i'}8").tobytes())
-            del self._rows[:]
+        values = np.concatenate(self._arrays) if self._arrays else np.array(self._rows, dtype=self._dtype)
+        self._file.write(values.astype(self._dtype))
+        self._rows, self._arrays = [], []
 
     def close(self) -> FileEntry:
         self._flush()
@@ -127,7 +131,7 @@ class SplitWriter:
     ) -> None:
         self._folder, self._name, self._length, self._dtype, self._eos = folder, name, length, dtype, eos
         self._per_shard = max(1, shard_bytes // (length * dtype.itemsize))
-        self._columns = {c: _Column(folder / f"{name}-{c}.idx", "Q" if c == "hash" else "q") for c in COLUMNS}
+        self._columns = {c: _Column(folder / f"{name}-{c}.idx", "<u8" if c == "hash" else "<i8") for c in COLUMNS}
         self._position = 0  # in the stream, of the next token
         self._next_cut = 0  # position of the next sample boundary without a cut
         self._bytes = 0  # of the document, so far
@@ -178,26 +182,26 @@ class SplitWriter:
             if self._shard is None:
                 self._shard = _File(self._folder / f"{self._name}-{len(self._shards):05d}.bin", hashed=True)
             count = min(ready, self._per_shard - self._shard_samples)
-            self._shard.write(tokens[at : at + count * self._length].tobytes())
+            self._shard.write(tokens[at : at + count * self._length])
             at, ready = at + count * self._length, ready - count
             self._shard_samples += count
             self.samples += count
             if self._shard_samples == self._per_shard:
-                self._close_shard(tokens[at])
+                self._close_shard(tokens[at : at + 1])
         self._pending = [tokens[at:]]
         self._pending_tokens = len(tokens) - at
 
     def _close_shard(self, shared: np.ndarray) -> None:
         """The last sample of a shard needs the first token of the next one."""
         assert self._shard is not None
-        self._shard.write(shared.tobytes())
+        self._shard.write(shared)
         self._shards.append(self._shard.close())
         self._shard, self._shard_samples = None, 0
 
     def close(self) -> SplitIndex:
         self._write_samples()
         if self._shard is not None:
-            self._close_shard(self._pending[0][0])
+            self._close_shard(self._pending[0][:1])
         return SplitIndex(
             documents=self.documents,
             samples=self.samples,

@@ -110,7 +110,7 @@ def _walk(folder: str, base: str, found: Found, pulse: Callable[[], None]) -> It
         suffix = _suffixes(name)[0]
         if suffix in TEXT_SUFFIXES or suffix in JSONL_SUFFIXES:
             path = os.path.join(folder, name)
-            yield from _file(path, os.path.relpath(path, base), found)
+            yield from _file(path, name if base == folder else os.path.relpath(path, base), found)
         else:
             found.ignored[suffix or "no suffix"] += 1
 

@@ -124,7 +124,7 @@ class ByteTokenizer(Tokenizer):
 
 
 def _one_byte(positions: np.ndarray) -> np.ndarray:
-    return np.stack([positions, positions + 1], axis=1)
+    return positions[:, None] + np.array([0, 1])
 
 
 class JsonTokenizer(Tokenizer):
