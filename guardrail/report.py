@@ -16,62 +16,14 @@ from typing import Any
 
 import msgspec
 
+from guardrail.casebook import Casebook, Deed, Incident, asked_for, whole
 from guardrail.errors import RunDirectoryError
 from guardrail.files import as_float, encode_json
-from guardrail.records import Event, Finding, Record, Span, Status
-from guardrail.rundir import RunDirectory, findings_of, span_of
+from guardrail.records import Event, Record, Span, Status
+from guardrail.rundir import RunDirectory, span_of
 from guardrail.text import clean
 
 _FRESH_SECONDS = 30.0  # a status younger than this means that somebody lives, on whatever host
-_NEAR = 20  # verdicts without an incident's number belong together up to this many steps apart
-
-
-class Document(Record, frozen=True, kw_only=True):
-    """A stretch of a document that was left out. `record` counts from 1; 0: the file is the document."""
-
-    path: str
-    record: int = 0
-    first_byte: int = 0
-    last_byte: int = 0
-    excerpt: str = ""
-
-
-class Deed(Record, frozen=True, kw_only=True):
-    """What was done about an incident.
-
-    Attributes:
-        action: "skip", "rollback", "pause", "halt", or "would ..." where the guard only advised.
-        step, timeline: where the run stood.
-        to_step, tier, steps_lost: of a rollback: the snapshot used, and applied updates that were given up.
-        window: positions [first, last) of the sample order that were left out.
-    """
-
-    action: str
-    step: int
-    timeline: int
-    time: float
-    sentence: str
-    to_step: int | None = None
-    tier: str = ""
-    steps_lost: int = 0
-    window: tuple[int, int] | None = None
-
-
-class Incident(Record, frozen=True, kw_only=True):
-    """Findings that belong together, with what was done and what was left out. `number` 0: the journal gave none."""
-
-    number: int
-    state: str  # "open" or "recovered"
-    onset: int
-    opened: float
-    closed: float | None = None
-    findings: tuple[Finding, ...] = ()
-    parameters: dict[str, list[str]] = msgspec.field(default_factory=dict)  # rank -> non-finite gradients
-    deeds: tuple[Deed, ...] = ()
-    spans: tuple[Span, ...] = ()
-    samples: int = 0
-    documents: tuple[Document, ...] = ()
-    documents_total: int = 0
 
 
 class Answered(Record, frozen=True, kw_only=True):
@@ -172,13 +124,13 @@ def build(run: RunDirectory) -> Report:
         started=began,
         seconds=max(0.0, max(seen, default=began) - began),
         host=clean(str(first.data.get("host") or (status.host if status else "")), 80) if first else "",
-        world=_whole(first.data.get("world")) if first else (status.world if status else 0),
+        world=whole(first.data.get("world")) if first else (status.world if status else 0),
         mode=status.mode.value if status else "",
         tokens=status.tokens if status else 0,
         guard_share=status.guard_share if status else 0.0,
         left_out=_left_out(events),
-        incidents=tuple(_Incidents().of(events)),
-        by_person=tuple(_by_person(events)),
+        incidents=tuple(Casebook().of(events)),
+        by_person=tuple(asked_for(events)),
         commands=tuple(_answered(e) for e in events if e.kind == "command"),
         checkpoints=tuple(_checkpoints(events)),
         restarts=tuple(_restarts(run, events)),
@@ -257,10 +209,10 @@ def _order(events: Iterable[Event]) -> Any:
     from guardrail.ledger import SampleOrder
 
     for event in events:
-        if event.kind == "started" and _whole(event.data.get("samples")) > 0:
+        if event.kind == "started" and whole(event.data.get("samples")) > 0:
             seed = event.data.get("order_seed", event.data.get("seed", 0))
             shuffled = event.data.get("shuffled", True)
-            return SampleOrder(samples=_whole(event.data["samples"]), seed=_whole(seed), shuffled=bool(shuffled))
+            return SampleOrder(samples=whole(event.data["samples"]), seed=whole(seed), shuffled=bool(shuffled))
     return None
 
 
@@ -327,181 +279,7 @@ def _metrics(run: RunDirectory) -> dict[str, Any]:
     return found
 
 
-# -- incidents
-
-
-class _Incidents:
-    """Gathers events into incidents: by number, else with what happened close by."""
-
-    def __init__(self) -> None:
-        self._found: dict[int, Incident] = {}
-        self._unnumbered = 0
-
-    def of(self, events: Iterable[Event]) -> list[Incident]:
-        for event in events:
-            match event.kind:
-                case "verdict" | "finding":
-                    self._verdict(event)
-                case "left_out" | "rollback":
-                    self._remedy(event)
-                case "incident":
-                    self._turn(event)
-        # Found under negative numbers where the journal gave none.
-        return [
-            msgspec.structs.replace(incident, number=max(0, number)) if number < 0 else incident
-            for number, incident in self._found.items()
-        ]
-
-    def _verdict(self, event: Event) -> None:
-        action = event.data.get("action", "")
-        would = event.data.get("would")
-        findings = findings_of(event)
-        if not findings and action in ("", "apply"):
-            return
-        incident = self._at(event, findings)
-        changes: dict[str, Any] = {"findings": _joined(incident.findings, findings)}
-        parameters = event.data.get("parameters")
-        if isinstance(parameters, dict):
-            changes["parameters"] = incident.parameters | {
-                clean(str(rank), 20): [clean(str(name), 200) for name in names]
-                for rank, names in parameters.items()
-                if isinstance(names, list)
-            }
-        # A rollback is told by its own line, with the snapshot that was used.
-        if action == "apply" and would and would != "apply":
-            action = f"would {would}"
-        if action not in ("", "apply", "rollback"):
-            changes["deeds"] = (*incident.deeds, _deed(event, clean(str(action), 40)))
-        self._put(incident, changes)
-
-    def _remedy(self, event: Event) -> None:
-        span = span_of(event)
-        if span is not None and span.cause == "user":
-            return
-        incident = self._at(event)
-        changes: dict[str, Any] = {}
-        if span is not None and span not in incident.spans:
-            changes = _with_span(incident, span, event)
-        if event.kind == "rollback":
-            changes["deeds"] = (*incident.deeds, _deed(event, "rollback"))
-        self._put(incident, changes)
-
-    def _turn(self, event: Event) -> None:
-        over = event.data.get("state") == "recovered"
-        self._put(self._at(event), {"state": "recovered", "closed": event.time} if over else {})
-
-    def _at(self, event: Event, findings: Iterable[Finding] = ()) -> Incident:
-        """The incident of an event. Its onset is the earliest that anything names."""
-        number = _whole(event.data.get("incident", event.data.get("number")))
-        if number <= 0:
-            number = self._close_by(event)
-        named = [event.data.get("onset"), *(finding.onset for finding in findings)]
-        onsets = [onset for onset in named if isinstance(onset, int) and onset > 0]
-        incident = self._found.get(number) or self._adopted(number, event)
-        if incident is None:
-            onset = min(onsets, default=event.step)
-            return Incident(number=number, state="open", onset=onset, opened=event.time)
-        return msgspec.structs.replace(incident, onset=min([incident.onset, *onsets]))
-
-    def _adopted(self, number: int, event: Event) -> Incident | None:
-        """A verdict may have come before the line that gives its incident a number."""
-        before = self._near(event)
-        if number < 0 or before is None or before.number > 0:
-            return None
-        del self._found[before.number]
-        return msgspec.structs.replace(before, number=number)
-
-    def _close_by(self, event: Event) -> int:
-        before = self._near(event)
-        if before is not None:
-            return before.number
-        self._unnumbered -= 1
-        return self._unnumbered
-
-    def _near(self, event: Event) -> Incident | None:
-        """The newest incident, if it is open and the event happened close by."""
-        last = next(reversed(self._found.values()), None)
-        if last is None or last.state != "open":
-            return None
-        steps = [deed.step for deed in last.deeds] + [finding.step for finding in last.findings] + [last.onset]
-        return last if min(abs(event.step - step) for step in steps) <= _NEAR else None
-
-    def _put(self, incident: Incident, changes: dict[str, Any]) -> None:
-        self._found[incident.number] = msgspec.structs.replace(incident, **changes)
-
-
-def _joined(known: tuple[Finding, ...], new: Iterable[Finding]) -> tuple[Finding, ...]:
-    """The worst of each kind of finding on each signal, in the order in which they first appeared."""
-    worst = {(f.signal, f.kind): f for f in known}
-    for finding in new:
-        key = (finding.signal, finding.kind)
-        before = worst.get(key)
-        if before is None or (before.score == before.score and not finding.score <= before.score):
-            worst[key] = finding
-    return tuple(msgspec.structs.replace(f, signal=clean(f.signal, 60)) for f in worst.values())
-
-
-def _deed(event: Event, action: str) -> Deed:
-    data = event.data
-    window = data.get("window")
-    to_step = data.get("to_step")
-    lost = _whole(data.get("from_step")) - to_step if isinstance(to_step, int) else 0
-    span = span_of(event)
-    return Deed(
-        action=action,
-        step=event.step,
-        timeline=event.timeline,
-        time=event.time,
-        sentence=clean(event.message, 600),
-        to_step=to_step if isinstance(to_step, int) else None,
-        tier=clean(str(data.get("tier", "")), 40),
-        steps_lost=max(0, lost),
-        window=_pair(window) or ((span.first, span.last) if span else None),
-    )
-
-
-def _with_span(incident: Incident, span: Span, event: Event) -> dict[str, Any]:
-    """A rollback's window usually covers the batches that were rejected before it: nothing counts twice."""
-    documents = _documents(event)
-    total = max(_whole(event.data.get("documents_total")), len(documents))
-    spans = (*incident.spans, span)
-    if not all(span.first <= known.first and known.last <= span.last for known in incident.spans):
-        documents = tuple(dict.fromkeys((*incident.documents, *documents)))
-        total += incident.documents_total
-    samples, end = 0, 0
-    for first, last in sorted((known.first, known.last) for known in spans):
-        samples += max(0, last - max(first, end))
-        end = max(end, last)
-    return {"spans": spans, "samples": samples, "documents": documents, "documents_total": total}
-
-
-def _documents(event: Event) -> tuple[Document, ...]:
-    found = []
-    raw = event.data.get("documents")
-    for item in raw if isinstance(raw, list) else []:
-        if isinstance(item, str):
-            found.append(Document(path=clean(item, 400)))
-        elif isinstance(item, dict):
-            found.append(
-                Document(
-                    path=clean(str(item.get("path", "")), 400),
-                    record=_whole(item.get("record")),
-                    first_byte=_whole(item.get("first_byte")),
-                    last_byte=_whole(item.get("last_byte")),
-                    excerpt=clean(str(item.get("excerpt") or ""), 200),
-                )
-            )
-    return tuple(found)
-
-
 # -- the rest
-
-
-def _by_person(events: Iterable[Event]) -> Iterator[Deed]:
-    for event in events:
-        span = span_of(event) if event.kind in ("left_out", "rollback") else None
-        if span is not None and span.cause == "user":
-            yield _deed(event, "rollback" if event.kind == "rollback" else "skip")
 
 
 def _answered(event: Event) -> Answered:
@@ -530,9 +308,9 @@ def _checkpoints(events: Iterable[Event]) -> list[CheckpointLine]:
         known = before if before is not None and name else None
         found[name or f"seq {event.seq}"] = CheckpointLine(
             name=name,
-            step=_whole(data.get("cp_step")) or (known.step if known else event.step),
+            step=whole(data.get("cp_step")) or (known.step if known else event.step),
             state=clean(str(data.get("state", "")), 40),
-            bytes=_whole(data.get("bytes")) or (known.bytes if known else 0),
+            bytes=whole(data.get("bytes")) or (known.bytes if known else 0),
             reason=clean(str(data.get("reason") or ""), 400),
             time=event.time,
         )
@@ -568,15 +346,3 @@ def _troubles(events: Iterable[Event]) -> Iterator[str]:
     for event in events:
         if event.kind in ("hung", "ranks_failed", "durability", "note") and event.message:
             yield clean(event.message, 400)
-
-
-def _whole(value: Any) -> int:
-    if isinstance(value, float) and value == value and abs(value) < 2**63:
-        return int(value)
-    return value if isinstance(value, int) else 0
-
-
-def _pair(value: Any) -> tuple[int, int] | None:
-    if isinstance(value, list) and len(value) == 2 and all(isinstance(item, int) for item in value):
-        return value[0], value[1]
-    return None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import datetime
 from collections.abc import Iterable, Iterator
 
+from guardrail.casebook import Deed, Document, Incident
 from guardrail.records import CommandKind, Finding, Mode
-from guardrail.report import Answered, CheckpointLine, Deed, Document, Incident, Report, Restart
+from guardrail.report import Answered, CheckpointLine, Report, Restart
 
 MAX_DOCUMENTS = 16  # named of one incident; the JSON report has all that the journal named
 MAX_DEEDS = 12  # told of one incident

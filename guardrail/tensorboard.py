@@ -14,18 +14,17 @@ import logging
 import math
 import os
 import re
-import struct
 import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from guardrail import tfevents
 from guardrail.errors import RunDirectoryError
-from guardrail.files import FILE_MODE, FOLDER_MODE, replace_file, write_all
+from guardrail.files import FILE_MODE, FOLDER_MODE, replace_file
 from guardrail.follow import Follower
 from guardrail.records import Event, Record
 from guardrail.rundir import MetricsView, RunDirectory
@@ -136,7 +135,7 @@ class Exporter:
         self._follower = Follower(run)
         self._position = _read_position(run)
         self._saved = self._position
-        self._file = EventFile(run.tensorboard)
+        self._file = tfevents.EventFile(run.tensorboard)
         self._events: list[Event] = []
         self._error = ""
 
@@ -257,7 +256,8 @@ class _Story:
         if tag is not None and event.message:
             self._untold[tag] = min(event.step, self._untold.get(tag, event.step))
         if event.kind == "ended":
-            self._session_end(event)
+            good = event.data.get("phase") in ("finished", "stopped")
+            self._parts.append(tfevents.hparams_end(good=good, at=event.time))
 
     def row(self, row: dict[str, float]) -> None:
         self._turn(int(row["timeline"]))
@@ -274,32 +274,20 @@ class _Story:
             values["guard/verdict"] = row.get("verdict", 0.0)
         values["timeline"] = row["timeline"]
         self._last_step = step
-        self._scalars(values, step=step, at=row.get("time", math.nan))
+        self._parts.append(tfevents.scalars(values, step=step, at=row.get("time", math.nan)))
 
     def purge(self, step: int) -> None:
         """Readers forget everything from `step` on; texts of abandoned steps are told again, for they stay true."""
-        from tensorboard.compat.proto import event_pb2
-
-        log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._add(event_pb2.Event(wall_time=time.time(), step=max(0, step), session_log=log))
+        self._parts.append(tfevents.restart(step))
         for tag in (INCIDENT, COMMAND):
             self._untold[tag] = min(step, self._untold.get(tag, step))
 
     def config(self, text: str, *, name: str) -> None:
-        from tensorboard.compat.proto import event_pb2
-        from tensorboard.plugins.hparams import summary_v2
-
         now = time.time()
-        self._text("config", f"```toml\n{_block(text)}\n```", step=0, at=now)
+        self._parts.append(tfevents.text("config", f"```toml\n{_block(text)}\n```", step=0, at=now))
         with contextlib.suppress(tomllib.TOMLDecodeError):
             values = dict(_flat(tomllib.loads(text)))
-            metrics = [summary_v2.Metric("eval/loss"), summary_v2.Metric("train/loss")]
-            summaries = (
-                summary_v2.hparams_config_pb([summary_v2.HParam(key) for key in values], metrics),
-                summary_v2.hparams_pb(values, trial_id=name),
-            )
-            for summary in summaries:
-                self._add(event_pb2.Event(wall_time=now, step=0, summary=summary))
+            self._parts.append(tfevents.hparams(values, name=name, at=now, metrics=("eval/loss", "train/loss")))
 
     def _turn(self, timeline: int) -> None:
         if timeline > self.timeline:
@@ -312,105 +300,8 @@ class _Story:
         """The texts of `tag` from `step` on, in order of their steps: fast readers drop what is not told in order."""
         for where in sorted(where for other, where in self._texts if other == tag and where >= step):
             events = self._texts[tag, where]
-            self._text(tag, "\n\n".join(_words(event) for event in events), step=where, at=events[-1].time)
-
-    def _session_end(self, event: Event) -> None:
-        from tensorboard.compat.proto import event_pb2, summary_pb2
-        from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
-
-        good = event.data.get("phase") in ("finished", "stopped")
-        status = api_pb2.Status.Value("STATUS_SUCCESS" if good else "STATUS_FAILURE")
-        info = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=event.time)
-        value = summary_pb2.Summary.Value(
-            tag=metadata.SESSION_END_INFO_TAG,
-            metadata=metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=info)),
-            tensor=metadata.NULL_TENSOR,
-        )
-        self._add(event_pb2.Event(wall_time=event.time, step=0, summary=summary_pb2.Summary(value=[value])))
-
-    def _scalars(self, values: dict[str, float], *, step: int, at: float) -> None:
-        from tensorboard.compat.proto import event_pb2, summary_pb2
-
-        summary = summary_pb2.Summary(
-            value=[summary_pb2.Summary.Value(tag=t, simple_value=v) for t, v in values.items()]
-        )
-        self._add(event_pb2.Event(wall_time=time.time() if math.isnan(at) else at, step=step, summary=summary))
-
-    def _text(self, tag: str, text: str, *, step: int, at: float) -> None:
-        from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2, types_pb2
-        from tensorboard.plugins.text.plugin_data_pb2 import TextPluginData
-
-        plugin = summary_pb2.SummaryMetadata.PluginData(
-            plugin_name="text", content=TextPluginData(version=0).SerializeToString()
-        )
-        shape = tensor_shape_pb2.TensorShapeProto(dim=[tensor_shape_pb2.TensorShapeProto.Dim(size=1)])
-        tensor = tensor_pb2.TensorProto(dtype=types_pb2.DT_STRING, string_val=[text.encode()], tensor_shape=shape)
-        metadata = summary_pb2.SummaryMetadata(plugin_data=plugin)
-        value = summary_pb2.Summary.Value(tag=tag, metadata=metadata, tensor=tensor)
-        self._add(event_pb2.Event(wall_time=at, step=max(0, step), summary=summary_pb2.Summary(value=[value])))
-
-    def _add(self, event: Any) -> None:
-        self._parts.append(record(event.SerializeToString()))
-
-
-class EventFile:
-    """An event file of this process, made with the first record, whose name sorts behind all that are there."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._path: Path | None = None
-        self._size = 0
-
-    @property
-    def begun(self) -> bool:
-        return self._path is not None
-
-    def append(self, data: bytes) -> None:
-        """All of `data`, or OSError and a file as before."""
-        if self._path is not None and not self._path.exists():
-            self.close()
-        path = self._path or self._folder / self._name()
-        data = data if self._path else _version() + data
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
-        try:
-            write_all(descriptor, data)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.ftruncate(descriptor, self._size)
-                if not self._size:
-                    path.unlink()
-            raise
-        finally:
-            os.close(descriptor)
-        self._path = path
-        self._size += len(data)
-
-    def others(self) -> list[int]:
-        """Times in the names of the event files that are there."""
-        names = (re.match(r"events\.out\.tfevents\.(\d{10})\.", name) for name in os.listdir(self._folder))
-        return [int(match[1]) for match in names if match]
-
-    def _name(self) -> str:
-        last = max(self.others(), default=0)
-        return f"events.out.tfevents.{max(int(time.time()), last + 1):010d}.guardrail.{os.getpid()}"
-
-    def close(self) -> None:
-        self._path = None
-        self._size = 0
-
-
-def record(data: bytes) -> bytes:
-    """One TFRecord: length, its masked CRC-32C, data, its masked CRC-32C; little-endian."""
-    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
-
-    header = struct.pack("<Q", len(data))
-    return header + struct.pack("<I", masked_crc32c(header)) + data + struct.pack("<I", masked_crc32c(data))
-
-
-def _version() -> bytes:
-    from tensorboard.compat.proto import event_pb2
-
-    return record(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+            markdown = "\n\n".join(_words(event) for event in events)
+            self._parts.append(tfevents.text(tag, markdown, step=where, at=events[-1].time))
 
 
 def _read_position(run: RunDirectory) -> Position:

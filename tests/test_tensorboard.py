@@ -14,7 +14,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import STORE_EVERYTHING_SIZE_GUIDANCE, EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator as PluginAccumulator
 
-from guardrail import tensorboard
+from guardrail import tensorboard, tfevents
 from guardrail.records import Action, Span
 from guardrail.rundir import RunDirectory
 from guardrail.tensorboard import Exporter, catch_up, export
@@ -285,7 +285,7 @@ def test_it_follows_a_run_in_a_thread_until_it_is_stopped(run: RunDirectory) -> 
 def test_a_disk_that_fails_is_logged_once_and_nothing_is_lost(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real = tensorboard.write_all
+    real = tfevents.write_all
 
     def half(descriptor: int, data: bytes) -> None:
         real(descriptor, data[: len(data) // 2])
@@ -295,7 +295,7 @@ def test_a_disk_that_fails_is_logged_once_and_nothing_is_lost(
     with caplog.at_level(logging.WARNING, "guardrail.tensorboard"):
         write(run, (1, 0, 3.0))
         with monkeypatch.context() as patched:
-            patched.setattr(tensorboard, "write_all", half)
+            patched.setattr(tfevents, "write_all", half)
             for _ in range(3):
                 exporter.try_catch_up()
             assert event_files(run) == [] and len(caplog.records) == 1
@@ -303,7 +303,7 @@ def test_a_disk_that_fails_is_logged_once_and_nothing_is_lost(
         exporter.try_catch_up()
         write(run, (2, 0, 2.0))
         with monkeypatch.context() as patched:
-            patched.setattr(tensorboard, "write_all", half)
+            patched.setattr(tfevents, "write_all", half)
             exporter.try_catch_up()
         exporter.try_catch_up()
         assert len(caplog.records) == 4

@@ -1,0 +1,249 @@
+"""Gathers the events of a journal into incidents: the evidence, what was done, what was left out. Pure.
+
+Journals of other versions, and broken ones, are read as far as they make sense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import msgspec
+
+from guardrail.records import Event, Finding, Record, Span
+from guardrail.rundir import findings_of, span_of
+from guardrail.text import clean
+
+_NEAR = 20  # verdicts without an incident's number belong together up to this many steps apart
+
+
+class Document(Record, frozen=True, kw_only=True):
+    """A stretch of a document that was left out. `record` counts from 1; 0: the file is the document."""
+
+    path: str
+    record: int = 0
+    first_byte: int = 0
+    last_byte: int = 0
+    excerpt: str = ""
+
+
+class Deed(Record, frozen=True, kw_only=True):
+    """What was done about an incident.
+
+    Attributes:
+        action: "skip", "rollback", "pause", "halt", or "would ..." where the guard only advised.
+        step, timeline: where the run stood.
+        to_step, tier, steps_lost: of a rollback: the snapshot used, and applied updates that were given up.
+        window: positions [first, last) of the sample order that were left out.
+    """
+
+    action: str
+    step: int
+    timeline: int
+    time: float
+    sentence: str
+    to_step: int | None = None
+    tier: str = ""
+    steps_lost: int = 0
+    window: tuple[int, int] | None = None
+
+
+class Incident(Record, frozen=True, kw_only=True):
+    """Findings that belong together, with what was done and what was left out. `number` 0: the journal gave none."""
+
+    number: int
+    state: str  # "open" or "recovered"
+    onset: int
+    opened: float
+    closed: float | None = None
+    findings: tuple[Finding, ...] = ()
+    parameters: dict[str, list[str]] = msgspec.field(default_factory=dict)  # rank -> non-finite gradients
+    deeds: tuple[Deed, ...] = ()
+    spans: tuple[Span, ...] = ()
+    samples: int = 0
+    documents: tuple[Document, ...] = ()
+    documents_total: int = 0
+
+
+class Casebook:
+    """Gathers events into incidents: by number, else with what happened close by."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, Incident] = {}
+        self._unnumbered = 0
+
+    def of(self, events: Iterable[Event]) -> list[Incident]:
+        for event in events:
+            match event.kind:
+                case "verdict" | "finding":
+                    self._verdict(event)
+                case "left_out" | "rollback":
+                    self._remedy(event)
+                case "incident":
+                    self._turn(event)
+        # Found under negative numbers where the journal gave none.
+        return [
+            msgspec.structs.replace(incident, number=max(0, number)) if number < 0 else incident
+            for number, incident in self._found.items()
+        ]
+
+    def _verdict(self, event: Event) -> None:
+        action = event.data.get("action", "")
+        would = event.data.get("would")
+        findings = findings_of(event)
+        if not findings and action in ("", "apply"):
+            return
+        incident = self._at(event, findings)
+        changes: dict[str, Any] = {"findings": _joined(incident.findings, findings)}
+        parameters = event.data.get("parameters")
+        if isinstance(parameters, dict):
+            changes["parameters"] = incident.parameters | {
+                clean(str(rank), 20): [clean(str(name), 200) for name in names]
+                for rank, names in parameters.items()
+                if isinstance(names, list)
+            }
+        # A rollback is told by its own line, with the snapshot that was used.
+        if action == "apply" and would and would != "apply":
+            action = f"would {would}"
+        if action not in ("", "apply", "rollback"):
+            changes["deeds"] = (*incident.deeds, deed_of(event, clean(str(action), 40)))
+        self._put(incident, changes)
+
+    def _remedy(self, event: Event) -> None:
+        span = span_of(event)
+        if span is not None and span.cause == "user":
+            return
+        incident = self._at(event)
+        changes: dict[str, Any] = {}
+        if span is not None and span not in incident.spans:
+            changes = _with_span(incident, span, event)
+        if event.kind == "rollback":
+            changes["deeds"] = (*incident.deeds, deed_of(event, "rollback"))
+        self._put(incident, changes)
+
+    def _turn(self, event: Event) -> None:
+        over = event.data.get("state") == "recovered"
+        self._put(self._at(event), {"state": "recovered", "closed": event.time} if over else {})
+
+    def _at(self, event: Event, findings: Iterable[Finding] = ()) -> Incident:
+        """The incident of an event. Its onset is the earliest that anything names."""
+        number = whole(event.data.get("incident", event.data.get("number")))
+        if number <= 0:
+            number = self._close_by(event)
+        named = [event.data.get("onset"), *(finding.onset for finding in findings)]
+        onsets = [onset for onset in named if isinstance(onset, int) and onset > 0]
+        incident = self._found.get(number) or self._adopted(number, event)
+        if incident is None:
+            onset = min(onsets, default=event.step)
+            return Incident(number=number, state="open", onset=onset, opened=event.time)
+        return msgspec.structs.replace(incident, onset=min([incident.onset, *onsets]))
+
+    def _adopted(self, number: int, event: Event) -> Incident | None:
+        """A verdict may have come before the line that gives its incident a number."""
+        before = self._near(event)
+        if number < 0 or before is None or before.number > 0:
+            return None
+        del self._found[before.number]
+        return msgspec.structs.replace(before, number=number)
+
+    def _close_by(self, event: Event) -> int:
+        before = self._near(event)
+        if before is not None:
+            return before.number
+        self._unnumbered -= 1
+        return self._unnumbered
+
+    def _near(self, event: Event) -> Incident | None:
+        """The newest incident, if it is open and the event happened close by."""
+        last = next(reversed(self._found.values()), None)
+        if last is None or last.state != "open":
+            return None
+        steps = [deed.step for deed in last.deeds] + [finding.step for finding in last.findings] + [last.onset]
+        return last if min(abs(event.step - step) for step in steps) <= _NEAR else None
+
+    def _put(self, incident: Incident, changes: dict[str, Any]) -> None:
+        self._found[incident.number] = msgspec.structs.replace(incident, **changes)
+
+
+def _joined(known: tuple[Finding, ...], new: Iterable[Finding]) -> tuple[Finding, ...]:
+    """The worst of each kind of finding on each signal, in the order in which they first appeared."""
+    worst = {(f.signal, f.kind): f for f in known}
+    for finding in new:
+        key = (finding.signal, finding.kind)
+        before = worst.get(key)
+        if before is None or (before.score == before.score and not finding.score <= before.score):
+            worst[key] = finding
+    return tuple(msgspec.structs.replace(f, signal=clean(f.signal, 60)) for f in worst.values())
+
+
+def deed_of(event: Event, action: str) -> Deed:
+    data = event.data
+    window = data.get("window")
+    to_step = data.get("to_step")
+    lost = whole(data.get("from_step")) - to_step if isinstance(to_step, int) else 0
+    span = span_of(event)
+    return Deed(
+        action=action,
+        step=event.step,
+        timeline=event.timeline,
+        time=event.time,
+        sentence=clean(event.message, 600),
+        to_step=to_step if isinstance(to_step, int) else None,
+        tier=clean(str(data.get("tier", "")), 40),
+        steps_lost=max(0, lost),
+        window=_pair(window) or ((span.first, span.last) if span else None),
+    )
+
+
+def _with_span(incident: Incident, span: Span, event: Event) -> dict[str, Any]:
+    """A rollback's window usually covers the batches that were rejected before it: nothing counts twice."""
+    documents = _documents(event)
+    total = max(whole(event.data.get("documents_total")), len(documents))
+    spans = (*incident.spans, span)
+    if not all(span.first <= known.first and known.last <= span.last for known in incident.spans):
+        documents = tuple(dict.fromkeys((*incident.documents, *documents)))
+        total += incident.documents_total
+    samples, end = 0, 0
+    for first, last in sorted((known.first, known.last) for known in spans):
+        samples += max(0, last - max(first, end))
+        end = max(end, last)
+    return {"spans": spans, "samples": samples, "documents": documents, "documents_total": total}
+
+
+def _documents(event: Event) -> tuple[Document, ...]:
+    found = []
+    raw = event.data.get("documents")
+    for item in raw if isinstance(raw, list) else []:
+        if isinstance(item, str):
+            found.append(Document(path=clean(item, 400)))
+        elif isinstance(item, dict):
+            found.append(
+                Document(
+                    path=clean(str(item.get("path", "")), 400),
+                    record=whole(item.get("record")),
+                    first_byte=whole(item.get("first_byte")),
+                    last_byte=whole(item.get("last_byte")),
+                    excerpt=clean(str(item.get("excerpt") or ""), 200),
+                )
+            )
+    return tuple(found)
+
+
+def asked_for(events: Iterable[Event]) -> Iterator[Deed]:
+    """Skips and rollbacks that a person wanted: no incidents."""
+    for event in events:
+        span = span_of(event) if event.kind in ("left_out", "rollback") else None
+        if span is not None and span.cause == "user":
+            yield deed_of(event, "rollback" if event.kind == "rollback" else "skip")
+
+
+def whole(value: Any) -> int:
+    if isinstance(value, float) and value == value and abs(value) < 2**63:
+        return int(value)
+    return value if isinstance(value, int) else 0
+
+
+def _pair(value: Any) -> tuple[int, int] | None:
+    if isinstance(value, list) and len(value) == 2 and all(isinstance(item, int) for item in value):
+        return value[0], value[1]
+    return None
