@@ -125,8 +125,8 @@ class Controller:
         )
         action = decide(findings, streak=streak, in_a_row=in_a_row, settings=self.settings)
         onset = max(1, min(finding.onset for finding in findings))
-        window = (obs.first, obs.last) if action is Action.SKIP else self._window(onset, obs)
-        reason = self._reason(action, findings, onset=onset, window=window, streak=streak, in_a_row=in_a_row)
+        window, before = ((obs.first, obs.last), None) if action is Action.SKIP else self._window(onset, obs)
+        reason = self._reason(action, findings, before=before, window=window, streak=streak, in_a_row=in_a_row)
         number, state = self.incidents.trouble(obs.step, onset) if trouble else (None, "")
         taken, would = action, None
         if self.mode is Mode.ADVISE:
@@ -142,6 +142,7 @@ class Controller:
             findings=findings,
             onset=onset,
             window=window,
+            before_step=before,
             reason=reason,
             would=would,
             accepted=False,
@@ -179,26 +180,32 @@ class Controller:
         empty = sum(applied_end <= first and last <= obs.first for first, last in self._empty_spans)
         return max(0, obs.streak - empty)
 
-    def _window(self, onset: int, obs: Observation) -> tuple[int, int]:
-        """Positions that a rollback leaves out. A function of the onset and of applied batches alone, never of which
-        snapshot is at hand: the data that a run meets must not depend on what a crash has left of its ring."""
+    def _window(self, onset: int, obs: Observation) -> tuple[tuple[int, int], int]:
+        """(Positions that a rollback leaves out, first step whose batch is among them).
+
+        A function of the onset and of applied batches alone, never of which snapshot is at hand: the data that a run
+        meets must not depend on what a crash has left of its ring.
+        """
         history = self._history
         index = bisect_left(history, onset, key=lambda batch: batch.step) - self.settings.window_before
-        if index < len(history) and history:
-            first = history[max(0, index)].first
+        before = obs.step
+        if history and index < len(history):
+            batch = history[max(0, index)]
+            first, before = batch.first, batch.step
         elif history:
             first = history[-1].last
         else:
+            # Nothing was ever applied: the rejected batches reach back to about here, and are left out already.
             first = max(0, obs.first - obs.streak * (obs.last - obs.first))
         span = min([obs.last - obs.first, *(batch.last - batch.first for batch in history)])
-        return min(first, obs.first), obs.last + self.settings.window_after * span
+        return (min(first, obs.first), obs.last + self.settings.window_after * span), before
 
     def _reason(
         self,
         action: Action,
         findings: tuple[Finding, ...],
         *,
-        onset: int,
+        before: int | None,
         window: tuple[int, int],
         streak: int,
         in_a_row: int,
@@ -215,7 +222,7 @@ class Controller:
                 f"{what}, {cause}: halt, since {in_a_row} rollbacks without {settings.healthy_after} healthy steps "
                 f"between them are as many as guard.rollbacks allows"
             )
-        return f"{what}, {cause}: go back before step {onset} and leave out positions {window[0]} to {window[1] - 1}"
+        return f"{what}, {cause}: go back before step {before}, leave out positions {window[0]} to {window[1] - 1}"
 
     # -- what is known -------------------------------------------------------------------------------------------
 

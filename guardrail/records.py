@@ -120,6 +120,7 @@ class Verdict(Record, frozen=True, kw_only=True):
         findings: the evidence, most severe first.
         onset: first step of the trouble; rollback goes to a snapshot before it.
         window: for ROLLBACK, positions [first, last) to quarantine; else the batch's own span.
+        before_step: for ROLLBACK, the first step whose batch is in the window: the state to go back to is older.
         reason: one sentence with numbers, for the journal.
         would: in `advise` and in PAUSE, the action that `auto` would have taken.
         accepted: the value enters the baselines (False for every rejected step).
@@ -132,6 +133,7 @@ class Verdict(Record, frozen=True, kw_only=True):
     findings: tuple[Finding, ...] = ()
     onset: int | None = None
     window: tuple[int, int] | None = None
+    before_step: int | None = None
     reason: str = ""
     would: Action | None = None
     accepted: bool = True

@@ -3,10 +3,14 @@
 Everything is measured in logarithms, so that units cancel and a norm that doubles weighs the same at 0.1 and at 10.
 
     centre  median of the last `FOLLOW` accepted logarithms. Short, because losses fall fast in early training and
-            norms drift for a whole run; long enough that three bad values in a row do not move it.
-    scale   1.4826 x median of |y - centre| over the last `window` accepted steps, each deviation taken from the
-            centre as it stood before the step. So the scale is the error of predicting the next value, and a
-            steady slope is part of it. 1.4826 makes it the standard deviation if the noise is normal (Hampel 1974).
+            norms drift for a whole run; long enough that a few bad values in a row do not move it.
+    scale   1.4826 x median of the deviations of the last `window` accepted steps (1.4826 makes it the standard
+            deviation if the noise is normal, Hampel 1974). A value's deviation is taken from the centre as it stood
+            before it, less the lag: the median of the last such differences. On a steady slope the centre lags by
+            a constant, which is no noise; left in, it would hide every spike of the first steps' fast fall.
+
+Scores themselves are taken from the centre without the lag. On a falling signal that is the careful side, and when a
+fall ends at once there is no lag to be wrong about.
 """
 
 from __future__ import annotations
@@ -17,13 +21,15 @@ from collections.abc import Iterable
 from typing import Any
 
 MAD_TO_SIGMA = 1.4826
-# Values in the centre: a fall of 1 % a step lags it by about 12 %, and 12 outliers would be needed to move it.
-FOLLOW = 24
+# Values in the centre: six outliers in a row would move it; a fall of 1 % a step makes it lag by 6 %.
+FOLLOW = 12
+# Differences in the lag: twice as many, or the lag would follow the noise that it is to be told from.
+LAG = 2 * FOLLOW
 # The scale never counts as less than this share of what has been usual of late. A stretch of repeated numbers
 # (a stuck or rounded signal) would otherwise make the next ordinary value a spike.
 USUAL_SHARE = 0.5
 # "Of late", in windows. An average of logarithms, or the fall of the first steps would rule for thousands of steps.
-USUAL_WINDOWS = 2
+USUAL_WINDOWS = 8
 
 
 class SortedWindow:
@@ -62,7 +68,7 @@ class Baseline:
         floor: least scale that counts, in log units: changes below a few times this are nobody's business.
     """
 
-    __slots__ = ("_centre", "_deviations", "count", "floor", "usual", "window")
+    __slots__ = ("_centre", "_deviations", "_differences", "count", "floor", "usual", "window")
 
     def __init__(self, *, window: int, floor: float) -> None:
         self.window = window
@@ -73,6 +79,7 @@ class Baseline:
         self.count = 0  # accepted values since the beginning
         self.usual = self.floor  # slow geometric mean of the scale
         self._centre = SortedWindow(FOLLOW)
+        self._differences = SortedWindow(LAG)
         self._deviations = SortedWindow(self.window)
 
     @property
@@ -94,7 +101,10 @@ class Baseline:
         self.count += 1
         if self._centre.sorted:
             deviations = self._deviations
-            deviations.push(abs(y - self._centre.median()))
+            difference = y - self._centre.median()
+            lag = self._differences.median() if self._differences.sorted else 0.0
+            deviations.push(abs(difference - lag))
+            self._differences.push(difference)
             now = max(MAD_TO_SIGMA * deviations.median(), self.floor)
             self.usual *= (now / self.usual) ** (1.0 / min(self.count, USUAL_WINDOWS * self.window))
         self._centre.push(y)
@@ -108,6 +118,7 @@ class Baseline:
             "count": self.count,
             "usual": self.usual,
             "centre": list(self._centre.arrivals),
+            "differences": list(self._differences.arrivals),
             "deviations": list(self._deviations.arrivals),
         }
 
@@ -115,4 +126,5 @@ class Baseline:
         self.count = int(state["count"])
         self.usual = float(state["usual"])
         self._centre = SortedWindow(FOLLOW, state["centre"])
+        self._differences = SortedWindow(LAG, state["differences"])
         self._deviations = SortedWindow(self.window, state["deviations"])

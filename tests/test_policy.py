@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import pytest
+
+from guardrail.config import GuardSection
+from guardrail.incidents import Incidents
+from guardrail.policy import Rollback, by_severity, choose_target, confirmed, decide, is_trouble, rollbacks_in_a_row
+from guardrail.records import Action, Finding, Kind, Severity, SnapshotInfo
+
+SETTINGS = GuardSection(persist=3, rollbacks=2, healthy_after=100)
+
+
+def finding(severity: Severity, kind: Kind = Kind.LOSS_SPIKE, score: float = 10.0, threshold: float = 8.0) -> Finding:
+    return Finding(
+        signal="loss",
+        step=9,
+        kind=kind,
+        severity=severity,
+        value=9.0,
+        baseline=2.0,
+        score=score,
+        threshold=threshold,
+        onset=9,
+    )
+
+
+NOTE, REJECT = finding(Severity.NOTE), finding(Severity.REJECT)
+PERSISTENT = finding(Severity.PERSISTENT, Kind.DIVERGENCE)
+EMPTY = finding(Severity.REJECT, Kind.NO_TOKENS, 0.0, 0.0)
+NAN = finding(Severity.REJECT, Kind.NONFINITE, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("findings", "streak", "in_a_row", "action"),
+    [
+        ([], 0, 0, Action.APPLY),
+        ([], 9, 9, Action.APPLY),
+        ([NOTE], 9, 9, Action.APPLY),
+        ([REJECT], 0, 0, Action.SKIP),
+        ([REJECT], 1, 9, Action.SKIP),
+        ([REJECT], 2, 0, Action.ROLLBACK),
+        ([NAN, NOTE], 2, 1, Action.ROLLBACK),
+        ([REJECT], 2, 2, Action.HALT),
+        ([PERSISTENT], 0, 0, Action.ROLLBACK),
+        ([PERSISTENT], 0, 2, Action.HALT),
+        ([EMPTY], 50, 9, Action.SKIP),
+    ],
+)
+def test_the_ladder(findings: list[Finding], streak: int, in_a_row: int, action: Action) -> None:
+    assert decide(findings, streak=streak, in_a_row=in_a_row, settings=SETTINGS) is action
+
+
+def test_a_budget_of_nothing_halts_at_once_and_a_persist_of_one_rolls_back_at_once() -> None:
+    settings = GuardSection(persist=1, rollbacks=0)
+    assert decide([REJECT], streak=0, in_a_row=0, settings=settings) is Action.HALT
+    assert decide([REJECT], streak=0, in_a_row=0, settings=GuardSection(persist=1)) is Action.ROLLBACK
+
+
+def test_evidence_stands_most_severe_first_and_nan_before_numbers() -> None:
+    far = finding(Severity.REJECT, score=80.0)
+    assert by_severity([NOTE, REJECT, far, NAN, PERSISTENT]) == (PERSISTENT, NAN, far, REJECT, NOTE)
+
+
+def test_a_batch_without_labels_is_no_trouble() -> None:
+    assert not is_trouble([EMPTY]) and not is_trouble([NOTE]) and is_trouble([EMPTY, REJECT])
+
+
+def done(from_step: int, to_step: int, *, by_person: bool = False) -> Rollback:
+    return Rollback(from_step=from_step, to_step=to_step, onset=from_step, window=(0, 1), by_person=by_person)
+
+
+@pytest.mark.parametrize(
+    ("rollbacks", "applied", "count"),
+    [
+        ([], 500, 0),
+        ([done(400, 390)], 499, 1),
+        ([done(400, 390)], 500, 0),
+        ([done(400, 390)], 395, 1),  # failed again before it got back to where it was
+        ([done(300, 290), done(399, 390)], 450, 2),
+        ([done(300, 290), done(400, 390)], 450, 1),
+        ([done(100, 90), done(300, 290), done(400, 390)], 450, 1),
+        ([done(400, 100)], 450, 1),  # far back: the 300 steps that are run again clear nothing
+        ([done(400, 390, by_person=True)], 450, 0),
+        ([done(395, 390), done(400, 390, by_person=True)], 450, 1),
+    ],
+)
+def test_rollbacks_in_a_row_lie_less_than_healthy_after_apart(
+    rollbacks: list[Rollback], applied: int, count: int
+) -> None:
+    assert rollbacks_in_a_row(rollbacks, applied=applied, healthy_after=100) == count
+
+
+def info(step: int, state: str = "good", *, timeline: int = 0, cursor: int | None = None) -> SnapshotInfo:
+    return SnapshotInfo(
+        step=step, cursor=step * 16 if cursor is None else cursor, timeline=timeline, tier="memory", state=state
+    )
+
+
+def test_the_target_is_the_newest_good_state_strictly_before_the_window() -> None:
+    infos = [info(10), info(20), info(30), info(40, "candidate"), info(25, "suspect")]
+    assert choose_target(infos, 31) == info(30)
+    assert choose_target(infos, 30) == info(20)
+    assert choose_target(infos, 100) == info(30)
+    assert choose_target(infos, 100, good_only=False) == info(40, "candidate")
+    assert choose_target(infos, 10) is None
+    assert choose_target([info(25, "suspect")], 30, good_only=False) is None
+    assert choose_target([], 30) is None
+
+
+def test_a_state_that_has_passed_the_window_is_no_target() -> None:
+    assert choose_target([info(10), info(20, cursor=999)], 30, cursor=320) == info(10)
+
+
+def test_a_candidate_is_confirmed_by_enough_healthy_steps() -> None:
+    infos = [info(10, "candidate"), info(20, "candidate"), info(5), info(8, "suspect")]
+    assert confirmed(infos, healthy_through=17, confirm=8) == []
+    assert confirmed(infos, healthy_through=18, confirm=8) == [infos[0]]
+    assert confirmed(infos, healthy_through=28, confirm=8) == infos[:2]
+    assert confirmed(infos, healthy_through=20, confirm=0) == infos[:2]
+
+
+def test_an_incident_is_over_after_confirm_healthy_steps_from_its_last_finding_on() -> None:
+    incidents = Incidents(confirm=3)
+    assert incidents.healthy(1) == (None, "")
+    assert incidents.trouble(10, 9) == (1, "open")
+    assert incidents.trouble(10, 8) == (1, "")
+    assert incidents.onset == 8
+    # The run goes back to step 5: what is run again proves nothing.
+    assert [incidents.healthy(step) for step in range(6, 12)] == [(1, "")] * 6
+    assert incidents.healthy(12) == (1, "recovered")
+    assert incidents.healthy(13) == (None, "")
+    assert incidents.trouble(14, 14) == (2, "open")
+
+
+def test_incidents_go_on_after_a_crash() -> None:
+    incidents = Incidents(confirm=2)
+    incidents.resume(4, is_open=True, onset=90, step=100)
+    assert incidents.trouble(95, 95) == (4, "")
+    assert [incidents.healthy(step) for step in (98, 99, 100, 101)] == [(4, "")] * 3 + [(4, "recovered")]
+    incidents = Incidents(confirm=2)
+    incidents.resume(4)
+    assert incidents.trouble(95, 95) == (5, "open")
