@@ -308,7 +308,7 @@ def _checkpoints(events: Iterable[Event]) -> list[CheckpointLine]:
         known = before if before is not None and name else None
         found[name or f"seq {event.seq}"] = CheckpointLine(
             name=name,
-            step=whole(data.get("cp_step")) or (known.step if known else event.step),
+            step=whole(data["cp_step"]) if "cp_step" in data else known.step if known else event.step,
             state=clean(str(data.get("state", "")), 40),
             bytes=whole(data.get("bytes")) or (known.bytes if known else 0),
             reason=clean(str(data.get("reason") or ""), 400),

@@ -83,6 +83,7 @@ def spike(run: RunDirectory, *, number: int = 1, step: int = 5, first: int = 40)
 def finished(run: RunDirectory) -> None:
     start(run)
     rows(run, 1, 2, 3, 4)
+    run.append("checkpoint", path="step-00000000", state="good", cp_step=0, bytes=900, step=1)
     run.append("checkpoint", path="step-00000002", state="candidate", cp_step=2, bytes=41_000_000, step=2)
     spike(run)
     rows(run, 3, 4, 5, 6, timeline=1)
@@ -111,6 +112,7 @@ def test_a_finished_run_with_an_incident(run: RunDirectory) -> None:
     assert (incident.samples, incident.documents_total, len(incident.documents)) == (12, 5, 2), "nothing counts twice"
     assert incident.documents[0].excerpt == "Ã‚Â Ã‚Â" and incident.documents[0].record == 12
     assert [(c.name, c.step, c.state, c.bytes) for c in report.checkpoints] == [
+        ("step-00000000", 0, "good", 900),
         ("step-00000002", 2, "good", 41_000_000),
         ("", 5, "failed", 0),
     ]
