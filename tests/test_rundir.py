@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -20,6 +21,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from guardrail import journal
 from guardrail.errors import RunDirectoryError
 from guardrail.records import (
     METRIC_COLUMNS,
@@ -220,6 +222,43 @@ def test_a_full_disk_raises_and_leaves_no_half_line(run: RunDirectory) -> None:
         run.append("note", "x" * 200)
     assert run.journal_path.read_bytes() == before
     assert run.append("note", "after").seq == 2
+
+
+def test_an_event_is_on_disk_before_it_counts_and_a_row_costs_no_sync(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, write, replace = os.fsync, os.write, os.replace
+    monkeypatch.setattr(os, "fsync", lambda d: (done.append("sync"), fsync(d))[1])
+    monkeypatch.setattr(os, "write", lambda d, data: (done.append("write"), write(d, data))[1])
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append("rename"), replace(a, b))[1])
+    run.append("note", "first")
+    assert done == ["sync", "write", "sync"], "the folder that names the new file, then the line"
+    done.clear()
+    run.append("note", "second")
+    assert done == ["write", "sync"]
+    with run.metrics_writer() as writer:
+        done.clear()
+        writer.append(row(1))
+    assert done == ["write"]
+    done.clear()
+    run.write_config("a = 1")
+    assert done == ["write", "sync", "rename", "sync"]
+    done.clear()
+    run.write_status(Status(run="demo", phase=Phase.STEP))
+    assert done == ["write", "rename"]
+
+
+def test_a_writer_that_never_lets_go_does_not_hold_the_others_for_ever(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.append("note")
+    monkeypatch.setattr(journal, "LOCK_SECONDS", 0.05)
+    with run.journal_path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(OSError, match="does not let go"):
+            run.append("note")
+    assert run.append("note").seq == 2
 
 
 WRITER = """
