@@ -109,9 +109,12 @@ class Trainer:
 
     def train(self) -> Phase:
         """Train until the run ends; returns how it ended."""
+        if self.run_directory is not None and self.rank == 0 and (self.corpus.report.bad or self.corpus.report.rebuilt):
+            for line in self.corpus.report.lines():
+                self.run_directory.append("note", line)
         try:
             for step in self.guard:
-                self._train_step(step)
+                self.train_step(step)
                 if step.applied and self._evaluation_due(step.number):
                     self._evaluate()
         finally:
@@ -121,7 +124,8 @@ class Trainer:
         assert self.guard.phase is not None
         return self.guard.phase
 
-    def _train_step(self, step: Step) -> None:
+    def train_step(self, step: Step) -> None:
+        """Forward and backward over this rank's share of the batch, then the verdict."""
         config = self.config
         micro_batches = self.loader.load(step.batch)
         ahead = self.guard.ahead(step.batch)

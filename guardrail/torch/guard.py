@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from guardrail.config import Settings
 from guardrail.controller import Controller
-from guardrail.errors import UsageError
+from guardrail.errors import DataError, UsageError
 from guardrail.heartbeat import Heartbeat
 from guardrail.ledger import Batch, Ledger, SampleOrder
 from guardrail.past import Past
@@ -210,9 +210,12 @@ class Guard:
         """The batch that follows `batch` if it is applied: what a loader may fetch meanwhile."""
         position = self.ledger.state()
         self.ledger.passed(batch, applied=True)
-        following = self.ledger.next_batch()
-        self.ledger.restore(position)
-        return following
+        try:
+            return self.ledger.next_batch()
+        except DataError:
+            return None  # said when that batch is really wanted
+        finally:
+            self.ledger.restore(position)
 
     def enter(self, phase: Phase) -> None:
         """Say what the loop does between steps, and that it gets ahead; call it again now and then."""
