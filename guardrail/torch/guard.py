@@ -522,6 +522,8 @@ class Guard:
         if answer is Answer.GO_ON and math.isfinite(reduced.loss) and math.isfinite(reduced.grad_norm):
             self.controller.overrule(observation)
             self._apply(step, reduced)
+            if self._row is not None:
+                self._row["verdict"] = list(Action).index(Action.APPLY)
         elif answer is Answer.GO_ON:
             self._skip(step, verdict)
         elif answer is Answer.AS_PROPOSED and would is Action.ROLLBACK:
