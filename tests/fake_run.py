@@ -96,46 +96,52 @@ class FakeRun:
         return self
 
     def spike(self, *, length: int = 3, back_to: int | None = None) -> FakeRun:
-        """The loss jumps for `length` batches; the guard goes back to the newest snapshot before it."""
-        onset = self.step + 1
-        values = [6.84, 11.5, 9.7, 8.8, 8.1][:length] + [8.0] * max(0, length - 5)
-        rejected = np.full(length, onset)
-        _, grad, embed, base = self._healthy(rejected)
-        finding = Finding(signal="loss", step=onset, kind=Kind.LOSS_SPIKE, severity=Severity.REJECT, value=values[1],
-                          baseline=float(base[0]), score=41.2, threshold=8.0, onset=onset)  # fmt: skip
-        grad_finding = msgspec.structs.replace(
-            finding, signal="grad_norm", kind=Kind.GRAD_SPIKE, value=38.1, baseline=0.71, score=22.8, threshold=10.0
-        )
+        """The loss jumps for `length` batches in a row; the guard leaves each out, then goes back before them."""
         self.incident += 1
-        self.event("verdict", f"left out: {finding.sentence()}", action="skip", findings=[finding, grad_finding],
-                   onset=onset)  # fmt: skip
-        self.event("incident", f"incident {self.incident} opened", number=self.incident, state="open", onset=onset)
-        self._rows(rejected, np.array(values), grad * 50, embed * 80, base, verdict=Action.SKIP)
-        self.cursor += length * BATCH
-        self.time += length * STEP_SECONDS
-        target = back_to if back_to is not None else max(s.step for s in self.snapshots if s.step < onset - 4)
-        self.leave_out(onset, samples=length * BATCH - 36 if length * BATCH > 36 else length * BATCH)
+        first, at, last = self.cursor, self.step, self.step + 1
+        for index in range(length):
+            value = (6.84, 11.5, 9.7, 8.8)[index % 4]
+            _, grad, embed, base = self._healthy(np.array([last]))
+            finding = Finding(signal="loss", step=last, kind=Kind.LOSS_SPIKE, severity=Severity.REJECT, value=value,
+                              baseline=float(base[0]), score=4 * value - 9, threshold=8.0, onset=last)  # fmt: skip
+            other = msgspec.structs.replace(finding, signal="grad_norm", kind=Kind.GRAD_SPIKE,
+                                            value=float(grad[0] * 50), baseline=0.71, score=22.8)  # fmt: skip
+            self._rows(np.array([last]), np.array([value]), grad * 50, embed * 80, base, verdict=Action.SKIP)
+            action = "skip" if index < length - 1 else "rollback"
+            self.event("verdict", f"{action} at step {last}: {finding.sentence()}", action=action, onset=last,
+                       findings=[finding, other], incident=self.incident, at_step=last)  # fmt: skip
+            if not index:
+                self.event(
+                    "incident", f"incident {self.incident}: open", number=self.incident, state="open", onset=last
+                )
+            if action == "skip":
+                self._left_out("left_out", "", self.cursor, self.cursor + BATCH, "rejected", last)
+            self.cursor, self.time = self.cursor + BATCH, self.time + STEP_SECONDS
+        target = back_to if back_to is not None else max(s.step for s in self.snapshots if s.step < last - 4)
+        message = f"rolled back from step {at} to {target} (memory), "
+        self._left_out("rollback", message, first, self.cursor, "rollback", last, to_step=target, from_step=at,
+                       onset=last, window=[first, self.cursor], tier="memory",
+                       new_timeline=self.timeline + 1)  # fmt: skip
+        self.snapshots = [s for s in self.snapshots if s.step <= target or s.tier == "disk"]
         self.snapshots = [msgspec.structs.replace(s, state="suspect") if s.step > target else s for s in self.snapshots]
-        self.event("rollback", f"rolled back to {target:,}; leaving out {length} batches", to_step=target,
-                   from_step=self.step, onset=onset, window=[self.cursor - length * BATCH, self.cursor],
-                   new_timeline=self.timeline + 1, incident=self.incident, tier="memory")  # fmt: skip
         self.step, self.timeline = target, self.timeline + 1
         return self
 
-    def recover(self) -> FakeRun:
-        self.event("incident", f"incident {self.incident} is over", number=self.incident, state="recovered", onset=0)
-        self.snapshots = [s for s in self.snapshots if s.state != "suspect"]
-        return self
-
-    def leave_out(self, step: int, *, samples: int) -> None:
+    def _left_out(self, kind: str, message: str, first: int, last: int, cause: str, step: int, **data: Any) -> None:
         documents = [
             DocumentRef(path="/data/corpus/0037.txt", first_byte=8192, last_byte=12288),
             DocumentRef(path="/data/corpus/0038.txt"),
             DocumentRef(path="/data/corpus/web.jsonl", record=1207),
         ]
-        span = Span(first=self.cursor, last=self.cursor + samples, cause="rejected", step=step)
-        self.event("left_out", f"left out {samples} samples of 3 documents", span=span, documents=documents,
-                   documents_total=3, samples=samples, incident=self.incident)  # fmt: skip
+        span = Span(first=first, last=last, cause=cause, step=step)
+        self.event(kind, f"{message}left out {last - first} samples of 3 documents", span=span, documents=documents,
+                   documents_total=3, samples=last - first, incident=self.incident, **data)  # fmt: skip
+
+    def recover(self) -> FakeRun:
+        self.event("incident", f"incident {self.incident}: recovered", number=self.incident, state="recovered",
+                   onset=None)  # fmt: skip
+        self.snapshots = [s for s in self.snapshots if s.state != "suspect"]
+        return self
 
     def not_a_number(self) -> FakeRun:
         """One batch whose loss is NaN on rank 1: left out."""
@@ -145,16 +151,16 @@ class FakeRun:
         self.incident += 1
         bad = np.array([math.nan])
         self._rows(np.array([at]), bad, np.array([math.inf]), bad, np.array([2.31]), verdict=Action.SKIP)
-        self.event("verdict", "left out: loss is NaN on rank 1", action="skip", findings=[finding], onset=at)
-        self.event("incident", f"incident {self.incident} opened", number=self.incident, state="open", onset=at)
-        self.event("left_out", "left out 16 samples", samples=16, incident=self.incident, documents_total=2,
-                   span=Span(first=self.cursor, last=self.cursor + BATCH, cause="rejected", step=at))  # fmt: skip
+        self.event("verdict", f"skip at step {at}: loss is NaN on rank 1", action="skip", findings=[finding], onset=at,
+                   incident=self.incident, at_step=at)  # fmt: skip
+        self.event("incident", f"incident {self.incident}: open", number=self.incident, state="open", onset=at)
+        self._left_out("left_out", "", self.cursor, self.cursor + BATCH, "rejected", at)
         self.cursor += BATCH
         return self
 
     def ask(self, question: str) -> FakeRun:
         self.phase, self.question = Phase.PAUSED, question
-        self.event("paused", question, reason=question)
+        self.event("paused", question, proposals=["rollback", "go on", "stop"])
         return self
 
     def end(self, phase: Phase, exit_code: int) -> FakeRun:
@@ -350,8 +356,9 @@ class LiveRun:
             case CommandKind.SKIP:
                 fake.cursor += int(command.value) * BATCH
             case CommandKind.ROLLBACK if command.value in {s.step for s in fake.snapshots}:
-                fake.event("rollback", f"rolled back to {command.value:,.0f} by {command.who}",
-                           to_step=int(command.value), from_step=fake.step, new_timeline=fake.timeline + 1)  # fmt: skip
+                span = Span(first=fake.cursor, last=fake.cursor, cause="user", step=fake.step)
+                fake.event("rollback", f"rolled back to {command.value:.0f} by command", to_step=int(command.value),
+                           from_step=fake.step, new_timeline=fake.timeline + 1, span=span)  # fmt: skip
                 fake.step, fake.timeline = int(command.value), fake.timeline + 1
                 fake.snapshots = [s for s in fake.snapshots if s.step <= fake.step]
             case CommandKind.STOP:
@@ -360,6 +367,7 @@ class LiveRun:
                 fake.phase, fake.question = Phase.STEP, ""
             case _:
                 reason = f"not possible while {fake.phase.value}"
+        self._flush()
         answer = self.run.answer(command, applied=not reason, reason=reason, step=fake.step, timeline=fake.timeline)
         fake.events.append(answer)
         self._events += 1

@@ -28,6 +28,7 @@ MODES = {
 }
 WIDE, HIGH = 100, 26  # from this size on there are three charts and a side
 ROOMY = 18  # rows from which on the hidden charts have a line each
+PROPOSALS = {"rollback": ": roll back, and leave that data out", "halt": ": save and end", "skip": ": leave it out"}
 ANSWERS = ("Do as proposed", "Go on as if nothing had happened", "Stop here with a checkpoint")
 
 
@@ -244,8 +245,8 @@ class Cockpit(Screen[None]):
             self._say("the guard asks nothing now")
             return
         question = status.question
-        proposals = self.view.snapshot.story.proposals
-        names = proposals if len(proposals) == len(ANSWERS) else ANSWERS
+        proposed = PROPOSALS.get(next(iter(self.view.snapshot.story.proposals), ""), "")
+        names = (ANSWERS[0] + proposed, *ANSWERS[1:])
 
         def send(index: int | None) -> None:
             if index is not None:

@@ -126,6 +126,11 @@ class RunReader:
             assert view is not None, "rows came without a view"
             self._track.add(view.columns, np.asarray(view.array[at : min(end, at + _CHUNK)]))
             self._publish(series=self._track.series())
+        # A rollback is true from its journal line on, before the first row of the new timeline.
+        limit = self._follower.timelines.end(self._track.timeline)
+        if limit < self._latest.series.last_step:
+            self._track.abandon(after=limit)
+            self._publish(series=self._track.series())
 
     def _publish(self, **news: Any) -> None:
         """Replace the latest snapshot, and say so where it says something new."""

@@ -23,6 +23,9 @@ _X_STEPS = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
 _X_WHOLE = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
 
 
+_UNITS = ((1e3, 1.0, ""), (1e6, 1e3, "k"), (1e9, 1e6, "M"))
+
+
 @dataclass(frozen=True, slots=True)
 class XScale:
     """x -> dot column: floor((x - first) / per_dot), for `dots` columns."""
@@ -76,8 +79,9 @@ class YScale:
             return np.where(y > 0, np.log10(np.clip(y, 1 / _HUGE, _HUGE)), np.where(np.isnan(y), np.nan, -np.inf))
 
     def rows(self, y: np.ndarray, dots: int) -> np.ndarray:
-        """Dot rows (float, not clipped to the plot) of values y."""
-        return np.asarray((self.top - self.place(y)) / (self.top - self.bottom) * (dots - 1))
+        """Dot rows (float, not clipped to the plot, perhaps infinite) of values y."""
+        with np.errstate(over="ignore"):
+            return np.asarray((self.top - self.place(y)) / (self.top - self.bottom) * (dots - 1))
 
 
 def y_scale(
@@ -187,7 +191,7 @@ def labels_of(values: Sequence[float]) -> list[str]:
 
 
 def short(value: float) -> str:
-    """A number in at most seven characters: 0.0312, 11.5, 1.2k, 3e+12, NaN."""
+    """A number in at most eight characters, seven without a sign: 0.0312, 11.5, 1.2k, 3e+12, NaN."""
     if math.isnan(value):
         return "NaN"
     if math.isinf(value):
@@ -196,8 +200,7 @@ def short(value: float) -> str:
     if size == 0:
         return "0"
     if size < 1e-3 or size >= 1e9:
-        return f"{value:.2g}".replace("e+0", "e").replace("e-0", "e-").replace("e+", "e")
-    for limit, divisor, unit in ((1e3, 1.0, ""), (1e6, 1e3, "k"), (1e9, 1e6, "M")):
-        if size < limit * 0.9995:
-            return f"{value / divisor:.3g}{unit}"
-    return f"{value:.2g}".replace("e+0", "e")
+        text = f"{value:.2g}" if 1e-99 < size < 1e99 else f"{value:.0e}"
+        return text.replace("e+0", "e").replace("e-0", "e-").replace("e+", "e")
+    divisor, unit = next((d, u) for limit, d, u in _UNITS if size < limit * 0.9995 or limit == _UNITS[-1][0])
+    return f"{value / divisor:.3g}{unit}"

@@ -86,6 +86,11 @@ class Track:
         for target, source in zip(self._arrays(), old, strict=True):
             target[:keep] = source[:keep]
 
+    @property
+    def timeline(self) -> int:
+        """Of the newest row."""
+        return int(self._timeline)
+
     def add(self, columns: Sequence[str], rows: np.ndarray) -> None:
         """Append rows in the order of the file.
 

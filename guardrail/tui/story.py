@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-from guardrail.records import Action, Event, Finding
+from guardrail.records import Action, Event, Finding, Kind
 from guardrail.rundir import findings_of, span_of
 from guardrail.text import clean
 from guardrail.tui.format import count, plural
@@ -47,9 +47,18 @@ class Incident:
     open: bool = True
     deed: str = ""
     findings: tuple[Finding, ...] = ()
-    samples: int = 0
+    spans: tuple[tuple[int, int], ...] = ()
     documents: tuple[str, ...] = ()
     documents_total: int = 0
+
+    @property
+    def samples(self) -> int:
+        """Positions left out; a rollback names those of the rejected batches in its window once more."""
+        total = end = 0
+        for first, last in sorted(self.spans):
+            total += max(0, last - max(first, end))
+            end = max(end, last)
+        return total
 
 
 @dataclass(frozen=True)
@@ -129,23 +138,27 @@ class Digest:
 
     # -- incidents
 
-    def _learn(self, event: Event, **news: Any) -> Incident:
-        """Merge `news` into the incident that the event belongs to: its own number, else the open one, else a new."""
+    def _learn(self, event: Event, at: int, **news: Any) -> Incident:
+        """Merge `news` into the incident that the event belongs to: its own number, else the open one, else a new.
+
+        Args:
+            at: the step where a new incident begins.
+        """
         number = _whole(event.data.get("incident", event.data.get("number")), 0)
         if not number:
             newest = next(reversed(self._incidents.values()), None)
             number = newest.number if newest is not None and newest.open and newest.number > 0 else 0
         if not number:
-            if self._loose is not None and abs(event.step - self._loose.step) > _NEAR:
+            if self._loose is not None and abs(at - self._loose.step) > _NEAR:
                 self._unnumbered -= 1
                 self._incidents[self._unnumbered] = replace(self._loose, open=False)
                 self._loose = None
-            self._loose = _merged(self._loose or Incident(0, event.step), news)
+            self._loose = _merged(self._loose or Incident(0, at), news)
             return self._loose
         known = self._incidents.get(number)
         if known is None:
-            known = Incident(number, event.step)
-            if self._loose is not None and abs(event.step - self._loose.step) <= _NEAR:
+            known = Incident(number, at)
+            if self._loose is not None and abs(at - self._loose.step) <= _NEAR:
                 # The verdict came before the line that gives the incident its number.
                 known, self._loose = replace(self._loose, number=number), None
         self._incidents[number] = _merged(known, news)
@@ -157,49 +170,38 @@ class Digest:
         action, would = _action(event.data.get("action")), _action(event.data.get("would"))
         if action is Action.APPLY and would in (None, Action.APPLY):
             return
-        deed = _DEEDS.get(action, "") if action is not Action.APPLY else f"would: {_DEEDS.get(would, '')}"
-        incident = self._learn(event, deed=deed, findings=findings_of(event))
+        at = _whole(event.data.get("at_step"), event.step)
+        deed = _DEEDS.get(action, "") if action is not Action.APPLY else f"would have: {_DEEDS.get(would, '')}"
+        incident = self._learn(event, at, deed=deed, findings=findings_of(event))
         if action is Action.SKIP:
-            self._marks[SKIP][event.step] = _label(incident)
+            self._marks[SKIP][at] = _label(incident)
 
     def _left_out(self, event: Event) -> None:
         span = span_of(event)
-        cause = span.cause if span else ""
-        if cause == "rejected":
-            self._marks[SKIP].setdefault(event.step, "")
-        elif cause == "user":
-            self._marks[SKIP][event.step] = ""
+        if span is not None and span.cause == "user":
+            self._marks[SKIP][span.step] = ""
             return  # no incident: a person wanted it
-        samples = event.data.get("samples")
-        documents = event.data.get("documents")
-        named = tuple(filter(None, map(_document, documents))) if isinstance(documents, list) else ()
-        self._learn(
-            event,
-            samples=len(samples) if isinstance(samples, list) else _whole(samples, 0),
-            documents=named,
-            documents_total=_whole(event.data.get("documents_total"), len(named)),
-        )
+        self._learn(event, event.step, **_data(event))
+        if span is not None and span.cause == "rejected":
+            self._marks[SKIP].setdefault(span.step, "")
 
     def _rollback(self, event: Event) -> None:
-        to_step = _whole(event.data.get("to_step"), event.step)
-        if not event.data.get("incident") and not (self._loose or self._open()):
-            label = ""  # asked for by a person
-        else:
-            label = _label(self._learn(event, deed=f"rolled back to {count(to_step)}"))
+        to_step, span = _whole(event.data.get("to_step"), event.step), span_of(event)
+        label = ""
+        if span is None or span.cause != "user":
+            onset = _whole(event.data.get("onset"), event.step)
+            deed = f"rolled back to {count(to_step)}"
+            label = _label(self._learn(event, onset, deed=deed, **_data(event)))
         self._forget_after(to_step)
         self._marks[ROLLBACK][to_step] = label
-
-    def _open(self) -> bool:
-        newest = next(reversed(self._incidents.values()), None)
-        return newest is not None and newest.open
 
     def _forget_after(self, step: int) -> None:
         """Skips of an abandoned stretch would point at steps of the present."""
         self._marks[SKIP] = {at: label for at, label in self._marks[SKIP].items() if at <= step}
 
     def _incident(self, event: Event) -> None:
-        onset = _whole(event.data.get("onset"), event.step)
-        self._learn(event, open=event.data.get("state") != "recovered", **({"step": onset} if onset else {}))
+        onset, is_open = _whole(event.data.get("onset"), 0), event.data.get("state") != "recovered"
+        self._learn(event, onset or event.step, open=is_open, **({"step": onset} if onset and is_open else {}))
 
     # -- commands
 
@@ -224,7 +226,11 @@ _DEEDS: dict[Action | None, str] = {
 
 
 def _merged(incident: Incident, news: Mapping[str, Any]) -> Incident:
-    known = {(f.signal, f.kind): f for f in (*incident.findings, *news.get("findings", ()))}
+    known: dict[tuple[str, Kind], Finding] = {}
+    for finding in (*incident.findings, *news.get("findings", ())):
+        before = known.get((finding.signal, finding.kind))
+        if before is None or not finding.score <= before.score:  # the worst of each; a NaN is worse than all
+            known[finding.signal, finding.kind] = finding
     documents = dict.fromkeys((*incident.documents, *news.get("documents", ())))
     return replace(
         incident,
@@ -232,10 +238,19 @@ def _merged(incident: Incident, news: Mapping[str, Any]) -> Incident:
         open=news.get("open", incident.open),
         deed=news.get("deed") or incident.deed,
         findings=tuple(known.values()),
-        samples=incident.samples + news.get("samples", 0),
+        spans=tuple(dict.fromkeys((*incident.spans, *news.get("spans", ())))),
         documents=tuple(documents)[:_MAX_DOCUMENTS],
         documents_total=max(len(documents), incident.documents_total, news.get("documents_total", 0)),
     )
+
+
+def _data(event: Event) -> dict[str, Any]:
+    """What an event says about samples and documents that were left out."""
+    span, documents = span_of(event), event.data.get("documents")
+    named = tuple(filter(None, map(_document, documents))) if isinstance(documents, list) else ()
+    total = _whole(event.data.get("documents_total"), len(named))
+    spans = ((span.first, span.last),) if span is not None else ()
+    return {"spans": spans, "documents": named, "documents_total": total}
 
 
 def _label(incident: Incident) -> str:
