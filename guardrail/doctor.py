@@ -243,7 +243,8 @@ def _configuration(path: str, overrides: tuple[str, ...], torch: dict[str, Any])
     found = []
     try:
         found += [
-            Check(name=CONFIGURATION, level="note", text=warning) for warning in preflight.check(settings, file=path)
+            Check(name=CONFIGURATION, level="note", text=warning)
+            for warning in preflight.check(settings, file=path, overrides=overrides)
         ]
     except ConfigError as error:
         found.append(Check(name=CONFIGURATION, level="problem", text=str(error)))

@@ -34,7 +34,7 @@ def prepare(path: str, overrides: tuple[str, ...], run_dir: str | None) -> RunDi
     from guardrail import preflight
 
     settings = load(config.parse(Path(path)), file=path, overrides=overrides)
-    for warning in preflight.check(settings, file=path):
+    for warning in preflight.check(settings, file=path, overrides=overrides):
         print(f"guardrail: {warning}", file=sys.stderr)
     text = config.dump(settings)
     if run_dir is None:
@@ -109,7 +109,7 @@ def prepare_resume(spec: str, overrides: tuple[str, ...], *, root: str) -> RunDi
             raise ConfigError("a setting that leaves the run the same", file="--set", key=key, hint=hint)
     file = str(run.path / "config.toml")
     settings = load(config.parse(Path(file)), file=file, overrides=overrides)
-    for warning in preflight.check(settings, file=file):
+    for warning in preflight.check(settings, file=file, overrides=overrides):
         print(f"guardrail: {warning}", file=sys.stderr)
     end_orphans(run, settings.launch.stop_seconds)
     if overrides:

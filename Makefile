@@ -1,0 +1,41 @@
+# From a fresh clone: `make demo`, `make test`. Each makes .venv first if it is not there; pip is all it needs.
+
+PYTHON  ?= python3
+WORKERS ?= 2
+SLOW    ?= 0
+VENV    := .venv
+BIN     := $(VENV)/bin
+STAMP   := $(VENV)/.installed
+
+.PHONY: install demo test lint bench clean
+
+install: $(STAMP)
+
+# A folder that was moved, or an interpreter that was replaced, leaves a .venv that cannot run: it is made anew.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "guardrail needs Python 3.11 or newer; try: make install PYTHON=python3.12" >&2; exit 1; }
+	@$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,stacks]'
+	@touch $@
+
+# With a terminal the screen opens, without one there is a line for every 20 steps. The report comes in any case.
+demo: install
+	$(BIN)/python -m demo.corpus --out demo/corpus
+	@$(BIN)/guardrail launch configs/quickstart.toml --set 'data.sources=["demo/corpus"]'; code=$$?; \
+	  $(BIN)/guardrail report && exit $$code
+
+test: install
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(if $(filter 0,$(SLOW)),-m 'not slow') $(PYTEST_ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: install
+	@set -e; for file in tests/bench/*.py; do echo "$$file"; PYTHONPATH=. $(BIN)/python "$$file"; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
