@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from guardrail.config import dump
 from guardrail.errors import Interrupted, RunDirectoryError
 from guardrail.heartbeat import Heartbeat
 from guardrail.ledger import SampleOrder
@@ -99,7 +101,7 @@ class Trainer:
             describe=self._describe,
             fixed_loss=self._fixed_loss,
             lr_at=schedule,
-            identity={"data": corpus.fingerprint},
+            identity={"data": corpus.fingerprint, "config": hashlib.sha256(dump(config).encode()).hexdigest()},
         )
         if config.data.quarantine:
             lines = Path(config.data.quarantine).read_text(encoding="utf-8").splitlines()

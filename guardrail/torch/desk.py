@@ -134,7 +134,8 @@ class Desk:
         done = self.execute(kind, value)
         if done and kind is CommandKind.STOP:
             return Answer.STOP
-        return Answer.ROLLED_BACK if done and kind is CommandKind.ROLLBACK else None
+        # A rollback answers the guard's question; after a pause by hand, training stays paused.
+        return Answer.ROLLED_BACK if done and asked and kind is CommandKind.ROLLBACK else None
 
     # -- commands ------------------------------------------------------------------------------------------------
 

@@ -12,9 +12,11 @@ alone writes the run directory, always before what it writes takes effect.
 from __future__ import annotations
 
 import math
+import platform
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -49,6 +51,8 @@ from guardrail.torch.gate import Gate
 from guardrail.torch.probes import Probes, Reduced
 from guardrail.torch.state import TrainingState
 from guardrail.torch.tiers import Restored, Target, Tiers
+
+VERSIONS = {"python": platform.python_version(), "torch": torch.__version__, "guardrail": version("guardrail")}
 
 Describe = Callable[[Sequence[int]], tuple[list[dict[str, Any]], int]]
 
@@ -109,7 +113,7 @@ class Guard:
         describe: sample ids -> (documents as dicts, number of documents), for the journal. Called on rank 0.
         fixed_loss: loss on one fixed batch, same on every rank; stored with a checkpoint and compared after a resume.
         lr_at: the scheduled learning rate as a function of the step, to be compared after a resume.
-        identity: facts that must not change over a resume, such as data and tokenizer fingerprints.
+        identity: fingerprints stored with a checkpoint. A resume on other "data" is refused, any other change noted.
     """
 
     def __init__(
@@ -181,8 +185,8 @@ class Guard:
         return cls(settings, order=data, **parts)
 
     def __iter__(self) -> Iterator[Step]:
-        self.open()
         try:
+            self.open()
             while self.phase is None:
                 self._flush_row()
                 if self.total_steps and self.step >= self.total_steps:
@@ -265,6 +269,7 @@ class Guard:
             shuffled=self.ledger.order.shuffled,
             batch_size=self.ledger.batch_size,
             host=socket.gethostname(),
+            versions=VERSIONS,
             **self._identity,
         )
         self.tiers.begin(self.facts, past=self.past)
@@ -299,11 +304,14 @@ class Guard:
         ahead = self._order_ahead()
         check["data"] = "ok" if extra.get("order_ahead") == ahead else "the sample order is another one"
         for key, value in self._identity.items():
-            if key in extra.get("identity", {}) and extra["identity"][key] != value:
+            saved = extra.get("identity", {}).get(key, value)
+            if saved != value and key == "data":
                 raise UsageError(
-                    f"{key} was {extra['identity'][key]} when this run was saved and is {value} now: "
+                    f"the data's fingerprint was {saved} when this run was saved and is {value} now: "
                     "resuming would train on something else"
                 )
+            if saved != value:
+                self.say("note", f"{key} is not what it was when {extra['step']} steps were saved")
         stored = extra.get("fixed_loss")
         if stored is not None and self._fixed_loss is not None:
             now = self._fixed_loss()
@@ -514,6 +522,9 @@ class Guard:
 
     def _halt(self, verdict: Verdict) -> None:
         self.end(Phase.HALTED, verdict.reason)
+        if verdict.onset is not None:
+            # A resume must not begin with what made the guard give up.
+            self.tiers.suspect_from(verdict.onset)
 
     def _ask(self, step: Step, verdict: Verdict, reduced: Reduced, observation: Observation) -> None:
         """Park with the gradients kept, until a person (or the deadline) has decided."""
@@ -619,6 +630,7 @@ class Guard:
             guard_share=self._guard_seconds / self._step_seconds if self._step_seconds else 0.0,
             started=self._started,
             world=self.world,
+            versions=VERSIONS,
             snapshots=self.tiers.infos,
         )
 

@@ -198,8 +198,12 @@ class Tiers:
         self.ring.drop_after(target.step)
         if target.snapshot is None:
             self._take(facts, checkpoint=False).state = GOOD
+        self.suspect_from(target.step + 1)
+
+    def suspect_from(self, step: int) -> None:
+        """Checkpoints of `step` and later hold what went wrong; they are never chosen again."""
         if self.store is not None:
-            for info in self.store.mark_suspect(target.step + 1):
+            for info in self.store.mark_suspect(step):
                 self._suspected(info)
         self._tell()
 
