@@ -6,21 +6,22 @@ so guardrail reads the sections of a trainer without importing it at module leve
 
 from __future__ import annotations
 
-import difflib
+import copy
+import datetime
 import importlib
 import os
-import re
 import tomllib
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
 
 from guardrail.errors import ConfigError
 from guardrail.records import Mode
+from guardrail.schema import typed
 
 Positive = Annotated[int, Meta(ge=1)]
 Natural = Annotated[int, Meta(ge=0)]
@@ -128,11 +129,12 @@ class CheckpointSection(Section, frozen=True, kw_only=True):
 class TensorboardSection(Section, frozen=True, kw_only=True):
     """[tensorboard]: the same story as event files."""
 
+    # Written by the supervisor from the run directory; the step does not wait for it.
     enabled: bool = True
 
 
 class Settings(Section, frozen=True, kw_only=True):
-    """Base of a trainer's complete schema; `check` and `warnings` may be extended there."""
+    """Base of a trainer's complete schema; `resolved`, `check` and `check_machine` may be extended there."""
 
     run: RunSection = RunSection()
     launch: LaunchSection = LaunchSection()
@@ -143,7 +145,8 @@ class Settings(Section, frozen=True, kw_only=True):
 
     def resolved(self, *, base: Path) -> Settings:
         """A copy that means the same from any working directory: relative paths made absolute."""
-        return msgspec.structs.replace(self, run=msgspec.structs.replace(self.run, root=str(base / self.run.root)))
+        root = str(base / os.path.expanduser(self.run.root))
+        return msgspec.structs.replace(self, run=msgspec.structs.replace(self.run, root=root))
 
     def check(self, *, base: Path) -> None:
         """Refuse impossible combinations. `base` resolves relative paths. Raises ConfigError."""
@@ -163,6 +166,13 @@ class Settings(Section, frozen=True, kw_only=True):
                 value=guard.confirm,
                 hint="no snapshot would live long enough to be called good; raise snapshots.keep",
             )
+        if self.launch.node_rank >= self.launch.nodes:
+            raise ConfigError(
+                f"less than launch.nodes ({self.launch.nodes})",
+                key="launch.node_rank",
+                value=self.launch.node_rank,
+                hint="nodes count from 0",
+            )
         if self.launch.nodes > 1 and not self.launch.rendezvous_endpoint:
             raise ConfigError(
                 "HOST:PORT of the first node",
@@ -171,8 +181,9 @@ class Settings(Section, frozen=True, kw_only=True):
                 hint="launch.nodes is greater than 1",
             )
 
-
-SettingsT = TypeVar("SettingsT", bound=Settings)
+    def check_machine(self) -> None:
+        """Refuse what the machine that launches cannot hold. Apart from `check`, so that a configuration for a large
+        machine can be read on a small one. Raises ConfigError."""
 
 
 def load(path: str | os.PathLike[str], *, overrides: Sequence[str] = ()) -> Settings:
@@ -204,16 +215,15 @@ def parse(file: Path) -> dict[str, Any]:
 
 def build(tree: dict[str, Any], *, file: str, overrides: Sequence[str] = (), base: Path) -> Settings:
     """A parsed TOML tree plus overrides -> checked settings of the schema that `launch.trainer` names."""
-    origin = {}
-    for text in overrides:
-        origin[_override(tree, text)] = "--set"
-    schema = schema_of(tree, file=file)
+    tree = copy.deepcopy(tree)
+    overridden = [_override(tree, text) for text in overrides]
     try:
+        schema = schema_of(tree, file=file)
         settings = typed(tree, schema, file=file)
         settings.check(base=base)
         settings = settings.resolved(base=base)
     except ConfigError as error:
-        source = next((origin[key] for key in origin if error.key == key or error.key.startswith(key + ".")), file)
+        source = "--set" if any(_same_branch(key, error.key) for key in overridden) else file
         raise ConfigError(error.expected, file=source, key=error.key, value=error.value, hint=error.hint) from error
     return settings
 
@@ -224,28 +234,16 @@ def schema_of(tree: dict[str, Any], *, file: str) -> type[Settings]:
     package = launch.get("trainer", "trainer") if isinstance(launch, dict) else "trainer"
     try:
         module = importlib.import_module(f"{package}.config")
-    except (ImportError, ValueError, TypeError) as error:
+        schema: type[Settings] = module.Config
+    except (ImportError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
-            "an importable package with a `config` module",
+            "an importable package whose `config` module has a class `Config`",
             file=file,
             key="launch.trainer",
             value=package,
             hint=str(error),
         ) from error
-    schema: type[Settings] = module.Config
     return schema
-
-
-def typed(tree: dict[str, Any], schema: type[SettingsT], *, file: str) -> SettingsT:
-    """Unknown keys first (with the nearest valid one), then types and ranges by msgspec."""
-    _refuse_unknown(tree, schema, file=file, path="")
-    try:
-        return msgspec.convert(tree, schema)
-    except msgspec.ValidationError as error:
-        message, _, where = str(error).partition(" - at ")
-        key = where.strip("`").removeprefix("$").removeprefix(".")
-        expected = re.sub(r"^[Ee]xpected\s+", "", message.replace("`", ""))
-        raise ConfigError(expected, file=file, key=key, value=_value_at(tree, key)) from error
 
 
 def dump(settings: Settings) -> str:
@@ -263,15 +261,28 @@ def _without_none(value: Any) -> Any:
     return value
 
 
+def _override_value(raw: str) -> Any:
+    """A TOML value, or else the text itself: a bare word, a path, "007", and a name that looks like a date."""
+    try:
+        parsed = tomllib.loads(f"v = {raw}")
+    except tomllib.TOMLDecodeError:
+        return raw
+    is_date = isinstance(parsed["v"], datetime.date | datetime.time)
+    return raw if is_date or len(parsed) > 1 else parsed["v"]
+
+
+def _same_branch(one: str, other: str) -> bool:
+    """Whether a key is, holds or lies in the other: guard, guard.window; data.sources, data.sources[0]."""
+    shorter, longer = sorted((one, other), key=len)
+    return longer == shorter or (bool(shorter) and longer.startswith((f"{shorter}.", f"{shorter}[")))
+
+
 def _override(tree: dict[str, Any], text: str) -> str:
     key, equals, raw = text.partition("=")
     parts = [part.strip() for part in key.split(".")]
     if not equals or len(parts) < 2 or not all(parts):
-        raise ConfigError("section.key=value", file="--set", value=text)
-    try:
-        value = tomllib.loads(f"v = {raw}")["v"]
-    except tomllib.TOMLDecodeError:
-        value = raw.strip()
+        raise ConfigError("SECTION.KEY=VALUE", file="--set", value=text, hint="e.g. --set train.steps=500")
+    value = _override_value(raw.strip())
     at = tree
     for part in parts[:-1]:
         at = at.setdefault(part, {})
@@ -279,48 +290,3 @@ def _override(tree: dict[str, Any], text: str) -> str:
             raise ConfigError("a key inside a section", file="--set", key=key.strip(), value=raw)
     at[parts[-1]] = value
     return ".".join(parts)
-
-
-def _structs_in(annotation: Any) -> Iterable[type[msgspec.Struct]]:
-    if isinstance(annotation, type) and issubclass(annotation, msgspec.Struct):
-        yield annotation
-    for argument in typing.get_args(annotation):
-        yield from _structs_in(argument)
-
-
-def _refuse_unknown(tree: Any, schema: type[msgspec.Struct], *, file: str, path: str) -> None:
-    if not isinstance(tree, dict):
-        return
-    hints = typing.get_type_hints(schema)
-    names = {field.encode_name: hints[field.name] for field in msgspec.structs.fields(schema)}
-    for key, value in tree.items():
-        dotted = f"{path}{key}"
-        if key not in names:
-            known = _all_keys(schema, prefix=path)
-            close = difflib.get_close_matches(dotted, known, n=1, cutoff=0.5) or [
-                k for k in known if k.rsplit(".", 1)[-1] == key
-            ]
-            hint = f"did you mean {close[0]}?" if close else f"valid keys: {', '.join(sorted(names))}"
-            raise ConfigError("a known key", file=file, key=dotted, value=value, hint=hint)
-        for struct in _structs_in(names[key]):
-            for item in value if isinstance(value, list) else [value]:
-                _refuse_unknown(item, struct, file=file, path=f"{dotted}.")
-
-
-def _all_keys(schema: type[msgspec.Struct], *, prefix: str) -> list[str]:
-    hints = typing.get_type_hints(schema)
-    keys = []
-    for field in msgspec.structs.fields(schema):
-        keys.append(f"{prefix}{field.encode_name}")
-        for struct in _structs_in(hints[field.name]):
-            keys += _all_keys(struct, prefix=f"{prefix}{field.encode_name}.")
-    return keys
-
-
-def _value_at(tree: Any, key: str) -> Any:
-    for part in re.findall(r"[^.\[\]]+", key):
-        try:
-            tree = tree[int(part)] if isinstance(tree, list) else tree[part]
-        except (KeyError, IndexError, ValueError, TypeError):
-            return None
-    return tree if not isinstance(tree, dict) else None

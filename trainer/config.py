@@ -6,6 +6,7 @@ Imports no torch: `guardrail launch` refuses a bad file before any process start
 from __future__ import annotations
 
 import glob
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,6 +26,9 @@ from guardrail.config import (
 from guardrail.errors import ConfigError
 
 BUILTIN = "builtin:python"
+# Tokenizers that need no file.
+TRAINED = ("bytes", "bpe")
+BYTE_IDS = 259  # 256 bytes and three special tokens
 
 
 class DataSection(Section, frozen=True, kw_only=True):
@@ -57,6 +61,7 @@ class DataSection(Section, frozen=True, kw_only=True):
 class ModelSection(Section, frozen=True, kw_only=True):
     """[model]: a causal decoder: RMSNorm before each block, RoPE, SwiGLU."""
 
+    # Blocks, width of the residual stream, attention heads (each of width / heads).
     layers: Positive = 4
     width: Positive = 128
     heads: Positive = 4
@@ -64,7 +69,9 @@ class ModelSection(Section, frozen=True, kw_only=True):
     hidden: Natural = 0
     # Input and output embeddings share one matrix.
     tied: bool = True
+    # Share that is dropped of the attention weights and of what each half of a block adds.
     dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    # Base of the rotation angles (RoPE), and what is added under the root of RMSNorm.
     rope_base: PositiveFloat = 10000.0
     norm_eps: PositiveFloat = 1e-5
     # Standard deviation of the initial weights; output projections are scaled by 1/sqrt(2 layers) (GPT-2).
@@ -74,7 +81,9 @@ class ModelSection(Section, frozen=True, kw_only=True):
 class OptimSection(Section, frozen=True, kw_only=True):
     """[optim]: AdamW, linear warm-up, cosine decay, clipping."""
 
+    # Peak of the learning rate.
     lr: PositiveFloat = 1e-3
+    # Decay of the two moments, and what is added to the root of the second.
     beta1: Annotated[float, Meta(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Meta(ge=0, lt=1)] = 0.95
     eps: PositiveFloat = 1e-8
@@ -161,7 +170,7 @@ class Config(Settings, frozen=True, kw_only=True):
         data = msgspec.structs.replace(
             data,
             sources=tuple(s if s.startswith("builtin:") else absolute(s) for s in data.sources),
-            tokenizer=data.tokenizer if data.tokenizer in ("bytes", "bpe") else absolute(data.tokenizer),
+            tokenizer=data.tokenizer if data.tokenizer in TRAINED else absolute(data.tokenizer),
             quarantine=absolute(data.quarantine) if data.quarantine else "",
             cache=absolute(data.cache) if data.cache else "",
         )
@@ -171,6 +180,7 @@ class Config(Settings, frozen=True, kw_only=True):
         super().check(base=base)
         self._check_batch()
         self._check_data(base)
+        self._check_faults()
         if self.model.width % self.model.heads or (self.model.width // self.model.heads) % 2:
             raise ConfigError(
                 "a multiple of 2 * model.heads (RoPE turns pairs)",
@@ -180,11 +190,17 @@ class Config(Settings, frozen=True, kw_only=True):
             )
         if bool(self.train.steps) == bool(self.train.epochs):
             raise ConfigError(
-                "either train.steps or train.epochs, and not both", key="train.steps", value=self.train.steps
+                "either train.steps or train.epochs, and not both",
+                key="train.steps",
+                value=self.train.steps,
+                hint=f"train.epochs is {self.train.epochs}; the one that does not count is 0",
             )
         if self.train.steps and self.optim.warmup_steps >= self.train.steps:
             raise ConfigError(
-                f"less than train.steps ({self.train.steps})", key="optim.warmup_steps", value=self.optim.warmup_steps
+                f"less than train.steps ({self.train.steps})",
+                key="optim.warmup_steps",
+                value=self.optim.warmup_steps,
+                hint="the learning rate would never reach its peak",
             )
         if self.train.eval_every and not self.data.eval_fraction:
             raise ConfigError(
@@ -212,20 +228,90 @@ class Config(Settings, frozen=True, kw_only=True):
             )
 
     def _check_data(self, base: Path) -> None:
-        for source in self.data.sources:
+        for index, source in enumerate(self.data.sources):
+            key = f"data.sources[{index}]"
             if source.startswith("builtin:"):
                 if source != BUILTIN:
-                    raise ConfigError(f"{BUILTIN!r}, the one built-in corpus", key="data.sources", value=source)
-            elif not any(True for _ in glob.iglob(str(base / os.path.expanduser(source)))):
-                raise ConfigError("an existing file, folder or glob with matches", key="data.sources", value=source)
-        if self.data.tokenizer not in ("bytes", "bpe") and not (base / self.data.tokenizer).is_file():
+                    raise ConfigError(f"{BUILTIN!r}, the one built-in corpus", key=key, value=source)
+            elif not _exists(base, source):
+                raise ConfigError("an existing file, folder or glob with matches", key=key, value=source)
+        if self.data.tokenizer not in TRAINED and not _path(base, self.data.tokenizer).is_file():
             raise ConfigError(
                 '"bytes", "bpe" or an existing tokenizer.json', key="data.tokenizer", value=self.data.tokenizer
             )
-        if self.data.quarantine and not (base / self.data.quarantine).is_file():
+        if self.data.quarantine and not _path(base, self.data.quarantine).is_file():
             raise ConfigError(
-                "an existing file with one sample id a line", key="data.quarantine", value=self.data.quarantine
+                "an existing file with one sample id a line",
+                key="data.quarantine",
+                value=self.data.quarantine,
+                hint="guardrail report RUN --quarantine writes one",
             )
+
+    def _check_faults(self) -> None:
+        for index, fault in enumerate(self.faults):
+            key = f"faults[{index}]"
+            if fault.rank >= self.world:
+                raise ConfigError(f"a rank below {self.world}, or -1 for all", key=f"{key}.rank", value=fault.rank)
+            if not fault.step and fault.last <= fault.first:
+                raise ConfigError(
+                    f"more than {key}.first ({fault.first}), or {key}.step for a fault at one step",
+                    key=f"{key}.last",
+                    value=fault.last,
+                    hint="the fault would never strike",
+                )
+
+    def check_machine(self) -> None:
+        """Refuse a ring of snapshots that the memory of this node cannot hold."""
+        from trainer.sizes import state_bytes
+
+        sharded = self.train.strategy == "fsdp"
+        one = state_bytes(self.model, self.vocabulary, shards=self.world if sharded else 1)
+        ring, memory = one * self.snapshots.keep * self.launch.processes, memory_bytes()
+        if ring > memory:
+            fit = memory // (one * self.launch.processes)
+            raise ConfigError(
+                f"a ring that fits {_gib(memory)} of memory",
+                key="snapshots.keep",
+                value=self.snapshots.keep,
+                hint=f"{self.snapshots.keep} snapshots x {self.launch.processes} processes x {_gib(one)} are "
+                f"{_gib(ring)}; {f'{fit} would fit' if fit >= 2 else 'use a smaller model or more nodes'}",
+            )
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids of the configured tokenizer, known before it is trained; an upper bound for `bpe`."""
+        if self.data.tokenizer in TRAINED:
+            return BYTE_IDS if self.data.tokenizer == "bytes" else self.data.vocabulary
+        try:
+            model = json.loads(Path(self.data.tokenizer).read_text(encoding="utf-8"))["model"]
+            return len(model["vocab"])
+        except (OSError, ValueError, KeyError, TypeError):
+            # Whoever loads the file says what is wrong with it.
+            return self.data.vocabulary
+
+
+def memory_bytes() -> int:
+    """Physical memory of this node, or the limit of its container if that is less."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            memory = min(memory, int(Path(limit).read_text()))
+        except (OSError, ValueError):  # no container, or "max"
+            continue
+    return memory
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _path(base: Path, path: str) -> Path:
+    return base / os.path.expanduser(path)
+
+
+def _exists(base: Path, source: str) -> bool:
+    path = _path(base, source)
+    return path.exists() or any(True for _ in glob.iglob(str(path), recursive=True))
 
 
 def _nearest(value: int, multiple: int) -> int:
