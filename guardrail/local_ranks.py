@@ -31,6 +31,7 @@ class LocalRanks:
         reports: pid -> last report of that process, None before its first. Live ranks only; empty between two
             incarnations.
         last_pids: pids of the newest incarnation, also when it has ended.
+        heard: one of them has reported; from then on rank 0 writes the status, its last word included.
     """
 
     def __init__(self, run: RunDirectory, host: str) -> None:
@@ -41,6 +42,7 @@ class LocalRanks:
         self._orphans: list[psutil.Process] = []
         self.reports: dict[int, RankStatus | None] = {}
         self.last_pids: set[int] = set()
+        self.heard = False
 
     def look(self, agent_pid: int) -> None:
         """Find who lives, and read what they report. A report of an earlier incarnation carries another pid."""
@@ -58,6 +60,7 @@ class LocalRanks:
         if found:
             same = not self.last_pids.isdisjoint(found)
             self.last_pids = self.last_pids | found.keys() if same else set(found)
+            self.heard = bool(self.registered) or (self.heard and same)
             self._numbers.update({pid: report.rank for pid, report in self.reports.items() if report})
 
     @property

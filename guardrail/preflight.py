@@ -43,6 +43,12 @@ def check(settings: Settings, *, file: str, overrides: Sequence[str] = ()) -> li
     def origin(key: str) -> str:
         return "--set" if key in overridden else file
 
+    try:
+        settings.check_machine()
+    except ConfigError as error:
+        raise ConfigError(
+            error.expected, file=origin(error.key), key=error.key, value=error.value, hint=error.hint
+        ) from error
     _check_devices(settings, origin)
     return _check_disk(settings, origin)
 

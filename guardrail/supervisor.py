@@ -119,7 +119,7 @@ class Supervisor:
             if self.killed:
                 agent.end()
                 continue
-            if not self.ranks.registered:
+            if not self.ranks.registered and (self._failed_at is not None or not self.ranks.heard):
                 self.chronicle.starting(restarts=self._restarts)
             self.signals.wait(POLL_SECONDS)
 

@@ -62,6 +62,10 @@ BAD = [
         ["launch", "good.toml", "--set", "run.root=good.toml/runs"],
         ["--set: run.root = ", "good.toml/runs", "a folder that you may write"],
     ),
+    (
+        ["launch", "good.toml", "--set", "model.width=65536", "--set", "snapshots.keep=9"],
+        ["--set: snapshots.keep = 9", "a ring that fits", "of memory"],
+    ),
     (["launch", "--resume", "words/1999-01-01-01"], ["no such run: words/1999-01-01-01"]),
     (["launch", "--resume", "words", "--run-dir", "x"], ["--run-dir does not go with --resume"]),
     (["attach", "nobody"], ["no such run: nobody"]),
