@@ -165,9 +165,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:
-        raise CheckpointInvalid(
-            f"{folder.name}: {MANIFEST} is missing: the checkpoint was never finished"
-        ) from error
+        raise CheckpointInvalid(f"{folder.name}: {MANIFEST} is missing: the checkpoint was never finished") from error
     except OSError as error:
         raise CheckpointInvalid(f"{folder.name}: {MANIFEST} cannot be read ({error.strerror})") from error
     body = _unsealed(content, folder)
