@@ -148,23 +148,24 @@ class Cockpit(Screen[None]):
 
     def action_skip(self) -> None:
         text = ["How many of the next batches are left out? Their samples are never used in this run."]
-        self._ask_number("skip batches", text, "1", CommandKind.SKIP, whole=True)
+        self._ask_number("skip batches", text, "1", CommandKind.SKIP)
 
     def action_rate(self) -> None:
         now = self.view.status.lr_factor if self.view.status else 1.0
         text = [f"Factor on the scheduled learning rate (now ×{now:g}; 1 is the schedule itself)."]
-        self._ask_number("learning rate", text, "0.5", CommandKind.LR, whole=False)
+        self._ask_number("learning rate", text, "0.5", CommandKind.LR)
 
-    def _ask_number(self, name: str, text: list[str], default: str, kind: CommandKind, *, whole: bool) -> None:
+    def _ask_number(self, name: str, text: list[str], default: str, kind: CommandKind) -> None:
         if not self._may():
             return
 
         def send(value: float | None) -> None:
             if value is not None:
-                label = f"skip {plural(int(value), 'batch')}" if whole else f"rate ×{value:g}"
+                skip = kind is CommandKind.SKIP
+                label = f"skip {plural(int(value), 'batch')}" if skip else f"rate ×{value:g}"
                 self._command(kind, value, label)
 
-        dialog = Number(name, self.view, text=text, default=default, parse=lambda t: controls.number(t, whole=whole))
+        dialog = Number(name, self.view, text=text, default=default, parse=lambda t: controls.number(t, kind))
         self.app.push_screen(dialog, send)
 
     def action_mode(self) -> None:

@@ -4,13 +4,13 @@ answered yet, and said so. Pure but for the names of user and host."""
 from __future__ import annotations
 
 import getpass
-import math
 import secrets
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from guardrail.records import Command, CommandKind, SnapshotInfo, Status
+from guardrail.rundir import check_command
 from guardrail.tui.format import count, plural, spoken
 from guardrail.tui.health import HEARTBEAT_SECONDS
 from guardrail.tui.view import View
@@ -98,16 +98,13 @@ def refusal(status: Status | None, *, read_only: bool) -> str | None:
     return None
 
 
-def number(text: str, *, whole: bool) -> float | str:
-    """A number above zero, or what was expected instead."""
-    expected = "a whole number from 1 on" if whole else "a number above 0, such as 0.5"
+def number(text: str, kind: CommandKind) -> float | str:
+    """The value of a command of that kind, or what is wrong with it."""
     try:
         value = float(text.strip())
     except ValueError:
-        return f"expected {expected}"
-    if not math.isfinite(value) or value <= 0 or (whole and value != int(value)):
-        return f"expected {expected}"
-    return value
+        return f"{text.strip()[:20]!r} is not a number"
+    return check_command(Command(id="number", kind=kind, value=value)) or value
 
 
 def rollback_cost(info: SnapshotInfo, status: Status) -> list[str]:
@@ -115,7 +112,7 @@ def rollback_cost(info: SnapshotInfo, status: Status) -> list[str]:
     steps, samples = max(0, status.step - info.step), max(0, status.cursor - info.cursor)
     lines = [f"Loses {plural(steps, 'step')}" + _since(info, status) + "."]
     if samples:
-        lines.append(f"Leaves out the {plural(samples, 'sample')} that came after it.")
+        lines.append(f"Leaves out the data that came after it: up to {plural(samples, 'sample')}.")
     if info.state == "suspect":
         lines.append("▲ This state is suspect: it was taken after the trouble is thought to have begun.")
     elif info.state == "candidate":

@@ -61,8 +61,8 @@ KEYS = (
 )
 # Keys inside of a dialog, for the `?` page; each dialog binds those it needs.
 DIALOG_KEYS = (
-    ("↑ ↓", "Move the choice, or scroll."),
-    ("Enter", "Take what is marked."),
+    ("↑ ↓ k j", "Move the choice, or scroll (also Home, End, PgUp, PgDn, Space)."),
+    ("Enter", "Take what is marked; in a text, close it (so does ?)."),
     ("y n", "Answer a yes-or-no question at once."),
     ("Esc q", "Close the dialog; nothing is sent."),
 )

@@ -1,0 +1,427 @@
+"""Every key of the table is pressed; what it sends is looked at; nothing destructive happens by a slip."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+import pytest
+from textual.app import App
+from textual.pilot import Pilot
+
+from guardrail.errors import ExitCode
+from guardrail.records import Command, CommandKind, Mode, Phase
+from guardrail.rundir import check_command
+from guardrail.tui import keys
+from guardrail.tui.app import GuardrailApp
+from guardrail.tui.cockpit import Cockpit
+from guardrail.tui.dialogs import Choose, Confirm, Dialog, Number, Pager
+from guardrail.tui.lines import Lines
+from guardrail.tui.story import Answer
+from guardrail.tui.view import View
+from tests.fake_run import FakeReader, FakeRun, example, snapshot_of
+
+Script = Callable[[Pilot[None], FakeReader], Awaitable[None]]
+
+
+class Clock:
+    def __init__(self, now: float) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the keys did: commands sent, the message line, the screen on top, the exit code if the screen was left."""
+
+    sent: list[Command]
+    message: str
+    top: type[object]
+    left: int | None
+
+
+async def act(
+    *presses: str, fake: FakeRun | None = None, script: Script | None = None, read_only: bool = False
+) -> Outcome:
+    """Press keys on the screen of a run, then let `script` look at it."""
+    fake = fake or example()
+    reader = FakeReader(snapshot_of(fake))
+    app = GuardrailApp(reader, clock=Clock(fake.time + 0.4), read_only=read_only)
+    async with app.run_test(size=(120, 32)) as pilot:
+        await pilot.pause()
+        for press in presses:
+            await pilot.press(press)
+            await pilot.pause()
+        if script is not None:
+            await script(pilot, reader)
+        return Outcome(reader.sent, message(app), type(app.screen), app.return_code)
+
+
+def message(app: App[None]) -> str:
+    cockpit = app.screen_stack[0]
+    assert isinstance(cockpit, Cockpit)
+    return cockpit.view.message[0]
+
+
+def only(sent: list[Command]) -> tuple[CommandKind, float]:
+    """The one command that was sent; it makes sense to the run and says who sent it."""
+    assert len(sent) == 1
+    assert check_command(sent[0]) is None and "@" in sent[0].who and sent[0].time > 0
+    return sent[0].kind, sent[0].value
+
+
+def asking() -> FakeRun:
+    fake = FakeRun().begin().advance(300).spike()
+    fake.ask("loss 11.5 against 2.39: proposed: rollback")
+    return fake
+
+
+def paused() -> FakeRun:
+    fake = example()
+    fake.phase = Phase.PAUSED
+    return fake
+
+
+# What each control key sends in the end: keys, then kind and value.
+SENDS: dict[str, tuple[list[str], CommandKind, float]] = {
+    "p": (["p"], CommandKind.PAUSE, 0.0),
+    "r": (["r", "enter", "y"], CommandKind.ROLLBACK, 1270.0),
+    "s": (["s", "2", "5", "enter"], CommandKind.SKIP, 25.0),
+    "l": (["l", "0", "full_stop", "2", "5", "enter"], CommandKind.LR, 0.25),
+    "c": (["c"], CommandKind.CHECKPOINT, 0.0),
+    "m": (["m", "down", "enter"], CommandKind.POLICY, float(list(Mode).index(Mode.ASK))),
+    "a": (["escape", "a", "down", "enter"], CommandKind.ANSWER, 1.0),
+    "S": (["S", "y"], CommandKind.STOP, 0.0),
+}
+
+
+@pytest.mark.parametrize("key", [key.keys for key in keys.KEYS if key.control])
+async def test_every_control_key_sends_its_command(key: str) -> None:
+    presses, kind, value = SENDS[key]
+    done = await act(*presses, fake=asking() if key == "a" else None)
+    assert only(done.sent) == (kind, value)
+
+
+@pytest.mark.parametrize("key", [name for key in keys.KEYS if not key.control for name in key.keys.split(",")])
+async def test_every_other_key_sends_nothing_and_does_something(key: str) -> None:
+    seen: list[object] = []
+
+    async def look(pilot: Pilot[None], reader: FakeReader) -> None:
+        cockpit = pilot.app.screen_stack[0]
+        assert isinstance(cockpit, Cockpit)
+        seen.append((cockpit.view.big, cockpit.view.logarithmic, type(pilot.app.screen), pilot.app.return_code))
+
+    # From the second chart, so that the key of the first does something too.
+    done = await act("2", key, script=look)
+    await act("2", script=look)
+    assert not done.sent
+    if key in ("q", "ctrl+c", "ctrl+q"):
+        assert done.left == 0
+    elif key != "2":
+        assert seen[0] != seen[1]
+
+
+def test_every_key_has_help_and_its_own_place() -> None:
+    names = [name for key in keys.KEYS for name in key.keys.split(",")]
+    assert len(names) == len(set(names))
+    for key in keys.KEYS:
+        assert len(key.help) > 10 and key.help.endswith("."), f"{key.shown} has no help"
+        assert key.shown and len(key.label) <= 10
+        name = key.action.partition("(")[0]
+        assert callable(getattr(Cockpit, f"action_{name}", None)), f"{key.shown}: no action_{name}"
+
+
+def test_every_binding_of_the_screen_is_in_the_table() -> None:
+    """A binding that was added beside the table would have no help."""
+    bound = {binding.key for binding in Cockpit.BINDINGS}  # type: ignore[union-attr]
+    assert bound == {key.keys for key in keys.KEYS}
+    extra = {name for binding in GuardrailApp.BINDINGS for name in binding.key.split(",")}  # type: ignore[union-attr]
+    assert extra <= {name for key in keys.KEYS for name in key.keys.split(",")}
+
+
+def test_every_binding_of_a_dialog_is_explained() -> None:
+    told = re.split(r"[\s,().;]+", " ".join(f"{shown} {text}" for shown, text in keys.DIALOG_KEYS))
+    words = {"up": "↑", "down": "↓", "enter": "Enter", "escape": "Esc", "pageup": "PgUp", "pagedown": "PgDn",
+             "home": "Home", "end": "End", "space": "Space", "question_mark": "?"}  # fmt: skip
+    for dialog in (Dialog, Choose, Confirm, Number, Pager):
+        for binding in dialog.BINDINGS:
+            for name in binding.key.split(","):  # type: ignore[union-attr]
+                assert words.get(name, name) in told, f"{dialog.__name__}: {name} is not in DIALOG_KEYS"
+
+
+async def test_help_shows_every_key() -> None:
+    shown: list[str] = []
+
+    async def look(pilot: Pilot[None], reader: FakeReader) -> None:
+        for _ in range(4):
+            shown.extend(text_of(lines) for lines in pilot.app.screen.query(Lines))
+            await pilot.press("pagedown")
+            await pilot.pause()
+
+    await act("question_mark", script=look)
+    for key in keys.KEYS:
+        assert key.help in "\n".join(shown)
+
+
+def text_of(lines: Lines) -> str:
+    return "\n".join("".join(text for text, _ in row) for row in lines.rows)
+
+
+def test_footer_keeps_what_matters_on_narrow_terminals() -> None:
+    wide = "".join(text for text, _ in keys.footer(120))
+    narrow = "".join(text for text, _ in keys.footer(40))
+    assert "p pause" in wide and "j journal" in wide and "answer" not in wide
+    assert "q leave" in narrow and "? help" in narrow
+    assert keys.footer(0) == ()
+    assert "a answer" in "".join(text for text, _ in keys.footer(80, asking=True))
+    assert "pause" not in "".join(text for text, _ in keys.footer(120, controls=False))
+
+
+def test_the_table_for_the_readme() -> None:
+    lines = keys.markdown().splitlines()
+    assert len(lines) == len(keys.KEYS) + 2 and all(line.startswith("|") for line in lines)
+
+
+# -- nothing happens by a slip
+
+
+@pytest.mark.parametrize(
+    "presses",
+    [
+        ["S", "enter"],
+        ["S", "n"],
+        ["S", "escape"],
+        ["S", "q"],
+        ["r", "enter", "enter"],
+        ["r", "enter", "n"],
+        ["r", "escape"],
+        ["r", "q"],
+        ["s", "escape"],
+        ["l", "escape"],
+        ["m", "escape"],
+        ["m", "enter"],  # the mode it has already
+        ["question_mark", "p", "escape"],
+        ["j", "S", "y", "escape"],
+    ],
+    ids="-".join,
+)
+async def test_the_default_is_no(presses: list[str]) -> None:
+    done = await act(*presses)
+    assert not done.sent and done.left is None
+
+
+@pytest.mark.parametrize(
+    ("presses", "reason"),
+    [
+        (["s", "0", "enter"], "skip takes 1 to 100000 batches, not 0"),
+        (["s", "1", "full_stop", "5", "enter"], "not 1.5"),
+        (["s", "minus", "3", "enter"], "not -3"),
+        (["s", "1", "e", "9", "enter"], "not 1e+09"),
+        (["l", "n", "a", "n", "enter"], "lr takes a factor in (0, 100], not nan"),
+        (["l", "0", "enter"], "not 0"),
+        (["l", "x", "enter"], "'x' is not a number"),
+        (["l", "1", "e", "9", "enter"], "not 1e+09"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+async def test_a_number_that_makes_no_sense_is_said(presses: list[str], reason: str) -> None:
+    async def look(pilot: Pilot[None], reader: FakeReader) -> None:
+        assert isinstance(pilot.app.screen, Number)
+        assert reason in text_of(pilot.app.screen.query(Lines).first())
+
+    assert not (await act(*presses, script=look)).sent
+
+
+async def test_the_preview_of_a_rollback_says_what_it_costs() -> None:
+    async def look(pilot: Pilot[None], reader: FakeReader) -> None:
+        shown = text_of(pilot.app.screen.query(Lines).first())
+        assert "Loses 84 steps" in shown and "up to 1,488 samples" in shown and "▸ No" in shown
+        assert "roll back to step 1,200?" in shown
+
+    assert not (await act("r", "down", "down", "down", "enter", script=look)).sent
+
+
+async def test_a_suspect_state_is_called_so() -> None:
+    fake = FakeRun().begin().advance(1206).spike(back_to=1000)
+
+    async def look(pilot: Pilot[None], reader: FakeReader) -> None:
+        await pilot.press("r", "home")
+        await pilot.pause()
+        shown = text_of(pilot.app.screen.query(Lines).first())
+        assert "suspect" in shown and "▲ This state is suspect" in shown
+
+    await act(script=look, fake=fake)
+
+
+async def test_rollback_without_any_snapshot() -> None:
+    fake = FakeRun().begin().advance(5)
+    done = await act("r", fake=fake)
+    assert not done.sent and "no snapshot" in done.message
+
+
+async def test_p_goes_on_with_a_paused_run() -> None:
+    assert only((await act("p", fake=paused())).sent) == (CommandKind.RESUME, 0.0)
+
+
+@pytest.mark.parametrize("key", [key.keys for key in keys.KEYS if key.control])
+async def test_read_only_answers_so(key: str) -> None:
+    done = await act(key, "enter", "y", fake=asking(), read_only=True)
+    assert not done.sent and "read-only" in done.message
+
+
+@pytest.mark.parametrize("key", [key.keys for key in keys.KEYS if key.control])
+async def test_a_run_that_has_ended_is_not_controlled(key: str) -> None:
+    fake = example().end(Phase.FINISHED, ExitCode.FINISHED)
+    done = await act(key, "enter", "y", fake=fake)
+    assert not done.sent and "has ended" in done.message
+
+
+async def test_a_click_only_marks() -> None:
+    async def click(pilot: Pilot[None], reader: FakeReader) -> None:
+        body = pilot.app.screen.query_one(".body", Lines)
+        yes = next(y for y, row in enumerate(body.rows) if "Yes" in "".join(text for text, _ in row))
+        await pilot.click(offset=(body.region.x + 6, body.region.y + yes))
+        await pilot.pause()
+        assert "▸ Yes" in text_of(body)
+
+    assert not (await act("S", script=click)).sent
+
+
+# -- the guard asks
+
+
+async def test_a_question_comes_up_by_itself_once() -> None:
+    async def look(pilot: Pilot[None], reader: FakeReader) -> None:
+        assert isinstance(pilot.app.screen, Choose)
+        assert "proposed: rollback" in text_of(pilot.app.screen.query(Lines).first())
+        assert "Do as proposed: roll back" in text_of(pilot.app.screen.query(Lines).first())
+        await pilot.press("escape")
+        reader.put(replace(reader.snapshot, heard=reader.snapshot.heard + 1))
+        await pilot.pause(0.3)
+        assert isinstance(pilot.app.screen, Cockpit), "it was put aside, and stays there"
+
+    assert not (await act(script=look, fake=asking())).sent
+
+
+@pytest.mark.parametrize(("presses", "value"), [(["enter"], 0.0), (["down", "enter"], 1.0), (["end", "enter"], 2.0)])
+async def test_answers(presses: list[str], value: float) -> None:
+    assert only((await act(*presses, fake=asking())).sent) == (CommandKind.ANSWER, value)
+
+
+async def test_p_brings_the_question_back() -> None:
+    done = await act("escape", "p", fake=asking())
+    assert not done.sent and done.top is Choose
+
+
+async def test_a_question_that_somebody_else_has_answered_goes_away() -> None:
+    fake = asking()
+
+    async def answered(pilot: Pilot[None], reader: FakeReader) -> None:
+        fake.phase, fake.question = Phase.STEP, ""
+        reader.put(snapshot_of(fake))
+        await pilot.pause(0.3)
+        assert isinstance(pilot.app.screen, Cockpit)
+
+    assert not (await act(fake=fake, script=answered)).sent
+
+
+async def test_a_without_a_question() -> None:
+    done = await act("a")
+    assert not done.sent and "asks nothing" in done.message
+
+
+async def test_another_dialog_is_not_torn_away_by_a_question() -> None:
+    fake = example()
+
+    async def asked(pilot: Pilot[None], reader: FakeReader) -> None:
+        fake.ask("proposed: rollback")
+        reader.put(snapshot_of(fake))
+        await pilot.pause(0.3)
+        assert isinstance(pilot.app.screen, Number)
+        await pilot.press("escape")
+        reader.put(snapshot_of(fake))
+        await pilot.pause(0.3)
+        assert isinstance(pilot.app.screen, Choose)
+
+    await act("s", fake=fake, script=asked)
+
+
+# -- answers to commands
+
+
+async def answers(answer: Answer | None, *, unsent: str = "", later: float = 0.0, silent: bool = False) -> str:
+    """The message line after `c` and an answer."""
+    texts: list[str] = []
+
+    async def reply(pilot: Pilot[None], reader: FakeReader) -> None:
+        clock = pilot.app._clock  # type: ignore[attr-defined]
+        clock.now += later
+        command = reader.sent[0].id
+        story = reader.snapshot.story
+        if answer is not None:
+            story = replace(story, answers=MappingProxyType({command: answer}))
+        reader.put(
+            replace(
+                reader.snapshot,
+                story=story,
+                unsent={command: unsent} if unsent else {},
+                heard=reader.snapshot.heard if silent else clock.now,
+            )
+        )
+        await pilot.pause(0.3)
+        texts.append(message(pilot.app))
+
+    await act("c", script=reply)
+    return texts[0]
+
+
+async def test_an_answer_is_shown_with_its_step() -> None:
+    assert await answers(Answer(True, 1290, "")) == "✓ checkpoint: took effect at step 1,290"
+
+
+async def test_a_refusal_is_shown_with_its_reason() -> None:
+    assert await answers(Answer(False, 1290, "the disk is full")) == (
+        "✗ checkpoint: refused at step 1,290: the disk is full"
+    )
+
+
+async def test_no_answer_yet_is_said() -> None:
+    assert await answers(None, later=12.0) == "… checkpoint: sent, no answer yet (12 s)"
+
+
+async def test_no_answer_and_no_sign_of_life() -> None:
+    assert "no answer yet (30 s, and no sign of life of the run)" in await answers(None, later=30.0, silent=True)
+
+
+async def test_a_command_that_could_not_be_handed_in() -> None:
+    assert await answers(None, unsent="not your run") == "✗ checkpoint: could not be sent: not your run"
+
+
+async def test_waiting_commands_are_counted() -> None:
+    done = await act("c", "p", "c")
+    assert done.message.endswith("(and 2 commands without an answer yet)")
+
+
+async def test_an_answer_leaves_the_line_after_a_while() -> None:
+    async def wait(pilot: Pilot[None], reader: FakeReader) -> None:
+        clock = pilot.app._clock  # type: ignore[attr-defined]
+        story = replace(reader.snapshot.story, answers={reader.sent[0].id: Answer(True, 1, "")})
+        reader.put(replace(reader.snapshot, story=story))
+        await pilot.pause(0.3)
+        assert message(pilot.app).startswith("✓")
+        clock.now += 61
+        reader.put(replace(reader.snapshot, heard=clock.now))
+        await pilot.pause(0.3)
+        assert message(pilot.app) == ""
+
+    await act("c", script=wait)
+
+
+def test_a_view_knows_its_silence() -> None:
+    snapshot = snapshot_of(example())
+    assert View(snapshot, snapshot.heard + 11).health.word.startswith("NO HEARTBEAT")
+    assert View(snapshot, snapshot.heard - 50).silence == 0.0, "a clock that was set back is no silence"
