@@ -24,6 +24,8 @@ class Mailbox:
         self._waiting: list[Command] = []
         self._seen: set[str] = set()
         self._stop = threading.Event()
+        with contextlib.suppress(OSError):
+            self._look()  # what waits already is due from the first step on
         self._thread = threading.Thread(target=self._poll, name="guardrail-mailbox", daemon=True)
         self._thread.start()
 

@@ -117,7 +117,7 @@ class Trainer:
         try:
             for step in self.guard:
                 self.train_step(step)
-                if step.applied and self._evaluation_due(step.number):
+                if step.applied and self.guard.phase is None and self._evaluation_due(step.number):
                     self._evaluate()
         finally:
             self.loader.close()

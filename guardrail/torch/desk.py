@@ -32,7 +32,7 @@ class Answer(Enum):
     AS_PROPOSED = 0
     GO_ON = 1
     STOP = 2
-    ROLLED_BACK = 3
+    BY_HAND = 3  # rolled back or skipped by command: the batch under question is gone
 
 
 class Desk:
@@ -85,6 +85,7 @@ class Desk:
             end: end of the batch under question, which a rollback by hand leaves out as well.
         """
         guard = self._guard
+        held, self._current = self._current, None  # came with the step under question and waits until that is over
         self.question, self._end = question, end
         proposals = [would.value, "go on", "stop"] if would else []
         guard.say("paused", question or "paused by a person", proposals=proposals)
@@ -105,6 +106,7 @@ class Desk:
                 guard.tiers.poll()
                 time.sleep(PARKED_SECONDS)
         self.question, self._end = "", 0
+        self._current = held
         if guard.phase is None:
             taken = f": {answer.name.lower().replace('_', ' ')}" if question else ""
             guard.say("resumed", f"training goes on{taken}")
@@ -116,7 +118,9 @@ class Desk:
         if guard.rank:
             return False
         seconds = guard.settings.guard.ask_seconds
-        unseen = would is Action.HALT and (guard.run is None or not guard.run.screens())
+        if guard.run is None:  # nothing can bring an answer
+            return True
+        unseen = would is Action.HALT and not guard.run.screens()
         return unseen or (seconds > 0 and waited > seconds)
 
     def _while_parked(self, kind: CommandKind, value: float) -> Answer | None:
@@ -134,8 +138,9 @@ class Desk:
         done = self.execute(kind, value)
         if done and kind is CommandKind.STOP:
             return Answer.STOP
-        # A rollback answers the guard's question; after a pause by hand, training stays paused.
-        return Answer.ROLLED_BACK if done and asked and kind is CommandKind.ROLLBACK else None
+        # Either answers the guard's question; after a pause by hand, training stays paused.
+        answers = kind in (CommandKind.ROLLBACK, CommandKind.SKIP)
+        return Answer.BY_HAND if done and asked and answers else None
 
     # -- commands ------------------------------------------------------------------------------------------------
 

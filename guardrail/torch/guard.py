@@ -60,13 +60,13 @@ Describe = Callable[[Sequence[int]], tuple[list[dict[str, Any]], int]]
 class Step:
     """One try at an update. `number` is the step it becomes when it is applied."""
 
-    def __init__(self, guard: Guard, *, number: int, batch: Batch) -> None:
+    def __init__(self, guard: Guard, *, number: int, batch: Batch, began: float) -> None:
         self._guard = guard
         self.number = number
         self.batch = batch
         self.verdict: Verdict | None = None
         self.applied = False
-        self._began = time.perf_counter()
+        self._began = began
 
     def finish(
         self,
@@ -171,6 +171,8 @@ class Guard:
         self.phase: Phase | None = None  # set when the run has ended
         self.mode = settings.guard.mode
         self._row: dict[str, float] | None = None
+        self._to_keep = False  # an update was applied and the tiers do not know of it yet
+        self._command = (0, 0.0)  # agreed on in the last reduction, carried out between two steps
         self._incident: int | None = None
         self._recent: list[tuple[float, int]] = []  # (seconds, tokens) of the last applied steps
         self._guarding = 0.0  # seconds that the guard took of the present step
@@ -188,7 +190,10 @@ class Guard:
         try:
             self.open()
             while self.phase is None:
-                self._flush_row()
+                kept = self._keep()
+                self._obey()
+                if self.phase is not None:
+                    break
                 if self.total_steps and self.step >= self.total_steps:
                     self.end(Phase.FINISHED, f"all {self.total_steps} steps are done")
                     break
@@ -197,13 +202,34 @@ class Guard:
                     self.end(Phase.FINISHED, "the data has been passed to its end")
                     break
                 self.at(Phase.STEP, self.step + 1)
-                step = Step(self, number=self.step + 1, batch=batch)
+                step = Step(self, number=self.step + 1, batch=batch, began=time.perf_counter() - kept)
+                self._guarding = kept
                 yield step
                 if step.verdict is None and self.phase is None:
                     raise RuntimeError("the loop went on without step.finish(loss)")
-            self._flush_row()
         finally:
+            self._flush_row()
             self.close()
+
+    def _keep(self) -> float:
+        """Once the loop has done with a step, write its row and then copy the state; returns the seconds it took.
+
+        Who resumes from a copy finds the row of its last step, and goes on behind whatever the loop did after that
+        step, such as an evaluation that draws random numbers.
+        """
+        began = time.perf_counter()
+        self._flush_row()
+        if self._to_keep:
+            self._to_keep = False
+            self.tiers.after_step(self.step, healthy_through=self.controller.healthy_through, facts=self.facts)
+        return time.perf_counter() - began
+
+    def _obey(self) -> None:
+        """Carry out the command that came with the last step."""
+        kind, value = self._command
+        self._command = (0, 0.0)
+        if kind:
+            self.desk.execute(list(CommandKind)[kind - 1], value)
 
     @property
     def stopping(self) -> bool:
@@ -223,7 +249,8 @@ class Guard:
 
     def enter(self, phase: Phase) -> None:
         """Say what the loop does between steps, and that it gets ahead; call it again now and then."""
-        self.at(phase)
+        if self.phase is None:
+            self.at(phase)
 
     def log_eval(self, loss: float) -> None:
         """Record the held-out loss after the present step (nats a token, equal on all ranks)."""
@@ -374,14 +401,13 @@ class Guard:
         )
         bands = self.controller.bands()
         verdict = self.controller.observe(observation)
-        self._guarding = time.perf_counter() - began
+        self._guarding += time.perf_counter() - began
         step.verdict = verdict
         lr = float(self._optimizers[0].param_groups[0]["lr"]) * self.past.lr.at(step.number)
         self._row = self._metrics_row(step, reduced, verdict, bands, lr)
         self._act(step, verdict, reduced, observation)
         self._account(step, reduced)
-        if reduced.command_kind and self.phase is None:
-            self.desk.execute(list(CommandKind)[reduced.command_kind - 1], reduced.command_value)
+        self._command = reduced.command_kind, reduced.command_value
         if reduced.stop and self.phase is None:
             self.end(Phase.STOPPED, f"asked to stop by a signal on {reduced.stop} of {self.world} ranks")
         return verdict
@@ -422,9 +448,7 @@ class Guard:
         self.tokens += reduced.tokens
         self.ledger.passed(step.batch, applied=True)
         self.state.settle()
-        copying = time.perf_counter()
-        self.tiers.after_step(self.step, healthy_through=self.controller.healthy_through, facts=self.facts)
-        self._guarding += time.perf_counter() - copying
+        self._to_keep = True
 
     def _skip(self, step: Step, verdict: Verdict) -> None:
         self.gate.leave_out()
@@ -529,7 +553,9 @@ class Guard:
     def _ask(self, step: Step, verdict: Verdict, reduced: Reduced, observation: Observation) -> None:
         """Park with the gradients kept, until a person (or the deadline) has decided."""
         would = verdict.would or Action.ROLLBACK
+        asked = time.perf_counter()
         answer = self.desk.park(f"{verdict.reason}; proposed: {would.value}", would=would, end=step.batch.last)
+        step._began += time.perf_counter() - asked  # a person's time is not the step's
         if answer is Answer.GO_ON and math.isfinite(reduced.loss) and math.isfinite(reduced.grad_norm):
             self.controller.overrule(observation)
             self._apply(step, reduced)
@@ -542,7 +568,7 @@ class Guard:
         elif answer is Answer.AS_PROPOSED:
             self.gate.leave_out()
             self._halt(verdict)
-        else:  # stopped, or rolled back by hand: either is done
+        else:  # stopped, rolled back or skipped by hand: it is done
             self.gate.leave_out()
 
     def set_mode(self, mode: Mode) -> None:
@@ -568,7 +594,9 @@ class Guard:
         if any(f.kind.value == "nonfinite" and f.signal != "loss" for f in verdict.findings):
             named = self._gathered(self.probes.names_of_nonfinite())
             data["parameters"] = {str(r): names[:MAX_NAMED] for r, names in enumerate(named) if names}
-        self.say("verdict", f"{verdict.action.value} at step {step.number}: {verdict.reason}", **data)
+        noted = verdict.action is Action.APPLY and verdict.would is None
+        kind, what = ("finding", "step") if noted else ("verdict", f"{verdict.action.value} at step")
+        self.say(kind, f"{what} {step.number}: {verdict.reason}", **data)
 
     def _metrics_row(
         self, step: Step, reduced: Reduced, verdict: Verdict, bands: dict[str, tuple[float, float]], lr: float
@@ -603,10 +631,8 @@ class Guard:
 
     def _flush_row(self) -> None:
         if self._row is not None:
-            began = time.perf_counter()
             self.recorder.row(self._row)
             self._row = None
-            self._guard_seconds += time.perf_counter() - began
 
     def status(self) -> Status:
         """The present state for status.json; called by the heartbeat's thread."""

@@ -215,6 +215,9 @@ class Tiers:
         if self.store is None:
             return None
         self.store.adopt(dict.fromkeys(past.good, GOOD) | dict.fromkeys(past.suspects, SUSPECT))
+        # A crash between a rollback and its last journal line must not leave one of the abandoned stretch good.
+        gone = [i for i in self.store.infos() if not past.lives(timeline=i.timeline, step=i.step)]
+        self.store.adopt({info.path: SUSPECT for info in gone})
         selection = self.store.newest_valid(
             lambda manifest: self._state_of(manifest) != SUSPECT or "its stretch of the run was given up"
         )

@@ -1,0 +1,150 @@
+"""A rollback that leaves samples out is exact: run A meets bad samples and goes back by itself, run B is told from its
+beginning what A left out and has no guard. Every step and the final weights are the same, bit by bit."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from guardrail.records import Command, CommandKind
+from guardrail.rundir import RunDirectory
+from tests.running import (
+    BATCH,
+    SHAPES,
+    assert_same,
+    corpus_of,
+    new_run,
+    of_kind,
+    spans,
+    tiny,
+    told,
+    train,
+    trained,
+    write_corpus,
+)
+from trainer.config import Config
+
+
+def spike(first: int, last: int, **settings: Any) -> dict[str, Any]:
+    """A fault that multiplies the loss of every batch with a position in [first, last)."""
+    return {"kind": "spike_loss", "first": first, "last": last, "value": 50.0, **settings}
+
+
+def rollbacks(run: RunDirectory) -> list[dict[str, Any]]:
+    return [event.data for event in of_kind(run, "rollback")]
+
+
+def assert_exact(config: Config, a: RunDirectory) -> None:
+    assert_same(a, trained(told(config, a)))
+
+
+@pytest.mark.parametrize(("world", "strategy"), SHAPES)
+def test_corrupted_documents(tmp_path: Path, world: int, strategy: str) -> None:
+    write_corpus(tmp_path / "corpus", bad=range(14, 17))
+    config = tiny(tmp_path, world=world, strategy=strategy, guard={"loss_score": 5.0}, train={"steps": 70})
+    a = trained(config)
+    assert {span.cause for span in spans(a)} == {"rejected", "rollback"}
+    named = [document["path"] for event in of_kind(a, "rollback") for document in event.data["documents"]]
+    assert any(name.endswith("0015.txt") for name in named)
+    assert_exact(config, a)
+
+
+@pytest.mark.parametrize(("world", "strategy"), SHAPES)
+def test_second_rollback_inside_the_stretch_that_is_run_again(tmp_path: Path, world: int, strategy: str) -> None:
+    # Step 31 is tried three times and the run goes back to 25. Step 30 is then made of the batch behind those, and the
+    # second fault strikes what step 31 would be made of: the run has not got beyond where it gave up before.
+    faults = [spike(240, 264), spike(272, 296)]
+    config = tiny(tmp_path, world=world, strategy=strategy, faults=faults, train={"steps": 50})
+    a = trained(config)
+    first, second = rollbacks(a)
+    assert first["to_step"] < second["from_step"] <= first["from_step"]
+    assert second["window"][0] > first["window"][0]
+    assert_exact(config, a)
+
+
+@pytest.mark.parametrize(("world", "strategy"), SHAPES)
+def test_rollback_across_an_epoch_boundary(tmp_path: Path, world: int, strategy: str) -> None:
+    write_corpus(tmp_path / "corpus", documents=9)
+    sections: dict[str, Any] = {
+        "data": {"order": "shuffled"},
+        "train": {"steps": 0, "epochs": 3},
+        "guard": {"window_before": 2, "window_after": 1},
+    }
+    n = len(corpus_of(tiny(tmp_path, world=world, strategy=strategy, **sections)).train)
+    assert n % BATCH, "an epoch must end inside a batch"
+    config = tiny(tmp_path, world=world, strategy=strategy, faults=[spike(n - 12, n + 12)], **sections)
+    a = trained(config)
+    window = rollbacks(a)[0]["window"]
+    assert window[0] < n < window[1]
+    config_b = told(config, a)
+    lines = Path(config_b.data.quarantine).read_text(encoding="utf-8").split()
+    assert {line.endswith("@1") for line in lines} == {True, False}
+    assert_same(a, trained(config_b))
+
+
+def test_wide_window(tmp_path: Path) -> None:
+    guard = {"window_before": 5, "window_after": 3}
+    config = tiny(tmp_path, world=2, faults=[spike(240, 264)], guard=guard, train={"steps": 45})
+    a = trained(config)
+    (done,) = rollbacks(a)
+    assert done["window"] == [240 - 5 * BATCH, 264 + 3 * BATCH]
+    assert done["to_step"] <= 25
+    assert_exact(config, a)
+
+
+@pytest.mark.parametrize(("world", "strategy"), SHAPES)
+def test_rollback_to_the_disk_where_the_ring_does_not_reach(tmp_path: Path, world: int, strategy: str) -> None:
+    config = tiny(
+        tmp_path,
+        world=world,
+        strategy=strategy,
+        faults=[spike(320, 344)],
+        guard={"window_before": 16},
+        checkpoint={"every": 10, "keep": 4},
+        train={"steps": 50},
+    )
+    a = trained(config)
+    (done,) = rollbacks(a)
+    assert (done["tier"], done["to_step"]) == ("disk", 20)
+    assert_exact(config, a)
+
+
+def test_rollback_to_the_disk_after_a_restart_with_an_empty_ring(tmp_path: Path) -> None:
+    config = tiny(
+        tmp_path,
+        world=2,
+        strategy="fsdp",
+        faults=[spike(320, 344)],
+        guard={"window_before": 4},
+        checkpoint={"every": 10, "keep": 4},
+        train={"steps": 50},
+    )
+    a = new_run(config)
+    a.send(Command(id="stop", kind=CommandKind.STOP, at_step=38))
+    assert train(a, 2) == "stopped"
+    assert train(a, 2) == "finished"
+    (done,) = rollbacks(a)
+    assert (done["tier"], done["to_step"]) == ("disk", 30)
+    assert_exact(config, a)
+
+
+@pytest.mark.parametrize(("world", "strategy"), SHAPES)
+def test_rollback_and_skip_by_command(tmp_path: Path, world: int, strategy: str) -> None:
+    config = tiny(tmp_path, world=world, strategy=strategy, train={"steps": 50})
+    a = new_run(config)
+    a.send(Command(id="skip", kind=CommandKind.SKIP, value=3, at_step=22))
+    a.send(Command(id="back", kind=CommandKind.ROLLBACK, value=25, at_step=33))
+    a.send(Command(id="newest", kind=CommandKind.ROLLBACK, value=float("nan"), at_step=41))
+    assert train(a, world) == "finished"
+    assert [span.cause for span in spans(a)] == ["user", "user", "user"]
+    assert [done["to_step"] for done in rollbacks(a)] == [25, 35]
+    assert [e.step for e in of_kind(a, "command")] == [22, 33, 41]
+    assert_exact(config, a)
+
+
+def test_bf16(tmp_path: Path) -> None:
+    train_section = {"steps": 50, "precision": "bf16"}
+    config = tiny(tmp_path, world=2, strategy="fsdp", faults=[spike(240, 264)], train=train_section)
+    a = trained(config)
+    assert len(rollbacks(a)) == 1
+    assert_exact(config, a)
