@@ -91,8 +91,9 @@ class Casebook:
         action = event.data.get("action", "")
         would = event.data.get("would")
         findings = findings_of(event)
-        if not findings and action in ("", "apply"):
-            return
+        noted = action in ("", "apply") and not would and not whole(event.data.get("incident"))
+        if noted and (not findings or self._near(event) is None):
+            return  # a note by itself is no incident; near an open one it is evidence
         incident = self._at(event, findings)
         changes: dict[str, Any] = {"findings": _joined(incident.findings, findings)}
         parameters = event.data.get("parameters")

@@ -353,3 +353,13 @@ def test_the_report_writes_nothing(run: RunDirectory) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
     build(run), text(run), as_dict(run), quarantine_lines(run)
     assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before
+
+
+def test_a_note_by_itself_is_no_incident(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path, "noted", "")
+    finding = {
+        "signal": "grad_norm", "step": 21, "kind": "grad_spike", "severity": "note", "value": 15.9, "baseline": 2.4,
+        "score": 9.5, "threshold": 12.0, "onset": 21,
+    }  # fmt: skip
+    run.append("finding", "step 21: noted", step=20, action="apply", would=None, findings=[finding], incident=None)
+    assert report.build(run).incidents == ()
