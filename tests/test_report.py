@@ -362,4 +362,4 @@ def test_a_note_by_itself_is_no_incident(tmp_path: Path) -> None:
         "score": 9.5, "threshold": 12.0, "onset": 21,
     }  # fmt: skip
     run.append("finding", "step 21: noted", step=20, action="apply", would=None, findings=[finding], incident=None)
-    assert report.build(run).incidents == ()
+    assert build(run).incidents == ()
