@@ -15,11 +15,11 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import torch._dynamo  # noqa: F401
+import torch._dynamo
 import torch.distributed.fsdp  # noqa: F401
 
 import trainer.__main__
-import trainer.loop  # noqa: F401
+import trainer.loop
 from guardrail.config import build, dump
 from guardrail.manifest import checkpoint_dirs, fingerprint, verify
 from guardrail.records import Event, Mode, Span
@@ -37,7 +37,7 @@ COMMON = ("step", "first", "last", "loss", "grad_norm", "embed_grad_norm", "lr",
 
 
 def write_corpus(folder: Path, *, documents: int = 120, bad: Sequence[int] = ()) -> Path:
-    """Documents of 1000 characters from the standard library's source; those numbered in `bad` are mis-decoded noise."""
+    """Documents of 1000 characters of the standard library; those numbered in `bad` are mis-decoded noise."""
     folder.mkdir(parents=True, exist_ok=True)
     source = inspect.getsource(textwrap) + inspect.getsource(random)
     noise = random.Random(0)

@@ -17,6 +17,7 @@ from guardrail.policy import choose_target
 from guardrail.recorder import Recorder
 from guardrail.records import SnapshotInfo
 from guardrail.torch.checkpoints import INVALID, CheckpointEvent, CheckpointStore
+from guardrail.torch.loading import Allowed, Selection
 from guardrail.torch.snapshots import CANDIDATE, GOOD, SUSPECT, Snapshot, SnapshotRing
 from guardrail.torch.state import TrainingState
 
@@ -171,11 +172,21 @@ class Tiers:
                 and (to_step is None or manifest.step == to_step)
             )
 
-        selection = self.store.newest_valid(allowed)
+        selection = self._newest_valid(allowed)
         if selection.path is None or selection.manifest is None:
             return None
         step, at = selection.manifest.step, selection.manifest.cursor
         return Target(step=step, cursor=at, tier="disk", name=selection.path.name)
+
+    def _newest_valid(self, allowed: Allowed) -> Selection:
+        """What the store finds, with a journal line for each newer checkpoint that does not hold: it says why."""
+        assert self.store is not None
+        selection = self.store.newest_valid(allowed)
+        for path, why in selection.refused:
+            if path.name in selection.invalid:
+                message = f"checkpoint {path.name} is not used: {why}"
+                self._say("checkpoint", message, path=path.name, state=INVALID, reason=why)
+        return selection
 
     def _state_of(self, manifest: Manifest) -> str:
         """Good, candidate or suspect, as rank 0 knows it; its answer counts."""
@@ -218,10 +229,9 @@ class Tiers:
         # A crash between a rollback and its last journal line must not leave one of the abandoned stretch good.
         gone = [i for i in self.store.infos() if not past.lives(timeline=i.timeline, step=i.step)]
         self.store.adopt({info.path: SUSPECT for info in gone})
-        selection = self.store.newest_valid(
+        selection = self._newest_valid(
             lambda manifest: self._state_of(manifest) != SUSPECT or "its stretch of the run was given up"
         )
-        self.poll()
         if selection.path is None:
             return None
         loaded = self.store.load(selection.path)
