@@ -694,6 +694,14 @@ def test_a_newer_save_takes_the_place_of_one_that_still_waits(tmp_path: Path, mo
     assert names(tmp_path) == ["step-00000001", "step-00000003"]
 
 
+def test_a_snapshot_that_left_the_ring_is_not_saved(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    gone = run.take(1)
+    run.ring.drop_after(0)
+    with pytest.raises(ValueError, match="step 1 has left the ring"):
+        run.store.save(gone)
+
+
 def test_close_ends_the_thread_and_sweeps(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.store.save(run.take(1))

@@ -114,7 +114,12 @@ class CheckpointStore:
 
         Args:
             identity: JSON-able facts for the manifest: fingerprints of configuration and data, versions.
+
+        Raises:
+            ValueError: the snapshot has left the ring, and its buffers may hold a later step.
         """
+        if not snapshot.buffers:
+            raise ValueError(f"the snapshot of step {snapshot.step} has left the ring")
         moments = any(name.startswith(OPTIM) for name in snapshot.layout.names)
         self._serial += 1
         job = Job(

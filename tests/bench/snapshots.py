@@ -1,0 +1,152 @@
+"""What a copy of the training state costs: to the ring, back from it, and to disk.
+
+    python tests/bench/snapshots.py [--rounds 40] [--threads 1]
+
+About 10 M parameters with AdamW, as in guard.py. Each round measures every line once, in turn, beside a bare
+`_foreach_copy_` of the very same tensors between buffers that exist already; ratios are medians of these pairs, since
+a busy machine disturbs both alike. Goals: 1.3 for the ring both ways. A checkpoint's stall is the time that the caller
+is held up; the writing itself goes on in the background and is given as "until committed".
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from guardrail.torch.checkpoints import CheckpointStore
+from guardrail.torch.snapshots import SnapshotRing
+from guardrail.torch.state import TrainingState
+from trainer.config import ModelSection, OptimSection
+from trainer.model import Decoder
+from trainer.optim import build_optimizer
+
+
+class Subject:
+    """A trained model with everything that copies it: the ring, the store, Accelerate, and bare copies."""
+
+    def __init__(self, folder: Path) -> None:
+        self.accelerator = Accelerator(cpu=True)
+        model = Decoder(ModelSection(layers=8, width=320, heads=5), vocabulary=259, sequence_length=128, seed=0)
+        optimizer = build_optimizer(model, OptimSection(lr=3e-4, warmup_steps=10))
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+        self.state = TrainingState(self.model, self.optimizer)
+        self.ring = SnapshotRing(self.state, 4)
+        self.store = CheckpointStore(folder / "checkpoints", self.state)
+        self.accelerate_folder = folder / "accelerate"
+        self.live = list(self.state.tensors().values())
+        self.host = [torch.empty_like(tensor) for tensor in self.live]
+        self.step = 0
+        self.committed: list[float] = []
+        for _ in range(5):  # the ring fills up and every buffer has been touched
+            self.take()
+
+    def copy_out(self) -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(self.host, self.live)
+
+    def copy_in(self) -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(self.live, self.host)
+
+    def take(self) -> None:
+        self.step += 1
+        self.snapshot = self.ring.take(self.step, 8 * self.step, 0, {"detectors": list(range(400))})
+
+    def restore(self) -> None:
+        self.ring.restore(self.snapshot)
+
+    def take_and_save(self) -> None:
+        self.take()
+        self.store.save(self.snapshot, {"config": "0" * 64})
+
+    def committed_now(self) -> None:
+        """Not timed: the background is done and the disk is emptied before the next line."""
+        assert self.store.wait(120)
+        self.committed += [event.seconds for event in self.store.poll() if event.state == "candidate"]
+
+    def load(self) -> None:
+        path = self.store.newest_valid().path
+        assert path is not None
+        self.store.load(path)
+
+    def accelerate_save(self) -> None:
+        self.accelerator.save_state(str(self.accelerate_folder))
+
+    def accelerate_load(self) -> None:
+        self.accelerator.load_state(str(self.accelerate_folder))
+
+    def clear(self) -> None:
+        for path in self.store.folder.iterdir():
+            shutil.rmtree(path)
+
+
+def timed(work: Callable[[], None]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def measure(subject: Subject, *, rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Line -> (seconds, seconds of the bare copy beside it) of each round."""
+    lines: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {
+        "snapshot to the ring": (subject.take, subject.copy_out),
+        "rollback from the ring": (subject.restore, subject.copy_in),
+        "checkpoint, stall": (subject.take_and_save, subject.copy_out),
+        "checkpoint, verify and load": (subject.load, subject.copy_in),
+        "accelerate save_state": (subject.accelerate_save, subject.copy_out),
+        "accelerate load_state": (subject.accelerate_load, subject.copy_in),
+    }
+    pairs: dict[str, list[tuple[float, float]]] = {line: [] for line in lines}
+    for number in range(rounds + 1):
+        for line, (work, bare) in lines.items():
+            first = timed(bare) if number % 2 else None  # which of the two goes first makes a difference
+            seconds = timed(work)
+            other = timed(bare) if first is None else first
+            if line == "checkpoint, stall":
+                subject.committed_now()
+            if number:
+                pairs[line].append((seconds, other))
+        subject.clear()
+    return pairs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=1, help="intra-op threads, for all lines alike")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    with tempfile.TemporaryDirectory() as name:
+        subject = Subject(Path(name))
+        torch.set_num_threads(arguments.threads)
+        pairs = measure(subject, rounds=arguments.rounds)
+        subject.store.close(60)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in subject.live)
+    print(
+        f"{subject.parameters / 1e6:.1f} M parameters with AdamW: {len(subject.live)} tensors, {size / 1e6:.0f} MB; "
+        f"{arguments.threads} thread(s), {arguments.rounds} rounds in turn"
+    )
+    print(f"{'':30} {'median ms':>10} {'bare copy ms':>13} {'ratio, median of pairs':>23}")
+    for line, values in pairs.items():
+        mine, bare = (statistics.median(column) * 1e3 for column in zip(*values, strict=True))
+        ratio = statistics.median(a / b for a, b in values)
+        print(f"{line:30} {mine:10.1f} {bare:13.1f} {ratio:23.2f}")
+    print(f"{'checkpoint, until committed':30} {statistics.median(subject.committed) * 1e3:10.1f}")
+
+
+if __name__ == "__main__":
+    main()
