@@ -20,6 +20,7 @@ import os
 import time
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,7 @@ class Faults:
             elif fault.kind == "spike_grad":
                 loss.register_hook(partial(operator.mul, fault.value))
             elif fault.kind == "inf_grad":
-                _spoil_one_entry(unwrapped(model).norm.weight)
+                loss = loss + _Spoiled.apply(unwrapped(model).norm.weight)
         return loss
 
     def gradients(self, model: nn.Module) -> None:
@@ -107,20 +108,25 @@ def _meets(fault: FaultSection, step: int, positions: Sequence[int]) -> bool:
     return any(fault.first <= position < fault.last for position in positions)
 
 
-def _spoil_one_entry(weight: Tensor) -> None:
-    """Make the first entry of this weight's next gradient infinite, on this rank and before ranks are averaged.
+class _Spoiled(torch.autograd.Function):
+    """Zero, with an infinite gradient for the first entry of a weight.
 
-    The weight is that of the last norm: between forward and backward it is a whole, plain leaf under fsdp as well,
-    because the root's group stays gathered.
+    As part of the graph it spoils the gradient where a broken kernel would: before any hook on the weight sees it, and
+    before the ranks are averaged. The weight is that of the last norm: between forward and backward it is a whole,
+    plain leaf under fsdp as well, because the root's group stays gathered.
     """
 
-    def spoil(gradient: Tensor) -> Tensor:
-        handle.remove()
-        spoiled = gradient.clone()
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return weight.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (weight,) = ctx.saved_tensors
+        spoiled = torch.zeros_like(weight)
         spoiled.view(-1)[0] = math.inf
         return spoiled
-
-    handle = weight.register_hook(spoil)
 
 
 def _interrupt(fault: FaultSection, rank: int) -> None:

@@ -1,0 +1,197 @@
+"""The loop under faults: every rank reaches the same verdict at the same step, and a step left out leaves no trace."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from guardrail.config import load
+from guardrail.records import Action
+from guardrail.rundir import RunDirectory
+from tests.ranks import run_ranks
+from tests.running import (
+    BATCH,
+    COMMON,
+    LENGTH,
+    SHAPES,
+    assert_same,
+    final,
+    new_run,
+    of_kind,
+    spans,
+    table,
+    tiny,
+    told,
+    train,
+    trained,
+)
+from trainer.config import Config
+from trainer.loop import Trainer
+from trainer.objectives import IGNORED, loss_sum
+
+TWO = [(2, "ddp"), (2, "fsdp")]
+
+
+def watched(rank: int, path: Path) -> list[dict[str, Any]]:
+    """Train as the trainer does, and tell of each attempt what became of it, on this rank."""
+    config = load(path / "config.toml")
+    assert isinstance(config, Config)
+    trainer = Trainer(config, run=RunDirectory.open(path))
+    attempts = []
+    rows: list[int] = []
+    load_batch = trainer.loader.load
+
+    def remembered(batch: Any) -> Any:
+        micro_batches = load_batch(batch)
+        rows.extend(sample for micro in micro_batches for sample in micro.sample_ids)
+        return micro_batches
+
+    trainer.loader.load = remembered  # type: ignore[method-assign]
+    for step in trainer.guard:
+        before = trainer.guard.state.digests()
+        trainer.train_step(step)
+        assert step.verdict is not None
+        attempts.append(
+            {
+                "step": step.number,
+                "action": step.verdict.action,
+                "touched": trainer.guard.state.digests() != before,
+                "gradients": sum(p.grad is not None for p in trainer.model.parameters()),
+                "rows": tuple(rows),
+            }
+        )
+        rows.clear()
+    return attempts
+
+
+def watch(config: Config) -> tuple[RunDirectory, list[list[dict[str, Any]]]]:
+    run = new_run(config)
+    return run, run_ranks(watched, config.world, run.path, folder=run.path / "results", init=False)
+
+
+# -- modes and ranks
+
+
+@pytest.mark.parametrize(("world", "strategy"), [(1, "ddp"), (2, "fsdp")])
+def test_advise_changes_nothing(tmp_path: Path, world: int, strategy: str) -> None:
+    faults = [{"kind": "spike_loss", "first": 160, "last": 184, "value": 50.0}]
+    sections: dict[str, Any] = {"faults": faults, "train": {"steps": 40}}
+    advised = trained(tiny(tmp_path, world=world, strategy=strategy, guard={"mode": "advise"}, **sections))
+    free = trained(tiny(tmp_path, world=world, strategy=strategy, guard={"mode": "off"}, **sections))
+    would = [(e.data["action"], e.data["would"]) for e in of_kind(advised, "verdict")]
+    assert would[:3] == [("apply", "skip"), ("apply", "skip"), ("apply", "rollback")]
+    assert not of_kind(free, "verdict")
+    assert not spans(advised) and not of_kind(advised, "rollback")
+    assert len(table(advised)) == 40
+    assert_same(advised, free)
+
+
+def test_the_same_samples_on_one_rank_and_on_two(tmp_path: Path) -> None:
+    faults = [
+        {"kind": "spike_loss", "first": first, "last": last, "value": 50.0} for first, last in ((80, 88), (160, 184))
+    ]
+    sections: dict[str, Any] = {"faults": faults, "train": {"steps": 30}, "data": {"order": "shuffled"}}
+    one, (alone,) = watch(tiny(tmp_path, **sections))
+    two, (first, second) = watch(tiny(tmp_path, world=2, **sections))
+    assert [(a["step"], a["action"]) for a in alone] == [(a["step"], a["action"]) for a in first]
+    assert [set(a["rows"]) for a in alone] == [{*a["rows"], *b["rows"]} for a, b in zip(first, second, strict=True)]
+    assert all(len(a["rows"]) == BATCH and len(b["rows"]) == BATCH // 2 for a, b in zip(alone, first, strict=True))
+    assert {a["action"] for a in alone} == {Action.APPLY, Action.SKIP, Action.ROLLBACK}
+    places = ("step", "first", "last")
+    assert np.array_equal(table(one, places), table(two, places))
+
+
+# -- one rank alone goes wrong
+
+
+@pytest.mark.parametrize(("world", "strategy"), TWO)
+@pytest.mark.parametrize("kind", ["nan_loss", "inf_grad", "inf_grad_reduced"])
+def test_a_fault_of_rank_1_is_seen_by_both(tmp_path: Path, world: int, strategy: str, kind: str) -> None:
+    fault = {"kind": kind, "first": 80, "last": 88, "rank": 1, "micro": 1 if kind != "inf_grad_reduced" else -1}
+    config = tiny(tmp_path, world=world, strategy=strategy, faults=[fault], train={"steps": 16})
+    run, (zero, one) = watch(config)
+    for attempts in (zero, one):
+        left_out = [a for a in attempts if a["action"] is not Action.APPLY]
+        assert [(a["step"], a["action"], a["touched"], a["gradients"]) for a in left_out] == [
+            (11, Action.SKIP, False, 0)
+        ]
+        assert all(a["touched"] for a in attempts if a["action"] is Action.APPLY)
+    (verdict,) = of_kind(run, "verdict")
+    assert verdict.data["at_step"] == 11
+    assert all(finding["kind"] == "nonfinite" for finding in verdict.data["findings"])
+    ranks = {finding["signal"]: finding["ranks"] for finding in verdict.data["findings"]}
+    assert ranks["grad_norm"] == [1]
+    assert (ranks.get("loss") == [1]) is (kind == "nan_loss")
+    parameters = verdict.data["parameters"]
+    if kind == "inf_grad":
+        # After the reduction it is on every rank that holds this part of the gradient.
+        holders = "0" if strategy == "fsdp" else "01"
+        assert parameters == {rank: ["norm.weight"] for rank in holders}
+    elif kind == "inf_grad_reduced":
+        assert list(parameters) == ["1"] and len(parameters["1"]) == 1
+    assert "rank 1" in verdict.message
+    assert np.isfinite(table(run)).all()
+    assert_same_as_told(config, run)
+
+
+def assert_same_as_told(config: Config, run: RunDirectory) -> None:
+    """Nothing of what was left out is in the weights: a run that never met it ends with the same."""
+    config = told(config, run)
+    other = new_run(config)
+    assert train(other, config.world) == "finished"
+    assert np.array_equal(table(run), table(other))
+    assert final(run) == final(other)
+
+
+# -- labels that are all ignored
+
+
+def reference_norm(rank: int, path: Path) -> tuple[float, float]:
+    """(loss, gradient norm) of step 11, by plain torch over the samples that are not ignored."""
+    config = load(path / "config.toml")
+    assert isinstance(config, Config)
+    trainer = Trainer(config)
+    for step in trainer.guard:
+        if step.number == 11:
+            micro_batches = trainer.loader.load(step.batch)
+            kept = [m for index, m in enumerate(micro_batches) if index != 1]
+            tokens = torch.from_numpy(np.concatenate([m.tokens for m in kept]))
+            labels = torch.from_numpy(np.concatenate([m.labels for m in kept]))
+            assert not (labels == IGNORED).any()
+            total, count = loss_sum(trainer.model(tokens), labels)
+            (total / count).backward()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in trainer.model.parameters() if p.grad is not None])
+            return (total / count).item(), norm.item()
+        trainer.train_step(step)
+    raise AssertionError("step 11 was never made")
+
+
+def test_a_window_with_an_ignored_micro_batch_is_normalised_by_the_rest(tmp_path: Path) -> None:
+    fault = {"kind": "ignore_labels", "first": 80, "last": 88, "micro": 1}
+    sections: dict[str, Any] = {"model": {"dropout": 0.0}, "train": {"steps": 20, "micro_batch_size": 2}}
+    run = trained(tiny(tmp_path, faults=[fault], **sections))
+    assert not of_kind(run, "verdict") and not spans(run)
+    step, loss, norm, tokens = table(run, ("step", "loss", "grad_norm", "tokens"))[10]
+    assert (step, tokens) == (11, (BATCH - 2) * LENGTH)
+    plain = new_run(tiny(tmp_path, **sections))
+    ((want_loss, want_norm),) = run_ranks(reference_norm, 1, plain.path, folder=tmp_path / "plain", init=False)
+    assert loss == pytest.approx(want_loss, rel=1e-5)
+    assert norm == pytest.approx(want_norm, rel=1e-5)
+
+
+@pytest.mark.parametrize(("world", "strategy"), SHAPES)
+def test_batches_without_a_label_are_left_out_and_never_add_up_to_a_rollback(
+    tmp_path: Path, world: int, strategy: str
+) -> None:
+    faults = [{"kind": "ignore_labels", "first": 80, "last": 128}, {"kind": "ignore_labels", "first": 0, "last": 8}]
+    config = tiny(tmp_path, world=world, strategy=strategy, faults=faults, train={"steps": 20})
+    run = trained(config)
+    assert [(span.first, span.last, span.cause) for span in spans(run)] == [
+        (first, first + BATCH, "rejected") for first in (0, 80, 88, 96, 104, 112, 120)
+    ]
+    assert not of_kind(run, "rollback") and not of_kind(run, "incident")
+    assert all("no label token" in event.message for event in of_kind(run, "verdict"))
+    assert np.isfinite(table(run, COMMON)).all()
+    assert_same_as_told(config, run)
