@@ -44,15 +44,20 @@ class Failure:
         return f"exited with {self.exit}"
 
 
-def command(launch: LaunchSection, *, run_id: str, restarts: int) -> list[str]:
-    """The elastic agent's command line; `restarts` is what is left of the budget."""
+def command(launch: LaunchSection, *, name: str, restarts: int) -> list[str]:
+    """The elastic agent's command line.
+
+    Args:
+        name: of the run, the same on all its nodes: they find each other by it.
+        restarts: what is left of the budget.
+    """
     arguments = [
         *("/bin/sh", "-c", _AGENT, "agent"),
         *(sys.executable, "-m", "torch.distributed.run"),
         f"--nnodes={launch.nodes}",
         f"--nproc-per-node={launch.processes}",
         f"--max-restarts={restarts}",
-        f"--rdzv-id={launch.rendezvous_id or run_id}",
+        f"--rdzv-id={launch.rendezvous_id or name}",
     ]
     if launch.nodes == 1:
         # What --standalone does, without a host name that would have to be resolved.
@@ -90,7 +95,7 @@ class Agent:
         self._log = log.open("ab")
         self._offset = self._log.tell()
         self.process = subprocess.Popen(
-            command(launch, run_id=f"{run.name}-{os.getpid()}-{incarnation}", restarts=restarts),
+            command(launch, name=f"{run.parent.name}-{run.name}", restarts=restarts),
             env=environment(launch, run, incarnation=incarnation),
             stdin=subprocess.DEVNULL,
             stdout=self._log,

@@ -10,13 +10,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import msgspec
 
 from guardrail import config, processes
 from guardrail.config import Settings
-from guardrail.errors import ConfigError, ExitCode, RunDirectoryError, WorkersFailed
+from guardrail.errors import ConfigError, ExitCode, RunDirectoryError, UsageError, WorkersFailed
 from guardrail.records import Phase, Status
 from guardrail.rundir import RunDirectory, find_run
+from guardrail.runlock import holder_of
 from guardrail.text import clean
 
 START_SECONDS = 30.0  # for the supervisor's first word; it needs 0.2 on an idle machine
@@ -29,17 +32,32 @@ CHANGEABLE = (
 )
 
 
-def prepare(path: str, overrides: tuple[str, ...], run_dir: str | None) -> RunDirectory:
+class Prepared(NamedTuple):
+    """A run directory that is ready to be worked on by node `node_rank`."""
+
+    run: RunDirectory
+    node_rank: int
+
+
+def prepare(path: str, overrides: tuple[str, ...], run_dir: str | None) -> Prepared:
     """Load and check a configuration, check the machine, make the run directory. Raises ConfigError and its kin."""
     from guardrail import preflight
 
     settings = load(config.parse(Path(path)), file=path, overrides=overrides)
     for warning in preflight.check(settings, file=path, overrides=overrides):
         print(f"guardrail: {warning}", file=sys.stderr)
-    text = config.dump(settings)
-    if run_dir is None:
-        return RunDirectory.create(settings.run.root, settings.run.name, text)
-    return _create_at(Path(run_dir).absolute(), text, node_rank=settings.launch.node_rank)
+    node_rank, text = settings.launch.node_rank, _shared(settings)
+    if run_dir is not None:
+        return Prepared(_create_at(Path(run_dir).absolute(), text, node_rank=node_rank), node_rank)
+    if node_rank:
+        raise UsageError("a further node joins the run of the first one: give its --run-dir DIR")
+    return Prepared(RunDirectory.create(settings.run.root, settings.run.name, text), node_rank)
+
+
+def _shared(settings: Settings) -> str:
+    """The configuration as all nodes read it."""
+    launch = msgspec.structs.replace(settings.launch, node_rank=0)
+    return config.dump(msgspec.structs.replace(settings, launch=launch))
 
 
 def load(tree: dict[str, Any], *, file: str, overrides: tuple[str, ...] = ()) -> Settings:
@@ -85,7 +103,7 @@ def _create_at(path: Path, text: str, *, node_rank: int) -> RunDirectory:
 # -- going on with a run
 
 
-def prepare_resume(spec: str, overrides: tuple[str, ...], *, root: str) -> RunDirectory | None:
+def prepare_resume(spec: str, overrides: tuple[str, ...], *, root: str) -> Prepared | None:
     """Make an ended run ready to go on; None if it has nothing left to do.
 
     Ranks that outlived their supervisor are asked to save and stop first.
@@ -97,11 +115,6 @@ def prepare_resume(spec: str, overrides: tuple[str, ...], *, root: str) -> RunDi
     from guardrail import preflight
 
     run = find_run(spec, root)
-    status = run.read_status()
-    refuse_alive(run, status)
-    if status is not None and status.phase is Phase.FINISHED and not overrides:
-        print(f"{run.name} has finished at step {status.step}; nothing is left to do", file=sys.stderr)
-        return None
     for override in overrides:
         key = override.partition("=")[0].strip()
         if not key.startswith(CHANGEABLE):
@@ -109,12 +122,18 @@ def prepare_resume(spec: str, overrides: tuple[str, ...], *, root: str) -> RunDi
             raise ConfigError("a setting that leaves the run the same", file="--set", key=key, hint=hint)
     file = str(run.path / "config.toml")
     settings = load(config.parse(Path(file)), file=file, overrides=overrides)
+    if settings.launch.node_rank == 0:  # the other nodes join a run that lives
+        status = run.read_status()
+        refuse_alive(run, status)
+        if status is not None and status.phase is Phase.FINISHED and not overrides:
+            print(f"{run.name} has finished at step {status.step}; nothing is left to do", file=sys.stderr)
+            return None
     for warning in preflight.check(settings, file=file, overrides=overrides):
         print(f"guardrail: {warning}", file=sys.stderr)
     end_orphans(run, settings.launch.stop_seconds)
-    if overrides:
-        run.write_config(config.dump(settings))
-    return run
+    if overrides and settings.launch.node_rank == 0:
+        run.write_config(_shared(settings))
+    return Prepared(run, settings.launch.node_rank)
 
 
 def is_alive(run: RunDirectory, status: Status) -> bool:
@@ -161,7 +180,7 @@ def end_orphans(run: RunDirectory, seconds: float) -> None:
 # -- the supervisor
 
 
-def start(run: RunDirectory) -> subprocess.Popen[bytes]:
+def start(run: RunDirectory, node_rank: int = 0) -> subprocess.Popen[bytes]:
     """Start the supervisor in its own session and wait until it has taken over. Raises WorkersFailed."""
     variables = dict(os.environ)
     # The supervisor stands in /, so that it holds no folder: what is found from here must be found from there.
@@ -169,11 +188,11 @@ def start(run: RunDirectory) -> subprocess.Popen[bytes]:
     paths += [path for path in sys.path if path == os.getcwd() and path not in paths]
     if paths:
         variables["PYTHONPATH"] = os.pathsep.join(paths)
-    log_path = run.logs / "supervisor.log"
+    log_path = run.logs / (f"supervisor-{node_rank}.log" if node_rank else "supervisor.log")
     offset = log_path.stat().st_size if log_path.exists() else 0
     with log_path.open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", processes.SUPERVISOR_MODULE, str(run.path.resolve())],
+            [sys.executable, "-m", processes.SUPERVISOR_MODULE, str(run.path.resolve()), str(node_rank)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -181,16 +200,21 @@ def start(run: RunDirectory) -> subprocess.Popen[bytes]:
             env=variables,
             start_new_session=True,
         )
+
+    def has_taken_over() -> bool:
+        if node_rank:  # the status is the first node's to write
+            holder = holder_of(run.path / f"supervisor-{node_rank}.lock")
+            return holder is not None and holder.pid == process.pid
+        status = run.read_status()
+        return status is not None and status.supervisor_pid == process.pid
+
     deadline = time.monotonic() + START_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
-        status = run.read_status()
-        if status is not None and status.supervisor_pid == process.pid:
+        if has_taken_over():
             return process
         time.sleep(0.02)
-    if process.poll() is None:
-        return process  # a very slow machine; it lives
-    if (status := run.read_status()) is not None and status.supervisor_pid == process.pid:
-        return process  # it lived, and has ended already
+    if process.poll() is None or has_taken_over():
+        return process  # a very slow machine; or it has ended already
     words = [clean(line, 500) for line in log_path.read_bytes()[offset:].splitlines()[-12:]]
     if process.returncode == ExitCode.USAGE:
         raise RunDirectoryError("\n".join(words))
@@ -203,22 +227,6 @@ def exit_code_of(supervisor: subprocess.Popen[bytes]) -> int | None:
     if code is None or code >= 0:
         return code
     return ExitCode.WORKERS_FAILED  # the supervisor itself was killed
-
-
-def show(run: RunDirectory, *, read_only: bool, supervisor: subprocess.Popen[bytes]) -> int:
-    """The screen; then the run's exit code, or how to come back to a run that goes on."""
-    from guardrail.tui.app import run_screen
-
-    run_screen(run.path, read_only=read_only)
-    deadline = time.monotonic() + 2.0  # a run that the screen saw end is about to have its exit code
-    status = run.read_status()
-    while status is not None and status.phase.ended and time.monotonic() < deadline and supervisor.poll() is None:
-        time.sleep(0.05)
-    code = exit_code_of(supervisor)
-    if code is None:
-        print(f"training goes on\n{way_back(run)}", file=sys.stderr)
-        return ExitCode.FINISHED
-    return code
 
 
 def way_back(run: RunDirectory) -> str:

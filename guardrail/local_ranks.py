@@ -55,13 +55,13 @@ class LocalRanks:
                 elif parent == self._myself.pid and process.pid != agent_pid:
                     self._orphans.append(process)
         reports = {report.pid: report for report in self._run.read_ranks() if report.host == self._host}
+        self._numbers.update({pid: report.rank for pid, report in reports.items()})
         self._processes = found
         self.reports = {pid: reports.get(pid) for pid in found}
         if found:
             same = not self.last_pids.isdisjoint(found)
             self.last_pids = self.last_pids | found.keys() if same else set(found)
             self.heard = bool(self.registered) or (self.heard and same)
-            self._numbers.update({pid: report.rank for pid, report in self.reports.items() if report})
 
     @property
     def registered(self) -> Mapping[int, RankStatus]:

@@ -1,4 +1,4 @@
-"""Starts, watches and restarts the ranks of one run: `python -m guardrail.supervisor RUN_DIR`.
+"""Starts, watches and restarts the ranks of one run: `python -m guardrail.supervisor RUN_DIR [NODE_RANK]`.
 
     launch -> supervisor (own session, no torch) -> torch elastic -> ranks
 
@@ -40,10 +40,11 @@ SILENT_SECONDS = 10.0  # a heartbeat thread that has not written for this long c
 class Supervisor:
     """One run, from the first process to the last word. `run()` returns the exit code."""
 
-    def __init__(self, run: RunDirectory, signals: SupervisorSignals) -> None:
+    def __init__(self, run: RunDirectory, signals: SupervisorSignals, *, node_rank: int = 0) -> None:
         tree = parse(run.path / "config.toml")
         self.run_directory = run
-        self.launch = msgspec.convert(tree.get("launch", {}), LaunchSection)
+        # The nodes share one config.toml; which of them this is, only the one who started us knows.
+        self.launch = msgspec.convert({**tree.get("launch", {}), "node_rank": node_rank}, LaunchSection)
         self.tensorboard = msgspec.convert(tree.get("tensorboard", {}), TensorboardSection)
         self.signals = signals
         self.host = socket.gethostname()
@@ -51,6 +52,8 @@ class Supervisor:
         self.chronicle = Chronicle(run, self.launch, self.host, Mode(tree.get("guard", {}).get("mode", Mode.AUTO)))
         self.failures: list[str] = []  # a sentence each, newest last; all count against launch.max_restarts
         self.killed = ""  # why everything was killed
+        node = f"-{node_rank}" if node_rank else ""
+        self._elastic_log = run.logs / f"elastic{node}.log"  # read for failures, so each node has its own
         self._last_log: Path | None = None  # of the rank that failed last
         self._failed_at: float | None = None  # while peers of a failed rank may still wait for it
         self._hung = ""  # why the failure that elastic is about to report is our doing
@@ -86,7 +89,7 @@ class Supervisor:
             agent = Agent(
                 self.launch,
                 self.run_directory.path,
-                self.run_directory.logs / "elastic.log",
+                self._elastic_log,
                 incarnation=self._restarts,
                 restarts=self.launch.max_restarts - self._restarts,
             )
@@ -227,20 +230,19 @@ class Supervisor:
             self.chronicle.record("note", f"the kernel does not end {pids} (in uninterruptible sleep?)", text="stuck")
 
     def _outcome(self, code: int) -> tuple[Phase, ExitCode, str, list[str]]:
-        """How the run ended: phase, exit code, reason ("" if rank 0 has said it), last lines of the failed rank."""
+        """How the run ended: phase, exit code, reason ("" if rank 0 has said it), last lines of a log that explain it."""
         if (code == 0 or self.killed) and (said := self.chronicle.last_word_of_ranks(self.ranks.last_pids)):
             return *said, "", []
         if self.signals.stop:
             return Phase.STOPPED, ExitCode.INTERRUPTED, self.killed or "no rank said how it ended", []
         if code == 0:
-            return Phase.FAILED, ExitCode.WORKERS_FAILED, "the ranks ended without saying how", self._tail("rank-0.log")
-        if not self.failures:
-            return Phase.FAILED, ExitCode.WORKERS_FAILED, f"torch elastic ended with {code}", self._tail("elastic.log")
-        reason = f"{self.failures[-1]}; failure {len(self.failures)}, launch.max_restarts = {self.launch.max_restarts}"
-        return Phase.FAILED, ExitCode.WORKERS_FAILED, reason, tail(self._last_log) if self._last_log else []
-
-    def _tail(self, name: str) -> list[str]:
-        return tail(self.run_directory.logs / name)
+            reason, explained = "the ranks ended without saying how", self.run_directory.logs / "rank-0.log"
+        elif not self.failures:
+            reason, explained = f"torch elastic ended with {code}", self._elastic_log
+        else:
+            count = f"failure {len(self.failures)}, launch.max_restarts = {self.launch.max_restarts}"
+            reason, explained = f"{self.failures[-1]}; {count}", self._last_log or self._elastic_log
+        return Phase.FAILED, ExitCode.WORKERS_FAILED, reason, tail(explained)
 
     # -- TensorBoard
 
@@ -269,14 +271,13 @@ class Supervisor:
 
 
 def main(arguments: Sequence[str]) -> int:
-    (path,) = arguments
+    path, node_rank = arguments[0], int(arguments[1]) if len(arguments) > 1 else 0
     signals = SupervisorSignals()
     become_reaper()
     try:
         run = RunDirectory.open(Path(path))
-        node = msgspec.convert(parse(run.path / "config.toml").get("launch", {}), LaunchSection).node_rank
-        with RunLock(run.path / f"supervisor-{node}.lock", "the supervisor"):
-            return Supervisor(run, signals).run()
+        with RunLock(run.path / f"supervisor-{node_rank}.lock", "the supervisor"):
+            return Supervisor(run, signals, node_rank=node_rank).run()
     except GuardrailError as error:
         log(str(error))
         return error.exit_code

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
 import termios
@@ -323,6 +324,30 @@ def _take_terminal(slave: int) -> None:
 
     os.setsid()
     fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+
+
+def test_two_nodes_share_a_run_directory(lab: Lab) -> None:
+    """Two supervisors find each other by the rendezvous of [launch]; the first one speaks for the run."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    config = configure(lab, "steps = 60\nrank = 3\nfault = 'exit'")
+    (lab.folder / config).write_text(
+        (lab.folder / config).read_text().replace("[tensor", f'nodes = 2\nrendezvous_endpoint = "{endpoint}"\n[tensor')
+    )
+    place = str(lab.root / "fake" / "shared")
+    alone = lab.guardrail("launch", config, "--detach", "--set", "launch.node_rank=1")
+    assert alone.returncode == 2 and "--run-dir" in alone.stderr
+    second = lab.start("launch", config, "--headless", "--run-dir", place, "--set", "launch.node_rank=1")
+    first = lab.start("launch", config, "--headless", "--run-dir", place)
+    outputs = [node.communicate(timeout=90) for node in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], outputs
+    run = RunDirectory.open(place)
+    assert {file.name for file in run.logs.glob("rank-?.log")} == {f"rank-{rank}.log" for rank in range(4)}
+    assert "node_rank = 0" in run.config_text()
+    assert [event.data["rank"] for event in run.events() if event.kind == "ranks_failed"] == [3]
+    status = run.read_status()
+    assert status is not None and (status.phase, status.exit_code, status.world) == (Phase.FINISHED, 0, 4)
 
 
 def test_only_one_supervisor_for_a_run(lab: Lab) -> None:

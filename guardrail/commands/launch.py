@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from guardrail.commands.common import root_option
+
+if TYPE_CHECKING:
+    import subprocess
+
+    from guardrail.rundir import RunDirectory
 
 
 @click.command(short_help="Start a training run and watch it.")
@@ -40,13 +47,14 @@ def command(
     if resume is not None:
         if run_dir is not None:
             raise click.UsageError("--run-dir does not go with --resume: the run has its directory")
-        run = launching.prepare_resume(resume, overrides, root=root)
-        if run is None:
+        prepared = launching.prepare_resume(resume, overrides, root=root)
+        if prepared is None:
             return 0
     else:
         assert config is not None
-        run = launching.prepare(config, overrides, run_dir)
-    supervisor = launching.start(run)
+        prepared = launching.prepare(config, overrides, run_dir)
+    supervisor = launching.start(*prepared)
+    run = prepared.run
     print(run.path, flush=True)
     if detach:
         return 0
@@ -54,4 +62,24 @@ def command(
         from guardrail.headless import follow
 
         return follow(run, supervisor)
-    return launching.show(run, read_only=read_only, supervisor=supervisor)
+    return show(run, read_only=read_only, supervisor=supervisor)
+
+
+def show(run: RunDirectory, *, read_only: bool, supervisor: subprocess.Popen[bytes]) -> int:
+    """The screen; then the run's exit code, or how to come back to a run that goes on."""
+    import sys
+    import time
+
+    from guardrail.launching import exit_code_of, way_back
+    from guardrail.tui.app import run_screen
+
+    run_screen(run.path, read_only=read_only)
+    deadline = time.monotonic() + 2.0  # a run that the screen saw end is about to have its exit code
+    status = run.read_status()
+    while status is not None and status.phase.ended and time.monotonic() < deadline and supervisor.poll() is None:
+        time.sleep(0.05)
+    code = exit_code_of(supervisor)
+    if code is None:
+        print(f"training goes on\n{way_back(run)}", file=sys.stderr)
+        return 0
+    return code

@@ -1,5 +1,6 @@
 """One rank that needs no torch and no model: it counts steps, saves the count, and misbehaves where it is told to."""
 
+import contextlib
 import os
 import sys
 import time
@@ -34,9 +35,20 @@ def misbehave(kind: str, run: RunDirectory) -> None:
             run.append("note", "a long line that nobody reads " * 30)
 
 
+def strike(run: RunDirectory, times: int) -> bool:
+    """True for the first so many starts of the rank, however many agents and supervisors they are spread over."""
+    marks = (run.checkpoints / f"struck-{number}" for number in range(times))
+    for mark in marks:
+        with contextlib.suppress(FileExistsError):
+            mark.touch(exist_ok=False)
+            return True
+    return False
+
+
 def main() -> None:
     run = RunDirectory.open(os.environ["GUARDRAIL_RUN"])
-    rank, start = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    rank = int(os.environ["RANK"])
+    start = int(os.environ["GUARDRAIL_INCARNATION"]) + int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     config = load(run.path / "config.toml")
     fake = config.fake  # type: ignore[attr-defined]
     time.sleep(fake.import_seconds)
@@ -50,7 +62,7 @@ def main() -> None:
     first = int(saved.read_text()) if saved.exists() else 0
     if rank == 0:
         run.append("restarted" if first else "started", f"begins after step {first}", step=first)
-    strikes = rank == fake.rank and int(os.environ["GUARDRAIL_INCARNATION"]) + start < fake.starts
+    strikes = rank == fake.rank and strike(run, fake.starts)
     if strikes and fake.fault == "usage":
         end(run, rank, heartbeat, Phase.FAILED, 2)
     for step in range(first + 1, fake.steps + 1):
