@@ -230,7 +230,7 @@ class Supervisor:
             self.chronicle.record("note", f"the kernel does not end {pids} (in uninterruptible sleep?)", text="stuck")
 
     def _outcome(self, code: int) -> tuple[Phase, ExitCode, str, list[str]]:
-        """How the run ended: phase, exit code, reason ("" if rank 0 has said it), last lines of a log that explain it."""
+        """How the run ended: phase, exit code, reason ("" if rank 0 has said it), last lines that explain it."""
         if (code == 0 or self.killed) and (said := self.chronicle.last_word_of_ranks(self.ranks.last_pids)):
             return *said, "", []
         if self.signals.stop:
