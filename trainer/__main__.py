@@ -6,6 +6,7 @@ the journal.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
@@ -40,7 +41,8 @@ def main() -> int:
         phase = Phase.STOPPED if isinstance(error, Interrupted) else Phase.FAILED
         print(error, file=sys.stderr)
         if rank == 0:
-            run.append("ended", str(error), phase=phase.value, exit_code=int(error.exit_code), reason=str(error))
+            with contextlib.suppress(OSError):  # a full disk must not turn a stop into a failure
+                run.append("ended", str(error), phase=phase.value, exit_code=int(error.exit_code), reason=str(error))
         heartbeat.at(phase)
     except GuardrailError as error:
         print(error, file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import time
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from guardrail.config import dump
-from guardrail.errors import Interrupted, RunDirectoryError
+from guardrail.errors import DataError, Interrupted, RunDirectoryError
 from guardrail.heartbeat import Heartbeat
 from guardrail.ledger import SampleOrder
 from guardrail.records import Phase
@@ -58,11 +59,12 @@ class Trainer:
         self.signals = signals or StopSignals()
         self.heartbeat = heartbeat
         self.rank = int(os.environ.get("RANK", "0"))
+        self._began = time.time()
         self._lock = self._take_lock() if run is not None and self.rank == 0 else None
         self.corpus = Corpus.open(self._prepare_data())
         self.accelerator = make_accelerator(config)
-        self._stop_if_asked()
         self.device = self.accelerator.device
+        self._stop_if_asked()
         self._build()
 
     def _build(self) -> None:
@@ -219,25 +221,38 @@ class Trainer:
             try:
                 return self.run_directory.lock("trainer")
             except RunDirectoryError:
-                self._stop_if_asked()
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.2)
 
     def _prepare_data(self) -> Path:
         """The first rank of each node builds the shards; the others wait for them without a collective to time out."""
-        builds = int(os.environ.get("LOCAL_RANK", "0")) == 0
-        if builds:
-            return prepare(self.config.data, progress=self._progress, stop=lambda: self.signals.requested)
-        seconds = self.config.launch.setup_seconds
-        return wait_prepared(self.config.data, stop=lambda: self.signals.requested, seconds=seconds)
+        data = self.config.data
+        if int(os.environ.get("LOCAL_RANK", "0")):
+            return wait_prepared(data, stop=self._builder_stopped, seconds=self.config.launch.setup_seconds)
+        try:
+            return prepare(data, progress=self._progress, stop=lambda: self.signals.requested)
+        except Interrupted:
+            # With a corpus that is there the others go on, and wait for this rank where they can agree on the stop.
+            with contextlib.suppress(DataError):
+                return wait_prepared(data, stop=lambda: False, seconds=0.0)
+            raise
+
+    def _builder_stopped(self) -> bool:
+        """Whether there will be no corpus. Asked to stop alone, a rank that waits goes on until all can agree."""
+        status = self.run_directory.read_status() if self.run_directory is not None else None
+        return status is not None and status.phase is Phase.STOPPED and status.heartbeat > self._began
 
     def _progress(self, text: str, share: float) -> None:
         if self.heartbeat is not None:
             self.heartbeat.say(f"{text} {share:.0%}")
 
     def _stop_if_asked(self) -> None:
-        if self.signals.requested:
+        """All ranks together: one that left alone would leave the others waiting for it. A collective."""
+        asked = torch.tensor(float(self.signals.requested), device=self.device)
+        if self.config.world > 1:
+            dist.all_reduce(asked)
+        if asked.item():
             raise Interrupted("asked to stop during set-up; nothing was trained that is not saved")
 
     # -- the record ----------------------------------------------------------------------------------------------

@@ -1,0 +1,213 @@
+"""Asked to stop by a signal to one rank alone, in any phase: saved and ended, and resumed to the very same end."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import guardrail.torch.checkpoints
+import trainer.loop
+from guardrail.manifest import checkpoint_dirs
+from guardrail.records import Command, CommandKind, Phase
+from guardrail.rundir import RunDirectory
+from guardrail.signals import KILLED
+from tests.lab import wait_for
+from tests.ranks import wait_ranks
+from tests.running import (
+    LENGTH,
+    assert_same,
+    assert_whole,
+    new_run,
+    of_kind,
+    outcome,
+    start_run,
+    table,
+    tiny,
+    train,
+    trained,
+)
+from trainer.config import Config
+from trainer.loop import Trainer
+
+STEPS = 40
+SIGNALS = {"SIGTERM": signal.SIGTERM, "SIGUSR1": signal.SIGUSR1}
+
+
+def config_of(folder: Path, *, world: int = 2, strategy: str = "ddp", **train_settings: Any) -> Config:
+    """A rollback lies at step 21, evaluations at 10, 20, 30, 40, checkpoints at 0, 20, 40."""
+    return tiny(
+        folder,
+        world=world,
+        strategy=strategy,
+        faults=[{"kind": "spike_loss", "first": 160, "last": 184, "value": 50.0}],
+        data={"eval_fraction": 0.1},
+        train={"steps": STEPS, "eval_every": 10, "eval_batches": 3, **train_settings},
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunDirectory]:
+    known: dict[str, RunDirectory] = {}
+
+    def run_of(strategy: str = "ddp") -> RunDirectory:
+        if strategy not in known:
+            known[strategy] = trained(config_of(tmp_path_factory.mktemp(strategy), strategy=strategy))
+        return known[strategy]
+
+    return run_of
+
+
+def me(rank: int) -> bool:
+    return os.environ["RANK"] == str(rank)
+
+
+# Each of these makes rank `rank` send itself `number` in one phase. They are patched in before the ranks are forked.
+
+
+def in_tokenizing(patch: pytest.MonkeyPatch, number: int, rank: int) -> None:
+    name = "wait_prepared" if rank else "prepare"  # only the first rank of a node builds
+    whole = getattr(trainer.loop, name)
+
+    def signalled(*arguments: Any, **settings: Any) -> Path:
+        os.kill(os.getpid(), number)
+        return Path(whole(*arguments, **settings))
+
+    patch.setattr(trainer.loop, name, signalled)
+
+
+def in_step(patch: pytest.MonkeyPatch, number: int, rank: int) -> None:
+    whole = Trainer.train_step
+
+    def signalled(self: Trainer, step: Any) -> None:
+        if step.number == 15 and me(rank):
+            os.kill(os.getpid(), number)
+        whole(self, step)
+
+    patch.setattr(Trainer, "train_step", signalled)
+
+
+def in_evaluation(patch: pytest.MonkeyPatch, number: int, rank: int) -> None:
+    whole = Trainer._loss_of
+    sent = []
+
+    def signalled(self: Trainer, *arguments: Any) -> Any:
+        evaluates = self.heartbeat is not None and self.heartbeat.phase is Phase.EVAL
+        if self.guard.step == 20 and evaluates and me(rank) and not sent:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+        return whole(self, *arguments)
+
+    patch.setattr(Trainer, "_loss_of", signalled)
+
+
+def in_save(patch: pytest.MonkeyPatch, number: int, rank: int) -> None:
+    whole = guardrail.torch.checkpoints.write_share
+
+    def signalled(job: Any) -> Any:
+        if job.snapshot.step == 20 and me(rank):
+            os.kill(os.getpid(), number)
+        return whole(job)
+
+    patch.setattr(guardrail.torch.checkpoints, "write_share", signalled)
+
+
+CASES = [
+    (in_tokenizing, "SIGTERM", 0, "ddp"),
+    (in_tokenizing, "SIGUSR1", 1, "ddp"),
+    (in_step, "SIGTERM", 1, "ddp"),
+    (in_step, "SIGUSR1", 1, "fsdp"),
+    (in_evaluation, "SIGUSR1", 0, "ddp"),
+    (in_evaluation, "SIGTERM", 1, "fsdp"),
+    (in_save, "SIGTERM", 1, "ddp"),
+]
+
+
+@pytest.mark.parametrize(("phase", "name", "rank", "strategy"), CASES)
+def test_stopped_in(
+    tmp_path: Path,
+    undisturbed: Callable[..., RunDirectory],
+    phase: Callable[..., None],
+    name: str,
+    rank: int,
+    strategy: str,
+) -> None:
+    whole = undisturbed(strategy)
+    run = new_run(config_of(tmp_path, strategy=strategy))
+    with pytest.MonkeyPatch.context() as patch:
+        phase(patch, SIGNALS[name], rank)
+        assert train(run, 2) == "stopped"
+    status = run.read_status()
+    assert status is not None and status.phase is Phase.STOPPED
+    reached = status.step
+    if phase is in_tokenizing:
+        assert not len(run.metrics())
+    else:
+        assert checkpoint_dirs(run.checkpoints)[0].name.startswith(f"step-{reached:08d}")
+        (ended,) = of_kind(run, "ended")
+        assert (ended.data["saved"] and "1 of 2 ranks" in ended.message) or "unfinished batch" in ended.message
+    # In the middle of a window ddp gives the batch back; fsdp would have to reduce what it has, and finishes it.
+    expected = {in_tokenizing: 0, in_step: 14 if strategy == "ddp" else 15, in_evaluation: 20}
+    assert reached == expected.get(phase, reached) and reached < STEPS
+    if phase is in_evaluation:
+        assert [event.step for event in of_kind(run, "eval")] == [10]
+    assert train(run, 2) == "finished"
+    assert_whole(run)
+    assert_same(run, whole)
+
+
+@pytest.mark.parametrize("name", list(SIGNALS))
+def test_stopped_while_paused(tmp_path: Path, undisturbed: Callable[..., RunDirectory], name: str) -> None:
+    whole = undisturbed()
+    run = new_run(config_of(tmp_path))
+    run.send(Command(id="pause", kind=CommandKind.PAUSE, at_step=12))
+    pids = start_run(run, 2)
+    wait_for(lambda: of_kind(run, "paused"), what="a pause")
+    wait_for(lambda: (s := run.read_status()) is not None and s.phase is Phase.PAUSED, what="a paused status")
+    os.kill(pids[1], SIGNALS[name])
+    assert wait_ranks(pids) == [0, 0]
+    assert outcome(run) == "stopped"
+    assert len(table(run)) == 12
+    assert train(run, 2) == "finished"
+    assert_same(run, whole)
+
+
+def test_a_window_is_given_back_within_one_micro_batch(tmp_path: Path) -> None:
+    config = config_of(tmp_path, micro_batch_size=1)
+    assert config.micro_batches == 4
+    run = new_run(config)
+    counted = tmp_path / "counted"
+    with pytest.MonkeyPatch.context() as patch:
+        whole = trainer.loop.loss_sum
+
+        def counting(logits: Any, labels: Any) -> Any:
+            if torch.is_grad_enabled() and me(1):
+                with counted.open("a") as file:
+                    file.write("x")
+            return whole(logits, labels)
+
+        patch.setattr(trainer.loop, "loss_sum", counting)
+        in_step(patch, signal.SIGTERM, 1)
+        assert train(run, 2) == "stopped"
+    assert len(counted.read_text()) == 14 * 4 + 1
+    assert len(table(run)) == 14
+    tokens = table(run, ("tokens",))
+    assert (tokens == 8 * LENGTH).all()
+
+
+def test_a_second_sigterm_ends_at_once(tmp_path: Path) -> None:
+    hang = {"kind": "hang", "step": 5, "micro": 1, "value": 60.0}  # the last of the window is never given back
+    run = new_run(tiny(tmp_path, faults=[hang]))
+    pids = start_run(run, 1)
+    wait_for(lambda: len(run.metrics()) >= 4, what="step 4")
+    # Two that come at the same time are one for the kernel: there must be a moment between them.
+    os.kill(pids[0], signal.SIGTERM)
+    time.sleep(0.2)
+    assert os.waitpid(pids[0], os.WNOHANG) == (0, 0)
+    os.kill(pids[0], signal.SIGTERM)
+    assert wait_ranks(pids, seconds=30) == [KILLED]
+    assert outcome(run) == ""
