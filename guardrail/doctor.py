@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typing import Any, Literal
 
 import psutil
 
-from guardrail import config, launching, preflight, processes
+from guardrail import config, launching, preflight, processes, stacks
 from guardrail.config import Settings
 from guardrail.errors import ConfigError, ExitCode
 from guardrail.records import Record
@@ -100,24 +101,25 @@ def _software() -> Iterator[Check]:
             yield Check(name=name, level="ok", text=metadata.version(name))
         except metadata.PackageNotFoundError:
             yield Check(name=name, level="problem", text="not installed")
-    beside = Path(sys.executable).with_name("py-spy")
-    found = beside.exists() or shutil.which("py-spy") is not None
-    if not found:
+    if stacks.py_spy() is None:
         text = "not installed: the stacks of a hung rank come from faulthandler alone"
         yield Check(name="py-spy", level="note", text=text)
-    elif os.geteuid() and _ptrace_scope():
-        yield Check(
-            name="py-spy", level="note", text="installed, but kernel.yama.ptrace_scope keeps it from other processes"
-        )
+    elif not _may_trace():
+        text = "installed, but kernel.yama.ptrace_scope keeps it from other processes"
+        yield Check(name="py-spy", level="note", text=text)
     else:
         yield Check(name="py-spy", level="ok", text="installed")
 
 
-def _ptrace_scope() -> int:
+def _may_trace() -> bool:
+    """Another process of this user may be looked into: the kernel does not restrict it, or CAP_SYS_PTRACE lifts that."""
     try:
-        return int(Path("/proc/sys/kernel/yama/ptrace_scope").read_text())
+        if int(Path("/proc/sys/kernel/yama/ptrace_scope").read_text()) == 0:
+            return True
+        capabilities = re.search(r"^CapEff:\s*(\w+)", Path("/proc/self/status").read_text(), re.MULTILINE)
     except (OSError, ValueError):
-        return 0
+        return True
+    return capabilities is not None and bool(int(capabilities[1], 16) & 1 << 19)
 
 
 def _processor() -> Iterator[Check]:

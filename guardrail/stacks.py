@@ -15,9 +15,9 @@ from guardrail.local_ranks import LocalRanks
 
 FAULTHANDLER_SECONDS = 2.0  # a process that can run at all has written its stacks by then
 PY_SPY_SECONDS = 15.0
-_TOP_FRAME = re.compile(
-    r'(?:Current thread|Thread) 0x[0-9a-f]+.*\(most recent call first\):\n  File "([^"]+)", line (\d+)'
-)
+# The innermost frame of a thread, as faulthandler and as py-spy print it.
+_FAULTHANDLER_FRAME = re.compile(r'[Tt]hread 0x[0-9a-f]+.*\(most recent call first\):\n  File "([^"]+)", line (\d+)')
+_PY_SPY_FRAME = re.compile(r'"MainThread"\n +\S+ \(([^():]+):(\d+)\)')
 
 
 def capture(logs: Path, ranks: LocalRanks, culprit: int) -> tuple[list[Path], str]:
@@ -45,6 +45,7 @@ def capture(logs: Path, ranks: LocalRanks, culprit: int) -> tuple[list[Path], st
     where = _top_frame(culprit_file, size)
     if not where:
         _py_spy(culprit, culprit_file)
+        where = _top_frame(culprit_file, size)
     return [file for file, size in before.items() if _size(file) > size], where
 
 
@@ -56,18 +57,23 @@ def _size(file: Path) -> int:
 
 
 def _top_frame(file: Path, offset: int) -> str:
-    """The innermost frame of the main thread, which faulthandler writes last."""
+    """Where the main thread stands; faulthandler writes it last."""
     try:
         text = file.read_bytes()[offset:].decode("utf-8", "replace")
     except OSError:
         return ""
-    frames = _TOP_FRAME.findall(text)
+    frames = _FAULTHANDLER_FRAME.findall(text) or _PY_SPY_FRAME.findall(text)
     return f", in {Path(frames[-1][0]).name}:{frames[-1][1]}" if frames else ""
 
 
-def _py_spy(pid: int, file: Path) -> None:
+def py_spy() -> str | None:
+    """The program, beside this interpreter or on the path."""
     beside = Path(sys.executable).with_name("py-spy")
-    program = str(beside) if beside.exists() else shutil.which("py-spy")
+    return str(beside) if beside.exists() else shutil.which("py-spy")
+
+
+def _py_spy(pid: int, file: Path) -> None:
+    program = py_spy()
     if program is None:
         return
     with contextlib.suppress(OSError, subprocess.SubprocessError), file.open("ab") as output:

@@ -151,6 +151,18 @@ def test_a_hung_rank_is_written_down_killed_and_started_again(lab: Lab) -> None:
     assert kinds(run) == ["started", "hung", "restarted", "ended"], "what the supervisor killed did not fail by itself"
 
 
+def test_a_rank_that_is_stopped_cannot_answer_and_is_replaced_all_the_same(lab: Lab) -> None:
+    config = configure(lab, "fault = 'freeze'\nsteps = 150", step_seconds=1.5)
+    result = lab.guardrail("launch", config, "--headless")
+    run = lab.newest()
+    assert result.returncode == 0, result.stderr
+    (hung,) = (event for event in run.events() if event.kind == "hung")
+    assert hung.data["rank"] == 1
+    if '"MainThread"' in (run.logs / "rank-1.stacks").read_text():  # py-spy is there and may
+        assert "__main__.py" in hung.message
+    assert kinds(run)[-2:] == ["restarted", "ended"]
+
+
 def test_sigterm_to_a_headless_launch_saves_and_ends_with_130(lab: Lab) -> None:
     process = lab.start("launch", configure(lab, "steps = 100000"), "--headless")
     run = lab.newest()

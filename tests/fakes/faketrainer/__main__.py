@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -25,6 +26,8 @@ def misbehave(kind: str, run: RunDirectory) -> None:
         os._exit(1)
     if kind == "hang":
         here_it_hangs()
+    if kind == "freeze":
+        os.kill(os.getpid(), signal.SIGSTOP)
     if kind == "silent":
         os._exit(0)
     if kind == "forks" and os.fork() == 0:

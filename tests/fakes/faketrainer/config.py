@@ -8,9 +8,10 @@ from guardrail.config import Section, Settings
 class FakeSection(Section, frozen=True, kw_only=True):
     steps: int = 20
     seconds: float = 0.02
-    # exit: status 1; hang: the main thread stops; deaf: ignores every stop; silent: ends with 0 and says nothing;
-    # forks: leaves a child behind; chatty: a megabyte of notes; usage: refuses its configuration.
-    fault: Literal["", "exit", "hang", "deaf", "silent", "forks", "chatty", "usage"] = ""
+    # exit: status 1; hang: the main thread stops; freeze: the process stops; deaf: ignores every stop; silent: ends
+    # with 0 and says nothing; forks: leaves a child behind; chatty: a megabyte of notes; usage: refuses its
+    # configuration.
+    fault: Literal["", "exit", "hang", "freeze", "deaf", "silent", "forks", "chatty", "usage"] = ""
     rank: int = 1
     step: int = 5
     # The fault strikes in the first so many starts of the ranks.
