@@ -112,7 +112,7 @@ def _software() -> Iterator[Check]:
 
 
 def _may_trace() -> bool:
-    """Another process of this user may be looked into: the kernel does not restrict it, or CAP_SYS_PTRACE lifts that."""
+    """Another process of this user may be looked into: nothing restricts it, or CAP_SYS_PTRACE lifts that."""
     try:
         if int(Path("/proc/sys/kernel/yama/ptrace_scope").read_text()) == 0:
             return True
