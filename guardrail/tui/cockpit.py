@@ -16,7 +16,7 @@ from guardrail.tui import controls, keys, panels
 from guardrail.tui.chart import Chart
 from guardrail.tui.controls import Desk
 from guardrail.tui.dialogs import Choose, Confirm, Dialog, Number, Pager
-from guardrail.tui.format import count, plural
+from guardrail.tui.format import brief, count, plural
 from guardrail.tui.lines import Lines, Row
 from guardrail.tui.view import CHARTS, View
 
@@ -268,4 +268,4 @@ def _evidence(view: View) -> list[str]:
     found = view.snapshot.story.incidents
     if not found or not found[0].open:
         return []
-    return [*(finding.sentence() for finding in found[0].findings[:3]), ""]
+    return [*(brief(finding.sentence(), 200) for finding in found[0].findings[:3]), ""]

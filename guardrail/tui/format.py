@@ -1,9 +1,21 @@
-"""Numbers for people: counts, rates, durations, ages, sizes. Fixed widths where a column stands still."""
+"""For people: counts, rates, durations, sizes, and text from outside made safe and short."""
 
 from __future__ import annotations
 
 import math
 import time
+
+from guardrail.text import clean
+
+_LIMIT = 500  # characters of any one text from outside that can matter on a screen
+# Joiners and variation selectors: what they join has a width that terminals disagree about.
+_JOINERS = dict.fromkeys([0x200B, 0x200C, 0x200D, 0x2060, *range(0xFE00, 0xFE10)])
+
+
+def brief(text: object, limit: int = _LIMIT) -> str:
+    """Cleaned text of at most `limit` characters; of ten megabytes only the beginning is looked at."""
+    raw = text if isinstance(text, str) else str(text)
+    return clean(raw[: 10 * limit].translate(_JOINERS), limit)
 
 
 def count(value: float) -> str:

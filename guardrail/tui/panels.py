@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from guardrail.records import Finding, Phase, SnapshotInfo, Status
 from guardrail.tui import keys
 from guardrail.tui.chart import spark_row
-from guardrail.tui.format import clock, count, duration, metric, plural, size
+from guardrail.tui.format import brief, clock, count, duration, metric, plural, size
 from guardrail.tui.health import HEARTBEAT_SECONDS
 from guardrail.tui.lines import Piece, Row, fit, row, spread, title, width_of, wrap
 from guardrail.tui.scales import short
@@ -166,7 +166,7 @@ def _evidence(incident: Incident, width: int) -> list[Row]:
 
 def _finding(finding: Finding) -> str:
     """ "loss 2.31 → 11.5, score 41 over 8" """
-    signal = finding.signal.replace("_", " ")
+    signal = brief(finding.signal, 40).replace("_", " ")
     where = f" on rank {', '.join(map(str, finding.ranks))}" if finding.ranks else ""
     if not math.isfinite(finding.value):
         return f"{signal}: {short(finding.value)}{where}"

@@ -16,8 +16,7 @@ from typing import Any
 
 from guardrail.records import Action, Event, Finding, Kind
 from guardrail.rundir import findings_of, span_of
-from guardrail.text import clean
-from guardrail.tui.format import count, plural
+from guardrail.tui.format import brief, count, plural
 
 _MAX_LINES = 500  # newest log lines, and answers to commands, that are kept
 _MAX_INCIDENTS = 200
@@ -119,7 +118,7 @@ class Digest:
                     self._command(event)
                 case "paused":
                     proposals = event.data.get("proposals")
-                    self._proposals = tuple(clean(p, 200) for p in proposals) if isinstance(proposals, list) else ()
+                    self._proposals = tuple(brief(p, 200) for p in proposals) if isinstance(proposals, list) else ()
                 case "resumed":
                     self._proposals = ()
                 case "restarted":
@@ -210,7 +209,7 @@ class Digest:
         identity = event.data.get("id")
         if isinstance(identity, str):
             self._answers.pop(identity, None)
-            self._answers[identity] = Answer(applied, event.step, clean(event.data.get("reason") or "", 200))
+            self._answers[identity] = Answer(applied, event.step, brief(event.data.get("reason") or "", 200))
             while len(self._answers) > _MAX_LINES:
                 del self._answers[next(iter(self._answers))]
         if applied:
@@ -273,8 +272,8 @@ def _whole(value: Any, default: int) -> int:
 def _document(raw: Any) -> str:
     """A document as a person names it: the end of its path, and the record in it."""
     if not isinstance(raw, Mapping):
-        return clean(raw, 200) if isinstance(raw, str) else ""
-    path = clean(str(raw.get("path", "")), 400)
+        return brief(raw, 200) if isinstance(raw, str) else ""
+    path = brief(str(raw.get("path", "")), 400)
     name = path if path.startswith("builtin:") else posixpath.basename(path) or path
     record = _whole(raw.get("record"), 0)
     return f"{name}:{record}" if record else name
@@ -322,14 +321,14 @@ def line_of(event: Event) -> Line:
         tone = "good"
     elif event.kind == "ended":
         tone = "good" if data.get("phase") == "finished" else "bad" if data.get("phase") == "failed" else "warn"
-    text = clean(event.message, 400) or _fallback(event)
+    text = brief(event.message, 400) or _fallback(event)
     mark = "●" if tone == "good" and event.kind == "durability" else _MARKS.get(event.kind, "·")
     return Line(event.time, event.step, mark, tone, text)
 
 
 def _fallback(event: Event) -> str:
-    kind = clean(event.kind, 40)
-    plain = [f"{clean(k, 40)} {clean(str(v), 80)}" for k, v in event.data.items() if isinstance(v, str | int | float)]
+    kind = brief(event.kind, 40)
+    plain = [f"{brief(k, 40)} {brief(str(v), 80)}" for k, v in event.data.items() if isinstance(v, str | int | float)]
     return f"{kind} {', '.join(plain)}".strip()[:400]
 
 

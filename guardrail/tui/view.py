@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import msgspec
+
 from guardrail.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Status
+from guardrail.tui.format import brief
 from guardrail.tui.health import Health, health_of
 from guardrail.tui.series import Series
 from guardrail.tui.story import Story
@@ -13,9 +17,19 @@ CHARTS = (LOSS, GRAD_NORM, EMBED_GRAD_NORM)
 LABELS = {LOSS: "loss", GRAD_NORM: "gradient norm", EMBED_GRAD_NORM: "embedding gradient norm"}
 
 
+def cleaned(status: Status) -> Status:
+    """The same status with every text in it cleaned, so that what is measured is what is shown."""
+    snapshots = [
+        msgspec.structs.replace(s, tier=brief(s.tier, 20), state=brief(s.state, 20), path=brief(s.path))
+        for s in status.snapshots
+    ]
+    texts = {name: brief(getattr(status, name)) for name in ("run", "progress", "durability", "question", "host")}
+    return msgspec.structs.replace(status, snapshots=tuple(snapshots), **texts)
+
+
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """A run as its directory tells it.
+    """A run as its directory tells it. Whatever text is put in comes out cleaned.
 
     Attributes:
         name: NAME/DATE-NN.
@@ -32,7 +46,14 @@ class Snapshot:
     story: Story = field(default_factory=Story)
     loaded: bool = True
     trouble: str = ""
-    unsent: dict[str, str] = field(default_factory=dict)
+    unsent: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("name", "trouble"):
+            object.__setattr__(self, name, brief(getattr(self, name)))
+        object.__setattr__(self, "unsent", {id: brief(reason) for id, reason in self.unsent.items()})
+        if self.status is not None:
+            object.__setattr__(self, "status", cleaned(self.status))
 
 
 @dataclass(frozen=True)

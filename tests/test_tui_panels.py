@@ -1,0 +1,361 @@
+"""Rows and panels: states with glyph and word, fixed columns, rows cut to the cell, hostile text made harmless."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.cells import cell_len
+from textual.strip import Strip
+
+from guardrail.records import Mode, Phase, SnapshotInfo, Status
+from guardrail.tui import palette, panels
+from guardrail.tui.app import GuardrailApp
+from guardrail.tui.chart import GUTTER, chart_rows, spark_row
+from guardrail.tui.cockpit import Cockpit
+from guardrail.tui.format import clock, count, duration, metric, plural, size, spoken
+from guardrail.tui.health import health_of
+from guardrail.tui.lines import Lines, Row, fit, row, spread, title, width_of, wrap
+from guardrail.tui.series import Series
+from guardrail.tui.view import CHARTS, Snapshot, View
+from tests.fake_run import FakeReader, FakeRun, example, snapshot_of
+
+HOSTILE = {
+    "cursor": "a\x1b[2Jb\x1b[10;10Hc",
+    "clipboard": "a\x1b]52;c;ZXZpbA==\x07b\x1b]52;c;ZXZpbA==\x1b\\c",
+    "c1": "a\x9b31mb\x9d52;c;eA==\x9cc\x90q\x9c",
+    "unterminated": "a\x1b]0;title",
+    "controls": "a\x00\x07\x08\r\n\tb\x7f",
+    "bidi": "a\u202egnp.exe\u2066b\u2069\u200f",
+    "markup": "[red]a[/red] [/] [link=x]b \\[",
+    "surrogate": "a\ud800b",
+    "wide": "語の本文" * 10,
+    "hebrew": "שלום עולם " * 5,
+    "combining": "e\u0301" * 40,
+    "emoji": "👩‍👩‍👧‍👦🏳️‍🌈" * 5,
+    "long": "x" * 100_000,
+}
+_RAW = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u200e\u200f\ud800-\udfff]")
+BUILDERS: dict[str, Callable[[View, int, int], Sequence[Row]]] = {
+    builder.__name__: builder
+    for builder in (panels.header, panels.facts, panels.message, panels.footer, panels.incidents, panels.newest,
+                    panels.checkpoints, panels.log, panels.sparks)
+}  # fmt: skip
+
+
+def text(rows: Sequence[Row]) -> str:
+    return "\n".join("".join(piece for piece, _ in line) for line in rows)
+
+
+def status(**changes: object) -> Status:
+    return msgspec.structs.replace(example().status, **changes)
+
+
+def view(**changes: object) -> View:
+    fake = example()
+    return View(replace(snapshot_of(fake), status=status(**changes)), fake.time + 0.4)
+
+
+# -- health
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "shown"),
+    [
+        ({}, {}, "● HEALTHY"),
+        ({"phase": Phase.EVAL}, {}, "● HEALTHY"),
+        ({"phase": Phase.SAVE}, {}, "● HEALTHY"),
+        ({}, {"recovering": True}, "▲ RECOVERING"),
+        ({"phase": Phase.ROLLBACK}, {}, "▲ RECOVERING"),
+        ({"phase": Phase.PAUSED}, {}, "‖ PAUSED"),
+        ({"phase": Phase.PAUSED, "question": "?"}, {"recovering": True}, "◆ ASKING"),
+        ({"phase": Phase.STARTING}, {}, "○ STARTING"),
+        ({"phase": Phase.SETUP}, {}, "○ STARTING"),
+        ({"phase": Phase.HALTED}, {"silence": 99.0}, "✗ HALTED"),
+        ({"phase": Phase.FAILED}, {"silence": 99.0}, "✗ FAILED"),
+        ({"phase": Phase.STOPPED}, {"silence": 99.0}, "■ STOPPED"),
+        ({"phase": Phase.FINISHED}, {"silence": 99.0}, "✓ FINISHED"),
+        ({}, {"silence": 9.9}, "● HEALTHY"),
+        ({"phase": Phase.PAUSED, "question": "?"}, {"silence": 10.1}, "? NO HEARTBEAT since "),
+    ],
+)
+def test_every_state_has_a_glyph_and_a_word(changes: dict[str, object], options: dict[str, object], shown: str) -> None:
+    given_options: dict[str, object] = {"recovering": False, "silence": 0.0} | options
+    assert str(health_of(status(**changes), **given_options)).startswith(shown)  # type: ignore[arg-type]
+
+
+def test_every_phase_has_a_health_and_words() -> None:
+    for phase in Phase:
+        assert health_of(status(phase=phase), recovering=False, silence=0).word and panels.PHASES[phase]
+    assert health_of(None, recovering=False, silence=0).word
+
+
+# -- header and facts
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 120, 200])
+@pytest.mark.parametrize("mode", Mode)
+def test_header_tells_health_and_step_at_every_width(width: int, mode: Mode) -> None:
+    shown = text(panels.header(view(mode=mode), width, 1))
+    assert cell_len(shown) <= width and shown.startswith(" ● HEALTHY")
+    assert ("step 1,284 / 6,000" in shown) == (width >= 40)
+    assert ("ETA" in shown) == (width >= 80)
+    assert ("quickstart/2026-11-25-01" in shown) == (width >= 120)
+
+
+def test_numbers_of_the_header_stand_in_fixed_columns() -> None:
+    """From step 9 to step 5,999, from 9 tokens a second to millions, healthy or paused: nothing moves."""
+    shown = [
+        text(panels.header(view(step=step, tokens_per_second=speed, eta_seconds=eta, phase=phase), 120, 1))
+        for step, speed, eta, phase in ((9, 9.0, 59.0, Phase.STEP), (5999, 1.2e6, 36000.0, Phase.PAUSED))
+    ]
+    for word in ("auto", "/ 6,000", "%", "tok/s", "ETA"):
+        assert shown[0].index(word) == shown[1].index(word), word
+
+
+def test_a_run_without_a_length_has_no_share() -> None:
+    shown = text(panels.header(view(total_steps=0), 120, 1))
+    assert "step 1,284 " in shown and "%" not in shown
+
+
+def test_facts_put_trouble_first() -> None:
+    shown = text(panels.facts(view(durability="degraded: No space left on device", restarts=2, lr_factor=0.5), 120, 1))
+    assert shown.startswith(" ▲ durability degraded: No space left on device") and "2 restarts" in shown
+    assert "rate ×0.5" in shown and "durability ok" not in shown
+    setting_up = text(panels.facts(view(phase=Phase.SETUP, progress="tokenizing 43 %"), 120, 1))
+    assert setting_up.startswith(" setting up: tokenizing 43 %")
+    ended = text(panels.facts(view(phase=Phase.HALTED, exit_code=3), 120, 1))
+    assert "halted by the guard" in ended and "exit code 3" in ended
+
+
+def test_facts_before_the_first_sign_of_life() -> None:
+    nothing = View(Snapshot("a/b"), 0.0)
+    assert "waiting" in text(panels.facts(nothing, 80, 1))
+    broken = View(Snapshot("a/b", trouble="cannot read the run: Stale file handle"), 0.0)
+    assert "Stale file handle" in text(panels.facts(broken, 80, 1))
+
+
+# -- side panels
+
+
+def test_incidents_newest_first_and_cut_to_the_height() -> None:
+    rows = panels.incidents(view(), 60, 12)
+    shown = text(rows)
+    assert shown.index("#2") < shown.index("#1") and len(rows) <= 12
+    assert "rolled back to 1,200" in shown and "48 samples of 3 documents left out" in shown
+    assert "#1" not in text(panels.incidents(view(), 60, 7))
+    assert "none" in text(panels.incidents(View(snapshot_of(FakeRun().begin()), 0.0), 60, 5))
+
+
+def test_many_documents_are_counted() -> None:
+    told = view().snapshot.story
+    many = replace(told.incidents[0], documents=tuple(f"a-rather-long-name-{n:03}.txt" for n in range(16)),
+                   documents_total=900)  # fmt: skip
+    snapshot = replace(view().snapshot, story=replace(told, incidents=(many,)))
+    shown = panels.incidents(View(snapshot, 0.0), 50, 20)
+    assert len(shown) <= 9 and text(shown).rstrip().endswith("…")
+
+
+def test_checkpoints_never_squeeze_the_disk_out() -> None:
+    infos = tuple(
+        SnapshotInfo(step=step, cursor=0, timeline=0, tier=tier, state=state, bytes=10**9)
+        for step, tier, state in [(10 * n, "memory", "candidate") for n in range(10, 20)] + [(50, "disk", "good")]
+    )
+    shown = text(panels.checkpoints(view(snapshots=infos), 60, 5))
+    assert "■        50  disk 1 GB" in shown and "○       190  memory" in shown
+    assert len(shown.splitlines()) == 5
+
+
+def test_glyphs_of_states() -> None:
+    info = SnapshotInfo(step=1, cursor=0, timeline=0, tier="memory", state="good")
+    shown = {
+        (tier, state): panels.glyph(msgspec.structs.replace(info, tier=tier, state=state))[0]
+        for tier in ("memory", "disk")
+        for state in ("good", "candidate", "suspect")
+    }
+    assert [shown["memory", s] for s in ("good", "candidate", "suspect")] == ["●", "○", "▲"]
+    assert [shown["disk", s] for s in ("good", "candidate", "suspect")] == ["■", "□", "▲"]
+
+
+def test_the_journal_ends_with_the_newest_line() -> None:
+    rows = panels.log(view(), 50, 8)
+    assert len(rows) == 8 and "recovered" in text(rows[-1:])
+
+
+# -- charts
+
+
+@pytest.mark.parametrize("width", [0, 1, 9, 15, 16, 40, 120])
+@pytest.mark.parametrize("height", [1, 2, 3, 5, 8, 20])
+def test_a_chart_fits_its_place(width: int, height: int) -> None:
+    for signal in CHARTS:
+        rows = chart_rows(view(), signal, width, height)
+        assert len(rows) <= height and all(width_of(line) <= max(width, 0) for line in rows)
+        assert width_of(spark_row(view(), signal, width)) <= width
+
+
+def test_marks_on_the_axis() -> None:
+    rows = chart_rows(view(), "loss", 120, 16)
+    axis = text(rows[-2:-1])
+    scale_cell = GUTTER + 1200 // 6 // 2
+    assert "R2" in axis and abs(axis.index("R2") - scale_cell) <= 1, "six steps a dot, two dots a cell"
+    assert "S1" in axis and axis.count("C") == 2, "the checkpoint of step 1,200 gives way to the rollback"
+    assert "1,000" in text(rows[-1:])
+
+
+def test_the_title_says_the_value() -> None:
+    assert "2.41" in text(chart_rows(view(), "loss", 60, 8)[:1])
+    fake = FakeRun().begin().advance(300).not_a_number()
+    assert "× NaN" in text(chart_rows(View(snapshot_of(fake), 0.0), "loss", 60, 8)[:1])
+    assert "no steps yet" in text(chart_rows(View(Snapshot("a"), 0.0), "loss", 60, 8))
+    assert "reading the metrics" in text(chart_rows(View(Snapshot("a", loaded=False), 0.0), "loss", 60, 8))
+
+
+def test_the_axis_reaches_to_the_end_of_a_run_that_is_nearly_there() -> None:
+    near = view(total_steps=1400)
+    assert "R2" in text(chart_rows(near, "loss", 120, 16)) and Series().furthest == 0
+
+
+# -- rows
+
+
+@given(st.text(max_size=60), st.integers(0, 30))
+def test_fit_and_wrap_keep_to_the_width(words: str, width: int) -> None:
+    assert width_of(fit(row((words, "plain"), (words, "dim")), width)) <= width
+    assert all(cell_len(line) <= max(width, 1) or len(line) == 1 for line in wrap(words, width))
+
+
+def test_wrap_keeps_every_word() -> None:
+    words = "rolled back from step 1206 to 1200 (memory), left out 48 samples"
+    assert " ".join(wrap(words, 20)) == words
+    assert wrap("", 10) == [""] and "".join(wrap("x" * 35, 10)) == "x" * 35
+
+
+def test_title_and_spread() -> None:
+    assert text([title("loss", 20, right=row("2.2"))]) == "─ loss ─────── 2.2 ─"
+    assert text([spread(row("a"), row("b"), 6)]) == "a    b"
+    assert text([spread(row("aaaa"), row("bbb"), 6)]) == "aaaa"
+
+
+# -- numbers
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (count(1284), "1,284"), (count(float("nan")), "?"), (metric(8123), "8.12k"), (metric(131e6), "131M"),
+        (metric(0), "0"), (metric(float("nan")), "–"), (metric(999.9), "1k"), (duration(3492), "0:58:12"),
+        (duration(90_061), "1d 1:01:01"), (duration(float("inf")), "–:--:--"), (spoken(4.2), "4 s"),
+        (spoken(130), "2 min 10 s"), (spoken(3900), "1 h 5 min"), (spoken(7200), "2 h"),
+        (spoken(float("nan")), "an unknown time"), (size(0), ""), (size(41e6), "41 MB"), (size(2e13), "20 TB"),
+        (clock(float("nan")), "--:--:--"), (clock(1e30), "--:--:--"), (plural(1, "batch"), "1 batch"),
+        (plural(2, "batch"), "2 batches"), (plural(1000, "step"), "1,000 steps"),
+    ],
+)  # fmt: skip
+def test_numbers(shown: str, expected: str) -> None:
+    assert shown == expected
+
+
+# -- hostile text
+
+
+def hostile_run(evil: str) -> Snapshot:
+    """The same text wherever text comes from outside."""
+    fake = example()
+    fake.event("note", evil)
+    fake.event(evil, "", detail=evil)
+    fake.event("incident", evil, number=3, state="open", onset=1284)
+    fake.event("left_out", "", span={"first": 0, "last": 16, "cause": "rejected", "step": 1284}, samples=16, incident=3,
+               documents=[{"path": f"/data/{evil}"}, {"path": evil}], documents_total=2)  # fmt: skip
+    told = snapshot_of(fake)
+    info = SnapshotInfo(step=1, cursor=0, timeline=0, tier=evil, state=evil, path=evil)
+    changed = msgspec.structs.replace(fake.status, run=evil, progress=evil, durability=f"degraded: {evil}",
+                                      question=evil, host=evil, snapshots=(info,))  # fmt: skip
+    return replace(told, name=evil, status=changed, trouble=evil, unsent={"x": evil})
+
+
+@pytest.mark.parametrize("size", [(110, 30), (60, 15)], ids=str)
+@pytest.mark.parametrize("kind", HOSTILE)
+async def test_hostile_text_never_reaches_the_terminal_raw(kind: str, size: tuple[int, int]) -> None:
+    reader = FakeReader(hostile_run(HOSTILE[kind]))
+    app = GuardrailApp(reader, clock=lambda: reader.snapshot.heard)
+    async with app.run_test(size=size) as pilot:
+        await pilot.pause()
+        for keys in ((), ("escape",), ("j",), ("escape", "r", "enter")):
+            await pilot.press(*keys)
+            await pilot.pause()
+            for strip in shown(app):
+                assert not _RAW.search(strip.text), repr(strip.text)
+                assert "52;c" not in strip.text and cell_len(strip.text) == size[0]
+
+
+def shown(app: GuardrailApp) -> list[Strip]:
+    return list(app.screen._compositor.render_strips())
+
+
+@settings(max_examples=15, deadline=None)
+@given(evil=st.text(max_size=80))
+def test_any_text_is_drawn(evil: str) -> None:
+    told = View(hostile_run(evil), 0.0, message=(evil, "plain"))
+    for builder in BUILDERS.values():
+        for width, height in ((60, 10), (30, 3)):
+            assert all(width_of(line) <= width for line in builder(told, width, height))
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (5, 2), (30, 6), (200, 60)])
+def test_panels_fit_their_place(name: str, width: int, height: int) -> None:
+    for told in (view(), View(Snapshot("a/b"), 0.0), view(phase=Phase.FAILED, exit_code=4), view(question="?")):
+        rows = BUILDERS[name](told, width, height)
+        assert width < 30 or all(width_of(line) <= width for line in rows)
+        assert all(tone in palette.FULL and tone in palette.ANSI for line in rows for _, tone in line)
+
+
+# -- only what changed is drawn again
+
+
+async def test_a_frame_draws_only_the_rows_that_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = example()
+    reader = FakeReader(snapshot_of(fake))
+    app = GuardrailApp(reader, clock=lambda: fake.time)
+    drawn: list[tuple[str | None, int]] = []
+    original = Lines.render_line
+    monkeypatch.setattr(Lines, "render_line", lambda self, y: drawn.append((self.id, y)) or original(self, y))
+    async with app.run_test(size=(120, 32)) as pilot:
+        await pilot.pause()
+        assert len(drawn) >= 100
+        drawn.clear()
+        reader.put(replace(reader.snapshot, loaded=True))
+        await pilot.pause(0.4)
+        assert not drawn, "nothing changed, so nothing is drawn"
+        fake.advance(fake.step + 1)
+        reader.put(snapshot_of(fake))
+        await pilot.pause(0.4)
+        assert 0 < len(drawn) < 25, "one more step: the header, three titles and a few rows of the curves"
+        assert ("header", 0) in drawn and ("footer", 0) not in drawn
+
+
+async def test_frames_are_at_most_five_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = example()
+    reader = FakeReader(snapshot_of(fake))
+    app = GuardrailApp(reader, clock=lambda: fake.time)
+    frames: list[int] = []
+    original = Cockpit.show
+    monkeypatch.setattr(
+        Cockpit, "show", lambda self, told: frames.append(told.snapshot.status.step) or original(self, told)
+    )
+    async with app.run_test(size=(120, 32)) as pilot:
+        await pilot.pause(0.3)
+        frames.clear()
+        for _ in range(40):
+            fake.advance(fake.step + 1)
+            reader.put(snapshot_of(fake))
+            await pilot.pause(0.01)
+        await pilot.pause(0.5)
+        assert len(frames) < 30, "forty snapshots in half a second or more are not forty frames"
+        assert frames[-1] == fake.step, "the last one is shown"
