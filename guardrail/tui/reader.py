@@ -56,7 +56,7 @@ class RunReader:
         self._track, self._digest = Track(), Digest()
         self._outbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._leaving = threading.Event()
-        self._heartbeat = -1.0
+        self._heartbeat: float | None = None
         self._seen = -PRESENCE_SECONDS
         self._latest = Snapshot(run.name, loaded=False)
         self._lock = threading.Lock()  # both threads replace parts of `_latest`
@@ -116,7 +116,7 @@ class RunReader:
         if status.heartbeat != self._heartbeat:
             # What was there when we came may be old; whatever comes later came now, whatever the other clock says.
             now = self._clock()
-            heard = min(status.heartbeat, now) if self._heartbeat < 0 else now
+            heard = min(status.heartbeat, now) if self._heartbeat is None else now
             self._heartbeat = status.heartbeat
         self._publish(status=status, heard=heard)
 
