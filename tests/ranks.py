@@ -65,6 +65,7 @@ def start_ranks(
                 OMP_NUM_THREADS="1",
                 **(env or {}),
             )
+            _forget_accelerate()
             if init:
                 dist.init_process_group("gloo")
             outcome = (True, function(rank, *arguments))
@@ -82,6 +83,15 @@ def start_ranks(
                 sys.stderr.flush()
                 os._exit(code)
     return pids
+
+
+def _forget_accelerate() -> None:
+    """An Accelerator that some test made in the parent would tell its forks that they are alone."""
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
 
 
 def wait_ranks(pids: list[int], *, seconds: float = 120.0) -> list[int]:
