@@ -10,6 +10,7 @@ STAMP   := $(VENV)/.installed
 .PHONY: install demo test lint bench clean
 
 install: $(STAMP)
+	@:
 
 # A folder that was moved, or an interpreter that was replaced, leaves a .venv that cannot run: it is made anew.
 $(STAMP): pyproject.toml constraints.txt
