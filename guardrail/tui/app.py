@@ -34,6 +34,7 @@ class GuardrailApp(App[None]):
 
     CSS_PATH = "screen.tcss"
     ENABLE_COMMAND_PALETTE = False
+    ALLOW_SELECT = False  # what is selected would go to the clipboard by OSC 52
     BINDINGS: ClassVar[list[BindingType]] = [Binding("ctrl+c,ctrl+q", "quit", "leave", show=False, priority=True)]
 
     class Fresh(Message):
