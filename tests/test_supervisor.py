@@ -12,6 +12,7 @@ import termios
 import time
 from pathlib import Path
 
+import pexpect
 import pytest
 
 from guardrail import processes
@@ -328,6 +329,31 @@ def test_closing_the_terminal_leaves_the_run_alone(lab: Lab) -> None:
     assert not ended(run)
     wait_for(lambda: ended(run))
     assert run.events()[-1].message == "finished by the fake"
+
+
+def test_the_screen_is_left_with_q_and_training_goes_on(lab: Lab) -> None:
+    config = configure(lab, "steps = 400", processes=1)
+    arguments = ["-m", "guardrail", "launch", config]
+    environment = lab.environment(TERM="xterm-256color")
+    screen = pexpect.spawn(
+        sys.executable, arguments, cwd=str(lab.folder), env=environment, dimensions=(32, 120), timeout=60
+    )
+    try:
+        run = lab.newest()
+        screen.expect_exact(str(run.path))
+        screen.expect_exact("\x1b[?1049h")  # the alternate screen
+        wait_for(lambda: training(run, 3))
+        screen.send("q")
+        screen.expect_exact("training goes on")
+        screen.expect_exact(f"guardrail attach {run.path}")
+        screen.expect(pexpect.EOF)
+        screen.wait()
+        assert screen.exitstatus == 0
+        assert not ended(run)
+    finally:
+        screen.close(force=True)
+    back = lab.guardrail("attach", run.name)
+    assert back.returncode == 0
 
 
 def _take_terminal(slave: int) -> None:
