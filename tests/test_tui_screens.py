@@ -63,7 +63,9 @@ def not_a_number() -> tuple[Snapshot, float]:
 def asking() -> tuple[Snapshot, float]:
     fake = FakeRun().begin().advance(1206).spike()
     fake.mode = Mode.ASK
-    fake.ask("loss 11.5 against 2.387, score 41.2 over 8. Roll back to step 1,200 and leave out 3 batches (48 samples)?")
+    fake.ask(
+        "loss 11.5 against 2.387, score 41.2 over 8. Roll back to step 1,200 and leave out 3 batches (48 samples)?"
+    )
     return snapshot_of(fake), fake.time + 0.4
 
 
@@ -85,8 +87,7 @@ def lost() -> tuple[Snapshot, float]:
 
 
 SCENES: dict[str, Callable[[], tuple[Snapshot, float]]] = {
-    scene.__name__: scene
-    for scene in (empty, healthy, rolled_back, not_a_number, asking, degraded, finished, lost)
+    scene.__name__: scene for scene in (empty, healthy, rolled_back, not_a_number, asking, degraded, finished, lost)
 }
 
 
