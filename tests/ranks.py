@@ -22,6 +22,8 @@ import torch.distributed as dist
 
 torch.set_num_threads(1)
 
+_alive: set[int] = set()
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -52,6 +54,7 @@ def start_ranks(
         pid = os.fork()
         if pid:
             pids.append(pid)
+            _alive.add(pid)
             continue
         code = 1
         try:
@@ -103,15 +106,27 @@ def wait_ranks(pids: list[int], *, seconds: float = 120.0) -> list[int]:
             if pid not in codes:
                 done, status = os.waitpid(pid, os.WNOHANG)
                 if done:
+                    _alive.discard(pid)
                     codes[pid] = os.waitstatus_to_exitcode(status)
         if time.monotonic() > deadline:
             for pid in pids:
                 if pid not in codes:
-                    os.kill(pid, signal.SIGKILL)
-                    os.waitpid(pid, 0)
+                    _bury(pid)
             raise TimeoutError(f"ranks {[pids.index(p) for p in pids if p not in codes]} still ran after {seconds} s")
         time.sleep(0.005)
     return [codes[pid] for pid in pids]
+
+
+def bury_ranks() -> None:
+    """Kill what a failed test has left running: it would hold the test's folders, locks and output."""
+    for pid in list(_alive):
+        _bury(pid)
+
+
+def _bury(pid: int) -> None:
+    _alive.discard(pid)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
 
 
 def run_ranks(
