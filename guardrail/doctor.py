@@ -242,14 +242,8 @@ def _configuration(path: str, overrides: tuple[str, ...], torch: dict[str, Any])
     except ConfigError as error:
         yield Check(name=CONFIGURATION, level="problem", text=str(error))
         return
-    found = []
-    try:
-        found += [
-            Check(name=CONFIGURATION, level="note", text=warning)
-            for warning in preflight.check(settings, file=path, overrides=overrides)
-        ]
-    except ConfigError as error:
-        found.append(Check(name=CONFIGURATION, level="problem", text=str(error)))
+    problems = preflight.problems(settings, file=path, overrides=overrides)
+    found = [Check(name=CONFIGURATION, level="problem", text=str(error)) for error in problems]
     if "error" in torch:
         found.append(Check(name=CONFIGURATION, level="problem", text="torch cannot be imported"))
     else:
@@ -270,7 +264,7 @@ def _devices(settings: Settings, torch: dict[str, Any]) -> Iterator[Check]:
         text = f"launch.processes = {launch.processes}: {backend} is not in this build of torch"
         yield Check(name=CONFIGURATION, level="problem", text=text)
     precision = getattr(getattr(settings, "train", None), "precision", "")
-    if wants_cuda and precision == "bf16" and not torch["bf16"]:
+    if devices and wants_cuda and precision == "bf16" and not torch["bf16"]:
         yield Check(name=CONFIGURATION, level="problem", text='train.precision = "bf16": not supported by this device')
     if not wants_cuda and launch.processes > processes.cores():
         text = f"launch.processes = {launch.processes}: {processes.cores()} cores; they will share"

@@ -134,7 +134,7 @@ class Printer:
         """Print until `ended` returns an exit code. `past`: at most so many lines of what was before."""
         code = ended()
         before = self._lines.new()
-        self.say(*(before if past is None else before[-past:]))
+        self.say(*(before if past is None else before[max(0, len(before) - past) :]))
         while code is None:
             time.sleep(POLL_SECONDS)
             code = ended()  # asked first, so that what came before the end is printed
@@ -142,8 +142,10 @@ class Printer:
         return code
 
 
-def follow(run: RunDirectory, supervisor: subprocess.Popen[bytes]) -> int:
+def follow(run: RunDirectory, supervisor: subprocess.Popen[bytes], *, past: int | None = None) -> int:
     """For `launch`: print until the run has ended; returns its exit code, or 130 when left.
+
+    `past`: at most so many lines of what was before; None: all.
 
     Ctrl-C and SIGHUP leave. SIGTERM and SIGUSR1, which batch systems and containers send before they kill, are
     handed on as a stop, and the end is waited for; a second SIGTERM kills.
@@ -160,7 +162,7 @@ def follow(run: RunDirectory, supervisor: subprocess.Popen[bytes]) -> int:
     with _handlers({signal.SIGTERM: hand_on, signal.SIGUSR1: hand_on, signal.SIGINT: _leave, signal.SIGHUP: _leave}):
         printer = Printer(run)
         try:
-            return printer.until(lambda: exit_code_of(supervisor))
+            return printer.until(lambda: exit_code_of(supervisor), past=past)
         except _Left:
             printer.say("training goes on", way_back(run))
             return ExitCode.INTERRUPTED

@@ -44,8 +44,7 @@ def prepare(path: str, overrides: tuple[str, ...], run_dir: str | None) -> Prepa
     from guardrail import preflight
 
     settings = load(config.parse(Path(path)), file=path, overrides=overrides)
-    for warning in preflight.check(settings, file=path, overrides=overrides):
-        print(f"guardrail: {warning}", file=sys.stderr)
+    preflight.check(settings, file=path, overrides=overrides)
     node_rank, text = settings.launch.node_rank, _shared(settings)
     if run_dir is not None:
         return Prepared(_create_at(Path(run_dir).absolute(), text, node_rank=node_rank), node_rank)
@@ -128,8 +127,7 @@ def prepare_resume(spec: str, overrides: tuple[str, ...], *, root: str) -> Prepa
         if status is not None and status.phase is Phase.FINISHED and not overrides:
             print(f"{run.name} has finished at step {status.step}; nothing is left to do", file=sys.stderr)
             return None
-    for warning in preflight.check(settings, file=file, overrides=overrides):
-        print(f"guardrail: {warning}", file=sys.stderr)
+    preflight.check(settings, file=file, overrides=overrides)
     end_orphans(run, settings.launch.stop_seconds)
     if overrides and settings.launch.node_rank == 0:
         run.write_config(_shared(settings))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from guardrail.config import Settings
@@ -28,65 +28,59 @@ def cuda_devices() -> int:
     return min(present, len(named))
 
 
-def check(settings: Settings, *, file: str, overrides: Sequence[str] = ()) -> list[str]:
-    """Refuse what cannot run here. Returns warnings.
+def check(settings: Settings, *, file: str, overrides: Sequence[str] = ()) -> None:
+    """Refuse a configuration, right in itself, that cannot run on this machine. Raises ConfigError.
 
     Args:
-        settings: a configuration that is right in itself.
         file, overrides: where it came from, for the message.
-
-    Raises:
-        ConfigError
     """
+    for problem in problems(settings, file=file, overrides=overrides):
+        raise problem
+
+
+def problems(settings: Settings, *, file: str, overrides: Sequence[str] = ()) -> Iterator[ConfigError]:
+    """Everything that keeps it from running here."""
     overridden = {text.partition("=")[0].strip() for text in overrides}
+    for look in (_memory, _devices, _disk):
+        for error in look(settings):
+            origin = "--set" if error.key in overridden else file
+            yield ConfigError(error.expected, file=origin, key=error.key, value=error.value, hint=error.hint)
 
-    def origin(key: str) -> str:
-        return "--set" if key in overridden else file
 
+def _memory(settings: Settings) -> Iterator[ConfigError]:
     try:
         settings.check_machine()
     except ConfigError as error:
-        raise ConfigError(
-            error.expected, file=origin(error.key), key=error.key, value=error.value, hint=error.hint
-        ) from error
-    _check_devices(settings, origin)
-    return _check_disk(settings, origin)
+        yield error
 
 
-def _check_devices(settings: Settings, origin: Callable[[str], str]) -> None:
+def _devices(settings: Settings) -> Iterator[ConfigError]:
     launch, devices = settings.launch, cuda_devices()
     if launch.device == "cuda" and not devices:
-        raise ConfigError(
+        yield ConfigError(
             "a CUDA device on this machine (/dev/nvidia0)",
-            file=origin("launch.device"),
             key="launch.device",
             value="cuda",
             hint='"cpu", or "auto" to take what is there',
         )
     if launch.device != "cpu" and devices and launch.processes > devices:
-        raise ConfigError(
+        yield ConfigError(
             f"at most the {devices} CUDA devices of this machine",
-            file=origin("launch.processes"),
             key="launch.processes",
             value=launch.processes,
             hint='launch.device = "cpu" runs more processes than devices',
         )
 
 
-def _check_disk(settings: Settings, origin: Callable[[str], str]) -> list[str]:
-    root = Path(settings.run.root)
+def _disk(settings: Settings) -> Iterator[ConfigError]:
+    key, value = "run.root", settings.run.root
+    root = Path(value)
     while not root.exists() and root != root.parent:
         root = root.parent
     if not root.is_dir() or not os.access(root, os.W_OK | os.X_OK):
-        raise ConfigError(
-            "a folder that you may write", file=origin("run.root"), key="run.root", value=settings.run.root
-        )
+        yield ConfigError("a folder that you may write", key=key, value=value)
+        return
     free = shutil.disk_usage(root).free
     if free < LEAST_FREE_BYTES:
-        raise ConfigError(
-            f"a disk with at least {LEAST_FREE_BYTES >> 20} MiB free ({free >> 20} MiB are)",
-            file=origin("run.root"),
-            key="run.root",
-            value=settings.run.root,
-        )
-    return []
+        least = LEAST_FREE_BYTES >> 20
+        yield ConfigError(f"a disk with at least {least} MiB free ({free >> 20} MiB are)", key=key, value=value)

@@ -255,6 +255,7 @@ def test_resume_after_the_supervisor_was_killed(lab: Lab) -> None:
     result = lab.guardrail("launch", "--resume", run.name, "--headless", "--set", "launch.max_restarts=7")
     assert result.returncode == 0, result.stderr
     assert "outlived their supervisor" in result.stderr
+    assert "begins after step 0" not in result.stderr, "the past is not told again"
     assert not any(processes.alive(orphan) for orphan in orphans)
     assert kinds(run)[-4:] == ["started", "ended", "restarted", "ended"]
     stopped, again = (

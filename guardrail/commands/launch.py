@@ -61,7 +61,7 @@ def command(
     if headless or not (sys.stdin.isatty() and sys.stdout.isatty()):
         from guardrail.headless import follow
 
-        return follow(run, supervisor)
+        return follow(run, supervisor, past=None if resume is None else 0)
     return show(run, read_only=read_only, supervisor=supervisor)
 
 
