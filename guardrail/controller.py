@@ -13,13 +13,16 @@ never stopped.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from msgspec import structs
+
 from guardrail.config import GuardSection
-from guardrail.detectors.base import Detector
+from guardrail.detectors.base import Detector, Jumps
 from guardrail.detectors.divergence import Divergence
 from guardrail.detectors.no_tokens import NoTokens
 from guardrail.detectors.nonfinite import NonFinite
@@ -43,6 +46,7 @@ from guardrail.records import (
 # Smallest log jump that is ever a spike, as sigmas of this size: 8 x 0.01 = 8 % of the loss, 10 x 0.2 = 7.4-fold for
 # a norm. A gradient that is a few times too long is clipped and does no harm.
 LOSS_FLOOR, NORM_FLOOR = 0.01, 0.2
+SPIKES = (Kind.LOSS_SPIKE, Kind.GRAD_SPIKE, Kind.EMBED_SPIKE)
 # Jumps over the first steps' median that are rejected before there is a scale.
 LOSS_COLD, NORM_COLD = 3.0, 100.0
 
@@ -87,6 +91,8 @@ class Controller:
         if self._history and obs.step <= self._history[-1].step:
             findings.append(_restarted(obs))
             self._forget()
+        if self.mode is Mode.ADVISE and self._advice.left_out:
+            obs = structs.replace(obs, streak=len(self._advice.left_out))
         if obs.tokens > 0:
             for detector in self.detectors.values():
                 findings += detector.observe(obs)
@@ -102,7 +108,7 @@ class Controller:
 
     def _healthy(self, obs: Observation, findings: tuple[Finding, ...], reason: str) -> Verdict:
         for detector in self.detectors.values():
-            detector.accept(obs)
+            detector.accept(obs, self._advice.left_out)
         self._history.append(Applied(obs.step, obs.first, obs.last))
         self._advice.accepted()
         number, state = self.incidents.healthy(obs.step)
@@ -176,8 +182,8 @@ class Controller:
         """Troubled batches rejected directly before this one; those without a label do not count."""
         if self.mode is Mode.ADVISE:
             return self._advice.streak
-        applied_end = self._history[-1].last if self._history else 0
-        empty = sum(applied_end <= first and last <= obs.first for first, last in self._empty_spans)
+        end = self._history[-1].last if self._history else 0
+        empty = sum(end <= first and last <= obs.first for first, last in self._empty_spans)
         return max(0, obs.streak - empty)
 
     def _window(self, onset: int, obs: Observation) -> tuple[tuple[int, int], int]:
@@ -272,11 +278,9 @@ class Controller:
 
     def rebuild(self, events: Iterable[Event]) -> None:
         """Take the facts over from the journal's events, in order. Replaces what was known."""
-        self.rollbacks = []
-        self._empty_spans = set()
+        self.rollbacks, self._empty_spans = [], set()
         self.incidents = Incidents(confirm=self.settings.confirm)
-        open_number = onset = step = 0
-        number = 0
+        open_number = onset = step = number = 0
         for event in events:
             data = event.data
             if event.kind == "rollback":
@@ -286,10 +290,11 @@ class Controller:
                 is_open = data.get("state") == OPEN
                 open_number, onset = (int(data["number"]), int(data.get("onset") or 0)) if is_open else (0, 0)
             elif event.kind == "verdict":
-                kinds = {_field(finding, "kind") for finding in data.get("findings") or ()}
                 step = int(data.get("at_step") or event.step)
-                if data.get("action") == Action.SKIP and kinds == {Kind.NO_TOKENS} and data.get("window"):
-                    self._empty_spans.add((int(data["window"][0]), int(data["window"][1])))
+                kinds = {_field(finding, "kind") for finding in data.get("findings") or ()}
+                if data.get("action") == Action.SKIP and kinds == {Kind.NO_TOKENS}:
+                    first, last = data["window"]
+                    self._empty_spans.add((int(first), int(last)))
         self.incidents.resume(number, is_open=bool(open_number), onset=onset, step=step)
 
     # -- advise --------------------------------------------------------------------------------------------------
@@ -299,7 +304,7 @@ class Controller:
     ) -> None:
         """Book what `auto` would have done. Nothing was done, so the run goes on from the bad state."""
         advice = self._advice
-        advice.rejected(trouble=is_trouble(findings))
+        advice.rejected(trouble=is_trouble(findings), jumps=_jumps(findings))
         if action in (Action.ROLLBACK, Action.HALT):
             advice.streak = 0
             if action is Action.ROLLBACK:
@@ -308,11 +313,11 @@ class Controller:
                 )
             if any(finding.severity is Severity.PERSISTENT for finding in findings):
                 self.detectors["divergence"].reset()
-        if advice.in_a_row >= self.settings.warmup:
+        if len(advice.left_out) >= self.settings.warmup:
             # So long a stretch is where the run is now. Learn that, instead of the same alarm for ever.
             for detector in self.detectors.values():
                 detector.reset()
-            advice.in_a_row = 0
+            advice.left_out.clear()
 
     def _forget(self) -> None:
         """Another run begins in the same log: nothing that was learnt says anything about it."""
@@ -329,27 +334,29 @@ class _Advice:
 
     def __init__(self) -> None:
         self.streak = 0  # troubled would-be rejections since the last accepted step or would-be rollback
-        self.in_a_row = 0  # would-be rejections since the last accepted step
+        self.left_out: list[Jumps] = []  # of each would-be rejection since the last accepted step
         self.rollbacks: deque[Rollback] = deque(maxlen=self.KEEP)
 
     def accepted(self) -> None:
-        self.streak = self.in_a_row = 0
+        if self.left_out or self.streak:
+            self.streak, self.left_out = 0, []
 
-    def rejected(self, *, trouble: bool) -> None:
+    def rejected(self, *, trouble: bool, jumps: Jumps) -> None:
         self.streak += trouble
-        self.in_a_row += 1
+        self.left_out.append(jumps)
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "streak": self.streak,
-            "in_a_row": self.in_a_row,
+            "left_out": [dict(jumps) for jumps in self.left_out],
             "rollbacks": [[r.from_step, r.to_step, r.onset, *r.window] for r in self.rollbacks],
         }
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> _Advice:
         advice = cls()
-        advice.streak, advice.in_a_row = int(state["streak"]), int(state["in_a_row"])
+        advice.streak = int(state["streak"])
+        advice.left_out = [dict(jumps) for jumps in state["left_out"]]
         for from_step, to_step, onset, first, last in state["rollbacks"]:
             advice.rollbacks.append(Rollback(from_step=from_step, to_step=to_step, onset=onset, window=(first, last)))
         return advice
@@ -398,6 +405,11 @@ def _rollback_of(data: Mapping[str, Any]) -> Rollback:
         window=(int(first), int(last)),
         by_person=_field(data.get("span"), "cause") == "user",
     )
+
+
+def _jumps(findings: Iterable[Finding]) -> dict[str, float]:
+    """The spikes among findings: signal -> log(value / baseline)."""
+    return {f.signal: math.log(f.value / f.baseline) for f in findings if f.kind in SPIKES}
 
 
 def _field(record: Any, name: str) -> Any:

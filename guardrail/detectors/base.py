@@ -7,17 +7,26 @@ or depends on a rank: equal observations give equal findings everywhere.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from guardrail.records import Finding, Observation
+
+# A rejected step in numbers: signal -> log(value / baseline) of its spikes.
+Jumps = Mapping[str, float]
 
 
 class Detector(Protocol):
     def observe(self, obs: Observation) -> list[Finding]:
         """Findings about this step; leaves the detector as it was."""
 
-    def accept(self, obs: Observation) -> None:
-        """Learn from a step whose update is applied."""
+    def accept(self, obs: Observation, left_out: Sequence[Jumps] = ()) -> None:
+        """Learn from a step whose update is applied.
+
+        Args:
+            left_out: in `advise`, the steps directly before it that would have been left out. They were applied all
+                the same, so it shows whether they did harm; of what was really left out nobody knows.
+        """
 
     def suspect_from(self) -> int | None:
         """First accepted step of a suspicion that has not gone away: states from it on are not called good yet."""

@@ -25,10 +25,13 @@ MAD_TO_SIGMA = 1.4826
 FOLLOW = 12
 # Differences in the lag: twice as many, or the lag would follow the noise that it is to be told from.
 LAG = 2 * FOLLOW
+# While a run is young only the younger half of what it has shown counts, but at least this many values: the start is
+# nothing like what follows, and a short run must not be judged by it to its end.
+YOUNGEST = 8
 # The scale never counts as less than this share of what has been usual of late. A stretch of repeated numbers
 # (a stuck or rounded signal) would otherwise make the next ordinary value a spike.
 USUAL_SHARE = 0.5
-# "Of late", in windows. An average of logarithms, or the fall of the first steps would rule for thousands of steps.
+# "Of late", in windows; of a young run the last quarter. The mean is geometric, so that a few high values do not rule.
 USUAL_WINDOWS = 8
 
 
@@ -50,6 +53,9 @@ class SortedWindow:
             del self.sorted[bisect_left(self.sorted, self.arrivals[0])]
         self.arrivals.append(value)
         insort(self.sorted, value)
+
+    def drop_oldest(self) -> None:
+        del self.sorted[bisect_left(self.sorted, self.arrivals.popleft())]
 
     def median(self) -> float:
         """The upper median; a value that was really seen, so that it scales exactly with the units."""
@@ -105,8 +111,12 @@ class Baseline:
             lag = self._differences.median() if self._differences.sorted else 0.0
             deviations.push(abs(difference - lag))
             self._differences.push(difference)
+            for window in (self._differences, deviations):
+                if len(window) > max(YOUNGEST, self.count >> 1):
+                    window.drop_oldest()
             now = max(MAD_TO_SIGMA * deviations.median(), self.floor)
-            self.usual *= (now / self.usual) ** (1.0 / min(self.count, USUAL_WINDOWS * self.window))
+            share = max(4.0 / self.count, 1.0 / (USUAL_WINDOWS * self.window))
+            self.usual *= (now / self.usual) ** min(1.0, share)
         self._centre.push(y)
 
     def recentre(self) -> None:

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
+from guardrail.detectors.base import Jumps
 from guardrail.detectors.baseline import Baseline, SortedWindow
 from guardrail.records import LOSS, Finding, Kind, Observation, Severity
 
@@ -86,7 +88,7 @@ class Divergence:
                 best, onset = total, step
         return onset
 
-    def accept(self, obs: Observation) -> None:
+    def accept(self, obs: Observation, left_out: Sequence[Jumps] = ()) -> None:
         value = obs.signals.get(LOSS)
         if value is None or not 0.0 < value < math.inf:
             return

@@ -6,8 +6,10 @@ to a rollback, and their values enter no baseline.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from guardrail.detectors.base import Jumps
 from guardrail.records import LOSS, Finding, Kind, Observation, Severity
 
 
@@ -29,7 +31,7 @@ class NoTokens:
             )
         ]
 
-    def accept(self, obs: Observation) -> None:
+    def accept(self, obs: Observation, left_out: Sequence[Jumps] = ()) -> None:
         """Nothing to learn."""
 
     def suspect_from(self) -> None:

@@ -6,8 +6,10 @@ A NaN that one rank alone saw arrives here twice: as that rank's flag and as NaN
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+from guardrail.detectors.base import Jumps
 from guardrail.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Finding, Kind, Observation, Severity
 
 WATCHED = (LOSS, GRAD_NORM, EMBED_GRAD_NORM)
@@ -34,7 +36,7 @@ class NonFinite:
                 findings.append(_finding(obs, signal, Kind.IMPOSSIBLE, value, ranks))
         return findings
 
-    def accept(self, obs: Observation) -> None:
+    def accept(self, obs: Observation, left_out: Sequence[Jumps] = ()) -> None:
         """Nothing to learn."""
 
     def suspect_from(self) -> None:

@@ -7,21 +7,27 @@ drops is no reason to leave an update out.
                     2 in healthy runs that start without warm-up; three times the uniform loss ln V is beyond them.
     warm-up         The scale is known roughly: the threshold is widened by warmup / accepted steps.
     afterwards      `score` sigmas; from `NOTE_SHARE` of that on a step is worth a note and is applied.
+    heavy tails     Where harmless outliers are common, a jump must also exceed what they have shown (see tail.py), as
+                    long as it stands alone. A second high value in a row meets the plain score again: that it
+                    stays is what tells a spike from an outlier.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
+from guardrail.detectors.base import Jumps
 from guardrail.detectors.baseline import Baseline
+from guardrail.detectors.tail import Tail
 from guardrail.records import Finding, Kind, Observation, Severity
 
 # Accepted values from which on a scale means something.
 COLD = 8
 # A note from this share of the rejecting score on.
-NOTE_SHARE = 0.65
+NOTE_SHARE = 0.6
 # Accepted values from this share of the rejecting score on, right before a finding, belong to the same trouble.
 ONSET_SHARE = 0.4
 # Accepted values above the note line in a row that are a new level, not outliers.
@@ -59,11 +65,14 @@ class Spike:
         self.warmup = warmup
         self.cold_jump = math.log(cold_factor)
         self.baseline = Baseline(window=window, floor=floor)
+        self.tail = Tail()
         self.reset()
 
     def reset(self) -> None:
         self.baseline.reset()
+        self.tail.reset()
         self._above = 0  # accepted values in a row above the note line
+        self._alone: float | None = None  # the jump of the last accepted value, if an outlier after ordinary ones
         self._last: deque[tuple[int, float]] = deque(maxlen=LOOK_BACK)  # (step, score) of the last accepted ones
 
     def observe(self, obs: Observation) -> list[Finding]:
@@ -72,9 +81,11 @@ class Spike:
             return []
         jump = math.log(value) - self.baseline.centre
         scale = self.baseline.scale
-        limit = self._limit(scale)
-        if jump <= NOTE_SHARE * limit:
+        plain = self._limit(scale)
+        if jump <= NOTE_SHARE * plain:
             return []
+        # An outlier is alone if an ordinary accepted step stands before it.
+        limit = plain if obs.streak or self._above else max(plain, self.tail.limit(self.baseline.count))
         return [
             Finding(
                 signal=self.signal,
@@ -89,7 +100,7 @@ class Spike:
             )
         ]
 
-    def accept(self, obs: Observation) -> None:
+    def accept(self, obs: Observation, left_out: Sequence[Jumps] = ()) -> None:
         value = obs.signals.get(self.signal)
         if value is None or not 0.0 < value < math.inf:
             return
@@ -101,7 +112,9 @@ class Spike:
         jump = y - baseline.centre
         scale = baseline.scale
         self._last.append((obs.step, jump / scale))
-        if baseline.count >= self.warmup and jump > NOTE_SHARE * self._limit(scale):
+        high = baseline.count >= self.warmup and jump > NOTE_SHARE * self._limit(scale)
+        self._learn_tail(obs, jump if high else None, left_out)
+        if high:
             # An outlier that was let through must not raise the bar for the next one, a new level must.
             self._above += 1
             if self._above < NEW_LEVEL:
@@ -109,6 +122,23 @@ class Spike:
             baseline.recentre()
         self._above = 0
         baseline.learn(y)
+
+    def _learn_tail(self, obs: Observation, outlier: float | None, left_out: Sequence[Jumps]) -> None:
+        """An outlier that was applied, alone between two ordinary steps, was harmless.
+
+        Args:
+            outlier: the jump of the step being accepted if it is one, else None.
+        """
+        if outlier is not None:
+            self._alone = None if obs.streak or self._above else outlier
+            return
+        before = [jumps[self.signal] for jumps in left_out if self.signal in jumps]
+        if self._alone is not None:
+            before.append(self._alone)
+        unseen = obs.streak > len(left_out)  # something was really left out between
+        if len(before) == 1 and not unseen and (self._alone is not None or not self._above):
+            self.tail.learn(self.baseline.count, before[0])
+        self._alone = None
 
     def _limit(self, scale: float) -> float:
         """The log jump over the centre above which a value is rejected."""
@@ -136,14 +166,25 @@ class Spike:
         if self.baseline.empty:
             return None
         centre = self.baseline.centre
-        return math.exp(centre), _exp(centre + self._limit(self.baseline.scale))
+        limit = self._limit(self.baseline.scale)
+        if not self._above:
+            limit = max(limit, self.tail.limit(self.baseline.count))
+        return math.exp(centre), _exp(centre + limit)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"above": self._above, "last": [list(pair) for pair in self._last], **self.baseline.state_dict()}
+        return {
+            "above": self._above,
+            "alone": self._alone,
+            "last": [list(pair) for pair in self._last],
+            "tail": self.tail.state_dict(),
+            **self.baseline.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.baseline.load_state_dict(state)
+        self.tail.load_state_dict(state["tail"])
         self._above = int(state["above"])
+        self._alone = None if state["alone"] is None else float(state["alone"])
         self._last = deque(((int(step), float(score)) for step, score in state["last"]), maxlen=LOOK_BACK)
 
 
