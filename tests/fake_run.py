@@ -321,7 +321,7 @@ class LiveRun:
                 fake.advance(fake.step + 1)
                 if self.spike_every and fake.step % self.spike_every == 0:
                     fake.spike()
-                elif fake.incident and fake.step % self.spike_every == 40:
+                elif self.spike_every and fake.incident and fake.step % self.spike_every == 40:
                     fake.recover()
                 if fake.step >= fake.total:
                     fake.end(Phase.FINISHED, 0)

@@ -20,7 +20,7 @@ from guardrail.tui.chart import GUTTER, chart_rows, spark_row
 from guardrail.tui.cockpit import Cockpit
 from guardrail.tui.format import clock, count, duration, metric, plural, size, spoken
 from guardrail.tui.health import health_of
-from guardrail.tui.lines import Lines, Row, fit, row, spread, title, width_of, wrap
+from guardrail.tui.lines import Lines, Row, change, fit, row, spread, title, width_of, wrap
 from guardrail.tui.series import Series
 from guardrail.tui.view import CHARTS, Snapshot, View
 from tests.fake_run import FakeReader, FakeRun, example, snapshot_of
@@ -359,3 +359,19 @@ async def test_frames_are_at_most_five_a_second(monkeypatch: pytest.MonkeyPatch)
         await pilot.pause(0.5)
         assert len(frames) < 30, "forty snapshots in half a second or more are not forty frames"
         assert frames[-1] == fake.step, "the last one is shown"
+
+
+_rows = st.lists(st.tuples(st.text("ab c", max_size=6), st.sampled_from(["plain", "dim"])), max_size=5)
+
+
+@given(before=_rows, after=_rows)
+def test_a_change_covers_every_cell_that_differs(before: list[tuple[str, str]], after: list[tuple[str, str]]) -> None:
+    cells = [[(c, tone) for piece, tone in line for c in piece] for line in (before, after)]
+    first, count = change(tuple(before), tuple(after), 40)
+    for x in range(40):
+        a, b = (line[x] if x < len(line) else (" ", "plain") for line in cells)
+        assert a == b or first <= x < first + count
+
+
+def test_a_row_with_wide_characters_changes_as_a_whole() -> None:
+    assert change(row("語"), row("文"), 40) == (0, 40)

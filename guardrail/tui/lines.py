@@ -6,6 +6,7 @@ place that leads to the terminal, so that no log line or file name can send it a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 from rich.cells import cell_len, set_cell_size
@@ -82,8 +83,21 @@ def wrap(text: str, width: int) -> list[str]:
     return [*lines, line] if line or not lines else lines
 
 
+def change(before: Row, after: Row, width: int) -> tuple[int, int]:
+    """(first cell, cells) of the stretch in which two rows differ; the whole row where cells are not characters.
+
+    One stretch and not several: textual writes each from the left edge of its widget.
+    """
+    cells = [[(char, tone) for text, tone in line for char in text] for line in (before, after)]
+    if any(len(line) != width_of(drawn) for line, drawn in zip(cells, (before, after), strict=True)):
+        return 0, width
+    pairs = itertools.zip_longest(*cells, fillvalue=(" ", "plain"))
+    differ = [x for x, (a, b) in enumerate(pairs) if a != b]
+    return (differ[0], differ[-1] + 1 - differ[0]) if differ else (0, 0)
+
+
 class Lines(Widget):
-    """Draws what `build(view, width, height)` says; a row that did not change is not drawn again.
+    """Draws what `build(view, width, height)` says; what did not change is not drawn again.
 
     Args:
         build: rows for a view and a size.
@@ -108,17 +122,22 @@ class Lines(Widget):
         self.redraw()
 
     def redraw(self) -> None:
-        """Build again and refresh the rows that differ."""
+        """Build again and refresh what differs."""
         width, height = self.size
         if self._view is None or not width or not height or not self.display:
             return
-        rows = list(self._build(self._view, width, height))[:height]
-        changed = [y for y in range(max(len(rows), len(self._rows))) if rows[y : y + 1] != self._rows[y : y + 1]]
-        self._rows = rows
-        if changed:
-            for y in changed:
+        rows = [fit(line, width) for line in self._build(self._view, width, height)[:height]]
+        regions: list[Region] = []
+        for y in range(max(len(rows), len(self._rows))):
+            before = self._rows[y] if y < len(self._rows) else ()
+            after = rows[y] if y < len(rows) else ()
+            if before != after:
                 self._strips.pop(y, None)
-            self.refresh(*(Region(0, y, width, 1) for y in changed))
+                x, cells = change(before, after, width)
+                regions.append(Region(x, y, cells, 1))
+        self._rows = rows
+        if regions:
+            self.refresh(*regions)
 
     def on_resize(self, event: Resize) -> None:
         self._strips.clear()

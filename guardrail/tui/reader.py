@@ -93,6 +93,7 @@ class RunReader:
                 self._digest.add(update.events)
                 self._publish(story=self._digest.story())
             self._take_rows(*update.rows)
+            self._follower.view = None  # let go of the mapped file: its pages count as this process's memory
             self._publish(loaded=True, trouble="")
         except (OSError, GuardrailError) as error:
             reason = error.strerror if isinstance(error, OSError) else None
