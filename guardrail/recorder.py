@@ -1,6 +1,7 @@
 """What a trainer writes into its run directory: events and metric rows, by rank 0, never stopping a step.
 
-A disk that fails degrades durability and is said so; events wait in memory, in order, until it takes them again.
+A disk that fails degrades durability and is said so; events and rows wait in memory, in order, until it takes them
+again.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from typing import Any
 
 from guardrail.records import Event
 from guardrail.rundir import MetricsWriter, RunDirectory
+
+RETRY_SECONDS = 5.0  # between two tries of a step to write what a disk has refused
+ROWS_KEPT = 100_000  # rows that wait in memory, some 20 MB; beyond that the oldest are lost
 
 
 class Recorder:
@@ -29,7 +33,8 @@ class Recorder:
         self._metrics: MetricsWriter | None = None
         self._waiting: deque[tuple[str, str, dict[str, Any]]] = deque()
         self._failing: dict[str, str] = {}
-        self._metrics_retry = 0.0
+        self._rows: deque[dict[str, float]] = deque(maxlen=ROWS_KEPT)
+        self._retry = 0.0
 
     @property
     def durability(self) -> str:
@@ -46,7 +51,7 @@ class Recorder:
         return event
 
     def flush(self) -> None:
-        """Write what waits. Called with each event and once in a while by the guard."""
+        """Write the events that wait. Called with each event, and every few seconds while some wait."""
         if self._run is None:
             return
         try:
@@ -55,21 +60,29 @@ class Recorder:
                 self._run.append(kind, message, **data)
                 self._waiting.popleft()
         except OSError as error:
+            self._retry = time.monotonic() + RETRY_SECONDS
             self.degraded("journal", f"journal: {error.strerror or error}")
         else:
             self.restored("journal")
 
     def row(self, values: dict[str, float]) -> None:
-        """Append a metrics row; flushed to the kernel, not synced."""
-        if self._run is None or time.monotonic() < self._metrics_retry:
-            return
+        """Append a metrics row; flushed to the kernel, not synced. It waits while the disk refuses rows."""
+        if self._run is not None:
+            self._rows.append(values)
+            if time.monotonic() >= self._retry:
+                self._write_rows(self._run)
+                if self._waiting:
+                    self.flush()
+
+    def _write_rows(self, run: RunDirectory) -> None:
         try:
             if self._metrics is None:
-                self._metrics = self._run.metrics_writer()
-            self._metrics.append(values)
+                self._metrics = run.metrics_writer()
+            while self._rows:
+                self._metrics.append(self._rows[0])
+                self._rows.popleft()
         except OSError as error:
-            # Rows that a full disk refuses are lost; the journal says from when on.
-            self._metrics_retry = time.monotonic() + 5.0
+            self._retry = time.monotonic() + RETRY_SECONDS
             self.degraded("metrics", f"metrics: {error.strerror or error}")
         else:
             self.restored("metrics")
@@ -93,6 +106,8 @@ class Recorder:
                 self.flush()
 
     def close(self) -> None:
+        if self._run is not None and self._rows:
+            self._write_rows(self._run)
         self.flush()
         if self._metrics is not None:
             self._metrics.close()

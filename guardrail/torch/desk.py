@@ -59,7 +59,7 @@ class Desk:
         self._current = self._mailbox.next(step) if self._mailbox is not None else None
         if self._current is not None:
             return 1 + KINDS.index(self._current.kind), self._current.value
-        if self._guard.tiers.retry_due:
+        if self._guard.rank == 0 and self._guard.tiers.retry_due:
             # Each rank writes its share of a checkpoint, so a save is tried again by all of them together.
             return 1 + KINDS.index(CommandKind.CHECKPOINT), 0.0
         return 0, 0.0

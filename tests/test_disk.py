@@ -1,0 +1,263 @@
+"""A disk that fills up, and checkpoints that do not hold: training goes on, says so, and loses nothing it can keep."""
+
+import errno
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import guardrail.torch.commit
+from guardrail.manifest import MANIFEST, checkpoint_dirs, read_manifest
+from guardrail.metrics import MetricsWriter
+from guardrail.records import Command, CommandKind
+from guardrail.rundir import RunDirectory
+from tests.lab import wait_for
+from tests.ranks import wait_ranks
+from tests.running import (
+    assert_same,
+    assert_whole,
+    new_run,
+    of_kind,
+    outcome,
+    start_run,
+    tiny,
+    train,
+    trained,
+)
+from trainer.config import Config
+from trainer.loop import Trainer
+
+SPIKE = {"kind": "spike_loss", "first": 160, "last": 184, "value": 50.0}  # a rollback at step 21
+
+
+def config_of(folder: Path, *, root: Path | None = None, **sections: Any) -> Config:
+    return tiny(
+        folder,
+        world=2,
+        run={"root": str(root or folder / "runs")},
+        faults=[SPIKE],
+        train={"steps": 50},
+        checkpoint={"every": 10, "keep": 2, "retry_seconds": 0.05},
+        **sections,
+    )
+
+
+def at_steps(patch: pytest.MonkeyPatch, **deeds: Callable[[], None]) -> None:
+    """Have rank 0 do `deeds` before its first attempt at a step: s12=..., s30=..."""
+    whole = Trainer.train_step
+
+    def interrupted(self: Trainer, step: Any) -> None:
+        deed = deeds.pop(f"s{step.number}", None)
+        if deed is not None and self.rank == 0:
+            deed()
+        whole(self, step)
+
+    patch.setattr(Trainer, "train_step", interrupted)
+
+
+def durability(run: RunDirectory) -> list[str]:
+    return [event.data["state"] for event in of_kind(run, "durability")]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    return trained(config_of(tmp_path_factory.mktemp("undisturbed")))
+
+
+# -- a full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 6 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a tmpfs is not permitted here; the other tests stage the errors")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(disk: Path, *, leave: int) -> None:
+    """Leave `leave` bytes free."""
+    ballast = disk / "ballast"
+    with ballast.open("wb", buffering=0) as file:
+        try:
+            while shutil.disk_usage(disk).free > leave:
+                file.write(b"\0" * min(65536, shutil.disk_usage(disk).free - leave))
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+
+
+@pytest.mark.parametrize("leave", [256 * 1024, 0])
+def test_a_disk_that_fills_up_and_is_freed_again(
+    tmp_path: Path, small_disk: Path, undisturbed: RunDirectory, leave: int
+) -> None:
+    run = new_run(config_of(tmp_path, root=small_disk))
+    reached, freed = tmp_path / "reached", tmp_path / "freed"
+
+    def until_it_is_freed() -> None:
+        reached.touch()
+        wait_for(freed.exists, what="the test to see what it waits for")
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_steps(patch, s12=lambda: fill(small_disk, leave=leave), s35=until_it_is_freed)
+        pids = start_run(run, 2)
+        wait_for(reached.exists, what="step 35")
+        if leave:  # else no status can be replaced
+            wait_for(lambda: (s := run.read_status()) is not None and s.durability != "ok", what="degraded durability")
+            status = run.read_status()
+            assert status is not None and status.durability.startswith("degraded: checkpoint: ")
+            assert "No space left on device" in status.durability
+        (small_disk / "ballast").unlink()
+        freed.touch()
+        assert wait_ranks(pids) == [0, 0]
+    assert outcome(run) == "finished"
+    failed = [event.data for event in of_kind(run, "checkpoint") if event.data["state"] == "failed"]
+    # A rank that cannot write its share may have no room to say why.
+    assert failed and all(data["reason"].startswith(("No space left", "rank 1: ")) for data in failed)
+    assert any("No space left on device" in data["reason"] for data in failed)
+    assert durability(run)[0] == "degraded" and durability(run)[-1] == "ok"
+    assert (run.read_status() or pytest.fail("no status")).durability == "ok"
+    assert not list(run.checkpoints.glob(".*")), "temporary folders are left"
+    assert_whole(run)
+    assert_same(run, undisturbed)
+
+
+class Refused:
+    """A staged disk error that can be turned off."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+        self.on = False
+
+    def wrapped(self, whole: Callable[..., Any], applies: Callable[..., bool] = lambda *_: True) -> Callable[..., Any]:
+        def refusing(*arguments: Any, **settings: Any) -> Any:
+            if self.on and applies(*arguments):
+                raise self.error
+            return whole(*arguments, **settings)
+
+        return refusing
+
+    def turn(self, *, on: bool) -> Callable[[], None]:
+        return lambda: setattr(self, "on", on)
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "error", "said"),
+    [
+        (guardrail.torch.commit, "write_file", FULL, "checkpoint: No space left"),
+        (guardrail.torch.commit, "write_file", RuntimeError("enforce fail at inline_container.cc"), "enforce fail"),
+        (guardrail.torch.commit, "commit", OSError(errno.EIO, "Input/output error"), "Input/output error"),
+        (RunDirectory, "append", FULL, "journal: No space left"),
+        (MetricsWriter, "append", FULL, "metrics: No space left"),
+    ],
+)
+def test_a_file_system_that_refuses_for_a_while(
+    tmp_path: Path, undisturbed: RunDirectory, module: Any, name: str, error: BaseException, said: str
+) -> None:
+    refused = Refused(error)
+    run = new_run(config_of(tmp_path))
+    with pytest.MonkeyPatch.context() as patch:
+        where = guardrail.torch.checkpoints if name == "commit" else module
+        patch.setattr(where, name, refused.wrapped(getattr(module, name)))
+        at_steps(patch, s12=refused.turn(on=True), s35=refused.turn(on=False))
+        assert train(run, 2) == "finished"
+    degraded = [event.message for event in of_kind(run, "durability") if event.data["state"] == "degraded"]
+    assert any(said in message for message in degraded)
+    assert durability(run)[-1] == "ok"
+    assert [event.kind for event in run.events() if event.kind in ("rollback", "restarted")] == ["rollback"]
+    assert_whole(run)
+    assert_same(run, undisturbed)
+
+
+def test_a_disk_that_stays_full_does_not_keep_a_run_from_its_end(tmp_path: Path, undisturbed: RunDirectory) -> None:
+    refused = Refused(FULL)
+    run = new_run(config_of(tmp_path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guardrail.torch.commit, "write_file", refused.wrapped(guardrail.torch.commit.write_file))
+        at_steps(patch, s35=refused.turn(on=True))
+        assert train(run, 2) == "finished"
+    (ended,) = of_kind(run, "ended")
+    assert not ended.data["saved"] and "could not be written" in ended.message
+    assert read_manifest(checkpoint_dirs(run.checkpoints)[0]).step == 30
+    assert train(run, 2) == "finished"
+    assert_same(run, undisturbed)
+
+
+# -- checkpoints that do not hold
+
+
+def flip_a_bit(checkpoint: Path) -> None:
+    file = checkpoint / "rank-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+
+
+def truncate(checkpoint: Path) -> None:
+    os.truncate(checkpoint / "rank-00000.safetensors", 1000)
+
+
+def empty(checkpoint: Path) -> None:
+    os.truncate(checkpoint / "rank-00000.safetensors", 0)
+
+
+def lose_a_shard(checkpoint: Path) -> None:
+    (checkpoint / "rank-00001.safetensors").unlink()
+
+
+def lose_the_manifest(checkpoint: Path) -> None:
+    (checkpoint / MANIFEST).unlink()
+
+
+def write_an_old_manifest(checkpoint: Path) -> None:
+    (checkpoint / MANIFEST).write_text('{"version": 0, "step": 30}')
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (flip_a_bit, "its content is not what was written"),
+        (truncate, "is cut off: 1000 bytes"),
+        (empty, "is cut off: 0 bytes"),
+        (lose_a_shard, "rank-00001.safetensors is missing"),
+        (lose_the_manifest, "manifest.json is missing"),
+        (write_an_old_manifest, "is of an unknown format"),
+    ],
+)
+def test_a_resume_passes_over_a_damaged_checkpoint_and_says_why(
+    tmp_path: Path, undisturbed: RunDirectory, damage: Callable[[Path], None], why: str
+) -> None:
+    run = new_run(config_of(tmp_path))
+    run.send(Command(id="stop", kind=CommandKind.STOP, at_step=34))
+    assert train(run, 2) == "stopped"
+    newest, before = checkpoint_dirs(run.checkpoints)[:2]
+    assert read_manifest(newest).step == 34 and read_manifest(before).step == 30
+    damage(newest)
+    assert train(run, 2) == "finished"
+    assert [(e.step, e.data["checkpoint"]) for e in of_kind(run, "restarted")] == [(30, before.name)]
+    invalid = [event for event in of_kind(run, "checkpoint") if event.data["state"] == "invalid"]
+    assert {event.data["path"] for event in invalid} == {newest.name}
+    assert all(why in event.data["reason"] for event in invalid)
+    assert_same(run, undisturbed)
+
+
+def test_with_no_valid_checkpoint_a_run_begins_again(tmp_path: Path, undisturbed: RunDirectory) -> None:
+    run = new_run(config_of(tmp_path))
+    run.send(Command(id="stop", kind=CommandKind.STOP, at_step=34))
+    assert train(run, 2) == "stopped"
+    for path in checkpoint_dirs(run.checkpoints):
+        flip_a_bit(path)
+    assert train(run, 2) == "finished"
+    (restarted,) = of_kind(run, "restarted")
+    assert (restarted.step, restarted.data["checkpoint"]) == (0, "")
+    assert_same(run, undisturbed)
