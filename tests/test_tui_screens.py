@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
+from rich.cells import cell_len
 from textual.pilot import Pilot
 
 from guardrail.records import Mode, Phase, Status
@@ -134,3 +135,21 @@ def test_trouble_with_the_directory(snap_compare: Callable[..., bool]) -> None:
         return replace(snapshot, trouble="cannot read the run: Stale file handle"), now
 
     assert snap_compare(screen(scene), terminal_size=(120, 32))
+
+
+async def test_resizing_to_anything_and_back() -> None:
+    """The big chart and the health are there at every size that has room for them."""
+    app = screen(rolled_back)
+    async with app.run_test(size=(120, 32)) as pilot:
+        for width, height in [(1, 1), (10, 3), (20, 8), (60, 15), (99, 40), (100, 25), (100, 26), (300, 100), (80, 24)]:
+            await pilot.resize_terminal(width, height)
+            await pilot.pause()
+            shown = [strip.text for strip in app.screen._compositor.render_strips()]
+            assert len(shown) == height and all(cell_len(line) == width for line in shown)
+            if width >= 20:
+                assert "HEALTHY" in shown[0]
+                assert any("┤" in line for line in shown)
+            side = width >= 100 and height >= 26
+            assert any("snapshots and checkpoints" in line for line in shown) == side
+            if width >= 60:
+                assert any("#2" in line and "step 1,207" in line for line in shown)

@@ -132,7 +132,7 @@ def plot(
     line = _cells(_line(main, y, dots), width)
     ghost = np.zeros_like(line)
     for part in pale:
-        ghost |= _cells(_scatter(part, y, dots), width)
+        ghost |= _cells(_dotted(part, y, dots), width)
     _paint(result, body, line, Ink.LINE)
     _paint(result, body, ghost, Ink.GHOST)
     _draw_band(result, body, y, dots, baseline, threshold)
@@ -218,17 +218,14 @@ def _bridge(upper: np.ndarray, lower: np.ndarray, drawn: np.ndarray, left: np.nd
     drawn[column] = True
 
 
-def _scatter(part: Columns, y: YScale, dots: int) -> np.ndarray:
-    """bool [D, C]: every other dot of an abandoned stretch, so that it reads as dotted."""
+def _dotted(part: Columns, y: YScale, dots: int) -> np.ndarray:
+    """bool [D, C]: the line of an abandoned stretch in every other dot, its extremes in full."""
+    canvas = _line(part, y, dots)
+    rows, cells = np.indices(canvas.shape)
+    canvas &= (rows + cells) % 2 == 0
+    at = np.flatnonzero(part.filled)
     upper, lower = _clipped_rows(part, y, dots)
-    canvas = np.zeros((dots, len(upper)), dtype=bool)
-    c = np.flatnonzero(part.filled)
-    if len(c):
-        inside = (np.arange(dots)[:, None] >= upper[c]) & (np.arange(dots)[:, None] <= lower[c])
-        checker = (np.arange(dots)[:, None] + c) % 2 == 0
-        canvas[:, c] = inside & checker
-        # The extremes themselves are always there.
-        canvas[upper[c], c] = canvas[lower[c], c] = True
+    canvas[upper[at], at] = canvas[lower[at], at] = True
     return canvas
 
 

@@ -105,14 +105,17 @@ def y_scale(
     bottom, top = float(_smooth(lows).min()), float(_smooth(highs).max())
     bottom = min(bottom, top)
     span = max(top - bottom, 0.02 if log else max(abs(top), abs(bottom)) * 0.01)
+    # A logarithm flattens little by itself: there a spike of up to a decade may be twice as high as the rest.
+    slack = max(_SLACK * span, min(1.0, 2 * span)) if log else _SLACK * span
+    least, most = bottom - slack, top + slack
     for part in parts:
         for values in map(probe.place, part):
-            near = values[(values >= bottom - _SLACK * span) & (values <= top + _SLACK * span)]
+            near = values[(values >= least) & (values <= most)]
             if len(near):
                 bottom, top = min(bottom, float(near.min())), max(top, float(near.max()))
     if threshold is not None and len(threshold):
         wanted = probe.place(threshold)
-        near = wanted[np.isfinite(wanted) & (wanted <= top + _SLACK * span) & (wanted >= bottom)]
+        near = wanted[np.isfinite(wanted) & (wanted <= most) & (wanted >= bottom)]
         if len(near):
             top = max(top, float(near.max()))
     return _snap(bottom, top, log)
