@@ -290,7 +290,8 @@ class Controller:
                 is_open = data.get("state") == OPEN
                 open_number, onset = (int(data["number"]), int(data.get("onset") or 0)) if is_open else (0, 0)
             elif event.kind == "verdict":
-                step = int(data.get("at_step") or event.step)
+                if data.get("action") != Action.APPLY or data.get("would"):
+                    step = int(data.get("at_step") or event.step)
                 kinds = {_field(finding, "kind") for finding in data.get("findings") or ()}
                 if data.get("action") == Action.SKIP and kinds == {Kind.NO_TOKENS}:
                     first, last = data["window"]
