@@ -194,6 +194,13 @@ def test_a_clipped_ghost_says_its_value() -> None:
     assert (result.inks[0] == Ink.GHOST_CLIP).any()
 
 
+def test_a_ghost_below_the_present_is_shown_whole() -> None:
+    """A person went back while all was well: what was given up had come further down."""
+    ghost = Curve.of(np.arange(21.0, 41), np.linspace(2.0, 1.0, 20))
+    result = plot(curve(np.linspace(2.2, 2.0, 20)), XScale(0.5, 1.0, 40), height=9, ghosts=[ghost])
+    assert result.scale.bottom <= 1.0 and "▼" not in picture(result)
+
+
 def test_threshold_and_band() -> None:
     scale = XScale(0.5, 1.0, 40)
     full = np.ones(40)

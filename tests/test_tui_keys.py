@@ -267,6 +267,11 @@ async def test_p_goes_on_with_a_paused_run() -> None:
     assert only((await act("p", fake=paused())).sent) == (CommandKind.RESUME, 0.0)
 
 
+async def test_p_again_takes_a_pause_back_that_has_no_answer_yet() -> None:
+    sent = (await act("p", "p", "p")).sent
+    assert [command.kind.value for command in sent] == ["pause", "resume", "pause"]
+
+
 @pytest.mark.parametrize("key", [key.keys for key in keys.KEYS if key.control])
 async def test_read_only_answers_so(key: str) -> None:
     done = await act(key, "enter", "y", fake=asking(), read_only=True)

@@ -137,7 +137,11 @@ class Cockpit(Screen[None]):
         status = self.view.status
         if status is not None and status.question:
             self.action_answer()
-        elif status is not None and status.phase is Phase.PAUSED:
+            return
+        # A pause that is still on its way counts: pressed again, the key takes it back.
+        waiting = self._desk.waiting(CommandKind.PAUSE, CommandKind.RESUME)
+        paused = status is not None and status.phase is Phase.PAUSED
+        if waiting is CommandKind.PAUSE or (waiting is None and paused):
             self._command(CommandKind.RESUME, 0.0, "go on")
         else:
             self._command(CommandKind.PAUSE, 0.0, "pause")

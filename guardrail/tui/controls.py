@@ -30,6 +30,7 @@ def who() -> str:
 @dataclass(frozen=True)
 class Sent:
     id: str
+    kind: CommandKind
     label: str
     time: float
 
@@ -50,10 +51,15 @@ class Desk:
 
     def command(self, kind: CommandKind, value: float, label: str) -> None:
         now = self._clock()
-        sent = Sent(f"screen-{secrets.token_hex(8)}", label, now)
+        sent = Sent(f"screen-{secrets.token_hex(8)}", kind, label, now)
         self._sent.append(sent)
         self._notice = None
         self._send(Command(id=sent.id, kind=kind, value=value, who=who(), time=now))
+
+    def waiting(self, *kinds: CommandKind) -> CommandKind | None:
+        """The newest command of these kinds that has no answer yet."""
+        waiting = (sent.kind for sent in reversed(self._sent) if sent.id not in self._answered)
+        return next((kind for kind in waiting if kind in kinds), None)
 
     def notice(self, text: str, tone: str = "warn") -> None:
         """Something for the viewer alone."""

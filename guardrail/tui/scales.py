@@ -90,8 +90,8 @@ def y_scale(
     """A range that a single spike does not set.
 
     Args:
-        parts: (least, greatest) value of each column, of the curve first, then of ghosts; these widen the range only
-            a little.
+        parts: (least, greatest) value of each column, of the curve first, then of ghosts; these widen the range
+            downwards, upwards only a little.
         threshold: [C], included where it lies near.
     """
     probe = YScale(0.0, 1.0, log)
@@ -108,6 +108,11 @@ def y_scale(
     # A logarithm flattens little by itself: there a spike of up to a decade may be twice as high as the rest.
     slack = max(_SLACK * span, min(1.0, 2 * span)) if log else _SLACK * span
     least, most = bottom - slack, top + slack
+    for low, _ in parts[1:]:
+        # Lower than the present is no explosion: a stretch that was given up while all was well is shown whole.
+        lows = probe.place(low)
+        if np.isfinite(lows).any():
+            bottom = min(bottom, float(_smooth(lows[np.isfinite(lows)]).min()))
     for part in parts:
         for values in map(probe.place, part):
             near = values[(values >= least) & (values <= most)]
