@@ -34,6 +34,7 @@ from trainer.optim import Schedule, Scheduler, build_optimizer
 from trainer.parallel import accumulating, distribute, is_sharded, make_accelerator, seed_micro_batch
 
 LOCK_SECONDS = 60.0  # the ranks of an earlier start may need this long to die
+FIXED_SAMPLES = 8  # whose loss a resumed model must reproduce, whatever the batch is now
 MAX_DESCRIBED = 20_000  # samples whose documents are looked up for one journal line
 
 
@@ -209,7 +210,7 @@ class Trainer:
     def _fixed_loss(self) -> float:
         """Loss on the first samples of the data, the same on every rank: what a resumed model must reproduce."""
         split = self.corpus.eval if len(self.corpus.eval) else self.corpus.train
-        loss, count = self._loss_of(split, range(min(self.config.micro_batch_size, len(split))))
+        loss, count = self._loss_of(split, range(min(FIXED_SAMPLES, len(split))))
         return float(loss / count.clamp(min=1))
 
     # -- set-up --------------------------------------------------------------------------------------------------
@@ -239,9 +240,12 @@ class Trainer:
             raise
 
     def _builder_stopped(self) -> bool:
-        """Whether there will be no corpus. Asked to stop alone, a rank that waits goes on until all can agree."""
+        """Whether there will be no corpus: the builder was stopped, or found no text that it could use.
+
+        Asked to stop alone, a rank that waits goes on until all can agree.
+        """
         status = self.run_directory.read_status() if self.run_directory is not None else None
-        return status is not None and status.phase is Phase.STOPPED and status.heartbeat > self._began
+        return status is not None and status.phase.ended and status.heartbeat > self._began
 
     def _progress(self, text: str, share: float) -> None:
         if self.heartbeat is not None:
