@@ -4,7 +4,7 @@ Two kinds of memory, kept apart on purpose:
 
     state   detectors and the recent batches. Travels with each snapshot and rolls back with it (`state_dict`).
             Only applied steps change it, so a rejected batch leaves no trace in it.
-    facts   rollbacks done, batches rejected, incidents. They outlive a rollback; the journal holds them, and
+    facts   rollbacks done, incidents, batches without a label. They outlive a rollback; the journal holds them, and
             `rebuild` reads them back after a crash.
 
 Together: a controller that was loaded from a checkpoint and rebuilt from the journal reaches the verdicts of one that
@@ -21,18 +21,15 @@ from typing import Any, NamedTuple
 
 from msgspec import structs
 
+from guardrail.advice import Advice
 from guardrail.config import GuardSection
-from guardrail.detectors.base import Detector, Jumps
 from guardrail.detectors.divergence import Divergence
 from guardrail.detectors.no_tokens import NoTokens
-from guardrail.detectors.nonfinite import NonFinite
-from guardrail.detectors.spike import LOOK_BACK, Spike
+from guardrail.detectors.spike import LOOK_BACK
+from guardrail.detectors.standard import build
 from guardrail.incidents import OPEN, Incidents
 from guardrail.policy import Rollback, by_severity, decide, is_trouble, rollbacks_in_a_row
 from guardrail.records import (
-    EMBED_GRAD_NORM,
-    GRAD_NORM,
-    LOSS,
     Action,
     Event,
     Finding,
@@ -43,12 +40,7 @@ from guardrail.records import (
     Verdict,
 )
 
-# Smallest log jump that is ever a spike, as sigmas of this size: 8 x 0.01 = 8 % of the loss, 10 x 0.2 = 7.4-fold for
-# a norm. A gradient that is a few times too long is clipped and does no harm.
-LOSS_FLOOR, NORM_FLOOR = 0.01, 0.2
 SPIKES = (Kind.LOSS_SPIKE, Kind.GRAD_SPIKE, Kind.EMBED_SPIKE)
-# Jumps over the first steps' median that are rejected before there is a scale.
-LOSS_COLD, NORM_COLD = 3.0, 100.0
 
 
 class Applied(NamedTuple):
@@ -71,14 +63,14 @@ class Controller:
         self.settings = settings
         self.mode = settings.mode if mode is None else mode
         self._no_tokens = NoTokens()
-        self.detectors = _detectors(settings)
+        self.detectors = build(settings)
         self.incidents = Incidents(confirm=settings.confirm)
         self.rollbacks: list[Rollback] = []
         self._empty_spans: set[tuple[int, int]] = set()  # rejected for want of labels: no sign of trouble
         # Reaches back to the earliest onset that a detector can name, and `window_before` batches further.
         reach = settings.window_before + max(LOOK_BACK, Divergence.MEMORY * settings.divergence_steps) + 1
         self._history: deque[Applied] = deque(maxlen=reach)
-        self._advice = _Advice()
+        self._advice = Advice()
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -88,9 +80,9 @@ class Controller:
             self._history.append(Applied(obs.step, obs.first, obs.last))
             return Verdict(action=Action.APPLY, step=obs.step)
         findings: list[Finding] = []
-        if self._history and obs.step <= self._history[-1].step:
+        if self._history and obs.step < self._history[-1].step:
             findings.append(_restarted(obs))
-            self._forget()
+            self._went_back(obs.step)
         if self.mode is Mode.ADVISE and self._advice.left_out:
             obs = structs.replace(obs, streak=len(self._advice.left_out))
         if obs.tokens > 0:
@@ -131,6 +123,8 @@ class Controller:
         )
         action = decide(findings, streak=streak, in_a_row=in_a_row, settings=self.settings)
         onset = max(1, min(finding.onset for finding in findings))
+        if streak and self.mode is Mode.ADVISE:
+            onset = min(onset, self._advice.since)  # `auto` would still be at that step
         window, before = ((obs.first, obs.last), None) if action is Action.SKIP else self._window(onset, obs)
         reason = self._reason(action, findings, before=before, window=window, streak=streak, in_a_row=in_a_row)
         number, state = self.incidents.trouble(obs.step, onset) if trouble else (None, "")
@@ -173,7 +167,7 @@ class Controller:
             for detector in self.detectors.values():
                 detector.reset()
         if mode is not Mode.ADVISE:
-            self._advice = _Advice()
+            self._advice = Advice()
         self.mode = mode
 
     # -- the window ----------------------------------------------------------------------------------------------
@@ -243,6 +237,8 @@ class Controller:
         if not self._history:
             return 0
         last = self._history[-1].step
+        if self.mode is Mode.OFF:
+            return last
         suspected = (detector.suspect_from() for detector in self.detectors.values())
         return min((step - 1 for step in suspected if step is not None), default=last)
 
@@ -256,15 +252,19 @@ class Controller:
             "advice": self._advice.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go back to a state. A detector that it does not know, as of an older version, begins anew."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
+        """Go back to a state. Returns the detectors that it does not fit, as of another version: they begin anew."""
+        anew = []
         for name, detector in self.detectors.items():
-            detector.reset()
-            if name in state["detectors"]:
+            try:
                 detector.load_state_dict(state["detectors"][name])
+            except (KeyError, TypeError, ValueError):
+                detector.reset()
+                anew.append(name)
         self._history.clear()
         self._history.extend(Applied(*batch) for batch in state["history"])
-        self._advice = _Advice.of(state["advice"]) if self.mode is Mode.ADVISE else _Advice()
+        self._advice = Advice.of(state["advice"]) if self.mode is Mode.ADVISE else Advice()
+        return anew
 
     # -- facts: outlive a rollback -------------------------------------------------------------------------------
 
@@ -305,7 +305,7 @@ class Controller:
     ) -> None:
         """Book what `auto` would have done. Nothing was done, so the run goes on from the bad state."""
         advice = self._advice
-        advice.rejected(trouble=is_trouble(findings), jumps=_jumps(findings))
+        advice.rejected(obs.step, trouble=is_trouble(findings), jumps=_jumps(findings))
         if action in (Action.ROLLBACK, Action.HALT):
             advice.streak = 0
             if action is Action.ROLLBACK:
@@ -320,66 +320,19 @@ class Controller:
                 detector.reset()
             advice.left_out.clear()
 
-    def _forget(self) -> None:
-        """Another run begins in the same log: nothing that was learnt says anything about it."""
-        for detector in self.detectors.values():
-            detector.reset()
-        self._history.clear()
-        self._advice = _Advice()
+    def _went_back(self, step: int) -> None:
+        """The step counter of a recorded log went back; a live run restores a state and never sees this.
 
-
-class _Advice:
-    """What `advise` would have done: the counts that rejections and rollbacks leave elsewhere when they are done."""
-
-    KEEP = 64  # would-be rollbacks; more than any sensible budget
-
-    def __init__(self) -> None:
-        self.streak = 0  # troubled would-be rejections since the last accepted step or would-be rollback
-        self.left_out: list[Jumps] = []  # of each would-be rejection since the last accepted step
-        self.rollbacks: deque[Rollback] = deque(maxlen=self.KEEP)
-
-    def accepted(self) -> None:
-        if self.left_out or self.streak:
-            self.streak, self.left_out = 0, []
-
-    def rejected(self, *, trouble: bool, jumps: Jumps) -> None:
-        self.streak += trouble
-        self.left_out.append(jumps)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "streak": self.streak,
-            "left_out": [dict(jumps) for jumps in self.left_out],
-            "rollbacks": [[r.from_step, r.to_step, r.onset, *r.window] for r in self.rollbacks],
-        }
-
-    @classmethod
-    def of(cls, state: Mapping[str, Any]) -> _Advice:
-        advice = cls()
-        advice.streak = int(state["streak"])
-        advice.left_out = [dict(jumps) for jumps in state["left_out"]]
-        for from_step, to_step, onset, first, last in state["rollbacks"]:
-            advice.rollbacks.append(Rollback(from_step=from_step, to_step=to_step, onset=onset, window=(first, last)))
-        return advice
-
-
-def _detectors(settings: GuardSection) -> dict[str, Detector]:
-    """Name -> detector, in the order in which they are asked; a spike detector is named after its signal."""
-    shared: dict[str, Any] = {"window": settings.window, "warmup": settings.warmup}
-    loss = Spike(LOSS, Kind.LOSS_SPIKE, score=settings.loss_score, floor=LOSS_FLOOR, cold_factor=LOSS_COLD, **shared)
-    norm: dict[str, Any] = {"floor": NORM_FLOOR, "cold_factor": NORM_COLD, **shared}
-    return {
-        "nonfinite": NonFinite(),
-        LOSS: loss,
-        GRAD_NORM: Spike(GRAD_NORM, Kind.GRAD_SPIKE, score=settings.grad_score, **norm),
-        EMBED_GRAD_NORM: Spike(EMBED_GRAD_NORM, Kind.EMBED_SPIKE, score=settings.embed_score, **norm),
-        "divergence": Divergence(
-            loss.baseline,
-            score=settings.divergence_score,
-            steps=settings.divergence_steps,
-            window=settings.window,
-        ),
-    }
+        By less than half it was resumed from a checkpoint, and its level should be what it was. Otherwise another run
+        begins in the same log, of which nothing that was learnt says anything.
+        """
+        if 2 * step < self._history[-1].step:
+            for detector in self.detectors.values():
+                detector.reset()
+            self._history.clear()
+            self._advice = Advice()
+        while self._history and self._history[-1].step >= step:
+            self._history.pop()
 
 
 def _restarted(obs: Observation) -> Finding:

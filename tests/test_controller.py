@@ -204,6 +204,7 @@ def test_advise_changes_nothing_and_says_what_it_would_do() -> None:
     skip, back, halt = Action.SKIP, Action.ROLLBACK, Action.HALT
     assert [v.would for v in verdicts] == [skip, skip, back, skip, skip, back, skip, skip, halt]
     assert verdicts[2].window == ((step - 2) * BATCH, (step + 2) * BATCH)
+    assert [v.onset for v in verdicts[:6]] == [step] * 3 + [step + 3] * 3
     healthy = controller.observe(obs(step + 9, healthy_loss(step), 0.5))
     assert healthy.would is None and healthy.accepted
 
@@ -229,7 +230,7 @@ def test_off_is_silent_and_begins_anew_when_it_is_left() -> None:
     for step in range(1, 101):
         verdict = controller.observe(obs(step, math.nan if step % 3 else 2.0, 0.5))
         assert verdict == Verdict(action=Action.APPLY, step=step)
-    assert controller.bands() == {}
+    assert controller.bands() == {} and controller.healthy_through == 100
     controller.set_mode(Mode.AUTO)
     assert controller.observe(obs(101, math.nan, 0.5)).action is Action.SKIP
     for step in range(101, 180):
@@ -301,6 +302,26 @@ def test_a_step_counter_that_goes_back_is_a_new_run_and_no_alarm_storm() -> None
     assert [f.kind for f in verdicts[0].findings] == [Kind.RESTART]
     assert all(not v.findings and v.would is None for v in verdicts[1:])
     assert controller.observe(obs(100, 9.0, 0.5)).would is Action.SKIP
+
+
+def test_a_log_that_was_resumed_keeps_its_baseline() -> None:
+    controller = Controller(GuardSection(mode=Mode.ADVISE))
+    warmed(controller)
+    verdict = controller.observe(obs(180, healthy_loss(180), 0.5))
+    assert [f.kind for f in verdict.findings] == [Kind.RESTART] and verdict.accepted
+    assert verdict.reason == "noted: the step counter goes back to 180"
+    assert controller.observe(obs(181, 3.5, 0.5)).would is Action.SKIP
+    assert controller.observe(obs(182, 3.5, 0.5)).findings[0].kind is Kind.LOSS_SPIKE
+    verdict = controller.observe(obs(183, 3.5, 0.5))
+    assert verdict.onset == 181 and verdict.window == (179 * BATCH, 183 * BATCH)
+
+
+def test_a_step_that_is_logged_twice_is_no_restart() -> None:
+    controller = Controller(GuardSection(mode=Mode.ADVISE))
+    for step in range(1, 201):
+        for _ in range(2):
+            assert not controller.observe(obs(step, noisy(2.0)(step), 0.5)).findings
+    assert controller.observe(obs(201, 9.0, 0.5)).would is Action.SKIP
 
 
 # -- properties ----------------------------------------------------------------------------------------------------
@@ -595,9 +616,11 @@ def test_a_state_of_an_older_version_can_be_loaded() -> None:
     warmed(controller)
     state = through_json(controller.state_dict())
     del state["detectors"]["divergence"]
+    del state["detectors"][GRAD_NORM]["tail"]
     state["detectors"]["something new"] = {"x": 1}
     fresh = Controller(GuardSection(window=64, divergence_steps=5))
-    fresh.load_state_dict(state)
+    assert fresh.load_state_dict(state) == [GRAD_NORM, "divergence"]
+    assert set(fresh.bands()) == {LOSS}
     assert fresh.observe(obs(201, 9.0, 0.5)).action is Action.SKIP
     assert fresh.observe(obs(201, healthy_loss(201), 0.5)).action is Action.APPLY
 

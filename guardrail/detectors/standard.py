@@ -1,0 +1,37 @@
+"""The detectors of a run, as its settings ask for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from guardrail.config import GuardSection
+from guardrail.detectors.base import Detector
+from guardrail.detectors.divergence import Divergence
+from guardrail.detectors.nonfinite import NonFinite
+from guardrail.detectors.spike import Spike
+from guardrail.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Kind
+
+# Smallest log jump that is ever a spike, as sigmas of this size: 8 x 0.01 = 8 % of the loss, 10 x 0.2 = 7.4-fold for
+# a norm. A gradient that is a few times too long is clipped and does no harm.
+LOSS_FLOOR, NORM_FLOOR = 0.01, 0.2
+# Jumps over the first steps' median that are rejected before there is a scale.
+LOSS_COLD, NORM_COLD = 3.0, 100.0
+
+
+def build(settings: GuardSection) -> dict[str, Detector]:
+    """Name -> detector, in the order in which they are asked; a spike detector is named after its signal."""
+    shared: dict[str, Any] = {"window": settings.window, "warmup": settings.warmup}
+    loss = Spike(LOSS, Kind.LOSS_SPIKE, score=settings.loss_score, floor=LOSS_FLOOR, cold_factor=LOSS_COLD, **shared)
+    norm: dict[str, Any] = {"floor": NORM_FLOOR, "cold_factor": NORM_COLD, **shared}
+    return {
+        "nonfinite": NonFinite(),
+        LOSS: loss,
+        GRAD_NORM: Spike(GRAD_NORM, Kind.GRAD_SPIKE, score=settings.grad_score, **norm),
+        EMBED_GRAD_NORM: Spike(EMBED_GRAD_NORM, Kind.EMBED_SPIKE, score=settings.embed_score, **norm),
+        "divergence": Divergence(
+            loss.baseline,
+            score=settings.divergence_score,
+            steps=settings.divergence_steps,
+            window=settings.window,
+        ),
+    }
