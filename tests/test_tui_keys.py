@@ -402,6 +402,16 @@ async def test_no_answer_and_no_sign_of_life() -> None:
     assert "no answer yet (30 s, and no sign of life of the run)" in await answers(None, later=30.0, silent=True)
 
 
+async def test_no_answer_because_the_run_has_ended() -> None:
+    fake = example()
+
+    async def end(pilot: Pilot[None], reader: FakeReader) -> None:
+        reader.put(snapshot_of(fake.end(Phase.FAILED, ExitCode.WORKERS_FAILED)))
+        await pilot.pause(0.3)
+
+    assert (await act("c", fake=fake, script=end)).message == "✗ checkpoint: the run ended before it answered"
+
+
 async def test_a_command_that_could_not_be_handed_in() -> None:
     assert await answers(None, unsent="not your run") == "✗ checkpoint: could not be sent: not your run"
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guardrail.records import Event, Finding, Kind, Severity
-from guardrail.tui.story import Digest, Story, left_out, line_of
+from guardrail.tui.log import line_of
+from guardrail.tui.story import Digest, Story, left_out
 from tests.fake_run import FakeRun, example
 
 

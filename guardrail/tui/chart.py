@@ -12,10 +12,10 @@ import numpy as np
 from guardrail.tui import raster
 from guardrail.tui.format import count, metric
 from guardrail.tui.lines import Lines, Piece, Row, fit, title
+from guardrail.tui.log import CHECKPOINT, COMMAND, ROLLBACK, SKIP
 from guardrail.tui.palette import BAND
 from guardrail.tui.raster import Ink
 from guardrail.tui.scales import XScale, nice, short
-from guardrail.tui.story import CHECKPOINT, COMMAND, ROLLBACK, SKIP
 from guardrail.tui.view import LABELS, View
 
 GUTTER = 8  # cells left of the plot: a label of at most seven and the axis

@@ -86,6 +86,8 @@ class Desk:
         if reason is not None:
             return f"✗ {sent.label}: could not be sent: {reason}", "bad"
         answer = view.snapshot.story.answers.get(sent.id)
+        if answer is None and view.status is not None and view.status.phase.ended:
+            return f"✗ {sent.label}: the run ended before it answered", "bad"
         if answer is None:
             silent = ", and no sign of life of the run" if view.silence > HEARTBEAT_SECONDS else ""
             return f"… {sent.label}: sent, no answer yet ({spoken(view.now - sent.time)}{silent})", "accent"

@@ -50,7 +50,9 @@ class Dialog(ModalScreen[T]):
         self.view = view
         for lines in self.query(Lines):
             lines.show(view)
-        self.query_one(".body", Lines).refresh(layout=True)
+        # A frame may come before the dialog has its widgets: then there is nothing to lay out yet.
+        for body in self.query(".body"):
+            body.refresh(layout=True)
 
     def _rows(self, view: View, width: int, height: int) -> Sequence[Row]:
         air: list[Row] = [()] * self._airy

@@ -11,8 +11,9 @@ from guardrail.tui.chart import spark_row
 from guardrail.tui.format import brief, clock, count, duration, metric, plural, size
 from guardrail.tui.health import HEARTBEAT_SECONDS
 from guardrail.tui.lines import Piece, Row, fit, row, spread, title, width_of, wrap
+from guardrail.tui.log import Line
 from guardrail.tui.scales import short
-from guardrail.tui.story import Incident, Line, left_out
+from guardrail.tui.story import Incident, left_out
 from guardrail.tui.view import CHARTS, View
 
 PHASES = {

@@ -17,24 +17,12 @@ from typing import Any
 from guardrail.records import Action, Event, Finding, Kind
 from guardrail.rundir import findings_of, span_of
 from guardrail.tui.format import brief, count, plural
+from guardrail.tui.log import COMMAND, ROLLBACK, SKIP, Line, line_of
 
 _MAX_LINES = 500  # newest log lines, and answers to commands, that are kept
 _MAX_INCIDENTS = 200
 _MAX_DOCUMENTS = 16
 _NEAR = 20  # verdicts without an incident's number belong together up to this many steps apart
-
-SKIP, ROLLBACK, COMMAND, CHECKPOINT = "S", "R", "!", "C"
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of the log. `mark` says the kind in one character, `tone` how it is meant."""
-
-    time: float
-    step: int
-    mark: str
-    tone: str  # "plain", "good", "warn", "bad"
-    text: str
 
 
 @dataclass(frozen=True)
@@ -277,59 +265,6 @@ def _document(raw: Any) -> str:
     name = path if path.startswith("builtin:") else posixpath.basename(path) or path
     record = _whole(raw.get("record"), 0)
     return f"{name}:{record}" if record else name
-
-
-# -- log lines
-
-_MARKS = {
-    "verdict": "▲",
-    "finding": "▲",
-    "left_out": SKIP,
-    "rollback": ROLLBACK,
-    "command": COMMAND,
-    "checkpoint": CHECKPOINT,
-    "incident": "#",
-    "durability": "▲",
-    "paused": "‖",
-    "hung": "✗",
-    "ranks_failed": "✗",
-    "ended": "■",
-    "started": "●",
-    "restarted": "●",
-}
-_TONES = {
-    "verdict": "warn",
-    "left_out": "warn",
-    "rollback": "warn",
-    "paused": "warn",
-    "hung": "bad",
-    "ranks_failed": "bad",
-}
-
-
-def line_of(event: Event) -> Line:
-    """One event for a person: its message, or what its data says where an old version wrote no message."""
-    tone = _TONES.get(event.kind, "plain")
-    data = event.data
-    if event.kind == "command" and data.get("effect") != "applied":
-        tone = "warn"
-    elif event.kind == "checkpoint" and data.get("state") in ("failed", "invalid"):
-        tone = "bad"
-    elif event.kind == "durability":
-        tone = "good" if data.get("state") == "ok" else "bad"
-    elif event.kind == "incident" and data.get("state") == "recovered":
-        tone = "good"
-    elif event.kind == "ended":
-        tone = "good" if data.get("phase") == "finished" else "bad" if data.get("phase") == "failed" else "warn"
-    text = brief(event.message, 400) or _fallback(event)
-    mark = "●" if tone == "good" and event.kind == "durability" else _MARKS.get(event.kind, "·")
-    return Line(event.time, event.step, mark, tone, text)
-
-
-def _fallback(event: Event) -> str:
-    kind = brief(event.kind, 40)
-    plain = [f"{brief(k, 40)} {brief(str(v), 80)}" for k, v in event.data.items() if isinstance(v, str | int | float)]
-    return f"{kind} {', '.join(plain)}".strip()[:400]
 
 
 def left_out(incident: Incident) -> str:
