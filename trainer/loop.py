@@ -108,7 +108,7 @@ class Trainer:
         )
         if config.data.quarantine:
             lines = Path(config.data.quarantine).read_text(encoding="utf-8").splitlines()
-            self.guard.ledger.quarantine.read(lines, source=config.data.quarantine)
+            self.guard.ledger.quarantine.read(lines, source=config.data.quarantine, samples=order.n_samples)
 
     # -- training ------------------------------------------------------------------------------------------------
 
