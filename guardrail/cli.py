@@ -18,6 +18,8 @@ COMMANDS = {
     "runs": "List the runs.",
     "ctl": "Send a command to a run and wait for its answer.",
     "report": "Say what happened in a run.",
+    "backtest": "Say what the guard would have done about recorded runs.",
+    "tune": "Propose a [guard] section for recorded runs.",
     "verify": "Check the hashes of a checkpoint.",
     "doctor": "Say what this machine can do, and what of a configuration it cannot.",
 }

@@ -201,6 +201,29 @@ def load(path: str | os.PathLike[str], *, overrides: Sequence[str] = ()) -> Sett
     return build(tree, file=str(path), overrides=overrides, base=Path.cwd())
 
 
+def load_guard(path: str | os.PathLike[str] | None = None, *, overrides: Sequence[str] = ()) -> GuardSection:
+    """The [guard] section alone, for a run that is not started: other sections of the file need not fit this machine.
+
+    Args:
+        path: a complete configuration, or a file that holds nothing but [guard]; None: the defaults.
+        overrides: "guard.key=value" strings.
+
+    Raises:
+        ConfigError: as for `load`.
+    """
+    tree = {"guard": {}} if path is None else parse(Path(path))
+    if "guard" not in tree:
+        raise ConfigError("a section [guard]", file=str(path), hint=f"it has {', '.join(tree) or 'none'}")
+    kept: dict[str, Any] = {name: tree[name] for name in ("guard", "snapshots") if name in tree}
+    for text in overrides:
+        if not text.strip().startswith("guard."):
+            raise ConfigError("a key of [guard]", file="--set", value=text, hint="e.g. --set guard.loss_score=6")
+        _override(kept, text)
+    settings = typed(kept, Settings, file="--set" if path is None else str(path))
+    settings.check(base=Path.cwd())
+    return settings.guard
+
+
 def parse(file: Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")

@@ -1,0 +1,163 @@
+"""guardrail backtest: what the guard would have said about runs that are over."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from guardrail.commands.common import json_option, print_json
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from guardrail.backtest import Result
+    from guardrail.config import GuardSection
+    from guardrail.importers.log import Log
+    from guardrail.scoring import Marks
+
+
+def log_options(function: Any) -> Any:
+    """Arguments that `backtest` and `tune` share."""
+    function = click.option(
+        "--column", "columns", multiple=True, metavar="SIGNAL=NAME", help="Which column holds a signal; repeatable."
+    )(function)
+    return click.argument("logs", nargs=-1, required=True, metavar="LOG...")(function)
+
+
+@click.command(short_help="Say what the guard would have done about recorded runs.")
+@log_options
+@click.option("--policy", "--config", "policy", metavar="FILE", help="Take [guard] from this TOML file.")
+@click.option("--set", "overrides", multiple=True, metavar="guard.KEY=VALUE", help="Override a setting; repeatable.")
+@click.option("--labels", metavar="FILE", help="Score the verdicts against labels made by hand.")
+@click.option("--plot", metavar="DIR", help="Draw each run into this folder (needs matplotlib).")
+@click.option("--svg", is_flag=True, help="Draw SVG instead of PNG.")
+@json_option
+def command(
+    logs: tuple[str, ...],
+    columns: tuple[str, ...],
+    policy: str | None,
+    overrides: tuple[str, ...],
+    labels: str | None,
+    plot: str | None,
+    svg: bool,
+    as_json: bool,
+) -> int:
+    """Run the live controller over recorded runs and say what it would have done.
+
+    Reads TensorBoard event files, trainer_state.json, CSV and TSV, JSON lines, .wandb files, the text that llm.c,
+    nanoGPT, Megatron, torchtitan and others print, and guardrail's own run directories, which are judged under their
+    own settings unless --policy or --set says otherwise. Folders are searched.
+
+    Exit code 2 if nothing could be read; what could not be is named on stderr.
+    """
+    from guardrail import backtest, plotting
+    from guardrail.config import load_guard
+    from guardrail.errors import ExitCode
+
+    settings = load_guard(policy, overrides=overrides)
+    given = policy is not None or bool(overrides)
+    marks = _labels(labels) if labels is not None else None
+    if plot is not None:
+        plotting.require()
+    results = []
+    for log in read_logs(logs, columns):
+        chosen, own = _settings_for(log, settings, given=given)
+        track = plotting.Track(log) if plot is not None else None
+        result = backtest.backtest(log, chosen, own=own, watch=track)
+        for note in (*log.notes, *result.said):
+            click.echo(f"{log.path}: {note}", err=True)
+        if track is not None and plot is not None:
+            click.echo(f"drew {plotting.draw(log, result, track, plot, svg=svg)}", err=True)
+        results.append(result)
+        if not as_json:
+            for line in backtest.lines(result):
+                click.echo(line)
+    if not results:
+        return ExitCode.USAGE
+    scored = _score(marks, results) if marks is not None else None
+    if as_json:
+        answer: dict[str, Any] = {"runs": [result.as_dict() for result in results]}
+        answer["summary"] = backtest.summary(results)
+        if scored is not None:
+            answer["figures"], answer["scored"] = scored[0], {name: vars(mark) for name, mark in scored[1].items()}
+        print_json(answer)
+    else:
+        for line in backtest.summary_lines(results):
+            click.echo(line)
+        if scored is not None:
+            for line in _figures(*scored):
+                click.echo(line)
+    return ExitCode.FINISHED
+
+
+def read_logs(paths: tuple[str, ...], columns: tuple[str, ...]) -> Iterator[Log]:
+    """The logs at `paths`, one after the other; what cannot be read is said on stderr and passed over."""
+    from guardrail.errors import DataError
+    from guardrail.importers.sources import sources
+
+    given = {}
+    for text in columns:
+        signal, equals, name = text.partition("=")
+        if not equals or not signal or not name:
+            raise click.UsageError(f"--column {text!r}: expected SIGNAL=NAME, e.g. loss=train/ce")
+        given[signal] = name
+    for source in sources(paths):
+        try:
+            yield from source.read(given)
+        except (DataError, OSError) as error:
+            reason = error if isinstance(error, DataError) else f"{source.path}: {error.strerror or error}"
+            click.echo(f"guardrail: {reason}", err=True)
+
+
+def _settings_for(log: Log, settings: GuardSection, *, given: bool) -> tuple[GuardSection, bool]:
+    """A run directory is judged under its own settings, unless the command line gives some."""
+    from guardrail.config import load_guard
+
+    if log.folder is None or given:
+        return settings, False
+    return load_guard(log.folder / "config.toml"), True
+
+
+def _labels(path: str) -> dict[str, Any]:
+    import json
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            labels = json.load(file)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or f"not JSON ({error})"
+        raise click.UsageError(f"--labels {path}: {reason}") from error
+    if not isinstance(labels, dict):
+        raise click.UsageError(f"--labels {path}: expected an object with one entry for each run")
+    return labels
+
+
+def _score(labels: dict[str, Any], results: list[Result]) -> tuple[dict[str, Any], dict[str, Marks]]:
+    """A run is called what its file, or the folder of its file, is called."""
+    from pathlib import Path
+
+    from guardrail.scoring import score
+
+    runs = {}
+    for result in results:
+        path = Path(result.path)
+        names = (result.path, path.name, path.stem, path.parent.name, path.absolute().parent.name)
+        name = next((name for name in names if name in labels), None)
+        if name is None:
+            click.echo(f"{result.path}: no labels for it", err=True)
+        else:
+            runs[name] = result.steps, [(alarm.row, alarm.verdict) for alarm in result.alarms]
+    return score(labels, runs)
+
+
+def _figures(total: dict[str, Any], marks: dict[str, Marks]) -> list[str]:
+    width = max((len(name) for name in marks), default=3)
+    table = [f"{'RUN':<{width}}  {'ACTED':>7}  {'NOTED':>7}  FALSE: {'ROLLBACKS':>9} {'SKIPS':>5} {'NOTES':>5}  DELAYS"]
+    for name, mark in marks.items():
+        table.append(
+            f"{name:<{width}}  {f'{mark.acted}/{mark.grave}':>7}  {f'{mark.noted}/{mark.labelled}':>7}"
+            f"         {mark.false_rollbacks:>9} {mark.false_skips:>5} {mark.false_notes:>5}"
+            f"  {' '.join(map(str, mark.delays))}{' (not given)' if mark.missing else ''}"
+        )
+    return [*table, *(f"{name:<24} {value}" for name, value in total.items())]

@@ -1,0 +1,118 @@
+"""CSV, TSV and semicolons, with a header: exports of all kinds, Lightning's CSVLogger, tables exported from wandb."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from guardrail.errors import DataError
+from guardrail.importers.log import Log, number, whole
+from guardrail.importers.names import Chooser, step_name
+from guardrail.text import clean
+
+DELIMITERS = ",\t;"
+# wandb exports "RUN - NAME", "RUN - NAME__MIN" and "RUN - NAME__MAX" beside a column "Step".
+_WANDB = re.compile(r"(?P<run>.+) - (?P<name>.+?)(?P<bound>__MIN|__MAX)?")
+_NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?|[-+]?(nan|inf)|", re.IGNORECASE)
+
+csv.field_size_limit(2**24)
+
+
+def header(line: str) -> tuple[str, list[str]] | None:
+    """(delimiter, names) if a file that begins with this line is a table with a header."""
+    line = line.strip("\r\n")
+    delimiter = max(DELIMITERS, key=line.count)
+    if delimiter not in line:
+        return None
+    try:
+        names = [name.strip() for name in next(csv.reader([line], delimiter=delimiter))]
+    except csv.Error:
+        return None
+    words = [name for name in names if name and not _NUMBER.fullmatch(name)]
+    unlike = any(len(name) > 200 or "{" in name or "|" in name for name in names)
+    return (delimiter, names) if len(words) >= 1 and len(words) >= len(names) - 1 and not unlike else None
+
+
+def read(path: Path, shown: str, columns: Mapping[str, str]) -> list[Log]:
+    """One log, or one for each run of a wandb export. DataError if no column is a signal, or no record is whole."""
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        found = header(file.readline())
+        if found is None:
+            raise DataError(f"{shown}: the first line names no columns")
+        delimiter, names = found
+        rows = csv.reader(_without_nul(file), delimiter=delimiter)
+        at_step = step_name(names)
+        step_at = names.index(at_step) if at_step is not None else None
+        groups = _wandb_runs(names)
+        if groups is None:
+            chosen = {signal: names.index(name) for signal, name in _choose(columns, names, shown).items()}
+            return [_log(shown, "csv", rows, step_at, chosen, names)]
+        kept = [row for row in rows if row]
+    logs = []
+    for run, columns_of in groups.items():
+        inside = Chooser(columns).choose(columns_of)
+        if inside:
+            picked = {signal: columns_of[name] for signal, name in inside.items()}
+            told = [row for row in kept if any(_cell(row, at) is not None for at in picked.values())]
+            logs.append(_log(f"{shown}#{clean(run, 80)}", "wandb csv", iter(told), step_at, picked, names))
+    if not logs:
+        _choose(columns, names, shown)
+    return logs
+
+
+def _choose(columns: Mapping[str, str], names: list[str], shown: str) -> dict[str, str]:
+    for signal, name in columns.items():
+        if name not in names:
+            raise DataError(f"{shown}: there is no column {clean(name, 60)!r} for {clean(signal, 60)}")
+    return Chooser(columns).choose_or_refuse(names, shown)
+
+
+def _wandb_runs(names: list[str]) -> dict[str, dict[str, int]] | None:
+    """run -> name -> column, if this is a table that wandb exported."""
+    groups: dict[str, dict[str, int]] = {}
+    for at, name in enumerate(names):
+        match = _WANDB.fullmatch(name)
+        if match and not match["bound"] and f"{name}__MIN" in names:
+            groups.setdefault(match["run"], {})[match["name"]] = at
+    return groups or None
+
+
+def _log(
+    shown: str, kind: str, rows: Iterator[list[str]], step_at: int | None, chosen: dict[str, int], names: list[str]
+) -> Log:
+    log = Log(path=shown, format=kind, names={signal: names[at] for signal, at in chosen.items()})
+    width = max([*chosen.values(), step_at if step_at is not None else 0]) + 1
+    wanted = list(chosen.items())
+    broken, count = 0, 0
+    try:
+        for row in rows:
+            count += bool(row)
+            step = (whole(number(row[step_at])) if step_at is not None else count) if len(row) >= width else None
+            if step is None:
+                broken += bool(row)
+                continue
+            cells = {}
+            for signal, at in wanted:
+                value = number(row[at])
+                if value is not None:
+                    cells[signal] = value
+            log.add(step, cells)
+    except csv.Error as error:
+        log.notes.append(f"stopped after {len(log)} records: {error}")
+    if broken:
+        log.notes.append(f"{broken} line{'s' if broken > 1 else ''} without a step or with too few fields left out")
+    if not any(column.missing < len(column) for column in log.columns.values()):
+        raise DataError(f"{shown}: the columns {', '.join(log.names.values())} hold no number")
+    return log.finish()
+
+
+def _cell(row: list[str], at: int) -> float | None:
+    return number(row[at]) if at < len(row) else None
+
+
+def _without_nul(lines: Iterator[str]) -> Iterator[str]:
+    """A crash of the machine leaves zeros at the end of a file; csv refuses them."""
+    for line in lines:
+        yield line.replace("\0", "") if "\0" in line else line

@@ -1,0 +1,39 @@
+"""guardrail's own run directories: every row that was tried, rejected ones included, in order."""
+
+from __future__ import annotations
+
+import math
+from array import array
+
+from guardrail.errors import DataError
+from guardrail.importers.log import Column, Log
+from guardrail.importers.names import KNOWN
+from guardrail.records import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS
+from guardrail.rundir import MetricsView, RunDirectory
+
+# Measured at every step; a NaN of theirs is a NaN.
+ALWAYS = (LOSS, GRAD_NORM, EMBED_GRAD_NORM, EMBED_SHARE)
+
+
+def signals(view: MetricsView) -> list[str]:
+    """The signals that the run watched: a column of NaN alone is one that it could not measure."""
+    import numpy as np
+
+    watched = [name for name in view.columns if name in ALWAYS or name in KNOWN]
+    return [name for name in watched if name in ALWAYS or not np.isnan(view.column(name)).all()]
+
+
+def read(run: RunDirectory, shown: str) -> Log:
+    """DataError while there are no rows."""
+    view = run.metrics()
+    if not len(view):
+        raise DataError(f"{shown}: no step has been recorded yet")
+    log = Log(path=shown, format="guardrail run", folder=run.path)
+    log.steps = array("q", (int(step) if math.isfinite(step) else 0 for step in view.column("step").tolist()))
+    for name in signals(view):
+        column = Column()
+        column.values = array("d", view.column(name).tolist())
+        column.present = bytearray(b"\1") * len(view)
+        log.columns[name] = column
+    log.names = {name: name for name in log.columns}
+    return log

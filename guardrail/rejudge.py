@@ -1,0 +1,225 @@
+"""A run directory's own rows through the controller once more: the verdicts of a live run, row by row.
+
+What the run did decides how it goes on: detectors go back to the state of the snapshot that the journal names, an
+update that was left out teaches nothing, a restart begins with what the journal had told by then. So under the run's
+own settings every verdict is the one that fell live; under others the question is what they would have said about the
+same rows.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from guardrail.config import GuardSection
+from guardrail.controller import Controller
+from guardrail.importers.run_directory import signals
+from guardrail.past import Past
+from guardrail.records import GRAD_NORM, LOSS, Action, CommandKind, Event, Kind, Mode, Observation, Verdict
+from guardrail.rundir import RunDirectory, findings_of, span_of
+
+ACTIONS = list(Action)
+MODES = list(Mode)
+CHUNK = 4096  # rows read at once
+HEAD = ("step", "timeline", "time", "first", "last", "tokens", "verdict")
+
+
+class Judged(NamedTuple):
+    """One row.
+
+    Attributes:
+        verdict: of the controller, now.
+        done: what the run did, by its metrics.
+        said: what its journal says of the row, None where it says nothing.
+    """
+
+    row: int
+    verdict: Verdict
+    done: Action
+    said: Event | None
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the verdict is the one that fell live; a question that a person answered is told by the journal."""
+        return self.verdict.action is (self.done if self.said is None else Action(self.said.data["action"]))
+
+
+class State(NamedTuple):
+    """What travelled with a snapshot and matters here."""
+
+    controller: dict[str, Any]
+    applied_end: int
+
+
+class Rejudge:
+    """Iterate over it once.
+
+    Args:
+        settings: the [guard] section.
+        own: these are the run's own settings: follow the mode that it was in. Otherwise nothing is acted on.
+
+    Attributes:
+        controller: in the state before the next row.
+        lost: one sentence for each place from which on verdicts may differ, because a row or a line is missing.
+    """
+
+    def __init__(self, run: RunDirectory, settings: GuardSection, *, own: bool) -> None:
+        self._settings, self._own = settings, own
+        self._events = run.events()
+        self._view = run.metrics()
+        self._names = signals(self._view)
+        self.controller = Controller(settings, mode=None if own else Mode.ADVISE)
+        self.lost: list[str] = []
+        self._timeline = 0
+        self._begins: dict[int, int] = {}  # timeline -> index of the event that began it
+        self._policies: deque[int] = deque()  # indices of changes of the mode that are still to come
+        self._told: dict[tuple[int, int], deque[Event]] = {}  # (timeline, step) -> what the journal says of its tries
+        self._left_out: set[tuple[int, int]] = set()  # batches that were rejected, as positions
+        self._wanted: set[int] = set()  # steps to whose state the run went back
+        self._read_journal()
+        self._saved = {0: State(self.controller.state_dict(), 0)}
+        # As in the ledger: rejected batches behind the last applied one are the streak.
+        self._applied_end = 0
+        self._rejected: list[tuple[int, int]] = []
+
+    def _read_journal(self) -> None:
+        for index, event in enumerate(self._events):
+            data = event.data
+            if event.kind == "rollback":
+                self._begins[int(data["new_timeline"])] = index
+                self._wanted.add(int(data["to_step"]))
+            elif event.kind == "restarted":
+                self._begins[event.timeline] = index
+                self._wanted.add(event.step)
+            elif event.kind in ("verdict", "finding") and "at_step" in data:
+                self._told.setdefault((event.timeline, int(data["at_step"])), deque()).append(event)
+            elif event.kind == "command" and data.get("command") == CommandKind.POLICY:
+                if data.get("effect") == "applied":
+                    self._policies.append(index)
+            elif event.kind == "left_out":
+                span = span_of(event)
+                if span is not None and span.cause == "rejected":
+                    self._left_out.add((span.first, span.last))
+
+    def __iter__(self) -> Iterator[Judged]:
+        import numpy as np
+
+        view = self._view
+        for begin in range(0, len(view), CHUNK):
+            rows = slice(begin, begin + CHUNK)
+            table = np.stack([view.column(name)[rows] for name in (*HEAD, *self._names)], axis=1).tolist()
+            for row, cells in enumerate(table, begin):
+                if all(math.isfinite(cell) for cell in cells[:2]) and cells[0] >= 1:
+                    yield self._judge(row, cells)
+
+    def _judge(self, row: int, cells: list[float]) -> Judged:
+        step, timeline, first, last = int(cells[0]), int(cells[1]), int(cells[3]), int(cells[4])
+        while self._timeline < timeline:
+            self._timeline += 1
+            self._begin(self._timeline)
+        self._obey(step=step, time=cells[2])
+        done = ACTIONS[int(cells[6])]
+        said = self._said(timeline, step, done)
+        ranks = {f.signal: f.ranks for f in findings_of(said) if f.kind is Kind.NONFINITE} if said is not None else {}
+        obs = Observation(
+            step=step,
+            first=first,
+            last=last,
+            signals=dict(zip(self._names, cells[len(HEAD) :], strict=True)),
+            nonfinite_loss=ranks.get(LOSS, ()),
+            nonfinite_grad=ranks.get(GRAD_NORM, ()),
+            tokens=int(cells[5]),
+            streak=self._streak(first),
+        )
+        return Judged(row, self._observe(obs, applied=done is Action.APPLY), done, said)
+
+    def _observe(self, obs: Observation, *, applied: bool) -> Verdict:
+        """The verdict; afterwards the controller knows what the run did, whether or not that was the verdict."""
+        controller = self.controller
+        before = None if applied else controller.state_dict()
+        verdict = controller.observe(obs)
+        if before is not None and verdict.accepted:
+            controller.load_state_dict(before)
+        elif applied and self._own and verdict.action is not Action.APPLY:
+            controller.overrule(obs)  # a person had it applied
+        if applied:
+            self._applied_end = obs.last
+            if obs.step in self._wanted:
+                self._saved[obs.step] = State(controller.state_dict(), self._applied_end)
+        elif (obs.first, obs.last) in self._left_out:
+            insort(self._rejected, (obs.first, obs.last))
+        return verdict
+
+    def _streak(self, first: int) -> int:
+        begin = bisect_left(self._rejected, (self._applied_end, 0))
+        return sum(end <= first for _, end in self._rejected[begin:])
+
+    def _said(self, timeline: int, step: int, done: Action) -> Event | None:
+        """The journal's line on this try: tries of one step are told in order, and only the last can be applied."""
+        told = self._told.get((timeline, step))
+        if not told:
+            return None
+        action = told[0].data.get("action")
+        asked = action == Action.PAUSE
+        if action not in (*Action,) or not (asked or (action == Action.APPLY) is (done is Action.APPLY)):
+            return None
+        return told.popleft()
+
+    # -- what happened between two rows --------------------------------------------------------------------------
+
+    def _begin(self, timeline: int) -> None:
+        index = self._begins.get(timeline)
+        if index is None:
+            self.lost.append(f"the journal does not say how timeline {timeline} began")
+            return
+        while self._policies and self._policies[0] < index:
+            self._set_mode(self._policies.popleft())
+        event = self._events[index]
+        restarted = event.kind == "restarted"
+        step = event.step if restarted else int(event.data["to_step"])
+        if restarted:
+            self._restart(index)
+            if not event.data.get("checkpoint"):
+                self._saved[0] = State(self.controller.state_dict(), 0)
+        saved = self._saved.get(step)
+        if saved is None:
+            self.lost.append(f"the row of step {step}, to which the run went back, is missing")
+            return
+        self.controller.load_state_dict(saved.controller)
+        self._applied_end = saved.applied_end
+        if not restarted:
+            span = span_of(event)
+            if span is not None and span.cause == "rollback":
+                self._rejected = [r for r in self._rejected if not (span.first <= r[0] and r[1] <= span.last)]
+            if self._own:
+                told = self._events[: index + 1]
+                self.controller.load_rollbacks([one.data for one in told if one.kind == "rollback"])
+
+    def _restart(self, index: int) -> None:
+        """A new process: what it knows is what the journal had told."""
+        if not self._own:
+            self.controller = Controller(self._settings, mode=Mode.ADVISE)
+            return
+        told = self._events[:index]
+        self.controller = Controller(self._settings)
+        self.controller.rebuild(told)
+        mode = Past.of(told).mode
+        if mode is not None:
+            self.controller.set_mode(mode)
+
+    def _obey(self, *, step: int, time: float) -> None:
+        """Changes of the mode that took effect before this row: after its step's predecessor, and before its time."""
+        while self._policies:
+            event = self._events[self._policies[0]]
+            key = (event.timeline, event.step)
+            due = key < (self._timeline, step - 1) or (key == (self._timeline, step - 1) and event.time <= time)
+            if not due:
+                return
+            self._set_mode(self._policies.popleft())
+
+    def _set_mode(self, index: int) -> None:
+        if self._own:
+            self.controller.set_mode(MODES[int(self._events[index].data["value"])])
