@@ -23,6 +23,7 @@ from guardrail.config import (
     Settings,
 )
 from guardrail.errors import ConfigError
+from trainer.recipe import ModelSection, Objective, OptimSection, check_objective, nearest
 
 BUILTIN = "builtin:python"
 
@@ -54,39 +55,6 @@ class DataSection(Section, frozen=True, kw_only=True):
     max_document_bytes: Positive = 64 * 1024 * 1024
 
 
-class ModelSection(Section, frozen=True, kw_only=True):
-    """[model]: a causal decoder: RMSNorm before each block, RoPE, SwiGLU."""
-
-    layers: Positive = 4
-    width: Positive = 128
-    heads: Positive = 4
-    # Width of the SwiGLU block; 0: 8/3 of the width, rounded up to a multiple of 32.
-    hidden: Natural = 0
-    # Input and output embeddings share one matrix.
-    tied: bool = True
-    dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
-    rope_base: PositiveFloat = 10000.0
-    norm_eps: PositiveFloat = 1e-5
-    # Standard deviation of the initial weights; output projections are scaled by 1/sqrt(2 layers) (GPT-2).
-    init_std: PositiveFloat = 0.02
-
-
-class OptimSection(Section, frozen=True, kw_only=True):
-    """[optim]: AdamW, linear warm-up, cosine decay, clipping."""
-
-    lr: PositiveFloat = 1e-3
-    beta1: Annotated[float, Meta(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Meta(ge=0, lt=1)] = 0.95
-    eps: PositiveFloat = 1e-8
-    # On matrices only; norms, biases and one-dimensional parameters have none.
-    weight_decay: NonNegativeFloat = 0.1
-    warmup_steps: Natural = 100
-    # The cosine ends at this share of the peak.
-    min_lr_share: Fraction = 0.1
-    # Global norm to which gradients are clipped; 0: no clipping.
-    clip: NonNegativeFloat = 1.0
-
-
 class TrainSection(Section, frozen=True, kw_only=True):
     """[train]: length, batch, precision, strategy."""
 
@@ -100,7 +68,21 @@ class TrainSection(Section, frozen=True, kw_only=True):
     micro_batch_size: Natural = 0
     # Seed of the initial weights, dropout and every other draw.
     seed: Natural = 0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    # "lm": each next token; "prefix-lm": those behind a prefix of random length; "span": denoising with sentinels (T5);
+    # "blank": autoregressive blank filling (GLM).
+    objective: Objective = "lm"
+    # "span" and "blank": share of the tokens that are taken out, and mean length of a span.
+    noise: Annotated[float, Meta(gt=0, lt=1)] = 0.15
+    span_length: Annotated[float, Meta(ge=1)] = 3.0
+    # "blank": share of the samples with one blank at their end (GLM's [gMASK]) instead of short ones.
+    tail_share: Fraction = 0.5
+    # Weight of log(Z)^2 of the output softmax (PaLM: 1e-4); it is trained on and not part of the logged loss.
+    z_loss: NonNegativeFloat = 0.0
+    # bf16 and fp16 compute in 16 bits on fp32 weights. fp16 multiplies the loss by a scale that follows the overflows.
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    # fp16: the scale at the start, and the applied updates without an overflow after which it doubles.
+    loss_scale: PositiveFloat = 65536.0
+    loss_scale_steps: Positive = 2000
     # "ddp": parameters replicated; "fsdp": parameters, gradients and optimizer state sharded (FSDP2).
     strategy: Literal["ddp", "fsdp"] = "ddp"
     # Recompute the activations of each block in the backward pass.
@@ -115,9 +97,18 @@ class FaultSection(Section, frozen=True, kw_only=True):
     """[[faults]]: faults that the trainer stages on purpose, for tests and demonstrations."""
 
     # nan_loss, inf_grad, inf_grad_reduced (after the reduction, as a broken rank would), spike_grad, spike_loss,
-    # nan_weight, hang, exit, raise
+    # overflow (an infinite gradient where the loss scale is above `value`), nan_weight, hang, exit, raise
     kind: Literal[
-        "nan_loss", "inf_grad", "inf_grad_reduced", "spike_grad", "spike_loss", "ignore_labels", "hang", "exit", "raise"
+        "nan_loss",
+        "inf_grad",
+        "inf_grad_reduced",
+        "spike_grad",
+        "spike_loss",
+        "overflow",
+        "ignore_labels",
+        "hang",
+        "exit",
+        "raise",
     ]
     # The fault strikes a batch that covers a position in [first, last) of the order ...
     first: Natural = 0
@@ -127,7 +118,7 @@ class FaultSection(Section, frozen=True, kw_only=True):
     times: Positive = 1_000_000_000
     # Rank that it strikes; -1: all.
     rank: Annotated[int, Meta(ge=-1)] = -1
-    # Strength: factor of a spike, seconds of a hang, exit status.
+    # Strength: factor of a spike, seconds of a hang, exit status, the largest loss scale that does not overflow.
     value: float = 100.0
     # Micro-batch of the window that it strikes; -1: all.
     micro: Annotated[int, Meta(ge=-1)] = -1
@@ -171,13 +162,9 @@ class Config(Settings, frozen=True, kw_only=True):
         super().check(base=base)
         self._check_batch()
         self._check_data(base)
-        if self.model.width % self.model.heads or (self.model.width // self.model.heads) % 2:
-            raise ConfigError(
-                "a multiple of 2 * model.heads (RoPE turns pairs)",
-                key="model.width",
-                value=self.model.width,
-                hint=f"model.heads = {self.model.heads}; nearest: {_nearest(self.model.width, 2 * self.model.heads)}",
-            )
+        self.model.check()
+        self.optim.check(self.model, strategy=self.train.strategy)
+        check_objective(self.train.objective, self.model)
         if bool(self.train.steps) == bool(self.train.epochs):
             raise ConfigError(
                 "either train.steps or train.epochs, and not both", key="train.steps", value=self.train.steps
@@ -201,7 +188,7 @@ class Config(Settings, frozen=True, kw_only=True):
                 f"a multiple of the {world} processes",
                 key="train.batch_size",
                 value=batch,
-                hint=f"nearest: {_nearest(batch, world)}",
+                hint=f"nearest: {nearest(batch, world)}",
             )
         share = self.train.micro_batch_size * world
         if share and batch % share:
@@ -226,7 +213,3 @@ class Config(Settings, frozen=True, kw_only=True):
             raise ConfigError(
                 "an existing file with one sample id a line", key="data.quarantine", value=self.data.quarantine
             )
-
-
-def _nearest(value: int, multiple: int) -> int:
-    return max(multiple, round(value / multiple) * multiple)

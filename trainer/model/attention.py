@@ -1,0 +1,122 @@
+"""Attention of a row to itself and to the encoder's output, with heads of keys and values shared or not."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.model.layers import Linear, norm
+from trainer.model.positions import Rotary
+from trainer.recipe import ModelSection
+
+
+class Sight(NamedTuple):
+    """Who sees whom in one forward pass; the same for all blocks of a stack.
+
+    Attributes:
+        causal: a token sees itself and those before it; used where there is no mask.
+        mask: what is added to the scores, broadcast to [B, H, T, T]: position biases, -inf where nothing is seen.
+        rotary: turns queries and keys. A module and no table, so that mixed precision does not round its angles.
+        positions_BT: for `rotary`, where they are not 0, 1, 2, ...
+        memory_BSD: output of the encoder.
+    """
+
+    causal: bool = True
+    mask: Tensor | None = None
+    rotary: Rotary | None = None
+    positions_BT: Tensor | None = None
+    memory_BSD: Tensor | None = None
+
+
+class Attention(nn.Module):
+    """Self-attention; queries, keys and values are rows of one matrix, in this order, head after head."""
+
+    def __init__(self, section: ModelSection) -> None:
+        super().__init__()
+        self.heads, self.groups, self.head_width = section.heads, section.groups, section.head_width
+        self.dropout = section.dropout
+        # Largest score of each head since it was last set to 0, for QK-clip; None: not watched.
+        self.peaks_H: Tensor | None = None
+        self._project_in(section)
+        self.query_norm = norm(section, section.head_width) if section.qk_norm else None
+        self.key_norm = norm(section, section.head_width) if section.qk_norm else None
+        self.out = Linear(section.width, section.width, bias=section.bias)
+
+    def _project_in(self, section: ModelSection) -> None:
+        rows = (section.heads + 2 * section.groups) * section.head_width
+        self.qkv = Linear(section.width, rows, bias=section.bias)
+
+    def _heads(self, x_BTD: Tensor, sight: Sight) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, T, H, K], keys and values [B, T, G, K], normed and turned."""
+        rows = self.qkv(x_BTD).unflatten(-1, (-1, self.head_width))
+        # By shares, because under tensor parallelism a rank has some of the heads only.
+        share = rows.shape[-2] // (self.heads + 2 * self.groups)
+        sizes = [share * self.heads, share * self.groups, share * self.groups]
+        q_BTHK, k_BTGK, v_BTGK = rows.split(sizes, dim=-2)
+        q_BTHK, k_BTGK = self._normed(q_BTHK, k_BTGK)
+        if sight.rotary is not None:
+            q_BTHK, k_BTGK = (sight.rotary(y, sight.positions_BT) for y in (q_BTHK, k_BTGK))
+        return q_BTHK, k_BTGK, v_BTGK
+
+    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        if self.query_norm is None or self.key_norm is None:
+            return q, k
+        return self.query_norm(q).type_as(q), self.key_norm(k).type_as(k)
+
+    def forward(self, x_BTD: Tensor, sight: Sight) -> Tensor:
+        q, k, v = (y.transpose(1, 2) for y in self._heads(x_BTD, sight))
+        return self._attend(q, k, v, causal=sight.causal, mask=sight.mask)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None) -> Tensor:
+        """[B, H, T, K] x [B, G, S, K] -> [B, T, D]."""
+        if self.peaks_H is not None and self.training:
+            self._watch(q.detach(), k.detach(), causal=causal, mask=mask)
+        options: dict[str, Any] = {} if self.heads == self.groups else {"enable_gqa": True}
+        dropout = self.dropout if self.training else 0.0
+        if mask is None:
+            y_BHTK = F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout, **options)
+        else:
+            y_BHTK = F.scaled_dot_product_attention(q, k, v, mask.to(q.dtype), dropout_p=dropout, **options)
+        return cast(Tensor, self.out(y_BHTK.transpose(1, 2).flatten(-2)))
+
+    @torch.no_grad()
+    def _watch(self, q: Tensor, k: Tensor, *, causal: bool, mask: Tensor | None) -> None:
+        """Note the largest score of each head, position biases apart. Forms all scores, which attention itself does
+        not."""
+        assert self.peaks_H is not None
+        k = k.repeat_interleave(self.heads // self.groups, dim=1)
+        scores = (q @ k.transpose(-1, -2)).float() / self.head_width**0.5
+        if mask is not None:
+            scores = scores.masked_fill(mask == -torch.inf, -torch.inf)
+        elif causal:
+            scores = scores.masked_fill(torch.ones_like(scores[0, 0]).triu(1).bool(), -torch.inf)
+        torch.maximum(self.peaks_H, scores.amax((0, 2, 3)), out=self.peaks_H)
+
+    def query_key_rows(self) -> list[tuple[Tensor, int]]:
+        """(weight or bias that makes queries or keys, its first row), the queries' before the keys'."""
+        first_key = self.heads * self.head_width
+        parameters = [p for p in (self.qkv.weight, self.qkv.bias) if p is not None]
+        return [(p, 0) for p in parameters] + [(p, first_key) for p in parameters]
+
+
+class CrossAttention(Attention):
+    """Attention of the decoder to the encoder's output, which knows no positions of its own (Raffel et al. 2020)."""
+
+    def _project_in(self, section: ModelSection) -> None:
+        self.q = Linear(section.width, section.heads * section.head_width, bias=section.bias)
+        self.kv = Linear(section.width, 2 * section.groups * section.head_width, bias=section.bias)
+
+    def forward(self, x_BTD: Tensor, sight: Sight) -> Tensor:
+        assert sight.memory_BSD is not None
+        q_BTHK = self.q(x_BTD).unflatten(-1, (-1, self.head_width))
+        k_BSGK, v_BSGK = self.kv(sight.memory_BSD).unflatten(-1, (-1, self.head_width)).chunk(2, dim=-2)
+        q_BTHK, k_BSGK = self._normed(q_BTHK, k_BSGK)
+        q, k, v = (y.transpose(1, 2) for y in (q_BTHK, k_BSGK, v_BSGK))
+        return self._attend(q, k, v, causal=False, mask=None)
+
+    def query_key_rows(self) -> list[tuple[Tensor, int]]:
+        pairs = [(self.q.weight, self.q.bias), (self.kv.weight, self.kv.bias)]
+        return [(p, 0) for pair in pairs for p in pair if p is not None]
