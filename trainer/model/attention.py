@@ -95,11 +95,11 @@ class Attention(nn.Module):
             scores = scores.masked_fill(torch.ones_like(scores[0, 0]).triu(1).bool(), -torch.inf)
         torch.maximum(self.peaks_H, scores.amax((0, 2, 3)), out=self.peaks_H)
 
-    def query_key_rows(self) -> list[tuple[Tensor, int]]:
-        """(weight or bias that makes queries or keys, its first row), the queries' before the keys'."""
-        first_key = self.heads * self.head_width
+    def query_key_rows(self, *, keys: bool) -> list[tuple[Tensor, int]]:
+        """(weight or bias that makes the queries, its first row for them); with `keys` also those of the keys."""
         parameters = [p for p in (self.qkv.weight, self.qkv.bias) if p is not None]
-        return [(p, 0) for p in parameters] + [(p, first_key) for p in parameters]
+        firsts = [0, self.heads * self.head_width] if keys else [0]
+        return [(parameter, first) for first in firsts for parameter in parameters]
 
 
 class CrossAttention(Attention):
@@ -117,6 +117,6 @@ class CrossAttention(Attention):
         q, k, v = (y.transpose(1, 2) for y in (q_BTHK, k_BSGK, v_BSGK))
         return self._attend(q, k, v, causal=False, mask=None)
 
-    def query_key_rows(self) -> list[tuple[Tensor, int]]:
-        pairs = [(self.q.weight, self.q.bias), (self.kv.weight, self.kv.bias)]
-        return [(p, 0) for pair in pairs for p in pair if p is not None]
+    def query_key_rows(self, *, keys: bool) -> list[tuple[Tensor, int]]:
+        linears = [self.q, self.kv] if keys else [self.q]
+        return [(p, 0) for linear in linears for p in (linear.weight, linear.bias) if p is not None]
