@@ -98,6 +98,9 @@ class GuardSection(Section, frozen=True, kw_only=True):
     # Rollbacks in a row without `healthy_after` applied steps between them, before the run halts (or asks).
     rollbacks: Natural = 5
     healthy_after: Positive = 200
+    # fp16: overflows in a row that are no longer the search for a loss scale (8 divide it by 256): the gradients
+    # themselves are broken, which calls for a rollback.
+    overflows: Positive = 8
     # Applied healthy steps after which a snapshot or checkpoint counts as good.
     confirm: Natural = 8
     # Seconds that `ask` waits for an answer before it takes its own proposal; 0: for ever.

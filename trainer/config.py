@@ -23,7 +23,10 @@ from guardrail.config import (
     Settings,
 )
 from guardrail.errors import ConfigError
+from trainer.layout import Layout, ParallelSection
+from trainer.ramp import BatchPlan
 from trainer.recipe import ModelSection, Objective, OptimSection, check_objective, nearest
+from trainer.schedule import Schedule, warmup_steps
 
 BUILTIN = "builtin:python"
 
@@ -66,6 +69,11 @@ class TrainSection(Section, frozen=True, kw_only=True):
     batch_size: Positive = 16
     # Samples of one forward and backward pass of one rank; 0: batch_size / processes (no accumulation).
     micro_batch_size: Natural = 0
+    # Batch-size ramp (GPT-3): samples of the first batches; 0: none. It grows by ramp_by samples at a time (0: by the
+    # smallest step there is), linearly in tokens, and has its full size after ramp_tokens.
+    ramp_from: Natural = 0
+    ramp_by: Natural = 0
+    ramp_tokens: Natural = 0
     # Seed of the initial weights, dropout and every other draw.
     seed: Natural = 0
     # "lm": each next token; "prefix-lm": those behind a prefix of random length; "span": denoising with sentinels (T5);
@@ -83,7 +91,8 @@ class TrainSection(Section, frozen=True, kw_only=True):
     # fp16: the scale at the start, and the applied updates without an overflow after which it doubles.
     loss_scale: PositiveFloat = 65536.0
     loss_scale_steps: Positive = 2000
-    # "ddp": parameters replicated; "fsdp": parameters, gradients and optimizer state sharded (FSDP2).
+    # "ddp": parameters replicated; "fsdp": parameters, gradients and optimizer state sharded (FSDP2). Short for a
+    # [parallel] section in which only one of the two numbers is above 1.
     strategy: Literal["ddp", "fsdp"] = "ddp"
     # Recompute the activations of each block in the backward pass.
     activation_checkpointing: bool = False
@@ -129,6 +138,7 @@ class Config(Settings, frozen=True, kw_only=True):
     model: ModelSection = ModelSection()
     optim: OptimSection = OptimSection()
     train: TrainSection = TrainSection()
+    parallel: ParallelSection = ParallelSection()
     faults: tuple[FaultSection, ...] = ()
 
     @property
@@ -136,13 +146,34 @@ class Config(Settings, frozen=True, kw_only=True):
         return self.launch.processes * self.launch.nodes
 
     @property
+    def layout(self) -> Layout:
+        """The mesh of ranks. Raises ConfigError where the numbers do not fit; `check` has seen that they do."""
+        return Layout.of(self.parallel, world=self.world, strategy=self.train.strategy)
+
+    @property
     def micro_batch_size(self) -> int:
-        return self.train.micro_batch_size or self.train.batch_size // self.world
+        return self.train.micro_batch_size or (self.train.ramp_from or self.train.batch_size) // self.layout.data_ranks
 
     @property
     def micro_batches(self) -> int:
         """Micro-batches of one rank in one update."""
-        return self.train.batch_size // (self.world * self.micro_batch_size)
+        return self.train.batch_size // (self.layout.data_ranks * self.micro_batch_size)
+
+    @property
+    def batch_plan(self) -> BatchPlan:
+        """Samples of a batch as a function of the step."""
+        train = self.train
+        if not train.ramp_from:
+            return BatchPlan.constant(train.batch_size)
+        by = train.ramp_by or self.layout.data_ranks * self.micro_batch_size
+        samples = -(-train.ramp_tokens // self.data.sequence_length)
+        return BatchPlan.growing(start=train.ramp_from, by=by, size=train.batch_size, samples=samples)
+
+    def schedule(self, *, steps: int) -> Schedule:
+        """The learning rate as a function of the step, for a run of so many."""
+        length = self.data.sequence_length
+        warmup = warmup_steps(self.optim, steps=steps, plan=self.batch_plan, sequence_length=length)
+        return Schedule.of(self.optim, steps=steps, warmup=warmup)
 
     def resolved(self, *, base: Path) -> Config:
         config = super().resolved(base=base)
@@ -161,18 +192,16 @@ class Config(Settings, frozen=True, kw_only=True):
     def check(self, *, base: Path) -> None:
         super().check(base=base)
         self._check_batch()
+        self._check_ramp()
         self._check_data(base)
         self.model.check()
-        self.optim.check(self.model, strategy=self.train.strategy)
+        self.optim.check(self.model, strategy="fsdp" if self.layout.sharded else "ddp")
         check_objective(self.train.objective, self.model)
         if bool(self.train.steps) == bool(self.train.epochs):
             raise ConfigError(
                 "either train.steps or train.epochs, and not both", key="train.steps", value=self.train.steps
             )
-        if self.train.steps and self.optim.warmup_steps >= self.train.steps:
-            raise ConfigError(
-                f"less than train.steps ({self.train.steps})", key="optim.warmup_steps", value=self.optim.warmup_steps
-            )
+        self._check_warmup()
         if self.train.eval_every and not self.data.eval_fraction:
             raise ConfigError(
                 "0, or held-out documents to evaluate on",
@@ -181,8 +210,44 @@ class Config(Settings, frozen=True, kw_only=True):
                 hint="set data.eval_fraction above 0",
             )
 
+    def _check_warmup(self) -> None:
+        """By epochs, the number of steps is known only when the data is."""
+        steps, optim = self.train.steps, self.optim
+        if steps and self.schedule(steps=steps).warmup >= steps:
+            key = "warmup_tokens" if optim.warmup_tokens else "warmup_steps"
+            raise ConfigError(
+                f"less than train.steps ({steps})" if key == "warmup_steps" else f"fewer than {steps} steps have",
+                key=f"optim.{key}",
+                value=getattr(optim, key),
+                hint="the learning rate would never reach its peak",
+            )
+
+    def _check_ramp(self) -> None:
+        train = self.train
+        if bool(train.ramp_from) != bool(train.ramp_tokens) or (train.ramp_by and not train.ramp_from):
+            key = "ramp_tokens" if train.ramp_from else "ramp_from"
+            raise ConfigError("a ramp with both ramp_from and ramp_tokens", key=f"train.{key}", value=0)
+        if not train.ramp_from:
+            return
+        share = self.layout.data_ranks * self.micro_batch_size
+        by = train.ramp_by or share
+        if not share or train.ramp_from % share or train.ramp_from >= train.batch_size:
+            least = share or self.layout.data_ranks
+            raise ConfigError(
+                f"a multiple of {least} (data ranks x micro_batch_size) below train.batch_size",
+                key="train.ramp_from",
+                value=train.ramp_from,
+            )
+        if by % share or (train.batch_size - train.ramp_from) % by:
+            raise ConfigError(
+                f"a multiple of {share} (data ranks x micro_batch_size) that divides "
+                f"batch_size - ramp_from = {train.batch_size - train.ramp_from}",
+                key="train.ramp_by",
+                value=by,
+            )
+
     def _check_batch(self) -> None:
-        batch, world = self.train.batch_size, self.world
+        batch, world = self.train.batch_size, self.layout.data_ranks
         if batch % world:
             raise ConfigError(
                 f"a multiple of the {world} processes",
