@@ -122,7 +122,7 @@ def test_a_block_is_torchs_encoder_layer(place: str, activation: str) -> None:
     theirs = nn.TransformerEncoderLayer(
         24, 3, 40, dropout=0.0, activation=activation, batch_first=True, norm_first=place == "pre"
     )
-    copy(block.attention.qkv, theirs.self_attn.in_proj_weight, theirs.self_attn.in_proj_bias)
+    copy_in(block.attention, theirs.self_attn)
     copy(block.attention.out, theirs.self_attn.out_proj)
     copy(block.feed_forward.up, theirs.linear1)
     copy(block.feed_forward.down, theirs.linear2)
@@ -140,11 +140,9 @@ def test_a_block_with_cross_attention_is_torchs_decoder_layer(place: str) -> Non
     block = randomised(Block(made, cross=True))
     theirs = nn.TransformerDecoderLayer(24, 3, 40, dropout=0.0, batch_first=True, norm_first=place == "pre")
     assert block.cross is not None
-    copy(block.attention.qkv, theirs.self_attn.in_proj_weight, theirs.self_attn.in_proj_bias)
+    copy_in(block.attention, theirs.self_attn)
     copy(block.attention.out, theirs.self_attn.out_proj)
-    weight, bias = theirs.multihead_attn.in_proj_weight, theirs.multihead_attn.in_proj_bias
-    copy(block.cross.q, weight[:24], bias[:24])
-    copy(block.cross.kv, weight[24:], bias[24:])
+    copy_in(block.cross, theirs.multihead_attn)
     copy(block.cross.out, theirs.multihead_attn.out_proj)
     copy(block.feed_forward.up, theirs.linear1)
     copy(block.feed_forward.down, theirs.linear2)
@@ -171,6 +169,13 @@ def copy(module: nn.Module, weight: object, bias: Tensor | None = None) -> None:
         bias.copy_(module.bias)
 
 
+def copy_in(attention: Attention, theirs: nn.MultiheadAttention) -> None:
+    """Give torch's fused input projection the weights of ours."""
+    for index, project in enumerate((attention.q, attention.k, attention.v)):
+        own = slice(24 * index, 24 * (index + 1))
+        copy(project, theirs.in_proj_weight[own], theirs.in_proj_bias[own])
+
+
 def test_sandwich_and_parallel_blocks_are_their_formulas() -> None:
     x = rows(2, T, 24)
     block = randomised(Block(section(norm_place="sandwich", positions="none")))
@@ -186,10 +191,11 @@ def test_sandwich_and_parallel_blocks_are_their_formulas() -> None:
 def test_grouped_queries_are_full_attention_with_repeated_keys_and_values(kv_heads: int) -> None:
     made = section(width=32, heads=4, kv_heads=kv_heads, positions="none")
     grouped, full = randomised(Attention(made)), Attention(section(width=32, heads=4, positions="none"))
-    q, k, v = grouped.qkv.weight.split([32, 8 * kv_heads, 8 * kv_heads])
-    repeated = [y.unflatten(0, (kv_heads, 8)).repeat_interleave(4 // kv_heads, 0).flatten(0, 1) for y in (k, v)]
     with torch.no_grad():
-        full.qkv.weight.copy_(torch.cat([q, *repeated]))
+        full.q.weight.copy_(grouped.q.weight)
+        for shared, own in ((grouped.k, full.k), (grouped.v, full.v)):
+            rows_of_heads = shared.weight.unflatten(0, (kv_heads, 8)).repeat_interleave(4 // kv_heads, 0)
+            own.weight.copy_(rows_of_heads.flatten(0, 1))
         full.out.weight.copy_(grouped.out.weight)
     x = rows(2, T, 32)
     torch.testing.assert_close(grouped(x, Sight()), full(x, Sight()), rtol=1e-5, atol=1e-5)
@@ -197,7 +203,8 @@ def test_grouped_queries_are_full_attention_with_repeated_keys_and_values(kv_hea
 
 def test_qk_norm_bounds_the_scores() -> None:
     attention = Attention(section(qk_norm=True, positions="none"))
-    nn.init.normal_(attention.qkv.weight, std=50.0)
+    for project in (attention.q, attention.k, attention.v):
+        nn.init.normal_(project.weight, std=50.0)
     nn.init.normal_(attention.out.weight)
     attention.peaks_H = torch.zeros(3)
     attention(rows(2, T, 24), Sight())

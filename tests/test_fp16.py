@@ -297,8 +297,8 @@ def test_case_9_an_attention_that_leaves_the_range_of_fp16_is_named(
     run = trained(config, tmp_path)
     first = next(e for e in run.events() if e.kind == "verdict")
     assert first.data["at_step"] == 12 and first.data["action"] == "skip"
-    assert first.data["modules"] == {str(rank): "blocks.1.attention.qkv" for rank in range(world)}
-    assert "first non-finite output: blocks.1.attention.qkv" in first.message
+    assert first.data["modules"] == {str(rank): "blocks.1.attention.q" for rank in range(world)}
+    assert "first non-finite output: blocks.1.attention.q" in first.message
     assert [e["phase"] for e in events(run, "ended")] == ["finished"]
 
 
@@ -307,5 +307,5 @@ def _with_a_large_weight(self: Any, step: Any) -> None:
     if step.number == 12 and self.guard.timeline == 0 and not hasattr(self, "spoiled"):
         self.spoiled = True
         with torch.no_grad():
-            self.guard.state.tensors()["model/blocks.1.attention.qkv.weight"].mul_(1e7)
+            self.guard.state.tensors()["model/blocks.1.attention.q.weight"].mul_(1e7)
     _train_step(self, step)

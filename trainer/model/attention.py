@@ -32,7 +32,7 @@ class Sight(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Self-attention; queries, keys and values are rows of one matrix, in this order, head after head."""
+    """Self-attention. Queries, keys and values are matrices of their own, so that each can be split by heads."""
 
     def __init__(self, section: ModelSection) -> None:
         super().__init__()
@@ -40,22 +40,21 @@ class Attention(nn.Module):
         self.dropout = section.dropout
         # Largest score of each head since it was last set to 0, for QK-clip; None: not watched.
         self.peaks_H: Tensor | None = None
-        self._project_in(section)
+        self.q = Linear(section.width, section.heads * section.head_width, bias=section.bias)
+        self.k = Linear(section.width, section.groups * section.head_width, bias=section.bias)
+        self.v = Linear(section.width, section.groups * section.head_width, bias=section.bias)
         self.query_norm = norm(section, section.head_width) if section.qk_norm else None
         self.key_norm = norm(section, section.head_width) if section.qk_norm else None
         self.out = Linear(section.width, section.width, bias=section.bias)
 
-    def _project_in(self, section: ModelSection) -> None:
-        rows = (section.heads + 2 * section.groups) * section.head_width
-        self.qkv = Linear(section.width, rows, bias=section.bias)
-
     def _heads(self, x_BTD: Tensor, sight: Sight) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, T, H, K], keys and values [B, T, G, K], normed and turned."""
-        rows = self.qkv(x_BTD).unflatten(-1, (-1, self.head_width))
-        # By shares, because under tensor parallelism a rank has some of the heads only.
-        share = rows.shape[-2] // (self.heads + 2 * self.groups)
-        sizes = [share * self.heads, share * self.groups, share * self.groups]
-        q_BTHK, k_BTGK, v_BTGK = rows.split(sizes, dim=-2)
+        """Queries [B, T, H, K], keys and values [B, T, G, K], normed and turned.
+
+        Under tensor parallelism these are the heads of this rank.
+        """
+        q_BTHK, k_BTGK, v_BTGK = (
+            project(x_BTD).unflatten(-1, (-1, self.head_width)) for project in (self.q, self.k, self.v)
+        )
         q_BTHK, k_BTGK = self._normed(q_BTHK, k_BTGK)
         if sight.rotary is not None:
             q_BTHK, k_BTGK = (sight.rotary(y, sight.positions_BT) for y in (q_BTHK, k_BTGK))
@@ -97,26 +96,18 @@ class Attention(nn.Module):
 
     def query_key_rows(self, *, keys: bool) -> list[tuple[Tensor, int]]:
         """(weight or bias that makes the queries, its first row for them); with `keys` also those of the keys."""
-        parameters = [p for p in (self.qkv.weight, self.qkv.bias) if p is not None]
-        firsts = [0, self.heads * self.head_width] if keys else [0]
-        return [(parameter, first) for first in firsts for parameter in parameters]
+        linears = [self.q, self.k] if keys else [self.q]
+        return [(p, 0) for linear in linears for p in (linear.weight, linear.bias) if p is not None]
 
 
 class CrossAttention(Attention):
     """Attention of the decoder to the encoder's output, which knows no positions of its own (Raffel et al. 2020)."""
 
-    def _project_in(self, section: ModelSection) -> None:
-        self.q = Linear(section.width, section.heads * section.head_width, bias=section.bias)
-        self.kv = Linear(section.width, 2 * section.groups * section.head_width, bias=section.bias)
-
     def forward(self, x_BTD: Tensor, sight: Sight) -> Tensor:
-        assert sight.memory_BSD is not None
+        memory_BSD = sight.memory_BSD
+        assert memory_BSD is not None
         q_BTHK = self.q(x_BTD).unflatten(-1, (-1, self.head_width))
-        k_BSGK, v_BSGK = self.kv(sight.memory_BSD).unflatten(-1, (-1, self.head_width)).chunk(2, dim=-2)
+        k_BSGK, v_BSGK = (project(memory_BSD).unflatten(-1, (-1, self.head_width)) for project in (self.k, self.v))
         q_BTHK, k_BSGK = self._normed(q_BTHK, k_BSGK)
         q, k, v = (y.transpose(1, 2) for y in (q_BTHK, k_BSGK, v_BSGK))
         return self._attend(q, k, v, causal=False, mask=None)
-
-    def query_key_rows(self, *, keys: bool) -> list[tuple[Tensor, int]]:
-        linears = [self.q, self.kv] if keys else [self.q]
-        return [(p, 0) for linear in linears for p in (linear.weight, linear.bias) if p is not None]

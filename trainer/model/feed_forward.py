@@ -21,18 +21,18 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class GatedFeedForward(nn.Module):
-    """SwiGLU and GEGLU (Shazeer 2020): down(act(gate x) * up x); gate and up are one matrix."""
+    """SwiGLU and GEGLU (Shazeer 2020): down(act(gate x) * up x)."""
 
     def __init__(self, section: ModelSection) -> None:
         super().__init__()
         hidden = hidden_width(section)
         self.activation = ACTIVATIONS[section.activation]
-        self.gate_up = Linear(section.width, 2 * hidden, bias=section.bias)
+        self.gate = Linear(section.width, hidden, bias=section.bias)
+        self.up = Linear(section.width, hidden, bias=section.bias)
         self.down = Linear(hidden, section.width, bias=section.bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        gate_BTF, up_BTF = self.gate_up(x_BTD).chunk(2, dim=-1)
-        return cast(Tensor, self.down(self.activation(gate_BTF) * up_BTF))
+        return cast(Tensor, self.down(self.activation(self.gate(x_BTD)) * self.up(x_BTD)))
 
 
 class PlainFeedForward(nn.Module):
