@@ -144,6 +144,15 @@ class Settings(Section, frozen=True, kw_only=True):
     checkpoint: CheckpointSection = CheckpointSection()
     tensorboard: TensorboardSection = TensorboardSection()
 
+    @classmethod
+    def completed(cls, tree: dict[str, Any]) -> dict[str, Any]:
+        """A parsed file with the defaults that it asks for by name, such as a preset's. Raises ConfigError."""
+        return tree
+
+    def practice(self) -> list[str]:
+        """Remarks on where these settings leave published practice, a sentence or two each, with the source."""
+        return []
+
     def resolved(self, *, base: Path) -> Settings:
         """A copy that means the same from any working directory: relative paths made absolute."""
         return msgspec.structs.replace(self, run=msgspec.structs.replace(self.run, root=str(base / self.run.root)))
@@ -212,7 +221,7 @@ def build(tree: dict[str, Any], *, file: str, overrides: Sequence[str] = (), bas
         origin[_override(tree, text)] = "--set"
     schema = schema_of(tree, file=file)
     try:
-        settings = typed(tree, schema, file=file)
+        settings = typed(schema.completed(tree), schema, file=file)
         settings.check(base=base)
         settings = settings.resolved(base=base)
     except ConfigError as error:

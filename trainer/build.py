@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import nn
 from torch.optim import Optimizer
 
 from trainer.config import Config
 from trainer.data.examples import BlankFilling, LanguageModelling, Objective, PrefixLM, SpanDenoising
-from trainer.model import Decoder, EncoderDecoder
+from trainer.model import Decoder, EncoderDecoder, HuggingFace
 from trainer.stabilisers import QKClip, UpdateClipping, ZClip
 
 
@@ -52,8 +53,12 @@ def build_model(config: Config, *, vocabulary: int) -> Decoder:
     Args:
         vocabulary: token ids that it must know, those of the objective included.
     """
+    length = config.data.sequence_length
+    if config.model.hf:
+        # No Decoder, and has the part of its interface that a run uses.
+        return cast(Decoder, HuggingFace(config.model, vocabulary=vocabulary, sequence_length=length))
     kind = EncoderDecoder if config.model.kind == "encoder-decoder" else Decoder
-    return kind(config.model, vocabulary=vocabulary, sequence_length=config.data.sequence_length)
+    return kind(config.model, vocabulary=vocabulary, sequence_length=length)
 
 
 def clipping(config: Config) -> float | ZClip:

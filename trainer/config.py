@@ -8,7 +8,7 @@ from __future__ import annotations
 import glob
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -23,6 +23,7 @@ from guardrail.config import (
     Settings,
 )
 from guardrail.errors import ConfigError
+from trainer import preset
 from trainer.layout import Layout, ParallelSection
 from trainer.ramp import BatchPlan
 from trainer.recipe import ModelSection, Objective, OptimSection, check_objective, nearest
@@ -175,6 +176,10 @@ class Config(Settings, frozen=True, kw_only=True):
         warmup = warmup_steps(self.optim, steps=steps, plan=self.batch_plan, sequence_length=length)
         return Schedule.of(self.optim, steps=steps, warmup=warmup)
 
+    @classmethod
+    def completed(cls, tree: dict[str, Any]) -> dict[str, Any]:
+        return preset.completed(tree)
+
     def resolved(self, *, base: Path) -> Config:
         config = super().resolved(base=base)
         assert isinstance(config, Config)
@@ -187,14 +192,16 @@ class Config(Settings, frozen=True, kw_only=True):
             quarantine=absolute(data.quarantine) if data.quarantine else "",
             cache=absolute(data.cache) if data.cache else "",
         )
-        return msgspec.structs.replace(config, data=data)
+        model = config.model
+        model = msgspec.structs.replace(model, hf=absolute(model.hf) if model.hf else "")
+        return msgspec.structs.replace(config, data=data, model=model)
 
     def check(self, *, base: Path) -> None:
         super().check(base=base)
         self._check_batch()
         self._check_ramp()
         self._check_data(base)
-        self.model.check()
+        self.model.check(base=base)
         self.optim.check(self.model, strategy="fsdp" if self.layout.sharded else "ddp")
         check_objective(self.train.objective, self.model)
         if bool(self.train.steps) == bool(self.train.epochs):

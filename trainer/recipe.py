@@ -5,6 +5,7 @@ Imports no torch. Each choice names its source; `configs/presets` puts them toge
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from msgspec import Meta
@@ -79,13 +80,24 @@ class ModelSection(Section, frozen=True, kw_only=True):
         """Heads of keys and values."""
         return self.kv_heads or self.heads
 
-    def check(self) -> None:
-        """Refuse what cannot be built. Raises ConfigError."""
-        if self.pretrained and not self.hf:
+    def check(self, *, base: Path) -> None:
+        """Refuse what cannot be built; `base` resolves a relative path. Raises ConfigError."""
+        if self.hf:
+            self._check_path(base / Path(self.hf).expanduser())
+            return
+        if self.pretrained:
             raise ConfigError("false, or a folder in model.hf", key="model.pretrained", value=True)
-        if not self.hf:
-            self._check_heads()
-            self._check_blocks()
+        self._check_heads()
+        self._check_blocks()
+
+    def _check_path(self, path: Path) -> None:
+        if not (path.is_file() or (path / "config.json").is_file()):
+            raise ConfigError(
+                "a folder with a config.json, or the path of one",
+                key="model.hf",
+                value=self.hf,
+                hint="models are not fetched: save one with save_pretrained, or download its folder",
+            )
 
     def _check_heads(self) -> None:
         pairs = 2 if self.positions == "rope" else 1

@@ -6,6 +6,7 @@ queries, G heads of keys and values, K width of a head, F width of the feed-forw
 
 from trainer.model.decoder import Decoder
 from trainer.model.encoder_decoder import EncoderDecoder
+from trainer.model.hugging_face import HuggingFace
 from trainer.model.positions import Rotary
 
-__all__ = ["Decoder", "EncoderDecoder", "Rotary"]
+__all__ = ["Decoder", "EncoderDecoder", "HuggingFace", "Rotary"]
