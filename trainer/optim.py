@@ -34,7 +34,8 @@ def build_optimizers(model: nn.Module, section: OptimSection) -> list[Optimizer]
         nesterov=True,
         adjust_lr_fn="match_rms_adamw",
     )
-    return [muon, _adam(AdamW, decay_groups(rest, section.weight_decay), section)]
+    groups = decay_groups(rest, section.weight_decay)
+    return [muon, _adam(AdamW, groups, section)] if groups else [muon]
 
 
 def build_optimizer(model: nn.Module, section: OptimSection) -> Optimizer:

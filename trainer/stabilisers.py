@@ -18,6 +18,8 @@ from torch.optim import Optimizer
 from guardrail.torch.probes import copies, local
 from trainer.model.attention import Attention
 
+ROUNDING = 1e-5  # of an RMS that is 1 by its formula, as that of every first step
+
 
 class ZClip:
     """ZClip (Kumar et al. 2025): cut a gradient norm that stands far above the running mean of the earlier ones.
@@ -91,7 +93,7 @@ class UpdateClipping:
             dist.all_reduce(sums)
         for (parameter, _group), total in zip(trained, sums.tolist(), strict=True):
             rms = math.sqrt(total / parameter.numel())
-            if rms > 1:
+            if rms > 1 + ROUNDING:
                 here = local(parameter).detach()
                 self._before.append((here, here.clone(), 1 / rms))
 
