@@ -27,6 +27,8 @@ from tests.running import train as train_to_end
 from trainer.config import Config
 from trainer.layout import Layout, ParallelSection
 from trainer.loop import Trainer
+from trainer.objectives import IGNORED
+from trainer.tensor_parallel import loss_sum
 
 SIGNALS = ("loss", "grad_norm", "embed_grad_norm", "embed_share")
 
@@ -34,12 +36,16 @@ SIGNALS = ("loss", "grad_norm", "embed_grad_norm", "embed_share")
 MESHES: dict[str, tuple[int, dict[str, Any]]] = {
     "zero2": (2, {"dp_shard": 2, "reshard_after_forward": False}),
     "hybrid": (4, {"dp_replicate": 2, "dp_shard": 2}),
+    "tp": (2, {"tp": 2}),
     "zero3": (2, {"dp_shard": 2}),
     "offload": (2, {"dp_shard": 2, "cpu_offload": True}),
     "hybrid-offload": (4, {"dp_replicate": 2, "dp_shard": 2, "cpu_offload": True, "reshard_after_forward": False}),
     "replicas": (2, {"dp_replicate": 2}),
+    "tp-shards": (4, {"dp_shard": 2, "tp": 2}),
+    "tp-replicas": (4, {"dp_replicate": 2, "tp": 2}),
+    "tp-hybrid": (8, {"dp_replicate": 2, "dp_shard": 2, "tp": 2}),
 }
-QUICK = ("zero2", "hybrid")
+QUICK = ("zero2", "hybrid", "tp")
 SWEEP = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MESHES]
 
 
@@ -62,6 +68,24 @@ def test_a_mesh_reproduces_the_curve_of_one_rank(name: str, tmp_path: Path) -> N
     np.testing.assert_allclose(ours[:, 0], theirs[:, 0], rtol=1e-4)
     np.testing.assert_allclose(ours[:, 1:], theirs[:, 1:], rtol=5e-3)
     assert np.array_equal(table(many, ("tokens", "lr", "first")), table(one, ("tokens", "lr", "first")))
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "bloom": {"positions": "alibi", "norm": "layer", "bias": True, "activation": "gelu", "embedding_norm": True},
+    "grouped": {"kv_heads": 2, "heads": 4, "tied": False, "activation": "geglu", "norm_place": "sandwich"},
+    "palm": {"parallel": True, "positions": "learned", "norm": "layer"},
+    "post": {"norm_place": "post", "positions": "sinusoidal", "bias": True, "norm": "layer"},
+}
+
+
+@pytest.mark.parametrize("recipe", ["bloom", *(pytest.param(r, marks=pytest.mark.slow) for r in list(RECIPES)[1:])])
+def test_every_kind_of_block_can_be_split(recipe: str, tmp_path: Path) -> None:
+    model = {"heads": 4, "dropout": 0.0, **RECIPES[recipe]}
+    options: dict[str, Any] = {"model": model, "train": {"steps": 10, "activation_checkpointing": recipe == "grouped"}}
+    one = trained(config_of(tmp_path, "one", **options))
+    split = trained(config_of(tmp_path, "tp-shards", **options))
+    np.testing.assert_allclose(table(split, SIGNALS)[0], table(one, SIGNALS)[0], rtol=1e-5)
+    np.testing.assert_allclose(table(split, SIGNALS), table(one, SIGNALS), rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", SWEEP)
@@ -104,10 +128,14 @@ def test_a_resumed_run_is_the_run_that_never_stopped(name: str, tmp_path: Path) 
 
 PAIRS = [
     ("hybrid", "one"),
+    ("one", "tp"),
     ("one", "hybrid"),
-    ("hybrid", "zero2"),
+    ("tp-shards", "zero2"),
+    ("hybrid", "tp-replicas"),
+    ("tp", "tp-hybrid"),
     ("zero3", "hybrid-offload"),
     ("offload", "replicas"),
+    ("hybrid", "zero2"),
 ]
 RESHARD = [pytest.param(*pair, marks=() if pair in PAIRS[:2] else pytest.mark.slow) for pair in PAIRS]
 
@@ -189,6 +217,9 @@ def test_replicas_of_shards_write_each_piece_once(tmp_path: Path) -> None:
     ("section", "world", "strategy", "expected"),
     [
         ({}, 4, "ddp", (4, 1, False)),
+        ({"tp": 2}, 8, "ddp", (4, 1, True)),
+        ({"tp": 4}, 8, "fsdp", (1, 2, True)),
+        ({"dp_shard": 2, "tp": 2}, 8, "ddp", (2, 2, True)),
         ({}, 4, "fsdp", (1, 4, True)),
         ({}, 1, "fsdp", (1, 1, True)),
         ({"dp_shard": 2}, 8, "ddp", (4, 2, True)),
@@ -200,7 +231,10 @@ def test_replicas_of_shards_write_each_piece_once(tmp_path: Path) -> None:
 def test_layouts(section: dict[str, Any], world: int, strategy: str, expected: tuple[int, int, bool]) -> None:
     layout = Layout.of(ParallelSection(**section), world=world, strategy=strategy)
     assert (layout.dp_replicate, layout.dp_shard, layout.sharded) == expected
-    assert layout.data_ranks == world
+    assert layout.world == world
+    ranks = [layout.data_rank(rank) for rank in range(world)]
+    assert ranks == sorted(list(range(layout.data_ranks)) * layout.tp)
+    assert sum(layout.counts(rank) for rank in range(world)) == layout.data_ranks
 
 
 @pytest.mark.parametrize(
@@ -209,6 +243,7 @@ def test_layouts(section: dict[str, Any], world: int, strategy: str, expected: t
         ({"dp_shard": 3}, "parallel.dp_shard", "a divisor of 4"),
         ({"dp_replicate": 2, "dp_shard": 4}, "parallel.dp_shard", "a product of 4"),
         ({"dp_replicate": 2, "dp_shard": 1}, "parallel.dp_shard", "a product of 4"),
+        ({"tp": 3}, "parallel.tp", "a divisor of 4"),
         ({"cpu_offload": True}, "parallel.cpu_offload", "false, or shards"),
         ({"reshard_after_forward": False}, "parallel.reshard_after_forward", "true, or shards"),
     ],
@@ -217,6 +252,51 @@ def test_layouts_that_are_refused(section: dict[str, Any], key: str, expected: s
     with pytest.raises(ConfigError) as error:
         tiny(tmp_path, world=4, parallel=section)
     assert error.value.key == key and expected in error.value.expected
+
+
+@pytest.mark.parametrize(
+    ("sections", "key"),
+    [
+        ({"model": {"heads": 1}}, "model.heads"),
+        ({"model": {"heads": 4, "kv_heads": 1}}, "model.kv_heads"),
+        ({"model": {"hidden": 33}}, "model.hidden"),
+        ({"model": {"positions": "t5"}}, "model.positions"),
+        ({"model": {"qk_norm": True}}, "model.qk_norm"),
+        ({"optim": {"name": "muon"}}, "optim.name"),
+        ({"train": {"z_loss": 1e-4}}, "train.z_loss"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(sections: dict[str, Any], key: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        config_of(tmp_path, "tp", **sections)
+    assert error.value.key == key
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_the_loss_of_split_logits_is_the_loss_of_whole_ones(world: int, tmp_path: Path) -> None:
+    # 3 ranks have 3, 3 and 1 of 7 ids.
+    logits = torch.randn(4, 5, 7, generator=torch.Generator().manual_seed(0)) * 30
+    labels = torch.randint(0, 7, (4, 5), generator=torch.Generator().manual_seed(1))
+    labels[1, 2:] = IGNORED
+    logits[1, 3] = math.nan  # of an ignored token: teaches nothing, not even NaN
+    whole = logits.clone().requires_grad_()
+    kept = labels != IGNORED
+    expected = torch.nn.functional.cross_entropy(whole[kept], labels[kept], reduction="sum")
+    (3.0 * expected).backward()
+    parts = run_ranks(_split_loss, world, logits, labels, folder=tmp_path)
+    for total, count, _ in parts:
+        torch.testing.assert_close(total, expected.detach(), rtol=1e-6, atol=0)
+        assert count == 17
+    torch.testing.assert_close(torch.cat([gradient for *_, gradient in parts], -1), whole.grad, rtol=1e-5, atol=1e-7)
+
+
+def _split_loss(rank: int, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor]:
+    size = -(-7 // dist.get_world_size())
+    part = logits[..., rank * size : (rank + 1) * size].clone().requires_grad_()
+    total, count = loss_sum(part, labels, first=rank * size, group=dist.group.WORLD)
+    (3.0 * total).backward()
+    assert part.grad is not None
+    return total.detach(), int(count), part.grad
 
 
 def test_a_batch_is_shared_by_the_data_ranks(tmp_path: Path) -> None:

@@ -203,6 +203,7 @@ class Config(Settings, frozen=True, kw_only=True):
         self._check_data(base)
         self.model.check(base=base)
         self.optim.check(self.model, strategy="fsdp" if self.layout.sharded else "ddp")
+        self.layout.check_model(self.model, self.optim, z_loss=self.train.z_loss)
         check_objective(self.train.objective, self.model)
         if bool(self.train.steps) == bool(self.train.epochs):
             raise ConfigError(

@@ -26,12 +26,13 @@ from trainer.data.corpus import Corpus
 from trainer.data.loader import Loader, MicroBatch
 from trainer.data.prepare import prepare, wait_prepared
 from trainer.faults import Faults
-from trainer.objectives import loss_sum, z_penalty
+from trainer.objectives import z_penalty
 from trainer.optim import Scheduler, build_optimizers
 from trainer.parallel import (
     accumulating,
     distribute,
     is_sharded,
+    loss_of,
     make_accelerator,
     make_scaler,
     seed_micro_batch,
@@ -94,6 +95,7 @@ class Trainer:
         model = build_model(config, vocabulary=corpus.vocabulary + self.objective.extra_ids)
         self._stop_if_asked()
         self.model = distribute(model.to(self.device), config, self.accelerator)
+        self.loss_sum = loss_of(self.model)
         self.optimizers = build_optimizers(self.model, config.optim)
         self.qk_clip = stabilise(self.model, self.optimizers, config)
         self.scaler = make_scaler(config, self.device)
@@ -112,6 +114,7 @@ class Trainer:
             clip=clip,
             run=self.run_directory,
             device=self.device,
+            counting=config.layout.counts(self.rank),
             signals=self.signals,
             heartbeat=self.heartbeat,
             describe=self._describe,
@@ -170,7 +173,7 @@ class Trainer:
             seed_micro_batch(config.train.seed, micro.position, self.data_rank)
             with accumulating(self.model, last=last):
                 logits = self.model(inputs, **self._extra(micro.extra))
-                loss, count = loss_sum(logits, labels)
+                loss, count = self.loss_sum(logits, labels)
                 if self.faults:
                     loss = self.faults.loss(index, self.model, loss, scale=self.scaler.get_scale())
                 trained = loss
@@ -215,7 +218,8 @@ class Trainer:
             first = (index * config.layout.data_ranks + self.data_rank) * size
             ids = [sample for sample in range(first, first + size) if sample < len(split)]
             loss, count = self._loss_of(split, ids or [0])
-            sums += torch.stack([loss, count]) if ids else 0.0
+            if ids and config.layout.counts(self.rank):
+                sums += torch.stack([loss, count])
             self.guard.enter(Phase.EVAL)
         if config.world > 1:
             dist.all_reduce(sums)
@@ -230,7 +234,7 @@ class Trainer:
         tokens, labels = self._to_device(shown.tokens), self._to_device(shown.labels)
         self.model.eval()
         try:
-            loss, count = loss_sum(self.model(tokens, **self._extra(shown.extra)), labels)
+            loss, count = self.loss_sum(self.model(tokens, **self._extra(shown.extra)), labels)
         finally:
             self.model.train()
             # FSDP2 keeps the root's parameters gathered after a forward pass without a backward one, and would take

@@ -25,9 +25,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from guardrail.errors import WorkersFailed
 from guardrail.ledger import mix64
+from trainer import tensor_parallel
 from trainer.config import Config
 from trainer.layout import Layout
 from trainer.model import Decoder
+from trainer.objectives import loss_sum
+from trainer.tensor_parallel import LossSum
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -104,7 +107,8 @@ def distribute(model: Decoder, config: Config, accelerator: Accelerator) -> nn.M
     """Spread a freshly built model over the ranks; every rank passes the same weights.
 
     ddp gives a DistributedDataParallel (or the model itself in a single process), fsdp the same Decoder with
-    DTensor parameters. Either takes tokens [B, T] and gives fp32 logits. Build the optimizer from what is returned.
+    DTensor parameters. Either takes tokens [B, T] and gives fp32 logits, under tensor parallelism those of this rank's
+    part of the vocabulary; `loss_of` gives the loss that goes with them. Build the optimizer from what is returned.
     """
     model.set_recompute(config.train.activation_checkpointing)
     if config.layout.sharded:
@@ -163,7 +167,12 @@ def _shard(model: Decoder, config: Config, accelerator: Accelerator) -> Decoder:
         root_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
     else:
         policy = root_policy = MixedPrecisionPolicy()
-    options: dict[str, Any] = {"mesh": _data_mesh(config.layout, accelerator.device)}
+    whole = _mesh(config.layout, accelerator.device)
+    if config.layout.tp > 1:
+        model.loss_sum = tensor_parallel.split(model, whole["tp"])  # type: ignore[assignment]
+    # Replicas of shards (HSDP), or shards alone: the ranks that average gradients.
+    data = whole["dp_replicate", "dp_shard"] if config.layout.dp_replicate > 1 else whole["dp_shard"]
+    options: dict[str, Any] = {"mesh": data}
     if section.cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=accelerator.device.type == "cuda")
     for block in model.blocks:
@@ -172,12 +181,9 @@ def _shard(model: Decoder, config: Config, accelerator: Accelerator) -> Decoder:
     return cast(Decoder, fully_shard(model, mp_policy=root_policy, **options))
 
 
-def _data_mesh(layout: Layout, device: torch.device) -> DeviceMesh:
-    """The ranks that average gradients: shards, or replicas of shards (HSDP)."""
-    if layout.dp_replicate == 1:
-        return init_device_mesh(device.type, (layout.dp_shard,), mesh_dim_names=("dp_shard",))
-    sizes = (layout.dp_replicate, layout.dp_shard)
-    return init_device_mesh(device.type, sizes, mesh_dim_names=("dp_replicate", "dp_shard"))
+def _mesh(layout: Layout, device: torch.device) -> DeviceMesh:
+    sizes = (layout.dp_replicate, layout.dp_shard, layout.tp)
+    return init_device_mesh(device.type, sizes, mesh_dim_names=("dp_replicate", "dp_shard", "tp"))
 
 
 def _settle_buckets(model: nn.Module, device: torch.device) -> None:
@@ -215,6 +221,12 @@ def accumulating(model: nn.Module, *, last: bool) -> Iterator[None]:
 def unwrapped(model: nn.Module) -> Decoder:
     """The Decoder inside DDP, or the sharded Decoder itself."""
     return cast(Decoder, model.module if isinstance(model, DistributedDataParallel) else model)
+
+
+def loss_of(model: nn.Module) -> LossSum:
+    """The summed loss of what `model` gives; see `objectives.loss_sum`."""
+    split: LossSum | None = getattr(unwrapped(model), "loss_sum", None)
+    return split or loss_sum
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -112,6 +112,8 @@ class Guard:
         clip: global norm to which gradients are clipped, 0: none; or a function of the norm (see Gate).
         run: the run directory; None keeps everything in memory (no commands, no disk tier).
         device: that computes; None: where the parameters lie, which is the host when they are offloaded.
+        counting: whether this rank's loss and tokens enter the sums; False on all but one of the ranks that compute the
+            same loss, as those of a tensor-parallel group do.
         signals: stop signals of the process, installed by the caller; None: none.
         heartbeat: created by the caller early in set-up; None: the guard makes its own when there is a run.
         describe: sample ids -> (documents as dicts, number of documents), for the journal. Called on rank 0.
@@ -137,6 +139,7 @@ class Guard:
         clip: float | Callable[[float], float] = 1.0,
         run: RunDirectory | None = None,
         device: torch.device | None = None,
+        counting: bool = True,
         signals: StopSignals | None = None,
         heartbeat: Heartbeat | None = None,
         describe: Describe | None = None,
@@ -153,7 +156,7 @@ class Guard:
         self.past = Past()
         self.controller = Controller(settings.guard)
         self.recorder = Recorder(run, active=self.rank == 0, learn=lambda event: self.past.add(event))
-        self.probes = Probes(model, rank=self.rank, world=self.world, device=device)
+        self.probes = Probes(model, rank=self.rank, world=self.world, device=device, counting=counting)
         optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
         self.gate = Gate(optimizers, parameters=self.probes.parameters, embedding=self.probes.embedding, clip=clip)
         self.loss_scale = LossScale(scaler) if enabled(scaler) else None

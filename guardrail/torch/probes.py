@@ -99,14 +99,22 @@ class Probes:
         model: unwrapped or wrapped; its nn.Embedding weights are the embedding parameters.
         rank, world: of the default process group; without one, 0 and 1.
         device: that computes, and on which the ranks reduce; None: where the parameters lie.
+        counting: whether this rank's loss and tokens enter the sums. Of ranks that compute the same, one counts.
         locate: with several ranks, watch each rank's own gradients before the reduction, so that a NaN or Inf can be
             traced to the rank that produced it. Costs one more read of the gradients.
     """
 
     def __init__(
-        self, model: nn.Module, *, rank: int, world: int, device: torch.device | None = None, locate: bool = True
+        self,
+        model: nn.Module,
+        *,
+        rank: int,
+        world: int,
+        device: torch.device | None = None,
+        counting: bool = True,
+        locate: bool = True,
     ) -> None:
-        self.rank, self.world = rank, world
+        self.rank, self.world, self._counting = rank, world, counting
         self._own_slots = len(HEAD) + rank * len(PER_RANK)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         embeddings = {id(p) for p in embedding_parameters(model)}
@@ -200,6 +208,8 @@ class Probes:
         host[self._own_slots + PER_RANK.index("step_time")] = step_time
         vector = torch.tensor(host, dtype=self.dtype).to(device, non_blocking=True)
         sums = [loss_sum, torch.as_tensor(tokens, dtype=self.dtype, device=device), grad_sq, embed_sq]
+        if not self._counting:
+            sums[:2] = torch.zeros_like(loss_sum), torch.zeros_like(loss_sum)
         flags = ~torch.isfinite(torch.stack([loss_sum, grad_sq, self._own_norm.to(self.dtype)]))
         vector[: len(sums)] = torch.stack(sums)
         vector[self._own_slots : self._own_slots + len(flags)] = flags.to(self.dtype)

@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -441,7 +442,27 @@ def _replica(tensor: Tensor) -> tuple[int, int]:
     for position, size, placement in zip(coordinate, tensor.device_mesh.shape, tensor.placements, strict=True):
         if placement.is_replicate():
             index, count = index * size + position, count * size
-    return index, count
+    outer, copies = _place(tensor.device_mesh)
+    return outer * count + index, copies * count
+
+
+def _place(mesh: DeviceMesh) -> tuple[int, int]:
+    """(number, count) of this mesh among the equal ones that fill up the world beside it.
+
+    A norm under tensor parallelism lies on the data-parallel mesh alone: each rank of its group has one of its own.
+    """
+    ranks = sorted(mesh.mesh.flatten().tolist())
+    world = torch.distributed.get_world_size()
+    if len(ranks) == world:
+        return 0, 1
+    offsets = [rank - ranks[0] for rank in ranks]
+    firsts: list[int] = []
+    covered: set[int] = set()
+    for rank in range(world):
+        if rank not in covered:
+            firsts.append(rank)
+            covered.update(rank + offset for offset in offsets)
+    return firsts.index(ranks[0]), len(firsts)
 
 
 def _created(

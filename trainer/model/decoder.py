@@ -154,6 +154,9 @@ class Decoder(nn.Module):
         """What leaves the last block -> [B, T, V]."""
         if self.norm is not None:
             x_BTD = self.norm(x_BTD)
+        return self.project(x_BTD)
+
+    def project(self, x_BTD: Tensor) -> Tensor:
         return F.linear(x_BTD, self.embedding.weight) if self.head is None else cast(Tensor, self.head(x_BTD))
 
     def _mask(self, length: int, prefix_B: Tensor | None) -> Tensor | None:
