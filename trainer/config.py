@@ -176,6 +176,11 @@ class Config(Settings, frozen=True, kw_only=True):
         warmup = warmup_steps(self.optim, steps=steps, plan=self.batch_plan, sequence_length=length)
         return Schedule.of(self.optim, steps=steps, warmup=warmup)
 
+    def practice(self) -> list[str]:
+        from trainer.practice import remarks
+
+        return remarks(self)
+
     @classmethod
     def completed(cls, tree: dict[str, Any]) -> dict[str, Any]:
         return preset.completed(tree)
