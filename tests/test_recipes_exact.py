@@ -37,18 +37,24 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def recipe(folder: Path, name: str, **more: Any) -> Any:
-    if not (folder / "corpus").exists():
-        write_corpus(folder / "corpus", bad=range(14, 17))
+NAMES = list(RECIPES)
+SHAPES = [
+    *((name, 1, "ddp") for name in NAMES),
+    (NAMES[0], 2, "fsdp"),
+    pytest.param(NAMES[1], 2, "ddp", marks=pytest.mark.slow),
+    pytest.param(NAMES[2], 2, "fsdp", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("name", "world", "strategy"), SHAPES)
+def test_a_rollback_is_exact(name: str, world: int, strategy: str, tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus", bad=range(14, 17))
     sections = RECIPES[name]
-    return tiny(folder, guard=GUARD, **{**sections, "train": {"steps": 90, **sections.get("train", {})}}, **more)
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_rollback_is_exact(name: str, tmp_path: Path) -> None:
-    a = trained(recipe(tmp_path, name))
+    train = {"steps": 90, **sections.get("train", {})}
+    config = tiny(tmp_path, world=world, strategy=strategy, guard=GUARD, **{**sections, "train": train})
+    a = trained(config)
     assert of_kind(a, "rollback"), "nothing was rolled back: the comparison would show nothing"
-    b = trained(told(recipe(tmp_path, name), a))
+    b = trained(told(config, a))
     assert not of_kind(b, "rollback")
     assert_same(a, b)
     losses = table(a, ("loss",))[:, 0]
