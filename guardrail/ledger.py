@@ -6,6 +6,8 @@ pure integer arithmetic, so that every rank, the report and the tests compute th
 
 from __future__ import annotations
 
+import re
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -15,6 +17,7 @@ import numpy as np
 from guardrail.errors import DataError, UsageError
 from guardrail.records import Record, Span
 
+_QUARANTINE_LINE = re.compile(r"(\d+)(?:@(\d+))?", re.ASCII)
 _MASK = (1 << 64) - 1
 _GOLDEN, _MIX_A, _MIX_B = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
@@ -52,6 +55,8 @@ class SampleOrder:
     """
 
     _ROUNDS = 4
+    _BLOCK = 1024
+    _KEPT_BLOCKS = 4
 
     def __init__(self, *, samples: int, seed: int = 0, shuffled: bool = True) -> None:
         if samples <= 0:
@@ -61,6 +66,7 @@ class SampleOrder:
         self.shuffled = shuffled
         self._half = np.uint64(max(1, ((samples - 1).bit_length() + 1) // 2))
         self._half_mask = np.uint64((1 << int(self._half)) - 1)
+        self._blocks: dict[tuple[int, int], list[int]] = {}  # (epoch, block) -> ids, oldest first
 
     def epoch(self, position: int) -> int:
         return position // self.n_samples
@@ -74,11 +80,23 @@ class SampleOrder:
         ids: list[int] = []
         while first < last:
             epoch, offset = divmod(first, self.n_samples)
-            count = min(last - first, self.n_samples - offset)
-            offsets = np.arange(offset, offset + count, dtype=np.uint64)
-            ids += (self._permuted(offsets, epoch) if self.shuffled else offsets).tolist()
-            first += count
+            block, start = divmod(offset, self._BLOCK)
+            found = self._block(epoch, block)[start : start + last - first]
+            ids += found
+            first += len(found)
         return ids
+
+    def _block(self, epoch: int, block: int) -> list[int]:
+        """The ids of a whole block of an epoch: numpy takes for a thousand hardly longer than for one batch."""
+        found = self._blocks.get((epoch, block))
+        if found is None:
+            begin = block * self._BLOCK
+            offsets = np.arange(begin, min(begin + self._BLOCK, self.n_samples), dtype=np.uint64)
+            found = (self._permuted(offsets, epoch) if self.shuffled else offsets).tolist()
+            if len(self._blocks) == self._KEPT_BLOCKS:
+                del self._blocks[next(iter(self._blocks))]
+            self._blocks[epoch, block] = found
+        return found
 
     def _permuted(self, values: np.ndarray, epoch: int) -> np.ndarray:
         keys = [np.uint64(mix64(self.seed, epoch, turn)) for turn in range(self._ROUNDS)]
@@ -135,20 +153,29 @@ class Quarantine:
         for sample, epoch in sorted(self._from_epoch.items()):
             yield str(sample) if epoch == 0 else f"{sample}@{epoch}"
 
-    def read(self, lines: Iterable[str], *, source: str = "quarantine") -> None:
-        """Add what `lines()` wrote; blank lines and `#` comments are passed over."""
+    def read(self, lines: Iterable[str], *, source: str = "quarantine", samples: int | None = None) -> None:
+        """Add what `lines()` wrote; blank lines and `#` comments are passed over.
+
+        Args:
+            source: named in errors.
+            samples: number of samples there are; an id beyond them belongs to other data.
+
+        Raises:
+            UsageError: names the line.
+        """
         for number, raw in enumerate(lines, 1):
             text = raw.split("#", 1)[0].strip()
             if not text:
                 continue
-            sample, _, epoch = text.partition("@")
-            try:
-                sample_id, from_epoch = int(sample), int(epoch or 0)
-            except ValueError:
-                sample_id, from_epoch = -1, -1
-            if sample_id < 0 or from_epoch < 0:
+            parts = _QUARANTINE_LINE.fullmatch(text)
+            if parts is None:
                 raise UsageError(f"{source}, line {number}: {text!r} is not a sample id (ID, or ID@EPOCH)")
-            self.add(sample_id, from_epoch)
+            sample = int(parts[1])
+            if samples is not None and sample >= samples:
+                raise UsageError(
+                    f"{source}, line {number}: sample {sample} of {samples}: the list belongs to other data or settings"
+                )
+            self.add(sample, int(parts[2] or 0))
 
 
 class LedgerState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -183,7 +210,7 @@ class Ledger:
         # End of the last applied batch. Rejected spans between it and the next batch are the streak, which a
         # crash cannot change: after a restart the journal puts the same spans there.
         self.applied_end = 0
-        self._rejected: list[tuple[int, int]] = []
+        self._rejected: list[tuple[int, int]] = []  # (first, last), ascending
 
     @property
     def batch_size(self) -> int:
@@ -193,7 +220,7 @@ class Ledger:
     def next_batch(self) -> Batch | None:
         """The next batch of the order that is not quarantined, or None at the end of the data.
 
-        Does not move the cursor. Raises DataError when one whole epoch holds nothing but quarantined samples.
+        Does not move the cursor. Raises DataError when a whole epoch holds nothing but quarantined samples.
         """
         positions: list[int] = []
         samples: list[int] = []
@@ -211,14 +238,26 @@ class Ledger:
                     positions.append(position)
                     samples.append(sample)
                 position += 1
-            if barren > self.order.n_samples:
+            # The last usable sample may stand first in one epoch and last in the next. Two epochs' worth without
+            # one hold a whole barren epoch, and a quarantine never shrinks.
+            if barren >= 2 * self.order.n_samples:
                 raise DataError(f"all {self.order.n_samples} samples of the training split are quarantined")
         if not positions:
             return None
         # `first` is the first position used: the stretch that a rejected batch quarantines begins with it.
         first = positions[0]
-        streak = sum(self.applied_end <= begin and end <= first for begin, end in self._rejected)
-        return Batch(first=first, last=position, positions=tuple(positions), samples=tuple(samples), streak=streak)
+        return Batch(
+            first=first,
+            last=position,
+            positions=tuple(positions),
+            samples=tuple(samples),
+            streak=self._streak(first),
+        )
+
+    def _streak(self, first: int) -> int:
+        """Rejected spans between the last applied batch and position `first`."""
+        begin = bisect_left(self._rejected, (self.applied_end, 0))
+        return sum(end <= first for _, end in self._rejected[begin:])
 
     def passed(self, batch: Batch, *, applied: bool) -> None:
         """Move the cursor behind `batch`."""
@@ -235,7 +274,7 @@ class Ledger:
             self.quarantine.add(sample, self.order.epoch(position))
         self.spans.append(span)
         if span.cause == "rejected":
-            self._rejected.append((span.first, span.last))
+            insort(self._rejected, (span.first, span.last))
         elif span.cause == "rollback":
             # What a rollback has answered does not count again towards the next one.
             self._rejected = [r for r in self._rejected if not (span.first <= r[0] and r[1] <= span.last)]
