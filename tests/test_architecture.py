@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ CHOICES: dict[str, dict[str, object]] = {
 
 def section(**changes: object) -> ModelSection:
     made = ModelSection(**{"layers": 2, "width": 24, "heads": 3, **changes})
-    made.check()
+    made.check(base=Path())
     return made
 
 
