@@ -10,7 +10,7 @@ import pytest
 
 from guardrail.config import build, dump
 from guardrail.errors import ConfigError
-from tests.running import table, tiny, trained
+from tests.running import of_kind, table, tiny, trained
 from trainer import preset
 from trainer.config import Config
 from trainer.sizes import parameter_count
@@ -98,3 +98,24 @@ def test_a_preset_trains_at_toy_size(name: str, tmp_path: Path) -> None:
     )
     losses = table(trained(config), ("loss",))[:, 0]
     assert losses[-8:].mean() < 0.75 * losses[:2].mean(), losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bloom-like", "glm-like", "t5-like"])
+def test_a_preset_trains_in_16_bits_on_shards_with_recomputation(name: str, tmp_path: Path) -> None:
+    """Masks, biases, positions and the encoder's output pass through FSDP's casts and the checkpointed blocks."""
+    config = tiny(
+        tmp_path,
+        world=2,
+        strategy="fsdp",
+        model={"preset": name, **TOY[name]},
+        optim={"name": "adamw", "lr": 5e-3, "warmup_steps": 5},
+        train={"steps": 40, "precision": "bf16", "activation_checkpointing": True, "eval_every": 40},
+        data={"eval_fraction": 0.05},
+        guard={"mode": "off"},
+    )
+    run = trained(config)
+    losses = table(run, ("loss",))[:, 0]
+    assert losses[-8:].mean() < 0.75 * losses[:2].mean(), losses
+    (event,) = of_kind(run, "eval")
+    assert event.data["loss"] < losses[0]
