@@ -151,7 +151,9 @@ def test_adafactor_is_the_formula() -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest(tied: bool) -> None:
-    decoder = model(tied)
+    # As wide as the vocabulary, which says nothing about what a matrix is for.
+    section = ModelSection(layers=1, width=8, heads=2, hidden=11, tied=tied)
+    decoder = Decoder(section, vocabulary=11, sequence_length=4, seed=3)
     muon, adamw = build_optimizers(decoder, OptimSection(name="muon"))
     names = {id(p): name for name, p in decoder.named_parameters()}
     inner = sorted(names[id(p)] for g in muon.param_groups for p in g["params"])

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adafactor, Adam, AdamW, Muon, Optimizer
 
 from trainer.recipe import OptimSection
@@ -65,17 +66,18 @@ def decay_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> lis
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """The matrices that Muon is made for: weights of linear layers, the output matrix (tied or not) apart.
+    """The matrices that Muon is made for: weights of the linear layers in `model.blocks`.
 
-    Found by structure, so that it holds for any decoder: the output matrix is the one as high as an embedding.
+    Embeddings, the output matrix and tables of positions stand outside of the blocks. A module without blocks is
+    taken as one.
     """
-    heights = {module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)}
+    root = model.module if isinstance(model, DistributedDataParallel) else model
     found: dict[int, nn.Parameter] = {}
-    for module in model.modules():
+    for module in getattr(root, "blocks", root).modules():
         # Conv1D is how transformers' GPT-2 calls a linear layer with a transposed weight.
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
             weight = module.get_parameter("weight")
-            if weight.requires_grad and weight.ndim == 2 and weight.shape[0] not in heights:
+            if weight.requires_grad and weight.ndim == 2:
                 found[id(weight)] = weight
     return list(found.values())
 
