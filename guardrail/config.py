@@ -99,6 +99,9 @@ class GuardSection(Section, frozen=True, kw_only=True):
     # Rollbacks in a row without `healthy_after` applied steps between them, before the run halts (or asks).
     rollbacks: Natural = 5
     healthy_after: Positive = 200
+    # fp16: overflows in a row that are no longer the search for a loss scale (8 divide it by 256): the gradients
+    # themselves are broken, which calls for a rollback.
+    overflows: Positive = 8
     # Applied healthy steps after which a snapshot or checkpoint counts as good.
     confirm: Natural = 8
     # Seconds that `ask` waits for an answer before it takes its own proposal; 0: for ever.
@@ -142,6 +145,15 @@ class Settings(Section, frozen=True, kw_only=True):
     snapshots: SnapshotSection = SnapshotSection()
     checkpoint: CheckpointSection = CheckpointSection()
     tensorboard: TensorboardSection = TensorboardSection()
+
+    @classmethod
+    def completed(cls, tree: dict[str, Any]) -> dict[str, Any]:
+        """A parsed file with the defaults that it asks for by name, such as a preset's. Raises ConfigError."""
+        return tree
+
+    def practice(self) -> list[str]:
+        """Remarks on where these settings leave published practice, a sentence or two each, with the source."""
+        return []
 
     def resolved(self, *, base: Path) -> Settings:
         """A copy that means the same from any working directory: relative paths made absolute."""
@@ -242,7 +254,7 @@ def build(tree: dict[str, Any], *, file: str, overrides: Sequence[str] = (), bas
     overridden = [_override(tree, text) for text in overrides]
     try:
         schema = schema_of(tree, file=file)
-        settings = typed(tree, schema, file=file)
+        settings = typed(schema.completed(tree), schema, file=file)
         settings.check(base=base)
         settings = settings.resolved(base=base)
     except ConfigError as error:

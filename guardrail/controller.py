@@ -3,7 +3,8 @@
 Two kinds of memory, kept apart on purpose:
 
     state   detectors and the recent batches. Travels with each snapshot and rolls back with it (`state_dict`).
-            Only applied steps change it, so a rejected batch leaves no trace in it.
+            Only applied steps change it, and overflows of the loss scale, which are counted: a rejected batch leaves
+            no trace in it.
     facts   rollbacks done, incidents, batches without a label. They outlive a rollback; the journal holds them, and
             `rebuild` reads them back after a crash.
 
@@ -30,6 +31,7 @@ from guardrail.detectors.standard import build
 from guardrail.incidents import OPEN, Incidents
 from guardrail.policy import Rollback, by_severity, decide, is_trouble, rollbacks_in_a_row
 from guardrail.records import (
+    LOSS_SCALE,
     Action,
     Event,
     Finding,
@@ -70,13 +72,17 @@ class Controller:
         # Reaches back to the earliest onset that a detector can name, and `window_before` batches further.
         reach = settings.window_before + max(LOOK_BACK, Divergence.MEMORY * settings.divergence_steps) + 1
         self._history: deque[Applied] = deque(maxlen=reach)
+        self._overflows = 0  # in a row, directly before the next step
         self._advice = Advice()
 
     # -- one step ------------------------------------------------------------------------------------------------
 
     def observe(self, obs: Observation) -> Verdict:
-        """Judge one step. In APPLY the step is taken as applied; anything else changes no state."""
+        """Judge one step. In APPLY the step is taken as applied; anything else changes no state but for overflows."""
+        if obs.overflow:
+            return self._overflowed(obs)
         if self.mode is Mode.OFF:
+            self._overflows = 0
             self._history.append(Applied(obs.step, obs.first, obs.last))
             return Verdict(action=Action.APPLY, step=obs.step)
         findings: list[Finding] = []
@@ -102,6 +108,7 @@ class Controller:
         for detector in self.detectors.values():
             detector.accept(obs, self._advice.left_out)
         self._history.append(Applied(obs.step, obs.first, obs.last))
+        self._overflows = 0
         self._advice.accepted()
         number, state = self.incidents.healthy(obs.step)
         return Verdict(
@@ -112,6 +119,18 @@ class Controller:
             incident=number,
             incident_state=state,
         )
+
+    def _overflowed(self, obs: Observation) -> Verdict:
+        """Too high a loss scale, until it has been lowered often enough: then it is not the scale.
+
+        Such an update is left out in every mode; it is the loss scaler's arithmetic and no opinion of the guard.
+        """
+        self._overflows += 1
+        if self.mode is not Mode.OFF and self._overflows % self.settings.overflows == 0:
+            return self._rejected(obs, (_collapsed(obs, self._overflows, self.settings.overflows),))
+        scale = obs.signals.get(LOSS_SCALE, 0.0)
+        reason = f"the gradients overflow at a loss scale of {scale:g}"
+        return Verdict(action=Action.OVERFLOW, step=obs.step, reason=reason, accepted=False)
 
     def _rejected(self, obs: Observation, findings: tuple[Finding, ...]) -> Verdict:
         trouble = is_trouble(findings)
@@ -130,7 +149,7 @@ class Controller:
         number, state = self.incidents.trouble(obs.step, onset) if trouble else (None, "")
         taken, would = action, None
         if self.mode is Mode.ADVISE:
-            taken, would = Action.APPLY, action
+            taken, would = Action.OVERFLOW if obs.overflow else Action.APPLY, action
             self._advise(action, obs, findings, onset, window)
         elif self.mode is Mode.ASK and action in (Action.ROLLBACK, Action.HALT):
             taken, would = Action.PAUSE, action
@@ -160,6 +179,7 @@ class Controller:
             detector.reset()
             detector.accept(obs)
         self._history.append(Applied(obs.step, obs.first, obs.last))
+        self._overflows = 0
 
     def set_mode(self, mode: Mode) -> None:
         """Takes effect with the next step. Leaving `off`, detectors begin anew: what they knew is out of date."""
@@ -196,7 +216,8 @@ class Controller:
             first = history[-1].last
         else:
             # Nothing was ever applied: the rejected batches reach back to about here, and are left out already.
-            first = max(0, obs.first - obs.streak * (obs.last - obs.first))
+            passed = obs.streak + max(0, self._overflows - 1)
+            first = max(0, obs.first - passed * (obs.last - obs.first))
         span = min([obs.last - obs.first, *(batch.last - batch.first for batch in history)])
         return (min(first, obs.first), obs.last + self.settings.window_after * span), before
 
@@ -217,6 +238,8 @@ class Controller:
             count = f", rejection {streak + 1} in a row of {settings.persist} that call for a rollback"
             return f"{what}: leave this update out{count if is_trouble(findings) else ''}"
         cause = f"{streak + 1} batches in a row rejected" if streak + 1 >= settings.persist else "it has stayed up"
+        if findings[0].kind is Kind.SCALE_COLLAPSE:
+            cause = f"guard.overflows allows {settings.overflows - 1}"
         if action is Action.HALT:
             return (
                 f"{what}, {cause}: halt, since {in_a_row} rollbacks without {settings.healthy_after} healthy steps "
@@ -249,6 +272,7 @@ class Controller:
         return {
             "detectors": {name: detector.state_dict() for name, detector in self.detectors.items()},
             "history": [list(batch) for batch in self._history],
+            "overflows": self._overflows,
             "advice": self._advice.state_dict(),
         }
 
@@ -263,6 +287,7 @@ class Controller:
                 anew.append(name)
         self._history.clear()
         self._history.extend(Applied(*batch) for batch in state["history"])
+        self._overflows = int(state.get("overflows", 0))
         self._advice = Advice.of(state["advice"]) if self.mode is Mode.ADVISE else Advice()
         return anew
 
@@ -330,6 +355,7 @@ class Controller:
             for detector in self.detectors.values():
                 detector.reset()
             self._history.clear()
+            self._overflows = 0
             self._advice = Advice()
         while self._history and self._history[-1].step >= step:
             self._history.pop()
@@ -346,6 +372,21 @@ def _restarted(obs: Observation) -> Finding:
         score=0.0,
         threshold=0.0,
         onset=obs.step,
+    )
+
+
+def _collapsed(obs: Observation, count: int, allowed: int) -> Finding:
+    return Finding(
+        signal=LOSS_SCALE,
+        step=obs.step,
+        kind=Kind.SCALE_COLLAPSE,
+        severity=Severity.PERSISTENT,
+        value=obs.signals.get(LOSS_SCALE, 0.0),
+        baseline=0.0,
+        score=float(count),
+        threshold=float(allowed),
+        onset=obs.step,
+        ranks=obs.nonfinite_grad,
     )
 
 

@@ -32,6 +32,7 @@ LEAST_SHM_BYTES = 64 << 20  # what NCCL wants a few of; containers come with thi
 LEAST_WATCHES = 128  # inotify watches of a user; the screen takes about five
 
 CONFIGURATION = "configuration"
+PRACTICE = "practice"
 PACKAGES = ("torch", "accelerate", "safetensors", "tokenizers", "textual", "tensorboard", "numpy", "msgspec")
 
 # Runs in the process that imports torch; prints one JSON object.
@@ -248,6 +249,7 @@ def _configuration(path: str, overrides: tuple[str, ...], torch: dict[str, Any])
         found.append(Check(name=CONFIGURATION, level="problem", text="torch cannot be imported"))
     else:
         found += _devices(settings, torch)
+    found += [Check(name=PRACTICE, level="note", text=remark) for remark in settings.practice()]
     yield from found
     if not any(check.level == "problem" for check in found):
         yield Check(name=CONFIGURATION, level="ok", text=f"{path} can run here, {settings.launch.processes} processes")

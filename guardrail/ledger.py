@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -178,11 +178,15 @@ class Quarantine:
             self.add(sample, int(parts[2] or 0))
 
 
-class LedgerState(msgspec.Struct, frozen=True, kw_only=True):
-    """What travels with a snapshot. The quarantine does not: it grows only, and the journal holds it."""
+class LedgerState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What travels with a snapshot. The quarantine does not: it grows only, and the journal holds it.
+
+    `applied` counts applied batches where the batch size depends on them, else it is 0.
+    """
 
     cursor: int
     applied_end: int
+    applied: int = 0
 
 
 class Ledger:
@@ -190,21 +194,28 @@ class Ledger:
 
     Args:
         order: the sample order.
-        batch_size: samples of a global batch.
+        batch_size: samples of a global batch, or a function that gives those of step 1, 2, ...
         limit: positions after which the data ends (epochs * samples), None: endless.
     """
 
-    def __init__(self, order: SampleOrder, *, batch_size: int, limit: int | None = None) -> None:
+    def __init__(self, order: SampleOrder, *, batch_size: int | Callable[[int], int], limit: int | None = None) -> None:
         self.order = order
-        self.batch_size = batch_size
+        self._size = batch_size
         self.limit = limit
         self.quarantine = Quarantine()
         self.spans: list[Span] = []
         self.cursor = 0
+        # Applied batches, if sizes go by them: a batch that is left out does not make the next one larger.
+        self.applied = 0
         # End of the last applied batch. Rejected spans between it and the next batch are the streak, which a
         # crash cannot change: after a restart the journal puts the same spans there.
         self.applied_end = 0
         self._rejected: list[tuple[int, int]] = []  # (first, last), ascending
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of the next batch."""
+        return self._size(self.applied + 1) if callable(self._size) else self._size
 
     def next_batch(self) -> Batch | None:
         """The next batch of the order that is not quarantined, or None at the end of the data.
@@ -215,8 +226,9 @@ class Ledger:
         samples: list[int] = []
         position = self.cursor
         barren = 0
-        while len(positions) < self.batch_size and (self.limit is None or position < self.limit):
-            stretch = position + self.batch_size - len(positions)
+        size = self.batch_size
+        while len(positions) < size and (self.limit is None or position < self.limit):
+            stretch = position + size - len(positions)
             stretch = stretch if self.limit is None else min(stretch, self.limit)
             for sample in self.order.samples(position, stretch):
                 if self.quarantine.holds(sample, self.order.epoch(position)):
@@ -252,6 +264,8 @@ class Ledger:
         self.cursor = batch.last
         if applied:
             self.applied_end = batch.last
+            if callable(self._size):
+                self.applied += 1
 
     def leave_out(self, span: Span) -> int:
         """Quarantine the samples of a span; returns how many were new. The journal has the span already."""
@@ -267,10 +281,10 @@ class Ledger:
         return len(self.quarantine) - before
 
     def state(self) -> LedgerState:
-        return LedgerState(cursor=self.cursor, applied_end=self.applied_end)
+        return LedgerState(cursor=self.cursor, applied_end=self.applied_end, applied=self.applied)
 
     def restore(self, state: LedgerState | dict[str, Any]) -> None:
         """Go back to a snapshot's cursor; the quarantine keeps all that it has learnt."""
         if isinstance(state, dict):
             state = msgspec.convert(state, LedgerState)
-        self.cursor, self.applied_end = state.cursor, state.applied_end
+        self.cursor, self.applied_end, self.applied = state.cursor, state.applied_end, state.applied

@@ -120,7 +120,7 @@ class Manifest(Record, frozen=True, kw_only=True):
     """manifest.json.
 
     Attributes:
-        world, strategy: number of ranks that wrote it, and "ddp" or "fsdp".
+        world, strategy: number of ranks that wrote it, and how the state lay on them; see TrainingState.layout.
         identity: fingerprints of configuration and data, versions: what the guard wants to know again at a resume.
         scalars: learning rates, schedule and optimizer numbers; JSON as `guardrail.torch.plain` writes it.
         extra: the guard's own state (cursor, detectors, ...), from rank 0; JSON in the same way.

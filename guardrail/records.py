@@ -14,6 +14,7 @@ LOSS = "loss"  # nats a token, mean over the global batch
 GRAD_NORM = "grad_norm"  # L2 norm of all gradients before clipping
 EMBED_GRAD_NORM = "embed_grad_norm"  # L2 norm of the embedding gradients before clipping
 EMBED_SHARE = "embed_share"  # embed_grad_norm^2 / grad_norm^2, in [0, 1]
+LOSS_SCALE = "loss_scale"  # what fp16 multiplies the loss by before the backward pass
 
 MAX_NAMED = 16  # documents or parameters named in one journal line; the rest is counted
 
@@ -26,6 +27,7 @@ class Action(str, Enum):
     ROLLBACK = "rollback"  # go back before the onset and quarantine the window
     PAUSE = "pause"  # park and ask
     HALT = "halt"  # checkpoint and exit with code 3
+    OVERFLOW = "overflow"  # fp16: leave this update out, halve the loss scale, go on with the next batch
 
 
 class Severity(str, Enum):
@@ -44,6 +46,7 @@ class Kind(str, Enum):
     DIVERGENCE = "divergence"  # the loss rose and stays up
     NO_TOKENS = "no_tokens"  # every label of the batch is ignored: nothing to learn from
     IMPOSSIBLE = "impossible"  # finite, but no working model gives it: a loss of exactly 0, 1e30
+    SCALE_COLLAPSE = "scale_collapse"  # fp16: gradients overflow at every loss scale that is tried
     RESTART = "restart"  # the step counter went back: another run, or a resume in a recorded log
 
 
@@ -70,6 +73,7 @@ class Observation(Record, frozen=True, kw_only=True):
         nonfinite_loss, nonfinite_grad: ranks that saw a NaN or Inf themselves.
         tokens: label tokens in the global batch that are not ignored.
         streak: batches rejected directly before this one, with no applied update between.
+        overflow: the gradients, not the loss, are non-finite under a loss scale: too high a scale explains it.
     """
 
     step: int
@@ -80,6 +84,7 @@ class Observation(Record, frozen=True, kw_only=True):
     nonfinite_grad: tuple[int, ...] = ()
     tokens: int = 1
     streak: int = 0
+    overflow: bool = False
 
 
 class Finding(Record, frozen=True, kw_only=True):
@@ -104,6 +109,8 @@ class Finding(Record, frozen=True, kw_only=True):
             return "no label token in the whole batch"
         if self.kind is Kind.RESTART:
             return f"the step counter goes back to {self.step}"
+        if self.kind is Kind.SCALE_COLLAPSE:
+            return f"{self.score:.0f} overflows in a row{where}, the loss scale has fallen to {self.value:.4g}"
         if self.kind is Kind.NONFINITE or self.kind is Kind.IMPOSSIBLE:
             return f"{self.signal} is {self.value:.4g}{where}"
         return (
@@ -323,4 +330,5 @@ METRIC_COLUMNS = (
     "embed_grad_norm_baseline",
     "embed_grad_norm_threshold",
     "eval_loss",  # NaN where no evaluation was made after this step
+    LOSS_SCALE,  # NaN without fp16
 )

@@ -11,14 +11,14 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from guardrail.config import GuardSection
 from guardrail.controller import Controller
 from guardrail.importers.run_directory import signals
 from guardrail.past import Past
-from guardrail.records import GRAD_NORM, LOSS, Action, CommandKind, Event, Kind, Mode, Observation, Verdict
+from guardrail.records import GRAD_NORM, LOSS, LOSS_SCALE, Action, CommandKind, Event, Kind, Mode, Observation, Verdict
 from guardrail.rundir import RunDirectory, findings_of, span_of
 
 ACTIONS = list(Action)
@@ -124,15 +124,17 @@ class Rejudge:
         done = ACTIONS[int(cells[6])]
         said = self._said(timeline, step, done)
         ranks = {f.signal: f.ranks for f in findings_of(said) if f.kind is Kind.NONFINITE} if said is not None else {}
+        measured = dict(zip(self._names, cells[len(HEAD) :], strict=True))
         obs = Observation(
             step=step,
             first=first,
             last=last,
-            signals=dict(zip(self._names, cells[len(HEAD) :], strict=True)),
+            signals=measured,
             nonfinite_loss=ranks.get(LOSS, ()),
             nonfinite_grad=ranks.get(GRAD_NORM, ()),
             tokens=int(cells[5]),
             streak=self._streak(first),
+            overflow=_overflow(measured),
         )
         return Judged(row, self._observe(obs, applied=done is Action.APPLY), done, said)
 
@@ -166,6 +168,8 @@ class Rejudge:
         asked = action == Action.PAUSE
         if action not in (*Action,) or not (asked or (action == Action.APPLY) is (done is Action.APPLY)):
             return None
+        if (action == Action.OVERFLOW) is not (done is Action.OVERFLOW):
+            return None  # most overflows are no more than a note
         return told.popleft()
 
     # -- what happened between two rows --------------------------------------------------------------------------
@@ -223,3 +227,9 @@ class Rejudge:
     def _set_mode(self, index: int) -> None:
         if self._own:
             self.controller.set_mode(MODES[int(self._events[index].data["value"])])
+
+
+def _overflow(measured: Mapping[str, float]) -> bool:
+    """What the step's one reduction says of a gradient under a loss scale; see `Observation.overflow`."""
+    scaled = math.isfinite(measured.get(LOSS_SCALE, math.nan))
+    return scaled and math.isfinite(measured[LOSS]) and not math.isfinite(measured[GRAD_NORM])

@@ -53,7 +53,7 @@ def reference(model: Decoder, ids: Tensor) -> Tensor:
     x = model.embedding.weight[ids]
     for block in model.blocks:
         normed = reference_norm(x, block.attention_norm)
-        query, key, value = block.attention.qkv.weight.split(width)
+        query, key, value = (project.weight for project in (block.attention.q, block.attention.k, block.attention.v))
         heads = []
         for h in range(model.section.heads):
             rows = slice(h * head_width, (h + 1) * head_width)
@@ -64,7 +64,7 @@ def reference(model: Decoder, ids: Tensor) -> Tensor:
             heads.append(scores.softmax(-1) @ (normed @ value[rows].T))
         x = x + torch.cat(heads, -1) @ block.attention.out.weight.T
         normed = reference_norm(x, block.feed_forward_norm)
-        gate, up = block.feed_forward.gate_up.weight.chunk(2)
+        gate, up = block.feed_forward.gate.weight, block.feed_forward.up.weight
         gated = normed @ gate.T
         x = x + (gated / (1 + (-gated).exp()) * (normed @ up.T)) @ block.feed_forward.down.weight.T
     output = model.embedding.weight if model.head is None else model.head.weight

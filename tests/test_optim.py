@@ -1,4 +1,4 @@
-"""AdamW against the formula, the schedule against its corners, and a scheduler state that restores exactly."""
+"""The optimizers against their formulas, the schedule against its corners, a scheduler state that restores exactly."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from tests.ranks import run_ranks
 from trainer.config import ModelSection, OptimSection
 from trainer.model import Decoder
-from trainer.optim import Schedule, Scheduler, build_optimizer
+from trainer.optim import Schedule, Scheduler, build_optimizer, build_optimizers
 
 SECTION = OptimSection(lr=1e-2, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.3)
 
@@ -112,6 +112,66 @@ def test_fused_adamw_on_shards_equals_the_whole(world: int, tmp_path: Path) -> N
             torch.testing.assert_close(result[name], parameter.detach(), rtol=1e-6, atol=1e-7, msg=name)
 
 
+@pytest.mark.parametrize("implementation", ["fused", "foreach", "loop"])
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_adam_adds_its_decay_to_the_gradient_and_adamw_does_not(name: str, implementation: str) -> None:
+    section = OptimSection(name=name, implementation=implementation, lr=1e-2, weight_decay=0.3, beta2=0.9, eps=1e-6)
+    layer = nn.Linear(3, 2, bias=False)
+    before = layer.weight.detach().double()
+    optimizer = build_optimizer(layer, section)
+    layer.weight.grad = gradient(0, 0, layer.weight.shape)
+    optimizer.step()
+    g = layer.weight.grad.double()
+    if name == "adam":
+        g, before_step = g + 0.3 * before, before
+    else:
+        before_step = before * (1 - 1e-2 * 0.3)
+    torch.testing.assert_close(layer.weight.double(), before_step - 1e-2 * g / (g.abs() + 1e-6), rtol=1e-5, atol=1e-6)
+
+
+def test_adafactor_is_the_formula() -> None:
+    """Shazeer & Stern 2018, algorithm 4, with the relative step and decay of torch's documentation."""
+    layer = nn.Linear(5, 3, bias=False)
+    optimizer = build_optimizer(layer, OptimSection(name="adafactor", lr=0.05, weight_decay=0.1))
+    w = layer.weight.detach().double()
+    rows, columns = torch.zeros(3, 1, dtype=torch.float64), torch.zeros(1, 5, dtype=torch.float64)
+    for step in range(1, 6):
+        layer.weight.grad = gradient(step, 0, layer.weight.shape)
+        g = layer.weight.grad.double()
+        beta = 1 - step**-0.8
+        rate = min(0.05, step**-0.5) * max(1e-3, w.square().mean().sqrt().item())
+        rows = beta * rows + (1 - beta) * g.square().mean(1, keepdim=True)
+        columns = beta * columns + (1 - beta) * g.square().mean(0, keepdim=True)
+        update = g / (rows @ columns / rows.mean()).sqrt()
+        update /= max(1.0, update.square().mean().sqrt().item())
+        w = w * (1 - 0.05 * 0.1) - rate * update
+        optimizer.step()
+        torch.testing.assert_close(layer.weight.double(), w, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest(tied: bool) -> None:
+    # As wide as the vocabulary, which says nothing about what a matrix is for.
+    section = ModelSection(layers=1, width=8, heads=2, hidden=11, tied=tied)
+    decoder = Decoder(section, vocabulary=11, sequence_length=4, seed=3)
+    muon, adamw = build_optimizers(decoder, OptimSection(name="muon"))
+    names = {id(p): name for name, p in decoder.named_parameters()}
+    inner = sorted(names[id(p)] for g in muon.param_groups for p in g["params"])
+    rest = sorted(names[id(p)] for g in adamw.param_groups for p in g["params"])
+    assert inner == [name for name in sorted(names.values()) if name.startswith("blocks.") and "norm" not in name]
+    assert sorted(inner + rest) == sorted(names.values())
+
+
+def test_muons_updates_are_orthogonal_and_as_long_as_adamws() -> None:
+    layer = nn.Linear(16, 8, bias=False)
+    nn.init.zeros_(layer.weight)
+    (muon, *_) = build_optimizers(layer, OptimSection(name="muon", lr=0.5, weight_decay=0.0))
+    layer.weight.grad = gradient(0, 0, layer.weight.shape)
+    muon.step()
+    values = torch.linalg.svdvals(layer.weight.detach()) / (0.5 * 0.2 * 16**0.5)
+    assert values.min() > 0.6 and values.max() < 1.3  # five Newton-Schulz iterations come this near to 1
+
+
 def test_schedule_at_its_corners() -> None:
     schedule = Schedule.of(OptimSection(lr=2.0, warmup_steps=10, min_lr_share=0.1), steps=110)
     assert schedule(0) == 0.0
@@ -163,7 +223,7 @@ def test_scheduler_goes_with_applied_updates_and_restores_the_same_float() -> No
     scheduler = Scheduler(build_optimizer(model(), SECTION), schedule)
     seen = []
     for _ in range(20):
-        rates = {g["lr"] for g in scheduler.optimizer.param_groups}
+        rates = {g["lr"] for g in scheduler.optimizers[0].param_groups}
         assert len(rates) == 1
         seen += rates
         scheduler.step()
@@ -172,7 +232,7 @@ def test_scheduler_goes_with_applied_updates_and_restores_the_same_float() -> No
     scheduler.load_state_dict({"next_step": 11})
     other = Scheduler(build_optimizer(model(), SECTION), schedule)
     other.load_state_dict(json.loads(json.dumps(scheduler.state_dict())))
-    assert {g["lr"] for g in other.optimizer.param_groups} == {schedule(11)}
+    assert {g["lr"] for g in other.optimizers[0].param_groups} == {schedule(11)}
     assert other.state_dict() == scheduler.state_dict()
 
 

@@ -9,7 +9,7 @@ import glob
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -24,6 +24,11 @@ from guardrail.config import (
     Settings,
 )
 from guardrail.errors import ConfigError
+from trainer import preset
+from trainer.layout import Layout, ParallelSection
+from trainer.ramp import BatchPlan
+from trainer.recipe import ModelSection, Objective, OptimSection, check_objective, nearest
+from trainer.schedule import Schedule, warmup_steps
 
 BUILTIN = "builtin:python"
 # Tokenizers that need no file.
@@ -58,44 +63,6 @@ class DataSection(Section, frozen=True, kw_only=True):
     max_document_bytes: Positive = 64 * 1024 * 1024
 
 
-class ModelSection(Section, frozen=True, kw_only=True):
-    """[model]: a causal decoder: RMSNorm before each block, RoPE, SwiGLU."""
-
-    # Blocks, width of the residual stream, attention heads (each of width / heads).
-    layers: Positive = 4
-    width: Positive = 128
-    heads: Positive = 4
-    # Width of the SwiGLU block; 0: 8/3 of the width, rounded up to a multiple of 32.
-    hidden: Natural = 0
-    # Input and output embeddings share one matrix.
-    tied: bool = True
-    # Share that is dropped of the attention weights and of what each half of a block adds.
-    dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
-    # Base of the rotation angles (RoPE), and what is added under the root of RMSNorm.
-    rope_base: PositiveFloat = 10000.0
-    norm_eps: PositiveFloat = 1e-5
-    # Standard deviation of the initial weights; output projections are scaled by 1/sqrt(2 layers) (GPT-2).
-    init_std: PositiveFloat = 0.02
-
-
-class OptimSection(Section, frozen=True, kw_only=True):
-    """[optim]: AdamW, linear warm-up, cosine decay, clipping."""
-
-    # Peak of the learning rate.
-    lr: PositiveFloat = 1e-3
-    # Decay of the two moments, and what is added to the root of the second.
-    beta1: Annotated[float, Meta(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Meta(ge=0, lt=1)] = 0.95
-    eps: PositiveFloat = 1e-8
-    # On matrices only; norms, biases and one-dimensional parameters have none.
-    weight_decay: NonNegativeFloat = 0.1
-    warmup_steps: Natural = 100
-    # The cosine ends at this share of the peak.
-    min_lr_share: Fraction = 0.1
-    # Global norm to which gradients are clipped; 0: no clipping.
-    clip: NonNegativeFloat = 1.0
-
-
 class TrainSection(Section, frozen=True, kw_only=True):
     """[train]: length, batch, precision, strategy."""
 
@@ -107,10 +74,30 @@ class TrainSection(Section, frozen=True, kw_only=True):
     batch_size: Positive = 16
     # Samples of one forward and backward pass of one rank; 0: batch_size / processes (no accumulation).
     micro_batch_size: Natural = 0
+    # Batch-size ramp (GPT-3): samples of the first batches; 0: none. It grows by ramp_by samples at a time (0: by the
+    # smallest step there is), linearly in tokens, and has its full size after ramp_tokens.
+    ramp_from: Natural = 0
+    ramp_by: Natural = 0
+    ramp_tokens: Natural = 0
     # Seed of the initial weights, dropout and every other draw.
     seed: Natural = 0
-    precision: Literal["fp32", "bf16"] = "fp32"
-    # "ddp": parameters replicated; "fsdp": parameters, gradients and optimizer state sharded (FSDP2).
+    # "lm": each next token; "prefix-lm": those behind a prefix of random length; "span": denoising with sentinels (T5);
+    # "blank": autoregressive blank filling (GLM).
+    objective: Objective = "lm"
+    # "span" and "blank": share of the tokens that are taken out, and mean length of a span.
+    noise: Annotated[float, Meta(gt=0, lt=1)] = 0.15
+    span_length: Annotated[float, Meta(ge=1)] = 3.0
+    # "blank": share of the samples with one blank at their end (GLM's [gMASK]) instead of short ones.
+    tail_share: Fraction = 0.5
+    # Weight of log(Z)^2 of the output softmax (PaLM: 1e-4); it is trained on and not part of the logged loss.
+    z_loss: NonNegativeFloat = 0.0
+    # bf16 and fp16 compute in 16 bits on fp32 weights. fp16 multiplies the loss by a scale that follows the overflows.
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    # fp16: the scale at the start, and the applied updates without an overflow after which it doubles.
+    loss_scale: PositiveFloat = 65536.0
+    loss_scale_steps: Positive = 2000
+    # "ddp": parameters replicated; "fsdp": parameters, gradients and optimizer state sharded (FSDP2). Short for a
+    # [parallel] section in which only one of the two numbers is above 1.
     strategy: Literal["ddp", "fsdp"] = "ddp"
     # Recompute the activations of each block in the backward pass.
     activation_checkpointing: bool = False
@@ -124,9 +111,18 @@ class FaultSection(Section, frozen=True, kw_only=True):
     """[[faults]]: faults that the trainer stages on purpose, for tests and demonstrations."""
 
     # nan_loss, inf_grad, inf_grad_reduced (after the reduction, as a broken rank would), spike_grad, spike_loss,
-    # nan_weight, hang, exit, raise
+    # overflow (an infinite gradient where the loss scale is above `value`), nan_weight, hang, exit, raise
     kind: Literal[
-        "nan_loss", "inf_grad", "inf_grad_reduced", "spike_grad", "spike_loss", "ignore_labels", "hang", "exit", "raise"
+        "nan_loss",
+        "inf_grad",
+        "inf_grad_reduced",
+        "spike_grad",
+        "spike_loss",
+        "overflow",
+        "ignore_labels",
+        "hang",
+        "exit",
+        "raise",
     ]
     # The fault strikes a batch that covers a position in [first, last) of the order ...
     first: Natural = 0
@@ -136,7 +132,7 @@ class FaultSection(Section, frozen=True, kw_only=True):
     times: Positive = 1_000_000_000
     # Rank that it strikes; -1: all.
     rank: Annotated[int, Meta(ge=-1)] = -1
-    # Strength: factor of a spike, seconds of a hang, exit status.
+    # Strength: factor of a spike, seconds of a hang, exit status, the largest loss scale that does not overflow.
     value: float = 100.0
     # Micro-batch of the window that it strikes; -1: all.
     micro: Annotated[int, Meta(ge=-1)] = -1
@@ -147,6 +143,7 @@ class Config(Settings, frozen=True, kw_only=True):
     model: ModelSection = ModelSection()
     optim: OptimSection = OptimSection()
     train: TrainSection = TrainSection()
+    parallel: ParallelSection = ParallelSection()
     faults: tuple[FaultSection, ...] = ()
 
     @property
@@ -154,13 +151,43 @@ class Config(Settings, frozen=True, kw_only=True):
         return self.launch.processes * self.launch.nodes
 
     @property
+    def layout(self) -> Layout:
+        """The mesh of ranks. Raises ConfigError where the numbers do not fit; `check` has seen that they do."""
+        return Layout.of(self.parallel, world=self.world, strategy=self.train.strategy)
+
+    @property
     def micro_batch_size(self) -> int:
-        return self.train.micro_batch_size or self.train.batch_size // self.world
+        return self.train.micro_batch_size or (self.train.ramp_from or self.train.batch_size) // self.layout.data_ranks
 
     @property
     def micro_batches(self) -> int:
         """Micro-batches of one rank in one update."""
-        return self.train.batch_size // (self.world * self.micro_batch_size)
+        return self.train.batch_size // (self.layout.data_ranks * self.micro_batch_size)
+
+    @property
+    def batch_plan(self) -> BatchPlan:
+        """Samples of a batch as a function of the step."""
+        train = self.train
+        if not train.ramp_from:
+            return BatchPlan.constant(train.batch_size)
+        by = train.ramp_by or self.layout.data_ranks * self.micro_batch_size
+        samples = -(-train.ramp_tokens // self.data.sequence_length)
+        return BatchPlan.growing(start=train.ramp_from, by=by, size=train.batch_size, samples=samples)
+
+    def schedule(self, *, steps: int) -> Schedule:
+        """The learning rate as a function of the step, for a run of so many."""
+        length = self.data.sequence_length
+        warmup = warmup_steps(self.optim, steps=steps, plan=self.batch_plan, sequence_length=length)
+        return Schedule.of(self.optim, steps=steps, warmup=warmup)
+
+    def practice(self) -> list[str]:
+        from trainer.practice import remarks
+
+        return remarks(self)
+
+    @classmethod
+    def completed(cls, tree: dict[str, Any]) -> dict[str, Any]:
+        return preset.completed(tree)
 
     def resolved(self, *, base: Path) -> Config:
         config = super().resolved(base=base)
@@ -174,20 +201,20 @@ class Config(Settings, frozen=True, kw_only=True):
             quarantine=absolute(data.quarantine) if data.quarantine else "",
             cache=absolute(data.cache) if data.cache else "",
         )
-        return msgspec.structs.replace(config, data=data)
+        model = config.model
+        model = msgspec.structs.replace(model, hf=absolute(model.hf) if model.hf else "")
+        return msgspec.structs.replace(config, data=data, model=model)
 
     def check(self, *, base: Path) -> None:
         super().check(base=base)
         self._check_batch()
+        self._check_ramp()
         self._check_data(base)
         self._check_faults()
-        if self.model.width % self.model.heads or (self.model.width // self.model.heads) % 2:
-            raise ConfigError(
-                "a multiple of 2 * model.heads (RoPE turns pairs)",
-                key="model.width",
-                value=self.model.width,
-                hint=f"model.heads = {self.model.heads}; nearest: {_nearest(self.model.width, 2 * self.model.heads)}",
-            )
+        self.model.check(base=base)
+        self.optim.check(self.model, strategy="fsdp" if self.layout.sharded else "ddp")
+        self.layout.check_model(self.model, self.optim, z_loss=self.train.z_loss)
+        check_objective(self.train.objective, self.model)
         if bool(self.train.steps) == bool(self.train.epochs):
             raise ConfigError(
                 "either train.steps or train.epochs, and not both",
@@ -195,13 +222,7 @@ class Config(Settings, frozen=True, kw_only=True):
                 value=self.train.steps,
                 hint=f"train.epochs is {self.train.epochs}; the one that does not count is 0",
             )
-        if self.train.steps and self.optim.warmup_steps >= self.train.steps:
-            raise ConfigError(
-                f"less than train.steps ({self.train.steps})",
-                key="optim.warmup_steps",
-                value=self.optim.warmup_steps,
-                hint="the learning rate would never reach its peak",
-            )
+        self._check_warmup()
         if self.train.eval_every and not self.data.eval_fraction:
             raise ConfigError(
                 "0, or held-out documents to evaluate on",
@@ -210,14 +231,50 @@ class Config(Settings, frozen=True, kw_only=True):
                 hint="set data.eval_fraction above 0",
             )
 
+    def _check_warmup(self) -> None:
+        """By epochs, the number of steps is known only when the data is."""
+        steps, optim = self.train.steps, self.optim
+        if steps and self.schedule(steps=steps).warmup >= steps:
+            key = "warmup_tokens" if optim.warmup_tokens else "warmup_steps"
+            raise ConfigError(
+                f"less than train.steps ({steps})" if key == "warmup_steps" else f"fewer than {steps} steps have",
+                key=f"optim.{key}",
+                value=getattr(optim, key),
+                hint="the learning rate would never reach its peak",
+            )
+
+    def _check_ramp(self) -> None:
+        train = self.train
+        if bool(train.ramp_from) != bool(train.ramp_tokens) or (train.ramp_by and not train.ramp_from):
+            key = "ramp_tokens" if train.ramp_from else "ramp_from"
+            raise ConfigError("a ramp with both ramp_from and ramp_tokens", key=f"train.{key}", value=0)
+        if not train.ramp_from:
+            return
+        share = self.layout.data_ranks * self.micro_batch_size
+        by = train.ramp_by or share
+        if not share or train.ramp_from % share or train.ramp_from >= train.batch_size:
+            least = share or self.layout.data_ranks
+            raise ConfigError(
+                f"a multiple of {least} (data ranks x micro_batch_size) below train.batch_size",
+                key="train.ramp_from",
+                value=train.ramp_from,
+            )
+        if by % share or (train.batch_size - train.ramp_from) % by:
+            raise ConfigError(
+                f"a multiple of {share} (data ranks x micro_batch_size) that divides "
+                f"batch_size - ramp_from = {train.batch_size - train.ramp_from}",
+                key="train.ramp_by",
+                value=by,
+            )
+
     def _check_batch(self) -> None:
-        batch, world = self.train.batch_size, self.world
+        batch, world = self.train.batch_size, self.layout.data_ranks
         if batch % world:
             raise ConfigError(
                 f"a multiple of the {world} processes",
                 key="train.batch_size",
                 value=batch,
-                hint=f"nearest: {_nearest(batch, world)}",
+                hint=f"nearest: {nearest(batch, world)}",
             )
         share = self.train.micro_batch_size * world
         if share and batch % share:
@@ -264,8 +321,9 @@ class Config(Settings, frozen=True, kw_only=True):
         """Refuse a ring of snapshots that the memory of this node cannot hold."""
         from trainer.sizes import state_bytes
 
-        sharded = self.train.strategy == "fsdp"
-        one = state_bytes(self.model, self.vocabulary, shards=self.world if sharded else 1)
+        layout = self.layout
+        shards = layout.dp_shard * layout.tp
+        one = state_bytes(self.model, self.vocabulary, shards=shards, sequence_length=self.data.sequence_length)
         ring, memory = one * self.snapshots.keep * self.launch.processes, memory_bytes()
         if ring > memory:
             fit = memory // (one * self.launch.processes)
@@ -312,7 +370,3 @@ def _path(base: Path, path: str) -> Path:
 def _exists(base: Path, source: str) -> bool:
     path = _path(base, source)
     return path.exists() or any(True for _ in glob.iglob(str(path), recursive=True))
-
-
-def _nearest(value: int, multiple: int) -> int:
-    return max(multiple, round(value / multiple) * multiple)

@@ -5,7 +5,7 @@ The loop calls one hook at each place where a fault can strike:
     faults.batch(step=..., positions=...)            # once an attempt
     for micro, (tokens, labels) in enumerate(...):
         labels = faults.labels(micro, labels)        # before the forward pass; hangs, exits and raises strike here
-        loss = faults.loss(micro, model, loss)       # the 0-d loss, before its backward pass
+        loss = faults.loss(micro, model, loss, scale=scale)  # the 0-d loss, before its backward pass
     faults.gradients(model)                          # reduced gradients, before the probes measure them
 
 A loop whose `Faults` is empty (false) skips them. A fault by position strikes the batches that use a position of its
@@ -74,8 +74,12 @@ class Faults:
                 labels = torch.full_like(labels, IGNORED)
         return labels
 
-    def loss(self, micro: int, model: nn.Module, loss: Tensor) -> Tensor:
-        """The loss of a micro-batch, spoiled; gradient faults are hung into the backward pass that follows."""
+    def loss(self, micro: int, model: nn.Module, loss: Tensor, *, scale: float = 1.0) -> Tensor:
+        """The loss of a micro-batch, spoiled; gradient faults are hung into the backward pass that follows.
+
+        Args:
+            scale: that the loss will be multiplied by before its backward pass.
+        """
         for fault in self._now:
             if fault.micro not in (-1, micro):
                 continue
@@ -85,8 +89,8 @@ class Faults:
                 loss = loss * fault.value
             elif fault.kind == "spike_grad":
                 loss.register_hook(partial(operator.mul, fault.value))
-            elif fault.kind == "inf_grad":
-                loss = loss + _Spoiled.apply(unwrapped(model).norm.weight)
+            elif fault.kind == "inf_grad" or (fault.kind == "overflow" and scale > fault.value):
+                loss = loss + _Spoiled.apply(unwrapped(model).root_weight)
         return loss
 
     def gradients(self, model: nn.Module) -> None:
@@ -112,8 +116,8 @@ class _Spoiled(torch.autograd.Function):
     """Zero, with an infinite gradient for the first entry of a weight.
 
     As part of the graph it spoils the gradient where a broken kernel would: before any hook on the weight sees it, and
-    before the ranks are averaged. The weight is that of the last norm: between forward and backward it is a whole,
-    plain leaf under fsdp as well, because the root's group stays gathered.
+    before the ranks are averaged. The weight is one outside of the blocks (the last norm's): between forward
+    and backward it is a whole, plain leaf under fsdp as well, because the root's group stays gathered.
     """
 
     @staticmethod

@@ -23,15 +23,24 @@ from guardrail.records import Phase
 from guardrail.rundir import RunDirectory, RunLock
 from guardrail.signals import StopSignals
 from guardrail.torch.guard import Guard, Step
+from trainer.build import build_model, build_objective, clipping, stabilise
 from trainer.config import Config
 from trainer.data.corpus import Corpus
-from trainer.data.loader import Loader
+from trainer.data.loader import Loader, MicroBatch
 from trainer.data.prepare import prepare, wait_prepared
 from trainer.faults import Faults
-from trainer.model import Decoder
-from trainer.objectives import loss_sum
-from trainer.optim import Schedule, Scheduler, build_optimizer
-from trainer.parallel import accumulating, distribute, is_sharded, make_accelerator, seed_micro_batch
+from trainer.objectives import z_penalty
+from trainer.optim import Scheduler, build_optimizers
+from trainer.parallel import (
+    accumulating,
+    distribute,
+    is_sharded,
+    loss_of,
+    make_accelerator,
+    make_scaler,
+    seed_micro_batch,
+)
+from trainer.stabilisers import ZClip
 
 LOCK_SECONDS = 60.0  # the ranks of an earlier start may need this long to die
 FIXED_SAMPLES = 8  # whose loss a resumed model must reproduce, whatever the batch is now
@@ -71,37 +80,50 @@ class Trainer:
     def _build(self) -> None:
         config, corpus = self.config, self.corpus
         order = SampleOrder(samples=len(corpus.train), seed=config.data.seed, shuffled=config.data.order == "shuffled")
+        self.data_rank = config.layout.data_rank(self.rank)
         limit = config.train.epochs * order.n_samples if config.train.epochs else None
-        self.total_steps = config.train.steps or -(-(limit or 0) // config.train.batch_size)
+        plan = config.batch_plan
+        self.total_steps = config.train.steps or plan.steps(limit or 0)
+        self.objective = build_objective(config, vocabulary=corpus.vocabulary)
         self.loader = Loader(
             corpus.train,
-            world=config.world,
-            rank=self.rank,
+            world=config.layout.data_ranks,
+            rank=self.data_rank,
             pad=corpus.tokenizer.pad,
             micro_batches=config.micro_batches,
             micro_batch_size=config.micro_batch_size,
+            objective=self.objective,
+            growing=bool(config.train.ramp_from),
         )
+        self.micro_batches: list[MicroBatch] = []  # of the last step
         torch.manual_seed(config.train.seed)
-        model = Decoder(config.model, vocabulary=corpus.vocabulary, sequence_length=config.data.sequence_length)
+        model = build_model(config, vocabulary=corpus.vocabulary + self.objective.extra_ids)
         self._stop_if_asked()
         self.model = distribute(model.to(self.device), config, self.accelerator)
-        self.optimizer = build_optimizer(self.model, config.optim)
-        schedule = Schedule.of(config.optim, steps=self.total_steps)
+        self.loss_sum = loss_of(self.model)
+        self.optimizers = build_optimizers(self.model, config.optim)
+        self.qk_clip = stabilise(self.model, self.optimizers, config)
+        self.scaler = make_scaler(config, self.device)
+        schedule, clip = config.schedule(steps=self.total_steps), clipping(config)
         self.faults = Faults(config.faults, rank=self.rank)
         self.guard = Guard.from_config(
             config,
             data=order,
             model=self.model,
-            optimizer=self.optimizer,
-            scheduler=Scheduler(self.optimizer, schedule),
-            batch_size=config.train.batch_size,
+            optimizer=self.optimizers,
+            scheduler=Scheduler(self.optimizers, schedule, zclip=clip if isinstance(clip, ZClip) else None),
+            scaler=self.scaler,
+            batch_size=plan if config.train.ramp_from else config.train.batch_size,
             total_steps=config.train.steps,
             limit=limit,
-            clip=config.optim.clip,
+            clip=clip,
             run=self.run_directory,
+            device=self.device,
+            counting=config.layout.counts(self.rank),
             signals=self.signals,
             heartbeat=self.heartbeat,
             describe=self._describe,
+            rerun=self._rerun,
             fixed_loss=self._fixed_loss,
             lr_at=schedule,
             identity={"data": corpus.fingerprint, "config": hashlib.sha256(dump(config).encode()).hexdigest()},
@@ -132,12 +154,14 @@ class Trainer:
     def train_step(self, step: Step) -> None:
         """Forward and backward over this rank's share of the batch, then the verdict."""
         config = self.config
-        micro_batches = self.loader.load(step.batch)
+        micro_batches = self.micro_batches = self.loader.load(step.batch)
         ahead = self.guard.ahead(step.batch)
         if ahead is not None:
             self.loader.prefetch(ahead)
         if self.faults:
             self.faults.batch(step=step.number, positions=step.batch.positions)
+        if self.qk_clip is not None:
+            self.qk_clip.begin()
         nominal = config.train.batch_size * config.data.sequence_length
         total = torch.zeros((), device=self.device)
         tokens = torch.zeros((), device=self.device, dtype=torch.int64)
@@ -151,17 +175,31 @@ class Trainer:
             inputs, labels = self._to_device(micro.tokens), self._to_device(micro.labels)
             if self.faults:
                 labels = self.faults.labels(index, labels)
-            seed_micro_batch(config.train.seed, micro.position, self.rank)
+            seed_micro_batch(config.train.seed, micro.position, self.data_rank)
             with accumulating(self.model, last=last):
-                loss, count = loss_sum(self.model(inputs), labels)
+                logits = self.model(inputs, **self._extra(micro.extra))
+                loss, count = self.loss_sum(logits, labels)
                 if self.faults:
-                    loss = self.faults.loss(index, self.model, loss)
-                self.accelerator.backward(loss * (config.world / nominal))
+                    loss = self.faults.loss(index, self.model, loss, scale=self.scaler.get_scale())
+                trained = loss
+                if config.train.z_loss:
+                    trained = loss + z_penalty(logits, labels, config.train.z_loss)
+                self.accelerator.backward(self.scaler.scale(trained * (config.layout.data_ranks / nominal)))
             total += loss.detach()
             tokens += count
         if self.faults:
             self.faults.gradients(self.model)
         step.finish(total, tokens=tokens, nominal_tokens=nominal, incomplete=incomplete)
+
+    def _rerun(self) -> None:
+        """The forward passes of the last step once more, with the same dice."""
+        for micro in self.micro_batches:
+            seed_micro_batch(self.config.train.seed, micro.position, self.data_rank)
+            self.model(self._to_device(micro.tokens), **self._extra(micro.extra))
+
+    def _extra(self, arrays: dict[str, Any]) -> dict[str, Tensor]:
+        """What the objective gives the model besides tokens."""
+        return {name: self._to_device(array) for name, array in arrays.items()}
 
     def _to_device(self, array: Any) -> Tensor:
         tensor = torch.from_numpy(array)
@@ -182,10 +220,11 @@ class Trainer:
         for index in range(config.train.eval_batches):
             if self.guard.poll_stop():
                 return
-            first = (index * config.world + self.rank) * size
+            first = (index * config.layout.data_ranks + self.data_rank) * size
             ids = [sample for sample in range(first, first + size) if sample < len(split)]
             loss, count = self._loss_of(split, ids or [0])
-            sums += torch.stack([loss, count]) if ids else 0.0
+            if ids and config.layout.counts(self.rank):
+                sums += torch.stack([loss, count])
             self.guard.enter(Phase.EVAL)
         if config.world > 1:
             dist.all_reduce(sums)
@@ -196,10 +235,11 @@ class Trainer:
     @torch.no_grad()
     def _loss_of(self, split: Any, sample_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(sum of losses, label tokens) of some samples, float64, without dropout."""
-        rows = torch.from_numpy(split.tokens(sample_ids)).to(self.device, torch.int64)
+        shown = self.objective(split.tokens(sample_ids), sample_ids)
+        tokens, labels = self._to_device(shown.tokens), self._to_device(shown.labels)
         self.model.eval()
         try:
-            loss, count = loss_sum(self.model(rows[:, :-1]), rows[:, 1:])
+            loss, count = self.loss_sum(self.model(tokens, **self._extra(shown.extra)), labels)
         finally:
             self.model.train()
             # FSDP2 keeps the root's parameters gathered after a forward pass without a backward one, and would take

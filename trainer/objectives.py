@@ -32,3 +32,18 @@ def loss_sum(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits_NV = logits_NV.float()
     total = F.cross_entropy(logits_NV, labels.flatten(), ignore_index=IGNORED, reduction="sum")
     return total, (labels != IGNORED).sum()
+
+
+def z_penalty(logits: Tensor, labels: Tensor, weight: float) -> Tensor:
+    """weight * sum of log(Z)^2 over the label tokens, which keeps the softmax's normaliser near 1 (PaLM, section 5).
+
+    Args:
+        logits: [B, T, V]; labels: [B, T], as for `loss_sum`.
+
+    Returns:
+        A 0-d tensor in fp32 (float64 for float64 logits), to be added to the sum that is trained on.
+    """
+    if logits.dtype not in (torch.float32, torch.float64):
+        logits = logits.float()
+    log_z_BT = logits.logsumexp(-1)
+    return weight * (log_z_BT.square() * (labels != IGNORED)).sum()

@@ -1,7 +1,7 @@
 """Processes, devices and the way a model is spread over them: ddp or fsdp, on gloo and NCCL by the same code.
 
-Accelerate provides process state, device, autocast and DDP. It has no FSDP2 on CPU (it silently falls back to DDP), so
-`fully_shard` is applied here on a DeviceMesh of torch's own.
+Accelerate provides process state, device and DDP. It has no FSDP2 on CPU (it silently falls back to DDP), so
+`fully_shard` is applied here on a DeviceMesh of torch's own; and it refuses fp16 there, so autocast is torch's own too.
 """
 
 from __future__ import annotations
@@ -11,22 +11,28 @@ import os
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
-from torch import nn
+from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from guardrail.errors import WorkersFailed
 from guardrail.ledger import mix64
+from trainer import tensor_parallel
 from trainer.config import Config
+from trainer.layout import Layout
 from trainer.model import Decoder
+from trainer.objectives import loss_sum
+from trainer.tensor_parallel import LossSum
+
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -49,7 +55,7 @@ def make_accelerator(config: Config) -> Accelerator:
         os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     accelerator = Accelerator(
         cpu=on_cpu,
-        mixed_precision="bf16" if config.train.precision == "bf16" else "no",
+        mixed_precision="no",
         # Accelerator.backward divides by this; the objective has its own arithmetic (trainer.objectives).
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         dynamo_backend="no",
@@ -76,10 +82,9 @@ def _check(accelerator: Accelerator, config: Config, *, on_cpu: bool) -> None:
             f"{config.launch.processes} x {config.launch.nodes} node(s) = {config.world}: start the run with "
             "`guardrail launch`, or torchrun with the same numbers (`accelerate launch --cpu` starts one process)"
         )
-    expected = "bf16" if config.train.precision == "bf16" else "no"
     found = {
         "device": (accelerator.device.type, "cpu" if on_cpu else "cuda"),
-        "mixed precision": (accelerator.mixed_precision, expected),
+        "mixed precision": (accelerator.mixed_precision, "no"),
         "accumulation": (accelerator.gradient_accumulation_steps, 1),
         "plugin": (accelerator.distributed_type.value.removeprefix("MULTI_"), _plain_type(accelerator)),
     }
@@ -102,42 +107,83 @@ def distribute(model: Decoder, config: Config, accelerator: Accelerator) -> nn.M
     """Spread a freshly built model over the ranks; every rank passes the same weights.
 
     ddp gives a DistributedDataParallel (or the model itself in a single process), fsdp the same Decoder with
-    DTensor parameters. Either takes tokens [B, T] and gives fp32 logits. Build the optimizer from what is returned.
+    DTensor parameters. Either takes tokens [B, T] and gives fp32 logits, under tensor parallelism those of this rank's
+    part of the vocabulary; `loss_of` gives the loss that goes with them. Build the optimizer from what is returned.
     """
     model.set_recompute(config.train.activation_checkpointing)
-    if config.train.strategy == "fsdp":
+    if config.layout.sharded:
         return _shard(model, config, accelerator)
+    _autocast(model, config, accelerator.device)
     with warnings.catch_warnings():
         # torch 2.13 renames it, and Accelerate knows the old name only. The rotary table is the same everywhere.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         # Under torchrun Accelerate takes a single CPU process for a group of one and wraps it too; this flag leaves
-        # device and autocast, and no DDP.
+        # the device, and no DDP.
         prepared = cast(nn.Module, accelerator.prepare_model(model, evaluation_mode=config.world == 1))
     _settle_buckets(prepared, accelerator.device)
     return prepared
+
+
+def _autocast(model: nn.Module, config: Config, device: torch.device) -> None:
+    """Compute in 16 bits where torch's autocast thinks it right; logits come back in fp32, as Accelerate has them."""
+    dtype = HALVES.get(config.train.precision)
+    if dtype is None:
+        return
+    forward = model.forward
+
+    def cast_forward(*inputs: Any, **named: Any) -> Tensor:
+        with torch.autocast(device.type, dtype):
+            logits_BTV: Tensor = forward(*inputs, **named)
+        return logits_BTV.float()
+
+    model.forward = cast_forward
+
+
+def make_scaler(config: Config, device: torch.device) -> torch.amp.GradScaler:
+    """What multiplies the loss before its backward pass; switched off, it changes nothing, unless fp16 is trained."""
+    train = config.train
+    return torch.amp.GradScaler(
+        device.type,
+        init_scale=train.loss_scale,
+        growth_interval=train.loss_scale_steps,
+        enabled=train.precision == "fp16",
+    )
 
 
 def _shard(model: Decoder, config: Config, accelerator: Accelerator) -> Decoder:
     """A shard group for each block and one, the root, for the rest.
 
     The embedding, the last norm and the head are in the root's group, so a tied matrix is gathered once and stays
-    one parameter. Parameters, moments and the reduction are fp32; with bf16 only compute and gathering are bf16.
+    one parameter. Parameters, moments and the reduction are fp32; only compute and gathering are in 16 bits.
     """
     if not dist.is_initialized():  # a single process: a mesh of one, so that one rank runs the code of many
         backend = "gloo" if accelerator.device.type == "cpu" else "nccl"
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    mesh = init_device_mesh(accelerator.device.type, (config.world,), mesh_dim_names=("shard",))
-    if config.train.precision == "bf16":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        # Logits in fp32, as Accelerate's autocast gives them.
-        root_policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
-        )
+    section = config.parallel
+    dtype = HALVES.get(config.train.precision)
+    if dtype is not None:
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        # Logits in fp32, as ddp has them.
+        root_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
     else:
         policy = root_policy = MixedPrecisionPolicy()
+    whole = _mesh(config.layout, accelerator.device)
+    if config.layout.tp > 1:
+        model.loss_sum = tensor_parallel.split(model, whole["tp"])  # type: ignore[assignment]
+    # Replicas of shards (HSDP), or shards alone: the ranks that average gradients.
+    data = whole["dp_replicate", "dp_shard"] if config.layout.dp_replicate > 1 else whole["dp_shard"]
+    options: dict[str, Any] = {"mesh": data}
+    if section.cpu_offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=accelerator.device.type == "cuda")
     for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    return cast(Decoder, fully_shard(model, mesh=mesh, mp_policy=root_policy))
+        fully_shard(block, mp_policy=policy, reshard_after_forward=section.reshard_after_forward, **options)
+    # The root's own parameters are needed again as soon as the backward pass begins: torch keeps them by default.
+    return cast(Decoder, fully_shard(model, mp_policy=root_policy, **options))
+
+
+def _mesh(layout: Layout, device: torch.device) -> DeviceMesh:
+    sizes = (layout.dp_replicate, layout.dp_shard, layout.tp)
+    return init_device_mesh(device.type, sizes, mesh_dim_names=("dp_replicate", "dp_shard", "tp"))
 
 
 def _settle_buckets(model: nn.Module, device: torch.device) -> None:
@@ -175,6 +221,12 @@ def accumulating(model: nn.Module, *, last: bool) -> Iterator[None]:
 def unwrapped(model: nn.Module) -> Decoder:
     """The Decoder inside DDP, or the sharded Decoder itself."""
     return cast(Decoder, model.module if isinstance(model, DistributedDataParallel) else model)
+
+
+def loss_of(model: nn.Module) -> LossSum:
+    """The summed loss of what `model` gives; see `objectives.loss_sum`."""
+    split: LossSum | None = getattr(unwrapped(model), "loss_sum", None)
+    return split or loss_sum
 
 
 def is_sharded(model: nn.Module) -> bool:

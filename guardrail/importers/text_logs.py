@@ -14,8 +14,7 @@ from typing import TextIO
 
 from guardrail.errors import DataError
 from guardrail.importers.log import Log, number
-from guardrail.importers.names import LOSS_SCALE
-from guardrail.records import GRAD_NORM, LOSS
+from guardrail.records import GRAD_NORM, LOSS, LOSS_SCALE
 from guardrail.text import clean
 
 # Lines of one format after which no other is thought of any more.

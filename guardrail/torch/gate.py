@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ class Gate:
     Args:
         optimizers: torch.optim optimizers over `parameters`.
         parameters: all trainable parameters; `embedding` the subset that `embed_alpha` shrinks.
-        clip: largest global norm of an applied gradient; 0: no clipping.
+        clip: largest global norm of an applied gradient (0: no clipping), or what gives it from the norm of each
+            update that is applied; a state that it has must travel with the scheduler's.
     """
 
     def __init__(
@@ -26,7 +27,7 @@ class Gate:
         *,
         parameters: Sequence[nn.Parameter],
         embedding: Sequence[nn.Parameter],
-        clip: float,
+        clip: float | Callable[[float], float],
     ) -> None:
         self.optimizers = list(optimizers)
         self.parameters = list(parameters)
@@ -34,7 +35,7 @@ class Gate:
         self.clip = clip
 
     def factor(self, reduced: Reduced, *, embed_alpha: float = 1.0) -> float:
-        """What all gradients are multiplied by: token weighting and clipping in one pass.
+        """What all gradients are multiplied by: token weighting and clipping in one pass. Once an applied update.
 
         Clipping uses torch's rule, min(1, clip / (norm + 1e-6)), with the norm after embedding shrink.
         """
@@ -42,7 +43,8 @@ class Gate:
         if embed_alpha != 1.0:
             rest = max(0.0, norm**2 - reduced.embed_grad_norm**2)
             norm = (rest + (embed_alpha * reduced.embed_grad_norm) ** 2) ** 0.5
-        coefficient = self.clip / (norm + 1e-6) if self.clip else 1.0
+        limit = self.clip(norm) if callable(self.clip) else self.clip
+        coefficient = limit / (norm + 1e-6) if limit else 1.0
         # Written so that a NaN norm stays NaN: only `advise` and `off` ever apply such a step.
         return reduced.scale * (1.0 if coefficient >= 1.0 else coefficient)
 

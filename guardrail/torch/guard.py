@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -32,9 +33,11 @@ from guardrail.past import Past
 from guardrail.policy import Rollback
 from guardrail.recorder import Recorder
 from guardrail.records import (
+    LOSS,
     MAX_NAMED,
     Action,
     CommandKind,
+    Kind,
     Mode,
     Observation,
     Phase,
@@ -45,10 +48,12 @@ from guardrail.records import (
 from guardrail.rundir import RunDirectory
 from guardrail.signals import StopSignals
 from guardrail.torch import rng
+from guardrail.torch.blame import first_nonfinite
 from guardrail.torch.checkpoints import CheckpointStore
 from guardrail.torch.desk import Answer, Desk
 from guardrail.torch.gate import Gate
 from guardrail.torch.probes import Probes, Reduced
+from guardrail.torch.scaling import LossScale, enabled
 from guardrail.torch.state import TrainingState
 from guardrail.torch.tiers import Restored, Target, Tiers
 
@@ -102,15 +107,22 @@ class Guard:
         model: any nn.Module: plain, DDP, FSDP2 (`fully_shard`).
         optimizer: one torch.optim optimizer or several.
         scheduler: anything with step(), state_dict() and load_state_dict(); stepped once an applied update.
+        scaler: for fp16, a torch.amp.GradScaler: backpropagate `scaler.scale(loss)`, hand `step.finish` the loss
+            itself, and leave unscaling, stepping and updating to the guard.
         order: the sample order.
-        batch_size: samples of a global batch.
+        batch_size: samples of a global batch, or a function that gives those of step 1, 2, ...
         total_steps: applied updates after which the run is finished; 0: endless.
         limit: positions after which the data ends; None: endless.
-        clip: global norm to which gradients are clipped; 0: none.
+        clip: global norm to which gradients are clipped, 0: none; or a function of the norm (see Gate).
         run: the run directory; None keeps everything in memory (no commands, no disk tier).
+        device: that computes; None: where the parameters lie, which is the host when they are offloaded.
+        counting: whether this rank's loss and tokens enter the sums; False on all but one of the ranks that compute the
+            same loss, as those of a tensor-parallel group do.
         signals: stop signals of the process, installed by the caller; None: none.
         heartbeat: created by the caller early in set-up; None: the guard makes its own when there is a run.
         describe: sample ids -> (documents as dicts, number of documents), for the journal. Called on rank 0.
+        rerun: runs the forward passes of this rank's share of the last batch again, with the same dice. Called on every
+            rank when a loss was not finite, to name the module that it came from.
         fixed_loss: loss on one fixed batch, same on every rank; stored with a checkpoint and compared after a resume.
         lr_at: the scheduled learning rate as a function of the step, to be compared after a resume.
         identity: fingerprints stored with a checkpoint. A resume on other "data" is refused, any other change noted.
@@ -123,15 +135,19 @@ class Guard:
         model: nn.Module,
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         scheduler: Any = None,
+        scaler: Any = None,
         order: SampleOrder,
-        batch_size: int,
+        batch_size: int | Callable[[int], int],
         total_steps: int = 0,
         limit: int | None = None,
-        clip: float = 1.0,
+        clip: float | Callable[[float], float] = 1.0,
         run: RunDirectory | None = None,
+        device: torch.device | None = None,
+        counting: bool = True,
         signals: StopSignals | None = None,
         heartbeat: Heartbeat | None = None,
         describe: Describe | None = None,
+        rerun: Callable[[], None] | None = None,
         fixed_loss: Callable[[], float] | None = None,
         lr_at: Callable[[int], float] | None = None,
         identity: dict[str, Any] | None = None,
@@ -144,13 +160,14 @@ class Guard:
         self.past = Past()
         self.controller = Controller(settings.guard)
         self.recorder = Recorder(run, active=self.rank == 0, learn=lambda event: self.past.add(event))
-        self.probes = Probes(model, rank=self.rank, world=self.world)
+        self.probes = Probes(model, rank=self.rank, world=self.world, device=device, counting=counting)
         optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
         self.gate = Gate(optimizers, parameters=self.probes.parameters, embedding=self.probes.embedding, clip=clip)
-        self.state = TrainingState(model, optimizers, scheduler)
+        self.loss_scale = LossScale(scaler) if enabled(scaler) else None
+        self.state = TrainingState(model, optimizers, scheduler, scaler if enabled(scaler) else None)
         self._scheduler = scheduler
         self._optimizers = optimizers
-        self._describe, self._fixed_loss, self._lr_at = describe, fixed_loss, lr_at
+        self._describe, self._fixed_loss, self._lr_at, self._rerun = describe, fixed_loss, lr_at, rerun
         self._identity = identity or {}
         self._signals = signals
         self._heartbeat = heartbeat
@@ -384,6 +401,7 @@ class Guard:
             command=self.desk.next(step.number),
             stop=self.stopping,
             incomplete=incomplete,
+            loss_scale=self.loss_scale.value if self.loss_scale is not None else None,
         )
         if reduced.incomplete:
             self.gate.leave_out()
@@ -398,6 +416,7 @@ class Guard:
             nonfinite_grad=reduced.nonfinite_grad,
             tokens=reduced.tokens,
             streak=step.batch.streak,
+            overflow=reduced.overflow,
         )
         bands = self.controller.bands()
         verdict = self.controller.observe(observation)
@@ -429,6 +448,8 @@ class Guard:
                 self._apply(step, reduced)
             case Action.SKIP:
                 self._skip(step, verdict)
+            case Action.OVERFLOW:
+                self._overflowed(step, verdict)
             case Action.ROLLBACK:
                 self._roll_back_for(step, verdict)
             case Action.PAUSE:
@@ -441,6 +462,8 @@ class Guard:
         alpha = self.past.alpha.at(step.number)
         factor = self.gate.factor(reduced, embed_alpha=alpha)
         self.gate.apply(factor, lr_factor=self.past.lr.at(step.number), embed_alpha=alpha)
+        if self.loss_scale is not None:
+            self.loss_scale.update(overflow=False)
         if self._scheduler is not None:
             self._scheduler.step()
         step.applied = True
@@ -458,6 +481,16 @@ class Guard:
             )
         )
         self.ledger.passed(step.batch, applied=False)
+
+    def _overflowed(self, step: Step, verdict: Verdict) -> None:
+        """Leave the update out at a lower loss scale. The data is not to blame, so nothing is quarantined."""
+        assert self.loss_scale is not None
+        self.gate.leave_out()
+        scale = self.loss_scale.update(overflow=True)
+        batch = step.batch
+        passed = f"positions {batch.first} to {batch.last - 1} are passed by"
+        self.say("note", f"{verdict.reason}: {passed}, and it is {scale:g} now", overflow=True, loss_scale=scale)
+        self.ledger.passed(batch, applied=False)
 
     def leave_out(self, span: Span) -> None:
         """Journal first, then quarantine."""
@@ -532,7 +565,7 @@ class Guard:
             "cursor": self.ledger.cursor,
             "timeline": self.timeline,
             "tokens": self.tokens,
-            "ledger": {"cursor": self.ledger.cursor, "applied_end": self.ledger.applied_end},
+            "ledger": msgspec.to_builtins(self.ledger.state()),
             "controller": self.controller.state_dict(),
             "rng": rng.capture(),
         }
@@ -581,7 +614,8 @@ class Guard:
         self.recorder.event(kind, message, step=self.step, timeline=self.timeline, **data)
 
     def _explain(self, step: Step, verdict: Verdict) -> None:
-        """The evidence of a verdict; a non-finite gradient also names its parameters on every rank."""
+        """The evidence of a verdict; a non-finite gradient also names its parameters on every rank, a loss a module."""
+        reason = verdict.reason
         data: dict[str, Any] = {
             "action": verdict.action.value,
             "would": verdict.would.value if verdict.would else None,
@@ -591,12 +625,26 @@ class Guard:
             "incident": self._incident,
             "at_step": step.number,
         }
-        if any(f.kind.value == "nonfinite" and f.signal != "loss" for f in verdict.findings):
+        nonfinite = {f.signal for f in verdict.findings if f.kind in (Kind.NONFINITE, Kind.SCALE_COLLAPSE)}
+        if nonfinite - {LOSS}:
             named = self._gathered(self.probes.names_of_nonfinite())
             data["parameters"] = {str(r): names[:MAX_NAMED] for r, names in enumerate(named) if names}
+        if LOSS in nonfinite and self._rerun is not None:
+            modules = {str(rank): name for rank, name in enumerate(self._gathered(self._culprit(self._rerun))) if name}
+            if modules:
+                data["modules"] = modules
+                reason += "; first non-finite output: " + ", ".join(f"{m} on rank {r}" for r, m in modules.items())
         noted = verdict.action is Action.APPLY and verdict.would is None
         kind, what = ("finding", "step") if noted else ("verdict", f"{verdict.action.value} at step")
-        self.say(kind, f"{what} {step.number}: {verdict.reason}", **data)
+        self.say(kind, f"{what} {step.number}: {reason}", **data)
+
+    def _culprit(self, rerun: Callable[[], None]) -> str:
+        dice = rng.capture()
+        try:
+            return first_nonfinite(self.state.model, rerun)
+        finally:
+            rng.restore(dice)
+            self.state.settle()
 
     def _metrics_row(
         self, step: Step, reduced: Reduced, verdict: Verdict, bands: dict[str, tuple[float, float]], lr: float

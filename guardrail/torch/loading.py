@@ -61,7 +61,7 @@ class CheckpointLoader:
 
     def __init__(self, folder: Path, state: TrainingState, *, rank: int = 0, world: int = 1) -> None:
         self.folder, self.state, self.rank, self.world = folder, state, rank, world
-        self.strategy = "fsdp" if state.sharded else "ddp"
+        self.strategy = state.layout
         self._verified: Path | None = None
 
     def newest_valid(self, allowed: Allowed = lambda manifest: True, progress: Progress | None = None) -> Selection:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
-from guardrail.records import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS
+from guardrail.records import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS, LOSS_SCALE
 
 HEAD = ("loss_sum", "tokens", "grad_sq", "embed_sq", "command_kind", "command_value", "stop", "incomplete")
 PER_RANK = ("nonfinite_loss", "nonfinite_grad", "nonfinite_local", "step_time")
@@ -34,7 +34,7 @@ def copies(parameter: Tensor, world: int) -> int:
         return world
     shards = 1
     for size, placement in zip(parameter.device_mesh.shape, parameter.placements, strict=True):
-        if isinstance(placement, Shard):
+        if not placement.is_replicate():
             shards *= size
     return world // shards
 
@@ -59,6 +59,8 @@ class Reduced:
         grad_norm, embed_grad_norm: L2 norms of the gradient of the mean loss, before clipping.
         embed_share: embed_grad_norm^2 / grad_norm^2.
         scale: factor that turns the accumulated gradients into the gradient of the mean loss.
+        loss_scale: what the loss was multiplied by on the way to the gradients; None: nothing scales it.
+        overflow: under a loss scale, every loss is finite and a gradient is not.
         nonfinite_loss, nonfinite_grad: ranks that saw NaN or Inf themselves (before the reduction, where known).
         step_times: seconds of this step on each rank.
         command_kind: 0, or 1 + index of the CommandKind; command_value its argument.
@@ -71,6 +73,8 @@ class Reduced:
     embed_grad_norm: float
     embed_share: float
     scale: float
+    loss_scale: float | None
+    overflow: bool
     nonfinite_loss: tuple[int, ...]
     nonfinite_grad: tuple[int, ...]
     step_times: tuple[float, ...]
@@ -85,7 +89,7 @@ class Reduced:
             GRAD_NORM: self.grad_norm,
             EMBED_GRAD_NORM: self.embed_grad_norm,
             EMBED_SHARE: self.embed_share,
-        }
+        } | ({} if self.loss_scale is None else {LOSS_SCALE: self.loss_scale})
 
 
 class Probes:
@@ -94,12 +98,23 @@ class Probes:
     Args:
         model: unwrapped or wrapped; its nn.Embedding weights are the embedding parameters.
         rank, world: of the default process group; without one, 0 and 1.
+        device: that computes, and on which the ranks reduce; None: where the parameters lie.
+        counting: whether this rank's loss and tokens enter the sums. Of ranks that compute the same, one counts.
         locate: with several ranks, watch each rank's own gradients before the reduction, so that a NaN or Inf can be
             traced to the rank that produced it. Costs one more read of the gradients.
     """
 
-    def __init__(self, model: nn.Module, *, rank: int, world: int, locate: bool = True) -> None:
-        self.rank, self.world = rank, world
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        rank: int,
+        world: int,
+        device: torch.device | None = None,
+        counting: bool = True,
+        locate: bool = True,
+    ) -> None:
+        self.rank, self.world, self._counting = rank, world, counting
         self._own_slots = len(HEAD) + rank * len(PER_RANK)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         embeddings = {id(p) for p in embedding_parameters(model)}
@@ -107,12 +122,13 @@ class Probes:
         self._is_embedding = [id(p) in embeddings for p in self.parameters]
         wrappers = ("module.", "_orig_mod.")
         self._names = {id(p): _without(name, wrappers) for name, p in model.named_parameters()}
-        self.device = device = local(self.parameters[0]).device
+        home = local(self.parameters[0]).device  # the host, for offloaded parameters
+        self.device = device = home if device is None else device
         # Apple's MPS has no float64; there the sums are float32.
         self.dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._weights = torch.tensor([1.0 / copies(p, world) for p in self.parameters], dtype=self.dtype, device=device)
+        self._weights = torch.tensor([1.0 / copies(p, world) for p in self.parameters], dtype=self.dtype, device=home)
         self._embedding_index = torch.tensor(
-            [i for i, e in enumerate(self._is_embedding) if e], dtype=torch.long, device=device
+            [i for i, e in enumerate(self._is_embedding) if e], dtype=torch.long, device=home
         )
         self._own_norm = torch.zeros((), dtype=torch.float32, device=device)
         self._grouped: set[int] = set()
@@ -144,7 +160,7 @@ class Probes:
     def _add_own(self, gradients: Sequence[Tensor | None]) -> None:
         present = [local(g) for g in gradients if g is not None]
         if present:
-            self._own_norm += torch.stack(torch._foreach_norm(present)).sum().float()
+            self._own_norm += torch.stack(norms(present)).sum().float()
 
     @torch.no_grad()
     def reduce(
@@ -157,6 +173,7 @@ class Probes:
         command: tuple[int, float] = (0, 0.0),
         stop: bool = False,
         incomplete: bool = False,
+        loss_scale: float | None = None,
     ) -> Reduced:
         """The one all-reduce. See `Reduced` for what comes back.
 
@@ -165,22 +182,24 @@ class Probes:
             tokens: label tokens behind it.
             nominal_tokens: what the losses were divided by before backward, summed over the ranks: the gradients are
                 those of loss_sum / nominal_tokens. None: they are those of the mean already.
+            loss_scale: what the losses were multiplied by before backward besides, equal on all ranks; None: nothing.
         """
         device = self.device
         present = [p.grad is not None for p in self.parameters]
         gradients = [local(p.grad) for p in self.parameters if p.grad is not None]
-        zero = torch.zeros((), dtype=self.dtype, device=device)
+        zero = torch.zeros((), dtype=self.dtype, device=self._weights.device)
         grad_sq = embed_sq = zero
         if gradients:
-            squares = torch.stack(torch._foreach_norm(gradients)).to(self.dtype) ** 2
+            squares = torch.stack(norms(gradients)).to(self.dtype) ** 2
             if all(present):
                 squares, embedded = squares * self._weights, self._embedding_index
             else:
-                chosen = torch.tensor(present, device=device)
+                chosen = torch.tensor(present, device=zero.device)
                 squares = squares * self._weights[chosen]
                 marks = [e for e, p in zip(self._is_embedding, present, strict=True) if p]
-                embedded = torch.tensor(marks, device=device).nonzero().flatten()
+                embedded = torch.tensor(marks, device=zero.device).nonzero().flatten()
             grad_sq, embed_sq = squares.sum(), squares[embedded].sum()
+        grad_sq, embed_sq = grad_sq.to(device), embed_sq.to(device)
         loss_sum = loss_sum.detach().to(self.dtype)
         # Host numbers travel in one copy, device numbers join them there: no wait on a device before the reduction.
         host = [0.0] * (len(HEAD) + self.world * len(PER_RANK))
@@ -189,24 +208,28 @@ class Probes:
         host[self._own_slots + PER_RANK.index("step_time")] = step_time
         vector = torch.tensor(host, dtype=self.dtype).to(device, non_blocking=True)
         sums = [loss_sum, torch.as_tensor(tokens, dtype=self.dtype, device=device), grad_sq, embed_sq]
+        if not self._counting:
+            sums[:2] = torch.zeros_like(loss_sum), torch.zeros_like(loss_sum)
         flags = ~torch.isfinite(torch.stack([loss_sum, grad_sq, self._own_norm.to(self.dtype)]))
         vector[: len(sums)] = torch.stack(sums)
         vector[self._own_slots : self._own_slots + len(flags)] = flags.to(self.dtype)
         self._own_norm.zero_()
         if self.world > 1:
             dist.all_reduce(vector)
-        return self._unpack(vector.tolist(), nominal_tokens)
+        return self._unpack(vector.tolist(), nominal_tokens, loss_scale)
 
-    def _unpack(self, values: list[float], nominal_tokens: float | None) -> Reduced:
+    def _unpack(self, values: list[float], nominal_tokens: float | None, loss_scale: float | None) -> Reduced:
         sums = dict(zip(HEAD, values, strict=False))
         blocks = [values[i : i + len(PER_RANK)] for i in range(len(HEAD), len(values), len(PER_RANK))]
         ranks = lambda slot: tuple(r for r, block in enumerate(blocks) if block[PER_RANK.index(slot)])  # noqa: E731
         tokens = sums["tokens"]
         scale = 1.0 if nominal_tokens is None or not tokens else nominal_tokens / tokens
+        scale /= loss_scale or 1.0
         grad_sq, embed_sq = sums["grad_sq"], sums["embed_sq"]
         share = embed_sq / grad_sq if grad_sq > 0 else (0.0 if grad_sq == 0 else float("nan"))
         # After the reduction a bad gradient stands on every rank; the rank that made it is known from before.
         culprits = ranks("nonfinite_local") or ranks("nonfinite_grad")
+        losses = ranks("nonfinite_loss")
         return Reduced(
             loss=sums["loss_sum"] / tokens if tokens else float("nan"),
             tokens=int(tokens),
@@ -214,7 +237,9 @@ class Probes:
             embed_grad_norm=_root(embed_sq) * scale,
             embed_share=share,
             scale=scale,
-            nonfinite_loss=ranks("nonfinite_loss"),
+            loss_scale=loss_scale,
+            overflow=loss_scale is not None and bool(culprits) and not losses,
+            nonfinite_loss=losses,
             nonfinite_grad=culprits,
             step_times=tuple(block[PER_RANK.index("step_time")] for block in blocks),
             command_kind=int(sums["command_kind"]),
@@ -230,6 +255,13 @@ class Probes:
             for p in self.parameters
             if p.grad is not None and not bool(torch.isfinite(local(p.grad)).all())
         ]
+
+
+def norms(tensors: list[Tensor]) -> list[Tensor]:
+    """L2 norm of each, at least in fp32: the norm of finite fp16 numbers is often no fp16 number."""
+    if any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors):
+        return list(torch._foreach_norm(tensors, 2, torch.float32))
+    return list(torch._foreach_norm(tensors))
 
 
 def _without(name: str, prefixes: Sequence[str]) -> str:

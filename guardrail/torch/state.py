@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -40,6 +41,7 @@ class TrainingState:
         model: plain, compiled, DDP, FSDP2 (`fully_shard`), or what Accelerate's `prepare` returned.
         optimizer: one torch.optim optimizer or several, of parameters of the model, each in one of them.
         scheduler: anything with state_dict and load_state_dict, several, or None.
+        scaler: a torch.amp.GradScaler, or None. One that Accelerate hung on an optimizer is found by itself.
 
     Raises:
         UsageError: something that could not be restored exactly; names it.
@@ -50,16 +52,18 @@ class TrainingState:
         model: nn.Module,
         optimizer: Optimizer | Sequence[Optimizer],
         scheduler: Any = None,
+        scaler: Any = None,
     ) -> None:
         self.model = unwrap_model(model)
         wrapped: list[Any] = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
         self.optimizers: list[Optimizer] = [_unwrap(item, "optimizer") for item in wrapped]
-        self._scalers = [s for item in wrapped if _accelerated(item) and (s := item.scaler) is not None]
+        hung = [s for item in wrapped if _accelerated(item) and (s := item.scaler) is not None]
+        self._scalers = list({id(s): s for s in [*hung, scaler] if s is not None}.values())
         schedulers = list(scheduler) if isinstance(scheduler, (list, tuple)) else [scheduler]
         self.schedulers = [_unwrap(item, "scheduler") for item in schedulers if item is not None]
         self._refuse_unknown_sharding()
         self.settle()
-        self._parameters = {_plain_name(name): parameter for name, parameter in self.model.named_parameters()}
+        self._parameters = {plain_name(name): parameter for name, parameter in self.model.named_parameters()}
         self.names: dict[int, str] = {id(p): name for name, p in self._parameters.items()}
         self._buffers = list(_persistent_buffers(self.model))
         self._refuse_overlapping()
@@ -104,6 +108,20 @@ class TrainingState:
     def sharded(self) -> bool:
         """Whether any parameter is spread over ranks."""
         return any(isinstance(p, DTensor) for p in self._parameters.values())
+
+    @property
+    def layout(self) -> str:
+        """How the state lies on the ranks; two runs with the same one hold the same parts on the same ranks.
+
+        "ddp": whole on every rank; "fsdp": sharded over all of them; else the mesh as well, "fsdp dp_replicate=2 ...".
+        """
+        meshes = {p.device_mesh for p in self._parameters.values() if isinstance(p, DTensor)}
+        if not meshes:
+            return "ddp"
+        mesh = max(meshes, key=lambda mesh: mesh.ndim)
+        names = mesh.mesh_dim_names or tuple(str(dimension) for dimension in range(mesh.ndim))
+        sizes = " ".join(f"{name}={size}" for name, size in zip(names, mesh.shape, strict=True))
+        return "fsdp" if mesh.ndim == 1 else f"fsdp {sizes}"
 
     def settle(self) -> None:
         """Drop FSDP's gathered copies of parameters.
@@ -401,7 +419,7 @@ def _accelerated(item: Any) -> bool:
     return type(item).__name__.startswith("Accelerated") and type(item).__module__.startswith("accelerate.")
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
     for wrapped in _WRAPPED:
         name = name.replace(wrapped, "")
     return name
@@ -412,7 +430,7 @@ def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]
     for prefix, module in model.named_modules():
         for key in module._buffers:
             if key not in module._non_persistent_buffers_set:
-                yield _plain_name(f"{prefix}.{key}" if prefix else key), module, key
+                yield plain_name(f"{prefix}.{key}" if prefix else key), module, key
 
 
 def _replica(tensor: Tensor) -> tuple[int, int]:
@@ -424,7 +442,27 @@ def _replica(tensor: Tensor) -> tuple[int, int]:
     for position, size, placement in zip(coordinate, tensor.device_mesh.shape, tensor.placements, strict=True):
         if placement.is_replicate():
             index, count = index * size + position, count * size
-    return index, count
+    outer, copies = _place(tensor.device_mesh)
+    return outer * count + index, copies * count
+
+
+def _place(mesh: DeviceMesh) -> tuple[int, int]:
+    """(number, count) of this mesh among the equal ones that fill up the world beside it.
+
+    A norm under tensor parallelism lies on the data-parallel mesh alone: each rank of its group has one of its own.
+    """
+    ranks = sorted(mesh.mesh.flatten().tolist())
+    world = torch.distributed.get_world_size()
+    if len(ranks) == world:
+        return 0, 1
+    offsets = [rank - ranks[0] for rank in ranks]
+    firsts: list[int] = []
+    covered: set[int] = set()
+    for rank in range(world):
+        if rank not in covered:
+            firsts.append(rank)
+            covered.update(rank + offset for offset in offsets)
+    return firsts.index(ranks[0]), len(firsts)
 
 
 def _created(

@@ -158,7 +158,8 @@ class Digest:
         if action is Action.APPLY and would in (None, Action.APPLY):
             return
         at = _whole(event.data.get("at_step"), event.step)
-        deed = _DEEDS.get(action, "") if action is not Action.APPLY else f"would have: {_DEEDS.get(would, '')}"
+        advised = action in (Action.APPLY, Action.OVERFLOW)
+        deed = f"would have: {_DEEDS.get(would, '')}" if advised else _DEEDS.get(action, "")
         incident = self._learn(event, at, deed=deed, findings=findings_of(event))
         if action is Action.SKIP:
             self._marks[SKIP][at] = _label(incident)

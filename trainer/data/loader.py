@@ -10,14 +10,13 @@ A batch that is shorter than the others (the end of the data) is filled up with 
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from guardrail.ledger import Batch
 from trainer.data.corpus import Split
-
-IGNORED = -100  # label that no loss counts: the default `ignore_index` of torch's cross_entropy
+from trainer.data.examples import IGNORED, LanguageModelling, Objective
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +29,14 @@ class MicroBatch:
             `IGNORED` for padding and in rows that only fill up.
         position: of its first sample in the order; the end of the batch if it holds no sample at all.
         sample_ids: of its real rows; fewer than micro_batch_size only in a short batch.
+        extra: further arguments of the model by name, int64; see trainer.data.examples.
     """
 
     tokens: np.ndarray
     labels: np.ndarray
     position: int
     sample_ids: tuple[int, ...]
+    extra: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def label_count(self) -> int:
@@ -49,13 +50,26 @@ class Loader:
     pad: token id that is ignored as a label, None: none.
     world, rank: of the data-parallel group.
     micro_batches: of one rank in one batch; micro_batch_size: rows of each.
+    objective: what is made of a sample; None: each next token.
+    growing: smaller batches have fewer micro-batches, instead of filled up ones.
     """
 
     def __init__(
-        self, split: Split, *, pad: int | None, world: int, rank: int, micro_batches: int, micro_batch_size: int
+        self,
+        split: Split,
+        *,
+        pad: int | None,
+        world: int,
+        rank: int,
+        micro_batches: int,
+        micro_batch_size: int,
+        objective: Objective | None = None,
+        growing: bool = False,
     ) -> None:
         self.split, self.pad, self.world, self.rank = split, pad, world, rank
         self.micro_batches, self.micro_batch_size = micro_batches, micro_batch_size
+        self.objective = objective or LanguageModelling()
+        self.growing = growing
         self._thread: ThreadPoolExecutor | None = None
         self._ahead: tuple[object, Future[list[MicroBatch]]] | None = None
 
@@ -95,19 +109,28 @@ class Loader:
     def _read(self, batch: Batch) -> list[MicroBatch]:
         if len(batch.samples) > self.batch_size:
             raise ValueError(f"a batch of {len(batch.samples)} samples for a loader of {self.batch_size}")
-        return [self._micro_batch(batch, number) for number in range(self.micro_batches)]
+        needed = -(-len(batch.samples) // (self.world * self.micro_batch_size))
+        count = needed if self.growing else self.micro_batches
+        return [self._micro_batch(batch, number) for number in range(count)]
 
     def _micro_batch(self, batch: Batch, number: int) -> MicroBatch:
         first = (number * self.world + self.rank) * self.micro_batch_size
         ids = batch.samples[first : first + self.micro_batch_size]
-        rows = self.split.tokens(ids)
+        positions = batch.positions[first : first + self.micro_batch_size]
+        made = self.objective(self.split.tokens(ids), positions)
         missing = self.micro_batch_size - len(ids)
-        tokens = np.pad(rows[:, :-1], ((0, missing), (0, 0)))  # id 0 is in every vocabulary
-        labels = np.pad(rows[:, 1:], ((0, missing), (0, 0)), constant_values=IGNORED)
+        tokens = _filled(made.tokens, missing, 0)  # id 0 is in every vocabulary
+        labels = _filled(made.labels, missing, IGNORED)
         if self.pad is not None:
             labels[labels == self.pad] = IGNORED
-        position = batch.positions[first] if ids else batch.last
-        return MicroBatch(tokens, labels, position, tuple(ids))
+        position = positions[0] if ids else batch.last
+        extra = {name: _filled(array, missing, 0) for name, array in made.extra.items()}
+        return MicroBatch(tokens, labels, position, tuple(ids), extra)
+
+
+def _filled(array: np.ndarray, missing: int, value: int) -> np.ndarray:
+    """A copy with `missing` more rows of one value."""
+    return np.pad(array, [(0, missing), *[(0, 0)] * (array.ndim - 1)], constant_values=value)
 
 
 def _key(batch: Batch) -> object:

@@ -1,0 +1,307 @@
+"""The same run on every mesh of ranks: one curve, one verdict, exact rollbacks, checkpoints that fit all of them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from guardrail.config import dump
+from guardrail.errors import ConfigError
+from guardrail.manifest import checkpoint_dirs, fingerprint, read_manifest, verify
+from guardrail.records import Command, CommandKind
+from guardrail.rundir import RunDirectory
+from guardrail.torch.checkpoints import CheckpointStore
+from guardrail.torch.snapshots import SnapshotRing
+from tests.ranks import run_ranks
+from tests.running import assert_same, of_kind, table, tiny, told, trained
+from tests.running import new_run as new
+from tests.running import train as train_to_end
+from trainer.config import Config
+from trainer.layout import Layout, ParallelSection
+from trainer.loop import Trainer
+from trainer.objectives import IGNORED
+from trainer.tensor_parallel import loss_sum
+
+SIGNALS = ("loss", "grad_norm", "embed_grad_norm", "embed_share")
+
+# name -> (ranks, [parallel] section); the first ones run in every CI, the others are slow.
+MESHES: dict[str, tuple[int, dict[str, Any]]] = {
+    "zero2": (2, {"dp_shard": 2, "reshard_after_forward": False}),
+    "hybrid": (4, {"dp_replicate": 2, "dp_shard": 2}),
+    "tp": (2, {"tp": 2}),
+    "zero3": (2, {"dp_shard": 2}),
+    "offload": (2, {"dp_shard": 2, "cpu_offload": True}),
+    "hybrid-offload": (4, {"dp_replicate": 2, "dp_shard": 2, "cpu_offload": True, "reshard_after_forward": False}),
+    "replicas": (2, {"dp_replicate": 2}),
+    "tp-shards": (4, {"dp_shard": 2, "tp": 2}),
+    "tp-replicas": (4, {"dp_replicate": 2, "tp": 2}),
+    "tp-hybrid": (8, {"dp_replicate": 2, "dp_shard": 2, "tp": 2}),
+}
+QUICK = ("zero2", "hybrid", "tp")
+SWEEP = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MESHES]
+
+
+def config_of(folder: Path, name: str, **sections: Any) -> Config:
+    """A run on the mesh of this name; "one" is a single rank. Rows of a batch are cut alike wherever that matters."""
+    world, parallel = MESHES.get(name, (1, {}))
+    train = {"micro_batch_size": 2, **sections.pop("train", {})}
+    return tiny(folder, world=world, train=train, parallel=parallel, **sections)
+
+
+@pytest.mark.parametrize("name", SWEEP)
+def test_a_mesh_reproduces_the_curve_of_one_rank(name: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"model": {"dropout": 0.0}, "train": {"steps": 50}}
+    one = trained(config_of(tmp_path, "one", **options))
+    many = trained(config_of(tmp_path, name, **options))
+    ours, theirs = table(many, SIGNALS), table(one, SIGNALS)
+    assert len(ours) == len(theirs) == 50
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5)
+    # Rounding differs from the first step on and grows with each update.
+    np.testing.assert_allclose(ours[:, 0], theirs[:, 0], rtol=1e-4)
+    np.testing.assert_allclose(ours[:, 1:], theirs[:, 1:], rtol=5e-3)
+    assert np.array_equal(table(many, ("tokens", "lr", "first")), table(one, ("tokens", "lr", "first")))
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "bloom": {"positions": "alibi", "norm": "layer", "bias": True, "activation": "gelu", "embedding_norm": True},
+    "grouped": {"kv_heads": 2, "heads": 4, "tied": False, "activation": "geglu", "norm_place": "sandwich"},
+    "palm": {"parallel": True, "positions": "learned", "norm": "layer"},
+    "post": {"norm_place": "post", "positions": "sinusoidal", "bias": True, "norm": "layer"},
+}
+
+
+@pytest.mark.parametrize("recipe", ["bloom", *(pytest.param(r, marks=pytest.mark.slow) for r in list(RECIPES)[1:])])
+def test_every_kind_of_block_can_be_split(recipe: str, tmp_path: Path) -> None:
+    model = {"heads": 4, "dropout": 0.0, **RECIPES[recipe]}
+    options: dict[str, Any] = {"model": model, "train": {"steps": 10, "activation_checkpointing": recipe == "grouped"}}
+    one = trained(config_of(tmp_path, "one", **options))
+    split = trained(config_of(tmp_path, "tp-shards", **options))
+    np.testing.assert_allclose(table(split, SIGNALS)[0], table(one, SIGNALS)[0], rtol=1e-5)
+    np.testing.assert_allclose(table(split, SIGNALS), table(one, SIGNALS), rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", SWEEP)
+def test_rollback_and_skip_are_exact(name: str, tmp_path: Path) -> None:
+    fault = {"kind": "spike_loss", "first": 160, "last": 184, "value": 50.0}
+    config = config_of(tmp_path, name, faults=[fault], train={"steps": 35})
+    a = trained(config)
+    (rollback,) = of_kind(a, "rollback")
+    assert rollback.data["tier"] == "memory"
+    assert_same(a, trained(told(config, a)))
+
+
+@pytest.mark.parametrize("name", SWEEP)
+@pytest.mark.parametrize("kind", ["nan_loss", "inf_grad"])
+def test_what_one_rank_saw_is_seen_by_all_and_named(name: str, kind: str, tmp_path: Path) -> None:
+    world = MESHES[name][0]
+    fault = {"kind": kind, "step": 12, "rank": world - 1, "times": 1}
+    run = trained(config_of(tmp_path, name, faults=[fault], train={"steps": 16}))
+    (verdict,) = of_kind(run, "verdict")
+    assert verdict.data["action"] == "skip" and verdict.data["at_step"] == 12
+    wanted = "loss" if kind == "nan_loss" else "grad_norm"
+    ranks = {f["signal"]: f["ranks"] for f in verdict.data["findings"]}
+    assert ranks[wanted] == [world - 1]
+    assert math.isfinite(table(run, ("loss",))[-1, 0])
+
+
+@pytest.mark.parametrize("name", SWEEP)
+def test_a_resumed_run_is_the_run_that_never_stopped(name: str, tmp_path: Path) -> None:
+    config = config_of(tmp_path, name, train={"steps": 30})
+    whole, run = trained(config), new(config)
+    run.send(Command(id="stop", kind=CommandKind.STOP, at_step=17))
+    assert train_to_end(run, config.world) == "stopped"
+    assert train_to_end(run, config.world) == "finished"
+    (check,) = of_kind(run, "resume_check")
+    assert {name: check.data[name] for name in ("weights", "moments", "schedule", "data", "loss")} == dict.fromkeys(
+        ("weights", "moments", "schedule", "data", "loss"), "ok"
+    )
+    assert_same(whole, run)
+
+
+PAIRS = [
+    ("hybrid", "one"),
+    ("one", "tp"),
+    ("one", "hybrid"),
+    ("tp-shards", "zero2"),
+    ("hybrid", "tp-replicas"),
+    ("tp", "tp-hybrid"),
+    ("zero3", "hybrid-offload"),
+    ("offload", "replicas"),
+    ("hybrid", "zero2"),
+]
+RESHARD = [pytest.param(*pair, marks=() if pair in PAIRS[:2] else pytest.mark.slow) for pair in PAIRS]
+
+
+@pytest.mark.parametrize(("before", "after"), RESHARD)
+def test_a_checkpoint_of_one_mesh_loads_on_another(before: str, after: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"model": {"dropout": 0.0}, "train": {"steps": 24}}
+    first, second = config_of(tmp_path, before, **options), config_of(tmp_path, after, **options)
+    run = new(first)
+    run.send(Command(id="stop", kind=CommandKind.STOP, at_step=12))
+    assert train_to_end(run, first.world) == "stopped"
+    saved = fingerprint(checkpoint_dirs(run.checkpoints)[0])
+    assert (
+        run_ranks(_loaded, second.world, second, run, folder=tmp_path / "loaded", init=False) == [saved] * second.world
+    )
+
+    run.write_config(dump(second))
+    assert train_to_end(run, second.world) == "finished"
+    (check,) = of_kind(run, "resume_check")
+    assert all(outcome == "ok" for part, outcome in check.data.items() if isinstance(outcome, str)), check.data
+    one = trained(config_of(tmp_path, "one", **options))
+    np.testing.assert_allclose(table(run, SIGNALS), table(one, SIGNALS), rtol=5e-3)
+
+
+def _loaded(rank: int, config: Config, run: RunDirectory) -> str:
+    """Load the newest checkpoint of `run`, and save it again: the fingerprint of the copy."""
+    copy = RunDirectory.create(run.path.parent.parent / "copies", "copy", dump(config)) if rank == 0 else None
+    trainer = Trainer(config)
+    box: list[Any] = [copy]
+    if config.world > 1:
+        dist.broadcast_object_list(box, src=0)
+    state = trainer.guard.state
+    old = CheckpointStore(run.checkpoints, state, rank=rank, world=config.world)
+    loaded = old.load(checkpoint_dirs(run.checkpoints)[0])
+    old.close()
+    store = CheckpointStore(box[0].checkpoints, state, rank=rank, world=config.world)
+    ring = SnapshotRing(state, 2)
+    manifest = loaded.manifest
+    store.save(ring.take(manifest.step, manifest.cursor, manifest.timeline, {}))
+    assert store.wait(30.0)
+    store.close()
+    if config.world > 1:
+        dist.barrier()
+    (folder,) = checkpoint_dirs(box[0].checkpoints)
+    verify(folder)
+    return fingerprint(folder)
+
+
+# -- what a mesh is made of
+
+
+def test_offloaded_state_lies_on_the_host_and_zero2_keeps_what_it_gathered(tmp_path: Path) -> None:
+    for name in ("zero2", "zero3"):
+        config = config_of(tmp_path, name)
+        assert (
+            run_ranks(_gathered_after_forward, 2, config, folder=tmp_path / name, init=False) == [name == "zero2"] * 2
+        )
+
+
+def _gathered_after_forward(rank: int, config: Config) -> bool:
+    """Whether the parameters of the first block are still whole after the forward pass."""
+    trainer = Trainer(config)
+    trainer.model(torch.zeros((1, 8), dtype=torch.int64))
+    weight = next(trainer.model.blocks[0].parameters())
+    return not isinstance(weight, DTensor)
+
+
+def test_replicas_of_shards_write_each_piece_once(tmp_path: Path) -> None:
+    run = trained(config_of(tmp_path, "hybrid", train={"steps": 8}))
+    newest = checkpoint_dirs(run.checkpoints)[0]
+    manifest = read_manifest(newest)
+    for name, entry in manifest.tensors.items():
+        assert sum(math.prod(piece.size) for piece in entry.pieces) == math.prod(entry.shape), name
+    sizes = [file.bytes for file in manifest.files]
+    assert len(sizes) == 4 and max(sizes) < 1.5 * min(sizes), "the replicas share the work"
+
+
+@pytest.mark.parametrize(
+    ("section", "world", "strategy", "expected"),
+    [
+        ({}, 4, "ddp", (4, 1, False)),
+        ({"tp": 2}, 8, "ddp", (4, 1, True)),
+        ({"tp": 4}, 8, "fsdp", (1, 2, True)),
+        ({"dp_shard": 2, "tp": 2}, 8, "ddp", (2, 2, True)),
+        ({}, 4, "fsdp", (1, 4, True)),
+        ({}, 1, "fsdp", (1, 1, True)),
+        ({"dp_shard": 2}, 8, "ddp", (4, 2, True)),
+        ({"dp_replicate": 2}, 8, "fsdp", (2, 4, True)),
+        ({"dp_replicate": 2, "dp_shard": 3}, 6, "ddp", (2, 3, True)),
+        ({"dp_replicate": 4}, 4, "ddp", (4, 1, False)),
+    ],
+)
+def test_layouts(section: dict[str, Any], world: int, strategy: str, expected: tuple[int, int, bool]) -> None:
+    layout = Layout.of(ParallelSection(**section), world=world, strategy=strategy)
+    assert (layout.dp_replicate, layout.dp_shard, layout.sharded) == expected
+    assert layout.world == world
+    ranks = [layout.data_rank(rank) for rank in range(world)]
+    assert ranks == sorted(list(range(layout.data_ranks)) * layout.tp)
+    assert sum(layout.counts(rank) for rank in range(world)) == layout.data_ranks
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "expected"),
+    [
+        ({"dp_shard": 3}, "parallel.dp_shard", "a divisor of 4"),
+        ({"dp_replicate": 2, "dp_shard": 4}, "parallel.dp_shard", "a product of 4"),
+        ({"dp_replicate": 2, "dp_shard": 1}, "parallel.dp_shard", "a product of 4"),
+        ({"tp": 3}, "parallel.tp", "a divisor of 4"),
+        ({"cpu_offload": True}, "parallel.cpu_offload", "false, or shards"),
+        ({"reshard_after_forward": False}, "parallel.reshard_after_forward", "true, or shards"),
+    ],
+)
+def test_layouts_that_are_refused(section: dict[str, Any], key: str, expected: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        tiny(tmp_path, world=4, parallel=section)
+    assert error.value.key == key and expected in error.value.expected
+
+
+@pytest.mark.parametrize(
+    ("sections", "key"),
+    [
+        ({"model": {"heads": 1}}, "model.heads"),
+        ({"model": {"heads": 4, "kv_heads": 1}}, "model.kv_heads"),
+        ({"model": {"hidden": 33}}, "model.hidden"),
+        ({"model": {"positions": "t5"}}, "model.positions"),
+        ({"model": {"qk_norm": True}}, "model.qk_norm"),
+        ({"optim": {"name": "muon"}}, "optim.name"),
+        ({"train": {"z_loss": 1e-4}}, "train.z_loss"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(sections: dict[str, Any], key: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        config_of(tmp_path, "tp", **sections)
+    assert error.value.key == key
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_the_loss_of_split_logits_is_the_loss_of_whole_ones(world: int, tmp_path: Path) -> None:
+    # 3 ranks have 3, 3 and 1 of 7 ids.
+    logits = torch.randn(4, 5, 7, generator=torch.Generator().manual_seed(0)) * 30
+    labels = torch.randint(0, 7, (4, 5), generator=torch.Generator().manual_seed(1))
+    labels[1, 2:] = IGNORED
+    logits[1, 3] = math.nan  # of an ignored token: teaches nothing, not even NaN
+    whole = logits.clone().requires_grad_()
+    kept = labels != IGNORED
+    expected = torch.nn.functional.cross_entropy(whole[kept], labels[kept], reduction="sum")
+    (3.0 * expected).backward()
+    parts = run_ranks(_split_loss, world, logits, labels, folder=tmp_path)
+    for total, count, _ in parts:
+        torch.testing.assert_close(total, expected.detach(), rtol=1e-6, atol=0)
+        assert count == 17
+    torch.testing.assert_close(torch.cat([gradient for *_, gradient in parts], -1), whole.grad, rtol=1e-5, atol=1e-7)
+
+
+def _split_loss(rank: int, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor]:
+    size = -(-7 // dist.get_world_size())
+    part = logits[..., rank * size : (rank + 1) * size].clone().requires_grad_()
+    total, count = loss_sum(part, labels, first=rank * size, group=dist.group.WORLD)
+    (3.0 * total).backward()
+    assert part.grad is not None
+    return total.detach(), int(count), part.grad
+
+
+def test_a_batch_is_shared_by_the_data_ranks(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "hybrid", train={"batch_size": 24})
+    assert (config.micro_batch_size, config.micro_batches) == (2, 3)
+    with pytest.raises(ConfigError, match="a multiple of the 4"):
+        config_of(tmp_path, "hybrid", train={"batch_size": 22})
+    assert msgspec.to_builtins(config)["parallel"]["dp_shard"] == 2

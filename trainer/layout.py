@@ -1,0 +1,127 @@
+"""How the ranks of a run stand to one another: replicas, shards and tensor-parallel groups. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+
+from msgspec import Struct
+
+from guardrail.config import Natural, Positive, Section
+from guardrail.errors import ConfigError
+from trainer.recipe import ModelSection, OptimSection, nearest
+from trainer.sizes import hidden_width
+
+
+class ParallelSection(Section, frozen=True, kw_only=True):
+    """[parallel]: the mesh of ranks, dp_replicate x dp_shard x tp = launch.processes * launch.nodes.
+
+    dp_replicate and dp_shard at 0 are left to train.strategy: "ddp" fills up with replicas, "fsdp" with shards.
+    """
+
+    # Copies of the whole training state, whose gradients are averaged (HSDP beside shards; DDP without); 0: the rest.
+    dp_replicate: Natural = 0
+    # Ranks that share one copy of parameters, gradients and optimizer state (ZeRO, FSDP2); 0: the rest.
+    dp_shard: Natural = 0
+    # Ranks that share the work of each layer, heads and hidden units (Megatron-LM). They stand next to one another.
+    tp: Positive = 1
+    # Shards: drop gathered parameters after the forward pass and gather them again for the backward pass (ZeRO-3), or
+    # keep them in between (ZeRO-2: more memory, less traffic).
+    reshard_after_forward: bool = True
+    # Shards: keep parameters, gradients and optimizer state in host memory; the optimizer steps there.
+    cpu_offload: bool = False
+
+
+class Layout(Struct, frozen=True, kw_only=True):
+    """Sizes of the mesh, slowest dimension first: rank = (replicate * dp_shard + shard) * tp + its place in the group.
+
+    Attributes:
+        sharded: FSDP2 holds the state, be it on one shard; else DDP, or nothing on a single rank.
+    """
+
+    dp_replicate: int
+    dp_shard: int
+    tp: int
+    sharded: bool
+
+    @classmethod
+    def of(cls, section: ParallelSection, *, world: int, strategy: str) -> Layout:
+        """The layout of `world` ranks. Raises ConfigError where they do not fill the mesh."""
+        replicate, shard = section.dp_replicate, section.dp_shard
+        given = max(replicate, 1) * max(shard, 1) * section.tp
+        full = bool(replicate and shard)
+        if world % given or (full and given != world):
+            raise ConfigError(
+                f"a {'product' if full else 'divisor'} of {world}, the number of processes",
+                key=f"parallel.{'dp_shard' if shard else 'dp_replicate' if replicate else 'tp'}",
+                value=shard or replicate or section.tp,
+                hint=f"dp_replicate = {replicate}, dp_shard = {shard}, tp = {section.tp} (0: the rest)",
+            )
+        rest = world // given
+        if not replicate and not shard:
+            replicate, shard = (1, rest) if strategy == "fsdp" else (rest, 1)
+        layout = cls(
+            dp_replicate=replicate or rest,
+            dp_shard=shard or rest,
+            tp=section.tp,
+            sharded=strategy == "fsdp" or (shard or rest) > 1 or section.tp > 1,
+        )
+        layout._check(section)
+        return layout
+
+    def check_model(self, model: ModelSection, optim: OptimSection, *, z_loss: float) -> None:
+        """Refuse what a tensor-parallel group cannot share out. Raises ConfigError."""
+        if self.tp == 1:
+            return
+        counts = (("heads", model.heads), ("kv_heads", model.groups), ("hidden", hidden_width(model)))
+        for key, count in counts:
+            if count % self.tp:
+                raise ConfigError(
+                    f"a multiple of parallel.tp ({self.tp})",
+                    key=f"model.{key}",
+                    value=count,
+                    hint=f"nearest: {nearest(count, self.tp)}",
+                )
+        together = {
+            "model.hf": (model.hf, ""),
+            "model.kind": (model.kind, "decoder", "prefix"),
+            "model.positions": (model.positions, "rope", "learned", "sinusoidal", "alibi", "none"),
+            "model.qk_norm": (model.qk_norm, False),
+            "optim.name": (optim.name, "adamw", "adam"),
+            "optim.qk_clip": (optim.qk_clip, 0.0),
+            "train.z_loss": (z_loss, 0.0),
+        }
+        for key, (value, *possible) in together.items():
+            if value not in possible:
+                expected = " or ".join(json.dumps(one) for one in possible)
+                raise ConfigError(
+                    expected, key=key, value=value, hint=f"parallel.tp = {self.tp} works with nothing else here"
+                )
+
+    def _check(self, section: ParallelSection) -> None:
+        if self.sharded:
+            return
+        for key, value in (("reshard_after_forward", True), ("cpu_offload", False)):
+            if getattr(section, key) is not value:
+                raise ConfigError(
+                    f"{str(value).lower()}, or shards",
+                    key=f"parallel.{key}",
+                    value=not value,
+                    hint='set parallel.dp_shard above 1 or train.strategy = "fsdp"',
+                )
+
+    @property
+    def world(self) -> int:
+        return self.data_ranks * self.tp
+
+    @property
+    def data_ranks(self) -> int:
+        """Ranks that read data of their own."""
+        return self.dp_replicate * self.dp_shard
+
+    def data_rank(self, rank: int) -> int:
+        """Which share of the data a rank reads; the ranks of a tensor-parallel group read the same."""
+        return rank // self.tp
+
+    def counts(self, rank: int) -> bool:
+        """Whether a rank's loss and tokens enter the sums over all ranks: once for each share of the data."""
+        return rank % self.tp == 0

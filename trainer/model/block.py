@@ -1,0 +1,73 @@
+"""A block of the stack: attention and feed-forward, with their norms, added to the residual stream."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from trainer.model.attention import Attention, CrossAttention, Sight
+from trainer.model.feed_forward import feed_forward
+from trainer.model.layers import norm
+from trainer.recipe import ModelSection
+
+
+class Block(nn.Module):
+    """Attention, attention to an encoder with `cross`, and feed-forward.
+
+    Where the norms stand (y = sublayer, x = stream):
+        pre       x + y(norm(x))            Xiong et al. 2020; with RMSNorm LLaMA
+        post      norm(x + y(x))            Vaswani et al. 2017
+        sandwich  x + norm(y(norm(x)))      CogView, Ding et al. 2021
+        parallel  x + attention(norm(x)) + feed_forward(norm(x)) with one norm; PaLM
+
+    `recompute` drops the activations after the forward pass and makes them again in the backward pass. It stands
+    inside the block, so that names of parameters stay and fsdp gathers a block's weights around both passes.
+    """
+
+    def __init__(self, section: ModelSection, *, cross: bool = False) -> None:
+        super().__init__()
+        self.dropout = section.dropout
+        self.recompute = False
+        self.parallel = section.parallel
+        self.post = section.norm_place == "post"
+        sandwich = section.norm_place == "sandwich"
+        self.attention_norm = norm(section)
+        self.attention = Attention(section)
+        self.attention_after = norm(section) if sandwich else None
+        self.cross_norm = norm(section) if cross else None
+        self.cross = CrossAttention(section) if cross else None
+        self.cross_after = norm(section) if cross and sandwich else None
+        self.feed_forward_norm = None if section.parallel else norm(section)
+        self.feed_forward = feed_forward(section)
+        self.feed_forward_after = norm(section) if sandwich else None
+
+    def forward(self, x_BTD: Tensor, sight: Sight) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            dice = self.training and self.dropout > 0  # saving their state costs, and without dropout none are thrown
+            return cast(Tensor, checkpoint(self._forward, x_BTD, sight, use_reentrant=False, preserve_rng_state=dice))
+        return self._forward(x_BTD, sight)
+
+    def _forward(self, x_BTD: Tensor, sight: Sight) -> Tensor:
+        if self.feed_forward_norm is None:
+            normed_BTD = self.attention_norm(x_BTD)
+            attended_BTD = self._drop(self.attention(normed_BTD, sight))
+            return x_BTD + attended_BTD + self._drop(self.feed_forward(normed_BTD))
+        x_BTD = self._add(x_BTD, self.attention, self.attention_norm, self.attention_after, sight)
+        if self.cross is not None and self.cross_norm is not None:
+            x_BTD = self._add(x_BTD, self.cross, self.cross_norm, self.cross_after, sight)
+        return self._add(x_BTD, self.feed_forward, self.feed_forward_norm, self.feed_forward_after)
+
+    def _add(
+        self, x_BTD: Tensor, sublayer: nn.Module, norm: nn.Module, after: nn.Module | None, *sight: Sight
+    ) -> Tensor:
+        if self.post:
+            return cast(Tensor, norm(x_BTD + self._drop(sublayer(x_BTD, *sight))))
+        y_BTD = sublayer(norm(x_BTD), *sight)
+        return x_BTD + self._drop(y_BTD if after is None else after(y_BTD))
+
+    def _drop(self, x_BTD: Tensor) -> Tensor:
+        return F.dropout(x_BTD, self.dropout, self.training) if self.dropout else x_BTD

@@ -1,0 +1,171 @@
+"""The decoder: causal, or with a prefix that is seen in both directions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.model.attention import Sight
+from trainer.model.block import Block
+from trainer.model.layers import NORMS, Embedding, Linear, norm
+from trainer.model.positions import (
+    Alibi,
+    LearnedPositions,
+    RelativeBias,
+    Rotary,
+    SinusoidalPositions,
+    absolute,
+    score_bias,
+)
+from trainer.recipe import ModelSection
+
+DRAWN = (Linear, Embedding, LearnedPositions, RelativeBias)
+TABLES = (Rotary, SinusoidalPositions, Alibi)
+
+
+class Decoder(nn.Module):
+    """Token ids to logits.
+
+    The weights are a function of (section, vocabulary, seed): the same on every rank, for every world size and
+    device. On the meta device nothing is drawn; `to_empty` and `reset_parameters(seed)` finish such a model.
+
+    Args:
+        section: architecture, sizes, dropout and constants.
+        vocabulary: number of token ids, V.
+        sequence_length: most tokens of a sample, T.
+        seed: of the initial weights; None draws it from torch's global generator.
+    """
+
+    def __init__(
+        self, section: ModelSection, *, vocabulary: int, sequence_length: int, seed: int | None = None
+    ) -> None:
+        super().__init__()
+        self.section = section
+        self.embedding = Embedding(vocabulary, section.width)
+        self.embedding_norm = norm(section) if section.embedding_norm else None
+        self.rotary = (
+            Rotary(head_width=section.head_width, sequence_length=sequence_length, base=section.rope_base)
+            if section.positions == "rope"
+            else None
+        )
+        self.absolute = absolute(section, sequence_length)
+        self.blank_positions = (
+            LearnedPositions(length=sequence_length, width=section.width) if section.blank_positions else None
+        )
+        self._build_stacks()
+        self.head = None if section.tied else Linear(section.width, vocabulary)
+        if not self.embedding.weight.is_meta:
+            self.reset_parameters(seed)
+
+    def _build_stacks(self) -> None:
+        section = self.section
+        self.bias = score_bias(section, both=section.kind == "prefix")
+        self.blocks = nn.ModuleList(Block(section) for _ in range(section.layers))
+        # Post-norm blocks end in a norm of their own.
+        self.norm = None if section.norm_place == "post" else norm(section)
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int | None = None) -> None:
+        """GPT-2's initial weights (Radford et al. 2019, section 2.3): normal, projections into the residual stream
+        scaled down by the square root of their number; biases 0, norms 1."""
+        generator = torch.Generator()  # on the CPU, for the same weights on every device
+        generator.manual_seed(int(torch.randint(1 << 62, ())) if seed is None else seed)
+        std, residual_std = self.section.init_std, self.section.init_std / math.sqrt(2 * self.section.layers)
+        residual = self._residual_projections()
+        for module in self.modules():
+            if isinstance(module, NORMS):
+                nn.init.ones_(module.weight)
+            elif isinstance(module, TABLES):
+                module.reset_parameters()
+            elif isinstance(module, DRAWN):
+                scale = residual_std if module in residual else std
+                weight = torch.empty(module.weight.shape).normal_(std=scale, generator=generator)
+                module.weight.copy_(weight)
+            bias = getattr(module, "bias", None)
+            if isinstance(bias, nn.Parameter):
+                nn.init.zeros_(bias)
+
+    def _residual_projections(self) -> set[nn.Module]:
+        found: set[nn.Module] = set()
+        for block in self._all_blocks():
+            found |= {block.attention.out, block.feed_forward.down}
+            if block.cross is not None:
+                found.add(block.cross.out)
+        return found
+
+    def _all_blocks(self) -> list[Block]:
+        return cast("list[Block]", list(self.blocks))
+
+    def set_recompute(self, recompute: bool) -> None:
+        """Activation checkpointing of every block, on or off."""
+        for block in self._all_blocks():
+            block.recompute = recompute
+
+    @property
+    def root_weight(self) -> Tensor:
+        """A weight outside of the blocks that takes part in every forward pass."""
+        return self.embedding.weight if self.norm is None else self.norm.weight
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        *,
+        prefix_B: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+        blanks_BT: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, T, V] of the token that follows each of `tokens_BT`, int64 in [0, V).
+
+        Args:
+            prefix_B: tokens of each row that see one another in both directions; None: a causal row.
+            positions_BT: where each token stands; None: 0, 1, 2, ...
+            blanks_BT: its place within its blank, 0 outside of one; None: all 0.
+        """
+        x_BTD = self.embed(tokens_BT, positions_BT, blanks_BT)
+        mask = self._mask(tokens_BT.shape[1], prefix_B)
+        sight = Sight(mask=mask, rotary=self.rotary, positions_BT=positions_BT)
+        return self.logits(self.run(self.blocks, x_BTD, sight))
+
+    def embed(self, tokens_BT: Tensor, positions_BT: Tensor | None = None, blanks_BT: Tensor | None = None) -> Tensor:
+        """[B, T, D]: what enters the first block."""
+        x_BTD = self.embedding(tokens_BT)
+        if self.absolute is not None:
+            x_BTD = x_BTD + self.absolute(tokens_BT.shape[1], positions_BT)
+        if self.blank_positions is not None:
+            x_BTD = x_BTD + self.blank_positions(1, torch.zeros_like(tokens_BT) if blanks_BT is None else blanks_BT)
+        if self.embedding_norm is not None:
+            x_BTD = self.embedding_norm(x_BTD)
+        if self.section.dropout:
+            x_BTD = F.dropout(x_BTD, self.section.dropout, self.training)
+        return x_BTD
+
+    @staticmethod
+    def run(blocks: Iterable[nn.Module], x_BTD: Tensor, sight: Sight) -> Tensor:
+        for block in blocks:
+            x_BTD = block(x_BTD, sight)
+        return x_BTD
+
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        """What leaves the last block -> [B, T, V]."""
+        if self.norm is not None:
+            x_BTD = self.norm(x_BTD)
+        return self.project(x_BTD)
+
+    def project(self, x_BTD: Tensor) -> Tensor:
+        return F.linear(x_BTD, self.embedding.weight) if self.head is None else cast(Tensor, self.head(x_BTD))
+
+    def _mask(self, length: int, prefix_B: Tensor | None) -> Tensor | None:
+        """What is added to the scores, [1 or B, 1 or H, T, T]; None for a plain causal row."""
+        if self.bias is None and prefix_B is None:
+            return None
+        at = torch.arange(length, device=self.embedding.weight.device)
+        seen = (at <= at[:, None])[None, None]
+        if prefix_B is not None:
+            seen = seen | (at < prefix_B[:, None, None, None])
+        bias = torch.zeros((), device=at.device) if self.bias is None else self.bias(length)[None]
+        return torch.where(seen, bias, -torch.inf)
