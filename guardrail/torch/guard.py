@@ -45,6 +45,7 @@ from guardrail.records import (
 from guardrail.rundir import RunDirectory
 from guardrail.signals import StopSignals
 from guardrail.torch import rng
+from guardrail.torch.attempt import Attempt
 from guardrail.torch.checkpoints import CheckpointStore
 from guardrail.torch.desk import Answer, Desk
 from guardrail.torch.gate import Gate
@@ -148,6 +149,7 @@ class Guard:
         optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
         self.gate = Gate(optimizers, parameters=self.probes.parameters, embedding=self.probes.embedding, clip=clip)
         self.state = TrainingState(model, optimizers, scheduler)
+        self.attempt = Attempt(self.state)
         self._scheduler = scheduler
         self._optimizers = optimizers
         self._describe, self._fixed_loss, self._lr_at = describe, fixed_loss, lr_at
@@ -202,8 +204,10 @@ class Guard:
                     self.end(Phase.FINISHED, "the data has been passed to its end")
                     break
                 self.at(Phase.STEP, self.step + 1)
-                step = Step(self, number=self.step + 1, batch=batch, began=time.perf_counter() - kept)
-                self._guarding = kept
+                began = time.perf_counter()
+                self.attempt.begin()
+                step = Step(self, number=self.step + 1, batch=batch, began=began - kept)
+                self._guarding = kept + time.perf_counter() - began
                 yield step
                 if step.verdict is None and self.phase is None:
                     raise RuntimeError("the loop went on without step.finish(loss)")
@@ -386,6 +390,7 @@ class Guard:
             incomplete=incomplete,
         )
         if reduced.incomplete:
+            self.attempt.undo()
             self.gate.leave_out()
             self.end(Phase.STOPPED, "asked to stop; the unfinished batch was given back")
             return None
@@ -414,6 +419,8 @@ class Guard:
 
     def _act(self, step: Step, verdict: Verdict, reduced: Reduced, observation: Observation) -> None:
         self._incident = verdict.incident
+        if verdict.action is not Action.APPLY:
+            self.attempt.undo()
         if verdict.findings:
             self._explain(step, verdict)
         if verdict.incident_state:
@@ -558,6 +565,7 @@ class Guard:
         step._began += time.perf_counter() - asked  # a person's time is not the step's
         if answer is Answer.GO_ON and math.isfinite(reduced.loss) and math.isfinite(reduced.grad_norm):
             self.controller.overrule(observation)
+            self.attempt.redo()
             self._apply(step, reduced)
             if self._row is not None:
                 self._row["verdict"] = list(Action).index(Action.APPLY)
