@@ -15,6 +15,8 @@ from guardrail.text import clean
 DELIMITERS = ",\t;"
 # wandb exports "RUN - NAME", "RUN - NAME__MIN" and "RUN - NAME__MAX" beside a column "Step".
 _WANDB = re.compile(r"(?P<run>.+) - (?P<name>.+?)(?P<bound>__MIN|__MAX)?")
+# "iter 12: loss 10.2301, time 250.11ms" is no header.
+_TELLS = re.compile(r"[:=]\s*[-+]?(\d|nan|inf)|\s[-+]?\d+\.\d", re.IGNORECASE)
 _NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?|[-+]?(nan|inf)|", re.IGNORECASE)
 
 csv.field_size_limit(2**24)
@@ -31,8 +33,15 @@ def header(line: str) -> tuple[str, list[str]] | None:
     except csv.Error:
         return None
     words = [name for name in names if name and not _NUMBER.fullmatch(name)]
-    unlike = any(len(name) > 200 or "{" in name or "|" in name for name in names)
+    unlike = any(len(name) > 200 or "{" in name or "|" in name or _TELLS.search(name) for name in names)
     return (delimiter, names) if len(words) >= 1 and len(words) >= len(names) - 1 and not unlike else None
+
+
+def is_table(text: str) -> bool:
+    """Whether the line behind the header has as many fields as it: many a log begins with words and commas."""
+    first, _, rest = text.partition("\n")
+    found = header(first)
+    return found is not None and rest.split("\n", 1)[0].count(found[0]) == len(found[1]) - 1
 
 
 def read(path: Path, shown: str, columns: Mapping[str, str]) -> list[Log]:

@@ -129,7 +129,7 @@ def _reader(path: Path, head: bytes, *, named: bool) -> Reader | str | None:
         if named or _holds_records(first):
             return jsonlines.read
         return None
-    if delimited.header(first) is not None and (named or _names_a_signal(first)):
+    if delimited.header(first) is not None and (_names_a_signal(first) or (named and delimited.is_table(text))):
         return delimited.read
     if named or text_logs.format_of(path, lines=text_logs.LOOK) is not None:
         return text_logs.read
@@ -139,7 +139,8 @@ def _reader(path: Path, head: bytes, *, named: bool) -> Reader | str | None:
 def _is_binary(head: bytes) -> bool:
     """Zeros at the end, as a crash leaves them, are no sign of it."""
     data = head.rstrip(b"\0")
-    return data.count(0) > 0 or sum(byte < 9 or 13 < byte < 27 for byte in data[:4096]) > 64
+    start = data[:4096]
+    return data.count(0) > 0 or 50 * sum(byte < 9 or 13 < byte < 27 for byte in start) > len(start)
 
 
 def _holds_records(line: str) -> bool:

@@ -1,23 +1,34 @@
-""".wandb files, as wandb leaves them in wandb/offline-run-*: read by wandb's own reader where it is installed."""
+""".wandb files, as wandb leaves them in wandb/offline-run-*: framed as a log of LevelDB, filled with wandb's records.
+
+The records are read with wandb's own protocol buffers, so wandb must be installed. Its reader of the frames was Python
+once and is none any more (0.31); the frames are simple:
+
+    file    7 bytes ":W&B", 0xBEE1, version; then blocks of 32 KiB, the first one shorter by these 7 bytes
+    frame   CRC-32 of type and data, length, type (1 whole, 2 first, 3 middle, 4 last part of a record); data
+"""
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from guardrail.errors import DataError
 from guardrail.importers.jsonlines import flat, from_records, loads
 from guardrail.importers.log import Log
 
 MAGIC = b":W&B"
+_BLOCK = 32 * 1024
+_HEADER = struct.Struct("<IHB")
+_WHOLE, _FIRST, _LAST = 1, 2, 4
 
 
 def read(path: Path, shown: str, columns: Mapping[str, str]) -> list[Log]:
     """DataError if wandb is not installed, or the file holds no history."""
     try:
         from wandb.proto.wandb_internal_pb2 import Record
-        from wandb.sdk.internal.datastore import DataStore
     except ImportError as error:
         raise DataError(
             f"{shown}: a file of wandb, which is not installed here"
@@ -25,28 +36,43 @@ def read(path: Path, shown: str, columns: Mapping[str, str]) -> list[Log]:
         ) from error
 
     def records() -> Iterator[dict[str, Any] | None]:
-        store = DataStore()
-        store.open_for_scan(str(path))
-        while True:
-            try:
-                data = store.scan_data()
-            except (AssertionError, OSError, ValueError):  # how it says that a block is torn
-                yield None
-                return
-            if data is None:
-                return
-            record = Record()
-            try:
-                record.ParseFromString(data)
-            except Exception as error:  # protobuf's DecodeError has another home in each of its implementations
-                if type(error).__name__ != "DecodeError":
-                    raise
-                yield None
-                continue
-            if record.WhichOneof("record_type") == "history":
-                yield _history(record.history)
+        with path.open("rb") as file:
+            for data in frames(file):
+                if data is None:
+                    yield None
+                    continue
+                record = Record.FromString(data)
+                if record.WhichOneof("record_type") == "history":
+                    yield _history(record.history)
 
     return [from_records(records(), shown, "wandb", columns)]
+
+
+def frames(file: BinaryIO) -> Iterator[bytes | None]:
+    """The data of each record whose checksums hold; None, as the last, where the file is cut off or damaged."""
+    at = len(file.read(_HEADER.size))
+    record = b""
+    while True:
+        left = _BLOCK - at % _BLOCK
+        if left < _HEADER.size:  # too short for a frame: zeros
+            file.read(left)
+            at += left
+            continue
+        header = file.read(_HEADER.size)
+        if not header:
+            return
+        if len(header) < _HEADER.size:
+            yield None
+            return
+        checksum, length, kind = _HEADER.unpack(header)
+        data = file.read(length)
+        at += len(header) + length
+        if len(data) < length or zlib.crc32(data, zlib.crc32(bytes([kind]))) != checksum:
+            yield None
+            return
+        record = data if kind in (_WHOLE, _FIRST) else record + data
+        if kind in (_WHOLE, _LAST):
+            yield record
 
 
 def _history(history: Any) -> dict[str, Any]:

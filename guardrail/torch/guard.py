@@ -48,6 +48,7 @@ from guardrail.records import (
 from guardrail.rundir import RunDirectory
 from guardrail.signals import StopSignals
 from guardrail.torch import rng
+from guardrail.torch.attempt import Attempt
 from guardrail.torch.blame import first_nonfinite
 from guardrail.torch.checkpoints import CheckpointStore
 from guardrail.torch.desk import Answer, Desk
@@ -165,6 +166,7 @@ class Guard:
         self.gate = Gate(optimizers, parameters=self.probes.parameters, embedding=self.probes.embedding, clip=clip)
         self.loss_scale = LossScale(scaler) if enabled(scaler) else None
         self.state = TrainingState(model, optimizers, scheduler, scaler if enabled(scaler) else None)
+        self.attempt = Attempt(self.state)
         self._scheduler = scheduler
         self._optimizers = optimizers
         self._describe, self._fixed_loss, self._lr_at, self._rerun = describe, fixed_loss, lr_at, rerun
@@ -219,8 +221,10 @@ class Guard:
                     self.end(Phase.FINISHED, "the data has been passed to its end")
                     break
                 self.at(Phase.STEP, self.step + 1)
-                step = Step(self, number=self.step + 1, batch=batch, began=time.perf_counter() - kept)
-                self._guarding = kept
+                began = time.perf_counter()
+                self.attempt.begin()
+                step = Step(self, number=self.step + 1, batch=batch, began=began - kept)
+                self._guarding = kept + time.perf_counter() - began
                 yield step
                 if step.verdict is None and self.phase is None:
                     raise RuntimeError("the loop went on without step.finish(loss)")
@@ -404,6 +408,7 @@ class Guard:
             loss_scale=self.loss_scale.value if self.loss_scale is not None else None,
         )
         if reduced.incomplete:
+            self.attempt.undo()
             self.gate.leave_out()
             self.end(Phase.STOPPED, "asked to stop; the unfinished batch was given back")
             return None
@@ -433,6 +438,8 @@ class Guard:
 
     def _act(self, step: Step, verdict: Verdict, reduced: Reduced, observation: Observation) -> None:
         self._incident = verdict.incident
+        if verdict.action is not Action.APPLY:
+            self.attempt.undo()
         if verdict.findings:
             self._explain(step, verdict)
         if verdict.incident_state:
@@ -591,6 +598,7 @@ class Guard:
         step._began += time.perf_counter() - asked  # a person's time is not the step's
         if answer is Answer.GO_ON and math.isfinite(reduced.loss) and math.isfinite(reduced.grad_norm):
             self.controller.overrule(observation)
+            self.attempt.redo()
             self._apply(step, reduced)
             if self._row is not None:
                 self._row["verdict"] = list(Action).index(Action.APPLY)
@@ -639,11 +647,12 @@ class Guard:
         self.say(kind, f"{what} {step.number}: {reason}", **data)
 
     def _culprit(self, rerun: Callable[[], None]) -> str:
-        dice = rng.capture()
+        aside = Attempt(self.state)
+        aside.begin()
         try:
             return first_nonfinite(self.state.model, rerun)
         finally:
-            rng.restore(dice)
+            aside.undo()
             self.state.settle()
 
     def _metrics_row(

@@ -136,15 +136,20 @@ class TrainingState:
     def _entries(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._parameters.items():
             yield MODEL + name, parameter
-        for name, module, key in self._buffers:
-            buffer = module._buffers[key]
-            if buffer is not None:
-                yield BUFFER + name, buffer
+        for name, buffer in self.buffers():
+            yield BUFFER + name, buffer
         for name, (parameter, optimizer, _) in self._groups.items():
             if parameter in optimizer.state:
                 for key, value in optimizer.state[parameter].items():
                     if isinstance(value, Tensor):
                         yield f"{OPTIM}{name}/{key}", value
+
+    def buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """The persistent buffers by name, live."""
+        for name, module, key in self._buffers:
+            buffer = module._buffers[key]
+            if buffer is not None:
+                yield name, buffer
 
     def tensors(self) -> dict[str, Tensor]:
         """Name -> this rank's part of it, the live storage. Empty optimizer state (never stepped) has no names."""

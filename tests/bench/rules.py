@@ -138,7 +138,7 @@ class KillLossSpike:
 
 
 class LightningSpikeDetection:
-    """lightning.fabric SpikeDetection: above the one before and off the mean of 10 by twice that mean; or not finite."""
+    """lightning.fabric SpikeDetection: above the last one and off the mean of 10 by twice that mean; or not finite."""
 
     WINDOW, ATOL_FACTOR = 10, 2.0
 

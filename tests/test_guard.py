@@ -1,0 +1,199 @@
+"""The guard in a loop of one's own, without a run directory and without the trainer; and its parts, one by one."""
+
+import math
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from guardrail.config import CheckpointSection, GuardSection, Settings, SnapshotSection
+from guardrail.ledger import SampleOrder
+from guardrail.records import Action, Mode, Phase
+from guardrail.rundir import RunDirectory
+from guardrail.torch.guard import Guard, Step
+from guardrail.torch.state import component_digests
+
+VOCABULARY, LENGTH, BATCH = 17, 6, 4
+
+
+class Model(nn.Module):
+    """With all that a forward pass can leave behind: dropout, running statistics, a count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.out = nn.Linear(8, VOCABULARY)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        x = self.norm(x.flatten(0, 1)).view_as(x)
+        return self.out(F.dropout(x, 0.2, self.training))
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9),
+    "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=0.02),
+}
+
+
+class Loop:
+    """A training loop as a user writes it: global dice, a torch scheduler, mean losses."""
+
+    def __init__(
+        self,
+        optimizer: str = "adamw",
+        *,
+        bad: range = range(0),
+        steps: int = 40,
+        run: RunDirectory | None = None,
+        **settings: Any,
+    ) -> None:
+        torch.manual_seed(1)
+        self.bad = bad
+        self.data = torch.randint(0, VOCABULARY, (200, LENGTH + 1)) // torch.randint(1, 4, (200, 1))
+        self.model = Model()
+        self.optimizer = OPTIMIZERS[optimizer](self.model)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 / (1 + 0.05 * step))
+        self.attempts: list[Step] = []
+        self.losses: dict[int, float] = {}
+        guard = {"warmup": 10, "window": 32, "confirm": 4, **settings}
+        self.guard = Guard.from_config(
+            Settings(
+                guard=GuardSection(**guard),
+                snapshots=SnapshotSection(every=5, keep=3),
+                checkpoint=CheckpointSection(every=10),
+            ),
+            model=self.model,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            data=SampleOrder(samples=len(self.data), seed=3),
+            batch_size=BATCH,
+            total_steps=steps,
+            run=run,
+        )
+
+    def loss(self, step: Step) -> Tensor:
+        tokens = self.data[list(step.batch.samples)]
+        loss = F.cross_entropy(self.model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        return loss * math.nan if any(p in self.bad for p in step.batch.positions) else loss
+
+    def train(self) -> "Loop":
+        for step in self.guard:
+            self.attempts.append(step)
+            loss = self.loss(step)
+            loss.backward()
+            step.finish(loss)
+            if step.applied:
+                self.losses[step.number] = loss.item()
+        return self
+
+    def digest(self) -> dict[str, str]:
+        state = self.guard.state
+        return component_digests(state.tensors(), state.scalars())
+
+
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+@pytest.mark.parametrize("bad", [range(60, 64), range(60, 72)])
+def test_a_loop_of_ones_own_is_exact(optimizer: str, bad: range) -> None:
+    a = Loop(optimizer, bad=bad).train()
+    assert a.guard.phase is Phase.FINISHED
+    actions = {step.verdict.action for step in a.attempts if step.verdict is not None}
+    assert actions == ({Action.APPLY, Action.SKIP} if len(bad) == 4 else {Action.APPLY, Action.SKIP, Action.ROLLBACK})
+    b = Loop(optimizer, mode=Mode.OFF)
+    b.guard.ledger.quarantine.read(a.guard.ledger.quarantine.lines())
+    b.train()
+    assert len(b.attempts) == 40 < len(a.attempts)
+    assert a.losses == b.losses
+    assert a.digest() == b.digest()
+    assert all(math.isfinite(value) for value in a.losses.values())
+    assert torch.isfinite(a.model.norm.running_mean).all()  # type: ignore[arg-type]
+
+
+def test_it_is_what_plain_torch_does() -> None:
+    guarded = Loop().train()
+    torch.manual_seed(1)
+    plain = Loop()
+    for number in range(1, 41):
+        batch = plain.guard.ledger.next_batch()
+        assert batch is not None
+        step = Step(plain.guard, number=number, batch=batch, began=0.0)
+        loss = plain.loss(step)
+        loss.backward()
+        nn.utils.clip_grad_norm_(plain.model.parameters(), 1.0)
+        plain.optimizer.step()
+        plain.scheduler.step()
+        plain.optimizer.zero_grad()
+        plain.guard.ledger.passed(batch, applied=True)
+        assert loss.item() == pytest.approx(guarded.losses[number], rel=1e-4)
+
+
+def test_a_step_that_is_not_finished_is_an_error() -> None:
+    loop = Loop()
+    with pytest.raises(RuntimeError, match=r"without step\.finish"):
+        for step in loop.guard:
+            loop.loss(step).backward()
+    with pytest.raises(RuntimeError, match="called twice"):
+        for step in Loop().guard:
+            loss = torch.zeros(()) + 1.0
+            step.finish(loss)
+            step.finish(loss)
+
+
+def test_an_exception_in_the_body_gets_out_and_everything_is_released(tmp_path: Path) -> None:
+    before = threading.active_count()
+    run = RunDirectory.create(tmp_path, "own", "")
+    loop = Loop(run=run)
+    with pytest.raises(ZeroDivisionError):
+        for step in loop.guard:
+            loss = loop.loss(step)
+            loss.backward()
+            step.finish(loss)
+            if step.number == 3:
+                assert threading.active_count() >= before + 3  # heartbeat, inbox, checkpoints
+                raise ZeroDivisionError
+    assert threading.active_count() == before
+    assert run.metrics().column("step").tolist() == [1, 2, 3]
+    assert not any(event.kind == "ended" for event in run.events())
+
+
+def test_a_loop_that_breaks_off_can_be_taken_up_again(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path, "own", "")
+    whole = Loop(bad=range(60, 72)).train()
+    first = Loop(bad=range(60, 72), run=run)
+    for step in first.guard:
+        loss = first.loss(step)
+        loss.backward()
+        step.finish(loss)
+        if step.number == 26:
+            first.guard.tiers.store.wait(60)  # type: ignore[union-attr]
+            break
+    second = Loop(bad=range(60, 72), run=run).train()
+    assert second.attempts[0].number == 21
+    assert {number: whole.losses[number] for number in second.losses} == second.losses
+    assert second.digest() == whole.digest()
+
+
+def test_ask_without_anybody_to_ask_takes_its_own_proposal() -> None:
+    loop = Loop(bad=range(60, 72), mode=Mode.ASK).train()
+    assert loop.guard.phase is Phase.FINISHED and loop.guard.timeline == 1
+    assert loop.digest() == Loop(bad=range(60, 72)).train().digest()
+
+
+def test_out_of_rollbacks_it_halts() -> None:
+    loop = Loop(bad=range(60, 72), rollbacks=0).train()
+    assert loop.guard.phase is Phase.HALTED
+    assert (loop.guard.step, loop.attempts[-1].applied) == (15, False)
+
+
+def test_the_data_end() -> None:
+    loop = Loop(steps=0)
+    loop.guard.ledger.limit = 30
+    loop.train()
+    assert loop.guard.phase is Phase.FINISHED
+    assert [len(step.batch.samples) for step in loop.attempts] == [4] * 7 + [2]
