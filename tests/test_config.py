@@ -60,7 +60,7 @@ BAD = [
     # Choices.
     ("[guard]\nmode = 'automatic'", "guard.mode = 'automatic': expected auto, ask, advise or off", "mean 'auto'?"),
     ("[data]\norder = 'random'", "c.toml: data.order = 'random': expected shuffled or stream", ""),
-    ("[train]\nprecision = 'fp16'", "c.toml: train.precision = 'fp16': expected fp32 or bf16", "mean 'bf16'?"),
+    ("[train]\nprecision = 'bf15'", "train.precision = 'bf15': expected fp32, bf16 or fp16", "mean 'bf16'?"),
     # Ranges.
     ("[train]\nsteps = -1", "c.toml: train.steps = -1: expected a whole number >= 0", ""),
     ("[guard]\nwindow = 8", "c.toml: guard.window = 8: expected a whole number >= 16", ""),
@@ -315,14 +315,16 @@ def test_reading_a_configuration_loads_no_torch() -> None:
 
 def test_every_setting_is_explained_beside_it() -> None:
     """A line of comment above each field, or above the group of fields that it stands in."""
-    for module in ("guardrail/config.py", "trainer/config.py"):
-        explained = False
+    for module in ("guardrail/config.py", "trainer/config.py", "trainer/recipe.py", "trainer/layout.py"):
+        explained = section = False
         for number, line in enumerate((CONFIGS.parent / module).read_text().splitlines(), 1):
+            if line[:1].strip():
+                section = line.startswith("class ")
             if line.startswith("    #"):
                 explained = True
             elif not line.strip() or line.strip().startswith(('"""', "class ", "def ")):
                 explained = line.startswith("    #")
-            elif re.match(r"    \w+: .* = ", line) and "Section" not in line:
+            elif section and re.match(r"    \w+: .* = ", line) and "Section" not in line:
                 assert explained, f"{module}:{number}: {line.strip()}"
 
 
