@@ -25,6 +25,7 @@ from msgspec import structs
 from guardrail.advice import Advice
 from guardrail.config import GuardSection
 from guardrail.detectors.divergence import Divergence
+from guardrail.detectors.growth import CLIMB
 from guardrail.detectors.no_tokens import NoTokens
 from guardrail.detectors.spike import LOOK_BACK
 from guardrail.detectors.standard import build
@@ -42,6 +43,8 @@ from guardrail.records import (
     Verdict,
 )
 
+# Detectors of damage in the weights. `advise` does not go back, so what they said once they would say for ever.
+LASTING = ("divergence", "growth")
 SPIKES = (Kind.LOSS_SPIKE, Kind.GRAD_SPIKE, Kind.EMBED_SPIKE)
 
 
@@ -70,7 +73,7 @@ class Controller:
         self.rollbacks: list[Rollback] = []
         self._empty_spans: set[tuple[int, int]] = set()  # rejected for want of labels: no sign of trouble
         # Reaches back to the earliest onset that a detector can name, and `window_before` batches further.
-        reach = settings.window_before + max(LOOK_BACK, Divergence.MEMORY * settings.divergence_steps) + 1
+        reach = settings.window_before + max(LOOK_BACK, Divergence.MEMORY * settings.divergence_steps, CLIMB) + 1
         self._history: deque[Applied] = deque(maxlen=reach)
         self._overflows = 0  # in a row, directly before the next step
         self._advice = Advice()
@@ -338,7 +341,8 @@ class Controller:
                     Rollback(from_step=obs.step - 1, to_step=max(0, onset - 1), onset=onset, window=window)
                 )
             if any(finding.severity is Severity.PERSISTENT for finding in findings):
-                self.detectors["divergence"].reset()
+                for name in LASTING:
+                    self.detectors[name].reset()
         if len(advice.left_out) >= self.settings.warmup:
             # So long a stretch is where the run is now. Learn that, instead of the same alarm for ever.
             for detector in self.detectors.values():

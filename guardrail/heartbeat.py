@@ -30,6 +30,7 @@ class Heartbeat:
         seconds: between two beats.
 
     Attributes:
+        began: wall time at which this process said its first word.
         step_seconds: duration of the last step, set by the loop.
         failures, error: beats that could not be written, and why the last one could not.
     """
@@ -47,7 +48,7 @@ class Heartbeat:
         self.phase = Phase.SETUP
         self.step = 0
         self.progress = 0
-        self.progress_time = time.time()
+        self.began = self.progress_time = time.time()
         self.step_seconds = 0.0
         self.failures = 0
         self.error = ""

@@ -14,6 +14,7 @@ LOSS = "loss"  # nats a token, mean over the global batch
 GRAD_NORM = "grad_norm"  # L2 norm of all gradients before clipping
 EMBED_GRAD_NORM = "embed_grad_norm"  # L2 norm of the embedding gradients before clipping
 EMBED_SHARE = "embed_share"  # embed_grad_norm^2 / grad_norm^2, in [0, 1]
+UPDATE_NORM = "update_norm"  # L2 norm of the optimizer's last update, where it is measured
 LOSS_SCALE = "loss_scale"  # what fp16 multiplies the loss by before the backward pass
 
 MAX_NAMED = 16  # documents or parameters named in one journal line; the rest is counted
@@ -43,10 +44,16 @@ class Kind(str, Enum):
     LOSS_SPIKE = "loss_spike"
     GRAD_SPIKE = "grad_spike"
     EMBED_SPIKE = "embed_spike"
+    UPDATE_SPIKE = "update_spike"  # the optimizer's step grew; the update is in the weights already
+    GROWTH = "growth"  # a norm climbs step by step, none of which is a spike
     DIVERGENCE = "divergence"  # the loss rose and stays up
+    LEVEL_SHIFT = "level_shift"  # a signal stepped up and stays there, without growing further
     NO_TOKENS = "no_tokens"  # every label of the batch is ignored: nothing to learn from
     IMPOSSIBLE = "impossible"  # finite, but no working model gives it: a loss of exactly 0, 1e30
-    SCALE_COLLAPSE = "scale_collapse"  # fp16: gradients overflow at every loss scale that is tried
+    STUCK = "stuck"  # the very same number again and again
+    OVERFLOW = "overflow"  # a float16 gradient beyond the loss scale: left out, and nothing is wrong with the weights
+    SCALE_COLLAPSE = "scale_collapse"  # overflow after overflow: the gradients are to blame, not the loss scale
+    RESUME_JUMP = "resume_jump"  # the run does not go on where it was before a resume
     RESTART = "restart"  # the step counter went back: another run, or a resume in a recorded log
 
 

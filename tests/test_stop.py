@@ -74,6 +74,9 @@ def in_tokenizing(patch: pytest.MonkeyPatch, number: int, rank: int) -> None:
     whole = getattr(trainer.loop, name)
 
     def signalled(*arguments: Any, **settings: Any) -> Path:
+        # A forked rank needs milliseconds to get here, in which another may not even have begun.
+        run = RunDirectory.open(os.environ["GUARDRAIL_RUN"])
+        wait_for(lambda: len(run.read_ranks()) == 2, what="both ranks")
         os.kill(os.getpid(), number)
         return Path(whole(*arguments, **settings))
 

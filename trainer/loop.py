@@ -69,7 +69,8 @@ class Trainer:
         self.signals = signals or StopSignals()
         self.heartbeat = heartbeat
         self.rank = int(os.environ.get("RANK", "0"))
-        self._began = time.time()
+        # Before torch is imported, where there is a heartbeat: no other rank of this start can have ended by then.
+        self._began = heartbeat.began if heartbeat is not None else time.time()
         self._lock = self._take_lock() if run is not None and self.rank == 0 else None
         self.corpus = Corpus.open(self._prepare_data())
         self.accelerator = make_accelerator(config)

@@ -7,6 +7,7 @@ from typing import Any
 from guardrail.config import GuardSection
 from guardrail.detectors.base import Detector
 from guardrail.detectors.divergence import Divergence
+from guardrail.detectors.growth import Growth
 from guardrail.detectors.nonfinite import NonFinite
 from guardrail.detectors.spike import Spike
 from guardrail.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Kind
@@ -23,10 +24,11 @@ def build(settings: GuardSection) -> dict[str, Detector]:
     shared: dict[str, Any] = {"window": settings.window, "warmup": settings.warmup}
     loss = Spike(LOSS, Kind.LOSS_SPIKE, score=settings.loss_score, floor=LOSS_FLOOR, cold_factor=LOSS_COLD, **shared)
     norm: dict[str, Any] = {"floor": NORM_FLOOR, "cold_factor": NORM_COLD, **shared}
+    grad = Spike(GRAD_NORM, Kind.GRAD_SPIKE, score=settings.grad_score, **norm)
     return {
         "nonfinite": NonFinite(),
         LOSS: loss,
-        GRAD_NORM: Spike(GRAD_NORM, Kind.GRAD_SPIKE, score=settings.grad_score, **norm),
+        GRAD_NORM: grad,
         EMBED_GRAD_NORM: Spike(EMBED_GRAD_NORM, Kind.EMBED_SPIKE, score=settings.embed_score, **norm),
         "divergence": Divergence(
             loss.baseline,
@@ -34,4 +36,5 @@ def build(settings: GuardSection) -> dict[str, Detector]:
             steps=settings.divergence_steps,
             window=settings.window,
         ),
+        "growth": Growth(GRAD_NORM, grad.baseline, warmup=settings.warmup),
     }

@@ -11,10 +11,8 @@ import re
 from collections.abc import Iterable, Mapping
 
 from guardrail.errors import DataError
-from guardrail.records import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS, LOSS_SCALE
+from guardrail.records import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS, LOSS_SCALE, UPDATE_NORM
 from guardrail.text import clean
-
-UPDATE_NORM = "update_norm"
 
 # signal -> names, the surest first; compared in lower case with every run of other characters than letters and digits
 # as one space. Who writes them: Trainer, nanoGPT, Megatron, torchtitan, OLMo, llm-foundry, NeMo, fairseq, Lightning.

@@ -28,10 +28,6 @@ class _Kept:
     def touched(self) -> bool:
         return self.silent or self.buffer._version != self.version
 
-    def put(self, content: Tensor) -> None:
-        self.buffer.copy_(content)
-        self.version = self.buffer._version
-
 
 class Attempt:
     """The side effects of one forward pass, or of a window of them: `begin` before, then `undo`, and `redo` if need be.
@@ -71,7 +67,8 @@ class Attempt:
         for kept in self._kept.values():
             if kept.touched():
                 kept.after = kept.buffer.clone()
-                kept.put(kept.before)
+                kept.buffer.copy_(kept.before)
+                kept.version = kept.buffer._version
 
     @torch.no_grad()
     def redo(self) -> None:
@@ -80,5 +77,5 @@ class Attempt:
         rng.put_back(self._after)
         for kept in self._kept.values():
             if kept.after is not None:
-                kept.put(kept.after)
+                kept.buffer.copy_(kept.after)
                 kept.after = None
