@@ -208,7 +208,8 @@ class Config(Settings, frozen=True, kw_only=True):
         self._check_data(base)
         self.model.check(base=base)
         self.optim.check(self.model, strategy="fsdp" if self.layout.sharded else "ddp")
-        self.layout.check_model(self.model, self.optim, z_loss=self.train.z_loss)
+        self.layout.check_model(self.model, self.optim, self.train)
+        self._check_pipeline()
         check_objective(self.train.objective, self.model)
         if bool(self.train.steps) == bool(self.train.epochs):
             raise ConfigError(
@@ -257,6 +258,15 @@ class Config(Settings, frozen=True, kw_only=True):
                 f"batch_size - ramp_from = {train.batch_size - train.ramp_from}",
                 key="train.ramp_by",
                 value=by,
+            )
+
+    def _check_pipeline(self) -> None:
+        if self.parallel.schedule == "1f1b" and self.micro_batches < self.layout.pp:
+            raise ConfigError(
+                f"such that a window has at least parallel.pp ({self.layout.pp}) micro-batches",
+                key="train.micro_batch_size",
+                value=self.micro_batch_size,
+                hint=f"batch_size / (data ranks * micro_batch_size) is {self.micro_batches}",
             )
 
     def _check_batch(self) -> None:
