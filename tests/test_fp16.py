@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
 from guardrail.config import GuardSection, build, dump
@@ -27,6 +28,13 @@ from trainer.loop import Trainer, train
 
 OVERFLOW = list(Action).index(Action.OVERFLOW)
 _train_step = Trainer.train_step
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> None:
+    """A rank is a fork, and must not find the Accelerate state of an earlier test in this process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 # -- the rule

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState
 from torch.distributed.tensor import DTensor
 
-from guardrail.config import dump
+from guardrail.config import dump, load
 from guardrail.errors import ConfigError
 from guardrail.manifest import checkpoint_dirs, fingerprint, read_manifest, verify
 from guardrail.records import Command, CommandKind
@@ -28,7 +29,16 @@ from trainer.config import Config
 from trainer.layout import Layout, ParallelSection
 from trainer.loop import Trainer
 from trainer.objectives import IGNORED
+from trainer.sizes import parameter_count
 from trainer.tensor_parallel import loss_sum
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> None:
+    """A rank is a fork, and must not find the Accelerate state of an earlier test in this process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
 
 SIGNALS = ("loss", "grad_norm", "embed_grad_norm", "embed_share")
 
@@ -37,15 +47,20 @@ MESHES: dict[str, tuple[int, dict[str, Any]]] = {
     "zero2": (2, {"dp_shard": 2, "reshard_after_forward": False}),
     "hybrid": (4, {"dp_replicate": 2, "dp_shard": 2}),
     "tp": (2, {"tp": 2}),
+    "pp": (2, {"pp": 2}),
     "zero3": (2, {"dp_shard": 2}),
     "offload": (2, {"dp_shard": 2, "cpu_offload": True}),
     "hybrid-offload": (4, {"dp_replicate": 2, "dp_shard": 2, "cpu_offload": True, "reshard_after_forward": False}),
     "replicas": (2, {"dp_replicate": 2}),
     "tp-shards": (4, {"dp_shard": 2, "tp": 2}),
     "tp-replicas": (4, {"dp_replicate": 2, "tp": 2}),
+    "gpipe": (2, {"pp": 2, "schedule": "gpipe"}),
+    "pp-tp": (4, {"pp": 2, "tp": 2}),
+    "pp-replicas": (4, {"pp": 2, "dp_replicate": 2, "schedule": "gpipe"}),
+    "pp-shards-tp": (8, {"pp": 2, "dp_shard": 2, "tp": 2}),
     "tp-hybrid": (8, {"dp_replicate": 2, "dp_shard": 2, "tp": 2}),
 }
-QUICK = ("zero2", "hybrid", "tp")
+QUICK = ("zero2", "hybrid", "tp", "pp")
 SWEEP = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MESHES]
 
 
@@ -53,7 +68,8 @@ def config_of(folder: Path, name: str, **sections: Any) -> Config:
     """A run on the mesh of this name; "one" is a single rank. Rows of a batch are cut alike wherever that matters."""
     world, parallel = MESHES.get(name, (1, {}))
     train = {"micro_batch_size": 2, **sections.pop("train", {})}
-    return tiny(folder, world=world, train=train, parallel=parallel, **sections)
+    model = {"tied": False, "layers": 3, **sections.pop("model", {})}  # stages of one and of two blocks
+    return tiny(folder, world=world, model=model, train=train, parallel=parallel, **sections)
 
 
 @pytest.mark.parametrize("name", SWEEP)
@@ -129,6 +145,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(name: str, tmp_path: Path) 
 PAIRS = [
     ("hybrid", "one"),
     ("one", "tp"),
+    ("pp", "one"),
     ("one", "hybrid"),
     ("tp-shards", "zero2"),
     ("hybrid", "tp-replicas"),
@@ -136,8 +153,11 @@ PAIRS = [
     ("zero3", "hybrid-offload"),
     ("offload", "replicas"),
     ("hybrid", "zero2"),
+    ("one", "pp-shards-tp"),
+    ("pp-tp", "zero3"),
+    ("tp-shards", "pp"),
 ]
-RESHARD = [pytest.param(*pair, marks=() if pair in PAIRS[:2] else pytest.mark.slow) for pair in PAIRS]
+RESHARD = [pytest.param(*pair, marks=() if pair in PAIRS[:4] else pytest.mark.slow) for pair in PAIRS]
 
 
 @pytest.mark.parametrize(("before", "after"), RESHARD)
@@ -218,6 +238,8 @@ def test_replicas_of_shards_write_each_piece_once(tmp_path: Path) -> None:
     [
         ({}, 4, "ddp", (4, 1, False)),
         ({"tp": 2}, 8, "ddp", (4, 1, True)),
+        ({"pp": 4, "tp": 2}, 16, "ddp", (2, 1, True)),
+        ({"pp": 12, "tp": 4, "dp_replicate": 8}, 384, "ddp", (8, 1, True)),
         ({"tp": 4}, 8, "fsdp", (1, 2, True)),
         ({"dp_shard": 2, "tp": 2}, 8, "ddp", (2, 2, True)),
         ({}, 4, "fsdp", (1, 4, True)),
@@ -233,17 +255,21 @@ def test_layouts(section: dict[str, Any], world: int, strategy: str, expected: t
     assert (layout.dp_replicate, layout.dp_shard, layout.sharded) == expected
     assert layout.world == world
     ranks = [layout.data_rank(rank) for rank in range(world)]
-    assert ranks == sorted(list(range(layout.data_ranks)) * layout.tp)
+    assert ranks == sorted(list(range(layout.data_ranks)) * layout.tp) * layout.pp
+    stages = [layout.stage(rank) for rank in range(world)]
+    assert stages == sorted(list(range(layout.pp)) * (world // layout.pp))
+    assert all(stages[other] == stages[rank] for rank in range(world) for other in layout.holders(rank) or ())
+    assert {rank for rank in range(world) if layout.counts(rank)} <= set(layout.holders(world - 1) or range(world))
     assert sum(layout.counts(rank) for rank in range(world)) == layout.data_ranks
 
 
 @pytest.mark.parametrize(
     ("section", "key", "expected"),
     [
-        ({"dp_shard": 3}, "parallel.dp_shard", "a divisor of 4"),
-        ({"dp_replicate": 2, "dp_shard": 4}, "parallel.dp_shard", "a product of 4"),
-        ({"dp_replicate": 2, "dp_shard": 1}, "parallel.dp_shard", "a product of 4"),
-        ({"tp": 3}, "parallel.tp", "a divisor of 4"),
+        ({"dp_shard": 3}, "parallel", "a divisor of 4"),
+        ({"dp_replicate": 2, "dp_shard": 4}, "parallel", "a product of 4"),
+        ({"dp_replicate": 2, "dp_shard": 1}, "parallel", "a product of 4"),
+        ({"tp": 3}, "parallel", "a divisor of 4"),
         ({"cpu_offload": True}, "parallel.cpu_offload", "false, or shards"),
         ({"reshard_after_forward": False}, "parallel.reshard_after_forward", "true, or shards"),
     ],
@@ -252,6 +278,34 @@ def test_layouts_that_are_refused(section: dict[str, Any], key: str, expected: s
     with pytest.raises(ConfigError) as error:
         tiny(tmp_path, world=4, parallel=section)
     assert error.value.key == key and expected in error.value.expected
+
+
+@pytest.mark.parametrize(
+    ("sections", "key"),
+    [
+        ({"model": {"layers": 1}}, "parallel.pp"),
+        ({"model": {"tied": True}}, "model.tied"),
+        ({"model": {"positions": "t5"}}, "model.positions"),
+        ({"train": {"micro_batch_size": 8}}, "train.micro_batch_size"),
+        ({"train": {"ramp_from": 4, "ramp_tokens": 1000}}, "train.ramp_from"),
+    ],
+)
+def test_what_has_no_place_in_a_pipeline_is_refused(sections: dict[str, Any], key: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        config_of(tmp_path, "pp", **sections)
+    assert error.value.key == key
+
+
+def test_a_stage_has_its_blocks_and_no_others(tmp_path: Path) -> None:
+    names = run_ranks(_names, 2, config_of(tmp_path, "pp"), folder=tmp_path, init=False)
+    assert {name.split(".")[1] for name in names[0] if name.startswith("blocks")} == {"0"}
+    assert {name.split(".")[1] for name in names[1] if name.startswith("blocks")} == {"1", "2"}
+    assert "embedding.weight" in names[0] and not {"norm.weight", "head.weight"} & set(names[0])
+    assert "embedding.weight" not in names[1] and {"norm.weight", "head.weight"} <= set(names[1])
+
+
+def _names(rank: int, config: Config) -> list[str]:
+    return [name for name, _ in Trainer(config).model.named_parameters()]
 
 
 @pytest.mark.parametrize(
@@ -305,3 +359,17 @@ def test_a_batch_is_shared_by_the_data_ranks(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a multiple of the 4"):
         config_of(tmp_path, "hybrid", train={"batch_size": 22})
     assert msgspec.to_builtins(config)["parallel"]["dp_shard"] == 2
+    with pytest.raises(ConfigError, match="a multiple of the 4"):
+        config_of(tmp_path, "hybrid", train={"batch_size": 22})
+    assert msgspec.to_builtins(config)["parallel"]["dp_shard"] == 2
+
+
+def test_the_published_layout_of_bloom_adds_up() -> None:
+    config = load(Path(__file__).parent.parent / "configs" / "bloom-3d.toml")
+    assert isinstance(config, Config)
+    assert config.world == 384 and (config.layout.dp_replicate, config.layout.tp, config.layout.pp) == (8, 4, 12)
+    assert config.micro_batches == 128
+    assert config.train.batch_size * config.data.sequence_length == 4 * 1024 * 1024
+    # 176 G parameters in the paper, with a vocabulary of 250,880; a second matrix of that size comes on top.
+    count = parameter_count(config.model, 250_880)
+    assert count - 250_880 * config.model.width == pytest.approx(176.25e9, rel=1e-3)

@@ -213,7 +213,8 @@ class Config(Settings, frozen=True, kw_only=True):
         self._check_faults()
         self.model.check(base=base)
         self.optim.check(self.model, strategy="fsdp" if self.layout.sharded else "ddp")
-        self.layout.check_model(self.model, self.optim, z_loss=self.train.z_loss)
+        self.layout.check_model(self.model, self.optim, self.train)
+        self._check_pipeline()
         check_objective(self.train.objective, self.model)
         if bool(self.train.steps) == bool(self.train.epochs):
             raise ConfigError(
@@ -265,6 +266,15 @@ class Config(Settings, frozen=True, kw_only=True):
                 f"batch_size - ramp_from = {train.batch_size - train.ramp_from}",
                 key="train.ramp_by",
                 value=by,
+            )
+
+    def _check_pipeline(self) -> None:
+        if self.parallel.schedule == "1f1b" and self.micro_batches < self.layout.pp:
+            raise ConfigError(
+                f"such that a window has at least parallel.pp ({self.layout.pp}) micro-batches",
+                key="train.micro_batch_size",
+                value=self.micro_batch_size,
+                hint=f"batch_size / (data ranks * micro_batch_size) is {self.micro_batches}",
             )
 
     def _check_batch(self) -> None:
@@ -322,7 +332,7 @@ class Config(Settings, frozen=True, kw_only=True):
         from trainer.sizes import state_bytes
 
         layout = self.layout
-        shards = layout.dp_shard * layout.tp
+        shards = layout.dp_shard * layout.tp * layout.pp  # of a pipeline: a stage with its share of the embeddings
         one = state_bytes(self.model, self.vocabulary, shards=shards, sequence_length=self.data.sequence_length)
         ring, memory = one * self.snapshots.keep * self.launch.processes, memory_bytes()
         if ring > memory:

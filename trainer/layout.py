@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING, Any, Literal
 
 from msgspec import Struct
 
@@ -11,9 +12,12 @@ from guardrail.errors import ConfigError
 from trainer.recipe import ModelSection, OptimSection, nearest
 from trainer.sizes import hidden_width
 
+if TYPE_CHECKING:
+    from trainer.config import TrainSection
+
 
 class ParallelSection(Section, frozen=True, kw_only=True):
-    """[parallel]: the mesh of ranks, dp_replicate x dp_shard x tp = launch.processes * launch.nodes.
+    """[parallel]: the mesh of ranks, pp x dp_replicate x dp_shard x tp = launch.processes * launch.nodes.
 
     dp_replicate and dp_shard at 0 are left to train.strategy: "ddp" fills up with replicas, "fsdp" with shards.
     """
@@ -24,6 +28,10 @@ class ParallelSection(Section, frozen=True, kw_only=True):
     dp_shard: Natural = 0
     # Ranks that share the work of each layer, heads and hidden units (Megatron-LM). They stand next to one another.
     tp: Positive = 1
+    # Stages of a pipeline, each a stretch of the blocks, and the order in which it takes the micro-batches of a window:
+    # GPipe, or one forward and one backward pass in turn (PipeDream-flush), which keeps fewer activations.
+    pp: Positive = 1
+    schedule: Literal["1f1b", "gpipe"] = "1f1b"
     # Shards: drop gathered parameters after the forward pass and gather them again for the backward pass (ZeRO-3), or
     # keep them in between (ZeRO-2: more memory, less traffic).
     reshard_after_forward: bool = True
@@ -32,12 +40,15 @@ class ParallelSection(Section, frozen=True, kw_only=True):
 
 
 class Layout(Struct, frozen=True, kw_only=True):
-    """Sizes of the mesh, slowest dimension first: rank = (replicate * dp_shard + shard) * tp + its place in the group.
+    """Sizes of the mesh, slowest dimension first.
+
+    rank = ((stage * dp_replicate + replicate) * dp_shard + shard) * tp + place in the tensor-parallel group.
 
     Attributes:
         sharded: FSDP2 holds the state, be it on one shard; else DDP, or nothing on a single rank.
     """
 
+    pp: int
     dp_replicate: int
     dp_shard: int
     tp: int
@@ -47,30 +58,33 @@ class Layout(Struct, frozen=True, kw_only=True):
     def of(cls, section: ParallelSection, *, world: int, strategy: str) -> Layout:
         """The layout of `world` ranks. Raises ConfigError where they do not fill the mesh."""
         replicate, shard = section.dp_replicate, section.dp_shard
-        given = max(replicate, 1) * max(shard, 1) * section.tp
+        given = max(replicate, 1) * max(shard, 1) * section.tp * section.pp
         full = bool(replicate and shard)
         if world % given or (full and given != world):
             raise ConfigError(
                 f"a {'product' if full else 'divisor'} of {world}, the number of processes",
-                key=f"parallel.{'dp_shard' if shard else 'dp_replicate' if replicate else 'tp'}",
-                value=shard or replicate or section.tp,
-                hint=f"dp_replicate = {replicate}, dp_shard = {shard}, tp = {section.tp} (0: the rest)",
+                key="parallel",
+                value=given,
+                hint=f"pp = {section.pp}, tp = {section.tp}, dp_replicate = {replicate}, dp_shard = {shard}",
             )
         rest = world // given
         if not replicate and not shard:
             replicate, shard = (1, rest) if strategy == "fsdp" else (rest, 1)
         layout = cls(
+            pp=section.pp,
             dp_replicate=replicate or rest,
             dp_shard=shard or rest,
             tp=section.tp,
-            sharded=strategy == "fsdp" or (shard or rest) > 1 or section.tp > 1,
+            sharded=strategy == "fsdp" or (shard or rest) > 1 or section.tp * section.pp > 1,
         )
         layout._check(section)
         return layout
 
-    def check_model(self, model: ModelSection, optim: OptimSection, *, z_loss: float) -> None:
-        """Refuse what a tensor-parallel group cannot share out. Raises ConfigError."""
-        if self.tp == 1:
+    def check_model(self, model: ModelSection, optim: OptimSection, train: TrainSection) -> None:
+        """Refuse what tensor-parallel groups and pipelines cannot share out. Raises ConfigError."""
+        if self.pp > model.layers:
+            raise ConfigError(f"at most model.layers ({model.layers})", key="parallel.pp", value=self.pp)
+        if self.world == self.data_ranks:
             return
         counts = (("heads", model.heads), ("kv_heads", model.groups), ("hidden", hidden_width(model)))
         for key, count in counts:
@@ -81,21 +95,27 @@ class Layout(Struct, frozen=True, kw_only=True):
                     value=count,
                     hint=f"nearest: {nearest(count, self.tp)}",
                 )
-        together = {
+        together: dict[str, tuple[Any, ...]] = {
             "model.hf": (model.hf, ""),
             "model.kind": (model.kind, "decoder", "prefix"),
             "model.positions": (model.positions, "rope", "learned", "sinusoidal", "alibi", "none"),
             "model.qk_norm": (model.qk_norm, False),
             "optim.name": (optim.name, "adamw", "adam"),
             "optim.qk_clip": (optim.qk_clip, 0.0),
-            "train.z_loss": (z_loss, 0.0),
+            "train.z_loss": (train.z_loss, 0.0),
         }
+        if self.pp > 1:
+            together |= {
+                "model.kind": (model.kind, "decoder"),
+                "model.tied": (model.tied, False),
+                "train.objective": (train.objective, "lm"),
+                "train.ramp_from": (train.ramp_from, 0),
+            }
         for key, (value, *possible) in together.items():
             if value not in possible:
                 expected = " or ".join(json.dumps(one) for one in possible)
-                raise ConfigError(
-                    expected, key=key, value=value, hint=f"parallel.tp = {self.tp} works with nothing else here"
-                )
+                hint = f"parallel.tp = {self.tp}, parallel.pp = {self.pp} work with nothing else here"
+                raise ConfigError(expected, key=key, value=value, hint=hint)
 
     def _check(self, section: ParallelSection) -> None:
         if self.sharded:
@@ -111,7 +131,17 @@ class Layout(Struct, frozen=True, kw_only=True):
 
     @property
     def world(self) -> int:
-        return self.data_ranks * self.tp
+        return self.pp * self.data_ranks * self.tp
+
+    def stage(self, rank: int) -> int:
+        """Which stage of the pipeline a rank has."""
+        return rank // (self.data_ranks * self.tp)
+
+    def holders(self, rank: int) -> range | None:
+        """The ranks of the same stage; None: there is one stage."""
+        size = self.data_ranks * self.tp
+        first = self.stage(rank) * size
+        return None if self.pp == 1 else range(first, first + size)
 
     @property
     def data_ranks(self) -> int:
@@ -119,9 +149,9 @@ class Layout(Struct, frozen=True, kw_only=True):
         return self.dp_replicate * self.dp_shard
 
     def data_rank(self, rank: int) -> int:
-        """Which share of the data a rank reads; the ranks of a tensor-parallel group read the same."""
-        return rank // self.tp
+        """Which share of the data a rank reads, the same for a whole tensor-parallel group and a whole pipeline."""
+        return rank // self.tp % self.data_ranks
 
     def counts(self, rank: int) -> bool:
         """Whether a rank's loss and tokens enter the sums over all ranks: once for each share of the data."""
-        return rank % self.tp == 0
+        return rank % self.tp == 0 and self.stage(rank) == self.pp - 1

@@ -29,7 +29,7 @@ from trainer.data.corpus import Corpus
 from trainer.data.loader import Loader, MicroBatch
 from trainer.data.prepare import prepare, wait_prepared
 from trainer.faults import Faults
-from trainer.objectives import z_penalty
+from trainer.objectives import IGNORED, z_penalty
 from trainer.optim import Scheduler, build_optimizers
 from trainer.parallel import (
     accumulating,
@@ -38,9 +38,12 @@ from trainer.parallel import (
     loss_of,
     make_accelerator,
     make_scaler,
+    place_of,
     seed_micro_batch,
 )
+from trainer.pipeline import Pipeline
 from trainer.stabilisers import ZClip
+from trainer.tensor_parallel import columns
 
 LOCK_SECONDS = 60.0  # the ranks of an earlier start may need this long to die
 FIXED_SAMPLES = 8  # whose loss a resumed model must reproduce, whatever the batch is now
@@ -97,11 +100,13 @@ class Trainer:
             growing=bool(config.train.ramp_from),
         )
         self.micro_batches: list[MicroBatch] = []  # of the last step
+        self.nominal = config.train.batch_size * config.data.sequence_length  # label tokens of a full batch
         torch.manual_seed(config.train.seed)
         model = build_model(config, vocabulary=corpus.vocabulary + self.objective.extra_ids)
         self._stop_if_asked()
         self.model = distribute(model.to(self.device), config, self.accelerator)
         self.loss_sum = loss_of(self.model)
+        self.pipeline = self._pipeline()
         self.optimizers = build_optimizers(self.model, config.optim)
         self.qk_clip = stabilise(self.model, self.optimizers, config)
         self.scaler = make_scaler(config, self.device)
@@ -121,6 +126,7 @@ class Trainer:
             run=self.run_directory,
             device=self.device,
             counting=config.layout.counts(self.rank),
+            holders=config.layout.holders(self.rank),
             signals=self.signals,
             heartbeat=self.heartbeat,
             describe=self._describe,
@@ -154,8 +160,7 @@ class Trainer:
 
     def train_step(self, step: Step) -> None:
         """Forward and backward over this rank's share of the batch, then the verdict."""
-        config = self.config
-        micro_batches = self.micro_batches = self.loader.load(step.batch)
+        self.micro_batches = self.loader.load(step.batch)
         ahead = self.guard.ahead(step.batch)
         if ahead is not None:
             self.loader.prefetch(ahead)
@@ -163,12 +168,19 @@ class Trainer:
             self.faults.batch(step=step.number, positions=step.batch.positions)
         if self.qk_clip is not None:
             self.qk_clip.begin()
-        nominal = config.train.batch_size * config.data.sequence_length
+        total, tokens, incomplete = self._accumulated() if self.pipeline is None else self._pipelined(self.pipeline)
+        if self.faults:
+            self.faults.gradients(self.model)
+        step.finish(total, tokens=tokens, nominal_tokens=self.nominal, incomplete=incomplete)
+
+    def _accumulated(self) -> tuple[Tensor, Tensor, bool]:
+        """Micro-batch after micro-batch: (sum of losses, label tokens, whether a stop has left some out)."""
+        config = self.config
         total = torch.zeros((), device=self.device)
         tokens = torch.zeros((), device=self.device, dtype=torch.int64)
         incomplete = False
-        for index, micro in enumerate(micro_batches):
-            last = index == len(micro_batches) - 1
+        for index, micro in enumerate(self.micro_batches):
+            last = index == len(self.micro_batches) - 1
             if self.guard.stopping and not last and not is_sharded(self.model):
                 # Before the last micro-batch no rank waits for another: what is left can be given back.
                 incomplete = True
@@ -176,7 +188,7 @@ class Trainer:
             inputs, labels = self._to_device(micro.tokens), self._to_device(micro.labels)
             if self.faults:
                 labels = self.faults.labels(index, labels)
-            seed_micro_batch(config.train.seed, micro.position, self.data_rank)
+            self._throw(index)
             with accumulating(self.model, last=last):
                 logits = self.model(inputs, **self._extra(micro.extra))
                 loss, count = self.loss_sum(logits, labels)
@@ -185,18 +197,69 @@ class Trainer:
                 trained = loss
                 if config.train.z_loss:
                     trained = loss + z_penalty(logits, labels, config.train.z_loss)
-                self.accelerator.backward(self.scaler.scale(trained * (config.layout.data_ranks / nominal)))
+                self.accelerator.backward(self._scaled(trained))
             total += loss.detach()
             tokens += count
-        if self.faults:
-            self.faults.gradients(self.model)
-        step.finish(total, tokens=tokens, nominal_tokens=nominal, incomplete=incomplete)
+        return total, tokens, incomplete
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        """The summed loss of a micro-batch -> what its backward pass begins with; see trainer.objectives."""
+        return self.scaler.scale(loss * (self.config.layout.data_ranks / self.nominal))
 
     def _rerun(self) -> None:
         """The forward passes of the last step once more, with the same dice."""
-        for micro in self.micro_batches:
-            seed_micro_batch(self.config.train.seed, micro.position, self.data_rank)
-            self.model(self._to_device(micro.tokens), **self._extra(micro.extra))
+        for index, micro in enumerate(self.micro_batches):
+            self._throw(index)
+            if self.pipeline is not None:
+                self.pipeline.forward(self._to_device(micro.tokens))
+            else:
+                self.model(self._to_device(micro.tokens), **self._extra(micro.extra))
+
+    def _throw(self, index: int) -> None:
+        """The dice of a micro-batch of the last step, on this rank."""
+        stage = self.config.layout.stage(self.rank)
+        seed_micro_batch(self.config.train.seed, self.micro_batches[index].position, self.data_rank, stage)
+
+    # -- pipeline ------------------------------------------------------------------------------------------------
+
+    def _pipeline(self) -> Pipeline | None:
+        place = place_of(self.model)
+        if place is None:
+            return None
+        config = self.config
+        vocabulary = self.corpus.vocabulary + self.objective.extra_ids
+        return Pipeline(
+            self.model,
+            place,
+            schedule=config.parallel.schedule,
+            micro_batches=config.micro_batches,
+            rows=config.micro_batch_size,
+            length=config.data.sequence_length,
+            width=config.model.width,
+            outputs=len(columns(vocabulary, place=self.rank % config.layout.tp, ranks=config.layout.tp)),
+            device=self.device,
+            begin=self._throw,
+            loss=self._pipeline_loss,
+        )
+
+    def _pipelined(self, pipeline: Pipeline) -> tuple[Tensor, Tensor, bool]:
+        """As `_accumulated`, by all stages together; the sum of losses on the last one, 0 on the others."""
+        self._total = torch.zeros((), device=self.device)
+        rows = [(self._to_device(micro.tokens), self._to_device(micro.labels)) for micro in self.micro_batches]
+        tokens = torch.cat([inputs for inputs, _ in rows])
+        targets = [labels for _, labels in rows]
+        if self.faults:
+            targets = [self.faults.labels(index, labels) for index, labels in enumerate(targets)]
+        labels = torch.cat(targets)
+        pipeline.train(tokens, labels)
+        return self._total, (labels != IGNORED).sum(), False
+
+    def _pipeline_loss(self, index: int, logits: Tensor, labels: Tensor) -> Tensor:
+        loss, _ = self.loss_sum(logits, labels)
+        if self.faults:
+            loss = self.faults.loss(index, self.model, loss, scale=self.scaler.get_scale())
+        self._total += loss.detach()
+        return self._scaled(loss)
 
     def _extra(self, arrays: dict[str, Any]) -> dict[str, Tensor]:
         """What the objective gives the model besides tokens."""
@@ -240,7 +303,14 @@ class Trainer:
         tokens, labels = self._to_device(shown.tokens), self._to_device(shown.labels)
         self.model.eval()
         try:
-            loss, count = self.loss_sum(self.model(tokens, **self._extra(shown.extra)), labels)
+            if self.pipeline is None:
+                loss, count = self.loss_sum(self.model(tokens, **self._extra(shown.extra)), labels)
+            else:
+                logits = self.pipeline.forward(tokens)
+                mine = torch.zeros(2, device=self.device, dtype=torch.float64)
+                if logits is not None:
+                    mine = torch.stack([number.double() for number in self.loss_sum(logits, labels)])
+                loss, count = self.pipeline.from_last(mine)
         finally:
             self.model.train()
             # FSDP2 keeps the root's parameters gathered after a forward pass without a backward one, and would take

@@ -30,6 +30,7 @@ from trainer.config import Config
 from trainer.layout import Layout
 from trainer.model import Decoder
 from trainer.objectives import loss_sum
+from trainer.pipeline import Elsewhere, Place, cut
 from trainer.tensor_parallel import LossSum
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -170,20 +171,26 @@ def _shard(model: Decoder, config: Config, accelerator: Accelerator) -> Decoder:
     whole = _mesh(config.layout, accelerator.device)
     if config.layout.tp > 1:
         model.loss_sum = tensor_parallel.split(model, whole["tp"])  # type: ignore[assignment]
+    if config.layout.pp > 1:
+        place = Place(stage=whole.get_local_rank("pp"), stages=config.layout.pp, group=whole.get_group("pp"))
+        model.place = place  # type: ignore[assignment]
+        cut(model, place)
     # Replicas of shards (HSDP), or shards alone: the ranks that average gradients.
     data = whole["dp_replicate", "dp_shard"] if config.layout.dp_replicate > 1 else whole["dp_shard"]
     options: dict[str, Any] = {"mesh": data}
     if section.cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=accelerator.device.type == "cuda")
     for block in model.blocks:
+        if isinstance(block, Elsewhere):
+            continue
         fully_shard(block, mp_policy=policy, reshard_after_forward=section.reshard_after_forward, **options)
     # The root's own parameters are needed again as soon as the backward pass begins: torch keeps them by default.
     return cast(Decoder, fully_shard(model, mp_policy=root_policy, **options))
 
 
 def _mesh(layout: Layout, device: torch.device) -> DeviceMesh:
-    sizes = (layout.dp_replicate, layout.dp_shard, layout.tp)
-    return init_device_mesh(device.type, sizes, mesh_dim_names=("dp_replicate", "dp_shard", "tp"))
+    sizes = (layout.pp, layout.dp_replicate, layout.dp_shard, layout.tp)
+    return init_device_mesh(device.type, sizes, mesh_dim_names=("pp", "dp_replicate", "dp_shard", "tp"))
 
 
 def _settle_buckets(model: nn.Module, device: torch.device) -> None:
@@ -229,16 +236,22 @@ def loss_of(model: nn.Module) -> LossSum:
     return split or loss_sum
 
 
+def place_of(model: nn.Module) -> Place | None:
+    """Where this rank stands in its pipeline; None without one."""
+    place: Place | None = getattr(unwrapped(model), "place", None)
+    return place
+
+
 def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def seed_micro_batch(seed: int, position: int, rank: int) -> None:
-    """Make every draw of the next forward pass a function of (seed, position of its first sample, rank).
+def seed_micro_batch(seed: int, position: int, rank: int, stage: int = 0) -> None:
+    """Make every draw of the next forward pass a function of (seed, position of its first sample, rank, stage).
 
     `torch.manual_seed` would do the same, and takes a stack trace to remember for a CUDA that is not there: 0.1 ms.
     """
-    value = mix64(seed, position, rank)
+    value = mix64(seed, position, rank, stage) if stage else mix64(seed, position, rank)
     torch.default_generator.manual_seed(value)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(value)

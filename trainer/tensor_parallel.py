@@ -49,8 +49,14 @@ def split(model: Decoder, mesh: DeviceMesh) -> LossSum:
     model.project = partial(_project, model, mesh)  # type: ignore[method-assign]
     if isinstance(model.bias, Alibi):
         model.bias.slopes_H = model.bias.slopes_H.chunk(mesh.size())[mesh.get_local_rank()].clone()
-    first = -(-vocabulary // mesh.size()) * mesh.get_local_rank()  # DTensor's cut: the last ranks get less
-    return partial(loss_sum, first=min(first, vocabulary), group=mesh.get_group())
+    mine = columns(vocabulary, place=mesh.get_local_rank(), ranks=mesh.size())
+    return partial(loss_sum, first=mine.start, group=mesh.get_group())
+
+
+def columns(vocabulary: int, *, place: int, ranks: int) -> range:
+    """The token ids of one rank of a group. DTensor's cut: the last ranks get less, be it nothing."""
+    size = -(-vocabulary // ranks)
+    return range(min(place * size, vocabulary), min((place + 1) * size, vocabulary))
 
 
 def _project(model: Decoder, mesh: DeviceMesh, x_BTD: Tensor) -> Tensor:

@@ -128,6 +128,7 @@ class CheckpointStore:
             rank=self.rank,
             world=self.world,
             strategy=self._loader.strategy,
+            like=self.state.holders[0] if self.state.holders is not None else 0,
             identity=dict(identity or {}),
             stateless=snapshot.step > 0 and not moments and self.state.stateless() is not False,
         )

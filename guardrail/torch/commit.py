@@ -60,6 +60,7 @@ class Job:
     Attributes:
         folder: the temporary folder; its name is the same on all ranks and of no other save.
         strategy, world, identity, stateless: as the manifest will say.
+        like: the first rank that holds the same part of the model as this one.
     """
 
     folder: Path
@@ -69,6 +70,7 @@ class Job:
     strategy: str
     identity: dict[str, Any]
     stateless: bool
+    like: int = 0
 
 
 class PartReport(Record, frozen=True, kw_only=True):
@@ -81,7 +83,7 @@ class PartReport(Record, frozen=True, kw_only=True):
 
 
 class RankReport(Record, frozen=True, kw_only=True):
-    """rank-00000.json: what a rank has written. `names`: a hash of all tensor names, equal on every rank."""
+    """rank-00000.json: what a rank has written. `names`: a hash of its tensors' names, equal to that of rank `like`."""
 
     rank: int
     file: FileEntry
@@ -89,6 +91,7 @@ class RankReport(Record, frozen=True, kw_only=True):
     names: str
     digests: dict[str, str]
     extra: dict[str, Any]
+    like: int = 0
 
 
 def share(snapshot: Snapshot) -> list[str]:
@@ -138,6 +141,7 @@ def write_share(job: Job) -> RankReport:
         names=hashlib.sha256("\n".join(sorted(tensors)).encode()).hexdigest(),
         digests=component_digests(tensors, snapshot.scalars),
         extra=plain.encode(snapshot.extra, "extra"),
+        like=job.like,
     )
     replace_file(job.folder / _report_name(job.rank), msgspec.json.encode(report), sync=False)
     return report
@@ -220,14 +224,15 @@ def commit(job: Job, reports: list[RankReport]) -> tuple[Path, Manifest]:
 
 def _manifest(job: Job, reports: list[RankReport]) -> Manifest:
     snapshot, first = job.snapshot, reports[0]
-    stranger = next((r.rank for r in reports if r.names != first.names), None)
+    stranger = next((r for r in reports if r.names != reports[r.like].names), None)
     if stranger is not None:
-        raise SaveFailed(f"rank {stranger} holds tensors of other names than rank 0")
+        raise SaveFailed(f"rank {stranger.rank} holds tensors of other names than rank {stranger.like}")
     tensors: dict[str, TensorEntry] = {}
-    copies = snapshot.tensors
-    for name, box in snapshot.boxes.items():
+    kinds = {name: (box.global_shape, dtype_name(snapshot.tensors[name].dtype)) for name, box in snapshot.boxes.items()}
+    for report in reports:  # of the other stages of a pipeline
+        kinds |= {name: (part.shape, part.dtype) for name, part in report.parts.items() if name not in kinds}
+    for name, (shape, dtype) in kinds.items():
         parts = [(r.file.name, r.parts[name]) for r in reports if name in r.parts]
-        shape, dtype = box.global_shape, dtype_name(copies[name].dtype)
         boxes = [Box(global_shape=part.shape, offset=part.offset, size=part.size) for _, part in parts]
         if any(part.shape != shape or part.dtype != dtype for _, part in parts) or not covers(shape, boxes):
             raise SaveFailed(f"the ranks' shares of {name} do not make up its shape {list(shape)}")

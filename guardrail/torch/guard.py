@@ -119,6 +119,8 @@ class Guard:
         device: that computes; None: where the parameters lie, which is the host when they are offloaded.
         counting: whether this rank's loss and tokens enter the sums; False on all but one of the ranks that compute the
             same loss, as those of a tensor-parallel group do.
+        holders: the ranks, a contiguous stretch, that hold the same part of the model as this one, such as a stage of a
+            pipeline; None: all.
         signals: stop signals of the process, installed by the caller; None: none.
         heartbeat: created by the caller early in set-up; None: the guard makes its own when there is a run.
         describe: sample ids -> (documents as dicts, number of documents), for the journal. Called on rank 0.
@@ -145,6 +147,7 @@ class Guard:
         run: RunDirectory | None = None,
         device: torch.device | None = None,
         counting: bool = True,
+        holders: range | None = None,
         signals: StopSignals | None = None,
         heartbeat: Heartbeat | None = None,
         describe: Describe | None = None,
@@ -161,11 +164,11 @@ class Guard:
         self.past = Past()
         self.controller = Controller(settings.guard)
         self.recorder = Recorder(run, active=self.rank == 0, learn=lambda event: self.past.add(event))
-        self.probes = Probes(model, rank=self.rank, world=self.world, device=device, counting=counting)
+        self.probes = Probes(model, rank=self.rank, world=self.world, device=device, holders=holders, counting=counting)
         optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
         self.gate = Gate(optimizers, parameters=self.probes.parameters, embedding=self.probes.embedding, clip=clip)
         self.loss_scale = LossScale(scaler) if enabled(scaler) else None
-        self.state = TrainingState(model, optimizers, scheduler, scaler if enabled(scaler) else None)
+        self.state = TrainingState(model, optimizers, scheduler, scaler if enabled(scaler) else None, holders)
         self.attempt = Attempt(self.state)
         self._scheduler = scheduler
         self._optimizers = optimizers

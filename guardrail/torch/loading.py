@@ -152,12 +152,20 @@ class CheckpointLoader:
         unknown = [name for name, tensor in manifest.tensors.items() if tensor.dtype not in DTYPES]
         refuse(f"{name} is of type {manifest.tensors[name].dtype}, unknown to torch" for name in unknown)
         found = {name: (DTYPES[tensor.dtype], tensor.shape) for name, tensor in manifest.tensors.items()}
+        if self.state.holders is not None:
+            refuse(f"{name} is not in this model" for name in found if not self._is_elsewhere(name))
+            found = {name: kind for name, kind in found.items() if self.state.owns(name)}
         refuse(self.state.differences(found, weights_only=weights_only))
         if not weights_only:
             self._refuse_cold(manifest)
             self.state.check_scalars(manifest.scalars)
         names = [name for name in found if not (weights_only and name.startswith(OPTIM))]
         return {name: self.state.box(name, manifest.tensors[name].shape) for name in names}
+
+    def _is_elsewhere(self, name: str) -> bool:
+        """Whether another stage of the pipeline has a place for it."""
+        inner = name.split("/", 1)[1]
+        return (inner.rpartition("/")[0] if name.startswith(OPTIM) else inner) in self.state.all_names
 
     def _refuse_cold(self, manifest: Manifest) -> None:
         """Training on with cold moments looks like a success and is a loss spike some steps later."""

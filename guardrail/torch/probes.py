@@ -99,6 +99,7 @@ class Probes:
         model: unwrapped or wrapped; its nn.Embedding weights are the embedding parameters.
         rank, world: of the default process group; without one, 0 and 1.
         device: that computes, and on which the ranks reduce; None: where the parameters lie.
+        holders: ranks that hold the same part of the model as this one; None: all.
         counting: whether this rank's loss and tokens enter the sums. Of ranks that compute the same, one counts.
         locate: with several ranks, watch each rank's own gradients before the reduction, so that a NaN or Inf can be
             traced to the rank that produced it. Costs one more read of the gradients.
@@ -111,6 +112,7 @@ class Probes:
         rank: int,
         world: int,
         device: torch.device | None = None,
+        holders: range | None = None,
         counting: bool = True,
         locate: bool = True,
     ) -> None:
@@ -126,7 +128,8 @@ class Probes:
         self.device = device = home if device is None else device
         # Apple's MPS has no float64; there the sums are float32.
         self.dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._weights = torch.tensor([1.0 / copies(p, world) for p in self.parameters], dtype=self.dtype, device=home)
+        held = world if holders is None else len(holders)
+        self._weights = torch.tensor([1.0 / copies(p, held) for p in self.parameters], dtype=self.dtype, device=home)
         self._embedding_index = torch.tensor(
             [i for i, e in enumerate(self._is_embedding) if e], dtype=torch.long, device=home
         )

@@ -41,6 +41,8 @@ class TrainingState:
         model: plain, compiled, DDP, FSDP2 (`fully_shard`), or what Accelerate's `prepare` returned.
         optimizer: one torch.optim optimizer or several, of parameters of the model, each in one of them.
         scheduler: anything with state_dict and load_state_dict, several, or None.
+        holders: the ranks that hold the same part of the model as this one, a contiguous stretch; None: all ranks. With
+            it construction is a collective.
         scaler: a torch.amp.GradScaler, or None. One that Accelerate hung on an optimizer is found by itself.
 
     Raises:
@@ -53,7 +55,9 @@ class TrainingState:
         optimizer: Optimizer | Sequence[Optimizer],
         scheduler: Any = None,
         scaler: Any = None,
+        holders: range | None = None,
     ) -> None:
+        self.holders = holders
         self.model = unwrap_model(model)
         wrapped: list[Any] = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
         self.optimizers: list[Optimizer] = [_unwrap(item, "optimizer") for item in wrapped]
@@ -68,6 +72,7 @@ class TrainingState:
         self._buffers = list(_persistent_buffers(self.model))
         self._refuse_overlapping()
         self._groups = self._trained()
+        self._share_names()
         self._boxes: dict[Any, Box] = {}
         self.scalars()  # refuse now what could not be saved later
 
@@ -102,6 +107,26 @@ class TrainingState:
                     trained[name] = (parameter, optimizer, group)
         return trained
 
+    def _share_names(self) -> None:
+        """What the model and each parameter group hold on all ranks together: a stage of a pipeline has some of it."""
+        names = set(self._parameters) | {name for name, _, _ in self._buffers}
+        groups = [[sorted(self.names[id(p)] for p in g["params"]) for g in o.param_groups] for o in self.optimizers]
+        everyone: list[Any] = [(names, groups)]
+        if self.holders is not None:
+            everyone = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(everyone, (names, groups))
+        self.all_names: frozenset[str] = frozenset().union(*(theirs for theirs, _ in everyone))
+        self._group_names = [
+            [sorted({name for _, theirs in everyone for name in theirs[i][j]}) for j in range(len(own))]
+            for i, own in enumerate(groups)
+        ]
+
+    def owns(self, name: str) -> bool:
+        """Whether a tensor of this name has a place on this rank."""
+        prefix, _, inner = name.partition("/")
+        inner = inner.rpartition("/")[0] if prefix + "/" == OPTIM else inner
+        return inner in self._parameters or any(inner == buffer for buffer, _, _ in self._buffers)
+
     # -- tensors -------------------------------------------------------------------------------------------------
 
     @property
@@ -115,13 +140,14 @@ class TrainingState:
 
         "ddp": whole on every rank; "fsdp": sharded over all of them; else the mesh as well, "fsdp dp_replicate=2 ...".
         """
+        part = "" if self.holders is None else f" of a stage on {len(self.holders)} ranks"
         meshes = {p.device_mesh for p in self._parameters.values() if isinstance(p, DTensor)}
         if not meshes:
-            return "ddp"
+            return "ddp" + part
         mesh = max(meshes, key=lambda mesh: mesh.ndim)
         names = mesh.mesh_dim_names or tuple(str(dimension) for dimension in range(mesh.ndim))
         sizes = " ".join(f"{name}={size}" for name, size in zip(names, mesh.shape, strict=True))
-        return "fsdp" if mesh.ndim == 1 else f"fsdp {sizes}"
+        return ("fsdp" if mesh.ndim == 1 else f"fsdp {sizes}") + part
 
     def settle(self) -> None:
         """Drop FSDP's gathered copies of parameters.
@@ -161,7 +187,9 @@ class TrainingState:
 
     def replicas(self) -> dict[str, tuple[int, int]]:
         """Name -> (index, count) of this rank among those that hold the same part; plain tensors: all of the world."""
-        return {name: _replica(tensor) for name, tensor in self._entries()}
+        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        holders = range(world) if self.holders is None else self.holders
+        return {name: _replica(tensor, holders) for name, tensor in self._entries()}
 
     def box(self, name: str, shape: Shape) -> Box:
         """The part that this rank holds, or would hold, of a tensor with this global shape."""
@@ -190,17 +218,19 @@ class TrainingState:
     def scalars(self) -> dict[str, Any]:
         """All that is not a tensor, JSON-able: hyperparameters by group, optimizer numbers, schedules, loss scale."""
         return {
-            "groups": [[self._group_scalars(group) for group in o.param_groups] for o in self.optimizers],
+            "groups": [
+                [self._group_scalars(group, names) for group, names in zip(o.param_groups, all_names, strict=True)]
+                for o, all_names in zip(self.optimizers, self._group_names, strict=True)
+            ],
             "state": self._state_scalars(),
             "schedulers": [plain.encode(s.state_dict(), type(s).__name__) for s in self.schedulers],
             "scalers": [plain.encode(s.state_dict(), type(s).__name__) for s in self._scalers],
         }
 
-    def _group_scalars(self, group: dict[str, Any]) -> dict[str, Any]:
-        names = ",".join(sorted(self.names[id(parameter)] for parameter in group["params"]))
+    def _group_scalars(self, group: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
         values = {key: value for key, value in group.items() if key not in _IMPLEMENTATION}
         return {
-            "parameters": hashlib.sha256(names.encode()).hexdigest()[:16],
+            "parameters": _hash(names),
             "values": plain.encode(values, "a parameter group"),
         }
 
@@ -235,6 +265,8 @@ class TrainingState:
                     else:
                         group[key] = value
         for name, numbers in scalars["state"]["numbers"].items():
+            if name not in self._groups:
+                continue  # of another stage
             parameter, optimizer, _ = self._groups[name]
             optimizer.state[parameter].update(plain.decode(numbers))
 
@@ -243,11 +275,11 @@ class TrainingState:
             if len(scalars[what]) != len(live):
                 noun = {"groups": "optimizers", "scalers": "gradient scalers"}.get(what, what)
                 raise CheckpointInvalid(f"saved with {len(scalars[what])} {noun}, and there are {len(live)} now")
-        for optimizer, groups in zip(self.optimizers, scalars["groups"], strict=True):
-            now = [self._group_scalars(group)["parameters"] for group in optimizer.param_groups]
+        for all_names, groups in zip(self._group_names, scalars["groups"], strict=True):
+            now = [_hash(names) for names in all_names]
             if [group["parameters"] for group in groups] != now:
                 raise CheckpointInvalid("the optimizer's groups held other parameters when this was saved")
-        strangers = sorted(set(scalars["state"]["numbers"]) - set(self._groups))
+        strangers = sorted(set(scalars["state"]["numbers"]) - self.all_names)
         if strangers:
             raise CheckpointInvalid(f"optimizer state of parameters that are not trained here: {_some(strangers)}")
 
@@ -438,32 +470,35 @@ def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]
                 yield plain_name(f"{prefix}.{key}" if prefix else key), module, key
 
 
-def _replica(tensor: Tensor) -> tuple[int, int]:
+def _hash(names: Sequence[str]) -> str:
+    return hashlib.sha256(",".join(names).encode()).hexdigest()[:16]
+
+
+def _replica(tensor: Tensor, holders: range) -> tuple[int, int]:
     if not isinstance(tensor, DTensor):
-        group = torch.distributed
-        return (group.get_rank(), group.get_world_size()) if group.is_initialized() else (0, 1)
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        return holders.index(rank), len(holders)
     index, count = 0, 1
     coordinate = tensor.device_mesh.get_coordinate() or [0] * tensor.device_mesh.ndim
     for position, size, placement in zip(coordinate, tensor.device_mesh.shape, tensor.placements, strict=True):
         if placement.is_replicate():
             index, count = index * size + position, count * size
-    outer, copies = _place(tensor.device_mesh)
+    outer, copies = _place(tensor.device_mesh, holders)
     return outer * count + index, copies * count
 
 
-def _place(mesh: DeviceMesh) -> tuple[int, int]:
-    """(number, count) of this mesh among the equal ones that fill up the world beside it.
+def _place(mesh: DeviceMesh, holders: range) -> tuple[int, int]:
+    """(number, count) of this mesh among the equal ones that fill up the holders beside it.
 
     A norm under tensor parallelism lies on the data-parallel mesh alone: each rank of its group has one of its own.
     """
     ranks = sorted(mesh.mesh.flatten().tolist())
-    world = torch.distributed.get_world_size()
-    if len(ranks) == world:
+    if len(ranks) == len(holders):
         return 0, 1
     offsets = [rank - ranks[0] for rank in ranks]
     firsts: list[int] = []
     covered: set[int] = set()
-    for rank in range(world):
+    for rank in holders:
         if rank not in covered:
             firsts.append(rank)
             covered.update(rank + offset for offset in offsets)

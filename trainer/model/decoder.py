@@ -109,7 +109,7 @@ class Decoder(nn.Module):
     @property
     def root_weight(self) -> Tensor:
         """A weight outside of the blocks that takes part in every forward pass."""
-        return self.embedding.weight if self.norm is None else self.norm.weight
+        return (self.norm or self.head or self.embedding).weight
 
     def forward(
         self,
@@ -127,7 +127,7 @@ class Decoder(nn.Module):
             blanks_BT: its place within its blank, 0 outside of one; None: all 0.
         """
         x_BTD = self.embed(tokens_BT, positions_BT, blanks_BT)
-        mask = self._mask(tokens_BT.shape[1], prefix_B)
+        mask = self.mask(tokens_BT, prefix_B)
         sight = Sight(mask=mask, rotary=self.rotary, positions_BT=positions_BT)
         return self.logits(self.run(self.blocks, x_BTD, sight))
 
@@ -159,11 +159,16 @@ class Decoder(nn.Module):
     def project(self, x_BTD: Tensor) -> Tensor:
         return F.linear(x_BTD, self.embedding.weight) if self.head is None else cast(Tensor, self.head(x_BTD))
 
-    def _mask(self, length: int, prefix_B: Tensor | None) -> Tensor | None:
-        """What is added to the scores, [1 or B, 1 or H, T, T]; None for a plain causal row."""
+    def mask(self, x: Tensor, prefix_B: Tensor | None = None) -> Tensor | None:
+        """What is added to the scores, [1 or B, 1 or H, T, T]; None for a plain causal row.
+
+        Args:
+            x: [B, T] or [B, T, D]: gives length and device.
+        """
         if self.bias is None and prefix_B is None:
             return None
-        at = torch.arange(length, device=self.embedding.weight.device)
+        length = x.shape[1]
+        at = torch.arange(length, device=x.device)
         seen = (at <= at[:, None])[None, None]
         if prefix_B is not None:
             seen = seen | (at < prefix_B[:, None, None, None])
