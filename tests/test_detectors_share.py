@@ -46,7 +46,7 @@ def test_a_share_that_runs_away_with_the_embeddings_norm_is_rejected_and_named()
     verdict = controller.observe(seen(step, **ordinary(step) | {"embed": 1.3}))  # 6.5-fold: no spike by itself
     assert verdict.action is Action.SKIP
     assert of_share(verdict) == [(Kind.EMBED_SPIKE, "reject")]
-    assert verdict.reason.startswith("embed_share 0.9") and verdict.incident_state == "open"
+    assert verdict.reason.startswith("embed_share 0.89") and verdict.incident_state == "open"
 
 
 def test_a_share_that_grows_because_the_rest_shrinks_hurts_nobody_and_is_noted_once() -> None:
