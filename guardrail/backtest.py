@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,14 +17,11 @@ from guardrail.config import GuardSection
 from guardrail.controller import Controller
 from guardrail.importers.log import Log
 from guardrail.records import Action, Finding, Kind, Mode, Severity, Verdict
-from guardrail.rejudge import Rejudge
+from guardrail.rejudge import Rejudge, Watch
 from guardrail.rundir import RunDirectory
 
 NOTE = "note"
 ACTS = (Action.SKIP, Action.ROLLBACK, Action.PAUSE, Action.HALT)
-
-# Sees (row, bands that the row meets): signal -> (baseline, threshold).
-Watch = Callable[[int, dict[str, tuple[float, float]]], None]
 
 
 class Alarm(NamedTuple):
@@ -168,17 +165,10 @@ def backtest(log: Log, settings: GuardSection, *, own: bool = False, watch: Watc
 
 def _rejudge(log: Log, result: Result, settings: GuardSection, *, own: bool, watch: Watch | None) -> None:
     assert log.folder is not None
-    judge = Rejudge(RunDirectory.open(log.folder), settings, own=own)
+    judge = Rejudge(RunDirectory.open(log.folder), settings, own=own, watch=watch)
     book = _Book(result)
     differing = []
-    rows = iter(judge)
-    while True:
-        bands = judge.controller.bands() if watch is not None else {}
-        judged = next(rows, None)
-        if judged is None:
-            break
-        if watch is not None:
-            watch(judged.row, bands)
+    for judged in judge:
         if own and not judged.agrees:
             differing.append(judged.row)
         if judged.verdict.findings or judged.verdict.incident_state:

@@ -5,8 +5,8 @@ Two kinds of memory, kept apart on purpose:
     state   detectors and the recent batches. Travels with each snapshot and rolls back with it (`state_dict`).
             Only applied steps change it, and overflows of the loss scale, which are counted: a rejected batch leaves
             no trace in it.
-    facts   rollbacks done, incidents, batches without a label. They outlive a rollback; the journal holds them, and
-            `rebuild` reads them back after a crash.
+    facts   rollbacks done, incidents, batches that were left out without suspicion. They outlive a rollback; the
+            journal holds them, and `rebuild` reads them back after a crash.
 
 Together: a controller that was loaded from a checkpoint and rebuilt from the journal reaches the verdicts of one that
 never stopped.
@@ -30,7 +30,7 @@ from guardrail.detectors.no_tokens import NoTokens
 from guardrail.detectors.spike import LOOK_BACK
 from guardrail.detectors.standard import build
 from guardrail.incidents import OPEN, Incidents
-from guardrail.policy import Rollback, by_severity, decide, is_trouble, rollbacks_in_a_row
+from guardrail.policy import UNSUSPECTED, Rollback, by_severity, decide, is_trouble, rollbacks_in_a_row
 from guardrail.records import (
     LOSS_SCALE,
     Action,
@@ -44,8 +44,8 @@ from guardrail.records import (
 )
 
 # Detectors of damage in the weights. `advise` does not go back, so what they said once they would say for ever.
-LASTING = ("divergence", "growth")
-SPIKES = (Kind.LOSS_SPIKE, Kind.GRAD_SPIKE, Kind.EMBED_SPIKE)
+LASTING = ("divergence", "growth", "embed_growth", "update_growth")
+SPIKES = (Kind.LOSS_SPIKE, Kind.GRAD_SPIKE, Kind.EMBED_SPIKE, Kind.UPDATE_SPIKE)
 
 
 class Applied(NamedTuple):
@@ -71,7 +71,8 @@ class Controller:
         self.detectors = build(settings)
         self.incidents = Incidents(confirm=settings.confirm)
         self.rollbacks: list[Rollback] = []
-        self._empty_spans: set[tuple[int, int]] = set()  # rejected for want of labels: no sign of trouble
+        # Rejected for want of labels or by the loss scale: no sign of trouble.
+        self._empty_spans: set[tuple[int, int]] = set()
         # Reaches back to the earliest onset that a detector can name, and `window_before` batches further.
         reach = settings.window_before + max(LOOK_BACK, Divergence.MEMORY * settings.divergence_steps, CLIMB) + 1
         self._history: deque[Applied] = deque(maxlen=reach)
@@ -196,7 +197,7 @@ class Controller:
     # -- the window ----------------------------------------------------------------------------------------------
 
     def _streak(self, obs: Observation) -> int:
-        """Troubled batches rejected directly before this one; those without a label do not count."""
+        """Troubled batches rejected directly before this one; those that say nothing of the weights do not count."""
         if self.mode is Mode.ADVISE:
             return self._advice.streak
         end = self._history[-1].last if self._history else 0
@@ -321,7 +322,7 @@ class Controller:
                 if data.get("action") != Action.APPLY or data.get("would"):
                     step = int(data.get("at_step") or event.step)
                 kinds = {_field(finding, "kind") for finding in data.get("findings") or ()}
-                if data.get("action") == Action.SKIP and kinds == {Kind.NO_TOKENS}:
+                if data.get("action") == Action.SKIP and kinds and kinds <= UNSUSPECTED:
                     first, last = data["window"]
                     self._empty_spans.add((int(first), int(last)))
         self.incidents.resume(number, is_open=bool(open_number), onset=onset, step=step)

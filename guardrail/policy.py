@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from guardrail.config import GuardSection
 from guardrail.records import Action, Finding, Kind, Record, Severity, SnapshotInfo
 
+# Left out without a suspicion of the weights: however often it happens in a row, it never adds up to a rollback.
+UNSUSPECTED = frozenset({Kind.NO_TOKENS, Kind.OVERFLOW})
 _RANK = {Severity.PERSISTENT: 2, Severity.REJECT: 1, Severity.NOTE: 0}
 
 
@@ -47,8 +49,8 @@ def rejects(findings: Iterable[Finding]) -> bool:
 
 
 def is_trouble(findings: Iterable[Finding]) -> bool:
-    """Whether something is wrong with the run, and not just with a batch that holds no label."""
-    return any(f.severity is not Severity.NOTE and f.kind is not Kind.NO_TOKENS for f in findings)
+    """Whether something is wrong with the run, and not just with a batch without a label or with the loss scale."""
+    return any(f.severity is not Severity.NOTE and f.kind not in UNSUSPECTED for f in findings)
 
 
 def decide(findings: Sequence[Finding], *, streak: int, in_a_row: int, settings: GuardSection) -> Action:

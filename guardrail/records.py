@@ -116,10 +116,14 @@ class Finding(Record, frozen=True, kw_only=True):
             return "no label token in the whole batch"
         if self.kind is Kind.RESTART:
             return f"the step counter goes back to {self.step}"
-        if self.kind is Kind.SCALE_COLLAPSE:
-            return f"{self.score:.0f} overflows in a row{where}, the loss scale has fallen to {self.value:.4g}"
-        if self.kind is Kind.NONFINITE or self.kind is Kind.IMPOSSIBLE:
+        if self.kind in (Kind.NONFINITE, Kind.IMPOSSIBLE, Kind.OVERFLOW):
             return f"{self.signal} is {self.value:.4g}{where}"
+        if self.kind is Kind.STUCK:
+            return f"{self.signal} has been exactly {self.value:.6g} for {self.score + 1:.0f} steps"
+        if self.kind is Kind.SCALE_COLLAPSE:
+            row = f", {self.score:.0f} overflows in a row" if self.severity is Severity.PERSISTENT else ""
+            usual = f" against {self.baseline:.6g}" if self.baseline else ""
+            return f"{self.signal} {self.value:.6g}{usual}{row}{where}"
         return (
             f"{self.signal} {self.value:.4g} against {self.baseline:.4g}{where}, "
             f"score {self.score:.3g} over {self.threshold:.3g}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from guardrail.config import GuardSection
@@ -24,6 +24,8 @@ from guardrail.rundir import RunDirectory, findings_of, span_of
 ACTIONS = list(Action)
 MODES = list(Mode)
 CHUNK = 4096  # rows read at once
+# Sees (row, bands that the row meets): signal -> (baseline, threshold).
+Watch = Callable[[int, dict[str, tuple[float, float]]], None]
 HEAD = ("step", "timeline", "time", "first", "last", "tokens", "verdict")
 
 
@@ -60,18 +62,18 @@ class Rejudge:
     Args:
         settings: the [guard] section.
         own: these are the run's own settings: follow the mode that it was in. Otherwise nothing is acted on.
+        watch: called before each row is judged.
 
     Attributes:
-        controller: in the state before the next row.
         lost: one sentence for each place from which on verdicts may differ, because a row or a line is missing.
     """
 
-    def __init__(self, run: RunDirectory, settings: GuardSection, *, own: bool) -> None:
-        self._settings, self._own = settings, own
+    def __init__(self, run: RunDirectory, settings: GuardSection, *, own: bool, watch: Watch | None = None) -> None:
+        self._settings, self._own, self._watch = settings, own, watch
         self._events = run.events()
         self._view = run.metrics()
         self._names = signals(self._view)
-        self.controller = Controller(settings, mode=None if own else Mode.ADVISE)
+        self._controller = Controller(settings, mode=None if own else Mode.ADVISE)
         self.lost: list[str] = []
         self._timeline = 0
         self._begins: dict[int, int] = {}  # timeline -> index of the event that began it
@@ -80,7 +82,7 @@ class Rejudge:
         self._left_out: set[tuple[int, int]] = set()  # batches that were rejected, as positions
         self._wanted: set[int] = set()  # steps to whose state the run went back
         self._read_journal()
-        self._saved = {0: State(self.controller.state_dict(), 0)}
+        self._saved = {0: State(self._controller.state_dict(), 0)}
         # As in the ledger: rejected batches behind the last applied one are the streak.
         self._applied_end = 0
         self._rejected: list[tuple[int, int]] = []
@@ -121,6 +123,8 @@ class Rejudge:
             self._timeline += 1
             self._begin(self._timeline)
         self._obey(step=step, time=cells[2])
+        if self._watch is not None:
+            self._watch(row, self._controller.bands())
         done = ACTIONS[int(cells[6])]
         said = self._said(timeline, step, done)
         ranks = {f.signal: f.ranks for f in findings_of(said) if f.kind is Kind.NONFINITE} if said is not None else {}
@@ -140,7 +144,7 @@ class Rejudge:
 
     def _observe(self, obs: Observation, *, applied: bool) -> Verdict:
         """The verdict; afterwards the controller knows what the run did, whether or not that was the verdict."""
-        controller = self.controller
+        controller = self._controller
         before = None if applied else controller.state_dict()
         verdict = controller.observe(obs)
         if before is not None and verdict.accepted:
@@ -187,12 +191,12 @@ class Rejudge:
         if restarted:
             self._restart(index)
             if not event.data.get("checkpoint"):
-                self._saved[0] = State(self.controller.state_dict(), 0)
+                self._saved[0] = State(self._controller.state_dict(), 0)
         saved = self._saved.get(step)
         if saved is None:
             self.lost.append(f"the row of step {step}, to which the run went back, is missing")
             return
-        self.controller.load_state_dict(saved.controller)
+        self._controller.load_state_dict(saved.controller)
         self._applied_end = saved.applied_end
         if not restarted:
             span = span_of(event)
@@ -200,19 +204,19 @@ class Rejudge:
                 self._rejected = [r for r in self._rejected if not (span.first <= r[0] and r[1] <= span.last)]
             if self._own:
                 told = self._events[: index + 1]
-                self.controller.load_rollbacks([one.data for one in told if one.kind == "rollback"])
+                self._controller.load_rollbacks([one.data for one in told if one.kind == "rollback"])
 
     def _restart(self, index: int) -> None:
         """A new process: what it knows is what the journal had told."""
         if not self._own:
-            self.controller = Controller(self._settings, mode=Mode.ADVISE)
+            self._controller = Controller(self._settings, mode=Mode.ADVISE)
             return
         told = self._events[:index]
-        self.controller = Controller(self._settings)
-        self.controller.rebuild(told)
+        self._controller = Controller(self._settings)
+        self._controller.rebuild(told)
         mode = Past.of(told).mode
         if mode is not None:
-            self.controller.set_mode(mode)
+            self._controller.set_mode(mode)
 
     def _obey(self, *, step: int, time: float) -> None:
         """Changes of the mode that took effect before this row: after its step's predecessor, and before its time."""
@@ -226,7 +230,7 @@ class Rejudge:
 
     def _set_mode(self, index: int) -> None:
         if self._own:
-            self.controller.set_mode(MODES[int(self._events[index].data["value"])])
+            self._controller.set_mode(MODES[int(self._events[index].data["value"])])
 
 
 def _overflow(measured: Mapping[str, float]) -> bool:

@@ -46,6 +46,7 @@ class Spike:
         floor: least scale, in log units: `score * floor` is the smallest log jump that is ever rejected.
         cold_factor: jump over the median so far that is rejected while there is no scale.
         window, warmup: accepted steps in the scale, and before it is trusted.
+        note_only: of a signal that is known only after the fact: leaving this update out would change nothing.
     """
 
     def __init__(
@@ -58,11 +59,13 @@ class Spike:
         cold_factor: float,
         window: int,
         warmup: int,
+        note_only: bool = False,
     ) -> None:
         self.signal = signal
         self.kind = kind
         self.score = score
         self.warmup = warmup
+        self.note_only = note_only
         self.cold_jump = math.log(cold_factor)
         self.baseline = Baseline(window=window, floor=floor)
         self.tail = Tail()
@@ -91,7 +94,7 @@ class Spike:
                 signal=self.signal,
                 step=obs.step,
                 kind=self.kind,
-                severity=Severity.REJECT if jump > limit else Severity.NOTE,
+                severity=Severity.REJECT if jump > limit and not self.note_only else Severity.NOTE,
                 value=value,
                 baseline=math.exp(self.baseline.centre),
                 score=jump / scale,
@@ -99,6 +102,13 @@ class Spike:
                 onset=self._onset(obs.step),
             )
         ]
+
+    def raised(self, obs: Observation, share: float = NOTE_SHARE) -> bool:
+        """Whether the value exceeds this share of its limit."""
+        value = obs.signals.get(self.signal)
+        if value is None or self.baseline.empty or not 0.0 < value < math.inf:
+            return False
+        return math.log(value) - self.baseline.centre > share * self._limit(self.baseline.scale)
 
     def accept(self, obs: Observation, left_out: Sequence[Jumps] = ()) -> None:
         value = obs.signals.get(self.signal)

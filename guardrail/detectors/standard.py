@@ -9,8 +9,11 @@ from guardrail.detectors.base import Detector
 from guardrail.detectors.divergence import Divergence
 from guardrail.detectors.growth import Growth
 from guardrail.detectors.nonfinite import NonFinite
+from guardrail.detectors.scale import ScaleCollapse
+from guardrail.detectors.share import Share
 from guardrail.detectors.spike import Spike
-from guardrail.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Kind
+from guardrail.detectors.stuck import Stuck
+from guardrail.records import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS, LOSS_SCALE, UPDATE_NORM, Kind
 
 # Smallest log jump that is ever a spike, as sigmas of this size: 8 x 0.01 = 8 % of the loss, 10 x 0.2 = 7.4-fold for
 # a norm. A gradient that is a few times too long is clipped and does no harm.
@@ -25,11 +28,16 @@ def build(settings: GuardSection) -> dict[str, Detector]:
     loss = Spike(LOSS, Kind.LOSS_SPIKE, score=settings.loss_score, floor=LOSS_FLOOR, cold_factor=LOSS_COLD, **shared)
     norm: dict[str, Any] = {"floor": NORM_FLOOR, "cold_factor": NORM_COLD, **shared}
     grad = Spike(GRAD_NORM, Kind.GRAD_SPIKE, score=settings.grad_score, **norm)
+    embed = Spike(EMBED_GRAD_NORM, Kind.EMBED_SPIKE, score=settings.embed_score, **norm)
+    update = Spike(UPDATE_NORM, Kind.UPDATE_SPIKE, score=settings.grad_score, note_only=True, **norm)
     return {
         "nonfinite": NonFinite(),
         LOSS: loss,
         GRAD_NORM: grad,
-        EMBED_GRAD_NORM: Spike(EMBED_GRAD_NORM, Kind.EMBED_SPIKE, score=settings.embed_score, **norm),
+        EMBED_GRAD_NORM: embed,
+        EMBED_SHARE: Share(embed, score=settings.embed_score, **shared),
+        UPDATE_NORM: update,
+        LOSS_SCALE: ScaleCollapse(**shared),
         "divergence": Divergence(
             loss.baseline,
             score=settings.divergence_score,
@@ -37,4 +45,8 @@ def build(settings: GuardSection) -> dict[str, Detector]:
             window=settings.window,
         ),
         "growth": Growth(GRAD_NORM, grad.baseline, warmup=settings.warmup),
+        "embed_growth": Growth(EMBED_GRAD_NORM, embed.baseline, warmup=settings.warmup),
+        "update_growth": Growth(UPDATE_NORM, update.baseline, warmup=settings.warmup),
+        "stuck_loss": Stuck(LOSS),
+        "stuck_grad_norm": Stuck(GRAD_NORM),
     }

@@ -50,6 +50,8 @@ def main() -> None:
     records = figures["records"]
     print(f"\n{len(marks)} runs, {records:,} records; guardrail took {1e6 * seconds / records:.1f} us a record,")
     print(f"rows from onset to the first act: median {figures['delay_median']}, 90 % {figures['delay_p90']}")
+    print("The rules have their published defaults; guardrail's constants were chosen with these runs in view, so the")
+    print("fair figure for them is one from a choice that left the family out, or from runs that nobody has seen.")
     if arguments.families:
         print("\nguardrail by family of runs")
         families = sorted({family(run) for run in marks})

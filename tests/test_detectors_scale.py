@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from guardrail.config import GuardSection
+from guardrail.controller import Controller
+from guardrail.detectors.scale import AT_START, FALL, IN_A_ROW
+from guardrail.records import GRAD_NORM, LOSS, LOSS_SCALE, UPDATE_NORM, Action, Event, Kind, Mode, Observation, Verdict
+from tests.feed import BATCH, noisy, plain, through_json
+
+
+class Scaled:
+    """A run under a dynamic loss scale: an overflow halves it, as torch's scaler does."""
+
+    def __init__(self, mode: Mode = Mode.AUTO) -> None:
+        self.controller = Controller(GuardSection(), mode=mode)
+        self.step, self.cursor, self.streak, self.scale = 1, 0, 0, 65536.0
+        self.told: list[Verdict] = []
+
+    def attempt(self, *, overflow: bool = False, loss: float | None = None) -> Verdict:
+        signals = {
+            LOSS: noisy(2.0)(self.cursor) if loss is None else loss,
+            GRAD_NORM: math.inf if overflow else noisy(0.5, seed=1, noise=0.1)(self.cursor),
+            LOSS_SCALE: self.scale,
+        }
+        seen = Observation(
+            step=self.step, first=self.cursor, last=self.cursor + BATCH, signals=signals, streak=self.streak
+        )
+        verdict = self.controller.observe(seen)
+        self.told.append(verdict)
+        self.cursor += BATCH
+        if overflow:
+            self.scale = max(1.0, self.scale / 2)
+        if verdict.action is Action.APPLY:
+            self.step, self.streak = self.step + 1, 0
+        else:
+            self.streak += 1
+        return verdict
+
+    def healthy(self, steps: int = 100) -> None:
+        for _ in range(steps):
+            verdict = self.attempt()
+            assert verdict.action is Action.APPLY and not verdict.findings
+
+
+def test_overflows_at_the_start_and_single_ones_later_are_no_incident() -> None:
+    run = Scaled()
+    verdicts = [run.attempt(overflow=True) for _ in range(8)]
+    for _ in range(3):
+        run.healthy(60)
+        verdicts += [run.attempt(overflow=True)]
+    run.healthy(60)
+    assert {v.action for v in verdicts} == {Action.SKIP} and {v.incident for v in verdicts} == {None}
+    assert {f.kind for v in verdicts for f in v.findings} == {Kind.OVERFLOW}
+    assert verdicts[0].reason == "grad_norm is inf: leave this update out"
+
+
+def test_overflow_after_overflow_is_a_collapse() -> None:
+    run = Scaled()
+    run.healthy()
+    verdicts = [run.attempt(overflow=True) for _ in range(IN_A_ROW)]
+    assert [v.action for v in verdicts] == [Action.SKIP] * (IN_A_ROW - 1) + [Action.ROLLBACK]
+    assert verdicts[-1].findings[0].kind is Kind.SCALE_COLLAPSE and verdicts[-1].incident == 1
+    assert "loss_scale 4096 against 65536, 5 overflows in a row" in verdicts[-1].reason
+
+
+def test_a_scale_that_falls_from_the_very_first_step_to_its_end_is_a_collapse_too() -> None:
+    run = Scaled()
+    verdicts = [run.attempt(overflow=True) for _ in range(AT_START)]
+    assert [v.action for v in verdicts] == [Action.SKIP] * (AT_START - 1) + [Action.ROLLBACK]
+
+
+def test_at_a_scale_of_one_it_is_no_longer_the_scale() -> None:
+    run = Scaled()
+    run.scale = 1.0
+    run.healthy()
+    verdicts = [run.attempt(overflow=True) for _ in range(3)]
+    assert [v.action for v in verdicts] == [Action.SKIP, Action.SKIP, Action.ROLLBACK]
+    assert verdicts[-1].findings[0].kind is Kind.NONFINITE
+
+
+def test_a_loss_that_is_not_finite_is_never_an_overflow() -> None:
+    run = Scaled()
+    run.healthy()
+    verdict = run.attempt(overflow=True, loss=math.nan)
+    assert {f.kind for f in verdict.findings} == {Kind.NONFINITE} and verdict.incident == 1
+
+
+def test_a_scale_that_falls_far_below_what_was_usual_is_noted_once() -> None:
+    """GLM-130B: the scale fell for about 30 steps before the loss exploded, a healthy step between two halvings."""
+    run = Scaled(Mode.ADVISE)
+    run.healthy()
+    for _ in range(10):
+        run.attempt(overflow=True)
+        run.attempt()
+    notes = [v for v in run.told if any(f.kind is Kind.SCALE_COLLAPSE for f in v.findings)]
+    assert len(notes) == 1 and notes[0].findings[-1].value == 65536 / 2**FALL
+    assert run.controller.healthy_through < notes[0].step
+
+
+def test_overflows_come_back_from_the_journal_as_no_trouble() -> None:
+    """After a crash the overflows before it must not count towards a rollback."""
+    run = Scaled()
+    run.healthy()
+    state = through_json(run.controller.state_dict())
+    events = []
+    for index in range(2):
+        verdict = run.attempt(overflow=True)
+        data = {
+            "action": verdict.action.value,
+            "findings": [{"kind": "overflow"}],
+            "window": list(verdict.window or ()),
+        }
+        events.append(Event(seq=index + 1, time=0.0, step=100, timeline=0, kind="verdict", data=data))
+    fresh = Controller(GuardSection())
+    fresh.load_state_dict(state)
+    fresh.rebuild(events)
+    seen = Observation(
+        step=run.step, first=run.cursor, last=run.cursor + BATCH, signals={LOSS: 9.0, LOSS_SCALE: 2.0**14}, streak=2
+    )
+    assert plain(fresh.observe(seen)) == plain(run.controller.observe(seen))
+    assert fresh.observe(seen).action is Action.SKIP
+
+
+@pytest.mark.parametrize("junk", [math.nan, math.inf, 0.0, -1.0])
+def test_a_scale_that_is_none_changes_nothing(junk: float) -> None:
+    run = Scaled()
+    run.healthy()
+    state = through_json(run.controller.state_dict()["detectors"][LOSS_SCALE])
+    run.scale = junk
+    run.healthy(3)
+    assert run.controller.state_dict()["detectors"][LOSS_SCALE] == state
+
+
+def test_state_goes_through_json_at_any_step() -> None:
+    run = Scaled()
+    for index in range(120):
+        run.attempt(overflow=index > 60 and index % 3 == 0)
+        copy = Controller(GuardSection())
+        copy.load_state_dict(through_json(run.controller.state_dict()))
+        assert copy.state_dict() == run.controller.state_dict()
+        assert copy.healthy_through == run.controller.healthy_through
+
+
+def test_an_update_that_grew_is_a_note_since_it_is_in_the_weights_already() -> None:
+    """Marin-32B: the norm of the update rose first."""
+    controller = Controller(GuardSection())
+    update = noisy(0.03, seed=4, noise=0.1)
+
+    def seen(step: int, factor: float = 1.0) -> Observation:
+        signals = {LOSS: noisy(2.0)(step), GRAD_NORM: 0.5, UPDATE_NORM: factor * update(step)}
+        return Observation(step=step, first=step * BATCH, last=(step + 1) * BATCH, signals=signals)
+
+    for step in range(1, 201):
+        assert not controller.observe(seen(step)).findings
+    verdict = controller.observe(seen(201, factor=30.0))
+    assert verdict.action is Action.APPLY
+    assert [(f.signal, f.kind) for f in verdict.findings] == [(UPDATE_NORM, Kind.UPDATE_SPIKE)]
+    assert controller.healthy_through == 200
