@@ -98,6 +98,8 @@ class Rejudge:
                 self._wanted.add(event.step)
             elif event.kind in ("verdict", "finding") and "at_step" in data:
                 self._told.setdefault((event.timeline, int(data["at_step"])), deque()).append(event)
+            elif event.kind == "note" and data.get("overflow"):
+                self._told.setdefault((event.timeline, event.step + 1), deque()).append(event)
             elif event.kind == "command" and data.get("command") == CommandKind.POLICY:
                 if data.get("effect") == "applied":
                     self._policies.append(index)
@@ -127,7 +129,8 @@ class Rejudge:
             self._watch(row, self._controller.bands())
         done = ACTIONS[int(cells[6])]
         said = self._said(timeline, step, done)
-        ranks = {f.signal: f.ranks for f in findings_of(said) if f.kind is Kind.NONFINITE} if said is not None else {}
+        told = findings_of(said) if said is not None else ()
+        ranks = {f.signal: f.ranks for f in told if f.kind in (Kind.NONFINITE, Kind.SCALE_COLLAPSE)}
         measured = dict(zip(self._names, cells[len(HEAD) :], strict=True))
         obs = Observation(
             step=step,
@@ -135,7 +138,7 @@ class Rejudge:
             last=last,
             signals=measured,
             nonfinite_loss=ranks.get(LOSS, ()),
-            nonfinite_grad=ranks.get(GRAD_NORM, ()),
+            nonfinite_grad=ranks.get(GRAD_NORM) or ranks.get(LOSS_SCALE, ()),
             tokens=int(cells[5]),
             streak=self._streak(first),
             overflow=_overflow(measured),
@@ -169,11 +172,16 @@ class Rejudge:
         if not told:
             return None
         action = told[0].data.get("action")
+        overflow = done is Action.OVERFLOW
+        if action is None or action == Action.OVERFLOW:
+            # Each overflow is noted; in `advise`, that of a collapse behind its verdict.
+            said = told.popleft() if overflow and action is not None else None
+            if overflow and told and told[0].kind == "note":
+                told.popleft()
+            return said
         asked = action == Action.PAUSE
-        if action not in (*Action,) or not (asked or (action == Action.APPLY) is (done is Action.APPLY)):
+        if overflow or action not in (*Action,) or not (asked or (action == Action.APPLY) is (done is Action.APPLY)):
             return None
-        if (action == Action.OVERFLOW) is not (done is Action.OVERFLOW):
-            return None  # most overflows are no more than a note
         return told.popleft()
 
     # -- what happened between two rows --------------------------------------------------------------------------

@@ -206,7 +206,7 @@ def assert_as_live(run: RunDirectory) -> list[Action]:
     for one in judged:
         assert one.agrees, one
         if one.said is None:
-            assert one.verdict.action is Action.APPLY and not one.verdict.findings
+            assert one.verdict.action in (Action.APPLY, Action.OVERFLOW) and not one.verdict.findings
             continue
         data = one.said.data
         assert data["findings"] == as_journaled(list(one.verdict.findings))
@@ -291,6 +291,20 @@ def test_run_that_asked(tmp_path: Path) -> None:
     guard = {"mode": "ask", "ask_seconds": 0.2}
     run = trained(tiny(tmp_path, faults=[spike(240, 264)], guard=guard, train={"steps": 40}))
     assert Action.PAUSE in assert_as_live(run)
+
+
+@pytest.mark.parametrize("mode", ["auto", "advise"])
+def test_run_whose_gradients_overflowed(mode: str, tmp_path: Path) -> None:
+    """Now and then, as a loss scale does, and then in a row whatever the scale."""
+    faults = [
+        {"kind": "overflow", "first": 0, "last": 10**6, "value": 4096.0},
+        {"kind": "overflow", "first": 240, "last": 280, "value": 0.0},
+    ]
+    train = {"steps": 45, "precision": "fp16", "loss_scale_steps": 8}
+    run = trained(tiny(tmp_path, faults=faults, train=train, guard={"overflows": 5, "mode": mode}))
+    actions = assert_as_live(run)
+    assert actions.count(Action.OVERFLOW) > 8
+    assert actions.count(Action.ROLLBACK) == (mode == "auto")
 
 
 def test_run_under_other_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
