@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from guardrail.config import CheckpointSection, GuardSection, Settings, SnapshotSection
 from guardrail.ledger import SampleOrder
-from guardrail.records import Action, Mode, Phase
+from guardrail.records import Action, Command, CommandKind, Mode, Phase
 from guardrail.rundir import RunDirectory
 from guardrail.torch.guard import Guard, Step
 from guardrail.torch.state import component_digests
+from tests.lab import wait_for
 
 VOCABULARY, LENGTH, BATCH = 17, 6, 4
 
@@ -50,12 +51,13 @@ class Loop:
         optimizer: str = "adamw",
         *,
         bad: range = range(0),
+        factor: float = math.nan,
         steps: int = 40,
         run: RunDirectory | None = None,
         **settings: Any,
     ) -> None:
         torch.manual_seed(1)
-        self.bad = bad
+        self.bad, self.factor = bad, factor
         self.data = torch.randint(0, VOCABULARY, (200, LENGTH + 1)) // torch.randint(1, 4, (200, 1))
         self.model = Model()
         self.optimizer = OPTIMIZERS[optimizer](self.model)
@@ -81,7 +83,7 @@ class Loop:
     def loss(self, step: Step) -> Tensor:
         tokens = self.data[list(step.batch.samples)]
         loss = F.cross_entropy(self.model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
-        return loss * math.nan if any(p in self.bad for p in step.batch.positions) else loss
+        return loss * self.factor if any(p in self.bad for p in step.batch.positions) else loss
 
     def train(self) -> "Loop":
         for step in self.guard:
@@ -183,6 +185,26 @@ def test_ask_without_anybody_to_ask_takes_its_own_proposal() -> None:
     loop = Loop(bad=range(60, 72), mode=Mode.ASK).train()
     assert loop.guard.phase is Phase.FINISHED and loop.guard.timeline == 1
     assert loop.digest() == Loop(bad=range(60, 72)).train().digest()
+
+
+def test_an_update_that_a_person_lets_through_leaves_what_it_would_have_left(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path, "own", "")
+    loop = Loop(bad=range(60, 72), factor=50.0, mode=Mode.ASK, run=run)
+
+    def answer() -> None:
+        wait_for(lambda: any(event.kind == "paused" for event in run.events()), what="a question")
+        run.send(Command(id="go-on", kind=CommandKind.ANSWER, value=1.0))
+
+    person = threading.Thread(target=answer)
+    person.start()
+    loop.train()
+    person.join()
+    assert loop.attempts[17].applied and loop.attempts[17].number == 16
+    told = Loop(bad=range(60, 72), factor=50.0, mode=Mode.OFF)
+    told.guard.ledger.quarantine.read(loop.guard.ledger.quarantine.lines())
+    told.train()
+    assert loop.losses == told.losses
+    assert loop.digest() == told.digest()
 
 
 def test_out_of_rollbacks_it_halts() -> None:

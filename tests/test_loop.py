@@ -103,6 +103,19 @@ def test_the_same_samples_on_one_rank_and_on_two(tmp_path: Path) -> None:
     assert np.array_equal(table(one, places), table(two, places))
 
 
+@pytest.mark.parametrize(("world", "strategy"), SHAPES)
+def test_evaluation_changes_nothing(tmp_path: Path, world: int, strategy: str) -> None:
+    sections = {"data": {"eval_fraction": 0.1}, "checkpoint": {"every": 7}}
+    train_sections = [{"steps": 20}, {"steps": 20, "eval_every": 3, "eval_batches": 2}]
+    plain, evaluated = [
+        trained(tiny(tmp_path, world=world, strategy=strategy, train=section, **sections)) for section in train_sections
+    ]
+    assert [e.step for e in of_kind(evaluated, "eval")] == [3, 6, 9, 12, 15, 18, 20]
+    view = evaluated.metrics()
+    assert view.column("step")[np.isfinite(view.column("eval_loss"))].tolist() == [3, 6, 9, 12, 15, 18, 20]
+    assert_same(plain, evaluated)
+
+
 # -- one rank alone goes wrong
 
 
