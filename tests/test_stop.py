@@ -12,6 +12,7 @@ import torch
 
 import guardrail.torch.checkpoints
 import trainer.loop
+import trainer.parallel
 from guardrail.manifest import checkpoint_dirs
 from guardrail.records import Command, CommandKind, Phase
 from guardrail.rundir import RunDirectory
@@ -185,7 +186,7 @@ def test_a_window_is_given_back_within_one_micro_batch(tmp_path: Path) -> None:
     run = new_run(config)
     counted = tmp_path / "counted"
     with pytest.MonkeyPatch.context() as patch:
-        whole = trainer.loop.loss_sum
+        whole = trainer.parallel.loss_sum
 
         def counting(logits: Any, labels: Any) -> Any:
             if torch.is_grad_enabled() and me(1):
@@ -193,7 +194,7 @@ def test_a_window_is_given_back_within_one_micro_batch(tmp_path: Path) -> None:
                     file.write("x")
             return whole(logits, labels)
 
-        patch.setattr(trainer.loop, "loss_sum", counting)
+        patch.setattr(trainer.parallel, "loss_sum", counting)
         in_step(patch, signal.SIGTERM, 1)
         assert train(run, 2) == "stopped"
     assert len(counted.read_text()) == 14 * 4 + 1
