@@ -103,12 +103,17 @@ class Spike:
             )
         ]
 
-    def raised(self, obs: Observation, share: float = NOTE_SHARE) -> bool:
-        """Whether the value exceeds this share of its limit."""
+    def distance(self, obs: Observation) -> tuple[float, float] | None:
+        """(log jump over the centre, log jump that is rejected); None without a value or a baseline."""
         value = obs.signals.get(self.signal)
         if value is None or self.baseline.empty or not 0.0 < value < math.inf:
-            return False
-        return math.log(value) - self.baseline.centre > share * self._limit(self.baseline.scale)
+            return None
+        return math.log(value) - self.baseline.centre, self._limit(self.baseline.scale)
+
+    def raised(self, obs: Observation, share: float) -> bool:
+        """Whether the value exceeds this share of its limit."""
+        distance = self.distance(obs)
+        return distance is not None and distance[0] > share * distance[1]
 
     def accept(self, obs: Observation, left_out: Sequence[Jumps] = ()) -> None:
         value = obs.signals.get(self.signal)
