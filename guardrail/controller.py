@@ -27,11 +27,14 @@ from guardrail.config import GuardSection
 from guardrail.detectors.divergence import Divergence
 from guardrail.detectors.growth import CLIMB
 from guardrail.detectors.no_tokens import NoTokens
-from guardrail.detectors.spike import LOOK_BACK
+from guardrail.detectors.resume import ROWS, resume_jumps
+from guardrail.detectors.spike import LOOK_BACK, Spike
 from guardrail.detectors.standard import build
 from guardrail.incidents import OPEN, Incidents
 from guardrail.policy import UNSUSPECTED, Rollback, by_severity, decide, is_trouble, rollbacks_in_a_row
 from guardrail.records import (
+    GRAD_NORM,
+    LOSS,
     LOSS_SCALE,
     Action,
     Event,
@@ -78,6 +81,8 @@ class Controller:
         self._history: deque[Applied] = deque(maxlen=reach)
         self._overflows = 0  # in a row, directly before the next step
         self._advice = Advice()
+        self._resumed = 0  # rows that are still to be held against what was before a resume
+        self._jumped: set[str] = set()  # signals of which a jump has been told
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -98,6 +103,8 @@ class Controller:
         if obs.tokens > 0:
             for detector in self.detectors.values():
                 findings += detector.observe(obs)
+            if self._resumed:
+                findings += self._after_resume(obs)
         else:
             # Without a label token the loss is 0/0: every other claim about it would be noise.
             findings = self._no_tokens.observe(obs)
@@ -172,6 +179,20 @@ class Controller:
             incident=number,
             incident_state=state,
         )
+
+    def _after_resume(self, obs: Observation) -> list[Finding]:
+        self._resumed -= 1
+        spikes = (spike for spike in (self.detectors[LOSS], self.detectors[GRAD_NORM]) if isinstance(spike, Spike))
+        findings = [f for f in resume_jumps(obs, spikes) if f.signal not in self._jumped]
+        self._jumped.update(f.signal for f in findings)
+        return findings
+
+    def resumed(self) -> None:
+        """The process is a new one; call it when the state has been loaded. Jumps of the next rows will be noted.
+
+        No part of the state: whether a run was resumed must not show in what it does.
+        """
+        self._resumed, self._jumped = ROWS, set()
 
     def overrule(self, obs: Observation) -> None:
         """A person had the update applied that the last verdict rejected.
@@ -278,6 +299,8 @@ class Controller:
             "history": [list(batch) for batch in self._history],
             "overflows": self._overflows,
             "advice": self._advice.state_dict(),
+            # Only a recorded log can be resumed in the middle of what is one state.
+            "resumed": [self._resumed, *sorted(self._jumped)] if self.mode is Mode.ADVISE and self._resumed else [],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
@@ -292,7 +315,10 @@ class Controller:
         self._history.clear()
         self._history.extend(Applied(*batch) for batch in state["history"])
         self._overflows = int(state.get("overflows", 0))
-        self._advice = Advice.of(state["advice"]) if self.mode is Mode.ADVISE else Advice()
+        advise = self.mode is Mode.ADVISE
+        self._advice = Advice.of(state["advice"]) if advise else Advice()
+        self._resumed, *jumped = (advise and state.get("resumed")) or (0,)
+        self._jumped = set(jumped)
         return anew
 
     # -- facts: outlive a rollback -------------------------------------------------------------------------------
@@ -364,6 +390,8 @@ class Controller:
             self._advice = Advice()
         while self._history and self._history[-1].step >= step:
             self._history.pop()
+        if self._history:
+            self.resumed()  # not far back, where the loss may have been another
 
 
 def _restarted(obs: Observation) -> Finding:

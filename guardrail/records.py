@@ -118,6 +118,8 @@ class Finding(Record, frozen=True, kw_only=True):
             return f"the step counter goes back to {self.step}"
         if self.kind in (Kind.NONFINITE, Kind.IMPOSSIBLE, Kind.OVERFLOW):
             return f"{self.signal} is {self.value:.4g}{where}"
+        if self.kind is Kind.RESUME_JUMP:
+            return f"{self.signal} {self.value:.4g} after the resume against {self.baseline:.4g} before it"
         if self.kind is Kind.STUCK:
             return f"{self.signal} has been exactly {self.value:.6g} for {self.score + 1:.0f} steps"
         if self.kind is Kind.SCALE_COLLAPSE:

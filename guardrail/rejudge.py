@@ -206,7 +206,10 @@ class Rejudge:
             return
         self._controller.load_state_dict(saved.controller)
         self._applied_end = saved.applied_end
-        if not restarted:
+        if restarted:
+            if self._own and event.data.get("checkpoint"):
+                self._controller.resumed()
+        else:
             span = span_of(event)
             if span is not None and span.cause == "rollback":
                 self._rejected = [r for r in self._rejected if not (span.first <= r[0] and r[1] <= span.last)]

@@ -794,7 +794,8 @@ C, G, S, X = CANDIDATE, GOOD, SUSPECT, INVALID
         ([(0, G), (100, G), (200, C)], 205, 1000, []),
         # The initial one stays until an older-than-delay one can take its place.
         ([(0, G), (100, G), (200, G), (300, G)], 308, 1000, [100]),
-        ([(0, G), (100, G), (200, G), (300, G)], 308, 250, [100]),
+        ([(0, G), (100, G), (200, G), (300, G)], 308, 250, []),
+        ([(0, G), (100, G), (200, G), (300, G), (400, G)], 408, 350, [200]),
         ([(0, G), (100, G), (200, G), (300, G)], 308, 208, [0]),
         ([(0, G), (100, G), (200, G), (300, G)], 308, 100, [0, 100]),
         ([(0, G), (100, G), (200, G), (300, G)], 308, 0, [0, 100]),
@@ -812,6 +813,17 @@ C, G, S, X = CANDIDATE, GOOD, SUSPECT, INVALID
 def test_retention(held: list[tuple[int, str]], now: int, delay: int, going: list[int]) -> None:
     infos = [info(step, state) for step, state in held]
     assert [i.step for i in superfluous(infos, keep=2, now=now, delay=delay)] == going
+
+
+@pytest.mark.parametrize(("every", "delay"), [(5, 36), (50, 449), (200, 300), (1000, 10)])
+def test_there_is_always_one_that_is_old_enough_and_not_much_older(every: int, delay: int) -> None:
+    held: list[SnapshotInfo] = []
+    for now in range(0, 100 * every + 1, every):
+        held.append(info(now))
+        held = [i for i in held if i not in superfluous(held, keep=2, now=now, delay=delay)]
+        newest_old = max((i.step for i in held if i.step <= now - delay), default=0)
+        assert now - newest_old <= 2 * (delay + every)
+        assert len(held) <= 4
 
 
 def test_retention_counts_by_timeline_first() -> None:

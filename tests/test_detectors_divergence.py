@@ -92,10 +92,23 @@ def test_a_rise_makes_states_suspect_before_it_is_sure() -> None:
     assert suspected is not None and abs(suspected - 301) <= 2
 
 
+def test_a_small_step_that_stays_and_does_not_grow_is_noted_once_as_a_level_shift() -> None:
+    watch = Watch()
+    level = [noisy(2.0 * math.exp(0.02 * 5))(step) for step in range(301, 420)]  # five sigmas of a single value
+    findings = [f for step, value in enumerate([*HEALTHY, *level], 1) for f in watch.step(step, value)]
+    assert [(f.kind, f.severity) for f in findings] == [(Kind.LEVEL_SHIFT, Severity.NOTE)]
+    assert 320 < findings[0].step < 350 and abs(findings[0].onset - 301) <= 3
+
+
+def test_a_small_step_that_is_back_in_time_is_not_noted() -> None:
+    bump = [noisy(2.0 * math.exp(0.02 * 5))(step) for step in range(301, 316)]
+    assert Watch().first_alarm([*HEALTHY, *bump, *(noisy(2.0)(step) for step in range(316, 500))]) is None
+
+
 def test_state_goes_through_json_at_any_step() -> None:
-    values = [*HEALTHY, *(noisy(2.3)(step) for step in range(301, 340))]
+    shift = [noisy(2.2)(step) for step in range(301, 340)]
     whole = Watch()
-    for step, value in enumerate(values, 1):
+    for step, value in enumerate([*HEALTHY, *shift, *(noisy(2.3)(step) for step in range(340, 380))], 1):
         copy = Watch()
         copy.baseline.load_state_dict(through_json(whole.baseline.state_dict()))
         copy.detector.load_state_dict(through_json(whole.detector.state_dict()))

@@ -125,9 +125,12 @@ def test_outliers_that_were_let_through_do_not_raise_the_bar_but_a_new_level_doe
     band = detector.band()
     high = at(detector, 0.8)
     for step in range(NEW_LEVEL - 1):
-        assert severity(detector, high) is Severity.NOTE
+        (finding,) = detector.observe(obs(300 + step, high))
+        assert finding.severity is Severity.NOTE and finding.kind is Kind.LOSS_SPIKE
         detector.accept(obs(300 + step, high))
     assert detector.band() == band
+    (finding,) = detector.observe(obs(400, high))
+    assert finding.severity is Severity.NOTE and finding.kind is Kind.LEVEL_SHIFT
     detector.accept(obs(400, high))
     assert severity(detector, high) is None
     assert severity(detector, high * 1.4) is Severity.REJECT

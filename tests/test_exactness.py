@@ -4,12 +4,15 @@ beginning what A left out and has no guard. Every step and the final weights are
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from guardrail.records import Command, CommandKind
 from guardrail.rundir import RunDirectory
 from tests.running import (
+    BANDS,
     BATCH,
+    COMMON,
     SHAPES,
     assert_same,
     corpus_of,
@@ -83,12 +86,17 @@ def test_rollback_across_an_epoch_boundary(tmp_path: Path, world: int, strategy:
 
 
 def test_wide_window(tmp_path: Path) -> None:
-    guard = {"window_before": 5, "window_after": 3}
+    guard = {"window_before": 7, "window_after": 3}
     config = tiny(tmp_path, world=2, faults=[spike(240, 264)], guard=guard, train={"steps": 45})
     a = trained(config)
     (done,) = rollbacks(a)
-    assert done["window"] == [240 - 5 * BATCH, 264 + 3 * BATCH]
-    assert done["to_step"] <= 25
+    assert done["window"] == [240 - 7 * BATCH, 264 + 3 * BATCH]
+    assert done["to_step"] == 20
+    # What is run again with the same batches is expected to be the same, and is.
+    view = a.metrics((*COMMON, *BANDS, "timeline"))
+    again = (view.column("step") > done["to_step"]) & (view.column("last") <= done["window"][0])
+    first, second = (view.array[again & (view.column("timeline") == timeline), :-1] for timeline in (0, 1))
+    assert len(first) == 3 and np.array_equal(first, second)
     assert_exact(config, a)
 
 
@@ -106,6 +114,22 @@ def test_rollback_to_the_disk_where_the_ring_does_not_reach(tmp_path: Path, worl
     a = trained(config)
     (done,) = rollbacks(a)
     assert (done["tier"], done["to_step"]) == ("disk", 20)
+    assert_exact(config, a)
+
+
+def test_rollback_beyond_the_newest_good_ones_finds_what_retention_has_kept(tmp_path: Path) -> None:
+    config = tiny(
+        tmp_path,
+        faults=[spike(480, 504)],
+        guard={"window_before": 12},
+        snapshots={"every": 5, "keep": 2},
+        checkpoint={"every": 5, "keep": 2},
+        train={"steps": 66},
+    )
+    a = trained(config)
+    (done,) = rollbacks(a)
+    # The window begins with step 49. The newest good ones are younger, and the very first would be the last resort.
+    assert (done["tier"], done["from_step"]) == ("disk", 60) and 5 <= done["to_step"] <= 45
     assert_exact(config, a)
 
 

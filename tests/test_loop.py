@@ -1,15 +1,20 @@
 """The loop under faults: every rank reaches the same verdict at the same step, and a step left out leaves no trace."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
-from guardrail.config import load
-from guardrail.records import Action
+from guardrail.config import dump, load
+from guardrail.ledger import Ledger
+from guardrail.records import Action, Command, CommandKind, Span
 from guardrail.rundir import RunDirectory
+from guardrail.torch.gate import Gate
+from guardrail.torch.snapshots import SnapshotRing
 from tests.ranks import run_ranks
 from tests.running import (
     BATCH,
@@ -49,8 +54,12 @@ def watched(rank: int, path: Path) -> list[dict[str, Any]]:
         return micro_batches
 
     trainer.loader.load = remembered  # type: ignore[method-assign]
+    collectives: list[str] = []
+    for name in ("all_reduce", "broadcast", "broadcast_object_list", "all_gather_object", "barrier"):
+        setattr(dist, name, counted(getattr(dist, name), name, collectives))
     for step in trainer.guard:
         before = trainer.guard.state.digests()
+        collectives.clear()
         trainer.train_step(step)
         assert step.verdict is not None
         attempts.append(
@@ -60,10 +69,19 @@ def watched(rank: int, path: Path) -> list[dict[str, Any]]:
                 "touched": trainer.guard.state.digests() != before,
                 "gradients": sum(p.grad is not None for p in trainer.model.parameters()),
                 "rows": tuple(rows),
+                "collectives": collectives[:],
             }
         )
         rows.clear()
     return attempts
+
+
+def counted(collective: Callable[..., Any], name: str, calls: list[str]) -> Callable[..., Any]:
+    def counting(*arguments: Any, **settings: Any) -> Any:
+        calls.append(name)
+        return collective(*arguments, **settings)
+
+    return counting
 
 
 def watch(config: Config) -> tuple[RunDirectory, list[list[dict[str, Any]]]]:
@@ -114,6 +132,69 @@ def test_evaluation_changes_nothing(tmp_path: Path, world: int, strategy: str) -
     view = evaluated.metrics()
     assert view.column("step")[np.isfinite(view.column("eval_loss"))].tolist() == [3, 6, 9, 12, 15, 18, 20]
     assert_same(plain, evaluated)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"), [((2, "ddp"), (1, "ddp")), ((1, "ddp"), (2, "ddp")), ((2, "fsdp"), (1, "ddp"))]
+)
+def test_a_run_goes_on_with_another_number_of_ranks(
+    tmp_path: Path, first: tuple[int, str], then: tuple[int, str]
+) -> None:
+    sections: dict[str, Any] = {"model": {"dropout": 0.0}, "train": {"steps": 30}}
+    configs = [tiny(tmp_path, world=world, strategy=strategy, **sections) for world, strategy in (first, then)]
+    whole, run = trained(configs[0]), new_run(configs[0])
+    run.send(Command(id="stop", kind=CommandKind.STOP, at_step=17))
+    assert train(run, first[0]) == "stopped"
+    run.write_config(dump(configs[1]))
+    assert train(run, then[0]) == "finished"
+    assert of_kind(run, "restarted")[0].step == 17
+    assert {said for key, said in of_kind(run, "resume_check")[0].data.items()} == {"ok"}
+    places = ("step", "first", "last", "lr", "tokens")
+    assert np.array_equal(table(run, places), table(whole, places))
+    np.testing.assert_allclose(table(run, ("loss",)), table(whole, ("loss",)), rtol=1e-4)
+
+
+# -- the laws
+
+
+def test_a_step_agrees_in_one_collective(tmp_path: Path) -> None:
+    faults = [{"kind": "spike_loss", "first": 80, "last": 88, "value": 50.0}]
+    _, ranks = watch(tiny(tmp_path, world=2, faults=faults, train={"steps": 20}, checkpoint={"every": 5}))
+    for attempts in ranks:
+        assert {a["action"] for a in attempts} == {Action.APPLY, Action.SKIP}
+        assert [a["collectives"] for a in attempts] == [["all_reduce"]] * len(attempts)
+
+
+def test_what_is_done_stands_in_the_journal_first(tmp_path: Path) -> None:
+    faults = [
+        {"kind": "spike_loss", "first": first, "last": last, "value": 50.0} for first, last in ((80, 88), (160, 184))
+    ]
+    run = new_run(tiny(tmp_path, faults=faults, train={"steps": 26}))
+    run.send(Command(id="slower", kind=CommandKind.LR, value=0.5, at_step=5))
+    run.send(Command(id="skip", kind=CommandKind.SKIP, value=1, at_step=24))
+    seen = tmp_path / "seen"
+    leave_out, restore, factor = Ledger.leave_out, SnapshotRing.restore, Gate.apply
+    with pytest.MonkeyPatch.context() as patch:
+
+        def leaving_out(self: Ledger, span: Span) -> int:
+            assert span in spans(run), "left out before it was journaled"
+            with seen.open("a") as file:
+                file.write(f"{span.cause} ")
+            return leave_out(self, span)
+
+        def restoring(self: SnapshotRing, snapshot: Any) -> Any:
+            assert run.events()[-1].kind == "rollback", "gone back before it was journaled"
+            return restore(self, snapshot)
+
+        def applying(self: Gate, *arguments: Any, lr_factor: float, **settings: Any) -> None:
+            assert lr_factor == 1.0 or of_kind(run, "command"), "a rate used before it was journaled"
+            factor(self, *arguments, lr_factor=lr_factor, **settings)
+
+        patch.setattr(Ledger, "leave_out", leaving_out)
+        patch.setattr(SnapshotRing, "restore", restoring)
+        patch.setattr(Gate, "apply", applying)
+        assert train(run, 1) == "finished"
+    assert seen.read_text().split() == ["rejected", "rejected", "rejected", "rollback", "user"]
 
 
 # -- one rank alone goes wrong

@@ -2,7 +2,8 @@
 
 The level of the loss is the median of the logarithms of the last `steps` accepted steps. It is held against the
 lowest level of the last `window` accepted steps, which a rise cannot lift: the baseline is from before it. What is
-rejected never gets here, so this is damage that is in the weights already, and the finding is persistent.
+rejected never gets here, so this is damage that is in the weights already, and the finding is persistent. A rise that
+is too small for that and neither grows nor goes away is noted as a level shift.
 
 The onset is where the last values part best into "before" and "after": the k that maximises the sum over i >= k of
 y[i] - middle, with the middle between reference and present level (the maximum-likelihood change point of a step in
@@ -31,6 +32,9 @@ class Divergence:
         window: accepted steps within which the reference level lies.
     """
 
+    # Share of the score at which a level that has stood for `steps` steps is worth a note: far enough above the half at
+    # which states become suspect that the wandering of smoothed losses does not get there.
+    SHIFT = 0.65
     # Accepted steps kept for the onset, in multiples of `steps`: a slow rise began before the level showed it.
     MEMORY = 3
 
@@ -43,6 +47,7 @@ class Divergence:
 
     def reset(self) -> None:
         self._count = 0
+        self._up = 0  # high accepted values since the level has been worth a note
         self._recent = SortedWindow(self.steps)
         self._memory: deque[tuple[int, float]] = deque(maxlen=self.MEMORY * self.steps)  # (step, y)
         # Candidates for the lowest level: (count, level, scale), ascending in both; the first is the reference.
@@ -54,18 +59,19 @@ class Divergence:
             return []
         _, reference, scale = self._lowest[0]
         rise = self._recent.median() - reference
-        if rise <= self.score * scale or math.log(value) <= reference + 0.5 * rise:
+        diverges = rise > self.score * scale
+        if not (diverges or self._up == self.steps) or math.log(value) <= reference + 0.5 * rise:
             return []
         return [
             Finding(
                 signal=LOSS,
                 step=obs.step,
-                kind=Kind.DIVERGENCE,
-                severity=Severity.PERSISTENT,
+                kind=Kind.DIVERGENCE if diverges else Kind.LEVEL_SHIFT,
+                severity=Severity.PERSISTENT if diverges else Severity.NOTE,
                 value=math.exp(self._recent.median()),
                 baseline=math.exp(reference),
                 score=rise / scale,
-                threshold=self.score,
+                threshold=self.score if diverges else self.SHIFT * self.score,
                 onset=self.onset(),
             )
         ]
@@ -73,10 +79,13 @@ class Divergence:
     @property
     def raised(self) -> bool:
         """Whether the level stands half as high over its reference as divergence takes."""
+        return self._risen(0.5)
+
+    def _risen(self, share: float) -> bool:
         if len(self._recent) < self.steps or not self._lowest:
             return False
         _, reference, scale = self._lowest[0]
-        return self._recent.median() - reference > 0.5 * self.score * scale
+        return self._recent.median() - reference > share * self.score * scale
 
     def onset(self) -> int:
         """The step at which the present rise began; only meaningful while `raised`."""
@@ -104,6 +113,10 @@ class Divergence:
         self._lowest.append((self._count, level, self.baseline.scale))
         if self._lowest[0][0] <= self._count - self.window:
             self._lowest.popleft()
+        if not self._risen(self.SHIFT):
+            self._up = 0
+        elif y > 0.5 * (self._lowest[0][1] + level):
+            self._up += 1
 
     def suspect_from(self) -> int | None:
         return self.onset() if self.raised else None
@@ -115,13 +128,14 @@ class Divergence:
     def state_dict(self) -> dict[str, Any]:
         return {
             "count": self._count,
+            "up": self._up,
             "memory": [list(pair) for pair in self._memory],
             "lowest": [list(entry) for entry in self._lowest],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.reset()
-        self._count = int(state["count"])
+        self._count, self._up = int(state["count"]), int(state["up"])
         self._memory.extend((int(step), float(y)) for step, y in state["memory"])
         self._recent = SortedWindow(self.steps, (y for _, y in self._memory))
         self._lowest.extend((int(count), float(level), float(scale)) for count, level, scale in state["lowest"])

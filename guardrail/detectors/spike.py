@@ -30,7 +30,7 @@ COLD = 8
 NOTE_SHARE = 0.6
 # Accepted values from this share of the rejecting score on, right before a finding, belong to the same trouble.
 ONSET_SHARE = 0.4
-# Accepted values above the note line in a row that are a new level, not outliers.
+# Accepted values above the note line in a row that are a new level, not outliers; the last is noted as a level shift.
 NEW_LEVEL = 8
 # Steps over which an onset is looked for backwards.
 LOOK_BACK = 16
@@ -89,12 +89,14 @@ class Spike:
             return []
         # An outlier is alone if an ordinary accepted step stands before it.
         limit = plain if obs.streak or self._above else max(plain, self.tail.limit(self.baseline.count))
+        rejected = jump > limit and not self.note_only
+        stays = self._above + 1 == NEW_LEVEL and not rejected
         return [
             Finding(
                 signal=self.signal,
                 step=obs.step,
-                kind=self.kind,
-                severity=Severity.REJECT if jump > limit and not self.note_only else Severity.NOTE,
+                kind=Kind.LEVEL_SHIFT if stays else self.kind,
+                severity=Severity.REJECT if rejected else Severity.NOTE,
                 value=value,
                 baseline=math.exp(self.baseline.centre),
                 score=jump / scale,
@@ -103,12 +105,17 @@ class Spike:
             )
         ]
 
-    def raised(self, obs: Observation, share: float = NOTE_SHARE) -> bool:
-        """Whether the value exceeds this share of its limit."""
+    def distance(self, obs: Observation) -> tuple[float, float] | None:
+        """(log jump over the centre, log jump that is rejected); None without a value or a baseline."""
         value = obs.signals.get(self.signal)
         if value is None or self.baseline.empty or not 0.0 < value < math.inf:
-            return False
-        return math.log(value) - self.baseline.centre > share * self._limit(self.baseline.scale)
+            return None
+        return math.log(value) - self.baseline.centre, self._limit(self.baseline.scale)
+
+    def raised(self, obs: Observation, share: float) -> bool:
+        """Whether the value exceeds this share of its limit."""
+        distance = self.distance(obs)
+        return distance is not None and distance[0] > share * distance[1]
 
     def accept(self, obs: Observation, left_out: Sequence[Jumps] = ()) -> None:
         value = obs.signals.get(self.signal)

@@ -330,6 +330,7 @@ class Guard:
         check: dict[str, str] = {}
         if restored is not None:
             self._adopt(restored.extra)
+            self.controller.resumed()
             check = restored.check | self._check_resume(restored.extra)
         self.timeline = self.past.timeline + 1
         where = f"checkpoint {restored.name}" if restored else "the beginning: no valid checkpoint was found"

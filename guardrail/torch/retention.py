@@ -12,7 +12,8 @@ def superfluous(infos: Sequence[SnapshotInfo], *, keep: int, now: int, delay: in
     """The checkpoints that nobody will need again, oldest first.
 
     Kept are the `keep` newest good ones; the newest good one from before `now - delay`, because trouble may be found
-    that late, or, while there is none, the oldest good one; every candidate that is newer than the newest good one.
+    that late, or, while there is none, the oldest good one; the oldest one after it, which ripens to take its place:
+    without it the place would be that of the very first for ever; every candidate newer than the newest good one.
     Suspect and invalid ones are never chosen again; like everything else they stay until `keep` good ones exist, as
     the last resort of a person.
 
@@ -28,6 +29,8 @@ def superfluous(infos: Sequence[SnapshotInfo], *, keep: int, now: int, delay: in
     kept = good[-keep:]
     old = [info for info in good if info.step <= now - delay]
     kept.append(old[-1] if old else good[0])
+    if old:
+        kept += [info for info in good if info.step > now - delay][:1]
     newest = good[-1]
     kept += [
         info
