@@ -14,8 +14,11 @@ from guardrail.controller import Controller
 from guardrail.policy import Rollback
 from guardrail.records import (
     EMBED_GRAD_NORM,
+    EMBED_SHARE,
     GRAD_NORM,
     LOSS,
+    LOSS_SCALE,
+    UPDATE_NORM,
     Action,
     Event,
     Finding,
@@ -384,6 +387,7 @@ def drive(
     return told
 
 
+EVERY = (LOSS, GRAD_NORM, EMBED_GRAD_NORM, EMBED_SHARE, UPDATE_NORM, LOSS_SCALE)
 SHORT = GuardSection(window=32, warmup=8, divergence_steps=10)
 
 
@@ -415,6 +419,32 @@ def test_no_number_raises_and_none_disables_a_detector(rows: list[Any], mode: Mo
     for loss, grad, embed in ((20.0, 0.5, 0.1), (2.0, 500.0, 0.1), (2.0, 0.5, 100.0), (math.nan, 0.5, 0.1)):
         verdict = controller.observe(obs(10_150, loss, grad, embed=embed))
         assert not verdict.accepted, (loss, grad, embed, controller.bands())
+
+
+@HYPOTHESIS
+@given(
+    st.lists(st.fixed_dictionaries({}, optional={name: anything for name in EVERY}), max_size=80),
+    st.sampled_from(list(Mode)),
+    st.booleans(),
+)
+def test_no_number_of_any_signal_raises_and_each_state_can_be_kept(
+    rows: list[dict[str, Any]], mode: Mode, resumed: bool
+) -> None:
+    controller = Controller(SHORT, mode=mode)
+    step, streak = 1, 0
+    for index, row in enumerate(rows):
+        if resumed and index == 40:
+            controller.resumed()
+        signals = {name: value for name, value in row.items() if value is not None}
+        verdict = controller.observe(
+            Observation(step=step, first=index, last=index + 1, signals=signals, streak=streak)
+        )
+        verdict.reason.encode()
+        step, streak = (step + 1, 0) if verdict.action is Action.APPLY else (step, streak + 1)
+        copy = Controller(SHORT, mode=mode)
+        assert copy.load_state_dict(through_json(controller.state_dict())) == []
+    controller.bands()
+    assert controller.healthy_through <= step
 
 
 @HYPOTHESIS
