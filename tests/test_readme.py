@@ -55,7 +55,7 @@ def test_every_command_line_runs(tmp_path: Path) -> None:
             continue
         if words[0] == ".":
             continue  # the environment that this test runs in
-        words = [run if word == "RUN" else word for word in words]
+        words = [run if word in ("RUN", "LOG") else word for word in words]
         if words[1] == "launch" and "--resume" not in words:
             words += [part for setting in SMALL for part in ("--set", setting)]
         done = subprocess.run(
