@@ -243,6 +243,8 @@ def reduced(**values: Any) -> Reduced:
         "command_value": 0.0,
         "stop": 0,
         "incomplete": 0,
+        "loss_scale": 1.0,
+        "overflow": False,
     }
     return Reduced(**{**known, **values})
 

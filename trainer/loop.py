@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
