@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -73,7 +74,8 @@ class Trainer:
         self.heartbeat = heartbeat
         self.rank = int(os.environ.get("RANK", "0"))
         # Before torch is imported, where there is a heartbeat: no other rank of this start can have ended by then.
-        self._began = heartbeat.began if heartbeat is not None else time.time()
+        # Of this process, not of now: a builder that finds nothing may have ended before this rank got here.
+        self._began = psutil.Process().create_time()
         self._lock = self._take_lock() if run is not None and self.rank == 0 else None
         self.corpus = Corpus.open(self._prepare_data())
         self.accelerator = make_accelerator(config)
