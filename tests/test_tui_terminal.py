@@ -39,7 +39,10 @@ class Terminal:
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
         self.before = termios.tcgetattr(slave)
         self.output = b""
-        environment = {**os.environ, "TERM": "xterm-256color"}
+        # An exported size would win over the terminal's own.
+        environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")} | {
+            "TERM": "xterm-256color"
+        }
         command = [sys.executable, "-c", _SCREEN, str(run.path), *options]
         self.process = subprocess.Popen(
             command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True, env=environment
