@@ -30,7 +30,6 @@ class Heartbeat:
         seconds: between two beats.
 
     Attributes:
-        began: wall time at which this process said its first word.
         step_seconds: duration of the last step, set by the loop.
         failures, error: beats that could not be written, and why the last one could not.
     """
@@ -48,12 +47,13 @@ class Heartbeat:
         self.phase = Phase.SETUP
         self.step = 0
         self.progress = 0
-        self.began = self.progress_time = time.time()
+        self.progress_time = time.time()
         self.step_seconds = 0.0
         self.failures = 0
         self.error = ""
         self._run, self._rank, self._seconds = run, rank, seconds
         self._incarnation = _incarnation() if incarnation is None else incarnation
+        self._start = this_start()
         self._text = ""
         self._host = socket.gethostname()
         self._base: Status | None = None
@@ -148,6 +148,7 @@ class Heartbeat:
             world=known.world or base.world,
             versions=known.versions or base.versions,
             supervisor_pid=known.supervisor_pid or base.supervisor_pid,
+            start=self._start,
             host=self._host,
             pid=os.getpid(),
             exit_code=None,
@@ -158,6 +159,15 @@ def _incarnation() -> int:
     """Starts of the ranks before this one: by earlier elastic agents, and by this one, which counts from 0."""
     counts = (os.environ.get(name, "") for name in ("GUARDRAIL_INCARNATION", "TORCHELASTIC_RESTART_COUNT"))
     return sum(int(count) for count in counts if count.isdigit())
+
+
+def this_start() -> str:
+    """Names the start that this process belongs to: equal on all ranks, and no clock is asked.
+
+    Where the ranks meet changes with each rendezvous; where it is fixed, the count of starts does.
+    """
+    meeting = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")]
+    return ":".join([*meeting, str(_incarnation())])
 
 
 def resident_bytes() -> int:

@@ -289,6 +289,7 @@ class Status(Record, frozen=True, kw_only=True):
     lr_factor: float = 1.0
     guard_share: float = 0.0  # the guard's own time as a share of the step, measured in the run
     restarts: int = 0
+    start: str = ""  # which start of the ranks wrote this: equal on all its ranks, another after each restart
     world: int = 0
     host: str = ""
     pid: int = 0

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -215,3 +216,18 @@ def test_a_second_sigterm_ends_at_once(tmp_path: Path) -> None:
     os.kill(pids[0], signal.SIGTERM)
     assert wait_ranks(pids, seconds=30) == [KILLED]
     assert outcome(run) == ""
+
+
+def test_the_end_of_an_earlier_start_stops_nobody(tmp_path: Path) -> None:
+    """A rank that waits for the corpus reads the status of rank 0, and finds the last word of the run it resumes.
+
+    Clocks cannot tell them apart: the age of a process is known to a second, and hosts differ.
+    """
+    config = config_of(tmp_path)
+    run = new_run(config)
+    run.send(Command(id="stop", kind=CommandKind.STOP, at_step=17))
+    assert train(run, config.world) == "stopped"
+    status = run.read_status()
+    assert status is not None and status.phase is Phase.STOPPED and status.start
+    run.write_status(msgspec.structs.replace(status, heartbeat=time.time() + 30.0))
+    assert train(run, config.world) == "finished"

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from guardrail.config import dump
 from guardrail.errors import DataError, Interrupted, RunDirectoryError
-from guardrail.heartbeat import Heartbeat
+from guardrail.heartbeat import Heartbeat, this_start
 from guardrail.ledger import SampleOrder
 from guardrail.records import Phase
 from guardrail.rundir import RunDirectory, RunLock
@@ -73,9 +72,6 @@ class Trainer:
         self.signals = signals or StopSignals()
         self.heartbeat = heartbeat
         self.rank = int(os.environ.get("RANK", "0"))
-        # Before torch is imported, where there is a heartbeat: no other rank of this start can have ended by then.
-        # Of this process, not of now: a builder that finds nothing may have ended before this rank got here.
-        self._began = psutil.Process().create_time()
         self._lock = self._take_lock() if run is not None and self.rank == 0 else None
         self.corpus = Corpus.open(self._prepare_data())
         self.accelerator = make_accelerator(config)
@@ -353,12 +349,12 @@ class Trainer:
             raise
 
     def _builder_stopped(self) -> bool:
-        """Whether there will be no corpus: the builder was stopped, or found no text that it could use.
+        """Whether there will be no corpus: the builder of this start was stopped, or found no text that it could use.
 
         Asked to stop alone, a rank that waits goes on until all can agree.
         """
         status = self.run_directory.read_status() if self.run_directory is not None else None
-        return status is not None and status.phase.ended and status.heartbeat > self._began
+        return status is not None and status.phase.ended and status.start == this_start()
 
     def _progress(self, text: str, share: float) -> None:
         if self.heartbeat is not None:
