@@ -29,6 +29,17 @@ class Action(str, Enum):
     PAUSE = "pause"  # park and ask
     HALT = "halt"  # checkpoint and exit with code 3
     OVERFLOW = "overflow"  # fp16: leave this update out, halve the loss scale, go on with the next batch
+    RETRY = "retry"  # the numbers did not come again: leave this update out and form the same batch once more
+
+
+class Cause(str, Enum):
+    """What a replay of an incident's first step has shown to be behind it."""
+
+    DATA = "data"  # this batch does it from an older state too, and other batches do not
+    STATE = "state"  # any batch does it from this state
+    DATA_AND_STATE = "data x state"  # only this batch from this state
+    HARDWARE = "hardware or nondeterminism"  # the same batch from the same state gives other numbers
+    UNKNOWN = "unknown"  # nothing to compare with: no older state, no other batch
 
 
 class Severity(str, Enum):
@@ -132,6 +143,41 @@ class Finding(Record, frozen=True, kw_only=True):
         )
 
 
+class Diagnosis(Record, frozen=True, kw_only=True):
+    """The outcome of a replay; equal on all ranks, and a `cause` line of the journal.
+
+    Attributes:
+        reason: one sentence with the numbers of the passes.
+        rank, host: for HARDWARE, who computed something else the second time; -1 and "" otherwise.
+        passes: forward and backward passes that it took.
+    """
+
+    cause: Cause
+    reason: str = ""
+    rank: int = -1
+    host: str = ""
+    passes: int = 0
+
+
+class Remedy(Record, frozen=True, kw_only=True):
+    """What goes with a verdict besides leaving data out. A function of the step: exact under rollback.
+
+    Attributes:
+        kind: "lr" (factor on the scheduled rate), "embed_alpha" (factor on embedding gradients), "clip" (factor on the
+            clipping norm) or "moments" (optimizer moments set to zero, once).
+        value: the factor, in (0, 1]; unused for "moments".
+        from_step: first step it holds for.
+        hold: steps at the full effect.
+        back: steps over which the factor then returns to 1, linearly.
+    """
+
+    kind: str
+    value: float
+    from_step: int
+    hold: int = 0
+    back: int = 0
+
+
 class Verdict(Record, frozen=True, kw_only=True):
     """The controller's answer to one observation.
 
@@ -146,6 +192,9 @@ class Verdict(Record, frozen=True, kw_only=True):
         accepted: the value enters the baselines (False for every rejected step).
         incident: number of the incident that this step belongs to, None while all is well.
         incident_state: "open" on the verdict that opens it, "recovered" on the one that closes it, else "".
+        rung: name of the rung of the ladder that this is.
+        remedies: what goes with it.
+        cause: of the incident, where a replay has told it.
     """
 
     action: Action
@@ -159,6 +208,9 @@ class Verdict(Record, frozen=True, kw_only=True):
     accepted: bool = True
     incident: int | None = None
     incident_state: str = ""
+    rung: str = ""
+    remedies: tuple[Remedy, ...] = ()
+    cause: Cause | None = None
 
 
 class CommandKind(str, Enum):
@@ -172,6 +224,7 @@ class CommandKind(str, Enum):
     POLICY = "policy"  # value: index into list(Mode)
     STOP = "stop"
     ANSWER = "answer"  # value: index of the proposal while parked (0: do as proposed, 1: go on, 2: stop)
+    UNDO = "undo"  # value: seq of the journal line to be undone; nan: the newest decision of the guard
 
 
 class Command(Record, frozen=True, kw_only=True):
@@ -192,7 +245,7 @@ class Span(Record, frozen=True, kw_only=True):
     """A stretch [first, last) of positions of the sample order that the run leaves out, and why.
 
     `cause` is "rejected" (one left-out update), "rollback", "user" or "file". `step` is the step at which it
-    was decided; `batches` how many batches it covered.
+    was decided; `batches` how many batches it covered. With `positions`, in order, only those of the stretch are meant.
     """
 
     first: int
@@ -201,6 +254,7 @@ class Span(Record, frozen=True, kw_only=True):
     step: int
     reason: str = ""
     batches: int = 1
+    positions: tuple[int, ...] = ()
 
 
 class DocumentRef(Record, frozen=True, kw_only=True):
