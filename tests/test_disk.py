@@ -119,8 +119,9 @@ def test_a_disk_that_fills_up_and_is_freed_again(
         assert wait_ranks(pids) == [0, 0]
     assert outcome(run) == "finished"
     failed = [event.data for event in of_kind(run, "checkpoint") if event.data["state"] == "failed"]
-    # A rank that cannot write its share may have no room to say why.
-    assert failed and all(data["reason"].startswith(("No space left", "rank 1: ")) for data in failed)
+    # A rank that cannot write its share may have no room to say why; where saves are slow, a later one takes its place.
+    known = ("No space left", "rank 1: ", "superseded")
+    assert failed and [data["reason"] for data in failed if not data["reason"].startswith(known)] == []
     assert any("No space left on device" in data["reason"] for data in failed)
     assert durability(run)[0] == "degraded" and durability(run)[-1] == "ok"
     assert (run.read_status() or pytest.fail("no status")).durability == "ok"

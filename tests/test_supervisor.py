@@ -361,6 +361,7 @@ def _take_terminal(slave: int) -> None:
     """Make the pty the controlling terminal, so that its end is a SIGHUP."""
     import fcntl
 
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests under nohup ignores it, and so would we
     os.setsid()
     fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
 
