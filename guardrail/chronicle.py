@@ -56,7 +56,7 @@ class Chronicle:
         if self._leads and time.monotonic() - self._written >= 1.0:
             again = f", restart {restarts} of {self._launch.max_restarts}" if restarts else ""
             progress = f"starting {self._launch.processes} processes{again}"
-            self._replace(phase=Phase.STARTING, progress=progress, restarts=restarts, question="", pid=0)
+            self._replace(phase=Phase.STARTING, progress=progress, restarts=restarts, question="", deadline=0.0, pid=0)
 
     def ended(self, phase: Phase, exit_code: ExitCode, reason: str, last_lines: list[str]) -> None:
         """The journal's last line, unless rank 0 has written it (then `reason` is "")."""

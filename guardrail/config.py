@@ -104,8 +104,10 @@ class GuardSection(Section, frozen=True, kw_only=True):
     overflows: Positive = 8
     # Applied healthy steps after which a snapshot or checkpoint counts as good.
     confirm: Natural = 8
-    # Seconds that `ask` waits for an answer before it takes its own proposal; 0: for ever.
+    # Seconds that `ask` waits for an answer before it takes `ask_default`; 0: for ever.
     ask_seconds: NonNegativeFloat = 0.0
+    # Without an answer in time: do as proposed, go on with the update, or stop.
+    ask_default: typing.Literal["proposed", "go_on", "stop"] = "proposed"
 
 
 class SnapshotSection(Section, frozen=True, kw_only=True):

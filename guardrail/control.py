@@ -53,7 +53,7 @@ def parse(action: str, value: str | None, *, at_step: int = 0) -> Command:
 
 def _number(kind: CommandKind, value: str | None) -> float:
     if value is None:
-        return math.nan if kind is CommandKind.ROLLBACK else 0.0
+        return math.nan if kind in (CommandKind.ROLLBACK, CommandKind.UNDO) else 0.0
     if kind is CommandKind.POLICY:
         modes = [mode.value for mode in Mode]
         if value not in modes:

@@ -58,6 +58,9 @@ def check_command(command: Command) -> str | None:
     if kind is CommandKind.ROLLBACK:
         good = math.isnan(value) or (whole and 0 <= value < _MAX_STEP)
         return None if good else f"rollback takes a step, or nan for the newest good one, not {value:g}"
+    if kind is CommandKind.UNDO:
+        good = math.isnan(value) or (whole and 1 <= value < _MAX_STEP)
+        return None if good else f"undo takes the seq of a journal line, or nan for the newest decision, not {value:g}"
     if kind is CommandKind.SKIP:
         return None if whole and 1 <= value <= MAX_SKIP else f"skip takes 1 to {MAX_SKIP} batches, not {value:g}"
     if kind is CommandKind.LR:
@@ -178,8 +181,8 @@ def _parse(name: str, data: bytes) -> Command | Refusal:
     kinds = [kind.value for kind in CommandKind]
     if fields.get("kind") not in kinds:
         return _refuse(name, f"its kind is none of {', '.join(kinds)}", fields)
-    # Without a value `rollback` means the newest good state, not step 0.
-    if fields["kind"] == CommandKind.ROLLBACK.value and fields.get("value") is None:
+    # Without a value `rollback` means the newest good state, not step 0, and `undo` the newest decision.
+    if fields["kind"] in (CommandKind.ROLLBACK.value, CommandKind.UNDO.value) and fields.get("value") is None:
         fields["value"] = math.nan
     if isinstance(fields.get("value"), str):
         fields["value"] = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}.get(fields["value"], fields["value"])

@@ -337,6 +337,8 @@ class Status(Record, frozen=True, kw_only=True):
     mode: Mode = Mode.AUTO
     durability: str = "ok"  # "ok" or "degraded: WHY"
     question: str = ""  # while parked by the guard: what it proposes
+    deadline: float = 0.0  # wall time at which the guard answers its question itself; 0: never
+    default: str = ""  # what it then does: "proposed", "go_on" or "stop"
     tokens: int = 0  # label tokens of applied steps
     tokens_per_second: float = 0.0
     eta_seconds: float = 0.0

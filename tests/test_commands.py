@@ -187,7 +187,7 @@ def test_ask_and_do_as_proposed(tmp_path: Path, world: int, strategy: str) -> No
     wait_for(lambda: status_of(run).question, what="a question")
     assert "rollback" in status_of(run).question and "loss" in status_of(run).question
     (paused,) = of_kind(run, "paused")
-    assert (paused.step, paused.data["proposals"][0]) == (20, "rollback")
+    assert (paused.step, paused.data["proposals"][0]["action"]) == (20, "rollback")
     send(run, "yes", CommandKind.ANSWER, 0)
     assert wait_ranks(pids) == [0] * world
     assert status_of(run).question == ""

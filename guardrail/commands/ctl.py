@@ -13,14 +13,18 @@ from guardrail.commands.common import json_option, print_json, root_option, the_
 @click.argument("value", required=False)
 @click.option("--wait", "seconds", default=120.0, show_default=True, metavar="SECONDS", help="0: do not wait.")
 @click.option("--at-step", default=0, metavar="STEP", help="Take effect at the end of this step; 0: at once.")
+@click.option("--preview", is_flag=True, help="Say what it would do and cost now, and send nothing.")
 @json_option
 @root_option
-def command(run: str, action: str, value: str | None, seconds: float, at_step: int, as_json: bool, root: str) -> None:
+def command(
+    run: str, action: str, value: str | None, seconds: float, at_step: int, preview: bool, as_json: bool, root: str
+) -> int:
     """Send a command to a run and wait until it has taken effect.
 
     \b
     pause | resume        stop turning, keep everything; go on
     rollback [STEP]       back to a snapshot or checkpoint; without STEP the newest good one
+    undo [SEQ]            take back what the guard decided in this journal line; without SEQ its newest decision
     skip N                leave out the next N batches
     lr FACTOR             multiply the scheduled learning rate
     embed-alpha A         shrink the embedding gradient, A in (0, 1]
@@ -30,12 +34,25 @@ def command(run: str, action: str, value: str | None, seconds: float, at_step: i
     answer N              to the guard's question: 0 do as proposed, 1 go on, 2 stop
 
     Prints what took effect and at which step. Exit code 2 if the run refuses, is not running or does not answer.
+    With --preview it prints where the command would go, what is lost and what is left out, and nothing is sent.
     """
     from guardrail import control
+    from guardrail.errors import ExitCode
 
     found = the_run(run, root)
-    answer = control.send(found, control.parse(action, value, at_step=at_step), seconds=seconds)
+    wanted = control.parse(action, value, at_step=at_step)
+    if preview:
+        from guardrail.preview import Scene, of
+
+        foreseen = of(Scene.of(found), wanted)
+        if as_json:
+            print_json(foreseen)
+        else:
+            click.echo(foreseen.sentence())
+        return ExitCode.FINISHED if foreseen.possible else ExitCode.USAGE
+    answer = control.send(found, wanted, seconds=seconds)
     if as_json:
         print_json(control.as_dict(answer))
     else:
         click.echo(control.sentence(answer))
+    return ExitCode.FINISHED

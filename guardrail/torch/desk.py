@@ -9,19 +9,24 @@ from __future__ import annotations
 import math
 import time
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 
+from guardrail.errors import GuardrailError
+from guardrail.ledger import Batch
 from guardrail.mailbox import Mailbox
-from guardrail.records import Action, Command, CommandKind, Mode, Phase, Span
+from guardrail.preview import Scene, choices
+from guardrail.records import Action, Command, CommandKind, Mode, Phase, Span, Verdict
 from guardrail.rundir import RunDirectory
 
 if TYPE_CHECKING:
     from guardrail.torch.guard import Guard
 
 PARKED_SECONDS = 0.1  # between two meetings of parked ranks
+DEFAULTS = ("proposed", "go_on", "stop")  # guard.ask_default, in the order of `Answer`
 KINDS = list(CommandKind)
 MODES = list(Mode)
 
@@ -44,6 +49,7 @@ class Desk:
         self._current: Command | None = None
         self._end = 0  # end of the batch that is under question, else 0
         self.question = ""
+        self.deadline, self.default = 0.0, ""  # when and how it answers itself, for the status
 
     def open(self, run: RunDirectory) -> None:
         """Read commands; on rank 0 only."""
@@ -76,26 +82,29 @@ class Desk:
 
     # -- waiting for a person ------------------------------------------------------------------------------------
 
-    def park(self, question: str = "", *, would: Action | None = None, end: int = 0) -> Answer:
+    def park(self, question: str = "", *, verdict: Verdict | None = None, batch: Batch | None = None) -> Answer:
         """Wait for a person while the ranks keep meeting, so that no collective times out, for hours if need be.
 
         Args:
             question: what the guard asks; "" for a pause by hand.
-            would: what it proposes, and does after the deadline.
-            end: end of the batch under question, which a rollback by hand leaves out as well.
+            verdict: what it has seen and proposes.
+            batch: under question; a rollback by hand leaves it out as well.
         """
         guard = self._guard
         held, self._current = self._current, None  # came with the step under question and waits until that is over
-        self.question, self._end = question, end
-        proposals = [would.value, "go on", "stop"] if would else []
-        guard.say("paused", question or "paused by a person", proposals=proposals)
-        answer: Answer | None = None
+        self.question, self._end = question, batch.last if batch is not None else 0
+        would = verdict.would if verdict is not None else None
         began = time.monotonic()
+        seconds, default = guard.settings.guard.ask_seconds, guard.settings.guard.ask_default
+        if question:
+            self.deadline, self.default = (time.time() + seconds, default) if seconds > 0 else (0.0, "")
+        guard.say("paused", question or "paused by a person", **self._options(verdict, batch))
+        answer: Answer | None = None
         while answer is None:
             guard.at(Phase.PAUSED)
             command = self.next(guard.step + 1)
             if not command[0] and question and self._decides_alone(would, time.monotonic() - began):
-                command = 1 + KINDS.index(CommandKind.ANSWER), 0.0
+                command = 1 + KINDS.index(CommandKind.ANSWER), float(DEFAULTS.index(default))
             kind, value, stop = self.agree(command)
             if stop:
                 guard.end(Phase.STOPPED, "asked to stop by a signal while paused")
@@ -106,6 +115,7 @@ class Desk:
                 guard.tiers.poll()
                 time.sleep(PARKED_SECONDS)
         self.question, self._end = "", 0
+        self.deadline, self.default = 0.0, ""
         self._current = held
         if guard.phase is None:
             taken = f": {answer.name.lower().replace('_', ' ')}" if question else ""
@@ -113,15 +123,42 @@ class Desk:
         return answer
 
     def _decides_alone(self, would: Action | None, waited: float) -> bool:
-        """On rank 0: nobody will answer. A run that is out of budget does not wait for a screen that is not there."""
+        """On rank 0: nobody will answer. A run that is out of budget does not wait for a screen that is not there.
+
+        Where the default is another than to halt, it waits for that all the same: somebody may come until then.
+        """
         guard = self._guard
         if guard.rank:
             return False
-        seconds = guard.settings.guard.ask_seconds
+        settings = guard.settings.guard
         if guard.run is None:  # nothing can bring an answer
             return True
-        unseen = would is Action.HALT and not guard.run.screens()
-        return unseen or (seconds > 0 and waited > seconds)
+        unseen = would is Action.HALT and settings.ask_default == "proposed" and not guard.run.screens()
+        return unseen or (settings.ask_seconds > 0 and waited > settings.ask_seconds)
+
+    def _options(self, verdict: Verdict | None, batch: Batch | None) -> dict[str, Any]:
+        """What the `paused` line holds: the evidence, and each choice with what it would do and cost."""
+        if verdict is None or verdict.would is None or batch is None:
+            return {"proposals": []}
+        names = [verdict.would.value, "go on", "stop"]
+        data: dict[str, Any] = {
+            "findings": list(verdict.findings),
+            "incident": verdict.incident,
+            "onset": verdict.onset,
+            "end": batch.last,
+            "deadline": self.deadline,
+            "default": self.default,
+        }
+        guard = self._guard
+        if guard.rank or guard.run is None:  # what the others remember of the journal holds no proposals
+            return {"proposals": [{"choice": choice, "action": name} for choice, name in enumerate(names)], **data}
+        try:
+            previews = choices(Scene.of(guard.run, status=guard.status()), verdict, first=batch.first, last=batch.last)
+        except (OSError, GuardrailError):
+            previews = []  # a disk that does not answer: the question is asked without the numbers
+        told = {preview.command: msgspec.to_builtins(preview) | {"text": preview.sentence()} for preview in previews}
+        proposals = [{"choice": at, "action": name, **told.get(name, {})} for at, name in enumerate(names)]
+        return {"proposals": proposals, **data}
 
     def _while_parked(self, kind: CommandKind, value: float) -> Answer | None:
         """What ends the wait comes back; the rest takes effect in place."""

@@ -598,7 +598,7 @@ class Guard:
         """Park with the gradients kept, until a person (or the deadline) has decided."""
         would = verdict.would or Action.ROLLBACK
         asked = time.perf_counter()
-        answer = self.desk.park(f"{verdict.reason}; proposed: {would.value}", would=would, end=step.batch.last)
+        answer = self.desk.park(f"{verdict.reason}; proposed: {would.value}", verdict=verdict, batch=step.batch)
         step._began += time.perf_counter() - asked  # a person's time is not the step's
         if answer is Answer.GO_ON and math.isfinite(reduced.loss) and math.isfinite(reduced.grad_norm):
             self.controller.overrule(observation)
@@ -710,6 +710,8 @@ class Guard:
             mode=self.mode,
             durability=self.recorder.durability,
             question=self.desk.question,
+            deadline=self.desk.deadline,
+            default=self.desk.default,
             tokens=self.tokens,
             tokens_per_second=tokens / seconds if seconds else 0.0,
             eta_seconds=ahead * seconds / len(recent) if recent else 0.0,

@@ -106,7 +106,7 @@ class Digest:
                     self._command(event)
                 case "paused":
                     proposals = event.data.get("proposals")
-                    self._proposals = tuple(brief(p, 200) for p in proposals) if isinstance(proposals, list) else ()
+                    self._proposals = tuple(map(_proposal, proposals)) if isinstance(proposals, list) else ()
                 case "resumed":
                     self._proposals = ()
                 case "restarted":
@@ -239,6 +239,11 @@ def _data(event: Event) -> dict[str, Any]:
     total = _whole(event.data.get("documents_total"), len(named))
     spans = ((span.first, span.last),) if span is not None else ()
     return {"spans": spans, "documents": named, "documents_total": total}
+
+
+def _proposal(raw: Any) -> str:
+    """What the guard would do by one of its proposals; the numbers beside it are the dialog's own business."""
+    return brief(raw.get("action", "") if isinstance(raw, Mapping) else raw, 200)
 
 
 def _label(incident: Incident) -> str:

@@ -1,0 +1,371 @@
+"""What a command would do before anybody gives it: where it goes, what it loses, what it leaves out. Pure.
+
+    scene = Scene.of(run)                             # the run as its directory tells it
+    preview.of(scene, command).sentence()             # "back to step 1,200 (memory, good): 34 steps lost, ..."
+
+Every number comes from the run's own records: seconds are those that its rows measured, a learning rate is the one
+that the same step had. What the records do not say is NaN, and is left out of the sentence.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from msgspec import structs
+
+from guardrail.past import Past, StepSetting
+from guardrail.records import Command, CommandKind, Event, Mode, Phase, Record, Remedy, SnapshotInfo, Status, Verdict
+from guardrail.rundir import RunDirectory
+from guardrail.text import clean
+from guardrail.undoing import Undoing, find, positions_of
+
+if TYPE_CHECKING:
+    from guardrail.ledger import Ledger
+
+COLUMNS = ("step", "first", "last", "lr", "step_time")
+
+
+class Row(NamedTuple):
+    """An applied step of the present."""
+
+    step: int
+    first: int
+    last: int
+    lr: float
+    seconds: float
+
+
+class Preview(Record, frozen=True, kw_only=True):
+    """What a command would do.
+
+    Attributes:
+        command, value: as it would be sent; "go on" and "halt" are further choices of the guard's own question.
+        possible: False: it would be refused, for the reason in `refusal`.
+        step: applied steps now.
+        to_step, tier, state, path: the state that it goes back to; None and "" where it goes nowhere.
+        steps_lost: applied steps that are given up.
+        seconds_lost: what they took when they were made; NaN where no row says so.
+        window: positions [first, last) that it leaves out, or takes back (undo).
+        samples: samples that it leaves out and that were not left out before.
+        returned: positions that an undo brings back.
+        lr_before, lr: learning rate of the next step, as things are and afterwards; NaN: not known.
+        remark: one more sentence for a person.
+    """
+
+    command: str
+    value: float = 0.0
+    possible: bool = True
+    refusal: str = ""
+    step: int = 0
+    to_step: int | None = None
+    tier: str = ""
+    state: str = ""
+    path: str = ""
+    steps_lost: int = 0
+    seconds_lost: float = 0.0
+    window: tuple[int, int] | None = None
+    samples: int = 0
+    returned: int = 0
+    lr_before: float = math.nan
+    lr: float = math.nan
+    remark: str = ""
+
+    def sentence(self) -> str:
+        """One line for a person."""
+        if not self.possible:
+            return f"{self.command} would be refused: {self.refusal}"
+        parts = []
+        if self.to_step is not None:
+            state = f", {self.state}" if self.state not in ("", "good") else ""
+            lost = f"{self.steps_lost:,} step{'' if self.steps_lost == 1 else 's'}"
+            parts.append(f"back to step {self.to_step:,} ({self.tier}{state}), {lost}{self._took()} lost")
+        if self.samples:
+            parts.append(f"{self.samples:,} sample{'' if self.samples == 1 else 's'} left out")
+        if self.returned:
+            parts.append(f"{self.returned:,} sample{'' if self.returned == 1 else 's'} taken back")
+        if self.lr == self.lr:
+            same = self.lr == self.lr_before
+            parts.append(f"learning rate {self.lr:.3g}" + ("" if same else f" instead of {self.lr_before:.3g}"))
+        if self.remark:
+            parts.append(self.remark)
+        return f"{self.command}: {', '.join(parts) or 'nothing changes'}"
+
+    def _took(self) -> str:
+        seconds = self.seconds_lost
+        if not self.steps_lost or seconds != seconds:
+            return ""
+        return f" ({seconds:.1f} s of training)" if seconds < 60 else f" ({seconds / 60:.1f} min of training)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """Where a run stands.
+
+    Attributes:
+        end: of the batch under question while the guard asks, which a rollback by hand leaves out as well; else 0.
+        states: restorable ones of both tiers.
+        rows: applied steps of the present, ascending, from the oldest state on.
+        ledger: the order with all that is left out; None where the journal does not say the order.
+    """
+
+    step: int = 0
+    cursor: int = 0
+    end: int = 0
+    mode: Mode = Mode.AUTO
+    phase: Phase = Phase.STEP
+    states: tuple[SnapshotInfo, ...] = ()
+    rows: Sequence[Row] = ()
+    past: Past = field(default_factory=Past)
+    events: Sequence[Event] = ()
+    ledger: Ledger | None = None
+
+    @classmethod
+    def of(cls, run: RunDirectory, *, status: Status | None = None) -> Scene:
+        """Read it from a run directory; `status` replaces what the directory says where somebody knows better."""
+        events = run.events()
+        status = status or run.read_status()
+        past = Past.of(events)
+        if status is None:
+            return cls(past=past, events=events, ledger=ledger_of(events, past))
+        asked = next((e for e in reversed(events) if e.kind in ("paused", "resumed", "restarted")), None)
+        parked = asked if asked is not None and asked.kind == "paused" and status.question else None
+        end = int(parked.data.get("end") or 0) if parked is not None else 0
+        oldest = min((info.step for info in status.snapshots), default=0)
+        return cls(
+            step=status.step,
+            cursor=status.cursor,
+            end=end,
+            mode=status.mode,
+            phase=status.phase,
+            states=status.snapshots,
+            rows=_rows(run, oldest),
+            past=past,
+            events=events,
+            ledger=ledger_of(events, past),
+        )
+
+    def seconds_since(self, step: int) -> float:
+        """What the applied steps after `step` took; NaN where one of them has no row."""
+        found = [row.seconds for row in self.rows if step < row.step <= self.step]
+        return math.fsum(found) if len(found) == self.step - step else math.nan
+
+    def lr_of(self, step: int, setting: StepSetting) -> float:
+        """The learning rate of `step`, a step that the rows know or the next one, with the factors of `setting`."""
+        row = next((row for row in self.rows if row.step == step), None)
+        if row is None and self.rows and step > self.rows[-1].step:
+            row = self.rows[-1]  # the next step's is not on record; the schedule moves little in one step
+        factor = self.past.lr.at(row.step) if row is not None else 0.0
+        return row.lr / factor * setting.at(step) if row is not None and factor else math.nan
+
+    def fresh(self, first: int, last: int) -> int:
+        """Samples of the positions [first, last) that are not left out yet."""
+        if self.ledger is None:
+            return max(0, last - first)
+        order, quarantine = self.ledger.order, self.ledger.quarantine
+        samples = enumerate(order.samples(first, last), first)
+        return len({sample for position, sample in samples if not quarantine.holds(sample, order.epoch(position))})
+
+
+def of(scene: Scene, command: Command) -> Preview:
+    """What `command` would do if it took effect now."""
+    kind, value = command.kind, command.value
+    match kind:
+        case CommandKind.ROLLBACK:
+            return _roll_back(scene, None if math.isnan(value) else int(value))
+        case CommandKind.UNDO:
+            return undo(scene, find(scene.events, None if math.isnan(value) else int(value)))
+        case CommandKind.SKIP:
+            return _skip(scene, int(value))
+        case CommandKind.LR:
+            now = scene.lr_of(scene.step + 1, scene.past.lr)
+            factor = scene.past.lr.at(scene.step + 1)
+            after = now / factor * value if factor else math.nan
+            return _plain(scene, kind, value, lr_before=now, lr=after, remark=f"from step {scene.step + 1:,} on")
+        case CommandKind.EMBED_ALPHA:
+            before = scene.past.alpha.at(scene.step + 1)
+            remark = f"embedding gradients x{value:g} instead of x{before:g} from step {scene.step + 1:,} on"
+            return _plain(scene, kind, value, remark=remark)
+        case CommandKind.POLICY:
+            return _plain(scene, kind, value, remark=f"{list(Mode)[int(value)].value} instead of {scene.mode.value}")
+        case CommandKind.STOP:
+            return _plain(
+                scene, kind, value, remark=f"saves after step {scene.step:,} and ends; a resume goes on there"
+            )
+        case CommandKind.PAUSE if scene.phase is Phase.PAUSED:
+            return _plain(scene, kind, value, possible=False, refusal="training is paused already")
+        case CommandKind.RESUME if scene.phase is not Phase.PAUSED:
+            return _plain(scene, kind, value, possible=False, refusal="training is not paused")
+        case CommandKind.CHECKPOINT:
+            return _plain(scene, kind, value, remark=f"writes the state after step {scene.step:,}")
+    return _plain(scene, kind, value)
+
+
+def rollback_for(scene: Scene, window: tuple[int, int], *, remedies: Iterable[Remedy] = ()) -> Preview:
+    """What the guard's own rollback would do, which leaves out `window` whatever state it finds."""
+    return _back_to(scene, _newest(scene.states, window[0]), window, remedies=remedies, cause="from before the trouble")
+
+
+def choices(scene: Scene, verdict: Verdict, *, first: int, last: int) -> list[Preview]:
+    """What the three answers to the guard's question would do: as proposed, go on, stop.
+
+    Args:
+        first, last: positions of the batch under question.
+    """
+    would = verdict.would.value if verdict.would is not None else ""
+    if would == CommandKind.ROLLBACK and verdict.window is not None:
+        proposed = rollback_for(scene, verdict.window, remedies=verdict.remedies)
+    else:
+        proposed = _named(scene, would, remark=f"saves after step {scene.step:,} and ends with exit code 3")
+    finite = all(math.isfinite(finding.value) for finding in verdict.findings)
+    applied = f"the update of step {verdict.step:,} is applied, and what it showed is taken as the new normal"
+    left = f"an update that is not finite is left out all the same, with positions {first:,} to {last - 1:,}"
+    going_on = _named(scene, "go on", remark=applied if finite else left, samples=0 if finite else last - first)
+    stop = _named(scene, "stop", remark=f"saves after step {scene.step:,} and ends; a resume asks again")
+    return [proposed, going_on, stop]
+
+
+def undo(scene: Scene, undoing: Undoing | str) -> Preview:
+    """What taking a decision back would do, or why it cannot be taken back."""
+    if isinstance(undoing, str):
+        return _plain(scene, CommandKind.UNDO, math.nan, possible=False, refusal=undoing)
+    target = target_of(undoing, scene.states)
+    if target is None:
+        refusal = f"no state from before line {undoing.of} is left"
+        return _plain(scene, CommandKind.UNDO, float(undoing.of), possible=False, refusal=refusal)
+    went = _back_to(scene, target, None, command=CommandKind.UNDO, value=float(undoing.of))
+    window = (min(s.first for s in undoing.spans), max(s.last for s in undoing.spans)) if undoing.spans else None
+    remark = f'undone is "{clean(undoing.message, 200)}"'
+    return structs.replace(went, window=window, returned=undoing.positions, remark=remark)
+
+
+def target_of(undoing: Undoing, states: Iterable[SnapshotInfo]) -> SnapshotInfo | None:
+    """The newest state from before the decision; a candidate does, since the guard had nothing against it."""
+    fit = [
+        info
+        for info in states
+        if info.state in ("good", "candidate")
+        and info.step < undoing.before_step
+        and (undoing.first is None or info.cursor <= undoing.first)
+    ]
+    return max(fit, key=lambda info: (info.step, info.tier == "memory", info.timeline), default=None)
+
+
+def _newest(states: Sequence[SnapshotInfo], cursor: int, to_step: int | None = None) -> SnapshotInfo | None:
+    """As the guard chooses: good ones of the ring, good ones on disk, then candidates in the same order."""
+    for wanted in (("good",), ("good", "candidate")):
+        for tier in ("memory", "disk"):
+            fit = [
+                info
+                for info in states
+                if info.tier == tier
+                and info.state in wanted
+                and info.cursor <= cursor
+                and (to_step is None or info.step == to_step)
+            ]
+            if fit:
+                return max(fit, key=lambda info: (info.step, info.timeline))
+    return None
+
+
+def _roll_back(scene: Scene, to_step: int | None) -> Preview:
+    target = _newest(scene.states, scene.cursor - 1, to_step)
+    where = f"of step {to_step:,}" if to_step is not None else "of an earlier step"
+    window = (target.cursor, max(scene.cursor, scene.end)) if target is not None else None
+    return _back_to(scene, target, window, value=math.nan if to_step is None else float(to_step), cause=where)
+
+
+def _back_to(
+    scene: Scene,
+    target: SnapshotInfo | None,
+    window: tuple[int, int] | None,
+    *,
+    command: CommandKind = CommandKind.ROLLBACK,
+    value: float = math.nan,
+    remedies: Iterable[Remedy] = (),
+    cause: str = "",
+) -> Preview:
+    if target is None:
+        return _plain(
+            scene, command, value, possible=False, refusal=f"there is no snapshot or valid checkpoint {cause}"
+        )
+    setting = copy.deepcopy(scene.past.lr)
+    setting.rewind(target.step)
+    factor = math.prod(remedy.value for remedy in remedies if remedy.kind == "lr")
+    return _plain(
+        scene,
+        command,
+        value,
+        to_step=target.step,
+        tier=target.tier,
+        state=target.state,
+        path=target.path,
+        steps_lost=scene.step - target.step,
+        seconds_lost=scene.seconds_since(target.step),
+        window=window,
+        samples=scene.fresh(*window) if window else 0,
+        lr=factor * scene.lr_of(target.step + 1, setting),
+    )
+
+
+def _skip(scene: Scene, batches: int) -> Preview:
+    if scene.ledger is None or not scene.rows:
+        return _plain(scene, CommandKind.SKIP, batches, remark=f"the next {batches:,} batches are left out")
+    last = scene.rows[-1]
+    ledger = scene.ledger
+    size = sum(
+        not ledger.quarantine.holds(sample, ledger.order.epoch(position))
+        for position, sample in enumerate(ledger.order.samples(last.first, last.last), last.first)
+    )
+    end, left = scene.cursor, batches * max(1, size)
+    while left > 0 and end < scene.cursor + 64 * batches * max(1, size):
+        end += left
+        left = batches * max(1, size) - _usable(ledger, scene.cursor, end)
+    return _plain(scene, CommandKind.SKIP, batches, window=(scene.cursor, end), samples=scene.fresh(scene.cursor, end))
+
+
+def _usable(ledger: Ledger, first: int, last: int) -> int:
+    order = ledger.order
+    samples = enumerate(order.samples(first, last), first)
+    return sum(not ledger.quarantine.holds(sample, order.epoch(position)) for position, sample in samples)
+
+
+def _plain(scene: Scene, command: CommandKind, value: float, **fields: Any) -> Preview:
+    return _named(scene, command.value, value=float(value), **fields)
+
+
+def _named(scene: Scene, command: str, **fields: Any) -> Preview:
+    now = scene.lr_of(scene.step + 1, scene.past.lr)
+    return Preview(**{"command": command, "step": scene.step, "lr_before": now, **fields})
+
+
+# -- reading a run
+
+
+def ledger_of(events: Iterable[Event], past: Past) -> Ledger | None:
+    """The order that the journal names, with all that the run itself has left out."""
+    from guardrail.ledger import Ledger, SampleOrder
+
+    for event in events:
+        data = event.data
+        samples = data.get("samples")
+        if event.kind == "started" and isinstance(samples, int) and samples > 0:
+            seed, shuffled = data.get("order_seed", data.get("seed", 0)), data.get("shuffled", True)
+            ledger = Ledger(SampleOrder(samples=samples, seed=int(seed), shuffled=bool(shuffled)), batch_size=1)
+            for span in past.spans:
+                for position in positions_of(span):
+                    ledger.quarantine.add(ledger.order.sample(position), ledger.order.epoch(position))
+            return ledger
+    return None
+
+
+def _rows(run: RunDirectory, oldest: int) -> list[Row]:
+    import numpy as np
+
+    view = run.metrics()
+    here = view.current() & (view.column("verdict") == 0) & (view.column("step") >= oldest)
+    table = np.stack([view.column(name)[here] for name in COLUMNS], axis=1)
+    return [Row(int(step), int(first), int(last), lr, seconds) for step, first, last, lr, seconds in table.tolist()]

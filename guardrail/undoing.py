@@ -1,0 +1,165 @@
+"""Which decision of a journal an `undo` means, and all that goes with it. Pure.
+
+Undoing a decision takes its samples back out of the quarantine. A rollback's window holds the batches that were
+rejected before it, so these go with it; what a person or a file has left out stays out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import msgspec
+
+from guardrail.records import Event, Record, Span
+
+AUTOMATIC = ("rejected", "rollback")  # causes of spans that the guard decided by itself
+
+
+class Undoing(Record, frozen=True, kw_only=True):
+    """What an undo would do.
+
+    Attributes:
+        of: seq of the decision's journal line.
+        kind: of that line: "left_out", "rollback" or "remedy".
+        message: of that line.
+        spans: what comes back out of the quarantine.
+        pardons: stretches [first, last) of positions whose batches the guard must not reject again.
+        rollbacks: timelines that undone rollbacks began; these leave the budget.
+        first: first position concerned; the state to go back to has not passed it. None: the step alone counts.
+        before_step: applied steps of that state are fewer than this.
+        incident: that the decision was about, None without one.
+    """
+
+    of: int
+    kind: str
+    message: str = ""
+    spans: tuple[Span, ...] = ()
+    pardons: tuple[tuple[int, int], ...] = ()
+    rollbacks: tuple[int, ...] = ()
+    first: int | None = None
+    before_step: int = 0
+    incident: int | None = None
+
+    @property
+    def positions(self) -> int:
+        """How many positions come back."""
+        return len({position for span in self.spans for position in positions_of(span)})
+
+
+def positions_of(span: Span) -> Sequence[int]:
+    """The positions that a span leaves out."""
+    return span.positions or range(span.first, span.last)
+
+
+def find(events: Iterable[Event], seq: int | None = None) -> Undoing | str:
+    """The decision that is meant.
+
+    Args:
+        events: of the whole journal, in order.
+        seq: of its line; None: the newest one of the guard's own that stands.
+
+    Returns:
+        Why there is nothing to undo, as the end of a sentence, where that is so.
+    """
+    decisions = [event for event in events if event.kind in ("left_out", "rollback", "remedy", "undo")]
+    gone = {int(of) for event in decisions if event.kind == "undo" for of in event.data.get("lines", ())}
+    standing = [event for event in decisions if event.kind != "undo" and event.seq not in gone]
+    if seq is None:
+        automatic = [event for event in standing if _automatic(event)]
+        if not automatic:
+            return "there is no decision of the guard that stands"
+        return _undoing(automatic[-1], standing)
+    meant = next((event for event in standing if event.seq == seq), None)
+    if meant is not None:
+        return _undoing(meant, standing)
+    return f"line {seq} is undone already" if seq in gone else f"line {seq} of the journal is no decision"
+
+
+def _automatic(event: Event) -> bool:
+    span = span_in(event)
+    if event.kind == "remedy":
+        return event.data.get("who") in (None, "", "guard")
+    return span is not None and span.cause in AUTOMATIC
+
+
+def _undoing(event: Event, standing: Sequence[Event]) -> Undoing | str:
+    span = span_in(event)
+    if span is None:
+        return Undoing(
+            of=event.seq,
+            kind=event.kind,
+            message=event.message,
+            before_step=event.step + 1,
+            incident=event.data.get("incident"),
+        )
+    for other in standing:
+        theirs = span_in(other)
+        if other.seq > event.seq and theirs is not None and _covers(theirs, span):
+            return f"line {other.seq} has left the same samples out since: undo that one"
+    spans, rollbacks = [span], [*_timeline(event)]
+    for other in standing if span.cause in AUTOMATIC else ():
+        theirs = span_in(other)
+        if other is not event and theirs is not None and theirs.cause in AUTOMATIC and _covers(span, theirs):
+            spans.append(theirs)
+            rollbacks += _timeline(other)
+    pardons = [stretch for one in spans if one.cause in AUTOMATIC for stretch in stretches(positions_of(one))]
+    return Undoing(
+        of=event.seq,
+        kind=event.kind,
+        message=event.message,
+        spans=tuple(spans),
+        pardons=tuple(joined(pardons)),
+        rollbacks=tuple(rollbacks),
+        first=min(one.first for one in spans),
+        before_step=event.step + 1,
+        incident=event.data.get("incident"),
+    )
+
+
+def lines_of(events: Iterable[Event], undoing: Undoing) -> list[int]:
+    """Seqs of all journal lines that the undo takes back."""
+    spans = set(undoing.spans)
+    return sorted(
+        {undoing.of}
+        | {e.seq for e in events if e.kind in ("left_out", "rollback") and (s := span_in(e)) is not None and s in spans}
+    )
+
+
+def _timeline(event: Event) -> list[int]:
+    return [int(event.data["new_timeline"])] if event.kind == "rollback" else []
+
+
+def _covers(outer: Span, inner: Span) -> bool:
+    if not (outer.first <= inner.first and inner.last <= outer.last):
+        return False
+    return not outer.positions or set(positions_of(inner)) <= set(outer.positions)
+
+
+def stretches(positions: Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending positions as stretches [first, last)."""
+    if isinstance(positions, range):
+        return [(positions.start, positions.stop)]
+    return joined((position, position + 1) for position in positions)
+
+
+def joined(pieces: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The union of stretches, ascending, without overlap."""
+    found: list[tuple[int, int]] = []
+    for first, last in sorted(pieces):
+        if found and first <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], last))
+        else:
+            found.append((first, last))
+    return found
+
+
+def span_in(event: Event) -> Span | None:
+    """The span of an event, as a record or as what it became in the journal."""
+    raw: Any = event.data.get("span")
+    if raw is None or isinstance(raw, Span):
+        return raw
+    try:
+        return msgspec.convert(raw, Span, strict=False)
+    except msgspec.ValidationError:
+        return None

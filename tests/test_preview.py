@@ -1,0 +1,202 @@
+"""What a command would do is foretold from the records, and comes true."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from guardrail.commands.ctl import command as ctl
+from guardrail.ledger import Ledger, SampleOrder
+from guardrail.past import Past
+from guardrail.preview import Row, Scene, of, rollback_for
+from guardrail.records import Command, CommandKind, Event, Phase, Remedy, SnapshotInfo, Span
+from guardrail.rundir import RunDirectory
+from tests.lab import wait_for
+from tests.ranks import wait_ranks
+from tests.running import BATCH, new_run, of_kind, start_run, table, tiny
+
+NAN = math.nan
+
+
+def info(step: int, tier: str = "memory", state: str = "good", **fields: Any) -> SnapshotInfo:
+    return SnapshotInfo(step=step, cursor=step * BATCH, timeline=0, tier=tier, state=state, **fields)
+
+
+def scene(*states: SnapshotInfo, step: int = 30, **fields: Any) -> Scene:
+    """30 steps of 2 s each; the learning rate of step n is n."""
+    rows = [Row(n, (n - 1) * BATCH, n * BATCH, float(n), 2.0) for n in range(1, step + 1)]
+    ledger = Ledger(SampleOrder(samples=1000, shuffled=False), batch_size=1)
+    return Scene(**{"step": step, "cursor": step * BATCH, "states": states, "rows": rows, "ledger": ledger, **fields})
+
+
+def wish(kind: CommandKind, value: float = 0.0) -> Command:
+    return Command(id="x", kind=kind, value=value)
+
+
+def test_the_newest_good_state_of_the_ring_before_one_on_disk_and_before_a_candidate() -> None:
+    here = scene(info(29, state="candidate"), info(20), info(24, "disk"), info(28, state="suspect"))
+    back = of(here, wish(CommandKind.ROLLBACK, NAN))
+    assert (back.to_step, back.tier, back.state) == (20, "memory", "good")
+    assert (back.steps_lost, back.seconds_lost, back.window, back.samples) == (10, 20.0, (160, 240), 80)
+    assert (back.lr_before, back.lr) == (30.0, 21.0)  # the next step's rate is taken to be the last one's
+    said = back.sentence()
+    assert "back to step 20 (memory), 10 steps (20.0 s of training) lost" in said
+    assert "80 samples left out, learning rate 21 instead of 30" in said
+    assert of(scene(info(29, state="candidate")), wish(CommandKind.ROLLBACK, NAN)).state == "candidate"
+
+
+def test_the_batch_under_question_is_left_out_as_well() -> None:
+    assert of(scene(info(20), end=260), wish(CommandKind.ROLLBACK, 20)).window == (160, 260)
+
+
+@pytest.mark.parametrize(("step", "said"), [(12, "of step 12"), (30, "of step 30"), (NAN, "of an earlier step")])
+def test_a_state_that_is_not_there_is_said(step: float, said: str) -> None:
+    back = of(scene(info(30)), wish(CommandKind.ROLLBACK, step))
+    assert not back.possible and said in back.refusal and back.refusal in back.sentence()
+
+
+def test_what_is_left_out_already_does_not_count_again() -> None:
+    here = scene(info(20))
+    assert here.ledger is not None
+    here.ledger.leave_out(Span(first=168, last=176, cause="rejected", step=22))
+    assert of(here, wish(CommandKind.ROLLBACK, 20)).samples == 80 - 8
+    assert of(here, wish(CommandKind.SKIP, 2)).window == (240, 256)
+
+
+def test_a_skip_of_two_batches_passes_over_what_is_left_out() -> None:
+    here = scene()
+    assert here.ledger is not None
+    here.ledger.leave_out(Span(first=244, last=252, cause="user", step=22))
+    skip = of(here, wish(CommandKind.SKIP, 2))
+    assert (skip.window, skip.samples) == ((240, 264), 16)
+
+
+def test_a_rate_set_by_hand_holds_from_the_target_on_and_a_remedy_comes_on_top() -> None:
+    past = Past()
+    past.lr.set(26, 0.5)
+    here = scene(info(20), past=past)
+    assert of(here, wish(CommandKind.ROLLBACK, NAN)).lr == 21 * 0.5
+    remedy = Remedy(kind="lr", value=0.5, from_step=21)
+    assert rollback_for(here, (176, 240), remedies=[remedy]).lr == 21 * 0.25
+    assert of(here, wish(CommandKind.LR, 0.1)).lr == pytest.approx(30 / 0.5 * 0.1)
+    assert past.lr.changes == [(26, 0.5)], "a preview changes nothing"
+
+
+def test_seconds_that_no_row_has_measured_are_not_made_up() -> None:
+    here = scene(info(20))
+    short = Scene(step=30, cursor=240, states=here.states, rows=here.rows[:-1])
+    back = of(short, wish(CommandKind.ROLLBACK, NAN))
+    assert math.isnan(back.seconds_lost) and "of training" not in back.sentence()
+
+
+def decision(seq: int, kind: str, first: int, last: int, cause: str, step: int, **data: Any) -> Event:
+    span = Span(first=first, last=last, cause=cause, step=step)
+    data = {"span": msgspec.to_builtins(span), "incident": 1, **data}
+    return Event(seq=seq, time=0.0, step=step, timeline=0, kind=kind, message=f"line {seq}", data=data)
+
+
+def test_an_undo_goes_to_the_newest_state_from_before_the_decision_candidates_too() -> None:
+    events = [
+        decision(4, "left_out", 200, 208, "rejected", 25),
+        decision(6, "left_out", 240, 264, "user", 28),
+    ]
+    here = scene(info(20), info(25, state="candidate"), info(26, state="suspect"), events=events)
+    undo = of(here, wish(CommandKind.UNDO, NAN))
+    assert (undo.value, undo.to_step, undo.returned, undo.window) == (4, 25, 8, (200, 208))
+    assert 'undone is "line 4"' in undo.sentence()
+    late = of(scene(info(26), events=events), wish(CommandKind.UNDO, NAN))
+    assert not late.possible and "no state from before line 4" in late.refusal
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "said"),
+    [
+        (CommandKind.POLICY, 1, "ask instead of auto"),
+        (CommandKind.STOP, 0, "saves after step 30"),
+        (CommandKind.EMBED_ALPHA, 0.1, "x0.1 instead of x1 from step 31"),
+        (CommandKind.RESUME, 0, "would be refused: training is not paused"),
+    ],
+)
+def test_the_rest_is_said_in_words(kind: CommandKind, value: float, said: str) -> None:
+    assert said in of(scene(), wish(kind, value)).sentence()
+
+
+def test_a_run_of_which_nothing_is_known() -> None:
+    for kind in CommandKind:
+        assert of(Scene(), wish(kind, 1.0)).sentence()
+
+
+# -- a run
+
+
+SPIKE = {"kind": "spike_loss", "first": 160, "last": 184, "value": 50.0}  # step 21 is tried three times
+
+
+def test_parked_beyond_the_timeout_of_a_collective_and_what_was_foretold_comes_true(tmp_path: Path) -> None:
+    seconds = 2.0
+    config = tiny(
+        tmp_path,
+        world=2,
+        faults=[SPIKE],
+        guard={"mode": "ask", "ask_seconds": 900.0, "ask_default": "go_on"},
+        train={"steps": 28},
+        launch={"collective_seconds": seconds},
+    )
+    run = new_run(config)
+    pids = start_run(run, 2)
+    wait_for(lambda: (s := run.read_status()) is not None and s.phase is Phase.PAUSED and s.question, what="a question")
+    began = time.monotonic()
+    status = run.read_status()
+    assert status is not None
+    assert status.default == "go_on" and 800 < status.deadline - time.time() <= 900
+    (paused,) = of_kind(run, "paused")
+    assert paused.data["findings"] and paused.data["incident"] == 1 and paused.data["end"] == 184
+    proposed, going_on, stop = paused.data["proposals"]
+    assert [p["action"] for p in (proposed, going_on, stop)] == ["rollback", "go on", "stop"]
+    assert "taken as the new normal" in going_on["remark"] and going_on["samples"] == 0
+    by_hand = foretold(run, "rollback", "10")
+    assert (by_hand["to_step"], by_hand["steps_lost"], by_hand["window"]) == (10, 10, [80, 184])
+    assert foretold(run, "rollback", "3", code=2)["refusal"].endswith("of step 3")
+    newest = foretold(run, "undo")
+    assert (newest["to_step"], newest["returned"]) == (20, 8)
+    time.sleep(max(0.0, began + 1.5 * seconds - time.monotonic()))
+    run.send(Command(id="yes", kind=CommandKind.ANSWER, value=0))
+    assert wait_ranks(pids) == [0, 0]
+    (done,) = of_kind(run, "rollback")
+    assert [proposed[name] for name in ("to_step", "tier", "window")] == [
+        done.data[name] for name in ("to_step", "tier", "window")
+    ]
+    assert proposed["steps_lost"] == done.data["from_step"] - done.data["to_step"]
+    # Two batches of the window had been rejected, and so were left out, before the guard asked.
+    assert proposed["samples"] == done.data["samples"] - 2 * BATCH
+    rows = run.metrics()
+    given_up = (rows.column("timeline") == 0) & (rows.column("step") > done.data["to_step"])
+    lost = rows.column("step_time")[given_up & (rows.column("verdict") == 0)]
+    assert proposed["seconds_lost"] == pytest.approx(float(np.sum(lost)))
+    assert table(run, ("step", "lr"))[done.data["to_step"], 1] == proposed["lr"]
+    status = run.read_status()
+    assert status is not None and (status.question, status.deadline, status.default) == ("", 0.0, "")
+
+
+def foretold(run: RunDirectory, *words: str, code: int = 0) -> dict[str, Any]:
+    found = CliRunner().invoke(ctl, [str(run.path), *words, "--preview", "--json"], standalone_mode=False)
+    assert found.return_value == code and found.exception is None, found.output
+    answer: dict[str, Any] = msgspec.json.decode(found.stdout)
+    assert not list(run.commands.iterdir()), "a preview sends nothing"
+    return answer
+
+
+@pytest.mark.parametrize(("default", "left"), [("go_on", "finished"), ("stop", "stopped")])
+def test_the_default_is_taken_after_the_deadline(tmp_path: Path, default: str, left: str) -> None:
+    guard = {"mode": "ask", "ask_seconds": 0.2, "ask_default": default}
+    run = new_run(tiny(tmp_path, faults=[SPIKE], guard=guard, train={"steps": 24}))
+    assert wait_ranks(start_run(run, 1)) == [0]
+    assert of_kind(run, "ended")[-1].data["phase"] == left
+    assert not of_kind(run, "rollback") and of_kind(run, "command")[0].data["who"] == "guard"
