@@ -104,6 +104,9 @@ class GuardSection(Section, frozen=True, kw_only=True):
     overflows: Positive = 8
     # Applied healthy steps after which a snapshot or checkpoint counts as good.
     confirm: Natural = 8
+    # Stretches [first, last) of positions of the sample order whose batches are applied whatever is found, as far as
+    # it is finite: data that is known to be odd. `guardrail ctl RUN undo` does the same for what was rejected.
+    pardon: tuple[tuple[Natural, Natural], ...] = ()
     # Seconds that `ask` waits for an answer before it takes `ask_default`; 0: for ever.
     ask_seconds: NonNegativeFloat = 0.0
     # Without an answer in time: do as proposed, go on with the update, or stop.
@@ -180,6 +183,9 @@ class Settings(Section, frozen=True, kw_only=True):
                 value=guard.confirm,
                 hint="no snapshot would live long enough to be called good; raise snapshots.keep",
             )
+        for first, last in guard.pardon:
+            if first >= last:
+                raise ConfigError("stretches [first, last) that are not empty", key="guard.pardon", value=[first, last])
         if self.launch.node_rank >= self.launch.nodes:
             raise ConfigError(
                 f"less than launch.nodes ({self.launch.nodes})",

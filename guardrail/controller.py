@@ -5,8 +5,8 @@ Two kinds of memory, kept apart on purpose:
     state   detectors and the recent batches. Travels with each snapshot and rolls back with it (`state_dict`).
             Only applied steps change it, and overflows of the loss scale, which are counted: a rejected batch leaves
             no trace in it.
-    facts   rollbacks done, incidents, batches that were left out without suspicion. They outlive a rollback; the
-            journal holds them, and `rebuild` reads them back after a crash.
+    facts   rollbacks done, incidents, pardons, batches that were left out without suspicion. They outlive a rollback;
+            the journal holds them, and `rebuild` reads them back after a crash.
 
 Together: a controller that was loaded from a checkpoint and rebuilt from the journal reaches the verdicts of one that
 never stopped.
@@ -48,6 +48,8 @@ from guardrail.records import (
 
 # Detectors of damage in the weights. `advise` does not go back, so what they said once they would say for ever.
 LASTING = ("divergence", "growth", "embed_growth", "update_growth")
+# An update with these has no meaning, whoever wishes for it.
+UNPARDONABLE = frozenset({Kind.NONFINITE, Kind.NO_TOKENS, Kind.OVERFLOW, Kind.SCALE_COLLAPSE})
 SPIKES = (Kind.LOSS_SPIKE, Kind.GRAD_SPIKE, Kind.EMBED_SPIKE, Kind.UPDATE_SPIKE)
 
 
@@ -74,6 +76,8 @@ class Controller:
         self.detectors = build(settings)
         self.incidents = Incidents(confirm=settings.confirm)
         self.rollbacks: list[Rollback] = []
+        # Stretches [first, last) of positions whose batches are applied whatever is found, as far as it is finite.
+        self.pardons: list[tuple[int, int]] = list(settings.pardon)
         # Rejected for want of labels or by the loss scale: no sign of trouble.
         self._empty_spans: set[tuple[int, int]] = set()
         # Reaches back to the earliest onset that a detector can name, and `window_before` batches further.
@@ -113,6 +117,8 @@ class Controller:
         evidence = by_severity(findings)
         if evidence[0].severity is Severity.NOTE:
             return self._healthy(obs, evidence, f"noted: {evidence[0].sentence()}")
+        if self._pardoned(obs, evidence):
+            return self._pardon(obs, evidence)
         return self._rejected(obs, evidence)
 
     def _healthy(self, obs: Observation, findings: tuple[Finding, ...], reason: str) -> Verdict:
@@ -178,6 +184,27 @@ class Controller:
             accepted=False,
             incident=number,
             incident_state=state,
+        )
+
+    def _pardoned(self, obs: Observation, findings: Iterable[Finding]) -> bool:
+        """Whether a person has said that this batch is to be applied. No pardon lets a NaN into the weights."""
+        within = any(first < obs.last and obs.first < last for first, last in self.pardons)
+        return within and not any(f.kind in UNPARDONABLE and f.severity is not Severity.NOTE for f in findings)
+
+    def _pardon(self, obs: Observation, findings: tuple[Finding, ...]) -> Verdict:
+        """Applied; a jump enters no baseline. What has stayed up is the new normal, or the next batch would say it."""
+        lasting = any(finding.severity is Severity.PERSISTENT for finding in findings)
+        if lasting:
+            self.overrule(obs)
+        else:
+            self._history.append(Applied(obs.step, obs.first, obs.last))
+            self._overflows = 0
+        return Verdict(
+            action=Action.APPLY,
+            step=obs.step,
+            findings=tuple(structs.replace(finding, severity=Severity.NOTE) for finding in findings),
+            reason=f"pardoned: {findings[0].sentence()}",
+            accepted=lasting,
         )
 
     def _after_resume(self, obs: Observation) -> list[Finding]:
@@ -327,19 +354,29 @@ class Controller:
         """A rollback that was done."""
         self.rollbacks.append(rollback)
 
+    def pardon(self, stretches: Iterable[tuple[int, int]]) -> None:
+        """Do not reject batches with a position in these stretches [first, last) again: a person took that back."""
+        self.pardons += [(first, last) for first, last in stretches]
+
     def load_rollbacks(self, rollbacks: Iterable[Rollback | Mapping[str, Any]]) -> None:
         """All rollbacks of the run, oldest first, as records or as the data of `rollback` events."""
         self.rollbacks = [one if isinstance(one, Rollback) else _rollback_of(one) for one in rollbacks]
 
     def rebuild(self, events: Iterable[Event]) -> None:
         """Take the facts over from the journal's events, in order. Replaces what was known."""
-        self.rollbacks, self._empty_spans = [], set()
+        self.rollbacks, self._empty_spans, self.pardons = [], set(), list(self.settings.pardon)
+        began: list[int] = []  # timelines that the rollbacks began
         self.incidents = Incidents(confirm=self.settings.confirm)
         open_number = onset = step = number = 0
         for event in events:
             data = event.data
             if event.kind == "rollback":
                 self.rollbacks.append(_rollback_of(data))
+                began.append(int(data["new_timeline"]))
+            elif event.kind == "undo":
+                stand = [at for at, timeline in enumerate(began) if timeline not in data["rollbacks"]]
+                self.rollbacks, began = [self.rollbacks[at] for at in stand], [began[at] for at in stand]
+                self.pardons += [(int(first), int(last)) for first, last in data["pardons"]]
             elif event.kind == "incident":
                 number = max(number, int(data["number"]))
                 is_open = data.get("state") == OPEN

@@ -25,8 +25,8 @@ ATTACH_LINES = 10  # of the past, when one comes to a run
 # Journal lines that a person at a log wants to read. Findings are told again by their verdict, a checkpoint that
 # became good is routine.
 SPOKEN = frozenset(
-    "started restarted resume_check verdict left_out rollback incident command durability paused resumed note hung "
-    "ranks_failed ended".split()
+    "started restarted resume_check verdict left_out rollback undo cause remedy incident command durability paused "
+    "resumed note hung ranks_failed ended".split()
 )
 SPOKEN_CHECKPOINTS = frozenset(("failed", "invalid", "suspect"))
 

@@ -129,7 +129,7 @@ class Batch(Record, frozen=True, kw_only=True):
 
 
 class Quarantine:
-    """The samples that a run leaves out; grows only.
+    """The samples that a run leaves out. It grows, unless a decision of the guard is undone by a person.
 
     A sample met a second time, in epoch e > 0, is left out from epoch e on: its healthy use before stays true,
     and a run that is told so from its beginning makes exactly the same batches. Written `ID` (always) or
@@ -138,6 +138,7 @@ class Quarantine:
 
     def __init__(self) -> None:
         self._from_epoch: dict[int, int] = {}
+        self._read: dict[int, int] = {}  # what a list named; no undo reaches it
 
     def __len__(self) -> int:
         return len(self._from_epoch)
@@ -175,11 +176,17 @@ class Quarantine:
                 raise UsageError(
                     f"{source}, line {number}: sample {sample} of {samples}: the list belongs to other data or settings"
                 )
-            self.add(sample, int(parts[2] or 0))
+            epoch = int(parts[2] or 0)
+            self._read[sample] = min(epoch, self._read.get(sample, epoch))
+            self.add(sample, epoch)
+
+    def forget(self) -> None:
+        """Back to what was read from lists."""
+        self._from_epoch = dict(self._read)
 
 
 class LedgerState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What travels with a snapshot. The quarantine does not: it grows only, and the journal holds it.
+    """What travels with a snapshot. The quarantine does not: it outlives a rollback, and the journal holds it.
 
     `applied` counts applied batches where the batch size depends on them, else it is 0.
     """
@@ -239,7 +246,7 @@ class Ledger:
                     samples.append(sample)
                 position += 1
             # The last usable sample may stand first in one epoch and last in the next. Two epochs' worth without
-            # one hold a whole barren epoch, and a quarantine never shrinks.
+            # one hold a whole barren epoch, and no quarantine shrinks from one epoch to the next.
             if barren >= 2 * self.order.n_samples:
                 raise DataError(f"all {self.order.n_samples} samples of the training split are quarantined")
         if not positions:
@@ -279,6 +286,20 @@ class Ledger:
             # What a rollback has answered does not count again towards the next one.
             self._rejected = [r for r in self._rejected if not (span.first <= r[0] and r[1] <= span.last)]
         return len(self.quarantine) - before
+
+    def take_back(self, spans: Iterable[Span]) -> int:
+        """Undo `leave_out` of these spans; returns how many samples are no longer quarantined.
+
+        A sample that another span or the list of a file leaves out as well stays out. The journal has it already.
+        """
+        back = list(spans)
+        before = len(self.quarantine)
+        remaining = [span for span in self.spans if span not in back]
+        self.quarantine.forget()
+        self.spans, self._rejected = [], []
+        for span in remaining:
+            self.leave_out(span)
+        return before - len(self.quarantine)
 
     def state(self) -> LedgerState:
         return LedgerState(cursor=self.cursor, applied_end=self.applied_end, applied=self.applied)

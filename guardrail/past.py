@@ -48,8 +48,9 @@ class Past:
     """Facts of the journal, in order.
 
     Attributes:
-        spans: what was left out, quarantined again at a start.
-        rollbacks: `rollback` events' data, oldest first.
+        spans: what is left out, quarantined again at a start.
+        rollbacks: `rollback` events' data, oldest first, less those that were undone.
+        pardons: stretches [first, last) of positions that the guard must not reject again.
         branches: (timeline, step): that timeline began after that step, so later steps of older ones are abandoned.
         timeline: the newest one.
         suspects: names of checkpoints that a rollback has found polluted.
@@ -59,6 +60,7 @@ class Past:
 
     spans: list[Span] = field(default_factory=list)
     rollbacks: list[dict[str, Any]] = field(default_factory=list)
+    pardons: list[tuple[int, int]] = field(default_factory=list)
     branches: list[tuple[int, int]] = field(default_factory=list)
     timeline: int = 0
     suspects: set[str] = field(default_factory=set)
@@ -97,6 +99,8 @@ class Past:
                 self._branch(int(data["new_timeline"]), to_step)
                 self.lr.rewind(to_step)
                 self.alpha.rewind(to_step)
+            case "undo":
+                self._undo(data)
             case "command" if data.get("effect") == "applied":
                 self._command(event)
             case "checkpoint":
@@ -123,6 +127,17 @@ class Past:
             self.alpha.set(event.step + 1, value)
         elif kind == CommandKind.POLICY:
             self.mode = list(Mode)[int(value)]
+
+    def _undo(self, data: dict[str, Any]) -> None:
+        """A decision was taken back: its spans are not left out, its rollbacks are none, its batches are pardoned."""
+        back = [raw if isinstance(raw, Span) else msgspec.convert(raw, Span) for raw in data["spans"]]
+        self.spans = [span for span in self.spans if span not in back]
+        self.rollbacks = [one for one in self.rollbacks if one["new_timeline"] not in data["rollbacks"]]
+        self.pardons += [(int(first), int(last)) for first, last in data["pardons"]]
+        to_step = int(data["to_step"])
+        self._branch(int(data["new_timeline"]), to_step)
+        self.lr.rewind(to_step)
+        self.alpha.rewind(to_step)
 
     def _span(self, raw: Any) -> None:
         if raw is not None:

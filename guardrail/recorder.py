@@ -50,6 +50,11 @@ class Recorder:
             self.flush()
         return event
 
+    @property
+    def behind(self) -> bool:
+        """Whether events wait that the journal on disk does not have yet."""
+        return bool(self._waiting)
+
     def flush(self) -> None:
         """Write the events that wait. Called with each event, and every few seconds while some wait."""
         if self._run is None:

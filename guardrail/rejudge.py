@@ -20,6 +20,7 @@ from guardrail.importers.run_directory import signals
 from guardrail.past import Past
 from guardrail.records import GRAD_NORM, LOSS, LOSS_SCALE, Action, CommandKind, Event, Kind, Mode, Observation, Verdict
 from guardrail.rundir import RunDirectory, findings_of, span_of
+from guardrail.undoing import taken_back
 
 ACTIONS = list(Action)
 MODES = list(Mode)
@@ -90,7 +91,7 @@ class Rejudge:
     def _read_journal(self) -> None:
         for index, event in enumerate(self._events):
             data = event.data
-            if event.kind == "rollback":
+            if event.kind in ("rollback", "undo"):
                 self._begins[int(data["new_timeline"])] = index
                 self._wanted.add(int(data["to_step"]))
             elif event.kind == "restarted":
@@ -211,11 +212,12 @@ class Rejudge:
                 self._controller.resumed()
         else:
             span = span_of(event)
-            if span is not None and span.cause == "rollback":
-                self._rejected = [r for r in self._rejected if not (span.first <= r[0] and r[1] <= span.last)]
+            gone = [span] if span is not None and span.cause == "rollback" else taken_back(event)
+            self._rejected = [r for r in self._rejected if not any(s.first <= r[0] and r[1] <= s.last for s in gone)]
             if self._own:
-                told = self._events[: index + 1]
-                self._controller.load_rollbacks([one.data for one in told if one.kind == "rollback"])
+                past = Past.of(self._events[: index + 1])
+                self._controller.load_rollbacks(past.rollbacks)
+                self._controller.pardons = [*self._settings.pardon, *past.pardons]
 
     def _restart(self, index: int) -> None:
         """A new process: what it knows is what the journal had told."""

@@ -22,6 +22,7 @@ from guardrail.files import as_float, encode_json
 from guardrail.records import Event, Record, Span, Status
 from guardrail.rundir import RunDirectory, span_of
 from guardrail.text import clean
+from guardrail.undoing import taken_back
 
 _FRESH_SECONDS = 30.0  # a status younger than this means that somebody lives, on whatever host
 
@@ -195,14 +196,17 @@ def _left_out(events: list[Event]) -> int:
 
 
 def _spans(events: Iterable[Event]) -> Iterator[Span]:
-    """Each span once: a rollback may carry its own, beside or instead of a `left_out` line."""
+    """Each span that is still left out, once: a rollback may carry its own, beside or instead of a `left_out` line."""
     seen: list[Span] = []
     for event in events:
         if event.kind in ("left_out", "rollback"):
             span = span_of(event)
             if span is not None and span not in seen:
                 seen.append(span)
-                yield span
+        elif event.kind == "undo":
+            back = taken_back(event)
+            seen = [span for span in seen if span not in back]
+    yield from seen
 
 
 def _order(events: Iterable[Event]) -> Any:

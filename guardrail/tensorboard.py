@@ -41,7 +41,20 @@ INCIDENT, COMMAND = "guard/incident", "guard/command"
 _TEXTS = {
     "command": COMMAND,
     **dict.fromkeys(
-        ("finding", "verdict", "left_out", "rollback", "incident", "paused", "resumed", "hung", "ranks_failed"),
+        (
+            "finding",
+            "verdict",
+            "left_out",
+            "rollback",
+            "undo",
+            "cause",
+            "remedy",
+            "incident",
+            "paused",
+            "resumed",
+            "hung",
+            "ranks_failed",
+        ),
         INCIDENT,
     ),
     **dict.fromkeys(("restarted", "durability", "ended"), INCIDENT),

@@ -31,9 +31,9 @@ class Timelines:
         self.begins[timeline] = min(step, self.begins.get(timeline, step))
 
     def add_events(self, events: Iterable[Event]) -> None:
-        """Learn from `rollback` (to_step, new_timeline) and `restarted` (step) lines; others say nothing."""
+        """Learn from `rollback` and `undo` (to_step, new_timeline) and `restarted` (step) lines; others say nothing."""
         for event in events:
-            if event.kind == "rollback":
+            if event.kind in ("rollback", "undo"):
                 step, timeline = event.data.get("to_step"), event.data.get("new_timeline")
                 if isinstance(step, int) and isinstance(timeline, int):
                     self.begin(timeline, step)

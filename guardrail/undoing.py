@@ -154,9 +154,19 @@ def joined(pieces: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return found
 
 
+def taken_back(event: Event) -> list[Span]:
+    """The spans of an `undo` event; one that makes no sense is passed over."""
+    raw = event.data.get("spans")
+    spans = [as_span(one) for one in (raw if isinstance(raw, list | tuple) else ())]
+    return [span for span in spans if span is not None]
+
+
 def span_in(event: Event) -> Span | None:
     """The span of an event, as a record or as what it became in the journal."""
-    raw: Any = event.data.get("span")
+    return as_span(event.data.get("span"))
+
+
+def as_span(raw: Any) -> Span | None:
     if raw is None or isinstance(raw, Span):
         return raw
     try:

@@ -21,6 +21,7 @@ from guardrail.mailbox import Mailbox
 from guardrail.preview import Scene, choices
 from guardrail.records import Action, Command, CommandKind, Mode, Phase, Span, Verdict
 from guardrail.rundir import RunDirectory
+from guardrail.undoing import Undoing, find, lines_of
 
 if TYPE_CHECKING:
     from guardrail.torch.guard import Guard
@@ -175,8 +176,8 @@ class Desk:
         done = self.execute(kind, value)
         if done and kind is CommandKind.STOP:
             return Answer.STOP
-        # Either answers the guard's question; after a pause by hand, training stays paused.
-        answers = kind in (CommandKind.ROLLBACK, CommandKind.SKIP)
+        # Each answers the guard's question; after a pause by hand, training stays paused.
+        answers = kind in (CommandKind.ROLLBACK, CommandKind.SKIP, CommandKind.UNDO)
         return Answer.BY_HAND if done and asked and answers else None
 
     # -- commands ------------------------------------------------------------------------------------------------
@@ -207,6 +208,8 @@ class Desk:
                 self._skip(int(value))
             case CommandKind.ROLLBACK:
                 return self._roll_back(value)
+            case CommandKind.UNDO:
+                return self._undo(value)
         return True
 
     def _answer(self, kind: CommandKind, value: float, *, refusal: str = "") -> bool:
@@ -268,6 +271,32 @@ class Desk:
             target=target,
         )
 
+    def _undo(self, value: float) -> bool:
+        """Take back the decision of one journal line, or the newest one of the guard; see guardrail.undoing."""
+        guard = self._guard
+        found, lines = guard._shared(self._meant(None if math.isnan(value) else int(value)))
+        if isinstance(found, str):
+            return self._answer(CommandKind.UNDO, value, refusal=found)
+        assert found.first is not None
+        target = guard.tiers.target(found.first, candidates=True)
+        if target is None:
+            refusal = f"no state from before line {found.of} is left"
+            return self._answer(CommandKind.UNDO, value, refusal=refusal)
+        self._answer(CommandKind.UNDO, value)
+        guard.undo(found, target, lines)
+        return True
+
+    def _meant(self, seq: int | None) -> tuple[Undoing | str, list[int]]:
+        """On rank 0, which alone knows the numbers of the lines: the decision, and all lines that go with it."""
+        guard = self._guard
+        if guard.rank or guard.run is None:
+            return "there is no journal", []
+        if guard.recorder.behind:
+            return "the journal cannot be written now, so its lines are not complete", []
+        events = guard.run.events()
+        found = find(events, seq)
+        return found, [] if isinstance(found, str) else lines_of(events, found)
+
 
 def _worded(kind: CommandKind, value: float) -> str:
     """ "lr x0.5", "skip 20 batches": a command as a person would say it."""
@@ -280,6 +309,8 @@ def _worded(kind: CommandKind, value: float) -> str:
             return f"policy {MODES[int(value)].value}"
         case CommandKind.ROLLBACK:
             return "rollback" if math.isnan(value) else f"rollback to step {value:g}"
+        case CommandKind.UNDO:
+            return "undo" if math.isnan(value) else f"undo line {value:g}"
         case CommandKind.ANSWER:
             return f"answer {value:g}"
     return kind.value

@@ -57,6 +57,7 @@ from guardrail.torch.probes import Probes, Reduced
 from guardrail.torch.scaling import LossScale, enabled
 from guardrail.torch.state import TrainingState
 from guardrail.torch.tiers import Restored, Target, Tiers
+from guardrail.undoing import Undoing
 
 VERSIONS = {"python": platform.python_version(), "torch": torch.__version__, "guardrail": version("guardrail")}
 
@@ -560,6 +561,37 @@ class Guard:
         )
         self.tiers.rolled_back(self.facts, target)
         return True
+
+    def undo(self, undoing: Undoing, target: Target, lines: Sequence[int]) -> None:
+        """Take a decision back: go to `target`, from before it, with its samples no longer left out.
+
+        The batches that it rejected are pardoned: what is found in them again is noted, and they are applied.
+
+        Args:
+            lines: seqs of all journal lines that this takes back.
+        """
+        self.at(Phase.ROLLBACK)
+        self.say(
+            "undo",
+            f"line {undoing.of} undone: back from step {self.step} to {target.step} ({target.tier}), "
+            f"{undoing.positions} samples taken back",
+            lines=list(lines),
+            spans=list(undoing.spans),
+            pardons=[list(stretch) for stretch in undoing.pardons],
+            rollbacks=list(undoing.rollbacks),
+            samples=undoing.positions,
+            to_step=target.step,
+            from_step=self.step,
+            tier=target.tier,
+            new_timeline=self.timeline + 1,
+            incident=undoing.incident,
+        )
+        self.ledger.take_back(undoing.spans)
+        self._adopt(self.tiers.restore(target))
+        self.timeline += 1
+        self.controller.load_rollbacks(self.past.rollbacks)
+        self.controller.pardon(undoing.pardons)
+        self.tiers.rolled_back(self.facts, target)
 
     def _adopt(self, extra: dict[str, Any]) -> None:
         """Take over what travelled with a snapshot besides tensors."""

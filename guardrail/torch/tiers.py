@@ -138,13 +138,13 @@ class Tiers:
 
     # -- going back ----------------------------------------------------------------------------------------------
 
-    def target(self, cursor: int, *, to_step: int | None = None) -> Target | None:
+    def target(self, cursor: int, *, to_step: int | None = None, candidates: bool = False) -> Target | None:
         """The newest state that has passed no position from `cursor` on; of step `to_step` where that is given.
 
-        Good ones of the ring, good ones on disk, then candidates in the same order. A collective wherever the ring
-        does not do: all ranks agree on a checkpoint.
+        Good ones of the ring, good ones on disk, then candidates in the same order; with `candidates` these count as
+        good from the first. A collective wherever the ring does not do: all ranks agree on a checkpoint.
         """
-        for good_only in (True, False):
+        for good_only in (False,) if candidates else (True, False):
             found = self._in_ring(cursor, to_step, good_only) or self._on_disk(cursor, to_step, good_only)
             if found is not None:
                 return found

@@ -111,6 +111,8 @@ class Digest:
                     self._proposals = ()
                 case "restarted":
                     self._forget_after(event.step)
+                case "undo":
+                    self._forget_after(_whole(event.data.get("to_step"), event.step))
             self._lines.append(line_of(event))
 
     def story(self) -> Story:
