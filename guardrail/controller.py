@@ -372,7 +372,7 @@ class Controller:
             data = event.data
             if event.kind == "rollback":
                 self.rollbacks.append(_rollback_of(data))
-                began.append(int(data["new_timeline"]))
+                began.append(int(data.get("new_timeline", event.timeline + 1)))
             elif event.kind == "undo":
                 stand = [at for at, timeline in enumerate(began) if timeline not in data["rollbacks"]]
                 self.rollbacks, began = [self.rollbacks[at] for at in stand], [began[at] for at in stand]

@@ -12,11 +12,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from guardrail.config import GuardSection
+from guardrail.config import GuardSection, load_guard
 from guardrail.controller import Controller
 from guardrail.ledger import Ledger, SampleOrder
 from guardrail.past import Past
 from guardrail.records import Action, Command, CommandKind, Event, Kind, Mode, Severity, Span
+from guardrail.rejudge import Rejudge
 from guardrail.report import quarantine_lines
 from guardrail.rundir import RunDirectory
 from guardrail.undoing import Undoing, find, lines_of
@@ -234,6 +235,8 @@ def test_an_undone_rollback_and_skip_leave_a_run_that_was_told_so_from_its_begin
     assert_whole(run)
     assert table(run)[:, 1].tolist() == [8.0 * step for step in range(44)], "no batch is missing"
     told = letting(config, run)
+    judged = list(Rejudge(run, load_guard(run.path / "config.toml"), own=True))
+    assert [one.verdict.action for one in judged] == [one.done for one in judged], "as live"
     assert_same(run, trained(told))
     off = msgspec.structs.replace(told, guard=msgspec.structs.replace(told.guard, mode=Mode.OFF))
     assert_same(run, trained(off))
