@@ -141,6 +141,41 @@ class TensorboardSection(Section, frozen=True, kw_only=True):
     enabled: bool = True
 
 
+class NotifySection(Section, frozen=True, kw_only=True):
+    """[notify]: somebody is told, by the supervisor. Each way that is set is used; a failure never harms the run."""
+
+    # A shell command, or a list of words: gets the event as JSON on its standard input, and GUARDRAIL_EVENT, _TEXT,
+    # _MESSAGE, _NAME, _DIRECTORY, _HOST, _STEP and _SEQ in its environment.
+    command: str | tuple[str, ...] = ""
+    # http:// or https:// address that the same JSON is posted to; its field "text" is what chat services show.
+    webhook: str = ""
+    # Addresses as apprise writes them, such as "slack://..." (`pip install 'guardrail[notify]'`).
+    apprise: tuple[str, ...] = ()
+    # What is told: incidents and how they end, the guard's questions, a disk that fails, ranks that fail, the end.
+    on: tuple[
+        typing.Literal[
+            "incident",
+            "recovered",
+            "offset",
+            "recurred",
+            "rollback",
+            "undo",
+            "paused",
+            "degraded",
+            "restored",
+            "hung",
+            "ranks_failed",
+            "finished",
+            "stopped",
+            "halted",
+            "failed",
+        ],
+        ...,
+    ] = ("incident", "paused", "degraded", "hung", "ranks_failed", "finished", "halted", "failed")
+    # Seconds that one way may take.
+    seconds: PositiveFloat = 10.0
+
+
 class Settings(Section, frozen=True, kw_only=True):
     """Base of a trainer's complete schema; `resolved`, `check` and `check_machine` may be extended there."""
 
@@ -150,6 +185,7 @@ class Settings(Section, frozen=True, kw_only=True):
     snapshots: SnapshotSection = SnapshotSection()
     checkpoint: CheckpointSection = CheckpointSection()
     tensorboard: TensorboardSection = TensorboardSection()
+    notify: NotifySection = NotifySection()
 
     @classmethod
     def completed(cls, tree: dict[str, Any]) -> dict[str, Any]:
@@ -193,6 +229,8 @@ class Settings(Section, frozen=True, kw_only=True):
                 value=self.launch.node_rank,
                 hint="nodes count from 0",
             )
+        if self.notify.webhook and not self.notify.webhook.startswith(("http://", "https://")):
+            raise ConfigError("an http:// or https:// address", key="notify.webhook", value=self.notify.webhook)
         if self.launch.nodes > 1 and not self.launch.rendezvous_endpoint:
             raise ConfigError(
                 "HOST:PORT of the first node",

@@ -27,7 +27,7 @@ FRESH_SECONDS = 30.0  # a heartbeat younger than this, from another host, means 
 
 # Settings that a resumed run may change: how it is run, not what it computes.
 CHANGEABLE = (
-    *("launch.", "guard.", "snapshots.", "checkpoint.", "tensorboard."),
+    *("launch.", "guard.", "snapshots.", "checkpoint.", "tensorboard.", "notify."),
     *("train.steps", "train.epochs", "train.eval_every", "train.eval_batches"),
 )
 

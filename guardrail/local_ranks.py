@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import signal
+import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import psutil
 
@@ -40,6 +43,8 @@ class LocalRanks:
         self._processes: dict[int, psutil.Process] = {}
         self._numbers: dict[int, int] = {}
         self._orphans: list[psutil.Process] = []
+        self._spared: set[int] = set()
+        self._sparing = threading.Lock()  # between a child that starts and one who looks at all children
         self.reports: dict[int, RankStatus | None] = {}
         self.last_pids: set[int] = set()
         self.heard = False
@@ -47,7 +52,7 @@ class LocalRanks:
     def look(self, agent_pid: int) -> None:
         """Find who lives, and read what they report. A report of an earlier incarnation carries another pid."""
         found, self._orphans = {}, []
-        for process in self._myself.children(recursive=True):
+        for process in self._children():
             with contextlib.suppress(psutil.Error):
                 parent = process.ppid()
                 if parent == agent_pid and processes.alive(process):
@@ -62,6 +67,35 @@ class LocalRanks:
             same = not self.last_pids.isdisjoint(found)
             self.last_pids = self.last_pids | found.keys() if same else set(found)
             self.heard = bool(self.registered) or (self.heard and same)
+
+    @contextlib.contextmanager
+    def spared(self, *arguments: Any, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+        """A child of the supervisor that is no rank: neither swept, nor reaped, nor buried with them.
+
+        Takes what `subprocess.Popen` takes.
+        """
+        with self._sparing:
+            process = subprocess.Popen(*arguments, **options)
+            self._spared.add(process.pid)
+        try:
+            with process:
+                yield process
+        finally:
+            self._spared.discard(process.pid)
+
+    def _children(self) -> list[psutil.Process]:
+        """All descendants but those that are spared, and theirs."""
+        with self._sparing:
+            found = self._myself.children(recursive=True)
+            spared = set(self._spared)
+        if not spared:
+            return found
+        kept = []
+        for process in found:
+            with contextlib.suppress(psutil.Error):
+                if spared.isdisjoint({process.pid, *(parent.pid for parent in process.parents())}):
+                    kept.append(process)
+        return kept
 
     @property
     def registered(self) -> Mapping[int, RankStatus]:
@@ -97,7 +131,7 @@ class LocalRanks:
     def bury(self) -> list[psutil.Process]:
         """End and reap every descendant; returns those that the kernel cannot end."""
         self._processes, self.reports = {}, {}
-        while left := self._myself.children(recursive=True):
+        while left := self._children():
             if stuck := processes.kill(left):
                 return stuck
         return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -41,7 +42,7 @@ def check(settings: Settings, *, file: str, overrides: Sequence[str] = ()) -> No
 def problems(settings: Settings, *, file: str, overrides: Sequence[str] = ()) -> Iterator[ConfigError]:
     """Everything that keeps it from running here."""
     overridden = {text.partition("=")[0].strip() for text in overrides}
-    for look in (_memory, _devices, _disk):
+    for look in (_memory, _devices, _disk, _packages):
         for error in look(settings):
             origin = "--set" if error.key in overridden else file
             yield ConfigError(error.expected, file=origin, key=error.key, value=error.value, hint=error.hint)
@@ -52,6 +53,16 @@ def _memory(settings: Settings) -> Iterator[ConfigError]:
         settings.check_machine()
     except ConfigError as error:
         yield error
+
+
+def _packages(settings: Settings) -> Iterator[ConfigError]:
+    if settings.notify.apprise and importlib.util.find_spec("apprise") is None:
+        yield ConfigError(
+            "an installed apprise",
+            key="notify.apprise",
+            value=list(settings.notify.apprise),
+            hint="pip install 'guardrail[notify]', or use notify.webhook or notify.command",
+        )
 
 
 def _devices(settings: Settings) -> Iterator[ConfigError]:

@@ -157,6 +157,19 @@ class RunDirectory:
             for name in os.listdir(self._ranks):
                 (self._ranks / name).unlink()
 
+    # -- who was told
+
+    def notified(self) -> int | None:
+        """Seq of the newest event that somebody was to be told of; None if nothing was remembered yet."""
+        try:
+            return int((self.path / "notified").read_bytes())
+        except (OSError, ValueError):
+            return None
+
+    def write_notified(self, seq: int) -> None:
+        """Remember it, synced. Raises OSError."""
+        replace_file(self.path / "notified", f"{seq}\n".encode())
+
     # -- the one trainer
 
     def lock(self, who: str) -> RunLock:

@@ -22,10 +22,11 @@ import msgspec
 
 from guardrail import stacks
 from guardrail.chronicle import Chronicle, log, tail
-from guardrail.config import LaunchSection, TensorboardSection, parse
+from guardrail.config import LaunchSection, NotifySection, TensorboardSection, parse
 from guardrail.elastic import Agent
 from guardrail.errors import ExitCode, GuardrailError
 from guardrail.local_ranks import LocalRanks, become_reaper
+from guardrail.notify import Notifier
 from guardrail.records import Mode, Phase
 from guardrail.rundir import RunDirectory
 from guardrail.runlock import RunLock
@@ -46,6 +47,7 @@ class Supervisor:
         # The nodes share one config.toml; which of them this is, only the one who started us knows.
         self.launch = msgspec.convert({**tree.get("launch", {}), "node_rank": node_rank}, LaunchSection)
         self.tensorboard = msgspec.convert(tree.get("tensorboard", {}), TensorboardSection)
+        self.notify = msgspec.convert(tree.get("notify", {}), NotifySection)
         self.signals = signals
         self.host = socket.gethostname()
         self.ranks = LocalRanks(run, self.host)
@@ -63,6 +65,10 @@ class Supervisor:
     # -- life
 
     def run(self) -> ExitCode:
+        with self._notifier():  # told of the last word as well
+            return self._run()
+
+    def _run(self) -> ExitCode:
         if self.launch.node_rank == 0:
             self.run_directory.remove_ranks()
         self.chronicle.starting(restarts=0)
@@ -243,6 +249,27 @@ class Supervisor:
             count = f"failure {len(self.failures)}, launch.max_restarts = {self.launch.max_restarts}"
             reason, explained = f"{self.failures[-1]}; {count}", self._last_log or self._elastic_log
         return Phase.FAILED, ExitCode.WORKERS_FAILED, reason, tail(explained)
+
+    # -- telling somebody
+
+    @contextlib.contextmanager
+    def _notifier(self) -> Iterator[None]:
+        """A thread beside the run that tells of its events; it may fail, and training does not notice."""
+        settings = self.notify
+        if self.launch.node_rank or not (settings.command or settings.webhook or settings.apprise):
+            yield
+            return
+        notifier = Notifier(
+            settings, self.run_directory, say=self.chronicle.record, spawn=self.ranks.spared, since=time.time()
+        )
+        stop = threading.Event()
+        thread = threading.Thread(target=notifier.work, args=(stop,), name="notifier", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join(timeout=4 * settings.seconds)
 
     # -- TensorBoard
 
