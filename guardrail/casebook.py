@@ -5,15 +5,19 @@ Journals of other versions, and broken ones, are read as far as they make sense.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
 
+from guardrail.files import as_float
 from guardrail.records import Event, Finding, Record, Span
 from guardrail.rundir import findings_of, span_of
 from guardrail.text import clean
+from guardrail.undoing import joined, stretches, taken_back
 
+ENDS = ("recovered", "offset", "recurred")  # states of an incident that say how it went on
 _NEAR = 20  # verdicts without an incident's number belong together up to this many steps apart
 
 
@@ -27,14 +31,28 @@ class Document(Record, frozen=True, kw_only=True):
     excerpt: str = ""
 
 
+class Sample(Record, frozen=True, kw_only=True):
+    """One sample that was left out by itself: its loss, its share of the trouble, and what is odd about its text."""
+
+    position: int
+    loss: float = math.nan
+    share: float = math.nan
+    documents: tuple[Document, ...] = ()
+    excerpt: str = ""
+    odd: tuple[str, ...] = ()
+
+
 class Deed(Record, frozen=True, kw_only=True):
     """What was done about an incident.
 
     Attributes:
-        action: "skip", "rollback", "pause", "halt", or "would ..." where the guard only advised.
+        action: "skip", "rollback", "pause", "halt", "retry", "remedy", "undo", or "would ..." where the guard only
+            advised.
         step, timeline: where the run stood.
         to_step, tier, steps_lost: of a rollback: the snapshot used, and applied updates that were given up.
         window: positions [first, last) of the sample order that were left out.
+        new_timeline: that it began, -1 if it began none.
+        remedies: what went with it, a sentence each.
     """
 
     action: str
@@ -46,13 +64,38 @@ class Deed(Record, frozen=True, kw_only=True):
     tier: str = ""
     steps_lost: int = 0
     window: tuple[int, int] | None = None
+    new_timeline: int = -1
+    remedies: tuple[str, ...] = ()
+
+
+class Cost(Record, frozen=True, kw_only=True):
+    """What an incident has cost.
+
+    Attributes:
+        steps: applied updates that were given up.
+        seconds: that these and the rejected tries took; NaN where no row has measured it.
+        parked: seconds that the run waited for a person.
+        rejected: updates that were kept out of the weights.
+    """
+
+    steps: int = 0
+    seconds: float = math.nan
+    parked: float = 0.0
+    rejected: int = 0
 
 
 class Incident(Record, frozen=True, kw_only=True):
-    """Findings that belong together, with what was done and what was left out. `number` 0: the journal gave none."""
+    """Findings that belong together, with what was done and what was left out. `number` 0: the journal gave none.
+
+    Attributes:
+        state: "open", "recovered", "offset" (a loss that stays above what was expected) or "recurred".
+        cause, cause_reason: what a replay has shown, "" where none was made.
+        outcome: the sentence that closed it.
+        measured: the numbers of that sentence, as far as the journal has them: name -> value.
+    """
 
     number: int
-    state: str  # "open" or "recovered"
+    state: str
     onset: int
     opened: float
     closed: float | None = None
@@ -63,6 +106,12 @@ class Incident(Record, frozen=True, kw_only=True):
     samples: int = 0
     documents: tuple[Document, ...] = ()
     documents_total: int = 0
+    named: tuple[Sample, ...] = ()
+    cause: str = ""
+    cause_reason: str = ""
+    outcome: str = ""
+    measured: dict[str, float] = msgspec.field(default_factory=dict)
+    cost: Cost = Cost()
 
 
 class Casebook:
@@ -81,6 +130,13 @@ class Casebook:
                     self._remedy(event)
                 case "incident":
                     self._turn(event)
+                case "cause":
+                    self._cause(event)
+                case "remedy":
+                    incident = self._at(event)
+                    self._put(incident, {"deeds": (*incident.deeds, deed_of(event, "remedy"))})
+                case "undo":
+                    self._undo(event)
         # Found under negative numbers where the journal gave none.
         return [
             msgspec.structs.replace(incident, number=max(0, number)) if number < 0 else incident
@@ -123,8 +179,37 @@ class Casebook:
         self._put(incident, changes)
 
     def _turn(self, event: Event) -> None:
-        over = event.data.get("state") == "recovered"
-        self._put(self._at(event), {"state": "recovered", "closed": event.time} if over else {})
+        state = clean(str(event.data.get("state") or ""), 40)
+        incident = self._at(event)
+        if state not in ENDS:
+            self._put(incident, {})
+            return
+        numbers = {
+            clean(name, 40): as_float(value)
+            for name, value in event.data.items()
+            if name not in ("number", "onset") and isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        closed = None if state == "recurred" else event.time
+        said = clean(event.message, 400)
+        outcome = "" if said == f"incident {incident.number}: {state}" else said  # which says no more than the state
+        changes = {"state": state, "closed": closed, "outcome": outcome, "measured": numbers}
+        self._put(incident, changes)
+
+    def _cause(self, event: Event) -> None:
+        cause = clean(str(event.data.get("cause") or ""), 60)
+        reason = clean(str(event.data.get("reason") or event.message), 600)
+        rank, host = whole(event.data.get("rank", -1)), clean(str(event.data.get("host") or ""), 80)
+        if rank >= 0 and cause.startswith("hardware"):
+            reason += f"; rank {rank}{f' on {host}' if host else ''}"
+        self._put(self._at(event), {"cause": cause, "cause_reason": reason})
+
+    def _undo(self, event: Event) -> None:
+        """What a person took back is no longer left out."""
+        back = taken_back(event)
+        for incident in [one for one in self._found.values() if any(span in back for span in one.spans)]:
+            spans = tuple(span for span in incident.spans if span not in back)
+            deeds = (*incident.deeds, deed_of(event, "undo"))
+            self._put(incident, {"spans": spans, "samples": _samples(spans), "deeds": deeds})
 
     def _at(self, event: Event, findings: Iterable[Finding] = ()) -> Incident:
         """The incident of an event. Its onset is the earliest that anything names."""
@@ -193,27 +278,69 @@ def deed_of(event: Event, action: str) -> Deed:
         tier=clean(str(data.get("tier", "")), 40),
         steps_lost=max(0, lost),
         window=_pair(window) or ((span.first, span.last) if span else None),
+        new_timeline=whole(data.get("new_timeline", -1)),
+        remedies=tuple(_remedies(data)),
     )
+
+
+def _remedies(data: Mapping[str, Any]) -> Iterator[str]:
+    """What went with a decision, in words."""
+    raw = data.get("remedies", [data.get("remedy")])
+    for item in raw if isinstance(raw, list) else []:
+        if not isinstance(item, dict) or not item.get("kind"):
+            continue
+        kind, value = clean(str(item["kind"]), 40), as_float(item.get("value"))
+        if kind == "moments":
+            yield f"optimizer moments reset before step {whole(item.get('from_step')):,}"
+            continue
+        what = {"lr": "learning rate", "embed_alpha": "embedding gradients", "clip": "clipping norm"}.get(kind, kind)
+        hold, back = whole(item.get("hold")), whole(item.get("back"))
+        until = f", held for {hold:,} steps and back over {back:,}" if hold or back else ""
+        yield f"{what} x{value:g} from step {whole(item.get('from_step')):,} on{until}"
 
 
 def _with_span(incident: Incident, span: Span, event: Event) -> dict[str, Any]:
     """A rollback's window usually covers the batches that were rejected before it: nothing counts twice."""
-    documents = _documents(event)
+    documents = _documents(event.data)
     total = max(whole(event.data.get("documents_total")), len(documents))
     spans = (*incident.spans, span)
     if not all(span.first <= known.first and known.last <= span.last for known in incident.spans):
         documents = tuple(dict.fromkeys((*incident.documents, *documents)))
         total += incident.documents_total
-    samples, end = 0, 0
-    for first, last in sorted((known.first, known.last) for known in spans):
-        samples += max(0, last - max(first, end))
-        end = max(end, last)
-    return {"spans": spans, "samples": samples, "documents": documents, "documents_total": total}
+    found = {"spans": spans, "samples": _samples(spans), "documents": documents, "documents_total": total}
+    return found | {"named": (*incident.named, *_named(event))}
 
 
-def _documents(event: Event) -> tuple[Document, ...]:
+def _samples(spans: Iterable[Span]) -> int:
+    """Positions that are left out; of a span that means some of its positions, these."""
+    pieces = joined(piece for span in spans for piece in _pieces(span))
+    return sum(last - first for first, last in pieces)
+
+
+def _pieces(span: Span) -> list[tuple[int, int]]:
+    return stretches(span.positions) if span.positions else [(span.first, max(span.first, span.last))]
+
+
+def _named(event: Event) -> tuple[Sample, ...]:
+    """The single samples that a `left_out` line names with their loss and their share."""
+    raw = event.data.get("samples")
+    return tuple(
+        Sample(
+            position=whole(item.get("position")),
+            loss=as_float(item.get("loss")),
+            share=as_float(item.get("share")),
+            documents=_documents(item),
+            excerpt=clean(str(item.get("excerpt") or ""), 200),
+            odd=tuple(clean(str(word), 120) for word in odd) if isinstance(odd := item.get("odd"), list) else (),
+        )
+        for item in (raw if isinstance(raw, list) else [])
+        if isinstance(item, dict)
+    )
+
+
+def _documents(data: Mapping[str, Any]) -> tuple[Document, ...]:
     found = []
-    raw = event.data.get("documents")
+    raw = data.get("documents")
     for item in raw if isinstance(raw, list) else []:
         if isinstance(item, str):
             found.append(Document(path=clean(item, 400)))

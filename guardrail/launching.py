@@ -47,7 +47,8 @@ def prepare(path: str, overrides: tuple[str, ...], run_dir: str | None) -> Prepa
     preflight.check(settings, file=path, overrides=overrides)
     node_rank, text = settings.launch.node_rank, _shared(settings)
     if run_dir is not None:
-        return Prepared(_create_at(Path(run_dir).absolute(), text, node_rank=node_rank), node_rank)
+        folder = Path(run_dir).absolute()
+        return Prepared(_made_by_first_node(folder) if node_rank else RunDirectory.create_at(folder, text), node_rank)
     if node_rank:
         raise UsageError("a further node joins the run of the first one: give its --run-dir DIR")
     return Prepared(RunDirectory.create(settings.run.root, settings.run.name, text), node_rank)
@@ -76,27 +77,14 @@ def _table(tree: dict[str, Any], name: str) -> dict[str, Any]:
     return table if isinstance(table, dict) else {}
 
 
-def _create_at(path: Path, text: str, *, node_rank: int) -> RunDirectory:
-    """A run directory at exactly this place. The other nodes of a run join the one that the first has made."""
-    if node_rank:
-        deadline = time.monotonic() + START_SECONDS
-        while not (path / "config.toml").exists():
-            if time.monotonic() > deadline:
-                raise RunDirectoryError(f"{path}: the first node (launch.node_rank = 0) has not made this run")
-            time.sleep(0.2)
-        return RunDirectory.open(path)
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if any(path.iterdir()):
-            hint = "guardrail launch --resume goes on with a run" if (path / "config.toml").exists() else "not empty"
-            raise RunDirectoryError(f"{path}: exists already\n  hint: {hint}")
-        run = RunDirectory(path)
-        for folder in (run.checkpoints, run.commands, run.logs, run.tensorboard):
-            folder.mkdir(mode=0o700)
-        run.write_config(text)
-    except OSError as error:
-        raise RunDirectoryError(f"cannot make a run directory at {path}: {error.strerror}") from error
-    return run
+def _made_by_first_node(path: Path) -> RunDirectory:
+    """The run directory that the other nodes of a run join."""
+    deadline = time.monotonic() + START_SECONDS
+    while not (path / "config.toml").exists():
+        if time.monotonic() > deadline:
+            raise RunDirectoryError(f"{path}: the first node (launch.node_rank = 0) has not made this run")
+        time.sleep(0.2)
+    return RunDirectory.open(path)
 
 
 # -- going on with a run
@@ -129,9 +117,24 @@ def prepare_resume(spec: str, overrides: tuple[str, ...], *, root: str) -> Prepa
             return None
     preflight.check(settings, file=file, overrides=overrides)
     end_orphans(run, settings.launch.stop_seconds)
+    if settings.launch.node_rank == 0:
+        _refuse_stale(run)
     if overrides and settings.launch.node_rank == 0:
         run.write_config(_shared(settings))
     return Prepared(run, settings.launch.node_rank)
+
+
+def _refuse_stale(run: RunDirectory) -> None:
+    """Answer what was sent to the run as it was before: a stop that found nobody must not end the next start.
+
+    A command for a step that is still to come waits for that step, as it would have without the end in between.
+    """
+    status = run.read_status()
+    reached = status.step if status is not None else 0
+    for command in run.commands_pending():
+        if command.at_step <= reached:
+            reason = "it was sent before the run was started again; send it once more if it is still meant"
+            run.answer(command, applied=False, reason=reason, step=reached)
 
 
 def is_alive(run: RunDirectory, status: Status) -> bool:

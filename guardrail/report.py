@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from guardrail.casebook import Casebook, Deed, Incident, asked_for, whole
+from guardrail.costs import with_costs
 from guardrail.errors import RunDirectoryError
 from guardrail.files import as_float, encode_json
 from guardrail.records import Event, Record, Span, Status
@@ -130,7 +131,7 @@ def build(run: RunDirectory) -> Report:
         tokens=status.tokens if status else 0,
         guard_share=status.guard_share if status else 0.0,
         left_out=_left_out(events),
-        incidents=tuple(Casebook().of(events)),
+        incidents=tuple(with_costs(run, events, Casebook().of(events))),
         by_person=tuple(asked_for(events)),
         commands=tuple(_answered(e) for e in events if e.kind == "command"),
         checkpoints=tuple(_checkpoints(events)),
@@ -150,6 +151,25 @@ def text(run: RunDirectory) -> str:
     from guardrail.telling import tell
 
     return tell(build(run))
+
+
+def written(run: RunDirectory, form: str) -> str:
+    """The report as "terminal" (plain text), "markdown" or "html" (one file, with curves)."""
+    if form == "terminal":
+        return text(run) + "\n"
+    from guardrail import curves, pages
+    from guardrail.outline import outline
+
+    sections = list(outline(build(run)))
+    return pages.markdown(sections) if form == "markdown" else pages.page(sections, curves.draw(run, run.events()))
+
+
+def save(path: str, content: str) -> None:
+    """Write a report. Raises RunDirectoryError: it cannot be written there."""
+    try:
+        Path(path).write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise RunDirectoryError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 # -- quarantine

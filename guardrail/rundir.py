@@ -104,6 +104,22 @@ class RunDirectory:
         return cls(path.absolute())
 
     @classmethod
+    def create_at(cls, path: Path, config_toml: str) -> RunDirectory:
+        """A run directory at exactly this place, which is empty or not there yet. Raises RunDirectoryError."""
+        try:
+            path.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+            if any(path.iterdir()):
+                is_run = (path / "config.toml").exists()
+                hint = "guardrail launch --resume goes on with a run" if is_run else "not empty"
+                raise RunDirectoryError(f"{path}: exists already\n  hint: {hint}")
+            for folder in _FOLDERS:
+                (path / folder).mkdir(mode=FOLDER_MODE)
+            replace_file(path / "config.toml", config_toml.encode("utf-8"))
+        except OSError as error:
+            raise RunDirectoryError(f"cannot make a run directory at {path}: {error.strerror}") from error
+        return cls(path)
+
+    @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunDirectory:
         """An existing run. Raises RunDirectoryError: nothing there, not a run, not yours."""
         where = Path(path).absolute()

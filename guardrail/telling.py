@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Iterable, Iterator
 
-from guardrail.casebook import Deed, Document, Incident
+from guardrail.casebook import Deed, Document, Incident, Sample
 from guardrail.records import CommandKind, Finding, Mode
 from guardrail.report import Answered, CheckpointLine, Report, Restart
 
@@ -14,12 +15,12 @@ MAX_DEEDS = 12  # told of one incident
 
 
 def tell(report: Report) -> str:
-    lines = [*_head(report), "", *_incidents(report.incidents)]
+    lines = [*head_lines(report), "", *_incidents(report.incidents)]
     for title, part in (
         ("Asked for by a person", [f"  step {deed.step:,}  {deed.sentence}" for deed in report.by_person]),
-        ("Commands", [_command(answer) for answer in report.commands]),
-        ("Restarts", [line for restart in report.restarts for line in _restart(restart)]),
-        ("Checkpoints", list(_checkpoints(report.checkpoints))),
+        ("Commands", [command_line(answer) for answer in report.commands]),
+        ("Restarts", [line for restart in report.restarts for line in restart_lines(restart)]),
+        ("Checkpoints", list(shown_checkpoints(report.checkpoints))),
         ("Also noted", [f"  {trouble}" for trouble in report.troubles]),
     ):
         if part:
@@ -27,7 +28,7 @@ def tell(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _head(report: Report) -> Iterator[str]:
+def head_lines(report: Report) -> Iterator[str]:
     of = f" of {report.total_steps:,}" if report.total_steps else ""
     code = f" (exit {report.exit_code})" if report.exit_code is not None else ""
     yield f"{report.run}  {report.state}{code}  step {report.step:,}{of}"
@@ -69,22 +70,62 @@ def _incidents(incidents: tuple[Incident, ...]) -> Iterator[str]:
         number = f"#{incident.number}" if incident.number else "#?"
         yield f"{number}  step {incident.onset:,}  {incident.state}"
         for finding in incident.findings:
-            yield f"    {_finding(finding)}"
+            yield f"    {finding_line(finding)}"
         for rank, names in incident.parameters.items():
             yield f"    rank {rank}: not finite: {', '.join(names)}"
+        if incident.cause:
+            yield f"    cause: {incident.cause}: {incident.cause_reason}"
         for deed in incident.deeds[:MAX_DEEDS]:
-            yield f"    {_deed(deed)}"
+            yield f"    {deed_line(deed)}"
+            yield from (f"      with {remedy}" for remedy in deed.remedies)
         if len(incident.deeds) > MAX_DEEDS:
             yield f"    and {len(incident.deeds) - MAX_DEEDS} more of the kind"
+        if cost := cost_of(incident):
+            yield f"    cost: {cost}"
+        if saved := saved_by(incident):
+            yield f"    saved: {saved}"
+        if incident.outcome:
+            yield f"    outcome: {incident.outcome}"
         yield from _left_out(incident)
 
 
-def _finding(finding: Finding) -> str:
+def cost_of(incident: Incident) -> str:
+    """ "3 steps given up, 12 samples left out, 1.3 s of training, 40 s parked", as far as it was measured."""
+    cost = incident.cost
+    parts = [f"{_count(cost.steps, 'step')} given up"] if cost.steps else []
+    parts += [f"{_count(incident.samples, 'sample')} left out"] if incident.samples else []
+    parts += [f"{_seconds(cost.seconds)} of training"] if cost.seconds == cost.seconds else []
+    parts += [f"{_seconds(cost.parked)} parked"] if cost.parked else []
+    return ", ".join(parts)
+
+
+def saved_by(incident: Incident) -> str:
+    """What was kept out of the weights: only what was measured, no guess at what would have become of the run."""
+    if not incident.cost.rejected:
+        return ""
+    updates = f"{_count(incident.cost.rejected, 'update')} kept out of the weights"
+    worst = next((f for f in incident.findings if f.baseline and not abs(f.value) <= abs(f.baseline)), None)
+    if worst is None:
+        return updates
+    times = f", {worst.value / worst.baseline:.3g} times" if math.isfinite(worst.value) else ""
+    return f"{updates}; {worst.signal} reached {worst.value:.4g} against {worst.baseline:.4g}{times}"
+
+
+def sample_line(sample: Sample) -> str:
+    """One sample that was left out by itself."""
+    where = ", ".join(str(document_line(document)) for document in sample.documents)
+    loss = f"loss {sample.loss:.4g}" if sample.loss == sample.loss else ""
+    share = f"{sample.share:.0%} of the gradient" if sample.share == sample.share else ""
+    facts = ", ".join(part for part in (loss, share, *sample.odd) if part)
+    return f"position {sample.position:,}{f' of {where}' if where else ''}{f': {facts}' if facts else ''}"
+
+
+def finding_line(finding: Finding) -> str:
     onset = f", since step {finding.onset:,}" if finding.onset < finding.step else ""
     return f"step {finding.step:,}: {finding.kind.value.replace('_', ' ')}: {finding.sentence()}{onset}"
 
 
-def _deed(deed: Deed) -> str:
+def deed_line(deed: Deed) -> str:
     if deed.action != "rollback" or deed.to_step is None:
         return deed.sentence or f"{deed.action} at step {deed.step:,}"
     tier = f" from {deed.tier}" if deed.tier else ""
@@ -95,12 +136,11 @@ def _deed(deed: Deed) -> str:
 def _left_out(incident: Incident) -> Iterator[str]:
     if not incident.spans:
         return
-    of = f" of {_count(incident.documents_total, 'document')}" if incident.documents_total else ""
-    where = ", ".join(f"{span.first:,}-{span.last:,}" for span in incident.spans[:8])
-    more = f" and {len(incident.spans) - 8} more stretches" if len(incident.spans) > 8 else ""
-    yield f"    left out: {_count(incident.samples, 'sample')}{of} (positions {where}{more})"
+    yield f"    left out: {stretches_line(incident)}"
+    for sample in incident.named[:MAX_DOCUMENTS]:
+        yield f"      {sample_line(sample)}"
     for document in incident.documents[:MAX_DOCUMENTS]:
-        yield f"      {_document(document)}"
+        yield f"      {document_line(document)}"
         if document.excerpt:
             yield f'        "{document.excerpt}"'
     shown = min(len(incident.documents), MAX_DOCUMENTS)
@@ -108,13 +148,23 @@ def _left_out(incident: Incident) -> Iterator[str]:
         yield f"      and {_count(incident.documents_total - shown, 'more document')}"
 
 
-def _document(document: Document) -> str:
+def stretches_line(incident: Incident) -> str:
+    """ "12 samples of 5 documents (positions 40-44, 44-48, 36-48)", "" where nothing is left out."""
+    if not incident.spans:
+        return ""
+    of = f" of {_count(incident.documents_total, 'document')}" if incident.documents_total else ""
+    where = ", ".join(f"{span.first:,}-{span.last:,}" for span in incident.spans[:8])
+    more = f" and {len(incident.spans) - 8} more stretches" if len(incident.spans) > 8 else ""
+    return f"{_count(incident.samples, 'sample')}{of} (positions {where}{more})"
+
+
+def document_line(document: Document) -> str:
     record = f":{document.record}" if document.record else ""
     stretch = f"  bytes {document.first_byte:,}-{document.last_byte:,}" if document.last_byte else ""
     return f"{document.path}{record}{stretch}"
 
 
-def _command(answer: Answered) -> str:
+def command_line(answer: Answered) -> str:
     value = ""
     if answer.command == CommandKind.POLICY.value and answer.value in range(len(Mode)):
         value = f" {list(Mode)[int(answer.value)].value}"
@@ -125,14 +175,14 @@ def _command(answer: Answered) -> str:
     return f"  step {answer.step:,}  {answer.command or 'command'}{value}{who}  {answer.effect}{reason}"
 
 
-def _restart(restart: Restart) -> Iterator[str]:
+def restart_lines(restart: Restart) -> Iterator[str]:
     lost = f", {_count(restart.steps_lost, 'step')} made again" if restart.steps_lost else ""
     yield f"  {_moment(restart.time)}  {restart.sentence or f'continues at step {restart.step:,}'}{lost}"
     for difference in restart.differs:
         yield f"    differs from what was saved: {difference}"
 
 
-def _checkpoints(checkpoints: Iterable[CheckpointLine]) -> Iterator[str]:
+def shown_checkpoints(checkpoints: Iterable[CheckpointLine]) -> Iterator[str]:
     """Those that are there or went wrong; pruned ones are counted."""
     pruned = 0
     for checkpoint in checkpoints:
@@ -144,6 +194,12 @@ def _checkpoints(checkpoints: Iterable[CheckpointLine]) -> Iterator[str]:
         yield f"  step {checkpoint.step:,}  {checkpoint.state}  {checkpoint.name}{size}{reason}"
     if pruned:
         yield f"  {_count(pruned, 'older one')} pruned"
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
 
 
 def _count(number: int, noun: str) -> str:

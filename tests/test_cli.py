@@ -17,7 +17,7 @@ import pytest
 from guardrail import launching
 from guardrail.cli import COMMANDS, main
 from guardrail.errors import RunDirectoryError
-from guardrail.records import Command, Mode, Phase, Status
+from guardrail.records import Command, CommandKind, Mode, Phase, Status
 from guardrail.rundir import RunDirectory
 
 CONFIG = '[run]\nname = "words"\n[train]\nsteps = 100\n[optim]\nwarmup_steps = 10\n[launch]\ndevice = "cpu"\n'
@@ -296,6 +296,23 @@ def test_resume_refuses_a_run_that_lives_on_another_host(folder: Path) -> None:
     run = make_run(folder)
     with pytest.raises(RunDirectoryError, match="is running on elsewhere"):
         launching.prepare_resume(run.name, (), root="runs")
+
+
+def test_resume_answers_what_was_sent_to_a_dead_run(folder: Path) -> None:
+    """A stop that found nobody does not end the next start; what is due later, or sent afterwards, waits."""
+    run = make_run(folder, phase=Phase.FAILED)
+    sent = [("stop", CommandKind.STOP, 0), ("past", CommandKind.PAUSE, 7), ("later", CommandKind.CHECKPOINT, 8)]
+    for id, kind, at_step in sent:
+        run.send(Command(id=id, kind=kind, at_step=at_step))
+    assert launching.prepare_resume(run.name, (), root="runs") is not None
+    run.send(Command(id="new", kind=CommandKind.STOP))
+    assert [command.id for command in run.commands_pending()] == ["later", "new"]
+    refused = [event for event in run.events() if event.kind == "command"]
+    assert [(event.data["id"], event.data["effect"], event.step) for event in refused] == [
+        ("stop", "refused", 7),
+        ("past", "refused", 7),
+    ]
+    assert "before the run was started again" in refused[0].data["reason"]
 
 
 def test_resume_of_a_run_whose_data_are_gone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

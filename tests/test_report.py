@@ -8,16 +8,18 @@ import random
 import re
 import socket
 import time
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
+from guardrail.cli import main
 from guardrail.errors import RunDirectoryError, UsageError
 from guardrail.ledger import Ledger, Quarantine, SampleOrder
 from guardrail.records import Action, Finding, Kind, Mode, Phase, Severity, Span, Status
-from guardrail.report import Report, as_dict, build, quarantine_lines, text
+from guardrail.report import Report, as_dict, build, quarantine_lines, text, written
 from guardrail.rundir import RunDirectory
 
 DOCUMENT = {"path": "/data/0037.txt", "record": 12, "first_byte": 10, "last_byte": 90, "excerpt": "Ã‚Â Ã‚Â"}
@@ -363,3 +365,192 @@ def test_a_note_by_itself_is_no_incident(tmp_path: Path) -> None:
     }  # fmt: skip
     run.append("finding", "step 21: noted", step=20, action="apply", would=None, findings=[finding], incident=None)
     assert build(run).incidents == ()
+
+
+# -- what it cost, and how it went on
+
+
+def test_what_an_incident_cost_is_what_its_rows_measured(run: RunDirectory) -> None:
+    start(run)
+    rows(run, 1, 2, 3, 4, step_time=2.0)
+    spike(run)  # two tries of step 5; steps 3 and 4 are given up
+    rows(run, 3, 4, 5, timeline=1, step_time=7.0)
+    run.append("paused", "asks", step=5, timeline=1, incident=1, proposals=[{"action": "rollback"}])
+    run.append("resumed", "goes on", step=5, timeline=1)
+    (incident,) = build(run).incidents
+    assert (incident.cost.steps, incident.cost.rejected, incident.cost.seconds) == (2, 2, 4.0)
+    waited = [event.time for event in run.events() if event.kind in ("paused", "resumed")]
+    assert incident.cost.parked == waited[1] - waited[0]
+    told = text(run)
+    assert "cost: 2 steps given up, 12 samples left out, 4 s of training" in told
+    assert "saved: 2 updates kept out of the weights; loss reached 12.5 against 2.31, 5.41 times" in told
+
+
+def test_cause_remedies_samples_and_outcome_are_told(run: RunDirectory) -> None:
+    start(run)
+    spike(run)
+    run.append(
+        "cause", "replayed", step=4, incident=1, cause="hardware or nondeterminism", reason="loss 1 and 2", rank=1
+    )
+    remedy = {"kind": "lr", "value": 0.5, "from_step": 3, "hold": 10, "back": 20}
+    run.append(
+        "remedy", "remedies", step=2, timeline=1, incident=1, remedies=[remedy, {"kind": "moments", "from_step": 3}]
+    )
+    odd = {"position": 41, "id": 7, "loss": 9.5, "share": 0.8, "excerpt": "ÿÿÿÿ", "odd": ["62 % symbols"]}
+    span = Span(first=60, last=64, cause="rejected", step=5, positions=(61,))
+    run.append("left_out", "one sample", step=4, timeline=1, incident=1, span=span, samples=[odd])
+    run.append(
+        "incident", "incident 1: offset: loss 2.4 against 2.31", number=1, state="offset", onset=5, expected=2.31
+    )
+    (incident,) = build(run).incidents
+    assert (incident.state, incident.measured, incident.samples) == ("offset", {"expected": 2.31}, 13)
+    assert incident.closed is not None
+    told = text(run)
+    for part in (
+        "cause: hardware or nondeterminism: loss 1 and 2; rank 1",
+        "learning rate x0.5 from step 3 on, held for 10 steps and back over 20",
+        "optimizer moments reset before step 3",
+        "position 41: loss 9.5, 80% of the gradient, 62 % symbols",
+        "outcome: incident 1: offset: loss 2.4 against 2.31",
+    ):
+        assert part in told, f"{part!r} is not in\n{told}"
+
+
+def test_what_was_undone_is_no_longer_left_out(run: RunDirectory) -> None:
+    finished(run)
+    undone = [event.data["span"] for event in run.events() if event.kind in ("left_out", "rollback")]
+    data = {"to_step": 2, "from_step": 6, "new_timeline": 2, "rollbacks": [1], "pardons": [[36, 48]], "lines": [4]}
+    run.append("undo", "line 9 undone", step=6, timeline=1, spans=undone, incident=1, **data)
+    report = build(run)
+    assert report.left_out == 0 and quarantine_lines(run) == []
+    assert report.incidents[0].samples == 0 and report.incidents[0].deeds[-1].action == "undo"
+    assert "line 9 undone" in text(run)
+
+
+# -- pages
+
+
+class Tags(HTMLParser):
+    """What a browser would see: tags with their attributes, and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: set[str] = set()
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+HARMLESS = set(
+    "html head meta title style body h1 h2 h3 ul li dl dt dd p blockquote figure figcaption "
+    "svg text line polyline polygon circle".split()
+)
+
+
+def test_a_page_holds_the_whole_story_and_its_curves(run: RunDirectory) -> None:
+    finished(run)
+    rows(run, 7, timeline=1, grad_norm=1.0, eval_loss=2.5, loss_baseline=2.0, loss_threshold=9.0)
+    rows(run, 8, timeline=1, verdict=Action.SKIP)
+    seen = Tags(page := written(run, "html"))
+    assert seen.open == [] and seen.tags <= HARMLESS
+    for part in (
+        "step 6 of 6",
+        "Incident 1: step 5, recovered",
+        "2 steps given up",
+        "0037.txt:12",
+        "Ã‚Â Ã‚Â",
+        "lr 0.5",
+    ):
+        assert part in seen.text, part
+    assert "loss (nats a token)" in seen.text and "gradient norm" in seen.text and page.count("<svg") == 2
+    assert page.count('class="tried"') == 3, "two tries of step 5, one of step 8"
+    assert 'class="gone"' in page and 'class="here"' in page and 'class="eval"' in page
+    assert not re.search(r"https?://|url\(|@import", page), "nothing is fetched"
+
+
+def test_markdown_tells_the_same(run: RunDirectory) -> None:
+    finished(run)
+    told = written(run, "markdown")
+    for part in (
+        f"# {run.name}  finished (exit 0)",
+        "### Incident 1: step 5, recovered",
+        "- **Cost:** 2 steps given up, 12 samples left out",
+        "  > Ã‚Â Ã‚Â",
+        "## Checkpoints",
+    ):
+        assert part in told, f"{part!r} is not in\n{told}"
+
+
+def test_hostile_text_stays_text(run: RunDirectory) -> None:
+    evil = "</li><script>alert(1)</script><img src=x onerror=alert(1)> [a](javascript:x) ![b](//x) `c` \x1b[2J\n# zz"
+    start(run, host=evil)
+    rows(run, 1, 2)
+    document = {"path": evil, "excerpt": evil}
+    span = Span(first=0, last=4, cause="rejected", step=1, reason=evil)
+    run.append("verdict", evil, step=1, action="skip", findings=[finding(2, signal=evil)], incident=1)
+    run.append("left_out", evil, step=1, span=span, documents=[document], incident=1)
+    run.append("cause", evil, incident=1, cause=evil, reason=evil)
+    run.append("hung", evil)
+    run.append("ended", evil, phase=evil, reason=evil)
+    page = written(run, "html")
+    seen = Tags(page)
+    assert seen.open == [] and seen.tags <= HARMLESS
+    assert not {name for name in seen.attributes if name in ("src", "href", "style") or name.startswith("on")}
+    assert "<script>alert(1)</script>" in seen.text
+    told = written(run, "markdown")
+    assert "<" not in told and not re.search(r"(?<!\\)[\[\]`]", told)
+    assert not [line for line in told.splitlines() if line.startswith("# zz")]
+    for content in (page, told):
+        assert_harmless(content)
+
+
+def test_a_run_without_rows_has_pages_too(run: RunDirectory) -> None:
+    for form in ("terminal", "markdown", "html"):
+        assert "No incidents" in written(run, form)
+
+
+def test_a_file_is_written_in_the_form_that_its_name_asks_for(run: RunDirectory, tmp_path: Path) -> None:
+    finished(run)
+    for name, begin in (("a.md", "# "), ("a.html", "<!doctype html>"), ("a.txt", run.name), ("a.json", "{")):
+        options = ["--json"] if name == "a.json" else []
+        assert main(["report", str(run.path), "-o", str(tmp_path / name), *options]) == 0
+        assert (tmp_path / name).read_text(encoding="utf-8").startswith(begin)
+    assert main(["report", str(run.path), "-o", str(tmp_path / "no" / "a.md")]) == 2
+    assert main(["report", str(run.path), "--json", "--format", "html"]) == 2
+
+
+def test_a_million_steps_make_a_small_picture(run: RunDirectory) -> None:
+    import numpy as np
+
+    with run.metrics_writer() as writer:
+        columns = writer.columns
+        writer.append({"step": 1, "timeline": 0, "loss": 5.0, "verdict": 0})
+    table = np.full((300_000, len(columns)), np.nan)
+    table[:, columns.index("step")] = np.arange(2, 300_002)
+    table[:, columns.index("timeline")] = table[:, columns.index("verdict")] = 0
+    table[:, columns.index("loss")] = 2.0 + np.random.default_rng(0).normal(size=300_000) * 0.01
+    table[150_000, columns.index("loss")] = 400.0
+    with run.metrics_path.open("ab") as file:
+        file.write(table.astype("<f8").tobytes())
+    page = written(run, "html")
+    assert len(page) < 60_000
+    (line,) = re.findall(r'<polyline class="here" points="([^"]*)"', page)
+    heights = [float(point.split(",")[1]) for point in line.split()]
+    assert min(heights) < 30 and sorted(heights)[5] > 100, "the one spike reaches the top"

@@ -1,0 +1,63 @@
+"""What an incident has cost, by the rows and the journal of its run: only what was measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+import msgspec
+
+from guardrail.casebook import Cost, Incident, whole
+from guardrail.records import Event
+from guardrail.rundir import MetricsView, RunDirectory
+from guardrail.timelines import Timelines
+
+
+def with_costs(run: RunDirectory, events: list[Event], incidents: list[Incident]) -> Iterator[Incident]:
+    """The incidents, each with what its rows and its journal lines say that it took."""
+    if not incidents:
+        return
+    view = run.metrics(["step", "timeline", "verdict", "step_time"])
+    parked = _parked(events)
+    for incident in incidents:
+        yield msgspec.structs.replace(incident, cost=_cost(incident, view, events, parked.get(incident.number, 0.0)))
+
+
+def _cost(incident: Incident, view: MetricsView, events: list[Event], parked: float) -> Cost:
+    """Rows that its rollbacks gave up, and tries that were rejected, with the seconds that both have taken."""
+    import numpy as np
+
+    steps, timelines, verdicts, seconds = view.array.T
+    given_up = np.zeros(len(view), dtype=bool)
+    tried = np.zeros(len(view), dtype=bool)
+    for deed in incident.deeds:
+        if deed.new_timeline >= 0 and deed.to_step is not None:
+            before = Timelines()
+            before.add_events(
+                e for e in events if e.time <= deed.time and e.data.get("new_timeline") != deed.new_timeline
+            )
+            present = before.current(steps, timelines) & (timelines < deed.new_timeline)
+            given_up |= present & (steps > deed.to_step) & (verdicts == 0)
+        if not deed.action.startswith("would"):
+            tried |= (timelines == deed.timeline) & (steps == deed.step + 1) & (verdicts != 0)
+    took = seconds[given_up | tried]
+    return Cost(
+        steps=sum(deed.steps_lost for deed in incident.deeds),
+        seconds=float(np.nansum(took)) if len(took) else math.nan,
+        parked=parked,
+        rejected=int(tried.sum()),
+    )
+
+
+def _parked(events: Iterable[Event]) -> dict[int, float]:
+    """Seconds for which each incident's question waited: number -> seconds."""
+    found: dict[int, float] = {}
+    since: Event | None = None
+    for event in events:
+        if since is not None and event.kind in ("resumed", "ended", "rollback", "restarted"):
+            number = whole(since.data.get("incident"))
+            found[number] = found.get(number, 0.0) + max(0.0, event.time - since.time)
+            since = None
+        elif event.kind == "paused":
+            since = event
+    return found

@@ -1,0 +1,166 @@
+"""The signals of a run as SVG, for a page that must stand alone: band, present, abandoned stretches, rejected tries.
+
+A curve has two points for each column of pixels at most, the least and the greatest value in it, so that a million
+steps make a small file and no spike is lost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from guardrail.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Action, Event
+from guardrail.rundir import MetricsView, RunDirectory
+
+if TYPE_CHECKING:
+    import numpy as np
+
+WIDTH, HEIGHT = 960, 220
+LEFT, RIGHT, TOP, BOTTOM = 64, 12, 14, 22  # margins in pixels
+LOGARITHMIC = 20.0  # greatest over median value from which on an axis is logarithmic
+MAX_TRIES = 500  # rejected tries that are drawn of one signal
+NAMES = {LOSS: "loss (nats a token)", GRAD_NORM: "gradient norm", EMBED_GRAD_NORM: "gradient norm of the embedding"}
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Data -> pixels; `low` and `high` are logarithms where it is logarithmic."""
+
+    low: float
+    high: float
+    begin: float
+    end: float
+    log: bool = False
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        import numpy as np
+
+        seen = np.log10(np.maximum(values, 10.0**self.low)) if self.log else values
+        share = (np.clip(seen, self.low, self.high) - self.low) / (self.high - self.low)
+        return self.begin + share * (self.end - self.begin)
+
+    def ticks(self) -> list[float]:
+        """At most seven round numbers."""
+        if self.log:
+            decades = range(math.ceil(self.low), math.floor(self.high) + 1)
+            found = [10.0**decade for decade in decades]
+            return found[:: max(1, -(-len(found) // 6))] or [10.0 ** ((self.low + self.high) / 2)]
+        raw = (self.high - self.low) / 5
+        unit = 10.0 ** math.floor(math.log10(raw))
+        step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= raw)
+        first = math.ceil(self.low / step - 1e-9)
+        return [step * number for number in range(first, math.floor(self.high / step + 1e-9) + 1)]
+
+
+def draw(run: RunDirectory, events: Iterable[Event]) -> list[tuple[str, str]]:
+    """(name, SVG) of each signal that the run has measured."""
+    import numpy as np
+
+    view = run.metrics()
+    if not len(view):
+        return []
+    steps = np.asarray(view.column("step"))
+    present = view.current()
+    marks = [
+        (float(event.data["to_step"]), event.kind)
+        for event in events
+        if event.kind in ("rollback", "undo") and isinstance(event.data.get("to_step"), int)
+    ]
+    low, high = float(np.nanmin(steps)), float(np.nanmax(steps))
+    across = Axis(low, max(high, low + 1), LEFT, WIDTH - RIGHT)
+    found = []
+    for signal in (LOSS, GRAD_NORM, EMBED_GRAD_NORM):
+        if np.isfinite(view.column(signal)).any():
+            found.append((NAMES[signal], _picture(view, signal, across, present, marks)))
+    return found
+
+
+def _picture(view: MetricsView, signal: str, across: Axis, present: np.ndarray, marks: list[tuple[float, str]]) -> str:
+    import numpy as np
+
+    steps, values = np.asarray(view.column("step")), np.asarray(view.column(signal))
+    applied = np.asarray(view.column("verdict")) == list(Action).index(Action.APPLY)
+    up = _axis(values[applied & np.isfinite(values)], values[np.isfinite(values)])
+    parts = [*_frame(across, up)]
+    base, top = np.asarray(view.column(f"{signal}_baseline")), np.asarray(view.column(f"{signal}_threshold"))
+    known = present & applied & np.isfinite(base) & np.isfinite(top)
+    parts += _band(across, up, steps[known], base[known], top[known])
+    for step, kind in marks:
+        x = float(across(np.array(step)))
+        parts.append(f'<line class="mark {kind}" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+    gone = applied & ~present & np.isfinite(values)
+    parts += _line("gone", across, up, steps[gone], values[gone], view.column("timeline")[gone])
+    here = applied & present & np.isfinite(values)
+    parts += _line("here", across, up, steps[here], values[here])
+    tried = ~applied
+    for x, y, finite in zip(
+        across(steps[tried][-MAX_TRIES:]).tolist(),
+        up(np.nan_to_num(values[tried][-MAX_TRIES:], nan=math.inf, posinf=math.inf)).tolist(),
+        np.isfinite(values[tried][-MAX_TRIES:]).tolist(),
+        strict=True,
+    ):
+        parts.append(f'<circle class="tried{"" if finite else " nan"}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>')
+    if signal == LOSS:
+        held_out = np.asarray(view.column("eval_loss"))
+        told = present & np.isfinite(held_out)
+        for x, y in zip(across(steps[told]).tolist(), up(held_out[told]).tolist(), strict=True):
+            parts.append(f'<circle class="eval" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>')
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{NAMES[signal]}">{"".join(parts)}</svg>'
+
+
+def _axis(applied: np.ndarray, finite: np.ndarray) -> Axis:
+    import numpy as np
+
+    seen = applied if len(applied) else finite
+    low, high = float(seen.min()), float(max(seen.max(), np.quantile(finite, 0.999)))
+    if low > 0 and high > LOGARITHMIC * float(np.median(seen)):
+        return Axis(math.log10(low) - 0.05, math.log10(high) + 0.05, HEIGHT - BOTTOM, TOP, log=True)
+    room = 0.05 * (high - low) or max(1e-9, abs(high)) * 0.05
+    return Axis(low - room, high + room, HEIGHT - BOTTOM, TOP)
+
+
+def _frame(across: Axis, up: Axis) -> Iterator[str]:
+    import numpy as np
+
+    for tick in up.ticks():
+        y = float(up(np.array(tick)))
+        yield f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        yield f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:.4g}</text>'
+    for tick in across.ticks():
+        x = float(across(np.array(tick)))
+        yield f'<text x="{x:.1f}" y="{HEIGHT - 6}" text-anchor="middle">{tick:,.0f}</text>'
+
+
+def _band(across: Axis, up: Axis, steps: np.ndarray, base: np.ndarray, top: np.ndarray) -> Iterator[str]:
+    """What the guard expected, as an area from the baseline to the threshold."""
+    if len(steps) < 2:
+        return
+    xs, lower, upper = across(steps), up(base), up(top)
+    every = max(1, len(xs) // (WIDTH - LEFT - RIGHT))
+    forth = [f"{x:.1f},{y:.1f}" for x, y in zip(xs[::every].tolist(), upper[::every].tolist(), strict=True)]
+    back = [f"{x:.1f},{y:.1f}" for x, y in zip(xs[::every].tolist(), lower[::every].tolist(), strict=True)]
+    yield f'<polygon class="band" points="{" ".join([*forth, *reversed(back)])}"/>'
+
+
+def _line(
+    name: str, across: Axis, up: Axis, steps: np.ndarray, values: np.ndarray, parts: np.ndarray | None = None
+) -> Iterator[str]:
+    """One polyline, or one for each of `parts`: timelines that were given up."""
+    import numpy as np
+
+    if parts is not None:
+        for part in np.unique(parts).tolist():
+            yield from _line(name, across, up, steps[parts == part], values[parts == part])
+        return
+    if not len(steps):
+        return
+    xs, ys = across(steps), up(values)
+    columns = np.floor(xs).astype(np.int64)
+    firsts = np.flatnonzero(np.diff(columns, prepend=columns[0] - 1))
+    points = []
+    for begin, end in zip(firsts.tolist(), [*firsts[1:].tolist(), len(xs)], strict=True):
+        ends = sorted({begin + int(np.argmin(ys[begin:end])), begin + int(np.argmax(ys[begin:end]))})
+        points += [f"{xs[at]:.1f},{ys[at]:.1f}" for at in ends]
+    yield f'<polyline class="{name}" points="{" ".join(points)}"/>'
