@@ -321,6 +321,7 @@ class Guard:
             shuffled=self.ledger.order.shuffled,
             batch_size=self.ledger.batch_size,
             host=socket.gethostname(),
+            device=self.probes.device.type,
             versions=VERSIONS,
             **self._identity,
         )
@@ -340,6 +341,7 @@ class Guard:
             f"continues at step {self.step} from {where}",
             checkpoint=restored.name if restored else "",
             world=self.world,
+            device=self.probes.device.type,
         )
         if check:
             wrong = [name for name, outcome in check.items() if outcome != "ok"]
