@@ -7,11 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from guardrail.config import Settings
 from guardrail.errors import ExitCode
+from guardrail.schema import typed
 from guardrail.tui.keys import markdown
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +71,7 @@ def test_every_command_line_runs(tmp_path: Path) -> None:
         if words[1] == "launch" and "--resume" not in words:
             run = done.stdout.split()[0]
             assert (Path(run) / "config.toml").is_file()
-    assert {"launch", "attach", "runs", "report", "verify", "doctor"} <= set(ran)
+    assert {"launch", "attach", "runs", "report", "verify", "doctor", "replay"} <= set(ran)
 
 
 def test_the_loop_of_ones_own_runs(tmp_path: Path) -> None:
@@ -93,3 +96,8 @@ def test_the_picture_is_there() -> None:
 
 def test_numbers_stand_where_they_are_promised() -> None:
     assert "|" in between("numbers"), "the table of measured numbers is empty"
+
+
+@pytest.mark.parametrize("block", blocks("toml"))
+def test_every_piece_of_configuration_is_one(block: str) -> None:
+    typed(tomllib.loads(block), Settings, file="README.md").check(base=ROOT)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -69,26 +70,36 @@ def files(run: RunDirectory) -> dict[Path, tuple[int, int]]:
     return {path: ((info := path.stat()).st_mtime_ns, info.st_size) for path in run.path.rglob("*")}
 
 
-def replayed(run: RunDirectory, stretch: Plan, world: int) -> Outcome:
-    """The replay, with ranks that are forked instead of launched."""
-    scratch = prepare(run, stretch)
-    assert train(scratch, world) in ("stopped", "finished")
-    compared = Comparison(run, scratch, stretch)
-    try:
-        return outcome(run, scratch, stretch, compared, keep=False)
-    finally:
-        shutil.rmtree(scratch.path)
+class Again(NamedTuple):
+    """A replay of the whole run, by ranks that are forked instead of launched."""
+
+    stretch: Plan
+    scratch: RunDirectory
+    before: dict[Path, tuple[int, int]]  # files of the run before it
+
+    def held_against(self, run: RunDirectory) -> Outcome:
+        compared = Comparison(run, self.scratch, self.stretch)
+        return outcome(run, self.scratch, self.stretch, compared, keep=False)
 
 
-def test_a_whole_run_from_its_beginning(eventful: RunDirectory) -> None:
+@pytest.fixture(scope="module")
+def again(eventful: RunDirectory) -> Iterator[Again]:
     before = files(eventful)
-    found = replayed(eventful, plan(eventful), 2)
+    scratch = prepare(eventful, stretch := plan(eventful))
+    assert train(scratch, 2) in ("stopped", "finished")
+    yield Again(stretch, scratch, before)
+    shutil.rmtree(scratch.path)
+
+
+def test_a_whole_run_from_its_beginning(eventful: RunDirectory, again: Again) -> None:
+    found = again.held_against(eventful)
     assert found.same, found.sentence()
     assert (found.from_step, found.to_step, found.steps, found.missing) == (0, 64, 64, 0)
     assert {"loss", "grad_norm", "embed_grad_norm", "lr", "tokens", "first", "last", "eval_loss"} <= set(found.columns)
     assert (found.weights_step, found.weights_same) == (64, True)
     assert "steps 1 to 64" in found.sentence() and "so are the weights after step 64" in found.sentence()
-    assert files(eventful) == before, "the run itself is only read"
+    assert files(eventful) == again.before, "the run itself is only read"
+    assert not [e for e in of_kind(again.scratch, "verdict") if e.seq > eventful.events()[-1].seq], "nothing is decided"
 
 
 def test_an_incident_from_the_checkpoint_before_it_by_the_command_line(
@@ -101,13 +112,11 @@ def test_an_incident_from_the_checkpoint_before_it_by_the_command_line(
     said = json.loads(capfd.readouterr().out)
     assert said["same"] and said["steps"] == stretch.to_step - stretch.from_step and said["first"] is None
     scratch = RunDirectory.open(said["scratch"])
-    assert scratch.path.parent == eventful.path.parent
-    assert not of_kind(scratch, "verdict")[len(of_kind(eventful, "verdict")) :], "nothing is decided anew"
+    assert scratch.path.parent == eventful.path.parent and len(scratch.metrics()) == said["steps"]
     shutil.rmtree(scratch.path)
-    assert [path.name for path in eventful.path.parent.iterdir()] == [eventful.path.name]
 
 
-def test_a_number_that_is_not_the_same_is_named(eventful: RunDirectory, tmp_path: Path) -> None:
+def test_a_number_that_is_not_the_same_is_named(eventful: RunDirectory, again: Again, tmp_path: Path) -> None:
     run = copied(eventful, tmp_path)
     view = run.metrics()
     row = int(np.flatnonzero(view.current() & (view.column("step") == 40))[0])
@@ -116,26 +125,17 @@ def test_a_number_that_is_not_the_same_is_named(eventful: RunDirectory, tmp_path
     was = float(table[row, column])
     table[row, column] = np.nextafter(was, 9.0)
     table.flush()
-    found = replayed(run, plan(run), 2)
+    found = again.held_against(run)
     assert not found.same and found.first is not None
     assert (found.first.step, found.first.column, found.first.now) == (40, "grad_norm", was)
     assert "not the same: grad_norm of step 40 was" in found.sentence()
 
 
 def test_the_same_numbers_with_other_weights_are_not_the_same(
-    eventful: RunDirectory, monkeypatch: pytest.MonkeyPatch
+    eventful: RunDirectory, again: Again, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stretch = plan(eventful)
-    scratch = prepare(eventful, stretch)
-    for name in ("metrics.bin", "metrics.json"):
-        shutil.copy(eventful.path / name, scratch.path / name)
-    newest = checkpoint_dirs(eventful.checkpoints)[0]
-    shutil.copytree(newest, scratch.checkpoints / newest.name)
-    compared = Comparison(eventful, scratch, stretch)
-    assert outcome(eventful, scratch, stretch, compared, keep=False).same
     monkeypatch.setattr(replaying, "fingerprint", str)  # two folders, two fingerprints
-    found = outcome(eventful, scratch, stretch, compared, keep=False)
-    shutil.rmtree(scratch.path)
+    found = again.held_against(eventful)
     assert not found.same and found.first is None and "the weights after step 64 are others" in found.sentence()
 
 
