@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
 from msgspec import structs
 
 from guardrail.past import Past, StepSetting
@@ -134,7 +135,9 @@ class Scene:
         asked = next((e for e in reversed(events) if e.kind in ("paused", "resumed", "restarted")), None)
         parked = asked if asked is not None and asked.kind == "paused" and status.question else None
         end = int(parked.data.get("end") or 0) if parked is not None else 0
-        oldest = min((info.step for info in status.snapshots), default=0)
+        # Of a long run only the rows behind the oldest state that anybody can go back to are read.
+        usable = [info.step for info in status.snapshots if info.state in ("good", "candidate")]
+        oldest = min(usable, default=status.step)
         return cls(
             step=status.step,
             cursor=status.cursor,
@@ -147,6 +150,23 @@ class Scene:
             events=events,
             ledger=ledger_of(events, past),
         )
+
+    @property
+    def choices(self) -> list[Preview]:
+        """What the answers to the open question would do, as the guard has journaled it; [] without a question."""
+        paused = next((e for e in reversed(self.events) if e.kind in ("paused", "resumed", "restarted", "ended")), None)
+        raw = paused.data.get("proposals") if paused is not None and paused.kind == "paused" else None
+        found = []
+        for one in raw if isinstance(raw, list) else []:
+            try:
+                given = {
+                    "command": one["action"],
+                    **{name: one[name] for name in one if name in Preview.__struct_fields__},
+                }
+                found.append(msgspec.convert(given, Preview, strict=False))
+            except (msgspec.ValidationError, AttributeError, KeyError):
+                return []  # of another version: better no answer than another's
+        return found
 
     def seconds_since(self, step: int) -> float:
         """What the applied steps after `step` took; NaN where one of them has no row."""
@@ -191,6 +211,11 @@ def of(scene: Scene, command: Command) -> Preview:
             return _plain(scene, kind, value, remark=remark)
         case CommandKind.POLICY:
             return _plain(scene, kind, value, remark=f"{list(Mode)[int(value)].value} instead of {scene.mode.value}")
+        case CommandKind.ANSWER:
+            asked = scene.choices
+            if int(value) < len(asked):
+                return structs.replace(asked[int(value)], value=value)
+            return _plain(scene, kind, value, possible=False, refusal="no question is open")
         case CommandKind.STOP:
             return _plain(
                 scene, kind, value, remark=f"saves after step {scene.step:,} and ends; a resume goes on there"

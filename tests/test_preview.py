@@ -122,6 +122,7 @@ def test_an_undo_goes_to_the_newest_state_from_before_the_decision_candidates_to
         (CommandKind.STOP, 0, "saves after step 30"),
         (CommandKind.EMBED_ALPHA, 0.1, "x0.1 instead of x1 from step 31"),
         (CommandKind.RESUME, 0, "would be refused: training is not paused"),
+        (CommandKind.ANSWER, 0, "would be refused: no question is open"),
     ],
 )
 def test_the_rest_is_said_in_words(kind: CommandKind, value: float, said: str) -> None:
@@ -164,6 +165,10 @@ def test_parked_beyond_the_timeout_of_a_collective_and_what_was_foretold_comes_t
     by_hand = foretold(run, "rollback", "10")
     assert (by_hand["to_step"], by_hand["steps_lost"], by_hand["window"]) == (10, 10, [80, 184])
     assert foretold(run, "rollback", "3", code=2)["refusal"].endswith("of step 3")
+    assert foretold(run, "answer", "1")["remark"] == going_on["remark"]
+    each = CliRunner().invoke(ctl, [str(run.path), "answer", "--preview"], standalone_mode=False).stdout.splitlines()
+    assert [line.split(":")[:2] for line in each] == [["0", " rollback"], ["1", " go on"], ["2", " stop"]]
+    assert each[0] == f"0: {proposed['text']}"
     newest = foretold(run, "undo")
     assert (newest["to_step"], newest["returned"]) == (20, 8)
     time.sleep(max(0.0, began + 1.5 * seconds - time.monotonic()))

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from guardrail.commands.common import json_option, print_json, root_option, the_run
+
+if TYPE_CHECKING:
+    from guardrail.rundir import RunDirectory
 
 
 @click.command(short_help="Send a command to a run and wait for its answer.")
@@ -34,25 +39,38 @@ def command(
     answer N              to the guard's question: 0 do as proposed, 1 go on, 2 stop
 
     Prints what took effect and at which step. Exit code 2 if the run refuses, is not running or does not answer.
-    With --preview it prints where the command would go, what is lost and what is left out, and nothing is sent.
+    With --preview it prints where the command would go, what is lost and what is left out, and nothing is sent;
+    `answer --preview` says it of each answer to the guard's question.
     """
     from guardrail import control
     from guardrail.errors import ExitCode
 
     found = the_run(run, root)
-    wanted = control.parse(action, value, at_step=at_step)
     if preview:
-        from guardrail.preview import Scene, of
-
-        foreseen = of(Scene.of(found), wanted)
-        if as_json:
-            print_json(foreseen)
-        else:
-            click.echo(foreseen.sentence())
-        return ExitCode.FINISHED if foreseen.possible else ExitCode.USAGE
+        return _preview(found, action, value, as_json=as_json)
+    wanted = control.parse(action, value, at_step=at_step)
     answer = control.send(found, wanted, seconds=seconds)
     if as_json:
         print_json(control.as_dict(answer))
     else:
         click.echo(control.sentence(answer))
     return ExitCode.FINISHED
+
+
+def _preview(run: RunDirectory, action: str, value: str | None, *, as_json: bool) -> int:
+    """What the command would do; of an answer without a value, what each of them would."""
+    from guardrail import control
+    from guardrail.errors import ExitCode
+    from guardrail.preview import Scene, of
+
+    scene = Scene.of(run)
+    values = (
+        [str(choice) for choice in range(len(scene.choices) or 1)] if action == "answer" and value is None else [value]
+    )
+    foreseen = [of(scene, control.parse(action, one)) for one in values]
+    if as_json:
+        print_json(foreseen if len(foreseen) > 1 else foreseen[0])
+    else:
+        for at, one in enumerate(foreseen):
+            click.echo(f"{at}: {one.sentence()}" if len(foreseen) > 1 else one.sentence())
+    return ExitCode.FINISHED if all(one.possible for one in foreseen) else ExitCode.USAGE
