@@ -102,6 +102,9 @@ class GuardSection(Section, frozen=True, kw_only=True):
     # fp16: overflows in a row that are no longer the search for a loss scale (8 divide it by 256): the gradients
     # themselves are broken, which calls for a rollback.
     overflows: Positive = 8
+    # At the first rejected step of an incident a few batches are run again, to tell data, state and hardware apart; for
+    # loops that hand the guard a way to run a batch, as the built-in trainer does.
+    cause_test: bool = True
     # Applied healthy steps after which a snapshot or checkpoint counts as good.
     confirm: Natural = 8
     # Stretches [first, last) of positions of the sample order whose batches are applied whatever is found, as far as

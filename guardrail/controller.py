@@ -299,6 +299,11 @@ class Controller:
             )
         return f"{what}, {cause}: go back before step {before}, leave out positions {window[0]} to {window[1] - 1}"
 
+    @property
+    def applied(self) -> tuple[Applied, ...]:
+        """The last batches whose updates were applied, oldest first."""
+        return tuple(self._history)
+
     # -- what is known -------------------------------------------------------------------------------------------
 
     def bands(self) -> dict[str, tuple[float, float]]:

@@ -261,6 +261,33 @@ class Ledger:
             streak=self._streak(first),
         )
 
+    def after(self, batch: Batch) -> Batch | None:
+        """The batch that follows `batch` if it is applied; None at the end of the data. Nothing moves."""
+        position = self.state()
+        self.passed(batch, applied=True)
+        try:
+            return self.next_batch()
+        except DataError:
+            return None  # said when that batch is really wanted
+        finally:
+            self.restore(position)
+
+    def stretch(self, first: int, last: int) -> Batch | None:
+        """What is not quarantined of the positions [first, last) as a batch; None where nothing is left."""
+        return self.chosen(range(first, last))
+
+    def chosen(self, positions: Iterable[int]) -> Batch | None:
+        """What is not quarantined of ascending positions as a batch; None where nothing is left."""
+        kept = [(p, s) for p in positions if not self.quarantine.holds(s := self.order.sample(p), self.order.epoch(p))]
+        if not kept:
+            return None
+        return Batch(
+            first=kept[0][0],
+            last=kept[-1][0] + 1,
+            positions=tuple(position for position, _ in kept),
+            samples=tuple(sample for _, sample in kept),
+        )
+
     def _streak(self, first: int) -> int:
         """Rejected spans between the last applied batch and position `first`."""
         begin = bisect_left(self._rejected, (self.applied_end, 0))

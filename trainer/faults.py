@@ -9,7 +9,8 @@ The loop calls one hook at each place where a fault can strike:
     faults.gradients(model)                          # reduced gradients, before the probes measure them
 
 A loop whose `Faults` is empty (false) skips them. A fault by position strikes the batches that use a position of its
-stretch, so a quarantined stretch never strikes again; a fault by step strikes each attempt at that step.
+stretch, so a quarantined stretch never strikes again; a fault by step strikes each attempt at that step; one by both
+strikes where both are met.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from torch import Tensor, nn
 from trainer.config import FaultSection
 from trainer.objectives import IGNORED
 from trainer.parallel import unwrapped
+
+ENDINGS = ("hang", "exit", "raise")
 
 
 class StagedFault(RuntimeError):
@@ -63,6 +66,19 @@ class Faults:
             if self._left[index] and _meets(section, step, positions):
                 self._left[index] -= 1
                 self._now.append(section)
+
+    def again(self, *, step: int, positions: Sequence[int]) -> None:
+        """Choose what strikes a replay, which uses no fault up.
+
+        What is in the data (a fault by position) is in it again, and what is in the state (a fault by step) as long as
+        the state is that of the step. A fault that has struck as often as its `times` says does not come again, as
+        with hardware that fails once. Nothing hangs or ends a process a second time.
+        """
+        self._now = [
+            section
+            for section, left in zip(self._sections, self._left, strict=True)
+            if left and section.kind not in ENDINGS and _meets(section, step, positions)
+        ]
 
     def labels(self, micro: int, labels: Tensor) -> Tensor:
         """Labels [B, T] of a micro-batch, all ignored where the fault says so; the argument is not written to."""
@@ -107,8 +123,10 @@ class Faults:
 
 
 def _meets(fault: FaultSection, step: int, positions: Sequence[int]) -> bool:
-    if fault.step:
-        return step == fault.step
+    if fault.step and step != fault.step:
+        return False
+    if fault.step and fault.last <= fault.first:
+        return True
     return any(fault.first <= position < fault.last for position in positions)
 
 

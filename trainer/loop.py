@@ -18,11 +18,12 @@ from torch import Tensor
 from guardrail.config import dump
 from guardrail.errors import DataError, Interrupted, RunDirectoryError
 from guardrail.heartbeat import Heartbeat, this_start
-from guardrail.ledger import SampleOrder
+from guardrail.ledger import Batch, SampleOrder
 from guardrail.records import Phase
 from guardrail.rundir import RunDirectory, RunLock
 from guardrail.signals import StopSignals
 from guardrail.torch.guard import Guard, Step
+from guardrail.torch.replays import Rows
 from trainer.build import build_model, build_objective, clipping, stabilise
 from trainer.config import Config
 from trainer.data.corpus import Corpus
@@ -98,6 +99,7 @@ class Trainer:
             growing=bool(config.train.ramp_from),
         )
         self.micro_batches: list[MicroBatch] = []  # of the last step
+        self._rows: list[tuple[Tensor, Tensor]] | None = None  # of a replay that asks for each row's loss
         self.nominal = config.train.batch_size * config.data.sequence_length  # label tokens of a full batch
         torch.manual_seed(config.train.seed)
         model = build_model(config, vocabulary=corpus.vocabulary + self.objective.extra_ids)
@@ -129,6 +131,7 @@ class Trainer:
             heartbeat=self.heartbeat,
             describe=self._describe,
             rerun=self._rerun,
+            replay=self._replay,
             fixed_loss=self._fixed_loss,
             lr_at=schedule,
             identity={"data": corpus.fingerprint, "config": hashlib.sha256(dump(config).encode()).hexdigest()},
@@ -171,7 +174,7 @@ class Trainer:
             self.faults.gradients(self.model)
         step.finish(total, tokens=tokens, nominal_tokens=self.nominal, incomplete=incomplete)
 
-    def _accumulated(self) -> tuple[Tensor, Tensor, bool]:
+    def _accumulated(self, *, stoppable: bool = True) -> tuple[Tensor, Tensor, bool]:
         """Micro-batch after micro-batch: (sum of losses, label tokens, whether a stop has left some out)."""
         config = self.config
         total = torch.zeros((), device=self.device)
@@ -179,7 +182,7 @@ class Trainer:
         incomplete = False
         for index, micro in enumerate(self.micro_batches):
             last = index == len(self.micro_batches) - 1
-            if self.guard.stopping and not last and not is_sharded(self.model):
+            if stoppable and self.guard.stopping and not last and not is_sharded(self.model):
                 # Before the last micro-batch no rank waits for another: what is left can be given back.
                 incomplete = True
                 continue
@@ -190,6 +193,7 @@ class Trainer:
             with accumulating(self.model, last=last):
                 logits = self.model(inputs, **self._extra(micro.extra))
                 loss, count = self.loss_sum(logits, labels)
+                self._tell_rows(index, logits, labels)
                 if self.faults:
                     loss = self.faults.loss(index, self.model, loss, scale=self.scaler.get_scale())
                 trained = loss
@@ -203,6 +207,37 @@ class Trainer:
     def _scaled(self, loss: Tensor) -> Tensor:
         """The summed loss of a micro-batch -> what its backward pass begins with; see trainer.objectives."""
         return self.scaler.scale(loss * (self.config.layout.data_ranks / self.nominal))
+
+    def _replay(self, batch: Batch, step: int, rows: Rows | None) -> tuple[Tensor, Tensor, float]:
+        """Forward and backward over this rank's share of any batch; what is known of the last step stays as it is."""
+        held, peaks = self.micro_batches, self.qk_clip.peaks() if self.qk_clip is not None else []
+        self.micro_batches = self.loader.read(batch)
+        self._rows = [] if rows is not None else None
+        if self.faults:
+            self.faults.again(step=step, positions=batch.positions)
+        try:
+            once = self._accumulated(stoppable=False) if self.pipeline is None else self._pipelined(self.pipeline)
+            if self.faults:
+                self.faults.gradients(self.model)
+            if rows is not None:
+                none = torch.empty(0, device=self.device)
+                told = self._rows or [(none, none)] * len(self.micro_batches)  # none on most stages of a pipeline
+                rows += [(self.loader.positions(batch, index), *pair) for index, pair in enumerate(told)]
+        finally:
+            self.micro_batches, self._rows = held, None
+            if self.qk_clip is not None:
+                self.qk_clip.put_back(peaks)
+        total, tokens, _ = once
+        return total, tokens, self.nominal
+
+    @torch.no_grad()
+    def _tell_rows(self, index: int, logits: Tensor, labels: Tensor) -> None:
+        """Where a replay asks for it: the loss sum and label tokens of each row, micro-batches in their order."""
+        if self._rows is None:
+            return
+        assert index == len(self._rows)
+        pairs = [self.loss_sum(logits[row : row + 1], labels[row : row + 1]) for row in range(len(labels))]
+        self._rows.append((torch.stack([loss for loss, _ in pairs]), torch.stack([count for _, count in pairs])))
 
     def _rerun(self) -> None:
         """The forward passes of the last step once more, with the same dice."""
@@ -254,6 +289,7 @@ class Trainer:
 
     def _pipeline_loss(self, index: int, logits: Tensor, labels: Tensor) -> Tensor:
         loss, _ = self.loss_sum(logits, labels)
+        self._tell_rows(index, logits, labels)
         if self.faults:
             loss = self.faults.loss(index, self.model, loss, scale=self.scaler.get_scale())
         self._total += loss.detach()

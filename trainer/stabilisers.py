@@ -142,6 +142,16 @@ class QKClip:
             assert attention.peaks_H is not None
             attention.peaks_H.zero_()
 
+    def peaks(self) -> list[Tensor]:
+        """What the attempt has shown so far, a copy [H] for each layer."""
+        return [attention.peaks_H.clone() for attention in self.attentions if attention.peaks_H is not None]
+
+    def put_back(self, peaks: list[Tensor]) -> None:
+        """What `peaks` gave: a batch that was run in between has shown nothing."""
+        for attention, peaks_H in zip(self.attentions, peaks, strict=True):
+            assert attention.peaks_H is not None
+            attention.peaks_H.copy_(peaks_H)
+
     @torch.no_grad()
     def _clip(self, *_: Any) -> None:
         peaks_LH = torch.stack([a.peaks_H for a in self.attentions if a.peaks_H is not None])

@@ -26,16 +26,17 @@ from torch import Tensor, nn
 
 from guardrail.config import Settings
 from guardrail.controller import Controller
-from guardrail.errors import DataError, UsageError
+from guardrail.errors import UsageError
 from guardrail.heartbeat import Heartbeat
 from guardrail.ledger import Batch, Ledger, SampleOrder
 from guardrail.past import Past
-from guardrail.policy import Rollback
+from guardrail.policy import Rollback, is_trouble
 from guardrail.recorder import Recorder
 from guardrail.records import (
     LOSS,
     MAX_NAMED,
     Action,
+    Cause,
     CommandKind,
     Kind,
     Mode,
@@ -50,10 +51,12 @@ from guardrail.signals import StopSignals
 from guardrail.torch import rng
 from guardrail.torch.attempt import Attempt
 from guardrail.torch.blame import first_nonfinite
+from guardrail.torch.cause import CauseTest
 from guardrail.torch.checkpoints import CheckpointStore
 from guardrail.torch.desk import Answer, Desk
 from guardrail.torch.gate import Gate
 from guardrail.torch.probes import Probes, Reduced
+from guardrail.torch.replays import Replay, Replays
 from guardrail.torch.scaling import LossScale, enabled
 from guardrail.torch.state import TrainingState
 from guardrail.torch.tiers import Restored, Target, Tiers
@@ -127,6 +130,8 @@ class Guard:
         describe: sample ids -> (documents as dicts, number of documents), for the journal. Called on rank 0.
         rerun: runs the forward passes of this rank's share of the last batch again, with the same dice. Called on every
             rank when a loss was not finite, to name the module that it came from.
+        replay: runs forward and backward over this rank's share of any batch (see guardrail.torch.replays). With it the
+            cause of an incident is looked for. Called on every rank.
         fixed_loss: loss on one fixed batch, same on every rank; stored with a checkpoint and compared after a resume.
         lr_at: the scheduled learning rate as a function of the step, to be compared after a resume.
         identity: fingerprints stored with a checkpoint. A resume on other "data" is refused, any other change noted.
@@ -153,6 +158,7 @@ class Guard:
         heartbeat: Heartbeat | None = None,
         describe: Describe | None = None,
         rerun: Callable[[], None] | None = None,
+        replay: Replay | None = None,
         fixed_loss: Callable[[], float] | None = None,
         lr_at: Callable[[int], float] | None = None,
         identity: dict[str, Any] | None = None,
@@ -187,6 +193,7 @@ class Guard:
         )
 
         self.desk = Desk(self)
+        self.replays = self._replays(replay) if replay is not None else None
 
         self.step = 0  # applied updates so far
         self.timeline = 0
@@ -263,14 +270,7 @@ class Guard:
 
     def ahead(self, batch: Batch) -> Batch | None:
         """The batch that follows `batch` if it is applied: what a loader may fetch meanwhile."""
-        position = self.ledger.state()
-        self.ledger.passed(batch, applied=True)
-        try:
-            return self.ledger.next_batch()
-        except DataError:
-            return None  # said when that batch is really wanted
-        finally:
-            self.ledger.restore(position)
+        return self.ledger.after(batch)
 
     def enter(self, phase: Phase) -> None:
         """Say what the loop does between steps, and that it gets ahead; call it again now and then."""
@@ -447,8 +447,10 @@ class Guard:
         self._incident = verdict.incident
         if verdict.action is not Action.APPLY:
             self.attempt.undo()
+        evidence = self._evidence(verdict)
+        verdict = self._diagnosed(step, verdict, reduced)
         if verdict.findings:
-            self._explain(step, verdict)
+            self._explain(step, verdict, evidence)
         if verdict.incident_state:
             self.say(
                 "incident",
@@ -471,6 +473,31 @@ class Guard:
             case Action.HALT:
                 self.gate.leave_out()
                 self._halt(verdict)
+
+    def _diagnosed(self, step: Step, verdict: Verdict, reduced: Reduced) -> Verdict:
+        """The verdict in the light of its cause, which is looked for once an incident, before anything takes effect."""
+        if self.replays is None or not self.settings.guard.cause_test or verdict.incident is None or verdict.accepted:
+            return verdict
+        if verdict.action is Action.APPLY or not is_trouble(verdict.findings):  # in `advise` nothing is run
+            return verdict
+        if self.past.causes.get(verdict.incident) not in (None, Cause.HARDWARE, Cause.UNKNOWN):
+            return verdict
+        test = CauseTest(self.replays, ledger=self.ledger, ring=self.tiers.ring)
+        diagnosis = test.run(
+            step.batch,
+            verdict=verdict,
+            reduced=reduced,
+            applied=self.controller.applied,
+            keep_gradients=verdict.action is Action.PAUSE,
+        )
+        self.say(
+            "cause",
+            f"cause of incident {verdict.incident}: {diagnosis.cause.value}: {diagnosis.reason}",
+            **msgspec.to_builtins(diagnosis),
+            incident=verdict.incident,
+            at_step=step.number,
+        )
+        return verdict
 
     def _apply(self, step: Step, reduced: Reduced) -> None:
         alpha = self.past.alpha.at(step.number)
@@ -659,18 +686,9 @@ class Guard:
     def say(self, kind: str, message: str, **data: Any) -> None:
         self.recorder.event(kind, message, step=self.step, timeline=self.timeline, **data)
 
-    def _explain(self, step: Step, verdict: Verdict) -> None:
-        """The evidence of a verdict; a non-finite gradient also names its parameters on every rank, a loss a module."""
-        reason = verdict.reason
-        data: dict[str, Any] = {
-            "action": verdict.action.value,
-            "would": verdict.would.value if verdict.would else None,
-            "findings": list(verdict.findings),
-            "onset": verdict.onset,
-            "window": list(verdict.window) if verdict.window else None,
-            "incident": self._incident,
-            "at_step": step.number,
-        }
+    def _evidence(self, verdict: Verdict) -> dict[str, Any]:
+        """Where non-finite numbers come from: parameters of a gradient on every rank, the module of a loss."""
+        data: dict[str, Any] = {}
         nonfinite = {f.signal for f in verdict.findings if f.kind in (Kind.NONFINITE, Kind.SCALE_COLLAPSE)}
         if nonfinite - {LOSS}:
             named = self._gathered(self.probes.names_of_nonfinite())
@@ -679,10 +697,27 @@ class Guard:
             modules = {str(rank): name for rank, name in enumerate(self._gathered(self._culprit(self._rerun))) if name}
             if modules:
                 data["modules"] = modules
-                reason += "; first non-finite output: " + ", ".join(f"{m} on rank {r}" for r, m in modules.items())
+        return data
+
+    def _explain(self, step: Step, verdict: Verdict, evidence: dict[str, Any]) -> None:
+        """The verdict with what led to it."""
+        reason = verdict.reason
+        if modules := evidence.get("modules"):
+            reason += "; first non-finite output: " + ", ".join(f"{m} on rank {r}" for r, m in modules.items())
         noted = verdict.action is Action.APPLY and verdict.would is None
         kind, what = ("finding", "step") if noted else ("verdict", f"{verdict.action.value} at step")
-        self.say(kind, f"{what} {step.number}: {reason}", **data)
+        self.say(
+            kind,
+            f"{what} {step.number}: {reason}",
+            action=verdict.action.value,
+            would=verdict.would.value if verdict.would else None,
+            findings=list(verdict.findings),
+            onset=verdict.onset,
+            window=list(verdict.window) if verdict.window else None,
+            incident=self._incident,
+            at_step=step.number,
+            **evidence,
+        )
 
     def _culprit(self, rerun: Callable[[], None]) -> str:
         aside = Attempt(self.state)
@@ -755,6 +790,17 @@ class Guard:
             world=self.world,
             versions=VERSIONS,
             snapshots=self.tiers.infos,
+        )
+
+    def _replays(self, replay: Replay) -> Replays:
+        scale = self.loss_scale
+        return Replays(
+            replay,
+            state=self.state,
+            probes=self.probes,
+            loss_scale=lambda: scale.value if scale is not None else None,
+            gathered=self._gathered,
+            alive=lambda: self.at(Phase.STEP, self.step + 1),
         )
 
     # -- small things --------------------------------------------------------------------------------------------

@@ -134,6 +134,9 @@ class Probes:
             [i for i, e in enumerate(self._is_embedding) if e], dtype=torch.long, device=home
         )
         self._own_norm = torch.zeros((), dtype=torch.float32, device=device)
+        # Of the last reduction, on the device: this rank's loss sum, the squared norm of its (shards of the) reduced
+        # gradients, and the sum of its modules' gradient norms from before the ranks reduced them.
+        self.own = torch.zeros(3, dtype=self.dtype, device=device)
         self._grouped: set[int] = set()
         if locate and world > 1:
             self._watch(model)
@@ -213,7 +216,8 @@ class Probes:
         sums = [loss_sum, torch.as_tensor(tokens, dtype=self.dtype, device=device), grad_sq, embed_sq]
         if not self._counting:
             sums[:2] = torch.zeros_like(loss_sum), torch.zeros_like(loss_sum)
-        flags = ~torch.isfinite(torch.stack([loss_sum, grad_sq, self._own_norm.to(self.dtype)]))
+        self.own = torch.stack([loss_sum, grad_sq, self._own_norm.to(self.dtype)])
+        flags = ~torch.isfinite(self.own)
         vector[: len(sums)] = torch.stack(sums)
         vector[self._own_slots : self._own_slots + len(flags)] = flags.to(self.dtype)
         self._own_norm.zero_()

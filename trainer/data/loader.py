@@ -88,6 +88,15 @@ class Loader:
             future.cancel()
         return self._read(batch)
 
+    def read(self, batch: Batch) -> list[MicroBatch]:
+        """This rank's micro-batches of any batch; what is being read ahead stays what it is."""
+        return self._read(batch)
+
+    def positions(self, batch: Batch, number: int) -> tuple[int, ...]:
+        """Positions of the real rows of this rank's micro-batch `number`."""
+        first = (number * self.world + self.rank) * self.micro_batch_size
+        return batch.positions[first : first + self.micro_batch_size]
+
     def prefetch(self, batch: Batch) -> None:
         """Begin to read the batch that will probably be next. A wrong guess costs nothing but the reading."""
         if self._ahead is not None:
@@ -116,7 +125,7 @@ class Loader:
     def _micro_batch(self, batch: Batch, number: int) -> MicroBatch:
         first = (number * self.world + self.rank) * self.micro_batch_size
         ids = batch.samples[first : first + self.micro_batch_size]
-        positions = batch.positions[first : first + self.micro_batch_size]
+        positions = self.positions(batch, number)
         made = self.objective(self.split.tokens(ids), positions)
         missing = self.micro_batch_size - len(ids)
         tokens = _filled(made.tokens, missing, 0)  # id 0 is in every vocabulary

@@ -1,0 +1,253 @@
+"""What the passes of a replay say about the cause of an incident. Pure: reduced numbers in, a diagnosis out.
+
+    the batch again     Same state, batch and dice. Other numbers: hardware, or kernels that do not repeat themselves.
+    other batches       Same state. Most of them in the same trouble: the state.
+    an older state      The batch there. In trouble as well: the data; healthy there: data x state, only this batch now.
+
+Where the trouble began before the step at hand (a divergence, a norm that climbed), the updates of the onset are in the
+weights already, so that every batch is in trouble now, whatever began it. "State" then says that the damage lies in the
+weights. What put it there is asked of the older state: if one of the batches from the onset on is in trouble there too,
+it was the data; if each of them is healthy there, it was the state: the learning rate, the optimizer, a weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from guardrail.detectors.nonfinite import NonFinite
+from guardrail.records import Cause, Diagnosis, Finding, Kind, Observation, Record, Severity
+
+NONFINITE_KINDS = frozenset({Kind.NONFINITE, Kind.IMPOSSIBLE, Kind.OVERFLOW, Kind.SCALE_COLLAPSE})
+# Kernels that add in any order repeat themselves to some 1e-3 at worst (sums in bfloat16), and the smallest jump that
+# is ever rejected is one of 8 % (detectors.standard). Half of that lies far from both.
+NONDETERMINISTIC = 0.04
+
+
+class Pass(Record, frozen=True, kw_only=True):
+    """One forward and backward pass over a global batch, after the reduction; equal on all ranks.
+
+    Attributes:
+        what: the batch, for a sentence: "the batch of step 30".
+        signals: as in an Observation.
+        nonfinite: of some rank, whatever the sums say.
+    """
+
+    what: str
+    signals: dict[str, float]
+    nonfinite: bool = False
+
+    def broken(self) -> bool:
+        """Whether a loss or gradient is no usable number."""
+        flags = (0,) if self.nonfinite else ()
+        return bool(
+            NonFinite().observe(Observation(step=0, first=0, last=1, signals=self.signals, nonfinite_loss=flags))
+        )
+
+
+class Own(Record, frozen=True, kw_only=True):
+    """What one rank computed by itself in a pass.
+
+    Attributes:
+        loss_sum: of its token losses.
+        before: its gradients before the ranks reduced them: the sum of the norms of its modules; 0 on a single rank.
+        after: squared norm of its gradients, or shards of them, after the reduction.
+    """
+
+    loss_sum: float
+    before: float
+    after: float
+    host: str = ""
+
+
+class Trouble(Record, frozen=True, kw_only=True):
+    """What a pass must show to be in the trouble for which a step was rejected.
+
+    Attributes:
+        signal: of the most severe finding.
+        nonfinite: the trouble is a NaN, an Inf or a number that no model gives.
+        limits: signal -> (baseline, limit); a value above it is in trouble. The limit is the detector's own threshold,
+            or the logarithmic middle between baseline and the rejected value where that is lower: a pass that is
+            nearer to the trouble than to the baseline is in it, even where the step had just passed its threshold.
+        stuck: signal -> the number that does not change.
+    """
+
+    signal: str
+    nonfinite: bool = False
+    limits: dict[str, tuple[float, float]]
+    stuck: dict[str, float]
+
+    @classmethod
+    def of(cls, findings: Sequence[Finding]) -> Trouble:
+        """From the findings of a verdict, the most severe first."""
+        grave = [finding for finding in findings if finding.severity is not Severity.NOTE]
+        return cls(
+            signal=grave[0].signal if grave else "",
+            nonfinite=any(finding.kind in NONFINITE_KINDS for finding in grave),
+            limits={
+                f.signal: (f.baseline, _limit(f)) for f in reversed(grave) if 0.0 < f.baseline < f.value < math.inf
+            },
+            stuck={f.signal: f.value for f in grave if f.kind is Kind.STUCK},
+        )
+
+    def shown_by(self, one: Pass, level: Pass | None = None) -> bool:
+        """Whether a pass is in this trouble.
+
+        Args:
+            level: a healthy batch from the same state, where that is another one: an older model has higher losses.
+        """
+        if one.broken():
+            return True
+        if any(one.signals.get(signal) == value for signal, value in self.stuck.items()):
+            return True
+        if self.nonfinite:
+            return False  # finite now; what else was above its limit came with the NaN
+        for signal, (baseline, limit) in self.limits.items():
+            usual = level.signals.get(signal, 0.0) / baseline if level is not None else 1.0
+            if one.signals.get(signal, 0.0) > limit * max(1.0, usual if math.isfinite(usual) else 1.0):
+                return True
+        return False
+
+    def value(self, one: Pass) -> str:
+        """Of the signal in question, for a sentence."""
+        return f"{one.signals.get(self.signal, math.nan):.4g}"
+
+
+def _limit(finding: Finding) -> float:
+    jump = math.log(finding.value / finding.baseline)
+    middle = finding.baseline * math.exp(jump / 2)
+    if finding.severity is Severity.PERSISTENT or not finding.score > 0:
+        return middle
+    # score = jump / scale and threshold = limit / scale, both in log units.
+    return min(middle, finding.baseline * math.exp(min(jump, jump * finding.threshold / finding.score)))
+
+
+def same(one: float, other: float, tolerance: float = 0.0) -> bool:
+    """Equal, both NaN, or apart by no more than a relative tolerance."""
+    if one == other or (math.isnan(one) and math.isnan(other)):
+        return True
+    return tolerance > 0 and math.isfinite(one) and math.isfinite(other) and math.isclose(one, other, rel_tol=tolerance)
+
+
+def apart(first: Sequence[Own], again: Sequence[Own], tolerance: float) -> tuple[list[int], str] | None:
+    """(Ranks whose own numbers did not come again, what did not), None where all did.
+
+    What a rank computes before the reduction is its own; after it, a wrong gradient of one stands on all. So ranks
+    are named by what was before, and by what is after only where that was the same everywhere.
+    """
+    pairs = list(zip(first, again, strict=True))
+    own = [r for r, (a, b) in enumerate(pairs) if not same(a.loss_sum, b.loss_sum, tolerance)]
+    if own:
+        return own, "the loss"
+    own = [r for r, (a, b) in enumerate(pairs) if not same(a.before, b.before, tolerance)]
+    if own:
+        return own, "the gradient"
+    own = [r for r, (a, b) in enumerate(pairs) if not same(a.after, b.after, 2 * tolerance)]
+    return (own, "the gradient after the reduction") if own else None
+
+
+def hardware(
+    first: Sequence[Own], again: Sequence[Own], tolerance: float, *, sums: tuple[float, float], passes: int
+) -> Diagnosis | None:
+    """The diagnosis where a pass did not give the same numbers twice, None where it did.
+
+    Args:
+        sums: the reduced loss of both: where each rank's own numbers came again and this did not, the ranks' reduction
+            went wrong.
+    """
+    repeats = "the same batch from the same state, with the same dice, gave another number"
+    found = apart(first, again, tolerance)
+    if found is None and same(*sums, tolerance):
+        return None
+    if found is None:
+        reason = f"{repeats} in the reduction between the ranks: loss {sums[0]:.6g} at first and {sums[1]:.6g} then"
+        return Diagnosis(cause=Cause.HARDWARE, reason=reason, passes=passes)
+    ranks, what = found
+    numbers = {"the loss": "loss_sum", "the gradient": "before"}.get(what, "after")
+    worst = max(ranks, key=lambda rank: _distance(getattr(first[rank], numbers), getattr(again[rank], numbers)))
+    one, other = getattr(first[worst], numbers), getattr(again[worst], numbers)
+    if numbers == "after":
+        one, other = _root(one), _root(other)
+    everyone = len(ranks) == len(first) > 1
+    named = "every rank" if everyone else "rank " + ", ".join(map(str, ranks))
+    host = first[worst].host
+    where = f"{named} ({host})" if host and not everyone else named
+    return Diagnosis(
+        cause=Cause.HARDWARE,
+        reason=f"{repeats} on {where}: {what} {one:.6g} at first and {other:.6g} then",
+        rank=-1 if everyone else worst,
+        host="" if everyone else host,
+        passes=passes,
+    )
+
+
+def judge(
+    trouble: Trouble,
+    *,
+    again: Pass,
+    others: Sequence[Pass],
+    suspects: Sequence[Pass] = (),
+    level: Pass | None = None,
+    older_step: int = -1,
+    lasting: bool = False,
+    passes: int,
+) -> Diagnosis:
+    """The cause, once the batch has given the same numbers again.
+
+    Args:
+        again: the batch at hand from the state at hand.
+        others: other batches from that state.
+        suspects: from an older state: the batch at hand; or, where `lasting`, those from the onset on. Empty: none.
+        level: a healthy batch from that older state, of step `older_step`.
+        lasting: the trouble began before the step at hand, so its updates are in the weights.
+    """
+    hit = [one for one in others if trouble.shown_by(one)]
+    bad = [one for one in suspects if trouble.shown_by(one, level)]
+    again_says = f"{trouble.signal} {trouble.value(again)} comes again"
+    others_say = f"{len(hit)} of {len(others)} other batches show it ({_values(trouble, others)}){_against(trouble)}"
+    older_says = f"from the state of step {older_step} {_named(trouble, bad or suspects)}"
+    if level is not None and suspects:
+        older_says += f", where another batch has {trouble.value(level)}"
+    everywhere = 2 * len(hit) > len(others)
+
+    def diagnosis(cause: Cause, *sentences: str) -> Diagnosis:
+        return Diagnosis(cause=cause, reason=", ".join([again_says, *sentences]), passes=passes)
+
+    if not others and not suspects:
+        return diagnosis(Cause.UNKNOWN, "and there is neither another batch nor an older state to compare with")
+    if everywhere and others:
+        if lasting and bad:
+            return diagnosis(Cause.DATA, others_say, f"and {older_says} too: its update is in the weights")
+        if lasting and suspects:
+            return diagnosis(Cause.STATE, others_say, f"and {older_says} only: no batch did it")
+        return diagnosis(Cause.STATE, others_say)
+    if bad:
+        return diagnosis(Cause.DATA, *([others_say] if others else []), f"and {older_says} too")
+    if suspects and others:
+        return diagnosis(Cause.DATA_AND_STATE, others_say, f"and {older_says} only")
+    if suspects:
+        return diagnosis(Cause.UNKNOWN, f"{older_says} only", "and there is no other batch to compare with")
+    return diagnosis(Cause.UNKNOWN, others_say, "and there is no older state to compare with")
+
+
+def _values(trouble: Trouble, passes: Iterable[Pass]) -> str:
+    return ", ".join(trouble.value(one) for one in passes)
+
+
+def _against(trouble: Trouble) -> str:
+    bounds = trouble.limits.get(trouble.signal)
+    return "" if bounds is None or trouble.nonfinite else f" over {bounds[1]:.4g}"
+
+
+def _named(trouble: Trouble, passes: Sequence[Pass]) -> str:
+    return " and ".join(f"{one.what} has {trouble.value(one)}" for one in passes[:2])
+
+
+def _distance(one: float, other: float) -> float:
+    if not (math.isfinite(one) and math.isfinite(other)):
+        return math.inf
+    return abs(one - other) / max(abs(one), abs(other), 1e-300)
+
+
+def _root(square: float) -> float:
+    return math.sqrt(square) if square >= 0 else math.nan

@@ -1,0 +1,112 @@
+"""The cause of an incident, found by running a few batches again at its first rejected step; see guardrail.causes.
+
+    1 pass      the batch from the same state with the same dice, each rank's own numbers beside those of the first time
+    1-3 passes  other batches from that state: two healthy ones from before the onset, and the next one
+    2-5 passes  from an older snapshot of the ring: a healthy batch for comparison, and the batch at hand, or, where the
+                trouble began earlier, up to three from the onset on
+
+All that is decided is decided on numbers that every rank has, so that all decide alike. Afterwards the run goes on as
+if nothing had been run: see guardrail.torch.replays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from guardrail.causes import Pass, Trouble, hardware, judge
+from guardrail.controller import Applied
+from guardrail.ledger import Batch, Ledger
+from guardrail.records import Diagnosis, Verdict
+from guardrail.torch.probes import Reduced
+from guardrail.torch.replays import Replays, pass_of
+from guardrail.torch.snapshots import CANDIDATE, GOOD, Snapshot, SnapshotRing
+
+EARLIER, FROM_ONSET = 2, 3  # batches of each kind that are run
+
+
+class CauseTest:
+    """Args:
+    replays: runs the passes.
+    ledger: forms the batches; only read.
+    ring: older states; only read.
+    """
+
+    def __init__(self, replays: Replays, *, ledger: Ledger, ring: SnapshotRing) -> None:
+        self._replays, self._ledger, self._ring = replays, ledger, ring
+
+    def run(
+        self,
+        batch: Batch,
+        *,
+        verdict: Verdict,
+        reduced: Reduced,
+        applied: Sequence[Applied],
+        keep_gradients: bool,
+    ) -> Diagnosis:
+        """A collective. Call it when the attempt's own dice and buffers are back where they were before it.
+
+        Args:
+            batch: of the rejected step.
+            reduced: of that step, the last reduction that was done.
+            applied: the last applied batches, oldest first.
+            keep_gradients: those of the step may still be applied.
+        """
+        replays, step = self._replays, verdict.step
+        trouble = Trouble.of(verdict.findings)
+        first, own = pass_of(reduced, what="the batch"), replays.own()
+        onset = min(verdict.onset or step, step)
+        before = [self._again(one) for one in applied if one.step < onset][-EARLIER:]
+        healthy = [one for one in before if one is not None]
+        with replays.visit(keep_gradients=keep_gradients):
+            again = replays.run(batch, step=step, what="the batch")
+            loss = tuple(one.signals["loss"] for one in (first, again))
+            broken = hardware(own, replays.own(), replays.tolerance, sums=(loss[0], loss[1]), passes=replays.passes)
+            if broken is not None:
+                return broken
+            ahead = self._ledger.after(batch)
+            others = [
+                replays.run(one, step=step, what=f"the batch of positions {one.first} to {one.last - 1}")
+                for one in [*healthy, *([ahead] if ahead is not None else [])]
+            ]
+            lasting = onset < step
+            everywhere = 2 * sum(map(trouble.shown_by, others)) > len(others)
+            older = self._older(onset, present=step - 1)
+            level: Pass | None = None
+            suspects: list[Pass] = []
+            if older is not None and (lasting or not everywhere):
+                asked = [("the batch", batch)]
+                if lasting:
+                    since = [(one.step, self._again(one)) for one in applied if one.step >= onset][:FROM_ONSET]
+                    asked = [*((f"the batch of step {n}", one) for n, one in since if one is not None), *asked]
+                level, suspects = self._from(older, asked, healthy[-1] if healthy else ahead)
+            return judge(
+                trouble,
+                again=again,
+                others=others,
+                suspects=suspects,
+                level=level,
+                older_step=older.step if older is not None else -1,
+                lasting=lasting,
+                passes=replays.passes,
+            )
+
+    def _from(
+        self, older: Snapshot, asked: Sequence[tuple[str, Batch]], compared: Batch | None
+    ) -> tuple[Pass | None, list[Pass]]:
+        """(A healthy batch, those asked about) from an older state."""
+        step = older.step + 1
+        with self._replays.older(older):
+            level = self._replays.run(compared, step=step, what="another batch") if compared is not None else None
+            return level, [self._replays.run(batch, step=step, what=what) for what, batch in asked]
+
+    def _again(self, applied: Applied) -> Batch | None:
+        return self._ledger.stretch(applied.first, applied.last)
+
+    def _older(self, onset: int, *, present: int) -> Snapshot | None:
+        """The newest good snapshot from before the onset, else the oldest candidate; not the state at hand itself."""
+        fit = [info for info in self._ring.infos() if info.step < onset and info.step != present]
+        good = [info.step for info in fit if info.state == GOOD]
+        candidates = [info.step for info in fit if info.state == CANDIDATE]
+        if good:
+            return self._ring.get(max(good))
+        return self._ring.get(min(candidates)) if candidates else None

@@ -1,0 +1,140 @@
+"""Runs batches again between a verdict and its effect, and leaves no trace of it.
+
+At a rejected step the optimizer has not stepped: parameters, moments and schedules are still those that the batch met.
+A pass changes gradients, dice and buffers, and an older state changes parameters; all of them are put back bit by bit.
+Moments, rates, loss scale, ledger and detectors are never touched: a forward and a backward pass need none of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from guardrail.causes import NONDETERMINISTIC, Own, Pass
+from guardrail.ledger import Batch
+from guardrail.manifest import BUFFER, MODEL
+from guardrail.torch.attempt import Attempt
+from guardrail.torch.probes import Probes, Reduced
+from guardrail.torch.snapshots import Snapshot
+from guardrail.torch.state import TrainingState
+
+# Rows of one micro-batch, in the order in which the model was given them: (positions, loss sums [B], label tokens [B]).
+# Rows that only fill up a micro-batch come last and have no position. Without losses (a stage that is not the last),
+# the tensors are empty.
+Rows = list[tuple[Sequence[int], Tensor, Tensor]]
+
+# (batch, step, rows) -> (loss sum of this rank, 0-d; label tokens behind it; nominal tokens): forward and backward over
+# this rank's share of any batch, with its own dice, as for `Step.finish`, which is not called. `step` is the number
+# that the update would get. Where `rows` is a list, the hook appends each micro-batch's to it.
+Replay = Callable[[Batch, int, Rows | None], tuple[Tensor, Tensor | float, float | None]]
+
+
+class Replays:
+    """Args:
+    replay: see `Replay`; called on every rank.
+    loss_scale: gives the present loss scale; None: nothing scales the loss.
+    gathered: every rank's value, by rank; a collective.
+    alive: called before each pass: this rank gets ahead.
+    """
+
+    def __init__(
+        self,
+        replay: Replay,
+        *,
+        state: TrainingState,
+        probes: Probes,
+        loss_scale: Callable[[], float | None],
+        gathered: Callable[[Any], list[Any]],
+        alive: Callable[[], None],
+    ) -> None:
+        self._replay, self.state, self.probes = replay, state, probes
+        self._loss_scale, self.gathered, self._alive = loss_scale, gathered, alive
+        self.passes = 0  # of the present visit
+
+    @property
+    def tolerance(self) -> float:
+        """Relative, within which the same pass gives the same number: on a CPU, and under deterministic algorithms on
+        a device, bit by bit; else as far as kernels that add in any order may be off."""
+        exact = self.probes.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+        return 0.0 if exact else NONDETERMINISTIC
+
+    @contextlib.contextmanager
+    def visit(self, *, keep_gradients: bool) -> Iterator[None]:
+        """Around all passes of one occasion.
+
+        Args:
+            keep_gradients: those at hand may still be applied. They are copied; DDP's buckets are written to again.
+        """
+        parameters = self.probes.parameters
+        gradients = [p.grad.detach().clone() if p.grad is not None and keep_gradients else None for p in parameters]
+        self.passes = 0
+        self._drop()
+        try:
+            yield
+        finally:
+            self._drop()
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            self.state.settle()
+
+    def own(self) -> list[Own]:
+        """What each rank computed by itself in the last reduction. A collective."""
+        loss_sum, after, before = self.probes.own.tolist()
+        mine = (loss_sum, before, after, socket.gethostname())
+        return [Own(loss_sum=a, before=b, after=c, host=host) for a, b, c, host in self.gathered(mine)]
+
+    def run(self, batch: Batch, *, step: int, what: str, rows: Rows | None = None) -> Pass:
+        """One pass from the state at hand; dice and buffers begin and end as they are."""
+        self._alive()
+        self.passes += 1
+        self.state.settle()
+        aside = Attempt(self.state)
+        aside.begin()
+        try:
+            loss, tokens, nominal = self._replay(batch, step, rows)
+            reduced = self.probes.reduce(
+                loss if nominal is not None else loss * tokens,
+                tokens,
+                nominal_tokens=nominal,
+                step_time=0.0,
+                loss_scale=self._loss_scale(),
+            )
+        finally:
+            aside.undo()
+            self._drop()
+            self.state.settle()
+        return pass_of(reduced, what=what)
+
+    @contextlib.contextmanager
+    def older(self, snapshot: Snapshot) -> Iterator[None]:
+        """Within it, parameters and buffers are those of a snapshot. The present ones wait in host memory."""
+        self.state.settle()
+        names = [name for name in snapshot.layout.names if name.startswith((MODEL, BUFFER))]
+        live = self.state.tensors()
+        held = {name: live[name].cpu().clone() for name in names}
+        snapshot.wait()
+        self._put({name: snapshot.tensors[name] for name in names})
+        try:
+            yield
+        finally:
+            self._put(held)
+
+    @torch.no_grad()
+    def _put(self, tensors: dict[str, Tensor]) -> None:
+        self.state.settle()
+        live = self.state.tensors()
+        for name, tensor in tensors.items():
+            live[name].copy_(tensor)
+
+    def _drop(self) -> None:
+        for parameter in self.probes.parameters:
+            parameter.grad = None
+
+
+def pass_of(reduced: Reduced, *, what: str) -> Pass:
+    return Pass(what=what, signals=reduced.signals(), nonfinite=bool(reduced.nonfinite_loss or reduced.nonfinite_grad))
