@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from guardrail.records import Cause, Command, CommandKind
+from guardrail.records import Cause
 from guardrail.rundir import RunDirectory
-from tests.running import SHAPES, assert_same, new_run, of_kind, tiny, train, trained
+from tests.running import SHAPES, assert_same, of_kind, tiny, trained
 
 
 def spike(**settings: Any) -> dict[str, Any]:

@@ -127,7 +127,8 @@ class FaultSection(Section, frozen=True, kw_only=True):
     # The fault strikes a batch that covers a position in [first, last) of the order ...
     first: Natural = 0
     last: Natural = 0
-    # ... or the attempt at this step (0: by position), or both where both are given. `times` bounds how often, per process life.
+    # ... or the attempt at this step (0: by position), or both where both are given. `times` bounds how often, per
+    # process life.
     step: Natural = 0
     times: Positive = 1_000_000_000
     # Rank that it strikes; -1: all.
