@@ -103,7 +103,7 @@ def trial(seed: int, undisturbed: Callable[[str], RunDirectory], folder: Path) -
     assert not list(run.checkpoints.glob(".*")), "temporary folders are left"
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(16))
 def test_killed_at_random(seed: int, undisturbed: Callable[[str], RunDirectory], tmp_path: Path) -> None:
     trial(seed, undisturbed, tmp_path)
 

@@ -106,8 +106,8 @@ def test_every_kind_of_block_can_be_split(recipe: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", SWEEP)
 def test_rollback_and_skip_are_exact(name: str, tmp_path: Path) -> None:
-    fault = {"kind": "spike_loss", "first": 160, "last": 184, "value": 50.0}
-    config = config_of(tmp_path, name, faults=[fault], train={"steps": 35})
+    fault = {"kind": "spike_loss", "first": 128, "last": 152, "value": 50.0}
+    config = config_of(tmp_path, name, faults=[fault], train={"steps": 24})
     a = trained(config)
     (rollback,) = of_kind(a, "rollback")
     assert rollback.data["tier"] == "memory"
@@ -130,9 +130,9 @@ def test_what_one_rank_saw_is_seen_by_all_and_named(name: str, kind: str, tmp_pa
 
 @pytest.mark.parametrize("name", SWEEP)
 def test_a_resumed_run_is_the_run_that_never_stopped(name: str, tmp_path: Path) -> None:
-    config = config_of(tmp_path, name, train={"steps": 30})
+    config = config_of(tmp_path, name, train={"steps": 20})
     whole, run = trained(config), new(config)
-    run.send(Command(id="stop", kind=CommandKind.STOP, at_step=17))
+    run.send(Command(id="stop", kind=CommandKind.STOP, at_step=13))
     assert train_to_end(run, config.world) == "stopped"
     assert train_to_end(run, config.world) == "finished"
     (check,) = of_kind(run, "resume_check")

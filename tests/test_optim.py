@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.optim import Muon
 
 from tests.ranks import run_ranks
 from trainer.config import ModelSection, OptimSection
 from trainer.model import Decoder
-from trainer.optim import Schedule, Scheduler, build_optimizer, build_optimizers
+from trainer.optim import Schedule, Scheduler, ShardedMuon, build_optimizer, build_optimizers
 
 SECTION = OptimSection(lr=1e-2, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.3)
 
@@ -247,3 +250,30 @@ def test_the_learning_rate_of_a_step_acts_on_that_step() -> None:
         optimizer.step()
         scheduler.step()
         assert layer.weight.item() == pytest.approx(expected, rel=1e-5)
+
+
+def _sharded_muon(rank: int) -> None:
+    """Two steps of Muon, its matrices on shards of unequal height, against torch's own on whole ones."""
+    mesh = init_device_mesh("cpu", (2,))
+    shapes = [(8, 6), (5, 7), (3, 16)]
+    whole = [nn.Parameter(gradient(9, index, torch.Size(shape))) for index, shape in enumerate(shapes)]
+    parts = [nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [Shard(0)])) for p in whole]
+    options: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    theirs, ours = Muon(whole, **options), ShardedMuon(parts, **options)
+    for step in range(2):
+        for p, q in zip(whole, parts, strict=True):
+            p.grad = gradient(step, len(p), p.shape)
+            q.grad = distribute_tensor(p.grad, mesh, [Shard(0)])
+        with CommDebugMode() as spoken:
+            ours.step()
+        assert spoken.get_total_counts() == len(shapes), "one gather a matrix"
+        theirs.step()
+    for p, q in zip(whole, parts, strict=True):
+        torch.testing.assert_close(q.full_tensor(), p, rtol=1e-6, atol=1e-6)  # type: ignore[attr-defined]
+        buffer = ours.state[q]["momentum_buffer"]
+        assert buffer.to_local().shape == q.to_local().shape  # type: ignore[attr-defined]
+        torch.testing.assert_close(buffer.full_tensor(), theirs.state[p]["momentum_buffer"], rtol=0, atol=0)
+
+
+def test_muon_on_shards_gathers_each_matrix_once(tmp_path: Path) -> None:
+    run_ranks(_sharded_muon, 2, folder=tmp_path)

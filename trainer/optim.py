@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adafactor, Adam, AdamW, Muon, Optimizer
 
@@ -27,7 +29,8 @@ def build_optimizers(model: nn.Module, section: OptimSection) -> list[Optimizer]
     inner = hidden_matrices(model)
     chosen = {id(parameter) for parameter in inner}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
-    muon = Muon(
+    kind = ShardedMuon if any(isinstance(p, DTensor) for p in inner) else Muon
+    muon = kind(
         inner,
         lr=section.lr,
         weight_decay=section.weight_decay,
@@ -37,6 +40,68 @@ def build_optimizers(model: nn.Module, section: OptimSection) -> list[Optimizer]
     )
     groups = decay_groups(rest, section.weight_decay)
     return [muon, _adam(AdamW, groups, section)] if groups else [muon]
+
+
+class ShardedMuon(Muon):
+    """torch's Muon for sharded matrices: each is gathered once a step, and every rank orthogonalises all of it.
+
+    Left to DTensor, each of the 15 products of a Newton-Schulz iteration (5 rounds) redistributes its operands: in a
+    profile of two ranks 80 % of the step went there. The momentum stays on shards.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+        return loss
+
+    def _update(self, parameter: DTensor, gradient: DTensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        momentum: DTensor = state["momentum_buffer"]
+        momentum.lerp_(gradient, 1 - group["momentum"])
+        nesterov = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+        direction = cast(DTensor, nesterov)
+        rate = float(group["lr"])
+        change = _as(parameter, _full_update(_whole(direction), group, rate))
+        parameter.mul_(1 - rate * group["weight_decay"])
+        parameter.add_(change)
+
+
+def _full_update(direction: Tensor, group: dict[str, Any], rate: float) -> Tensor:
+    """What torch's own Muon adds to a matrix whose direction is already that of the momentum."""
+    matrix = nn.Parameter(torch.zeros_like(direction))
+    matrix.grad = direction
+    same = {name: group[name] for name in ("ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")}
+    Muon([matrix], lr=rate, weight_decay=0.0, momentum=0.0, nesterov=False, **same).step()
+    return matrix.detach()
+
+
+def _whole(sharded: DTensor) -> Tensor:
+    """The full matrix on every rank, on the device that computes (its shards may be offloaded to the host)."""
+    mesh = sharded.device_mesh
+    local = sharded.to_local().to(mesh.device_type)
+    placed = DTensor.from_local(
+        local, mesh, sharded.placements, run_check=False, shape=sharded.shape, stride=sharded.stride()
+    )
+    return placed.full_tensor()
+
+
+def _as(parameter: DTensor, full: Tensor) -> DTensor:
+    """This rank's shard of a matrix that every rank holds; no rank hears of another."""
+    mesh = parameter.device_mesh
+    whole = DTensor.from_local(full, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    shard = whole.redistribute(placements=parameter.placements).to_local().to(parameter.to_local().device)
+    return DTensor.from_local(
+        shard, mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
 
 
 def build_optimizer(model: nn.Module, section: OptimSection) -> Optimizer:
