@@ -105,6 +105,9 @@ class GuardSection(Section, frozen=True, kw_only=True):
     # At the first rejected step of an incident a few batches are run again, to tell data, state and hardware apart; for
     # loops that hand the guard a way to run a batch, as the built-in trainer does.
     cause_test: bool = True
+    # Batches that are formed again because the hardware gave other numbers the second time, without `healthy_after`
+    # applied steps between them, before the run halts.
+    retries: Natural = 3
     # Applied healthy steps after which a snapshot or checkpoint counts as good.
     confirm: Natural = 8
     # Stretches [first, last) of positions of the sample order whose batches are applied whatever is found, as far as

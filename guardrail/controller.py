@@ -31,12 +31,22 @@ from guardrail.detectors.resume import ROWS, resume_jumps
 from guardrail.detectors.spike import LOOK_BACK, Spike
 from guardrail.detectors.standard import build
 from guardrail.incidents import OPEN, Incidents
-from guardrail.policy import UNSUSPECTED, Rollback, by_severity, decide, is_trouble, rollbacks_in_a_row
+from guardrail.policy import (
+    UNSUSPECTED,
+    Rollback,
+    by_severity,
+    close_together,
+    decide,
+    is_trouble,
+    rollbacks_in_a_row,
+)
 from guardrail.records import (
     GRAD_NORM,
     LOSS,
     LOSS_SCALE,
     Action,
+    Cause,
+    Diagnosis,
     Event,
     Finding,
     Kind,
@@ -76,6 +86,8 @@ class Controller:
         self.detectors = build(settings)
         self.incidents = Incidents(confirm=settings.confirm)
         self.rollbacks: list[Rollback] = []
+        self.causes: dict[int, Diagnosis] = {}  # of incidents, as far as a replay has told them
+        self._unsound: list[int] = []  # steps at which the hardware gave other numbers the second time
         # Stretches [first, last) of positions whose batches are applied whatever is found, as far as it is finite.
         self.pardons: list[tuple[int, int]] = list(settings.pardon)
         # Rejected for want of labels or by the loss scale: no sign of trouble.
@@ -151,19 +163,33 @@ class Controller:
 
     def _rejected(self, obs: Observation, findings: tuple[Finding, ...]) -> Verdict:
         trouble = is_trouble(findings)
+        onset = max(1, min(finding.onset for finding in findings))
         streak = self._streak(obs)
+        if streak and self.mode is Mode.ADVISE:
+            onset = min(onset, self._advice.since)  # `auto` would still be at that step
+        number, state = self.incidents.trouble(obs.step, onset) if trouble else (None, "")
+        return self._answer(obs, findings, onset=onset, number=number, state=state)
+
+    def _answer(
+        self, obs: Observation, findings: tuple[Finding, ...], *, onset: int, number: int | None, state: str
+    ) -> Verdict:
+        """What is done about a rejected step, by what is known of its incident."""
+        trouble = number is not None
+        streak = self._streak(obs)
+        diagnosis = self.causes.get(number) if number is not None else None
+        cause = None if diagnosis is None else diagnosis.cause
         in_a_row = rollbacks_in_a_row(
             [*self.rollbacks, *self._advice.rollbacks],
             applied=obs.step - 1,
             healthy_after=self.settings.healthy_after,
         )
-        action = decide(findings, streak=streak, in_a_row=in_a_row, settings=self.settings)
-        onset = max(1, min(finding.onset for finding in findings))
-        if streak and self.mode is Mode.ADVISE:
-            onset = min(onset, self._advice.since)  # `auto` would still be at that step
+        action = decide(findings, streak=streak, in_a_row=in_a_row, settings=self.settings, cause=cause)
         window, before = ((obs.first, obs.last), None) if action is Action.SKIP else self._window(onset, obs)
-        reason = self._reason(action, findings, before=before, window=window, streak=streak, in_a_row=in_a_row)
-        number, state = self.incidents.trouble(obs.step, onset) if trouble else (None, "")
+        if cause is Cause.STATE and action is Action.ROLLBACK:
+            window = (window[0], window[0])  # no batch is to blame: go back, and leave nothing out
+        reason = self._reason(
+            action, findings, before=before, window=window, streak=streak, in_a_row=in_a_row, cause=cause
+        )
         taken, would = action, None
         if self.mode is Mode.ADVISE:
             taken, would = Action.OVERFLOW if obs.overflow else Action.APPLY, action
@@ -184,7 +210,66 @@ class Controller:
             accepted=False,
             incident=number,
             incident_state=state,
+            cause=cause,
         )
+
+    # -- the cause -----------------------------------------------------------------------------------------------
+
+    def wants_cause(self, verdict: Verdict) -> bool:
+        """Whether a replay should look for the cause of this verdict's incident, before the verdict takes effect.
+
+        Once an incident; again after one that has told nothing, or that the hardware does not repeat itself.
+        """
+        if not self.settings.cause_test or self.mode not in (Mode.AUTO, Mode.ASK) or verdict.incident is None:
+            return False
+        known = self.causes.get(verdict.incident)
+        untold = known is None or known.cause in (Cause.HARDWARE, Cause.UNKNOWN)
+        return untold and verdict.action not in (Action.APPLY, Action.OVERFLOW, Action.RETRY)
+
+    def reconsider(self, obs: Observation, verdict: Verdict, diagnosis: Diagnosis) -> Verdict:
+        """The verdict in the light of what a replay has shown; `verdict` is what `observe` has said of `obs`.
+
+        The data, alone or with this state: as it was. The state: no batch is to blame, so go back and leave nothing
+        out. The hardware: form the same batch again, and halt where that has happened too often.
+        """
+        assert verdict.incident is not None and verdict.onset is not None
+        self._learn_cause(verdict.incident, diagnosis, verdict.step)
+        if diagnosis.cause is Cause.HARDWARE:
+            return self._unsound_answer(obs, verdict, diagnosis)
+        return self._answer(
+            obs, verdict.findings, onset=verdict.onset, number=verdict.incident, state=verdict.incident_state
+        )
+
+    def _learn_cause(self, incident: int, diagnosis: Diagnosis, step: int) -> None:
+        self.causes[incident] = diagnosis
+        if diagnosis.cause is Cause.HARDWARE:
+            self._unsound.append(step)
+
+    def _unsound_answer(self, obs: Observation, verdict: Verdict, diagnosis: Diagnosis) -> Verdict:
+        settings = self.settings
+        count = close_together(self._unsound, at=obs.step, healthy_after=settings.healthy_after)
+        who = f"rank {diagnosis.rank} on {diagnosis.host}" if diagnosis.rank >= 0 else "the hardware"
+        if count <= settings.retries:
+            action = Action.RETRY
+            reason = f"{who} does not repeat itself: form the batch again, time {count} of {settings.retries}"
+        else:
+            action = Action.HALT
+            reason = (
+                f"{who} has not repeated itself {count} times without {settings.healthy_after} healthy steps between "
+                f"them: halt, since guard.retries allows {settings.retries}"
+            )
+        asked = self.mode is Mode.ASK and action is Action.HALT
+        return structs.replace(
+            verdict,
+            action=Action.PAUSE if asked else action,
+            would=action if asked else None,
+            window=None,
+            before_step=None,
+            reason=f"{verdict.findings[0].sentence()}, but {reason}",
+            cause=diagnosis.cause,
+        )
+
+    # -- pardons -------------------------------------------------------------------------------------------------
 
     def _pardoned(self, obs: Observation, findings: Iterable[Finding]) -> bool:
         """Whether a person has said that this batch is to be applied. No pardon lets a NaN into the weights."""
@@ -282,6 +367,7 @@ class Controller:
         window: tuple[int, int],
         streak: int,
         in_a_row: int,
+        cause: Cause | None,
     ) -> str:
         """One sentence with the numbers that led here."""
         settings = self.settings
@@ -289,15 +375,19 @@ class Controller:
         if action is Action.SKIP:
             count = f", rejection {streak + 1} in a row of {settings.persist} that call for a rollback"
             return f"{what}: leave this update out{count if is_trouble(findings) else ''}"
-        cause = f"{streak + 1} batches in a row rejected" if streak + 1 >= settings.persist else "it has stayed up"
+        why = f"{streak + 1} batches in a row rejected" if streak + 1 >= settings.persist else "it has stayed up"
         if findings[0].kind is Kind.SCALE_COLLAPSE:
-            cause = f"guard.overflows allows {settings.overflows - 1}"
+            why = f"guard.overflows allows {settings.overflows - 1}"
+        elif cause is Cause.STATE:
+            why = "whatever the batch"
         if action is Action.HALT:
             return (
-                f"{what}, {cause}: halt, since {in_a_row} rollbacks without {settings.healthy_after} healthy steps "
+                f"{what}, {why}: halt, since {in_a_row} rollbacks without {settings.healthy_after} healthy steps "
                 f"between them are as many as guard.rollbacks allows"
             )
-        return f"{what}, {cause}: go back before step {before}, leave out positions {window[0]} to {window[1] - 1}"
+        if window[0] == window[1]:
+            return f"{what}, {why}: go back before step {before}, leave nothing out"
+        return f"{what}, {why}: go back before step {before}, leave out positions {window[0]} to {window[1] - 1}"
 
     @property
     def applied(self) -> tuple[Applied, ...]:
@@ -370,6 +460,7 @@ class Controller:
     def rebuild(self, events: Iterable[Event]) -> None:
         """Take the facts over from the journal's events, in order. Replaces what was known."""
         self.rollbacks, self._empty_spans, self.pardons = [], set(), list(self.settings.pardon)
+        self.causes, self._unsound = {}, []
         began: list[int] = []  # timelines that the rollbacks began
         self.incidents = Incidents(confirm=self.settings.confirm)
         open_number = onset = step = number = 0
@@ -382,6 +473,9 @@ class Controller:
                 stand = [at for at, timeline in enumerate(began) if timeline not in data["rollbacks"]]
                 self.rollbacks, began = [self.rollbacks[at] for at in stand], [began[at] for at in stand]
                 self.pardons += [(int(first), int(last)) for first, last in data["pardons"]]
+            elif event.kind == "cause":
+                at = int(data.get("at_step") or event.step + 1)
+                self._learn_cause(int(data["incident"]), diagnosis_of(data), at)
             elif event.kind == "incident":
                 number = max(number, int(data["number"]))
                 is_open = data.get("state") == OPEN
@@ -474,6 +568,17 @@ def _rollback_of(data: Mapping[str, Any]) -> Rollback:
         onset=int(data["onset"]),
         window=(int(first), int(last)),
         by_person=_field(data.get("span"), "cause") == "user",
+    )
+
+
+def diagnosis_of(data: Mapping[str, Any]) -> Diagnosis:
+    """From the data of a `cause` event."""
+    return Diagnosis(
+        cause=Cause(data["cause"]),
+        reason=str(data.get("reason", "")),
+        rank=int(data.get("rank", -1)),
+        host=str(data.get("host", "")),
+        passes=int(data.get("passes", 0)),
     )
 
 

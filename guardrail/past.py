@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from guardrail.records import Cause, CommandKind, Event, Mode, Span
+from guardrail.records import CommandKind, Event, Mode, Span
 
 
 class StepSetting:
@@ -56,7 +56,6 @@ class Past:
         suspects: names of checkpoints that a rollback has found polluted.
         good: names of checkpoints that were confirmed.
         incident: number of the last incident.
-        causes: number of an incident -> what a replay has shown to be behind it, the last time it was asked.
     """
 
     spans: list[Span] = field(default_factory=list)
@@ -70,7 +69,6 @@ class Past:
     alpha: StepSetting = field(default_factory=lambda: StepSetting(1.0))
     mode: Mode | None = None
     incident: int = 0
-    causes: dict[int, Cause] = field(default_factory=dict)
     restarts: int = 0
     started: dict[str, Any] | None = None
     ended: str | None = None
@@ -118,8 +116,6 @@ class Past:
                     self.suspects.discard(name)
             case "incident":
                 self.incident = max(self.incident, int(data.get("number", 0)))
-            case "cause":
-                self.causes[int(data["incident"])] = Cause(data["cause"])
             case "ended":
                 self.ended = str(data.get("phase", ""))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from guardrail.config import GuardSection
-from guardrail.records import Action, Finding, Kind, Record, Severity, SnapshotInfo
+from guardrail.records import Action, Cause, Finding, Kind, Record, Severity, SnapshotInfo
 
 # Left out without a suspicion of the weights: however often it happens in a row, it never adds up to a rollback.
 UNSUSPECTED = frozenset({Kind.NO_TOKENS, Kind.OVERFLOW})
@@ -53,18 +53,22 @@ def is_trouble(findings: Iterable[Finding]) -> bool:
     return any(f.severity is not Severity.NOTE and f.kind not in UNSUSPECTED for f in findings)
 
 
-def decide(findings: Sequence[Finding], *, streak: int, in_a_row: int, settings: GuardSection) -> Action:
+def decide(
+    findings: Sequence[Finding], *, streak: int, in_a_row: int, settings: GuardSection, cause: Cause | None = None
+) -> Action:
     """What `auto` does.
 
     Args:
         findings: of this step.
         streak: troubled batches rejected directly before this one.
         in_a_row: rollbacks done without `healthy_after` steps of progress between them; see `rollbacks_in_a_row`.
+        cause: of the incident, where a replay has told it. Where it is the state, to leave updates out is pointless.
     """
     if not rejects(findings):
         return Action.APPLY
     persistent = any(finding.severity is Severity.PERSISTENT for finding in findings)
-    if not persistent and not (is_trouble(findings) and streak + 1 >= settings.persist):
+    serious = streak + 1 >= settings.persist or cause is Cause.STATE
+    if not persistent and not (is_trouble(findings) and serious):
         return Action.SKIP
     return Action.ROLLBACK if in_a_row < settings.rollbacks else Action.HALT
 
@@ -83,6 +87,17 @@ def rollbacks_in_a_row(rollbacks: Sequence[Rollback], *, applied: int, healthy_a
             break
         count += 1
         applied = rollback.from_step
+    return count
+
+
+def close_together(steps: Sequence[int], *, at: int, healthy_after: int) -> int:
+    """How many of these steps, the newest last, lie less than `healthy_after` apart, the last so near to `at`."""
+    count = 0
+    for step in reversed(steps):
+        if at - step >= healthy_after:
+            break
+        count += 1
+        at = step
     return count
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from guardrail.config import GuardSection
-from guardrail.controller import Controller
+from guardrail.controller import Controller, diagnosis_of
 from guardrail.importers.run_directory import signals
 from guardrail.past import Past
 from guardrail.records import GRAD_NORM, LOSS, LOSS_SCALE, Action, CommandKind, Event, Kind, Mode, Observation, Verdict
@@ -80,6 +80,7 @@ class Rejudge:
         self._begins: dict[int, int] = {}  # timeline -> index of the event that began it
         self._policies: deque[int] = deque()  # indices of changes of the mode that are still to come
         self._told: dict[tuple[int, int], deque[Event]] = {}  # (timeline, step) -> what the journal says of its tries
+        self._causes: dict[tuple[int, int], deque[Event]] = {}  # as above: what replays have shown
         self._left_out: set[tuple[int, int]] = set()  # batches that were rejected, as positions
         self._wanted: set[int] = set()  # steps to whose state the run went back
         self._read_journal()
@@ -99,6 +100,8 @@ class Rejudge:
                 self._wanted.add(event.step)
             elif event.kind in ("verdict", "finding") and "at_step" in data:
                 self._told.setdefault((event.timeline, int(data["at_step"])), deque()).append(event)
+            elif event.kind == "cause":
+                self._causes.setdefault((event.timeline, int(data["at_step"])), deque()).append(event)
             elif event.kind == "note" and data.get("overflow"):
                 self._told.setdefault((event.timeline, event.step + 1), deque()).append(event)
             elif event.kind == "command" and data.get("command") == CommandKind.POLICY:
@@ -144,13 +147,16 @@ class Rejudge:
             streak=self._streak(first),
             overflow=_overflow(measured),
         )
-        return Judged(row, self._observe(obs, applied=done is Action.APPLY), done, said)
+        causes = self._causes.get((timeline, step)) if self._own else None
+        return Judged(row, self._observe(obs, done, causes), done, said)
 
-    def _observe(self, obs: Observation, *, applied: bool) -> Verdict:
+    def _observe(self, obs: Observation, done: Action, causes: deque[Event] | None) -> Verdict:
         """The verdict; afterwards the controller knows what the run did, whether or not that was the verdict."""
-        controller = self._controller
+        controller, applied = self._controller, done is Action.APPLY
         before = None if applied else controller.state_dict()
         verdict = controller.observe(obs)
+        if causes and controller.wants_cause(verdict):
+            verdict = controller.reconsider(obs, verdict, diagnosis_of(causes.popleft().data))
         if before is not None and verdict.accepted:
             controller.load_state_dict(before)
         elif applied and self._own and verdict.action is not Action.APPLY:
@@ -159,7 +165,7 @@ class Rejudge:
             self._applied_end = obs.last
             if obs.step in self._wanted:
                 self._saved[obs.step] = State(controller.state_dict(), self._applied_end)
-        elif (obs.first, obs.last) in self._left_out:
+        elif done in (Action.SKIP, Action.PAUSE) and (obs.first, obs.last) in self._left_out:
             insort(self._rejected, (obs.first, obs.last))
         return verdict
 

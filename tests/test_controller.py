@@ -20,6 +20,8 @@ from guardrail.records import (
     LOSS_SCALE,
     UPDATE_NORM,
     Action,
+    Cause,
+    Diagnosis,
     Event,
     Finding,
     Kind,
@@ -681,3 +683,92 @@ def test_sentences_say_what_happened() -> None:
     assert msgspec.structs.replace(spike, kind=Kind.NONFINITE, value=math.nan, ranks=(2,)).sentence() == (
         "loss is nan on rank 2"
     )
+
+
+# -- the cause of an incident --------------------------------------------------------------------------------------
+
+
+def diagnosed(controller: Controller, at: Observation, cause: Cause) -> Verdict:
+    """The verdict on an observation after a replay has told the cause."""
+    verdict = controller.observe(at)
+    assert controller.wants_cause(verdict)
+    return controller.reconsider(at, verdict, Diagnosis(cause=cause, reason="...", rank=1, host="node7"))
+
+
+@pytest.mark.parametrize("cause", [Cause.DATA, Cause.DATA_AND_STATE, Cause.UNKNOWN])
+def test_data_to_blame_is_left_out_as_before(cause: Cause) -> None:
+    controller, other = Controller(DEFAULT), Controller(DEFAULT)
+    step = warmed(controller)
+    assert warmed(other) == step
+    verdict, plainly = diagnosed(controller, obs(step, 9.0, 0.5), cause), other.observe(obs(step, 9.0, 0.5))
+    assert verdict == msgspec.structs.replace(plainly, cause=cause)
+    again = controller.observe(obs(step, 9.0, 0.5, first=step * BATCH, streak=1))
+    assert again.action is Action.SKIP and controller.wants_cause(again) is (cause is Cause.UNKNOWN)
+
+
+def test_where_the_state_is_to_blame_the_run_goes_back_at_once_and_leaves_nothing_out() -> None:
+    controller = Controller(DEFAULT)
+    step = warmed(controller)
+    verdict = diagnosed(controller, obs(step, 9.0, 0.5), Cause.STATE)
+    assert (verdict.action, verdict.before_step, verdict.incident_state) == (Action.ROLLBACK, step - 1, "open")
+    assert verdict.window == ((step - 2) * BATCH, (step - 2) * BATCH)
+    assert "whatever the batch: go back before step" in verdict.reason and "leave nothing out" in verdict.reason
+    # It is known from now on: no other replay, and no update left out in vain.
+    controller.remember_rollback(done(step - 1))
+    again = controller.observe(obs(step, 9.0, 0.5))
+    assert again.action is Action.ROLLBACK and not controller.wants_cause(again)
+
+
+def test_hardware_that_does_not_repeat_itself_is_tried_again_and_named_where_it_does_so_too_often() -> None:
+    controller = Controller(GuardSection(retries=2))
+    step = warmed(controller)
+    before = controller.state_dict()
+    verdicts = [diagnosed(controller, obs(step, 9.0, 0.5), Cause.HARDWARE) for _ in range(3)]
+    assert [verdict.action for verdict in verdicts] == [Action.RETRY, Action.RETRY, Action.HALT]
+    assert controller.state_dict() == before and not any(verdict.accepted for verdict in verdicts)
+    assert "rank 1 on node7 does not repeat itself: form the batch again, time 1 of 2" in verdicts[0].reason
+    assert "rank 1 on node7 has not repeated itself 3 times" in verdicts[2].reason
+    asking = Controller(GuardSection(retries=0, mode=Mode.ASK))
+    assert warmed(asking) == step
+    parked = diagnosed(asking, obs(step, 9.0, 0.5), Cause.HARDWARE)
+    assert (parked.action, parked.would) == (Action.PAUSE, Action.HALT)
+
+
+def test_enough_healthy_steps_forgive_the_hardware() -> None:
+    controller = Controller(GuardSection(retries=1, healthy_after=20))
+    step = warmed(controller)
+    for _ in range(3):
+        assert diagnosed(controller, obs(step, 9.0, 0.5), Cause.HARDWARE).action is Action.RETRY
+        for _ in range(20):
+            assert controller.observe(obs(step, healthy_loss(step), 0.5)).action is Action.APPLY
+            step += 1
+
+
+def test_causes_outlive_a_crash() -> None:
+    controller, other = Controller(GuardSection(retries=1)), Controller(GuardSection(retries=1))
+    step = warmed(controller)
+    warmed(other)
+    for cause in (Cause.HARDWARE, Cause.STATE):
+        diagnosed(controller, obs(step, 9.0, 0.5), cause)
+    told = [
+        event("incident", step - 1, number=1, state="open", onset=step),
+        event("cause", step - 1, incident=1, cause="hardware or nondeterminism", rank=1, host="node7", at_step=step),
+        event("cause", step - 1, incident=1, cause="state", at_step=step),
+        event("verdict", step - 1, action="rollback", at_step=step, findings=[]),
+    ]
+    other.rebuild(told)
+    expected, found = (one.observe(obs(step, 9.0, 0.5)) for one in (controller, other))
+    assert plain(found) == plain(expected) and found.cause is Cause.STATE
+    other.rebuild(told[:2])
+    assert diagnosed(other, obs(step, 9.0, 0.5), Cause.HARDWARE).action is Action.HALT
+
+
+def test_no_cause_is_looked_for_where_nothing_is_done_or_nobody_wants_it() -> None:
+    for idle in (GuardSection(mode=Mode.ADVISE), GuardSection(cause_test=False)):
+        controller = Controller(idle)
+        step = warmed(controller)
+        assert not controller.wants_cause(controller.observe(obs(step, 9.0, 0.5)))
+    controller = Controller(DEFAULT)
+    step = warmed(controller)
+    assert not controller.wants_cause(controller.observe(obs(step, healthy_loss(step), 0.5)))
+    assert not controller.wants_cause(controller.observe(obs(step, math.nan, 0.0, tokens=0)))

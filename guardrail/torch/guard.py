@@ -30,14 +30,14 @@ from guardrail.errors import UsageError
 from guardrail.heartbeat import Heartbeat
 from guardrail.ledger import Batch, Ledger, SampleOrder
 from guardrail.past import Past
-from guardrail.policy import Rollback, is_trouble
+from guardrail.policy import Rollback
 from guardrail.recorder import Recorder
 from guardrail.records import (
     LOSS,
     MAX_NAMED,
     Action,
-    Cause,
     CommandKind,
+    Diagnosis,
     Kind,
     Mode,
     Observation,
@@ -64,6 +64,8 @@ from guardrail.undoing import Undoing
 
 VERSIONS = {"python": platform.python_version(), "torch": torch.__version__, "guardrail": version("guardrail")}
 
+# (rejected try, its verdict, its numbers) -> the cause of its incident; a collective that leaves the run as it was.
+Judge = Callable[["Step", Verdict, Reduced], Diagnosis]
 Describe = Callable[[Sequence[int]], tuple[list[dict[str, Any]], int]]
 
 
@@ -194,6 +196,7 @@ class Guard:
 
         self.desk = Desk(self)
         self.replays = self._replays(replay) if replay is not None else None
+        self.judge: Judge | None = self._find_cause if self.replays is not None else None
 
         self.step = 0  # applied updates so far
         self.timeline = 0
@@ -436,19 +439,19 @@ class Guard:
         step.verdict = verdict
         lr = float(self._optimizers[0].param_groups[0]["lr"]) * self.past.lr.at(step.number)
         self._row = self._metrics_row(step, reduced, verdict, bands, lr)
-        self._act(step, verdict, reduced, observation)
+        verdict = self._act(step, verdict, reduced, observation)
         self._account(step, reduced)
         self._command = reduced.command_kind, reduced.command_value
         if reduced.stop and self.phase is None:
             self.end(Phase.STOPPED, f"asked to stop by a signal on {reduced.stop} of {self.world} ranks")
         return verdict
 
-    def _act(self, step: Step, verdict: Verdict, reduced: Reduced, observation: Observation) -> None:
+    def _act(self, step: Step, verdict: Verdict, reduced: Reduced, observation: Observation) -> Verdict:
         self._incident = verdict.incident
         if verdict.action is not Action.APPLY:
             self.attempt.undo()
         evidence = self._evidence(verdict)
-        verdict = self._diagnosed(step, verdict, reduced)
+        verdict = self._reconsidered(step, verdict, reduced, observation)
         if verdict.findings:
             self._explain(step, verdict, evidence)
         if verdict.incident_state:
@@ -470,26 +473,18 @@ class Guard:
                 self._roll_back_for(step, verdict)
             case Action.PAUSE:
                 self._ask(step, verdict, reduced, observation)
+            case Action.RETRY:  # the ledger has not moved: the same batch is formed again
+                self.gate.leave_out()
             case Action.HALT:
                 self.gate.leave_out()
                 self._halt(verdict)
+        return verdict
 
-    def _diagnosed(self, step: Step, verdict: Verdict, reduced: Reduced) -> Verdict:
-        """The verdict in the light of its cause, which is looked for once an incident, before anything takes effect."""
-        if self.replays is None or not self.settings.guard.cause_test or verdict.incident is None or verdict.accepted:
+    def _reconsidered(self, step: Step, verdict: Verdict, reduced: Reduced, observation: Observation) -> Verdict:
+        """The verdict in the light of its incident's cause, which is on the record before anything takes effect."""
+        if self.judge is None or not self.controller.wants_cause(verdict):
             return verdict
-        if verdict.action is Action.APPLY or not is_trouble(verdict.findings):  # in `advise` nothing is run
-            return verdict
-        if self.past.causes.get(verdict.incident) not in (None, Cause.HARDWARE, Cause.UNKNOWN):
-            return verdict
-        test = CauseTest(self.replays, ledger=self.ledger, ring=self.tiers.ring)
-        diagnosis = test.run(
-            step.batch,
-            verdict=verdict,
-            reduced=reduced,
-            applied=self.controller.applied,
-            keep_gradients=verdict.action is Action.PAUSE,
-        )
+        diagnosis = self.judge(step, verdict, reduced)
         self.say(
             "cause",
             f"cause of incident {verdict.incident}: {diagnosis.cause.value}: {diagnosis.reason}",
@@ -497,7 +492,20 @@ class Guard:
             incident=verdict.incident,
             at_step=step.number,
         )
-        return verdict
+        step.verdict = self.controller.reconsider(observation, verdict, diagnosis)
+        if self._row is not None:
+            self._row["verdict"] = list(Action).index(step.verdict.action)
+        return step.verdict
+
+    def _find_cause(self, step: Step, verdict: Verdict, reduced: Reduced) -> Diagnosis:
+        assert self.replays is not None
+        return CauseTest(self.replays, ledger=self.ledger, ring=self.tiers.ring).run(
+            step.batch,
+            verdict=verdict,
+            reduced=reduced,
+            applied=self.controller.applied,
+            keep_gradients=self.mode is Mode.ASK,  # a person may have the update applied all the same
+        )
 
     def _apply(self, step: Step, reduced: Reduced) -> None:
         alpha = self.past.alpha.at(step.number)
@@ -541,7 +549,7 @@ class Guard:
 
     def _span_data(self, span: Span) -> dict[str, Any]:
         data: dict[str, Any] = {"span": span, "samples": span.last - span.first, "incident": self._incident}
-        if self.rank == 0 and self._describe is not None:
+        if self.rank == 0 and self._describe is not None and span.last > span.first:
             documents, total = self._describe(self.ledger.order.samples(span.first, span.last))
             data |= {"documents": documents[:MAX_NAMED], "documents_total": total}
         return data
@@ -571,9 +579,10 @@ class Guard:
         batches = max(1, round((window[1] - window[0]) / self.ledger.batch_size))
         span = Span(first=window[0], last=window[1], cause=cause, step=onset, reason=reason, batches=batches)
         data = self._span_data(span)
+        out = f"out {_amount(data)}" if span.last > span.first else "nothing out"
         self.say(
             "rollback",
-            f"rolled back from step {left} to {target.step} ({target.tier}), left out {_amount(data)}",
+            f"rolled back from step {left} to {target.step} ({target.tier}), left {out}",
             to_step=target.step,
             from_step=left,
             onset=onset,
