@@ -99,6 +99,10 @@ def event_line(event: Event) -> str:
         return ""
     where = f"step {event.step}: " if event.step else ""
     first, *more = [clean(line, 1000) for line in event.message.splitlines()] or [""]
+    proposals = event.data.get("proposals")
+    for one in proposals if isinstance(proposals, list) else []:
+        if isinstance(one, dict) and "choice" in one:
+            more.append(f"answer {one['choice']}: {clean(str(one.get('text') or one.get('action') or ''), 400)}")
     return "\n".join([f"{event.kind:<12} {where}{first}", *(f"    {line}" for line in more)])
 
 

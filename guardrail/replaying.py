@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import signal
+import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
@@ -232,8 +233,11 @@ def prepare(run: RunDirectory, stretch: Plan) -> RunDirectory:
 
     Raises:
         RunDirectoryError: it cannot be made.
+        UsageError: nobody knows how to start the run.
     """
-    path = run.path.parent / f".replay-{run.path.name}-{os.getpid()}-{secrets.token_hex(3)}"
+    beside = os.access(run.path.parent, os.W_OK)
+    folder = run.path.parent if beside else Path(tempfile.gettempdir())
+    path = folder / f".replay-{run.path.name}-{os.getpid()}-{secrets.token_hex(3)}"
     scratch = RunDirectory.create_at(path, _config(run))
     try:
         # Who decided is no matter here: nobody does.
@@ -254,9 +258,13 @@ def _config(run: RunDirectory) -> str:
     import tomli_w
 
     tree = tomllib.loads(run.config_text())
+    if "launch" not in tree:
+        raise UsageError(
+            f"{run.name} was not started by `guardrail launch`: its config.toml does not say how to run it"
+        )
     tree.setdefault("guard", {})["mode"] = "off"
     tree.setdefault("tensorboard", {})["enabled"] = False
-    tree.setdefault("launch", {})["max_restarts"] = 0
+    tree["launch"]["max_restarts"] = 0
     tree.pop("notify", None)
     return tomli_w.dumps(tree)
 

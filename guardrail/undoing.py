@@ -62,6 +62,7 @@ def find(events: Iterable[Event], seq: int | None = None) -> Undoing | str:
     Returns:
         Why there is nothing to undo, as the end of a sentence, where that is so.
     """
+    events = list(events)
     decisions = [event for event in events if event.kind in ("left_out", "rollback", "remedy", "undo")]
     gone = {int(of) for event in decisions if event.kind == "undo" for of in event.data.get("lines", ())}
     standing = [event for event in decisions if event.kind != "undo" and event.seq not in gone]
@@ -69,10 +70,10 @@ def find(events: Iterable[Event], seq: int | None = None) -> Undoing | str:
         automatic = [event for event in standing if _automatic(event)]
         if not automatic:
             return "there is no decision of the guard that stands"
-        return _undoing(automatic[-1], standing)
+        return _undoing(automatic[-1], standing, events)
     meant = next((event for event in standing if event.seq == seq), None)
     if meant is not None:
-        return _undoing(meant, standing)
+        return _undoing(meant, standing, events)
     return f"line {seq} is undone already" if seq in gone else f"line {seq} of the journal is no decision"
 
 
@@ -83,7 +84,7 @@ def _automatic(event: Event) -> bool:
     return span is not None and span.cause in AUTOMATIC
 
 
-def _undoing(event: Event, standing: Sequence[Event]) -> Undoing | str:
+def _undoing(event: Event, standing: Sequence[Event], events: Sequence[Event]) -> Undoing | str:
     span = span_in(event)
     if span is None:
         return Undoing(
@@ -104,6 +105,7 @@ def _undoing(event: Event, standing: Sequence[Event]) -> Undoing | str:
             spans.append(theirs)
             rollbacks += _timeline(other)
     pardons = [stretch for one in spans if one.cause in AUTOMATIC for stretch in stretches(positions_of(one))]
+    pardons += _batch_behind(event, events) if span.cause in AUTOMATIC else []
     return Undoing(
         of=event.seq,
         kind=event.kind,
@@ -115,6 +117,16 @@ def _undoing(event: Event, standing: Sequence[Event]) -> Undoing | str:
         before_step=event.step + 1,
         incident=event.data.get("incident"),
     )
+
+
+def _batch_behind(event: Event, events: Sequence[Event]) -> list[tuple[int, int]]:
+    """The batch whose verdict an event carries out: a rollback may leave out others than that, or nothing at all."""
+    number = event.data.get("incident")
+    for before in reversed(events):
+        if before.seq < event.seq and before.kind == "verdict" and before.data.get("incident") == number:
+            batch = before.data.get("batch")
+            return [(int(batch[0]), int(batch[1]))] if isinstance(batch, list | tuple) and len(batch) == 2 else []
+    return []
 
 
 def lines_of(events: Iterable[Event], undoing: Undoing) -> list[int]:
@@ -144,9 +156,9 @@ def stretches(positions: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def joined(pieces: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The union of stretches, ascending, without overlap."""
+    """The union of stretches, ascending, without overlap and without empty ones."""
     found: list[tuple[int, int]] = []
-    for first, last in sorted(pieces):
+    for first, last in sorted(piece for piece in pieces if piece[0] < piece[1]):
         if found and first <= found[-1][1]:
             found[-1] = (found[-1][0], max(found[-1][1], last))
         else:

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from guardrail.commands.ctl import command as ctl
+from guardrail.headless import event_line
 from guardrail.ledger import Ledger, SampleOrder
 from guardrail.past import Past
 from guardrail.preview import Row, Scene, of, rollback_for
@@ -162,6 +163,8 @@ def test_parked_beyond_the_timeout_of_a_collective_and_what_was_foretold_comes_t
     proposed, going_on, stop = paused.data["proposals"]
     assert [p["action"] for p in (proposed, going_on, stop)] == ["rollback", "go on", "stop"]
     assert "taken as the new normal" in going_on["remark"] and going_on["samples"] == 0
+    said = event_line(paused).splitlines()
+    assert "proposed: rollback" in said[0] and said[1].strip() == f"answer 0: {proposed['text']}" and len(said) == 4
     by_hand = foretold(run, "rollback", "10")
     assert (by_hand["to_step"], by_hand["steps_lost"], by_hand["window"]) == (10, 10, [80, 184])
     assert foretold(run, "rollback", "3", code=2)["refusal"].endswith("of step 3")

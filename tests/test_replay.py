@@ -184,6 +184,9 @@ def test_a_device_that_is_not_here_and_a_run_without_steps(tmp_path: Path, monke
     assert said.startswith("torch was 1.0.0 and is ")
     monkeypatch.setattr(replaying, "cuda_devices", lambda: 1)
     assert plan(run) == Plan(None, 0, 1)
+    with pytest.raises(UsageError, match="not started by `guardrail launch`"):
+        prepare(run, plan(run))
+    assert list(run.path.parent.iterdir()) == [run.path]
 
 
 def test_only_the_starts_of_the_stretch_count() -> None:

@@ -88,6 +88,12 @@ def test_only_some_samples_of_a_batch() -> None:
     assert (undoing.positions, undoing.pardons, undoing.first) == (3, ((201, 203), (206, 207)), 200)
 
 
+def test_a_rollback_that_left_nothing_out_pardons_the_batch_that_it_was_about() -> None:
+    verdict = Event(seq=5, time=0.0, step=5, timeline=0, kind="verdict", data={"incident": 1, "batch": [40, 48]})
+    undoing = meant([verdict, line(6, "rollback", 24, 24, "rollback", new_timeline=1, incident=1)])
+    assert (undoing.positions, undoing.first, undoing.pardons) == (0, 24, ((40, 48),))
+
+
 @pytest.mark.parametrize(
     ("events", "seq", "why"),
     [
@@ -238,6 +244,8 @@ def test_an_undone_rollback_and_skip_leave_a_run_that_was_told_so_from_its_begin
     judged = list(Rejudge(run, load_guard(run.path / "config.toml"), own=True))
     assert [one.verdict.action for one in judged] == [one.done for one in judged], "as live"
     assert_same(run, trained(told))
+    if world > 1:
+        return
     off = msgspec.structs.replace(told, guard=msgspec.structs.replace(told.guard, mode=Mode.OFF))
     assert_same(run, trained(off))
 
@@ -256,6 +264,19 @@ def test_a_crash_after_an_undo_forgets_no_pardon(tmp_path: Path) -> None:
     assert len(of_kind(run, "undo")) == 1
     assert of_kind(run, "restarted")[0].step * 8 <= 160, "the pardoned batches are met once more"
     assert_same(run, whole)
+
+
+def test_an_undo_answers_the_question_of_the_guard(tmp_path: Path) -> None:
+    """The batch under question is given back, and judged anew behind the one that is pardoned."""
+    config = tiny(tmp_path, world=2, faults=[spike(160, 184)], guard={"mode": "ask"}, train={"steps": 30})
+    run = new_run(config)
+    pids = start_run(run, 2)
+    wait_for(lambda: of_kind(run, "paused"), what="a question")
+    run.send(Command(id="undo", kind=CommandKind.UNDO, value=math.nan))
+    assert wait_ranks(pids) == [0, 0]
+    assert len(of_kind(run, "paused")) == 1, "one rejection in a row is no question"
+    assert sorted(int(text) for text in quarantine_lines(run)) == [*range(160, 168), *range(176, 184)]
+    assert_same(run, trained(letting(config, run)))
 
 
 def test_an_undo_out_of_reach_is_refused_and_changes_nothing(tmp_path: Path) -> None:

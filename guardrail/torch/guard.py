@@ -724,6 +724,7 @@ class Guard:
             onset=verdict.onset,
             window=list(verdict.window) if verdict.window else None,
             incident=self._incident,
+            batch=[step.batch.first, step.batch.last],
             at_step=step.number,
             **evidence,
         )
