@@ -1,59 +1,51 @@
-"""guardrail runs: a table of the runs under a root."""
+"""guardrail runs: a chooser of runs in a terminal, a table elsewhere."""
 
 from __future__ import annotations
 
+import os
+import sys
 import time
-from typing import TYPE_CHECKING, Any
 
 import click
 
 from guardrail.commands.common import json_option, print_json, root_option
 
-if TYPE_CHECKING:
-    from guardrail.rundir import RunDirectory
 
-
-@click.command(short_help="List the runs.")
+@click.command(short_help="List the runs; in a terminal, choose one to watch.")
 @json_option
+@click.option("--plain", is_flag=True, help="Print the table in a terminal too.")
+@click.option("--read-only", is_flag=True, help="Send no commands to the run that is chosen.")
 @root_option
-def command(as_json: bool, root: str) -> None:
-    """List the runs, the newest first."""
-    from guardrail.rundir import list_runs
+def command(as_json: bool, plain: bool, read_only: bool, root: str) -> int:
+    """List the runs, the newest first. In a terminal: choose one with the arrows and Enter, and watch it.
 
-    rows = [describe(run) for run in list_runs(root)]
+    Leaving its screen comes back to the list.
+    """
+    from guardrail.glance import Glance, glances
+    from guardrail.launching import is_alive
+
+    def look() -> list[Glance]:
+        return glances(root, is_alive)
+
+    if not (as_json or plain) and sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
+        from guardrail.tui.chooser import choose_and_watch
+
+        return choose_and_watch(look, root=root, read_only=read_only)
+    rows = look()
     if as_json:
-        print_json(rows)
-        return
+        print_json([row.as_dict() for row in rows])
+        return 0
     if not rows:
         click.echo(f"no runs in {root}", err=True)
-        return
-    width = max(len(row["run"]) for row in rows)
-    click.echo(f"{'RUN':<{width}}  {'STATE':<9}  {'STEP':>15}  {'EXIT':>4}  {'LAST SIGN':>12}")
+        return 0
+    width = max(len(row.run) for row in rows)
+    click.echo(f"{'RUN':<{width}}  {'STATE':<9}  {'STEP':>15}  {'LOSS':>8}  {'EXIT':>4}  {'LAST SIGN':>12}")
     for row in rows:
-        step = f"{row['step']:,} / {row['total_steps']:,}" if row["total_steps"] else f"{row['step']:,}"
-        code = "" if row["exit_code"] is None else row["exit_code"]
-        click.echo(f"{row['run']:<{width}}  {row['state']:<9}  {step:>15}  {code:>4}  {ago(row['heartbeat']):>12}")
-
-
-def describe(run: RunDirectory) -> dict[str, Any]:
-    """What the table and --json say of a run. `state` is its phase, or "lost" if nobody keeps the status fresh."""
-    from guardrail.launching import is_alive
-    from guardrail.text import clean
-
-    status = run.read_status()
-    state = "new" if status is None else status.phase.value
-    if status is not None and not status.phase.ended and not is_alive(run, status):
-        state = "lost"
-    return {
-        "run": clean(run.name, 120),
-        "path": str(run.path),
-        "state": state,
-        "step": status.step if status else 0,
-        "total_steps": status.total_steps if status else 0,
-        "exit_code": status.exit_code if status else None,
-        "heartbeat": status.heartbeat if status else 0.0,
-        "host": clean(status.host, 80) if status else "",
-    }
+        step = f"{row.step:,} / {row.total_steps:,}" if row.total_steps else f"{row.step:,}"
+        code = "" if row.exit_code is None else row.exit_code
+        loss = "" if row.loss is None else f"{row.loss:.4g}"
+        click.echo(f"{row.run:<{width}}  {row.state:<9}  {step:>15}  {loss:>8}  {code:>4}  {ago(row.heartbeat):>12}")
+    return 0
 
 
 def ago(moment: float) -> str:
