@@ -11,16 +11,30 @@ from guardrail.commands.common import root_option, the_run
 @click.argument("run", required=False)
 @click.option("--read-only", is_flag=True, help="Send no commands.")
 @click.option("--headless", is_flag=True, help="Print lines instead of the screen; the default without a terminal.")
+@click.option("--web", is_flag=True, help="Serve the screen to a browser on this machine (needs guardrail[web]).")
+@click.option("--port", type=int, help="Of --web; 0 takes any free one. Default: 8765.")
+@click.option("--in-browser", is_flag=True, hidden=True, help="What --web runs for each visitor.")
 @root_option
-def command(run: str | None, read_only: bool, headless: bool, root: str) -> int:
+def command(
+    run: str | None, read_only: bool, headless: bool, web: bool, port: int | None, in_browser: bool, root: str
+) -> int:
     """Watch a run, the newest one if none is named. Leaving, by q or Ctrl-C, does not touch it.
 
     Without a terminal it prints lines until the run has ended, and returns the run's exit code.
     """
     import sys
 
+    if web and headless:
+        raise click.UsageError("--web and --headless are two ways to watch; choose one")
+    if port is not None and not web:
+        raise click.UsageError("--port goes with --web")
     found = the_run(run, root)
-    if headless or not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if web:
+        from guardrail.tui import web as browser
+
+        port = browser.PORT if port is None else port
+        return browser.serve(str(found.path), name=found.name, port=port, read_only=read_only)
+    if headless or not (in_browser or (sys.stdin.isatty() and sys.stdout.isatty())):
         from guardrail.headless import attach
 
         return attach(found)
