@@ -15,7 +15,8 @@ from guardrail.errors import ExitCode, GuardrailError
 COMMANDS = {
     "launch": "Start a training run and watch it.",
     "attach": "Watch a run, running or ended.",
-    "runs": "List the runs.",
+    "runs": "List the runs; in a terminal, choose one to watch.",
+    "view": "Look at a recorded log, or at a run directory.",
     "ctl": "Send a command to a run and wait for its answer.",
     "report": "Say what happened in a run.",
     "backtest": "Say what the guard would have done about recorded runs.",

@@ -238,6 +238,8 @@ class FakeRun:
         level = 0.55 + 3 * np.exp(-steps / 120)
         warm = steps > 32
         values = {
+            "first": self.cursor + BATCH * np.arange(len(steps)),
+            "last": self.cursor + BATCH * np.arange(1, len(steps) + 1),
             "step": steps, "timeline": self.timeline, "time": self.time + STEP_SECONDS * np.arange(len(steps)),
             "loss": loss, "grad_norm": grad, "embed_grad_norm": embed, "embed_share": (embed / grad) ** 2, "lr": 1e-3,
             "tokens": TOKENS, "step_time": STEP_SECONDS, "verdict": list(Action).index(verdict),

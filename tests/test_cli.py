@@ -143,7 +143,7 @@ def test_runs_tells_the_living_from_the_lost(folder: Path, capsys: pytest.Captur
     assert rows["03"]["exit_code"] == 3
     assert main(["runs"]) == 0
     table = capsys.readouterr().out.splitlines()
-    assert table[0].split() == ["RUN", "STATE", "STEP", "EXIT", "LAST", "SIGN"]
+    assert table[0].split() == ["RUN", "STATE", "STEP", "LOSS", "EXIT", "LAST", "SIGN"]
     assert len(table) == 5 and any("lost" in line and "7 / 100" in line and "1 h ago" in line for line in table)
 
 

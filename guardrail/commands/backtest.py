@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from guardrail.commands.common import json_option, print_json
+from guardrail.commands.common import given_columns, json_option, print_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -96,12 +96,7 @@ def read_logs(paths: tuple[str, ...], columns: tuple[str, ...]) -> Iterator[Log]
     from guardrail.errors import DataError
     from guardrail.importers.sources import sources
 
-    given = {}
-    for text in columns:
-        signal, equals, name = text.partition("=")
-        if not equals or not signal or not name:
-            raise click.UsageError(f"--column {text!r}: expected SIGNAL=NAME, e.g. loss=train/ce")
-        given[signal] = name
+    given = given_columns(columns)
     for source in sources(paths):
         try:
             yield from source.read(given)

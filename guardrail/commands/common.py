@@ -27,6 +27,17 @@ def the_run(spec: str | None, root: str) -> RunDirectory:
     return find_run(spec, root)
 
 
+def given_columns(columns: tuple[str, ...]) -> dict[str, str]:
+    """SIGNAL=NAME of --column -> signal and name. Raises click.UsageError."""
+    given = {}
+    for text in columns:
+        signal, equals, name = text.partition("=")
+        if not equals or not signal or not name:
+            raise click.UsageError(f"--column {text!r}: expected SIGNAL=NAME, e.g. loss=train/ce")
+        given[signal] = name
+    return given
+
+
 def print_json(value: Any) -> None:
     """One JSON document on stdout; records, paths and numbers that JSON lacks included."""
     import msgspec

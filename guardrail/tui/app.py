@@ -17,6 +17,7 @@ from guardrail.tui import palette, terminal
 from guardrail.tui.cockpit import Cockpit
 from guardrail.tui.controls import Desk
 from guardrail.tui.reader import Reader, RunReader
+from guardrail.tui.recorded import Recorded, RecordedReader
 from guardrail.tui.view import View
 
 FRAME_SECONDS = 0.2
@@ -100,7 +101,15 @@ def run_screen(path: str | os.PathLike[str], *, read_only: bool = False) -> int:
         RunDirectoryError: there is no run at `path`.
     """
     run = RunDirectory.open(Path(path))
-    reader = RunReader(run, present=not read_only)
+    return _run(RunReader(run, present=not read_only), read_only=read_only)
+
+
+def run_log(log: Recorded) -> int:
+    """Show a recorded log until the viewer leaves; returns 0."""
+    return _run(RecordedReader(log), read_only=True)
+
+
+def _run(reader: Reader, *, read_only: bool) -> int:
     app = GuardrailApp(reader, read_only=read_only)
     with terminal.guarded():
         app.run()

@@ -68,7 +68,9 @@ def size(value: float) -> str:
 
 
 def clock(when: float) -> str:
-    """Local wall time hh:mm:ss of a time stamp; dashes for one that is none."""
+    """Local wall time hh:mm:ss of a time stamp; dashes for one that is none, as 0 is."""
+    if not when > 0:
+        return "--:--:--"
     try:
         return time.strftime("%H:%M:%S", time.localtime(when))
     except (OverflowError, ValueError, OSError):

@@ -21,6 +21,7 @@ class Health:
         return f"{self.glyph} {self.word}"
 
 
+RECORDED = Health("□", "RECORDED", "calm")
 _ENDED = {
     Phase.FINISHED: Health("✓", "FINISHED", "good"),
     Phase.STOPPED: Health("■", "STOPPED", "calm"),

@@ -68,6 +68,8 @@ def facts(view: View, width: int, height: int) -> Sequence[Row]:
     parts: list[Piece] = []
     if view.snapshot.trouble:
         parts.append((f"✗ {view.snapshot.trouble}", "bad"))
+    if view.snapshot.recorded:
+        return [fit(_joined([*parts, (view.snapshot.recorded, "plain")]), width)]
     if status is None:
         if not parts:
             parts.append(("waiting for the first sign of life of the run", "dim"))

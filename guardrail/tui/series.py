@@ -91,13 +91,14 @@ class Track:
         """Of the newest row."""
         return int(self._timeline)
 
-    def add(self, columns: Sequence[str], rows: np.ndarray) -> None:
+    def add(self, columns: Sequence[str], rows: np.ndarray, missing: np.ndarray | None = None) -> None:
         """Append rows in the order of the file.
 
         Args:
             columns: names of the columns of `rows`; unknown ones are passed over, missing ones are NaN.
             rows: float64 [n, len(columns)]. A row whose step is no number from 1 on (the zeros that a power failure
                 leaves) is none. A new timeline, or a step that goes back, abandons what it replaces.
+            missing: bool [n, len(columns)] cells that nobody measured: no NaN that is worth a mark.
         """
         where = {name: index for index, name in enumerate(columns)}
         if "step" not in where or not len(rows):
@@ -106,7 +107,7 @@ class Track:
         with np.errstate(invalid="ignore"):
             valid = (step >= 1) & (step < 2.0**53)
         if not valid.all():
-            rows = rows[valid]
+            rows, missing = rows[valid], missing[valid] if missing is not None else None
             step = rows[:, where["step"]]
         if not len(rows):
             return
@@ -117,9 +118,9 @@ class Track:
             if timeline[first] != self._timeline or goes_back:
                 self.abandon(after=float(step[first]) - 1)
                 self._timeline = timeline[first]
-            self._append(where, rows[first:end])
+            self._append(where, rows[first:end], missing[first:end] if missing is not None else None)
 
-    def _append(self, where: dict[str, int], rows: np.ndarray) -> None:
+    def _append(self, where: dict[str, int], rows: np.ndarray, missing: np.ndarray | None) -> None:
         end = self._rows + len(rows)
         if end > len(self._step):
             self._grow(max(end, 2 * len(self._step)), keep=self._rows)
@@ -133,7 +134,7 @@ class Track:
             finite = np.isfinite(values)
             target[here] = np.where(finite, np.clip(values, -_FLOAT32, _FLOAT32), np.nan)
             if name in self._bad:
-                self._bad[name][here] = ~finite
+                self._bad[name][here] = ~finite if missing is None else ~(finite | missing[:, where[name]])
         for name, flags in self._bad.items():
             if name not in where:
                 flags[here] = False

@@ -9,7 +9,7 @@ import msgspec
 
 from guardrail.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Status
 from guardrail.tui.format import brief
-from guardrail.tui.health import Health, health_of
+from guardrail.tui.health import RECORDED, Health, health_of
 from guardrail.tui.series import Series
 from guardrail.tui.story import Story
 
@@ -37,6 +37,7 @@ class Snapshot:
         loaded: the metrics have been read to their end at least once.
         trouble: why the directory could not be read just now, or "".
         unsent: id of a command -> why it could not be handed in.
+        recorded: of a log that something else has written: what it is, and how far it is judged. "" for a run.
     """
 
     name: str
@@ -47,9 +48,10 @@ class Snapshot:
     loaded: bool = True
     trouble: str = ""
     unsent: Mapping[str, str] = field(default_factory=dict)
+    recorded: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("name", "trouble"):
+        for name in ("name", "trouble", "recorded"):
             object.__setattr__(self, name, brief(getattr(self, name)))
         object.__setattr__(self, "unsent", {id: brief(reason) for id, reason in self.unsent.items()})
         if self.status is not None:
@@ -84,4 +86,6 @@ class View:
 
     @property
     def health(self) -> Health:
+        if self.snapshot.recorded:
+            return RECORDED
         return health_of(self.status, recovering=self.snapshot.story.recovering, silence=self.silence)

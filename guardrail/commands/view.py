@@ -1,0 +1,36 @@
+"""guardrail view: the screen of a run that is over, or of a log that something else has written."""
+
+from __future__ import annotations
+
+import click
+
+from guardrail.commands.common import given_columns
+
+
+@click.command(short_help="Look at a recorded log, or at a run directory.")
+@click.argument("log")
+@click.option(
+    "--column", "columns", multiple=True, metavar="SIGNAL=NAME", help="Which column holds a signal; repeatable."
+)
+@click.option("--policy", "--config", "policy", metavar="FILE", help="Judge by the [guard] of this TOML file.")
+@click.option("--set", "overrides", multiple=True, metavar="guard.KEY=VALUE", help="Override a setting; repeatable.")
+def command(log: str, columns: tuple[str, ...], policy: str | None, overrides: tuple[str, ...]) -> int:
+    """The screen over LOG: its curves, and the incidents as the live controller would have seen them.
+
+    Reads whatever `guardrail backtest` reads, one recorded run of it, and writes nothing. A run directory of guardrail
+    is shown with what has happened in it; with --policy or --set, with what those settings would have said.
+    """
+    import sys
+
+    from guardrail import viewing
+    from guardrail.config import load_guard
+
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise click.UsageError(f"view needs a terminal; guardrail backtest {log} prints what it would show")
+    given = policy is not None or bool(overrides)
+    settings = load_guard(policy, overrides=overrides)
+    from guardrail.tui.app import run_log, run_screen
+
+    if viewing.is_run(log) and not given:
+        return run_screen(log, read_only=True)
+    return run_log(viewing.Viewing(viewing.the_log(log, given_columns(columns)), settings))
