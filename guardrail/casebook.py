@@ -220,7 +220,7 @@ class Casebook:
         onsets = [onset for onset in named if isinstance(onset, int) and onset > 0]
         incident = self._found.get(number) or self._adopted(number, event)
         if incident is None:
-            onset = min(onsets, default=event.step)
+            onset = min(onsets, default=whole(event.data.get("at_step")) or event.step)  # a cause comes first
             return Incident(number=number, state="open", onset=onset, opened=event.time)
         return msgspec.structs.replace(incident, onset=min([incident.onset, *onsets]))
 
