@@ -24,6 +24,7 @@ from msgspec import structs
 
 from guardrail.advice import Advice
 from guardrail.config import GuardSection
+from guardrail.detectors.base import Detector
 from guardrail.detectors.divergence import Divergence
 from guardrail.detectors.growth import CLIMB
 from guardrail.detectors.no_tokens import NoTokens
@@ -84,6 +85,7 @@ class Controller:
         self.mode = settings.mode if mode is None else mode
         self._no_tokens = NoTokens()
         self.detectors = build(settings)
+        self._by_signals: dict[tuple[str, ...], tuple[Detector, ...]] = {}
         self.incidents = Incidents(confirm=settings.confirm)
         self.rollbacks: list[Rollback] = []
         self.causes: dict[int, Diagnosis] = {}  # of incidents, as far as a replay has told them
@@ -116,30 +118,50 @@ class Controller:
             self._went_back(obs.step)
         if self.mode is Mode.ADVISE and self._advice.left_out:
             obs = structs.replace(obs, streak=len(self._advice.left_out))
+        concerned = self._concerned(obs)
         if obs.tokens > 0:
-            for detector in self.detectors.values():
-                findings += detector.observe(obs)
+            for detector in concerned:
+                if found := detector.observe(obs):
+                    findings += found
             if self._resumed:
                 findings += self._after_resume(obs)
         else:
             # Without a label token the loss is 0/0: every other claim about it would be noise.
             findings = self._no_tokens.observe(obs)
         if not findings:
-            return self._healthy(obs, (), "")
+            return self._healthy(obs, concerned)
         evidence = by_severity(findings)
         if evidence[0].severity is Severity.NOTE:
-            return self._healthy(obs, evidence, f"noted: {evidence[0].sentence()}")
+            return self._healthy(obs, concerned, evidence, f"noted: {evidence[0].sentence()}")
         if self._pardoned(obs, evidence):
             return self._pardon(obs, evidence)
         return self._rejected(obs, evidence)
 
-    def _healthy(self, obs: Observation, findings: tuple[Finding, ...], reason: str) -> Verdict:
-        for detector in self.detectors.values():
-            detector.accept(obs, self._advice.left_out)
+    def _concerned(self, obs: Observation) -> tuple[Detector, ...]:
+        """The detectors that watch one of the step's signals; most logs hold few of them."""
+        names = tuple(obs.signals)
+        concerned = self._by_signals.get(names)
+        if concerned is None:
+            watching = (d for d in self.detectors.values() if not d.signals or not obs.signals.keys().isdisjoint(d.signals))
+            concerned = self._by_signals[names] = tuple(watching)
+        return concerned
+
+    def _healthy(
+        self,
+        obs: Observation,
+        concerned: tuple[Detector, ...],
+        findings: tuple[Finding, ...] = (),
+        reason: str = "",
+    ) -> Verdict:
+        left_out = self._advice.left_out
+        for detector in concerned:
+            detector.accept(obs, left_out)
         self._history.append(Applied(obs.step, obs.first, obs.last))
         self._overflows = 0
         self._advice.accepted()
         number, state = self.incidents.healthy(obs.step)
+        if number is None and not findings:
+            return Verdict(action=Action.APPLY, step=obs.step)
         return Verdict(
             action=Action.APPLY,
             step=obs.step,

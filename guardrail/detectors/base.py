@@ -17,6 +17,9 @@ Jumps = Mapping[str, float]
 
 
 class Detector(Protocol):
+    signals: tuple[str, ...]
+    """What it watches; a step without any of them it need not be asked about and learns nothing from. (): all steps."""
+
     def observe(self, obs: Observation) -> list[Finding]:
         """Findings about this step; leaves the detector as it was."""
 

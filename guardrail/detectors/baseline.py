@@ -49,10 +49,16 @@ class SortedWindow:
         return len(self.sorted)
 
     def push(self, value: float) -> None:
-        if len(self.arrivals) == self.size:
-            del self.sorted[bisect_left(self.sorted, self.arrivals[0])]
-        self.arrivals.append(value)
-        insort(self.sorted, value)
+        ordered, arrivals = self.sorted, self.arrivals
+        if len(ordered) == self.size:
+            oldest = arrivals[0]
+            arrivals.append(value)  # drops it
+            if oldest == value:
+                return
+            del ordered[bisect_left(ordered, oldest)]
+        else:
+            arrivals.append(value)
+        insort(ordered, value)
 
     def drop_oldest(self) -> None:
         del self.sorted[bisect_left(self.sorted, self.arrivals.popleft())]
@@ -74,11 +80,26 @@ class Baseline:
         floor: least scale that counts, in log units: changes below a few times this are nobody's business.
     """
 
-    __slots__ = ("_centre", "_deviations", "_differences", "count", "floor", "usual", "window")
+    __slots__ = (
+        "_centre",
+        "_deviations",
+        "_differences",
+        "_share",
+        "_young",
+        "centre",
+        "count",
+        "empty",
+        "floor",
+        "scale",
+        "usual",
+        "window",
+    )
 
     def __init__(self, *, window: int, floor: float) -> None:
         self.window = window
         self.floor = floor
+        self._share = 1.0 / (USUAL_WINDOWS * window)
+        self._young = max(4 * USUAL_WINDOWS * window, 2 * LAG)  # accepted values after which nothing depends on `count`
         self.reset()
 
     def reset(self) -> None:
@@ -87,41 +108,48 @@ class Baseline:
         self._centre = SortedWindow(FOLLOW)
         self._differences = SortedWindow(LAG)
         self._deviations = SortedWindow(self.window)
-
-    @property
-    def empty(self) -> bool:
-        return not self._centre.sorted
-
-    @property
-    def centre(self) -> float:
-        return self._centre.median()
-
-    @property
-    def scale(self) -> float:
-        if not self._deviations.sorted:
-            return self.floor
-        return max(MAD_TO_SIGMA * self._deviations.median(), USUAL_SHARE * self.usual, self.floor)
+        self._settle()
 
     def learn(self, y: float) -> None:
-        """Add an accepted logarithm (finite)."""
-        self.count += 1
-        if self._centre.sorted:
-            deviations = self._deviations
-            difference = y - self._centre.median()
-            lag = self._differences.median() if self._differences.sorted else 0.0
-            deviations.push(abs(difference - lag))
+        """Add an accepted logarithm (finite). Called for each signal of each step, so it is written for speed."""
+        self.count = count = self.count + 1
+        centre = self._centre.sorted
+        if centre:
+            lags = self._differences.sorted
+            deviations = self._deviations.sorted
+            difference = y - self.centre
+            self._deviations.push(abs(difference - lags[len(lags) >> 1]) if lags else abs(difference))
             self._differences.push(difference)
-            for window in (self._differences, deviations):
-                if len(window) > max(YOUNGEST, self.count >> 1):
-                    window.drop_oldest()
-            now = max(MAD_TO_SIGMA * deviations.median(), self.floor)
-            share = max(4.0 / self.count, 1.0 / (USUAL_WINDOWS * self.window))
-            self.usual *= (now / self.usual) ** min(1.0, share)
+            if count <= self._young:
+                most = max(YOUNGEST, count >> 1)
+                for window in (self._differences, self._deviations):
+                    if len(window) > most:
+                        window.drop_oldest()
+                share = min(1.0, max(4.0 / count, self._share))
+            else:
+                share = self._share
+            now = MAD_TO_SIGMA * deviations[len(deviations) >> 1]
+            if now < self.floor:
+                now = self.floor
+            self.usual = usual = self.usual * (now / self.usual) ** share
+            least = USUAL_SHARE * usual
+            self.scale = now if now > least else least
         self._centre.push(y)
+        self.centre = centre[len(centre) >> 1]
+        self.empty = False
+
+    def _settle(self) -> None:
+        """What every step asks for, computed when it changes: `centre` (meaningless while `empty`) and `scale`."""
+        self.empty = not self._centre.sorted
+        self.centre = 0.0 if self.empty else self._centre.median()
+        self.scale = self.floor
+        if self._deviations.sorted:
+            self.scale = max(MAD_TO_SIGMA * self._deviations.median(), USUAL_SHARE * self.usual, self.floor)
 
     def recentre(self) -> None:
         """Forget the centre, keep the scale: the signal stands on a new level."""
         self._centre.clear()
+        self._settle()
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -138,3 +166,4 @@ class Baseline:
         self._centre = SortedWindow(FOLLOW, state["centre"])
         self._differences = SortedWindow(LAG, state["differences"])
         self._deviations = SortedWindow(self.window, state["deviations"])
+        self._settle()

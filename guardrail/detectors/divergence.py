@@ -37,6 +37,7 @@ class Divergence:
     SHIFT = 0.65
     # Accepted steps kept for the onset, in multiples of `steps`: a slow rise began before the level showed it.
     MEMORY = 3
+    signals = (LOSS,)
 
     def __init__(self, baseline: Baseline, *, score: float, steps: int, window: int) -> None:
         self.baseline = baseline
@@ -52,10 +53,11 @@ class Divergence:
         self._memory: deque[tuple[int, float]] = deque(maxlen=self.MEMORY * self.steps)  # (step, y)
         # Candidates for the lowest level: (count, level, scale), ascending in both; the first is the reference.
         self._lowest: deque[tuple[int, float, float]] = deque()
+        self._raised = self._shifted = False
 
     def observe(self, obs: Observation) -> list[Finding]:
         value = obs.signals.get(LOSS)
-        if value is None or not 0.0 < value < math.inf or not self.raised:
+        if not self._raised or value is None or not 0.0 < value < math.inf:
             return []
         _, reference, scale = self._lowest[0]
         rise = self._recent.median() - reference
@@ -79,13 +81,14 @@ class Divergence:
     @property
     def raised(self) -> bool:
         """Whether the level stands half as high over its reference as divergence takes."""
-        return self._risen(0.5)
+        return self._raised
 
-    def _risen(self, share: float) -> bool:
-        if len(self._recent) < self.steps or not self._lowest:
-            return False
+    def _settle(self, level: float) -> None:
+        """How the level stands to the reference now; every step asks for it."""
         _, reference, scale = self._lowest[0]
-        return self._recent.median() - reference > share * self.score * scale
+        rise = level - reference
+        self._raised = rise > 0.5 * self.score * scale
+        self._shifted = rise > self.SHIFT * self.score * scale
 
     def onset(self) -> int:
         """The step at which the present rise began; only meaningful while `raised`."""
@@ -103,17 +106,19 @@ class Divergence:
             return
         y = math.log(value)
         self._count += 1
+        recent = self._recent.sorted
         self._recent.push(y)
         self._memory.append((obs.step, y))
-        if len(self._recent) < self.steps:
+        if len(recent) < self.steps:
             return
-        level = self._recent.median()
-        while self._lowest and self._lowest[-1][1] >= level:
-            self._lowest.pop()
-        self._lowest.append((self._count, level, self.baseline.scale))
-        if self._lowest[0][0] <= self._count - self.window:
-            self._lowest.popleft()
-        if not self._risen(self.SHIFT):
+        level, lowest = recent[len(recent) >> 1], self._lowest
+        while lowest and lowest[-1][1] >= level:
+            lowest.pop()
+        lowest.append((self._count, level, self.baseline.scale))
+        if lowest[0][0] <= self._count - self.window:
+            lowest.popleft()
+        self._settle(level)
+        if not self._shifted:
             self._up = 0
         elif y > 0.5 * (self._lowest[0][1] + level):
             self._up += 1
@@ -139,3 +144,5 @@ class Divergence:
         self._memory.extend((int(step), float(y)) for step, y in state["memory"])
         self._recent = SortedWindow(self.steps, (y for _, y in self._memory))
         self._lowest.extend((int(count), float(level), float(scale)) for count, level, scale in state["lowest"])
+        if self._lowest:
+            self._settle(self._recent.median())

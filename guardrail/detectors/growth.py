@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from guardrail.detectors.base import Jumps
-from guardrail.detectors.baseline import Baseline, SortedWindow
+from guardrail.detectors.baseline import Baseline
 from guardrail.records import Finding, Kind, Observation, Severity
 
 # Values in a block: odd values out of eight do not move its median, and three blocks are over in 24 steps.
@@ -48,12 +48,13 @@ class Growth:
 
     def __init__(self, signal: str, baseline: Baseline, *, warmup: int) -> None:
         self.signal = signal
+        self.signals = (signal,)
         self.baseline = baseline
         self.warmup = warmup
         self.reset()
 
     def reset(self) -> None:
-        self._block = SortedWindow(BLOCK)
+        self._block: deque[float] = deque(maxlen=BLOCK)
         self._levels: deque[tuple[int, float]] = deque(maxlen=2 * BLOCK + 1)  # (step, median of the last BLOCK)
         self._since = 0  # step at which the present climb began, 0: none
         self._low = 0.0  # the level there
@@ -90,20 +91,22 @@ class Growth:
         if value is None or not 0.0 < value < math.inf:
             return
         self._told = bool(self._since)
-        self._block.push(math.log(value))
-        if len(self._block) < BLOCK:
+        block, levels = self._block, self._levels
+        block.append(math.log(value))
+        if len(block) < BLOCK:
             return
-        self._levels.append((obs.step, self._block.median()))
-        levels = self._levels
+        now = sorted(block)[BLOCK >> 1]
+        levels.append((obs.step, now))
         if len(levels) <= 2 * BLOCK or self.baseline.count < self.warmup + 2 * BLOCK:
             return
-        first, middle, now = levels[0][1], levels[BLOCK][1], levels[-1][1]
-        least = self._least()
+        first = levels[0][1]
         if self._since:
-            if now - first < least:  # half of what it took to begin, or noise at the border would begin it anew
+            if now - first < self._least():  # half of what it took to begin, or noise at the border would begin it anew
                 self._since, self._told = 0, False
-        elif middle - first > least and now - middle > least:
-            self._since, self._low = levels[0]
+        elif now - first > LEAST:
+            middle, least = levels[BLOCK][1], self._least()
+            if middle - first > least and now - middle > least:
+                self._since, self._low = levels[0]
 
     def suspect_from(self) -> int | None:
         return self._since or None
@@ -114,7 +117,7 @@ class Growth:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "block": list(self._block.arrivals),
+            "block": list(self._block),
             "levels": [list(pair) for pair in self._levels],
             "since": self._since,
             "low": self._low,
@@ -122,6 +125,6 @@ class Growth:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._block = SortedWindow(BLOCK, map(float, state["block"]))
+        self._block = deque(map(float, state["block"]), maxlen=BLOCK)
         self._levels = deque(((int(step), float(y)) for step, y in state["levels"]), maxlen=2 * BLOCK + 1)
         self._since, self._low, self._told = int(state["since"]), float(state["low"]), bool(state["told"])

@@ -14,6 +14,8 @@ from guardrail.records import LOSS, Finding, Kind, Observation, Severity
 
 
 class NoTokens:
+    signals: tuple[str, ...] = ()
+
     def observe(self, obs: Observation) -> list[Finding]:
         if obs.tokens > 0:
             return []

@@ -25,16 +25,23 @@ ABSURD = 1.8e19
 class NonFinite:
     """Rejects a step whose loss or gradient is not a usable number, and names the ranks that saw it themselves."""
 
+    signals: tuple[str, ...] = ()  # the flags speak without any
+
     def observe(self, obs: Observation) -> list[Finding]:
-        flagged = {LOSS: obs.nonfinite_loss, GRAD_NORM: obs.nonfinite_grad}
-        broken = Kind.OVERFLOW if overflows(obs) else Kind.NONFINITE
+        signals = obs.signals
+        flagged = {}
+        if obs.nonfinite_loss or obs.nonfinite_grad:
+            flagged = {LOSS: obs.nonfinite_loss, GRAD_NORM: obs.nonfinite_grad}
         findings = []
         for signal in WATCHED:
-            value = obs.signals.get(signal)
+            value = signals.get(signal)
+            if not flagged and (value is None or 0.0 < value <= ABSURD):
+                continue
             ranks = flagged.get(signal, ())
             if ranks or (value is not None and not math.isfinite(value)):
                 # A flagged rank makes the step non-finite even if the reduced number happens to be finite.
                 value = math.nan if value is None or math.isfinite(value) else value
+                broken = Kind.OVERFLOW if overflows(obs) else Kind.NONFINITE
                 findings.append(_finding(obs, signal, broken, value, ranks))
             elif value is not None and (abs(value) > ABSURD or (value == 0.0 and signal == LOSS)):
                 # A cross-entropy of exactly 0 means that no token was scored, or that the loss is disconnected.

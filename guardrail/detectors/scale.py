@@ -33,6 +33,8 @@ class ScaleCollapse:
         window, warmup: accepted steps in the usual scale, and before it is settled.
     """
 
+    signals = (LOSS_SCALE,)
+
     def __init__(self, *, window: int, warmup: int) -> None:
         self.window = window
         self.warmup = warmup

@@ -41,6 +41,8 @@ class Share:
         window, warmup: accepted steps in the baseline, and before it is trusted.
     """
 
+    signals = (EMBED_SHARE,)
+
     def __init__(self, embedding: Spike, *, score: float, window: int, warmup: int) -> None:
         self.embedding = embedding
         self.score = score

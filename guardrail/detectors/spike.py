@@ -67,6 +67,7 @@ class Spike:
         self.warmup = warmup
         self.note_only = note_only
         self.cold_jump = math.log(cold_factor)
+        self.signals = (signal,)
         self.baseline = Baseline(window=window, floor=floor)
         self.tail = Tail()
         self.reset()
@@ -77,16 +78,16 @@ class Spike:
         self._above = 0  # accepted values in a row above the note line
         self._alone: float | None = None  # the jump of the last accepted value, if an outlier after ordinary ones
         self._last: deque[tuple[int, float]] = deque(maxlen=LOOK_BACK)  # (step, score) of the last accepted ones
+        self._settle()
 
     def observe(self, obs: Observation) -> list[Finding]:
         value = obs.signals.get(self.signal)
         if value is None or not 0.0 < value < math.inf or self.baseline.empty:
             return []
         jump = math.log(value) - self.baseline.centre
-        scale = self.baseline.scale
-        plain = self._limit(scale)
-        if jump <= NOTE_SHARE * plain:
+        if jump <= self._note:
             return []
+        scale, plain = self.baseline.scale, self._plain
         # An outlier is alone if an ordinary accepted step stands before it.
         limit = plain if obs.streak or self._above else max(plain, self.tail.limit(self.baseline.count))
         rejected = jump > limit and not self.note_only
@@ -110,7 +111,7 @@ class Spike:
         value = obs.signals.get(self.signal)
         if value is None or self.baseline.empty or not 0.0 < value < math.inf:
             return None
-        return math.log(value) - self.baseline.centre, self._limit(self.baseline.scale)
+        return math.log(value) - self.baseline.centre, self._plain
 
     def raised(self, obs: Observation, share: float) -> bool:
         """Whether the value exceeds this share of its limit."""
@@ -125,12 +126,13 @@ class Spike:
         baseline = self.baseline
         if baseline.empty:
             baseline.learn(y)
+            self._settle()
             return
         jump = y - baseline.centre
-        scale = baseline.scale
-        self._last.append((obs.step, jump / scale))
-        high = baseline.count >= self.warmup and jump > NOTE_SHARE * self._limit(scale)
-        self._learn_tail(obs, jump if high else None, left_out)
+        self._last.append((obs.step, jump / baseline.scale))
+        high = jump > self._note and baseline.count >= self.warmup
+        if high or left_out or self._alone is not None:
+            self._learn_tail(obs, jump if high else None, left_out)
         if high:
             # An outlier that was let through must not raise the bar for the next one, a new level must.
             self._above += 1
@@ -139,6 +141,15 @@ class Spike:
             baseline.recentre()
         self._above = 0
         baseline.learn(y)
+        self._settle()
+
+    def _settle(self) -> None:
+        """The log jumps over the centre that the next value meets: rejected, and worth a note."""
+        baseline = self.baseline
+        self._plain = plain = (
+            self.score * baseline.scale if baseline.count >= self.warmup else self._early(baseline.scale)
+        )
+        self._note = NOTE_SHARE * plain
 
     def _learn_tail(self, obs: Observation, outlier: float | None, left_out: Sequence[Jumps]) -> None:
         """An outlier that was applied, alone between two ordinary steps, was harmless.
@@ -157,14 +168,10 @@ class Spike:
             self.tail.learn(self.baseline.count, before[0])
         self._alone = None
 
-    def _limit(self, scale: float) -> float:
-        """The log jump over the centre above which a value is rejected."""
+    def _early(self, scale: float) -> float:
+        """The log jump that is rejected before the scale is known well."""
         count = self.baseline.count
-        if count < COLD:
-            return self.cold_jump
-        if count < self.warmup:
-            return min(self.cold_jump, self.score * scale * self.warmup / count)
-        return self.score * scale
+        return self.cold_jump if count < COLD else min(self.cold_jump, self.score * scale * self.warmup / count)
 
     def _onset(self, step: int) -> int:
         """First step of the unbroken run of high accepted values that leads here."""
@@ -183,7 +190,7 @@ class Spike:
         if self.baseline.empty:
             return None
         centre = self.baseline.centre
-        limit = self._limit(self.baseline.scale)
+        limit = self._plain
         if not self._above:
             limit = max(limit, self.tail.limit(self.baseline.count))
         return math.exp(centre), _exp(centre + limit)
@@ -203,6 +210,7 @@ class Spike:
         self._above = int(state["above"])
         self._alone = None if state["alone"] is None else float(state["alone"])
         self._last = deque(((int(step), float(score)) for step, score in state["last"]), maxlen=LOOK_BACK)
+        self._settle()
 
 
 def _exp(x: float) -> float:

@@ -30,6 +30,7 @@ class Stuck:
 
     def __init__(self, signal: str) -> None:
         self.signal = signal
+        self.signals = (signal,)
         self.reset()
 
     def reset(self) -> None:
@@ -61,7 +62,9 @@ class Stuck:
             return
         if value == self._value:
             self._repeats += 1
-            if self._repeats >= self._tell_at:
+            if self._repeats == 1:
+                self._tell_at = self._first()
+            elif self._repeats >= self._tell_at:
                 self._tell_at *= 2
             return
         if not math.isnan(self._value):
@@ -69,10 +72,14 @@ class Stuck:
             self._equal += self._repeats
         self._value, self._repeats = value, 0
         self._tell_at = math.inf
-        if self._values >= KNOWN:
-            # One repeat more than were seen: a run that never repeated may still do it once.
-            usual = (self._equal + 1) / (self._values + 1)
-            self._tell_at = max(LEAST, math.ceil(math.log(CHANCE) / math.log(usual))) if usual < 1.0 else math.inf
+
+    def _first(self) -> float:
+        """Repeats of the present stretch that are no chance any more."""
+        if self._values < KNOWN:
+            return math.inf
+        # One repeat more than were seen: a run that never repeated may still do it once.
+        usual = (self._equal + 1) / (self._values + 1)
+        return max(LEAST, math.ceil(math.log(CHANCE) / math.log(usual))) if usual < 1.0 else math.inf
 
     def suspect_from(self) -> None:
         return None

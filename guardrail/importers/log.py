@@ -120,15 +120,15 @@ class Log:
         names = list(self.columns)
         columns = list(self.columns.values())
         if not any(column.missing for column in columns):
-            table = zip(self.steps, *(column.values for column in columns), strict=True)
-            for row, (step, *values) in enumerate(table):
-                cells = dict(zip(names, values, strict=True))
+            table = zip(*(column.values for column in columns), strict=True)
+            signals = map(dict, map(zip, itertools.repeat(names), table))  # no line of Python a record
+            for row, (step, cells) in enumerate(zip(self.steps, signals, strict=True)):
                 yield row, Observation(step=step, first=row, last=row + 1, signals=cells)
             return
         for row, step in enumerate(self.steps):
-            signals = {n: c.values[row] for n, c in zip(names, columns, strict=True) if c.present[row]}
-            if signals:
-                yield row, Observation(step=step, first=row, last=row + 1, signals=signals)
+            cells = {n: c.values[row] for n, c in zip(names, columns, strict=True) if c.present[row]}
+            if cells:
+                yield row, Observation(step=step, first=row, last=row + 1, signals=cells)
 
 
 def number(text: str) -> float | None:
