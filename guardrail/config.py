@@ -20,7 +20,7 @@ import msgspec
 from msgspec import Meta
 
 from guardrail.errors import ConfigError
-from guardrail.records import Mode
+from guardrail.records import METRIC_COLUMNS, UPDATE_NORM, Mode
 from guardrail.schema import typed
 
 Positive = Annotated[int, Meta(ge=1)]
@@ -108,6 +108,13 @@ class GuardSection(Section, frozen=True, kw_only=True):
     # Batches that are formed again because the hardware gave other numbers the second time, without `healthy_after`
     # applied steps between them, before the run halts.
     retries: Natural = 3
+    # Further numbers that the loop hands to `step.finish(..., signals={NAME: value})`, reduced and recorded with the
+    # others; each has a detector of spikes that notes them. One that is missing at a step is passed over.
+    signals: tuple[str, ...] = ()
+    # Measure the gradient norm of each block of the model besides: "grad_norm/layers.3" tells where a spike began.
+    layers: bool = False
+    # Measure the L2 norm of each update, exactly: costs a copy of the parameters, in memory and in time.
+    update_norm: bool = False
     # Applied healthy steps after which a snapshot or checkpoint counts as good.
     confirm: Natural = 8
     # Stretches [first, last) of positions of the sample order whose batches are applied whatever is found, as far as
@@ -225,6 +232,9 @@ class Settings(Section, frozen=True, kw_only=True):
                 value=guard.confirm,
                 hint="no snapshot would live long enough to be called good; raise snapshots.keep",
             )
+        for name in guard.signals:
+            if name in METRIC_COLUMNS or name == UPDATE_NORM or guard.signals.count(name) > 1 or not name.strip():
+                raise ConfigError("names of their own, each once", key="guard.signals", value=name)
         for first, last in guard.pardon:
             if first >= last:
                 raise ConfigError("stretches [first, last) that are not empty", key="guard.pardon", value=[first, last])

@@ -30,7 +30,7 @@ from guardrail.detectors.growth import CLIMB
 from guardrail.detectors.no_tokens import NoTokens
 from guardrail.detectors.resume import ROWS, resume_jumps
 from guardrail.detectors.spike import LOOK_BACK, Spike
-from guardrail.detectors.standard import build
+from guardrail.detectors.standard import NAMED, USUAL, build, build_named
 from guardrail.incidents import OPEN, Incidents
 from guardrail.policy import (
     UNSUSPECTED,
@@ -61,7 +61,9 @@ from guardrail.records import (
 LASTING = ("divergence", "growth", "embed_growth", "update_growth")
 # An update with these has no meaning, whoever wishes for it.
 UNPARDONABLE = frozenset({Kind.NONFINITE, Kind.NO_TOKENS, Kind.OVERFLOW, Kind.SCALE_COLLAPSE})
-SPIKES = (Kind.LOSS_SPIKE, Kind.GRAD_SPIKE, Kind.EMBED_SPIKE, Kind.UPDATE_SPIKE)
+SPIKES = (Kind.LOSS_SPIKE, Kind.GRAD_SPIKE, Kind.EMBED_SPIKE, Kind.UPDATE_SPIKE, Kind.SPIKE)
+# Findings on further signals in one verdict.
+MOST_NAMED = 3
 
 
 class Applied(NamedTuple):
@@ -130,19 +132,29 @@ class Controller:
             findings = self._no_tokens.observe(obs)
         if not findings:
             return self._healthy(obs, concerned)
-        evidence = by_severity(findings)
+        evidence = self._foremost(by_severity(findings))
         if evidence[0].severity is Severity.NOTE:
             return self._healthy(obs, concerned, evidence, f"noted: {evidence[0].sentence()}")
         if self._pardoned(obs, evidence):
             return self._pardon(obs, evidence)
         return self._rejected(obs, evidence)
 
+    def _foremost(self, findings: tuple[Finding, ...]) -> tuple[Finding, ...]:
+        """Where every layer's norm jumps, the foremost of them are evidence enough."""
+        named = [finding for finding in findings if NAMED + finding.signal in self.detectors]
+        return tuple(f for f in findings if f not in named[MOST_NAMED:])
+
     def _concerned(self, obs: Observation) -> tuple[Detector, ...]:
         """The detectors that watch one of the step's signals; most logs hold few of them."""
         names = tuple(obs.signals)
         concerned = self._by_signals.get(names)
         if concerned is None:
-            watching = (d for d in self.detectors.values() if not d.signals or not obs.signals.keys().isdisjoint(d.signals))
+            for signal in names:
+                if signal not in USUAL and NAMED + signal not in self.detectors:
+                    self.detectors[NAMED + signal] = build_named(signal, self.settings)
+            watching = (
+                d for d in self.detectors.values() if not d.signals or not obs.signals.keys().isdisjoint(d.signals)
+            )
             concerned = self._by_signals[names] = tuple(watching)
         return concerned
 
@@ -185,7 +197,8 @@ class Controller:
 
     def _rejected(self, obs: Observation, findings: tuple[Finding, ...]) -> Verdict:
         trouble = is_trouble(findings)
-        onset = max(1, min(finding.onset for finding in findings))
+        # What nobody has said the meaning of does not say how far to go back either.
+        onset = max(1, min(finding.onset for finding in findings if finding.kind is not Kind.SPIKE))
         streak = self._streak(obs)
         if streak and self.mode is Mode.ADVISE:
             onset = min(onset, self._advice.since)  # `auto` would still be at that step
@@ -420,7 +433,7 @@ class Controller:
 
     def bands(self) -> dict[str, tuple[float, float]]:
         """signal -> (baseline, threshold) that the next step meets, in the signal's own units."""
-        known = ((name, detector.band()) for name, detector in self.detectors.items())
+        known = ((name.removeprefix(NAMED), detector.band()) for name, detector in self.detectors.items())
         return {name: band for name, band in known if band is not None}
 
     @property
@@ -431,7 +444,7 @@ class Controller:
         last = self._history[-1].step
         if self.mode is Mode.OFF:
             return last
-        suspected = (detector.suspect_from() for detector in self.detectors.values())
+        suspected = (d.suspect_from() for name, d in self.detectors.items() if not name.startswith(NAMED))
         return min((step - 1 for step in suspected if step is not None), default=last)
 
     # -- state: rolls back ---------------------------------------------------------------------------------------
@@ -450,6 +463,10 @@ class Controller:
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
         """Go back to a state. Returns the detectors that it does not fit, as of another version: they begin anew."""
         anew = []
+        signals = [name.removeprefix(NAMED) for name in state["detectors"] if name.startswith(NAMED)]
+        named: dict[str, Detector] = {NAMED + signal: build_named(signal, self.settings) for signal in signals}
+        self.detectors = {n: d for n, d in self.detectors.items() if not n.startswith(NAMED)} | named
+        self._by_signals.clear()
         for name, detector in self.detectors.items():
             try:
                 detector.load_state_dict(state["detectors"][name])

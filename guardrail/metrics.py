@@ -53,12 +53,15 @@ class MetricsWriter:
 
     A torn row at the end, left by a crash or a full disk, is cut off when the file is opened and after a write
     that failed. OSError of a full disk reaches the caller; the next `append` starts clean.
+
+    Args:
+        further: names of columns behind the usual ones, of a file that begins now.
     """
 
-    def __init__(self, path: Path, layout_path: Path) -> None:
+    def __init__(self, path: Path, layout_path: Path, *, further: Sequence[str] = ()) -> None:
         layout = read_layout(layout_path)
         if layout is None:
-            layout = Layout(columns=METRIC_COLUMNS)
+            layout = Layout(columns=(*METRIC_COLUMNS, *further))
             replace_file(layout_path, msgspec.json.encode(layout))
         self.columns = layout.columns
         self._pack = struct.Struct(f"<{len(self.columns)}d").pack

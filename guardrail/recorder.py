@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from guardrail.records import Event
@@ -24,11 +24,15 @@ class Recorder:
     Args:
         run: the run directory; None records nothing (a guard without one still decides).
         active: True on rank 0. On other ranks the same calls return the same events and write nothing.
+        columns: signals that are recorded besides the usual ones.
         learn: called with every event, written or not, so that all ranks remember the same past.
     """
 
-    def __init__(self, run: RunDirectory | None, *, active: bool, learn: Callable[[Event], None]) -> None:
+    def __init__(
+        self, run: RunDirectory | None, *, active: bool, learn: Callable[[Event], None], columns: Sequence[str] = ()
+    ) -> None:
         self._run = run if active else None
+        self._columns = tuple(columns)
         self._learn = learn
         self._metrics: MetricsWriter | None = None
         self._waiting: deque[tuple[str, str, dict[str, Any]]] = deque()
@@ -82,7 +86,7 @@ class Recorder:
     def _write_rows(self, run: RunDirectory) -> None:
         try:
             if self._metrics is None:
-                self._metrics = run.metrics_writer()
+                self._metrics = run.metrics_writer(self._columns)
             while self._rows:
                 self._metrics.append(self._rows[0])
                 self._rows.popleft()

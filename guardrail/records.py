@@ -56,6 +56,7 @@ class Kind(str, Enum):
     GRAD_SPIKE = "grad_spike"
     EMBED_SPIKE = "embed_spike"
     UPDATE_SPIKE = "update_spike"  # the optimizer's step grew; the update is in the weights already
+    SPIKE = "spike"  # of a signal that the loop, or who reads a log, has named
     GROWTH = "growth"  # a norm climbs step by step, none of which is a spike
     DIVERGENCE = "divergence"  # the loss rose and stays up
     LEVEL_SHIFT = "level_shift"  # a signal stepped up and stays there, without growing further

@@ -225,9 +225,9 @@ class RunDirectory:
     def metrics_path(self) -> Path:
         return self.path / "metrics.bin"
 
-    def metrics_writer(self) -> MetricsWriter:
-        """For the holder of the lock. Raises OSError."""
-        return MetricsWriter(self.metrics_path, self.path / "metrics.json")
+    def metrics_writer(self, further: Sequence[str] = ()) -> MetricsWriter:
+        """For the holder of the lock; a run that begins gets `further` columns besides the usual. Raises OSError."""
+        return MetricsWriter(self.metrics_path, self.path / "metrics.json", further=further)
 
     def metrics(self, columns: Sequence[str] | None = None) -> MetricsView:
         """The rows that are complete now; empty while there are none."""

@@ -26,7 +26,7 @@ from guardrail import tfevents
 from guardrail.errors import RunDirectoryError
 from guardrail.files import FILE_MODE, FOLDER_MODE, replace_file
 from guardrail.follow import Follower
-from guardrail.records import Event, Record
+from guardrail.records import METRIC_COLUMNS, Event, Record
 from guardrail.rundir import MetricsView, RunDirectory
 from guardrail.text import clean
 
@@ -279,6 +279,8 @@ class _Story:
         if applied and row.get("step_time", 0.0) > 0:
             values["train/tokens_per_second"] = row.get("tokens", math.nan) / row["step_time"]
             values["guard/time_share"] = row.get("guard_time", math.nan) / row["step_time"]
+        if applied:
+            values |= {f"train/{name}": value for name, value in row.items() if name not in METRIC_COLUMNS}
         values = {tag: value for tag, value in values.items() if tag in _NEWS or not math.isnan(value)}
         if not math.isnan(row.get("eval_loss", math.nan)):
             values["eval/loss"] = row["eval_loss"]

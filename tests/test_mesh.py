@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from guardrail.config import dump, load
 from guardrail.errors import ConfigError
 from guardrail.manifest import checkpoint_dirs, fingerprint, read_manifest, verify
-from guardrail.records import Command, CommandKind
+from guardrail.records import UPDATE_NORM, Command, CommandKind
 from guardrail.rundir import RunDirectory
 from guardrail.torch.checkpoints import CheckpointStore
 from guardrail.torch.snapshots import SnapshotRing
@@ -74,7 +74,8 @@ def config_of(folder: Path, name: str, **sections: Any) -> Config:
 
 @pytest.mark.parametrize("name", SWEEP)
 def test_a_mesh_reproduces_the_curve_of_one_rank(name: str, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"model": {"dropout": 0.0}, "train": {"steps": 50}}
+    guard = {"layers": True, "update_norm": True}
+    options: dict[str, Any] = {"model": {"dropout": 0.0}, "train": {"steps": 50}, "guard": guard}
     one = trained(config_of(tmp_path, "one", **options))
     many = trained(config_of(tmp_path, name, **options))
     ours, theirs = table(many, SIGNALS), table(one, SIGNALS)
@@ -84,6 +85,12 @@ def test_a_mesh_reproduces_the_curve_of_one_rank(name: str, tmp_path: Path) -> N
     np.testing.assert_allclose(ours[:, 0], theirs[:, 0], rtol=1e-4)
     np.testing.assert_allclose(ours[:, 1:], theirs[:, 1:], rtol=5e-3)
     assert np.array_equal(table(many, ("tokens", "lr", "first")), table(one, ("tokens", "lr", "first")))
+    columns = one.metrics().columns
+    further = [*(name for name in columns if name.startswith("grad_norm/")), UPDATE_NORM]
+    assert len(further) > 4 and many.metrics().columns == columns
+    layers = table(one, further[:-1])
+    np.testing.assert_allclose((layers**2).sum(axis=1) ** 0.5, table(one, ("grad_norm",))[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(table(many, further)[1:], table(one, further)[1:], rtol=2e-2)
 
 
 RECIPES: dict[str, dict[str, Any]] = {

@@ -17,8 +17,9 @@ Jumps = Mapping[str, float]
 
 
 class Detector(Protocol):
-    signals: tuple[str, ...]
-    """What it watches; a step without any of them it need not be asked about and learns nothing from. (): all steps."""
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """What it watches: of a step without any of them it has nothing to say and to learn. (): of every step."""
 
     def observe(self, obs: Observation) -> list[Finding]:
         """Findings about this step; leaves the detector as it was."""

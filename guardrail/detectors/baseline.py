@@ -108,7 +108,8 @@ class Baseline:
         self._centre = SortedWindow(FOLLOW)
         self._differences = SortedWindow(LAG)
         self._deviations = SortedWindow(self.window)
-        self._settle()
+        # What every step asks for, computed when it changes; `centre` means nothing while `empty`.
+        self.empty, self.centre, self.scale = True, 0.0, self.floor
 
     def learn(self, y: float) -> None:
         """Add an accepted logarithm (finite). Called for each signal of each step, so it is written for speed."""
@@ -139,7 +140,6 @@ class Baseline:
         self.empty = False
 
     def _settle(self) -> None:
-        """What every step asks for, computed when it changes: `centre` (meaningless while `empty`) and `scale`."""
         self.empty = not self._centre.sorted
         self.centre = 0.0 if self.empty else self._centre.median()
         self.scale = self.floor

@@ -20,6 +20,10 @@ from guardrail.records import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS, LOS
 LOSS_FLOOR, NORM_FLOOR = 0.01, 0.2
 # Jumps over the first steps' median that are rejected before there is a scale.
 LOSS_COLD, NORM_COLD = 3.0, 100.0
+# The signals that have a detector of their own; what is called otherwise is a further one.
+USUAL = (LOSS, GRAD_NORM, EMBED_GRAD_NORM, EMBED_SHARE, UPDATE_NORM, LOSS_SCALE)
+# What the detectors of further signals are called: this and the signal, which may have the name of another detector.
+NAMED = "named "
 
 
 def build(settings: GuardSection) -> dict[str, Detector]:
@@ -50,3 +54,21 @@ def build(settings: GuardSection) -> dict[str, Detector]:
         "stuck_loss": Stuck(LOSS),
         "stuck_grad_norm": Stuck(GRAD_NORM),
     }
+
+
+def build_named(signal: str, settings: GuardSection) -> Spike:
+    """The detector of a signal that is none of the above. It notes: what a spike of it means, nobody has said.
+
+    Such a number counts as a loss if its name ends so, and otherwise as a norm, whose ordinary noise is larger.
+    """
+    loss = signal.lower().endswith("loss")
+    return Spike(
+        signal,
+        Kind.GRAD_SPIKE if signal.startswith(f"{GRAD_NORM}/") else Kind.SPIKE,
+        score=settings.loss_score if loss else settings.grad_score,
+        floor=LOSS_FLOOR if loss else NORM_FLOOR,
+        cold_factor=LOSS_COLD if loss else NORM_COLD,
+        window=settings.window,
+        warmup=settings.warmup,
+        note_only=True,
+    )

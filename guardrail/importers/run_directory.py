@@ -8,7 +8,7 @@ from array import array
 from guardrail.errors import DataError
 from guardrail.importers.log import Column, Log
 from guardrail.importers.names import KNOWN
-from guardrail.records import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS
+from guardrail.records import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS, METRIC_COLUMNS
 from guardrail.rundir import MetricsView, RunDirectory
 
 # Measured at every step; a NaN of theirs is a NaN.
@@ -19,7 +19,7 @@ def signals(view: MetricsView) -> list[str]:
     """The signals that the run watched: a column of NaN alone is one that it could not measure."""
     import numpy as np
 
-    watched = [name for name in view.columns if name in ALWAYS or name in KNOWN]
+    watched = [name for name in view.columns if name in ALWAYS or name in KNOWN or name not in METRIC_COLUMNS]
     return [name for name in watched if name in ALWAYS or not np.isnan(view.column(name)).all()]
 
 

@@ -15,7 +15,7 @@ import math
 import platform
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -33,6 +33,7 @@ from guardrail.past import Past
 from guardrail.policy import Rollback
 from guardrail.recorder import Recorder
 from guardrail.records import (
+    GRAD_NORM,
     LOSS,
     MAX_NAMED,
     Action,
@@ -60,6 +61,7 @@ from guardrail.torch.replays import Replay, Replays
 from guardrail.torch.scaling import LossScale, enabled
 from guardrail.torch.state import TrainingState
 from guardrail.torch.tiers import Restored, Target, Tiers
+from guardrail.torch.updates import UpdateNorm
 from guardrail.undoing import Undoing
 
 VERSIONS = {"python": platform.python_version(), "torch": torch.__version__, "guardrail": version("guardrail")}
@@ -87,6 +89,7 @@ class Step:
         tokens: Tensor | float = 1.0,
         nominal_tokens: float | None = None,
         incomplete: bool = False,
+        signals: Mapping[str, Tensor | float] | None = None,
     ) -> Verdict | None:
         """Observe, decide, and apply the update or leave it out. Call once, on every rank, after the last backward.
 
@@ -97,13 +100,15 @@ class Step:
             nominal_tokens: the number, summed over ranks, that the sums were divided by before backward. The guard
                 rescales the gradients by nominal / actual tokens, so that every token weighs the same.
             incomplete: this rank was asked to stop and left micro-batches out: nothing is decided, the run ends.
+            signals: further numbers of this rank that `guard.signals` announces, 0-d; their mean over the ranks that
+                give one is watched. They travel in the step's one reduction.
 
         Returns:
             The verdict; None when a stop made the window incomplete.
         """
         if self.verdict is not None:
             raise RuntimeError("step.finish was called twice")
-        return self._guard._finish(self, loss, tokens, nominal_tokens, incomplete)
+        return self._guard._finish(self, loss, tokens, nominal_tokens, incomplete, signals)
 
 
 class Guard:
@@ -172,8 +177,24 @@ class Guard:
         self.ledger = Ledger(order, batch_size=batch_size, limit=limit)
         self.past = Past()
         self.controller = Controller(settings.guard)
-        self.recorder = Recorder(run, active=self.rank == 0, learn=lambda event: self.past.add(event))
-        self.probes = Probes(model, rank=self.rank, world=self.world, device=device, holders=holders, counting=counting)
+        self.probes = Probes(
+            model,
+            rank=self.rank,
+            world=self.world,
+            device=device,
+            holders=holders,
+            counting=counting,
+            layers=settings.guard.layers,
+            named=settings.guard.signals,
+            updates=settings.guard.update_norm,
+        )
+        self.updates = UpdateNorm(self.probes.parameters, self.probes.weights) if settings.guard.update_norm else None
+        self.recorder = Recorder(
+            run,
+            active=self.rank == 0,
+            learn=lambda event: self.past.add(event),
+            columns=[*(f"{GRAD_NORM}/{block}" for block in self.probes.blocks), *self.probes.named],
+        )
         optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
         self.gate = Gate(optimizers, parameters=self.probes.parameters, embedding=self.probes.embedding, clip=clip)
         self.loss_scale = LossScale(scaler) if enabled(scaler) else None
@@ -404,7 +425,13 @@ class Guard:
     # -- one step ------------------------------------------------------------------------------------------------
 
     def _finish(
-        self, step: Step, loss: Tensor, tokens: Tensor | float, nominal: float | None, incomplete: bool
+        self,
+        step: Step,
+        loss: Tensor,
+        tokens: Tensor | float,
+        nominal: float | None,
+        incomplete: bool,
+        signals: Mapping[str, Tensor | float] | None,
     ) -> Verdict | None:
         began = time.perf_counter()
         reduced = self.probes.reduce(
@@ -416,6 +443,8 @@ class Guard:
             stop=self.stopping,
             incomplete=incomplete,
             loss_scale=self.loss_scale.value if self.loss_scale is not None else None,
+            named=signals,
+            update_square=self.updates.square if self.updates is not None else None,
         )
         if reduced.incomplete:
             self.attempt.undo()
@@ -510,7 +539,11 @@ class Guard:
     def _apply(self, step: Step, reduced: Reduced) -> None:
         alpha = self.past.alpha.at(step.number)
         factor = self.gate.factor(reduced, embed_alpha=alpha)
+        if self.updates is not None:
+            self._measured(self.updates.before)
         self.gate.apply(factor, lr_factor=self.past.lr.at(step.number), embed_alpha=alpha)
+        if self.updates is not None:
+            self._measured(self.updates.after)
         if self.loss_scale is not None:
             self.loss_scale.update(overflow=False)
         if self._scheduler is not None:
@@ -521,6 +554,12 @@ class Guard:
         self.ledger.passed(step.batch, applied=True)
         self.state.settle()
         self._to_keep = True
+
+    def _measured(self, what: Callable[[], None]) -> None:
+        """Do something that only the guard needs: it is part of what it costs."""
+        began = time.perf_counter()
+        what()
+        self._guarding += time.perf_counter() - began
 
     def _skip(self, step: Step, verdict: Verdict) -> None:
         self.gate.leave_out()
@@ -638,6 +677,9 @@ class Guard:
         self.ledger.restore(extra["ledger"])
         self.controller.load_state_dict(extra["controller"])
         rng.restore(extra["rng"])
+        if self.updates is not None:
+            # A rank's own part, which means nothing among another number of ranks.
+            self.updates.restore(extra.get("update_square") if extra.get("world", self.world) == self.world else None)
 
     def facts(self, checkpoint: bool = False) -> dict[str, Any]:
         """What travels with a snapshot besides tensors; for a checkpoint also what a resume is checked against."""
@@ -650,6 +692,8 @@ class Guard:
             "controller": self.controller.state_dict(),
             "rng": rng.capture(),
         }
+        if self.updates is not None:
+            facts["update_square"] = self.updates.facts()
         if checkpoint:
             facts |= {"world": self.world, "order_ahead": self._order_ahead(), "identity": self._identity}
             if self._fixed_loss is not None:

@@ -3,21 +3,25 @@
 The vector carries everything that a step has to agree on: loss and token sums, squared norms, finite flags and step
 times of each rank, a pending command, a stop signal. After the sum every rank holds the same numbers.
 
-Layout: `HEAD` sums, then one block of `PER_RANK` slots for each rank, in which only that rank writes. A NaN therefore
+Layout: `HEAD` sums, then (where asked for) squares of each block of the model and (sum, ranks that gave it) of each
+further number, then one block of `PER_RANK` slots for each rank, in which only that rank writes. A NaN therefore
 poisons the sums that it belongs to and nothing else; flags stay finite and name their rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from guardrail.records import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS, LOSS_SCALE
+from guardrail.errors import UsageError
+from guardrail.records import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS, LOSS_SCALE, UPDATE_NORM
 
 HEAD = ("loss_sum", "tokens", "grad_sq", "embed_sq", "command_kind", "command_value", "stop", "incomplete")
 PER_RANK = ("nonfinite_loss", "nonfinite_grad", "nonfinite_local", "step_time")
@@ -49,6 +53,12 @@ def embedding_parameters(model: nn.Module) -> list[nn.Parameter]:
     return list(found.values())
 
 
+def block_of(name: str) -> str:
+    """The part of a model that a parameter belongs to: "layers.3" of "layers.3.attention.q.weight", else its module."""
+    numbered = re.match(r"(.*?\.\d+)\.", name)
+    return numbered[1] if numbered else name.rpartition(".")[0] or name
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reduced:
     """The sums of one step, equal on every rank.
@@ -65,6 +75,7 @@ class Reduced:
         step_times: seconds of this step on each rank.
         command_kind: 0, or 1 + index of the CommandKind; command_value its argument.
         stop, incomplete: ranks that were asked to stop; ranks that left micro-batches out because of it.
+        further: signal -> value, of what is measured besides; a number that no rank gave is not there.
     """
 
     loss: float
@@ -82,6 +93,7 @@ class Reduced:
     command_value: float
     stop: int
     incomplete: int
+    further: Mapping[str, float] = field(default_factory=dict)
 
     def signals(self) -> dict[str, float]:
         return {
@@ -89,7 +101,9 @@ class Reduced:
             GRAD_NORM: self.grad_norm,
             EMBED_GRAD_NORM: self.embed_grad_norm,
             EMBED_SHARE: self.embed_share,
-        } | ({} if self.loss_scale is None else {LOSS_SCALE: self.loss_scale})
+            **({} if self.loss_scale is None else {LOSS_SCALE: self.loss_scale}),
+            **self.further,
+        }
 
 
 class Probes:
@@ -103,6 +117,9 @@ class Probes:
         counting: whether this rank's loss and tokens enter the sums. Of ranks that compute the same, one counts.
         locate: with several ranks, watch each rank's own gradients before the reduction, so that a NaN or Inf can be
             traced to the rank that produced it. Costs one more read of the gradients.
+        layers: measure the gradient norm of each block too. The ranks agree on the blocks here, in a collective.
+        named: further numbers that `reduce` takes.
+        updates: also reduce the squared norm of the last update, which `reduce` takes.
     """
 
     def __init__(
@@ -115,9 +132,11 @@ class Probes:
         holders: range | None = None,
         counting: bool = True,
         locate: bool = True,
+        layers: bool = False,
+        named: Sequence[str] = (),
+        updates: bool = False,
     ) -> None:
         self.rank, self.world, self._counting = rank, world, counting
-        self._own_slots = len(HEAD) + rank * len(PER_RANK)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         embeddings = {id(p) for p in embedding_parameters(model)}
         self.embedding = [p for p in self.parameters if id(p) in embeddings]
@@ -133,6 +152,15 @@ class Probes:
         self._embedding_index = torch.tensor(
             [i for i, e in enumerate(self._is_embedding) if e], dtype=torch.long, device=home
         )
+        self.weights = self._weights
+        own_blocks = [block_of(self._names[id(p)]) for p in self.parameters] if layers else []
+        self.blocks = _agreed(own_blocks, world) if layers else []
+        self._block_index = torch.tensor([self.blocks.index(b) for b in own_blocks], dtype=torch.long, device=home)
+        self.named = (*named, UPDATE_NORM) if updates else tuple(named)
+        self._block_slots = len(HEAD)
+        self._named_slots = self._block_slots + len(self.blocks)
+        self._rank_slots = self._named_slots + 2 * len(self.named)
+        self._own_slots = self._rank_slots + rank * len(PER_RANK)
         self._own_norm = torch.zeros((), dtype=torch.float32, device=device)
         # Of the last reduction, on the device: this rank's loss sum, the squared norm of its (shards of the) reduced
         # gradients, and the sum of its modules' gradient norms from before the ranks reduced them.
@@ -180,6 +208,8 @@ class Probes:
         stop: bool = False,
         incomplete: bool = False,
         loss_scale: float | None = None,
+        named: Mapping[str, Tensor | float] | None = None,
+        update_square: Tensor | None = None,
     ) -> Reduced:
         """The one all-reduce. See `Reduced` for what comes back.
 
@@ -189,14 +219,21 @@ class Probes:
             nominal_tokens: what the losses were divided by before backward, summed over the ranks: the gradients are
                 those of loss_sum / nominal_tokens. None: they are those of the mean already.
             loss_scale: what the losses were multiplied by before backward besides, equal on all ranks; None: nothing.
+            named: further numbers of this rank, 0-d; the mean over the counting ranks that give one is the signal.
+            update_square: of `UpdateNorm`; None: no update is known.
+
+        Raises:
+            UsageError: a number that was not announced: ranks must agree on what they reduce.
         """
         device = self.device
         present = [p.grad is not None for p in self.parameters]
         gradients = [local(p.grad) for p in self.parameters if p.grad is not None]
         zero = torch.zeros((), dtype=self.dtype, device=self._weights.device)
         grad_sq = embed_sq = zero
+        block_sq = zero.new_zeros(len(self.blocks))
         if gradients:
             squares = torch.stack(norms(gradients)).to(self.dtype) ** 2
+            blocks = self._block_index
             if all(present):
                 squares, embedded = squares * self._weights, self._embedding_index
             else:
@@ -204,15 +241,23 @@ class Probes:
                 squares = squares * self._weights[chosen]
                 marks = [e for e, p in zip(self._is_embedding, present, strict=True) if p]
                 embedded = torch.tensor(marks, device=zero.device).nonzero().flatten()
+                blocks = blocks[chosen] if self.blocks else blocks
             grad_sq, embed_sq = squares.sum(), squares[embedded].sum()
+            if self.blocks:
+                block_sq.index_add_(0, blocks, squares)
         grad_sq, embed_sq = grad_sq.to(device), embed_sq.to(device)
         loss_sum = loss_sum.detach().to(self.dtype)
         # Host numbers travel in one copy, device numbers join them there: no wait on a device before the reduction.
-        host = [0.0] * (len(HEAD) + self.world * len(PER_RANK))
+        host = [0.0] * (self._rank_slots + self.world * len(PER_RANK))
         host[HEAD.index("command_kind")], host[HEAD.index("command_value")] = float(command[0]), command[1]
         host[HEAD.index("stop")], host[HEAD.index("incomplete")] = float(stop), float(incomplete)
         host[self._own_slots + PER_RANK.index("step_time")] = step_time
+        tensors = self._enter(host, named or {}, update_square)
         vector = torch.tensor(host, dtype=self.dtype).to(device, non_blocking=True)
+        for slot, value in tensors.items():
+            vector[slot] = value.detach().to(device, self.dtype)
+        if self.blocks:
+            vector[self._block_slots : self._named_slots] = block_sq.to(device)
         sums = [loss_sum, torch.as_tensor(tokens, dtype=self.dtype, device=device), grad_sq, embed_sq]
         if not self._counting:
             sums[:2] = torch.zeros_like(loss_sum), torch.zeros_like(loss_sum)
@@ -225,9 +270,40 @@ class Probes:
             dist.all_reduce(vector)
         return self._unpack(vector.tolist(), nominal_tokens, loss_scale)
 
+    def _enter(
+        self, host: list[float], named: Mapping[str, Tensor | float], update_square: Tensor | None
+    ) -> dict[int, Tensor]:
+        """Write further numbers that are on the host into `host`; returns the others by slot."""
+        given = dict(named) if self._counting else {}
+        if unknown := named.keys() - set(self.named):
+            known = ", ".join(self.named) or "none"
+            raise UsageError(f"step.finish got a signal {min(unknown)!r}; guard.signals announces {known}")
+        if update_square is not None:
+            given[UPDATE_NORM] = update_square
+        tensors: dict[int, Tensor] = {}
+        for name, value in given.items():
+            slot = self._named_slots + 2 * self.named.index(name)
+            host[slot + 1] = 1.0
+            if isinstance(value, Tensor):
+                tensors[slot] = value
+            else:
+                host[slot] = float(value)
+        return tensors
+
+    def _further(self, values: list[float], scale: float) -> dict[str, float]:
+        squares = values[self._block_slots : self._named_slots]
+        further = {
+            f"{GRAD_NORM}/{name}": _root(square) * scale for name, square in zip(self.blocks, squares, strict=True)
+        }
+        for index, name in enumerate(self.named):
+            total, ranks = values[self._named_slots + 2 * index : self._named_slots + 2 * index + 2]
+            if ranks:
+                further[name] = _root(total) if name == UPDATE_NORM else total / ranks
+        return further
+
     def _unpack(self, values: list[float], nominal_tokens: float | None, loss_scale: float | None) -> Reduced:
         sums = dict(zip(HEAD, values, strict=False))
-        blocks = [values[i : i + len(PER_RANK)] for i in range(len(HEAD), len(values), len(PER_RANK))]
+        blocks = [values[i : i + len(PER_RANK)] for i in range(self._rank_slots, len(values), len(PER_RANK))]
         ranks = lambda slot: tuple(r for r, block in enumerate(blocks) if block[PER_RANK.index(slot)])  # noqa: E731
         tokens = sums["tokens"]
         scale = 1.0 if nominal_tokens is None or not tokens else nominal_tokens / tokens
@@ -253,6 +329,7 @@ class Probes:
             command_value=sums["command_value"],
             stop=int(sums["stop"]),
             incomplete=int(sums["incomplete"]),
+            further=self._further(values, scale),
         )
 
     def names_of_nonfinite(self) -> list[str]:
@@ -269,6 +346,19 @@ def norms(tensors: list[Tensor]) -> list[Tensor]:
     if any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors):
         return list(torch._foreach_norm(tensors, 2, torch.float32))
     return list(torch._foreach_norm(tensors))
+
+
+def _agreed(blocks: Sequence[str], world: int) -> list[str]:
+    """All ranks' blocks in natural order: stages of a pipeline hold different ones."""
+    known = set(blocks)
+    if world > 1:
+        everyone: list[Any] = [None] * world
+        dist.all_gather_object(everyone, known)
+        known = set().union(*everyone)
+    return sorted(
+        known,
+        key=lambda name: [(part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", name)],
+    )
 
 
 def _without(name: str, prefixes: Sequence[str]) -> str:
