@@ -103,11 +103,8 @@ def wait_ranks(pids: list[int], *, seconds: float = 120.0) -> list[int]:
     codes: dict[int, int] = {}
     while len(codes) < len(pids):
         for pid in pids:
-            if pid not in codes:
-                done, status = os.waitpid(pid, os.WNOHANG)
-                if done:
-                    _alive.discard(pid)
-                    codes[pid] = os.waitstatus_to_exitcode(status)
+            if pid not in codes and (code := ended(pid)) is not None:
+                codes[pid] = code
         if time.monotonic() > deadline:
             for pid in pids:
                 if pid not in codes:
@@ -115,6 +112,15 @@ def wait_ranks(pids: list[int], *, seconds: float = 120.0) -> list[int]:
             raise TimeoutError(f"ranks {[pids.index(p) for p in pids if p not in codes]} still ran after {seconds} s")
         time.sleep(0.005)
     return [codes[pid] for pid in pids]
+
+
+def ended(pid: int) -> int | None:
+    """Exit code (negative: signal) of a rank, told once; None while it runs."""
+    done, status = os.waitpid(pid, os.WNOHANG)
+    if not done:
+        return None
+    _alive.discard(pid)
+    return os.waitstatus_to_exitcode(status)
 
 
 def bury_ranks() -> None:

@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor
 from guardrail.config import LaunchSection
 from tests.ranks import run_ranks, start_ranks, wait_ranks
 from trainer.config import Config, FaultSection, ModelSection, TrainSection
+from trainer.damage import flip_bit
+from trainer.data.loader import MicroBatch
 from trainer.faults import Faults, StagedFault
 from trainer.model import Decoder
 from trainer.objectives import IGNORED, loss_sum
@@ -226,3 +228,162 @@ def _on_rank_one(rank: int, config: Config) -> tuple[dict[str, int], dict[str, i
     reduced = broken(window(Faults([fault("inf_grad_reduced", rank=1)], rank=rank), model)[1])
     clean = broken(window(Faults([], rank=rank), model)[1])
     return before, reduced, clean
+
+
+# -- data ----------------------------------------------------------------------------------------------------------
+
+
+def rows(kind: Any, *, now: int = 1, again: bool = False, **settings: Any) -> tuple[MicroBatch, MicroBatch]:
+    """(a micro-batch of four samples at positions 8 to 11, what a fault makes of it)."""
+    ids = torch.randint(0, V // 2, (4, T + 1), generator=torch.Generator().manual_seed(3)).numpy()
+    labels = ids[:, 1:].copy()
+    labels[1, 2] = IGNORED
+    clean = MicroBatch(tokens=ids[:, :-1].copy(), labels=labels, position=8, sample_ids=(0, 1, 2, 3))
+    faults = Faults([FaultSection(kind=kind, **settings)], rank=0)
+    (faults.again if again else faults.batch)(step=now, positions=(8, 9, 10, 11))
+    kept = clean.tokens.copy(), clean.labels.copy()
+    (spoiled,) = faults.data([clean], [(8, 9, 10, 11)], vocabulary=V)
+    assert (clean.tokens == kept[0]).all() and (clean.labels == kept[1]).all()
+    return clean, spoiled
+
+
+@pytest.mark.parametrize("kind", ["noise_tokens", "repeat_tokens", "shuffle_labels"])
+def test_text_is_spoiled_in_the_samples_of_the_stretch_and_alike_each_time(kind: str) -> None:
+    clean, spoiled = rows(kind, first=9, last=11)
+    same = [bool((clean.labels[row] == spoiled.labels[row]).all()) for row in range(4)]
+    assert same == [True, False, False, True]
+    assert (spoiled.labels == IGNORED).sum() == 1 and spoiled.labels[1, 2] == IGNORED
+    _, again = rows(kind, first=9, last=11, now=7, again=True)
+    assert (again.tokens == spoiled.tokens).all() and (again.labels == spoiled.labels).all()
+
+
+def test_what_each_kind_of_spoiled_text_is() -> None:
+    clean, noise = rows("noise_tokens", first=8, last=9)
+    assert (noise.tokens[0] >= V // 2).all() and (noise.labels[0, :-1] == noise.tokens[0, 1:]).all()
+    _, ngram = rows("repeat_tokens", first=8, last=9)
+    assert (ngram.tokens[0, :-3] == ngram.tokens[0, 3:]).all() and (ngram.labels[0, :-1] == ngram.tokens[0, 1:]).all()
+    _, wrong = rows("shuffle_labels", first=8, last=9)
+    assert (wrong.tokens == clean.tokens).all()
+    assert sorted(wrong.labels[0]) == sorted(clean.labels[0])
+
+
+@pytest.mark.parametrize(("step", "hit"), [(4, False), (5, True), (6, True), (7, False)])
+def test_text_by_step_is_spoiled_in_all_samples(step: int, hit: bool) -> None:
+    _, spoiled = rows("noise_tokens", now=step, step=5, steps=2)
+    assert (spoiled.tokens >= V // 2).all() == hit
+
+
+# -- state ---------------------------------------------------------------------------------------------------------
+
+
+def trained() -> tuple[Decoder, torch.optim.AdamW]:
+    """A model whose optimizer has moments."""
+    model = decoder()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    loss_sum(model(sample()[:, :-1]), sample()[:, 1:])[0].backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def struck(kind: Any, **settings: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights and moments before and after a fault of the state that strikes once."""
+    model, optimizer = trained()
+    before = everything(model, optimizer)
+    faults = Faults([fault(kind, times=1, **settings)], rank=0)
+    faults.again(step=1, positions=())
+    faults.state(model, [optimizer])
+    assert all(torch.equal(now, before[name]) for name, now in everything(model, optimizer).items()), "in a replay"
+    faults.batch(step=1, positions=())
+    faults.state(model, [optimizer])
+    after = everything(model, optimizer)
+    faults.batch(step=1, positions=())
+    faults.state(model, [optimizer])
+    assert all(torch.equal(now, after[name]) for name, now in everything(model, optimizer).items()), "a second time"
+    return before, after
+
+
+def everything(model: Decoder, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        for key, value in optimizer.state[p].items():
+            tensors[f"{key} {name}"] = value.clone()
+    return tensors
+
+
+def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, int]:
+    return {name: n for name in before if (n := int((before[name] != after[name]).sum()))}
+
+
+def test_all_weights_are_scaled() -> None:
+    before, after = struck("scale_weights", value=1000.0)
+    for name, weight in before.items():
+        torch.testing.assert_close(after[name], weight if " " in name else 1000 * weight)
+
+
+def test_one_row_of_the_embedding_is_scaled() -> None:
+    before, after = struck("scale_row", value=50.0, entry=V + 3)
+    assert changed(before, after) == {"embedding.weight": 8}
+    torch.testing.assert_close(after["embedding.weight"][3], 50 * before["embedding.weight"][3])
+
+
+@pytest.mark.parametrize(("kind", "prefix"), [("flip_weight", "blocks.0."), ("flip_moment", "exp_avg blocks.0.")])
+def test_one_bit_is_flipped(kind: str, prefix: str) -> None:
+    before, after = struck(kind, value=30.0, entry=5)
+    ((name, entries),) = changed(before, after).items()
+    assert name.startswith(prefix) and entries == 1
+    old, new = before[name].view(-1)[5], after[name].view(-1)[5]
+    assert old.view(torch.int32) ^ new.view(torch.int32) == 1 << 30
+    assert abs(new) > 1e30
+
+
+def test_the_sign_bit_can_be_flipped_too() -> None:
+    tensor = torch.tensor([1.5, -2.0])
+    flip_bit(tensor, entry=1, bit=31)
+    assert tensor.tolist() == [1.5, 2.0]
+    half = torch.tensor([1.5], dtype=torch.bfloat16)
+    flip_bit(half, entry=0, bit=15)
+    assert half.item() == -1.5
+
+
+def test_moments_are_zeroed_and_their_count_of_steps_is_kept() -> None:
+    before, after = struck("zero_moments")
+    assert changed(before, after).keys() <= {name for name in before if name.startswith("exp_avg")}
+    assert all(not tensor.any() for name, tensor in after.items() if name.startswith("exp_avg"))
+
+
+# -- the rest ------------------------------------------------------------------------------------------------------
+
+
+def test_the_rate_is_raised_within_the_step_alone() -> None:
+    _, optimizer = trained()
+    faults = Faults([fault("scale_lr", step=2, steps=2, value=30.0)], rank=0)
+    faults.attach([optimizer])
+    seen: list[float] = []
+    optimizer.register_step_pre_hook(lambda hooked, *_: seen.append(hooked.param_groups[0]["lr"]))
+    for step in range(1, 5):
+        faults.batch(step=step, positions=())
+        faults.again(step=2, positions=())  # a replay of another step changes nothing
+        optimizer.step()
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
+    assert seen == pytest.approx([1e-3, 3e-2, 3e-2, 1e-3])
+
+
+def test_a_nan_gradient_is_one_entry() -> None:
+    losses, gradients = window(Faults([fault("nan_grad", micro=0)], rank=0), decoder())
+    assert losses == CLEAN_LOSSES
+    assert broken(gradients) == {"norm.weight": 1}
+    assert gradients["norm.weight"].isnan().any()
+
+
+def test_garbage_has_the_size_it_was_told_and_is_another_each_time() -> None:
+    faults = Faults([fault("garbage_grad", value=100.0, times=2)], rank=0)
+    found = []
+    for _ in range(3):
+        faults.batch(step=1, positions=())
+        logits = torch.ones(2, 3, requires_grad=True)
+        (faults.logits(0, logits * 1.0) * torch.tensor([3.0, 0.0, 4.0])).sum().backward()
+        assert logits.grad is not None
+        found.append(logits.grad)
+    clean = math.sqrt(2 * 25)
+    assert [float(g.norm()) for g in found] == pytest.approx([100 * clean, 100 * clean, clean])
+    assert not torch.equal(found[0], found[1])

@@ -110,16 +110,36 @@ class TrainSection(Section, frozen=True, kw_only=True):
 class FaultSection(Section, frozen=True, kw_only=True):
     """[[faults]]: faults that the trainer stages on purpose, for tests and demonstrations."""
 
-    # nan_loss, inf_grad, inf_grad_reduced (after the reduction, as a broken rank would), spike_grad, spike_loss,
-    # overflow (an infinite gradient where the loss scale is above `value`), nan_weight, hang, exit, raise
+    # In the numbers of a pass: nan_loss, spike_loss (the loss times `value`), spike_grad, inf_grad and nan_grad (one
+    # entry, before the reduction), inf_grad_reduced (after it, as a broken rank would), garbage_grad (noise of `value`
+    # times the norm, other noise each time: broken hardware), overflow (an infinite gradient where the loss scale is
+    # above `value`).
+    # In the data: ignore_labels; in the samples of the stretch alone noise_tokens (mis-decoded text), repeat_tokens (an
+    # n-gram again and again) and shuffle_labels, alike whenever the sample is used.
+    # In the state, before the step and until somebody goes back (give `times`, or each attempt strikes again):
+    # scale_weights (all, by `value`), scale_row (embedding row `entry`, by `value`), flip_weight and flip_moment (bit
+    # `value` of entry `entry` of the first matrix of the blocks, of its first moment), zero_moments.
+    # In the step: scale_lr (the learning rate times `value`, unseen by schedule and guard).
+    # Of the process: hang, exit, raise.
     kind: Literal[
         "nan_loss",
-        "inf_grad",
-        "inf_grad_reduced",
-        "spike_grad",
         "spike_loss",
+        "spike_grad",
+        "inf_grad",
+        "nan_grad",
+        "inf_grad_reduced",
+        "garbage_grad",
         "overflow",
         "ignore_labels",
+        "noise_tokens",
+        "repeat_tokens",
+        "shuffle_labels",
+        "scale_weights",
+        "scale_row",
+        "flip_weight",
+        "flip_moment",
+        "zero_moments",
+        "scale_lr",
         "hang",
         "exit",
         "raise",
@@ -127,14 +147,18 @@ class FaultSection(Section, frozen=True, kw_only=True):
     # The fault strikes a batch that covers a position in [first, last) of the order ...
     first: Natural = 0
     last: Natural = 0
-    # ... or the attempt at this step (0: by position), or both where both are given. `times` bounds how often, per
-    # process life.
+    # ... or the attempts at this step (0: by position) and the `steps` - 1 that follow, or both where both are given.
+    # `times` bounds how often, per process life.
     step: Natural = 0
+    steps: Positive = 1
     times: Positive = 1_000_000_000
     # Rank that it strikes; -1: all.
     rank: Annotated[int, Meta(ge=-1)] = -1
-    # Strength: factor of a spike, seconds of a hang, exit status, the largest loss scale that does not overflow.
+    # Strength: a factor, seconds of a hang, exit status, the largest loss scale that does not overflow, the bit (of a
+    # float32, 30 is the highest of the exponent).
     value: float = 100.0
+    # Row of the embedding, or entry of the matrix, that a fault of the state strikes; counted modulo their number.
+    entry: Natural = 0
     # Micro-batch of the window that it strikes; -1: all.
     micro: Annotated[int, Meta(ge=-1)] = -1
 
@@ -327,6 +351,10 @@ class Config(Settings, frozen=True, kw_only=True):
                     value=fault.last,
                     hint="the fault would never strike",
                 )
+            if fault.kind in ("flip_weight", "flip_moment") and fault.value not in range(32):
+                raise ConfigError("a bit from 0 to 31", key=f"{key}.value", value=fault.value)
+            if fault.kind == "scale_lr" and fault.value <= 0:
+                raise ConfigError("a factor above 0", key=f"{key}.value", value=fault.value)
 
     def check_machine(self) -> None:
         """Refuse a ring of snapshots that the memory of this node cannot hold."""

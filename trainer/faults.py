@@ -3,8 +3,11 @@
 The loop calls one hook at each place where a fault can strike:
 
     faults.batch(step=..., positions=...)            # once an attempt
+    faults.state(model, optimizers)                  # weights and moments, between two steps; never in a replay
+    micro_batches = faults.data(micro_batches, ...)  # rows of the stretch, before the forward pass
     for micro, (tokens, labels) in enumerate(...):
         labels = faults.labels(micro, labels)        # before the forward pass; hangs, exits and raises strike here
+        logits = faults.logits(micro, logits)        # garbage is hung into the backward pass that follows
         loss = faults.loss(micro, model, loss, scale=scale)  # the 0-d loss, before its backward pass
     faults.gradients(model)                          # reduced gradients, before the probes measure them
 
@@ -25,12 +28,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from trainer.config import FaultSection
+from trainer.damage import garbage, spoiled_rows, strike_state
+from trainer.data.loader import MicroBatch
 from trainer.objectives import IGNORED
 from trainer.parallel import unwrapped
 
 ENDINGS = ("hang", "exit", "raise")
+TEXT = ("noise_tokens", "repeat_tokens", "shuffle_labels")
+STATE = ("scale_weights", "scale_row", "flip_weight", "flip_moment", "zero_moments")
 
 
 class StagedFault(RuntimeError):
@@ -50,6 +58,7 @@ class Faults:
         self._sections = [section for section in sections if section.rank in (-1, rank)]
         self._left = [section.times for section in self._sections]
         self._now: list[FaultSection] = []
+        self._rate = 1.0  # factor on the learning rate of the attempt at hand, whatever is replayed meanwhile
 
     def __bool__(self) -> bool:
         return bool(self._sections)
@@ -66,6 +75,7 @@ class Faults:
             if self._left[index] and _meets(section, step, positions):
                 self._left[index] -= 1
                 self._now.append(section)
+        self._rate = math.prod(fault.value for fault in self._now if fault.kind == "scale_lr")
 
     def again(self, *, step: int, positions: Sequence[int]) -> None:
         """Choose what strikes a replay, which uses no fault up.
@@ -77,8 +87,38 @@ class Faults:
         self._now = [
             section
             for section, left in zip(self._sections, self._left, strict=True)
-            if left and section.kind not in ENDINGS and _meets(section, step, positions)
+            if left and section.kind not in (*ENDINGS, *STATE) and _meets(section, step, positions)
         ]
+
+    def attach(self, optimizers: Sequence[Optimizer]) -> None:
+        """Let scale_lr raise the rate within a step alone: schedule, guard and journal see what was meant."""
+        for optimizer in optimizers if any(s.kind == "scale_lr" for s in self._sections) else []:
+            optimizer.register_step_pre_hook(lambda hooked, *_: _scale_rates(hooked, self._rate))
+            optimizer.register_step_post_hook(lambda hooked, *_: _scale_rates(hooked, 1 / self._rate))
+
+    def state(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        """Strike weights or moments: the batch at hand is the first one that meets it."""
+        for fault in self._now:
+            if fault.kind in STATE:
+                strike_state(fault.kind, unwrapped(model), optimizers, value=fault.value, entry=fault.entry)
+
+    def data(
+        self, micro_batches: list[MicroBatch], positions: Sequence[Sequence[int]], *, vocabulary: int
+    ) -> list[MicroBatch]:
+        """Micro-batches with other text where a fault says so; the argument is not written to.
+
+        Args:
+            positions: of the real rows of each micro-batch.
+        """
+        for fault in self._now:
+            if fault.kind in TEXT:
+                micro_batches = [
+                    spoiled_rows(micro, fault.kind, _struck(fault, places), vocabulary=vocabulary)
+                    if fault.micro in (-1, index)
+                    else micro
+                    for index, (micro, places) in enumerate(zip(micro_batches, positions, strict=True))
+                ]
+        return micro_batches
 
     def labels(self, micro: int, labels: Tensor) -> Tensor:
         """Labels [B, T] of a micro-batch, all ignored where the fault says so; the argument is not written to."""
@@ -89,6 +129,13 @@ class Faults:
             if fault.kind == "ignore_labels" and fault.micro in (-1, micro):
                 labels = torch.full_like(labels, IGNORED)
         return labels
+
+    def logits(self, micro: int, logits: Tensor) -> Tensor:
+        """Logits of a micro-batch, unchanged; their gradient becomes garbage where the fault says so."""
+        for fault in self._now:
+            if fault.kind == "garbage_grad" and fault.micro in (-1, micro):
+                logits.register_hook(partial(garbage, value=fault.value))
+        return logits
 
     def loss(self, micro: int, model: nn.Module, loss: Tensor, *, scale: float = 1.0) -> Tensor:
         """The loss of a micro-batch, spoiled; gradient faults are hung into the backward pass that follows.
@@ -106,7 +153,9 @@ class Faults:
             elif fault.kind == "spike_grad":
                 loss.register_hook(partial(operator.mul, fault.value))
             elif fault.kind == "inf_grad" or (fault.kind == "overflow" and scale > fault.value):
-                loss = loss + _Spoiled.apply(unwrapped(model).root_weight)
+                loss = loss + _Spoiled.apply(unwrapped(model).root_weight, math.inf)
+            elif fault.kind == "nan_grad":
+                loss = loss + _Spoiled.apply(unwrapped(model).root_weight, math.nan)
         return loss
 
     def gradients(self, model: nn.Module) -> None:
@@ -123,15 +172,26 @@ class Faults:
 
 
 def _meets(fault: FaultSection, step: int, positions: Sequence[int]) -> bool:
-    if fault.step and step != fault.step:
+    if fault.step and not fault.step <= step < fault.step + fault.steps:
         return False
     if fault.step and fault.last <= fault.first:
         return True
     return any(fault.first <= position < fault.last for position in positions)
 
 
+def _struck(fault: FaultSection, positions: Sequence[int]) -> list[tuple[int, int]]:
+    """(row, position) of a micro-batch that a fault of the text strikes: all rows without a stretch."""
+    everywhere = fault.last <= fault.first
+    return [(row, at) for row, at in enumerate(positions) if everywhere or fault.first <= at < fault.last]
+
+
+def _scale_rates(optimizer: Optimizer, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr"] * factor
+
+
 class _Spoiled(torch.autograd.Function):
-    """Zero, with an infinite gradient for the first entry of a weight.
+    """Zero, with an infinite gradient, or one of NaN, for the first entry of a weight.
 
     As part of the graph it spoils the gradient where a broken kernel would: before any hook on the weight sees it, and
     before the ranks are averaged. The weight is one outside of the blocks (the last norm's): between forward
@@ -139,16 +199,17 @@ class _Spoiled(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, value: float) -> Tensor:
         ctx.save_for_backward(weight)
+        ctx.value = value
         return weight.new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (weight,) = ctx.saved_tensors
         spoiled = torch.zeros_like(weight)
-        spoiled.view(-1)[0] = math.inf
-        return spoiled
+        spoiled.view(-1)[0] = ctx.value
+        return spoiled, None
 
 
 def _interrupt(fault: FaultSection, rank: int) -> None:

@@ -112,6 +112,7 @@ class Trainer:
         self.scaler = make_scaler(config, self.device)
         schedule, clip = config.schedule(steps=self.total_steps), clipping(config)
         self.faults = Faults(config.faults, rank=self.rank)
+        self.faults.attach(self.optimizers)
         self.guard = Guard.from_config(
             config,
             data=order,
@@ -167,6 +168,8 @@ class Trainer:
             self.loader.prefetch(ahead)
         if self.faults:
             self.faults.batch(step=step.number, positions=step.batch.positions)
+            self.faults.state(self.model, self.optimizers)
+            self.micro_batches = self._spoiled(step.batch)
         if self.qk_clip is not None:
             self.qk_clip.begin()
         total, tokens, incomplete = self._accumulated() if self.pipeline is None else self._pipelined(self.pipeline)
@@ -192,6 +195,8 @@ class Trainer:
             self._throw(index)
             with accumulating(self.model, last=last):
                 logits = self.model(inputs, **self._extra(micro.extra))
+                if self.faults:
+                    logits = self.faults.logits(index, logits)
                 loss, count = self.loss_sum(logits, labels)
                 self._tell_rows(index, logits, labels)
                 if self.faults:
@@ -215,6 +220,7 @@ class Trainer:
         self._rows = [] if rows is not None else None
         if self.faults:
             self.faults.again(step=step, positions=batch.positions)
+            self.micro_batches = self._spoiled(batch)
         try:
             once = self._accumulated(stoppable=False) if self.pipeline is None else self._pipelined(self.pipeline)
             if self.faults:
@@ -229,6 +235,10 @@ class Trainer:
                 self.qk_clip.put_back(peaks)
         total, tokens, _ = once
         return total, tokens, self.nominal
+
+    def _spoiled(self, batch: Batch) -> list[MicroBatch]:
+        places = [self.loader.positions(batch, index) for index in range(len(self.micro_batches))]
+        return self.faults.data(self.micro_batches, places, vocabulary=self.corpus.vocabulary)
 
     @torch.no_grad()
     def _tell_rows(self, index: int, logits: Tensor, labels: Tensor) -> None:
@@ -288,6 +298,8 @@ class Trainer:
         return self._total, (labels != IGNORED).sum(), False
 
     def _pipeline_loss(self, index: int, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.faults:
+            logits = self.faults.logits(index, logits)
         loss, _ = self.loss_sum(logits, labels)
         self._tell_rows(index, logits, labels)
         if self.faults:
