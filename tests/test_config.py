@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,19 @@ def test_every_file_in_configs_loads_and_dumps_to_the_same(file: Path, tmp_path:
 
 def test_the_shipped_files_are_there() -> None:
     assert {"quickstart.toml", "gpu-8.toml"} <= {file.name for file in CONFIGS.glob("*.toml")}
+
+
+@pytest.mark.parametrize(("name", "mode"), [("careful", "ask"), ("night", "auto"), ("advise", "advise")])
+def test_who_decides_is_chosen_by_a_file_and_every_line_of_it_is_explained(name: str, mode: str) -> None:
+    config, quickstart = load(CONFIGS / f"{name}.toml"), load(CONFIGS / "quickstart.toml")
+    assert isinstance(config, Config) and isinstance(quickstart, Config)
+    assert (config.guard.mode, config.run.name) == (mode, name)
+    assert (config.model, config.optim, config.train) == (quickstart.model, quickstart.optim, quickstart.train)
+    assert (config.data, config.launch.device) == (quickstart.data, "cpu")
+    lines = (CONFIGS / f"{name}.toml").read_text(encoding="utf-8").splitlines()
+    guard = lines[lines.index("[guard]") : lines.index("[snapshots]")]
+    bare = [line for above, line in pairwise(guard) if "=" in line and above in ("", "[guard]") and line[0] != "#"]
+    assert not bare, "a setting under no comment"
 
 
 def test_quickstart_is_small_and_stands_alone() -> None:
