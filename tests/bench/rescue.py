@@ -31,8 +31,9 @@ import msgspec
 import torch
 
 from guardrail.config import build, dump
-from guardrail.records import GRAD_NORM, LOSS, Action, Observation, Verdict
+from guardrail.records import GRAD_NORM, LOSS, Action, Observation, Phase, Verdict
 from guardrail.rundir import RunDirectory
+from guardrail.torch.guard import Step
 from tests.bench.rescue_faults import BATCH, FAULTS, HEALTHY, STEPS, Staged
 from tests.bench.rules import OlmoSkipStep
 from tests.ranks import bury_ranks, ended, start_ranks
@@ -97,6 +98,18 @@ def obey(trainer: Trainer, rule: Rule) -> None:
     trainer.guard.controller.observe = ruled  # type: ignore[method-assign]
 
 
+def cap(trainer: Trainer, *, attempts: int) -> None:
+    """End a run that gets nowhere: a rule whose window holds a NaN, or whose weights do, skips for ever."""
+    train_step, tried = trainer.train_step, itertools.count(1)
+
+    def capped(step: Step) -> None:
+        train_step(step)
+        if next(tried) >= attempts and trainer.guard.phase is None:
+            trainer.guard.end(Phase.STOPPED, f"{attempts} attempts were made")
+
+    trainer.train_step = capped  # type: ignore[method-assign]
+
+
 # -- one cell --------------------------------------------------------------------------------------------------------
 
 
@@ -136,6 +149,7 @@ def train_cell(rank: int, run: RunDirectory, config: Config, arm: str, packages:
     rule = ARMS[arm][1]
     if rule is not None:
         obey(trainer, rule(trainer))
+    cap(trainer, attempts=2 * config.train.steps)
     losses: list[float] = []
     trainer.guard.log_eval = losses.append  # type: ignore[method-assign]
     began = time.perf_counter()
