@@ -276,6 +276,8 @@ class FakeReader:
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
         self.sent: list[Command] = []
+        self.previewed: list[Command] = []
+        self.notes: list[str] = []
         self.closed = False
         self._notify: Callable[[], None] = lambda: None
 
@@ -291,6 +293,12 @@ class FakeReader:
 
     def send(self, command: Command) -> None:
         self.sent.append(command)
+
+    def preview(self, command: Command) -> None:
+        self.previewed.append(command)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
     def close(self) -> None:
         self.closed = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
@@ -12,12 +13,13 @@ from textual.app import App
 from textual.pilot import Pilot
 
 from guardrail.errors import ExitCode
+from guardrail.preview import Preview
 from guardrail.records import Command, CommandKind, Mode, Phase
 from guardrail.rundir import check_command
 from guardrail.tui import keys
 from guardrail.tui.app import GuardrailApp
 from guardrail.tui.cockpit import Cockpit
-from guardrail.tui.dialogs import Choose, Confirm, Dialog, Number, Pager
+from guardrail.tui.dialogs import Choose, Confirm, Dialog, Number, Pager, Palette, Text
 from guardrail.tui.lines import Lines
 from guardrail.tui.story import Answer
 from guardrail.tui.view import View
@@ -90,8 +92,10 @@ def paused() -> FakeRun:
 SENDS: dict[str, tuple[list[str], CommandKind, float]] = {
     "p": (["p"], CommandKind.PAUSE, 0.0),
     "r": (["r", "enter", "y"], CommandKind.ROLLBACK, 1270.0),
-    "s": (["s", "2", "5", "enter"], CommandKind.SKIP, 25.0),
-    "l": (["l", "0", "full_stop", "2", "5", "enter"], CommandKind.LR, 0.25),
+    "s": (["s", "2", "5", "enter", "y"], CommandKind.SKIP, 25.0),
+    "l": (["l", "0", "full_stop", "2", "5", "enter", "y"], CommandKind.LR, 0.25),
+    "e": (["e", "enter", "y"], CommandKind.EMBED_ALPHA, 0.1),
+    "u": (["u", "y"], CommandKind.UNDO, math.nan),
     "c": (["c"], CommandKind.CHECKPOINT, 0.0),
     "m": (["m", "down", "enter"], CommandKind.POLICY, float(list(Mode).index(Mode.ASK))),
     "a": (["escape", "a", "down", "enter"], CommandKind.ANSWER, 1.0),
@@ -99,30 +103,74 @@ SENDS: dict[str, tuple[list[str], CommandKind, float]] = {
 }
 
 
-@pytest.mark.parametrize("key", [key.keys for key in keys.KEYS if key.control])
+@pytest.mark.parametrize("key", [key.keys for key in keys.KEYS if key.control and key.keys != "n"])
 async def test_every_control_key_sends_its_command(key: str) -> None:
     presses, kind, value = SENDS[key]
     done = await act(*presses, fake=asking() if key == "a" else None)
-    assert only(done.sent) == (kind, value)
+    sent = only(done.sent)
+    assert sent[0] is kind and (sent[1] == value or (math.isnan(sent[1]) and math.isnan(value)))
 
 
-@pytest.mark.parametrize("key", [name for key in keys.KEYS if not key.control for name in key.keys.split(",")])
-async def test_every_other_key_sends_nothing_and_does_something(key: str) -> None:
+async def test_a_note_goes_into_the_journal_with_a_name() -> None:
+    async def written(pilot: Pilot[None], reader: FakeReader) -> None:
+        assert len(reader.notes) == 1 and reader.notes[0].startswith("qp (") and "@" in reader.notes[0]
+
+    assert not (await act("n", "q", "p", "enter", script=written)).sent
+
+
+async def test_a_preview_says_what_is_lost_before_anything_is_sent() -> None:
+    async def look(pilot: Pilot[None], reader: FakeReader) -> None:
+        assert isinstance(pilot.app.screen, Confirm) and "working out" in text_of(pilot.app.screen.query(Lines).first())
+        told = Preview(command="rollback", to_step=1270, tier="memory", state="good", steps_lost=14, seconds_lost=130.0,
+                       samples=224, lr_before=1e-3, lr=5e-4)  # fmt: skip
+        reader.put(replace(reader.snapshot, previews={reader.previewed[0].id: told}))
+        await pilot.pause(0.3)
+        shown = text_of(pilot.app.screen.query(Lines).first())
+        for words in ("Loses 14 steps, 2 min 10 s of training", "Leaves out 224 samples", "0.0005, now 0.001", "▸ No"):
+            assert words in shown
+        assert reader.previewed[0].kind is CommandKind.ROLLBACK and reader.previewed[0].value == 1270.0
+
+    assert not (await act("r", "enter", script=look)).sent
+
+
+async def test_a_command_that_would_be_refused_says_so_first() -> None:
+    async def look(pilot: Pilot[None], reader: FakeReader) -> None:
+        told = Preview(command="undo", possible=False, refusal="there is nothing to take back")
+        reader.put(replace(reader.snapshot, previews={reader.previewed[0].id: told}))
+        await pilot.pause(0.3)
+        assert "✗ It would be refused: there is nothing" in text_of(pilot.app.screen.query(Lines).first())
+
+    assert not (await act("u", script=look)).sent
+
+
+async def seen_after(*presses: str) -> tuple[object, ...]:
+    """What the screen is like after these keys, which must send nothing."""
     seen: list[object] = []
 
     async def look(pilot: Pilot[None], reader: FakeReader) -> None:
         cockpit = pilot.app.screen_stack[0]
         assert isinstance(cockpit, Cockpit)
-        seen.append((cockpit.view.big, cockpit.view.logarithmic, type(pilot.app.screen), pilot.app.return_code))
+        shown = replace(cockpit.view, snapshot=reader.snapshot, message=("", ""))
+        seen.extend((repr(shown.states), replace(shown, states={}), type(pilot.app.screen), pilot.app.return_code))
 
-    # From the second chart, so that the key of the first does something too.
-    done = await act("2", key, script=look)
-    await act("2", script=look)
+    done = await act(*presses, script=look)
     assert not done.sent
+    return tuple(seen)
+
+
+# Before some keys others are pressed, so that they have something to do.
+BEFORE = {"home": ["2", "down", "down"], "pageup": ["2", "end"], "up": ["2", "end"], "slash": ["2"], "enter": ["2"],
+          "pagedown": ["2", "down"], "end": ["2"], "escape": ["2", "down"], "1": ["2"]}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", [name for key in keys.KEYS if not key.control for name in key.keys.split(",")])
+async def test_every_other_key_sends_nothing_and_does_something(key: str) -> None:
+    before = BEFORE.get(key, [])
+    with_key = await seen_after(*before, key)
     if key in ("q", "ctrl+c", "ctrl+q"):
-        assert done.left == 0
-    elif key != "2":
-        assert seen[0] != seen[1]
+        assert with_key[-1] == 0
+    else:
+        assert with_key != await seen_after(*before)
 
 
 def test_every_key_has_help_and_its_own_place() -> None:
@@ -146,8 +194,8 @@ def test_every_binding_of_the_screen_is_in_the_table() -> None:
 def test_every_binding_of_a_dialog_is_explained() -> None:
     told = re.split(r"[\s,().;]+", " ".join(f"{shown} {text}" for shown, text in keys.DIALOG_KEYS))
     words = {"up": "↑", "down": "↓", "enter": "Enter", "escape": "Esc", "pageup": "PgUp", "pagedown": "PgDn",
-             "home": "Home", "end": "End", "space": "Space", "question_mark": "?"}  # fmt: skip
-    for dialog in (Dialog, Choose, Confirm, Number, Pager):
+             "ctrl+p": "Ctrl+P", "home": "Home", "end": "End", "space": "Space", "question_mark": "?"}  # fmt: skip
+    for dialog in (Dialog, Choose, Confirm, Number, Text, Palette, Pager):
         for binding in dialog.BINDINGS:
             for name in binding.key.split(","):  # type: ignore[union-attr]
                 assert words.get(name, name) in told, f"{dialog.__name__}: {name} is not in DIALOG_KEYS"

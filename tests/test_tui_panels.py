@@ -21,6 +21,9 @@ from guardrail.tui.cockpit import Cockpit
 from guardrail.tui.format import clock, count, duration, metric, plural, size, spoken
 from guardrail.tui.health import health_of
 from guardrail.tui.lines import Lines, Row, change, fit, row, spread, title, width_of, wrap
+from guardrail.tui.panes import incidents, log, snapshots
+from guardrail.tui.panes.state import State
+from guardrail.tui.panes.table import PANES
 from guardrail.tui.series import Series
 from guardrail.tui.view import CHARTS, Snapshot, View
 from tests.fake_run import FakeReader, FakeRun, example, snapshot_of
@@ -43,9 +46,11 @@ HOSTILE = {
 _RAW = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u200e\u200f\ud800-\udfff]")
 BUILDERS: dict[str, Callable[[View, int, int], Sequence[Row]]] = {
     builder.__name__: builder
-    for builder in (panels.header, panels.facts, panels.message, panels.footer, panels.incidents, panels.newest,
-                    panels.checkpoints, panels.log, panels.sparks)
-}  # fmt: skip
+    for builder in (panels.header, panels.facts, panels.message, panels.footer, incidents.newest, panels.sparks)
+} | {
+    pane.name: lambda view, width, height, pane=pane: pane.build(view, width, height, view.state(pane.name))  # type: ignore[misc]
+    for pane in PANES
+}
 
 
 def text(rows: Sequence[Row]) -> str:
@@ -144,12 +149,12 @@ def test_facts_before_the_first_sign_of_life() -> None:
 
 
 def test_incidents_newest_first_and_cut_to_the_height() -> None:
-    rows = panels.incidents(view(), 60, 12)
+    rows = incidents.build(view(), 60, 12, State())
     shown = text(rows)
     assert shown.index("#2") < shown.index("#1") and len(rows) <= 12
     assert "rolled back to 1,200" in shown and "48 samples of 3 documents left out" in shown
-    assert "#1" not in text(panels.incidents(view(), 60, 7))
-    assert "none" in text(panels.incidents(View(snapshot_of(FakeRun().begin()), 0.0), 60, 5))
+    assert "#1" not in text(incidents.build(view(), 60, 7, State()))
+    assert "none" in text(incidents.build(View(snapshot_of(FakeRun().begin()), 0.0), 60, 5, State()))
 
 
 def test_many_documents_are_counted() -> None:
@@ -157,7 +162,7 @@ def test_many_documents_are_counted() -> None:
     many = replace(told.incidents[0], documents=tuple(f"a-rather-long-name-{n:03}.txt" for n in range(16)),
                    documents_total=900)  # fmt: skip
     snapshot = replace(view().snapshot, story=replace(told, incidents=(many,)))
-    shown = panels.incidents(View(snapshot, 0.0), 50, 20)
+    shown = incidents.build(View(snapshot, 0.0), 50, 20, State())
     assert len(shown) <= 9 and text(shown).rstrip().endswith("…")
 
 
@@ -166,7 +171,7 @@ def test_checkpoints_never_squeeze_the_disk_out() -> None:
         SnapshotInfo(step=step, cursor=0, timeline=0, tier=tier, state=state, bytes=10**9)
         for step, tier, state in [(10 * n, "memory", "candidate") for n in range(10, 20)] + [(50, "disk", "good")]
     )
-    shown = text(panels.checkpoints(view(snapshots=infos), 60, 5))
+    shown = text(snapshots.build(view(snapshots=infos), 60, 5, State()))
     assert "■        50  disk 1 GB" in shown and "○       190  memory" in shown
     assert len(shown.splitlines()) == 5
 
@@ -174,7 +179,7 @@ def test_checkpoints_never_squeeze_the_disk_out() -> None:
 def test_glyphs_of_states() -> None:
     info = SnapshotInfo(step=1, cursor=0, timeline=0, tier="memory", state="good")
     shown = {
-        (tier, state): panels.glyph(msgspec.structs.replace(info, tier=tier, state=state))[0]
+        (tier, state): snapshots.glyph(msgspec.structs.replace(info, tier=tier, state=state))[0]
         for tier in ("memory", "disk")
         for state in ("good", "candidate", "suspect")
     }
@@ -183,7 +188,7 @@ def test_glyphs_of_states() -> None:
 
 
 def test_the_journal_ends_with_the_newest_line() -> None:
-    rows = panels.log(view(), 50, 8)
+    rows = log.build(view(), 50, 8, State())
     assert len(rows) == 8 and "recovered" in text(rows[-1:])
 
 

@@ -46,7 +46,7 @@ class GuardrailApp(App[None]):
         self._reader, self._clock, self._read_only = reader, clock, read_only
         self._under_way = False
         self._drawn = 0.0
-        self._desk = Desk(reader.send, clock)
+        self._desk = Desk(reader, clock)
         self.register_theme(palette.THEME)
         # Without colour, or with sixteen, the terminal's own colours are the right ones.
         few = self.no_color or self.console.color_system in (None, "standard")

@@ -4,15 +4,18 @@ answered yet, and said so. Pure but for the names of user and host."""
 from __future__ import annotations
 
 import getpass
+import math
 import secrets
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from guardrail.preview import Preview
 from guardrail.records import Command, CommandKind, SnapshotInfo, Status
 from guardrail.rundir import check_command
-from guardrail.tui.format import count, plural, spoken
+from guardrail.tui.format import brief, count, plural, spoken
 from guardrail.tui.health import HEARTBEAT_SECONDS
+from guardrail.tui.reader import Reader
 from guardrail.tui.view import View
 
 SHOWN_SECONDS = 60.0  # an answer stays this long
@@ -39,12 +42,13 @@ class Desk:
     """The commands of this viewer.
 
     Args:
-        send: hands a command in; its failure comes back as `Snapshot.unsent`.
+        reader: hands a command in (its failure comes back as `Snapshot.unsent`), works out previews, writes notes.
         clock: wall time.
     """
 
-    def __init__(self, send: Callable[[Command], None], clock: Callable[[], float]) -> None:
-        self._send, self._clock = send, clock
+    def __init__(self, reader: Reader, clock: Callable[[], float]) -> None:
+        self._send, self._preview, self._note = reader.send, reader.preview, reader.note
+        self._clock = clock
         self._sent: list[Sent] = []
         self._answered: dict[str, float] = {}
         self._notice: tuple[str, str, float] | None = None
@@ -55,6 +59,17 @@ class Desk:
         self._sent.append(sent)
         self._notice = None
         self._send(Command(id=sent.id, kind=kind, value=value, who=who(), time=now))
+
+    def preview(self, kind: CommandKind, value: float) -> str:
+        """Ask what a command would do; the answer comes as `Snapshot.previews` under the name that is returned."""
+        command = Command(id=f"preview-{secrets.token_hex(8)}", kind=kind, value=value, who=who(), time=self._clock())
+        self._preview(command)
+        return command.id
+
+    def note(self, text: str) -> None:
+        """Write a note into the journal; it is seen there."""
+        self._notice = None
+        self._note(f"{text} ({who()})")
 
     def waiting(self, *kinds: CommandKind) -> CommandKind | None:
         """The newest command of these kinds that has no answer yet."""
@@ -113,6 +128,31 @@ def number(text: str, kind: CommandKind) -> float | str:
     except ValueError:
         return f"{text.strip()[:20]!r} is not a number"
     return check_command(Command(id="number", kind=kind, value=value)) or value
+
+
+def preview_lines(preview: Preview) -> list[str]:
+    """What a command would do, one fact a line, the gravest first."""
+    if not preview.possible:
+        return [f"✗ It would be refused: {preview.refusal}."]
+    lines = []
+    if preview.to_step is not None:
+        took = f", {spoken(preview.seconds_lost)} of training" if preview.seconds_lost >= 0.5 else ""
+        lines.append(f"Goes back to step {count(preview.to_step)} ({preview.tier}, {preview.state}).")
+        lines.append(f"Loses {plural(preview.steps_lost, 'step')}{took}.")
+    if preview.samples:
+        lines.append(f"Leaves out {plural(preview.samples, 'sample')} for the rest of the run.")
+    if preview.returned:
+        lines.append(f"Brings {plural(preview.returned, 'sample')} back.")
+    if math.isfinite(preview.lr):
+        before = f", now {preview.lr_before:.3g}" if math.isfinite(preview.lr_before) else ""
+        lines.append(f"Learning rate afterwards {preview.lr:.3g}{before}.")
+    if preview.state == "suspect":
+        lines.append("▲ This state is suspect: it was taken after the trouble is thought to have begun.")
+    elif preview.state == "candidate":
+        lines.append("It is a candidate: too few healthy steps have followed it to call it good.")
+    if preview.remark:
+        lines.append(brief(preview.remark[:1].upper() + preview.remark[1:], 300) + ".")
+    return lines or ["Nothing is lost by it."]
 
 
 def rollback_cost(info: SnapshotInfo, status: Status) -> list[str]:

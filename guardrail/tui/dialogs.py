@@ -16,6 +16,7 @@ from guardrail.tui.lines import Builder, Lines, Row, fit, row, title, wrap
 from guardrail.tui.view import View
 
 T = TypeVar("T")
+Words = Sequence[str] | Callable[[View], Sequence[str]]  # a text, or what makes it of the view
 _FRAME = 3  # rows of border and hint
 _OPTIONS = 6  # options that are always in sight
 _AIRY = 18  # rows of the terminal from which on a dialog is set with blank rows
@@ -78,7 +79,7 @@ class Choose(Dialog[int]):
     """A text and a list to choose from; the result is the index.
 
     Args:
-        text: said above the list.
+        text: said above the list; a function of the view where it changes.
         options: (label, explanation of the marked one).
         cursor: what is marked first.
         alive: closes the dialog by itself once it says False (somebody else has answered).
@@ -97,13 +98,13 @@ class Choose(Dialog[int]):
         name: str,
         view: View,
         *,
-        text: Sequence[str],
+        text: Words,
         options: Sequence[tuple[str | Row, str]],
         cursor: int = 0,
         alive: Callable[[View], bool] = lambda view: True,
     ) -> None:
         super().__init__(name, view)
-        self.text, self.options, self.cursor, self._alive = text, options, cursor, alive
+        self._text, self.options, self.cursor, self._alive = text, options, cursor, alive
         self._first_option = 0  # row of the first option that is shown
         self._offset = 0
 
@@ -115,9 +116,11 @@ class Choose(Dialog[int]):
 
     def body(self, view: View, width: int, height: int) -> Sequence[Row]:
         # The options come first: of the text goes what a low terminal has no room for.
-        why = wrap(self.options[self.cursor][1], width - 6) if any(why for _, why in self.options) else []
+        explained = any(why for _, why in self.options)
+        why = wrap(self.options[self.cursor][1], width - 6) if explained else []
         tail: list[Row] = [(), *(row((f"   {line}", "dim")) for line in why)] if why else []
-        lines = [line for text in self.text for line in wrap(text, width - 2)]
+        told = self._text(view) if callable(self._text) else self._text
+        lines = [line for text in told for line in wrap(text, width - 2)]
         spare = max(0, height - len(tail) - min(len(self.options), _OPTIONS) - 1)
         rows: list[Row] = [row(f" {line}") for line in lines[:spare]]
         while rows and not rows[-1][0][0].strip():
@@ -160,7 +163,7 @@ class Confirm(Choose):
         Binding("n", "answer(0)", "no", show=False),
     ]
 
-    def __init__(self, name: str, view: View, *, text: Sequence[str], yes: str) -> None:
+    def __init__(self, name: str, view: View, *, text: Words, yes: str) -> None:
         super().__init__(name, view, text=text, options=[("No, go back", ""), (f"Yes, {yes}", "")])
 
     def hint(self) -> str:
@@ -200,6 +203,66 @@ class Number(Dialog[float]):
             self.show(self.view)
         else:
             self.dismiss(value)
+
+
+class Text(Dialog[str]):
+    """Asks for a line of text."""
+
+    EXTRA = 2
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "close", "close", show=False, priority=True)]
+
+    def __init__(
+        self, name: str, view: View, *, text: Sequence[str], default: str = "", hint: str = "Enter send   Esc close"
+    ) -> None:
+        super().__init__(name, view)
+        self._text, self._default, self._hint = text, default, hint
+
+    def extras(self) -> ComposeResult:
+        yield Input(self._default, id="text", classes="long", select_on_focus=True, compact=True, max_length=400)
+
+    def body(self, view: View, width: int, height: int) -> Sequence[Row]:
+        return [row(f" {line}") for text in self._text for line in wrap(text, width - 2)]
+
+    def hint(self) -> str:
+        return self._hint
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        self.dismiss(event.value)
+
+
+class Palette(Choose):
+    """A list that narrows as one types; the result is the index in the whole list."""
+
+    EXTRA = 2
+    WIDTH = 110
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,ctrl+p", "close", "close", show=False, priority=True)]
+
+    def __init__(self, name: str, view: View, *, options: Sequence[tuple[str | Row, str]]) -> None:
+        super().__init__(name, view, text=[], options=options)
+        self._all, self._found = options, list(range(len(options)))
+
+    def extras(self) -> ComposeResult:
+        yield Input("", id="search", classes="long", placeholder="words of a command", compact=True)
+
+    def on_input_changed(self, event: Input.Changed) -> None:
+        words = event.value.casefold().split()
+        self._found = [i for i, (label, _) in enumerate(self._all) if all(w in _plain(label) for w in words)]
+        self.options, self.cursor = [self._all[i] for i in self._found], 0
+        self.show(self.view)
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        self.action_take()
+
+    def action_take(self) -> None:
+        if self._found:
+            self.dismiss(self._found[self.cursor])
+
+    def hint(self) -> str:
+        return "type to narrow   ↑ ↓ move   Enter do it   Esc close"
+
+
+def _plain(label: str | Row) -> str:
+    return (label if isinstance(label, str) else "".join(text for text, _ in label)).casefold()
 
 
 class Pager(Dialog[None]):

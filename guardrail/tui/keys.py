@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from guardrail.tui.lines import Row, fit, width_of
+from guardrail.tui.panes.table import CURVES, PANES
+
+LISTS = "lists"
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class Key:
         label: one or two words for the footer; "" keeps it out of there.
         help: what it does, as a sentence.
         control: it asks the run for something (refused by --read-only and by a run that has ended).
+        pane: the footer has it only while this pane has the keys: "curves", or "lists" for all others; "": always.
         rank: the footer drops the highest first where the terminal is narrow.
     """
 
@@ -30,60 +34,75 @@ class Key:
     label: str
     help: str
     control: bool = False
+    pane: str = ""
     rank: int = 5
 
 
 KEYS = (
     Key("p", "p", "pause", "pause", "Pause training after the current step, or go on with it.", control=True, rank=1),
-    Key(
-        "r",
-        "r",
-        "rollback",
-        "roll back",
-        "Roll back: choose a snapshot or checkpoint, see what it costs, confirm.",
-        control=True,
-        rank=1,
-    ),
+    Key("r", "r", "rollback", "roll back", "Roll back: choose a snapshot or checkpoint, see what it costs, confirm.",
+        control=True, rank=1),
     Key("s", "s", "skip", "skip", "Leave out the next N batches.", control=True, rank=3),
     Key("l", "l", "rate", "rate", "Multiply the scheduled learning rate by a factor.", control=True, rank=3),
+    Key("e", "e", "alpha", "embedding", "Multiply the gradients of the embedding by a factor.", control=True, rank=6),
     Key("c", "c", "checkpoint", "checkpoint", "Write a checkpoint now.", control=True, rank=4),
     Key("m", "m", "mode", "mode", "Change who decides: auto, ask, advise or off.", control=True, rank=4),
+    Key("u", "u", "undo", "undo", "Take the guard's newest decision back: see what it costs, confirm.", control=True,
+        rank=6),
+    Key("n", "n", "note", "note", "Write a note into the journal.", control=True, rank=7),
     Key("a", "a", "answer", "answer", "Answer the guard's question while training is parked.", control=True, rank=1),
     Key("S", "S", "stop", "stop", "Stop training: save a checkpoint and end. Asks first.", control=True, rank=2),
-    Key("tab", "Tab", "next_chart", "chart", "Enlarge the next chart.", rank=5),
-    Key("1", "1", "chart('loss')", "", "Enlarge the loss."),
-    Key("2", "2", "chart('grad_norm')", "", "Enlarge the gradient norm."),
-    Key("3", "3", "chart('embed_grad_norm')", "", "Enlarge the gradient norm of the embedding."),
-    Key("x", "x", "logarithm", "log", "Switch the enlarged chart between a linear and a logarithmic axis.", rank=6),
+    Key("tab", "Tab", "next_pane(1)", "pane", "Go to the next pane.", rank=4),
+    Key("shift+tab", "Shift+Tab", "next_pane(-1)", "", "Go to the pane before."),
+    Key("1", "1", "pane('curves')", "", "Go to the curves."),
+    *(Key(pane.number, pane.number, f"pane('{pane.name}')", "", f"Go to pane {pane.name}: {pane.about}.")
+      for pane in PANES),
+    Key("f", "f", "full", "full", "Give the focused pane the whole screen, or take it back.", rank=7),
+    Key("up", "↑", "move(-1)", "", "Curves: enlarge the chart before. Lists: mark the entry before."),
+    Key("down", "↓", "move(1)", "", "Curves: enlarge the next chart. Lists: mark the next entry."),
+    Key("pageup", "PgUp", "move(-10)", "", "Lists: ten entries up."),
+    Key("pagedown", "PgDn", "move(10)", "", "Lists: ten entries down."),
+    Key("home", "Home", "move(-1000000)", "", "Lists: the first entry."),
+    Key("end", "End", "move(1000000)", "", "Lists: the last entry."),
+    Key("enter", "Enter", "open", "open", "Lists: jump to the entry's step on the curves, and open its evidence.",
+        pane=LISTS, rank=4),
+    Key("slash", "/", "filter", "filter", "Lists: show only entries with a text in them.", pane=LISTS, rank=4),
+    Key("escape", "Esc", "back", "", "Take back the mark, the filter, the whole screen."),
+    Key("x", "x", "logarithm", "log", "Switch the enlarged chart between a linear and a logarithmic axis.",
+        pane=CURVES, rank=6),
     Key("j", "j", "journal", "journal", "Read the journal: everything that happened, who did it, and when.", rank=5),
+    Key("ctrl+p", "Ctrl+P", "commands", "", "Find any of these commands by its words."),
     Key("q,ctrl+c,ctrl+q", "q", "leave", "leave", "Leave the screen (so does Ctrl-C). Training goes on.", rank=0),
     Key("question_mark,f1", "?", "help", "help", "Show all keys and signs.", rank=0),
-)
+)  # fmt: skip
 # Keys inside of a dialog, for the `?` page; each dialog binds those it needs.
 DIALOG_KEYS = (
     ("↑ ↓ k j", "Move the choice, or scroll (also Home, End, PgUp, PgDn, Space)."),
     ("Enter", "Take what is marked; in a text, close it (so does ?)."),
     ("y n", "Answer a yes-or-no question at once."),
-    ("Esc q", "Close the dialog; nothing is sent."),
+    ("Esc q", "Close the dialog; nothing is sent (so does Ctrl+P in the list of commands)."),
 )
 SIGNS = (
     ("● ▲ ◆ ‖", "healthy, recovering, asking, paused"),
     ("✓ ■ ✗ ?", "finished, stopped, halted or failed, no heartbeat"),
-    ("R S ! C", "on the axis: rollback and left-out update with the incident's number, command, checkpoint"),
+    ("R S ! C", "on a curve: rollback and left-out update with the incident's number, command, checkpoint"),
     ("▲ × ┈", "on a curve: value above the axis, NaN or Inf, threshold of the detector"),
     ("⠂⠂ ┊", "an abandoned timeline, and where it was left"),
 )
 
 
-def footer(width: int, *, controls: bool = True, asking: bool = False) -> Row:
-    """As many keys as fit, always in the order of the table.
+def footer(width: int, *, controls: bool = True, asking: bool = False, focus: str = CURVES) -> Row:
+    """As many keys as fit, always in the order of the table; those of the focused pane stay longest.
 
     Args:
+        focus: name of the pane that has the keys.
         controls: the run can be asked for something.
         asking: the guard waits for an answer.
     """
     chosen = [key for key in KEYS if key.label and (controls or not key.control)]
     chosen = [key for key in chosen if asking or key.action != "answer"]
+    mine = CURVES if focus == CURVES else LISTS
+    chosen = [key for key in chosen if key.pane in ("", mine)]
     while chosen:
         line: list[tuple[str, str]] = [(" ", "plain")]
         for key in chosen:
@@ -97,11 +116,11 @@ def footer(width: int, *, controls: bool = True, asking: bool = False) -> Row:
 
 def help_rows() -> list[Row]:
     """All keys and signs, for the `?` page."""
-    rows: list[Row] = [((f"{key.shown:>8}  ", "key"), (key.help, "plain")) for key in KEYS]
+    rows: list[Row] = [((f"{key.shown:>10}  ", "key"), (key.help, "plain")) for key in KEYS]
     rows += [(), (("   in a dialog", "dim"),)]
-    rows += [((f"{shown:>8}  ", "key"), (text, "plain")) for shown, text in DIALOG_KEYS]
+    rows += [((f"{shown:>10}  ", "key"), (text, "plain")) for shown, text in DIALOG_KEYS]
     rows += [(), (("   signs", "dim"),)]
-    return rows + [((f"{shown:>8}  ", "strong"), (text, "plain")) for shown, text in SIGNS]
+    return rows + [((f"{shown:>10}  ", "strong"), (text, "plain")) for shown, text in SIGNS]
 
 
 def markdown() -> str:

@@ -1,19 +1,16 @@
-"""What the panels beside the charts say: functions of (view, width, height) to rows. Pure."""
+"""What the lines around the panes say: functions of (view, width, height) to rows. Pure."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-from guardrail.records import Finding, Phase, SnapshotInfo, Status
+from guardrail.records import Phase
 from guardrail.tui import keys
 from guardrail.tui.chart import spark_row
-from guardrail.tui.format import brief, clock, count, duration, metric, plural, size
+from guardrail.tui.format import count, duration, metric, plural
 from guardrail.tui.health import HEARTBEAT_SECONDS
-from guardrail.tui.lines import Piece, Row, fit, row, spread, title, width_of, wrap
-from guardrail.tui.log import Line
-from guardrail.tui.scales import short
-from guardrail.tui.story import Incident, left_out
+from guardrail.tui.lines import Piece, Row, fit, row, spread, width_of
 from guardrail.tui.view import CHARTS, View
 
 PHASES = {
@@ -110,137 +107,9 @@ def message(view: View, width: int, height: int) -> Sequence[Row]:
 def footer(view: View, width: int, height: int) -> Sequence[Row]:
     status = view.status
     controls = not view.read_only and not (status is not None and status.phase.ended)
-    return [keys.footer(width, controls=controls, asking=bool(status is not None and status.question))]
-
-
-# -- incidents
-
-
-def incidents(view: View, width: int, height: int) -> Sequence[Row]:
-    """The newest in full, older ones in two lines each."""
-    found = view.snapshot.story.incidents
-    rows = [title("incidents", width, right=((str(len(found)), "dim"),) if found else ())]
-    if not found:
-        return [*rows, ((" none", "dim"),)]
-    for index, incident in enumerate(found):
-        lines = _incident(incident, width, full=index == 0)
-        if len(rows) + len(lines) > height and index:
-            break
-        rows += lines
-    return rows
-
-
-def newest(view: View, width: int, height: int) -> Sequence[Row]:
-    """The newest incident in two rows, for a screen without a side."""
-    found = view.snapshot.story.incidents
-    if not found:
-        return [((" no incidents", "dim"),)]
-    return [_head(found[0], width), *_evidence(found[0], width)[:1]]
-
-
-def _incident(incident: Incident, width: int, *, full: bool) -> list[Row]:
-    rows = [_head(incident, width)]
-    evidence = _evidence(incident, width)
-    rows += evidence[:4] if full else evidence[:1]
-    if full and incident.documents:
-        more = incident.documents_total - len(incident.documents)
-        names = ", ".join(incident.documents) + (f" and {more:,} more" if more > 0 else "")
-        lines = wrap(names, width - 5)
-        rows += [row((f"    {line}", "dim")) for line in lines[:3]]
-        if len(lines) > 3:
-            rows[-1] = fit(row((f"    {lines[2]} …", "dim")), width)
-    return rows
-
-
-def _head(incident: Incident, width: int) -> Row:
-    number = f"#{incident.number}" if incident.number > 0 else "–"
-    state: Piece = ("▲ open", "warn") if incident.open else ("✓ over", "good")
-    left: Row = ((f" {number:<3} ", "strong"), (f"step {count(incident.step)}  ", "plain"), state)
-    return fit((*left, (f"  {incident.deed}", "plain")), width)
-
-
-def _evidence(incident: Incident, width: int) -> list[Row]:
-    """Findings, then what was left out. The narrow view shows the first line only, so it holds both."""
-    found = [_finding(finding) for finding in incident.findings[:3]]
-    if data := left_out(incident):
-        found.append(data)
-    return [fit(row((f"    {text}", "plain")), width) for text in found]
-
-
-def _finding(finding: Finding) -> str:
-    """ "loss 2.31 → 11.5, score 41 over 8" """
-    signal = brief(finding.signal, 40).replace("_", " ")
-    where = f" on rank {', '.join(map(str, finding.ranks))}" if finding.ranks else ""
-    if not math.isfinite(finding.value):
-        return f"{signal}: {short(finding.value)}{where}"
-    return (
-        f"{signal} {short(finding.baseline)} → {short(finding.value)}{where}, "
-        f"score {short(finding.score)} over {short(finding.threshold)}"
-    )
-
-
-# -- snapshots and checkpoints
-
-
-def restorable(status: Status | None) -> list[SnapshotInfo]:
-    """All states one can go back to, newest first; of the same step the memory first, since it is faster."""
-    return sorted(status.snapshots, key=lambda s: (-s.step, s.tier != "memory")) if status else []
-
-
-def glyph(info: SnapshotInfo) -> Piece:
-    """Filled: good. Hollow: candidate. Triangle: suspect. Circles are in memory, squares on disk."""
-    if info.state == "suspect":
-        return "▲", "warn"
-    filled = info.state == "good"
-    return ("●" if filled else "○", "good") if info.tier == "memory" else ("■" if filled else "□", "good")
-
-
-def checkpoints(view: View, width: int, height: int) -> Sequence[Row]:
-    known = restorable(view.status)
-    rows = [title("snapshots and checkpoints", width)]
-    if not known:
-        return [*rows, ((" none yet", "dim"),)]
-    shown = known
-    if len(known) > height - 1:
-        # What is in memory comes and goes; the disk is what survives, so it is never squeezed out.
-        disk = [s for s in known if s.tier == "disk"][: max(1, (height - 1) // 2)]
-        memory = [s for s in known if s.tier != "disk"][: max(0, height - 1 - len(disk))]
-        shown = sorted([*disk, *memory], key=lambda s: (-s.step, s.tier != "memory"))
-    return rows + [fit(((" ", "plain"), *snapshot(info, view.now)), width) for info in shown]
-
-
-def snapshot(info: SnapshotInfo, now: float) -> Row:
-    """`● 1,280  memory        candidate   0:00:02`"""
-    place = f"{info.tier} {size(info.bytes) if info.tier == 'disk' else ''}"
-    tone = "warn" if info.state == "suspect" else "plain" if info.state == "good" else "dim"
-    age = duration(now - info.time) if info.time else ""
-    return (
-        glyph(info),
-        (f" {count(info.step):>9}  {place:<13}", "plain"),
-        (f"{info.state:<10}", tone),
-        (f"{age:>9}", "dim"),
-    )
-
-
-# -- log
-
-
-def log(view: View, width: int, height: int) -> Sequence[Row]:
-    """The newest lines of the journal, the last at the bottom."""
-    rows: list[Row] = []
-    for line in reversed(view.snapshot.story.lines):
-        if len(rows) >= height - 1:
-            break
-        rows = log_rows(line, width) + rows
-    return [title("journal", width), *rows[max(0, len(rows) - height + 1) :]]
-
-
-def log_rows(line: Line, width: int) -> list[Row]:
-    """One event, wrapped under its time."""
-    head = f" {clock(line.time)} "
-    texts = wrap(line.text, width - len(head) - 2)
-    rows = [row((head, "dim"), (f"{line.mark} ", line.tone), (texts[0], "plain"))]
-    return rows + [row((" " * (len(head) + 2), "plain"), (text, "plain")) for text in texts[1:]]
+    return [
+        keys.footer(width, controls=controls, asking=bool(status is not None and status.question), focus=view.focus)
+    ]
 
 
 def sparks(view: View, width: int, height: int) -> Sequence[Row]:

@@ -17,6 +17,7 @@ from guardrail.errors import GuardrailError
 from guardrail.follow import Follower
 from guardrail.records import Command
 from guardrail.rundir import RunDirectory
+from guardrail.text import clean
 from guardrail.tui.series import Track
 from guardrail.tui.story import Digest
 from guardrail.tui.view import Snapshot
@@ -24,6 +25,7 @@ from guardrail.tui.view import Snapshot
 LOOK_SECONDS = 0.25  # between two looks at a run that is busy
 WAIT_SECONDS = 1.0  # between two looks at a quiet one
 PRESENCE_SECONDS = 5.0
+RANKS_SECONDS = 1.0  # between two looks at the files of all ranks
 _CHUNK = 65536  # rows read before the screen hears of them
 
 
@@ -37,6 +39,12 @@ class Reader(Protocol):
 
     def send(self, command: Command) -> None:
         """Hand a command in; never blocks, and says a failure through `Snapshot.unsent`."""
+
+    def preview(self, command: Command) -> None:
+        """Work out what a command would do; never blocks, and says it through `Snapshot.previews`."""
+
+    def note(self, text: str) -> None:
+        """Write a note into the journal; never blocks, and says a failure through `Snapshot.trouble`."""
 
     def close(self) -> None: ...
 
@@ -54,16 +62,18 @@ class RunReader:
         self._run, self._present, self._clock = run, present, clock
         self._follower = Follower(run)
         self._track, self._digest = Track(), Digest()
-        self._outbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._leaving = threading.Event()
         self._heartbeat: float | None = None
         self._seen = -PRESENCE_SECONDS
+        self._configured = False
+        self._ranks_read = -RANKS_SECONDS
         self._latest = Snapshot(run.name, loaded=False)
         self._lock = threading.Lock()  # both threads replace parts of `_latest`
         self._notify: Callable[[], None] = lambda: None
         self._threads = [
             threading.Thread(target=work, name=f"guardrail-{work.__name__.strip('_')}", daemon=True)
-            for work in (self._read, self._hand_in)
+            for work in (self._read, self._work)
         ]
 
     def start(self, notify: Callable[[], None]) -> None:
@@ -75,7 +85,13 @@ class RunReader:
         return self._latest
 
     def send(self, command: Command) -> None:
-        self._outbox.put(command)
+        self._outbox.put(lambda: self._hand_in(command))
+
+    def preview(self, command: Command) -> None:
+        self._outbox.put(lambda: self._work_out(command))
+
+    def note(self, text: str) -> None:
+        self._outbox.put(lambda: self._write_down(text))
 
     def close(self) -> None:
         """Leave. A file system that hangs does not hold the screen: both threads end with the process."""
@@ -88,6 +104,7 @@ class RunReader:
         """Read what is new and publish it; what cannot be read is said in `Snapshot.trouble`."""
         try:
             self._look_at_status()
+            self._look_at_the_rest()
             update = self._follower.poll()
             if update.events:
                 self._digest.add(update.events)
@@ -96,8 +113,7 @@ class RunReader:
             self._follower.view = None  # let go of the mapped file: its pages count as this process's memory
             self._publish(loaded=True, trouble="")
         except (OSError, GuardrailError) as error:
-            reason = error.strerror if isinstance(error, OSError) else None
-            self._publish(loaded=True, trouble=f"cannot read the run: {reason or error}")
+            self._publish(loaded=True, trouble=f"cannot read the run: {_reason(error)}")
 
     def _read(self) -> None:
         while not self._leaving.is_set():
@@ -120,6 +136,18 @@ class RunReader:
             heard = min(status.heartbeat, now) if self._heartbeat is None else now
             self._heartbeat = status.heartbeat
         self._publish(status=status, heard=heard)
+
+    def _look_at_the_rest(self) -> None:
+        """Ranks once a second; the configuration once: nothing changes it while the run lives."""
+        if not self._configured:
+            self._configured = True
+            try:
+                self._publish(config=tuple(clean(line, 500) for line in self._run.config_text().splitlines()))
+            except GuardrailError as error:
+                self._publish(config=(f"# {clean(str(error), 300)}",))
+        if time.monotonic() - self._ranks_read >= RANKS_SECONDS:
+            self._ranks_read = time.monotonic()
+            self._publish(ranks=tuple(self._run.read_ranks()))
 
     def _take_rows(self, first: int, end: int) -> None:
         view = self._follower.view
@@ -148,12 +176,35 @@ class RunReader:
             self._seen = time.monotonic()
             self._run.screen_seen()
 
-    def _hand_in(self) -> None:
-        while (command := self._outbox.get()) is not None:
-            try:
-                self._run.send(command)
-            except (OSError, GuardrailError) as error:
-                reason = error.strerror if isinstance(error, OSError) else None
-                self._publish(unsent={**self._latest.unsent, command.id: str(reason or error)})
+    def _work(self) -> None:
+        while (work := self._outbox.get()) is not None:
+            work()
         if self._present:
             self._run.screen_gone()
+
+    def _hand_in(self, command: Command) -> None:
+        try:
+            self._run.send(command)
+        except (OSError, GuardrailError) as error:
+            self._publish(unsent={**self._latest.unsent, command.id: _reason(error)})
+
+    def _work_out(self, command: Command) -> None:
+        from guardrail import preview
+
+        try:
+            told = preview.of(preview.Scene.of(self._run, status=self._latest.status), command)
+        except (OSError, GuardrailError, ValueError) as error:
+            told = preview.Preview(command=command.kind.value, remark=f"cannot be worked out: {_reason(error)}")
+        self._publish(previews={**self._latest.previews, command.id: told})
+
+    def _write_down(self, text: str) -> None:
+        status = self._latest.status
+        step, timeline = (status.step, status.timeline) if status is not None else (0, 0)
+        try:
+            self._run.append("note", text, step=step, timeline=timeline)
+        except OSError as error:
+            self._publish(trouble=f"the note is not in the journal: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    return str((error.strerror if isinstance(error, OSError) else None) or error)

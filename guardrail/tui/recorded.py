@@ -11,11 +11,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from guardrail.errors import GuardrailError
+from guardrail.preview import Preview
 from guardrail.records import Command, Event, Mode, Phase, Status
 from guardrail.tui.series import Track
 from guardrail.tui.story import Digest
 from guardrail.tui.view import Snapshot
 
+REFUSAL = "a recorded log takes no commands"
 SHOW_SECONDS = 0.5  # between two looks of the screen at a judgement that goes on
 
 
@@ -62,7 +64,14 @@ class RecordedReader:
         return self._latest
 
     def send(self, command: Command) -> None:
-        self._publish(unsent={**self._latest.unsent, command.id: "a recorded log takes no commands"})
+        self._publish(unsent={**self._latest.unsent, command.id: REFUSAL})
+
+    def preview(self, command: Command) -> None:
+        told = Preview(command=command.kind.value, possible=False, refusal=REFUSAL)
+        self._publish(previews={**self._latest.previews, command.id: told})
+
+    def note(self, text: str) -> None:
+        self._publish(trouble="the note is not written: a recorded log has no journal")
 
     def close(self) -> None:
         self._leaving.set()

@@ -67,6 +67,7 @@ class Story:
         lines: newest last.
         answers: command id -> answer.
         proposals: what the guard proposed when it last parked, while it is parked.
+        costs: what each of these would do, "" where the journal does not say.
     """
 
     incidents: tuple[Incident, ...] = ()
@@ -74,6 +75,7 @@ class Story:
     lines: tuple[Line, ...] = ()
     answers: Mapping[str, Answer] = field(default_factory=dict)
     proposals: tuple[str, ...] = ()
+    costs: tuple[str, ...] = ()
 
     @property
     def recovering(self) -> bool:
@@ -89,6 +91,7 @@ class Digest:
         self._lines: deque[Line] = deque(maxlen=_MAX_LINES)
         self._answers: dict[str, Answer] = {}
         self._proposals: tuple[str, ...] = ()
+        self._costs: tuple[str, ...] = ()
         self._unnumbered = 0
 
     def add(self, events: Iterable[Event]) -> None:
@@ -106,9 +109,10 @@ class Digest:
                     self._command(event)
                 case "paused":
                     proposals = event.data.get("proposals")
-                    self._proposals = tuple(map(_proposal, proposals)) if isinstance(proposals, list) else ()
+                    told = proposals if isinstance(proposals, list) else []
+                    self._proposals, self._costs = tuple(map(_proposal, told)), tuple(map(_cost, told))
                 case "resumed":
-                    self._proposals = ()
+                    self._proposals = self._costs = ()
                 case "restarted":
                     self._forget_after(event.step)
                 case "undo":
@@ -123,6 +127,7 @@ class Digest:
             lines=tuple(self._lines),
             answers=MappingProxyType(dict(self._answers)),
             proposals=self._proposals,
+            costs=self._costs,
         )
 
     # -- incidents
@@ -246,6 +251,13 @@ def _data(event: Event) -> dict[str, Any]:
 def _proposal(raw: Any) -> str:
     """What the guard would do by one of its proposals; the numbers beside it are the dialog's own business."""
     return brief(raw.get("action", "") if isinstance(raw, Mapping) else raw, 200)
+
+
+def _cost(raw: Any) -> str:
+    """What a proposal would do, as the journal says it."""
+    if not isinstance(raw, Mapping):
+        return ""
+    return brief(raw.get("text", ""), 400).removeprefix(f"{brief(raw.get('command', ''), 40)}: ")
 
 
 def _label(incident: Incident) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
-from guardrail.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Status
+from guardrail.preview import Preview
+from guardrail.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, RankStatus, Status
 from guardrail.tui.format import brief
 from guardrail.tui.health import RECORDED, Health, health_of
+from guardrail.tui.panes.state import State
 from guardrail.tui.series import Series
 from guardrail.tui.story import Story
 
@@ -38,6 +40,9 @@ class Snapshot:
         trouble: why the directory could not be read just now, or "".
         unsent: id of a command -> why it could not be handed in.
         recorded: of a log that something else has written: what it is, and how far it is judged. "" for a run.
+        ranks: what each rank said last, in order of their numbers.
+        previews: id of a preview that was asked for -> what the command would do.
+        config: lines of the resolved configuration.
     """
 
     name: str
@@ -49,6 +54,9 @@ class Snapshot:
     trouble: str = ""
     unsent: Mapping[str, str] = field(default_factory=dict)
     recorded: str = ""
+    ranks: tuple[RankStatus, ...] = ()
+    config: tuple[str, ...] = ()
+    previews: Mapping[str, Preview] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("name", "trouble", "recorded"):
@@ -56,6 +64,8 @@ class Snapshot:
         object.__setattr__(self, "unsent", {id: brief(reason) for id, reason in self.unsent.items()})
         if self.status is not None:
             object.__setattr__(self, "status", cleaned(self.status))
+        ranks = tuple(msgspec.structs.replace(rank, host=brief(rank.host, 80)) for rank in self.ranks)
+        object.__setattr__(self, "ranks", ranks)
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,8 @@ class View:
         big: the signal whose chart is enlarged.
         logarithmic: signals drawn on a log axis.
         message: (text, tone) of the line that answers keys.
+        focus: the pane that keys go to; `full`: it has the whole screen.
+        states: name of a pane -> what was chosen there.
     """
 
     snapshot: Snapshot
@@ -75,6 +87,13 @@ class View:
     logarithmic: frozenset[str] = frozenset({GRAD_NORM, EMBED_GRAD_NORM})
     message: tuple[str, str] = ("", "plain")
     read_only: bool = False
+    focus: str = "curves"
+    full: bool = False
+    states: Mapping[str, State] = field(default_factory=dict)
+
+    def state(self, pane: str) -> State:
+        """What the viewer chose in a pane."""
+        return replace(self.states.get(pane, State()), focused=self.focus == pane)
 
     @property
     def status(self) -> Status | None:

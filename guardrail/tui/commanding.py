@@ -1,0 +1,238 @@
+"""The keys that ask the run for something: each says first what it would do, and the default is No."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from guardrail.records import CommandKind, Mode, Phase, SnapshotInfo
+from guardrail.tui import controls
+from guardrail.tui.controls import Desk
+from guardrail.tui.dialogs import Choose, Confirm, Number, Text
+from guardrail.tui.format import brief, count, plural, spoken
+from guardrail.tui.lines import Row
+from guardrail.tui.panes.snapshots import restorable, snapshot
+from guardrail.tui.view import View
+
+if TYPE_CHECKING:
+    from textual.screen import Screen
+
+    Base = Screen[None]
+else:
+    Base = object
+
+MODES = {
+    Mode.AUTO: "acts by itself",
+    Mode.ASK: "parks training before a rollback and asks",
+    Mode.ADVISE: "says what it would do and changes nothing",
+    Mode.OFF: "detects nothing",
+}
+PROPOSALS = {"rollback": ": roll back, and leave that data out", "halt": ": save and end", "skip": ": leave it out"}
+ANSWERS = ("Do as proposed", "Go on as if nothing had happened", "Stop here with a checkpoint")
+DEFAULTS = {"proposed": "what is proposed is done", "go_on": "it goes on", "stop": "it stops with a checkpoint"}
+
+
+class Commanding(Base):
+    """Part of the cockpit."""
+
+    view: View
+    desk: Desk
+    _asked = ""  # the question that has been put on the screen
+
+    def redraw(self) -> None:
+        raise NotImplementedError
+
+    def say(self, text: str) -> None:
+        self.desk.notice(text)
+        self.redraw()
+
+    def _may(self) -> bool:
+        """Whether control keys do anything now; says why not."""
+        reason = controls.refusal(self.view.status, read_only=self.view.read_only)
+        if reason:
+            self.say(reason)
+        return reason is None
+
+    def _command(self, kind: CommandKind, value: float, label: str) -> None:
+        self.desk.command(kind, value, label)
+        self.redraw()
+
+    def action_pause(self) -> None:
+        if not self._may():
+            return
+        status = self.view.status
+        if status is not None and status.question:
+            self.action_answer()
+            return
+        # A pause that is still on its way counts: pressed again, the key takes it back.
+        waiting = self.desk.waiting(CommandKind.PAUSE, CommandKind.RESUME)
+        paused = status is not None and status.phase is Phase.PAUSED
+        if waiting is CommandKind.PAUSE or (waiting is None and paused):
+            self._command(CommandKind.RESUME, 0.0, "go on")
+        else:
+            self._command(CommandKind.PAUSE, 0.0, "pause")
+
+    def action_checkpoint(self) -> None:
+        if self._may():
+            self._command(CommandKind.CHECKPOINT, 0.0, "checkpoint")
+
+    def action_note(self) -> None:
+        if not self._may():
+            return
+
+        def send(text: str | None) -> None:
+            if text and text.strip():
+                self.desk.note(text.strip())
+                self.redraw()
+
+        self.app.push_screen(Text("note", self.view, text=["It goes into the journal, with your name."]), send)
+
+    # -- numbers
+
+    def action_skip(self) -> None:
+        text = ["How many of the next batches are left out? Their samples are never used in this run."]
+        self._ask_number("skip batches", text, "1", CommandKind.SKIP, lambda v: f"skip {plural(int(v), 'batch')}")
+
+    def action_rate(self) -> None:
+        now = self.view.status.lr_factor if self.view.status else 1.0
+        text = [f"Factor on the scheduled learning rate (now ×{now:g}; 1 is the schedule itself)."]
+        self._ask_number("learning rate", text, "0.5", CommandKind.LR, lambda v: f"rate ×{v:g}")
+
+    def action_alpha(self) -> None:
+        text = ["Factor on the gradients of the embedding, in (0, 1]; 1 leaves them as they are."]
+        self._ask_number("embedding", text, "0.1", CommandKind.EMBED_ALPHA, lambda v: f"embedding gradients ×{v:g}")
+
+    def _ask_number(
+        self, name: str, text: list[str], default: str, kind: CommandKind, label: Callable[[float], str]
+    ) -> None:
+        if not self._may():
+            return
+
+        def ask(value: float | None) -> None:
+            if value is not None:
+                self._consider(kind, value, label(value))
+
+        dialog = Number(name, self.view, text=text, default=default, parse=lambda t: controls.number(t, kind))
+        self.app.push_screen(dialog, ask)
+
+    # -- what asks before it is sent
+
+    def _consider(self, kind: CommandKind, value: float, label: str, costs: Sequence[str] = ()) -> None:
+        """Show what the command would do, and send it on Yes. `costs` stand there until the preview is made."""
+        asked = self.desk.preview(kind, value)
+
+        def told(view: View) -> Sequence[str]:
+            preview = view.snapshot.previews.get(asked)
+            return [*controls.preview_lines(preview)] if preview is not None else [*costs, "(working out the rest …)"]
+
+        def done(answer: int | None) -> None:
+            if answer == 1:
+                self._command(kind, value, label)
+
+        self.app.push_screen(Confirm(f"{label}?", self.view, text=told, yes=label), done)
+
+    def action_stop(self) -> None:
+        if not self._may():
+            return
+        step = self.view.status.step if self.view.status else 0
+        text = f"Training saves a checkpoint at step {count(step)} and ends. It can be continued later."
+        self._consider(CommandKind.STOP, 0.0, "stop", [text])
+
+    def action_undo(self) -> None:
+        if self._may():
+            text = "The guard's newest decision is taken back: its samples may be used again."
+            self._consider(CommandKind.UNDO, math.nan, "undo", [text])
+
+    def action_rollback(self) -> None:
+        if not self._may():
+            return
+        known = restorable(self.view.status)
+        status = self.view.status
+        if not known or status is None:
+            self.say("there is no snapshot or checkpoint to go back to yet")
+            return
+        options: list[tuple[str | Row, str]] = [
+            (snapshot(info, self.view.now), " ".join(controls.rollback_cost(info, status))) for info in known
+        ]
+        good = next((index for index, info in enumerate(known) if info.state == "good"), 0)
+
+        def chosen(index: int | None) -> None:
+            if index is not None:
+                self._confirm_rollback(known[index])
+
+        self.app.push_screen(Choose("roll back to", self.view, text=[], options=options, cursor=good), chosen)
+
+    def _confirm_rollback(self, info: SnapshotInfo) -> None:
+        status = self.view.status
+        cost = controls.rollback_cost(info, status) if status is not None else []
+        self._consider(CommandKind.ROLLBACK, float(info.step), f"roll back to step {count(info.step)}", cost)
+
+    def action_mode(self) -> None:
+        if not self._may():
+            return
+        modes = list(Mode)
+        now = self.view.status.mode if self.view.status else Mode.AUTO
+
+        def send(index: int | None) -> None:
+            if index is not None and modes[index] is not now:
+                self._command(CommandKind.POLICY, float(index), f"mode {modes[index].value}")
+
+        options = [(f"{mode.value:<8}{MODES[mode]}{' (now)' if mode is now else ''}", "") for mode in modes]
+        dialog = Choose("who decides", self.view, text=[], options=options, cursor=modes.index(now))
+        self.app.push_screen(dialog, send)
+
+    # -- the guard asks
+
+    def put_question(self) -> None:
+        """Put a new question on the screen by itself, once, when no other dialog is open."""
+        question = self.view.status.question if self.view.status and not self.view.status.phase.ended else ""
+        if not question:
+            self._asked = ""
+        elif question != self._asked and self.app.screen is self and not self.view.read_only:
+            self._asked = question
+            self.action_answer()
+
+    def action_answer(self) -> None:
+        if not self._may():
+            return
+        status = self.view.status
+        if status is None or not status.question:
+            self.say("the guard asks nothing now")
+            return
+        question = status.question
+        told = self.view.snapshot.story.proposals
+        proposed = PROPOSALS.get(next(iter(told), ""), "")
+        names = (ANSWERS[0] + proposed, *ANSWERS[1:])
+
+        def send(index: int | None) -> None:
+            if index is not None:
+                self._command(CommandKind.ANSWER, float(index), f"answer: {names[index]}")
+
+        costs = self.view.snapshot.story.costs
+        dialog = Choose(
+            f"step {count(status.step)}: the guard asks",
+            self.view,
+            text=lambda view: [question, "", *_evidence(view), _patience(view)],
+            options=[(name, costs[index] if index < len(costs) else "") for index, name in enumerate(names)],
+            alive=lambda view: view.status is None or view.status.question == question,
+        )
+        self.app.push_screen(dialog, send)
+
+
+def _evidence(view: View) -> list[str]:
+    """The findings of the newest incident, when it is open."""
+    found = view.snapshot.story.incidents
+    if not found or not found[0].open:
+        return []
+    return [*(brief(finding.sentence(), 200) for finding in found[0].findings[:3]), ""]
+
+
+def _patience(view: View) -> str:
+    """How long the guard waits, and what it does then."""
+    status = view.status
+    if status is None or not status.deadline:
+        return "Training is parked; nothing is lost by thinking."
+    left = max(0.0, status.deadline - view.now)
+    then = DEFAULTS.get(status.default, "it decides by itself")
+    return f"Training is parked; nothing is lost by thinking. Without an answer in {spoken(left)} {then}."

@@ -1,0 +1,66 @@
+"""Where things stand on a terminal of any size. Pure.
+
+Wide: a grid of charts and a side of panes. 80x24: one chart, the other signals as curves of one row, the newest
+incident. Narrow and tall: charts above, panes below. The focused pane is always in sight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from guardrail.tui.panes.table import CURVES
+
+WIDE, HIGH = 100, 26  # from this size on there are several charts and a side
+GRID = 160  # cells from which on charts stand in two columns
+TALL = 36  # rows from which on a narrow terminal stacks
+ROOMY = 18  # rows from which on the hidden charts have a line each
+_CHART_ROWS = 8  # rows that a chart wants
+_AROUND = 4  # rows of header, facts, message and footer
+_SIDES = ((52, ("incidents", "ranks", "snapshots", "data", "log")), (38, ("incidents", "ranks", "snapshots", "log")))
+_SIDE = ("incidents", "snapshots", "log")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is in sight.
+
+    Attributes:
+        columns, charts: columns of the grid of charts, and how many there are; 0: none is in sight.
+        panes: names, in order, of what stands beside or below.
+        beside: the panes stand right of the charts, not below.
+        sparks: the signals without a chart have a row each.
+        newest: the newest incident has its two rows.
+    """
+
+    columns: int
+    charts: int
+    panes: tuple[str, ...]
+    beside: bool = True
+    sparks: bool = False
+    newest: bool = False
+
+
+def arrange(width: int, height: int, focus: str, *, full: bool = False, signals: int = 3) -> Layout:
+    """The layout of a terminal of `width` x `height`; `full` gives all of it to the focused pane."""
+    columns = 2 if width >= GRID else 1
+    rows = max(1, min(3, (height - _AROUND) // _CHART_ROWS))
+    charts = min(signals, columns * rows)
+    wide = width >= WIDE and height >= HIGH
+    if full and focus != CURVES:
+        return Layout(0, 0, (focus,))
+    if full and wide:
+        return Layout(columns, charts, ())
+    if wide:
+        return Layout(columns, charts, _with(next((s for least, s in _SIDES if height >= least), _SIDE), focus))
+    if height >= TALL:
+        return Layout(1, min(charts, 3), _with(("incidents", "log"), focus), beside=False)
+    if focus != CURVES:
+        return Layout(0, 0, (focus,))
+    return Layout(1, 1, (), sparks=height >= ROOMY, newest=True)
+
+
+def _with(panes: tuple[str, ...], focus: str) -> tuple[str, ...]:
+    """The focused pane takes the place of the last but one where it has none of its own."""
+    if focus in (CURVES, *panes):
+        return panes
+    return (*panes[:-2], focus, *panes[-1:])

@@ -1,0 +1,34 @@
+"""What panes share: the title, the stretch of entries in sight, the pointer before the marked one. Pure."""
+
+from __future__ import annotations
+
+from guardrail.tui.lines import Row, title
+from guardrail.tui.panes.state import State
+
+
+def heading(name: str, width: int, state: State, *, right: Row = ()) -> Row:
+    """The title of a pane: bright while it has the keys, with the filter where there is one."""
+    if state.filter:
+        right = (*right, (("  " if right else "") + f"/{state.filter}", "accent"))
+    return title(name, width, right=right, tone="key" if state.focused else "dim")
+
+
+def window(count: int, room: int, state: State, *, tail: bool = False) -> range:
+    """Which of `count` entries of one row each are in sight in `room` rows: those around the cursor.
+
+    Args:
+        tail: without a cursor the last ones are in sight, not the first.
+    """
+    room = max(0, room)
+    last = max(0, count - room)
+    if state.cursor is None:
+        first = last if tail else 0
+    else:
+        first = min(last, max(0, state.cursor - room // 2))
+    return range(first, min(count, first + room))
+
+
+def marked(line: Row, index: int, state: State) -> Row:
+    """The entry with a pointer before it where it is marked; every entry leaves that cell free."""
+    on = state.focused and state.cursor == index
+    return (("▸" if on else " ", "key"), *line)

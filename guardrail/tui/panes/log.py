@@ -1,0 +1,45 @@
+"""Pane 6: the journal's lines, the newest at the bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from guardrail.tui.format import clock
+from guardrail.tui.lines import Row, row, wrap
+from guardrail.tui.log import Line
+from guardrail.tui.panes.frame import heading
+from guardrail.tui.panes.state import State
+from guardrail.tui.view import View
+
+
+def found(view: View, state: State) -> list[Line]:
+    lines = view.snapshot.story.lines
+    return [line for line in lines if state.shows(line.text)] if state.filter else list(lines)
+
+
+def count(view: View, state: State) -> int:
+    return len(found(view, state))
+
+
+def step(view: View, state: State) -> int | None:
+    lines = found(view, state)
+    return lines[state.cursor].step if state.cursor is not None and state.cursor < len(lines) else None
+
+
+def build(view: View, width: int, height: int, state: State) -> Sequence[Row]:
+    lines = found(view, state)
+    last = len(lines) - 1 if state.cursor is None else min(state.cursor, len(lines) - 1)
+    rows: list[Row] = []
+    for index in range(last, -1, -1):
+        if len(rows) >= height - 1:
+            break
+        rows = log_rows(lines[index], width, marked=state.focused and index == state.cursor) + rows
+    return [heading("journal", width, state), *rows[max(0, len(rows) - height + 1) :]]
+
+
+def log_rows(line: Line, width: int, *, marked: bool = False) -> list[Row]:
+    """One event, wrapped under its time."""
+    head = f"{clock(line.time)} "
+    texts = wrap(line.text, width - len(head) - 3)
+    first = row(("▸" if marked else " ", "key"), (head, "dim"), (f"{line.mark} ", line.tone), (texts[0], "plain"))
+    return [first] + [row((" " * (len(head) + 3), "plain"), (text, "plain")) for text in texts[1:]]

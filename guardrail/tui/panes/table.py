@@ -1,0 +1,52 @@
+"""All panes, once: number, name, content. The screen, its keys and its help are made from this table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from guardrail.tui.lines import Row
+from guardrail.tui.panes import config, data, incidents, log, ranks, snapshots
+from guardrail.tui.panes.state import State
+from guardrail.tui.view import View
+
+CURVES = "curves"
+Build = Callable[[View, int, int, State], Sequence[Row]]
+
+
+@dataclass(frozen=True)
+class Pane:
+    """One pane.
+
+    Attributes:
+        number: the digit that focuses it.
+        name: one word.
+        about: what it shows, for the help.
+        build: (view, width, height, state) -> at most `height` rows, the title first. Pure.
+        count: entries that a cursor can stand on, with the filter applied.
+        detail: rows of the window that Enter opens for the entry under the cursor; no rows, no window.
+        step: the step of the entry under the cursor, where the curves' value cursor goes on Enter.
+        tail: it grows at its end.
+    """
+
+    number: str
+    name: str
+    about: str
+    build: Build
+    count: Callable[[View, State], int]
+    detail: Build | None = None
+    step: Callable[[View, State], int | None] | None = None
+    tail: bool = False
+
+
+PANES = (
+    Pane("2", "incidents", "what went wrong and what was done", incidents.build, incidents.count,
+         detail=incidents.detail, step=incidents.step),
+    Pane("3", "ranks", "phase, step time, heartbeat and memory of each rank", ranks.build, ranks.count),
+    Pane("4", "snapshots", "the states one can go back to", snapshots.build, snapshots.count, step=snapshots.step),
+    Pane("5", "data", "cursor, tokens seen, and what is left out", data.build, data.count),
+    Pane("6", "log", "the journal: what happened, who did it, when", log.build, log.count, step=log.step, tail=True),
+    Pane("7", "config", "the resolved configuration", config.build, config.count),
+)  # fmt: skip
+BY_NAME = {pane.name: pane for pane in PANES}
+NAMES = (CURVES, *BY_NAME)
