@@ -115,9 +115,14 @@ class Incident(Record, frozen=True, kw_only=True):
 
 
 class Casebook:
-    """Gathers events into incidents: by number, else with what happened close by."""
+    """Gathers events into incidents: by number, else with what happened close by.
 
-    def __init__(self) -> None:
+    Args:
+        keep: newest incidents that are remembered; None: all.
+    """
+
+    def __init__(self, *, keep: int | None = None) -> None:
+        self._keep = keep
         self._found: dict[int, Incident] = {}
         self._unnumbered = 0
 
@@ -137,6 +142,8 @@ class Casebook:
                     self._put(incident, {"deeds": (*incident.deeds, deed_of(event, "remedy"))})
                 case "undo":
                     self._undo(event)
+        while self._keep is not None and len(self._found) > self._keep:
+            del self._found[next(iter(self._found))]
         # Found under negative numbers where the journal gave none.
         return [
             msgspec.structs.replace(incident, number=max(0, number)) if number < 0 else incident

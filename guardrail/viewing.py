@@ -6,6 +6,9 @@ it half a minute.
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +17,7 @@ import msgspec
 
 from guardrail.config import GuardSection
 from guardrail.controller import Controller
-from guardrail.errors import DataError, RunDirectoryError
+from guardrail.errors import DataError, GuardrailError, RunDirectoryError
 from guardrail.importers.log import Log
 from guardrail.records import METRIC_COLUMNS, Action, Event, Mode, Verdict
 from guardrail.rejudge import Rejudge
@@ -122,6 +125,64 @@ class Viewing:
 
     def _of_run(self, column: str) -> np.ndarray | None:
         return None if self._log.folder is None else RunDirectory.open(self._log.folder).metrics().column(column)
+
+
+class Background:
+    """A `Viewing` that is judged in a process of its own, so that the screen's keys wait for nobody.
+
+    To be made while this process has one thread: the other is a fork of it, and nothing is read twice. It ends with
+    its work, or when nobody reads it any more.
+    """
+
+    def __init__(self, viewing: Viewing) -> None:
+        self._viewing = viewing
+        self.name, self.format, self.columns = viewing.name, viewing.format, viewing.columns
+        self.last_step = viewing.last_step
+        context = multiprocessing.get_context("fork")
+        self._pipe, theirs = context.Pipe(duplex=False)
+        self._process = context.Process(target=_send_all, args=(viewing, self._pipe, theirs), daemon=True)
+        with warnings.catch_warnings():
+            # Python warns of threads of any library; those of numpy hold no lock that the fork would want.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._process.start()
+        theirs.close()
+
+    def __len__(self) -> int:
+        return len(self._viewing)
+
+    def plain(self) -> Iterator[Part]:
+        return self._viewing.plain()
+
+    def judged(self) -> Iterator[Part]:
+        """As of the `Viewing`. Raises DataError with what went wrong there."""
+        while True:
+            try:
+                got = self._pipe.recv()
+            except EOFError:
+                raise DataError("the process that judges it has died") from None
+            if got is None:
+                return
+            if isinstance(got, str):
+                raise DataError(got)
+            yield Part(*got)
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.join()
+        self._pipe.close()
+
+
+def _send_all(viewing: Viewing, ours: Any, pipe: Any) -> None:
+    ours.close()  # or nobody would notice when the reader goes
+    with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):
+        try:
+            for part in viewing.judged():
+                pipe.send(tuple(part))
+            pipe.send(None)
+        except BrokenPipeError:
+            raise
+        except Exception as error:
+            pipe.send(str(error) if isinstance(error, GuardrailError) else f"{type(error).__name__}: {error}")
 
 
 class _Part:

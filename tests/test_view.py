@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,7 @@ def test_it_shows_the_incidents_that_backtest_tells(spiked: Path) -> None:
     told = [(case.first.incident, min(case.first.onset_step, case.first.step)) for case in cases]
     assert [(one.number, one.step) for one in reversed(found.story.incidents)] == told and len(told) == 2
     assert all(not one.open and one.deed.startswith("would have") for one in found.story.incidents)
+    assert found.story.marks["#"] == ((501, "1"), (801, "2")), "where each would have been acted on first"
     assert found.recorded == "a recorded log of 6,000 rows (csv): what the guard would have said"
     assert View(found, 0.0).health.word == "RECORDED"
 
@@ -105,6 +107,35 @@ def test_several_runs_and_none(tmp_path: Path) -> None:
 def test_without_a_terminal_it_names_backtest(spiked: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["view", str(spiked)]) == 2
     assert f"guardrail backtest {spiked}" in capsys.readouterr().err
+
+
+def test_another_process_judges_the_same(spiked: Path, tmp_path: Path) -> None:
+    log = viewing.the_log(str(spiked), {})
+    here = viewing.Viewing(log, load_guard())
+    there = viewing.Background(viewing.Viewing(log, load_guard()))
+    try:
+        assert len(there) == len(here) and there.columns == here.columns
+        for mine, other in zip(here.judged(), there.judged(), strict=True):
+            assert np.array_equal(mine.rows, other.rows, equal_nan=True)
+            assert repr(mine.events) == repr(other.events)
+    finally:
+        there.close()
+    assert not there._process.is_alive()
+
+
+def test_a_judge_that_fails_says_why(spiked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: viewing.Viewing) -> Iterator[viewing.Part]:
+        raise ValueError("no such thing")
+        yield
+
+    monkeypatch.setattr(viewing.Viewing, "judged", fails)
+    there = viewing.Background(viewing.Viewing(viewing.the_log(str(spiked), {}), load_guard()))
+    reader = RecordedReader(there)
+    reader.start(lambda: None)
+    reader.join()
+    there.close()
+    assert reader.latest().trouble == "cannot judge the log: ValueError: no such thing"
+    assert len(reader.latest().series) == 6000
 
 
 async def test_the_screen_over_a_log(spiked: Path) -> None:

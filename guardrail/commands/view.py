@@ -33,4 +33,8 @@ def command(log: str, columns: tuple[str, ...], policy: str | None, overrides: t
 
     if viewing.is_run(log) and not given:
         return run_screen(log, read_only=True)
-    return run_log(viewing.Viewing(viewing.the_log(log, given_columns(columns)), settings))
+    background = viewing.Background(viewing.Viewing(viewing.the_log(log, given_columns(columns)), settings))
+    try:
+        return run_log(background)
+    finally:
+        background.close()

@@ -808,6 +808,8 @@ class Guard:
         seconds = time.perf_counter() - step._began
         if self._row is not None:
             self._row["step_time"], self._row["guard_time"] = seconds, self._guarding
+        if self._heartbeat is not None:
+            self._heartbeat.step_seconds = reduced.step_times[self.rank]
         if step.applied:
             self._recent = [*self._recent[-19:], (seconds, reduced.tokens)]
             self._guard_seconds += self._guarding

@@ -12,7 +12,7 @@ import numpy as np
 from guardrail.tui import raster
 from guardrail.tui.format import count, metric
 from guardrail.tui.lines import Lines, Piece, Row, fit, title
-from guardrail.tui.log import CHECKPOINT, COMMAND, ROLLBACK, SKIP
+from guardrail.tui.log import CHECKPOINT, COMMAND, INCIDENT, ROLLBACK, SKIP
 from guardrail.tui.palette import BAND
 from guardrail.tui.raster import Ink
 from guardrail.tui.scales import XScale, nice, short
@@ -21,8 +21,8 @@ from guardrail.tui.view import LABELS, View
 GUTTER = 8  # cells left of the plot: a label of at most seven and the axis
 _LABEL_CELLS = 12  # distance of two labels of the x-axis, at least
 # A letter that falls on the same cell as another gives way to the graver one.
-_GRAVITY = (ROLLBACK, SKIP, COMMAND, CHECKPOINT)
-_MARK_TONES = {ROLLBACK: "warn", SKIP: "warn", COMMAND: "accent", CHECKPOINT: "good"}
+_GRAVITY = (ROLLBACK, SKIP, INCIDENT, COMMAND, CHECKPOINT)
+_MARK_TONES = {ROLLBACK: "warn", SKIP: "warn", INCIDENT: "warn", COMMAND: "accent", CHECKPOINT: "good"}
 _TONES = {
     Ink.EMPTY: "plain",
     Ink.GHOST: "ghost",

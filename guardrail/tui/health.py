@@ -8,6 +8,19 @@ from guardrail.records import Phase, Status
 from guardrail.tui.format import clock
 
 HEARTBEAT_SECONDS = 10.0  # a heartbeat comes once a second; this long without one is a loss
+PHASES = {
+    Phase.STARTING: "starting",
+    Phase.SETUP: "setting up",
+    Phase.STEP: "training",
+    Phase.EVAL: "evaluating",
+    Phase.SAVE: "saving",
+    Phase.ROLLBACK: "rolling back",
+    Phase.PAUSED: "paused",
+    Phase.FINISHED: "finished",
+    Phase.STOPPED: "stopped",
+    Phase.HALTED: "halted by the guard",
+    Phase.FAILED: "failed",
+}
 WORDS = ("HEALTHY", "RECOVERING", "ASKING", "PAUSED", "HALTED", "STOPPED", "FINISHED", "FAILED", "STARTING")
 
 

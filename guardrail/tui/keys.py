@@ -86,6 +86,7 @@ SIGNS = (
     ("● ▲ ◆ ‖", "healthy, recovering, asking, paused"),
     ("✓ ■ ✗ ?", "finished, stopped, halted or failed, no heartbeat"),
     ("R S ! C", "on a curve: rollback and left-out update with the incident's number, command, checkpoint"),
+    ("#", "on a curve: an incident in which the guard only says what it would have done"),
     ("▲ × ┈", "on a curve: value above the axis, NaN or Inf, threshold of the detector"),
     ("⠂⠂ ┊", "an abandoned timeline, and where it was left"),
 )

@@ -8,7 +8,7 @@ from guardrail.records import Event
 from guardrail.tui.format import brief
 
 # The same letters mark the event on the axis of a chart.
-SKIP, ROLLBACK, COMMAND, CHECKPOINT = "S", "R", "!", "C"
+SKIP, ROLLBACK, COMMAND, CHECKPOINT, INCIDENT = "S", "R", "!", "C", "#"
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,9 @@ def line_of(event: Event) -> Line:
     elif event.kind == "ended":
         tone = "good" if data.get("phase") == "finished" else "bad" if data.get("phase") == "failed" else "warn"
     text = brief(event.message, 400) or _fallback(event)
+    who = event.data.get("who")
+    if event.kind == "command" and isinstance(who, str) and who:
+        text = f"{text} (by {brief(who, 60)})"
     mark = "●" if tone == "good" and event.kind == "durability" else _MARKS.get(event.kind, "·")
     return Line(event.time, event.step, mark, tone, text)
 

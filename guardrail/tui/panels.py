@@ -9,23 +9,9 @@ from guardrail.records import Phase
 from guardrail.tui import keys
 from guardrail.tui.chart import spark_row
 from guardrail.tui.format import count, duration, metric, plural
-from guardrail.tui.health import HEARTBEAT_SECONDS
+from guardrail.tui.health import HEARTBEAT_SECONDS, PHASES
 from guardrail.tui.lines import Piece, Row, fit, row, spread, width_of
 from guardrail.tui.view import CHARTS, View
-
-PHASES = {
-    Phase.STARTING: "starting",
-    Phase.SETUP: "setting up",
-    Phase.STEP: "training",
-    Phase.EVAL: "evaluating",
-    Phase.SAVE: "saving",
-    Phase.ROLLBACK: "rolling back",
-    Phase.PAUSED: "paused",
-    Phase.FINISHED: "finished",
-    Phase.STOPPED: "stopped",
-    Phase.HALTED: "halted by the guard",
-    Phase.FAILED: "failed",
-}
 
 
 def header(view: View, width: int, height: int) -> Sequence[Row]:
@@ -87,6 +73,8 @@ def facts(view: View, width: int, height: int) -> Sequence[Row]:
         parts.append((plural(status.restarts, "restart"), "warn"))
     if status.guard_share:
         parts.append((f"guard {100 * status.guard_share:.1f} %", "dim"))
+    if view.snapshot.around.screens > 1:
+        parts.append((f"{view.snapshot.around.screens} screens", "accent"))
     where = f" on {status.host}" if status.host else ""
     parts.append((f"{plural(status.world, 'rank')}{where}", "dim"))
     return [fit(_joined(parts), width)]

@@ -17,7 +17,7 @@ from guardrail.errors import GuardrailError
 from guardrail.follow import Follower
 from guardrail.records import Command
 from guardrail.rundir import RunDirectory
-from guardrail.text import clean
+from guardrail.tui.around import Lookout
 from guardrail.tui.series import Track
 from guardrail.tui.story import Digest
 from guardrail.tui.view import Snapshot
@@ -25,7 +25,6 @@ from guardrail.tui.view import Snapshot
 LOOK_SECONDS = 0.25  # between two looks at a run that is busy
 WAIT_SECONDS = 1.0  # between two looks at a quiet one
 PRESENCE_SECONDS = 5.0
-RANKS_SECONDS = 1.0  # between two looks at the files of all ranks
 _CHUNK = 65536  # rows read before the screen hears of them
 
 
@@ -63,11 +62,10 @@ class RunReader:
         self._follower = Follower(run)
         self._track, self._digest = Track(), Digest()
         self._outbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._lookout = Lookout(run, clock=clock)
         self._leaving = threading.Event()
         self._heartbeat: float | None = None
         self._seen = -PRESENCE_SECONDS
-        self._configured = False
-        self._ranks_read = -RANKS_SECONDS
         self._latest = Snapshot(run.name, loaded=False)
         self._lock = threading.Lock()  # both threads replace parts of `_latest`
         self._notify: Callable[[], None] = lambda: None
@@ -104,14 +102,17 @@ class RunReader:
         """Read what is new and publish it; what cannot be read is said in `Snapshot.trouble`."""
         try:
             self._look_at_status()
-            self._look_at_the_rest()
             update = self._follower.poll()
             if update.events:
                 self._digest.add(update.events)
                 self._publish(story=self._digest.story())
             self._take_rows(*update.rows)
+            if update.rows[0] < update.rows[1]:
+                self._lookout.look_at_rows(self._follower.view)
             self._follower.view = None  # let go of the mapped file: its pages count as this process's memory
-            self._publish(loaded=True, trouble="")
+            status = self._latest.status
+            self._lookout.look(ended=status is not None and status.phase.ended)
+            self._publish(loaded=True, trouble="", around=self._lookout.around)
         except (OSError, GuardrailError) as error:
             self._publish(loaded=True, trouble=f"cannot read the run: {_reason(error)}")
 
@@ -136,18 +137,6 @@ class RunReader:
             heard = min(status.heartbeat, now) if self._heartbeat is None else now
             self._heartbeat = status.heartbeat
         self._publish(status=status, heard=heard)
-
-    def _look_at_the_rest(self) -> None:
-        """Ranks once a second; the configuration once: nothing changes it while the run lives."""
-        if not self._configured:
-            self._configured = True
-            try:
-                self._publish(config=tuple(clean(line, 500) for line in self._run.config_text().splitlines()))
-            except GuardrailError as error:
-                self._publish(config=(f"# {clean(str(error), 300)}",))
-        if time.monotonic() - self._ranks_read >= RANKS_SECONDS:
-            self._ranks_read = time.monotonic()
-            self._publish(ranks=tuple(self._run.read_ranks()))
 
     def _take_rows(self, first: int, end: int) -> None:
         view = self._follower.view

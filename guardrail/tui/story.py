@@ -16,8 +16,9 @@ from typing import Any
 
 from guardrail.records import Action, Event, Finding, Kind
 from guardrail.rundir import findings_of, span_of
+from guardrail.tui.evidence import Evidence, Known
 from guardrail.tui.format import brief, count, plural
-from guardrail.tui.log import COMMAND, ROLLBACK, SKIP, Line, line_of
+from guardrail.tui.log import COMMAND, INCIDENT, ROLLBACK, SKIP, Line, line_of
 
 _MAX_LINES = 500  # newest log lines, and answers to commands, that are kept
 _MAX_INCIDENTS = 200
@@ -68,6 +69,7 @@ class Story:
         answers: command id -> answer.
         proposals: what the guard proposed when it last parked, while it is parked.
         costs: what each of these would do, "" where the journal does not say.
+        known: the evidence in full.
     """
 
     incidents: tuple[Incident, ...] = ()
@@ -76,6 +78,7 @@ class Story:
     answers: Mapping[str, Answer] = field(default_factory=dict)
     proposals: tuple[str, ...] = ()
     costs: tuple[str, ...] = ()
+    known: Known = field(default_factory=Known)
 
     @property
     def recovering(self) -> bool:
@@ -87,14 +90,17 @@ class Digest:
     def __init__(self) -> None:
         self._incidents: dict[int, Incident] = {}
         self._loose: Incident | None = None
-        self._marks: dict[str, dict[int, str]] = {SKIP: {}, ROLLBACK: {}, COMMAND: {}}
+        self._marks: dict[str, dict[int, str]] = {SKIP: {}, ROLLBACK: {}, COMMAND: {}, INCIDENT: {}}
         self._lines: deque[Line] = deque(maxlen=_MAX_LINES)
         self._answers: dict[str, Answer] = {}
         self._proposals: tuple[str, ...] = ()
         self._costs: tuple[str, ...] = ()
         self._unnumbered = 0
+        self._evidence = Evidence()
 
     def add(self, events: Iterable[Event]) -> None:
+        events = list(events)
+        self._evidence.add(events)
         for event in events:
             match event.kind:
                 case "verdict":
@@ -128,6 +134,7 @@ class Digest:
             answers=MappingProxyType(dict(self._answers)),
             proposals=self._proposals,
             costs=self._costs,
+            known=self._evidence.known(),
         )
 
     # -- incidents
@@ -170,6 +177,8 @@ class Digest:
         incident = self._learn(event, at, deed=deed, findings=findings_of(event))
         if action is Action.SKIP:
             self._marks[SKIP][at] = _label(incident)
+        elif advised and _label(incident) not in self._marks[INCIDENT].values():
+            self._marks[INCIDENT][at] = _label(incident)  # nothing was done: where it would have begun
 
     def _left_out(self, event: Event) -> None:
         span = span_of(event)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 import msgspec
 
 from guardrail.preview import Preview
-from guardrail.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, RankStatus, Status
+from guardrail.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Status
+from guardrail.tui.around import Around
 from guardrail.tui.format import brief
 from guardrail.tui.health import RECORDED, Health, health_of
 from guardrail.tui.panes.state import State
@@ -40,9 +41,8 @@ class Snapshot:
         trouble: why the directory could not be read just now, or "".
         unsent: id of a command -> why it could not be handed in.
         recorded: of a log that something else has written: what it is, and how far it is judged. "" for a run.
-        ranks: what each rank said last, in order of their numbers.
         previews: id of a preview that was asked for -> what the command would do.
-        config: lines of the resolved configuration.
+        around: ranks, their output, the configuration, who else watches.
     """
 
     name: str
@@ -54,9 +54,8 @@ class Snapshot:
     trouble: str = ""
     unsent: Mapping[str, str] = field(default_factory=dict)
     recorded: str = ""
-    ranks: tuple[RankStatus, ...] = ()
-    config: tuple[str, ...] = ()
     previews: Mapping[str, Preview] = field(default_factory=dict)
+    around: Around = field(default_factory=Around)
 
     def __post_init__(self) -> None:
         for name in ("name", "trouble", "recorded"):
@@ -64,8 +63,6 @@ class Snapshot:
         object.__setattr__(self, "unsent", {id: brief(reason) for id, reason in self.unsent.items()})
         if self.status is not None:
             object.__setattr__(self, "status", cleaned(self.status))
-        ranks = tuple(msgspec.structs.replace(rank, host=brief(rank.host, 80)) for rank in self.ranks)
-        object.__setattr__(self, "ranks", ranks)
 
 
 @dataclass(frozen=True)

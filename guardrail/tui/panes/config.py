@@ -1,17 +1,20 @@
-"""Pane 7: the resolved configuration."""
+"""Pane 7: the resolved configuration; what differs from the defaults stands out, with the default beside it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from guardrail.tui.format import plural
 from guardrail.tui.lines import Row, fit, row
 from guardrail.tui.panes.frame import heading, marked, window
 from guardrail.tui.panes.state import State
+from guardrail.tui.settings import Setting
 from guardrail.tui.view import View
 
 
-def found(view: View, state: State) -> list[str]:
-    return [line for line in view.snapshot.config if state.shows(line)]
+def found(view: View, state: State) -> list[Setting]:
+    """Filter "●" shows what differs."""
+    return [one for one in view.snapshot.around.settings if state.shows(_text(one))]
 
 
 def count(view: View, state: State) -> int:
@@ -19,10 +22,26 @@ def count(view: View, state: State) -> int:
 
 
 def build(view: View, width: int, height: int, state: State) -> Sequence[Row]:
-    lines = found(view, state)
-    rows = [heading("configuration", width, state)]
-    if not lines:
-        return [*rows, row((" none on record", "dim"))]
-    for index in window(len(lines), height - 1, state):
-        rows.append(fit(marked(row((lines[index], "plain")), index, state), width))
-    return rows
+    shown = found(view, state)
+    differing = sum(one.differs for one in view.snapshot.around.settings)
+    about = f"{differing} of {plural(len(view.snapshot.around.settings), 'line')} not the default" if shown else ""
+    rows = [heading("configuration", width, state, right=row((about, "dim")))]
+    if not shown:
+        return [*rows, row((" none on record" if not state.filter else " none like that", "dim"))]
+    for index in window(len(shown), height - 1, state):
+        rows.append(fit(marked(_line(shown[index]), index, state), width))
+    return rows[:height]
+
+
+def _line(one: Setting) -> Row:
+    name = f"{one.section}." if one.section else ""
+    mark = ("● ", "warn") if one.differs else ("  ", "plain")
+    if not one.key:
+        return (mark, (one.value, "plain"))
+    tone = "strong" if one.differs else "plain"
+    default = (f"   default {one.default}", "dim") if one.differs else ("", "dim")
+    return (mark, (name, "dim"), (f"{one.key} ", tone), ("= ", "faint"), (one.value, tone), default)
+
+
+def _text(one: Setting) -> str:
+    return "".join(text for text, _ in _line(one))

@@ -1,40 +1,94 @@
-"""Pane 5: where the run is in its data, and what it leaves out."""
+"""Pane 5: where the run is in its data, and what it leaves out and why."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from guardrail.tui.evidence import LeftOut
+from guardrail.tui.format import brief, metric, plural
 from guardrail.tui.format import count as number
-from guardrail.tui.format import metric, plural
-from guardrail.tui.lines import Row, fit, row
+from guardrail.tui.lines import Row, fit, row, wrap
 from guardrail.tui.panes.frame import heading, marked, window
 from guardrail.tui.panes.state import State
-from guardrail.tui.story import Incident, left_out
 from guardrail.tui.view import View
 
+_CAUSES = {
+    "rejected": "update left out",
+    "rollback": "rolled back over",
+    "user": "by command",
+    "file": "by a list",
+}
 
-def found(view: View, state: State) -> list[Incident]:
-    """Incidents that left data out, newest first."""
-    told = [incident for incident in view.snapshot.story.incidents if incident.samples]
-    return [incident for incident in told if state.shows(_text(incident))]
+
+def found(view: View, state: State) -> list[LeftOut]:
+    """Stretches that are left out, newest first."""
+    return [one for one in view.snapshot.story.known.left_out if not state.filter or state.shows(_text(one))]
 
 
 def count(view: View, state: State) -> int:
     return len(found(view, state))
 
 
+def step(view: View, state: State) -> int | None:
+    known = found(view, state)
+    return known[state.cursor].span.step if state.cursor is not None and state.cursor < len(known) else None
+
+
 def build(view: View, width: int, height: int, state: State) -> Sequence[Row]:
     rows = [heading("data", width, state)]
-    status = view.status
+    rows += [fit(line, width) for line in _where(view)]
+    entries = found(view, state)
+    if not entries:
+        return [*rows, row((" nothing left out" if not state.filter else " none like that", "dim"))][:height]
+    for index in window(len(entries), height - len(rows), state):
+        rows.append(fit(marked(row(_text(entries[index])), index, state), width))
+    return rows[:height]
+
+
+def detail(view: View, width: int, height: int, state: State) -> Sequence[Row]:
+    """One stretch: its positions, why, and the documents that the journal names."""
+    entries = found(view, state)
+    if state.cursor is None or state.cursor >= len(entries):
+        return []
+    one = entries[state.cursor]
+    span, reason = one.span, brief(one.span.reason, 400)
+    facts = [
+        ("decided", f"at step {number(span.step)}: {_cause(one)}" + (f", {reason}" if reason else "")),
+        ("positions", f"{number(span.first)} to {number(max(span.first, span.last - 1))}"),
+        (
+            "samples",
+            number(one.samples) + (" chosen ones" if span.positions else f" in {plural(span.batches, 'batch')}"),
+        ),
+    ]
+    if one.incident:
+        facts.append(("incident", f"#{one.incident}"))
+    facts += [("documents" if not index else "", name) for index, name in enumerate(one.documents)]
+    lines = [(name if not at else "", text) for name, told in facts for at, text in enumerate(wrap(told, width - 14))]
+    return [row((f"   {name:<10}", "dim"), text) for name, text in lines]
+
+
+def _where(view: View) -> list[Row]:
+    status, known = view.status, view.snapshot.story.known
+    rows: list[Row] = []
     if status is not None:
-        rows.append(fit(row(f" position {number(status.cursor)}   {metric(status.tokens)} tokens applied"), width))
-    quarantined = found(view, state)
-    if not quarantined:
-        return [*rows, row((" nothing left out", "dim"))]
-    for index in window(len(quarantined), height - len(rows), state):
-        rows.append(fit(marked(row(_text(quarantined[index])), index, state), width))
+        epoch = ""
+        if known.samples:
+            epochs, rest = divmod(status.cursor, known.samples)
+            epoch = f"   epoch {epochs + 1}, {100 * rest // known.samples} %"
+        rows.append(row(f" position {number(status.cursor)}{epoch}   {metric(status.tokens)} tokens learnt from"))
+    if known.samples_out:
+        rows.append(row((f" {plural(known.samples_out, 'sample')} left out", "strong")))
     return rows
 
 
-def _text(incident: Incident) -> str:
-    return f"step {number(incident.step)}  {left_out(incident) or plural(incident.samples, 'sample')}"
+def _cause(one: LeftOut) -> str:
+    return _CAUSES.get(one.span.cause, brief(one.span.cause, 20))
+
+
+def _text(one: LeftOut) -> str:
+    incident = f"  #{one.incident}" if one.incident else ""
+    names = ", ".join(name.rsplit("/", 1)[-1] for name in one.documents[:3])
+    more = f" +{len(one.documents) - 3}" if len(one.documents) > 3 else ""
+    reason = f"  {brief(one.span.reason, 80)}" if one.span.reason else ""
+    head = f"step {number(one.span.step):>7}  {plural(one.samples, 'sample'):>11}  {_cause(one)}{incident}"
+    return f"{head}{reason}  {names}{more}"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from guardrail import casebook
 from guardrail.records import Finding
-from guardrail.tui.format import brief
+from guardrail.tui.format import brief, clock, plural
 from guardrail.tui.format import count as number
 from guardrail.tui.lines import Piece, Row, fit, row, wrap
 from guardrail.tui.panes.frame import heading
@@ -15,9 +16,18 @@ from guardrail.tui.scales import short
 from guardrail.tui.story import Incident, left_out
 from guardrail.tui.view import View
 
+# State of an incident -> how it stands in the table.
+_STATES: dict[str, Piece] = {
+    "open": ("▲ open", "warn"),
+    "recovered": ("✓ recovered", "good"),
+    "offset": ("▲ offset", "warn"),
+    "recurred": ("▲ recurred", "bad"),
+}
+
 
 def found(view: View, state: State) -> list[Incident]:
-    return [incident for incident in view.snapshot.story.incidents if state.shows(_text(incident))]
+    known = view.snapshot.story.incidents
+    return [one for one in known if state.shows(_text(view, one))] if state.filter else list(known)
 
 
 def count(view: View, state: State) -> int:
@@ -37,7 +47,7 @@ def build(view: View, width: int, height: int, state: State) -> Sequence[Row]:
         return [*rows, ((" none" if not state.filter else " none like that", "dim"),)]
     full = min(state.cursor or 0, len(incidents) - 1)
     blocks = [
-        _incident(incident, width, full=index == full, marked=state.focused and index == state.cursor)
+        _incident(view, incident, width, full=index == full, marked=state.focused and index == state.cursor)
         for index, incident in enumerate(incidents[: full + height])
     ]
     first = 0
@@ -47,19 +57,24 @@ def build(view: View, width: int, height: int, state: State) -> Sequence[Row]:
         if len(rows) + len(block) > height and len(rows) > 1:
             break
         rows += block
-    return rows
+    return rows[:height]
 
 
 def detail(view: View, width: int, height: int, state: State) -> Sequence[Row]:
-    """All evidence of the marked incident."""
+    """All evidence of the marked incident: seen, cause, done, left out, and how it ended."""
     incidents = found(view, state)
     if state.cursor is None or state.cursor >= len(incidents):
         return []
     incident = incidents[state.cursor]
-    texts = [_finding(finding) for finding in incident.findings]
-    texts += [left_out(incident)] if incident.samples else []
-    texts += incident.documents
-    return [_head(incident, width), *(row(f"   {line}") for text in texts for line in wrap(text, width - 4))]
+    case = _case(view, incident)
+    head = [_head(view, incident, width)]
+    parts = _evidence_of(case) if case is not None else _summary_of(incident)
+    for name, lines in parts:
+        for index, text in enumerate(lines):
+            label = f"   {name if not index else '':<10}"
+            for at, line in enumerate(wrap(text, width - 14)):
+                head.append(row((label if not at else " " * 13, "dim"), line))
+    return head
 
 
 def newest(view: View, width: int, height: int) -> Sequence[Row]:
@@ -67,17 +82,94 @@ def newest(view: View, width: int, height: int) -> Sequence[Row]:
     known = view.snapshot.story.incidents
     if not known:
         return [((" no incidents", "dim"),)]
-    return [_head(known[0], width), *_evidence(known[0], width)[:1]]
+    return [_head(view, known[0], width), *_short(known[0], width)[:1]]
 
 
-def _text(incident: Incident) -> str:
-    return " ".join(["".join(text for text, _ in _head(incident, 400)), *map(_finding, incident.findings)])
+# -- in full
 
 
-def _incident(incident: Incident, width: int, *, full: bool, marked: bool) -> list[Row]:
-    rows = [_head(incident, width, marked=marked)]
-    evidence = _evidence(incident, width)
+def _evidence_of(case: casebook.Incident) -> Iterator[tuple[str, list[str]]]:
+    """(what, its lines) in the order in which a person asks."""
+    yield "seen", [_finding(finding) for finding in case.findings] or ["nothing that the journal tells"]
+    if case.parameters:
+        yield "in", [f"rank {rank}: {', '.join(names)}" for rank, names in case.parameters.items()]
+    if case.cause:
+        yield "cause", [f"{case.cause}: {case.cause_reason}" if case.cause_reason else case.cause]
+    if case.deeds:
+        done = [f"{clock(deed.time)}  {deed.sentence or deed.action}" for deed in case.deeds]
+        yield "done", done[-12:]
+    if remedies := [remedy for deed in case.deeds for remedy in deed.remedies]:
+        yield "remedy", list(dict.fromkeys(remedies))
+    if case.samples:
+        yield "left out", list(_left_out(case))
+    if case.named:
+        yield "samples", [line for sample in case.named[:16] for line in _sample(sample)]
+    if case.documents:
+        more = max(0, case.documents_total - len(case.documents))
+        names = [line for document in case.documents for line in _document(document)]
+        yield "documents", [*names, f"and {more:,} more"] if more else names
+    yield "outcome", [case.outcome or {"open": "not over yet"}.get(case.state, case.state)]
+    if case.measured:
+        yield "measured", [", ".join(f"{name.replace('_', ' ')} {short(x)}" for name, x in case.measured.items())]
+
+
+def _summary_of(incident: Incident) -> Iterator[tuple[str, list[str]]]:
+    """Of an incident to which the journal gave no number."""
+    yield "seen", [_finding(finding) for finding in incident.findings]
+    if incident.deed:
+        yield "done", [incident.deed]
+    if incident.samples:
+        yield "left out", [left_out(incident)]
+    if incident.documents:
+        yield "documents", list(incident.documents)
+
+
+def _left_out(case: casebook.Incident) -> Iterator[str]:
+    of = f" of {plural(case.documents_total, 'document')}" if case.documents_total else ""
+    yield plural(case.samples, "sample") + of
+    for span in case.spans[:6]:
+        chosen = f", {len(span.positions)} of them" if span.positions else ""
+        stretch = f"positions {number(span.first)} to {number(max(span.first, span.last - 1))}"
+        yield f"{stretch}{chosen} ({brief(span.cause, 20)})"
+
+
+def _sample(sample: casebook.Sample) -> Iterator[str]:
+    share = f", {100 * sample.share:.0f} % of the trouble" if math.isfinite(sample.share) else ""
+    yield f"position {number(sample.position)}: loss {short(sample.loss)}{share}"
+    if sample.odd:
+        yield f"  odd: {', '.join(sample.odd)}"
+    for document in sample.documents[:2]:
+        yield from (f"  {line}" for line in _document(document))
+    if sample.excerpt:
+        yield f"  “{sample.excerpt}”"
+
+
+def _document(document: casebook.Document) -> Iterator[str]:
+    record = f":{document.record}" if document.record else ""
+    stretch = f"  bytes {document.first_byte:,}-{document.last_byte:,}" if document.last_byte else ""
+    yield f"{document.path}{record}{stretch}"
+    if document.excerpt:
+        yield f"  “{document.excerpt}”"
+
+
+# -- in the table
+
+
+def _case(view: View, incident: Incident) -> casebook.Incident | None:
+    return view.snapshot.story.known.cases.get(incident.number) if incident.number > 0 else None
+
+
+def _text(view: View, incident: Incident) -> str:
+    return " ".join(["".join(text for text, _ in _head(view, incident, 400)), *map(_finding, incident.findings)])
+
+
+def _incident(view: View, incident: Incident, width: int, *, full: bool, marked: bool) -> list[Row]:
+    rows = [_head(view, incident, width, marked=marked)]
+    evidence = _short(incident, width)
     rows += evidence[:4] if full else evidence[:1]
+    case = _case(view, incident)
+    if full and case is not None and case.outcome:
+        rows.append(fit(row((f"    {case.outcome}", "dim")), width))
     if full and incident.documents:
         more = incident.documents_total - len(incident.documents)
         names = ", ".join(incident.documents) + (f" and {more:,} more" if more > 0 else "")
@@ -88,19 +180,23 @@ def _incident(incident: Incident, width: int, *, full: bool, marked: bool) -> li
     return rows
 
 
-def _head(incident: Incident, width: int, *, marked: bool = False) -> Row:
+def _head(view: View, incident: Incident, width: int, *, marked: bool = False) -> Row:
     name = f"#{incident.number}" if incident.number > 0 else "–"
-    state: Piece = ("▲ open", "warn") if incident.open else ("✓ over", "good")
+    case = _case(view, incident)
+    state = ("▲ open", "warn") if incident.open else ("✓ over", "good")
+    if case is not None and (case.state != "open") is not incident.open:
+        state = _STATES.get(case.state, state)
     left: Row = (
         ("▸" if marked else " ", "key"),
         (f"{name:<3} ", "strong"),
         (f"step {number(incident.step)}  ", "plain"),
         state,
     )
-    return fit((*left, (f"  {incident.deed}", "plain")), width)
+    cause = f"  {case.cause}" if case is not None and case.cause else ""
+    return fit((*left, (f"  {incident.deed}", "plain"), (cause, "dim")), width)
 
 
-def _evidence(incident: Incident, width: int) -> list[Row]:
+def _short(incident: Incident, width: int) -> list[Row]:
     """Findings, then what was left out. The narrow view shows the first line only, so it holds both."""
     told = [_finding(finding) for finding in incident.findings[:3]]
     if data := left_out(incident):

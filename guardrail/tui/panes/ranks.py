@@ -1,20 +1,47 @@
-"""Pane 3: the ranks."""
+"""Pane 3: the ranks. A row each while they fit; else a heat map, and the worst of them by name."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-from guardrail.records import RankStatus
-from guardrail.tui.format import brief, duration, size
+from guardrail.tui.format import brief, duration, plural, size
 from guardrail.tui.format import count as number
+from guardrail.tui.health import PHASES
 from guardrail.tui.lines import Row, fit, row
 from guardrail.tui.panes.frame import heading, marked, window
 from guardrail.tui.panes.state import State
+from guardrail.tui.ranks import Judged, judge, median
 from guardrail.tui.view import View
 
+# Least ratio to the median -> the cell of a rank on the map.
+_HEAT = ((2.0, "█", "bad"), (1.5, "▓", "warn"), (1.25, "▒", "warn"), (1.1, "░", "plain"), (0.0, "·", "dim"))
+_TROUBLE = {"silent": ("?", "bad"), "failed": ("✗", "bad"), "stuck": ("‖", "bad"), "slow": ("▲", "warn")}
+_BAR = 24  # most cells of a bar
+_GUTTER = 7  # cells of the number before a row of the map
+MAP_FROM = 65  # ranks from which on there is a map
+_NAMED = 3  # ranks that are named below the map, at least
 
-def found(view: View, state: State) -> list[RankStatus]:
-    return [rank for rank in view.snapshot.ranks if state.shows(f"{rank.rank} {rank.host} {rank.phase.value}")]
+
+def found(view: View, state: State) -> list[Judged]:
+    """Those that the filter lets through: by number while each has a row, else the worst first."""
+    ended = view.status is not None and view.status.phase.ended
+    judged = judge(view.snapshot.around.ranks, _now(view), ended=ended)
+    return [one for one in judged if state.shows(_text(one))] if state.filter else judged
+
+
+def _now(view: View) -> float:
+    return min(view.now, view.snapshot.around.looked)
+
+
+def ordered(view: View, state: State) -> list[Judged]:
+    """In the order of the cursor: by number, and under a map the worst first."""
+    return _ordered(view, found(view, state))
+
+
+def _ordered(view: View, shown: list[Judged]) -> list[Judged]:
+    mapped = len(view.snapshot.around.ranks) >= MAP_FROM
+    return sorted(shown, key=lambda one: one.weight) if mapped else shown
 
 
 def count(view: View, state: State) -> int:
@@ -22,19 +49,122 @@ def count(view: View, state: State) -> int:
 
 
 def build(view: View, width: int, height: int, state: State) -> Sequence[Row]:
-    ranks = found(view, state)
-    rows = [heading("ranks", width, state, right=row((number(len(ranks)), "dim")))]
-    if not ranks:
-        return [*rows, row((" no rank has reported yet", "dim"))]
-    for index in window(len(ranks), height - 1, state):
-        rows.append(fit(marked(_rank(ranks[index], view), index, state), width))
+    shown = found(view, state)
+    hosts = len({one.rank.told.host for one in shown})
+    about = f"{number(len(shown))} on {plural(hosts, 'host')}" if shown else ""
+    rows = [heading("ranks", width, state, right=row((about, "dim")))]
+    if not shown:
+        return [*rows, row((" no rank has reported yet" if not state.filter else " none like that", "dim"))]
+    rows.append(fit(_summary(view, shown), width))
+    room = height - len(rows)
+    worst = _ordered(view, shown)
+    if len(view.snapshot.around.ranks) >= MAP_FROM:
+        named = max(min(_NAMED, room - 1), room - math.ceil(len(shown) / max(1, width - _GUTTER)))
+        rows += heat_map(shown, width, max(0, room - named))
+        room = height - len(rows)
+    longest = max((one.rank.told.step_seconds for one in shown), default=0.0)
+    for index in window(len(worst), room, state):
+        rows.append(fit(marked(_rank(worst[index], _now(view), longest, width), index, state), width))
+    return rows[:height]
+
+
+def detail(view: View, width: int, height: int, state: State) -> Sequence[Row]:
+    """All that the marked rank says of itself."""
+    worst = ordered(view, state)
+    if state.cursor is None or state.cursor >= len(worst):
+        return []
+    one = worst[state.cursor]
+    told = one.rank.told
+    facts = [
+        ("phase", PHASES[told.phase]),
+        ("trouble", _words(one) if one.trouble else "none"),
+        ("step", number(told.step)),
+        ("step time", f"{_seconds(told.step_seconds)}, {one.ratio:.2f} × the median"),
+        ("host", f"{brief(told.host, 80)}, process {told.pid}"),
+        ("memory", size(told.memory_bytes) or "unknown"),
+        ("heard", f"{duration(_now(view) - one.rank.heard)} ago"),
+        ("progress", f"{duration(_now(view) - one.rank.moved)} ago"),
+        ("start", f"{told.incarnation}"),
+        ("log", f"logs/rank-{told.rank}.log"),
+    ]
+    return [row((f" rank {told.rank}", "strong")), *(row((f"   {name:<10}", "dim"), text) for name, text in facts)]
+
+
+def heat_map(ranks: Sequence[Judged], width: int, height: int) -> list[Row]:
+    """A cell for each rank, or for each group of them, which is as its worst. Rows begin with a rank's number."""
+    cells = width - _GUTTER
+    cells -= cells % 8 if cells >= 16 else 0  # ranks of one host stand together
+    if cells < 1 or height < 1:
+        return []
+    group = max(1, math.ceil(len(ranks) / (cells * height)))
+    rows: list[Row] = []
+    for first in range(0, len(ranks), cells * group):
+        stretch = ranks[first : first + cells * group]
+        line: list[tuple[str, str]] = [(f"{stretch[0].rank.told.rank:>{_GUTTER - 1}} ", "dim")]
+        for begin in range(0, len(stretch), group):
+            glyph, tone = _cell(min(stretch[begin : begin + group], key=lambda one: one.weight))
+            if line[-1][1] == tone and len(line) > 1:
+                line[-1] = (line[-1][0] + glyph, tone)
+            else:
+                line.append((glyph, tone))
+        rows.append(tuple(line))
     return rows
 
 
-def _rank(rank: RankStatus, view: View) -> Row:
-    took = f"{1000 * rank.step_seconds:,.0f} ms" if rank.step_seconds > 0 else "–"
-    return (
-        (f"{rank.rank:>5} ", "strong"),
-        (f"{rank.phase.value:<9}{took:>10}{size(rank.memory_bytes):>9}", "plain"),
-        (f"{duration(view.now - rank.heartbeat):>9}  {brief(rank.host, 40)}", "dim"),
+def _cell(one: Judged) -> tuple[str, str]:
+    if one.trouble in ("silent", "failed", "stuck"):
+        return _TROUBLE[one.trouble]
+    return next((glyph, tone) for least, glyph, tone in _HEAT if one.ratio >= least)
+
+
+def _summary(view: View, shown: Sequence[Judged]) -> Row:
+    usual = median([one.rank for one in shown])
+    line: list[tuple[str, str]] = [(f" median {_seconds(usual)}", "plain")]
+    slowest = max(shown, key=lambda one: one.rank.told.step_seconds)
+    if slowest.rank.told.step_seconds > 0 and len(shown) > 1:
+        told = slowest.rank.told
+        tone = "warn" if slowest.trouble == "slow" else "plain"
+        line.append((f"   slowest {told.rank} ({brief(told.host, 24)}) {_seconds(told.step_seconds)}", tone))
+    total = sum(times for _, times in view.snapshot.around.slowest)
+    if total:
+        rank, times = max(view.snapshot.around.slowest, key=lambda pair: pair[1])
+        line.append((f"   {rank} was slowest in {times} of {plural(total, 'step')}", "dim"))
+    for trouble in ("silent", "stuck", "failed"):
+        if many := sum(one.trouble == trouble for one in shown):
+            line.append((f"   {_TROUBLE[trouble][0]} {many} {trouble}", "bad"))
+    return tuple(line)
+
+
+def _rank(one: Judged, now: float, longest: float, width: int) -> Row:
+    told = one.rank.told
+    glyph, tone = _TROUBLE.get(one.trouble, ("●", "good"))
+    head: Row = (
+        (f"{told.rank:>5} ", "strong"),
+        (f"{glyph} ", tone),
+        (f"{_words(one):<15}", tone if one.trouble else "plain"),
     )
+    bar = min(_BAR, max(0, width - 68))
+    if bar >= 6:
+        filled = round(bar * told.step_seconds / longest) if longest > 0 else 0
+        head = (*head, ("▇" * filled, tone if one.trouble == "slow" else "accent"), (" " * (bar - filled), "plain"))
+    age = duration(now - one.rank.heard)
+    told_of = (f" {_seconds(told.step_seconds):>8}", "plain"), (f"{size(told.memory_bytes):>9} {age:>9} ", "dim")
+    return (*head, *told_of, (f" {brief(told.host, 40)}", "dim"))
+
+
+def _words(one: Judged) -> str:
+    """Its trouble, else its phase."""
+    if one.trouble in ("silent", "stuck"):
+        return f"{one.trouble} {duration(one.seconds)}"
+    return f"{one.ratio:.1f} × median" if one.trouble == "slow" else one.trouble or PHASES[one.rank.told.phase]
+
+
+def _text(one: Judged) -> str:
+    told = one.rank.told
+    return f"{told.rank} {told.host} {PHASES[told.phase]} {one.trouble}"
+
+
+def _seconds(value: float) -> str:
+    if not value > 0:
+        return "–"
+    return f"{1000 * value:,.0f} ms" if value < 10 else f"{value:,.1f} s"

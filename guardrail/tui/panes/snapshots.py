@@ -1,13 +1,13 @@
-"""Pane 4: the states one can go back to, in memory and on disk."""
+"""Pane 4: the states one can go back to, newest first, and whether they are safe."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from guardrail.records import SnapshotInfo, Status
+from guardrail.tui.format import brief, duration, plural, size
 from guardrail.tui.format import count as number
-from guardrail.tui.format import duration, size
-from guardrail.tui.lines import Piece, Row, fit
+from guardrail.tui.lines import Piece, Row, fit, row
 from guardrail.tui.panes.frame import heading, marked, window
 from guardrail.tui.panes.state import State
 from guardrail.tui.view import View
@@ -19,7 +19,7 @@ def restorable(status: Status | None) -> list[SnapshotInfo]:
 
 
 def found(view: View, state: State) -> list[SnapshotInfo]:
-    return [s for s in restorable(view.status) if state.shows(f"{s.step} {s.tier} {s.state}")]
+    return [s for s in restorable(view.status) if not state.filter or state.shows(f"{s.step} {s.tier} {s.state}")]
 
 
 def count(view: View, state: State) -> int:
@@ -34,16 +34,56 @@ def step(view: View, state: State) -> int | None:
 def build(view: View, width: int, height: int, state: State) -> Sequence[Row]:
     known = found(view, state)
     rows = [heading("snapshots and checkpoints", width, state)]
+    rows += [fit(line, width) for line in _safety(view, state)]
     if not known:
-        return [*rows, ((" none yet" if not state.filter else " none like that", "dim"),)]
-    room = height - 1
-    if state.cursor is None and len(known) > room:
+        return [*rows, ((" none yet" if not state.filter else " none like that", "dim"),)][:height]
+    room = height - len(rows)
+    shown = list(range(len(known)))
+    if state.cursor is not None:
+        shown = list(window(len(known), room, state))
+    elif len(known) > room:
         # What is in memory comes and goes; the disk is what survives, so it is never squeezed out.
-        disk = [s for s in known if s.tier == "disk"][: max(1, room // 2)]
-        memory = [s for s in known if s.tier != "disk"][: max(0, room - len(disk))]
-        known = sorted([*disk, *memory], key=lambda s: (-s.step, s.tier != "memory"))
-    shown = window(len(known), room, state)
-    return rows + [fit(marked(snapshot(known[index], view.now), index, state), width) for index in shown]
+        disk = [at for at in shown if known[at].tier == "disk"][: max(1, room // 2)]
+        memory = [at for at in shown if known[at].tier != "disk"][: max(0, room - len(disk))]
+        shown = sorted([*disk, *memory])
+    rows += [fit(marked(snapshot(known[at], view.now), at, state), width) for at in shown]
+    return rows[:height]
+
+
+def detail(view: View, width: int, height: int, state: State) -> Sequence[Row]:
+    """All that is known of one state."""
+    known = found(view, state)
+    if state.cursor is None or state.cursor >= len(known):
+        return []
+    info = known[state.cursor]
+    facts = [
+        ("state", info.state),
+        ("tier", f"{info.tier} {size(info.bytes)}".strip()),
+        ("timeline", str(info.timeline)),
+        ("position", f"{number(info.cursor)} of the sample order"),
+        ("taken", f"{duration(view.now - info.time)} ago" if info.time else "at an unknown time"),
+        ("path", brief(info.path) or "in memory only: gone with the processes"),
+    ]
+    return [
+        row((f" step {number(info.step)}", "strong")),
+        *(row((f"   {name:<10}", "dim"), text) for name, text in facts),
+    ]
+
+
+def _safety(view: View, state: State) -> list[Row]:
+    """What a crash now would cost; said only where there is something to lose and room is given to this pane."""
+    status = view.status
+    if status is None or not (state.focused or status.durability != "ok"):
+        return []
+    rows: list[Row] = []
+    if status.durability != "ok":
+        rows.append(row((f" ▲ durability {status.durability}", "bad")))
+    disk = [s.step for s in status.snapshots if s.tier == "disk" and s.state != "suspect"]
+    if not status.phase.ended and disk:
+        rows.append(row((f" a crash now costs {plural(max(0, status.step - max(disk)), 'step')}", "dim")))
+    elif not status.phase.ended and status.step:
+        rows.append(row((f" nothing is on disk yet: a crash now costs {plural(status.step, 'step')}", "warn")))
+    return rows
 
 
 def glyph(info: SnapshotInfo) -> Piece:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from guardrail.tui.lines import Row
-from guardrail.tui.panes import config, data, incidents, log, ranks, snapshots
+from guardrail.tui.panes import config, data, incidents, log, output, ranks, snapshots
 from guardrail.tui.panes.state import State
 from guardrail.tui.view import View
 
@@ -42,11 +42,15 @@ class Pane:
 PANES = (
     Pane("2", "incidents", "what went wrong and what was done", incidents.build, incidents.count,
          detail=incidents.detail, step=incidents.step),
-    Pane("3", "ranks", "phase, step time, heartbeat and memory of each rank", ranks.build, ranks.count),
-    Pane("4", "snapshots", "the states one can go back to", snapshots.build, snapshots.count, step=snapshots.step),
-    Pane("5", "data", "cursor, tokens seen, and what is left out", data.build, data.count),
+    Pane("3", "ranks", "phase, step time, heartbeat and memory of each rank", ranks.build, ranks.count,
+         detail=ranks.detail),
+    Pane("4", "snapshots", "the states one can go back to", snapshots.build, snapshots.count,
+         detail=snapshots.detail, step=snapshots.step),
+    Pane("5", "data", "cursor, tokens seen, and what is left out", data.build, data.count,
+         detail=data.detail, step=data.step),
     Pane("6", "log", "the journal: what happened, who did it, when", log.build, log.count, step=log.step, tail=True),
-    Pane("7", "config", "the resolved configuration", config.build, config.count),
+    Pane("7", "config", "the configuration; ● differs from the default", config.build, config.count),
+    Pane("8", "output", "what the ranks print", output.build, output.count, detail=output.detail, tail=True),
 )  # fmt: skip
 BY_NAME = {pane.name: pane for pane in PANES}
 NAMES = (CURVES, *BY_NAME)
