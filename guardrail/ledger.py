@@ -217,7 +217,8 @@ class Ledger:
         # End of the last applied batch. Rejected spans between it and the next batch are the streak, which a
         # crash cannot change: after a restart the journal puts the same spans there.
         self.applied_end = 0
-        self._rejected: list[tuple[int, int]] = []  # (first, last), ascending
+        # (first, from where on the next batch begins), ascending.
+        self._rejected: list[tuple[int, int]] = []
 
     @property
     def batch_size(self) -> int:
@@ -289,7 +290,7 @@ class Ledger:
         )
 
     def _streak(self, first: int) -> int:
-        """Rejected spans between the last applied batch and position `first`."""
+        """Rejected spans between the last applied batch and the one that begins with position `first`."""
         begin = bisect_left(self._rejected, (self.applied_end, 0))
         return sum(end <= first for _, end in self._rejected[begin:])
 
@@ -304,15 +305,23 @@ class Ledger:
     def leave_out(self, span: Span) -> int:
         """Quarantine the samples of a span; returns how many were new. The journal has the span already."""
         before = len(self.quarantine)
-        for position, sample in enumerate(self.order.samples(span.first, span.last), span.first):
+        positions = span.positions or range(span.first, span.last)
+        for position, sample in zip(positions, self.samples_of(span), strict=True):
             self.quarantine.add(sample, self.order.epoch(position))
         self.spans.append(span)
         if span.cause == "rejected":
-            insort(self._rejected, (span.first, span.last))
+            # What is left of a batch that lost some samples is formed again from the same place: it comes after it.
+            insort(self._rejected, (span.first, span.first if span.positions else span.last))
         elif span.cause == "rollback":
             # What a rollback has answered does not count again towards the next one.
             self._rejected = [r for r in self._rejected if not (span.first <= r[0] and r[1] <= span.last)]
         return len(self.quarantine) - before
+
+    def samples_of(self, span: Span) -> list[int]:
+        """The ids of the samples that a span means, in the order of its positions."""
+        if span.positions:
+            return [self.order.sample(position) for position in span.positions]
+        return self.order.samples(span.first, span.last)
 
     def take_back(self, spans: Iterable[Span]) -> int:
         """Undo `leave_out` of these spans; returns how many samples are no longer quarantined.

@@ -81,7 +81,8 @@ class Rejudge:
         self._policies: deque[int] = deque()  # indices of changes of the mode that are still to come
         self._told: dict[tuple[int, int], deque[Event]] = {}  # (timeline, step) -> what the journal says of its tries
         self._causes: dict[tuple[int, int], deque[Event]] = {}  # as above: what replays have shown
-        self._left_out: set[tuple[int, int]] = set()  # batches that were rejected, as positions
+        # Batches that were rejected, as positions -> from where on the next batch begins.
+        self._left_out: dict[tuple[int, int], int] = {}
         self._wanted: set[int] = set()  # steps to whose state the run went back
         self._read_journal()
         self._saved = {0: State(self._controller.state_dict(), 0)}
@@ -110,7 +111,7 @@ class Rejudge:
             elif event.kind == "left_out":
                 span = span_of(event)
                 if span is not None and span.cause == "rejected":
-                    self._left_out.add((span.first, span.last))
+                    self._left_out[span.first, span.last] = span.first if span.positions else span.last
 
     def __iter__(self) -> Iterator[Judged]:
         import numpy as np
@@ -166,7 +167,7 @@ class Rejudge:
             if obs.step in self._wanted:
                 self._saved[obs.step] = State(controller.state_dict(), self._applied_end)
         elif done in (Action.SKIP, Action.PAUSE) and (obs.first, obs.last) in self._left_out:
-            insort(self._rejected, (obs.first, obs.last))
+            insort(self._rejected, (obs.first, self._left_out[obs.first, obs.last]))
         return verdict
 
     def _streak(self, first: int) -> int:

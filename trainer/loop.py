@@ -23,7 +23,7 @@ from guardrail.records import Phase
 from guardrail.rundir import RunDirectory, RunLock
 from guardrail.signals import StopSignals
 from guardrail.torch.guard import Guard, Step
-from guardrail.torch.replays import Rows
+from guardrail.torch.rows import Rows
 from trainer.build import build_model, build_objective, clipping, stabilise
 from trainer.config import Config
 from trainer.data.corpus import Corpus
@@ -131,6 +131,7 @@ class Trainer:
             signals=self.signals,
             heartbeat=self.heartbeat,
             describe=self._describe,
+            texts=self._texts,
             rerun=self._rerun,
             replay=self._replay,
             fixed_loss=self._fixed_loss,
@@ -424,6 +425,10 @@ class Trainer:
         refs, total = split.documents_of(sample_ids[:MAX_DESCRIBED])
         excerpts = [split.excerpt(ref, limit=120) for ref in refs]
         return [msgspec.to_builtins(ref) | {"excerpt": text} for ref, text in zip(refs, excerpts, strict=True)], total
+
+    def _texts(self, sample_ids: Sequence[int]) -> list[str]:
+        """The samples as text, nothing taken out of them."""
+        return [self.corpus.tokenizer.decode(row) for row in self.corpus.train.tokens(list(sample_ids))]
 
 
 def train(config: Config, **parts: Any) -> Phase:

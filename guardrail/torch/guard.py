@@ -37,6 +37,7 @@ from guardrail.records import (
     LOSS,
     MAX_NAMED,
     Action,
+    Cause,
     CommandKind,
     Diagnosis,
     Kind,
@@ -51,6 +52,7 @@ from guardrail.rundir import RunDirectory
 from guardrail.signals import StopSignals
 from guardrail.torch import rng
 from guardrail.torch.attempt import Attempt
+from guardrail.torch.attribution import Attribution, Texts, attribute, told
 from guardrail.torch.blame import first_nonfinite
 from guardrail.torch.cause import CauseTest
 from guardrail.torch.checkpoints import CheckpointStore
@@ -134,6 +136,7 @@ class Guard:
             pipeline; None: all.
         signals: stop signals of the process, installed by the caller; None: none.
         heartbeat: created by the caller early in set-up; None: the guard makes its own when there is a run.
+        texts: sample ids -> their texts as the model met them, for what is odd about them. Called on rank 0.
         describe: sample ids -> (documents as dicts, number of documents), for the journal. Called on rank 0.
         rerun: runs the forward passes of this rank's share of the last batch again, with the same dice. Called on every
             rank when a loss was not finite, to name the module that it came from.
@@ -164,6 +167,7 @@ class Guard:
         signals: StopSignals | None = None,
         heartbeat: Heartbeat | None = None,
         describe: Describe | None = None,
+        texts: Texts | None = None,
         rerun: Callable[[], None] | None = None,
         replay: Replay | None = None,
         fixed_loss: Callable[[], float] | None = None,
@@ -202,6 +206,7 @@ class Guard:
         self.attempt = Attempt(self.state)
         self._scheduler = scheduler
         self._optimizers = optimizers
+        self._texts = texts
         self._describe, self._fixed_loss, self._lr_at, self._rerun = describe, fixed_loss, lr_at, rerun
         self._identity = identity or {}
         self._signals = signals
@@ -258,6 +263,8 @@ class Guard:
                 self.at(Phase.STEP, self.step + 1)
                 began = time.perf_counter()
                 self.attempt.begin()
+                if self.replays is not None:
+                    self.replays.begin()
                 step = Step(self, number=self.step + 1, batch=batch, began=began - kept)
                 self._guarding = kept + time.perf_counter() - began
                 yield step
@@ -563,12 +570,29 @@ class Guard:
 
     def _skip(self, step: Step, verdict: Verdict) -> None:
         self.gate.leave_out()
-        self.leave_out(
-            Span(
-                first=step.batch.first, last=step.batch.last, cause="rejected", step=step.number, reason=verdict.reason
-            )
-        )
-        self.ledger.passed(step.batch, applied=False)
+        batch, reason = step.batch, verdict.reason
+        span = Span(first=batch.first, last=batch.last, cause="rejected", step=step.number, reason=reason)
+        named = self._attribution(batch, verdict)
+        if named is None:
+            self.leave_out(span)
+        else:
+            span = msgspec.structs.replace(span, positions=named.positions)
+            described = self._describe if self.rank == 0 else None
+            texts = self._texts if self.rank == 0 else None
+            self.leave_out(span, samples=told(named, ledger=self.ledger, texts=texts, documents=described))
+        if not span.positions:
+            self.ledger.passed(batch, applied=False)
+        # Else it is given back, and the next batch is formed from the same place without those samples.
+
+    def _attribution(self, batch: Batch, verdict: Verdict) -> Attribution | None:
+        """The samples that a skipped batch owes its trouble to, where a replay has shown that it is the data."""
+        cause = self.controller.causes.get(verdict.incident) if verdict.incident is not None else None
+        if self.replays is None or cause is None or verdict.action is not Action.SKIP:
+            return None
+        if cause.cause not in (Cause.DATA, Cause.DATA_AND_STATE):
+            return None
+        applied = self.controller.applied
+        return attribute(batch, verdict=verdict, replays=self.replays, ledger=self.ledger, applied=applied)
 
     def _overflowed(self, step: Step, verdict: Verdict) -> None:
         """Leave the update out at a lower loss scale. The data is not to blame, so nothing is quarantined."""
@@ -580,16 +604,17 @@ class Guard:
         self.say("note", f"{verdict.reason}: {passed}, and it is {scale:g} now", overflow=True, loss_scale=scale)
         self.ledger.passed(batch, applied=False)
 
-    def leave_out(self, span: Span) -> None:
+    def leave_out(self, span: Span, **more: Any) -> None:
         """Journal first, then quarantine."""
-        data = self._span_data(span)
+        data = self._span_data(span) | more
         self.say("left_out", f"left out {_amount(data)}", **data)
         self.ledger.leave_out(span)
 
     def _span_data(self, span: Span) -> dict[str, Any]:
-        data: dict[str, Any] = {"span": span, "samples": span.last - span.first, "incident": self._incident}
-        if self.rank == 0 and self._describe is not None and span.last > span.first:
-            documents, total = self._describe(self.ledger.order.samples(span.first, span.last))
+        ids = self.ledger.samples_of(span)
+        data: dict[str, Any] = {"span": span, "count": len(ids), "incident": self._incident}
+        if self.rank == 0 and self._describe is not None and ids:
+            documents, total = self._describe(ids)
             data |= {"documents": documents[:MAX_NAMED], "documents_total": total}
         return data
 
@@ -898,8 +923,9 @@ class Guard:
 def _amount(data: dict[str, Any]) -> str:
     """ "64 samples of 2 documents (0357.txt, 0358.txt)", from the data of a `left_out` event."""
     total = data.get("documents_total", 0)
+    samples = f"{data['count']} sample{'' if data['count'] == 1 else 's'}"
     if not total:
-        return f"{data['samples']} samples"
+        return samples
     names = list(dict.fromkeys(str(d["path"]).rsplit("/", 1)[-1] for d in data["documents"]))
     more = ", ..." if len(names) > 3 or total > len(data["documents"]) else ""
-    return f"{data['samples']} samples of {total} document{'s' if total > 1 else ''} ({', '.join(names[:3])}{more})"
+    return f"{samples} of {total} document{'s' if total > 1 else ''} ({', '.join(names[:3])}{more})"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,15 +18,12 @@ from torch import Tensor
 from guardrail.causes import NONDETERMINISTIC, Own, Pass
 from guardrail.ledger import Batch
 from guardrail.manifest import BUFFER, MODEL
+from guardrail.outliers import Sample
 from guardrail.torch.attempt import Attempt
 from guardrail.torch.probes import Probes, Reduced
+from guardrail.torch.rows import Rows, embedding_gradients, merged, samples_of
 from guardrail.torch.snapshots import Snapshot
 from guardrail.torch.state import TrainingState
-
-# Rows of one micro-batch, in the order in which the model was given them: (positions, loss sums [B], label tokens [B]).
-# Rows that only fill up a micro-batch come last and have no position. Without losses (a stage that is not the last),
-# the tensors are empty.
-Rows = list[tuple[Sequence[int], Tensor, Tensor]]
 
 # (batch, step, rows) -> (loss sum of this rank, 0-d; label tokens behind it; nominal tokens): forward and backward over
 # this rank's share of any batch, with its own dice, as for `Step.finish`, which is not called. `step` is the number
@@ -55,6 +52,12 @@ class Replays:
         self._replay, self.state, self.probes = replay, state, probes
         self._loss_scale, self.gathered, self._alive = loss_scale, gathered, alive
         self.passes = 0  # of the present visit
+        self._rows: dict[tuple[int, ...], list[Sample]] = {}  # positions of a batch -> this rank's rows of it
+        self._away = False
+
+    def begin(self) -> None:
+        """Another attempt, from another state: what was seen of samples is out of date."""
+        self._rows = {}
 
     @property
     def tolerance(self) -> float:
@@ -88,15 +91,25 @@ class Replays:
         mine = (loss_sum, before, after, socket.gethostname())
         return [Own(loss_sum=a, before=b, after=c, host=host) for a, b, c, host in self.gathered(mine)]
 
-    def run(self, batch: Batch, *, step: int, what: str, rows: Rows | None = None) -> Pass:
+    def samples(self, batch: Batch, *, step: int) -> list[Sample]:
+        """What each sample of a batch shows from the state at hand; run now unless it was. A collective."""
+        if batch.positions not in self._rows:
+            self.run(batch, step=step, what="")
+        return merged(row for rows in self.gathered(self._rows[batch.positions]) for row in rows)
+
+    def run(self, batch: Batch, *, step: int, what: str) -> Pass:
         """One pass from the state at hand; dice and buffers begin and end as they are."""
         self._alive()
         self.passes += 1
         self.state.settle()
         aside = Attempt(self.state)
         aside.begin()
+        rows: Rows | None = None if self._away else []
         try:
-            loss, tokens, nominal = self._replay(batch, step, rows)
+            with embedding_gradients(self.state.model, active=rows is not None) as norms:
+                loss, tokens, nominal = self._replay(batch, step, rows)
+            if rows is not None:
+                self._rows[batch.positions] = samples_of(rows, norms)
             reduced = self.probes.reduce(
                 loss if nominal is not None else loss * tokens,
                 tokens,
@@ -119,9 +132,11 @@ class Replays:
         held = {name: live[name].cpu().clone() for name in names}
         snapshot.wait()
         self._put({name: snapshot.tensors[name] for name in names})
+        self._away = True
         try:
             yield
         finally:
+            self._away = False
             self._put(held)
 
     @torch.no_grad()

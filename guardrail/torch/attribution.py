@@ -1,0 +1,101 @@
+"""Which samples of a rejected batch are to blame, and whether leaving only them out is enough.
+
+Samples that stand out among those of healthy batches (guardrail.outliers) are named with their documents and with what
+is odd about their text (guardrail.oddness). If they are few, the batch is run once more without them; where it is
+healthy then, they alone are left out, and the batch is formed again from the same place in the order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from guardrail.causes import Trouble
+from guardrail.controller import Applied
+from guardrail.ledger import Batch, Ledger
+from guardrail.oddness import Usual, odd
+from guardrail.outliers import Outlier, Sample, outliers
+from guardrail.records import MAX_NAMED, Record, Verdict
+from guardrail.text import clean
+from guardrail.torch.replays import Replays
+
+ORDINARY = 3  # healthy batches that the samples are held against
+FEW = 0.5  # of a batch. Beyond it the batch's median is no longer one of good samples, and little would be kept.
+EXCERPT = 160  # characters
+
+# Sample ids -> their texts, as the model met them.
+Texts = Callable[[Sequence[int]], list[str]]
+
+
+class Attribution(Record, frozen=True, kw_only=True):
+    """Attributes:
+    outliers: of the batch, furthest first.
+    positions: that are to be left out, ascending, where they explain the trouble; else empty: all of the batch.
+    ordinary: positions of the samples that they were held against.
+    """
+
+    outliers: tuple[Outlier, ...]
+    positions: tuple[int, ...] = ()
+    ordinary: tuple[int, ...] = ()
+
+
+def attribute(
+    batch: Batch, *, verdict: Verdict, replays: Replays, ledger: Ledger, applied: Sequence[Applied]
+) -> Attribution:
+    """A collective. Call it when gradients, dice and buffers of the attempt are gone.
+
+    Args:
+        verdict: that rejects the batch.
+        applied: the last applied batches, oldest first.
+    """
+    step, trouble = verdict.step, Trouble.of(verdict.findings)
+    onset = min(verdict.onset or step, step)
+    with replays.visit(keep_gradients=False):
+        samples = replays.samples(batch, step=step)
+        ordinary: list[Sample] = []
+        for one in [one for one in applied if one.step < onset][-ORDINARY:]:
+            healthy = ledger.stretch(one.first, one.last)
+            ordinary += replays.samples(healthy, step=step) if healthy is not None else []
+        found = outliers(samples, ordinary)
+        named = Attribution(outliers=tuple(found), ordinary=tuple(sample.position for sample in ordinary))
+        bad = sorted(outlier.sample.position for outlier in found)
+        if not bad or len(bad) > FEW * len(batch.positions):
+            return named
+        rest = ledger.chosen(position for position in batch.positions if position not in bad)
+        if rest is None or trouble.shown_by(replays.run(rest, step=step, what="the rest of the batch")):
+            return named
+        return msgspec.structs.replace(named, positions=tuple(bad))
+
+
+def told(
+    attribution: Attribution,
+    *,
+    ledger: Ledger,
+    texts: Texts | None,
+    documents: Callable[[Sequence[int]], tuple[list[dict[str, Any]], int]] | None,
+) -> list[dict[str, Any]]:
+    """The outliers for the journal: position, id, loss, score, share, documents, excerpt, and what is odd."""
+    chosen = attribution.outliers[:MAX_NAMED]
+    ids = [ledger.order.sample(outlier.sample.position) for outlier in chosen]
+    ordinary = [ledger.order.sample(position) for position in attribution.ordinary]
+    written = texts([*ids, *ordinary]) if texts is not None else []
+    mine, theirs = written[: len(ids)], written[len(ids) :]
+    usual = Usual(theirs) if theirs else None
+    lines = []
+    for at, (outlier, sample) in enumerate(zip(chosen, ids, strict=True)):
+        line: dict[str, Any] = {
+            "position": outlier.sample.position,
+            "id": sample,
+            "loss": outlier.sample.loss,
+            "score": outlier.score,
+            "share": outlier.share,
+        }
+        if documents is not None:
+            line["documents"] = documents([sample])[0]
+        if mine:
+            others = [*mine[:at], *mine[at + 1 :], *theirs]
+            line |= {"excerpt": clean(mine[at], EXCERPT), "odd": odd(mine[at], usual=usual, among=others)}
+        lines.append(line)
+    return lines
