@@ -31,7 +31,7 @@ CAPITALS, DIGITS = 0.60, 0.50  # of the letters; of the characters. RefinedWeb d
 UNPRINTABLE = 0.01  # of the characters
 REPLACEMENT = 0.005  # of the characters: U+FFFD and pairs that UTF-8 read as Latin-1 gives
 ENTROPY = (2.0, 5.8)  # bits a character. English prose has 4.1-4.4, code 4.5-5.0, random bytes as Latin-1 near 8.
-FEW_WORDS, FEW_CHARACTERS = 12, 40  # below them a share means nothing
+FEW_WORDS, FEW_CHARACTERS = 12, 24  # below them a share means nothing
 FOREIGN_SIGMAS, FOREIGN_BITS = 6.0, 1.0  # robust sigmas, and bits a character, beyond what the corpus itself has
 
 _WORD = re.compile(r"\S+")

@@ -315,3 +315,20 @@ def test_a_restart_from_any_state_and_the_journal_makes_the_same_batches(seed: i
         made = again.next_batch()
         assert made == batch
         again.passed(made, applied=True)
+
+
+def test_a_batch_that_lost_some_samples_is_formed_again_from_the_same_place() -> None:
+    ledger = Ledger(SampleOrder(samples=40, shuffled=False), batch_size=4, limit=80)
+    batch = ledger.next_batch()
+    assert batch is not None
+    span = Span(first=0, last=4, cause="rejected", step=1, positions=(0, 2))
+    assert ledger.samples_of(span) == [0, 2] and ledger.leave_out(span) == 2
+    again = ledger.next_batch()
+    assert again is not None and again.positions == (1, 3, 4, 5) and again.streak == 1
+    ledger.passed(again, applied=True)
+    after = ledger.next_batch()
+    assert after is not None and (after.first, after.streak) == (6, 0)
+    # In the next epoch they are left out as well, and taken back they are not.
+    assert [p for p in (ledger.stretch(40, 44) or again).positions] == [41, 43]
+    assert ledger.take_back([span]) == 2
+    assert len((ledger.stretch(40, 44) or again).positions) == 4
