@@ -290,11 +290,15 @@ def shown(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return "-"
+    if len(known) == 1:
+        return _percent(known[0])
     return f"{_percent(statistics.median(known))} ({_percent(max(known))})"
 
 
 def _percent(value: float) -> str:
-    return "NaN" if value == float("inf") else f"{100 * value:+.1f}"
+    if value > 10:
+        return "NaN" if value == float("inf") else "> 1000"
+    return f"{100 * value:+.1f}"
 
 
 def print_table(bench: Bench, faults: Sequence[str], arms: Sequence[str], seeds: Sequence[int]) -> None:
