@@ -160,7 +160,9 @@ async def seen_after(*presses: str) -> tuple[object, ...]:
 
 # Before some keys others are pressed, so that they have something to do.
 BEFORE = {"home": ["2", "down", "down"], "pageup": ["2", "end"], "up": ["2", "end"], "slash": ["2"], "enter": ["2"],
-          "pagedown": ["2", "down"], "end": ["2"], "escape": ["2", "down"], "1": ["2"]}  # fmt: skip
+          "pagedown": ["2", "down"], "end": ["2"], "escape": ["2", "down"], "1": ["2"], "right": ["left", "left"],
+          "minus": ["plus", "plus"], "less_than_sign": ["plus"], "full_stop": ["left"],
+          "greater_than_sign": ["plus", "plus", "less_than_sign", "less_than_sign"]}  # fmt: skip
 
 
 @pytest.mark.parametrize("key", [name for key in keys.KEYS if not key.control for name in key.keys.split(",")])

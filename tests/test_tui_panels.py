@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from textual.strip import Strip
 from guardrail.records import Mode, Phase, SnapshotInfo, Status
 from guardrail.tui import palette, panels
 from guardrail.tui.app import GuardrailApp
-from guardrail.tui.chart import GUTTER, chart_rows, spark_row
+from guardrail.tui.chart import GUTTER, chart_rows, spark_row, x_scale
 from guardrail.tui.cockpit import Cockpit
 from guardrail.tui.format import clock, count, duration, metric, plural, size, spoken
 from guardrail.tui.health import health_of
@@ -224,6 +225,24 @@ def test_the_title_says_the_value() -> None:
 def test_the_axis_reaches_to_the_end_of_a_run_that_is_nearly_there() -> None:
     near = view(total_steps=1400)
     assert "R2" in text(chart_rows(near, "loss", 120, 16)) and Series().furthest == 0
+
+
+def test_a_stretch_that_follows_stands_still_most_of_the_time() -> None:
+    seen = set()
+    for step in range(1000, 1100):
+        told = replace(view(), span=200.0, snapshot=replace(view().snapshot, series=Series(step=np.arange(1.0, step))))
+        scale = x_scale(told, 100)
+        seen.add(scale.first)
+        assert scale.first <= step - 1 <= scale.last, "the newest step is in sight"
+    assert len(seen) <= 7, "it moves by a tenth of itself, not by a step"
+
+
+def test_the_value_cursor_reads_what_was_at_its_step() -> None:
+    series = Series(step=np.array([1.0, 2.0, 2.0, 3.0]), values={"loss": np.array([5.0, 9.0, 4.0, 3.0])})
+    told = [series.at("loss", step) for step in (0.5, 1, 2, 2.5, 99)]
+    assert told == [None, 5.0, 4.0, 4.0, 3.0] and series.at("lr", 2) is None
+    shown = text(chart_rows(replace(view(), at=1000.0), "loss", 80, 12))
+    assert "step 1,000" in shown.splitlines()[0]
 
 
 # -- rows

@@ -89,9 +89,10 @@ class GuardrailApp(App[None]):
     def _draw(self) -> None:
         self._under_way = False
         self._drawn = time.monotonic()
-        cockpit = self.screen_stack[0]
-        if isinstance(cockpit, Cockpit):
-            cockpit.show(self._view())
+        # A timer may fire once more while the screens are being taken down.
+        for cockpit in self.screen_stack[:1]:
+            if isinstance(cockpit, Cockpit):
+                cockpit.show(self._view())
 
 
 def run_screen(path: str | os.PathLike[str], *, read_only: bool = False) -> int:

@@ -49,7 +49,7 @@ class Chart(Lines):
         snapshot, status = view.snapshot, view.status
         sources = (snapshot.series, snapshot.story.marks)
         run = (status.total_steps, _checkpoints(view)) if status else ()
-        settings = (run, snapshot.loaded, view.big, view.logarithmic, width, height)
+        settings = (run, snapshot.loaded, view.big, view.logarithmic, view.span, view.end, view.at, width, height)
         same = len(sources) == len(self._sources) and all(map(operator.is_, sources, self._sources))
         if not same or settings != self._settings:
             self._sources, self._settings = sources, settings
@@ -89,8 +89,17 @@ def spark_row(view: View, signal: str, width: int) -> Row:
 
 
 def x_scale(view: View, cells: int) -> XScale:
-    """Common to all charts: from 0 to the last step, or to the end of the run once that fits nearly as well."""
+    """Common to all charts: from 0 to the last step, or to the end of the run once that fits nearly as well; or the
+    stretch that the viewer chose. One that follows the newest step moves on by a tenth of itself at a time.
+    """
     last = view.snapshot.series.furthest
+    if view.span is not None:
+        dots = max(1, 2 * cells)
+        per_dot = XScale.fit(view.span, dots, least=1.0).per_dot
+        width = per_dot * dots
+        grid = max(1.0, math.floor(width / 10))
+        end = last if view.end is None else view.end
+        return XScale(max(0.0, math.ceil((end - width) / grid) * grid) + 0.5, per_dot, dots)
     total = float(view.status.total_steps) if view.status else 0.0
     if last <= total <= last * 1.25:
         last = total
@@ -106,6 +115,7 @@ def _plot(view: View, signal: str, scale: XScale, rows: int) -> raster.Plot:
             values = series.values.get(f"{signal}_{part}")
             band[index] = raster.sample(series.step, values, scale) if values is not None else None
     rules = [scale.cell(step) for step, _ in view.snapshot.story.marks.get(ROLLBACK, ())] if rows > 1 else []
+    rules += [scale.cell(view.at)] if view.at is not None and rows > 1 else []
     return raster.plot(
         series.curve(signal),
         scale,
@@ -119,7 +129,8 @@ def _plot(view: View, signal: str, scale: XScale, rows: int) -> raster.Plot:
 
 
 def _value(view: View, signal: str) -> Piece:
-    value = view.snapshot.series.last(signal)
+    series = view.snapshot.series
+    value = series.last(signal) if view.at is None else series.at(signal, view.at)
     if value is None:
         return "–", "dim"
     return ("× NaN", "bad") if math.isnan(value) else (short(value), "strong")
@@ -127,9 +138,12 @@ def _value(view: View, signal: str) -> Piece:
 
 def _title(view: View, signal: str, width: int) -> Row:
     right: list[Piece] = []
-    threshold = view.snapshot.series.last(f"{signal}_threshold")
+    series, name = view.snapshot.series, f"{signal}_threshold"
+    threshold = series.last(name) if view.at is None else series.at(name, view.at)
     if threshold is not None and math.isfinite(threshold) and width >= 56:
         right.append((f"threshold {short(threshold)}   ", "threshold"))
+    if view.at is not None:
+        right.append((f"step {count(view.at)}  ", "accent"))
     right.append(_value(view, signal))
     name = LABELS[signal] + (" (log)" if signal in view.logarithmic else "")
     return title(name, width, right=tuple(right), tone="strong" if view.big == signal else "dim")
@@ -158,7 +172,7 @@ def _axis(view: View, scale: XScale, cells: int) -> list[Row]:
     line: list[Piece] = [("─", "dim")] * cells
     numbers = [" "] * cells
     step = nice(scale.per_dot * 2 * _LABEL_CELLS)
-    at = 0.0
+    at = math.ceil((scale.first - 0.5) / step) * step
     while (cell := max(0, scale.cell(at))) < cells:
         line[cell] = ("┬", "dim")
         text = count(at) if scale.last < 1e6 else metric(at)

@@ -13,7 +13,7 @@ from textual.events import Click
 from textual.screen import Screen
 
 from guardrail.tui import keys, panels
-from guardrail.tui.chart import Chart
+from guardrail.tui.chart import GUTTER, Chart, x_scale
 from guardrail.tui.commanding import Commanding
 from guardrail.tui.controls import Desk
 from guardrail.tui.dialogs import Dialog, Pager, Palette, Text
@@ -23,7 +23,11 @@ from guardrail.tui.panes.incidents import newest
 from guardrail.tui.panes.log import log_rows
 from guardrail.tui.panes.state import State
 from guardrail.tui.panes.table import BY_NAME, CURVES, NAMES, PANES, Pane
+from guardrail.tui.scales import XScale
 from guardrail.tui.view import CHARTS, View
+
+# What the viewer chose, which a new view from the reader does not change.
+MINE = ("big", "logarithmic", "span", "end", "at", "focus", "full", "states")
 
 
 class PaneLines(Lines):
@@ -75,9 +79,8 @@ class Cockpit(Commanding, Screen[None]):
 
     def show(self, view: View) -> None:
         """Draw a new view; only what differs reaches the terminal."""
-        mine = self.view
-        self.view = replace(view, big=mine.big, logarithmic=mine.logarithmic, focus=mine.focus, full=mine.full,
-                            states=mine.states)  # fmt: skip
+        mine = {name: getattr(self.view, name) for name in MINE}
+        self.view = replace(view, **mine)
         self.redraw()
         self.put_question()
 
@@ -151,6 +154,8 @@ class Cockpit(Commanding, Screen[None]):
                 return self._choose(cursor=None)
             if state.filter:
                 return self._choose(filter="")
+        elif self.view.at is not None:
+            return self.look(at=None)
         if self.view.full:
             return self.look(full=False)
         return self.look(focus=CURVES)
@@ -178,8 +183,47 @@ class Cockpit(Commanding, Screen[None]):
                 Pager(pane.name, self.view, lambda view, width, height: detail(view, width, height, state))
             )
 
-    def go_to(self, step: int) -> None:
-        """Bring a step into sight on the curves."""
+    # -- zoom, pan and the value cursor
+
+    def _scale(self) -> XScale:
+        shown = next((chart.size.width for chart in self.query(Chart) if chart.display), self.size.width)
+        return x_scale(self.view, max(8, shown - GUTTER))
+
+    def action_zoom(self, factor: float) -> None:
+        """About the value cursor where there is one; else the newest step stays in sight."""
+        scale, whole = self._scale(), self.view.snapshot.series.furthest
+        span = max(16.0, scale.per_dot * scale.dots * factor)
+        if span >= whole:
+            return self.look(span=None, end=None)
+        if self.view.at is not None:
+            return self.look(span=span, end=self.view.at + span / 2)
+        return self.look(span=span)
+
+    def action_pan(self, share: float) -> None:
+        if self.view.span is None:
+            return self.say("the whole run is in sight; + shows less of it")
+        scale, whole = self._scale(), self.view.snapshot.series.furthest
+        width = scale.per_dot * scale.dots
+        end = (whole if self.view.end is None else self.view.end) + share * width
+        self.look(end=None if end >= whole else max(width, end))
+
+    def action_follow(self) -> None:
+        self.look(end=None, at=None)
+
+    def action_cursor(self, cells: int) -> None:
+        """Move the value cursor; it begins at the newest step, and draws the stretch along."""
+        if self.view.focus != CURVES:
+            return
+        whole, by = self.view.snapshot.series.last_step, max(1.0, round(2 * self._scale().per_dot))
+        at = whole if self.view.at is None else self.view.at + cells * by
+        self.go_to(max(1.0, min(whole, at)))
+
+    def go_to(self, step: float) -> None:
+        """Put the value cursor on a step, and bring it into sight."""
+        self.view = replace(self.view, at=step)
+        scale = self._scale()
+        in_sight = scale.first <= step < scale.last
+        self.look(at=step) if in_sight else self.look(end=step + scale.per_dot * scale.dots / 2)
 
     def _pane(self) -> tuple[Pane, State]:
         pane = BY_NAME[self.view.focus]

@@ -56,6 +56,11 @@ class Series:
         y = self.values[signal]
         return Curve(self.step, y, self.bad[signal])
 
+    def at(self, column: str, step: float) -> float | None:
+        """The value of a column at the last row up to `step`; None where there is none."""
+        values, row = self.values.get(column), int(np.searchsorted(self.step, step, side="right"))
+        return float(values[row - 1]) if values is not None and row else None
+
     def last(self, column: str) -> float | None:
         """The newest value of a column: NaN for one that was NaN or Inf, None where there is no row."""
         values = self.values.get(column)

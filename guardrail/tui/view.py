@@ -74,6 +74,8 @@ class View:
         big: the signal whose chart is enlarged.
         logarithmic: signals drawn on a log axis.
         message: (text, tone) of the line that answers keys.
+        span: steps that the charts show, None: all of them; `end`: the last of these, None: the newest (it follows).
+        at: the step that the value cursor stands on, None: there is none and titles say the newest values.
         focus: the pane that keys go to; `full`: it has the whole screen.
         states: name of a pane -> what was chosen there.
     """
@@ -84,6 +86,9 @@ class View:
     logarithmic: frozenset[str] = frozenset({GRAD_NORM, EMBED_GRAD_NORM})
     message: tuple[str, str] = ("", "plain")
     read_only: bool = False
+    span: float | None = None
+    end: float | None = None
+    at: float | None = None
     focus: str = "curves"
     full: bool = False
     states: Mapping[str, State] = field(default_factory=dict)
