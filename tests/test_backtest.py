@@ -19,7 +19,7 @@ from guardrail.config import GuardSection, load_guard
 from guardrail.controller import Controller
 from guardrail.files import encode_json
 from guardrail.importers.sources import sources
-from guardrail.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Action, Command, CommandKind, Mode, Observation
+from guardrail.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Action, Command, CommandKind, Kind, Mode, Observation
 from guardrail.rejudge import Rejudge
 from guardrail.rundir import RunDirectory
 from guardrail.scoring import as_dict, score
@@ -270,6 +270,18 @@ def test_run_on_two_ranks_whose_rollback_came_after_a_restart(tmp_path: Path) ->
     assert done.data["tier"] == "disk" and done.data["to_step"] in (20, 30)
     actions = assert_as_live(run)
     assert {Action.SKIP, Action.ROLLBACK} == set(actions)
+
+
+def test_run_that_was_resumed_into_other_data(tmp_path: Path) -> None:
+    """The loss stands far below what it was: noted by the process that was resumed, and by nobody who was not."""
+    low = {"kind": "spike_loss", "first": 160, "last": 176, "value": 0.5}
+    run = new_run(tiny(tmp_path, faults=[low], train={"steps": 26}))
+    run.send(Command(id="stop", kind=CommandKind.STOP, at_step=20))
+    assert train(run, 1) == "stopped"
+    assert train(run, 1) == "finished"
+    assert_as_live(run)
+    (noted,) = of_kind(run, "finding")
+    assert noted.data["at_step"] == 21 and noted.data["findings"][0]["kind"] == Kind.RESUME_JUMP.value
 
 
 def test_run_whose_mode_was_changed_and_that_was_sent_back_by_hand(tmp_path: Path) -> None:

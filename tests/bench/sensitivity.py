@@ -1,0 +1,83 @@
+"""How much guardrail's figures on recorded runs hang on each of its constants: every one 20 % up and down, by itself.
+
+    python tests/bench/sensitivity.py TRACES [--by 0.2] [--only NAME]
+
+A constant at the edge of a plateau was fitted to these runs and will fail on others; one in the middle of it was not.
+TRACES as for detection.py. Whole numbers move by at least one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import msgspec
+
+from guardrail.config import GuardSection
+from guardrail.detectors import baseline, divergence, growth, resume, share, spike, standard, stuck, tail
+from tests.bench.detection import by_guardrail, read_traces, score
+
+MODULES = (baseline, divergence, growth, resume, share, spike, standard, stuck, tail)
+SETTINGS = ("window", "warmup", "loss_score", "grad_score", "persist", "divergence_score", "divergence_steps")
+CONSTANTS: tuple[tuple[Any, tuple[str, ...]], ...] = (
+    (baseline, ("FOLLOW", "LAG", "YOUNGEST", "USUAL_SHARE", "USUAL_WINDOWS")),
+    (standard, ("LOSS_FLOOR", "NORM_FLOOR", "LOSS_COLD", "NORM_COLD")),
+    (spike, ("COLD", "NOTE_SHARE", "ONSET_SHARE", "NEW_LEVEL", "LOOK_BACK")),
+    (divergence.Divergence, ("SHIFT", "MEMORY")),
+    (growth, ("BLOCK", "LEAST", "SIGMAS", "SURE")),
+    (tail, ("KEEP", "LEAST", "RATE", "PRIOR", "PRIOR_EXCESS")),
+    (stuck, ("CHANCE", "KNOWN")),
+)
+FIGURES = ("acted", "noted", "false_skips_per_10k", "false_rollbacks_per_10k", "false_notes_per_10k", "delay_median")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("traces", type=Path)
+    parser.add_argument("--by", type=float, default=0.2)
+    parser.add_argument("--only", help="of this constant alone")
+    arguments = parser.parse_args()
+    labels, logs = read_traces(arguments.traces)
+
+    def row(name: str, value: float, settings: GuardSection) -> None:
+        figures = score(labels, by_guardrail(logs, settings)[1])[0]
+        cells = " ".join(f"{figures[key]:>12.4g}" for key in FIGURES)
+        print(f"{name:28} {value:>10.4g} {cells}", flush=True)
+
+    print(f"{'constant':28} {'value':>10} " + " ".join(f"{key.removesuffix('_per_10k')[-12:]:>12}" for key in FIGURES))
+    plain = GuardSection()
+    row("as it is", math.nan, plain)
+    for name in SETTINGS:
+        for value in moved(getattr(plain, name), arguments.by):
+            if arguments.only in (None, name):
+                row(f"guard.{name}", value, msgspec.structs.replace(plain, **{name: value}))
+    for owner, names in CONSTANTS:
+        for name in names:
+            was = getattr(owner, name)
+            for value in moved(was, arguments.by):
+                if arguments.only in (None, name):
+                    put(owner, name, was, value)
+                    row(f"{owner.__name__.rsplit('.', 1)[-1]}.{name}", value, plain)
+                    put(owner, name, value, was)
+
+
+def moved(value: float, by: float) -> tuple[float, float]:
+    if isinstance(value, int):
+        least = max(1, round(by * value))
+        return value - least, value + least
+    return value * (1.0 - by), value * (1.0 + by)
+
+
+def put(owner: Any, name: str, was: float, value: float) -> None:
+    """Set a constant, also where another module has imported it."""
+    owners = MODULES if isinstance(owner, ModuleType) else (owner,)
+    for one in owners:
+        if one is owner or (getattr(one, name, None) is was and name not in ("LEAST", "FLOOR")):
+            setattr(one, name, value)
+
+
+if __name__ == "__main__":
+    main()
