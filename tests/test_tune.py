@@ -16,10 +16,10 @@ from guardrail.config import load_guard
 
 @pytest.fixture
 def outliers(tmp_path: Path) -> Path:
-    """Four thousand records with an outlier of about 9 sigma every 250, each gone with the next record."""
+    """Fifteen hundred records with an outlier of about 9 sigma every 250, each gone with the next record."""
     draw = random.Random(0)
     rows = ["step,loss,grad_norm"]
-    for step in range(1, 4001):
+    for step in range(1, 1501):
         loss = 3.0 * math.exp(draw.gauss(0.0, 0.02) + (0.22 if step % 250 == 0 else 0.0))
         rows.append(f"{step},{loss},{0.5 * math.exp(draw.gauss(0.0, 0.1))}")
     path = tmp_path / "log.csv"
