@@ -36,10 +36,13 @@ FIGURES = ("acted", "noted", "false_skips_per_10k", "false_rollbacks_per_10k", "
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("traces", type=Path)
+    parser.add_argument("traces", type=Path, nargs="?")
     parser.add_argument("--by", type=float, default=0.2)
     parser.add_argument("--only", help="of this constant alone")
     arguments = parser.parse_args()
+    if arguments.traces is None:
+        print("needs a folder of recorded runs")
+        return
     labels, logs = read_traces(arguments.traces)
 
     def row(name: str, value: float, settings: GuardSection) -> None:
