@@ -36,7 +36,7 @@ class Advice:
             "streak": self.streak,
             "since": self.since,
             "left_out": [dict(jumps) for jumps in self.left_out],
-            "rollbacks": [[r.from_step, r.to_step, r.onset, *r.window] for r in self.rollbacks],
+            "rollbacks": [[r.from_step, r.to_step, r.onset, *r.window, r.rung] for r in self.rollbacks],
         }
 
     @classmethod
@@ -44,6 +44,14 @@ class Advice:
         advice = cls()
         advice.streak, advice.since = int(state["streak"]), int(state["since"])
         advice.left_out = [dict(jumps) for jumps in state["left_out"]]
-        for from_step, to_step, onset, first, last in state["rollbacks"]:
-            advice.rollbacks.append(Rollback(from_step=from_step, to_step=to_step, onset=onset, window=(first, last)))
+        for from_step, to_step, onset, first, last, *rung in state["rollbacks"]:
+            advice.rollbacks.append(
+                Rollback(
+                    from_step=from_step,
+                    to_step=to_step,
+                    onset=onset,
+                    window=(first, last),
+                    rung="".join(rung),
+                )
+            )
         return advice

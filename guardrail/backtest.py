@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from guardrail.config import GuardSection
 from guardrail.controller import Controller
 from guardrail.importers.log import Log
+from guardrail.incidents import CLOSED
 from guardrail.records import Action, Finding, Kind, Mode, Severity, Verdict
 from guardrail.rejudge import Rejudge, Watch
 from guardrail.rundir import RunDirectory
@@ -187,7 +188,7 @@ class _Book:
     def enter(self, row: int, verdict: Verdict) -> None:
         if verdict.findings:
             self._alarm(row, verdict)
-        if verdict.incident_state == "recovered" and verdict.incident in self._cases:
+        if verdict.incident_state in CLOSED and verdict.incident in self._cases:
             self._cases[verdict.incident].over = row
 
     def _alarm(self, row: int, verdict: Verdict) -> None:

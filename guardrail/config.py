@@ -20,7 +20,7 @@ import msgspec
 from msgspec import Meta
 
 from guardrail.errors import ConfigError
-from guardrail.records import METRIC_COLUMNS, UPDATE_NORM, Mode
+from guardrail.records import METRIC_COLUMNS, UPDATE_NORM, Mode, Remedy
 from guardrail.schema import typed
 
 Positive = Annotated[int, Meta(ge=1)]
@@ -73,6 +73,49 @@ class LaunchSection(Section, frozen=True, kw_only=True):
     threads: Natural = 0
 
 
+class RungSection(Section, frozen=True, kw_only=True):
+    """[[guard.ladder]]: one answer to an instability. Rungs are gone up in their order."""
+
+    # skip: leave updates out, up to `persist` - 1 in a row, before anything else. rollback: go back, leave the window
+    # out. widen: leave out twice as much, then four times. older: go back `steps` further. lower_lr, shrink_embedding,
+    # tighten_clip: go back and multiply by `factor`. reset_moments: go back with the optimizer's moments at zero, and
+    # the learning rate times `factor`. pause: park and ask. halt: save and end with exit code 3.
+    do: typing.Literal[
+        "skip",
+        "rollback",
+        "widen",
+        "older",
+        "lower_lr",
+        "shrink_embedding",
+        "tighten_clip",
+        "reset_moments",
+        "pause",
+        "halt",
+    ]
+    # Times that it is taken before the next rung, counted among rollbacks in a row (see healthy_after).
+    times: Positive = 1
+    # What is multiplied, for how many steps, and over how many more steps the factor then returns to 1.
+    factor: Annotated[float, Meta(gt=0, le=1)] = 0.5
+    hold: Natural = 100
+    back: Natural = 200
+    # older: steps further back, at least.
+    steps: Positive = 50
+    # Applied steps after it was taken within which it is passed over.
+    cooldown: Natural = 0
+
+
+LADDER = (
+    RungSection(do="skip"),
+    RungSection(do="rollback"),
+    RungSection(do="widen", times=2),
+    RungSection(do="older"),
+    RungSection(do="shrink_embedding"),
+    RungSection(do="lower_lr"),
+    RungSection(do="tighten_clip"),
+    RungSection(do="reset_moments", factor=0.1, hold=20, back=100),
+)
+
+
 class GuardSection(Section, frozen=True, kw_only=True):
     """[guard]: what is watched, and what is done about it."""
 
@@ -99,6 +142,21 @@ class GuardSection(Section, frozen=True, kw_only=True):
     # Rollbacks in a row without `healthy_after` applied steps between them, before the run halts (or asks).
     rollbacks: Natural = 5
     healthy_after: Positive = 200
+    # What is done, mildest first; each rung is one line. Rungs that do not fit the cause are passed over: where the
+    # state is to blame no data is left out, where data is, leaving it out comes first. When the last one has not
+    # helped, or `rollbacks` in a row, the run halts.
+    ladder: tuple[RungSection, ...] = LADDER
+    # Batches that a widened window holds at most.
+    window_max: Positive = 512
+    # Where the embedding leads an incident its gradients are multiplied by this (1: never), not below the floor in all,
+    # for `embed_hold` steps, and return to full size over `embed_back` more (GLM-130B: 0.1). Under Adam this matters
+    # while it changes; see tests/bench/alpha.py.
+    embed_factor: Annotated[float, Meta(gt=0, le=1)] = 0.5
+    embed_floor: Annotated[float, Meta(gt=0, le=1)] = 0.1
+    embed_hold: Natural = 100
+    embed_back: Natural = 200
+    # Remedies that hold from the beginning, as the journal of another run tells them: to make the same run again.
+    remedies: tuple[Remedy, ...] = ()
     # fp16: overflows in a row that are no longer the search for a loss scale (8 divide it by 256): the gradients
     # themselves are broken, which calls for a rollback.
     overflows: Positive = 8
@@ -235,6 +293,16 @@ class Settings(Section, frozen=True, kw_only=True):
         for name in guard.signals:
             if name in METRIC_COLUMNS or name == UPDATE_NORM or guard.signals.count(name) > 1 or not name.strip():
                 raise ConfigError("names of their own, each once", key="guard.signals", value=name)
+        ends = [at for at, rung in enumerate(guard.ladder) if rung.do in ("pause", "halt")]
+        if ends and ends[0] + 1 < len(guard.ladder):
+            raise ConfigError(
+                "the last rung",
+                key=f"guard.ladder[{ends[0]}].do",
+                value=guard.ladder[ends[0]].do,
+                hint="no rung behind it would ever be taken",
+            )
+        if any(rung.do == "skip" for rung in guard.ladder[1:]):
+            raise ConfigError("skip on the first rung, or on none", key="guard.ladder", value=None)
         for first, last in guard.pardon:
             if first >= last:
                 raise ConfigError("stretches [first, last) that are not empty", key="guard.pardon", value=[first, last])

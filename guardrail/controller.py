@@ -20,18 +20,21 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from msgspec import structs
+from msgspec import convert, structs
 
 from guardrail.advice import Advice
-from guardrail.config import GuardSection
+from guardrail.config import GuardSection, RungSection
 from guardrail.detectors.base import Detector
 from guardrail.detectors.divergence import Divergence
 from guardrail.detectors.growth import CLIMB
 from guardrail.detectors.no_tokens import NoTokens
 from guardrail.detectors.resume import ROWS, resume_jumps
+from guardrail.detectors.share import Share
 from guardrail.detectors.spike import LOOK_BACK, Spike
 from guardrail.detectors.standard import NAMED, USUAL, build, build_named
-from guardrail.incidents import OPEN, Incidents
+from guardrail.enough import MOST, fit
+from guardrail.incidents import CLOSED, OPEN, RECURRED, Incidents
+from guardrail.ladder import ENDS, next_rung, widening
 from guardrail.policy import (
     UNSUSPECTED,
     Rollback,
@@ -39,7 +42,8 @@ from guardrail.policy import (
     close_together,
     decide,
     is_trouble,
-    rollbacks_in_a_row,
+    patience,
+    recent_rollbacks,
 )
 from guardrail.records import (
     GRAD_NORM,
@@ -47,15 +51,18 @@ from guardrail.records import (
     LOSS_SCALE,
     Action,
     Cause,
+    Curve,
     Diagnosis,
     Event,
     Finding,
     Kind,
     Mode,
     Observation,
+    Remedy,
     Severity,
     Verdict,
 )
+from guardrail.remedies import embedding_leads, of_embedding, of_rung, sentence
 
 # Detectors of damage in the weights. `advise` does not go back, so what they said once they would say for ever.
 LASTING = ("divergence", "growth", "embed_growth", "update_growth")
@@ -64,6 +71,9 @@ UNPARDONABLE = frozenset({Kind.NONFINITE, Kind.NO_TOKENS, Kind.OVERFLOW, Kind.SC
 SPIKES = (Kind.LOSS_SPIKE, Kind.GRAD_SPIKE, Kind.EMBED_SPIKE, Kind.UPDATE_SPIKE, Kind.SPIKE)
 # Findings on further signals in one verdict.
 MOST_NAMED = 3
+# Claims about norms alone: where the loss has nothing of it, clipping is all that the update needs.
+NORMS = frozenset({Kind.GRAD_SPIKE, Kind.EMBED_SPIKE})
+QUIET = 0.5  # share of the way to its limit below which a loss has nothing of it
 
 
 class Applied(NamedTuple):
@@ -98,7 +108,10 @@ class Controller:
         self._empty_spans: set[tuple[int, int]] = set()
         # Reaches back to the earliest onset that a detector can name, and `window_before` batches further.
         reach = settings.window_before + max(LOOK_BACK, Divergence.MEMORY * settings.divergence_steps, CLIMB) + 1
+        if any(rung.do == "widen" for rung in settings.ladder):
+            reach += settings.window_max // 2
         self._history: deque[Applied] = deque(maxlen=reach)
+        self._losses: deque[tuple[int, float]] = deque(maxlen=2 * MOST)  # (step, loss) of the last accepted steps
         self._overflows = 0  # in a row, directly before the next step
         self._advice = Advice()
         self._resumed = 0  # rows that are still to be held against what was before a resume
@@ -169,9 +182,14 @@ class Controller:
         for detector in concerned:
             detector.accept(obs, left_out)
         self._history.append(Applied(obs.step, obs.first, obs.last))
+        loss = obs.signals.get(LOSS)
+        if loss is not None and math.isfinite(loss):
+            self._losses.append((obs.step, loss))
         self._overflows = 0
         self._advice.accepted()
-        number, state = self.incidents.healthy(obs.step)
+        number, state = self.incidents.healthy(
+            obs.step, self._losses if self.incidents.open else (), every_step=self.mode is not Mode.ADVISE
+        )
         if number is None and not findings:
             return Verdict(action=Action.APPLY, step=obs.step)
         return Verdict(
@@ -181,6 +199,7 @@ class Controller:
             reason=reason,
             incident=number,
             incident_state=state,
+            outcome=self.incidents.outcome if state in CLOSED else None,
         )
 
     def _overflowed(self, obs: Observation) -> Verdict:
@@ -202,34 +221,51 @@ class Controller:
         streak = self._streak(obs)
         if streak and self.mode is Mode.ADVISE:
             onset = min(onset, self._advice.since)  # `auto` would still be at that step
-        number, state = self.incidents.trouble(obs.step, onset) if trouble else (None, "")
+        number, state = (
+            self.incidents.trouble(obs.step, onset, curve=None if self.incidents.open else self._curve(onset))
+            if trouble
+            else (None, "")
+        )
         return self._answer(obs, findings, onset=onset, number=number, state=state)
 
     def _answer(
         self, obs: Observation, findings: tuple[Finding, ...], *, onset: int, number: int | None, state: str
     ) -> Verdict:
         """What is done about a rejected step, by what is known of its incident."""
-        trouble = number is not None
+        settings, trouble = self.settings, number is not None
         streak = self._streak(obs)
         diagnosis = self.causes.get(number) if number is not None else None
         cause = None if diagnosis is None else diagnosis.cause
-        in_a_row = rollbacks_in_a_row(
-            [*self.rollbacks, *self._advice.rollbacks],
-            applied=obs.step - 1,
-            healthy_after=self.settings.healthy_after,
-        )
-        action = decide(findings, streak=streak, in_a_row=in_a_row, settings=self.settings, cause=cause)
-        window, before = ((obs.first, obs.last), None) if action is Action.SKIP else self._window(onset, obs)
-        if cause is Cause.STATE and action is Action.ROLLBACK:
-            window = (window[0], window[0])  # no batch is to blame: go back, and leave nothing out
+        every = [*self.rollbacks, *self._advice.rollbacks]
+        row = recent_rollbacks(every, applied=obs.step - 1, healthy_after=settings.healthy_after)
+        action = decide(findings, streak=streak, in_a_row=len(row), settings=settings, cause=cause)
+        # The same place again, before enough healthy steps have gone by since the run went back for it.
+        again = bool(row) and obs.step - 1 - row[-1].from_step < self.incidents.confirm
+        if action in (Action.ROLLBACK, Action.HALT) and again:
+            if self._new_level(obs, findings):
+                return self._adopt(obs, findings)
+            state = state or RECURRED
+        leads = embedding_leads(findings)
+        rung: RungSection | None = None
+        if action is Action.ROLLBACK:
+            rung = next_rung(settings.ladder, row, every, applied=obs.step - 1, cause=cause, embedding=leads)
+        window, before = self._answered(obs, onset, action, rung, row, cause)
+        remedies: tuple[Remedy, ...] = () if rung is None else of_rung(rung, before or obs.step)
+        if leads and (not streak or action is Action.ROLLBACK) and not any(r.kind == "embed_alpha" for r in remedies):
+            remedies += of_embedding(settings, before or obs.step)
+        name = "skip" if action is Action.SKIP else (rung.do if rung is not None else "halt")
+        if action is Action.ROLLBACK and (rung is None or rung.do in ENDS):
+            action = Action.HALT
         reason = self._reason(
-            action, findings, before=before, window=window, streak=streak, in_a_row=in_a_row, cause=cause
+            action, findings, before=before, window=window, streak=streak, row=row, cause=cause, rung=name
         )
+        if remedies and action is not Action.HALT:
+            reason += "; " + "; ".join(map(sentence, remedies))
         taken, would = action, None
         if self.mode is Mode.ADVISE:
             taken, would = Action.OVERFLOW if obs.overflow else Action.APPLY, action
-            self._advise(action, obs, findings, onset, window)
-        elif self.mode is Mode.ASK and action in (Action.ROLLBACK, Action.HALT):
+            self._advise(action, obs, findings, onset, window, rung=name)
+        elif (self.mode is Mode.ASK and action in (Action.ROLLBACK, Action.HALT)) or name == "pause":
             taken, would = Action.PAUSE, action
         elif not trouble:
             self._empty_spans.add((obs.first, obs.last))
@@ -245,8 +281,75 @@ class Controller:
             accepted=False,
             incident=number,
             incident_state=state,
+            rung=name if trouble else "",
+            remedies=remedies if action in (Action.SKIP, Action.ROLLBACK) else (),
             cause=cause,
         )
+
+    def _answered(
+        self,
+        obs: Observation,
+        onset: int,
+        action: Action,
+        rung: RungSection | None,
+        row: list[Rollback],
+        cause: Cause | None,
+    ) -> tuple[tuple[int, int], int | None]:
+        """(Positions to leave out, the step that the state to go back to is older than), of this action and rung."""
+        if action is Action.SKIP:
+            return (obs.first, obs.last), None
+        window, before = self._window(onset, obs, widened=widening(rung, row) if rung is not None else 1)
+        if cause is Cause.STATE:
+            window = (window[0], window[0])  # no batch is to blame: go back, and leave nothing out
+        if rung is not None and rung.do == "older":
+            before = max(1, before - rung.steps)
+        return window, before
+
+    def incident_line(self, verdict: Verdict) -> tuple[str, dict[str, Any]]:
+        """(Message, data) of the `incident` line of a verdict that turns an incident."""
+        number, state, outcome = verdict.incident, verdict.incident_state, verdict.outcome
+        lost = sum(one.from_step - one.to_step for one in self.rollbacks if one.incident == number)
+        data: dict[str, Any] = {"number": number, "state": state, "onset": verdict.onset, "steps_lost": lost}
+        message = f"incident {number}: {state}"
+        if state not in CLOSED:
+            data["curve"] = self.incidents.curve
+            return (f"{message}, {lost} steps are made again so far" if state == RECURRED else message), data
+        if outcome is not None:
+            data |= {name: getattr(outcome, name) for name in ("expected", "got", "noise", "offset")}
+            message += (
+                f": loss {outcome.got:.4g} against {outcome.expected:.4g} that its curve before step "
+                f"{self.incidents.onset} leads to, noise {outcome.noise:.2g}"
+            )
+        return message + (f"; {lost} steps were made again" if lost else ""), data
+
+    def _curve(self, onset: int) -> Curve | None:
+        return fit([pair for pair in self._losses if pair[0] < onset])
+
+    # -- a new level ---------------------------------------------------------------------------------------------
+
+    def _new_level(self, obs: Observation, findings: Iterable[Finding]) -> bool:
+        """Whether norms alone are high, and the loss has nothing of it.
+
+        Called where that has come back behind a rollback: then no batch is to blame and no harm is done. It is where
+        this run now is, and the clip keeps the updates as long as they were.
+        """
+        grave = [finding for finding in findings if finding.severity is not Severity.NOTE]
+        loss = self.detectors[LOSS]
+        quiet = LOSS in obs.signals and isinstance(loss, Spike) and not loss.raised(obs, QUIET)
+        return quiet and all(finding.kind in NORMS and finding.severity is Severity.REJECT for finding in grave)
+
+    def _adopt(self, obs: Observation, findings: tuple[Finding, ...]) -> Verdict:
+        """Applied, and the norms begin a new baseline at this level."""
+        for finding in findings:
+            detector = self.detectors.get(finding.signal)
+            if finding.severity is Severity.REJECT and isinstance(detector, Spike | Share):
+                detector.adopt(obs)
+        notes = tuple(
+            structs.replace(f, kind=Kind.LEVEL_SHIFT, severity=Severity.NOTE) if f.kind in NORMS else f
+            for f in findings
+        )
+        reason = f"level shift: {findings[0].sentence()}, again behind a rollback while the loss is as usual: accepted"
+        return self._healthy(obs, self._concerned(obs), notes, reason)
 
     # -- the cause -----------------------------------------------------------------------------------------------
 
@@ -372,14 +475,25 @@ class Controller:
         empty = sum(end <= first and last <= obs.first for first, last in self._empty_spans)
         return max(0, obs.streak - empty)
 
-    def _window(self, onset: int, obs: Observation) -> tuple[tuple[int, int], int]:
+    def _window(self, onset: int, obs: Observation, *, widened: int = 1) -> tuple[tuple[int, int], int]:
         """(Positions that a rollback leaves out, first step whose batch is among them).
 
         A function of the onset and of applied batches alone, never of which snapshot is at hand: the data that a run
         meets must not depend on what a crash has left of its ring.
+
+        Args:
+            widened: by how much it is longer than the plain one, half of that before it and half behind, as far as
+                `window_max` allows.
         """
         history = self._history
+        span = min([obs.last - obs.first, *(batch.last - batch.first for batch in history)])
         index = bisect_left(history, onset, key=lambda batch: batch.step) - self.settings.window_before
+        behind = self.settings.window_after
+        if widened > 1:
+            begin = history[max(0, index)].first if history and index < len(history) else obs.first
+            plain = max(1, round((obs.last - begin) / span)) + behind
+            more = max(0, min(widened * plain, self.settings.window_max) - plain)
+            index, behind = index - more // 2, behind + more - more // 2
         before = obs.step
         if history and index < len(history):
             batch = history[max(0, index)]
@@ -390,8 +504,7 @@ class Controller:
             # Nothing was ever applied: the rejected batches reach back to about here, and are left out already.
             passed = obs.streak + max(0, self._overflows - 1)
             first = max(0, obs.first - passed * (obs.last - obs.first))
-        span = min([obs.last - obs.first, *(batch.last - batch.first for batch in history)])
-        return (min(first, obs.first), obs.last + self.settings.window_after * span), before
+        return (min(first, obs.first), obs.last + behind * span), before
 
     def _reason(
         self,
@@ -401,28 +514,30 @@ class Controller:
         before: int | None,
         window: tuple[int, int],
         streak: int,
-        in_a_row: int,
+        row: list[Rollback],
         cause: Cause | None,
+        rung: str,
     ) -> str:
         """One sentence with the numbers that led here."""
         settings = self.settings
         what = findings[0].sentence()
         if action is Action.SKIP:
-            count = f", rejection {streak + 1} in a row of {settings.persist} that call for a rollback"
+            count = f", rejection {streak + 1} in a row of {patience(settings)} that call for a rollback"
             return f"{what}: leave this update out{count if is_trouble(findings) else ''}"
-        why = f"{streak + 1} batches in a row rejected" if streak + 1 >= settings.persist else "it has stayed up"
+        why = f"{streak + 1} batches in a row rejected" if streak + 1 >= patience(settings) else "it has stayed up"
         if findings[0].kind is Kind.SCALE_COLLAPSE:
             why = f"guard.overflows allows {settings.overflows - 1}"
         elif cause is Cause.STATE:
             why = "whatever the batch"
+        tried = f"{len(row)} rollbacks without {settings.healthy_after} healthy steps between them"
+        if action is Action.HALT and len(row) >= settings.rollbacks:
+            return f"{what}, {why}: halt, since {tried} are as many as guard.rollbacks allows"
         if action is Action.HALT:
-            return (
-                f"{what}, {why}: halt, since {in_a_row} rollbacks without {settings.healthy_after} healthy steps "
-                f"between them are as many as guard.rollbacks allows"
-            )
-        if window[0] == window[1]:
-            return f"{what}, {why}: go back before step {before}, leave nothing out"
-        return f"{what}, {why}: go back before step {before}, leave out positions {window[0]} to {window[1] - 1}"
+            end = "ask" if rung == "pause" else "halt"
+            return f"{what}, {why}: {end}, since {tried} have used up the rungs of guard.ladder that fit"
+        out = "leave nothing out" if window[0] == window[1] else f"leave out positions {window[0]} to {window[1] - 1}"
+        again = f", rung {rung} after {tried}" if row else ""
+        return f"{what}, {why}{again}: go back before step {before}, {out}"
 
     @property
     def applied(self) -> tuple[Applied, ...]:
@@ -454,6 +569,7 @@ class Controller:
         return {
             "detectors": {name: detector.state_dict() for name, detector in self.detectors.items()},
             "history": [list(batch) for batch in self._history],
+            "losses": [list(pair) for pair in self._losses],
             "overflows": self._overflows,
             "advice": self._advice.state_dict(),
             # Only a recorded log can be resumed in the middle of what is one state.
@@ -475,6 +591,8 @@ class Controller:
                 anew.append(name)
         self._history.clear()
         self._history.extend(Applied(*batch) for batch in state["history"])
+        self._losses.clear()
+        self._losses.extend((int(step), float(loss)) for step, loss in state.get("losses", ()))
         self._overflows = int(state.get("overflows", 0))
         advise = self.mode is Mode.ADVISE
         self._advice = Advice.of(state["advice"]) if advise else Advice()
@@ -503,6 +621,7 @@ class Controller:
         began: list[int] = []  # timelines that the rollbacks began
         self.incidents = Incidents(confirm=self.settings.confirm)
         open_number = onset = step = number = 0
+        curve: Curve | None = None
         for event in events:
             data = event.data
             if event.kind == "rollback":
@@ -517,21 +636,30 @@ class Controller:
                 self._learn_cause(int(data["incident"]), diagnosis_of(data), at)
             elif event.kind == "incident":
                 number = max(number, int(data["number"]))
-                is_open = data.get("state") == OPEN
+                is_open = data.get("state") in (OPEN, RECURRED)
+                raw = data.get("curve")
+                curve = raw if raw is None or isinstance(raw, Curve) else convert(raw, Curve)
                 open_number, onset = (int(data["number"]), int(data.get("onset") or 0)) if is_open else (0, 0)
             elif event.kind == "verdict":
-                if data.get("action") != Action.APPLY or data.get("would"):
-                    step = int(data.get("at_step") or event.step)
+                if data.get("incident") is not None and (data.get("action") != Action.APPLY or data.get("would")):
+                    step = max(step, int(data.get("at_step") or event.step))
                 kinds = {_field(finding, "kind") for finding in data.get("findings") or ()}
                 if data.get("action") == Action.SKIP and kinds and kinds <= UNSUSPECTED:
                     first, last = data["window"]
                     self._empty_spans.add((int(first), int(last)))
-        self.incidents.resume(number, is_open=bool(open_number), onset=onset, step=step)
+        self.incidents.resume(number, is_open=bool(open_number), onset=onset, step=step, curve=curve)
 
     # -- advise --------------------------------------------------------------------------------------------------
 
     def _advise(
-        self, action: Action, obs: Observation, findings: tuple[Finding, ...], onset: int, window: tuple[int, int]
+        self,
+        action: Action,
+        obs: Observation,
+        findings: tuple[Finding, ...],
+        onset: int,
+        window: tuple[int, int],
+        *,
+        rung: str,
     ) -> None:
         """Book what `auto` would have done. Nothing was done, so the run goes on from the bad state."""
         advice = self._advice
@@ -540,7 +668,13 @@ class Controller:
             advice.streak = 0
             if action is Action.ROLLBACK:
                 advice.rollbacks.append(
-                    Rollback(from_step=obs.step - 1, to_step=max(0, onset - 1), onset=onset, window=window)
+                    Rollback(
+                        from_step=obs.step - 1,
+                        to_step=max(0, onset - 1),
+                        onset=onset,
+                        window=window,
+                        rung=rung,
+                    )
                 )
             if any(finding.severity is Severity.PERSISTENT for finding in findings):
                 for name in LASTING:
@@ -561,8 +695,11 @@ class Controller:
             for detector in self.detectors.values():
                 detector.reset()
             self._history.clear()
+            self._losses.clear()
             self._overflows = 0
             self._advice = Advice()
+        while self._losses and self._losses[-1][0] >= step:
+            self._losses.pop()
         while self._history and self._history[-1].step >= step:
             self._history.pop()
         if self._history:
@@ -601,12 +738,15 @@ def _collapsed(obs: Observation, count: int, allowed: int) -> Finding:
 def _rollback_of(data: Mapping[str, Any]) -> Rollback:
     """From the data of a `rollback` event."""
     first, last = data["window"]
+    by_person = _field(data.get("span"), "cause") == "user"
     return Rollback(
         from_step=int(data["from_step"]),
         to_step=int(data["to_step"]),
         onset=int(data["onset"]),
         window=(int(first), int(last)),
-        by_person=_field(data.get("span"), "cause") == "user",
+        by_person=by_person,
+        rung=str(data.get("rung") or ""),
+        incident=None if by_person or data.get("incident") is None else int(data["incident"]),
     )
 
 

@@ -11,11 +11,29 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
-from guardrail.records import CommandKind, Event, Mode, Span
+from guardrail.config import GuardSection
+from guardrail.records import CommandKind, Event, Mode, Remedy, Span
+from guardrail.remedies import CLIP, EMBED_ALPHA, LR, factor, resets
+
+
+class Effects(NamedTuple):
+    """What one update is made with.
+
+    Attributes:
+        lr: factor on the scheduled learning rate.
+        embed_alpha: factor on the gradients of the embedding.
+        clip: factor on the clipping norm.
+        reset: set the optimizer's moments to zero before it.
+    """
+
+    lr: float
+    embed_alpha: float
+    clip: float
+    reset: bool
 
 
 class StepSetting:
@@ -50,6 +68,7 @@ class Past:
     Attributes:
         spans: what is left out, quarantined again at a start.
         rollbacks: `rollback` events' data, oldest first, less those that were undone.
+        remedies: of the decisions that stand, each with the span or, for a rollback, the timeline that it came with.
         pardons: stretches [first, last) of positions that the guard must not reject again.
         branches: (timeline, step): that timeline began after that step, so later steps of older ones are abandoned.
         timeline: the newest one.
@@ -60,6 +79,7 @@ class Past:
 
     spans: list[Span] = field(default_factory=list)
     rollbacks: list[dict[str, Any]] = field(default_factory=list)
+    remedies: list[tuple[Span | int | None, Remedy]] = field(default_factory=list)
     pardons: list[tuple[int, int]] = field(default_factory=list)
     branches: list[tuple[int, int]] = field(default_factory=list)
     timeline: int = 0
@@ -92,8 +112,10 @@ class Past:
                 self._branch(event.timeline, event.step)
             case "left_out":
                 self._span(data.get("span"))
+                self._remedies(data, _as_span(data.get("span")))
             case "rollback":
                 self._span(data.get("span"))
+                self._remedies(data, int(data["new_timeline"]))
                 self.rollbacks.append(data)
                 to_step = int(data["to_step"])
                 self._branch(int(data["new_timeline"]), to_step)
@@ -130,20 +152,37 @@ class Past:
 
     def _undo(self, data: dict[str, Any]) -> None:
         """A decision was taken back: its spans are not left out, its rollbacks are none, its batches are pardoned."""
-        back = [raw if isinstance(raw, Span) else msgspec.convert(raw, Span) for raw in data["spans"]]
+        back = [_as_span(raw) for raw in data["spans"]]
         self.spans = [span for span in self.spans if span not in back]
         self.rollbacks = [one for one in self.rollbacks if one["new_timeline"] not in data["rollbacks"]]
+        gone = [*back, *data["rollbacks"]]
+        self.remedies = [(decision, remedy) for decision, remedy in self.remedies if decision not in gone]
         self.pardons += [(int(first), int(last)) for first, last in data["pardons"]]
         to_step = int(data["to_step"])
         self._branch(int(data["new_timeline"]), to_step)
         self.lr.rewind(to_step)
         self.alpha.rewind(to_step)
 
+    def _remedies(self, data: dict[str, Any], decision: Span | int | None) -> None:
+        for raw in data.get("remedies") or ():
+            self.remedies.append((decision, raw if isinstance(raw, Remedy) else msgspec.convert(raw, Remedy)))
+
+    def effects(self, step: int, settings: GuardSection) -> Effects:
+        """What the update of a step is made with: what a person has set, and the remedies of the guard."""
+        remedies = [*settings.remedies, *(remedy for _, remedy in self.remedies)]
+        if not remedies:
+            return Effects(self.lr.at(step), self.alpha.at(step), 1.0, False)
+        return Effects(
+            lr=self.lr.at(step) * factor(remedies, LR, step),
+            embed_alpha=self.alpha.at(step) * factor(remedies, EMBED_ALPHA, step, floor=settings.embed_floor),
+            clip=factor(remedies, CLIP, step),
+            reset=resets(remedies, step),
+        )
+
     def _span(self, raw: Any) -> None:
-        if raw is not None:
-            span = raw if isinstance(raw, Span) else msgspec.convert(raw, Span)
-            if span not in self.spans:
-                self.spans.append(span)
+        span = _as_span(raw)
+        if span is not None and span not in self.spans:
+            self.spans.append(span)
 
     def _branch(self, timeline: int, step: int) -> None:
         self.branches.append((timeline, step))
@@ -152,3 +191,7 @@ class Past:
     def lives(self, *, timeline: int, step: int) -> bool:
         """Whether a state of (timeline, step) lies on the way to the present."""
         return all(step <= to_step for branch, to_step in self.branches if branch > timeline)
+
+
+def _as_span(raw: Any) -> Span | None:
+    return raw if raw is None or isinstance(raw, Span) else msgspec.convert(raw, Span)

@@ -24,6 +24,8 @@ class Rollback(Record, frozen=True, kw_only=True):
         to_step: applied steps of the state that was restored.
         onset: first step of the trouble.
         window: positions [first, last) that it left out.
+        rung: of the ladder that it was, "" for a person's.
+        incident: that it answered, None without one.
         by_person: commanded, not decided by the guard; such a rollback is outside the budget.
     """
 
@@ -32,6 +34,8 @@ class Rollback(Record, frozen=True, kw_only=True):
     onset: int
     window: tuple[int, int]
     by_person: bool = False
+    rung: str = ""
+    incident: int | None = None
 
 
 def by_severity(findings: Iterable[Finding]) -> tuple[Finding, ...]:
@@ -67,27 +71,37 @@ def decide(
     if not rejects(findings):
         return Action.APPLY
     persistent = any(finding.severity is Severity.PERSISTENT for finding in findings)
-    serious = streak + 1 >= settings.persist or cause is Cause.STATE
+    serious = streak + 1 >= patience(settings) or cause is Cause.STATE
     if not persistent and not (is_trouble(findings) and serious):
         return Action.SKIP
     return Action.ROLLBACK if in_a_row < settings.rollbacks else Action.HALT
 
 
+def patience(settings: GuardSection) -> int:
+    """Rejections in a row that call for more than leaving the update out."""
+    return settings.persist if any(rung.do == "skip" for rung in settings.ladder) else 1
+
+
 def rollbacks_in_a_row(rollbacks: Sequence[Rollback], *, applied: int, healthy_after: int) -> int:
+    """How many there are; see `recent_rollbacks`."""
+    return len(recent_rollbacks(rollbacks, applied=applied, healthy_after=healthy_after))
+
+
+def recent_rollbacks(rollbacks: Sequence[Rollback], *, applied: int, healthy_after: int) -> list[Rollback]:
     """Rollbacks that lie less than `healthy_after` applied steps apart, the last one less than that before `applied`.
 
     Progress is counted from where the earlier rollback gave up, not from where it went back to: re-running the
     abandoned stretch proves nothing, and a far rollback must not clear its own record.
     """
-    count = 0
+    found: list[Rollback] = []
     for rollback in reversed(rollbacks):
         if rollback.by_person:
             continue
         if applied - rollback.from_step >= healthy_after:
             break
-        count += 1
+        found.append(rollback)
         applied = rollback.from_step
-    return count
+    return found[::-1]
 
 
 def close_together(steps: Sequence[int], *, at: int, healthy_after: int) -> int:

@@ -179,6 +179,38 @@ class Remedy(Record, frozen=True, kw_only=True):
     back: int = 0
 
 
+class Curve(Record, frozen=True, kw_only=True):
+    """The loss before an incident: log loss = level + slope (log step - middle); see guardrail.enough.
+
+    Attributes:
+        noise: of a single log loss, robust sigma.
+        spread: sum of (log step - middle)^2 over the `count` losses that were fitted.
+    """
+
+    middle: float
+    level: float
+    slope: float
+    noise: float
+    spread: float
+    count: int
+
+
+class Outcome(Record, frozen=True, kw_only=True):
+    """The loss behind an incident against what its curve had promised, nats a token.
+
+    Attributes:
+        offset: got - expected.
+        noise: of a single loss.
+        lasting: the offset is more than noise.
+    """
+
+    expected: float
+    got: float
+    noise: float
+    offset: float
+    lasting: bool = False
+
+
 class Verdict(Record, frozen=True, kw_only=True):
     """The controller's answer to one observation.
 
@@ -192,10 +224,12 @@ class Verdict(Record, frozen=True, kw_only=True):
         would: in `advise` and in PAUSE, the action that `auto` would have taken.
         accepted: the value enters the baselines (False for every rejected step).
         incident: number of the incident that this step belongs to, None while all is well.
-        incident_state: "open" on the verdict that opens it, "recovered" on the one that closes it, else "".
+        incident_state: "open" on the verdict that opens it, "recurred" on one that goes back for it once more,
+            "recovered" or "offset" on the one that closes it, else "".
         rung: name of the rung of the ladder that this is.
         remedies: what goes with it.
         cause: of the incident, where a replay has told it.
+        outcome: where the loss stands on the verdict that closes an incident.
     """
 
     action: Action
@@ -212,6 +246,7 @@ class Verdict(Record, frozen=True, kw_only=True):
     rung: str = ""
     remedies: tuple[Remedy, ...] = ()
     cause: Cause | None = None
+    outcome: Outcome | None = None
 
 
 class CommandKind(str, Enum):

@@ -22,7 +22,8 @@ import trainer.__main__
 import trainer.loop
 from guardrail.config import build, dump
 from guardrail.manifest import checkpoint_dirs, fingerprint, verify
-from guardrail.records import Event, Mode, Span
+from guardrail.past import Past
+from guardrail.records import Event, Mode, Remedy, Span
 from guardrail.report import quarantine_lines
 from guardrail.rundir import RunDirectory, span_of
 from tests.ranks import start_ranks, wait_ranks
@@ -176,16 +177,21 @@ def assert_same(a: RunDirectory, b: RunDirectory) -> None:
     assert final(a) == final(b)
 
 
+def remedies_of(run: RunDirectory) -> tuple[Remedy, ...]:
+    """What the guard has done besides leaving data out, as far as it stands."""
+    return tuple(remedy for _, remedy in Past.of(run.events()).remedies)
+
+
 def told(config: Config, run: RunDirectory) -> Config:
-    """The configuration of a run that knows from its beginning what `run` found out: its quarantine, guard off."""
-    lines = quarantine_lines(run)
-    assert lines, "nothing was left out: the comparison would show nothing"
+    """The configuration of a run that knows from its beginning what `run` found out, with the guard off."""
+    lines, remedies = quarantine_lines(run), remedies_of(run)
+    assert lines or remedies, "nothing was left out: the comparison would show nothing"
     file = run.path / "quarantine.txt"
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     replace = msgspec.structs.replace
     return replace(
         config,
-        guard=replace(config.guard, mode=Mode.OFF),
+        guard=replace(config.guard, mode=Mode.OFF, remedies=(*config.guard.remedies, *remedies)),
         data=replace(config.data, quarantine=str(file)),
     )
 

@@ -99,6 +99,15 @@ class Share:
         self._odds.push(odds)
         self.baseline.learn(odds)
 
+    def adopt(self, obs: Observation) -> None:
+        """This share is the new level: forget the old one, keep the scale."""
+        odds = _log_odds(obs.signals.get(EMBED_SHARE))
+        if odds is not None:
+            self._odds.clear()
+            self._odds.push(odds)
+            self.baseline.recentre()
+            self._above = 0
+
     def suspect_from(self) -> int | None:
         return self._since if self._above else None
 

@@ -106,6 +106,11 @@ class Spike:
             )
         ]
 
+    def adopt(self, obs: Observation) -> None:
+        """This value is the new level: forget the old one, keep the scale."""
+        self.baseline.recentre()
+        self._above, self._alone = 0, None
+
     def distance(self, obs: Observation) -> tuple[float, float] | None:
         """(log jump over the centre, log jump that is rejected); None without a value or a baseline."""
         value = obs.signals.get(self.signal)

@@ -10,6 +10,11 @@ from torch import nn
 
 from guardrail.torch.probes import Reduced, local
 
+# State of torch's own optimizers, and of those that name theirs alike, that sums up past gradients.
+MOMENTS = frozenset(
+    {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg", "sum"}
+)
+
 
 class Gate:
     """The only place where an optimizer is stepped.
@@ -34,16 +39,17 @@ class Gate:
         self.embedding = list(embedding)
         self.clip = clip
 
-    def factor(self, reduced: Reduced, *, embed_alpha: float = 1.0) -> float:
+    def factor(self, reduced: Reduced, *, embed_alpha: float = 1.0, clip: float = 1.0) -> float:
         """What all gradients are multiplied by: token weighting and clipping in one pass. Once an applied update.
 
-        Clipping uses torch's rule, min(1, clip / (norm + 1e-6)), with the norm after embedding shrink.
+        Clipping uses torch's rule, min(1, clip / (norm + 1e-6)), with the norm after embedding shrink and the limit
+        times `clip`.
         """
         norm = reduced.grad_norm
         if embed_alpha != 1.0:
             rest = max(0.0, norm**2 - reduced.embed_grad_norm**2)
             norm = (rest + (embed_alpha * reduced.embed_grad_norm) ** 2) ** 0.5
-        limit = self.clip(norm) if callable(self.clip) else self.clip
+        limit = clip * (self.clip(norm) if callable(self.clip) else self.clip)
         coefficient = limit / (norm + 1e-6) if limit else 1.0
         # Written so that a NaN norm stays NaN: only `advise` and `off` ever apply such a step.
         return reduced.scale * (1.0 if coefficient >= 1.0 else coefficient)
@@ -66,6 +72,19 @@ class Gate:
         for group, rate in rates:
             group["lr"] = rate
         self.leave_out()
+
+    @torch.no_grad()
+    def reset_moments(self) -> None:
+        """What optimizers know of past gradients, at zero, and the count of updates as well: or the bias correction of
+        Adam would take the zeros for a measurement and make its next updates several times too large."""
+        for optimizer in self.optimizers:
+            for state in optimizer.state.values():
+                for name in MOMENTS & state.keys():
+                    value = state[name]
+                    if isinstance(value, torch.Tensor):
+                        value.zero_()
+                    elif isinstance(value, int | float):
+                        state[name] = type(value)(0)
 
     def leave_out(self) -> None:
         """Drop the accumulated gradients: nothing of a rejected window can leak into the next."""

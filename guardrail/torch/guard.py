@@ -29,8 +29,7 @@ from guardrail.controller import Controller
 from guardrail.errors import UsageError
 from guardrail.heartbeat import Heartbeat
 from guardrail.ledger import Batch, Ledger, SampleOrder
-from guardrail.past import Past
-from guardrail.policy import Rollback
+from guardrail.past import Effects, Past
 from guardrail.recorder import Recorder
 from guardrail.records import (
     GRAD_NORM,
@@ -44,6 +43,7 @@ from guardrail.records import (
     Mode,
     Observation,
     Phase,
+    Remedy,
     Span,
     Status,
     Verdict,
@@ -473,7 +473,7 @@ class Guard:
         verdict = self.controller.observe(observation)
         self._guarding += time.perf_counter() - began
         step.verdict = verdict
-        lr = float(self._optimizers[0].param_groups[0]["lr"]) * self.past.lr.at(step.number)
+        lr = float(self._optimizers[0].param_groups[0]["lr"]) * self.effects(step.number).lr
         self._row = self._metrics_row(step, reduced, verdict, bands, lr)
         verdict = self._act(step, verdict, reduced, observation)
         self._account(step, reduced)
@@ -491,13 +491,8 @@ class Guard:
         if verdict.findings:
             self._explain(step, verdict, evidence)
         if verdict.incident_state:
-            self.say(
-                "incident",
-                f"incident {verdict.incident}: {verdict.incident_state}",
-                number=verdict.incident,
-                state=verdict.incident_state,
-                onset=verdict.onset,
-            )
+            message, data = self.controller.incident_line(verdict)
+            self.say("incident", message, **data)
         match verdict.action:
             case Action.APPLY:
                 self._apply(step, reduced)
@@ -544,11 +539,13 @@ class Guard:
         )
 
     def _apply(self, step: Step, reduced: Reduced) -> None:
-        alpha = self.past.alpha.at(step.number)
-        factor = self.gate.factor(reduced, embed_alpha=alpha)
+        effects = self.effects(step.number)
+        if effects.reset:
+            self.gate.reset_moments()
+        factor = self.gate.factor(reduced, embed_alpha=effects.embed_alpha, clip=effects.clip)
         if self.updates is not None:
             self._measured(self.updates.before)
-        self.gate.apply(factor, lr_factor=self.past.lr.at(step.number), embed_alpha=alpha)
+        self.gate.apply(factor, lr_factor=effects.lr, embed_alpha=effects.embed_alpha)
         if self.updates is not None:
             self._measured(self.updates.after)
         if self.loss_scale is not None:
@@ -574,12 +571,12 @@ class Guard:
         span = Span(first=batch.first, last=batch.last, cause="rejected", step=step.number, reason=reason)
         named = self._attribution(batch, verdict)
         if named is None:
-            self.leave_out(span)
+            self.leave_out(span, verdict.remedies)
         else:
             span = msgspec.structs.replace(span, positions=named.positions)
             described = self._describe if self.rank == 0 else None
             texts = self._texts if self.rank == 0 else None
-            self.leave_out(span, samples=told(named, ledger=self.ledger, texts=texts, documents=described))
+            self.leave_out(span, verdict.remedies, samples=told(named, ledger=self.ledger, texts=texts, documents=described))
         if not span.positions:
             self.ledger.passed(batch, applied=False)
         # Else it is given back, and the next batch is formed from the same place without those samples.
@@ -604,9 +601,15 @@ class Guard:
         self.say("note", f"{verdict.reason}: {passed}, and it is {scale:g} now", overflow=True, loss_scale=scale)
         self.ledger.passed(batch, applied=False)
 
-    def leave_out(self, span: Span, **more: Any) -> None:
+    def effects(self, step: int) -> Effects:
+        """What the update of a step is made with: what a person has set, and remedies."""
+        return self.past.effects(step, self.settings.guard)
+
+    def leave_out(self, span: Span, remedies: Sequence[Remedy] = (), **more: Any) -> None:
         """Journal first, then quarantine."""
         data = self._span_data(span) | more
+        if remedies:
+            data["remedies"] = list(remedies)
         self.say("left_out", f"left out {_amount(data)}", **data)
         self.ledger.leave_out(span)
 
@@ -623,19 +626,30 @@ class Guard:
     def _roll_back_for(self, step: Step, verdict: Verdict) -> None:
         assert verdict.window is not None
         self.gate.leave_out()
-        if not self.roll_back(window=verdict.window, onset=verdict.onset or step.number, reason=verdict.reason):
+        onset = verdict.onset or step.number
+        if not self.roll_back(window=verdict.window, onset=onset, reason=verdict.reason, verdict=verdict):
             self._halt(verdict)
 
     def roll_back(
-        self, *, window: tuple[int, int], onset: int, reason: str, cause: str = "rollback", target: Target | None = None
+        self,
+        *,
+        window: tuple[int, int],
+        onset: int,
+        reason: str,
+        cause: str = "rollback",
+        target: Target | None = None,
+        verdict: Verdict | None = None,
     ) -> bool:
         """Go back to a state from before `window` and leave the window out. False: there is no such state.
 
         The window depends on the onset alone, never on which state is at hand, so that a run which lost its ring in a
         crash still makes the same batches afterwards.
+
+        Args:
+            verdict: that asks for it; its rung and remedies are on the same line.
         """
         self.at(Phase.ROLLBACK)
-        target = target or self.tiers.target(window[0])
+        target = target or self.tiers.target(window[0], before_step=verdict.before_step if verdict else None)
         if target is None:
             self.say("note", f"no valid state from before position {window[0]} to roll back to")
             return False
@@ -653,14 +667,14 @@ class Guard:
             window=list(window),
             tier=target.tier,
             new_timeline=self.timeline + 1,
+            rung=verdict.rung if verdict else "",
+            remedies=list(verdict.remedies) if verdict else [],
             **data,
         )
         self.ledger.leave_out(span)
         self._adopt(self.tiers.restore(target))
         self.timeline += 1
-        self.controller.remember_rollback(
-            Rollback(from_step=left, to_step=target.step, onset=onset, window=window, by_person=cause == "user")
-        )
+        self.controller.load_rollbacks(self.past.rollbacks)
         self.tiers.rolled_back(self.facts, target)
         return True
 
@@ -865,7 +879,7 @@ class Guard:
             tokens=self.tokens,
             tokens_per_second=tokens / seconds if seconds else 0.0,
             eta_seconds=ahead * seconds / len(recent) if recent else 0.0,
-            lr_factor=self.past.lr.at(self.step + 1),
+            lr_factor=self.effects(self.step + 1).lr,
             guard_share=self._guard_seconds / self._step_seconds if self._step_seconds else 0.0,
             started=self._started,
             world=self.world,

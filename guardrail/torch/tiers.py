@@ -138,20 +138,29 @@ class Tiers:
 
     # -- going back ----------------------------------------------------------------------------------------------
 
-    def target(self, cursor: int, *, to_step: int | None = None, candidates: bool = False) -> Target | None:
+    def target(
+        self, cursor: int, *, to_step: int | None = None, before_step: int | None = None, candidates: bool = False
+    ) -> Target | None:
         """The newest state that has passed no position from `cursor` on; of step `to_step` where that is given.
+
+        With `before_step` it is older than that step as well, or the very first where there is none such.
 
         Good ones of the ring, good ones on disk, then candidates in the same order; with `candidates` these count as
         good from the first. A collective wherever the ring does not do: all ranks agree on a checkpoint.
         """
         for good_only in (False,) if candidates else (True, False):
-            found = self._in_ring(cursor, to_step, good_only) or self._on_disk(cursor, to_step, good_only)
+            found = self._in_ring(cursor, to_step, before_step, good_only)
+            found = found or self._on_disk(cursor, to_step, before_step, good_only)
             if found is not None:
                 return found
-        return None
+        return None if before_step is None else self.target(cursor, to_step=to_step, candidates=candidates)
 
-    def _in_ring(self, cursor: int, to_step: int | None, good_only: bool) -> Target | None:
-        infos = [info for info in self.ring.infos() if to_step is None or info.step == to_step]
+    def _in_ring(self, cursor: int, to_step: int | None, before: int | None, good_only: bool) -> Target | None:
+        infos = [
+            info
+            for info in self.ring.infos()
+            if (to_step is None or info.step == to_step) and (before is None or info.step < before)
+        ]
         newest = max((info.step for info in infos), default=0)
         chosen = choose_target(infos, newest + 1, cursor=cursor, good_only=good_only)
         if chosen is None:
@@ -159,7 +168,7 @@ class Tiers:
         snapshot = self.ring.get(chosen.step)
         return Target(step=chosen.step, cursor=chosen.cursor, tier="memory", snapshot=snapshot)
 
-    def _on_disk(self, cursor: int, to_step: int | None, good_only: bool) -> Target | None:
+    def _on_disk(self, cursor: int, to_step: int | None, before: int | None, good_only: bool) -> Target | None:
         if self.store is None:
             return None
 
@@ -170,6 +179,7 @@ class Tiers:
                 self._state_of(manifest) in wanted
                 and manifest.cursor <= cursor
                 and (to_step is None or manifest.step == to_step)
+                and (before is None or manifest.step < before)
             )
 
         selection = self._newest_valid(allowed)

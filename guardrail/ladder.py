@@ -1,0 +1,68 @@
+"""Which rung of the ladder comes next, from what has been tried. Pure.
+
+Rungs are gone up in their order. One is passed over while it does not fit the cause, when it has been taken `times`
+times among the rollbacks in a row, or within its cooldown. When none is left, or `guard.rollbacks` of them in a row
+have not helped, the run halts.
+
+    data    leaving data out comes first, whatever the order; optimizer remedies once that is used up
+    state   no batch is to blame: nothing is left out, so to widen the window is pointless
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from guardrail.config import RungSection
+from guardrail.policy import Rollback
+from guardrail.records import Cause
+
+DATA_RUNGS = ("rollback", "widen", "older")
+ENDS = ("pause", "halt")
+
+
+def next_rung(
+    ladder: Sequence[RungSection],
+    in_a_row: Sequence[Rollback],
+    rollbacks: Sequence[Rollback],
+    *,
+    applied: int,
+    cause: Cause | None,
+    embedding: bool,
+) -> RungSection | None:
+    """The rung that answers a call for a rollback; None when all are used up.
+
+    Args:
+        in_a_row: rollbacks without `healthy_after` healthy steps between them, up to now.
+        rollbacks: all of the run, for cooldowns.
+        applied: updates applied so far.
+        embedding: the embedding leads the incident.
+    """
+    for rung in _in_order(ladder, cause):
+        if rung.do == "skip" or not _fits(rung, cause, embedding):
+            continue
+        used = sum(one.rung == rung.do for one in in_a_row)
+        allowed = sum(other.times for other in ladder if other.do == rung.do)
+        last = max((one.from_step for one in rollbacks if one.rung == rung.do), default=None)
+        resting = last is not None and rung.cooldown > 0 and applied - last < rung.cooldown
+        if rung.do in ENDS or (used < allowed and not resting):
+            return rung
+    return None
+
+
+def _fits(rung: RungSection, cause: Cause | None, embedding: bool) -> bool:
+    if rung.do == "shrink_embedding":
+        return embedding
+    return rung.do != "widen" or cause is not Cause.STATE
+
+
+def _in_order(ladder: Sequence[RungSection], cause: Cause | None) -> list[RungSection]:
+    if cause not in (Cause.DATA, Cause.DATA_AND_STATE):
+        return list(ladder)
+    return sorted(ladder, key=lambda rung: (rung.do in ENDS, rung.do not in DATA_RUNGS))
+
+
+def widening(rung: RungSection, in_a_row: Sequence[Rollback]) -> int:
+    """By how much the window is longer than the plain one: 2 for the first widening in a row, then 4, 8, ..."""
+    if rung.do != "widen":
+        return 1
+    return int(2 ** (1 + sum(one.rung == "widen" for one in in_a_row)))
