@@ -576,7 +576,9 @@ class Guard:
             span = msgspec.structs.replace(span, positions=named.positions)
             described = self._describe if self.rank == 0 else None
             texts = self._texts if self.rank == 0 else None
-            self.leave_out(span, verdict.remedies, samples=told(named, ledger=self.ledger, texts=texts, documents=described))
+            self.leave_out(
+                span, verdict.remedies, samples=told(named, ledger=self.ledger, texts=texts, documents=described)
+            )
         if not span.positions:
             self.ledger.passed(batch, applied=False)
         # Else it is given back, and the next batch is formed from the same place without those samples.
