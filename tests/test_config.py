@@ -57,7 +57,7 @@ BAD = [
     ("[faults]\nkind = 'hang'", "c.toml: faults: expected a list, got a table", "[[...]]"),
     ("[data]\nsources = 'x'", "c.toml: data.sources = 'x': expected a list, got a string", 'a list of one: ["x"]'),
     ("[data]\nsources = [3]", "c.toml: data.sources[0] = 3: expected a string, got a whole number", ""),
-    ("[[faults]]\nfirst = 1", "c.toml: faults[0].kind: expected nan_loss, inf_grad,", ""),
+    ("[[faults]]\nfirst = 1", "c.toml: faults[0].kind: expected nan_loss, spike_loss,", ""),
     # Choices.
     ("[guard]\nmode = 'automatic'", "guard.mode = 'automatic': expected auto, ask, advise or off", "mean 'auto'?"),
     ("[data]\norder = 'random'", "c.toml: data.order = 'random': expected shuffled or stream", ""),
