@@ -165,7 +165,7 @@ class GuardSection(Section, frozen=True, kw_only=True):
     cause_test: bool = True
     # Batches that are formed again because the hardware gave other numbers the second time, without `healthy_after`
     # applied steps between them, before the run halts.
-    retries: Natural = 3
+    retries: Natural = 8
     # Further numbers that the loop hands to `step.finish(..., signals={NAME: value})`, reduced and recorded with the
     # others; each has a detector of spikes that notes them. One that is missing at a step is passed over.
     signals: tuple[str, ...] = ()

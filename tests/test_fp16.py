@@ -305,7 +305,7 @@ def test_case_9_an_attention_that_leaves_the_range_of_fp16_is_named(
     run = trained(config, tmp_path)
     first = next(e for e in run.events() if e.kind == "verdict")
     assert first.data["at_step"] == 12 and first.data["action"] == "rollback"  # the weight does it with any batch
-    assert [e["samples"] for e in events(run, "rollback")] == [0]
+    assert [e["count"] for e in events(run, "rollback")] == [0]
     assert first.data["modules"] == {str(rank): "blocks.1.attention.q" for rank in range(world)}
     assert "first non-finite output: blocks.1.attention.q" in first.message
     assert [e["phase"] for e in events(run, "ended")] == ["finished"]

@@ -128,7 +128,8 @@ def test_what_one_rank_saw_is_seen_by_all_and_named(name: str, kind: str, tmp_pa
     fault = {"kind": kind, "step": 12, "rank": world - 1, "times": 1}
     run = trained(config_of(tmp_path, name, faults=[fault], train={"steps": 16}))
     (verdict,) = of_kind(run, "verdict")
-    assert verdict.data["action"] == "skip" and verdict.data["at_step"] == 12
+    # It does not come again with the same batch and the same dice, so the hardware is blamed, by rank, and no data.
+    assert verdict.data["action"] == "retry" and verdict.data["at_step"] == 12
     wanted = "loss" if kind == "nan_loss" else "grad_norm"
     ranks = {f["signal"]: f["ranks"] for f in verdict.data["findings"]}
     assert ranks[wanted] == [world - 1]

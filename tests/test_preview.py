@@ -183,7 +183,7 @@ def test_parked_beyond_the_timeout_of_a_collective_and_what_was_foretold_comes_t
     ]
     assert proposed["steps_lost"] == done.data["from_step"] - done.data["to_step"]
     # Two batches of the window had been rejected, and so were left out, before the guard asked.
-    assert proposed["samples"] == done.data["samples"] - 2 * BATCH
+    assert proposed["samples"] == done.data["count"] - 2 * BATCH
     rows = run.metrics()
     given_up = (rows.column("timeline") == 0) & (rows.column("step") > done.data["to_step"])
     lost = rows.column("step_time")[given_up & (rows.column("verdict") == 0)]

@@ -140,7 +140,7 @@ def test_ranks_that_end_without_a_word_count_as_failed(lab: Lab) -> None:
 
 
 def test_a_hung_rank_is_written_down_killed_and_started_again(lab: Lab) -> None:
-    config = configure(lab, "fault = 'hang'\nsteps = 150", step_seconds=1.5)
+    config = configure(lab, "fault = 'hang'\nsteps = 300", step_seconds=1.5)
     result = lab.guardrail("launch", config, "--headless")
     run = lab.newest()
     assert result.returncode == 0, result.stderr
@@ -371,7 +371,7 @@ def test_two_nodes_share_a_run_directory(lab: Lab) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
-    config = configure(lab, "steps = 60\nrank = 3\nfault = 'exit'")
+    config = configure(lab, "steps = 200\nrank = 3\nfault = 'exit'")
     (lab.folder / config).write_text(
         (lab.folder / config).read_text().replace("[tensor", f'nodes = 2\nrendezvous_endpoint = "{endpoint}"\n[tensor')
     )

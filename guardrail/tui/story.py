@@ -204,8 +204,9 @@ class Digest:
         self._marks[SKIP] = {at: label for at, label in self._marks[SKIP].items() if at <= step}
 
     def _incident(self, event: Event) -> None:
-        onset, is_open = _whole(event.data.get("onset"), 0), event.data.get("state") not in ("recovered", "offset")
-        self._learn(event, onset or event.step, open=is_open, **({"step": onset} if onset and is_open else {}))
+        onset, state = _whole(event.data.get("onset"), 0), event.data.get("state")
+        begins = {"step": onset} if onset and state == "open" else {}  # one that recurs began where it did at first
+        self._learn(event, onset or event.step, open=state not in ("recovered", "offset"), **begins)
 
     # -- commands
 
