@@ -216,7 +216,7 @@ enabled = false
 [notify]
 command = "sleep 1.5; echo $GUARDRAIL_EVENT >> {out}"
 [fake]
-steps = 12
+steps = 100
 fault = "exit"
 """
     )
