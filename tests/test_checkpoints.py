@@ -27,6 +27,7 @@ from guardrail.torch import commit as commit_module
 from guardrail.torch import rng
 from guardrail.torch import shards as shards_module
 from guardrail.torch.checkpoints import INVALID, CheckpointEvent, CheckpointStore
+from guardrail.torch.loading import CheckpointLoader
 from guardrail.torch.retention import superfluous
 from guardrail.torch.snapshots import CANDIDATE, GOOD, SUSPECT, Snapshot, SnapshotRing
 from guardrail.torch.state import TrainingState
@@ -167,6 +168,22 @@ def reshard(rank: int, source: Path, target: Path, kind: str) -> dict[str, str]:
     other.save(run.take(4), {})
     assert other.wait(SECONDS)
     return checks
+
+
+def test_the_folder_is_there_before_another_rank_can_write_into_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A faster rank found no folder for its share, and none to say so in: rank 0 waited for it in vain."""
+    folder, seen = tmp_path / "new" / "checkpoints", []
+    gathered = CheckpointLoader.gathered
+
+    def looked(loader: CheckpointLoader, value: Any) -> list[Any]:
+        seen.append(folder.is_dir())
+        return gathered(loader, value)
+
+    monkeypatch.setattr(CheckpointLoader, "gathered", looked)
+    CheckpointStore(folder, Run(tmp_path / "run", "plain").state)
+    assert seen[-1]
 
 
 def whole(path: Path) -> dict[str, bytes]:

@@ -97,10 +97,11 @@ class CheckpointStore:
         self._waiting: _Save | None = None
         self._failed_at: float | None = None
         self._serial = 0
+        if rank == 0:  # before the others learn the name below, which they take as leave to write
+            folder.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
         # What makes the names of this start's temporary folders its own, on every rank.
         self._temporary = f"{TEMPORARY}{self._loader.gathered(secrets.token_hex(4))[0]}-"
         if rank == 0:
-            folder.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
             sweep(folder, spare=lambda name: name.startswith(self._temporary))
             self._infos = {path.name: _info_on_disk(path) for path in checkpoint_dirs(folder)}
 
