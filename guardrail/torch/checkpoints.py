@@ -21,7 +21,7 @@ from guardrail.files import FOLDER_MODE, TEMPORARY
 from guardrail.manifest import OPTIM, Manifest, Progress, checkpoint_dirs, read_manifest, verify
 from guardrail.records import Record, SnapshotInfo
 from guardrail.torch.background import Background
-from guardrail.torch.commit import Job, collect, commit, reason_of, remove, sweep, withdraw, write_share
+from guardrail.torch.commit import Job, SaveFailed, collect, commit, reason_of, remove, sweep, withdraw, write_share
 from guardrail.torch.loading import Allowed, CheckpointLoader, Loaded, Selection
 from guardrail.torch.retention import superfluous
 from guardrail.torch.snapshots import CANDIDATE, GOOD, SUSPECT, Snapshot
@@ -184,7 +184,7 @@ class CheckpointStore:
         snapshot, event = save.job.snapshot, None
         try:
             if save.superseded:
-                raise TimeoutError("superseded by a later save before its turn came")
+                raise SaveFailed("superseded by a later save before its turn came")
             event = self._saved(save)
         except BaseException as error:
             # Everything: SafetensorError, RuntimeError without errno, MemoryError, DCP's CheckpointException, which
