@@ -602,10 +602,6 @@ class Controller:
 
     # -- facts: outlive a rollback -------------------------------------------------------------------------------
 
-    def remember_rollback(self, rollback: Rollback) -> None:
-        """A rollback that was done."""
-        self.rollbacks.append(rollback)
-
     def pardon(self, stretches: Iterable[tuple[int, int]]) -> None:
         """Do not reject batches with a position in these stretches [first, last) again: a person took that back."""
         self.pardons += [(first, last) for first, last in stretches]

@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -262,14 +262,8 @@ class Supervisor:
         notifier = Notifier(
             settings, self.run_directory, say=self.chronicle.record, spawn=self.ranks.spared, since=time.time()
         )
-        stop = threading.Event()
-        thread = threading.Thread(target=notifier.work, args=(stop,), name="notifier", daemon=True)
-        thread.start()
-        try:
+        with _beside("notifier", notifier.work, seconds=4 * settings.seconds):
             yield
-        finally:
-            stop.set()
-            thread.join(timeout=4 * settings.seconds)
 
     # -- TensorBoard
 
@@ -279,14 +273,8 @@ class Supervisor:
         if not (self.tensorboard.enabled and self.launch.node_rank == 0):
             yield
             return
-        stop = threading.Event()
-        thread = threading.Thread(target=self._export, args=(stop,), name="tensorboard", daemon=True)
-        thread.start()
-        try:
+        with _beside("tensorboard", self._export, seconds=60):
             yield
-        finally:
-            stop.set()
-            thread.join(timeout=60)
 
     def _export(self, stop: threading.Event) -> None:
         try:
@@ -295,6 +283,19 @@ class Supervisor:
             tensorboard.export(self.run_directory, stop=stop)
         except Exception as error:
             self.chronicle.record("note", f"TensorBoard files are no longer written: {error!r}", text="tensorboard")
+
+
+@contextlib.contextmanager
+def _beside(name: str, work: Callable[[threading.Event], None], *, seconds: float) -> Iterator[None]:
+    """Do `work` on a thread until the block is left; then it is told to stop, and waited for so many seconds."""
+    stop = threading.Event()
+    thread = threading.Thread(target=work, args=(stop,), name=name, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=seconds)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -155,9 +155,9 @@ def done(step: int) -> Rollback:
 def test_the_budget_halts_and_healthy_steps_give_it_back() -> None:
     controller = Controller(GuardSection(rollbacks=2, healthy_after=100))
     step = warmed(controller)
-    controller.remember_rollback(done(step - 60))
+    controller.load_rollbacks([*controller.rollbacks, done(step - 60)])
     assert rejections(controller, step, 3)[-1].action is Action.ROLLBACK
-    controller.remember_rollback(done(step - 1))
+    controller.load_rollbacks([*controller.rollbacks, done(step - 1)])
     halt = rejections(controller, step, 3)[-1]
     assert halt.action is Action.HALT and "2 rollbacks without 100 healthy steps" in halt.reason
     controller.load_rollbacks([done(step - 200), done(step - 101)])  # exactly 100 steps were applied since
@@ -186,7 +186,7 @@ def test_ask_skips_by_itself_and_parks_before_a_rollback() -> None:
     assert [v.action for v in verdicts] == [Action.SKIP, Action.SKIP, Action.PAUSE]
     assert verdicts[-1].would is Action.ROLLBACK
     assert verdicts[-1].window == ((step - 2) * BATCH, (step + 2) * BATCH)
-    controller.remember_rollback(done(step - 1))
+    controller.load_rollbacks([*controller.rollbacks, done(step - 1)])
     assert rejections(controller, step, 3)[-1].would is Action.HALT
 
 
@@ -714,7 +714,7 @@ def test_where_the_state_is_to_blame_the_run_goes_back_at_once_and_leaves_nothin
     assert verdict.window == ((step - 2) * BATCH, (step - 2) * BATCH)
     assert "whatever the batch: go back before step" in verdict.reason and "leave nothing out" in verdict.reason
     # It is known from now on: no other replay, and no update left out in vain.
-    controller.remember_rollback(done(step - 1))
+    controller.load_rollbacks([*controller.rollbacks, done(step - 1)])
     again = controller.observe(obs(step, 9.0, 0.5))
     assert again.action is Action.ROLLBACK and not controller.wants_cause(again)
 

@@ -136,7 +136,7 @@ def test_a_widened_window_is_twice_as_long_and_a_function_of_the_onset() -> None
     for most, length in ((512, 8), (6, 6)):
         controller = Controller(GuardSection(window_max=most))
         step = warmed(controller)
-        controller.remember_rollback(done("rollback", step - 1))
+        controller.load_rollbacks([*controller.rollbacks, done("rollback", step - 1)])
         verdicts = [controller.observe(obs(step, 9.0, 0.5, first=(step - 1 + k) * BATCH, streak=k)) for k in range(3)]
         window = verdicts[-1].window
         # The plain one holds four batches: the one before the onset and three that were rejected.
@@ -153,7 +153,7 @@ def test_the_rungs_of_a_run_that_does_not_recover() -> None:
         said = rejected(controller, step, rung=rung)
         if rung != "halt":
             assert [action for action, _ in said] == [Action.SKIP, Action.SKIP, Action.ROLLBACK]
-            controller.remember_rollback(done(rung, step - 1))
+            controller.load_rollbacks([*controller.rollbacks, done(rung, step - 1)])
         else:
             assert said[-1][0] is Action.HALT and "have used up the rungs of guard.ladder" in said[-1][1]
 
@@ -209,7 +209,7 @@ def test_a_norm_that_stays_up_while_the_loss_is_as_usual_is_gone_back_for_once_a
     for step in range(1, 100):
         controller.observe(obs(step, noisy(2.0)(step), noisy(0.5, seed=1)(step)))
     assert high(controller, 100, 2.0) == [Action.SKIP, Action.SKIP, Action.ROLLBACK]
-    controller.remember_rollback(done("rollback", 99))
+    controller.load_rollbacks([*controller.rollbacks, done("rollback", 99)])
     assert high(controller, 100, 2.0) == [Action.SKIP, Action.SKIP, Action.APPLY]
     for step in range(101, 130):
         verdict = controller.observe(obs(step, noisy(2.0)(step), noisy(40.0, seed=1)(step)))
@@ -222,7 +222,7 @@ def test_a_norm_that_stays_up_is_not_accepted_where_the_loss_has_something_of_it
     controller = Controller(DEFAULT)
     for step in range(1, 100):
         controller.observe(obs(step, noisy(2.0)(step), noisy(0.5, seed=1)(step)))
-    controller.remember_rollback(done("rollback", 99))
+    controller.load_rollbacks([*controller.rollbacks, done("rollback", 99)])
     assert high(controller, 100, 2.3) == [Action.SKIP, Action.SKIP, Action.ROLLBACK]
 
 
@@ -234,7 +234,7 @@ def test_a_place_that_spikes_again_has_recurred() -> None:
         first = (step - 1) * BATCH
         said = [controller.observe(obs(step, 9.0, 0.5, first=first + BATCH * k, streak=k)) for k in range(3)]
         states += [verdict.incident_state for verdict in said]
-        controller.remember_rollback(done("rollback", step - 1))
+        controller.load_rollbacks([*controller.rollbacks, done("rollback", step - 1)])
     assert states == ["open", "", "", "", "", "recurred"]
     _, data = controller.incident_line(said[-1])
     assert data["state"] == "recurred" and data["curve"] == controller.incidents.curve is not None
