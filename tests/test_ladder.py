@@ -16,7 +16,7 @@ class Glitch(Loop):
     def __init__(self, *, at: int, times: int, cause: Cause, **settings: Any) -> None:
         super().__init__(factor=1e3, **settings)
         self.at, self.left = at, times
-        self.guard.judge = lambda step, verdict, reduced: self.judge(step, verdict, reduced, cause)
+        self.guard.verdicts.judge = lambda step, verdict, reduced: self.judge(step, verdict, reduced, cause)
 
     def judge(self, step: Step, verdict: Verdict, reduced: Reduced, cause: Cause) -> Diagnosis:
         assert verdict.action is not Action.APPLY and reduced.loss > 100 and step.verdict is verdict

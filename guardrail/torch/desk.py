@@ -154,7 +154,9 @@ class Desk:
         if guard.rank or guard.run is None:  # what the others remember of the journal holds no proposals
             return {"proposals": [{"choice": choice, "action": name} for choice, name in enumerate(names)], **data}
         try:
-            previews = choices(Scene.of(guard.run, status=guard.status()), verdict, first=batch.first, last=batch.last)
+            previews = choices(
+                Scene.of(guard.run, status=guard.account.status()), verdict, first=batch.first, last=batch.last
+            )
         except (OSError, GuardrailError):
             previews = []  # a disk that does not answer: the question is asked without the numbers
         told = {preview.command: msgspec.to_builtins(preview) | {"text": preview.sentence()} for preview in previews}
@@ -203,7 +205,7 @@ class Desk:
                 guard.set_mode(MODES[int(value)])
             case CommandKind.CHECKPOINT:
                 self._answer(kind, value)
-                guard.tiers.save_now(guard.facts)
+                guard.tiers.save_now(guard.timelines.facts)
             case CommandKind.SKIP:
                 self._skip(int(value))
             case CommandKind.ROLLBACK:
@@ -248,7 +250,7 @@ class Desk:
         ledger.restore(position)
         if last > first:
             reason = f"{batches} batches skipped by command"
-            guard.leave_out(
+            guard.quarantine.leave_out(
                 Span(first=first, last=last, cause="user", step=guard.step + 1, reason=reason, batches=batches)
             )
 
@@ -263,7 +265,7 @@ class Desk:
             refusal = f"there is no snapshot or valid checkpoint of {where}"
             return self._answer(CommandKind.ROLLBACK, value, refusal=refusal)
         self._answer(CommandKind.ROLLBACK, value)
-        return guard.roll_back(
+        return guard.timelines.roll_back(
             window=(target.cursor, end),
             onset=target.step + 1,
             reason=f"rollback to step {target.step} by command",
@@ -274,7 +276,7 @@ class Desk:
     def _undo(self, value: float) -> bool:
         """Take back the decision of one journal line, or the newest one of the guard; see guardrail.undoing."""
         guard = self._guard
-        found, lines = guard._shared(self._meant(None if math.isnan(value) else int(value)))
+        found, lines = guard.shared(self._meant(None if math.isnan(value) else int(value)))
         if isinstance(found, str):
             return self._answer(CommandKind.UNDO, value, refusal=found)
         assert found.first is not None
@@ -283,7 +285,7 @@ class Desk:
             refusal = f"no state from before line {found.of} is left"
             return self._answer(CommandKind.UNDO, value, refusal=refusal)
         self._answer(CommandKind.UNDO, value)
-        guard.undo(found, target, lines)
+        guard.timelines.undo(found, target, lines)
         return True
 
     def _meant(self, seq: int | None) -> tuple[Undoing | str, list[int]]:

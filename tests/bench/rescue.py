@@ -60,7 +60,7 @@ class _Rates:
 
     def __init__(self, trainer: Trainer) -> None:
         self.base_lrs = [1.0]
-        scheduler = trainer.guard._scheduler
+        scheduler = trainer.guard.scheduler
         planned = scheduler.schedule
         scheduler.schedule = lambda step: planned(step) * self.base_lrs[0]
 

@@ -1,0 +1,121 @@
+"""What a step has cost and shown: its row of metrics, and the run's status."""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+import torch
+
+from guardrail.records import Action, Phase, Status, Verdict
+from guardrail.torch.probes import Reduced
+from guardrail.torch.step import Step
+
+if TYPE_CHECKING:
+    from guardrail.torch.guard import Guard
+
+VERSIONS = {"python": platform.python_version(), "torch": torch.__version__, "guardrail": version("guardrail")}
+
+
+class Account:
+    """The books of one guard; `guarding` are the seconds that it took of the present step."""
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
+        self.row: dict[str, float] | None = None
+        self.guarding = 0.0
+        self._recent: list[tuple[float, int]] = []  # (seconds, tokens) of the last applied steps
+        self._guard_seconds = self._step_seconds = 0.0  # of all applied steps
+        self._started = time.time()
+
+    def begin(
+        self, step: Step, reduced: Reduced, verdict: Verdict, bands: dict[str, tuple[float, float]], lr: float
+    ) -> None:
+        """Begin the row of a step.
+
+        Args:
+            bands: signal -> (baseline, threshold) before this step was judged.
+            lr: learning rate that an update of this step is made with.
+        """
+        guard = self._guard
+        row: dict[str, float] = {
+            "step": step.number,
+            "timeline": guard.timeline,
+            "time": time.time(),
+            "first": step.batch.first,
+            "last": step.batch.last,
+            "lr": lr,
+            "tokens": reduced.tokens,
+            "step_time_max": max(reduced.step_times),
+            "slowest_rank": reduced.step_times.index(max(reduced.step_times)),
+            "verdict": list(Action).index(verdict.action),
+            "eval_loss": math.nan,
+            **reduced.signals(),
+        }
+        for signal, (baseline, threshold) in bands.items():
+            row[f"{signal}_baseline"], row[f"{signal}_threshold"] = baseline, threshold
+        self.row = row
+
+    def judged(self, action: Action) -> None:
+        """Another verdict than the first one came to be carried out."""
+        if self.row is not None:
+            self.row["verdict"] = list(Action).index(action)
+
+    def add(self, step: Step, reduced: Reduced) -> None:
+        """Times of this step, for the row and the status. The guard's own: reduction, verdict, copies, the row."""
+        guard = self._guard
+        seconds = time.perf_counter() - step.began
+        if self.row is not None:
+            self.row["step_time"], self.row["guard_time"] = seconds, self.guarding
+        if guard.heartbeat is not None:
+            guard.heartbeat.step_seconds = reduced.step_times[guard.rank]
+        if step.applied:
+            self._recent = [*self._recent[-19:], (seconds, reduced.tokens)]
+            self._guard_seconds += self.guarding
+            self._step_seconds += seconds
+
+    def measured(self, what: Callable[[], None]) -> None:
+        """Do something that only the guard needs: it is part of what it costs."""
+        began = time.perf_counter()
+        what()
+        self.guarding += time.perf_counter() - began
+
+    def flush(self) -> None:
+        """Write the row; harmless when there is none."""
+        guard = self._guard
+        if self.row is not None:
+            guard.recorder.row(self.row)
+            self.row = None
+
+    def status(self) -> Status:
+        """The present state for status.json; called by the heartbeat's thread."""
+        guard = self._guard
+        recent = self._recent
+        seconds, tokens = sum(s for s, _ in recent), sum(t for _, t in recent)
+        ahead = max(0, guard.total_steps - guard.step)
+        return Status(
+            run=guard.run.name if guard.run is not None else "",
+            phase=guard.phase or Phase.STEP,
+            step=guard.step,
+            total_steps=guard.total_steps,
+            cursor=guard.ledger.cursor,
+            timeline=guard.timeline,
+            mode=guard.mode,
+            durability=guard.recorder.durability,
+            question=guard.desk.question,
+            deadline=guard.desk.deadline,
+            default=guard.desk.default,
+            tokens=guard.tokens,
+            tokens_per_second=tokens / seconds if seconds else 0.0,
+            eta_seconds=ahead * seconds / len(recent) if recent else 0.0,
+            lr_factor=guard.effects(guard.step + 1).lr,
+            guard_share=self._guard_seconds / self._step_seconds if self._step_seconds else 0.0,
+            started=self._started,
+            world=guard.world,
+            versions=VERSIONS,
+            snapshots=guard.tiers.infos,
+        )

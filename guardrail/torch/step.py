@@ -1,0 +1,54 @@
+"""One try at an update, as a training loop meets it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from guardrail.ledger import Batch
+from guardrail.records import Verdict
+
+if TYPE_CHECKING:
+    from guardrail.torch.guard import Guard
+
+
+class Step:
+    """One try at an update. `number` is the step it becomes when it is applied."""
+
+    def __init__(self, guard: Guard, *, number: int, batch: Batch, began: float) -> None:
+        self._guard = guard
+        self.number = number
+        self.batch = batch
+        self.verdict: Verdict | None = None
+        self.applied = False
+        self.began = began
+
+    def finish(
+        self,
+        loss: Tensor,
+        *,
+        tokens: Tensor | float = 1.0,
+        nominal_tokens: float | None = None,
+        incomplete: bool = False,
+        signals: Mapping[str, Tensor | float] | None = None,
+    ) -> Verdict | None:
+        """Observe, decide, and apply the update or leave it out. Call once, on every rank, after the last backward.
+
+        Args:
+            loss: without `nominal_tokens` this rank's mean loss, whose gradients are in `.grad` (averaged over ranks,
+                as DDP and FSDP do); with it the SUM of this rank's token losses, 0-d.
+            tokens: label tokens behind the sum.
+            nominal_tokens: the number, summed over ranks, that the sums were divided by before backward. The guard
+                rescales the gradients by nominal / actual tokens, so that every token weighs the same.
+            incomplete: this rank was asked to stop and left micro-batches out: nothing is decided, the run ends.
+            signals: further numbers of this rank that `guard.signals` announces, 0-d; their mean over the ranks that
+                give one is watched. They travel in the step's one reduction.
+
+        Returns:
+            The verdict; None when a stop made the window incomplete.
+        """
+        if self.verdict is not None:
+            raise RuntimeError("step.finish was called twice")
+        return self._guard.finish(self, loss, tokens, nominal_tokens, incomplete, signals)

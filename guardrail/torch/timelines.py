@@ -1,0 +1,238 @@
+"""Where a run begins, goes on after a restart, and goes back to."""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from guardrail.errors import UsageError
+from guardrail.records import Phase, Span, Verdict
+from guardrail.torch import rng
+from guardrail.torch.account import VERSIONS
+from guardrail.torch.quarantine import amount
+from guardrail.torch.tiers import Restored, Target
+from guardrail.undoing import Undoing
+
+if TYPE_CHECKING:
+    from guardrail.torch.guard import Guard
+
+
+class Timelines:
+    """Start, resume, rollback and undo of one guard: each but the first opens a new timeline.
+
+    Args:
+        fixed_loss: loss on one fixed batch, same on every rank; stored with a checkpoint and compared after a resume.
+        lr_at: the scheduled learning rate as a function of the step, to be compared after a resume.
+        identity: fingerprints stored with a checkpoint. A resume on other "data" is refused, any other change noted.
+    """
+
+    def __init__(
+        self,
+        guard: Guard,
+        *,
+        fixed_loss: Callable[[], float] | None,
+        lr_at: Callable[[int], float] | None,
+        identity: dict[str, Any],
+    ) -> None:
+        self._guard = guard
+        self._fixed_loss, self._lr_at, self._identity = fixed_loss, lr_at, identity
+
+    def open(self) -> None:
+        """Begin, or go on where the newest valid checkpoint and the journal say."""
+        guard = self._guard
+        restored = guard.tiers.resume(guard.past)
+        if guard.past.started is None and restored is None:
+            self._begin()
+        else:
+            self._continue(restored)
+
+    def _begin(self) -> None:
+        guard = self._guard
+        guard.say(
+            "started",
+            f"training begins on {guard.world} rank{'s' if guard.world > 1 else ''}",
+            world=guard.world,
+            samples=guard.ledger.order.n_samples,
+            order_seed=guard.ledger.order.seed,
+            shuffled=guard.ledger.order.shuffled,
+            batch_size=guard.ledger.batch_size,
+            host=socket.gethostname(),
+            device=guard.probes.device.type,
+            versions=VERSIONS,
+            **self._identity,
+        )
+        guard.tiers.begin(self.facts, past=guard.past)
+
+    def _continue(self, restored: Restored | None) -> None:
+        """After a restart: the newest valid state of the present timeline, checked against what it says of itself."""
+        guard = self._guard
+        check: dict[str, str] = {}
+        if restored is not None:
+            self._adopt(restored.extra)
+            guard.controller.resumed()
+            check = restored.check | self._check_resume(restored.extra)
+        guard.timeline = guard.past.timeline + 1
+        where = f"checkpoint {restored.name}" if restored else "the beginning: no valid checkpoint was found"
+        guard.say(
+            "restarted",
+            f"continues at step {guard.step} from {where}",
+            checkpoint=restored.name if restored else "",
+            world=guard.world,
+            device=guard.probes.device.type,
+        )
+        if check:
+            wrong = [name for name, outcome in check.items() if outcome != "ok"]
+            message = f"resumed state differs in {', '.join(wrong)}" if wrong else "resumed state is what was saved"
+            guard.say("resume_check", message, **check)
+        guard.tiers.begin(
+            self.facts, past=guard.past, good=restored is None or restored.good, saved=restored is not None
+        )
+
+    def _check_resume(self, extra: dict[str, Any]) -> dict[str, str]:
+        """Which of schedule, data order and loss differ from what the checkpoint says (weights: see TrainingState)."""
+        guard = self._guard
+        check = {}
+        if self._lr_at is not None:
+            have, want = float(guard.optimizers[0].param_groups[0]["lr"]), self._lr_at(guard.step + 1)
+            good = math.isclose(have, want, rel_tol=0.01)
+            check["schedule"] = "ok" if good else f"learning rate {have:.4g}, the schedule says {want:.4g}"
+        ahead = self._order_ahead()
+        check["data"] = "ok" if extra.get("order_ahead") == ahead else "the sample order is another one"
+        for key, value in self._identity.items():
+            saved = extra.get("identity", {}).get(key, value)
+            if saved != value and key == "data":
+                raise UsageError(
+                    f"the data's fingerprint was {saved} when this run was saved and is {value} now: "
+                    "resuming would train on something else"
+                )
+            if saved != value:
+                guard.say("note", f"{key} is not what it was when {extra['step']} steps were saved")
+        stored = extra.get("fixed_loss")
+        if stored is not None and self._fixed_loss is not None:
+            now = self._fixed_loss()
+            same = now == stored if extra.get("world") == guard.world else math.isclose(now, stored, rel_tol=1e-3)
+            check["loss"] = "ok" if same else f"fixed batch gives {now!r}, was {stored!r}"
+        return check
+
+    def _order_ahead(self) -> list[int]:
+        ledger = self._guard.ledger
+        return ledger.order.samples(ledger.cursor, ledger.cursor + 8)
+
+    def roll_back(
+        self,
+        *,
+        window: tuple[int, int],
+        onset: int,
+        reason: str,
+        cause: str = "rollback",
+        target: Target | None = None,
+        verdict: Verdict | None = None,
+    ) -> bool:
+        """Go back to a state from before `window` and leave the window out. False: there is no such state.
+
+        The window depends on the onset alone, never on which state is at hand, so that a run which lost its ring in a
+        crash still makes the same batches afterwards.
+
+        Args:
+            verdict: that asks for it; its rung and remedies are on the same line.
+        """
+        guard = self._guard
+        guard.at(Phase.ROLLBACK)
+        target = target or guard.tiers.target(window[0], before_step=verdict.before_step if verdict else None)
+        if target is None:
+            guard.say("note", f"no valid state from before position {window[0]} to roll back to")
+            return False
+        left = guard.step
+        batches = max(1, round((window[1] - window[0]) / guard.ledger.batch_size))
+        span = Span(first=window[0], last=window[1], cause=cause, step=onset, reason=reason, batches=batches)
+        data = guard.quarantine.told(span)
+        out = f"out {amount(data)}" if span.last > span.first else "nothing out"
+        guard.say(
+            "rollback",
+            f"rolled back from step {left} to {target.step} ({target.tier}), left {out}",
+            to_step=target.step,
+            from_step=left,
+            onset=onset,
+            window=list(window),
+            tier=target.tier,
+            new_timeline=guard.timeline + 1,
+            rung=verdict.rung if verdict else "",
+            remedies=list(verdict.remedies) if verdict else [],
+            **data,
+        )
+        guard.ledger.leave_out(span)
+        self._adopt(guard.tiers.restore(target))
+        guard.timeline += 1
+        guard.controller.load_rollbacks(guard.past.rollbacks)
+        guard.tiers.rolled_back(self.facts, target)
+        return True
+
+    def undo(self, undoing: Undoing, target: Target, lines: Sequence[int]) -> None:
+        """Take a decision back: go to `target`, from before it, with its samples no longer left out.
+
+        The batches that it rejected are pardoned: what is found in them again is noted, and they are applied.
+
+        Args:
+            lines: seqs of all journal lines that this takes back.
+        """
+        guard = self._guard
+        guard.at(Phase.ROLLBACK)
+        guard.say(
+            "undo",
+            f"line {undoing.of} undone: back from step {guard.step} to {target.step} ({target.tier}), "
+            f"{undoing.positions} samples taken back",
+            lines=list(lines),
+            spans=list(undoing.spans),
+            pardons=[list(stretch) for stretch in undoing.pardons],
+            rollbacks=list(undoing.rollbacks),
+            samples=undoing.positions,
+            to_step=target.step,
+            from_step=guard.step,
+            tier=target.tier,
+            new_timeline=guard.timeline + 1,
+            incident=undoing.incident,
+        )
+        guard.ledger.take_back(undoing.spans)
+        self._adopt(guard.tiers.restore(target))
+        guard.timeline += 1
+        guard.controller.load_rollbacks(guard.past.rollbacks)
+        guard.controller.pardon(undoing.pardons)
+        guard.tiers.rolled_back(self.facts, target)
+
+    def _adopt(self, extra: dict[str, Any]) -> None:
+        """Take over what travelled with a snapshot besides tensors."""
+        guard = self._guard
+        guard.step = int(extra["step"])
+        guard.tokens = int(extra["tokens"])
+        guard.ledger.restore(extra["ledger"])
+        guard.controller.load_state_dict(extra["controller"])
+        rng.restore(extra["rng"])
+        if guard.updates is not None:
+            # A rank's own part, which means nothing among another number of ranks.
+            guard.updates.restore(
+                extra.get("update_square") if extra.get("world", guard.world) == guard.world else None
+            )
+
+    def facts(self, checkpoint: bool = False) -> dict[str, Any]:
+        """What travels with a snapshot besides tensors; for a checkpoint also what a resume is checked against."""
+        guard = self._guard
+        facts: dict[str, Any] = {
+            "step": guard.step,
+            "cursor": guard.ledger.cursor,
+            "timeline": guard.timeline,
+            "tokens": guard.tokens,
+            "ledger": msgspec.to_builtins(guard.ledger.state()),
+            "controller": guard.controller.state_dict(),
+            "rng": rng.capture(),
+        }
+        if guard.updates is not None:
+            facts["update_square"] = guard.updates.facts()
+        if checkpoint:
+            facts |= {"world": guard.world, "order_ahead": self._order_ahead(), "identity": self._identity}
+            if self._fixed_loss is not None:
+                facts["fixed_loss"] = self._fixed_loss()
+        return facts

@@ -1,0 +1,243 @@
+"""Carrying out what the controller has decided, with the reasons on the record first."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from guardrail.ledger import Batch
+from guardrail.records import LOSS, MAX_NAMED, Action, Cause, Diagnosis, Kind, Mode, Observation, Phase, Span, Verdict
+from guardrail.torch.attempt import Attempt
+from guardrail.torch.attribution import Attribution, Texts, attribute, told
+from guardrail.torch.blame import first_nonfinite
+from guardrail.torch.cause import CauseTest
+from guardrail.torch.desk import Answer
+from guardrail.torch.probes import Reduced
+from guardrail.torch.step import Step
+
+if TYPE_CHECKING:
+    from guardrail.torch.guard import Guard
+
+# (rejected try, its verdict, its numbers) -> the cause of its incident; a collective that leaves the run as it was.
+Judge = Callable[[Step, Verdict, Reduced], Diagnosis]
+
+
+class Verdicts:
+    """What one guard does with a judged step; the same on every rank.
+
+    Args:
+        texts: sample ids -> their texts as the model met them, for what is odd about them. Called on rank 0.
+        rerun: runs the forward passes of this rank's share of the last batch again, with the same dice.
+    """
+
+    def __init__(self, guard: Guard, *, texts: Texts | None, rerun: Callable[[], None] | None) -> None:
+        self._guard = guard
+        self._texts = texts if guard.rank == 0 else None
+        self._rerun = rerun
+        self.judge: Judge | None = self._find_cause if guard.replays is not None else None
+
+    def carry_out(self, step: Step, verdict: Verdict, reduced: Reduced, observation: Observation) -> Verdict:
+        """Explain and carry out; returns the verdict that was carried out, which a cause may have changed."""
+        guard = self._guard
+        guard.incident = verdict.incident
+        if verdict.action is not Action.APPLY:
+            guard.attempt.undo()
+        evidence = self._evidence(verdict)
+        verdict = self._reconsidered(step, verdict, reduced, observation)
+        if verdict.findings:
+            self._explain(step, verdict, evidence)
+        if verdict.incident_state:
+            message, data = guard.controller.incident_line(verdict)
+            guard.say("incident", message, **data)
+        match verdict.action:
+            case Action.APPLY:
+                self._apply(step, reduced)
+            case Action.SKIP:
+                self._skip(step, verdict)
+            case Action.OVERFLOW:
+                self._overflowed(step, verdict)
+            case Action.ROLLBACK:
+                self._roll_back_for(step, verdict)
+            case Action.PAUSE:
+                self._ask(step, verdict, reduced, observation)
+            case Action.RETRY:  # the ledger has not moved: the same batch is formed again
+                guard.gate.leave_out()
+            case Action.HALT:
+                guard.gate.leave_out()
+                self._halt(verdict)
+        return verdict
+
+    def _reconsidered(self, step: Step, verdict: Verdict, reduced: Reduced, observation: Observation) -> Verdict:
+        """The verdict in the light of its incident's cause, which is on the record before anything takes effect."""
+        guard = self._guard
+        if self.judge is None or not guard.controller.wants_cause(verdict):
+            return verdict
+        diagnosis = self.judge(step, verdict, reduced)
+        guard.say(
+            "cause",
+            f"cause of incident {verdict.incident}: {diagnosis.cause.value}: {diagnosis.reason}",
+            **msgspec.to_builtins(diagnosis),
+            incident=verdict.incident,
+            at_step=step.number,
+        )
+        step.verdict = guard.controller.reconsider(observation, verdict, diagnosis)
+        guard.account.judged(step.verdict.action)
+        return step.verdict
+
+    def _find_cause(self, step: Step, verdict: Verdict, reduced: Reduced) -> Diagnosis:
+        guard = self._guard
+        assert guard.replays is not None
+        return CauseTest(guard.replays, ledger=guard.ledger, ring=guard.tiers.ring).run(
+            step.batch,
+            verdict=verdict,
+            reduced=reduced,
+            applied=guard.controller.applied,
+            keep_gradients=guard.mode is Mode.ASK,  # a person may have the update applied all the same
+        )
+
+    def _apply(self, step: Step, reduced: Reduced) -> None:
+        guard = self._guard
+        effects = guard.effects(step.number)
+        if effects.reset:
+            guard.gate.reset_moments()
+        factor = guard.gate.factor(reduced, embed_alpha=effects.embed_alpha, clip=effects.clip)
+        if guard.updates is not None:
+            guard.account.measured(guard.updates.before)
+        guard.gate.apply(factor, lr_factor=effects.lr, embed_alpha=effects.embed_alpha)
+        if guard.updates is not None:
+            guard.account.measured(guard.updates.after)
+        if guard.loss_scale is not None:
+            guard.loss_scale.update(overflow=False)
+        if guard.scheduler is not None:
+            guard.scheduler.step()
+        step.applied = True
+        guard.step = step.number
+        guard.tokens += reduced.tokens
+        guard.ledger.passed(step.batch, applied=True)
+        guard.state.settle()
+
+    def _skip(self, step: Step, verdict: Verdict) -> None:
+        guard = self._guard
+        guard.gate.leave_out()
+        batch, reason = step.batch, verdict.reason
+        span = Span(first=batch.first, last=batch.last, cause="rejected", step=step.number, reason=reason)
+        named = self._attribution(batch, verdict)
+        if named is None:
+            guard.quarantine.leave_out(span, verdict.remedies)
+        else:
+            span = msgspec.structs.replace(span, positions=named.positions)
+            documents = guard.quarantine.describe
+            samples = told(named, ledger=guard.ledger, texts=self._texts, documents=documents)
+            guard.quarantine.leave_out(span, verdict.remedies, samples=samples)
+        if not span.positions:
+            guard.ledger.passed(batch, applied=False)
+        # Else it is given back, and the next batch is formed from the same place without those samples.
+
+    def _attribution(self, batch: Batch, verdict: Verdict) -> Attribution | None:
+        """The samples that a skipped batch owes its trouble to, where a replay has shown that it is the data."""
+        guard = self._guard
+        cause = guard.controller.causes.get(verdict.incident) if verdict.incident is not None else None
+        if guard.replays is None or cause is None or verdict.action is not Action.SKIP:
+            return None
+        if cause.cause not in (Cause.DATA, Cause.DATA_AND_STATE):
+            return None
+        applied = guard.controller.applied
+        return attribute(batch, verdict=verdict, replays=guard.replays, ledger=guard.ledger, applied=applied)
+
+    def _overflowed(self, step: Step, verdict: Verdict) -> None:
+        """Leave the update out at a lower loss scale. The data is not to blame, so nothing is quarantined."""
+        guard = self._guard
+        assert guard.loss_scale is not None
+        guard.gate.leave_out()
+        scale = guard.loss_scale.update(overflow=True)
+        batch = step.batch
+        passed = f"positions {batch.first} to {batch.last - 1} are passed by"
+        guard.say("note", f"{verdict.reason}: {passed}, and it is {scale:g} now", overflow=True, loss_scale=scale)
+        guard.ledger.passed(batch, applied=False)
+
+    def _roll_back_for(self, step: Step, verdict: Verdict) -> None:
+        guard = self._guard
+        assert verdict.window is not None
+        guard.gate.leave_out()
+        onset = verdict.onset or step.number
+        if not guard.timelines.roll_back(window=verdict.window, onset=onset, reason=verdict.reason, verdict=verdict):
+            self._halt(verdict)
+
+    def _halt(self, verdict: Verdict) -> None:
+        guard = self._guard
+        guard.end(Phase.HALTED, verdict.reason)
+        if verdict.onset is not None:
+            # A resume must not begin with what made the guard give up.
+            guard.tiers.suspect_from(verdict.onset)
+
+    def _ask(self, step: Step, verdict: Verdict, reduced: Reduced, observation: Observation) -> None:
+        """Park with the gradients kept, until a person (or the deadline) has decided."""
+        guard = self._guard
+        would = verdict.would or Action.ROLLBACK
+        asked = time.perf_counter()
+        answer = guard.desk.park(f"{verdict.reason}; proposed: {would.value}", verdict=verdict, batch=step.batch)
+        step.began += time.perf_counter() - asked  # a person's time is not the step's
+        if answer is Answer.GO_ON and math.isfinite(reduced.loss) and math.isfinite(reduced.grad_norm):
+            guard.controller.overrule(observation)
+            guard.attempt.redo()
+            self._apply(step, reduced)
+            guard.account.judged(Action.APPLY)
+        elif answer is Answer.GO_ON:
+            self._skip(step, verdict)
+        elif answer is Answer.AS_PROPOSED and would is Action.ROLLBACK:
+            self._roll_back_for(step, verdict)
+        elif answer is Answer.AS_PROPOSED:
+            guard.gate.leave_out()
+            self._halt(verdict)
+        else:  # stopped, rolled back or skipped by hand: it is done
+            guard.gate.leave_out()
+
+    def _evidence(self, verdict: Verdict) -> dict[str, Any]:
+        """Where non-finite numbers come from: parameters of a gradient on every rank, the module of a loss."""
+        guard = self._guard
+        data: dict[str, Any] = {}
+        nonfinite = {f.signal for f in verdict.findings if f.kind in (Kind.NONFINITE, Kind.SCALE_COLLAPSE)}
+        if nonfinite - {LOSS}:
+            named = guard.gathered(guard.probes.names_of_nonfinite())
+            data["parameters"] = {str(r): names[:MAX_NAMED] for r, names in enumerate(named) if names}
+        if LOSS in nonfinite and self._rerun is not None:
+            modules = {str(rank): name for rank, name in enumerate(guard.gathered(self._culprit(self._rerun))) if name}
+            if modules:
+                data["modules"] = modules
+        return data
+
+    def _explain(self, step: Step, verdict: Verdict, evidence: dict[str, Any]) -> None:
+        """The verdict with what led to it."""
+        guard = self._guard
+        reason = verdict.reason
+        if modules := evidence.get("modules"):
+            reason += "; first non-finite output: " + ", ".join(f"{m} on rank {r}" for r, m in modules.items())
+        noted = verdict.action is Action.APPLY and verdict.would is None
+        kind, what = ("finding", "step") if noted else ("verdict", f"{verdict.action.value} at step")
+        guard.say(
+            kind,
+            f"{what} {step.number}: {reason}",
+            action=verdict.action.value,
+            would=verdict.would.value if verdict.would else None,
+            findings=list(verdict.findings),
+            onset=verdict.onset,
+            window=list(verdict.window) if verdict.window else None,
+            incident=guard.incident,
+            batch=[step.batch.first, step.batch.last],
+            at_step=step.number,
+            **evidence,
+        )
+
+    def _culprit(self, rerun: Callable[[], None]) -> str:
+        state = self._guard.state
+        aside = Attempt(state)
+        aside.begin()
+        try:
+            return first_nonfinite(state.model, rerun)
+        finally:
+            aside.undo()
+            state.settle()
