@@ -17,14 +17,14 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from msgspec import convert, structs
+from msgspec import Struct, convert, structs
 
 from guardrail.advice import Advice
 from guardrail.config import GuardSection, RungSection
-from guardrail.detectors.base import Detector
+from guardrail.detectors.base import Detector, Jumps
 from guardrail.detectors.divergence import Divergence
 from guardrail.detectors.growth import CLIMB
 from guardrail.detectors.no_tokens import NoTokens
@@ -76,12 +76,19 @@ NORMS = frozenset({Kind.GRAD_SPIKE, Kind.EMBED_SPIKE})
 QUIET = 0.5  # share of the way to its limit below which a loss has nothing of it
 
 
-class Applied(NamedTuple):
+class Applied(Struct, frozen=True, gc=False):
     """A batch whose update was applied."""
 
     step: int
     first: int
     last: int
+
+
+class Watch(NamedTuple):
+    """The detectors of a step's signals; what each step asks of them is looked up once."""
+
+    observe: tuple[Callable[[Observation], list[Finding]], ...]
+    accept: tuple[Callable[[Observation, Sequence[Jumps]], None], ...]
 
 
 class Controller:
@@ -97,7 +104,7 @@ class Controller:
         self.mode = settings.mode if mode is None else mode
         self._no_tokens = NoTokens()
         self.detectors = build(settings)
-        self._by_signals: dict[tuple[str, ...], tuple[Detector, ...]] = {}
+        self._by_signals: dict[tuple[str, ...], Watch] = {}
         self.incidents = Incidents(confirm=settings.confirm)
         self.rollbacks: list[Rollback] = []
         self.causes: dict[int, Diagnosis] = {}  # of incidents, as far as a replay has told them
@@ -133,10 +140,10 @@ class Controller:
             self._went_back(obs.step)
         if self.mode is Mode.ADVISE and self._advice.left_out:
             obs = structs.replace(obs, streak=len(self._advice.left_out))
-        concerned = self._concerned(obs)
+        watch = self._watch(obs)
         if obs.tokens > 0:
-            for detector in concerned:
-                if found := detector.observe(obs):
+            for observe in watch.observe:
+                if found := observe(obs):
                     findings += found
             if self._resumed:
                 findings += self._after_resume(obs)
@@ -144,10 +151,10 @@ class Controller:
             # Without a label token the loss is 0/0: every other claim about it would be noise.
             findings = self._no_tokens.observe(obs)
         if not findings:
-            return self._healthy(obs, concerned)
+            return self._healthy(obs, watch)
         evidence = self._foremost(by_severity(findings))
         if evidence[0].severity is Severity.NOTE:
-            return self._healthy(obs, concerned, evidence, f"noted: {evidence[0].sentence()}")
+            return self._healthy(obs, watch, evidence, f"noted: {evidence[0].sentence()}")
         if self._pardoned(obs, evidence):
             return self._pardon(obs, evidence)
         return self._rejected(obs, evidence)
@@ -157,41 +164,42 @@ class Controller:
         named = [finding for finding in findings if NAMED + finding.signal in self.detectors]
         return tuple(f for f in findings if f not in named[MOST_NAMED:])
 
-    def _concerned(self, obs: Observation) -> tuple[Detector, ...]:
+    def _watch(self, obs: Observation) -> Watch:
         """The detectors that watch one of the step's signals; most logs hold few of them."""
         names = tuple(obs.signals)
-        concerned = self._by_signals.get(names)
-        if concerned is None:
+        watch = self._by_signals.get(names)
+        if watch is None:
             for signal in names:
                 if signal not in USUAL and NAMED + signal not in self.detectors:
                     self.detectors[NAMED + signal] = build_named(signal, self.settings)
-            watching = (
+            concerned = [
                 d for d in self.detectors.values() if not d.signals or not obs.signals.keys().isdisjoint(d.signals)
-            )
-            concerned = self._by_signals[names] = tuple(watching)
-        return concerned
+            ]
+            watch = Watch(tuple(d.observe for d in concerned), tuple(d.accept for d in concerned))
+            self._by_signals[names] = watch
+        return watch
 
     def _healthy(
         self,
         obs: Observation,
-        concerned: tuple[Detector, ...],
+        watch: Watch,
         findings: tuple[Finding, ...] = (),
         reason: str = "",
     ) -> Verdict:
         left_out = self._advice.left_out
-        for detector in concerned:
-            detector.accept(obs, left_out)
+        for accept in watch.accept:
+            accept(obs, left_out)
         self._history.append(Applied(obs.step, obs.first, obs.last))
         loss = obs.signals.get(LOSS)
         if loss is not None and math.isfinite(loss):
             self._losses.append((obs.step, loss))
         self._overflows = 0
         self._advice.accepted()
+        if not self.incidents.open and not findings:
+            return Verdict(action=Action.APPLY, step=obs.step)
         number, state = self.incidents.healthy(
             obs.step, self._losses if self.incidents.open else (), every_step=self.mode is not Mode.ADVISE
         )
-        if number is None and not findings:
-            return Verdict(action=Action.APPLY, step=obs.step)
         return Verdict(
             action=Action.APPLY,
             step=obs.step,
@@ -349,7 +357,7 @@ class Controller:
             for f in findings
         )
         reason = f"level shift: {findings[0].sentence()}, again behind a rollback while the loss is as usual: accepted"
-        return self._healthy(obs, self._concerned(obs), notes, reason)
+        return self._healthy(obs, self._watch(obs), notes, reason)
 
     # -- the cause -----------------------------------------------------------------------------------------------
 
@@ -568,7 +576,7 @@ class Controller:
         """JSON-able; floats are exact through `repr`. Independent of what is done with the controller afterwards."""
         return {
             "detectors": {name: detector.state_dict() for name, detector in self.detectors.items()},
-            "history": [list(batch) for batch in self._history],
+            "history": [list(structs.astuple(batch)) for batch in self._history],
             "losses": [list(pair) for pair in self._losses],
             "overflows": self._overflows,
             "advice": self._advice.state_dict(),

@@ -88,7 +88,7 @@ class Divergence:
         _, reference, scale = self._lowest[0]
         rise = level - reference
         self._raised = rise > 0.5 * self.score * scale
-        self._shifted = rise > self.SHIFT * self.score * scale
+        self._shifted = self._raised and rise > self.SHIFT * self.score * scale
 
     def onset(self) -> int:
         """The step at which the present rise began; only meaningful while `raised`."""
@@ -105,8 +105,8 @@ class Divergence:
         if value is None or not 0.0 < value < math.inf:
             return
         y = math.log(value)
-        self._count += 1
-        recent = self._recent.sorted
+        self._count = count = self._count + 1
+        recent, scale = self._recent.sorted, self.baseline.scale
         self._recent.push(y)
         self._memory.append((obs.step, y))
         if len(recent) < self.steps:
@@ -114,13 +114,13 @@ class Divergence:
         level, lowest = recent[len(recent) >> 1], self._lowest
         while lowest and lowest[-1][1] >= level:
             lowest.pop()
-        lowest.append((self._count, level, self.baseline.scale))
-        if lowest[0][0] <= self._count - self.window:
+        lowest.append((count, level, scale))
+        if lowest[0][0] <= count - self.window:
             lowest.popleft()
         self._settle(level)
         if not self._shifted:
             self._up = 0
-        elif y > 0.5 * (self._lowest[0][1] + level):
+        elif y > 0.5 * (lowest[0][1] + level):
             self._up += 1
 
     def suspect_from(self) -> int | None:

@@ -32,7 +32,7 @@ class NonFinite:
         flagged = {}
         if obs.nonfinite_loss or obs.nonfinite_grad:
             flagged = {LOSS: obs.nonfinite_loss, GRAD_NORM: obs.nonfinite_grad}
-        findings = []
+        findings: list[Finding] = []
         for signal in WATCHED:
             value = signals.get(signal)
             if not flagged and (value is None or 0.0 < value <= ABSURD):

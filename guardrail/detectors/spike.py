@@ -146,7 +146,11 @@ class Spike:
             baseline.recentre()
         self._above = 0
         baseline.learn(y)
-        self._settle()
+        if baseline.count >= self.warmup:  # as `_settle`, without the call: each signal of each step comes by here
+            self._plain = plain = self.score * baseline.scale
+            self._note = NOTE_SHARE * plain
+        else:
+            self._settle()
 
     def _settle(self) -> None:
         """The log jumps over the centre that the next value meets: rejected, and worth a note."""

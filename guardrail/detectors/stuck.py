@@ -58,7 +58,7 @@ class Stuck:
 
     def accept(self, obs: Observation, left_out: Sequence[Jumps] = ()) -> None:
         value = obs.signals.get(self.signal)
-        if value is None or not math.isfinite(value):
+        if value is None or not -math.inf < value < math.inf:
             return
         if value == self._value:
             self._repeats += 1
@@ -67,7 +67,7 @@ class Stuck:
             elif self._repeats >= self._tell_at:
                 self._tell_at *= 2
             return
-        if not math.isnan(self._value):
+        if self._value == self._value:  # there was one before: NaN equals nothing
             self._values += 1 + self._repeats
             self._equal += self._repeats
         self._value, self._repeats = value, 0
