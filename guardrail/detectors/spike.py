@@ -78,6 +78,8 @@ class Spike:
         self._above = 0  # accepted values in a row above the note line
         self._alone: float | None = None  # the jump of the last accepted value, if an outlier after ordinary ones
         self._last: deque[tuple[int, float]] = deque(maxlen=LOOK_BACK)  # (step, score) of the last accepted ones
+        self._plain: float  # log jump over the centre at which the next value is rejected
+        self._note: float  # and from which on it is worth a note
         self._settle()
 
     def observe(self, obs: Observation) -> list[Finding]:
