@@ -25,10 +25,12 @@ from guardrail.text import clean
 START_SECONDS = 30.0  # for the supervisor's first word; it needs 0.2 on an idle machine
 FRESH_SECONDS = 30.0  # a heartbeat younger than this, from another host, means that the run is alive
 
-# Settings that a resumed run may change: how it is run, not what it computes.
+# Settings that a resumed run may change: how it is run, not what it computes. On another mesh it is the same training
+# with additions in another order and other dice for dropout, which are functions of the data rank too.
 CHANGEABLE = (
     *("launch.", "guard.", "snapshots.", "checkpoint.", "tensorboard.", "notify."),
     *("train.steps", "train.epochs", "train.eval_every", "train.eval_batches"),
+    *("parallel.", "train.strategy", "train.micro_batch_size", "train.activation_checkpointing"),
 )
 
 

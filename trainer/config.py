@@ -240,6 +240,7 @@ class Config(Settings, frozen=True, kw_only=True):
         self.optim.check(self.model, strategy="fsdp" if self.layout.sharded else "ddp")
         self.layout.check_model(self.model, self.optim, self.train)
         self._check_pipeline()
+        self._check_sequence()
         check_objective(self.train.objective, self.model)
         if bool(self.train.steps) == bool(self.train.epochs):
             raise ConfigError(
@@ -300,6 +301,16 @@ class Config(Settings, frozen=True, kw_only=True):
                 key="train.micro_batch_size",
                 value=self.micro_batch_size,
                 hint=f"batch_size / (data ranks * micro_batch_size) is {self.micro_batches}",
+            )
+
+    def _check_sequence(self) -> None:
+        length, parts = self.data.sequence_length, self.layout.tp
+        if self.layout.sequence and length % parts:
+            raise ConfigError(
+                f"a multiple of parallel.tp ({parts}), whose ranks share out the tokens",
+                key="data.sequence_length",
+                value=length,
+                hint=f"nearest: {nearest(length, parts)}, or parallel.sequence_parallel = false",
             )
 
     def _check_batch(self) -> None:

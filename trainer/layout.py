@@ -28,6 +28,9 @@ class ParallelSection(Section, frozen=True, kw_only=True):
     dp_shard: Natural = 0
     # Ranks that share the work of each layer, heads and hidden units (Megatron-LM). They stand next to one another.
     tp: Positive = 1
+    # Tensor-parallel groups: share out the tokens of the residual stream as well, with its norms and dropout. As much
+    # traffic, and a part of the activations.
+    sequence_parallel: bool = False
     # Stages of a pipeline, each a stretch of the blocks, and the order in which it takes the micro-batches of a window:
     # GPipe, or one forward and one backward pass in turn (PipeDream-flush), which keeps fewer activations.
     pp: Positive = 1
@@ -46,6 +49,7 @@ class Layout(Struct, frozen=True, kw_only=True):
 
     Attributes:
         sharded: FSDP2 holds the state, be it on one shard; else DDP, or nothing on a single rank.
+        sequence: a tensor-parallel group shares out the tokens of the stream.
     """
 
     pp: int
@@ -53,6 +57,7 @@ class Layout(Struct, frozen=True, kw_only=True):
     dp_shard: int
     tp: int
     sharded: bool
+    sequence: bool
 
     @classmethod
     def of(cls, section: ParallelSection, *, world: int, strategy: str) -> Layout:
@@ -75,6 +80,7 @@ class Layout(Struct, frozen=True, kw_only=True):
             dp_replicate=replicate or rest,
             dp_shard=shard or rest,
             tp=section.tp,
+            sequence=section.sequence_parallel,
             sharded=strategy == "fsdp" or (shard or rest) > 1 or section.tp * section.pp > 1,
         )
         layout._check(section)
@@ -118,6 +124,10 @@ class Layout(Struct, frozen=True, kw_only=True):
                 raise ConfigError(expected, key=key, value=value, hint=hint)
 
     def _check(self, section: ParallelSection) -> None:
+        if self.sequence and self.tp == 1:
+            raise ConfigError(
+                "false, or parallel.tp above 1", key="parallel.sequence_parallel", value=True, hint="it splits nothing"
+            )
         if self.sharded:
             return
         for key, value in (("reshard_after_forward", True), ("cpu_offload", False)):
@@ -136,6 +146,13 @@ class Layout(Struct, frozen=True, kw_only=True):
     def stage(self, rank: int) -> int:
         """Which stage of the pipeline a rank has."""
         return rank // (self.data_ranks * self.tp)
+
+    def dice(self, rank: int) -> int:
+        """Which part of a micro-batch's pass a rank computes by dice of its own; equal where ranks compute the same.
+
+        Without sequence parallelism a tensor-parallel group drops the same entries of the stream, which it has whole.
+        """
+        return self.stage(rank) * self.tp + rank % self.tp if self.sequence else self.stage(rank)
 
     def holders(self, rank: int) -> range | None:
         """The ranks of the same stage; None: there is one stage."""

@@ -41,6 +41,7 @@ from trainer.parallel import (
     make_scaler,
     place_of,
     seed_micro_batch,
+    unwrapped,
 )
 from trainer.pipeline import Pipeline
 from trainer.stabilisers import ZClip
@@ -261,8 +262,8 @@ class Trainer:
 
     def _throw(self, index: int) -> None:
         """The dice of a micro-batch of the last step, on this rank."""
-        stage = self.config.layout.stage(self.rank)
-        seed_micro_batch(self.config.train.seed, self.micro_batches[index].position, self.data_rank, stage)
+        part = self.config.layout.dice(self.rank)
+        seed_micro_batch(self.config.train.seed, self.micro_batches[index].position, self.data_rank, part)
 
     # -- pipeline ------------------------------------------------------------------------------------------------
 
@@ -279,7 +280,7 @@ class Trainer:
             micro_batches=config.micro_batches,
             rows=config.micro_batch_size,
             length=config.data.sequence_length,
-            width=config.model.width,
+            stream=(config.data.sequence_length // unwrapped(self.model).stream_parts, config.model.width),
             outputs=len(columns(vocabulary, place=self.rank % config.layout.tp, ranks=config.layout.tp)),
             device=self.device,
             begin=self._throw,

@@ -170,7 +170,8 @@ def _shard(model: Decoder, config: Config, accelerator: Accelerator) -> Decoder:
         policy = root_policy = MixedPrecisionPolicy()
     whole = _mesh(config.layout, accelerator.device)
     if config.layout.tp > 1:
-        model.loss_sum = tensor_parallel.split(model, whole["tp"])  # type: ignore[assignment]
+        split = tensor_parallel.split(model, whole["tp"], sequence=config.layout.sequence)
+        model.loss_sum = split  # type: ignore[assignment]
     if config.layout.pp > 1:
         place = Place(stage=whole.get_local_rank("pp"), stages=config.layout.pp, group=whole.get_group("pp"))
         model.place = place  # type: ignore[assignment]
@@ -246,12 +247,12 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def seed_micro_batch(seed: int, position: int, rank: int, stage: int = 0) -> None:
-    """Make every draw of the next forward pass a function of (seed, position of its first sample, rank, stage).
+def seed_micro_batch(seed: int, position: int, rank: int, part: int = 0) -> None:
+    """Make every draw of the next forward pass a function of (seed, position of its first sample, data rank, part).
 
     `torch.manual_seed` would do the same, and takes a stack trace to remember for a CUDA that is not there: 0.1 ms.
     """
-    value = mix64(seed, position, rank, stage) if stage else mix64(seed, position, rank)
+    value = mix64(seed, position, rank, part) if part else mix64(seed, position, rank)
     torch.default_generator.manual_seed(value)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(value)

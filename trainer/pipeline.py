@@ -74,7 +74,8 @@ def cut(model: Decoder, place: Place) -> None:
 
     def forward(x: Tensor) -> Tensor:
         x_BTD = model.embed(x) if place.first else x
-        x_BTD = model.run(model.blocks, x_BTD, Sight(mask=model.mask(x_BTD), rotary=model.rotary))
+        mask = model.mask(x_BTD.shape[1] * model.stream_parts, x_BTD.device)
+        x_BTD = model.run(model.blocks, x_BTD, Sight(mask=mask, rotary=model.rotary))
         return model.logits(x_BTD) if place.last else x_BTD
 
     model.forward = forward  # type: ignore[assignment, method-assign]
@@ -88,7 +89,8 @@ class Pipeline:
         place: of this rank.
         schedule: "gpipe" or "1f1b".
         micro_batches, rows, length: of a window: how many, B and T of each.
-        width: D. outputs: W, on the last stage.
+        stream: tokens and width of what travels between stages, T (with sequence parallelism a part of it) and D.
+        outputs: W, on the last stage.
         begin: called with the number of a micro-batch before its forward pass: throws the dice.
         loss: (number, logits, labels) -> what the backward pass begins with, on the last stage.
     """
@@ -102,18 +104,18 @@ class Pipeline:
         micro_batches: int,
         rows: int,
         length: int,
-        width: int,
+        stream: tuple[int, int],
         outputs: int,
         device: torch.device,
         begin: Callable[[int], None],
         loss: Callable[[int, Tensor, Tensor], Tensor],
     ) -> None:
-        self.model, self.place, self.width, self.device = model, place, width, device
+        self.model, self.place, self.stream, self.device = model, place, stream, device
         self._begin, self._loss = begin, loss
         self._begun = self._lost = 0
         self._training = False
         model.register_forward_pre_hook(self._before)
-        stream = torch.empty(rows, length, width, device="meta", requires_grad=True)
+        between = torch.empty(rows, *stream, device="meta", requires_grad=True)
         tokens = torch.empty(rows, length, dtype=torch.int64, device="meta")
         logits = torch.empty(rows, length, outputs, device="meta", requires_grad=True)
         stage = PipelineStage(
@@ -122,8 +124,8 @@ class Pipeline:
             place.stages,
             device,
             # Given here, so that torch runs no pass of its own to find them out, which would move dice and hooks.
-            input_args=tokens if place.first else stream,
-            output_args=logits if place.last else stream,
+            input_args=tokens if place.first else between,
+            output_args=logits if place.last else between,
             group=place.group,
         )
         self._schedule = SCHEDULES[schedule](stage, micro_batches, loss_fn=self._lose, scale_grads=False)
@@ -144,7 +146,7 @@ class Pipeline:
         """Logits of some rows, on the last stage; None on the others. Every rank of the pipeline calls it."""
         x = tokens
         if not self.place.first:
-            x = torch.empty(*tokens.shape, self.width, device=self.device)
+            x = torch.empty(len(tokens), *self.stream, device=self.device)
             dist.recv(x, group=self.place.group, group_src=self.place.stage - 1)
         y = cast(Tensor, self.model(x))
         if self.place.last:

@@ -4,7 +4,11 @@ Column-parallel: q, k, v, gate, up and the output matrix, whose outputs are spli
 partial sums the group adds up, and the embedding, of which a rank has some token ids. The residual stream, norms and
 position tables are whole on every rank, computed alike by all of them.
 
-Shape suffixes: B batch, T tokens, D width, N = B T, V vocabulary, W the ids of this rank.
+With sequence parallelism (Korthikanti et al. 2022) a rank has the stream of some tokens only, from the embedding to the
+output matrix, and norms and dropout work on those: where a sublayer begins the parts are gathered, where it ends the
+sum is scattered, which moves as many bytes as the sum over whole streams and keeps a part of the activations.
+
+Shape suffixes: B batch, T tokens (S of this rank), D width, N = B T, V vocabulary, W the ids of this rank.
 """
 
 from __future__ import annotations
@@ -16,10 +20,16 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 from trainer.model import Decoder
 from trainer.model.positions import Alibi
@@ -27,26 +37,35 @@ from trainer.objectives import IGNORED
 
 COLUMNS = ("attention.q", "attention.k", "attention.v", "feed_forward.gate", "feed_forward.up")
 ROWS = ("attention.out", "feed_forward.down")
+NORMS = ("attention_norm", "attention_after", "feed_forward_norm", "feed_forward_after")
 
 LossSum = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def split(model: Decoder, mesh: DeviceMesh) -> LossSum:
+def split(model: Decoder, mesh: DeviceMesh, *, sequence: bool = False) -> LossSum:
     """Split a freshly built model over the ranks of a 1-d mesh, in place; returns the loss of its split logits.
 
     `model(tokens)` gives [B, T, W] then: the logits of the token ids that this rank has.
+
+    Args:
+        sequence: the stream is split by tokens as well; its ranks have equal parts of T.
     """
     vocabulary = model.embedding.num_embeddings
+    stream: Placement = Shard(1) if sequence else Replicate()
     for block in model.blocks:
-        named = dict(block.named_modules())
-        plan: dict[str, Any] = {name: ColwiseParallel() for name in COLUMNS if name in named}
-        plan |= {name: RowwiseParallel() for name in ROWS}
-        parallelize_module(block, mesh, plan)
+        parallelize_module(block, mesh, _plan(block, stream))
+        if sequence and model.section.norm_place == "post":  # FSDP warns of a block that gives a view away
+            cast(nn.Module, block.feed_forward_norm).register_forward_hook(lambda _m, _i, x: x.clone())
     outer: dict[str, Any] = {"embedding": RowwiseParallel(input_layouts=Replicate())}
     if model.head is not None:
         outer["head"] = ColwiseParallel()
+    if model.norm is not None and sequence:
+        outer["norm"] = SequenceParallel(use_local_output=True)
     parallelize_module(model, mesh, outer)
-    model.project = partial(_project, model, mesh)  # type: ignore[method-assign]
+    model.project = partial(_project, model, mesh, stream)  # type: ignore[method-assign]
+    if sequence:
+        model.enter = partial(_enter, mesh)  # type: ignore[method-assign]
+        model.stream_parts = mesh.size()
     if isinstance(model.bias, Alibi):
         model.bias.slopes_H = model.bias.slopes_H.chunk(mesh.size())[mesh.get_local_rank()].clone()
     mine = columns(vocabulary, place=mesh.get_local_rank(), ranks=mesh.size())
@@ -59,11 +78,34 @@ def columns(vocabulary: int, *, place: int, ranks: int) -> range:
     return range(min(place * size, vocabulary), min((place + 1) * size, vocabulary))
 
 
-def _project(model: Decoder, mesh: DeviceMesh, x_BTD: Tensor) -> Tensor:
+def _plan(block: nn.Module, stream: Placement) -> dict[str, Any]:
+    """How each module of a block is split. `stream`: how the stream lies on the ranks between sublayers.
+
+    A sublayer gathers its input once for all of its matrices, and adds up their gradients before the ranks do.
+    """
+    named = dict(block.named_modules())
+    plan: dict[str, Any] = {name: ColwiseParallel() for name in COLUMNS if name in named}
+    plan |= {name: RowwiseParallel(output_layouts=stream) for name in ROWS}
+    for name, others in (("attention", (None,)), ("feed_forward", ())):
+        layouts, whole = (stream, *others), (Replicate(), *others)
+        plan[name] = PrepareModuleInput(input_layouts=layouts, desired_input_layouts=whole)
+    if stream.is_shard():
+        plan |= {name: SequenceParallel(use_local_output=True) for name in NORMS if name in named}
+    return plan
+
+
+def _enter(mesh: DeviceMesh, x_BTD: Tensor) -> Tensor:
+    """[B, S, D]: this rank's tokens of a stream that all ranks have computed alike."""
+    if x_BTD.shape[1] % mesh.size():
+        raise ValueError(f"{x_BTD.shape[1]} tokens cannot be shared out evenly by {mesh.size()} ranks")
+    return DTensor.from_local(x_BTD, mesh, [Replicate()]).redistribute(placements=[Shard(1)]).to_local()
+
+
+def _project(model: Decoder, mesh: DeviceMesh, stream: Placement, x: Tensor) -> Tensor:
     """Logits by the rows of the output matrix that are here. On the way back the parts of x's gradient are added up."""
     weight = cast(DTensor, (model.embedding if model.head is None else model.head).weight)
-    x_BTD = DTensor.from_local(x_BTD, mesh, [Replicate()]).to_local(grad_placements=[Partial()])
-    return F.linear(x_BTD, weight.to_local())
+    whole = DTensor.from_local(x, mesh, [stream]).redistribute(placements=[Replicate()])
+    return F.linear(whole.to_local(grad_placements=[Partial()]), weight.to_local())
 
 
 def loss_sum(logits_BTW: Tensor, labels_BT: Tensor, *, first: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:

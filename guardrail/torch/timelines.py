@@ -102,6 +102,7 @@ class Timelines:
             check["schedule"] = "ok" if good else f"learning rate {have:.4g}, the schedule says {want:.4g}"
         ahead = self._order_ahead()
         check["data"] = "ok" if extra.get("order_ahead") == ahead else "the sample order is another one"
+        same = extra.get("world") == guard.world  # ranks and configuration: then the arithmetic is the same to the bit
         for key, value in self._identity.items():
             saved = extra.get("identity", {}).get(key, value)
             if saved != value and key == "data":
@@ -110,12 +111,13 @@ class Timelines:
                     "resuming would train on something else"
                 )
             if saved != value:
+                same = False
                 guard.say("note", f"{key} is not what it was when {extra['step']} steps were saved")
         stored = extra.get("fixed_loss")
         if stored is not None and self._fixed_loss is not None:
             now = self._fixed_loss()
-            same = now == stored if extra.get("world") == guard.world else math.isclose(now, stored, rel_tol=1e-3)
-            check["loss"] = "ok" if same else f"fixed batch gives {now!r}, was {stored!r}"
+            good = now == stored if same else math.isclose(now, stored, rel_tol=1e-3)
+            check["loss"] = "ok" if good else f"fixed batch gives {now!r}, was {stored!r}"
         return check
 
     def _order_ahead(self) -> list[int]:

@@ -46,6 +46,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.section = section
+        self.stream_parts = 1  # ranks that share out the tokens of the stream
         self.embedding = Embedding(vocabulary, section.width)
         self.embedding_norm = norm(section) if section.embedding_norm else None
         self.rotary = (
@@ -127,7 +128,7 @@ class Decoder(nn.Module):
             blanks_BT: its place within its blank, 0 outside of one; None: all 0.
         """
         x_BTD = self.embed(tokens_BT, positions_BT, blanks_BT)
-        mask = self.mask(tokens_BT, prefix_B)
+        mask = self.mask(tokens_BT.shape[1], tokens_BT.device, prefix_B)
         sight = Sight(mask=mask, rotary=self.rotary, positions_BT=positions_BT)
         return self.logits(self.run(self.blocks, x_BTD, sight))
 
@@ -140,8 +141,13 @@ class Decoder(nn.Module):
             x_BTD = x_BTD + self.blank_positions(1, torch.zeros_like(tokens_BT) if blanks_BT is None else blanks_BT)
         if self.embedding_norm is not None:
             x_BTD = self.embedding_norm(x_BTD)
+        x_BTD = self.enter(x_BTD)
         if self.section.dropout:
             x_BTD = F.dropout(x_BTD, self.section.dropout, self.training)
+        return x_BTD
+
+    def enter(self, x_BTD: Tensor) -> Tensor:
+        """The part of the stream that this rank has; sequence parallelism puts its cut here."""
         return x_BTD
 
     @staticmethod
@@ -159,16 +165,11 @@ class Decoder(nn.Module):
     def project(self, x_BTD: Tensor) -> Tensor:
         return F.linear(x_BTD, self.embedding.weight) if self.head is None else cast(Tensor, self.head(x_BTD))
 
-    def mask(self, x: Tensor, prefix_B: Tensor | None = None) -> Tensor | None:
-        """What is added to the scores, [1 or B, 1 or H, T, T]; None for a plain causal row.
-
-        Args:
-            x: [B, T] or [B, T, D]: gives length and device.
-        """
+    def mask(self, length: int, device: torch.device, prefix_B: Tensor | None = None) -> Tensor | None:
+        """What is added to the scores of `length` tokens, [1 or B, 1 or H, T, T]; None for a plain causal row."""
         if self.bias is None and prefix_B is None:
             return None
-        length = x.shape[1]
-        at = torch.arange(length, device=x.device)
+        at = torch.arange(length, device=device)
         seen = (at <= at[:, None])[None, None]
         if prefix_B is not None:
             seen = seen | (at < prefix_B[:, None, None, None])

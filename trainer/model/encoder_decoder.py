@@ -41,7 +41,7 @@ class EncoderDecoder(Decoder):
             source_BS: what the encoder reads; None: the same tokens.
         """
         memory_BSD = self.encode(tokens_BT if source_BS is None else source_BS)
-        mask = self.mask(tokens_BT)
+        mask = self.mask(tokens_BT.shape[1], tokens_BT.device)
         sight = Sight(mask=mask, rotary=self.rotary, memory_BSD=memory_BSD)
         return self.logits(self.run(self.blocks[self.encoder_layers :], self.embed(tokens_BT), sight))
 
