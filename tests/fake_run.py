@@ -34,7 +34,7 @@ from guardrail.records import (
     Status,
 )
 from guardrail.rundir import RunDirectory
-from guardrail.tui.series import Track
+from guardrail.tui.series import AXES, Track, choosable
 from guardrail.tui.story import Digest
 from guardrail.tui.view import Snapshot
 
@@ -278,6 +278,7 @@ class FakeReader:
         self.sent: list[Command] = []
         self.previewed: list[Command] = []
         self.notes: list[str] = []
+        self.chosen: tuple[tuple[str, ...], str] = ((), "step")
         self.closed = False
         self._notify: Callable[[], None] = lambda: None
 
@@ -290,6 +291,9 @@ class FakeReader:
     def put(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
         self._notify()
+
+    def choose(self, signals: tuple[str, ...], axis: str) -> None:
+        self.chosen = (signals, axis)  # a snapshot made by hand holds all of them already
 
     def send(self, command: Command) -> None:
         self.sent.append(command)
@@ -306,11 +310,12 @@ class FakeReader:
 
 def snapshot_of(fake: FakeRun) -> Snapshot:
     """What a reader would make of the run."""
-    track, digest = Track(), Digest()
+    track, digest = Track(choosable(METRIC_COLUMNS), AXES), Digest()
     track.add(METRIC_COLUMNS, fake.rows)
     digest.add(fake.events)
     status = fake.status if fake.events else None
-    return Snapshot(fake.name, status=status, heard=fake.time, series=track.series(), story=digest.story())
+    return Snapshot(fake.name, status=status, heard=fake.time, series=track.series(), story=digest.story(),
+                    columns=METRIC_COLUMNS)  # fmt: skip
 
 
 class LiveRun:

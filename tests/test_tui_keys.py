@@ -18,11 +18,11 @@ from guardrail.records import Command, CommandKind, Mode, Phase
 from guardrail.rundir import check_command
 from guardrail.tui import keys
 from guardrail.tui.app import GuardrailApp
-from guardrail.tui.cockpit import Cockpit
-from guardrail.tui.dialogs import Choose, Confirm, Dialog, Number, Pager, Palette, Text
+from guardrail.tui.cockpit import MINE, Cockpit
+from guardrail.tui.dialogs import Choose, Confirm, Dialog, Number, Pager, Palette, Text, Toggle
 from guardrail.tui.lines import Lines
 from guardrail.tui.story import Answer
-from guardrail.tui.view import View
+from guardrail.tui.view import Snapshot, View
 from tests.fake_run import FakeReader, FakeRun, example, snapshot_of
 
 Script = Callable[[Pilot[None], FakeReader], Awaitable[None]]
@@ -143,36 +143,56 @@ async def test_a_command_that_would_be_refused_says_so_first() -> None:
     assert not (await act("u", script=look)).sent
 
 
-async def seen_after(*presses: str) -> tuple[object, ...]:
-    """What the screen is like after these keys, which must send nothing."""
-    seen: list[object] = []
-
-    async def look(pilot: Pilot[None], reader: FakeReader) -> None:
-        cockpit = pilot.app.screen_stack[0]
-        assert isinstance(cockpit, Cockpit)
-        shown = replace(cockpit.view, snapshot=reader.snapshot, message=("", ""))
-        seen.extend((repr(shown.states), replace(shown, states={}), type(pilot.app.screen), pilot.app.return_code))
-
-    done = await act(*presses, script=look)
-    assert not done.sent
-    return tuple(seen)
+def seen(app: App[None]) -> tuple[object, ...]:
+    """What the screen is like, for the viewer's part."""
+    cockpit = app.screen_stack[0]
+    assert isinstance(cockpit, Cockpit)
+    shown = replace(cockpit.view, snapshot=Snapshot("any"), message=("", ""))
+    return repr(shown.states), repr(replace(shown, states={})), type(app.screen), app.theme
 
 
 # Before some keys others are pressed, so that they have something to do.
 BEFORE = {"home": ["2", "down", "down"], "pageup": ["2", "end"], "up": ["2", "end"], "slash": ["2"], "enter": ["2"],
           "pagedown": ["2", "down"], "end": ["2"], "escape": ["2", "down"], "1": ["2"], "right": ["left", "left"],
           "minus": ["plus", "plus"], "less_than_sign": ["plus"], "full_stop": ["left"],
-          "greater_than_sign": ["plus", "plus", "less_than_sign", "less_than_sign"]}  # fmt: skip
+          "greater_than_sign": ["plus", "plus", "less_than_sign", "less_than_sign"],
+          "right_square_bracket": ["left_square_bracket", "left_square_bracket"]}  # fmt: skip
+LEAVING = ("q", "ctrl+c", "ctrl+q")
 
 
-@pytest.mark.parametrize("key", [name for key in keys.KEYS if not key.control for name in key.keys.split(",")])
-async def test_every_other_key_sends_nothing_and_does_something(key: str) -> None:
-    before = BEFORE.get(key, [])
-    with_key = await seen_after(*before, key)
-    if key in ("q", "ctrl+c", "ctrl+q"):
-        assert with_key[-1] == 0
-    else:
-        assert with_key != await seen_after(*before)
+async def test_every_other_key_sends_nothing_and_does_something() -> None:
+    """All keys in one session; before each the viewer looks at everything as at first."""
+
+    async def look(pilot: Pilot[None], reader: FakeReader) -> None:
+        app = pilot.app
+        cockpit = app.screen_stack[0]
+        assert isinstance(cockpit, Cockpit)
+        fresh = {name: getattr(View(reader.snapshot, 0.0), name) for name in MINE}
+        theme = app.theme
+        for key in [name for one in keys.KEYS if not one.control for name in one.keys.split(",")]:
+            if key in LEAVING:
+                continue
+            while len(app.screen_stack) > 1:
+                await app.pop_screen()
+            app.theme = theme
+            cockpit.look(**fresh)
+            await pilot.press(*BEFORE.get(key, []))
+            before = seen(app)
+            await pilot.press(key)
+            await pilot.pause()
+            assert seen(app) != before, f"{key} does nothing"
+
+    assert not (await act(script=look)).sent
+
+
+@pytest.mark.parametrize("key", LEAVING)
+async def test_leaving_stops_nothing(key: str) -> None:
+    codes: list[object] = []
+
+    async def look(pilot: Pilot[None], reader: FakeReader) -> None:
+        codes.append(pilot.app.return_code)
+
+    assert not (await act(key, script=look)).sent and codes == [0]
 
 
 def test_every_key_has_help_and_its_own_place() -> None:
@@ -197,7 +217,7 @@ def test_every_binding_of_a_dialog_is_explained() -> None:
     told = re.split(r"[\s,().;]+", " ".join(f"{shown} {text}" for shown, text in keys.DIALOG_KEYS))
     words = {"up": "↑", "down": "↓", "enter": "Enter", "escape": "Esc", "pageup": "PgUp", "pagedown": "PgDn",
              "ctrl+p": "Ctrl+P", "home": "Home", "end": "End", "space": "Space", "question_mark": "?"}  # fmt: skip
-    for dialog in (Dialog, Choose, Confirm, Number, Text, Palette, Pager):
+    for dialog in (Dialog, Choose, Toggle, Confirm, Number, Text, Palette, Pager):
         for binding in dialog.BINDINGS:
             for name in binding.key.split(","):  # type: ignore[union-attr]
                 assert words.get(name, name) in told, f"{dialog.__name__}: {name} is not in DIALOG_KEYS"

@@ -17,15 +17,17 @@ from textual.strip import Strip
 from guardrail.records import Mode, Phase, SnapshotInfo, Status
 from guardrail.tui import palette, panels
 from guardrail.tui.app import GuardrailApp
-from guardrail.tui.chart import GUTTER, chart_rows, spark_row, x_scale
+from guardrail.tui.axis import GUTTER, marks_of, next_event, x_scale
+from guardrail.tui.chart import chart_rows, spark_row
 from guardrail.tui.cockpit import Cockpit
 from guardrail.tui.format import clock, count, duration, metric, plural, size, spoken
 from guardrail.tui.health import health_of
 from guardrail.tui.lines import Lines, Row, change, fit, row, spread, title, width_of, wrap
+from guardrail.tui.palette import BAND
 from guardrail.tui.panes import incidents, log, snapshots
 from guardrail.tui.panes.state import State
 from guardrail.tui.panes.table import PANES
-from guardrail.tui.series import Series
+from guardrail.tui.series import AXES, Series
 from guardrail.tui.view import CHARTS, Snapshot, View
 from tests.fake_run import FakeReader, FakeRun, example, snapshot_of
 
@@ -205,13 +207,72 @@ def test_a_chart_fits_its_place(width: int, height: int) -> None:
         assert width_of(spark_row(view(), signal, width)) <= width
 
 
-def test_marks_on_the_axis() -> None:
-    rows = chart_rows(view(), "loss", 120, 16)
-    axis = text(rows[-2:-1])
-    scale_cell = GUTTER + 1200 // 6 // 2
-    assert "R2" in axis and abs(axis.index("R2") - scale_cell) <= 1, "six steps a dot, two dots a cell"
-    assert "S1" in axis and axis.count("C") == 2, "the checkpoint of step 1,200 gives way to the rollback"
-    assert "1,000" in text(rows[-1:])
+def test_marks_stand_on_the_curve_at_their_step() -> None:
+    rows = chart_rows(view(), "loss", 120, 24)
+    lines = text(rows).splitlines()
+    for mark, step in (("S1", 403), ("R2", 1200), ("C", 800)):
+        row, line = next((row, line) for row, line in enumerate(lines[1:-2], 1) if mark in line)
+        cell = line.index(mark)
+        assert abs(cell - (GUTTER + step // 6 // 2)) <= 1, "six steps a dot, two dots a cell"
+        below = [lines[row + at][cell] for at in (1, 2)]
+        assert any(0x2800 < ord(char) < 0x2900 for char in below), f"{mark} stands just above the curve: {below}"
+    assert text(rows).count("C") == 2, "the checkpoint of step 1,200 gives way to the rollback"
+    assert "1,000" in lines[-1]
+    small = text(chart_rows(view(), "grad_norm", 120, 24))
+    assert "R2" in small and "C" not in small, "what went wrong is on all curves, the rest on the enlarged one"
+
+
+def test_of_many_marks_the_gravest_are_seen() -> None:
+    fake = FakeRun().begin().advance(600, checkpoints=0)
+    for step in range(1, 600):
+        fake.step = step
+        fake.event("command", "lr applied", id=str(step), command="lr", value=0.5, effect="applied")
+    fake.step = 300
+    fake.not_a_number()
+    told = View(snapshot_of(fake), fake.time)
+    marks = marks_of(told, x_scale(told, 60), all_kinds=True)
+    assert len(marks) <= 60 and marks[0].letter == "S"
+    shown = text(chart_rows(told, "loss", 68, 16))
+    assert "S1" in shown and "!×0.5" in shown
+    assert next_event(told, 300, 1) == 301 and next_event(told, 1, -1) is None
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("span", [None, 20.0, 1e6])
+def test_marks_and_the_value_cursor_keep_to_their_step_on_every_axis(axis: str, span: float | None) -> None:
+    series = view().snapshot.series
+    told = replace(view(), axis=axis, span=span, at=1207.0)
+    scale = x_scale(told, 100)
+    for mark in marks_of(told, scale, all_kinds=True):
+        assert scale.first <= mark.x < scale.last
+        assert round(series.step_at(mark.x, axis)) in {403, 800, 1000, 1200}
+    assert scale.first <= series.along(axis)[-1] < scale.last, "the newest step is in sight"
+    assert "step 1,207" in text(chart_rows(told, "loss", 100, 16))
+
+
+def test_axes_count_only_what_was_learnt_and_from_the_first_row() -> None:
+    series = view().snapshot.series
+    tokens, seconds = series.along("tokens"), series.along("time")
+    assert tokens[-1] == view().snapshot.status.tokens, "rejected and rolled back rows taught nothing"
+    assert (np.diff(tokens) >= 0).all() and (np.diff(seconds) >= 0).all() and len(series.ghosts[-1].along("tokens"))
+    shown = text(chart_rows(replace(view(), axis="time"), "loss", 100, 16)[-2:])
+    assert shown.splitlines()[0].endswith("─ time") and shown.splitlines()[1].split()[0] == "0:00:00"
+
+
+def test_smoothing_is_a_line_on_a_pale_curve() -> None:
+    rows = chart_rows(replace(view(), smooth=1), "grad_norm", 100, 16)
+    tones = {tone.removesuffix(BAND) for line in rows for _, tone in line}
+    assert {"raw", "grad_norm"} <= tones and "smoothed" in text(rows[:1])
+    assert "raw" not in {tone.removesuffix(BAND) for line in chart_rows(view(), "loss", 100, 16) for _, tone in line}
+
+
+def test_a_signal_of_any_name_has_a_chart() -> None:
+    evil = "grad_norm/\x1b[31mblock [/red]" + "w" * 99
+    told = replace(view(), charts=("loss", evil), big=evil)
+    for height in (1, 4, 16):
+        assert all(width_of(line) <= 60 for line in chart_rows(told, evil, 60, height))
+    assert "not in the rows" in text(chart_rows(told, evil, 60, 16))
+    assert width_of(spark_row(told, evil, 80)) <= 80
 
 
 def test_the_title_says_the_value() -> None:

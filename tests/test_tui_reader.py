@@ -62,6 +62,25 @@ def test_only_news_is_published(run: RunDirectory) -> None:
     assert reader.latest().series is before.series
 
 
+def test_further_signals_and_another_axis_come_by_choice(run: RunDirectory, reading: RunReader) -> None:
+    until(lambda: reading.latest().loaded)
+    plain = reading.latest()
+    assert "lr" in plain.columns and "lr" not in plain.series.values and not plain.series.axes
+    run.append("rollback", "rolled back to 1000", to_step=1000, new_timeline=2, timeline=1, step=1284)
+    until(lambda: reading.latest().series.last_step == 1000)
+    reading.choose(("loss", "lr", "throughput"), "tokens")
+    until(lambda: "lr" in reading.latest().series.values)
+    series, expected = reading.latest().series, snapshot_of(example()).series
+    assert series.values["lr"].tolist() == expected.values["lr"][: len(series)].tolist()
+    assert series.along("tokens").tolist() == expected.along("tokens")[: len(series)].tolist()
+    assert series.last_step == 1000 and len(series.ghosts) == 2, "what was left stays left"
+    reading.choose(("loss",), "step")
+    reading.choose(("loss", "lr"), "tokens")
+    reading.send(Command(id="after", kind=CommandKind.PAUSE))  # comes after both on the same thread
+    until(lambda: bool(run.commands_pending()))
+    assert reading.latest().series is series, "what is kept already is not read again"
+
+
 def test_a_rollback_is_true_before_the_first_row_after_it(run: RunDirectory) -> None:
     """A paused run that is rolled back writes no row for hours."""
     reader = RunReader(run)

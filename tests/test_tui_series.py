@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from guardrail.records import METRIC_COLUMNS
 from guardrail.timelines import Timelines
-from guardrail.tui.series import Series, Track
+from guardrail.tui.series import Series, Track, choosable
 from tests.fake_run import FakeRun, example
 
 COLUMNS = ("step", "timeline", "loss", "grad_norm")
@@ -157,3 +157,33 @@ def test_columns_of_another_version() -> None:
     track.add(("novel",), np.array([[5.0]]))
     track.add(METRIC_COLUMNS, FakeRun().rows)
     assert track.series().step.tolist() == [1.0]
+
+
+def test_signals_and_axes_by_choice() -> None:
+    columns = ("step", "timeline", "loss", "lr", "tokens", "step_time", "time", "verdict", "grad_norm/block")
+    raw = np.array([[1, 0, 4.0, 1e-3, 100, 0.5, 50.0, 0, 2.0], [2, 0, 9.0, 1e-3, 100, 0.5, 51.0, 1, np.nan],
+                    [2, 0, 3.0, 1e-3, 100, 0.0, 49.0, 0, np.inf]])  # fmt: skip
+    track = Track(choosable(columns), ("tokens", "time"))
+    track.add(columns, raw)
+    series = track.series()
+    assert series.values["throughput"][:2].tolist() == [200.0, 200.0] and np.isnan(series.values["throughput"][2])
+    assert series.along("tokens").tolist() == [100, 100, 200], "a rejected row has taught nothing"
+    assert series.along("time").tolist() == [50, 51, 51], "a clock that was set back"
+    assert series.along("step") is series.step and series.along("unknown") is series.step
+    assert series.place(2, "tokens") == 200 and series.step_at(150, "tokens") == 2
+    assert series.bad["grad_norm/block"].tolist() == [False, False, True], "a NaN may be nothing that was measured"
+    assert series.at("grad_norm/block", 1) == 2.0 and math.isnan(series.last("grad_norm/block") or 0.0)
+    assert choosable(columns) == ("loss", "lr", "step_time", "grad_norm/block", "throughput")
+    track.add(columns, np.array([[2, 1, 2.5, 1e-3, 100, 0.5, 60.0, 0, 2.0]]))
+    assert track.series().along("tokens").tolist() == [100, 200] and track.series().end("tokens") == 200
+    assert track.series().ghosts[0].along("time").tolist() == [51, 51]
+
+
+def test_what_not_every_row_has_is_said_by_its_last_value() -> None:
+    columns = ("step", "timeline", "eval_loss")
+    values = np.full(20_000, np.nan)
+    values[[5, 9]] = 3.0, 2.5
+    track = Track(("eval_loss",))
+    track.add(columns, np.column_stack([np.arange(1.0, 20_001), np.zeros(20_000), values]))
+    series = track.series()
+    assert series.last("eval_loss") == 2.5 and series.at("eval_loss", 8) == 3.0 and series.at("eval_loss", 3) is None

@@ -114,7 +114,7 @@ def test_answers_and_marks_of_commands() -> None:
     )
     assert told.answers["a"].applied and told.answers["a"].step == 20
     assert not told.answers["b"].applied and told.answers["b"].reason == "no such state"
-    assert told.marks["!"] == ((20, ""),)
+    assert told.marks["!"] == ((20, "×0.5"),)
 
 
 def test_proposals_while_parked() -> None:

@@ -1,28 +1,27 @@
-"""A chart as rows: title, plot, and for the enlarged one an axis with marks. The drawing is raster's."""
+"""A chart as rows: title, plot with marks, and for the enlarged one an axis. The drawing is raster's and overlay's."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from guardrail.tui import raster
-from guardrail.tui.format import count, metric
-from guardrail.tui.lines import Lines, Piece, Row, fit, title
-from guardrail.tui.log import CHECKPOINT, COMMAND, INCIDENT, ROLLBACK, SKIP
+from guardrail.tui import axis, overlay, palette, raster
+from guardrail.tui.axis import GUTTER
+from guardrail.tui.format import count
+from guardrail.tui.lines import Lines, Piece, Row, fit, title, width_of
+from guardrail.tui.log import ROLLBACK
 from guardrail.tui.palette import BAND
 from guardrail.tui.raster import Ink
-from guardrail.tui.scales import XScale, nice, short
-from guardrail.tui.view import LABELS, View
+from guardrail.tui.scales import XScale, short
+from guardrail.tui.view import View, label_of
 
-GUTTER = 8  # cells left of the plot: a label of at most seven and the axis
-_LABEL_CELLS = 12  # distance of two labels of the x-axis, at least
-# A letter that falls on the same cell as another gives way to the graver one.
-_GRAVITY = (ROLLBACK, SKIP, INCIDENT, COMMAND, CHECKPOINT)
-_MARK_TONES = {ROLLBACK: "warn", SKIP: "warn", INCIDENT: "warn", COMMAND: "accent", CHECKPOINT: "good"}
+# Dot columns after which a value weighs half in the smoothed line.
+SMOOTHING = (0.0, 2.0, 8.0)
+SMOOTHINGS = ("off", "light", "strong")
 _TONES = {
     Ink.EMPTY: "plain",
     Ink.GHOST: "ghost",
@@ -32,15 +31,18 @@ _TONES = {
     Ink.GHOST_CLIP: "warn",
     Ink.GHOST_BAD: "bad",
     Ink.RULE: "faint",
+    Ink.WARN: "warn",
+    Ink.NEWS: "key",
+    Ink.GOOD: "good",
 }
 
 
 class Chart(Lines):
-    """One signal. A frame of the same rows at the same size is not computed again."""
+    """One signal, which may change. A frame of the same rows at the same size is not computed again."""
 
-    def __init__(self, signal: str) -> None:
-        super().__init__(self._chart, id=signal, classes="chart")
-        self.signal = signal
+    def __init__(self, slot: int) -> None:
+        super().__init__(self._chart, id=f"chart-{slot}", classes="chart")
+        self.signal = ""
         self._sources: tuple[object, ...] = ()
         self._settings: tuple[object, ...] = ()
         self._drawn: Sequence[Row] = ()
@@ -48,8 +50,9 @@ class Chart(Lines):
     def _chart(self, view: View, width: int, height: int) -> Sequence[Row]:
         snapshot, status = view.snapshot, view.status
         sources = (snapshot.series, snapshot.story.marks)
-        run = (status.total_steps, _checkpoints(view)) if status else ()
-        settings = (run, snapshot.loaded, view.big, view.logarithmic, view.span, view.end, view.at, width, height)
+        run = (status.total_steps, axis.checkpoints(view)) if status else ()
+        chosen = (self.signal, view.big, view.logarithmic, view.span, view.end, view.at, view.axis, view.smooth)
+        settings = (run, snapshot.loaded, snapshot.columns, *chosen, width, height)
         same = len(sources) == len(self._sources) and all(map(operator.is_, sources, self._sources))
         if not same or settings != self._settings:
             self._sources, self._settings = sources, settings
@@ -58,74 +61,67 @@ class Chart(Lines):
 
 
 def chart_rows(view: View, signal: str, width: int, height: int) -> list[Row]:
-    """Title and plot in `width` x `height` cells; the enlarged chart has an axis with marks and labels below."""
+    """Title and plot in `width` x `height` cells; the enlarged chart has an axis with labels below."""
     big = view.big == signal
-    axis = 2 if big and height >= 8 else 1 if big and height >= 5 else 0
+    below = 2 if big and height >= 8 else 1 if big and height >= 5 else 0
     head = _title(view, signal, width)
-    rows = height - 1 - axis
+    rows = height - 1 - below
     cells = width - GUTTER
     if rows < 1 or cells < 8:
         return [head][:height]
-    scale = x_scale(view, cells)
+    scale = axis.x_scale(view, cells)
     drawn = _plot(view, signal, scale, rows)
     nothing = not len(view.snapshot.series) and not view.snapshot.series.ghosts
     labels = {} if nothing else dict(drawn.ticks)
-    plot = [(_gutter(labels.get(y)), *_pieces(drawn, y, signal)) for y in range(rows)]
+    tones = _tones(view, signal)
+    plot = [(_gutter(labels.get(y)), *_pieces(drawn, y, tones)) for y in range(rows)]
     if nothing:
         text = "no steps yet" if view.snapshot.loaded else "reading the metrics"
         plot[rows // 2] = (_gutter(None), (text.center(cells), "dim"))
-    return [head, *plot, *_axis(view, scale, cells)[:axis]]
+    elif signal not in view.snapshot.series.values:
+        plot[rows // 2] = (_gutter(None), ("not in the rows of this run".center(cells), "dim"))
+    return [head, *plot, *axis.axis_rows(view, scale, cells)[:below]]
 
 
 def spark_row(view: View, signal: str, width: int) -> Row:
     """A signal in one row: name, last value, a curve of four dots' height."""
-    name, value = LABELS[signal], _value(view, signal)
-    head: Row = ((f" {name:<24}", "dim"), (f"{value[0]:>8} ", value[1]))
+    value = _value(view, signal)
+    name = fit((((label_of(signal)), "dim"),), 24)
+    head: Row = ((" ", "plain"), *name, (" " * (24 - width_of(name)), "plain"), (f"{value[0]:>8} ", value[1]))
     cells = width - 34
     if cells < 8:
         return fit(head, width)
-    scale = x_scale(view, cells)
-    return (*head, *_pieces(_plot(view, signal, scale, 1), 0, signal))
-
-
-def x_scale(view: View, cells: int) -> XScale:
-    """Common to all charts: from 0 to the last step, or to the end of the run once that fits nearly as well; or the
-    stretch that the viewer chose. One that follows the newest step moves on by a tenth of itself at a time.
-    """
-    last = view.snapshot.series.furthest
-    if view.span is not None:
-        dots = max(1, 2 * cells)
-        per_dot = XScale.fit(view.span, dots, least=1.0).per_dot
-        width = per_dot * dots
-        grid = max(1.0, math.floor(width / 10))
-        end = last if view.end is None else view.end
-        return XScale(max(0.0, math.ceil((end - width) / grid) * grid) + 0.5, per_dot, dots)
-    total = float(view.status.total_steps) if view.status else 0.0
-    if last <= total <= last * 1.25:
-        last = total
-    # Steps count from 1: half a step before it the axis begins, so that the last step of a full axis is on it.
-    return XScale.fit(last, 2 * cells, first=0.5)
+    scale = axis.x_scale(view, cells)
+    return (*head, *_pieces(_plot(view, signal, scale, 1), 0, _tones(view, signal)))
 
 
 def _plot(view: View, signal: str, scale: XScale, rows: int) -> raster.Plot:
-    series = view.snapshot.series
+    series, along = view.snapshot.series, axis.axis_of(view)
+    tall = rows > 1  # a curve of one row has no room for more than itself
     band: list[np.ndarray | None] = [None, None]
-    if rows > 1:
+    if tall:
         for index, part in enumerate(("baseline", "threshold")):
             values = series.values.get(f"{signal}_{part}")
-            band[index] = raster.sample(series.step, values, scale) if values is not None else None
-    rules = [scale.cell(step) for step, _ in view.snapshot.story.marks.get(ROLLBACK, ())] if rows > 1 else []
-    rules += [scale.cell(view.at)] if view.at is not None and rows > 1 else []
-    return raster.plot(
-        series.curve(signal),
+            band[index] = raster.sample(series.along(along), values, scale) if values is not None else None
+    rules = [step for step, _ in view.snapshot.story.marks.get(ROLLBACK, ())]
+    rules += [round(view.at)] if view.at is not None else []
+    curve = series.curve(signal, along)
+    drawn = raster.plot(
+        curve,
         scale,
         height=rows,
         log=signal in view.logarithmic,
-        ghosts=[ghost.curve(signal) for ghost in series.ghosts],
+        ghosts=[ghost.curve(signal, along) for ghost in series.ghosts],
         baseline=band[0],
         threshold=band[1],
-        rules=rules,
+        rules=[scale.cell(series.place(step, along)) for step in rules] if tall else [],
     )
+    if view.smooth and tall:
+        places = overlay.smoothed(curve, scale, drawn.scale, SMOOTHING[view.smooth])
+        overlay.draw_smoothed(drawn, places)
+    if tall:
+        overlay.put_marks(drawn, scale, axis.marks_of(view, scale, all_kinds=view.big == signal))
+    return drawn
 
 
 def _value(view: View, signal: str) -> Piece:
@@ -133,7 +129,9 @@ def _value(view: View, signal: str) -> Piece:
     value = series.last(signal) if view.at is None else series.at(signal, view.at)
     if value is None:
         return "–", "dim"
-    return ("× NaN", "bad") if math.isnan(value) else (short(value), "strong")
+    if math.isnan(value):
+        return ("× NaN", "bad")
+    return (short(value), "strong")
 
 
 def _title(view: View, signal: str, width: int) -> Row:
@@ -143,17 +141,26 @@ def _title(view: View, signal: str, width: int) -> Row:
     if threshold is not None and math.isfinite(threshold) and width >= 56:
         right.append((f"threshold {short(threshold)}   ", "threshold"))
     if view.at is not None:
+        there = axis.at_step(view, view.at)
+        right.append((f"{there}  " if there and width >= 40 else "", "warn"))
         right.append((f"step {count(view.at)}  ", "accent"))
     right.append(_value(view, signal))
-    name = LABELS[signal] + (" (log)" if signal in view.logarithmic else "")
+    ways = [name for name, on in (("log", signal in view.logarithmic), ("smoothed", view.smooth > 0)) if on]
+    name = label_of(signal) + (f" ({', '.join(ways)})" if ways else "")
     return title(name, width, right=tuple(right), tone="strong" if view.big == signal else "dim")
+
+
+def _tones(view: View, signal: str) -> dict[Ink, str]:
+    """The curve has its signal's colour; under a smoothed one the raw one is pale."""
+    curve = palette.tone_of(signal, view.charts)
+    return _TONES | ({Ink.LINE: "raw", Ink.SMOOTH: curve} if view.smooth else {Ink.LINE: curve})
 
 
 def _gutter(label: str | None) -> Piece:
     return (f"{label[: GUTTER - 1]:>{GUTTER - 1}}┤" if label else " " * (GUTTER - 1) + "│", "dim")
 
 
-def _pieces(drawn: raster.Plot, y: int, signal: str) -> Row:
+def _pieces(drawn: raster.Plot, y: int, tones: Mapping[Ink, str]) -> Row:
     """A row of cells as runs of one tone."""
     inks, band = drawn.inks[y].astype(np.int64), drawn.band[y]
     text = drawn.text(y)
@@ -161,48 +168,6 @@ def _pieces(drawn: raster.Plot, y: int, signal: str) -> Row:
     cuts = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(kinds)]
     pieces = []
     for first, end in itertools.pairwise(cuts):
-        ink = Ink(int(inks[first]))
-        tone = signal if ink is Ink.LINE else _TONES[ink]
+        tone = tones[Ink(int(inks[first]))]
         pieces.append((text[first:end], tone + BAND if band[first] else tone))
     return tuple(pieces)
-
-
-def _axis(view: View, scale: XScale, cells: int) -> list[Row]:
-    """The x-axis with ticks and marks, and the steps below the ticks."""
-    line: list[Piece] = [("─", "dim")] * cells
-    numbers = [" "] * cells
-    step = nice(scale.per_dot * 2 * _LABEL_CELLS)
-    at = math.ceil((scale.first - 0.5) / step) * step
-    while (cell := max(0, scale.cell(at))) < cells:
-        line[cell] = ("┬", "dim")
-        text = count(at) if scale.last < 1e6 else metric(at)
-        start = min(max(0, cell - len(text) // 2), cells - len(text))
-        if start >= 0 and all(c == " " for c in numbers[max(0, start - 1) : start + len(text) + 1]):
-            numbers[start : start + len(text)] = text
-        at += step
-    _put_marks(view, scale, line)
-    merged = [("".join(text for text, _ in group), tone) for tone, group in itertools.groupby(line, lambda p: p[1])]
-    corner = " " * (GUTTER - 1)
-    return [((corner + "└", "dim"), *merged), ((corner + " ", "dim"), ("".join(numbers), "dim"))]
-
-
-def _put_marks(view: View, scale: XScale, line: list[Piece]) -> None:
-    """Letters on the axis, with the incident's number where the cells beside are free."""
-    marks = dict(view.snapshot.story.marks)
-    marks[CHECKPOINT] = tuple((step, "") for step in _checkpoints(view))
-    taken: dict[int, str] = {}
-    for letter in _GRAVITY:
-        for at, label in marks.get(letter, ()):
-            cell = scale.cell(at)
-            if 0 <= cell < len(line) and taken.get(cell, letter) == letter:
-                taken[cell] = letter
-                line[cell] = (letter, _MARK_TONES[letter])
-                for offset, digit in enumerate(label, 1):
-                    if cell + offset < len(line) and cell + offset not in taken:
-                        line[cell + offset] = (digit, _MARK_TONES[letter])
-                        taken[cell + offset] = digit
-
-
-def _checkpoints(view: View) -> tuple[int, ...]:
-    """Only what one can still go back to; hundreds of pruned checkpoints would say nothing."""
-    return tuple(s.step for s in view.status.snapshots if s.tier == "disk") if view.status else ()

@@ -12,22 +12,25 @@ from textual.containers import Container, Vertical
 from textual.events import Click
 from textual.screen import Screen
 
-from guardrail.tui import keys, panels
-from guardrail.tui.chart import GUTTER, Chart, x_scale
+from guardrail.tui import axis, keys, panels
+from guardrail.tui.axis import GUTTER
+from guardrail.tui.chart import SMOOTHINGS, Chart
 from guardrail.tui.commanding import Commanding
 from guardrail.tui.controls import Desk
-from guardrail.tui.dialogs import Dialog, Pager, Palette, Text
+from guardrail.tui.dialogs import Dialog, Pager, Palette, Text, Toggle
 from guardrail.tui.layout import Layout, arrange
 from guardrail.tui.lines import Lines, Row
 from guardrail.tui.panes.incidents import newest
 from guardrail.tui.panes.log import log_rows
 from guardrail.tui.panes.state import State
 from guardrail.tui.panes.table import BY_NAME, CURVES, NAMES, PANES, Pane
-from guardrail.tui.scales import XScale
-from guardrail.tui.view import CHARTS, View
+from guardrail.tui.scales import XScale, short
+from guardrail.tui.series import AXES, choosable
+from guardrail.tui.view import View, label_of
 
 # What the viewer chose, which a new view from the reader does not change.
-MINE = ("big", "logarithmic", "span", "end", "at", "focus", "full", "states")
+MINE = ("charts", "big", "logarithmic", "axis", "smooth", "span", "end", "at", "focus", "full", "states")
+SLOTS = 6  # charts that can be in sight at once
 
 
 class PaneLines(Lines):
@@ -57,8 +60,8 @@ class Cockpit(Commanding, Screen[None]):
         yield Lines(panels.header, id="header")
         with Container(id="body"):
             with Container(id="charts"):
-                for signal in CHARTS:
-                    yield Chart(signal)
+                for slot in range(SLOTS):
+                    yield Chart(slot)
             yield Lines(panels.sparks, id="sparks")
             with Vertical(id="panes"):
                 for pane in PANES:
@@ -94,7 +97,7 @@ class Cockpit(Commanding, Screen[None]):
 
     def look(self, **changes: object) -> None:
         """The viewer looks at it in another way."""
-        moves = {"focus", "full", "big"} & changes.keys()
+        moves = {"focus", "full", "big", "charts", "axis"} & changes.keys()
         self.view = replace(self.view, **changes)  # type: ignore[arg-type]
         if moves:
             self._arrange()
@@ -103,19 +106,27 @@ class Cockpit(Commanding, Screen[None]):
     def _arrange(self) -> None:
         """Show what has a place at this size, in its place."""
         width, height = self.size
-        self.layout_now = found = arrange(width, height, self.view.focus, full=self.view.full, signals=len(CHARTS))
+        signals = self.view.charts
+        self.layout_now = found = arrange(width, height, self.view.focus, full=self.view.full, signals=len(signals))
         self.set_class(found.beside and bool(found.panes) and found.charts > 0, "-beside")
-        charts = self.query_one("#charts")
-        charts.display = found.charts > 0
-        charts.styles.grid_size_columns = max(1, found.columns)
-        shown = _in_sight(self.view.big, found.charts)
-        for chart in self.query(Chart):
-            chart.display = chart.signal in shown
-            chart.set_class(chart.signal == self.view.big and found.columns == 1, "big")
+        shown = _in_sight(self.view, found.charts)
+        grid = self.query_one("#charts")
+        grid.display = found.charts > 0
+        grid.styles.grid_size_columns = max(1, found.columns)
+        # Where charts stand in one column the enlarged one is a half higher than the others.
+        grid.styles.grid_rows = " ".join(
+            "3fr" if signal == self.view.big and found.columns == 1 else "2fr" for signal in shown or ("",)
+        )
+        for slot, chart in enumerate(self.query(Chart)):
+            chart.display = slot < len(shown)
+            chart.signal = shown[slot] if slot < len(shown) else ""
+        sparks = [signal for signal in signals if signal != self.view.big][: found.sparks]
+        self.query_one("#sparks").styles.height = max(1, len(sparks))
+        self.desk.choose((*shown, *sparks), self.view.axis)
         for lines in self.query(PaneLines):
             lines.display = lines.pane.name in found.panes
         self.query_one("#panes").display = bool(found.panes)
-        self.query_one("#sparks").display = found.sparks
+        self.query_one("#sparks").display = bool(sparks)
         self.query_one("#newest").display = found.newest
 
     # -- looking
@@ -135,7 +146,8 @@ class Cockpit(Commanding, Screen[None]):
     def action_move(self, by: int) -> None:
         if self.view.focus == CURVES:
             if abs(by) == 1:
-                self.look(big=CHARTS[(CHARTS.index(self.view.big) + by) % len(CHARTS)])
+                signals = self.view.charts
+                self.look(big=signals[(signals.index(self.view.big) + by) % len(signals)])
             return
         pane, state = self._pane()
         count = pane.count(self.view, state)
@@ -187,43 +199,98 @@ class Cockpit(Commanding, Screen[None]):
 
     def _scale(self) -> XScale:
         shown = next((chart.size.width for chart in self.query(Chart) if chart.display), self.size.width)
-        return x_scale(self.view, max(8, shown - GUTTER))
+        return axis.x_scale(self.view, max(8, shown - GUTTER))
 
-    def action_zoom(self, factor: float) -> None:
-        """About the value cursor where there is one; else the newest step stays in sight."""
-        scale, whole = self._scale(), self.view.snapshot.series.furthest
-        span = max(16.0, scale.per_dot * scale.dots * factor)
+    def action_zoom(self, factor: float, about: float | None = None) -> None:
+        """About a place of the axis, else about the value cursor; else the newest step stays in sight."""
+        scale, whole = self._scale(), axis.end(self.view) - axis.origin(self.view)
+        span = max(axis.nearest(self.view), scale.per_dot * scale.dots * factor)
         if span >= whole:
             return self.look(span=None, end=None)
-        if self.view.at is not None:
-            return self.look(span=span, end=self.view.at + span / 2)
+        if about is None and self.view.at is not None:
+            return self.look(span=span, end=self._place(self.view.at) + span / 2)
+        if about is not None:
+            share = (about - scale.first) / (scale.per_dot * scale.dots)
+            return self.look(span=span, end=self._until(about + (1 - share) * span))
         return self.look(span=span)
 
     def action_pan(self, share: float) -> None:
         if self.view.span is None:
             return self.say("the whole run is in sight; + shows less of it")
-        scale, whole = self._scale(), self.view.snapshot.series.furthest
+        scale = self._scale()
         width = scale.per_dot * scale.dots
-        end = (whole if self.view.end is None else self.view.end) + share * width
-        self.look(end=None if end >= whole else max(width, end))
+        end = (axis.end(self.view) if self.view.end is None else self.view.end) + share * width
+        self.look(end=self._until(max(axis.origin(self.view) + width, end)))
+
+    def _until(self, end: float) -> float | None:
+        """Where a stretch ends; one that reaches the newest step follows it."""
+        return None if end >= axis.end(self.view) else end
 
     def action_follow(self) -> None:
         self.look(end=None, at=None)
+
+    def _place(self, step: float) -> float:
+        return self.view.snapshot.series.place(step, axis.axis_of(self.view))
+
+    def _step_at(self, x: float) -> float:
+        """The step at a place of the axis."""
+        series = self.view.snapshot.series
+        return max(1.0, min(series.last_step, round(series.step_at(x, axis.axis_of(self.view)))))
 
     def action_cursor(self, cells: int) -> None:
         """Move the value cursor; it begins at the newest step, and draws the stretch along."""
         if self.view.focus != CURVES:
             return
-        whole, by = self.view.snapshot.series.last_step, max(1.0, round(2 * self._scale().per_dot))
-        at = whole if self.view.at is None else self.view.at + cells * by
-        self.go_to(max(1.0, min(whole, at)))
+        now, last = self.view.at, self.view.snapshot.series.last_step
+        if now is None:
+            return self.go_to(last)
+        there = self._step_at(self._place(now) + cells * 2 * self._scale().per_dot)
+        by = 1 if cells > 0 else -1
+        self.go_to(max(1.0, min(last, there if (there - now) * by > 0 else now + by)))
+
+    def action_event(self, by: int) -> None:
+        """Put the value cursor on the nearest thing that is marked."""
+        last = self.view.snapshot.series.last_step
+        step = axis.next_event(self.view, last + 1 if self.view.at is None else self.view.at, by)
+        if step is None:
+            return self.say(f"nothing is marked {'after' if by > 0 else 'before'} this")
+        self.go_to(max(1.0, min(last, step)))
 
     def go_to(self, step: float) -> None:
         """Put the value cursor on a step, and bring it into sight."""
         self.view = replace(self.view, at=step)
-        scale = self._scale()
-        in_sight = scale.first <= step < scale.last
-        self.look(at=step) if in_sight else self.look(end=step + scale.per_dot * scale.dots / 2)
+        scale, place = self._scale(), self._place(step)
+        if scale.first <= place < scale.last:
+            return self.look(at=step)
+        self.look(end=self._until(place + scale.per_dot * scale.dots / 2))
+
+    # -- what is drawn, and how
+
+    def action_smooth(self) -> None:
+        smooth = (self.view.smooth + 1) % len(SMOOTHINGS)
+        self.look(smooth=smooth)
+        self.say(f"smoothing {SMOOTHINGS[smooth]}")
+
+    def action_axis(self) -> None:
+        """The next axis; what was chosen of the old one is none of the new one's."""
+        chosen = AXES[(AXES.index(self.view.axis) + 1) % len(AXES)]
+        self.look(axis=chosen, span=None, end=None)
+        self.say(f"curves by {chosen}")
+
+    def action_signals(self) -> None:
+        """Choose what is drawn; each choice shows at once."""
+        known = tuple(dict.fromkeys((*self.view.charts, *choosable(self.view.snapshot.columns))))
+
+        def options() -> list[tuple[Row, str]]:
+            return [(_signal_row(self.view, name), "") for name in known]
+
+        def toggle(index: int) -> None:
+            name, charts = known[index], self.view.charts
+            charts = tuple(n for n in charts if n != name) if name in charts else (*charts, name)
+            if charts:
+                self.look(charts=charts, big=self.view.big if self.view.big in charts else charts[0])
+
+        self.app.push_screen(Toggle("curves", self.view, options=options, toggle=toggle))
 
     def _pane(self) -> tuple[Pane, State]:
         pane = BY_NAME[self.view.focus]
@@ -271,7 +338,14 @@ class Cockpit(Commanding, Screen[None]):
             self.look(focus=CURVES, big=widget.signal)
 
 
-def _in_sight(big: str, charts: int) -> Sequence[str]:
+def _in_sight(view: View, charts: int) -> Sequence[str]:
     """The signals that have a chart: the first ones, the enlarged one always."""
-    first = CHARTS[:charts]
-    return first if big in first or not first else (*first[:-1], big)
+    first = view.charts[: min(charts, SLOTS)]
+    return first if view.big in first or not first else (*first[:-1], view.big)
+
+
+def _signal_row(view: View, name: str) -> Row:
+    value = view.snapshot.series.last(name)
+    told = short(value) if value is not None else ""
+    on = name in view.charts
+    return ((("✓ " if on else "· "), "good" if on else "dim"), (f"{label_of(name):<42}", "plain"), (told, "dim"))

@@ -155,6 +155,31 @@ class Choose(Dialog[int]):
             self.show(self.view)
 
 
+class Toggle(Choose):
+    """A list of what is on and off; Enter changes the marked one at once, Esc closes.
+
+    Args:
+        options: rows of the list as they are now.
+        toggle: changes one.
+    """
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("space", "take", "change", show=False)]
+
+    def __init__(
+        self, name: str, view: View, *, options: Callable[[], Sequence[tuple[Row, str]]], toggle: Callable[[int], None]
+    ) -> None:
+        super().__init__(name, view, text=[], options=options())
+        self._now, self._toggle = options, toggle
+
+    def hint(self) -> str:
+        return "↑ ↓ move   Enter show or hide   Esc close"
+
+    def action_take(self) -> None:
+        self._toggle(self.cursor)
+        self.options = self._now()
+        self.show(self.view)
+
+
 class Confirm(Choose):
     """A question whose default is No; the result is 1 for Yes."""
 

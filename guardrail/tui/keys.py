@@ -67,6 +67,8 @@ KEYS = (
     Key("minus", "-", "zoom(2)", "", "Curves: show twice the stretch."),
     Key("less_than_sign", "<", "pan(-0.25)", "", "Curves: a quarter of the stretch back."),
     Key("greater_than_sign", ">", "pan(0.25)", "", "Curves: a quarter of the stretch on."),
+    Key("left_square_bracket", "[", "event(-1)", "", "Curves: the value cursor to the mark before."),
+    Key("right_square_bracket", "]", "event(1)", "", "Curves: the value cursor to the next mark."),
     Key("full_stop", ".", "follow", "", "Curves: follow the newest step again, without a value cursor."),
     Key("pageup", "PgUp", "move(-10)", "", "Lists: ten entries up."),
     Key("pagedown", "PgDn", "move(10)", "", "Lists: ten entries down."),
@@ -78,6 +80,10 @@ KEYS = (
     Key("escape", "Esc", "back", "", "Take back the mark, the value cursor, the filter, the whole screen."),
     Key("x", "x", "logarithm", "log", "Switch the enlarged chart between a linear and a logarithmic axis.",
         pane=CURVES, rank=6),
+    Key("w", "w", "smooth", "smooth", "Curves: a smoothed line on top of the raw one: off, light, strong.",
+        pane=CURVES, rank=6),
+    Key("b", "b", "axis", "", "Curves: stand by steps, by tokens learnt from, or by time."),
+    Key("v", "v", "signals", "curves", "Choose which signals have curves, of all that the run records.", rank=6),
     Key("j", "j", "journal", "journal", "Read the journal: everything that happened, who did it, and when.", rank=5),
     Key("ctrl+p", "Ctrl+P", "commands", "", "Find any of these commands by its words."),
     Key("q,ctrl+c,ctrl+q", "q", "leave", "leave", "Leave the screen (so does Ctrl-C). Training goes on.", rank=0),
@@ -86,7 +92,7 @@ KEYS = (
 # Keys inside of a dialog, for the `?` page; each dialog binds those it needs.
 DIALOG_KEYS = (
     ("↑ ↓ k j", "Move the choice, or scroll (also Home, End, PgUp, PgDn, Space)."),
-    ("Enter", "Take what is marked; in a text, close it (so does ?)."),
+    ("Enter", "Take what is marked, or switch it on and off (so does Space); in a text, close it (so does ?)."),
     ("y n", "Answer a yes-or-no question at once."),
     ("Esc q", "Close the dialog; nothing is sent (so does Ctrl+P in the list of commands)."),
 )

@@ -13,7 +13,7 @@ from guardrail.tui.panes.table import CURVES
 WIDE, HIGH = 100, 26  # from this size on there are several charts and a side
 GRID = 160  # cells from which on charts stand in two columns
 TALL = 36  # rows from which on a narrow terminal stacks
-ROOMY = 18  # rows from which on the hidden charts have a line each
+ROOMY, AIRY = 18, 22  # rows from which on two, then three of the hidden charts have a line each
 _CHART_ROWS = 8  # rows that a chart wants
 _AROUND = 4  # rows of header, facts, message and footer
 _SIDES = ((52, ("incidents", "ranks", "snapshots", "data", "log")), (38, ("incidents", "ranks", "snapshots", "log")))
@@ -28,7 +28,7 @@ class Layout:
         columns, charts: columns of the grid of charts, and how many there are; 0: none is in sight.
         panes: names, in order, of what stands beside or below.
         beside: the panes stand right of the charts, not below.
-        sparks: the signals without a chart have a row each.
+        sparks: rows for signals without a chart.
         newest: the newest incident has its two rows.
     """
 
@@ -36,11 +36,11 @@ class Layout:
     charts: int
     panes: tuple[str, ...]
     beside: bool = True
-    sparks: bool = False
+    sparks: int = 0
     newest: bool = False
 
 
-def arrange(width: int, height: int, focus: str, *, full: bool = False, signals: int = 3) -> Layout:
+def arrange(width: int, height: int, focus: str, *, full: bool = False, signals: int = 6) -> Layout:
     """The layout of a terminal of `width` x `height`; `full` gives all of it to the focused pane."""
     columns = 2 if width >= GRID else 1
     rows = max(1, min(3, (height - _AROUND) // _CHART_ROWS))
@@ -56,7 +56,7 @@ def arrange(width: int, height: int, focus: str, *, full: bool = False, signals:
         return Layout(1, min(charts, 3), _with(("incidents", "log"), focus), beside=False)
     if focus != CURVES:
         return Layout(0, 0, (focus,))
-    return Layout(1, 1, (), sparks=height >= ROOMY, newest=True)
+    return Layout(1, 1, (), sparks=3 if height >= AIRY else 2 if height >= ROOMY else 0, newest=True)
 
 
 def _with(panes: tuple[str, ...], focus: str) -> tuple[str, ...]:

@@ -57,8 +57,10 @@ def spread(left: Row, right: Row, width: int) -> Row:
 
 
 def title(name: str, width: int, *, right: Row = (), tone: str = "dim") -> Row:
-    """`─ name ─────── right ─`"""
+    """`─ name ─────── right ─`; of `right` goes what a narrow one has no room for, the first pieces first."""
     left: Row = (("─ ", "faint"), (name, tone), (" ", "plain"))
+    while right and width_of(left) + width_of(right) + 4 > width:
+        right = right[1:]
     tail: Row = ((" ", "plain"), *right, (" ─", "faint")) if right else (("─", "faint"),)
     room = width - width_of(left) - width_of(tail)
     return (*left, ("─" * room, "faint"), *tail) if room >= 1 else fit(left, width)

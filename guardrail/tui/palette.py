@@ -6,7 +6,7 @@ colour-blind eyes tell apart (Okabe and Ito, "Color Universal Design", 2008): bl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.style import Style
 from textual.theme import Theme
@@ -45,6 +45,10 @@ _FULL = {
     "loss": "#5fb3ea",
     "grad_norm": "#e8c25a",
     "embed_grad_norm": "#c79bea",
+    "embed_share": "#e39ac4",
+    "lr": "#8fd6c0",
+    "throughput": "#9fb4e8",
+    "raw": "#56646f",
 }
 # "bright_black" is invisible in some schemes; the attribute `dim` is not.
 _ANSI = {
@@ -64,7 +68,12 @@ _ANSI = {
     "loss": "cyan",
     "grad_norm": "yellow",
     "embed_grad_norm": "magenta",
+    "embed_share": "magenta",
+    "lr": "green",
+    "throughput": "blue",
+    "raw": "dim default",
 }
+CURVES = ("loss", "grad_norm", "embed_grad_norm", "embed_share", "lr", "throughput")
 BAND = ".band"  # suffix of a tone that lies on the detector's band
 _BAND_BACKGROUND = "#1b2731"
 
@@ -77,3 +86,10 @@ def _styles(names: Mapping[str, str], band: str) -> dict[str, Style]:
 
 FULL = _styles(_FULL, f"on {_BAND_BACKGROUND}")
 ANSI = _styles(_ANSI, "")
+
+
+def tone_of(signal: str, among: Sequence[str]) -> str:
+    """The tone of a curve: its own, else one by its place."""
+    if signal in CURVES:
+        return signal
+    return CURVES[(among.index(signal) if signal in among else 0) % len(CURVES)]

@@ -11,7 +11,7 @@ from guardrail.tui.chart import spark_row
 from guardrail.tui.format import count, duration, metric, plural
 from guardrail.tui.health import HEARTBEAT_SECONDS, PHASES
 from guardrail.tui.lines import Piece, Row, fit, row, spread, width_of
-from guardrail.tui.view import CHARTS, View
+from guardrail.tui.view import View
 
 
 def header(view: View, width: int, height: int) -> Sequence[Row]:
@@ -101,5 +101,5 @@ def footer(view: View, width: int, height: int) -> Sequence[Row]:
 
 
 def sparks(view: View, width: int, height: int) -> Sequence[Row]:
-    """The signals whose charts are hidden."""
-    return [spark_row(view, signal, width) for signal in CHARTS if signal != view.big]
+    """The first signals whose charts are hidden."""
+    return [spark_row(view, signal, width) for signal in [s for s in view.charts if s != view.big][:height]]

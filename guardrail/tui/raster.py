@@ -31,6 +31,10 @@ class Ink(IntEnum):
     GHOST_CLIP = 6
     GHOST_BAD = 7
     RULE = 8
+    SMOOTH = 9
+    WARN = 10  # marks of what happened, by what they mean
+    NEWS = 11
+    GOOD = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,7 @@ class Plot:
     inks: np.ndarray
     band: np.ndarray
     scale: YScale
+    body: slice  # the rows below those of the alarms
     ticks: list[tuple[int, str]] = field(default_factory=list)
 
     def text(self, row: int) -> str:
@@ -127,13 +132,14 @@ def plot(
         np.zeros((height, width), dtype=np.uint8),
         np.zeros((height, width), dtype=bool),
         y,
+        slice(height - rows, height),
     )
-    body = slice(height - rows, height)
-    line = _cells(_line(main, y, dots), width)
-    ghost = np.zeros_like(line)
+    body = result.body
+    drawn = line(main, y, body)
+    ghost = np.zeros_like(drawn)
     for part in pale:
         ghost |= _cells(_dotted(part, y, dots), width)
-    _paint(result, body, line, Ink.LINE)
+    _paint(result, body, drawn, Ink.LINE)
     _paint(result, body, ghost, Ink.GHOST)
     _draw_band(result, body, y, dots, baseline, threshold)
     for cell in rules:
@@ -145,6 +151,11 @@ def plot(
     _alarms(result, main, y, Ink.CLIP, Ink.BAD)
     result.ticks = ticks(y, rows, offset=height - rows)
     return result
+
+
+def line(part: Columns, y: YScale, body: slice) -> np.ndarray:
+    """Braille bits uint16 [rows of the body, W] of a curve."""
+    return _cells(_line(part, y, 4 * (body.stop - body.start)), len(part.high) // 2)
 
 
 def _cells(canvas: np.ndarray, width: int) -> np.ndarray:

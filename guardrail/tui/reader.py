@@ -18,7 +18,7 @@ from guardrail.follow import Follower
 from guardrail.records import Command
 from guardrail.rundir import RunDirectory
 from guardrail.tui.around import Lookout
-from guardrail.tui.series import Track
+from guardrail.tui.series import SIGNALS, STEP, Track
 from guardrail.tui.story import Digest
 from guardrail.tui.view import Snapshot
 
@@ -35,6 +35,9 @@ class Reader(Protocol):
         """Begin to read; `notify` is called, on any thread, whenever `latest` has something new."""
 
     def latest(self) -> Snapshot: ...
+
+    def choose(self, signals: tuple[str, ...], axis: str) -> None:
+        """Which curves are looked at, along which axis; never blocks, and comes with `Snapshot.series`."""
 
     def send(self, command: Command) -> None:
         """Hand a command in; never blocks, and says a failure through `Snapshot.unsent`."""
@@ -68,6 +71,10 @@ class RunReader:
         self._seen = -PRESENCE_SECONDS
         self._latest = Snapshot(run.name, loaded=False)
         self._lock = threading.Lock()  # both threads replace parts of `_latest`
+        self._wanted: tuple[tuple[str, ...], str] = ((), STEP)
+        self._kept: tuple[tuple[str, ...], str] = ((), STEP)  # what `_track` keeps
+        self._taken = 0  # rows that are in `_track`
+        self._tracking = threading.Lock()  # of these and of `_track`
         self._notify: Callable[[], None] = lambda: None
         self._threads = [
             threading.Thread(target=work, name=f"guardrail-{work.__name__.strip('_')}", daemon=True)
@@ -81,6 +88,10 @@ class RunReader:
 
     def latest(self) -> Snapshot:
         return self._latest
+
+    def choose(self, signals: tuple[str, ...], axis: str) -> None:
+        self._wanted = (signals, axis)
+        self._outbox.put(self._track_anew)
 
     def send(self, command: Command) -> None:
         self._outbox.put(lambda: self._hand_in(command))
@@ -140,15 +151,39 @@ class RunReader:
 
     def _take_rows(self, first: int, end: int) -> None:
         view = self._follower.view
-        for at in range(first, end, _CHUNK):
-            assert view is not None, "rows came without a view"
-            self._track.add(view.columns, np.asarray(view.array[at : min(end, at + _CHUNK)]))
-            self._publish(series=self._track.series())
-        # A rollback is true from its journal line on, before the first row of the new timeline.
-        limit = self._follower.timelines.end(self._track.timeline)
-        if limit < self._latest.series.last_step:
-            self._track.abandon(after=limit)
-            self._publish(series=self._track.series())
+        with self._tracking:
+            for at in range(first, end, _CHUNK):
+                assert view is not None, "rows came without a view"
+                self._track.add(view.columns, np.asarray(view.array[at : min(end, at + _CHUNK)]))
+                self._taken = min(end, at + _CHUNK)
+                self._publish(series=self._track.series(), columns=tuple(view.columns))
+            # A rollback is true from its journal line on, before the first row of the new timeline.
+            self._leave(self._track)
+            if self._track.last_step < self._latest.series.last_step:
+                self._publish(series=self._track.series())
+
+    def _leave(self, track: Track) -> None:
+        limit = self._follower.timelines.end(track.timeline)
+        if limit < track.last_step:
+            track.abandon(after=limit)
+
+    def _track_anew(self) -> None:
+        """Read the rows again for signals that were not kept so far; what is kept beyond need stays."""
+        signals, axis = self._wanted
+        with self._tracking:
+            if set(signals) <= {*SIGNALS, *self._kept[0]} and axis in (STEP, self._kept[1]):
+                return
+            track = Track(signals, (axis,))
+            try:
+                view = self._run.metrics()
+                for at in range(0, self._taken, _CHUNK):
+                    track.add(view.columns, np.asarray(view.array[at : min(self._taken, at + _CHUNK)]))
+            except (OSError, GuardrailError) as error:
+                self._publish(trouble=f"cannot read the run: {_reason(error)}")
+                return
+            self._leave(track)
+            self._track, self._kept = track, (signals, axis)
+            self._publish(series=track.series())
 
     def _publish(self, **news: Any) -> None:
         """Replace the latest snapshot, and say so where it says something new."""

@@ -13,7 +13,7 @@ import numpy as np
 from guardrail.errors import GuardrailError
 from guardrail.preview import Preview
 from guardrail.records import Command, Event, Mode, Phase, Status
-from guardrail.tui.series import Track
+from guardrail.tui.series import AXES, Track, choosable
 from guardrail.tui.story import Digest
 from guardrail.tui.view import Snapshot
 
@@ -63,6 +63,9 @@ class RecordedReader:
     def latest(self) -> Snapshot:
         return self._latest
 
+    def choose(self, signals: tuple[str, ...], axis: str) -> None:
+        """All that the log has is kept already."""
+
     def send(self, command: Command) -> None:
         self._publish(unsent={**self._latest.unsent, command.id: REFUSAL})
 
@@ -90,15 +93,18 @@ class RecordedReader:
             reason = (getattr(error, "strerror", None) or str(error)) if known else f"{type(error).__name__}: {error}"
             self._publish(loaded=True, trouble=f"cannot judge the log: {reason}")
 
+    def _new_track(self) -> Track:
+        return Track(choosable(self._log.columns), [axis for axis in AXES if axis in self._log.columns])
+
     def _show_rows(self) -> None:
-        track = Track()
+        track = self._new_track()
         for part in self._log.plain():
             track.add(self._log.columns, part.rows, part.missing)
-        self._publish(series=track.series(), loaded=True)
+        self._publish(series=track.series(), columns=tuple(self._log.columns), loaded=True)
 
     def _judge(self) -> None:
         """The curves get their bands when all is judged; incidents are told as they are found."""
-        track, digest = Track(), Digest()
+        track, digest = self._new_track(), Digest()
         done, shown, told = 0, time.monotonic(), True
         for part in self._log.judged():
             if self._leaving.is_set():

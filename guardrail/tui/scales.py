@@ -194,7 +194,9 @@ def labels_of(values: Sequence[float]) -> list[str]:
     if largest >= 1e5 or largest < 1e-3 or min(abs(v) for v in values if v) < 1e-4 * largest:
         return [short(v) for v in values]
     gap = min((abs(b - a) for a, b in itertools.pairwise(values)), default=largest)
-    decimals = next((d for d in range(5) if abs(round(gap, d) - gap) < 1e-3 * gap), 4)
+    if largest >= 1e4 and len(set(map(short, values))) == len(values):
+        return [short(v) for v in values]
+    decimals = next((d for d in range(6) if abs(round(gap, d) - gap) < 1e-3 * gap), 5)
     return [f"{v:.{decimals}f}" for v in values]
 
 

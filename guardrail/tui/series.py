@@ -6,18 +6,24 @@ are only ever written behind the end of every series handed out, and a rewind st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from guardrail.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS
+from guardrail.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Action
 from guardrail.tui.raster import Curve
 
-SIGNALS = (LOSS, GRAD_NORM, EMBED_GRAD_NORM)
+SIGNALS = (LOSS, GRAD_NORM, EMBED_GRAD_NORM)  # every row has them: one that is not finite was NaN or Inf
 BANDS = tuple(f"{signal}_{part}" for signal in SIGNALS for part in ("baseline", "threshold"))
-COLUMNS = ("step", "timeline", *SIGNALS, *BANDS)
+THROUGHPUT = "throughput"  # label tokens a second, of two columns
+STEP, TOKENS, TIME = "step", "tokens", "time"
+AXES = (STEP, TOKENS, TIME)
+_NO_SIGNALS = frozenset(("step", "timeline", "time", "first", "last", "verdict", "tokens", "slowest_rank"))
 _MAX_GHOSTS = 32  # newest abandoned stretches that are kept
+_FAR = 4096  # rows looked at at once for the last value of what not every row has
+_APPLIED = list(Action).index(Action.APPLY)
 _FLOAT32 = float(np.finfo(np.float32).max)
 
 
@@ -30,12 +36,14 @@ class Series:
         values: float32 [n] a column; NaN where the row has none.
         bad: bool [n] a signal: the value was NaN or Inf.
         ghosts: abandoned stretches, oldest first.
+        axes: float64 [n], nondecreasing, what else the rows can stand along: tokens learnt from, seconds of the clock.
     """
 
     step: np.ndarray = field(default_factory=lambda: np.zeros(0))
     values: Mapping[str, np.ndarray] = field(default_factory=dict)
     bad: Mapping[str, np.ndarray] = field(default_factory=dict)
     ghosts: tuple[Series, ...] = ()
+    axes: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.step)
@@ -46,31 +54,83 @@ class Series:
 
     @property
     def furthest(self) -> float:
-        """The last step of the present or of any ghost: what the x-axis has to show."""
-        return max([self.last_step, *(ghost.last_step for ghost in self.ghosts)])
+        """The last step of the present or of any ghost."""
+        return self.end(STEP)
 
-    def curve(self, signal: str) -> Curve:
+    def along(self, axis: str) -> np.ndarray:
+        """float64 [n]: where the rows stand; along their steps where the axis is not known."""
+        return self.axes.get(axis, self.step)
+
+    def end(self, axis: str) -> float:
+        """The end of the present or of any ghost: what the x-axis has to show."""
+        ends = [one.along(axis)[-1] for one in (self, *self.ghosts) if len(one)]
+        return float(max(ends, default=0.0))
+
+    def place(self, step: float, axis: str) -> float:
+        """Where a step stands on an axis: at the last row up to it."""
+        if axis not in self.axes or not len(self):
+            return step
+        row = int(np.searchsorted(self.step, step, side="right"))
+        return float(self.axes[axis][max(0, row - 1)])
+
+    def step_at(self, x: float, axis: str) -> float:
+        """The step of the last row up to a place on an axis."""
+        if axis not in self.axes or not len(self):
+            return x
+        row = int(np.searchsorted(self.axes[axis], x, side="right"))
+        return float(self.step[max(0, row - 1)])
+
+    def curve(self, signal: str, axis: str = STEP) -> Curve:
         if signal not in self.values:
             nothing = np.zeros(0)
             return Curve(nothing, nothing, nothing.astype(bool))
         y = self.values[signal]
-        return Curve(self.step, y, self.bad[signal])
+        return Curve(self.along(axis), y, self.bad[signal])
 
     def at(self, column: str, step: float) -> float | None:
         """The value of a column at the last row up to `step`; None where there is none."""
-        values, row = self.values.get(column), int(np.searchsorted(self.step, step, side="right"))
-        return float(values[row - 1]) if values is not None and row else None
+        return self._value(column, int(np.searchsorted(self.step, step, side="right")))
 
     def last(self, column: str) -> float | None:
         """The newest value of a column: NaN for one that was NaN or Inf, None where there is no row."""
+        return self._value(column, len(self))
+
+    def _value(self, column: str, end: int) -> float | None:
+        """Of the last of `end` rows; a column that not every row has (an evaluation) has its last one."""
         values = self.values.get(column)
-        return float(values[-1]) if values is not None and len(values) else None
+        if values is None or not end:
+            return None
+        value = float(values[end - 1])
+        if math.isfinite(value) or column not in self.bad or column in SIGNALS or self.bad[column][end - 1]:
+            return value
+        while end:
+            first = max(0, end - _FAR)
+            known = np.flatnonzero(np.isfinite(values[first:end]))
+            if len(known):
+                return float(values[first + known[-1]])
+            end = first
+        return None
+
+
+def choosable(columns: Sequence[str]) -> tuple[str, ...]:
+    """Which signals rows with these columns have."""
+    bands = ("_baseline", "_threshold")
+    found = [name for name in columns if name not in _NO_SIGNALS and not name.endswith(bands)]
+    made = [THROUGHPUT] if {"tokens", "step_time"} <= set(columns) else []
+    return (*found, *made)
 
 
 class Track:
-    """Grows by rows, goes back by `abandon`. Memory: 45 bytes a row."""
+    """Grows by rows, goes back by `abandon`. Memory: 47 bytes a row, 5 more for each further signal, 8 for an axis.
 
-    def __init__(self) -> None:
+    Args:
+        signals: what is kept besides SIGNALS, which are always.
+        axes: of AXES, kept besides the steps.
+    """
+
+    def __init__(self, signals: Sequence[str] = (), axes: Sequence[str] = ()) -> None:
+        self._signals = tuple(dict.fromkeys((*SIGNALS, *signals)))
+        self._axis_names = tuple(axis for axis in axes if axis != STEP)
         self._ghosts: tuple[Series, ...] = ()
         self._timeline = 0
         self._new_buffers(1024)
@@ -78,11 +138,12 @@ class Track:
 
     def _new_buffers(self, capacity: int) -> None:
         self._step = np.empty(capacity)
-        self._values = {name: np.empty(capacity, dtype=np.float32) for name in (*SIGNALS, *BANDS)}
-        self._bad = {name: np.empty(capacity, dtype=bool) for name in SIGNALS}
+        self._values = {name: np.empty(capacity, dtype=np.float32) for name in (*self._signals, *BANDS)}
+        self._bad = {name: np.empty(capacity, dtype=bool) for name in self._signals}
+        self._axes = {name: np.empty(capacity) for name in self._axis_names}
 
     def _arrays(self) -> list[np.ndarray]:
-        return [self._step, *self._values.values(), *self._bad.values()]
+        return [self._step, *self._values.values(), *self._bad.values(), *self._axes.values()]
 
     def _grow(self, rows: int, *, keep: int) -> None:
         """Fresh buffers for `rows` rows that begin with the first `keep` of the old ones."""
@@ -95,6 +156,10 @@ class Track:
     def timeline(self) -> int:
         """Of the newest row."""
         return int(self._timeline)
+
+    @property
+    def last_step(self) -> float:
+        return float(self._step[self._rows - 1]) if self._rows else 0.0
 
     def add(self, columns: Sequence[str], rows: np.ndarray, missing: np.ndarray | None = None) -> None:
         """Append rows in the order of the file.
@@ -132,17 +197,24 @@ class Track:
         here = slice(self._rows, end)
         self._step[here] = rows[:, where["step"]]
         for name, target in self._values.items():
-            if name not in where:
+            values = _column(where, rows, name)
+            if values is None:
                 target[here] = np.nan
                 continue
-            values = rows[:, where[name]]
             finite = np.isfinite(values)
             target[here] = np.where(finite, np.clip(values, -_FLOAT32, _FLOAT32), np.nan)
-            if name in self._bad:
+            if name not in self._bad:
+                continue
+            if name not in SIGNALS:
+                self._bad[name][here] = np.isinf(values)  # not every row has it: a NaN may be nothing at all
+            else:
                 self._bad[name][here] = ~finite if missing is None else ~(finite | missing[:, where[name]])
         for name, flags in self._bad.items():
-            if name not in where:
+            if name not in where and name != THROUGHPUT:
                 flags[here] = False
+        for name, places in self._axes.items():
+            before = float(places[self._rows - 1]) if self._rows else 0.0
+            places[here] = _places(where, rows, name, before)
         self._rows = end
 
     def abandon(self, *, after: float) -> None:
@@ -156,14 +228,38 @@ class Track:
 
     def series(self) -> Series:
         series = self._series(0, self._rows)
-        return Series(series.step, series.values, series.bad, self._ghosts)
+        return replace(series, ghosts=self._ghosts)
 
     def _series(self, first: int, end: int) -> Series:
         return Series(
             _view(self._step, first, end),
             {name: _view(array, first, end) for name, array in self._values.items()},
             {name: _view(array, first, end) for name, array in self._bad.items()},
+            axes={name: _view(array, first, end) for name, array in self._axes.items()},
         )
+
+
+def _column(where: Mapping[str, int], rows: np.ndarray, name: str) -> np.ndarray | None:
+    """float64 [n], or None where the rows do not have it."""
+    if name in where:
+        return np.asarray(rows[:, where[name]])
+    if name == THROUGHPUT and {"tokens", "step_time"} <= where.keys():
+        seconds = rows[:, where["step_time"]]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.asarray(np.where(seconds > 0, rows[:, where["tokens"]] / seconds, np.nan))
+    return None
+
+
+def _places(where: Mapping[str, int], rows: np.ndarray, axis: str, before: float) -> np.ndarray:
+    """float64 [n], nondecreasing: where rows stand that follow one at `before`. A rejected row learns from no token."""
+    if axis not in where:
+        return np.full(len(rows), before)
+    values = np.nan_to_num(rows[:, where[axis]], nan=0.0, posinf=0.0, neginf=0.0)
+    if axis == TOKENS:
+        if "verdict" in where:
+            values = np.where(rows[:, where["verdict"]] == _APPLIED, values, 0.0)
+        return before + np.cumsum(np.maximum(values, 0.0))
+    return np.maximum.accumulate(np.maximum(values, before))  # a clock may be set back
 
 
 def _view(array: np.ndarray, first: int, end: int) -> np.ndarray:

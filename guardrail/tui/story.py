@@ -219,7 +219,15 @@ class Digest:
             while len(self._answers) > _MAX_LINES:
                 del self._answers[next(iter(self._answers))]
         if applied:
-            self._marks[COMMAND][event.step] = ""
+            self._marks[COMMAND][event.step] = _change(event)
+
+
+def _change(event: Event) -> str:
+    """What a command changed, in a few characters: "×0.5"."""
+    value = event.data.get("value")
+    if event.data.get("command") not in ("lr", "embed_alpha") or not isinstance(value, int | float):
+        return ""
+    return f"×{value:.3g}" if math.isfinite(value) else ""
 
 
 _DEEDS: dict[Action | None, str] = {

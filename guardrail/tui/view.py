@@ -8,16 +8,32 @@ from dataclasses import dataclass, field, replace
 import msgspec
 
 from guardrail.preview import Preview
-from guardrail.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Status
+from guardrail.records import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS, Status
 from guardrail.tui.around import Around
 from guardrail.tui.format import brief
 from guardrail.tui.health import RECORDED, Health, health_of
 from guardrail.tui.panes.state import State
-from guardrail.tui.series import Series
+from guardrail.tui.series import STEP, THROUGHPUT, Series
 from guardrail.tui.story import Story
 
-CHARTS = (LOSS, GRAD_NORM, EMBED_GRAD_NORM)
-LABELS = {LOSS: "loss", GRAD_NORM: "gradient norm", EMBED_GRAD_NORM: "embedding gradient norm"}
+# What is shown without a choice: as many of them, from the first on, as the terminal has room for.
+CHARTS = (LOSS, GRAD_NORM, EMBED_GRAD_NORM, EMBED_SHARE, "lr", THROUGHPUT)
+LABELS = {
+    GRAD_NORM: "gradient norm",
+    EMBED_GRAD_NORM: "embedding gradient norm",
+    EMBED_SHARE: "embedding share",
+    "lr": "learning rate",
+    THROUGHPUT: "tokens a second",
+    "step_time": "step time, seconds",
+    "step_time_max": "slowest rank's step time",
+    "guard_time": "guard's time, seconds",
+    "eval_loss": "evaluation loss",
+}
+
+
+def label_of(signal: str) -> str:
+    """A signal as a person names it. Names of further signals come from outside."""
+    return LABELS.get(signal) or brief(signal.replace("_", " "), 40)
 
 
 def cleaned(status: Status) -> Status:
@@ -43,6 +59,7 @@ class Snapshot:
         recorded: of a log that something else has written: what it is, and how far it is judged. "" for a run.
         previews: id of a preview that was asked for -> what the command would do.
         around: ranks, their output, the configuration, who else watches.
+        columns: names of what the rows hold, from outside.
     """
 
     name: str
@@ -56,6 +73,7 @@ class Snapshot:
     recorded: str = ""
     previews: Mapping[str, Preview] = field(default_factory=dict)
     around: Around = field(default_factory=Around)
+    columns: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("name", "trouble", "recorded"):
@@ -71,10 +89,12 @@ class View:
 
     Attributes:
         now: wall time.
+        charts: the signals that are looked at, the first ones first where not all have room.
         big: the signal whose chart is enlarged.
         logarithmic: signals drawn on a log axis.
         message: (text, tone) of the line that answers keys.
-        span: steps that the charts show, None: all of them; `end`: the last of these, None: the newest (it follows).
+        axis: what the x-axis runs along, of `series.AXES`; `smooth`: 0 not at all, 1 lightly, 2 strongly.
+        span: how much of the axis the charts show, None: all of it; `end`: the last of it, None: it follows the newest.
         at: the step that the value cursor stands on, None: there is none and titles say the newest values.
         focus: the pane that keys go to; `full`: it has the whole screen.
         states: name of a pane -> what was chosen there.
@@ -82,10 +102,13 @@ class View:
 
     snapshot: Snapshot
     now: float
+    charts: tuple[str, ...] = CHARTS
     big: str = LOSS
     logarithmic: frozenset[str] = frozenset({GRAD_NORM, EMBED_GRAD_NORM})
     message: tuple[str, str] = ("", "plain")
     read_only: bool = False
+    axis: str = STEP
+    smooth: int = 0
     span: float | None = None
     end: float | None = None
     at: float | None = None

@@ -1,0 +1,151 @@
+"""The x-axis that all charts share: what it runs along, which stretch is in sight, its ticks, and what stands on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from guardrail.tui.format import count, duration, metric
+from guardrail.tui.lines import Row
+from guardrail.tui.log import CHECKPOINT, COMMAND, INCIDENT, ROLLBACK, SKIP
+from guardrail.tui.overlay import Mark
+from guardrail.tui.raster import Ink
+from guardrail.tui.scales import XScale, nice
+from guardrail.tui.series import STEP, TIME, TOKENS
+from guardrail.tui.view import View
+
+GUTTER = 8  # cells left of the plot: a label of at most seven and the axis
+_LABEL_CELLS = 12  # distance of two labels of the x-axis, at least
+_LEAST = {STEP: 50.0, TOKENS: 1.0, TIME: 10.0}  # the stretch that is shown at least
+_NEAREST = {STEP: 16.0, TOKENS: 16.0, TIME: 1.0}  # and what zooming stops at
+_CLOCK = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 43200, 86400)
+# A mark that finds no place because of another gives way to the graver one.
+GRAVITY = (ROLLBACK, SKIP, INCIDENT, COMMAND, CHECKPOINT)
+_INKS = {ROLLBACK: Ink.WARN, SKIP: Ink.WARN, INCIDENT: Ink.WARN, COMMAND: Ink.NEWS, CHECKPOINT: Ink.GOOD}
+
+
+def axis_of(view: View) -> str:
+    """The axis that was chosen, once the rows know it."""
+    return view.axis if view.axis in view.snapshot.series.axes else STEP
+
+
+def origin(view: View) -> float:
+    """Where the axis begins: time stamps count from the first row."""
+    series, axis = view.snapshot.series, axis_of(view)
+    return float(series.along(axis)[0]) if axis == TIME and len(series) else 0.0
+
+
+def end(view: View) -> float:
+    """The last place that has to be in sight."""
+    return view.snapshot.series.end(axis_of(view))
+
+
+def nearest(view: View) -> float:
+    """The shortest stretch that can be looked at."""
+    return _NEAREST[axis_of(view)]
+
+
+def x_scale(view: View, cells: int) -> XScale:
+    """Common to all charts: from the beginning to the last step, or to the end of the run once that fits nearly as
+    well; or the stretch that the viewer chose. One that follows the newest step moves on by a tenth of itself at once.
+    """
+    axis, start, last = axis_of(view), origin(view), end(view)
+    half = 0.5 if axis == STEP else 0.0  # steps count from 1: so the last step of a full axis is on it
+    if view.span is not None:
+        dots = max(1, 2 * cells)
+        per_dot = XScale.fit(view.span, dots, least=1.0).per_dot
+        width = per_dot * dots
+        grid = max(1.0, math.floor(width / 10))
+        stop = last if view.end is None else view.end
+        # By steps the half behind the last one keeps it in sight; elsewhere it must lie before the end.
+        grids = (stop - start - width) / grid
+        first = start + max(0.0, (math.ceil(grids) if axis == STEP else math.floor(grids) + 1) * grid)
+        return XScale(first + half, per_dot, dots)
+    total = float(view.status.total_steps) if view.status and axis == STEP else 0.0
+    if last <= total <= last * 1.25:
+        last = total
+    fit = XScale.fit(last - start, 2 * cells, first=half, least=_LEAST[axis])
+    return XScale(start + fit.first, fit.per_dot, fit.dots)
+
+
+def axis_rows(view: View, scale: XScale, cells: int) -> list[Row]:
+    """The x-axis with its ticks, and the labels below them."""
+    line, labels = ["─"] * cells, [" "] * cells
+    axis, start = axis_of(view), origin(view)
+    step = _stride(scale.per_dot * 2 * _LABEL_CELLS, axis)
+    at = math.ceil((scale.first - start - 0.5 * (axis == STEP)) / step) * step
+    while (cell := max(0, scale.cell(start + at))) < cells:
+        line[cell] = "┬"
+        text = tick_label(at, axis, wide=scale.last - start >= 1e6)
+        first = min(max(0, cell - len(text) // 2), cells - len(text))
+        if first >= 0 and all(char == " " for char in labels[max(0, first - 1) : first + len(text) + 1]):
+            labels[first : first + len(text)] = text
+        at += step
+    if axis != STEP:
+        line[cells - len(axis) - 1 :] = f" {axis}"
+    corner = " " * (GUTTER - 1)
+    return [((f"{corner}└{''.join(line)}", "dim"),), ((f"{corner} {''.join(labels)}", "dim"),)]
+
+
+def _stride(least: float, axis: str) -> float:
+    """Round distance of two ticks: a clock has its own round numbers."""
+    if axis == TIME:
+        return float(next((seconds for seconds in _CLOCK if seconds >= least), 86400 * nice(least / 86400)))
+    return nice(least)
+
+
+def tick_label(at: float, axis: str, *, wide: bool) -> str:
+    if axis == TIME:
+        return duration(at)
+    return metric(at) if axis == TOKENS or wide else count(at)
+
+
+# -- what happened
+
+
+def events(view: View) -> Iterator[tuple[str, int, str]]:
+    """(letter, step, label) of all that is marked, the gravest first."""
+    marks = view.snapshot.story.marks
+    for letter in GRAVITY:
+        if letter == CHECKPOINT:
+            yield from ((letter, step, "") for step in checkpoints(view))
+        else:
+            yield from ((letter, step, label) for step, label in marks.get(letter, ()))
+
+
+def marks_of(view: View, scale: XScale, *, all_kinds: bool) -> list[Mark]:
+    """The marks in sight. Of hundreds in one cell the newest of the gravest kind stands for all.
+
+    Args:
+        all_kinds: with checkpoints and commands; else only what went wrong and what was done.
+    """
+    axis, series = axis_of(view), view.snapshot.series
+    found: dict[int, Mark] = {}
+    for letter, step, label in events(view):
+        if letter in (COMMAND, CHECKPOINT) and not all_kinds:
+            continue
+        x = series.place(step, axis)
+        if not scale.first <= x < scale.last:
+            continue
+        known = found.get(cell := scale.cell(x))
+        if known is None or known.letter == letter:
+            found[cell] = Mark(x, letter, label, _INKS[letter])
+    return sorted(found.values(), key=lambda mark: (GRAVITY.index(mark.letter), -mark.x))
+
+
+def at_step(view: View, step: float) -> str:
+    """What is marked at a step, in letters: "S2 C"."""
+    return " ".join(dict.fromkeys(f"{letter}{label}" for letter, at, label in events(view) if at == round(step)))
+
+
+def next_event(view: View, step: float, by: int) -> int | None:
+    """The nearest marked step after (`by` 1) or before (-1) a step."""
+    steps = [at for _, at, _ in events(view)]
+    if by > 0:
+        return min((at for at in steps if at > step), default=None)
+    return max((at for at in steps if at < step), default=None)
+
+
+def checkpoints(view: View) -> tuple[int, ...]:
+    """Only what one can still go back to; hundreds of pruned checkpoints would say nothing."""
+    return tuple(s.step for s in view.status.snapshots if s.tier == "disk") if view.status else ()
