@@ -95,8 +95,12 @@ class FakeRun:
                                         state=state, time=self.time))  # fmt: skip
         return self
 
-    def spike(self, *, length: int = 3, back_to: int | None = None) -> FakeRun:
-        """The loss jumps for `length` batches in a row; the guard leaves each out, then goes back before them."""
+    def spike(self, *, length: int = 3, back_to: int | None = None, under_way: bool = False) -> FakeRun:
+        """The loss jumps for `length` batches in a row; the guard leaves each out, then goes back before them.
+
+        Args:
+            under_way: the last of them was not the one that makes it go back.
+        """
         self.incident += 1
         first, at, last = self.cursor, self.step, self.step + 1
         for index in range(length):
@@ -107,7 +111,7 @@ class FakeRun:
             other = msgspec.structs.replace(finding, signal="grad_norm", kind=Kind.GRAD_SPIKE,
                                             value=float(grad[0] * 50), baseline=0.71, score=22.8)  # fmt: skip
             self._rows(np.array([last]), np.array([value]), grad * 50, embed * 80, base, verdict=Action.SKIP)
-            action = "skip" if index < length - 1 else "rollback"
+            action = "skip" if index < length - 1 or under_way else "rollback"
             self.event("verdict", f"{action} at step {last}: {finding.sentence()}", action=action, onset=last,
                        findings=[finding, other], incident=self.incident, at_step=last)  # fmt: skip
             if not index:
@@ -117,6 +121,8 @@ class FakeRun:
             if action == "skip":
                 self._left_out("left_out", "", self.cursor, self.cursor + BATCH, "rejected", last)
             self.cursor, self.time = self.cursor + BATCH, self.time + STEP_SECONDS
+        if under_way:
+            return self
         target = back_to if back_to is not None else max(s.step for s in self.snapshots if s.step < last - 4)
         message = f"rolled back from step {at} to {target} (memory), "
         self._left_out("rollback", message, first, self.cursor, "rollback", last, to_step=target, from_step=at,

@@ -160,8 +160,11 @@ BEFORE = {"home": ["2", "down", "down"], "pageup": ["2", "end"], "up": ["2", "en
 LEAVING = ("q", "ctrl+c", "ctrl+q")
 
 
-async def test_every_other_key_sends_nothing_and_does_something() -> None:
+async def test_every_other_key_sends_nothing_and_does_something(monkeypatch: pytest.MonkeyPatch) -> None:
     """All keys in one session; before each the viewer looks at everything as at first."""
+    monkeypatch.setenv("COLORTERM", "truecolor")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
 
     async def look(pilot: Pilot[None], reader: FakeReader) -> None:
         app = pilot.app

@@ -188,7 +188,7 @@ def test_the_straggler_and_the_silent_one_are_named(count: int, width: int, heig
     seen = view(Around(ranks(count, slow=5, silent=3, now=example().time + 0.4), ((5, 87), (1, 13))))
     shown = text(BY_NAME["ranks"].build(seen, width, height, State()))
     assert "slowest 5 (node-000) 390 ms" in shown
-    assert width < 80 or "5 was slowest in 87 of 100 steps" in shown
+    assert width < 80 or "in 87 of 100 steps" in shown
     if count == 8 or count == 1024:
         assert "? silent 0:00:40" in shown and "▲ 3.2 × median" in shown
     if count == 1024:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from guardrail.commands.common import root_option, the_run
+from guardrail.commands.common import root_option, screen_options, the_run
 
 
 @click.command(short_help="Watch a run, running or ended.")
@@ -14,9 +14,18 @@ from guardrail.commands.common import root_option, the_run
 @click.option("--web", is_flag=True, help="Serve the screen to a browser on this machine (needs guardrail[web]).")
 @click.option("--port", type=int, help="Of --web; 0 takes any free one. Default: 8765.")
 @click.option("--in-browser", is_flag=True, hidden=True, help="What --web runs for each visitor.")
+@screen_options
 @root_option
 def command(
-    run: str | None, read_only: bool, headless: bool, web: bool, port: int | None, in_browser: bool, root: str
+    run: str | None,
+    read_only: bool,
+    headless: bool,
+    web: bool,
+    port: int | None,
+    in_browser: bool,
+    theme: str | None,
+    no_mouse: bool,
+    root: str,
 ) -> int:
     """Watch a run, the newest one if none is named. Leaving, by q or Ctrl-C, does not touch it.
 
@@ -40,5 +49,5 @@ def command(
         return attach(found)
     from guardrail.tui.app import run_screen
 
-    run_screen(found.path, read_only=read_only)
+    run_screen(found.path, read_only=read_only, theme=theme, mouse=not no_mouse)
     return 0

@@ -6,7 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from guardrail import themes
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from guardrail.rundir import RunDirectory
 
 root_option = click.option(
@@ -18,6 +22,18 @@ root_option = click.option(
     help="Folder of all runs ($GUARDRAIL_ROOT).",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for a script.")
+
+
+def screen_options(command: Callable[..., int]) -> Callable[..., int]:
+    """How the screen looks: `theme` and `no_mouse`."""
+    theme = click.option(
+        "--theme",
+        type=click.Choice(themes.THEMES),
+        envvar=themes.ENVIRONMENT,
+        help=f"Colours of the screen (${themes.ENVIRONMENT}). Default: dark, or the terminal's own where it has few.",
+    )
+    no_mouse = click.option("--no-mouse", is_flag=True, help="Leave the mouse to the terminal, to select text.")
+    return theme(no_mouse(command))
 
 
 def the_run(spec: str | None, root: str) -> RunDirectory:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from guardrail.commands.common import root_option
+from guardrail.commands.common import root_option, screen_options
 
 if TYPE_CHECKING:
     import subprocess
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 @click.option("--resume", metavar="RUN", help="Go on with a run that has ended in any way, with its own configuration.")
 @root_option
 @click.option("--read-only", is_flag=True, help="The screen sends no commands.")
+@screen_options
 def command(
     config: str | None,
     headless: bool,
@@ -32,6 +33,8 @@ def command(
     resume: str | None,
     root: str,
     read_only: bool,
+    theme: str | None,
+    no_mouse: bool,
 ) -> int:
     """Start a training run and watch it.
 
@@ -62,10 +65,12 @@ def command(
         from guardrail.headless import follow
 
         return follow(run, supervisor, past=None if resume is None else 0)
-    return show(run, read_only=read_only, supervisor=supervisor)
+    return show(run, supervisor, read_only=read_only, theme=theme, mouse=not no_mouse)
 
 
-def show(run: RunDirectory, *, read_only: bool, supervisor: subprocess.Popen[bytes]) -> int:
+def show(
+    run: RunDirectory, supervisor: subprocess.Popen[bytes], *, read_only: bool, theme: str | None, mouse: bool
+) -> int:
     """The screen; then the run's exit code, or how to come back to a run that goes on."""
     import sys
     import time
@@ -73,7 +78,7 @@ def show(run: RunDirectory, *, read_only: bool, supervisor: subprocess.Popen[byt
     from guardrail.launching import exit_code_of, way_back
     from guardrail.tui.app import run_screen
 
-    run_screen(run.path, read_only=read_only)
+    run_screen(run.path, read_only=read_only, theme=theme, mouse=mouse)
     deadline = time.monotonic() + 2.0  # a run that the screen saw end is about to have its exit code
     status = run.read_status()
     while status is not None and status.phase.ended and time.monotonic() < deadline and supervisor.poll() is None:

@@ -8,15 +8,16 @@ import time
 
 import click
 
-from guardrail.commands.common import json_option, print_json, root_option
+from guardrail.commands.common import json_option, print_json, root_option, screen_options
 
 
 @click.command(short_help="List the runs; in a terminal, choose one to watch.")
 @json_option
 @click.option("--plain", is_flag=True, help="Print the table in a terminal too.")
 @click.option("--read-only", is_flag=True, help="Send no commands to the run that is chosen.")
+@screen_options
 @root_option
-def command(as_json: bool, plain: bool, read_only: bool, root: str) -> int:
+def command(as_json: bool, plain: bool, read_only: bool, theme: str | None, no_mouse: bool, root: str) -> int:
     """List the runs, the newest first. In a terminal: choose one with the arrows and Enter, and watch it.
 
     Leaving its screen comes back to the list.
@@ -30,7 +31,7 @@ def command(as_json: bool, plain: bool, read_only: bool, root: str) -> int:
     if not (as_json or plain) and sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
         from guardrail.tui.chooser import choose_and_watch
 
-        return choose_and_watch(look, root=root, read_only=read_only)
+        return choose_and_watch(look, root=root, read_only=read_only, theme=theme, mouse=not no_mouse)
     rows = look()
     if as_json:
         print_json([row.as_dict() for row in rows])

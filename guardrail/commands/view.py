@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from guardrail.commands.common import given_columns
+from guardrail.commands.common import given_columns, screen_options
 
 
 @click.command(short_help="Look at a recorded log, or at a run directory.")
@@ -14,7 +14,15 @@ from guardrail.commands.common import given_columns
 )
 @click.option("--policy", "--config", "policy", metavar="FILE", help="Judge by the [guard] of this TOML file.")
 @click.option("--set", "overrides", multiple=True, metavar="guard.KEY=VALUE", help="Override a setting; repeatable.")
-def command(log: str, columns: tuple[str, ...], policy: str | None, overrides: tuple[str, ...]) -> int:
+@screen_options
+def command(
+    log: str,
+    columns: tuple[str, ...],
+    policy: str | None,
+    overrides: tuple[str, ...],
+    theme: str | None,
+    no_mouse: bool,
+) -> int:
     """The screen over LOG: its curves, and the incidents as the live controller would have seen them.
 
     Reads whatever `guardrail backtest` reads, one recorded run of it, and writes nothing. A run directory of guardrail
@@ -32,9 +40,9 @@ def command(log: str, columns: tuple[str, ...], policy: str | None, overrides: t
     from guardrail.tui.app import run_log, run_screen
 
     if viewing.is_run(log) and not given:
-        return run_screen(log, read_only=True)
+        return run_screen(log, read_only=True, theme=theme, mouse=not no_mouse)
     background = viewing.Background(viewing.Viewing(viewing.the_log(log, given_columns(columns)), settings))
     try:
-        return run_log(background)
+        return run_log(background, theme=theme, mouse=not no_mouse)
     finally:
         background.close()

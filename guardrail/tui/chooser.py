@@ -9,17 +9,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from textual.app import App, ComposeResult
+from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.events import Click, Key
 from textual.message import Message
 
 from guardrail.glance import Glance, loss_points
 from guardrail.rundir import RunDirectory
-from guardrail.tui import palette, terminal
+from guardrail.tui import terminal
 from guardrail.tui.format import brief, count, plural
 from guardrail.tui.lines import Lines, Row, fit, row, spread, width_of
 from guardrail.tui.scales import short
+from guardrail.tui.themed import Themed
 from guardrail.tui.view import Snapshot, View
 
 LOOK_SECONDS = 2.0
@@ -107,7 +108,7 @@ def _ago(seconds: float) -> str:
     return f"{int(max(0, seconds))} s ago"
 
 
-class Chooser(App[str]):
+class Chooser(Themed[str]):
     """Returns the path of the chosen run, or None.
 
     Args:
@@ -116,8 +117,6 @@ class Chooser(App[str]):
     """
 
     CSS = "Screen { background: $background; } #head, #foot { height: 1; background: $panel; }"
-    ENABLE_COMMAND_PALETTE = False
-    ALLOW_SELECT = False
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up", "move(-1)", "up", show=False),
         Binding("down", "move(1)", "down", show=False),
@@ -141,8 +140,9 @@ class Chooser(App[str]):
         points: Callable[[str], list[float]] | None = None,
         marked: str = "",
         clock: Callable[[], float] = time.time,
+        theme: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(theme)
         self._look, self._root, self._clock = look, brief(root, 80), clock
         self._points = points or (lambda path: loss_points(RunDirectory(path), _SPARK))
         self._known: dict[str, tuple[int, list[float]]] = {}  # path -> (step, its curve)
@@ -151,9 +151,6 @@ class Chooser(App[str]):
         self.words = ""
         self._typing, self._loaded, self._trouble = False, False, ""
         self._leaving = threading.Event()
-        self.register_theme(palette.THEME)
-        few = self.no_color or self.console.color_system in (None, "standard")
-        self.theme = "ansi-dark" if few else palette.THEME.name
 
     def compose(self) -> ComposeResult:
         yield Lines(lambda view, width, height: self._head(width), id="head")
@@ -282,19 +279,21 @@ class Chooser(App[str]):
             self._draw()
 
 
-def choose_and_watch(look: Callable[[], list[Glance]], *, root: str, read_only: bool) -> int:
+def choose_and_watch(
+    look: Callable[[], list[Glance]], *, root: str, read_only: bool, theme: str | None = None, mouse: bool = True
+) -> int:
     """The list, the screen of the run that is chosen, the list again, until somebody leaves the list; returns 0."""
     from guardrail.errors import RunDirectoryError
     from guardrail.tui.app import run_screen
 
     marked: str | None = ""
     while marked is not None:
-        app = Chooser(look, root=root, marked=marked)
+        app = Chooser(look, root=root, marked=marked, theme=theme)
         with terminal.guarded():
-            marked = app.run()
+            marked = app.run(mouse=mouse)
         if marked is not None:
             try:
-                run_screen(Path(marked), read_only=read_only)
+                run_screen(Path(marked), read_only=read_only, theme=theme, mouse=mouse)
             except RunDirectoryError:
                 continue  # it was deleted while the list stood there; the next list says so
     return 0

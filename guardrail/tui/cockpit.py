@@ -9,7 +9,7 @@ from typing import ClassVar
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container, Vertical
-from textual.events import Click
+from textual.events import Click, MouseEvent, MouseScrollDown, MouseScrollUp
 from textual.screen import Screen
 
 from guardrail.tui import axis, keys, panels
@@ -20,12 +20,14 @@ from guardrail.tui.controls import Desk
 from guardrail.tui.dialogs import Dialog, Pager, Palette, Text, Toggle
 from guardrail.tui.layout import Layout, arrange
 from guardrail.tui.lines import Lines, Row
+from guardrail.tui.panes.frame import entry_of
 from guardrail.tui.panes.incidents import newest
 from guardrail.tui.panes.log import log_rows
 from guardrail.tui.panes.state import State
 from guardrail.tui.panes.table import BY_NAME, CURVES, NAMES, PANES, Pane
 from guardrail.tui.scales import XScale, short
 from guardrail.tui.series import AXES, choosable
+from guardrail.tui.themed import Themed
 from guardrail.tui.view import View, label_of
 
 # What the viewer chose, which a new view from the reader does not change.
@@ -69,7 +71,10 @@ class Cockpit(Commanding, Screen[None]):
         yield Lines(newest, id="newest")
         yield Lines(panels.facts, id="facts")
         yield Lines(panels.message, id="message")
-        yield Lines(panels.footer, id="footer")
+        yield Lines(self._footer, id="footer")
+
+    def _footer(self, view: View, width: int, height: int) -> Sequence[Row]:
+        return (panels.footer if self.layout_now.messages else panels.low_footer)(view, width, height)
 
     def on_mount(self) -> None:
         self._arrange()
@@ -125,9 +130,11 @@ class Cockpit(Commanding, Screen[None]):
         self.desk.choose((*shown, *sparks), self.view.axis)
         for lines in self.query(PaneLines):
             lines.display = lines.pane.name in found.panes
+            lines.set_class(lines.pane.name == self.view.focus, "focused")
         self.query_one("#panes").display = bool(found.panes)
         self.query_one("#sparks").display = bool(sparks)
         self.query_one("#newest").display = found.newest
+        self.query_one("#message").display = found.messages
 
     # -- looking
 
@@ -269,13 +276,13 @@ class Cockpit(Commanding, Screen[None]):
     def action_smooth(self) -> None:
         smooth = (self.view.smooth + 1) % len(SMOOTHINGS)
         self.look(smooth=smooth)
-        self.say(f"smoothing {SMOOTHINGS[smooth]}")
+        self.say(f"smoothing {SMOOTHINGS[smooth]}", "accent")
 
     def action_axis(self) -> None:
         """The next axis; what was chosen of the old one is none of the new one's."""
         chosen = AXES[(AXES.index(self.view.axis) + 1) % len(AXES)]
         self.look(axis=chosen, span=None, end=None)
-        self.say(f"curves by {chosen}")
+        self.say(f"curves by {chosen}", "accent")
 
     def action_signals(self) -> None:
         """Choose what is drawn; each choice shows at once."""
@@ -324,18 +331,60 @@ class Cockpit(Commanding, Screen[None]):
         labels: list[Row] = [((f"{key.shown:>10}  ", "key"), (key.help, "plain")) for key in known]
         self.app.push_screen(Palette("commands", self.view, options=[(label, "") for label in labels]), done)
 
+    def action_theme(self) -> None:
+        name = self.app.next_theme() if isinstance(self.app, Themed) else ""
+        kept = f"theme {name} (GUARDRAIL_THEME={name} keeps it)"
+        self.say(kept if name else "this terminal has its own few colours, and no other theme", "accent")
+
     def action_leave(self) -> None:
         self.app.exit(return_code=0)
 
     # -- the mouse
 
     def on_click(self, event: Click) -> None:
-        """A click gives the keys to what was clicked, and marks an entry; it never sends anything."""
+        """A click gives the keys to what was clicked; it never sends anything.
+
+        On an entry it marks it, and the curves jump there; on the enlarged chart it puts the value cursor.
+        """
         widget = event.widget
         if isinstance(widget, PaneLines):
             self.look(focus=widget.pane.name)
+            row = event.screen_y - widget.region.y
+            index = entry_of(widget.rows[row]) if 0 <= row < len(widget.rows) else None
+            if index is not None:
+                self._choose(cursor=index)
+                pane, state = self._pane()
+                if pane.step is not None and (step := pane.step(self.view, state)) is not None:
+                    self.go_to(step)
         elif isinstance(widget, Chart):
+            was_big = widget.signal == self.view.big
             self.look(focus=CURVES, big=widget.signal)
+            if was_big and (place := self._pointed(event)) is not None:
+                self.go_to(self._step_at(place))
+
+    def _pointed(self, event: MouseEvent) -> float | None:
+        """The place of the axis under the mouse."""
+        chart = event.widget
+        if not isinstance(chart, Chart):
+            return None
+        cell = event.screen_x - chart.region.x - GUTTER
+        scale = self._scale()
+        return scale.first + (2 * cell + 1) * scale.per_dot if 0 <= cell < scale.dots // 2 else None
+
+    def on_mouse_scroll_up(self, event: MouseScrollUp) -> None:
+        self._wheel(event, -1)
+
+    def on_mouse_scroll_down(self, event: MouseScrollDown) -> None:
+        self._wheel(event, 1)
+
+    def _wheel(self, event: MouseEvent, by: int) -> None:
+        """Zoom the curves about the mouse; walk through the entries of a list."""
+        widget = event.widget
+        if isinstance(widget, Chart):
+            self.action_zoom(1.5 if by > 0 else 1 / 1.5, self._pointed(event))
+        elif isinstance(widget, PaneLines):
+            self.look(focus=widget.pane.name)
+            self.action_move(by)
 
 
 def _in_sight(view: View, charts: int) -> Sequence[str]:

@@ -28,7 +28,7 @@ MODES = {
     Mode.ADVISE: "says what it would do and changes nothing",
     Mode.OFF: "detects nothing",
 }
-PROPOSALS = {"rollback": ": roll back, and leave that data out", "halt": ": save and end", "skip": ": leave it out"}
+PROPOSALS = {"rollback": ": roll back, leave that data out", "halt": ": save and end", "skip": ": leave it out"}
 ANSWERS = ("Do as proposed", "Go on as if nothing had happened", "Stop here with a checkpoint")
 DEFAULTS = {"proposed": "what is proposed is done", "go_on": "it goes on", "stop": "it stops with a checkpoint"}
 
@@ -43,8 +43,8 @@ class Commanding(Base):
     def redraw(self) -> None:
         raise NotImplementedError
 
-    def say(self, text: str) -> None:
-        self.desk.notice(text)
+    def say(self, text: str, tone: str = "warn") -> None:
+        self.desk.notice(text, tone)
         self.redraw()
 
     def _may(self) -> bool:
@@ -213,7 +213,7 @@ class Commanding(Base):
         dialog = Choose(
             f"step {count(status.step)}: the guard asks",
             self.view,
-            text=lambda view: [question, "", *_evidence(view), _patience(view)],
+            text=lambda view: [question, "", *_patience(view), "", *_evidence(view)],
             options=[(name, costs[index] if index < len(costs) else "") for index, name in enumerate(names)],
             alive=lambda view: view.status is None or view.status.question == question,
         )
@@ -225,14 +225,15 @@ def _evidence(view: View) -> list[str]:
     found = view.snapshot.story.incidents
     if not found or not found[0].open:
         return []
-    return [*(brief(finding.sentence(), 200) for finding in found[0].findings[:3]), ""]
+    return [brief(finding.sentence(), 200) for finding in found[0].findings[:3]]
 
 
-def _patience(view: View) -> str:
-    """How long the guard waits, and what it does then."""
+def _patience(view: View) -> list[str]:
+    """How long the guard waits and what it does then; then that there is no hurry."""
     status = view.status
+    calm = "Training is parked; nothing is lost by thinking."
     if status is None or not status.deadline:
-        return "Training is parked; nothing is lost by thinking."
+        return [calm]
     left = max(0.0, status.deadline - view.now)
     then = DEFAULTS.get(status.default, "it decides by itself")
-    return f"Training is parked; nothing is lost by thinking. Without an answer in {spoken(left)} {then}."
+    return [f"Without an answer in {spoken(left)} {then}.", calm]

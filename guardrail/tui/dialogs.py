@@ -8,7 +8,7 @@ from typing import ClassVar, TypeVar
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
-from textual.events import Click
+from textual.events import Click, MouseScrollDown, MouseScrollUp
 from textual.screen import ModalScreen
 from textual.widgets import Input
 
@@ -70,6 +70,15 @@ class Dialog(ModalScreen[T]):
 
     def hint(self) -> str:
         return "Esc close"
+
+    def on_mouse_scroll_up(self, event: MouseScrollUp) -> None:
+        self.turn(-1)
+
+    def on_mouse_scroll_down(self, event: MouseScrollDown) -> None:
+        self.turn(1)
+
+    def turn(self, by: int) -> None:
+        """The mouse wheel."""
 
     def action_close(self) -> None:
         self.dismiss(None)
@@ -138,6 +147,9 @@ class Choose(Dialog[int]):
 
     def hint(self) -> str:
         return "↑ ↓ move   Enter choose   Esc close"
+
+    def turn(self, by: int) -> None:
+        self.action_move(by)
 
     def action_move(self, by: int) -> None:
         self.cursor = max(0, min(len(self.options) - 1, self.cursor + by))
@@ -316,6 +328,9 @@ class Pager(Dialog[None]):
 
     def hint(self) -> str:
         return "↑ ↓ scroll   Esc close"
+
+    def turn(self, by: int) -> None:
+        self.action_scroll(3 * by)
 
     def action_scroll(self, by: int) -> None:
         self._top = max(0, self._top + by)

@@ -84,6 +84,7 @@ KEYS = (
         pane=CURVES, rank=6),
     Key("b", "b", "axis", "", "Curves: stand by steps, by tokens learnt from, or by time."),
     Key("v", "v", "signals", "curves", "Choose which signals have curves, of all that the run records.", rank=6),
+    Key("t", "t", "theme", "", "The next theme: dark, light, colour-blind, the terminal's own."),
     Key("j", "j", "journal", "journal", "Read the journal: everything that happened, who did it, and when.", rank=5),
     Key("ctrl+p", "Ctrl+P", "commands", "", "Find any of these commands by its words."),
     Key("q,ctrl+c,ctrl+q", "q", "leave", "leave", "Leave the screen (so does Ctrl-C). Training goes on.", rank=0),

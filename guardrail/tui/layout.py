@@ -30,6 +30,7 @@ class Layout:
         beside: the panes stand right of the charts, not below.
         sparks: rows for signals without a chart.
         newest: the newest incident has its two rows.
+        messages: answers to keys have a row of their own; without one they take the place of the keys.
     """
 
     columns: int
@@ -38,6 +39,7 @@ class Layout:
     beside: bool = True
     sparks: int = 0
     newest: bool = False
+    messages: bool = True
 
 
 def arrange(width: int, height: int, focus: str, *, full: bool = False, signals: int = 6) -> Layout:
@@ -46,8 +48,9 @@ def arrange(width: int, height: int, focus: str, *, full: bool = False, signals:
     rows = max(1, min(3, (height - _AROUND) // _CHART_ROWS))
     charts = min(signals, columns * rows)
     wide = width >= WIDE and height >= HIGH
+    roomy = height >= ROOMY
     if full and focus != CURVES:
-        return Layout(0, 0, (focus,))
+        return Layout(0, 0, (focus,), messages=roomy)
     if full and wide:
         return Layout(columns, charts, ())
     if wide:
@@ -55,8 +58,8 @@ def arrange(width: int, height: int, focus: str, *, full: bool = False, signals:
     if height >= TALL:
         return Layout(1, min(charts, 3), _with(("incidents", "log"), focus), beside=False)
     if focus != CURVES:
-        return Layout(0, 0, (focus,))
-    return Layout(1, 1, (), sparks=3 if height >= AIRY else 2 if height >= ROOMY else 0, newest=True)
+        return Layout(0, 0, (focus,), messages=roomy)
+    return Layout(1, 1, (), sparks=3 if height >= AIRY else 2 if roomy else 0, newest=True, messages=roomy)
 
 
 def _with(panes: tuple[str, ...], focus: str) -> tuple[str, ...]:

@@ -114,6 +114,7 @@ class Lines(Widget):
         self._view: View | None = None
         self._rows: list[Row] = []
         self._strips: dict[int, Strip] = {}
+        self._theme = ""
 
     @property
     def rows(self) -> Sequence[Row]:
@@ -152,13 +153,16 @@ class Lines(Widget):
         return min(room, max(1, len(self._build(self._view, width, room))))
 
     def render_line(self, y: int) -> Strip:
+        if self._theme != self.app.theme:
+            self._strips.clear()
+            self._theme = self.app.theme
         strip = self._strips.get(y)
         if strip is None:
             strip = self._strips[y] = self._strip(self._rows[y] if y < len(self._rows) else ())
         return strip
 
     def _strip(self, line: Row) -> Strip:
-        styles = palette.ANSI if self.app.native_ansi_color else palette.FULL
+        styles = palette.styles_of(self.app.theme)
         base = self.rich_style
         cleaned = fit(tuple((clean(text), tone) for text, tone in line), self.size.width)
         segments = [Segment(text, base + styles[tone]) for text, tone in cleaned if text]

@@ -1,7 +1,7 @@
-"""Named tones -> styles: one set in full colour, one of the terminal's own sixteen; NO_COLOR leaves their attributes.
+"""Named tones -> styles, one set for each theme; NO_COLOR leaves their attributes.
 
-A tone is never the only carrier of a meaning: a glyph or a word stands beside it. The full set keeps to hues that
-colour-blind eyes tell apart (Okabe and Ito, "Color Universal Design", 2008): blue, orange, vermillion, bluish green.
+A tone is never the only carrier of a meaning: a glyph or a word stands beside it. All sets keep to hues that
+colour-blind eyes tell apart; one has exactly those of Okabe and Ito ("Color Universal Design", 2008).
 """
 
 from __future__ import annotations
@@ -11,24 +11,11 @@ from collections.abc import Mapping, Sequence
 from rich.style import Style
 from textual.theme import Theme
 
-BACKGROUND, PANEL = "#10151a", "#182129"
+CURVES = ("loss", "grad_norm", "embed_grad_norm", "embed_share", "lr", "throughput")
+BAND = ".band"  # suffix of a tone that lies on the detector's band
+TERMINAL = "ansi-dark"  # textual's name of the theme that leaves all colours to the terminal
 
-THEME = Theme(
-    name="guardrail",
-    primary="#5fb3ea",
-    secondary="#8a97a3",
-    warning="#f2a33a",
-    error="#ff7a55",
-    success="#3ecf9b",
-    accent="#5fb3ea",
-    foreground="#d5dde4",
-    background=BACKGROUND,
-    surface=BACKGROUND,
-    panel=PANEL,
-    dark=True,
-)
-
-_FULL = {
+_DARK = {
     "plain": "#d5dde4",
     "strong": "bold #f2f6f9",
     "dim": "#8a97a3",
@@ -39,7 +26,6 @@ _FULL = {
     "calm": "bold #a9b8c6",
     "accent": "#5fb3ea",
     "key": "bold #5fb3ea",
-    "cursor": "bold #10151a on #5fb3ea",
     "ghost": "#8a97a3",
     "threshold": "#a8823f",
     "loss": "#5fb3ea",
@@ -49,6 +35,48 @@ _FULL = {
     "lr": "#8fd6c0",
     "throughput": "#9fb4e8",
     "raw": "#56646f",
+}
+_LIGHT = {
+    "plain": "#1f2a33",
+    "strong": "bold #0b1217",
+    "dim": "#5a6772",
+    "faint": "#a9b4bd",
+    "good": "bold #0a7d54",
+    "warn": "bold #a85a00",
+    "bad": "bold #c0341d",
+    "calm": "bold #43525e",
+    "accent": "#0b6bb0",
+    "key": "bold #0b6bb0",
+    "ghost": "#75818b",
+    "threshold": "#94701c",
+    "loss": "#0b6bb0",
+    "grad_norm": "#8f6b00",
+    "embed_grad_norm": "#7b3fb0",
+    "embed_share": "#b03f86",
+    "lr": "#0a7d54",
+    "throughput": "#4056b0",
+    "raw": "#a3afb9",
+}
+_OKABE_ITO = {
+    "plain": "#d9d9d9",
+    "strong": "bold #ffffff",
+    "dim": "#9a9a9a",
+    "faint": "#595959",
+    "good": "bold #009e73",
+    "warn": "bold #e69f00",
+    "bad": "bold #d55e00",
+    "calm": "bold #b3b3b3",
+    "accent": "#56b4e9",
+    "key": "bold #56b4e9",
+    "ghost": "#9a9a9a",
+    "threshold": "#e69f00",
+    "loss": "#56b4e9",
+    "grad_norm": "#f0e442",
+    "embed_grad_norm": "#cc79a7",
+    "embed_share": "#d9d9d9",
+    "lr": "#009e73",
+    "throughput": "#0072b2",
+    "raw": "#595959",
 }
 # "bright_black" is invisible in some schemes; the attribute `dim` is not.
 _ANSI = {
@@ -62,7 +90,6 @@ _ANSI = {
     "calm": "bold default",
     "accent": "cyan",
     "key": "bold cyan",
-    "cursor": "bold reverse",
     "ghost": "dim default",
     "threshold": "dim yellow",
     "loss": "cyan",
@@ -73,9 +100,6 @@ _ANSI = {
     "throughput": "blue",
     "raw": "dim default",
 }
-CURVES = ("loss", "grad_norm", "embed_grad_norm", "embed_share", "lr", "throughput")
-BAND = ".band"  # suffix of a tone that lies on the detector's band
-_BAND_BACKGROUND = "#1b2731"
 
 
 def _styles(names: Mapping[str, str], band: str) -> dict[str, Style]:
@@ -84,8 +108,39 @@ def _styles(names: Mapping[str, str], band: str) -> dict[str, Style]:
     return styles | {name + BAND: style + ground for name, style in styles.items()}
 
 
-FULL = _styles(_FULL, f"on {_BAND_BACKGROUND}")
+def _theme(name: str, tones: Mapping[str, str], background: str, panel: str, *, dark: bool = True) -> Theme:
+    colour = {tone: text.split()[-1] for tone, text in tones.items()}
+    return Theme(
+        name=f"guardrail-{name}",
+        primary=colour["accent"],
+        secondary=colour["dim"],
+        warning=colour["warn"],
+        error=colour["bad"],
+        success=colour["good"],
+        accent=colour["accent"],
+        foreground=colour["plain"],
+        background=background,
+        surface=background,
+        panel=panel,
+        dark=dark,
+    )
+
+
+_OURS = (
+    (_theme("dark", _DARK, "#10151a", "#182129"), _styles(_DARK, "on #1b2731")),
+    (_theme("light", _LIGHT, "#fbfcfd", "#e6ecf1", dark=False), _styles(_LIGHT, "on #e2ecf4")),
+    (_theme("colour-blind", _OKABE_ITO, "#0b0b0b", "#1a1a1a"), _styles(_OKABE_ITO, "on #1c232b")),
+)
+OURS = tuple(theme for theme, _ in _OURS)
 ANSI = _styles(_ANSI, "")
+_STYLES = {theme.name: styles for theme, styles in _OURS}
+# What a viewer calls a theme -> what textual calls it.
+THEMES = {theme.name.removeprefix("guardrail-"): theme.name for theme in OURS} | {"terminal": TERMINAL}
+
+
+def styles_of(theme: str) -> Mapping[str, Style]:
+    """The styles of a theme by textual's name; those of the terminal for one that is not ours."""
+    return _STYLES.get(theme, ANSI)
 
 
 def tone_of(signal: str, among: Sequence[str]) -> str:

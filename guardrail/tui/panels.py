@@ -77,6 +77,8 @@ def facts(view: View, width: int, height: int) -> Sequence[Row]:
         parts.append((f"{view.snapshot.around.screens} screens", "accent"))
     where = f" on {status.host}" if status.host else ""
     parts.append((f"{plural(status.world, 'rank')}{where}", "dim"))
+    while len(parts) > 1 and width_of(_joined(parts)) > width:
+        parts.remove(next((part for part in reversed(parts) if part[1] == "dim"), parts[-1]))
     return [fit(_joined(parts), width)]
 
 
@@ -90,6 +92,11 @@ def _joined(parts: Sequence[Piece]) -> Row:
 def message(view: View, width: int, height: int) -> Sequence[Row]:
     text, tone = view.message
     return [fit(((f" {text}", tone),), width)]
+
+
+def low_footer(view: View, width: int, height: int) -> Sequence[Row]:
+    """Of a terminal without a row for messages: what there is to say, else the keys."""
+    return message(view, width, height) if view.message[0] else footer(view, width, height)
 
 
 def footer(view: View, width: int, height: int) -> Sequence[Row]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from guardrail.tui.lines import Row, title
+from guardrail.tui.lines import Piece, Row, title
 from guardrail.tui.panes.state import State
+
+_ENTRY = "entry "
 
 
 def heading(name: str, width: int, state: State, *, right: Row = ()) -> Row:
@@ -31,4 +33,16 @@ def window(count: int, room: int, state: State, *, tail: bool = False) -> range:
 def marked(line: Row, index: int, state: State) -> Row:
     """The entry with a pointer before it where it is marked; every entry leaves that cell free."""
     on = state.focused and state.cursor == index
-    return (("▸" if on else " ", "key"), *line)
+    return (entry(index), ("▸" if on else " ", "key"), *line)
+
+
+def entry(index: int) -> Piece:
+    """An empty piece before a row, which says what entry the row is of: a click has to find it."""
+    return ("", f"{_ENTRY}{index}")
+
+
+def entry_of(line: Row) -> int | None:
+    """The entry that a row is of; None for a row of none."""
+    if not line or line[0][0] or not line[0][1].startswith(_ENTRY):
+        return None
+    return int(line[0][1].removeprefix(_ENTRY))

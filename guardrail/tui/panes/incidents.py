@@ -10,7 +10,7 @@ from guardrail.records import Finding
 from guardrail.tui.format import brief, clock, plural
 from guardrail.tui.format import count as number
 from guardrail.tui.lines import Piece, Row, fit, row, wrap
-from guardrail.tui.panes.frame import heading
+from guardrail.tui.panes.frame import entry, heading
 from guardrail.tui.panes.state import State
 from guardrail.tui.scales import short
 from guardrail.tui.story import Incident, left_out
@@ -50,6 +50,7 @@ def build(view: View, width: int, height: int, state: State) -> Sequence[Row]:
         _incident(view, incident, width, full=index == full, marked=state.focused and index == state.cursor)
         for index, incident in enumerate(incidents[: full + height])
     ]
+    blocks = [[(entry(index), *line) for line in block] for index, block in enumerate(blocks)]
     first = 0
     while first < full and sum(map(len, blocks[first : full + 1])) > height - 1:
         first += 1

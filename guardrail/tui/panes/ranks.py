@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from rich.cells import cell_len
+
 from guardrail.tui.format import brief, duration, plural, size
 from guardrail.tui.format import count as number
 from guardrail.tui.health import PHASES
-from guardrail.tui.lines import Row, fit, row
+from guardrail.tui.lines import Row, fit, row, width_of
 from guardrail.tui.panes.frame import heading, marked, window
 from guardrail.tui.panes.state import State
 from guardrail.tui.ranks import Judged, judge, median
@@ -55,7 +57,7 @@ def build(view: View, width: int, height: int, state: State) -> Sequence[Row]:
     rows = [heading("ranks", width, state, right=row((about, "dim")))]
     if not shown:
         return [*rows, row((" no rank has reported yet" if not state.filter else " none like that", "dim"))]
-    rows.append(fit(_summary(view, shown), width))
+    rows.append(fit(_summary(view, shown, width), width))
     room = height - len(rows)
     worst = _ordered(view, shown)
     if len(view.snapshot.around.ranks) >= MAP_FROM:
@@ -117,21 +119,25 @@ def _cell(one: Judged) -> tuple[str, str]:
     return next((glyph, tone) for least, glyph, tone in _HEAT if one.ratio >= least)
 
 
-def _summary(view: View, shown: Sequence[Judged]) -> Row:
+def _summary(view: View, shown: Sequence[Judged], width: int) -> Row:
     usual = median([one.rank for one in shown])
     line: list[tuple[str, str]] = [(f" median {_seconds(usual)}", "plain")]
     slowest = max(shown, key=lambda one: one.rank.told.step_seconds)
+    total = sum(times for _, times in view.snapshot.around.slowest)
+    often, times = max(view.snapshot.around.slowest, key=lambda pair: pair[1], default=(-1, 0))
     if slowest.rank.told.step_seconds > 0 and len(shown) > 1:
         told = slowest.rank.told
         tone = "warn" if slowest.trouble == "slow" else "plain"
         line.append((f"   slowest {told.rank} ({brief(told.host, 24)}) {_seconds(told.step_seconds)}", tone))
-    total = sum(times for _, times in view.snapshot.around.slowest)
-    if total:
-        rank, times = max(view.snapshot.around.slowest, key=lambda pair: pair[1])
-        line.append((f"   {rank} was slowest in {times} of {plural(total, 'step')}", "dim"))
+        if told.rank == often:
+            line.append((f", in {times} of {plural(total, 'step')}", "dim"))
     for trouble in ("silent", "stuck", "failed"):
         if many := sum(one.trouble == trouble for one in shown):
             line.append((f"   {_TROUBLE[trouble][0]} {many} {trouble}", "bad"))
+    if total and slowest.rank.told.rank != often:
+        line.append((f"   {often} was slowest in {times} of {plural(total, 'step')}", "dim"))
+    while width_of(tuple(line)) > width and any(tone == "dim" for _, tone in line):
+        line.remove(next(piece for piece in reversed(line) if piece[1] == "dim"))
     return tuple(line)
 
 
@@ -147,9 +153,12 @@ def _rank(one: Judged, now: float, longest: float, width: int) -> Row:
     if bar >= 6:
         filled = round(bar * told.step_seconds / longest) if longest > 0 else 0
         head = (*head, ("▇" * filled, tone if one.trouble == "slow" else "accent"), (" " * (bar - filled), "plain"))
-    age = duration(now - one.rank.heard)
-    told_of = (f" {_seconds(told.step_seconds):>8}", "plain"), (f"{size(told.memory_bytes):>9} {age:>9} ", "dim")
-    return (*head, *told_of, (f" {brief(told.host, 40)}", "dim"))
+    line: Row = (*head, (f" {_seconds(told.step_seconds):>8}", "plain"))
+    more = [f"{size(told.memory_bytes):>9}", f" {duration(now - one.rank.heard):>9}", f"  {brief(told.host, 40)}"]
+    for text in more:  # as many as there is room for
+        if width_of(line) + cell_len(text) < width:
+            line = (*line, (text, "dim"))
+    return line
 
 
 def _words(one: Judged) -> str:
