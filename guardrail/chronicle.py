@@ -55,7 +55,8 @@ class Chronicle:
         """Keep the status fresh while ranks are started; at most once a second."""
         if self._leads and time.monotonic() - self._written >= 1.0:
             again = f", restart {restarts} of {self._launch.max_restarts}" if restarts else ""
-            progress = f"starting {self._launch.processes} processes{again}"
+            nodes = f" on each of {self._launch.nodes} nodes" if self._launch.nodes > 1 else ""
+            progress = f"starting {self._launch.processes} processes{nodes}{again}"
             self._replace(phase=Phase.STARTING, progress=progress, restarts=restarts, question="", deadline=0.0, pid=0)
 
     def ended(self, phase: Phase, exit_code: ExitCode, reason: str, last_lines: list[str]) -> None:

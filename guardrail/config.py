@@ -58,6 +58,8 @@ class LaunchSection(Section, frozen=True, kw_only=True):
     rendezvous_backend: typing.Literal["static", "c10d"] = "c10d"
     rendezvous_endpoint: str = ""
     rendezvous_id: str = ""
+    # Seconds to wait for the other nodes, at the start and when one was lost: it may come back until then.
+    node_seconds: PositiveFloat = 600.0
     # Times the ranks are started again after a failure before the run ends with exit code 4.
     max_restarts: Natural = 3
     # Seconds without progress after which a rank counts as hung, per phase.

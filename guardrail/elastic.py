@@ -66,6 +66,8 @@ def command(launch: LaunchSection, *, name: str, restarts: int) -> list[str]:
     else:
         arguments += [f"--rdzv-backend={launch.rendezvous_backend}", f"--rdzv-endpoint={launch.rendezvous_endpoint}"]
         arguments += [f"--node-rank={launch.node_rank}"]
+        # Told and not guessed from names: two agents may stand on one host, and the first node's alone is met.
+        arguments += [f"--rdzv-conf=is_host={int(not launch.node_rank)},join_timeout={launch.node_seconds:.0f}"]
     arguments += ["--no-python", "/bin/sh", "-c", _RANK, "rank", sys.executable, "-u", "-m", launch.trainer]
     return arguments
 
@@ -82,6 +84,10 @@ def environment(launch: LaunchSection, run: Path, *, incarnation: int) -> dict[s
     variables[SUPERVISOR_VARIABLE] = str(os.getpid())
     variables[INCARNATION_VARIABLE] = str(incarnation)
     variables["PET_SIGNALS_TO_HANDLE"] = variables["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+    if launch.nodes > 1:
+        # Else an agent that lives on keeps the ranks' meeting place of the first round to itself, and a node that comes
+        # back waits for it to be told until both give up (torch 2.13, DynamicRendezvousHandler.next_rendezvous).
+        variables.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     variables.setdefault("OMP_NUM_THREADS", str(launch.threads or max(1, cores() // launch.processes)))
     if launch.threads:
         variables["OMP_NUM_THREADS"] = str(launch.threads)

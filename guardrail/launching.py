@@ -161,7 +161,7 @@ def refuse_alive(run: RunDirectory, status: Status | None) -> None:
 
 def end_orphans(run: RunDirectory, seconds: float) -> None:
     """Processes of the run whose supervisor is dead: save and stop, then kill."""
-    orphans = processes.processes_of(run.path)
+    orphans = processes.orphans_of(run.path)
     if not orphans:
         return
     print(f"{len(orphans)} processes of {run.name} outlived their supervisor; they save and stop", file=sys.stderr)
@@ -174,7 +174,7 @@ def end_orphans(run: RunDirectory, seconds: float) -> None:
     while time.monotonic() < deadline and any(processes.alive(by_pid[report.pid]) for report in ranks):
         time.sleep(0.1)
     for _ in range(3):  # an elastic agent that dies last may just have started a rank again
-        left = processes.processes_of(run.path)
+        left = processes.orphans_of(run.path)
         left.sort(key=lambda process: process.pid)  # agents are older than their ranks
         if stuck := processes.kill(left):
             raise RunDirectoryError(f"{run.name}: processes {[process.pid for process in stuck]} cannot be ended")

@@ -53,6 +53,19 @@ def processes_of(run: Path) -> list[psutil.Process]:
     return found
 
 
+def orphans_of(run: Path) -> list[psutil.Process]:
+    """Those of them whose supervisor is dead. Another node's supervisor may stand on this host and be alive."""
+    found = []
+    for process in processes_of(run):
+        try:
+            supervisor = int(process.environ().get(SUPERVISOR_VARIABLE, "0"))
+        except (psutil.Error, OSError, ValueError):
+            continue
+        if supervisor_of(run, supervisor) is None:
+            found.append(process)
+    return found
+
+
 def tell(process: psutil.Process, number: signal.Signals) -> bool:
     """Send a signal; False if the process is gone (psutil refuses a pid that was used again)."""
     try:

@@ -58,6 +58,7 @@ class Supervisor:
         self._elastic_log = run.logs / f"elastic{node}.log"  # read for failures, so each node has its own
         self._last_log: Path | None = None  # of the rank that failed last
         self._failed_at: float | None = None  # while peers of a failed rank may still wait for it
+        self._between = False  # two incarnations: the next one may have to wait for another node
         self._hung = ""  # why the failure that elastic is about to report is our doing
         self._told: set[int] = set()  # pids that were asked to stop
         self._stop_since: float | None = None
@@ -92,6 +93,7 @@ class Supervisor:
     def _agents(self) -> int:
         """One elastic agent after another until one ends by itself or on demand; returns its exit status."""
         while True:
+            before = len(self.failures)
             agent = Agent(
                 self.launch,
                 self.run_directory.path,
@@ -104,11 +106,38 @@ class Supervisor:
             finally:
                 agent.end()
                 self._bury()
-            if code >= 0 or self.killed or self.signals.stop:
+            if self.killed or self.signals.stop:
                 return code
-            self._fail(f"the elastic agent was killed by {signal.Signals(-code).name}")
+            if code < 0:
+                self._fail(f"the elastic agent was killed by {signal.Signals(-code).name}")
+            elif code and self._first_node_is_gone():
+                if len(self.failures) == before:  # else the ranks here have noticed, and are counted
+                    self._fail("the first node has gone")
+                if not self._first_node_is_back():
+                    return code
+            else:
+                return code
             if len(self.failures) > self.launch.max_restarts:
                 return 1
+
+    def _first_node_is_gone(self) -> bool:
+        """Whether the agent has ended because the place where the nodes meet, which is that node's agent, is lost."""
+        if not self.launch.node_rank or len(self.failures) > self.launch.max_restarts:
+            return False
+        status = self.run_directory.read_status()
+        return status is not None and not status.phase.ended
+
+    def _first_node_is_back(self) -> bool:
+        """Wait until it listens again; False when it does not within launch.node_seconds, or a stop is asked for."""
+        host, _, port = self.launch.rendezvous_endpoint.rpartition(":")
+        message = f"the first node has gone; node {self.launch.node_rank} waits for {host}:{port} to answer again"
+        self.chronicle.record("note", message, text=message)
+        deadline = time.monotonic() + self.launch.node_seconds
+        while time.monotonic() < deadline and not self.signals.stop:
+            with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=1.0):
+                return True
+            self.signals.wait(POLL_SECONDS)
+        return False
 
     def _watch(self, agent: Agent) -> int:
         """Look after one agent and its ranks until it has ended; returns its exit status."""
@@ -128,7 +157,7 @@ class Supervisor:
             if self.killed:
                 agent.end()
                 continue
-            if not self.ranks.registered and (self._failed_at is not None or not self.ranks.heard):
+            if not self.ranks.registered and (self._between or not self.ranks.heard):
                 self.chronicle.starting(restarts=self._restarts)
             self.signals.wait(POLL_SECONDS)
 
@@ -136,7 +165,7 @@ class Supervisor:
         known = self.ranks.last_pids
         self.ranks.look(agent.process.pid)
         if self.ranks.last_pids != known and not self.ranks.last_pids & known:
-            self._failed_at = None  # a new incarnation
+            self._failed_at, self._between = None, False  # a new incarnation
         self._note_failures(agent)
         failed = self._failed_at
         if failed is not None and time.monotonic() - failed > SURVIVOR_SECONDS:
@@ -155,7 +184,7 @@ class Supervisor:
                 rank = self.launch.node_rank * self.launch.processes + failure.local_rank
             sentence = f"rank {rank} {failure}"
             self._last_log = self.run_directory.logs / f"rank-{rank}.log"
-            self._failed_at = time.monotonic()
+            self._failed_at, self._between = time.monotonic(), True
             self._fail(sentence)
             self.chronicle.record(
                 "ranks_failed",
@@ -243,6 +272,9 @@ class Supervisor:
             return Phase.STOPPED, ExitCode.INTERRUPTED, self.killed or "no rank said how it ended", []
         if code == 0:
             reason, explained = "the ranks ended without saying how", self.run_directory.logs / "rank-0.log"
+        elif self.launch.nodes > 1 and len(self.failures) <= self.launch.max_restarts:
+            waited = f"not all {self.launch.nodes} nodes met within launch.node_seconds = {self.launch.node_seconds:g}"
+            reason, explained = f"{waited}; on fewer: launch --resume RUN --set launch.nodes=N", self._elastic_log
         elif not self.failures:
             reason, explained = f"torch elastic ended with {code}", self._elastic_log
         else:

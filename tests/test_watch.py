@@ -141,7 +141,7 @@ def test_several_nodes_use_the_rendezvous_of_the_configuration() -> None:
     line = elastic.command(launch, name="run-1", restarts=3)
     for argument in ("--nnodes=2", "--node-rank=1", "--rdzv-endpoint=head:29400", "--rdzv-backend=static"):
         assert argument in line
-    assert "--rdzv-id=run-1" in line
+    assert "--rdzv-id=run-1" in line and "--rdzv-conf=is_host=0,join_timeout=600" in line
     alone = elastic.command(LaunchSection(processes=4), name="run-1", restarts=0)
     assert "--rdzv-endpoint=127.0.0.1:0" in alone and "--max-restarts=0" in alone
 
