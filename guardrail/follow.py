@@ -41,18 +41,22 @@ class Follower:
         run: the run directory.
         seq: events up to this one are known already.
         row: metric rows before this one are known already.
+        most: rows that one look takes at most; the next look takes the next ones. None: all that are new.
 
     Attributes:
         timelines: which rows are the present, from all events and rows seen so far; for `MetricsView.current`.
         view: the rows as of the last look.
+        complete: the last look took all that there was.
     """
 
-    def __init__(self, run: RunDirectory, *, seq: int = 0, row: int = 0) -> None:
+    def __init__(self, run: RunDirectory, *, seq: int = 0, row: int = 0, most: int | None = None) -> None:
         self._run = run
+        self._most = most
         self.seq = seq
         self.row = row
         self.timelines = Timelines()
         self.view: MetricsView | None = None
+        self.complete = True
         self._learnt = 0  # rows that `timelines` has seen
         self._offset = 0  # bytes of the journal that have been read
         self._signature: tuple[int, ...] = ()
@@ -67,12 +71,16 @@ class Follower:
         self.timelines.add_events(events)
         view = self._run.metrics()
         first, last = self.row, max(self.row, len(view))
-        if self._learnt < len(view):
+        if self._most is not None:
+            last = min(last, first + self._most)
+        self.complete = last >= len(view)
+        end = len(view) if self._most is None else last
+        if self._learnt < end:
             steps, timelines = view.column("step"), view.column("timeline")
             # One row further back, so that a change of the timeline right here is seen.
             back = max(0, self._learnt - 1)
-            self.timelines.add_rows(steps[back:], timelines[back:], from_start=back == 0)
-            self._learnt = len(view)
+            self.timelines.add_rows(steps[back:end], timelines[back:end], from_start=back == 0)
+            self._learnt = end
         self.view = view
         self.row = last
         fresh = [event for event in events if event.seq > self.seq]

@@ -22,7 +22,7 @@ from guardrail.tui.chart import chart_rows, spark_row
 from guardrail.tui.cockpit import Cockpit
 from guardrail.tui.format import clock, count, duration, metric, plural, size, spoken
 from guardrail.tui.health import health_of
-from guardrail.tui.lines import Lines, Row, change, fit, row, spread, title, width_of, wrap
+from guardrail.tui.lines import Lines, Row, changes, fit, row, spread, title, width_of, wrap
 from guardrail.tui.palette import BAND
 from guardrail.tui.panes import incidents, log, snapshots
 from guardrail.tui.panes.state import State
@@ -453,11 +453,20 @@ _rows = st.lists(st.tuples(st.text("ab c", max_size=6), st.sampled_from(["plain"
 @given(before=_rows, after=_rows)
 def test_a_change_covers_every_cell_that_differs(before: list[tuple[str, str]], after: list[tuple[str, str]]) -> None:
     cells = [[(c, tone) for piece, tone in line for c in piece] for line in (before, after)]
-    first, count = change(tuple(before), tuple(after), 40)
+    found = changes(tuple(before), tuple(after), 40)
+    covered = {x for first, count in found for x in range(first, first + count)}
     for x in range(40):
         a, b = (line[x] if x < len(line) else (" ", "plain") for line in cells)
-        assert a == b or first <= x < first + count
+        assert a == b or x in covered
+    assert len(covered) == sum(count for _, count in found), "no cell is sent twice"
+
+
+def test_what_did_not_change_is_not_sent() -> None:
+    before, after = row(("a" * 10 + "x", "dim"), "b" * 10 + "1"), row(("a" * 10 + "y", "dim"), "b" * 10 + "2")
+    assert changes(before, after, 40) == [(10, 1), (21, 1)]
+    assert changes(row("abcdef"), row("xbcdeY"), 40) == [(0, 6)], "passing over four cells costs as much"
+    assert changes(before, before, 40) == []
 
 
 def test_a_row_with_wide_characters_changes_as_a_whole() -> None:
-    assert change(row("語"), row("文"), 40) == (0, 40)
+    assert changes(row("語"), row("文"), 40) == [(0, 40)]

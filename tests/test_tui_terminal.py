@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
-import select
 import signal
-import struct
-import subprocess
 import sys
 import termios
 import time
@@ -20,6 +15,7 @@ import pytest
 from guardrail.rundir import RunDirectory
 from guardrail.tui import terminal
 from tests.fake_run import FakeRun, example
+from tests.terminal import Terminal
 from tests.test_tui_panels import HOSTILE
 
 _SCREEN = """
@@ -31,58 +27,9 @@ sys.exit(run_screen(sys.argv[1], read_only="read-only" in sys.argv))
 """
 
 
-class Terminal:
-    """A pseudo-terminal of 100 x 30 with the screen of a run in it."""
-
-    def __init__(self, run: RunDirectory, *options: str) -> None:
-        self.master, slave = os.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
-        self.before = termios.tcgetattr(slave)
-        self.output = b""
-        # An exported size would win over the terminal's own.
-        environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")} | {
-            "TERM": "xterm-256color"
-        }
-        command = [sys.executable, "-c", _SCREEN, str(run.path), *options]
-        self.process = subprocess.Popen(
-            command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True, env=environment
-        )
-        self.slave = slave
-
-    def read(self, seconds: float = 0.1) -> None:
-        """Take what the screen has written, as a terminal does."""
-        deadline = time.monotonic() + seconds
-        while (left := deadline - time.monotonic()) > 0:
-            if select.select([self.master], [], [], left)[0]:
-                with contextlib.suppress(OSError):
-                    self.output += os.read(self.master, 65536)
-
-    def until(self, text: str, seconds: float = 30.0) -> None:
-        deadline = time.monotonic() + seconds
-        while text.encode() not in self.output:
-            assert time.monotonic() < deadline, f"{text!r} never came: {self.output[-2000:]!r}"
-            assert self.process.poll() is None, f"the screen has ended: {self.output[-2000:]!r}"
-            self.read()
-
-    def press(self, keys: str) -> None:
-        os.write(self.master, keys.encode())
-
-    def close(self) -> None:
-        """The window is closed, the connection dropped."""
-        for descriptor in (self.slave, self.master):
-            if descriptor >= 0:
-                os.close(descriptor)
-        self.slave = self.master = -1
-
-    def ends(self, seconds: float = 15.0, *, reading: bool = True) -> int:
-        deadline = time.monotonic() + seconds
-        while self.process.poll() is None:
-            assert time.monotonic() < deadline, "the screen did not end"
-            if reading and self.master >= 0:
-                self.read(0.05)
-            else:
-                time.sleep(0.05)
-        return int(self.process.returncode)
+def attach(run: RunDirectory, *options: str) -> Terminal:
+    """The screen of a run in a terminal that does not answer questions."""
+    return Terminal([sys.executable, "-c", _SCREEN, str(run.path), *options], synchronised=False)
 
 
 @pytest.fixture
@@ -96,13 +43,11 @@ def opened(run: RunDirectory) -> Iterator[list[Terminal]]:
     terminals: list[Terminal] = []
     yield terminals
     for one in terminals:
-        one.process.kill()
-        one.process.wait()
-        one.close()
+        one.end()
 
 
 def show(run: RunDirectory, opened: list[Terminal], *options: str) -> Terminal:
-    one = Terminal(run, *options)
+    one = attach(run, *options)
     opened.append(one)
     one.until("incidents")
     return one
@@ -122,8 +67,11 @@ def test_leaving(key: str, run: RunDirectory, opened: list[Terminal]) -> None:
 def test_a_key_reaches_the_run(run: RunDirectory, opened: list[Terminal]) -> None:
     screen = show(run, opened, "controlling")
     screen.press("c")
-    screen.until("no answer yet")
+    deadline = time.monotonic() + 20
+    while not run.commands_pending() and time.monotonic() < deadline:
+        screen.read()
     assert [command.kind.value for command in run.commands_pending()] == ["checkpoint"]
+    screen.until("no answer yet")
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])

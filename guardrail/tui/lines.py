@@ -23,6 +23,7 @@ from guardrail.tui.view import View
 Piece = tuple[str, str]
 Row = tuple[Piece, ...]
 Builder = Callable[[View, int, int], Sequence[Row]]
+_MOVE = 4  # cells that are sent again rather than passed over
 
 
 def row(*pieces: Piece | str) -> Row:
@@ -85,17 +86,24 @@ def wrap(text: str, width: int) -> list[str]:
     return [*lines, line] if line or not lines else lines
 
 
-def change(before: Row, after: Row, width: int) -> tuple[int, int]:
-    """(first cell, cells) of the stretch in which two rows differ; the whole row where cells are not characters.
+def changes(before: Row, after: Row, width: int) -> list[tuple[int, int]]:
+    """(first cell, cells) of the stretches in which two rows differ; the whole row where cells are not characters.
 
-    One stretch and not several: textual writes each from the left edge of its widget.
+    Stretches with less between them than it takes to move the cursor over it are one.
     """
     cells = [[(char, tone) for text, tone in line for char in text] for line in (before, after)]
     if any(len(line) != width_of(drawn) for line, drawn in zip(cells, (before, after), strict=True)):
-        return 0, width
+        return [(0, width)]
     pairs = itertools.zip_longest(*cells, fillvalue=(" ", "plain"))
-    differ = [x for x, (a, b) in enumerate(pairs) if a != b]
-    return (differ[0], differ[-1] + 1 - differ[0]) if differ else (0, 0)
+    found: list[tuple[int, int]] = []
+    for x, (a, b) in enumerate(pairs):
+        if a == b:
+            continue
+        if found and x - sum(found[-1]) <= _MOVE:
+            found[-1] = found[-1][0], x + 1 - found[-1][0]
+        else:
+            found.append((x, 1))
+    return found
 
 
 class Lines(Widget):
@@ -136,8 +144,7 @@ class Lines(Widget):
             after = rows[y] if y < len(rows) else ()
             if before != after:
                 self._strips.pop(y, None)
-                x, cells = change(before, after, width)
-                regions.append(Region(x, y, cells, 1))
+                regions += [Region(x, y, cells, 1) for x, cells in changes(before, after, width)]
         self._rows = rows
         if regions:
             self.refresh(*regions)

@@ -12,6 +12,7 @@ from enum import IntEnum
 
 import numpy as np
 
+from guardrail.tui.pyramid import Level, stretches
 from guardrail.tui.scales import XScale, YScale, short, ticks, y_scale
 
 BRAILLE = 0x2800
@@ -39,11 +40,13 @@ class Ink(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Points: x [n], nondecreasing; y [n], NaN where it is not finite; bad [n]: y was NaN or Inf, not merely absent."""
+    """Points: x [n], nondecreasing; y [n], NaN where it is not finite; bad [n]: y was NaN or Inf, not merely absent;
+    above: levels of a pyramid over them, none for a short curve."""
 
     x: np.ndarray
     y: np.ndarray
     bad: np.ndarray
+    above: tuple[Level, ...] = ()
 
     @classmethod
     def of(cls, x: np.ndarray, y: np.ndarray) -> Curve:
@@ -66,16 +69,8 @@ class Columns:
 
 def columns(curve: Curve, scale: XScale) -> Columns:
     """Least and greatest value of each dot column."""
-    low, high = np.full(scale.dots, np.nan), np.full(scale.dots, np.nan)
-    bad = np.zeros(scale.dots, dtype=bool)
     at = np.searchsorted(curve.x, scale.edges())
-    some = at[1:] > at[:-1]
-    starts, end = at[:-1][some], at[-1]
-    if len(starts):
-        low[some] = np.fmin.reduceat(curve.y[:end], starts)
-        high[some] = np.fmax.reduceat(curve.y[:end], starts)
-        bad[some] = np.logical_or.reduceat(curve.bad[:end], starts)
-    return Columns(low, high, bad)
+    return Columns(*stretches(curve.y, curve.bad, curve.above, at[:-1], at[1:]))
 
 
 def sample(x: np.ndarray, y: np.ndarray, scale: XScale) -> np.ndarray:

@@ -4,6 +4,7 @@ that a file system that hangs leaves the keys alive.
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -25,7 +26,7 @@ from guardrail.tui.view import Snapshot
 LOOK_SECONDS = 0.25  # between two looks at a run that is busy
 WAIT_SECONDS = 1.0  # between two looks at a quiet one
 PRESENCE_SECONDS = 5.0
-_CHUNK = 65536  # rows read before the screen hears of them
+_CHUNK = 65536  # rows read, and mapped, before the screen hears of them
 
 
 class Reader(Protocol):
@@ -62,7 +63,7 @@ class RunReader:
 
     def __init__(self, run: RunDirectory, *, present: bool = True, clock: Callable[[], float] = time.time) -> None:
         self._run, self._present, self._clock = run, present, clock
-        self._follower = Follower(run)
+        self._follower = Follower(run, most=_CHUNK)
         self._track, self._digest = Track(), Digest()
         self._outbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lookout = Lookout(run, clock=clock)
@@ -113,14 +114,9 @@ class RunReader:
         """Read what is new and publish it; what cannot be read is said in `Snapshot.trouble`."""
         try:
             self._look_at_status()
-            update = self._follower.poll()
-            if update.events:
-                self._digest.add(update.events)
-                self._publish(story=self._digest.story())
-            self._take_rows(*update.rows)
-            if update.rows[0] < update.rows[1]:
-                self._lookout.look_at_rows(self._follower.view)
-            self._follower.view = None  # let go of the mapped file: its pages count as this process's memory
+            self._look_at_file()
+            while not self._follower.complete and not self._leaving.is_set():
+                self._look_at_file()
             status = self._latest.status
             self._lookout.look(ended=status is not None and status.phase.ended)
             self._publish(loaded=True, trouble="", around=self._lookout.around)
@@ -149,21 +145,30 @@ class RunReader:
             self._heartbeat = status.heartbeat
         self._publish(status=status, heard=heard)
 
-    def _take_rows(self, first: int, end: int) -> None:
-        view = self._follower.view
+    def _look_at_file(self) -> None:
+        """Events, and the next rows."""
+        update, view = self._follower.poll(), self._follower.view
+        self._follower.view = (
+            None  # let go of the mapped file: pages that were looked at count as this process's memory
+        )
+        if update.events:
+            self._digest.add(update.events)
+            self._publish(story=self._digest.story())
+        first, end = update.rows
         with self._tracking:
-            for at in range(first, end, _CHUNK):
-                assert view is not None, "rows came without a view"
-                self._track.add(view.columns, np.asarray(view.array[at : min(end, at + _CHUNK)]))
-                self._taken = min(end, at + _CHUNK)
+            if view is not None and first < end:
+                self._track.add(view.columns, np.asarray(view.array[first:end]))
+                self._taken = end
                 self._publish(series=self._track.series(), columns=tuple(view.columns))
-            # A rollback is true from its journal line on, before the first row of the new timeline.
             self._leave(self._track)
             if self._track.last_step < self._latest.series.last_step:
                 self._publish(series=self._track.series())
+        if first < end and self._follower.complete:
+            self._lookout.look_at_rows(view)
 
     def _leave(self, track: Track) -> None:
-        limit = self._follower.timelines.end(track.timeline)
+        """A rollback is true from its journal line on, before the first row of the new timeline."""
+        limit = self._follower.timelines.end(track.timeline) if self._follower.complete else math.inf
         if limit < track.last_step:
             track.abandon(after=limit)
 
@@ -175,8 +180,8 @@ class RunReader:
                 return
             track = Track(signals, (axis,))
             try:
-                view = self._run.metrics()
                 for at in range(0, self._taken, _CHUNK):
+                    view = self._run.metrics()  # anew, so that what was read of the file is let go of
                     track.add(view.columns, np.asarray(view.array[at : min(self._taken, at + _CHUNK)]))
             except (OSError, GuardrailError) as error:
                 self._publish(trouble=f"cannot read the run: {_reason(error)}")

@@ -1,7 +1,8 @@
 """Metric rows as curves: the present one, and the abandoned stretches behind it.
 
 A `Track` belongs to the reader's thread; the `Series` it hands out never change, though both share their memory: rows
-are only ever written behind the end of every series handed out, and a rewind starts a new buffer.
+are only ever written behind the end of every series handed out, and a rewind starts a new buffer. Ghosts have memory of
+their own: a view of an old buffer would keep all of it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from guardrail.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Action
+from guardrail.tui.pyramid import BLOCK, Level, levels_above
 from guardrail.tui.raster import Curve
 
 SIGNALS = (LOSS, GRAD_NORM, EMBED_GRAD_NORM)  # every row has them: one that is not finite was NaN or Inf
@@ -37,6 +39,7 @@ class Series:
         bad: bool [n] a signal: the value was NaN or Inf.
         ghosts: abandoned stretches, oldest first.
         axes: float64 [n], nondecreasing, what else the rows can stand along: tokens learnt from, seconds of the clock.
+        above: levels of a pyramid over the values of a signal.
     """
 
     step: np.ndarray = field(default_factory=lambda: np.zeros(0))
@@ -44,6 +47,7 @@ class Series:
     bad: Mapping[str, np.ndarray] = field(default_factory=dict)
     ghosts: tuple[Series, ...] = ()
     axes: Mapping[str, np.ndarray] = field(default_factory=dict)
+    above: Mapping[str, tuple[Level, ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.step)
@@ -84,8 +88,16 @@ class Series:
         if signal not in self.values:
             nothing = np.zeros(0)
             return Curve(nothing, nothing, nothing.astype(bool))
-        y = self.values[signal]
-        return Curve(self.along(axis), y, self.bad[signal])
+        return Curve(self.along(axis), self.values[signal], self.bad[signal], self.above.get(signal, ()))
+
+    def copy(self) -> Series:
+        """The same in memory of its own, without ghosts."""
+        return Series(
+            self.step.copy(),
+            {name: array.copy() for name, array in self.values.items()},
+            {name: array.copy() for name, array in self.bad.items()},
+            axes={name: array.copy() for name, array in self.axes.items()},
+        )
 
     def at(self, column: str, step: float) -> float | None:
         """The value of a column at the last row up to `step`; None where there is none."""
@@ -141,16 +153,26 @@ class Track:
         self._values = {name: np.empty(capacity, dtype=np.float32) for name in (*self._signals, *BANDS)}
         self._bad = {name: np.empty(capacity, dtype=bool) for name in self._signals}
         self._axes = {name: np.empty(capacity) for name in self._axis_names}
+        blocks = capacity // BLOCK
+        self._blocks = {
+            name: Level(np.empty(blocks, np.float32), np.empty(blocks, np.float32), np.empty(blocks, bool))
+            for name in self._signals
+        }
 
     def _arrays(self) -> list[np.ndarray]:
         return [self._step, *self._values.values(), *self._bad.values(), *self._axes.values()]
 
+    def _summaries(self) -> list[np.ndarray]:
+        return [part for level in self._blocks.values() for part in (level.low, level.high, level.bad)]
+
     def _grow(self, rows: int, *, keep: int) -> None:
         """Fresh buffers for `rows` rows that begin with the first `keep` of the old ones."""
-        old = self._arrays()
+        old, summed_up = self._arrays(), self._summaries()
         self._new_buffers(max(1024, 1 << (rows - 1).bit_length()))
         for target, source in zip(self._arrays(), old, strict=True):
             target[:keep] = source[:keep]
+        for target, source in zip(self._summaries(), summed_up, strict=True):
+            target[: keep // BLOCK] = source[: keep // BLOCK]
 
     @property
     def timeline(self) -> int:
@@ -215,20 +237,35 @@ class Track:
         for name, places in self._axes.items():
             before = float(places[self._rows - 1]) if self._rows else 0.0
             places[here] = _places(where, rows, name, before)
+        self._sum_up(self._rows // BLOCK, end // BLOCK)
         self._rows = end
+
+    def _sum_up(self, first: int, last: int) -> None:
+        """Blocks [first, last) of the pyramid have become complete."""
+        if first == last:
+            return
+        rows = slice(first * BLOCK, last * BLOCK)
+        for name, level in self._blocks.items():
+            fresh = Level(self._values[name][rows], self._values[name][rows], self._bad[name][rows]).folded()
+            level.low[first:last], level.high[first:last], level.bad[first:last] = fresh.low, fresh.high, fresh.bad
 
     def abandon(self, *, after: float) -> None:
         """A rollback or restart to step `after`: later rows become a ghost."""
         keep = int(np.searchsorted(self._step[: self._rows], after, side="right"))
         if keep == self._rows:
             return
-        self._ghosts = (*self._ghosts, self._series(keep, self._rows))[-_MAX_GHOSTS:]
+        self._ghosts = (*self._ghosts, self._series(keep, self._rows).copy())[-_MAX_GHOSTS:]
         self._grow(2 * keep, keep=keep)
         self._rows = keep
 
     def series(self) -> Series:
         series = self._series(0, self._rows)
-        return replace(series, ghosts=self._ghosts)
+        blocks = self._rows // BLOCK
+        above = {
+            name: levels_above(Level(*(_view(part, 0, blocks) for part in (level.low, level.high, level.bad))))
+            for name, level in self._blocks.items()
+        }
+        return replace(series, ghosts=self._ghosts, above=above)
 
     def _series(self, first: int, end: int) -> Series:
         return Series(

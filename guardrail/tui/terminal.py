@@ -67,7 +67,7 @@ def _leave(attributes: dict[int, list[object]]) -> None:
             termios.tcsetattr(descriptor, termios.TCSANOW, saved)  # type: ignore[arg-type]
     for descriptor in list(attributes)[-1:]:
         with contextlib.suppress(OSError):
-            if select.select([], [descriptor], [], 0)[1]:
+            if select.select([], [descriptor], [], _STUCK_SECONDS / 2)[1]:  # a slow one is drained meanwhile
                 os.write(descriptor, _RESTORE)
     os._exit(0)
 

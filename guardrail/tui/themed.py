@@ -1,12 +1,16 @@
-"""An app whose colours are one of the themes; what the terminal cannot show it is not sent."""
+"""An app whose colours are one of the themes; the terminal is sent what it can show, and only what changed."""
 
 from __future__ import annotations
 
 from typing import TypeVar
 
+from rich.console import RenderableType
+from textual._compositor import ChopsUpdate
 from textual.app import App
+from textual.screen import Screen
 
 from guardrail.tui import palette
+from guardrail.tui.frames import Cells
 
 T = TypeVar("T")
 
@@ -34,6 +38,10 @@ class Themed(App[T]):
         from textual.filter import Monochrome, NoColor
 
         self._filters = [NoColor() if isinstance(f, Monochrome) else f for f in self._filters]
+
+    def _display(self, screen: Screen[object], renderable: RenderableType | None) -> None:
+        """The one way to the terminal. Whole frames are textual's own business."""
+        super()._display(screen, Cells(renderable) if isinstance(renderable, ChopsUpdate) else renderable)
 
     def next_theme(self) -> str:
         """Go on to the next theme; returns its name, "" where the terminal shows no other."""

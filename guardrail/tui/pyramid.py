@@ -1,0 +1,93 @@
+"""Least and greatest values of any stretches of a long curve, without looking at all of its points.
+
+Level 0 are the points; a block of level k + 1 sums up `BLOCK` blocks of level k. A stretch is put together from whole
+blocks of the highest level that fits, and at its two ends from those below: the numbers are those of the points
+themselves, at the cost of some hundred values a stretch, however long it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+BLOCK = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """Blocks of one size, complete ones only: low, high (NaN where a block has no value), bad (any of its points)."""
+
+    low: np.ndarray
+    high: np.ndarray
+    bad: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.low)
+
+    def folded(self) -> Level:
+        """The level above."""
+        whole = len(self) // BLOCK * BLOCK
+        low, high, bad = (part[:whole].reshape(-1, BLOCK) for part in (self.low, self.high, self.bad))
+        return Level(np.fmin.reduce(low, axis=1), np.fmax.reduce(high, axis=1), np.asarray(bad.any(axis=1)))
+
+
+def levels_above(first: Level) -> tuple[Level, ...]:
+    """`first` and the levels above it, as long as one has more than a block."""
+    found = [first]
+    while len(found[-1]) > BLOCK:
+        found.append(found[-1].folded())
+    return tuple(found)
+
+
+def stretches(
+    y: np.ndarray, bad: np.ndarray, above: tuple[Level, ...], starts: np.ndarray, ends: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Least and greatest value, and whether there is a bad point, of points [starts, ends).
+
+    Args:
+        y, bad: [n] the points.
+        above: levels over them, each with the complete blocks of the points.
+        starts, ends: int [C].
+
+    Returns:
+        float64 [C], float64 [C] (NaN where there is no value), bool [C]
+    """
+    low, high = np.full(len(starts), np.nan), np.full(len(starts), np.nan)
+    wrong = np.zeros(len(starts), dtype=bool)
+    levels = [Level(y, y, bad), *above]
+    for index, level in enumerate(levels):
+        blocks = len(levels[index + 1]) if index + 1 < len(levels) else 0
+        first, last = -(-starts // BLOCK), np.minimum(ends // BLOCK, blocks)
+        inside = last > first  # whole blocks of the level above are left for it
+        for begin, end in _outside(starts, ends, first, last, inside):
+            _take(level, begin, end, low, high, wrong)
+        if not inside.any():
+            break
+        starts, ends = np.where(inside, first, 0), np.where(inside, last, 0)
+    return low, high, wrong
+
+
+def _outside(
+    starts: np.ndarray, ends: np.ndarray, first: np.ndarray, last: np.ndarray, inside: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """What the level above does not cover: all of a stretch, or what lies before and behind its whole blocks."""
+    yield starts, np.where(inside, first * BLOCK, ends)
+    yield np.where(inside, last * BLOCK, 0), np.where(inside, ends, 0)
+
+
+def _take(
+    level: Level, begin: np.ndarray, end: np.ndarray, low: np.ndarray, high: np.ndarray, wrong: np.ndarray
+) -> None:
+    """Merge blocks [begin, end) of a level into the results."""
+    lengths = np.maximum(0, end - begin)
+    some = lengths > 0
+    if not some.any():
+        return
+    lengths = lengths[some]
+    offsets = np.cumsum(lengths) - lengths
+    at = np.repeat(begin[some] - offsets, lengths) + np.arange(int(lengths.sum()))
+    low[some] = np.fmin(low[some], np.fmin.reduceat(level.low[at], offsets))
+    high[some] = np.fmax(high[some], np.fmax.reduceat(level.high[at], offsets))
+    wrong[some] |= np.logical_or.reduceat(level.bad[at], offsets)
