@@ -56,7 +56,9 @@ def with_around(fake: FakeRun, *, world: int = 2, slow: int = -1, silent: float 
         Rank(
             RankStatus(rank=at, pid=4000 + at, host=f"node-{at // 8 + 1}", phase=fake.phase, step=fake.step,
                        step_seconds=0.31 if at == slow else 0.118 + 0.004 * (at * 7 % 5) / 5,
-                       memory_bytes=3_100_000_000 + at % 7 * 10_000_000),
+                       memory_bytes=3_100_000_000 + at % 7 * 10_000_000,
+                       gpu_percent=88.0 + at % 9 if world > 8 else -1.0,
+                       gpu_memory_bytes=61_000_000_000 if world > 8 else 0),
             fake.time, fake.time,
         )
         for at in range(world)

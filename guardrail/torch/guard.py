@@ -34,6 +34,7 @@ from guardrail.torch.attribution import Texts
 from guardrail.torch.checkpoints import CheckpointStore
 from guardrail.torch.desk import Desk
 from guardrail.torch.gate import Gate
+from guardrail.torch.pace import Meter, Pace
 from guardrail.torch.probes import Probes
 from guardrail.torch.quarantine import Describe, Quarantine
 from guardrail.torch.replays import Replay, Replays
@@ -127,6 +128,7 @@ class Guard:
             named=settings.guard.signals,
             updates=settings.guard.update_norm,
         )
+        self.pace = Pace(self.probes.parameters)
         self.updates = UpdateNorm(self.probes.parameters, self.probes.weights) if settings.guard.update_norm else None
         self.recorder = Recorder(
             run,
@@ -256,6 +258,7 @@ class Guard:
         if self.run is not None:
             if self.heartbeat is None:
                 self.heartbeat = Heartbeat(self.run, self.rank).start()
+            self.heartbeat.meter = Meter(self.probes.parameters[0].device) if self.probes.parameters else None
             if self.rank == 0:
                 self.desk.open(self.run)
             events = self.shared(self.run.events() if self.rank == 0 else None)
@@ -282,6 +285,7 @@ class Guard:
 
     def close(self) -> None:
         """Release threads and files. Part of the iteration's `finally`; harmless when called again."""
+        self.pace.close()
         self.desk.close()
         self.tiers.close()
         self.recorder.close()
@@ -306,7 +310,7 @@ class Guard:
             loss if nominal is not None else loss * tokens,
             tokens,
             nominal_tokens=nominal,
-            step_time=began - step.began,
+            step_time=self.pace.seconds(step.began, began),
             command=self.desk.next(step.number),
             stop=self.stopping,
             incomplete=incomplete,
