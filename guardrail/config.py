@@ -171,6 +171,10 @@ class GuardSection(Section, frozen=True, kw_only=True):
     # Further numbers that the loop hands to `step.finish(..., signals={NAME: value})`, reduced and recorded with the
     # others; each has a detector of spikes that notes them. One that is missing at a step is passed over.
     signals: tuple[str, ...] = ()
+    # "sync": the host reads a step's numbers before its update is applied; "lagged": the device decides by thresholds
+    # that it was given, and the host reads a step later: no wait in a healthy step, and the same results. Needs fused
+    # Adam or AdamW; not in fp16.
+    gate: typing.Literal["sync", "lagged"] = "sync"
     # Measure the gradient norm of each block of the model besides: "grad_norm/layers.3" tells where a spike began.
     layers: bool = False
     # Measure the L2 norm of each update, exactly: costs a copy of the parameters, in memory and in time.

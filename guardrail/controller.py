@@ -32,6 +32,7 @@ from guardrail.detectors.resume import ROWS, resume_jumps
 from guardrail.detectors.share import Share
 from guardrail.detectors.spike import LOOK_BACK, Spike
 from guardrail.detectors.standard import NAMED, USUAL, build, build_named
+from guardrail.detectors.stuck import Stuck
 from guardrail.enough import MOST, fit
 from guardrail.incidents import CLOSED, OPEN, RECURRED, Incidents
 from guardrail.ladder import ENDS, next_rung, widening
@@ -332,6 +333,36 @@ class Controller:
 
     def _curve(self, onset: int) -> Curve | None:
         return fit([pair for pair in self._losses if pair[0] < onset])
+
+    # -- what cannot be rejected ---------------------------------------------------------------------------------
+
+    def ceilings(self, like: Observation) -> dict[str, float] | None:
+        """Signal -> a value up to which the next step is applied without a word, if all keep to it, the loss above 0.
+
+        All detectors speak of what is high, whichever signal it is, so they are asked about the one step in which every
+        signal is as high as it may be: what says nothing of that says nothing of any step below it. `Stuck` alone
+        speaks of a number that is the same; while it would, there is no answer.
+
+        Args:
+            like: the next step, with the names of its signals; their values do not matter.
+
+        Returns:
+            None where it cannot be said: in other modes than `auto` and `ask`, while an incident is open, right behind
+            a resume, and wherever a detector has something to say of the step with the high values.
+        """
+        if self.mode not in (Mode.AUTO, Mode.ASK) or self.incidents.open or self._resumed or not self._history:
+            return None
+        watch = self._watch(like)
+        most: dict[str, float] = {}
+        for detector in self.detectors.values():
+            if isinstance(detector, Stuck) and detector.due:
+                return None
+            if isinstance(detector, Spike | Share) and detector.signals[0] in like.signals:
+                most[detector.signals[0]] = detector.ceiling()
+        if most.keys() != like.signals.keys():
+            return None
+        high = structs.replace(like, signals=most)
+        return None if any(observe(high) for observe in watch.observe) else most
 
     # -- a new level ---------------------------------------------------------------------------------------------
 

@@ -242,6 +242,7 @@ class Config(Settings, frozen=True, kw_only=True):
         self._check_pipeline()
         self._check_sequence()
         check_objective(self.train.objective, self.model)
+        self._check_gate()
         if bool(self.train.steps) == bool(self.train.epochs):
             raise ConfigError(
                 "either train.steps or train.epochs, and not both",
@@ -257,6 +258,23 @@ class Config(Settings, frozen=True, kw_only=True):
                 value=self.train.eval_every,
                 hint="set data.eval_fraction above 0",
             )
+
+    def _check_gate(self) -> None:
+        """The lagged gate leaves updates out on the device, and knows no number of a step before its update."""
+        optim = self.optim
+        against = {
+            "optim.name": (optim.name, optim.name not in ("adam", "adamw"), '"adamw" or "adam"'),
+            "optim.implementation": (optim.implementation, optim.implementation != "fused", '"fused"'),
+            "optim.zclip": (optim.zclip, bool(optim.zclip), "0"),
+            "optim.qk_clip": (optim.qk_clip, bool(optim.qk_clip), "0"),
+            "optim.stable": (optim.stable, optim.stable, "false"),
+            "train.precision": (self.train.precision, self.train.precision == "fp16", '"bf16" or "fp32"'),
+            "parallel.cpu_offload": (True, self.parallel.cpu_offload, "false"),
+        }
+        if self.guard.gate == "lagged":
+            for key, (value, bad, expected) in against.items():
+                if bad:
+                    raise ConfigError(f'{expected}, or guard.gate = "sync"', key=key, value=value)
 
     def _check_warmup(self) -> None:
         """By epochs, the number of steps is known only when the data is."""

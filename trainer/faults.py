@@ -58,21 +58,32 @@ class Faults:
         self._rank = rank
         self._sections = [section for section in sections if section.rank in (-1, rank)]
         self._left = [section.times for section in self._sections]
+        self._left_at: dict[int, list[int]] = {}  # step -> what was left before the last attempts at it
         self._now: list[FaultSection] = []
         self._rate = 1.0  # factor on the learning rate of the attempt at hand, whatever is replayed meanwhile
 
     def __bool__(self) -> bool:
         return bool(self._sections)
 
-    def batch(self, *, step: int, positions: Sequence[int]) -> None:
+    def batch(self, *, step: int, positions: Sequence[int], repeated: bool = False) -> None:
         """Choose what strikes this attempt.
 
         Args:
             step: the number that the update would get.
             positions: of the sample order that the global batch uses, ascending, quarantined ones not among them.
+            repeated: an attempt at this step was dropped unjudged; it and those behind it have used nothing up. What
+                strikes the state has struck it once, and nobody went back.
         """
         self._now = []
+        if repeated:
+            states = [section.kind in STATE for section in self._sections]
+            before = self._left_at[step]
+            self._left = [now if state else old for now, old, state in zip(self._left, before, states, strict=True)]
+        self._left_at = {at: left for at, left in self._left_at.items() if at in (step - 1, step + 1)}
+        self._left_at[step] = list(self._left)
         for index, section in enumerate(self._sections):
+            if repeated and section.kind in STATE:
+                continue
             if self._left[index] and _meets(section, step, positions):
                 self._left[index] -= 1
                 self._now.append(section)

@@ -169,7 +169,7 @@ class Trainer:
         if ahead is not None:
             self.loader.prefetch(ahead)
         if self.faults:
-            self.faults.batch(step=step.number, positions=step.batch.positions)
+            self.faults.batch(step=step.number, positions=step.batch.positions, repeated=step.repeated)
             self.faults.state(self.model, self.optimizers)
             self.micro_batches = self._spoiled(step.batch)
         if self.qk_clip is not None:
@@ -177,7 +177,9 @@ class Trainer:
         total, tokens, incomplete = self._accumulated() if self.pipeline is None else self._pipelined(self.pipeline)
         if self.faults:
             self.faults.gradients(self.model)
-        step.finish(total, tokens=tokens, nominal_tokens=self.nominal, incomplete=incomplete)
+        # What an evaluation meets has been judged.
+        due = self._evaluation_due(step.number)
+        step.finish(total, tokens=tokens, nominal_tokens=self.nominal, incomplete=incomplete, wait=due)
 
     def _accumulated(self, *, stoppable: bool = True) -> tuple[Tensor, Tensor, bool]:
         """Micro-batch after micro-batch: (sum of losses, label tokens, whether a stop has left some out)."""

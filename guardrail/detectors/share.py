@@ -19,7 +19,7 @@ from typing import Any
 
 from guardrail.detectors.base import Jumps
 from guardrail.detectors.baseline import Baseline, SortedWindow
-from guardrail.detectors.spike import NEW_LEVEL, NOTE_SHARE, Spike
+from guardrail.detectors.spike import BELOW, NEW_LEVEL, NOTE_SHARE, Spike
 from guardrail.records import EMBED_SHARE, Finding, Kind, Observation, Severity
 
 # Least scale in log odds: with a score of 10 no rise by less than 7.4 times the odds counts, as for the norms.
@@ -98,6 +98,13 @@ class Share:
         self._above = 0
         self._odds.push(odds)
         self.baseline.learn(odds)
+
+    def ceiling(self) -> float:
+        """A share up to which nothing is said, as long as the embedding's norm does not stand out."""
+        if self._above or self.baseline.count < self.warmup:
+            return 1.0
+        away = self._odds.median() + BELOW * NOTE_SHARE * self.score * self.baseline.scale
+        return _share(max(_MOST_ODDS, away))
 
     def adopt(self, obs: Observation) -> None:
         """This share is the new level: forget the old one, keep the scale."""

@@ -32,6 +32,8 @@ NOTE_SHARE = 0.6
 ONSET_SHARE = 0.4
 # Accepted values above the note line in a row that are a new level, not outliers; the last is noted as a level shift.
 NEW_LEVEL = 8
+# A ceiling lies this share of the way to the note, since exp and log do not undo one another in the last bit.
+BELOW = 1.0 - 1e-9
 # Steps over which an onset is looked for backwards.
 LOOK_BACK = 16
 
@@ -107,6 +109,10 @@ class Spike:
                 onset=self._onset(obs.step),
             )
         ]
+
+    def ceiling(self) -> float:
+        """A value up to which nothing is said; 0 while nothing is known."""
+        return 0.0 if self.baseline.empty else _exp(self.baseline.centre + BELOW * self._note)
 
     def adopt(self, obs: Observation) -> None:
         """This value is the new level: forget the old one, keep the scale."""

@@ -56,6 +56,11 @@ class Stuck:
             )
         ]
 
+    @property
+    def due(self) -> bool:
+        """Whether one more of the same number would be told."""
+        return self._repeats + 1 >= self._tell_at
+
     def accept(self, obs: Observation, left_out: Sequence[Jumps] = ()) -> None:
         value = obs.signals.get(self.signal)
         if value is None or not -math.inf < value < math.inf:

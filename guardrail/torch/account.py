@@ -65,17 +65,16 @@ class Account:
         if self.row is not None:
             self.row["verdict"] = list(Action).index(action)
 
-    def add(self, step: Step, reduced: Reduced) -> None:
-        """Times of this step, for the row and the status. The guard's own: reduction, verdict, copies, the row."""
+    def add(self, step: Step, reduced: Reduced, *, seconds: float, guarding: float) -> None:
+        """Times of a step, for the row and the status. The guard's own: reduction, verdict, copies, the row."""
         guard = self._guard
-        seconds = time.perf_counter() - step.began
         if self.row is not None:
-            self.row["step_time"], self.row["guard_time"] = seconds, self.guarding
+            self.row["step_time"], self.row["guard_time"] = seconds, guarding
         if guard.heartbeat is not None:
             guard.heartbeat.step_seconds = reduced.step_times[guard.rank]
         if step.applied:
             self._recent = [*self._recent[-19:], (seconds, reduced.tokens)]
-            self._guard_seconds += self.guarding
+            self._guard_seconds += guarding
             self._step_seconds += seconds
 
     def measured(self, what: Callable[[], None]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from guardrail.torch.probes import Reduced, local
 
@@ -54,12 +54,29 @@ class Gate:
         # Written so that a NaN norm stays NaN: only `advise` and `off` ever apply such a step.
         return reduced.scale * (1.0 if coefficient >= 1.0 else coefficient)
 
+    def factor_on_device(self, norm: Tensor, scale: Tensor, *, clip: float = 1.0) -> Tensor:
+        """`factor` without a wait, by the same operations: float64, 0-d. Not with a function that clips."""
+        limit = clip * self.clip if isinstance(self.clip, int | float) else 0.0
+        return scale * (torch.full_like(norm, limit) / (norm + 1e-6)).clamp(max=1.0) if limit else scale
+
     @torch.no_grad()
-    def apply(self, factor: float, *, lr_factor: float = 1.0, embed_alpha: float = 1.0) -> None:
-        """Scale the gradients, step every optimizer at lr * lr_factor, drop the gradients."""
+    def apply(
+        self,
+        factor: float | Tensor,
+        *,
+        lr_factor: float = 1.0,
+        embed_alpha: float = 1.0,
+        unless: Tensor | None = None,
+    ) -> None:
+        """Scale the gradients, step every optimizer at lr * lr_factor, drop the gradients.
+
+        Args:
+            factor: a number, or one on the device, 0-d.
+            unless: float32, 0-d, on the device: where it is 1 there, the optimizers leave parameters and state alone.
+        """
         if embed_alpha != 1.0:
             self._scale(self.embedding, embed_alpha)
-        if factor != 1.0:
+        if isinstance(factor, Tensor) or factor != 1.0:
             self._scale(self.parameters, factor)
         rates: list[tuple[dict[str, Any], Any]] = []
         if lr_factor != 1.0:
@@ -68,7 +85,10 @@ class Gate:
                     rates.append((group, group["lr"]))
                     group["lr"] = group["lr"] * lr_factor
         for optimizer in self.optimizers:
-            optimizer.step()
+            if unless is None:
+                optimizer.step()
+            else:
+                _step_unless(optimizer, unless)
         for group, rate in rates:
             group["lr"] = rate
         self.leave_out()
@@ -94,7 +114,21 @@ class Gate:
             parameter.grad = None
 
     @staticmethod
-    def _scale(parameters: Sequence[nn.Parameter], factor: float) -> None:
+    def _scale(parameters: Sequence[nn.Parameter], factor: float | Tensor) -> None:
         gradients = [local(p.grad) for p in parameters if p.grad is not None]
         if gradients:
-            torch._foreach_mul_(gradients, factor)
+            torch._foreach_mul_(gradients, factor.to(gradients[0].dtype) if isinstance(factor, Tensor) else factor)
+
+
+def can_leave_out(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its step reads `found_inf`, as torch's fused optimizers do, and so can be left out on the device."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def _step_unless(optimizer: Any, unless: Tensor) -> None:
+    """The contract of torch's GradScaler with optimizers that take part in it."""
+    optimizer.found_inf = unless
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf

@@ -25,7 +25,7 @@ from guardrail.heartbeat import Heartbeat
 from guardrail.ledger import Batch, Ledger, SampleOrder
 from guardrail.past import Effects, Past
 from guardrail.recorder import Recorder
-from guardrail.records import GRAD_NORM, CommandKind, Mode, Observation, Phase, Verdict
+from guardrail.records import GRAD_NORM, Action, CommandKind, Mode, Observation, Phase, Verdict
 from guardrail.rundir import RunDirectory
 from guardrail.signals import StopSignals
 from guardrail.torch.account import Account
@@ -34,8 +34,8 @@ from guardrail.torch.attribution import Texts
 from guardrail.torch.checkpoints import CheckpointStore
 from guardrail.torch.desk import Desk
 from guardrail.torch.gate import Gate
-from guardrail.torch.pace import Meter, Pace
-from guardrail.torch.probes import Probes
+from guardrail.torch.lagged import Lagged
+from guardrail.torch.probes import Probes, Reduced
 from guardrail.torch.quarantine import Describe, Quarantine
 from guardrail.torch.replays import Replay, Replays
 from guardrail.torch.scaling import LossScale, enabled
@@ -128,7 +128,6 @@ class Guard:
             named=settings.guard.signals,
             updates=settings.guard.update_norm,
         )
-        self.pace = Pace(self.probes.parameters)
         self.updates = UpdateNorm(self.probes.parameters, self.probes.weights) if settings.guard.update_norm else None
         self.recorder = Recorder(
             run,
@@ -165,6 +164,7 @@ class Guard:
         self.tokens = 0
         self.phase: Phase | None = None  # set when the run has ended
         self.mode = settings.guard.mode
+        self.lagged = Lagged(self) if settings.guard.gate == "lagged" else None
         self._to_keep = False  # an update was applied and the tiers do not know of it yet
         self._command = (0, 0.0)  # agreed on in the last reduction, carried out between two steps
         self.incident: int | None = None  # that the present step belongs to
@@ -180,7 +180,7 @@ class Guard:
         try:
             self.open()
             while self.phase is None:
-                kept = self._keep()
+                kept = self.keep()
                 self._obey()
                 if self.phase is not None:
                     break
@@ -188,24 +188,28 @@ class Guard:
                     self.end(Phase.FINISHED, f"all {self.total_steps} steps are done")
                     break
                 batch = self.ledger.next_batch()
+                if batch is None and self.lagged is not None and self.lagged.flight is not None:
+                    self.lagged.land()
+                    continue
                 if batch is None:
                     self.end(Phase.FINISHED, "the data has been passed to its end")
                     break
                 self.at(Phase.STEP, self.step + 1)
                 began = time.perf_counter()
+                repeated = self.lagged is not None and self.lagged.begin()
                 self.attempt.begin()
                 if self.replays is not None:
                     self.replays.begin()
-                step = Step(self, number=self.step + 1, batch=batch, began=began - kept)
+                step = Step(self, number=self.step + 1, batch=batch, began=began - kept, repeated=repeated)
                 self.account.guarding = kept + time.perf_counter() - began
                 yield step
-                if step.verdict is None and self.phase is None:
+                if not step.finished and self.phase is None:
                     raise RuntimeError("the loop went on without step.finish(loss)")
         finally:
             self.account.flush()
             self.close()
 
-    def _keep(self) -> float:
+    def keep(self) -> float:
         """Once the loop has done with a step, write its row and then copy the state; returns the seconds it took.
 
         Who resumes from a copy finds the row of its last step, and goes on behind whatever the loop did after that
@@ -258,7 +262,6 @@ class Guard:
         if self.run is not None:
             if self.heartbeat is None:
                 self.heartbeat = Heartbeat(self.run, self.rank).start()
-            self.heartbeat.meter = Meter(self.probes.parameters[0].device) if self.probes.parameters else None
             if self.rank == 0:
                 self.desk.open(self.run)
             events = self.shared(self.run.events() if self.rank == 0 else None)
@@ -285,7 +288,6 @@ class Guard:
 
     def close(self) -> None:
         """Release threads and files. Part of the iteration's `finally`; harmless when called again."""
-        self.pace.close()
         self.desk.close()
         self.tiers.close()
         self.recorder.close()
@@ -303,26 +305,54 @@ class Guard:
         nominal: float | None,
         incomplete: bool,
         signals: Mapping[str, Tensor | float] | None,
+        wait: bool,
     ) -> Verdict | None:
         """What `Step.finish` does; see there."""
         began = time.perf_counter()
-        reduced = self.probes.reduce(
+        lagged = self.lagged
+        if lagged is not None and not lagged.land():
+            return None
+        vector = self.probes.launch(
             loss if nominal is not None else loss * tokens,
             tokens,
-            nominal_tokens=nominal,
-            step_time=self.pace.seconds(step.began, began),
-            command=self.desk.next(step.number),
+            step_time=began - step.began,
+            command=(lagged.command() if lagged is not None else None) or self.desk.next(step.number),
             stop=self.stopping,
             incomplete=incomplete,
-            loss_scale=self.loss_scale.value if self.loss_scale is not None else None,
             named=signals,
             update_square=self.updates.square if self.updates is not None else None,
         )
-        if reduced.incomplete:
-            self.attempt.undo()
-            self.gate.leave_out()
-            self.end(Phase.STOPPED, "asked to stop; the unfinished batch was given back")
+        ceilings = lagged.ceilings(step, wait=wait) if lagged is not None else None
+        if lagged is not None and ceilings is not None:
+            self.account.guarding += time.perf_counter() - began
+            lagged.launch(step, vector, ceilings, nominal=nominal)
             return None
+        scale = self.loss_scale.value if self.loss_scale is not None else None
+        return self._finish(step, self.probes.unpack(vector.tolist(), nominal, scale), began)
+
+    def _finish(self, step: Step, computed: Reduced, began: float) -> Verdict | None:
+        """Judge what the host has read, and carry the verdict out."""
+        reduced = computed if self.lagged is None else self.lagged.first_numbers(computed)
+        if reduced.incomplete:
+            self.end_incomplete()
+            return None
+        before = self.controller.state_dict() if reduced is not computed else None
+        observation, verdict = self.judge(step, reduced)
+        if before is not None and verdict.action is Action.APPLY:
+            # Nothing wrong with the first numbers, and they are not those of the gradients at hand.
+            self.controller.load_state_dict(before)
+            reduced = computed
+            observation, verdict = self.judge(step, reduced)
+        self.account.guarding += time.perf_counter() - began
+        verdict = self.verdicts.carry_out(step, verdict, reduced, observation)
+        self._to_keep = step.applied
+        seconds = time.perf_counter() - step.began
+        self.account.add(step, reduced, seconds=seconds, guarding=self.account.guarding)
+        self.heed(reduced)
+        return verdict
+
+    def judge(self, step: Step, reduced: Reduced) -> tuple[Observation, Verdict]:
+        """What the controller says of a step's numbers; begins its row."""
         observation = Observation(
             step=step.number,
             first=step.batch.first,
@@ -336,17 +366,29 @@ class Guard:
         )
         bands = self.controller.bands()
         verdict = self.controller.observe(observation)
-        self.account.guarding += time.perf_counter() - began
         step.verdict = verdict
         lr = float(self.optimizers[0].param_groups[0]["lr"]) * self.effects(step.number).lr
         self.account.begin(step, reduced, verdict, bands, lr)
-        verdict = self.verdicts.carry_out(step, verdict, reduced, observation)
-        self._to_keep = step.applied
-        self.account.add(step, reduced)
+        if self.lagged is not None:
+            self.lagged.saw(observation.signals)
+        return observation, verdict
+
+    def heed(self, reduced: Reduced) -> bool:
+        """A command or a stop that came with a step's numbers; returns whether there was any."""
         self._command = reduced.command_kind, reduced.command_value
         if reduced.stop and self.phase is None:
             self.end(Phase.STOPPED, f"asked to stop by a signal on {reduced.stop} of {self.world} ranks")
-        return verdict
+        return bool(reduced.command_kind or reduced.stop)
+
+    def applied(self) -> None:
+        """An update was applied; the tiers hear of it when the loop has done with the step."""
+        self._to_keep = True
+
+    def end_incomplete(self) -> None:
+        """Some rank was asked to stop and left a part of the batch out."""
+        self.attempt.undo()
+        self.gate.leave_out()
+        self.end(Phase.STOPPED, "asked to stop; the unfinished batch was given back")
 
     def effects(self, step: int) -> Effects:
         """What the update of a step is made with: what a person has set, and remedies."""

@@ -72,7 +72,7 @@ class Reduced:
         loss_scale: what the loss was multiplied by on the way to the gradients; None: nothing scales it.
         overflow: under a loss scale, every loss is finite and a gradient is not.
         nonfinite_loss, nonfinite_grad: ranks that saw NaN or Inf themselves (before the reduction, where known).
-        step_times: seconds of this step that each rank has worked itself, without waiting for others (`Pace`).
+        step_times: seconds of this step on each rank.
         command_kind: 0, or 1 + index of the CommandKind; command_value its argument.
         stop, incomplete: ranks that were asked to stop; ranks that left micro-batches out because of it.
         further: signal -> value, of what is measured besides; a number that no rank gave is not there.
@@ -156,10 +156,14 @@ class Probes:
         own_blocks = [block_of(self._names[id(p)]) for p in self.parameters] if layers else []
         self.blocks = _agreed(own_blocks, world) if layers else []
         self._block_index = torch.tensor([self.blocks.index(b) for b in own_blocks], dtype=torch.long, device=home)
+        self._block_names = tuple(f"{GRAD_NORM}/{block}" for block in self.blocks)
         self.named = (*named, UPDATE_NORM) if updates else tuple(named)
+        # In the order of `on_device`.
+        self.signal_names = (LOSS, GRAD_NORM, EMBED_GRAD_NORM, EMBED_SHARE, *self._block_names, *self.named)
         self._block_slots = len(HEAD)
         self._named_slots = self._block_slots + len(self.blocks)
         self._rank_slots = self._named_slots + 2 * len(self.named)
+        self._length = self._rank_slots + world * len(PER_RANK)  # roots stand behind it
         self._own_slots = self._rank_slots + rank * len(PER_RANK)
         self._own_norm = torch.zeros((), dtype=torch.float32, device=device)
         # Of the last reduction, on the device: this rank's loss sum, the squared norm of its (shards of the) reduced
@@ -196,29 +200,31 @@ class Probes:
         if present:
             self._own_norm += torch.stack(norms(present)).sum().float()
 
-    @torch.no_grad()
     def reduce(
+        self, *numbers: Any, nominal_tokens: float | None, loss_scale: float | None = None, **more: Any
+    ) -> Reduced:
+        """`launch`, and `unpack` of what comes back: waits for the device."""
+        return self.unpack(self.launch(*numbers, **more).tolist(), nominal_tokens, loss_scale)
+
+    @torch.no_grad()
+    def launch(
         self,
         loss_sum: Tensor,
         tokens: Tensor | float,
         *,
-        nominal_tokens: float | None,
         step_time: float,
         command: tuple[int, float] = (0, 0.0),
         stop: bool = False,
         incomplete: bool = False,
-        loss_scale: float | None = None,
         named: Mapping[str, Tensor | float] | None = None,
         update_square: Tensor | None = None,
-    ) -> Reduced:
-        """The one all-reduce. See `Reduced` for what comes back.
+    ) -> Tensor:
+        """The one all-reduce: the packed vector with the roots of its squares, on the device, the same on every rank.
+        Waits for nothing there.
 
         Args:
             loss_sum: sum of this rank's token losses over the window, 0-d.
             tokens: label tokens behind it.
-            nominal_tokens: what the losses were divided by before backward, summed over the ranks: the gradients are
-                those of loss_sum / nominal_tokens. None: they are those of the mean already.
-            loss_scale: what the losses were multiplied by before backward besides, equal on all ranks; None: nothing.
             named: further numbers of this rank, 0-d; the mean over the counting ranks that give one is the signal.
             update_square: of `UpdateNorm`; None: no update is known.
 
@@ -237,10 +243,11 @@ class Probes:
             if all(present):
                 squares, embedded = squares * self._weights, self._embedding_index
             else:
-                chosen = torch.tensor(present, device=zero.device)
+                chosen = torch.tensor([at for at, p in enumerate(present) if p]).to(zero.device, non_blocking=True)
                 squares = squares * self._weights[chosen]
                 marks = [e for e, p in zip(self._is_embedding, present, strict=True) if p]
-                embedded = torch.tensor(marks, device=zero.device).nonzero().flatten()
+                embedded = torch.tensor([at for at, e in enumerate(marks) if e], dtype=torch.long)
+                embedded = embedded.to(zero.device, non_blocking=True)
                 blocks = blocks[chosen] if self.blocks else blocks
             grad_sq, embed_sq = squares.sum(), squares[embedded].sum()
             if self.blocks:
@@ -248,7 +255,7 @@ class Probes:
         grad_sq, embed_sq = grad_sq.to(device), embed_sq.to(device)
         loss_sum = loss_sum.detach().to(self.dtype)
         # Host numbers travel in one copy, device numbers join them there: no wait on a device before the reduction.
-        host = [0.0] * (self._rank_slots + self.world * len(PER_RANK))
+        host = [0.0] * self._length
         host[HEAD.index("command_kind")], host[HEAD.index("command_value")] = float(command[0]), command[1]
         host[HEAD.index("stop")], host[HEAD.index("incomplete")] = float(stop), float(incomplete)
         host[self._own_slots + PER_RANK.index("step_time")] = step_time
@@ -268,7 +275,43 @@ class Probes:
         self._own_norm.zero_()
         if self.world > 1:
             dist.all_reduce(vector)
-        return self._unpack(vector.tolist(), nominal_tokens, loss_scale)
+        return torch.cat([vector, self._squares(vector).sqrt()])
+
+    def _squares(self, vector: Tensor) -> Tensor:
+        """Of the gradient, the embedding, the blocks and the update. Their roots, taken here, are the ones that count:
+        a library's square root and another's may differ in the last bit."""
+        at = HEAD.index("grad_sq")
+        update = vector[self._rank_slots - 2 : self._rank_slots - 1] if UPDATE_NORM in self.named else vector[:0]
+        return torch.cat([vector[at : at + 2], vector[self._block_slots : self._named_slots], update])
+
+    def forget(self) -> None:
+        """The gradients of this step will not be reduced: drop what the hooks have added up of them."""
+        self._own_norm.zero_()
+
+    def on_device(self, vector: Tensor, nominal_tokens: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `unpack` makes of the vector, by the same operations, without a wait; for a loss that nothing scales.
+
+        Returns:
+            (values of `signal_names`; which of them are known; whether all is finite, labelled and complete, 0-d; the
+            scale, 0-d). Flags are bool, numbers as in the vector.
+        """
+        head = dict(zip(HEAD, vector[: len(HEAD)].unbind(), strict=True))
+        tokens, grad_sq, embed_sq = head["tokens"], head["grad_sq"], head["embed_sq"]
+        # A number over a tensor is, in torch, the number times 1 / tensor: another last bit.
+        scale = torch.ones_like(tokens) if nominal_tokens is None else torch.full_like(tokens, nominal_tokens) / tokens
+        roots = vector[self._length :]
+        norms = roots[: 2 + len(self.blocks)] * scale
+        usual = [head["loss_sum"] / tokens, norms[0], norms[1], embed_sq / grad_sq]
+        totals, given = vector[self._named_slots : self._rank_slots].view(-1, 2).unbind(1)
+        further = totals / given
+        if UPDATE_NORM in self.named:
+            further = torch.cat([further[:-1], roots[-1:]])
+        values = torch.cat([torch.stack(usual), norms[2:], further])
+        known = torch.ones_like(values, dtype=torch.bool)
+        known[len(values) - len(given) :] = given > 0
+        flags = vector[self._rank_slots : self._length].view(-1, len(PER_RANK))[:, : len(PER_RANK) - 1]
+        sound = (tokens > 0) & (head["incomplete"] == 0) & (flags == 0).all()
+        return values, known, sound, scale
 
     def _enter(
         self, host: list[float], named: Mapping[str, Tensor | float], update_square: Tensor | None
@@ -291,19 +334,24 @@ class Probes:
         return tensors
 
     def _further(self, values: list[float], scale: float) -> dict[str, float]:
-        squares = values[self._block_slots : self._named_slots]
-        further = {
-            f"{GRAD_NORM}/{name}": _root(square) * scale for name, square in zip(self.blocks, squares, strict=True)
-        }
+        roots = values[self._length :]
+        further = {name: roots[2 + at] * scale for at, name in enumerate(self._block_names)}
         for index, name in enumerate(self.named):
             total, ranks = values[self._named_slots + 2 * index : self._named_slots + 2 * index + 2]
             if ranks:
-                further[name] = _root(total) if name == UPDATE_NORM else total / ranks
+                further[name] = roots[-1] if name == UPDATE_NORM else total / ranks
         return further
 
-    def _unpack(self, values: list[float], nominal_tokens: float | None, loss_scale: float | None) -> Reduced:
+    def unpack(self, values: list[float], nominal_tokens: float | None, loss_scale: float | None) -> Reduced:
+        """The packed vector on the host -> what it says.
+
+        Args:
+            nominal_tokens: what the losses were divided by before backward, summed over the ranks: the gradients are
+                those of loss_sum / nominal_tokens. None: they are those of the mean already.
+            loss_scale: what the losses were multiplied by before backward besides, equal on all ranks; None: nothing.
+        """
         sums = dict(zip(HEAD, values, strict=False))
-        blocks = [values[i : i + len(PER_RANK)] for i in range(self._rank_slots, len(values), len(PER_RANK))]
+        blocks = [values[i : i + len(PER_RANK)] for i in range(self._rank_slots, self._length, len(PER_RANK))]
         ranks = lambda slot: tuple(r for r, block in enumerate(blocks) if block[PER_RANK.index(slot)])  # noqa: E731
         tokens = sums["tokens"]
         scale = 1.0 if nominal_tokens is None or not tokens else nominal_tokens / tokens
@@ -316,8 +364,8 @@ class Probes:
         return Reduced(
             loss=sums["loss_sum"] / tokens if tokens else float("nan"),
             tokens=int(tokens),
-            grad_norm=_root(grad_sq) * scale,
-            embed_grad_norm=_root(embed_sq) * scale,
+            grad_norm=values[self._length] * scale,
+            embed_grad_norm=values[self._length + 1] * scale,
             embed_share=share,
             scale=scale,
             loss_scale=loss_scale,
@@ -365,7 +413,3 @@ def _without(name: str, prefixes: Sequence[str]) -> str:
     for prefix in prefixes:
         name = name.replace(prefix, "")
     return name
-
-
-def _root(square: float) -> float:
-    return square**0.5 if square >= 0 else float("nan")

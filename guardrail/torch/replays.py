@@ -61,10 +61,7 @@ class Replays:
 
     @property
     def tolerance(self) -> float:
-        """Relative, within which the same pass gives the same number: on a CPU, and under deterministic algorithms on
-        a device, bit by bit; else as far as kernels that add in any order may be off."""
-        exact = self.probes.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
-        return 0.0 if exact else NONDETERMINISTIC
+        return tolerance(self.probes.device)
 
     @contextlib.contextmanager
     def visit(self, *, keep_gradients: bool) -> Iterator[None]:
@@ -149,6 +146,12 @@ class Replays:
     def _drop(self) -> None:
         for parameter in self.probes.parameters:
             parameter.grad = None
+
+
+def tolerance(device: torch.device) -> float:
+    """Relative, within which the same pass gives the same number: on a CPU, and under deterministic algorithms on a
+    device, bit by bit; else as far as kernels that add in any order may be off."""
+    return 0.0 if device.type == "cpu" or torch.are_deterministic_algorithms_enabled() else NONDETERMINISTIC
 
 
 def pass_of(reduced: Reduced, *, what: str) -> Pass:

@@ -15,15 +15,25 @@ if TYPE_CHECKING:
 
 
 class Step:
-    """One try at an update. `number` is the step it becomes when it is applied."""
+    """One try at an update.
 
-    def __init__(self, guard: Guard, *, number: int, batch: Batch, began: float) -> None:
+    Attributes:
+        number: the step that it becomes when it is applied.
+        batch: what to compute it from.
+        verdict, applied: known behind `finish`; under `guard.gate = "lagged"` mostly behind that of the next step.
+        repeated: an earlier try with this number was dropped unjudged: numbers are read a step late, and those of the
+            step before it, or its own, called for the host.
+    """
+
+    def __init__(self, guard: Guard, *, number: int, batch: Batch, began: float, repeated: bool = False) -> None:
         self._guard = guard
         self.number = number
         self.batch = batch
         self.verdict: Verdict | None = None
         self.applied = False
+        self.repeated = repeated
         self.began = began
+        self.finished = False
 
     def finish(
         self,
@@ -33,6 +43,7 @@ class Step:
         nominal_tokens: float | None = None,
         incomplete: bool = False,
         signals: Mapping[str, Tensor | float] | None = None,
+        wait: bool = False,
     ) -> Verdict | None:
         """Observe, decide, and apply the update or leave it out. Call once, on every rank, after the last backward.
 
@@ -45,10 +56,13 @@ class Step:
             incomplete: this rank was asked to stop and left micro-batches out: nothing is decided, the run ends.
             signals: further numbers of this rank that `guard.signals` announces, 0-d; their mean over the ranks that
                 give one is watched. They travel in the step's one reduction.
+            wait: judge it now, even where `guard.gate = "lagged"` would read its numbers a step later: the loop is
+                going to use the weights behind it, as in an evaluation. The same on every rank.
 
         Returns:
-            The verdict; None when a stop made the window incomplete.
+            The verdict; None when a stop made the window incomplete, or when it is not known yet.
         """
-        if self.verdict is not None:
+        if self.finished:
             raise RuntimeError("step.finish was called twice")
-        return self._guard.finish(self, loss, tokens, nominal_tokens, incomplete, signals)
+        self.finished = True
+        return self._guard.finish(self, loss, tokens, nominal_tokens, incomplete, signals, wait)

@@ -71,6 +71,12 @@ class Verdicts:
                 self._halt(verdict)
         return verdict
 
+    def noted(self, step: Step, verdict: Verdict) -> None:
+        """Put on the record what was found about a step that is applied already."""
+        self._guard.incident = verdict.incident
+        if verdict.findings:
+            self._explain(step, verdict, {})
+
     def _reconsidered(self, step: Step, verdict: Verdict, reduced: Reduced, observation: Observation) -> Verdict:
         """The verdict in the light of its incident's cause, which is on the record before anything takes effect."""
         guard = self._guard
