@@ -30,7 +30,8 @@ class Heartbeat:
         seconds: between two beats.
 
     Attributes:
-        step_seconds: duration of the last step, set by the loop.
+        step_seconds: what this rank worked in the last step, set by the loop.
+        meter: tells (per cent in which the GPU is busy, bytes in use on it), where there is one.
         failures, error: beats that could not be written, and why the last one could not.
     """
 
@@ -49,6 +50,7 @@ class Heartbeat:
         self.progress = 0
         self.progress_time = time.time()
         self.step_seconds = 0.0
+        self.meter: Callable[[], tuple[float, int]] | None = None
         self.failures = 0
         self.error = ""
         self._run, self._rank, self._seconds = run, rank, seconds
@@ -114,6 +116,7 @@ class Heartbeat:
                 self.error = f"{type(error).__name__}: {error}"
 
     def _write_rank(self) -> None:
+        busy, on_gpu = self.meter() if self.meter is not None else (-1.0, 0)
         self._run.write_rank(
             RankStatus(
                 rank=self._rank,
@@ -126,6 +129,8 @@ class Heartbeat:
                 heartbeat=time.time(),
                 step_seconds=self.step_seconds,
                 memory_bytes=resident_bytes(),
+                gpu_percent=busy,
+                gpu_memory_bytes=on_gpu,
                 incarnation=self._incarnation,
             )
         )

@@ -395,7 +395,8 @@ class RankStatus(Record, frozen=True, kw_only=True):
     """ranks/rank-00000.json: what the supervisor and the screen need of one rank.
 
     `progress` counts up whenever the main thread gets ahead; a hung rank's heartbeat goes on (its thread
-    lives) while its progress does not.
+    lives) while its progress does not. `step_seconds` is what the rank worked itself in its last step, without waiting
+    for others; `gpu_percent` below 0 is unknown.
     """
 
     rank: int
@@ -408,6 +409,8 @@ class RankStatus(Record, frozen=True, kw_only=True):
     heartbeat: float = 0.0
     step_seconds: float = 0.0
     memory_bytes: int = 0
+    gpu_percent: float = -1.0
+    gpu_memory_bytes: int = 0
     incarnation: int = 0
 
 

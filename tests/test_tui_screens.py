@@ -56,7 +56,9 @@ def with_around(fake: FakeRun, *, world: int = 2, slow: int = -1, silent: float 
         Rank(
             RankStatus(rank=at, pid=4000 + at, host=f"node-{at // 8 + 1}", phase=fake.phase, step=fake.step,
                        step_seconds=0.31 if at == slow else 0.118 + 0.004 * (at * 7 % 5) / 5,
-                       memory_bytes=3_100_000_000 + at % 7 * 10_000_000),
+                       memory_bytes=3_100_000_000 + at % 7 * 10_000_000,
+                       gpu_percent=88.0 + at % 9 if world > 8 else -1.0,
+                       gpu_memory_bytes=61_000_000_000 if world > 8 else 0),
             fake.time, fake.time,
         )
         for at in range(world)
@@ -182,7 +184,26 @@ class Studio:
     def picture(self) -> str:
         for blinking in self.pilot.app.screen.query("Input"):
             blinking.cursor_blink = False  # type: ignore[attr-defined]
-        return re.sub(r"\bterminal-\d+-", "terminal-", self.pilot.app.export_screenshot())
+        picture = re.sub(r"\bterminal-\d+-", "terminal-", self.pilot.app.export_screenshot())
+        return _GROUND.sub(_joined, picture)
+
+
+# Of which pieces a row of one colour is made depends on what was there before, and cannot be seen.
+_RECT = r'<rect fill="([^"]*)" x="([^"]*)" y="([^"]*)" width="([^"]*)" height="[^"]*" shape-rendering="crispEdges"/>'
+_GROUND = re.compile(f"(?:{_RECT})+")
+
+
+def _joined(grounds: re.Match[str]) -> str:
+    """Rectangles side by side of one colour as one."""
+    kept: list[list[str]] = []
+    for fill, x, y, width in re.findall(_RECT, grounds[0]):
+        last = kept[-1] if kept else None
+        if last and last[0] == fill and last[2] == y and abs(float(last[1]) + float(last[3]) - float(x)) < 0.2:
+            last[3] = f"{float(last[3]) + float(width):.1f}"
+        else:
+            kept.append([fill, x, y, width])
+    shape = '<rect fill="{}" x="{}" y="{}" width="{}" height="24.65" shape-rendering="crispEdges"/>'
+    return "".join(shape.format(*one) for one in kept)
 
 
 @asynccontextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from guardrail.commands.common import root_option, screen_options, the_run
+from guardrail.commands.common import has_terminal, root_option, screen_options, the_run
 
 
 @click.command(short_help="Watch a run, running or ended.")
@@ -31,8 +31,6 @@ def command(
 
     Without a terminal it prints lines until the run has ended, and returns the run's exit code.
     """
-    import sys
-
     if web and headless:
         raise click.UsageError("--web and --headless are two ways to watch; choose one")
     if port is not None and not web:
@@ -43,7 +41,7 @@ def command(
 
         port = browser.PORT if port is None else port
         return browser.serve(str(found.path), name=found.name, port=port, read_only=read_only)
-    if headless or not (in_browser or (sys.stdin.isatty() and sys.stdout.isatty())):
+    if headless or not (in_browser or has_terminal()):
         from guardrail.headless import attach
 
         return attach(found)

@@ -36,6 +36,13 @@ def screen_options(command: Callable[..., int]) -> Callable[..., int]:
     return theme(no_mouse(command))
 
 
+def has_terminal() -> bool:
+    """Whether a screen can be shown: keys come from stdin, and textual draws on stderr."""
+    import sys
+
+    return sys.stdin.isatty() and sys.stdout.isatty() and sys.stderr.isatty()
+
+
 def the_run(spec: str | None, root: str) -> RunDirectory:
     """RUN on a command line: a path, NAME, NAME/DATE-NN, the beginning of one, or nothing for the newest."""
     from guardrail.rundir import find_run

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from guardrail.commands.common import root_option, screen_options
+from guardrail.commands.common import has_terminal, root_option, screen_options
 
 if TYPE_CHECKING:
     import subprocess
@@ -41,7 +41,6 @@ def command(
     Prints the run directory on stdout. The run lives in its own session: closing the terminal, leaving the screen
     or Ctrl-C do not touch it; `guardrail ctl RUN stop` ends it.
     """
-    import sys
 
     from guardrail import launching
 
@@ -61,7 +60,7 @@ def command(
     print(run.path, flush=True)
     if detach:
         return 0
-    if headless or not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if headless or not has_terminal():
         from guardrail.headless import follow
 
         return follow(run, supervisor, past=None if resume is None else 0)

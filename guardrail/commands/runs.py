@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 
 import click
 
-from guardrail.commands.common import json_option, print_json, root_option, screen_options
+from guardrail.commands.common import has_terminal, json_option, print_json, root_option, screen_options
 
 
 @click.command(short_help="List the runs; in a terminal, choose one to watch.")
@@ -28,7 +27,7 @@ def command(as_json: bool, plain: bool, read_only: bool, theme: str | None, no_m
     def look() -> list[Glance]:
         return glances(root, is_alive)
 
-    if not (as_json or plain) and sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
+    if not (as_json or plain) and has_terminal() and os.environ.get("TERM") != "dumb":
         from guardrail.tui.chooser import choose_and_watch
 
         return choose_and_watch(look, root=root, read_only=read_only, theme=theme, mouse=not no_mouse)

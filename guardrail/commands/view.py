@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from guardrail.commands.common import given_columns, screen_options
+from guardrail.commands.common import given_columns, has_terminal, screen_options
 
 
 @click.command(short_help="Look at a recorded log, or at a run directory.")
@@ -28,12 +28,10 @@ def command(
     Reads whatever `guardrail backtest` reads, one recorded run of it, and writes nothing. A run directory of guardrail
     is shown with what has happened in it; with --policy or --set, with what those settings would have said.
     """
-    import sys
-
     from guardrail import viewing
     from guardrail.config import load_guard
 
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if not has_terminal():
         raise click.UsageError(f"view needs a terminal; guardrail backtest {log} prints what it would show")
     given = policy is not None or bool(overrides)
     settings = load_guard(policy, overrides=overrides)

@@ -35,6 +35,7 @@ from guardrail.torch.checkpoints import CheckpointStore
 from guardrail.torch.desk import Desk
 from guardrail.torch.gate import Gate
 from guardrail.torch.lagged import Lagged
+from guardrail.torch.pace import Meter, Pace
 from guardrail.torch.probes import Probes, Reduced
 from guardrail.torch.quarantine import Describe, Quarantine
 from guardrail.torch.replays import Replay, Replays
@@ -128,6 +129,7 @@ class Guard:
             named=settings.guard.signals,
             updates=settings.guard.update_norm,
         )
+        self.pace = Pace(self.probes.parameters)
         self.updates = UpdateNorm(self.probes.parameters, self.probes.weights) if settings.guard.update_norm else None
         self.recorder = Recorder(
             run,
@@ -262,6 +264,7 @@ class Guard:
         if self.run is not None:
             if self.heartbeat is None:
                 self.heartbeat = Heartbeat(self.run, self.rank).start()
+            self.heartbeat.meter = Meter(self.probes.parameters[0].device) if self.probes.parameters else None
             if self.rank == 0:
                 self.desk.open(self.run)
             events = self.shared(self.run.events() if self.rank == 0 else None)
@@ -288,6 +291,7 @@ class Guard:
 
     def close(self) -> None:
         """Release threads and files. Part of the iteration's `finally`; harmless when called again."""
+        self.pace.close()
         self.desk.close()
         self.tiers.close()
         self.recorder.close()
@@ -315,7 +319,7 @@ class Guard:
         vector = self.probes.launch(
             loss if nominal is not None else loss * tokens,
             tokens,
-            step_time=began - step.began,
+            step_time=self.pace.seconds(step.began, began),
             command=(lagged.command() if lagged is not None else None) or self.desk.next(step.number),
             stop=self.stopping,
             incomplete=incomplete,

@@ -72,7 +72,7 @@ class Reduced:
         loss_scale: what the loss was multiplied by on the way to the gradients; None: nothing scales it.
         overflow: under a loss scale, every loss is finite and a gradient is not.
         nonfinite_loss, nonfinite_grad: ranks that saw NaN or Inf themselves (before the reduction, where known).
-        step_times: seconds of this step on each rank.
+        step_times: seconds of this step that each rank has worked itself, without waiting for others (`Pace`).
         command_kind: 0, or 1 + index of the CommandKind; command_value its argument.
         stop, incomplete: ranks that were asked to stop; ranks that left micro-batches out because of it.
         further: signal -> value, of what is measured besides; a number that no rank gave is not there.

@@ -309,7 +309,7 @@ class Cockpit(Commanding, Screen[None]):
         self.look(states={**self.view.states, pane.name: replace(state, **changes)})  # type: ignore[arg-type]
 
     def action_help(self) -> None:
-        self.app.push_screen(Pager("keys and signs", self.view, lambda view, width, height: keys.help_rows()))
+        self.app.push_screen(Pager("keys and signs", self.view, lambda view, width, height: keys.help_rows(width)))
 
     def action_journal(self) -> None:
         def rows(view: View, width: int, height: int) -> Sequence[Row]:

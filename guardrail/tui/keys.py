@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from guardrail.tui.lines import Row, fit, width_of
+from guardrail.tui.lines import Row, fit, width_of, wrap
 from guardrail.tui.panes.table import CURVES, PANES
 
 LISTS = "lists"
@@ -130,13 +131,21 @@ def footer(width: int, *, controls: bool = True, asking: bool = False, focus: st
     return ()
 
 
-def help_rows() -> list[Row]:
+def help_rows(width: int) -> list[Row]:
     """All keys and signs, for the `?` page."""
-    rows: list[Row] = [((f"{key.shown:>10}  ", "key"), (key.help, "plain")) for key in KEYS]
-    rows += [(), (("   in a dialog", "dim"),)]
-    rows += [((f"{shown:>10}  ", "key"), (text, "plain")) for shown, text in DIALOG_KEYS]
-    rows += [(), (("   signs", "dim"),)]
-    return rows + [((f"{shown:>10}  ", "strong"), (text, "plain")) for shown, text in SIGNS]
+    parts: tuple[tuple[str, str, Sequence[tuple[str, str]]], ...] = (
+        ("", "key", [(key.shown, key.help) for key in KEYS]),
+        ("in a dialog", "key", DIALOG_KEYS),
+        ("signs", "strong", SIGNS),
+    )
+    rows: list[Row] = []
+    for name, tone, lines in parts:
+        if name:
+            rows += [(), ((f"   {name}", "dim"),)]
+        for shown, told in lines:
+            for index, text in enumerate(wrap(told, width - 13)):
+                rows.append(((f"{'' if index else shown:>10}  ", tone), (text, "plain")))
+    return rows
 
 
 def markdown() -> str:

@@ -260,7 +260,10 @@ def _alarms(result: Plot, part: Columns, y: YScale, clip: Ink, bad: Ink) -> None
         return
     high, low = y.place(part.high), y.place(part.low)
     with np.errstate(invalid="ignore"):
-        above, below = _fold(high > y.top, width), _fold((low < y.bottom) & part.filled, width)
+        # Values are float32: 0.002 is not above an axis that ends at 0.002.
+        hair = 1e-6 * (y.top - y.bottom) + 2e-7 * max(abs(y.top), abs(y.bottom))
+        above = _fold(high > y.top + hair, width)
+        below = _fold((low < y.bottom - hair) & part.filled, width)
     wrong = _fold(part.bad, width)
     _put(result, height - 1, below, "▼", clip)
     top = result.inks[0]

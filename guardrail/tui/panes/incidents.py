@@ -73,8 +73,9 @@ def detail(view: View, width: int, height: int, state: State) -> Sequence[Row]:
     for name, lines in parts:
         for index, text in enumerate(lines):
             label = f"   {name if not index else '':<10}"
-            for at, line in enumerate(wrap(text, width - 14)):
-                head.append(row((label if not at else " " * 13, "dim"), line))
+            indent = " " * (len(text) - len(text.lstrip(" ")))
+            for at, line in enumerate(wrap(text.lstrip(" "), width - 14 - len(indent))):
+                head.append(row((label if not at else " " * 13, "dim"), indent + line))
     return head
 
 
@@ -141,7 +142,7 @@ def _sample(sample: casebook.Sample) -> Iterator[str]:
         yield f"  odd: {', '.join(sample.odd)}"
     for document in sample.documents[:2]:
         yield from (f"  {line}" for line in _document(document))
-    if sample.excerpt:
+    if sample.excerpt and all(sample.excerpt != document.excerpt for document in sample.documents[:2]):
         yield f"  “{sample.excerpt}”"
 
 

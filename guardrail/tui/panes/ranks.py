@@ -81,9 +81,10 @@ def detail(view: View, width: int, height: int, state: State) -> Sequence[Row]:
         ("phase", PHASES[told.phase]),
         ("trouble", _words(one) if one.trouble else "none"),
         ("step", number(told.step)),
-        ("step time", f"{_seconds(told.step_seconds)}, {one.ratio:.2f} × the median"),
+        ("own work", f"{_seconds(told.step_seconds)} of a step, {one.ratio:.2f} × the median"),
         ("host", f"{brief(told.host, 80)}, process {told.pid}"),
         ("memory", size(told.memory_bytes) or "unknown"),
+        ("GPU", _gpu(one)),
         ("heard", f"{duration(_now(view) - one.rank.heard)} ago"),
         ("progress", f"{duration(_now(view) - one.rank.moved)} ago"),
         ("start", f"{told.incarnation}"),
@@ -154,11 +155,20 @@ def _rank(one: Judged, now: float, longest: float, width: int) -> Row:
         filled = round(bar * told.step_seconds / longest) if longest > 0 else 0
         head = (*head, ("▇" * filled, tone if one.trouble == "slow" else "accent"), (" " * (bar - filled), "plain"))
     line: Row = (*head, (f" {_seconds(told.step_seconds):>8}", "plain"))
-    more = [f"{size(told.memory_bytes):>9}", f" {duration(now - one.rank.heard):>9}", f"  {brief(told.host, 40)}"]
+    memory = size(told.gpu_memory_bytes or told.memory_bytes)
+    gpu = [f"  GPU {told.gpu_percent:>3.0f} %"] if told.gpu_percent >= 0 else []
+    more = [*gpu, f"{memory:>9}", f" {duration(now - one.rank.heard):>9}", f"  {brief(told.host, 40)}"]
     for text in more:  # as many as there is room for
         if width_of(line) + cell_len(text) < width:
             line = (*line, (text, "dim"))
     return line
+
+
+def _gpu(one: Judged) -> str:
+    told = one.rank.told
+    busy = f"{told.gpu_percent:.0f} % busy" if told.gpu_percent >= 0 else "how busy is unknown"
+    used = size(told.gpu_memory_bytes)
+    return f"{busy}, {used} in use" if used else "none" if told.gpu_percent < 0 else busy
 
 
 def _words(one: Judged) -> str:

@@ -42,7 +42,7 @@ class Pane:
 PANES = (
     Pane("2", "incidents", "what went wrong and what was done", incidents.build, incidents.count,
          detail=incidents.detail, step=incidents.step),
-    Pane("3", "ranks", "phase, step time, heartbeat and memory of each rank", ranks.build, ranks.count,
+    Pane("3", "ranks", "phase, own work in a step, GPU, memory, heartbeat", ranks.build, ranks.count,
          detail=ranks.detail),
     Pane("4", "snapshots", "the states one can go back to", snapshots.build, snapshots.count,
          detail=snapshots.detail, step=snapshots.step),
