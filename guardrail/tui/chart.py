@@ -6,6 +6,7 @@ import itertools
 import math
 import operator
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -46,6 +47,7 @@ class Chart(Lines):
         self._sources: tuple[object, ...] = ()
         self._settings: tuple[object, ...] = ()
         self._drawn: Sequence[Row] = ()
+        self._memory = Memory()
 
     def _chart(self, view: View, width: int, height: int) -> Sequence[Row]:
         snapshot, status = view.snapshot, view.status
@@ -56,12 +58,16 @@ class Chart(Lines):
         same = len(sources) == len(self._sources) and all(map(operator.is_, sources, self._sources))
         if not same or settings != self._settings:
             self._sources, self._settings = sources, settings
-            self._drawn = chart_rows(view, self.signal, width, height)
+            self._drawn = chart_rows(view, self.signal, width, height, self._memory)
         return self._drawn
 
 
-def chart_rows(view: View, signal: str, width: int, height: int) -> list[Row]:
-    """Title and plot in `width` x `height` cells; the enlarged chart has an axis with labels below."""
+def chart_rows(view: View, signal: str, width: int, height: int, memory: Memory | None = None) -> list[Row]:
+    """Title and plot in `width` x `height` cells; the enlarged chart has an axis with labels below.
+
+    Args:
+        memory: of the chart that is drawn again and again.
+    """
     big = view.big == signal
     below = 2 if big and height >= 8 else 1 if big and height >= 5 else 0
     head = _title(view, signal, width)
@@ -70,17 +76,15 @@ def chart_rows(view: View, signal: str, width: int, height: int) -> list[Row]:
     if rows < 1 or cells < 8:
         return [head][:height]
     scale = axis.x_scale(view, cells)
-    drawn = _plot(view, signal, scale, rows)
     nothing = not len(view.snapshot.series) and not view.snapshot.series.ghosts
-    labels = {} if nothing else dict(drawn.ticks)
-    tones = _tones(view, signal)
-    plot = [(_gutter(labels.get(y)), *_pieces(drawn, y, tones)) for y in range(rows)]
+    given, memory = _given(view, signal, scale, rows), memory or Memory()
+    plot = list(memory.rows(given, _tones(view, signal), ticks=not nothing))
     if nothing:
         text = "no steps yet" if view.snapshot.loaded else "reading the metrics"
         plot[rows // 2] = (_gutter(None), (text.center(cells), "dim"))
     elif signal not in view.snapshot.series.values:
         plot[rows // 2] = (_gutter(None), ("not in the rows of this run".center(cells), "dim"))
-    return [head, *plot, *axis.axis_rows(view, scale, cells)[:below]]
+    return [head, *plot, *(axis.axis_rows(view, scale, cells)[:below] if below else ())]
 
 
 def spark_row(view: View, signal: str, width: int) -> Row:
@@ -92,10 +96,49 @@ def spark_row(view: View, signal: str, width: int) -> Row:
     if cells < 8:
         return fit(head, width)
     scale = axis.x_scale(view, cells)
-    return (*head, *_pieces(_plot(view, signal, scale, 1), 0, _tones(view, signal)))
+    return (*head, *_pieces(_draw(_given(view, signal, scale, 1)), 0, _tones(view, signal)))
 
 
-def _plot(view: View, signal: str, scale: XScale, rows: int) -> raster.Plot:
+class Given(NamedTuple):
+    """All that the cells of a plot are made of. A row more in a run of a million seldom changes any of it."""
+
+    main: raster.Columns
+    pale: tuple[raster.Columns, ...]
+    baseline: np.ndarray | None
+    threshold: np.ndarray | None
+    places: np.ndarray | None
+    rules: tuple[int, ...]
+    marks: tuple[overlay.Mark, ...]
+    log: bool
+    scale: XScale
+    rows: int
+
+    def key(self) -> tuple[object, ...]:
+        """Equal for what looks the same; bytes, since a NaN is not equal to itself."""
+        curves = [part.tobytes() for one in (self.main, *self.pale) for part in (one.low, one.high, one.bad)]
+        lines = [None if part is None else part.tobytes() for part in (self.baseline, self.threshold, self.places)]
+        return (*curves, *lines, self.rules, self.marks, self.log, self.scale, self.rows)
+
+
+class Memory:
+    """The last plot of a chart, in rows."""
+
+    def __init__(self) -> None:
+        self._key: tuple[object, ...] = ()
+        self._rows: list[Row] = []
+
+    def rows(self, given: Given, tones: Mapping[Ink, str], *, ticks: bool) -> list[Row]:
+        """Drawn anew only if something else is given."""
+        key = (*given.key(), tones, ticks)
+        if key != self._key:
+            drawn = _draw(given)
+            labels = dict(drawn.ticks) if ticks else {}
+            self._key = key
+            self._rows = [(_gutter(labels.get(y)), *_pieces(drawn, y, tones)) for y in range(given.rows)]
+        return self._rows
+
+
+def _given(view: View, signal: str, scale: XScale, rows: int) -> Given:
     series, along = view.snapshot.series, axis.axis_of(view)
     tall = rows > 1  # a curve of one row has no room for more than itself
     band: list[np.ndarray | None] = [None, None]
@@ -105,22 +148,35 @@ def _plot(view: View, signal: str, scale: XScale, rows: int) -> raster.Plot:
             band[index] = raster.sample(series.along(along), values, scale) if values is not None else None
     rules = [step for step, _ in view.snapshot.story.marks.get(ROLLBACK, ())]
     rules += [round(view.at)] if view.at is not None else []
-    curve = series.curve(signal, along)
-    drawn = raster.plot(
-        curve,
-        scale,
-        height=rows,
-        log=signal in view.logarithmic,
-        ghosts=[ghost.curve(signal, along) for ghost in series.ghosts],
+    curve, log = series.curve(signal, along), signal in view.logarithmic
+    smooth = overlay.smoothed(curve, scale, log, SMOOTHING[view.smooth]) if view.smooth and tall else None
+    return Given(
+        main=raster.columns(curve, scale),
+        pale=tuple(raster.columns(ghost.curve(signal, along), scale) for ghost in series.ghosts),
         baseline=band[0],
         threshold=band[1],
-        rules=[scale.cell(series.place(step, along)) for step in rules] if tall else [],
+        places=smooth,
+        rules=tuple(scale.cell(series.place(step, along)) for step in rules) if tall else (),
+        marks=tuple(axis.marks_of(view, scale, all_kinds=view.big == signal)) if tall else (),
+        log=log,
+        scale=scale,
+        rows=rows,
     )
-    if view.smooth and tall:
-        places = overlay.smoothed(curve, scale, drawn.scale, SMOOTHING[view.smooth])
-        overlay.draw_smoothed(drawn, places)
-    if tall:
-        overlay.put_marks(drawn, scale, axis.marks_of(view, scale, all_kinds=view.big == signal))
+
+
+def _draw(given: Given) -> raster.Plot:
+    drawn = raster.draw(
+        given.main,
+        given.pale,
+        height=given.rows,
+        log=given.log,
+        baseline=given.baseline,
+        threshold=given.threshold,
+        rules=given.rules,
+    )
+    if given.places is not None:
+        overlay.draw_smoothed(drawn, given.places)
+    overlay.put_marks(drawn, given.scale, given.marks)
     return drawn
 
 

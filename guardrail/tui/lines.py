@@ -120,7 +120,9 @@ class Lines(Widget):
         super().__init__(id=id, classes=classes)
         self._build, self._reserve = build, reserve
         self._view: View | None = None
+        self._built: list[Row] = []  # as `build` gave them, and `_rows`: as they fit into `_fitted` cells
         self._rows: list[Row] = []
+        self._fitted = 0
         self._strips: dict[int, Strip] = {}
         self._theme = ""
 
@@ -137,7 +139,13 @@ class Lines(Widget):
         width, height = self.size
         if self._view is None or not width or not height or not self.display:
             return
-        rows = [fit(line, width) for line in self._build(self._view, width, height)[:height]]
+        built = list(self._build(self._view, width, height)[:height])
+        # Measuring text is most of the work of a frame in which little happens.
+        known = self._built if width == self._fitted else ()
+        rows = [
+            self._rows[y] if y < len(known) and line == known[y] else fit(line, width) for y, line in enumerate(built)
+        ]
+        self._built, self._fitted = built, width
         regions: list[Region] = []
         for y in range(max(len(rows), len(self._rows))):
             before = self._rows[y] if y < len(self._rows) else ()

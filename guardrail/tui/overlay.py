@@ -28,7 +28,7 @@ class Mark(NamedTuple):
     ink: Ink
 
 
-def smoothed(curve: Curve, scale: XScale, y: YScale, half_life: float) -> np.ndarray:
+def smoothed(curve: Curve, scale: XScale, log: bool, half_life: float) -> np.ndarray:
     """An exponential moving average over dot columns, in places of the y-axis: float64 [C], NaN where nothing is.
 
     A column counts as the median of up to 16 of its points, so that one spike does not drag the line along. The average
@@ -45,7 +45,7 @@ def smoothed(curve: Curve, scale: XScale, y: YScale, half_life: float) -> np.nda
     if not len(some):
         return found
     picked = at[:-1][some, None] + counts[some, None] * np.arange(_PICKED) // _PICKED
-    values = y.place(curve.y[picked].astype(np.float64))
+    values = YScale(0.0, 1.0, log).place(curve.y[picked].astype(np.float64))
     values = np.sort(np.where(np.isfinite(values), values, np.nan), axis=1)  # NaN comes last
     known = np.isfinite(values).sum(axis=1)
     middle = values[np.arange(len(some)), np.maximum(known - 1, 0) // 2]

@@ -115,12 +115,27 @@ def plot(
         baseline, threshold: [C] as `sample` gives them; the band is what lies between.
         rules: cell columns in which a dotted line stands (a rollback).
     """
-    height, width = max(1, height), scale.dots // 2
+    pale = [columns(ghost, scale) for ghost in ghosts]
+    return draw(
+        columns(curve, scale), pale, height=height, log=log, baseline=baseline, threshold=threshold, rules=rules
+    )
+
+
+def draw(
+    main: Columns,
+    pale: Sequence[Columns],
+    *,
+    height: int,
+    log: bool,
+    baseline: np.ndarray | None,
+    threshold: np.ndarray | None,
+    rules: Sequence[int],
+) -> Plot:
+    """`plot` of curves that are in columns already."""
+    height, width = max(1, height), len(main.high) // 2
     alarms = height >= 4  # lower plots have no row to spare: alarms lie over the curve
     rows = height - alarms
     dots = 4 * rows
-    main = columns(curve, scale)
-    pale = [columns(ghost, scale) for ghost in ghosts]
     y = y_scale([(part.low, part.high) for part in (main, *pale)], log=log, threshold=threshold)
     result = Plot(
         np.full((height, width), ord(" "), dtype=np.uint32),
