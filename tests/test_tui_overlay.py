@@ -21,7 +21,9 @@ def drawn(y: np.ndarray, dots: int = 120, *, height: int = 12, log: bool = False
 @pytest.mark.parametrize("half_life", [1.0, 4.0, 20.0])
 def test_a_smoothed_constant_is_the_constant_from_its_first_column_on(half_life: float) -> None:
     result, curve, scale = drawn(np.full(120, 3.0))
-    assert np.allclose(smoothed(curve, scale, result.scale.log, half_life), 3.0), "the correction: it begins at the curve"
+    assert np.allclose(smoothed(curve, scale, result.scale.log, half_life), 3.0), (
+        "the correction: it begins at the curve"
+    )
 
 
 def test_it_is_the_average_that_its_name_says() -> None:

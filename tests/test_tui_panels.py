@@ -15,10 +15,10 @@ from rich.cells import cell_len
 from textual.strip import Strip
 
 from guardrail.records import Mode, Phase, SnapshotInfo, Status
-from guardrail.tui import palette, panels
+from guardrail.tui import palette, panels, raster
 from guardrail.tui.app import GuardrailApp
 from guardrail.tui.axis import GUTTER, marks_of, next_event, x_scale
-from guardrail.tui.chart import chart_rows, spark_row
+from guardrail.tui.chart import Memory, chart_rows, spark_row
 from guardrail.tui.cockpit import Cockpit
 from guardrail.tui.format import clock, count, duration, metric, plural, size, spoken
 from guardrail.tui.health import health_of
@@ -470,3 +470,28 @@ def test_what_did_not_change_is_not_sent() -> None:
 
 def test_a_row_with_wide_characters_changes_as_a_whole() -> None:
     assert changes(row("語"), row("文"), 40) == [(0, 40)]
+
+
+def test_a_chart_that_remembers_shows_what_one_without_memory_does() -> None:
+    """Steps that change little, a spike, a rollback, marks, another way to look, another size."""
+    memory, fake = Memory(), FakeRun().begin().advance(3000)
+    ways = [{}, {"at": 2990.0}, {"smooth": 2}, {"logarithmic": frozenset({"loss"})}, {"span": 64.0}]
+    for number in range(24):
+        if number == 12:
+            fake.spike()
+        else:
+            fake.advance(fake.step + 1 + number % 3)
+        seen = View(snapshot_of(fake), fake.time, **ways[number // 4 % len(ways)])  # type: ignore[arg-type]
+        width = 90 if number < 20 else 70
+        assert chart_rows(seen, "loss", width, 14, memory) == chart_rows(seen, "loss", width, 14)
+
+
+def test_a_row_more_does_not_draw_a_plot_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[object] = []
+    draw = raster.draw
+    monkeypatch.setattr(raster, "draw", lambda *given, **options: drawn.append(given) or draw(*given, **options))
+    memory, fake = Memory(), FakeRun().begin().advance(20_000, checkpoints=0, ring=0)
+    for _ in range(40):
+        chart_rows(View(snapshot_of(fake), fake.time), "loss", 90, 14, memory)
+        fake.advance(fake.step + 1, checkpoints=0, ring=0)
+    assert len(drawn) < 15
