@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 from guardrail.tui.format import count, duration, metric
 from guardrail.tui.lines import Row
@@ -105,12 +107,15 @@ def tick_label(at: float, axis: str, *, wide: bool) -> str:
 
 def events(view: View) -> Iterator[tuple[str, int, str]]:
     """(letter, step, label) of all that is marked, the gravest first."""
-    marks = view.snapshot.story.marks
     for letter in GRAVITY:
-        if letter == CHECKPOINT:
-            yield from ((letter, step, "") for step in checkpoints(view))
-        else:
-            yield from ((letter, step, label) for step, label in marks.get(letter, ()))
+        yield from ((letter, step, label) for step, label in _marked(view, letter))
+
+
+def _marked(view: View, letter: str) -> Sequence[tuple[int, str]]:
+    """(step, label) of one kind."""
+    if letter == CHECKPOINT:
+        return [(step, "") for step in checkpoints(view)]
+    return view.snapshot.story.marks.get(letter, ())
 
 
 def marks_of(view: View, scale: XScale, *, all_kinds: bool) -> list[Mark]:
@@ -119,17 +124,17 @@ def marks_of(view: View, scale: XScale, *, all_kinds: bool) -> list[Mark]:
     Args:
         all_kinds: with checkpoints and commands; else only what went wrong and what was done.
     """
-    axis, series = axis_of(view), view.snapshot.series
-    found: dict[int, Mark] = {}
-    for letter, step, label in events(view):
+    found: dict[float, Mark] = {}
+    for letter in GRAVITY:
         if letter in (COMMAND, CHECKPOINT) and not all_kinds:
             continue
-        x = series.place(step, axis)
-        if not scale.first <= x < scale.last:
-            continue
-        known = found.get(cell := scale.cell(x))
-        if known is None or known.letter == letter:
-            found[cell] = Mark(x, letter, label, _INKS[letter])
+        known = _marked(view, letter)
+        places = view.snapshot.series.places(np.array([step for step, _ in known], dtype=np.float64), axis_of(view))
+        cells = np.floor((places - scale.first) / scale.per_dot) // 2
+        in_sight = np.flatnonzero((places >= scale.first) & (cells < scale.dots // 2))[::-1]
+        taken, newest = np.unique(cells[in_sight], return_index=True)
+        for cell, index in zip(taken.tolist(), in_sight[newest].tolist(), strict=True):
+            found.setdefault(cell, Mark(float(places[index]), letter, known[index][1], _INKS[letter]))
     return sorted(found.values(), key=lambda mark: (GRAVITY.index(mark.letter), -mark.x))
 
 

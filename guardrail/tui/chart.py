@@ -156,7 +156,7 @@ def _given(view: View, signal: str, scale: XScale, rows: int) -> Given:
         baseline=band[0],
         threshold=band[1],
         places=smooth,
-        rules=tuple(scale.cell(series.place(step, along)) for step in rules) if tall else (),
+        rules=tuple(map(scale.cell, series.places(np.array(rules, dtype=np.float64), along))) if tall else (),
         marks=tuple(axis.marks_of(view, scale, all_kinds=view.big == signal)) if tall else (),
         log=log,
         scale=scale,

@@ -15,8 +15,11 @@ from guardrail.tui.raster import BRAILLE, Columns, Curve, Ink, Plot
 from guardrail.tui.scales import XScale, YScale
 
 _PICKED = 16  # points of a column that its median is taken of
-_UNDER = (Ink.EMPTY, Ink.RULE, Ink.THRESHOLD, Ink.GHOST)  # what a mark may stand on without hiding the curve
-_MARKS = (Ink.WARN, Ink.NEWS, Ink.GOOD)
+_STEEP = 4  # rows of a column of the curve from which on it is a spike
+# What a mark may stand on without hiding the curve, the curve, and what no mark may touch.
+_UNDER = frozenset(map(int, (Ink.EMPTY, Ink.RULE, Ink.THRESHOLD, Ink.GHOST)))
+_CURVE = frozenset(map(int, (Ink.LINE, Ink.SMOOTH)))
+_ALONE = frozenset(map(int, (Ink.WARN, Ink.NEWS, Ink.GOOD, Ink.CLIP, Ink.GHOST_CLIP)))
 
 
 class Mark(NamedTuple):
@@ -73,38 +76,38 @@ def put_marks(plot: Plot, scale: XScale, marks: Sequence[Mark]) -> None:
     A mark where there is no curve stands at the bottom. One that finds no room but on another mark is left out.
     """
     height, width = plot.codes.shape
+    if height < 2:
+        return
+    drawn = np.isin(plot.inks, (Ink.LINE, Ink.SMOOTH))
+    some = drawn.any(axis=0)
+    uppers = np.where(some, drawn.argmax(axis=0), height - 1).tolist()
+    lowers = np.where(some, height - 1 - drawn[::-1].argmax(axis=0), height - 1).tolist()
+    inks = plot.inks.tolist()  # cells are asked one by one, for which lists are many times as fast
     for mark in marks:
         cell = scale.cell(mark.x)
-        if height < 2 or not 0 <= cell < width:
-            continue
-        upper, lower = _reach(plot, cell)
-        beside = [*range(upper - 1, max(-1, upper - 4), -1), *range(lower + 1, min(height, lower + 3))]
-        text = mark.letter + mark.label
-        if not any(_write(plot, row, cell, text, mark.ink, _UNDER) for row in beside) and not any(
-            _write(plot, row, cell, mark.letter, mark.ink, under)
-            for rows, under in ((beside, _UNDER), ((upper, lower), (*_UNDER, Ink.LINE, Ink.SMOOTH)))
-            for row in rows
-        ):
-            continue
+        if 0 <= cell < width:
+            _put_mark(plot, inks, mark, cell, uppers[cell], lowers[cell])
 
 
-def _reach(plot: Plot, cell: int) -> tuple[int, int]:
-    """Upper and lower row of the curve in a column of cells; both the bottom row where there is none."""
-    height = len(plot.codes)
-    rows = np.flatnonzero(np.isin(plot.inks[:, cell], (Ink.LINE, Ink.SMOOTH)))
-    return (int(rows[0]), int(rows[-1])) if len(rows) else (height - 1, height - 1)
+def _put_mark(plot: Plot, inks: list[list[int]], mark: Mark, cell: int, upper: int, lower: int) -> bool:
+    """Whether it found a place; `upper` and `lower` are the rows between which the curve is in its column."""
+    beside = [*range(upper - 1, max(-1, upper - 4), -1)]
+    if lower - upper < _STEEP:  # below a spike a mark would not be seen to belong to its top
+        beside += range(lower + 1, min(len(inks), lower + 3))
+    tries = [(row, mark.letter + mark.label, _UNDER) for row in beside]
+    tries += [(row, mark.letter, _UNDER) for row in beside]
+    tries += [(row, mark.letter, _UNDER | _CURVE) for row in (upper, lower)]
+    return any(_write(plot, inks, row, cell, text, mark.ink, under) for row, text, under in tries)
 
 
-def _write(plot: Plot, row: int, cell: int, text: str, ink: Ink, under: Sequence[Ink]) -> bool:
-    """Write where all cells are free, and the cell on the left holds no other mark that it would read on from."""
-    height, width = plot.codes.shape
-    end = cell + len(text)
-    if not 0 <= row < height or end > width:
+def _write(plot: Plot, inks: list[list[int]], row: int, cell: int, text: str, ink: Ink, under: frozenset[int]) -> bool:
+    """Write where all cells are free, and the cells beside hold no other mark that it would be read with."""
+    line, end = inks[row], cell + len(text)
+    if end > len(line) or not under.issuperset(line[cell:end]):
         return False
-    inks = plot.inks[row]
-    beside = inks[max(0, cell - 1) : min(width, end + 1)]
-    if not np.isin(inks[cell:end], under).all() or np.isin(beside, (*_MARKS, Ink.CLIP, Ink.GHOST_CLIP)).any():
+    if not _ALONE.isdisjoint(line[max(0, cell - 1) : end + 1]):
         return False
     plot.codes[row, cell:end] = [ord(char) for char in text]
-    inks[cell:end] = ink
+    plot.inks[row, cell:end] = ink
+    line[cell:end] = [int(ink)] * len(text)
     return True

@@ -75,7 +75,8 @@ def facts(view: View, width: int, height: int) -> Sequence[Row]:
         parts.append((f"guard {100 * status.guard_share:.1f} %", "dim"))
     if view.snapshot.around.screens > 1:
         parts.append((f"{view.snapshot.around.screens} screens", "accent"))
-    where = f" on {status.host}" if status.host else ""
+    hosts = len({rank.told.host for rank in view.snapshot.around.ranks})
+    where = f" on {count(hosts)} hosts" if hosts > 1 else f" on {status.host}" if status.host else ""
     parts.append((f"{plural(status.world, 'rank')}{where}", "dim"))
     while len(parts) > 1 and width_of(_joined(parts)) > width:
         parts.remove(next((part for part in reversed(parts) if part[1] == "dim"), parts[-1]))

@@ -164,7 +164,8 @@ def ticks(y: YScale, rows: int, *, offset: int = 0) -> list[tuple[int, str]]:
     labels = [short(value) for value in values] if y.log else labels_of(values)
     for value, label in zip(values, labels, strict=True):
         row = round(float(y.rows(np.array([value]), dots)[0])) // 4
-        if 0 <= row < rows and not {row - 1, row, row + 1} & placed.keys():
+        # Where seven characters cannot tell two values apart, one of them is said.
+        if 0 <= row < rows and not {row - 1, row, row + 1} & placed.keys() and label not in placed.values():
             placed[row] = label
     return sorted((row + offset, label) for row, label in placed.items())
 

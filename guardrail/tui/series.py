@@ -72,10 +72,14 @@ class Series:
 
     def place(self, step: float, axis: str) -> float:
         """Where a step stands on an axis: at the last row up to it."""
+        return float(self.places(np.array([step]), axis)[0])
+
+    def places(self, steps: np.ndarray, axis: str) -> np.ndarray:
+        """`place` of many steps, float64 [n]."""
         if axis not in self.axes or not len(self):
-            return step
-        row = int(np.searchsorted(self.step, step, side="right"))
-        return float(self.axes[axis][max(0, row - 1)])
+            return steps
+        rows = np.searchsorted(self.step, steps, side="right")
+        return np.asarray(self.axes[axis][np.maximum(0, rows - 1)])
 
     def step_at(self, x: float, axis: str) -> float:
         """The step of the last row up to a place on an axis."""
