@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from guardrail.detectors.nonfinite import NonFinite
 from guardrail.records import Cause, Diagnosis, Finding, Kind, Observation, Record, Severity
 
-NONFINITE_KINDS = frozenset({Kind.NONFINITE, Kind.IMPOSSIBLE, Kind.OVERFLOW, Kind.SCALE_COLLAPSE})
+NONFINITE_KINDS = frozenset({Kind.NONFINITE, Kind.IMPOSSIBLE, Kind.SCALE_COLLAPSE})
 # Kernels that add in any order repeat themselves to some 1e-3 at worst (sums in bfloat16), and the smallest jump that
 # is ever rejected is one of 8 % (detectors.standard). Half of that lies far from both.
 NONDETERMINISTIC = 0.04

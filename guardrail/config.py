@@ -160,7 +160,7 @@ class GuardSection(Section, frozen=True, kw_only=True):
     # Remedies that hold from the beginning, as the journal of another run tells them: to make the same run again.
     remedies: tuple[Remedy, ...] = ()
     # fp16: overflows in a row that are no longer the search for a loss scale (8 divide it by 256): the gradients
-    # themselves are broken, which calls for a rollback.
+    # themselves are broken, which calls for a rollback. Before `warmup` accepted steps it takes at least 16.
     overflows: Positive = 8
     # At the first rejected step of an incident a few batches are run again, to tell data, state and hardware apart; for
     # loops that hand the guard a way to run a batch, as the built-in trainer does.

@@ -29,6 +29,7 @@ from guardrail.detectors.divergence import Divergence
 from guardrail.detectors.growth import CLIMB
 from guardrail.detectors.no_tokens import NoTokens
 from guardrail.detectors.resume import ROWS, resume_jumps
+from guardrail.detectors.scale import ScaleCollapse, overflows
 from guardrail.detectors.share import Share
 from guardrail.detectors.spike import LOOK_BACK, Spike
 from guardrail.detectors.standard import NAMED, USUAL, build, build_named
@@ -68,7 +69,7 @@ from guardrail.remedies import embedding_leads, of_embedding, of_rung, sentence
 # Detectors of damage in the weights. `advise` does not go back, so what they said once they would say for ever.
 LASTING = ("divergence", "growth", "embed_growth", "update_growth")
 # An update with these has no meaning, whoever wishes for it.
-UNPARDONABLE = frozenset({Kind.NONFINITE, Kind.NO_TOKENS, Kind.OVERFLOW, Kind.SCALE_COLLAPSE})
+UNPARDONABLE = frozenset({Kind.NONFINITE, Kind.NO_TOKENS, Kind.SCALE_COLLAPSE})
 SPIKES = (Kind.LOSS_SPIKE, Kind.GRAD_SPIKE, Kind.EMBED_SPIKE, Kind.UPDATE_SPIKE, Kind.SPIKE)
 # Findings on further signals in one verdict.
 MOST_NAMED = 3
@@ -105,6 +106,7 @@ class Controller:
         self.mode = settings.mode if mode is None else mode
         self._no_tokens = NoTokens()
         self.detectors = build(settings)
+        self._scale: ScaleCollapse = self.detectors[LOSS_SCALE]  # type: ignore[assignment]
         self._by_signals: dict[tuple[str, ...], Watch] = {}
         self.incidents = Incidents(confirm=settings.confirm)
         self.rollbacks: list[Rollback] = []
@@ -112,7 +114,7 @@ class Controller:
         self._unsound: list[int] = []  # steps at which the hardware gave other numbers the second time
         # Stretches [first, last) of positions whose batches are applied whatever is found, as far as it is finite.
         self.pardons: list[tuple[int, int]] = list(settings.pardon)
-        # Rejected for want of labels or by the loss scale: no sign of trouble.
+        # Rejected for want of labels: no sign of trouble.
         self._empty_spans: set[tuple[int, int]] = set()
         # Reaches back to the earliest onset that a detector can name, and `window_before` batches further.
         reach = settings.window_before + max(LOOK_BACK, Divergence.MEMORY * settings.divergence_steps, CLIMB) + 1
@@ -129,8 +131,8 @@ class Controller:
 
     def observe(self, obs: Observation) -> Verdict:
         """Judge one step. In APPLY the step is taken as applied; anything else changes no state but for overflows."""
-        if obs.overflow:
-            return self._overflowed(obs)
+        if obs.overflow or overflows(obs):
+            return self._overflowed(obs if obs.overflow else structs.replace(obs, overflow=True))
         if self.mode is Mode.OFF:
             self._overflows = 0
             self._history.append(Applied(obs.step, obs.first, obs.last))
@@ -217,8 +219,8 @@ class Controller:
         Such an update is left out in every mode; it is the loss scaler's arithmetic and no opinion of the guard.
         """
         self._overflows += 1
-        if self.mode is not Mode.OFF and self._overflows % self.settings.overflows == 0:
-            return self._rejected(obs, (_collapsed(obs, self._overflows, self.settings.overflows),))
+        if self.mode is not Mode.OFF and (found := self._scale.collapsed(obs, self._overflows)) is not None:
+            return self._rejected(obs, (found,))
         scale = obs.signals.get(LOSS_SCALE, 0.0)
         reason = f"the gradients overflow at a loss scale of {scale:g}"
         return Verdict(action=Action.OVERFLOW, step=obs.step, reason=reason, accepted=False)
@@ -565,7 +567,7 @@ class Controller:
             return f"{what}: leave this update out{count if is_trouble(findings) else ''}"
         why = f"{streak + 1} batches in a row rejected" if streak + 1 >= patience(settings) else "it has stayed up"
         if findings[0].kind is Kind.SCALE_COLLAPSE:
-            why = f"guard.overflows allows {settings.overflows - 1}"
+            why = f"of which {findings[0].threshold - 1:.0f} may be the search for a scale"
         elif cause is Cause.STATE:
             why = "whatever the batch"
         tried = f"{len(row)} rollbacks without {settings.healthy_after} healthy steps between them"
@@ -752,21 +754,6 @@ def _restarted(obs: Observation) -> Finding:
         score=0.0,
         threshold=0.0,
         onset=obs.step,
-    )
-
-
-def _collapsed(obs: Observation, count: int, allowed: int) -> Finding:
-    return Finding(
-        signal=LOSS_SCALE,
-        step=obs.step,
-        kind=Kind.SCALE_COLLAPSE,
-        severity=Severity.PERSISTENT,
-        value=obs.signals.get(LOSS_SCALE, 0.0),
-        baseline=0.0,
-        score=float(count),
-        threshold=float(allowed),
-        onset=obs.step,
-        ranks=obs.nonfinite_grad,
     )
 
 

@@ -12,7 +12,7 @@ from guardrail.config import GuardSection
 from guardrail.records import Action, Cause, Finding, Kind, Record, Severity, SnapshotInfo
 
 # Left out without a suspicion of the weights: however often it happens in a row, it never adds up to a rollback.
-UNSUSPECTED = frozenset({Kind.NO_TOKENS, Kind.OVERFLOW})
+UNSUSPECTED = frozenset({Kind.NO_TOKENS})
 _RANK = {Severity.PERSISTENT: 2, Severity.REJECT: 1, Severity.NOTE: 0}
 
 

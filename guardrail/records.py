@@ -63,7 +63,6 @@ class Kind(str, Enum):
     NO_TOKENS = "no_tokens"  # every label of the batch is ignored: nothing to learn from
     IMPOSSIBLE = "impossible"  # finite, but no working model gives it: a loss of exactly 0, 1e30
     STUCK = "stuck"  # the very same number again and again
-    OVERFLOW = "overflow"  # a float16 gradient beyond the loss scale: left out, and nothing is wrong with the weights
     SCALE_COLLAPSE = "scale_collapse"  # overflow after overflow: the gradients are to blame, not the loss scale
     RESUME_JUMP = "resume_jump"  # the run does not go on where it was before a resume
     RESTART = "restart"  # the step counter went back: another run, or a resume in a recorded log
@@ -128,7 +127,7 @@ class Finding(Record, frozen=True, kw_only=True):
             return "no label token in the whole batch"
         if self.kind is Kind.RESTART:
             return f"the step counter goes back to {self.step}"
-        if self.kind in (Kind.NONFINITE, Kind.IMPOSSIBLE, Kind.OVERFLOW):
+        if self.kind in (Kind.NONFINITE, Kind.IMPOSSIBLE):
             return f"{self.signal} is {self.value:.4g}{where}"
         if self.kind is Kind.RESUME_JUMP:
             return f"{self.signal} {self.value:.4g} after the resume against {self.baseline:.4g} before it"

@@ -62,18 +62,18 @@ def test_case_12_single_overflows_are_normal_and_one_after_the_other_is_a_collap
     run, scale = Run(), 65536.0
     for _ in range(6):
         verdict = run.attempt(grad_norm=math.inf, embed_grad_norm=math.inf, embed_share=math.nan, loss_scale=scale)
-        assert verdict.action is Action.SKIP and verdict.incident is None and kinds(verdict) == {Kind.OVERFLOW}
+        assert verdict.action is Action.OVERFLOW and verdict.incident is None and not verdict.findings
         scale /= 2
     for index in range(300):
         overflow = {"grad_norm": math.inf} if index % 100 == 70 else {}
         verdict = run.attempt(loss_scale=scale, **overflow)
-        assert verdict.incident is None and (verdict.action is Action.SKIP) == bool(overflow)
+        assert verdict.incident is None and (verdict.action is Action.OVERFLOW) == bool(overflow)
     actions = []
     while Action.ROLLBACK not in actions and len(actions) < 20:
         verdict = run.attempt(grad_norm=math.inf, loss_scale=scale)
         actions.append(verdict.action)
         scale /= 2
-    assert actions == [Action.SKIP] * 4 + [Action.ROLLBACK]
+    assert actions == [Action.OVERFLOW] * 7 + [Action.ROLLBACK]
     assert verdict.findings[0].kind is Kind.SCALE_COLLAPSE and verdict.findings[0].signal == LOSS_SCALE
 
 

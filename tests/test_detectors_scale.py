@@ -6,9 +6,11 @@ import pytest
 
 from guardrail.config import GuardSection
 from guardrail.controller import Controller
-from guardrail.detectors.scale import AT_START, FALL, IN_A_ROW
-from guardrail.records import GRAD_NORM, LOSS, LOSS_SCALE, UPDATE_NORM, Action, Event, Kind, Mode, Observation, Verdict
+from guardrail.detectors.scale import AT_START, FALL
+from guardrail.records import GRAD_NORM, LOSS, LOSS_SCALE, UPDATE_NORM, Action, Kind, Mode, Observation, Verdict
 from tests.feed import BATCH, noisy, plain, through_json
+
+IN_A_ROW = GuardSection().overflows
 
 
 class Scaled:
@@ -18,6 +20,7 @@ class Scaled:
         self.controller = Controller(GuardSection(), mode=mode)
         self.step, self.cursor, self.streak, self.scale = 1, 0, 0, 65536.0
         self.told: list[Verdict] = []
+        self.flagged = False  # as the guard does it, which knows its scaler
 
     def attempt(self, *, overflow: bool = False, loss: float | None = None) -> Verdict:
         signals = {
@@ -26,7 +29,12 @@ class Scaled:
             LOSS_SCALE: self.scale,
         }
         seen = Observation(
-            step=self.step, first=self.cursor, last=self.cursor + BATCH, signals=signals, streak=self.streak
+            step=self.step,
+            first=self.cursor,
+            last=self.cursor + BATCH,
+            signals=signals,
+            streak=self.streak,
+            overflow=overflow and self.flagged,
         )
         verdict = self.controller.observe(seen)
         self.told.append(verdict)
@@ -52,24 +60,39 @@ def test_overflows_at_the_start_and_single_ones_later_are_no_incident() -> None:
         run.healthy(60)
         verdicts += [run.attempt(overflow=True)]
     run.healthy(60)
-    assert {v.action for v in verdicts} == {Action.SKIP} and {v.incident for v in verdicts} == {None}
-    assert {f.kind for v in verdicts for f in v.findings} == {Kind.OVERFLOW}
-    assert verdicts[0].reason == "grad_norm is inf: leave this update out"
+    assert {v.action for v in verdicts} == {Action.OVERFLOW} and {v.incident for v in verdicts} == {None}
+    assert not any(v.findings for v in verdicts)
+    assert verdicts[0].reason == "the gradients overflow at a loss scale of 65536"
 
 
 def test_overflow_after_overflow_is_a_collapse() -> None:
     run = Scaled()
     run.healthy()
     verdicts = [run.attempt(overflow=True) for _ in range(IN_A_ROW)]
-    assert [v.action for v in verdicts] == [Action.SKIP] * (IN_A_ROW - 1) + [Action.ROLLBACK]
+    assert [v.action for v in verdicts] == [Action.OVERFLOW] * (IN_A_ROW - 1) + [Action.ROLLBACK]
     assert verdicts[-1].findings[0].kind is Kind.SCALE_COLLAPSE and verdicts[-1].incident == 1
-    assert "loss_scale 4096 against 65536, 5 overflows in a row" in verdicts[-1].reason
+    assert "loss_scale 512 against 65536, 8 overflows in a row" in verdicts[-1].reason
+    assert "of which 7 may be the search for a scale" in verdicts[-1].reason
+
+
+def test_a_recorded_overflow_and_a_live_one_are_judged_by_one_rule() -> None:
+    """A log has no flag; its loss scale, finite loss and infinite norm say the same."""
+    logged, live = Scaled(), Scaled()
+    for run in (logged, live):
+        run.healthy(20)  # not settled yet
+    for index in range(40):
+        for run in (logged, live):
+            run.flagged = run is live
+            run.scale = run.scale if index % 20 else 65536.0
+            run.attempt(overflow=index % 20 < AT_START)
+    assert [plain(v) for v in logged.told] == [plain(v) for v in live.told]
+    assert [v.action for v in live.told].count(Action.ROLLBACK) == 2
 
 
 def test_a_scale_that_falls_from_the_very_first_step_to_its_end_is_a_collapse_too() -> None:
     run = Scaled()
     verdicts = [run.attempt(overflow=True) for _ in range(AT_START)]
-    assert [v.action for v in verdicts] == [Action.SKIP] * (AT_START - 1) + [Action.ROLLBACK]
+    assert [v.action for v in verdicts] == [Action.OVERFLOW] * (AT_START - 1) + [Action.ROLLBACK]
 
 
 def test_at_a_scale_of_one_it_is_no_longer_the_scale() -> None:
@@ -98,30 +121,6 @@ def test_a_scale_that_falls_far_below_what_was_usual_is_noted_once() -> None:
     notes = [v for v in run.told if any(f.kind is Kind.SCALE_COLLAPSE for f in v.findings)]
     assert len(notes) == 1 and notes[0].findings[-1].value == 65536 / 2**FALL
     assert run.controller.healthy_through < notes[0].step
-
-
-def test_overflows_come_back_from_the_journal_as_no_trouble() -> None:
-    """After a crash the overflows before it must not count towards a rollback."""
-    run = Scaled()
-    run.healthy()
-    state = through_json(run.controller.state_dict())
-    events = []
-    for index in range(2):
-        verdict = run.attempt(overflow=True)
-        data = {
-            "action": verdict.action.value,
-            "findings": [{"kind": "overflow"}],
-            "window": list(verdict.window or ()),
-        }
-        events.append(Event(seq=index + 1, time=0.0, step=100, timeline=0, kind="verdict", data=data))
-    fresh = Controller(GuardSection())
-    fresh.load_state_dict(state)
-    fresh.rebuild(events)
-    seen = Observation(
-        step=run.step, first=run.cursor, last=run.cursor + BATCH, signals={LOSS: 9.0, LOSS_SCALE: 2.0**14}, streak=2
-    )
-    assert plain(fresh.observe(seen)) == plain(run.controller.observe(seen))
-    assert fresh.observe(seen).action is Action.SKIP
 
 
 @pytest.mark.parametrize("junk", [math.nan, math.inf, 0.0, -1.0])

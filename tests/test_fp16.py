@@ -14,6 +14,7 @@ from torch import nn
 
 from guardrail.config import GuardSection, build, dump
 from guardrail.controller import Controller
+from guardrail.detectors.scale import AT_START
 from guardrail.manifest import checkpoint_dirs, fingerprint, read_manifest
 from guardrail.records import LOSS_SCALE, Action, Command, CommandKind, Kind, Mode
 from guardrail.report import quarantine_lines
@@ -21,7 +22,7 @@ from guardrail.rundir import RunDirectory
 from guardrail.torch.blame import first_nonfinite
 from guardrail.torch.probes import norms
 from guardrail.torch.scaling import LossScale
-from tests.feed import BATCH, obs, warmed
+from tests.feed import BATCH, obs
 from tests.ranks import run_ranks
 from trainer.config import Config
 from trainer.loop import Trainer, train
@@ -71,10 +72,19 @@ def overflow(step: int, index: int, scale: float = 1024.0) -> Any:
     return msgspec.structs.replace(seen, signals={**seen.signals, LOSS_SCALE: scale})
 
 
+def settled(controller: Controller) -> int:
+    """A healthy run whose loss scale has long been found; the step that comes next."""
+    for step in range(1, 101):
+        seen = obs(step, 2.0 + 0.01 * (step % 7), 0.5 + 0.01 * (step % 5))
+        seen = msgspec.structs.replace(seen, signals={**seen.signals, LOSS_SCALE: 1024.0})
+        assert controller.observe(seen).action is Action.APPLY
+    return 101
+
+
 @pytest.mark.parametrize("mode", list(Mode))
 def test_single_overflows_are_left_out_without_a_finding(mode: Mode) -> None:
     controller = Controller(GuardSection(overflows=4), mode=mode)
-    step = warmed(controller)
+    step = settled(controller)
     for _ in range(5):
         for index in range(3):
             verdict = controller.observe(overflow(step, step + index))
@@ -86,7 +96,7 @@ def test_single_overflows_are_left_out_without_a_finding(mode: Mode) -> None:
 
 def test_overflows_in_a_row_are_a_collapse_that_rolls_back_then_halts() -> None:
     controller = Controller(GuardSection(overflows=4, rollbacks=1))
-    step = warmed(controller)
+    step = settled(controller)
     verdicts = [controller.observe(overflow(step, step - 1 + k)) for k in range(4)]
     assert [v.action for v in verdicts] == [Action.OVERFLOW] * 3 + [Action.ROLLBACK]
     (finding,) = verdicts[-1].findings
@@ -97,14 +107,16 @@ def test_overflows_in_a_row_are_a_collapse_that_rolls_back_then_halts() -> None:
 
 
 def test_a_collapse_in_the_first_step_reaches_back_to_its_first_batch() -> None:
+    """Before there is a usual scale, as many are forgiven as bring 65536 to 1: a sound run may need them (case 4)."""
     controller = Controller(GuardSection(overflows=3))
-    verdicts = [controller.observe(overflow(1, k)) for k in range(3)]
-    assert verdicts[-1].action is Action.ROLLBACK and verdicts[-1].window == (0, 3 * BATCH)
+    verdicts = [controller.observe(overflow(1, k)) for k in range(AT_START)]
+    assert [v.action for v in verdicts] == [Action.OVERFLOW] * (AT_START - 1) + [Action.ROLLBACK]
+    assert verdicts[-1].window == (0, AT_START * BATCH)
 
 
 def test_a_rejected_batch_between_overflows_leaves_no_trace_in_their_count() -> None:
     controller = Controller(GuardSection(overflows=3))
-    step = warmed(controller)
+    step = settled(controller)
     controller.observe(overflow(step, step))
     state = json.loads(json.dumps(controller.state_dict()))
     controller.observe(obs(step, math.nan, 0.5, first=step * BATCH))
@@ -118,7 +130,7 @@ def test_a_rejected_batch_between_overflows_leaves_no_trace_in_their_count() -> 
 @pytest.mark.parametrize("mode", [Mode.ADVISE, Mode.ASK, Mode.OFF])
 def test_no_mode_applies_an_overflow(mode: Mode) -> None:
     controller = Controller(GuardSection(overflows=2), mode=mode)
-    step = warmed(controller)
+    step = settled(controller)
     verdicts = [controller.observe(overflow(step, step + k)) for k in range(4)]
     assert all(v.action in (Action.OVERFLOW, Action.PAUSE) for v in verdicts)
     would = None if mode is Mode.OFF else Action.ROLLBACK

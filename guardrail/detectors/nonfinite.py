@@ -2,9 +2,8 @@
 
 A NaN that one rank alone saw arrives here twice: as that rank's flag and as NaN in the sum over ranks.
 
-Under a loss scale (float16) an infinite gradient beside a finite loss is an overflow, part of how the scale is found.
-The update is left out and the weights are not suspected, so overflows never add up to a rollback by themselves;
-scale.py says when there are too many.
+Under a loss scale (float16) an infinite gradient beside a finite loss is an overflow, part of how the scale is found,
+and does not come here; scale.py says when there are too many.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from guardrail.detectors.base import Jumps
-from guardrail.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, LOSS_SCALE, Finding, Kind, Observation, Severity
+from guardrail.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Finding, Kind, Observation, Severity
 
 WATCHED = (LOSS, GRAD_NORM, EMBED_GRAD_NORM)
 # sqrt of the largest float32: beyond it a square overflows, so a norm or a loss has lost all meaning. Logs of runs
@@ -41,8 +40,7 @@ class NonFinite:
             if ranks or (value is not None and not math.isfinite(value)):
                 # A flagged rank makes the step non-finite even if the reduced number happens to be finite.
                 value = math.nan if value is None or math.isfinite(value) else value
-                broken = Kind.OVERFLOW if overflows(obs) else Kind.NONFINITE
-                findings.append(_finding(obs, signal, broken, value, ranks))
+                findings.append(_finding(obs, signal, Kind.NONFINITE, value, ranks))
             elif value is not None and (abs(value) > ABSURD or (value == 0.0 and signal == LOSS)):
                 # A cross-entropy of exactly 0 means that no token was scored, or that the loss is disconnected.
                 findings.append(_finding(obs, signal, Kind.IMPOSSIBLE, value, ranks))
@@ -65,17 +63,6 @@ class NonFinite:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """No state."""
-
-
-def overflows(obs: Observation) -> bool:
-    """Whether gradients are beyond a loss scale that can still be lowered, and the loss itself is sound."""
-    scale = obs.signals.get(LOSS_SCALE)
-    if scale is None or not 1.0 < scale < math.inf:
-        return False
-    if obs.nonfinite_loss or not math.isfinite(obs.signals.get(LOSS, 0.0)):
-        return False
-    norms = (obs.signals.get(GRAD_NORM, 0.0), obs.signals.get(EMBED_GRAD_NORM, 0.0))
-    return bool(obs.nonfinite_grad) or not all(map(math.isfinite, norms))
 
 
 def _finding(obs: Observation, signal: str, kind: Kind, value: float, ranks: tuple[int, ...]) -> Finding:

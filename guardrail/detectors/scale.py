@@ -4,6 +4,8 @@ A dynamic scale is raised until it overflows, once in a thousand steps or so, an
 overflows, and a few in a row at the start, are how it works. The update is left out and nothing is wrong with the
 weights. A scale that keeps falling is another matter: then the gradients themselves are too large or not finite, and
 halving only hides it (OPT, ChatGLM). GLM-130B's fell for about 30 steps before the loss exploded.
+
+An overflow never comes to `observe`: the controller leaves the update out in any mode, counts, and asks `collapsed`.
 """
 
 from __future__ import annotations
@@ -14,13 +16,9 @@ from typing import Any
 
 from guardrail.detectors.base import Jumps
 from guardrail.detectors.baseline import SortedWindow
-from guardrail.detectors.nonfinite import overflows
-from guardrail.records import LOSS_SCALE, Finding, Kind, Observation, Severity
+from guardrail.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, LOSS_SCALE, Finding, Kind, Observation, Severity
 
-# Overflows in a row that no working scale shows: five halvings are a factor of 32, where a peak of the activations
-# asks for two or three.
-IN_A_ROW = 5
-# The same before the scale has settled: from 65536, where scalers begin, down to 1.
+# Overflows in a row, at least, before the scale has settled: from 65536, where scalers begin, down to 1.
 AT_START = 16
 # Halvings below the usual scale that are worth a note.
 FALL = 4
@@ -31,13 +29,13 @@ class ScaleCollapse:
 
     Args:
         window, warmup: accepted steps in the usual scale, and before it is settled.
+        overflows: in a row that no settled scale shows.
     """
 
     signals = (LOSS_SCALE,)
 
-    def __init__(self, *, window: int, warmup: int) -> None:
-        self.window = window
-        self.warmup = warmup
+    def __init__(self, *, window: int, warmup: int, overflows: int) -> None:
+        self.window, self.warmup, self.overflows = window, warmup, overflows
         self.reset()
 
     def reset(self) -> None:
@@ -52,28 +50,35 @@ class ScaleCollapse:
         halvings = _halvings(obs)
         if halvings is None:
             return []
-        usual = self._scales.median() if len(self._scales) else halvings
-        row = obs.streak + 1 if overflows(obs) else 0
-        limit = IN_A_ROW if self._settled else AT_START
-        if row >= limit:
-            severity, score, threshold = Severity.PERSISTENT, float(row), float(limit)
-        elif self._fallen(halvings) and not self._low:
-            severity, score, threshold = Severity.NOTE, usual - halvings, float(FALL)
-        else:
+        if self._low or not self._fallen(halvings):
             return []
-        return [
-            Finding(
-                signal=LOSS_SCALE,
-                step=obs.step,
-                kind=Kind.SCALE_COLLAPSE,
-                severity=severity,
-                value=2.0**halvings,
-                baseline=2.0**usual,
-                score=score,
-                threshold=threshold,
-                onset=self._low or obs.step,
-            )
-        ]
+        return [self._finding(obs, Severity.NOTE, score=self._scales.median() - halvings, threshold=FALL)]
+
+    def collapsed(self, obs: Observation, row: int) -> Finding | None:
+        """Whether `row` overflows, this one the last, with no update applied between them, are no search for a scale.
+
+        Told again after as many more, where nobody has gone back.
+        """
+        limit = self.overflows if self._settled else max(self.overflows, AT_START)
+        if row % limit:
+            return None
+        return self._finding(obs, Severity.PERSISTENT, score=row, threshold=limit, ranks=obs.nonfinite_grad)
+
+    def _finding(
+        self, obs: Observation, severity: Severity, *, score: float, threshold: float, ranks: tuple[int, ...] = ()
+    ) -> Finding:
+        return Finding(
+            signal=LOSS_SCALE,
+            step=obs.step,
+            kind=Kind.SCALE_COLLAPSE,
+            severity=severity,
+            value=obs.signals.get(LOSS_SCALE, 0.0),
+            baseline=2.0 ** self._scales.median() if len(self._scales) else 0.0,
+            score=float(score),
+            threshold=float(threshold),
+            onset=self._low or obs.step,
+            ranks=ranks,
+        )
 
     def _fallen(self, halvings: float) -> bool:
         return self._settled and halvings <= self._scales.median() - FALL
@@ -100,6 +105,20 @@ class ScaleCollapse:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._scales = SortedWindow(self.window, map(float, state["scales"]))
         self._low = int(state["low"])
+
+
+def overflows(obs: Observation) -> bool:
+    """Whether gradients are beyond a loss scale that can still be lowered, and the loss itself is sound.
+
+    The guard knows its scaler and says so itself (`Observation.overflow`); of a recorded log this is what can be told.
+    """
+    scale = obs.signals.get(LOSS_SCALE)
+    if scale is None or not 1.0 < scale < math.inf:
+        return False
+    if obs.nonfinite_loss or not math.isfinite(obs.signals.get(LOSS, 0.0)):
+        return False
+    norms = (obs.signals.get(GRAD_NORM, 0.0), obs.signals.get(EMBED_GRAD_NORM, 0.0))
+    return bool(obs.nonfinite_grad) or not all(map(math.isfinite, norms))
 
 
 def _halvings(obs: Observation) -> float | None:

@@ -41,7 +41,7 @@ def build(settings: GuardSection) -> dict[str, Detector]:
         EMBED_GRAD_NORM: embed,
         EMBED_SHARE: Share(embed, score=settings.embed_score, **shared),
         UPDATE_NORM: update,
-        LOSS_SCALE: ScaleCollapse(**shared),
+        LOSS_SCALE: ScaleCollapse(overflows=settings.overflows, **shared),
         "divergence": Divergence(
             loss.baseline,
             score=settings.divergence_score,
