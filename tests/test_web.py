@@ -54,6 +54,7 @@ def test_a_path_cannot_leave_its_word() -> None:
     words = shlex.split(web.command_of(path, read_only=False))
     assert words[-2:] == ["--", path] and words[:4] == [sys.executable, "-m", "guardrail", "attach"]
     assert "--read-only" in shlex.split(web.command_of("/r", read_only=True))
+    assert shlex.split(web.command_of("/r", read_only=True, theme="light"))[-4:] == ["--theme", "light", "--", "/r"]
 
 
 async def test_only_the_link_opens_it_and_a_visitor_sees_the_run(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def command(
         from guardrail.tui import web as browser
 
         port = browser.PORT if port is None else port
-        return browser.serve(str(found.path), name=found.name, port=port, read_only=read_only)
+        return browser.serve(str(found.path), name=found.name, port=port, read_only=read_only, theme=theme)
     if headless or not (in_browser or has_terminal()):
         from guardrail.headless import attach
 

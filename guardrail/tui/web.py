@@ -28,9 +28,10 @@ _POLICY = (
 )
 
 
-def command_of(path: str, *, read_only: bool) -> str:
+def command_of(path: str, *, read_only: bool, theme: str | None = None) -> str:
     """The shell command that runs one screen for one visitor."""
     words = [sys.executable, "-m", "guardrail", "attach", "--in-browser", *(["--read-only"] if read_only else [])]
+    words += ["--theme", theme] if theme else []
     return shlex.join([*words, "--", path])
 
 
@@ -46,13 +47,13 @@ def check_port(port: int) -> int:
         return int(probe.getsockname()[1])
 
 
-def serve(path: str, *, name: str, port: int = PORT, read_only: bool = False) -> int:
+def serve(path: str, *, name: str, port: int = PORT, read_only: bool = False, theme: str | None = None) -> int:
     """Serve the screen of the run at `path` until Ctrl-C; returns 0. Training never notices.
 
     Raises:
         UsageError: textual-serve is not installed, or the port is taken.
     """
-    server = make_server(command_of(path, read_only=read_only), title=name, port=check_port(port))
+    server = make_server(command_of(path, read_only=read_only, theme=theme), title=name, port=check_port(port))
     server.serve()
     return 0
 
