@@ -18,6 +18,7 @@ from guardrail.records import Command, CommandKind, Mode, Phase
 from guardrail.rundir import check_command
 from guardrail.tui import keys
 from guardrail.tui.app import GuardrailApp
+from guardrail.tui.chart import Chart
 from guardrail.tui.cockpit import MINE, Cockpit
 from guardrail.tui.dialogs import Choose, Confirm, Dialog, Number, Pager, Palette, Text, Toggle
 from guardrail.tui.lines import Lines
@@ -196,6 +197,23 @@ async def test_leaving_stops_nothing(key: str) -> None:
         codes.append(pilot.app.return_code)
 
     assert not (await act(key, script=look)).sent and codes == [0]
+
+
+async def test_curves_are_chosen_and_their_rows_are_asked_for() -> None:
+    async def look(pilot: Pilot[None], reader: FakeReader) -> None:
+        cockpit = pilot.app.screen_stack[0]
+        assert isinstance(cockpit, Cockpit)
+        shown = [chart for chart in cockpit.query(Chart) if chart.display]
+        assert [chart.signal for chart in shown] == ["grad_norm", "embed_grad_norm", "embed_share"]
+        assert cockpit.view.big == "grad_norm", "the enlarged one was taken out"
+        assert reader.chosen == (("grad_norm", "embed_grad_norm", "embed_share"), "tokens")
+        await pilot.press("escape", "v", *["down"] * 20, "space", "escape", *["up"])
+        await pilot.pause()
+        assert cockpit.view.charts[-1] == cockpit.view.big == "loss_scale", "once round"
+        assert [chart.signal for chart in cockpit.query(Chart) if chart.display][-1] == "loss_scale"
+        assert "loss_scale" in reader.chosen[0]
+
+    assert not (await act("b", "v", "enter", script=look)).sent
 
 
 def test_every_key_has_help_and_its_own_place() -> None:

@@ -25,7 +25,7 @@ LABELS = {
     "lr": "learning rate",
     THROUGHPUT: "tokens a second",
     "step_time": "step time, seconds",
-    "step_time_max": "slowest rank's step time",
+    "step_time_max": "slowest rank's own work, seconds",
     "guard_time": "guard's time, seconds",
     "eval_loss": "evaluation loss",
 }
