@@ -14,6 +14,7 @@ import pytest
 
 from guardrail.rundir import RunDirectory
 from guardrail.tui import terminal
+from guardrail.tui.panes.table import PANES
 from tests.fake_run import FakeRun, example
 from tests.terminal import Terminal
 from tests.test_tui_panels import HOSTILE
@@ -122,8 +123,17 @@ def test_hostile_bytes_never_reach_the_terminal(tmp_path: Path, opened: list[Ter
         journal.write(
             b'{"seq": 99, "time": 1.0, "step": 1, "timeline": 0, "kind": "note", "message": "\xff\xfe\x9b2J"}\n'
         )
+    evil = HOSTILE["clipboard"].encode() + b"\xff\xfe\x9b2J\xc2\x9d0;t\x07 [/red] " + "\u202e語".encode()
+    run.logs.mkdir(exist_ok=True)
+    (run.logs / "rank-0.log").write_bytes(evil + b"\n" + evil * 200_000 + b"\nthe newest line " + evil + b"\n")
+    (run.path / "config.toml").write_text('[run]\nname = "a\\u001B]52;c;ZXZpbA==\\u0007\\u009D \\u202E [/red]"\n')
     screen = show(run, opened, "controlling")
     screen.until("degraded")
+    for pane in PANES:
+        screen.press(pane.number + "f")
+        screen.read(0.3)
+        screen.press("f")
+    screen.until("the newest line")
     screen.press("j")
     screen.until("scroll")
     screen.read(1.0)

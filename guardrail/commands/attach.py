@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from guardrail.commands.common import has_terminal, root_option, screen_options, the_run
+from guardrail.commands.common import has_terminal, imports, root_option, screen_options, the_run
 
 
 @click.command(short_help="Watch a run, running or ended.")
@@ -45,7 +45,8 @@ def command(
         from guardrail.headless import attach
 
         return attach(found)
-    from guardrail.tui.app import run_screen
+    with imports():
+        from guardrail.tui.app import run_screen
 
     run_screen(found.path, read_only=read_only, theme=theme, mouse=not no_mouse)
     return 0

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from guardrail.commands.common import has_terminal, root_option, screen_options
+from guardrail.commands.common import has_terminal, imports, root_option, screen_options
 
 if TYPE_CHECKING:
     import subprocess
@@ -75,7 +75,9 @@ def show(
     import time
 
     from guardrail.launching import exit_code_of, way_back
-    from guardrail.tui.app import run_screen
+
+    with imports():
+        from guardrail.tui.app import run_screen
 
     run_screen(run.path, read_only=read_only, theme=theme, mouse=mouse)
     deadline = time.monotonic() + 2.0  # a run that the screen saw end is about to have its exit code

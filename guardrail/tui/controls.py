@@ -9,14 +9,17 @@ import secrets
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from guardrail.preview import Preview
 from guardrail.records import Command, CommandKind, SnapshotInfo, Status
 from guardrail.rundir import check_command
 from guardrail.tui.format import brief, count, plural, spoken
 from guardrail.tui.health import HEARTBEAT_SECONDS
 from guardrail.tui.reader import Reader
 from guardrail.tui.view import View
+
+if TYPE_CHECKING:
+    from guardrail.preview import Preview
 
 SHOWN_SECONDS = 60.0  # an answer stays this long
 

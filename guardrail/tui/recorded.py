@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from guardrail.errors import GuardrailError
-from guardrail.preview import Preview
 from guardrail.records import Command, Event, Mode, Phase, Status
 from guardrail.tui.series import AXES, Track, choosable
 from guardrail.tui.story import Digest
@@ -70,6 +69,8 @@ class RecordedReader:
         self._publish(unsent={**self._latest.unsent, command.id: REFUSAL})
 
     def preview(self, command: Command) -> None:
+        from guardrail.preview import Preview
+
         told = Preview(command=command.kind.value, possible=False, refusal=REFUSAL)
         self._publish(previews={**self._latest.previews, command.id: told})
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from guardrail.preview import Preview
 from guardrail.records import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS, Status
 from guardrail.tui.around import Around
 from guardrail.tui.format import brief
@@ -15,6 +15,9 @@ from guardrail.tui.health import RECORDED, Health, health_of
 from guardrail.tui.panes.state import State
 from guardrail.tui.series import STEP, THROUGHPUT, Series
 from guardrail.tui.story import Story
+
+if TYPE_CHECKING:
+    from guardrail.preview import Preview
 
 # What is shown without a choice: as many of them, from the first on, as the terminal has room for.
 CHARTS = (LOSS, GRAD_NORM, EMBED_GRAD_NORM, EMBED_SHARE, "lr", THROUGHPUT)

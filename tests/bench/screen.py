@@ -212,7 +212,7 @@ def quiet(table: Table, run: RunDirectory, steps: int) -> int:
     return writer.step
 
 
-def settle(terminal: Terminal, seconds: float = 0.3) -> None:
+def settle(terminal: Terminal, seconds: float = 0.5) -> None:
     while terminal.take(seconds):
         pass
 
@@ -237,7 +237,10 @@ def keys(table: Table, run: RunDirectory, rounds: int) -> None:
     terminal = attach(run)
     try:
         terminal.read(2.0)
-        found = {name: [key_latency(terminal, key) for _ in range(rounds)] for name, key in KEYS.items()}
+        found: dict[str, list[float]] = {name: [] for name in KEYS}
+        for _ in range(rounds):  # in turn, so that each of them changes something
+            for name, key in KEYS.items():
+                found[name].append(key_latency(terminal, key))
         leave(terminal)
     finally:
         terminal.end()
