@@ -209,20 +209,27 @@ def judge(
     if level is not None and suspects:
         older_says += f", where another batch has {trouble.value(level)}"
     everywhere = 2 * len(hit) > len(others)
+    earlier = [one for one in bad if one.what != again.what]
 
-    def diagnosis(cause: Cause, *sentences: str) -> Diagnosis:
-        return Diagnosis(cause=cause, reason=", ".join([again_says, *sentences]), passes=passes)
+    def diagnosis(cause: Cause, *sentences: str, applied: bool = False) -> Diagnosis:
+        reason = ", ".join([again_says, *sentences])
+        return Diagnosis(cause=cause, reason=reason, passes=passes, applied=applied)
 
     if not others and not suspects:
         return diagnosis(Cause.UNKNOWN, "and there is neither another batch nor an older state to compare with")
     if everywhere and others:
         if lasting and bad:
-            return diagnosis(Cause.DATA, others_say, f"and {older_says} too: its update is in the weights")
+            return diagnosis(
+                Cause.DATA, others_say, f"and {older_says} too: its update is in the weights", applied=True
+            )
         if lasting and suspects:
             return diagnosis(Cause.STATE, others_say, f"and {older_says} only: no batch did it")
         return diagnosis(Cause.STATE, others_say)
     if bad:
-        return diagnosis(Cause.DATA, *([others_say] if others else []), f"and {older_says} too")
+        # The state bears it still, and each such update makes it a little worse: it goes as well.
+        also = ": its update is in the weights" if earlier else ""
+        said = f"and {older_says} too{also}"
+        return diagnosis(Cause.DATA, *([others_say] if others else []), said, applied=bool(earlier))
     if suspects and others:
         return diagnosis(Cause.DATA_AND_STATE, others_say, f"and {older_says} only")
     if suspects:

@@ -94,7 +94,8 @@ class RungSection(Section, frozen=True, kw_only=True):
         "pause",
         "halt",
     ]
-    # Times that it is taken before the next rung, counted among rollbacks in a row (see healthy_after).
+    # Times that it is taken before the next rung, counted among rollbacks in a row (see healthy_after). Each time is
+    # twice as strong: a window twice as long; a factor squared, for twice as many steps.
     times: Positive = 1
     # What is multiplied, for how many steps, and over how many more steps the factor then returns to 1.
     factor: Annotated[float, Meta(gt=0, le=1)] = 0.5
@@ -112,7 +113,9 @@ LADDER = (
     RungSection(do="widen", times=2),
     RungSection(do="older"),
     RungSection(do="shrink_embedding"),
-    RungSection(do="lower_lr"),
+    # Strong and short: 0.1 for 20 steps and back over 40 costs 36 steps' worth of progress, 0.5 for 100 and back over
+    # 200 costs 100, and helps against less.
+    RungSection(do="lower_lr", times=3, factor=0.1, hold=20, back=40),
     RungSection(do="tighten_clip"),
     RungSection(do="reset_moments", factor=0.1, hold=20, back=100),
 )
@@ -134,6 +137,9 @@ class GuardSection(Section, frozen=True, kw_only=True):
     embed_score: PositiveFloat = 10.0
     # Rejections in a row, nothing applied between, that call for a rollback.
     persist: Positive = 3
+    # Rejections in a row that a replay puts down to the data, before the run asks or halts: nothing of them is in the
+    # weights, so they call for no rollback. Whether it is still the data is asked again at `persist`, twice that, ...
+    skips: Positive = 64
     # Divergence: the median of this many accepted losses stands this many robust sigmas above the lowest such
     # median of the window. A sudden step is found after more than half of these steps.
     divergence_score: PositiveFloat = 6.0

@@ -15,15 +15,15 @@ never stopped.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from msgspec import Struct, convert, structs
+from msgspec import convert, structs
 
 from guardrail.advice import Advice
-from guardrail.config import GuardSection, RungSection
+from guardrail.answering import Answer, Case, answer
+from guardrail.config import GuardSection
 from guardrail.detectors.base import Detector, Jumps
 from guardrail.detectors.divergence import Divergence
 from guardrail.detectors.growth import CLIMB
@@ -31,22 +31,14 @@ from guardrail.detectors.no_tokens import NoTokens
 from guardrail.detectors.resume import ROWS, resume_jumps
 from guardrail.detectors.scale import ScaleCollapse, overflows
 from guardrail.detectors.share import Share
-from guardrail.detectors.spike import LOOK_BACK, Spike
-from guardrail.detectors.standard import NAMED, USUAL, build, build_named
+from guardrail.detectors.spike import LOOK_BACK, ONSET_SHARE, Spike
+from guardrail.detectors.standard import NAMED, TOGETHER, USUAL, build, build_named
 from guardrail.detectors.stuck import Stuck
+from guardrail.detectors.together import Together
+from guardrail.diagnoses import Diagnoses, diagnosis_of
 from guardrail.enough import MOST, fit
 from guardrail.incidents import CLOSED, OPEN, RECURRED, Incidents
-from guardrail.ladder import ENDS, next_rung, widening
-from guardrail.policy import (
-    UNSUSPECTED,
-    Rollback,
-    by_severity,
-    close_together,
-    decide,
-    is_trouble,
-    patience,
-    recent_rollbacks,
-)
+from guardrail.policy import UNSUSPECTED, Rollback, by_severity, is_trouble, rejects, rollback_of, untouched
 from guardrail.records import (
     GRAD_NORM,
     LOSS,
@@ -60,30 +52,25 @@ from guardrail.records import (
     Kind,
     Mode,
     Observation,
-    Remedy,
     Severity,
     Verdict,
 )
-from guardrail.remedies import embedding_leads, of_embedding, of_rung, sentence
+from guardrail.window import Applied
 
 # Detectors of damage in the weights. `advise` does not go back, so what they said once they would say for ever.
 LASTING = ("divergence", "growth", "embed_growth", "update_growth")
 # An update with these has no meaning, whoever wishes for it.
 UNPARDONABLE = frozenset({Kind.NONFINITE, Kind.NO_TOKENS, Kind.SCALE_COLLAPSE})
 SPIKES = (Kind.LOSS_SPIKE, Kind.GRAD_SPIKE, Kind.EMBED_SPIKE, Kind.UPDATE_SPIKE, Kind.SPIKE)
+# Verdicts of which no replay asks the cause.
+UNASKED = (Action.APPLY, Action.OVERFLOW, Action.RETRY)
+# Of the run itself: such trouble comes again. Hardware and the unknown say nothing of the next batch.
+CAUSES = (Cause.DATA, Cause.STATE, Cause.DATA_AND_STATE)
 # Findings on further signals in one verdict.
 MOST_NAMED = 3
 # Claims about norms alone: where the loss has nothing of it, clipping is all that the update needs.
 NORMS = frozenset({Kind.GRAD_SPIKE, Kind.EMBED_SPIKE})
 QUIET = 0.5  # share of the way to its limit below which a loss has nothing of it
-
-
-class Applied(Struct, frozen=True, gc=False):
-    """A batch whose update was applied."""
-
-    step: int
-    first: int
-    last: int
 
 
 class Watch(NamedTuple):
@@ -110,8 +97,7 @@ class Controller:
         self._by_signals: dict[tuple[str, ...], Watch] = {}
         self.incidents = Incidents(confirm=settings.confirm)
         self.rollbacks: list[Rollback] = []
-        self.causes: dict[int, Diagnosis] = {}  # of incidents, as far as a replay has told them
-        self._unsound: list[int] = []  # steps at which the hardware gave other numbers the second time
+        self.diagnoses = Diagnoses()
         # Stretches [first, last) of positions whose batches are applied whatever is found, as far as it is finite.
         self.pardons: list[tuple[int, int]] = list(settings.pardon)
         # Rejected for want of labels: no sign of trouble.
@@ -123,6 +109,7 @@ class Controller:
         self._history: deque[Applied] = deque(maxlen=reach)
         self._losses: deque[tuple[int, float]] = deque(maxlen=2 * MOST)  # (step, loss) of the last accepted steps
         self._overflows = 0  # in a row, directly before the next step
+        self._asks_again = False  # of the newest verdict: whether it is still the data
         self._advice = Advice()
         self._resumed = 0  # rows that are still to be held against what was before a resume
         self._jumped: set[str] = set()  # signals of which a jump has been told
@@ -148,6 +135,8 @@ class Controller:
             for observe in watch.observe:
                 if found := observe(obs):
                     findings += found
+            if self.incidents.open and not rejects(findings):
+                findings += self._wary(obs)
             if self._resumed:
                 findings += self._after_resume(obs)
         else:
@@ -161,6 +150,14 @@ class Controller:
         if self._pardoned(obs, evidence):
             return self._pardon(obs, evidence)
         return self._rejected(obs, evidence)
+
+    def _wary(self, obs: Observation) -> list[Finding]:
+        """While an incident of known cause is open, one step that both signals count to it is enough."""
+        known = self.diagnoses.of.get(self.incidents.number)
+        together = self.detectors[TOGETHER]
+        assert isinstance(together, Together)
+        wary = known is not None and known.cause in CAUSES and together.high(obs, ONSET_SHARE)
+        return together.findings(obs, share=ONSET_SHARE) if wary else []
 
     def _foremost(self, findings: tuple[Finding, ...]) -> tuple[Finding, ...]:
         """Where every layer's norm jumps, the foremost of them are evidence enough."""
@@ -243,78 +240,52 @@ class Controller:
         self, obs: Observation, findings: tuple[Finding, ...], *, onset: int, number: int | None, state: str
     ) -> Verdict:
         """What is done about a rejected step, by what is known of its incident."""
-        settings, trouble = self.settings, number is not None
-        streak = self._streak(obs)
-        diagnosis = self.causes.get(number) if number is not None else None
-        cause = None if diagnosis is None else diagnosis.cause
-        every = [*self.rollbacks, *self._advice.rollbacks]
-        row = recent_rollbacks(every, applied=obs.step - 1, healthy_after=settings.healthy_after)
-        action = decide(findings, streak=streak, in_a_row=len(row), settings=settings, cause=cause)
+        case = Case(
+            obs=obs,
+            findings=findings,
+            onset=onset,
+            streak=self._streak(obs),
+            rollbacks=[*self.rollbacks, *self._advice.rollbacks],
+            diagnosis=self.diagnoses.now(number, self.rollbacks) if number is not None else None,
+            history=self._history,
+            overflows=self._overflows,
+            settings=self.settings,
+        )
+        action, row = case.action(), case.row
+        self._asks_again = untouched(case.diagnosis) and (
+            case.too_long or _is_due(case.streak + 1, self.settings.persist)
+        )
         # The same place again, before enough healthy steps have gone by since the run went back for it.
-        again = bool(row) and obs.step - 1 - row[-1].from_step < self.incidents.confirm
+        again = bool(row) and case.applied - row[-1].from_step < self.incidents.confirm
         if action in (Action.ROLLBACK, Action.HALT) and again:
             if self._new_level(obs, findings):
                 return self._adopt(obs, findings)
             state = state or RECURRED
-        leads = embedding_leads(findings)
-        rung: RungSection | None = None
-        if action is Action.ROLLBACK:
-            rung = next_rung(settings.ladder, row, every, applied=obs.step - 1, cause=cause, embedding=leads)
-        window, before = self._answered(obs, onset, action, rung, row, cause)
-        remedies: tuple[Remedy, ...] = () if rung is None else of_rung(rung, before or obs.step)
-        if leads and (not streak or action is Action.ROLLBACK) and not any(r.kind == "embed_alpha" for r in remedies):
-            remedies += of_embedding(settings, before or obs.step)
-        name = "skip" if action is Action.SKIP else (rung.do if rung is not None else "halt")
-        if action is Action.ROLLBACK and (rung is None or rung.do in ENDS):
-            action = Action.HALT
-        reason = self._reason(
-            action, findings, before=before, window=window, streak=streak, row=row, cause=cause, rung=name
-        )
-        if remedies and action is not Action.HALT:
-            reason += "; " + "; ".join(map(sentence, remedies))
-        taken, would = action, None
+        done = answer(case, action)
+        taken, would = done.action, None
         if self.mode is Mode.ADVISE:
-            taken, would = Action.OVERFLOW if obs.overflow else Action.APPLY, action
-            self._advise(action, obs, findings, onset, window, rung=name)
-        elif (self.mode is Mode.ASK and action in (Action.ROLLBACK, Action.HALT)) or name == "pause":
-            taken, would = Action.PAUSE, action
-        elif not trouble:
+            taken, would = Action.OVERFLOW if obs.overflow else Action.APPLY, done.action
+            self._advise(done, obs, findings, onset)
+        elif (self.mode is Mode.ASK and done.action in (Action.ROLLBACK, Action.HALT)) or done.rung == "pause":
+            taken, would = Action.PAUSE, done.action
+        elif number is None:
             self._empty_spans.add((obs.first, obs.last))
         return Verdict(
             action=taken,
             step=obs.step,
             findings=findings,
             onset=onset,
-            window=window,
-            before_step=before,
-            reason=reason,
+            window=done.window,
+            before_step=done.before,
+            reason=done.reason,
             would=would,
             accepted=False,
             incident=number,
             incident_state=state,
-            rung=name if trouble else "",
-            remedies=remedies if action in (Action.SKIP, Action.ROLLBACK) else (),
-            cause=cause,
+            rung=done.rung if number is not None else "",
+            remedies=done.remedies,
+            cause=case.cause,
         )
-
-    def _answered(
-        self,
-        obs: Observation,
-        onset: int,
-        action: Action,
-        rung: RungSection | None,
-        row: list[Rollback],
-        cause: Cause | None,
-    ) -> tuple[tuple[int, int], int | None]:
-        """(Positions to leave out, the step that the state to go back to is older than), of this action and rung."""
-        if action is Action.SKIP:
-            return (obs.first, obs.last), None
-        window, before = self._window(onset, obs, widened=widening(rung, row) if rung is not None else 1)
-        if cause is Cause.STATE:
-            window = (window[0], window[0])  # no batch is to blame: go back, and leave nothing out
-        if rung is not None and rung.do == "older":
-            before = max(1, before - rung.steps)
-        return window, before
 
     def incident_line(self, verdict: Verdict) -> tuple[str, dict[str, Any]]:
         """(Message, data) of the `incident` line of a verdict that turns an incident."""
@@ -397,55 +368,26 @@ class Controller:
     def wants_cause(self, verdict: Verdict) -> bool:
         """Whether a replay should look for the cause of this verdict's incident, before the verdict takes effect.
 
-        Once an incident; again after one that has told nothing, or that the hardware does not repeat itself.
+        Once an incident; again after one that has told nothing, or that the hardware does not repeat itself, and where
+        update after update is left out because the data is to blame.
         """
         if not self.settings.cause_test or self.mode not in (Mode.AUTO, Mode.ASK) or verdict.incident is None:
             return False
-        known = self.causes.get(verdict.incident)
-        untold = known is None or known.cause in (Cause.HARDWARE, Cause.UNKNOWN)
-        return untold and verdict.action not in (Action.APPLY, Action.OVERFLOW, Action.RETRY)
+        return (self._asks_again or self.diagnoses.untold(verdict.incident)) and verdict.action not in UNASKED
 
     def reconsider(self, obs: Observation, verdict: Verdict, diagnosis: Diagnosis) -> Verdict:
         """The verdict in the light of what a replay has shown; `verdict` is what `observe` has said of `obs`.
 
-        The data, alone or with this state: as it was. The state: no batch is to blame, so go back and leave nothing
-        out. The hardware: form the same batch again, and halt where that has happened too often.
+        The data, alone or with this state: leave it out, however often in a row, as far as `skips` allows; go back only
+        where an update of it is in the weights. The state: no batch is to blame, so go back and leave nothing out. The
+        hardware: form the same batch again, and halt where that has happened too often.
         """
         assert verdict.incident is not None and verdict.onset is not None
-        self._learn_cause(verdict.incident, diagnosis, verdict.step)
+        self.diagnoses.learn(verdict.incident, diagnosis, verdict.step, self.rollbacks)
         if diagnosis.cause is Cause.HARDWARE:
-            return self._unsound_answer(obs, verdict, diagnosis)
+            return self.diagnoses.unsound(verdict, diagnosis, settings=self.settings, mode=self.mode)
         return self._answer(
             obs, verdict.findings, onset=verdict.onset, number=verdict.incident, state=verdict.incident_state
-        )
-
-    def _learn_cause(self, incident: int, diagnosis: Diagnosis, step: int) -> None:
-        self.causes[incident] = diagnosis
-        if diagnosis.cause is Cause.HARDWARE:
-            self._unsound.append(step)
-
-    def _unsound_answer(self, obs: Observation, verdict: Verdict, diagnosis: Diagnosis) -> Verdict:
-        settings = self.settings
-        count = close_together(self._unsound, at=obs.step, healthy_after=settings.healthy_after)
-        who = f"rank {diagnosis.rank} on {diagnosis.host}" if diagnosis.rank >= 0 else "the hardware"
-        if count <= settings.retries:
-            action = Action.RETRY
-            reason = f"{who} does not repeat itself: form the batch again, time {count} of {settings.retries}"
-        else:
-            action = Action.HALT
-            reason = (
-                f"{who} has not repeated itself {count} times without {settings.healthy_after} healthy steps between "
-                f"them: halt, since guard.retries allows {settings.retries}"
-            )
-        asked = self.mode is Mode.ASK and action is Action.HALT
-        return structs.replace(
-            verdict,
-            action=Action.PAUSE if asked else action,
-            would=action if asked else None,
-            window=None,
-            before_step=None,
-            reason=f"{verdict.findings[0].sentence()}, but {reason}",
-            cause=diagnosis.cause,
         )
 
     # -- pardons -------------------------------------------------------------------------------------------------
@@ -516,70 +458,6 @@ class Controller:
         empty = sum(end <= first and last <= obs.first for first, last in self._empty_spans)
         return max(0, obs.streak - empty)
 
-    def _window(self, onset: int, obs: Observation, *, widened: int = 1) -> tuple[tuple[int, int], int]:
-        """(Positions that a rollback leaves out, first step whose batch is among them).
-
-        A function of the onset and of applied batches alone, never of which snapshot is at hand: the data that a run
-        meets must not depend on what a crash has left of its ring.
-
-        Args:
-            widened: by how much it is longer than the plain one, half of that before it and half behind, as far as
-                `window_max` allows.
-        """
-        history = self._history
-        span = min([obs.last - obs.first, *(batch.last - batch.first for batch in history)])
-        index = bisect_left(history, onset, key=lambda batch: batch.step) - self.settings.window_before
-        behind = self.settings.window_after
-        if widened > 1:
-            begin = history[max(0, index)].first if history and index < len(history) else obs.first
-            plain = max(1, round((obs.last - begin) / span)) + behind
-            more = max(0, min(widened * plain, self.settings.window_max) - plain)
-            index, behind = index - more // 2, behind + more - more // 2
-        before = obs.step
-        if history and index < len(history):
-            batch = history[max(0, index)]
-            first, before = batch.first, batch.step
-        elif history:
-            first = history[-1].last
-        else:
-            # Nothing was ever applied: the rejected batches reach back to about here, and are left out already.
-            passed = obs.streak + max(0, self._overflows - 1)
-            first = max(0, obs.first - passed * (obs.last - obs.first))
-        return (min(first, obs.first), obs.last + behind * span), before
-
-    def _reason(
-        self,
-        action: Action,
-        findings: tuple[Finding, ...],
-        *,
-        before: int | None,
-        window: tuple[int, int],
-        streak: int,
-        row: list[Rollback],
-        cause: Cause | None,
-        rung: str,
-    ) -> str:
-        """One sentence with the numbers that led here."""
-        settings = self.settings
-        what = findings[0].sentence()
-        if action is Action.SKIP:
-            count = f", rejection {streak + 1} in a row of {patience(settings)} that call for a rollback"
-            return f"{what}: leave this update out{count if is_trouble(findings) else ''}"
-        why = f"{streak + 1} batches in a row rejected" if streak + 1 >= patience(settings) else "it has stayed up"
-        if findings[0].kind is Kind.SCALE_COLLAPSE:
-            why = f"of which {findings[0].threshold - 1:.0f} may be the search for a scale"
-        elif cause is Cause.STATE:
-            why = "whatever the batch"
-        tried = f"{len(row)} rollbacks without {settings.healthy_after} healthy steps between them"
-        if action is Action.HALT and len(row) >= settings.rollbacks:
-            return f"{what}, {why}: halt, since {tried} are as many as guard.rollbacks allows"
-        if action is Action.HALT:
-            end = "ask" if rung == "pause" else "halt"
-            return f"{what}, {why}: {end}, since {tried} have used up the rungs of guard.ladder that fit"
-        out = "leave nothing out" if window[0] == window[1] else f"leave out positions {window[0]} to {window[1] - 1}"
-        again = f", rung {rung} after {tried}" if row else ""
-        return f"{what}, {why}{again}: go back before step {before}, {out}"
-
     @property
     def applied(self) -> tuple[Applied, ...]:
         """The last batches whose updates were applied, oldest first."""
@@ -649,12 +527,12 @@ class Controller:
 
     def load_rollbacks(self, rollbacks: Iterable[Rollback | Mapping[str, Any]]) -> None:
         """All rollbacks of the run, oldest first, as records or as the data of `rollback` events."""
-        self.rollbacks = [one if isinstance(one, Rollback) else _rollback_of(one) for one in rollbacks]
+        self.rollbacks = [one if isinstance(one, Rollback) else rollback_of(one) for one in rollbacks]
 
     def rebuild(self, events: Iterable[Event]) -> None:
         """Take the facts over from the journal's events, in order. Replaces what was known."""
         self.rollbacks, self._empty_spans, self.pardons = [], set(), list(self.settings.pardon)
-        self.causes, self._unsound = {}, []
+        self.diagnoses = Diagnoses()
         began: list[int] = []  # timelines that the rollbacks began
         self.incidents = Incidents(confirm=self.settings.confirm)
         open_number = onset = step = number = 0
@@ -662,7 +540,7 @@ class Controller:
         for event in events:
             data = event.data
             if event.kind == "rollback":
-                self.rollbacks.append(_rollback_of(data))
+                self.rollbacks.append(rollback_of(data))
                 began.append(int(data.get("new_timeline", event.timeline + 1)))
             elif event.kind == "undo":
                 stand = [at for at, timeline in enumerate(began) if timeline not in data["rollbacks"]]
@@ -670,7 +548,7 @@ class Controller:
                 self.pardons += [(int(first), int(last)) for first, last in data["pardons"]]
             elif event.kind == "cause":
                 at = int(data.get("at_step") or event.step + 1)
-                self._learn_cause(int(data["incident"]), diagnosis_of(data), at)
+                self.diagnoses.learn(int(data["incident"]), diagnosis_of(data), at, self.rollbacks)
             elif event.kind == "incident":
                 number = max(number, int(data["number"]))
                 is_open = data.get("state") in (OPEN, RECURRED)
@@ -688,18 +566,9 @@ class Controller:
 
     # -- advise --------------------------------------------------------------------------------------------------
 
-    def _advise(
-        self,
-        action: Action,
-        obs: Observation,
-        findings: tuple[Finding, ...],
-        onset: int,
-        window: tuple[int, int],
-        *,
-        rung: str,
-    ) -> None:
+    def _advise(self, done: Answer, obs: Observation, findings: tuple[Finding, ...], onset: int) -> None:
         """Book what `auto` would have done. Nothing was done, so the run goes on from the bad state."""
-        advice = self._advice
+        advice, action = self._advice, done.action
         advice.rejected(obs.step, trouble=is_trouble(findings), jumps=_jumps(findings))
         if action in (Action.ROLLBACK, Action.HALT):
             advice.streak = 0
@@ -709,8 +578,8 @@ class Controller:
                         from_step=obs.step - 1,
                         to_step=max(0, onset - 1),
                         onset=onset,
-                        window=window,
-                        rung=rung,
+                        window=done.window,
+                        rung=done.rung,
                     )
                 )
             if any(finding.severity is Severity.PERSISTENT for finding in findings):
@@ -743,6 +612,12 @@ class Controller:
             self.resumed()  # not far back, where the loss may have been another
 
 
+def _is_due(rejections: int, persist: int) -> bool:
+    """At `persist` in a row, at twice that, at four times that, ..."""
+    times, rest = divmod(rejections, persist)
+    return rest == 0 and times > 0 and times & (times - 1) == 0
+
+
 def _restarted(obs: Observation) -> Finding:
     return Finding(
         signal="step",
@@ -754,32 +629,6 @@ def _restarted(obs: Observation) -> Finding:
         score=0.0,
         threshold=0.0,
         onset=obs.step,
-    )
-
-
-def _rollback_of(data: Mapping[str, Any]) -> Rollback:
-    """From the data of a `rollback` event."""
-    first, last = data["window"]
-    by_person = _field(data.get("span"), "cause") == "user"
-    return Rollback(
-        from_step=int(data["from_step"]),
-        to_step=int(data["to_step"]),
-        onset=int(data["onset"]),
-        window=(int(first), int(last)),
-        by_person=by_person,
-        rung=str(data.get("rung") or ""),
-        incident=None if by_person or data.get("incident") is None else int(data["incident"]),
-    )
-
-
-def diagnosis_of(data: Mapping[str, Any]) -> Diagnosis:
-    """From the data of a `cause` event."""
-    return Diagnosis(
-        cause=Cause(data["cause"]),
-        reason=str(data.get("reason", "")),
-        rank=int(data.get("rank", -1)),
-        host=str(data.get("host", "")),
-        passes=int(data.get("passes", 0)),
     )
 
 

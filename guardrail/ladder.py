@@ -5,7 +5,8 @@ times among the rollbacks in a row, or within its cooldown. When none is left, o
 have not helped, the run halts.
 
     data    leaving data out comes first, whatever the order; optimizer remedies once that is used up
-    state   no batch is to blame: nothing is left out, so to widen the window is pointless
+    state   no batch is to blame: nothing is left out, so to widen the window is pointless. What came again from a good
+            state will come again from an older one, so a lower learning rate comes before that
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def next_rung(
     for rung in _in_order(ladder, cause):
         if rung.do == "skip" or not _fits(rung, cause, embedding):
             continue
-        used = sum(one.rung == rung.do for one in in_a_row)
+        used = times_taken(rung, in_a_row)
         allowed = sum(other.times for other in ladder if other.do == rung.do)
         last = max((one.from_step for one in rollbacks if one.rung == rung.do), default=None)
         resting = last is not None and rung.cooldown > 0 and applied - last < rung.cooldown
@@ -56,13 +57,23 @@ def _fits(rung: RungSection, cause: Cause | None, embedding: bool) -> bool:
 
 
 def _in_order(ladder: Sequence[RungSection], cause: Cause | None) -> list[RungSection]:
-    if cause not in (Cause.DATA, Cause.DATA_AND_STATE):
+    if cause in (Cause.DATA, Cause.DATA_AND_STATE):
+        return sorted(ladder, key=lambda rung: (rung.do in ENDS, rung.do not in DATA_RUNGS))
+    if cause is not Cause.STATE:
         return list(ladder)
-    return sorted(ladder, key=lambda rung: (rung.do in ENDS, rung.do not in DATA_RUNGS))
+    older = [rung for rung in ladder if rung.do == "older"]
+    rest = [rung for rung in ladder if rung.do != "older"]
+    behind = max((at + 1 for at, rung in enumerate(rest) if rung.do == "lower_lr"), default=None)
+    return list(ladder) if behind is None else [*rest[:behind], *older, *rest[behind:]]
+
+
+def times_taken(rung: RungSection, in_a_row: Sequence[Rollback]) -> int:
+    """How often a rung of this kind has been taken in a row, in vain."""
+    return sum(one.rung == rung.do for one in in_a_row)
 
 
 def widening(rung: RungSection, in_a_row: Sequence[Rollback]) -> int:
     """By how much the window is longer than the plain one: 2 for the first widening in a row, then 4, 8, ..."""
     if rung.do != "widen":
         return 1
-    return int(2 ** (1 + sum(one.rung == "widen" for one in in_a_row)))
+    return int(2 ** (1 + times_taken(rung, in_a_row)))

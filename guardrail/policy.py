@@ -6,10 +6,11 @@ which starts again after a crash decides as the one that died would have.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from guardrail.config import GuardSection
-from guardrail.records import Action, Cause, Finding, Kind, Record, Severity, SnapshotInfo
+from guardrail.records import Action, Cause, Diagnosis, Finding, Kind, Record, Severity, SnapshotInfo
 
 # Left out without a suspicion of the weights: however often it happens in a row, it never adds up to a rollback.
 UNSUSPECTED = frozenset({Kind.NO_TOKENS})
@@ -38,6 +39,22 @@ class Rollback(Record, frozen=True, kw_only=True):
     incident: int | None = None
 
 
+def rollback_of(data: Mapping[str, Any]) -> Rollback:
+    """From the data of a `rollback` event."""
+    first, last = data["window"]
+    span = data.get("span")
+    by_person = (span.get("cause") if isinstance(span, Mapping) else getattr(span, "cause", None)) == "user"
+    return Rollback(
+        from_step=int(data["from_step"]),
+        to_step=int(data["to_step"]),
+        onset=int(data["onset"]),
+        window=(int(first), int(last)),
+        by_person=by_person,
+        rung=str(data.get("rung") or ""),
+        incident=None if by_person or data.get("incident") is None else int(data["incident"]),
+    )
+
+
 def by_severity(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     """Most severe first; among equals the one that is furthest over its threshold, and NaN before any number."""
     return tuple(sorted(findings, key=lambda f: (-_RANK[f.severity], f.threshold != 0.0, -_excess(f))))
@@ -58,7 +75,12 @@ def is_trouble(findings: Iterable[Finding]) -> bool:
 
 
 def decide(
-    findings: Sequence[Finding], *, streak: int, in_a_row: int, settings: GuardSection, cause: Cause | None = None
+    findings: Sequence[Finding],
+    *,
+    streak: int,
+    in_a_row: int,
+    settings: GuardSection,
+    diagnosis: Diagnosis | None = None,
 ) -> Action:
     """What `auto` does.
 
@@ -66,15 +88,26 @@ def decide(
         findings: of this step.
         streak: troubled batches rejected directly before this one.
         in_a_row: rollbacks done without `healthy_after` steps of progress between them; see `rollbacks_in_a_row`.
-        cause: of the incident, where a replay has told it. Where it is the state, to leave updates out is pointless.
+        diagnosis: of the incident, where a replay has told it. Where it is the state, to leave updates out is
+            pointless; where it is data of which nothing was applied, to go back is: the weights are as they were.
     """
     if not rejects(findings):
         return Action.APPLY
     persistent = any(finding.severity is Severity.PERSISTENT for finding in findings)
-    serious = streak + 1 >= patience(settings) or cause is Cause.STATE
-    if not persistent and not (is_trouble(findings) and serious):
+    trouble = is_trouble(findings)
+    if trouble and not persistent and untouched(diagnosis) and patience(settings) > 1:
+        return Action.SKIP if streak < settings.skips else Action.HALT
+    serious = streak + 1 >= patience(settings) or (
+        diagnosis is not None and (diagnosis.cause is Cause.STATE or diagnosis.applied)
+    )
+    if not persistent and not (trouble and serious):
         return Action.SKIP
     return Action.ROLLBACK if in_a_row < settings.rollbacks else Action.HALT
+
+
+def untouched(diagnosis: Diagnosis | None) -> bool:
+    """Whether a replay has put the trouble down to data of which nothing is in the weights."""
+    return diagnosis is not None and diagnosis.cause in (Cause.DATA, Cause.DATA_AND_STATE) and not diagnosis.applied
 
 
 def patience(settings: GuardSection) -> int:

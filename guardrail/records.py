@@ -150,6 +150,7 @@ class Diagnosis(Record, frozen=True, kw_only=True):
         reason: one sentence with the numbers of the passes.
         rank, host: for HARDWARE, who computed something else the second time; -1 and "" otherwise.
         passes: forward and backward passes that it took.
+        applied: for DATA, an update of what is to blame is in the weights: to leave out what comes is not enough.
     """
 
     cause: Cause
@@ -157,6 +158,7 @@ class Diagnosis(Record, frozen=True, kw_only=True):
     rank: int = -1
     host: str = ""
     passes: int = 0
+    applied: bool = False
 
 
 class Remedy(Record, frozen=True, kw_only=True):

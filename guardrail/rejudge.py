@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from guardrail.config import GuardSection
-from guardrail.controller import Controller, diagnosis_of
+from guardrail.controller import Controller
+from guardrail.diagnoses import diagnosis_of
 from guardrail.importers.run_directory import signals
 from guardrail.past import Past
 from guardrail.records import GRAD_NORM, LOSS, LOSS_SCALE, Action, CommandKind, Event, Kind, Mode, Observation, Verdict

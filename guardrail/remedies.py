@@ -38,15 +38,22 @@ def resets(remedies: Iterable[Remedy], step: int) -> bool:
     return any(remedy.kind == MOMENTS and remedy.from_step == step for remedy in remedies)
 
 
-def of_rung(rung: RungSection, from_step: int) -> tuple[Remedy, ...]:
-    """What goes with a rung. Without moments Adam's first steps are of full size, so the rate is low as well."""
+def of_rung(rung: RungSection, from_step: int, *, again: int = 0) -> tuple[Remedy, ...]:
+    """What goes with a rung. Without moments Adam's first steps are of full size, so the rate is low as well.
+
+    Args:
+        again: times that it has been taken in vain. Each time is twice as strong, a factor squared for twice as long,
+            on top of what is in force.
+    """
     kind = KIND_OF.get(rung.do)
     if kind is None:
         return ()
+    much = 2**again
+    value, hold, back = rung.factor**much, rung.hold * much, rung.back * much
     if kind == MOMENTS:
-        low = Remedy(kind=LR, value=rung.factor, from_step=from_step, hold=rung.hold, back=rung.back)
+        low = Remedy(kind=LR, value=value, from_step=from_step, hold=hold, back=back)
         return Remedy(kind=MOMENTS, value=1.0, from_step=from_step), low
-    return (Remedy(kind=kind, value=rung.factor, from_step=from_step, hold=rung.hold, back=rung.back),)
+    return (Remedy(kind=kind, value=value, from_step=from_step, hold=hold, back=back),)
 
 
 def of_embedding(settings: GuardSection, from_step: int) -> tuple[Remedy, ...]:

@@ -23,7 +23,7 @@ from guardrail.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Action, Command,
 from guardrail.rejudge import Rejudge
 from guardrail.rundir import RunDirectory
 from guardrail.scoring import as_dict, score
-from tests.running import new_run, of_kind, tiny, train, trained
+from tests.running import BLIND, new_run, of_kind, tiny, train, trained
 
 NAN = float("nan")
 
@@ -242,7 +242,7 @@ def spike(first: int, last: int) -> dict[str, Any]:
 
 def test_run_that_skipped_and_rolled_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     nan = {"kind": "nan_loss", "first": 96, "last": 104}
-    config = tiny(tmp_path, faults=[nan, spike(240, 264), spike(272, 296)], train={"steps": 50})
+    config = tiny(tmp_path, faults=[nan, spike(240, 264), spike(272, 296)], guard=BLIND, train={"steps": 50})
     run = trained(config)
     actions = assert_as_live(run)
     assert actions.count(Action.ROLLBACK) == 2 and actions.count(Action.SKIP) >= 3
@@ -257,7 +257,7 @@ def test_run_on_two_ranks_whose_rollback_came_after_a_restart(tmp_path: Path) ->
         tmp_path,
         world=2,
         faults=[spike(160, 176), spike(320, 344)],
-        guard={"window_before": 4},
+        guard={"window_before": 4, **BLIND},
         checkpoint={"every": 10, "keep": 4},
         train={"steps": 50},
     )
@@ -286,7 +286,7 @@ def test_run_that_was_resumed_into_other_data(tmp_path: Path) -> None:
 
 def test_run_whose_mode_was_changed_and_that_was_sent_back_by_hand(tmp_path: Path) -> None:
     modes = {mode: float(index) for index, mode in enumerate(Mode)}
-    config = tiny(tmp_path, faults=[spike(200, 208), spike(520, 544)], train={"steps": 64})
+    config = tiny(tmp_path, faults=[spike(200, 208), spike(520, 544)], guard=BLIND, train={"steps": 64})
     run = new_run(config)
     for id, step, kind, value in (
         ("advise", 20, CommandKind.POLICY, modes[Mode.ADVISE]),
@@ -301,7 +301,7 @@ def test_run_whose_mode_was_changed_and_that_was_sent_back_by_hand(tmp_path: Pat
 
 
 def test_run_that_asked(tmp_path: Path) -> None:
-    guard = {"mode": "ask", "ask_seconds": 0.2}
+    guard = {"mode": "ask", "ask_seconds": 0.2, **BLIND}
     run = trained(tiny(tmp_path, faults=[spike(240, 264)], guard=guard, train={"steps": 40}))
     assert Action.PAUSE in assert_as_live(run)
 
@@ -322,7 +322,7 @@ def test_run_whose_gradients_overflowed(mode: str, tmp_path: Path) -> None:
 
 def test_run_under_other_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What they would have said of the rows that there are: nothing, if they are blind."""
-    run = trained(tiny(tmp_path, faults=[spike(240, 264)], train={"steps": 45}))
+    run = trained(tiny(tmp_path, faults=[spike(240, 264)], guard=BLIND, train={"steps": 45}))
     blind = [f"--set=guard.{name}_score=1e6" for name in ("loss", "grad", "embed", "divergence")]
     answer = run_json(capsys, str(run.path), *blind, "--set=guard.window=32", "--set=guard.warmup=12")["runs"][0]
     assert [alarm for alarm in answer["alarms"] if alarm["verdict"] != "note"] == []

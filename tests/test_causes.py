@@ -69,7 +69,25 @@ def test_an_older_model_is_held_against_its_own_level() -> None:
 def test_trouble_that_began_earlier_asks_who_put_it_there() -> None:
     assert judged([9.0, 9.5], [2.4, 2.5], lasting=True).cause is Cause.STATE
     poisoned = judged([9.0, 9.5], [11.0, 2.5], lasting=True)
-    assert poisoned.cause is Cause.DATA and "in the weights" in poisoned.reason
+    assert poisoned.cause is Cause.DATA and poisoned.applied and "in the weights" in poisoned.reason
+
+
+def test_an_update_of_bad_data_counts_even_where_the_state_bears_it() -> None:
+    def told(**passes: float) -> Diagnosis:
+        return judge(
+            Trouble.of([finding()]),
+            again=loss(12.0),
+            others=[loss(2.3), loss(2.31)],
+            suspects=[loss(passes["applied"], "the batch of step 29"), loss(11.0)],
+            level=loss(2.4),
+            lasting=True,
+            passes=6,
+        )
+
+    assert (told(applied=10.0).cause, told(applied=10.0).applied) == (Cause.DATA, True)
+    assert "its update is in the weights" in told(applied=10.0).reason
+    # What was applied was healthy: the trouble begins with the batch at hand.
+    assert (told(applied=2.5).cause, told(applied=2.5).applied) == (Cause.DATA, False)
 
 
 def test_what_is_nearer_to_the_trouble_than_to_the_baseline_is_in_it() -> None:

@@ -17,6 +17,7 @@ from tests.lab import wait_for
 from tests.ranks import wait_ranks
 from tests.running import (
     BATCH,
+    BLIND,
     SHAPES,
     assert_same,
     assert_whole,
@@ -40,7 +41,7 @@ SPIKE = {"kind": "spike_loss", "first": 160, "last": 184, "value": 50.0}  # step
 
 
 def asking(folder: Path, *, world: int = 1, **guard: Any) -> Config:
-    guard = {"mode": "ask", **guard}
+    guard = {"mode": "ask", **BLIND, **guard}
     return tiny(folder, world=world, faults=[SPIKE], guard=guard, train={"steps": 32})
 
 
@@ -181,7 +182,9 @@ def test_stop_at_an_evaluation_says_nothing_after_its_last_word(tmp_path: Path) 
 
 @pytest.mark.parametrize(("world", "strategy"), SHAPES)
 def test_ask_and_do_as_proposed(tmp_path: Path, world: int, strategy: str) -> None:
-    ask = tiny(tmp_path, world=world, strategy=strategy, faults=[SPIKE], guard={"mode": "ask"}, train={"steps": 32})
+    ask = tiny(
+        tmp_path, world=world, strategy=strategy, faults=[SPIKE], guard={"mode": "ask", **BLIND}, train={"steps": 32}
+    )
     run = new_run(ask)
     pids = parked(run, world)
     wait_for(lambda: status_of(run).question, what="a question")
@@ -192,7 +195,7 @@ def test_ask_and_do_as_proposed(tmp_path: Path, world: int, strategy: str) -> No
     assert wait_ranks(pids) == [0] * world
     assert status_of(run).question == ""
     assert len(of_kind(run, "rollback")) == 1
-    auto = tiny(tmp_path, world=world, strategy=strategy, faults=[SPIKE], train={"steps": 32})
+    auto = tiny(tmp_path, world=world, strategy=strategy, faults=[SPIKE], guard=BLIND, train={"steps": 32})
     assert_same(run, trained(auto))
 
 
@@ -219,7 +222,7 @@ def test_ask_and_stop_and_be_asked_again(tmp_path: Path) -> None:
     send(run, "yes", CommandKind.ANSWER, 0)
     assert wait_ranks(pids) == [0]
     assert outcome(run) == "finished"
-    assert_same(run, trained(tiny(tmp_path, faults=[SPIKE], train={"steps": 32})))
+    assert_same(run, trained(tiny(tmp_path, faults=[SPIKE], guard=BLIND, train={"steps": 32})))
 
 
 @pytest.mark.parametrize(("kind", "value"), [(CommandKind.SKIP, 2), (CommandKind.ROLLBACK, 10)])
@@ -298,7 +301,7 @@ def killed_at(patch: pytest.MonkeyPatch, step_number: int) -> None:
 
 
 def test_a_learning_rate_factor_is_exact_under_rollback_and_crash(tmp_path: Path) -> None:
-    config = tiny(tmp_path, world=2, faults=[SPIKE], train={"steps": 40}, checkpoint={"every": 10})
+    config = tiny(tmp_path, world=2, faults=[SPIKE], guard=BLIND, train={"steps": 40}, checkpoint={"every": 10})
 
     def commanded() -> RunDirectory:
         run = new_run(config)

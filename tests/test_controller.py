@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from guardrail.config import GuardSection
+from guardrail.config import GuardSection, RungSection
 from guardrail.controller import Controller
 from guardrail.policy import Rollback
 from guardrail.records import (
@@ -33,6 +33,7 @@ from guardrail.records import (
 from tests.feed import BATCH, Trainer, healthy_loss, noisy, obs, plain, through_json, warmed
 
 DEFAULT = GuardSection()
+SKIP, PAUSE = RungSection(do="skip"), RungSection(do="pause")
 
 
 def rejections(controller: Controller, step: int, count: int, **fields: Any) -> list[Verdict]:
@@ -695,15 +696,76 @@ def diagnosed(controller: Controller, at: Observation, cause: Cause) -> Verdict:
     return controller.reconsider(at, verdict, Diagnosis(cause=cause, reason="...", rank=1, host="node7"))
 
 
-@pytest.mark.parametrize("cause", [Cause.DATA, Cause.DATA_AND_STATE, Cause.UNKNOWN])
-def test_data_to_blame_is_left_out_as_before(cause: Cause) -> None:
+def test_where_the_cause_is_unknown_nothing_changes() -> None:
     controller, other = Controller(DEFAULT), Controller(DEFAULT)
     step = warmed(controller)
     assert warmed(other) == step
-    verdict, plainly = diagnosed(controller, obs(step, 9.0, 0.5), cause), other.observe(obs(step, 9.0, 0.5))
-    assert verdict == msgspec.structs.replace(plainly, cause=cause)
+    bad = obs(step, 9.0, 0.5)
+    verdict, plainly = diagnosed(controller, bad, Cause.UNKNOWN), other.observe(bad)
+    assert verdict == msgspec.structs.replace(plainly, cause=Cause.UNKNOWN)
     again = controller.observe(obs(step, 9.0, 0.5, first=step * BATCH, streak=1))
-    assert again.action is Action.SKIP and controller.wants_cause(again) is (cause is Cause.UNKNOWN)
+    assert again.action is Action.SKIP and controller.wants_cause(again)
+
+
+def nth(step: int, streak: int) -> Observation:
+    """A bad batch behind `streak` others that were left out."""
+    return obs(step, 9.0, 0.5, first=(step - 1 + streak) * BATCH, streak=streak)
+
+
+@pytest.mark.parametrize("cause", [Cause.DATA, Cause.DATA_AND_STATE])
+def test_data_to_blame_is_left_out_however_often_in_a_row(cause: Cause) -> None:
+    controller = Controller(GuardSection(skips=20))
+    step = warmed(controller)
+    verdict = diagnosed(controller, nth(step, 0), cause)
+    asked = []
+    for streak in range(1, 21):
+        assert verdict.action is Action.SKIP and verdict.rung == "skip"
+        assert f"the data is to blame: leave this update out, {streak} in a row of at most 20" in verdict.reason
+        verdict = controller.observe(nth(step, streak))
+        if controller.wants_cause(verdict):
+            asked.append(streak + 1)
+            verdict = controller.reconsider(nth(step, streak), verdict, Diagnosis(cause=cause))
+    # Whether it still is the data is asked at 3 in a row, 6, 12, and before the run is given up.
+    assert asked == [3, 6, 12, 21]
+    assert (verdict.action, verdict.rung) == (Action.HALT, "halt")
+    assert "the data is to blame: halt, since 20 in a row are as many as guard.skips allows" in verdict.reason
+
+
+def test_a_stretch_of_bad_data_without_an_end_asks_where_there_is_somebody() -> None:
+    for guard in (GuardSection(skips=2, mode=Mode.ASK), GuardSection(skips=2, ladder=(SKIP, PAUSE))):
+        controller = Controller(guard)
+        step = warmed(controller)
+        diagnosed(controller, nth(step, 0), Cause.DATA)
+        verdict = controller.observe(nth(step, 2))
+        assert (verdict.action, verdict.would) == (Action.PAUSE, Action.HALT)
+
+
+def test_it_is_the_state_after_all() -> None:
+    controller = Controller(DEFAULT)
+    step = warmed(controller)
+    diagnosed(controller, nth(step, 0), Cause.DATA)
+    verdict = diagnosed(controller, nth(step, 2), Cause.STATE)
+    assert verdict.action is Action.ROLLBACK and verdict.window is not None
+    assert verdict.window[0] == verdict.window[1], "what was left out stays out, and nothing else is"
+
+
+def test_an_update_of_bad_data_is_gone_back_for_once() -> None:
+    controller = Controller(DEFAULT)
+    step = warmed(controller)
+    first = controller.observe(nth(step, 0))
+    verdict = controller.reconsider(nth(step, 0), first, Diagnosis(cause=Cause.DATA, applied=True))
+    assert (verdict.action, verdict.before_step) == (Action.ROLLBACK, step - 1)
+    assert verdict.window == ((step - 2) * BATCH, step * BATCH)
+    assert "an update of such data is in the weights: go back" in verdict.reason
+    # It is out of the weights now: what is left of the stretch is only left out.
+    done = Rollback(from_step=step - 1, to_step=190, onset=step - 1, window=verdict.window, incident=1)
+    controller.load_rollbacks([done])
+    assert [controller.observe(nth(step, streak)).action for streak in range(5)] == [Action.SKIP] * 5
+
+
+def test_without_the_rung_skip_bad_data_is_gone_back_for() -> None:
+    controller = Controller(GuardSection(ladder=(RungSection(do="rollback"),)))
+    assert diagnosed(controller, nth(warmed(controller), 0), Cause.DATA).action is Action.ROLLBACK
 
 
 def test_where_the_state_is_to_blame_the_run_goes_back_at_once_and_leaves_nothing_out() -> None:

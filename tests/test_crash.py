@@ -17,7 +17,7 @@ import pytest
 from guardrail.manifest import checkpoint_dirs, verify
 from guardrail.rundir import RunDirectory
 from tests.ranks import wait_ranks
-from tests.running import assert_same, assert_whole, new_run, of_kind, start_run, tiny, train, trained
+from tests.running import BLIND, assert_same, assert_whole, new_run, of_kind, start_run, tiny, train, trained
 from trainer.config import Config
 
 STEPS = 28
@@ -35,6 +35,7 @@ def config_of(folder: Path, strategy: str) -> Config:
         world=2,
         strategy=strategy,
         faults=[spike(56, 64), spike(120, 144), spike(152, 176)],
+        guard=BLIND,
         data={"eval_fraction": 0.1},
         train={"steps": STEPS, "eval_every": 4, "eval_batches": 1},
         snapshots={"every": 3, "keep": 3},

@@ -18,6 +18,7 @@ from guardrail.rundir import RunDirectory
 from tests.lab import wait_for
 from tests.ranks import wait_ranks
 from tests.running import (
+    BLIND,
     assert_same,
     assert_whole,
     new_run,
@@ -40,6 +41,7 @@ def config_of(folder: Path, *, root: Path | None = None, **sections: Any) -> Con
         world=2,
         run={"root": str(root or folder / "runs")},
         faults=[SPIKE],
+        guard=BLIND,
         train={"steps": 50},
         checkpoint={"every": 10, "keep": 2, "retry_seconds": 0.05},
         **sections,

@@ -102,10 +102,11 @@ def climb(
 
 
 def test_the_ladder_is_gone_up_in_order_and_what_does_not_fit_is_passed_over() -> None:
-    remedies = ["lower_lr", "tighten_clip", "reset_moments"]
-    assert climb(None) == ["rollback", "widen", "widen", "older", *remedies]
-    assert climb(Cause.STATE) == ["rollback", "older", *remedies]
-    assert climb(None, embedding=True) == ["rollback", "widen", "widen", "older", "shrink_embedding", *remedies]
+    low, rest = ["lower_lr"] * 3, ["tighten_clip", "reset_moments"]
+    assert climb(None) == ["rollback", "widen", "widen", "older", *low, *rest]
+    assert climb(Cause.STATE) == ["rollback", *low, "older", *rest]
+    assert climb(Cause.STATE, embedding=True) == ["rollback", "shrink_embedding", *low, "older", *rest]
+    assert climb(None, embedding=True) == ["rollback", "widen", "widen", "older", "shrink_embedding", *low, *rest]
     upside_down = (RungSection(do="lower_lr"), RungSection(do="rollback", times=2), RungSection(do="pause"))
     assert climb(None, ladder=upside_down) == ["lower_lr", "rollback", "rollback", "pause"]
     assert climb(Cause.DATA, ladder=upside_down) == ["rollback", "rollback", "lower_lr", "pause"]
@@ -147,9 +148,9 @@ def test_a_widened_window_is_twice_as_long_and_a_function_of_the_onset() -> None
 
 
 def test_the_rungs_of_a_run_that_does_not_recover() -> None:
-    controller = Controller(GuardSection(rollbacks=9))
+    controller = Controller(GuardSection(rollbacks=11))
     step = warmed(controller)
-    for rung in ("rollback", "widen", "widen", "older", "lower_lr", "tighten_clip", "reset_moments", "halt"):
+    for rung in ("rollback", "widen", "widen", "older", *["lower_lr"] * 3, "tighten_clip", "reset_moments", "halt"):
         said = rejected(controller, step, rung=rung)
         if rung != "halt":
             assert [action for action, _ in said] == [Action.SKIP, Action.SKIP, Action.ROLLBACK]
@@ -168,6 +169,8 @@ def test_a_remedy_is_a_function_of_the_step_that_returns_to_one() -> None:
     assert factor([remedy, remedy], "lr", 10) == 0.25 and factor([remedy, remedy], "lr", 10, floor=0.4) == 0.4
     assert factor([remedy], "clip", 10) == 1.0
     moments, low = of_rung(RungSection(do="reset_moments", factor=0.1), 7)
+    again = of_rung(RungSection(do="lower_lr", factor=0.3, hold=20, back=40), 7, again=1)
+    assert again == (Remedy(kind="lr", value=0.3**2, from_step=7, hold=40, back=80),)
     assert resets([moments, low], 7) and not resets([moments, low], 8) and factor([moments, low], "lr", 7) == 0.1
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from guardrail.errors import ConfigError
 from guardrail.torch.probes import embedding_parameters
-from tests.running import assert_same, of_kind, table, tiny, told, trained, write_corpus
+from tests.running import BLIND, assert_same, of_kind, table, tiny, told, trained, write_corpus
 from trainer.config import ModelSection
 from trainer.model import Decoder, EncoderDecoder
 from trainer.model.attention import Attention
@@ -234,7 +234,7 @@ def test_a_run_rolls_back_exactly(kind: str, world: int, strategy: str, tmp_path
         strategy=strategy,
         model={"hf": str(small(tmp_path, kind))},
         train={"steps": 70},
-        guard={"loss_score": 5.0},
+        guard={"loss_score": 5.0, **BLIND},
     )
     a = trained(config)
     assert of_kind(a, "rollback")

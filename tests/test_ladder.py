@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from guardrail.records import Action, Cause, Diagnosis, Verdict
+from guardrail.records import Action, Cause, Diagnosis, Mode, Verdict
 from guardrail.torch.guard import Step
 from guardrail.torch.probes import Reduced
 from tests.test_guard import Loop
@@ -41,13 +41,37 @@ def actions(loop: Loop) -> list[Action]:
 
 
 @pytest.mark.parametrize(
-    ("cause", "expected"), [(Cause.HARDWARE, [Action.RETRY] * 2), (Cause.STATE, [Action.ROLLBACK] * 2)]
+    ("cause", "expected"), [(Cause.HARDWARE, [Action.RETRY] * 2), (Cause.STATE, [Action.ROLLBACK])]
 )
 def test_what_is_not_the_datas_fault_costs_no_data(healthy: Loop, cause: Cause, expected: list[Action]) -> None:
-    loop = Glitch(at=21, times=2, cause=cause).train()
+    loop = Glitch(at=21, times=len(expected), cause=cause).train()
     assert actions(loop) == expected
     assert len(loop.guard.ledger.quarantine) == 0
     assert loop.losses == healthy.losses and loop.digest() == healthy.digest()
+
+
+def test_a_state_that_is_in_trouble_again_is_gone_on_from_at_a_low_rate(healthy: Loop) -> None:
+    loop = Glitch(at=21, times=3, cause=Cause.STATE).train()
+    verdicts = [step.verdict for step in loop.attempts if step.verdict is not None]
+    back = [verdict for verdict in verdicts if verdict.action is Action.ROLLBACK]
+    assert [verdict.rung for verdict in back] == ["rollback", "lower_lr", "lower_lr"]
+    assert [(one.value, one.hold) for verdict in back for one in verdict.remedies] == [(0.1, 20), (0.1**2, 40)]
+    assert len(loop.guard.ledger.quarantine) == 0 and loop.digest() != healthy.digest()
+
+
+@pytest.mark.parametrize("applied", [False, True])
+def test_bad_data_is_left_out_and_gone_back_for_only_where_an_update_of_it_was_applied(applied: bool) -> None:
+    """Six bad batches from step 21 on, twice as many as `persist` would bear without a cause."""
+    told = [Diagnosis(cause=Cause.DATA, applied=applied)]
+    loop = Loop(bad=range(80, 104), factor=1e3)
+    loop.guard.verdicts.judge = lambda step, verdict, reduced: told.pop() if told else Diagnosis(cause=Cause.DATA)
+    loop.train()
+    assert actions(loop) == ([Action.ROLLBACK, *[Action.SKIP] * 5] if applied else [Action.SKIP] * 6)
+    assert len(loop.guard.ledger.quarantine) == (28 if applied else 24)  # and the batch before the onset
+    other = Loop(mode=Mode.OFF)
+    other.guard.ledger.quarantine.read(loop.guard.ledger.quarantine.lines())
+    other.train()
+    assert loop.losses == other.losses and loop.digest() == other.digest()
 
 
 def test_a_machine_that_goes_on_like_that_is_halted_with_its_name() -> None:

@@ -93,7 +93,7 @@ def test_a_batch_a_stretch_the_hardware_and_the_state(tmp_path: Path, world: int
     faults = [
         *FAULTS["nan_loss"],
         {"kind": "inf_grad", "step": 17, "times": 1, "rank": world - 1},
-        {"kind": "flip_weight", "step": 33, "times": 1, "value": 30.0, "entry": 5},
+        {"kind": "spike_loss", "step": 33, "times": 2, "value": 50.0},  # any batch, from this state
         {"kind": "spike_loss", "first": 352, "last": 376, "value": 50.0},
     ]
     sections = {"data": {"eval_fraction": 0.1}, "train": {"steps": 50, "eval_every": 9, "eval_batches": 1}}

@@ -18,6 +18,7 @@ from guardrail.torch.snapshots import SnapshotRing
 from tests.ranks import run_ranks
 from tests.running import (
     BATCH,
+    BLIND,
     COMMON,
     LENGTH,
     SHAPES,
@@ -110,7 +111,7 @@ def test_the_same_samples_on_one_rank_and_on_two(tmp_path: Path) -> None:
     faults = [
         {"kind": "spike_loss", "first": first, "last": last, "value": 50.0} for first, last in ((80, 88), (160, 184))
     ]
-    sections: dict[str, Any] = {"faults": faults, "train": {"steps": 30}, "data": {"order": "shuffled"}}
+    sections: dict[str, Any] = {"faults": faults, "train": {"steps": 30}, "data": {"order": "shuffled"}, "guard": BLIND}
     one, (alone,) = watch(tiny(tmp_path, **sections))
     two, (first, second) = watch(tiny(tmp_path, world=2, **sections))
     assert [(a["step"], a["action"]) for a in alone] == [(a["step"], a["action"]) for a in first]
@@ -171,7 +172,7 @@ def test_what_is_done_stands_in_the_journal_first(tmp_path: Path) -> None:
     faults = [
         {"kind": "spike_loss", "first": first, "last": last, "value": 50.0} for first, last in ((80, 88), (160, 184))
     ]
-    run = new_run(tiny(tmp_path, faults=faults, train={"steps": 26}))
+    run = new_run(tiny(tmp_path, faults=faults, guard=BLIND, train={"steps": 26}))
     run.send(Command(id="slower", kind=CommandKind.LR, value=0.5, at_step=5))
     run.send(Command(id="skip", kind=CommandKind.SKIP, value=1, at_step=24))
     seen = tmp_path / "seen"

@@ -26,7 +26,7 @@ from guardrail.torch.checkpoints import CheckpointStore
 from guardrail.torch.shards import read_parts
 from guardrail.torch.snapshots import SnapshotRing
 from tests.ranks import run_ranks
-from tests.running import assert_same, of_kind, table, tiny, told, trained
+from tests.running import BLIND, assert_same, of_kind, table, tiny, told, trained
 from tests.running import new_run as new
 from tests.running import train as train_to_end
 from trainer.config import Config
@@ -164,7 +164,7 @@ def test_what_one_rank_saw_is_seen_by_all_and_named(name: str, tmp_path: Path) -
 def test_rolled_back_stopped_and_resumed_it_is_the_run_that_was_told_before(name: str, tmp_path: Path) -> None:
     """Both at once, since each costs a second run: a rollback that skips, and a checkpoint that is loaded again."""
     fault = {"kind": "spike_loss", "first": 104, "last": 128, "value": 50.0}
-    config = exact_config(tmp_path, name, faults=[fault], train={"steps": 20})
+    config = exact_config(tmp_path, name, faults=[fault], guard=BLIND, train={"steps": 20})
     run = new(config)
     run.send(Command(id="stop", kind=CommandKind.STOP, at_step=17))
     assert train_to_end(run, config.world) == "stopped"

@@ -21,7 +21,7 @@ from guardrail.records import Command, CommandKind, Event, Phase, Remedy, Snapsh
 from guardrail.rundir import RunDirectory
 from tests.lab import wait_for
 from tests.ranks import wait_ranks
-from tests.running import BATCH, new_run, of_kind, start_run, table, tiny
+from tests.running import BATCH, BLIND, new_run, of_kind, start_run, table, tiny
 
 NAN = math.nan
 
@@ -147,7 +147,7 @@ def test_parked_beyond_the_timeout_of_a_collective_and_what_was_foretold_comes_t
         tmp_path,
         world=2,
         faults=[SPIKE],
-        guard={"mode": "ask", "ask_seconds": 900.0, "ask_default": "go_on"},
+        guard={"mode": "ask", "ask_seconds": 900.0, "ask_default": "go_on", **BLIND},
         train={"steps": 28},
         launch={"collective_seconds": seconds},
     )
@@ -203,7 +203,7 @@ def foretold(run: RunDirectory, *words: str, code: int = 0) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("default", "left"), [("go_on", "finished"), ("stop", "stopped")])
 def test_the_default_is_taken_after_the_deadline(tmp_path: Path, default: str, left: str) -> None:
-    guard = {"mode": "ask", "ask_seconds": 0.2, "ask_default": default}
+    guard = {"mode": "ask", "ask_seconds": 0.2, "ask_default": default, **BLIND}
     run = new_run(tiny(tmp_path, faults=[SPIKE], guard=guard, train={"steps": 24}))
     assert wait_ranks(start_run(run, 1)) == [0]
     assert of_kind(run, "ended")[-1].data["phase"] == left

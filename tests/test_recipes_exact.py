@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.running import assert_same, of_kind, table, tiny, told, trained, write_corpus
+from tests.running import BLIND, assert_same, of_kind, table, tiny, told, trained, write_corpus
 
-GUARD = {"loss_score": 5.0}
+GUARD = {"loss_score": 5.0, **BLIND}
 RECIPES: dict[str, dict[str, Any]] = {
     "muon, prefix lm, wsd, batch ramp": {
         "model": {"kind": "prefix", "qk_norm": True},

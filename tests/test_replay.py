@@ -19,7 +19,7 @@ from guardrail.manifest import checkpoint_dirs
 from guardrail.records import Command, CommandKind, Event, Mode
 from guardrail.replaying import Comparison, Outcome, Plan, outcome, plan, prepare
 from guardrail.rundir import RunDirectory
-from tests.running import BATCH, new_run, of_kind, tiny, train
+from tests.running import BATCH, BLIND, new_run, of_kind, tiny, train
 
 LR, SKIP, ROLLBACK, UNDO, STOP, POLICY = (
     CommandKind.LR,
@@ -43,6 +43,7 @@ def eventful(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
         folder,
         world=2,
         faults=[spike(200, 224), spike(400, 408)],
+        guard=BLIND,
         checkpoint={"every": 10, "keep": 3},
         data={"eval_fraction": 0.1},
         train={"steps": 64, "eval_every": 8},

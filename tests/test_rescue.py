@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench.rescue import Bench, Cell, excess, named, print_table, summary
-from tests.bench.rescue_faults import DATA, FAULTS, HEALTHY, STATE
+from tests.bench.rescue import NONE, Bench, Cell, excess, named, print_table, summary
+from tests.bench.rescue_faults import DATA, FAULTS, HEALTHY, STATE, healthy
 from tests.running import write_corpus
 
 FAULT = "weights x1000"
@@ -61,4 +61,5 @@ def test_the_first_cause_counts() -> None:
 def test_every_fault_gives_a_configuration() -> None:
     for name, staged in FAULTS.items():
         assert staged.what
-        assert bool(staged.faults(240) or staged.sections) == (name != HEALTHY)
+        assert bool(staged.faults(240) or staged.sections) == (name not in NONE)
+        assert FAULTS[healthy(name)].world == staged.world

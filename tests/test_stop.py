@@ -21,6 +21,7 @@ from guardrail.signals import KILLED
 from tests.lab import wait_for
 from tests.ranks import wait_ranks
 from tests.running import (
+    BLIND,
     LENGTH,
     assert_same,
     assert_whole,
@@ -47,6 +48,7 @@ def config_of(folder: Path, *, world: int = 2, strategy: str = "ddp", **train_se
         world=world,
         strategy=strategy,
         faults=[{"kind": "spike_loss", "first": 160, "last": 184, "value": 50.0}],
+        guard=BLIND,
         data={"eval_fraction": 0.1},
         train={"steps": STEPS, "eval_every": 10, "eval_batches": 3, **train_settings},
     )

@@ -26,6 +26,7 @@ from tests.feed import healthy_loss, obs, warmed
 from tests.lab import wait_for
 from tests.ranks import wait_ranks
 from tests.running import (
+    BLIND,
     SHAPES,
     assert_same,
     assert_whole,
@@ -229,7 +230,7 @@ def letting(config: Config, run: RunDirectory) -> Config:
 def test_an_undone_rollback_and_skip_leave_a_run_that_was_told_so_from_its_beginning(
     tmp_path: Path, world: int, strategy: str
 ) -> None:
-    config = tiny(tmp_path, world=world, strategy=strategy, faults=FAULTS, train={"steps": 44})
+    config = tiny(tmp_path, world=world, strategy=strategy, faults=FAULTS, guard=BLIND, train={"steps": 44})
     run = undone(config, (24, math.nan), (36, math.nan))
     first, second = of_kind(run, "undo")
     assert [event.data["samples"] for event in (first, second)] == [32, 8]
@@ -251,7 +252,7 @@ def test_an_undone_rollback_and_skip_leave_a_run_that_was_told_so_from_its_begin
 
 
 def test_a_crash_after_an_undo_forgets_no_pardon(tmp_path: Path) -> None:
-    config = tiny(tmp_path, faults=FAULTS, train={"steps": 40})
+    config = tiny(tmp_path, faults=FAULTS, guard=BLIND, train={"steps": 40})
     whole = undone(config, (24, math.nan))
     run = new_run(config)
     run.send(Command(id="undo", kind=CommandKind.UNDO, value=math.nan, at_step=24))
@@ -268,7 +269,7 @@ def test_a_crash_after_an_undo_forgets_no_pardon(tmp_path: Path) -> None:
 
 def test_an_undo_answers_the_question_of_the_guard(tmp_path: Path) -> None:
     """The batch under question is given back, and judged anew behind the one that is pardoned."""
-    config = tiny(tmp_path, world=2, faults=[spike(160, 184)], guard={"mode": "ask"}, train={"steps": 30})
+    config = tiny(tmp_path, world=2, faults=[spike(160, 184)], guard={"mode": "ask", **BLIND}, train={"steps": 30})
     run = new_run(config)
     pids = start_run(run, 2)
     wait_for(lambda: of_kind(run, "paused"), what="a question")

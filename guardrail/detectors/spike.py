@@ -79,7 +79,7 @@ class Spike:
         self.tail.reset()
         self._above = 0  # accepted values in a row above the note line
         self._alone: float | None = None  # the jump of the last accepted value, if an outlier after ordinary ones
-        self._last: deque[tuple[int, float]] = deque(maxlen=LOOK_BACK)  # (step, score) of the last accepted ones
+        self.last: deque[tuple[int, float]] = deque(maxlen=LOOK_BACK)  # (step, score) of the last accepted ones
         self._plain: float  # log jump over the centre at which the next value is rejected
         self._note: float  # and from which on it is worth a note
         self._settle()
@@ -142,7 +142,7 @@ class Spike:
             self._settle()
             return
         jump = y - baseline.centre
-        self._last.append((obs.step, jump / baseline.scale))
+        self.last.append((obs.step, jump / baseline.scale))
         high = jump > self._note and baseline.count >= self.warmup
         if high or left_out or self._alone is not None:
             self._learn_tail(obs, jump if high else None, left_out)
@@ -192,16 +192,16 @@ class Spike:
 
     def _onset(self, step: int) -> int:
         """First step of the unbroken run of high accepted values that leads here."""
-        for earlier, score in reversed(self._last):
+        for earlier, score in reversed(self.last):
             if score < ONSET_SHARE * self.score:
                 break
             step = earlier
         return step
 
     def suspect_from(self) -> int | None:
-        if not self._last or self._last[-1][1] < ONSET_SHARE * self.score:
+        if not self.last or self.last[-1][1] < ONSET_SHARE * self.score:
             return None
-        return self._onset(self._last[-1][0])
+        return self._onset(self.last[-1][0])
 
     def band(self) -> tuple[float, float] | None:
         if self.baseline.empty:
@@ -216,7 +216,7 @@ class Spike:
         return {
             "above": self._above,
             "alone": self._alone,
-            "last": [list(pair) for pair in self._last],
+            "last": [list(pair) for pair in self.last],
             "tail": self.tail.state_dict(),
             **self.baseline.state_dict(),
         }
@@ -226,7 +226,7 @@ class Spike:
         self.tail.load_state_dict(state["tail"])
         self._above = int(state["above"])
         self._alone = None if state["alone"] is None else float(state["alone"])
-        self._last = deque(((int(step), float(score)) for step, score in state["last"]), maxlen=LOOK_BACK)
+        self.last = deque(((int(step), float(score)) for step, score in state["last"]), maxlen=LOOK_BACK)
         self._settle()
 
 

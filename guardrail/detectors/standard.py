@@ -13,6 +13,7 @@ from guardrail.detectors.scale import ScaleCollapse
 from guardrail.detectors.share import Share
 from guardrail.detectors.spike import Spike
 from guardrail.detectors.stuck import Stuck
+from guardrail.detectors.together import Together
 from guardrail.records import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS, LOSS_SCALE, UPDATE_NORM, Kind
 
 # Smallest log jump that is ever a spike, as sigmas of this size: 8 x 0.01 = 8 % of the loss, 10 x 0.2 = 7.4-fold for
@@ -24,6 +25,7 @@ LOSS_COLD, NORM_COLD = 3.0, 100.0
 USUAL = (LOSS, GRAD_NORM, EMBED_GRAD_NORM, EMBED_SHARE, UPDATE_NORM, LOSS_SCALE)
 # What the detectors of further signals are called: this and the signal, which may have the name of another detector.
 NAMED = "named "
+TOGETHER = "together"
 
 
 def build(settings: GuardSection) -> dict[str, Detector]:
@@ -38,6 +40,7 @@ def build(settings: GuardSection) -> dict[str, Detector]:
         "nonfinite": NonFinite(),
         LOSS: loss,
         GRAD_NORM: grad,
+        TOGETHER: Together(loss, grad),
         EMBED_GRAD_NORM: embed,
         EMBED_SHARE: Share(embed, score=settings.embed_score, **shared),
         UPDATE_NORM: update,

@@ -13,13 +13,13 @@ from typing import Any
 import msgspec
 
 from guardrail.causes import Trouble
-from guardrail.controller import Applied
 from guardrail.ledger import Batch, Ledger
 from guardrail.oddness import Usual, odd
 from guardrail.outliers import Outlier, Sample, outliers
 from guardrail.records import MAX_NAMED, Record, Verdict
 from guardrail.text import clean
 from guardrail.torch.replays import Replays
+from guardrail.window import Applied
 
 ORDINARY = 3  # healthy batches that the samples are held against
 FEW = 0.5  # of a batch. Beyond it the batch's median is no longer one of good samples, and little would be kept.

@@ -14,12 +14,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from guardrail.causes import Pass, Trouble, hardware, judge
-from guardrail.controller import Applied
 from guardrail.ledger import Batch, Ledger
 from guardrail.records import Diagnosis, Verdict
 from guardrail.torch.probes import Reduced
 from guardrail.torch.replays import Replays, pass_of
 from guardrail.torch.snapshots import CANDIDATE, GOOD, Snapshot, SnapshotRing
+from guardrail.window import Applied
 
 EARLIER, FROM_ONSET = 2, 3  # batches of each kind that are run
 

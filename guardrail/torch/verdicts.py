@@ -146,7 +146,7 @@ class Verdicts:
     def _attribution(self, batch: Batch, verdict: Verdict) -> Attribution | None:
         """The samples that a skipped batch owes its trouble to, where a replay has shown that it is the data."""
         guard = self._guard
-        cause = guard.controller.causes.get(verdict.incident) if verdict.incident is not None else None
+        cause = guard.controller.diagnoses.of.get(verdict.incident) if verdict.incident is not None else None
         if guard.replays is None or cause is None or verdict.action is not Action.SKIP:
             return None
         if cause.cause not in (Cause.DATA, Cause.DATA_AND_STATE):

@@ -34,7 +34,7 @@ from guardrail.config import build, dump
 from guardrail.records import GRAD_NORM, LOSS, Action, Observation, Phase, Verdict
 from guardrail.rundir import RunDirectory
 from guardrail.torch.guard import Step
-from tests.bench.rescue_faults import BATCH, FAULTS, HEALTHY, STEPS, Staged
+from tests.bench.rescue_faults import BATCH, FAULTS, HEALTHY, HEALTHY_TWO, STEPS, Staged, healthy
 from tests.bench.rules import OlmoSkipStep
 from tests.ranks import bury_ranks, ended, start_ranks
 from trainer.config import Config
@@ -43,6 +43,7 @@ from trainer.loop import Trainer
 ARC = "arc-training==5.2.0.post1"
 # Whether an update is to be left out. Called when its gradients are there, before they are clipped.
 Rule = Callable[[Observation], bool]
+NONE = (HEALTHY, HEALTHY_TWO)
 SHOWN = ("verdict", "cause", "left_out", "rollback", "remedy", "incident", "ended")
 
 
@@ -279,10 +280,10 @@ def install_arc(cache: Path) -> None:
 
 def excess(bench: Bench, cell: Cell) -> float | None:
     """Held-out loss over that of the healthy run of the same seed, minus 1; inf: none that is a number."""
-    own, healthy = bench.known(cell), bench.known((HEALTHY, "unguarded", cell[2]))
-    if own is None or healthy is None or "error" in own:
+    own, sound = bench.known(cell), bench.known((healthy(cell[0]), "unguarded", cell[2]))
+    if own is None or sound is None or "error" in own:
         return None
-    return own["loss"] / healthy["loss"] - 1 if own["loss"] == own["loss"] else float("inf")
+    return own["loss"] / sound["loss"] - 1 if own["loss"] == own["loss"] else float("inf")
 
 
 def shown(values: Sequence[float | None]) -> str:
@@ -338,10 +339,10 @@ def named(causes: Sequence[str], wanted: Sequence[str]) -> bool:
 def summary(bench: Bench, faults: Sequence[str], arms: Sequence[str], seeds: Sequence[int]) -> list[str]:
     lines = []
     for arm in arms:
-        staged = [(fault, arm, seed) for fault in faults if fault != HEALTHY for seed in seeds]
+        staged = [(fault, arm, seed) for fault in faults if fault not in NONE for seed in seeds]
         values = [value for value in (excess(bench, cell) for cell in staged) if value is not None]
-        healthy = [bench.known((HEALTHY, arm, seed)) for seed in seeds]
-        acts = sum(cell["acts"] for cell in healthy if cell is not None and "error" not in cell)
+        sound = [bench.known((fault, arm, seed)) for fault in NONE for seed in seeds]
+        acts = sum(cell["acts"] for cell in sound if cell is not None and "error" not in cell)
         if values:
             near = sum(value <= 0.01 for value in values)
             lines.append(f"{arm}: within 1 % in {near} of {len(values)}; interventions on healthy runs: {acts}")
@@ -373,13 +374,13 @@ def main() -> None:
     arguments = parser.parse_args()
     seeds = arguments.seeds[:1] if arguments.quick else arguments.seeds
     arms = ["unguarded", "guardrail"] if arguments.quick else arguments.arms
-    faults = list(dict.fromkeys([HEALTHY, *arguments.faults]))
+    faults = list(dict.fromkeys([*NONE, *arguments.faults]))
     bench = Bench(arguments.cache)
     if "ARC" in arms and not arguments.only_table:
         install_arc(arguments.cache)
-    healthy = [(HEALTHY, arm, seed) for seed in seeds for arm in dict.fromkeys(["unguarded", *arms])]
-    staged = [(fault, arm, seed) for seed in seeds for fault in faults[1:] for arm in arms]
-    bench.run([] if arguments.only_table else [*healthy, *staged], workers=arguments.workers)
+    sound = [(fault, arm, seed) for seed in seeds for fault in NONE for arm in dict.fromkeys(["unguarded", *arms])]
+    staged = [(fault, arm, seed) for seed in seeds for fault in faults if fault not in NONE for arm in arms]
+    bench.run([] if arguments.only_table else [*sound, *staged], workers=arguments.workers)
     print_table(bench, faults, arms, seeds)
     if arguments.journal:
         for fault, seed in itertools.product(faults, seeds):

@@ -9,6 +9,7 @@ from typing import Any
 BATCH = 16
 STEPS = 240
 HEALTHY = "none"
+HEALTHY_TWO = "none, two ranks"  # held-out batches are shared out among the ranks, so that they are others
 DATA, STATE, HARDWARE = "data", "state", "hardware or nondeterminism"
 BOTH = "data x state"
 
@@ -37,6 +38,11 @@ class Staged:
         return self.at(steps // 2)
 
 
+def healthy(fault: str) -> str:
+    """The run without a fault that a staged one is held against."""
+    return HEALTHY if FAULTS[fault].world == 1 else HEALTHY_TWO
+
+
 def text(kind: str, batches: int) -> Callable[[int], Sections]:
     """All samples of that many batches in a row."""
     return lambda step: [{"kind": kind, "first": (step - 1) * BATCH, "last": (step - 1 + batches) * BATCH}]
@@ -53,6 +59,7 @@ def persistent_nan(step: int) -> Sections:
 
 FAULTS = {
     HEALTHY: Staged(what="nothing"),
+    HEALTHY_TWO: Staged(what="nothing, on two ranks", world=2),
     "corrupted documents": Staged(what="six batches of noise", causes=(DATA,), at=text("noise_tokens", 6)),
     "repeated n-grams": Staged(what="six batches of one n-gram", causes=(DATA,), at=text("repeat_tokens", 6)),
     "label noise": Staged(what="labels shuffled in ten batches", causes=(DATA,), at=text("shuffle_labels", 10)),

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import pytest
+
+from guardrail.config import GuardSection
+from guardrail.controller import Controller
+from guardrail.records import LOSS, Action, Cause, Diagnosis, Verdict
+from tests.feed import BATCH, healthy_loss, noisy, obs, through_json, warmed
+
+# With 2 % noise and the baselines of `warmed` a loss of 2.25 is between half and all of the way to its limit, a norm of
+# 2.0 likewise.
+LOW, HIGH = healthy_loss(200), (2.3, 2.0)
+
+
+def fed(controller: Controller, step: int, rows: list[tuple[float, float]]) -> list[Verdict]:
+    return [controller.observe(obs(step + at, *row)) for at, row in enumerate(rows)]
+
+
+def actions(verdicts: list[Verdict]) -> list[Action]:
+    return [verdict.action for verdict in verdicts]
+
+
+def test_both_high_twice_in_a_row_is_rejected_from_the_first_of_them_on() -> None:
+    controller = Controller(GuardSection())
+    step = warmed(controller)
+    first, second = fed(controller, step, [HIGH, HIGH])
+    assert (first.action, second.action, second.onset) == (Action.APPLY, Action.SKIP, step)
+    assert {finding.signal for finding in second.findings if finding.severity.value == "reject"} == {
+        LOSS,
+        "grad_norm",
+    }
+    assert controller.healthy_through == step - 1
+
+
+@pytest.mark.parametrize("rows", [[HIGH, (LOW, 0.5), HIGH], [(2.3, 0.5)] * 4, [(LOW, 2.0)] * 4])
+def test_once_or_one_signal_alone_is_no_reason(rows: list[tuple[float, float]]) -> None:
+    controller = Controller(GuardSection())
+    verdicts = fed(controller, warmed(controller), rows)
+    assert actions(verdicts) == [Action.APPLY] * len(rows)
+
+
+def test_it_travels_with_the_state() -> None:
+    controller, other = Controller(GuardSection()), Controller(GuardSection())
+    step = warmed(controller)
+    controller.observe(obs(step, *HIGH))
+    other.load_state_dict(through_json(controller.state_dict()))
+    assert other.observe(obs(step + 1, *HIGH)).action is Action.SKIP
+    other.detectors[LOSS].reset()
+    assert other.observe(obs(step + 1, *HIGH)).action is Action.APPLY
+
+
+@pytest.mark.parametrize(("cause", "action"), [(Cause.DATA, Action.SKIP), (Cause.UNKNOWN, Action.APPLY)])
+def test_while_an_incident_of_known_cause_is_open_one_such_step_is_enough(cause: Cause, action: Action) -> None:
+    controller = Controller(GuardSection())
+    step = warmed(controller)
+    bad = obs(step, 9.0, 5.0)
+    controller.reconsider(bad, controller.observe(bad), Diagnosis(cause=cause))
+    behind = obs(step, *HIGH, first=step * BATCH)
+    assert controller.observe(behind).action is action
+    # Once the incident is over, the bar is where it was.
+    for at in range(step, step + 20):
+        controller.observe(obs(at, healthy_loss(at), noisy(0.5, seed=1, noise=0.2)(at)))
+    assert controller.observe(obs(step + 20, *HIGH)).action is Action.APPLY
