@@ -108,7 +108,11 @@ def test_a_batch_a_stretch_the_hardware_and_the_state(tmp_path: Path, world: int
 @pytest.mark.parametrize(("world", "strategy"), SHAPES)
 def test_every_fault(tmp_path: Path, kind: str, world: int, strategy: str) -> None:
     waiting, lagged = both(tmp_path, world=world, strategy=strategy, faults=FAULTS[kind], train={"steps": 45})
-    assert_alike(waiting, lagged)
+    if kind == "garbage_grad":  # other noise each time: only what came of it can be the same
+        assert_same(waiting, lagged)
+        assert [event[:3] for event in story(waiting)] == [event[:3] for event in story(lagged)]
+    else:
+        assert_alike(waiting, lagged)
 
 
 def counted(config: Config) -> tuple[Trainer, int, int]:

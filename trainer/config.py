@@ -99,6 +99,9 @@ class TrainSection(Section, frozen=True, kw_only=True):
     # "ddp": parameters replicated; "fsdp": parameters, gradients and optimizer state sharded (FSDP2). Short for a
     # [parallel] section in which only one of the two numbers is above 1.
     strategy: Literal["ddp", "fsdp"] = "ddp"
+    # Compile each block (torch.compile), with which backend: "eager" and "aot_eager" generate no code, for tests.
+    compile: bool = False
+    compile_backend: Literal["inductor", "aot_eager", "eager"] = "inductor"
     # Recompute the activations of each block in the backward pass.
     activation_checkpointing: bool = False
     # Steps between two evaluations on the held-out documents; 0: none.
@@ -243,6 +246,7 @@ class Config(Settings, frozen=True, kw_only=True):
         self._check_sequence()
         check_objective(self.train.objective, self.model)
         self._check_gate()
+        self._check_compile()
         if bool(self.train.steps) == bool(self.train.epochs):
             raise ConfigError(
                 "either train.steps or train.epochs, and not both",
@@ -275,6 +279,17 @@ class Config(Settings, frozen=True, kw_only=True):
             for key, (value, bad, expected) in against.items():
                 if bad:
                     raise ConfigError(f'{expected}, or guard.gate = "sync"', key=key, value=value)
+
+    def _check_compile(self) -> None:
+        against = {
+            "parallel.pp": (self.layout.pp, self.layout.pp > 1, "1"),
+            "parallel.tp": (self.layout.tp, self.layout.tp > 1, "1"),
+            "optim.qk_clip": (self.optim.qk_clip, bool(self.optim.qk_clip), "0"),
+            "train.activation_checkpointing": (True, self.train.activation_checkpointing, "false"),
+        }
+        for key, (value, bad, expected) in against.items():
+            if self.train.compile and bad:
+                raise ConfigError(f"{expected}, or train.compile = false", key=key, value=value)
 
     def _check_warmup(self) -> None:
         """By epochs, the number of steps is known only when the data is."""

@@ -112,6 +112,8 @@ def distribute(model: Decoder, config: Config, accelerator: Accelerator) -> nn.M
     part of the vocabulary; `loss_of` gives the loss that goes with them. Build the optimizer from what is returned.
     """
     model.set_recompute(config.train.activation_checkpointing)
+    if config.train.compile:
+        _compile(model, config.train.compile_backend)
     if config.layout.sharded:
         return _shard(model, config, accelerator)
     _autocast(model, config, accelerator.device)
@@ -123,6 +125,16 @@ def distribute(model: Decoder, config: Config, accelerator: Accelerator) -> nn.M
         prepared = cast(nn.Module, accelerator.prepare_model(model, evaluation_mode=config.world == 1))
     _settle_buckets(prepared, accelerator.device)
     return prepared
+
+
+def _compile(model: Decoder, backend: str) -> None:
+    """Compile the blocks, in place: modules, parameters and their names stay what they are.
+
+    The blocks are alike, so one is compiled and all use it. Each shape has a graph of its own: one for any shape would
+    be made when a second shape comes, and what a step computes would depend on what was computed before it.
+    """
+    for block in model.blocks:
+        block.compile(backend=backend, dynamic=False)
 
 
 def _autocast(model: nn.Module, config: Config, device: torch.device) -> None:
@@ -205,7 +217,8 @@ def _settle_buckets(model: nn.Module, device: torch.device) -> None:
     """
     if not isinstance(model, DistributedDataParallel):
         return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with forked, torch.compiler.set_stance("force_eager"):  # no graph for two tokens
         tokens = torch.zeros((1, 2), dtype=torch.int64, device=device)
         for _ in range(2):
             model(tokens).sum().backward()

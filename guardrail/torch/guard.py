@@ -341,12 +341,12 @@ class Guard:
             self.end_incomplete()
             return None
         before = self.controller.state_dict() if reduced is not computed else None
-        observation, verdict = self.judge(step, reduced)
+        observation, verdict = self.judge(step, reduced, lr=self.rate(step.number))
         if before is not None and verdict.action is Action.APPLY:
             # Nothing wrong with the first numbers, and they are not those of the gradients at hand.
             self.controller.load_state_dict(before)
             reduced = computed
-            observation, verdict = self.judge(step, reduced)
+            observation, verdict = self.judge(step, reduced, lr=self.rate(step.number))
         self.account.guarding += time.perf_counter() - began
         verdict = self.verdicts.carry_out(step, verdict, reduced, observation)
         self._to_keep = step.applied
@@ -355,7 +355,11 @@ class Guard:
         self.heed(reduced)
         return verdict
 
-    def judge(self, step: Step, reduced: Reduced) -> tuple[Observation, Verdict]:
+    def rate(self, step: int) -> float:
+        """The learning rate that an update of this step is made with."""
+        return float(self.optimizers[0].param_groups[0]["lr"]) * self.effects(step).lr
+
+    def judge(self, step: Step, reduced: Reduced, *, lr: float) -> tuple[Observation, Verdict]:
         """What the controller says of a step's numbers; begins its row."""
         observation = Observation(
             step=step.number,
@@ -371,7 +375,6 @@ class Guard:
         bands = self.controller.bands()
         verdict = self.controller.observe(observation)
         step.verdict = verdict
-        lr = float(self.optimizers[0].param_groups[0]["lr"]) * self.effects(step.number).lr
         self.account.begin(step, reduced, verdict, bands, lr)
         if self.lagged is not None:
             self.lagged.saw(observation.signals)

@@ -51,6 +51,7 @@ class Flight:
         position: of the ledger before it.
         attempt: the dice and buffers that it began with.
         square: of the update before it.
+        lr: learning rate of its update.
         seconds, guarding: what it took, and the guard's part of that.
     """
 
@@ -61,6 +62,7 @@ class Flight:
     position: LedgerState
     attempt: Attempt
     square: Tensor | None
+    lr: float
     seconds: float = 0.0
     guarding: float = 0.0
 
@@ -149,6 +151,7 @@ class Lagged:
             position=guard.ledger.state(),
             attempt=guard.attempt,
             square=guard.updates.square if guard.updates is not None else None,
+            lr=guard.rate(step.number),
         )
         if guard.updates is not None:
             guard.account.measured(guard.updates.before)
@@ -178,7 +181,7 @@ class Lagged:
         if not applied:
             self._take_back(flight, reduced, behind=behind)
             return False
-        observation, verdict = guard.judge(flight.step, reduced)
+        observation, verdict = guard.judge(flight.step, reduced, lr=flight.lr)
         self._confirm(flight, reduced)
         late = verdict.action is not Action.APPLY
         if late:

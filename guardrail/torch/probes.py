@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from guardrail.errors import UsageError
@@ -169,7 +170,6 @@ class Probes:
         # Of the last reduction, on the device: this rank's loss sum, the squared norm of its (shards of the) reduced
         # gradients, and the sum of its modules' gradient norms from before the ranks reduced them.
         self.own = torch.zeros(3, dtype=self.dtype, device=device)
-        self._grouped: set[int] = set()
         if locate and world > 1:
             self._watch(model)
 
@@ -177,22 +177,26 @@ class Probes:
         """Add up each rank's own gradient norms during backward, before DDP or FSDP reduce them.
 
         Hooks sit on the parameters that take part in the forward pass: under FSDP2 those are the gathered ones, which
-        exist only once the module's own pre-forward hook has run, hence the forward hook. One call a module with
-        parameters of its own keeps the number of small kernels low.
+        stay the same objects from their first gathering on, so each group is gathered once here, a collective. They
+        are not hung in by the forward pass: torch.compile would trace that. One call a module with parameters of its
+        own keeps the number of small kernels low.
         """
+        grouped: set[int] = set()
 
-        def gather_hooks(module: nn.Module, _arguments: object) -> None:
-            fresh = [p for p in module._parameters.values() if p is not None and id(p) not in self._grouped]
-            fresh = [p for p in fresh if p.requires_grad]
+        def hook(module: nn.Module) -> None:
+            fresh = [p for p in module._parameters.values() if p is not None and p.requires_grad]
+            fresh = [p for p in fresh if id(p) not in grouped]
             if fresh:
-                self._grouped.update(map(id, fresh))
-                self._hooked.extend(fresh)  # keeps ids from being reused
+                grouped.update(map(id, fresh))
                 torch.autograd.graph.register_multi_grad_hook(fresh, self._add_own)
 
-        self._hooked: list[Tensor] = []
-        for module in model.modules():
-            if any(True for _ in module.parameters(recurse=False)):
-                module.register_forward_pre_hook(gather_hooks)
+        for group, modules in _groups(model):
+            if group is not None:
+                group.unshard()
+            for module in modules:
+                hook(module)
+            if group is not None:
+                group.reshard()
 
     @torch.no_grad()
     def _add_own(self, gradients: Sequence[Tensor | None]) -> None:
@@ -387,6 +391,20 @@ class Probes:
             for p in self.parameters
             if p.grad is not None and not bool(torch.isfinite(local(p.grad)).all())
         ]
+
+
+def _groups(model: nn.Module) -> list[tuple[FSDPModule | None, list[nn.Module]]]:
+    """The modules of each FSDP2 group, those that belong to none with None; a module stands with its nearest one."""
+    found: dict[int, tuple[FSDPModule | None, list[nn.Module]]] = {}
+
+    def visit(module: nn.Module, group: FSDPModule | None) -> None:
+        group = module if isinstance(module, FSDPModule) else group
+        found.setdefault(id(group), (group, []))[1].append(module)
+        for child in module.children():
+            visit(child, group)
+
+    visit(model, None)
+    return list(found.values())
 
 
 def norms(tensors: list[Tensor]) -> list[Tensor]:

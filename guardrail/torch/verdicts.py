@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import torch
 
 from guardrail.ledger import Batch
 from guardrail.records import LOSS, MAX_NAMED, Action, Cause, Diagnosis, Kind, Mode, Observation, Phase, Span, Verdict
@@ -243,7 +244,8 @@ class Verdicts:
         aside = Attempt(state)
         aside.begin()
         try:
-            return first_nonfinite(state.model, rerun)
+            with torch.compiler.set_stance("force_eager"):  # what is compiled calls no hooks
+                return first_nonfinite(state.model, rerun)
         finally:
             aside.undo()
             state.settle()

@@ -97,7 +97,7 @@ def bare(config: Config, **adamw: bool) -> Contender:
     """What one writes by hand: mean loss, clip_grad_norm_, AdamW, LambdaLR; DDP as torch's guide has it."""
     world, rank = ranks_and_own()
     model: nn.Module = decoder(config)
-    if getattr(config.train, "compile", False):
+    if config.train.compile:
         model.compile()
     if world > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -209,7 +209,7 @@ def hugging_face(config: Config, folder: Path, *, between: Callable[[float, floa
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        torch_compile=getattr(config.train, "compile", False),
+        torch_compile=config.train.compile,
     )
     transformers.Trainer(model=WithLoss(model), args=arguments, train_dataset=items, callbacks=[Conductor()]).train()
 
