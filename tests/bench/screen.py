@@ -41,6 +41,7 @@ KEYS = {
     "next chart": "\x1b[B",
     "logarithm": "x",
     "next pane": "\t",
+    "the curves": "1",
 }
 SPAN = 30.0  # seconds for which a quiet screen is watched
 
