@@ -12,8 +12,10 @@ metrics, in its own environment: wandb is nothing that guardrail installs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -308,6 +310,9 @@ def leet(table: Table, environment: Path, log: Path) -> None:
         took = [key_latency(terminal, key) for key in ("\t", "\t", "\t", "\t")]
         last = max(at for at, _, _ in terminal.chunks) - terminal.began
     finally:
+        for one in reversed(tree(terminal.process.pid)[1:]):  # what wandb starts outlives a launcher that is killed
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(one, signal.SIGTERM)
         terminal.end()
     table.line("W&B LEET, 1 M steps of 3 metrics: busy until, CPU", f"{still - terminal.began:.1f} s, {before:.1f} s")
     table.line("W&B LEET: memory at most, key to screen", f"{peak:.0f} MB, {middle(took, 1e3, 0)} ms (last {last:.0f})")
