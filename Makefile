@@ -6,6 +6,7 @@ SLOW    ?= 0
 VENV    := .venv
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
+EXTRAS  := $(VENV)/.extras
 
 .PHONY: install demo test lint bench clean
 
@@ -20,13 +21,19 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,stacks]'
 	@touch $@
 
+# What the extras read, write and train is tested with the real libraries.
+$(EXTRAS): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  -e '.[dev,hf,notify,plot,stacks,wandb,web]'
+	@touch $@
+
 # With a terminal the screen opens, without one there is a line for every 20 steps. The report comes in any case.
 demo: install
 	$(BIN)/python -m demo.corpus --out demo/corpus
 	@$(BIN)/guardrail launch configs/quickstart.toml --set 'data.sources=["demo/corpus"]'; code=$$?; \
 	  $(BIN)/guardrail report && exit $$code
 
-test: install
+test: $(EXTRAS)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(if $(filter 0,$(SLOW)),-m 'not slow') $(PYTEST_ARGS)
 
 lint: install

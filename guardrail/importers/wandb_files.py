@@ -32,7 +32,7 @@ def read(path: Path, shown: str, columns: Mapping[str, str]) -> list[Log]:
     except ImportError as error:
         raise DataError(
             f"{shown}: a file of wandb, which is not installed here"
-            "\n  hint: pip install wandb, or export the run as CSV"
+            "\n  hint: pip install 'guardrail[wandb]', or export the run as CSV"
         ) from error
 
     def records() -> Iterator[dict[str, Any] | None]:
