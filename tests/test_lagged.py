@@ -164,7 +164,8 @@ def test_commands_take_effect_at_the_step_they_came_with(tmp_path: Path) -> None
     assert answered[0] == answered[1] and len(answered[0]) == 4
 
 
-@pytest.mark.parametrize(("world", "strategy"), [(2, "ddp")])
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "strategy"), SHAPES)
 def test_killed_and_resumed(tmp_path: Path, world: int, strategy: str) -> None:
     faults = [{"kind": "spike_loss", "first": 200, "last": 224, "value": 50.0}]
     config = tiny(tmp_path, world=world, strategy=strategy, guard={"gate": "lagged"}, faults=faults)
