@@ -7,6 +7,7 @@ origins other than its own, are refused (DNS rebinding, cross-site WebSocket hij
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import secrets
 import shlex
@@ -79,6 +80,11 @@ def make_server(command: str, *, title: str, port: int) -> Any:
             """Ours says all that there is to say."""
 
         async def on_startup(self, app: Any) -> None:
+            self._telling = asyncio.create_task(self._tell())
+
+        async def _tell(self) -> None:
+            """Print the link once somebody answers behind it: the socket listens only after the start."""
+            await _answering(port)
             print(f"{self.title}: {self.public_url}/?token={self.token}")
             print("only on this machine; Ctrl-C ends it, and training goes on", flush=True)
 
@@ -113,6 +119,17 @@ def make_server(command: str, *, title: str, port: int) -> Any:
         return only_the_link
 
     return Guarded(command, host=HOST, port=port, title=title)
+
+
+async def _answering(port: int) -> None:
+    while True:
+        try:
+            _, writer = await asyncio.open_connection(HOST, port)
+        except OSError:
+            await asyncio.sleep(0.02)
+        else:
+            writer.close()
+            return
 
 
 def _same(given: str, token: str) -> bool:
