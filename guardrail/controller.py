@@ -38,7 +38,7 @@ from guardrail.detectors.together import Together
 from guardrail.diagnoses import Diagnoses, diagnosis_of
 from guardrail.enough import MOST, fit
 from guardrail.incidents import CLOSED, OPEN, RECURRED, Incidents
-from guardrail.policy import UNSUSPECTED, Rollback, by_severity, is_trouble, rejects, rollback_of, untouched
+from guardrail.policy import UNSUSPECTED, Rollback, by_severity, field_of, is_trouble, rejects, rollback_of, untouched
 from guardrail.records import (
     GRAD_NORM,
     LOSS,
@@ -197,9 +197,7 @@ class Controller:
         self._advice.accepted()
         if not self.incidents.open and not findings:
             return Verdict(action=Action.APPLY, step=obs.step)
-        number, state = self.incidents.healthy(
-            obs.step, self._losses if self.incidents.open else (), every_step=self.mode is not Mode.ADVISE
-        )
+        number, state = self.incidents.healthy(obs.step, self._losses, every_step=self.mode is not Mode.ADVISE)
         return Verdict(
             action=Action.APPLY,
             step=obs.step,
@@ -558,7 +556,7 @@ class Controller:
             elif event.kind == "verdict":
                 if data.get("incident") is not None and (data.get("action") != Action.APPLY or data.get("would")):
                     step = max(step, int(data.get("at_step") or event.step))
-                kinds = {_field(finding, "kind") for finding in data.get("findings") or ()}
+                kinds = {field_of(finding, "kind") for finding in data.get("findings") or ()}
                 if data.get("action") == Action.SKIP and kinds and kinds <= UNSUSPECTED:
                     first, last = data["window"]
                     self._empty_spans.add((int(first), int(last)))
@@ -635,8 +633,3 @@ def _restarted(obs: Observation) -> Finding:
 def _jumps(findings: Iterable[Finding]) -> dict[str, float]:
     """The spikes among findings: signal -> log(value / baseline)."""
     return {f.signal: math.log(f.value / f.baseline) for f in findings if f.kind in SPIKES}
-
-
-def _field(record: Any, name: str) -> Any:
-    """A field of a record, or of the dict that it became in the journal."""
-    return record.get(name) if isinstance(record, Mapping) else getattr(record, name, None)

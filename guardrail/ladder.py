@@ -57,7 +57,7 @@ def _fits(rung: RungSection, cause: Cause | None, embedding: bool) -> bool:
 
 
 def _in_order(ladder: Sequence[RungSection], cause: Cause | None) -> list[RungSection]:
-    if cause in (Cause.DATA, Cause.DATA_AND_STATE):
+    if cause is not None and cause.of_data:
         return sorted(ladder, key=lambda rung: (rung.do in ENDS, rung.do not in DATA_RUNGS))
     if cause is not Cause.STATE:
         return list(ladder)

@@ -42,8 +42,7 @@ class Rollback(Record, frozen=True, kw_only=True):
 def rollback_of(data: Mapping[str, Any]) -> Rollback:
     """From the data of a `rollback` event."""
     first, last = data["window"]
-    span = data.get("span")
-    by_person = (span.get("cause") if isinstance(span, Mapping) else getattr(span, "cause", None)) == "user"
+    by_person = field_of(data.get("span"), "cause") == "user"
     return Rollback(
         from_step=int(data["from_step"]),
         to_step=int(data["to_step"]),
@@ -53,6 +52,11 @@ def rollback_of(data: Mapping[str, Any]) -> Rollback:
         rung=str(data.get("rung") or ""),
         incident=None if by_person or data.get("incident") is None else int(data["incident"]),
     )
+
+
+def field_of(record: Any, name: str) -> Any:
+    """A field of a record, or of the dict that it became in the journal."""
+    return record.get(name) if isinstance(record, Mapping) else getattr(record, name, None)
 
 
 def by_severity(findings: Iterable[Finding]) -> tuple[Finding, ...]:
@@ -107,7 +111,7 @@ def decide(
 
 def untouched(diagnosis: Diagnosis | None) -> bool:
     """Whether a replay has put the trouble down to data of which nothing is in the weights."""
-    return diagnosis is not None and diagnosis.cause in (Cause.DATA, Cause.DATA_AND_STATE) and not diagnosis.applied
+    return diagnosis is not None and diagnosis.cause.of_data and not diagnosis.applied
 
 
 def patience(settings: GuardSection) -> int:

@@ -41,6 +41,11 @@ class Cause(str, Enum):
     HARDWARE = "hardware or nondeterminism"  # the same batch from the same state gives other numbers
     UNKNOWN = "unknown"  # nothing to compare with: no older state, no other batch
 
+    @property
+    def of_data(self) -> bool:
+        """Whether the batch is to blame, alone or with this state."""
+        return self in (Cause.DATA, Cause.DATA_AND_STATE)
+
 
 class Severity(str, Enum):
     NOTE = "note"  # worth a line

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guardrail.tui.overlay import Mark, draw_smoothed, put_marks, smoothed
-from guardrail.tui.raster import Curve, Ink, Plot, plot
+from guardrail.tui.raster import Curve, Ink, Plot
 from guardrail.tui.scales import XScale
+from tests.plots import plot
 
 
 def drawn(y: np.ndarray, dots: int = 120, *, height: int = 12, log: bool = False) -> tuple[Plot, Curve, XScale]:

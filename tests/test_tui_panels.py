@@ -285,7 +285,7 @@ def test_the_title_says_the_value() -> None:
 
 def test_the_axis_reaches_to_the_end_of_a_run_that_is_nearly_there() -> None:
     near = view(total_steps=1400)
-    assert "R2" in text(chart_rows(near, "loss", 120, 16)) and Series().furthest == 0
+    assert "R2" in text(chart_rows(near, "loss", 120, 16)) and Series().end("step") == 0
 
 
 def test_a_stretch_that_follows_stands_still_most_of_the_time() -> None:

@@ -39,7 +39,7 @@ def test_rows_become_columns() -> None:
 
 def test_a_run_without_rows() -> None:
     series = Track().series()
-    assert len(series) == 0 and series.last("loss") is None and series.furthest == 0
+    assert len(series) == 0 and series.last("loss") is None and series.end("step") == 0
     assert len(Series().curve("loss").x) == 0
 
 
@@ -63,7 +63,7 @@ def test_a_new_timeline_makes_a_ghost() -> None:
         pytest.approx(1.4),
     ]
     assert [ghost.step.tolist() for ghost in series.ghosts] == [[5, 6, 7]]
-    assert series.furthest == 7
+    assert series.end("step") == 7
 
 
 def test_rejected_attempts_of_one_step_stand_side_by_side() -> None:

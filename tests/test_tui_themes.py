@@ -20,9 +20,10 @@ from guardrail.tui.chart import Chart
 from guardrail.tui.cockpit import Cockpit, PaneLines
 from guardrail.tui.dialogs import Pager
 from guardrail.tui.lines import Lines
+from guardrail.tui.view import CHARTS
 from tests.fake_run import FakeReader, FakeRun, example, snapshot_of
 
-MEANING = ("plain", "strong", "dim", "good", "warn", "bad", "calm", "accent", "key", "threshold", *palette.CURVES)
+MEANING = ("plain", "strong", "dim", "good", "warn", "bad", "calm", "accent", "key", "threshold", *CHARTS)
 
 
 def luminance(colour: ColorTriplet) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -266,7 +267,7 @@ class Config(Settings, frozen=True, kw_only=True):
     def _check_gate(self) -> None:
         """The lagged gate leaves updates out on the device, and knows no number of a step before its update."""
         optim = self.optim
-        against = {
+        forbidden = {
             "optim.name": (optim.name, optim.name not in ("adam", "adamw"), '"adamw" or "adam"'),
             "optim.implementation": (optim.implementation, optim.implementation != "fused", '"fused"'),
             "optim.zclip": (optim.zclip, bool(optim.zclip), "0"),
@@ -276,20 +277,17 @@ class Config(Settings, frozen=True, kw_only=True):
             "parallel.cpu_offload": (True, self.parallel.cpu_offload, "false"),
         }
         if self.guard.gate == "lagged":
-            for key, (value, bad, expected) in against.items():
-                if bad:
-                    raise ConfigError(f'{expected}, or guard.gate = "sync"', key=key, value=value)
+            _refuse(forbidden, instead='guard.gate = "sync"')
 
     def _check_compile(self) -> None:
-        against = {
+        forbidden = {
             "parallel.pp": (self.layout.pp, self.layout.pp > 1, "1"),
             "parallel.tp": (self.layout.tp, self.layout.tp > 1, "1"),
             "optim.qk_clip": (self.optim.qk_clip, bool(self.optim.qk_clip), "0"),
             "train.activation_checkpointing": (True, self.train.activation_checkpointing, "false"),
         }
-        for key, (value, bad, expected) in against.items():
-            if self.train.compile and bad:
-                raise ConfigError(f"{expected}, or train.compile = false", key=key, value=value)
+        if self.train.compile:
+            _refuse(forbidden, instead="train.compile = false")
 
     def _check_warmup(self) -> None:
         """By epochs, the number of steps is known only when the data is."""
@@ -440,6 +438,16 @@ def memory_bytes() -> int:
         except (OSError, ValueError):  # no container, or "max"
             continue
     return memory
+
+
+def _refuse(forbidden: Mapping[str, tuple[object, bool, str]], *, instead: str) -> None:
+    """Args:
+    forbidden: key -> (its value, whether that is forbidden, what is expected).
+    instead: the other way out.
+    """
+    for key, (value, bad, expected) in forbidden.items():
+        if bad:
+            raise ConfigError(f"{expected}, or {instead}", key=key, value=value)
 
 
 def _gib(count: int) -> str:

@@ -28,9 +28,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from guardrail.torch.probes import local
 from trainer.config import FaultSection
 from trainer.damage import garbage, spoiled_rows, strike_state
 from trainer.data.loader import MicroBatch
@@ -165,9 +165,9 @@ class Faults:
             elif fault.kind == "spike_grad":
                 loss.register_hook(partial(operator.mul, fault.value))
             elif fault.kind == "inf_grad" or (fault.kind == "overflow" and scale > fault.value):
-                loss = loss + _Spoiled.apply(_here(unwrapped(model).root_weight), math.inf)
+                loss = loss + _Spoiled.apply(local(unwrapped(model).root_weight), math.inf)
             elif fault.kind == "nan_grad":
-                loss = loss + _Spoiled.apply(_here(unwrapped(model).root_weight), math.nan)
+                loss = loss + _Spoiled.apply(local(unwrapped(model).root_weight), math.nan)
         return loss
 
     def gradients(self, model: nn.Module) -> None:
@@ -177,9 +177,9 @@ class Faults:
                 gradient = parameter.grad
                 if gradient is None:
                     continue
-                local = _here(gradient)
-                if local.numel():  # a rank may hold nothing of a small sharded parameter
-                    local.view(-1)[0] = math.inf
+                here = local(gradient)
+                if here.numel():  # a rank may hold nothing of a small sharded parameter
+                    here.view(-1)[0] = math.inf
                     return
 
 
@@ -200,11 +200,6 @@ def _struck(fault: FaultSection, positions: Sequence[int]) -> list[tuple[int, in
 def _scale_rates(optimizer: Optimizer, factor: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = group["lr"] * factor
-
-
-def _here(tensor: Tensor) -> Tensor:
-    """This rank's part."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class _Spoiled(torch.autograd.Function):

@@ -8,7 +8,6 @@ depend on that it was resumed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 from guardrail.detectors.spike import NOTE_SHARE, Spike
@@ -25,19 +24,7 @@ def resume_jumps(obs: Observation, spikes: Iterable[Spike]) -> list[Finding]:
         distance = spike.distance(obs)
         if distance is None or spike.baseline.count < spike.warmup:
             continue
-        jump, limit = distance
-        if abs(jump) > NOTE_SHARE * limit:
-            findings.append(
-                Finding(
-                    signal=spike.signal,
-                    step=obs.step,
-                    kind=Kind.RESUME_JUMP,
-                    severity=Severity.NOTE,
-                    value=obs.signals[spike.signal],
-                    baseline=math.exp(spike.baseline.centre),
-                    score=abs(jump) / spike.baseline.scale,
-                    threshold=NOTE_SHARE * limit / spike.baseline.scale,
-                    onset=obs.step,
-                )
-            )
+        jump, limit = abs(distance[0]), NOTE_SHARE * distance[1]
+        if jump > limit:
+            findings.append(spike.claim(obs, Kind.RESUME_JUMP, Severity.NOTE, jump=jump, limit=limit, onset=obs.step))
     return findings

@@ -91,24 +91,36 @@ class Spike:
         jump = math.log(value) - self.baseline.centre
         if jump <= self._note:
             return []
-        scale, plain = self.baseline.scale, self._plain
+        plain = self._plain
         # An outlier is alone if an ordinary accepted step stands before it.
         limit = plain if obs.streak or self._above else max(plain, self.tail.limit(self.baseline.count))
         rejected = jump > limit and not self.note_only
         stays = self._above + 1 == NEW_LEVEL and not rejected
-        return [
-            Finding(
-                signal=self.signal,
-                step=obs.step,
-                kind=Kind.LEVEL_SHIFT if stays else self.kind,
-                severity=Severity.REJECT if rejected else Severity.NOTE,
-                value=value,
-                baseline=math.exp(self.baseline.centre),
-                score=jump / scale,
-                threshold=limit / scale,
-                onset=self._onset(obs.step),
-            )
-        ]
+        kind = Kind.LEVEL_SHIFT if stays else self.kind
+        severity = Severity.REJECT if rejected else Severity.NOTE
+        return [self.claim(obs, kind, severity, jump=jump, limit=limit, onset=self._onset(obs.step))]
+
+    def claim(
+        self, obs: Observation, kind: Kind, severity: Severity, *, jump: float, limit: float, onset: int
+    ) -> Finding:
+        """A finding about the signal's value, against the baseline.
+
+        Args:
+            jump: of the logarithm over the centre.
+            limit: the jump that it exceeds.
+        """
+        baseline = self.baseline
+        return Finding(
+            signal=self.signal,
+            step=obs.step,
+            kind=kind,
+            severity=severity,
+            value=obs.signals[self.signal],
+            baseline=math.exp(baseline.centre),
+            score=jump / baseline.scale,
+            threshold=limit / baseline.scale,
+            onset=onset,
+        )
 
     def ceiling(self) -> float:
         """A value up to which nothing is said; 0 while nothing is known."""

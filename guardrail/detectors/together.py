@@ -10,7 +10,6 @@ It has no memory of its own: the detectors of the two signals know how far out t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,20 +55,8 @@ class Together:
             distance = spike.distance(obs)
             assert distance is not None
             jump, limit = distance
-            scale = spike.baseline.scale
-            found.append(
-                Finding(
-                    signal=spike.signal,
-                    step=obs.step,
-                    kind=spike.kind,
-                    severity=Severity.REJECT,
-                    value=obs.signals[spike.signal],
-                    baseline=math.exp(spike.baseline.centre),
-                    score=jump / scale,
-                    threshold=share * limit / scale,
-                    onset=obs.step if onset is None else onset,
-                )
-            )
+            since = obs.step if onset is None else onset
+            found.append(spike.claim(obs, spike.kind, Severity.REJECT, jump=jump, limit=share * limit, onset=since))
         return found
 
     def _since(self) -> int | None:

@@ -11,7 +11,7 @@ import msgspec
 import torch
 
 from guardrail.ledger import Batch
-from guardrail.records import LOSS, MAX_NAMED, Action, Cause, Diagnosis, Kind, Mode, Observation, Phase, Span, Verdict
+from guardrail.records import LOSS, MAX_NAMED, Action, Diagnosis, Kind, Mode, Observation, Phase, Span, Verdict
 from guardrail.torch.attempt import Attempt
 from guardrail.torch.attribution import Attribution, Texts, attribute, told
 from guardrail.torch.blame import first_nonfinite
@@ -147,10 +147,8 @@ class Verdicts:
     def _attribution(self, batch: Batch, verdict: Verdict) -> Attribution | None:
         """The samples that a skipped batch owes its trouble to, where a replay has shown that it is the data."""
         guard = self._guard
-        cause = guard.controller.diagnoses.of.get(verdict.incident) if verdict.incident is not None else None
-        if guard.replays is None or cause is None or verdict.action is not Action.SKIP:
-            return None
-        if cause.cause not in (Cause.DATA, Cause.DATA_AND_STATE):
+        known = guard.controller.diagnoses.of.get(verdict.incident) if verdict.incident is not None else None
+        if guard.replays is None or known is None or verdict.action is not Action.SKIP or not known.cause.of_data:
             return None
         applied = guard.controller.applied
         return attribute(batch, verdict=verdict, replays=guard.replays, ledger=guard.ledger, applied=applied)

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from rich.style import Style
 from textual.theme import Theme
 
-CURVES = ("loss", "grad_norm", "embed_grad_norm", "embed_share", "lr", "throughput")
+from guardrail.tui.view import CHARTS
+
 BAND = ".band"  # suffix of a tone that lies on the detector's band
 TERMINAL = "ansi-dark"  # textual's name of the theme that leaves all colours to the terminal
 
@@ -145,6 +146,6 @@ def styles_of(theme: str) -> Mapping[str, Style]:
 
 def tone_of(signal: str, among: Sequence[str]) -> str:
     """The tone of a curve: its own, else one by its place."""
-    if signal in CURVES:
+    if signal in CHARTS:
         return signal
-    return CURVES[(among.index(signal) if signal in among else 0) % len(CURVES)]
+    return CHARTS[(among.index(signal) if signal in among else 0) % len(CHARTS)]

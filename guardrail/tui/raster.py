@@ -97,30 +97,6 @@ class Plot:
         return self.codes[row].astype("<u4").tobytes().decode("utf-32-le")
 
 
-def plot(
-    curve: Curve,
-    scale: XScale,
-    *,
-    height: int,
-    log: bool = False,
-    ghosts: Sequence[Curve] = (),
-    baseline: np.ndarray | None = None,
-    threshold: np.ndarray | None = None,
-    rules: Sequence[int] = (),
-) -> Plot:
-    """Draw a curve with its ghosts, band and alarms on `height` x `scale.dots // 2` cells.
-
-    Args:
-        ghosts: abandoned timelines, drawn in single dots.
-        baseline, threshold: [C] as `sample` gives them; the band is what lies between.
-        rules: cell columns in which a dotted line stands (a rollback).
-    """
-    pale = [columns(ghost, scale) for ghost in ghosts]
-    return draw(
-        columns(curve, scale), pale, height=height, log=log, baseline=baseline, threshold=threshold, rules=rules
-    )
-
-
 def draw(
     main: Columns,
     pale: Sequence[Columns],
@@ -131,7 +107,13 @@ def draw(
     threshold: np.ndarray | None,
     rules: Sequence[int],
 ) -> Plot:
-    """`plot` of curves that are in columns already."""
+    """Draw a curve with its ghosts, band and alarms on `height` x C // 2 cells.
+
+    Args:
+        pale: abandoned timelines, drawn in single dots.
+        baseline, threshold: [C] as `sample` gives them; the band is what lies between.
+        rules: cell columns in which a dotted line stands (a rollback).
+    """
     height, width = max(1, height), len(main.high) // 2
     alarms = height >= 4  # lower plots have no row to spare: alarms lie over the curve
     rows = height - alarms

@@ -56,11 +56,6 @@ class Series:
     def last_step(self) -> float:
         return float(self.step[-1]) if len(self.step) else 0.0
 
-    @property
-    def furthest(self) -> float:
-        """The last step of the present or of any ghost."""
-        return self.end(STEP)
-
     def along(self, axis: str) -> np.ndarray:
         """float64 [n]: where the rows stand; along their steps where the axis is not known."""
         return self.axes.get(axis, self.step)
