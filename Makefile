@@ -43,7 +43,7 @@ lint: install
 	$(BIN)/lint-imports
 
 bench: install
-	@set -e; for file in tests/bench/*.py; do echo "$$file"; PYTHONPATH=. $(BIN)/python "$$file"; done
+	@set -e; for file in tests/bench/*.py; do echo "$$file"; $(BIN)/python -m tests.bench.$$(basename "$$file" .py); done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

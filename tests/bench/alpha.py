@@ -1,6 +1,6 @@
 """What shrinking the embedding's gradients really does under AdamW: the size of the embedding's updates, measured.
 
-    python tests/bench/alpha.py [--warm 400] [--seeds 3]
+    python -m tests.bench.alpha [--warm 400] [--seeds 3]
 
 GLM-130B (Zeng et al. 2022) trains with emb = a emb + (1 - a) stop_gradient(emb), a = 0.1: the embedding's gradients
 times a. Adam divides a gradient by the root of its own mean square, so that a constant factor cancels once the moments

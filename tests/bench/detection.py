@@ -1,7 +1,7 @@
 """Who sees instabilities, and at what price: guardrail and the published rules on the same recorded runs.
 
-    python tests/bench/detection.py TRACES [--policy FILE] [--set guard.KEY=VALUE] [--families] [--by-family]
-    python tests/bench/detection.py --million
+    python -m tests.bench.detection TRACES [--policy FILE] [--set guard.KEY=VALUE] [--families] [--by-family]
+    python -m tests.bench.detection --million
 
 TRACES holds one folder a run, with log.csv (step, loss, grad_norm), and labels.json; how verdicts are scored stands in
 guardrail/scoring.py. guardrail's constants were chosen with these runs in view. `--families` shows what it does on each

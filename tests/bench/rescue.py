@@ -1,6 +1,6 @@
 """Who brings a run back: one fault at a time is done to a small language model, and each guard gets the same run.
 
-    python tests/bench/rescue.py [--seeds 0 1 2] [--faults NAME ...] [--arms NAME ...] [--quick] [--workers 2]
+    python -m tests.bench.rescue [--seeds 0 1 2] [--faults NAME ...] [--arms NAME ...] [--quick] [--workers 2]
 
 Decoders of 35,000 parameters on the source of Python's standard library, fp32 on the CPU. All arms share data, seeds,
 clip and schedule. "healthy" is the same run without fault and guard. Each finished cell is kept as a JSON file under

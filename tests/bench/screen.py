@@ -1,6 +1,6 @@
 """The screen at a million steps, as a terminal sees it: a real `guardrail attach` in a pseudo-terminal of 120 x 32.
 
-    python tests/bench/screen.py [--steps 1000000] [--rounds 5] [--leet VENV RUN.wandb]
+    python -m tests.bench.screen [--steps 1000000] [--rounds 5] [--leet VENV RUN.wandb]
 
 What is measured, in one run: from the command to the first frame and to the whole curve; keys; the screen of a run that
 goes on with ten steps a second; a terminal that stops reading; a day of steps. CPU seconds are those of the whole

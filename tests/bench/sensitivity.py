@@ -1,6 +1,6 @@
 """How much guardrail's figures on recorded runs hang on each of its constants: every one 20 % up and down, by itself.
 
-    python tests/bench/sensitivity.py TRACES [--by 0.2] [--only NAME]
+    python -m tests.bench.sensitivity TRACES [--by 0.2] [--only NAME]
 
 A constant at the edge of a plateau was fitted to these runs and will fail on others; one in the middle of it was not.
 TRACES as for detection.py. Whole numbers move by at least one.

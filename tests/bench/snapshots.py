@@ -1,6 +1,6 @@
 """What a copy of the training state costs: to the ring, back from it, and to disk.
 
-    python tests/bench/snapshots.py [--rounds 40] [--threads 1]
+    python -m tests.bench.snapshots [--rounds 40] [--threads 1]
 
 About 10 M parameters with AdamW, as in guard.py. Each round measures every line once, in turn, beside a bare
 `_foreach_copy_` of the very same tensors between buffers that exist already; ratios are medians of these pairs, since

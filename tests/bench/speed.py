@@ -1,6 +1,6 @@
 """A step of guardrail's trainer beside a bare PyTorch loop and the Hugging Face Trainer: time, memory, data wait.
 
-    python tests/bench/speed.py [--rounds 40] [--ranks 1,2] [--only NAME,NAME] [--compile]
+    python -m tests.bench.speed [--rounds 40] [--ranks 1,2] [--only NAME,NAME] [--compile]
 
 All contenders train the same model from the same weights on batches of the same shape, with AdamW and clipping at 1.0,
 each with its fastest AdamW. They take one step in turn in the same processes, so that whatever else the machine does
@@ -328,7 +328,7 @@ def start(world: int, folder: Path, threads: int, *options: str) -> list[dict[st
     if world > 1:  # else Accelerate would wrap the Hugging Face Trainer's model in DDP
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         environment |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    command = [sys.executable, __file__, "--folder", str(folder), "--threads", str(threads), *options]
+    command = [sys.executable, "-m", "tests.bench.speed", "--folder", str(folder), "--threads", str(threads), *options]
     ranks = [
         subprocess.Popen(
             command,

@@ -1,6 +1,6 @@
 """How long a person waits for the command line: whole processes, in turn, medians.
 
-    python tests/bench/startup.py [--rounds 20]
+    python -m tests.bench.startup [--rounds 20]
 
 Goal: `guardrail --help` in 0.1 s. What the bare interpreter and click need is shown beside it, since no command of
 Python can be faster.
