@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from guardrail.files import as_float
-from guardrail.records import Event, Finding, Record, Span
+from guardrail.records import MAX_NAMED, Event, Finding, Record, Span
 from guardrail.rundir import findings_of, span_of
 from guardrail.text import clean
 from guardrail.undoing import joined, stretches, taken_back
@@ -40,6 +40,31 @@ class Sample(Record, frozen=True, kw_only=True):
     documents: tuple[Document, ...] = ()
     excerpt: str = ""
     odd: tuple[str, ...] = ()
+
+
+class Token(Record, frozen=True, kw_only=True):
+    """A token whose row of the embedding's gradient was among the longest at a rejected step.
+
+    Attributes:
+        text: "" where no tokenizer was at hand; what does not print stands in it as an escape.
+        share: of the squared norm of the embedding's gradient, in [0, 1].
+        norm: of its row of that gradient, before clipping.
+        count: in the batch; -1: nobody counted.
+    """
+
+    id: int
+    text: str = ""
+    share: float = math.nan
+    norm: float = math.nan
+    count: int = -1
+
+    def sentence(self) -> str:
+        """'token 126 "~": 87 % of the gradient of the embedding, norm 1.46, 264 times in the batch'"""
+        facts = [f"{self.share:.0%} of the gradient of the embedding"] if math.isfinite(self.share) else []
+        facts += [f"norm {self.norm:.4g}"] if math.isfinite(self.norm) else []
+        facts += [f"{self.count:,} times in the batch"] if self.count >= 0 else []
+        named = f'token {self.id} "{self.text}"' if self.text else f"token {self.id}"
+        return f"{named}: {', '.join(facts)}" if facts else named
 
 
 class Deed(Record, frozen=True, kw_only=True):
@@ -89,6 +114,7 @@ class Incident(Record, frozen=True, kw_only=True):
 
     Attributes:
         state: "open", "recovered", "offset" (a loss that stays above what was expected) or "recurred".
+        tokens: that pulled hardest on the embedding where it was in trouble, by the longest row of any rejected step.
         cause, cause_reason: what a replay has shown, "" where none was made.
         outcome: the sentence that closed it.
         measured: the numbers of that sentence, as far as the journal has them: name -> value.
@@ -101,6 +127,7 @@ class Incident(Record, frozen=True, kw_only=True):
     closed: float | None = None
     findings: tuple[Finding, ...] = ()
     parameters: dict[str, list[str]] = msgspec.field(default_factory=dict)  # rank -> non-finite gradients
+    tokens: tuple[Token, ...] = ()
     deeds: tuple[Deed, ...] = ()
     spans: tuple[Span, ...] = ()
     samples: int = 0
@@ -166,6 +193,8 @@ class Casebook:
                 for rank, names in parameters.items()
                 if isinstance(names, list)
             }
+        if tokens := _tokens(event):
+            changes["tokens"] = _longest((*incident.tokens, *tokens))
         # A rollback is told by its own line, with the snapshot that was used.
         if action == "apply" and would and would != "apply":
             action = f"would {would}"
@@ -343,6 +372,35 @@ def _named(event: Event) -> tuple[Sample, ...]:
         for item in (raw if isinstance(raw, list) else [])
         if isinstance(item, dict)
     )
+
+
+def _tokens(event: Event) -> tuple[Token, ...]:
+    raw = event.data.get("tokens")
+    return tuple(
+        Token(
+            id=whole(item.get("id")),
+            text=clean(str(item.get("text") or ""), 60),
+            share=as_float(item.get("share")),
+            norm=as_float(item.get("norm")),
+            count=whole(item.get("count", -1)),
+        )
+        for item in (raw if isinstance(raw, list) else [])
+        if isinstance(item, dict)
+    )
+
+
+def _longest(tokens: Iterable[Token]) -> tuple[Token, ...]:
+    """Each token once, with the longest row that it had; the longest first."""
+    found: dict[int, Token] = {}
+    for token in tokens:
+        known = found.get(token.id)
+        if known is None or not token.norm <= known.norm:
+            found[token.id] = token
+    return tuple(sorted(found.values(), key=lambda token: -_rank(token.norm))[:MAX_NAMED])
+
+
+def _rank(norm: float) -> float:
+    return norm if norm == norm else math.inf
 
 
 def _documents(data: Mapping[str, Any]) -> tuple[Document, ...]:

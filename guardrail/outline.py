@@ -66,6 +66,7 @@ def _incident(incident: Incident) -> Section:
     number = f"Incident {incident.number}" if incident.number else "Incident without a number"
     seen = [Item(text=finding_line(finding)) for finding in incident.findings]
     seen += [Item(text=f"rank {rank}: not finite: {', '.join(n)}") for rank, n in incident.parameters.items()]
+    seen += [Item(text=token.sentence()) for token in incident.tokens]
     done = [Item(text=deed_line(deed), more=deed.remedies) for deed in incident.deeds[:MAX_DEEDS]]
     if len(incident.deeds) > MAX_DEEDS:
         done.append(Item(text=f"and {len(incident.deeds) - MAX_DEEDS} more of the kind"))

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from guardrail.config import GuardSection, RungSection
-from guardrail.records import EMBED_GRAD_NORM, EMBED_SHARE, Finding, Kind, Remedy, Severity
+from guardrail.records import EMBED_GRAD_NORM, EMBED_SHARE, Action, Finding, Kind, Remedy, Severity, Verdict
 
 LR, EMBED_ALPHA, CLIP, MOMENTS = "lr", "embed_alpha", "clip", "moments"
 KIND_OF = {"lower_lr": LR, "shrink_embedding": EMBED_ALPHA, "tighten_clip": CLIP, "reset_moments": MOMENTS}
@@ -75,6 +75,12 @@ def embedding_leads(findings: Sequence[Finding]) -> bool:
     if not own:
         return False
     return ran_away or not others or min(f.onset for f in own) < min(f.onset for f in others)
+
+
+def embedding_concerned(verdict: Verdict) -> bool:
+    """Whether a step was rejected, or would be, with something finite found of the embedding: worth naming tokens."""
+    rejected = verdict.action not in (Action.APPLY, Action.OVERFLOW) or verdict.would is not None
+    return rejected and any(f.signal in EMBEDDING and math.isfinite(f.value) for f in verdict.findings)
 
 
 def sentence(remedy: Remedy) -> str:

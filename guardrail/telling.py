@@ -73,6 +73,8 @@ def _incidents(incidents: tuple[Incident, ...]) -> Iterator[str]:
             yield f"    {finding_line(finding)}"
         for rank, names in incident.parameters.items():
             yield f"    rank {rank}: not finite: {', '.join(names)}"
+        for token in incident.tokens:
+            yield f"    {token.sentence()}"
         if incident.cause:
             yield f"    cause: {incident.cause}: {incident.cause_reason}"
         for deed in incident.deeds[:MAX_DEEDS]:

@@ -43,3 +43,12 @@ def clean(text: str | bytes, limit: int | None = None) -> str:
     if limit is not None and len(text) > limit:
         text = text[: max(0, limit - 1)] + "…" if limit > 0 else ""
     return text
+
+
+def visible(text: str, limit: int) -> str:
+    """Text in which each character that does not print stands as its escape: a token may be one line end.
+
+    Args:
+        limit: longest result in characters; a longer one ends in an ellipsis.
+    """
+    return clean("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: limit + 1]), limit)

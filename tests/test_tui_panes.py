@@ -141,7 +141,8 @@ def hostile(piece: str) -> View:
                          "odd": [piece]}])  # fmt: skip
     fake.event("verdict", piece, incident=1, action="skip", at_step=301, findings=[
         {"signal": piece, "step": 301, "kind": "loss_spike", "severity": "reject", "value": 9.0, "baseline": 2.0,
-         "score": 9.0, "threshold": 8.0, "onset": 301}], parameters={piece: [piece]})  # fmt: skip
+         "score": 9.0, "threshold": 8.0, "onset": 301}], parameters={piece: [piece]},
+        tokens=[{"id": 7, "text": piece, "norm": 1.0, "share": 0.5, "count": 3}])  # fmt: skip
     fake.event("remedy", piece, incident=1, remedies=[{"kind": piece, "value": 0.5, "from_step": 3}])
     fake.event("command", piece, id=piece, command=piece, who=piece, effect="applied", reason=piece)
     fake.event("incident", piece, number=1, state=piece, onset=301)

@@ -22,6 +22,7 @@ from guardrail.ledger import Batch, SampleOrder
 from guardrail.records import Phase
 from guardrail.rundir import RunDirectory, RunLock
 from guardrail.signals import StopSignals
+from guardrail.text import visible
 from guardrail.torch.guard import Guard, Step
 from guardrail.torch.rows import Rows
 from trainer.build import build_model, build_objective, clipping, stabilise
@@ -133,6 +134,7 @@ class Trainer:
             heartbeat=self.heartbeat,
             describe=self._describe,
             texts=self._texts,
+            tokens=self._tokens,
             rerun=self._rerun,
             replay=self._replay,
             fixed_loss=self._fixed_loss,
@@ -432,6 +434,12 @@ class Trainer:
     def _texts(self, sample_ids: Sequence[int]) -> list[str]:
         """The samples as text, nothing taken out of them."""
         return [self.corpus.tokenizer.decode(row) for row in self.corpus.train.tokens(list(sample_ids))]
+
+    def _tokens(self, token_ids: Sequence[int], sample_ids: Sequence[int]) -> list[dict[str, Any]]:
+        """The text of each token, and how often the samples show it, before an objective takes anything out of them."""
+        rows = self.corpus.train.tokens(list(sample_ids))[:, :-1]
+        spelled = self.corpus.tokenizer.spelled
+        return [{"text": visible(spelled(token), 40), "count": int((rows == token).sum())} for token in token_ids]
 
 
 def train(config: Config, **parts: Any) -> Phase:

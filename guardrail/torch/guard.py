@@ -44,6 +44,7 @@ from guardrail.torch.state import TrainingState
 from guardrail.torch.step import Step
 from guardrail.torch.tiers import Tiers
 from guardrail.torch.timelines import Timelines
+from guardrail.torch.tokens import DescribeTokens
 from guardrail.torch.updates import UpdateNorm
 from guardrail.torch.verdicts import Verdicts
 
@@ -75,6 +76,8 @@ class Guard:
         heartbeat: created by the caller early in set-up; None: the guard makes its own when there is a run.
         texts: sample ids -> their texts as the model met them, for what is odd about them. Called on rank 0.
         describe: sample ids -> (documents as dicts, number of documents), for the journal. Called on rank 0.
+        tokens: (token ids, sample ids of a batch) -> of each token a dict with "text" and "count", for the journal,
+            where the embedding is in trouble. Called on rank 0.
         rerun: runs the forward passes of this rank's share of the last batch again, with the same dice. Called on every
             rank when a loss was not finite, to name the module that it came from.
         replay: runs forward and backward over this rank's share of any batch (see guardrail.torch.replays). With it the
@@ -105,6 +108,7 @@ class Guard:
         heartbeat: Heartbeat | None = None,
         describe: Describe | None = None,
         texts: Texts | None = None,
+        tokens: DescribeTokens | None = None,
         rerun: Callable[[], None] | None = None,
         replay: Replay | None = None,
         fixed_loss: Callable[[], float] | None = None,
@@ -159,7 +163,7 @@ class Guard:
         self.account = Account(self)
         self.quarantine = Quarantine(self, describe)
         self.timelines = Timelines(self, fixed_loss=fixed_loss, lr_at=lr_at, identity=identity or {})
-        self.verdicts = Verdicts(self, texts=texts, rerun=rerun)
+        self.verdicts = Verdicts(self, texts=texts, tokens=tokens, rerun=rerun)
 
         self.step = 0  # applied updates so far
         self.timeline = 0

@@ -19,6 +19,7 @@ from guardrail.torch.cause import CauseTest
 from guardrail.torch.desk import Answer
 from guardrail.torch.probes import Reduced
 from guardrail.torch.step import Step
+from guardrail.torch.tokens import DescribeTokens, token_evidence
 
 if TYPE_CHECKING:
     from guardrail.torch.guard import Guard
@@ -32,12 +33,20 @@ class Verdicts:
 
     Args:
         texts: sample ids -> their texts as the model met them, for what is odd about them. Called on rank 0.
+        tokens: see `DescribeTokens`. Called on rank 0.
         rerun: runs the forward passes of this rank's share of the last batch again, with the same dice.
     """
 
-    def __init__(self, guard: Guard, *, texts: Texts | None, rerun: Callable[[], None] | None) -> None:
+    def __init__(
+        self,
+        guard: Guard,
+        *,
+        texts: Texts | None,
+        tokens: DescribeTokens | None,
+        rerun: Callable[[], None] | None,
+    ) -> None:
         self._guard = guard
-        self._texts = texts if guard.rank == 0 else None
+        self._texts, self._tokens = (texts, tokens) if guard.rank == 0 else (None, None)
         self._rerun = rerun
         self.judge: Judge | None = self._find_cause if guard.replays is not None else None
 
@@ -47,7 +56,7 @@ class Verdicts:
         guard.incident = verdict.incident
         if verdict.action is not Action.APPLY:
             guard.attempt.undo()
-        evidence = self._evidence(verdict)
+        evidence = self._evidence(step, verdict, reduced)
         verdict = self._reconsidered(step, verdict, reduced, observation)
         if verdict.findings:
             self._explain(step, verdict, evidence)
@@ -201,8 +210,9 @@ class Verdicts:
         else:  # stopped, rolled back or skipped by hand: it is done
             guard.gate.leave_out()
 
-    def _evidence(self, verdict: Verdict) -> dict[str, Any]:
-        """Where non-finite numbers come from: parameters of a gradient on every rank, the module of a loss."""
+    def _evidence(self, step: Step, verdict: Verdict, reduced: Reduced) -> dict[str, Any]:
+        """Where the numbers come from: parameters of a non-finite gradient on every rank, the module of a non-finite
+        loss, the tokens of an embedding in trouble. Asked while the gradients of the step are at hand."""
         guard = self._guard
         data: dict[str, Any] = {}
         nonfinite = {f.signal for f in verdict.findings if f.kind in (Kind.NONFINITE, Kind.SCALE_COLLAPSE)}
@@ -213,7 +223,14 @@ class Verdicts:
             modules = {str(rank): name for rank, name in enumerate(guard.gathered(self._culprit(self._rerun))) if name}
             if modules:
                 data["modules"] = modules
-        return data
+        return data | token_evidence(
+            verdict,
+            reduced,
+            embedding=guard.probes.embedding,
+            samples=step.batch.samples,
+            gathered=guard.gathered,
+            describe=self._tokens,
+        )
 
     def _explain(self, step: Step, verdict: Verdict, evidence: dict[str, Any]) -> None:
         """The verdict with what led to it."""

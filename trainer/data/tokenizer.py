@@ -34,6 +34,7 @@ _EOS_NAMES = (
     "[EOS]",
     "[SEP]",
 )
+_BYTE_NAMES = {256: "<|bos|>", 257: "<|eos|>", 258: "<|pad|>"}
 _PAD_NAMES = ("<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<｜▁pad▁｜>")
 
 
@@ -84,6 +85,15 @@ class Tokenizer(ABC):
     def decode(self, ids: np.ndarray) -> str:
         """The text of the ids; special tokens are left out, wrong UTF-8 becomes U+FFFD."""
 
+    def spelled(self, token: int) -> str:
+        """One token for a person: its text, else its name; a byte that is no text by itself as <0xE2>. "": no token."""
+        text = self.decode(np.array([token]))
+        return text if text and "\ufffd" not in text else self._name(token)
+
+    @abstractmethod
+    def _name(self, token: int) -> str:
+        """Of a token that stands for no text of its own; "" for an id that is none."""
+
     def save(self, folder: Path) -> None:
         """Write what `saved` needs, if anything."""
         if self.content:
@@ -121,6 +131,9 @@ class ByteTokenizer(Tokenizer):
     def decode(self, ids: np.ndarray) -> str:
         ids = np.asarray(ids)
         return ids[ids < 256].astype(np.uint8).tobytes().decode("utf-8", "replace")
+
+    def _name(self, token: int) -> str:
+        return f"<0x{token:02X}>" if token < 256 else _BYTE_NAMES.get(token, "")
 
 
 def _one_byte(positions: np.ndarray) -> np.ndarray:
@@ -168,6 +181,9 @@ class JsonTokenizer(Tokenizer):
 
     def decode(self, ids: np.ndarray) -> str:
         return self._backend.decode(np.asarray(ids).tolist(), skip_special_tokens=True)
+
+    def _name(self, token: int) -> str:
+        return self._backend.id_to_token(token) or ""
 
 
 class _CharacterSpans:

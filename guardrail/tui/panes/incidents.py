@@ -95,6 +95,8 @@ def _evidence_of(case: casebook.Incident) -> Iterator[tuple[str, list[str]]]:
     yield "seen", [_finding(finding) for finding in case.findings] or ["nothing that the journal tells"]
     if case.parameters:
         yield "in", [f"rank {rank}: {', '.join(names)}" for rank, names in case.parameters.items()]
+    if case.tokens:
+        yield "tokens", [token.sentence() for token in case.tokens]
     if case.cause:
         yield "cause", [f"{case.cause}: {case.cause_reason}" if case.cause_reason else case.cause]
     if case.deeds:
