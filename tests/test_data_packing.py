@@ -147,6 +147,15 @@ def test_an_excerpt_is_what_the_model_met_even_when_the_source_is_gone(tmp_path:
         corpus.train.excerpt(DocumentRef(path=next(iter(texts))[0], record=999, last_byte=5))
 
 
+def test_the_label_behind_the_last_sample_has_an_excerpt_too(tmp_path: Path) -> None:
+    write(tmp_path / "text" / "a.txt", "seven ch"[:7])  # with its end of text one sample of eight tokens
+    write(tmp_path / "text" / "b.txt", "bcd")  # one token of it is the last label; what follows is dropped
+    corpus = prepared(section(tmp_path))
+    assert len(corpus.train) == 1
+    first, second = corpus.train.documents(0)
+    assert (corpus.train.excerpt(first), corpus.train.excerpt(second)) == ("seven c", "b")
+
+
 def test_an_excerpt_cannot_reach_the_terminal(tmp_path: Path) -> None:
     write(tmp_path / "text" / "a.txt", "before\x1b]52;c;aGk=\x07\x1b[2Jafter\x00\x9b31m and more")
     corpus = prepared(section(tmp_path))

@@ -238,7 +238,8 @@ class Split:
         last = min(last, self.token_count)
         if first >= last:
             return np.empty(0, dtype=np.int64)
-        begin, end = first // self._length, min(len(self) - 1, (last - 1) // self._length)
+        # The very last token is a label of the last sample and no sample's first.
+        begin, end = (min(len(self) - 1, at // self._length) for at in (first, last - 1))
         rows = self.tokens(range(begin, end + 1))
         flat = np.concatenate([rows[:, :-1].reshape(-1), rows[-1, -1:]])
         return flat[first - begin * self._length : last - begin * self._length]
