@@ -355,9 +355,9 @@ def test_moments_are_zeroed_and_their_count_of_steps_is_kept() -> None:
 
 
 def test_the_rate_is_raised_within_the_step_alone() -> None:
-    _, optimizer = trained()
+    model, optimizer = trained()
     faults = Faults([fault("scale_lr", step=2, steps=2, value=30.0)], rank=0)
-    faults.attach([optimizer])
+    faults.attach(model, [optimizer])
     seen: list[float] = []
     optimizer.register_step_pre_hook(lambda hooked, *_: seen.append(hooked.param_groups[0]["lr"]))
     for step in range(1, 5):
@@ -373,6 +373,21 @@ def test_a_nan_gradient_is_one_entry() -> None:
     assert losses == CLEAN_LOSSES
     assert broken(gradients) == {"norm.weight": 1}
     assert gradients["norm.weight"].isnan().any()
+
+
+def test_only_what_comes_back_to_the_embedding_is_raised() -> None:
+    """Of tied weights that is the part of the input; nothing else of the model sees it, nor the other micro-batch."""
+    both, second = (Faults([fault("spike_embedding", value=1000.0, micro=micro)], rank=0) for micro in (-1, 1))
+    models = [decoder(), decoder()]
+    for faults, model in zip((both, second), models, strict=True):
+        faults.attach(model, [])
+    (losses, gradients), (_, half) = window(both, models[0]), window(second, models[1])
+    assert losses == CLEAN_LOSSES
+    weight = "embedding.weight"
+    assert all(torch.equal(gradients[name], CLEAN[name]) for name in CLEAN if name != weight)
+    assert gradients[weight].norm() > 100 * CLEAN[weight].norm() > 0
+    assert CLEAN[weight].norm() < half[weight].norm() < gradients[weight].norm()
+    assert torch.equal(window(both, models[0], step=2)[1][weight], CLEAN[weight])
 
 
 def test_garbage_has_the_size_it_was_told_and_is_another_each_time() -> None:

@@ -114,10 +114,10 @@ class TrainSection(Section, frozen=True, kw_only=True):
 class FaultSection(Section, frozen=True, kw_only=True):
     """[[faults]]: faults that the trainer stages on purpose, for tests and demonstrations."""
 
-    # In the numbers of a pass: nan_loss, spike_loss (the loss times `value`), spike_grad, inf_grad and nan_grad (one
-    # entry, before the reduction), inf_grad_reduced (after it, as a broken rank would), garbage_grad (noise of `value`
-    # times the norm, other noise each time: broken hardware), overflow (an infinite gradient where the loss scale is
-    # above `value`).
+    # In the numbers of a pass: nan_loss, spike_loss (the loss times `value`), spike_grad, spike_embedding (what comes
+    # back to an embedding, times `value`), inf_grad and nan_grad (one entry, before the reduction), inf_grad_reduced
+    # (after it, as a broken rank would), garbage_grad (noise of `value` times the norm, other noise each time: broken
+    # hardware), overflow (an infinite gradient where the loss scale is above `value`).
     # In the data: ignore_labels; in the samples of the stretch alone noise_tokens (mis-decoded text), repeat_tokens (an
     # n-gram again and again) and shuffle_labels, alike whenever the sample is used.
     # In the state, before the step and until somebody goes back (give `times`, or each attempt strikes again):
@@ -129,6 +129,7 @@ class FaultSection(Section, frozen=True, kw_only=True):
         "nan_loss",
         "spike_loss",
         "spike_grad",
+        "spike_embedding",
         "inf_grad",
         "nan_grad",
         "inf_grad_reduced",

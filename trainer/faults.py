@@ -60,6 +60,7 @@ class Faults:
         self._left = [section.times for section in self._sections]
         self._left_at: dict[int, list[int]] = {}  # step -> what was left before the last attempts at it
         self._now: list[FaultSection] = []
+        self._micro = 0  # whose forward pass is next
         self._rate = 1.0  # factor on the learning rate of the attempt at hand, whatever is replayed meanwhile
 
     def __bool__(self) -> bool:
@@ -102,8 +103,13 @@ class Faults:
             if left and section.kind not in (*ENDINGS, *STATE) and _meets(section, step, positions)
         ]
 
-    def attach(self, optimizers: Sequence[Optimizer]) -> None:
-        """Let scale_lr raise the rate within a step alone: schedule, guard and journal see what was meant."""
+    def attach(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        """Let scale_lr raise the rate within a step alone: schedule, guard and journal see what was meant. Let
+        spike_embedding reach what the embedding gives."""
+        if any(s.kind == "spike_embedding" for s in self._sections):
+            for module in model.modules():
+                if isinstance(module, nn.Embedding):
+                    module.register_forward_hook(self._embedded)
         for optimizer in optimizers if any(s.kind == "scale_lr" for s in self._sections) else []:
             optimizer.register_step_pre_hook(lambda hooked, *_: _scale_rates(hooked, self._rate))
             optimizer.register_step_post_hook(lambda hooked, *_: _scale_rates(hooked, 1 / self._rate))
@@ -134,6 +140,7 @@ class Faults:
 
     def labels(self, micro: int, labels: Tensor) -> Tensor:
         """Labels [B, T] of a micro-batch, all ignored where the fault says so; the argument is not written to."""
+        self._micro = micro
         for fault in self._now:
             # Without a micro-batch of its own, what ends or stops the process does so before the first.
             if micro == max(fault.micro, 0):
@@ -141,6 +148,11 @@ class Faults:
             if fault.kind == "ignore_labels" and fault.micro in (-1, micro):
                 labels = torch.full_like(labels, IGNORED)
         return labels
+
+    def _embedded(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        for fault in self._now:
+            if fault.kind == "spike_embedding" and fault.micro in (-1, self._micro) and output.requires_grad:
+                output.register_hook(partial(operator.mul, fault.value))
 
     def logits(self, micro: int, logits: Tensor) -> Tensor:
         """Logits of a micro-batch, unchanged; their gradient becomes garbage where the fault says so."""

@@ -114,7 +114,7 @@ class Trainer:
         self.scaler = make_scaler(config, self.device)
         schedule, clip = config.schedule(steps=self.total_steps), clipping(config)
         self.faults = Faults(config.faults, rank=self.rank)
-        self.faults.attach(self.optimizers)
+        self.faults.attach(self.model, self.optimizers)
         self.guard = Guard.from_config(
             config,
             data=order,
