@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from guardrail.files import as_float
-from guardrail.records import MAX_NAMED, Event, Finding, Record, Span
+from guardrail.records import MAX_NAMED, Curve, Event, Finding, Record, Span
 from guardrail.rundir import findings_of, span_of
 from guardrail.text import clean
 from guardrail.undoing import joined, stretches, taken_back
@@ -60,7 +60,7 @@ class Token(Record, frozen=True, kw_only=True):
 
     def sentence(self) -> str:
         """'token 126 "~": 87 % of the gradient of the embedding, norm 1.46, 264 times in the batch'"""
-        facts = [f"{self.share:.0%} of the gradient of the embedding"] if math.isfinite(self.share) else []
+        facts = [f"{100 * self.share:.2g}% of the gradient of the embedding"] if math.isfinite(self.share) else []
         facts += [f"norm {self.norm:.4g}"] if math.isfinite(self.norm) else []
         facts += [f"{self.count:,} times in the batch"] if self.count >= 0 else []
         named = f'token {self.id} "{self.text}"' if self.text else f"token {self.id}"
@@ -101,12 +101,17 @@ class Cost(Record, frozen=True, kw_only=True):
         seconds: that these and the rejected tries took; NaN where no row has measured it.
         parked: seconds that the run waited for a person.
         rejected: updates that were kept out of the weights.
+        excess: nats a token, median, by which the losses from the onset on that were given up or rejected stand above
+            the curve from before it; NaN where there is none.
+        price: nats a token that the given-up steps bring on that curve: what it costs to make them again.
     """
 
     steps: int = 0
     seconds: float = math.nan
     parked: float = 0.0
     rejected: int = 0
+    excess: float = math.nan
+    price: float = 0.0
 
 
 class Incident(Record, frozen=True, kw_only=True):
@@ -116,6 +121,8 @@ class Incident(Record, frozen=True, kw_only=True):
         state: "open", "recovered", "offset" (a loss that stays above what was expected) or "recurred".
         tokens: that pulled hardest on the embedding where it was in trouble, by the longest row of any rejected step.
         cause, cause_reason: what a replay has shown, "" where none was made.
+        closed_step: of the run when it was over; 0: it is not.
+        curve: of the loss before the onset, where there was enough of it.
         outcome: the sentence that closed it.
         measured: the numbers of that sentence, as far as the journal has them: name -> value.
     """
@@ -136,6 +143,8 @@ class Incident(Record, frozen=True, kw_only=True):
     named: tuple[Sample, ...] = ()
     cause: str = ""
     cause_reason: str = ""
+    closed_step: int = 0
+    curve: Curve | None = None
     outcome: str = ""
     measured: dict[str, float] = msgspec.field(default_factory=dict)
     cost: Cost = Cost()
@@ -217,8 +226,10 @@ class Casebook:
     def _turn(self, event: Event) -> None:
         state = clean(str(event.data.get("state") or ""), 40)
         incident = self._at(event)
+        curve = _curve(event.data.get("curve"))
+        told: dict[str, Any] = {"curve": curve} if curve is not None else {}
         if state not in ENDS:
-            self._put(incident, {})
+            self._put(incident, told)
             return
         numbers = {
             clean(name, 40): as_float(value)
@@ -228,8 +239,8 @@ class Casebook:
         closed = None if state == "recurred" else event.time
         said = clean(event.message, 400)
         outcome = "" if said == f"incident {incident.number}: {state}" else said  # which says no more than the state
-        changes = {"state": state, "closed": closed, "outcome": outcome, "measured": numbers}
-        self._put(incident, changes)
+        ended = {"closed": closed, "closed_step": event.step if closed is not None else 0}
+        self._put(incident, {**told, **ended, "state": state, "outcome": outcome, "measured": numbers})
 
     def _cause(self, event: Event) -> None:
         cause = clean(str(event.data.get("cause") or ""), 60)
@@ -428,6 +439,18 @@ def asked_for(events: Iterable[Event]) -> Iterator[Deed]:
         span = span_of(event) if event.kind in ("left_out", "rollback") else None
         if span is not None and span.cause == "user":
             yield deed_of(event, "rollback" if event.kind == "rollback" else "skip")
+
+
+def _curve(raw: Any) -> Curve | None:
+    """Of a journal that may be anybody's: only one that gives a finite loss at every step."""
+    if not isinstance(raw, dict):
+        return None
+    numbers = {name: as_float(raw.get(name)) for name in ("middle", "level", "slope", "noise", "spread")}
+    if not all(math.isfinite(number) and abs(number) < 1e6 for number in numbers.values()):
+        return None
+    if not (-5.0 <= numbers["slope"] <= 0.0 and abs(numbers["level"]) < 100 and abs(numbers["middle"]) < 100):
+        return None
+    return Curve(**numbers, count=max(0, whole(raw.get("count"))))
 
 
 def whole(value: Any) -> int:

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 import msgspec
 
 from guardrail.casebook import Cost, Incident, whole
-from guardrail.records import Event
+from guardrail.enough import expected
+from guardrail.records import LOSS, Event
 from guardrail.rundir import MetricsView, RunDirectory
 from guardrail.timelines import Timelines
 
@@ -17,7 +18,7 @@ def with_costs(run: RunDirectory, events: list[Event], incidents: list[Incident]
     """The incidents, each with what its rows and its journal lines say that it took."""
     if not incidents:
         return
-    view = run.metrics(["step", "timeline", "verdict", "step_time"])
+    view = run.metrics(["step", "timeline", "verdict", "step_time", LOSS])
     parked = _parked(events)
     for incident in incidents:
         yield msgspec.structs.replace(incident, cost=_cost(incident, view, events, parked.get(incident.number, 0.0)))
@@ -27,7 +28,7 @@ def _cost(incident: Incident, view: MetricsView, events: list[Event], parked: fl
     """Rows that its rollbacks gave up, and tries that were rejected, with the seconds that both have taken."""
     import numpy as np
 
-    steps, timelines, verdicts, seconds = view.array.T
+    steps, timelines, verdicts, seconds, losses = view.array.T
     given_up = np.zeros(len(view), dtype=bool)
     tried = np.zeros(len(view), dtype=bool)
     for deed in incident.deeds:
@@ -41,11 +42,20 @@ def _cost(incident: Incident, view: MetricsView, events: list[Event], parked: fl
         if not deed.action.startswith("would"):
             tried |= (timelines == deed.timeline) & (steps == deed.step + 1) & (verdicts != 0)
     took = seconds[given_up | tried]
+    lost, onset, curve = sum(deed.steps_lost for deed in incident.deeds), max(1, incident.onset), incident.curve
+    excess, price = math.nan, 0.0
+    if curve is not None:
+        bad = (given_up | tried) & (steps >= onset) & np.isfinite(losses)
+        above = [loss - expected(curve, step) for step, loss in zip(steps[bad], losses[bad], strict=True)]
+        excess = float(np.median(above)) if above else math.nan
+        price = expected(curve, onset) - expected(curve, onset + lost)
     return Cost(
-        steps=sum(deed.steps_lost for deed in incident.deeds),
+        steps=lost,
         seconds=float(np.nansum(took)) if len(took) else math.nan,
         parked=parked,
         rejected=int(tried.sum()),
+        excess=excess,
+        price=price,
     )
 
 

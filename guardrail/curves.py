@@ -7,10 +7,12 @@ steps make a small file and no spike is lost.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from guardrail.casebook import Incident
+from guardrail.enough import expected
 from guardrail.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Action, Event
 from guardrail.rundir import MetricsView, RunDirectory
 
@@ -41,6 +43,11 @@ class Axis:
         share = (np.clip(seen, self.low, self.high) - self.low) / (self.high - self.low)
         return self.begin + share * (self.end - self.begin)
 
+    def value(self, place: float) -> float:
+        """Pixels -> data, within the margins."""
+        seen = self.low + (place - self.begin) / (self.end - self.begin) * (self.high - self.low)
+        return 10.0**seen if self.log else seen
+
     def ticks(self) -> list[float]:
         """At most seven round numbers."""
         if self.log:
@@ -54,8 +61,8 @@ class Axis:
         return [step * number for number in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
 
-def draw(run: RunDirectory, events: Iterable[Event]) -> list[tuple[str, str]]:
-    """(name, SVG) of each signal that the run has measured."""
+def draw(run: RunDirectory, events: Iterable[Event], incidents: Sequence[Incident] = ()) -> list[tuple[str, str]]:
+    """(name, SVG) of each signal that the run has measured; the loss with where it was heading before each incident."""
     import numpy as np
 
     view = run.metrics()
@@ -73,16 +80,38 @@ def draw(run: RunDirectory, events: Iterable[Event]) -> list[tuple[str, str]]:
     found = []
     for signal in (LOSS, GRAD_NORM, EMBED_GRAD_NORM):
         if np.isfinite(view.column(signal)).any():
-            found.append((NAMES[signal], _picture(view, signal, across, present, marks)))
+            heading = list(expectations(incidents, high)) if signal == LOSS else []
+            found.append((NAMES[signal], _picture(view, signal, across, present, marks, heading)))
     return found
 
 
-def _picture(view: MetricsView, signal: str, across: Axis, present: np.ndarray, marks: list[tuple[float, str]]) -> str:
+def expectations(incidents: Iterable[Incident], last: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(Steps, losses) of the curve before each incident, from the first loss that it was fitted to until the incident
+    was over: what it is held against. To step `last` where it is open still."""
+    import numpy as np
+
+    for incident in incidents:
+        if incident.curve is not None:
+            begin, end = max(1, incident.onset - incident.curve.count), min(last, incident.closed_step or last)
+            if begin < end:
+                steps = np.linspace(begin, end, min(100, int(end - begin) + 1))
+                yield steps, np.array([expected(incident.curve, step) for step in steps.tolist()])
+
+
+def _picture(
+    view: MetricsView,
+    signal: str,
+    across: Axis,
+    present: np.ndarray,
+    marks: list[tuple[float, str]],
+    heading: list[tuple[np.ndarray, np.ndarray]],
+) -> str:
     import numpy as np
 
     steps, values = np.asarray(view.column("step")), np.asarray(view.column(signal))
     applied = np.asarray(view.column("verdict")) == list(Action).index(Action.APPLY)
-    up = _axis(values[applied & np.isfinite(values)], values[np.isfinite(values)])
+    unit = scale_of(values[applied & np.isfinite(values)], values[np.isfinite(values)])
+    up = replace(unit, begin=HEIGHT - BOTTOM, end=TOP)
     parts = [*_frame(across, up)]
     base, top = np.asarray(view.column(f"{signal}_baseline")), np.asarray(view.column(f"{signal}_threshold"))
     known = present & applied & np.isfinite(base) & np.isfinite(top)
@@ -94,6 +123,8 @@ def _picture(view: MetricsView, signal: str, across: Axis, present: np.ndarray, 
     parts += _line("gone", across, up, steps[gone], values[gone], view.column("timeline")[gone])
     here = applied & present & np.isfinite(values)
     parts += _line("here", across, up, steps[here], values[here])
+    for xs, ys in heading:
+        parts += _line("heading", across, up, xs, ys)
     tried = ~applied
     for x, y, finite in zip(
         across(steps[tried][-MAX_TRIES:]).tolist(),
@@ -110,15 +141,18 @@ def _picture(view: MetricsView, signal: str, across: Axis, present: np.ndarray, 
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{NAMES[signal]}">{"".join(parts)}</svg>'
 
 
-def _axis(applied: np.ndarray, finite: np.ndarray) -> Axis:
+def scale_of(applied: np.ndarray, finite: np.ndarray) -> Axis:
+    """Upwards from 1 at the bottom to 0 at the top: all that was applied, and of what was not as much as leaves that
+    at least half of the room; the rest stands at the top."""
     import numpy as np
 
     seen = applied if len(applied) else finite
-    low, high = float(seen.min()), float(max(seen.max(), np.quantile(finite, 0.999)))
+    low, most = float(seen.min()), float(seen.max())
+    high = max(most, min(float(np.quantile(finite, 0.999)), most + max(most - low, 0.1 * abs(most))))
     if low > 0 and high > LOGARITHMIC * float(np.median(seen)):
-        return Axis(math.log10(low) - 0.05, math.log10(high) + 0.05, HEIGHT - BOTTOM, TOP, log=True)
+        return Axis(math.log10(low) - 0.05, math.log10(high) + 0.05, 1.0, 0.0, log=True)
     room = 0.05 * (high - low) or max(1e-9, abs(high)) * 0.05
-    return Axis(low - room, high + room, HEIGHT - BOTTOM, TOP)
+    return Axis(low - room, high + room, 1.0, 0.0)
 
 
 def _frame(across: Axis, up: Axis) -> Iterator[str]:

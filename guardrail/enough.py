@@ -46,6 +46,11 @@ def fit(points: Sequence[tuple[int, float]]) -> Curve | None:
     )
 
 
+def expected(curve: Curve, step: float) -> float:
+    """The loss that a curve leads to at a step, nats a token."""
+    return math.exp(curve.level + curve.slope * (math.log(step) - curve.middle))
+
+
 def compare(curve: Curve | None, after: Sequence[tuple[int, float]]) -> Outcome | None:
     """How the losses behind the trouble stand to the curve; None where there is nothing to compare.
 

@@ -21,6 +21,7 @@ from guardrail.telling import (
     saved_by,
     shown_checkpoints,
     stretches_line,
+    worth_of,
 )
 
 
@@ -82,6 +83,7 @@ def _incident(incident: Incident) -> Section:
         ("Cause", ": ".join(part for part in (incident.cause, incident.cause_reason) if part)),
         ("Cost", cost_of(incident)),
         ("Saved", saved_by(incident)),
+        ("Worth it", worth_of(incident)),
         ("Outcome", incident.outcome or incident.state),
         ("Left out", stretches_line(incident)),
     )

@@ -31,12 +31,13 @@ blockquote { margin: .1rem 0 .1rem 1rem; font: .85em ui-monospace, monospace; wh
 svg { width: 100%; height: auto; } svg text { font-size: 11px; fill: var(--dim); } polyline { fill: none; }
 .grid { stroke: var(--line); } .here { stroke: var(--here); stroke-width: 1.4; } .band { fill: var(--band); }
 .gone { stroke: var(--gone); stroke-dasharray: 3 3; } .tried { fill: var(--bad); } .eval { fill: var(--eval); }
-.nan { fill: none; stroke: var(--bad); }
+.nan { fill: none; stroke: var(--bad); } .heading { stroke: var(--eval); stroke-dasharray: 6 3; }
 .mark { stroke: var(--bad); stroke-dasharray: 2 4; } .undo { stroke: var(--undo); }
 """.strip()
 _LEGEND = (
     "line: the present; dashed: given up; area: from the baseline to the threshold; red: tries that were rejected "
-    "(hollow: not finite); green: held-out loss; dashed upright: where a rollback or an undo went"
+    "(hollow: not finite); green: held-out loss, and dashed where the loss was heading before an incident; dashed "
+    "upright: where a rollback or an undo went"
 )
 
 

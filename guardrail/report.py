@@ -147,10 +147,12 @@ def as_dict(run: RunDirectory) -> dict[str, Any]:
 
 
 def text(run: RunDirectory) -> str:
-    """The report for a person, plain text."""
+    """The report for a person, plain text with the loss drawn in it."""
+    from guardrail.sketch import sketch
     from guardrail.telling import tell
 
-    return tell(build(run))
+    report = build(run)
+    return tell(report, drawn=sketch(run, report.incidents))
 
 
 def written(run: RunDirectory, form: str) -> str:
@@ -160,8 +162,11 @@ def written(run: RunDirectory, form: str) -> str:
     from guardrail import curves, pages
     from guardrail.outline import outline
 
-    sections = list(outline(build(run)))
-    return pages.markdown(sections) if form == "markdown" else pages.page(sections, curves.draw(run, run.events()))
+    report = build(run)
+    sections = list(outline(report))
+    if form == "markdown":
+        return pages.markdown(sections)
+    return pages.page(sections, curves.draw(run, run.events(), report.incidents))
 
 
 def save(path: str, content: str) -> None:

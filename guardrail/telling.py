@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from guardrail.casebook import Deed, Document, Incident, Sample
-from guardrail.records import CommandKind, Finding, Mode
+from guardrail.records import CommandKind, Finding, Mode, Span
 from guardrail.report import Answered, CheckpointLine, Report, Restart
 
 MAX_DOCUMENTS = 16  # named of one incident; the JSON report has all that the journal named
 MAX_DEEDS = 12  # told of one incident
 
 
-def tell(report: Report) -> str:
-    lines = [*head_lines(report), "", *_incidents(report.incidents)]
+def tell(report: Report, *, drawn: Sequence[str] = ()) -> str:
+    """`drawn`: lines of a picture, which stand behind the head."""
+    lines = [*head_lines(report), "", *drawn, *([""] if drawn else []), *_incidents(report.incidents)]
     for title, part in (
         ("Asked for by a person", [f"  step {deed.step:,}  {deed.sentence}" for deed in report.by_person]),
         ("Commands", [command_line(answer) for answer in report.commands]),
@@ -86,6 +87,8 @@ def _incidents(incidents: tuple[Incident, ...]) -> Iterator[str]:
             yield f"    cost: {cost}"
         if saved := saved_by(incident):
             yield f"    saved: {saved}"
+        if worth := worth_of(incident):
+            yield f"    worth: {worth}"
         if incident.outcome:
             yield f"    outcome: {incident.outcome}"
         yield from _left_out(incident)
@@ -106,11 +109,26 @@ def saved_by(incident: Incident) -> str:
     if not incident.cost.rejected:
         return ""
     updates = f"{_count(incident.cost.rejected, 'update')} kept out of the weights"
-    worst = next((f for f in incident.findings if f.baseline and not abs(f.value) <= abs(f.baseline)), None)
-    if worst is None:
+    high = [f for f in incident.findings if f.baseline and not abs(f.value) <= abs(f.baseline)]
+    if not high:
         return updates
+    worst = max(high, key=lambda f: abs(f.value / f.baseline) if math.isfinite(f.value) else math.inf)
     times = f", {worst.value / worst.baseline:.3g} times" if math.isfinite(worst.value) else ""
     return f"{updates}; {worst.signal} reached {worst.value:.4g} against {worst.baseline:.4g}{times}"
+
+
+def worth_of(incident: Incident) -> str:
+    """Whether what was gained is worth the steps lost, in nats a token by the curve from before the onset: only what
+    was measured, "" where there was no curve, no loss to hold against it or no loss after it. A gain within the noise
+    of a single loss is called neither."""
+    cost, offset, noise = incident.cost, incident.measured.get("offset", math.nan), incident.measured.get("noise", 0.0)
+    if not math.isfinite(cost.excess) or not math.isfinite(offset):
+        return ""
+    gain = cost.excess - offset - cost.price
+    said = f"loss against its curve: {cost.excess:+.3g} in what was given up or rejected, {offset:+.3g} after"
+    if cost.steps:
+        said += f"; the {_count(cost.steps, 'step')} made again bring {cost.price:.2g} on that curve"
+    return f"{'within the noise' if abs(gain) <= noise else 'yes' if gain > 0 else 'no'}: {said}"
 
 
 def sample_line(sample: Sample) -> str:
@@ -131,12 +149,15 @@ def deed_line(deed: Deed) -> str:
     if deed.action != "rollback" or deed.to_step is None:
         return deed.sentence or f"{deed.action} at step {deed.step:,}"
     tier = f" from {deed.tier}" if deed.tier else ""
-    window = f", leaving out positions {deed.window[0]:,} to {deed.window[1]:,}" if deed.window else ""
+    window = ""
+    if deed.window:
+        first, last = deed.window
+        window = f", leaving out positions {first:,} to {last - 1:,}" if first < last else ", leaving nothing out"
     return f"rollback: back to step {deed.to_step:,}{tier}, {_count(deed.steps_lost, 'step')} lost{window}"
 
 
 def _left_out(incident: Incident) -> Iterator[str]:
-    if not incident.spans:
+    if not stretches_line(incident):
         return
     yield f"    left out: {stretches_line(incident)}"
     for sample in incident.named[:MAX_DOCUMENTS]:
@@ -151,13 +172,19 @@ def _left_out(incident: Incident) -> Iterator[str]:
 
 
 def stretches_line(incident: Incident) -> str:
-    """ "12 samples of 5 documents (positions 40-44, 44-48, 36-48)", "" where nothing is left out."""
-    if not incident.spans:
+    """ "12 samples of 5 documents (positions 40 to 43, 44 to 47, 36 to 47)", "" where nothing is left out."""
+    spans = [span for span in incident.spans if span.positions or span.first < span.last]
+    if not spans:
         return ""
     of = f" of {_count(incident.documents_total, 'document')}" if incident.documents_total else ""
-    where = ", ".join(f"{span.first:,}-{span.last:,}" for span in incident.spans[:8])
-    more = f" and {len(incident.spans) - 8} more stretches" if len(incident.spans) > 8 else ""
+    where = ", ".join(map(_stretch, spans[:8]))
+    more = f" and {len(spans) - 8} more stretches" if len(spans) > 8 else ""
     return f"{_count(incident.samples, 'sample')}{of} (positions {where}{more})"
+
+
+def _stretch(span: Span) -> str:
+    chosen = f", {len(span.positions)} of them" if span.positions else ""
+    return f"{span.first:,} to {max(span.first, span.last - 1):,}{chosen}"
 
 
 def document_line(document: Document) -> str:
