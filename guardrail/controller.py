@@ -35,7 +35,7 @@ from guardrail.detectors.spike import LOOK_BACK, ONSET_SHARE, Spike
 from guardrail.detectors.standard import NAMED, TOGETHER, USUAL, build, build_named
 from guardrail.detectors.stuck import Stuck
 from guardrail.detectors.together import Together
-from guardrail.diagnoses import Diagnoses, diagnosis_of
+from guardrail.diagnoses import Diagnoses, diagnosis_of, signals_of
 from guardrail.enough import MOST, fit
 from guardrail.incidents import CLOSED, OPEN, RECURRED, Incidents
 from guardrail.policy import UNSUSPECTED, Rollback, by_severity, field_of, is_trouble, rejects, rollback_of, untouched
@@ -366,12 +366,14 @@ class Controller:
     def wants_cause(self, verdict: Verdict) -> bool:
         """Whether a replay should look for the cause of this verdict's incident, before the verdict takes effect.
 
-        Once an incident; again after one that has told nothing, or that the hardware does not repeat itself, and where
-        update after update is left out because the data is to blame.
+        Once for each trouble of an incident (see guardrail.diagnoses); again after one that has told nothing, or that
+        the hardware does not repeat itself, and where update after update is left out because the data is to blame.
         """
         if not self.settings.cause_test or self.mode not in (Mode.AUTO, Mode.ASK) or verdict.incident is None:
             return False
-        return (self._asks_again or self.diagnoses.untold(verdict.incident)) and verdict.action not in UNASKED
+        if verdict.action in UNASKED:
+            return False
+        return self._asks_again or self.diagnoses.untold(verdict, self.rollbacks)
 
     def reconsider(self, obs: Observation, verdict: Verdict, diagnosis: Diagnosis) -> Verdict:
         """The verdict in the light of what a replay has shown; `verdict` is what `observe` has said of `obs`.
@@ -381,7 +383,14 @@ class Controller:
         hardware: form the same batch again, and halt where that has happened too often.
         """
         assert verdict.incident is not None and verdict.onset is not None
-        self.diagnoses.learn(verdict.incident, diagnosis, verdict.step, self.rollbacks)
+        self.diagnoses.learn(
+            verdict.incident,
+            diagnosis,
+            onset=verdict.onset,
+            step=verdict.step,
+            signals=signals_of(verdict.findings),
+            rollbacks=self.rollbacks,
+        )
         if diagnosis.cause is Cause.HARDWARE:
             return self.diagnoses.unsound(verdict, diagnosis, settings=self.settings, mode=self.mode)
         return self._answer(
@@ -546,7 +555,14 @@ class Controller:
                 self.pardons += [(int(first), int(last)) for first, last in data["pardons"]]
             elif event.kind == "cause":
                 at = int(data.get("at_step") or event.step + 1)
-                self.diagnoses.learn(int(data["incident"]), diagnosis_of(data), at, self.rollbacks)
+                self.diagnoses.learn(
+                    int(data["incident"]),
+                    diagnosis_of(data),
+                    onset=int(data.get("onset") or at),
+                    step=at,
+                    signals=data.get("signals") or (),
+                    rollbacks=self.rollbacks,
+                )
             elif event.kind == "incident":
                 number = max(number, int(data["number"]))
                 is_open = data.get("state") in (OPEN, RECURRED)

@@ -1,48 +1,86 @@
-"""What replays have told about the causes of incidents: facts that outlive a rollback, in the journal. Pure."""
+"""What replays have told about the causes of incidents: facts that outlive a rollback, in the journal. Pure.
+
+A cause belongs to the trouble for which it was told. An incident holds together what happens without enough healthy
+steps in between, and that may be several kinds of trouble: the cause is asked for again where another signal is in it,
+where it began at another place, or where going back for that cause was in vain.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from msgspec import structs
 
 from guardrail.config import GuardSection
 from guardrail.policy import Rollback, close_together
-from guardrail.records import Action, Cause, Diagnosis, Mode, Verdict
+from guardrail.records import Action, Cause, Diagnosis, Finding, Mode, Severity, Verdict
+
+
+class Told(NamedTuple):
+    """For which trouble a cause was told.
+
+    Attributes:
+        onset, step: it began there, and was rejected there.
+        signals: that were in it.
+        answers: rollbacks that had answered the incident up to then.
+    """
+
+    onset: int
+    step: int
+    signals: frozenset[str]
+    answers: int
 
 
 class Diagnoses:
     """Attributes:
-    of: incident -> its cause, as far as a replay has told it.
+    of: incident -> its cause, as far as a replay has told it; of several, the last one.
     """
 
     def __init__(self) -> None:
         self.of: dict[int, Diagnosis] = {}
-        self._tried: dict[int, int] = {}  # incident -> rollbacks that had answered it when its cause was told
+        self._told: dict[int, Told] = {}
         self._unsound: list[int] = []  # steps at which the hardware gave other numbers the second time
 
-    def learn(self, incident: int, diagnosis: Diagnosis, step: int, rollbacks: Sequence[Rollback]) -> None:
+    def learn(
+        self,
+        incident: int,
+        diagnosis: Diagnosis,
+        *,
+        onset: int,
+        step: int,
+        signals: Iterable[str],
+        rollbacks: Sequence[Rollback],
+    ) -> None:
         """Args:
-        step: at which the replay was made.
+        onset, step: of the trouble for which the replay was made: where it began, and was rejected.
+        signals: in trouble there.
         rollbacks: of the run up to then.
         """
         self.of[incident] = diagnosis
-        self._tried[incident] = _answers(rollbacks, incident)
+        self._told[incident] = Told(onset, step, frozenset(signals), _answers(rollbacks, incident))
         if diagnosis.cause is Cause.HARDWARE:
             self._unsound.append(step)
 
     def now(self, incident: int, rollbacks: Sequence[Rollback]) -> Diagnosis | None:
         """What is known of an incident; an update that a rollback has taken out since is in the weights no more."""
         known = self.of.get(incident)
-        if known is not None and known.applied and _answers(rollbacks, incident) > self._tried[incident]:
+        if known is not None and known.applied and _answers(rollbacks, incident) > self._told[incident].answers:
             return structs.replace(known, applied=False)
         return known
 
-    def untold(self, incident: int) -> bool:
-        """Whether a replay has told nothing of it, or that the hardware does not repeat itself."""
-        known = self.of.get(incident)
-        return known is None or known.cause in (Cause.HARDWARE, Cause.UNKNOWN)
+    def untold(self, verdict: Verdict, rollbacks: Sequence[Rollback]) -> bool:
+        """Whether no replay has told the cause of this trouble: none of its incident, or of another trouble.
+
+        That the hardware does not repeat itself says nothing of the next time.
+        """
+        assert verdict.incident is not None
+        known, told = self.of.get(verdict.incident), self._told.get(verdict.incident)
+        if known is None or told is None or known.cause in (Cause.HARDWARE, Cause.UNKNOWN):
+            return True
+        elsewhere = verdict.onset is not None and not told.onset <= verdict.onset <= told.step
+        in_vain = _answers(rollbacks, verdict.incident) > told.answers
+        return elsewhere or in_vain or not signals_of(verdict.findings) <= told.signals
 
     def unsound(self, verdict: Verdict, diagnosis: Diagnosis, *, settings: GuardSection, mode: Mode) -> Verdict:
         """The verdict where the hardware is to blame: form the same batch again, and halt where that is too often."""
@@ -71,6 +109,11 @@ class Diagnoses:
 
 def _answers(rollbacks: Sequence[Rollback], incident: int) -> int:
     return sum(one.incident == incident for one in rollbacks)
+
+
+def signals_of(findings: Iterable[Finding]) -> frozenset[str]:
+    """The signals for which an update is rejected."""
+    return frozenset(finding.signal for finding in findings if finding.severity is not Severity.NOTE)
 
 
 def diagnosis_of(data: Mapping[str, Any]) -> Diagnosis:

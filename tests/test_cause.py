@@ -4,15 +4,20 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from guardrail.records import Cause
 from guardrail.rundir import RunDirectory
-from tests.running import SHAPES, assert_same, of_kind, tiny, trained
+from tests.running import SHAPES, assert_same, of_kind, spans, tiny, told, trained
 
 
 def spike(**settings: Any) -> dict[str, Any]:
     return {"kind": "spike_loss", "value": 50.0, **settings}
+
+
+# Weights that something has scaled between two steps.
+BROKEN: dict[str, Any] = {"kind": "scale_weights", "value": 4.0, "times": 1}
 
 
 def causes(run: RunDirectory) -> list[dict[str, Any]]:
@@ -25,7 +30,7 @@ def test_all_four_causes(tmp_path: Path, world: int, strategy: str) -> None:
         spike(step=18, first=136, last=144),  # this data, in this state
         spike(step=26, times=1, rank=world - 1),  # once, on one rank
         spike(first=300, last=302),  # this data, in any state
-        spike(step=46, times=2),  # any batch, in this state; the test itself uses no fault up
+        BROKEN | {"step": 46},  # any batch, in this state
     ]
     config = tiny(tmp_path, world=world, strategy=strategy, faults=faults, train={"steps": 54})
     a = trained(config)
@@ -34,6 +39,29 @@ def test_all_four_causes(tmp_path: Path, world: int, strategy: str) -> None:
     assert [one["cause"] for one in found] == [cause.value for cause in named]
     assert (found[1]["rank"], found[1]["host"]) == (world - 1, socket.gethostname())
     assert [one["passes"] for one in found] == [6, 1, 6, 4]
+
+
+# Any batch in the state of step 30; and then, in the same incident, ten batches of bad data here and there.
+MIXED = [BROKEN | {"step": 30}, *(spike(first=8 * batch, last=8 * batch + 8) for batch in range(30, 50, 2))]
+
+
+@pytest.mark.parametrize(
+    ("world", "strategy"), [SHAPES[0], *(pytest.param(*shape, marks=pytest.mark.slow) for shape in SHAPES[1:])]
+)
+def test_bad_data_behind_trouble_with_the_state_is_no_trouble_with_the_state(
+    tmp_path: Path, world: int, strategy: str
+) -> None:
+    config = tiny(tmp_path, world=world, strategy=strategy, faults=MIXED, train={"steps": 40}, guard={"rollbacks": 3})
+    run = trained(config)
+    first, *rest = causes(run)
+    assert first["cause"] == Cause.STATE.value and len(rest) >= 5
+    assert {one["cause"] for one in rest} == {Cause.DATA.value} and {one["incident"] for one in rest} == {1}
+    assert len(of_kind(run, "rollback")) == 1
+    assert {position for span in spans(run) for position in range(span.first, span.last)} == {
+        position for batch in range(30, 50, 2) for position in range(8 * batch, 8 * batch + 8)
+    }, "what is bad is left out, and nothing else"
+    healthy = msgspec.structs.replace(told(config, run), faults=config.faults[1:])  # nothing breaks its weights
+    assert_same(run, trained(healthy))
 
 
 def test_a_run_does_not_know_that_it_has_been_tested(tmp_path: Path) -> None:

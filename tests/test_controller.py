@@ -776,9 +776,54 @@ def test_where_the_state_is_to_blame_the_run_goes_back_at_once_and_leaves_nothin
     assert verdict.window == ((step - 2) * BATCH, (step - 2) * BATCH)
     assert "whatever the batch: go back before step" in verdict.reason and "leave nothing out" in verdict.reason
     # It is known from now on: no other replay, and no update left out in vain.
-    controller.load_rollbacks([*controller.rollbacks, done(step - 1)])
     again = controller.observe(obs(step, 9.0, 0.5))
     assert again.action is Action.ROLLBACK and not controller.wants_cause(again)
+
+
+def known_state(controller: Controller) -> int:
+    """An incident whose cause is the state, gone back for once; returns the step of its trouble."""
+    step = warmed(controller)
+    back = diagnosed(controller, obs(step, 9.0, 0.5), Cause.STATE)
+    assert back.action is Action.ROLLBACK and back.window is not None
+    went = Rollback(from_step=step - 1, to_step=step - 2, onset=step, window=back.window, rung=back.rung, incident=1)
+    controller.load_rollbacks([went])
+    return step
+
+
+def test_the_cause_is_asked_again_where_going_back_for_it_was_in_vain() -> None:
+    controller = Controller(DEFAULT)
+    step = known_state(controller)
+    again = controller.observe(obs(step, 9.0, 0.5))
+    assert (again.incident, again.incident_state, again.action) == (1, "recurred", Action.ROLLBACK)
+    assert controller.wants_cause(again)
+    after = controller.reconsider(obs(step, 9.0, 0.5), again, Diagnosis(cause=Cause.DATA))
+    assert (after.action, after.cause) == (Action.SKIP, Cause.DATA)
+    assert not controller.wants_cause(controller.observe(nth(step, 1))), "the next batch of the same trouble"
+
+
+def test_trouble_with_data_behind_trouble_with_the_state_does_not_use_the_rollbacks_up() -> None:
+    """One incident, since the steps between are fewer than `confirm`: first the state, then bad data here and there."""
+    controller = Controller(GuardSection(confirm=50, rollbacks=2))
+    step = known_state(controller)
+    for _ in range(8):
+        for _ in range(3):
+            assert controller.observe(obs(step, healthy_loss(step), 0.5)).action is Action.APPLY
+            step += 1
+        verdict = diagnosed(controller, obs(step, 9.0, 0.5), Cause.DATA)
+        assert (verdict.incident, verdict.onset, verdict.action) == (1, step, Action.SKIP)
+
+
+def test_the_cause_is_asked_again_where_another_signal_is_in_trouble() -> None:
+    controller = Controller(DEFAULT)
+    step = warmed(controller)
+    diagnosed(controller, nth(step, 0), Cause.STATE)
+    assert not controller.wants_cause(controller.observe(nth(step, 1)))
+    other = msgspec.structs.replace(nth(step, 1), signals={LOSS: healthy_loss(step), GRAD_NORM: 50.0})
+    assert diagnosed(controller, other, Cause.DATA).action is Action.SKIP
+    # Told for the gradient norm alone; and once for both, neither is another.
+    both = msgspec.structs.replace(nth(step, 2), signals={LOSS: 9.0, GRAD_NORM: 50.0})
+    diagnosed(controller, both, Cause.DATA)
+    assert not controller.wants_cause(controller.observe(other))
 
 
 def test_hardware_that_does_not_repeat_itself_is_tried_again_and_named_where_it_does_so_too_often() -> None:
@@ -815,12 +860,13 @@ def test_causes_outlive_a_crash() -> None:
     told = [
         event("incident", step - 1, number=1, state="open", onset=step),
         event("cause", step - 1, incident=1, cause="hardware or nondeterminism", rank=1, host="node7", at_step=step),
-        event("cause", step - 1, incident=1, cause="state", at_step=step),
+        event("cause", step - 1, incident=1, cause="state", at_step=step, onset=step, signals=[LOSS]),
         event("verdict", step - 1, action="rollback", at_step=step, findings=[]),
     ]
     other.rebuild(told)
     expected, found = (one.observe(obs(step, 9.0, 0.5)) for one in (controller, other))
     assert plain(found) == plain(expected) and found.cause is Cause.STATE
+    assert not controller.wants_cause(expected) and not other.wants_cause(found), "told for this very trouble"
     other.rebuild(told[:2])
     assert diagnosed(other, obs(step, 9.0, 0.5), Cause.HARDWARE).action is Action.HALT
 

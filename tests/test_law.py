@@ -156,6 +156,7 @@ def test_whichever_decision_is_taken_back(tmp_path: Path, world: int, strategy: 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_killed_behind_each_line_of_the_journal(tmp_path: Path, strategy: str) -> None:
     """Whatever has just been written down, and has not taken effect: the run that goes on is the one it would be."""

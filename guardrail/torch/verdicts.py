@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import torch
 
+from guardrail.diagnoses import signals_of
 from guardrail.ledger import Batch
 from guardrail.records import LOSS, MAX_NAMED, Action, Diagnosis, Kind, Mode, Observation, Phase, Span, Verdict
 from guardrail.torch.attempt import Attempt
@@ -99,6 +100,8 @@ class Verdicts:
             **msgspec.to_builtins(diagnosis),
             incident=verdict.incident,
             at_step=step.number,
+            onset=verdict.onset,
+            signals=sorted(signals_of(verdict.findings)),
         )
         step.verdict = guard.controller.reconsider(observation, verdict, diagnosis)
         guard.account.judged(step.verdict.action)
