@@ -25,6 +25,7 @@ from guardrail.errors import UsageError
 from guardrail.records import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS, LOSS_SCALE, UPDATE_NORM
 
 HEAD = ("loss_sum", "tokens", "grad_sq", "embed_sq", "command_kind", "command_value", "stop", "incomplete")
+_MANY = 4096  # small tensors kept before they are added up, in a long window of micro-batches
 PER_RANK = ("nonfinite_loss", "nonfinite_grad", "nonfinite_local", "step_time")
 
 
@@ -166,7 +167,7 @@ class Probes:
         self._rank_slots = self._named_slots + 2 * len(self.named)
         self._length = self._rank_slots + world * len(PER_RANK)  # roots stand behind it
         self._own_slots = self._rank_slots + rank * len(PER_RANK)
-        self._own_norm = torch.zeros((), dtype=torch.float32, device=device)
+        self._own_norms: list[Tensor] = []  # of gradients that no rank has reduced yet; fp32, 0-d
         # Of the last reduction, on the device: this rank's loss sum, the squared norm of its (shards of the) reduced
         # gradients, and the sum of its modules' gradient norms from before the ranks reduced them.
         self.own = torch.zeros(3, dtype=self.dtype, device=device)
@@ -200,9 +201,17 @@ class Probes:
 
     @torch.no_grad()
     def _add_own(self, gradients: Sequence[Tensor | None]) -> None:
+        # Added up at the end: an addition for each module costs as much as the reading itself.
         present = [local(g) for g in gradients if g is not None]
-        if present:
-            self._own_norm += torch.stack(norms(present)).sum().float()
+        self._own_norms += [norm.float() for norm in norms(present)] if present else []
+        if len(self._own_norms) >= _MANY:
+            self._own_norms = [self._own_norm()]
+
+    def _own_norm(self) -> Tensor:
+        """Sum of this rank's own gradient norms so far."""
+        if not self._own_norms:
+            return torch.zeros((), dtype=torch.float32, device=self.device)
+        return torch.stack(self._own_norms).sum()
 
     def reduce(
         self, *numbers: Any, nominal_tokens: float | None, loss_scale: float | None = None, **more: Any
@@ -272,11 +281,11 @@ class Probes:
         sums = [loss_sum, torch.as_tensor(tokens, dtype=self.dtype, device=device), grad_sq, embed_sq]
         if not self._counting:
             sums[:2] = torch.zeros_like(loss_sum), torch.zeros_like(loss_sum)
-        self.own = torch.stack([loss_sum, grad_sq, self._own_norm.to(self.dtype)])
+        self.own = torch.stack([loss_sum, grad_sq, self._own_norm().to(self.dtype)])
         flags = ~torch.isfinite(self.own)
         vector[: len(sums)] = torch.stack(sums)
         vector[self._own_slots : self._own_slots + len(flags)] = flags.to(self.dtype)
-        self._own_norm.zero_()
+        self._own_norms = []
         if self.world > 1:
             dist.all_reduce(vector)
         return torch.cat([vector, self._squares(vector).sqrt()])
@@ -290,7 +299,7 @@ class Probes:
 
     def forget(self) -> None:
         """The gradients of this step will not be reduced: drop what the hooks have added up of them."""
-        self._own_norm.zero_()
+        self._own_norms = []
 
     def on_device(self, vector: Tensor, nominal_tokens: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What `unpack` makes of the vector, by the same operations, without a wait; for a loss that nothing scales.
