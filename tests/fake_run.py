@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,9 @@ from guardrail.records import (
     Status,
 )
 from guardrail.rundir import RunDirectory
-from guardrail.tui.series import AXES, Track, choosable
+from guardrail.tui.series import AXES, choosable
 from guardrail.tui.story import Digest
+from guardrail.tui.track import Track
 from guardrail.tui.view import Snapshot
 
 START = 1_795_569_240.0  # 2026-11-25 01:14:00 UTC
@@ -285,6 +286,7 @@ class FakeReader:
         self.previewed: list[Command] = []
         self.notes: list[str] = []
         self.chosen: tuple[tuple[str, ...], str] = ((), "step")
+        self.closer: tuple[tuple[float, float], ...] = ()
         self.closed = False
         self._notify: Callable[[], None] = lambda: None
 
@@ -300,6 +302,9 @@ class FakeReader:
 
     def choose(self, signals: tuple[str, ...], axis: str) -> None:
         self.chosen = (signals, axis)  # a snapshot made by hand holds all of them already
+
+    def look_closer(self, stretches: Sequence[tuple[float, float]]) -> None:
+        self.closer = tuple(stretches)
 
     def send(self, command: Command) -> None:
         self.sent.append(command)

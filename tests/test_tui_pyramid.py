@@ -11,7 +11,8 @@ from guardrail.tui import pyramid
 from guardrail.tui.pyramid import BLOCK, Level, levels_above, stretches
 from guardrail.tui.raster import Curve, columns
 from guardrail.tui.scales import XScale
-from guardrail.tui.series import BANDS, SIGNALS, Track
+from guardrail.tui.series import BANDS, SIGNALS
+from guardrail.tui.track import Track
 
 COLUMNS = ("step", "timeline", *SIGNALS, *BANDS)
 
@@ -40,7 +41,7 @@ def test_any_stretches_are_as_the_points_say(seed: int, n: int, count: int) -> N
     y, bad = noise(rng, n)
     above = levels_above(Level(y, y, bad).folded())
     starts, ends = np.sort(rng.integers(0, n + 1, (2, count)), axis=0)
-    found = list(zip(*(part.tolist() for part in stretches(y, bad, above, starts, ends)), strict=True))
+    found = list(zip(*(part.tolist() for part in stretches(Level(y, y, bad), above, starts, ends)), strict=True))
     assert repr(found) == repr(plain(y, bad, starts, ends)), "repr, since a NaN is not equal to itself"
 
 
@@ -49,7 +50,7 @@ def test_a_level_may_lag_behind_the_points() -> None:
     y, bad = noise(np.random.default_rng(1), 2 * BLOCK**2)
     above = levels_above(Level(y[: 5 * BLOCK], y[: 5 * BLOCK], bad[: 5 * BLOCK]).folded())
     starts, ends = np.array([0, 7, 100]), np.array([len(y), 6 * BLOCK, 1500])
-    found = list(zip(*(part.tolist() for part in stretches(y, bad, above, starts, ends)), strict=True))
+    found = list(zip(*(part.tolist() for part in stretches(Level(y, y, bad), above, starts, ends)), strict=True))
     assert repr(found) == repr(plain(y, bad, starts, ends))
 
 
@@ -65,7 +66,7 @@ def test_a_track_that_grows_and_goes_back_draws_what_its_points_say() -> None:
             series, scale = track.series(), XScale.fit(at, 150, first=0.5)
             assert len(series) == at
             for signal in SIGNALS:
-                curve = series.curve(signal)
+                (curve,) = series.curves(signal)
                 seen, expected = columns(curve, scale), columns(Curve(curve.x, curve.y, curve.bad), scale)
                 for one, other in ((seen.low, expected.low), (seen.high, expected.high), (seen.bad, expected.bad)):
                     np.testing.assert_array_equal(one, other)
@@ -87,7 +88,7 @@ def test_a_million_points_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(pyramid, "_take", counted)
     edges = np.linspace(0, n, 201).astype(np.int64)
-    _, high, _ = stretches(y, y > 0, above, edges[:-1], edges[1:])
+    _, high, _ = stretches(Level(y, y, y > 0), above, edges[:-1], edges[1:])
     assert np.flatnonzero(high == 9.0).tolist() == [113], "one spike in a million is not lost"
     assert sum(looked) < 200 * 6 * BLOCK
 

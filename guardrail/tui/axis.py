@@ -13,13 +13,15 @@ from guardrail.tui.log import CHECKPOINT, COMMAND, INCIDENT, ROLLBACK, SKIP
 from guardrail.tui.overlay import Mark
 from guardrail.tui.raster import Ink
 from guardrail.tui.scales import XScale, nice
-from guardrail.tui.series import STEP, TIME, TOKENS
+from guardrail.tui.series import STEP, TIME, TOKENS, Series
 from guardrail.tui.view import View
 
 GUTTER = 8  # cells left of the plot: a label of at most seven and the axis
 _LABEL_CELLS = 12  # distance of two labels of the x-axis, at least
 _LEAST = {STEP: 50.0, TOKENS: 1.0, TIME: 10.0}  # the stretch that is shown at least
 _NEAREST = {STEP: 16.0, TOKENS: 16.0, TIME: 1.0}  # and what zooming stops at
+_POINTS = 4  # that sum up rows, a dot column at least; closer they are read again
+_NEIGHBOURS = 1024.0  # steps read around the value cursor
 _CLOCK = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 43200, 86400)
 # A mark that finds no place because of another gives way to the graver one.
 GRAVITY = (ROLLBACK, SKIP, INCIDENT, COMMAND, CHECKPOINT)
@@ -68,6 +70,31 @@ def x_scale(view: View, cells: int) -> XScale:
         last = total
     fit = XScale.fit(last - start, 2 * cells, first=half, least=_LEAST[axis])
     return XScale(start + fit.first, fit.per_dot, fit.dots)
+
+
+def closer(view: View, scale: XScale) -> list[tuple[float, float]]:
+    """Stretches of steps that are summed up and looked at so closely that their rows are wanted."""
+    series, axis, wanted = view.snapshot.series, axis_of(view), []
+    if not series.thin:
+        return []
+    low, high = (series.step_at(x, axis) for x in (scale.first, min(scale.last, end(view))))
+    high = min(high, float(series.step[series.thin - 1]))
+    parts = [series, *(detail.series for detail in series.details if detail.low <= low and high <= detail.high)]
+    if low < high and all(_coarse(part, low, high, scale, axis) for part in parts):
+        margin = math.ceil((high - low) / 2)
+        wanted.append((max(1.0, low - margin), high + margin))
+    elif len(parts) > 1:
+        wanted += [(detail.low, detail.high) for detail in series.details if detail.series in parts]
+    if view.at is not None and not series.exact(view.at):
+        wanted.append((max(1.0, view.at - _NEIGHBOURS), view.at + _NEIGHBOURS))
+    return wanted
+
+
+def _coarse(series: Series, low: float, high: float, scale: XScale, axis: str) -> bool:
+    """Whether points that sum up rows are fewer than four a dot column in [low, high]."""
+    first, last = (int(at) for at in np.searchsorted(series.step[: series.thin], (low, high)))
+    places = series.along(axis)[max(0, first - 1) : last + 1]
+    return len(places) > 1 and float(places[-1] - places[0]) * _POINTS > scale.per_dot * (len(places) - 1)
 
 
 def axis_rows(view: View, scale: XScale, cells: int) -> list[Row]:

@@ -54,7 +54,7 @@ class Chart(Lines):
         sources = (snapshot.series, snapshot.story.marks)
         run = (status.total_steps, axis.checkpoints(view)) if status else ()
         chosen = (self.signal, view.big, view.logarithmic, view.span, view.end, view.at, view.axis, view.smooth)
-        settings = (run, snapshot.loaded, snapshot.columns, *chosen, width, height)
+        settings = (run, snapshot.loaded, snapshot.columns, view.waits, *chosen, width, height)
         same = len(sources) == len(self._sources) and all(map(operator.is_, sources, self._sources))
         if not same or settings != self._settings:
             self._sources, self._settings = sources, settings
@@ -143,16 +143,14 @@ def _given(view: View, signal: str, scale: XScale, rows: int) -> Given:
     tall = rows > 1  # a curve of one row has no room for more than itself
     band: list[np.ndarray | None] = [None, None]
     if tall:
-        for index, part in enumerate(("baseline", "threshold")):
-            values = series.values.get(f"{signal}_{part}")
-            band[index] = raster.sample(series.along(along), values, scale) if values is not None else None
+        band = [series.sampled(f"{signal}_{part}", along, scale) for part in ("baseline", "threshold")]
     rules = [step for step, _ in view.snapshot.story.marks.get(ROLLBACK, ())]
     rules += [round(view.at)] if view.at is not None else []
-    curve, log = series.curve(signal, along), signal in view.logarithmic
-    smooth = overlay.smoothed(curve, scale, log, SMOOTHING[view.smooth]) if view.smooth and tall else None
+    curves, log = tuple(series.curves(signal, along)), signal in view.logarithmic
+    smooth = overlay.smoothed(curves, scale, log, SMOOTHING[view.smooth]) if view.smooth and tall else None
     return Given(
-        main=raster.columns(curve, scale),
-        pale=tuple(raster.columns(ghost.curve(signal, along), scale) for ghost in series.ghosts),
+        main=raster.columns_of(curves, scale),
+        pale=tuple(raster.columns_of(ghost.curves(signal, along), scale) for ghost in series.ghosts),
         baseline=band[0],
         threshold=band[1],
         places=smooth,
@@ -182,6 +180,8 @@ def _draw(given: Given) -> raster.Plot:
 
 def _value(view: View, signal: str) -> Piece:
     series = view.snapshot.series
+    if view.at is not None and not series.exact(view.at):
+        return "…", "dim"  # being read
     value = series.last(signal) if view.at is None else series.at(signal, view.at)
     if value is None:
         return "–", "dim"
@@ -191,7 +191,7 @@ def _value(view: View, signal: str) -> Piece:
 
 
 def _title(view: View, signal: str, width: int) -> Row:
-    right: list[Piece] = []
+    right: list[Piece] = [("reading the file   ", "accent")] if view.waits else []
     series, name = view.snapshot.series, f"{signal}_threshold"
     threshold = series.last(name) if view.at is None else series.at(name, view.at)
     if threshold is not None and math.isfinite(threshold) and width >= 56:

@@ -94,6 +94,7 @@ class Cockpit(Commanding, Screen[None]):
 
     def redraw(self) -> None:
         self.view = replace(self.view, message=self.desk.message(self.view))
+        self.desk.look_closer(axis.closer(self.view, self._scale()))
         for lines in self.query(Lines):
             lines.show(self.view)
         top = self.app.screen

@@ -51,7 +51,7 @@ class Desk:
 
     def __init__(self, reader: Reader, clock: Callable[[], float]) -> None:
         self._send, self._preview, self._note = reader.send, reader.preview, reader.note
-        self.choose = reader.choose
+        self.choose, self.look_closer = reader.choose, reader.look_closer
         self._clock = clock
         self._sent: list[Sent] = []
         self._answered: dict[str, float] = {}

@@ -5,7 +5,7 @@ Shapes as in raster: C dot columns, H x W cells. Costs by columns alone, however
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +31,7 @@ class Mark(NamedTuple):
     ink: Ink
 
 
-def smoothed(curve: Curve, scale: XScale, log: bool, half_life: float) -> np.ndarray:
+def smoothed(curves: Iterable[Curve], scale: XScale, log: bool, half_life: float) -> np.ndarray:
     """An exponential moving average over dot columns, in places of the y-axis: float64 [C], NaN where nothing is.
 
     A column counts as the median of up to 16 of its points, so that one spike does not drag the line along. The average
@@ -39,26 +39,32 @@ def smoothed(curve: Curve, scale: XScale, log: bool, half_life: float) -> np.nda
     curve and not at zero.
 
     Args:
+        curves: one behind the other.
         half_life: columns after which a value weighs half.
     """
-    at = np.searchsorted(curve.x, scale.edges())
-    counts = np.diff(at)
-    some = np.flatnonzero(counts)
     found = np.full(scale.dots, np.nan)
-    if not len(some):
-        return found
-    picked = at[:-1][some, None] + counts[some, None] * np.arange(_PICKED) // _PICKED
-    values = YScale(0.0, 1.0, log).place(curve.y[picked].astype(np.float64))
-    values = np.sort(np.where(np.isfinite(values), values, np.nan), axis=1)  # NaN comes last
-    known = np.isfinite(values).sum(axis=1)
-    middle = values[np.arange(len(some)), np.maximum(known - 1, 0) // 2]
-    found[some] = middle
+    for curve in curves:
+        _medians(curve, scale, log, found)
     mask = np.isfinite(found)
     weights = 0.5 ** (np.arange(scale.dots) / half_life)
     total = np.convolve(np.where(mask, found, 0.0), weights)[: scale.dots]
     weight = np.convolve(mask, weights)[: scale.dots]
     found[mask] = total[mask] / weight[mask]
     return found
+
+
+def _medians(curve: Curve, scale: XScale, log: bool, found: np.ndarray) -> None:
+    """Put the median of each column that has points into `found`, float64 [C]."""
+    at = curve.at(scale.edges())
+    counts = np.diff(at)
+    some = np.flatnonzero(counts)
+    if not len(some):
+        return
+    picked = at[:-1][some, None] + counts[some, None] * np.arange(_PICKED) // _PICKED
+    values = YScale(0.0, 1.0, log).place(curve.y[picked].astype(np.float64))
+    values = np.sort(np.where(np.isfinite(values), values, np.nan), axis=1)  # NaN comes last
+    known = np.isfinite(values).sum(axis=1)
+    found[some] = values[np.arange(len(some)), np.maximum(known - 1, 0) // 2]
 
 
 def draw_smoothed(plot: Plot, places: np.ndarray) -> None:

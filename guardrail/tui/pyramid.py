@@ -42,12 +42,12 @@ def levels_above(first: Level) -> tuple[Level, ...]:
 
 
 def stretches(
-    y: np.ndarray, bad: np.ndarray, above: tuple[Level, ...], starts: np.ndarray, ends: np.ndarray
+    points: Level, above: tuple[Level, ...], starts: np.ndarray, ends: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Least and greatest value, and whether there is a bad point, of points [starts, ends).
 
     Args:
-        y, bad: [n] the points.
+        points: level 0.
         above: levels over them, each with the complete blocks of the points.
         starts, ends: int [C].
 
@@ -56,7 +56,7 @@ def stretches(
     """
     low, high = np.full(len(starts), np.nan), np.full(len(starts), np.nan)
     wrong = np.zeros(len(starts), dtype=bool)
-    levels = [Level(y, y, bad), *above]
+    levels = [points, *above]
     for index, level in enumerate(levels):
         blocks = len(levels[index + 1]) if index + 1 < len(levels) else 0
         first, last = -(-starts // BLOCK), np.minimum(ends // BLOCK, blocks)

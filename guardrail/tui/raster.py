@@ -6,7 +6,7 @@ cells belongs to alarms: `▲` with the value where the axis clips a curve, `×`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -40,18 +40,31 @@ class Ink(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Points: x [n], nondecreasing; y [n], NaN where it is not finite; bad [n]: y was NaN or Inf, not merely absent;
-    above: levels of a pyramid over them, none for a short curve."""
+    """Points [first, end) of: x [n], nondecreasing; y [n], NaN where it is not finite; bad [n]: y was NaN or Inf, not
+    merely absent; above: levels of a pyramid over them, none for a short curve. Where a point stands for several values
+    y is one of them, and `low` and `high` are the least and the greatest."""
 
     x: np.ndarray
     y: np.ndarray
     bad: np.ndarray
     above: tuple[Level, ...] = ()
+    low: np.ndarray | None = None
+    high: np.ndarray | None = None
+    first: int = 0
+    end: int | None = None
 
     @classmethod
     def of(cls, x: np.ndarray, y: np.ndarray) -> Curve:
         bad = ~np.isfinite(y)
         return cls(x, np.where(bad, np.nan, y) if bad.any() else y, bad)
+
+    @property
+    def points(self) -> Level:
+        return Level(self.y if self.low is None else self.low, self.y if self.high is None else self.high, self.bad)
+
+    def at(self, edges: np.ndarray) -> np.ndarray:
+        """Before which points places of the x-axis lie, int."""
+        return np.searchsorted(self.x, edges).clip(self.first, len(self.x) if self.end is None else self.end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +82,18 @@ class Columns:
 
 def columns(curve: Curve, scale: XScale) -> Columns:
     """Least and greatest value of each dot column."""
-    at = np.searchsorted(curve.x, scale.edges())
-    return Columns(*stretches(curve.y, curve.bad, curve.above, at[:-1], at[1:]))
+    at = curve.at(scale.edges())
+    return Columns(*stretches(curve.points, curve.above, at[:-1], at[1:]))
+
+
+def columns_of(curves: Iterable[Curve], scale: XScale) -> Columns:
+    """`columns` of curves that are one behind the other."""
+    nothing = np.full(scale.dots, np.nan)
+    found = Columns(nothing, nothing, np.zeros(scale.dots, dtype=bool))
+    for curve in curves:
+        part = columns(curve, scale)
+        found = Columns(np.fmin(found.low, part.low), np.fmax(found.high, part.high), found.bad | part.bad)
+    return found
 
 
 def sample(x: np.ndarray, y: np.ndarray, scale: XScale) -> np.ndarray:

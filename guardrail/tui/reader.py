@@ -1,5 +1,5 @@
-"""From the run directory to snapshots. One thread reads, one hands commands in; the screen's own touches no disk, so
-that a file system that hangs leaves the keys alive.
+"""From the run directory to snapshots. One thread reads what is new, one reads again what is looked at closer, one
+hands commands in; the screen's own touches no disk, so that a file system that hangs leaves the keys alive.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -19,14 +19,16 @@ from guardrail.follow import Follower
 from guardrail.records import Command
 from guardrail.rundir import RunDirectory
 from guardrail.tui.around import Lookout
-from guardrail.tui.series import SIGNALS, STEP, Track
+from guardrail.tui.series import SIGNALS, STEP, Detail, Series
 from guardrail.tui.story import Digest
+from guardrail.tui.track import EXACT, Track
 from guardrail.tui.view import Snapshot
 
 LOOK_SECONDS = 0.25  # between two looks at a run that is busy
 WAIT_SECONDS = 1.0  # between two looks at a quiet one
 PRESENCE_SECONDS = 5.0
 _CHUNK = 65536  # rows read, and mapped, before the screen hears of them
+RETRY_SECONDS = 5.0  # between two tries to read what could not be read again
 
 
 class Reader(Protocol):
@@ -39,6 +41,9 @@ class Reader(Protocol):
 
     def choose(self, signals: tuple[str, ...], axis: str) -> None:
         """Which curves are looked at, along which axis; never blocks, and comes with `Snapshot.series`."""
+
+    def look_closer(self, stretches: Sequence[tuple[float, float]]) -> None:
+        """These stretches of steps are looked at in single rows; never blocks, and comes with `Series.details`."""
 
     def send(self, command: Command) -> None:
         """Hand a command in; never blocks, and says a failure through `Snapshot.unsent`."""
@@ -59,13 +64,22 @@ class RunReader:
         run: the directory.
         present: say in the directory that somebody watches, who could answer a question.
         clock: wall time.
+        exact: newest rows that are kept as they are, at least.
     """
 
-    def __init__(self, run: RunDirectory, *, present: bool = True, clock: Callable[[], float] = time.time) -> None:
-        self._run, self._present, self._clock = run, present, clock
+    def __init__(
+        self,
+        run: RunDirectory,
+        *,
+        present: bool = True,
+        clock: Callable[[], float] = time.time,
+        exact: int = EXACT,
+    ) -> None:
+        self._run, self._present, self._clock, self._exact = run, present, clock, exact
         self._follower = Follower(run, most=_CHUNK)
-        self._track, self._digest = Track(), Digest()
+        self._track, self._digest = self._new_track(), Digest()
         self._outbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._shelf: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lookout = Lookout(run, clock=clock)
         self._leaving = threading.Event()
         self._heartbeat: float | None = None
@@ -75,11 +89,15 @@ class RunReader:
         self._wanted: tuple[tuple[str, ...], str] = ((), STEP)
         self._kept: tuple[tuple[str, ...], str] = ((), STEP)  # what `_track` keeps
         self._taken = 0  # rows that are in `_track`
-        self._tracking = threading.Lock()  # of these and of `_track`
+        self._tracking = threading.Lock()  # of these, of `_track` and of `_details`
+        self._details: tuple[Detail, ...] = ()
+        self._cuts = 0  # of `_track`, when these were read
+        self._closer: tuple[tuple[float, float], ...] = ()  # what is wanted, and what was tried last, and when
+        self._tried: tuple[tuple[tuple[float, float], ...], float] = ((), 0.0)
         self._notify: Callable[[], None] = lambda: None
         self._threads = [
             threading.Thread(target=work, name=f"guardrail-{work.__name__.strip('_')}", daemon=True)
-            for work in (self._read, self._work)
+            for work in (self._read, self._work, self._look_up)
         ]
 
     def start(self, notify: Callable[[], None]) -> None:
@@ -92,7 +110,16 @@ class RunReader:
 
     def choose(self, signals: tuple[str, ...], axis: str) -> None:
         self._wanted = (signals, axis)
-        self._outbox.put(self._track_anew)
+        self._shelf.put(self._track_anew)
+
+    def look_closer(self, stretches: Sequence[tuple[float, float]]) -> None:
+        """Asked again and again, it reads once; what nobody asks for any more is let go of with the next reading."""
+        wanted = tuple(stretches)
+        tried, when = self._tried
+        if wanted and (wanted != tried or time.monotonic() - when >= RETRY_SECONDS):
+            self._tried = (wanted, time.monotonic())
+            self._closer = wanted
+            self._shelf.put(self._read_closer)
 
     def send(self, command: Command) -> None:
         self._outbox.put(lambda: self._hand_in(command))
@@ -104,9 +131,10 @@ class RunReader:
         self._outbox.put(lambda: self._write_down(text))
 
     def close(self) -> None:
-        """Leave. A file system that hangs does not hold the screen: both threads end with the process."""
+        """Leave. A file system that hangs does not hold the screen: all threads end with the process."""
         self._leaving.set()
         self._outbox.put(None)
+        self._shelf.put(None)
         if self._threads[1].is_alive():
             self._threads[1].join(timeout=0.5)
 
@@ -157,12 +185,12 @@ class RunReader:
         first, end = update.rows
         with self._tracking:
             if view is not None and first < end:
-                self._track.add(view.columns, np.asarray(view.array[first:end]))
+                self._track.add(view.columns, np.asarray(view.array[first:end]), first=first)
                 self._taken = end
-                self._publish(series=self._track.series(), columns=tuple(view.columns))
+                self._publish(series=self._series(), columns=tuple(view.columns))
             self._leave(self._track)
             if self._track.last_step < self._latest.series.last_step:
-                self._publish(series=self._track.series())
+                self._publish(series=self._series())
         if first < end and self._follower.complete:
             self._lookout.look_at_rows(view)
 
@@ -172,23 +200,90 @@ class RunReader:
         if limit < track.last_step:
             track.abandon(after=limit)
 
+    def _new_track(self, signals: tuple[str, ...] = (), axis: str = STEP) -> Track:
+        return Track(signals, (axis,), exact=self._exact, again=self._rows_again)
+
+    def _series(self) -> Series:
+        """With those details that are still true."""
+        if self._track.cuts != self._cuts:
+            self._cuts, self._details, self._tried = self._track.cuts, (), ((), 0.0)
+        return replace(self._track.series(), details=self._details)
+
     def _track_anew(self) -> None:
         """Read the rows again for signals that were not kept so far; what is kept beyond need stays."""
         signals, axis = self._wanted
         with self._tracking:
             if set(signals) <= {*SIGNALS, *self._kept[0]} and axis in (STEP, self._kept[1]):
                 return
-            track = Track(signals, (axis,))
+            track = self._new_track(signals, axis)
             try:
-                for at in range(0, self._taken, _CHUNK):
-                    view = self._run.metrics()  # anew, so that what was read of the file is let go of
-                    track.add(view.columns, np.asarray(view.array[at : min(self._taken, at + _CHUNK)]))
+                for first, columns, rows in self._in_chunks(0, self._taken):
+                    track.add(columns, rows, first=first)
             except (OSError, GuardrailError) as error:
                 self._publish(trouble=f"cannot read the run: {_reason(error)}")
                 return
             self._leave(track)
-            self._track, self._kept = track, (signals, axis)
-            self._publish(series=track.series())
+            self._track, self._kept, self._cuts = track, (signals, axis), -1  # details do not have the signals
+            self._publish(series=self._series())
+
+    def _in_chunks(self, first: int, end: int) -> Iterable[tuple[int, Sequence[str], np.ndarray]]:
+        """(number of the first, columns, rows) of rows [first, end) of the file; mapped anew for each chunk, so that
+        what was read of the file is let go of."""
+        for at in range(first, end, _CHUNK):
+            view = self._run.metrics()
+            yield at, view.columns, np.asarray(view.array[at : min(end, at + _CHUNK)])
+
+    def _rows_again(self, first: int, end: int) -> tuple[Sequence[str], np.ndarray]:
+        """For `Track`, which needs a few of them; none where they cannot be read just now."""
+        try:
+            view = self._run.metrics()
+            return view.columns, np.array(view.array[first:end])
+        except (OSError, GuardrailError):
+            return (), np.zeros((0, 0))
+
+    def _read_closer(self) -> None:
+        """Read the rows of the stretches that are looked at; those that are at hand already are not read again."""
+        wanted, kept = self._closer, self._kept
+        with self._tracking:
+            series, details = self._series(), {(one.low, one.high): one for one in self._details}
+            cuts = self._cuts
+        missing = [stretch for stretch in wanted if stretch not in details]
+        if not missing:
+            return
+        self._publish(looking_up=self._clock())
+        try:
+            for stretch in missing:
+                if (found := self._detail(series, kept, *stretch)) is not None:
+                    details[stretch] = found
+                if self._closer != wanted or self._leaving.is_set():
+                    return  # somebody looks elsewhere by now
+        except (OSError, GuardrailError) as error:
+            self._publish(trouble=f"cannot read the run: {_reason(error)}")
+            return
+        finally:
+            self._publish(looking_up=None)
+        with self._tracking:
+            if (self._track.cuts, self._kept) != (cuts, kept):
+                self._tried = ((), 0.0)  # they may be abandoned, or lack what is looked at: to be asked for anew
+                return
+            self._details = tuple(details[stretch] for stretch in wanted if stretch in details)
+            self._publish(series=self._series())
+
+    def _detail(self, series: Series, kept: tuple[tuple[str, ...], str], low: float, high: float) -> Detail | None:
+        """All rows of the present with steps in [low, high], and the rest of the points that they are in."""
+        if not len(series):
+            return None
+        point = int(np.searchsorted(series.step, low))
+        last = min(len(series) - 1, int(np.searchsorted(series.step, high, side="right")))
+        first, end = int(series.row[point - 1]) + 1 if point else 0, int(series.row[last]) + 1
+        base = {name: float(places[point - 1]) for name, places in series.axes.items()} if point else {}
+        track = Track(kept[0], (kept[1],), exact=EXACT, base=base)
+        for at, columns, rows in self._in_chunks(first, end):
+            track.add(columns, rows, first=at)
+            if self._leaving.is_set():
+                return None
+        found = replace(track.series(), ghosts=())
+        return Detail(found, first, end, low, high) if len(found) else None
 
     def _publish(self, **news: Any) -> None:
         """Replace the latest snapshot, and say so where it says something new."""
@@ -210,6 +305,10 @@ class RunReader:
             work()
         if self._present:
             self._run.screen_gone()
+
+    def _look_up(self) -> None:
+        while (work := self._shelf.get()) is not None:
+            work()
 
     def _hand_in(self, command: Command) -> None:
         try:

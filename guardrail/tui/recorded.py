@@ -12,8 +12,9 @@ import numpy as np
 
 from guardrail.errors import GuardrailError
 from guardrail.records import Command, Event, Mode, Phase, Status
-from guardrail.tui.series import AXES, Track, choosable
+from guardrail.tui.series import AXES, choosable
 from guardrail.tui.story import Digest
+from guardrail.tui.track import Track
 from guardrail.tui.view import Snapshot
 
 REFUSAL = "a recorded log takes no commands"
@@ -64,6 +65,9 @@ class RecordedReader:
 
     def choose(self, signals: tuple[str, ...], axis: str) -> None:
         """All that the log has is kept already."""
+
+    def look_closer(self, stretches: Sequence[tuple[float, float]]) -> None:
+        """And none of it is summed up."""
 
     def send(self, command: Command) -> None:
         self._publish(unsent={**self._latest.unsent, command.id: REFUSAL})

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # What is shown without a choice: as many of them, from the first on, as the terminal has room for.
 CHARTS = (LOSS, GRAD_NORM, EMBED_GRAD_NORM, EMBED_SHARE, "lr", THROUGHPUT)
+SLOW_SECONDS = 0.5  # what takes longer is said
 LABELS = {
     GRAD_NORM: "gradient norm",
     EMBED_GRAD_NORM: "embedding gradient norm",
@@ -63,6 +64,7 @@ class Snapshot:
         previews: id of a preview that was asked for -> what the command would do.
         around: ranks, their output, the configuration, who else watches.
         columns: names of what the rows hold, from outside.
+        looking_up: since when rows that are looked at closer are being read, by the viewer's clock; None: none are.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Snapshot:
     previews: Mapping[str, Preview] = field(default_factory=dict)
     around: Around = field(default_factory=Around)
     columns: tuple[str, ...] = ()
+    looking_up: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("name", "trouble", "recorded"):
@@ -130,6 +133,12 @@ class View:
     @property
     def silence(self) -> float:
         return max(0.0, self.now - self.snapshot.heard)
+
+    @property
+    def waits(self) -> bool:
+        """Rows that are looked at closer are long in coming."""
+        since = self.snapshot.looking_up
+        return since is not None and self.now - since >= SLOW_SECONDS
 
     @property
     def health(self) -> Health:
