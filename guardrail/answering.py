@@ -77,6 +77,7 @@ class Answer:
     action: what `auto` does.
     rung: its name.
     window: positions [first, last) that are left out.
+    positions: those of the window that are to blame; (): all.
     before: the state to go back to is older than this step; None where it does not go back.
     remedies: what goes with it.
     reason: one sentence with the numbers that led here.
@@ -85,6 +86,7 @@ class Answer:
     action: Action
     rung: str
     window: tuple[int, int]
+    positions: tuple[int, ...]
     before: int | None
     remedies: tuple[Remedy, ...]
     reason: str
@@ -98,6 +100,7 @@ def answer(case: Case, action: Action) -> Answer:
         rung = next_rung(settings.ladder, row, case.rollbacks, applied=case.applied, cause=case.cause, embedding=leads)
     again = 0 if rung is None else times_taken(rung, row)
     out, before = _window(case, action, rung)
+    few = _few(case, rung, out)
     remedies: tuple[Remedy, ...] = () if rung is None else of_rung(rung, before or case.obs.step, again=again)
     asked = leads and not row and (not case.streak or action is Action.ROLLBACK)
     if asked and not any(remedy.kind == EMBED_ALPHA for remedy in remedies):
@@ -105,12 +108,12 @@ def answer(case: Case, action: Action) -> Answer:
     name = "skip" if action is Action.SKIP else (rung.do if rung is not None else _end(case))
     if action is Action.ROLLBACK and (rung is None or rung.do in ENDS):
         action = Action.HALT
-    reason = _reason(case, action, window=out, before=before, rung=name)
+    reason = _reason(case, action, window=out, few=len(few), before=before, rung=name)
     if action is Action.HALT:
         remedies = ()
     if remedies:
         reason += "; " + "; ".join(map(sentence, remedies))
-    return Answer(action=action, rung=name, window=out, before=before, remedies=remedies, reason=reason)
+    return Answer(action=action, rung=name, window=out, positions=few, before=before, remedies=remedies, reason=reason)
 
 
 def _end(case: Case) -> str:
@@ -139,7 +142,18 @@ def _window(case: Case, action: Action, rung: RungSection | None) -> tuple[tuple
     return out, before
 
 
-def _reason(case: Case, action: Action, *, window: tuple[int, int], before: int | None, rung: str) -> str:
+def _few(case: Case, rung: RungSection | None, window: tuple[int, int]) -> tuple[int, ...]:
+    """The samples of a window that are to blame; () where all of it goes.
+
+    To widen means that what was left out was not enough: then nothing of the window is kept.
+    """
+    if rung is None or rung.do == "widen" or case.diagnosis is None or case.cause is not Cause.DATA:
+        return ()
+    few = case.diagnosis.positions
+    return few if all(window[0] <= position < window[1] for position in few) else ()
+
+
+def _reason(case: Case, action: Action, *, window: tuple[int, int], few: int, before: int | None, rung: str) -> str:
     settings, findings, streak, row = case.settings, case.findings, case.streak, case.row
     what = findings[0].sentence()
     if action is Action.SKIP and untouched(case.diagnosis):
@@ -164,5 +178,8 @@ def _reason(case: Case, action: Action, *, window: tuple[int, int], before: int 
         end = "ask" if rung == "pause" else "halt"
         return f"{what}, {why}: {end}, since {tried} have used up the rungs of guard.ladder that fit"
     out = "leave nothing out" if window[0] == window[1] else f"leave out positions {window[0]} to {window[1] - 1}"
+    if few:
+        samples = "the one sample" if few == 1 else f"the {few} samples"
+        out = f"leave out {samples} to blame of positions {window[0]} to {window[1] - 1}"
     again = f", rung {rung} after {tried}" if row else ""
     return f"{what}, {why}{again}: go back before step {before}, {out}"

@@ -281,6 +281,7 @@ class Controller:
             findings=findings,
             onset=onset,
             window=done.window,
+            positions=done.positions if done.action is Action.ROLLBACK else (),
             before_step=done.before,
             reason=done.reason,
             would=would,

@@ -66,7 +66,7 @@ class Diagnoses:
         """What is known of an incident; an update that a rollback has taken out since is in the weights no more."""
         known = self.of.get(incident)
         if known is not None and known.applied and _answers(rollbacks, incident) > self._told[incident].answers:
-            return structs.replace(known, applied=False)
+            return structs.replace(known, applied=False, positions=())
         return known
 
     def untold(self, verdict: Verdict, rollbacks: Sequence[Rollback]) -> bool:
@@ -101,6 +101,7 @@ class Diagnoses:
             action=Action.PAUSE if asked else action,
             would=action if asked else None,
             window=None,
+            positions=(),
             before_step=None,
             reason=f"{verdict.findings[0].sentence()}, but {reason}",
             cause=diagnosis.cause,
@@ -125,4 +126,5 @@ def diagnosis_of(data: Mapping[str, Any]) -> Diagnosis:
         host=str(data.get("host", "")),
         passes=int(data.get("passes", 0)),
         applied=bool(data.get("applied", False)),
+        positions=tuple(map(int, data.get("positions") or ())),
     )

@@ -317,6 +317,11 @@ class Ledger:
             self._rejected = [r for r in self._rejected if not (span.first <= r[0] and r[1] <= span.last)]
         return len(self.quarantine) - before
 
+    def rejected(self, first: int, last: int) -> set[int]:
+        """The positions that rejected updates within [first, last) have left out."""
+        within = [s for s in self.spans if s.cause == "rejected" and first <= s.first and s.last <= last]
+        return {position for span in within for position in span.positions or range(span.first, span.last)}
+
     def samples_of(self, span: Span) -> list[int]:
         """The ids of the samples that a span means, in the order of its positions."""
         if span.positions:

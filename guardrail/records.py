@@ -156,6 +156,8 @@ class Diagnosis(Record, frozen=True, kw_only=True):
         rank, host: for HARDWARE, who computed something else the second time; -1 and "" otherwise.
         passes: forward and backward passes that it took.
         applied: for DATA, an update of what is to blame is in the weights: to leave out what comes is not enough.
+        positions: for DATA, the few samples that explain the trouble from its onset on, ascending; () where they do
+            not, or nobody looked.
     """
 
     cause: Cause
@@ -164,6 +166,7 @@ class Diagnosis(Record, frozen=True, kw_only=True):
     host: str = ""
     passes: int = 0
     applied: bool = False
+    positions: tuple[int, ...] = ()
 
 
 class Remedy(Record, frozen=True, kw_only=True):
@@ -225,6 +228,7 @@ class Verdict(Record, frozen=True, kw_only=True):
         findings: the evidence, most severe first.
         onset: first step of the trouble; rollback goes to a snapshot before it.
         window: for ROLLBACK, positions [first, last) to quarantine; else the batch's own span.
+        positions: for ROLLBACK, the samples of the window that are to blame; (): all of it.
         before_step: for ROLLBACK, the first step whose batch is in the window: the state to go back to is older.
         reason: one sentence with numbers, for the journal.
         would: in `advise` and in PAUSE, the action that `auto` would have taken.
@@ -243,6 +247,7 @@ class Verdict(Record, frozen=True, kw_only=True):
     findings: tuple[Finding, ...] = ()
     onset: int | None = None
     window: tuple[int, int] | None = None
+    positions: tuple[int, ...] = ()
     before_step: int | None = None
     reason: str = ""
     would: Action | None = None

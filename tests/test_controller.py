@@ -763,6 +763,34 @@ def test_an_update_of_bad_data_is_gone_back_for_once() -> None:
     assert [controller.observe(nth(step, streak)).action for streak in range(5)] == [Action.SKIP] * 5
 
 
+def few(controller: Controller, positions: tuple[int, ...], cause: Cause = Cause.DATA) -> Verdict:
+    """A rollback for the batch at hand, of which a replay has named some samples."""
+    step = controller.applied[-1].step + 1 if controller.applied else warmed(controller)
+    at = nth(step, 0)
+    told = Diagnosis(cause=cause, applied=True, positions=tuple((step - 1) * BATCH + p for p in positions))
+    return controller.reconsider(at, controller.observe(at), told)
+
+
+def test_only_the_samples_to_blame_of_a_window_are_left_out_until_that_was_not_enough() -> None:
+    controller = Controller(DEFAULT)
+    verdict = few(controller, (-2, 3))
+    assert verdict.action is Action.ROLLBACK and verdict.window is not None
+    here = (verdict.step - 1) * BATCH
+    assert verdict.positions == (here - 2, here + 3)
+    assert f"leave out the 2 samples to blame of positions {here - BATCH} to {here + BATCH - 1}" in verdict.reason
+    went = Rollback(
+        from_step=verdict.step - 1, to_step=190, onset=verdict.step, window=verdict.window, rung="rollback", incident=1
+    )
+    controller.load_rollbacks([went])
+    again = few(controller, (3,))
+    assert (again.rung, again.positions) == ("widen", ()), "what is left of the window goes as well"
+
+
+@pytest.mark.parametrize(("positions", "cause"), [((3,), Cause.STATE), ((3, 5000), Cause.DATA), ((), Cause.DATA)])
+def test_a_window_that_its_samples_do_not_explain_goes_whole(positions: tuple[int, ...], cause: Cause) -> None:
+    assert few(Controller(DEFAULT), positions, cause).positions == ()
+
+
 def test_without_the_rung_skip_bad_data_is_gone_back_for() -> None:
     controller = Controller(GuardSection(ladder=(RungSection(do="rollback"),)))
     assert diagnosed(controller, nth(warmed(controller), 0), Cause.DATA).action is Action.ROLLBACK

@@ -50,7 +50,22 @@ def mild_then_strong(batch: int, mild: float, strong: float) -> list[dict[str, A
     ]
 
 
-def config_of(folder: Path, *, world: int, strategy: str) -> Config:
+STORY = [
+    *mild_then_strong(35, 1.45, 1.8),
+    *mild_then_strong(51, 1.75, 2.5),
+    {"kind": "noise_tokens", "first": 620, "last": 623},
+]
+
+
+def config_of(
+    folder: Path,
+    *,
+    world: int,
+    strategy: str,
+    faults: list[dict[str, Any]] = STORY,
+    score: float = 5.0,
+    epochs: int = 4,
+) -> Config:
     """Eight pieces of text over and over, a document a sample, so that two samples of noise stand out."""
     write_corpus(folder / "whole", documents=PIECES)
     text = "".join(file.read_text(encoding="utf-8") for file in sorted((folder / "whole").iterdir()))
@@ -65,13 +80,9 @@ def config_of(folder: Path, *, world: int, strategy: str) -> Config:
         data={"order": "shuffled"},
         model={"dropout": 0.01},
         optim={"lr": 1e-2},
-        train={"steps": 0, "epochs": 4},
-        faults=[
-            *mild_then_strong(35, 1.45, 1.8),
-            *mild_then_strong(51, 1.75, 2.5),
-            {"kind": "noise_tokens", "first": 620, "last": 623},
-        ],
-        guard={"loss_score": 5.0, "window_max": 10, "ladder": LADDER},
+        train={"steps": 0, "epochs": epochs},
+        faults=faults,
+        guard={"loss_score": score, "window_max": 10, "ladder": LADDER},
         checkpoint={"every": 10, "keep": 4},
     )
     assert len(corpus_of(config).train) == SAMPLES
@@ -179,3 +190,28 @@ def test_killed_behind_each_line_of_the_journal(tmp_path: Path, strategy: str) -
         assert train(run, 2) == "finished"
         assert_whole(run)
         assert_same(run, whole)
+
+
+# -- a window of which only a few samples are to blame
+
+NOISE = (506, 507, 512, 513, 514, 515)  # two samples of a batch that is applied, and four of the one behind it
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_a_rollback_leaves_out_the_few_samples_that_explain_it(tmp_path: Path, strategy: str) -> None:
+    faults = [
+        {"kind": "noise_tokens", "first": first, "last": last} for first, last in ((NOISE[0], 508), (NOISE[2], 516))
+    ]
+    config = config_of(tmp_path, world=2, strategy=strategy, faults=faults, score=11.5, epochs=3)
+    run = new_run(config)
+    assert killed_behind(run, 2, lambda event: event.kind == "rollback")
+    assert train(run, 2) == "finished"
+    (back,) = of_kind(run, "rollback")
+    first, last = back.data["window"]
+    assert last - first > 2 * BATCH and first <= NOISE[0] and NOISE[-1] < last
+    assert tuple(back.data["span"]["positions"]) == NOISE and back.data["count"] == len(NOISE)
+    (verdict,) = of_kind(run, "verdict")
+    assert f"leave out the 6 samples to blame of positions {first} to {last - 1}" in verdict.message
+    assert len(quarantine_lines(run)) == len(NOISE), "the rest of the window is kept"
+    assert_whole(run)
+    assert_same(run, trained(told(config, run)))

@@ -134,6 +134,18 @@ def test_samples_come_back_unless_somebody_else_leaves_them_out_too() -> None:
     assert following is not None and following.positions == (6, 7, 9, 10) and following.streak == 0
 
 
+def test_a_rollback_that_leaves_a_few_samples_out_takes_the_rejected_ones_with_it() -> None:
+    ledger = Ledger(SampleOrder(samples=100, shuffled=False), batch_size=4)
+    for span in (
+        Span(first=8, last=12, cause="rejected", step=3),
+        Span(first=12, last=16, cause="rejected", step=3, positions=(13,)),
+        Span(first=16, last=20, cause="user", step=3),
+        Span(first=24, last=28, cause="rejected", step=4),
+    ):
+        ledger.leave_out(span)
+    assert ledger.rejected(4, 24) == {8, 9, 10, 11, 13}
+
+
 # -- pardons
 
 

@@ -3,6 +3,9 @@
 Samples that stand out among those of healthy batches (guardrail.outliers) are named with their documents and with what
 is odd about their text (guardrail.oddness). If they are few, the batch is run once more without them; where it is
 healthy then, they alone are left out, and the batch is formed again from the same place in the order.
+
+Where updates of bad data are in the weights the samples are looked at from an older state, in every batch from the
+onset on: a rollback leaves only them out where without them each of these batches is healthy there.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from guardrail.causes import Trouble
+from guardrail.causes import Pass, Trouble
 from guardrail.ledger import Batch, Ledger
 from guardrail.oddness import Usual, odd
 from guardrail.outliers import Outlier, Sample, outliers
@@ -53,20 +56,63 @@ def attribute(
     step, trouble = verdict.step, Trouble.of(verdict.findings)
     onset = min(verdict.onset or step, step)
     with replays.visit(keep_gradients=False):
-        samples = replays.samples(batch, step=step)
         ordinary: list[Sample] = []
         for one in [one for one in applied if one.step < onset][-ORDINARY:]:
             healthy = ledger.stretch(one.first, one.last)
             ordinary += replays.samples(healthy, step=step) if healthy is not None else []
-        found = outliers(samples, ordinary)
-        named = Attribution(outliers=tuple(found), ordinary=tuple(sample.position for sample in ordinary))
-        bad = sorted(outlier.sample.position for outlier in found)
-        if not bad or len(bad) > FEW * len(batch.positions):
-            return named
-        rest = ledger.chosen(position for position in batch.positions if position not in bad)
-        if rest is None or trouble.shown_by(replays.run(rest, step=step, what="the rest of the batch")):
-            return named
-        return msgspec.structs.replace(named, positions=tuple(bad))
+        return _attribute(batch, ordinary, step=step, trouble=trouble, replays=replays, ledger=ledger)
+
+
+def explaining(
+    batches: Sequence[Batch],
+    *,
+    healthy: Sequence[Batch],
+    level: Pass | None,
+    step: int,
+    trouble: Trouble,
+    replays: Replays,
+    ledger: Ledger,
+) -> tuple[int, ...]:
+    """The few samples without which none of these batches is in trouble, ascending; () where there are none such.
+
+    A collective, within a visit of an older state.
+
+    Args:
+        batches: from the onset of the trouble on.
+        healthy: from before it.
+        level: one of these from that state.
+        step: that an update of that state would get.
+    """
+    ordinary = [sample for one in healthy for sample in replays.samples(one, step=step)]
+    found: list[int] = []
+    for batch in batches:
+        shown = trouble.shown_by(replays.run(batch, step=step, what="the batch"), level)
+        named = _attribute(batch, ordinary, step=step, trouble=trouble, replays=replays, ledger=ledger, level=level)
+        if shown and not named.positions:
+            return ()
+        found += named.positions
+    return tuple(sorted(found))
+
+
+def _attribute(
+    batch: Batch,
+    ordinary: Sequence[Sample],
+    *,
+    step: int,
+    trouble: Trouble,
+    replays: Replays,
+    ledger: Ledger,
+    level: Pass | None = None,
+) -> Attribution:
+    found = outliers(replays.samples(batch, step=step), ordinary)
+    named = Attribution(outliers=tuple(found), ordinary=tuple(sample.position for sample in ordinary))
+    bad = sorted(outlier.sample.position for outlier in found)
+    if not bad or len(bad) > FEW * len(batch.positions):
+        return named
+    rest = ledger.chosen(position for position in batch.positions if position not in bad)
+    if rest is None or trouble.shown_by(replays.run(rest, step=step, what="the rest of the batch"), level):
+        return named
+    return msgspec.structs.replace(named, positions=tuple(bad))
 
 
 def told(

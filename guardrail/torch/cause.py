@@ -4,6 +4,8 @@
     1-3 passes  other batches from that state: two healthy ones from before the onset, and the next one
     2-5 passes  from an older snapshot of the ring: a healthy batch for comparison, and the batch at hand, or, where the
                 trouble began earlier, up to three from the onset on
+    2-20 passes where the data is to blame and the run is to go back for it, from there: each batch from the onset on,
+                and what is left of it without the samples that stand out
 
 All that is decided is decided on numbers that every rank has, so that all decide alike. Afterwards the run goes on as
 if nothing had been run: see guardrail.torch.replays.
@@ -13,15 +15,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from msgspec import structs
+
 from guardrail.causes import Pass, Trouble, hardware, judge
 from guardrail.ledger import Batch, Ledger
-from guardrail.records import Diagnosis, Verdict
+from guardrail.records import Action, Cause, Diagnosis, Verdict
+from guardrail.torch.attribution import ORDINARY, explaining
 from guardrail.torch.probes import Reduced
 from guardrail.torch.replays import Replays, pass_of
 from guardrail.torch.snapshots import CANDIDATE, GOOD, Snapshot, SnapshotRing
 from guardrail.window import Applied
 
 EARLIER, FROM_ONSET = 2, 3  # batches of each kind that are run
+EXPLAINED = 8  # batches from the onset on, at most, of which the samples are looked at; more are no matter of a few
 
 
 class CauseTest:
@@ -55,8 +61,9 @@ class CauseTest:
         trouble = Trouble.of(verdict.findings)
         first, own = pass_of(reduced, what="the batch"), replays.own()
         onset = min(verdict.onset or step, step)
-        before = [self._again(one) for one in applied if one.step < onset][-EARLIER:]
-        healthy = [one for one in before if one is not None]
+        before = [self._again(one) for one in applied if one.step < onset][-max(EARLIER, ORDINARY) :]
+        usual = [one for one in before if one is not None]
+        healthy = usual[-EARLIER:]
         with replays.visit(keep_gradients=keep_gradients):
             again = replays.run(batch, step=step, what="the batch")
             loss = tuple(one.signals["loss"] for one in (first, again))
@@ -79,7 +86,7 @@ class CauseTest:
                     since = [(one.step, self._again(one)) for one in applied if one.step >= onset][:FROM_ONSET]
                     asked = [*((f"the batch of step {n}", one) for n, one in since if one is not None), *asked]
                 level, suspects = self._from(older, asked, healthy[-1] if healthy else ahead)
-            return judge(
+            diagnosis = judge(
                 trouble,
                 again=again,
                 others=others,
@@ -89,6 +96,34 @@ class CauseTest:
                 lasting=lasting,
                 passes=replays.passes,
             )
+            goes_back = diagnosis.applied or Action.ROLLBACK in (verdict.action, verdict.would)
+            if diagnosis.cause is not Cause.DATA or not goes_back or older is None:
+                return diagnosis
+            bad = [*self._since(onset, applied), batch] if lasting else [batch]
+            few = self._few(older, bad, usual, level, trouble)
+            return structs.replace(diagnosis, positions=few, passes=replays.passes)
+
+    def _few(
+        self, older: Snapshot, batches: Sequence[Batch], usual: Sequence[Batch], level: Pass | None, trouble: Trouble
+    ) -> tuple[int, ...]:
+        """The few samples that explain the trouble of these batches, as an older state shows it."""
+        if len(batches) > EXPLAINED:
+            return ()
+        with self._replays.older(older):
+            return explaining(
+                batches,
+                healthy=usual,
+                level=level,
+                step=older.step + 1,
+                trouble=trouble,
+                replays=self._replays,
+                ledger=self._ledger,
+            )
+
+    def _since(self, onset: int, applied: Sequence[Applied]) -> list[Batch]:
+        """The batches that were applied from the onset on."""
+        found = [self._again(one) for one in applied if one.step >= onset]
+        return [one for one in found if one is not None]
 
     def _from(
         self, older: Snapshot, asked: Sequence[tuple[str, Batch]], compared: Batch | None

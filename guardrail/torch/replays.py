@@ -52,7 +52,8 @@ class Replays:
         self._replay, self.state, self.probes = replay, state, probes
         self._loss_scale, self.gathered, self._alive = loss_scale, gathered, alive
         self.passes = 0  # of the present visit
-        self._rows: dict[tuple[int, ...], list[Sample]] = {}  # positions of a batch -> this rank's rows of it
+        # (from an older state?, positions of a batch) -> this rank's rows of it
+        self._rows: dict[tuple[bool, tuple[int, ...]], list[Sample]] = {}
         self._away = False
 
     def begin(self) -> None:
@@ -90,9 +91,10 @@ class Replays:
 
     def samples(self, batch: Batch, *, step: int) -> list[Sample]:
         """What each sample of a batch shows from the state at hand; run now unless it was. A collective."""
-        if batch.positions not in self._rows:
+        key = (self._away, batch.positions)
+        if key not in self._rows:
             self.run(batch, step=step, what="")
-        return merged(row for rows in self.gathered(self._rows[batch.positions]) for row in rows)
+        return merged(row for rows in self.gathered(self._rows[key]) for row in rows)
 
     def run(self, batch: Batch, *, step: int, what: str) -> Pass:
         """One pass from the state at hand; dice and buffers begin and end as they are."""
@@ -101,12 +103,11 @@ class Replays:
         self.state.settle()
         aside = Attempt(self.state)
         aside.begin()
-        rows: Rows | None = None if self._away else []
+        rows: Rows = []
         try:
-            with embedding_gradients(self.state.model, active=rows is not None) as norms:
+            with embedding_gradients(self.state.model) as norms:
                 loss, tokens, nominal = self._replay(batch, step, rows)
-            if rows is not None:
-                self._rows[batch.positions] = samples_of(rows, norms)
+            self._rows[self._away, batch.positions] = samples_of(rows, norms)
             reduced = self.probes.reduce(
                 loss if nominal is not None else loss * tokens,
                 tokens,
@@ -134,6 +135,7 @@ class Replays:
             yield
         finally:
             self._away = False
+            self._rows = {key: rows for key, rows in self._rows.items() if not key[0]}
             self._put(held)
 
     @torch.no_grad()

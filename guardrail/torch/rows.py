@@ -25,7 +25,7 @@ Rows = list[tuple[Sequence[int], Tensor, Tensor]]
 
 
 @contextlib.contextmanager
-def embedding_gradients(model: nn.Module, *, active: bool = True) -> Iterator[list[Tensor]]:
+def embedding_gradients(model: nn.Module) -> Iterator[list[Tensor]]:
     """The norms [B] of the rows' gradients at the embedding's output, one tensor for each call of it, in their order.
 
     The embedding is the nn.Embedding with the most rows; a list without an entry where there is none, or where it is
@@ -34,7 +34,7 @@ def embedding_gradients(model: nn.Module, *, active: bool = True) -> Iterator[li
     found: dict[int, Tensor] = {}
     norms: list[Tensor] = []
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    if not tables or not active:
+    if not tables:
         yield norms
         return
     calls = 0

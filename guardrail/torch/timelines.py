@@ -151,6 +151,10 @@ class Timelines:
         left = guard.step
         batches = max(1, round((window[1] - window[0]) / guard.ledger.batch_size))
         span = Span(first=window[0], last=window[1], cause=cause, step=onset, reason=reason, batches=batches)
+        if verdict is not None and verdict.positions:
+            # What was rejected before goes with it, as it does with all of the window.
+            few = guard.ledger.rejected(*window) | set(verdict.positions)
+            span = msgspec.structs.replace(span, positions=tuple(sorted(few)))
         data = guard.quarantine.told(span)
         out = f"out {amount(data)}" if span.last > span.first else "nothing out"
         guard.say(
