@@ -279,6 +279,10 @@ class Settings(Section, frozen=True, kw_only=True):
         """Remarks on where these settings leave published practice, a sentence or two each, with the source."""
         return []
 
+    def outline(self) -> list[str]:
+        """What these settings ask of their machines, worked out without them: sentences for a dry run."""
+        return []
+
     def resolved(self, *, base: Path) -> Settings:
         """A copy that means the same from any working directory: relative paths made absolute."""
         root = str(base / os.path.expanduser(self.run.root))

@@ -33,6 +33,8 @@ LEAST_WATCHES = 128  # inotify watches of a user; the screen takes about five
 
 CONFIGURATION = "configuration"
 PRACTICE = "practice"
+OUTLINE = "outline"
+ELSEWHERE = "not here"
 PACKAGES = ("torch", "accelerate", "safetensors", "tokenizers", "textual", "tensorboard", "numpy", "msgspec")
 
 # Runs in the process that imports torch; prints one JSON object.
@@ -65,13 +67,18 @@ class Report(Record, frozen=True, kw_only=True):
     configuration: tuple[Check, ...] | None = None
 
 
-def examine(path: str | None = None, overrides: tuple[str, ...] = ()) -> Report:
-    """Look at everything. Nothing is changed on the machine."""
+def examine(path: str | None = None, overrides: tuple[str, ...] = (), *, dry_run: bool = False) -> Report:
+    """Look at everything. Nothing is changed on the machine.
+
+    Args:
+        dry_run: the configuration is meant for other machines: what this one lacks for it does not count.
+    """
     torch = _ask_torch()
     machine = (*_software(), *_processor(), *_torch(torch), *_system())
     if path is None:
         return Report(machine=machine)
-    return Report(machine=machine, configuration=tuple(_configuration(path, overrides, torch)))
+    look = _dry_run if dry_run else _configuration
+    return Report(machine=machine, configuration=tuple(look(path, overrides, torch)))
 
 
 def lines(report: Report) -> Iterator[str]:
@@ -253,6 +260,28 @@ def _configuration(path: str, overrides: tuple[str, ...], torch: dict[str, Any])
     yield from found
     if not any(check.level == "problem" for check in found):
         yield Check(name=CONFIGURATION, level="ok", text=f"{path} can run here, {settings.launch.processes} processes")
+
+
+def _dry_run(path: str, overrides: tuple[str, ...], torch: dict[str, Any]) -> Iterator[Check]:
+    """What is wrong wherever it runs; what it asks of its machines; what has not been looked at."""
+    try:
+        settings = launching.load(config.parse(Path(path)), file=path, overrides=overrides)
+    except ConfigError as error:
+        yield Check(name=CONFIGURATION, level="problem", text=str(error))
+        return
+    yield from (Check(name=OUTLINE, level="ok", text=line) for line in settings.outline())
+    here = [str(error) for error in preflight.problems(settings, file=path, overrides=overrides)]
+    if "error" not in torch:
+        here += [check.text for check in _devices(settings, torch)]
+    yield from (Check(name=ELSEWHERE, level="note", text=text) for text in here)
+    yield from (Check(name=PRACTICE, level="note", text=remark) for remark in settings.practice())
+    if settings.launch.nodes > 1:
+        text = f"the network between {settings.launch.nodes} nodes, and who answers at the rendezvous"
+        yield Check(name=ELSEWHERE, level="note", text=f"not looked at: {text}")
+    ranks = settings.launch.processes * settings.launch.nodes
+    yield Check(
+        name=CONFIGURATION, level="ok", text=f"{path} is right in itself, for {ranks} ranks; nothing was started"
+    )
 
 
 def _devices(settings: Settings, torch: dict[str, Any]) -> Iterator[Check]:

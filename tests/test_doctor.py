@@ -147,3 +147,36 @@ def test_a_slow_import_is_talked_about(monkeypatch: pytest.MonkeyPatch, capfd: p
 def test_lines_carry_a_word_beside_the_glyph() -> None:
     report = Report(machine=(Check(name="disk", level="problem", text="full"),))
     assert list(doctor.lines(report)) == ["disk  ✗ problem: full"]
+
+
+BLOOM = Path(__file__).parent.parent / "configs" / "bloom-3d.toml"
+
+
+def test_a_dry_run_says_what_a_layout_asks_of_machines_that_are_not_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_torch(monkeypatch, CPU)
+    assert main(["doctor", "--dry-run", str(BLOOM)]) == 0
+    output = capsys.readouterr().out
+    for said in (
+        "8 replica(s) x 1 shard(s) x 4 tensor-parallel x 12 stage(s) = 384 ranks, 8 on each of 48 node(s)",
+        "128 micro-batch(es) of 2; the pipeline idles 7.9% of the time",
+        "a stage has 5 or 6 of 70 blocks, a rank 28 of 112 heads, 14336 of 57344 hidden units",
+        "at most 68.5 GiB a rank for 4.6 G parameters",
+        "not worked out: activations",
+        "not looked at: the network between 48 nodes",
+        "is right in itself, for 384 ranks; nothing was started",
+    ):
+        assert said in output
+    # Without it, what this machine lacks counts.
+    assert main(["doctor", str(BLOOM)]) == 2
+
+
+def test_a_dry_run_finds_what_is_wrong_on_any_machine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_torch(monkeypatch, CPU)
+    assert main(["doctor", "--dry-run", str(BLOOM), "--set", "parallel.tp=5"]) == 2
+    assert "a divisor of 384, the number of processes" in capsys.readouterr().out
+    assert main(["doctor", "--dry-run"]) == 2
+    assert "--dry-run needs a configuration" in capsys.readouterr().err

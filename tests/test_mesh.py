@@ -178,6 +178,36 @@ def test_rolled_back_stopped_and_resumed_it_is_the_run_that_was_told_before(name
     assert_same(run, trained(told(config, run)))
 
 
+# Offloaded parameters are updated on the host, which the lagged gate is there not to wait for.
+LAGGED = [
+    pytest.param(name, marks=() if name == "sequence" else pytest.mark.slow)
+    for name, (_, parallel) in MESHES.items()
+    if name != "one" and not parallel.get("cpu_offload")
+]
+
+
+@pytest.mark.parametrize("name", LAGGED)
+def test_the_lagged_gate_changes_nothing_on_any_mesh(name: str, tmp_path: Path) -> None:
+    """Trouble of a rank alone, a bad batch, a state that no batch goes well with: tried again, left out, gone back."""
+    faults = [
+        {"kind": "inf_grad", "step": 7, "rank": MESHES[name][0] - 1, "times": 1},
+        {"kind": "nan_loss", "first": 72, "last": 74},
+        {"kind": "spike_loss", "step": 17, "times": 2, "value": 50.0},
+    ]
+    runs = [
+        trained(exact_config(tmp_path, name, faults=faults, guard={"gate": gate}, train={"steps": 24}))
+        for gate in ("sync", "lagged")
+    ]
+    assert_same(*runs)
+    stories = [[(e.kind, e.step, e.message) for e in run.events() if e.kind in ACTED] for run in runs]
+    assert stories[0] == stories[1]
+    assert {kind for kind, *_ in stories[1]} == set(ACTED)
+    assert "retry" in {event.data["action"] for event in of_kind(runs[1], "verdict")}
+
+
+ACTED = ("verdict", "cause", "left_out", "rollback", "ended")
+
+
 # -- from one mesh to another
 
 PAIRS = [

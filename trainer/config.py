@@ -215,6 +215,11 @@ class Config(Settings, frozen=True, kw_only=True):
 
         return remarks(self)
 
+    def outline(self) -> list[str]:
+        from trainer.estimate import outline
+
+        return outline(self)
+
     @classmethod
     def completed(cls, tree: dict[str, Any]) -> dict[str, Any]:
         return preset.completed(tree)

@@ -147,6 +147,10 @@ class Layout(Struct, frozen=True, kw_only=True):
         """Which stage of the pipeline a rank has."""
         return rank // (self.data_ranks * self.tp)
 
+    def stretches(self, layers: int) -> list[range]:
+        """Numbers of the blocks of each stage."""
+        return [stretch(layers, stage=stage, stages=self.pp) for stage in range(self.pp)]
+
     def dice(self, rank: int) -> int:
         """Which part of a micro-batch's pass a rank computes by dice of its own; equal where ranks compute the same.
 
@@ -172,3 +176,8 @@ class Layout(Struct, frozen=True, kw_only=True):
     def counts(self, rank: int) -> bool:
         """Whether a rank's loss and tokens enter the sums over all ranks: once for each share of the data."""
         return rank % self.tp == 0 and self.stage(rank) == self.pp - 1
+
+
+def stretch(layers: int, *, stage: int, stages: int) -> range:
+    """Numbers of the blocks of one stage of a pipeline."""
+    return range(stage * layers // stages, (stage + 1) * layers // stages)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
+from trainer.layout import stretch
 from trainer.model import Decoder
 from trainer.model.attention import Sight
 
@@ -54,7 +55,7 @@ class Place:
 
     def blocks(self, layers: int) -> range:
         """Numbers of the blocks of this stage."""
-        return range(self.stage * layers // self.stages, (self.stage + 1) * layers // self.stages)
+        return stretch(layers, stage=self.stage, stages=self.stages)
 
 
 def cut(model: Decoder, place: Place) -> None:

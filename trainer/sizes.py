@@ -41,14 +41,36 @@ def parameter_count(section: ModelSection, vocabulary: int, *, sequence_length: 
     return embeddings + outer + stacks
 
 
+def stage_parameters(
+    section: ModelSection, vocabulary: int, *, stretches: list[range], sequence_length: int = 0
+) -> list[int]:
+    """Trainable numbers of each stage of a pipeline: the embedding is in the first one, the head in the last one.
+
+    Args:
+        stretches: numbers of the blocks of each stage; one stretch is the whole model.
+    """
+    total = parameter_count(section, vocabulary, sequence_length=sequence_length)
+    if len(stretches) == 1:
+        return [total]
+    block = _block(section, cross=False)
+    head = vocabulary * section.width + (0 if section.norm_place == "post" else _norm(section))
+    counts = [len(stretch) * block for stretch in stretches]
+    counts[0] += total - section.layers * block - head
+    counts[-1] += head
+    return counts
+
+
 def _stack(section: ModelSection, layers: int, *, cross: bool) -> int:
     """Blocks, the norm behind them, and a bias table of their own."""
-    sublayers = 3 if cross else 2
-    norms = {"pre": sublayers, "post": sublayers, "sandwich": 2 * sublayers}[section.norm_place] - section.parallel
-    block = (1 + cross) * _attention(section) + _feed_forward(section) + norms * _norm(section)
     last = 0 if section.norm_place == "post" else _norm(section)
     table = section.t5_buckets * section.heads if section.positions == "t5" else 0
-    return layers * block + last + table
+    return layers * _block(section, cross=cross) + last + table
+
+
+def _block(section: ModelSection, *, cross: bool) -> int:
+    sublayers = 3 if cross else 2
+    norms = {"pre": sublayers, "post": sublayers, "sandwich": 2 * sublayers}[section.norm_place] - section.parallel
+    return (1 + cross) * _attention(section) + _feed_forward(section) + norms * _norm(section)
 
 
 def _norm(section: ModelSection, width: int = 0) -> int:
