@@ -18,7 +18,7 @@ from guardrail.records import Mode, Phase, SnapshotInfo, Status
 from guardrail.tui import palette, panels, raster
 from guardrail.tui.app import GuardrailApp
 from guardrail.tui.axis import GUTTER, marks_of, next_event, x_scale
-from guardrail.tui.chart import Memory, chart_rows, spark_row
+from guardrail.tui.chart import Memory, Sparks, chart_rows, spark_row
 from guardrail.tui.cockpit import Cockpit
 from guardrail.tui.format import clock, count, duration, metric, plural, size, spoken
 from guardrail.tui.health import health_of
@@ -49,7 +49,7 @@ HOSTILE = {
 _RAW = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u200e\u200f\ud800-\udfff]")
 BUILDERS: dict[str, Callable[[View, int, int], Sequence[Row]]] = {
     builder.__name__: builder
-    for builder in (panels.header, panels.facts, panels.message, panels.footer, incidents.newest, panels.sparks)
+    for builder in (panels.header, panels.facts, panels.message, panels.footer, incidents.newest, Sparks()._sparks)
 } | {
     pane.name: lambda view, width, height, pane=pane: pane.build(view, width, height, view.state(pane.name))  # type: ignore[misc]
     for pane in PANES

@@ -194,8 +194,7 @@ def test_a_live_run_is_followed(tmp_path: Path) -> None:
     try:
         LiveRun(fake, run, rate=200, spike_every=0).go(20)
         until(lambda: reader.latest().series.last_step == 140)
-        status = reader.latest().status
-        assert status is not None and status.phase is Phase.FINISHED
+        until(lambda: (status := reader.latest().status) is not None and status.phase is Phase.FINISHED)
     finally:
         reader.close()
 

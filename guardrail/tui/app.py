@@ -1,7 +1,8 @@
-"""Start-up and wiring of the screen: reader -> at most five frames a second -> cockpit."""
+"""Start-up and wiring of the screen: reader -> two frames a second, or five while something happens -> cockpit."""
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from textual.binding import Binding, BindingType
+from textual.events import Event, InputEvent
 from textual.message import Message
 
 from guardrail.rundir import RunDirectory
@@ -18,10 +20,12 @@ from guardrail.tui.controls import Desk
 from guardrail.tui.reader import Reader, RunReader
 from guardrail.tui.recorded import Recorded, RecordedReader
 from guardrail.tui.themed import Themed
-from guardrail.tui.view import View
+from guardrail.tui.view import Snapshot, View
 
-FRAME_SECONDS = 0.2
+FRAME_SECONDS = 0.2  # between two frames while something happens: to the run, or by the viewer's hand
+QUIET_SECONDS = 0.5  # ... and while there is nothing new but a few rows more
 TICK_SECONDS = 1.0  # ages and silence grow without news
+LIVELY_SECONDS = 5.0  # after the last thing that happened
 
 
 class GuardrailApp(Themed[None]):
@@ -51,14 +55,16 @@ class GuardrailApp(Themed[None]):
         super().__init__(theme)
         self._reader, self._clock, self._read_only = reader, clock, read_only
         self._under_way = False
-        self._drawn = 0.0
+        self._drawn, self._happened = -math.inf, -math.inf  # by the clock that never goes back
+        self._monotonic = time.monotonic
+        self._shown = reader.latest()
         self._desk = Desk(reader, clock)
 
     def get_default_screen(self) -> Cockpit:
         return Cockpit(self._view(), self._desk)
 
     def on_mount(self) -> None:
-        self.set_interval(TICK_SECONDS, self._draw)
+        self.set_interval(TICK_SECONDS / 2, self._tick)
         self._reader.start(self._notify)
 
     def on_unmount(self) -> None:
@@ -73,20 +79,54 @@ class GuardrailApp(Themed[None]):
             self._under_way = True
             self.post_message(self.Fresh())
 
+    async def on_event(self, event: Event) -> None:
+        if isinstance(event, InputEvent):
+            self._happened = self._monotonic()
+        await super().on_event(event)
+
     def on_guardrail_app_fresh(self) -> None:
-        wait = self._drawn + FRAME_SECONDS - time.monotonic()
+        wait = self._drawn + self._pace() - self._monotonic()
         if wait > 0:
             self.set_timer(wait, self._draw)
         else:
             self._draw()
 
+    def _pace(self) -> float:
+        """Seconds between two frames: more of them where there is something to see than all day long."""
+        latest = self._reader.latest()
+        if not latest.loaded or _news(self._shown, latest):
+            self._happened = self._monotonic()
+        return FRAME_SECONDS if self._monotonic() - self._happened < LIVELY_SECONDS else QUIET_SECONDS
+
+    def _tick(self) -> None:
+        if self._monotonic() - self._drawn >= TICK_SECONDS - FRAME_SECONDS:
+            self._draw()
+
     def _draw(self) -> None:
         self._under_way = False
-        self._drawn = time.monotonic()
+        self._drawn, self._shown = self._monotonic(), self._reader.latest()
+        self._show()
+
+    def _show(self) -> None:
         # A timer may fire once more while the screens are being taken down.
         for cockpit in self.screen_stack[:1]:
             if isinstance(cockpit, Cockpit):
                 cockpit.show(self._view())
+
+
+def _news(before: Snapshot, now: Snapshot) -> bool:
+    """Whether there is more to see than a few rows more and a later heartbeat."""
+    if before is now:
+        return False
+    if before.story is not now.story:
+        return True
+    told = [
+        (one.trouble, one.recorded, one.looking_up, one.unsent, one.previews, one.columns,
+         one.series.details, len(one.series.ghosts),
+         one.status and (one.status.phase, one.status.mode, one.status.question, one.status.durability))
+        for one in (before, now)
+    ]  # fmt: skip
+    return told[0] != told[1]
 
 
 def run_screen(

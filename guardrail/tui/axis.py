@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -99,8 +100,12 @@ def _coarse(series: Series, low: float, high: float, scale: XScale, axis: str) -
 
 def axis_rows(view: View, scale: XScale, cells: int) -> list[Row]:
     """The x-axis with its ticks, and the labels below them."""
+    return list(_axis_rows(scale, cells, axis_of(view), origin(view)))
+
+
+@lru_cache(maxsize=16)
+def _axis_rows(scale: XScale, cells: int, axis: str, start: float) -> tuple[Row, Row]:
     line, labels = ["─"] * cells, [" "] * cells
-    axis, start = axis_of(view), origin(view)
     step = _stride(scale.per_dot * 2 * _LABEL_CELLS, axis)
     at = math.ceil((scale.first - start - 0.5 * (axis == STEP)) / step) * step
     while (cell := max(0, scale.cell(start + at))) < cells:
@@ -113,7 +118,7 @@ def axis_rows(view: View, scale: XScale, cells: int) -> list[Row]:
     if axis != STEP:
         line[cells - len(axis) - 1 :] = f" {axis}"
     corner = " " * (GUTTER - 1)
-    return [((f"{corner}└{''.join(line)}", "dim"),), ((f"{corner} {''.join(labels)}", "dim"),)]
+    return ((f"{corner}└{''.join(line)}", "dim"),), ((f"{corner} {''.join(labels)}", "dim"),)
 
 
 def _stride(least: float, axis: str) -> float:

@@ -6,22 +6,19 @@ import itertools
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from guardrail.tui import axis, overlay, palette, raster
 from guardrail.tui.axis import GUTTER
 from guardrail.tui.format import count
+from guardrail.tui.given import Eye, Given
 from guardrail.tui.lines import Lines, Piece, Row, fit, title, width_of
-from guardrail.tui.log import ROLLBACK
 from guardrail.tui.palette import BAND
 from guardrail.tui.raster import Ink
-from guardrail.tui.scales import XScale, short
+from guardrail.tui.scales import short
 from guardrail.tui.view import View, label_of
 
-# Dot columns after which a value weighs half in the smoothed line.
-SMOOTHING = (0.0, 2.0, 8.0)
 SMOOTHINGS = ("off", "light", "strong")
 _TONES = {
     Ink.EMPTY: "plain",
@@ -77,7 +74,8 @@ def chart_rows(view: View, signal: str, width: int, height: int, memory: Memory 
         return [head][:height]
     scale = axis.x_scale(view, cells)
     nothing = not len(view.snapshot.series) and not view.snapshot.series.ghosts
-    given, memory = _given(view, signal, scale, rows), memory or Memory()
+    memory = memory or Memory()
+    given = memory.eye.look(view, signal, scale, rows)
     plot = list(memory.rows(given, _tones(view, signal), ticks=not nothing))
     if nothing:
         text = "no steps yet" if view.snapshot.loaded else "reading the metrics"
@@ -87,7 +85,20 @@ def chart_rows(view: View, signal: str, width: int, height: int, memory: Memory 
     return [head, *plot, *(axis.axis_rows(view, scale, cells)[:below] if below else ())]
 
 
-def spark_row(view: View, signal: str, width: int) -> Row:
+class Sparks(Lines):
+    """The first signals whose charts are hidden, a row each."""
+
+    def __init__(self) -> None:
+        super().__init__(self._sparks, id="sparks")
+        self._memories: dict[str, Memory] = {}
+
+    def _sparks(self, view: View, width: int, height: int) -> Sequence[Row]:
+        signals = [signal for signal in view.charts if signal != view.big][:height]
+        self._memories = {signal: self._memories.get(signal) or Memory() for signal in signals}
+        return [spark_row(view, signal, width, self._memories[signal]) for signal in signals]
+
+
+def spark_row(view: View, signal: str, width: int, memory: Memory | None = None) -> Row:
     """A signal in one row: name, last value, a curve of four dots' height."""
     value = _value(view, signal)
     name = fit((((label_of(signal)), "dim"),), 24)
@@ -96,70 +107,29 @@ def spark_row(view: View, signal: str, width: int) -> Row:
     if cells < 8:
         return fit(head, width)
     scale = axis.x_scale(view, cells)
-    return (*head, *_pieces(_draw(_given(view, signal, scale, 1)), 0, _tones(view, signal)))
-
-
-class Given(NamedTuple):
-    """All that the cells of a plot are made of. A row more in a run of a million seldom changes any of it."""
-
-    main: raster.Columns
-    pale: tuple[raster.Columns, ...]
-    baseline: np.ndarray | None
-    threshold: np.ndarray | None
-    places: np.ndarray | None
-    rules: tuple[int, ...]
-    marks: tuple[overlay.Mark, ...]
-    log: bool
-    scale: XScale
-    rows: int
-
-    def key(self) -> tuple[object, ...]:
-        """Equal for what looks the same; bytes, since a NaN is not equal to itself."""
-        curves = [part.tobytes() for one in (self.main, *self.pale) for part in (one.low, one.high, one.bad)]
-        lines = [None if part is None else part.tobytes() for part in (self.baseline, self.threshold, self.places)]
-        return (*curves, *lines, self.rules, self.marks, self.log, self.scale, self.rows)
+    memory = memory or Memory()
+    return (*head, *memory.rows(memory.eye.look(view, signal, scale, 1), _tones(view, signal), gutter=False)[0])
 
 
 class Memory:
     """The last plot of a chart, in rows."""
 
     def __init__(self) -> None:
+        self.eye = Eye()
         self._key: tuple[object, ...] = ()
         self._rows: list[Row] = []
 
-    def rows(self, given: Given, tones: Mapping[Ink, str], *, ticks: bool) -> list[Row]:
+    def rows(self, given: Given, tones: Mapping[Ink, str], *, ticks: bool = False, gutter: bool = True) -> list[Row]:
         """Drawn anew only if something else is given."""
         key = (*given.key(), tones, ticks)
         if key != self._key:
             drawn = _draw(given)
             labels = dict(drawn.ticks) if ticks else {}
             self._key = key
-            self._rows = [(_gutter(labels.get(y)), *_pieces(drawn, y, tones)) for y in range(given.rows)]
+            self._rows = [
+                (*([_gutter(labels.get(y))] if gutter else ()), *_pieces(drawn, y, tones)) for y in range(given.rows)
+            ]
         return self._rows
-
-
-def _given(view: View, signal: str, scale: XScale, rows: int) -> Given:
-    series, along = view.snapshot.series, axis.axis_of(view)
-    tall = rows > 1  # a curve of one row has no room for more than itself
-    band: list[np.ndarray | None] = [None, None]
-    if tall:
-        band = [series.sampled(f"{signal}_{part}", along, scale) for part in ("baseline", "threshold")]
-    rules = [step for step, _ in view.snapshot.story.marks.get(ROLLBACK, ())]
-    rules += [round(view.at)] if view.at is not None else []
-    curves, log = tuple(series.curves(signal, along)), signal in view.logarithmic
-    smooth = overlay.smoothed(curves, scale, log, SMOOTHING[view.smooth]) if view.smooth and tall else None
-    return Given(
-        main=raster.columns_of(curves, scale),
-        pale=tuple(raster.columns_of(ghost.curves(signal, along), scale) for ghost in series.ghosts),
-        baseline=band[0],
-        threshold=band[1],
-        places=smooth,
-        rules=tuple(map(scale.cell, series.places(np.array(rules, dtype=np.float64), along))) if tall else (),
-        marks=tuple(axis.marks_of(view, scale, all_kinds=view.big == signal)) if tall else (),
-        log=log,
-        scale=scale,
-        rows=rows,
-    )
 
 
 def _draw(given: Given) -> raster.Plot:

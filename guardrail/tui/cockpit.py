@@ -14,7 +14,7 @@ from textual.screen import Screen
 
 from guardrail.tui import axis, keys, panels
 from guardrail.tui.axis import GUTTER
-from guardrail.tui.chart import SMOOTHINGS, Chart
+from guardrail.tui.chart import SMOOTHINGS, Chart, Sparks
 from guardrail.tui.commanding import Commanding
 from guardrail.tui.controls import Desk
 from guardrail.tui.dialogs import Dialog, Pager, Palette, Text, Toggle
@@ -57,6 +57,9 @@ class Cockpit(Commanding, Screen[None]):
         super().__init__()
         self.view, self.desk = view, desk
         self.layout_now = Layout(1, 1, ())
+        self._lines: list[Lines] = []
+        self._charts: list[Chart] = []
+        self._pane_lines: list[PaneLines] = []
 
     def compose(self) -> ComposeResult:
         yield Lines(panels.header, id="header")
@@ -64,7 +67,7 @@ class Cockpit(Commanding, Screen[None]):
             with Container(id="charts"):
                 for slot in range(SLOTS):
                     yield Chart(slot)
-            yield Lines(panels.sparks, id="sparks")
+            yield Sparks()
             with Vertical(id="panes"):
                 for pane in PANES:
                     yield PaneLines(pane)
@@ -77,6 +80,9 @@ class Cockpit(Commanding, Screen[None]):
         return (panels.footer if self.layout_now.messages else panels.low_footer)(view, width, height)
 
     def on_mount(self) -> None:
+        # What is here stays here; to ask for it anew is a good part of a frame in which little happens.
+        self._lines = list(self.query(Lines))
+        self._charts, self._pane_lines = list(self.query(Chart)), list(self.query(PaneLines))
         self._arrange()
         self.show(self.view)
 
@@ -95,7 +101,7 @@ class Cockpit(Commanding, Screen[None]):
     def redraw(self) -> None:
         self.view = replace(self.view, message=self.desk.message(self.view))
         self.desk.look_closer(axis.closer(self.view, self._scale()))
-        for lines in self.query(Lines):
+        for lines in self._lines:
             lines.show(self.view)
         top = self.app.screen
         if isinstance(top, Dialog):
@@ -123,13 +129,13 @@ class Cockpit(Commanding, Screen[None]):
         grid.styles.grid_rows = " ".join(
             "3fr" if signal == self.view.big and found.columns == 1 else "2fr" for signal in shown or ("",)
         )
-        for slot, chart in enumerate(self.query(Chart)):
+        for slot, chart in enumerate(self._charts):
             chart.display = slot < len(shown)
             chart.signal = shown[slot] if slot < len(shown) else ""
         sparks = [signal for signal in signals if signal != self.view.big][: found.sparks]
         self.query_one("#sparks").styles.height = max(1, len(sparks))
         self.desk.choose((*shown, *sparks), self.view.axis)
-        for lines in self.query(PaneLines):
+        for lines in self._pane_lines:
             lines.display = lines.pane.name in found.panes
             lines.set_class(lines.pane.name == self.view.focus, "focused")
         self.query_one("#panes").display = bool(found.panes)
@@ -206,7 +212,7 @@ class Cockpit(Commanding, Screen[None]):
     # -- zoom, pan and the value cursor
 
     def _scale(self) -> XScale:
-        shown = next((chart.size.width for chart in self.query(Chart) if chart.display), self.size.width)
+        shown = next((chart.size.width for chart in self._charts if chart.display), self.size.width)
         return axis.x_scale(self.view, max(8, shown - GUTTER))
 
     def action_zoom(self, factor: float, about: float | None = None) -> None:

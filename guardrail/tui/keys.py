@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from guardrail.tui.lines import Row, fit, width_of, wrap
 from guardrail.tui.panes.table import CURVES, PANES
@@ -108,6 +109,7 @@ SIGNS = (
 )
 
 
+@lru_cache(maxsize=16)
 def footer(width: int, *, controls: bool = True, asking: bool = False, focus: str = CURVES) -> Row:
     """As many keys as fit, always in the order of the table; those of the focused pane stay longest.
 

@@ -31,8 +31,13 @@ def row(*pieces: Piece | str) -> Row:
     return tuple((piece, "plain") if isinstance(piece, str) else piece for piece in pieces if piece)
 
 
+def cells_of(text: str) -> int:
+    """Most texts are plain ones, for which there is nothing to look up."""
+    return len(text) if text.isascii() and text.isprintable() else cell_len(text)
+
+
 def width_of(line: Row) -> int:
-    return sum(cell_len(text) for text, _ in line)
+    return sum([cells_of(text) for text, _ in line])
 
 
 def fit(line: Row, width: int) -> Row:
@@ -42,7 +47,7 @@ def fit(line: Row, width: int) -> Row:
     kept: list[Piece] = []
     left = width - 1
     for text, tone in line:
-        length = cell_len(text)
+        length = cells_of(text)
         if length > left:
             kept.append((set_cell_size(text, max(0, left)).rstrip() + "…", tone))
             break
@@ -73,12 +78,12 @@ def wrap(text: str, width: int) -> list[str]:
     lines, line = [], ""
     for word in text.split(" "):
         joined = f"{line} {word}" if line else word
-        if cell_len(joined) <= width:
+        if cells_of(joined) <= width:
             line = joined
             continue
         if line:
             lines.append(line)
-        while cell_len(word) > width:
+        while cells_of(word) > width:
             head = set_cell_size(word, width).rstrip() or word[0]
             lines.append(head)
             word = word[len(head) :]

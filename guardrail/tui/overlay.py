@@ -32,39 +32,48 @@ class Mark(NamedTuple):
 
 
 def smoothed(curves: Iterable[Curve], scale: XScale, log: bool, half_life: float) -> np.ndarray:
-    """An exponential moving average over dot columns, in places of the y-axis: float64 [C], NaN where nothing is.
+    """A curve as a line that follows it slowly, in places of the y-axis: float64 [C], NaN where nothing is."""
+    return averaged(medians(curves, scale, log), half_life)
 
-    A column counts as the median of up to 16 of its points, so that one spike does not drag the line along. The average
-    is divided by the sum of its weights, as Adam corrects its moments (Kingma and Ba 2015, section 3): it begins at the
-    curve and not at zero.
+
+def averaged(values: np.ndarray, half_life: float) -> np.ndarray:
+    """An exponential moving average over dot columns, float64 [C].
+
+    It is divided by the sum of its weights, as Adam corrects its moments (Kingma and Ba 2015, section 3): it begins at
+    the curve and not at zero.
 
     Args:
-        curves: one behind the other.
         half_life: columns after which a value weighs half.
     """
-    found = np.full(scale.dots, np.nan)
-    for curve in curves:
-        _medians(curve, scale, log, found)
-    mask = np.isfinite(found)
-    weights = 0.5 ** (np.arange(scale.dots) / half_life)
-    total = np.convolve(np.where(mask, found, 0.0), weights)[: scale.dots]
-    weight = np.convolve(mask, weights)[: scale.dots]
+    mask = np.isfinite(values)
+    weights = 0.5 ** (np.arange(len(values)) / half_life)
+    total = np.convolve(np.where(mask, values, 0.0), weights)[: len(values)]
+    weight = np.convolve(mask, weights)[: len(values)]
+    found = np.full(len(values), np.nan)
     found[mask] = total[mask] / weight[mask]
     return found
 
 
-def _medians(curve: Curve, scale: XScale, log: bool, found: np.ndarray) -> None:
-    """Put the median of each column that has points into `found`, float64 [C]."""
-    at = curve.at(scale.edges())
-    counts = np.diff(at)
-    some = np.flatnonzero(counts)
-    if not len(some):
-        return
-    picked = at[:-1][some, None] + counts[some, None] * np.arange(_PICKED) // _PICKED
-    values = YScale(0.0, 1.0, log).place(curve.y[picked].astype(np.float64))
-    values = np.sort(np.where(np.isfinite(values), values, np.nan), axis=1)  # NaN comes last
-    known = np.isfinite(values).sum(axis=1)
-    found[some] = values[np.arange(len(some)), np.maximum(known - 1, 0) // 2]
+def medians(curves: Iterable[Curve], scale: XScale, log: bool, first: int = 0) -> np.ndarray:
+    """The median of up to 16 points of each dot column from `first` on, in places of the y-axis: one spike does not
+    drag it along. float64 [C - first]
+
+    Args:
+        curves: one behind the other.
+    """
+    found = np.full(scale.dots - first, np.nan)
+    for curve in curves:
+        at = curve.at(scale.edges(first))
+        counts = np.diff(at)
+        some = np.flatnonzero(counts)
+        if not len(some):
+            continue
+        picked = at[:-1][some, None] + counts[some, None] * np.arange(_PICKED) // _PICKED
+        values = YScale(0.0, 1.0, log).place(curve.y[picked].astype(np.float64))
+        values = np.sort(np.where(np.isfinite(values), values, np.nan), axis=1)  # NaN comes last
+        known = np.isfinite(values).sum(axis=1)
+        found[some] = values[np.arange(len(some)), np.maximum(known - 1, 0) // 2]
+    return found
 
 
 def draw_smoothed(plot: Plot, places: np.ndarray) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from guardrail.records import Phase
 from guardrail.tui import keys
-from guardrail.tui.chart import spark_row
 from guardrail.tui.format import count, duration, metric, plural
 from guardrail.tui.health import HEARTBEAT_SECONDS, PHASES
 from guardrail.tui.lines import Piece, Row, fit, row, spread, width_of
@@ -106,8 +105,3 @@ def footer(view: View, width: int, height: int) -> Sequence[Row]:
     return [
         keys.footer(width, controls=controls, asking=bool(status is not None and status.question), focus=view.focus)
     ]
-
-
-def sparks(view: View, width: int, height: int) -> Sequence[Row]:
-    """The first signals whose charts are hidden."""
-    return [spark_row(view, signal, width) for signal in [s for s in view.charts if s != view.big][:height]]

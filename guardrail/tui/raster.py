@@ -80,27 +80,27 @@ class Columns:
         return np.isfinite(self.high)
 
 
-def columns(curve: Curve, scale: XScale) -> Columns:
-    """Least and greatest value of each dot column."""
-    at = curve.at(scale.edges())
+def columns(curve: Curve, scale: XScale, first: int = 0) -> Columns:
+    """Least and greatest value of each dot column from `first` on."""
+    at = curve.at(scale.edges(first))
     return Columns(*stretches(curve.points, curve.above, at[:-1], at[1:]))
 
 
-def columns_of(curves: Iterable[Curve], scale: XScale) -> Columns:
+def columns_of(curves: Iterable[Curve], scale: XScale, first: int = 0) -> Columns:
     """`columns` of curves that are one behind the other."""
-    nothing = np.full(scale.dots, np.nan)
-    found = Columns(nothing, nothing, np.zeros(scale.dots, dtype=bool))
+    nothing = np.full(scale.dots - first, np.nan)
+    found = Columns(nothing, nothing, np.zeros(len(nothing), dtype=bool))
     for curve in curves:
-        part = columns(curve, scale)
+        part = columns(curve, scale, first)
         found = Columns(np.fmin(found.low, part.low), np.fmax(found.high, part.high), found.bad | part.bad)
     return found
 
 
-def sample(x: np.ndarray, y: np.ndarray, scale: XScale) -> np.ndarray:
-    """The last value of y in each dot column, float64 [C]; NaN where there is none."""
-    at = np.searchsorted(x, scale.edges())
+def sample(x: np.ndarray, y: np.ndarray, scale: XScale, first: int = 0) -> np.ndarray:
+    """The last value of y in each dot column from `first` on, float64 [C - first]; NaN where there is none."""
+    at = np.searchsorted(x, scale.edges(first))
     some = at[1:] > at[:-1]
-    found = np.full(scale.dots, np.nan)
+    found = np.full(scale.dots - first, np.nan)
     found[some] = y[at[1:][some] - 1]
     return found
 

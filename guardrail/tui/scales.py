@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -54,13 +55,20 @@ class XScale:
     def last(self) -> float:
         return self.first + self.per_dot * self.dots
 
-    def edges(self) -> np.ndarray:
-        """float64 [C + 1]"""
-        return np.asarray(self.first + self.per_dot * np.arange(self.dots + 1))
+    def edges(self, first: int = 0) -> np.ndarray:
+        """Of the dot columns from `first` on: float64 [C + 1 - first]."""
+        return _edges(self)[first:]
 
     def cell(self, x: float) -> int:
         """The cell column of x; may lie outside of the plot."""
         return math.floor((x - self.first) / self.per_dot) // 2
+
+
+@lru_cache(maxsize=64)
+def _edges(scale: XScale) -> np.ndarray:
+    found = np.asarray(scale.first + scale.per_dot * np.arange(scale.dots + 1))
+    found.flags.writeable = False
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,7 @@ class Series:
         low_above: levels of a pyramid over the points before.
         row: int64 [n], the number in the file of a point's last row.
         details: stretches of what is summed up, in rows.
+        stem: two series with the same one begin with the same points; None: nothing is known of that.
     """
 
     step: np.ndarray = field(default_factory=lambda: np.zeros(0))
@@ -69,6 +70,7 @@ class Series:
     low_above: Mapping[str, tuple[Level, ...]] = field(default_factory=dict)
     row: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     details: tuple[Detail, ...] = ()
+    stem: object = None
 
     def __len__(self) -> int:
         return len(self.step)
@@ -130,13 +132,11 @@ class Series:
             yield Curve(x[thin:], y[thin:], bad[thin:], self.above.get(signal, ()), first=max(0, first - thin),
                         end=end - thin)  # fmt: skip
 
-    def sampled(self, column: str, axis: str, scale: XScale) -> np.ndarray | None:
-        """The last value of a column in each dot column, float64 [C], NaN where there is none; None: no such column."""
-        if column not in self.values:
-            return None
-        found = np.full(scale.dots, np.nan)
+    def sampled(self, column: str, axis: str, scale: XScale, first_dot: int = 0) -> np.ndarray:
+        """The last value of a column in each dot column, float64 [C - first_dot], NaN where there is none."""
+        found = np.full(scale.dots - first_dot, np.nan)
         for part, first, end in self._parts:
-            closer = sample(part.along(axis)[first:end], part.values[column][first:end], scale)
+            closer = sample(part.along(axis)[first:end], part.values[column][first:end], scale, first_dot)
             np.copyto(found, closer, where=np.isfinite(closer))
         return found
 

@@ -58,6 +58,7 @@ class Track:
         self._rows, self._seen = 0, 0  # points that are kept; rows of the file that were added
         self._group = _GROUP
         self._old = _old(Series())
+        self._stem = object()  # another one once points that were handed out are no longer the first ones
         self.cuts = 0  # times that something was abandoned
         self._new_buffers(1024)
 
@@ -177,7 +178,7 @@ class Track:
         end = thin + fold
         starts = np.concatenate([np.arange(0, thin, 1 + halve), np.arange(thin, end, self._group)])
         old, rest = self._series(0, end).summed_up(starts), [array[end : self._rows] for array in self._arrays()]
-        self._old = _old(old)
+        self._old, self._stem = _old(old), object()
         self._refill(len(starts) + 2 * exact, _arrays_of(old), rest)
 
     def _sum_up(self, first: int, last: int) -> None:
@@ -205,6 +206,7 @@ class Track:
         if keep < self._old.thin:
             self._old = _old(self._series(0, keep))
         self._refill(keep + 1024, kept, *rescued)
+        self._stem = object()
         self.cuts += 1
 
     def _read_again(self, point: int) -> Track | None:
@@ -223,7 +225,8 @@ class Track:
             name: levels_above(Level(*(_view(part, 0, blocks) for part in (level.low, level.high, level.bad))))
             for name, level in self._blocks.items()
         }
-        return replace(self._series(0, self._rows), ghosts=self._ghosts, above=above, low_above=self._old.low_above)
+        found = self._series(0, self._rows)
+        return replace(found, ghosts=self._ghosts, above=above, low_above=self._old.low_above, stem=self._stem)
 
     def _series(self, first: int, end: int) -> Series:
         thin = slice(first, min(end, self._old.thin))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from guardrail.tui.format import clock
 from guardrail.tui.lines import Row, row, wrap
@@ -39,7 +40,12 @@ def build(view: View, width: int, height: int, state: State) -> Sequence[Row]:
 
 def log_rows(line: Line, width: int, *, marked: bool = False) -> list[Row]:
     """One event, wrapped under its time."""
+    return list(_log_rows(line, width, marked))
+
+
+@lru_cache(maxsize=256)
+def _log_rows(line: Line, width: int, marked: bool) -> tuple[Row, ...]:
     head = f"{clock(line.time)} "
     texts = wrap(line.text, width - len(head) - 3)
     first = row(("▸" if marked else " ", "key"), (head, "dim"), (f"{line.mark} ", line.tone), (texts[0], "plain"))
-    return [first] + [row((" " * (len(head) + 3), "plain"), (text, "plain")) for text in texts[1:]]
+    return first, *(row((" " * (len(head) + 3), "plain"), (text, "plain")) for text in texts[1:])
