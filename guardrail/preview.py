@@ -18,8 +18,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 from msgspec import structs
 
-from guardrail.past import Past, StepSetting
-from guardrail.records import Command, CommandKind, Event, Mode, Phase, Record, Remedy, SnapshotInfo, Status, Verdict
+from guardrail.config import GuardSection, load_guard
+from guardrail.errors import ConfigError
+from guardrail.past import Effects, Past
+from guardrail.records import (
+    Command,
+    CommandKind,
+    Event,
+    Mode,
+    Phase,
+    Record,
+    Remedy,
+    SnapshotInfo,
+    Span,
+    Status,
+    Verdict,
+)
+from guardrail.remedies import sentence
 from guardrail.rundir import RunDirectory
 from guardrail.text import clean
 from guardrail.undoing import Undoing, find, positions_of
@@ -54,6 +69,7 @@ class Preview(Record, frozen=True, kw_only=True):
         samples: samples that it leaves out and that were not left out before.
         returned: positions that an undo brings back.
         lr_before, lr: learning rate of the next step, as things are and afterwards; NaN: not known.
+        alpha_before, alpha: factor on its embedding gradients, likewise.
         remark: one more sentence for a person.
     """
 
@@ -73,6 +89,8 @@ class Preview(Record, frozen=True, kw_only=True):
     returned: int = 0
     lr_before: float = math.nan
     lr: float = math.nan
+    alpha_before: float = math.nan
+    alpha: float = math.nan
     remark: str = ""
 
     def sentence(self) -> str:
@@ -91,6 +109,8 @@ class Preview(Record, frozen=True, kw_only=True):
         if self.lr == self.lr:
             same = self.lr == self.lr_before
             parts.append(f"learning rate {self.lr:.3g}" + ("" if same else f" instead of {self.lr_before:.3g}"))
+        if self.alpha == self.alpha and self.alpha != self.alpha_before:
+            parts.append(f"embedding gradients x{self.alpha:g} instead of x{self.alpha_before:g}")
         if self.remark:
             parts.append(self.remark)
         return f"{self.command}: {', '.join(parts) or 'nothing changes'}"
@@ -111,6 +131,7 @@ class Scene:
         states: restorable ones of both tiers.
         rows: applied steps of the present, ascending, from the oldest state on.
         ledger: the order with all that is left out; None where the journal does not say the order.
+        settings: the guard's, for remedies that hold from the beginning.
     """
 
     step: int = 0
@@ -123,6 +144,7 @@ class Scene:
     past: Past = field(default_factory=Past)
     events: Sequence[Event] = ()
     ledger: Ledger | None = None
+    settings: GuardSection = field(default_factory=GuardSection)
 
     @classmethod
     def of(cls, run: RunDirectory, *, status: Status | None = None) -> Scene:
@@ -130,8 +152,9 @@ class Scene:
         events = run.events()
         status = status or run.read_status()
         past = Past.of(events)
+        settings = _settings_of(run)
         if status is None:
-            return cls(past=past, events=events, ledger=ledger_of(events, past))
+            return cls(past=past, events=events, ledger=ledger_of(events, past), settings=settings)
         asked = next((e for e in reversed(events) if e.kind in ("paused", "resumed", "restarted")), None)
         parked = asked if asked is not None and asked.kind == "paused" and status.question else None
         end = int(parked.data.get("end") or 0) if parked is not None else 0
@@ -149,6 +172,7 @@ class Scene:
             past=past,
             events=events,
             ledger=ledger_of(events, past),
+            settings=settings,
         )
 
     @property
@@ -173,20 +197,24 @@ class Scene:
         found = [row.seconds for row in self.rows if step < row.step <= self.step]
         return math.fsum(found) if len(found) == self.step - step else math.nan
 
-    def lr_of(self, step: int, setting: StepSetting) -> float:
-        """The learning rate of `step`, a step that the rows know or the next one, with the factors of `setting`."""
+    def effects(self, step: int, past: Past | None = None) -> Effects:
+        """What an update is made with, as things are or as `past` has it: settings by hand and all remedies."""
+        return (past or self.past).effects(step, self.settings)
+
+    def lr_of(self, step: int, past: Past | None = None) -> float:
+        """The learning rate of `step`, a step that the rows know or the next one, as things are or as `past` has it."""
         row = next((row for row in self.rows if row.step == step), None)
         if row is None and self.rows and step > self.rows[-1].step:
             row = self.rows[-1]  # the next step's is not on record; the schedule moves little in one step
-        factor = self.past.lr.at(row.step) if row is not None else 0.0
-        return row.lr / factor * setting.at(step) if row is not None and factor else math.nan
+        factor = self.effects(row.step).lr if row is not None else 0.0
+        return row.lr / factor * self.effects(step, past).lr if row is not None and factor else math.nan
 
-    def fresh(self, first: int, last: int) -> int:
-        """Samples of the positions [first, last) that are not left out yet."""
+    def fresh(self, positions: Sequence[int]) -> int:
+        """Samples of these positions that are not left out yet."""
         if self.ledger is None:
-            return max(0, last - first)
+            return len(positions)
         order, quarantine = self.ledger.order, self.ledger.quarantine
-        samples = enumerate(order.samples(first, last), first)
+        samples = ((position, order.sample(position)) for position in positions)
         return len({sample for position, sample in samples if not quarantine.holds(sample, order.epoch(position))})
 
 
@@ -201,14 +229,15 @@ def of(scene: Scene, command: Command) -> Preview:
         case CommandKind.SKIP:
             return _skip(scene, int(value))
         case CommandKind.LR:
-            now = scene.lr_of(scene.step + 1, scene.past.lr)
+            now = scene.lr_of(scene.step + 1)
             factor = scene.past.lr.at(scene.step + 1)
             after = now / factor * value if factor else math.nan
             return _plain(scene, kind, value, lr_before=now, lr=after, remark=f"from step {scene.step + 1:,} on")
         case CommandKind.EMBED_ALPHA:
-            before = scene.past.alpha.at(scene.step + 1)
-            remark = f"embedding gradients x{value:g} instead of x{before:g} from step {scene.step + 1:,} on"
-            return _plain(scene, kind, value, remark=remark)
+            setting = scene.past.alpha.at(scene.step + 1)
+            before = scene.effects(scene.step + 1).embed_alpha
+            after = before / setting * value if setting else math.nan
+            return _plain(scene, kind, value, alpha=after, remark=f"from step {scene.step + 1:,} on")
         case CommandKind.POLICY:
             return _plain(scene, kind, value, remark=f"{list(Mode)[int(value)].value} instead of {scene.mode.value}")
         case CommandKind.ANSWER:
@@ -229,9 +258,24 @@ def of(scene: Scene, command: Command) -> Preview:
     return _plain(scene, kind, value)
 
 
-def rollback_for(scene: Scene, window: tuple[int, int], *, remedies: Iterable[Remedy] = ()) -> Preview:
-    """What the guard's own rollback would do, which leaves out `window` whatever state it finds."""
-    return _back_to(scene, _newest(scene.states, window[0]), window, remedies=remedies, cause="from before the trouble")
+def rollback_for(
+    scene: Scene,
+    window: tuple[int, int],
+    *,
+    positions: Sequence[int] = (),
+    before_step: int | None = None,
+    remedies: Sequence[Remedy] = (),
+) -> Preview:
+    """What the guard's own rollback would do, which leaves out `window`, or `positions` of it, whatever state it finds.
+
+    Args:
+        before_step: the state is older than that step, where there is one such.
+        remedies: that go with it.
+    """
+    target = _newest(scene.states, window[0], before=before_step)
+    after = _went_back(scene, target, remedies=[*scene.past.remedies, *((None, remedy) for remedy in remedies)])
+    went = _back_to(scene, target, window, after, positions=positions, cause="from before the trouble")
+    return structs.replace(went, remark="; ".join(map(sentence, remedies)))
 
 
 def choices(scene: Scene, verdict: Verdict, *, first: int, last: int) -> list[Preview]:
@@ -242,7 +286,13 @@ def choices(scene: Scene, verdict: Verdict, *, first: int, last: int) -> list[Pr
     """
     would = verdict.would.value if verdict.would is not None else ""
     if would == CommandKind.ROLLBACK and verdict.window is not None:
-        proposed = rollback_for(scene, verdict.window, remedies=verdict.remedies)
+        proposed = rollback_for(
+            scene,
+            verdict.window,
+            positions=verdict.positions,
+            before_step=verdict.before_step,
+            remedies=verdict.remedies,
+        )
     else:
         proposed = _named(scene, would, remark=f"saves after step {scene.step:,} and ends with exit code 3")
     finite = all(math.isfinite(finding.value) for finding in verdict.findings)
@@ -257,31 +307,30 @@ def undo(scene: Scene, undoing: Undoing | str) -> Preview:
     """What taking a decision back would do, or why it cannot be taken back."""
     if isinstance(undoing, str):
         return _plain(scene, CommandKind.UNDO, math.nan, possible=False, refusal=undoing)
-    target = target_of(undoing, scene.states)
+    target = _newest(scene.states, undoing.first, candidates=True) if undoing.first is not None else None
     if target is None:
         refusal = f"no state from before line {undoing.of} is left"
         return _plain(scene, CommandKind.UNDO, float(undoing.of), possible=False, refusal=refusal)
-    went = _back_to(scene, target, None, command=CommandKind.UNDO, value=float(undoing.of))
+    gone = [*undoing.spans, *undoing.rollbacks]
+    standing = [(decision, remedy) for decision, remedy in scene.past.remedies if decision not in gone]
+    after = _went_back(scene, target, remedies=standing)
+    went = _back_to(scene, target, None, after, command=CommandKind.UNDO, value=float(undoing.of))
     window = (min(s.first for s in undoing.spans), max(s.last for s in undoing.spans)) if undoing.spans else None
     remark = f'undone is "{clean(undoing.message, 200)}"'
     return structs.replace(went, window=window, returned=undoing.positions, remark=remark)
 
 
-def target_of(undoing: Undoing, states: Iterable[SnapshotInfo]) -> SnapshotInfo | None:
-    """The newest state from before the decision; a candidate does, since the guard had nothing against it."""
-    fit = [
-        info
-        for info in states
-        if info.state in ("good", "candidate")
-        and info.step < undoing.before_step
-        and (undoing.first is None or info.cursor <= undoing.first)
-    ]
-    return max(fit, key=lambda info: (info.step, info.tier == "memory", info.timeline), default=None)
-
-
-def _newest(states: Sequence[SnapshotInfo], cursor: int, to_step: int | None = None) -> SnapshotInfo | None:
-    """As the guard chooses: good ones of the ring, good ones on disk, then candidates in the same order."""
-    for wanted in (("good",), ("good", "candidate")):
+def _newest(
+    states: Sequence[SnapshotInfo],
+    cursor: int,
+    to_step: int | None = None,
+    *,
+    before: int | None = None,
+    candidates: bool = False,
+) -> SnapshotInfo | None:
+    """As the guard chooses (Tiers.target): good ones of the ring, good ones on disk, then candidates likewise; older
+    than step `before`, or else whatever there is."""
+    for wanted in (("good", "candidate"),) if candidates else (("good",), ("good", "candidate")):
         for tier in ("memory", "disk"):
             fit = [
                 info
@@ -290,36 +339,49 @@ def _newest(states: Sequence[SnapshotInfo], cursor: int, to_step: int | None = N
                 and info.state in wanted
                 and info.cursor <= cursor
                 and (to_step is None or info.step == to_step)
+                and (before is None or info.step < before)
             ]
             if fit:
                 return max(fit, key=lambda info: (info.step, info.timeline))
-    return None
+    return _newest(states, cursor, to_step, candidates=candidates) if before is not None else None
+
+
+def _went_back(
+    scene: Scene, target: SnapshotInfo | None, *, remedies: Iterable[tuple[Span | int | None, Remedy]] | None = None
+) -> Past:
+    """The rates that hold once the run has gone back: what was set by hand later holds from there on."""
+    past = scene.past
+    after = Past(lr=copy.deepcopy(past.lr), alpha=copy.deepcopy(past.alpha))
+    after.remedies = list(past.remedies if remedies is None else remedies)
+    if target is not None:
+        after.lr.rewind(target.step)
+        after.alpha.rewind(target.step)
+    return after
 
 
 def _roll_back(scene: Scene, to_step: int | None) -> Preview:
     target = _newest(scene.states, scene.cursor - 1, to_step)
     where = f"of step {to_step:,}" if to_step is not None else "of an earlier step"
     window = (target.cursor, max(scene.cursor, scene.end)) if target is not None else None
-    return _back_to(scene, target, window, value=math.nan if to_step is None else float(to_step), cause=where)
+    value = math.nan if to_step is None else float(to_step)
+    return _back_to(scene, target, window, _went_back(scene, target), value=value, cause=where)
 
 
 def _back_to(
     scene: Scene,
     target: SnapshotInfo | None,
     window: tuple[int, int] | None,
+    after: Past,
     *,
     command: CommandKind = CommandKind.ROLLBACK,
     value: float = math.nan,
-    remedies: Iterable[Remedy] = (),
+    positions: Sequence[int] = (),
     cause: str = "",
 ) -> Preview:
     if target is None:
         return _plain(
             scene, command, value, possible=False, refusal=f"there is no snapshot or valid checkpoint {cause}"
         )
-    setting = copy.deepcopy(scene.past.lr)
-    setting.rewind(target.step)
-    factor = math.prod(remedy.value for remedy in remedies if remedy.kind == "lr")
     return _plain(
         scene,
         command,
@@ -331,8 +393,9 @@ def _back_to(
         steps_lost=scene.step - target.step,
         seconds_lost=scene.seconds_since(target.step),
         window=window,
-        samples=scene.fresh(*window) if window else 0,
-        lr=factor * scene.lr_of(target.step + 1, setting),
+        samples=scene.fresh(positions or range(*window)) if window else 0,
+        lr=scene.lr_of(target.step + 1, after),
+        alpha=scene.effects(target.step + 1, after).embed_alpha,
     )
 
 
@@ -349,7 +412,9 @@ def _skip(scene: Scene, batches: int) -> Preview:
     while left > 0 and end < scene.cursor + 64 * batches * max(1, size):
         end += left
         left = batches * max(1, size) - _usable(ledger, scene.cursor, end)
-    return _plain(scene, CommandKind.SKIP, batches, window=(scene.cursor, end), samples=scene.fresh(scene.cursor, end))
+    return _plain(
+        scene, CommandKind.SKIP, batches, window=(scene.cursor, end), samples=scene.fresh(range(scene.cursor, end))
+    )
 
 
 def _usable(ledger: Ledger, first: int, last: int) -> int:
@@ -363,11 +428,20 @@ def _plain(scene: Scene, command: CommandKind, value: float, **fields: Any) -> P
 
 
 def _named(scene: Scene, command: str, **fields: Any) -> Preview:
-    now = scene.lr_of(scene.step + 1, scene.past.lr)
-    return Preview(**{"command": command, "step": scene.step, "lr_before": now, **fields})
+    alpha = scene.effects(scene.step + 1).embed_alpha
+    now = {"lr_before": scene.lr_of(scene.step + 1), "alpha_before": alpha}
+    return Preview(**{"command": command, "step": scene.step, **now, **fields})
 
 
 # -- reading a run
+
+
+def _settings_of(run: RunDirectory) -> GuardSection:
+    """The guard's settings of a run; the defaults where another version wrote them."""
+    try:
+        return load_guard(run.path / "config.toml")
+    except ConfigError:
+        return GuardSection()
 
 
 def ledger_of(events: Iterable[Event], past: Past) -> Ledger | None:

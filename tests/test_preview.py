@@ -13,15 +13,17 @@ import pytest
 from click.testing import CliRunner
 
 from guardrail.commands.ctl import command as ctl
+from guardrail.config import GuardSection
 from guardrail.headless import event_line
 from guardrail.ledger import Ledger, SampleOrder
 from guardrail.past import Past
 from guardrail.preview import Row, Scene, of, rollback_for
 from guardrail.records import Command, CommandKind, Event, Phase, Remedy, SnapshotInfo, Span
 from guardrail.rundir import RunDirectory
+from guardrail.undoing import positions_of, span_in
 from tests.lab import wait_for
 from tests.ranks import wait_ranks
-from tests.running import BATCH, BLIND, new_run, of_kind, start_run, table, tiny
+from tests.running import BATCH, BLIND, new_run, of_kind, start_run, table, tiny, train
 
 NAN = math.nan
 
@@ -84,10 +86,24 @@ def test_a_rate_set_by_hand_holds_from_the_target_on_and_a_remedy_comes_on_top()
     past.lr.set(26, 0.5)
     here = scene(info(20), past=past)
     assert of(here, wish(CommandKind.ROLLBACK, NAN)).lr == 21 * 0.5
-    remedy = Remedy(kind="lr", value=0.5, from_step=21)
-    assert rollback_for(here, (176, 240), remedies=[remedy]).lr == 21 * 0.25
+    remedy = Remedy(kind="lr", value=0.5, from_step=21, hold=9)
+    lowered = rollback_for(here, (176, 240), remedies=[remedy])
+    assert lowered.lr == 21 * 0.25
+    assert lowered.sentence().endswith("the learning rate x 0.5 from step 21 for 9 steps")
+    later = msgspec.structs.replace(remedy, from_step=22)
+    assert rollback_for(here, (176, 240), remedies=[later]).lr == 21 * 0.5, "it holds from the next step but one on"
     assert of(here, wish(CommandKind.LR, 0.1)).lr == pytest.approx(30 / 0.5 * 0.1)
     assert past.lr.changes == [(26, 0.5)], "a preview changes nothing"
+
+
+def test_older_goes_further_back_than_the_window_and_what_is_kept_of_a_window_is_not_counted() -> None:
+    here = scene(info(28), info(20), info(10, "disk"))
+    older = rollback_for(here, (224, 240), before_step=19)
+    assert (older.to_step, older.tier, older.steps_lost) == (10, "disk", 20)
+    assert rollback_for(here, (224, 240), before_step=29).to_step == 28
+    assert rollback_for(here, (224, 240), before_step=5).to_step == 28, "no state is that old: the newest one"
+    few = rollback_for(here, (224, 240), positions=(225, 238))
+    assert (few.window, few.samples) == ((224, 240), 2)
 
 
 def test_seconds_that_no_row_has_measured_are_not_made_up() -> None:
@@ -101,6 +117,25 @@ def decision(seq: int, kind: str, first: int, last: int, cause: str, step: int, 
     span = Span(first=first, last=last, cause=cause, step=step)
     data = {"span": msgspec.to_builtins(span), "incident": 1, **data}
     return Event(seq=seq, time=0.0, step=step, timeline=0, kind=kind, message=f"line {seq}", data=data)
+
+
+def test_remedies_in_force_count_for_what_is_and_what_will_be() -> None:
+    past = Past()
+    rate = Remedy(kind="lr", value=0.5, from_step=16, hold=10, back=0)  # of the rows 16 to 25
+    alpha = Remedy(kind="embed_alpha", value=0.2, from_step=16, hold=40)
+    past.remedies = [(1, rate), (2, alpha)]
+    here = scene(info(20), past=past, settings=GuardSection(embed_floor=0.15))
+    back = of(here, wish(CommandKind.ROLLBACK, NAN))
+    assert (back.lr_before, back.lr) == (30.0, 21.0), "the row of step 21 was made with the rate that it will have"
+    assert (back.alpha_before, back.alpha) == (0.2, 0.2)
+    more = rollback_for(here, (160, 240), remedies=[msgspec.structs.replace(alpha, from_step=21, value=0.5)])
+    assert more.alpha == 0.15 and "embedding gradients x0.15 instead of x0.2" in more.sentence()
+    assert of(here, wish(CommandKind.EMBED_ALPHA, 2.0)).alpha == 0.4
+    # Undone, a decision takes its remedy with it.
+    events = [decision(4, "left_out", 232, 240, "rejected", 29)]
+    past.remedies[1] = (span_in(events[0]), alpha)
+    gone = of(scene(info(20), past=past, events=events), wish(CommandKind.UNDO, NAN))
+    assert (gone.alpha_before, gone.alpha, gone.lr) == (0.2, 1.0, 21.0)
 
 
 def test_an_undo_goes_to_the_newest_state_from_before_the_decision_candidates_too() -> None:
@@ -121,7 +156,7 @@ def test_an_undo_goes_to_the_newest_state_from_before_the_decision_candidates_to
     [
         (CommandKind.POLICY, 1, "ask instead of auto"),
         (CommandKind.STOP, 0, "saves after step 30"),
-        (CommandKind.EMBED_ALPHA, 0.1, "x0.1 instead of x1 from step 31"),
+        (CommandKind.EMBED_ALPHA, 0.1, "x0.1 instead of x1, from step 31"),
         (CommandKind.RESUME, 0, "would be refused: training is not paused"),
         (CommandKind.ANSWER, 0, "would be refused: no question is open"),
     ],
@@ -191,6 +226,60 @@ def test_parked_beyond_the_timeout_of_a_collective_and_what_was_foretold_comes_t
     assert table(run, ("step", "lr"))[done.data["to_step"], 1] == proposed["lr"]
     status = run.read_status()
     assert status is not None and (status.question, status.deadline, status.default) == ("", 0.0, "")
+
+
+LADDER = [
+    {"do": "skip"},
+    {"do": "rollback"},
+    {"do": "widen"},
+    {"do": "lower_lr", "factor": 0.5, "hold": 9, "back": 6},
+    {"do": "older", "steps": 8},
+    {"do": "tighten_clip", "factor": 0.1, "hold": 8, "back": 0},
+    {"do": "reset_moments", "factor": 0.2, "hold": 12, "back": 4},
+]
+ALPHA = {"kind": "embed_alpha", "value": 0.3, "from_step": 12, "hold": 30, "back": 10}
+
+
+def test_each_rung_does_what_was_foretold(tmp_path: Path) -> None:
+    """Nobody answers, so what is proposed is done, after it has been foretold."""
+    config = tiny(
+        tmp_path,
+        faults=[SPIKE | {"first": 240, "last": 240 + 30 * BATCH}],
+        guard={
+            "mode": "ask",
+            "ask_seconds": 0.01,
+            "ladder": LADDER,
+            "window_max": 8,
+            "rollbacks": 6,
+            "remedies": [ALPHA],
+            **BLIND,
+        },
+        checkpoint={"every": 10, "keep": 4},
+        train={"steps": 46},
+    )
+    run = new_run(config)
+    assert train(run, 1) == "halted"
+    events = run.events()
+    backs = of_kind(run, "rollback")
+    assert [back.data["rung"] for back in backs] == [str(rung["do"]) for rung in LADDER[1:]]
+    *asked, last = of_kind(run, "paused")
+    assert last.data["proposals"][0]["action"] == "halt"
+    view = run.metrics()
+    step, lr, timeline = (view.column(name) for name in ("step", "lr", "timeline"))
+    for question, back in zip(asked, backs, strict=True):
+        said = question.data["proposals"][0]
+        assert (said["to_step"], said["tier"]) == (back.data["to_step"], back.data["tier"]), back.message
+        assert said["steps_lost"] == back.data["from_step"] - back.data["to_step"]
+        before = Past.of(event for event in events if event.seq < back.seq)
+        span, out = span_in(back), {position for span in before.spans for position in positions_of(span)}
+        assert span is not None and said["window"] == [span.first, span.last]
+        assert said["samples"] == len(set(positions_of(span)) - out)
+        first = (timeline == back.data["new_timeline"]) & (step == said["to_step"] + 1)
+        assert set(lr[first]) == {said["lr"]}, back.message
+        effects = Past.of(event for event in events if event.seq <= back.seq).effects(said["to_step"] + 1, config.guard)
+        assert said["alpha"] == effects.embed_alpha == 0.3
+        assert all(f"from step {remedy['from_step']}" in said["text"] for remedy in back.data["remedies"])
+    assert backs[3].data["to_step"] < backs[3].data["onset"] - 8, "older"
 
 
 def foretold(run: RunDirectory, *words: str, code: int = 0) -> dict[str, Any]:
