@@ -66,13 +66,20 @@ def test_a_machine_without_a_gpu_says_nothing_of_one(tmp_path: Path) -> None:
     assert run.read_ranks()[0].gpu_percent == -1.0
 
 
-def test_a_gpu_that_cannot_be_asked_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+class NVMLError(Exception):
+    """As pynvml has it: no RuntimeError, no OSError."""
+
+
+@pytest.mark.parametrize(
+    "error", [ModuleNotFoundError("nvidia-ml-py"), RuntimeError("no driver"), NVMLError("MIG")], ids=repr
+)
+def test_a_gpu_that_cannot_be_asked_is_asked_once(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
 
     def utilization(device: object) -> int:
         asked.append(device)
         if len(asked) > 1:
-            raise ModuleNotFoundError("nvidia-ml-py does not seem to be installed")
+            raise error
         return 87
 
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5_000_000)
@@ -80,3 +87,37 @@ def test_a_gpu_that_cannot_be_asked_is_asked_once(monkeypatch: pytest.MonkeyPatc
     meter = Meter(torch.device("cuda", 0))
     assert [meter() for _ in range(4)] == [(87.0, 5_000_000), *[(-1.0, 5_000_000)] * 3]
     assert len(asked) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU that answers")
+def test_what_asks_the_driver_may_be_missing(tmp_path: Path) -> None:
+    """Torch's own way, on a machine without nvidia-ml-py or without a driver: the heart goes on beating."""
+    run = RunDirectory.create(tmp_path, "beat", "")
+    heart = Heartbeat(run, 0, seconds=3600)
+    heart.meter = Meter(torch.device("cuda", 0))
+    heart.stop()
+    told = run.read_ranks()[0]
+    assert (told.gpu_percent, told.gpu_memory_bytes) == (-1.0, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_is_read_without_waiting_for_it() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    meter = Meter(device)
+    before = meter()[1]
+    held = torch.ones(1 << 20, device=device)
+    torch.cuda.synchronize()
+    done = torch.cuda.Event()
+    torch.cuda._sleep(int(5e9))  # cycles: seconds of work
+    done.record()
+    busy, memory = meter()
+    assert not done.query(), "the work that was handed out goes on"
+    assert memory - before >= held.numel() * 4
+    torch.cuda.synchronize()
+    try:
+        import pynvml  # noqa: F401
+    except ImportError:
+        assert busy == -1.0
+    else:
+        assert -1.0 <= busy <= 100.0

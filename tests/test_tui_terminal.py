@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import termios
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 from guardrail.rundir import RunDirectory
 from guardrail.tui import terminal
 from guardrail.tui.panes.table import PANES
-from tests.fake_run import FakeRun, example
+from tests.fake_run import FakeRun, LiveRun, example
 from tests.terminal import Terminal
 from tests.test_tui_panels import HOSTILE
 
@@ -110,6 +112,45 @@ def test_a_terminal_that_does_not_read_blocks_only_the_screen(
         screen.until("written while nobody read")
         screen.press("q")
         assert screen.ends() == 0
+
+
+@pytest.mark.slow
+def test_a_minute_without_a_reader_costs_training_nothing(tmp_path: Path, opened: list[Terminal]) -> None:
+    """Somebody's laptop sleeps. The rows of the run are counted meanwhile, and what the viewer holds."""
+    fake = FakeRun(total=100_000).begin().advance(2000)
+    run = fake.write(tmp_path)
+    live = LiveRun(fake, run, rate=20, spike_every=0)
+    trainer = threading.Thread(target=live.go, args=(100.0,), daemon=True)
+    screen = show(run, opened, "controlling")
+    trainer.start()
+    screen.read(2.0)
+    rows, before = len(run.metrics()), screen.memory("VmRSS")
+    deadline, pressed = time.monotonic() + 60, 0
+    while time.monotonic() < deadline:
+        if pressed < 400:  # each draws all charts anew: far more than a terminal buffers
+            screen.press("\t")
+            pressed += 1
+        time.sleep(0.05)
+    made, held = len(run.metrics()) - rows, screen.memory("VmRSS") - before
+    assert made > 60 * 20 / 4, "the run goes on as if nobody watched"
+    assert held < 20.0, f"{held:.1f} MB more, for frames that nobody reads"
+    newest = run.metrics().column("step")[-1]
+    sent = len(screen.output)
+    run.append("note", "written after a minute")
+    screen.until("written after a minute", seconds=60.0)
+    assert len(screen.output) - sent < 3_000_000, "what was held back is a few frames, not all of a minute"
+    deadline = time.monotonic() + 60
+    while step_of(screen.display()) < newest:
+        assert time.monotonic() < deadline, screen.display()[0]
+        screen.take(0.1)
+    screen.press("q")
+    assert screen.ends() == 0
+
+
+def step_of(display: list[str]) -> int:
+    """The step that the header says; -1: none."""
+    found = re.search(r"step +([\d,]+)", display[0])
+    return int(found[1].replace(",", "")) if found else -1
 
 
 def test_hostile_bytes_never_reach_the_terminal(tmp_path: Path, opened: list[Terminal]) -> None:

@@ -45,7 +45,10 @@ class Pace:
 
 
 class Meter:
-    """Utilisation and memory of a GPU, for the heartbeat; what cannot be had is unknown, and is asked for once."""
+    """Utilisation and memory of a GPU, for the heartbeat; what cannot be had is unknown, and is asked for once.
+
+    Neither waits for the GPU: the one is the driver's count (NVML), the other that of torch's own allocator.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -60,6 +63,8 @@ class Meter:
             return -1.0, memory
         try:
             return float(torch.cuda.utilization(self._device)), memory
-        except (ImportError, RuntimeError, OSError):  # without nvidia-ml-py, or where the driver does not tell
+        except Exception:
+            # Without nvidia-ml-py an ImportError; without the driver's library, in a slice of a GPU, or without the
+            # right to ask an NVMLError: a kind of its own, in a module that may be missing. The heartbeat outlives it.
             self._known = False
             return -1.0, memory
