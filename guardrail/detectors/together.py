@@ -6,7 +6,7 @@ the loss by less than a spike, batch after batch, and each that is applied does 
 
 So evidence is summed over an unbroken row of steps, as in Page's (1954) cumulative sum. A step counts by how far both
 have gone of the way to their limits, both shares added, less `DRIFT`; one that counts nothing ends the row. Two steps
-on which both are more than half-way are enough, or three on which the loss is half-way and the norm a third.
+on which both are half-way are enough, or three on which the loss is half-way and the norm a quarter.
 
 A row begins on an ordinary step. Behind a rejection values come down over several steps, and in a log of a run that
 nobody took back over hundreds: there both must be half-way, twice.
@@ -28,8 +28,8 @@ RAISED = 0.2
 SHARE = 0.5
 # Both shares together that are nobody's business.
 DRIFT = 0.5
-# What a row must sum up to. On 34 recorded runs (317,250 records) 0.7 rejects nothing that 1.0 does not.
-ENOUGH = 1.0
+# What a row must sum up to. On 34 recorded runs (317,250 records) 0.3 rejects nothing that 1.0 does not.
+ENOUGH = 0.7
 # What one step counts for at most: what stood out once is never enough, however far.
 MOST = 0.6
 
@@ -44,14 +44,15 @@ class Together:
     def __init__(self, first: Spike, second: Spike) -> None:
         self.first, self.second = first, second
         self.signals = (first.signal, second.signal)
+        self._first_least, self._second_least = RAISED * first.score, RAISED * second.score
         self.reset()
 
     def reset(self) -> None:
         self._unsettled = False  # something was rejected, and no ordinary step has followed
 
     def observe(self, obs: Observation) -> list[Finding]:
-        last = self.first.last  # every step comes by here
-        if not last or last[-1][1] <= RAISED * self.first.score:
+        first, second = self.first.last, self.second.last  # every step comes by here
+        if not first or not second or first[-1][1] <= self._first_least or second[-1][1] <= self._second_least:
             return []
         least = SHARE if self._unsettled or obs.streak else RAISED
         now = self.counts(obs, least)
