@@ -45,6 +45,7 @@ def test_a_published_recipe_is_beyond_reproach() -> None:
         ({"model": {"embedding_norm": True}}, ["zero-shot"]),
         ({"optim": {"beta2": 0.999}}, ["remembers 1000 steps", "use 0.95"]),
         ({"optim": {"beta2": 0.8}}, ["remembers few steps"]),
+        ({"optim": {"beta2": 0.99999}}, ["remembers 100000 steps, and the run has 5000", "no curve shows it"]),
         ({"train": {"batch_size": 8, "steps": 160_000}}, ["16.4 K tokens, few for 125 M parameters", "500 K"]),
         ({"train": {"batch_size": 4096, "steps": 5000}}, ["8.39 M tokens, many"]),
         ({"train": {"steps": 500}}, ["262 M tokens for 125 M parameters are 2.1 for each", "Hoffmann et al. 2022"]),
@@ -77,6 +78,8 @@ def test_small_models_are_not_compared_by_size(tmp_path: Path) -> None:
     small = {"model": {"preset": "", "layers": 2}, "data": {"tokenizer": "bytes"}, "train": {"batch_size": 4}}
     assert settings(**small, optim={"lr": 0.05}).practice() == []
     assert len(settings(**small, optim={"clip": 0.0}).practice()) == 1
+    assert len(settings(**small, optim={"beta2": 0.99999}).practice()) == 1
+    assert settings(**small, optim={"beta2": 0.999}).practice() == []
     assert Settings().practice() == []
 
 

@@ -112,10 +112,16 @@ def _beta2(config: Config) -> str:
     optim = config.optim
     if optim.name == "adafactor":
         return ""
+    steps, memory = config.train.steps, 1 / (1 - optim.beta2)
+    if 0 < steps < memory:
+        return (
+            f"optim.beta2 = {optim.beta2:g} remembers {memory:.0f} steps, and the run has {steps}: it scales its updates "
+            "by nearly the plain mean since the first step, whose gradients are the largest, and no curve shows it"
+        )
     # With few tokens in a batch a long memory pays (Porian et al. 2024).
     if optim.beta2 > 0.99 and _batch_tokens(config) >= 1 << 17:
         return (
-            f"optim.beta2 = {optim.beta2:g} remembers {1 / (1 - optim.beta2):.0f} steps, and a sudden gradient meets a "
+            f"optim.beta2 = {optim.beta2:g} remembers {memory:.0f} steps, and a sudden gradient meets a "
             "stale scale: GPT-3, LLaMA, BLOOM and GLM-130B use 0.95 (Wortsman et al. 2023 on the spikes of 0.999)"
         )
     if optim.beta2 < 0.9:
