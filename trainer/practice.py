@@ -115,7 +115,7 @@ def _beta2(config: Config) -> str:
     steps, memory = config.train.steps, 1 / (1 - optim.beta2)
     if 0 < steps < memory:
         return (
-            f"optim.beta2 = {optim.beta2:g} remembers {memory:.0f} steps, and the run has {steps}: it scales its updates "
+            f"optim.beta2 = {optim.beta2:g} remembers {memory:.0f} steps, and the run has {steps}: updates are scaled "
             "by nearly the plain mean since the first step, whose gradients are the largest, and no curve shows it"
         )
     # With few tokens in a batch a long memory pays (Porian et al. 2024).
