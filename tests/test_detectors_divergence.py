@@ -39,6 +39,25 @@ def test_a_step_that_stays_is_found_within_divergence_steps_and_dated() -> None:
     assert abs(finding.baseline - 2.0) < 0.05 and abs(finding.value - 2.3) < 0.1
 
 
+# A young run on 420 short documents, of which four with noise come at the end: steps 1 to 44.
+YOUNG = [
+    5.545, 5.472, 5.267, 5.037, 4.770, 4.447, 4.171, 3.957, 3.796, 3.690, 3.620, 3.580, 3.549, 3.527, 3.510,
+    3.499, 3.468, 3.432, 3.433, 3.363, 3.337, 3.294, 3.333, 3.253, 3.207, 3.175, 3.158, 3.110, 3.077, 3.052,
+    3.045, 3.004, 2.997, 2.996, 3.458, 2.953, 2.909, 3.391, 3.353, 3.373, 2.887, 2.882, 3.332, 3.323,
+]  # fmt: skip
+
+
+def test_a_rise_behind_a_falling_loss_is_not_dated_back_into_the_fall() -> None:
+    """What lay above the present level while the loss still fell is no part of the rise: whoever took it for one went
+    back 30 steps and left all of the data out."""
+    watch = Watch()
+    watch.baseline = Baseline(window=32, floor=0.01)
+    watch.detector = Divergence(watch.baseline, score=6.0, steps=10, window=32)
+    finding = watch.first_alarm(YOUNG)
+    assert finding is not None and finding.kind is Kind.DIVERGENCE
+    assert (finding.step, finding.onset) == (44, 38)
+
+
 def test_a_slow_rise_is_found_although_every_single_value_looks_ordinary() -> None:
     watch = Watch()
     rise = [noisy(2.0 * 1.003**step)(300 + step) for step in range(1, 100)]  # 0.3 % a step, 2 % noise

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 from guardrail.detectors.base import Jumps
@@ -92,9 +93,12 @@ class Divergence:
 
     def onset(self) -> int:
         """The step at which the present rise began; only meaningful while `raised`."""
-        middle = 0.5 * (self._lowest[0][1] + self._recent.median())
+        reached, lowest, _ = self._lowest[0]
+        middle = 0.5 * (lowest + self._recent.median())
         best, total, onset = 0.0, 0.0, self._memory[-1][0]
-        for step, y in reversed(self._memory):
+        # Half of the values of the lowest level are older than it: what is older still was high because the loss fell.
+        since = self._count - reached + self.steps // 2
+        for step, y in islice(reversed(self._memory), since):
             total += y - middle
             if total >= best:
                 best, onset = total, step
