@@ -1,8 +1,9 @@
 """Which samples of a rejected batch are to blame, and whether leaving only them out is enough.
 
 Samples that stand out among those of healthy batches (guardrail.outliers) are named with their documents and with what
-is odd about their text (guardrail.oddness). If they are few, the batch is run once more without them; where it is
-healthy then, they alone are left out, and the batch is formed again from the same place in the order.
+is odd about their text (guardrail.oddness). If they are few, the batch is run once more without those that weigh in it,
+else without all of them; where it is healthy then, they alone are left out, and the batch is formed again from the same
+place in the order.
 
 Where updates of bad data are in the weights the samples are looked at from an older state, in every batch from the
 onset on: a rollback leaves only them out where without them each of these batches is healthy there.
@@ -18,7 +19,7 @@ import msgspec
 from guardrail.causes import Pass, Trouble
 from guardrail.ledger import Batch, Ledger
 from guardrail.oddness import Usual, odd
-from guardrail.outliers import Outlier, Sample, outliers
+from guardrail.outliers import Outlier, Sample, foremost, outliers
 from guardrail.records import MAX_NAMED, Record, Verdict
 from guardrail.text import clean
 from guardrail.torch.replays import Replays
@@ -34,7 +35,7 @@ Texts = Callable[[Sequence[int]], list[str]]
 
 class Attribution(Record, frozen=True, kw_only=True):
     """Attributes:
-    outliers: of the batch, furthest first.
+    outliers: of the batch, furthest first; where `positions` are to be left out, these alone.
     positions: that are to be left out, ascending, where they explain the trouble; else empty: all of the batch.
     ordinary: positions of the samples that they were held against.
     """
@@ -106,13 +107,17 @@ def _attribute(
 ) -> Attribution:
     found = outliers(replays.samples(batch, step=step), ordinary)
     named = Attribution(outliers=tuple(found), ordinary=tuple(sample.position for sample in ordinary))
-    bad = sorted(outlier.sample.position for outlier in found)
-    if not bad or len(bad) > FEW * len(batch.positions):
-        return named
-    rest = ledger.chosen(position for position in batch.positions if position not in bad)
-    if rest is None or trouble.shown_by(replays.run(rest, step=step, what="the rest of the batch"), level):
-        return named
-    return msgspec.structs.replace(named, positions=tuple(bad))
+    tried: list[int] = []
+    for some in (foremost(found, ordinary), found):
+        bad = sorted(outlier.sample.position for outlier in some)
+        if not bad or bad == tried or len(bad) > FEW * len(batch.positions):
+            continue
+        tried = bad
+        rest = ledger.chosen(position for position in batch.positions if position not in bad)
+        if rest is None or trouble.shown_by(replays.run(rest, step=step, what="the rest of the batch"), level):
+            continue
+        return msgspec.structs.replace(named, outliers=tuple(some), positions=tuple(bad))
+    return named
 
 
 def told(
