@@ -19,7 +19,6 @@ ENOUGH = 8  # ordinary samples behind a median
 # deviation of a dozen samples may be off by half.
 LIMIT = 6.0
 # Least sigmas in log units: 5 % of a loss, 25 % of a gradient norm are no outliers, however alike the samples are.
-LEAST_PART = 0.1
 LOSS_FLOOR, GRADIENT_FLOOR = 0.05, 0.25
 
 
@@ -74,9 +73,9 @@ def outliers(batch: Sequence[Sample], ordinary: Sequence[Sample]) -> list[Outlie
     return sorted(found, key=lambda outlier: (-outlier.score, outlier.sample.position))
 
 
-def foremost(found: Sequence[Outlier], ordinary: Sequence[Sample]) -> list[Outlier]:
-    """Those outliers that have part in what the batch shows: `LEAST_PART` of the greatest excess of loss or of the
-    greatest squared gradient among them, in their order.
+def foremost(found: Sequence[Outlier], ordinary: Sequence[Sample], *, part: float) -> list[Outlier]:
+    """Those outliers that have this part in what the batch shows: of the greatest excess of loss or of the greatest
+    squared gradient among them, in their order.
 
     Samples of a well-trained model are so alike that one whose last label is the first token of a bad document stands
     out as clearly, with a hundredth of its weight.
@@ -89,7 +88,7 @@ def foremost(found: Sequence[Outlier], ordinary: Sequence[Sample]) -> list[Outli
     return [
         outlier
         for outlier, loss, square in zip(found, excess, squares, strict=True)
-        if outlier.score == math.inf or _part(loss, most) >= LEAST_PART or _part(square, longest) >= LEAST_PART
+        if outlier.score == math.inf or _part(loss, most) >= part or _part(square, longest) >= part
     ]
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from guardrail.rundir import RunDirectory
-from tests.running import assert_same, corpus_of, of_kind, spans, tiny, told, trained, write_corpus
+from tests.running import BATCH, SHAPES, assert_same, corpus_of, of_kind, spans, tiny, told, trained, write_corpus
 from trainer.config import Config
 
+KINDS = ("binary", "repetition", "language", "shuffled", "letters")
 LENGTH = 64  # of a sample and, with its end, of a document: each document is one sample
 DOCUMENTS, PLANTED = 420, 10
 
@@ -27,6 +28,39 @@ def plant(folder: Path) -> set[str]:
         content = noise if number in bad else text[start : start + LENGTH - 1]
         (corpus / f"{number:04d}.txt").write_text(content, encoding="utf-8")
     return {f"{number:04d}.txt" for number in bad}
+
+
+def spoiled(kind: str, clean: str, dice: random.Random) -> str:
+    """Text of as many bytes as `clean` has, all of them ASCII, that begins with the same character."""
+    if kind == "binary":
+        text = "".join(chr(dice.randrange(1, 128)) for _ in clean)
+    elif kind == "repetition":
+        text = dice.choice(["ab", "xQ7", "~^", "zz", "%%d "]) * len(clean)
+    elif kind == "shuffled":
+        text = " ".join(dice.sample(words := clean.split(), len(words)))
+    elif kind == "letters":
+        text = "".join(dice.sample(clean, len(clean)))
+    else:
+        text = "съешьжеещёэтихмягкихфранцузскихбулокдавыпейчаю"[: (len(clean) - 1) // 2]
+    left = len(clean) - 1 - len(text.encode())
+    return clean[0] + (text + " " * max(0, left) if left >= 0 else text[: len(clean) - 1])
+
+
+def plant_kinds(folder: Path, *, before: int) -> dict[str, str]:
+    """Eight pieces of real text over and over, until a model knows them by heart, and then one document of ten in the
+    midst of each second batch, two of each kind; returns what kind each of them is."""
+    write_corpus(folder / "whole", documents=8)
+    text = "".join(file.read_text(encoding="utf-8") for file in sorted((folder / "whole").iterdir()))
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    dice = random.Random(1)
+    bad = {BATCH * (before + 2 * at) + dice.randrange(1, 6): kind for at, kind in enumerate(2 * KINDS)}
+    for number in range(BATCH * (before + 30)):
+        start = number % 8 * LENGTH
+        clean = text[start : start + LENGTH - 1]
+        content = spoiled(bad[number], clean, dice) if number in bad else clean
+        (corpus / f"{number:04d}.txt").write_text(content, encoding="utf-8", newline="")
+    return {f"{number:04d}.txt": kind for number, kind in bad.items()}
 
 
 def config_of(folder: Path, *, world: int = 1, strategy: str = "ddp") -> Config:
@@ -72,3 +106,26 @@ def test_ten_documents_of_noise(tmp_path: Path) -> None:
 def test_ten_documents_of_noise_on_two_ranks(tmp_path: Path, strategy: str) -> None:
     bad = plant(tmp_path)
     hold(config_of(tmp_path, world=2, strategy=strategy), bad)
+
+
+@pytest.mark.parametrize(
+    ("world", "strategy"), [SHAPES[0], *(pytest.param(*shape, marks=pytest.mark.slow) for shape in SHAPES[1:])]
+)
+def test_documents_of_five_kinds_among_text_that_the_model_knows(tmp_path: Path, world: int, strategy: str) -> None:
+    bad = plant_kinds(tmp_path, before=126)
+    config = tiny(
+        tmp_path,
+        world=world,
+        strategy=strategy,
+        data={"sequence_length": LENGTH},
+        model={"dropout": 0.0},
+        optim={"lr": 1e-2},
+        train={"steps": 148},
+        guard={"confirm": 1},
+    )
+    run = trained(config)
+    quarantined = left_out(config, run)
+    missed = sorted(bad[name] for name in bad.keys() - quarantined)
+    assert len(missed) <= 1, missed
+    assert len(quarantined - bad.keys()) <= len(quarantined) / 10, sorted(quarantined - bad.keys())
+    assert_same(run, trained(told(config, run)))

@@ -8,7 +8,7 @@ import textwrap
 import pytest
 
 from guardrail.oddness import Usual, odd
-from guardrail.outliers import Sample, outliers
+from guardrail.outliers import Outlier, Sample, foremost, outliers
 
 PROSE = inspect.cleandoc(textwrap.__doc__ or "") + (
     " Text wrapping and filling. A paragraph is given as one long string, and comes back as lines that are short "
@@ -82,3 +82,21 @@ def test_rows_without_labels_and_without_gradients_are_passed_over() -> None:
 def test_without_healthy_batches_the_batch_itself_is_what_is_usual() -> None:
     found = outliers(samples([2.3, 2.2, 2.4, 2.3, 9.0]), [])
     assert [one.sample.position for one in found] == [4]
+
+
+def test_those_that_weigh_are_told_from_those_that_merely_stand_out() -> None:
+    """A hundredth of the worst one's excess is far out among samples that are all alike, and explains nothing."""
+    ordinary = [Sample(position=at, loss=0.02, tokens=64, gradient=1.0) for at in range(9)]
+
+    def chosen(part: float, *pairs: tuple[float, float]) -> list[int]:
+        found = [
+            Outlier(sample=Sample(position=at, loss=loss, tokens=64, gradient=gradient), score=9.0)
+            for at, (loss, gradient) in enumerate(pairs)
+        ]
+        return [outlier.sample.position for outlier in foremost(found, ordinary, part=part)]
+
+    pairs = [(5.02, 10.0), (0.22, 1.0), (0.037, 0.5), (0.03, 8.0)]
+    assert chosen(0.1, *pairs) == [0, 3] and chosen(0.01, *pairs) == [0, 1, 3] and chosen(0.0, *pairs) == [0, 1, 2, 3]
+    assert chosen(0.1, (math.nan, math.nan), (2.0, 1.0)) == [1], "an unknown number has no weight"
+    broken = [Outlier(sample=Sample(position=0, loss=math.nan, tokens=4), score=math.inf)]
+    assert foremost(broken, ordinary, part=0.1) == broken and foremost([], ordinary, part=0.1) == []

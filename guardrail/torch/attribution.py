@@ -1,9 +1,9 @@
 """Which samples of a rejected batch are to blame, and whether leaving only them out is enough.
 
 Samples that stand out among those of healthy batches (guardrail.outliers) are named with their documents and with what
-is odd about their text (guardrail.oddness). If they are few, the batch is run once more without those that weigh in it,
-else without all of them; where it is healthy then, they alone are left out, and the batch is formed again from the same
-place in the order.
+is odd about their text (guardrail.oddness). If they are few, the batch is run once more without those that weigh most,
+else without more of them; where it is healthy then, they alone are left out, and the batch is formed again from the
+same place in the order.
 
 Where updates of bad data are in the weights the samples are looked at from an older state, in every batch from the
 onset on: a rollback leaves only them out where without them each of these batches is healthy there.
@@ -27,6 +27,7 @@ from guardrail.window import Applied
 
 ORDINARY = 3  # healthy batches that the samples are held against
 FEW = 0.5  # of a batch. Beyond it the batch's median is no longer one of good samples, and little would be kept.
+PARTS = (0.1, 0.01, 0.0)  # of the weight of the worst sample, that a sample needs to be left out; tried one by one
 EXCERPT = 160  # characters
 
 # Sample ids -> their texts, as the model met them.
@@ -108,7 +109,8 @@ def _attribute(
     found = outliers(replays.samples(batch, step=step), ordinary)
     named = Attribution(outliers=tuple(found), ordinary=tuple(sample.position for sample in ordinary))
     tried: list[int] = []
-    for some in (foremost(found, ordinary), found):
+    for part in PARTS:
+        some = foremost(found, ordinary, part=part)
         bad = sorted(outlier.sample.position for outlier in some)
         if not bad or bad == tried or len(bad) > FEW * len(batch.positions):
             continue
