@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from guardrail.config import Settings, build, dump, load
+from guardrail.config import LADDER, GuardSection, RungSection, Settings, build, dump, load
 from guardrail.errors import ConfigError, ExitCode
 from guardrail.records import Mode
 from trainer import config as trainer_config
@@ -345,3 +345,10 @@ def test_every_setting_is_explained_beside_it() -> None:
 def test_settings_alone_make_a_schema() -> None:
     Settings().check(base=Path.cwd())
     Settings().check_machine()
+
+
+def test_the_night_writes_the_default_ladder_out() -> None:
+    """So that what stands beside each rung is what happens without one, and at the end of it the run halts."""
+    night = load(CONFIGS / "night.toml").guard
+    assert night.ladder == (*LADDER, RungSection(do="halt"))
+    assert (night.skips, night.rollbacks) == (2 * GuardSection().skips, 8) and GuardSection().rollbacks == 5
