@@ -498,14 +498,20 @@ def test_markdown_tells_the_same(run: RunDirectory) -> None:
         assert part in told, f"{part!r} is not in\n{told}"
 
 
-def test_hostile_text_stays_text(run: RunDirectory) -> None:
+def test_hostile_text_stays_text(tmp_path: Path) -> None:
+    """Of documents, of excerpts, of tokens, of the journal, and in the name of the run itself."""
+    run = RunDirectory.create_at(tmp_path / "<b>n\x1b[2J[x](y)`\u202e", "")
     evil = "</li><script>alert(1)</script><img src=x onerror=alert(1)> [a](javascript:x) ![b](//x) `c` \x1b[2J\n# zz"
     start(run, host=evil)
     rows(run, 1, 2)
     document = {"path": evil, "excerpt": evil}
     span = Span(first=0, last=4, cause="rejected", step=1, reason=evil)
     run.append("verdict", evil, step=1, action="skip", findings=[finding(2, signal=evil)], incident=1)
-    run.append("left_out", evil, step=1, span=span, documents=[document], incident=1)
+    sample = {"position": 1, "loss": 9.0, "excerpt": evil, "odd": [evil], "documents": [document]}
+    run.append("left_out", evil, step=1, span=span, documents=[document], samples=[sample], incident=1)
+    remedy = {"kind": evil, "value": 0.5, "from_step": 3, "hold": 1}
+    run.append("remedy", evil, step=1, incident=1, remedies=[remedy])
+    run.append("incident", evil, step=1, number=1, state="offset", onset=1, **{evil: 1.0})
     run.append("cause", evil, incident=1, cause=evil, reason=evil)
     run.append("hung", evil)
     run.append("ended", evil, phase=evil, reason=evil)
@@ -517,7 +523,7 @@ def test_hostile_text_stays_text(run: RunDirectory) -> None:
     told = written(run, "markdown")
     assert "<" not in told and not re.search(r"(?<!\\)[\[\]`]", told)
     assert not [line for line in told.splitlines() if line.startswith("# zz")]
-    for content in (page, told):
+    for content in (page, told, written(run, "terminal")):
         assert_harmless(content)
 
 

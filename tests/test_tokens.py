@@ -32,6 +32,7 @@ from tests.running import BATCH, LENGTH, SHAPES, assert_same, of_kind, tiny, tol
 from tests.tiny import VOCABULARY, Setup
 from trainer.config import Config
 from trainer.data.tokenizer import ByteTokenizer, JsonTokenizer
+from trainer.layout import ParallelSection
 
 GUARD = {"embed_score": 5.0, "embed_factor": 0.4, "embed_hold": 3, "embed_back": 2}
 BAD = 32 * BATCH  # first position of the batch that holds one byte again and again
@@ -127,6 +128,18 @@ def test_two_ranks_name_the_same(
     tokens = assert_one_byte(one_byte(tmp_path, world=world, strategy=strategy))
     ours, theirs = tokens[0], alone[1][0]
     assert ours["norm"] == pytest.approx(theirs["norm"], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [{"tp": 2}, {"pp": 2}, {"tp": 2, "sequence_parallel": True}], ids=str)
+def test_a_split_vocabulary_and_a_pipeline_name_the_same(
+    tmp_path: Path, parallel: dict[str, Any], alone: tuple[Config, list[dict[str, Any]]]
+) -> None:
+    whole = one_byte(tmp_path, world=2)
+    train = msgspec.structs.replace(whole.train, micro_batch_size=4)
+    split = msgspec.structs.replace(whole, parallel=ParallelSection(**parallel), train=train)
+    (ours,), (theirs,) = assert_one_byte(split), alone[1]
+    assert ours["norm"] == pytest.approx(theirs["norm"], rel=1e-2)
 
 
 def test_tied_weights_name_what_was_shown_and_what_was_expected(tmp_path: Path) -> None:
