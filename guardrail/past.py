@@ -75,6 +75,7 @@ class Past:
         suspects: names of checkpoints that a rollback has found polluted.
         good: names of checkpoints that were confirmed.
         incident: number of the last incident.
+        lines: of the journal that it was told.
     """
 
     spans: list[Span] = field(default_factory=list)
@@ -92,6 +93,7 @@ class Past:
     restarts: int = 0
     started: dict[str, Any] | None = None
     ended: str | None = None
+    lines: int = 0
 
     @classmethod
     def of(cls, events: Iterable[Event]) -> Past:
@@ -102,6 +104,7 @@ class Past:
 
     def add(self, event: Event) -> None:
         data = event.data
+        self.lines += 1
         self.timeline = max(self.timeline, event.timeline)
         match event.kind:
             case "started":

@@ -240,6 +240,18 @@ def test_ask_and_answer_by_another_deed(tmp_path: Path, kind: CommandKind, value
     assert_same(run, trained(told(config, run)))
 
 
+def test_a_rate_that_is_set_while_the_guard_asks_is_that_of_the_update_and_of_its_row(tmp_path: Path) -> None:
+    config = asking(tmp_path)
+    run = new_run(config)
+    pids = parked(run)
+    send(run, "slower", CommandKind.LR, 0.5)
+    send(run, "on", CommandKind.ANSWER, 1)
+    assert wait_ranks(pids) == [0]
+    assert answers(run) == {"slower": ("applied", 20), "on": ("applied", 20)}
+    schedule = Schedule.of(config.optim, steps=32)
+    assert table(run, ("lr",))[:, 0].tolist() == [schedule(s) * (0.5 if s > 20 else 1.0) for s in range(1, 33)]
+
+
 def test_a_command_that_comes_with_the_step_under_question_waits_for_the_answer(tmp_path: Path) -> None:
     run = new_run(asking(tmp_path))
     for name in ("first", "second"):  # each attempt at step 21 takes one command

@@ -60,6 +60,11 @@ class Account:
             row[f"{signal}_baseline"], row[f"{signal}_threshold"] = baseline, threshold
         self.row = row
 
+    def rated(self, lr: float) -> None:
+        """Another learning rate was set while the step was under question."""
+        if self.row is not None:
+            self.row["lr"] = lr
+
     def judged(self, action: Action) -> None:
         """Another verdict than the first one came to be carried out."""
         if self.row is not None:

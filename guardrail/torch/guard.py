@@ -174,6 +174,7 @@ class Guard:
         self._to_keep = False  # an update was applied and the tiers do not know of it yet
         self._command = (0, 0.0)  # agreed on in the last reduction, carried out between two steps
         self.incident: int | None = None  # that the present step belongs to
+        self._effects: tuple[tuple[int, int], Effects] | None = None  # the last ones, and what they hold for
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -272,7 +273,7 @@ class Guard:
             if self.rank == 0:
                 self.desk.open(self.run)
             events = self.shared(self.run.events() if self.rank == 0 else None)
-            self.past = Past.of(events)
+            self.past, self._effects = Past.of(events), None
             self.controller.rebuild(events)
             if self.rank == 0:
                 self.heartbeat.status = self.account.status
@@ -402,8 +403,11 @@ class Guard:
         self.end(Phase.STOPPED, "asked to stop; the unfinished batch was given back")
 
     def effects(self, step: int) -> Effects:
-        """What the update of a step is made with: what a person has set, and remedies."""
-        return self.past.effects(step, self.settings.guard)
+        """What the update of a step is made with: what a person has set, and remedies. A new line may change it."""
+        key, known = (step, self.past.lines), self._effects  # the heartbeat's thread asks too
+        if known is None or known[0] != key:
+            known = self._effects = key, self.past.effects(step, self.settings.guard)
+        return known[1]
 
     def set_mode(self, mode: Mode) -> None:
         self.mode = mode

@@ -201,6 +201,7 @@ class Verdicts:
         if answer is Answer.GO_ON and math.isfinite(reduced.loss) and math.isfinite(reduced.grad_norm):
             guard.controller.overrule(observation)
             guard.attempt.redo()
+            guard.account.rated(guard.rate(step.number))
             self._apply(step, reduced)
             guard.account.judged(Action.APPLY)
         elif answer is Answer.GO_ON:
