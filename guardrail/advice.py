@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from guardrail.answering import Answer
 from guardrail.detectors.base import Jumps
-from guardrail.policy import Rollback
+from guardrail.policy import Rollback, is_trouble
+from guardrail.records import Action, Finding, Kind, Observation
+
+SPIKES = (Kind.LOSS_SPIKE, Kind.GRAD_SPIKE, Kind.EMBED_SPIKE, Kind.UPDATE_SPIKE, Kind.SPIKE)
 
 
 class Advice:
@@ -24,6 +29,19 @@ class Advice:
     def accepted(self) -> None:
         if self.left_out or self.streak:
             self.streak, self.left_out = 0, []
+
+    def book(self, done: Answer, obs: Observation, findings: Sequence[Finding], onset: int) -> bool:
+        """What `auto` would have done about a rejected step; returns whether it would have gone back or halted."""
+        self.rejected(obs.step, trouble=is_trouble(findings), jumps=jumps_of(findings))
+        if done.action not in (Action.ROLLBACK, Action.HALT):
+            return False
+        self.streak = 0
+        if done.action is Action.ROLLBACK:
+            to_step = max(0, onset - 1)
+            self.rollbacks.append(
+                Rollback(from_step=obs.step - 1, to_step=to_step, onset=onset, window=done.window, rung=done.rung)
+            )
+        return True
 
     def rejected(self, step: int, *, trouble: bool, jumps: Jumps) -> None:
         if trouble and not self.streak:
@@ -55,3 +73,8 @@ class Advice:
                 )
             )
         return advice
+
+
+def jumps_of(findings: Iterable[Finding]) -> Jumps:
+    """The spikes among findings: signal -> log(value / baseline)."""
+    return {f.signal: math.log(f.value / f.baseline) for f in findings if f.kind in SPIKES}

@@ -5,7 +5,7 @@ Two kinds of memory, kept apart on purpose:
     state   detectors and the recent batches. Travels with each snapshot and rolls back with it (`state_dict`).
             Only applied steps change it, and overflows of the loss scale, which are counted: a rejected batch leaves
             no trace in it.
-    facts   rollbacks done, incidents, pardons, batches that were left out without suspicion. They outlive a rollback;
+    facts   rollbacks done, incidents, causes, pardons (see guardrail.facts). They outlive a rollback;
             the journal holds them, and `rebuild` reads them back after a crash.
 
 Together: a controller that was loaded from a checkpoint and rebuilt from the journal reaches the verdicts of one that
@@ -16,15 +16,15 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from msgspec import convert, structs
+from msgspec import structs
 
 from guardrail.advice import Advice
 from guardrail.answering import Answer, Case, answer
 from guardrail.config import GuardSection
-from guardrail.detectors.base import Detector, Jumps
+from guardrail.detectors.base import Detector
 from guardrail.detectors.divergence import Divergence
 from guardrail.detectors.growth import CLIMB
 from guardrail.detectors.no_tokens import NoTokens
@@ -32,13 +32,13 @@ from guardrail.detectors.resume import ROWS, resume_jumps
 from guardrail.detectors.scale import ScaleCollapse, overflows
 from guardrail.detectors.share import Share
 from guardrail.detectors.spike import LOOK_BACK, ONSET_SHARE, Spike
-from guardrail.detectors.standard import NAMED, TOGETHER, USUAL, build, build_named
-from guardrail.detectors.stuck import Stuck
+from guardrail.detectors.standard import TOGETHER
 from guardrail.detectors.together import Together
-from guardrail.diagnoses import Diagnoses, diagnosis_of, signals_of
+from guardrail.diagnoses import signals_of
 from guardrail.enough import MOST, fit
-from guardrail.incidents import CLOSED, OPEN, RECURRED, Incidents
-from guardrail.policy import UNSUSPECTED, Rollback, by_severity, field_of, is_trouble, rejects, rollback_of, untouched
+from guardrail.facts import Facts
+from guardrail.incidents import CLOSED, RECURRED
+from guardrail.policy import by_severity, is_trouble, rejects, untouched
 from guardrail.records import (
     GRAD_NORM,
     LOSS,
@@ -47,7 +47,6 @@ from guardrail.records import (
     Cause,
     Curve,
     Diagnosis,
-    Event,
     Finding,
     Kind,
     Mode,
@@ -55,32 +54,21 @@ from guardrail.records import (
     Severity,
     Verdict,
 )
+from guardrail.watchers import Watch, Watchers
 from guardrail.window import Applied
 
 # Detectors of damage in the weights. `advise` does not go back, so what they said once they would say for ever.
 LASTING = ("divergence", "growth", "embed_growth", "update_growth")
-# An update with these has no meaning, whoever wishes for it.
-UNPARDONABLE = frozenset({Kind.NONFINITE, Kind.NO_TOKENS, Kind.SCALE_COLLAPSE})
-SPIKES = (Kind.LOSS_SPIKE, Kind.GRAD_SPIKE, Kind.EMBED_SPIKE, Kind.UPDATE_SPIKE, Kind.SPIKE)
 # Verdicts of which no replay asks the cause.
 UNASKED = (Action.APPLY, Action.OVERFLOW, Action.RETRY)
 # Of the run itself: such trouble comes again. Hardware and the unknown say nothing of the next batch.
 CAUSES = (Cause.DATA, Cause.STATE, Cause.DATA_AND_STATE)
-# Findings on further signals in one verdict.
-MOST_NAMED = 3
 # Claims about norms alone: where the loss has nothing of it, clipping is all that the update needs.
 NORMS = frozenset({Kind.GRAD_SPIKE, Kind.EMBED_SPIKE})
 QUIET = 0.5  # share of the way to its limit below which a loss has nothing of it
 
 
-class Watch(NamedTuple):
-    """The detectors of a step's signals; what each step asks of them is looked up once."""
-
-    observe: tuple[Callable[[Observation], list[Finding]], ...]
-    accept: tuple[Callable[[Observation, Sequence[Jumps]], None], ...]
-
-
-class Controller:
+class Controller(Facts):
     """Detectors, policy and memory of one run.
 
     Args:
@@ -89,19 +77,11 @@ class Controller:
     """
 
     def __init__(self, settings: GuardSection, *, mode: Mode | None = None) -> None:
-        self.settings = settings
+        super().__init__(settings)
         self.mode = settings.mode if mode is None else mode
         self._no_tokens = NoTokens()
-        self.detectors = build(settings)
+        self.watchers = Watchers(settings)
         self._scale: ScaleCollapse = self.detectors[LOSS_SCALE]  # type: ignore[assignment]
-        self._by_signals: dict[tuple[str, ...], Watch] = {}
-        self.incidents = Incidents(confirm=settings.confirm)
-        self.rollbacks: list[Rollback] = []
-        self.diagnoses = Diagnoses()
-        # Stretches [first, last) of positions whose batches are applied whatever is found, as far as it is finite.
-        self.pardons: list[tuple[int, int]] = list(settings.pardon)
-        # Rejected for want of labels: no sign of trouble.
-        self._empty_spans: set[tuple[int, int]] = set()
         # Reaches back to the earliest onset that a detector can name, and `window_before` batches further.
         reach = settings.window_before + max(LOOK_BACK, Divergence.MEMORY * settings.divergence_steps, CLIMB) + 1
         if any(rung.do == "widen" for rung in settings.ladder):
@@ -130,7 +110,7 @@ class Controller:
             self._went_back(obs.step)
         if self.mode is Mode.ADVISE and self._advice.left_out:
             obs = structs.replace(obs, streak=len(self._advice.left_out))
-        watch = self._watch(obs)
+        watch = self.watchers.of(obs)
         if obs.tokens > 0:
             for observe in watch.observe:
                 if found := observe(obs):
@@ -144,10 +124,10 @@ class Controller:
             findings = self._no_tokens.observe(obs)
         if not findings:
             return self._healthy(obs, watch)
-        evidence = self._foremost(by_severity(findings))
+        evidence = self.watchers.foremost(by_severity(findings))
         if evidence[0].severity is Severity.NOTE:
             return self._healthy(obs, watch, evidence, f"noted: {evidence[0].sentence()}")
-        if self._pardoned(obs, evidence):
+        if self.pardoned(obs, evidence):
             return self._pardon(obs, evidence)
         return self._rejected(obs, evidence)
 
@@ -165,26 +145,6 @@ class Controller:
         counts = together.counts(obs)
         wary = counts > 0.0 if known.cause.of_data else together.high(obs, ONSET_SHARE)
         return together.findings(obs, to_spare=counts, onset=obs.step) if wary else []
-
-    def _foremost(self, findings: tuple[Finding, ...]) -> tuple[Finding, ...]:
-        """Where every layer's norm jumps, the foremost of them are evidence enough."""
-        named = [finding for finding in findings if NAMED + finding.signal in self.detectors]
-        return tuple(f for f in findings if f not in named[MOST_NAMED:])
-
-    def _watch(self, obs: Observation) -> Watch:
-        """The detectors that watch one of the step's signals; most logs hold few of them."""
-        names = tuple(obs.signals)
-        watch = self._by_signals.get(names)
-        if watch is None:
-            for signal in names:
-                if signal not in USUAL and NAMED + signal not in self.detectors:
-                    self.detectors[NAMED + signal] = build_named(signal, self.settings)
-            concerned = [
-                d for d in self.detectors.values() if not d.signals or not obs.signals.keys().isdisjoint(d.signals)
-            ]
-            watch = Watch(tuple(d.observe for d in concerned), tuple(d.accept for d in concerned))
-            self._by_signals[names] = watch
-        return watch
 
     def _healthy(
         self,
@@ -274,7 +234,7 @@ class Controller:
         elif (self.mode is Mode.ASK and done.action in (Action.ROLLBACK, Action.HALT)) or done.rung == "pause":
             taken, would = Action.PAUSE, done.action
         elif number is None:
-            self._empty_spans.add((obs.first, obs.last))
+            self.empty_spans.add((obs.first, obs.last))
         return Verdict(
             action=taken,
             step=obs.step,
@@ -292,23 +252,6 @@ class Controller:
             remedies=done.remedies,
             cause=case.cause,
         )
-
-    def incident_line(self, verdict: Verdict) -> tuple[str, dict[str, Any]]:
-        """(Message, data) of the `incident` line of a verdict that turns an incident."""
-        number, state, outcome = verdict.incident, verdict.incident_state, verdict.outcome
-        lost = sum(one.from_step - one.to_step for one in self.rollbacks if one.incident == number)
-        data: dict[str, Any] = {"number": number, "state": state, "onset": verdict.onset, "steps_lost": lost}
-        message = f"incident {number}: {state}"
-        if state not in CLOSED:
-            data["curve"] = self.incidents.curve
-            return (f"{message}, {lost} steps are made again so far" if state == RECURRED else message), data
-        if outcome is not None:
-            data |= {name: getattr(outcome, name) for name in ("expected", "got", "noise", "offset")}
-            message += (
-                f": loss {outcome.got:.4g} against {outcome.expected:.4g} that its curve before step "
-                f"{self.incidents.onset} leads to, noise {outcome.noise:.2g}"
-            )
-        return message + (f"; {lost} steps were made again" if lost else ""), data
 
     def _curve(self, onset: int) -> Curve | None:
         return fit([pair for pair in self._losses if pair[0] < onset])
@@ -331,17 +274,7 @@ class Controller:
         """
         if self.mode not in (Mode.AUTO, Mode.ASK) or self.incidents.open or self._resumed or not self._history:
             return None
-        watch = self._watch(like)
-        most: dict[str, float] = {}
-        for detector in self.detectors.values():
-            if isinstance(detector, Stuck) and detector.due:
-                return None
-            if isinstance(detector, Spike | Share) and detector.signals[0] in like.signals:
-                most[detector.signals[0]] = detector.ceiling()
-        if most.keys() != like.signals.keys():
-            return None
-        high = structs.replace(like, signals=most)
-        return None if any(observe(high) for observe in watch.observe) else most
+        return self.watchers.ceilings(like)
 
     # -- a new level ---------------------------------------------------------------------------------------------
 
@@ -367,7 +300,7 @@ class Controller:
             for f in findings
         )
         reason = f"level shift: {findings[0].sentence()}, again behind a rollback while the loss is as usual: accepted"
-        return self._healthy(obs, self._watch(obs), notes, reason)
+        return self._healthy(obs, self.watchers.of(obs), notes, reason)
 
     # -- the cause -----------------------------------------------------------------------------------------------
 
@@ -406,11 +339,6 @@ class Controller:
         )
 
     # -- pardons -------------------------------------------------------------------------------------------------
-
-    def _pardoned(self, obs: Observation, findings: Iterable[Finding]) -> bool:
-        """Whether a person has said that this batch is to be applied. No pardon lets a NaN into the weights."""
-        within = any(first < obs.last and obs.first < last for first, last in self.pardons)
-        return within and not any(f.kind in UNPARDONABLE and f.severity is not Severity.NOTE for f in findings)
 
     def _pardon(self, obs: Observation, findings: tuple[Finding, ...]) -> Verdict:
         """Applied; a jump enters no baseline. What has stayed up is the new normal, or the next batch would say it."""
@@ -457,8 +385,7 @@ class Controller:
     def set_mode(self, mode: Mode) -> None:
         """Takes effect with the next step. Leaving `off`, detectors begin anew: what they knew is out of date."""
         if self.mode is Mode.OFF and mode is not Mode.OFF:
-            for detector in self.detectors.values():
-                detector.reset()
+            self.watchers.reset()
         if mode is not Mode.ADVISE:
             self._advice = Advice()
         self.mode = mode
@@ -470,7 +397,7 @@ class Controller:
         if self.mode is Mode.ADVISE:
             return self._advice.streak
         end = self._history[-1].last if self._history else 0
-        empty = sum(end <= first and last <= obs.first for first, last in self._empty_spans)
+        empty = sum(end <= first and last <= obs.first for first, last in self.empty_spans)
         return max(0, obs.streak - empty)
 
     @property
@@ -478,12 +405,16 @@ class Controller:
         """The last batches whose updates were applied, oldest first."""
         return tuple(self._history)
 
+    @property
+    def detectors(self) -> dict[str, Detector]:
+        """By name."""
+        return self.watchers.detectors
+
     # -- what is known -------------------------------------------------------------------------------------------
 
     def bands(self) -> dict[str, tuple[float, float]]:
         """signal -> (baseline, threshold) that the next step meets, in the signal's own units."""
-        known = ((name.removeprefix(NAMED), detector.band()) for name, detector in self.detectors.items())
-        return {name: band for name, band in known if band is not None}
+        return self.watchers.bands()
 
     @property
     def healthy_through(self) -> int:
@@ -493,15 +424,15 @@ class Controller:
         last = self._history[-1].step
         if self.mode is Mode.OFF:
             return last
-        suspected = (d.suspect_from() for name, d in self.detectors.items() if not name.startswith(NAMED))
-        return min((step - 1 for step in suspected if step is not None), default=last)
+        suspected = self.watchers.suspect_from()
+        return last if suspected is None else suspected - 1
 
     # -- state: rolls back ---------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able; floats are exact through `repr`. Independent of what is done with the controller afterwards."""
         return {
-            "detectors": {name: detector.state_dict() for name, detector in self.detectors.items()},
+            "detectors": self.watchers.state_dict(),
             "history": [list(structs.astuple(batch)) for batch in self._history],
             "losses": [list(pair) for pair in self._losses],
             "overflows": self._overflows,
@@ -512,17 +443,7 @@ class Controller:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
         """Go back to a state. Returns the detectors that it does not fit, as of another version: they begin anew."""
-        anew = []
-        signals = [name.removeprefix(NAMED) for name in state["detectors"] if name.startswith(NAMED)]
-        named: dict[str, Detector] = {NAMED + signal: build_named(signal, self.settings) for signal in signals}
-        self.detectors = {n: d for n, d in self.detectors.items() if not n.startswith(NAMED)} | named
-        self._by_signals.clear()
-        for name, detector in self.detectors.items():
-            try:
-                detector.load_state_dict(state["detectors"][name])
-            except (KeyError, TypeError, ValueError):
-                detector.reset()
-                anew.append(name)
+        anew = self.watchers.load_state_dict(state["detectors"])
         self._history.clear()
         self._history.extend(Applied(*batch) for batch in state["history"])
         self._losses.clear()
@@ -534,83 +455,18 @@ class Controller:
         self._jumped = set(jumped)
         return anew
 
-    # -- facts: outlive a rollback -------------------------------------------------------------------------------
-
-    def pardon(self, stretches: Iterable[tuple[int, int]]) -> None:
-        """Do not reject batches with a position in these stretches [first, last) again: a person took that back."""
-        self.pardons += [(first, last) for first, last in stretches]
-
-    def load_rollbacks(self, rollbacks: Iterable[Rollback | Mapping[str, Any]]) -> None:
-        """All rollbacks of the run, oldest first, as records or as the data of `rollback` events."""
-        self.rollbacks = [one if isinstance(one, Rollback) else rollback_of(one) for one in rollbacks]
-
-    def rebuild(self, events: Iterable[Event]) -> None:
-        """Take the facts over from the journal's events, in order. Replaces what was known."""
-        self.rollbacks, self._empty_spans, self.pardons = [], set(), list(self.settings.pardon)
-        self.diagnoses = Diagnoses()
-        began: list[int] = []  # timelines that the rollbacks began
-        self.incidents = Incidents(confirm=self.settings.confirm)
-        open_number = onset = step = number = 0
-        curve: Curve | None = None
-        for event in events:
-            data = event.data
-            if event.kind == "rollback":
-                self.rollbacks.append(rollback_of(data))
-                began.append(int(data.get("new_timeline", event.timeline + 1)))
-            elif event.kind == "undo":
-                stand = [at for at, timeline in enumerate(began) if timeline not in data["rollbacks"]]
-                self.rollbacks, began = [self.rollbacks[at] for at in stand], [began[at] for at in stand]
-                self.pardons += [(int(first), int(last)) for first, last in data["pardons"]]
-            elif event.kind == "cause":
-                at = int(data.get("at_step") or event.step + 1)
-                self.diagnoses.learn(
-                    int(data["incident"]),
-                    diagnosis_of(data),
-                    onset=int(data.get("onset") or at),
-                    step=at,
-                    signals=data.get("signals") or (),
-                    rollbacks=self.rollbacks,
-                )
-            elif event.kind == "incident":
-                number = max(number, int(data["number"]))
-                is_open = data.get("state") in (OPEN, RECURRED)
-                raw = data.get("curve")
-                curve = raw if raw is None or isinstance(raw, Curve) else convert(raw, Curve)
-                open_number, onset = (int(data["number"]), int(data.get("onset") or 0)) if is_open else (0, 0)
-            elif event.kind == "verdict":
-                if data.get("incident") is not None and (data.get("action") != Action.APPLY or data.get("would")):
-                    step = max(step, int(data.get("at_step") or event.step))
-                kinds = {field_of(finding, "kind") for finding in data.get("findings") or ()}
-                if data.get("action") == Action.SKIP and kinds and kinds <= UNSUSPECTED:
-                    first, last = data["window"]
-                    self._empty_spans.add((int(first), int(last)))
-        self.incidents.resume(number, is_open=bool(open_number), onset=onset, step=step, curve=curve)
-
     # -- advise --------------------------------------------------------------------------------------------------
 
     def _advise(self, done: Answer, obs: Observation, findings: tuple[Finding, ...], onset: int) -> None:
         """Book what `auto` would have done. Nothing was done, so the run goes on from the bad state."""
-        advice, action = self._advice, done.action
-        advice.rejected(obs.step, trouble=is_trouble(findings), jumps=_jumps(findings))
-        if action in (Action.ROLLBACK, Action.HALT):
-            advice.streak = 0
-            if action is Action.ROLLBACK:
-                advice.rollbacks.append(
-                    Rollback(
-                        from_step=obs.step - 1,
-                        to_step=max(0, onset - 1),
-                        onset=onset,
-                        window=done.window,
-                        rung=done.rung,
-                    )
-                )
+        advice = self._advice
+        if advice.book(done, obs, findings, onset):
             if any(finding.severity is Severity.PERSISTENT for finding in findings):
                 for name in LASTING:
                     self.detectors[name].reset()
         if len(advice.left_out) >= self.settings.warmup:
             # So long a stretch is where the run is now. Learn that, instead of the same alarm for ever.
-            for detector in self.detectors.values():
-                detector.reset()
+            self.watchers.reset()
             advice.left_out.clear()
 
     def _went_back(self, step: int) -> None:
@@ -620,8 +476,7 @@ class Controller:
         begins in the same log, of which nothing that was learnt says anything.
         """
         if 2 * step < self._history[-1].step:
-            for detector in self.detectors.values():
-                detector.reset()
+            self.watchers.reset()
             self._history.clear()
             self._losses.clear()
             self._overflows = 0
@@ -652,8 +507,3 @@ def _restarted(obs: Observation) -> Finding:
         threshold=0.0,
         onset=obs.step,
     )
-
-
-def _jumps(findings: Iterable[Finding]) -> dict[str, float]:
-    """The spikes among findings: signal -> log(value / baseline)."""
-    return {f.signal: math.log(f.value / f.baseline) for f in findings if f.kind in SPIKES}

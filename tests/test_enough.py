@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from guardrail.config import RungSection
-from guardrail.controller import Controller, GuardSection
+from guardrail.config import GuardSection, RungSection
+from guardrail.controller import Controller
 from guardrail.enough import LEAST, compare, fit
 from guardrail.incidents import PATIENCE, Incidents
 from guardrail.ladder import next_rung, widening

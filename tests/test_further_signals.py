@@ -14,13 +14,14 @@ import torch
 from guardrail.backtest import backtest
 from guardrail.cli import main
 from guardrail.config import GuardSection, build, load_guard
-from guardrail.controller import MOST_NAMED, Controller
+from guardrail.controller import Controller
 from guardrail.errors import ConfigError, UsageError
 from guardrail.importers import run_directory
 from guardrail.records import METRIC_COLUMNS, UPDATE_NORM, Action, Kind, Observation, Severity, Verdict
 from guardrail.rundir import RunDirectory
 from guardrail.torch.probes import Probes, block_of
 from guardrail.torch.updates import UpdateNorm
+from guardrail.watchers import MOST_NAMED
 from tests.ranks import run_ranks
 from tests.test_guard import Loop
 from tests.tiny import Setup, Tiny

@@ -13,7 +13,8 @@ import pytest
 
 from guardrail.casebook import Incident
 from guardrail.cli import main
-from guardrail.controller import Controller, GuardSection
+from guardrail.config import GuardSection
+from guardrail.controller import Controller
 from guardrail.files import encode_json
 from guardrail.records import GRAD_NORM, LOSS, Action, Curve, Observation, Verdict
 from guardrail.report import build, written
