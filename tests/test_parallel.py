@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from guardrail.config import LaunchSection
 from guardrail.errors import WorkersFailed
 from tests.ranks import run_ranks
+from tests.running import assert_same, tiny, trained
 from trainer.config import Config, ModelSection, TrainSection
 from trainer.model import Decoder
 from trainer.objectives import IGNORED, loss_sum
@@ -411,3 +412,14 @@ def _waits_for_nobody(rank: int, config: Config) -> float:
     with pytest.raises(RuntimeError, match=r"(?i)time"):
         dist.all_reduce(torch.zeros(1))
     return time.monotonic() - start
+
+
+def test_deterministic_algorithms_are_asked_for_and_change_no_bit_on_a_cpu(tmp_path: Path) -> None:
+    config = tiny(tmp_path, train={"steps": 8, "deterministic": True})
+    assert run_ranks(_deterministic, 1, config, folder=tmp_path / "asked", init=False) == [(True, ":4096:8")]
+    assert_same(trained(config), trained(tiny(tmp_path, train={"steps": 8})))
+
+
+def _deterministic(rank: int, config: Config) -> tuple[bool, str]:
+    make_accelerator(config)
+    return torch.are_deterministic_algorithms_enabled(), os.environ["CUBLAS_WORKSPACE_CONFIG"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,6 +42,20 @@ def schedule(shape: str, **changes: Any) -> Schedule:
 def test_shapes_at_their_corners(shape: str, values: dict[int, float]) -> None:
     for step, value in values.items():
         assert schedule(shape)(step) == pytest.approx(value), step
+
+
+@pytest.mark.parametrize("shape", ["cosine", "linear", "wsd"])
+def test_the_way_down_is_that_of_torchs_own_schedules(shape: str) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    ours, start = schedule(shape), 88 if shape == "wsd" else 10  # one fifth of 110 steps, or all behind the warm-up
+    if shape == "cosine":
+        theirs: Any = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=110 - start, eta_min=0.2)
+    else:
+        theirs = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=110 - start)
+    for step in range(start, 111):
+        assert ours(step) == pytest.approx(theirs.get_last_lr()[0], rel=1e-9), step
+        optimizer.step()
+        theirs.step()
 
 
 def test_wsd_decays_over_its_share_and_never_before_the_warmup_ends() -> None:

@@ -103,6 +103,9 @@ class TrainSection(Section, frozen=True, kw_only=True):
     # Compile each block (torch.compile), with which backend: "eager" and "aot_eager" generate no code, for tests.
     compile: bool = False
     compile_backend: Literal["inductor", "aot_eager", "eager"] = "inductor"
+    # Let torch use only algorithms that give the same bits each time, and raise where it has none: what exact rollbacks
+    # and replays need on a GPU. On a CPU they are the same ones, and there it changes nothing.
+    deterministic: bool = False
     # Recompute the activations of each block in the backward pass.
     activation_checkpointing: bool = False
     # Steps between two evaluations on the held-out documents; 0: none.

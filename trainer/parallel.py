@@ -49,6 +49,8 @@ def make_accelerator(config: Config) -> Accelerator:
     cuda = torch.cuda.is_available()
     if device == "cuda" and not cuda:
         raise WorkersFailed('launch.device is "cuda", and torch finds no CUDA device in this process')
+    if config.train.deterministic:
+        _be_deterministic()
     on_cpu = device == "cpu" or not cuda
     if on_cpu:
         torch.set_num_threads(cpu_threads(config))
@@ -68,6 +70,14 @@ def make_accelerator(config: Config) -> Accelerator:
     )
     _check(accelerator, config, on_cpu=on_cpu)
     return accelerator
+
+
+def _be_deterministic() -> None:
+    """torch's notes on reproducibility. Fresh memory is not filled: every kernel here writes what it gives."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False
 
 
 def cpu_threads(config: Config) -> int:
