@@ -163,6 +163,7 @@ def test_a_story_does_not_grow_for_ever() -> None:
     told = digest.story()
     assert len(told.lines) == 500 and len(told.answers) == 500 and len(told.incidents) == 200
     assert told.incidents[0].number == 3000
+    assert [step for step, _ in told.marks["!"]] == list(range(1000, 3000)), "the newest marks"
 
 
 def test_a_story_that_was_handed_out_does_not_change() -> None:

@@ -22,6 +22,7 @@ from guardrail.tui.log import COMMAND, INCIDENT, ROLLBACK, SKIP, Line, line_of
 
 _MAX_LINES = 500  # newest log lines, and answers to commands, that are kept
 _MAX_INCIDENTS = 200
+_MAX_MARKS = 2000  # newest ones of each kind
 _MAX_DOCUMENTS = 16
 _NEAR = 20  # verdicts without an incident's number belong together up to this many steps apart
 
@@ -124,6 +125,9 @@ class Digest:
                 case "undo":
                     self._forget_after(_whole(event.data.get("to_step"), event.step))
             self._lines.append(line_of(event))
+        for letter, found in self._marks.items():
+            if len(found) > _MAX_MARKS:
+                self._marks[letter] = dict(list(found.items())[-_MAX_MARKS:])
 
     def story(self) -> Story:
         incidents = [*self._incidents.values(), *([self._loose] if self._loose else [])]

@@ -14,7 +14,7 @@ from guardrail.tui.panes.frame import entry, heading
 from guardrail.tui.panes.state import State
 from guardrail.tui.scales import short
 from guardrail.tui.story import Incident, left_out
-from guardrail.tui.view import View
+from guardrail.tui.view import View, label_of
 
 # State of an incident -> how it stands in the table.
 _STATES: dict[str, Piece] = {
@@ -210,7 +210,7 @@ def _short(incident: Incident, width: int) -> list[Row]:
 
 def _finding(finding: Finding) -> str:
     """ "loss 2.31 → 11.5, score 41 over 8" """
-    signal = brief(finding.signal, 40).replace("_", " ")
+    signal = label_of(finding.signal)
     where = f" on rank {', '.join(map(str, finding.ranks))}" if finding.ranks else ""
     if not math.isfinite(finding.value):
         return f"{signal}: {short(finding.value)}{where}"
