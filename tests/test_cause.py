@@ -9,7 +9,7 @@ import pytest
 
 from guardrail.records import Cause
 from guardrail.rundir import RunDirectory
-from tests.running import SHAPES, assert_same, of_kind, spans, tiny, told, trained
+from tests.running import SHAPES, assert_same, new_run, of_kind, spans, tiny, told, train, trained
 
 
 def spike(**settings: Any) -> dict[str, Any]:
@@ -62,6 +62,17 @@ def test_bad_data_behind_trouble_with_the_state_is_no_trouble_with_the_state(
     }, "what is bad is left out, and nothing else"
     healthy = msgspec.structs.replace(told(config, run), faults=config.faults[1:])  # nothing breaks its weights
     assert_same(run, trained(healthy))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_hardware_that_is_not_borne_ends_the_run_with_the_ranks_and_hosts_name(tmp_path: Path, strategy: str) -> None:
+    faults = [spike(step=26, times=1, rank=1)]
+    config = tiny(tmp_path, world=2, strategy=strategy, faults=faults, train={"steps": 40}, guard={"retries": 0})
+    run = new_run(config)
+    assert train(run, 2) == "halted"
+    (ended,) = of_kind(run, "ended")
+    assert f"rank 1 on {socket.gethostname()} has not repeated itself 1 times" in ended.data["reason"]
+    assert ended.step == 25 and not spans(run), "no data was left out for it"
 
 
 def test_a_run_does_not_know_that_it_has_been_tested(tmp_path: Path) -> None:

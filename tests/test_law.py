@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from guardrail.manifest import checkpoint_dirs, read_manifest
 from guardrail.past import Past
 from guardrail.records import Command, CommandKind, Event
 from guardrail.report import quarantine_lines
@@ -21,6 +22,7 @@ from guardrail.rundir import RunDirectory
 from tests.ranks import wait_ranks
 from tests.running import (
     BATCH,
+    BLIND,
     LENGTH,
     SHAPES,
     assert_same,
@@ -190,6 +192,33 @@ def test_killed_behind_each_line_of_the_journal(tmp_path: Path, strategy: str) -
         assert train(run, 2) == "finished"
         assert_whole(run)
         assert_same(run, whole)
+
+
+# -- what is suspect
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_a_suspect_checkpoint_is_not_gone_on_from_though_it_is_the_newest(tmp_path: Path, strategy: str) -> None:
+    """The run goes back to a checkpoint before the onset, and dies as soon as it has called those behind it suspect."""
+    config = tiny(
+        tmp_path,
+        world=2,
+        strategy=strategy,
+        faults=[{"kind": "spike_loss", "first": 320, "last": 344, "value": 50.0}],
+        guard={"window_before": 16, **BLIND},
+        checkpoint={"every": 10, "keep": 4},
+        train={"steps": 44},
+    )
+    run = new_run(config)
+    assert killed_behind(run, 2, lambda e: e.kind == "checkpoint" and e.data["state"] == "suspect")
+    (back,) = of_kind(run, "rollback")
+    assert (back.data["tier"], back.data["to_step"]) == ("disk", 20)
+    steps = [read_manifest(path).step for path in checkpoint_dirs(run.checkpoints)]
+    assert {30, 40} <= set(steps), "they are still there, whole"
+    assert train(run, 2) == "finished"
+    (again,) = of_kind(run, "restarted")
+    assert again.step == 20, "the ones of steps 30 and 40 hold what was given up"
+    assert_same(run, trained(told(config, run)))
 
 
 # -- a window of which only a few samples are to blame

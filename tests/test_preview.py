@@ -176,11 +176,15 @@ def test_a_run_of_which_nothing_is_known() -> None:
 SPIKE = {"kind": "spike_loss", "first": 160, "last": 184, "value": 50.0}  # step 21 is tried three times
 
 
-def test_parked_beyond_the_timeout_of_a_collective_and_what_was_foretold_comes_true(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_parked_beyond_the_timeout_of_a_collective_and_what_was_foretold_comes_true(
+    tmp_path: Path, strategy: str
+) -> None:
     seconds = 2.0
     config = tiny(
         tmp_path,
         world=2,
+        strategy=strategy,
         faults=[SPIKE],
         guard={"mode": "ask", "ask_seconds": 900.0, "ask_default": "go_on", **BLIND},
         train={"steps": 28},
@@ -264,6 +268,11 @@ def test_each_rung_does_what_was_foretold(tmp_path: Path) -> None:
     assert [back.data["rung"] for back in backs] == [str(rung["do"]) for rung in LADDER[1:]]
     *asked, last = of_kind(run, "paused")
     assert last.data["proposals"][0]["action"] == "halt"
+    for tried, (question, back) in enumerate(zip(asked, backs, strict=True)):
+        again = f", rung {back.data['rung']} after {tried} rollbacks without 200 healthy steps between them"
+        assert f"3 batches in a row rejected{again if tried else ''}: go back before step" in question.message
+        assert "against" in question.message and "score" in question.message
+    assert "halt, since 6 rollbacks without 200 healthy steps between them are as many as" in last.message
     view = run.metrics()
     step, lr, timeline = (view.column(name) for name in ("step", "lr", "timeline"))
     for question, back in zip(asked, backs, strict=True):
