@@ -17,10 +17,10 @@ from typing import Any
 import msgspec
 
 from guardrail.config import GuardSection
-from guardrail.detectors import baseline, divergence, growth, resume, share, spike, standard, stuck, tail
+from guardrail.detectors import baseline, divergence, growth, resume, share, spike, standard, stuck, tail, together
 from tests.bench.detection import by_guardrail, read_traces, score
 
-MODULES = (baseline, divergence, growth, resume, share, spike, standard, stuck, tail)
+MODULES = (baseline, divergence, growth, resume, share, spike, standard, stuck, tail, together)
 SETTINGS = ("window", "warmup", "loss_score", "grad_score", "persist", "divergence_score", "divergence_steps")
 CONSTANTS: tuple[tuple[Any, tuple[str, ...]], ...] = (
     (baseline, ("FOLLOW", "LAG", "YOUNGEST", "USUAL_SHARE", "USUAL_WINDOWS")),
@@ -30,6 +30,7 @@ CONSTANTS: tuple[tuple[Any, tuple[str, ...]], ...] = (
     (growth, ("BLOCK", "LEAST", "SIGMAS", "SURE")),
     (tail, ("KEEP", "LEAST", "RATE", "PRIOR", "PRIOR_EXCESS")),
     (stuck, ("CHANCE", "KNOWN")),
+    (together, ("RAISED", "SHARE", "DRIFT", "ENOUGH", "MOST")),
 )
 FIGURES = ("acted", "noted", "false_skips_per_10k", "false_rollbacks_per_10k", "false_notes_per_10k", "delay_median")
 
