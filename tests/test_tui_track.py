@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from guardrail.records import METRIC_COLUMNS
 from guardrail.rundir import MetricsView, RunDirectory
 from guardrail.tui import axis
+from guardrail.tui import reader as reader_module
 from guardrail.tui.app import GuardrailApp
 from guardrail.tui.chart import chart_rows
 from guardrail.tui.raster import Columns, columns_of
@@ -292,6 +293,27 @@ def until(true: Callable[[], bool], seconds: float = 20.0) -> None:
     while not true():
         assert time.monotonic() < deadline, "it never came true"
         time.sleep(0.01)
+
+
+def test_what_is_free_goes_back_when_old_rows_were_summed_up(
+    long_run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(reader_module, "give_back", lambda: given.append(1))
+    reader, more = RunReader(long_run, exact=EXACT, present=False), FakeRun(seed=1)
+    reader.look()
+    reader.look()
+    assert len(given) == 1, "once, however many rows there were to begin with"
+    more.step = 5000
+    for _ in range(6):
+        more.advance(more.step + 20, checkpoints=0, ring=0)
+        rows = more.chunks[-1]
+        rows[:, METRIC_COLUMNS.index("timeline")] = 1
+        with long_run.metrics_path.open("ab") as file:
+            rows.astype("<f8").tofile(file)
+        reader.look()
+    assert reader.latest().series.last_step == 5120 and 2 <= len(given) <= 4
+    reader_module.give_back()
 
 
 # -- on the screen

@@ -60,6 +60,7 @@ class Track:
         self._old = _old(Series())
         self._stem = object()  # another one once points that were handed out are no longer the first ones
         self.cuts = 0  # times that something was abandoned
+        self.sums = 0  # times that something was summed up
         self._new_buffers(1024)
 
     def _new_buffers(self, capacity: int) -> None:
@@ -179,6 +180,7 @@ class Track:
         starts = np.concatenate([np.arange(0, thin, 1 + halve), np.arange(thin, end, self._group)])
         old, rest = self._series(0, end).summed_up(starts), [array[end : self._rows] for array in self._arrays()]
         self._old, self._stem = _old(old), object()
+        self.sums += 1
         self._refill(len(starts) + 2 * exact, _arrays_of(old), rest)
 
     def _sum_up(self, first: int, last: int) -> None:

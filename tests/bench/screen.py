@@ -348,7 +348,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--deaf", type=float, default=10.0, help="seconds for which the terminal does not read")
+    parser.add_argument("--deaf", type=float, default=60.0, help="seconds for which the terminal does not read")
     parser.add_argument("--only", nargs="*", default=["opening", "quiet", "keys", "deaf", "day"])
     parser.add_argument("--leet", nargs=2, type=Path, metavar=("VENV", "LOG"))
     options = parser.parse_args()
