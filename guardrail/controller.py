@@ -132,19 +132,12 @@ class Controller(Facts):
         return self._rejected(obs, evidence)
 
     def _wary(self, obs: Observation) -> list[Finding]:
-        """While an incident of known cause is open, one step that both signals count to it is enough.
-
-        Where the data is to blame, more of it is likely and a batch left out costs little: any step with which a row
-        might begin. Where it is the state, the run would go back for it.
-        """
+        """While an incident of known cause is open, one step that both signals count to it is enough."""
         known = self.diagnoses.of.get(self.incidents.number)
         together = self.detectors[TOGETHER]
         assert isinstance(together, Together)
-        if known is None or known.cause not in CAUSES:
-            return []
-        counts = together.counts(obs)
-        wary = counts > 0.0 if known.cause.of_data else together.high(obs, ONSET_SHARE)
-        return together.findings(obs, to_spare=counts, onset=obs.step) if wary else []
+        wary = known is not None and known.cause in CAUSES and together.high(obs, ONSET_SHARE)
+        return together.findings(obs, share=ONSET_SHARE) if wary else []
 
     def _healthy(
         self,
