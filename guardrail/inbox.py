@@ -12,13 +12,14 @@ import os
 import re
 import stat
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from guardrail.files import as_float, encode_json, replace_file
-from guardrail.records import Command, CommandKind, Mode, Record
+from guardrail.records import Command, CommandKind, Event, Mode, Record
 from guardrail.text import clean
 
 MAX_BYTES = 64 * 1024
@@ -26,6 +27,8 @@ MAX_SKIP = 100_000  # batches that one `skip` may leave out
 MAX_LR_FACTOR = 100.0
 _MAX_STEP = 2**53  # steps travel as float64
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+# Commands whose deed is a line of its own, behind that of the answer.
+DEEDS = {CommandKind.SKIP: "left_out", CommandKind.ROLLBACK: "rollback", CommandKind.UNDO: "undo"}
 _VALUELESS = (CommandKind.PAUSE, CommandKind.RESUME, CommandKind.CHECKPOINT, CommandKind.STOP)
 
 
@@ -69,6 +72,27 @@ def check_command(command: Command) -> str | None:
         return None if 0 < value <= 1 else f"embed-alpha takes a factor in (0, 1], not {value:g}"
     count, noun = (len(Mode), "policy takes a mode") if kind is CommandKind.POLICY else (3, "answer takes a choice")
     return None if whole and 0 <= value < count else f"{noun} from 0 to {count - 1}, not {value:g}"
+
+
+def undone(events: Iterable[Event]) -> dict[str, int]:
+    """Commands that were taken, and whose deed a death has kept from the journal: id -> step behind which it belongs.
+
+    Pure. A deed comes directly behind its answer.
+    """
+    found: dict[str, tuple[str, int]] = {}
+    for event in events:
+        if event.kind == "command":
+            deed = DEEDS.get(event.data.get("command"))  # type: ignore[arg-type]  # a str is its own member
+            if deed is not None and event.data.get("effect") == "applied":
+                found[str(event.data.get("id"))] = deed, event.step
+        elif event.kind == "undo" or (event.kind in DEEDS.values() and _by_person(event)):
+            found = {id: (deed, step) for id, (deed, step) in found.items() if deed != event.kind}
+    return {id: step for id, (_, step) in found.items()}
+
+
+def _by_person(event: Event) -> bool:
+    span = event.data.get("span")
+    return (span.get("cause") if isinstance(span, dict) else getattr(span, "cause", "")) == "user"
 
 
 class Inbox:

@@ -26,7 +26,7 @@ import msgspec
 from guardrail import journal
 from guardrail.errors import RunDirectoryError
 from guardrail.files import FILE_MODE, FOLDER_MODE, TEMPORARY, encode_json, replace_file, sync_folder
-from guardrail.inbox import Inbox, Refusal, check_command
+from guardrail.inbox import Inbox, Refusal, check_command, undone
 from guardrail.journal import findings_of, span_of
 from guardrail.metrics import MetricsView, MetricsWriter, read_metrics
 from guardrail.records import Command, Event, RankStatus, Status
@@ -65,6 +65,7 @@ class RunDirectory:
         self._ranks = self.path / "ranks"
         self._screens = self.path / "screens"
         self._inbox: Inbox | None = None
+        self._undone: dict[str, int] = {}
         self._recovered = False  # what an earlier trainer answered without removing it has been removed
 
     def __repr__(self) -> str:
@@ -300,16 +301,22 @@ class RunDirectory:
         try:
             commands, refusals = self.inbox.scan()
             if not self._recovered and (commands or refusals):
-                # A crash between the answer and the removal of its file must not make it count twice.
-                answered = {event.data.get("id") for event in self.events() if event.kind == "command"}
+                # A crash between the answer and the removal of its file must not make it count twice. What was answered
+                # and not done is due where it was said to take effect.
+                events = list(self.events())
+                self._undone = undone(events)
+                answered = {event.data.get("id") for event in events if event.kind == "command"} - set(self._undone)
                 for id in {item.id for item in commands} | {item.id for item in refusals}:
                     if id in answered:
                         self.inbox.remove(id)
                 commands, refusals = self.inbox.scan()
             self._recovered = True
-            return commands, refusals
+            return [self._due(command) for command in commands], refusals
         except OSError:
             return [], []
+
+    def _due(self, command: Command) -> Command:
+        return msgspec.structs.replace(command, at_step=max(command.at_step, self._undone.get(command.id, 0)))
 
     # -- screens
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from guardrail.errors import RunDirectoryError
-from guardrail.records import Command, CommandKind
+from guardrail.inbox import undone
+from guardrail.records import Command, CommandKind, Event
 from guardrail.rundir import RunDirectory, check_command
 
 
@@ -171,3 +173,37 @@ def test_a_command_that_can_never_be_obeyed_is_not_even_sent(run: RunDirectory) 
         with pytest.raises(RunDirectoryError):
             run.send(command)
     assert os.listdir(run.commands) == []
+
+
+def line(seq: int, kind: str, step: int = 0, **data: Any) -> Event:
+    return Event(seq=seq, time=0.0, step=step, timeline=0, kind=kind, data=data)
+
+
+def test_what_was_answered_and_not_done_is_due_where_it_was_said_to_take_effect() -> None:
+    def answer(seq: int, id: str, command: str, effect: str = "applied") -> Event:
+        return line(seq, "command", seq, id=id, command=command, effect=effect)
+
+    by_guard, by_person = ({"span": {"cause": cause}} for cause in ("rejected", "user"))
+    events = [
+        answer(1, "a", "skip"),
+        line(2, "left_out", **by_guard),
+        line(3, "left_out", **by_person),
+        answer(4, "b", "rollback"),
+        line(5, "rollback", **by_person),
+        answer(6, "c", "undo", "refused"),
+        answer(7, "d", "lr"),
+        answer(8, "e", "undo"),
+        line(9, "rollback", **by_guard),
+    ]
+    assert undone(events) == {"e": 8}
+    assert undone(events[:1]) == undone(events[:2]) == {"a": 1}
+    assert undone([*events, line(10, "undo")]) == {}
+
+
+def test_a_command_whose_deed_a_death_has_prevented_is_still_waiting(run: RunDirectory) -> None:
+    run.send(Command(id="back", kind=CommandKind.ROLLBACK, value=3.0))
+    run.send(Command(id="rate", kind=CommandKind.LR, value=0.5))
+    for id, command in (("back", "rollback"), ("rate", "lr")):
+        run.append("command", "answered", step=17, id=id, command=command, effect="applied")
+    (left,) = RunDirectory(run.path).commands_pending()
+    assert (left.id, left.at_step) == ("back", 17)

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from guardrail.inbox import DEEDS
 from guardrail.manifest import checkpoint_dirs, read_manifest
 from guardrail.past import Past
 from guardrail.records import Command, CommandKind, Event
@@ -40,7 +41,7 @@ from tests.running import (
 from trainer.config import Config
 
 PIECES, SAMPLES = 8, 200
-NEITHER = ("checkpoint", "started", "ended", "command")
+NEITHER = ("checkpoint", "started", "ended")
 LADDER = [{"do": "skip"}, {"do": "rollback"}, {"do": "widen", "times": 2}]
 
 
@@ -185,8 +186,7 @@ def test_killed_behind_each_line_of_the_journal(tmp_path: Path, strategy: str) -
     assert train(whole, 2) == "finished"
     (undo,) = of_kind(whole, "undo")
     assert undo.data["samples"] == 2
-    # Copies and saves come when a disk is ready; what decides comes at the same place in every run. A death between the
-    # answer to a command and the line of its deed leaves the deed undone: a person has to ask for it again.
+    # Copies and saves come when a disk is ready; what decides comes at the same place in every run.
     told_of = [(e.kind, e.message) for e in whole.events() if e.kind not in NEITHER]
     for kind, message in told_of:
         run = asked()
@@ -194,6 +194,29 @@ def test_killed_behind_each_line_of_the_journal(tmp_path: Path, strategy: str) -
         assert train(run, 2) == "finished"
         assert_whole(run)
         assert_same(run, whole)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"), [(CommandKind.SKIP, 2.0), (CommandKind.ROLLBACK, math.nan), (CommandKind.UNDO, math.nan)]
+)
+def test_killed_between_the_answer_to_a_command_and_its_deed(tmp_path: Path, kind: CommandKind, value: float) -> None:
+    fault = {"kind": "spike_loss", "first": 20 * BATCH, "last": 21 * BATCH, "value": 50.0}
+    config = tiny(tmp_path, faults=[fault], checkpoint={"every": 10, "keep": 4}, train={"steps": 32})
+
+    def asked() -> RunDirectory:
+        run = new_run(config)
+        run.send(Command(id="asked", kind=kind, value=value, at_step=24))
+        return run
+
+    whole, run = asked(), asked()
+    assert train(whole, 1) == "finished"
+    assert killed_behind(run, 1, lambda event: event.kind == "command")
+    assert run.commands_pending(), "it was taken, and is still to be done"
+    assert train(run, 1) == "finished"
+    deeds = [[(e.step, e.message) for e in of_kind(one, DEEDS[kind])] for one in (whole, run)]
+    assert deeds[0] == deeds[1] != []
+    assert not run.commands_pending()
+    assert_same(run, whole)
 
 
 # -- what is suspect

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from guardrail.errors import GuardrailError
+from guardrail.inbox import DEEDS
 from guardrail.ledger import Batch
 from guardrail.mailbox import Mailbox
 from guardrail.preview import Scene, choices
@@ -48,6 +49,7 @@ class Desk:
         self._guard = guard
         self._mailbox: Mailbox | None = None
         self._current: Command | None = None
+        self._answered: Command | None = None  # its deed is under way, and its file is still there
         self._end = 0  # end of the batch that is under question, else 0
         self.question = ""
         self.deadline, self.default = 0.0, ""  # when and how it answers itself, for the status
@@ -185,7 +187,20 @@ class Desk:
     # -- commands ------------------------------------------------------------------------------------------------
 
     def execute(self, kind: CommandKind, value: float) -> bool:
-        """Carry a command out, or refuse it with a reason; returns whether it was taken. Every rank decides alike."""
+        """Carry a command out, or refuse it with a reason; returns whether it was taken. Every rank decides alike.
+
+        The file of one with a deed of its own goes once that is on the record: a death before leaves it to be done.
+        """
+        taken = self._execute(kind, value)
+        self._put_away()
+        return taken
+
+    def _put_away(self) -> None:
+        answered, self._answered = self._answered, None
+        if answered is not None and self._guard.run is not None:
+            self._guard.run.command_done(answered.id)
+
+    def _execute(self, kind: CommandKind, value: float) -> bool:
         guard = self._guard
         match kind:
             case CommandKind.PAUSE:
@@ -230,9 +245,9 @@ class Desk:
             effect="refused" if refusal else "applied",
             reason=refusal,
         )
-        if command is not None and guard.run is not None:
-            guard.run.command_done(command.id)
-            self._current = None
+        self._answered, self._current = command, None
+        if refusal or kind not in DEEDS:
+            self._put_away()
         return not refusal
 
     def _skip(self, batches: int) -> None:
