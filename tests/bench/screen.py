@@ -292,7 +292,8 @@ def step_of(display: Sequence[str]) -> int:
 
 def day(table: Table) -> None:
     """24 hours at ten steps a second, as many rows at once as half a minute brings."""
-    told = subprocess.run([sys.executable, PROBE, "day"], check=True, capture_output=True, text=True).stdout
+    command = [sys.executable, "-m", "tests.screen_probe", "day"]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     table.line("memory after 1, 6, 12 and 24 hours of ten steps a second (simulated)", told.strip(), "does not grow")
 
 
