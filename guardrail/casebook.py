@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from guardrail.files import as_float
-from guardrail.records import MAX_NAMED, Curve, Event, Finding, Record, Span
+from guardrail.records import Curve, Event, Finding, Record, Span
 from guardrail.rundir import findings_of, span_of
 from guardrail.text import clean
 from guardrail.undoing import joined, stretches, taken_back
@@ -42,6 +42,9 @@ class Sample(Record, frozen=True, kw_only=True):
     odd: tuple[str, ...] = ()
 
 
+_TOKENS = 8  # of an incident, named
+
+
 class Token(Record, frozen=True, kw_only=True):
     """A token whose row of the embedding's gradient was among the longest at a rejected step.
 
@@ -59,8 +62,8 @@ class Token(Record, frozen=True, kw_only=True):
     count: int = -1
 
     def sentence(self) -> str:
-        """'token 126 "~": 87 % of the gradient of the embedding, norm 1.46, 264 times in the batch'"""
-        facts = [f"{100 * self.share:.2g}% of the gradient of the embedding"] if math.isfinite(self.share) else []
+        """'token 126 "~": up to 87% of the gradient of the embedding, norm 1.46, 264 times in the batch'"""
+        facts = [f"up to {100 * self.share:.2g}% of the gradient of the embedding"] if math.isfinite(self.share) else []
         facts += [f"norm {self.norm:.4g}"] if math.isfinite(self.norm) else []
         facts += [f"{self.count:,} times in the batch"] if self.count >= 0 else []
         named = f'token {self.id} "{self.text}"' if self.text else f"token {self.id}"
@@ -407,7 +410,7 @@ def _longest(tokens: Iterable[Token]) -> tuple[Token, ...]:
         known = found.get(token.id)
         if known is None or not token.norm <= known.norm:
             found[token.id] = token
-    return tuple(sorted(found.values(), key=lambda token: -_rank(token.norm))[:MAX_NAMED])
+    return tuple(sorted(found.values(), key=lambda token: -_rank(token.norm))[:_TOKENS])
 
 
 def _rank(norm: float) -> float:

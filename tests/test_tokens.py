@@ -216,9 +216,9 @@ def test_tokens_stand_in_every_form_of_the_report_and_on_the_screen_and_can_do_n
         run.append("verdict", "skip", step=2, action="skip", findings=event["findings"], incident=1, tokens=tokens)
         if not number:
             run.append("incident", "incident 1: open", step=2, number=1, state="open", onset=3)
-    best = 'token 7 "\\x07": 88% of the gradient of the embedding, norm 12.5, 264 times in the batch'
+    best = 'token 7 "\\x07": up to 88% of the gradient of the embedding, norm 12.5, 264 times in the batch'
     terminal, markdown, page = (written(run, form) for form in ("terminal", "markdown", "html"))
-    assert best in terminal and "token 9: 10% of the gradient of the embedding, norm 1\n" in terminal
+    assert best in terminal and "token 9: up to 10% of the gradient of the embedding, norm 1\n" in terminal
     assert markdown.count("token 7") == 1 and html.escape(best) in page and "<script" not in page
     assert [one["id"] for one in as_dict(run)["incidents"][0]["tokens"]] == [11, 7, 9], "what has no norm is foremost"
     snapshot = replace(snapshot_of(example()), story=story_of(run.events()))
