@@ -13,6 +13,9 @@ from guardrail.config import GuardSection
 from guardrail.controller import Controller
 from guardrail.records import Mode, Observation, Verdict
 from tests.feed import BATCH
+from tests.running import tiny
+from tests.traces.record import write_text
+from trainer.loop import Trainer
 
 FOLDER = Path(__file__).parent / "traces"
 TRUTH: dict[str, dict[str, Any]] = json.loads((FOLDER / "truth.json").read_text(encoding="utf-8"))
@@ -61,3 +64,22 @@ def test_the_embedding_is_named_where_it_is_the_source() -> None:
         assert any(f.signal.startswith("embed") for f in first.findings), name
     first = next(v for v in verdicts("loss_fault") if v.findings)
     assert not any(f.signal.startswith("embed") for f in first.findings)
+
+
+def test_the_rest_of_a_corpus_in_another_kind_of_text_is_learnt_and_not_left_out(tmp_path: Path) -> None:
+    """In `auto`, where what is left out is never learnt and looks as strange in every batch that follows. A larger jump
+    than this one is taken for bad data (README)."""
+    write_text(tmp_path / "corpus")
+    for document in sorted((tmp_path / "corpus").iterdir())[150:]:
+        document.write_text(document.read_text(encoding="utf-8").upper(), encoding="utf-8")
+    config = tiny(
+        tmp_path,
+        data={"sequence_length": 64, "order": "stream"},
+        model={"dropout": 0.0, "width": 48},
+        optim={"lr": 3e-3, "warmup_steps": 30},
+        train={"steps": 200, "batch_size": 16, "micro_batch_size": 16},
+        guard={"mode": "auto"},
+    )
+    trainer = Trainer(config)
+    trainer.train()
+    assert trainer.guard.step == 200 and not trainer.guard.ledger.quarantine
