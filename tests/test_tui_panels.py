@@ -78,6 +78,8 @@ def view(**changes: object) -> View:
         ({}, {}, "● HEALTHY"),
         ({"phase": Phase.EVAL}, {}, "● HEALTHY"),
         ({"phase": Phase.SAVE}, {}, "● HEALTHY"),
+        ({"durability": "degraded: no space left"}, {}, "▲ DEGRADED"),
+        ({"durability": "degraded: no space left"}, {"recovering": True}, "▲ RECOVERING"),
         ({}, {"recovering": True}, "▲ RECOVERING"),
         ({"phase": Phase.ROLLBACK}, {}, "▲ RECOVERING"),
         ({"phase": Phase.PAUSED}, {}, "‖ PAUSED"),

@@ -21,7 +21,7 @@ PHASES = {
     Phase.HALTED: "halted by the guard",
     Phase.FAILED: "failed",
 }
-WORDS = ("HEALTHY", "RECOVERING", "ASKING", "PAUSED", "HALTED", "STOPPED", "FINISHED", "FAILED", "STARTING")
+WORDS = ("HEALTHY", "RECOVERING", "ASKING", "PAUSED", "HALTED", "STOPPED", "FINISHED", "FAILED", "STARTING", "DEGRADED")
 
 
 @dataclass(frozen=True)
@@ -64,4 +64,6 @@ def health_of(status: Status | None, *, recovering: bool, silence: float) -> Hea
         return Health("▲", "RECOVERING", "warn")
     if status.phase in (Phase.STARTING, Phase.SETUP):
         return Health("○", "STARTING", "calm")
+    if status.durability != "ok":  # it learns, and a crash would cost more than it should
+        return Health("▲", "DEGRADED", "warn")
     return Health("●", "HEALTHY", "good")
