@@ -123,11 +123,11 @@ def footer(width: int, *, controls: bool = True, asking: bool = False, focus: st
     mine = CURVES if focus == CURVES else LISTS
     chosen = [key for key in chosen if key.pane in ("", mine)]
     while chosen:
-        line: list[tuple[str, str]] = [(" ", "plain")]
+        line: list[tuple[str, str]] = []
         for key in chosen:
-            line += [(key.shown, "key"), (f" {key.label}  ", "dim")]
-        if width_of(tuple(line)) <= width + 2:
-            return fit(tuple(line), width + 2)
+            line += [("  " if line else " ", "plain"), (key.shown, "key"), (f" {key.label}", "dim")]
+        if width_of(tuple(line)) <= width:
+            return fit(tuple(line), width)
         worst = max(key.rank for key in chosen)
         chosen.remove(next(key for key in reversed(chosen) if key.rank == worst))
     return ()
