@@ -77,8 +77,12 @@ def examine(path: str | None = None, overrides: tuple[str, ...] = (), *, dry_run
     machine = (*_software(), *_processor(), *_torch(torch), *_system())
     if path is None:
         return Report(machine=machine)
+    try:
+        settings = launching.load(config.parse(Path(path)), file=path, overrides=overrides)
+    except ConfigError as error:
+        return Report(machine=machine, configuration=(Check(name=CONFIGURATION, level="problem", text=str(error)),))
     look = _dry_run if dry_run else _configuration
-    return Report(machine=machine, configuration=tuple(look(path, overrides, torch)))
+    return Report(machine=machine, configuration=tuple(look(settings, path, overrides, torch)))
 
 
 def lines(report: Report) -> Iterator[str]:
@@ -243,13 +247,8 @@ def _talk(done: threading.Event) -> None:
 # -- a configuration on this machine
 
 
-def _configuration(path: str, overrides: tuple[str, ...], torch: dict[str, Any]) -> Iterator[Check]:
+def _configuration(settings: Settings, path: str, overrides: tuple[str, ...], torch: dict[str, Any]) -> Iterator[Check]:
     """Everything that stops it, and then what makes it slow."""
-    try:
-        settings = launching.load(config.parse(Path(path)), file=path, overrides=overrides)
-    except ConfigError as error:
-        yield Check(name=CONFIGURATION, level="problem", text=str(error))
-        return
     problems = preflight.problems(settings, file=path, overrides=overrides)
     found = [Check(name=CONFIGURATION, level="problem", text=str(error)) for error in problems]
     if "error" in torch:
@@ -262,13 +261,8 @@ def _configuration(path: str, overrides: tuple[str, ...], torch: dict[str, Any])
         yield Check(name=CONFIGURATION, level="ok", text=f"{path} can run here, {settings.launch.processes} processes")
 
 
-def _dry_run(path: str, overrides: tuple[str, ...], torch: dict[str, Any]) -> Iterator[Check]:
+def _dry_run(settings: Settings, path: str, overrides: tuple[str, ...], torch: dict[str, Any]) -> Iterator[Check]:
     """What is wrong wherever it runs; what it asks of its machines; what has not been looked at."""
-    try:
-        settings = launching.load(config.parse(Path(path)), file=path, overrides=overrides)
-    except ConfigError as error:
-        yield Check(name=CONFIGURATION, level="problem", text=str(error))
-        return
     yield from (Check(name=OUTLINE, level="ok", text=line) for line in settings.outline())
     here = [str(error) for error in preflight.problems(settings, file=path, overrides=overrides)]
     if "error" not in torch:

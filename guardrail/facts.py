@@ -10,8 +10,8 @@ from msgspec import convert
 from guardrail.config import GuardSection
 from guardrail.diagnoses import Diagnoses, diagnosis_of
 from guardrail.incidents import CLOSED, OPEN, RECURRED, Incidents
-from guardrail.policy import UNSUSPECTED, Rollback, field_of, rollback_of
-from guardrail.records import Action, Curve, Event, Finding, Kind, Observation, Severity, Verdict
+from guardrail.policy import UNSUSPECTED, Rollback, rollback_of
+from guardrail.records import Action, Curve, Event, Finding, Kind, Observation, Severity, Verdict, field_of
 
 # An update with these has no meaning, whoever wishes for it.
 UNPARDONABLE = frozenset({Kind.NONFINITE, Kind.NO_TOKENS, Kind.SCALE_COLLAPSE})

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from guardrail.files import as_float, encode_json, replace_file
-from guardrail.records import Command, CommandKind, Event, Mode, Record
+from guardrail.records import Command, CommandKind, Event, Mode, Record, field_of
 from guardrail.text import clean
 
 MAX_BYTES = 64 * 1024
@@ -85,14 +85,11 @@ def undone(events: Iterable[Event]) -> dict[str, int]:
             deed = DEEDS.get(event.data.get("command"))  # type: ignore[arg-type]  # a str is its own member
             if deed is not None and event.data.get("effect") == "applied":
                 found[str(event.data.get("id"))] = deed, event.step
-        elif event.kind == "undo" or (event.kind in DEEDS.values() and _by_person(event)):
+        elif event.kind == "undo" or (
+            event.kind in DEEDS.values() and field_of(event.data.get("span"), "cause") == "user"
+        ):
             found = {id: (deed, step) for id, (deed, step) in found.items() if deed != event.kind}
     return {id: step for id, (_, step) in found.items()}
-
-
-def _by_person(event: Event) -> bool:
-    span = event.data.get("span")
-    return (span.get("cause") if isinstance(span, dict) else getattr(span, "cause", "")) == "user"
 
 
 class Inbox:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from guardrail.config import GuardSection
-from guardrail.records import Action, Cause, Diagnosis, Finding, Kind, Record, Severity, SnapshotInfo
+from guardrail.records import Action, Cause, Diagnosis, Finding, Kind, Record, Severity, SnapshotInfo, field_of
 
 # Left out without a suspicion of the weights: however often it happens in a row, it never adds up to a rollback.
 UNSUSPECTED = frozenset({Kind.NO_TOKENS})
@@ -52,11 +52,6 @@ def rollback_of(data: Mapping[str, Any]) -> Rollback:
         rung=str(data.get("rung") or ""),
         incident=None if by_person or data.get("incident") is None else int(data["incident"]),
     )
-
-
-def field_of(record: Any, name: str) -> Any:
-    """A field of a record, or of the dict that it became in the journal."""
-    return record.get(name) if isinstance(record, Mapping) else getattr(record, name, None)
 
 
 def by_severity(findings: Iterable[Finding]) -> tuple[Finding, ...]:

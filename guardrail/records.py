@@ -5,6 +5,7 @@ Plain immutable data. No I/O, no clock, no torch: the pure core, the backtest an
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
@@ -347,6 +348,11 @@ class Event(Record, frozen=True, kw_only=True):
     kind: str
     message: str = ""
     data: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+def field_of(record: Any, name: str) -> Any:
+    """A field of a record, or of the dict that it became in the journal."""
+    return record.get(name) if isinstance(record, Mapping) else getattr(record, name, None)
 
 
 class Phase(str, Enum):

@@ -303,7 +303,7 @@ class RunDirectory:
             if not self._recovered and (commands or refusals):
                 # A crash between the answer and the removal of its file must not make it count twice. What was answered
                 # and not done is due where it was said to take effect.
-                events = list(self.events())
+                events = self.events()
                 self._undone = undone(events)
                 answered = {event.data.get("id") for event in events if event.kind == "command"} - set(self._undone)
                 for id in {item.id for item in commands} | {item.id for item in refusals}:

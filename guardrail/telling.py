@@ -157,9 +157,10 @@ def deed_line(deed: Deed) -> str:
 
 
 def _left_out(incident: Incident) -> Iterator[str]:
-    if not stretches_line(incident):
+    where = stretches_line(incident)
+    if not where:
         return
-    yield f"    left out: {stretches_line(incident)}"
+    yield f"    left out: {where}"
     for sample in incident.named[:MAX_DOCUMENTS]:
         yield f"      {sample_line(sample)}"
     for document in incident.documents[:MAX_DOCUMENTS]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from guardrail.config import GuardSection
@@ -168,3 +168,16 @@ class Trainer:
 
     def quarantined(self) -> list[str]:
         return list(self.ledger.quarantine.lines())
+
+
+def going_back(stretches: Sequence[tuple[int, int]]) -> tuple[list[float], list[float]]:
+    """(Steps, timelines) of the rows of a run that goes `back` to a step and makes `length` more, again and again."""
+    steps: list[float] = []
+    timelines: list[float] = []
+    at = 0
+    for timeline, (back, length) in enumerate(stretches):
+        at = min(at, back) if timeline else 0
+        steps += range(at + 1, at + length + 1)
+        timelines += [timeline] * length
+        at += length
+    return steps, timelines

@@ -63,15 +63,15 @@ def plant_kinds(folder: Path, *, before: int) -> dict[str, str]:
     return {f"{number:04d}.txt": kind for number, kind in bad.items()}
 
 
-def config_of(folder: Path, *, world: int = 1, strategy: str = "ddp") -> Config:
+def config_of(folder: Path, *, world: int = 1, strategy: str = "ddp", dropout: float = 0.1, steps: int = 48) -> Config:
     return tiny(
         folder,
         world=world,
         strategy=strategy,
         data={"sequence_length": LENGTH},
-        model={"dropout": 0.1},
+        model={"dropout": dropout},
         optim={"lr": 1e-2},
-        train={"steps": 48},
+        train={"steps": steps},
         guard={"confirm": 1},
     )
 
@@ -113,16 +113,7 @@ def test_ten_documents_of_noise_on_two_ranks(tmp_path: Path, strategy: str) -> N
 )
 def test_documents_of_five_kinds_among_text_that_the_model_knows(tmp_path: Path, world: int, strategy: str) -> None:
     bad = plant_kinds(tmp_path, before=126)
-    config = tiny(
-        tmp_path,
-        world=world,
-        strategy=strategy,
-        data={"sequence_length": LENGTH},
-        model={"dropout": 0.0},
-        optim={"lr": 1e-2},
-        train={"steps": 148},
-        guard={"confirm": 1},
-    )
+    config = config_of(tmp_path, world=world, strategy=strategy, dropout=0.0, steps=148)
     run = trained(config)
     quarantined = left_out(config, run)
     missed = sorted(bad[name] for name in bad.keys() - quarantined)

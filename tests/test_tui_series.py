@@ -14,6 +14,7 @@ from guardrail.timelines import Timelines
 from guardrail.tui.series import Series, choosable
 from guardrail.tui.track import Track
 from tests.fake_run import FakeRun, example
+from tests.feed import going_back
 
 COLUMNS = ("step", "timeline", "loss", "grad_norm")
 
@@ -123,14 +124,7 @@ def test_only_the_newest_ghosts_are_kept() -> None:
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12)), min_size=1, max_size=8), st.integers(1, 7))
 def test_the_present_is_what_the_run_directory_says(stretches: list[tuple[int, int]], cut: int) -> None:
     """Against guardrail.timelines, for rows that arrive in any chunks: a run that goes back to random steps."""
-    steps: list[float] = []
-    numbers: list[float] = []
-    at = 0
-    for timeline, (back, length) in enumerate(stretches):
-        at = min(at, back) if timeline else 0
-        steps += range(at + 1, at + length + 1)
-        numbers += [timeline] * length
-        at += length
+    steps, numbers = going_back(stretches)
     known = Timelines()
     known.add_rows(np.array(steps, dtype=float), np.array(numbers, dtype=float))
     present = known.current(np.array(steps, dtype=float), np.array(numbers, dtype=float))

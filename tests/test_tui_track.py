@@ -29,6 +29,7 @@ from guardrail.tui.series import SIGNALS, Series
 from guardrail.tui.track import Track
 from guardrail.tui.view import View
 from tests.fake_run import FakeReader, FakeRun, snapshot_of
+from tests.feed import going_back
 
 EXACT = 64
 COLUMNS = ("step", "timeline", *SIGNALS, "eval_loss", "tokens")
@@ -86,14 +87,7 @@ def extremes(series: Series, signal: str) -> tuple[float, float, bool]:
 @given(st.lists(st.tuples(st.integers(1, 900), st.integers(1, 900)), min_size=1, max_size=6), st.integers(1, 400))
 def test_what_is_summed_up_is_what_the_rows_say(stretches: list[tuple[int, int]], cut: int) -> None:
     """For runs that go back to random steps, far back too, and arrive in any chunks: against one that keeps all."""
-    steps: list[float] = []
-    timelines: list[float] = []
-    at = 0
-    for timeline, (back, length) in enumerate(stretches):
-        at = min(at, back) if timeline else 0
-        steps += range(at + 1, at + length + 1)
-        timelines += [timeline] * length
-        at += length
+    steps, timelines = going_back(stretches)
     table = noise(steps, timelines)
     thinned, whole = bounded(table), Track(("eval_loss",), ("tokens",))
     for first in range(0, len(table), cut):
