@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from guardrail import doctor
+from guardrail import config, doctor, launching
 from guardrail.config import Settings, build
 from trainer.config import Config
 from trainer.practice import GPT3, published
@@ -94,8 +94,9 @@ def test_sizes_between_those_of_the_table_lie_between() -> None:
 def test_doctor_passes_the_remarks_on_as_notes(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text("[optim]\nclip = 0\n[train]\nsteps = 300\n")
+    settings = launching.load(config.parse(file), file=str(file), overrides=())
     torch = {"devices": [], "gloo": True, "nccl": False, "bf16": False}
-    checks = list(doctor._configuration(str(file), (), torch))
+    checks = list(doctor._configuration(settings, str(file), (), torch))
     (remark,) = [check for check in checks if check.name == doctor.PRACTICE]
     assert remark.level == "note" and "not clipped" in remark.text
     assert checks[-1].level == "ok"

@@ -470,10 +470,13 @@ LOCKER = """
 import os, sys, time
 from guardrail.rundir import RunDirectory
 RunDirectory.open(sys.argv[1]).lock("rank 0")
-if len(sys.argv) > 2 and os.fork() == 0:  # a worker that outlives the trainer
+forks = len(sys.argv) > 2
+if forks and os.fork() == 0:  # a worker that outlives the trainer; it speaks when what a fork runs in it has run
+    print(os.getpid(), flush=True)
     time.sleep(30)
     os._exit(0)
-print(os.getpid(), flush=True)
+if not forks:
+    print(os.getpid(), flush=True)
 time.sleep(60)
 """
 
