@@ -15,8 +15,8 @@ from guardrail.config import CheckpointSection, GuardSection, Settings, Snapshot
 from guardrail.ledger import SampleOrder
 from guardrail.records import Action, Command, CommandKind, Mode, Phase
 from guardrail.rundir import RunDirectory
+from guardrail.torch.digests import component_digests
 from guardrail.torch.guard import Guard, Step
-from guardrail.torch.state import component_digests
 from tests.lab import wait_for
 
 VOCABULARY, LENGTH, BATCH = 17, 6, 4

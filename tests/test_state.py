@@ -15,7 +15,8 @@ from torch.optim import lr_scheduler
 
 from guardrail.errors import CheckpointInvalid, UsageError
 from guardrail.torch import plain
-from guardrail.torch.state import TrainingState, component_digests
+from guardrail.torch.digests import component_digests
+from guardrail.torch.state import TrainingState
 from tests.ranks import run_ranks
 from tests.tiny import OPTIMIZERS, Setup, Tiny
 

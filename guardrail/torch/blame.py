@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from guardrail.torch.state import plain_name
+from guardrail.torch.wrappers import plain_name
 
 
 @torch.no_grad()

@@ -41,9 +41,9 @@ from guardrail.manifest import (
 )
 from guardrail.records import Record
 from guardrail.torch import plain
+from guardrail.torch.digests import component_digests
 from guardrail.torch.shards import dtype_name, write_file
 from guardrail.torch.snapshots import Snapshot
-from guardrail.torch.state import component_digests
 
 _MARGIN = 1 << 20  # bytes left over for the manifest and for the file system itself
 _COPIES = 1000  # names tried for the same step and timeline

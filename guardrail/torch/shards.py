@@ -22,7 +22,7 @@ from torch import Tensor
 from guardrail.errors import CheckpointInvalid, UsageError
 from guardrail.files import FILE_MODE, write_all
 from guardrail.manifest import Box, FileEntry, Manifest
-from guardrail.torch.state import raw_bytes
+from guardrail.torch.digests import raw_bytes
 
 DTYPE_NAMES = {
     torch.bool: "BOOL",

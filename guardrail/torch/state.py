@@ -14,23 +14,21 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import msgspec
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor, Partial
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from guardrail.errors import CheckpointInvalid, UsageError
 from guardrail.manifest import BUFFER, MODEL, OPTIM, Box, Shape
-from guardrail.torch import plain
+from guardrail.torch import moments, plain
+from guardrail.torch.digests import component_digests
+from guardrail.torch.parts import box_of, local, replica
+from guardrail.torch.wrappers import accelerated, plain_name, unwrap, unwrap_model
 
 # How to compute an update, not which one: it belongs to the machine that trains now, not to the one that saved.
 _IMPLEMENTATION = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
-_WRAPPED = ("_orig_mod.", "_checkpoint_wrapped_module.")  # torch.compile, activation checkpointing
 _NAMED = 3  # differences that a message names; the rest is counted
 
 
@@ -60,11 +58,11 @@ class TrainingState:
         self.holders = holders
         self.model = unwrap_model(model)
         wrapped: list[Any] = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
-        self.optimizers: list[Optimizer] = [_unwrap(item, "optimizer") for item in wrapped]
-        hung = [s for item in wrapped if _accelerated(item) and (s := item.scaler) is not None]
+        self.optimizers: list[Optimizer] = [unwrap(item, "optimizer") for item in wrapped]
+        hung = [s for item in wrapped if accelerated(item) and (s := item.scaler) is not None]
         self._scalers = list({id(s): s for s in [*hung, scaler] if s is not None}.values())
         schedulers = list(scheduler) if isinstance(scheduler, (list, tuple)) else [scheduler]
-        self.schedulers = [_unwrap(item, "scheduler") for item in schedulers if item is not None]
+        self.schedulers = [unwrap(item, "scheduler") for item in schedulers if item is not None]
         self._refuse_unknown_sharding()
         self.settle()
         self._parameters = {plain_name(name): parameter for name, parameter in self.model.named_parameters()}
@@ -90,9 +88,9 @@ class TrainingState:
             if buffer is not None and any(s == 0 and n > 1 for n, s in zip(buffer.shape, buffer.stride(), strict=True)):
                 raise UsageError(f"buffer {name} is an expanded view and cannot be restored in place: clone() it")
 
-    def _trained(self) -> dict[str, tuple[nn.Parameter, Optimizer, dict[str, Any]]]:
-        """Parameter name -> (parameter, its optimizer, its group)."""
-        trained: dict[str, tuple[nn.Parameter, Optimizer, dict[str, Any]]] = {}
+    def _trained(self) -> dict[str, moments.Trained]:
+        """By parameter name."""
+        trained: dict[str, moments.Trained] = {}
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
@@ -189,7 +187,7 @@ class TrainingState:
         """Name -> (index, count) of this rank among those that hold the same part; plain tensors: all of the world."""
         world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         holders = range(world) if self.holders is None else self.holders
-        return {name: _replica(tensor, holders) for name, tensor in self._entries()}
+        return {name: replica(tensor, holders) for name, tensor in self._entries()}
 
     def box(self, name: str, shape: Shape) -> Box:
         """The part that this rank holds, or would hold, of a tensor with this global shape."""
@@ -205,12 +203,7 @@ class TrainingState:
             return Box.whole(tensor.shape)
         key = (tensor.shape, tensor.device_mesh, tensor.placements)
         if key not in self._boxes:
-            if any(isinstance(placement, Partial) for placement in tensor.placements):
-                raise UsageError("a partial DTensor has no value of its own and cannot be saved")
-            chunk = tensor.__create_chunk_list__()[0]  # the protocol of torch.distributed.checkpoint
-            self._boxes[key] = Box(
-                global_shape=tuple(tensor.shape), offset=tuple(chunk.offsets), size=tuple(chunk.sizes)
-            )
+            self._boxes[key] = box_of(tensor)
         return self._boxes[key]
 
     # -- numbers -------------------------------------------------------------------------------------------------
@@ -222,7 +215,7 @@ class TrainingState:
                 [self._group_scalars(group, names) for group, names in zip(o.param_groups, all_names, strict=True)]
                 for o, all_names in zip(self.optimizers, self._group_names, strict=True)
             ],
-            "state": self._state_scalars(),
+            "state": moments.scalars(self._groups),
             "schedulers": [plain.encode(s.state_dict(), type(s).__name__) for s in self.schedulers],
             "scalers": [plain.encode(s.state_dict(), type(s).__name__) for s in self._scalers],
         }
@@ -233,21 +226,6 @@ class TrainingState:
             "parameters": _hash(names),
             "values": plain.encode(values, "a parameter group"),
         }
-
-    def _state_scalars(self) -> dict[str, Any]:
-        """Optimizer state that is no tensor, and which tensors stay on the host beside a device (Adam's steps)."""
-        numbers: dict[str, Any] = {}
-        on_host: set[str] = set()
-        for name, (parameter, optimizer, _) in self._groups.items():
-            held = {}
-            for key, value in (optimizer.state[parameter] if parameter in optimizer.state else {}).items():
-                if not isinstance(value, Tensor):
-                    held[key] = plain.encode(value, f"the optimizer state of {name}: {key}")
-                elif value.device != parameter.device:
-                    on_host.add(key)
-            if held:
-                numbers[name] = held
-        return {"numbers": numbers, "on_host": sorted(on_host)}
 
     @torch.no_grad()
     def load_scalars(self, scalars: Mapping[str, Any]) -> None:
@@ -335,7 +313,7 @@ class TrainingState:
         refuse(self.differences(found) + self._part_differences(tensors, boxes))
         self.check_scalars(scalars)
         self.settle()
-        self._reshape_optimizers(found, scalars)
+        moments.reshape(self._groups, found, scalars)
         live = self.tensors()
         torch._foreach_copy_([live[name] for name in tensors], list(tensors.values()))
         self.load_scalars(scalars)
@@ -369,25 +347,6 @@ class TrainingState:
                 problems.append(f"{name} holds another part of the whole than this rank does")
         return problems
 
-    def _reshape_optimizers(self, found: Mapping[str, tuple[torch.dtype, Shape]], scalars: Mapping[str, Any]) -> None:
-        """Give each parameter's state exactly the keys that were saved."""
-        saved: dict[str, dict[str, tuple[torch.dtype, Shape]]] = {}
-        for name, kind in found.items():
-            if name.startswith(OPTIM):
-                owner, _, key = name.removeprefix(OPTIM).rpartition("/")
-                saved.setdefault(owner, {})[key] = kind
-        on_host = scalars["state"]["on_host"]
-        for name, (parameter, optimizer, group) in self._groups.items():
-            kept = optimizer.state.pop(parameter, {})
-            fresh = {}
-            for key, (dtype, shape) in saved.get(name, {}).items():
-                live = kept.get(key)
-                if not isinstance(live, Tensor):
-                    live = _created(parameter, group, key, dtype, shape, on_host=key in on_host)
-                fresh[key] = live
-            if fresh or name in scalars["state"]["numbers"]:
-                optimizer.state[parameter] = fresh
-
     # -- comparing -----------------------------------------------------------------------------------------------
 
     def digests(self) -> dict[str, str]:
@@ -396,48 +355,8 @@ class TrainingState:
 
     def stateless(self) -> bool | None:
         """Whether these optimizers keep no tensors by nature, such as SGD without momentum; None: no way to know."""
-        answers = [_keeps_tensors(optimizer) for optimizer in self.optimizers]
+        answers = [moments.keeps_tensors(optimizer) for optimizer in self.optimizers]
         return False if True in answers else None if None in answers else True
-
-
-def component_digests(tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> dict[str, str]:
-    """SHA-256 of weights, moments, schedule and buffers, from live or copied local tensors, on any device."""
-    parts: dict[str, Any] = {"weights": hashlib.sha256(), "moments": hashlib.sha256(), "schedule": hashlib.sha256()}
-    for name in sorted(tensors):
-        prefix = name.split("/", 1)[0] + "/"
-        component = {MODEL: "weights", OPTIM: "moments", BUFFER: "buffers"}[prefix]
-        digest = parts.setdefault(component, hashlib.sha256())
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(raw_bytes(tensor))
-    parts["moments"].update(_canonical(scalars["state"]["numbers"]))
-    for key in ("groups", "schedulers", "scalers"):
-        parts["schedule"].update(_canonical(scalars[key]))
-    return {name: digest.hexdigest() for name, digest in parts.items()}
-
-
-def raw_bytes(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The elements in row-major order as bytes, [numel * itemsize] uint8; shares memory where it can."""
-    array: np.ndarray[Any, np.dtype[np.uint8]] = (
-        tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    )
-    return array
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part, the live storage, free of autograd."""
-    return (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).detach()
-
-
-def unwrap_model(model: nn.Module) -> nn.Module:
-    """The module inside of DDP, DataParallel and torch.compile."""
-    while True:
-        if isinstance(model, (DistributedDataParallel, DataParallel)):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
 
 
 def refuse(problems: Iterable[str]) -> None:
@@ -445,21 +364,6 @@ def refuse(problems: Iterable[str]) -> None:
     found = list(problems)
     if found:
         raise CheckpointInvalid(f"the saved state does not fit this model: {_some(found, '; ')}")
-
-
-def _unwrap(item: Any, attribute: str) -> Any:
-    """What Accelerate's AcceleratedOptimizer and AcceleratedScheduler hold."""
-    return getattr(item, attribute) if _accelerated(item) else item
-
-
-def _accelerated(item: Any) -> bool:
-    return type(item).__name__.startswith("Accelerated") and type(item).__module__.startswith("accelerate.")
-
-
-def plain_name(name: str) -> str:
-    for wrapped in _WRAPPED:
-        name = name.replace(wrapped, "")
-    return name
 
 
 def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
@@ -472,72 +376,6 @@ def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]
 
 def _hash(names: Sequence[str]) -> str:
     return hashlib.sha256(",".join(names).encode()).hexdigest()[:16]
-
-
-def _replica(tensor: Tensor, holders: range) -> tuple[int, int]:
-    if not isinstance(tensor, DTensor):
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        return holders.index(rank), len(holders)
-    index, count = 0, 1
-    coordinate = tensor.device_mesh.get_coordinate() or [0] * tensor.device_mesh.ndim
-    for position, size, placement in zip(coordinate, tensor.device_mesh.shape, tensor.placements, strict=True):
-        if placement.is_replicate():
-            index, count = index * size + position, count * size
-    outer, copies = _place(tensor.device_mesh, holders)
-    return outer * count + index, copies * count
-
-
-def _place(mesh: DeviceMesh, holders: range) -> tuple[int, int]:
-    """(number, count) of this mesh among the equal ones that fill up the holders beside it.
-
-    A norm under tensor parallelism lies on the data-parallel mesh alone: each rank of its group has one of its own.
-    """
-    ranks = sorted(mesh.mesh.flatten().tolist())
-    if len(ranks) == len(holders):
-        return 0, 1
-    offsets = [rank - ranks[0] for rank in ranks]
-    firsts: list[int] = []
-    covered: set[int] = set()
-    for rank in holders:
-        if rank not in covered:
-            firsts.append(rank)
-            covered.update(rank + offset for offset in offsets)
-    return firsts.index(ranks[0]), len(firsts)
-
-
-def _created(
-    parameter: nn.Parameter, group: dict[str, Any], key: str, dtype: torch.dtype, shape: Shape, *, on_host: bool
-) -> Tensor:
-    """An optimizer tensor as the optimizer would have made it: shaped and sharded like the parameter, or small."""
-    device = torch.device("cpu") if on_host else parameter.device
-    if key == "step":  # torch.optim keeps it on the host unless the step itself runs on the device
-        device = parameter.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
-    elif shape == tuple(parameter.shape) and not on_host:
-        return torch.empty_like(parameter.detach(), dtype=dtype)
-    return torch.empty(shape, dtype=dtype, device=device)
-
-
-def _keeps_tensors(optimizer: Optimizer) -> bool | None:
-    """Tried with one step of a twin on a parameter of its own, which shares nothing that a step changes."""
-    if any(isinstance(value, Tensor) for state in optimizer.state.values() for value in state.values()):
-        return True
-    probe = nn.Parameter(torch.ones(2, 2))
-    probe.grad = torch.ones(2, 2)
-    twin = object.__new__(type(optimizer))
-    twin.__dict__.update(optimizer.__dict__)
-    twin.state = type(optimizer.state)(dict)
-    twin.param_groups = [{**optimizer.param_groups[0], "params": [probe]}]
-    twin._optimizer_step_pre_hooks, twin._optimizer_step_post_hooks = {}, {}
-    try:
-        # Not twin.step(): a scheduler has put a wrapper there that is bound to the real optimizer.
-        type(optimizer).step(twin)
-    except Exception:
-        return None
-    return any(isinstance(value, Tensor) for state in twin.state.values() for value in state.values())
-
-
-def _canonical(value: Any) -> bytes:
-    return msgspec.json.encode(value, order="deterministic")
 
 
 def _kind(dtype: torch.dtype, shape: Shape) -> str:
