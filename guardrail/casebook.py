@@ -1,156 +1,24 @@
-"""Gathers the events of a journal into incidents: the evidence, what was done, what was left out. Pure.
-
-Journals of other versions, and broken ones, are read as far as they make sense.
-"""
+"""Gathers the events of a journal into incidents: the evidence, what was done, what was left out. Pure."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
 
+from guardrail.casefile import Deed, Incident, Token
+from guardrail.entries import curve_of, deed_of, documents_of, samples_of, tokens_of, whole
 from guardrail.files import as_float
-from guardrail.records import Curve, Event, Finding, Record, Span
+from guardrail.records import Event, Finding, Span
 from guardrail.rundir import findings_of, span_of
 from guardrail.text import clean
-from guardrail.undoing import joined, stretches, taken_back
+from guardrail.undoing import joined, pieces_of, taken_back
 
 ENDS = ("recovered", "offset", "recurred")  # states of an incident that say how it went on
 _NEAR = 20  # verdicts without an incident's number belong together up to this many steps apart
-
-
-class Document(Record, frozen=True, kw_only=True):
-    """A stretch of a document that was left out. `record` counts from 1; 0: the file is the document."""
-
-    path: str
-    record: int = 0
-    first_byte: int = 0
-    last_byte: int = 0
-    excerpt: str = ""
-
-
-class Sample(Record, frozen=True, kw_only=True):
-    """One sample that was left out by itself: its loss, its share of the trouble, and what is odd about its text."""
-
-    position: int
-    loss: float = math.nan
-    share: float = math.nan
-    documents: tuple[Document, ...] = ()
-    excerpt: str = ""
-    odd: tuple[str, ...] = ()
-
-
 _TOKENS = 8  # of an incident, named
-
-
-class Token(Record, frozen=True, kw_only=True):
-    """A token whose row of the embedding's gradient was among the longest at a rejected step.
-
-    Attributes:
-        text: "" where no tokenizer was at hand; what does not print stands in it as an escape.
-        share: of the squared norm of the embedding's gradient, in [0, 1].
-        norm: of its row of that gradient, before clipping.
-        count: in the batch; -1: nobody counted.
-    """
-
-    id: int
-    text: str = ""
-    share: float = math.nan
-    norm: float = math.nan
-    count: int = -1
-
-    def sentence(self) -> str:
-        """'token 126 "~": up to 87% of the gradient of the embedding, norm 1.46, 264 times in the batch'"""
-        facts = [f"up to {100 * self.share:.2g}% of the gradient of the embedding"] if math.isfinite(self.share) else []
-        facts += [f"norm {self.norm:.4g}"] if math.isfinite(self.norm) else []
-        facts += [f"{self.count:,} times in the batch"] if self.count >= 0 else []
-        named = f'token {self.id} "{self.text}"' if self.text else f"token {self.id}"
-        return f"{named}: {', '.join(facts)}" if facts else named
-
-
-class Deed(Record, frozen=True, kw_only=True):
-    """What was done about an incident.
-
-    Attributes:
-        action: "skip", "rollback", "pause", "halt", "retry", "remedy", "undo", or "would ..." where the guard only
-            advised.
-        step, timeline: where the run stood.
-        to_step, tier, steps_lost: of a rollback: the snapshot used, and applied updates that were given up.
-        window: positions [first, last) of the sample order that were left out.
-        new_timeline: that it began, -1 if it began none.
-        remedies: what went with it, a sentence each.
-    """
-
-    action: str
-    step: int
-    timeline: int
-    time: float
-    sentence: str
-    to_step: int | None = None
-    tier: str = ""
-    steps_lost: int = 0
-    window: tuple[int, int] | None = None
-    new_timeline: int = -1
-    remedies: tuple[str, ...] = ()
-
-
-class Cost(Record, frozen=True, kw_only=True):
-    """What an incident has cost.
-
-    Attributes:
-        steps: applied updates that were given up.
-        seconds: that these and the rejected tries took; NaN where no row has measured it.
-        parked: seconds that the run waited for a person.
-        rejected: updates that were kept out of the weights.
-        excess: nats a token, median, by which the losses from the onset on that were given up or rejected stand above
-            the curve from before it; NaN where there is none.
-        price: nats a token that the given-up steps bring on that curve: what it costs to make them again.
-    """
-
-    steps: int = 0
-    seconds: float = math.nan
-    parked: float = 0.0
-    rejected: int = 0
-    excess: float = math.nan
-    price: float = 0.0
-
-
-class Incident(Record, frozen=True, kw_only=True):
-    """Findings that belong together, with what was done and what was left out. `number` 0: the journal gave none.
-
-    Attributes:
-        state: "open", "recovered", "offset" (a loss that stays above what was expected) or "recurred".
-        tokens: that pulled hardest on the embedding where it was in trouble, by the longest row of any rejected step.
-        cause, cause_reason: what a replay has shown, "" where none was made.
-        closed_step: of the run when it was over; 0: it is not.
-        curve: of the loss before the onset, where there was enough of it.
-        outcome: the sentence that closed it.
-        measured: the numbers of that sentence, as far as the journal has them: name -> value.
-    """
-
-    number: int
-    state: str
-    onset: int
-    opened: float
-    closed: float | None = None
-    findings: tuple[Finding, ...] = ()
-    parameters: dict[str, list[str]] = msgspec.field(default_factory=dict)  # rank -> non-finite gradients
-    tokens: tuple[Token, ...] = ()
-    deeds: tuple[Deed, ...] = ()
-    spans: tuple[Span, ...] = ()
-    samples: int = 0
-    documents: tuple[Document, ...] = ()
-    documents_total: int = 0
-    named: tuple[Sample, ...] = ()
-    cause: str = ""
-    cause_reason: str = ""
-    closed_step: int = 0
-    curve: Curve | None = None
-    outcome: str = ""
-    measured: dict[str, float] = msgspec.field(default_factory=dict)
-    cost: Cost = Cost()
 
 
 class Casebook:
@@ -205,7 +73,7 @@ class Casebook:
                 for rank, names in parameters.items()
                 if isinstance(names, list)
             }
-        if tokens := _tokens(event):
+        if tokens := tokens_of(event):
             changes["tokens"] = _longest((*incident.tokens, *tokens))
         # A rollback is told by its own line, with the snapshot that was used.
         if action == "apply" and would and would != "apply":
@@ -229,7 +97,7 @@ class Casebook:
     def _turn(self, event: Event) -> None:
         state = clean(str(event.data.get("state") or ""), 40)
         incident = self._at(event)
-        curve = _curve(event.data.get("curve"))
+        curve = curve_of(event.data.get("curve"))
         told: dict[str, Any] = {"curve": curve} if curve is not None else {}
         if state not in ENDS:
             self._put(incident, told)
@@ -301,6 +169,14 @@ class Casebook:
         self._found[incident.number] = msgspec.structs.replace(incident, **changes)
 
 
+def asked_for(events: Iterable[Event]) -> Iterator[Deed]:
+    """Skips and rollbacks that a person wanted: no incidents."""
+    for event in events:
+        span = span_of(event) if event.kind in ("left_out", "rollback") else None
+        if span is not None and span.cause == "user":
+            yield deed_of(event, "rollback" if event.kind == "rollback" else "skip")
+
+
 def _joined(known: tuple[Finding, ...], new: Iterable[Finding]) -> tuple[Finding, ...]:
     """The worst of each kind of finding on each signal, in the order in which they first appeared."""
     worst = {(f.signal, f.kind): f for f in known}
@@ -312,95 +188,22 @@ def _joined(known: tuple[Finding, ...], new: Iterable[Finding]) -> tuple[Finding
     return tuple(msgspec.structs.replace(f, signal=clean(f.signal, 60)) for f in worst.values())
 
 
-def deed_of(event: Event, action: str) -> Deed:
-    data = event.data
-    window = data.get("window")
-    to_step = data.get("to_step")
-    lost = whole(data.get("from_step")) - to_step if isinstance(to_step, int) else 0
-    span = span_of(event)
-    return Deed(
-        action=action,
-        step=event.step,
-        timeline=event.timeline,
-        time=event.time,
-        sentence=clean(event.message, 600),
-        to_step=to_step if isinstance(to_step, int) else None,
-        tier=clean(str(data.get("tier", "")), 40),
-        steps_lost=max(0, lost),
-        window=_pair(window) or ((span.first, span.last) if span else None),
-        new_timeline=whole(data.get("new_timeline", -1)),
-        remedies=tuple(_remedies(data)),
-    )
-
-
-def _remedies(data: Mapping[str, Any]) -> Iterator[str]:
-    """What went with a decision, in words."""
-    raw = data.get("remedies", [data.get("remedy")])
-    for item in raw if isinstance(raw, list) else []:
-        if not isinstance(item, dict) or not item.get("kind"):
-            continue
-        kind, value = clean(str(item["kind"]), 40), as_float(item.get("value"))
-        if kind == "moments":
-            yield f"optimizer moments reset before step {whole(item.get('from_step')):,}"
-            continue
-        what = {"lr": "learning rate", "embed_alpha": "embedding gradients", "clip": "clipping norm"}.get(kind, kind)
-        hold, back = whole(item.get("hold")), whole(item.get("back"))
-        until = f", held for {hold:,} steps and back over {back:,}" if hold or back else ""
-        yield f"{what} x{value:g} from step {whole(item.get('from_step')):,} on{until}"
-
-
 def _with_span(incident: Incident, span: Span, event: Event) -> dict[str, Any]:
     """A rollback's window usually covers the batches that were rejected before it: nothing counts twice."""
-    documents = _documents(event.data)
+    documents = documents_of(event.data)
     total = max(whole(event.data.get("documents_total")), len(documents))
     spans = (*incident.spans, span)
     if not all(span.first <= known.first and known.last <= span.last for known in incident.spans):
         documents = tuple(dict.fromkeys((*incident.documents, *documents)))
         total += incident.documents_total
     found = {"spans": spans, "samples": _samples(spans), "documents": documents, "documents_total": total}
-    return found | {"named": (*incident.named, *_named(event))}
+    return found | {"named": (*incident.named, *samples_of(event))}
 
 
 def _samples(spans: Iterable[Span]) -> int:
     """Positions that are left out; of a span that means some of its positions, these."""
-    pieces = joined(piece for span in spans for piece in _pieces(span))
+    pieces = joined(piece for span in spans for piece in pieces_of(span))
     return sum(last - first for first, last in pieces)
-
-
-def _pieces(span: Span) -> list[tuple[int, int]]:
-    return stretches(span.positions) if span.positions else [(span.first, max(span.first, span.last))]
-
-
-def _named(event: Event) -> tuple[Sample, ...]:
-    """The single samples that a `left_out` line names with their loss and their share."""
-    raw = event.data.get("samples")
-    return tuple(
-        Sample(
-            position=whole(item.get("position")),
-            loss=as_float(item.get("loss")),
-            share=as_float(item.get("share")),
-            documents=_documents(item),
-            excerpt=clean(str(item.get("excerpt") or ""), 200),
-            odd=tuple(clean(str(word), 120) for word in odd) if isinstance(odd := item.get("odd"), list) else (),
-        )
-        for item in (raw if isinstance(raw, list) else [])
-        if isinstance(item, dict)
-    )
-
-
-def _tokens(event: Event) -> tuple[Token, ...]:
-    raw = event.data.get("tokens")
-    return tuple(
-        Token(
-            id=whole(item.get("id")),
-            text=clean(str(item.get("text") or ""), 60),
-            share=as_float(item.get("share")),
-            norm=as_float(item.get("norm")),
-            count=whole(item.get("count", -1)),
-        )
-        for item in (raw if isinstance(raw, list) else [])
-        if isinstance(item, dict)
-    )
 
 
 def _longest(tokens: Iterable[Token]) -> tuple[Token, ...]:
@@ -415,54 +218,3 @@ def _longest(tokens: Iterable[Token]) -> tuple[Token, ...]:
 
 def _rank(norm: float) -> float:
     return norm if norm == norm else math.inf
-
-
-def _documents(data: Mapping[str, Any]) -> tuple[Document, ...]:
-    found = []
-    raw = data.get("documents")
-    for item in raw if isinstance(raw, list) else []:
-        if isinstance(item, str):
-            found.append(Document(path=clean(item, 400)))
-        elif isinstance(item, dict):
-            found.append(
-                Document(
-                    path=clean(str(item.get("path", "")), 400),
-                    record=whole(item.get("record")),
-                    first_byte=whole(item.get("first_byte")),
-                    last_byte=whole(item.get("last_byte")),
-                    excerpt=clean(str(item.get("excerpt") or ""), 200),
-                )
-            )
-    return tuple(found)
-
-
-def asked_for(events: Iterable[Event]) -> Iterator[Deed]:
-    """Skips and rollbacks that a person wanted: no incidents."""
-    for event in events:
-        span = span_of(event) if event.kind in ("left_out", "rollback") else None
-        if span is not None and span.cause == "user":
-            yield deed_of(event, "rollback" if event.kind == "rollback" else "skip")
-
-
-def _curve(raw: Any) -> Curve | None:
-    """Of a journal that may be anybody's: only one that gives a finite loss at every step."""
-    if not isinstance(raw, dict):
-        return None
-    numbers = {name: as_float(raw.get(name)) for name in ("middle", "level", "slope", "noise", "spread")}
-    if not all(math.isfinite(number) and abs(number) < 1e6 for number in numbers.values()):
-        return None
-    if not (-5.0 <= numbers["slope"] <= 0.0 and abs(numbers["level"]) < 100 and abs(numbers["middle"]) < 100):
-        return None
-    return Curve(**numbers, count=max(0, whole(raw.get("count"))))
-
-
-def whole(value: Any) -> int:
-    if isinstance(value, float) and value == value and abs(value) < 2**63:
-        return int(value)
-    return value if isinstance(value, int) else 0
-
-
-def _pair(value: Any) -> tuple[int, int] | None:
-    if isinstance(value, list) and len(value) == 2 and all(isinstance(item, int) for item in value):
-        return value[0], value[1]
-    return None

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
-from guardrail.casebook import Cost, Incident, whole
+from guardrail.casefile import Cost, Incident
 from guardrail.enough import expected
+from guardrail.entries import whole
 from guardrail.records import LOSS, Event
 from guardrail.rundir import MetricsView, RunDirectory
 from guardrail.timelines import Timelines

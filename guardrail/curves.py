@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from guardrail.casebook import Incident
+from guardrail.casefile import Incident
 from guardrail.enough import expected
 from guardrail.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Action, Event
 from guardrail.rundir import MetricsView, RunDirectory

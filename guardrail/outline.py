@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from guardrail.casebook import Incident
+from guardrail.casefile import Incident
 from guardrail.report import Report
 from guardrail.telling import (
     MAX_DEEDS,

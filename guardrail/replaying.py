@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from guardrail import launching, processes
-from guardrail.casebook import ENDS, Casebook, Incident
+from guardrail.casebook import ENDS, Casebook
+from guardrail.casefile import Incident
 from guardrail.errors import CheckpointInvalid, ExitCode, Interrupted, RunDirectoryError, UsageError, WorkersFailed
 from guardrail.files import FOLDER_MODE, encode_json, replace_file
 from guardrail.manifest import Manifest, checkpoint_dirs, fingerprint, read_manifest

@@ -16,8 +16,10 @@ from typing import Any
 
 import msgspec
 
-from guardrail.casebook import Casebook, Deed, Incident, asked_for, whole
+from guardrail.casebook import Casebook, asked_for
+from guardrail.casefile import Deed, Incident
 from guardrail.costs import with_costs
+from guardrail.entries import whole
 from guardrail.errors import RunDirectoryError
 from guardrail.files import as_float, encode_json
 from guardrail.records import Event, Record, Span, Status

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from guardrail.casebook import Incident
+from guardrail.casefile import Incident
 from guardrail.curves import expectations, scale_of
 from guardrail.records import LOSS, Action
 from guardrail.rundir import RunDirectory

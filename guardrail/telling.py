@@ -6,7 +6,7 @@ import datetime
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
-from guardrail.casebook import Deed, Document, Incident, Sample
+from guardrail.casefile import Deed, Document, Incident, Sample
 from guardrail.records import CommandKind, Finding, Mode, Span
 from guardrail.report import Answered, CheckpointLine, Report, Restart
 

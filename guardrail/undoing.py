@@ -52,6 +52,11 @@ def positions_of(span: Span) -> Sequence[int]:
     return span.positions or range(span.first, span.last)
 
 
+def pieces_of(span: Span) -> list[tuple[int, int]]:
+    """The same as stretches [first, last), without listing the positions of a long span."""
+    return stretches(span.positions) if span.positions else [(span.first, max(span.first, span.last))]
+
+
 def find(events: Iterable[Event], seq: int | None = None) -> Undoing | str:
     """The decision that is meant.
 

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from guardrail.casebook import Incident
+from guardrail.casefile import Incident
 from guardrail.cli import main
 from guardrail.config import GuardSection
 from guardrail.controller import Controller
@@ -136,7 +136,7 @@ def test_what_cost_no_step_and_left_no_offset(whole: Told) -> None:
 
 
 def test_a_gain_below_its_price_is_not_worth_it() -> None:
-    from guardrail.casebook import Cost
+    from guardrail.casefile import Cost
     from guardrail.telling import worth_of
 
     def said(excess: float, offset: float, noise: float = 0.0) -> str:

@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from guardrail.casebook import Casebook, Incident, whole
+from guardrail.casebook import Casebook
+from guardrail.casefile import Incident
+from guardrail.entries import whole
 from guardrail.records import Event, Span
 from guardrail.rundir import span_of
 from guardrail.tui.format import brief
-from guardrail.undoing import joined, stretches, taken_back
+from guardrail.undoing import joined, pieces_of, taken_back
 
 KEPT_CASES, KEPT_SPANS = 200, 5000
 _TOLD = ("verdict", "finding", "left_out", "rollback", "incident", "cause", "remedy", "undo")
@@ -69,17 +71,13 @@ class Evidence:
             self._cases = {one.number: one for one in self._book.of(told) if one.number > 0}
 
     def known(self) -> Known:
-        pieces = [piece for one in self._left_out for piece in _pieces(one.span)]
+        pieces = [piece for one in self._left_out for piece in pieces_of(one.span)]
         return Known(
             cases=MappingProxyType(self._cases),
             left_out=tuple(reversed(self._left_out)),
             samples_out=sum(last - first for first, last in joined(pieces)),
             samples=self._samples,
         )
-
-
-def _pieces(span: Span) -> list[tuple[int, int]]:
-    return stretches(span.positions) if span.positions else [(span.first, max(span.first, span.last))]
 
 
 def _names(raw: object) -> Iterable[str]:

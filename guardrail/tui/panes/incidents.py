@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from guardrail import casebook
+from guardrail import casefile
 from guardrail.records import Finding
 from guardrail.tui.format import brief, clock, plural
 from guardrail.tui.format import count as number
@@ -90,7 +90,7 @@ def newest(view: View, width: int, height: int) -> Sequence[Row]:
 # -- in full
 
 
-def _evidence_of(case: casebook.Incident) -> Iterator[tuple[str, list[str]]]:
+def _evidence_of(case: casefile.Incident) -> Iterator[tuple[str, list[str]]]:
     """(what, its lines) in the order in which a person asks."""
     yield "seen", [_finding(finding) for finding in case.findings] or ["nothing that the journal tells"]
     if case.parameters:
@@ -128,7 +128,7 @@ def _summary_of(incident: Incident) -> Iterator[tuple[str, list[str]]]:
         yield "documents", list(incident.documents)
 
 
-def _left_out(case: casebook.Incident) -> Iterator[str]:
+def _left_out(case: casefile.Incident) -> Iterator[str]:
     of = f" of {plural(case.documents_total, 'document')}" if case.documents_total else ""
     yield plural(case.samples, "sample") + of
     for span in case.spans[:6]:
@@ -137,7 +137,7 @@ def _left_out(case: casebook.Incident) -> Iterator[str]:
         yield f"{stretch}{chosen} ({brief(span.cause, 20)})"
 
 
-def _sample(sample: casebook.Sample) -> Iterator[str]:
+def _sample(sample: casefile.Sample) -> Iterator[str]:
     share = f", {100 * sample.share:.0f} % of the trouble" if math.isfinite(sample.share) else ""
     yield f"position {number(sample.position)}: loss {short(sample.loss)}{share}"
     if sample.odd:
@@ -148,7 +148,7 @@ def _sample(sample: casebook.Sample) -> Iterator[str]:
         yield f"  “{sample.excerpt}”"
 
 
-def _document(document: casebook.Document) -> Iterator[str]:
+def _document(document: casefile.Document) -> Iterator[str]:
     record = f":{document.record}" if document.record else ""
     stretch = f"  bytes {document.first_byte:,}-{document.last_byte:,}" if document.last_byte else ""
     yield f"{document.path}{record}{stretch}"
@@ -159,7 +159,7 @@ def _document(document: casebook.Document) -> Iterator[str]:
 # -- in the table
 
 
-def _case(view: View, incident: Incident) -> casebook.Incident | None:
+def _case(view: View, incident: Incident) -> casefile.Incident | None:
     return view.snapshot.story.known.cases.get(incident.number) if incident.number > 0 else None
 
 
