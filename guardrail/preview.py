@@ -12,47 +12,20 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from msgspec import structs
 
-from guardrail.config import GuardSection, load_guard
-from guardrail.errors import ConfigError
-from guardrail.past import Effects, Past
-from guardrail.records import (
-    Command,
-    CommandKind,
-    Event,
-    Mode,
-    Phase,
-    Record,
-    Remedy,
-    SnapshotInfo,
-    Span,
-    Status,
-    Verdict,
-)
+from guardrail.past import Past
+from guardrail.records import Command, CommandKind, Mode, Phase, Record, Remedy, SnapshotInfo, Span, Verdict
 from guardrail.remedies import sentence
-from guardrail.rundir import RunDirectory
+from guardrail.scene import Scene
 from guardrail.text import clean
-from guardrail.undoing import Undoing, find, positions_of
+from guardrail.undoing import Undoing, find
 
 if TYPE_CHECKING:
     from guardrail.ledger import Ledger
-
-COLUMNS = ("step", "first", "last", "lr", "step_time")
-
-
-class Row(NamedTuple):
-    """An applied step of the present."""
-
-    step: int
-    first: int
-    last: int
-    lr: float
-    seconds: float
 
 
 class Preview(Record, frozen=True, kw_only=True):
@@ -122,102 +95,6 @@ class Preview(Record, frozen=True, kw_only=True):
         return f" ({seconds:.1f} s of training)" if seconds < 60 else f" ({seconds / 60:.1f} min of training)"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Scene:
-    """Where a run stands.
-
-    Attributes:
-        end: of the batch under question while the guard asks, which a rollback by hand leaves out as well; else 0.
-        states: restorable ones of both tiers.
-        rows: applied steps of the present, ascending, from the oldest state on.
-        ledger: the order with all that is left out; None where the journal does not say the order.
-        settings: the guard's, for remedies that hold from the beginning.
-    """
-
-    step: int = 0
-    cursor: int = 0
-    end: int = 0
-    mode: Mode = Mode.AUTO
-    phase: Phase = Phase.STEP
-    states: tuple[SnapshotInfo, ...] = ()
-    rows: Sequence[Row] = ()
-    past: Past = field(default_factory=Past)
-    events: Sequence[Event] = ()
-    ledger: Ledger | None = None
-    settings: GuardSection = field(default_factory=GuardSection)
-
-    @classmethod
-    def of(cls, run: RunDirectory, *, status: Status | None = None) -> Scene:
-        """Read it from a run directory; `status` replaces what the directory says where somebody knows better."""
-        events = run.events()
-        status = status or run.read_status()
-        past = Past.of(events)
-        settings = _settings_of(run)
-        if status is None:
-            return cls(past=past, events=events, ledger=ledger_of(events, past), settings=settings)
-        asked = next((e for e in reversed(events) if e.kind in ("paused", "resumed", "restarted")), None)
-        parked = asked if asked is not None and asked.kind == "paused" and status.question else None
-        end = int(parked.data.get("end") or 0) if parked is not None else 0
-        # Of a long run only the rows behind the oldest state that anybody can go back to are read.
-        usable = [info.step for info in status.snapshots if info.state in ("good", "candidate")]
-        oldest = min(usable, default=status.step)
-        return cls(
-            step=status.step,
-            cursor=status.cursor,
-            end=end,
-            mode=status.mode,
-            phase=status.phase,
-            states=status.snapshots,
-            rows=_rows(run, oldest),
-            past=past,
-            events=events,
-            ledger=ledger_of(events, past),
-            settings=settings,
-        )
-
-    @property
-    def choices(self) -> list[Preview]:
-        """What the answers to the open question would do, as the guard has journaled it; [] without a question."""
-        paused = next((e for e in reversed(self.events) if e.kind in ("paused", "resumed", "restarted", "ended")), None)
-        raw = paused.data.get("proposals") if paused is not None and paused.kind == "paused" else None
-        found = []
-        for one in raw if isinstance(raw, list) else []:
-            try:
-                given = {
-                    "command": one["action"],
-                    **{name: one[name] for name in one if name in Preview.__struct_fields__},
-                }
-                found.append(msgspec.convert(given, Preview, strict=False))
-            except (msgspec.ValidationError, AttributeError, KeyError):
-                return []  # of another version: better no answer than another's
-        return found
-
-    def seconds_since(self, step: int) -> float:
-        """What the applied steps after `step` took; NaN where one of them has no row."""
-        found = [row.seconds for row in self.rows if step < row.step <= self.step]
-        return math.fsum(found) if len(found) == self.step - step else math.nan
-
-    def effects(self, step: int, past: Past | None = None) -> Effects:
-        """What an update is made with, as things are or as `past` has it: settings by hand and all remedies."""
-        return (past or self.past).effects(step, self.settings)
-
-    def lr_of(self, step: int, past: Past | None = None) -> float:
-        """The learning rate of `step`, a step that the rows know or the next one, as things are or as `past` has it."""
-        row = next((row for row in self.rows if row.step == step), None)
-        if row is None and self.rows and step > self.rows[-1].step:
-            row = self.rows[-1]  # the next step's is not on record; the schedule moves little in one step
-        factor = self.effects(row.step).lr if row is not None else 0.0
-        return row.lr / factor * self.effects(step, past).lr if row is not None and factor else math.nan
-
-    def fresh(self, positions: Sequence[int]) -> int:
-        """Samples of these positions that are not left out yet."""
-        if self.ledger is None:
-            return len(positions)
-        order, quarantine = self.ledger.order, self.ledger.quarantine
-        samples = ((position, order.sample(position)) for position in positions)
-        return len({sample for position, sample in samples if not quarantine.holds(sample, order.epoch(position))})
-
-
 def of(scene: Scene, command: Command) -> Preview:
     """What `command` would do if it took effect now."""
     kind, value = command.kind, command.value
@@ -241,9 +118,9 @@ def of(scene: Scene, command: Command) -> Preview:
         case CommandKind.POLICY:
             return _plain(scene, kind, value, remark=f"{list(Mode)[int(value)].value} instead of {scene.mode.value}")
         case CommandKind.ANSWER:
-            asked = scene.choices
-            if int(value) < len(asked):
-                return structs.replace(asked[int(value)], value=value)
+            answers = asked(scene)
+            if int(value) < len(answers):
+                return structs.replace(answers[int(value)], value=value)
             return _plain(scene, kind, value, possible=False, refusal="no question is open")
         case CommandKind.STOP:
             return _plain(
@@ -256,6 +133,23 @@ def of(scene: Scene, command: Command) -> Preview:
         case CommandKind.CHECKPOINT:
             return _plain(scene, kind, value, remark=f"writes the state after step {scene.step:,}")
     return _plain(scene, kind, value)
+
+
+def asked(scene: Scene) -> list[Preview]:
+    """What the answers to the open question would do, as the guard has journaled it; [] without a question."""
+    paused = next((e for e in reversed(scene.events) if e.kind in ("paused", "resumed", "restarted", "ended")), None)
+    raw = paused.data.get("proposals") if paused is not None and paused.kind == "paused" else None
+    found = []
+    for one in raw if isinstance(raw, list) else []:
+        try:
+            given = {
+                "command": one["action"],
+                **{name: one[name] for name in one if name in Preview.__struct_fields__},
+            }
+            found.append(msgspec.convert(given, Preview, strict=False))
+        except (msgspec.ValidationError, AttributeError, KeyError):
+            return []  # of another version: better no answer than another's
+    return found
 
 
 def rollback_for(
@@ -431,40 +325,3 @@ def _named(scene: Scene, command: str, **fields: Any) -> Preview:
     alpha = scene.effects(scene.step + 1).embed_alpha
     now = {"lr_before": scene.lr_of(scene.step + 1), "alpha_before": alpha}
     return Preview(**{"command": command, "step": scene.step, **now, **fields})
-
-
-# -- reading a run
-
-
-def _settings_of(run: RunDirectory) -> GuardSection:
-    """The guard's settings of a run; the defaults where another version wrote them."""
-    try:
-        return load_guard(run.path / "config.toml")
-    except ConfigError:
-        return GuardSection()
-
-
-def ledger_of(events: Iterable[Event], past: Past) -> Ledger | None:
-    """The order that the journal names, with all that the run itself has left out."""
-    from guardrail.ledger import Ledger, SampleOrder
-
-    for event in events:
-        data = event.data
-        samples = data.get("samples")
-        if event.kind == "started" and isinstance(samples, int) and samples > 0:
-            seed, shuffled = data.get("order_seed", data.get("seed", 0)), data.get("shuffled", True)
-            ledger = Ledger(SampleOrder(samples=samples, seed=int(seed), shuffled=bool(shuffled)), batch_size=1)
-            for span in past.spans:
-                for position in positions_of(span):
-                    ledger.quarantine.add(ledger.order.sample(position), ledger.order.epoch(position))
-            return ledger
-    return None
-
-
-def _rows(run: RunDirectory, oldest: int) -> list[Row]:
-    import numpy as np
-
-    view = run.metrics()
-    here = view.current() & (view.column("verdict") == 0) & (view.column("step") >= oldest)
-    table = np.stack([view.column(name)[here] for name in COLUMNS], axis=1)
-    return [Row(int(step), int(first), int(last), lr, seconds) for step, first, last, lr, seconds in table.tolist()]

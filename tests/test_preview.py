@@ -17,9 +17,10 @@ from guardrail.config import GuardSection
 from guardrail.headless import event_line
 from guardrail.ledger import Ledger, SampleOrder
 from guardrail.past import Past
-from guardrail.preview import Row, Scene, of, rollback_for
+from guardrail.preview import of, rollback_for
 from guardrail.records import Command, CommandKind, Event, Phase, Remedy, SnapshotInfo, Span
 from guardrail.rundir import RunDirectory
+from guardrail.scene import Row, Scene
 from guardrail.undoing import positions_of, span_in
 from tests.lab import wait_for
 from tests.ranks import wait_ranks

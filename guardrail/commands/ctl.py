@@ -61,11 +61,12 @@ def _preview(run: RunDirectory, action: str, value: str | None, *, as_json: bool
     """What the command would do; of an answer without a value, what each of them would."""
     from guardrail import control
     from guardrail.errors import ExitCode
-    from guardrail.preview import Scene, of
+    from guardrail.preview import asked, of
+    from guardrail.scene import Scene
 
     scene = Scene.of(run)
     values = (
-        [str(choice) for choice in range(len(scene.choices) or 1)] if action == "answer" and value is None else [value]
+        [str(choice) for choice in range(len(asked(scene)) or 1)] if action == "answer" and value is None else [value]
     )
     foreseen = [of(scene, control.parse(action, one)) for one in values]
     if as_json:

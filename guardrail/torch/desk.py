@@ -19,9 +19,10 @@ from guardrail.errors import GuardrailError
 from guardrail.inbox import DEEDS
 from guardrail.ledger import Batch
 from guardrail.mailbox import Mailbox
-from guardrail.preview import Scene, choices
+from guardrail.preview import choices
 from guardrail.records import Action, Command, CommandKind, Mode, Phase, Span, Verdict
 from guardrail.rundir import RunDirectory
+from guardrail.scene import Scene
 from guardrail.undoing import Undoing, find, lines_of
 
 if TYPE_CHECKING:

@@ -323,9 +323,10 @@ class RunReader:
 
     def _work_out(self, command: Command) -> None:
         from guardrail import preview
+        from guardrail.scene import Scene
 
         try:
-            told = preview.of(preview.Scene.of(self._run, status=self._latest.status), command)
+            told = preview.of(Scene.of(self._run, status=self._latest.status), command)
         except (OSError, GuardrailError, ValueError) as error:
             told = preview.Preview(command=command.kind.value, remark=f"cannot be worked out: {_reason(error)}")
         self._publish(previews={**self._latest.previews, command.id: told})
