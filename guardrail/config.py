@@ -81,7 +81,8 @@ class RungSection(Section, frozen=True, kw_only=True):
     # skip: leave updates out, up to `persist` - 1 in a row, before anything else. rollback: go back, leave the window
     # out. widen: leave out twice as much, then four times. older: go back `steps` further. lower_lr, shrink_embedding,
     # tighten_clip: go back and multiply by `factor`. reset_moments: go back with the optimizer's moments at zero, and
-    # the learning rate times `factor`. pause: park and ask. halt: save and end with exit code 3.
+    # the learning rate times `factor`. pause: park and ask, whether or not a screen is open. halt: save and end with
+    # exit code 3.
     do: typing.Literal[
         "skip",
         "rollback",
@@ -190,7 +191,7 @@ class GuardSection(Section, frozen=True, kw_only=True):
     # Stretches [first, last) of positions of the sample order whose batches are applied whatever is found, as far as
     # it is finite: data that is known to be odd. `guardrail ctl RUN undo` does the same for what was rejected.
     pardon: tuple[tuple[Natural, Natural], ...] = ()
-    # Seconds that `ask` waits for an answer before it takes `ask_default`; 0: for ever.
+    # Seconds that `ask` and the rung `pause` wait for an answer before they take `ask_default`; 0: for ever.
     ask_seconds: NonNegativeFloat = 0.0
     # Without an answer in time: do as proposed, go on with the update, or stop.
     ask_default: typing.Literal["proposed", "go_on", "stop"] = "proposed"

@@ -97,7 +97,6 @@ class Desk:
         guard = self._guard
         held, self._current = self._current, None  # came with the step under question and waits until that is over
         self.question, self._end = question, batch.last if batch is not None else 0
-        would = verdict.would if verdict is not None else None
         began = time.monotonic()
         seconds, default = guard.settings.guard.ask_seconds, guard.settings.guard.ask_default
         if question:
@@ -107,7 +106,7 @@ class Desk:
         while answer is None:
             guard.at(Phase.PAUSED)
             command = self.next(guard.step + 1)
-            if not command[0] and question and self._decides_alone(would, time.monotonic() - began):
+            if not command[0] and question and self._decides_alone(verdict, time.monotonic() - began):
                 command = 1 + KINDS.index(CommandKind.ANSWER), float(DEFAULTS.index(default))
             kind, value, stop = self.agree(command)
             if stop:
@@ -126,10 +125,11 @@ class Desk:
             guard.say("resumed", f"training goes on{taken}")
         return answer
 
-    def _decides_alone(self, would: Action | None, waited: float) -> bool:
+    def _decides_alone(self, verdict: Verdict | None, waited: float) -> bool:
         """On rank 0: nobody will answer. A run that is out of budget does not wait for a screen that is not there.
 
-        Where the default is another than to halt, it waits for that all the same: somebody may come until then.
+        Where the default is another than to halt, it waits for that all the same: somebody may come until then. So it
+        does on a rung that says to park and ask, which is there for who comes later.
         """
         guard = self._guard
         if guard.rank:
@@ -137,7 +137,8 @@ class Desk:
         settings = guard.settings.guard
         if guard.run is None:  # nothing can bring an answer
             return True
-        unseen = would is Action.HALT and settings.ask_default == "proposed" and not guard.run.screens()
+        spent = verdict is not None and verdict.would is Action.HALT and verdict.rung != "pause"
+        unseen = spent and settings.ask_default == "proposed" and not guard.run.screens()
         return unseen or (settings.ask_seconds > 0 and waited > settings.ask_seconds)
 
     def _options(self, verdict: Verdict | None, batch: Batch | None) -> dict[str, Any]:

@@ -110,12 +110,13 @@ class Verdicts:
     def _find_cause(self, step: Step, verdict: Verdict, reduced: Reduced) -> Diagnosis:
         guard = self._guard
         assert guard.replays is not None
+        asks = guard.mode is Mode.ASK or any(rung.do == "pause" for rung in guard.settings.guard.ladder)
         return CauseTest(guard.replays, ledger=guard.ledger, ring=guard.tiers.ring).run(
             step.batch,
             verdict=verdict,
             reduced=reduced,
             applied=guard.controller.applied,
-            keep_gradients=guard.mode is Mode.ASK,  # a person may have the update applied all the same
+            keep_gradients=asks,  # a person may have the update applied all the same
         )
 
     def _apply(self, step: Step, reduced: Reduced) -> None:
