@@ -263,6 +263,45 @@ def test_t5_buckets_are_exact_near_by_and_shared_far_away() -> None:
     assert both.bucket(distances[1:]).min() == 17 and both.bucket(-distances).max() == 15
 
 
+@pytest.mark.parametrize("both", [True, False])
+@pytest.mark.parametrize(("buckets", "distance"), [(32, 128), (8, 16)])
+def test_t5_buckets_are_the_published_formula(buckets: int, distance: int, both: bool) -> None:
+    """Raffel et al. 2020, section 2.1: exact up to half of the buckets, logarithmic up to the distance, then one."""
+    bias = RelativeBias(heads=1, buckets=buckets, distance=distance, both=both)
+    here = buckets // 2 if both else buckets
+    for offset in range(-3 * distance, 3 * distance + 1):
+        away = abs(offset) if both else max(0, -offset)
+        far = here // 2 + math.log(max(away, 1) / (here // 2)) / math.log(distance / (here // 2)) * (here - here // 2)
+        if away >= here // 2 and abs(far - round(far)) < 1e-6:
+            continue  # on the edge of a bucket: rounding decides
+        expected = away if away < here // 2 else min(int(far), here - 1)
+        expected += here if both and offset > 0 else 0
+        assert int(bias.bucket(torch.tensor(offset))) == expected, offset
+
+
+def test_geglu_and_swiglu_are_their_formulas() -> None:
+    """Shazeer 2020, equation 6: (act(x W) * x V) W2, with the exact GELU and SiLU."""
+    x = rows(2, T, 24).double()
+    for activation, function in (
+        ("geglu", lambda y: y * 0.5 * (1 + torch.erf(y / math.sqrt(2)))),
+        ("swiglu", lambda y: y / (1 + torch.exp(-y))),
+    ):
+        block = randomised(Block(section(activation=activation, positions="none"))).double().feed_forward
+        gated = function(x @ block.gate.weight.T) * (x @ block.up.weight.T)
+        torch.testing.assert_close(block(x), gated @ block.down.weight.T)
+
+
+def test_the_norm_of_the_embedding_stands_before_the_first_block() -> None:
+    """BLOOM (Le Scao et al. 2022, section 3.2.4): a LayerNorm right behind the embedding."""
+    model = build(embedding_norm=True, norm="layer", bias=True, positions="none")
+    x = F.embedding(tokens(), model.embedding.weight)
+    assert model.embedding_norm is not None
+    weight, bias = model.embedding_norm.weight, model.embedding_norm.bias
+    centred = x - x.mean(-1, keepdim=True)
+    expected = centred / (x.var(-1, unbiased=False, keepdim=True) + model.section.norm_eps).sqrt() * weight + bias
+    torch.testing.assert_close(model.embed(tokens()), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_prefix_is_seen_in_both_directions_and_no_further() -> None:
     model = build(kind="prefix")
     prefix = torch.tensor([5, 0])

@@ -9,7 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from trainer.config import Config
-from trainer.data.examples import BlankFilling, LanguageModelling, Objective, PrefixLM, SpanDenoising
+from trainer.data.blanks import BlankFilling
+from trainer.data.examples import LanguageModelling, Objective, PrefixLM, SpanDenoising
 from trainer.model import Decoder, EncoderDecoder, HuggingFace
 from trainer.stabilisers import QKClip, UpdateClipping, ZClip
 

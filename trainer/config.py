@@ -85,7 +85,7 @@ class TrainSection(Section, frozen=True, kw_only=True):
     # "lm": each next token; "prefix-lm": those behind a prefix of random length; "span": denoising with sentinels (T5);
     # "blank": autoregressive blank filling (GLM).
     objective: Objective = "lm"
-    # "span" and "blank": share of the tokens that are taken out, and mean length of a span.
+    # "span" and "blank": share of the tokens that are taken out, and mean length of a span (GLM: lambda of Poisson).
     noise: Annotated[float, Meta(gt=0, lt=1)] = 0.15
     span_length: Annotated[float, Meta(ge=1)] = 3.0
     # "blank": share of the samples with one blank at their end (GLM's [gMASK]) instead of short ones.

@@ -1,4 +1,4 @@
-"""What a model is shown of a sample and what it is to say: language modelling, prefix LM, spans, blanks.
+"""What a model is shown of a sample and what it is to say: language modelling, prefix LM, spans.
 
 Each draw is a function of (seed, position of the sample in the order), so that the same sample at the same position is
 corrupted in the same way after a rollback, a restart, and on any number of ranks. Shapes are constant.
@@ -67,7 +67,7 @@ class PrefixLM:
         if self.encoder:
             half = self.length // 2
             return Examples(rows[:, half - 1 : -1], rows[:, half:], {"source_BS": rows[:, :half]})
-        draws = [int(_dice(self.seed, position, 1)[0]) for position in positions]
+        draws = [int(dice(self.seed, position, 1)[0]) for position in positions]
         prefix_B = np.array([1 + draw % (self.length - 1) for draw in draws], dtype=np.int64)
         # What follows a token inside the prefix is in sight; what follows its last one is not.
         seen = np.arange(self.length) < prefix_B[:, None] - 1
@@ -75,12 +75,15 @@ class PrefixLM:
 
 
 class SpanDenoising:
-    """T5: spans of a sample are replaced by one sentinel each, and said in turn behind their sentinels.
+    """T5 (Raffel et al. 2020, section 3.1.4): spans of a sample are replaced by one sentinel each, and said in turn
+    behind their sentinels.
 
     The number of tokens taken out and of spans is constant, their places are drawn: lengths of spans and of what is
-    between them are even compositions, as in T5's random_spans_noise_mask. The target ends with one more sentinel.
-    Ids: the sentinels in order, then the one that the decoder starts from. For a prefix decoder source and target
-    stand in one row.
+    between them are even compositions, as in T5's random_spans_noise_mask. The target ends with one more sentinel,
+    as in the paper's figure 2 (T5's code has its EOS there, and another one behind the source).
+    Ids: the one that the decoder starts from, then the sentinels, the first of them the last id of the vocabulary and
+    the others before it, as T5's <extra_id_0>, <extra_id_1>, ... For a prefix decoder source and target stand in one
+    row.
     """
 
     def __init__(
@@ -92,10 +95,10 @@ class SpanDenoising:
 
     def __call__(self, rows: np.ndarray, positions: Sequence[int]) -> Examples:
         pairs = [self._pair(row, position) for row, position in zip(rows, positions, strict=True)]
-        source = _stacked([pair[0] for pair in pairs], self.cut.kept + self.cut.spans)
-        target = _stacked([pair[1] for pair in pairs], self.cut.noise + self.cut.spans + 1)
+        source = stacked([pair[0] for pair in pairs], self.cut.kept + self.cut.spans)
+        target = stacked([pair[1] for pair in pairs], self.cut.noise + self.cut.spans + 1)
         if self.encoder:
-            start = np.full((len(pairs), 1), self.first_id + self.cut.spans + 1)
+            start = np.full((len(pairs), 1), self.first_id)
             return Examples(np.hstack([start, target[:, :-1]]), target, {"source_BS": source})
         whole = np.hstack([source, target])
         labels = whole[:, 1:].copy()
@@ -104,96 +107,15 @@ class SpanDenoising:
         return Examples(whole[:, :-1], labels, {"prefix_B": prefix_B})
 
     def _pair(self, row: np.ndarray, position: int) -> tuple[np.ndarray, np.ndarray]:
-        raw = _dice(self.seed, position, self.cut.noise + self.cut.kept)
+        raw = dice(self.seed, position, self.cut.noise + self.cut.kept)
         gone = _composition(self.cut.noise, self.cut.spans, raw[: self.cut.noise])
         kept = _composition(self.cut.kept, self.cut.spans, raw[self.cut.noise :])
         pieces = np.split(row[: self.cut.tokens], np.stack([kept, gone], axis=1).flatten().cumsum()[:-1])
-        sentinels = [np.array([self.first_id + index]) for index in range(self.cut.spans + 1)]
+        highest = self.first_id + self.extra_ids - 1
+        sentinels = [np.array([highest - index]) for index in range(self.cut.spans + 1)]
         source = [part for pair in zip(pieces[::2], sentinels[:-1], strict=True) for part in pair]
         target = [part for pair in zip(sentinels[:-1], pieces[1::2], strict=True) for part in pair]
         return np.concatenate(source), np.concatenate([*target, sentinels[-1]])
-
-
-class BlankFilling:
-    """GLM (Du et al. 2022): the text with blanks, seen in both directions, then the blanks, one token after the other.
-
-    A share of the samples has one blank from a random place to the end ([gMASK]), the rest has short ones ([MASK]),
-    filled in shuffled order. A filling starts with [sop], ends with [eop], and stands at the position of its mask; its
-    own count goes to the second dimension of positions. With one dimension (GLM-130B) a [gMASK] is counted on from.
-    Span lengths are even compositions of a constant number, where GLM draws from a Poisson distribution, which keeps
-    shapes constant. Ids: [MASK], [gMASK], [sop], [eop].
-    """
-
-    extra_ids = 4
-
-    def __init__(
-        self,
-        *,
-        seed: int,
-        length: int,
-        first_id: int,
-        noise: float,
-        span_length: float,
-        tail_share: float,
-        two_dimensional: bool,
-    ) -> None:
-        self.seed, self.tail_share, self.two_dimensional = seed, tail_share, two_dimensional
-        self.mask, self.tail_mask, self.start, self.end = range(first_id, first_id + 4)
-        self.cut = _largest_cut(length, noise, span_length, one_row=True, pieces=1)
-        self.length = self.cut.tokens + 2 * self.cut.spans
-
-    def __call__(self, rows: np.ndarray, positions: Sequence[int]) -> Examples:
-        made = [self._row(row, position) for row, position in zip(rows, positions, strict=True)]
-        prefix_B = np.array([row.prefix for row in made], dtype=np.int64)
-        positions_BT = _stacked([row.positions for row in made], self.length)
-        blanks_BT = _stacked([row.counts for row in made], self.length)
-        return Examples(
-            _stacked([row.tokens for row in made], self.length),
-            _stacked([row.labels for row in made], self.length),
-            {"prefix_B": prefix_B, "positions_BT": positions_BT, "blanks_BT": blanks_BT},
-        )
-
-    def _row(self, row: np.ndarray, position: int) -> _BlankRow:
-        raw = _dice(self.seed, position, 2 + self.cut.tokens + self.cut.spans)
-        if int(raw[0]) < self.tail_share * 2.0**64:
-            text = row[: self.length - 2]
-            at = 1 + int(raw[1]) % (len(text) - 1)
-            return self._joined([text[:at]], [text[at:]], [0], self.tail_mask)
-        gone = _composition(self.cut.noise, self.cut.spans, raw[2 : 2 + self.cut.noise])
-        kept = _composition(self.cut.kept, self.cut.spans + 1, raw[2 + self.cut.noise : 2 + self.cut.tokens])
-        ends = np.stack([kept[:-1], gone], axis=1).flatten().cumsum()
-        pieces = np.split(row[: self.cut.tokens], ends)
-        order = np.argsort(raw[2 + self.cut.tokens :], kind="stable").tolist()
-        return self._joined(pieces[::2], pieces[1::2], order, self.mask)
-
-    def _joined(
-        self, kept: Sequence[np.ndarray], blanks: Sequence[np.ndarray], order: Sequence[int], mask: int
-    ) -> _BlankRow:
-        """Part A is kept[0], mask, kept[1], mask, ...; part B the blanks in `order`."""
-        mask_id, start, end = (np.array([i]) for i in (mask, self.start, self.end))
-        text = [part for piece in kept for part in (piece, mask_id)][: len(kept) + len(blanks)]
-        places = np.cumsum([len(piece) + 1 for piece in kept])[: len(blanks)] - 1
-        length = sum(map(len, text))
-        tokens, labels = [*text], [np.full(length, IGNORED)]
-        positions, counts = [np.arange(length)], [np.zeros(length, dtype=np.int64)]
-        for index in order:
-            blank = blanks[index]
-            tokens += [start, blank]
-            labels += [blank, end]
-            count = np.arange(1, len(blank) + 2)
-            on = mask == self.tail_mask and not self.two_dimensional
-            positions.append(places[index] + count if on else np.full(len(count), places[index]))
-            counts.append(count)
-        columns = [np.concatenate(parts) for parts in (tokens, labels, positions, counts)]
-        return _BlankRow(columns[0], columns[1], columns[2], columns[3], length)
-
-
-class _BlankRow(NamedTuple):
-    tokens: np.ndarray
-    labels: np.ndarray
-    positions: np.ndarray
-    counts: np.ndarray
-    prefix: int
 
 
 class _Cut(NamedTuple):
@@ -208,16 +130,15 @@ class _Cut(NamedTuple):
         return self.tokens - self.noise
 
 
-def _largest_cut(length: int, noise: float, span_length: float, *, one_row: bool, pieces: int = 0) -> _Cut:
+def _largest_cut(length: int, noise: float, span_length: float, *, one_row: bool) -> _Cut:
     """The most tokens of a sample that fit into rows of `length`.
 
     Args:
         one_row: source and target share a row, in which each span costs two tokens; else each has its own.
-        pieces: of kept text beyond one for each span.
     """
     for tokens in range(length, 1, -1):
         gone = min(max(round(tokens * noise), 1), tokens - 1)
-        spans = min(max(round(gone / span_length), 1), gone, tokens - gone - pieces)
+        spans = min(max(round(gone / span_length), 1), gone, tokens - gone)
         longest = tokens + 2 * spans if one_row else max(tokens - gone + spans, gone + spans + 1)
         if spans >= 1 and longest <= length:
             return _Cut(tokens, gone, spans)
@@ -230,10 +151,11 @@ def _composition(total: int, parts: int, raw: np.ndarray) -> np.ndarray:
     return np.diff(np.concatenate([[0], cuts, [total]]))
 
 
-def _dice(seed: int, position: int, count: int) -> np.ndarray:
-    """uint64 draws. The bit stream itself, which numpy promises to keep; its distributions may change."""
+def dice(seed: int, position: int, count: int) -> np.ndarray:
+    """uint64 draws [count]. The bit stream itself, which numpy promises to keep; its distributions may change."""
     return np.asarray(np.random.PCG64(mix64(seed, position, _DICE)).random_raw(count))
 
 
-def _stacked(rows: Sequence[np.ndarray], length: int) -> np.ndarray:
+def stacked(rows: Sequence[np.ndarray], length: int) -> np.ndarray:
+    """int64 [B, length], also of no rows."""
     return np.stack(rows).astype(np.int64) if rows else np.empty((0, length), dtype=np.int64)
