@@ -165,6 +165,30 @@ class FakeRun:
         self.cursor += BATCH
         return self
 
+    def weigh(self) -> FakeRun:
+        """What a guard finds out about its newest incident before it asks: tokens, a cause, the samples to blame."""
+        at, number = self.step + 1, self.incident
+        finding = Finding(signal="embed_grad_norm", step=at, kind=Kind.EMBED_SPIKE, severity=Severity.REJECT,
+                          value=14.2, baseline=0.2, score=31.0, threshold=8.0, onset=at - 4)  # fmt: skip
+        tokens = [
+            {"id": 195, "text": "Ã", "share": 0.62, "norm": 11.2, "count": 810},
+            {"id": 130, "text": "\\x82", "share": 0.21, "norm": 6.5, "count": 402},
+        ]
+        self.event("verdict", f"pause at step {at}: {finding.sentence()}", action="pause", would="rollback",
+                   onset=at - 4, findings=[finding], tokens=tokens, incident=number, at_step=at)  # fmt: skip
+        document = {"path": "/data/corpus/0037.txt", "first_byte": 8192, "last_byte": 12288}
+        samples = [{"position": self.cursor + 3, "loss": 11.5, "share": 0.71, "documents": [document],
+                    "excerpt": "Ã‚Â Ã‚Â Ã‚Â Ã‚", "odd": ["repeats 0.98", "mis-decoded 0.96"]}]  # fmt: skip
+        span = Span(
+            first=self.cursor, last=self.cursor + BATCH, cause="rejected", step=at, positions=(self.cursor + 3,)
+        )
+        self.event("left_out", "left out 1 sample of 1 document", span=span, samples=samples, documents=[document],
+                   documents_total=1, incident=number)  # fmt: skip
+        reason = "the batch is in trouble on the weights of step 1,190 as well, and the batch before it is not"
+        self.event("cause", f"cause of incident {number}: data: {reason}", cause="data", reason=reason, incident=number,
+                   at_step=at)  # fmt: skip
+        return self
+
     def ask(self, question: str) -> FakeRun:
         self.phase, self.question = Phase.PAUSED, question
         self.event("paused", question, proposals=["rollback", "go on", "stop"])

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+import msgspec
 import pytest
 from textual.app import App
 from textual.pilot import Pilot
@@ -20,7 +21,7 @@ from guardrail.tui import keys
 from guardrail.tui.app import GuardrailApp
 from guardrail.tui.chart import Chart
 from guardrail.tui.cockpit import MINE, Cockpit
-from guardrail.tui.dialogs import Choose, Confirm, Dialog, Number, Pager, Palette, Text, Toggle
+from guardrail.tui.dialogs import Choose, Confirm, Dialog, Evidence, Number, Pager, Palette, Question, Text, Toggle
 from guardrail.tui.lines import Lines
 from guardrail.tui.story import Answer
 from guardrail.tui.view import Snapshot, View
@@ -77,8 +78,10 @@ def only(sent: list[Command]) -> tuple[CommandKind, float]:
     return sent[0].kind, sent[0].value
 
 
-def asking() -> FakeRun:
+def asking(*, known: bool = False) -> FakeRun:
     fake = FakeRun().begin().advance(300).spike()
+    if known:
+        fake.weigh()
     fake.ask("loss 11.5 against 2.39: proposed: rollback")
     return fake
 
@@ -238,7 +241,7 @@ def test_every_binding_of_a_dialog_is_explained() -> None:
     told = re.split(r"[\s,().;]+", " ".join(f"{shown} {text}" for shown, text in keys.DIALOG_KEYS))
     words = {"up": "↑", "down": "↓", "enter": "Enter", "escape": "Esc", "pageup": "PgUp", "pagedown": "PgDn",
              "ctrl+p": "Ctrl+P", "home": "Home", "end": "End", "space": "Space", "question_mark": "?"}  # fmt: skip
-    for dialog in (Dialog, Choose, Toggle, Confirm, Number, Text, Palette, Pager):
+    for dialog in (Dialog, Choose, Toggle, Confirm, Number, Text, Palette, Pager, Question, Evidence):
         for binding in dialog.BINDINGS:
             for name in binding.key.split(","):  # type: ignore[union-attr]
                 assert words.get(name, name) in told, f"{dialog.__name__}: {name} is not in DIALOG_KEYS"
@@ -410,7 +413,7 @@ async def test_answers(presses: list[str], value: float) -> None:
 
 async def test_p_brings_the_question_back() -> None:
     done = await act("escape", "p", fake=asking())
-    assert not done.sent and done.top is Choose
+    assert not done.sent and done.top is Question
 
 
 async def test_a_question_that_somebody_else_has_answered_goes_away() -> None:
@@ -423,6 +426,51 @@ async def test_a_question_that_somebody_else_has_answered_goes_away() -> None:
         assert isinstance(pilot.app.screen, Cockpit)
 
     assert not (await act(fake=fake, script=answered)).sent
+
+
+async def test_v_shows_the_evidence_while_the_question_stands() -> None:
+    async def look(pilot: Pilot[None], reader: FakeReader) -> None:
+        assert isinstance(pilot.app.screen, Evidence)
+        status = reader.snapshot.status
+        assert status is not None
+        patient = msgspec.structs.replace(status, deadline=status.heartbeat + 90.4)
+        reader.put(replace(reader.snapshot, status=patient))
+        await pilot.pause(0.3)
+        shown = "\n".join(text_of(lines) for lines in pilot.app.screen.query(Lines))
+        for words in ("→ 11.5, score 37 over 8", "embedding gradient norm", 'token 195 "Ã"', "data: the batch is in",
+                      "repeats 0.98", "0037.txt", "1–26 of 27", "1 min 30 s left"):  # fmt: skip
+            assert words in shown
+        await pilot.press("end")
+        await pilot.pause()
+        assert "not over yet" in text_of(pilot.app.screen.query(Lines).first())
+        await pilot.press("enter")  # what closes a page answers nothing
+        await pilot.pause()
+        assert isinstance(pilot.app.screen, Question) and not reader.sent
+        await pilot.press("down", "v", "v", "enter")
+        await pilot.pause()
+
+    done = await act("v", fake=asking(known=True), script=look)
+    assert only(done.sent) == (CommandKind.ANSWER, 1.0) and done.top is Cockpit
+
+
+async def test_a_question_that_is_answered_elsewhere_takes_its_evidence_along() -> None:
+    fake = asking(known=True)
+
+    async def answered(pilot: Pilot[None], reader: FakeReader) -> None:
+        assert isinstance(pilot.app.screen, Evidence)
+        fake.phase, fake.question = Phase.STEP, ""
+        reader.put(snapshot_of(fake))
+        await pilot.pause(0.3)
+        assert isinstance(pilot.app.screen, Cockpit)
+
+    assert not (await act("v", fake=fake, script=answered)).sent
+
+
+async def test_a_question_without_an_incident_has_no_evidence() -> None:
+    async def look(pilot: Pilot[None], reader: FakeReader) -> None:
+        assert "no open incident" in text_of(pilot.app.screen.query(Lines).first())
+
+    await act("v", fake=example().ask("proposed: halt"), script=look)
 
 
 async def test_a_without_a_question() -> None:

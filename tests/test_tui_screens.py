@@ -106,8 +106,8 @@ def not_a_number() -> Scene:
     return with_around(FakeRun().begin().advance(800).not_a_number())
 
 
-def asking() -> Scene:
-    fake = FakeRun().begin().advance(1206).spike(length=2, under_way=True)
+def asking(fake: FakeRun | None = None) -> Scene:
+    fake = fake or FakeRun().begin().advance(1206).spike(length=2, under_way=True)
     fake.mode = Mode.ASK
     snapshot, now = with_around(fake.ask(QUESTION))
     assert snapshot.status is not None
@@ -259,6 +259,15 @@ async def test_dialogs(same: Callable[[str, str], None]) -> None:
                 await at.pilot.press(key)
                 await at.pilot.pause()
             same(f"dialog-{keys.replace(' ', '-')}", at.picture())
+
+
+@pytest.mark.parametrize("size", ["120x32", "80x24", "60x15"])
+async def test_the_evidence_of_a_question(size: str, same: Callable[[str, str], None]) -> None:
+    async with studio(SIZES[size]) as at:
+        await at.show(lambda: asking(FakeRun().begin().advance(1206).spike(length=2, under_way=True).weigh()))
+        await at.pilot.press("v")
+        await at.pilot.pause()
+        same(f"dialog-evidence-{size}", at.picture())
 
 
 async def test_read_only(same: Callable[[str, str], None]) -> None:

@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from guardrail.records import CommandKind, Mode, Phase, SnapshotInfo
+from guardrail.records import CommandKind, Mode, Phase, SnapshotInfo, Status
 from guardrail.tui import controls
 from guardrail.tui.controls import Desk
-from guardrail.tui.dialogs import Choose, Confirm, Number, Text
+from guardrail.tui.dialogs import Choose, Confirm, Number, Question, Text
 from guardrail.tui.format import brief, count, plural, spoken
 from guardrail.tui.lines import Row
+from guardrail.tui.panes.incidents import evidence
 from guardrail.tui.panes.snapshots import restorable, snapshot
 from guardrail.tui.view import View
 
@@ -210,17 +211,19 @@ class Commanding(Base):
                 self._command(CommandKind.ANSWER, float(index), f"answer: {names[index]}")
 
         costs = self.view.snapshot.story.costs
-        dialog = Choose(
+        dialog = Question(
             f"step {count(status.step)}: the guard asks",
             self.view,
-            text=lambda view: [question, "", *_patience(view), "", *_evidence(view)],
+            text=lambda view: [question, "", *_patience(view), "", *_findings(view)],
             options=[(name, costs[index] if index < len(costs) else "") for index, name in enumerate(names)],
             alive=lambda view: view.status is None or view.status.question == question,
+            evidence=evidence,
+            left=_left,
         )
         self.app.push_screen(dialog, send)
 
 
-def _evidence(view: View) -> list[str]:
+def _findings(view: View) -> list[str]:
     """The findings of the newest incident, when it is open."""
     found = view.snapshot.story.incidents
     if not found or not found[0].open:
@@ -234,6 +237,14 @@ def _patience(view: View) -> list[str]:
     calm = "Training is parked; nothing is lost by thinking."
     if status is None or not status.deadline:
         return [calm]
-    left = max(0.0, status.deadline - view.now)
     then = DEFAULTS.get(status.default, "it decides by itself")
-    return [f"Without an answer in {spoken(left)} {then}.", calm]
+    return [f"Without an answer in {spoken(_seconds_left(status, view.now))} {then}.", calm]
+
+
+def _left(view: View) -> str:
+    status = view.status
+    return f"{spoken(_seconds_left(status, view.now))} left" if status is not None and status.deadline else ""
+
+
+def _seconds_left(status: Status, now: float) -> float:
+    return max(0.0, status.deadline - now)

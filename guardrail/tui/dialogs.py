@@ -12,7 +12,7 @@ from textual.events import Click, MouseScrollDown, MouseScrollUp
 from textual.screen import ModalScreen
 from textual.widgets import Input
 
-from guardrail.tui.lines import Builder, Lines, Row, fit, row, title, wrap
+from guardrail.tui.lines import Builder, Lines, Row, fit, row, spread, title, wrap
 from guardrail.tui.view import View
 
 T = TypeVar("T")
@@ -23,21 +23,25 @@ _AIRY = 18  # rows of the terminal from which on a dialog is set with blank rows
 
 
 class Dialog(ModalScreen[T]):
-    """A framed window of at most `WIDTH` cells, with rows that are built anew for every frame."""
+    """A framed window of at most `WIDTH` cells, with rows that are built anew for every frame.
+
+    Args:
+        alive: closes the dialog by itself once it says False (somebody else has answered).
+    """
 
     WIDTH = 84
     EXTRA = 0
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q", "close", "close", show=False)]
 
-    def __init__(self, name: str, view: View) -> None:
+    def __init__(self, name: str, view: View, *, alive: Callable[[View], bool] = lambda view: True) -> None:
         super().__init__()
-        self.label, self.view = name, view
+        self.label, self.view, self._alive = name, view, alive
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog"):
             yield Lines(self._rows, classes="body", reserve=_FRAME + self.EXTRA)
             yield from self.extras()
-            yield Lines(lambda view, width, height: [fit(row((f" {self.hint()}", "dim")), width)], classes="hint")
+            yield Lines(self._last, classes="hint")
 
     def extras(self) -> ComposeResult:
         """Widgets between rows and hint, of EXTRA rows together."""
@@ -49,6 +53,9 @@ class Dialog(ModalScreen[T]):
 
     def show(self, view: View) -> None:
         self.view = view
+        if not self._alive(view):
+            self.dismiss(None)
+            return
         for lines in self.query(Lines):
             lines.show(view)
         # A frame may come before the dialog has its widgets: then there is nothing to lay out yet.
@@ -57,8 +64,8 @@ class Dialog(ModalScreen[T]):
 
     def _rows(self, view: View, width: int, height: int) -> Sequence[Row]:
         air: list[Row] = [()] * self._airy
-        head = [title(self.label, width, tone="strong"), *air]
-        return [*head, *self.body(view, width, height - len(head) - len(air)), *air]
+        told = self.body(view, width, height - 1 - 2 * len(air))
+        return [title(self.label, width, right=self.corner(), tone="strong"), *air, *told, *air]
 
     @property
     def _airy(self) -> bool:
@@ -68,8 +75,19 @@ class Dialog(ModalScreen[T]):
     def body(self, view: View, width: int, height: int) -> Sequence[Row]:
         raise NotImplementedError
 
+    def corner(self) -> Row:
+        """What stands at the right of the title, of the body that was built last."""
+        return ()
+
     def hint(self) -> str:
         return "Esc close"
+
+    def aside(self) -> Row:
+        """What stands at the right of the hint where it has room."""
+        return ()
+
+    def _last(self, view: View, width: int, height: int) -> Sequence[Row]:
+        return [spread(row((f" {self.hint()}", "dim")), self.aside(), width)]
 
     def on_mouse_scroll_up(self, event: MouseScrollUp) -> None:
         self.turn(-1)
@@ -91,7 +109,6 @@ class Choose(Dialog[int]):
         text: said above the list; a function of the view where it changes.
         options: (label, explanation of the marked one).
         cursor: what is marked first.
-        alive: closes the dialog by itself once it says False (somebody else has answered).
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -112,16 +129,10 @@ class Choose(Dialog[int]):
         cursor: int = 0,
         alive: Callable[[View], bool] = lambda view: True,
     ) -> None:
-        super().__init__(name, view)
-        self._text, self.options, self.cursor, self._alive = text, options, cursor, alive
+        super().__init__(name, view, alive=alive)
+        self._text, self.options, self.cursor = text, options, cursor
         self._first_option = 0  # row of the first option that is shown
         self._offset = 0
-
-    def show(self, view: View) -> None:
-        if self._alive(view):
-            super().show(view)
-        else:
-            self.dismiss(None)
 
     def body(self, view: View, width: int, height: int) -> Sequence[Row]:
         # The options come first: of the text goes what a low terminal has no room for.
@@ -316,15 +327,29 @@ class Pager(Dialog[None]):
         Binding("question_mark,enter", "close", "close", show=False),
     ]
 
-    def __init__(self, name: str, view: View, build: Builder, *, tail: bool = False) -> None:
-        super().__init__(name, view)
+    def __init__(
+        self,
+        name: str,
+        view: View,
+        build: Builder,
+        *,
+        tail: bool = False,
+        alive: Callable[[View], bool] = lambda view: True,
+    ) -> None:
+        super().__init__(name, view, alive=alive)
         self._content, self._top, self._tail = build, 0, tail
+        self._rest = ""
 
     def body(self, view: View, width: int, height: int) -> Sequence[Row]:
         rows = self._content(view, width, height)
         last = max(0, len(rows) - height)
         self._top = last if self._tail else max(0, min(self._top, last))
+        self._rest = f"{self._top + 1}–{self._top + height} of {len(rows)}" if last else ""
         return [fit(line, width) for line in rows[self._top : self._top + height]]
+
+    def corner(self) -> Row:
+        """Which rows are in sight, where not all of them are."""
+        return ((self._rest, "dim"),) if self._rest else ()
 
     def hint(self) -> str:
         return "↑ ↓ scroll   Esc close"
@@ -336,3 +361,59 @@ class Pager(Dialog[None]):
         self._top = max(0, self._top + by)
         self._tail = by > 100_000
         self.show(self.view)
+
+
+class Evidence(Pager):
+    """What led to a question, over the question.
+
+    Args:
+        left: how long the question still stands, "" where nothing limits it.
+    """
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("v", "close", "back", show=False)]
+
+    def __init__(
+        self, name: str, view: View, build: Builder, *, alive: Callable[[View], bool], left: Callable[[View], str]
+    ) -> None:
+        super().__init__(name, view, build, alive=alive)
+        self._left = left
+
+    def hint(self) -> str:
+        return "↑ ↓ scroll   v back"
+
+    def aside(self) -> Row:
+        left = self._left(self.view)
+        return ((left, "dim"),) if left else ()
+
+
+class Question(Choose):
+    """What the guard asks; a key shows the evidence while the question stands.
+
+    Args:
+        evidence: rows of it.
+        left: as of `Evidence`.
+    """
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("v", "evidence", "evidence", show=False)]
+
+    def __init__(
+        self,
+        name: str,
+        view: View,
+        *,
+        text: Words,
+        options: Sequence[tuple[str | Row, str]],
+        alive: Callable[[View], bool],
+        evidence: Builder,
+        left: Callable[[View], str],
+    ) -> None:
+        super().__init__(name, view, text=text, options=options, alive=alive)
+        self._evidence, self._left = evidence, left
+
+    def hint(self) -> str:
+        return "↑ ↓ move   Enter choose   v evidence   Esc close"
+
+    def action_evidence(self) -> None:
+        page = Evidence("evidence", self.view, self._evidence, alive=self._alive, left=self._left)
+        # Meanwhile only the page has seen new frames, and the question may be answered by now.
+        self.app.push_screen(page, lambda _: self.show(page.view))

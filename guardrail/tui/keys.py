@@ -97,6 +97,7 @@ DIALOG_KEYS = (
     ("↑ ↓ k j", "Move the choice, or scroll (also Home, End, PgUp, PgDn, Space)."),
     ("Enter", "Take what is marked, or switch it on and off (so does Space); in a text, close it (so does ?)."),
     ("y n", "Answer a yes-or-no question at once."),
+    ("v", "Of the guard's question: show its evidence, and go back to it."),
     ("Esc q", "Close the dialog; nothing is sent (so does Ctrl+P in the list of commands)."),
 )
 SIGNS = (

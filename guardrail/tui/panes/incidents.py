@@ -66,7 +66,18 @@ def detail(view: View, width: int, height: int, state: State) -> Sequence[Row]:
     incidents = found(view, state)
     if state.cursor is None or state.cursor >= len(incidents):
         return []
-    incident = incidents[state.cursor]
+    return _in_full(view, incidents[state.cursor], width)
+
+
+def evidence(view: View, width: int, height: int) -> Sequence[Row]:
+    """The same of the newest incident, which is the one that the guard asks about, if it is open."""
+    known = view.snapshot.story.incidents
+    if not known or not known[0].open:
+        return [((" the journal tells of no open incident", "dim"),)]
+    return _in_full(view, known[0], width)
+
+
+def _in_full(view: View, incident: Incident, width: int) -> list[Row]:
     case = _case(view, incident)
     head = [_head(view, incident, width)]
     parts = _evidence_of(case) if case is not None else _summary_of(incident)
