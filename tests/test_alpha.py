@@ -45,8 +45,8 @@ def alphas(config: Config, run: RunDirectory, steps: range) -> list[float]:
 @pytest.mark.parametrize(
     ("world", "strategy", "tied"),
     [
-        (2, "ddp", True),
         (2, "fsdp", False),
+        pytest.param(2, "ddp", True, marks=pytest.mark.slow),
         pytest.param(2, "ddp", False, marks=pytest.mark.slow),
         pytest.param(2, "fsdp", True, marks=pytest.mark.slow),
     ],

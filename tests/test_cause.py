@@ -24,7 +24,7 @@ def causes(run: RunDirectory) -> list[dict[str, Any]]:
     return [event.data for event in of_kind(run, "cause")]
 
 
-@pytest.mark.parametrize(("world", "strategy"), SHAPES)
+@pytest.mark.parametrize(("world", "strategy"), [*SHAPES[:2], pytest.param(*SHAPES[2], marks=pytest.mark.slow)])
 def test_all_four_causes(tmp_path: Path, world: int, strategy: str) -> None:
     faults = [
         spike(step=18, first=136, last=144),  # this data, in this state
@@ -85,7 +85,7 @@ def test_a_run_does_not_know_that_it_has_been_tested(tmp_path: Path) -> None:
                 world=2,
                 strategy="fsdp",
                 faults=faults,
-                train={"steps": 50},
+                train={"steps": 42},
                 guard={"cause_test": tested},
             )
         )

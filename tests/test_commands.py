@@ -121,7 +121,7 @@ def test_the_embedding_is_shrunk_from_the_next_step_on(tmp_path: Path) -> None:
 # -- pausing
 
 
-@pytest.mark.parametrize(("world", "strategy"), [(2, "ddp"), (2, "fsdp")])
+@pytest.mark.parametrize(("world", "strategy"), [(2, "ddp"), pytest.param(2, "fsdp", marks=pytest.mark.slow)])
 def test_parked_for_longer_than_a_collective_may_take(tmp_path: Path, world: int, strategy: str) -> None:
     launch = {"collective_seconds": 3.0}
     config = tiny(tmp_path, world=world, strategy=strategy, launch=launch, train={"steps": 30})
@@ -180,7 +180,9 @@ def test_stop_at_an_evaluation_says_nothing_after_its_last_word(tmp_path: Path) 
 # -- asking
 
 
-@pytest.mark.parametrize(("world", "strategy"), SHAPES)
+@pytest.mark.parametrize(
+    ("world", "strategy"), [SHAPES[0], pytest.param(*SHAPES[1], marks=pytest.mark.slow), SHAPES[2]]
+)
 def test_ask_and_do_as_proposed(tmp_path: Path, world: int, strategy: str) -> None:
     ask = tiny(
         tmp_path, world=world, strategy=strategy, faults=[SPIKE], guard={"mode": "ask", **BLIND}, train={"steps": 32}

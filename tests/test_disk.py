@@ -226,6 +226,19 @@ def write_an_old_manifest(checkpoint: Path) -> None:
     (checkpoint / MANIFEST).write_text('{"version": 0, "step": 30}')
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    run = new_run(config_of(tmp_path_factory.mktemp("stopped")))
+    run.send(Command(id="stop", kind=CommandKind.STOP, at_step=34))
+    assert train(run, 2) == "stopped"
+    return run
+
+
+def copied(run: RunDirectory, folder: Path) -> RunDirectory:
+    shutil.copytree(run.path, folder / "runs" / "copy")
+    return RunDirectory.open(folder / "runs" / "copy")
+
+
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
@@ -238,11 +251,9 @@ def write_an_old_manifest(checkpoint: Path) -> None:
     ],
 )
 def test_a_resume_passes_over_a_damaged_checkpoint_and_says_why(
-    tmp_path: Path, undisturbed: RunDirectory, damage: Callable[[Path], None], why: str
+    tmp_path: Path, undisturbed: RunDirectory, stopped: RunDirectory, damage: Callable[[Path], None], why: str
 ) -> None:
-    run = new_run(config_of(tmp_path))
-    run.send(Command(id="stop", kind=CommandKind.STOP, at_step=34))
-    assert train(run, 2) == "stopped"
+    run = copied(stopped, tmp_path)
     newest, before = checkpoint_dirs(run.checkpoints)[:2]
     assert read_manifest(newest).step == 34 and read_manifest(before).step == 30
     damage(newest)
@@ -254,10 +265,10 @@ def test_a_resume_passes_over_a_damaged_checkpoint_and_says_why(
     assert_same(run, undisturbed)
 
 
-def test_with_no_valid_checkpoint_a_run_begins_again(tmp_path: Path, undisturbed: RunDirectory) -> None:
-    run = new_run(config_of(tmp_path))
-    run.send(Command(id="stop", kind=CommandKind.STOP, at_step=34))
-    assert train(run, 2) == "stopped"
+def test_with_no_valid_checkpoint_a_run_begins_again(
+    tmp_path: Path, undisturbed: RunDirectory, stopped: RunDirectory
+) -> None:
+    run = copied(stopped, tmp_path)
     for path in checkpoint_dirs(run.checkpoints):
         flip_a_bit(path)
     assert train(run, 2) == "finished"

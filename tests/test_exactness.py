@@ -44,23 +44,23 @@ def assert_exact(config: Config, a: RunDirectory) -> None:
 
 @pytest.mark.parametrize(("world", "strategy"), SHAPES)
 def test_corrupted_documents(tmp_path: Path, world: int, strategy: str) -> None:
-    write_corpus(tmp_path / "corpus", bad=range(14, 17))
-    config = tiny(tmp_path, world=world, strategy=strategy, guard={"loss_score": 5.0}, train={"steps": 70})
+    write_corpus(tmp_path / "corpus", bad=range(6, 9))
+    config = tiny(tmp_path, world=world, strategy=strategy, guard={"loss_score": 5.0}, train={"steps": 40})
     a = trained(config)
     # Eleven batches and more, the data is to blame, and nothing of it was applied: nothing is made again.
     out = spans(a)
     assert {span.cause for span in out} == {"rejected"} and len(out) > 2 * config.guard.persist
     named = [document["path"] for event in of_kind(a, "left_out") for document in event.data["documents"]]
-    assert any(name.endswith("0015.txt") for name in named)
+    assert any(name.endswith("0007.txt") for name in named)
     assert_exact(config, a)
 
 
 @pytest.mark.parametrize(("world", "strategy"), SHAPES)
 def test_second_rollback_inside_the_stretch_that_is_run_again(tmp_path: Path, world: int, strategy: str) -> None:
-    # Step 31 is tried three times and the run goes back to 25. Step 30 is then made of the batch behind those, and the
-    # second fault strikes what step 31 would be made of: the run has not got beyond where it gave up before.
-    faults = [spike(240, 264), spike(272, 296)]
-    config = tiny(tmp_path, world=world, strategy=strategy, faults=faults, guard=BLIND, train={"steps": 50})
+    # Step 21 is tried three times and the run goes back to 15. Step 20 is then made of the batch behind those, and the
+    # second fault strikes what step 21 would be made of: the run has not got beyond where it gave up before.
+    faults = [spike(160, 184), spike(192, 216)]
+    config = tiny(tmp_path, world=world, strategy=strategy, faults=faults, guard=BLIND, train={"steps": 34})
     a = trained(config)
     first, second = rollbacks(a)
     assert first["to_step"] < second["from_step"] <= first["from_step"]
@@ -70,10 +70,10 @@ def test_second_rollback_inside_the_stretch_that_is_run_again(tmp_path: Path, wo
 
 @pytest.mark.parametrize(("world", "strategy"), SHAPES)
 def test_rollback_across_an_epoch_boundary(tmp_path: Path, world: int, strategy: str) -> None:
-    write_corpus(tmp_path / "corpus", documents=9)
+    write_corpus(tmp_path / "corpus", documents=5)
     sections: dict[str, Any] = {
         "data": {"order": "shuffled"},
-        "train": {"steps": 0, "epochs": 3},
+        "train": {"steps": 0, "epochs": 2},
         "guard": {"window_before": 2, "window_after": 1, **BLIND},
     }
     n = len(corpus_of(tiny(tmp_path, world=world, strategy=strategy, **sections)).train)
@@ -109,14 +109,15 @@ def test_rollback_to_the_disk_where_the_ring_does_not_reach(tmp_path: Path, worl
         tmp_path,
         world=world,
         strategy=strategy,
-        faults=[spike(320, 344)],
-        guard={"window_before": 16, **BLIND},
-        checkpoint={"every": 10, "keep": 4},
-        train={"steps": 50},
+        faults=[spike(200, 224)],
+        guard={"window_before": 10, **BLIND},
+        snapshots={"every": 3, "keep": 3},
+        checkpoint={"every": 6, "keep": 4},
+        train={"steps": 32},
     )
     a = trained(config)
     (done,) = rollbacks(a)
-    assert (done["tier"], done["to_step"]) == ("disk", 20)
+    assert (done["tier"], done["to_step"]) == ("disk", 12)
     assert_exact(config, a)
 
 
@@ -141,37 +142,37 @@ def test_rollback_to_the_disk_after_a_restart_with_an_empty_ring(tmp_path: Path)
         tmp_path,
         world=2,
         strategy="fsdp",
-        faults=[spike(320, 344)],
-        guard={"window_before": 4, **BLIND},
-        checkpoint={"every": 10, "keep": 4},
-        train={"steps": 50},
+        faults=[spike(224, 248)],
+        guard={"window_before": 6, **BLIND},
+        checkpoint={"every": 6, "keep": 4},
+        train={"steps": 34},
     )
     a = new_run(config)
-    a.send(Command(id="stop", kind=CommandKind.STOP, at_step=38))
+    a.send(Command(id="stop", kind=CommandKind.STOP, at_step=26))
     assert train(a, 2) == "stopped"
     assert train(a, 2) == "finished"
     (done,) = rollbacks(a)
-    assert (done["tier"], done["to_step"]) == ("disk", 30)
+    assert (done["tier"], done["to_step"]) == ("disk", 18)
     assert_exact(config, a)
 
 
 @pytest.mark.parametrize(("world", "strategy"), SHAPES)
 def test_rollback_and_skip_by_command(tmp_path: Path, world: int, strategy: str) -> None:
-    config = tiny(tmp_path, world=world, strategy=strategy, train={"steps": 50})
+    config = tiny(tmp_path, world=world, strategy=strategy, train={"steps": 32})
     a = new_run(config)
-    a.send(Command(id="skip", kind=CommandKind.SKIP, value=3, at_step=22))
-    a.send(Command(id="back", kind=CommandKind.ROLLBACK, value=25, at_step=33))
-    a.send(Command(id="newest", kind=CommandKind.ROLLBACK, value=float("nan"), at_step=41))
+    a.send(Command(id="skip", kind=CommandKind.SKIP, value=3, at_step=12))
+    a.send(Command(id="back", kind=CommandKind.ROLLBACK, value=15, at_step=19))
+    a.send(Command(id="newest", kind=CommandKind.ROLLBACK, value=float("nan"), at_step=27))
     assert train(a, world) == "finished"
     assert [span.cause for span in spans(a)] == ["user", "user", "user"]
-    assert [done["to_step"] for done in rollbacks(a)] == [25, 35]
-    assert [e.step for e in of_kind(a, "command")] == [22, 33, 41]
+    assert [done["to_step"] for done in rollbacks(a)] == [15, 20]
+    assert [e.step for e in of_kind(a, "command")] == [12, 19, 27]
     assert_exact(config, a)
 
 
 def test_bf16(tmp_path: Path) -> None:
-    train_section = {"steps": 50, "precision": "bf16"}
-    config = tiny(tmp_path, world=2, strategy="fsdp", faults=[spike(240, 264)], guard=BLIND, train=train_section)
+    train_section = {"steps": 30, "precision": "bf16"}
+    config = tiny(tmp_path, world=2, strategy="fsdp", faults=[spike(160, 184)], guard=BLIND, train=train_section)
     a = trained(config)
     assert len(rollbacks(a)) == 1
     assert_exact(config, a)

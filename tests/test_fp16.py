@@ -199,7 +199,7 @@ def events(run: RunDirectory, kind: str) -> list[dict[str, Any]]:
     return [event.data for event in run.events() if event.kind == kind]
 
 
-SHAPES = [(1, "ddp"), (2, "ddp"), (2, "fsdp")]
+SHAPES = [(1, "ddp"), pytest.param(2, "ddp", marks=pytest.mark.slow), (2, "fsdp")]
 COMMON = ("step", "first", "loss", "grad_norm", "lr", "loss_scale")
 
 

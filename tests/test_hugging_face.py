@@ -227,13 +227,13 @@ def small(folder: Path, kind: str = "llama") -> Path:
 
 @pytest.mark.parametrize(("kind", "world", "strategy"), [("gpt2", 1, "ddp"), ("llama", 2, "ddp"), ("gpt2", 2, "fsdp")])
 def test_a_run_rolls_back_exactly(kind: str, world: int, strategy: str, tmp_path: Path) -> None:
-    write_corpus(tmp_path / "corpus", bad=range(14, 17))
+    write_corpus(tmp_path / "corpus", bad=range(8, 10))
     config = tiny(
         tmp_path,
         world=world,
         strategy=strategy,
         model={"hf": str(small(tmp_path, kind))},
-        train={"steps": 70},
+        train={"steps": 40},
         guard={"loss_score": 5.0, **BLIND},
     )
     a = trained(config)

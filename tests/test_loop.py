@@ -96,14 +96,14 @@ def watch(config: Config) -> tuple[RunDirectory, list[list[dict[str, Any]]]]:
 @pytest.mark.parametrize(("world", "strategy"), [(1, "ddp"), (2, "fsdp")])
 def test_advise_changes_nothing(tmp_path: Path, world: int, strategy: str) -> None:
     faults = [{"kind": "spike_loss", "first": 160, "last": 184, "value": 50.0}]
-    sections: dict[str, Any] = {"faults": faults, "train": {"steps": 40}}
+    sections: dict[str, Any] = {"faults": faults, "train": {"steps": 28}}
     advised = trained(tiny(tmp_path, world=world, strategy=strategy, guard={"mode": "advise"}, **sections))
     free = trained(tiny(tmp_path, world=world, strategy=strategy, guard={"mode": "off"}, **sections))
     would = [(e.data["action"], e.data["would"]) for e in of_kind(advised, "verdict")]
     assert would[:3] == [("apply", "skip"), ("apply", "skip"), ("apply", "rollback")]
     assert not of_kind(free, "verdict")
     assert not spans(advised) and not of_kind(advised, "rollback")
-    assert len(table(advised)) == 40
+    assert len(table(advised)) == 28
     assert_same(advised, free)
 
 

@@ -82,17 +82,17 @@ def config_of(folder: Path, name: str, **sections: Any) -> Config:
 
 
 def exact_config(folder: Path, name: str, **sections: Any) -> Config:
-    """The same where a run is compared with its like: without a pipeline to fill, two layers and two micro-batches."""
+    """The same where a run is compared with its like: without a pipeline to fill, one layer and two micro-batches."""
     world, parallel = MESHES[name]
     if "pp" not in parallel and name not in ALONE:
         rows = 8 // Layout.of(ParallelSection(**parallel), world=world, strategy="ddp").data_ranks
         sections["train"] = {"micro_batch_size": max(1, rows // 2), **sections.pop("train", {})}
     if "pp" not in parallel:
-        sections["model"] = {"layers": 2, **sections.pop("model", {})}
+        sections["model"] = {"layers": 1, **sections.pop("model", {})}
     return config_of(folder, name, **sections)
 
 
-STEPS = 50
+STEPS = 30
 CURVE: dict[str, Any] = {
     "model": {"dropout": 0.0},
     "train": {"steps": STEPS},

@@ -26,7 +26,7 @@ STRUCK, UNDONE, STEPS = 24, 46, 48
 LADDER = [{"do": "skip"}, {"do": "lower_lr", "factor": 0.5, "hold": 2, "back": 2, "times": 3}]
 
 
-@pytest.fixture(scope="module", params=["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """Two ranks: something strikes the state, which calls for a rollback and a lower rate; of documents of noise single
     samples are left out; and the newest of these decisions is undone."""

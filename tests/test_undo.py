@@ -238,7 +238,9 @@ def letting(config: Config, run: RunDirectory) -> Config:
     )
 
 
-@pytest.mark.parametrize(("world", "strategy"), SHAPES)
+@pytest.mark.parametrize(
+    ("world", "strategy"), [SHAPES[0], pytest.param(*SHAPES[1], marks=pytest.mark.slow), SHAPES[2]]
+)
 def test_an_undone_rollback_and_skip_leave_a_run_that_was_told_so_from_its_beginning(
     tmp_path: Path, world: int, strategy: str
 ) -> None:
