@@ -305,16 +305,16 @@ def _skip(scene: Scene, batches: int) -> Preview:
     end, left = scene.cursor, batches * max(1, size)
     while left > 0 and end < scene.cursor + 64 * batches * max(1, size):
         end += left
-        left = batches * max(1, size) - _usable(ledger, scene.cursor, end)
-    return _plain(
-        scene, CommandKind.SKIP, batches, window=(scene.cursor, end), samples=scene.fresh(range(scene.cursor, end))
-    )
+        left = batches * max(1, size) - len(_usable(ledger, scene.cursor, end))
+    first = next(iter(_usable(ledger, scene.cursor, end)), scene.cursor)
+    return _plain(scene, CommandKind.SKIP, batches, window=(first, end), samples=scene.fresh(range(first, end)))
 
 
-def _usable(ledger: Ledger, first: int, last: int) -> int:
+def _usable(ledger: Ledger, first: int, last: int) -> list[int]:
+    """The positions of [first, last) that are not quarantined."""
     order = ledger.order
     samples = enumerate(order.samples(first, last), first)
-    return sum(not ledger.quarantine.holds(sample, order.epoch(position)) for position, sample in samples)
+    return [position for position, sample in samples if not ledger.quarantine.holds(sample, order.epoch(position))]
 
 
 def _plain(scene: Scene, command: CommandKind, value: float, **fields: Any) -> Preview:

@@ -257,15 +257,14 @@ class Desk:
         guard, ledger = self._guard, self._guard.ledger
         self._answer(CommandKind.SKIP, batches)
         position = ledger.state()
-        first = last = position.cursor
-        for _ in range(batches):
-            batch = ledger.next_batch()
-            if batch is None:
-                break
-            last = batch.last
+        ahead: list[Batch] = []
+        while len(ahead) < batches and (batch := ledger.next_batch()) is not None:
+            ahead.append(batch)
             ledger.passed(batch, applied=False)
         ledger.restore(position)
-        if last > first:
+        if ahead:
+            # Not from the cursor on: behind a restart, what was rejected before lies between.
+            first, last = ahead[0].first, ahead[-1].last
             reason = f"{batches} batches skipped by command"
             guard.quarantine.leave_out(
                 Span(first=first, last=last, cause="user", step=guard.step + 1, reason=reason, batches=batches)
