@@ -50,7 +50,7 @@ class Own(Record, frozen=True, kw_only=True):
 
     Attributes:
         loss_sum: of its token losses.
-        before: its gradients before the ranks reduced them: the sum of the norms of its modules; 0 on a single rank.
+        before: its gradients before the ranks reduced them: the sum of its parameters' norms; 0 on a single rank.
         after: squared norm of its gradients, or shards of them, after the reduction.
     """
 

@@ -311,6 +311,21 @@ def test_a_norm_over_gradients_of_which_some_are_missing() -> None:
     assert (nothing.tokens, nothing.grad_norm, nothing.scale) == (0, 0.0, 1.0) and math.isnan(nothing.loss)
 
 
+def test_watching_a_gradient_neither_copies_nor_changes_it() -> None:
+    """autograd takes a gradient over that nobody else holds; of one that a hook still holds it makes a copy."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3), nn.LayerNorm(3)).to(torch.bfloat16)
+    model[2].double()  # norms of any kind of number add up
+    made: dict[str, int] = {}
+    for name, p in model.named_parameters():
+        p.register_hook(lambda gradient, name=name: made.update({name: gradient.data_ptr()}))
+    probes = Probes(model, rank=0, world=2)
+    model[2](model[1](model[0](torch.tensor([[1, 2, 1]]))).double()).square().sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert {name: g.data_ptr() for name, g in gradients.items()} == made
+    assert float(probes._own_norm()) == pytest.approx(sum(g.double().norm().item() for g in gradients.values()))
+
+
 def test_a_nan_names_its_parameter() -> None:
     model = Tiny()
     probes = Probes(model, rank=0, world=1)

@@ -25,6 +25,7 @@ from guardrail.errors import UsageError
 from guardrail.records import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS, LOSS_SCALE, UPDATE_NORM
 
 HEAD = ("loss_sum", "tokens", "grad_sq", "embed_sq", "command_kind", "command_value", "stop", "incomplete")
+_HALVES = (torch.float16, torch.bfloat16)
 _MANY = 4096  # small tensors kept before they are added up, in a long window of micro-batches
 PER_RANK = ("nonfinite_loss", "nonfinite_grad", "nonfinite_local", "step_time")
 
@@ -169,7 +170,7 @@ class Probes:
         self._own_slots = self._rank_slots + rank * len(PER_RANK)
         self._own_norms: list[Tensor] = []  # of gradients that no rank has reduced yet; fp32, 0-d
         # Of the last reduction, on the device: this rank's loss sum, the squared norm of its (shards of the) reduced
-        # gradients, and the sum of its modules' gradient norms from before the ranks reduced them.
+        # gradients, and the sum of its parameters' gradient norms from before the ranks reduced them.
         self.own = torch.zeros(3, dtype=self.dtype, device=device)
         if locate and world > 1:
             self._watch(model)
@@ -179,31 +180,26 @@ class Probes:
 
         Hooks sit on the parameters that take part in the forward pass: under FSDP2 those are the gathered ones, which
         stay the same objects from their first gathering on, so each group is gathered once here, a collective. They
-        are not hung in by the forward pass: torch.compile would trace that. One call a module with parameters of its
-        own keeps the number of small kernels low.
+        are not hung in by the forward pass: torch.compile would trace that.
+
+        A hook may keep nothing of what it is given: autograd would copy a gradient that somebody else still holds,
+        instead of taking it over. And it is short, because it runs once a parameter.
         """
-        grouped: set[int] = set()
-
-        def hook(module: nn.Module) -> None:
-            fresh = [p for p in module._parameters.values() if p is not None and p.requires_grad]
-            fresh = [p for p in fresh if id(p) not in grouped]
-            if fresh:
-                grouped.update(map(id, fresh))
-                torch.autograd.graph.register_multi_grad_hook(fresh, self._add_own)
-
+        hooked: set[int] = set()
         for group, modules in _groups(model):
             if group is not None:
                 group.unshard()
             for module in modules:
-                hook(module)
+                for parameter in module._parameters.values():
+                    if parameter is not None and parameter.requires_grad and id(parameter) not in hooked:
+                        hooked.add(id(parameter))
+                        parameter.register_hook(self._add_own)
             if group is not None:
                 group.reshard()
 
-    @torch.no_grad()
-    def _add_own(self, gradients: Sequence[Tensor | None]) -> None:
-        # Added up at the end: an addition for each module costs as much as the reading itself.
-        present = [local(g) for g in gradients if g is not None]
-        self._own_norms += [norm.float() for norm in norms(present)] if present else []
+    def _add_own(self, gradient: Tensor) -> None:
+        # Added up at the end: an addition for each costs as much as the reading itself.
+        self._own_norms.append(norm_of(local(gradient).detach()))
         if len(self._own_norms) >= _MANY:
             self._own_norms = [self._own_norm()]
 
@@ -211,7 +207,7 @@ class Probes:
         """Sum of this rank's own gradient norms so far."""
         if not self._own_norms:
             return torch.zeros((), dtype=torch.float32, device=self.device)
-        return torch.stack(self._own_norms).sum()
+        return torch.stack([norm.float() for norm in self._own_norms]).sum()
 
     def reduce(
         self, *numbers: Any, nominal_tokens: float | None, loss_scale: float | None = None, **more: Any
@@ -418,9 +414,16 @@ def _groups(model: nn.Module) -> list[tuple[FSDPModule | None, list[nn.Module]]]
 
 def norms(tensors: list[Tensor]) -> list[Tensor]:
     """L2 norm of each, at least in fp32: the norm of finite fp16 numbers is often no fp16 number."""
-    if any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors):
+    if any(tensor.dtype in _HALVES for tensor in tensors):
         return list(torch._foreach_norm(tensors, 2, torch.float32))
     return list(torch._foreach_norm(tensors))
+
+
+def norm_of(tensor: Tensor) -> Tensor:
+    """`norms` of one, without the lists."""
+    dtype = torch.float32 if tensor.dtype in _HALVES else None
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=dtype)
+    return norm
 
 
 def _agreed(blocks: Sequence[str], world: int) -> list[str]:
