@@ -218,6 +218,7 @@ command = "sleep 1.5; echo $GUARDRAIL_EVENT >> {out}"
 [fake]
 steps = 100
 fault = "exit"
+rank = 0
 """
     )
     done = lab.guardrail("launch", "c.toml", "--headless")
