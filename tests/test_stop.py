@@ -37,12 +37,12 @@ from tests.running import (
 from trainer.config import Config
 from trainer.loop import Trainer
 
-STEPS = 40
+STEPS = 30
 SIGNALS = {"SIGTERM": signal.SIGTERM, "SIGUSR1": signal.SIGUSR1}
 
 
 def config_of(folder: Path, *, world: int = 2, strategy: str = "ddp", **train_settings: Any) -> Config:
-    """A rollback lies at step 21, evaluations at 10, 20, 30, 40, checkpoints at 0, 20, 40."""
+    """A rollback lies at step 21, evaluations at 10, 20, 30, checkpoints at 0, 20, 30."""
     return tiny(
         folder,
         world=world,

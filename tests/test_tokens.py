@@ -121,7 +121,7 @@ def test_a_batch_of_one_byte_is_named_by_that_byte(alone: tuple[Config, list[dic
     assert tokens[0]["share"] > 0.95
 
 
-@pytest.mark.parametrize(("world", "strategy"), SHAPES[1:])
+@pytest.mark.parametrize(("world", "strategy"), [pytest.param(*SHAPES[1], marks=pytest.mark.slow), SHAPES[2]])
 def test_two_ranks_name_the_same(
     tmp_path: Path, world: int, strategy: str, alone: tuple[Config, list[dict[str, Any]]]
 ) -> None:
