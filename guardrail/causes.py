@@ -15,6 +15,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+from msgspec import structs
+
 from guardrail.detectors.nonfinite import NonFinite
 from guardrail.records import Cause, Diagnosis, Finding, Kind, Observation, Record, Severity
 
@@ -22,6 +24,12 @@ NONFINITE_KINDS = frozenset({Kind.NONFINITE, Kind.IMPOSSIBLE, Kind.SCALE_COLLAPS
 # Kernels that add in any order repeat themselves to some 1e-3 at worst (sums in bfloat16), and the smallest jump that
 # is ever rejected is one of 8 % (detectors.standard). Half of that lies far from both.
 NONDETERMINISTIC = 0.04
+# Robust sigmas below which no signal is ever rejected for itself.
+ALONE = 4.0
+# Batches ahead that must be in the same trouble, all but one of those that were looked at.
+LEAST_AHEAD = 3
+# Nats a token that the order of labels must be worth in usual batches to be a measure of anything.
+LEAST_GAIN = 0.1
 
 
 class Pass(Record, frozen=True, kw_only=True):
@@ -68,7 +76,8 @@ class Trouble(Record, frozen=True, kw_only=True):
         nonfinite: the trouble is a NaN, an Inf or a number that no model gives.
         limits: signal -> (baseline, limit); a value above it is in trouble. The limit is the detector's own threshold,
             or the logarithmic middle between baseline and the rejected value where that is lower: a pass that is
-            nearer to the trouble than to the baseline is in it, even where the step had just passed its threshold.
+            nearer to the trouble than to the baseline is in it, even where the step had just passed its threshold. A
+            threshold that only counts together with others (see detectors.together) is none by itself.
         stuck: signal -> the number that does not change.
     """
 
@@ -90,11 +99,12 @@ class Trouble(Record, frozen=True, kw_only=True):
             stuck={f.signal: f.value for f in grave if f.kind is Kind.STUCK},
         )
 
-    def shown_by(self, one: Pass, level: Pass | None = None) -> bool:
+    def shown_by(self, one: Pass, level: Pass | None = None, *, wholly: bool = False) -> bool:
         """Whether a pass is in this trouble.
 
         Args:
             level: a healthy batch from the same state, where that is another one: an older model has higher losses.
+            wholly: every signal must show it, not just one.
         """
         if one.broken():
             return True
@@ -102,11 +112,11 @@ class Trouble(Record, frozen=True, kw_only=True):
             return True
         if self.nonfinite:
             return False  # finite now; what else was above its limit came with the NaN
+        high = []
         for signal, (baseline, limit) in self.limits.items():
             usual = level.signals.get(signal, 0.0) / baseline if level is not None else 1.0
-            if one.signals.get(signal, 0.0) > limit * max(1.0, usual if math.isfinite(usual) else 1.0):
-                return True
-        return False
+            high.append(one.signals.get(signal, 0.0) > limit * max(1.0, usual if math.isfinite(usual) else 1.0))
+        return bool(high) and (all(high) if wholly else any(high))
 
     def value(self, one: Pass) -> str:
         """Of the signal in question, for a sentence."""
@@ -119,7 +129,8 @@ def _limit(finding: Finding) -> float:
     if finding.severity is Severity.PERSISTENT or not finding.score > 0:
         return middle
     # score = jump / scale and threshold = limit / scale, both in log units.
-    return min(middle, finding.baseline * math.exp(min(jump, jump * finding.threshold / finding.score)))
+    threshold = max(finding.threshold, ALONE)
+    return min(middle, finding.baseline * math.exp(min(jump, jump * threshold / finding.score)))
 
 
 def same(one: float, other: float, tolerance: float = 0.0) -> bool:
@@ -235,6 +246,39 @@ def judge(
     if suspects:
         return diagnosis(Cause.UNKNOWN, f"{older_says} only", "and there is no other batch to compare with")
     return diagnosis(Cause.UNKNOWN, others_say, "and there is no older state to compare with")
+
+
+def ahead_of(diagnosis: Diagnosis, trouble: Trouble, far: Sequence[tuple[int, Pass]], *, passes: int) -> Diagnosis:
+    """The diagnosis in the light of what lies ahead of data that is to blame.
+
+    Args:
+        far: (batches ahead, pass from the state at hand).
+    """
+    hit = sum(trouble.shown_by(one, wholly=True) for _, one in far)
+    if not far or trouble.nonfinite or trouble.stuck:
+        return structs.replace(diagnosis, passes=passes)
+    ahead = hit >= LEAST_AHEAD and hit >= len(far) - 1
+    distances = [distance for distance, _ in far]
+    said = f"and so do {hit} of {len(far)} batches {min(distances)} to {max(distances)} ahead"
+    return structs.replace(diagnosis, reason=f"{diagnosis.reason}, {said}", passes=passes, ahead=ahead)
+
+
+def structure_of(diagnosis: Diagnosis, gain: float | None, usual: Sequence[float | None], *, passes: int) -> Diagnosis:
+    """The diagnosis in the light of what the order of its labels is worth to the model.
+
+    In text of any kind the model finds something: vowels follow consonants, spaces end words. Where labels are as good
+    as drawn by lot (shuffled, of another batch, noise) it finds nothing, and any other order does as well.
+
+    Args:
+        gain: nats a token that it costs when each row's labels stand in another random order.
+        usual: the same of healthy batches.
+    """
+    known = [one for one in usual if one is not None]
+    level = sum(known) / len(known) if known else 0.0
+    if gain is None or level < LEAST_GAIN:
+        return structs.replace(diagnosis, passes=passes)
+    said = f"with its labels in another order the loss is {gain:.2g} higher, and {level:.2g} with usual batches"
+    return structs.replace(diagnosis, reason=f"{diagnosis.reason}; {said}", passes=passes, structure=gain / level)
 
 
 def _values(trouble: Trouble, passes: Iterable[Pass]) -> str:

@@ -141,6 +141,9 @@ class GuardSection(Section, frozen=True, kw_only=True):
     # Rejections in a row that a replay puts down to the data, before the run asks or halts: nothing of them is in the
     # weights, so they call for no rollback. Whether it is still the data is asked again at `persist`, twice that, ...
     skips: Positive = 64
+    # Where the batches that are looked at, up to four times `skips` ahead, are in the same trouble, it is no bad
+    # stretch but what the data now is. "learn": apply it, as a new level; "leave_out": as any data that is to blame.
+    shift: typing.Literal["learn", "leave_out"] = "learn"
     # Divergence: the median of this many accepted losses stands this many robust sigmas above the lowest such
     # median of the window. A sudden step is found after more than half of these steps.
     divergence_score: PositiveFloat = 6.0

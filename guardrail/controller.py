@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from msgspec import structs
 
+from guardrail import levels
 from guardrail.advice import Advice
 from guardrail.answering import Answer, Case, answer
 from guardrail.config import GuardSection
@@ -30,7 +31,6 @@ from guardrail.detectors.growth import CLIMB
 from guardrail.detectors.no_tokens import NoTokens
 from guardrail.detectors.resume import ROWS, resume_jumps
 from guardrail.detectors.scale import ScaleCollapse, overflows
-from guardrail.detectors.share import Share
 from guardrail.detectors.spike import LOOK_BACK, ONSET_SHARE, Spike
 from guardrail.detectors.standard import TOGETHER
 from guardrail.detectors.together import Together
@@ -63,9 +63,6 @@ LASTING = ("divergence", "growth", "embed_growth", "update_growth")
 UNASKED = (Action.APPLY, Action.OVERFLOW, Action.RETRY)
 # Of the run itself: such trouble comes again. Hardware and the unknown say nothing of the next batch.
 CAUSES = (Cause.DATA, Cause.STATE, Cause.DATA_AND_STATE)
-# Claims about norms alone: where the loss has nothing of it, clipping is all that the update needs.
-NORMS = frozenset({Kind.GRAD_SPIKE, Kind.EMBED_SPIKE})
-QUIET = 0.5  # share of the way to its limit below which a loss has nothing of it
 
 
 class Controller(Facts):
@@ -129,15 +126,25 @@ class Controller(Facts):
             return self._healthy(obs, watch, evidence, f"noted: {evidence[0].sentence()}")
         if self.pardoned(obs, evidence):
             return self._pardon(obs, evidence)
+        if self.begins_level(obs, evidence):
+            notes = levels.begin(self.detectors, obs, evidence)
+            return self._level(obs, notes, "another kind of data")
         return self._rejected(obs, evidence)
 
     def _wary(self, obs: Observation) -> list[Finding]:
-        """While an incident of known cause is open, one step that both signals count to it is enough."""
-        known = self.diagnoses.of.get(self.incidents.number)
+        """While an incident of known cause is open, one step that both signals count to it is enough.
+
+        Where the data is to blame, more of it is likely and a batch left out costs little: any step with which a row
+        might begin. Where it is the state, the run would go back for it.
+        """
+        known = self.diagnoses.up_to(self.incidents.number, obs.first)
         together = self.detectors[TOGETHER]
         assert isinstance(together, Together)
-        wary = known is not None and known.cause in CAUSES and together.high(obs, ONSET_SHARE)
-        return together.findings(obs, share=ONSET_SHARE) if wary else []
+        if known is None or known.cause not in CAUSES or known.shift:
+            return []
+        counts = together.counts(obs)
+        wary = counts > 0.0 if known.cause.of_data else together.high(obs, ONSET_SHARE)
+        return together.findings(obs, to_spare=counts, onset=obs.step) if wary else []
 
     def _healthy(
         self,
@@ -216,8 +223,9 @@ class Controller(Facts):
         # The same place again, before enough healthy steps have gone by since the run went back for it.
         again = bool(row) and case.applied - row[-1].from_step < self.incidents.confirm
         if action in (Action.ROLLBACK, Action.HALT) and again:
-            if self._new_level(obs, findings):
-                return self._adopt(obs, findings)
+            if levels.norms_alone(self.detectors, obs, findings):
+                notes = levels.begin_norms(self.detectors, obs, findings)
+                return self._level(obs, notes, "again behind a rollback while the loss is as usual")
             state = state or RECURRED
         done = answer(case, action)
         taken, would = done.action, None
@@ -271,29 +279,9 @@ class Controller(Facts):
 
     # -- a new level ---------------------------------------------------------------------------------------------
 
-    def _new_level(self, obs: Observation, findings: Iterable[Finding]) -> bool:
-        """Whether norms alone are high, and the loss has nothing of it.
-
-        Called where that has come back behind a rollback: then no batch is to blame and no harm is done. It is where
-        this run now is, and the clip keeps the updates as long as they were.
-        """
-        grave = [finding for finding in findings if finding.severity is not Severity.NOTE]
-        loss = self.detectors[LOSS]
-        quiet = LOSS in obs.signals and isinstance(loss, Spike) and not loss.raised(obs, QUIET)
-        return quiet and all(finding.kind in NORMS and finding.severity is Severity.REJECT for finding in grave)
-
-    def _adopt(self, obs: Observation, findings: tuple[Finding, ...]) -> Verdict:
-        """Applied, and the norms begin a new baseline at this level."""
-        for finding in findings:
-            detector = self.detectors.get(finding.signal)
-            if finding.severity is Severity.REJECT and isinstance(detector, Spike | Share):
-                detector.adopt(obs)
-        notes = tuple(
-            structs.replace(f, kind=Kind.LEVEL_SHIFT, severity=Severity.NOTE) if f.kind in NORMS else f
-            for f in findings
-        )
-        reason = f"level shift: {findings[0].sentence()}, again behind a rollback while the loss is as usual: accepted"
-        return self._healthy(obs, self.watchers.of(obs), notes, reason)
+    def _level(self, obs: Observation, notes: tuple[Finding, ...], why: str) -> Verdict:
+        """Applied: where the signals stand is a level of its own, from which their baselines begin."""
+        return self._healthy(obs, self.watchers.of(obs), notes, f"level shift: {notes[0].sentence()}, {why}: accepted")
 
     # -- the cause -----------------------------------------------------------------------------------------------
 
@@ -309,6 +297,12 @@ class Controller(Facts):
             return False
         return self._asks_again or self.diagnoses.untold(verdict, self.rollbacks)
 
+    def weighed(self, obs: Observation, diagnosis: Diagnosis) -> Diagnosis:
+        """The diagnosis with the word whether this is another kind of data, to be learnt."""
+        if self.settings.shift != "learn" or not levels.another_kind(self.detectors, obs, diagnosis):
+            return diagnosis
+        return structs.replace(diagnosis, shift=True, reason=f"{diagnosis.reason}: another kind of data")
+
     def reconsider(self, obs: Observation, verdict: Verdict, diagnosis: Diagnosis) -> Verdict:
         """The verdict in the light of what a replay has shown; `verdict` is what `observe` has said of `obs`.
 
@@ -322,11 +316,24 @@ class Controller(Facts):
             diagnosis,
             onset=verdict.onset,
             step=verdict.step,
+            place=obs.first,
             signals=signals_of(verdict.findings),
             rollbacks=self.rollbacks,
         )
         if diagnosis.cause is Cause.HARDWARE:
             return self.diagnoses.unsound(verdict, diagnosis, settings=self.settings, mode=self.mode)
+        if diagnosis.shift:
+            self.levels.append((obs.first, obs.last))
+            return structs.replace(
+                verdict,
+                action=Action.RETRY,
+                would=None,
+                window=None,
+                positions=(),
+                before_step=None,
+                reason=f"{verdict.findings[0].sentence()}, of another kind of data: form the batch again, to learn it",
+                cause=diagnosis.cause,
+            )
         return self._answer(
             obs, verdict.findings, onset=verdict.onset, number=verdict.incident, state=verdict.incident_state
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -13,6 +14,9 @@ from guardrail.entries import whole
 from guardrail.records import LOSS, Event
 from guardrail.rundir import MetricsView, RunDirectory
 from guardrail.timelines import Timelines
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def with_costs(run: RunDirectory, events: list[Event], incidents: list[Incident]) -> Iterator[Incident]:
@@ -43,6 +47,7 @@ def _cost(incident: Incident, view: MetricsView, events: list[Event], parked: fl
         if not deed.action.startswith("would"):
             tried |= (timelines == deed.timeline) & (steps == deed.step + 1) & (verdicts != 0)
     took = seconds[given_up | tried]
+    tried &= ~_applied_after_all(tried, view)
     lost, onset, curve = sum(deed.steps_lost for deed in incident.deeds), max(1, incident.onset), incident.curve
     excess, price = math.nan, 0.0
     if curve is not None:
@@ -58,6 +63,18 @@ def _cost(incident: Incident, view: MetricsView, events: list[Event], parked: fl
         excess=excess,
         price=price,
     )
+
+
+def _applied_after_all(tried: np.ndarray, view: MetricsView) -> np.ndarray:
+    """Of rejected tries, those whose very batch was formed again and applied, with the same loss."""
+    import numpy as np
+
+    steps, timelines, verdicts, _, losses = view.array.T
+    found = np.zeros_like(tried)
+    for row in np.flatnonzero(tried):
+        same = (steps == steps[row]) & (timelines == timelines[row]) & (verdicts == 0) & (losses == losses[row])
+        found[row] = same[row:].any()
+    return found
 
 
 def _parked(events: Iterable[Event]) -> dict[int, float]:

@@ -40,6 +40,7 @@ class Diagnoses:
     def __init__(self) -> None:
         self.of: dict[int, Diagnosis] = {}
         self._told: dict[int, Told] = {}
+        self._places: dict[int, list[tuple[int, Diagnosis]]] = {}  # incident -> (position of the batch, its cause)
         self._unsound: list[int] = []  # steps at which the hardware gave other numbers the second time
 
     def learn(
@@ -49,15 +50,18 @@ class Diagnoses:
         *,
         onset: int,
         step: int,
+        place: int,
         signals: Iterable[str],
         rollbacks: Sequence[Rollback],
     ) -> None:
         """Args:
         onset, step: of the trouble for which the replay was made: where it began, and was rejected.
+        place: first position of the rejected batch.
         signals: in trouble there.
         rollbacks: of the run up to then.
         """
         self.of[incident] = diagnosis
+        self._places.setdefault(incident, []).append((place, diagnosis))
         self._told[incident] = Told(onset, step, frozenset(signals), _answers(rollbacks, incident))
         if diagnosis.cause is Cause.HARDWARE:
             self._unsound.append(step)
@@ -68,6 +72,15 @@ class Diagnoses:
         if known is not None and known.applied and _answers(rollbacks, incident) > self._told[incident].answers:
             return structs.replace(known, applied=False, positions=())
         return known
+
+    def up_to(self, incident: int, place: int) -> Diagnosis | None:
+        """The last cause told for a batch that lies not behind this position.
+
+        Positions say where a run stands, and steps do not: after a rollback, or in a process that starts again from an
+        older state, steps come by once more whose batches were judged before anybody knew.
+        """
+        found = [diagnosis for at, diagnosis in self._places.get(incident, ()) if at <= place]
+        return found[-1] if found else None
 
     def untold(self, verdict: Verdict, rollbacks: Sequence[Rollback]) -> bool:
         """Whether no replay has told the cause of this trouble: none of its incident, or of another trouble.
@@ -127,4 +140,7 @@ def diagnosis_of(data: Mapping[str, Any]) -> Diagnosis:
         passes=int(data.get("passes", 0)),
         applied=bool(data.get("applied", False)),
         positions=tuple(map(int, data.get("positions") or ())),
+        ahead=bool(data.get("ahead", False)),
+        structure=None if data.get("structure") is None else float(data["structure"]),
+        shift=bool(data.get("shift", False)),
     )

@@ -23,6 +23,7 @@ class Facts:
     rollbacks: all that were done and stand, oldest first.
     diagnoses: what replays have told about causes.
     pardons: stretches [first, last) of positions whose batches are applied whatever is found, as far as it is finite.
+    levels: stretches of batches with which the data became another kind; they are applied, as far as they are finite.
     empty_spans: stretches that were rejected for want of labels: no sign of trouble.
     """
 
@@ -32,12 +33,17 @@ class Facts:
         self.rollbacks: list[Rollback] = []
         self.diagnoses = Diagnoses()
         self.pardons: list[tuple[int, int]] = list(settings.pardon)
+        self.levels: list[tuple[int, int]] = []
         self.empty_spans: set[tuple[int, int]] = set()
 
     def pardoned(self, obs: Observation, findings: Iterable[Finding]) -> bool:
         """Whether a person has said that this batch is to be applied. No pardon lets a NaN into the weights."""
         within = any(first < obs.last and obs.first < last for first, last in self.pardons)
-        return within and not any(f.kind in UNPARDONABLE and f.severity is not Severity.NOTE for f in findings)
+        return within and _pardonable(findings)
+
+    def begins_level(self, obs: Observation, findings: Iterable[Finding]) -> bool:
+        """Whether a replay has shown that from this batch on the data is another kind."""
+        return any(first <= obs.first < last for first, last in self.levels) and _pardonable(findings)
 
     def pardon(self, stretches: Iterable[tuple[int, int]]) -> None:
         """Do not reject batches with a position in these stretches [first, last) again: a person took that back."""
@@ -50,6 +56,7 @@ class Facts:
     def rebuild(self, events: Iterable[Event]) -> None:
         """Take the facts over from the journal's events, in order. Replaces what was known."""
         self.rollbacks, self.empty_spans, self.pardons = [], set(), list(self.settings.pardon)
+        self.levels = []
         self.diagnoses = Diagnoses()
         began: list[int] = []  # timelines that the rollbacks began
         self.incidents = Incidents(confirm=self.settings.confirm)
@@ -66,11 +73,16 @@ class Facts:
                 self.pardons += [(int(first), int(last)) for first, last in data["pardons"]]
             elif event.kind == "cause":
                 at = int(data.get("at_step") or event.step + 1)
+                step, diagnosis = max(step, at), diagnosis_of(data)
+                first, last = map(int, data.get("batch") or (0, 0))
+                if diagnosis.shift:
+                    self.levels.append((first, last))
                 self.diagnoses.learn(
                     int(data["incident"]),
-                    diagnosis_of(data),
+                    diagnosis,
                     onset=int(data.get("onset") or at),
                     step=at,
+                    place=first,
                     signals=data.get("signals") or (),
                     rollbacks=self.rollbacks,
                 )
@@ -105,3 +117,7 @@ class Facts:
                 f"{self.incidents.onset} leads to, noise {outcome.noise:.2g}"
             )
         return message + (f"; {lost} steps were made again" if lost else ""), data
+
+
+def _pardonable(findings: Iterable[Finding]) -> bool:
+    return not any(f.kind in UNPARDONABLE and f.severity is not Severity.NOTE for f in findings)

@@ -159,6 +159,10 @@ class Diagnosis(Record, frozen=True, kw_only=True):
         applied: for DATA, an update of what is to blame is in the weights: to leave out what comes is not enough.
         positions: for DATA, the few samples that explain the trouble from its onset on, ascending; () where they do
             not, or nobody looked.
+        ahead: what lies ahead is in the same trouble, as far as was looked: no bad stretch, but what the data now is.
+        structure: what it costs the model when the labels of the batch stand in another order, as a share of what that
+            costs with usual batches; about 0 where labels are as good as drawn by lot. None: nobody looked.
+        shift: so this is another kind of data, to be learnt as a new level.
     """
 
     cause: Cause
@@ -168,6 +172,9 @@ class Diagnosis(Record, frozen=True, kw_only=True):
     passes: int = 0
     applied: bool = False
     positions: tuple[int, ...] = ()
+    ahead: bool = False
+    structure: float | None = None
+    shift: bool = False
 
 
 class Remedy(Record, frozen=True, kw_only=True):

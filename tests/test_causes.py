@@ -2,6 +2,7 @@
 
 import math
 
+import msgspec
 import pytest
 
 from guardrail.causes import Own, Pass, Trouble, hardware, judge
@@ -98,6 +99,18 @@ def test_what_is_nearer_to_the_trouble_than_to_the_baseline_is_in_it() -> None:
     # What stays up has no threshold for one step.
     lasting = Trouble.of([finding(2.6, kind=Kind.DIVERGENCE, severity=Severity.PERSISTENT)])
     assert lasting.shown_by(loss(2.46)) and not lasting.shown_by(loss(2.44))
+
+
+def test_what_counts_only_together_with_others_is_no_threshold_by_itself() -> None:
+    """A row of steps is rejected for 1.6 sigmas of each signal; many a healthy batch has that of one of them."""
+    weak = msgspec.structs.replace(finding(2.3 * math.exp(0.045)), threshold=1.6)
+    norm = msgspec.structs.replace(weak, signal=GRAD_NORM, value=2.0, baseline=1.0, score=5.0)
+    trouble = Trouble.of([weak, norm])
+    ordinary = Pass(what="another", signals={LOSS: 2.3 * math.exp(0.02), GRAD_NORM: 1.3})
+    assert not trouble.shown_by(ordinary)
+    high_norm = Pass(what="another", signals={LOSS: 2.3, GRAD_NORM: 1.6})
+    assert trouble.shown_by(high_norm) and not trouble.shown_by(high_norm, wholly=True)
+    assert trouble.shown_by(Pass(what="bad", signals={LOSS: 2.3 * math.exp(0.03), GRAD_NORM: 1.6}), wholly=True)
 
 
 def test_nan_is_shown_by_nan_alone() -> None:

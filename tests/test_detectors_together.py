@@ -4,12 +4,16 @@ import pytest
 
 from guardrail.config import GuardSection
 from guardrail.controller import Controller
-from guardrail.records import LOSS, Action, Cause, Diagnosis, Verdict
+from guardrail.detectors.standard import TOGETHER
+from guardrail.detectors.together import ENOUGH, MOST, Together
+from guardrail.records import LOSS, Action, Cause, Diagnosis, Mode, Verdict
 from tests.feed import BATCH, healthy_loss, noisy, obs, through_json, warmed
 
 # With 2 % noise and the baselines of `warmed` a loss of 2.25 is between half and all of the way to its limit, a norm of
 # 2.0 likewise.
 LOW, HIGH = healthy_loss(200), (2.3, 2.0)
+# And this pair a little less than half of it.
+LESS = (2.21, 1.6)
 
 
 def fed(controller: Controller, step: int, rows: list[tuple[float, float]]) -> list[Verdict]:
@@ -32,11 +36,41 @@ def test_both_high_twice_in_a_row_is_rejected_from_the_first_of_them_on() -> Non
     assert controller.healthy_through == step - 1
 
 
-@pytest.mark.parametrize("rows", [[HIGH, (LOW, 0.5), HIGH], [(2.3, 0.5)] * 4, [(LOW, 2.0)] * 4])
+@pytest.mark.parametrize("rows", [[HIGH, (LOW, 0.5), HIGH], [(2.3, 0.5)] * 4, [(LOW, 2.0)] * 4, [LESS, (LOW, 0.5)] * 4])
 def test_once_or_one_signal_alone_is_no_reason(rows: list[tuple[float, float]]) -> None:
     controller = Controller(GuardSection())
     verdicts = fed(controller, warmed(controller), rows)
     assert actions(verdicts) == [Action.APPLY] * len(rows)
+
+
+def test_what_is_less_high_is_rejected_once_it_has_gone_on_for_long_enough() -> None:
+    controller = Controller(GuardSection())
+    step = warmed(controller)
+    together = controller.detectors[TOGETHER]
+    assert isinstance(together, Together)
+    counts = together.counts(obs(step, *LESS))
+    assert ENOUGH / 3 < counts < ENOUGH / 2 and not together.high(obs(step, *LESS), 0.5)
+    verdicts = fed(controller, step, [LESS] * 4)
+    assert actions(verdicts)[:3] == [Action.APPLY, Action.APPLY, Action.SKIP]
+    assert verdicts[2].onset == step
+
+
+def test_no_step_counts_for_so_much_that_the_next_one_needs_nothing() -> None:
+    controller = Controller(GuardSection())
+    step = warmed(controller)
+    together = controller.detectors[TOGETHER]
+    assert isinstance(together, Together)
+    assert together.counts(obs(step, 1e6, 1e6)) == MOST < ENOUGH
+
+
+@pytest.mark.parametrize("ordinary", [False, True])
+def test_no_row_begins_behind_a_rejection_before_an_ordinary_step(ordinary: bool) -> None:
+    """In `advise` the run goes on from a spike, and comes down from it over many steps."""
+    controller = Controller(GuardSection(), mode=Mode.ADVISE)
+    step = warmed(controller)
+    assert fed(controller, step, [(9.0, 5.0)])[0].would is Action.SKIP
+    verdicts = fed(controller, step + 1, [(LOW, 0.5)] * ordinary + [LESS] * 4)
+    assert any(verdict.would is not None for verdict in verdicts) == ordinary
 
 
 def test_it_travels_with_the_state() -> None:
@@ -49,13 +83,25 @@ def test_it_travels_with_the_state() -> None:
     assert other.observe(obs(step + 1, *HIGH)).action is Action.APPLY
 
 
-@pytest.mark.parametrize(("cause", "action"), [(Cause.DATA, Action.SKIP), (Cause.UNKNOWN, Action.APPLY)])
-def test_while_an_incident_of_known_cause_is_open_one_such_step_is_enough(cause: Cause, action: Action) -> None:
+@pytest.mark.parametrize(
+    ("cause", "row", "action"),
+    [
+        (Cause.DATA, HIGH, Action.SKIP),
+        (Cause.DATA, LESS, Action.SKIP),
+        (Cause.DATA, (LOW, 2.0), Action.APPLY),
+        (Cause.STATE, HIGH, Action.ROLLBACK),
+        (Cause.STATE, LESS, Action.APPLY),
+        (Cause.UNKNOWN, HIGH, Action.APPLY),
+    ],
+)
+def test_while_an_incident_of_known_cause_is_open_one_such_step_is_enough(
+    cause: Cause, row: tuple[float, float], action: Action
+) -> None:
     controller = Controller(GuardSection())
     step = warmed(controller)
     bad = obs(step, 9.0, 5.0)
     controller.reconsider(bad, controller.observe(bad), Diagnosis(cause=cause))
-    behind = obs(step, *HIGH, first=step * BATCH)
+    behind = obs(step, *row, first=step * BATCH)
     assert controller.observe(behind).action is action
     # Once the incident is over, the bar is where it was.
     for at in range(step, step + 20):

@@ -13,9 +13,8 @@ from guardrail.config import GuardSection
 from guardrail.controller import Controller
 from guardrail.records import Mode, Observation, Verdict
 from tests.feed import BATCH
-from tests.running import tiny
+from tests.running import of_kind, spans, tiny, trained
 from tests.traces.record import write_text
-from trainer.loop import Trainer
 
 FOLDER = Path(__file__).parent / "traces"
 TRUTH: dict[str, dict[str, Any]] = json.loads((FOLDER / "truth.json").read_text(encoding="utf-8"))
@@ -66,20 +65,21 @@ def test_the_embedding_is_named_where_it_is_the_source() -> None:
     assert not any(f.signal.startswith("embed") for f in first.findings)
 
 
-def test_the_rest_of_a_corpus_in_another_kind_of_text_is_learnt_and_not_left_out(tmp_path: Path) -> None:
-    """In `auto`, where what is left out is never learnt and looks as strange in every batch that follows. A larger jump
-    than this one is taken for bad data (README)."""
+@pytest.mark.parametrize("documents", [20, 10_000], ids=["for a stretch", "for good"])
+def test_another_kind_of_text_is_learnt_and_not_left_out(tmp_path: Path, documents: int) -> None:
+    """In `auto`, where what is left out is never learnt and looks as strange in every batch that follows."""
     write_text(tmp_path / "corpus")
-    for document in sorted((tmp_path / "corpus").iterdir())[150:]:
+    for document in sorted((tmp_path / "corpus").iterdir())[100 : 100 + documents]:
         document.write_text(document.read_text(encoding="utf-8").upper(), encoding="utf-8")
     config = tiny(
         tmp_path,
         data={"sequence_length": 64, "order": "stream"},
         model={"dropout": 0.0, "width": 48},
         optim={"lr": 3e-3, "warmup_steps": 30},
-        train={"steps": 200, "batch_size": 16, "micro_batch_size": 16},
+        train={"steps": 130, "batch_size": 16, "micro_batch_size": 16},
         guard={"mode": "auto"},
     )
-    trainer = Trainer(config)
-    trainer.train()
-    assert trainer.guard.step == 200 and not trainer.guard.ledger.quarantine
+    run = trained(config)
+    (cause,) = of_kind(run, "cause")
+    assert cause.data["shift"] and cause.data["ahead"] is (documents > 100) and cause.data["structure"] > 0.4
+    assert not spans(run)

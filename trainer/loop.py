@@ -31,7 +31,7 @@ from trainer.data.corpus import Corpus
 from trainer.data.loader import Loader, MicroBatch
 from trainer.data.prepare import prepare, wait_prepared
 from trainer.faults import Faults
-from trainer.objectives import IGNORED, z_penalty
+from trainer.objectives import IGNORED, reordered, z_penalty
 from trainer.optim import Scheduler, build_optimizers
 from trainer.parallel import (
     accumulating,
@@ -137,6 +137,7 @@ class Trainer:
             tokens=self._tokens,
             rerun=self._rerun,
             replay=self._replay,
+            structure=self._structure,
             fixed_loss=self._fixed_loss,
             lr_at=schedule,
             identity={"data": corpus.fingerprint, "config": hashlib.sha256(dump(config).encode()).hexdigest()},
@@ -173,7 +174,7 @@ class Trainer:
         if self.faults:
             self.faults.batch(step=step.number, positions=step.batch.positions, repeated=step.repeated)
             self.faults.state(self.model, self.optimizers)
-            self.micro_batches = self._spoiled(step.batch)
+            self.micro_batches = self._spoiled(step.batch, self.micro_batches)
         if self.qk_clip is not None:
             self.qk_clip.begin()
         total, tokens, incomplete = self._accumulated() if self.pipeline is None else self._pipelined(self.pipeline)
@@ -226,7 +227,7 @@ class Trainer:
         self._rows = [] if rows is not None else None
         if self.faults:
             self.faults.again(step=step, positions=batch.positions)
-            self.micro_batches = self._spoiled(batch)
+            self.micro_batches = self._spoiled(batch, self.micro_batches)
         try:
             once = self._accumulated(stoppable=False) if self.pipeline is None else self._pipelined(self.pipeline)
             if self.faults:
@@ -242,9 +243,24 @@ class Trainer:
         total, tokens, _ = once
         return total, tokens, self.nominal
 
-    def _spoiled(self, batch: Batch) -> list[MicroBatch]:
-        places = [self.loader.positions(batch, index) for index in range(len(self.micro_batches))]
-        return self.faults.data(self.micro_batches, places, vocabulary=self.corpus.vocabulary)
+    @torch.no_grad()
+    def _structure(self, batch: Batch, step: int) -> tuple[float, float, float]:
+        """(Loss sum, the same with each row's labels in another order, label tokens) of this rank's share."""
+        micro_batches, peaks = self.loader.read(batch), self.qk_clip.peaks() if self.qk_clip is not None else []
+        if self.faults:
+            self.faults.again(step=step, positions=batch.positions)
+            micro_batches = self._spoiled(batch, micro_batches)
+        total = torch.zeros(3, device=self.device, dtype=torch.float64)
+        for micro in micro_batches:
+            orders = (micro.labels, reordered(micro.labels, seeds=micro.sample_ids))
+            total += self._losses(micro.tokens, orders, micro.extra)
+        if self.qk_clip is not None:
+            self.qk_clip.put_back(peaks)
+        return tuple(total.tolist()) if self.config.layout.counts(self.rank) else (0.0, 0.0, 0.0)
+
+    def _spoiled(self, batch: Batch, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+        places = [self.loader.positions(batch, index) for index in range(len(micro_batches))]
+        return self.faults.data(micro_batches, places, vocabulary=self.corpus.vocabulary)
 
     @torch.no_grad()
     def _tell_rows(self, index: int, logits: Tensor, labels: Tensor) -> None:
@@ -348,27 +364,32 @@ class Trainer:
         if tokens:
             self.guard.log_eval(loss_total / tokens)
 
-    @torch.no_grad()
     def _loss_of(self, split: Any, sample_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(sum of losses, label tokens) of some samples, float64, without dropout."""
         shown = self.objective(split.tokens(sample_ids), sample_ids)
-        tokens, labels = self._to_device(shown.tokens), self._to_device(shown.labels)
+        loss, count = self._losses(shown.tokens, (shown.labels,), shown.extra)
+        return loss, count
+
+    @torch.no_grad()
+    def _losses(self, tokens: Any, orders: Sequence[Any], extra: dict[str, Any]) -> Tensor:
+        """float64 [orders + 1]: the sum of losses with each of these labels, and label tokens; without dropout."""
+        labels = [self._to_device(one) for one in orders]
         self.model.eval()
         try:
             if self.pipeline is None:
-                loss, count = self.loss_sum(self.model(tokens, **self._extra(shown.extra)), labels)
-            else:
-                logits = self.pipeline.forward(tokens)
-                mine = torch.zeros(2, device=self.device, dtype=torch.float64)
-                if logits is not None:
-                    mine = torch.stack([number.double() for number in self.loss_sum(logits, labels)])
-                loss, count = self.pipeline.from_last(mine)
+                return self._counted(self.model(self._to_device(tokens), **self._extra(extra)), labels)
+            logits = self.pipeline.forward(self._to_device(tokens))
+            mine = torch.zeros(len(labels) + 1, device=self.device, dtype=torch.float64)
+            return self.pipeline.from_last(mine if logits is None else self._counted(logits, labels))
         finally:
             self.model.train()
             # FSDP2 keeps the root's parameters gathered after a forward pass without a backward one, and would take
             # the next update's step from that copy.
             self.guard.state.settle()
-        return loss.double(), count.double()
+
+    def _counted(self, logits: Tensor, labels: Sequence[Tensor]) -> Tensor:
+        pairs = [self.loss_sum(logits, one) for one in labels]
+        return torch.stack([*(loss.double() for loss, _ in pairs), pairs[0][1].double()])
 
     def _fixed_loss(self) -> float:
         """Loss on the first samples of the data, the same on every rank: what a resumed model must reproduce."""

@@ -9,6 +9,9 @@ So the update is the same however the batch is cut into ranks and micro-batches,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,6 +35,19 @@ def loss_sum(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits_NV = logits_NV.float()
     total = F.cross_entropy(logits_NV, labels.flatten(), ignore_index=IGNORED, reduction="sum")
     return total, (labels != IGNORED).sum()
+
+
+def reordered(labels: np.ndarray, *, seeds: Sequence[int]) -> np.ndarray:
+    """Labels [B, T] with those that count in another random order within each row, the same for the same seed.
+
+    Args:
+        seeds: of the first rows; further ones, which only fill up, stay as they are.
+    """
+    found = labels.copy()
+    for row, seed in zip(found, seeds, strict=False):
+        counts = row != IGNORED
+        row[counts] = np.random.default_rng(seed).permutation(row[counts])
+    return found
 
 
 def z_penalty(logits: Tensor, labels: Tensor, weight: float) -> Tensor:

@@ -4,6 +4,9 @@
     1-3 passes  other batches from that state: two healthy ones from before the onset, and the next one
     2-5 passes  from an older snapshot of the ring: a healthy batch for comparison, and the batch at hand, or, where the
                 trouble began earlier, up to three from the onset on
+    0-5 passes  where the data is to blame and the next batch is in trouble, from the state at hand: batches far ahead.
+                In the same trouble: it is no bad stretch, but what the data now is
+    3 passes    likewise, forward alone: what the order of labels is worth to the model, here and in healthy batches
     2-20 passes where the data is to blame and the run is to go back for it, from there: each batch from the onset on,
                 and what is left of it without the samples that stand out
 
@@ -17,7 +20,7 @@ from collections.abc import Sequence
 
 from msgspec import structs
 
-from guardrail.causes import Pass, Trouble, hardware, judge
+from guardrail.causes import Pass, Trouble, ahead_of, hardware, judge, structure_of
 from guardrail.ledger import Batch, Ledger
 from guardrail.records import Action, Cause, Diagnosis, Verdict
 from guardrail.torch.attribution import ORDINARY, explaining
@@ -27,6 +30,10 @@ from guardrail.torch.snapshots import CANDIDATE, GOOD, Snapshot, SnapshotRing
 from guardrail.window import Applied
 
 EARLIER, FROM_ONSET = 2, 3  # batches of each kind that are run
+FAR = 4  # times as many batches ahead as may be left out in a row: data of another kind reaches at least so far
+# Where batches on the way there are looked at, as shares of it: no multiples of one another, so that bad data which
+# comes again and again is not met each time.
+PLACES = (1.0, 0.618, 0.382, 0.236, 0.146)
 EXPLAINED = 8  # batches from the onset on, at most, of which the samples are looked at; more are no matter of a few
 
 
@@ -48,6 +55,8 @@ class CauseTest:
         reduced: Reduced,
         applied: Sequence[Applied],
         keep_gradients: bool,
+        reach: int = 0,
+        end: int = 0,
     ) -> Diagnosis:
         """A collective. Call it when the attempt's own dice and buffers are back where they were before it.
 
@@ -56,6 +65,8 @@ class CauseTest:
             reduced: of that step, the last reduction that was done.
             applied: the last applied batches, oldest first.
             keep_gradients: those of the step may still be applied.
+            reach: batches ahead within which is looked whether the data has become another kind; 0: nobody looks.
+            end: applied updates after which the run is finished; 0: endless.
         """
         replays, step = self._replays, verdict.step
         trouble = Trouble.of(verdict.findings)
@@ -96,12 +107,34 @@ class CauseTest:
                 lasting=lasting,
                 passes=replays.passes,
             )
+            if diagnosis.cause.of_data and reach and ahead is not None and trouble.shown_by(others[-1]):
+                reach = min(reach, end - step) if end else reach
+                far = self._far(batch, trouble, reach, step=step)
+                gain, *usual_gains = [replays.structure(one, step=step) for one in (batch, *healthy)]
+                diagnosis = ahead_of(diagnosis, trouble, far, passes=replays.passes)
+                diagnosis = structure_of(diagnosis, gain, usual_gains, passes=replays.passes)
             goes_back = diagnosis.applied or Action.ROLLBACK in (verdict.action, verdict.would)
-            if diagnosis.cause is not Cause.DATA or not goes_back or older is None:
+            if diagnosis.cause is not Cause.DATA or diagnosis.ahead or not goes_back or older is None:
                 return diagnosis
             bad = [*self._since(onset, applied), batch] if lasting else [batch]
             few = self._few(older, bad, usual, level, trouble)
             return structs.replace(diagnosis, positions=few, passes=replays.passes)
+
+    def _far(self, batch: Batch, trouble: Trouble, reach: int, *, step: int) -> list[tuple[int, Pass]]:
+        """(Batches ahead, pass) of some behind the next one, the farthest first; two that are healthy are enough."""
+        found: list[tuple[int, Pass]] = []
+        size, healthy = batch.last - batch.first, 0
+        for distance in dict.fromkeys(round(share * reach) for share in PLACES):
+            first = batch.last + (distance - 1) * size
+            within = self._ledger.limit is None or first + size <= self._ledger.limit
+            if distance < 2 or not within or (one := self._ledger.stretch(first, first + size)) is None:
+                continue
+            seen = self._replays.run(one, step=step, what=f"{distance} batches ahead")
+            found.append((distance, seen))
+            healthy += not trouble.shown_by(seen, wholly=True)
+            if healthy > 1:
+                break
+        return found
 
     def _few(
         self, older: Snapshot, batches: Sequence[Batch], usual: Sequence[Batch], level: Pass | None, trouble: Trouble

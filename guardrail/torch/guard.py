@@ -38,7 +38,7 @@ from guardrail.torch.lagged import Lagged
 from guardrail.torch.pace import Meter, Pace
 from guardrail.torch.probes import Probes, Reduced
 from guardrail.torch.quarantine import Describe, Quarantine
-from guardrail.torch.replays import Replay, Replays
+from guardrail.torch.replays import Replay, Replays, Structure
 from guardrail.torch.scaling import LossScale, enabled
 from guardrail.torch.state import TrainingState
 from guardrail.torch.step import Step
@@ -82,6 +82,8 @@ class Guard:
             rank when a loss was not finite, to name the module that it came from.
         replay: runs forward and backward over this rank's share of any batch (see guardrail.torch.replays). With it the
             cause of an incident is looked for. Called on every rank.
+        structure: what the order of a batch's labels is worth to the model (see guardrail.torch.replays). With it text
+            of another kind is told from labels that are as good as drawn by lot.
         fixed_loss: loss on one fixed batch, same on every rank; stored with a checkpoint and compared after a resume.
         lr_at: the scheduled learning rate as a function of the step, to be compared after a resume.
         identity: fingerprints stored with a checkpoint. A resume on other "data" is refused, any other change noted.
@@ -111,6 +113,7 @@ class Guard:
         tokens: DescribeTokens | None = None,
         rerun: Callable[[], None] | None = None,
         replay: Replay | None = None,
+        structure: Structure | None = None,
         fixed_loss: Callable[[], float] | None = None,
         lr_at: Callable[[int], float] | None = None,
         identity: dict[str, Any] | None = None,
@@ -159,7 +162,7 @@ class Guard:
             shared=self.shared,
         )
         self.desk = Desk(self)
-        self.replays = self._replays(replay) if replay is not None else None
+        self.replays = self._replays(replay, structure) if replay is not None else None
         self.account = Account(self)
         self.quarantine = Quarantine(self, describe)
         self.timelines = Timelines(self, fixed_loss=fixed_loss, lr_at=lr_at, identity=identity or {})
@@ -416,10 +419,11 @@ class Guard:
     def say(self, kind: str, message: str, **data: Any) -> None:
         self.recorder.event(kind, message, step=self.step, timeline=self.timeline, **data)
 
-    def _replays(self, replay: Replay) -> Replays:
+    def _replays(self, replay: Replay, structure: Structure | None) -> Replays:
         scale = self.loss_scale
         return Replays(
             replay,
+            structure,
             state=self.state,
             probes=self.probes,
             loss_scale=lambda: scale.value if scale is not None else None,

@@ -8,6 +8,7 @@ Moments, rates, loss scale, ledger and detectors are never touched: a forward an
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,11 +30,15 @@ from guardrail.torch.state import TrainingState
 # this rank's share of any batch, with its own dice, as for `Step.finish`, which is not called. `step` is the number
 # that the update would get. Where `rows` is a list, the hook appends each micro-batch's to it.
 Replay = Callable[[Batch, int, Rows | None], tuple[Tensor, Tensor | float, float | None]]
+# (batch, step) -> (loss sum of this rank's share, the same with the labels of each row in another order, label tokens):
+# forward passes without gradients and without the run's dice, the same each time. Called on every rank.
+Structure = Callable[[Batch, int], tuple[float, float, float]]
 
 
 class Replays:
     """Args:
     replay: see `Replay`; called on every rank.
+    structure: see `Structure`; None: nobody can tell.
     loss_scale: gives the present loss scale; None: nothing scales the loss.
     gathered: every rank's value, by rank; a collective.
     alive: called before each pass: this rank gets ahead.
@@ -42,6 +47,7 @@ class Replays:
     def __init__(
         self,
         replay: Replay,
+        structure: Structure | None = None,
         *,
         state: TrainingState,
         probes: Probes,
@@ -49,7 +55,7 @@ class Replays:
         gathered: Callable[[Any], list[Any]],
         alive: Callable[[], None],
     ) -> None:
-        self._replay, self.state, self.probes = replay, state, probes
+        self._replay, self._structure, self.state, self.probes = replay, structure, state, probes
         self._loss_scale, self.gathered, self._alive = loss_scale, gathered, alive
         self.passes = 0  # of the present visit
         # (from an older state?, positions of a batch) -> this rank's rows of it
@@ -96,15 +102,35 @@ class Replays:
             self.run(batch, step=step, what="")
         return merged(row for rows in self.gathered(self._rows[key]) for row in rows)
 
-    def run(self, batch: Batch, *, step: int, what: str) -> Pass:
-        """One pass from the state at hand; dice and buffers begin and end as they are."""
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Around one pass: dice and buffers begin and end as they are."""
         self._alive()
         self.passes += 1
         self.state.settle()
         aside = Attempt(self.state)
         aside.begin()
-        rows: Rows = []
         try:
+            yield
+        finally:
+            aside.undo()
+            self._drop()
+            self.state.settle()
+
+    def structure(self, batch: Batch, *, step: int) -> float | None:
+        """Nats a token that another order of the labels costs now; None: nobody can tell. A collective."""
+        if self._structure is None:
+            return None
+        with self._aside():
+            mine = self._structure(batch, step)
+        loss, other, tokens = (math.fsum(column) for column in zip(*self.gathered(mine), strict=True))
+        gain = (other - loss) / tokens if tokens else math.nan
+        return gain if math.isfinite(gain) else None
+
+    def run(self, batch: Batch, *, step: int, what: str) -> Pass:
+        """One pass from the state at hand; dice and buffers begin and end as they are."""
+        rows: Rows = []
+        with self._aside():
             with embedding_gradients(self.state.model) as norms:
                 loss, tokens, nominal = self._replay(batch, step, rows)
             self._rows[self._away, batch.positions] = samples_of(rows, norms)
@@ -115,10 +141,6 @@ class Replays:
                 step_time=0.0,
                 loss_scale=self._loss_scale(),
             )
-        finally:
-            aside.undo()
-            self._drop()
-            self.state.settle()
         return pass_of(reduced, what=what)
 
     @contextlib.contextmanager

@@ -16,7 +16,7 @@ from guardrail.records import LOSS, MAX_NAMED, Action, Diagnosis, Kind, Mode, Ob
 from guardrail.torch.attempt import Attempt
 from guardrail.torch.attribution import Attribution, Texts, attribute, told
 from guardrail.torch.blame import first_nonfinite
-from guardrail.torch.cause import CauseTest
+from guardrail.torch.cause import FAR, CauseTest
 from guardrail.torch.desk import Answer
 from guardrail.torch.probes import Reduced
 from guardrail.torch.step import Step
@@ -93,13 +93,14 @@ class Verdicts:
         guard = self._guard
         if self.judge is None or not guard.controller.wants_cause(verdict):
             return verdict
-        diagnosis = self.judge(step, verdict, reduced)
+        diagnosis = guard.controller.weighed(observation, self.judge(step, verdict, reduced))
         guard.say(
             "cause",
             f"cause of incident {verdict.incident}: {diagnosis.cause.value}: {diagnosis.reason}",
             **msgspec.to_builtins(diagnosis),
             incident=verdict.incident,
             at_step=step.number,
+            batch=[step.batch.first, step.batch.last],
             onset=verdict.onset,
             signals=sorted(signals_of(verdict.findings)),
         )
@@ -110,12 +111,15 @@ class Verdicts:
     def _find_cause(self, step: Step, verdict: Verdict, reduced: Reduced) -> Diagnosis:
         guard = self._guard
         assert guard.replays is not None
-        asks = guard.mode is Mode.ASK or any(rung.do == "pause" for rung in guard.settings.guard.ladder)
+        settings = guard.controller.settings
+        asks = guard.mode is Mode.ASK or any(rung.do == "pause" for rung in settings.ladder)
         return CauseTest(guard.replays, ledger=guard.ledger, ring=guard.tiers.ring).run(
             step.batch,
             verdict=verdict,
             reduced=reduced,
             applied=guard.controller.applied,
+            reach=FAR * settings.skips if settings.shift == "learn" else 0,
+            end=guard.total_steps,
             keep_gradients=asks,  # a person may have the update applied all the same
         )
 

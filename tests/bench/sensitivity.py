@@ -30,7 +30,7 @@ CONSTANTS: tuple[tuple[Any, tuple[str, ...]], ...] = (
     (growth, ("BLOCK", "LEAST", "SIGMAS", "SURE")),
     (tail, ("KEEP", "LEAST", "RATE", "PRIOR", "PRIOR_EXCESS")),
     (stuck, ("CHANCE", "KNOWN")),
-    (together, ("SHARE",)),
+    (together, ("RAISED", "SHARE", "DRIFT", "ENOUGH", "MOST")),
 )
 FIGURES = ("acted", "noted", "false_skips_per_10k", "false_rollbacks_per_10k", "false_notes_per_10k", "delay_median")
 

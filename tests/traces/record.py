@@ -159,9 +159,9 @@ STAGES = {
         what="labels shuffled in ten batches", expect="rollback", batch=during(ONSET, ONSET + 10, wrong_labels)
     ),
     "batch_order": Stage(
-        what="forty batches of upper-case text in one piece: harmless, soon learnt, and none of them is to be lost",
+        what="forty batches of upper-case text in a row: harmless and soon learnt; no number tells it from bad data",
         expect="note",
-        most="note",
+        most="skip",
         batch=during(ONSET, ONSET + 40, other_order),
     ),
     "rate_too_high": Stage(what="learning rate x 100", expect="rollback", within=12, before=raise_rate(100.0)),
