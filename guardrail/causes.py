@@ -86,6 +86,11 @@ class Trouble(Record, frozen=True, kw_only=True):
     limits: dict[str, tuple[float, float]]
     stuck: dict[str, float]
 
+    @property
+    def of_level(self) -> bool:
+        """Whether numbers are too high, and nothing worse: what is no number is no other kind of data."""
+        return not self.nonfinite and not self.stuck
+
     @classmethod
     def of(cls, findings: Sequence[Finding]) -> Trouble:
         """From the findings of a verdict, the most severe first."""
@@ -255,7 +260,7 @@ def ahead_of(diagnosis: Diagnosis, trouble: Trouble, far: Sequence[tuple[int, Pa
         far: (batches ahead, pass from the state at hand).
     """
     hit = sum(trouble.shown_by(one, wholly=True) for _, one in far)
-    if not far or trouble.nonfinite or trouble.stuck:
+    if not far or not trouble.of_level:
         return structs.replace(diagnosis, passes=passes)
     ahead = hit >= LEAST_AHEAD and hit >= len(far) - 1
     distances = [distance for distance, _ in far]

@@ -107,7 +107,13 @@ class CauseTest:
                 lasting=lasting,
                 passes=replays.passes,
             )
-            if diagnosis.cause.of_data and reach and ahead is not None and trouble.shown_by(others[-1]):
+            if (
+                diagnosis.cause.of_data
+                and reach
+                and trouble.of_level
+                and ahead is not None
+                and trouble.shown_by(others[-1])
+            ):
                 reach = min(reach, end - step) if end else reach
                 far = self._far(batch, trouble, reach, step=step)
                 gain, *usual_gains = [replays.structure(one, step=step) for one in (batch, *healthy)]
