@@ -268,20 +268,24 @@ def ahead_of(diagnosis: Diagnosis, trouble: Trouble, far: Sequence[tuple[int, Pa
     return structs.replace(diagnosis, reason=f"{diagnosis.reason}, {said}", passes=passes, ahead=ahead)
 
 
-def structure_of(diagnosis: Diagnosis, gain: float | None, usual: Sequence[float | None], *, passes: int) -> Diagnosis:
+def structure_of(
+    diagnosis: Diagnosis, gains: Sequence[float | None], usual: Sequence[float | None], *, passes: int
+) -> Diagnosis:
     """The diagnosis in the light of what the order of its labels is worth to the model.
 
     In text of any kind the model finds something: vowels follow consonants, spaces end words. Where labels are as good
     as drawn by lot (shuffled, of another batch, noise) it finds nothing, and any other order does as well.
 
     Args:
-        gain: nats a token that it costs when each row's labels stand in another random order.
+        gains: nats a token that it costs when each row's labels stand in another random order, of the batches in
+            trouble; the least counts.
         usual: the same of healthy batches.
     """
-    known = [one for one in usual if one is not None]
+    found, known = ([one for one in some if one is not None] for some in (gains, usual))
     level = sum(known) / len(known) if known else 0.0
-    if gain is None or level < LEAST_GAIN:
+    if not found or level < LEAST_GAIN:
         return structs.replace(diagnosis, passes=passes)
+    gain = min(found)
     said = f"with its labels in another order the loss is {gain:.2g} higher, and {level:.2g} with usual batches"
     return structs.replace(diagnosis, reason=f"{diagnosis.reason}; {said}", passes=passes, structure=gain / level)
 

@@ -129,6 +129,9 @@ class Controller(Facts):
         if self.begins_level(obs, evidence):
             notes = levels.begin(self.detectors, obs, evidence)
             return self._level(obs, notes, "another kind of data")
+        if self.is_borne(obs) and levels.raised_only(self.detectors, obs):
+            notes = levels.bear(self.detectors, obs, evidence)
+            return self._healthy(obs, watch, notes, f"borne: {notes[0].sentence()}, and so has every batch: applied")
         return self._rejected(obs, evidence)
 
     def _wary(self, obs: Observation) -> list[Finding]:
@@ -140,7 +143,7 @@ class Controller(Facts):
         known = self.diagnoses.up_to(self.incidents.number, obs.first)
         together = self.detectors[TOGETHER]
         assert isinstance(together, Together)
-        if known is None or known.cause not in CAUSES or known.shift:
+        if known is None or known.cause not in CAUSES or known.shift or known.borne:
             return []
         counts = together.counts(obs)
         wary = counts > 0.0 if known.cause.of_data else together.high(obs, ONSET_SHARE)
@@ -298,7 +301,9 @@ class Controller(Facts):
         return self._asks_again or self.diagnoses.untold(verdict, self.rollbacks)
 
     def weighed(self, obs: Observation, diagnosis: Diagnosis) -> Diagnosis:
-        """The diagnosis with the word whether this is another kind of data, to be learnt."""
+        """The diagnosis with the word whether this is another kind of data, to be learnt, or no more than raised."""
+        if diagnosis.cause is Cause.STATE and not diagnosis.applied and levels.raised_only(self.detectors, obs):
+            return structs.replace(diagnosis, borne=True, reason=f"{diagnosis.reason}: raised, and no spike: borne")
         if self.settings.shift != "learn" or not levels.another_kind(self.detectors, obs, diagnosis):
             return diagnosis
         return structs.replace(diagnosis, shift=True, reason=f"{diagnosis.reason}: another kind of data")
@@ -322,8 +327,11 @@ class Controller(Facts):
         )
         if diagnosis.cause is Cause.HARDWARE:
             return self.diagnoses.unsound(verdict, diagnosis, settings=self.settings, mode=self.mode)
-        if diagnosis.shift:
-            self.levels.append((obs.first, obs.last))
+        self.note_cause(diagnosis, (obs.first, obs.last))
+        if diagnosis.shift or diagnosis.borne:
+            why = "of another kind of data: form the batch again, to learn it"
+            if diagnosis.borne:
+                why = "and so has every batch: form the batch again, to apply it"
             return structs.replace(
                 verdict,
                 action=Action.RETRY,
@@ -331,7 +339,7 @@ class Controller(Facts):
                 window=None,
                 positions=(),
                 before_step=None,
-                reason=f"{verdict.findings[0].sentence()}, of another kind of data: form the batch again, to learn it",
+                reason=f"{verdict.findings[0].sentence()}, {why}",
                 cause=diagnosis.cause,
             )
         return self._answer(

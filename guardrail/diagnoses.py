@@ -143,4 +143,5 @@ def diagnosis_of(data: Mapping[str, Any]) -> Diagnosis:
         ahead=bool(data.get("ahead", False)),
         structure=None if data.get("structure") is None else float(data["structure"]),
         shift=bool(data.get("shift", False)),
+        borne=bool(data.get("borne", False)),
     )

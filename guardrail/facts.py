@@ -11,7 +11,7 @@ from guardrail.config import GuardSection
 from guardrail.diagnoses import Diagnoses, diagnosis_of
 from guardrail.incidents import CLOSED, OPEN, RECURRED, Incidents
 from guardrail.policy import UNSUSPECTED, Rollback, rollback_of
-from guardrail.records import Action, Curve, Event, Finding, Kind, Observation, Severity, Verdict, field_of
+from guardrail.records import Action, Curve, Diagnosis, Event, Finding, Kind, Observation, Severity, Verdict, field_of
 
 # An update with these has no meaning, whoever wishes for it.
 UNPARDONABLE = frozenset({Kind.NONFINITE, Kind.NO_TOKENS, Kind.SCALE_COLLAPSE})
@@ -24,6 +24,7 @@ class Facts:
     diagnoses: what replays have told about causes.
     pardons: stretches [first, last) of positions whose batches are applied whatever is found, as far as it is finite.
     levels: stretches of batches with which the data became another kind; they are applied, as far as they are finite.
+    borne: stretches of batches that were raised a little, and no batch is to blame; likewise.
     empty_spans: stretches that were rejected for want of labels: no sign of trouble.
     """
 
@@ -34,6 +35,7 @@ class Facts:
         self.diagnoses = Diagnoses()
         self.pardons: list[tuple[int, int]] = list(settings.pardon)
         self.levels: list[tuple[int, int]] = []
+        self.borne: list[tuple[int, int]] = []
         self.empty_spans: set[tuple[int, int]] = set()
 
     def pardoned(self, obs: Observation, findings: Iterable[Finding]) -> bool:
@@ -44,6 +46,17 @@ class Facts:
     def begins_level(self, obs: Observation, findings: Iterable[Finding]) -> bool:
         """Whether a replay has shown that from this batch on the data is another kind."""
         return any(first <= obs.first < last for first, last in self.levels) and _pardonable(findings)
+
+    def is_borne(self, obs: Observation) -> bool:
+        """Whether a replay has shown that the raised numbers of this batch are those of every batch."""
+        return any(first <= obs.first < last for first, last in self.borne)
+
+    def note_cause(self, diagnosis: Diagnosis, batch: tuple[int, int]) -> None:
+        """What its cause says of the batch itself."""
+        if diagnosis.shift:
+            self.levels.append(batch)
+        if diagnosis.borne:
+            self.borne.append(batch)
 
     def pardon(self, stretches: Iterable[tuple[int, int]]) -> None:
         """Do not reject batches with a position in these stretches [first, last) again: a person took that back."""
@@ -56,7 +69,7 @@ class Facts:
     def rebuild(self, events: Iterable[Event]) -> None:
         """Take the facts over from the journal's events, in order. Replaces what was known."""
         self.rollbacks, self.empty_spans, self.pardons = [], set(), list(self.settings.pardon)
-        self.levels = []
+        self.levels, self.borne = [], []
         self.diagnoses = Diagnoses()
         began: list[int] = []  # timelines that the rollbacks began
         self.incidents = Incidents(confirm=self.settings.confirm)
@@ -75,8 +88,7 @@ class Facts:
                 at = int(data.get("at_step") or event.step + 1)
                 step, diagnosis = max(step, at), diagnosis_of(data)
                 first, last = map(int, data.get("batch") or (0, 0))
-                if diagnosis.shift:
-                    self.levels.append((first, last))
+                self.note_cause(diagnosis, (first, last))
                 self.diagnoses.learn(
                     int(data["incident"]),
                     diagnosis,

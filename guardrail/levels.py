@@ -3,6 +3,8 @@
 norms alone     High again behind a rollback while the loss has nothing of it: then no batch is to blame and no harm is
                 done, and the clip keeps the updates as long as they were.
 everything      The data has become another kind, as a replay has shown: it is there to be learnt.
+borne           Loss and norm are both raised, step after step, and so they are with every other batch: to leave one out
+                or to go back for so little would be in vain.
 """
 
 from __future__ import annotations
@@ -37,16 +39,17 @@ def norms_alone(detectors: Mapping[str, Detector], obs: Observation, findings: I
 def another_kind(detectors: Mapping[str, Detector], obs: Observation, diagnosis: Diagnosis) -> bool:
     """Whether what is to blame for a step is another kind of data, and no bad data.
 
-    What lies ahead is the same, or no signal by itself is high enough to be rejected, just both a little, step after
-    step; and the model finds in it what it does not find in labels that are drawn by lot.
+    What lies ahead is the same, or the step is `raised_only`; and the model finds in it what it does not find in labels
+    that are drawn by lot.
     """
     found = diagnosis.structure is not None and diagnosis.structure >= STRUCTURE
     if not diagnosis.cause.of_data or not (found or diagnosis.structure is None):
         return False
-    return diagnosis.ahead or (found and _raised_only(detectors, obs))
+    return diagnosis.ahead or (found and raised_only(detectors, obs))
 
 
-def _raised_only(detectors: Mapping[str, Detector], obs: Observation) -> bool:
+def raised_only(detectors: Mapping[str, Detector], obs: Observation) -> bool:
+    """Whether no signal by itself is high enough to be rejected: loss and norm are both raised, step after step."""
     alone = (detector for name, detector in detectors.items() if name != TOGETHER)
     return all(finding.severity is Severity.NOTE for detector in alone for finding in detector.observe(obs))
 
@@ -60,6 +63,17 @@ def begin_norms(
         if finding.severity is Severity.REJECT and isinstance(detector, Spike | Share):
             detector.adopt(obs)
     return tuple(_shifted(finding) if finding.kind in NORMS else finding for finding in findings)
+
+
+def bear(detectors: Mapping[str, Detector], obs: Observation, findings: tuple[Finding, ...]) -> tuple[Finding, ...]:
+    """A raised step is applied, and the next ones as well unless they are raised by more. Returns it as it is noted.
+
+    Baselines and what is known of the loss stay: should it go on to rise, that is a divergence.
+    """
+    together = detectors[TOGETHER]
+    assert isinstance(together, Together)
+    together.adopt(obs)
+    return tuple(structs.replace(finding, severity=Severity.NOTE) for finding in findings)
 
 
 def begin(detectors: Mapping[str, Detector], obs: Observation, findings: tuple[Finding, ...]) -> tuple[Finding, ...]:

@@ -163,6 +163,7 @@ class Diagnosis(Record, frozen=True, kw_only=True):
         structure: what it costs the model when the labels of the batch stand in another order, as a share of what that
             costs with usual batches; about 0 where labels are as good as drawn by lot. None: nobody looked.
         shift: so this is another kind of data, to be learnt as a new level.
+        borne: no spike, just raised steps, and no batch is to blame: applied.
     """
 
     cause: Cause
@@ -175,6 +176,7 @@ class Diagnosis(Record, frozen=True, kw_only=True):
     ahead: bool = False
     structure: float | None = None
     shift: bool = False
+    borne: bool = False
 
 
 class Remedy(Record, frozen=True, kw_only=True):

@@ -38,7 +38,7 @@ def test_all_four_causes(tmp_path: Path, world: int, strategy: str) -> None:
     named = [Cause.DATA_AND_STATE, Cause.HARDWARE, Cause.DATA, Cause.STATE]
     assert [one["cause"] for one in found] == [cause.value for cause in named]
     assert (found[1]["rank"], found[1]["host"]) == (world - 1, socket.gethostname())
-    assert [one["passes"] for one in found] == [6, 1, 6, 4]
+    assert [one["passes"] for one in found] == [9, 1, 9, 4]
 
 
 # Any batch in the state of step 30; and then, in the same incident, ten batches of bad data here and there.

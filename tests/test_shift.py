@@ -162,6 +162,44 @@ def test_nobody_is_wary_before_the_place_of_the_trouble() -> None:
         assert again.observe(raised).action is action
 
 
+def raised(step: int) -> Observation:
+    """No spike: loss and norm more than half-way to one."""
+    return obs(step, 1.14 * healthy_loss(step), 0.5 * math.exp(0.2 * 6))
+
+
+def test_what_every_batch_has_a_little_of_is_borne_and_a_spike_is_not() -> None:
+    controller = Controller(GuardSection())
+    step = warmed(controller)
+    assert controller.observe(raised(step)).action is Action.APPLY
+    verdict = controller.observe(raised(step + 1))
+    assert verdict.action is Action.SKIP and controller.wants_cause(verdict)
+    told = controller.weighed(raised(step + 1), Diagnosis(cause=Cause.STATE))
+    assert told.borne and not controller.weighed(other(step + 1), Diagnosis(cause=Cause.STATE)).borne
+    retry = controller.reconsider(raised(step + 1), verdict, told)
+    assert retry.action is Action.RETRY and retry.incident_state == "open"
+    assert controller.is_borne(raised(step + 1))
+    for later in range(step + 1, step + 4):
+        borne = controller.observe(raised(later))
+        assert borne.action is Action.APPLY and borne.accepted, borne
+    assert controller.observe(other(step + 4)).action is not Action.APPLY, "a spike is a spike"
+
+
+def test_what_is_borne_and_goes_on_to_rise_is_found_as_a_divergence() -> None:
+    controller = Controller(GuardSection())
+    step = warmed(controller)
+    controller.observe(raised(step))
+    verdict = controller.observe(raised(step + 1))
+    told = controller.weighed(raised(step + 1), Diagnosis(cause=Cause.STATE))
+    controller.reconsider(raised(step + 1), verdict, told)
+    kinds: set[Kind] = set()
+    for later in range(step + 1, step + 60):
+        seen = controller.observe(obs(later, (1.14 + 0.002 * (later - step)) * healthy_loss(later), 0.5))
+        kinds |= {finding.kind for finding in seen.findings if finding.severity is Severity.PERSISTENT}
+        if kinds:
+            break
+    assert kinds == {Kind.DIVERGENCE}
+
+
 # -- whole runs
 
 AT = 35  # first step of another kind of data
@@ -241,10 +279,10 @@ def test_what_lies_ahead_and_what_the_model_finds_in_it_tell_them_apart(raised: 
 
 def test_a_measure_needs_something_to_be_measured_by() -> None:
     before = Diagnosis(cause=Cause.DATA, reason="it comes again", passes=6)
-    assert structure_of(before, 0.45, [0.8, 1.0], passes=9).structure == pytest.approx(0.5)
-    assert structure_of(before, 0.05, [0.06, 0.07], passes=9).structure is None, "the model has learnt no order yet"
-    assert structure_of(before, 0.45, [], passes=9).structure is None
-    assert structure_of(before, None, [0.8], passes=6).structure is None
+    assert structure_of(before, [0.45], [0.8, 1.0], passes=9).structure == pytest.approx(0.5)
+    assert structure_of(before, [0.05], [0.06, 0.07], passes=9).structure is None, "the model has learnt no order yet"
+    assert structure_of(before, [0.45], [], passes=9).structure is None
+    assert structure_of(before, [None], [0.8], passes=6).structure is None
 
 
 def test_labels_in_another_order_are_the_same_labels_row_by_row() -> None:

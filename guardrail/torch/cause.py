@@ -6,7 +6,8 @@
                 trouble began earlier, up to three from the onset on
     0-5 passes  where the data is to blame and the next batch is in trouble, from the state at hand: batches far ahead.
                 In the same trouble: it is no bad stretch, but what the data now is
-    3 passes    likewise, forward alone: what the order of labels is worth to the model, here and in healthy batches
+    3-4 passes  where the data is to blame, forward alone: what the order of labels is worth to the model, here and in
+                healthy batches
     2-20 passes where the data is to blame and the run is to go back for it, from there: each batch from the onset on,
                 and what is left of it without the samples that stand out
 
@@ -107,18 +108,14 @@ class CauseTest:
                 lasting=lasting,
                 passes=replays.passes,
             )
-            if (
-                diagnosis.cause.of_data
-                and reach
-                and trouble.of_level
-                and ahead is not None
-                and trouble.shown_by(others[-1])
-            ):
-                reach = min(reach, end - step) if end else reach
-                far = self._far(batch, trouble, reach, step=step)
-                gain, *usual_gains = [replays.structure(one, step=step) for one in (batch, *healthy)]
+            if diagnosis.cause.of_data and trouble.of_level and reach:
+                goes_on = ahead is not None and trouble.shown_by(others[-1])
+                far = self._far(batch, trouble, min(reach, end - step) if end else reach, step=step) if goes_on else []
                 diagnosis = ahead_of(diagnosis, trouble, far, passes=replays.passes)
-                diagnosis = structure_of(diagnosis, gain, usual_gains, passes=replays.passes)
+                # With the first batch another kind may just begin.
+                here = [batch, ahead] if goes_on and ahead is not None else [batch]
+                gains, usual_gains = ([replays.structure(one, step=step) for one in some] for some in (here, healthy))
+                diagnosis = structure_of(diagnosis, gains, usual_gains, passes=replays.passes)
             goes_back = diagnosis.applied or Action.ROLLBACK in (verdict.action, verdict.would)
             if diagnosis.cause is not Cause.DATA or diagnosis.ahead or not goes_back or older is None:
                 return diagnosis
