@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from msgspec import structs
@@ -119,19 +119,21 @@ class Controller(Facts):
         else:
             # Without a label token the loss is 0/0: every other claim about it would be noise.
             findings = self._no_tokens.observe(obs)
-        if not findings:
+        if not (findings or self.levels or self.borne):
             return self._healthy(obs, watch)
         evidence = self.watchers.foremost(by_severity(findings))
+        # By position, whatever is found: who starts again may no longer be as wary as the process that asked.
+        if self.begins_level(obs, evidence):
+            return self._level(obs, levels.begin(self.detectors, obs, evidence), "another kind of data")
+        if self.is_borne(obs) and levels.raised_only(self.detectors, obs):
+            notes = levels.bear(self.detectors, obs, evidence)
+            return self._healthy(obs, watch, notes, f"borne: {_told(notes)}every batch is as high: applied")
+        if not evidence:
+            return self._healthy(obs, watch)
         if evidence[0].severity is Severity.NOTE:
             return self._healthy(obs, watch, evidence, f"noted: {evidence[0].sentence()}")
         if self.pardoned(obs, evidence):
             return self._pardon(obs, evidence)
-        if self.begins_level(obs, evidence):
-            notes = levels.begin(self.detectors, obs, evidence)
-            return self._level(obs, notes, "another kind of data")
-        if self.is_borne(obs) and levels.raised_only(self.detectors, obs):
-            notes = levels.bear(self.detectors, obs, evidence)
-            return self._healthy(obs, watch, notes, f"borne: {notes[0].sentence()}, and so has every batch: applied")
         return self._rejected(obs, evidence)
 
     def _wary(self, obs: Observation) -> list[Finding]:
@@ -284,7 +286,7 @@ class Controller(Facts):
 
     def _level(self, obs: Observation, notes: tuple[Finding, ...], why: str) -> Verdict:
         """Applied: where the signals stand is a level of its own, from which their baselines begin."""
-        return self._healthy(obs, self.watchers.of(obs), notes, f"level shift: {notes[0].sentence()}, {why}: accepted")
+        return self._healthy(obs, self.watchers.of(obs), notes, f"level shift: {_told(notes)}{why}: accepted")
 
     # -- the cause -----------------------------------------------------------------------------------------------
 
@@ -495,6 +497,11 @@ class Controller(Facts):
             self._history.pop()
         if self._history:
             self.resumed()  # not far back, where the loss may have been another
+
+
+def _told(findings: Sequence[Finding]) -> str:
+    """The first of them as the beginning of a sentence; "" where nothing was found."""
+    return f"{findings[0].sentence()}, " if findings else ""
 
 
 def _is_due(rejections: int, persist: int) -> bool:

@@ -200,6 +200,38 @@ def test_what_is_borne_and_goes_on_to_rise_is_found_as_a_divergence() -> None:
     assert kinds == {Kind.DIVERGENCE}
 
 
+@pytest.mark.parametrize(("mark", "steps"), [("shift", 20), ("borne", 1)])
+def test_a_level_begins_at_its_place_though_nobody_is_wary_any_more(mark: str, steps: int) -> None:
+    """The step was rejected because an incident was open; a process that starts again when it is over finds nothing."""
+    kept = []
+    for ends in ([], ["recovered"]):
+        controller = Controller(GuardSection())
+        step = warmed(controller)
+        seen = raised(step)
+        batch = [seen.first, seen.last]
+        lines: list[tuple[str, dict[str, Any]]] = [
+            ("incident", {"number": 1, "state": "open", "onset": step}),
+            ("cause", {"incident": 1, "cause": "data", "at_step": step, "batch": batch}),
+            ("cause", {"incident": 1, "cause": "data", "at_step": step, "batch": batch, mark: True}),
+            *(("incident", {"number": 1, "state": state}) for state in ends),
+        ]
+        controller.rebuild(
+            Event(seq=at, time=0.0, step=step, timeline=0, kind=kind, message="", data=fields)
+            for at, (kind, fields) in enumerate(lines, 1)
+        )
+        assert controller.incidents.open is not bool(ends)
+        for later in range(step, step + steps):
+            verdict = controller.observe(raised(later) if later == step else obs(later, healthy_loss(later), 0.5))
+            assert verdict.action is Action.APPLY and verdict.accepted
+        kept.append(controller.state_dict())
+    assert kept[0] == kept[1]
+    ignorant = Controller(GuardSection())
+    step = warmed(ignorant)
+    for later in range(step, step + steps):
+        ignorant.observe(raised(later) if later == step else obs(later, healthy_loss(later), 0.5))
+    assert kept[0] != ignorant.state_dict()
+
+
 # -- whole runs
 
 AT = 35  # first step of another kind of data
