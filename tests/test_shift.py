@@ -339,7 +339,7 @@ def test_noise_to_the_end_of_the_data_is_not_learnt(tmp_path: Path) -> None:
 
 
 def structures(folder: Path, **shape: Any) -> list[float]:
-    stretch = [{**FOREVER[0], "first": (LATE - 1) * BATCH, "last": (LATE + 2) * BATCH}]
+    stretch = [{**FOREVER[0], "first": (LATE - 1) * BATCH, "last": (LATE + 2) * BATCH, "value": 20.0}]
     model, train = {"tied": False, "dropout": 0.0}, {"steps": LATE + 2, "micro_batch_size": 4}
     run = trained(tiny(folder, faults=stretch, train=train, model=model, **SKILLED, **shape))
     return [event.data["structure"] for event in of_kind(run, "cause")]
@@ -351,4 +351,5 @@ def test_every_mesh_finds_the_same_in_a_batch(tmp_path: Path, shape: dict[str, A
     known = structures(tmp_path / "one")
     part = {"parallel": shape} if "strategy" not in shape else shape
     found = structures(tmp_path / "two", world=2, **part)
-    assert known and all(0.5 < one < 2.0 for one in known) and found == pytest.approx(known, rel=1e-2)
+    # Two hundred steps at this rate let the order of additions grow to some per cent.
+    assert known and all(0.5 < one < 2.0 for one in known) and found == pytest.approx(known, rel=0.1)
