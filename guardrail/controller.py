@@ -34,7 +34,7 @@ from guardrail.detectors.scale import ScaleCollapse, overflows
 from guardrail.detectors.spike import LOOK_BACK, ONSET_SHARE, Spike
 from guardrail.detectors.standard import TOGETHER
 from guardrail.detectors.together import Together
-from guardrail.diagnoses import signals_of
+from guardrail.diagnoses import leaving_nothing_out, signals_of
 from guardrail.enough import MOST, fit
 from guardrail.facts import Facts
 from guardrail.incidents import CLOSED, RECURRED
@@ -334,16 +334,7 @@ class Controller(Facts):
             why = "of another kind of data: form the batch again, to learn it"
             if diagnosis.borne:
                 why = "and so has every batch: form the batch again, to apply it"
-            return structs.replace(
-                verdict,
-                action=Action.RETRY,
-                would=None,
-                window=None,
-                positions=(),
-                before_step=None,
-                reason=f"{verdict.findings[0].sentence()}, {why}",
-                cause=diagnosis.cause,
-            )
+            return leaving_nothing_out(verdict, Action.RETRY, why, cause=diagnosis.cause)
         return self._answer(
             obs, verdict.findings, onset=verdict.onset, number=verdict.incident, state=verdict.incident_state
         )

@@ -11,7 +11,7 @@ import msgspec
 from guardrail.casefile import Cost, Incident
 from guardrail.enough import expected
 from guardrail.entries import whole
-from guardrail.records import LOSS, Event
+from guardrail.records import LOSS, Action, Event
 from guardrail.rundir import MetricsView, RunDirectory
 from guardrail.timelines import Timelines
 
@@ -47,7 +47,7 @@ def _cost(incident: Incident, view: MetricsView, events: list[Event], parked: fl
         if not deed.action.startswith("would"):
             tried |= (timelines == deed.timeline) & (steps == deed.step + 1) & (verdicts != 0)
     took = seconds[given_up | tried]
-    tried &= ~_applied_after_all(tried, view)
+    tried &= ~_applied_after_all(tried & (verdicts == list(Action).index(Action.RETRY)), view)
     lost, onset, curve = sum(deed.steps_lost for deed in incident.deeds), max(1, incident.onset), incident.curve
     excess, price = math.nan, 0.0
     if curve is not None:
@@ -65,13 +65,13 @@ def _cost(incident: Incident, view: MetricsView, events: list[Event], parked: fl
     )
 
 
-def _applied_after_all(tried: np.ndarray, view: MetricsView) -> np.ndarray:
-    """Of rejected tries, those whose very batch was formed again and applied, with the same loss."""
+def _applied_after_all(retried: np.ndarray, view: MetricsView) -> np.ndarray:
+    """Of tries whose batch was formed again, those in which it was applied then, with the same loss."""
     import numpy as np
 
     steps, timelines, verdicts, _, losses = view.array.T
-    found = np.zeros_like(tried)
-    for row in np.flatnonzero(tried):
+    found = np.zeros_like(retried)
+    for row in np.flatnonzero(retried):
         same = (steps == steps[row]) & (timelines == timelines[row]) & (verdicts == 0) & (losses == losses[row])
         found[row] = same[row:].any()
     return found

@@ -109,16 +109,29 @@ class Diagnoses:
                 f"them: halt, since guard.retries allows {settings.retries}"
             )
         asked = mode is Mode.ASK and action is Action.HALT
-        return structs.replace(
+        return leaving_nothing_out(
             verdict,
-            action=Action.PAUSE if asked else action,
+            Action.PAUSE if asked else action,
+            f"but {reason}",
             would=action if asked else None,
-            window=None,
-            positions=(),
-            before_step=None,
-            reason=f"{verdict.findings[0].sentence()}, but {reason}",
             cause=diagnosis.cause,
         )
+
+
+def leaving_nothing_out(
+    verdict: Verdict, action: Action, why: str, *, cause: Cause, would: Action | None = None
+) -> Verdict:
+    """A rejection whose batch is not to blame, so that neither it nor a window is left out and nothing goes back."""
+    return structs.replace(
+        verdict,
+        action=action,
+        would=would,
+        window=None,
+        positions=(),
+        before_step=None,
+        reason=f"{verdict.findings[0].sentence()}, {why}",
+        cause=cause,
+    )
 
 
 def _answers(rollbacks: Sequence[Rollback], incident: int) -> int:

@@ -223,11 +223,8 @@ class Trainer:
     def _replay(self, batch: Batch, step: int, rows: Rows | None) -> tuple[Tensor, Tensor, float]:
         """Forward and backward over this rank's share of any batch; what is known of the last step stays as it is."""
         held, peaks = self.micro_batches, self.qk_clip.peaks() if self.qk_clip is not None else []
-        self.micro_batches = self.loader.read(batch)
+        self.micro_batches = self._again(batch, step)
         self._rows = [] if rows is not None else None
-        if self.faults:
-            self.faults.again(step=step, positions=batch.positions)
-            self.micro_batches = self._spoiled(batch, self.micro_batches)
         try:
             once = self._accumulated(stoppable=False) if self.pipeline is None else self._pipelined(self.pipeline)
             if self.faults:
@@ -246,17 +243,22 @@ class Trainer:
     @torch.no_grad()
     def _structure(self, batch: Batch, step: int) -> tuple[float, float, float]:
         """(Loss sum, the same with each row's labels in another order, label tokens) of this rank's share."""
-        micro_batches, peaks = self.loader.read(batch), self.qk_clip.peaks() if self.qk_clip is not None else []
-        if self.faults:
-            self.faults.again(step=step, positions=batch.positions)
-            micro_batches = self._spoiled(batch, micro_batches)
+        peaks = self.qk_clip.peaks() if self.qk_clip is not None else []
         total = torch.zeros(3, device=self.device, dtype=torch.float64)
-        for micro in micro_batches:
+        for micro in self._again(batch, step):
             orders = (micro.labels, reordered(micro.labels, seeds=micro.sample_ids))
             total += self._losses(micro.tokens, orders, micro.extra)
         if self.qk_clip is not None:
             self.qk_clip.put_back(peaks)
         return tuple(total.tolist()) if self.config.layout.counts(self.rank) else (0.0, 0.0, 0.0)
+
+    def _again(self, batch: Batch, step: int) -> list[MicroBatch]:
+        """This rank's micro-batches of any batch, with what is wrong with its data; no fault is used up."""
+        micro_batches = self.loader.read(batch)
+        if not self.faults:
+            return micro_batches
+        self.faults.again(step=step, positions=batch.positions)
+        return self._spoiled(batch, micro_batches)
 
     def _spoiled(self, batch: Batch, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         places = [self.loader.positions(batch, index) for index in range(len(micro_batches))]

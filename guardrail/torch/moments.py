@@ -80,6 +80,6 @@ def keeps_tensors(optimizer: Optimizer) -> bool | None:
     try:
         # Not twin.step(): a scheduler has put a wrapper there that is bound to the real optimizer.
         type(optimizer).step(twin)
-    except Exception:
+    except Exception:  # anybody's optimizer, on a parameter that it was not made for: then nobody knows
         return None
     return any(isinstance(value, Tensor) for state in twin.state.values() for value in state.values())
