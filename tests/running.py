@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import random
+import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -196,6 +197,11 @@ def told(config: Config, run: RunDirectory) -> Config:
         guard=replace(config.guard, mode=Mode.OFF, remedies=(*config.guard.remedies, *remedies)),
         data=replace(config.data, quarantine=str(file)),
     )
+
+
+def said(event: Event) -> tuple[str, str]:
+    """What a line says, wherever in the journal it stands: a save or a copy comes in when a disk is ready."""
+    return event.kind, re.sub(r"\bline \d+\b", "line", event.message)
 
 
 def assert_whole(run: RunDirectory) -> None:

@@ -31,6 +31,7 @@ from tests.running import (
     corpus_of,
     new_run,
     of_kind,
+    said,
     start_run,
     tiny,
     told,
@@ -187,10 +188,9 @@ def test_killed_behind_each_line_of_the_journal(tmp_path: Path, strategy: str) -
     (undo,) = of_kind(whole, "undo")
     assert undo.data["samples"] == 2
     # Copies and saves come when a disk is ready; what decides comes at the same place in every run.
-    told_of = [(e.kind, e.message) for e in whole.events() if e.kind not in NEITHER]
-    for kind, message in told_of:
+    for line in [said(event) for event in whole.events() if event.kind not in NEITHER]:
         run = asked()
-        assert killed_behind(run, 2, lambda event, line=(kind, message): (event.kind, event.message) == line)
+        assert killed_behind(run, 2, lambda event, line=line: said(event) == line)
         assert train(run, 2) == "finished"
         assert_whole(run)
         assert_same(run, whole)
@@ -209,11 +209,12 @@ def test_killed_between_the_answer_to_a_command_and_its_deed(tmp_path: Path, kin
         return run
 
     whole, run = asked(), asked()
+    run.append("note", "lines stand elsewhere in another run's journal")
     assert train(whole, 1) == "finished"
     assert killed_behind(run, 1, lambda event: event.kind == "command")
     assert run.commands_pending(), "it was taken, and is still to be done"
     assert train(run, 1) == "finished"
-    deeds = [[(e.step, e.message) for e in of_kind(one, DEEDS[kind])] for one in (whole, run)]
+    deeds = [[(e.step, said(e)) for e in of_kind(one, DEEDS[kind])] for one in (whole, run)]
     assert deeds[0] == deeds[1] != []
     assert not run.commands_pending()
     assert_same(run, whole)
