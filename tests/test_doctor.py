@@ -168,6 +168,10 @@ def test_a_dry_run_says_what_a_layout_asks_of_machines_that_are_not_here(
         "is right in itself, for 384 ranks; nothing was started",
     ):
         assert said in output
+    assert (
+        main(["doctor", "--dry-run", str(BLOOM), "--set", "parallel.chunks=5", "--set", "train.batch_size=2112"]) == 0
+    )
+    assert "the pipeline idles 1.6% of the time (1f1b, 5 chunks a stage)" in capsys.readouterr().out
     # Without it, what this machine lacks counts.
     assert main(["doctor", str(BLOOM)]) == 2
 

@@ -16,14 +16,14 @@ from trainer.pipeline import Place, cut
 
 
 def config_of(folder: Path, parallel: dict[str, Any], model: dict[str, Any]) -> Config:
-    world = math.prod(parallel.values())
+    world = math.prod(size for name, size in parallel.items() if name != "chunks")
     return tiny(folder, world=world, parallel=parallel, model=model, train={"batch_size": 24, "micro_batch_size": 2})
 
 
 MODELS: dict[str, dict[str, Any]] = {
-    "pre": {"layers": 5, "width": 16, "heads": 2, "tied": False},
+    "pre": {"layers": 7, "width": 16, "heads": 2, "tied": False},
     "bloom-like": {
-        "layers": 5,
+        "layers": 7,
         "width": 16,
         "heads": 2,
         "tied": False,
@@ -32,18 +32,19 @@ MODELS: dict[str, dict[str, Any]] = {
         "positions": "alibi",
         "embedding_norm": True,
     },
-    "post": {"layers": 5, "width": 16, "heads": 2, "tied": False, "norm_place": "post", "positions": "learned"},
+    "post": {"layers": 7, "width": 16, "heads": 2, "tied": False, "norm_place": "post", "positions": "learned"},
 }
 
 
+@pytest.mark.parametrize("chunks", [1, 2])
 @pytest.mark.parametrize("name", MODELS)
-def test_parameters_of_each_stage_are_those_that_are_left_of_the_model(name: str, tmp_path: Path) -> None:
-    config = config_of(tmp_path, {"pp": 3}, MODELS[name])
+def test_parameters_of_each_stage_are_those_that_are_left_of_the_model(name: str, chunks: int, tmp_path: Path) -> None:
+    config = config_of(tmp_path, {"pp": 3, "chunks": chunks}, MODELS[name])
     length = config.data.sequence_length
     found = []
     for stage in range(3):
         model = Decoder(config.model, vocabulary=config.vocabulary, sequence_length=length, seed=0)
-        cut(model, Place(stage=stage, stages=3, group=None))  # type: ignore[arg-type]
+        cut(model, Place(stage=stage, stages=3, chunks=chunks, group=None))  # type: ignore[arg-type]
         found.append(sum(parameter.numel() for parameter in model.parameters()))
     assert rank_parameters(config) == found
 

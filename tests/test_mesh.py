@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +64,13 @@ MESHES: dict[str, tuple[int, dict[str, Any]]] = {
     "tp-shards": (4, {"dp_shard": 2, "tp": 2}),
     "tp-replicas": (4, {"dp_replicate": 2, "tp": 2, "sequence_parallel": True}),
     "gpipe": (2, {"pp": 2, "schedule": "gpipe"}),
+    "chunks": (2, {"pp": 2, "chunks": 2}),
+    "gpipe-chunks": (2, {"pp": 2, "chunks": 2, "schedule": "gpipe"}),
     "pp-tp": (4, {"pp": 2, "tp": 2}),
     "pp-sequence": (4, {"pp": 2, "tp": 2, "sequence_parallel": True}),
     "pp-replicas": (4, {"pp": 2, "dp_replicate": 2, "schedule": "gpipe"}),
+    "chunks-shards": (4, {"pp": 2, "chunks": 2, "dp_shard": 2}),
+    "chunks-tp": (4, {"pp": 2, "chunks": 2, "tp": 2, "sequence_parallel": True}),
     "pp-shards-tp": (8, {"pp": 2, "dp_shard": 2, "tp": 2}),
     "pp-replicas-tp": (8, {"pp": 2, "dp_replicate": 2, "tp": 2, "sequence_parallel": True}),
     "tp-hybrid": (8, {"dp_replicate": 2, "dp_shard": 2, "tp": 2}),
@@ -73,11 +80,16 @@ QUICK = ("zero2", "hybrid", "sequence", "pp")
 SWEEP = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MESHES if name != "one"]
 
 
+def layers_of(*names: str) -> int:
+    """Such that stages, or chunks of stages, have one block and two blocks."""
+    return 5 if any("chunks" in MESHES[name][1] for name in names) else 3
+
+
 def config_of(folder: Path, name: str, **sections: Any) -> Config:
-    """A run on the mesh of this name, with three layers. A tensor-parallel group alone has one micro-batch a step."""
+    """A run on the mesh of this name. A tensor-parallel group alone has one micro-batch a step."""
     world, parallel = MESHES[name]
     train = {"micro_batch_size": 8 if name in ALONE else 2, **sections.pop("train", {})}
-    model = {"tied": False, "layers": 3, **sections.pop("model", {})}  # stages of one and of two blocks
+    model = {"tied": False, "layers": layers_of(name), **sections.pop("model", {})}
     return tiny(folder, world=world, model=model, train=train, parallel=parallel, **sections)
 
 
@@ -100,15 +112,29 @@ CURVE: dict[str, Any] = {
 }
 
 
+Known = Callable[[int], RunDirectory]
+
+
+def of_one_rank(factory: pytest.TempPathFactory, options: dict[str, Any]) -> Known:
+    """Number of layers -> the run of one rank with these options, trained when it is first asked for."""
+
+    @functools.cache
+    def known(layers: int) -> RunDirectory:
+        model = {**options["model"], "layers": layers}
+        return trained(config_of(factory.mktemp("one"), "one", **{**options, "model": model}))
+
+    return known
+
+
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Known:
     """The run that each mesh must reproduce."""
-    return trained(config_of(tmp_path_factory.mktemp("one"), "one", **CURVE))
+    return of_one_rank(tmp_path_factory, CURVE)
 
 
 @pytest.mark.parametrize("name", SWEEP)
-def test_a_mesh_reproduces_the_curve_of_one_rank(name: str, one_rank: RunDirectory, tmp_path: Path) -> None:
-    one, many = one_rank, trained(config_of(tmp_path, name, **CURVE))
+def test_a_mesh_reproduces_the_curve_of_one_rank(name: str, one_rank: Known, tmp_path: Path) -> None:
+    one, many = one_rank(layers_of(name)), trained(config_of(tmp_path, name, **CURVE))
     ours, theirs = table(many, SIGNALS), table(one, SIGNALS)
     assert len(ours) == len(theirs) == STEPS
     np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5)
@@ -228,6 +254,8 @@ PAIRS = [
     ("pp-replicas-tp", "pp-shards-tp"),
     ("pp-tp", "zero3"),
     ("tp-shards", "pp"),
+    ("chunks", "one"),
+    ("pp", "chunks-shards"),
 ]
 RESHARD = [pytest.param(*pair, marks=() if pair in PAIRS[:4] else pytest.mark.slow) for pair in PAIRS]
 # A batch is left out before the stop, and its quarantine must come along; fp16, and its scale has moved.
@@ -239,15 +267,17 @@ BEFORE: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def never_stopped(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    return trained(config_of(tmp_path_factory.mktemp("never-stopped"), "one", **BEFORE))
+def never_stopped(tmp_path_factory: pytest.TempPathFactory) -> Known:
+    return of_one_rank(tmp_path_factory, BEFORE)
 
 
 @pytest.mark.parametrize(("before", "after"), RESHARD)
 def test_a_checkpoint_of_one_mesh_loads_on_another(
-    before: str, after: str, never_stopped: RunDirectory, tmp_path: Path
+    before: str, after: str, never_stopped: Known, tmp_path: Path
 ) -> None:
-    first, second = config_of(tmp_path, before, **BEFORE), config_of(tmp_path, after, **BEFORE)
+    layers = layers_of(before, after)
+    options = {**BEFORE, "model": {**BEFORE["model"], "layers": layers}}
+    first, second = config_of(tmp_path, before, **options), config_of(tmp_path, after, **options)
     run = new(first)
     run.send(Command(id="stop", kind=CommandKind.STOP, at_step=11))
     assert train_to_end(run, first.world) == "stopped"
@@ -264,9 +294,10 @@ def test_a_checkpoint_of_one_mesh_loads_on_another(
     assert train_to_end(run, second.world) == "finished"
     (check,) = of_kind(run, "resume_check")
     assert all(outcome == "ok" for part, outcome in check.data.items() if isinstance(outcome, str)), check.data
-    assert quarantine_lines(run) == quarantine_lines(never_stopped) != []
-    np.testing.assert_array_equal(table(run, EXACT), table(never_stopped, EXACT))
-    np.testing.assert_allclose(table(run, SIGNALS), table(never_stopped, SIGNALS), rtol=2e-2)
+    whole = never_stopped(layers)
+    assert quarantine_lines(run) == quarantine_lines(whole) != []
+    np.testing.assert_array_equal(table(run, EXACT), table(whole, EXACT))
+    np.testing.assert_allclose(table(run, SIGNALS), table(whole, SIGNALS), rtol=2e-2)
 
 
 EXACT = ("step", "first", "last", "lr", "tokens", "loss_scale")
@@ -354,6 +385,7 @@ def test_replicas_of_shards_write_each_piece_once(tmp_path: Path) -> None:
         ({}, 4, "ddp", (4, 1, False)),
         ({"tp": 2}, 8, "ddp", (4, 1, True)),
         ({"pp": 4, "tp": 2}, 16, "ddp", (2, 1, True)),
+        ({"pp": 2, "tp": 2, "chunks": 3, "sequence_parallel": True}, 8, "ddp", (2, 1, True)),
         ({"pp": 12, "tp": 4, "dp_replicate": 8}, 384, "ddp", (8, 1, True)),
         ({"tp": 4}, 8, "fsdp", (1, 2, True)),
         ({"pp": 2, "tp": 2, "sequence_parallel": True}, 8, "ddp", (2, 1, True)),
@@ -379,7 +411,17 @@ def test_layouts(section: dict[str, Any], world: int, strategy: str, expected: t
     assert sum(layout.counts(rank) for rank in range(world)) == layout.data_ranks
     assert all(layout.dice(rank) == layout.stage(rank) for rank in range(world)) or layout.sequence
     if layout.sequence:
-        assert len({(layout.data_rank(rank), layout.dice(rank)) for rank in range(world)}) == world
+        thrown = [
+            (layout.data_rank(rank), layout.dice(rank, chunk))
+            for rank in range(world)
+            for chunk in range(layout.chunks)
+        ]
+        assert len(set(thrown)) == world * layout.chunks
+    dealt = layout.blocks(13)
+    assert (
+        sorted(itertools.chain(*dealt)) == list(range(13))
+        and max(map(len, dealt)) - min(map(len, dealt)) <= layout.chunks
+    )
 
 
 @pytest.mark.parametrize(
@@ -392,6 +434,7 @@ def test_layouts(section: dict[str, Any], world: int, strategy: str, expected: t
         ({"cpu_offload": True}, "parallel.cpu_offload", "false, or shards"),
         ({"reshard_after_forward": False}, "parallel.reshard_after_forward", "true, or shards"),
         ({"sequence_parallel": True}, "parallel.sequence_parallel", "false, or parallel.tp above 1"),
+        ({"chunks": 2}, "parallel.chunks", "1, or parallel.pp above 1"),
     ],
 )
 def test_layouts_that_are_refused(section: dict[str, Any], key: str, expected: str, tmp_path: Path) -> None:
@@ -416,10 +459,26 @@ def test_what_has_no_place_in_a_pipeline_is_refused(sections: dict[str, Any], ke
     assert error.value.key == key
 
 
-def test_a_stage_has_its_blocks_and_no_others(tmp_path: Path) -> None:
-    names = run_ranks(_names, 2, config_of(tmp_path, "pp"), folder=tmp_path, init=False)
-    assert {name.split(".")[1] for name in names[0] if name.startswith("blocks")} == {"0"}
-    assert {name.split(".")[1] for name in names[1] if name.startswith("blocks")} == {"1", "2"}
+@pytest.mark.parametrize(
+    ("sections", "key"),
+    [
+        ({"model": {"layers": 3}}, "parallel.chunks"),
+        # 5 micro-batches on 2 stages: 2 rounds would be of 2.5.
+        ({"train": {"micro_batch_size": 2, "batch_size": 10}}, "train.micro_batch_size"),
+    ],
+)
+def test_chunks_that_do_not_come_out_even_are_refused(sections: dict[str, Any], key: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        config_of(tmp_path, "chunks", **sections)
+    assert error.value.key == key
+    assert config_of(tmp_path, "chunks", train={"micro_batch_size": 2, "batch_size": 12}).micro_batches == 6
+
+
+@pytest.mark.parametrize(("name", "dealt"), [("pp", ("0", "12")), ("chunks", ("02", "134"))])
+def test_a_stage_has_its_blocks_and_no_others(name: str, dealt: tuple[str, str], tmp_path: Path) -> None:
+    names = run_ranks(_names, 2, config_of(tmp_path, name), folder=tmp_path, init=False)
+    assert {name.split(".")[1] for name in names[0] if name.startswith("blocks")} == set(dealt[0])
+    assert {name.split(".")[1] for name in names[1] if name.startswith("blocks")} == set(dealt[1])
     assert "embedding.weight" in names[0] and not {"norm.weight", "head.weight"} & set(names[0])
     assert "embedding.weight" not in names[1] and {"norm.weight", "head.weight"} <= set(names[1])
 

@@ -42,16 +42,18 @@ def _batch(config: Config) -> str:
     )
     stages = config.layout.pp
     if stages > 1:
-        # Narayanan et al. 2021, section 2.2: of either schedule, relative to the whole.
-        idle = (stages - 1) / (config.micro_batches + stages - 1)
-        text += f"; the pipeline idles {idle:.1%} of the time ({config.parallel.schedule})"
+        # Narayanan et al. 2021, sections 2.2.1 and 2.2.2: of either schedule, relative to the whole.
+        chunks = config.layout.chunks
+        idle = (stages - 1) / (config.micro_batches * chunks + stages - 1)
+        schedule = config.parallel.schedule + (f", {chunks} chunks a stage" if chunks > 1 else "")
+        text += f"; the pipeline idles {idle:.1%} of the time ({schedule})"
     return text
 
 
 def _shapes(config: Config) -> str:
     model, tp = config.model, config.layout.tp
     total = parameter_count(model, config.vocabulary, sequence_length=config.data.sequence_length)
-    blocks = sorted({len(stretch) for stretch in config.layout.stretches(model.layers)})
+    blocks = sorted({len(numbers) for numbers in config.layout.blocks(model.layers)})
     hidden = hidden_width(model)
     return (
         f"{_count(total)} parameters; a stage has {' or '.join(map(str, blocks))} of {model.layers} blocks, a rank "
@@ -87,7 +89,7 @@ def rank_parameters(config: Config) -> list[int]:
     of_stages = stage_parameters(
         config.model,
         config.vocabulary,
-        stretches=layout.stretches(config.model.layers),
+        blocks=layout.blocks(config.model.layers),
         sequence_length=config.data.sequence_length,
     )
     return [-(-count // (layout.tp * layout.dp_shard)) for count in of_stages]

@@ -35,6 +35,9 @@ class ParallelSection(Section, frozen=True, kw_only=True):
     # GPipe, or one forward and one backward pass in turn (PipeDream-flush), which keeps fewer activations.
     pp: Positive = 1
     schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    # Pipelines: stretches of blocks that each stage has, dealt out in turn (Megatron's model chunks, interleaved 1F1B;
+    # breadth-first with gpipe). The pipeline idles for a chunk's time instead of a stage's, for that much more traffic.
+    chunks: Positive = 1
     # Shards: drop gathered parameters after the forward pass and gather them again for the backward pass (ZeRO-3), or
     # keep them in between (ZeRO-2: more memory, less traffic).
     reshard_after_forward: bool = True
@@ -48,11 +51,13 @@ class Layout(Struct, frozen=True, kw_only=True):
     rank = ((stage * dp_replicate + replicate) * dp_shard + shard) * tp + place in the tensor-parallel group.
 
     Attributes:
+        chunks: stretches of blocks that a stage has: chunk c of stage s is number c * pp + s of all, in their order.
         sharded: FSDP2 holds the state, be it on one shard; else DDP, or nothing on a single rank.
         sequence: a tensor-parallel group shares out the tokens of the stream.
     """
 
     pp: int
+    chunks: int
     dp_replicate: int
     dp_shard: int
     tp: int
@@ -77,6 +82,7 @@ class Layout(Struct, frozen=True, kw_only=True):
             replicate, shard = (1, rest) if strategy == "fsdp" else (rest, 1)
         layout = cls(
             pp=section.pp,
+            chunks=section.chunks,
             dp_replicate=replicate or rest,
             dp_shard=shard or rest,
             tp=section.tp,
@@ -90,6 +96,9 @@ class Layout(Struct, frozen=True, kw_only=True):
         """Refuse what tensor-parallel groups and pipelines cannot share out. Raises ConfigError."""
         if self.pp > model.layers:
             raise ConfigError(f"at most model.layers ({model.layers})", key="parallel.pp", value=self.pp)
+        if self.pp * self.chunks > model.layers:
+            expected = f"at most model.layers / parallel.pp ({model.layers // self.pp}), a block for each chunk"
+            raise ConfigError(expected, key="parallel.chunks", value=self.chunks)
         if self.world == self.data_ranks:
             return
         counts = (("heads", model.heads), ("kv_heads", model.groups), ("hidden", hidden_width(model)))
@@ -128,6 +137,10 @@ class Layout(Struct, frozen=True, kw_only=True):
             raise ConfigError(
                 "false, or parallel.tp above 1", key="parallel.sequence_parallel", value=True, hint="it splits nothing"
             )
+        if self.chunks > 1 and self.pp == 1:
+            raise ConfigError(
+                "1, or parallel.pp above 1", key="parallel.chunks", value=self.chunks, hint="there are no stages"
+            )
         if self.sharded:
             return
         for key, value in (("reshard_after_forward", True), ("cpu_offload", False)):
@@ -147,16 +160,18 @@ class Layout(Struct, frozen=True, kw_only=True):
         """Which stage of the pipeline a rank has."""
         return rank // (self.data_ranks * self.tp)
 
-    def stretches(self, layers: int) -> list[range]:
+    def blocks(self, layers: int) -> list[list[int]]:
         """Numbers of the blocks of each stage."""
-        return [stretch(layers, stage=stage, stages=self.pp) for stage in range(self.pp)]
+        dealt = [stretches(layers, stage=stage, stages=self.pp, chunks=self.chunks) for stage in range(self.pp)]
+        return [[block for stretch in each for block in stretch] for each in dealt]
 
-    def dice(self, rank: int) -> int:
+    def dice(self, rank: int, chunk: int = 0) -> int:
         """Which part of a micro-batch's pass a rank computes by dice of its own; equal where ranks compute the same.
 
         Without sequence parallelism a tensor-parallel group drops the same entries of the stream, which it has whole.
         """
-        return self.stage(rank) * self.tp + rank % self.tp if self.sequence else self.stage(rank)
+        number = chunk * self.pp + self.stage(rank)
+        return number * self.tp + rank % self.tp if self.sequence else number
 
     def holders(self, rank: int) -> range | None:
         """The ranks of the same stage; None: there is one stage."""
@@ -178,6 +193,7 @@ class Layout(Struct, frozen=True, kw_only=True):
         return rank % self.tp == 0 and self.stage(rank) == self.pp - 1
 
 
-def stretch(layers: int, *, stage: int, stages: int) -> range:
-    """Numbers of the blocks of one stage of a pipeline."""
-    return range(stage * layers // stages, (stage + 1) * layers // stages)
+def stretches(layers: int, *, stage: int, stages: int, chunks: int = 1) -> list[range]:
+    """Numbers of the blocks of each chunk of one stage of a pipeline."""
+    cuts = [number * layers // (stages * chunks) for number in range(stages * chunks + 1)]
+    return [range(cuts[number], cuts[number + 1]) for number in range(stage, stages * chunks, stages)]

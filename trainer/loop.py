@@ -276,15 +276,15 @@ class Trainer:
     def _rerun(self) -> None:
         """The forward passes of the last step once more, with the same dice."""
         for index, micro in enumerate(self.micro_batches):
-            self._throw(index)
             if self.pipeline is not None:
-                self.pipeline.forward(self._to_device(micro.tokens))
-            else:
-                self.model(self._to_device(micro.tokens), **self._extra(micro.extra))
+                self.pipeline.forward(self._to_device(micro.tokens), again=index)
+                continue
+            self._throw(index)
+            self.model(self._to_device(micro.tokens), **self._extra(micro.extra))
 
-    def _throw(self, index: int) -> None:
-        """The dice of a micro-batch of the last step, on this rank."""
-        part = self.config.layout.dice(self.rank)
+    def _throw(self, index: int, chunk: int = 0) -> None:
+        """The dice of a micro-batch of the last step, on this rank and in this chunk of its stage of a pipeline."""
+        part = self.config.layout.dice(self.rank, chunk)
         seed_micro_batch(self.config.train.seed, self.micro_batches[index].position, self.data_rank, part)
 
     # -- pipeline ------------------------------------------------------------------------------------------------

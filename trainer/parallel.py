@@ -195,7 +195,10 @@ def _shard(model: Decoder, config: Config, accelerator: Accelerator) -> Decoder:
         split = tensor_parallel.split(model, whole["tp"], sequence=config.layout.sequence)
         model.loss_sum = split  # type: ignore[assignment]
     if config.layout.pp > 1:
-        place = Place(stage=whole.get_local_rank("pp"), stages=config.layout.pp, group=whole.get_group("pp"))
+        layout = config.layout
+        place = Place(
+            stage=whole.get_local_rank("pp"), stages=layout.pp, chunks=layout.chunks, group=whole.get_group("pp")
+        )
         model.place = place  # type: ignore[assignment]
         cut(model, place)
     # Replicas of shards (HSDP), or shards alone: the ranks that average gradients.

@@ -1,8 +1,10 @@
-"""Pipeline parallelism by torch.distributed.pipelining: a rank has a stretch of the blocks, micro-batches flow through.
+"""Pipeline parallelism by torch.distributed.pipelining: a rank has stretches of the blocks, micro-batches flow through.
 
 GPipe (Huang et al. 2019) runs all forward passes, then all backward ones; 1F1B (PipeDream-flush, Narayanan et al. 2021)
-alternates them, so that a stage keeps the activations of as many micro-batches as there are stages behind it. Both add
-up the gradients of a window and reduce them once, at its end.
+alternates them, so that a stage keeps the activations of as many micro-batches as there are stages behind it. With
+several chunks, stretches that are dealt out to the stages in turn, a micro-batch goes round the ranks once for each:
+interleaved 1F1B (the same paper, section 2.2.2), and breadth-first GPipe (Lamy-Poirier 2022). All add up the gradients
+of a window and reduce them once, at its end.
 
 Shape suffixes: B rows of a micro-batch, T tokens, D width, W token ids of this rank.
 """
@@ -11,18 +13,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleLoopedBFS,
+)
 
-from trainer.layout import stretch
+from trainer.layout import stretches
 from trainer.model import Decoder
 from trainer.model.attention import Sight
 
 SCHEDULES: dict[str, Any] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
+OF_CHUNKS: dict[str, Any] = {"gpipe": ScheduleLoopedBFS, "1f1b": ScheduleInterleaved1F1B}
 
 
 class Elsewhere(nn.Module):
@@ -38,34 +49,43 @@ class Place:
 
     Attributes:
         stage, stages: its number, and how many there are.
+        chunks: stretches of blocks that each stage has.
         group: the ranks of this pipeline, first stage first.
     """
 
     stage: int
     stages: int
+    chunks: int = 1
     group: dist.ProcessGroup
 
     @property
     def first(self) -> bool:
+        """Whether the embedding is here."""
         return self.stage == 0
 
     @property
     def last(self) -> bool:
+        """Whether the head is here."""
         return self.stage == self.stages - 1
 
-    def blocks(self, layers: int) -> range:
-        """Numbers of the blocks of this stage."""
-        return stretch(layers, stage=self.stage, stages=self.stages)
+    @property
+    def end(self) -> int:
+        """The number of the chunk with the head, in the order of the model."""
+        return self.stages * self.chunks - 1
+
+    def stretches(self, layers: int) -> list[range]:
+        """Numbers of the blocks of each chunk."""
+        return stretches(layers, stage=self.stage, stages=self.stages, chunks=self.chunks)
 
 
 def cut(model: Decoder, place: Place) -> None:
     """Leave of a whole model what this stage has: its blocks, the embedding at the beginning, the head at the end.
 
-    `model` maps token ids [B, T] or the stream [B, T, D] to the stream or to logits afterwards. Call it before the
-    model is sharded.
+    `model` maps (token ids [B, T] or the stream [B, T, D], number of a chunk of this rank) to the stream or to logits
+    afterwards. Call it before the model is sharded.
     """
-    mine = place.blocks(len(model.blocks))
-    for number in set(range(len(model.blocks))) - set(mine):
+    dealt = place.stretches(len(model.blocks))
+    for number in set(range(len(model.blocks))) - set(chain(*dealt)):
         model.blocks[number] = Elsewhere()
     if not place.first:
         model.embedding = Elsewhere()  # type: ignore[assignment]
@@ -73,26 +93,51 @@ def cut(model: Decoder, place: Place) -> None:
     if not place.last:
         model.norm = model.head = None
 
-    def forward(x: Tensor) -> Tensor:
-        x_BTD = model.embed(x) if place.first else x
+    def forward(x: Tensor, chunk: int = 0) -> Tensor:
+        first, last = place.first and chunk == 0, place.last and chunk == place.chunks - 1
+        x_BTD = model.embed(x) if first else x
         mask = model.mask(x_BTD.shape[1] * model.stream_parts, x_BTD.device)
-        x_BTD = model.run(model.blocks, x_BTD, Sight(mask=mask, rotary=model.rotary))
-        return model.logits(x_BTD) if place.last else x_BTD
+        blocks = [model.blocks[number] for number in dealt[chunk]]
+        x_BTD = model.run(blocks, x_BTD, Sight(mask=mask, rotary=model.rotary))
+        return model.logits(x_BTD) if last else x_BTD
 
     model.forward = forward  # type: ignore[assignment, method-assign]
+
+
+class Chunk(nn.Module):
+    """What the schedule calls a stage: one chunk of a rank's model, which counts its micro-batches.
+
+    Args:
+        model: what `cut` left, sharded or not; of all chunks of this rank.
+        index: of this chunk on its rank.
+        begin: called with the number of a micro-batch and `index` before a forward pass of training.
+    """
+
+    def __init__(self, model: nn.Module, index: int, begin: Callable[[int, int], None]) -> None:
+        super().__init__()
+        self.model, self.index = model, index
+        self._begin = begin
+        self.begun: int | None = None  # forward passes of a window that is trained on
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.begun is not None:
+            # Every schedule takes the micro-batches of a chunk in order, forward and backward.
+            self._begin(self.begun, self.index)
+            self.begun += 1
+        return cast(Tensor, self.model(x, self.index))
 
 
 class Pipeline:
     """One rank's part in the schedule of a window of micro-batches.
 
     Args:
-        model: what `cut` left, sharded or not.
+        model: what `cut` left, sharded by FSDP2, be it on one shard.
         place: of this rank.
         schedule: "gpipe" or "1f1b".
         micro_batches, rows, length: of a window: how many, B and T of each.
         stream: tokens and width of what travels between stages, T (with sequence parallelism a part of it) and D.
         outputs: W, on the last stage.
-        begin: called with the number of a micro-batch before its forward pass: throws the dice.
+        begin: called with the number of a micro-batch and of a chunk before its forward pass: throws the dice.
         loss: (number, logits, labels) -> what the backward pass begins with, on the last stage.
     """
 
@@ -108,51 +153,76 @@ class Pipeline:
         stream: tuple[int, int],
         outputs: int,
         device: torch.device,
-        begin: Callable[[int], None],
+        begin: Callable[[int, int], None],
         loss: Callable[[int, Tensor, Tensor], Tensor],
     ) -> None:
         self.model, self.place, self.stream, self.device = model, place, stream, device
-        self._begin, self._loss = begin, loss
-        self._begun = self._lost = 0
-        self._training = False
-        model.register_forward_pre_hook(self._before)
+        self._begin, self._loss, self._lost = begin, loss, 0
         between = torch.empty(rows, *stream, device="meta", requires_grad=True)
         tokens = torch.empty(rows, length, dtype=torch.int64, device="meta")
         logits = torch.empty(rows, length, outputs, device="meta", requires_grad=True)
-        stage = PipelineStage(
-            model,
-            place.stage,
-            place.stages,
-            device,
-            # Given here, so that torch runs no pass of its own to find them out, which would move dice and hooks.
-            input_args=tokens if place.first else between,
-            output_args=logits if place.last else between,
-            group=place.group,
-        )
-        self._schedule = SCHEDULES[schedule](stage, micro_batches, loss_fn=self._lose, scale_grads=False)
+
+        def stage(module: nn.Module, number: int) -> PipelineStage:
+            return PipelineStage(
+                module,
+                number,
+                place.end + 1,
+                device,
+                # Given here, so that torch runs no pass of its own to find them out, which would move dice and hooks.
+                input_args=tokens if number == 0 else between,
+                output_args=logits if number == place.end else between,
+                group=place.group,
+            )
+
+        self._chunks = [Chunk(model, index, begin) for index in range(place.chunks)]
+        stages = [stage(chunk, self._number(chunk)) for chunk in self._chunks]
+        options = {"loss_fn": self._lose, "scale_grads": False}
+        if place.chunks == 1:
+            self._schedule = SCHEDULES[schedule](stages[0], micro_batches, **options)
+        else:
+            self._schedule = OF_CHUNKS[schedule](stages, micro_batches, **options)
+        # A chunk is no sharded module, so that the schedule leaves gathering and reducing to the model, of which all
+        # chunks are parts; this stands for all of it, when the gradients of a window are complete.
+        self._whole = stage(model, place.stage)
 
     def train(self, tokens: Tensor, labels: Tensor) -> None:
         """Forward and backward of a window, [micro_batches * B, T] each, gradients reduced at the end."""
-        self._begun = self._lost = 0
-        self._training = True
+        sharded = cast(FSDPModule, self.model)
+        sharded.set_is_last_backward(False)
+        sharded.set_reshard_after_backward(False)
+        sharded.set_requires_gradient_sync(False)
+        self._lost = 0
+        for chunk in self._chunks:
+            chunk.begun = 0
         try:
             inputs = (tokens,) if self.place.first else ()
             targets = {"target": labels} if self.place.last else {}
             self._schedule.step(*inputs, **targets, return_outputs=False)
         finally:
-            self._training = False
+            for chunk in self._chunks:
+                chunk.begun = None
+        self._whole.perform_reduce_grad(1)
 
     @torch.no_grad()
-    def forward(self, tokens: Tensor) -> Tensor | None:
-        """Logits of some rows, on the last stage; None on the others. Every rank of the pipeline calls it."""
-        x = tokens
-        if not self.place.first:
-            x = torch.empty(len(tokens), *self.stream, device=self.device)
-            dist.recv(x, group=self.place.group, group_src=self.place.stage - 1)
-        y = cast(Tensor, self.model(x))
-        if self.place.last:
-            return y
-        dist.send(y.contiguous(), group=self.place.group, group_dst=self.place.stage + 1)
+    def forward(self, tokens: Tensor, *, again: int | None = None) -> Tensor | None:
+        """Logits of some rows, on the last stage; None on the others. Every rank of the pipeline calls it.
+
+        Args:
+            again: number of the micro-batch of the last window that they are, whose dice are thrown once more.
+        """
+        place = self.place
+        for chunk in self._chunks:
+            number = self._number(chunk)
+            x = tokens
+            if number > 0:
+                x = torch.empty(len(tokens), *self.stream, device=self.device)
+                dist.recv(x, group=place.group, group_src=(number - 1) % place.stages)
+            if again is not None:
+                self._begin(again, chunk.index)
+            y = cast(Tensor, chunk(x))
+            if number == place.end:
+                return y
+            dist.send(y.contiguous(), group=place.group, group_dst=(number + 1) % place.stages)
         return None
 
     def from_last(self, values: Tensor) -> Tensor:
@@ -160,11 +230,9 @@ class Pipeline:
         dist.broadcast(values, group=self.place.group, group_src=self.place.stages - 1)
         return values
 
-    def _before(self, _module: nn.Module, _inputs: Any) -> None:
-        # Either schedule takes the micro-batches in order, forward and backward.
-        if self._training:
-            self._begin(self._begun)
-            self._begun += 1
+    def _number(self, chunk: Chunk) -> int:
+        """Of a chunk, in the order of the model."""
+        return chunk.index * self.place.stages + self.place.stage
 
     def _lose(self, logits: Tensor, labels: Tensor) -> Tensor:
         self._lost += 1

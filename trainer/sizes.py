@@ -42,19 +42,19 @@ def parameter_count(section: ModelSection, vocabulary: int, *, sequence_length: 
 
 
 def stage_parameters(
-    section: ModelSection, vocabulary: int, *, stretches: list[range], sequence_length: int = 0
+    section: ModelSection, vocabulary: int, *, blocks: list[list[int]], sequence_length: int = 0
 ) -> list[int]:
     """Trainable numbers of each stage of a pipeline: the embedding is in the first one, the head in the last one.
 
     Args:
-        stretches: numbers of the blocks of each stage; one stretch is the whole model.
+        blocks: their numbers, for each stage; one stage is the whole model.
     """
     total = parameter_count(section, vocabulary, sequence_length=sequence_length)
-    if len(stretches) == 1:
+    if len(blocks) == 1:
         return [total]
     block = _block(section, cross=False)
     head = vocabulary * section.width + (0 if section.norm_place == "post" else _norm(section))
-    counts = [len(stretch) * block for stretch in stretches]
+    counts = [len(numbers) * block for numbers in blocks]
     counts[0] += total - section.layers * block - head
     counts[-1] += head
     return counts
