@@ -6,16 +6,18 @@ imported here, once: torch._dynamo alone (which every torch optimizer imports) t
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import random
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
+import pytest
 import torch._dynamo
 import torch.distributed.fsdp  # noqa: F401
 
@@ -27,6 +29,7 @@ from guardrail.past import Past
 from guardrail.records import Event, Mode, Remedy, Span
 from guardrail.report import quarantine_lines
 from guardrail.rundir import RunDirectory, span_of
+from guardrail.torch.checkpoints import CheckpointStore
 from tests.ranks import start_ranks, wait_ranks
 from trainer.config import Config
 from trainer.data.corpus import Corpus
@@ -102,6 +105,20 @@ def corpus_of(config: Config) -> Corpus:
 
 def new_run(config: Config) -> RunDirectory:
     return RunDirectory.create(config.run.root, config.run.name, dump(config))
+
+
+@contextlib.contextmanager
+def prompt_disk() -> Iterator[None]:
+    """Ranks that start now wait for their saves: how slow a disk is does not decide which checkpoints there are."""
+    save = CheckpointStore.save
+
+    def waited(self: CheckpointStore, *given: Any, **named: Any) -> None:
+        save(self, *given, **named)
+        assert self.wait(60.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CheckpointStore, "save", waited)
+        yield
 
 
 def rank_main(rank: int) -> None:

@@ -19,6 +19,7 @@ from tests.running import (
     corpus_of,
     new_run,
     of_kind,
+    prompt_disk,
     spans,
     tiny,
     told,
@@ -115,7 +116,8 @@ def test_rollback_to_the_disk_where_the_ring_does_not_reach(tmp_path: Path, worl
         checkpoint={"every": 6, "keep": 4},
         train={"steps": 32},
     )
-    a = trained(config)
+    with prompt_disk():
+        a = trained(config)
     (done,) = rollbacks(a)
     assert (done["tier"], done["to_step"]) == ("disk", 12)
     assert_exact(config, a)
@@ -130,7 +132,8 @@ def test_rollback_beyond_the_newest_good_ones_finds_what_retention_has_kept(tmp_
         checkpoint={"every": 5, "keep": 2},
         train={"steps": 66},
     )
-    a = trained(config)
+    with prompt_disk():
+        a = trained(config)
     (done,) = rollbacks(a)
     # The window begins with step 49. The newest good ones are younger, and the very first would be the last resort.
     assert (done["tier"], done["from_step"]) == ("disk", 60) and 5 <= done["to_step"] <= 45
@@ -149,7 +152,8 @@ def test_rollback_to_the_disk_after_a_restart_with_an_empty_ring(tmp_path: Path)
     )
     a = new_run(config)
     a.send(Command(id="stop", kind=CommandKind.STOP, at_step=26))
-    assert train(a, 2) == "stopped"
+    with prompt_disk():
+        assert train(a, 2) == "stopped"
     assert train(a, 2) == "finished"
     (done,) = rollbacks(a)
     assert (done["tier"], done["to_step"]) == ("disk", 18)

@@ -31,6 +31,7 @@ from tests.running import (
     corpus_of,
     new_run,
     of_kind,
+    prompt_disk,
     said,
     start_run,
     tiny,
@@ -236,7 +237,8 @@ def test_a_suspect_checkpoint_is_not_gone_on_from_though_it_is_the_newest(tmp_pa
         train={"steps": 44},
     )
     run = new_run(config)
-    assert killed_behind(run, 2, lambda e: e.kind == "checkpoint" and e.data["state"] == "suspect")
+    with prompt_disk():
+        assert killed_behind(run, 2, lambda e: e.kind == "checkpoint" and e.data["state"] == "suspect")
     (back,) = of_kind(run, "rollback")
     assert (back.data["tier"], back.data["to_step"]) == ("disk", 20)
     steps = [read_manifest(path).step for path in checkpoint_dirs(run.checkpoints)]

@@ -62,7 +62,8 @@ def ended(run: RunDirectory) -> bool:
     return status is not None and status.exit_code is not None
 
 
-def training(run: RunDirectory, step: int = 1) -> bool:
+def training(run: RunDirectory, step: int = 2) -> bool:
+    """Whether this step has begun, so that the one before it is saved and a start after a kill goes on behind it."""
     status = run.read_status()
     return status is not None and status.phase is Phase.STEP and status.step >= step
 
@@ -224,7 +225,7 @@ def test_a_stop_before_any_rank_has_begun_ends_at_once(lab: Lab) -> None:
 
 
 def test_a_killed_elastic_agent_is_replaced_within_the_budget(lab: Lab) -> None:
-    lab.guardrail("launch", configure(lab, "steps = 400", restarts=1), "--detach")
+    lab.guardrail("launch", configure(lab, "steps = 100000", restarts=1), "--detach")
     run = lab.newest()
     for start in ("started", "restarted"):
         wait_for(lambda start=start: start in kinds(run) and training(run))  # type: ignore[misc]

@@ -32,6 +32,7 @@ from tests.running import (
     assert_whole,
     new_run,
     of_kind,
+    prompt_disk,
     spans,
     start_run,
     table,
@@ -304,7 +305,8 @@ def test_an_undo_out_of_reach_is_refused_and_changes_nothing(tmp_path: Path) -> 
         guard={"confirm": 1, "divergence_steps": 2, "warmup": 8},
     )
     plain = trained(config)
-    run = undone(config, (38, math.nan), (39, 1.0))
+    with prompt_disk():
+        run = undone(config, (38, math.nan), (39, 1.0))
     (skip,) = of_kind(run, "left_out")
     refused = [event.data["reason"] for event in of_kind(run, "command")]
     assert refused == [f"no state from before line {skip.seq} is left", "line 1 of the journal is no decision"]
