@@ -121,6 +121,9 @@ def test_proposals_while_parked() -> None:
     parked = event("paused", "why", proposals=["rollback", "go on", "stop"])
     assert story(parked).proposals == ("rollback", "go on", "stop")
     assert story(parked, event("resumed")).proposals == ()
+    for samples, said in ((0, "back"), (64, "rollback")):
+        told = [{"action": "rollback", "samples": samples}, {"action": "go on", "samples": 0}]
+        assert story(event("paused", "why", proposals=told)).proposals == (said, "go on")
 
 
 def test_skips_after_a_restart_point_are_forgotten() -> None:

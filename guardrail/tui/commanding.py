@@ -29,7 +29,12 @@ MODES = {
     Mode.ADVISE: "says what it would do and changes nothing",
     Mode.OFF: "detects nothing",
 }
-PROPOSALS = {"rollback": ": roll back, leave that data out", "halt": ": save and end", "skip": ": leave it out"}
+PROPOSALS = {
+    "rollback": ": roll back, leave that data out",
+    "back": ": roll back, leave nothing out",
+    "halt": ": save and end",
+    "skip": ": leave it out",
+}
 ANSWERS = ("Do as proposed", "Go on as if nothing had happened", "Stop here with a checkpoint")
 DEFAULTS = {"proposed": "what is proposed is done", "go_on": "it goes on", "stop": "it stops with a checkpoint"}
 

@@ -271,8 +271,11 @@ def _data(event: Event) -> dict[str, Any]:
 
 
 def _proposal(raw: Any) -> str:
-    """What the guard would do by one of its proposals; the numbers beside it are the dialog's own business."""
-    return brief(raw.get("action", "") if isinstance(raw, Mapping) else raw, 200)
+    """What the guard would do by one of its proposals; "back" is a rollback that leaves nothing out."""
+    if not isinstance(raw, Mapping):
+        return brief(raw, 200)
+    action = brief(raw.get("action", ""), 200)
+    return "back" if action == "rollback" and raw.get("samples") == 0 else action
 
 
 def _cost(raw: Any) -> str:
