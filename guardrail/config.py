@@ -205,8 +205,11 @@ class SnapshotSection(Section, frozen=True, kw_only=True):
 
     # Steps between two snapshots.
     every: Positive = 10
-    # Snapshots kept by each rank, each as large as its parameters and optimizer state.
-    keep: Annotated[int, Meta(ge=2)] = 4
+    # Snapshots kept by each rank, each as large as its parameters and optimizer state; at least 2, since the last good
+    # one must outlive the next. 0: no ring, for a machine without that memory. A rollback then goes to a checkpoint,
+    # the cause test, without an older state, does not tell data from data x state (a row of rejections calls for a
+    # rollback), and only a save holds a copy, until it is written.
+    keep: Natural = 4
 
 
 class CheckpointSection(Section, frozen=True, kw_only=True):
@@ -302,8 +305,10 @@ class Settings(Section, frozen=True, kw_only=True):
                 value=guard.warmup,
                 hint="the warm-up fills the window",
             )
+        if snapshots.keep == 1:
+            raise ConfigError("0, or 2 and more", key="snapshots.keep", value=1, hint="0: back to checkpoints alone")
         reach = snapshots.every * (snapshots.keep - 1)
-        if guard.mode is not Mode.OFF and guard.confirm > reach:
+        if guard.mode is not Mode.OFF and snapshots.keep and guard.confirm > reach:
             raise ConfigError(
                 f"at most snapshots.every * (snapshots.keep - 1) = {reach}",
                 key="guard.confirm",

@@ -317,6 +317,16 @@ class Ledger:
             self._rejected = [r for r in self._rejected if not (span.first <= r[0] and r[1] <= span.last)]
         return len(self.quarantine) - before
 
+    def nothing_left(self, first: int, last: int) -> str:
+        """Why a person cannot leave the positions [first, last) out: no sample would be left. "" where some are."""
+        count = self.order.n_samples
+        if last - first + len(self.quarantine) < count:
+            return ""
+        gone, after = set(self.order.samples(first, last)), self.order.epoch(last) + 1
+        if not all(sample in gone or self.quarantine.holds(sample, after) for sample in range(count)):
+            return ""
+        return f"all {count:,} samples of the training split would be left out"
+
     def rejected(self, first: int, last: int) -> set[int]:
         """The positions that rejected updates within [first, last) have left out."""
         within = [s for s in self.spans if s.cause == "rejected" and first <= s.first and s.last <= last]

@@ -258,6 +258,8 @@ def _roll_back(scene: Scene, to_step: int | None) -> Preview:
     where = f"of step {to_step:,}" if to_step is not None else "of an earlier step"
     window = (target.cursor, max(scene.cursor, scene.end)) if target is not None else None
     value = math.nan if to_step is None else float(to_step)
+    if window is not None and (refusal := scene.nothing_left(window)):
+        return _plain(scene, CommandKind.ROLLBACK, value, possible=False, refusal=refusal)
     return _back_to(scene, target, window, _went_back(scene, target), value=value, cause=where)
 
 
@@ -307,6 +309,8 @@ def _skip(scene: Scene, batches: int) -> Preview:
         end += left
         left = batches * max(1, size) - len(_usable(ledger, scene.cursor, end))
     first = next(iter(_usable(ledger, scene.cursor, end)), scene.cursor)
+    if refusal := scene.nothing_left((first, end)):
+        return _plain(scene, CommandKind.SKIP, batches, possible=False, refusal=refusal)
     return _plain(scene, CommandKind.SKIP, batches, window=(first, end), samples=scene.fresh(range(first, end)))
 
 

@@ -100,6 +100,10 @@ class Scene:
         factor = self.effects(row.step).lr if row is not None else 0.0
         return row.lr / factor * self.effects(step, past).lr if row is not None and factor else math.nan
 
+    def nothing_left(self, window: tuple[int, int]) -> str:
+        """Why a person cannot leave these positions out, as Ledger.nothing_left has it; "" where that is unknown."""
+        return self.ledger.nothing_left(*window) if self.ledger is not None else ""
+
     def fresh(self, positions: Sequence[int]) -> int:
         """Samples of these positions that are not left out yet."""
         if self.ledger is None:

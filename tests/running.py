@@ -171,8 +171,12 @@ def table(run: RunDirectory, columns: Sequence[str] = COMMON) -> np.ndarray:
 
 
 def final(run: RunDirectory) -> str:
-    """Fingerprint of the newest checkpoint, after proving that it holds and is of the last step."""
-    newest = checkpoint_dirs(run.checkpoints)[0]
+    """Fingerprint of the newest checkpoint, after proving that it holds and is of the last step.
+
+    One that a test has damaged may still be there, and comes before all others where its age cannot be read.
+    """
+    told = {event.data["path"] for event in of_kind(run, "checkpoint") if event.data["state"] == "invalid"}
+    newest = next(path for path in checkpoint_dirs(run.checkpoints) if path.name not in told)
     status = run.read_status()
     assert status is not None
     assert verify(newest).step == status.step

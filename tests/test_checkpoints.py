@@ -9,6 +9,7 @@ import signal
 import subprocess
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,23 @@ def closed_stores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def writers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "guardrail-checkpoints"]
+
+
+def test_without_a_ring_a_save_alone_holds_a_copy(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.ring = SnapshotRing(run.state, 0)
+    snapshot = run.take(4)
+    assert run.ring.infos() == [] and run.ring.get(4) is None
+    run.store.save(snapshot)
+    held = weakref.ref(snapshot)
+    del snapshot
+    assert run.store.wait(SECONDS)
+    for _ in range(100):  # the thread lets go of it right behind the end of its work
+        if held() is None:
+            break
+        time.sleep(0.05)
+    assert held() is None
+    assert [event.state for event in run.store.poll()] == ["candidate"]
 
 
 def names(folder: Path) -> list[str]:

@@ -80,6 +80,7 @@ BAD = [
         "c.toml: guard.confirm = 100: expected at most snapshots.every * (snapshots.keep - 1) = 30",
         "raise snapshots.keep",
     ),
+    ("[snapshots]\nkeep = 1", "c.toml: snapshots.keep = 1: expected 0, or 2 and more", "checkpoints alone"),
     (STEPS + "[launch]\nprocesses = 3", "train.batch_size = 16: expected a multiple of the 3 processes", "nearest: 15"),
     (
         "[train]\nsteps = 300\nmicro_batch_size = 5",
@@ -299,7 +300,7 @@ def test_a_ring_larger_than_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -
         "  hint: 4 snapshots x 8 processes x 1.2 GiB are 39.4 GiB; 3 would fit"
     )
     monkeypatch.setattr(trainer_config, "memory_bytes", lambda: 2**30)
-    with pytest.raises(ConfigError, match="use a smaller model or more nodes"):
+    with pytest.raises(ConfigError, match="0 needs none, and goes back to checkpoints"):
         config.check_machine()
     sharded = msgspec.structs.replace(config, train=msgspec.structs.replace(config.train, strategy="fsdp"))
     monkeypatch.setattr(trainer_config, "memory_bytes", lambda: 8 * 2**30)

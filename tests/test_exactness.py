@@ -104,15 +104,18 @@ def test_wide_window(tmp_path: Path) -> None:
     assert_exact(config, a)
 
 
+@pytest.mark.parametrize("keep", [3, 0])
 @pytest.mark.parametrize(("world", "strategy"), SHAPES)
-def test_rollback_to_the_disk_where_the_ring_does_not_reach(tmp_path: Path, world: int, strategy: str) -> None:
+def test_rollback_to_the_disk_where_the_ring_does_not_reach(
+    tmp_path: Path, world: int, strategy: str, keep: int
+) -> None:
     config = tiny(
         tmp_path,
         world=world,
         strategy=strategy,
         faults=[spike(200, 224)],
         guard={"window_before": 10, **BLIND},
-        snapshots={"every": 3, "keep": 3},
+        snapshots={"every": 3, "keep": keep},
         checkpoint={"every": 6, "keep": 4},
         train={"steps": 32},
     )
@@ -120,6 +123,27 @@ def test_rollback_to_the_disk_where_the_ring_does_not_reach(tmp_path: Path, worl
         a = trained(config)
     (done,) = rollbacks(a)
     assert (done["tier"], done["to_step"]) == ("disk", 12)
+    assert_exact(config, a)
+
+
+@pytest.mark.parametrize("gate", ["sync", "lagged"])
+def test_without_a_ring_data_is_left_out_and_a_person_goes_back_to_the_disk(tmp_path: Path, gate: str) -> None:
+    config = tiny(
+        tmp_path,
+        faults=[spike(160, 176), spike(240, 248)],
+        guard={"gate": gate},
+        snapshots={"keep": 0},
+        checkpoint={"every": 8},
+        train={"steps": 34},
+    )
+    a = new_run(config)
+    a.send(Command(id="back", kind=CommandKind.ROLLBACK, value=16, at_step=27))
+    with prompt_disk():
+        assert train(a, 1) == "finished"
+    causes = of_kind(a, "cause")
+    assert causes and all("there is no older state to compare with" in event.message for event in causes)
+    assert [event.data["action"] for event in of_kind(a, "verdict")] == ["skip"] * 3
+    assert [(done["tier"], done["to_step"]) for done in rollbacks(a)] == [("disk", 16)]
     assert_exact(config, a)
 
 
@@ -171,6 +195,24 @@ def test_rollback_and_skip_by_command(tmp_path: Path, world: int, strategy: str)
     assert [span.cause for span in spans(a)] == ["user", "user", "user"]
     assert [done["to_step"] for done in rollbacks(a)] == [15, 20]
     assert [e.step for e in of_kind(a, "command")] == [12, 19, 27]
+    assert_exact(config, a)
+
+
+def test_a_person_is_kept_from_leaving_all_data_out(tmp_path: Path) -> None:
+    """A run on little data that has gone round it once: back to its beginning would be the end of it."""
+    write_corpus(tmp_path / "corpus", documents=30)
+    config = tiny(tmp_path, train={"steps": 30, "batch_size": 64, "micro_batch_size": 32})
+    samples = len(corpus_of(config).train)
+    a = new_run(config)
+    a.send(Command(id="all", kind=CommandKind.SKIP, value=samples, at_step=4))
+    a.send(Command(id="back", kind=CommandKind.ROLLBACK, value=5, at_step=24))
+    a.send(Command(id="few", kind=CommandKind.SKIP, value=1, at_step=25))
+    assert 10 * 64 < samples < 19 * 64
+    assert train(a, 1) == "finished"
+    said = [(event.data["effect"], event.data["reason"]) for event in of_kind(a, "command")]
+    refused = ("refused", f"all {samples:,} samples of the training split would be left out")
+    assert said == [refused, refused, ("applied", "")]
+    assert not rollbacks(a) and not a.commands_pending()
     assert_exact(config, a)
 
 

@@ -332,3 +332,21 @@ def test_a_batch_that_lost_some_samples_is_formed_again_from_the_same_place() ->
     assert [p for p in (ledger.stretch(40, 44) or again).positions] == [41, 43]
     assert ledger.take_back([span]) == 2
     assert len((ledger.stretch(40, 44) or again).positions) == 4
+
+
+def test_what_would_leave_no_sample_is_said_before() -> None:
+    ledger = Ledger(SampleOrder(samples=40, seed=0, shuffled=True), batch_size=4)
+    all_of_it = "all 40 samples of the training split would be left out"
+    assert ledger.nothing_left(0, 39) == "" and ledger.nothing_left(0, 40) == all_of_it
+    # As many positions across an epoch's end show some samples twice.
+    twice = 40 - len(set(ledger.order.samples(20, 60)))
+    assert twice > 0 and ledger.nothing_left(20, 60) == ""
+    assert ledger.nothing_left(20, 80) == all_of_it
+    ledger.leave_out(Span(first=40, last=79, cause="user", step=1))
+    (kept,) = set(range(40)) - set(ledger.order.samples(40, 79))
+    place = 80 + ledger.order.samples(80, 120).index(kept)
+    assert ledger.nothing_left(80, place) == "" and ledger.nothing_left(place, place + 1) == all_of_it
+    ledger.leave_out(Span(first=place, last=place + 1, cause="user", step=1))
+    ledger.restore(LedgerState(cursor=place, applied_end=0))
+    with pytest.raises(DataError, match="all 40 samples"):
+        ledger.next_batch()

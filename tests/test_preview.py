@@ -74,6 +74,19 @@ def test_what_is_left_out_already_does_not_count_again() -> None:
     assert of(here, wish(CommandKind.SKIP, 2)).window == (240, 256)
 
 
+@pytest.mark.parametrize(("kind", "value"), [(CommandKind.ROLLBACK, 20), (CommandKind.SKIP, 80)])
+def test_what_would_leave_no_data_is_refused_as_the_guard_refuses_it(kind: CommandKind, value: float) -> None:
+    here = scene(info(20))
+    assert here.ledger is not None and of(here, wish(kind, value)).possible
+    order = here.ledger.order
+    kept = order.samples(160, 240) if kind is CommandKind.ROLLBACK else order.samples(240, 320)
+    for sample in set(range(order.n_samples)) - set(kept):
+        here.ledger.quarantine.add(sample)
+    refused = of(here, wish(kind, value))
+    assert not refused.possible
+    assert refused.refusal == f"all {order.n_samples:,} samples of the training split would be left out"
+
+
 def test_a_skip_of_two_batches_passes_over_what_is_left_out() -> None:
     here = scene()
     assert here.ledger is not None

@@ -282,5 +282,5 @@ def test_every_candidate_can_become_good_within_the_reach_that_the_configuration
 
 
 def test_a_ring_of_one_is_refused() -> None:
-    with pytest.raises(ValueError, match="fewer than 2"):
+    with pytest.raises(ValueError, match="of one snapshot"):
         ring_of(Setup(), keep=1)

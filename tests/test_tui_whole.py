@@ -92,7 +92,7 @@ def step(run: RunDirectory) -> int:
 @pytest.fixture
 def at_home(lab: Lab) -> Lab:
     (lab.folder / "corpus").mkdir()
-    for number in range(8):
+    for number in range(200):  # more than a run can go back over while a dialog is open: it may not leave all data out
         (lab.folder / "corpus" / f"{number}.txt").write_text(Path(__file__).read_text()[number:])
     (lab.folder / "sat.toml").write_text(CONFIG)
     return lab

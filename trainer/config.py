@@ -434,7 +434,7 @@ class Config(Settings, frozen=True, kw_only=True):
                 key="snapshots.keep",
                 value=self.snapshots.keep,
                 hint=f"{self.snapshots.keep} snapshots x {self.launch.processes} processes x {_gib(one)} are "
-                f"{_gib(ring)}; {f'{fit} would fit' if fit >= 2 else 'use a smaller model or more nodes'}",
+                f"{_gib(ring)}; {f'{fit} would fit' if fit >= 2 else '0 needs none, and goes back to checkpoints'}",
             )
 
     @property

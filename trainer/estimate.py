@@ -73,11 +73,12 @@ def _memory(config: Config) -> list[str]:
     if config.parallel.cpu_offload:
         text += ", in host memory"
     logits = config.micro_batch_size * config.data.sequence_length * -(-config.vocabulary // config.layout.tp) * _FP32
-    ring = most * _FP32 * (1 + moments) * config.snapshots.keep
+    keep = config.snapshots.keep
+    copies = most * _FP32 * (1 + moments) * max(1, keep)
+    what = f"{keep} snapshots" if keep else "a copy while a save is written, and for no snapshots"
     return [
         f"{text}; the logits of a micro-batch take {_gib(logits)} more where they are computed",
-        f"host memory for {config.snapshots.keep} snapshots: at most {_gib(ring)} a rank, "
-        f"{_gib(ring * config.launch.processes)} a node",
+        f"host memory for {what}: at most {_gib(copies)} a rank, {_gib(copies * config.launch.processes)} a node",
         "not worked out: activations, buffers of the communication, what torch and the allocator keep",
     ]
 

@@ -66,6 +66,7 @@ class Background:
             try:
                 work()
             finally:
+                del work  # and what it holds, which may be a copy of the whole state
                 with self._changed:
                     self._working = False
                     self._changed.notify_all()

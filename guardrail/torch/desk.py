@@ -255,16 +255,15 @@ class Desk:
     def _skip(self, batches: int) -> None:
         """Leave the next `batches` batches out."""
         guard, ledger = self._guard, self._guard.ledger
-        self._answer(CommandKind.SKIP, batches)
         position = ledger.state()
         ahead: list[Batch] = []
         while len(ahead) < batches and (batch := ledger.next_batch()) is not None:
             ahead.append(batch)
             ledger.passed(batch, applied=False)
         ledger.restore(position)
-        if ahead:
-            # Not from the cursor on: behind a restart, what was rejected before lies between.
-            first, last = ahead[0].first, ahead[-1].last
+        # Not from the cursor on: behind a restart, what was rejected before lies between.
+        first, last = (ahead[0].first, ahead[-1].last) if ahead else (0, 0)
+        if self._answer(CommandKind.SKIP, batches, refusal=ledger.nothing_left(first, last)) and ahead:
             reason = f"{batches} batches skipped by command"
             guard.quarantine.leave_out(
                 Span(first=first, last=last, cause="user", step=guard.step + 1, reason=reason, batches=batches)
@@ -280,7 +279,8 @@ class Desk:
             where = f"step {to_step}" if to_step is not None else "an earlier step"
             refusal = f"there is no snapshot or valid checkpoint of {where}"
             return self._answer(CommandKind.ROLLBACK, value, refusal=refusal)
-        self._answer(CommandKind.ROLLBACK, value)
+        if not self._answer(CommandKind.ROLLBACK, value, refusal=guard.ledger.nothing_left(target.cursor, end)):
+            return False
         return guard.timelines.roll_back(
             window=(target.cursor, end),
             onset=target.step + 1,

@@ -111,7 +111,8 @@ class Lagged:
         """What the signals of this step must keep to, as `Probes.signal_names` has them; None: the host has to wait."""
         guard = self._guard
         settings, number = guard.settings, step.number
-        due = number == guard.total_steps or number % settings.snapshots.every == 0
+        copied = bool(settings.snapshots.keep) and number % settings.snapshots.every == 0
+        due = number == guard.total_steps or copied
         due = due or (guard.tiers.store is not None and number % settings.checkpoint.every == 0)
         effects = guard.effects(number)
         most: dict[str, float] | None = None

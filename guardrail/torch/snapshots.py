@@ -157,11 +157,12 @@ class SnapshotRing:
     Args:
         state: what is copied.
         keep: snapshots held, at least 2. One that is pinned for writing is held beside them after its eviction.
+            0: none is; what is taken belongs to the caller alone.
     """
 
     def __init__(self, state: TrainingState, keep: int) -> None:
-        if keep < 2:
-            raise ValueError("a ring of fewer than 2 snapshots loses its last good one when it takes the next")
+        if keep == 1:
+            raise ValueError("a ring of one snapshot loses its last good one when it takes the next")
         self.state = state
         self.keep = keep
         self._snapshots: list[Snapshot] = []
@@ -198,8 +199,9 @@ class SnapshotRing:
             buffers=buffers,
         )
         snapshot.events = layout.copy(buffers, list(tensors.values()))
-        self._snapshots.append(snapshot)
-        self._snapshots.sort(key=lambda held: held.step)
+        if self.keep:
+            self._snapshots.append(snapshot)
+            self._snapshots.sort(key=lambda held: held.step)
         return snapshot
 
     @torch.no_grad()
@@ -271,7 +273,7 @@ class SnapshotRing:
         same = self.get(step)
         if same is not None:
             self._evict(same)
-        while len(self._snapshots) >= self.keep:
+        while self._snapshots and len(self._snapshots) >= self.keep:
             protected = self.newest_good()
             spare = [s for s in self._snapshots if s is not protected]
             self._evict(next((s for s in spare if s.state == SUSPECT), spare[0]))

@@ -87,12 +87,16 @@ class Tiers:
             saved: this very state is on disk already.
         """
         self._past = past
-        snapshot = self._take(facts, checkpoint=not saved)
         if good:
-            snapshot.state = GOOD
-            self._born_good = (snapshot.timeline, snapshot.step)
-        if not saved:
-            self._save(snapshot)
+            present = facts(False)
+            self._born_good = (present["timeline"], present["step"])
+        saving = self.store is not None and not saved
+        if saving or self.settings.snapshots.keep:
+            snapshot = self._take(facts, checkpoint=saving)
+            if good:
+                snapshot.state = GOOD
+            if saving:
+                self._save(snapshot)
         self._tell()
 
     def after_step(self, step: int, *, healthy_through: int, facts: Facts) -> None:
@@ -105,7 +109,7 @@ class Tiers:
                 self._confirmed(info)
                 changed = True
         save = self.store is not None and step % self.settings.checkpoint.every == 0
-        if save or step % self.settings.snapshots.every == 0:
+        if save or (self.settings.snapshots.keep and step % self.settings.snapshots.every == 0):
             snapshot = self._take(facts, checkpoint=save)
             if save:
                 self._save(snapshot)
@@ -217,7 +221,7 @@ class Tiers:
     def rolled_back(self, facts: Facts, target: Target) -> None:
         """The states after `target` belong to an abandoned timeline."""
         self.ring.drop_after(target.step)
-        if target.snapshot is None:
+        if target.snapshot is None and self.settings.snapshots.keep:
             self._take(facts, checkpoint=False).state = GOOD
         self.suspect_from(target.step + 1)
 

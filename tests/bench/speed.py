@@ -10,13 +10,15 @@ conductor: the others take their steps in its callback. Without transformers it 
 
 "guardrail" is the whole product: probes, detectors, snapshots every 10 steps, checkpoints every 200, metrics and
 heartbeat. "guard off" is the same loop without detection, snapshots and run directory. Peak memory is that of a process
-in which one contender trains alone, the ring of 4 snapshots included. Goal: as fast as the fastest of the others within
-noise, the guard below 1 % of the step.
+in which one contender trains alone, the ring of 4 snapshots included; "no ring" is guardrail with snapshots.keep = 0,
+of which the memory alone is measured. Goal: as fast as the fastest of the others within noise, the guard below 1 % of
+the step, and memory not higher but for the ring.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -52,12 +54,15 @@ RATE, WARMUP = 3e-4, 10
 WARM_UP_ROUNDS = 4  # not counted: lazy initialisation, DDP's buckets, the first allocation of a snapshot
 ALONE_STEPS = 15  # of a contender whose memory is measured: snapshots every 3 steps, so the ring of 4 is full by then
 OURS, OFF, HF = "guardrail", "guardrail, guard off", "Hugging Face Trainer"
+NO_RING = "guardrail, no ring"
 BARE = {"bare loop, fused AdamW": {"fused": True}, "bare loop, foreach AdamW": {"foreach": True}}
 Contender = Callable[[], object]  # takes one whole training step over BATCH x LENGTH tokens
 
 
-def configuration(folder: Path, *, mode: str, ranks: int, threads: int, compiled: bool, every: int = 10) -> Config:
-    """About 10 M parameters on the built-in text; a loop that nobody guards never goes back, and takes no copies."""
+def configuration(
+    folder: Path, *, mode: str, ranks: int, threads: int, compiled: bool, every: int = 10, keep: int = 4
+) -> Config:
+    """About 10 M parameters on the built-in text; `every` and `keep`: of the ring of snapshots."""
     tree: dict[str, Any] = {
         "run": {"root": str(folder / "runs")},
         "launch": {"device": "cpu", "processes": ranks, "threads": threads},
@@ -66,7 +71,7 @@ def configuration(folder: Path, *, mode: str, ranks: int, threads: int, compiled
         "optim": {"lr": RATE, "warmup_steps": WARMUP},
         "train": {"batch_size": BATCH, "steps": STEPS},
         "guard": {"mode": mode},
-        "snapshots": {"every": every if mode != "off" else 1_000_000},
+        "snapshots": {"every": every, "keep": keep},
         "checkpoint": {"every": 200},
     }
     if compiled:
@@ -268,7 +273,7 @@ def compare(config: Config, off: Config, folder: Path, *, rounds: int, names: li
     return result
 
 
-def alone(config: Config, off: Config, folder: Path, *, name: str) -> dict[str, Any]:
+def alone(config: Config, folder: Path, *, name: str) -> dict[str, Any]:
     """Peak resident memory that training with one contender adds to a process that has imported everything, MiB."""
     make_accelerator(config)
     if HF == name:
@@ -282,10 +287,10 @@ def alone(config: Config, off: Config, folder: Path, *, name: str) -> dict[str, 
             steps += 1
             return steps < ALONE_STEPS
 
-        hugging_face(off, folder, between=count)
+        hugging_face(config, folder, between=count)
     else:
-        one = Ours(config if name == OURS else off, recorded=name == OURS) if name in (OURS, OFF) else None
-        step = one or bare(off, **BARE[name])
+        one = Ours(config, recorded=name != OFF) if name in (OURS, NO_RING, OFF) else None
+        step = one or bare(config, **BARE[name])
         for _ in range(ALONE_STEPS):
             step()
         if one is not None:
@@ -300,21 +305,14 @@ def child(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.folder)
     if world > 1:
         dist.init_process_group("gloo")
-    config, off = (
-        configuration(
-            folder,
-            mode=mode,
-            ranks=world,
-            threads=arguments.threads,
-            compiled=arguments.compile,
-            every=3 if arguments.alone else 10,
-        )
-        for mode in ("auto", "off")
-    )
+    make = functools.partial(configuration, folder, ranks=world, threads=arguments.threads, compiled=arguments.compile)
+    # A loop that nobody guards never goes back, and takes no copies.
+    config, off = make(mode="auto"), make(mode="off", keep=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if arguments.alone:
-            result = alone(config, off, folder, name=arguments.alone)
+            of_name = {OURS: make(mode="auto", every=3), NO_RING: make(mode="auto", keep=0)}
+            result = alone(of_name.get(arguments.alone, off), folder, name=arguments.alone)
         else:
             result = compare(config, off, folder, rounds=arguments.rounds, names=arguments.only.split(";"))
     (folder / f"result-{rank}.json").write_text(json.dumps(result))
@@ -361,6 +359,8 @@ def report(world: int, found: dict[str, Any], memory: dict[str, float]) -> None:
         middle, cpu = statistics.median(seconds[name]) * 1e3, statistics.median(worked[name]) * 1e3
         row = f"{name:26} {middle:9.1f} {cpu:8.1f} {memory.get(name, float('nan')):6.0f}"
         print(f"{row} |      {ratios(seconds, name, rivals)} |          {ratios(worked, name, rivals)}")
+    if NO_RING in memory:
+        print(f"{NO_RING:26} {'':9} {'':8} {memory[NO_RING]:6.0f} |")
     if OURS in seconds and OFF in seconds:
         both = [ratios(times, OURS, [OFF]).strip() for times in (seconds, worked)]
         means = statistics.fmean(worked[OURS]) / statistics.fmean(worked[OFF])
@@ -406,7 +406,7 @@ def main() -> None:
             options = ["--rounds", str(arguments.rounds), "--only", ";".join(names), *compiled]
             found = start(world, folder, arguments.threads, *options)[0]
             memory = {}
-            for contender in names if not arguments.no_memory else []:
+            for contender in [*names, *([NO_RING] if OURS in names else [])] if not arguments.no_memory else []:
                 ranks = start(world, folder, arguments.threads, "--alone", contender, *compiled)
                 memory[contender] = max(each["mib"] for each in ranks)
             report(world, found, memory)
