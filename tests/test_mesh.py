@@ -104,7 +104,7 @@ def exact_config(folder: Path, name: str, **sections: Any) -> Config:
     return config_of(folder, name, **sections)
 
 
-STEPS = 30
+STEPS = 50
 CURVE: dict[str, Any] = {
     "model": {"dropout": 0.0},
     "train": {"steps": STEPS},
