@@ -22,11 +22,20 @@ FAKES = Path(__file__).parent / "fakes"
 
 
 def wait_for(condition: Callable[[], object], *, seconds: float = 60.0, what: str = "") -> None:
-    """Poll until `condition` holds; fails the test after `seconds`, which only a broken program needs."""
+    """Poll until `condition` holds; fails the test after `seconds`, which only a broken program needs.
+
+    What it looks at may not be there yet: an assertion in it that does not hold counts as False.
+    """
     deadline = time.monotonic() + seconds
-    while not condition():
+    missing: AssertionError | None = None
+    while True:
+        try:
+            if condition():
+                return
+        except AssertionError as error:
+            missing = error
         if time.monotonic() > deadline:
-            pytest.fail(f"did not happen within {seconds:g} s: {what or condition}")
+            pytest.fail(f"did not happen within {seconds:g} s: {what or condition} {missing or ''}")
         time.sleep(0.02)
 
 

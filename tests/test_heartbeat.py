@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -20,8 +21,12 @@ def run(tmp_path: Path) -> RunDirectory:
 
 
 def eventually(condition: Callable[[], bool]) -> None:
+    """Poll; what it looks at may not be there yet."""
     deadline = time.monotonic() + 20
-    while not condition():
+    while True:
+        with contextlib.suppress(AssertionError, StopIteration):
+            if condition():
+                return
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
