@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import pickle
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -20,15 +19,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.ports import free_port
+
 torch.set_num_threads(1)
 
 _alive: set[int] = set()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def start_ranks(

@@ -25,6 +25,7 @@ from tests.running import (
     new_run,
     of_kind,
     outcome,
+    prompt_disk,
     spans,
     start_run,
     table,
@@ -82,7 +83,8 @@ def test_each_command_is_answered_with_its_step(tmp_path: Path) -> None:
     send(run, "stop", CommandKind.STOP, at_step=25)
     send(run, "late", CommandKind.PAUSE, at_step=40)
     (run.commands / "nonsense.json").write_text('{"kind": "dance"}')
-    assert train(run, 2) == "stopped"
+    with prompt_disk():
+        assert train(run, 2) == "stopped"
     given = answers(run)
     assert given.pop("nonsense")[0] == "refused"
     assert given == {

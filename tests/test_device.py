@@ -27,7 +27,7 @@ from guardrail.torch.guard import Guard, Step
 from guardrail.torch.lagged import Lagged
 from guardrail.torch.snapshots import SnapshotRing
 from guardrail.torch.state import TrainingState
-from tests.ranks import free_port
+from tests.ports import free_port
 from tests.running import assert_same, new_run, of_kind, outcome, table, tiny, told
 from trainer.config import Config
 from trainer.loop import Trainer

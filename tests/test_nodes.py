@@ -16,7 +16,7 @@ from guardrail.records import Phase
 from guardrail.rundir import RunDirectory
 from guardrail.runlock import holder_of
 from tests.lab import Lab, wait_for
-from tests.ranks import free_port
+from tests.ports import free_port
 from tests.running import assert_same, of_kind, tiny, trained
 from trainer.config import Config
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pty
 import signal
-import socket
 import subprocess
 import sys
 import termios
@@ -19,6 +18,7 @@ from guardrail import processes
 from guardrail.records import Phase
 from guardrail.rundir import RunDirectory
 from tests.lab import Lab, wait_for
+from tests.ports import free_port
 
 CONFIG = """
 [run]
@@ -369,9 +369,7 @@ def _take_terminal(slave: int) -> None:
 
 def test_two_nodes_share_a_run_directory(lab: Lab) -> None:
     """Two supervisors find each other by the rendezvous of [launch]; the first one speaks for the run."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    endpoint = f"127.0.0.1:{free_port()}"
     config = configure(lab, "steps = 200\nrank = 3\nfault = 'exit'")
     (lab.folder / config).write_text(
         (lab.folder / config).read_text().replace("[tensor", f'nodes = 2\nrendezvous_endpoint = "{endpoint}"\n[tensor')

@@ -42,7 +42,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from guardrail.config import build, dump
 from guardrail.rundir import RunDirectory
-from tests.ranks import free_port
+from tests.ports import free_port
 from trainer.config import Config
 from trainer.loop import Trainer
 from trainer.model import Decoder
