@@ -45,11 +45,11 @@ class Facts:
 
     def begins_level(self, obs: Observation, findings: Iterable[Finding]) -> bool:
         """Whether a replay has shown that from this batch on the data is another kind."""
-        return any(first <= obs.first < last for first, last in self.levels) and _pardonable(findings)
+        return _begins_in(self.levels, obs) and _pardonable(findings)
 
     def is_borne(self, obs: Observation) -> bool:
         """Whether a replay has shown that the raised numbers of this batch are those of every batch."""
-        return any(first <= obs.first < last for first, last in self.borne)
+        return _begins_in(self.borne, obs)
 
     def note_cause(self, diagnosis: Diagnosis, batch: tuple[int, int]) -> None:
         """What its cause says of the batch itself."""
@@ -129,6 +129,10 @@ class Facts:
                 f"{self.incidents.onset} leads to, noise {outcome.noise:.2g}"
             )
         return message + (f"; {lost} steps were made again" if lost else ""), data
+
+
+def _begins_in(stretches: Iterable[tuple[int, int]], obs: Observation) -> bool:
+    return any(first <= obs.first < last for first, last in stretches)
 
 
 def _pardonable(findings: Iterable[Finding]) -> bool:

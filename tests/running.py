@@ -133,8 +133,8 @@ def start_run(run: RunDirectory, world: int) -> list[int]:
 def train(run: RunDirectory, world: int, *, seconds: float = 120.0) -> str:
     """Train a run directory to its end, or resume it; returns how it ended."""
     codes = wait_ranks(start_run(run, world), seconds=seconds)
-    told = [file.read_bytes() for file in sorted((run.path / "results").glob("result-*"))]
-    assert codes == [0] * world, (codes, told)  # a rank that a signal ended has told nothing
+    results = [file.read_bytes() for file in sorted((run.path / "results").glob("result-*"))]
+    assert codes == [0] * world, (codes, results)  # a rank that a signal ended has left none
     return outcome(run)
 
 
@@ -176,8 +176,8 @@ def final(run: RunDirectory) -> str:
 
     One that a test has damaged may still be there, and comes before all others where its age cannot be read.
     """
-    told = {event.data["path"] for event in of_kind(run, "checkpoint") if event.data["state"] == "invalid"}
-    newest = next(path for path in checkpoint_dirs(run.checkpoints) if path.name not in told)
+    invalid = {event.data["path"] for event in of_kind(run, "checkpoint") if event.data["state"] == "invalid"}
+    newest = next(path for path in checkpoint_dirs(run.checkpoints) if path.name not in invalid)
     status = run.read_status()
     assert status is not None
     assert verify(newest).step == status.step

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import pytest
 from guardrail.heartbeat import Heartbeat, resident_bytes
 from guardrail.records import Mode, Phase, RankStatus, Status
 from guardrail.rundir import RunDirectory
+from tests.lab import wait_for
 
 
 @pytest.fixture
@@ -20,19 +19,10 @@ def run(tmp_path: Path) -> RunDirectory:
     return RunDirectory.create(tmp_path, "demo", "")
 
 
-def eventually(condition: Callable[[], bool]) -> None:
-    """Poll; what it looks at may not be there yet."""
-    deadline = time.monotonic() + 20
-    while True:
-        with contextlib.suppress(AssertionError, StopIteration):
-            if condition():
-                return
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 def rank(run: RunDirectory, number: int = 0) -> RankStatus:
-    return next(status for status in run.read_ranks() if status.rank == number)
+    found = [status for status in run.read_ranks() if status.rank == number]
+    assert found
+    return found[0]
 
 
 def status(run: RunDirectory) -> Status:
@@ -44,16 +34,16 @@ def status(run: RunDirectory) -> Status:
 def test_it_beats_without_progress_and_shows_progress(run: RunDirectory) -> None:
     heart = Heartbeat(run, 3, seconds=0.01, incarnation=2).start()
     try:
-        eventually(lambda: bool(run.read_ranks()))
+        wait_for(lambda: bool(run.read_ranks()))
         first = rank(run, 3)
         assert (first.pid, first.phase, first.progress, first.incarnation) == (os.getpid(), Phase.SETUP, 0, 2)
         assert first.memory_bytes > 1_000_000
-        eventually(lambda: rank(run, 3).heartbeat > first.heartbeat)
+        wait_for(lambda: rank(run, 3).heartbeat > first.heartbeat)
         assert rank(run, 3).progress == 0 and rank(run, 3).progress_time == first.progress_time
         heart.step_seconds = 0.25
         heart.at(Phase.STEP, 7)
         heart.tick()
-        eventually(lambda: rank(run, 3).progress == 2)
+        wait_for(lambda: rank(run, 3).progress == 2)
         after = rank(run, 3)
         assert (after.phase, after.step, after.step_seconds) == (Phase.STEP, 7, 0.25)
         assert after.progress_time > first.progress_time
@@ -66,11 +56,11 @@ def test_rank_zero_keeps_what_the_supervisor_wrote(run: RunDirectory) -> None:
     run.write_status(Status(run="demo/1", phase=Phase.STARTING, supervisor_pid=77, restarts=2, started=5.0, world=4))
     heart = Heartbeat(run, 0, seconds=0.01).start()
     heart.say("tokenizing 43 %")
-    eventually(lambda: status(run).progress == "tokenizing 43 %")
+    wait_for(lambda: status(run).progress == "tokenizing 43 %")
     assert status(run).phase is Phase.SETUP and status(run).pid == os.getpid()
     heart.status = lambda: Status(run="demo/1", phase=Phase.STEP, step=9, total_steps=20, mode=Mode.ASK)
     heart.at(Phase.EVAL, 9)
-    eventually(lambda: status(run).step == 9)
+    wait_for(lambda: status(run).step == 9)
     heart.stop()
     now = status(run)
     assert (now.phase, now.mode, now.progress) == (Phase.EVAL, Mode.ASK, "")
@@ -80,9 +70,9 @@ def test_rank_zero_keeps_what_the_supervisor_wrote(run: RunDirectory) -> None:
 
 def test_a_new_phase_does_not_wait_for_the_next_beat(run: RunDirectory) -> None:
     heart = Heartbeat(run, 0, seconds=3600).start()
-    eventually(lambda: bool(run.read_ranks()))
+    wait_for(lambda: bool(run.read_ranks()))
     heart.at(Phase.SAVE, 4)
-    eventually(lambda: rank(run).phase is Phase.SAVE)
+    wait_for(lambda: rank(run).phase is Phase.SAVE)
     heart.tick()
     heart.stop()
     assert rank(run).progress == 2, "stop writes the last state"
@@ -103,7 +93,7 @@ def test_the_last_state_is_the_end_of_the_run(run: RunDirectory) -> None:
 
 def test_nothing_that_fails_gets_out_and_the_beat_goes_on(run: RunDirectory, tmp_path: Path) -> None:
     heart = Heartbeat(run, 0, seconds=0.01).start()
-    eventually(lambda: bool(run.read_ranks()))
+    wait_for(lambda: bool(run.read_ranks()))
     broken = [True]
 
     def tell() -> Status:
@@ -112,17 +102,17 @@ def test_nothing_that_fails_gets_out_and_the_beat_goes_on(run: RunDirectory, tmp
         return Status(run="demo", phase=Phase.STEP, step=5)
 
     heart.status = tell
-    eventually(lambda: heart.failures > 0)
+    wait_for(lambda: heart.failures > 0)
     assert "middle of a rollback" in heart.error
     broken[0] = False
-    eventually(lambda: status(run).step == 5)
+    wait_for(lambda: status(run).step == 5)
     hidden = tmp_path / "hidden"
     run.path.rename(hidden)
     failures = heart.failures
-    eventually(lambda: heart.failures > failures)
+    wait_for(lambda: heart.failures > failures)
     hidden.rename(run.path)
     before = time.time()
-    eventually(lambda: rank(run).heartbeat > before)
+    wait_for(lambda: rank(run).heartbeat > before)
     run.path.rename(hidden)
     heart.stop()
 

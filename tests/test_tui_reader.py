@@ -5,8 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -17,13 +16,7 @@ from guardrail.rundir import RunDirectory
 from guardrail.tui import reader as reader_module
 from guardrail.tui.reader import RunReader
 from tests.fake_run import FakeRun, LiveRun, example, snapshot_of
-
-
-def until(true: Callable[[], bool], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.01)
+from tests.lab import wait_for
 
 
 @pytest.fixture
@@ -63,13 +56,13 @@ def test_only_news_is_published(run: RunDirectory) -> None:
 
 
 def test_further_signals_and_another_axis_come_by_choice(run: RunDirectory, reading: RunReader) -> None:
-    until(lambda: reading.latest().loaded)
+    wait_for(lambda: reading.latest().loaded)
     plain = reading.latest()
     assert "lr" in plain.columns and "lr" not in plain.series.values and not plain.series.axes
     run.append("rollback", "rolled back to 1000", to_step=1000, new_timeline=2, timeline=1, step=1284)
-    until(lambda: reading.latest().series.last_step == 1000)
+    wait_for(lambda: reading.latest().series.last_step == 1000)
     reading.choose(("loss", "lr", "throughput"), "tokens")
-    until(lambda: "lr" in reading.latest().series.values)
+    wait_for(lambda: "lr" in reading.latest().series.values)
     series, expected = reading.latest().series, snapshot_of(example()).series
     assert series.values["lr"].tolist() == expected.values["lr"][: len(series)].tolist()
     assert series.along("tokens").tolist() == expected.along("tokens")[: len(series)].tolist()
@@ -77,7 +70,7 @@ def test_further_signals_and_another_axis_come_by_choice(run: RunDirectory, read
     reading.choose(("loss",), "step")
     reading.choose(("loss", "lr"), "tokens")
     reading.send(Command(id="after", kind=CommandKind.PAUSE))  # comes after both on the same thread
-    until(lambda: bool(run.commands_pending()))
+    wait_for(lambda: bool(run.commands_pending()))
     assert reading.latest().series is series, "what is kept already is not read again"
 
 
@@ -140,15 +133,15 @@ def test_silence_counts_from_the_last_new_heartbeat_by_our_own_clock(run: RunDir
 
 def test_commands_go_into_the_inbox_and_answers_come_back(run: RunDirectory, reading: RunReader) -> None:
     reading.send(Command(id="mine", kind=CommandKind.LR, value=0.5, who="me@here", time=1.0))
-    until(lambda: [c.id for c in run.commands_pending()] == ["mine"])
+    wait_for(lambda: [c.id for c in run.commands_pending()] == ["mine"])
     run.answer(run.commands_pending()[0], applied=True, step=1290)
-    until(lambda: "mine" in reading.latest().story.answers)
+    wait_for(lambda: "mine" in reading.latest().story.answers)
     assert reading.latest().story.answers["mine"].step == 1290
 
 
 def test_a_command_that_cannot_be_handed_in_is_said(run: RunDirectory, reading: RunReader) -> None:
     reading.send(Command(id="wrong", kind=CommandKind.LR, value=-1.0))
-    until(lambda: "wrong" in reading.latest().unsent)
+    wait_for(lambda: "wrong" in reading.latest().unsent)
     assert "lr takes a factor" in reading.latest().unsent["wrong"]
 
 
@@ -156,7 +149,7 @@ def test_presence_is_shown_and_taken_back(run: RunDirectory) -> None:
     assert run.screens() == 0
     reader = RunReader(run)
     reader.start(lambda: None)
-    until(lambda: run.screens() == 1)
+    wait_for(lambda: run.screens() == 1)
     reader.close()
     assert run.screens() == 0
 
@@ -165,7 +158,7 @@ def test_who_may_not_answer_is_not_present(run: RunDirectory) -> None:
     """A run out of budget asks whoever watches; a read-only screen cannot answer."""
     reader = RunReader(run, present=False)
     reader.start(lambda: None)
-    until(lambda: reader.latest().loaded)
+    wait_for(lambda: reader.latest().loaded)
     reader.close()
     assert run.screens() == 0
 
@@ -180,7 +173,7 @@ def test_a_run_that_has_ended_is_not_written_to(tmp_path: Path) -> None:
 
 def test_news_is_told(run: RunDirectory, reading: RunReader) -> None:
     told = threading.Event()
-    until(lambda: reading.latest().loaded)
+    wait_for(lambda: reading.latest().loaded)
     reading._notify = told.set
     run.append("note", "something")
     assert told.wait(10)
@@ -193,8 +186,8 @@ def test_a_live_run_is_followed(tmp_path: Path) -> None:
     reader.start(lambda: None)
     try:
         LiveRun(fake, run, rate=200, spike_every=0).go(20)
-        until(lambda: reader.latest().series.last_step == 140)
-        until(lambda: (status := reader.latest().status) is not None and status.phase is Phase.FINISHED)
+        wait_for(lambda: reader.latest().series.last_step == 140)
+        wait_for(lambda: (status := reader.latest().status) is not None and status.phase is Phase.FINISHED)
     finally:
         reader.close()
 

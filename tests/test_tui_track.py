@@ -7,7 +7,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from guardrail.tui.track import Track
 from guardrail.tui.view import View
 from tests.fake_run import FakeReader, FakeRun, snapshot_of
 from tests.feed import going_back
+from tests.lab import wait_for
 
 EXACT = 64
 COLUMNS = ("step", "timeline", *SIGNALS, "eval_loss", "tokens")
@@ -271,22 +272,15 @@ def test_a_slow_file_holds_no_command_and_no_row(long_run: RunDirectory, monkeyp
     reader.start(lambda: None)
     try:
         reader.look_closer([(100.0, 300.0)])
-        until(lambda: reader.latest().looking_up is not None)
+        wait_for(lambda: reader.latest().looking_up is not None)
         reader.note("still here")
-        until(lambda: any("still here" in line.text for line in reader.latest().story.lines))
+        wait_for(lambda: any("still here" in line.text for line in reader.latest().story.lines))
         assert reader.latest().looking_up is not None
         hangs.set()
-        until(lambda: reader.latest().looking_up is None)
+        wait_for(lambda: reader.latest().looking_up is None)
     finally:
         hangs.set()
         reader.close()
-
-
-def until(true: Callable[[], bool], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.01)
 
 
 def test_what_is_free_goes_back_when_old_rows_were_summed_up(
@@ -354,7 +348,7 @@ async def test_the_screen_asks_for_what_it_shows_and_shows_what_comes(long_run: 
     expected = whole(long_run)
     app = GuardrailApp(reader, clock=lambda: 0.0)
     async with app.run_test(size=(120, 32)) as pilot:
-        until(lambda: reader.latest().loaded)
+        wait_for(lambda: reader.latest().loaded)
         app._draw()
         cockpit = app.screen
         cockpit.go_to(1206.0)  # type: ignore[attr-defined]

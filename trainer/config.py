@@ -336,7 +336,6 @@ class Config(Settings, frozen=True, kw_only=True):
 
     def _check_pipeline(self) -> None:
         stages, count = self.layout.pp, self.micro_batches
-        share = self.layout.data_ranks * self.micro_batch_size
         # Interleaved 1F1B takes them in rounds of one size, of as many as there are stages or some more.
         rounds = max(1, count // stages)
         if self.parallel.schedule == "1f1b" and self.layout.chunks > 1 and count % rounds:
@@ -345,14 +344,14 @@ class Config(Settings, frozen=True, kw_only=True):
                 f"a multiple of parallel.pp ({stages}) always does",
                 key="train.micro_batch_size",
                 value=self.micro_batch_size,
-                hint=f"nearest: train.batch_size = {nearest(self.train.batch_size, stages * share)}",
+                hint=f"nearest: train.batch_size = {nearest(count, stages) * self.train.batch_size // count}",
             )
-        if self.parallel.schedule == "1f1b" and self.micro_batches < self.layout.pp:
+        if self.parallel.schedule == "1f1b" and count < stages:
             raise ConfigError(
-                f"such that a window has at least parallel.pp ({self.layout.pp}) micro-batches",
+                f"such that a window has at least parallel.pp ({stages}) micro-batches",
                 key="train.micro_batch_size",
                 value=self.micro_batch_size,
-                hint=f"batch_size / (data ranks * micro_batch_size) is {self.micro_batches}",
+                hint=f"batch_size / (data ranks * micro_batch_size) is {count}",
             )
 
     def _check_sequence(self) -> None:

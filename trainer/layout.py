@@ -51,7 +51,7 @@ class Layout(Struct, frozen=True, kw_only=True):
     rank = ((stage * dp_replicate + replicate) * dp_shard + shard) * tp + place in the tensor-parallel group.
 
     Attributes:
-        chunks: stretches of blocks that a stage has: chunk c of stage s is number c * pp + s of all, in their order.
+        chunks: stretches of blocks that a stage has, see `numbers`.
         sharded: FSDP2 holds the state, be it on one shard; else DDP, or nothing on a single rank.
         sequence: a tensor-parallel group shares out the tokens of the stream.
     """
@@ -170,7 +170,7 @@ class Layout(Struct, frozen=True, kw_only=True):
 
         Without sequence parallelism a tensor-parallel group drops the same entries of the stream, which it has whole.
         """
-        number = chunk * self.pp + self.stage(rank)
+        number = numbers(stage=self.stage(rank), stages=self.pp, chunks=self.chunks)[chunk]
         return number * self.tp + rank % self.tp if self.sequence else number
 
     def holders(self, rank: int) -> range | None:
@@ -193,7 +193,12 @@ class Layout(Struct, frozen=True, kw_only=True):
         return rank % self.tp == 0 and self.stage(rank) == self.pp - 1
 
 
+def numbers(*, stage: int, stages: int, chunks: int) -> range:
+    """Which of all chunks, in the order of the model, one stage has: they are dealt out in turn."""
+    return range(stage, stages * chunks, stages)
+
+
 def stretches(layers: int, *, stage: int, stages: int, chunks: int = 1) -> list[range]:
     """Numbers of the blocks of each chunk of one stage of a pipeline."""
     cuts = [number * layers // (stages * chunks) for number in range(stages * chunks + 1)]
-    return [range(cuts[number], cuts[number + 1]) for number in range(stage, stages * chunks, stages)]
+    return [range(cuts[at], cuts[at + 1]) for at in numbers(stage=stage, stages=stages, chunks=chunks)]

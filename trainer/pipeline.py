@@ -28,7 +28,7 @@ from torch.distributed.pipelining import (
     ScheduleLoopedBFS,
 )
 
-from trainer.layout import stretches
+from trainer.layout import numbers, stretches
 from trainer.model import Decoder
 from trainer.model.attention import Sight
 
@@ -69,8 +69,13 @@ class Place:
         return self.stage == self.stages - 1
 
     @property
+    def numbers(self) -> range:
+        """Of the chunks of this rank, in the order of the model."""
+        return numbers(stage=self.stage, stages=self.stages, chunks=self.chunks)
+
+    @property
     def end(self) -> int:
-        """The number of the chunk with the head, in the order of the model."""
+        """The number of the chunk with the head."""
         return self.stages * self.chunks - 1
 
     def stretches(self, layers: int) -> list[range]:
@@ -93,37 +98,40 @@ def cut(model: Decoder, place: Place) -> None:
     if not place.last:
         model.norm = model.head = None
 
-    def forward(x: Tensor, chunk: int = 0) -> Tensor:
-        first, last = place.first and chunk == 0, place.last and chunk == place.chunks - 1
-        x_BTD = model.embed(x) if first else x
+    def forward(x: Tensor, chunk: int) -> Tensor:
+        number = place.numbers[chunk]
+        x_BTD = model.embed(x) if number == 0 else x
         mask = model.mask(x_BTD.shape[1] * model.stream_parts, x_BTD.device)
         blocks = [model.blocks[number] for number in dealt[chunk]]
         x_BTD = model.run(blocks, x_BTD, Sight(mask=mask, rotary=model.rotary))
-        return model.logits(x_BTD) if last else x_BTD
+        return model.logits(x_BTD) if number == place.end else x_BTD
 
     model.forward = forward  # type: ignore[assignment, method-assign]
 
 
 class Chunk(nn.Module):
-    """What the schedule calls a stage: one chunk of a rank's model, which counts its micro-batches.
+    """What the schedule calls a stage: one chunk of a rank's model, which throws the dice of each micro-batch.
 
     Args:
         model: what `cut` left, sharded or not; of all chunks of this rank.
         index: of this chunk on its rank.
-        begin: called with the number of a micro-batch and `index` before a forward pass of training.
+        begin: called with the number of a micro-batch and `index` before its forward pass: throws the dice.
+
+    Attributes:
+        next: which micro-batch of the window the next pass is of; None: of none, and no dice are thrown.
     """
 
     def __init__(self, model: nn.Module, index: int, begin: Callable[[int, int], None]) -> None:
         super().__init__()
         self.model, self.index = model, index
         self._begin = begin
-        self.begun: int | None = None  # forward passes of a window that is trained on
+        self.next: int | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.begun is not None:
+        if self.next is not None:
+            self._begin(self.next, self.index)
             # Every schedule takes the micro-batches of a chunk in order, forward and backward.
-            self._begin(self.begun, self.index)
-            self.begun += 1
+            self.next += 1
         return cast(Tensor, self.model(x, self.index))
 
 
@@ -137,7 +145,7 @@ class Pipeline:
         micro_batches, rows, length: of a window: how many, B and T of each.
         stream: tokens and width of what travels between stages, T (with sequence parallelism a part of it) and D.
         outputs: W, on the last stage.
-        begin: called with the number of a micro-batch and of a chunk before its forward pass: throws the dice.
+        begin: see Chunk.
         loss: (number, logits, labels) -> what the backward pass begins with, on the last stage.
     """
 
@@ -157,7 +165,7 @@ class Pipeline:
         loss: Callable[[int, Tensor, Tensor], Tensor],
     ) -> None:
         self.model, self.place, self.stream, self.device = model, place, stream, device
-        self._begin, self._loss, self._lost = begin, loss, 0
+        self._loss, self._lost = loss, 0
         between = torch.empty(rows, *stream, device="meta", requires_grad=True)
         tokens = torch.empty(rows, length, dtype=torch.int64, device="meta")
         logits = torch.empty(rows, length, outputs, device="meta", requires_grad=True)
@@ -175,7 +183,7 @@ class Pipeline:
             )
 
         self._chunks = [Chunk(model, index, begin) for index in range(place.chunks)]
-        stages = [stage(chunk, self._number(chunk)) for chunk in self._chunks]
+        stages = [stage(chunk, number) for chunk, number in zip(self._chunks, place.numbers, strict=True)]
         options = {"loss_fn": self._lose, "scale_grads": False}
         if place.chunks == 1:
             self._schedule = SCHEDULES[schedule](stages[0], micro_batches, **options)
@@ -192,15 +200,13 @@ class Pipeline:
         sharded.set_reshard_after_backward(False)
         sharded.set_requires_gradient_sync(False)
         self._lost = 0
-        for chunk in self._chunks:
-            chunk.begun = 0
+        self._next(0)
         try:
             inputs = (tokens,) if self.place.first else ()
             targets = {"target": labels} if self.place.last else {}
             self._schedule.step(*inputs, **targets, return_outputs=False)
         finally:
-            for chunk in self._chunks:
-                chunk.begun = None
+            self._next(None)
         self._whole.perform_reduce_grad(1)
 
     @torch.no_grad()
@@ -210,29 +216,30 @@ class Pipeline:
         Args:
             again: number of the micro-batch of the last window that they are, whose dice are thrown once more.
         """
-        place = self.place
-        for chunk in self._chunks:
-            number = self._number(chunk)
+        place, logits = self.place, None
+        self._next(again)
+        for chunk, number in zip(self._chunks, place.numbers, strict=True):
             x = tokens
             if number > 0:
                 x = torch.empty(len(tokens), *self.stream, device=self.device)
                 dist.recv(x, group=place.group, group_src=(number - 1) % place.stages)
-            if again is not None:
-                self._begin(again, chunk.index)
             y = cast(Tensor, chunk(x))
             if number == place.end:
-                return y
-            dist.send(y.contiguous(), group=place.group, group_dst=(number + 1) % place.stages)
-        return None
+                logits = y
+            else:
+                dist.send(y.contiguous(), group=place.group, group_dst=(number + 1) % place.stages)
+        self._next(None)
+        return logits
 
     def from_last(self, values: Tensor) -> Tensor:
         """The last stage's `values` on every stage."""
         dist.broadcast(values, group=self.place.group, group_src=self.place.stages - 1)
         return values
 
-    def _number(self, chunk: Chunk) -> int:
-        """Of a chunk, in the order of the model."""
-        return chunk.index * self.place.stages + self.place.stage
+    def _next(self, micro_batch: int | None) -> None:
+        """Which micro-batch the next pass of each chunk is of."""
+        for chunk in self._chunks:
+            chunk.next = micro_batch
 
     def _lose(self, logits: Tensor, labels: Tensor) -> Tensor:
         self._lost += 1

@@ -110,10 +110,8 @@ class Lagged:
     def ceilings(self, step: Step, *, wait: bool) -> list[float] | None:
         """What the signals of this step must keep to, as `Probes.signal_names` has them; None: the host has to wait."""
         guard = self._guard
-        settings, number = guard.settings, step.number
-        copied = bool(settings.snapshots.keep) and number % settings.snapshots.every == 0
-        due = number == guard.total_steps or copied
-        due = due or (guard.tiers.store is not None and number % settings.checkpoint.every == 0)
+        number = step.number
+        due = number == guard.total_steps or guard.tiers.copies(number)
         effects = guard.effects(number)
         most: dict[str, float] | None = None
         if not (wait or due or self._first is not None or effects.embed_alpha != 1.0 or effects.reset):

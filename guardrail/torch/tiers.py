@@ -108,14 +108,22 @@ class Tiers:
             for info in self.store.confirm(healthy_through, confirm):
                 self._confirmed(info)
                 changed = True
-        save = self.store is not None and step % self.settings.checkpoint.every == 0
-        if save or (self.settings.snapshots.keep and step % self.settings.snapshots.every == 0):
+        if self.copies(step):
+            save = self._saves(step)
             snapshot = self._take(facts, checkpoint=save)
             if save:
                 self._save(snapshot)
             changed = True
         if changed:
             self._tell()
+
+    def copies(self, step: int) -> bool:
+        """Whether the state behind this step is copied, for the ring or for a checkpoint."""
+        snapshots = self.settings.snapshots
+        return self._saves(step) or (snapshots.keep > 0 and step % snapshots.every == 0)
+
+    def _saves(self, step: int) -> bool:
+        return self.store is not None and step % self.settings.checkpoint.every == 0
 
     def save_now(self, facts: Facts) -> None:
         """A checkpoint of the present state, by command or as another try of one that failed."""

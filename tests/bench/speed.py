@@ -406,7 +406,8 @@ def main() -> None:
             options = ["--rounds", str(arguments.rounds), "--only", ";".join(names), *compiled]
             found = start(world, folder, arguments.threads, *options)[0]
             memory = {}
-            for contender in [*names, *([NO_RING] if OURS in names else [])] if not arguments.no_memory else []:
+            weighed = [*names, NO_RING] if OURS in names else names
+            for contender in [] if arguments.no_memory else weighed:
                 ranks = start(world, folder, arguments.threads, "--alone", contender, *compiled)
                 memory[contender] = max(each["mib"] for each in ranks)
             report(world, found, memory)
