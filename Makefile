@@ -8,7 +8,7 @@ BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
 EXTRAS  := $(VENV)/.extras
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test lint faults bench clean
 
 install: $(STAMP)
 	@:
@@ -34,13 +34,17 @@ demo: install
 	  $(BIN)/guardrail report && exit $$code
 
 test: $(EXTRAS)
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(if $(filter 0,$(SLOW)),-m 'not slow') $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(if $(filter 0,$(SLOW)),-m 'not slow and not ci_slow') $(PYTEST_ARGS)
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The tests of each known fault, and the faults that have none.
+faults: $(EXTRAS)
+	$(BIN)/python -m tests.faults
 
 bench: install
 	@set -e; for file in tests/bench/*.py; do echo "$$file"; $(BIN)/python -m tests.bench.$$(basename "$$file" .py); done

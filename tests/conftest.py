@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults import FAULTS
 from tests.lab import Lab
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for mark in item.iter_markers("fault"):
+            for fault in mark.args:
+                if fault not in FAULTS:
+                    raise pytest.UsageError(f"{item.nodeid}: unknown fault {fault!r}, see tests/faults.py")
 
 
 @pytest.fixture(scope="session", autouse=True)
