@@ -59,7 +59,6 @@ FAULTS = {
     "T6": "advise mode says RECOVERING and journals actions that were not done",
     "T7": "resume --preview hides that resume carries out the proposed rollback",
     "T8": "launch ignores --root and GUARDRAIL_ROOT",
-    "T9": "a million steps: curves are solid blocks",
     "T10": "keys typed ahead are lost",
     "T11": "dialogs open as an empty box that takes keys",
     "T12": "undo goes back where nothing can be undone",
