@@ -384,6 +384,54 @@ class Phase(str, Enum):
         return self in (Phase.FINISHED, Phase.STOPPED, Phase.HALTED, Phase.FAILED)
 
 
+class Unresolved(Record, frozen=True, kw_only=True):
+    """An incident that is not over: no state of the run becomes good before it is. See `Status.unresolved`.
+
+    Attributes:
+        incident: its number.
+        since: the first step of it (the estimated onset).
+        is_open: it still goes on. False: it has ended, and the loss has stayed above its trend.
+        acted: something was done about it: a batch was skipped, or a state restored.
+        let_pass: why an update that was found bad was applied all the same: "advise", "go on" (the answer to the
+            question), "new data" (the guard took it for another kind of data); "" where none was.
+        loss: median of the newest applied steps, nats a token; None where there is none.
+        expected: the loss that the trend before the onset leads to; None where too few steps were applied before it.
+    """
+
+    incident: int
+    since: int
+    is_open: bool = False
+    acted: bool = False
+    let_pass: str = ""
+    loss: float | None = None
+    expected: float | None = None
+
+    @property
+    def offset(self) -> float | None:
+        """Loss above its trend, nats a token; None where one of them is not known."""
+        return None if self.loss is None or self.expected is None else self.loss - self.expected
+
+    def headline(self) -> str:
+        """The state in a few words: "LOSS +8.5 since 400", "UNSTABLE, no action (advise)".
+
+        "" while the guard deals with it: the incident is open, and something was done.
+        """
+        if self.is_open:
+            why = f" ({self.let_pass})" if self.let_pass else ""
+            return "" if self.acted else f"UNSTABLE, no action{why}"
+        return f"UNSTABLE since {self.since}" if self.offset is None else f"LOSS {self.offset:+.2g} since {self.since}"
+
+    def sentence(self) -> str:
+        """One line: "unresolved since step 400: loss 10.3, +8.5 above its trend, no action was taken (advise)"."""
+        parts = [f"unresolved since step {self.since}"]
+        if self.offset is not None:
+            parts.append(f"loss {self.loss:.3g}, {self.offset:+.2g} above its trend")
+        if not self.acted:
+            parts.append("no action was taken" + (f" ({self.let_pass})" if self.let_pass else ""))
+        first, *more = parts
+        return f"{first}: {', '.join(more)}" if more else first
+
+
 class Status(Record, frozen=True, kw_only=True):
     """status.json: what a glance needs. `heartbeat` is the wall time of the last replacement."""
 
@@ -405,6 +453,8 @@ class Status(Record, frozen=True, kw_only=True):
     tokens_per_second: float = 0.0
     eta_seconds: float = 0.0
     lr_factor: float = 1.0
+    # The earliest incident that is not over: open, or ended with a loss above its trend that nobody accepted.
+    unresolved: Unresolved | None = None
     guard_share: float = 0.0  # the guard's own time as a share of the step, measured in the run
     restarts: int = 0
     start: str = ""  # which start of the ranks wrote this: equal on all its ranks, another after each restart
