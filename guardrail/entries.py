@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from guardrail.casefile import Deed, Document, Sample, Token
-from guardrail.files import as_float
+from guardrail.files import as_float, as_int
 from guardrail.records import Curve, Event
 from guardrail.rundir import span_of
 from guardrail.text import clean
@@ -121,9 +121,7 @@ def curve_of(raw: Any) -> Curve | None:
 
 def whole(value: Any) -> int:
     """An integer from JSON; 0 for anything else."""
-    if isinstance(value, float) and value == value and abs(value) < 2**63:
-        return int(value)
-    return value if isinstance(value, int) else 0
+    return as_int(value)
 
 
 def _pair(value: Any) -> tuple[int, int] | None:

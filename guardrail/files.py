@@ -68,10 +68,24 @@ def encode_json(value: Any) -> bytes:
 
 
 def as_float(value: Any) -> float:
-    """A number from JSON, "nan", "inf" and "-inf" included; NaN for anything else."""
+    """A number from JSON, "nan", "inf" and "-inf" included; NaN for anything else. An integer too large is infinite."""
     if isinstance(value, str):
         return _NO_NUMBER.get(value, math.nan)
-    return float(value) if isinstance(value, (int, float)) else math.nan
+    if not isinstance(value, (int, float)):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def as_int(value: Any, default: int = 0) -> int:
+    """A whole number from JSON that 64 bits hold; `default` for anything else."""
+    if isinstance(value, float) and math.isfinite(value):
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        return default
+    return value if -(2**63) <= value < 2**63 else default
 
 
 def _builtin(value: Any) -> Any:

@@ -82,7 +82,7 @@ def undone(events: Iterable[Event]) -> dict[str, int]:
     found: dict[str, tuple[str, int]] = {}
     for event in events:
         if event.kind == "command":
-            deed = DEEDS.get(event.data.get("command"))  # type: ignore[arg-type]  # a str is its own member
+            deed = DEEDS.get(str(event.data.get("command")))  # type: ignore[call-overload]  # a str is its own member
             if deed is not None and event.data.get("effect") == "applied":
                 found[str(event.data.get("id"))] = deed, event.step
         elif event.kind == "undo" or (
@@ -103,7 +103,9 @@ class Inbox:
     def __init__(self, folder: Path, *, owner: int) -> None:
         self.folder = folder
         self.owner = owner
+        self.problem = ""  # why the folder could not be read at the last scan
         self._names: dict[str, str] = {}  # command id -> file name
+        self._first_names: dict[str, str] = {}  # the same, also of commands that are answered
         self._stuck: set[tuple[str, int]] = set()  # answered, but the file system would not let go of them
 
     def send(self, command: Command) -> None:
@@ -117,11 +119,16 @@ class Inbox:
         refusals: list[Refusal] = []
         try:
             folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError:
+        except FileNotFoundError:
+            self.problem = ""  # whoever sends a command makes the folder
             return commands, refusals
+        except OSError as error:
+            self.problem = f"commands/ cannot be opened: {error.strerror or error}"
+            return commands, refusals
+        self.problem = ""
         try:
             for name in self._waiting(folder):
-                found = self._read(folder, name)
+                found = self._checked(folder, name)
                 if isinstance(found, Command):
                     commands.append(found)
                 elif found is not None:
@@ -154,15 +161,30 @@ class Inbox:
     def _waiting(self, folder: int) -> list[str]:
         """Names by age. Files still being written begin with a dot; the name settles equal times."""
         found = []
-        with contextlib.suppress(OSError), os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                with contextlib.suppress(OSError):
-                    info = entry.stat(follow_symlinks=False)
-                    if (entry.name, info.st_ino) not in self._stuck:
-                        found.append((info.st_mtime_ns, entry.name))
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    with contextlib.suppress(FileNotFoundError):
+                        info = entry.stat(follow_symlinks=False)
+                        if (entry.name, info.st_ino) not in self._stuck:
+                            found.append((info.st_mtime_ns, entry.name))
+        except OSError as error:
+            self.problem = f"commands/ cannot be read: {error.strerror or error}"
         return [name for _, name in sorted(found)]
+
+    def _checked(self, folder: int, name: str) -> Command | Refusal | None:
+        """What a file holds. Whatever is wrong with it, it is refused and the others are read all the same."""
+        try:
+            found = self._read(folder, name)
+        except Exception as error:  # a kind of hostile content that nothing above has thought of
+            found = _refuse(name, f"it cannot be understood ({type(error).__name__})")
+        if isinstance(found, Command):
+            first = self._first_names.setdefault(found.id, name)
+            if first != name:
+                return _refuse(name, f"another command has had the id {found.id} before")
+        return found
 
     def _read(self, folder: int, name: str) -> Command | Refusal | None:
         """None: the file is gone, or cannot be read at the moment."""
@@ -195,12 +217,12 @@ class Inbox:
 def _parse(name: str, data: bytes) -> Command | Refusal:
     try:
         fields = msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
         return _refuse(name, f"it is not JSON ({error})")
     if not isinstance(fields, dict):
         return _refuse(name, "it is not a JSON object")
     kinds = [kind.value for kind in CommandKind]
-    if fields.get("kind") not in kinds:
+    if not isinstance(fields.get("kind"), str) or fields["kind"] not in kinds:
         return _refuse(name, f"its kind is none of {', '.join(kinds)}", fields)
     # Without a value `rollback` means the newest good state, not step 0, and `undo` the newest decision.
     if fields["kind"] in (CommandKind.ROLLBACK.value, CommandKind.UNDO.value) and fields.get("value") is None:
@@ -213,7 +235,7 @@ def _parse(name: str, data: bytes) -> Command | Refusal:
     try:
         command = msgspec.convert(fields, Command)
         reason = check_command(command)
-    except (msgspec.ValidationError, OverflowError) as error:
+    except (ValueError, OverflowError, RecursionError) as error:
         return _refuse(name, f"it does not fit a command ({error})", fields)
     if reason is not None:
         return _refuse(name, reason, fields)
@@ -226,10 +248,15 @@ def _refuse(name: str, reason: str, fields: dict[str, Any] | None = None) -> Ref
     return Refusal(
         id=id if isinstance(id, str) and _ID.fullmatch(id) else _id_of(name),
         reason=clean(reason, 400),
-        kind=clean(str(fields.get("kind", "")), 40),
+        kind=_text(fields.get("kind"), 40),
         value=as_float(fields.get("value", 0.0)),
-        who=clean(str(fields.get("who", "")), 256),
+        who=_text(fields.get("who"), 256),
     )
+
+
+def _text(value: Any, limit: int) -> str:
+    """Text from JSON. Anything else is named by its type: its own text may be long, deep or impossible to make."""
+    return clean(value, limit) if isinstance(value, str) else f"({type(value).__name__})" if value is not None else ""
 
 
 def _id_of(name: str) -> str:

@@ -76,6 +76,7 @@ class Past:
         good: names of checkpoints that were confirmed.
         incident: number of the last incident.
         lines: of the journal that it was told.
+        unread: of these, lines that make no sense: another version's, or damaged.
     """
 
     spans: list[Span] = field(default_factory=list)
@@ -94,12 +95,17 @@ class Past:
     started: dict[str, Any] | None = None
     ended: str | None = None
     lines: int = 0
+    unread: int = 0
 
     @classmethod
     def of(cls, events: Iterable[Event]) -> Past:
+        """What a journal from the disk says; a line of it that makes no sense is counted and passed over."""
         past = cls()
         for event in events:
-            past.add(event)
+            try:
+                past.add(event)
+            except (KeyError, TypeError, ValueError, OverflowError, IndexError):
+                past.unread += 1
         return past
 
     def add(self, event: Event) -> None:

@@ -446,6 +446,7 @@ class Status(Record, frozen=True, kw_only=True):
     progress: str = ""  # a long set-up says how far it is: "tokenizing 43 %"
     mode: Mode = Mode.AUTO
     durability: str = "ok"  # "ok" or "degraded: WHY"
+    commands_problem: str = ""  # why commands are not read at the moment, "" while they are
     question: str = ""  # while parked by the guard: what it proposes
     deadline: float = 0.0  # wall time at which the guard answers its question itself; 0: never
     default: str = ""  # what it then does: "proposed", "go_on" or "stop"

@@ -67,6 +67,7 @@ class RunDirectory:
         self._inbox: Inbox | None = None
         self._undone: dict[str, int] = {}
         self._recovered = False  # what an earlier trainer answered without removing it has been removed
+        self.commands_problem = ""  # why commands/ could not be read at the last look
 
     def __repr__(self) -> str:
         return f"RunDirectory({str(self.path)!r})"
@@ -265,11 +266,21 @@ class RunDirectory:
 
     def commands_pending(self) -> list[Command]:
         """Commands that wait for an answer, oldest first. Never raises; see `commands_refused` for the rest."""
-        return self._pending()[0]
+        return self.commands_waiting()[0]
 
     def commands_refused(self) -> list[Refusal]:
         """Files of the inbox that cannot be obeyed: broken, foreign, out of range. Each wants an answer as well."""
-        return self._pending()[1]
+        return self.commands_waiting()[1]
+
+    def commands_waiting(self) -> tuple[list[Command], list[Refusal]]:
+        """Both, of one look at the folder. Never raises for what lies there; `commands_problem` says what failed."""
+        try:
+            found = self._pending()
+        except OSError as error:
+            self.commands_problem = f"commands/ cannot be read: {error.strerror or error}"
+            return [], []
+        self.commands_problem = self.inbox.problem
+        return found
 
     def command_done(self, id: str) -> None:
         """Remove an answered command; its answer is in the journal already."""
@@ -298,22 +309,19 @@ class RunDirectory:
         return event
 
     def _pending(self) -> tuple[list[Command], list[Refusal]]:
-        try:
+        commands, refusals = self.inbox.scan()
+        if not self._recovered and (commands or refusals):
+            # A crash between the answer and the removal of its file must not make it count twice. What was answered
+            # and not done is due where it was said to take effect.
+            events = self.events()
+            self._undone = undone(events)
+            answered = {str(event.data.get("id")) for event in events if event.kind == "command"} - set(self._undone)
+            for id in {item.id for item in commands} | {item.id for item in refusals}:
+                if id in answered:
+                    self.inbox.remove(id)
             commands, refusals = self.inbox.scan()
-            if not self._recovered and (commands or refusals):
-                # A crash between the answer and the removal of its file must not make it count twice. What was answered
-                # and not done is due where it was said to take effect.
-                events = self.events()
-                self._undone = undone(events)
-                answered = {event.data.get("id") for event in events if event.kind == "command"} - set(self._undone)
-                for id in {item.id for item in commands} | {item.id for item in refusals}:
-                    if id in answered:
-                        self.inbox.remove(id)
-                commands, refusals = self.inbox.scan()
-            self._recovered = True
-            return [self._due(command) for command in commands], refusals
-        except OSError:
-            return [], []
+        self._recovered = True
+        return [self._due(command) for command in commands], refusals
 
     def _due(self, command: Command) -> Command:
         return msgspec.structs.replace(command, at_step=max(command.at_step, self._undone.get(command.id, 0)))

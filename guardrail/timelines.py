@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from guardrail.files import as_int
 from guardrail.records import Event
 
 if TYPE_CHECKING:
@@ -34,13 +35,11 @@ class Timelines:
         """Learn from `rollback` and `undo` (to_step, new_timeline) and `restarted` (step) lines; others say nothing."""
         for event in events:
             if event.kind in ("rollback", "undo"):
-                step, timeline = event.data.get("to_step"), event.data.get("new_timeline")
-                if isinstance(step, int) and isinstance(timeline, int):
+                step, timeline = (as_int(event.data.get(name), -1) for name in ("to_step", "new_timeline"))
+                if step >= 0 and timeline >= 0:
                     self.begin(timeline, step)
             elif event.kind == "restarted":
-                timeline = event.data.get("new_timeline", event.timeline)
-                if isinstance(timeline, int):
-                    self.begin(timeline, event.step)
+                self.begin(as_int(event.data.get("new_timeline"), event.timeline), event.step)
 
     def add_rows(self, steps: np.ndarray, timelines: np.ndarray, *, from_start: bool = True) -> None:
         """Learn from metric rows in file order: the first row of a timeline is the step after its beginning.

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from guardrail.files import as_int
 from guardrail.records import Event, Record, Span
 
 AUTOMATIC = ("rejected", "rollback")  # causes of spans that the guard decided by itself
@@ -69,7 +70,7 @@ def find(events: Iterable[Event], seq: int | None = None) -> Undoing | str:
     """
     events = list(events)
     decisions = [event for event in events if event.kind in ("left_out", "rollback", "remedy", "undo")]
-    gone = {int(of) for event in decisions if event.kind == "undo" for of in event.data.get("lines", ())}
+    gone = {as_int(of) for event in decisions if event.kind == "undo" for of in as_list(event.data.get("lines"))}
     standing = [event for event in decisions if event.kind != "undo" and event.seq not in gone]
     if seq is None:
         automatic = [event for event in standing if _automatic(event)]
@@ -80,6 +81,10 @@ def find(events: Iterable[Event], seq: int | None = None) -> Undoing | str:
     if meant is not None:
         return _undoing(meant, standing, events)
     return f"line {seq} is undone already" if seq in gone else f"line {seq} of the journal is no decision"
+
+
+def as_list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else ()
 
 
 def _automatic(event: Event) -> bool:
@@ -130,7 +135,7 @@ def _batch_behind(event: Event, events: Sequence[Event]) -> list[tuple[int, int]
     for before in reversed(events):
         if before.seq < event.seq and before.kind == "verdict" and before.data.get("incident") == number:
             batch = before.data.get("batch")
-            return [(int(batch[0]), int(batch[1]))] if isinstance(batch, list | tuple) and len(batch) == 2 else []
+            return [(as_int(batch[0]), as_int(batch[1]))] if isinstance(batch, list | tuple) and len(batch) == 2 else []
     return []
 
 
@@ -144,7 +149,7 @@ def lines_of(events: Iterable[Event], undoing: Undoing) -> list[int]:
 
 
 def _timeline(event: Event) -> list[int]:
-    return [int(event.data["new_timeline"])] if event.kind == "rollback" else []
+    return [as_int(event.data.get("new_timeline"), -1)] if event.kind == "rollback" else []
 
 
 def _covers(outer: Span, inner: Span) -> bool:

@@ -11,9 +11,12 @@ import msgspec
 import pytest
 
 from guardrail.errors import RunDirectoryError
-from guardrail.inbox import undone
+from guardrail.files import as_float
+from guardrail.inbox import Inbox, undone
+from guardrail.mailbox import Mailbox
 from guardrail.records import Command, CommandKind, Event
 from guardrail.rundir import RunDirectory, check_command
+from tests.lab import wait_for
 
 
 @pytest.fixture
@@ -207,3 +210,116 @@ def test_a_command_whose_deed_a_death_has_prevented_is_still_waiting(run: RunDir
         run.append("command", "answered", step=17, id=id, command=command, effect="applied")
     (left,) = RunDirectory(run.path).commands_pending()
     assert (left.id, left.at_step) == ("back", 17)
+
+
+# -- hostile files
+
+
+def deep(brackets: int) -> bytes:
+    return b"[" * brackets + b"]" * brackets
+
+
+HOSTILE: dict[str, bytes] = {
+    "digits": b'{"id":"big","kind":"skip","value":' + b"9" * 400 + b"}",
+    "negative": b'{"id":"big","kind":"skip","value":-' + b"9" * 400 + b"}",
+    "more-digits": b'{"kind":"skip","value":' + b"9" * 5000 + b"}",
+    "step-digits": b'{"kind":"pause","at_step":' + b"9" * 400 + b"}",
+    "time-digits": b'{"kind":"pause","time":' + b"9" * 400 + b"}",
+    "kind-digits": b'{"kind":' + b"9" * 4000 + b"}",
+    "who-deep": b'{"kind":"dance","who":' + deep(900) + b"}",
+    "kind-deep": b'{"kind":' + deep(900) + b"}",
+    "value-deep": b'{"kind":"skip","value":' + deep(900) + b"}",
+    "very-deep": b'{"kind":"skip","value":' + deep(3000) + b"}",
+    "nan": b'{"kind":"skip","value":NaN}',
+    "infinity": b'{"kind":"skip","value":Infinity}',
+    "latin": b'{"kind":"skip","who":"\xe9","value":1}',
+    "surrogate": b'{"kind":"lr","value":"\\ud800"}',
+    "types": b'{"id":7,"kind":"skip","value":[1],"who":{"a":1},"time":"x","at_step":null}',
+    "large": b"7" * (1 << 20),
+}
+
+
+def plant(run: RunDirectory, tmp_path: Path) -> set[str]:
+    """All hostile files at once, with a link, a pipe, a folder and 100 MB of nothing; the names of all."""
+    for name, content in HOSTILE.items():
+        (run.commands / f"{name}.json").write_bytes(content)
+    (run.commands / "link.json").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(run.commands / "pipe.json")
+    (run.commands / "folder.json").mkdir()
+    with (run.commands / "sparse.json").open("wb") as file:
+        file.truncate(100 << 20)
+    return {*HOSTILE, "link", "pipe", "folder", "sparse"}
+
+
+@pytest.mark.fault("R4")
+def test_hostile_files_are_answered_and_a_command_after_them_is_read(run: RunDirectory, tmp_path: Path) -> None:
+    names = plant(run, tmp_path)
+    mailbox = Mailbox(run, seconds=0.01)
+    try:
+        wait_for(lambda: len(of_command(run)) >= len(names), what="an answer to each file")
+        run.send(Command(id="after", kind=CommandKind.PAUSE))
+        wait_for(lambda: mailbox.next(1) is not None, what="the command after them")
+    finally:
+        mailbox.close()
+    answers = of_command(run)
+    assert {answer.data["effect"] for answer in answers} == {"refused"}
+    assert all(answer.data["reason"].isprintable() for answer in answers)
+    assert len(answers) == len(names), "each is answered once"
+    assert [name for name in os.listdir(run.commands) if "after" not in name] == []
+
+
+def of_command(run: RunDirectory) -> list[Event]:
+    return [event for event in run.events() if event.kind == "command"]
+
+
+@pytest.mark.fault("R4")
+def test_the_mailbox_outlives_whatever_goes_wrong_in_a_look(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says so while it lasts, and reads on afterwards."""
+    mailbox = Mailbox(run, seconds=0.01)
+    scan = Inbox.scan
+
+    def failing(self: Inbox) -> Any:
+        raise ZeroDivisionError("a mistake")
+
+    try:
+        monkeypatch.setattr(Inbox, "scan", failing)
+        wait_for(lambda: getattr(mailbox, "problem", "") == "ZeroDivisionError: a mistake")
+        monkeypatch.setattr(Inbox, "scan", scan)
+        wait_for(lambda: mailbox.problem == "")
+        run.send(Command(id="after", kind=CommandKind.PAUSE))
+        wait_for(lambda: mailbox.next(1) is not None)
+    finally:
+        mailbox.close()
+
+
+def test_a_mailbox_that_cannot_read_its_folder_says_so(run: RunDirectory, tmp_path: Path) -> None:
+    run.commands.rmdir()
+    mailbox = Mailbox(run, seconds=0.01)
+    try:
+        assert mailbox.problem == "", "a folder that is not there holds no command"
+        run.commands.symlink_to(tmp_path)
+        wait_for(lambda: "commands/ cannot be opened" in mailbox.problem)
+        run.commands.unlink()
+        wait_for(lambda: mailbox.problem == "")
+    finally:
+        mailbox.close()
+
+
+def test_of_two_files_with_one_id_the_older_counts_and_the_other_is_answered(run: RunDirectory) -> None:
+    run.send(Command(id="same", kind=CommandKind.PAUSE))
+    run.send(Command(id="same", kind=CommandKind.STOP))
+    (command,), (refusal,) = run.commands_waiting()
+    assert command.kind is CommandKind.PAUSE and "another command has had the id same" in refusal.reason
+    run.answer(refusal, applied=False)
+    run.answer(command, applied=True)
+    assert [event.data["effect"] for event in of_command(run)] == ["refused", "applied"]
+    assert os.listdir(run.commands) == []
+
+
+@pytest.mark.fault("R4")
+def test_a_number_from_a_file_never_overflows() -> None:
+    from guardrail.files import as_int
+
+    assert as_float(10**400) == math.inf and as_float(-(10**400)) == -math.inf
+    assert as_float("nan") != as_float("nan") and as_float([1]) != as_float([1])
+    assert (as_int(10**400, 7), as_int(3.9), as_int(True, 7), as_int("3", 7), as_int(math.inf, 7)) == (7, 3, 7, 7, 7)

@@ -110,6 +110,7 @@ class Account:
             timeline=guard.timeline,
             mode=guard.mode,
             durability=guard.recorder.durability,
+            commands_problem=guard.desk.problem,
             question=guard.desk.question,
             deadline=guard.desk.deadline,
             default=guard.desk.default,

@@ -59,6 +59,11 @@ class Desk:
         """Read commands; on rank 0 only."""
         self._mailbox = Mailbox(run)
 
+    @property
+    def problem(self) -> str:
+        """Why commands are not read at the moment, for the status; "" while they are."""
+        return self._mailbox.problem if self._mailbox is not None else ""
+
     def close(self) -> None:
         if self._mailbox is not None:
             self._mailbox.close()

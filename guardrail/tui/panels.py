@@ -58,6 +58,8 @@ def facts(view: View, width: int, height: int) -> Sequence[Row]:
         return [fit(_joined(parts), width)]
     if status.durability != "ok":
         parts.append((f"▲ durability {status.durability}", "bad"))
+    if status.commands_problem and not status.phase.ended:
+        parts.append((f"✗ commands are not read: {status.commands_problem}", "bad"))
     progress = f": {status.progress}" if status.progress and not status.phase.ended else ""
     lost = view.silence > HEARTBEAT_SECONDS and not status.phase.ended
     parts.append((f"{'last seen ' if lost else ''}{PHASES[status.phase]}{progress}", "plain"))

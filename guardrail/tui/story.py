@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
+from guardrail.files import as_int
 from guardrail.records import Action, Event, Finding, Kind
 from guardrail.rundir import findings_of, span_of
 from guardrail.tui.evidence import Evidence, Known
@@ -297,9 +298,7 @@ def _action(value: Any) -> Action | None:
 
 
 def _whole(value: Any, default: int) -> int:
-    if isinstance(value, float) and math.isfinite(value):
-        value = int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) else default
+    return as_int(value, default)
 
 
 def _document(raw: Any) -> str:

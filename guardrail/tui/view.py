@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # What is shown without a choice: as many of them, from the first on, as the terminal has room for.
 CHARTS = (LOSS, GRAD_NORM, EMBED_GRAD_NORM, EMBED_SHARE, "lr", THROUGHPUT)
+_TEXTS = ("run", "progress", "durability", "commands_problem", "question", "host")
 SLOW_SECONDS = 0.5  # what takes longer is said
 LABELS = {
     GRAD_NORM: "gradient norm",
@@ -46,7 +47,7 @@ def cleaned(status: Status) -> Status:
         msgspec.structs.replace(s, tier=brief(s.tier, 20), state=brief(s.state, 20), path=brief(s.path))
         for s in status.snapshots
     ]
-    texts = {name: brief(getattr(status, name)) for name in ("run", "progress", "durability", "question", "host")}
+    texts = {name: brief(getattr(status, name)) for name in _TEXTS}
     return msgspec.structs.replace(status, snapshots=tuple(snapshots), **texts)
 
 
