@@ -8,7 +8,7 @@ BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
 EXTRAS  := $(VENV)/.extras
 
-.PHONY: install demo test lint faults bench clean
+.PHONY: install demo test lint rounding faults bench clean
 
 install: $(STAMP)
 	@:
@@ -41,6 +41,14 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The tests that train a model, with initial weights changed by 1e-6 (three seeds), and with the kernels of older CPUs:
+# none of them may depend on the rounding of one machine.
+rounding: $(EXTRAS)
+	@set -e; for seed in 1 2 3; do echo "initial weights changed by 1e-6, seed $$seed"; \
+	  GUARDRAIL_PERTURB=$$seed $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m 'not slow and not ci_slow'; done
+	@set -e; for isa in default avx2; do echo "ATEN_CPU_CAPABILITY=$$isa"; \
+	  ATEN_CPU_CAPABILITY=$$isa $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m 'not slow and not ci_slow'; done
 
 # The tests of each known fault, and the faults that have none.
 faults: $(EXTRAS)

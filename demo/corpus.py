@@ -1,10 +1,12 @@
-"""Builds a folder of numbered text files out of the standard library, with a stretch of really corrupted ones.
+"""Builds a folder of numbered text files out of the standard library, with two stretches of really corrupted ones.
 
     python -m demo.corpus --out demo/corpus
 
 The corrupted documents are what a careless extraction leaves in a corpus: binary files of this installation decoded
-as text (as Latin-1, as UTF-16), and one phrase repeated for pages. With `[data] order = "stream"` a byte-level run
-meets them as one stretch, at a known share of its samples.
+as text (as Latin-1, as UTF-16), and one phrase repeated for pages. Each batch of them is a spike, so guardrail skips
+it before its update. The text of the second stretch gets worse from page to page, as a bad scan does. Its first batches
+are too close to normal text to be rejected; when the loss has risen, their updates are in the weights, and guardrail
+rolls back. With `[data] order = "stream"` a byte-level run meets both stretches at a known share of its samples.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import json
 import os
 import random
 import re
+import string
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -29,6 +32,7 @@ from trainer.data.reading import DocumentReader
 from trainer.data.sources import discover
 
 MARKER = ".corpus.json"  # hidden, so that a run that reads the folder passes it over
+WORN = "of its characters read wrongly"  # the end of what the marker file says of the second stretch
 PHRASES = (
     "click here to accept all cookies ",
     "404 Not Found | nginx | ",
@@ -51,6 +55,13 @@ class Plan:
     # Where the corrupted stretch begins, and how long it is, as shares of the run.
     at: float = 0.56
     amount: float = 0.02
+    # A second stretch, whose text gets worse from page to page: where it begins and how long it is, as shares of the
+    # run.
+    worn_at: float = 0.78
+    worn_amount: float = 0.04
+    # Share of its characters that are wrong, at its beginning and at its end.
+    worn_from: float = 0.1
+    worn_to: float = 1.0
     # Text beyond the run, as a share of it: batches that are skipped need others in their place.
     margin: float = 0.5
     # Size of an honest document: short ones mix well in a batch of a few thousand tokens ...
@@ -109,6 +120,8 @@ def _documents(plan: Plan) -> Iterator[tuple[str, Text, int]]:
     honest, damaged = _honest(plan, dice), _damaged(plan, dice)
     begin = round(plan.at * plan.run_tokens)
     end = begin + round(plan.amount * plan.run_tokens)
+    worn_begin = round(plan.worn_at * plan.run_tokens)
+    worn_end = worn_begin + round(plan.worn_amount * plan.run_tokens)
     total = round((1 + plan.margin) * plan.run_tokens)
     width = max(4, len(str(2 * total // plan.document_bytes)))
     tokens, number = 0, 0
@@ -118,6 +131,9 @@ def _documents(plan: Plan) -> Iterator[tuple[str, Text, int]]:
         held = _held(name, plan)
         in_stretch = begin <= tokens < end and not held
         text = next(damaged) if in_stretch else next(honest)
+        if worn_begin <= tokens < worn_end and not (held or in_stretch):
+            share = (tokens - worn_begin) / (worn_end - worn_begin)
+            text = _worn(text, plan.worn_from + share * (plan.worn_to - plan.worn_from), dice)
         yield name, text, tokens
         tokens += 0 if held else len(text.content) + 1
 
@@ -162,6 +178,16 @@ def _damaged(plan: Plan, dice: random.Random) -> Iterator[Text]:
         phrase = dice.choice(PHRASES)
         content = _shortened(phrase * (plan.corrupted_bytes // len(phrase) + 1), plan.corrupted_bytes)
         yield Text(content, f"{phrase.strip()!r} repeated")
+
+
+def _worn(text: Text, share: float, dice: random.Random) -> Text:
+    """Text in which a share of the characters is wrong, as in a bad scan."""
+    letters = string.ascii_letters + string.digits + string.punctuation
+    characters = list(text.content.decode("utf-8", "replace"))
+    for place in range(len(characters)):
+        if dice.random() < share:
+            characters[place] = dice.choice(letters)
+    return Text("".join(characters).encode(), f"{share:.0%} {WORN}")
 
 
 def _binaries() -> list[str]:
@@ -218,6 +244,10 @@ def main(arguments: list[str] | None = None) -> int:
         ("eval_fraction", "share of documents that the run holds out"),
         ("at", "share of the run at which the corrupted stretch begins"),
         ("amount", "length of the corrupted stretch as a share of the run; 0: none"),
+        ("worn_at", "share of the run at which the stretch begins whose text gets worse from page to page"),
+        ("worn_amount", "length of that stretch as a share of the run; 0: none"),
+        ("worn_from", "share of its characters that are wrong at its beginning"),
+        ("worn_to", "share of its characters that are wrong at its end"),
         ("margin", "text beyond the run, as a share of it"),
         ("document_bytes", "size of an honest document"),
         ("corrupted_bytes", "size of a corrupted document"),
@@ -238,8 +268,10 @@ def main(arguments: list[str] | None = None) -> int:
         return int(error.exit_code)
     corrupted = description["corrupted"]
     assert isinstance(corrupted, list)
-    stretch = f"{corrupted[0]['name']} to {corrupted[-1]['name']}" if corrupted else "none"
-    print(f"{description['documents']} documents, corrupted: {stretch}", file=sys.stderr)
+    damaged = [entry["name"] for entry in corrupted if not entry["corruption"].endswith(WORN)]
+    worn = [entry["name"] for entry in corrupted if entry["corruption"].endswith(WORN)]
+    ranges = [f"{names[0]} to {names[-1]}" for names in (damaged, worn) if names]
+    print(f"{description['documents']} documents, corrupted: {', '.join(ranges) or 'none'}", file=sys.stderr)
     print(out)
     return 0
 

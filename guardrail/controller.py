@@ -307,6 +307,9 @@ class Controller(Facts):
         if diagnosis.cause is Cause.STATE and not diagnosis.applied and levels.raised_only(self.detectors, obs):
             return structs.replace(diagnosis, borne=True, reason=f"{diagnosis.reason}: raised, and no spike: borne")
         if self.settings.shift != "learn" or not levels.another_kind(self.detectors, obs, diagnosis):
+            if diagnosis.ahead and diagnosis.structure is None:
+                unknown = "the label order was not measured, so new data and noise look the same: treated as bad data"
+                return structs.replace(diagnosis, reason=f"{diagnosis.reason}: {unknown}")
             return diagnosis
         return structs.replace(diagnosis, shift=True, reason=f"{diagnosis.reason}: another kind of data")
 

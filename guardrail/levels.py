@@ -37,15 +37,18 @@ def norms_alone(detectors: Mapping[str, Detector], obs: Observation, findings: I
 
 
 def another_kind(detectors: Mapping[str, Detector], obs: Observation, diagnosis: Diagnosis) -> bool:
-    """Whether what is to blame for a step is another kind of data, and no bad data.
+    """Whether the data that caused a rejected step is another kind of data and not bad data.
 
-    What lies ahead is the same, or the step is `raised_only`; and the model finds in it what it does not find in labels
-    that are drawn by lot.
+    Two things must hold. The model finds structure in the data that it does not find in shuffled labels. And either
+    the batches ahead look the same, or no signal of the step is a spike by itself (`raised_only`).
+
+    Where the structure was not measured (no `structure` function, or a model that has not learnt any order yet), the
+    answer is no: noise that lasts to the end of the data looks the same there, and training on it destroys the model.
+    The batches are then skipped like bad data, within the limits of the guard, and the run halts at the limit.
     """
-    found = diagnosis.structure is not None and diagnosis.structure >= STRUCTURE
-    if not diagnosis.cause.of_data or not (found or diagnosis.structure is None):
+    if not diagnosis.cause.of_data or diagnosis.structure is None or diagnosis.structure < STRUCTURE:
         return False
-    return diagnosis.ahead or (found and raised_only(detectors, obs))
+    return diagnosis.ahead or raised_only(detectors, obs)
 
 
 def raised_only(detectors: Mapping[str, Detector], obs: Observation) -> bool:

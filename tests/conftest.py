@@ -35,6 +35,31 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         os.environ["XDG_CACHE_HOME"] = before
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _perturbed_weights() -> Iterator[None]:
+    """With GUARDRAIL_PERTURB=SEED, multiply all initial weights by 1 + 1e-6 x noise, as rounding on another CPU would.
+
+    A test that then fails depends on the rounding of one machine.
+    """
+    seed = os.environ.get("GUARDRAIL_PERTURB")
+    if not seed:
+        yield
+        return
+    import torch
+
+    import trainer.model.decoder as decoder
+
+    draw = decoder.draw_weight
+
+    def draw_perturbed(shape: torch.Size, std: float, generator: torch.Generator) -> torch.Tensor:
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(int(seed)))
+        return draw(shape, std, generator) * (1.0 + 1e-6 * noise)
+
+    decoder.draw_weight = draw_perturbed
+    yield
+    decoder.draw_weight = draw
+
+
 @pytest.fixture(autouse=True)
 def _no_rank_outlives_its_test() -> Iterator[None]:
     yield

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from demo.corpus import MARKER, Plan, build, main
+from demo.corpus import MARKER, WORN, Plan, build, main
 from guardrail.errors import UsageError
 from tests.corpora import prepared, section
 
@@ -31,7 +31,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_run_meets_the_stretch_where_the_plan_says(corpus: Path, tmp_path: Path) -> None:
     plan = Plan()
     description = json.loads((corpus / MARKER).read_text())
-    corrupted = [entry["name"] for entry in description["corrupted"]]
+    damaged = [entry["name"] for entry in description["corrupted"] if not entry["corruption"].endswith(WORN)]
+    worn = [entry["name"] for entry in description["corrupted"] if entry["corruption"].endswith(WORN)]
     data = section(
         tmp_path,
         sources=(str(corpus),),
@@ -45,11 +46,12 @@ def test_the_run_meets_the_stretch_where_the_plan_says(corpus: Path, tmp_path: P
     def names(sample: int) -> set[str]:
         return {Path(ref.path).name for ref in split.documents(sample)}
 
-    stretch = [sample for sample in range(len(split)) if names(sample) & set(corrupted)]
-    assert stretch == list(range(stretch[0], stretch[-1] + 1))
     run = plan.steps * plan.batch
-    assert 0.555 * run < stretch[0] < 0.57 * run
-    assert 0.018 * run < len(stretch) < 0.03 * run
+    for documents, at, amount in ((damaged, plan.at, plan.amount), (worn, plan.worn_at, plan.worn_amount)):
+        stretch = [sample for sample in range(len(split)) if names(sample) & set(documents)]
+        assert stretch == list(range(stretch[0], stretch[-1] + 1))
+        assert (at - 0.005) * run < stretch[0] < (at + 0.01) * run
+        assert 0.9 * amount * run < len(stretch) < (amount + 0.01) * run
     for entry in description["corrupted"]:
         assert entry["name"] in names(entry["first_sample"] + 1)
 
@@ -57,7 +59,9 @@ def test_the_run_meets_the_stretch_where_the_plan_says(corpus: Path, tmp_path: P
 def test_corrupted_documents_are_really_corrupted_and_the_others_are_not(corpus: Path) -> None:
     description = json.loads((corpus / MARKER).read_text())
     kinds = {entry["name"]: entry["corruption"] for entry in description["corrupted"]}
-    assert {kind.rsplit(" ", 1)[-1] for kind in kinds.values()} == {"latin-1", "utf-16-le", "repeated"}
+    assert {kind.rsplit(" ", 1)[-1] for kind in kinds.values()} == {"latin-1", "utf-16-le", "repeated", "wrongly"}
+    shares = [int(kind.split("%")[0]) for kind in kinds.values() if kind.endswith(WORN)]
+    assert shares == sorted(shares) and 10 <= shares[0] < 20 and shares[-1] >= 90
     for file in corpus.glob("*.txt"):
         text = file.read_bytes().decode("utf-8")
         odd = sum(
@@ -65,6 +69,8 @@ def test_corrupted_documents_are_really_corrupted_and_the_others_are_not(corpus:
         )
         if kinds.get(file.name, "").endswith("repeated"):
             assert len(text) > 2000 and len(set(text.split())) <= 10
+        elif kinds.get(file.name, "").endswith(WORN):
+            assert odd < 0.3 * len(text), "printable characters, in the wrong places"
         elif file.name in kinds:
             assert odd > 0.3 * len(text)
         else:
@@ -97,7 +103,7 @@ def test_building_again_touches_nothing_and_a_smaller_plan_leaves_no_rest(tmp_pa
     before = {file.name: file.stat().st_mtime_ns for file in out.iterdir()}
     build(out, Plan(steps=20))
     assert {file.name: file.stat().st_mtime_ns for file in out.iterdir()} == before
-    description = build(out, Plan(steps=10, amount=0.0))
+    description = build(out, Plan(steps=10, amount=0.0, worn_amount=0.0))
     assert description["corrupted"] == []
     assert len(list(out.glob("*.txt"))) == description["documents"] < len(before) - 1
 

@@ -28,6 +28,11 @@ DRAWN = (Linear, Embedding, LearnedPositions, RelativeBias)
 TABLES = (Rotary, SinusoidalPositions, Alibi)
 
 
+def draw_weight(shape: torch.Size, std: float, generator: torch.Generator) -> Tensor:
+    """Return initial weights: a tensor of `shape`, drawn from a normal distribution with mean 0."""
+    return torch.empty(shape).normal_(std=std, generator=generator)
+
+
 class Decoder(nn.Module):
     """Token ids to logits.
 
@@ -85,8 +90,7 @@ class Decoder(nn.Module):
                 module.reset_parameters()
             elif isinstance(module, DRAWN):
                 scale = residual_std if module in residual else std
-                weight = torch.empty(module.weight.shape).normal_(std=scale, generator=generator)
-                module.weight.copy_(weight)
+                module.weight.copy_(draw_weight(module.weight.shape, scale, generator))
             bias = getattr(module, "bias", None)
             if isinstance(bias, nn.Parameter):
                 nn.init.zeros_(bias)
