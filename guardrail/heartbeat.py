@@ -1,6 +1,8 @@
-"""A thread that says once a second that this rank lives, where it is, and whether its main thread gets ahead.
+"""A thread that reports once a second that this rank lives, where it is, and whether its main thread gets ahead.
 
-The training loop only assigns attributes. A disk that is full or gone costs a heartbeat, never a step.
+It reports to a folder on a local disk (`guardrail.rank_reports`). A second thread writes what goes to the run
+directory, which may lie on a slow file system: a disk that hangs must not make a rank look dead. The training loop only
+assigns attributes. A disk that is full or gone costs a heartbeat, never a step.
 """
 
 from __future__ import annotations
@@ -14,12 +16,15 @@ from collections.abc import Callable
 
 import msgspec
 
+from guardrail.rank_reports import NodeReports
 from guardrail.records import Phase, RankStatus, Status
 from guardrail.rundir import RunDirectory
 
+LAST_TRIES = 25  # times 20 ms, for another rank of the node to leave the node's file to this one
+
 
 class Heartbeat:
-    """Writes ranks/rank-N.json, and on rank 0 status.json as well.
+    """Reports to the node's supervisor, or to the other ranks of the node; rank 0 writes status.json as well.
 
     Args:
         run: the run directory.
@@ -56,17 +61,19 @@ class Heartbeat:
         self._run, self._rank, self._seconds = run, rank, seconds
         self._incarnation = _incarnation() if incarnation is None else incarnation
         self._start = this_start()
+        self._reports = NodeReports.of_rank(run, start=self._start)
         self._text = ""
         self._host = socket.gethostname()
         self._base: Status | None = None
-        self._wake, self._ended = threading.Event(), threading.Event()
+        self._wake, self._changed, self._ended = threading.Event(), threading.Event(), threading.Event()
         self._writing = threading.Lock()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
 
     def start(self) -> Heartbeat:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._beat, name="guardrail-heartbeat", daemon=True)
-            self._thread.start()
+        if not self._threads:
+            for work, name in ((self._beat, "guardrail-heartbeat"), (self._tell, "guardrail-status")):
+                self._threads.append(threading.Thread(target=work, name=name, daemon=True))
+                self._threads[-1].start()
         return self
 
     def at(self, phase: Phase, step: int | None = None) -> None:
@@ -90,50 +97,81 @@ class Heartbeat:
         self.tick()
 
     def stop(self) -> None:
-        """End the thread and write the last state. May be called again; never raises."""
+        """End the threads and write the last state. May be called again; never raises."""
         self._ended.set()
         self._wake.set()
-        if self._thread is not None:
-            self._thread.join(timeout=10)
-        self._write()
+        self._changed.set()
+        for thread in self._threads:
+            thread.join(timeout=10)
+        self._try(self._write_rank)
+        if self._writing.acquire(timeout=10):  # else the other thread hangs in a file system
+            try:
+                self._publish_last()
+                self._try(self._write_status)
+            finally:
+                self._writing.release()
 
     def _beat(self) -> None:
         while not self._ended.is_set():
-            self._write()
+            self._try(self._write_rank)
+            self._changed.set()
             self._wake.wait(self._seconds)
             self._wake.clear()
 
-    def _write(self) -> None:
-        # Whatever goes wrong here, from a full disk to a status that cannot be told in the middle of a rollback,
-        # is counted and tried again a second later: this thread must not die before its process.
-        with self._writing:
-            try:
-                self._write_rank()
-                if self._rank == 0:
-                    self._run.write_status(self._status())
-            except Exception as error:
-                self.failures += 1
-                self.error = f"{type(error).__name__}: {error}"
+    def _tell(self) -> None:
+        while not self._ended.is_set():
+            with self._writing:
+                if self._reports.try_lock():
+                    self._try(self._reports.publish)
+                self._try(self._write_status)
+            self._changed.wait(self._seconds)  # for what the other thread has reported
+            self._changed.clear()
+
+    def _publish_last(self) -> None:
+        """Have the last report in the node's file: the ranks of a custom loop end together, and one of them writes."""
+        for _ in range(LAST_TRIES if self._reports.shared else 1):
+            if self._reports.try_lock():
+                self._try(lambda: self._reports.publish(now=True))
+                self._reports.close()
+                return
+            time.sleep(0.02)
+
+    def _try(self, write: Callable[[], None]) -> None:
+        """Whatever goes wrong here, from a full disk to a status that cannot be read in the middle of a rollback, is
+        counted and tried again a second later: these threads must not die before their process.
+        """
+        try:
+            write()
+        except Exception as error:
+            self.failures += 1
+            self.error = f"{type(error).__name__}: {error}"
 
     def _write_rank(self) -> None:
         busy, on_gpu = self.meter() if self.meter is not None else (-1.0, 0)
-        self._run.write_rank(
-            RankStatus(
-                rank=self._rank,
-                pid=os.getpid(),
-                host=self._host,
-                phase=self.phase,
-                step=self.step,
-                progress=self.progress,
-                progress_time=self.progress_time,
-                heartbeat=time.time(),
-                step_seconds=self.step_seconds,
-                memory_bytes=resident_bytes(),
-                gpu_percent=busy,
-                gpu_memory_bytes=on_gpu,
-                incarnation=self._incarnation,
-            )
+        report = RankStatus(
+            rank=self._rank,
+            pid=os.getpid(),
+            host=self._host,
+            phase=self.phase,
+            step=self.step,
+            progress=self.progress,
+            progress_time=self.progress_time,
+            heartbeat=time.time(),
+            step_seconds=self.step_seconds,
+            memory_bytes=resident_bytes(),
+            gpu_percent=busy,
+            gpu_memory_bytes=on_gpu,
+            incarnation=self._incarnation,
+            closed=self._ended.is_set(),
         )
+        try:
+            self._reports.write(report)
+        except OSError:  # no local disk takes it: at least a viewer sees it
+            self._run.write_rank(report)
+
+    def _write_status(self) -> None:
+        if self._rank == 0:
+            self._run.write_status(self._status())
 
     def _status(self) -> Status:
         """The loop's own status; what only the supervisor knows is kept from the file."""

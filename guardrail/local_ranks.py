@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import psutil
 
 from guardrail import processes
+from guardrail.rank_reports import FOLDER_VARIABLE, NODE_VARIABLE, NodeReports
 from guardrail.records import RankStatus
 from guardrail.rundir import RunDirectory
 
@@ -30,6 +32,10 @@ def become_reaper() -> None:
 class LocalRanks:
     """Children of the elastic agent.
 
+    Args:
+        run: the run directory.
+        node_rank, nodes: which node this is, and of how many.
+
     Attributes:
         reports: pid -> last report of that process, None before its first. Live ranks only; empty between two
             incarnations.
@@ -37,8 +43,11 @@ class LocalRanks:
         heard: one of them has reported; from then on rank 0 writes the status, its last word included.
     """
 
-    def __init__(self, run: RunDirectory, host: str) -> None:
-        self._run, self._host = run, host
+    def __init__(self, run: RunDirectory, *, node_rank: int = 0, nodes: int = 1) -> None:
+        self._run, self._node_rank, self._nodes = run, node_rank, nodes
+        self._starts = 0
+        self._reports: NodeReports | None = None
+        self._said: dict[int, RankStatus] = {}  # pid -> last report, of ranks of this agent
         self._myself = psutil.Process()
         self._processes: dict[int, psutil.Process] = {}
         self._numbers: dict[int, int] = {}
@@ -49,8 +58,36 @@ class LocalRanks:
         self.last_pids: set[int] = set()
         self.heard = False
 
+    def begin(self) -> dict[str, str]:
+        """Forget the ranks of an earlier elastic agent; returns what those of the next one need in their environment.
+
+        They report to another folder: no report of an earlier start is ever found in it.
+        """
+        self.end()
+        self._starts += 1
+        self._reports = NodeReports.of_supervisor(
+            self._run, node_rank=self._node_rank, nodes=self._nodes, start=self._starts
+        )
+        return {FOLDER_VARIABLE: str(self._reports.folder), NODE_VARIABLE: str(self._node_rank)}
+
+    def end(self) -> None:
+        """Leave the folder in which the ranks of the last agent reported."""
+        if self._reports is not None:
+            self.publish(now=True)
+            self._reports.close()
+        self._reports = None
+        self._processes, self._orphans, self.reports, self._said, self._numbers = {}, [], {}, {}, {}
+        self.last_pids, self.heard = set(), False
+
+    def publish(self, *, now: bool = False) -> None:
+        """Write what the ranks of this node have reported to the run directory, if it is time."""
+        reports = self._reports
+        if reports is not None:
+            with contextlib.suppress(OSError):  # the next one will get through
+                reports.publish(now=now)
+
     def look(self, agent_pid: int) -> None:
-        """Find who lives, and read what they report. A report of an earlier incarnation carries another pid."""
+        """Find who lives, and read what they report. A report of an earlier start carries another pid."""
         found, self._orphans = {}, []
         for process in self._children():
             with contextlib.suppress(psutil.Error):
@@ -59,14 +96,23 @@ class LocalRanks:
                     found[process.pid] = process
                 elif parent == self._myself.pid and process.pid != agent_pid:
                     self._orphans.append(process)
-        reports = {report.pid: report for report in self._run.read_ranks() if report.host == self._host}
-        self._numbers.update({pid: report.rank for pid, report in reports.items()})
+        self.read()
         self._processes = found
-        self.reports = {pid: reports.get(pid) for pid in found}
+        self.reports = {pid: self._said.get(pid) for pid in found}
         if found:
             same = not self.last_pids.isdisjoint(found)
             self.last_pids = self.last_pids | found.keys() if same else set(found)
             self.heard = bool(self.registered) or (self.heard and same)
+
+    def read(self) -> None:
+        """Read what the ranks report."""
+        if self._reports is not None:
+            self._said.update({report.pid: report for report in self._reports.read()})
+        self._numbers.update({pid: report.rank for pid, report in self._said.items()})
+
+    def said(self, pid: int) -> RankStatus | None:
+        """What a rank of this agent has reported last, also when it is dead."""
+        return self._said.get(pid)
 
     @contextlib.contextmanager
     def spared(self, *arguments: Any, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
@@ -101,6 +147,21 @@ class LocalRanks:
     def registered(self) -> Mapping[int, RankStatus]:
         return {pid: report for pid, report in self.reports.items() if report is not None}
 
+    def activity(self) -> tuple[dict[int, float], set[int]]:
+        """CPU seconds that each live rank's process has used, and the pids of those that a signal has stopped.
+
+        A process under a debugger is not among the latter, and counts as one that works.
+        """
+        cpu, stopped = {}, set()
+        for pid, process in self._processes.items():
+            with contextlib.suppress(psutil.Error), process.oneshot():
+                used, status = process.cpu_times(), process.status()
+                traced = status == psutil.STATUS_TRACING_STOP
+                cpu[pid] = time.monotonic() if traced else used.user + used.system
+                if status == psutil.STATUS_STOPPED:
+                    stopped.add(pid)
+        return cpu, stopped
+
     def number(self, pid: int) -> int | None:
         """Global rank of a process of this node; asks its environment if it has not reported yet."""
         if pid not in self._numbers and pid in self._processes:
@@ -112,10 +173,11 @@ class LocalRanks:
         if pid in self._processes:
             processes.tell(self._processes[pid], number)
 
-    def kill(self) -> None:
-        """SIGKILL to the ranks and whatever they started; the agent sees them fail."""
-        victims = list(self._processes.values())
-        for rank in self._processes.values():
+    def kill(self, pids: Collection[int] | None = None) -> None:
+        """SIGKILL to the ranks, or to those of `pids`, and to whatever they started; the agent sees them fail."""
+        ranks = [rank for pid, rank in self._processes.items() if pids is None or pid in pids]
+        victims = list(ranks)
+        for rank in ranks:
             with contextlib.suppress(psutil.Error):
                 victims += rank.children(recursive=True)
         processes.kill(victims)

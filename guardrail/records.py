@@ -469,7 +469,7 @@ class Status(Record, frozen=True, kw_only=True):
 
 
 class RankStatus(Record, frozen=True, kw_only=True):
-    """ranks/rank-00000.json: what the supervisor and the screen need of one rank.
+    """What the supervisor and the screen need of one rank. (Until 0.2 each rank wrote its own ranks/rank-00000.json.)
 
     `progress` counts up whenever the main thread gets ahead; a hung rank's heartbeat goes on (its thread
     lives) while its progress does not. `step_seconds` is what the rank worked itself in its last step, without waiting
@@ -489,6 +489,17 @@ class RankStatus(Record, frozen=True, kw_only=True):
     gpu_percent: float = -1.0
     gpu_memory_bytes: int = 0
     incarnation: int = 0
+    closed: bool = False  # it will report no more, although its process may go on
+
+
+class NodeStatus(Record, frozen=True, kw_only=True):
+    """ranks/node-NAME.json: what the ranks of one node have reported; replaced every `seconds`."""
+
+    node: str
+    host: str = ""
+    time: float = 0.0
+    seconds: float = 1.0
+    ranks: tuple[RankStatus, ...] = ()
 
 
 # Columns of metrics.bin, all float64. One row for each step that was tried, rejected ones included.

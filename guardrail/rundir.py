@@ -29,7 +29,7 @@ from guardrail.files import FILE_MODE, FOLDER_MODE, TEMPORARY, encode_json, repl
 from guardrail.inbox import Inbox, Refusal, check_command, undone
 from guardrail.journal import findings_of, span_of
 from guardrail.metrics import MetricsView, MetricsWriter, read_metrics
-from guardrail.records import Command, Event, RankStatus, Status
+from guardrail.records import Command, Event, NodeStatus, RankStatus, Status
 from guardrail.runlock import Holder, RunLock, holder_of
 from guardrail.text import clean
 from guardrail.timelines import Timelines
@@ -157,23 +157,42 @@ class RunDirectory:
         replace_file(self.path / "status.json", encode_json(status), sync=False)
 
     def read_ranks(self) -> list[RankStatus]:
-        """What each rank said last, by rank."""
-        try:
-            names = sorted(name for name in os.listdir(self._ranks) if name.startswith("rank-"))
-        except OSError:
-            return []
-        read = (_read(self._ranks / name, RankStatus) for name in names)
-        return [status for status in read if status is not None]
+        """What each rank reported last, by rank. Files of single ranks are those of older versions."""
+        found: dict[int, RankStatus] = {}
+        for name in self._names_of_ranks():
+            if name.startswith("node-"):
+                node = _read(self._ranks / name, NodeStatus)
+                reports = node.ranks if node is not None else ()
+            else:
+                one = _read(self._ranks / name, RankStatus)
+                reports = (one,) if one is not None else ()
+            for report in reports:
+                before = found.get(report.rank)
+                if before is None or (before.incarnation, before.heartbeat) < (report.incarnation, report.heartbeat):
+                    found[report.rank] = report
+        return [found[rank] for rank in sorted(found)]
+
+    def write_node(self, status: NodeStatus) -> None:
+        """Replace what the ranks of one node have reported. Raises OSError."""
+        self._folder(self._ranks)
+        replace_file(self._ranks / f"node-{status.node}.json", encode_json(status), sync=False)
 
     def write_rank(self, status: RankStatus) -> None:
+        """A file for one rank, as older versions wrote it; now only where a node's local disk takes none. OSError."""
         self._folder(self._ranks)
         replace_file(self._ranks / f"rank-{status.rank:05d}.json", encode_json(status), sync=False)
 
     def remove_ranks(self) -> None:
         """Forget the ranks of an earlier start, before the next ones are started."""
-        with contextlib.suppress(OSError):
-            for name in os.listdir(self._ranks):
+        for name in self._names_of_ranks():
+            with contextlib.suppress(OSError):
                 (self._ranks / name).unlink()
+
+    def _names_of_ranks(self) -> list[str]:
+        try:
+            return sorted(name for name in os.listdir(self._ranks) if name.startswith(("node-", "rank-")))
+        except OSError:
+            return []
 
     # -- who was told
 
@@ -330,25 +349,31 @@ class RunDirectory:
 
     def screen_seen(self) -> None:
         """A screen says every few seconds that somebody watches. A full disk only makes it count as nobody."""
-        mine = self._screens / f"{clean(socket.gethostname(), 64).replace('/', '_')}-{os.getpid()}"
-        now = time.time()
         with contextlib.suppress(OSError):
             self._folder(self._screens)
-            os.close(os.open(mine, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE))
-            os.utime(mine, (now, now))
+            _touch(self._screens / f"{clean(socket.gethostname(), 64).replace('/', '_')}-{os.getpid()}")
 
     def screen_gone(self) -> None:
         with contextlib.suppress(OSError):
             (self._screens / f"{clean(socket.gethostname(), 64).replace('/', '_')}-{os.getpid()}").unlink()
 
     def screens(self) -> int:
-        """Screens seen in the last 15 seconds."""
+        """Screens seen in the last 15 seconds, by the clock of the file system: those of their hosts may differ."""
         alive = 0
         with contextlib.suppress(OSError), os.scandir(self._screens) as entries:
-            for entry in entries:
+            seen = [entry for entry in entries if not entry.name.startswith(".")]
+            now = self._time_of_screens() if seen else 0.0
+            for entry in seen:
                 with contextlib.suppress(OSError):
-                    alive += abs(time.time() - entry.stat(follow_symlinks=False).st_mtime) < SCREEN_SECONDS
+                    alive += abs(now - entry.stat(follow_symlinks=False).st_mtime) < SCREEN_SECONDS
         return alive
+
+    def _time_of_screens(self) -> float:
+        """What the clock of the file system says; our own where nothing may be written."""
+        try:
+            return _touch(self._screens / ".clock")
+        except OSError:
+            return time.time()
 
     def _folder(self, path: Path) -> None:
         path.mkdir(mode=FOLDER_MODE, exist_ok=True)
@@ -398,6 +423,16 @@ def find_run(spec: str | None, root: str | os.PathLike[str]) -> RunDirectory:
     close = difflib.get_close_matches(spec, [run.name for run in runs] + [run.path.parent.name for run in runs], n=1)
     hint = f"\n  hint: did you mean {close[0]}?" if close else ""
     raise RunDirectoryError(f"no such run: {clean(spec, 200)} in {root}{hint}")
+
+
+def _touch(path: Path) -> float:
+    """Set the time of a file to now, by the clock of its file system, and return it. Raises OSError."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
+    try:
+        os.utime(descriptor)
+        return os.fstat(descriptor).st_mtime
+    finally:
+        os.close(descriptor)
 
 
 def _claim(hidden: Path, parent: Path) -> Path:

@@ -35,11 +35,23 @@ class StopSignals:
     def __init__(self) -> None:
         self._requested = False
         self._terms = 0
+        self._received: set[int] = set()
         self._stacks: BinaryIO | None = None
 
     @property
     def requested(self) -> bool:
         return self._requested
+
+    def came_from_supervisor(self, *, seconds: float) -> bool:
+        """Whether the supervisor asks to stop (SIGUSR1); waits so long for it.
+
+        Where there is a supervisor, a SIGTERM without it comes from the elastic agent, which ends this rank because
+        another one has failed. A batch system's SIGTERM reaches the supervisor as well.
+        """
+        deadline = time.monotonic() + seconds
+        while signal.SIGUSR1 not in self._received and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return signal.SIGUSR1 in self._received
 
     def install(self, stacks: Path | None = None) -> None:
         """Take over SIGTERM and SIGUSR1; with `stacks`, SIGUSR2 appends the stacks of all threads to that file."""
@@ -65,6 +77,7 @@ class StopSignals:
     def _listen(self, reading: int) -> None:
         while numbers := os.read(reading, 64):
             for number in numbers:
+                self._received.add(number)
                 if number in STOP_SIGNALS:
                     self._requested = True
                 if number == signal.SIGTERM:

@@ -14,7 +14,7 @@ from pathlib import Path
 from guardrail.local_ranks import LocalRanks
 
 FAULTHANDLER_SECONDS = 2.0  # a process that can run at all has written its stacks by then
-PY_SPY_SECONDS = 15.0
+PY_SPY_SECONDS = 8.0
 # The innermost frame of a thread, as faulthandler and as py-spy print it.
 _FAULTHANDLER_FRAME = re.compile(r'[Tt]hread 0x[0-9a-f]+.*\(most recent call first\):\n  File "([^"]+)", line (\d+)')
 _PY_SPY_FRAME = re.compile(r'"MainThread"\n +\S+ \(([^():]+):(\d+)\)')
@@ -30,12 +30,16 @@ def capture(logs: Path, ranks: LocalRanks, culprit: int) -> tuple[list[Path], st
         The files that were written, and ", in FILE:LINE" of the culprit's main thread if it could be read.
     """
     before: dict[Path, int] = {}
+    awaited: list[Path] = []
+    _, stopped = ranks.activity()
     for pid, report in ranks.registered.items():
         file = logs / f"rank-{report.rank}.stacks"
         before[file] = _size(file)
         ranks.tell(pid, signal.SIGUSR2)
+        if pid not in stopped:
+            awaited.append(file)
     deadline = time.monotonic() + FAULTHANDLER_SECONDS
-    while time.monotonic() < deadline and any(_size(file) == size for file, size in before.items()):
+    while time.monotonic() < deadline and any(_size(file) == before[file] for file in awaited):
         time.sleep(0.05)
     time.sleep(0.1)  # the last lines of a dump that has just begun
 

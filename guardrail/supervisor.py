@@ -2,8 +2,10 @@
 
     launch -> supervisor (own session, no torch) -> torch elastic -> ranks
 
-torch elastic starts the ranks and starts them again when one fails. What it does not know is done here: a rank that
-lives but does not get ahead, an elastic agent that is killed, a stop that needs longer than 30 seconds, the last word.
+torch elastic starts the ranks. On one node each start has an elastic agent of its own, so that nothing of an earlier
+start reaches it; on several nodes the agents, which have met, start their ranks again together. What elastic does not
+know is done here: a rank that lives but does not get ahead, ranks that wait for one that has died, an elastic agent
+that is killed, a stop that needs longer than 30 seconds, the last word.
 The signals are told in `guardrail.signals`.
 """
 
@@ -23,7 +25,7 @@ import msgspec
 from guardrail import stacks
 from guardrail.chronicle import Chronicle, log, tail
 from guardrail.config import LaunchSection, NotifySection, TensorboardSection, parse
-from guardrail.elastic import Agent
+from guardrail.elastic import Agent, Failure
 from guardrail.errors import ExitCode, GuardrailError
 from guardrail.local_ranks import LocalRanks, become_reaper
 from guardrail.notify import Notifier
@@ -34,8 +36,9 @@ from guardrail.signals import SupervisorSignals
 from guardrail.watch import Hung, Watch
 
 POLL_SECONDS = 0.4
-SURVIVOR_SECONDS = 10.0  # peers of a failed rank that still live after this are killed: they wait for the dead
-SILENT_SECONDS = 10.0  # a heartbeat thread that has not written for this long cannot run
+SURVIVOR_SECONDS = 10.0  # peers of a failed rank that still live after this are killed: they wait for it in vain
+SETUP_SURVIVOR_SECONDS = 1.0  # the same of a peer in set-up, which has nothing to save
+SILENT_SECONDS = 5.0  # of ranks over their deadline, one whose process has done nothing for this long is the cause
 
 
 class Supervisor:
@@ -50,16 +53,17 @@ class Supervisor:
         self.notify = msgspec.convert(tree.get("notify", {}), NotifySection)
         self.signals = signals
         self.host = socket.gethostname()
-        self.ranks = LocalRanks(run, self.host)
+        self.ranks = LocalRanks(run, node_rank=node_rank, nodes=self.launch.nodes)
         self.chronicle = Chronicle(run, self.launch, self.host, Mode(tree.get("guard", {}).get("mode", Mode.AUTO)))
         self.failures: list[str] = []  # a sentence each, newest last; all count against launch.max_restarts
         self.killed = ""  # why everything was killed
         node = f"-{node_rank}" if node_rank else ""
         self._elastic_log = run.logs / f"elastic{node}.log"  # read for failures, so each node has its own
         self._last_log: Path | None = None  # of the rank that failed last
-        self._failed_at: float | None = None  # while peers of a failed rank may still wait for it
-        self._between = False  # two incarnations: the next one may have to wait for another node
-        self._hung = ""  # why the failure that elastic is about to report is our doing
+        self._survivors: dict[int, float] = {}  # pid of a peer of a failed rank -> when it was asked to end
+        self._counted: set[int] = set()  # pids of this agent's starts whose failure has been counted
+        self._is_over = False  # the rank that failed had ended the run before
+        self._between = False  # two starts: the next one may have to wait for another node
         self._told: set[int] = set()  # pids that were asked to stop
         self._stop_since: float | None = None
 
@@ -75,7 +79,7 @@ class Supervisor:
         self.chronicle.starting(restarts=0)
         phase, exit_code = Phase.FAILED, ExitCode.WORKERS_FAILED
         try:
-            with self._exporter():
+            with self._exporter(), _beside("reports", self._publish_reports, seconds=5):
                 phase, exit_code, reason, last_lines = self._outcome(self._agents())
                 self.chronicle.ended(phase, exit_code, reason, last_lines)
         except BaseException as error:
@@ -83,6 +87,7 @@ class Supervisor:
             self.chronicle.ended(phase, exit_code, f"the supervisor failed: {error!r}", [])
             raise
         finally:
+            self.ranks.end()
             self.chronicle.final_status(phase, exit_code, restarts=self._restarts)
         return exit_code
 
@@ -94,31 +99,44 @@ class Supervisor:
         """One elastic agent after another until one ends by itself or on demand; returns its exit status."""
         while True:
             before = len(self.failures)
-            agent = Agent(
-                self.launch,
-                self.run_directory.path,
-                self._elastic_log,
-                incarnation=self._restarts,
-                restarts=self.launch.max_restarts - self._restarts,
-            )
-            try:
-                code = self._watch(agent)
-            finally:
-                agent.end()
-                self._bury()
-            if self.killed or self.signals.stop:
+            code = self._run_agent()
+            if self.killed or self.signals.stop or code == 0:
                 return code
-            if code < 0:
+            if self._is_over and self.chronicle.last_word_of_ranks(self.ranks.last_pids) is not None:
+                return code  # a rank that dies after the run has ended changes nothing
+            failed = len(self.failures) > before
+            if code < 0 and not failed:
                 self._fail(f"the elastic agent was killed by {signal.Signals(-code).name}")
-            elif code and self._first_node_is_gone():
-                if len(self.failures) == before:  # else the ranks here have noticed, and are counted
+            elif code > 0 and self._first_node_is_gone():
+                if not failed:
                     self._fail("the first node has gone")
                 if not self._first_node_is_back():
                     return code
-            else:
+            elif code > 0 and (self.launch.nodes > 1 or not failed):
                 return code
             if len(self.failures) > self.launch.max_restarts:
                 return 1
+
+    def _run_agent(self) -> int:
+        """Run one agent and its ranks to their end; returns its exit status."""
+        left = self.launch.max_restarts - self._restarts
+        further = self.ranks.begin()
+        self._survivors.clear()
+        self._counted.clear()  # pids are used again
+        self._is_over = False
+        agent = Agent(
+            self.launch,
+            self.run_directory.path,
+            self._elastic_log,
+            incarnation=self._restarts,
+            restarts=left if self.launch.nodes > 1 else 0,
+            further=further,
+        )
+        try:
+            return self._watch(agent)
+        finally:
+            agent.end()
+            self._bury()
 
     def _first_node_is_gone(self) -> bool:
         """Whether the agent has ended because the place where the nodes meet, which is that node's agent, is lost."""
@@ -150,7 +168,8 @@ class Supervisor:
                 return code
             self._stop_if_asked()
             now = time.monotonic()
-            hung = watch.look(self.ranks.reports, now - before)
+            cpu, stopped = self.ranks.activity()
+            hung = watch.look(self.ranks.reports, now - before, cpu=cpu, stopped=stopped)
             before = now
             if hung and not self.killed:
                 self._end_hung(hung)
@@ -162,38 +181,65 @@ class Supervisor:
             self.signals.wait(POLL_SECONDS)
 
     def _look(self, agent: Agent) -> None:
+        """See which ranks have failed, which live, and what they report."""
+        output = agent.read()
+        if output.failures:
+            self.ranks.read()
+        for failure in output.failures:
+            self._count(failure)
         known = self.ranks.last_pids
         self.ranks.look(agent.process.pid)
-        if self.ranks.last_pids != known and not self.ranks.last_pids & known:
-            self._failed_at, self._between = None, False  # a new incarnation
-        self._note_failures(agent)
-        failed = self._failed_at
-        if failed is not None and time.monotonic() - failed > SURVIVOR_SECONDS:
-            self._failed_at = None
-            self.ranks.kill()
-        self.ranks.sweep(kill=failed is not None)
+        if self.ranks.last_pids.isdisjoint(known) and self.ranks.last_pids:
+            self._between = False  # the ranks of another start
+        self._end_survivors(output.closing)
+        self.ranks.sweep(kill=self._between or bool(self._survivors))
 
-    def _note_failures(self, agent: Agent) -> None:
-        for failure in agent.failures():
-            if self._hung and failure.exit == -signal.SIGKILL:
-                self._fail(self._hung)
-                self._hung = ""
-                continue
-            rank = self.ranks.number(failure.pid)
-            if rank is None:
-                rank = self.launch.node_rank * self.launch.processes + failure.local_rank
-            sentence = f"rank {rank} {failure}"
-            self._last_log = self.run_directory.logs / f"rank-{rank}.log"
-            self._failed_at, self._between = time.monotonic(), True
-            self._fail(sentence)
-            self.chronicle.record(
-                "ranks_failed",
-                f"{sentence} on {self.host}",
-                rank=rank,
-                exit=failure.exit,
-                host=self.host,
-                log=f"logs/rank-{rank}.log",
-            )
+    def _end_survivors(self, closing: Sequence[int]) -> None:
+        """Kill peers of a failed rank that do not end: those pids that lived when it failed, and no later ones.
+
+        The agent would give them 30 seconds. In a collective they wait for the dead one, in set-up for the whole of
+        launch.collective_seconds.
+        """
+        now = time.monotonic()
+        for pid in closing:
+            if pid not in self._survivors:
+                log(f"process {pid} is asked to end, because a rank of its start has failed")
+                self._survivors[pid] = now
+        alive = self.ranks.reports
+        self._survivors = {pid: since for pid, since in self._survivors.items() if pid in alive or since == now}
+        for pid, since in self._survivors.items():
+            report = alive.get(pid)
+            in_setup = report is None or report.phase in (Phase.STARTING, Phase.SETUP)
+            if now - since > (SETUP_SURVIVOR_SECONDS if in_setup else SURVIVOR_SECONDS):
+                self.ranks.kill([pid])
+
+    def _count(self, failure: Failure) -> None:
+        """Count and record a failure, once for each start of the ranks."""
+        if failure.pid in self._counted:
+            return
+        self._count_start(failure.pid)
+        rank = self.ranks.number(failure.pid)
+        if rank is None:
+            rank = self.launch.node_rank * self.launch.processes + failure.local_rank
+        sentence = f"rank {rank} {failure}"
+        self._last_log = self.run_directory.logs / f"rank-{rank}.log"
+        self._fail(sentence)
+        self.chronicle.record(
+            "ranks_failed",
+            f"{sentence} on {self.host}",
+            rank=rank,
+            exit=failure.exit,
+            host=self.host,
+            log=f"logs/rank-{rank}.log",
+        )
+
+    def _count_start(self, pid: int) -> None:
+        """The start of the ranks to which `pid` belongs has failed; what else is reported of it counts no more."""
+        peers = self.ranks.last_pids
+        report = self.ranks.said(pid)
+        self._is_over = report is not None and report.phase.ended
+        self._counted |= {pid, *(peers if pid in peers else ())}
+        self._between = pid in peers or not self.ranks.reports
 
     def _fail(self, sentence: str) -> None:
         if self.signals.stop:
@@ -209,20 +255,22 @@ class Supervisor:
         rank = self.ranks.number(culprit.pid)
         name = f"rank {rank}" if rank is not None else f"process {culprit.pid}"
         files, where = stacks.capture(self.run_directory.logs, self.ranks, culprit.pid)
-        recorded = self.chronicle.record(
+        why = f"has not got ahead for {culprit.seconds:.0f} s"
+        if culprit.stopped:
+            why = f"is stopped: its process has not run for {culprit.silent:.0f} s"
+        self.chronicle.record(
             "hung",
-            f"{name} has not got ahead for {culprit.seconds:.0f} s in phase {culprit.phase.value}{where}",
+            f"{name} {why}, in phase {culprit.phase.value}{where}",
             rank=rank,
             phase=culprit.phase.value,
-            seconds=round(culprit.seconds, 1),
+            seconds=round(max(culprit.seconds, culprit.silent), 1),
             host=self.host,
             stacks=[f"logs/{file.name}" for file in files],
         )
-        # On a full disk the reports stand still, not the ranks; but then this could not be recorded either.
-        if recorded:
-            self._hung = f"{name} hung in phase {culprit.phase.value}"
-            self._last_log = self.run_directory.logs / f"rank-{rank}.log"
-            self.ranks.kill()
+        self._last_log = self.run_directory.logs / f"rank-{rank}.log"
+        self._count_start(culprit.pid)
+        self._fail(f"{name} {'stopped' if culprit.stopped else 'hung'} in phase {culprit.phase.value}")
+        self.ranks.kill()
 
     def _culprit(self, hung: Sequence[Hung]) -> Hung:
         """Of ranks that stand still together, most of them waiting, the one they wait for.
@@ -234,9 +282,9 @@ class Supervisor:
         if silent is not None:
             return silent
         reports = self.ranks.registered
-        oldest = min(hung, key=lambda one: reports[one.pid].heartbeat)
-        if time.time() - reports[oldest.pid].heartbeat > SILENT_SECONDS:
-            return oldest
+        stillest = max(hung, key=lambda one: one.silent)
+        if stillest.stopped or stillest.silent > SILENT_SECONDS:
+            return stillest
         return min(hung, key=lambda one: (reports[one.pid].step, reports[one.pid].progress))
 
     # -- stopping
@@ -266,7 +314,8 @@ class Supervisor:
 
     def _outcome(self, code: int) -> tuple[Phase, ExitCode, str, list[str]]:
         """How the run ended: phase, exit code, reason ("" if rank 0 has said it), last lines that explain it."""
-        if (code == 0 or self.killed) and (said := self.chronicle.last_word_of_ranks(self.ranks.last_pids)):
+        asked = code == 0 or self.killed or self._is_over
+        if asked and (said := self.chronicle.last_word_of_ranks(self.ranks.last_pids)) is not None:
             return *said, "", []
         if self.signals.stop:
             return Phase.STOPPED, ExitCode.INTERRUPTED, self.killed or "no rank said how it ended", []
@@ -296,6 +345,11 @@ class Supervisor:
         )
         with _beside("notifier", notifier.work, seconds=4 * settings.seconds):
             yield
+
+    def _publish_reports(self, stop: threading.Event) -> None:
+        """Keep ranks/node-NAME.json fresh. A thread: a file system that hangs must not blind the supervisor."""
+        while not stop.wait(POLL_SECONDS):
+            self.ranks.publish()
 
     # -- TensorBoard
 

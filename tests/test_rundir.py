@@ -28,6 +28,7 @@ from guardrail.records import (
     Finding,
     Kind,
     Mode,
+    NodeStatus,
     Phase,
     RankStatus,
     Severity,
@@ -458,7 +459,14 @@ def test_ranks_are_read_in_order(run: RunDirectory) -> None:
     for rank in (10, 2, 0):
         run.write_rank(RankStatus(rank=rank, pid=rank, host="h", phase=Phase.SETUP))
     (run.path / "ranks" / "rank-00005.json").write_text("half")
-    assert [status.rank for status in run.read_ranks()] == [0, 2, 10]
+    assert [status.rank for status in run.read_ranks()] == [0, 2, 10], "as older versions wrote them"
+    node = (RankStatus(rank=rank, pid=1, host="h", phase=Phase.STEP, heartbeat=1.0) for rank in (9, 2))
+    run.write_node(NodeStatus(node="h-2", ranks=tuple(node)))
+    (run.path / "ranks" / "node-x.json").write_text("half")
+    assert [(status.rank, status.phase.value) for status in run.read_ranks()] == [
+        *((0, "setup"), (2, "step"), (9, "step"), (10, "setup")),
+    ], "a rank that stands in two files: what it said last"
+    (run.path / "ranks" / "folder").mkdir()
     run.remove_ranks()
     assert run.read_ranks() == []
 

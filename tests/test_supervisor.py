@@ -154,7 +154,7 @@ def test_a_hung_rank_is_written_down_killed_and_started_again(lab: Lab) -> None:
 
 
 def test_a_rank_that_is_stopped_cannot_answer_and_is_replaced_all_the_same(lab: Lab) -> None:
-    config = configure(lab, "fault = 'freeze'\nsteps = 150", step_seconds=1.5)
+    config = configure(lab, "fault = 'freeze'\nsteps = 150\nlockstep = true", step_seconds=1.5)
     result = lab.guardrail("launch", config, "--headless")
     run = lab.newest()
     assert result.returncode == 0, result.stderr
@@ -370,7 +370,7 @@ def _take_terminal(slave: int) -> None:
 def test_two_nodes_share_a_run_directory(lab: Lab) -> None:
     """Two supervisors find each other by the rendezvous of [launch]; the first one speaks for the run."""
     endpoint = f"127.0.0.1:{free_port()}"
-    config = configure(lab, "steps = 200\nrank = 3\nfault = 'exit'")
+    config = configure(lab, "steps = 200\nrank = 3\nfault = 'exit'\nlockstep = true")
     (lab.folder / config).write_text(
         (lab.folder / config).read_text().replace("[tensor", f'nodes = 2\nrendezvous_endpoint = "{endpoint}"\n[tensor')
     )

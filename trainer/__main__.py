@@ -9,12 +9,25 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import traceback
 
 from guardrail.errors import GuardrailError, Interrupted, UsageError
 from guardrail.heartbeat import Heartbeat
 from guardrail.records import Phase
 from guardrail.rundir import RunDirectory
-from guardrail.signals import StopSignals
+from guardrail.signals import KILLED, StopSignals
+
+SUPERVISOR_VARIABLE = "GUARDRAIL_SUPERVISOR_PID"
+SUPERVISOR_SECONDS = 2.0  # within which a supervisor that was asked to stop hands it on
+
+
+def has_supervisor() -> bool:
+    """Whether the supervisor that has started this rank lives."""
+    try:
+        os.kill(int(os.environ[SUPERVISOR_VARIABLE]), 0)
+    except (KeyError, ValueError, OSError):
+        return False
+    return True
 
 
 def main() -> int:
@@ -40,6 +53,8 @@ def main() -> int:
     except (Interrupted, UsageError) as error:
         phase = Phase.STOPPED if isinstance(error, Interrupted) else Phase.FAILED
         print(error, file=sys.stderr)
+        if phase is Phase.STOPPED and has_supervisor() and not signals.came_from_supervisor(seconds=SUPERVISOR_SECONDS):
+            return KILLED  # nobody has stopped the run: another rank has failed, and all are about to start again
         if rank == 0:
             with contextlib.suppress(OSError):  # a full disk must not turn a stop into a failure
                 run.append("ended", str(error), phase=phase.value, exit_code=int(error.exit_code), reason=str(error))
@@ -53,8 +68,13 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # Straight out, because daemon threads and process groups may hold an orderly interpreter exit up for minutes.
-    code = main()
+    # Straight out, because daemon threads and process groups may hold an orderly interpreter exit up for minutes; after
+    # an error too, since the other ranks wait for this process to be gone.
+    try:
+        code = main()
+    except BaseException:
+        traceback.print_exc()
+        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

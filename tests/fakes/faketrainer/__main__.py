@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from guardrail.config import load
@@ -48,6 +49,24 @@ def strike(run: RunDirectory, times: int) -> bool:
     return False
 
 
+def meet(gloo: bool) -> Callable[[], object]:
+    """What each step ends with: nothing, or an all-reduce that waits for the other ranks."""
+    if not gloo:
+        return lambda: None
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    number = torch.ones(1)
+    return lambda: dist.all_reduce(number)
+
+
+def is_ahead(run: RunDirectory, step: int) -> bool:
+    """Whether another rank has not got within ten steps of `step`."""
+    files = (run.checkpoints / f"fake-{rank}" for rank in range(int(os.environ["WORLD_SIZE"])))
+    return step > 10 and any(not file.exists() or int(file.read_text()) < step - 10 for file in files)
+
+
 def main() -> None:
     run = RunDirectory.open(os.environ["GUARDRAIL_RUN"])
     rank = int(os.environ["RANK"])
@@ -61,6 +80,7 @@ def main() -> None:
     heartbeat.status = lambda: Status(run=run.name, phase=heartbeat.phase, step=heartbeat.step, total_steps=fake.steps)
     heartbeat.start()
     print(f"rank {rank} start {start} threads {os.environ['OMP_NUM_THREADS']} in {os.getcwd()}", flush=True)
+    together = meet(fake.gloo)
     saved = run.checkpoints / f"fake-{rank}"
     first = int(saved.read_text()) if saved.exists() else 0
     if rank == 0:
@@ -73,6 +93,9 @@ def main() -> None:
         if strikes and step == fake.step:
             misbehave(fake.fault, run)
         time.sleep(fake.seconds)
+        together()
+        while fake.lockstep and is_ahead(run, step) and not signals.requested:
+            time.sleep(0.02)
         replace_file(saved, str(step).encode(), sync=False)
         if signals.requested and fake.fault != "deaf":
             end(run, rank, heartbeat, Phase.STOPPED, 130)

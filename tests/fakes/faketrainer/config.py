@@ -16,6 +16,10 @@ class FakeSection(Section, frozen=True, kw_only=True):
     step: int = 5
     # The fault strikes in the first so many starts of the ranks.
     starts: int = 1
+    # No rank gets more than ten steps ahead of another.
+    lockstep: bool = False
+    # Each step ends with an all-reduce of torch's, as of a real trainer.
+    gloo: bool = False
     # Seconds before the rank registers.
     import_seconds: float = 0.0
 
