@@ -37,6 +37,9 @@ class Chronicle:
         self._run, self._launch, self._host, self._mode = run, launch, host, mode
         self._leads = launch.node_rank == 0
         self._began = time.time()
+        # What stood there before us: the time of an event or a status may come from another host's clock.
+        self._last_event = max((event.seq for event in run.events()), default=0)
+        self._last_status = run.read_status()
         self._written = -1.0  # time.monotonic() of our last status
 
     def record(self, kind: str, message: str, **data: Any) -> bool:
@@ -78,11 +81,11 @@ class Chronicle:
         another host: a status that an earlier incarnation left behind is no answer.
         """
         events = [event for event in self._run.events() if event.kind in ("started", "restarted", "ended")]
-        if events and events[-1].kind == "ended" and events[-1].time >= self._began:
+        if events and events[-1].kind == "ended" and events[-1].seq > self._last_event:
             if (said := _outcome(events[-1])) is not None:
                 return said
         status = self._run.read_status()
-        if status is None or not status.phase.ended or status.heartbeat < self._began:
+        if status is None or not status.phase.ended or status == self._last_status:
             return None
         if status.host == self._host and status.pid not in pids:
             return None

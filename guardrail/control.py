@@ -14,7 +14,7 @@ from typing import Any
 
 from guardrail import processes
 from guardrail.errors import UsageError
-from guardrail.launching import is_alive
+from guardrail.liveness import is_alive
 from guardrail.records import Command, CommandKind, Event, Mode, Phase
 from guardrail.rundir import RunDirectory, check_command
 

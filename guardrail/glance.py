@@ -18,7 +18,7 @@ from guardrail.records import LOSS, Phase, Status
 from guardrail.rundir import RunDirectory, list_runs
 from guardrail.text import clean
 
-Alive = Callable[[RunDirectory, Status], bool]
+Alive = Callable[[RunDirectory, Status], bool | None]
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Glance:
     """One run. Texts are clean.
 
     Attributes:
-        state: its phase; "lost" if it has not ended and nobody keeps its status fresh, "new" without a status,
-            "asking" while it is parked with a question.
+        state: its phase; "lost" if it has not ended and nobody keeps its status fresh, "unknown" while that takes
+            another look, "new" without a status, "asking" while it is parked with a question.
         loss: the newest one that was measured; None without one.
     """
 
@@ -52,18 +52,19 @@ def glance(run: RunDirectory, alive: Alive) -> Glance:
     """One run as it is now.
 
     Args:
-        alive: whether somebody works on a run whose status has not ended.
+        alive: whether somebody works on a run whose status has not ended; None while that is not known.
     """
     status = run.read_status()
     known = status or Status(run="", phase=Phase.STARTING)
     state = "new" if status is None else status.phase.value
     if status is not None and not status.phase.ended:
-        if not alive(run, status):
-            state = "lost"
+        lives = alive(run, status)
+        if not lives:
+            state = "unknown" if lives is None else "lost"
         elif status.question:
             state = "asking"
     losses = loss_points(run, 1)
-    going = state not in ("new", "lost") and not known.phase.ended
+    going = state not in ("new", "lost", "unknown") and not known.phase.ended
     return Glance(
         run=clean(run.name, 120),
         path=str(run.path),

@@ -12,7 +12,8 @@ from types import FrameType
 
 from guardrail.errors import ExitCode
 from guardrail.follow import Follower
-from guardrail.launching import exit_code_of, is_alive, way_back
+from guardrail.launching import exit_code_of, way_back
+from guardrail.liveness import Pulse
 from guardrail.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Action, Event, Phase, Status
 from guardrail.rundir import RunDirectory
 from guardrail.signals import DEBOUNCE_SECONDS
@@ -175,13 +176,15 @@ def follow(run: RunDirectory, supervisor: subprocess.Popen[bytes], *, past: int 
 def attach(run: RunDirectory) -> int:
     """For `attach` without a terminal: the last lines, then new ones until the run has ended; its exit code."""
 
+    pulse = Pulse()
+
     def ended() -> int | None:
         status = run.read_status()
         if status is None:
             return None
         if status.exit_code is not None:
             return status.exit_code
-        return None if is_alive(run, status) else ExitCode.WORKERS_FAILED
+        return None if pulse(run, status) else ExitCode.WORKERS_FAILED
 
     with _handlers({signal.SIGINT: _leave, signal.SIGHUP: _leave}):
         printer = Printer(run)

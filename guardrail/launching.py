@@ -17,13 +17,13 @@ import msgspec
 from guardrail import config, processes
 from guardrail.config import Settings
 from guardrail.errors import ConfigError, ExitCode, RunDirectoryError, UsageError, WorkersFailed
+from guardrail.liveness import is_alive
 from guardrail.records import Phase, Status
 from guardrail.rundir import RunDirectory, find_run
 from guardrail.runlock import holder_of
 from guardrail.text import clean
 
 START_SECONDS = 30.0  # for the supervisor's first word; it needs 0.2 on an idle machine
-FRESH_SECONDS = 30.0  # a heartbeat younger than this, from another host, means that the run is alive
 
 # Settings that a resumed run may change: how it is run, not what it computes. On another mesh it is the same training
 # with additions in another order and other dice for dropout, which are functions of the data rank too.
@@ -137,13 +137,6 @@ def _refuse_stale(run: RunDirectory) -> None:
         if command.at_step <= reached:
             reason = "it was sent before the run was started again; send it once more if it is still meant"
             run.answer(command, applied=False, reason=reason, step=reached)
-
-
-def is_alive(run: RunDirectory, status: Status) -> bool:
-    """Somebody works on this run: its supervisor, or ranks that outlived it, here or on another host."""
-    if status.host == socket.gethostname() and processes.supervisor_of(run.path, status.supervisor_pid) is not None:
-        return True
-    return not status.phase.ended and time.time() - status.heartbeat < FRESH_SECONDS
 
 
 def refuse_alive(run: RunDirectory, status: Status | None) -> None:

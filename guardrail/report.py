@@ -7,8 +7,6 @@ Text that came from outside is cleaned here, so that every way of showing the re
 from __future__ import annotations
 
 import os
-import socket
-import time
 import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,12 +20,11 @@ from guardrail.costs import with_costs
 from guardrail.entries import whole
 from guardrail.errors import RunDirectoryError
 from guardrail.files import as_float, encode_json
+from guardrail.liveness import is_alive
 from guardrail.records import Event, Record, Span, Status
 from guardrail.rundir import RunDirectory, span_of
 from guardrail.text import clean
 from guardrail.undoing import taken_back
-
-_FRESH_SECONDS = 30.0  # a status younger than this means that somebody lives, on whatever host
 
 
 class Answered(Record, frozen=True, kw_only=True):
@@ -275,16 +272,7 @@ def _state(run: RunDirectory, status: Status | None, events: list[Event]) -> tup
         return ("lost" if turns and run.lock_holder() is None else "running" if turns else "new"), None
     if status.phase.ended:
         return status.phase.value, None
-    return ("running" if _alive(run, status) else "lost"), None
-
-
-def _alive(run: RunDirectory, status: Status) -> bool:
-    """A trainer holds the lock, somebody wrote the status just now, or a supervisor on this host is at work."""
-    if run.lock_holder() is not None or time.time() - status.heartbeat < _FRESH_SECONDS:
-        return True
-    from guardrail.processes import supervisor_of
-
-    return status.host == socket.gethostname() and supervisor_of(run.path, status.supervisor_pid) is not None
+    return ("running" if is_alive(run, status) else "lost"), None
 
 
 def _exit_code(status: Status | None, last: Event | None) -> int | None:

@@ -22,16 +22,21 @@ def command(as_json: bool, plain: bool, read_only: bool, theme: str | None, no_m
     Leaving its screen comes back to the list.
     """
     from guardrail.glance import Glance, glances
-    from guardrail.launching import is_alive
+    from guardrail.liveness import Pulse
+
+    pulse = Pulse()
 
     def look() -> list[Glance]:
-        return glances(root, is_alive)
+        return glances(root, pulse.listed)
 
     if not (as_json or plain) and has_terminal() and os.environ.get("TERM") != "dumb":
         from guardrail.tui.chooser import choose_and_watch
 
         return choose_and_watch(look, root=root, read_only=read_only, theme=theme, mouse=not no_mouse)
     rows = look()
+    while any(row.state == "unknown" for row in rows):  # on other hosts: their next heartbeat shows that they live
+        time.sleep(0.2)
+        rows = look()
     if as_json:
         print_json([row.as_dict() for row in rows])
         return 0

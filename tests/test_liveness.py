@@ -1,0 +1,140 @@
+"""Whether a run lives is not a question of whose clock is right."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from guardrail import launching
+from guardrail.chronicle import Chronicle
+from guardrail.cli import main
+from guardrail.config import LaunchSection
+from guardrail.errors import ExitCode, RunDirectoryError, UsageError
+from guardrail.launching import is_alive
+from guardrail.records import Command, CommandKind, Mode, Phase, Status
+from guardrail.report import build
+from guardrail.rundir import RunDirectory
+
+SKEWS = pytest.mark.parametrize("skew", [-3600.0, -45.0, 45.0, 3600.0])
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GUARDRAIL_ROOT", raising=False)
+    return RunDirectory.create("runs", "far", '[run]\nname = "far"\n[train]\nsteps = 1000\n[launch]\ndevice = "cpu"\n')
+
+
+def status(run: RunDirectory, heartbeat: float, **changes: object) -> Status:
+    return Status(run=run.name, phase=Phase.STEP, step=7, host="elsewhere", heartbeat=heartbeat, **changes)  # type: ignore[arg-type]
+
+
+@contextmanager
+def beating(run: RunDirectory, skew: float) -> Iterator[None]:
+    """A trainer on a host whose clock is wrong by `skew` seconds."""
+    stop = threading.Event()
+
+    def beat() -> None:
+        while not stop.wait(0.1):
+            run.write_status(status(run, time.time() + skew))
+
+    run.write_status(status(run, time.time() + skew))
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.fault("B8")
+@SKEWS
+def test_a_run_on_a_host_with_another_clock_lives(
+    run: RunDirectory, skew: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For ctl, resume, runs and report."""
+    with beating(run, skew):
+        found = run.read_status()
+        assert found is not None and is_alive(run, found)
+        assert main(["ctl", run.name, "pause", "--wait", "0"]) == 0
+        with pytest.raises(RunDirectoryError, match="is running on elsewhere"):
+            launching.prepare_resume(run.name, (), root="runs")
+        capsys.readouterr()
+        assert main(["runs", "--json"]) == 0
+        assert [row["state"] for row in json.loads(capsys.readouterr().out)] == ["step"]
+        run.append("started")
+        assert build(run).state == "running"
+
+
+@pytest.mark.fault("B8")
+@SKEWS
+def test_a_run_that_died_there_is_dead(run: RunDirectory, skew: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It died when its clock showed what ours shows now, or long before or after."""
+    monkeypatch.setattr("guardrail.liveness.FIRST_SECONDS", 0.3, raising=False)
+    died = time.time() - 3600.0
+    run.write_status(status(run, died + skew))
+    os.utime(run.path / "status.json", (died, died))
+    found = run.read_status()
+    assert found is not None and not is_alive(run, found)
+
+
+def test_attach_sees_a_run_end_on_a_host_with_another_clock(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("guardrail.liveness.FIRST_SECONDS", 0.3)
+    monkeypatch.setattr("guardrail.liveness.FRESH_SECONDS", 0.6)
+    with beating(run, -300.0):
+        from guardrail.liveness import Pulse
+
+        pulse, found = Pulse(), run.read_status()
+        assert found is not None
+        for _ in range(12):
+            found = run.read_status()
+            assert found is not None and pulse(run, found)
+            time.sleep(0.1)
+    deadline = time.monotonic() + 30.0
+    while pulse(run, found := run.read_status() or found):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.fault("B8")
+def test_an_end_counts_whatever_clock_has_written_it(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The supervisor of another node reads how the first one's rank 0 has ended the run, by an earlier clock."""
+    run.append("ended", "finished", phase="finished", exit_code=0)
+    chronicle = Chronicle(run, LaunchSection(node_rank=1), "here", Mode.AUTO)
+    assert chronicle.last_word_of_ranks([]) is None, "that was before"
+    run.append("restarted")
+    now = time.time()
+    monkeypatch.setattr("guardrail.rundir.time.time", lambda: now - 120.0)
+    run.append("ended", "halted", phase="halted", exit_code=3)
+    assert chronicle.last_word_of_ranks([]) == (Phase.HALTED, ExitCode.HALTED)
+
+
+@pytest.mark.fault("B8")
+@pytest.mark.parametrize("skew", [-60.0, 60.0])
+def test_a_screen_on_a_host_with_another_clock_counts(
+    run: RunDirectory, skew: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as there:
+        now = time.time()
+        there.setattr("guardrail.rundir.time.time", lambda: now + skew)
+        run.screen_seen()
+    assert run.screens() == 1
+    run.screen_gone()
+    assert run.screens() == 0
+
+
+def test_a_command_to_a_dead_run_is_refused(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    from guardrail import control
+
+    monkeypatch.setattr("guardrail.liveness.FIRST_SECONDS", 0.3)
+    run.write_status(status(run, time.time() - 3600.0))
+    with pytest.raises(UsageError, match="no sign of life"):
+        control.send(run, Command(id="x", kind=CommandKind.PAUSE), seconds=0.0)
