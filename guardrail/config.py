@@ -71,7 +71,7 @@ class LaunchSection(Section, frozen=True, kw_only=True):
     stop_seconds: PositiveFloat = 300.0
     # Seconds after which a collective that waits for another rank gives up.
     collective_seconds: PositiveFloat = 600.0
-    # Intra-op threads of a CPU rank; 0: cores / processes.
+    # Intra-op threads of a CPU rank; 0: OMP_NUM_THREADS where that is set, else cores / processes.
     threads: Natural = 0
 
 

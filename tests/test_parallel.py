@@ -390,10 +390,17 @@ def test_cuda_where_there_is_none_is_refused() -> None:
         make_accelerator(config)
 
 
-def test_threads_of_a_rank() -> None:
-    cores = len(os.sched_getaffinity(0))
+@pytest.mark.fault("R13")
+def test_threads_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the user sets wins: launch.threads, then OMP_NUM_THREADS, which may have a number for each level."""
+    for given, expected in (("2", 2), ("5,1", 5)):
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+        assert cpu_threads(Config(launch=LaunchSection(processes=1))) == expected
+        assert cpu_threads(Config(launch=LaunchSection(threads=3))) == 3
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr("trainer.parallel.cores", lambda: 4)
+    assert cpu_threads(Config(launch=LaunchSection(processes=1))) == 4
     assert cpu_threads(Config(launch=LaunchSection(threads=3))) == 3
-    assert cpu_threads(Config(launch=LaunchSection(processes=1))) == cores
     assert cpu_threads(Config(launch=LaunchSection(processes=1000))) == 1
 
 

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from guardrail.errors import WorkersFailed
 from guardrail.ledger import mix64
+from guardrail.processes import cores
 from trainer import tensor_parallel
 from trainer.config import Config
 from trainer.layout import Layout
@@ -81,9 +82,9 @@ def _be_deterministic() -> None:
 
 
 def cpu_threads(config: Config) -> int:
-    """Intra-op threads of one CPU rank: launch.threads, or its share of the cores this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return config.launch.threads or max(1, cores // config.launch.processes)
+    """Intra-op threads of one CPU rank: launch.threads, else OMP_NUM_THREADS, else its share of the cores."""
+    given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return config.launch.threads or (int(given) if given.isdigit() else 0) or max(1, cores() // config.launch.processes)
 
 
 def _check(accelerator: Accelerator, config: Config, *, on_cpu: bool) -> None:
