@@ -149,9 +149,12 @@ def _torch(torch: dict[str, Any]) -> Iterator[Check]:
     if devices:
         names = ", ".join(f"{clean(device['name'])} {_gib(device['bytes'])}" for device in devices)
         yield Check(name="cuda", level="ok", text=f"{len(devices)}: {names}")
-    elif files:
+    elif files != 0:
         built = f"built for CUDA {torch['cuda_built']}" if torch["cuda_built"] else "built for the CPU only"
-        yield Check(name="cuda", level="problem", text=f"{files} device files, but torch ({built}) sees no device")
+        if files is None:  # WSL2 has its device file without a GPU as well
+            yield Check(name="cuda", level="note", text=f"torch ({built}) sees no device; training runs on the CPU")
+        else:
+            yield Check(name="cuda", level="problem", text=f"{files} device files, but torch ({built}) sees no device")
     else:
         yield Check(name="cuda", level="note", text="no device; training runs on the CPU")
     for backend in ("gloo", "nccl"):
@@ -281,7 +284,7 @@ def _dry_run(settings: Settings, path: str, overrides: tuple[str, ...], torch: d
 def _devices(settings: Settings, torch: dict[str, Any]) -> Iterator[Check]:
     launch, devices = settings.launch, torch["devices"]
     wants_cuda = launch.device == "cuda" or (launch.device == "auto" and devices)
-    if launch.device == "cuda" and not devices and preflight.cuda_devices():
+    if launch.device == "cuda" and not devices and preflight.cuda_devices() != 0:
         text = 'launch.device = "cuda": torch sees no device (driver? a build for the CPU?)'
         yield Check(name=CONFIGURATION, level="problem", text=text)
     backend = "nccl" if wants_cuda else "gloo"

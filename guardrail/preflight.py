@@ -16,17 +16,30 @@ LEAST_FREE_BYTES = 32 * 1024 * 1024  # journal, logs, status, and the first refu
 _NVIDIA = re.compile(r"nvidia\d+")
 
 
-def cuda_devices() -> int:
-    """NVIDIA devices that this process may use, by their device files and CUDA_VISIBLE_DEVICES."""
+# Devices of which torch alone can tell the number: AMD GPUs (ROCm), GPUs of Windows (WSL2), Jetson modules.
+_UNCOUNTED = ("kfd", "dxg", "nvhost-gpu", "nvgpu")
+_VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+
+
+def cuda_devices() -> int | None:
+    """GPUs that torch may find here as CUDA devices, by the device files and CUDA_VISIBLE_DEVICES.
+
+    None where there may be some, and only torch can count them; 0 where there can be none.
+    """
     try:
-        present = sum(1 for name in os.listdir("/dev") if _NVIDIA.fullmatch(name))
+        files = os.listdir("/dev")
     except OSError:
-        present = 0
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return present
-    named = [name for name in visible.split(",") if name.strip() and name.strip() != "-1"]
-    return min(present, len(named))
+        return None
+    hidden = [os.environ[name] for name in _VISIBLE if name in os.environ]
+    named = [[one.strip() for one in names.split(",") if one.strip() and one.strip() != "-1"] for names in hidden]
+    if not all(named):
+        return 0
+    present = sum(1 for name in files if _NVIDIA.fullmatch(name))
+    if any(one.startswith("MIG-") for names in named for one in names):
+        return None if present else 0  # parts of a device
+    if not present and any(name in files for name in _UNCOUNTED):
+        return None
+    return min([present, *map(len, named)])
 
 
 def check(settings: Settings, *, file: str, overrides: Sequence[str] = ()) -> None:
@@ -67,9 +80,9 @@ def _packages(settings: Settings) -> Iterator[ConfigError]:
 
 def _devices(settings: Settings) -> Iterator[ConfigError]:
     launch, devices = settings.launch, cuda_devices()
-    if launch.device == "cuda" and not devices:
+    if launch.device == "cuda" and devices == 0:
         yield ConfigError(
-            "a CUDA device on this machine (/dev/nvidia0)",
+            "a CUDA device on this machine (/dev/nvidia0; /dev/kfd for ROCm, /dev/dxg for WSL2)",
             key="launch.device",
             value="cuda",
             hint='"cpu", or "auto" to take what is there',

@@ -191,7 +191,7 @@ def _refuse_other_machines(run: RunDirectory, events: Sequence[Event], found: Pl
                 f"{run.name} ran on {world} ranks from step {event.step:,} on, and on {here} by its configuration: "
                 "sums over another number of ranks round differently, so not a bit of it can be expected"
             )
-        if event.data.get("device") == "cuda" and not cuda_devices():
+        if event.data.get("device") == "cuda" and cuda_devices() == 0:
             raise UsageError(f"{run.name} was trained on CUDA devices, of which there are none here")
 
 

@@ -1,0 +1,78 @@
+"""What is refused before any process starts, and what cannot be known without torch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from guardrail import preflight
+from guardrail.config import LaunchSection, Settings
+from guardrail.errors import ConfigError
+
+
+@pytest.fixture
+def files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names in /dev."""
+    names: list[str] = ["null", "dri"]
+    monkeypatch.setattr("guardrail.preflight.os.listdir", lambda path: names if path == "/dev" else os.listdir(path))
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    return names
+
+
+def refused(folder: Path, **launch: object) -> list[str]:
+    """The keys that are refused."""
+    settings = msgspec.structs.replace(
+        Settings(),
+        launch=LaunchSection(**launch),  # type: ignore[arg-type]
+    )
+    return [error.key for error in preflight.problems(settings, file="c.toml") if error.key.startswith("launch.")]
+
+
+@pytest.mark.fault("B6")
+@pytest.mark.parametrize("name", ["kfd", "dxg", "nvhost-gpu"])
+def test_devices_that_torch_alone_can_count_are_not_refused(name: str, files: list[str], tmp_path: Path) -> None:
+    """ROCm, WSL2, Jetson: there is no /dev/nvidia0."""
+    assert refused(tmp_path, device="cuda") == ["launch.device"]
+    files.append(name)
+    assert refused(tmp_path, device="cuda", processes=8) == []
+    assert refused(tmp_path, device="auto", processes=8) == []
+
+
+@pytest.mark.fault("B6")
+def test_parts_of_a_device_are_not_counted_as_devices(
+    files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files.append("nvidia0")
+    assert refused(tmp_path, device="cuda", processes=2) == ["launch.processes"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1,MIG-2")
+    assert refused(tmp_path, device="cuda", processes=2) == []
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"), [(None, 2), ("0", 1), ("0,1,2", 2), ("", 0), ("-1", 0), ("GPU-0af3", 1)]
+)
+def test_devices_that_are_hidden_do_not_count(
+    visible: str | None, expected: int, files: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files += ["nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"]
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert preflight.cuda_devices() == expected
+
+
+def test_hidden_devices_of_rocm_are_none(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    files.append("kfd")
+    assert preflight.cuda_devices() is None
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "-1")
+    assert preflight.cuda_devices() == 0
+
+
+def test_a_machine_without_devices_is_refused_in_one_sentence(files: list[str], tmp_path: Path) -> None:
+    settings = msgspec.structs.replace(Settings(), launch=LaunchSection(device="cuda"))
+    with pytest.raises(ConfigError, match=r"launch\.device") as caught:
+        preflight.check(settings, file="c.toml")
+    assert "/dev/nvidia0" in str(caught.value) and "/dev/kfd" in str(caught.value)
