@@ -8,7 +8,7 @@ BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
 EXTRAS  := $(VENV)/.extras
 
-.PHONY: install demo test lint rounding faults bench clean
+.PHONY: install demo test lint rounding faults restarts bench clean
 
 install: $(STAMP)
 	@:
@@ -54,8 +54,13 @@ rounding: $(EXTRAS)
 faults: $(EXTRAS)
 	$(BIN)/python -m tests.faults
 
+# Whether a run recovers from each kind of failure, 20 times each, and a table. About two hours on two cores.
+RUNS ?= 20
+restarts: $(EXTRAS)
+	@$(BIN)/python -m tests.bench.restarts --runs $(RUNS)
+
 bench: install
-	@set -e; for file in tests/bench/*.py; do echo "$$file"; $(BIN)/python -m tests.bench.$$(basename "$$file" .py); done
+	@set -e; for file in $(filter-out tests/bench/restarts.py,$(wildcard tests/bench/*.py)); do echo "$$file"; $(BIN)/python -m tests.bench.$$(basename "$$file" .py); done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
