@@ -172,7 +172,7 @@ class NodeReports:
             self._file = None
         if self._lock is None:
             return
-        over = all(status.phase.ended or not _lives(status.pid) for status in self.read())
+        over = all(status.closed or not _lives(status.pid) for status in self.read())
         if over:
             shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._lock)
@@ -224,8 +224,6 @@ def _ranks(variables: Mapping[str, str]) -> int:
 
 
 def _lives(pid: int) -> bool:
-    if pid == os.getpid():
-        return False  # it is leaving
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -12,6 +12,7 @@ The signals are told in `guardrail.signals`.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import sys
@@ -27,6 +28,7 @@ from guardrail.chronicle import Chronicle, log, tail
 from guardrail.config import LaunchSection, NotifySection, TensorboardSection, parse
 from guardrail.elastic import Agent, Failure
 from guardrail.errors import ExitCode, GuardrailError
+from guardrail.files import TEMPORARY
 from guardrail.local_ranks import LocalRanks, become_reaper
 from guardrail.notify import Notifier
 from guardrail.records import Mode, Phase
@@ -38,6 +40,8 @@ from guardrail.watch import Hung, Watch
 POLL_SECONDS = 0.4
 SURVIVOR_SECONDS = 10.0  # peers of a failed rank that still live after this are killed: they wait for it in vain
 SETUP_SURVIVOR_SECONDS = 1.0  # the same of a peer in set-up, which has nothing to save
+ROOM_SECONDS = 30.0  # that the ranks wait for a full disk before they are started again
+LEAST_ROOM = 64 * 1024  # bytes: logs, journal, status and the first rows of the metrics
 SILENT_SECONDS = 5.0  # of ranks over their deadline, one whose process has done nothing for this long is the cause
 
 
@@ -116,6 +120,22 @@ class Supervisor:
                 return code
             if len(self.failures) > self.launch.max_restarts:
                 return 1
+            self._wait_for_room()
+
+    def _wait_for_room(self) -> None:
+        """Wait until the run directory takes a file: ranks that are started on a full disk fail at once."""
+        probe = self.run_directory.path / f"{TEMPORARY}room-{os.getpid()}"
+        deadline = time.monotonic() + ROOM_SECONDS
+        while time.monotonic() < deadline and not self.signals.stop:
+            try:
+                probe.write_bytes(bytes(LEAST_ROOM))
+                return
+            except OSError as error:
+                log(f"the ranks wait for room to start again: {error.strerror}")
+            finally:
+                with contextlib.suppress(OSError):
+                    probe.unlink()
+            self.signals.wait(1.0)
 
     def _run_agent(self) -> int:
         """Run one agent and its ranks to their end; returns its exit status."""
