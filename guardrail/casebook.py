@@ -16,7 +16,8 @@ from guardrail.rundir import findings_of, span_of
 from guardrail.text import clean
 from guardrail.undoing import joined, pieces_of, taken_back
 
-ENDS = ("recovered", "offset", "recurred")  # states of an incident that say how it went on
+NOT_MEASURED = ("number", "onset", "at_step")
+ENDS = ("recovered", "offset", "recurred", "accepted")  # states of an incident that say how it went on
 _NEAR = 20  # verdicts without an incident's number belong together up to this many steps apart
 _TOKENS = 8  # of an incident, named
 
@@ -105,7 +106,9 @@ class Casebook:
         numbers = {
             clean(name, 40): as_float(value)
             for name, value in event.data.items()
-            if name not in ("number", "onset") and isinstance(value, int | float) and not isinstance(value, bool)
+            if name not in ("number", "onset", "at_step")
+            and isinstance(value, int | float)
+            and not isinstance(value, bool)
         }
         closed = None if state == "recurred" else event.time
         said = clean(event.message, 400)

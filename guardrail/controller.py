@@ -15,6 +15,7 @@ never stopped.
 from __future__ import annotations
 
 import math
+import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -35,7 +36,7 @@ from guardrail.detectors.spike import LOOK_BACK, ONSET_SHARE, Spike
 from guardrail.detectors.standard import TOGETHER
 from guardrail.detectors.together import Together
 from guardrail.diagnoses import leaving_nothing_out, signals_of
-from guardrail.enough import MOST, fit
+from guardrail.enough import LEAST, MOST, expected, fit
 from guardrail.facts import Facts
 from guardrail.incidents import CLOSED, RECURRED
 from guardrail.policy import by_severity, is_trouble, rejects, untouched
@@ -52,6 +53,7 @@ from guardrail.records import (
     Mode,
     Observation,
     Severity,
+    Unresolved,
     Verdict,
 )
 from guardrail.watchers import Watch, Watchers
@@ -90,11 +92,19 @@ class Controller(Facts):
         self._advice = Advice()
         self._resumed = 0  # rows that are still to be held against what was before a resume
         self._jumped: set[str] = set()  # signals of which a jump has been told
+        # Losses of the last applied steps, accepted or not: what the status says of an incident that is not over.
+        self._applied_losses: deque[float] = deque(maxlen=LEAST)
 
     # -- one step ------------------------------------------------------------------------------------------------
 
     def observe(self, obs: Observation) -> Verdict:
         """Judge one step. In APPLY the step is taken as applied; anything else changes no state but for overflows."""
+        verdict = self._judge(obs)
+        if verdict.action is Action.APPLY:
+            self._note_loss(obs)
+        return verdict
+
+    def _judge(self, obs: Observation) -> Verdict:
         if obs.overflow or overflows(obs):
             return self._overflowed(obs if obs.overflow else structs.replace(obs, overflow=True))
         if self.mode is Mode.OFF:
@@ -167,7 +177,7 @@ class Controller(Facts):
             self._losses.append((obs.step, loss))
         self._overflows = 0
         self._advice.accepted()
-        if not self.incidents.open and not findings:
+        if not findings and not self.incidents.open and not self.incidents.unresolved:
             return Verdict(action=Action.APPLY, step=obs.step)
         number, state = self.incidents.healthy(obs.step, self._losses, every_step=self.mode is not Mode.ADVISE)
         return Verdict(
@@ -275,10 +285,13 @@ class Controller(Facts):
             like: the next step, with the names of its signals; their values do not matter.
 
         Returns:
-            None where it cannot be said: in other modes than `auto` and `ask`, while an incident is open, right behind
-            a resume, and wherever a detector has something to say of the step with the high values.
+            None where it cannot be said: in other modes than `auto` and `ask`, while an incident is open or the step
+            may bring the loss of an unresolved one back, right behind a resume, and wherever a detector has something
+            to say of the step with the high values.
         """
         if self.mode not in (Mode.AUTO, Mode.ASK) or self.incidents.open or self._resumed or not self._history:
+            return None
+        if self.incidents.may_recover(self._losses):
             return None
         return self.watchers.ceilings(like)
 
@@ -385,6 +398,7 @@ class Controller(Facts):
             detector.accept(obs)
         self._history.append(Applied(obs.step, obs.first, obs.last))
         self._overflows = 0
+        self._note_loss(obs)
 
     def set_mode(self, mode: Mode) -> None:
         """Takes effect with the next step. Leaving `off`, detectors begin anew: what they knew is out of date."""
@@ -422,7 +436,17 @@ class Controller(Facts):
 
     @property
     def healthy_through(self) -> int:
-        """The newest applied step that no detector suspects, 0 if there is none."""
+        """The newest applied step that is surely healthy, 0 if there is none.
+
+        No detector suspects it, and it lies before every incident that is not over.
+        """
+        since = self.incidents.since
+        through = self.unsuspected_through
+        return through if since is None else min(through, since - 1)
+
+    @property
+    def unsuspected_through(self) -> int:
+        """The newest applied step that no detector suspects, 0 if there is none. Detectors learn what stays."""
         if not self._history:
             return 0
         last = self._history[-1].step
@@ -430,6 +454,42 @@ class Controller(Facts):
             return last
         suspected = self.watchers.suspect_from()
         return last if suspected is None else suspected - 1
+
+    def is_good(self, step: int) -> bool:
+        """Whether the state after `step` updates is good: healthy steps have followed, and no incident holds it."""
+        return step + self.settings.confirm <= self.healthy_through and not self.incidents.within(step)
+
+    def is_settled(self, step: int) -> bool:
+        """Whether the state after `step` updates would be good, if the unresolved incidents were accepted.
+
+        To go back for another incident, such a state will do: it is what the run was like before that one. Those from
+        before the unresolved one may be thousands of steps old.
+        """
+        if not self.incidents.unresolved or step + self.settings.confirm > self.unsuspected_through:
+            return False
+        return not self.incidents.within(step, but_unresolved=True)
+
+    def unresolved(self) -> Unresolved | None:
+        """The earliest incident that is not over, as the numbers show it. The journal says what was done about it."""
+        incidents, since = self.incidents, self.incidents.since
+        if since is None:
+            return None
+        one = next((one for one in incidents.unresolved if one.onset == since), None)
+        number, curve = (incidents.number, incidents.curve) if one is None else (one.number, one.curve)
+        losses = list(self._applied_losses) or [loss for step, loss in self._losses if step >= since][-LEAST:]
+        last = self._history[-1].step if self._history else since
+        return Unresolved(
+            incident=number,
+            since=since,
+            is_open=one is None,
+            loss=statistics.median(losses) if losses else None,
+            expected=None if curve is None else expected(curve, min(max(last, 1), since + MOST)),
+        )
+
+    def _note_loss(self, obs: Observation) -> None:
+        loss = obs.signals.get(LOSS)
+        if loss is not None and math.isfinite(loss):
+            self._applied_losses.append(loss)
 
     # -- state: rolls back ---------------------------------------------------------------------------------------
 
@@ -452,6 +512,7 @@ class Controller(Facts):
         self._history.extend(Applied(*batch) for batch in state["history"])
         self._losses.clear()
         self._losses.extend((int(step), float(loss)) for step, loss in state.get("losses", ()))
+        self._applied_losses.clear()
         self._overflows = int(state.get("overflows", 0))
         advise = self.mode is Mode.ADVISE
         self._advice = Advice.of(state["advice"]) if advise else Advice()

@@ -51,15 +51,18 @@ def expected(curve: Curve, step: float) -> float:
     return math.exp(curve.level + curve.slope * (math.log(step) - curve.middle))
 
 
-def compare(curve: Curve | None, after: Sequence[tuple[int, float]]) -> Outcome | None:
+def compare(curve: Curve | None, after: Sequence[tuple[int, float]], *, until: float = math.inf) -> Outcome | None:
     """How the losses behind the trouble stand to the curve; None where there is nothing to compare.
 
     Args:
         after: (step, loss) of healthy steps from the place of the trouble on.
+        until: the curve is followed up to this step. Further on the level that it has there counts, and its error.
     """
     logs = [(math.log(step), math.log(loss)) for step, loss in after if step > 0 and 0.0 < loss < math.inf]
     if curve is None or not logs:
         return None
+    last = math.log(until)
+    logs = [(min(x, last), y) for x, y in logs]
     at = statistics.fmean(x for x, _ in logs)
     apart = statistics.median(y - curve.level - curve.slope * (x - curve.middle) for x, y in logs)
     line = 1.0 / curve.count + (at - curve.middle) ** 2 / curve.spread if curve.spread else 1.0

@@ -11,7 +11,19 @@ from guardrail.config import GuardSection
 from guardrail.diagnoses import Diagnoses, diagnosis_of
 from guardrail.incidents import CLOSED, OPEN, RECURRED, Incidents
 from guardrail.policy import UNSUSPECTED, Rollback, rollback_of
-from guardrail.records import Action, Curve, Diagnosis, Event, Finding, Kind, Observation, Severity, Verdict, field_of
+from guardrail.records import (
+    Action,
+    CommandKind,
+    Curve,
+    Diagnosis,
+    Event,
+    Finding,
+    Kind,
+    Observation,
+    Severity,
+    Verdict,
+    field_of,
+)
 
 # An update with these has no meaning, whoever wishes for it.
 UNPARDONABLE = frozenset({Kind.NONFINITE, Kind.NO_TOKENS, Kind.SCALE_COLLAPSE})
@@ -62,9 +74,24 @@ class Facts:
         """Do not reject batches with a position in these stretches [first, last) again: a person took that back."""
         self.pardons += [(first, last) for first, last in stretches]
 
+    def accept(self, step: int, batch: tuple[int, int]) -> tuple[int, ...]:
+        """A user accepts the run as it is after `step` updates. Returns the incidents that were not over.
+
+        Args:
+            batch: positions [first, last) of the next one. While an incident is open, it is the first of a new level.
+        """
+        if self.incidents.open:
+            self.levels.append(batch)
+        return self.incidents.accept(step)
+
     def load_rollbacks(self, rollbacks: Iterable[Rollback | Mapping[str, Any]]) -> None:
         """All rollbacks of the run, oldest first, as records or as the data of `rollback` events."""
         self.rollbacks = [one if isinstance(one, Rollback) else rollback_of(one) for one in rollbacks]
+
+    def went_back(self, step: int, rollbacks: Iterable[Rollback | Mapping[str, Any]]) -> None:
+        """The run has gone back to the state after `step` updates; `rollbacks` as `load_rollbacks` takes them."""
+        self.load_rollbacks(rollbacks)
+        self.incidents.rewind(step)
 
     def rebuild(self, events: Iterable[Event]) -> None:
         """Take the facts over from the journal's events, in order. Replaces what was known."""
@@ -73,20 +100,24 @@ class Facts:
         self.diagnoses = Diagnoses()
         began: list[int] = []  # timelines that the rollbacks began
         self.incidents = Incidents(confirm=self.settings.confirm)
-        open_number = onset = step = number = 0
-        curve: Curve | None = None
+        known = _Known()
         for event in events:
             data = event.data
             if event.kind == "rollback":
                 self.rollbacks.append(rollback_of(data))
                 began.append(int(data.get("new_timeline", event.timeline + 1)))
+                self.incidents.rewind(int(data["to_step"]))
+            elif event.kind == "restarted":
+                self.incidents.rewind(event.step, same_steps=True)
             elif event.kind == "undo":
                 stand = [at for at, timeline in enumerate(began) if timeline not in data["rollbacks"]]
                 self.rollbacks, began = [self.rollbacks[at] for at in stand], [began[at] for at in stand]
                 self.pardons += [(int(first), int(last)) for first, last in data["pardons"]]
+                self.incidents.rewind(int(data["to_step"]))
             elif event.kind == "cause":
                 at = int(data.get("at_step") or event.step + 1)
-                step, diagnosis = max(step, at), diagnosis_of(data)
+                diagnosis = diagnosis_of(data)
+                known.last = max(known.last, at)
                 first, last = map(int, data.get("batch") or (0, 0))
                 self.note_cause(diagnosis, (first, last))
                 self.diagnoses.learn(
@@ -99,25 +130,28 @@ class Facts:
                     rollbacks=self.rollbacks,
                 )
             elif event.kind == "incident":
-                number = max(number, int(data["number"]))
-                is_open = data.get("state") in (OPEN, RECURRED)
-                raw = data.get("curve")
-                curve = raw if raw is None or isinstance(raw, Curve) else convert(raw, Curve)
-                open_number, onset = (int(data["number"]), int(data.get("onset") or 0)) if is_open else (0, 0)
+                known.turned(event, self.incidents)
             elif event.kind == "verdict":
-                if data.get("incident") is not None and (data.get("action") != Action.APPLY or data.get("would")):
-                    step = max(step, int(data.get("at_step") or event.step))
+                known.rejected(event)
                 kinds = {field_of(finding, "kind") for finding in data.get("findings") or ()}
                 if data.get("action") == Action.SKIP and kinds and kinds <= UNSUSPECTED:
                     first, last = data["window"]
                     self.empty_spans.add((int(first), int(last)))
-        self.incidents.resume(number, is_open=bool(open_number), onset=onset, step=step, curve=curve)
+            elif event.kind == "command" and data.get("command") == CommandKind.ACCEPT:
+                if data.get("effect") == "applied":
+                    known.resume(self.incidents)
+                    first, last = map(int, data.get("batch") or (0, 0))
+                    self.accept(event.step, (first, last))
+                    known.open = 0
+        known.resume(self.incidents)
 
     def incident_line(self, verdict: Verdict) -> tuple[str, dict[str, Any]]:
         """(Message, data) of the `incident` line of a verdict that turns an incident."""
         number, state, outcome = verdict.incident, verdict.incident_state, verdict.outcome
         lost = sum(one.from_step - one.to_step for one in self.rollbacks if one.incident == number)
-        data: dict[str, Any] = {"number": number, "state": state, "onset": verdict.onset, "steps_lost": lost}
+        onset = verdict.onset or next((one.onset for one in self.incidents.ended if one.number == number), None)
+        data: dict[str, Any] = {"number": number, "state": state, "onset": onset, "steps_lost": lost}
+        data["at_step"] = verdict.step
         message = f"incident {number}: {state}"
         if state not in CLOSED:
             data["curve"] = self.incidents.curve
@@ -126,9 +160,53 @@ class Facts:
             data |= {name: getattr(outcome, name) for name in ("expected", "got", "noise", "offset")}
             message += (
                 f": loss {outcome.got:.4g} against {outcome.expected:.4g} that its curve before step "
-                f"{self.incidents.onset} leads to, noise {outcome.noise:.2g}"
+                f"{onset} leads to, noise {outcome.noise:.2g}"
             )
         return message + (f"; {lost} steps were made again" if lost else ""), data
+
+
+class _Known:
+    """What a journal says of incidents, up to one of its lines.
+
+    Attributes:
+        open: number of the one that is open, 0: none is.
+        number: of the last one.
+        last: step of the last finding.
+    """
+
+    def __init__(self) -> None:
+        self.open = self.number = self.last = 0
+        self._onsets: dict[int, int] = {}
+        self._curves: dict[int, Curve | None] = {}
+
+    def turned(self, event: Event, incidents: Incidents) -> None:
+        """An `incident` line. What has ended is added to `incidents`."""
+        data, number = event.data, int(event.data["number"])
+        self.number = max(self.number, number)
+        self._earlier(number, data.get("onset"))
+        if data.get("state") in (OPEN, RECURRED):
+            self.open = number
+            raw = data.get("curve")
+            self._curves[number] = raw if raw is None or isinstance(raw, Curve) else convert(raw, Curve)
+            return
+        self.open = 0
+        at, onset = int(data.get("at_step") or event.step + 1), self._onsets.get(number, event.step + 1)
+        incidents.end(number, str(data.get("state")), step=at, onset=onset, curve=self._curves.get(number))
+
+    def rejected(self, event: Event) -> None:
+        """A `verdict` line."""
+        data, number = event.data, event.data.get("incident")
+        if number is not None and (data.get("action") != Action.APPLY or data.get("would")):
+            self.last = max(self.last, int(data.get("at_step") or event.step))
+            self._earlier(int(number), data.get("onset"))
+
+    def _earlier(self, number: int, onset: Any) -> None:
+        if onset is not None:
+            self._onsets[number] = min(int(onset), self._onsets.get(number, int(onset)))
+
+    def resume(self, incidents: Incidents) -> None:
+        onset, curve = self._onsets.get(self.open, 0), self._curves.get(self.open)
+        incidents.resume(self.number, is_open=bool(self.open), onset=onset, step=self.last, curve=curve)
 
 
 def _begins_in(stretches: Iterable[tuple[int, int]], obs: Observation) -> bool:

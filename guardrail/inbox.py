@@ -29,7 +29,13 @@ _MAX_STEP = 2**53  # steps travel as float64
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # Commands whose deed is a line of its own, behind that of the answer.
 DEEDS = {CommandKind.SKIP: "left_out", CommandKind.ROLLBACK: "rollback", CommandKind.UNDO: "undo"}
-_VALUELESS = (CommandKind.PAUSE, CommandKind.RESUME, CommandKind.CHECKPOINT, CommandKind.STOP)
+_VALUELESS = (
+    CommandKind.PAUSE,
+    CommandKind.RESUME,
+    CommandKind.CHECKPOINT,
+    CommandKind.ACCEPT,
+    CommandKind.STOP,
+)
 
 
 class Refusal(Record, frozen=True, kw_only=True):

@@ -16,8 +16,13 @@ from typing import Any, NamedTuple
 import msgspec
 
 from guardrail.config import GuardSection
-from guardrail.records import CommandKind, Event, Mode, Remedy, Span
+from guardrail.records import Action, CommandKind, Event, Mode, Remedy, Span, Unresolved
 from guardrail.remedies import CLIP, EMBED_ALPHA, LR, factor, resets
+
+# Actions by which something is done about an incident.
+ACTS = (Action.SKIP, Action.ROLLBACK, Action.RETRY)
+GO_ON = "go_on"  # the answer to a question by which the update is applied
+NEW_DATA = "new data"
 
 
 class Effects(NamedTuple):
@@ -75,6 +80,8 @@ class Past:
         suspects: names of checkpoints that a rollback has found polluted.
         good: names of checkpoints that were confirmed.
         incident: number of the last incident.
+        acted: incidents about which something was done: a batch skipped or repeated, a state restored.
+        let_pass: incident -> why an update that was found bad was applied all the same; see `Unresolved`.
         lines: of the journal that it was told.
         unread: of these, lines that make no sense: another version's, or damaged.
     """
@@ -91,6 +98,8 @@ class Past:
     alpha: StepSetting = field(default_factory=lambda: StepSetting(1.0))
     mode: Mode | None = None
     incident: int = 0
+    acted: set[int] = field(default_factory=set)
+    let_pass: dict[int, str] = field(default_factory=dict)
     restarts: int = 0
     started: dict[str, Any] | None = None
     ended: str | None = None
@@ -124,6 +133,7 @@ class Past:
                 self._remedies(data, _as_span(data.get("span")))
             case "rollback":
                 self._span(data.get("span"))
+                self._act(data)
                 self._remedies(data, int(data["new_timeline"]))
                 self.rollbacks.append(data)
                 to_step = int(data["to_step"])
@@ -145,10 +155,36 @@ class Past:
                     # A name that is written again belongs to another state of the run.
                     self.good.discard(name)
                     self.suspects.discard(name)
+            case "verdict":
+                self._judged(data)
+            case "cause" if data.get("shift") or data.get("borne"):
+                self._let_pass(data, NEW_DATA)
+            case "resumed" if data.get("answer") == GO_ON:
+                self._let_pass(data, "go on")
             case "incident":
                 self.incident = max(self.incident, int(data.get("number", 0)))
             case "ended":
                 self.ended = str(data.get("phase", ""))
+
+    def _judged(self, data: dict[str, Any]) -> None:
+        action = data.get("action")
+        if action in ACTS:
+            self._act(data)
+        elif action == Action.APPLY and data.get("would") not in (None, Action.APPLY):
+            self._let_pass(data, Mode.ADVISE.value)
+
+    def _act(self, data: dict[str, Any]) -> None:
+        if isinstance(number := data.get("incident"), int):
+            self.acted.add(number)
+
+    def _let_pass(self, data: dict[str, Any], why: str) -> None:
+        if isinstance(number := data.get("incident"), int):
+            self.let_pass[number] = why
+
+    def unresolved(self, one: Unresolved) -> Unresolved:
+        """With what the journal says of an incident: whether something was done, and why updates were applied."""
+        why, acted = self.let_pass.get(one.incident, ""), one.incident in self.acted
+        return msgspec.structs.replace(one, acted=acted, let_pass=why)
 
     def _command(self, event: Event) -> None:
         kind, value = event.data.get("command"), float(event.data.get("value", 0.0))

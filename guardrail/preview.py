@@ -11,14 +11,25 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 from msgspec import structs
 
 from guardrail.past import Past
-from guardrail.records import Command, CommandKind, Mode, Phase, Record, Remedy, SnapshotInfo, Span, Verdict
+from guardrail.records import (
+    Command,
+    CommandKind,
+    Mode,
+    Phase,
+    Record,
+    Remedy,
+    SnapshotInfo,
+    Span,
+    Unresolved,
+    Verdict,
+)
 from guardrail.remedies import sentence
 from guardrail.scene import Scene
 from guardrail.text import clean
@@ -132,7 +143,35 @@ def of(scene: Scene, command: Command) -> Preview:
             return _plain(scene, kind, value, possible=False, refusal="training is not paused")
         case CommandKind.CHECKPOINT:
             return _plain(scene, kind, value, remark=f"writes the state after step {scene.step:,}")
+        case CommandKind.ACCEPT:
+            return _accept(scene, value)
     return _plain(scene, kind, value)
+
+
+def _accept(scene: Scene, value: float) -> Preview:
+    one = scene.unresolved
+    refusal = not_acceptable(one, asking=scene.end > 0)
+    if one is None or refusal:
+        return _plain(scene, CommandKind.ACCEPT, value, possible=False, refusal=refusal)
+    what = f"incident {one.incident} ({one.sentence()}) is accepted as it is, nothing is restored"
+    after = f"states after step {scene.step:,} may become good again, and then older good ones are pruned"
+    return _plain(scene, CommandKind.ACCEPT, value, remark=f"{what}; {after}")
+
+
+def not_acceptable(one: Unresolved | None, *, asking: bool) -> str:
+    """Why the run cannot be accepted as it is, as the end of a sentence; "" where it can.
+
+    Args:
+        one: the earliest incident that is not over.
+        asking: the guard waits for an answer.
+    """
+    if asking:
+        return "the guard has a question open: answer that"
+    if one is None:
+        return "there is no incident that is not over"
+    if one.is_open and not one.let_pass:
+        return f"incident {one.incident} is still open, and no update was applied that was found bad"
+    return ""
 
 
 def asked(scene: Scene) -> list[Preview]:
@@ -159,24 +198,34 @@ def rollback_for(
     positions: Sequence[int] = (),
     before_step: int | None = None,
     remedies: Sequence[Remedy] = (),
+    settled: Callable[[int], bool] = lambda step: False,
 ) -> Preview:
     """What the guard's own rollback would do, which leaves out `window`, or `positions` of it, whatever state it finds.
 
     Args:
         before_step: the state is older than that step, where there is one such.
         remedies: that go with it.
+        settled: candidates that will do as well as a good state; see `Controller.is_settled`.
     """
-    target = _newest(scene.states, window[0], before=before_step)
+    target = _newest(scene.states, window[0], before=before_step, settled=settled)
     after = _went_back(scene, target, remedies=[*scene.past.remedies, *((None, remedy) for remedy in remedies)])
     went = _back_to(scene, target, window, after, positions=positions, cause="from before the trouble")
     return structs.replace(went, remark="; ".join(map(sentence, remedies)))
 
 
-def choices(scene: Scene, verdict: Verdict, *, first: int, last: int) -> list[Preview]:
+def choices(
+    scene: Scene,
+    verdict: Verdict,
+    *,
+    first: int,
+    last: int,
+    settled: Callable[[int], bool] = lambda step: False,
+) -> list[Preview]:
     """What the three answers to the guard's question would do: as proposed, go on, stop.
 
     Args:
         first, last: positions of the batch under question.
+        settled: as `rollback_for` takes it.
     """
     would = verdict.would.value if verdict.would is not None else ""
     if would == CommandKind.ROLLBACK and verdict.window is not None:
@@ -186,6 +235,7 @@ def choices(scene: Scene, verdict: Verdict, *, first: int, last: int) -> list[Pr
             positions=verdict.positions,
             before_step=verdict.before_step,
             remedies=verdict.remedies,
+            settled=settled,
         )
     else:
         proposed = _named(scene, would, remark=f"saves after step {scene.step:,} and ends with exit code 3")
@@ -221,16 +271,17 @@ def _newest(
     *,
     before: int | None = None,
     candidates: bool = False,
+    settled: Callable[[int], bool] = lambda step: False,
 ) -> SnapshotInfo | None:
     """As the guard chooses (Tiers.target): good ones of the ring, good ones on disk, then candidates likewise; older
-    than step `before`, or else whatever there is."""
+    than step `before`, or else whatever there is. A candidate that is `settled` counts as good."""
     for wanted in (("good", "candidate"),) if candidates else (("good",), ("good", "candidate")):
         for tier in ("memory", "disk"):
             fit = [
                 info
                 for info in states
                 if info.tier == tier
-                and info.state in wanted
+                and (info.state in wanted or (info.state == "candidate" and settled(info.step)))
                 and info.cursor <= cursor
                 and (to_step is None or info.step == to_step)
                 and (before is None or info.step < before)

@@ -245,7 +245,8 @@ class Verdict(Record, frozen=True, kw_only=True):
         accepted: the value enters the baselines (False for every rejected step).
         incident: number of the incident that this step belongs to, None while all is well.
         incident_state: "open" on the verdict that opens it, "recurred" on one that goes back for it once more,
-            "recovered" or "offset" on the one that closes it, else "".
+            "recovered" or "offset" on the one that closes it, "recovered" on a later one that brings the loss back
+            behind "offset", else "".
         rung: name of the rung of the ladder that this is.
         remedies: what goes with it.
         cause: of the incident, where a replay has told it.
@@ -281,6 +282,7 @@ class CommandKind(str, Enum):
     POLICY = "policy"  # value: index into list(Mode)
     STOP = "stop"
     ANSWER = "answer"  # value: index of the proposal while parked (0: do as proposed, 1: go on, 2: stop)
+    ACCEPT = "accept"  # the run as it is: an incident that is not over is over, and states may become good again
     UNDO = "undo"  # value: seq of the journal line to be undone; nan: the newest decision of the guard
 
 

@@ -224,7 +224,7 @@ class Rejudge:
             self._rejected = [r for r in self._rejected if not any(s.first <= r[0] and r[1] <= s.last for s in gone)]
             if self._own:
                 past = Past.of(self._events[: index + 1])
-                self._controller.load_rollbacks(past.rollbacks)
+                self._controller.went_back(step, past.rollbacks)
                 self._controller.pardons = [*self._settings.pardon, *past.pardons]
 
     def _restart(self, index: int) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from guardrail.config import GuardSection, load_guard
 from guardrail.errors import ConfigError
 from guardrail.past import Effects, Past
-from guardrail.records import Event, Mode, Phase, SnapshotInfo, Status
+from guardrail.records import Event, Mode, Phase, SnapshotInfo, Status, Unresolved
 from guardrail.rundir import RunDirectory
 from guardrail.undoing import positions_of
 
@@ -39,6 +39,7 @@ class Scene:
         states: restorable ones of both tiers.
         rows: applied steps of the present, ascending, from the oldest state on.
         ledger: the order with all that is left out; None where the journal does not say the order.
+        unresolved: the earliest incident that is not over.
         settings: the guard's, for remedies that hold from the beginning.
     """
 
@@ -52,6 +53,7 @@ class Scene:
     past: Past = field(default_factory=Past)
     events: Sequence[Event] = ()
     ledger: Ledger | None = None
+    unresolved: Unresolved | None = None
     settings: GuardSection = field(default_factory=GuardSection)
 
     @classmethod
@@ -80,6 +82,7 @@ class Scene:
             past=past,
             events=events,
             ledger=_ledger_of(events, past),
+            unresolved=status.unresolved,
             settings=settings,
         )
 

@@ -879,11 +879,29 @@ def test_the_last_good_one_is_never_among_those_that_go() -> None:
             assert len(good) >= keep
 
 
+@pytest.mark.fault("T1")
+def test_while_an_incident_is_not_over_the_good_ones_stay_and_of_the_candidates_only_the_newest() -> None:
+    held = [info(step, G) for step in (0, 100, 200)] + [info(300, C)]  # 300 was not yet good at the onset, 350
+    for step in range(400, 2001, 100):
+        held.append(info(step, C))
+        going = superfluous(held, keep=2, now=step, delay=250, since=350)
+        held = [one for one in held if one not in going]
+    assert [(one.step, one.state) for one in held] == [(100, G), (200, G), (300, C), (1900, C), (2000, C)]
+
+
+@pytest.mark.fault("T1")
+def test_good_ones_from_within_an_incident_are_candidates_again(tmp_path: Path) -> None:
+    store = three_saves(tmp_path).store
+    store.confirm(lambda step: True)
+    assert [one.step for one in store.withdraw(2)] == [2, 3] and store.withdraw(2) == []
+    assert [one.state for one in store.infos()] == [G, C, C]
+
+
 def test_states_follow_the_steps(tmp_path: Path) -> None:
     run = three_saves(tmp_path)
     store = run.store
-    assert [i.step for i in store.confirm(10, 8)] == [1, 2]
-    assert store.confirm(10, 8) == []
+    assert [i.step for i in store.confirm(lambda step: step <= 2)] == [1, 2]
+    assert store.confirm(lambda step: step <= 2) == []
     assert [i.step for i in store.mark_suspect(2)] == [2, 3]
     assert [(i.step, i.state, i.tier) for i in store.infos()] == [(1, G, "disk"), (2, S, "disk"), (3, S, "disk")]
     again = CheckpointStore(tmp_path, run.state)
@@ -901,7 +919,7 @@ def test_pruning_deletes_in_the_background_and_says_so(tmp_path: Path) -> None:
         run.save(step)
     run.store.prune(4)
     assert len(names(tmp_path)) == 4
-    run.store.confirm(100, 8)
+    run.store.confirm(lambda step: True)
     run.store.prune(4)
     assert run.store.wait(SECONDS)
     assert [(event.state, event.name) for event in run.store.poll()] == [
@@ -917,7 +935,7 @@ def test_a_damaged_good_one_keeps_no_other_from_staying(tmp_path: Path) -> None:
     run = Run(tmp_path, keep=2)
     for step in range(1, 5):
         run.save(step)
-    run.store.confirm(100, 8)
+    run.store.confirm(lambda step: True)
     cut_off(tmp_path / "step-00000004" / "rank-00000.safetensors")
     run.store.prune(4)
     assert run.store.wait(SECONDS)
@@ -937,7 +955,7 @@ def test_a_deletion_that_fails_is_told_and_tried_again(tmp_path: Path, monkeypat
     run = Run(tmp_path, keep=2)
     for step in range(1, 4):
         run.save(step)
-    run.store.confirm(100, 8)
+    run.store.confirm(lambda step: True)
     fails_once(monkeypatch, checkpoints, "remove", PermissionError(errno.EACCES, "Permission denied"))
     run.store.prune(3)
     assert run.store.wait(SECONDS)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,11 @@ from guardrail.torch.snapshots import CANDIDATE, GOOD, SUSPECT, Layout, Snapshot
 from guardrail.torch.state import TrainingState
 from tests.ranks import run_ranks
 from tests.tiny import Setup
+
+
+def healthy_through(last: int, confirm: int) -> Callable[[int], bool]:
+    """Of a run that is healthy up to step `last`: whether the state after a step is good."""
+    return lambda step: step + confirm <= last
 
 
 def ring_of(setup: Setup, keep: int = 3) -> SnapshotRing:
@@ -212,9 +218,9 @@ def test_good_after_enough_healthy_steps() -> None:
     ring = ring_of(Setup(), keep=4)
     for step in (0, 10, 20):
         ring.take(step, step, 0, {})
-    assert [s.step for s in ring.confirm(17, 8)] == [0]
-    assert [s.step for s in ring.confirm(18, 8)] == [10]
-    assert ring.confirm(18, 8) == []
+    assert [s.step for s in ring.confirm(healthy_through(17, 8))] == [0]
+    assert [s.step for s in ring.confirm(healthy_through(18, 8))] == [10]
+    assert ring.confirm(healthy_through(18, 8)) == []
     assert [(info.step, info.state) for info in ring.infos()] == [(0, GOOD), (10, GOOD), (20, CANDIDATE)]
     assert ring.newest_good().step == 10  # type: ignore[union-attr]
     assert ring.newest_good(before_step=10).step == 0  # type: ignore[union-attr]
@@ -225,11 +231,11 @@ def test_suspects_are_those_that_hold_the_onset_whatever_they_were() -> None:
     ring = ring_of(Setup(), keep=4)
     for step in (0, 10, 20, 30):
         ring.take(step, step, 0, {})
-    ring.confirm(38, 8)
+    ring.confirm(healthy_through(38, 8))
     assert [s.step for s in ring.mark_suspect(20)] == [20, 30]
     assert ring.mark_suspect(20) == []
     assert ring.newest_good().step == 10  # type: ignore[union-attr]
-    ring.confirm(100, 8)
+    ring.confirm(healthy_through(100, 8))
     assert steps_of(ring, SUSPECT) == [20, 30]
     ring.drop_after(10)
     assert steps_of(ring) == [0, 10]
@@ -238,12 +244,12 @@ def test_suspects_are_those_that_hold_the_onset_whatever_they_were() -> None:
 def test_the_newest_good_one_outlives_any_number_of_candidates() -> None:
     ring = ring_of(Setup(), keep=3)
     ring.take(0, 0, 0, {})
-    ring.confirm(8, 8)
+    ring.confirm(healthy_through(8, 8))
     for step in range(10, 100, 10):
         ring.take(step, step, 0, {})
         assert ring.newest_good().step == 0  # type: ignore[union-attr]
     assert steps_of(ring) == [0, 80, 90]
-    ring.confirm(98, 8)
+    ring.confirm(healthy_through(98, 8))
     ring.take(100, 100, 0, {})
     assert steps_of(ring) == [80, 90, 100]
     assert ring.newest_good().step == 90  # type: ignore[union-attr]
@@ -253,7 +259,7 @@ def test_suspects_make_room_first() -> None:
     ring = ring_of(Setup(), keep=3)
     for step in (0, 10, 20):
         ring.take(step, step, 0, {})
-    ring.confirm(28, 8)
+    ring.confirm(healthy_through(28, 8))
     ring.mark_suspect(20)
     ring.take(11, 11, 1, {})
     assert steps_of(ring) == [0, 10, 11]
@@ -274,7 +280,7 @@ def test_every_candidate_can_become_good_within_the_reach_that_the_configuration
     every, keep = 10, 2
     ring = ring_of(Setup(), keep=keep)
     for step in range(101):
-        ring.confirm(step, every * (keep - 1))
+        ring.confirm(healthy_through(step, every * (keep - 1)))
         if step % every == 0:
             ring.take(step, step, 0, {})
         if step >= every:

@@ -30,6 +30,7 @@ def command(
     pause | resume        stop turning, keep everything; go on
     rollback [STEP]       back to a snapshot or checkpoint; without STEP the newest good one
     undo [SEQ]            take back what the guard decided in this journal line; without SEQ its newest decision
+    accept                take the run as it is, although the loss stayed up: states may become good again
     skip N                leave out the next N batches
     lr FACTOR             multiply the scheduled learning rate
     embed-alpha A         shrink the embedding gradient, A in (0, 1]

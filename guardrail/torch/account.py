@@ -101,6 +101,7 @@ class Account:
         recent = self._recent
         seconds, tokens = sum(s for s, _ in recent), sum(t for _, t in recent)
         ahead = max(0, guard.total_steps - guard.step)
+        unresolved = guard.controller.unresolved()
         return Status(
             run=guard.run.name if guard.run is not None else "",
             phase=guard.phase or Phase.STEP,
@@ -118,6 +119,7 @@ class Account:
             tokens_per_second=tokens / seconds if seconds else 0.0,
             eta_seconds=ahead * seconds / len(recent) if recent else 0.0,
             lr_factor=guard.effects(guard.step + 1).lr,
+            unresolved=None if unresolved is None else guard.past.unresolved(unresolved),
             guard_share=self._guard_seconds / self._step_seconds if self._step_seconds else 0.0,
             started=self._started,
             world=guard.world,

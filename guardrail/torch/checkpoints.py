@@ -235,9 +235,13 @@ class CheckpointStore:
                 if name in self._infos and self._infos[name].state != INVALID:
                     self._set(name, state)
 
-    def confirm(self, healthy_through: int, confirm: int) -> list[SnapshotInfo]:
-        """Call good every candidate that `confirm` healthy steps have followed; returns these."""
-        return self._move({CANDIDATE}, GOOD, lambda info: info.step + confirm <= healthy_through)
+    def confirm(self, is_good: Callable[[int], bool]) -> list[SnapshotInfo]:
+        """Call good every candidate whose step `is_good` (see `Controller.is_good`); returns these."""
+        return self._move({CANDIDATE}, GOOD, lambda info: is_good(info.step))
+
+    def withdraw(self, from_step: int) -> list[SnapshotInfo]:
+        """Good ones of `from_step` and later are candidates again: an incident that is not over holds them."""
+        return self._move({GOOD}, CANDIDATE, lambda info: info.step >= from_step)
 
     def mark_suspect(self, from_step: int) -> list[SnapshotInfo]:
         """Checkpoints of `from_step` and later must not be used again; returns the newly marked.
@@ -256,12 +260,15 @@ class CheckpointStore:
         self._infos[name] = msgspec.structs.replace(self._infos[name], state=state)
         return self._infos[name]
 
-    def prune(self, now: int) -> None:
+    def prune(self, now: int, *, since: int | None = None) -> None:
         """Delete in the background what retention does not keep; `pruned` events follow.
 
         The good ones that stay are looked at first (manifest, sizes): a damaged one takes no other's place.
+
+        Args:
+            since: the first step of an incident that is not over; see `superfluous`.
         """
-        while going := superfluous(self.infos(), keep=self.keep, now=now, delay=self.delay_steps):
+        while going := superfluous(self.infos(), keep=self.keep, now=now, delay=self.delay_steps, since=since):
             staying = [info for info in self.infos() if info.state == GOOD and info not in going]
             broken = {info.path: why for info in staying if (why := _what_is_broken(self.folder / info.path))}
             if not broken:

@@ -17,9 +17,10 @@ import torch.distributed as dist
 
 from guardrail.errors import GuardrailError
 from guardrail.inbox import DEEDS
+from guardrail.incidents import ACCEPTED
 from guardrail.ledger import Batch
 from guardrail.mailbox import Mailbox
-from guardrail.preview import choices
+from guardrail.preview import choices, not_acceptable
 from guardrail.records import Action, Command, CommandKind, Mode, Phase, Span, Verdict
 from guardrail.rundir import RunDirectory
 from guardrail.scene import Scene
@@ -127,7 +128,8 @@ class Desk:
         self._current = held
         if guard.phase is None:
             taken = f": {answer.name.lower().replace('_', ' ')}" if question else ""
-            guard.say("resumed", f"training goes on{taken}")
+            data = {} if verdict is None else {"answer": answer.name.lower(), "incident": verdict.incident}
+            guard.say("resumed", f"training goes on{taken}", **data)
         return answer
 
     def _decides_alone(self, verdict: Verdict | None, waited: float) -> bool:
@@ -164,7 +166,11 @@ class Desk:
             return {"proposals": [{"choice": choice, "action": name} for choice, name in enumerate(names)], **data}
         try:
             previews = choices(
-                Scene.of(guard.run, status=guard.account.status()), verdict, first=batch.first, last=batch.last
+                Scene.of(guard.run, status=guard.account.status()),
+                verdict,
+                first=batch.first,
+                last=batch.last,
+                settled=guard.controller.is_settled,
             )
         except (OSError, GuardrailError):
             previews = []  # a disk that does not answer: the question is asked without the numbers
@@ -228,6 +234,8 @@ class Desk:
             case CommandKind.CHECKPOINT:
                 self._answer(kind, value)
                 guard.tiers.save_now(guard.timelines.facts)
+            case CommandKind.ACCEPT:
+                return self._accept(value)
             case CommandKind.SKIP:
                 self._skip(int(value))
             case CommandKind.ROLLBACK:
@@ -236,8 +244,12 @@ class Desk:
                 return self._undo(value)
         return True
 
-    def _answer(self, kind: CommandKind, value: float, *, refusal: str = "") -> bool:
-        """Acknowledge a command in the journal, before its effect. Returns whether it is taken."""
+    def _answer(self, kind: CommandKind, value: float, *, refusal: str = "", **data: Any) -> bool:
+        """Acknowledge a command in the journal, before its effect. Returns whether it is taken.
+
+        Args:
+            data: more for its line, of a command whose line itself is what it does.
+        """
         guard, command = self._guard, self._current
         if command is None and kind is CommandKind.CHECKPOINT and guard.rank == 0:
             return True  # a retry of the guard's own
@@ -251,11 +263,31 @@ class Desk:
             who=command.who if command else "guard",
             effect="refused" if refusal else "applied",
             reason=refusal,
+            **data,
         )
         self._answered, self._current = command, None
         if refusal or kind not in DEEDS:
             self._put_away()
         return not refusal
+
+    def _accept(self, value: float) -> bool:
+        """Take the run as it is for sound: what is not over is over, and later states may become good."""
+        guard = self._guard
+        controller = guard.controller
+        unresolved = controller.unresolved()
+        unresolved = None if unresolved is None else guard.past.unresolved(unresolved)
+        refusal = not_acceptable(unresolved, asking=bool(self.question))
+        cursor = guard.ledger.cursor
+        batch = (cursor, cursor + guard.ledger.batch_size)
+        if not self._answer(CommandKind.ACCEPT, value, refusal=refusal, batch=list(batch)):
+            return False
+        accepted = controller.accept(guard.step, batch)
+        for one in [one for one in controller.incidents.ended if one.number in accepted]:
+            message = f"incident {one.number}: accepted as it is after step {guard.step}"
+            data = {"number": one.number, "state": ACCEPTED, "onset": one.onset, "at_step": guard.step}
+            guard.say("incident", message, **data)
+        guard.tiers.withdraw(controller.incidents.since)
+        return True
 
     def _skip(self, batches: int) -> None:
         """Leave the next `batches` batches out."""

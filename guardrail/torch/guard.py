@@ -229,8 +229,12 @@ class Guard:
         self.account.flush()
         if self._to_keep:
             self._to_keep = False
+            controller = self.controller
             self.tiers.after_step(
-                self.step, healthy_through=self.controller.healthy_through, facts=self.timelines.facts
+                self.step,
+                is_good=controller.is_good,
+                facts=self.timelines.facts,
+                since=controller.incidents.since,
             )
         return time.perf_counter() - began
 

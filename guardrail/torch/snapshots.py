@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -234,22 +234,26 @@ class SnapshotRing:
         good = [s for s in self._snapshots if s.state == GOOD and (before_step is None or s.step < before_step)]
         return good[-1] if good else None
 
-    def confirm(self, healthy_through: int, confirm: int) -> list[Snapshot]:
-        """Call good every candidate that `confirm` healthy steps have followed; returns these.
+    def confirm(self, is_good: Callable[[int], bool]) -> list[Snapshot]:
+        """Call good every candidate whose step `is_good` (see `Controller.is_good`); returns these.
 
         Call it before `take` at the same step, so that the candidate is good before room is made.
         """
-        confirmed = [s for s in self._snapshots if s.state == CANDIDATE and s.step + confirm <= healthy_through]
-        for snapshot in confirmed:
-            snapshot.state = GOOD
-        return confirmed
+        return self._move({CANDIDATE}, GOOD, is_good)
+
+    def withdraw(self, from_step: int) -> list[Snapshot]:
+        """Good ones of `from_step` and later are candidates again: an incident that is not over holds them."""
+        return self._move({GOOD}, CANDIDATE, lambda step: step >= from_step)
 
     def mark_suspect(self, from_step: int) -> list[Snapshot]:
         """Snapshots of `from_step` and later hold the trouble's updates; good ones too. Returns the newly marked."""
-        marked = [s for s in self._snapshots if s.step >= from_step and s.state != SUSPECT]
-        for snapshot in marked:
-            snapshot.state = SUSPECT
-        return marked
+        return self._move({CANDIDATE, GOOD}, SUSPECT, lambda step: step >= from_step)
+
+    def _move(self, before: set[str], after: str, fits: Callable[[int], bool]) -> list[Snapshot]:
+        moved = [s for s in self._snapshots if s.state in before and fits(s.step)]
+        for snapshot in moved:
+            snapshot.state = after
+        return moved
 
     def drop_after(self, step: int) -> None:
         """Forget the snapshots of later steps: the timeline they belong to is abandoned."""

@@ -22,16 +22,39 @@ from guardrail.torch.snapshots import CANDIDATE, GOOD, SUSPECT, Snapshot, Snapsh
 from guardrail.torch.state import TrainingState
 
 Facts = Callable[[bool], dict[str, Any]]
+Settled = Callable[[int], bool]
+Accepted = Callable[[str, int], bool]  # (state, step)
 FINAL_TRIES = 3
+
+
+def never(step: int) -> bool:
+    return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fits:
+    """Which states a rollback can use, by step and cursor; see `Tiers.target`."""
+
+    cursor: int
+    to_step: int | None
+    before: int | None
+
+    def __call__(self, step: int, cursor: int) -> bool:
+        return (
+            cursor <= self.cursor
+            and (self.to_step is None or step == self.to_step)
+            and (self.before is None or step < self.before)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """Where a rollback goes: a snapshot of the ring, or the checkpoint at `name`."""
+    """Where a rollback goes: a snapshot of the ring, or the checkpoint at `name`; `state` is good or candidate."""
 
     step: int
     cursor: int
     tier: str
+    state: str
     name: str = ""
     snapshot: Snapshot | None = None
 
@@ -75,6 +98,7 @@ class Tiers:
         self._recorder, self._say, self._shared = recorder, say, shared
         self._past = Past()
         self._born_good: tuple[int, int] | None = None  # (timeline, step) of a state with nothing bad before it
+        self._since: int | None = None  # first step of an incident that is not over
 
     # -- copying -------------------------------------------------------------------------------------------------
 
@@ -99,13 +123,18 @@ class Tiers:
                 self._save(snapshot)
         self._tell()
 
-    def after_step(self, step: int, *, healthy_through: int, facts: Facts) -> None:
-        """Confirm what enough healthy steps have followed; copy and save when it is time."""
-        confirm = self.settings.guard.confirm
-        changed = bool(self.ring.confirm(healthy_through, confirm))
+    def after_step(self, step: int, *, is_good: Callable[[int], bool], facts: Facts, since: int | None = None) -> None:
+        """Confirm what enough healthy steps have followed; copy and save when it is time.
+
+        Args:
+            is_good: whether the state after so many updates is good; see `Controller.is_good`.
+            since: the first step of an incident that is not over; None: there is none.
+        """
+        self.withdraw(since)
+        changed = bool(self.ring.confirm(is_good))
         if self.store is not None:
             self.poll()
-            for info in self.store.confirm(healthy_through, confirm):
+            for info in self.store.confirm(is_good):
                 self._confirmed(info)
                 changed = True
         if self.copies(step):
@@ -114,6 +143,20 @@ class Tiers:
             if save:
                 self._save(snapshot)
             changed = True
+        if changed:
+            self._tell()
+
+    def withdraw(self, since: int | None) -> None:
+        """An incident that is not over began with step `since`: no state from there on is good, nor takes the place of
+        a good one. None: there is no such incident."""
+        self._since = since
+        if since is None:
+            return
+        changed = bool(self.ring.withdraw(since))
+        for info in self.store.withdraw(since) if self.store is not None else ():
+            changed = True
+            message = f"checkpoint {info.path} is a candidate again: the incident since step {since} is not over"
+            self._say("checkpoint", message, path=info.path, state=CANDIDATE, cp_step=info.step)
         if changed:
             self._tell()
 
@@ -151,54 +194,55 @@ class Tiers:
     # -- going back ----------------------------------------------------------------------------------------------
 
     def target(
-        self, cursor: int, *, to_step: int | None = None, before_step: int | None = None, candidates: bool = False
+        self,
+        cursor: int,
+        *,
+        to_step: int | None = None,
+        before_step: int | None = None,
+        candidates: bool = False,
+        settled: Settled = never,
     ) -> Target | None:
         """The newest state that has passed no position from `cursor` on; of step `to_step` where that is given.
 
         With `before_step` it is older than that step as well, or the very first where there is none such.
 
         Good ones of the ring, good ones on disk, then candidates in the same order; with `candidates` these count as
-        good from the first. A collective wherever the ring does not do: all ranks agree on a checkpoint.
+        good from the first, and so do those that are `settled` (see `Controller.is_settled`). A collective wherever the
+        ring does not do: all ranks agree on a checkpoint.
         """
-        for good_only in (False,) if candidates else (True, False):
-            found = self._in_ring(cursor, to_step, before_step, good_only)
-            found = found or self._on_disk(cursor, to_step, before_step, good_only)
+        fits = Fits(cursor=cursor, to_step=to_step, before=before_step)
+        for better in (False,) if candidates else (True, False):
+            accepted = (lambda state, step: state == GOOD or settled(step)) if better else (lambda state, step: True)
+            found = self._in_ring(fits, accepted) or self._on_disk(fits, accepted)
             if found is not None:
                 return found
-        return None if before_step is None else self.target(cursor, to_step=to_step, candidates=candidates)
+        if before_step is None:
+            return None
+        return self.target(cursor, to_step=to_step, candidates=candidates, settled=settled)
 
-    def _in_ring(self, cursor: int, to_step: int | None, before: int | None, good_only: bool) -> Target | None:
-        infos = [
-            info
-            for info in self.ring.infos()
-            if (to_step is None or info.step == to_step) and (before is None or info.step < before)
-        ]
-        newest = max((info.step for info in infos), default=0)
-        chosen = choose_target(infos, newest + 1, cursor=cursor, good_only=good_only)
+    def _in_ring(self, fits: Fits, accepted: Accepted) -> Target | None:
+        infos = [info for info in self.ring.infos() if fits(info.step, info.cursor) and accepted(info.state, info.step)]
+        chosen = choose_target(infos, max((info.step for info in infos), default=0) + 1, good_only=False)
         if chosen is None:
             return None
         snapshot = self.ring.get(chosen.step)
-        return Target(step=chosen.step, cursor=chosen.cursor, tier="memory", snapshot=snapshot)
+        return Target(step=chosen.step, cursor=chosen.cursor, tier="memory", state=chosen.state, snapshot=snapshot)
 
-    def _on_disk(self, cursor: int, to_step: int | None, before: int | None, good_only: bool) -> Target | None:
+    def _on_disk(self, fits: Fits, accepted: Accepted) -> Target | None:
         if self.store is None:
             return None
 
-        wanted = (GOOD,) if good_only else (GOOD, CANDIDATE)
-
         def allowed(manifest: Manifest) -> bool:
-            return (
-                self._state_of(manifest) in wanted
-                and manifest.cursor <= cursor
-                and (to_step is None or manifest.step == to_step)
-                and (before is None or manifest.step < before)
-            )
+            state = self._state_of(manifest)
+            within = state in (GOOD, CANDIDATE) and fits(manifest.step, manifest.cursor)
+            return within and accepted(state, manifest.step)
 
         selection = self._newest_valid(allowed)
         if selection.path is None or selection.manifest is None:
             return None
         step, at = selection.manifest.step, selection.manifest.cursor
-        return Target(step=step, cursor=at, tier="disk", name=selection.path.name)
+        state = str(self._shared(self._state_of(selection.manifest)))  # rank 0 knows it
+        return Target(step=step, cursor=at, tier="disk", state=state, name=selection.path.name)
 
     def _newest_valid(self, allowed: Allowed) -> Selection:
         """What the store finds, with a journal line for each newer checkpoint that does not hold: it says why."""
@@ -227,10 +271,10 @@ class Tiers:
         return self.store.load(self.store.folder / target.name).extra
 
     def rolled_back(self, facts: Facts, target: Target) -> None:
-        """The states after `target` belong to an abandoned timeline."""
+        """The states after `target` belong to an abandoned timeline. To be loaded makes a state no better."""
         self.ring.drop_after(target.step)
         if target.snapshot is None and self.settings.snapshots.keep:
-            self._take(facts, checkpoint=False).state = GOOD
+            self._take(facts, checkpoint=False).state = target.state
         self.suspect_from(target.step + 1)
 
     def suspect_from(self, step: int) -> None:
@@ -306,6 +350,8 @@ class Tiers:
             )
             if event.state == CANDIDATE:
                 self._committed(event)
+                if self._since is not None:
+                    self.store.prune(event.step, since=self._since)
         if events:
             failed = next((event.reason for event in reversed(events) if event.state == "failed"), "")
             if self.store.degraded:
@@ -327,7 +373,7 @@ class Tiers:
     def _confirmed(self, info: SnapshotInfo) -> None:
         assert self.store is not None
         self._say("checkpoint", f"checkpoint {info.path} is good", path=info.path, state=GOOD, cp_step=info.step)
-        self.store.prune(info.step)
+        self.store.prune(info.step, since=self._since)
 
     def _suspected(self, info: SnapshotInfo) -> None:
         self._say(

@@ -144,7 +144,9 @@ class Timelines:
         """
         guard = self._guard
         guard.at(Phase.ROLLBACK)
-        target = target or guard.tiers.target(window[0], before_step=verdict.before_step if verdict else None)
+        if target is None:
+            before, settled = verdict.before_step if verdict else None, guard.controller.is_settled
+            target = guard.tiers.target(window[0], before_step=before, settled=settled)
         if target is None:
             guard.say("note", f"no valid state from before position {window[0]} to roll back to")
             return False
@@ -173,7 +175,7 @@ class Timelines:
         guard.ledger.leave_out(span)
         self._adopt(guard.tiers.restore(target))
         guard.timeline += 1
-        guard.controller.load_rollbacks(guard.past.rollbacks)
+        guard.controller.went_back(target.step, guard.past.rollbacks)
         guard.tiers.rolled_back(self.facts, target)
         return True
 
@@ -205,7 +207,7 @@ class Timelines:
         guard.ledger.take_back(undoing.spans)
         self._adopt(guard.tiers.restore(target))
         guard.timeline += 1
-        guard.controller.load_rollbacks(guard.past.rollbacks)
+        guard.controller.went_back(target.step, guard.past.rollbacks)
         guard.controller.pardon(undoing.pardons)
         guard.tiers.rolled_back(self.facts, target)
 

@@ -64,6 +64,7 @@ class Verdicts:
         if verdict.incident_state:
             message, data = guard.controller.incident_line(verdict)
             guard.say("incident", message, **data)
+        guard.tiers.withdraw(guard.controller.incidents.since)
         match verdict.action:
             case Action.APPLY:
                 self._apply(step, reduced)
