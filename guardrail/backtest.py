@@ -188,8 +188,10 @@ class _Book:
     def enter(self, row: int, verdict: Verdict) -> None:
         if verdict.findings:
             self._alarm(row, verdict)
-        if verdict.incident_state in CLOSED and verdict.incident in self._cases:
-            self._cases[verdict.incident].over = row
+        case = self._cases.get(verdict.incident) if verdict.incident is not None else None
+        # One that ended with an offset may recover later; it was over before.
+        if verdict.incident_state in CLOSED and case is not None and case.over is None:
+            case.over = row
 
     def _alarm(self, row: int, verdict: Verdict) -> None:
         said = _said(verdict)

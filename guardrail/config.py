@@ -136,6 +136,11 @@ class GuardSection(Section, frozen=True, kw_only=True):
     loss_score: PositiveFloat = 8.0
     grad_score: PositiveFloat = 10.0
     embed_score: PositiveFloat = 10.0
+    # Share of the data that the guard skips by itself. The data are the distinct samples that the run reads until its
+    # end: the corpus, or what `train.steps` need where that is less. A skip or rollback that would go beyond it is not
+    # done: the run asks in the mode `ask` and while a screen is open, else it saves and halts (exit code 3). What a
+    # user or a list skips does not count. 0: it skips nothing; 1: no limit, but some data must be left.
+    max_skipped_share: Fraction = 0.03
     # Rejections in a row, nothing applied between, that call for a rollback.
     persist: Positive = 3
     # Rejections in a row that a replay puts down to the data, before the run asks or halts: nothing of them is in the
@@ -247,6 +252,7 @@ class NotifySection(Section, frozen=True, kw_only=True):
             "incident",
             "recovered",
             "offset",
+            "accepted",
             "recurred",
             "rollback",
             "undo",

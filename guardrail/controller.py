@@ -291,7 +291,7 @@ class Controller(Facts):
         """
         if self.mode not in (Mode.AUTO, Mode.ASK) or self.incidents.open or self._resumed or not self._history:
             return None
-        if self.incidents.may_recover(self._losses):
+        if self.incidents.may_recover(like.step, self._losses):
             return None
         return self.watchers.ceilings(like)
 

@@ -28,6 +28,8 @@ class Glance:
     Attributes:
         state: its phase; "lost" if it has not ended and nobody keeps its status fresh, "unknown" while that takes
             another look, "new" without a status, "asking" while it is parked with a question.
+        unresolved: the incident that is not over, in a few words, as "LOSS +8.5 since 400"; "" without one, and while
+            the guard deals with it.
         loss: the newest one that was measured; None without one.
     """
 
@@ -43,6 +45,7 @@ class Glance:
     tokens_per_second: float
     eta_seconds: float
     loss: float | None
+    unresolved: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -78,6 +81,7 @@ def glance(run: RunDirectory, alive: Alive) -> Glance:
         tokens_per_second=known.tokens_per_second if going else 0.0,
         eta_seconds=known.eta_seconds if going else 0.0,
         loss=losses[-1] if losses and math.isfinite(losses[-1]) else None,
+        unresolved=clean(known.unresolved.headline(), 80) if known.unresolved is not None else "",
     )
 
 

@@ -29,7 +29,7 @@ SPOKEN = frozenset(
     "started restarted resume_check verdict left_out rollback undo cause remedy incident command durability paused "
     "resumed note hung ranks_failed ended".split()
 )
-SPOKEN_CHECKPOINTS = frozenset(("failed", "invalid", "suspect"))
+SPOKEN_CHECKPOINTS = frozenset(("failed", "invalid", "suspect", "foreign"))
 
 
 class Lines:
@@ -85,6 +85,9 @@ def step_line(values: dict[str, float], status: Status | None) -> str:
     line += f"  embed {values[EMBED_GRAD_NORM]:.3g}  lr {values['lr']:.2e}"
     if values["eval_loss"] == values["eval_loss"]:
         line += f"  eval {values['eval_loss']:.4f}"
+    unresolved = status.unresolved if status else None
+    if unresolved is not None and values["step"] >= unresolved.since and unresolved.headline():
+        line += f"  {unresolved.headline()}"
     if status and status.tokens_per_second:
         line += f"  {status.tokens_per_second:,.0f} tok/s"
     if status and status.eta_seconds > 0:

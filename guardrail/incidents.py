@@ -89,7 +89,7 @@ class Incidents:
         """A healthy applied step. Returns (number or None, how it ended if that was the last one needed else "").
 
         Steps that are run again after a rollback count from the place of the trouble on. Where no incident is open, an
-        unresolved one recovers as soon as the loss is back.
+        unresolved one recovers when the loss is back.
 
         Args:
             losses: (step, loss) of accepted steps, this one included.
@@ -97,7 +97,7 @@ class Incidents:
                 cannot change; else those are counted that have been told.
         """
         if not self.open:
-            return self._recovered_late(step, losses)
+            return self._recovered_late(step, losses) if self._is_checked(step) else (None, "")
         if step >= self._last:
             self._healthy = step - self._last + 1 if every_step else self._healthy + 1
         if self._healthy < self.confirm:
@@ -116,6 +116,10 @@ class Incidents:
     def compared(self) -> int:
         """How many of the newest losses are held against the curve."""
         return max(self.confirm, LEAST)
+
+    def _is_checked(self, step: int) -> bool:
+        """Whether this step is one of those at which it is asked whether the loss is back."""
+        return step % self.compared == 0
 
     def _recovered_late(self, step: int, losses: Sequence[tuple[int, float]]) -> tuple[int | None, str]:
         for one in self.unresolved:
@@ -138,13 +142,12 @@ class Incidents:
         outcome = compare(one.curve, newest, until=one.onset + MOST)
         return outcome is None or not outcome.lasting, outcome
 
-    def may_recover(self, losses: Sequence[tuple[int, float]]) -> bool:
-        """Whether the next loss, however low, could make an unresolved incident recover."""
-        if self.open or not self.unresolved:
+    def may_recover(self, step: int, losses: Sequence[tuple[int, float]]) -> bool:
+        """Whether the loss of the next step, `step`, could make an unresolved incident recover, however low it is."""
+        if self.open or not self.unresolved or not self._is_checked(step):
             return False
-        newest = list(losses)
-        low = (newest[-1][0] + 1, min(loss for _, loss in newest)) if newest else (1, 1.0)
-        return any(self._is_back(one, [*newest, low])[0] for one in self.unresolved)
+        low = min((loss for _, loss in losses), default=1.0)
+        return any(self._is_back(one, [*losses, (step, low)])[0] for one in self.unresolved)
 
     # -- which states lie within an incident ---------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ pure integer arithmetic, so that every rank, the report and the tests compute th
 
 from __future__ import annotations
 
+import math
 import re
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator
@@ -15,8 +16,9 @@ import msgspec
 import numpy as np
 
 from guardrail.errors import DataError, UsageError
-from guardrail.records import Record, Span
+from guardrail.records import AUTOMATIC, Record, Span
 
+_FAR = 1 << 40  # epochs
 _QUARANTINE_LINE = re.compile(r"(\d+)(?:@(\d+))?", re.ASCII)
 _MASK = (1 << 64) - 1
 _GOLDEN, _MIX_A, _MIX_B = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -211,6 +213,8 @@ class Ledger:
         self.limit = limit
         self.quarantine = Quarantine()
         self.spans: list[Span] = []
+        # Samples that the guard itself has left out since a user last allowed it more than its share.
+        self.left_out_alone = 0
         self.cursor = 0
         # Applied batches, if sizes go by them: a batch that is left out does not make the next one larger.
         self.applied = 0
@@ -309,6 +313,10 @@ class Ledger:
         for position, sample in zip(positions, self.samples_of(span), strict=True):
             self.quarantine.add(sample, self.order.epoch(position))
         self.spans.append(span)
+        if span.allowed:
+            self.left_out_alone = 0
+        elif span.cause in AUTOMATIC:
+            self.left_out_alone += len(self.quarantine) - before
         if span.cause == "rejected":
             # What is left of a batch that lost some samples is formed again from the same place: it comes after it.
             insort(self._rejected, (span.first, span.first if span.positions else span.last))
@@ -316,6 +324,43 @@ class Ledger:
             # What a rollback has answered does not count again towards the next one.
             self._rejected = [r for r in self._rejected if not (span.first <= r[0] and r[1] <= span.last)]
         return len(self.quarantine) - before
+
+    def data_size(self, total_steps: int = 0) -> int:
+        """Distinct samples that the run reads until it ends: all there are, or fewer where it ends before.
+
+        Args:
+            total_steps: applied updates after which it ends; 0: only the data ends it.
+        """
+        most = self.order.n_samples if self.limit is None else min(self.order.n_samples, self.limit)
+        if not total_steps:
+            return most
+        if not callable(self._size):
+            return min(most, total_steps * self._size)
+        positions = 0
+        for step in range(1, total_steps + 1):
+            positions += self._size(step)
+            if positions >= most:
+                return most
+        return positions
+
+    def over_share(self, span: Span, *, share: float, data: int) -> str:
+        """Why the guard may not leave a span out by itself; "" where it may.
+
+        Args:
+            share: of the data that it may leave out; see `guard.max_skipped_share`.
+            data: samples that this is a share of; see `data_size`.
+        """
+        never = self.order.epoch(max(span.last, self.cursor)) + _FAR
+        fresh = sum(not self.quarantine.holds(sample, never) for sample in set(self.samples_of(span)))
+        if not fresh:
+            return ""
+        count, most = self.left_out_alone + fresh, math.floor(share * data + 1e-9)
+        if count > most:
+            return (
+                f"{count:,} of {data:,} samples would be skipped, "
+                f"and guard.max_skipped_share = {share:g} allows {most:,}"
+            )
+        return self.nothing_left(span.first, span.last)
 
     def nothing_left(self, first: int, last: int) -> str:
         """Why a person cannot leave the positions [first, last) out: no sample would be left. "" where some are."""
@@ -347,7 +392,7 @@ class Ledger:
         before = len(self.quarantine)
         remaining = [span for span in self.spans if span not in back]
         self.quarantine.forget()
-        self.spans, self._rejected = [], []
+        self.spans, self._rejected, self.left_out_alone = [], [], 0
         for span in remaining:
             self.leave_out(span)
         return before - len(self.quarantine)

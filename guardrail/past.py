@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -84,6 +84,9 @@ class Past:
         let_pass: incident -> why an update that was found bad was applied all the same; see `Unresolved`.
         lines: of the journal that it was told.
         unread: of these, lines that make no sense: another version's, or damaged.
+        seq: number of the newest of them.
+        run_id: of this run; "" while its journal has none, as an old one.
+        saved: steps of the checkpoints that the journal names.
     """
 
     spans: list[Span] = field(default_factory=list)
@@ -105,6 +108,9 @@ class Past:
     ended: str | None = None
     lines: int = 0
     unread: int = 0
+    seq: int = 0
+    run_id: str = ""
+    saved: set[int] = field(default_factory=set)
 
     @classmethod
     def of(cls, events: Iterable[Event]) -> Past:
@@ -120,16 +126,20 @@ class Past:
     def add(self, event: Event) -> None:
         data = event.data
         self.lines += 1
+        self.seq = event.seq or self.seq + 1  # what was just written carries no number yet
         self.timeline = max(self.timeline, event.timeline)
         match event.kind:
             case "started":
                 self.started = data
+                self.run_id = str(data.get("run_id") or "")
             case "restarted":
                 self.restarts += 1
+                self.run_id = self.run_id or str(data.get("run_id") or "")
                 self.ended = None
                 self._branch(event.timeline, event.step)
             case "left_out":
                 self._span(data.get("span"))
+                self._act(data)
                 self._remedies(data, _as_span(data.get("span")))
             case "rollback":
                 self._span(data.get("span"))
@@ -147,6 +157,8 @@ class Past:
             case "checkpoint":
                 name = str(data.get("path", "")).rsplit("/", 1)[-1]
                 state = data.get("state")
+                if state == "candidate" and isinstance(step := data.get("cp_step"), int):
+                    self.saved.add(step)
                 if state == "good":
                     self.good.add(name)
                 elif state == "suspect":
@@ -223,6 +235,26 @@ class Past:
             clip=factor(remedies, CLIP, step),
             reset=resets(remedies, step),
         )
+
+    def why_not_of_this_run(self, identity: Mapping[str, Any], *, timeline: int, step: int) -> str:
+        """Why a checkpoint is none of this run at this point of its journal; "" where it is.
+
+        One without a run's id was made by an older version. It counts if the run has no id either, or if the journal
+        names a checkpoint of that step.
+
+        Args:
+            identity, timeline, step: of its manifest.
+        """
+        run_id, seq = str(identity.get("run_id") or ""), identity.get("journal_seq")
+        if run_id != self.run_id and run_id:
+            return f"it belongs to another run ({run_id}; this one is {self.run_id or 'older than run ids'})"
+        if not run_id and self.run_id and step not in self.saved:
+            return "it does not say which run it belongs to, and the journal does not name it"
+        if isinstance(seq, int) and seq > self.seq:
+            return f"it was saved after line {seq} of the journal, which ends with line {self.seq}"
+        if timeline > self.timeline:
+            return f"it belongs to timeline {timeline}, and the journal knows none after {self.timeline}"
+        return ""
 
     def _span(self, raw: Any) -> None:
         span = _as_span(raw)

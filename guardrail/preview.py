@@ -19,6 +19,7 @@ from msgspec import structs
 
 from guardrail.past import Past
 from guardrail.records import (
+    Action,
     Command,
     CommandKind,
     Mode,
@@ -239,12 +240,33 @@ def choices(
         )
     else:
         proposed = _named(scene, would, remark=f"saves after step {scene.step:,} and ends with exit code 3")
+    if verdict.beyond is not None:
+        return [proposed, _allowed(scene, verdict, first=first, last=last, settled=settled), _stop(scene)]
     finite = all(math.isfinite(finding.value) for finding in verdict.findings)
     applied = f"the update of step {verdict.step:,} is applied, and what it showed is taken as the new normal"
     left = f"an update that is not finite is left out all the same, with positions {first:,} to {last - 1:,}"
     going_on = _named(scene, "go on", remark=applied if finite else left, samples=0 if finite else last - first)
-    stop = _named(scene, "stop", remark=f"saves after step {scene.step:,} and ends; a resume asks again")
-    return [proposed, going_on, stop]
+    return [proposed, going_on, _stop(scene)]
+
+
+def _stop(scene: Scene) -> Preview:
+    return _named(scene, "stop", remark=f"saves after step {scene.step:,} and ends; a resume asks again")
+
+
+def _allowed(scene: Scene, verdict: Verdict, *, first: int, last: int, settled: Callable[[int], bool]) -> Preview:
+    """What the guard would do if a user lets it leave out more than its share."""
+    more = "guard.max_skipped_share is counted anew from there"
+    if verdict.beyond is Action.ROLLBACK and verdict.window is not None:
+        went = rollback_for(
+            scene,
+            verdict.window,
+            positions=verdict.positions,
+            before_step=verdict.before_step,
+            remedies=verdict.remedies,
+            settled=settled,
+        )
+        return structs.replace(went, command="go on", remark="; ".join(filter(None, (went.remark, more))))
+    return _named(scene, "go on", samples=scene.fresh(range(first, last)), remark=more)
 
 
 def undo(scene: Scene, undoing: Undoing | str) -> Preview:

@@ -18,6 +18,7 @@ EMBED_SHARE = "embed_share"  # embed_grad_norm^2 / grad_norm^2, in [0, 1]
 UPDATE_NORM = "update_norm"  # L2 norm of the optimizer's last update, where it is measured
 LOSS_SCALE = "loss_scale"  # what fp16 multiplies the loss by before the backward pass
 
+AUTOMATIC = ("rejected", "rollback")  # causes of spans that the guard decided by itself
 MAX_NAMED = 16  # documents or parameters named in one journal line; the rest is counted
 
 
@@ -242,6 +243,7 @@ class Verdict(Record, frozen=True, kw_only=True):
         before_step: for ROLLBACK, the first step whose batch is in the window: the state to go back to is older.
         reason: one sentence with numbers, for the journal.
         would: in `advise` and in PAUSE, the action that `auto` would have taken.
+        beyond: the action that was decided before, and would leave out more than `guard.max_skipped_share` allows.
         accepted: the value enters the baselines (False for every rejected step).
         incident: number of the incident that this step belongs to, None while all is well.
         incident_state: "open" on the verdict that opens it, "recurred" on one that goes back for it once more,
@@ -262,6 +264,7 @@ class Verdict(Record, frozen=True, kw_only=True):
     before_step: int | None = None
     reason: str = ""
     would: Action | None = None
+    beyond: Action | None = None
     accepted: bool = True
     incident: int | None = None
     incident_state: str = ""
@@ -305,6 +308,7 @@ class Span(Record, frozen=True, kw_only=True):
 
     `cause` is "rejected" (one left-out update), "rollback", "user" or "file". `step` is the step at which it
     was decided; `batches` how many batches it covered. With `positions`, in order, only those of the stretch are meant.
+    `allowed`: a user was asked first, since it is more than the guard may leave out by itself.
     """
 
     first: int
@@ -314,6 +318,7 @@ class Span(Record, frozen=True, kw_only=True):
     reason: str = ""
     batches: int = 1
     positions: tuple[int, ...] = ()
+    allowed: bool = False
 
 
 class DocumentRef(Record, frozen=True, kw_only=True):

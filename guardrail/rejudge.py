@@ -47,8 +47,16 @@ class Judged(NamedTuple):
 
     @property
     def agrees(self) -> bool:
-        """Whether the verdict is the one that fell live; a question that a person answered is told by the journal."""
-        return self.verdict.action is (self.done if self.said is None else Action(self.said.data["action"]))
+        """Whether the verdict is the one that fell live; a question that a person answered is told by the journal.
+
+        How much data the run had left out by then is not judged here: a verdict that went beyond the share that the
+        guard may leave out counts as it was before.
+        """
+        if self.said is None:
+            return self.verdict.action is self.done
+        decided = self.verdict.would if self.verdict.action is Action.PAUSE else self.verdict.action
+        beyond = self.said.data.get("beyond")
+        return decided is Action(beyond) if beyond else self.verdict.action is Action(self.said.data["action"])
 
 
 class State(NamedTuple):
@@ -79,7 +87,7 @@ class Rejudge:
         self.lost: list[str] = []
         self._timeline = 0
         self._begins: dict[int, int] = {}  # timeline -> index of the event that began it
-        self._policies: deque[int] = deque()  # indices of changes of the mode that are still to come
+        self._changes: deque[int] = deque()  # indices of commands to the controller that are still to come
         self._told: dict[tuple[int, int], deque[Event]] = {}  # (timeline, step) -> what the journal says of its tries
         self._causes: dict[tuple[int, int], deque[Event]] = {}  # as above: what replays have shown
         # Batches that were rejected, as positions -> from where on the next batch begins.
@@ -106,9 +114,9 @@ class Rejudge:
                 self._causes.setdefault((event.timeline, int(data["at_step"])), deque()).append(event)
             elif event.kind == "note" and data.get("overflow"):
                 self._told.setdefault((event.timeline, event.step + 1), deque()).append(event)
-            elif event.kind == "command" and data.get("command") == CommandKind.POLICY:
+            elif event.kind == "command" and data.get("command") in (CommandKind.POLICY, CommandKind.ACCEPT):
                 if data.get("effect") == "applied":
-                    self._policies.append(index)
+                    self._changes.append(index)
             elif event.kind == "left_out":
                 span = span_of(event)
                 if span is not None and span.cause == "rejected":
@@ -200,8 +208,8 @@ class Rejudge:
         if index is None:
             self.lost.append(f"the journal does not say how timeline {timeline} began")
             return
-        while self._policies and self._policies[0] < index:
-            self._set_mode(self._policies.popleft())
+        while self._changes and self._changes[0] < index:
+            self._change(self._changes.popleft())
         event = self._events[index]
         restarted = event.kind == "restarted"
         step = event.step if restarted else int(event.data["to_step"])
@@ -216,6 +224,8 @@ class Rejudge:
         self._controller.load_state_dict(saved.controller)
         self._applied_end = saved.applied_end
         if restarted:
+            if self._own:
+                self._controller.incidents.rewind(step, same_steps=True)
             if self._own and event.data.get("checkpoint"):
                 self._controller.resumed()
         else:
@@ -240,18 +250,24 @@ class Rejudge:
             self._controller.set_mode(mode)
 
     def _obey(self, *, step: int, time: float) -> None:
-        """Changes of the mode that took effect before this row: after its step's predecessor, and before its time."""
-        while self._policies:
-            event = self._events[self._policies[0]]
+        """Commands that took effect before this row: after its step's predecessor, and before its time."""
+        while self._changes:
+            event = self._events[self._changes[0]]
             key = (event.timeline, event.step)
             due = key < (self._timeline, step - 1) or (key == (self._timeline, step - 1) and event.time <= time)
             if not due:
                 return
-            self._set_mode(self._policies.popleft())
+            self._change(self._changes.popleft())
 
-    def _set_mode(self, index: int) -> None:
-        if self._own:
-            self._controller.set_mode(MODES[int(self._events[index].data["value"])])
+    def _change(self, index: int) -> None:
+        event = self._events[index]
+        if not self._own:
+            return
+        if event.data.get("command") == CommandKind.ACCEPT:
+            first, last = map(int, event.data.get("batch") or (0, 0))
+            self._controller.accept(event.step, (first, last))
+        else:
+            self._controller.set_mode(MODES[int(event.data["value"])])
 
 
 def _overflow(measured: Mapping[str, float]) -> bool:

@@ -71,6 +71,7 @@ class Report(Record, frozen=True, kw_only=True):
         reason: the last word itself.
         seconds: from the first event to the last sign of life.
         applied, rejected: rows of the present timeline.
+        unresolved: the incident that is not over, as a sentence; "" without one.
         left_out: samples in quarantine by this run, those of a file not counted; -1: the journal lacks the order.
         troubles: failed or hung ranks, degraded durability, notes: in the order of the journal.
     """
@@ -94,6 +95,7 @@ class Report(Record, frozen=True, kw_only=True):
     eval_loss: float | None = None
     applied: int = 0
     rejected: int = 0
+    unresolved: str = ""
     left_out: int = 0
     incidents: tuple[Incident, ...] = ()
     by_person: tuple[Deed, ...] = ()  # skips and rollbacks that somebody asked for
@@ -129,6 +131,7 @@ def build(run: RunDirectory) -> Report:
         mode=status.mode.value if status else "",
         tokens=status.tokens if status else 0,
         guard_share=status.guard_share if status else 0.0,
+        unresolved=status.unresolved.sentence() if status and status.unresolved else "",
         left_out=_left_out(events),
         incidents=tuple(with_costs(run, events, Casebook().of(events))),
         by_person=tuple(asked_for(events)),

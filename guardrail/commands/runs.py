@@ -49,7 +49,8 @@ def command(as_json: bool, plain: bool, read_only: bool, theme: str | None, no_m
         step = f"{row.step:,} / {row.total_steps:,}" if row.total_steps else f"{row.step:,}"
         code = "" if row.exit_code is None else row.exit_code
         loss = "" if row.loss is None else f"{row.loss:.4g}"
-        click.echo(f"{row.run:<{width}}  {row.state:<9}  {step:>15}  {loss:>8}  {code:>4}  {ago(row.heartbeat):>12}")
+        line = f"{row.run:<{width}}  {row.state:<9}  {step:>15}  {loss:>8}  {code:>4}  {ago(row.heartbeat):>12}"
+        click.echo(f"{line}  {row.unresolved}".rstrip())
     return 0
 
 

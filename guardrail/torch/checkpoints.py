@@ -27,7 +27,7 @@ from guardrail.torch.retention import superfluous
 from guardrail.torch.snapshots import CANDIDATE, GOOD, SUSPECT, Snapshot
 from guardrail.torch.state import TrainingState
 
-INVALID = "invalid"
+INVALID, FOREIGN = "invalid", "foreign"
 
 
 class CheckpointEvent(Record, frozen=True, kw_only=True):
@@ -227,6 +227,22 @@ class CheckpointStore:
         """The checkpoints on disk, oldest first; `path` is the folder's name. Empty on other ranks."""
         with self._lock:
             return sorted(self._infos.values(), key=lambda info: (info.timeline, info.step, info.path))
+
+    def disown(self, why: Callable[[Manifest], str]) -> dict[str, str]:
+        """On rank 0: forget the checkpoints of another run, which stay where they are. Returns name -> reason.
+
+        Args:
+            why: the reason by the manifest; "" for one of this run.
+        """
+        reasons: dict[str, str] = {}
+        for info in self.infos():
+            with contextlib.suppress(CheckpointInvalid):
+                if reason := why(read_manifest(self.folder / info.path)):
+                    reasons[info.path] = reason
+        with self._lock:
+            for name in reasons:
+                del self._infos[name]
+        return reasons
 
     def adopt(self, states: Mapping[str, str]) -> None:
         """After a restart: the states that the journal knows, by folder name. Unknown ones stay candidates."""

@@ -104,7 +104,7 @@ class Desk:
         held, self._current = self._current, None  # came with the step under question and waits until that is over
         self.question, self._end = question, batch.last if batch is not None else 0
         began = time.monotonic()
-        seconds, default = guard.settings.guard.ask_seconds, guard.settings.guard.ask_default
+        seconds, default = guard.settings.guard.ask_seconds, self._default(verdict)
         if question:
             self.deadline, self.default = (time.time() + seconds, default) if seconds > 0 else (0.0, "")
         guard.say("paused", question or "paused by a person", **self._options(verdict, batch))
@@ -128,7 +128,9 @@ class Desk:
         self._current = held
         if guard.phase is None:
             taken = f": {answer.name.lower().replace('_', ' ')}" if question else ""
-            data = {} if verdict is None else {"answer": answer.name.lower(), "incident": verdict.incident}
+            # To go on beyond the share that may be skipped does not apply the update.
+            lets_pass = verdict is not None and verdict.beyond is None
+            data = {"answer": answer.name.lower(), "incident": verdict.incident} if verdict and lets_pass else {}
             guard.say("resumed", f"training goes on{taken}", **data)
         return answer
 
@@ -145,8 +147,13 @@ class Desk:
         if guard.run is None:  # nothing can bring an answer
             return True
         spent = verdict is not None and verdict.would is Action.HALT and verdict.rung != "pause"
-        unseen = spent and settings.ask_default == "proposed" and not guard.run.screens()
+        unseen = spent and self._default(verdict) == "proposed" and not guard.run.screens()
         return unseen or (settings.ask_seconds > 0 and waited > settings.ask_seconds)
+
+    def _default(self, verdict: Verdict | None) -> str:
+        """What a question comes to without an answer. By itself the guard skips no more than its share of the data."""
+        beyond = verdict is not None and verdict.beyond is not None
+        return "proposed" if beyond else self._guard.settings.guard.ask_default
 
     def _options(self, verdict: Verdict | None, batch: Batch | None) -> dict[str, Any]:
         """What the `paused` line holds: the evidence, and each choice with what it would do and cost."""

@@ -25,7 +25,7 @@ from guardrail.heartbeat import Heartbeat
 from guardrail.ledger import Batch, Ledger, SampleOrder
 from guardrail.past import Effects, Past
 from guardrail.recorder import Recorder
-from guardrail.records import GRAD_NORM, Action, CommandKind, Mode, Observation, Phase, Verdict
+from guardrail.records import GRAD_NORM, Action, CommandKind, Mode, Observation, Phase, Span, Verdict
 from guardrail.rundir import RunDirectory
 from guardrail.signals import StopSignals
 from guardrail.torch.account import Account
@@ -177,6 +177,7 @@ class Guard:
         self._to_keep = False  # an update was applied and the tiers do not know of it yet
         self._command = (0, 0.0)  # agreed on in the last reduction, carried out between two steps
         self.incident: int | None = None  # that the present step belongs to
+        self._data_size: int | None = None  # samples of which the guard may leave a share out
         self._effects: tuple[tuple[int, int], Effects] | None = None  # the last ones, and what they hold for
 
     # -- the loop ------------------------------------------------------------------------------------------------
@@ -415,6 +416,13 @@ class Guard:
         if known is None or known[0] != key:
             known = self._effects = key, self.past.effects(step, self.settings.guard)
         return known[1]
+
+    def over_share(self, span: Span) -> str:
+        """Why the guard may not leave a span out by itself; "" where it may. See `guard.max_skipped_share`."""
+        if self._data_size is None:
+            self._data_size = self.ledger.data_size(self.total_steps)
+        share = self.settings.guard.max_skipped_share
+        return self.ledger.over_share(span, share=share, data=self._data_size)
 
     def set_mode(self, mode: Mode) -> None:
         self.mode = mode

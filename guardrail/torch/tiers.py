@@ -16,7 +16,7 @@ from guardrail.past import Past
 from guardrail.policy import choose_target
 from guardrail.recorder import Recorder
 from guardrail.records import SnapshotInfo
-from guardrail.torch.checkpoints import INVALID, CheckpointEvent, CheckpointStore
+from guardrail.torch.checkpoints import FOREIGN, INVALID, CheckpointEvent, CheckpointStore
 from guardrail.torch.loading import Allowed, Selection
 from guardrail.torch.snapshots import CANDIDATE, GOOD, SUSPECT, Snapshot, SnapshotRing
 from guardrail.torch.state import TrainingState
@@ -245,14 +245,25 @@ class Tiers:
         return Target(step=step, cursor=at, tier="disk", state=state, name=selection.path.name)
 
     def _newest_valid(self, allowed: Allowed) -> Selection:
-        """What the store finds, with a journal line for each newer checkpoint that does not hold: it says why."""
+        """What the store finds, with a journal line for each newer checkpoint that does not hold or is of another run:
+        it says why."""
         assert self.store is not None
-        selection = self.store.newest_valid(allowed)
+        selection = self.store.newest_valid(lambda manifest: self._why_foreign(manifest) or allowed(manifest))
         for path, why in selection.refused:
             if path.name in selection.invalid:
                 message = f"checkpoint {path.name} is not used: {why}"
                 self._say("checkpoint", message, path=path.name, state=INVALID, reason=why)
         return selection
+
+    def _why_foreign(self, manifest: Manifest) -> str:
+        """Why a checkpoint that lies in the folder is none of this run; "" where it is."""
+        return self._past.why_not_of_this_run(manifest.identity, timeline=manifest.timeline, step=manifest.step)
+
+    def _refuse_foreign(self) -> None:
+        """On rank 0: checkpoints of another run are named, and from then on they do not exist. They are not deleted."""
+        assert self.store is not None
+        for name, why in self.store.disown(self._why_foreign).items():
+            self._say("checkpoint", f"checkpoint {name} is not used: {why}", path=name, state=FOREIGN, reason=why)
 
     def _state_of(self, manifest: Manifest) -> str:
         """Good, candidate or suspect, as rank 0 knows it; its answer counts."""
@@ -291,6 +302,7 @@ class Tiers:
         self._past = past
         if self.store is None:
             return None
+        self._refuse_foreign()
         self.store.adopt(dict.fromkeys(past.good, GOOD) | dict.fromkeys(past.suspects, SUSPECT))
         # A crash between a rollback and its last journal line must not leave one of the abandoned stretch good.
         gone = [i for i in self.store.infos() if not past.lives(timeline=i.timeline, step=i.step)]

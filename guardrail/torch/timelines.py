@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 import socket
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -63,6 +64,7 @@ class Timelines:
             host=socket.gethostname(),
             device=guard.probes.device.type,
             versions=VERSIONS,
+            run_id=guard.shared(secrets.token_hex(8)),
             **self._identity,
         )
         guard.tiers.begin(self.facts, past=guard.past)
@@ -75,6 +77,7 @@ class Timelines:
             self._adopt(restored.extra)
             guard.controller.resumed()
             check = restored.check | self._check_resume(restored.extra)
+        guard.controller.incidents.rewind(guard.step, same_steps=True)
         guard.timeline = guard.past.timeline + 1
         where = f"checkpoint {restored.name}" if restored else "the beginning: no valid checkpoint was found"
         guard.say(
@@ -83,6 +86,7 @@ class Timelines:
             checkpoint=restored.name if restored else "",
             world=guard.world,
             device=guard.probes.device.type,
+            run_id=guard.past.run_id or guard.shared(secrets.token_hex(8)),
         )
         if check:
             wrong = [name for name, outcome in check.items() if outcome != "ok"]
@@ -133,6 +137,7 @@ class Timelines:
         cause: str = "rollback",
         target: Target | None = None,
         verdict: Verdict | None = None,
+        allowed: bool = False,
     ) -> bool:
         """Go back to a state from before `window` and leave the window out. False: there is no such state.
 
@@ -141,6 +146,7 @@ class Timelines:
 
         Args:
             verdict: that asks for it; its rung and remedies are on the same line.
+            allowed: by a user, although it leaves out more than the guard may by itself.
         """
         guard = self._guard
         guard.at(Phase.ROLLBACK)
@@ -151,12 +157,10 @@ class Timelines:
             guard.say("note", f"no valid state from before position {window[0]} to roll back to")
             return False
         left = guard.step
-        batches = max(1, round((window[1] - window[0]) / guard.ledger.batch_size))
-        span = Span(first=window[0], last=window[1], cause=cause, step=onset, reason=reason, batches=batches)
-        if verdict is not None and verdict.positions:
-            # What was rejected before goes with it, as it does with all of the window.
-            few = guard.ledger.rejected(*window) | set(verdict.positions)
-            span = msgspec.structs.replace(span, positions=tuple(sorted(few)))
+        span = self.span(window=window, onset=onset, reason=reason, cause=cause, verdict=verdict, allowed=allowed)
+        if verdict is not None and not allowed and (over := guard.over_share(span)):
+            guard.say("note", f"no rollback: {over}")
+            return False
         data = guard.quarantine.told(span)
         out = f"out {amount(data)}" if span.last > span.first else "nothing out"
         guard.say(
@@ -178,6 +182,34 @@ class Timelines:
         guard.controller.went_back(target.step, guard.past.rollbacks)
         guard.tiers.rolled_back(self.facts, target)
         return True
+
+    def span(
+        self,
+        *,
+        window: tuple[int, int],
+        onset: int,
+        reason: str,
+        cause: str = "rollback",
+        verdict: Verdict | None = None,
+        allowed: bool = False,
+    ) -> Span:
+        """What a rollback leaves out; arguments as `roll_back` takes them."""
+        ledger = self._guard.ledger
+        batches = max(1, round((window[1] - window[0]) / ledger.batch_size))
+        positions: tuple[int, ...] = ()
+        if verdict is not None and verdict.positions:
+            # What was rejected before goes with it, as it does with all of the window.
+            positions = tuple(sorted(ledger.rejected(*window) | set(verdict.positions)))
+        return Span(
+            first=window[0],
+            last=window[1],
+            cause=cause,
+            step=onset,
+            reason=reason,
+            batches=batches,
+            positions=positions,
+            allowed=allowed,
+        )
 
     def undo(self, undoing: Undoing, target: Target, lines: Sequence[int]) -> None:
         """Take a decision back: go to `target`, from before it, with its samples no longer left out.
@@ -240,7 +272,10 @@ class Timelines:
         if guard.updates is not None:
             facts["update_square"] = guard.updates.facts()
         if checkpoint:
-            facts |= {"world": guard.world, "order_ahead": self._order_ahead(), "identity": self._identity}
+            # What the journal on disk does not have yet, nothing can be held against.
+            journal = {} if guard.recorder.behind else {"journal_seq": guard.past.seq}
+            identity = {**self._identity, "run_id": guard.past.run_id, **journal}
+            facts |= {"world": guard.world, "order_ahead": self._order_ahead(), "identity": identity}
             if self._fixed_loss is not None:
                 facts["fixed_loss"] = self._fixed_loss()
         return facts

@@ -59,6 +59,8 @@ class Verdicts:
             guard.attempt.undo()
         evidence = self._evidence(step, verdict, reduced)
         verdict = self._reconsidered(step, verdict, reduced, observation)
+        named = self._attribution(step.batch, verdict)
+        verdict = self._within_share(step, verdict, named)
         if verdict.findings:
             self._explain(step, verdict, evidence)
         if verdict.incident_state:
@@ -69,13 +71,13 @@ class Verdicts:
             case Action.APPLY:
                 self._apply(step, reduced)
             case Action.SKIP:
-                self._skip(step, verdict)
+                self._skip(step, verdict, named)
             case Action.OVERFLOW:
                 self._overflowed(step, verdict)
             case Action.ROLLBACK:
                 self._roll_back_for(step, verdict)
             case Action.PAUSE:
-                self._ask(step, verdict, reduced, observation)
+                self._ask(step, verdict, reduced, observation, named)
             case Action.RETRY:  # the ledger has not moved: the same batch is formed again
                 guard.gate.leave_out()
             case Action.HALT:
@@ -145,16 +147,57 @@ class Verdicts:
         guard.ledger.passed(step.batch, applied=True)
         guard.state.settle()
 
-    def _skip(self, step: Step, verdict: Verdict) -> None:
+    def _within_share(self, step: Step, verdict: Verdict, named: Attribution | None) -> Verdict:
+        """The verdict, or where it would leave out more than the guard may by itself: a question, or the end.
+
+        It is asked where somebody can answer: in the mode `ask`, and while a screen is open.
+        """
+        guard = self._guard
+        decided = verdict.would if verdict.action is Action.PAUSE else verdict.action
+        if decided not in (Action.SKIP, Action.ROLLBACK):
+            return verdict
+        over = guard.over_share(self._span(step, verdict, decided, named))
+        if not over:
+            return verdict
+        asks = guard.mode is Mode.ASK or guard.shared(guard.run is not None and guard.run.screens() > 0)
+        step.verdict = msgspec.structs.replace(
+            verdict,
+            action=Action.PAUSE if asks else Action.HALT,
+            would=Action.HALT if asks else None,
+            beyond=decided,
+            reason=f"{verdict.reason}; but {over}",
+        )
+        guard.account.judged(step.verdict.action)
+        return step.verdict
+
+    def _span(
+        self, step: Step, verdict: Verdict, action: Action, named: Attribution | None, *, allowed: bool = False
+    ) -> Span:
+        """What a skip or a rollback leaves out."""
+        if action is Action.ROLLBACK:
+            assert verdict.window is not None
+            onset = verdict.onset or step.number
+            return self._guard.timelines.span(
+                window=verdict.window, onset=onset, reason=verdict.reason, verdict=verdict, allowed=allowed
+            )
+        return Span(
+            first=step.batch.first,
+            last=step.batch.last,
+            cause="rejected",
+            step=step.number,
+            reason=verdict.reason,
+            positions=() if named is None else named.positions,
+            allowed=allowed,
+        )
+
+    def _skip(self, step: Step, verdict: Verdict, named: Attribution | None, *, allowed: bool = False) -> None:
         guard = self._guard
         guard.gate.leave_out()
-        batch, reason = step.batch, verdict.reason
-        span = Span(first=batch.first, last=batch.last, cause="rejected", step=step.number, reason=reason)
-        named = self._attribution(batch, verdict)
+        batch = step.batch
+        span = self._span(step, verdict, Action.SKIP, named, allowed=allowed)
         if named is None:
             guard.quarantine.leave_out(span, verdict.remedies)
         else:
-            span = msgspec.structs.replace(span, positions=named.positions)
             documents = guard.quarantine.describe
             samples = told(named, ledger=guard.ledger, texts=self._texts, documents=documents)
             guard.quarantine.leave_out(span, verdict.remedies, samples=samples)
@@ -182,12 +225,15 @@ class Verdicts:
         guard.say("note", f"{verdict.reason}: {passed}, and it is {scale:g} now", overflow=True, loss_scale=scale)
         guard.ledger.passed(batch, applied=False)
 
-    def _roll_back_for(self, step: Step, verdict: Verdict) -> None:
+    def _roll_back_for(self, step: Step, verdict: Verdict, *, allowed: bool = False) -> None:
         guard = self._guard
         assert verdict.window is not None
         guard.gate.leave_out()
         onset = verdict.onset or step.number
-        if not guard.timelines.roll_back(window=verdict.window, onset=onset, reason=verdict.reason, verdict=verdict):
+        done = guard.timelines.roll_back(
+            window=verdict.window, onset=onset, reason=verdict.reason, verdict=verdict, allowed=allowed
+        )
+        if not done:
             self._halt(verdict)
 
     def _halt(self, verdict: Verdict) -> None:
@@ -197,21 +243,34 @@ class Verdicts:
             # A resume must not begin with what made the guard give up.
             guard.tiers.suspect_from(verdict.onset)
 
-    def _ask(self, step: Step, verdict: Verdict, reduced: Reduced, observation: Observation) -> None:
+    def _ask(
+        self,
+        step: Step,
+        verdict: Verdict,
+        reduced: Reduced,
+        observation: Observation,
+        named: Attribution | None,
+    ) -> None:
         """Park with the gradients kept, until a person (or the deadline) has decided."""
         guard = self._guard
         would = verdict.would or Action.ROLLBACK
         asked = time.perf_counter()
         answer = guard.desk.park(f"{verdict.reason}; proposed: {would.value}", verdict=verdict, batch=step.batch)
         step.began += time.perf_counter() - asked  # a person's time is not the step's
-        if answer is Answer.GO_ON and math.isfinite(reduced.loss) and math.isfinite(reduced.grad_norm):
+        if answer is Answer.GO_ON and verdict.beyond is Action.ROLLBACK:
+            self._roll_back_for(step, verdict, allowed=True)
+        elif answer is Answer.GO_ON and verdict.beyond is not None:
+            self._skip(step, verdict, named, allowed=True)
+        elif answer is Answer.GO_ON and math.isfinite(reduced.loss) and math.isfinite(reduced.grad_norm):
             guard.controller.overrule(observation)
             guard.attempt.redo()
             guard.account.rated(guard.rate(step.number))
             self._apply(step, reduced)
             guard.account.judged(Action.APPLY)
+        elif answer is Answer.GO_ON and self._guard.ledger.nothing_left(step.batch.first, step.batch.last):
+            self._halt(verdict)
         elif answer is Answer.GO_ON:
-            self._skip(step, verdict)
+            self._skip(step, verdict, None, allowed=True)
         elif answer is Answer.AS_PROPOSED and would is Action.ROLLBACK:
             self._roll_back_for(step, verdict)
         elif answer is Answer.AS_PROPOSED:
@@ -255,6 +314,7 @@ class Verdicts:
             f"{what} {step.number}: {reason}",
             action=verdict.action.value,
             would=verdict.would.value if verdict.would else None,
+            **({"beyond": verdict.beyond.value} if verdict.beyond else {}),
             findings=list(verdict.findings),
             onset=verdict.onset,
             window=list(verdict.window) if verdict.window else None,

@@ -60,7 +60,7 @@ def line_of(event: Event) -> Line:
         tone = "bad"
     elif event.kind == "durability":
         tone = "good" if data.get("state") == "ok" else "bad"
-    elif event.kind == "incident" and data.get("state") in ("recovered", "offset"):
+    elif event.kind == "incident" and data.get("state") in ("recovered", "offset", "accepted"):
         tone = "good"
     elif event.kind == "ended":
         tone = "good" if data.get("phase") == "finished" else "bad" if data.get("phase") == "failed" else "warn"

@@ -211,7 +211,7 @@ class Digest:
     def _incident(self, event: Event) -> None:
         onset, state = _whole(event.data.get("onset"), 0), event.data.get("state")
         begins = {"step": onset} if onset and state == "open" else {}  # one that recurs began where it did at first
-        self._learn(event, onset or event.step, open=state not in ("recovered", "offset"), **begins)
+        self._learn(event, onset or event.step, open=state not in ("recovered", "offset", "accepted"), **begins)
 
     # -- commands
 
