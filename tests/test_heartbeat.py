@@ -11,6 +11,7 @@ import pytest
 from guardrail.heartbeat import Heartbeat, resident_bytes
 from guardrail.records import Mode, Phase, RankStatus, Status
 from guardrail.rundir import RunDirectory
+from tests.bench.reports import elsewhere, supervisor_operations
 from tests.lab import wait_for
 
 
@@ -129,3 +130,25 @@ def test_memory_is_of_this_process() -> None:
     import psutil
 
     assert abs(resident_bytes() - psutil.Process().memory_info().rss) < 32 << 20
+
+
+@pytest.mark.fault("C4", "R9")
+def test_the_ranks_of_a_node_write_one_file(run: RunDirectory) -> None:
+    """Also in a custom loop, without a supervisor."""
+    hearts = [Heartbeat(run, rank, seconds=0.01).start() for rank in range(4)]
+    for heart in hearts:
+        heart.at(Phase.STEP, 7)
+    wait_for(lambda: [(one.rank, one.step) for one in run.read_ranks()] == [(rank, 7) for rank in range(4)])
+    assert len(os.listdir(run.path / "ranks")) == 1
+    for heart in hearts:
+        heart.at(Phase.FINISHED)
+        heart.stop()
+    assert {one.phase for one in run.read_ranks()} == {Phase.FINISHED}
+    assert len(os.listdir(run.path / "ranks")) == 1
+
+
+@pytest.mark.fault("R9")
+def test_a_supervisor_looks_at_its_own_ranks_only(run: RunDirectory) -> None:
+    """Three looks; 16 nodes of 8 ranks."""
+    elsewhere(run, 16, 8)
+    assert supervisor_operations(run, 16, lambda variables: None, 1.0) < 8

@@ -14,7 +14,6 @@ from guardrail.rank_reports import LONGEST_INTERVAL, NodeReports, seconds_betwee
 from guardrail.records import Phase, RankStatus
 from guardrail.rundir import RunDirectory
 from guardrail.tui.ranks import SILENT_SECONDS
-from tests.bench.reports import elsewhere, supervisor_operations
 from tests.lab import wait_for
 
 
@@ -27,28 +26,6 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
 
 def report(rank: int, *, phase: Phase = Phase.STEP, pid: int = 0, progress: int = 0) -> RankStatus:
     return RankStatus(rank=rank, pid=pid or os.getpid(), host="h", phase=phase, progress=progress, heartbeat=1.0)
-
-
-@pytest.mark.fault("C4", "R9")
-def test_the_ranks_of_a_node_write_one_file(run: RunDirectory) -> None:
-    """Also in a custom loop, without a supervisor."""
-    hearts = [Heartbeat(run, rank, seconds=0.01).start() for rank in range(4)]
-    for heart in hearts:
-        heart.at(Phase.STEP, 7)
-    wait_for(lambda: [(one.rank, one.step) for one in run.read_ranks()] == [(rank, 7) for rank in range(4)])
-    assert len(os.listdir(run.path / "ranks")) == 1
-    for heart in hearts:
-        heart.at(Phase.FINISHED)
-        heart.stop()
-    assert {one.phase for one in run.read_ranks()} == {Phase.FINISHED}
-    assert len(os.listdir(run.path / "ranks")) == 1
-
-
-@pytest.mark.fault("R9")
-def test_a_supervisor_looks_at_its_own_ranks_only(run: RunDirectory) -> None:
-    """Three looks; 16 nodes of 8 ranks."""
-    elsewhere(run, 16, 8)
-    assert supervisor_operations(run, 16, lambda variables: None, 1.0) < 8
 
 
 def test_a_supervisor_gives_each_start_a_folder_of_its_own(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
