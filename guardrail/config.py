@@ -62,7 +62,8 @@ class LaunchSection(Section, frozen=True, kw_only=True):
     node_seconds: PositiveFloat = 600.0
     # Times the ranks are started again after a failure before the run ends with exit code 4.
     max_restarts: Natural = 3
-    # Seconds without progress after which a rank counts as hung, per phase.
+    # Seconds without progress after which a rank counts as hung, per phase. One whose process is stopped (SIGSTOP),
+    # while the others wait, counts after 30 seconds.
     setup_seconds: PositiveFloat = 1800.0
     step_seconds: PositiveFloat = 600.0
     eval_seconds: PositiveFloat = 1800.0

@@ -60,7 +60,6 @@ def test_killed_ranks_are_started_again_and_each_death_counts_once(lab: Lab) -> 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.fault("R1", "R2", "R6")
 @pytest.mark.parametrize("kind", KINDS)
 def test_three_of_each_kind(kind: str, tmp_path: Path) -> None:
     if kind == "disk" and not may_mount():

@@ -286,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for number in range(options.runs):
             for kind in kinds:
                 if kind == "disk" and not may_mount():
-                    print("disk: left out, because only root may mount a small disk", file=sys.stderr)
+                    print("disk: skipped, because only root may mount a small disk", file=sys.stderr)
                     continue
                 outcome = stage.run(kind, number)
                 outcomes.append(outcome)
