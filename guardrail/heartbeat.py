@@ -124,7 +124,7 @@ class Heartbeat:
                 if self._reports.try_lock():
                     self._try(self._reports.publish)
                 self._try(self._write_status)
-            self._changed.wait(self._seconds)  # for what the other thread has reported
+            self._changed.wait(2 * self._seconds)  # for what the other thread has reported
             self._changed.clear()
 
     def _publish_last(self) -> None:

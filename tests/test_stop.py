@@ -167,6 +167,21 @@ def test_stopped_in(
     assert_same(run, whole)
 
 
+@pytest.mark.fault("R6")
+def test_the_signal_of_the_elastic_agent_is_no_stop_of_the_run(tmp_path: Path) -> None:
+    """Another rank has failed in set-up. The supervisor lives and has asked for no stop: it would send SIGUSR1."""
+    run = new_run(config_of(tmp_path))
+    with pytest.MonkeyPatch.context() as patch:
+        in_tokenizing(patch, signal.SIGTERM, 0)
+        patch.setenv("GUARDRAIL_SUPERVISOR_PID", str(os.getpid()))
+        patch.setattr("trainer.__main__.SUPERVISOR_SECONDS", 0.2, raising=False)
+        pids = start_run(run, 2)
+        assert wait_ranks(pids[:1]) == [KILLED]
+        os.kill(pids[1], signal.SIGUSR1)
+        wait_ranks(pids[1:])
+    assert of_kind(run, "ended") == []
+
+
 @pytest.mark.parametrize("name", list(SIGNALS))
 def test_stopped_while_paused(tmp_path: Path, undisturbed: Callable[..., RunDirectory], name: str) -> None:
     whole = undisturbed()
