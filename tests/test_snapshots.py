@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from guardrail.torch import snapshots as snapshots_module
 from guardrail.torch.snapshots import CANDIDATE, GOOD, SUSPECT, Layout, SnapshotRing
 from guardrail.torch.state import TrainingState
 from tests.ranks import run_ranks
@@ -188,6 +190,38 @@ def test_a_snapshot_being_written_keeps_its_buffers() -> None:
     assert len(places(ring) | {place}) <= 3
     with pytest.raises(ValueError, match="step 1 has left the ring"):
         ring.restore(writing)
+
+
+@pytest.mark.fault("C6")
+def test_no_step_allocates_a_buffer_in_place_of_one_that_a_slow_writer_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshots_module, "_AHEAD", 0, raising=False)
+    run = Setup()
+    ring = ring_of(run, keep=3)
+    run.step(1)
+    for step in range(1, 4):
+        ring.take(step, step, 0, {})
+    allocate, step_thread = Layout.allocate, threading.current_thread()
+
+    def checked(self: Layout) -> list[torch.Tensor]:
+        assert threading.current_thread() is not step_thread, "the step waits for fresh memory"
+        return allocate(self)
+
+    monkeypatch.setattr(Layout, "allocate", checked)
+    seen: set[int] = set()
+    step = 3
+    for _ in range(3):  # one save is being written and another one waits; then both are done
+        writing = []
+        for _ in range(9):
+            step += 1
+            snapshot = ring.take(step, step, 0, {})
+            seen.add(snapshot.tensors["model/embed.weight"].data_ptr())
+            if len(writing) < 2 and step % 2:
+                snapshot.pin()
+                writing.append((snapshot, snapshot.tensors["model/embed.weight"].clone()))
+        for held, content in writing:
+            assert torch.equal(held.tensors["model/embed.weight"], content)
+            held.release()
+    assert len(seen) <= 3 + 2, "buffers that a writer gave back are used again"
 
 
 def test_a_snapshot_that_left_the_ring_is_not_restored() -> None:

@@ -1,11 +1,13 @@
 """The ring of snapshots in host memory: a rollback takes milliseconds, and every rank holds its own shard.
 
 All decisions (what is good, what is evicted) are functions of steps alone, so that all ranks hold the same snapshots.
-Host buffers are reused: after the ring has filled up, a snapshot allocates nothing.
+Host buffers are reused: after the ring has filled up, a snapshot allocates nothing. For a buffer that a slow writer
+holds another one is allocated on a thread: fresh memory costs ten times what the copy does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -23,6 +25,9 @@ CANDIDATE, GOOD, SUSPECT = "candidate", "good", "suspect"
 
 _ALIGNMENT = 64  # bytes, a cache line
 _BLOCK = 1 << 27  # bytes of one host allocation; torch rounds pinned ones up to a power of two
+_PAGE = 4096  # bytes; the least that any system hands out
+_WRITER = 2  # buffers beside the ring that the writer of checkpoints may hold: of the one being written and of the next
+_AHEAD = 16 << 20  # bytes from which on a buffer is allocated ahead of its use; a smaller one costs nothing
 
 
 class Layout:
@@ -58,6 +63,8 @@ class Layout:
             places.append((len(sizes) - 1, sizes[-1]))
             sizes[-1] += room
         blocks = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for size in sizes]
+        for block in blocks:
+            block[::_PAGE].zero_()  # the system hands memory out page by page, as each is first written
         return [
             blocks[block][at : at + shape.numel() * dtype.itemsize].view(dtype).as_strided(shape, stride)
             for (block, at), (shape, dtype, _), stride in zip(places, self._kinds, self._strides, strict=True)
@@ -156,8 +163,8 @@ class SnapshotRing:
 
     Args:
         state: what is copied.
-        keep: snapshots held, at least 2. One that is pinned for writing is held beside them after its eviction.
-            0: none is; what is taken belongs to the caller alone.
+        keep: snapshots held, at least 2. One that is pinned for writing is held beside them after its eviction: there
+            are up to `keep` + 2 buffers. 0: none is; what is taken belongs to the caller alone.
     """
 
     def __init__(self, state: TrainingState, keep: int) -> None:
@@ -168,6 +175,7 @@ class SnapshotRing:
         self._snapshots: list[Snapshot] = []
         self._evicted: list[Snapshot] = []  # pinned when they left the ring
         self._free: list[list[Tensor]] = []
+        self._spare: _Spare | None = None  # that is being allocated
         self._layout: Layout | None = None
         self._boxes: dict[str, Box] = {}
         self._replicas: dict[str, tuple[int, int]] = {}
@@ -186,7 +194,7 @@ class SnapshotRing:
         tensors = self.state.tensors()
         layout = self._layout_of(tensors)
         self._make_room(step)
-        buffers = self._free.pop() if self._free else layout.allocate()
+        buffers = self._buffers(layout)
         snapshot = Snapshot(
             step=step,
             cursor=cursor,
@@ -202,7 +210,27 @@ class SnapshotRing:
         if self.keep:
             self._snapshots.append(snapshot)
             self._snapshots.sort(key=lambda held: held.step)
+            self._look_ahead(layout)
         return snapshot
+
+    def _buffers(self, layout: Layout) -> list[Tensor]:
+        """Room for one snapshot; made now only where none was made ahead."""
+        if not self._free and self._spare is not None:
+            self._free.append(self._spare.wait())
+            self._spare = None
+        return self._free.pop() if self._free else layout.allocate()
+
+    def _look_ahead(self, layout: Layout) -> None:
+        """Have a buffer allocated, on a thread of its own, that a later snapshot is going to need."""
+        if self._spare is not None and self._spare.ready:
+            self._free.append(self._spare.wait())
+            self._spare = None
+        if self._spare is not None or self._free or layout.bytes < _AHEAD:
+            return
+        held = len(self._snapshots) + len(self._evicted)
+        pinned = sum(snapshot.pinned for snapshot in (*self._snapshots, *self._evicted))
+        if held < self.keep + min(pinned, _WRITER):
+            self._spare = _Spare(layout)
 
     @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> dict[str, Any]:
@@ -265,7 +293,7 @@ class SnapshotRing:
             self._layout = Layout(tensors)
             self._boxes = self.state.boxes()
             self._replicas = self.state.replicas()
-            self._free = []
+            self._free, self._spare = [], None
         return self._layout
 
     def _make_room(self, step: int) -> None:
@@ -290,8 +318,33 @@ class SnapshotRing:
             self._reclaim(snapshot)
 
     def _reclaim(self, snapshot: Snapshot) -> None:
-        """Keep its buffers for a later snapshot, if they have the present layout; never more than `keep` in all."""
+        """Keep its buffers for a later snapshot, if they have the present layout; never more than were in use."""
         snapshot.wait()
-        if snapshot.layout is self._layout and len(self._free) + len(self._snapshots) < self.keep:
+        held = len(self._free) + len(self._snapshots) + len(self._evicted)
+        if snapshot.layout is self._layout and held < self.keep + _WRITER:
             self._free.append(snapshot.buffers)
         snapshot.buffers = []
+
+
+class _Spare:
+    """A buffer that is allocated on a thread, so that the step which needs it does not wait for fresh memory."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._buffers: list[Tensor] | None = None
+        self._thread = threading.Thread(target=self._allocate, name="guardrail-snapshots", daemon=True)
+        self._thread.start()
+
+    def _allocate(self) -> None:
+        # Without memory there is no buffer; the snapshot that needs it says so.
+        with contextlib.suppress(RuntimeError, MemoryError):
+            self._buffers = self._layout.allocate()
+
+    @property
+    def ready(self) -> bool:
+        return not self._thread.is_alive()
+
+    def wait(self) -> list[Tensor]:
+        """The buffer, allocated here where the thread got none. Raises RuntimeError, as `Layout.allocate`."""
+        self._thread.join()
+        return self._buffers if self._buffers is not None else self._layout.allocate()

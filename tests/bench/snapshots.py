@@ -1,11 +1,16 @@
 """What a copy of the training state costs: to the ring, back from it, and to disk.
 
-    python -m tests.bench.snapshots [--rounds 40] [--threads 1]
+    python -m tests.bench.snapshots [--rounds 40] [--threads 1] [--millions 110] [--beside]
 
 About 10 M parameters with AdamW, as in guard.py. Each round measures every line once, in turn, beside a bare
 `_foreach_copy_` of the very same tensors between buffers that exist already; ratios are medians of these pairs, since
 a busy machine disturbs both alike. Goals: 1.3 for the ring both ways. A checkpoint's stall is the time that the caller
 is held up; the writing itself goes on in the background and is given as "until committed".
+
+`--beside` measures one thing alone: how long a training step is held up while a checkpoint is being written.
+Snapshots are taken at the given interval, as by `snapshots.every`, until several checkpoints are committed; then some
+are pruned. No step waits if the longest snapshot is about as long as the usual one. `--millions 110`: 1.3 GB of state,
+10 GB of memory.
 """
 
 from __future__ import annotations
@@ -29,13 +34,18 @@ from trainer.config import ModelSection, OptimSection
 from trainer.model import Decoder
 from trainer.optim import build_optimizer
 
+SIZES = {
+    10: ModelSection(layers=8, width=320, heads=5),
+    110: ModelSection(layers=16, width=768, heads=12),
+}  # by millions of parameters
+
 
 class Subject:
     """A trained model with everything that copies it: the ring, the store, Accelerate, and bare copies."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, millions: int = 10) -> None:
         self.accelerator = Accelerator(cpu=True)
-        model = Decoder(ModelSection(layers=8, width=320, heads=5), vocabulary=259, sequence_length=128, seed=0)
+        model = Decoder(SIZES[millions], vocabulary=259, sequence_length=128, seed=0)
         optimizer = build_optimizer(model, OptimSection(lr=3e-4, warmup_steps=10))
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -45,14 +55,17 @@ class Subject:
         optimizer.zero_grad()
         self.state = TrainingState(self.model, self.optimizer)
         self.ring = SnapshotRing(self.state, 4)
-        self.store = CheckpointStore(folder / "checkpoints", self.state)
+        self.store = CheckpointStore(folder / "checkpoints", self.state, keep=2)
         self.accelerate_folder = folder / "accelerate"
         self.live = list(self.state.tensors().values())
-        self.host = [torch.empty_like(tensor) for tensor in self.live]
+        self.host: list[torch.Tensor] = []
         self.step = 0
         self.committed: list[float] = []
         for _ in range(5):  # the ring fills up and every buffer has been touched
             self.take()
+
+    def prepare_bare_copies(self) -> None:
+        self.host = [torch.empty_like(tensor) for tensor in self.live]
 
     def copy_out(self) -> None:
         with torch.no_grad():
@@ -124,15 +137,47 @@ def measure(subject: Subject, *, rounds: int) -> dict[str, list[tuple[float, flo
     return pairs
 
 
+def beside_saves(subject: Subject, *, saves: int, interval: float) -> dict[str, list[float]]:
+    """Line -> seconds that each call held up the step that made it."""
+    lines: dict[str, list[float]] = {"snapshot, nothing is written": [], "snapshot, a checkpoint is written": []}
+    for _ in range(8):
+        lines["snapshot, nothing is written"].append(timed(subject.take))
+        time.sleep(interval)
+    for _ in range(saves):
+        lines.setdefault("snapshot and asking for a checkpoint", []).append(timed(subject.take_and_save))
+        while subject.store.busy:
+            time.sleep(interval)
+            lines["snapshot, a checkpoint is written"].append(timed(subject.take))
+    subject.store.confirm(subject.step, 0)
+    lines["pruning"] = [timed(lambda: subject.store.prune(subject.step))]
+    assert subject.store.wait(120)
+    return lines
+
+
+def print_beside(lines: dict[str, list[float]]) -> None:
+    print(f"{'held up by':38} {'calls':>6} {'median ms':>10} {'longest ms':>11}")
+    for line, seconds in lines.items():
+        print(f"{line:38} {len(seconds):6} {statistics.median(seconds) * 1e3:10.1f} {max(seconds) * 1e3:11.1f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--threads", type=int, default=1, help="intra-op threads, for all lines alike")
+    parser.add_argument("--millions", type=int, default=10, choices=SIZES, help="parameters, about")
+    parser.add_argument("--beside", action="store_true", help="only how long steps are held up beside a save")
+    parser.add_argument("--interval", type=float, default=0.5, help="seconds between two snapshots, with --beside")
+    parser.add_argument("--saves", type=int, default=4, help="checkpoints, with --beside")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     with tempfile.TemporaryDirectory() as name:
-        subject = Subject(Path(name))
+        subject = Subject(Path(name), millions=arguments.millions)
         torch.set_num_threads(arguments.threads)
+        if arguments.beside:
+            print_beside(beside_saves(subject, saves=arguments.saves, interval=arguments.interval))
+            subject.store.close(60)
+            return
+        subject.prepare_bare_copies()
         pairs = measure(subject, rounds=arguments.rounds)
         subject.store.close(60)
     size = sum(tensor.numel() * tensor.element_size() for tensor in subject.live)
