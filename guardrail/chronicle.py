@@ -70,9 +70,11 @@ class Chronicle:
             message = "\n".join([f"{phase.value}: {reason}", *last_lines])
             self.record("ended", message, phase=phase.value, exit_code=exit_code.value, reason=reason)
 
-    def final_status(self, phase: Phase, exit_code: ExitCode, *, restarts: int) -> None:
+    def final_status(self, phase: Phase, exit_code: ExitCode, *, restarts: int, unwritable: str = "") -> None:
+        """The status that stays. `unwritable`: why the run directory could not be written, "" if it could."""
         if self._leads:
-            self._replace(phase=phase, progress="", exit_code=exit_code.value, restarts=restarts)
+            changes = {"durability": f"degraded: {unwritable}"} if unwritable else {}
+            self._replace(phase=phase, progress="", exit_code=exit_code.value, restarts=restarts, **changes)
 
     def last_word_of_ranks(self, pids: Collection[int]) -> tuple[Phase, ExitCode] | None:
         """How rank 0 ended the run, if it did so since this supervisor began.
@@ -104,8 +106,9 @@ class Chronicle:
             **{"exit_code": None, **changes},
         )
         self._written = time.monotonic()
+        write = self._run.write_last_status if phase.ended else self._run.write_status
         with contextlib.suppress(OSError):  # the next one, or a rank's, will get through
-            self._run.write_status(status)
+            write(status)
 
 
 def log(line: str) -> None:

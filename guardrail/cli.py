@@ -62,8 +62,8 @@ def guardrail() -> None:
     guardrail launch configs/quickstart.toml     start a run and watch it
     guardrail attach                             come back to the newest run
 
-    Exit codes: 0 finished, 2 bad usage or configuration, 3 halted by the guard, 4 the training processes failed,
-    5 a check did not hold, 130 interrupted.
+    Exit codes: 0 finished, 2 bad usage or configuration, 3 halted by the guard, 4 the training processes failed or
+    the end could not be saved, 5 a check did not hold, 130 interrupted.
     """
 
 

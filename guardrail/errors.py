@@ -7,6 +7,7 @@ GuardrailError
 │   └── RunDirectoryError       2   no such run, not a run, not yours, already running
 ├── Halted                      3   the guard ended the run
 ├── WorkersFailed               4   the training processes failed
+│   └── DiskRefuses             4   the run directory cannot be written
 ├── CheckFailed                 5   verify or replay found a difference
 │   └── CheckpointInvalid       5   manifest, size or hash of a checkpoint does not hold
 └── Interrupted               130   a stop command, SIGTERM, SIGUSR1 or Ctrl-C
@@ -71,6 +72,18 @@ class Halted(GuardrailError):
 
 class WorkersFailed(GuardrailError):
     exit_code = ExitCode.WORKERS_FAILED
+
+
+class DiskRefuses(WorkersFailed):
+    """A run directory into which nothing can be written, at a moment when a run needs it.
+
+    Args:
+        path: of the run directory.
+        why: what the system says, such as "No space left on device".
+    """
+
+    def __init__(self, path: object, why: str) -> None:
+        super().__init__(f"{path} cannot be written: {why}. Free the disk, then: guardrail launch --resume {path}")
 
 
 class CheckFailed(GuardrailError):

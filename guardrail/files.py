@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import secrets
@@ -13,6 +14,8 @@ import msgspec
 
 FILE_MODE = 0o600
 FOLDER_MODE = 0o700
+PROBE_BYTES = 1 << 16  # more than fits into what a file system keeps back for its own books
+_BLOCK = 4096  # bytes that a file of one byte takes on a disk, at least
 TEMPORARY = ".tmp-"  # prefix of a file that has not been renamed into place yet
 
 _NO_NUMBER = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -40,6 +43,46 @@ def replace_file(path: Path, data: bytes, *, sync: bool = True) -> None:
         raise
     if sync:
         sync_folder(path.parent)
+
+
+def why_unwritable(folder: Path) -> str:
+    """Why nothing can be written into a folder, such as "No space left on device"; "" when something can.
+
+    Finds out by writing: free space says nothing of a quota, permissions nothing of a read-only mount.
+    """
+    probe = folder / f"{TEMPORARY}probe-{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
+        try:
+            write_all(descriptor, bytes(PROBE_BYTES))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        return error.strerror or str(error)
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+    return ""
+
+
+def overwrite_file(path: Path, data: bytes) -> None:
+    """Write over a file in place, where a full disk has no room for a second one. Readers may see a mixture of both.
+
+    Args:
+        data: text after which blanks are allowed: the rest of a longer file becomes blanks.
+
+    Raises:
+        OSError: it does not fit into the room that the file has already, or the disk refuses this too.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        size = os.fstat(descriptor).st_size
+        if len(data) > -(-size // _BLOCK) * _BLOCK:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_all(descriptor, data.ljust(size))
+    finally:
+        os.close(descriptor)
 
 
 def write_all(descriptor: int, data: bytes) -> None:

@@ -16,7 +16,7 @@ from guardrail.launching import exit_code_of, way_back
 from guardrail.liveness import Pulse
 from guardrail.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Action, Event, Phase, Status
 from guardrail.rundir import RunDirectory
-from guardrail.signals import DEBOUNCE_SECONDS
+from guardrail.signals import TermRequests
 from guardrail.text import clean
 
 POLL_SECONDS = 0.3
@@ -158,13 +158,11 @@ def follow(run: RunDirectory, supervisor: subprocess.Popen[bytes], *, past: int 
     Ctrl-C and SIGHUP leave. SIGTERM and SIGUSR1, which batch systems and containers send before they kill, are
     handed on as a stop, and the end is waited for; a second SIGTERM kills.
     """
-    asked: list[float] = []
+    terms = TermRequests()
 
     def hand_on(signum: int, frame: FrameType | None) -> None:
         # SIGUSR1, because a batch system may have sent SIGTERM to the supervisor as well, and its second one kills.
-        again = signum == signal.SIGTERM and bool(asked) and time.monotonic() - asked[0] > DEBOUNCE_SECONDS
-        if signum == signal.SIGTERM:
-            asked.append(time.monotonic())
+        again = signum == signal.SIGTERM and terms.is_second()
         supervisor.send_signal(signal.SIGQUIT if again else signal.SIGUSR1)
 
     with _handlers({signal.SIGTERM: hand_on, signal.SIGUSR1: hand_on, signal.SIGINT: _leave, signal.SIGHUP: _leave}):

@@ -114,7 +114,7 @@ def prepare_resume(spec: str, overrides: tuple[str, ...], *, root: str) -> Prepa
     if settings.launch.node_rank == 0:  # the other nodes join a run that lives
         status = run.read_status()
         refuse_alive(run, status)
-        if status is not None and status.phase is Phase.FINISHED and not overrides:
+        if status is not None and status.phase is Phase.FINISHED and not overrides and _end_was_saved(run):
             print(f"{run.name} has finished at step {status.step}; nothing is left to do", file=sys.stderr)
             return None
     preflight.check(settings, file=file, overrides=overrides)
@@ -124,6 +124,12 @@ def prepare_resume(spec: str, overrides: tuple[str, ...], *, root: str) -> Prepa
     if overrides and settings.launch.node_rank == 0:
         run.write_config(_shared(settings))
     return Prepared(run, settings.launch.node_rank)
+
+
+def _end_was_saved(run: RunDirectory) -> bool:
+    """False for a run that an older version called finished though its last steps are on no disk."""
+    ends = [event for event in run.events() if event.kind == "ended"]
+    return not ends or ends[-1].data.get("saved") is not False
 
 
 def _refuse_stale(run: RunDirectory) -> None:
@@ -177,7 +183,8 @@ def end_orphans(run: RunDirectory, seconds: float) -> None:
 
 
 def start(run: RunDirectory, node_rank: int = 0) -> subprocess.Popen[bytes]:
-    """Start the supervisor in its own session and wait until it has taken over. Raises WorkersFailed."""
+    """Start the supervisor in its own session and wait until it has taken over. Raises WorkersFailed, DiskRefuses."""
+    run.check_writable()
     variables = dict(os.environ)
     # The supervisor stands in /, so that it holds no folder: what is found from here must be found from there.
     paths = [os.path.abspath(path) for path in variables.get("PYTHONPATH", "").split(os.pathsep) if path]
@@ -212,6 +219,7 @@ def start(run: RunDirectory, node_rank: int = 0) -> subprocess.Popen[bytes]:
     if process.poll() is None or has_taken_over():
         return process  # a very slow machine; or it has ended already
     words = [clean(line, 500) for line in log_path.read_bytes()[offset:].splitlines()[-12:]]
+    run.check_writable()  # it could not say so itself
     if process.returncode == ExitCode.USAGE:
         raise RunDirectoryError("\n".join(words))
     raise WorkersFailed("the supervisor did not start:\n" + "\n".join(words))

@@ -15,6 +15,7 @@ import json
 import math
 import mmap
 import re
+import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,7 @@ class Manifest(Record, frozen=True, kw_only=True):
         extra: the guard's own state (cursor, detectors, ...), from rank 0; JSON in the same way.
         stateless: the optimizer keeps no tensors by nature (SGD without momentum): their absence is no loss.
         warning: what was odd although the save succeeded, such as replicas that had drifted apart.
+        suspect: it holds steps of an unresolved incident: kept for a look at it, never chosen by a resume or rollback.
     """
 
     format: int
@@ -143,6 +145,7 @@ class Manifest(Record, frozen=True, kw_only=True):
     scalars: dict[str, Any] = msgspec.field(default_factory=dict)
     extra: dict[str, Any] = msgspec.field(default_factory=dict)
     tensors: dict[str, TensorEntry] = msgspec.field(default_factory=dict)
+    suspect: bool = False
 
     @property
     def bytes(self) -> int:
@@ -163,6 +166,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
+        _refuse_link(folder, MANIFEST, path.lstat().st_mode)
         content = path.read_bytes()
     except FileNotFoundError as error:
         raise CheckpointInvalid(f"{folder.name}: {MANIFEST} is missing: the checkpoint was never finished") from error
@@ -269,14 +273,23 @@ def verify(folder: Path, files: Iterable[str] | None = None, progress: Progress 
 
 def _check_size(folder: Path, file: FileEntry) -> None:
     try:
-        size = (folder / file.name).stat().st_size
+        found = (folder / file.name).lstat()
     except FileNotFoundError as error:
         raise CheckpointInvalid(f"{folder.name}/{file.name} is missing") from error
     except OSError as error:
         raise CheckpointInvalid(f"{folder.name}/{file.name} cannot be read ({error.strerror})") from error
+    _refuse_link(folder, file.name, found.st_mode)
+    size = found.st_size
     if size != file.bytes:
         how = "cut off" if size < file.bytes else "too long"
         raise CheckpointInvalid(f"{folder.name}/{file.name} is {how}: {size} bytes, the manifest says {file.bytes}")
+
+
+def _refuse_link(folder: Path, name: str, mode: int) -> None:
+    """What a link points to is no part of the checkpoint: it may change or go, and a copy of the folder lacks it."""
+    if not stat.S_ISREG(mode):
+        what = "a link to another file" if stat.S_ISLNK(mode) else "no regular file"
+        raise CheckpointInvalid(f"{folder.name}/{name} is {what}: a checkpoint holds its files itself")
 
 
 def _hashed(folder: Path, file: FileEntry, done: int, total: int, progress: Progress | None) -> tuple[str, int]:
@@ -347,6 +360,8 @@ def fingerprint(folder: Path) -> str:
     files are not checked here; see `verify`.
     """
     manifest = read_manifest(folder)
+    for file in manifest.files:
+        _check_size(folder, file)
     digest = hashlib.sha256()
     headers = {file.name: read_header(folder / file.name) for file in manifest.files}
     for name in sorted(manifest.tensors):

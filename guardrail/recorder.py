@@ -1,7 +1,7 @@
 """What a trainer writes into its run directory: events and metric rows, by rank 0, never stopping a step.
 
 A disk that fails degrades durability and is said so; events and rows wait in memory, in order, until it takes them
-again.
+again. They keep the time at which they happened.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Recorder:
         self._columns = tuple(columns)
         self._learn = learn
         self._metrics: MetricsWriter | None = None
-        self._waiting: deque[tuple[str, str, dict[str, Any]]] = deque()
+        self._waiting: deque[Event] = deque()
         self._failing: dict[str, str] = {}
         self._rows: deque[dict[str, float]] = deque(maxlen=ROWS_KEPT)
         self._retry = 0.0
@@ -50,9 +50,20 @@ class Recorder:
         event = Event(seq=0, time=time.time(), step=step, timeline=timeline, kind=kind, message=message, data=data)
         self._learn(event)
         if self._run is not None:
-            self._waiting.append((kind, message, {"step": step, "timeline": timeline, **data}))
+            self._waiting.append(event)
             self.flush()
         return event
+
+    def settle(self) -> None:
+        """One more try to write all that waits, at the end of a run."""
+        if self._run is not None and self._rows:
+            self._write_rows(self._run)
+        self.flush()
+
+    @property
+    def waiting_because(self) -> str:
+        """Why events wait that the journal on disk does not have; "" when none do."""
+        return self._failing.get("journal", "they were not written yet") if self._waiting else ""
 
     @property
     def behind(self) -> bool:
@@ -65,8 +76,15 @@ class Recorder:
             return
         try:
             while self._waiting:
-                kind, message, data = self._waiting[0]
-                self._run.append(kind, message, **data)
+                event = self._waiting[0]
+                self._run.append(
+                    event.kind,
+                    event.message,
+                    step=event.step,
+                    timeline=event.timeline,
+                    happened=event.time,
+                    **event.data,
+                )
                 self._waiting.popleft()
         except OSError as error:
             self._retry = time.monotonic() + RETRY_SECONDS
@@ -109,15 +127,14 @@ class Recorder:
 
     def _say(self, state: str, message: str) -> None:
         if self._run is not None:
-            data = {"step": 0, "timeline": 0, "state": state, "reason": self.durability}
-            self._waiting.append(("durability", message, data))
+            data = {"state": state, "reason": self.durability}
+            event = Event(seq=0, time=time.time(), step=0, timeline=0, kind="durability", message=message, data=data)
+            self._waiting.append(event)
             if "journal" not in self._failing:
                 self.flush()
 
     def close(self) -> None:
-        if self._run is not None and self._rows:
-            self._write_rows(self._run)
-        self.flush()
+        self.settle()
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None

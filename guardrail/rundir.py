@@ -24,8 +24,17 @@ from typing import Any
 import msgspec
 
 from guardrail import journal
-from guardrail.errors import RunDirectoryError
-from guardrail.files import FILE_MODE, FOLDER_MODE, TEMPORARY, encode_json, replace_file, sync_folder
+from guardrail.errors import DiskRefuses, RunDirectoryError
+from guardrail.files import (
+    FILE_MODE,
+    FOLDER_MODE,
+    TEMPORARY,
+    encode_json,
+    overwrite_file,
+    replace_file,
+    sync_folder,
+    why_unwritable,
+)
 from guardrail.inbox import Inbox, Refusal, check_command, undone
 from guardrail.journal import findings_of, span_of
 from guardrail.metrics import MetricsView, MetricsWriter, read_metrics
@@ -156,6 +165,18 @@ class RunDirectory:
         """Replace status.json; not synced, since a second later it is replaced again. Raises OSError."""
         replace_file(self.path / "status.json", encode_json(status), sync=False)
 
+    def write_last_status(self, status: Status) -> None:
+        """`write_status`; where the disk has no room for a second file, over the one that is there. Raises OSError."""
+        try:
+            self.write_status(status)
+        except OSError:
+            overwrite_file(self.path / "status.json", encode_json(status))
+
+    def check_writable(self) -> None:
+        """Raises DiskRefuses when nothing can be written here."""
+        if why := why_unwritable(self.path):
+            raise DiskRefuses(self.path, why)
+
     def read_ranks(self) -> list[RankStatus]:
         """What each rank reported last, by rank. Files of single ranks are those of older versions."""
         found: dict[int, RankStatus] = {}
@@ -226,15 +247,26 @@ class RunDirectory:
     def journal_path(self) -> Path:
         return self.path / "journal.jsonl"
 
-    def append(self, kind: str, message: str = "", *, step: int = 0, timeline: int = 0, **data: Any) -> Event:
+    def append(
+        self,
+        kind: str,
+        message: str = "",
+        *,
+        step: int = 0,
+        timeline: int = 0,
+        happened: float | None = None,
+        **data: Any,
+    ) -> Event:
         """Write one event and sync it. Any process of the run may do so, at any time.
+
+        Args:
+            happened: wall time of the event, seconds since the epoch; None: now.
 
         Raises:
             OSError: the event is not on disk, and nothing half written is left.
         """
-        return journal.append_event(
-            self.journal_path, kind, message, step=step, timeline=timeline, data=data, at=time.time()
-        )
+        at = time.time() if happened is None else happened
+        return journal.append_event(self.journal_path, kind, message, step=step, timeline=timeline, data=data, at=at)
 
     def events(self, after: int = 0) -> list[Event]:
         """Events with seq > `after`, oldest first. A torn last line and unknown fields do no harm."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -42,8 +43,9 @@ class RunLock:
         try:
             self._acquire(path)
             holder = Holder(who=who, host=socket.gethostname(), pid=os.getpid(), time=time.time())
-            os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, encode_json(holder), 0)
+            with contextlib.suppress(OSError):  # a full disk: the lock is held all the same, by an unknown process
+                os.ftruncate(self._descriptor, 0)
+                os.pwrite(self._descriptor, encode_json(holder), 0)
         except BaseException:
             os.close(self._descriptor)
             raise

@@ -2,9 +2,12 @@
 
                    rank                                  supervisor
 SIGTERM, SIGUSR1   save and stop at the next safe point  ask the ranks to save and stop
-second SIGTERM     end at once with status 143           kill everything at once (so does SIGQUIT)
+later SIGTERM      end at once with status 143           kill everything at once (so does SIGQUIT)
 SIGUSR2            stacks of all threads to a file       -
 SIGHUP             ignored: training outlives every terminal
+
+Schedulers and `timeout` send one request as several SIGTERMs, to a process and to its group. All that arrive within
+DEBOUNCE_SECONDS of the first one are that request; one that comes later is a second.
 """
 
 from __future__ import annotations
@@ -21,8 +24,22 @@ from types import FrameType
 from typing import BinaryIO
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-KILLED = 128 + signal.SIGTERM  # exit status after the second SIGTERM
-DEBOUNCE_SECONDS = 0.25  # `timeout` and some batch systems deliver one SIGTERM twice: to a process and to its group
+KILLED = 128 + signal.SIGTERM  # exit status after the second request
+DEBOUNCE_SECONDS = 2.0
+
+
+class TermRequests:
+    """Tells a second request to stop from a repetition of the first one."""
+
+    def __init__(self) -> None:
+        self._first: float | None = None  # time.monotonic()
+
+    def is_second(self) -> bool:
+        """Take in one SIGTERM; whether it comes too late to be part of the first request."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now
+        return now - self._first > DEBOUNCE_SECONDS
 
 
 class StopSignals:
@@ -34,7 +51,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self._requested = False
-        self._terms = 0
+        self._terms = TermRequests()
         self._received: set[int] = set()
         self._stacks: BinaryIO | None = None
 
@@ -80,10 +97,8 @@ class StopSignals:
                 self._received.add(number)
                 if number in STOP_SIGNALS:
                     self._requested = True
-                if number == signal.SIGTERM:
-                    self._terms += 1
-                    if self._terms > 1:
-                        os._exit(KILLED)
+                if number == signal.SIGTERM and self._terms.is_second():
+                    os._exit(KILLED)
 
 
 # A forked child, such as a data worker, must neither save nor speak for the rank. Until it has forgotten the handlers
@@ -126,7 +141,7 @@ class SupervisorSignals:
     def __init__(self) -> None:
         self.stop = ""
         self.kill = False
-        self._last_term: float | None = None
+        self._terms = TermRequests()
         self._reading, writing = os.pipe()
         for descriptor in (self._reading, writing):
             os.set_blocking(descriptor, False)
@@ -138,9 +153,7 @@ class SupervisorSignals:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGTERM:
-            now = time.monotonic()
-            self.kill |= self._last_term is not None and now - self._last_term > DEBOUNCE_SECONDS
-            self._last_term = now
+            self.kill |= self._terms.is_second()
         self.kill |= signum == signal.SIGQUIT
         self.stop = self.stop or signal.Signals(signum).name
 

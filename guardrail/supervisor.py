@@ -12,7 +12,6 @@ The signals are told in `guardrail.signals`.
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import socket
 import sys
@@ -27,8 +26,7 @@ from guardrail import stacks
 from guardrail.chronicle import Chronicle, log, tail
 from guardrail.config import LaunchSection, NotifySection, TensorboardSection, parse
 from guardrail.elastic import Agent, Failure
-from guardrail.errors import ExitCode, GuardrailError
-from guardrail.files import TEMPORARY
+from guardrail.errors import DiskRefuses, ExitCode, GuardrailError
 from guardrail.local_ranks import LocalRanks, become_reaper
 from guardrail.notify import Notifier
 from guardrail.records import Mode, Phase
@@ -41,7 +39,6 @@ POLL_SECONDS = 0.4
 SURVIVOR_SECONDS = 10.0  # peers of a failed rank that still live after this are killed: they wait for it in vain
 SETUP_SURVIVOR_SECONDS = 1.0  # the same of a peer in set-up, which has nothing to save
 ROOM_SECONDS = 30.0  # that the ranks wait for a full disk before they are started again
-LEAST_ROOM = 64 * 1024  # bytes: logs, journal, status and the first rows of the metrics
 SILENT_SECONDS = 5.0  # of ranks over their deadline, one whose process has done nothing for this long is the cause
 
 
@@ -61,6 +58,7 @@ class Supervisor:
         self.chronicle = Chronicle(run, self.launch, self.host, Mode(tree.get("guard", {}).get("mode", Mode.AUTO)))
         self.failures: list[str] = []  # a sentence each, newest last; all count against launch.max_restarts
         self.killed = ""  # why everything was killed
+        self.unwritable = ""  # that the run directory refuses what a start of the ranks needs, and why
         node = f"-{node_rank}" if node_rank else ""
         self._elastic_log = run.logs / f"elastic{node}.log"  # read for failures, so each node has its own
         self._last_log: Path | None = None  # of the rank that failed last
@@ -92,7 +90,7 @@ class Supervisor:
             raise
         finally:
             self.ranks.end()
-            self.chronicle.final_status(phase, exit_code, restarts=self._restarts)
+            self.chronicle.final_status(phase, exit_code, restarts=self._restarts, unwritable=self.unwritable)
         return exit_code
 
     @property
@@ -102,6 +100,8 @@ class Supervisor:
     def _agents(self) -> int:
         """One elastic agent after another until one ends by itself or on demand; returns its exit status."""
         while True:
+            if not self._has_room(ROOM_SECONDS if self.failures else 0.0):
+                return 1
             before = len(self.failures)
             code = self._run_agent()
             if self.killed or self.signals.stop or code == 0:
@@ -120,21 +120,23 @@ class Supervisor:
                 return code
             if len(self.failures) > self.launch.max_restarts:
                 return 1
-            self._wait_for_room()
 
-    def _wait_for_room(self) -> None:
-        """Wait until the run directory takes a file: ranks that are started on a full disk fail at once."""
-        probe = self.run_directory.path / f"{TEMPORARY}room-{os.getpid()}"
-        deadline = time.monotonic() + ROOM_SECONDS
-        while time.monotonic() < deadline and not self.signals.stop:
+    def _has_room(self, seconds: float) -> bool:
+        """Whether the run directory takes a file within so many seconds: ranks that start on a full disk fail at once.
+
+        Asked before a start and at an end only. Ranks that train continue without a disk.
+        """
+        deadline = time.monotonic() + seconds
+        while True:
             try:
-                probe.write_bytes(bytes(LEAST_ROOM))
-                return
-            except OSError as error:
-                log(f"the ranks wait for room to start again: {error.strerror}")
-            finally:
-                with contextlib.suppress(OSError):
-                    probe.unlink()
+                self.run_directory.check_writable()
+                return True
+            except DiskRefuses as error:
+                refusal = str(error)
+            if self.signals.stop or time.monotonic() >= deadline:
+                self.killed = self.unwritable = refusal
+                return False
+            log(f"the ranks wait for room to start again: {refusal}")
             self.signals.wait(1.0)
 
     def _run_agent(self) -> int:
@@ -337,6 +339,8 @@ class Supervisor:
         asked = code == 0 or self.killed or self._is_over
         if asked and (said := self.chronicle.last_word_of_ranks(self.ranks.last_pids)) is not None:
             return *said, "", []
+        if self.unwritable or (not self.signals.stop and not self._has_room(0.0)):
+            return Phase.FAILED, ExitCode.WORKERS_FAILED, self.unwritable, []
         if self.signals.stop:
             return Phase.STOPPED, ExitCode.INTERRUPTED, self.killed or "no rank said how it ended", []
         if code == 0:

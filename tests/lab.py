@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -37,6 +39,30 @@ def wait_for(condition: Callable[[], object], *, seconds: float = 60.0, what: st
         if time.monotonic() > deadline:
             pytest.fail(f"did not happen within {seconds:g} s: {what or condition} {missing or ''}")
         time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def small_file_system(folder: Path, *, megabytes: int) -> Iterator[Path]:
+    """A file system of its own at `folder`; skips the test where none may be mounted."""
+    folder.mkdir()
+    size = f"size={megabytes}m"
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a tmpfs is not permitted here; the other tests stage the errors")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(disk: Path, *, leave: int) -> None:
+    """Leave `leave` bytes free."""
+    with (disk / "ballast").open("wb", buffering=0) as file:
+        try:
+            while shutil.disk_usage(disk).free > leave:
+                file.write(b"\0" * min(65536, shutil.disk_usage(disk).free - leave))
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
 
 
 class Lab:

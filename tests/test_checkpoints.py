@@ -24,6 +24,7 @@ from guardrail.errors import CheckpointInvalid
 from guardrail.files import TEMPORARY
 from guardrail.manifest import MANIFEST, checkpoint_dirs, fingerprint, read_manifest, sealed, verify
 from guardrail.records import SnapshotInfo
+from guardrail.torch import checkpoints as checkpoints_module
 from guardrail.torch import commit as commit_module
 from guardrail.torch import rng
 from guardrail.torch import shards as shards_module
@@ -913,6 +914,23 @@ def test_states_follow_the_steps(tmp_path: Path) -> None:
     assert [i.state for i in again.infos() if i.step == 3] == [INVALID]
 
 
+@pytest.mark.fault("A9")
+def test_a_save_that_is_under_way_when_its_state_becomes_suspect_is_committed_as_suspect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, write = threading.Event(), commit_module.write_file
+    monkeypatch.setattr(commit_module, "write_file", lambda *a: (gate.wait(SECONDS), write(*a))[1])
+    run = Run(tmp_path)
+    run.steps(1, 4)
+    run.store.save(run.take(3))
+    assert run.store.mark_suspect(2) == []
+    gate.set()
+    assert run.store.wait(SECONDS)
+    assert [event.state for event in run.store.poll()] == [SUSPECT]
+    later = Run(tmp_path)  # another process, which the journal tells nothing of it
+    assert [(info.step, info.state) for info in later.store.infos()] == [(3, SUSPECT)]
+
+
 def test_pruning_deletes_in_the_background_and_says_so(tmp_path: Path) -> None:
     run = Run(tmp_path, keep=2, delay_steps=0)
     for step in range(1, 5):
@@ -928,6 +946,27 @@ def test_pruning_deletes_in_the_background_and_says_so(tmp_path: Path) -> None:
     ]
     assert names(tmp_path) == ["step-00000003", "step-00000004"]
     assert [i.step for i in run.store.infos()] == [3, 4]
+
+
+@pytest.mark.fault("C1")
+def test_pruning_reads_no_file_on_the_thread_of_the_training_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers: list[str] = []
+    check = checkpoints_module.verify
+    monkeypatch.setattr(
+        checkpoints_module,
+        "verify",
+        lambda *a, **n: (readers.append(threading.current_thread().name), check(*a, **n))[1],
+    )
+    run = Run(tmp_path, keep=2)
+    for step in range(1, 5):
+        run.save(step)
+    run.store.adopt(dict.fromkeys(names(tmp_path), GOOD))
+    run.store.prune(4)
+    assert run.store.wait(SECONDS)
+    assert [event.state for event in run.store.poll()] == ["pruned", "pruned"]
+    assert readers and set(readers) == {"guardrail-checkpoints"}
 
 
 def test_a_damaged_good_one_keeps_no_other_from_staying(tmp_path: Path) -> None:

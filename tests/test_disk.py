@@ -3,7 +3,7 @@
 import errno
 import os
 import shutil
-import subprocess
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,16 @@ from typing import Any
 import pytest
 
 import guardrail.torch.commit
+from guardrail.chronicle import Chronicle
+from guardrail.config import LaunchSection
+from guardrail.errors import ExitCode
+from guardrail.launching import prepare_resume
 from guardrail.manifest import MANIFEST, checkpoint_dirs, read_manifest
 from guardrail.metrics import MetricsWriter
-from guardrail.records import Command, CommandKind
+from guardrail.records import Command, CommandKind, Mode, Phase, Status
 from guardrail.rundir import RunDirectory
-from tests.lab import wait_for
-from tests.ranks import wait_ranks
+from tests.lab import fill, small_file_system, wait_for
+from tests.ranks import start_ranks, wait_ranks
 from tests.running import (
     BLIND,
     assert_same,
@@ -25,6 +29,7 @@ from tests.running import (
     of_kind,
     outcome,
     prompt_disk,
+    rank_main,
     start_run,
     tiny,
     train,
@@ -77,24 +82,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 6 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a tmpfs is not permitted here; the other tests stage the errors")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def fill(disk: Path, *, leave: int) -> None:
-    """Leave `leave` bytes free."""
-    ballast = disk / "ballast"
-    with ballast.open("wb", buffering=0) as file:
-        try:
-            while shutil.disk_usage(disk).free > leave:
-                file.write(b"\0" * min(65536, shutil.disk_usage(disk).free - leave))
-        except OSError as error:
-            assert error.errno == errno.ENOSPC
+    with small_file_system(tmp_path / "disk", megabytes=6) as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("leave", [256 * 1024, 0])
@@ -131,6 +120,19 @@ def test_a_disk_that_fills_up_and_is_freed_again(
     assert not list(run.checkpoints.glob(".*")), "temporary folders are left"
     assert_whole(run)
     assert_same(run, undisturbed)
+
+
+@pytest.mark.fault("R8")
+def test_a_rank_that_finds_a_full_disk_says_so_in_one_sentence(
+    tmp_path: Path, small_disk: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = new_run(tiny(tmp_path, run={"root": str(small_disk)}))
+    fill(small_disk, leave=0)
+    pids = start_ranks(rank_main, 1, folder=tmp_path / "results", init=False, env={"GUARDRAIL_RUN": str(run.path)})
+    assert wait_ranks(pids) == [ExitCode.WORKERS_FAILED]
+    errors = capfd.readouterr().err
+    assert f"{run.path} cannot be written: No space left on device" in errors
+    assert "Traceback" not in errors and errors.count("\n") == 1
 
 
 class Refused:
@@ -183,18 +185,60 @@ def test_a_file_system_that_refuses_for_a_while(
     assert_same(run, undisturbed)
 
 
-def test_a_disk_that_stays_full_does_not_keep_a_run_from_its_end(tmp_path: Path, undisturbed: RunDirectory) -> None:
+@pytest.mark.fault("R3")
+def test_a_run_whose_end_could_not_be_saved_has_failed_and_can_be_resumed(
+    tmp_path: Path, undisturbed: RunDirectory
+) -> None:
+    """A disk that stays full does not keep a run from its end, and what it kept from being saved is not called done."""
     refused = Refused(FULL)
     run = new_run(config_of(tmp_path))
+    supervisor = Chronicle(run, LaunchSection(), socket.gethostname(), Mode.AUTO)
     with prompt_disk(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(guardrail.torch.commit, "write_file", refused.wrapped(guardrail.torch.commit.write_file))
         at_steps(patch, s35=refused.turn(on=True))
-        assert train(run, 2) == "finished"
+        assert train(run, 2) == "failed"
     (ended,) = of_kind(run, "ended")
-    assert not ended.data["saved"] and "could not be written" in ended.message
+    assert not ended.data["saved"] and ended.data["planned"] == "finished"
+    assert "could not be written (" in ended.message and "No space left on device" in ended.message
+    status = run.read_status()
+    assert status is not None and status.phase is Phase.FAILED
+    assert supervisor.last_word_of_ranks([]) == (Phase.FAILED, ExitCode.WORKERS_FAILED)
     assert read_manifest(checkpoint_dirs(run.checkpoints)[0]).step == 30
+    assert prepare_resume(str(run.path), (), root="") is not None
     assert train(run, 2) == "finished"
     assert_same(run, undisturbed)
+
+
+@pytest.mark.fault("R3")
+def test_a_run_that_an_older_version_called_finished_without_its_last_steps_is_resumed(tmp_path: Path) -> None:
+    run = new_run(config_of(tmp_path))
+    run.write_status(Status(run=run.name, phase=Phase.FINISHED, step=50))
+    for saved, resumed in ((True, False), (False, True)):
+        run.append("ended", "all steps are done", phase="finished", saved=saved)
+        assert (prepare_resume(str(run.path), (), root="") is not None) is resumed
+
+
+@pytest.mark.fault("R7")
+def test_a_rank_whose_disk_refuses_everything_does_not_make_the_others_wait(tmp_path: Path) -> None:
+    """Rank 1 can write neither its share nor that it could not: the others learn it with the numbers of a step."""
+    run = new_run(tiny(tmp_path, world=2, train={"steps": 8}, checkpoint={"every": 4, "keep": 2}))
+
+    def refused(job: Any) -> Any:
+        if job.rank == 1 and job.snapshot.step:
+            raise FULL
+        return write_share(job)
+
+    write_share, withdraw = guardrail.torch.checkpoints.write_share, guardrail.torch.checkpoints.withdraw
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guardrail.torch.checkpoints, "write_share", refused)
+        patch.setattr(
+            guardrail.torch.checkpoints, "withdraw", lambda job, why: None if job.rank else withdraw(job, why)
+        )
+        assert train(run, 2) == "failed"  # not after launch.save_seconds, which are 1800
+    (ended,) = of_kind(run, "ended")
+    assert "rank 1: No space left on device" in ended.message
+    failed = [event.data["reason"] for event in of_kind(run, "checkpoint") if event.data["state"] == "failed"]
+    assert failed and all(reason.startswith("rank 1: its disk refuses") for reason in failed)
 
 
 # -- checkpoints that do not hold

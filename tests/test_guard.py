@@ -1,6 +1,7 @@
 """The guard in a loop of one's own, without a run directory and without the trainer; and its parts, one by one."""
 
 import math
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import guardrail.torch.checkpoints
 from guardrail.config import CheckpointSection, GuardSection, Settings, SnapshotSection
 from guardrail.ledger import SampleOrder
-from guardrail.records import Action, Command, CommandKind, Mode, Phase
+from guardrail.manifest import checkpoint_dirs
+from guardrail.records import Action, Command, CommandKind, Mode, Phase, Verdict
 from guardrail.rundir import RunDirectory
 from guardrail.torch.digests import component_digests
 from guardrail.torch.guard import Guard, Step
@@ -213,6 +216,36 @@ def test_out_of_rollbacks_it_halts() -> None:
     loop = Loop(bad=range(60, 72), rollbacks=0).train()
     assert loop.guard.phase is Phase.HALTED
     assert (loop.guard.step, loop.attempts[-1].applied) == (15, False)
+
+
+@pytest.mark.fault("A9")
+def test_a_process_that_dies_while_it_halts_leaves_no_candidate_with_the_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run directory is copied right after the commit of the last checkpoint: that is what such a death leaves."""
+    run = RunDirectory.create(tmp_path, "halts", "")
+    commit = guardrail.torch.checkpoints.commit
+
+    def copied(job: Any, *given: Any, **named: Any) -> Any:
+        done = commit(job, *given, **named)
+        if job.snapshot.step == 25:
+            shutil.copytree(run.path, tmp_path / "died")
+        return done
+
+    monkeypatch.setattr(guardrail.torch.checkpoints, "commit", copied)
+    loop = Loop(run=run)
+    for step in loop.guard:
+        loss = loop.loss(step)
+        loss.backward()
+        step.finish(loss)
+        if step.number == 25:
+            verdict = Verdict(action=Action.HALT, step=25, onset=22, reason="the loss diverged")
+            loop.guard.verdicts._halt(verdict)
+    assert loop.guard.phase is Phase.HALTED
+    died = RunDirectory.open(tmp_path / "died")
+    assert checkpoint_dirs(died.checkpoints)[0].name == "step-00000025"
+    Loop(run=died).train()
+    assert [event.step for event in died.events() if event.kind == "restarted"] == [20]
 
 
 def test_the_data_end() -> None:

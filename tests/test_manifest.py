@@ -147,6 +147,27 @@ def test_a_missing_file_is_found(file: str, tmp_path: Path) -> None:
     assert file in (message := refusal(path)) and "is missing" in message
 
 
+@pytest.mark.fault("R14")
+@pytest.mark.parametrize("file", [*FILES, MANIFEST])
+def test_a_file_that_is_a_link_out_of_the_checkpoint_is_refused(file: str, tmp_path: Path) -> None:
+    """The content is the same, and it may change or go with no trace in the folder; a copy of the folder lacks it."""
+    folder = build(tmp_path)
+    (folder / file).rename(tmp_path / "elsewhere")
+    (folder / file).symlink_to(tmp_path / "elsewhere")
+    for check in (verify, fingerprint):
+        with pytest.raises(CheckpointInvalid, match=f"{file} is a link to another file"):
+            check(folder)
+
+
+@pytest.mark.fault("R14")
+def test_a_file_that_is_none_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    folder = build(tmp_path)
+    (folder / MANIFEST).unlink()
+    (folder / MANIFEST).mkdir()
+    with pytest.raises(CheckpointInvalid, match=f"{MANIFEST} is no regular file"):
+        verify(folder)
+
+
 def test_a_zero_filled_tail_is_found(tmp_path: Path) -> None:
     """What a power failure after an unsynced rename leaves; safetensors loads it without a word."""
     path = build(tmp_path)

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
+import threading
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
+import trainer.loop
 from guardrail import processes
-from guardrail.config import LaunchSection, dump, parse
-from guardrail.errors import ConfigError
+from guardrail.config import LaunchSection, Settings, dump, parse
+from guardrail.errors import ConfigError, UsageError
 from guardrail.launching import load, prepare_resume
+from guardrail.ledger import SampleOrder
 from guardrail.records import Phase
 from guardrail.rundir import RunDirectory
 from guardrail.runlock import holder_of
+from guardrail.signals import StopSignals
+from guardrail.torch.guard import Guard
 from tests.lab import Lab, wait_for
 from tests.ports import free_port
-from tests.running import assert_same, of_kind, tiny, trained
+from tests.ranks import run_ranks
+from tests.running import assert_same, new_run, of_kind, tiny, trained, write_corpus
 from trainer.config import Config
+from trainer.loop import Trainer
 
 STEPS = 150
 
@@ -82,6 +92,77 @@ def test_a_node_that_was_lost_comes_back_and_no_bit_differs(lost: int, lab: Lab)
     assert restart.data["checkpoint"] and 0 < restart.step < STEPS
     assert not processes.processes_of(run.path)
     assert_same(trained(config_of(lab.folder)), run)
+
+
+def refusal_on_node(rank: int, folder: Path) -> str:
+    """What a rank that is alone on its node says of the text there; "" when it trains on it."""
+    os.environ["LOCAL_RANK"] = "0"
+    socket.gethostname = lambda: f"node-{rank}"
+    config = tiny(folder / f"node-{rank}", world=2)
+    write_corpus(Path(config.data.sources[0]), bad=[7] if rank else [])
+    try:
+        Trainer(config)
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.fault("A5")
+def test_nodes_with_different_text_are_refused_and_both_are_named(tmp_path: Path) -> None:
+    first, second = run_ranks(refusal_on_node, 2, tmp_path, folder=tmp_path / "results", init=False)
+    assert first == second
+    assert "on rank 0 (node-0)" in first and "on rank 1 (node-1)" in first and "fingerprint of data" in first
+
+
+def refusal_of_guard(rank: int) -> str:
+    model = torch.nn.Linear(2, 2)
+    guard = Guard.from_config(
+        Settings(),
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data=SampleOrder(samples=10, seed=rank),
+        batch_size=2,
+        total_steps=1,
+    )
+    try:
+        next(iter(guard))
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.fault("A5")
+def test_a_loop_whose_ranks_would_draw_different_batches_is_refused(tmp_path: Path) -> None:
+    first, second = run_ranks(refusal_of_guard, 2, folder=tmp_path)
+    assert first == second and "the seed of the sample order is 0 on rank 0" in first
+
+
+@pytest.mark.fault("E4")
+def test_a_node_that_is_ready_waits_for_the_text_of_the_others_outside_of_any_process_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranks of both nodes are threads here; nothing but the run directory lies between them."""
+    config = config_of(tmp_path, processes=1, nodes=2, rendezvous_endpoint="127.0.0.1:1")
+    run = new_run(config)
+
+    def node(number: int) -> Trainer:
+        made = Trainer.__new__(Trainer)
+        made.config, made.run_directory, made.heartbeat = config, run, None
+        made.signals = StopSignals()
+        return made
+
+    prepared, done, prepare = threading.Event(), threading.Event(), trainer.loop.prepare
+    monkeypatch.setattr(trainer.loop, "prepare", lambda *a, **n: (prepare(*a, **n), prepared.set())[0])
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("GROUP_RANK", "1")
+    waiting = threading.Thread(target=lambda: (node(1)._prepare_data(), done.set()), daemon=True)
+    waiting.start()
+    assert prepared.wait(60)
+    assert not done.wait(0.5), "it has met the others before all corpora are there"
+    monkeypatch.setenv("GROUP_RANK", "0")
+    assert node(0)._prepare_data().is_dir()
+    assert done.wait(60)
+    waiting.join()
 
 
 def test_only_what_a_dead_supervisor_has_left_is_an_orphan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,6 +182,22 @@ def test_other_ranks_learn_and_write_nothing(tmp_path: Path) -> None:
     assert not run.events() and not len(run.metrics())
 
 
+@pytest.mark.fault("B1")
+def test_an_event_that_waits_for_the_disk_keeps_its_own_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, run = Disk(monkeypatch), made(tmp_path)
+    recorder = Recorder(run, active=True, learn=lambda event: None)
+    disk.full = True
+    happened = recorder.event("note", "it happened now", step=3, timeline=1, loss=2.5)
+    full_since = time.time()
+    time.sleep(0.01)
+    disk.full = False
+    recorder.flush()
+    note, degraded, ok = run.events()
+    assert (note.kind, note.time, note.step, note.timeline, note.data) == ("note", happened.time, 3, 1, {"loss": 2.5})
+    assert degraded.data["state"] == "degraded" and degraded.time <= full_since < ok.time
+    recorder.close()
+
+
 def test_durability_says_each_change_once(tmp_path: Path) -> None:
     run = made(tmp_path)
     recorder = Recorder(run, active=True, learn=lambda event: None)

@@ -77,11 +77,30 @@ def test_usr1_may_come_many_times(rank: Rank) -> None:
 
 def test_a_second_sigterm_ends_a_process_that_is_inside_c(rank: Rank) -> None:
     """PyDLL holds no bytecode boundary: as in a collective, no Python handler could run."""
-    process = rank("ctypes.CDLL(None).pause(); ctypes.CDLL(None).sleep(600); ctypes.CDLL(None).sleep(600)")
+    process = rank(
+        """
+        import guardrail.signals
+        guardrail.signals.DEBOUNCE_SECONDS = 0.1
+        print("set", flush=True)
+        ctypes.CDLL(None).pause(); ctypes.CDLL(None).sleep(600); ctypes.CDLL(None).sleep(600)
+        """
+    )
+    assert process.stdout is not None and process.stdout.readline() == "set\n"
     process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == KILLED == 143
+
+
+@pytest.mark.fault("A4", "R5")
+def test_a_burst_of_sigterms_is_one_request(rank: Rank) -> None:
+    """A scheduler signals a process and its group: the second one arrives while the first one is being answered."""
+    process = rank(WAIT.replace('print("saved")', 'time.sleep(0.3); print("saved")'))
+    for pause in (0.0005, 0.005, 0.02, 0.1):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(pause)
+    output, _ = process.communicate(timeout=30)
+    assert (process.returncode, output) == (0, "saved\n")
 
 
 def test_the_first_sigterm_is_seen_by_threads_while_the_main_thread_is_inside_c(rank: Rank) -> None:

@@ -11,7 +11,9 @@ import msgspec
 import pytest
 import torch
 
+import guardrail.signals
 import guardrail.torch.checkpoints
+import guardrail.torch.loading
 import trainer.loop
 import trainer.parallel
 from guardrail.manifest import checkpoint_dirs
@@ -221,7 +223,8 @@ def test_a_window_is_given_back_within_one_micro_batch(tmp_path: Path) -> None:
     assert (tokens == 8 * LENGTH).all()
 
 
-def test_a_second_sigterm_ends_at_once(tmp_path: Path) -> None:
+def test_a_second_sigterm_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guardrail.signals, "DEBOUNCE_SECONDS", 0.1)
     hang = {"kind": "hang", "step": 5, "micro": 1, "value": 60.0}  # the last of the window is never given back
     run = new_run(tiny(tmp_path, faults=[hang]))
     pids = start_run(run, 1)
@@ -248,3 +251,62 @@ def test_the_end_of_an_earlier_start_stops_nobody(tmp_path: Path) -> None:
     assert status is not None and status.phase is Phase.STOPPED and status.start
     run.write_status(msgspec.structs.replace(status, heartbeat=time.time() + 30.0))
     assert train(run, config.world) == "finished"
+
+
+# -- nobody waits in a collective for slow work of another rank
+
+
+class Meetings:
+    """Holds slow work of rank 0 up until rank 1 has called three collectives meanwhile.
+
+    A rank that waits for that work inside one collective calls no other: the work is never let go of then.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._begun, self._met = folder / "begun", folder / "met"
+        self._count = 0
+
+    def counted(self, collective: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*given: Any, **named: Any) -> Any:
+            if me(1) and self._begun.exists() and not self._met.exists():
+                self._count += 1
+                if self._count >= 3:
+                    self._met.touch()
+            return collective(*given, **named)
+
+        return counting
+
+    def held_up(self, work: Callable[..., Any], when: Callable[..., bool]) -> Callable[..., Any]:
+        def waiting(*given: Any, **named: Any) -> Any:
+            if me(0) and when(*given):
+                self._met.unlink(missing_ok=True)
+                self._begun.touch()
+                wait_for(self._met.exists, seconds=20, what="rank 1 not to wait in a collective")
+                self._begun.unlink(missing_ok=True)
+            return work(*given, **named)
+
+        return waiting
+
+    def watch(self, patch: pytest.MonkeyPatch) -> None:
+        for name in ("all_reduce", "all_gather_object", "broadcast_object_list"):
+            patch.setattr(torch.distributed, name, self.counted(getattr(torch.distributed, name)))
+
+
+@pytest.mark.fault("E4")
+def test_no_rank_waits_in_a_collective_for_a_slow_disk_of_another(tmp_path: Path) -> None:
+    """A save that a stop asks for, the hashes of it at the resume, and the save at the end."""
+    run = new_run(tiny(tmp_path, world=2, train={"steps": 8}, launch={"collective_seconds": 40.0}))
+    run.send(Command(id="stop", kind=CommandKind.STOP, at_step=6))
+    meetings = Meetings(tmp_path)
+    checkpoints, loading = guardrail.torch.checkpoints, guardrail.torch.loading
+    with pytest.MonkeyPatch.context() as patch:
+        meetings.watch(patch)
+        slow_save = meetings.held_up(checkpoints.write_share, lambda job: job.snapshot.step in (6, 8))
+        patch.setattr(checkpoints, "write_share", slow_save)
+        patch.setattr(loading, "verify", meetings.held_up(loading.verify, lambda *_: True))
+        assert train(run, 2) == "stopped"
+        assert checkpoint_dirs(run.checkpoints)[0].name == "step-00000006"
+        assert train(run, 2) == "finished"
+    (restarted,) = of_kind(run, "restarted")
+    assert restarted.step == 6
+    assert_whole(run)

@@ -7,11 +7,12 @@ the journal.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import traceback
 
-from guardrail.errors import GuardrailError, Interrupted, UsageError
+from guardrail.errors import DiskRefuses, GuardrailError, Interrupted, UsageError
 from guardrail.heartbeat import Heartbeat
 from guardrail.records import Phase
 from guardrail.rundir import RunDirectory
@@ -30,6 +31,9 @@ def has_supervisor() -> bool:
     return True
 
 
+REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what a disk says that takes nothing
+
+
 def main() -> int:
     folder = os.environ.get("GUARDRAIL_RUN")
     if not folder:
@@ -38,11 +42,13 @@ def main() -> int:
     run = RunDirectory.open(folder)
     rank = int(os.environ.get("RANK", "0"))
     signals = StopSignals()
-    # Before torch is imported: a stop must not find the default action, which kills.
-    signals.install(run.logs / f"rank-{rank}.stacks")
     heartbeat = Heartbeat(run, rank)
-    heartbeat.start()
     try:
+        # Before torch is imported: a stop must not find the default action, which kills.
+        signals.install(run.logs / f"rank-{rank}.stacks")
+        if rank == 0:  # with nowhere to keep what is trained, training does not begin
+            run.check_writable()
+        heartbeat.start()
         from guardrail.config import load
         from trainer.config import Config
         from trainer.loop import train
@@ -62,6 +68,12 @@ def main() -> int:
     except GuardrailError as error:
         print(error, file=sys.stderr)
         return int(error.exit_code)
+    except OSError as error:
+        # A first write that a disk refuses is no fault of the program: a traceback would hide the reason.
+        if error.errno not in REFUSED:
+            raise
+        print(DiskRefuses(run.path, error.strerror or str(error)), file=sys.stderr)
+        return int(DiskRefuses.exit_code)
     finally:
         heartbeat.stop()
     return 0

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from guardrail.records import Phase
 from guardrail.rundir import RunDirectory, RunLock
 from guardrail.signals import StopSignals
 from guardrail.text import visible
+from guardrail.torch.agreement import require_equal
 from guardrail.torch.guard import Guard, Step
 from guardrail.torch.rows import Rows
 from trainer.build import build_model, build_objective, clipping, stabilise
@@ -31,6 +32,7 @@ from trainer.data.corpus import Corpus
 from trainer.data.loader import Loader, MicroBatch
 from trainer.data.prepare import prepare, wait_prepared
 from trainer.faults import Faults
+from trainer.nodes import NodesReady, node_of_this_rank
 from trainer.objectives import IGNORED, reordered, z_penalty
 from trainer.optim import Scheduler, build_optimizers
 from trainer.parallel import (
@@ -80,6 +82,8 @@ class Trainer:
         self.accelerator = make_accelerator(config)
         self.device = self.accelerator.device
         self._stop_if_asked()
+        if config.world > 1:  # before the model is built: another corpus may have another vocabulary
+            require_equal({"the fingerprint of data": self.corpus.fingerprint}, gathered)
         self._build()
 
     def _build(self) -> None:
@@ -413,12 +417,45 @@ class Trainer:
                 time.sleep(0.2)
 
     def _prepare_data(self) -> Path:
-        """The first rank of each node builds the shards; the others wait for them without a collective to time out."""
-        data = self.config.data
-        if int(os.environ.get("LOCAL_RANK", "0")):
-            return wait_prepared(data, stop=self._builder_stopped, seconds=self.config.launch.setup_seconds)
+        """The first rank of each node builds the shards; the others wait for them without a collective to time out.
+
+        So do all ranks for the other nodes, where there are some: the ranks do not meet before all corpora are there.
+        """
+        launch, first = self.config.launch, not int(os.environ.get("LOCAL_RANK", "0"))
+        if launch.nodes == 1 or self.run_directory is None:
+            return self._prepare_here(first, report=lambda text: None, builder=self._progress_of_rank_0)
+        nodes = NodesReady(self.run_directory, nodes=launch.nodes, node=node_of_this_rank())
         try:
-            return prepare(data, progress=self._progress, stop=lambda: self.signals.requested)
+            folder = self._prepare_here(first, report=nodes.report, builder=nodes.text)
+        except (Interrupted, DataError) as error:
+            if first:
+                nodes.give_up(error)
+            raise
+        if first:
+            nodes.ready()
+        nodes.wait(stop=self._builder_stopped, seconds=launch.setup_seconds, alive=self._say)
+        return folder
+
+    def _prepare_here(self, first: bool, *, report: Callable[[str], None], builder: Callable[[], str]) -> Path:
+        """The corpus on this node: built by its first rank, waited for by the others as long as `builder` changes."""
+        data, seconds = self.config.data, self.config.launch.setup_seconds
+        known = ""
+
+        def watched() -> str:
+            nonlocal known
+            if (text := builder()) != known:
+                known = text
+                self._say(f"waiting for the corpus: {text}")  # or this rank would count as hung
+            return known
+
+        def progress(text: str, share: float) -> None:
+            self._say(f"{text} {share:.0%}")
+            report(f"{text} {share:.0%}")
+
+        if not first:
+            return wait_prepared(data, stop=self._builder_stopped, seconds=seconds, builder=watched)
+        try:
+            return prepare(data, progress=progress, stop=lambda: self.signals.requested)
         except Interrupted:
             # With a corpus that is there the others go on, and wait for this rank where they can agree on the stop.
             with contextlib.suppress(DataError):
@@ -433,9 +470,13 @@ class Trainer:
         status = self.run_directory.read_status() if self.run_directory is not None else None
         return status is not None and status.phase.ended and status.start == this_start()
 
-    def _progress(self, text: str, share: float) -> None:
+    def _progress_of_rank_0(self) -> str:
+        status = self.run_directory.read_status() if self.run_directory is not None else None
+        return status.progress if status is not None else ""
+
+    def _say(self, text: str) -> None:
         if self.heartbeat is not None:
-            self.heartbeat.say(f"{text} {share:.0%}")
+            self.heartbeat.say(text)
 
     def _stop_if_asked(self) -> None:
         """All ranks together: one that left alone would leave the others waiting for it. A collective."""
@@ -463,6 +504,13 @@ class Trainer:
         rows = self.corpus.train.tokens(list(sample_ids))[:, :-1]
         spelled = self.corpus.tokenizer.spelled
         return [{"text": visible(spelled(token), 40), "count": int((rows == token).sum())} for token in token_ids]
+
+
+def gathered(value: Any) -> list[Any]:
+    """Every rank's value, by rank; a collective."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
 
 
 def train(config: Config, **parts: Any) -> Phase:

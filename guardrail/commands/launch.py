@@ -43,6 +43,7 @@ def command(
     """
 
     from guardrail import launching
+    from guardrail.errors import ExitCode
 
     if (config is None) == (resume is None):
         raise click.UsageError("give either CONFIG.toml or --resume RUN")
@@ -63,8 +64,12 @@ def command(
     if headless or not has_terminal():
         from guardrail.headless import follow
 
-        return follow(run, supervisor, past=None if resume is None else 0)
-    return show(run, supervisor, read_only=read_only, theme=theme, mouse=not no_mouse)
+        code = follow(run, supervisor, past=None if resume is None else 0)
+    else:
+        code = show(run, supervisor, read_only=read_only, theme=theme, mouse=not no_mouse)
+    if code == ExitCode.WORKERS_FAILED:
+        run.check_writable()  # on a full disk the journal could not say why
+    return code
 
 
 def show(

@@ -9,7 +9,7 @@ import contextlib
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ class CheckpointEvent(Record, frozen=True, kw_only=True):
     """What has happened to a checkpoint, for the journal.
 
     Attributes:
-        state: "candidate" (committed), "failed", "pruned", "invalid".
+        state: "candidate" or "suspect" (committed), "failed", "pruned", "invalid".
         name: of the folder; "" where there is none.
         reason: why it failed; of a candidate, what was odd about it.
         seconds: from the call of `save` to the commit.
@@ -54,6 +54,7 @@ class _Save:
     job: Job
     asked: float
     superseded: bool = False
+    suspect: bool = False  # of an unresolved incident: known when it was asked for, or found out before its commit
 
 
 class CheckpointStore:
@@ -93,21 +94,26 @@ class CheckpointStore:
         self._background = Background("guardrail-checkpoints")
         self._lock = threading.Lock()  # for what follows: the background thread changes it too
         self._events: list[CheckpointEvent] = []
-        self._infos: dict[str, SnapshotInfo] = {}
         self._waiting: _Save | None = None
+        self._writing: _Save | None = None
+        self._failure = (0, "")  # serial of this rank's last save that failed, and why
+        self._failed_elsewhere: tuple[int, ...] = ()  # by rank: the serial of its last save that failed
         self._failed_at: float | None = None
         self._serial = 0
         if rank == 0:  # before the others learn the name below, which they take as leave to write
             folder.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
         # What makes the names of this start's temporary folders its own, on every rank.
         self._temporary = f"{TEMPORARY}{self._loader.gathered(secrets.token_hex(4))[0]}-"
-        if rank == 0:
-            sweep(folder, spare=lambda name: name.startswith(self._temporary))
-            self._infos = {path.name: _info_on_disk(path) for path in checkpoint_dirs(folder)}
+        self._infos = self._loader.slow_work(self._look_around if rank == 0 else dict)
+
+    def _look_around(self) -> dict[str, SnapshotInfo]:
+        """Remove what dead writers have left, and see which checkpoints there are."""
+        sweep(self.folder, spare=lambda name: name.startswith(self._temporary))
+        return {path.name: _info_on_disk(path) for path in checkpoint_dirs(self.folder)}
 
     # -- saving --------------------------------------------------------------------------------------------------
 
-    def save(self, snapshot: Snapshot, identity: Mapping[str, Any] | None = None) -> None:
+    def save(self, snapshot: Snapshot, identity: Mapping[str, Any] | None = None, *, suspect: bool = False) -> None:
         """Ask for a checkpoint of the snapshot, on every rank at the same step; returns at once.
 
         The snapshot's buffers are pinned until it is written. At most one save waits behind the one that is being
@@ -115,6 +121,7 @@ class CheckpointStore:
 
         Args:
             identity: JSON-able facts for the manifest: fingerprints of configuration and data, versions.
+            suspect: it holds steps of an unresolved incident; says so from its commit on.
 
         Raises:
             ValueError: the snapshot has left the ring, and its buffers may hold a later step.
@@ -132,9 +139,10 @@ class CheckpointStore:
             like=self.state.holders[0] if self.state.holders is not None else 0,
             identity=dict(identity or {}),
             stateless=snapshot.step > 0 and not moments and self.state.stateless() is not False,
+            serial=self._serial,
         )
         snapshot.pin()
-        save = _Save(job=job, asked=time.monotonic())
+        save = _Save(job=job, asked=time.monotonic(), suspect=suspect)
         with self._lock:
             self._failed_at = None
             if self._waiting is not None:
@@ -160,6 +168,22 @@ class CheckpointStore:
         with self._lock:
             return self._failed_at is not None and time.monotonic() >= self._failed_at + self.retry_seconds
 
+    @property
+    def failure(self) -> tuple[int, str]:
+        """The number of this rank's last save that failed, counting from 1 as on every rank, and why; (0, ""): none."""
+        with self._lock:
+            return self._failure
+
+    def note_failures(self, serials: Sequence[int]) -> None:
+        """On rank 0: what `failure` says on each rank, by rank. A disk that is broken there cannot say so itself."""
+        with self._lock:
+            self._failed_elsewhere = tuple(serials)
+
+    def _failed_ranks(self, serial: int) -> list[int]:
+        """Ranks whose share of this save will not come."""
+        with self._lock:
+            return [rank for rank, failed in enumerate(self._failed_elsewhere) if failed >= serial]
+
     def wait(self, seconds: float) -> bool:
         """Until all that was asked for is done on this rank; False when `seconds` were not enough."""
         return self._background.wait(seconds)
@@ -181,6 +205,7 @@ class CheckpointStore:
         with self._lock:
             if self._waiting is save:
                 self._waiting = None
+            self._writing = save
         snapshot, event = save.job.snapshot, None
         try:
             if save.superseded:
@@ -194,6 +219,7 @@ class CheckpointStore:
             if not save.superseded:
                 snapshot.release()
             with self._lock:
+                self._writing = None
                 self._events += [event] if event is not None else []
 
     def _saved(self, save: _Save) -> CheckpointEvent | None:
@@ -204,17 +230,19 @@ class CheckpointStore:
         if self.rank != 0:
             return None
         given_up: Callable[[], bool] = lambda: self._background.closing  # noqa: E731
-        reports = collect(job, own, seconds=self.commit_seconds, given_up=given_up)
-        path, manifest = commit(job, reports)
+        failed = lambda: self._failed_ranks(job.serial)  # noqa: E731
+        reports = collect(job, own, seconds=self.commit_seconds, given_up=given_up, failed=failed)
+        path, manifest = commit(job, reports, lambda: save.suspect)
         info = _info(path.name, manifest)
         with self._lock:
             self._failed_at = None
             self._infos[path.name] = info
-        return _event(CANDIDATE, info, manifest.warning, seconds=time.monotonic() - save.asked)
+        return _event(info.state, info, manifest.warning, seconds=time.monotonic() - save.asked)
 
     def _failed(self, save: _Save, reason: str) -> CheckpointEvent:
         withdraw(save.job, reason)
         with self._lock:
+            self._failure = save.job.serial, reason
             if not save.superseded:  # that one has its retry already
                 self._failed_at = time.monotonic()
         seconds = time.monotonic() - save.asked
@@ -263,8 +291,13 @@ class CheckpointStore:
         """Checkpoints of `from_step` and later must not be used again; returns the newly marked.
 
         `from_step` is the first step of the trouble or, where the run goes back further, the first one that is done
-        again: of two checkpoints of the same step only that of the present timeline may count.
+        again: of two checkpoints of the same step only that of the present timeline may count. One that is still being
+        written is committed as suspect.
         """
+        with self._lock:
+            for save in (self._writing, self._waiting):
+                if save is not None and save.job.snapshot.step >= from_step:
+                    save.suspect = True
         return self._move({CANDIDATE, GOOD}, SUSPECT, lambda info: info.step >= from_step)
 
     def _move(self, before: set[str], after: str, fits: Callable[[SnapshotInfo], bool]) -> list[SnapshotInfo]:
@@ -279,24 +312,32 @@ class CheckpointStore:
     def prune(self, now: int, *, since: int | None = None) -> None:
         """Delete in the background what retention does not keep; `pruned` events follow.
 
-        The good ones that stay are looked at first (manifest, sizes): a damaged one takes no other's place.
+        There too the good ones that stay are looked at before (manifest, sizes): a damaged one takes no other's place.
 
         Args:
             since: the first step of an incident that is not over; see `superfluous`.
         """
-        while going := superfluous(self.infos(), keep=self.keep, now=now, delay=self.delay_steps, since=since):
-            staying = [info for info in self.infos() if info.state == GOOD and info not in going]
-            broken = {info.path: why for info in staying if (why := _what_is_broken(self.folder / info.path))}
-            if not broken:
-                break
-            with self._lock:
-                for name, reason in broken.items():
+        going = superfluous(self.infos(), keep=self.keep, now=now, delay=self.delay_steps, since=since)
+        if not going:
+            return
+        staying = [info for info in self.infos() if info.state == GOOD and info not in going]
+        with self._lock:
+            for info in going:
+                del self._infos[info.path]
+        self._background.submit(lambda: self._prune(going, staying, now, since))
+
+    def _prune(self, going: list[SnapshotInfo], staying: list[SnapshotInfo], now: int, since: int | None) -> None:
+        """On the background thread: delete `going` if all of `staying` hold, else choose again without the damaged."""
+        broken = {info.path: why for info in staying if (why := _what_is_broken(self.folder / info.path))}
+        if not broken:
+            self._remove(going)
+            return
+        with self._lock:
+            self._infos |= {info.path: info for info in going}
+            for name, reason in broken.items():
+                if name in self._infos:
                     self._events.append(_event(INVALID, self._set(name, INVALID), reason))
-        if going:
-            with self._lock:
-                for info in going:
-                    del self._infos[info.path]
-            self._background.submit(lambda: self._remove(going))
+        self.prune(now, since=since)
 
     def _remove(self, going: list[SnapshotInfo]) -> None:
         for info in going:
@@ -345,7 +386,7 @@ def _info(name: str, manifest: Manifest) -> SnapshotInfo:
         cursor=manifest.cursor,
         timeline=manifest.timeline,
         tier="disk",
-        state=CANDIDATE,
+        state=SUSPECT if manifest.suspect else CANDIDATE,
         time=manifest.time,
         bytes=manifest.bytes,
         path=name,

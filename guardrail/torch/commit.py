@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,7 @@ class Job:
         folder: the temporary folder; its name is the same on all ranks and of no other save.
         strategy, world, identity, stateless: as the manifest will say.
         like: the first rank that holds the same part of the model as this one.
+        serial: counts the saves of this start, from 1.
     """
 
     folder: Path
@@ -71,6 +72,7 @@ class Job:
     identity: dict[str, Any]
     stateless: bool
     like: int = 0
+    serial: int = 0
 
 
 class PartReport(Record, frozen=True, kw_only=True):
@@ -177,8 +179,18 @@ def withdraw(job: Job, reason: str) -> None:
             os.close(descriptor)
 
 
-def collect(job: Job, own: RankReport, *, seconds: float, given_up: Callable[[], bool]) -> list[RankReport]:
+def collect(
+    job: Job,
+    own: RankReport,
+    *,
+    seconds: float,
+    given_up: Callable[[], bool],
+    failed: Callable[[], Collection[int]] = tuple,
+) -> list[RankReport]:
     """Rank 0: wait for every rank's report.
+
+    Args:
+        failed: ranks that have said, by another way than the file system, that they could not write their share.
 
     Raises:
         SaveFailed: a rank failed, was silent for `seconds`, or `given_up()` came true.
@@ -186,6 +198,7 @@ def collect(job: Job, own: RankReport, *, seconds: float, given_up: Callable[[],
     reports = {own.rank: own}
     deadline = time.monotonic() + seconds
     while len(reports) < job.world:
+        known = set(failed())  # before the folder is read: a share that is there counts
         for rank in range(job.world):
             if rank not in reports:
                 failure = job.folder / _failed_name(rank)
@@ -196,6 +209,8 @@ def collect(job: Job, own: RankReport, *, seconds: float, given_up: Callable[[],
                     content = (job.folder / _report_name(rank)).read_bytes()
                     reports[rank] = msgspec.json.decode(content, type=RankReport)
         silent = sorted(set(range(job.world)) - set(reports))
+        if refused := sorted(known & set(silent)):
+            raise SaveFailed(f"rank {refused[0]}: its disk refuses the share, and the reason too")
         if silent and (given_up() or time.monotonic() > deadline):
             raise SaveFailed(f"rank {silent[0]} has not written its share")
         if silent:
@@ -203,26 +218,32 @@ def collect(job: Job, own: RankReport, *, seconds: float, given_up: Callable[[],
     return [reports[rank] for rank in range(job.world)]
 
 
-def commit(job: Job, reports: list[RankReport]) -> tuple[Path, Manifest]:
+def commit(job: Job, reports: list[RankReport], suspect: Callable[[], bool] = lambda: False) -> tuple[Path, Manifest]:
     """Rank 0: write the manifest, check the folder, and make it a checkpoint with one rename.
 
     Every file was synced and read back by the rank that wrote it; here sizes, headers and the manifest are.
 
+    Args:
+        suspect: whether the state holds an unresolved incident; asked again right before the rename.
+
     Raises:
         SaveFailed: the shares do not make up the state. OSError, CheckpointInvalid: as they come.
     """
-    manifest = _manifest(job, reports)
+    manifest = _manifest(job, reports, suspect=suspect())
     _write_synced(job.folder / MANIFEST, sealed(manifest))
     for report in reports:
         (job.folder / _report_name(report.rank)).unlink(missing_ok=True)
     sync_folder(job.folder)
     verify(job.folder, files=())
+    if suspect() and not manifest.suspect:  # the incident was noticed meanwhile
+        manifest = msgspec.structs.replace(manifest, suspect=True)
+        replace_file(job.folder / MANIFEST, sealed(manifest))
     path = _rename(job)
     sync_folder(path.parent)
     return path, manifest
 
 
-def _manifest(job: Job, reports: list[RankReport]) -> Manifest:
+def _manifest(job: Job, reports: list[RankReport], *, suspect: bool) -> Manifest:
     snapshot, first = job.snapshot, reports[0]
     stranger = next((r for r in reports if r.names != reports[r.like].names), None)
     if stranger is not None:
@@ -257,6 +278,7 @@ def _manifest(job: Job, reports: list[RankReport]) -> Manifest:
         scalars=snapshot.scalars,
         extra=first.extra,
         tensors=tensors,
+        suspect=suspect,
     )
 
 

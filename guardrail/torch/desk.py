@@ -83,11 +83,14 @@ class Desk:
     def agree(self, command: tuple[int, float]) -> tuple[int, float, int]:
         """The small all-reduce outside a step: (command kind, value, ranks that were asked to stop)."""
         guard = self._guard
-        vector = torch.tensor([float(command[0]), command[1], float(guard.stopping)], dtype=guard.probes.dtype)
-        vector = vector.to(guard.probes.device)
+        failed = [0.0] * guard.world
+        failed[guard.rank] = float(guard.tiers.failed_save)
+        numbers = [float(command[0]), command[1], float(guard.stopping), *failed]
+        vector = torch.tensor(numbers, dtype=guard.probes.dtype).to(guard.probes.device)
         if guard.world > 1:
             dist.all_reduce(vector)
-        kind, value, stop = vector.tolist()
+        kind, value, stop, *failed = vector.tolist()
+        guard.tiers.note_failures([int(serial) for serial in failed])
         return int(kind), value, int(stop)
 
     # -- waiting for a person ------------------------------------------------------------------------------------
@@ -107,7 +110,8 @@ class Desk:
         seconds, default = guard.settings.guard.ask_seconds, self._default(verdict)
         if question:
             self.deadline, self.default = (time.time() + seconds, default) if seconds > 0 else (0.0, "")
-        guard.say("paused", question or "paused by a person", **self._options(verdict, batch))
+        options = guard.slow_work(lambda: self._options(verdict, batch))
+        guard.say("paused", question or "paused by a person", **options)
         answer: Answer | None = None
         while answer is None:
             guard.at(Phase.PAUSED)
@@ -336,7 +340,8 @@ class Desk:
     def _undo(self, value: float) -> bool:
         """Take back the decision of one journal line, or the newest one of the guard; see guardrail.undoing."""
         guard = self._guard
-        found, lines = guard.shared(self._meant(None if math.isnan(value) else int(value)))
+        seq = None if math.isnan(value) else int(value)
+        found, lines = guard.shared(guard.slow_work(lambda: self._meant(seq)))
         if isinstance(found, str):
             return self._answer(CommandKind.UNDO, value, refusal=found)
         assert found.first is not None

@@ -29,6 +29,7 @@ from guardrail.records import GRAD_NORM, Action, CommandKind, Mode, Observation,
 from guardrail.rundir import RunDirectory
 from guardrail.signals import StopSignals
 from guardrail.torch.account import Account
+from guardrail.torch.agreement import require_equal
 from guardrail.torch.attempt import Attempt
 from guardrail.torch.attribution import Texts
 from guardrail.torch.checkpoints import CheckpointStore
@@ -47,6 +48,7 @@ from guardrail.torch.timelines import Timelines
 from guardrail.torch.tokens import DescribeTokens
 from guardrail.torch.updates import UpdateNorm
 from guardrail.torch.verdicts import Verdicts
+from guardrail.torch.waiting import T, run_together
 
 __all__ = ["Guard", "Step"]
 
@@ -159,7 +161,8 @@ class Guard:
             store=self._store(run),
             recorder=self.recorder,
             say=self.say,
-            shared=self.shared,
+            gathered=self.gathered,
+            alive=lambda: self.at(Phase.SAVE),
         )
         self.desk = Desk(self)
         self.replays = self._replays(replay, structure) if replay is not None else None
@@ -274,13 +277,24 @@ class Guard:
 
     def open(self) -> None:
         """Resume from checkpoint + journal, or begin; called by the iteration."""
+        order = self.ledger.order
+        require_equal(
+            {
+                "the number of samples": order.n_samples,
+                "the seed of the sample order": order.seed,
+                "the sample order": "shuffled" if order.shuffled else "as stored",
+                **{f"the fingerprint of {name}": value for name, value in self.timelines.identity.items()},
+            },
+            self.gathered,
+        )
         if self.run is not None:
             if self.heartbeat is None:
                 self.heartbeat = Heartbeat(self.run, self.rank).start()
             self.heartbeat.meter = Meter(self.probes.parameters[0].device) if self.probes.parameters else None
             if self.rank == 0:
                 self.desk.open(self.run)
-            events = self.shared(self.run.events() if self.rank == 0 else None)
+            run = self.run
+            events = self.shared(self.slow_work(lambda: run.events() if self.rank == 0 else None))
             self.past, self._effects = Past.of(events), None
             self.controller.rebuild(events)
             if self.rank == 0:
@@ -291,16 +305,40 @@ class Guard:
             self.set_mode(self.past.mode)
         self.timelines.open()
 
-    def end(self, phase: Phase, reason: str) -> None:
-        """A deliberate end: the last checkpoint, the last word in the journal."""
+    def end(self, phase: Phase, reason: str, *, onset: int | None = None) -> None:
+        """A deliberate end: the last checkpoint, the last word in the journal.
+
+        A run whose end could not be saved has failed, whatever it was about to be: a resume goes on with it.
+
+        Args:
+            onset: first step of an incident that nothing was done about: no resume begins with what holds it.
+        """
         self.account.flush()
         self.at(Phase.SAVE)
-        saved = self.tiers.finish(self.timelines.facts)
-        if not saved:
-            reason += "; the final checkpoint could not be written"
+        unsaved = self._unsaved(onset)
+        planned = phase
+        if unsaved:
+            phase = Phase.FAILED
+            reason = f"{planned.value}: {reason}; but {unsaved}. Resume the run when the disk takes writes again"
         self.phase = phase
-        self.say("ended", f"{phase.value} at step {self.step}: {reason}", phase=phase.value, reason=reason, saved=saved)
+        self.say(
+            "ended",
+            f"{phase.value} at step {self.step}: {reason}",
+            phase=phase.value,
+            reason=reason,
+            saved=not unsaved,
+            planned=planned.value,
+        )
         self.at(phase)
+
+    def _unsaved(self, onset: int | None) -> str:
+        """Save the end of the run; what of it could not be written and why, "" when all of it is. A collective."""
+        why = self.tiers.finish(self.timelines.facts, onset=onset)
+        if why:
+            return f"the final checkpoint could not be written ({why})"
+        self.slow_work(self.recorder.settle)
+        journal = self.gathered(self.recorder.waiting_because)[0]
+        return f"the journal could not be written ({journal})" if journal else ""
 
     def close(self) -> None:
         """Release threads and files. Part of the iteration's `finally`; harmless when called again."""
@@ -336,6 +374,7 @@ class Guard:
             command=(lagged.command() if lagged is not None else None) or self.desk.next(step.number),
             stop=self.stopping,
             incomplete=incomplete,
+            failed_save=self.tiers.failed_save,
             named=signals,
             update_square=self.updates.square if self.updates is not None else None,
         )
@@ -396,6 +435,7 @@ class Guard:
     def heed(self, reduced: Reduced) -> bool:
         """A command or a stop that came with a step's numbers; returns whether there was any."""
         self._command = reduced.command_kind, reduced.command_value
+        self.tiers.note_failures(reduced.failed_saves)
         if reduced.stop and self.phase is None:
             self.end(Phase.STOPPED, f"asked to stop by a signal on {reduced.stop} of {self.world} ranks")
         return bool(reduced.command_kind or reduced.stop)
@@ -461,6 +501,7 @@ class Guard:
             keep=checkpoint.keep,
             delay_steps=2 * guard.divergence_steps + guard.window_before + guard.confirm,
             retry_seconds=checkpoint.retry_seconds,
+            commit_seconds=self.settings.launch.save_seconds,
         )
 
     def shared(self, value: Any) -> Any:
@@ -470,6 +511,10 @@ class Guard:
         box = [value if self.rank == 0 else None]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def slow_work(self, work: Callable[[], T]) -> T:
+        """`work()` of this rank, once all ranks have done theirs: none waits in a collective for a slow disk."""
+        return run_together(work, self.gathered, world=self.world)
 
     def gathered(self, value: Any) -> list[Any]:
         if self.world == 1:

@@ -234,7 +234,7 @@ class Lagged:
         window = verdict.window or (observation.first, observation.last)
         onset, reason = verdict.onset or observation.step, f"applied before it was judged: {verdict.reason}"
         if not guard.timelines.roll_back(window=window, onset=onset, reason=reason, verdict=verdict):
-            guard.end(Phase.HALTED, reason)
+            guard.end(Phase.HALTED, reason, onset=onset)
 
     # -- the same step again -------------------------------------------------------------------------------------
 

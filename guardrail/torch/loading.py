@@ -19,6 +19,7 @@ from guardrail.torch import plain
 from guardrail.torch.commit import reason_of
 from guardrail.torch.shards import DTYPES, read_parts
 from guardrail.torch.state import TrainingState, refuse
+from guardrail.torch.waiting import T, run_together
 
 Allowed = Callable[[Manifest], bool | str]
 
@@ -71,7 +72,8 @@ class CheckpointLoader:
             allowed: rank 0's answer counts: True, or False or a reason for passing this one over.
             progress: called with (bytes hashed, bytes to hash) of this rank's share of one checkpoint.
         """
-        names = self.gathered([path.name for path in checkpoint_dirs(self.folder)])[0]
+        listed = self.slow_work(lambda: [path.name for path in checkpoint_dirs(self.folder)] if self.rank == 0 else [])
+        names = self.gathered(listed)[0]
         refused: list[tuple[Path, str]] = []
         invalid: set[str] = set()
         for name in names:
@@ -87,21 +89,15 @@ class CheckpointLoader:
 
     def _examined(self, path: Path, allowed: Allowed, progress: Progress | None) -> tuple[Manifest | None, str, str]:
         """(manifest, what is broken, why it is not allowed); hashes are computed of an allowed one only."""
-        manifest, broken, verdict = None, "", ""
-        try:
-            manifest = read_manifest(path)
-            answer = allowed(manifest)
-            verdict = "" if answer is True else answer or "not to be used"
-        except CheckpointInvalid as error:
-            broken = str(error)
+        manifest, broken = self.slow_work(lambda: _read(path))
+        answer = allowed(manifest) if manifest is not None else True
+        verdict = "" if answer is True else answer or "not to be used"
         answers = self.gathered((broken, verdict))
         broken, verdict = next((why for why, _ in answers if why), ""), answers[0][1]
         if broken or verdict or manifest is None:
             return manifest, broken, verdict
-        try:
-            verify(path, [file.name for file in manifest.files][self.rank :: self.world], progress)
-        except CheckpointInvalid as error:
-            broken = str(error)
+        share = [file.name for file in manifest.files][self.rank :: self.world]
+        broken = self.slow_work(lambda: _verify(path, share, progress))
         return manifest, next(filter(None, self.gathered(broken)), ""), ""
 
     def load(self, path: Path, *, weights_only: bool = False) -> Loaded:
@@ -134,18 +130,27 @@ class CheckpointLoader:
             _, broken, _ = self._examined(path, lambda manifest: True, None)
             if broken:
                 raise CheckpointInvalid(broken)
-        problem, outcome = "", None
-        try:
-            manifest = read_manifest(path)
-            boxes = self._wanted(manifest, weights_only=weights_only)
-            outcome = manifest, read_parts(path, manifest, boxes), boxes
-        except (CheckpointInvalid, OSError, RuntimeError, MemoryError) as error:
-            reason = reason_of(error)
-            problem = reason if path.name in reason else f"{path.name}: {reason}"
+        outcome, problem = self.slow_work(lambda: self._attempt_read(path, weights_only=weights_only))
         problem = next(filter(None, self.gathered(problem)), "")
         if outcome is None or problem:
             raise CheckpointInvalid(problem)
         return outcome
+
+    def _attempt_read(
+        self, path: Path, *, weights_only: bool
+    ) -> tuple[tuple[Manifest, dict[str, Tensor], dict[str, Box]] | None, str]:
+        """(What this rank is to load, ""), or (None, why it cannot)."""
+        try:
+            manifest = read_manifest(path)
+            boxes = self._wanted(manifest, weights_only=weights_only)
+            return (manifest, read_parts(path, manifest, boxes), boxes), ""
+        except (CheckpointInvalid, OSError, RuntimeError, MemoryError) as error:
+            reason = reason_of(error)
+            return None, reason if path.name in reason else f"{path.name}: {reason}"
+
+    def slow_work(self, work: Callable[[], T]) -> T:
+        """`work()` of this rank, once all ranks have done theirs: none waits in a collective for a slow disk."""
+        return run_together(work, self.gathered, world=self.world)
 
     def _wanted(self, manifest: Manifest, *, weights_only: bool) -> dict[str, Box]:
         """Name -> this rank's part of each tensor to be loaded, once everything is known to fit."""
@@ -202,3 +207,20 @@ class CheckpointLoader:
         everyone: list[Any] = [None] * self.world
         dist.all_gather_object(everyone, value)
         return everyone
+
+
+def _read(path: Path) -> tuple[Manifest | None, str]:
+    """(The manifest, ""), or (None, what is broken)."""
+    try:
+        return read_manifest(path), ""
+    except CheckpointInvalid as error:
+        return None, str(error)
+
+
+def _verify(path: Path, files: Sequence[str], progress: Progress | None) -> str:
+    """What is broken in these files of a checkpoint; "" when they hold."""
+    try:
+        verify(path, files, progress)
+    except CheckpointInvalid as error:
+        return str(error)
+    return ""

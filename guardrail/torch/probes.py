@@ -27,7 +27,8 @@ from guardrail.records import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS, LOS
 HEAD = ("loss_sum", "tokens", "grad_sq", "embed_sq", "command_kind", "command_value", "stop", "incomplete")
 _HALVES = (torch.float16, torch.bfloat16)
 _MANY = 4096  # small tensors kept before they are added up, in a long window of micro-batches
-PER_RANK = ("nonfinite_loss", "nonfinite_grad", "nonfinite_local", "step_time")
+FLAGS = ("nonfinite_loss", "nonfinite_grad", "nonfinite_local")
+PER_RANK = (*FLAGS, "step_time", "failed_save")
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -78,6 +79,7 @@ class Reduced:
         step_times: seconds of this step that each rank has worked itself, without waiting for others (`Pace`).
         command_kind: 0, or 1 + index of the CommandKind; command_value its argument.
         stop, incomplete: ranks that were asked to stop; ranks that left micro-batches out because of it.
+        failed_saves: by rank, the number of its last save that failed, counting from 1; 0: none.
         further: signal -> value, of what is measured besides; a number that no rank gave is not there.
     """
 
@@ -96,6 +98,7 @@ class Reduced:
     command_value: float
     stop: int
     incomplete: int
+    failed_saves: tuple[int, ...] = ()
     further: Mapping[str, float] = field(default_factory=dict)
 
     def signals(self) -> dict[str, float]:
@@ -225,6 +228,7 @@ class Probes:
         command: tuple[int, float] = (0, 0.0),
         stop: bool = False,
         incomplete: bool = False,
+        failed_save: int = 0,
         named: Mapping[str, Tensor | float] | None = None,
         update_square: Tensor | None = None,
     ) -> Tensor:
@@ -234,6 +238,7 @@ class Probes:
         Args:
             loss_sum: sum of this rank's token losses over the window, 0-d.
             tokens: label tokens behind it.
+            failed_save: number of this rank's last save that failed, counting from 1; 0: none.
             named: further numbers of this rank, 0-d; the mean over the counting ranks that give one is the signal.
             update_square: of `UpdateNorm`; None: no update is known.
 
@@ -268,6 +273,7 @@ class Probes:
         host[HEAD.index("command_kind")], host[HEAD.index("command_value")] = float(command[0]), command[1]
         host[HEAD.index("stop")], host[HEAD.index("incomplete")] = float(stop), float(incomplete)
         host[self._own_slots + PER_RANK.index("step_time")] = step_time
+        host[self._own_slots + PER_RANK.index("failed_save")] = float(failed_save)
         tensors = self._enter(host, named or {}, update_square)
         vector = torch.tensor(host, dtype=self.dtype).to(device, non_blocking=True)
         for slot, value in tensors.items():
@@ -318,7 +324,7 @@ class Probes:
         values = torch.cat([torch.stack(usual), norms[2:], further])
         known = torch.ones_like(values, dtype=torch.bool)
         known[len(values) - len(given) :] = given > 0
-        flags = vector[self._rank_slots : self._length].view(-1, len(PER_RANK))[:, : len(PER_RANK) - 1]
+        flags = vector[self._rank_slots : self._length].view(-1, len(PER_RANK))[:, : len(FLAGS)]
         sound = (tokens > 0) & (head["incomplete"] == 0) & (flags == 0).all()
         return values, known, sound, scale
 
@@ -386,6 +392,7 @@ class Probes:
             command_value=sums["command_value"],
             stop=int(sums["stop"]),
             incomplete=int(sums["incomplete"]),
+            failed_saves=tuple(int(block[PER_RANK.index("failed_save")]) for block in blocks),
             further=self._further(values, scale),
         )
 

@@ -22,6 +22,7 @@ class Quarantine:
 
     def __init__(self, guard: Guard, describe: Describe | None) -> None:
         self._guard = guard
+        self._describes = describe is not None
         self.describe = describe if guard.rank == 0 else None
 
     def leave_out(self, span: Span, remedies: Sequence[Remedy] = (), **more: Any) -> None:
@@ -38,9 +39,10 @@ class Quarantine:
         guard = self._guard
         ids = guard.ledger.samples_of(span)
         data: dict[str, Any] = {"span": span, "count": len(ids), "incident": guard.incident}
-        if self.describe is not None and ids:
-            documents, total = self.describe(ids)
-            data |= {"documents": documents[:MAX_NAMED], "documents_total": total}
+        if self._describes and ids:  # on every rank alike: the others wait while rank 0 looks its documents up
+            documents, total = guard.slow_work(lambda: self.describe(ids) if self.describe is not None else ([], 0))
+            if self.describe is not None:
+                data |= {"documents": documents[:MAX_NAMED], "documents_total": total}
         return data
 
 

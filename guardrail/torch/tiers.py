@@ -6,7 +6,8 @@ newest valid checkpoint of the present timeline.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from guardrail.torch.checkpoints import FOREIGN, INVALID, CheckpointEvent, Check
 from guardrail.torch.loading import Allowed, Selection
 from guardrail.torch.snapshots import CANDIDATE, GOOD, SUSPECT, Snapshot, SnapshotRing
 from guardrail.torch.state import TrainingState
+from guardrail.torch.waiting import MEETING_SECONDS, run_together
 
 Facts = Callable[[bool], dict[str, Any]]
 Settled = Callable[[int], bool]
@@ -78,7 +80,8 @@ class Tiers:
         store: the disk tier; None: there is none.
         recorder: told when durability degrades.
         say: journals an event of this run, (kind, message, **data).
-        shared: rank 0's value on every rank; a collective.
+        gathered: every rank's value, by rank; a collective.
+        alive: this rank gets ahead.
     """
 
     def __init__(
@@ -89,13 +92,14 @@ class Tiers:
         store: CheckpointStore | None,
         recorder: Recorder,
         say: Callable[..., None],
-        shared: Callable[[Any], Any],
+        gathered: Callable[[Any], Sequence[Any]],
+        alive: Callable[[], None],
     ) -> None:
         self.settings = settings
         self.ring = SnapshotRing(state, settings.snapshots.keep)
         self.store = store
         self.infos: tuple[SnapshotInfo, ...] = ()  # of both tiers, for the status
-        self._recorder, self._say, self._shared = recorder, say, shared
+        self._recorder, self._say, self._gathered, self._alive = recorder, say, gathered, alive
         self._past = Past()
         self._born_good: tuple[int, int] | None = None  # (timeline, step) of a state with nothing bad before it
         self._since: int | None = None  # first step of an incident that is not over
@@ -168,10 +172,10 @@ class Tiers:
     def _saves(self, step: int) -> bool:
         return self.store is not None and step % self.settings.checkpoint.every == 0
 
-    def save_now(self, facts: Facts) -> None:
+    def save_now(self, facts: Facts, *, suspect: bool = False) -> None:
         """A checkpoint of the present state, by command or as another try of one that failed."""
         if self.store is not None:
-            self._save(self._take(facts, checkpoint=True))
+            self._save(self._take(facts, checkpoint=True), suspect=suspect)
             self._tell()
 
     @property
@@ -183,9 +187,19 @@ class Tiers:
         extra = facts(checkpoint)
         return self.ring.take(extra["step"], extra["cursor"], extra["timeline"], extra)
 
-    def _save(self, snapshot: Snapshot) -> None:
+    @property
+    def failed_save(self) -> int:
+        """The number of this rank's last save that failed, for the reduction of the next step; 0: none."""
+        return self.store.failure[0] if self.store is not None else 0
+
+    def note_failures(self, serials: Sequence[int]) -> None:
+        """`failed_save` of every rank, by rank: rank 0 does not wait for shares that will not come."""
         if self.store is not None:
-            self.store.save(snapshot, identity=snapshot.extra.get("identity"))
+            self.store.note_failures(serials)
+
+    def _save(self, snapshot: Snapshot, *, suspect: bool = False) -> None:
+        if self.store is not None:
+            self.store.save(snapshot, identity=snapshot.extra.get("identity"), suspect=suspect)
 
     def _tell(self) -> None:
         disk = self.store.infos() if self.store is not None else []
@@ -241,7 +255,7 @@ class Tiers:
         if selection.path is None or selection.manifest is None:
             return None
         step, at = selection.manifest.step, selection.manifest.cursor
-        state = str(self._shared(self._state_of(selection.manifest)))  # rank 0 knows it
+        state = str(self._gathered(self._state_of(selection.manifest))[0])  # rank 0 knows it
         return Target(step=step, cursor=at, tier="disk", state=state, name=selection.path.name)
 
     def _newest_valid(self, allowed: Allowed) -> Selection:
@@ -262,7 +276,9 @@ class Tiers:
     def _refuse_foreign(self) -> None:
         """On rank 0: checkpoints of another run are named, and from then on they do not exist. They are not deleted."""
         assert self.store is not None
-        for name, why in self.store.disown(self._why_foreign).items():
+        store = self.store
+        foreign = run_together(lambda: store.disown(self._why_foreign), self._gathered, world=store.world)
+        for name, why in foreign.items():
             self._say("checkpoint", f"checkpoint {name} is not used: {why}", path=name, state=FOREIGN, reason=why)
 
     def _state_of(self, manifest: Manifest) -> str:
@@ -316,19 +332,46 @@ class Tiers:
         name = selection.path.name
         return Restored(name=name, extra=loaded.extra, good=name in past.good, check=loaded.checks)
 
-    def finish(self, facts: Facts) -> bool:
-        """Leave a checkpoint of the last state, however the run ends. False when the disk refused three times."""
+    def finish(self, facts: Facts, *, onset: int | None = None) -> str:
+        """Leave a checkpoint of the last state, however the run ends. A collective, in which no rank waits for another.
+
+        Args:
+            onset: first step of an incident that nothing was done about: what holds it is suspect from its commit on.
+
+        Returns:
+            Why there is no checkpoint of the last state; "" when there is one.
+        """
         if self.store is None:
-            return True
+            return ""
+        if onset is not None:
+            self.suspect_from(onset)
+        suspect = onset is not None and onset <= facts(False)["step"]
+        why = self._written()
         for _ in range(FINAL_TRIES):
-            self.store.wait(self.settings.launch.save_seconds)
-            self.poll()
-            if self._shared(self._on_disk_now(facts)):
-                return True
-            self.save_now(facts)
-        self.store.wait(self.settings.launch.save_seconds)
+            if self._gathered(self._on_disk_now(facts))[0]:
+                return ""
+            if self._gathered(self.store.busy)[0]:  # it would wait for the one that takes too long
+                return why
+            self.save_now(facts, suspect=suspect)
+            why = self._written()
+        return "" if self._gathered(self._on_disk_now(facts))[0] else why
+
+    def _written(self) -> str:
+        """Until no rank has anything left to write, or launch.save_seconds have passed; why the last save failed."""
+        assert self.store is not None
+        limit = self.settings.launch.save_seconds
+        deadline = time.monotonic() + limit
+        while True:
+            reports = self._gathered((self.store.busy, *self.store.failure, time.monotonic() > deadline))
+            self.note_failures([serial for _, serial, _, _ in reports])
+            if reports[0][3] or not any(busy for busy, *_ in reports):
+                break
+            self._alive()
+            time.sleep(MEETING_SECONDS)
         self.poll()
-        return bool(self._shared(self._on_disk_now(facts)))
+        if any(busy for busy, *_ in reports):
+            return f"it was not written within launch.save_seconds = {limit:g}"
+        return _first_reason([(serial, why) for _, serial, why, _ in reports])
 
     def _on_disk_now(self, facts: Facts) -> bool:
         """On rank 0: whether the present state is a committed checkpoint."""
@@ -349,16 +392,18 @@ class Tiers:
             return
         events = self.store.poll()
         for event in events:
+            suspect = "it holds steps of an incident that was not resolved" if event.state == SUSPECT else ""
+            reason = event.reason or suspect
             self._say(
                 "checkpoint",
                 f"checkpoint {event.name or f'of step {event.step}'}: {event.state}"
-                + (f" ({event.reason})" if event.reason else ""),
+                + (f" ({reason})" if reason else ""),
                 path=event.name,
                 state=event.state,
                 cp_step=event.step,
                 bytes=event.bytes,
                 seconds=round(event.seconds, 3),
-                reason=event.reason,
+                reason=reason,
             )
             if event.state == CANDIDATE:
                 self._committed(event)
@@ -395,3 +440,13 @@ class Tiers:
             state=SUSPECT,
             cp_step=info.step,
         )
+
+
+def _first_reason(failures: Sequence[tuple[int, str]]) -> str:
+    """Why the last save failed, of what each rank says of its last one, by rank: (number of the save, reason)."""
+    newest = max(serial for serial, _ in failures)
+    reasons = {rank: why for rank, (serial, why) in enumerate(failures) if serial == newest and why}
+    own = reasons.pop(0, "")
+    if own and not own.startswith("rank "):
+        return own  # the others may have failed because rank 0 had removed the folder
+    return next((f"rank {rank}: {why}" for rank, why in sorted(reasons.items())), own) or "the reason is not known"

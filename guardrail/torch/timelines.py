@@ -40,7 +40,7 @@ class Timelines:
         identity: dict[str, Any],
     ) -> None:
         self._guard = guard
-        self._fixed_loss, self._lr_at, self._identity = fixed_loss, lr_at, identity
+        self._fixed_loss, self._lr_at, self.identity = fixed_loss, lr_at, identity
 
     def open(self) -> None:
         """Begin, or go on where the newest valid checkpoint and the journal say."""
@@ -65,7 +65,7 @@ class Timelines:
             device=guard.probes.device.type,
             versions=VERSIONS,
             run_id=guard.shared(secrets.token_hex(8)),
-            **self._identity,
+            **self.identity,
         )
         guard.tiers.begin(self.facts, past=guard.past)
 
@@ -107,7 +107,7 @@ class Timelines:
         ahead = self._order_ahead()
         check["data"] = "ok" if extra.get("order_ahead") == ahead else "the sample order is another one"
         same = extra.get("world") == guard.world  # ranks and configuration: then the arithmetic is the same to the bit
-        for key, value in self._identity.items():
+        for key, value in self.identity.items():
             saved = extra.get("identity", {}).get(key, value)
             if saved != value and key == "data":
                 raise UsageError(
@@ -274,7 +274,7 @@ class Timelines:
         if checkpoint:
             # What the journal on disk does not have yet, nothing can be held against.
             journal = {} if guard.recorder.behind else {"journal_seq": guard.past.seq}
-            identity = {**self._identity, "run_id": guard.past.run_id, **journal}
+            identity = {**self.identity, "run_id": guard.past.run_id, **journal}
             facts |= {"world": guard.world, "order_ahead": self._order_ahead(), "identity": identity}
             if self._fixed_loss is not None:
                 facts["fixed_loss"] = self._fixed_loss()

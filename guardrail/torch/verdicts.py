@@ -198,8 +198,8 @@ class Verdicts:
         if named is None:
             guard.quarantine.leave_out(span, verdict.remedies)
         else:
-            documents = guard.quarantine.describe
-            samples = told(named, ledger=guard.ledger, texts=self._texts, documents=documents)
+            documents, texts = guard.quarantine.describe, self._texts
+            samples = guard.slow_work(lambda: told(named, ledger=guard.ledger, texts=texts, documents=documents))
             guard.quarantine.leave_out(span, verdict.remedies, samples=samples)
         if not span.positions:
             guard.ledger.passed(batch, applied=False)
@@ -237,11 +237,7 @@ class Verdicts:
             self._halt(verdict)
 
     def _halt(self, verdict: Verdict) -> None:
-        guard = self._guard
-        guard.end(Phase.HALTED, verdict.reason)
-        if verdict.onset is not None:
-            # A resume must not begin with what made the guard give up.
-            guard.tiers.suspect_from(verdict.onset)
+        self._guard.end(Phase.HALTED, verdict.reason, onset=verdict.onset)
 
     def _ask(
         self,

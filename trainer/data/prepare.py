@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from guardrail.errors import DataError
@@ -71,19 +71,26 @@ def prepare(data: DataSection, *, progress: Progress, stop: Stop, shard_bytes: i
     return folder
 
 
-def wait_prepared(data: DataSection, *, stop: Stop, seconds: float) -> Path:
+def wait_prepared(
+    data: DataSection, *, stop: Stop, seconds: float, builder: Callable[[], object] = lambda: None
+) -> Path:
     """The folder of the corpus that another process builds with `prepare`; for the ranks that do not build.
+
+    Args:
+        builder: how far the other process is; as long as this changes, the wait begins anew.
 
     Raises DataError after `seconds`, Interrupted when `stop` says so.
     """
     pulse = Pulse(lambda text, share: None, stop, "waiting for the corpus")
     folder = cache_folder(data) / _name(data, discover(data.sources, pulse))
-    deadline = time.monotonic() + seconds
+    reached, since = builder(), time.monotonic()
     while True:
         index, damage = inspect(folder)
         if index is not None:
             return folder
-        if time.monotonic() >= deadline:
+        if (now := builder()) != reached:
+            reached, since = now, time.monotonic()
+        if time.monotonic() - since >= seconds:
             raise DataError(
                 f"no corpus after {seconds:.0f} s of waiting for the process that builds it: {folder}: {damage}"
             )

@@ -25,6 +25,11 @@ def misbehave(kind: str, run: RunDirectory) -> None:
     if kind == "exit":
         print("this is the line that explains it", flush=True)
         os._exit(1)
+    if kind == "full":
+        with contextlib.suppress(OSError), (run.path.parent / "ballast").open("wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+        os._exit(4)
     if kind == "hang":
         here_it_hangs()
     if kind == "freeze":
