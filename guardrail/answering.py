@@ -13,6 +13,7 @@ from guardrail.ladder import ENDS, next_rung, times_taken, widening
 from guardrail.policy import Rollback, decide, is_trouble, patience, recent_rollbacks, untouched
 from guardrail.records import Action, Cause, Diagnosis, Finding, Kind, Observation, Remedy, Severity
 from guardrail.remedies import EMBED_ALPHA, embedding_leads, of_embedding, of_rung, sentence
+from guardrail.text import plural
 from guardrail.window import Applied, window
 
 
@@ -28,6 +29,7 @@ class Case:
         diagnosis: what a replay has told about the incident.
         history: the last applied batches, oldest first.
         overflows: of the loss scale in a row, up to this step.
+        advise: nothing of it is done: the reason says what would be.
     """
 
     obs: Observation
@@ -39,6 +41,7 @@ class Case:
     history: Sequence[Applied]
     overflows: int
     settings: GuardSection
+    advise: bool = False
 
     @property
     def cause(self) -> Cause | None:
@@ -155,15 +158,16 @@ def _few(case: Case, rung: RungSection | None, window: tuple[int, int]) -> tuple
 
 def _reason(case: Case, action: Action, *, window: tuple[int, int], few: int, before: int | None, rung: str) -> str:
     settings, findings, streak, row = case.settings, case.findings, case.streak, case.row
-    what = findings[0].sentence()
+    what, would = findings[0].sentence(), "would " if case.advise else ""
     if action is Action.SKIP and untouched(case.diagnosis):
-        return f"{what}, the data is to blame: leave this update out, {streak + 1} in a row of at most {settings.skips}"
+        count = f"{streak + 1} in a row of at most {settings.skips}"
+        return f"{what}, the data is to blame: {would}leave this update out, {count}"
     if action is Action.SKIP:
         count = f", rejection {streak + 1} in a row of {patience(settings)} that call for a rollback"
-        return f"{what}: leave this update out{count if is_trouble(findings) else ''}"
+        return f"{what}: {would}leave this update out{count if is_trouble(findings) else ''}"
     if action is Action.HALT and case.too_long:
         end = "ask" if rung == "pause" else "halt"
-        return f"{what}, the data is to blame: {end}, since {streak} in a row are as many as guard.skips allows"
+        return f"{what}, the data is to blame: {would}{end}, since {streak} in a row are as many as guard.skips allows"
     why = f"{streak + 1} batches in a row rejected" if streak + 1 >= patience(settings) else "it has stayed up"
     if findings[0].kind is Kind.SCALE_COLLAPSE:
         why = f"of which {findings[0].threshold - 1:.0f} may be the search for a scale"
@@ -171,15 +175,18 @@ def _reason(case: Case, action: Action, *, window: tuple[int, int], few: int, be
         why = "whatever the batch"
     elif case.diagnosis is not None and case.diagnosis.applied and streak + 1 < patience(settings):
         why = "and an update of such data is in the weights"
-    tried = f"{len(row)} rollbacks without {settings.healthy_after} healthy steps between them"
+    one = len(row) == 1
+    tried = f"{plural(len(row), 'rollback')} without {settings.healthy_after} healthy steps "
+    tried += "after it" if one else "between them"
     if action is Action.HALT and len(row) >= settings.rollbacks:
-        return f"{what}, {why}: halt, since {tried} are as many as guard.rollbacks allows"
+        return f"{what}, {why}: {would}halt, since {tried} {'is' if one else 'are'} as many as guard.rollbacks allows"
     if action is Action.HALT:
         end = "ask" if rung == "pause" else "halt"
-        return f"{what}, {why}: {end}, since {tried} have used up the rungs of guard.ladder that fit"
+        spent = f"{tried} {'has' if one else 'have'} used up the rungs of guard.ladder that fit"
+        return f"{what}, {why}: {would}{end}, since {spent}"
     out = "leave nothing out" if window[0] == window[1] else f"leave out positions {window[0]} to {window[1] - 1}"
     if few:
         samples = "the one sample" if few == 1 else f"the {few} samples"
         out = f"leave out {samples} to blame of positions {window[0]} to {window[1] - 1}"
     again = f", rung {rung} after {tried}" if row else ""
-    return f"{what}, {why}{again}: go back before step {before}, {out}"
+    return f"{what}, {why}{again}: {would}go back before step {before}, {out}"

@@ -18,7 +18,7 @@ from guardrail.config import LaunchSection
 from guardrail.errors import ExitCode
 from guardrail.records import Event, Mode, Phase, Status
 from guardrail.rundir import RunDirectory
-from guardrail.text import clean
+from guardrail.text import clean, plural
 
 TAIL_LINES = 12
 
@@ -59,7 +59,7 @@ class Chronicle:
         if self._leads and time.monotonic() - self._written >= 1.0:
             again = f", restart {restarts} of {self._launch.max_restarts}" if restarts else ""
             nodes = f" on each of {self._launch.nodes} nodes" if self._launch.nodes > 1 else ""
-            progress = f"starting {self._launch.processes} processes{nodes}{again}"
+            progress = f"starting {plural(self._launch.processes, 'process')}{nodes}{again}"
             self._replace(phase=Phase.STARTING, progress=progress, restarts=restarts, question="", deadline=0.0, pid=0)
 
     def ended(self, phase: Phase, exit_code: ExitCode, reason: str, last_lines: list[str]) -> None:

@@ -230,6 +230,7 @@ class Controller(Facts):
             history=self._history,
             overflows=self._overflows,
             settings=self.settings,
+            advise=self.mode is Mode.ADVISE,
         )
         action, row = case.action(), case.row
         self._asks_again = untouched(case.diagnosis) and (

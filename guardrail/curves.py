@@ -152,7 +152,8 @@ def scale_of(applied: np.ndarray, finite: np.ndarray) -> Axis:
     if low > 0 and high > LOGARITHMIC * float(np.median(seen)):
         return Axis(math.log10(low) - 0.05, math.log10(high) + 0.05, 1.0, 0.0, log=True)
     room = 0.05 * (high - low) or max(1e-9, abs(high)) * 0.05
-    return Axis(low - room, high + room, 1.0, 0.0)
+    least = 0.0 if low >= 0 else -math.inf  # a loss or a norm that is never negative has no axis below 0
+    return Axis(max(least, low - room), high + room, 1.0, 0.0)
 
 
 def _frame(across: Axis, up: Axis) -> Iterator[str]:

@@ -22,7 +22,7 @@ from guardrail import config, launching, preflight, processes, stacks
 from guardrail.config import Settings
 from guardrail.errors import ConfigError, ExitCode
 from guardrail.records import Record
-from guardrail.text import clean
+from guardrail.text import clean, plural
 
 Level = Literal["ok", "note", "problem"]
 
@@ -261,7 +261,9 @@ def _configuration(settings: Settings, path: str, overrides: tuple[str, ...], to
     found += [Check(name=PRACTICE, level="note", text=remark) for remark in settings.practice()]
     yield from found
     if not any(check.level == "problem" for check in found):
-        yield Check(name=CONFIGURATION, level="ok", text=f"{path} can run here, {settings.launch.processes} processes")
+        yield Check(
+            name=CONFIGURATION, level="ok", text=f"{path} can run here, {plural(settings.launch.processes, 'process')}"
+        )
 
 
 def _dry_run(settings: Settings, path: str, overrides: tuple[str, ...], torch: dict[str, Any]) -> Iterator[Check]:
@@ -277,7 +279,9 @@ def _dry_run(settings: Settings, path: str, overrides: tuple[str, ...], torch: d
         yield Check(name=ELSEWHERE, level="note", text=f"not looked at: {text}")
     ranks = settings.launch.processes * settings.launch.nodes
     yield Check(
-        name=CONFIGURATION, level="ok", text=f"{path} is right in itself, for {ranks} ranks; nothing was started"
+        name=CONFIGURATION,
+        level="ok",
+        text=f"{path} is right in itself, for {plural(ranks, 'rank')}; nothing was started",
     )
 
 

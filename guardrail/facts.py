@@ -24,6 +24,7 @@ from guardrail.records import (
     Verdict,
     field_of,
 )
+from guardrail.text import plural
 
 # An update with these has no meaning, whoever wishes for it.
 UNPARDONABLE = frozenset({Kind.NONFINITE, Kind.NO_TOKENS, Kind.SCALE_COLLAPSE})
@@ -155,14 +156,14 @@ class Facts:
         message = f"incident {number}: {state}"
         if state not in CLOSED:
             data["curve"] = self.incidents.curve
-            return (f"{message}, {lost} steps are made again so far" if state == RECURRED else message), data
+            return (f"{message}, {plural(lost, 'step')} repeated so far" if state == RECURRED else message), data
         if outcome is not None:
             data |= {name: getattr(outcome, name) for name in ("expected", "got", "noise", "offset")}
             message += (
                 f": loss {outcome.got:.4g} against {outcome.expected:.4g} that its curve before step "
                 f"{onset} leads to, noise {outcome.noise:.2g}"
             )
-        return message + (f"; {lost} steps were made again" if lost else ""), data
+        return message + (f"; {plural(lost, 'step')} repeated" if lost else ""), data
 
 
 class _Known:

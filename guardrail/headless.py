@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from guardrail.advised import Advised
 from guardrail.errors import ExitCode
 from guardrail.follow import Follower
 from guardrail.launching import exit_code_of, way_back
@@ -43,12 +44,14 @@ class Lines:
         self._run, self._every = run, every
         self._follower = Follower(run)
         self._setup = ("", 0.0)
+        self._advised = Advised()
 
     def new(self) -> list[str]:
         """Lines since the last call: events and steps in the order of their time."""
         status = self._run.read_status()
         update = self._follower.poll()
-        told = [(event.time, line) for event in update.events if (line := event_line(event))]
+        events = [event for event in update.events if not self._advised.is_repeated(event)]
+        told = [(event.time, line) for event in events if (line := event_line(event))]
         told += self._steps(*update.rows, status)
         if told:
             return [line for _, line in sorted(told, key=lambda pair: pair[0])]

@@ -21,7 +21,7 @@ from guardrail.liveness import is_alive
 from guardrail.records import Phase, Status
 from guardrail.rundir import RunDirectory, find_run
 from guardrail.runlock import holder_of
-from guardrail.text import clean
+from guardrail.text import clean, plural
 
 START_SECONDS = 30.0  # for the supervisor's first word; it needs 0.2 on an idle machine
 
@@ -163,7 +163,9 @@ def end_orphans(run: RunDirectory, seconds: float) -> None:
     orphans = processes.orphans_of(run.path)
     if not orphans:
         return
-    print(f"{len(orphans)} processes of {run.name} outlived their supervisor; they save and stop", file=sys.stderr)
+    several = "outlived their supervisor; they save and stop"
+    words = "outlived its supervisor; it saves and stops" if len(orphans) == 1 else several
+    print(f"{plural(len(orphans), 'process')} of {run.name} {words}", file=sys.stderr)
     pids = {process.pid for process in orphans}
     ranks = [report for report in run.read_ranks() if report.pid in pids]
     by_pid = {process.pid: process for process in orphans}

@@ -33,7 +33,7 @@ from guardrail.records import (
 )
 from guardrail.remedies import sentence
 from guardrail.scene import Scene
-from guardrail.text import clean
+from guardrail.text import clean, plural
 from guardrail.undoing import Undoing, find
 
 if TYPE_CHECKING:
@@ -92,8 +92,8 @@ class Preview(Record, frozen=True, kw_only=True):
         if self.returned:
             parts.append(f"{self.returned:,} sample{'' if self.returned == 1 else 's'} taken back")
         if self.lr == self.lr:
-            same = self.lr == self.lr_before
-            parts.append(f"learning rate {self.lr:.3g}" + ("" if same else f" instead of {self.lr_before:.3g}"))
+            rate, before = f"{self.lr:.3g}", f"{self.lr_before:.3g}"
+            parts.append(f"learning rate {rate}" + (f" instead of {before}" if rate != before else ""))
         if self.alpha == self.alpha and self.alpha != self.alpha_before:
             parts.append(f"embedding gradients x{self.alpha:g} instead of x{self.alpha_before:g}")
         if self.remark:
@@ -370,7 +370,12 @@ def _back_to(
 
 def _skip(scene: Scene, batches: int) -> Preview:
     if scene.ledger is None or not scene.rows:
-        return _plain(scene, CommandKind.SKIP, batches, remark=f"the next {batches:,} batches are left out")
+        return _plain(
+            scene,
+            CommandKind.SKIP,
+            batches,
+            remark=f"the next {plural(batches, 'batch')} {'is' if batches == 1 else 'are'} left out",
+        )
     last = scene.rows[-1]
     ledger = scene.ledger
     size = sum(

@@ -127,7 +127,7 @@ class Finding(Record, frozen=True, kw_only=True):
     ranks: tuple[int, ...] = ()
 
     def sentence(self) -> str:
-        """One line for a person: "loss 11.50 against 2.31, score 41.2 over 8.0"."""
+        """One line for a person: "loss 11.50 against 2.31, score 41.2 (limit 8)"."""
         named = ", ".join(map(str, self.ranks))
         where = f" on rank{'s' if len(self.ranks) > 1 else ''} {named}" if self.ranks else ""
         if self.kind is Kind.NO_TOKENS:
@@ -146,8 +146,14 @@ class Finding(Record, frozen=True, kw_only=True):
             return f"{self.signal} {self.value:.6g}{usual}{row}{where}"
         return (
             f"{self.signal} {self.value:.4g} against {self.baseline:.4g}{where}, "
-            f"score {self.score:.3g} over {self.threshold:.3g}"
+            f"{score_words(self.score, self.threshold)}"
         )
+
+
+def score_words(score: float, limit: float) -> str:
+    """ "score 41.2 (limit 8)"; a score just above its limit gets as many digits as show it, at most six."""
+    digits = next((n for n in range(3, 6) if score <= limit or f"{score:.{n}g}" != f"{limit:.{n}g}"), 6)
+    return f"score {score:.{digits}g} (limit {limit:.3g})"
 
 
 class Diagnosis(Record, frozen=True, kw_only=True):

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from guardrail.config import GuardSection, RungSection
 from guardrail.records import EMBED_GRAD_NORM, EMBED_SHARE, Action, Finding, Kind, Remedy, Severity, Verdict
+from guardrail.text import plural
 
 LR, EMBED_ALPHA, CLIP, MOMENTS = "lr", "embed_alpha", "clip", "moments"
 KIND_OF = {"lower_lr": LR, "shrink_embedding": EMBED_ALPHA, "tighten_clip": CLIP, "reset_moments": MOMENTS}
@@ -89,4 +90,4 @@ def sentence(remedy: Remedy) -> str:
         return f"the optimizer's moments at zero before step {remedy.from_step}"
     back = f", back over {remedy.back}" if remedy.back else ""
     what = WORDS.get(remedy.kind, remedy.kind)
-    return f"{what} x {remedy.value:g} from step {remedy.from_step} for {remedy.hold} steps{back}"
+    return f"{what} x {remedy.value:g} from step {remedy.from_step} for {plural(remedy.hold, 'step')}{back}"

@@ -45,6 +45,12 @@ def clean(text: str | bytes, limit: int | None = None) -> str:
     return text
 
 
+def plural(number: int, noun: str) -> str:
+    """1 batch, 2 batches."""
+    ending = "es" if noun.endswith(("ch", "s")) else "s"
+    return f"{number:,} {noun}{'' if number == 1 else ending}"
+
+
 def visible(text: str, limit: int) -> str:
     """Text in which each character that does not print stands as its escape: a token may be one line end.
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
+from guardrail.advised import advised_words
 from guardrail.config import GuardSection
 from guardrail.controller import Controller
 from guardrail.errors import DataError, GuardrailError, RunDirectoryError
@@ -215,7 +216,7 @@ class _Events:
         if verdict.findings:
             noted = verdict.action is Action.APPLY and verdict.would in (None, Action.APPLY)
             would = verdict.would or verdict.action
-            what = "step" if noted else f"would {would.value} at step"
+            what = "step" if noted else f"{advised_words(would.value)} at step"
             reason = verdict.reason or "; ".join(finding.sentence() for finding in verdict.findings)
             yield self._event(
                 verdict,

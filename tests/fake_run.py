@@ -444,7 +444,7 @@ def main() -> None:
     fake.total = max(options.total, options.steps)
     if options.ask:
         fake.mode = Mode.ASK
-        fake.ask("loss 2.31 → 6.84, score 27 over 8: roll back to 1,270 and leave out 18 batches?")
+        fake.ask("loss 2.31 → 6.84, score 27 (limit 8): roll back to 1,270 and leave out 18 batches?")
     run = fake.write(options.root)
     print(run.path, flush=True)
     if options.live:

@@ -680,7 +680,7 @@ def test_sentences_say_what_happened() -> None:
         threshold=8.0,
         onset=7,
     )
-    assert spike.sentence() == "loss 11.5 against 2.31, score 41.2 over 8"
+    assert spike.sentence() == "loss 11.5 against 2.31, score 41.2 (limit 8)"
     assert msgspec.structs.replace(spike, kind=Kind.NONFINITE, value=math.nan, ranks=(2,)).sentence() == (
         "loss is nan on rank 2"
     )

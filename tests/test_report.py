@@ -129,7 +129,7 @@ def test_the_text_tells_it_to_a_person(run: RunDirectory) -> None:
         f"{run.name}  finished (exit 0)  step 6 of 6",
         "12 samples left out",
         "#1  step 5  recovered",
-        "loss spike: loss 12.5 against 2.31, score 42.2 over 8",
+        "loss spike: loss 12.5 against 2.31, score 42.2 (limit 8)",
         "back to step 2 from memory, 2 steps lost, leaving out positions 36 to 47",
         "left out: 12 samples of 5 documents (positions 40 to 43, 44 to 47, 36 to 47)",
         '/data/0037.txt:12  bytes 10-90\n        "Ã‚Â Ã‚Â"',

@@ -437,7 +437,7 @@ async def test_v_shows_the_evidence_while_the_question_stands() -> None:
         reader.put(replace(reader.snapshot, status=patient))
         await pilot.pause(0.3)
         shown = "\n".join(text_of(lines) for lines in pilot.app.screen.query(Lines))
-        for words in ("→ 11.5, score 37 over 8", "embedding gradient norm", 'token 195 "Ã"', "data: the batch is in",
+        for words in ("→ 11.5, score 37 (limit 8)", "embedding gradient norm", 'token 195 "Ã"', "data: the batch is in",
                       "repeats 0.98", "0037.txt", "1–26 of 27", "1 min 30 s left"):  # fmt: skip
             assert words in shown
         await pilot.press("end")
@@ -577,5 +577,5 @@ async def test_an_answer_leaves_the_line_after_a_while() -> None:
 
 def test_a_view_knows_its_silence() -> None:
     snapshot = snapshot_of(example())
-    assert View(snapshot, snapshot.heard + 11).health.word.startswith("NO HEARTBEAT")
+    assert View(snapshot, snapshot.heard + 11).health.word.startswith("NOT RESPONDING")
     assert View(snapshot, snapshot.heard - 50).silence == 0.0, "a clock that was set back is no silence"

@@ -78,12 +78,12 @@ def view(**changes: object) -> View:
         ({}, {}, "● HEALTHY"),
         ({"phase": Phase.EVAL}, {}, "● HEALTHY"),
         ({"phase": Phase.SAVE}, {}, "● HEALTHY"),
-        ({"durability": "degraded: no space left"}, {}, "▲ DEGRADED"),
+        ({"durability": "degraded: no space left"}, {}, "▲ DISK FAILING"),
         ({"durability": "degraded: no space left"}, {"recovering": True}, "▲ RECOVERING"),
         ({}, {"recovering": True}, "▲ RECOVERING"),
-        ({"phase": Phase.ROLLBACK}, {}, "▲ RECOVERING"),
+        ({"phase": Phase.ROLLBACK}, {}, "▲ ROLLING BACK"),
         ({"phase": Phase.PAUSED}, {}, "‖ PAUSED"),
-        ({"phase": Phase.PAUSED, "question": "?"}, {"recovering": True}, "◆ ASKING"),
+        ({"phase": Phase.PAUSED, "question": "?"}, {"recovering": True}, "◆ NEEDS ANSWER"),
         ({"phase": Phase.STARTING}, {}, "○ STARTING"),
         ({"phase": Phase.SETUP}, {}, "○ STARTING"),
         ({"phase": Phase.HALTED}, {"silence": 99.0}, "✗ HALTED"),
@@ -91,7 +91,7 @@ def view(**changes: object) -> View:
         ({"phase": Phase.STOPPED}, {"silence": 99.0}, "■ STOPPED"),
         ({"phase": Phase.FINISHED}, {"silence": 99.0}, "✓ FINISHED"),
         ({}, {"silence": 9.9}, "● HEALTHY"),
-        ({"phase": Phase.PAUSED, "question": "?"}, {"silence": 10.1}, "? NO HEARTBEAT since "),
+        ({"phase": Phase.PAUSED, "question": "?"}, {"silence": 10.1}, "? NOT RESPONDING for 10 s"),
     ],
 )
 def test_every_state_has_a_glyph_and_a_word(changes: dict[str, object], options: dict[str, object], shown: str) -> None:
@@ -115,7 +115,7 @@ def test_header_tells_health_and_step_at_every_width(width: int, mode: Mode) -> 
     assert cell_len(shown) <= width and shown.startswith(" ● HEALTHY")
     assert ("step 1,284 / 6,000" in shown) == (width >= 40)
     assert ("ETA" in shown) == (width >= 80)
-    assert ("quickstart/2026-11-25-01" in shown) == (width >= 120)
+    assert ("quickstart/2026" in shown) == (width >= 120)
 
 
 def test_numbers_of_the_header_stand_in_fixed_columns() -> None:
@@ -135,8 +135,8 @@ def test_a_run_without_a_length_has_no_share() -> None:
 
 def test_facts_put_trouble_first() -> None:
     shown = text(panels.facts(view(durability="degraded: No space left on device", restarts=2, lr_factor=0.5), 120, 1))
-    assert shown.startswith(" ▲ durability degraded: No space left on device") and "2 restarts" in shown
-    assert "rate ×0.5" in shown and "durability ok" not in shown
+    assert shown.startswith(" ▲ disk failing: No space left on device") and "2 restarts" in shown
+    assert "rate ×0.5" in shown and "disk ok" not in shown
     setting_up = text(panels.facts(view(phase=Phase.SETUP, progress="tokenizing 43 %"), 120, 1))
     assert setting_up.startswith(" setting up: tokenizing 43 %")
     ended = text(panels.facts(view(phase=Phase.HALTED, exit_code=3), 120, 1))

@@ -350,7 +350,7 @@ def test_evidence_tells_cause_samples_remedy_and_outcome() -> None:
     shown = text(BY_NAME["incidents"].detail(seen, 100, 40, State(cursor=0)))  # type: ignore[misc]
     for said in ("data x state: 3 of 3 passes gave 11.5", "position 4,801: loss 11.5, 91 % of the trouble",
                  "odd: repeats 0.98", "“Ã‚Â Ã‚Â”", "2 of them (rejected)", "recovered after 12 steps",
-                 "expected 2.3", "score 18.4 over 8", "0037.txt"):  # fmt: skip
+                 "expected 2.3", "score 18.4 (limit 8)", "0037.txt"):  # fmt: skip
         assert said in shown, said
 
 

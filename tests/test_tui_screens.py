@@ -31,7 +31,9 @@ from tests.fake_run import START, FakeReader, FakeRun, example, snapshot_of
 PICTURES = Path(__file__).parent / "__snapshots__" / "test_tui_screens"
 SIZES = {"120x32": (120, 32), "80x24": (80, 24), "60x15": (60, 15), "200x60": (200, 60)}
 Scene = tuple[Snapshot, float]
-QUESTION = "loss 11.5 against 2.387, score 41.2 over 8. Roll back to step 1,200 and leave out 3 batches (48 samples)?"
+QUESTION = (
+    "loss 11.5 against 2.387, score 41.2 (limit 8). Roll back to step 1,200 and leave out 3 batches (48 samples)?"
+)
 
 
 @pytest.fixture(autouse=True)

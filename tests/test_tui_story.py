@@ -72,8 +72,8 @@ def test_verdicts_without_any_incident() -> None:
         event("verdict", action="apply", findings=[finding(severity="note")], at_step=500),
     )
     assert [(i.step, i.deed) for i in told.incidents] == [
-        (400, "would have: update left out"),
-        (11, "would have: roll back"),
+        (400, "would leave the update out"),
+        (11, "would roll back"),
     ]
     assert not told.marks["S"] and not told.recovering
 

@@ -60,7 +60,7 @@ def test_it_shows_the_incidents_that_backtest_tells(spiked: Path) -> None:
     cases = backtest.backtest(log, load_guard()).cases
     told = [(case.first.incident, min(case.first.onset_step, case.first.step)) for case in cases]
     assert [(one.number, one.step) for one in reversed(found.story.incidents)] == told and len(told) == 2
-    assert all(not one.open and one.deed.startswith("would have") for one in found.story.incidents)
+    assert all(not one.open and one.deed.startswith("would ") for one in found.story.incidents)
     assert found.story.marks["#"] == ((501, "1"), (801, "2")), "where each would have been acted on first"
     assert found.recorded == "a recorded log of 6,000 rows (csv): what the guard would have said"
     assert View(found, 0.0).health.word == "RECORDED"

@@ -24,6 +24,7 @@ from guardrail.preview import choices, not_acceptable
 from guardrail.records import Action, Command, CommandKind, Mode, Phase, Span, Verdict
 from guardrail.rundir import RunDirectory
 from guardrail.scene import Scene
+from guardrail.text import plural
 from guardrail.undoing import Undoing, find, lines_of
 
 if TYPE_CHECKING:
@@ -312,7 +313,7 @@ class Desk:
         # Not from the cursor on: behind a restart, what was rejected before lies between.
         first, last = (ahead[0].first, ahead[-1].last) if ahead else (0, 0)
         if self._answer(CommandKind.SKIP, batches, refusal=ledger.nothing_left(first, last)) and ahead:
-            reason = f"{batches} batches skipped by command"
+            reason = f"{plural(batches, 'batch')} skipped by command"
             guard.quarantine.leave_out(
                 Span(first=first, last=last, cause="user", step=guard.step + 1, reason=reason, batches=batches)
             )
@@ -371,7 +372,7 @@ def _worded(kind: CommandKind, value: float) -> str:
         case CommandKind.LR | CommandKind.EMBED_ALPHA:
             return f"{kind.value} x{value:g}"
         case CommandKind.SKIP:
-            return f"skip {value:g} batches"
+            return f"skip {plural(int(value), 'batch')}"
         case CommandKind.POLICY:
             return f"policy {MODES[int(value)].value}"
         case CommandKind.ROLLBACK:

@@ -116,7 +116,7 @@ class Timelines:
                 )
             if saved != value:
                 same = False
-                guard.say("note", f"{key} is not what it was when {extra['step']} steps were saved")
+                guard.say("note", f"{key} is not what it was when step {extra['step']} was saved")
         stored = extra.get("fixed_loss")
         if stored is not None and self._fixed_loss is not None:
             now = self._fixed_loss()

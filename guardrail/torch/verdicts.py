@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import torch
 
+from guardrail.advised import advised_words
 from guardrail.diagnoses import signals_of
 from guardrail.ledger import Batch
 from guardrail.records import LOSS, MAX_NAMED, Action, Diagnosis, Kind, Mode, Observation, Phase, Span, Verdict
@@ -304,7 +305,9 @@ class Verdicts:
         if modules := evidence.get("modules"):
             reason += "; first non-finite output: " + ", ".join(f"{m} on rank {r}" for r, m in modules.items())
         noted = verdict.action is Action.APPLY and verdict.would is None
-        kind, what = ("finding", "step") if noted else ("verdict", f"{verdict.action.value} at step")
+        advised = verdict.would is not None and verdict.action in (Action.APPLY, Action.OVERFLOW)
+        does = advised_words(verdict.would.value) if advised and verdict.would is not None else verdict.action.value
+        kind, what = ("finding", "step") if noted else ("verdict", f"{does} at step")
         guard.say(
             kind,
             f"{what} {step.number}: {reason}",

@@ -55,7 +55,8 @@ class Commanding(Base):
 
     def _may(self) -> bool:
         """Whether control keys do anything now; says why not."""
-        reason = controls.refusal(self.view.status, read_only=self.view.read_only)
+        view = self.view
+        reason = controls.refusal(view.status, read_only=view.read_only, lost=view.lost, name=view.snapshot.name)
         if reason:
             self.say(reason)
         return reason is None

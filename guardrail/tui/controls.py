@@ -116,12 +116,19 @@ class Desk:
         return f"✗ {sent.label}: refused at step {count(answer.step)}{why}", "bad"
 
 
-def refusal(status: Status | None, *, read_only: bool) -> str | None:
-    """Why no control key can do anything now, or None."""
+def refusal(status: Status | None, *, read_only: bool, lost: bool = False, name: str = "RUN") -> str | None:
+    """Why no control key can do anything now, or None.
+
+    Args:
+        lost: no process of the run has written anything for long.
+        name: of the run.
+    """
     if read_only:
         return "read-only: this screen controls nothing (attach without --read-only to control)"
     if status is not None and status.phase.ended:
         return f"the run has ended ({status.phase.value}); there is nothing to control"
+    if lost:
+        return f"the run does not respond: no process reads commands. Start it again: guardrail launch --resume {name}"
     return None
 
 
@@ -148,8 +155,9 @@ def preview_lines(preview: Preview) -> list[str]:
     if preview.returned:
         lines.append(f"Brings {plural(preview.returned, 'sample')} back.")
     if math.isfinite(preview.lr):
-        before = f", now {preview.lr_before:.3g}" if math.isfinite(preview.lr_before) else ""
-        lines.append(f"Learning rate afterwards {preview.lr:.3g}{before}.")
+        rate, now = f"{preview.lr:.3g}", f"{preview.lr_before:.3g}"
+        before = f", now {now}" if math.isfinite(preview.lr_before) and now != rate else ""
+        lines.append(f"Learning rate afterwards {rate}{before}.")
     if preview.state == "suspect":
         lines.append("▲ This state is suspect: it was taken after the trouble is thought to have begun.")
     elif preview.state == "candidate":

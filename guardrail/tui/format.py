@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import time
 
-from guardrail.text import clean
+from guardrail.text import clean, plural
+
+__all__ = ["age", "brief", "clock", "count", "countdown", "duration", "metric", "plural", "size", "spoken"]
 
 _LIMIT = 500  # characters of any one text from outside that can matter on a screen
 # Joiners and variation selectors: what they join has a width that terminals disagree about.
@@ -56,6 +58,23 @@ def spoken(seconds: float) -> str:
     return f"{whole // 3600} h" + (f" {whole // 60 % 60} min" if whole // 60 % 60 else "")
 
 
+def age(seconds: float) -> str:
+    """A duration in one unit, at most six characters: "9 s", "12 min", "3 h", "2 d"; "–" where it is unknown."""
+    if not math.isfinite(seconds) or seconds < 0:
+        return "–"
+    for unit_seconds, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= unit_seconds:
+            return f"{int(seconds // unit_seconds):,} {unit}"
+    return f"{int(seconds)} s"
+
+
+def countdown(seconds: float) -> str:
+    """m:ss, from one hour on h:mm:ss."""
+    whole = max(0, math.ceil(seconds))
+    minutes = f"{whole // 60}:{whole % 60:02d}"
+    return minutes if whole < 3600 else f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
 def size(value: float) -> str:
     """Bytes: "41 MB" (powers of 1000, as disks are sold and `ls --si` counts)."""
     if value <= 0:
@@ -75,9 +94,3 @@ def clock(when: float) -> str:
         return time.strftime("%H:%M:%S", time.localtime(when))
     except (OverflowError, ValueError, OSError):
         return "--:--:--"
-
-
-def plural(number: int, noun: str) -> str:
-    """1 batch, 2 batches."""
-    ending = "es" if noun.endswith(("ch", "s")) else "s"
-    return f"{number:,} {noun}{'' if number == 1 else ending}"

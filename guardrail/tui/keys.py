@@ -101,8 +101,8 @@ DIALOG_KEYS = (
     ("Esc q", "Close the dialog; nothing is sent (so does Ctrl+P in the list of commands)."),
 )
 SIGNS = (
-    ("● ▲ ◆ ‖", "healthy, recovering, asking, paused"),
-    ("✓ ■ ✗ ?", "finished, stopped, halted or failed, no heartbeat"),
+    ("● ▲ ◆ ‖", "healthy; unstable, rolling back or recovering; needs an answer; paused"),
+    ("✓ ■ ✗ ?", "finished, stopped, halted or failed, not responding"),
     ("R S ! C", "on a curve: rollback and left-out update with the incident's number, command, checkpoint"),
     ("#", "on a curve: an incident in which the guard only says what it would have done"),
     ("▲ × ┈", "on a curve: value above the axis, NaN or Inf, threshold of the detector"),

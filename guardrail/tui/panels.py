@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from guardrail.records import Phase
 from guardrail.tui import keys
-from guardrail.tui.format import count, duration, metric, plural
-from guardrail.tui.health import HEARTBEAT_SECONDS, PHASES
-from guardrail.tui.lines import Piece, Row, fit, row, spread, width_of
+from guardrail.tui.format import brief, count, duration, metric, plural
+from guardrail.tui.health import PHASES, STARTING, disk_words
+from guardrail.tui.held import held_words
+from guardrail.tui.lines import Piece, Row, cells_of, fit, row, spread, width_of
 from guardrail.tui.view import View
+
+_NAMED_FROM = 100  # cells from which on the name of the run counts more than its speed
+_NAME, _NAME_LEAST = 16, 12  # cells of a shortened name that are kept free there, and of one worth showing
 
 
 def header(view: View, width: int, height: int) -> Sequence[Row]:
@@ -18,29 +21,37 @@ def header(view: View, width: int, height: int) -> Sequence[Row]:
     health = view.health
     line: Row = ((f" {health!s:<13}", health.tone),)
     parts = _progress(view)
-    while parts and width_of(line) + sum(3 + width_of(part) for _, part in parts) > width:
+    name = f"{view.snapshot.name} "
+    least = 2 + min(_NAME, cells_of(name)) if width >= _NAMED_FROM else 0
+    while parts and width_of(line) + sum(3 + width_of(part) for _, part in parts) > width - least:
         parts.pop()
     for _, part in sorted(parts):
         line = (*line, ("   ", "plain"), *part)
-    return [spread(line, ((f"{view.snapshot.name} ", "dim"),), width)]
+    room = width - width_of(line) - 2
+    right = row((name, "dim")) if room >= cells_of(name) else (*fit(row((name.strip(), "dim")), room - 1), (" ", "dim"))
+    return [spread(line, right if room > _NAME_LEAST else (), width)]
 
 
 def _progress(view: View) -> list[tuple[int, Row]]:
     """(place in the line, part), the most important first: a narrow terminal drops the last."""
     status = view.status
+    damage = [(1, row((f"✗ {', '.join(view.snapshot.damage)}", "bad")))] if view.snapshot.damage else []
     if status is None:
-        return []
+        return damage
     total = count(status.total_steps) if status.total_steps else ""
     steps = f"step {count(status.step):>{len(total)}}" + (f" / {total}" if total else "")
-    parts: list[tuple[int, Row]] = [(1, row((steps, "strong"))), (0, row((f"{status.mode.value:<6}", "accent")))]
+    parts: list[tuple[int, Row]] = [(2, row((steps, "strong"))), *damage]
+    parts.append((0, row((f"{status.mode.value:<6}", "accent"))))
     if total:
-        parts.append((2, row(f"{min(100, 100 * status.step // status.total_steps):>3} %")))
+        parts.append((3, row(f"{min(100, 100 * status.step // status.total_steps):>3} %")))
     if view.read_only:
-        parts.append((5, row(("read-only", "warn"))))
+        parts.append((6, row(("read-only", "warn"))))
     if not status.phase.ended:
-        known = status.phase not in (Phase.STARTING, Phase.SETUP) and status.eta_seconds > 0
-        parts.append((4, row(f"ETA {duration(status.eta_seconds if known else math.nan):>8}")))
-        parts.append((3, row(f"{metric(status.tokens_per_second or math.nan):>5} tok/s")))
+        measured = view.responds and status.phase not in STARTING
+        eta = status.eta_seconds if measured and status.eta_seconds > 0 else math.nan
+        speed = status.tokens_per_second if measured and status.tokens_per_second else math.nan
+        parts.append((5, row(f"ETA {duration(eta):>8}")))
+        parts.append((4, row(f"{metric(speed):>5} tok/s")))
     return parts
 
 
@@ -50,6 +61,7 @@ def facts(view: View, width: int, height: int) -> Sequence[Row]:
     parts: list[Piece] = []
     if view.snapshot.trouble:
         parts.append((f"✗ {view.snapshot.trouble}", "bad"))
+    parts += [(f"✗ {text}", "bad") for text in view.snapshot.damage]
     if view.snapshot.recorded:
         return [fit(_joined([*parts, (view.snapshot.recorded, "plain")]), width)]
     if status is None:
@@ -57,19 +69,22 @@ def facts(view: View, width: int, height: int) -> Sequence[Row]:
             parts.append(("waiting for the first sign of life of the run", "dim"))
         return [fit(_joined(parts), width)]
     if status.durability != "ok":
-        parts.append((f"▲ durability {status.durability}", "bad"))
+        parts.append((f"▲ {disk_words(status)}", "bad"))
     if status.commands_problem and not status.phase.ended:
         parts.append((f"✗ commands are not read: {status.commands_problem}", "bad"))
+    if status.unresolved is not None:
+        parts.append((f"▲ {brief(status.unresolved.sentence(), 120)}", "warn"))
     progress = f": {status.progress}" if status.progress and not status.phase.ended else ""
-    lost = view.silence > HEARTBEAT_SECONDS and not status.phase.ended
-    parts.append((f"{'last seen ' if lost else ''}{PHASES[status.phase]}{progress}", "plain"))
+    parts.append((f"{'' if view.responds else 'last seen '}{PHASES[status.phase]}{progress}", "plain"))
     if status.phase.ended and status.exit_code:
         parts.append((f"exit code {status.exit_code}", "warn"))
     parts.append((f"timeline {status.timeline}", "dim"))
     if status.durability == "ok":
-        parts.append(("durability ok", "dim"))
-    if status.lr_factor != 1:
-        parts.append((f"rate ×{status.lr_factor:g}", "accent"))
+        parts.append(("disk ok", "dim"))
+    held = held_words(view.snapshot.story.held, status.step + 1)
+    if status.lr_factor != 1 and not any(text.startswith("rate ") for text in held):
+        held = [f"rate ×{status.lr_factor:g}", *held]
+    parts += [(text, "accent") for text in held]
     if status.restarts:
         parts.append((plural(status.restarts, "restart"), "warn"))
     if status.guard_share:
@@ -103,7 +118,7 @@ def low_footer(view: View, width: int, height: int) -> Sequence[Row]:
 
 def footer(view: View, width: int, height: int) -> Sequence[Row]:
     status = view.status
-    controls = not view.read_only and not (status is not None and status.phase.ended)
+    controls = not view.read_only and not view.lost and not (status is not None and status.phase.ended)
     return [
         keys.footer(width, controls=controls, asking=bool(status is not None and status.question), focus=view.focus)
     ]

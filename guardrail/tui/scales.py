@@ -131,7 +131,7 @@ def y_scale(
         near = wanted[np.isfinite(wanted) & (wanted <= most) & (wanted >= bottom)]
         if len(near):
             top = max(top, float(near.max()))
-    return _snap(bottom, top, log)
+    return _snap(bottom, top, log, floor=0.0 if not log and bottom >= 0 else -math.inf)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
@@ -143,15 +143,17 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return np.asarray(np.median(np.lib.stride_tricks.sliding_window_view(padded, width), axis=1))
 
 
-def _snap(bottom: float, top: float, log: bool) -> YScale:
+def _snap(bottom: float, top: float, log: bool, *, floor: float = -math.inf) -> YScale:
+    """Round numbers about [bottom, top]; not below `floor`, below which there is no value."""
     span = top - bottom
-    floor = 0.1 if log else max(abs(top), abs(bottom)) * 0.02 or 1.0
-    if span < floor:
+    least = 0.1 if log else max(abs(top), abs(bottom)) * 0.02 or 1.0
+    if span < least:
         middle = (top + bottom) / 2
-        bottom, top, span = middle - floor / 2, middle + floor / 2, floor
+        bottom, top, span = max(floor, middle - least / 2), middle + least / 2, least
     grid = nice(span / 8)
     # A little under the round number counts as the number: 2.4000001 does not open another stretch.
     bottom, top = math.floor(bottom / grid + 1e-6) * grid, math.ceil(top / grid - 1e-6) * grid
+    bottom = max(floor, bottom)
     return YScale(bottom, top if top > bottom else bottom + grid, log)
 
 

@@ -14,11 +14,13 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
+from guardrail.advised import Advised
 from guardrail.files import as_int
-from guardrail.records import Action, Event, Finding, Kind
+from guardrail.records import Action, CommandKind, Event, Finding, Kind
 from guardrail.rundir import findings_of, span_of
 from guardrail.tui.evidence import Evidence, Known
 from guardrail.tui.format import brief, count, plural
+from guardrail.tui.held import Held, HeldBook
 from guardrail.tui.log import COMMAND, INCIDENT, ROLLBACK, SKIP, Line, line_of
 
 _MAX_LINES = 500  # newest log lines, and answers to commands, that are kept
@@ -71,6 +73,8 @@ class Story:
         answers: command id -> answer.
         proposals: what the guard proposed when it last parked, while it is parked.
         costs: what each of these would do, "" where the journal does not say.
+        paused_by: who has paused the run by a command, while it is paused so; "": no one, or it is not known.
+        held: factors on the updates that a command or the guard has set, whether they act now or not.
         known: the evidence in full.
     """
 
@@ -80,6 +84,8 @@ class Story:
     answers: Mapping[str, Answer] = field(default_factory=dict)
     proposals: tuple[str, ...] = ()
     costs: tuple[str, ...] = ()
+    paused_by: str = ""
+    held: tuple[Held, ...] = ()
     known: Known = field(default_factory=Known)
 
     @property
@@ -97,13 +103,19 @@ class Digest:
         self._answers: dict[str, Answer] = {}
         self._proposals: tuple[str, ...] = ()
         self._costs: tuple[str, ...] = ()
+        self._paused_by = ""
         self._unnumbered = 0
         self._evidence = Evidence()
+        self._book = HeldBook()
+        self._held: tuple[Held, ...] = ()
+        self._advised = Advised()
 
     def add(self, events: Iterable[Event]) -> None:
         events = list(events)
         self._evidence.add(events)
         for event in events:
+            if self._book.add(event):
+                self._held = self._book.held()
             match event.kind:
                 case "verdict":
                     self._verdict(event)
@@ -121,11 +133,14 @@ class Digest:
                     self._proposals, self._costs = tuple(map(_proposal, told)), tuple(map(_cost, told))
                 case "resumed":
                     self._proposals = self._costs = ()
+                    self._paused_by = ""
                 case "restarted":
+                    self._paused_by = ""
                     self._forget_after(event.step)
                 case "undo":
                     self._forget_after(_whole(event.data.get("to_step"), event.step))
-            self._lines.append(line_of(event))
+            if not self._advised.is_repeated(event):
+                self._lines.append(line_of(event))
         for letter, found in self._marks.items():
             if len(found) > _MAX_MARKS:
                 self._marks[letter] = dict(list(found.items())[-_MAX_MARKS:])
@@ -139,6 +154,8 @@ class Digest:
             answers=MappingProxyType(dict(self._answers)),
             proposals=self._proposals,
             costs=self._costs,
+            paused_by=self._paused_by,
+            held=self._held,
             known=self._evidence.known(),
         )
 
@@ -150,7 +167,7 @@ class Digest:
         Args:
             at: the step where a new incident begins.
         """
-        number = _whole(event.data.get("incident", event.data.get("number")), 0)
+        number = _number(event)
         if not number:
             newest = next(reversed(self._incidents.values()), None)
             number = newest.number if newest is not None and newest.open and newest.number > 0 else 0
@@ -174,11 +191,11 @@ class Digest:
 
     def _verdict(self, event: Event) -> None:
         action, would = _action(event.data.get("action")), _action(event.data.get("would"))
-        if action is Action.APPLY and would in (None, Action.APPLY):
+        if action is None or (action in (Action.APPLY, Action.OVERFLOW) and would in (None, Action.APPLY)):
             return
         at = _whole(event.data.get("at_step"), event.step)
         advised = action in (Action.APPLY, Action.OVERFLOW)
-        deed = f"would have: {_DEEDS.get(would, '')}" if advised else _DEEDS.get(action, "")
+        deed = _WOULD.get(would, "") if advised else _DEEDS.get(action, "")
         incident = self._learn(event, at, deed=deed, findings=findings_of(event))
         if action is Action.SKIP:
             self._marks[SKIP][at] = _label(incident)
@@ -190,6 +207,8 @@ class Digest:
         if span is not None and span.cause == "user":
             self._marks[SKIP][span.step] = ""
             return  # no incident: a person wanted it
+        if span is None and not _number(event):
+            return  # a line that cannot be understood is no incident
         self._learn(event, event.step, **_data(event))
         if span is not None and span.cause == "rejected":
             self._marks[SKIP].setdefault(span.step, "")
@@ -197,6 +216,8 @@ class Digest:
     def _rollback(self, event: Event) -> None:
         to_step, span = _whole(event.data.get("to_step"), event.step), span_of(event)
         label = ""
+        if span is None and not _number(event) and "to_step" not in event.data:
+            return  # a line that cannot be understood
         if span is None or span.cause != "user":
             onset = _whole(event.data.get("onset"), event.step)
             deed = f"rolled back to {count(to_step)}"
@@ -209,6 +230,8 @@ class Digest:
         self._marks[SKIP] = {at: label for at, label in self._marks[SKIP].items() if at <= step}
 
     def _incident(self, event: Event) -> None:
+        if not _number(event):
+            return
         onset, state = _whole(event.data.get("onset"), 0), event.data.get("state")
         begins = {"step": onset} if onset and state == "open" else {}  # one that recurs began where it did at first
         self._learn(event, onset or event.step, open=state not in ("recovered", "offset", "accepted"), **begins)
@@ -225,12 +248,15 @@ class Digest:
                 del self._answers[next(iter(self._answers))]
         if applied:
             self._marks[COMMAND][event.step] = _change(event)
+        if applied and event.data.get("command") == CommandKind.PAUSE.value:
+            self._paused_by = brief(event.data.get("who") or "", 60).partition("@")[0]
 
 
 def _change(event: Event) -> str:
     """What a command changed, in a few characters: "×0.5"."""
     value = event.data.get("value")
-    if event.data.get("command") not in ("lr", "embed_alpha") or not isinstance(value, int | float):
+    factors = (CommandKind.LR.value, CommandKind.EMBED_ALPHA.value)
+    if event.data.get("command") not in factors or not isinstance(value, int | float):
         return ""
     return f"×{value:.3g}" if math.isfinite(value) else ""
 
@@ -240,6 +266,14 @@ _DEEDS: dict[Action | None, str] = {
     Action.ROLLBACK: "roll back",
     Action.PAUSE: "parked, asks",
     Action.HALT: "halted",
+    Action.RETRY: "batch repeated",
+}
+_WOULD: dict[Action | None, str] = {
+    Action.SKIP: "would leave the update out",
+    Action.ROLLBACK: "would roll back",
+    Action.PAUSE: "would park and ask",
+    Action.HALT: "would halt",
+    Action.RETRY: "would repeat the batch",
 }
 
 
@@ -288,6 +322,11 @@ def _cost(raw: Any) -> str:
 
 def _label(incident: Incident) -> str:
     return str(incident.number) if incident.number > 0 else ""
+
+
+def _number(event: Event) -> int:
+    """Of the incident that an event belongs to; 0: none."""
+    return _whole(event.data.get("incident", event.data.get("number")), 0)
 
 
 def _action(value: Any) -> Action | None:

@@ -11,7 +11,7 @@ import msgspec
 from guardrail.records import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS, Status
 from guardrail.tui.around import Around
 from guardrail.tui.format import brief
-from guardrail.tui.health import RECORDED, Health, health_of
+from guardrail.tui.health import GONE, HEARTBEAT_SECONDS, LOST_SECONDS, RECORDED, STARTING, Health, health_of
 from guardrail.tui.panes.state import State
 from guardrail.tui.series import STEP, THROUGHPUT, Series
 from guardrail.tui.story import Story
@@ -42,10 +42,16 @@ def label_of(signal: str) -> str:
 
 
 def cleaned(status: Status) -> Status:
-    """The same status with every text in it cleaned, so that what is measured is what is shown."""
+    """The same status with every text in it cleaned, so that what is measured is what is shown.
+
+    Before the first step of a start, and after the end, no process holds a state in memory: those that the status of
+    the processes before still names are gone.
+    """
+    without_memory = status.phase in STARTING or status.phase.ended
     snapshots = [
         msgspec.structs.replace(s, tier=brief(s.tier, 20), state=brief(s.state, 20), path=brief(s.path))
         for s in status.snapshots
+        if not (without_memory and s.tier == "memory")
     ]
     texts = {name: brief(getattr(status, name)) for name in _TEXTS}
     return msgspec.structs.replace(status, snapshots=tuple(snapshots), **texts)
@@ -60,6 +66,9 @@ class Snapshot:
         heard: when a new heartbeat was last seen, by the viewer's own clock: clocks of two machines differ.
         loaded: the metrics have been read to their end at least once.
         trouble: why the directory could not be read just now, or "".
+        damage: files of the directory that are cut, missing or unreadable, each in a few words; what they still hold
+            is shown.
+        gone: the directory is not there any more; what was read of it is shown.
         unsent: id of a command -> why it could not be handed in.
         recorded: of a log that something else has written: what it is, and how far it is judged. "" for a run.
         previews: id of a preview that was asked for -> what the command would do.
@@ -75,6 +84,8 @@ class Snapshot:
     story: Story = field(default_factory=Story)
     loaded: bool = True
     trouble: str = ""
+    damage: tuple[str, ...] = ()
+    gone: bool = False
     unsent: Mapping[str, str] = field(default_factory=dict)
     recorded: str = ""
     previews: Mapping[str, Preview] = field(default_factory=dict)
@@ -85,6 +96,7 @@ class Snapshot:
     def __post_init__(self) -> None:
         for name in ("name", "trouble", "recorded"):
             object.__setattr__(self, name, brief(getattr(self, name)))
+        object.__setattr__(self, "damage", tuple(brief(text, 80) for text in self.damage))
         object.__setattr__(self, "unsent", {id: brief(reason) for id, reason in self.unsent.items()})
         if self.status is not None:
             object.__setattr__(self, "status", cleaned(self.status))
@@ -136,6 +148,17 @@ class View:
         return max(0.0, self.now - self.snapshot.heard)
 
     @property
+    def responds(self) -> bool:
+        """A heartbeat came within the last seconds, or the run has ended and none is due."""
+        ended = self.status is not None and self.status.phase.ended
+        return ended or (self.silence <= HEARTBEAT_SECONDS and not self.snapshot.gone)
+
+    @property
+    def lost(self) -> bool:
+        """The run has not ended, and for so long no process of it has written that none can read a command."""
+        return self.snapshot.gone or (not self.responds and self.silence > LOST_SECONDS)
+
+    @property
     def waits(self) -> bool:
         """Rows that are looked at closer are long in coming."""
         since = self.snapshot.looking_up
@@ -145,4 +168,7 @@ class View:
     def health(self) -> Health:
         if self.snapshot.recorded:
             return RECORDED
-        return health_of(self.status, recovering=self.snapshot.story.recovering, silence=self.silence)
+        if self.snapshot.gone:
+            return GONE
+        story = self.snapshot.story
+        return health_of(self.status, recovering=story.recovering, silence=self.silence, paused_by=story.paused_by)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from guardrail import casefile
-from guardrail.records import Finding
+from guardrail.records import Finding, score_words
 from guardrail.tui.format import brief, clock, plural
 from guardrail.tui.format import count as number
 from guardrail.tui.lines import Piece, Row, fit, row, wrap
@@ -220,12 +220,12 @@ def _short(incident: Incident, width: int) -> list[Row]:
 
 
 def _finding(finding: Finding) -> str:
-    """ "loss 2.31 → 11.5, score 41 over 8" """
+    """ "loss 2.31 → 11.5, score 41 (limit 8)" """
     signal = label_of(finding.signal)
     where = f" on rank {', '.join(map(str, finding.ranks))}" if finding.ranks else ""
     if not math.isfinite(finding.value):
         return f"{signal}: {short(finding.value)}{where}"
     return (
         f"{signal} {short(finding.baseline)} → {short(finding.value)}{where}, "
-        f"score {short(finding.score)} over {short(finding.threshold)}"
+        f"{score_words(finding.score, finding.threshold)}"
     )

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from guardrail.records import SnapshotInfo, Status
-from guardrail.tui.format import brief, duration, plural, size
+from guardrail.tui.format import age, brief, duration, plural, size
 from guardrail.tui.format import count as number
+from guardrail.tui.health import disk_words
 from guardrail.tui.lines import Piece, Row, fit, row
 from guardrail.tui.panes.frame import heading, marked, window
 from guardrail.tui.panes.state import State
 from guardrail.tui.view import View
+
+_WIDE = 44  # cells of an entry with the size on disk
 
 
 def restorable(status: Status | None) -> list[SnapshotInfo]:
@@ -46,7 +49,7 @@ def build(view: View, width: int, height: int, state: State) -> Sequence[Row]:
         disk = [at for at in shown if known[at].tier == "disk"][: max(1, room // 2)]
         memory = [at for at in shown if known[at].tier != "disk"][: max(0, room - len(disk))]
         shown = sorted([*disk, *memory])
-    rows += [fit(marked(snapshot(known[at], view.now), at, state), width) for at in shown]
+    rows += [fit(marked(snapshot(known[at], view.now, width - 2), at, state), width) for at in shown]
     return rows[:height]
 
 
@@ -77,7 +80,7 @@ def _safety(view: View, state: State) -> list[Row]:
         return []
     rows: list[Row] = []
     if status.durability != "ok":
-        rows.append(row((f" ▲ durability {status.durability}", "bad")))
+        rows.append(row((f" ▲ {disk_words(status)}", "bad")))
     disk = [s.step for s in status.snapshots if s.tier == "disk" and s.state != "suspect"]
     if not status.phase.ended and disk:
         rows.append(row((f" a crash now costs {plural(max(0, status.step - max(disk)), 'step')}", "dim")))
@@ -94,14 +97,15 @@ def glyph(info: SnapshotInfo) -> Piece:
     return ("●" if filled else "○", "good") if info.tier == "memory" else ("■" if filled else "□", "good")
 
 
-def snapshot(info: SnapshotInfo, now: float) -> Row:
-    """`● 1,280  memory        candidate   0:00:02`"""
-    place = f"{info.tier} {size(info.bytes) if info.tier == 'disk' else ''}"
+def snapshot(info: SnapshotInfo, now: float, width: int = _WIDE) -> Row:
+    """`● 1,280  memory        candidate      2 s`; a narrow one has no size."""
+    wide = width >= _WIDE
+    place = f"{info.tier} {size(info.bytes) if info.tier == 'disk' and wide else ''}"
     tone = "warn" if info.state == "suspect" else "plain" if info.state == "good" else "dim"
-    age = duration(now - info.time) if info.time else ""
+    taken = age(max(0.0, now - info.time)) if info.time else ""
     return (
         glyph(info),
-        (f" {number(info.step):>9}  {place:<13}", "plain"),
+        (f" {number(info.step):>9}  {place:<13}" if wide else f" {number(info.step):>9} {place:<7}", "plain"),
         (f"{info.state:<10}", tone),
-        (f"{age:>9}", "dim"),
+        (f"{taken:>6}", "dim"),
     )
