@@ -11,12 +11,16 @@ import threading
 import time
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from guardrail import journal
+from guardrail.errors import RunDirectoryError
 from guardrail.records import Event
 from guardrail.rundir import MetricsView, RunDirectory
 from guardrail.timelines import Timelines
+
+if TYPE_CHECKING:
+    import numpy as np
 
 POLL_SECONDS = 0.25  # between two looks where no notice comes: on a shared file system
 CHECK_SECONDS = 1.0  # between two looks all the same where notices come
@@ -46,7 +50,10 @@ class Follower:
     Attributes:
         timelines: which rows are the present, from all events and rows seen so far; for `MetricsView.current`.
         view: the rows as of the last look.
+        fresh: with `most`, the rows that the last look took, read and not mapped; float64 [rows, columns].
         complete: the last look took all that there was.
+        unreadable: complete lines of the journal that are no events.
+        cut: which file has lost what was read of it already: "journal.jsonl", "metrics.bin" or "".
     """
 
     def __init__(self, run: RunDirectory, *, seq: int = 0, row: int = 0, most: int | None = None) -> None:
@@ -56,7 +63,10 @@ class Follower:
         self.row = row
         self.timelines = Timelines()
         self.view: MetricsView | None = None
+        self.fresh: np.ndarray | None = None
         self.complete = True
+        self.unreadable = 0
+        self.cut = ""
         self._learnt = 0  # rows that `timelines` has seen
         self._offset = 0  # bytes of the journal that have been read
         self._signature: tuple[int, ...] = ()
@@ -65,27 +75,47 @@ class Follower:
         self._missed = 0
 
     def poll(self) -> Update:
-        """What is new. Events first: a row never belongs to a timeline whose beginning was not seen before."""
+        """What is new. Events first: a row never belongs to a timeline whose beginning was not seen before.
+
+        Raises:
+            OSError, RunDirectoryError: the metrics cannot be read, and there is no new event.
+        """
         self._signature = self._now()
         events = self._events()
         self.timelines.add_events(events)
+        fresh = [event for event in events if event.seq > self.seq]
+        self.seq = max((event.seq for event in fresh), default=self.seq)
+        try:
+            return Update(fresh, self._new_rows())
+        except (OSError, RunDirectoryError):
+            if not fresh:
+                raise
+            return Update(fresh, (self.row, self.row))  # what the journal says is not lost with the rows
+
+    def _new_rows(self) -> tuple[int, int]:
         view = self._run.metrics()
+        if len(view) < self.row:
+            self.cut = self.cut or "metrics.bin"
         first, last = self.row, max(self.row, len(view))
         if self._most is not None:
             last = min(last, first + self._most)
         self.complete = last >= len(view)
         end = len(view) if self._most is None else last
+        # One row further back, so that a change of the timeline right here is seen.
+        back = max(0, min(self._learnt, first) - 1)
+        rows = view.array[back:end]
+        if self._most is not None:
+            _, rows = self._run.rows(back, end)
+            end = last = max(first, back + len(rows))  # fewer where the file was cut since
+            self.fresh = rows[first - back :]
         if self._learnt < end:
-            steps, timelines = view.column("step"), view.column("timeline")
-            # One row further back, so that a change of the timeline right here is seen.
-            back = max(0, self._learnt - 1)
-            self.timelines.add_rows(steps[back:end], timelines[back:end], from_start=back == 0)
+            part, known = MetricsView(view.columns, rows, lambda: self.timelines), max(0, self._learnt - 1)
+            steps, timelines = part.column("step")[known - back :], part.column("timeline")[known - back :]
+            self.timelines.add_rows(steps, timelines, from_start=known == 0)
             self._learnt = end
         self.view = view
         self.row = last
-        fresh = [event for event in events if event.seq > self.seq]
-        self.seq = max((event.seq for event in fresh), default=self.seq)
-        return Update(fresh, (first, last))
+        return first, last
 
     def wait(self, timeout: float) -> bool:
         """Sleep until journal, metrics or status change, at most `timeout` seconds; True if they did.
@@ -126,13 +156,17 @@ class Follower:
             with self._run.journal_path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 if size < self._offset:
-                    self._offset = 0  # the folder was restored from a copy; known events are passed over by seq
+                    self.cut = self.cut or "journal.jsonl"
+                    self._offset = self.unreadable = (
+                        0  # the folder was restored from a copy; known events are passed over by seq
+                    )
                 file.seek(self._offset)
                 data = file.read()
         except OSError:
             return []
-        events, used = journal.parse(data)
+        events, used, unreadable = journal.parse_counted(data)
         self._offset += used
+        self.unreadable += unreadable
         return events
 
     def _now(self) -> tuple[int, ...]:

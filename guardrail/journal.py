@@ -63,9 +63,16 @@ def read_events(path: Path, *, after: int = 0) -> list[Event]:
 
 def parse(data: bytes) -> tuple[list[Event], int]:
     """The events of the complete lines in `data`, and how many bytes those lines take."""
+    events, end, _ = parse_counted(data)
+    return events, end
+
+
+def parse_counted(data: bytes) -> tuple[list[Event], int, int]:
+    """As `parse`, and how many of the complete lines are no events."""
     end = data.rfind(b"\n") + 1
-    events = (_event(line) for line in data[:end].split(b"\n") if line)
-    return [event for event in events if event is not None], end
+    lines = [line for line in data[:end].split(b"\n") if line.strip()]
+    events = [event for event in map(_event, lines) if event is not None]
+    return events, end, len(lines) - len(events)
 
 
 def findings_of(event: Event) -> tuple[Finding, ...]:

@@ -41,11 +41,14 @@ class Layout(Record, frozen=True, kw_only=True):
 def read_layout(path: Path) -> Layout | None:
     """None while no metrics were written."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Layout)
+        layout = msgspec.json.decode(path.read_bytes(), type=Layout)
     except FileNotFoundError:
         return None
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise RunDirectoryError(f"{path}: does not name the columns of metrics.bin ({error})") from error
+    if not layout.columns:
+        raise RunDirectoryError(f"{path}: does not name the columns of metrics.bin (there are none)")
+    return layout
 
 
 class MetricsWriter:
@@ -161,13 +164,35 @@ def read_metrics(
         rows = 0
     array: np.ndarray
     if rows:
-        array = np.memmap(path, dtype="<f8", mode="r", shape=(rows, len(names)))
+        try:
+            array = np.memmap(path, dtype="<f8", mode="r", shape=(rows, len(names)))
+        except ValueError as error:  # the file was cut since its size was asked for
+            raise RunDirectoryError(f"{path}: cannot be mapped ({error})") from error
     else:
         array = np.empty((0, len(names)))
     whole = MetricsView(names, array, timelines)
     if columns is None:
         return whole
     return _Picked(whole, columns)
+
+
+def read_rows(path: Path, layout_path: Path, first: int, end: int) -> tuple[tuple[str, ...], np.ndarray]:
+    """(Columns, rows [first, end) as float64 [rows, columns]), read and not mapped; fewer rows where the file ends
+    before. To touch a mapped file that is cut meanwhile ends the process by SIGBUS."""
+    import numpy as np
+
+    layout = read_layout(layout_path)
+    if layout is None:
+        return METRIC_COLUMNS, np.empty((0, len(METRIC_COLUMNS)))
+    try:
+        with path.open("rb") as file:
+            file.seek(first * layout.row_bytes)
+            data = file.read(max(0, end - first) * layout.row_bytes)
+    except FileNotFoundError:
+        data = b""
+    rows = len(data) // layout.row_bytes
+    found = np.frombuffer(data, dtype="<f8", count=rows * len(layout.columns))
+    return layout.columns, found.reshape(rows, len(layout.columns))
 
 
 class _Picked(MetricsView):

@@ -19,7 +19,7 @@ import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -37,11 +37,14 @@ from guardrail.files import (
 )
 from guardrail.inbox import Inbox, Refusal, check_command, undone
 from guardrail.journal import findings_of, span_of
-from guardrail.metrics import MetricsView, MetricsWriter, read_metrics
+from guardrail.metrics import MetricsView, MetricsWriter, read_metrics, read_rows
 from guardrail.records import Command, Event, NodeStatus, RankStatus, Status
 from guardrail.runlock import Holder, RunLock, holder_of
 from guardrail.text import clean
 from guardrail.timelines import Timelines
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = [
     "Holder",
@@ -291,6 +294,10 @@ class RunDirectory:
             return known
 
         return read_metrics(self.metrics_path, self.path / "metrics.json", columns=columns, timelines=timelines)
+
+    def rows(self, first: int, end: int) -> tuple[tuple[str, ...], np.ndarray]:
+        """(Columns, rows [first, end) of the metrics), read and not mapped: safe while the file may be cut."""
+        return read_rows(self.metrics_path, self.path / "metrics.json", first, end)
 
     # -- commands
 

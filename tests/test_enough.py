@@ -144,7 +144,7 @@ def test_a_widened_window_is_twice_as_long_and_a_function_of_the_onset() -> None
         assert window is not None and (window[1] - window[0]) // BATCH == length and verdicts[-1].rung == "widen"
         before = verdicts[-1].before_step
         assert before is not None and window[0] == (before - 1) * BATCH and before < step - 1
-        assert "rung widen after 1 rollbacks" in verdicts[-1].reason
+        assert "rung widen after 1 rollback without" in verdicts[-1].reason
 
 
 def test_the_rungs_of_a_run_that_does_not_recover() -> None:

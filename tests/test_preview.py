@@ -283,7 +283,9 @@ def test_each_rung_does_what_was_foretold(tmp_path: Path) -> None:
     *asked, last = of_kind(run, "paused")
     assert last.data["proposals"][0]["action"] == "halt"
     for tried, (question, back) in enumerate(zip(asked, backs, strict=True)):
-        again = f", rung {back.data['rung']} after {tried} rollbacks without 200 healthy steps between them"
+        count = "1 rollback" if tried == 1 else f"{tried} rollbacks"
+        where = "after it" if tried == 1 else "between them"
+        again = f", rung {back.data['rung']} after {count} without 200 healthy steps {where}"
         assert f"3 batches in a row rejected{again if tried else ''}: go back before step" in question.message
         assert "against" in question.message and "score" in question.message
     assert "halt, since 6 rollbacks without 200 healthy steps between them are as many as" in last.message

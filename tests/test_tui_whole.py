@@ -139,7 +139,7 @@ def control(seat: Seat, run: RunDirectory) -> None:
     seat.types("\r", "rate ×0.5?")
     seat.terminal.press("y")
     seat.until(applied(run, "lr"), "the rate is in the journal")
-    seat.sees("rate ×0.5  ")
+    seat.sees("rate ×0.5 since")
     for command in ("pause", "resume", "rollback", "lr"):
         found = answer(run, command)
         assert found is not None and "@" in found.data["who"], "who did it"

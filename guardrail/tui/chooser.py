@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from textual.message import Message
 from guardrail.glance import Glance, loss_points
 from guardrail.rundir import RunDirectory
 from guardrail.tui import terminal
+from guardrail.tui.failures import reason_of
 from guardrail.tui.format import brief, count, plural
 from guardrail.tui.lines import Lines, Row, fit, row, spread, width_of
 from guardrail.tui.scales import short
@@ -113,7 +115,7 @@ class Chooser(Themed[str]):
 
     Args:
         look: lists the runs, newest first; called on a thread of its own, so that a slow disk leaves the keys alive.
-        points: losses of one run for its curve; asked only for runs in sight.
+        points: losses of one run for its curve; asked only for runs in sight, on a thread of its own as well.
     """
 
     CSS = "Screen { background: $background; } #head, #foot { height: 1; background: $panel; }"
@@ -146,6 +148,8 @@ class Chooser(Themed[str]):
         self._look, self._root, self._clock = look, brief(root, 80), clock
         self._points = points or (lambda path: loss_points(RunDirectory(path), _SPARK))
         self._known: dict[str, tuple[int, list[float]]] = {}  # path -> (step, its curve)
+        self._wanted: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()  # (path, step) of curves to read
+        self._asked: dict[str, int] = {}  # path -> the step for which its curve was asked last
         self.runs: list[Glance] = []
         self.marked = marked  # path of the marked run: it stays marked while the list changes around it
         self.words = ""
@@ -160,20 +164,31 @@ class Chooser(Themed[str]):
     def on_mount(self) -> None:
         self.set_interval(1.0, self._draw)
         threading.Thread(target=self._keep_looking, name="guardrail-runs", daemon=True).start()
+        threading.Thread(target=self._read_curves, name="guardrail-curves", daemon=True).start()
         self._draw()
 
     def on_unmount(self) -> None:
         self._leaving.set()
+        self._wanted.put(None)
 
     def _keep_looking(self) -> None:
         while not self._leaving.is_set():
             try:
                 self.runs, self._trouble = self._look(), ""
-            except OSError as error:
-                self._trouble = brief(error.strerror or str(error), 200)
+            except Exception as error:  # a thread that dies without a word looks like runs that stand still
+                self._trouble = brief(reason_of(error), 200)
             self._loaded = True
             self.post_message(self.Fresh())
             self._leaving.wait(LOOK_SECONDS)
+
+    def _read_curves(self) -> None:
+        while (wanted := self._wanted.get()) is not None:
+            path, step = wanted
+            try:
+                self._known[path] = (step, self._points(path))
+            except Exception as error:
+                self._trouble = brief(f"{path}: {reason_of(error)}", 200)
+            self.post_message(self.Fresh())
 
     def on_chooser_fresh(self) -> None:
         self._draw()
@@ -213,10 +228,11 @@ class Chooser(Themed[str]):
         ]
 
     def _curve(self, one: Glance) -> list[float]:
+        """As far as it has been read; a newer one is asked for."""
         step, points = self._known.get(one.path, (-1, []))
-        if step != one.step:
-            points = self._points(one.path)
-            self._known[one.path] = (one.step, points)
+        if step != one.step and self._asked.get(one.path) != one.step:
+            self._asked[one.path] = one.step
+            self._wanted.put((one.path, one.step))
         return points
 
     def _foot(self, width: int) -> list[Row]:

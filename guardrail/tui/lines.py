@@ -144,7 +144,7 @@ class Lines(Widget):
         width, height = self.size
         if self._view is None or not width or not height or not self.display:
             return
-        built = list(self._build(self._view, width, height)[:height])
+        built = list(self._built_rows(self._view, width, height)[:height])
         # Measuring text is most of the work of a frame in which little happens.
         known = self._built if width == self._fitted else ()
         rows = [
@@ -162,6 +162,14 @@ class Lines(Widget):
         if regions:
             self.refresh(*regions)
 
+    def _built_rows(self, view: View, width: int, height: int) -> Sequence[Row]:
+        """What `build` says; where it fails, a sentence in its place, and the rest of the screen goes on."""
+        try:
+            return self._build(view, width, height)
+        except Exception as error:  # a part that cannot be drawn must not end the screen
+            text = f" ✗ this part cannot be drawn: {type(error).__name__}: {clean(str(error), 200)}"
+            return [fit(((text, "bad"),), width)]
+
     def on_resize(self, event: Resize) -> None:
         self._strips.clear()
         self.redraw()
@@ -170,7 +178,7 @@ class Lines(Widget):
         if self._view is None:
             return 1
         room = max(1, viewport.height - self._reserve)
-        return min(room, max(1, len(self._build(self._view, width, room))))
+        return min(room, max(1, len(self._built_rows(self._view, width, room))))
 
     def render_line(self, y: int) -> Strip:
         if self._theme != self.app.theme:

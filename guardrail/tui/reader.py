@@ -20,6 +20,7 @@ from guardrail.follow import Follower
 from guardrail.records import Command
 from guardrail.rundir import RunDirectory
 from guardrail.tui.around import Lookout
+from guardrail.tui.failures import Failures, damage_of, is_gone, reason_of
 from guardrail.tui.series import SIGNALS, STEP, Detail, Series
 from guardrail.tui.story import Digest
 from guardrail.tui.track import EXACT, Track
@@ -30,6 +31,7 @@ WAIT_SECONDS = 1.0  # between two looks at a quiet one
 PRESENCE_SECONDS = 5.0
 _CHUNK = 65536  # rows read, and mapped, before the screen hears of them
 RETRY_SECONDS = 5.0  # between two tries to read what could not be read again
+RESTART_SECONDS = 1.0  # before a thread that failed starts again; twice as long after each further failure
 
 
 class Reader(Protocol):
@@ -83,7 +85,12 @@ class RunReader:
         self._shelf: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lookout = Lookout(run, clock=clock)
         self._leaving = threading.Event()
+        self._failures = Failures()
+        self._again = False  # what was read may be half taken in: read it from the beginning
+        self._journal_cut = False
+        self._cut_rows = (0, 0)  # rows that metrics.bin had before it was cut, and has now
         self._heartbeat: float | None = None
+        self._readable = True  # status.json, at the last look
         self._seen = -PRESENCE_SECONDS
         self._latest = Snapshot(run.name, loaded=False)
         self._lock = threading.Lock()  # both threads replace parts of `_latest`
@@ -97,9 +104,10 @@ class RunReader:
         self._closer: tuple[tuple[float, float], ...] = ()  # what is wanted, and what was tried last, and when
         self._tried: tuple[tuple[tuple[float, float], ...], float] = ((), 0.0)
         self._notify: Callable[[], None] = lambda: None
+        works = (("reader", self._read), ("sender", self._work), ("zoom", self._look_up))
         self._threads = [
-            threading.Thread(target=work, name=f"guardrail-{work.__name__.strip('_')}", daemon=True)
-            for work in (self._read, self._work, self._look_up)
+            threading.Thread(target=self._keep_going, args=work, name=f"guardrail-{work[0]}", daemon=True)
+            for work in works
         ]
 
     def start(self, notify: Callable[[], None]) -> None:
@@ -140,9 +148,29 @@ class RunReader:
         if self._threads[1].is_alive():
             self._threads[1].join(timeout=0.5)
 
+    def _keep_going(self, name: str, work: Callable[[], None]) -> None:
+        """The work of one thread until the screen is left. Where it fails, the screen says so, and it starts again."""
+        pause = RESTART_SECONDS
+        while not self._leaving.is_set():
+            try:
+                return work()
+            except Exception as error:  # whatever it is: a thread that dies without a word looks like a quiet run
+                self._fail(name, error)
+                self._again = self._again or name == "reader"
+                self._leaving.wait(pause)
+                pause = min(2 * pause, 30.0)
+
+    def _fail(self, name: str, error: Exception) -> None:
+        self._failures.add(name, f"the {name} failed and starts again: {reason_of(error)}")
+        self._publish(trouble=self._failures.said())
+
     def look(self) -> None:
         """Read what is new and publish it; what cannot be read is said in `Snapshot.trouble`."""
         try:
+            if self._is_gone():
+                return
+            if self._again:
+                self._read_again()
             self._look_at_status()
             self._look_at_file()
             while not self._follower.complete and not self._leaving.is_set():
@@ -152,9 +180,37 @@ class RunReader:
                 give_back()
             status = self._latest.status
             self._lookout.look(ended=status is not None and status.phase.ended)
-            self._publish(loaded=True, trouble="", around=self._lookout.around)
+            damage = damage_of(
+                self._run,
+                status_known=status is not None,
+                status_read=self._readable,
+                journal_known=bool(self._latest.story.lines),
+                unreadable=self._follower.unreadable,
+                journal_cut=self._journal_cut,
+                rows=self._cut_rows,
+            )
+            self._publish(loaded=True, trouble=self._failures.said(), damage=damage, around=self._lookout.around)
         except (OSError, GuardrailError) as error:
-            self._publish(loaded=True, trouble=f"cannot read the run: {_reason(error)}")
+            trouble = self._failures.said(f"cannot read the run: {reason_of(error)}")
+            self._publish(loaded=True, trouble=trouble, damage=("cannot be read",))
+
+    def _is_gone(self) -> bool:
+        gone = is_gone(self._run.path)
+        text = f"{self._run.path} was moved or deleted; shown is what was read before"
+        self._publish(gone=gone, **({"loaded": True, "trouble": self._failures.said(text)} if gone else {}))
+        return gone
+
+    def _read_again(self) -> None:
+        """From the beginning: a file has lost what was read of it, or what was read is half taken in."""
+        if self._follower.cut == "metrics.bin":
+            self._cut_rows = (max(self._cut_rows[0], self._follower.row), len(self._run.metrics()))
+        self._journal_cut = self._journal_cut or self._follower.cut == "journal.jsonl"
+        self._again = False
+        self._follower.close()
+        self._follower, self._digest = Follower(self._run, most=_CHUNK), Digest()
+        with self._tracking:
+            self._track, self._taken, self._cuts = self._new_track(*self._kept), 0, -1
+            self._publish(series=self._series(), story=self._digest.story())
 
     def _read(self) -> None:
         while not self._leaving.is_set():
@@ -168,6 +224,7 @@ class RunReader:
 
     def _look_at_status(self) -> None:
         status = self._run.read_status()
+        self._readable = status is not None
         if status is None:
             return
         heard = self._latest.heard
@@ -180,18 +237,20 @@ class RunReader:
 
     def _look_at_file(self) -> None:
         """Events, and the next rows."""
-        update, view = self._follower.poll(), self._follower.view
-        self._follower.view = (
-            None  # let go of the mapped file: pages that were looked at count as this process's memory
-        )
+        update, view, rows = self._follower.poll(), self._follower.view, self._follower.fresh
+        # Let go of the mapped file: pages that were looked at count as this process's memory.
+        self._follower.view = self._follower.fresh = None
+        if self._follower.cut:
+            return self._read_again()
         if update.events:
             self._digest.add(update.events)
             self._publish(story=self._digest.story())
         first, end = update.rows
         with self._tracking:
-            if view is not None and first < end:
-                self._track.add(view.columns, np.asarray(view.array[first:end]), first=first)
+            if view is not None and rows is not None and first < end:
+                self._track.add(view.columns, rows, first=first)
                 self._taken = end
+                self._cut_rows = (0, 0) if end >= self._cut_rows[0] else (self._cut_rows[0], end)
                 self._publish(series=self._series(), columns=tuple(view.columns))
             self._leave(self._track)
             if self._track.last_step < self._latest.series.last_step:
@@ -225,24 +284,21 @@ class RunReader:
                 for first, columns, rows in self._in_chunks(0, self._taken):
                     track.add(columns, rows, first=first)
             except (OSError, GuardrailError) as error:
-                self._publish(trouble=f"cannot read the run: {_reason(error)}")
-                return
+                return self._fail("zoom", error)
             self._leave(track)
             self._track, self._kept, self._cuts = track, (signals, axis), -1  # details do not have the signals
             self._publish(series=self._series())
 
     def _in_chunks(self, first: int, end: int) -> Iterable[tuple[int, Sequence[str], np.ndarray]]:
-        """(number of the first, columns, rows) of rows [first, end) of the file; mapped anew for each chunk, so that
-        what was read of the file is let go of."""
+        """(number of the first, columns, rows) of rows [first, end) of the file."""
         for at in range(first, end, _CHUNK):
-            view = self._run.metrics()
-            yield at, view.columns, np.asarray(view.array[at : min(end, at + _CHUNK)])
+            columns, rows = self._run.rows(at, min(end, at + _CHUNK))
+            yield at, columns, rows
 
     def _rows_again(self, first: int, end: int) -> tuple[Sequence[str], np.ndarray]:
         """For `Track`, which needs a few of them; none where they cannot be read just now."""
         try:
-            view = self._run.metrics()
-            return view.columns, np.array(view.array[first:end])
+            return self._run.rows(first, end)
         except (OSError, GuardrailError):
             return (), np.zeros((0, 0))
 
@@ -263,8 +319,7 @@ class RunReader:
                 if self._closer != wanted or self._leaving.is_set():
                     return  # somebody looks elsewhere by now
         except (OSError, GuardrailError) as error:
-            self._publish(trouble=f"cannot read the run: {_reason(error)}")
-            return
+            return self._fail("zoom", error)
         finally:
             self._publish(looking_up=None)
         with self._tracking:
@@ -319,7 +374,7 @@ class RunReader:
         try:
             self._run.send(command)
         except (OSError, GuardrailError) as error:
-            self._publish(unsent={**self._latest.unsent, command.id: _reason(error)})
+            self._publish(unsent={**self._latest.unsent, command.id: reason_of(error)})
 
     def _work_out(self, command: Command) -> None:
         from guardrail import preview
@@ -328,7 +383,7 @@ class RunReader:
         try:
             told = preview.of(Scene.of(self._run, status=self._latest.status), command)
         except (OSError, GuardrailError, ValueError) as error:
-            told = preview.Preview(command=command.kind.value, remark=f"cannot be worked out: {_reason(error)}")
+            told = preview.Preview(command=command.kind.value, remark=f"cannot be worked out: {reason_of(error)}")
         self._publish(previews={**self._latest.previews, command.id: told})
 
     def _write_down(self, text: str) -> None:
@@ -337,7 +392,8 @@ class RunReader:
         try:
             self._run.append("note", text, step=step, timeline=timeline)
         except OSError as error:
-            self._publish(trouble=f"the note is not in the journal: {_reason(error)}")
+            self._failures.add("note", f"the note is not in the journal: {reason_of(error)}")
+            self._publish(trouble=self._failures.said())
 
 
 def give_back() -> None:
@@ -347,7 +403,3 @@ def give_back() -> None:
 
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def _reason(error: Exception) -> str:
-    return str((error.strerror if isinstance(error, OSError) else None) or error)
