@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -149,6 +150,9 @@ def _torch(torch: dict[str, Any]) -> Iterator[Check]:
     if devices:
         names = ", ".join(f"{clean(device['name'])} {_gib(device['bytes'])}" for device in devices)
         yield Check(name="cuda", level="ok", text=f"{len(devices)}: {names}")
+        if importlib.util.find_spec("pynvml") is None:
+            text = "not shown: nvidia-ml-py is not installed; pip install 'guardrail[gpu]'"
+            yield Check(name="GPU use", level="note", text=text)
     elif files != 0:
         built = f"built for CUDA {torch['cuda_built']}" if torch["cuda_built"] else "built for the CPU only"
         if files is None:  # WSL2 has its device file without a GPU as well

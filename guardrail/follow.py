@@ -90,6 +90,7 @@ class Follower:
         except (OSError, RunDirectoryError):
             if not fresh:
                 raise
+            self.complete = False
             return Update(fresh, (self.row, self.row))  # what the journal says is not lost with the rows
 
     def _new_rows(self) -> tuple[int, int]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import TYPE_CHECKING, NamedTuple
 
 from guardrail.advised import Advised
 from guardrail.errors import ExitCode
@@ -16,13 +18,17 @@ from guardrail.follow import Follower
 from guardrail.launching import exit_code_of, way_back
 from guardrail.liveness import Pulse
 from guardrail.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Action, Event, Phase, Status
-from guardrail.rundir import RunDirectory
+from guardrail.rundir import MetricsView, RunDirectory
 from guardrail.signals import TermRequests
 from guardrail.text import clean
+
+if TYPE_CHECKING:
+    from guardrail.viewing import Viewing
 
 POLL_SECONDS = 0.3
 SETUP_SECONDS = 5.0  # between two lines of a set-up that gets ahead
 ATTACH_LINES = 10  # of the past, when one comes to a run
+PACE_ROWS = 20  # rows over which speed and the time that is left are taken
 
 # Journal lines that a person at a log wants to read. Findings are told again by their verdict, a checkpoint that
 # became good is routine.
@@ -47,28 +53,29 @@ class Lines:
         self._advised = Advised()
 
     def new(self) -> list[str]:
-        """Lines since the last call: events and steps in the order of their time."""
+        """Lines since the last call, each with its time of day: events and steps in the order of their time."""
         status = self._run.read_status()
         update = self._follower.poll()
         events = [event for event in update.events if not self._advised.is_repeated(event)]
-        told = [(event.time, line) for event in events if (line := event_line(event))]
-        told += self._steps(*update.rows, status)
-        if told:
-            return [line for _, line in sorted(told, key=lambda pair: pair[0])]
-        return self._set_up(status) if status is not None else []
+        found = [(event.time, line) for event in events if (line := event_line(event))]
+        found += self._steps(*update.rows, status)
+        if found:
+            return [f"{moment(at)} {line}" for at, line in sorted(found, key=lambda pair: pair[0])]
+        return [f"{moment(time.time())} {line}" for line in self._set_up(status)] if status is not None else []
 
     def _steps(self, first: int, last: int, status: Status | None) -> list[tuple[float, str]]:
         view = self._follower.view
         if view is None or first == last:
             return []
-        rows = view.array[first:last]
         step, verdict, evaluated = (view.column(name)[first:last] for name in ("step", "verdict", "eval_loss"))
-        chosen = (verdict == list(Action).index(Action.APPLY)) & ((step % self._every == 0) | (evaluated == evaluated))
-        told = []
-        for row in rows[chosen].tolist():
-            values = dict(zip(view.columns, row, strict=True))
-            told.append((values["time"], step_line(values, status)))
-        return told
+        applied = verdict == list(Action).index(Action.APPLY)
+        chosen = applied & ((step % self._every == 0) | (evaluated == evaluated))
+        found = []
+        for row in chosen.nonzero()[0].tolist():
+            values = dict(zip(view.columns, view.array[first + row].tolist(), strict=True))
+            line = step_line(values, status, _pace(view, first + row))
+            found.append((values.get("time", math.nan), line))
+        return found
 
     def _set_up(self, status: Status) -> list[str]:
         if status.phase not in (Phase.STARTING, Phase.SETUP):
@@ -81,21 +88,71 @@ class Lines:
         return [text]
 
 
-def step_line(values: dict[str, float], status: Status | None) -> str:
-    """One step in fixed columns: "step   120/600  loss 2.3456  grad 0.913  embed 0.214  lr 1.00e-03"."""
-    number = f"{values['step']:.0f}" + (f"/{status.total_steps}" if status and status.total_steps else "")
-    line = f"step {number:>11}  loss {values[LOSS]:.4f}  grad {values[GRAD_NORM]:.3g}"
-    line += f"  embed {values[EMBED_GRAD_NORM]:.3g}  lr {values['lr']:.2e}"
-    if values["eval_loss"] == values["eval_loss"]:
-        line += f"  eval {values['eval_loss']:.4f}"
+class Pace(NamedTuple):
+    """How fast a run was at one of its rows; NaN: unknown."""
+
+    tokens_per_second: float
+    step_seconds: float
+
+
+def _pace(view: MetricsView, row: int) -> Pace:
+    """Over the applied steps of the newest rows up to this one."""
+    part = slice(max(0, row + 1 - PACE_ROWS), row + 1)
+    seconds, tokens, verdict = (view.column(name)[part] for name in ("step_time", "tokens", "verdict"))
+    used = (verdict == list(Action).index(Action.APPLY)) & (seconds > 0)
+    total = float(seconds[used].sum())
+    if not total > 0:
+        return Pace(math.nan, math.nan)
+    return Pace(float(tokens[used].sum()) / total, total / int(used.sum()))
+
+
+def step_line(values: dict[str, float], status: Status | None, pace: Pace | None = None) -> str:
+    """One step in fixed columns: "step   120/600  loss 2.3456  grad 0.913  embed 0.214  lr 1.00e-03".
+
+    Args:
+        values: the row, by the names of its columns.
+        status: of the run now, for its length and for an incident that is not over.
+        pace: at this row, for tokens a second and the time that is left.
+    """
+    total = status.total_steps if status else 0
+    number = f"{values['step']:.0f}" + (f"/{total}" if total else "")
+    value = {name: values.get(name, math.nan) for name in (LOSS, GRAD_NORM, EMBED_GRAD_NORM, "lr", "eval_loss")}
+    line = f"step {number:>11}  loss {value[LOSS]:.4f}  grad {value[GRAD_NORM]:.3g}"
+    line += f"  embed {value[EMBED_GRAD_NORM]:.3g}  lr {value['lr']:.2e}"
+    if value["eval_loss"] == value["eval_loss"]:
+        line += f"  eval {value['eval_loss']:.4f}"
     unresolved = status.unresolved if status else None
     if unresolved is not None and values["step"] >= unresolved.since and unresolved.headline():
         line += f"  {unresolved.headline()}"
-    if status and status.tokens_per_second:
-        line += f"  {status.tokens_per_second:,.0f} tok/s"
-    if status and status.eta_seconds > 0:
-        line += f"  ETA {clock(status.eta_seconds)}"
+    if pace is not None and pace.tokens_per_second > 0:
+        line += f"  {pace.tokens_per_second:,.0f} tok/s"
+    if pace is not None and pace.step_seconds > 0 and total > values["step"]:
+        line += f"  ETA {clock((total - values['step']) * pace.step_seconds)}"
     return line
+
+
+def recorded_lines(recorded: Viewing) -> Iterator[str]:
+    """A log that something else has written: what it is, and what the guard would have said of it."""
+    yield f"{clean(recorded.name, 400)}: {len(recorded):,} rows ({recorded.format}), last step {recorded.last_step:,}"
+    advised, said = Advised(), 0
+    for part in recorded.judged():
+        for event in part.events:
+            line = "" if advised.is_repeated(event) else event_line(event)
+            said += bool(line)
+            yield from [line] if line else []
+    if not said:
+        yield "the guard would have done nothing"
+
+
+def moment(when: float) -> str:
+    """The time of day, with the date where it is not today's; dashes for one that is unknown."""
+    try:
+        at = time.localtime(when)
+    except (OverflowError, ValueError, OSError):
+        return "--:--:--"
+    today = time.localtime()
+    same = (at.tm_year, at.tm_yday) == (today.tm_year, today.tm_yday)
+    return time.strftime("%H:%M:%S" if same else "%Y-%m-%d %H:%M:%S", at)
 
 
 def event_line(event: Event) -> str:

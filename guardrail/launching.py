@@ -41,11 +41,18 @@ class Prepared(NamedTuple):
     node_rank: int
 
 
-def prepare(path: str, overrides: tuple[str, ...], run_dir: str | None) -> Prepared:
-    """Load and check a configuration, check the machine, make the run directory. Raises ConfigError and its kin."""
+def prepare(path: str, overrides: tuple[str, ...], run_dir: str | None, *, root: str | None = None) -> Prepared:
+    """Load and check a configuration, check the machine, make the run directory. Raises ConfigError and its kin.
+
+    Args:
+        root: folder of all runs, instead of `run.root`.
+    """
     from guardrail import preflight
 
     settings = load(config.parse(Path(path)), file=path, overrides=overrides)
+    if root is not None:
+        absolute = os.path.abspath(os.path.expanduser(root))
+        settings = msgspec.structs.replace(settings, run=msgspec.structs.replace(settings.run, root=absolute))
     preflight.check(settings, file=path, overrides=overrides)
     node_rank, text = settings.launch.node_rank, _shared(settings)
     if run_dir is not None:

@@ -198,6 +198,9 @@ class LedgerState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     applied: int = 0
 
 
+_LOOK_AHEAD = 4096  # batches of growing size that are counted one by one
+
+
 class Ledger:
     """Order + cursor + quarantine -> the next batch.
 
@@ -228,6 +231,17 @@ class Ledger:
     def batch_size(self) -> int:
         """Samples of the next batch."""
         return self._size(self.applied + 1) if callable(self._size) else self._size
+
+    def batches_left(self) -> int:
+        """Batches up to the end of the data, if none of their samples is skipped; 0 where it has no end."""
+        if self.limit is None:
+            return 0
+        left, batches = self.limit - self.cursor, 0
+        size = self.batch_size
+        while callable(self._size) and 0 < left and batches < _LOOK_AHEAD:
+            size = self._size(self.applied + 1 + batches)
+            left, batches = left - size, batches + 1
+        return batches + max(0, -(-left // size))
 
     def next_batch(self) -> Batch | None:
         """The next batch of the order that is not quarantined, or None at the end of the data.

@@ -84,18 +84,32 @@ class Terminal:
         self.output += data
         return data
 
-    def cpu(self) -> float:
-        """CPU seconds of the process and all its threads until now, to the nanosecond; 0.0 once it is gone."""
-        total = 0
+    def children(self) -> list[int]:
+        """Processes that the process has started itself."""
         with contextlib.suppress(OSError):
-            for task in os.scandir(f"/proc/{self.process.pid}/task"):
-                with contextlib.suppress(OSError):
-                    total += int(Path(task.path, "schedstat").read_text().split()[0])
+            pid = self.process.pid
+            return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return []
+
+    @property
+    def screen(self) -> int:
+        """The process that draws: the child of one that waits for it, else the process itself."""
+        return next(iter(self.children()), self.process.pid)
+
+    def cpu(self) -> float:
+        """CPU seconds of the process, of its children and of all their threads until now, to the nanosecond; 0.0 once
+        it is gone."""
+        total = 0
+        for pid in (self.process.pid, *self.children()):
+            with contextlib.suppress(OSError):
+                for task in os.scandir(f"/proc/{pid}/task"):
+                    with contextlib.suppress(OSError):
+                        total += int(Path(task.path, "schedstat").read_text().split()[0])
         return total / 1e9
 
     def memory(self, name: str = "VmHWM") -> float:
-        """MB that the process has in memory (VmRSS), or had at most (VmHWM)."""
-        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
+        """MB that the process that draws has in memory (VmRSS), or had at most (VmHWM)."""
+        for line in Path(f"/proc/{self.screen}/status").read_text().splitlines():
             if line.startswith(f"{name}:"):
                 return int(line.split()[1]) * 1024 / 1e6
         return 0.0

@@ -357,3 +357,30 @@ def test_verify_names_what_does_not_hold(folder: Path, capsys: pytest.CaptureFix
         assert main(["verify", target, "--fingerprint"]) == 5
         output, errors = capsys.readouterr()
         assert output == "" and "step-00000010: manifest.json is missing" in errors
+
+
+@pytest.mark.fault("T8")
+@pytest.mark.parametrize(
+    ("options", "variable", "where"),
+    [
+        (["--root", "by-option"], "", "by-option"),
+        ([], "by-variable", "by-variable"),
+        (["--root", "by-option"], "by-variable", "by-option"),
+        (["--root", "by-option", "--set", "run.root=by-set"], "", "by-option"),
+        (["--set", "run.root=by-set"], "by-variable", "by-set"),
+        (["--set", "run.root=by-set"], "", "by-set"),
+        ([], "", "by-file"),
+    ],
+)
+def test_the_root_that_is_named_wins_for_a_new_run(
+    options: list[str], variable: str, where: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does for attach, ctl and report: else they look for the run in another folder."""
+    (folder / "good.toml").write_text(CONFIG.replace("[run]", '[run]\nroot = "by-file"'))
+    monkeypatch.setattr(launching, "start", lambda run, node_rank: None)
+    if variable:
+        monkeypatch.setenv("GUARDRAIL_ROOT", variable)
+    assert main(["launch", "good.toml", "--detach", *options]) == 0
+    (made,) = folder.glob("by-*/words/*/config.toml")
+    assert made.relative_to(folder).parts[0] == where
+    assert f"{folder / where}" in made.read_text(), "and the run remembers it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -184,3 +185,20 @@ def test_a_dry_run_finds_what_is_wrong_on_any_machine(
     assert "a divisor of 384, the number of processes" in capsys.readouterr().out
     assert main(["doctor", "--dry-run"]) == 2
     assert "--dry-run needs a configuration" in capsys.readouterr().err
+
+
+@pytest.mark.fault("B7")
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_gpu_whose_use_cannot_be_read_is_named(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_torch(monkeypatch, GPU)
+    found = importlib.util.find_spec
+    spec = found("json") if installed else None
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: spec if name == "pynvml" else found(name, *more)
+    )
+    told = [check.text for check in doctor.examine().machine if check.name == "GPU use"]
+    assert bool(told) is not installed and all("pip install 'guardrail[gpu]'" in text for text in told)
+    with_torch(monkeypatch, CPU)
+    assert not [check for check in doctor.examine().machine if check.name == "GPU use"], (
+        "without a GPU it is not missed"
+    )

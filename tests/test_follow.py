@@ -88,8 +88,8 @@ def test_a_torn_line_that_the_writer_cuts_off_is_never_told(run: RunDirectory) -
 def test_only_what_is_new_is_read(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     follower = Follower(run)
     sizes: list[int] = []
-    parse = follow.journal.parse
-    monkeypatch.setattr(follow.journal, "parse", lambda data: (sizes.append(len(data)), parse(data))[1])
+    parse = follow.journal.parse_counted
+    monkeypatch.setattr(follow.journal, "parse_counted", lambda data: (sizes.append(len(data)), parse(data))[1])
     for n in range(4):
         before = run.journal_path.stat().st_size if n else 0
         run.append("note", "x" * 100)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import guardrail.torch.checkpoints
 from guardrail.config import CheckpointSection, GuardSection, Settings, SnapshotSection
-from guardrail.ledger import SampleOrder
+from guardrail.ledger import Ledger, SampleOrder
 from guardrail.manifest import checkpoint_dirs
 from guardrail.records import Action, Command, CommandKind, Mode, Phase, Verdict
 from guardrail.rundir import RunDirectory
@@ -254,3 +254,31 @@ def test_the_data_end() -> None:
     loop.train()
     assert loop.guard.phase is Phase.FINISHED
     assert [len(step.batch.samples) for step in loop.attempts] == [4] * 7 + [2]
+
+
+@pytest.mark.fault("B9")
+def test_a_run_that_ends_with_its_data_has_a_total_and_a_time() -> None:
+    """Given in epochs: 25 batches; one that is skipped makes the run a step shorter."""
+    loop = Loop(bad=range(40, 44))
+    loop.guard.total_steps, loop.guard.ledger.limit = 0, 100
+    seen = []
+    for step in loop.guard:
+        loss = loop.loss(step)
+        loss.backward()
+        step.finish(loss)
+        status = loop.guard.account.status()
+        seen.append((status.total_steps, status.eta_seconds > 0))
+    assert seen[0] == (25, True) and seen[9] == (25, True)
+    assert seen[-1] == (24, False) and loop.guard.step == 24
+    assert all(total in (24, 25) for total, _ in seen)
+
+
+def test_growing_batches_are_counted_to_the_end_of_the_data() -> None:
+    ledger = Ledger(SampleOrder(samples=100), batch_size=lambda step: 4 if step <= 5 else 8, limit=100)
+    assert ledger.batches_left() == 15
+    for _ in range(6):
+        batch = ledger.next_batch()
+        assert batch is not None
+        ledger.passed(batch, applied=True)
+    assert ledger.batches_left() == 9
+    assert Ledger(SampleOrder(samples=100), batch_size=4).batches_left() == 0, "endless"

@@ -373,3 +373,15 @@ def test_the_journal_says_who_gave_a_command() -> None:
                   data={"who": "ana@node-1\x1b[2J", "effect": "applied"})  # fmt: skip
     assert line_of(event).text == "pause applied (by ana@node-1)"
     assert line_of(msgspec.structs.replace(event, data={})).text == "pause applied"
+
+
+@pytest.mark.fault("B7")
+def test_gpus_whose_use_is_unknown_say_what_is_missing() -> None:
+    def shown(percent: float) -> str:
+        told = rank(0, gpu_memory_bytes=10**9, gpu_percent=percent)
+        now = example().time + 0.4
+        seen = view(Around((Rank(told, now, now),)))
+        return text(ranks_pane.build(seen, 120, 12, State()))
+
+    assert "GPU use unknown: needs guardrail[gpu]" in shown(-1.0)
+    assert "unknown" not in shown(43.0) and "GPU  43 %" in shown(43.0)

@@ -12,8 +12,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from guardrail.records import Phase
 from guardrail.rundir import RunDirectory
 from guardrail.tui import terminal
 from guardrail.tui.panes.table import PANES
@@ -68,6 +70,9 @@ def test_leaving(key: str, run: RunDirectory, opened: list[Terminal]) -> None:
 
 
 def test_a_key_reaches_the_run(run: RunDirectory, opened: list[Terminal]) -> None:
+    status = run.read_status()
+    assert status is not None
+    run.write_status(msgspec.structs.replace(status, heartbeat=time.time() + 600))  # of a run that lives
     screen = show(run, opened, "controlling")
     screen.press("c")
     deadline = time.monotonic() + 20
@@ -169,7 +174,7 @@ def test_hostile_bytes_never_reach_the_terminal(tmp_path: Path, opened: list[Ter
     (run.logs / "rank-0.log").write_bytes(evil + b"\n" + evil * 200_000 + b"\nthe newest line " + evil + b"\n")
     (run.path / "config.toml").write_text('[run]\nname = "a\\u001B]52;c;ZXZpbA==\\u0007\\u009D \\u202E [/red]"\n')
     screen = show(run, opened, "controlling")
-    screen.until("degraded")
+    screen.until("disk failing")
     for pane in PANES:
         screen.press(pane.number + "f")
         screen.read(0.3)
@@ -190,6 +195,92 @@ def test_no_colour_means_none(run: RunDirectory, opened: list[Terminal], monkeyp
     screen.read(0.5)
     for sequence in (b"38;2", b"48;2", b"38;5", b"48;5", b"[31m", b"[32m", b"[33m", b"[36m"):
         assert sequence not in screen.output, sequence
+
+
+def command(run: RunDirectory, opened: list[Terminal], *words: str, **environment: str) -> Terminal:
+    """A command of guardrail, as it is typed."""
+    one = Terminal([sys.executable, "-m", "guardrail", *words], synchronised=False, environment=environment)
+    opened.append(one)
+    return one
+
+
+@pytest.mark.fault("E9")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])
+def test_a_screen_that_is_killed_leaves_the_terminal_usable(
+    number: signal.Signals, run: RunDirectory, opened: list[Terminal]
+) -> None:
+    screen = command(run, opened, "attach", str(run.path))
+    screen.until("incidents")
+    assert b"\x1b[?1049h" in screen.output and termios.tcgetattr(screen.slave) != screen.before
+    os.kill(screen.screen, number)
+    assert screen.ends() == 128 + number
+    screen.read()
+    for off in (b"\x1b[?1049l", b"\x1b[?1000l", b"\x1b[?1003l", b"\x1b[?1006l", b"\x1b[?2004l", b"\x1b[?25h"):
+        assert off in screen.output, off
+    assert termios.tcgetattr(screen.slave) == screen.before, "lines and echo as before"
+    assert f"the screen was ended by {number.name}; training is not affected".encode() in screen.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_who_waits_passes_signals_on(number: int, run: RunDirectory, opened: list[Terminal]) -> None:
+    screen = command(run, opened, "attach", str(run.path))
+    screen.until("incidents")
+    screen.process.send_signal(number)
+    assert screen.ends() == 0
+    screen.read()
+    assert b"\x1b[?1049l" in screen.output and termios.tcgetattr(screen.slave) == screen.before
+
+
+def test_a_screen_ends_with_who_waits_for_it(run: RunDirectory, opened: list[Terminal]) -> None:
+    screen = command(run, opened, "attach", str(run.path))
+    screen.until("incidents")
+    child = screen.screen
+    assert child != screen.process.pid
+    screen.process.kill()
+    deadline = time.monotonic() + 20
+    while b"\x1b[?1049l" not in screen.output:
+        assert time.monotonic() < deadline, "it goes on drawing over the shell"
+        screen.take(0.1)
+    while Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text().split(")")[1]:
+        assert time.monotonic() < deadline, "the screen lives on"
+        screen.take(0.1)
+
+
+def test_the_exit_code_and_errors_of_a_screen_come_through(run: RunDirectory, opened: list[Terminal]) -> None:
+    screen = command(run, opened, "attach", str(run.path))
+    screen.until("incidents")
+    screen.press("q")
+    assert screen.ends() == 0 and run.screens() == 0
+    nowhere = command(run, opened, "view", str(run.path / "nothing-here.csv"))
+    assert nowhere.ends() == 2
+    nowhere.read()
+    assert b"Traceback" not in nowhere.output and b"guardrail: " in nowhere.output
+
+
+@pytest.mark.fault("E10", "T21")
+@pytest.mark.parametrize("name", ["dumb", ""])
+@pytest.mark.parametrize("word", ["attach", "view"])
+def test_a_terminal_without_a_screen_gets_plain_lines(
+    word: str, name: str, tmp_path: Path, opened: list[Terminal]
+) -> None:
+    run = example().end(Phase.FINISHED, 0).write(tmp_path)
+    screen = command(run, opened, word, str(run.path), TERM=name)
+    assert screen.ends(60) == 0
+    screen.read()
+    assert b"\x1b" not in screen.output, "not one escape sequence"
+    assert b"finished at step" in screen.output
+
+
+@pytest.mark.fault("E10")
+def test_a_log_of_another_tool_is_plain_lines_too(tmp_path: Path, opened: list[Terminal]) -> None:
+    rows = ["step,loss"] + [f"{n},{9.0 if n == 150 else 2.0 + 0.01 * (n % 7)}" for n in range(1, 200)]
+    (tmp_path / "log.csv").write_text("\n".join(rows))
+    screen = Terminal([sys.executable, "-m", "guardrail", "view", str(tmp_path / "log.csv")],
+                      environment={"TERM": "dumb"})  # fmt: skip
+    opened.append(screen)
+    assert screen.ends(60) == 0
+    screen.read()
+    assert b"\x1b" not in screen.output and b"199 rows" in screen.output and b"would skip at step 150" in screen.output
 
 
 def test_gone() -> None:

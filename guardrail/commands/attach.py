@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from guardrail.commands.common import has_terminal, imports, root_option, screen_options, the_run
+from guardrail.commands.common import can_draw, imports, root_option, screen_options, show_screen, the_run
 
 
 @click.command(short_help="Watch a run, running or ended.")
@@ -29,7 +29,7 @@ def command(
 ) -> int:
     """Watch a run, the newest one if none is named. Leaving, by q or Ctrl-C, does not touch it.
 
-    Without a terminal it prints lines until the run has ended, and returns the run's exit code.
+    Without a terminal, or with TERM=dumb, it prints lines until the run has ended, and returns the run's exit code.
     """
     if web and headless:
         raise click.UsageError("--web and --headless are two ways to watch; choose one")
@@ -41,12 +41,15 @@ def command(
 
         port = browser.PORT if port is None else port
         return browser.serve(str(found.path), name=found.name, port=port, read_only=read_only, theme=theme)
-    if headless or not (in_browser or has_terminal()):
+    if headless or not (in_browser or can_draw()):
         from guardrail.headless import attach
 
         return attach(found)
-    with imports():
-        from guardrail.tui.app import run_screen
 
-    run_screen(found.path, read_only=read_only, theme=theme, mouse=not no_mouse)
-    return 0
+    def screen() -> int:
+        with imports():
+            from guardrail.tui.app import run_screen
+
+        return run_screen(found.path, read_only=read_only, theme=theme, mouse=not no_mouse)
+
+    return show_screen(screen)

@@ -38,10 +38,24 @@ def screen_options(command: Callable[..., int]) -> Callable[..., int]:
 
 
 def has_terminal() -> bool:
-    """Whether a screen can be shown: keys come from stdin, and textual draws on stderr."""
+    """Whether a person sits at a terminal: keys come from stdin, and textual draws on stderr."""
     import sys
 
     return sys.stdin.isatty() and sys.stdout.isatty() and sys.stderr.isatty()
+
+
+def can_draw() -> bool:
+    """Whether the terminal is one that a screen can be drawn on; TERM = dumb, or none, takes plain lines only."""
+    import os
+
+    return has_terminal() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
+
+
+def show_screen(screen: Callable[[], int]) -> int:
+    """Run a screen in a process of its own, so that whatever ends it leaves the terminal usable; its exit code."""
+    from guardrail.tui.waiting import in_child
+
+    return in_child(screen)
 
 
 @contextlib.contextmanager

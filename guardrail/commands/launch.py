@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
-from guardrail.commands.common import has_terminal, imports, root_option, screen_options
+from guardrail.commands.common import can_draw, imports, root_option, screen_options, show_screen
 
 if TYPE_CHECKING:
     import subprocess
@@ -55,13 +56,13 @@ def command(
             return 0
     else:
         assert config is not None
-        prepared = launching.prepare(config, overrides, run_dir)
+        prepared = launching.prepare(config, overrides, run_dir, root=given_root(overrides))
     supervisor = launching.start(*prepared)
     run = prepared.run
     print(run.path, flush=True)
     if detach:
         return 0
-    if headless or not has_terminal():
+    if headless or not can_draw():
         from guardrail.headless import follow
 
         code = follow(run, supervisor, past=None if resume is None else 0)
@@ -70,6 +71,19 @@ def command(
     if code == ExitCode.WORKERS_FAILED:
         run.check_writable()  # on a full disk the journal could not say why
     return code
+
+
+def given_root(overrides: tuple[str, ...]) -> str | None:
+    """The folder of all runs that --root or $GUARDRAIL_ROOT names, which wins over `run.root` of the file; else None.
+
+    --set run.root=DIR is meant for this one run: it wins over the variable.
+    """
+    context = click.get_current_context()
+    source = context.get_parameter_source("root")
+    by_set = any(override.partition("=")[0].strip() == "run.root" for override in overrides)
+    if source is ParameterSource.COMMANDLINE or (source is ParameterSource.ENVIRONMENT and not by_set):
+        return str(context.params["root"])
+    return None
 
 
 def show(
@@ -81,10 +95,13 @@ def show(
 
     from guardrail.launching import exit_code_of, way_back
 
-    with imports():
-        from guardrail.tui.app import run_screen
+    def screen() -> int:
+        with imports():
+            from guardrail.tui.app import run_screen
 
-    run_screen(run.path, read_only=read_only, theme=theme, mouse=mouse)
+        return run_screen(run.path, read_only=read_only, theme=theme, mouse=mouse)
+
+    show_screen(screen)
     deadline = time.monotonic() + 2.0  # a run that the screen saw end is about to have its exit code
     status = run.read_status()
     while status is not None and status.phase.ended and time.monotonic() < deadline and supervisor.poll() is None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import time
 
 import click
 
-from guardrail.commands.common import has_terminal, json_option, print_json, root_option, screen_options
+from guardrail.commands.common import can_draw, json_option, print_json, root_option, screen_options, show_screen
 
 
 @click.command(short_help="List the runs; in a terminal, choose one to watch.")
@@ -29,10 +28,14 @@ def command(as_json: bool, plain: bool, read_only: bool, theme: str | None, no_m
     def look() -> list[Glance]:
         return glances(root, pulse.listed)
 
-    if not (as_json or plain) and has_terminal() and os.environ.get("TERM") != "dumb":
-        from guardrail.tui.chooser import choose_and_watch
+    if not (as_json or plain) and can_draw():
 
-        return choose_and_watch(look, root=root, read_only=read_only, theme=theme, mouse=not no_mouse)
+        def screen() -> int:
+            from guardrail.tui.chooser import choose_and_watch
+
+            return choose_and_watch(look, root=root, read_only=read_only, theme=theme, mouse=not no_mouse)
+
+        return show_screen(screen)
     rows = look()
     while any(row.state == "unknown" for row in rows):  # on other hosts: their next heartbeat shows that they live
         time.sleep(0.2)

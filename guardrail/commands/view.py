@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from guardrail.commands.common import given_columns, has_terminal, screen_options
+from guardrail.commands.common import can_draw, given_columns, has_terminal, screen_options, show_screen
+
+if TYPE_CHECKING:
+    from guardrail.config import GuardSection
 
 
 @click.command(short_help="Look at a recorded log, or at a run directory.")
@@ -27,6 +32,7 @@ def command(
 
     Reads whatever `guardrail backtest` reads, one recorded run of it, and writes nothing. A run directory of guardrail
     is shown with what has happened in it; with --policy or --set, with what those settings would have said.
+    With TERM=dumb it prints lines.
     """
     from guardrail import viewing
     from guardrail.config import load_guard
@@ -35,12 +41,31 @@ def command(
         raise click.UsageError(f"view needs a terminal; guardrail backtest {log} prints what it would show")
     given = policy is not None or bool(overrides)
     settings = load_guard(policy, overrides=overrides)
-    from guardrail.tui.app import run_log, run_screen
+    if not can_draw():
+        return _print_lines(log, columns, settings, given=given)
+
+    def screen() -> int:
+        from guardrail.tui.app import run_log, run_screen
+
+        if viewing.is_run(log) and not given:
+            return run_screen(log, read_only=True, theme=theme, mouse=not no_mouse)
+        background = viewing.Background(viewing.Viewing(viewing.the_log(log, given_columns(columns)), settings))
+        try:
+            return run_log(background, theme=theme, mouse=not no_mouse)
+        finally:
+            background.close()
+
+    return show_screen(screen)
+
+
+def _print_lines(log: str, columns: tuple[str, ...], settings: GuardSection, *, given: bool) -> int:
+    """For a terminal that takes plain lines only: what the screen would show, on stderr."""
+    from guardrail import headless, viewing
+    from guardrail.rundir import RunDirectory
 
     if viewing.is_run(log) and not given:
-        return run_screen(log, read_only=True, theme=theme, mouse=not no_mouse)
-    background = viewing.Background(viewing.Viewing(viewing.the_log(log, given_columns(columns)), settings))
-    try:
-        return run_log(background, theme=theme, mouse=not no_mouse)
-    finally:
-        background.close()
+        return headless.attach(RunDirectory.open(log))
+    recorded = viewing.Viewing(viewing.the_log(log, given_columns(columns)), settings)
+    for line in headless.recorded_lines(recorded):
+        click.echo(line, err=True)
+    return 0

@@ -100,13 +100,17 @@ class Account:
         guard = self._guard
         recent = self._recent
         seconds, tokens = sum(s for s, _ in recent), sum(t for _, t in recent)
-        ahead = max(0, guard.total_steps - guard.step)
+        total = guard.total_steps
+        if not total and guard.ledger.limit is not None:
+            # A run given in epochs; what is skipped from now on makes it shorter.
+            total = guard.step + guard.ledger.batches_left()
+        ahead = max(0, total - guard.step)
         unresolved = guard.controller.unresolved()
         return Status(
             run=guard.run.name if guard.run is not None else "",
             phase=guard.phase or Phase.STEP,
             step=guard.step,
-            total_steps=guard.total_steps,
+            total_steps=total,
             cursor=guard.ledger.cursor,
             timeline=guard.timeline,
             mode=guard.mode,

@@ -13,13 +13,20 @@ import signal
 import sys
 import termios
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import FrameType
+from typing import Any
 
 CHECK_SECONDS = 0.5
+Attributes = Mapping[int, list[Any]]
 _STUCK_SECONDS = 1.0
-# Kitty keyboard off, bracketed paste off, mouse off, line wrap on, main screen, cursor on, focus reports off.
-_RESTORE = b"\x1b[<u\x1b[?2004l\x1b[?1000l\x1b[?1003l\x1b[?1015l\x1b[?1006l\x1b[?7h\x1b[?1049l\x1b[?25h\x1b[?1004l"
+# End of a frame, Kitty keyboard off, bracketed paste off, mouse off, size reports off, line wrap on, plain colours,
+# main screen, cursor on, focus reports off.
+_RESTORE = (
+    b"\x1b[?2026l\x1b[<u\x1b[?2004l\x1b[?1000l\x1b[?1003l\x1b[?1015l\x1b[?1006l\x1b[?1016l\x1b[?2048l"
+    b"\x1b[?7h\x1b[0m\x1b[?1049l\x1b[?25h\x1b[?1004l"
+)
+waited_for_by = 0  # the process that waits for this one and restores the terminal after it; 0: none. See `waiting`.
 
 
 def gone(descriptor: int) -> bool:
@@ -35,16 +42,20 @@ def gone(descriptor: int) -> bool:
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
     """Ends the process with exit code 0 when the terminal goes, or when SIGHUP or SIGTERM asks for it."""
-    descriptors = [d for d in (_descriptor(sys.__stdin__), _descriptor(sys.__stderr__)) if d is not None]
-    attributes = {d: termios.tcgetattr(d) for d in descriptors}
+    known = attributes()
     left = threading.Event()
 
     def leave(signum: int, frame: FrameType | None) -> None:
-        _leave(attributes)
+        restore(known)
+        os._exit(0)
 
     def watch() -> None:
         while not left.wait(CHECK_SECONDS):
-            if any(gone(descriptor) for descriptor in descriptors):
+            if any(gone(descriptor) for descriptor in known):
+                os._exit(0)
+            if waited_for_by and os.getppid() != waited_for_by:
+                # Killed, and the shell has its terminal back: how it reads keys is its own business by now.
+                _show_shell(known)
                 os._exit(0)
 
     before = {number: signal.signal(number, leave) for number in (signal.SIGHUP, signal.SIGTERM)}
@@ -57,19 +68,35 @@ def guarded() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _leave(attributes: dict[int, list[object]]) -> None:
-    """Restore the terminal if it still listens, and end; whatever blocks on the way is cut off by an alarm."""
+def attributes() -> Attributes:
+    """The settings of the terminal that keys come from and that is drawn on, by descriptor; empty without one."""
+    descriptors = [d for d in (_descriptor(sys.__stdin__), _descriptor(sys.__stderr__)) if d is not None]
+    return {d: termios.tcgetattr(d) for d in descriptors}
+
+
+def restore(known: Attributes) -> None:
+    """Restore the terminal if it still listens; the process ends by an alarm if anything blocks on the way.
+
+    Args:
+        known: settings by descriptor.
+    """
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, _STUCK_SECONDS)
-    signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # setting a terminal from the background would stop us
-    for descriptor, saved in attributes.items():
+    background = signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # setting a terminal from the background would stop us
+    for descriptor, saved in known.items():
         with contextlib.suppress(OSError, termios.error):
-            termios.tcsetattr(descriptor, termios.TCSANOW, saved)  # type: ignore[arg-type]
-    for descriptor in list(attributes)[-1:]:
+            termios.tcsetattr(descriptor, termios.TCSANOW, saved)
+            termios.tcflush(descriptor, termios.TCIFLUSH)  # reports of the mouse that no one has read
+    _show_shell(known)
+    signal.setitimer(signal.ITIMER_REAL, 0.0)
+    signal.signal(signal.SIGTTOU, background)
+
+
+def _show_shell(known: Attributes) -> None:
+    for descriptor in list(known)[-1:]:
         with contextlib.suppress(OSError):
             if select.select([], [descriptor], [], _STUCK_SECONDS / 2)[1]:  # a slow one is drained meanwhile
                 os.write(descriptor, _RESTORE)
-    os._exit(0)
 
 
 def _descriptor(stream: object) -> int | None:

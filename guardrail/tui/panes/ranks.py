@@ -135,6 +135,8 @@ def _summary(view: View, shown: Sequence[Judged], width: int) -> Row:
     for trouble in ("silent", "stuck", "failed"):
         if many := sum(one.trouble == trouble for one in shown):
             line.append((f"   {_TROUBLE[trouble][0]} {many} {trouble}", "bad"))
+    if any(one.rank.told.gpu_memory_bytes and one.rank.told.gpu_percent < 0 for one in shown):
+        line.append(("   GPU use unknown: needs guardrail[gpu]", "dim"))
     if total and slowest.rank.told.rank != often:
         line.append((f"   {often} was slowest in {times} of {plural(total, 'step')}", "dim"))
     while width_of(tuple(line)) > width and any(tone == "dim" for _, tone in line):
@@ -166,7 +168,8 @@ def _rank(one: Judged, now: float, longest: float, width: int) -> Row:
 
 def _gpu(one: Judged) -> str:
     told = one.rank.told
-    busy = f"{told.gpu_percent:.0f} % busy" if told.gpu_percent >= 0 else "how busy is unknown"
+    unknown = "use unknown: pip install 'guardrail[gpu]' where the run trains (nvidia-ml-py)"
+    busy = f"{told.gpu_percent:.0f} % busy" if told.gpu_percent >= 0 else unknown
     used = size(told.gpu_memory_bytes)
     return f"{busy}, {used} in use" if used else "none" if told.gpu_percent < 0 else busy
 
