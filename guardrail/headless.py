@@ -16,7 +16,7 @@ from guardrail.advised import Advised
 from guardrail.errors import ExitCode
 from guardrail.follow import Follower
 from guardrail.launching import exit_code_of, way_back
-from guardrail.liveness import Pulse
+from guardrail.liveness import HeartbeatObserver
 from guardrail.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Action, Event, Phase, Status
 from guardrail.rundir import MetricsView, RunDirectory
 from guardrail.signals import TermRequests
@@ -237,7 +237,7 @@ def follow(run: RunDirectory, supervisor: subprocess.Popen[bytes], *, past: int 
 def attach(run: RunDirectory) -> int:
     """For `attach` without a terminal: the last lines, then new ones until the run has ended; its exit code."""
 
-    pulse = Pulse()
+    observer = HeartbeatObserver()
 
     def ended() -> int | None:
         status = run.read_status()
@@ -245,7 +245,7 @@ def attach(run: RunDirectory) -> int:
             return None
         if status.exit_code is not None:
             return status.exit_code
-        return None if pulse(run, status) else ExitCode.WORKERS_FAILED
+        return None if observer(run, status) else ExitCode.WORKERS_FAILED
 
     with _handlers({signal.SIGINT: _leave, signal.SIGHUP: _leave}):
         printer = Printer(run)

@@ -28,7 +28,7 @@ class _Seen:
     changed: bool = False
 
 
-class Pulse:
+class HeartbeatObserver:
     """Remembers when the heartbeat of each run was last seen to change.
 
     Args:
@@ -72,8 +72,8 @@ def is_alive(run: RunDirectory, status: Status) -> bool:
 
     Waits up to FIRST_SECONDS for the next heartbeat of a run on another host.
     """
-    pulse = Pulse()
-    while (answer := pulse.look(run, status)) is None:
+    observer = HeartbeatObserver()
+    while (answer := observer.look(run, status)) is None:
         time.sleep(0.1)
         status = run.read_status() or status
     return answer

@@ -47,7 +47,7 @@ class LocalRanks:
         self._run, self._node_rank, self._nodes = run, node_rank, nodes
         self._starts = 0
         self._reports: NodeReports | None = None
-        self._said: dict[int, RankStatus] = {}  # pid -> last report, of ranks of this agent
+        self._last_reports: dict[int, RankStatus] = {}  # pid -> last report, of ranks of this agent
         self._myself = psutil.Process()
         self._processes: dict[int, psutil.Process] = {}
         self._numbers: dict[int, int] = {}
@@ -76,7 +76,7 @@ class LocalRanks:
             self.publish(now=True)
             self._reports.close()
         self._reports = None
-        self._processes, self._orphans, self.reports, self._said, self._numbers = {}, [], {}, {}, {}
+        self._processes, self._orphans, self.reports, self._last_reports, self._numbers = {}, [], {}, {}, {}
         self.last_pids, self.heard = set(), False
 
     def publish(self, *, now: bool = False) -> None:
@@ -98,7 +98,7 @@ class LocalRanks:
                     self._orphans.append(process)
         self.read()
         self._processes = found
-        self.reports = {pid: self._said.get(pid) for pid in found}
+        self.reports = {pid: self._last_reports.get(pid) for pid in found}
         if found:
             same = not self.last_pids.isdisjoint(found)
             self.last_pids = self.last_pids | found.keys() if same else set(found)
@@ -107,12 +107,12 @@ class LocalRanks:
     def read(self) -> None:
         """Read what the ranks report."""
         if self._reports is not None:
-            self._said.update({report.pid: report for report in self._reports.read()})
-        self._numbers.update({pid: report.rank for pid, report in self._said.items()})
+            self._last_reports.update({report.pid: report for report in self._reports.read()})
+        self._numbers.update({pid: report.rank for pid, report in self._last_reports.items()})
 
-    def said(self, pid: int) -> RankStatus | None:
+    def last_report(self, pid: int) -> RankStatus | None:
         """What a rank of this agent has reported last, also when it is dead."""
-        return self._said.get(pid)
+        return self._last_reports.get(pid)
 
     @contextlib.contextmanager
     def spared(self, *arguments: Any, **options: Any) -> Iterator[subprocess.Popen[bytes]]:

@@ -258,7 +258,7 @@ class Supervisor:
     def _count_start(self, pid: int) -> None:
         """The start of the ranks to which `pid` belongs has failed; what else is reported of it counts no more."""
         peers = self.ranks.last_pids
-        report = self.ranks.said(pid)
+        report = self.ranks.last_report(pid)
         self._is_over = report is not None and report.phase.ended
         self._counted |= {pid, *(peers if pid in peers else ())}
         self._between = pid in peers or not self.ranks.reports
@@ -371,7 +371,7 @@ class Supervisor:
             yield
 
     def _publish_reports(self, stop: threading.Event) -> None:
-        """Keep ranks/node-NAME.json fresh. A thread: a file system that hangs must not blind the supervisor."""
+        """Keep ranks/node-NAME.json fresh. On a thread: a file system that hangs must not keep us from the ranks."""
         while not stop.wait(POLL_SECONDS):
             self.ranks.publish()
 

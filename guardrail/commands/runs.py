@@ -21,12 +21,12 @@ def command(as_json: bool, plain: bool, read_only: bool, theme: str | None, no_m
     Leaving its screen comes back to the list.
     """
     from guardrail.glance import Glance, glances
-    from guardrail.liveness import Pulse
+    from guardrail.liveness import HeartbeatObserver
 
-    pulse = Pulse()
+    observer = HeartbeatObserver()
 
     def look() -> list[Glance]:
-        return glances(root, pulse.listed)
+        return glances(root, observer.listed)
 
     if not (as_json or plain) and can_draw():
 
