@@ -21,6 +21,7 @@ from guardrail.headless import step_line
 from guardrail.incidents import Incidents
 from guardrail.manifest import checkpoint_dirs, read_manifest
 from guardrail.records import Action, Command, CommandKind, Event, Mode, Observation, Phase, Status, Verdict
+from guardrail.rejudge import Rejudge
 from guardrail.report import text
 from guardrail.rundir import RunDirectory
 from guardrail.scene import Scene
@@ -226,6 +227,10 @@ def test_accept_lets_later_states_become_good_and_is_refused_where_nothing_is_to
     assert loop.status().unresolved is None
     good = good_in_journal(loop.run)
     assert not good & set(range(60, 122)) and good >= {130, 140}
+    # The rows and the journal alone lead to the same verdicts.
+    rejudge = Rejudge(loop.run, loop.guard.settings.guard, own=True)
+    assert all(row.agrees for row in rejudge) and not rejudge.lost
+    assert rejudge._controller.incidents.ended == loop.guard.controller.incidents.ended
 
 
 @pytest.mark.fault("T1")

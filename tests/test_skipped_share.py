@@ -11,6 +11,7 @@ from guardrail.ledger import Ledger, SampleOrder
 from guardrail.manifest import read_manifest
 from guardrail.past import Past
 from guardrail.records import Mode, Phase, Span
+from guardrail.rejudge import Rejudge
 from guardrail.rundir import RunDirectory
 from guardrail.torch.desk import Answer, Desk
 from tests.jumping import Loop
@@ -126,6 +127,8 @@ def test_where_a_screen_is_open_it_asks_and_an_answer_lets_it_skip_as_much_again
         ("skip", None),
     ]
     assert Past.of(loop.run.events()).spans == loop.guard.ledger.spans
+    judged = list(Rejudge(loop.run, loop.guard.settings.guard, own=True))
+    assert len(judged) == 133 and all(row.agrees for row in judged)
 
 
 def test_a_rollback_beyond_the_share_is_not_done(tmp_path: Path) -> None:
