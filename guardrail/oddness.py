@@ -8,11 +8,15 @@ Sources of the thresholds:
 
 The rest is what a training sample may hold and a cleaned page does not: control characters, mis-decoded text, another
 script than the corpus has, hardly or wholly random characters.
+
+Gopher's words are those of English. Chinese, Japanese, Thai and other scripts that put no space between words are
+judged by their characters instead. All of it takes time in proportion to the length of the text.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 import re
 import statistics
 import unicodedata
@@ -31,10 +35,28 @@ CAPITALS, DIGITS = 0.60, 0.50  # of the letters; of the characters. RefinedWeb d
 UNPRINTABLE = 0.01  # of the characters
 REPLACEMENT = 0.005  # of the characters: U+FFFD and pairs that UTF-8 read as Latin-1 gives
 ENTROPY = (2.0, 5.8)  # bits a character. English prose has 4.1-4.4, code 4.5-5.0, random bytes as Latin-1 near 8.
+# As ENTROPY, for scripts with hundreds or thousands of characters: Chinese prose has 8 to 9.8 bits, Korean 7.5.
+ENTROPY_OF_MANY = (2.0, 11.0)
+# As TOP_GRAMS and DUPLICATE_GRAMS, in characters, for scripts without spaces: a Thai word has about 4 characters, a
+# Chinese one less than 2.
+TOP_STRINGS = {4: 0.20, 8: 0.16}
+DUPLICATE_STRINGS = {20: 0.15, 40: 0.10}
+UNSPACED_SHARE = 0.3  # of the letters, from which on a text is one of a script without spaces
+# Where a text might repeat: so many places are looked at, and a string of so many characters is looked for behind each.
+PLACES, ANCHOR = 16, 8
+MOST_PERIODS = 4  # lengths that are tried
+SHOWN = 40  # characters of what is repeated
+REPEATS = 0.9  # share of its characters that a text over and over has again a period further on
 FEW_WORDS, FEW_CHARACTERS = 12, 24  # below them a share means nothing
 FOREIGN_SIGMAS, FOREIGN_BITS = 6.0, 1.0  # robust sigmas, and bits a character, beyond what the corpus itself has
 
 _WORD = re.compile(r"\S+")
+# Thai, Lao, Tibetan, Burmese, Khmer, Japanese and Chinese.
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+# Korean, Ethiopic and Yi have spaces, and a character for each syllable.
+_SYLLABLES = re.compile("[\u1200-\u139f\ua000-\ua4cf\uac00-\ud7af]")
 _MOJIBAKE = re.compile("\ufffd|[ÃÂ][\x80-\xbf]|â[\x80-\xbf€]|ï»¿")
 _SYMBOL = re.compile(r"#|\.\.\.|…")
 
@@ -91,36 +113,46 @@ def odd(text: str, *, usual: Usual | None = None, among: Sequence[str] = ()) -> 
 def _characters(text: str) -> list[str]:
     if len(text) < FEW_CHARACTERS:
         return []
-    size, found = len(text), []
-    controls = sum(unicodedata.category(c) in ("Cc", "Cs", "Co", "Cn") and c not in "\t\n\r\f" for c in text)
+    size, found, counts = len(text), [], Counter(text)
+    controls = sum(n for c, n in counts.items() if _is_control(c))
     if controls / size > UNPRINTABLE:
         found.append(f"{controls / size:.0%} unprintable characters")
     broken = len(_MOJIBAKE.findall(text))
     if broken / size > REPLACEMENT:
         found.append(f"{broken} traces of text decoded wrongly")
-    counts = Counter(text)
     entropy = -sum(n / size * math.log2(n / size) for n in counts.values())
-    if entropy < ENTROPY[0] or entropy > ENTROPY[1]:
-        found.append(f"{entropy:.1f} bits of entropy a character, usual are {ENTROPY[0]:g} to {ENTROPY[1]:g}")
+    low, high = ENTROPY_OF_MANY if _is_of(text, _UNSPACED) or _is_of(text, _SYLLABLES) else ENTROPY
+    if entropy < low or entropy > high:
+        found.append(f"{entropy:.1f} bits of entropy a character, usual are {low:g} to {high:g}")
     if (braces := (counts["{"] + counts["}"]) / size) > BRACES:
         found.append(f"{braces:.0%} curly brackets")
     if "lorem ipsum" in text.lower():
         found.append("lorem ipsum")
-    letters = [c for c in text if c.isalpha()]
-    if len(letters) >= FEW_CHARACTERS and (share := sum(c.isupper() for c in letters) / len(letters)) > CAPITALS:
+    letters = sum(n for c, n in counts.items() if c.isalpha())
+    capitals = sum(n for c, n in counts.items() if c.isupper())
+    if letters >= FEW_CHARACTERS and (share := capitals / letters) > CAPITALS:
         found.append(f"{share:.0%} of the letters are capitals")
-    if (share := sum(c.isdigit() for c in text) / size) > DIGITS:
+    if (share := sum(n for c, n in counts.items() if c.isdigit()) / size) > DIGITS:
         found.append(f"{share:.0%} digits")
     return found
 
 
+def _is_control(character: str) -> bool:
+    return unicodedata.category(character) in ("Cc", "Cs", "Co", "Cn") and character not in "\t\n\r\f"
+
+
+def _is_of(text: str, script: re.Pattern[str]) -> bool:
+    """Whether much of a text is written in these characters."""
+    return len(script.findall(text)) > UNSPACED_SHARE * sum(not c.isspace() for c in text)
+
+
 def _words(text: str) -> list[str]:
     words = _WORD.findall(text)
-    if len(text) < FEW_CHARACTERS or not words:
+    if len(text) < FEW_CHARACTERS or not words or _is_of(text, _UNSPACED):
         return []
     found = []
     length = sum(map(len, words)) / len(words)
-    if not WORD_LENGTH[0] <= length <= WORD_LENGTH[1]:
+    if not _is_of(text, _SYLLABLES) and not WORD_LENGTH[0] <= length <= WORD_LENGTH[1]:
         found.append(f"words of {length:.1f} characters on average")
     if len(words) < FEW_WORDS:
         return found
@@ -136,9 +168,11 @@ def _repetition(text: str) -> list[str]:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if len(lines) > 3 and (share := 1 - len(set(lines)) / len(lines)) > DUPLICATE_LINES:
         found.append(f"{share:.0%} of the lines are repeated")
+    if _is_of(text, _UNSPACED):
+        return [*found, *(_character_runs(text) or _repeated_strings(text))]
     words = _WORD.findall(text)
     if len(words) < FEW_WORDS:
-        # Without words that could repeat (one long string, a script without spaces), the characters may.
+        # Without words that could repeat, as in one long string, the characters may.
         return [*found, *_character_runs(text)]
     size = sum(map(len, words))
     for length, limit in TOP_GRAMS.items():
@@ -152,26 +186,59 @@ def _repetition(text: str) -> list[str]:
 
 
 def _duplicated(words: Sequence[str], length: int) -> int:
-    """Characters in n-grams that stood there before, each counted once."""
-    seen: set[tuple[str, ...]] = set()
+    """Characters in n-grams of words (or of the characters of a text) that stood there before, each counted once."""
+    seen: set[Sequence[str]] = set()
     covered = [False] * len(words)
     for at in range(len(words) - length + 1):
-        gram = tuple(words[at : at + length])
+        gram = words[at : at + length] if isinstance(words, str) else tuple(words[at : at + length])
         if gram in seen:
             covered[at : at + length] = [True] * length
         seen.add(gram)
     return sum(len(word) for word, inside in zip(words, covered, strict=True) if inside)
 
 
-def _character_runs(text: str) -> list[str]:
-    """Whether a text is a short string over and over: shifted by its length it meets itself."""
+def _repeated_strings(text: str) -> list[str]:
+    """As the phrases of words, for a script without spaces."""
+    text = "".join(text.split())
     if len(text) < FEW_CHARACTERS:
         return []
-    for period in range(1, len(text) // 4):
-        same = sum(a == b for a, b in zip(text, text[period:], strict=False))
-        if same >= 0.9 * (len(text) - period):
-            return [f"{text[:period].strip() or 'white space'!r} over and over"]
+    for length, limit in TOP_STRINGS.items():
+        (_, count), *_ = Counter(text[at : at + length] for at in range(len(text) - length + 1)).most_common(1)
+        if count > 2 and (share := count * length / len(text)) > limit:
+            return [f"{min(share, 1.0):.0%} of the text is one string of {length} characters"]
+    for length, limit in DUPLICATE_STRINGS.items():
+        if (share := _duplicated(text, length) / len(text)) > limit:
+            return [f"{share:.0%} of the text are repeated strings of {length} characters"]
     return []
+
+
+def _character_runs(text: str) -> list[str]:
+    """Whether a text is a short string over and over: shifted by its length it meets itself.
+
+    The string is at most a quarter of the text. How long it may be is learnt at some places of the text, from how far
+    behind each the next few characters stand again: then no more than a handful of lengths are tried.
+    """
+    if len(text) < FEW_CHARACTERS:
+        return []
+    for period in _periods(text):
+        same = sum(map(operator.eq, text, text[period:]))
+        if same >= REPEATS * (len(text) - period):
+            return [f"{text[:period][:SHOWN].strip() or 'white space'!r} over and over"]
+    return []
+
+
+def _periods(text: str) -> list[int]:
+    """Lengths after which a text may repeat itself, shortest first; as many as there are places at most."""
+    longest = len(text) // 4 - 1
+    found: Counter[int] = Counter()
+    for place in range(PLACES):
+        # Within the first three quarters a place has a whole period behind it.
+        at = place * (len(text) - longest - ANCHOR) // PLACES
+        distance = text.find(text[at : at + ANCHOR], at + 1, at + longest + ANCHOR + 1) - at
+        if 0 < distance <= longest:
+            found[distance] += 1
+    common = [period for period, _ in found.most_common(MOST_PERIODS)]
+    return sorted(common)
 
 
 def _script(text: str) -> str:

@@ -7,7 +7,8 @@ import textwrap
 
 import pytest
 
-from guardrail.oddness import Usual, odd
+from guardrail import oddness
+from guardrail.oddness import FEW_CHARACTERS, Usual, _character_runs, odd
 from guardrail.outliers import Outlier, Sample, foremost, outliers
 
 PROSE = inspect.cleandoc(textwrap.__doc__ or "") + (
@@ -50,6 +51,78 @@ def test_another_language_and_a_copy() -> None:
     text = "Это предложение написано другим алфавитом, которого нет в корпусе"
     assert any("unlike the corpus" in said and "CYRILLIC" in said for said in odd(text, usual=usual))
     assert "the very same text as another sample" in odd(PROSE, among=[PROSE])
+
+
+UNSPACED = {
+    "Chinese": (
+        "人类的语言是一种复杂的符号系统，它让我们能够表达思想、交流感情并传承文化。在漫长的历史中，不同的民族"
+        "创造了各自的文字，有的以字母记录声音，有的以图形表示意义。今天，互联网使这些文字在同一块屏幕上相遇，"
+        "翻译软件也在不断进步，但理解一门语言仍然需要时间和耐心。学习的过程常常充满惊喜。"
+    ),
+    "Japanese": (
+        "日本語の文章は、漢字とひらがな、カタカナを組み合わせて書かれます。単語の間に空白を置かないため、機械"
+        "で処理するときには、まず文を単語に分ける必要があります。新聞や小説、手紙など、場面によって言葉づかい"
+        "が変わることも、この言語の面白いところです。春になると、人々は桜の下に集まり、短い季節を楽しみます。"
+    ),
+    "Thai": (
+        "ภาษาไทยเป็นภาษาที่เขียนติดกันโดยไม่มีช่องว่างระหว่างคำ ผู้อ่านจึงต้องรู้จักคำศัพท์เพื่อแยกประโยคออกเ"
+        "ป็นส่วนต่างๆ เมื่อเดินทางไปตามชนบท เราจะพบตลาดเล็กๆ ที่ขายผลไม้สด อาหารพื้นเมือง และงานฝีมือของชาวบ้"
+        "าน เด็กๆ วิ่งเล่นอยู่ริมแม่น้ำในตอนเย็น ขณะที่พระอาทิตย์กำลังลับขอบฟ้า"
+    ),
+    "Korean": (
+        "한국어 문장은 단어 사이에 띄어쓰기를 하지만 글자 하나하나가 음절을 나타낸다. 아침에 시장에 가면 상인"
+        "들이 신선한 채소와 생선을 늘어놓고 손님을 기다린다. 오래된 골목에는 작은 서점이 남아 있고, 주인은 손"
+        "님에게 좋아하는 시를 읽어 주기도 한다."
+    ),
+}
+
+
+@pytest.mark.fault("A6")
+@pytest.mark.parametrize("language", UNSPACED)
+def test_scripts_without_spaces_are_ordinary_text(language: str) -> None:
+    text = UNSPACED[language]
+    assert odd(text) == [] and odd(text[:60]) == []
+    assert odd("\n".join(text[at : at + 10] for at in range(0, len(text), 10))) == [], "in short lines"
+
+
+@pytest.mark.fault("A6")
+@pytest.mark.parametrize("language", ["Chinese", "Japanese", "Thai"])
+def test_repetition_in_scripts_without_spaces(language: str) -> None:
+    text = UNSPACED[language]
+    assert any("over and over" in said for said in odd(text[:30] * 20))
+    mixed = "".join(text[:25] + text[at : at + 12] for at in range(25, 120))
+    assert any("repeated strings" in said or "one string" in said for said in odd(mixed)), odd(mixed)
+
+
+@pytest.mark.parametrize("period", [1, 2, 7, 8, 9, 40, 99])
+@pytest.mark.parametrize("noise", [0.0, 0.03])
+def test_a_string_over_and_over_is_found_at_any_length(period: int, noise: float) -> None:
+    draw = random.Random(period)
+    string = "".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=period))
+    text = "".join(draw.choice("XYZ") if draw.random() < noise else one for one in string * (600 // period))
+    (said,) = _character_runs(text)
+    assert said.endswith("over and over")
+
+
+def test_random_characters_are_no_repetition() -> None:
+    draw = random.Random(0)
+    for size in (FEW_CHARACTERS, 100, 8192):
+        assert _character_runs("".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=size))) == []
+
+
+@pytest.mark.fault("A6")
+def test_the_time_grows_with_the_length_and_not_with_its_square(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Characters that are compared, of a text without a space."""
+    compared = 0
+
+    def counted(text: str, other: str) -> bool:
+        nonlocal compared
+        compared += 1
+        return text == other
+
+    text = "".join(random.Random(0).choices("abcdefgh", k=40_000))
+    monkeypatch.setattr(oddness.operator, "eq", counted)
+    assert _character_runs(text) == [] and compared <= 4 * len(text)
 
 
 def samples(losses: list[float], gradients: list[float] | None = None) -> list[Sample]:

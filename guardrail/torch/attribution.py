@@ -29,6 +29,8 @@ ORDINARY = 3  # healthy batches that the samples are held against
 FEW = 0.5  # of a batch. Beyond it the batch's median is no longer one of good samples, and little would be kept.
 PARTS = (0.1, 0.01, 0.0)  # of the weight of the worst sample, that a sample needs to be left out; tried one by one
 EXCERPT = 160  # characters
+# Characters of a sample that are looked at for what is odd: the rejected step waits for it.
+LOOKED_AT = 16_384
 
 # Sample ids -> their texts, as the model met them.
 Texts = Callable[[Sequence[int]], list[str]]
@@ -135,7 +137,7 @@ def told(
     ordinary = [ledger.order.sample(position) for position in attribution.ordinary]
     written = texts([*ids, *ordinary]) if texts is not None else []
     mine, theirs = written[: len(ids)], written[len(ids) :]
-    usual = Usual(theirs) if theirs else None
+    usual = Usual(text[:LOOKED_AT] for text in theirs) if theirs else None
     lines = []
     for at, (outlier, sample) in enumerate(zip(chosen, ids, strict=True)):
         line: dict[str, Any] = {
@@ -149,6 +151,7 @@ def told(
             line["documents"] = documents([sample])[0]
         if mine:
             others = [*mine[:at], *mine[at + 1 :], *theirs]
-            line |= {"excerpt": clean(mine[at], EXCERPT), "odd": odd(mine[at], usual=usual, among=others)}
+            line |= {"excerpt": clean(mine[at], EXCERPT), "odd": odd(mine[at][:LOOKED_AT], usual=usual)}
+            line["odd"] += ["the very same text as another sample"] * (mine[at] in others)
         lines.append(line)
     return lines
