@@ -8,7 +8,6 @@ there, as after a crash; the guard itself is off, so nothing is decided anew. Th
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import secrets
 import shutil
@@ -29,8 +28,9 @@ from guardrail.manifest import Manifest, checkpoint_dirs, fingerprint, read_mani
 from guardrail.past import Past
 from guardrail.preflight import cuda_devices
 from guardrail.records import METRIC_COLUMNS, Command, CommandKind, Event, Record
-from guardrail.rundir import RunDirectory
+from guardrail.rundir import MetricsView, RunDirectory
 from guardrail.text import clean
+from guardrail.timelines import Timelines
 
 if TYPE_CHECKING:
     import subprocess
@@ -289,7 +289,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 class Comparison:
-    """Rows of the replay against those of the run, as they come.
+    """Rows of the replay against those of the run, as they come; each is read once.
 
     Attributes:
         columns: that both have and that mean something.
@@ -299,37 +299,82 @@ class Comparison:
 
     def __init__(self, run: RunDirectory, scratch: RunDirectory, stretch: Plan) -> None:
         self._scratch, self._stretch = scratch, stretch
-        self.columns = tuple(name for name in run.metrics().columns if name not in (*INCIDENTAL, "step"))
-        self._was = _table(run, self.columns, stretch)
+        view = run.metrics()
+        self.columns = tuple(name for name in view.columns if name not in (*INCIDENTAL, "step"))
+        self._steps, self._table = _applied(view, view.current(), self.columns, stretch)
+        self._begin()
+
+    def _begin(self) -> None:
+        import numpy as np
+
+        self._read = 0  # rows of the replay that have been compared
+        self._timelines = Timelines()
+        self._met = np.zeros(len(self._steps), dtype=bool)
         self.steps = 0
         self.first: Difference | None = None
 
     def look(self) -> None:
-        """Compare all rows that there are now; of a step that only one of both has, nothing is said yet."""
-        now = _table(self._scratch, self.columns, self._stretch)
-        common = sorted(self._was.keys() & now.keys())
-        self.steps = len(common)
-        for step in common:
-            for column, was, is_now in zip(self.columns, self._was[step], now[step], strict=True):
-                if was != is_now and not (math.isnan(was) and math.isnan(is_now)):
-                    self.first = Difference(step=step, column=column, was=was, now=is_now)
-                    return
+        """Compare the rows that have come since; of a step that only one of both has, nothing is said yet."""
+        view = self._scratch.metrics()
+        # The row before tells whether the first new one begins a timeline.
+        before = max(0, self._read - 1)
+        rows = MetricsView(view.columns, view.array[before:], lambda: self._timelines)
+        steps, numbers = rows.column("step"), rows.column("timeline")
+        self._timelines.add_rows(steps, numbers, from_start=self._read == 0)
+        current = self._timelines.current(steps, numbers)
+        current[: self._read - before] = False
+        self._compare(rows, current)
+        self._read = len(view)
+
+    def finish(self) -> None:
+        """Compare all rows once more, by what the journal says at the end of what was abandoned."""
+        self._begin()
+        view = self._scratch.metrics()
+        self._compare(view, view.current())
+        self._read = len(view)
+
+    def _compare(self, view: MetricsView, current: np.ndarray) -> None:
+        import numpy as np
+
+        steps, table = _applied(view, current, self.columns, self._stretch)
+        at = np.searchsorted(self._steps, steps)
+        known = at < len(self._steps)
+        known[known] = self._steps[at[known]] == steps[known]
+        at, table = at[known], table[known]
+        self.steps += int(np.count_nonzero(~self._met[at]))
+        self._met[at] = True
+        was = self._table[at]
+        differ = (was != table) & ~(np.isnan(was) & np.isnan(table))
+        rows = np.flatnonzero(differ.any(axis=1))
+        if len(rows) and self.first is None:
+            row = int(rows[0])
+            column = int(np.flatnonzero(differ[row])[0])
+            self.first = Difference(
+                step=int(self._steps[at[row]]),
+                column=self.columns[column],
+                was=float(was[row, column]),
+                now=float(table[row, column]),
+            )
 
     @property
     def missing(self) -> int:
         return self._stretch.to_step - self._stretch.from_step - self.steps
 
 
-def _table(run: RunDirectory, columns: Sequence[str], stretch: Plan) -> dict[int, list[float]]:
-    """Step -> numbers, of applied steps of the present."""
+def _applied(
+    view: MetricsView, current: np.ndarray, columns: Sequence[str], stretch: Plan
+) -> tuple[np.ndarray, np.ndarray]:
+    """(steps ascending, numbers [steps, columns]) of applied steps of the present; the last row of a step counts."""
     import numpy as np
 
-    view = run.metrics()
-    steps: np.ndarray = np.asarray(view.column("step"))
-    here = view.current() & (view.column("verdict") == 0)
-    here &= (steps > stretch.from_step) & (steps <= stretch.to_step)
-    table = np.stack([view.column(name)[here] for name in columns], axis=1).tolist()
-    return dict(zip(steps[here].astype(int).tolist(), table, strict=True))
+    all_steps: np.ndarray = np.asarray(view.column("step"))
+    here = current & (view.column("verdict") == 0)
+    here &= (all_steps > stretch.from_step) & (all_steps <= stretch.to_step)
+    rows = np.flatnonzero(here)
+    steps, from_the_end = np.unique(all_steps[rows][::-1].astype(np.int64), return_index=True)
+    rows = rows[len(rows) - 1 - from_the_end]
+    table = [np.asarray(view.column(name)[rows]) for name in columns]
+    return steps, np.stack(table, axis=1) if table else np.empty((len(rows), 0))
 
 
 def weights(run: RunDirectory, scratch: RunDirectory, stretch: Plan) -> tuple[int | None, bool]:
@@ -369,7 +414,7 @@ def replay(run: RunDirectory, *, incident: int | None = None, keep: bool = False
 
 def outcome(run: RunDirectory, scratch: RunDirectory, stretch: Plan, compared: Comparison, *, keep: bool) -> Outcome:
     """What is known once the replay has ended."""
-    compared.look()
+    compared.finish()
     saved, equal = weights(run, scratch, stretch) if compared.first is None else (None, True)
     return Outcome(
         run=run.name,

@@ -18,7 +18,8 @@ from guardrail.errors import UsageError
 from guardrail.manifest import checkpoint_dirs
 from guardrail.records import Command, CommandKind, Event, Mode
 from guardrail.replaying import Comparison, Outcome, Plan, outcome, plan, prepare
-from guardrail.rundir import RunDirectory
+from guardrail.rundir import MetricsView, RunDirectory
+from guardrail.timelines import Timelines
 from tests.running import BATCH, BLIND, new_run, of_kind, tiny, train
 
 LR, SKIP, ROLLBACK, UNDO, STOP, POLICY = (
@@ -209,3 +210,57 @@ def test_positions_of_the_stretch_are_those_of_the_run(eventful: RunDirectory) -
     here = view.current() & (view.column("verdict") == 0)
     firsts = view.column("first")[here].tolist()
     assert 15 * BATCH not in firsts and 200 not in firsts and 400 in firsts, "what was undone is met again"
+
+
+class Growing:
+    """A run of which more rows are there each time; counts the numbers that are read of it."""
+
+    def __init__(self, table: np.ndarray, columns: tuple[str, ...]) -> None:
+        self.table, self.columns, self.rows, self.read = table, columns, 0, 0
+
+    def metrics(self) -> MetricsView:
+        outer = self
+
+        class Counting(MetricsView):
+            def column(self, name: str) -> np.ndarray:
+                outer.read += len(self.array)
+                return super().column(name)
+
+        return Counting(self.columns, self.table[: self.rows], Timelines)
+
+
+@pytest.mark.fault("C3")
+def test_each_row_of_a_replay_is_compared_once() -> None:
+    """Not all rows each time that the replay is looked at."""
+    columns = ("step", "timeline", "verdict", "loss", "grad_norm")
+    table = np.zeros((4000, len(columns)))
+    table[:, 0] = np.arange(1, 4001)
+    table[:, 3:] = np.random.default_rng(0).normal(size=(4000, 2))
+    run, scratch = Growing(table, columns), Growing(table.copy(), columns)
+    run.rows = 4000
+    compared = Comparison(run, scratch, Plan(None, 0, 4000))  # type: ignore[arg-type]
+    for rows in range(0, 4001, 20):
+        scratch.rows = rows
+        compared.look()
+        assert (compared.steps, compared.first) == (rows, None)
+    assert scratch.read < 4 * table.size
+
+
+def test_rows_are_compared_as_they_come_and_at_the_end() -> None:
+    """A rollback within the replay, a number that is not the same, and a NaN that is."""
+    columns = ("step", "timeline", "verdict", "loss")
+    was = np.array([[step, 0, 0, math.nan if step == 3 else step / 10] for step in range(1, 11)])
+    now = np.concatenate([was[:6], np.array([[step, 1, 0, step / 10] for step in (5, 6, 7, 8, 9, 10)])])
+    now[5, 3] = 7.0  # step 6, abandoned by the rollback to step 4
+    run, scratch = Growing(was, columns), Growing(now, columns)
+    run.rows, scratch.rows = len(was), 5
+    compared = Comparison(run, scratch, Plan(None, 0, 10))  # type: ignore[arg-type]
+    compared.look()
+    assert (compared.steps, compared.first, compared.missing) == (5, None, 5)
+    scratch.rows = len(now)
+    compared.look()
+    assert (compared.steps, compared.first) == (10, None), "abandoned before it was looked at"
+    now[11, 3] = 2.0
+    compared.finish()
+    assert compared.first is not None and (compared.first.step, compared.first.now) == (10, 2.0)
+    assert compared.first.column == "timeline" or compared.first.column == "loss"
