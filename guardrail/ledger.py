@@ -9,17 +9,20 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
 
 from guardrail.errors import DataError, UsageError
+from guardrail.ranges import Ranges
 from guardrail.records import AUTOMATIC, Record, Span
 
 _FAR = 1 << 40  # epochs
 _QUARANTINE_LINE = re.compile(r"(\d+)(?:@(\d+))?", re.ASCII)
+LONG = 4096  # positions from which on a range is kept as one
+_NEVER = 1 << 62  # an epoch that no run meets
 _MASK = (1 << 64) - 1
 _GOLDEN, _MIX_A, _MIX_B = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
@@ -100,6 +103,27 @@ class SampleOrder:
             self._blocks[epoch, block] = found
         return found
 
+    def numbers(self, first: int, last: int) -> np.ndarray:
+        """As `samples`, int64, of positions within one epoch; keeps no block of them."""
+        epoch, offset = divmod(first, self.n_samples)
+        offsets = np.arange(offset, offset + last - first, dtype=np.uint64)
+        return (self._permuted(offsets, epoch) if self.shuffled else offsets).astype(np.int64)
+
+    def offsets(self, samples: np.ndarray, epoch: int) -> np.ndarray:
+        """Where in an epoch samples stand: the inverse of the order. int64, as long as `samples`."""
+        if not self.shuffled:
+            return samples.astype(np.int64)
+        keys = [np.uint64(mix64(self.seed, epoch, turn)) for turn in range(self._ROUNDS)]
+        values = samples.astype(np.uint64)
+        walking = np.ones(len(values), dtype=bool)
+        while walking.any():
+            left, right = values[walking] >> self._half, values[walking] & self._half_mask
+            for key in reversed(keys):
+                left, right = right ^ (_mix64_array(left ^ key) & self._half_mask), left
+            values[walking] = (left << self._half) | right
+            walking = values >= np.uint64(self.n_samples)
+        return values.astype(np.int64)
+
     def _permuted(self, values: np.ndarray, epoch: int) -> np.ndarray:
         keys = [np.uint64(mix64(self.seed, epoch, turn)) for turn in range(self._ROUNDS)]
         walking = np.ones(len(values), dtype=bool)
@@ -136,24 +160,98 @@ class Quarantine:
     A sample met a second time, in epoch e > 0, is left out from epoch e on: its healthy use before stays true,
     and a run that is told so from its beginning makes exactly the same batches. Written `ID` (always) or
     `ID@EPOCH` (from that epoch on), one a line.
+
+    Few samples are kept by their ids. A range of `LONG` positions and more is kept as that range, since a skip may hold
+    millions of samples: the order tells for each sample whether it stands within.
     """
 
     def __init__(self) -> None:
         self._from_epoch: dict[int, int] = {}
         self._read: dict[int, int] = {}  # what a list named; no undo reaches it
+        self._order: SampleOrder | None = None  # of the ranges
+        self._ranges: dict[int, Ranges] = {}  # epoch -> offsets in it
+        self._count = 0
 
     def __len__(self) -> int:
-        return len(self._from_epoch)
+        return self._count
 
     def add(self, sample: int, epoch: int = 0) -> None:
-        self._from_epoch[sample] = min(epoch, self._from_epoch.get(sample, epoch))
+        known = self._from_epoch.get(sample)
+        if known is None and not self._in_ranges(sample):
+            self._count += 1
+        self._from_epoch[sample] = epoch if known is None else min(epoch, known)
+
+    def add_range(self, order: SampleOrder, first: int, last: int) -> None:
+        """Add the samples at the positions [first, last), each from the epoch of its position on."""
+        if last - first < LONG:
+            for position, sample in enumerate(order.samples(first, last), first):
+                self.add(sample, order.epoch(position))
+            return
+        self._order = order
+        while first < last:
+            epoch, offset = divmod(first, order.n_samples)
+            end = min(last, (epoch + 1) * order.n_samples)
+            new = self._ranges.setdefault(epoch, Ranges()).add(offset, offset + end - first)
+            base = epoch * order.n_samples
+            self._count += sum(self._not_held(order.numbers(base + a, base + b), epoch) for a, b in new)
+            first = end
+
+    def _not_held(self, samples: np.ndarray, but: int) -> int:
+        """How many samples nothing else holds than the ranges of one epoch."""
+        assert self._order is not None
+        held = np.isin(samples, np.fromiter(self._from_epoch, dtype=np.int64, count=len(self._from_epoch)))
+        for epoch, ranges in self._ranges.items():
+            if epoch != but:
+                held |= ranges.holds_each(self._order.offsets(samples, epoch))
+        return int(np.count_nonzero(~held))
 
     def holds(self, sample: int, epoch: int) -> bool:
         start = self._from_epoch.get(sample)
-        return start is not None and start <= epoch
+        return (start is not None and start <= epoch) or (bool(self._ranges) and self._in_ranges(sample, epoch))
+
+    def _in_ranges(self, sample: int, epoch: int | None = None) -> bool:
+        """Whether a range up to an epoch (None: any range) holds a sample."""
+        if self._order is None:
+            return False
+        one = np.array([sample])
+        known = [e for e in self._ranges if epoch is None or e <= epoch]
+        return any(self._ranges[e].holds(int(self._order.offsets(one, e)[0])) for e in known)
+
+    def held(self, first: int, samples: Sequence[int], order: SampleOrder) -> list[bool]:
+        """Which of the samples at the positions from `first` on are held, each in the epoch of its position."""
+        if not self._ranges:
+            found = self._from_epoch
+            return [found.get(s, _NEVER) <= order.epoch(p) for p, s in enumerate(samples, first)]
+        held: list[bool] = []
+        while len(held) < len(samples):
+            position = first + len(held)
+            epoch = order.epoch(position)
+            some = samples[len(held) : len(held) + (epoch + 1) * order.n_samples - position]
+            held += self.held_in(epoch, np.asarray(some)).tolist()
+        return held
+
+    def held_in(self, epoch: int, samples: np.ndarray) -> np.ndarray:
+        """Which samples are held in an epoch: bool, as long as `samples`."""
+        held = np.array([self._from_epoch.get(sample, _NEVER) <= epoch for sample in samples.tolist()])
+        for begun, ranges in self._ranges.items():
+            if begun <= epoch:
+                assert self._order is not None
+                held |= ranges.holds_each(self._order.offsets(samples, begun))
+        return held
+
+    def _all(self) -> dict[int, int]:
+        """Sample -> epoch from which on it is held, the ranges written out."""
+        found = dict(self._from_epoch)
+        for epoch, ranges in self._ranges.items():
+            assert self._order is not None
+            base = epoch * self._order.n_samples
+            for first, last in ranges.pairs():
+                for sample in self._order.numbers(base + first, base + last).tolist():
+                    found[sample] = min(epoch, found.get(sample, epoch))
+        return found
 
     def lines(self) -> Iterator[str]:
-        for sample, epoch in sorted(self._from_epoch.items()):
+        for sample, epoch in sorted(self._all().items()):
             yield str(sample) if epoch == 0 else f"{sample}@{epoch}"
 
     def read(self, lines: Iterable[str], *, source: str = "quarantine", samples: int | None = None) -> None:
@@ -185,6 +283,8 @@ class Quarantine:
     def forget(self) -> None:
         """Back to what was read from lists."""
         self._from_epoch = dict(self._read)
+        self._ranges.clear()
+        self._count = len(self._from_epoch)
 
 
 class LedgerState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -256,8 +356,9 @@ class Ledger:
         while len(positions) < size and (self.limit is None or position < self.limit):
             stretch = position + size - len(positions)
             stretch = stretch if self.limit is None else min(stretch, self.limit)
-            for sample in self.order.samples(position, stretch):
-                if self.quarantine.holds(sample, self.order.epoch(position)):
+            found = self.order.samples(position, stretch)
+            for sample, held in zip(found, self.quarantine.held(position, found, self.order), strict=True):
+                if held:
                     barren += 1
                 else:
                     barren = 0
@@ -323,9 +424,11 @@ class Ledger:
     def leave_out(self, span: Span) -> int:
         """Quarantine the samples of a span; returns how many were new. The journal has the span already."""
         before = len(self.quarantine)
-        positions = span.positions or range(span.first, span.last)
-        for position, sample in zip(positions, self.samples_of(span), strict=True):
-            self.quarantine.add(sample, self.order.epoch(position))
+        if span.positions:
+            for position, sample in zip(span.positions, self.samples_of(span), strict=True):
+                self.quarantine.add(sample, self.order.epoch(position))
+        else:
+            self.quarantine.add_range(self.order, span.first, span.last)
         self.spans.append(span)
         if span.allowed:
             self.left_out_alone = 0
@@ -365,7 +468,8 @@ class Ledger:
             data: samples that this is a share of; see `data_size`.
         """
         never = self.order.epoch(max(span.last, self.cursor)) + _FAR
-        fresh = sum(not self.quarantine.holds(sample, never) for sample in set(self.samples_of(span)))
+        samples = np.array(sorted(set(self.samples_of(span))))
+        fresh = int(np.count_nonzero(~self.quarantine.held_in(never, samples)))
         if not fresh:
             return ""
         count, most = self.left_out_alone + fresh, math.floor(share * data + 1e-9)
@@ -381,9 +485,11 @@ class Ledger:
         count = self.order.n_samples
         if last - first + len(self.quarantine) < count:
             return ""
-        gone, after = set(self.order.samples(first, last)), self.order.epoch(last) + 1
-        if not all(sample in gone or self.quarantine.holds(sample, after) for sample in range(count)):
-            return ""
+        gone, after = np.array(self.order.samples(first, last)), self.order.epoch(last) + 1
+        for begin in range(0, count, 1 << 16):
+            some = np.arange(begin, min(begin + (1 << 16), count))
+            if not (np.isin(some, gone) | self.quarantine.held_in(after, some)).all():
+                return ""
         return f"all {count:,} samples of the training split would be left out"
 
     def rejected(self, first: int, last: int) -> set[int]:

@@ -378,10 +378,7 @@ def _skip(scene: Scene, batches: int) -> Preview:
         )
     last = scene.rows[-1]
     ledger = scene.ledger
-    size = sum(
-        not ledger.quarantine.holds(sample, ledger.order.epoch(position))
-        for position, sample in enumerate(ledger.order.samples(last.first, last.last), last.first)
-    )
+    size = len(_usable(ledger, last.first, last.last))
     end, left = scene.cursor, batches * max(1, size)
     while left > 0 and end < scene.cursor + 64 * batches * max(1, size):
         end += left
@@ -395,8 +392,8 @@ def _skip(scene: Scene, batches: int) -> Preview:
 def _usable(ledger: Ledger, first: int, last: int) -> list[int]:
     """The positions of [first, last) that are not quarantined."""
     order = ledger.order
-    samples = enumerate(order.samples(first, last), first)
-    return [position for position, sample in samples if not ledger.quarantine.holds(sample, order.epoch(position))]
+    held = ledger.quarantine.held(first, order.samples(first, last), order)
+    return [position for position, out in enumerate(held, first) if not out]
 
 
 def _plain(scene: Scene, command: CommandKind, value: float, **fields: Any) -> Preview:

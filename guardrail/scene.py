@@ -12,7 +12,6 @@ from guardrail.errors import ConfigError
 from guardrail.past import Effects, Past
 from guardrail.records import Event, Mode, Phase, SnapshotInfo, Status, Unresolved
 from guardrail.rundir import RunDirectory
-from guardrail.undoing import positions_of
 
 if TYPE_CHECKING:
     from guardrail.ledger import Ledger
@@ -112,6 +111,10 @@ class Scene:
         if self.ledger is None:
             return len(positions)
         order, quarantine = self.ledger.order, self.ledger.quarantine
+        if isinstance(positions, range):
+            ids = order.samples(positions.start, positions.stop)
+            held = quarantine.held(positions.start, ids, order)
+            return len({sample for sample, out in zip(ids, held, strict=True) if not out})
         samples = ((position, order.sample(position)) for position in positions)
         return len({sample for position, sample in samples if not quarantine.holds(sample, order.epoch(position))})
 
@@ -135,8 +138,7 @@ def _ledger_of(events: Iterable[Event], past: Past) -> Ledger | None:
             seed, shuffled = data.get("order_seed", data.get("seed", 0)), data.get("shuffled", True)
             ledger = Ledger(SampleOrder(samples=samples, seed=int(seed), shuffled=bool(shuffled)), batch_size=1)
             for span in past.spans:
-                for position in positions_of(span):
-                    ledger.quarantine.add(ledger.order.sample(position), ledger.order.epoch(position))
+                ledger.leave_out(span)
             return ledger
     return None
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import random
+import tracemalloc
 
 import msgspec
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from guardrail import ledger as ledger_module
 from guardrail.errors import DataError, UsageError
 from guardrail.ledger import Batch, Ledger, LedgerState, Quarantine, SampleOrder, mix64
 from guardrail.records import Span
@@ -350,3 +353,79 @@ def test_what_would_leave_no_sample_is_said_before() -> None:
     ledger.restore(LedgerState(cursor=place, applied_end=0))
     with pytest.raises(DataError, match="all 40 samples"):
         ledger.next_batch()
+
+
+class ById:
+    """The rule of a quarantine in its plainest form: an epoch for each sample."""
+
+    def __init__(self) -> None:
+        self.from_epoch: dict[int, int] = {}
+
+    def add(self, sample: int, epoch: int) -> None:
+        self.from_epoch[sample] = min(epoch, self.from_epoch.get(sample, epoch))
+
+    def holds(self, sample: int, epoch: int) -> bool:
+        return sample in self.from_epoch and self.from_epoch[sample] <= epoch
+
+
+@pytest.mark.parametrize("long", [1, 3])
+def test_ranges_of_positions_hold_what_their_samples_would(long: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over epochs, overlapping, and among single samples."""
+    monkeypatch.setattr(ledger_module, "LONG", long)
+    for seed in range(60):
+        draw = random.Random(seed)
+        count = draw.choice((3, 7, 20, 50))
+        order = SampleOrder(samples=count, seed=seed, shuffled=draw.random() < 0.7)
+        quarantine, plain = Quarantine(), ById()
+        for _ in range(draw.randrange(1, 8)):
+            if draw.random() < 0.3:
+                sample, epoch = draw.randrange(count), draw.randrange(4)
+                quarantine.add(sample, epoch)
+                plain.add(sample, epoch)
+            else:
+                first = draw.randrange(4 * count)
+                last = first + draw.randrange(1, 2 * count)
+                quarantine.add_range(order, first, last)
+                for position in range(first, last):
+                    plain.add(order.sample(position), order.epoch(position))
+            assert len(quarantine) == len(plain.from_epoch)
+        lines = [str(s) if e == 0 else f"{s}@{e}" for s, e in sorted(plain.from_epoch.items())]
+        assert list(quarantine.lines()) == lines
+        for sample, epoch in itertools.product(range(count), range(7)):
+            assert quarantine.holds(sample, epoch) == plain.holds(sample, epoch)
+        ids = order.samples(first := draw.randrange(5 * count), first + 2 * count)
+        held = [plain.holds(sample, order.epoch(position)) for position, sample in enumerate(ids, first)]
+        assert quarantine.held(first, ids, order) == held
+
+
+@pytest.mark.parametrize("samples", [1, 2, 5, 100, 4097])
+@pytest.mark.parametrize("shuffled", [True, False])
+def test_the_place_of_a_sample_in_an_epoch(samples: int, shuffled: bool) -> None:
+    order = SampleOrder(samples=samples, seed=3, shuffled=shuffled)
+    for epoch in (0, 1, 5):
+        ids = np.array(order.samples(epoch * samples, (epoch + 1) * samples))
+        assert (order.offsets(ids, epoch) == np.arange(samples)).all()
+
+
+@pytest.mark.fault("C5")
+def test_a_long_skip_is_one_range() -> None:
+    """640,000 samples; one entry for each would be 50 MB."""
+    order = SampleOrder(samples=1_000_000, seed=1)
+    book = Ledger(order, batch_size=32)
+    tracemalloc.start()
+    try:
+        new = book.leave_out(Span(first=100, last=640_100, cause="user", step=1, reason="", batches=20_000))
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert new == len(book.quarantine) == 640_000
+    assert kept < 1_000_000
+    book.cursor = 90
+    batch = book.next_batch()
+    assert batch is not None and batch.positions == (*range(90, 100), *range(640_100, 640_122))
+    book.cursor = order.n_samples + 5
+    later = book.next_batch()
+    assert later is not None
+    gone = set(order.samples(100, 640_100))
+    assert not gone & set(later.samples) and len(later.samples) == 32
+    assert book.take_back(list(book.spans)) == 640_000 and len(book.quarantine) == 0
