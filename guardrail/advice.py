@@ -76,5 +76,6 @@ class Advice:
 
 
 def jumps_of(findings: Iterable[Finding]) -> Jumps:
-    """The spikes among findings: signal -> log(value / baseline)."""
-    return {f.signal: math.log(f.value / f.baseline) for f in findings if f.kind in SPIKES}
+    """The spikes among findings of positive signals: signal -> log(value / baseline)."""
+    spikes = (f for f in findings if f.kind in SPIKES and f.value > 0.0 and f.baseline > 0.0)
+    return {f.signal: math.log(f.value / f.baseline) for f in spikes}

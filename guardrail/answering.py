@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from guardrail.config import GuardSection, RungSection
 from guardrail.ladder import ENDS, next_rung, times_taken, widening
-from guardrail.policy import Rollback, decide, is_trouble, patience, recent_rollbacks, untouched
+from guardrail.policy import Rollback, decide, evidence, is_trouble, patience, recent_rollbacks, untouched
 from guardrail.records import Action, Cause, Diagnosis, Finding, Kind, Observation, Remedy, Severity
 from guardrail.remedies import EMBED_ALPHA, embedding_leads, of_embedding, of_rung, sentence
 from guardrail.text import plural
@@ -158,7 +158,7 @@ def _few(case: Case, rung: RungSection | None, window: tuple[int, int]) -> tuple
 
 def _reason(case: Case, action: Action, *, window: tuple[int, int], few: int, before: int | None, rung: str) -> str:
     settings, findings, streak, row = case.settings, case.findings, case.streak, case.row
-    what, would = findings[0].sentence(), "would " if case.advise else ""
+    what, would = evidence(findings), "would " if case.advise else ""
     if action is Action.SKIP and untouched(case.diagnosis):
         count = f"{streak + 1} in a row of at most {settings.skips}"
         return f"{what}, the data is to blame: {would}leave this update out, {count}"

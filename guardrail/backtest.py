@@ -15,9 +15,12 @@ from typing import Any, NamedTuple
 
 from guardrail.config import GuardSection
 from guardrail.controller import Controller
-from guardrail.importers.log import Log
+from guardrail.detectors.signed_loss import LossKind
+from guardrail.detectors.standard import USUAL
+from guardrail.importers.log import Log, settings_for
 from guardrail.incidents import CLOSED
-from guardrail.records import Action, Finding, Kind, Mode, Severity, Verdict
+from guardrail.policy import evidence
+from guardrail.records import Action, Finding, Kind, Mode, Verdict
 from guardrail.rejudge import Rejudge, Watch
 from guardrail.rundir import RunDirectory
 
@@ -41,6 +44,7 @@ class Alarm(NamedTuple):
     baseline: float
     incident: int | None
     before_step: int | None  # of a rollback: the state to go back to is older than this step
+    evidence: str  # what was found, as the beginning of a sentence
 
     def as_dict(self) -> dict[str, Any]:
         names = ("row", "step", "onset_row", "onset_step", "kind", "signal", "verdict", "score", "threshold")
@@ -98,6 +102,10 @@ class Result:
     Attributes:
         steps: of every record, in file order; `Alarm.row` is an index into it.
         cases: incidents, oldest first; notes outside of one are counted in `notes`.
+        beside: further signals that the log records and that are not judged -> their columns.
+        apart: rows that are no record of training -> how many.
+        loss: what kind of number the loss was taken for; None where nothing says.
+        policy: the column that showed that it is signed.
         seconds: that the controller took, reading not included.
         differing: of a run directory under its own settings: rows whose live verdict was another; None otherwise.
     """
@@ -110,6 +118,10 @@ class Result:
     cases: list[Case] = field(default_factory=list)
     notes: int = 0
     said: list[str] = field(default_factory=list)
+    beside: dict[str, str] = field(default_factory=dict)
+    apart: dict[str, int] = field(default_factory=dict)
+    loss: LossKind | None = None
+    policy: str = ""
     seconds: float = 0.0
     differing: list[int] | None = None
 
@@ -123,6 +135,9 @@ class Result:
             "seconds": round(self.seconds, 3),
             "format": self.format,
             "columns": self.names,
+            "recorded_only": self.beside,
+            "rows_apart": self.apart,
+            "loss": None if self.loss is None else self.loss.value,
         }
         if self.differing is not None:
             result["differing_from_live"] = self.differing
@@ -147,6 +162,8 @@ def backtest(log: Log, settings: GuardSection, *, own: bool = False, watch: Watc
         watch: called before each row that is judged.
     """
     result = Result(path=log.path, format=log.format, steps=log.steps, names=log.names)
+    result.beside, result.apart, result.policy = log.beside, log.apart, log.policy
+    settings = settings_for(log, settings)
     began = time.perf_counter()
     if log.folder is not None:
         _rejudge(log, result, settings, own=own, watch=watch)
@@ -160,6 +177,8 @@ def backtest(log: Log, settings: GuardSection, *, own: bool = False, watch: Watc
             verdict = observe(obs)
             if verdict.findings or verdict.incident_state:
                 book.enter(row, verdict)
+        if "loss" in log.columns:
+            result.loss = controller.watchers.signed_loss.kind
     result.seconds = time.perf_counter() - began
     return result
 
@@ -211,6 +230,7 @@ class _Book:
             baseline=finding.baseline,
             incident=verdict.incident,
             before_step=verdict.before_step,
+            evidence=evidence(verdict.findings),
         )
         self._result.alarms.append(alarm)
         if verdict.incident is None:
@@ -256,7 +276,17 @@ def lines(result: Result) -> Iterator[str]:
     steps = result.steps
     watched = ", ".join(result.names.values()) or "nothing"
     span = f", steps {min(steps):,} to {max(steps):,}" if len(steps) else ""
-    yield f"{result.path}: {len(steps):,} records{span} ({result.format}; {watched})"
+    apart = "".join(f"; {_rows(count, kind)}" for kind, count in result.apart.items())
+    yield f"{result.path}: {len(steps):,} records{span} ({result.format}; {watched}{apart})"
+    if result.loss is LossKind.SIGNED:
+        why = f"the column {result.policy} shows it" if result.policy else "its values show it"
+        yield f"  the loss is signed, {why}: it may be 0 or negative, and its ratios are not judged (guard.loss)"
+    asked = [signal for signal in result.names if signal not in USUAL and result.format != "guardrail run"]
+    if asked:
+        yield f"  noted only, where far above the usual: {', '.join(asked)}"
+    if result.beside:
+        names = ", ".join(f"{signal} ({name})" if signal != name else name for signal, name in result.beside.items())
+        yield f"  recorded only, not judged: {names}; --column SIGNAL=NAME notes spikes of one"
     for case in result.cases:
         yield f"  {_line(result, case)}"
     if result.notes:
@@ -266,23 +296,17 @@ def lines(result: Result) -> Iterator[str]:
         yield f"  {'all verdicts are' if not count else f'{count} verdicts are not'} those that fell live"
 
 
+def _rows(count: int, kind: str) -> str:
+    name = {"evaluation": "of an evaluation", "summary": "with a summary"}.get(kind, "without a signal")
+    return f"{count:,} row{'s' if count != 1 else ''} {name} not judged"
+
+
 def _line(result: Result, case: Case) -> str:
     worst = case.worst
     onset = min(case.first.onset_step, case.first.step)
-    finding = Finding(
-        signal=worst.signal,
-        step=worst.step,
-        kind=Kind.NONFINITE if worst.kind == "nan" else Kind(worst.kind),
-        severity=Severity.NOTE,
-        value=worst.value,
-        baseline=worst.baseline,
-        score=worst.score,
-        threshold=worst.threshold,
-        onset=worst.onset_step,
-    )
     acted = "noted only" if case.acted is None else f"acted on at step {case.acted.step:,}"
     end = "to the end of the log" if case.over is None else f"over after step {case.last.step:,}"
-    return f"step {onset:>9,}  {worst.verdict:<8}  {worst.kind:<11}  {finding.sentence()}; {acted}, {end}"
+    return f"step {onset:>9,}  {worst.verdict:<8}  {worst.kind:<11}  {worst.evidence}; {acted}, {end}"
 
 
 def summary(results: list[Result]) -> dict[str, int]:

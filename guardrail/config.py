@@ -142,6 +142,11 @@ class GuardSection(Section, frozen=True, kw_only=True):
     # done: the run asks in the mode `ask` and while a screen is open, else it saves and halts (exit code 3). What a
     # user or a list skips does not count. 0: it skips nothing; 1: no limit, but some data must be left.
     max_skipped_share: Fraction = 0.03
+    # What kind of number the loss is. "positive": a cross-entropy, of which 0 is impossible and ratios mean something.
+    # "signed": a policy loss of reinforcement learning; only NaN, Inf and numbers a thousand times as large as usual
+    # are acted on. "auto": signed if a reward, an advantage, a KL divergence or a probability ratio is among the
+    # signals, or if more than 2 of the first 20 losses are 0 or negative.
+    loss: typing.Literal["auto", "positive", "signed"] = "auto"
     # Rejections in a row, nothing applied between, that call for a rollback.
     persist: Positive = 3
     # Rejections in a row that a replay puts down to the data, before the run asks or halts: nothing of them is in the

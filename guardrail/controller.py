@@ -173,7 +173,7 @@ class Controller(Facts):
             accept(obs, left_out)
         self._history.append(Applied(obs.step, obs.first, obs.last))
         loss = obs.signals.get(LOSS)
-        if loss is not None and math.isfinite(loss):
+        if loss is not None and math.isfinite(loss) and not self.watchers.loss_is_signed:
             self._losses.append((obs.step, loss))
         self._overflows = 0
         self._advice.accepted()
@@ -271,6 +271,8 @@ class Controller(Facts):
         )
 
     def _curve(self, onset: int) -> Curve | None:
+        if self.watchers.loss_is_signed:
+            return None  # such a loss shows no progress
         return fit([pair for pair in self._losses if pair[0] < onset])
 
     # -- what cannot be rejected ---------------------------------------------------------------------------------
@@ -314,6 +316,9 @@ class Controller(Facts):
             return False
         if verdict.action in UNASKED:
             return False
+        if self.watchers.loss_is_signed and {finding.signal for finding in verdict.findings} == {LOSS}:
+            if all(finding.kind is Kind.LOSS_SPIKE for finding in verdict.findings):
+                return False  # a replay compares ratios, which mean nothing here
         return self._asks_again or self.diagnoses.untold(verdict, self.rollbacks)
 
     def weighed(self, obs: Observation, diagnosis: Diagnosis) -> Diagnosis:

@@ -60,8 +60,8 @@ class SampleOrder:
     """
 
     _ROUNDS = 4
-    _BLOCK = 1024
-    _KEPT_BLOCKS = 4
+    BLOCK = 1024
+    KEPT_BLOCKS = 4
 
     def __init__(self, *, samples: int, seed: int = 0, shuffled: bool = True) -> None:
         if samples <= 0:
@@ -85,20 +85,20 @@ class SampleOrder:
         ids: list[int] = []
         while first < last:
             epoch, offset = divmod(first, self.n_samples)
-            block, start = divmod(offset, self._BLOCK)
-            found = self._block(epoch, block)[start : start + last - first]
+            block, start = divmod(offset, self.BLOCK)
+            found = self.block(epoch, block)[start : start + last - first]
             ids += found
             first += len(found)
         return ids
 
-    def _block(self, epoch: int, block: int) -> list[int]:
+    def block(self, epoch: int, block: int) -> list[int]:
         """The ids of a whole block of an epoch: numpy takes for a thousand hardly longer than for one batch."""
         found = self._blocks.get((epoch, block))
         if found is None:
-            begin = block * self._BLOCK
-            offsets = np.arange(begin, min(begin + self._BLOCK, self.n_samples), dtype=np.uint64)
+            begin = block * self.BLOCK
+            offsets = np.arange(begin, min(begin + self.BLOCK, self.n_samples), dtype=np.uint64)
             found = (self._permuted(offsets, epoch) if self.shuffled else offsets).tolist()
-            if len(self._blocks) == self._KEPT_BLOCKS:
+            if len(self._blocks) == self.KEPT_BLOCKS:
                 del self._blocks[next(iter(self._blocks))]
             self._blocks[epoch, block] = found
         return found
@@ -170,6 +170,7 @@ class Quarantine:
         self._read: dict[int, int] = {}  # what a list named; no undo reaches it
         self._order: SampleOrder | None = None  # of the ranges
         self._ranges: dict[int, Ranges] = {}  # epoch -> offsets in it
+        self._blocks: dict[tuple[int, int], list[bool]] = {}  # (epoch, block) -> what is held, oldest first
         self._count = 0
 
     def __len__(self) -> int:
@@ -179,6 +180,7 @@ class Quarantine:
         known = self._from_epoch.get(sample)
         if known is None and not self._in_ranges(sample):
             self._count += 1
+        self._blocks.clear()
         self._from_epoch[sample] = epoch if known is None else min(epoch, known)
 
     def add_range(self, order: SampleOrder, first: int, last: int) -> None:
@@ -188,6 +190,7 @@ class Quarantine:
                 self.add(sample, order.epoch(position))
             return
         self._order = order
+        self._blocks.clear()
         while first < last:
             epoch, offset = divmod(first, order.n_samples)
             end = min(last, (epoch + 1) * order.n_samples)
@@ -224,11 +227,20 @@ class Quarantine:
             return [found.get(s, _NEVER) <= order.epoch(p) for p, s in enumerate(samples, first)]
         held: list[bool] = []
         while len(held) < len(samples):
-            position = first + len(held)
-            epoch = order.epoch(position)
-            some = samples[len(held) : len(held) + (epoch + 1) * order.n_samples - position]
-            held += self.held_in(epoch, np.asarray(some)).tolist()
+            epoch, offset = divmod(first + len(held), order.n_samples)
+            block, start = divmod(offset, order.BLOCK)
+            held += self._held_block(epoch, block, order)[start : start + len(samples) - len(held)]
         return held
+
+    def _held_block(self, epoch: int, block: int, order: SampleOrder) -> list[bool]:
+        """As `held`, of a whole block: numpy takes for a thousand hardly longer than for one batch."""
+        found = self._blocks.get((epoch, block))
+        if found is None:
+            found = self.held_in(epoch, np.asarray(order.block(epoch, block))).tolist()
+            if len(self._blocks) == order.KEPT_BLOCKS:
+                del self._blocks[next(iter(self._blocks))]
+            self._blocks[epoch, block] = found
+        return found
 
     def held_in(self, epoch: int, samples: np.ndarray) -> np.ndarray:
         """Which samples are held in an epoch: bool, as long as `samples`."""
@@ -284,6 +296,7 @@ class Quarantine:
         """Back to what was read from lists."""
         self._from_epoch = dict(self._read)
         self._ranges.clear()
+        self._blocks.clear()
         self._count = len(self._from_epoch)
 
 

@@ -70,6 +70,7 @@ class MetricsWriter:
         self._pack = struct.Struct(f"<{len(self.columns)}d").pack
         self._row_bytes = layout.row_bytes
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._path = path
         self._descriptor = os.open(path, flags, FILE_MODE)
         self._size = os.fstat(self._descriptor).st_size
         self._torn = self._size % self._row_bytes != 0
@@ -95,6 +96,17 @@ class MetricsWriter:
                 self._cut()
             raise
         self._size += written
+
+    def amend(self, row: dict[str, float]) -> None:
+        """Write the last row again, with more in it."""
+        if self._torn or not self._size:
+            return
+        data = self._pack(*[row.get(name, math.nan) for name in self.columns])
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)  # the other one only appends
+        try:
+            os.pwrite(descriptor, data, self._size - self._row_bytes)
+        finally:
+            os.close(descriptor)
 
     def _cut(self) -> None:
         self._size -= self._size % self._row_bytes

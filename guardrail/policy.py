@@ -56,7 +56,21 @@ def rollback_of(data: Mapping[str, Any]) -> Rollback:
 
 def by_severity(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     """Most severe first; among equals the one that is furthest over its threshold, and NaN before any number."""
-    return tuple(sorted(findings, key=lambda f: (-_RANK[f.severity], f.threshold != 0.0, -_excess(f))))
+    return tuple(sorted(findings, key=_order))
+
+
+def _order(finding: Finding) -> tuple[int, bool, bool, float]:
+    severity = -_RANK[finding.severity]
+    return severity, finding.threshold != 0.0, finding.kind is Kind.IMPOSSIBLE, -_excess(finding)
+
+
+def evidence(findings: Sequence[Finding]) -> str:
+    """What was found, as the beginning of a sentence: the most severe finding, and all that is no usable number."""
+    unusable = (Kind.NONFINITE, Kind.IMPOSSIBLE)
+    shown = [
+        f for at, f in enumerate(findings) if at == 0 or (f.kind in unusable and f.severity is findings[0].severity)
+    ]
+    return " and ".join(finding.sentence() for finding in shown)
 
 
 def _excess(finding: Finding) -> float:

@@ -101,6 +101,15 @@ class Recorder:
                 if self._waiting:
                     self.flush()
 
+    def amend(self, values: dict[str, float]) -> None:
+        """The row that was handed over last holds more now."""
+        if self._metrics is None or any(row is values for row in self._rows):
+            return
+        try:
+            self._metrics.amend(values)
+        except OSError as error:
+            self.degraded("metrics", f"metrics: {error.strerror or error}")
+
     def _write_rows(self, run: RunDirectory) -> None:
         try:
             if self._metrics is None:

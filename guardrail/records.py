@@ -134,6 +134,11 @@ class Finding(Record, frozen=True, kw_only=True):
             return "no label token in the whole batch"
         if self.kind is Kind.RESTART:
             return f"the step counter goes back to {self.step}"
+        if self.kind is Kind.IMPOSSIBLE and self.value == 0.0:
+            # "%g" would print a tiny number as 0 as well.
+            return (
+                f"{self.signal} is exactly 0: check that labels are not all masked and that the model computes the loss"
+            )
         if self.kind in (Kind.NONFINITE, Kind.IMPOSSIBLE):
             return f"{self.signal} is {self.value:.4g}{where}"
         if self.kind is Kind.RESUME_JUMP:

@@ -19,7 +19,7 @@ from guardrail.advised import advised_words
 from guardrail.config import GuardSection
 from guardrail.controller import Controller
 from guardrail.errors import DataError, GuardrailError, RunDirectoryError
-from guardrail.importers.log import Log
+from guardrail.importers.log import Log, settings_for
 from guardrail.records import METRIC_COLUMNS, Action, Event, Mode, Verdict
 from guardrail.rejudge import Rejudge
 from guardrail.rundir import RunDirectory
@@ -58,7 +58,7 @@ class Viewing:
     """
 
     def __init__(self, log: Log, settings: GuardSection) -> None:
-        self._log, self._settings = log, settings
+        self._log, self._settings = log, settings_for(log, settings)
         self.name, self.format = log.path, log.format
         signals = [name for name in log.columns if name in METRIC_COLUMNS]
         bands = [f"{name}_{part}" for name in signals for part in ("baseline", "threshold")]

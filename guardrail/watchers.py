@@ -9,12 +9,22 @@ from msgspec import structs
 
 from guardrail.config import GuardSection
 from guardrail.detectors.base import Detector, Jumps
+from guardrail.detectors.nonfinite import NonFinite
 from guardrail.detectors.share import Share
+from guardrail.detectors.signed_loss import LossKind, SignedLoss
 from guardrail.detectors.spike import Spike
-from guardrail.detectors.standard import NAMED, USUAL, build, build_named
+from guardrail.detectors.standard import NAMED, POSITIVE_LOSS, SIGNED_LOSS, USUAL, build, build_named
 from guardrail.detectors.stuck import Stuck
-from guardrail.records import Finding, Observation
+from guardrail.objective import policy_name
+from guardrail.records import Finding, Observation, Severity
 
+# What a loss of exactly 0 is worth.
+ZERO = {
+    LossKind.UNKNOWN: Severity.NOTE,
+    LossKind.DOUBTFUL: Severity.NOTE,
+    LossKind.POSITIVE: Severity.REJECT,
+    LossKind.SIGNED: None,
+}
 # Findings on further signals in one verdict.
 MOST_NAMED = 3
 
@@ -33,21 +43,53 @@ class Watchers:
         self._settings = settings
         self.detectors = build(settings)
         self._by_signals: dict[tuple[str, ...], Watch] = {}
+        signed_loss = self.detectors[SIGNED_LOSS]
+        assert isinstance(signed_loss, SignedLoss)
+        self.signed_loss = signed_loss  # knows whether the loss is signed
+        self._use_loss_kind()
+
+    def _use_loss_kind(self) -> None:
+        """Which detectors judge the loss from now on."""
+        self._loss_kind = kind = self.signed_loss.kind
+        self.loss_is_signed = self.signed_loss.signed  # as of the last step that was judged
+        self._by_signals.clear()
+        if kind is LossKind.SIGNED:
+            for name in POSITIVE_LOSS:
+                self.detectors[name].reset()
+        nonfinite = self.detectors["nonfinite"]
+        assert isinstance(nonfinite, NonFinite)
+        nonfinite.zero = ZERO[kind]
 
     def of(self, obs: Observation) -> Watch:
         """The detectors that watch one of the step's signals; most logs hold few of them."""
         names = tuple(obs.signals)
+        if self.signed_loss.kind is not self._loss_kind:
+            self._use_loss_kind()
         watch = self._by_signals.get(names)
         if watch is None:
             for signal in names:
                 if signal not in USUAL and NAMED + signal not in self.detectors:
                     self.detectors[NAMED + signal] = build_named(signal, self._settings)
-            concerned = [
-                d for d in self.detectors.values() if not d.signals or not obs.signals.keys().isdisjoint(d.signals)
-            ]
-            watch = Watch(tuple(d.observe for d in concerned), tuple(d.accept for d in concerned))
+            if policy_name(names) is not None:
+                self.signed_loss.declare()
+                self._use_loss_kind()
+            concerned = {
+                name: d
+                for name, d in self.detectors.items()
+                if not d.signals or not obs.signals.keys().isdisjoint(d.signals)
+            }
+            for name in self._asleep():
+                concerned.pop(name, None)
+            watch = Watch(tuple(d.observe for d in concerned.values()), tuple(d.accept for d in concerned.values()))
             self._by_signals[names] = watch
         return watch
+
+    def _asleep(self) -> tuple[str, ...]:
+        """The detectors that are not asked, since the loss is of another kind."""
+        if self.signed_loss.signed:
+            return POSITIVE_LOSS
+        # The detector of spikes tells it of the values that are not positive.
+        return (SIGNED_LOSS,) if self._loss_kind is LossKind.POSITIVE else ()
 
     def foremost(self, findings: tuple[Finding, ...]) -> tuple[Finding, ...]:
         """Where every layer's norm jumps, the foremost of them are evidence enough."""
@@ -58,6 +100,7 @@ class Watchers:
         """All begin anew."""
         for detector in self.detectors.values():
             detector.reset()
+        self._use_loss_kind()
 
     def bands(self) -> dict[str, tuple[float, float]]:
         """signal -> (baseline, threshold) that the next step meets, in the signal's own units."""
@@ -74,6 +117,8 @@ class Watchers:
         for detector in self.detectors.values():
             if isinstance(detector, Stuck) and detector.due:
                 return None
+            if isinstance(detector, SignedLoss) and detector.signed:
+                return None  # a loss that is too low is found as well
             if isinstance(detector, Spike | Share) and detector.signals[0] in like.signals:
                 most[detector.signals[0]] = detector.ceiling()
         if most.keys() != like.signals.keys():
@@ -102,4 +147,5 @@ class Watchers:
             except (KeyError, TypeError, ValueError):
                 detector.reset()
                 anew.append(name)
+        self._use_loss_kind()
         return anew

@@ -87,6 +87,7 @@ FAULTS = {
     "E14": "a loop that steps the optimizer itself is not noticed",
     "E15": "another sample order at a resume goes on in the middle of an epoch",
     "E16": "log formats that are read wrongly or silently not at all",
+    "RL": "logs of reinforcement learning are read and judged as those of pre-training",
     "R1": "an automatic restart on one node hangs",
     "R2": "the supervisor kills the healthy ranks of the next start",
     "R3": "a run whose end could not be saved says finished",

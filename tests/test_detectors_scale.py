@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
+from guardrail.backtest import backtest
 from guardrail.config import GuardSection
 from guardrail.controller import Controller
 from guardrail.detectors.scale import AT_START, FALL
+from guardrail.importers.sources import sources
 from guardrail.records import GRAD_NORM, LOSS, LOSS_SCALE, UPDATE_NORM, Action, Kind, Mode, Observation, Verdict
 from tests.feed import BATCH, noisy, plain, through_json
 
@@ -158,3 +161,68 @@ def test_an_update_that_grew_is_a_note_since_it_is_in_the_weights_already() -> N
     assert verdict.action is Action.APPLY
     assert [(f.signal, f.kind) for f in verdict.findings] == [(UPDATE_NORM, Kind.UPDATE_SPIKE)]
     assert controller.healthy_through == 200
+
+
+CASES = Path(__file__).parent / "cases" / "logs"
+
+
+def scaled_run(controller: Controller, steps: range, *, scale: float, jump: float = 1.0) -> list[Verdict]:
+    """The gradient norm is logged while the gradients are still multiplied by the loss scale."""
+    verdicts = []
+    for step in steps:
+        norm = scale * jump * noisy(0.8, seed=1, noise=0.15)(step)
+        signals = {LOSS: noisy(3.0)(step), GRAD_NORM: norm, LOSS_SCALE: scale}
+        verdicts.append(controller.observe(Observation(step=step, first=step, last=step + 1, signals=signals)))
+    return verdicts
+
+
+@pytest.mark.fault("E12")
+@pytest.mark.parametrize("factor", [64.0, 1 / 64, 4096.0])
+def test_a_norm_that_jumps_with_the_loss_scale_is_in_another_unit(factor: float) -> None:
+    controller = Controller(GuardSection())
+    assert not any(verdict.findings for verdict in scaled_run(controller, range(1, 200), scale=1024.0))
+    verdicts = scaled_run(controller, range(200, 260), scale=1024.0 * factor)
+    assert not any(f.signal != LOSS_SCALE for verdict in verdicts for f in verdict.findings)
+    # The baseline is that of the new unit at once, and a spike is one as before.
+    (spiked,) = scaled_run(controller, range(260, 261), scale=1024.0 * factor, jump=40.0)
+    assert spiked.action is Action.SKIP
+    state = through_json(controller.state_dict())
+    assert controller.load_state_dict(state) == [] and through_json(controller.state_dict()) == state
+
+
+@pytest.mark.fault("E12")
+def test_a_norm_that_jumps_by_more_than_the_loss_scale_is_a_spike() -> None:
+    controller = Controller(GuardSection())
+    scaled_run(controller, range(1, 200), scale=1024.0)
+    (spiked,) = scaled_run(controller, range(200, 201), scale=2048.0, jump=200.0)
+    assert spiked.action is Action.SKIP
+
+
+@pytest.mark.fault("E12")
+def test_a_recorded_log_whose_norm_jumps_with_the_scale() -> None:
+    ((log,),) = (source.read({}) for source in sources([str(CASES / "c18b.jsonl")]))
+    assert [(alarm.step, alarm.kind) for alarm in backtest(log, GuardSection()).alarms] == []
+
+
+@pytest.mark.fault("E11")
+def test_an_update_norm_that_doubles_is_noted_before_the_loss_rises() -> None:
+    """Its scatter is 3 %."""
+    ((log,),) = (source.read({}) for source in sources([str(CASES / "c22.jsonl")]))
+    alarms = backtest(log, GuardSection()).alarms
+    first = alarms[0]
+    assert (first.step, first.signal, first.kind, first.verdict) == (304, "update_norm", "update_spike", "note")
+    assert min(alarm.step for alarm in alarms if alarm.signal == "loss") >= 314
+
+
+@pytest.mark.fault("E11")
+def test_a_further_signal_is_judged_by_its_own_scatter() -> None:
+    """The update norm of one block doubles; the gradient norm of a block may do so."""
+    names = ("update_norm/layers.3", "grad_norm/layers.3")
+    controller = Controller(GuardSection())
+    for step in range(1, 120):
+        noise = {name: noisy(0.2, seed=at + 2, noise=0.03)(step) for at, name in enumerate(names)}
+        if step == 119:
+            noise = {name: 2.0 * value for name, value in noise.items()}
+        signals = {LOSS: noisy(3.0)(step), **noise}
+        verdict = controller.observe(Observation(step=step, first=step, last=step + 1, signals=signals))
+        assert [finding.signal for finding in verdict.findings] == (["update_norm/layers.3"] if step == 119 else [])

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from guardrail.backtest import backtest
+from guardrail.config import GuardSection
 from guardrail.errors import DataError
 from guardrail.importers import names, wandb_files
 from guardrail.importers.log import Log
@@ -108,6 +110,52 @@ def test_text_with_nan(kind: str, tmp_path: Path) -> None:
     assert same(cells(log), [2.0] * 5 + [NAN] * 14)
 
 
+@pytest.mark.fault("E7")
+@pytest.mark.parametrize(
+    "kind", ["llm.c", "llm.c output", "nanochat", "Megatron", "torchtitan", "Trainer output", "text"]
+)
+def test_text_without_the_loss_that_its_neighbours_have(kind: str, tmp_path: Path) -> None:
+    """A loss that is not printed is not finite: a record, and no line that vanishes."""
+    without = {
+        "llm.c": " trl:{loss:.4f}",
+        "llm.c output": " loss {loss:.6f} (+nanz)|",
+        "nanochat": " loss: {loss:.6f} |",
+        "Megatron": " lm loss: {loss:.6E} |",
+        "torchtitan": "\x1b[32mloss: {loss:8.5f}  ",
+        "Trainer output": "'loss': {loss:.4f}, ",
+        "text": " train loss = {loss:.4f},",
+    }[kind]
+    assert without in TEXTS[kind]
+    bare = TEXTS[kind].replace(without, "")
+    lines = [(TEXTS[kind] if step < 20 else bare).format(step=step, loss=2.0, norm=1.0) for step in range(1, 31)]
+    lines = [*TALK[:2], *lines[:25], "saving checkpoint to out/step-00000025", *lines[25:]]
+    log = only(write(tmp_path / "out.txt", "\n".join(lines)))
+    assert list(log.steps) == list(range(1, 31))
+    assert same(cells(log), [2.0] * 19 + [NAN] * 11)
+
+
+@pytest.mark.fault("E7")
+@pytest.mark.parametrize("shown", ["None", "N/A", "1.#QNAN", "********", "-nan", "nan(ind)"])
+def test_text_whose_loss_is_no_number(shown: str, tmp_path: Path) -> None:
+    text = "step {step} | loss: {loss} | norm: 1.0000"
+    lines = [text.format(step=step, loss=2.0 if step < 20 else shown) for step in range(1, 31)]
+    assert same(cells(only(write(tmp_path / "out.txt", "\n".join(lines)))), [2.0] * 19 + [NAN] * 11)
+
+
+@pytest.mark.fault("E7")
+def test_iterations_that_megatron_skipped_are_overflows(tmp_path: Path) -> None:
+    """While the scale falls, such a line holds neither loss nor norm."""
+    lines = [MEGATRON.format(step=step, loss=2.0, norm=1.0) for step in range(1, 61)]
+    for row in range(50, 60):
+        fields = [f for f in lines[row].split("|") if "lm loss" not in f and "grad norm" not in f]
+        line = "|".join(fields).replace("skipped iterations:   0", "skipped iterations:   1")
+        lines[row] = line.replace("scale: 2048.0", f"scale: {2048 / 2 ** (row - 49)}")
+    log = only(write(tmp_path / "out.log", "\n".join(lines)))
+    assert observed(log)[55] == (56, {"loss_scale": 32.0, "grad_norm": math.inf})
+    alarms = [(alarm.row, alarm.kind) for alarm in backtest(log, GuardSection()).alarms]
+    assert (57, "scale_collapse") in alarms
+
+
 def test_text_tells_a_step_once_although_every_rank_prints_it(tmp_path: Path) -> None:
     line = "[rank{rank}]:2025-04-01 00:25:47,084 - root - INFO - step: {step}  loss:  6.2{rank}  memory: 8.04GiB(9.48%)"
     lines = [line.format(rank=rank, step=step) for step in range(1, 30) for rank in (1, 0, 2)]
@@ -145,7 +193,7 @@ def test_lightning_tells_training_and_validation_on_rows_of_their_own(tmp_path: 
     text = "epoch,step,train_loss,val_loss,grad_2.0_norm_total\n"
     text += "".join(f"0,{step},{3 - step / 100},,\n0,{step},,,1.5\n0,{step},,3.1,\n" for step in range(49, 300, 50))
     log = only(write(tmp_path / "version_0" / "metrics.csv", text))
-    assert len(log) == 18, "rows count as they stand in the file"
+    assert (len(log), log.apart) == (6, {"evaluation": 6}), "a step is one record, whatever rows it was written on"
     assert [step for step, _ in observed(log)] == [49, 99, 149, 199, 249, 299]
     assert all(set(signals) == {"loss", "grad_norm"} for _, signals in observed(log))
 
@@ -265,6 +313,26 @@ def test_trainer_tells_its_history_in_every_checkpoint(tmp_path: Path) -> None:
         write(tmp_path / "out" / f"checkpoint-{count}" / "trainer_state.json", trainer_state(count))
     (log,) = logs(tmp_path)
     assert "checkpoint-30" in log.path
+
+
+@pytest.mark.fault("E16")
+def test_numbers_as_objects_are_printed(tmp_path: Path) -> None:
+    shown = ["tensor(1.5, device='cuda:0')", "tensor([1.5])", "np.float64(1.5)", "'1.5'", "1.5", "tensor(nan)"]
+    records = [{"step": step, "loss": 2.0, "grad_norm": value} for step, value in enumerate(shown, 1)]
+    log = only(write(tmp_path / "log.jsonl", "\n".join(map(json.dumps, records))))
+    assert same(cells(log, "grad_norm"), [1.5] * 5 + [NAN])
+
+
+@pytest.mark.fault("E16")
+def test_what_was_not_read_is_said(tmp_path: Path) -> None:
+    records = [{"step": step, "loss": 2.0, "grad_norm": "high" if step > 10 else 1.0} for step in range(1, 31)]
+    log = only(write(tmp_path / "log.jsonl", "\n".join(map(json.dumps, records))))
+    assert log.notes == ["grad_norm: 20 values are no number, such as 'high': not read"]
+    records = [{"step": step, "loss": 2.0, "grad_norm": "high"} for step in range(1, 31)]
+    log = only(write(tmp_path / "other.jsonl", "\n".join(map(json.dumps, records))))
+    assert log.notes == ["grad_norm: holds no numbers, such as 'high': not read"]
+    log = only(write(tmp_path / "log.csv", "step,loss,grad_norm\n1,2.0,high\n2,2.0,1.0\n"))
+    assert log.notes == ["grad_norm: 1 value is no number: not read"]
 
 
 # -- TensorBoard -----------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from guardrail.backtest import Result
     from guardrail.config import GuardSection
     from guardrail.importers.log import Log
+    from guardrail.importers.sources import Source
     from guardrail.scoring import Marks
 
 
@@ -46,8 +47,8 @@ def command(
     """Run the live controller over recorded runs and say what it would have done.
 
     Reads TensorBoard event files, trainer_state.json, CSV and TSV, JSON lines, .wandb files, the text that llm.c,
-    nanoGPT, Megatron, torchtitan and others print, and guardrail's own run directories, which are judged under their
-    own settings unless --policy or --set says otherwise. Folders are searched.
+    nanoGPT, Megatron, torchtitan, the Trainer, verl, OpenRLHF and others print, and guardrail's own run directories,
+    which are judged under their own settings unless --policy or --set says otherwise. Folders are searched.
 
     Exit code 2 if nothing could be read; what could not be is named on stderr.
     """
@@ -61,7 +62,7 @@ def command(
     if plot is not None:
         plotting.require()
     results = []
-    for log in read_logs(logs, columns):
+    for log in read_logs(logs, columns, settings.signals, required=_sets_signals(overrides)):
         chosen, own = _settings_for(log, settings, given=given)
         track = plotting.Track(log) if plot is not None else None
         result = backtest.backtest(log, chosen, own=own, watch=track)
@@ -91,18 +92,51 @@ def command(
     return ExitCode.FINISHED
 
 
-def read_logs(paths: tuple[str, ...], columns: tuple[str, ...]) -> Iterator[Log]:
-    """The logs at `paths`, one after the other; what cannot be read is said on stderr and passed over."""
+def _sets_signals(overrides: tuple[str, ...]) -> bool:
+    return any(text.partition("=")[0].strip() == "guard.signals" for text in overrides)
+
+
+def read_logs(
+    paths: tuple[str, ...], columns: tuple[str, ...], signals: tuple[str, ...] = (), *, required: bool = False
+) -> Iterator[Log]:
+    """The logs at `paths`, one after the other; what cannot be read is named on stderr and left out.
+
+    Args:
+        columns: SIGNAL=NAME each; a log without such a column is not read.
+        signals: further signals to be judged, each the name of a column or what `names.FURTHER` calls it.
+        required: a log without one of `signals` is not read; otherwise it is read without it, with a note.
+    """
     from guardrail.errors import DataError
     from guardrail.importers.sources import sources
 
     given = given_columns(columns)
+    wanted = {signal: signal for signal in signals if signal not in given}
     for source in sources(paths):
         try:
-            yield from source.read(given)
+            yield from _read(source, given, wanted, required=required)
         except (DataError, OSError) as error:
             reason = error if isinstance(error, DataError) else f"{source.path}: {error.strerror or error}"
             click.echo(f"guardrail: {reason}", err=True)
+
+
+def _read(source: Source, given: dict[str, str], wanted: dict[str, str], *, required: bool) -> list[Log]:
+    from guardrail.importers.names import ColumnError
+
+    missing: dict[str, str] = {}  # signal -> why
+    while True:
+        try:
+            logs = source.read({signal: name for signal, name in wanted.items() if signal not in missing} | given)
+            break
+        except ColumnError as error:
+            if required or error.signal not in wanted or error.signal in given:
+                raise
+            missing[error.signal] = str(error)
+    for log in logs:
+        log.notes += (f"guard.signals: {reason.removeprefix(log.path + ': ')}" for reason in missing.values())
+        if log.folder is not None:
+            unused = [*given, *(signal for signal in wanted if signal not in log.columns)]
+            log.notes += (f"a run directory has its own signals, and {name} is none of them" for name in unused)
+    return logs
 
 
 def _settings_for(log: Log, settings: GuardSection, *, given: bool) -> tuple[GuardSection, bool]:

@@ -34,7 +34,7 @@ def command(
     from guardrail.errors import ExitCode
 
     settings = load_guard(policy, overrides=overrides)
-    read = list(read_logs(logs, columns))
+    read = list(read_logs(logs, columns, settings.signals))
     if not read:
         return ExitCode.USAGE
     for log in read:

@@ -151,6 +151,11 @@ class Baseline:
         self._centre.clear()
         self._settle()
 
+    def shift(self, by: float) -> None:
+        """The signal is measured in another unit from now on: `by` is added to each logarithm."""
+        self._centre = SortedWindow(FOLLOW, (y + by for y in self._centre.arrivals))
+        self._settle()
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "count": self.count,

@@ -22,7 +22,13 @@ ABSURD = 1.8e19
 
 
 class NonFinite:
-    """Rejects a step whose loss or gradient is not a usable number, and names the ranks that saw it themselves."""
+    """Rejects a step whose loss or gradient is not a usable number, and names the ranks that saw it themselves.
+
+    Attributes:
+        zero: what a loss of exactly 0 is worth; None where such a loss is healthy (see signed_loss.py).
+    """
+
+    zero: Severity | None = Severity.REJECT
 
     signals: tuple[str, ...] = ()  # the flags speak without any
 
@@ -41,9 +47,11 @@ class NonFinite:
                 # A flagged rank makes the step non-finite even if the reduced number happens to be finite.
                 value = math.nan if value is None or math.isfinite(value) else value
                 findings.append(_finding(obs, signal, Kind.NONFINITE, value, ranks))
-            elif value is not None and (abs(value) > ABSURD or (value == 0.0 and signal == LOSS)):
-                # A cross-entropy of exactly 0 means that no token was scored, or that the loss is disconnected.
+            elif value is not None and abs(value) > ABSURD:
                 findings.append(_finding(obs, signal, Kind.IMPOSSIBLE, value, ranks))
+            elif value == 0.0 and signal == LOSS and self.zero is not None:
+                # A cross-entropy of exactly 0 means that no token was scored, or that the loss is disconnected.
+                findings.append(_finding(obs, signal, Kind.IMPOSSIBLE, value, ranks, severity=self.zero))
         return findings
 
     def accept(self, obs: Observation, left_out: Sequence[Jumps] = ()) -> None:
@@ -65,12 +73,20 @@ class NonFinite:
         """No state."""
 
 
-def _finding(obs: Observation, signal: str, kind: Kind, value: float, ranks: tuple[int, ...]) -> Finding:
+def _finding(
+    obs: Observation,
+    signal: str,
+    kind: Kind,
+    value: float,
+    ranks: tuple[int, ...],
+    *,
+    severity: Severity = Severity.REJECT,
+) -> Finding:
     return Finding(
         signal=signal,
         step=obs.step,
         kind=kind,
-        severity=Severity.REJECT,
+        severity=severity,
         value=value,
         baseline=0.0,
         score=0.0,

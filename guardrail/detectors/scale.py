@@ -41,6 +41,7 @@ class ScaleCollapse:
     def reset(self) -> None:
         self._scales = SortedWindow(self.window)  # log2 of accepted ones
         self._low = 0  # step since which it has been low, 0: it is not
+        self._last: float | None = None  # log2 of the last accepted one
 
     @property
     def _settled(self) -> bool:
@@ -92,6 +93,12 @@ class ScaleCollapse:
         else:
             self._low = 0
         self._scales.push(halvings)
+        self._last = halvings
+
+    def jump(self, obs: Observation) -> float:
+        """log(scale / scale of the last accepted step): what a norm of scaled gradients has jumped by through it."""
+        now = _halvings(obs)
+        return 0.0 if now is None or self._last is None else (now - self._last) * math.log(2.0)
 
     def suspect_from(self) -> int | None:
         return self._low or None
@@ -100,11 +107,13 @@ class ScaleCollapse:
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"scales": list(self._scales.arrivals), "low": self._low}
+        return {"scales": list(self._scales.arrivals), "low": self._low, "last": self._last}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._scales = SortedWindow(self.window, map(float, state["scales"]))
         self._low = int(state["low"])
+        last = state.get("last")
+        self._last = None if last is None else float(last)
 
 
 def overflows(obs: Observation) -> bool:

@@ -7,6 +7,8 @@ drops is no reason to leave an update out.
                     2 in healthy runs that start without warm-up; three times the uniform loss ln V is beyond them.
     warm-up         The scale is known roughly: the threshold is widened by warmup / accepted steps.
     afterwards      `score` sigmas; from `NOTE_SHARE` of that on a step is worth a note and is applied.
+    loss scale      Some programs log the norm of gradients that are still multiplied by the loss scale. A jump of such
+                    a norm that the scale's own jump in the same step explains is another unit, and no finding.
     heavy tails     Where harmless outliers are common, a jump must also exceed what they have shown (see tail.py), as
                     long as it stands alone. A second high value in a row meets the plain score again: that it
                     stays is what tells a spike from an outlier.
@@ -21,6 +23,8 @@ from typing import Any
 
 from guardrail.detectors.base import Jumps
 from guardrail.detectors.baseline import Baseline
+from guardrail.detectors.scale import ScaleCollapse
+from guardrail.detectors.signed_loss import SignedLoss
 from guardrail.detectors.tail import Tail
 from guardrail.records import Finding, Kind, Observation, Severity
 
@@ -49,6 +53,8 @@ class Spike:
         cold_factor: jump over the median so far that is rejected while there is no scale.
         window, warmup: accepted steps in the scale, and before it is trusted.
         note_only: of a signal that is known only after the fact: leaving this update out would change nothing.
+        loss_scale: knows the loss scale that the signal may be multiplied by; None: it is not.
+        signed: of the loss, learns of the values that are not positive.
     """
 
     def __init__(
@@ -62,12 +68,15 @@ class Spike:
         window: int,
         warmup: int,
         note_only: bool = False,
+        loss_scale: ScaleCollapse | None = None,
+        signed: SignedLoss | None = None,
     ) -> None:
         self.signal = signal
         self.kind = kind
         self.score = score
         self.warmup = warmup
         self.note_only = note_only
+        self.loss_scale, self.signed = loss_scale, signed
         self.cold_jump = math.log(cold_factor)
         self.signals = (signal,)
         self.baseline = Baseline(window=window, floor=floor)
@@ -89,6 +98,9 @@ class Spike:
         if value is None or not 0.0 < value < math.inf or self.baseline.empty:
             return []
         jump = math.log(value) - self.baseline.centre
+        if jump <= self._note:
+            return []
+        jump -= self._explained(obs, jump)
         if jump <= self._note:
             return []
         plain = self._plain
@@ -136,7 +148,15 @@ class Spike:
         value = obs.signals.get(self.signal)
         if value is None or self.baseline.empty or not 0.0 < value < math.inf:
             return None
-        return math.log(value) - self.baseline.centre, self._plain
+        jump = math.log(value) - self.baseline.centre
+        return jump - self._explained(obs, jump), self._plain
+
+    def _explained(self, obs: Observation, jump: float) -> float:
+        """What part of a jump the loss scale explains: all but an ordinary rest, or nothing."""
+        if self.loss_scale is None or -self._note <= jump <= self._note:
+            return 0.0
+        by = self.loss_scale.jump(obs)
+        return by if by and abs(jump - by) <= self._note else 0.0
 
     def raised(self, obs: Observation, share: float) -> bool:
         """Whether the value exceeds this share of its limit."""
@@ -146,6 +166,8 @@ class Spike:
     def accept(self, obs: Observation, left_out: Sequence[Jumps] = ()) -> None:
         value = obs.signals.get(self.signal)
         if value is None or not 0.0 < value < math.inf:
+            if self.signed is not None:
+                self.signed.reconsider(obs)
             return
         y = math.log(value)
         baseline = self.baseline
@@ -154,8 +176,14 @@ class Spike:
             self._settle()
             return
         jump = y - baseline.centre
+        note = self._note
+        if jump > note or jump < -note:
+            by = self._explained(obs, jump)
+            if by:
+                baseline.shift(by)
+                jump -= by
         self.last.append((obs.step, jump / baseline.scale))
-        high = jump > self._note and baseline.count >= self.warmup
+        high = jump > note and baseline.count >= self.warmup
         if high or left_out or self._alone is not None:
             self._learn_tail(obs, jump if high else None, left_out)
         if high:

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from guardrail.errors import DataError
-from guardrail.importers.log import Log, number, whole
-from guardrail.importers.names import Chooser, step_name
+from guardrail.importers.log import Log, number, step_number
+from guardrail.importers.names import KINDS, Chooser, describe, is_evaluation, plain_name, says_evaluation, step_name
 from guardrail.text import clean
 
 DELIMITERS = ",\t;"
@@ -56,8 +56,9 @@ def read(path: Path, shown: str, columns: Mapping[str, str]) -> list[Log]:
         step_at = names.index(at_step) if at_step is not None else None
         groups = _wandb_runs(names)
         if groups is None:
-            chosen = {signal: names.index(name) for signal, name in _choose(columns, names, shown).items()}
-            return [_log(shown, "csv", rows, step_at, chosen, names)]
+            log = Log(path=shown, format="csv")
+            describe(log, names, Chooser(columns))
+            return [_fill(log, rows, step_at, {signal: names.index(name) for signal, name in log.names.items()}, names)]
         kept = [row for row in rows if row]
     logs = []
     for run, columns_of in groups.items():
@@ -65,17 +66,13 @@ def read(path: Path, shown: str, columns: Mapping[str, str]) -> list[Log]:
         if inside:
             picked = {signal: columns_of[name] for signal, name in inside.items()}
             told = [row for row in kept if any(_cell(row, at) is not None for at in picked.values())]
-            logs.append(_log(f"{shown}#{clean(run, 80)}", "wandb csv", iter(told), step_at, picked, names))
+            log = Log(path=f"{shown}#{clean(run, 80)}", format="wandb csv")
+            describe(log, columns_of, Chooser(columns))
+            log.names = {signal: names[at] for signal, at in picked.items()}
+            logs.append(_fill(log, iter(told), step_at, picked, names))
     if not logs:
-        _choose(columns, names, shown)
+        Chooser(columns).choose_or_refuse(names, shown)
     return logs
-
-
-def _choose(columns: Mapping[str, str], names: list[str], shown: str) -> dict[str, str]:
-    for signal, name in columns.items():
-        if name not in names:
-            raise DataError(f"{shown}: there is no column {clean(name, 60)!r} for {clean(signal, 60)}")
-    return Chooser(columns).choose_or_refuse(names, shown)
 
 
 def _wandb_runs(names: list[str]) -> dict[str, dict[str, int]] | None:
@@ -88,32 +85,46 @@ def _wandb_runs(names: list[str]) -> dict[str, dict[str, int]] | None:
     return groups or None
 
 
-def _log(
-    shown: str, kind: str, rows: Iterator[list[str]], step_at: int | None, chosen: dict[str, int], names: list[str]
-) -> Log:
-    log = Log(path=shown, format=kind, names={signal: names[at] for signal, at in chosen.items()})
+def _fill(log: Log, rows: Iterator[list[str]], step_at: int | None, chosen: dict[str, int], names: list[str]) -> Log:
+    evaluations = [at for at, name in enumerate(names) if is_evaluation(name)]
+    kinds = [at for at, name in enumerate(names) if plain_name(name) in KINDS]
     width = max([*chosen.values(), step_at if step_at is not None else 0]) + 1
     wanted = list(chosen.items())
     broken, count = 0, 0
+    unread: dict[str, int] = {}
     try:
         for row in rows:
-            count += bool(row)
-            step = (whole(number(row[step_at])) if step_at is not None else count) if len(row) >= width else None
-            if step is None:
+            if len(row) < width:
                 broken += bool(row)
+                continue
+            if any(at < len(row) and says_evaluation(row[at]) for at in kinds):
+                log.set_apart("evaluation")
                 continue
             cells = {}
             for signal, at in wanted:
                 value = number(row[at])
                 if value is not None:
                     cells[signal] = value
-            log.add(step, cells)
+                elif row[at].strip():
+                    unread[signal] = unread.get(signal, 0) + 1
+            count += bool(cells)
+            step = step_number(row[step_at]) if step_at is not None else count
+            if step is None:
+                broken += 1
+            elif cells:
+                log.add(step, cells)
+            else:
+                told = any(at < len(row) and row[at] for at in evaluations)
+                log.set_apart("evaluation" if told else "other")
     except csv.Error as error:
         log.notes.append(f"stopped after {len(log)} records: {error}")
+    for signal, cells_unread in unread.items():
+        shown = clean(log.names[signal], 40)
+        log.notes.append(f"{shown}: {cells_unread:,} value{'s are' if cells_unread > 1 else ' is'} no number: not read")
     if broken:
         log.notes.append(f"{broken} line{'s' if broken > 1 else ''} without a step or with too few fields left out")
     if not any(column.missing < len(column) for column in log.columns.values()):
-        raise DataError(f"{shown}: the columns {', '.join(log.names.values())} hold no number")
+        raise DataError(f"{log.path}: the columns {', '.join(log.names.values())} hold no number")
     return log.finish()
 
 

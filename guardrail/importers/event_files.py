@@ -12,10 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from guardrail.errors import DataError
 from guardrail.importers.log import Log
-from guardrail.importers.names import Chooser, rank
-from guardrail.text import clean
+from guardrail.importers.names import Chooser, describe, further, rank
 
 
 class Point(NamedTuple):
@@ -42,14 +40,11 @@ def read(paths: Sequence[Path], shown: str, columns: Mapping[str, str]) -> list[
             kept = tags.get(tag)
             if kept is None:
                 kept = tags[tag] = []
-            if tag in columns.values() or rank(tag) is not None:
+            if tag in columns.values() or rank(tag) is not None or (columns and further(tag) is not None):
                 kept.append(point)
-    for signal, name in columns.items():
-        if name not in tags:
-            raise DataError(f"{shown}: there is no tag {clean(name, 60)!r} for {clean(signal, 60)}")
-    chosen = Chooser(columns).choose_or_refuse(tags, shown)
-    log = Log(path=shown, format="tensorboard", names=chosen, notes=notes)
-    for step, cells in merged({signal: tags[tag] for signal, tag in chosen.items()}):
+    log = Log(path=shown, format="tensorboard", notes=notes)
+    describe(log, tags, Chooser(columns))
+    for step, cells in merged({signal: tags[tag] for signal, tag in log.names.items()}):
         log.add(step, cells)
     return [log.finish()]
 

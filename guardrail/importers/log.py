@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import itertools
+import math
+import re
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
+
+from guardrail.config import GuardSection
 from guardrail.records import Observation
 
 # From this share of records that repeat the step of the one before, the "step" is an epoch or the like.
 REPEATING = 0.3
 LARGEST_STEP = 2**62
+# What a number looks like where an object was printed: "tensor(1.03, device='cuda:0')", "np.float64(1.03)".
+_WRAPPED = re.compile(r"(?:tensor|array|(?:np|numpy)\.float\d+|Decimal)\(\s*\[?['\s]*([^\s,\]')]+)")
+# What the runtime library of Windows prints.
+_WINDOWS = {"1.#qnan": math.nan, "1.#ind": math.nan, "1.#inf": math.inf, "1.#j": math.inf, "nan(ind)": math.nan}
 
 
 class Column:
@@ -54,6 +63,9 @@ class Log:
         steps: of each record, in file order.
         columns: signal -> its values, as long as `steps`.
         names: signal -> what the file calls it.
+        beside: further signals that the file records and nothing judges -> what it calls them.
+        policy: the column that shows that this is reinforcement learning, "" where none does.
+        apart: rows that are no record of training: "evaluation", "summary", "other" -> how many.
         notes: one line each about what could not be read.
         folder: of a run directory of guardrail itself.
     """
@@ -63,6 +75,9 @@ class Log:
     steps: array[int] = field(default_factory=lambda: array("q"))
     columns: dict[str, Column] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
+    beside: dict[str, str] = field(default_factory=dict)
+    policy: str = ""
+    apart: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     folder: Path | None = None
 
@@ -70,44 +85,35 @@ class Log:
         return len(self.steps)
 
     def add(self, step: int, cells: Mapping[str, float]) -> None:
-        """Append a record; signals may be new.
+        """Append a record; signals may be new. A row without a signal is no record.
 
-        A record of the same step that tells other signals than the one before tells them of that step: loggers that
-        write training and validation, or loss and norm, on rows of their own are common. It stays a record, an empty
-        one, so that records count as they do in the file.
+        A row of the same step that holds other signals than the one before belongs to it: loggers that write loss and
+        norm, or loss and reward, on rows of their own are common.
         """
+        if not cells:
+            return
         rows = len(self.steps)
-        self.steps.append(step)
         columns = self.columns
         for signal in cells:
             if signal not in columns:
                 columns[signal] = Column(rows)
-        if rows and cells and self.steps[rows - 1] == step:
-            owner = self._owner(rows - 1, step)
-            if owner is not None and not any(columns[signal].present[owner] for signal in cells):
-                for signal, value in cells.items():
-                    columns[signal].fill(owner, value)
-                cells = {}
+        if rows and self.steps[-1] == step and not any(columns[signal].present[-1] for signal in cells):
+            for signal, value in cells.items():
+                columns[signal].fill(rows - 1, value)
+            return
+        self.steps.append(step)
         for signal, column in columns.items():
             column.append(cells.get(signal))
 
-    def _owner(self, row: int, step: int) -> int | None:
-        """The last record of this step that holds anything, from `row` backwards."""
-        while row >= 0 and self.steps[row] == step:
-            if any(column.present[row] for column in self.columns.values()):
-                return row
-            row -= 1
-        return None
+    def set_apart(self, kind: str) -> None:
+        """Count a row that is no record of training."""
+        self.apart[kind] = self.apart.get(kind, 0) + 1
 
     def finish(self) -> Log:
         """Call once when all is read. Counts the records where their step says nothing."""
         steps = self.steps
-        told: Sequence[int] = range(len(steps))
-        if all(column.missing for column in self.columns.values()):
-            present = [column.present for column in self.columns.values()]
-            told = [row for row in told if any(cells[row] for cells in present)]
-        repeated = sum(steps[row] == steps[before] for before, row in itertools.pairwise(told))
-        if repeated > REPEATING * max(8, len(told)):
+        repeated = sum(a == b for a, b in itertools.pairwise(steps))
+        if repeated > REPEATING * max(8, len(steps)):
             self.notes.append("most records repeat the step of the one before, so records are counted instead")
             self.steps = array("q", range(1, len(steps) + 1))
         return self
@@ -131,15 +137,26 @@ class Log:
                 yield row, Observation(step=step, first=row, last=row + 1, signals=cells)
 
 
+def settings_for(log: Log, settings: GuardSection) -> GuardSection:
+    """The settings by which a log is judged: one of reinforcement learning has a signed loss, unless they say more."""
+    return msgspec.structs.replace(settings, loss="signed") if log.policy and settings.loss == "auto" else settings
+
+
 def number(text: str) -> float | None:
     """A cell as a number: "nan", "-inf", "1,234", "1e-3"; None for anything else, a blank one included."""
     try:
         return float(text)
     except ValueError:
         pass
-    text = text.strip().strip("'\"").replace(",", "")
+    text = text.strip().strip("'\"")
+    wrapped = _WRAPPED.match(text)
+    if wrapped is not None:
+        text = wrapped[1]
+    found = _WINDOWS.get(text.lower().lstrip("+-"))
+    if found is not None:
+        return found
     try:
-        return float(text)
+        return float(text.replace(",", ""))
     except ValueError:
         return None
 
@@ -149,3 +166,12 @@ def whole(value: float | None) -> int | None:
     if value is None or not -LARGEST_STEP < value < LARGEST_STEP:
         return None
     return round(value)
+
+
+def step_number(value: object) -> int | None:
+    """A step as a log holds it: 12, "12", "12.0", "750/3690"."""
+    if isinstance(value, str):
+        return whole(number(value.partition("/")[0]))
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return whole(float(value)) if abs(value) < LARGEST_STEP else None

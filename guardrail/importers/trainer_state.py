@@ -23,7 +23,7 @@ def read(path: Path, shown: str, columns: Mapping[str, str]) -> list[Log]:
     begin = _HISTORY.search(text)
     if begin is None:
         raise DataError(f"{shown}: JSON without a log_history")
-    return [from_records(_entries(text, begin.end()), shown, "trainer_state", columns, empty=False)]
+    return [from_records(_entries(text, begin.end()), shown, "trainer_state", columns)]
 
 
 def _entries(text: str, at: int) -> Iterator[dict[str, Any] | None]:

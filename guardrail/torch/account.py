@@ -31,6 +31,7 @@ class Account:
         self._recent: list[tuple[float, int]] = []  # (seconds, tokens) of the last applied steps
         self._guard_seconds = self._step_seconds = 0.0  # of all applied steps
         self._started = time.time()
+        self._written = False  # the present row
 
     def begin(
         self, step: Step, reduced: Reduced, verdict: Verdict, bands: dict[str, tuple[float, float]], lr: float
@@ -59,6 +60,7 @@ class Account:
         for signal, (baseline, threshold) in bands.items():
             row[f"{signal}_baseline"], row[f"{signal}_threshold"] = baseline, threshold
         self.row = row
+        self._written = False
 
     def rated(self, lr: float) -> None:
         """Another learning rate was set while the step was under question."""
@@ -92,8 +94,22 @@ class Account:
         """Write the row; harmless when there is none."""
         guard = self._guard
         if self.row is not None:
-            guard.recorder.row(self.row)
+            if not self._written:
+                guard.recorder.row(self.row)
             self.row = None
+
+    def write(self) -> None:
+        """Write the row of an alarm at once: the process may die of what was found before the next step begins."""
+        if self.row is not None and not self._written:
+            self._written = True
+            self._guard.recorder.row(self.row)
+
+    def evaluated(self, loss: float) -> None:
+        """The held-out loss after the present step."""
+        if self.row is not None:
+            self.row["eval_loss"] = loss
+            if self._written:
+                self._guard.recorder.amend(self.row)
 
     def status(self) -> Status:
         """The present state for status.json; called by the heartbeat's thread."""

@@ -265,8 +265,7 @@ class Guard:
 
     def log_eval(self, loss: float) -> None:
         """Record the held-out loss after the present step (nats a token, equal on all ranks)."""
-        if self.account.row is not None:
-            self.account.row["eval_loss"] = loss
+        self.account.evaluated(loss)
         self.say("eval", f"held-out loss {loss:.4f} after step {self.step}", loss=loss)
 
     def poll_stop(self) -> bool:
@@ -404,6 +403,8 @@ class Guard:
         self._to_keep = step.applied
         seconds = time.perf_counter() - step.began
         self.account.add(step, reduced, seconds=seconds, guarding=self.account.guarding)
+        if verdict.findings:
+            self.account.write()
         self.heed(reduced)
         return verdict
 

@@ -1,0 +1,109 @@
+"""Costs that must grow with the length of a run, a skip or a text, and not with its square.
+
+    python -m tests.bench.linear
+
+replay      rows of a replay compared with those of the run, looked at a hundred times while they come
+skip        the samples of a long skip left out, and the next batch formed in the epoch after it
+text        what is odd about a text, for scripts with and without spaces
+"""
+
+from __future__ import annotations
+
+import random
+import time
+import tracemalloc
+from collections.abc import Iterator
+
+import numpy as np
+
+from guardrail.ledger import Ledger, SampleOrder
+from guardrail.metrics import MetricsView
+from guardrail.oddness import odd
+from guardrail.records import Span
+from guardrail.replaying import Comparison, Plan
+from guardrail.timelines import Timelines
+
+COLUMNS = ("step", "timeline", "verdict", *(f"signal_{number}" for number in range(12)))
+LOOKS = 100
+# Characters of each script; a text is drawn from words of them.
+SCRIPTS = {
+    "Latin": "abcdefghijklmnopqrstuvwxyz",
+    "Chinese": "".join(map(chr, range(0x4E00, 0x4E00 + 2000))),
+    "Japanese": "".join(map(chr, [*range(0x3041, 0x3090), *range(0x4E00, 0x4E00 + 1000)])),
+    "Thai": "".join(map(chr, range(0x0E01, 0x0E2F))),
+    "Korean": "".join(map(chr, range(0xAC00, 0xAC00 + 1500))),
+    "base64": "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/",
+}
+
+
+class Rows:
+    """A run of which the first rows are there."""
+
+    def __init__(self, table: np.ndarray) -> None:
+        self.table, self.rows = table, len(table)
+
+    def metrics(self) -> MetricsView:
+        return MetricsView(COLUMNS, self.table[: self.rows], Timelines)
+
+
+def compare(steps: int) -> float:
+    table = np.random.default_rng(0).normal(size=(steps, len(COLUMNS)))
+    table[:, 0], table[:, 1], table[:, 2] = np.arange(1, steps + 1), 0, 0
+    run, scratch = Rows(table), Rows(table.copy())
+    compared = Comparison(run, scratch, Plan(None, 0, steps))  # type: ignore[arg-type]
+    began = time.process_time()
+    for look in range(1, LOOKS + 1):
+        scratch.rows = steps * look // LOOKS
+        compared.look()
+    compared.finish()
+    assert compared.first is None and not compared.missing
+    return time.process_time() - began
+
+
+def skip(batches: int) -> tuple[float, float]:
+    """(Seconds, MB) for a skip of so many batches of 32."""
+    count = 32 * batches
+    book = Ledger(SampleOrder(samples=2 * count, seed=1), batch_size=32)
+    span = Span(first=count // 2, last=count // 2 + count, cause="user", step=1, reason="", batches=batches)
+    tracemalloc.start()
+    book.leave_out(span)
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    book.cursor = 2 * count
+    began = time.process_time()
+    for _ in range(100):
+        batch = book.next_batch()
+        assert batch is not None
+        book.passed(batch, applied=True)
+    return (time.process_time() - began) / 100, kept / 1e6
+
+
+def text_of(script: str, size: int) -> str:
+    """Words of two to eight characters, of which some are common; without spaces where the script has none."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices(SCRIPTS[script], k=draw.randrange(2, 8))) for _ in range(5000)]
+    between = " " if script in ("Latin", "Korean") else ""
+    return between.join(draw.choices(words, k=size // 4))[:size]
+
+
+def lines() -> Iterator[str]:
+    for steps in (25_000, 50_000, 100_000):
+        yield f"replay    {steps:>9,} steps, looked at {LOOKS} times {compare(steps):8.2f} s of CPU"
+    for batches in (1_000, 10_000, 100_000):
+        seconds, megabytes = skip(batches)
+        yield f"skip      {batches:>9,} batches of 32 {megabytes:10.2f} MB kept, {1e3 * seconds:6.2f} ms a later batch"
+    for script in SCRIPTS:
+        for size in (250_000, 1_000_000):
+            text = text_of(script, size)
+            began = time.process_time()
+            odd(text)
+            yield f"text      {size:>9,} characters {script:12} {time.process_time() - began:8.2f} s of CPU"
+
+
+def main() -> None:
+    for line in lines():
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
