@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import difflib
-import getpass
 import math
 import os
 import secrets
 import signal
-import socket
 import time
 from typing import Any
 
-from guardrail import processes
+import msgspec
+
+from guardrail import journal, processes
 from guardrail.errors import UsageError
+from guardrail.identity import who
 from guardrail.liveness import is_alive
+from guardrail.questions import CHOICES, open_question
 from guardrail.records import Command, CommandKind, Event, Mode, Phase
 from guardrail.rundir import RunDirectory, check_command
 
@@ -24,7 +26,7 @@ _NEED_VALUE = {
     CommandKind.LR: "a factor",
     CommandKind.EMBED_ALPHA: "a factor in (0, 1]",
     CommandKind.POLICY: "a mode",
-    CommandKind.ANSWER: "0, 1 or 2",
+    CommandKind.ANSWER: "accept, continue or stop",
 }
 
 
@@ -42,7 +44,7 @@ def parse(action: str, value: str | None, *, at_step: int = 0) -> Command:
         id=f"{time.time_ns():x}-{secrets.token_hex(4)}",
         kind=kind,
         value=_number(kind, value),
-        who=f"{_user()}@{socket.gethostname()}",
+        who=who(),
         time=time.time(),
         at_step=at_step,
     )
@@ -59,17 +61,60 @@ def _number(kind: CommandKind, value: str | None) -> float:
         if value not in modes:
             raise UsageError(f"policy takes one of {', '.join(modes)}, not {value}")
         return float(modes.index(value))
+    if kind is CommandKind.ANSWER:
+        if value in CHOICES or value in ("0", "1", "2"):
+            return float(CHOICES.index(value) if value in CHOICES else value)
+        raise UsageError(f"answer takes one of {', '.join(CHOICES)}, not {value}")
     try:
         return float(value)
     except ValueError:
         raise UsageError(f"{kind.value} takes a number, not {value}") from None
 
 
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return str(os.getuid())  # a container without an entry for this user
+def bound(run: RunDirectory, command: Command, question: int | None = None) -> Command:
+    """The command for the question that is open now, or for the one that is named: it holds for no other."""
+    status = run.read_status()
+    if question is None and command.kind is not CommandKind.ANSWER and not (status is not None and status.question):
+        question = 0
+    if question is None:
+        asked = open_question(run.events())  # the status is a second late
+        if asked is None and status is not None and status.question:
+            return command  # its line is not on disk: the run knows what it asks
+        question = asked.seq if asked is not None else 0
+    return msgspec.structs.replace(command, question=question)
+
+
+class Tail:
+    """What is written to a journal from now on; each look reads only that.
+
+    A journal that gets shorter has lost a torn line, or was copied back: it is read again from its beginning.
+    """
+
+    def __init__(self, run: RunDirectory) -> None:
+        self._path = run.journal_path
+        self._seq, self._offset = journal.end_of(self._path)
+        self._seen: tuple[int, int] | None = None  # size and inode at the last look
+
+    def new(self) -> list[Event]:
+        """The events since the last look, oldest first."""
+        try:
+            info = os.stat(self._path)
+            if (info.st_size, info.st_ino) == self._seen:
+                return []
+            other = self._seen is not None and info.st_ino != self._seen[1]
+            if info.st_size < self._offset or other:
+                self._offset = 0
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                data = file.read()
+        except OSError:
+            return []
+        self._seen = (info.st_size, info.st_ino)
+        events, used = journal.parse(data)
+        self._offset += used
+        fresh = [event for event in events if event.seq > self._seq]
+        self._seq = max((event.seq for event in fresh), default=self._seq)
+        return fresh
 
 
 def send(run: RunDirectory, command: Command, *, seconds: float) -> Event | None:
@@ -84,7 +129,7 @@ def send(run: RunDirectory, command: Command, *, seconds: float) -> Event | None
     if status is None or not is_alive(run, status):
         state = f"it {status.phase.value} at step {status.step}" if status and status.phase.ended else "no sign of life"
         raise UsageError(f"{run.name} is not running ({state})")
-    seq = max((event.seq for event in run.events()), default=0)
+    tail = Tail(run)
     run.send(command)
     if command.kind is CommandKind.STOP and status.phase in (Phase.STARTING, Phase.SETUP):
         supervisor = processes.supervisor_of(run.path, status.supervisor_pid)
@@ -94,8 +139,7 @@ def send(run: RunDirectory, command: Command, *, seconds: float) -> Event | None
         return None
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        for event in run.events(after=seq):
-            seq = event.seq
+        for event in tail.new():
             if event.kind == "command" and event.data.get("id") == command.id:
                 if event.data.get("effect") != "applied":
                     raise UsageError(f"{run.name} refuses: {event.data.get('reason') or event.message}")
@@ -105,6 +149,9 @@ def send(run: RunDirectory, command: Command, *, seconds: float) -> Event | None
                     return event
                 raise UsageError(f"{run.name} ended before it answered ({event.message})")
         time.sleep(POLL_SECONDS)
+    status = run.read_status()
+    if status is not None and status.commands_problem:
+        raise UsageError(f"{run.name} cannot read commands: {status.commands_problem}; this one waits in its inbox")
     raise UsageError(f"{run.name} has not answered within {seconds:g} s; the command waits in its inbox")
 
 

@@ -17,6 +17,7 @@ from guardrail.errors import ExitCode
 from guardrail.follow import Follower
 from guardrail.launching import exit_code_of, way_back
 from guardrail.liveness import HeartbeatObserver
+from guardrail.questions import CHOICES
 from guardrail.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Action, Event, Phase, Status
 from guardrail.rundir import MetricsView, RunDirectory
 from guardrail.signals import TermRequests
@@ -166,8 +167,15 @@ def event_line(event: Event) -> str:
     proposals = event.data.get("proposals")
     for one in proposals if isinstance(proposals, list) else []:
         if isinstance(one, dict) and "choice" in one:
-            more.append(f"answer {one['choice']}: {clean(str(one.get('text') or one.get('action') or ''), 400)}")
+            more.append(
+                f"answer {_choice(one['choice'])}: {clean(str(one.get('text') or one.get('action') or ''), 400)}"
+            )
     return "\n".join([f"{event.kind:<12} {where}{first}", *(f"    {line}" for line in more)])
+
+
+def _choice(value: object) -> str:
+    """The word of an answer, as `ctl RUN answer` takes it."""
+    return CHOICES[value] if isinstance(value, int) and 0 <= value < len(CHOICES) else clean(str(value), 20)
 
 
 def clock(seconds: float) -> str:

@@ -61,6 +61,24 @@ def read_events(path: Path, *, after: int = 0) -> list[Event]:
     return [event for event in parse(data)[0] if event.seq > after]
 
 
+def end_of(path: Path) -> tuple[int, int]:
+    """(seq of the last event, bytes of the complete lines), of which only the end of the file is read; (0, 0): none."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = max(0, size - _TAIL)
+            while True:
+                file.seek(start)
+                tail = file.read(size - start)
+                first = tail.find(b"\n") + 1 if start else 0
+                events, used = parse(tail[first:])
+                if events or start == 0:
+                    return (events[-1].seq if events else 0), start + first + used
+                start = max(0, start - 2 * (size - start))
+    except FileNotFoundError:
+        return 0, 0
+
+
 def parse(data: bytes) -> tuple[list[Event], int]:
     """The events of the complete lines in `data`, and how many bytes those lines take."""
     events, end, _ = parse_counted(data)

@@ -20,7 +20,7 @@ from guardrail.errors import ConfigError, ExitCode, RunDirectoryError, UsageErro
 from guardrail.liveness import is_alive
 from guardrail.records import Phase, Status
 from guardrail.rundir import RunDirectory, find_run
-from guardrail.runlock import holder_of
+from guardrail.runlock import RunLock, holder_of
 from guardrail.text import clean, plural
 
 START_SECONDS = 30.0  # for the supervisor's first word; it needs 0.2 on an idle machine
@@ -35,10 +35,14 @@ CHANGEABLE = (
 
 
 class Prepared(NamedTuple):
-    """A run directory that is ready to be worked on by node `node_rank`."""
+    """A run directory that is ready to be worked on by node `node_rank`.
+
+    `lock`: keeps every other resume of this run away until the supervisor has taken over.
+    """
 
     run: RunDirectory
     node_rank: int
+    lock: RunLock | None = None
 
 
 def prepare(path: str, overrides: tuple[str, ...], run_dir: str | None, *, root: str | None = None) -> Prepared:
@@ -108,8 +112,6 @@ def prepare_resume(spec: str, overrides: tuple[str, ...], *, root: str) -> Prepa
         RunDirectoryError: no such run, or it is alive.
         ConfigError: an override that would make it another run.
     """
-    from guardrail import preflight
-
     run = find_run(spec, root)
     for override in overrides:
         key = override.partition("=")[0].strip()
@@ -118,6 +120,35 @@ def prepare_resume(spec: str, overrides: tuple[str, ...], *, root: str) -> Prepa
             raise ConfigError("a setting that leaves the run the same", file="--set", key=key, hint=hint)
     file = str(run.path / "config.toml")
     settings = load(config.parse(Path(file)), file=file, overrides=overrides)
+    lock = _start_lock(run) if settings.launch.node_rank == 0 else None
+    try:
+        prepared = _resumed(run, settings, file, overrides)
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
+    if prepared is None and lock is not None:
+        lock.release()
+    return prepared._replace(lock=lock) if prepared is not None else None
+
+
+def _start_lock(run: RunDirectory) -> RunLock:
+    """Of two that resume a run at the same instant one holds it; RunDirectoryError for the other."""
+    path = run.path / "launch.lock"
+    try:
+        return RunLock(path, "guardrail launch --resume")
+    except OSError as error:
+        raise RunDirectoryError(f"{path}: {error.strerror or error}") from error
+    except RunDirectoryError:
+        holder = holder_of(path)
+        who = f" ({holder.sentence()})" if holder is not None else ""
+        hint = f"guardrail attach {run.name} watches it"
+        raise RunDirectoryError(f"{run.name} is being started by another command{who}\n  hint: {hint}") from None
+
+
+def _resumed(run: RunDirectory, settings: Settings, file: str, overrides: tuple[str, ...]) -> Prepared | None:
+    from guardrail import preflight
+
     if settings.launch.node_rank == 0:  # the other nodes join a run that lives
         status = run.read_status()
         refuse_alive(run, status)
@@ -159,6 +190,11 @@ def refuse_alive(run: RunDirectory, status: Status | None) -> None:
     supervisor = processes.supervisor_of(run.path, status.supervisor_pid)
     if status.host == socket.gethostname() and supervisor is None:
         return
+    if status.phase.ended:
+        raise RunDirectoryError(
+            f"{run.name} has {status.phase.value} at step {status.step}, and its processes are still ending\n"
+            "  hint: try again in some seconds"
+        )
     raise RunDirectoryError(
         f"{run.name} is running on {clean(status.host, 80)}\n"
         f"  hint: guardrail attach {run.name}, or guardrail ctl {run.name} stop"

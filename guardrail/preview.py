@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec import structs
 
+from guardrail.errors import GuardrailError, UsageError
 from guardrail.past import Past
+from guardrail.questions import Open, how_to_answer, open_question, question_changed
 from guardrail.records import (
     Action,
     Command,
@@ -26,8 +28,10 @@ from guardrail.records import (
     Phase,
     Record,
     Remedy,
+    Shown,
     SnapshotInfo,
     Span,
+    Status,
     Unresolved,
     Verdict,
 )
@@ -38,6 +42,10 @@ from guardrail.undoing import Undoing, find
 
 if TYPE_CHECKING:
     from guardrail.ledger import Ledger
+    from guardrail.rundir import RunDirectory
+
+SPARE_SECONDS = 10.0  # between the sight of a preview and the effect of its command: as many steps more may be lost
+_GO_BACK = (CommandKind.ROLLBACK.value, CommandKind.UNDO.value, CommandKind.SKIP.value)
 
 
 class Preview(Record, frozen=True, kw_only=True):
@@ -55,6 +63,10 @@ class Preview(Record, frozen=True, kw_only=True):
         returned: positions that an undo brings back.
         lr_before, lr: learning rate of the next step, as things are and afterwards; NaN: not known.
         alpha_before, alpha: factor on its embedding gradients, likewise.
+        timeline: of the run now; question: journal line of the question that is open, 0: none is.
+        steps_lost_most: steps that it may come to lose while training goes on for some seconds more.
+        instead_of: the factor, or index of the mode, that it replaces; None: it replaces none.
+        worked_out: False: nothing is known but the remark.
         remark: one more sentence for a person.
     """
 
@@ -76,7 +88,24 @@ class Preview(Record, frozen=True, kw_only=True):
     lr: float = math.nan
     alpha_before: float = math.nan
     alpha: float = math.nan
+    timeline: int = 0
+    question: int = 0
+    steps_lost_most: int = 0
+    instead_of: float | None = None
+    worked_out: bool = True
     remark: str = ""
+
+    def shown(self) -> Shown:
+        """What a command that is given at the sight of this holds for."""
+        if self.command not in _GO_BACK:
+            return Shown(instead_of=self.instead_of)
+        return Shown(
+            timeline=self.timeline,
+            to_step=self.to_step,
+            tier=self.tier,
+            steps_lost=self.steps_lost,
+            steps_lost_most=self.steps_lost_most,
+        )
 
     def sentence(self) -> str:
         """One line for a person."""
@@ -107,6 +136,25 @@ class Preview(Record, frozen=True, kw_only=True):
         return f" ({seconds:.1f} s of training)" if seconds < 60 else f" ({seconds / 60:.1f} min of training)"
 
 
+def foresee(run: RunDirectory, command: Command, *, status: Status | None = None) -> Preview:
+    """`of` the run as its directory is now.
+
+    Args:
+        status: where it is known better than the directory says.
+
+    Raises:
+        UsageError: it cannot be worked out from what lies in the directory.
+    """
+    try:
+        return of(Scene.of(run, status=status), command)
+    except GuardrailError:
+        raise
+    except Exception as error:  # whatever a directory of another version, or a damaged one, holds
+        strerror = error.strerror if isinstance(error, OSError) else None
+        reason = clean(strerror or f"{type(error).__name__}: {error}", 200)
+        raise UsageError(f"what {command.kind.value} would do cannot be worked out: {reason}") from error
+
+
 def of(scene: Scene, command: Command) -> Preview:
     """What `command` would do if it took effect now."""
     kind, value = command.kind, command.value
@@ -121,25 +169,27 @@ def of(scene: Scene, command: Command) -> Preview:
             now = scene.lr_of(scene.step + 1)
             factor = scene.past.lr.at(scene.step + 1)
             after = now / factor * value if factor else math.nan
-            return _plain(scene, kind, value, lr_before=now, lr=after, remark=f"from step {scene.step + 1:,} on")
+            remark = f"from step {scene.step + 1:,} on"
+            return _plain(scene, kind, value, lr_before=now, lr=after, instead_of=factor, remark=remark)
         case CommandKind.EMBED_ALPHA:
             setting = scene.past.alpha.at(scene.step + 1)
             before = scene.effects(scene.step + 1).embed_alpha
             after = before / setting * value if setting else math.nan
-            return _plain(scene, kind, value, alpha=after, remark=f"from step {scene.step + 1:,} on")
+            remark = f"from step {scene.step + 1:,} on"
+            return _plain(scene, kind, value, alpha=after, instead_of=setting, remark=remark)
         case CommandKind.POLICY:
-            return _plain(scene, kind, value, remark=f"{list(Mode)[int(value)].value} instead of {scene.mode.value}")
+            remark = f"{list(Mode)[int(value)].value} instead of {scene.mode.value}"
+            return _plain(scene, kind, value, instead_of=float(list(Mode).index(scene.mode)), remark=remark)
         case CommandKind.ANSWER:
-            answers = asked(scene)
-            if int(value) < len(answers):
-                return structs.replace(answers[int(value)], value=value)
-            return _plain(scene, kind, value, possible=False, refusal="no question is open")
+            return _answer(scene, command)
         case CommandKind.STOP:
             return _plain(
                 scene, kind, value, remark=f"saves after step {scene.step:,} and ends; a resume goes on there"
             )
         case CommandKind.PAUSE if scene.phase is Phase.PAUSED:
             return _plain(scene, kind, value, possible=False, refusal="training is paused already")
+        case CommandKind.RESUME if scene.question:
+            return _plain(scene, kind, value, possible=False, refusal=how_to_answer(scene.question))
         case CommandKind.RESUME if scene.phase is not Phase.PAUSED:
             return _plain(scene, kind, value, possible=False, refusal="training is not paused")
         case CommandKind.CHECKPOINT:
@@ -175,10 +225,21 @@ def not_acceptable(one: Unresolved | None, *, asking: bool) -> str:
     return ""
 
 
+def _answer(scene: Scene, command: Command) -> Preview:
+    """What an answer would do: to the question that it names, else to the one that is open."""
+    answers, value = asked(scene), command.value
+    refusal = "" if int(value) < len(answers) else "no question is open"
+    if command.question:
+        refusal = question_changed(command.question, Open(scene.question, {})) or refusal
+    if refusal:
+        return _plain(scene, command.kind, value, possible=False, refusal=refusal)
+    return structs.replace(answers[int(value)], value=value, question=scene.question, timeline=scene.timeline)
+
+
 def asked(scene: Scene) -> list[Preview]:
     """What the answers to the open question would do, as the guard has journaled it; [] without a question."""
-    paused = next((e for e in reversed(scene.events) if e.kind in ("paused", "resumed", "restarted", "ended")), None)
-    raw = paused.data.get("proposals") if paused is not None and paused.kind == "paused" else None
+    paused = open_question(scene.events)
+    raw = paused.data.get("proposals") if paused is not None else None
     found = []
     for one in raw if isinstance(raw, list) else []:
         try:
@@ -187,7 +248,7 @@ def asked(scene: Scene) -> list[Preview]:
                 **{name: one[name] for name in one if name in Preview.__struct_fields__},
             }
             found.append(msgspec.convert(given, Preview, strict=False))
-        except (msgspec.ValidationError, AttributeError, KeyError):
+        except (msgspec.ValidationError, TypeError, KeyError):
             return []  # of another version: better no answer than another's
     return found
 
@@ -360,6 +421,7 @@ def _back_to(
         state=target.state,
         path=target.path,
         steps_lost=scene.step - target.step,
+        steps_lost_most=scene.step - target.step + scene.steps_in(SPARE_SECONDS),
         seconds_lost=scene.seconds_since(target.step),
         window=window,
         samples=scene.fresh(positions or range(*window)) if window else 0,
@@ -403,4 +465,5 @@ def _plain(scene: Scene, command: CommandKind, value: float, **fields: Any) -> P
 def _named(scene: Scene, command: str, **fields: Any) -> Preview:
     alpha = scene.effects(scene.step + 1).embed_alpha
     now = {"lr_before": scene.lr_of(scene.step + 1), "alpha_before": alpha}
-    return Preview(**{"command": command, "step": scene.step, **now, **fields})
+    where = {"step": scene.step, "timeline": scene.timeline, "question": scene.question}
+    return Preview(**{"command": command, **where, **now, **fields})

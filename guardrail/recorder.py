@@ -39,6 +39,7 @@ class Recorder:
         self._failing: dict[str, str] = {}
         self._rows: deque[dict[str, float]] = deque(maxlen=ROWS_KEPT)
         self._retry = 0.0
+        self.written: dict[str, int] = {}  # kind -> seq of the newest line of that kind
 
     @property
     def durability(self) -> str:
@@ -65,6 +66,11 @@ class Recorder:
         """Why events wait that the journal on disk does not have; "" when none do."""
         return self._failing.get("journal", "they were not written yet") if self._waiting else ""
 
+    def retry(self) -> None:
+        """Try again to write what waits, if it is time; for a loop that waits itself."""
+        if self._waiting and time.monotonic() >= self._retry:
+            self.flush()
+
     @property
     def behind(self) -> bool:
         """Whether events wait that the journal on disk does not have yet."""
@@ -77,7 +83,7 @@ class Recorder:
         try:
             while self._waiting:
                 event = self._waiting[0]
-                self._run.append(
+                appended = self._run.append(
                     event.kind,
                     event.message,
                     step=event.step,
@@ -85,6 +91,7 @@ class Recorder:
                     happened=event.time,
                     **event.data,
                 )
+                self.written[event.kind] = appended.seq
                 self._waiting.popleft()
         except OSError as error:
             self._retry = time.monotonic() + RETRY_SECONDS

@@ -295,15 +295,37 @@ class CommandKind(str, Enum):
     CHECKPOINT = "checkpoint"
     POLICY = "policy"  # value: index into list(Mode)
     STOP = "stop"
-    ANSWER = "answer"  # value: index of the proposal while parked (0: do as proposed, 1: go on, 2: stop)
+    ANSWER = "answer"  # value: index of the choice while parked (0: accept the proposal, 1: continue, 2: stop)
     ACCEPT = "accept"  # the run as it is: an incident that is not over is over, and states may become good again
     UNDO = "undo"  # value: seq of the journal line to be undone; nan: the newest decision of the guard
+
+
+class Shown(Record, frozen=True, kw_only=True):
+    """What a command was shown to do when it was given. Where that has changed it is refused.
+
+    Attributes:
+        timeline: of the run; None: not shown.
+        to_step, tier: the state that it goes back to; None, "": it goes nowhere.
+        steps_lost: applied steps that it discards; `steps_lost_most`: as many may be, since training goes on meanwhile.
+        instead_of: the factor, or index of the mode, that it replaces; None: not shown.
+    """
+
+    timeline: int | None = None
+    to_step: int | None = None
+    tier: str = ""
+    steps_lost: int = 0
+    steps_lost_most: int = 0
+    instead_of: float | None = None
 
 
 class Command(Record, frozen=True, kw_only=True):
     """One file of the inbox. Kind and value fit two float64 slots of the packed vector.
 
-    `at_step` (optional) delays the effect to the end of that step, for scripts and tests.
+    Attributes:
+        at_step: delays the effect to the end of that step, for scripts and tests.
+        question: journal line of the question that was open when the command was given, 0: none was; None: not said,
+            then the one counts that is open when the command arrives.
+        shown: what it was shown to do; None: nothing was.
     """
 
     id: str
@@ -312,6 +334,8 @@ class Command(Record, frozen=True, kw_only=True):
     who: str = ""
     time: float = 0.0
     at_step: int = 0
+    question: int | None = None
+    shown: Shown | None = None
 
 
 class Span(Record, frozen=True, kw_only=True):
@@ -466,6 +490,7 @@ class Status(Record, frozen=True, kw_only=True):
     durability: str = "ok"  # "ok" or "degraded: WHY"
     commands_problem: str = ""  # why commands are not read at the moment, "" while they are
     question: str = ""  # while parked by the guard: what it proposes
+    question_number: int = 0  # seq of its journal line; 0: none is open, or the line is not on disk yet
     deadline: float = 0.0  # wall time at which the guard answers its question itself; 0: never
     default: str = ""  # what it then does: "proposed", "go_on" or "stop"
     tokens: int = 0  # label tokens of applied steps

@@ -129,6 +129,8 @@ class RunDirectory:
             for folder in _FOLDERS:
                 (path / folder).mkdir(mode=FOLDER_MODE)
             replace_file(path / "config.toml", config_toml.encode("utf-8"))
+        except FileExistsError as error:
+            raise RunDirectoryError(f"{path}: another launch is making a run there, or it is no folder") from error
         except OSError as error:
             raise RunDirectoryError(f"cannot make a run directory at {path}: {error.strerror}") from error
         return cls(path)
@@ -382,7 +384,11 @@ class RunDirectory:
         return [self._due(command) for command in commands], refusals
 
     def _due(self, command: Command) -> Command:
-        return msgspec.structs.replace(command, at_step=max(command.at_step, self._undone.get(command.id, 0)))
+        if command.id not in self._undone:
+            return command
+        # It was taken when what it was shown for still held; the question of that time went with the process.
+        at_step = max(command.at_step, self._undone[command.id])
+        return msgspec.structs.replace(command, at_step=at_step, question=None, shown=None)
 
     # -- screens
 

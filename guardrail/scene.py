@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from guardrail.config import GuardSection, load_guard
 from guardrail.errors import ConfigError
+from guardrail.files import as_int
 from guardrail.past import Effects, Past
+from guardrail.questions import open_question
 from guardrail.records import Event, Mode, Phase, SnapshotInfo, Status, Unresolved
 from guardrail.rundir import RunDirectory
 
@@ -35,6 +37,7 @@ class Scene:
 
     Attributes:
         end: of the batch under question while the guard asks, which a rollback by hand leaves out as well; else 0.
+        question: journal line of the question that is open; 0: none is.
         states: restorable ones of both tiers.
         rows: applied steps of the present, ascending, from the oldest state on.
         ledger: the order with all that is left out; None where the journal does not say the order.
@@ -45,6 +48,8 @@ class Scene:
     step: int = 0
     cursor: int = 0
     end: int = 0
+    question: int = 0
+    timeline: int = 0
     mode: Mode = Mode.AUTO
     phase: Phase = Phase.STEP
     states: tuple[SnapshotInfo, ...] = ()
@@ -64,16 +69,16 @@ class Scene:
         settings = _settings_of(run)
         if status is None:
             return cls(past=past, events=events, ledger=_ledger_of(events, past), settings=settings)
-        asked = next((e for e in reversed(events) if e.kind in ("paused", "resumed", "restarted")), None)
-        parked = asked if asked is not None and asked.kind == "paused" and status.question else None
-        end = int(parked.data.get("end") or 0) if parked is not None else 0
+        asked = open_question(events) if not status.phase.ended else None
         # Of a long run only the rows behind the oldest state that anybody can go back to are read.
         usable = [info.step for info in status.snapshots if info.state in ("good", "candidate")]
         oldest = min(usable, default=status.step)
         return cls(
             step=status.step,
             cursor=status.cursor,
-            end=end,
+            end=as_int(asked.data.get("end")) if asked is not None and status.question else 0,
+            question=asked.seq if asked is not None else 0,
+            timeline=status.timeline,
             mode=status.mode,
             phase=status.phase,
             states=status.snapshots,
@@ -89,6 +94,11 @@ class Scene:
         """What the applied steps after `step` took; NaN where one of them has no row."""
         found = [row.seconds for row in self.rows if step < row.step <= self.step]
         return math.fsum(found) if len(found) == self.step - step else math.nan
+
+    def steps_in(self, seconds: float) -> int:
+        """Steps that the run makes in so many seconds, by its last rows; at least 10."""
+        recent = [row.seconds for row in self.rows[-20:] if row.seconds > 0]
+        return max(10, math.ceil(seconds * len(recent) / math.fsum(recent))) if recent else 10
 
     def effects(self, step: int, past: Past | None = None) -> Effects:
         """What an update is made with, as things are or as `past` has it: settings by hand and all remedies."""
@@ -149,4 +159,6 @@ def _rows(run: RunDirectory, oldest: int) -> list[Row]:
     view = run.metrics()
     here = view.current() & (view.column("verdict") == 0) & (view.column("step") >= oldest)
     table = np.stack([view.column(name)[here] for name in COLUMNS], axis=1)
+    # A run of another version may lack a column: without step and positions a row says nothing here.
+    table = table[np.isfinite(table[:, :3]).all(axis=1)]
     return [Row(int(step), int(first), int(last), lr, seconds) for step, first, last, lr, seconds in table.tolist()]

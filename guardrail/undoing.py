@@ -113,7 +113,13 @@ def _undoing(event: Event, standing: Sequence[Event], events: Sequence[Event]) -
             spans.append(theirs)
             rollbacks += _timeline(other)
     pardons = [stretch for one in spans if one.cause in AUTOMATIC for stretch in stretches(positions_of(one))]
-    pardons += _batch_behind(event, events) if span.cause in AUTOMATIC else []
+    batch = _batch_behind(event, events) if span.cause in AUTOMATIC else []
+    if batch and not any(pieces_of(one)[0][0] < pieces_of(one)[-1][1] for one in spans) and _is_over(event, events):
+        return (
+            f"line {event.seq} skipped no data, its batch was applied afterwards, and incident "
+            f"{event.data.get('incident')} is over: going back would only repeat steps"
+        )
+    pardons += batch
     return Undoing(
         of=event.seq,
         kind=event.kind,
@@ -125,6 +131,16 @@ def _undoing(event: Event, standing: Sequence[Event], events: Sequence[Event]) -
         before_step=event.step + 1,
         incident=event.data.get("incident"),
     )
+
+
+def _is_over(event: Event, events: Sequence[Event]) -> bool:
+    """Whether the incident of a decision has ended since, and nothing of the decision is still in force."""
+    if as_list(event.data.get("remedies")):
+        return False
+    number = event.data.get("incident")
+    states = [e.data.get("state") for e in events if e.seq > event.seq and e.kind == "incident"
+              and e.data.get("number") == number]  # fmt: skip
+    return number is not None and bool(states) and states[-1] in ("recovered", "offset")
 
 
 def _batch_behind(event: Event, events: Sequence[Event]) -> list[tuple[int, int]]:

@@ -10,6 +10,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import msgspec
 import numpy as np
 
 from guardrail import journal
+from guardrail.preview import Preview
 from guardrail.records import (
     METRIC_COLUMNS,
     Action,
@@ -308,6 +310,7 @@ class FakeReader:
         self.snapshot = snapshot
         self.sent: list[Command] = []
         self.previewed: list[Command] = []
+        self.foresees = True  # a preview is there as soon as it is asked for
         self.notes: list[str] = []
         self.chosen: tuple[tuple[str, ...], str] = ((), "step")
         self.closer: tuple[tuple[float, float], ...] = ()
@@ -335,6 +338,9 @@ class FakeReader:
 
     def preview(self, command: Command) -> None:
         self.previewed.append(command)
+        if self.foresees:
+            told = Preview(command=command.kind.value, value=command.value)
+            self.put(replace(self.snapshot, previews={**self.snapshot.previews, command.id: told}))
 
     def note(self, text: str) -> None:
         self.notes.append(text)

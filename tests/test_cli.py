@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -14,11 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from guardrail import launching
+from guardrail import control, journal, launching
 from guardrail.cli import COMMANDS, main
 from guardrail.errors import RunDirectoryError
-from guardrail.records import Command, CommandKind, Mode, Phase, Status
+from guardrail.records import Command, CommandKind, Event, Mode, Phase, Status
 from guardrail.rundir import RunDirectory
+from guardrail.tui import controls
+from tests.lab import wait_for
 
 CONFIG = '[run]\nname = "words"\n[train]\nsteps = 100\n[optim]\nwarmup_steps = 10\n[launch]\ndevice = "cpu"\n'
 
@@ -207,6 +210,7 @@ def alive(folder: Path) -> Iterator[RunDirectory]:
         (["policy", "advise"], "policy", float(list(Mode).index(Mode.ADVISE))),
         (["stop"], "stop", 0.0),
         (["answer", "1"], "answer", 1.0),
+        (["answer", "stop"], "answer", 2.0),
     ],
 )
 def test_ctl_sends_and_prints_the_step_of_the_answer(
@@ -242,7 +246,8 @@ def test_ctl_refused_by_the_run(alive: RunDirectory, capsys: pytest.CaptureFixtu
         (["lr", "nan"], "lr takes a factor"),
         (["embed-alpha", "2"], "embed-alpha takes a factor in (0, 1]"),
         (["policy", "wild"], "policy takes one of auto, ask, advise, off, not wild"),
-        (["answer", "9"], "answer takes a choice from 0 to 2"),
+        (["answer", "9"], "answer takes one of accept, continue, stop, not 9"),
+        (["pause", "--question", "3"], "--question goes with answer alone"),
         (["pause", "3"], "pause takes no value"),
         (["stop", "--at-step", "-1"], "at_step must be a step"),
     ],
@@ -383,3 +388,54 @@ def test_the_root_that_is_named_wins_for_a_new_run(
     (made,) = folder.glob("by-*/words/*/config.toml")
     assert made.relative_to(folder).parts[0] == where
     assert f"{folder / where}" in made.read_text(), "and the run remembers it"
+
+
+@pytest.mark.fault("C2")
+def test_ctl_reads_only_what_is_new_while_it_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDirectory.create(tmp_path, "demo", "")
+    for _ in range(200):
+        run.append("note", "a long story " * 20)
+    run.write_status(Status(run=run.name, phase=Phase.STEP, heartbeat=time.time(), host="elsewhere"))
+    monkeypatch.setattr(control, "POLL_SECONDS", 0.002)
+    parsed, here = [], threading.get_ident()
+    parse = journal.parse
+
+    def counted(data: bytes) -> tuple[list[Event], int]:
+        if threading.get_ident() == here:
+            parsed.append(len(data))
+        return parse(data)
+
+    monkeypatch.setattr(journal, "parse", counted)
+    command = control.parse("pause", None)
+
+    def answer() -> None:
+        wait_for(lambda: run.commands_pending())
+        for number in range(20):
+            run.append("note", f"something else, {number}")
+        run.answer(command, applied=True, step=7)
+
+    trainer = threading.Thread(target=answer)
+    trainer.start()
+    answered = control.send(run, command, seconds=60)
+    trainer.join()
+    assert answered is not None and answered.step == 7
+    assert sum(parsed) < 2 * run.journal_path.stat().st_size, "not all of it again and again"
+
+
+@pytest.mark.fault("R14")
+def test_a_command_names_the_terminal_that_it_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two screens of one user on one machine have two names in the journal."""
+    monkeypatch.delenv("GUARDRAIL_WHO", raising=False)
+    monkeypatch.setenv("SSH_CONNECTION", "10.0.0.5 53210 10.0.0.1 22")
+    monkeypatch.setattr(os, "ttyname", lambda descriptor: "/dev/pts/3")
+    assert control.parse("pause", None).who.endswith("@" + socket.gethostname() + " (pts/3 from 10.0.0.5)")
+    assert controls.who() == control.parse("pause", None).who, "the screen says the same"
+    monkeypatch.delenv("SSH_CONNECTION")
+    monkeypatch.setattr(os, "ttyname", no_terminal)
+    assert control.parse("pause", None).who.endswith(f"(process {os.getpid()})")
+    monkeypatch.setenv("GUARDRAIL_WHO", "night shift\x1b[2J")
+    assert control.parse("pause", None).who == "night shift"
+
+
+def no_terminal(descriptor: int) -> str:
+    raise OSError(25, "not a terminal")

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from guardrail.commands.ctl import command as ctl
 from guardrail.config import GuardSection
+from guardrail.errors import GuardrailError
 from guardrail.headless import event_line
 from guardrail.ledger import Ledger, SampleOrder
 from guardrail.past import Past
@@ -22,6 +23,7 @@ from guardrail.records import Command, CommandKind, Event, Phase, Remedy, Snapsh
 from guardrail.rundir import RunDirectory
 from guardrail.scene import Row, Scene
 from guardrail.undoing import positions_of, span_in
+from tests.fake_run import FakeRun
 from tests.lab import wait_for
 from tests.ranks import wait_ranks
 from tests.running import BATCH, BLIND, new_run, of_kind, start_run, table, tiny, train
@@ -179,6 +181,25 @@ def test_the_rest_is_said_in_words(kind: CommandKind, value: float, said: str) -
     assert said in of(scene(), wish(kind, value)).sentence()
 
 
+@pytest.mark.fault("T7")
+def test_resume_does_nothing_while_a_question_is_open_and_its_preview_says_so(tmp_path: Path) -> None:
+    run = FakeRun().begin().advance(300).spike().ask("proposed: rollback").write(tmp_path)
+    shown = of(Scene.of(run), wish(CommandKind.RESUME))
+    assert not shown.possible and "answer accept, answer continue or answer stop" in shown.refusal
+
+
+@pytest.mark.fault("B3")
+def test_a_preview_of_a_damaged_run_is_a_sentence(tmp_path: Path) -> None:
+    run = FakeRun().begin().advance(300).write(tmp_path)
+    run.append("rollback", "of another version", step=200)
+    run.append("undo", "of another version", step=200, spans=7, lines="x")
+    run.append("command", "of another version", command="lr", effect="applied", value="much")
+    assert of(Scene.of(run), wish(CommandKind.STOP)).possible
+    (run.path / "metrics.json").write_text('{"columns": ["step", "loss"]}')
+    done = CliRunner().invoke(ctl, [str(run.path), "rollback", "--preview"], standalone_mode=False)
+    assert done.exception is None or isinstance(done.exception, GuardrailError)
+
+
 def test_a_run_of_which_nothing_is_known() -> None:
     for kind in CommandKind:
         assert of(Scene(), wish(kind, 1.0)).sentence()
@@ -217,14 +238,20 @@ def test_parked_beyond_the_timeout_of_a_collective_and_what_was_foretold_comes_t
     assert [p["action"] for p in (proposed, going_on, stop)] == ["rollback", "go on", "stop"]
     assert "taken as the new normal" in going_on["remark"] and going_on["samples"] == 0
     said = event_line(paused).splitlines()
-    assert "proposed: rollback" in said[0] and said[1].strip() == f"answer 0: {proposed['text']}" and len(said) == 4
+    assert (
+        "proposed: rollback" in said[0] and said[1].strip() == f"answer accept: {proposed['text']}" and len(said) == 4
+    )
     by_hand = foretold(run, "rollback", "10")
     assert (by_hand["to_step"], by_hand["steps_lost"], by_hand["window"]) == (10, 10, [80, 184])
     assert foretold(run, "rollback", "3", code=2)["refusal"].endswith("of step 3")
     assert foretold(run, "answer", "1")["remark"] == going_on["remark"]
     each = CliRunner().invoke(ctl, [str(run.path), "answer", "--preview"], standalone_mode=False).stdout.splitlines()
-    assert [line.split(":")[:2] for line in each] == [["0", " rollback"], ["1", " go on"], ["2", " stop"]]
-    assert each[0] == f"0: {proposed['text']}"
+    assert [line.split(":")[:2] for line in each] == [
+        ["accept", " rollback"],
+        ["continue", " go on"],
+        ["stop", " stop"],
+    ]
+    assert each[0] == f"accept: {proposed['text']}"
     newest = foretold(run, "undo")
     assert (newest["to_step"], newest["returned"]) == (20, 8)
     time.sleep(max(0.0, began + 1.5 * seconds - time.monotonic()))

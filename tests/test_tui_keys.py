@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import msgspec
 import pytest
+from textual import events
 from textual.app import App
 from textual.pilot import Pilot
+from textual.strip import Strip
 
 from guardrail.errors import ExitCode
 from guardrail.preview import Preview
 from guardrail.records import Command, CommandKind, Mode, Phase
 from guardrail.rundir import check_command
-from guardrail.tui import keys
+from guardrail.tui import dialogs, keys
 from guardrail.tui.app import GuardrailApp
 from guardrail.tui.chart import Chart
 from guardrail.tui.cockpit import MINE, Cockpit
@@ -49,11 +52,16 @@ class Outcome:
 
 
 async def act(
-    *presses: str, fake: FakeRun | None = None, script: Script | None = None, read_only: bool = False
+    *presses: str,
+    fake: FakeRun | None = None,
+    script: Script | None = None,
+    read_only: bool = False,
+    foresees: bool = True,
 ) -> Outcome:
     """Press keys on the screen of a run, then let `script` look at it."""
     fake = fake or example()
     reader = FakeReader(snapshot_of(fake))
+    reader.foresees = foresees
     app = GuardrailApp(reader, clock=Clock(fake.time + 0.4), read_only=read_only)
     async with app.run_test(size=(120, 32)) as pilot:
         await pilot.pause()
@@ -134,7 +142,7 @@ async def test_a_preview_says_what_is_lost_before_anything_is_sent() -> None:
             assert words in shown
         assert reader.previewed[0].kind is CommandKind.ROLLBACK and reader.previewed[0].value == 1270.0
 
-    assert not (await act("r", "enter", script=look)).sent
+    assert not (await act("r", "enter", script=look, foresees=False)).sent
 
 
 async def test_a_command_that_would_be_refused_says_so_first() -> None:
@@ -336,7 +344,7 @@ async def test_the_preview_of_a_rollback_says_what_it_costs() -> None:
         assert "Loses 84 steps" in shown and "up to 1,488 samples" in shown and "▸ No" in shown
         assert "roll back to step 1,200?" in shown
 
-    assert not (await act("r", "down", "down", "down", "enter", script=look)).sent
+    assert not (await act("r", "down", "down", "down", "enter", script=look, foresees=False)).sent
 
 
 async def test_a_suspect_state_is_called_so() -> None:
@@ -408,7 +416,11 @@ async def test_a_question_comes_up_by_itself_once() -> None:
 
 @pytest.mark.parametrize(("presses", "value"), [(["enter"], 0.0), (["down", "enter"], 1.0), (["end", "enter"], 2.0)])
 async def test_answers(presses: list[str], value: float) -> None:
-    assert only((await act(*presses, fake=asking())).sent) == (CommandKind.ANSWER, value)
+    """In a dialog that a key has opened; one that opened by itself takes no Enter at first."""
+    fake = asking()
+    done = await act("escape", "a", *presses, fake=fake)
+    assert only(done.sent) == (CommandKind.ANSWER, value)
+    assert done.sent[0].question == fake.events[-1].seq, "it says which question it is for"
 
 
 async def test_p_brings_the_question_back() -> None:
@@ -446,8 +458,8 @@ async def test_v_shows_the_evidence_while_the_question_stands() -> None:
         await pilot.press("enter")  # what closes a page answers nothing
         await pilot.pause()
         assert isinstance(pilot.app.screen, Question) and not reader.sent
-        await pilot.press("down", "v", "v", "enter")
-        await pilot.pause()
+        await pilot.press("escape", "a", "down", "v", "v", "enter")
+        await until(pilot, lambda: reader.sent)
 
     done = await act("v", fake=asking(known=True), script=look)
     assert only(done.sent) == (CommandKind.ANSWER, 1.0) and done.top is Cockpit
@@ -492,6 +504,200 @@ async def test_another_dialog_is_not_torn_away_by_a_question() -> None:
         assert isinstance(pilot.app.screen, Choose)
 
     await act("s", fake=fake, script=asked)
+
+
+def again(fake: FakeRun, question: str, *, line: int | None = None) -> Snapshot:
+    """The run asks; its journal line is read up to number `line`, None: all of it is."""
+    fake.phase, fake.question = Phase.PAUSED, question
+    snapshot = snapshot_of(fake)
+    assert snapshot.status is not None
+    if not hasattr(snapshot.status, "question_number"):
+        return snapshot  # a run of an older version does not say it
+    number = fake.events[-1].seq + (line is not None)
+    return replace(snapshot, status=msgspec.structs.replace(snapshot.status, question_number=number))
+
+
+@pytest.mark.fault("T2")
+async def test_a_question_shows_no_choices_of_another_and_takes_no_enter_until_its_own_are_there() -> None:
+    fake = asking()
+
+    async def next_question(pilot: Pilot[None], reader: FakeReader) -> None:
+        reader.put(replace(snapshot_of(fake), status=again(fake, "the loss stays up: proposed: halt", line=0).status))
+        await pilot.pause(0.5)
+        await pilot.press("escape", "a")
+        await pilot.pause(0.3)
+        shown = text_of(pilot.app.screen.query(Lines).first())
+        assert isinstance(pilot.app.screen, Question) and "the loss stays up" in shown
+        assert "roll back" not in shown, "that is what the question before it proposed"
+        await pilot.press("enter")
+        await pilot.pause(0.3)
+        assert isinstance(pilot.app.screen, Question) and not reader.sent
+        fake.event("paused", "the loss stays up: proposed: halt", proposals=["halt", "go on", "stop"])
+        reader.put(again(fake, "the loss stays up: proposed: halt"))
+        await pilot.pause(0.5)
+        assert "Do as proposed: save and end" in text_of(pilot.app.screen.query(Lines).first())
+        await pilot.press("enter")
+        await pilot.pause(0.3)
+        assert [command.question for command in reader.sent] == [fake.events[-1].seq]
+
+    await act(fake=fake, script=next_question)
+
+
+@pytest.mark.fault("T2")
+async def test_a_second_question_closes_the_dialog_of_the_first_and_has_its_own() -> None:
+    fake = asking()
+
+    async def next_question(pilot: Pilot[None], reader: FakeReader) -> None:
+        reader.put(again(fake, fake.question))
+        await pilot.pause(0.5)
+        await pilot.press("escape", "a")
+        await pilot.pause(0.3)
+        first = pilot.app.screen
+        assert isinstance(first, Question)
+        fake.event("resumed", "training goes on: go on")
+        fake.event("paused", fake.question, proposals=["halt", "go on", "stop"])  # in the very same words
+        reader.put(again(fake, fake.question))
+        await pilot.pause(0.5)
+        assert isinstance(pilot.app.screen, Question) and pilot.app.screen is not first
+        await pilot.press("enter")
+        await pilot.pause(0.3)
+        assert not reader.sent, "it has opened by itself"
+
+    await act(fake=fake, script=next_question)
+
+
+@pytest.mark.fault("T3")
+async def test_a_question_that_opens_takes_no_key_that_was_meant_for_something_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake = example()
+
+    async def asked(pilot: Pilot[None], reader: FakeReader) -> None:
+        fake.ask("proposed: rollback")
+        reader.put(snapshot_of(fake))
+        await pilot.pause(0.3)
+        assert isinstance(pilot.app.screen, Question)
+        await pilot.press("enter")
+        await pilot.pause()
+        early = events.Key("down", None)
+        early.time -= 60.0  # pressed before the dialog was drawn
+        await pilot.app.on_event(early)
+        await pilot.pause()
+        assert isinstance(pilot.app.screen, Question) and pilot.app.screen.cursor == 0 and not reader.sent
+        monkeypatch.setattr(dialogs, "SETTLED_SECONDS", 0.0)  # as if a second had passed
+        await pilot.press("enter")
+        await pilot.pause(0.3)
+        assert [command.value for command in reader.sent] == [0.0]
+
+    await act("2", fake=fake, script=asked)
+
+
+async def until(pilot: Pilot[None], true: Callable[[], object]) -> None:
+    """Let the screen work until something is true, which takes long on a busy machine alone."""
+    deadline = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline, f"never happened; on top is {pilot.app.screen}"
+        await pilot.pause(0.02)
+
+
+def burst(app: App[None], *keys: str) -> None:
+    """Keys as they come when somebody types faster than the screen draws."""
+    assert app._driver is not None
+    for key in keys:
+        event = events.Key(key, key if len(key) == 1 else None)
+        event.set_sender(app)
+        app._driver.send_message(event)
+
+
+@pytest.mark.fault("T10")
+async def test_keys_typed_ahead_go_to_the_dialogs_that_they_open() -> None:
+    async def type_fast(pilot: Pilot[None], reader: FakeReader) -> None:
+        burst(pilot.app, "s", "7", "enter")
+        await until(pilot, lambda: isinstance(pilot.app.screen, Confirm))
+        assert isinstance(pilot.app.screen, Confirm) and pilot.app.screen.label == "skip 7 batches?"
+        await pilot.press("escape")
+        await until(pilot, lambda: isinstance(pilot.app.screen, Cockpit))
+        burst(pilot.app, "s", "1", "2", "enter", "y", "2", "c")
+        await until(pilot, lambda: len(reader.sent) == 2)
+        assert [(command.kind, command.value) for command in reader.sent] == [
+            (CommandKind.SKIP, 12.0),
+            (CommandKind.CHECKPOINT, 0.0),
+        ]
+        cockpit = pilot.app.screen
+        assert isinstance(cockpit, Cockpit) and cockpit.view.focus == "incidents"
+
+    await act(script=type_fast)
+
+
+@pytest.mark.fault("T10")
+async def test_keys_that_wait_for_a_dialog_never_keep_escape_waiting() -> None:
+    async def type_fast(pilot: Pilot[None], reader: FakeReader) -> None:
+        burst(pilot.app, "u", "y", "escape", "c")
+        await until(pilot, lambda: reader.sent)
+        assert isinstance(pilot.app.screen, Cockpit)
+        assert [command.kind for command in reader.sent] == [CommandKind.CHECKPOINT]
+
+    await act(script=type_fast, foresees=False)
+
+
+@pytest.mark.fault("T11")
+async def test_yes_is_taken_only_when_its_text_stands() -> None:
+    async def look(pilot: Pilot[None], reader: FakeReader) -> None:
+        await pilot.press("y")
+        await pilot.press("down", "enter")
+        await pilot.pause(0.3)
+        assert isinstance(pilot.app.screen, Confirm) and not reader.sent
+        told = Preview(command="undo", value=8.0, to_step=1270, tier="memory", steps_lost=14, steps_lost_most=24)
+        reader.put(replace(reader.snapshot, previews={reader.previewed[0].id: told}))
+        await pilot.pause(0.3)
+        await pilot.press("y")
+        await pilot.pause(0.3)
+        assert len(reader.sent) == 1
+
+    await act("u", script=look, foresees=False)
+
+
+@pytest.mark.fault("T11")
+async def test_a_dialog_is_never_painted_without_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    painted: dict[int, str] = {}
+    render_line = Lines.render_line
+
+    def watched(self: Lines, y: int) -> Strip:
+        strip = render_line(self, y)
+        if y == 0 and self.has_class("body"):
+            painted.setdefault(id(self), strip.text)
+        return strip
+
+    monkeypatch.setattr(Lines, "render_line", watched)
+    for key in ("r", "s", "S", "m", "question_mark"):
+        painted.clear()
+        await act(key)
+        assert painted and all(text.strip(" ─") for text in painted.values()), key
+
+
+@pytest.mark.fault("T4")
+async def test_a_preview_is_renewed_and_the_command_carries_the_one_that_was_seen_last() -> None:
+    async def look(pilot: Pilot[None], reader: FakeReader) -> None:
+        clock = pilot.app._clock  # type: ignore[attr-defined]
+        id = reader.previewed[0].id
+        told = Preview(command="undo", value=8.0, to_step=1270, tier="memory", steps_lost=4, steps_lost_most=14)
+        reader.put(replace(reader.snapshot, previews={id: told}))
+        await pilot.pause(0.3)
+        clock.now += 1.1
+        reader.put(replace(reader.snapshot, heard=clock.now))
+        await pilot.pause(0.3)
+        assert len(reader.previewed) == 2 and reader.previewed[1].id == id
+        told = msgspec.structs.replace(told, to_step=1141, tier="disk", steps_lost=129, steps_lost_most=139, timeline=2)
+        reader.put(replace(reader.snapshot, previews={id: told}))
+        await pilot.pause(0.3)
+        assert "Loses 129 steps" in text_of(pilot.app.screen.query(Lines).first())
+        await pilot.press("y")
+        await pilot.pause(0.3)
+        (sent,) = reader.sent
+        assert sent.value == 8.0, "the line that was shown, not the newest decision of a later time"
+        assert sent.shown == told.shown() and sent.shown.to_step == 1141 and sent.shown.timeline == 2
+
+    await act("u", script=look, foresees=False)
 
 
 # -- answers to commands

@@ -385,3 +385,35 @@ def test_gpus_whose_use_is_unknown_say_what_is_missing() -> None:
 
     assert "GPU use unknown: needs guardrail[gpu]" in shown(-1.0)
     assert "unknown" not in shown(43.0) and "GPU  43 %" in shown(43.0)
+
+
+@pytest.mark.fault("T15")
+@pytest.mark.parametrize(
+    ("command", "value", "who", "said"),
+    [
+        ("answer", 0, "ann@vm", "accepted by ann@vm"),
+        ("answer", 1, "ann@vm", "continued by ann@vm"),
+        ("answer", 2, "ann@vm", "stopped by ann@vm"),
+        ("answer", 1, "guard", "continued by default, nobody answered"),
+        ("skip", 3, "ben@vm", "answered with skip by ben@vm"),
+    ],
+)
+def test_an_incident_says_how_its_question_was_answered_and_by_whom(
+    command: str, value: int, who: str, said: str
+) -> None:
+    fake = FakeRun().begin().advance(300)
+    fake.event("incident", "incident 1: open", number=1, state="open", onset=301)
+    fake.event("verdict", "pause at step 301", action="pause", would="rollback", incident=1, at_step=301, findings=[])
+    fake.event("paused", "proposed: rollback", proposals=["rollback", "go on", "stop"], incident=1)
+
+    def row() -> str:
+        view = View(snapshot_of(fake), fake.time)
+        return "".join(text for text, _ in BY_NAME["incidents"].build(view, 110, 20, State())[1])
+
+    assert "parked, asks" in row()
+    fake.event("command", "taken", command=command, value=value, who=who, effect="applied", id="x")
+    if said.startswith("stopped"):
+        fake.event("ended", "stopped", phase="stopped")
+    else:
+        fake.event("resumed", "training goes on")
+    assert said in row() and "parked, asks" not in row()

@@ -13,6 +13,7 @@ import pytest
 
 from guardrail.records import Command, CommandKind, Phase, Status
 from guardrail.rundir import RunDirectory
+from guardrail.scene import Scene
 from guardrail.tui import reader as reader_module
 from guardrail.tui.reader import RunReader
 from tests.fake_run import FakeRun, LiveRun, example, snapshot_of
@@ -198,3 +199,56 @@ def test_an_empty_directory_is_quiet(tmp_path: Path) -> None:
     reader.look()
     told = reader.latest()
     assert told.status is None and told.loaded and not told.trouble and len(told.series) == 0
+
+
+@pytest.mark.fault("B3")
+def test_a_failing_preview_stops_no_command(
+    run: RunDirectory, reading: RunReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever fails in a thread of the screen is said, and the thread goes on with the next thing."""
+
+    def damaged(*given: object, **named: object) -> Scene:
+        raise KeyError("slowest_rank")
+
+    monkeypatch.setattr(Scene, "of", damaged)
+    reading.preview(Command(id="shown", kind=CommandKind.UNDO, value=1.0))
+    reading.send(Command(id="sent", kind=CommandKind.PAUSE))
+    wait_for(lambda: [command.id for command in run.commands_pending()] == ["sent"], seconds=20)
+    wait_for(lambda: "shown" in reading.latest().previews)
+    assert "cannot be worked out: KeyError: 'slowest_rank'" in reading.latest().previews["shown"].remark
+
+
+@pytest.mark.fault("B3")
+@pytest.mark.parametrize("what", ["send", "screen_seen", "append"])
+def test_threads_of_the_screen_outlive_whatever_happens(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    whole, failing = getattr(RunDirectory, what), True
+
+    def sometimes(*given: object, **named: object) -> object:
+        if failing:
+            raise ZeroDivisionError("a mistake")
+        return whole(*given, **named)
+
+    monkeypatch.setattr(RunDirectory, what, sometimes)
+    monkeypatch.setattr(reader_module, "RESTART_SECONDS", 0.01, raising=False)
+    monkeypatch.setattr(reader_module, "PRESENCE_SECONDS", 0.0)
+    reader = RunReader(run)
+    reader.start(lambda: None)
+    try:
+        wait_for(lambda: reader.latest().loaded)
+        reader.send(Command(id="first", kind=CommandKind.PAUSE))
+        reader.note("a note")
+        said = {
+            "send": lambda: "a mistake" in reader.latest().unsent.get("first", ""),
+            "screen_seen": lambda: "the reader failed and starts again" in reader.latest().trouble,
+            "append": lambda: "a mistake" in reader.latest().trouble,
+        }
+        wait_for(said[what])
+        failing = False
+        reader.send(Command(id="second", kind=CommandKind.PAUSE))
+        reader.note("another note")
+        wait_for(lambda: "second" in {command.id for command in run.commands_pending()})
+        wait_for(lambda: reader.latest().story.lines[-1].text == "another note")
+    finally:
+        reader.close()

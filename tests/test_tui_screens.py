@@ -177,7 +177,7 @@ class Studio:
         self.reader.snapshot = snapshot
         self.cockpit.desk.notice("")
         view = View(snapshot, self.clock[0])
-        self.cockpit._asked = ""
+        self.cockpit._asked = ("", 0)
         self.cockpit.look(**{name: getattr(view, name) for name in MINE} | look)
         assert isinstance(app, GuardrailApp)
         app._draw()
@@ -212,6 +212,7 @@ def _joined(grounds: re.Match[str]) -> str:
 async def studio(size: tuple[int, int], **options: bool) -> AsyncIterator[Studio]:
     snapshot, now = healthy()
     reader, clock = FakeReader(snapshot), [now]
+    reader.foresees = False
     app = GuardrailApp(reader, clock=lambda: clock[0], **options)
     async with app.run_test(size=size) as pilot:
         await pilot.pause()

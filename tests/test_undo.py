@@ -96,6 +96,27 @@ def test_a_rollback_that_left_nothing_out_pardons_the_batch_that_it_was_about() 
     assert (undoing.positions, undoing.first, undoing.pardons) == (0, 24, ((40, 48),))
 
 
+def incident(seq: int, state: str) -> Event:
+    return Event(seq=seq, time=0.0, step=9, timeline=1, kind="incident", data={"number": 1, "state": state})
+
+
+@pytest.mark.fault("T12")
+def test_a_rollback_that_skipped_nothing_is_not_undone_once_its_batch_was_applied() -> None:
+    """To go back would only repeat steps; while its incident is open, or a remedy of it holds, there is a reason to."""
+    verdict = Event(seq=5, time=0.0, step=5, timeline=0, kind="verdict", data={"incident": 1, "batch": [40, 48]})
+    back = line(6, "rollback", 24, 24, "rollback", new_timeline=1, incident=1)
+    for state in ("recovered", "offset"):
+        found = find([verdict, back, incident(7, state)])
+        assert isinstance(found, str)
+        assert found.startswith("line 6 skipped no data") and "incident 1 is over" in found
+    assert not isinstance(find([verdict, back, incident(7, "recurred")]), str)
+    remedies = [{"kind": "lr", "value": 0.5}]
+    slower = line(6, "rollback", 24, 24, "rollback", new_timeline=1, incident=1, remedies=remedies)
+    assert not isinstance(find([verdict, slower, incident(7, "recovered")]), str)
+    skipped = line(6, "rollback", 24, 48, "rollback", new_timeline=1, incident=1)
+    assert not isinstance(find([verdict, skipped, incident(7, "recovered")]), str)
+
+
 @pytest.mark.parametrize(
     ("events", "seq", "why"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import click
@@ -57,7 +58,8 @@ def command(
     else:
         assert config is not None
         prepared = launching.prepare(config, overrides, run_dir, root=given_root(overrides))
-    supervisor = launching.start(*prepared)
+    with prepared.lock or contextlib.nullcontext():
+        supervisor = launching.start(prepared.run, prepared.node_rank)
     run = prepared.run
     print(run.path, flush=True)
     if detach:

@@ -133,6 +133,7 @@ class Account:
             durability=guard.recorder.durability,
             commands_problem=guard.desk.problem,
             question=guard.desk.question,
+            question_number=guard.desk.number,
             deadline=guard.desk.deadline,
             default=guard.desk.default,
             tokens=guard.tokens,

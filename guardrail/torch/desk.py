@@ -15,16 +15,24 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from guardrail.errors import GuardrailError
 from guardrail.inbox import DEEDS
 from guardrail.incidents import ACCEPTED
 from guardrail.ledger import Batch
 from guardrail.mailbox import Mailbox
-from guardrail.preview import choices, not_acceptable
-from guardrail.records import Action, Command, CommandKind, Mode, Phase, Span, Verdict
+from guardrail.preview import not_acceptable
+from guardrail.questions import (
+    Open,
+    how_to_answer,
+    question_changed,
+    setting_changed,
+    target_changed,
+    timeline_changed,
+)
+from guardrail.records import Action, Command, CommandKind, Phase, Shown, Span, Verdict
 from guardrail.rundir import RunDirectory
-from guardrail.scene import Scene
 from guardrail.text import plural
+from guardrail.torch.asking import MODES, line_of_question, worded
+from guardrail.torch.tiers import Target
 from guardrail.undoing import Undoing, find, lines_of
 
 if TYPE_CHECKING:
@@ -33,7 +41,10 @@ if TYPE_CHECKING:
 PARKED_SECONDS = 0.1  # between two meetings of parked ranks
 DEFAULTS = ("proposed", "go_on", "stop")  # guard.ask_default, in the order of `Answer`
 KINDS = list(CommandKind)
-MODES = list(Mode)
+BY_HAND = (CommandKind.ROLLBACK, CommandKind.SKIP, CommandKind.UNDO)  # each answers the guard's question as well
+# Kinds that hold for what was shown with them alone; the others do the same whatever has happened since.
+BOUND = (*BY_HAND, CommandKind.ANSWER, CommandKind.LR, CommandKind.EMBED_ALPHA, CommandKind.POLICY)
+_REMEMBERED = 64  # questions of which it is known who ended them
 
 
 class Answer(Enum):
@@ -54,12 +65,28 @@ class Desk:
         self._current: Command | None = None
         self._answered: Command | None = None  # its deed is under way, and its file is still there
         self._end = 0  # end of the batch that is under question, else 0
+        self._shown: Shown | None = None  # of the command at hand, on every rank
+        self._over: dict[int, str] = {}  # number of a question -> how it ended
+        self._last_who = self._last_taken = ""  # who sent the command that was taken last, and what it was
+        self.obeyed = False  # the command that came with the step under question has been carried out already
         self.question = ""
         self.deadline, self.default = 0.0, ""  # when and how it answers itself, for the status
 
     def open(self, run: RunDirectory) -> None:
         """Read commands; on rank 0 only."""
-        self._mailbox = Mailbox(run)
+        self._mailbox = Mailbox(run, stamp=self._stamp)
+
+    @property
+    def number(self) -> int:
+        """Journal line of the question that is open; 0: none is, or its line is not on disk yet."""
+        return self._guard.recorder.written.get("paused", 0) if self.question else 0
+
+    def _stamp(self, command: Command) -> Command:
+        """Of a sender that does not say so: a command is for the question that is open when it arrives."""
+        number = self.number
+        if command.question is not None or (self.question and not number):
+            return command
+        return msgspec.structs.replace(command, question=number)
 
     @property
     def problem(self) -> str:
@@ -96,48 +123,70 @@ class Desk:
 
     # -- waiting for a person ------------------------------------------------------------------------------------
 
-    def park(self, question: str = "", *, verdict: Verdict | None = None, batch: Batch | None = None) -> Answer:
+    def park(
+        self,
+        question: str = "",
+        *,
+        verdict: Verdict | None = None,
+        batch: Batch | None = None,
+        command: tuple[int, float] = (0, 0.0),
+    ) -> Answer:
         """Wait for a person while the ranks keep meeting, so that no collective times out, for hours if need be.
 
         Args:
             question: what the guard asks; "" for a pause by hand.
             verdict: what it has seen and proposes.
             batch: under question; a rollback by hand leaves it out as well.
+            command: that came with the step under question, known to every rank. It is the first one that is carried
+                out, or refused, and does not wait until the question is over.
         """
         guard = self._guard
-        held, self._current = self._current, None  # came with the step under question and waits until that is over
-        self.question, self._end = question, batch.last if batch is not None else 0
+        self.obeyed = bool(command[0])
+        self._end = batch.last if batch is not None else 0
         began = time.monotonic()
         seconds, default = guard.settings.guard.ask_seconds, self._default(verdict)
-        if question:
-            self.deadline, self.default = (time.time() + seconds, default) if seconds > 0 else (0.0, "")
-        options = guard.slow_work(lambda: self._options(verdict, batch))
-        guard.say("paused", question or "paused by a person", **options)
+        deadline, default_now = (time.time() + seconds, default) if question and seconds > 0 else (0.0, "")
+        data = guard.slow_work(lambda: line_of_question(guard, verdict, batch, deadline=deadline, default=default_now))
+        guard.recorder.written.pop("paused", None)
+        self.question, self.deadline, self.default = question, deadline, default_now
+        guard.say("paused", question or f"paused by {self._last_who or 'a command'}", **data)
         answer: Answer | None = None
         while answer is None:
             guard.at(Phase.PAUSED)
+            if command[0]:
+                answer, command = self._while_parked(KINDS[command[0] - 1], command[1], verdict), (0, 0.0)
+                continue
             command = self.next(guard.step + 1)
             if not command[0] and question and self._decides_alone(verdict, time.monotonic() - began):
                 command = 1 + KINDS.index(CommandKind.ANSWER), float(DEFAULTS.index(default))
-            kind, value, stop = self.agree(command)
+            (kind, value, stop), command = self.agree(command), (0, 0.0)
             if stop:
                 guard.end(Phase.STOPPED, "asked to stop by a signal while paused")
                 answer = Answer.STOP
             elif kind:
-                answer = self._while_parked(KINDS[kind - 1], value)
+                answer = self._while_parked(KINDS[kind - 1], value, verdict)
             else:
                 guard.tiers.poll()
+                guard.recorder.retry()
                 time.sleep(PARKED_SECONDS)
+        self._over_now(answer, verdict)
+        return answer
+
+    def _over_now(self, answer: Answer, verdict: Verdict | None) -> None:
+        """The wait has ended; whoever answers the same question later learns how."""
+        guard, asked, number = self._guard, bool(self.question), self.number
+        if number:
+            self._over[number] = self._last_taken
+            self._over = dict(list(self._over.items())[-_REMEMBERED:])
         self.question, self._end = "", 0
         self.deadline, self.default = 0.0, ""
-        self._current = held
-        if guard.phase is None:
-            taken = f": {answer.name.lower().replace('_', ' ')}" if question else ""
-            # To go on beyond the share that may be skipped does not apply the update.
-            lets_pass = verdict is not None and verdict.beyond is None
-            data = {"answer": answer.name.lower(), "incident": verdict.incident} if verdict and lets_pass else {}
-            guard.say("resumed", f"training goes on{taken}", **data)
-        return answer
+        if guard.phase is not None:
+            return
+        how = f": {answer.name.lower().replace('_', ' ')}" if asked else ""
+        data: dict[str, Any] = {"question": number, "who": self._last_who} if asked else {}
+        if verdict is not None and verdict.beyond is None:  # to go on beyond the share to skip applies no update
+            data |= {"answer": answer.name.lower(), "incident": verdict.incident}
+        guard.say("resumed", f"training goes on{how}", **data)
 
     def _decides_alone(self, verdict: Verdict | None, waited: float) -> bool:
         """On rank 0: nobody will answer. A run that is out of budget does not wait for a screen that is not there.
@@ -160,54 +209,66 @@ class Desk:
         beyond = verdict is not None and verdict.beyond is not None
         return "proposed" if beyond else self._guard.settings.guard.ask_default
 
-    def _options(self, verdict: Verdict | None, batch: Batch | None) -> dict[str, Any]:
-        """What the `paused` line holds: the evidence, and each choice with what it would do and cost."""
-        if verdict is None or verdict.would is None or batch is None:
-            return {"proposals": []}
-        names = [verdict.would.value, "go on", "stop"]
-        data: dict[str, Any] = {
-            "findings": list(verdict.findings),
-            "incident": verdict.incident,
-            "onset": verdict.onset,
-            "end": batch.last,
-            "deadline": self.deadline,
-            "default": self.default,
-        }
-        guard = self._guard
-        if guard.rank or guard.run is None:  # what the others remember of the journal holds no proposals
-            return {"proposals": [{"choice": choice, "action": name} for choice, name in enumerate(names)], **data}
-        try:
-            previews = choices(
-                Scene.of(guard.run, status=guard.account.status()),
-                verdict,
-                first=batch.first,
-                last=batch.last,
-                settled=guard.controller.is_settled,
-            )
-        except (OSError, GuardrailError):
-            previews = []  # a disk that does not answer: the question is asked without the numbers
-        told = {preview.command: msgspec.to_builtins(preview) | {"text": preview.sentence()} for preview in previews}
-        proposals = [{"choice": at, "action": name, **told.get(name, {})} for at, name in enumerate(names)]
-        return {"proposals": proposals, **data}
-
-    def _while_parked(self, kind: CommandKind, value: float) -> Answer | None:
+    def _while_parked(self, kind: CommandKind, value: float, verdict: Verdict | None) -> Answer | None:
         """What ends the wait comes back; the rest takes effect in place."""
         asked = bool(self.question)
-        if kind is CommandKind.RESUME or (kind is CommandKind.ANSWER and asked):
-            self._answer(kind, value)
-            answer = Answer(int(value)) if kind is CommandKind.ANSWER else Answer.AS_PROPOSED
-            if answer is Answer.STOP:
-                self._guard.end(Phase.STOPPED, "stopped by a person while the guard asked")
-            return answer
+        if kind is CommandKind.RESUME:
+            refusal = self._guard.shared(how_to_answer(self.number)) if asked else ""
+            return Answer.AS_PROPOSED if self._answer(kind, value, refusal=refusal) else None
+        if kind is CommandKind.ANSWER and asked:
+            return self._answered_with(Answer(int(value)), verdict)
         if kind is CommandKind.PAUSE:
             self._answer(kind, value, refusal="training is paused already")
             return None
         done = self.execute(kind, value)
         if done and kind is CommandKind.STOP:
             return Answer.STOP
-        # Each answers the guard's question; after a pause by hand, training stays paused.
-        answers = kind in (CommandKind.ROLLBACK, CommandKind.SKIP, CommandKind.UNDO)
-        return Answer.BY_HAND if done and asked and answers else None
+        # After a pause by hand, training stays paused.
+        return Answer.BY_HAND if done and asked and kind in BY_HAND else None
+
+    def _answered_with(self, answer: Answer, verdict: Verdict | None) -> Answer | None:
+        """An answer to the open question, if it is one to this question and to what was proposed."""
+        refusal = self._take_up(CommandKind.ANSWER)
+        back = answer is Answer.AS_PROPOSED and verdict is not None and verdict.would is Action.ROLLBACK
+        if not refusal and back and verdict is not None and verdict.window is not None and self._shown is not None:
+            before, settled = verdict.before_step, self._guard.controller.is_settled
+            target = self._guard.tiers.target(verdict.window[0], before_step=before, settled=settled)
+            refusal = self._target_changed(target) if target is not None else ""
+        if not self._answer(CommandKind.ANSWER, float(answer.value), refusal=refusal):
+            return None
+        if answer is Answer.STOP:
+            self._guard.end(Phase.STOPPED, f"stopped by {self._last_who or 'a command'} while the guard asked")
+        return answer
+
+    # -- what a command was shown for ----------------------------------------------------------------------------
+
+    def _take_up(self, kind: CommandKind) -> str:
+        """Why the command at hand does not hold for what is now; "" if it does. A collective: every rank decides alike.
+
+        What it was shown to do is kept for the checks of its target.
+        """
+        guard, command = self._guard, self._current
+        unknown = bool(self.question) and not self.number
+        refusal = ""
+        if command is not None and kind in (*BY_HAND, CommandKind.ANSWER) and not unknown:
+            refusal = question_changed(command.question, Open(self.number, self._over))
+        refusal, self._shown = guard.shared((refusal, command.shown if command is not None else None))
+        if not refusal and kind in BY_HAND:
+            refusal = timeline_changed(self._shown, timeline=guard.timeline, step=guard.step)
+        return refusal or self._setting_changed(kind)
+
+    def _setting_changed(self, kind: CommandKind) -> str:
+        guard = self._guard
+        if kind is CommandKind.POLICY:
+            return setting_changed(self._shown, float(MODES.index(guard.mode)), guard.mode.value)
+        if kind not in (CommandKind.LR, CommandKind.EMBED_ALPHA):
+            return ""
+        now = (guard.past.lr if kind is CommandKind.LR else guard.past.alpha).at(guard.step + 1)
+        return setting_changed(self._shown, now, f"x{now:g}")
+
+    def _target_changed(self, target: Target) -> str:
+        lost = self._guard.step - target.step
+        return target_changed(self._shown, to_step=target.step, tier=target.tier, steps_lost=lost)
 
     # -- commands ------------------------------------------------------------------------------------------------
 
@@ -227,6 +288,8 @@ class Desk:
 
     def _execute(self, kind: CommandKind, value: float) -> bool:
         guard = self._guard
+        if kind in BOUND and (refusal := self._take_up(kind)):
+            return self._answer(kind, value, refusal=refusal)
         match kind:
             case CommandKind.PAUSE:
                 self._answer(kind, value)
@@ -266,13 +329,18 @@ class Desk:
         if command is None and kind is CommandKind.CHECKPOINT and guard.rank == 0:
             return True  # a retry of the guard's own
         outcome = f"refused: {refusal}" if refusal else f"takes effect after step {guard.step}"
+        who = command.who if command else "guard"
+        if not refusal:
+            self._last_who = who
+            self._last_taken = f"{worded(kind, value)} by {who or 'a command'} at step {guard.step}"
         guard.say(
             "command",
-            f"{_worded(kind, value)} {outcome}",
+            f"{worded(kind, value)} {outcome}",
             id=command.id if command else "",
             command=kind.value,
             value=value,
-            who=command.who if command else "guard",
+            who=who,
+            question=self.number,
             effect="refused" if refusal else "applied",
             reason=refusal,
             **data,
@@ -328,7 +396,8 @@ class Desk:
             where = f"step {to_step}" if to_step is not None else "an earlier step"
             refusal = f"there is no snapshot or valid checkpoint of {where}"
             return self._answer(CommandKind.ROLLBACK, value, refusal=refusal)
-        if not self._answer(CommandKind.ROLLBACK, value, refusal=guard.ledger.nothing_left(target.cursor, end)):
+        refusal = self._target_changed(target) or guard.ledger.nothing_left(target.cursor, end)
+        if not self._answer(CommandKind.ROLLBACK, value, refusal=refusal):
             return False
         return guard.timelines.roll_back(
             window=(target.cursor, end),
@@ -350,7 +419,8 @@ class Desk:
         if target is None:
             refusal = f"no state from before line {found.of} is left"
             return self._answer(CommandKind.UNDO, value, refusal=refusal)
-        self._answer(CommandKind.UNDO, value)
+        if not self._answer(CommandKind.UNDO, value, refusal=self._target_changed(target)):
+            return False
         guard.timelines.undo(found, target, lines)
         return True
 
@@ -364,21 +434,3 @@ class Desk:
         events = guard.run.events()
         found = find(events, seq)
         return found, [] if isinstance(found, str) else lines_of(events, found)
-
-
-def _worded(kind: CommandKind, value: float) -> str:
-    """ "lr x0.5", "skip 20 batches": a command as a person would say it."""
-    match kind:
-        case CommandKind.LR | CommandKind.EMBED_ALPHA:
-            return f"{kind.value} x{value:g}"
-        case CommandKind.SKIP:
-            return f"skip {plural(int(value), 'batch')}"
-        case CommandKind.POLICY:
-            return f"policy {MODES[int(value)].value}"
-        case CommandKind.ROLLBACK:
-            return "rollback" if math.isnan(value) else f"rollback to step {value:g}"
-        case CommandKind.UNDO:
-            return "undo" if math.isnan(value) else f"undo line {value:g}"
-        case CommandKind.ANSWER:
-            return f"answer {value:g}"
-    return kind.value

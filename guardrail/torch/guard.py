@@ -435,7 +435,8 @@ class Guard:
 
     def heed(self, reduced: Reduced) -> bool:
         """A command or a stop that came with a step's numbers; returns whether there was any."""
-        self._command = reduced.command_kind, reduced.command_value
+        self._command = (0, 0.0) if self.desk.obeyed else (reduced.command_kind, reduced.command_value)
+        self.desk.obeyed = False
         self.tiers.note_failures(reduced.failed_saves)
         if reduced.stop and self.phase is None:
             self.end(Phase.STOPPED, f"asked to stop by a signal on {reduced.stop} of {self.world} ranks")

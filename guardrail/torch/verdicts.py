@@ -252,7 +252,8 @@ class Verdicts:
         guard = self._guard
         would = verdict.would or Action.ROLLBACK
         asked = time.perf_counter()
-        answer = guard.desk.park(f"{verdict.reason}; proposed: {would.value}", verdict=verdict, batch=step.batch)
+        question, command = f"{verdict.reason}; proposed: {would.value}", (reduced.command_kind, reduced.command_value)
+        answer = guard.desk.park(question, verdict=verdict, batch=step.batch, command=command)
         step.began += time.perf_counter() - asked  # a person's time is not the step's
         if answer is Answer.GO_ON and verdict.beyond is Action.ROLLBACK:
             self._roll_back_for(step, verdict, allowed=True)

@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import ClassVar
 
 from textual.binding import Binding, BindingType
-from textual.events import Event, InputEvent
+from textual.events import Event, InputEvent, Key
 from textual.message import Message
+from textual.message_pump import MessagePump
 
 from guardrail.rundir import RunDirectory
 from guardrail.tui import terminal
 from guardrail.tui.cockpit import Cockpit
 from guardrail.tui.controls import Desk
+from guardrail.tui.dialogs import Dialog
+from guardrail.tui.keyboard import NOW, Typing
 from guardrail.tui.reader import Reader, RunReader
 from guardrail.tui.recorded import Recorded, RecordedReader
 from guardrail.tui.themed import Themed
@@ -59,6 +62,7 @@ class GuardrailApp(Themed[None]):
         self._monotonic = time.monotonic
         self._shown = reader.latest()
         self._desk = Desk(reader, clock)
+        self._typing = Typing(super().on_event, self._takes, self._busy)
 
     def get_default_screen(self) -> Cockpit:
         return Cockpit(self._view(), self._desk)
@@ -82,7 +86,20 @@ class GuardrailApp(Themed[None]):
     async def on_event(self, event: Event) -> None:
         if isinstance(event, InputEvent):
             self._happened = self._monotonic()
-        await super().on_event(event)
+        if isinstance(event, Key) and not event.is_forwarded:
+            await self._typing.press(event)
+        else:
+            await super().on_event(event)
+
+    def _takes(self, key: Key) -> str:
+        """What whoever has the keys does with one: only a dialog does not take each at once."""
+        top = self.screen
+        return top.takes(key) if isinstance(top, Dialog) else NOW
+
+    def _busy(self) -> Iterable[MessagePump]:
+        """Whoever may have to do with a key: what has it, what holds that, and what has opened the dialog on top."""
+        target = self.focused or self.screen
+        return [*target.ancestors_with_self, self, *self.screen_stack[:1], self]
 
     def on_guardrail_app_fresh(self) -> None:
         wait = self._drawn + self._pace() - self._monotonic()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from guardrail.records import CommandKind, Mode, Phase, SnapshotInfo, Status
+from guardrail.records import CommandKind, Mode, Phase, Shown, SnapshotInfo, Status
 from guardrail.tui import controls
 from guardrail.tui.controls import Desk
 from guardrail.tui.dialogs import Choose, Confirm, Number, Question, Text
@@ -44,7 +45,7 @@ class Commanding(Base):
 
     view: View
     desk: Desk
-    _asked = ""  # the question that has been put on the screen
+    _asked: tuple[str, int] = ("", 0)  # the question that has been put on the screen
 
     def redraw(self) -> None:
         raise NotImplementedError
@@ -61,8 +62,10 @@ class Commanding(Base):
             self.say(reason)
         return reason is None
 
-    def _command(self, kind: CommandKind, value: float, label: str) -> None:
-        self.desk.command(kind, value, label)
+    def _command(
+        self, kind: CommandKind, value: float, label: str, *, question: int | None = None, shown: Shown | None = None
+    ) -> None:
+        self.desk.command(kind, value, label, question=question, shown=shown)
         self.redraw()
 
     def action_pause(self) -> None:
@@ -127,17 +130,33 @@ class Commanding(Base):
 
     def _consider(self, kind: CommandKind, value: float, label: str, costs: Sequence[str] = ()) -> None:
         """Show what the command would do, and send it on Yes. `costs` stand there until the preview is made."""
-        asked = self.desk.preview(kind, value)
+        foreseen = self.desk.foresee(kind, value)
 
         def told(view: View) -> Sequence[str]:
-            preview = view.snapshot.previews.get(asked)
+            preview = foreseen.look(view)
             return [*controls.preview_lines(preview)] if preview is not None else [*costs, "(working out the rest …)"]
 
         def done(answer: int | None) -> None:
-            if answer == 1:
+            preview = foreseen.last
+            if answer == 1 and preview is None:
                 self._command(kind, value, label)
+            elif answer == 1 and preview is not None:
+                # Undo without a line means the newest decision: what is sent names the line that was shown.
+                line = preview.value if kind is CommandKind.UNDO and preview.possible else value
+                known = preview.worked_out
+                self._command(
+                    kind,
+                    line,
+                    label,
+                    question=preview.question if known else None,
+                    shown=preview.shown() if known else None,
+                )
 
-        self.app.push_screen(Confirm(f"{label}?", self.view, text=told, yes=label), done)
+        def ready(view: View) -> bool:
+            # A stop saves and ends whatever has changed: it waits for nothing.
+            return foreseen.last is not None or kind is CommandKind.STOP
+
+        self.app.push_screen(Confirm(f"{label}?", self.view, text=told, yes=label, ready=ready), done)
 
     def action_stop(self) -> None:
         if not self._may():
@@ -183,7 +202,8 @@ class Commanding(Base):
 
         def send(index: int | None) -> None:
             if index is not None and modes[index] is not now:
-                self._command(CommandKind.POLICY, float(index), f"mode {modes[index].value}")
+                shown = Shown(instead_of=float(modes.index(now)))
+                self._command(CommandKind.POLICY, float(index), f"mode {modes[index].value}", shown=shown)
 
         options = [(f"{mode.value:<8}{MODES[mode]}{' (now)' if mode is now else ''}", "") for mode in modes]
         dialog = Choose("who decides", self.view, text=[], options=options, cursor=modes.index(now))
@@ -193,40 +213,78 @@ class Commanding(Base):
 
     def put_question(self) -> None:
         """Put a new question on the screen by itself, once, when no other dialog is open."""
-        question = self.view.status.question if self.view.status and not self.view.status.phase.ended else ""
-        if not question:
-            self._asked = ""
-        elif question != self._asked and self.app.screen is self and not self.view.read_only:
-            self._asked = question
-            self.action_answer()
+        status = self.view.status
+        if status is None or not status.question or status.phase.ended:
+            self._asked = ("", 0)
+        elif not _is_open(self.view, *self._asked) and self.app.screen is self and not self.view.read_only:
+            self.action_answer(by_itself=True)
+        elif status.question_number:
+            self._asked = (status.question, status.question_number)
 
-    def action_answer(self) -> None:
+    def action_answer(self, by_itself: bool = False) -> None:
         if not self._may():
             return
         status = self.view.status
         if status is None or not status.question:
             self.say("the guard asks nothing now")
             return
+        self._asked = (status.question, status.question_number)
         question = status.question
-        told = self.view.snapshot.story.proposals
-        proposed = PROPOSALS.get(next(iter(told), ""), "")
-        names = (ANSWERS[0] + proposed, *ANSWERS[1:])
+        asked = Asked(question, status.question_number)
 
         def send(index: int | None) -> None:
-            if index is not None:
-                self._command(CommandKind.ANSWER, float(index), f"answer: {names[index]}")
+            if index is not None and asked.line:
+                name = _choices(self.view, asked)[index][0] if asked.line == self.view.snapshot.story.question else ""
+                label = f"answer: {name or ANSWERS[index]}"
+                self._command(CommandKind.ANSWER, float(index), label, question=asked.line)
 
-        costs = self.view.snapshot.story.costs
         dialog = Question(
             f"step {count(status.step)}: the guard asks",
             self.view,
             text=lambda view: [question, "", *_patience(view), "", *_findings(view)],
-            options=[(name, costs[index] if index < len(costs) else "") for index, name in enumerate(names)],
-            alive=lambda view: view.status is None or view.status.question == question,
+            options=lambda view: _choices(view, asked),
+            alive=lambda view: view.status is None or _is_open(view, asked.text, asked.line),
             evidence=evidence,
             left=_left,
         )
+        dialog.by_itself = by_itself
         self.app.push_screen(dialog, send)
+
+
+@dataclass
+class Asked:
+    """A question that stands on the screen.
+
+    Attributes:
+        line: number of its journal line; 0: it is not known yet.
+    """
+
+    text: str
+    line: int
+
+
+def _is_open(view: View, text: str, line: int) -> bool:
+    """Whether this question is the one that is open. One whose number is not known yet is known by its text."""
+    status = view.status
+    if status is None or status.question != text or not text:
+        return False
+    return not line or not status.question_number or line == status.question_number
+
+
+def _choices(view: View, asked: Asked) -> list[tuple[str | Row, str]]:
+    """What can be answered to this question, with the cost of each; nothing until its journal line is read."""
+    story, status = view.snapshot.story, view.status
+    if not story.question or story.asked != asked.text or status is None:
+        return []
+    if status.question_number and status.question_number != story.question:
+        return []
+    asked.line = asked.line or story.question
+    if asked.line != story.question:
+        return []
+    proposed = PROPOSALS.get(next(iter(story.proposals), ""), "")
+    names = (ANSWERS[0] + proposed, *ANSWERS[1:])
+    costs = story.costs
+    return [(name, costs[index] if index < len(costs) else "") for index, name in enumerate(names)]
 
 
 def _findings(view: View) -> list[str]:

@@ -1,17 +1,16 @@
 """Commands on their way: sent, answered by the journal with the step of their effect, refused with the reason, or not
-answered yet, and said so. Pure but for the names of user and host."""
+answered yet, and said so. Pure but for the name of who gives them."""
 
 from __future__ import annotations
 
-import getpass
 import math
 import secrets
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from guardrail.records import Command, CommandKind, SnapshotInfo, Status
+from guardrail.identity import who
+from guardrail.records import Command, CommandKind, Shown, SnapshotInfo, Status
 from guardrail.rundir import check_command
 from guardrail.tui.format import brief, count, plural, spoken
 from guardrail.tui.health import HEARTBEAT_SECONDS
@@ -22,15 +21,7 @@ if TYPE_CHECKING:
     from guardrail.preview import Preview
 
 SHOWN_SECONDS = 60.0  # an answer stays this long
-
-
-def who() -> str:
-    """user@host, for the journal."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):
-        user = "unknown"  # a container without an entry for the user's number
-    return f"{user}@{socket.gethostname()}"
+RENEW_SECONDS = 1.0  # between two previews of a command that somebody looks at
 
 
 @dataclass(frozen=True)
@@ -39,6 +30,29 @@ class Sent:
     kind: CommandKind
     label: str
     time: float
+
+
+class Foreseen:
+    """What a command would do now: asked for at once, and again each second that somebody looks.
+
+    Args:
+        ask: has it worked out; the answer comes as `Snapshot.previews` under the command's id.
+    """
+
+    def __init__(self, command: Command, ask: Callable[[Command], None]) -> None:
+        self._command, self._ask = command, ask
+        self._asked = command.time
+        self.last: Preview | None = None  # the one that was looked at last
+        ask(command)
+
+    def look(self, view: View) -> Preview | None:
+        """The newest one; None until there is one."""
+        found = view.snapshot.previews.get(self._command.id)
+        if found is not None and view.now - self._asked >= RENEW_SECONDS:
+            self._asked = view.now
+            self._ask(self._command)
+        self.last = found or self.last
+        return self.last
 
 
 class Desk:
@@ -57,18 +71,31 @@ class Desk:
         self._answered: dict[str, float] = {}
         self._notice: tuple[str, str, float] | None = None
 
-    def command(self, kind: CommandKind, value: float, label: str) -> None:
+    def command(
+        self,
+        kind: CommandKind,
+        value: float,
+        label: str,
+        *,
+        question: int | None = None,
+        shown: Shown | None = None,
+    ) -> None:
+        """Send a command.
+
+        Args:
+            question: journal line of the question that was open for the viewer, 0: none was; None: that is not known.
+            shown: what the viewer was shown that it does.
+        """
         now = self._clock()
         sent = Sent(f"screen-{secrets.token_hex(8)}", kind, label, now)
         self._sent.append(sent)
         self._notice = None
-        self._send(Command(id=sent.id, kind=kind, value=value, who=who(), time=now))
+        self._send(Command(id=sent.id, kind=kind, value=value, who=who(), time=now, question=question, shown=shown))
 
-    def preview(self, kind: CommandKind, value: float) -> str:
-        """Ask what a command would do; the answer comes as `Snapshot.previews` under the name that is returned."""
+    def foresee(self, kind: CommandKind, value: float) -> Foreseen:
+        """Ask what a command would do, again and again while somebody looks."""
         command = Command(id=f"preview-{secrets.token_hex(8)}", kind=kind, value=value, who=who(), time=self._clock())
-        self._preview(command)
-        return command.id
+        return Foreseen(command, self._preview)
 
     def note(self, text: str) -> None:
         """Write a note into the journal; it is seen there."""

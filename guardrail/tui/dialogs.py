@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import ClassVar, TypeVar
 
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
-from textual.events import Click, MouseScrollDown, MouseScrollUp
+from textual.events import Click, Key, MouseScrollDown, MouseScrollUp
 from textual.screen import ModalScreen
 from textual.widgets import Input
 
+from guardrail.tui.keyboard import LATER, NEVER, NOW
 from guardrail.tui.lines import Builder, Lines, Row, fit, row, spread, title, wrap
 from guardrail.tui.view import View
 
 T = TypeVar("T")
+Options = Sequence[tuple[str | Row, str]] | Callable[[View], Sequence[tuple[str | Row, str]]]
 Words = Sequence[str] | Callable[[View], Sequence[str]]  # a text, or what makes it of the view
 _FRAME = 3  # rows of border and hint
 _OPTIONS = 6  # options that are always in sight
+_TRIES = 20  # frames after which a dialog counts as drawn
+SETTLED_SECONDS = 1.0  # after which a dialog that opened by itself takes Enter
 _AIRY = 18  # rows of the terminal from which on a dialog is set with blank rows
 
 
@@ -27,6 +32,10 @@ class Dialog(ModalScreen[T]):
 
     Args:
         alive: closes the dialog by itself once it says False (somebody else has answered).
+
+    Attributes:
+        by_itself: no key of the viewer has opened it.
+        drawn: when its text stood on the screen, by the clock of key events; None: it does not yet.
     """
 
     WIDTH = 84
@@ -36,12 +45,14 @@ class Dialog(ModalScreen[T]):
     def __init__(self, name: str, view: View, *, alive: Callable[[View], bool] = lambda view: True) -> None:
         super().__init__()
         self.label, self.view, self._alive = name, view, alive
+        self.by_itself = False
+        self.drawn: float | None = None
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog"):
-            yield Lines(self._rows, classes="body", reserve=_FRAME + self.EXTRA)
+            yield Lines(self._rows, classes="body", reserve=_FRAME + self.EXTRA, view=self.view)
             yield from self.extras()
-            yield Lines(self._last, classes="hint")
+            yield Lines(self._last, classes="hint", view=self.view)
 
     def extras(self) -> ComposeResult:
         """Widgets between rows and hint, of EXTRA rows together."""
@@ -50,6 +61,27 @@ class Dialog(ModalScreen[T]):
     def on_mount(self) -> None:
         self.query_one(".dialog").styles.max_width = self.WIDTH
         self.show(self.view)
+        self.call_after_refresh(self._note_drawn, _TRIES)
+
+    def _note_drawn(self, tries: int) -> None:
+        # A terminal without a row for it never draws it, and its keys work all the same.
+        if not tries or any(body.rows for body in self.query(".body").results(Lines)):
+            self.drawn = time.monotonic()
+        elif self.is_running:
+            self.call_after_refresh(self._note_drawn, tries - 1)
+
+    def stands(self) -> bool:
+        """Whether all that must be read before an answer is there."""
+        return True
+
+    def takes(self, key: Key) -> str:
+        """What is done with a key: NOW, LATER, or NEVER where it was meant for something else."""
+        if self.drawn is None:
+            return LATER
+        if self.by_itself:
+            early = key.time < self.drawn or (key.key == "enter" and key.time < self.drawn + SETTLED_SECONDS)
+            return NEVER if early else NOW
+        return LATER if key.time < self.drawn and not self.stands() else NOW
 
     def show(self, view: View) -> None:
         self.view = view
@@ -107,10 +139,12 @@ class Choose(Dialog[int]):
 
     Args:
         text: said above the list; a function of the view where it changes.
-        options: (label, explanation of the marked one).
+        options: (label, explanation of the marked one); a function of the view where they change. Without any,
+            nothing can be chosen.
         cursor: what is marked first.
     """
 
+    EMPTY = "(nothing like that)"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up,k", "move(-1)", "up", show=False),
         Binding("down,j", "move(1)", "down", show=False),
@@ -125,16 +159,20 @@ class Choose(Dialog[int]):
         view: View,
         *,
         text: Words,
-        options: Sequence[tuple[str | Row, str]],
+        options: Options,
         cursor: int = 0,
         alive: Callable[[View], bool] = lambda view: True,
     ) -> None:
         super().__init__(name, view, alive=alive)
-        self._text, self.options, self.cursor = text, options, cursor
+        self._text, self.cursor = text, cursor
+        self._options_of = options if callable(options) else None
+        self.options: Sequence[tuple[str | Row, str]] = options(view) if callable(options) else options
         self._first_option = 0  # row of the first option that is shown
         self._offset = 0
 
     def body(self, view: View, width: int, height: int) -> Sequence[Row]:
+        if self._options_of is not None:
+            self.options = self._options_of(view)
         # The options come first: of the text goes what a low terminal has no room for.
         explained = any(why for _, why in self.options)
         why = wrap(self.options[self.cursor][1], width - 6) if explained else []
@@ -148,6 +186,8 @@ class Choose(Dialog[int]):
         rows += [()] if rows else []
         self._first_option = 1 + self._airy + len(rows)
         room = max(1, height - len(rows) - len(tail))
+        if not self.options:
+            rows.append(row((f"   {self.EMPTY}", "dim")))
         self._offset = max(0, min(self.cursor - room // 2, len(self.options) - room))
         for index in range(self._offset, min(len(self.options), self._offset + room)):
             label = self.options[index][0]
@@ -163,11 +203,16 @@ class Choose(Dialog[int]):
         self.action_move(by)
 
     def action_move(self, by: int) -> None:
-        self.cursor = max(0, min(len(self.options) - 1, self.cursor + by))
+        self.cursor = max(0, min(len(self.options) - 1, self.cursor + by)) if self.options else 0
         self.show(self.view)
 
     def action_take(self) -> None:
-        self.dismiss(self.cursor)
+        if self.options and (self.stands() or not self.cursor_matters()):
+            self.dismiss(self.cursor)
+
+    def cursor_matters(self) -> bool:
+        """Whether what is marked may be taken only once all of the text stands."""
+        return True
 
     def on_click(self, event: Click) -> None:
         """A click marks; what is done is left to Enter."""
@@ -204,21 +249,35 @@ class Toggle(Choose):
 
 
 class Confirm(Choose):
-    """A question whose default is No; the result is 1 for Yes."""
+    """A question whose default is No; the result is 1 for Yes, which is taken only when its text stands.
+
+    Args:
+        ready: whether the text says all that it has to say.
+    """
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("y", "answer(1)", "yes", show=False),
         Binding("n", "answer(0)", "no", show=False),
     ]
 
-    def __init__(self, name: str, view: View, *, text: Words, yes: str) -> None:
+    def __init__(
+        self, name: str, view: View, *, text: Words, yes: str, ready: Callable[[View], bool] = lambda view: True
+    ) -> None:
         super().__init__(name, view, text=text, options=[("No, go back", ""), (f"Yes, {yes}", "")])
+        self._ready = ready
 
     def hint(self) -> str:
         return "↑ ↓ move   Enter choose   y yes   n no   Esc close"
 
+    def stands(self) -> bool:
+        return self.drawn is not None and self._ready(self.view)
+
+    def cursor_matters(self) -> bool:
+        return self.cursor == 1
+
     def action_answer(self, answer: int) -> None:
-        self.dismiss(answer)
+        if not answer or self.stands():
+            self.dismiss(answer)
 
 
 class Number(Dialog[float]):
@@ -394,6 +453,7 @@ class Question(Choose):
         left: as of `Evidence`.
     """
 
+    EMPTY = "(the choices and their costs are not in the journal yet …)"
     BINDINGS: ClassVar[list[BindingType]] = [Binding("v", "evidence", "evidence", show=False)]
 
     def __init__(
@@ -402,7 +462,7 @@ class Question(Choose):
         view: View,
         *,
         text: Words,
-        options: Sequence[tuple[str | Row, str]],
+        options: Options,
         alive: Callable[[View], bool],
         evidence: Builder,
         left: Callable[[View], str],
@@ -412,6 +472,9 @@ class Question(Choose):
 
     def hint(self) -> str:
         return "↑ ↓ move   Enter choose   v evidence   Esc close"
+
+    def stands(self) -> bool:
+        return bool(self.options)
 
     def action_evidence(self) -> None:
         page = Evidence("evidence", self.view, self._evidence, alive=self._alive, left=self._left)

@@ -117,14 +117,24 @@ class Lines(Widget):
     Args:
         build: rows for a view and a size.
         reserve: rows of the screen that an automatic height leaves to others.
+        view: what the first frame shows, so that it is not empty.
     """
 
     DEFAULT_CSS = "Lines { height: 1fr; width: 1fr; }"
 
-    def __init__(self, build: Builder, *, id: str | None = None, classes: str | None = None, reserve: int = 0) -> None:
+    def __init__(
+        self,
+        build: Builder,
+        *,
+        id: str | None = None,
+        classes: str | None = None,
+        reserve: int = 0,
+        view: View | None = None,
+    ) -> None:
         super().__init__(id=id, classes=classes)
         self._build, self._reserve = build, reserve
-        self._view: View | None = None
+        self._view = view
+        self._size_built = Size(0, 0)
         self._built: list[Row] = []  # as `build` gave them, and `_rows`: as they fit into `_fitted` cells
         self._rows: list[Row] = []
         self._fitted = 0
@@ -150,7 +160,7 @@ class Lines(Widget):
         rows = [
             self._rows[y] if y < len(known) and line == known[y] else fit(line, width) for y, line in enumerate(built)
         ]
-        self._built, self._fitted = built, width
+        self._built, self._fitted, self._size_built = built, width, self.size
         regions: list[Region] = []
         for y in range(max(len(rows), len(self._rows))):
             before = self._rows[y] if y < len(self._rows) else ()
@@ -181,6 +191,12 @@ class Lines(Widget):
         return min(room, max(1, len(self._built_rows(self._view, width, room))))
 
     def render_line(self, y: int) -> Strip:
+        if self._view is not None and self.size != self._size_built:
+            # The first paint at a size comes before the message that tells of it: it has the text already.
+            width, height = self._size_built = self.size
+            self._rows = [fit(line, width) for line in self._build(self._view, width, height)[:height]]
+            self._built, self._fitted = [], 0
+            self._strips.clear()
         if self._theme != self.app.theme:
             self._strips.clear()
             self._theme = self.app.theme

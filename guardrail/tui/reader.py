@@ -83,6 +83,8 @@ class RunReader:
         self._track, self._digest = self._new_track(), Digest()
         self._outbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._shelf: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._foreseeing: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._foreseen: set[str] = set()  # ids of previews that are asked for and not answered
         self._lookout = Lookout(run, clock=clock)
         self._leaving = threading.Event()
         self._failures = Failures()
@@ -104,7 +106,7 @@ class RunReader:
         self._closer: tuple[tuple[float, float], ...] = ()  # what is wanted, and what was tried last, and when
         self._tried: tuple[tuple[tuple[float, float], ...], float] = ((), 0.0)
         self._notify: Callable[[], None] = lambda: None
-        works = (("reader", self._read), ("sender", self._work), ("zoom", self._look_up))
+        works = (("reader", self._read), ("sender", self._work), ("zoom", self._look_up), ("preview", self._foresee))
         self._threads = [
             threading.Thread(target=self._keep_going, args=work, name=f"guardrail-{work[0]}", daemon=True)
             for work in works
@@ -135,7 +137,10 @@ class RunReader:
         self._outbox.put(lambda: self._hand_in(command))
 
     def preview(self, command: Command) -> None:
-        self._outbox.put(lambda: self._work_out(command))
+        """Asked for again before it is answered, it is worked out once."""
+        if command.id not in self._foreseen:
+            self._foreseen.add(command.id)
+            self._foreseeing.put(lambda: self._work_out(command))
 
     def note(self, text: str) -> None:
         self._outbox.put(lambda: self._write_down(text))
@@ -145,6 +150,7 @@ class RunReader:
         self._leaving.set()
         self._outbox.put(None)
         self._shelf.put(None)
+        self._foreseeing.put(None)
         if self._threads[1].is_alive():
             self._threads[1].join(timeout=0.5)
 
@@ -370,20 +376,25 @@ class RunReader:
         while (work := self._shelf.get()) is not None:
             work()
 
+    def _foresee(self) -> None:
+        while (work := self._foreseeing.get()) is not None:
+            work()
+
     def _hand_in(self, command: Command) -> None:
         try:
             self._run.send(command)
-        except (OSError, GuardrailError) as error:
+        except Exception as error:  # whatever it was: the command has not been sent, and whoever gave it waits
             self._publish(unsent={**self._latest.unsent, command.id: reason_of(error)})
 
     def _work_out(self, command: Command) -> None:
         from guardrail import preview
-        from guardrail.scene import Scene
 
         try:
-            told = preview.of(Scene.of(self._run, status=self._latest.status), command)
-        except (OSError, GuardrailError, ValueError) as error:
-            told = preview.Preview(command=command.kind.value, remark=f"cannot be worked out: {reason_of(error)}")
+            told = preview.foresee(self._run, command, status=self._latest.status)
+        except GuardrailError as error:
+            told = preview.Preview(command=command.kind.value, worked_out=False, remark=str(error))
+        finally:
+            self._foreseen.discard(command.id)
         self._publish(previews={**self._latest.previews, command.id: told})
 
     def _write_down(self, text: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from guardrail.advised import Advised
 from guardrail.files import as_int
+from guardrail.questions import asks
 from guardrail.records import Action, CommandKind, Event, Finding, Kind
 from guardrail.rundir import findings_of, span_of
 from guardrail.tui.evidence import Evidence, Known
@@ -27,12 +28,16 @@ _MAX_LINES = 500  # newest log lines, and answers to commands, that are kept
 _MAX_INCIDENTS = 200
 _MAX_MARKS = 2000  # newest ones of each kind
 _MAX_DOCUMENTS = 16
+ASKS = "parked, asks"
 _NEAR = 20  # verdicts without an incident's number belong together up to this many steps apart
 
 
 @dataclass(frozen=True)
 class Incident:
-    """What went wrong and what was done. `number` 0: the journal has given none."""
+    """What went wrong and what was done. `number` 0: the journal has given none.
+
+    `answered`: how the guard's question about it ended, and by whom: "accepted by ann@vm".
+    """
 
     number: int
     step: int
@@ -42,6 +47,7 @@ class Incident:
     spans: tuple[tuple[int, int], ...] = ()
     documents: tuple[str, ...] = ()
     documents_total: int = 0
+    answered: str = ""
 
     @property
     def samples(self) -> int:
@@ -71,7 +77,8 @@ class Story:
         marks: letter -> (steps, labels), in order of the journal; a label is an incident's number or "".
         lines: newest last.
         answers: command id -> answer.
-        proposals: what the guard proposed when it last parked, while it is parked.
+        question: journal line of the question that is open, 0: none is; `asked`: its text.
+        proposals: what the guard proposes in it.
         costs: what each of these would do, "" where the journal does not say.
         paused_by: who has paused the run by a command, while it is paused so; "": no one, or it is not known.
         held: factors on the updates that a command or the guard has set, whether they act now or not.
@@ -82,6 +89,8 @@ class Story:
     marks: Mapping[str, tuple[tuple[int, str], ...]] = field(default_factory=dict)
     lines: tuple[Line, ...] = ()
     answers: Mapping[str, Answer] = field(default_factory=dict)
+    question: int = 0
+    asked: str = ""
     proposals: tuple[str, ...] = ()
     costs: tuple[str, ...] = ()
     paused_by: str = ""
@@ -101,6 +110,9 @@ class Digest:
         self._marks: dict[str, dict[int, str]] = {SKIP: {}, ROLLBACK: {}, COMMAND: {}, INCIDENT: {}}
         self._lines: deque[Line] = deque(maxlen=_MAX_LINES)
         self._answers: dict[str, Answer] = {}
+        self._question, self._asked = 0, ""
+        self._about: Incident | None = None  # the incident of the question that is open
+        self._taken = ("", "")  # the command that was taken last, and who sent it
         self._proposals: tuple[str, ...] = ()
         self._costs: tuple[str, ...] = ()
         self._paused_by = ""
@@ -127,14 +139,15 @@ class Digest:
                     self._incident(event)
                 case "command":
                     self._command(event)
-                case "paused":
-                    proposals = event.data.get("proposals")
-                    told = proposals if isinstance(proposals, list) else []
-                    self._proposals, self._costs = tuple(map(_proposal, told)), tuple(map(_cost, told))
+                case "paused" if asks(event):
+                    self._ask(event)
                 case "resumed":
-                    self._proposals = self._costs = ()
+                    self._over(event)
                     self._paused_by = ""
+                case "ended":
+                    self._over(event)
                 case "restarted":
+                    self._over(event)
                     self._paused_by = ""
                     self._forget_after(event.step)
                 case "undo":
@@ -152,6 +165,8 @@ class Digest:
             marks=MappingProxyType({letter: tuple(found.items()) for letter, found in self._marks.items()}),
             lines=tuple(self._lines),
             answers=MappingProxyType(dict(self._answers)),
+            question=self._question,
+            asked=self._asked,
             proposals=self._proposals,
             costs=self._costs,
             paused_by=self._paused_by,
@@ -236,10 +251,36 @@ class Digest:
         begins = {"step": onset} if onset and state == "open" else {}  # one that recurs began where it did at first
         self._learn(event, onset or event.step, open=state not in ("recovered", "offset", "accepted"), **begins)
 
+    # -- questions
+
+    def _ask(self, event: Event) -> None:
+        proposals = event.data.get("proposals")
+        told = proposals if isinstance(proposals, list) else []
+        self._question, self._asked, self._taken = event.seq, brief(event.message), ("", "")
+        self._proposals, self._costs = tuple(map(_proposal, told)), tuple(map(_cost, told))
+        number = as_int(event.data.get("incident"))
+        self._about = self._incidents.get(number)
+        if self._about is not None:
+            self._learn(event, event.step, answered="")
+
+    def _over(self, event: Event) -> None:
+        """The open question, if there is one, has ended with this line."""
+        if not self._question:
+            return
+        if self._about is not None:
+            how = _how_answered(event, *self._taken)
+            number = self._about.number
+            if number in self._incidents:
+                self._incidents[number] = replace(self._incidents[number], answered=how)
+        self._question, self._asked, self._about = 0, "", None
+        self._proposals = self._costs = ()
+
     # -- commands
 
     def _command(self, event: Event) -> None:
         applied = event.data.get("effect") == "applied"
+        if applied and self._question:
+            self._taken = _answer_of(event), brief(event.data.get("who") or "", 100)
         identity = event.data.get("id")
         if isinstance(identity, str):
             self._answers.pop(identity, None)
@@ -261,10 +302,25 @@ def _change(event: Event) -> str:
     return f"×{value:.3g}" if math.isfinite(value) else ""
 
 
+def _answer_of(event: Event) -> str:
+    """What a command that ended a question did to it."""
+    command, value = event.data.get("command"), event.data.get("value")
+    if command == "answer" and value in (0, 1, 2):
+        return ("accepted", "continued", "stopped")[int(value)]
+    return brief(f"answered with {command}", 40)
+
+
+def _how_answered(event: Event, taken: str, who: str) -> str:
+    """How a question ended: "accepted by ann@vm"."""
+    if taken:
+        return f"{taken} by default, nobody answered" if who == "guard" else f"{taken} by {who or 'a command'}"
+    return "asked, and not answered before a restart" if event.kind == "restarted" else "asked, and not answered"
+
+
 _DEEDS: dict[Action | None, str] = {
     Action.SKIP: "update left out",
     Action.ROLLBACK: "roll back",
-    Action.PAUSE: "parked, asks",
+    Action.PAUSE: ASKS,
     Action.HALT: "halted",
     Action.RETRY: "batch repeated",
 }
@@ -289,6 +345,7 @@ def _merged(incident: Incident, news: Mapping[str, Any]) -> Incident:
         step=news.get("step", incident.step),
         open=news.get("open", incident.open),
         deed=news.get("deed") or incident.deed,
+        answered=news.get("answered", incident.answered),
         findings=tuple(known.values()),
         spans=tuple(dict.fromkeys((*incident.spans, *news.get("spans", ())))),
         documents=tuple(documents)[:_MAX_DOCUMENTS],

@@ -13,7 +13,7 @@ from guardrail.tui.lines import Piece, Row, fit, row, wrap
 from guardrail.tui.panes.frame import entry, heading
 from guardrail.tui.panes.state import State
 from guardrail.tui.scales import short
-from guardrail.tui.story import Incident, left_out
+from guardrail.tui.story import ASKS, Incident, left_out
 from guardrail.tui.view import View, label_of
 
 # State of an incident -> how it stands in the table.
@@ -131,8 +131,8 @@ def _evidence_of(case: casefile.Incident) -> Iterator[tuple[str, list[str]]]:
 def _summary_of(incident: Incident) -> Iterator[tuple[str, list[str]]]:
     """Of an incident to which the journal gave no number."""
     yield "seen", [_finding(finding) for finding in incident.findings]
-    if incident.deed:
-        yield "done", [incident.deed]
+    if incident.deed or incident.answered:
+        yield "done", [text for text in (incident.deed, incident.answered) if text]
     if incident.samples:
         yield "left out", [left_out(incident)]
     if incident.documents:
@@ -208,7 +208,11 @@ def _head(view: View, incident: Incident, width: int, *, marked: bool = False) -
         state,
     )
     cause = f"  {case.cause}" if case is not None and case.cause else ""
-    return fit((*left, (f"  {incident.deed}", "plain"), (cause, "dim")), width)
+    deed = incident.deed
+    if incident.answered:
+        # That it asks is over: how it was answered stands in its place.
+        deed = incident.answered if deed == ASKS else f"{incident.answered}, then {deed}"
+    return fit((*left, (f"  {deed}", "plain"), (cause, "dim")), width)
 
 
 def _short(incident: Incident, width: int) -> list[Row]:
