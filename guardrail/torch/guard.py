@@ -176,6 +176,8 @@ class Guard:
         self.lagged = Lagged(self) if settings.guard.gate == "lagged" else None
         self._to_keep = False  # an update was applied and the tiers do not know of it yet
         self._command = (0, 0.0)  # agreed on in the last reduction, carried out between two steps
+        self._stop = 0  # ranks that were asked to stop, by the same reduction
+        self._resting = False  # the loop is in the rest of its body, after a step that was not applied
         self.incident: int | None = None  # that the present step belongs to
         self._effects: tuple[tuple[int, int], Effects] | None = None  # the last ones, and what they hold for
 
@@ -190,6 +192,7 @@ class Guard:
         try:
             self.open()
             while self.phase is None:
+                self._discard_rest()
                 kept = self.keep()
                 self._obey()
                 if self.phase is not None:
@@ -235,10 +238,11 @@ class Guard:
         return time.perf_counter() - began
 
     def _obey(self) -> None:
-        """Carry out the command that came with the last step."""
-        kind, value = self._command
-        self._command = (0, 0.0)
-        if kind:
+        """Carry out the stop or the command that came with the last step."""
+        (kind, value), self._command = self._command, (0, 0.0)
+        if self._stop:
+            self.end(Phase.STOPPED, f"asked to stop by a signal on {self._stop} of {self.world} ranks")
+        elif kind:
             self.desk.execute(list(CommandKind)[kind - 1], value)
 
     @property
@@ -323,6 +327,7 @@ class Guard:
         began = time.perf_counter()
         lagged = self.lagged
         if lagged is not None and not lagged.land():
+            self._expect_rest()
             return None
         vector = self.probes.launch(
             loss if nominal is not None else loss * tokens,
@@ -340,7 +345,21 @@ class Guard:
             lagged.launch(step, vector, ceilings, nominal=nominal)
             return None
         scale = self.loss_scale.value if self.loss_scale is not None else None
-        return self._finish(step, self.probes.unpack(vector.tolist(), nominal, scale), began)
+        verdict = self._finish(step, self.probes.unpack(vector.tolist(), nominal, scale), began)
+        if not step.applied:
+            self._expect_rest()
+        return verdict
+
+    def _expect_rest(self) -> None:
+        """A step is not applied, and its loop body may go on to draw random numbers: remember how things stand."""
+        self.attempt.begin()
+        self._resting = True
+
+    def _discard_rest(self) -> None:
+        """Undo what the loop did after `finish` with a step that was not applied: the next try begins without it."""
+        if self._resting:
+            self._resting = False
+            self.attempt.undo()
 
     def _finish(self, step: Step, computed: Reduced, began: float) -> Verdict | None:
         """Judge what the host has read, and carry the verdict out."""
@@ -388,12 +407,9 @@ class Guard:
             self.lagged.saw(observation.signals)
         return observation, verdict
 
-    def heed(self, reduced: Reduced) -> bool:
-        """A command or a stop that came with a step's numbers; returns whether there was any."""
-        self._command = reduced.command_kind, reduced.command_value
-        if reduced.stop and self.phase is None:
-            self.end(Phase.STOPPED, f"asked to stop by a signal on {reduced.stop} of {self.world} ranks")
-        return bool(reduced.command_kind or reduced.stop)
+    def heed(self, reduced: Reduced) -> None:
+        """Keep a command or a stop that came with a step's numbers until the loop has done with the step."""
+        self._command, self._stop = (reduced.command_kind, reduced.command_value), reduced.stop
 
     def applied(self) -> None:
         """An update was applied; the tiers hear of it when the loop has done with the step."""

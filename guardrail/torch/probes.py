@@ -98,6 +98,11 @@ class Reduced:
     incomplete: int
     further: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def is_request(self) -> bool:
+        """Whether a command or a stop came with the step."""
+        return bool(self.command_kind or self.stop)
+
     def signals(self) -> dict[str, float]:
         return {
             LOSS: self.loss,

@@ -59,11 +59,7 @@ class Verdicts:
             guard.attempt.undo()
         evidence = self._evidence(step, verdict, reduced)
         verdict = self._reconsidered(step, verdict, reduced, observation)
-        if verdict.findings:
-            self._explain(step, verdict, evidence)
-        if verdict.incident_state:
-            message, data = guard.controller.incident_line(verdict)
-            guard.say("incident", message, **data)
+        self._record(step, verdict, evidence)
         match verdict.action:
             case Action.APPLY:
                 self._apply(step, reduced)
@@ -85,8 +81,16 @@ class Verdicts:
     def noted(self, step: Step, verdict: Verdict) -> None:
         """Put on the record what was found about a step that is applied already."""
         self._guard.incident = verdict.incident
+        self._record(step, verdict, {})
+
+    def _record(self, step: Step, verdict: Verdict, evidence: dict[str, Any]) -> None:
+        """Write what was found, and what it means for an incident."""
+        guard = self._guard
         if verdict.findings:
-            self._explain(step, verdict, {})
+            self._explain(step, verdict, evidence)
+        if verdict.incident_state:
+            message, data = guard.controller.incident_line(verdict)
+            guard.say("incident", message, **data)
 
     def _reconsidered(self, step: Step, verdict: Verdict, reduced: Reduced, observation: Observation) -> Verdict:
         """The verdict in the light of its incident's cause, which is on the record before anything takes effect."""
