@@ -35,6 +35,7 @@ from guardrail.torch.checkpoints import CheckpointStore
 from guardrail.torch.desk import Desk
 from guardrail.torch.gate import Gate
 from guardrail.torch.lagged import Lagged
+from guardrail.torch.loop_checks import LoopChecks
 from guardrail.torch.pace import Meter, Pace
 from guardrail.torch.probes import Probes, Reduced
 from guardrail.torch.quarantine import Describe, Quarantine
@@ -164,6 +165,7 @@ class Guard:
         self.desk = Desk(self)
         self.replays = self._replays(replay, structure) if replay is not None else None
         self.account = Account(self)
+        self.checks = LoopChecks(self)
         self.quarantine = Quarantine(self, describe)
         self.timelines = Timelines(self, fixed_loss=fixed_loss, lr_at=lr_at, identity=identity or {})
         self.verdicts = Verdicts(self, texts=texts, tokens=tokens, rerun=rerun)
@@ -273,6 +275,7 @@ class Guard:
 
     def open(self) -> None:
         """Resume from checkpoint + journal, or begin; called by the iteration."""
+        self.gate.open()
         if self.run is not None:
             if self.heartbeat is None:
                 self.heartbeat = Heartbeat(self.run, self.rank).start()
@@ -304,6 +307,8 @@ class Guard:
     def close(self) -> None:
         """Release threads and files. Part of the iteration's `finally`; harmless when called again."""
         self.pace.close()
+        self.probes.close()
+        self.gate.close()
         self.desk.close()
         self.tiers.close()
         self.recorder.close()
@@ -367,6 +372,7 @@ class Guard:
         if reduced.incomplete:
             self.end_incomplete()
             return None
+        self.checks.refuse_without_gradients(step, computed)
         before = self.controller.state_dict() if reduced is not computed else None
         observation, verdict = self.judge(step, reduced, lr=self.rate(step.number))
         if before is not None and verdict.action is Action.APPLY:
@@ -377,6 +383,8 @@ class Guard:
         self.account.guarding += time.perf_counter() - began
         verdict = self.verdicts.carry_out(step, verdict, reduced, observation)
         self._to_keep = step.applied
+        if step.applied:
+            self.checks.note_lost_updates(step)
         seconds = time.perf_counter() - step.began
         self.account.add(step, reduced, seconds=seconds, guarding=self.account.guarding)
         self.heed(reduced)
@@ -399,6 +407,8 @@ class Guard:
             streak=step.batch.streak,
             overflow=reduced.overflow,
         )
+        if reduced.lacking:
+            self.checks.name_lacking(step)
         bands = self.controller.bands()
         verdict = self.controller.observe(observation)
         step.verdict = verdict

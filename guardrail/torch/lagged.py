@@ -28,11 +28,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from msgspec import structs
 from torch import Tensor
 
 from guardrail.errors import UsageError
 from guardrail.ledger import LedgerState
-from guardrail.records import Action, Observation, Phase, Verdict
+from guardrail.records import Action, Observation, Verdict
 from guardrail.torch.attempt import Attempt
 from guardrail.torch.gate import can_leave_out
 from guardrail.torch.probes import Reduced, local
@@ -201,8 +202,7 @@ class Lagged:
     def _confirm(self, flight: Flight, reduced: Reduced) -> None:
         """The books of an applied step, as far as the next one did not need them."""
         guard, step = self._guard, flight.step
-        if guard.scheduler is not None:
-            guard.scheduler.step()
+        guard.checks.advance_schedule()
         step.applied = True
         guard.tokens += reduced.tokens
         guard.account.add(step, reduced, seconds=flight.seconds, guarding=flight.guarding)
@@ -237,7 +237,7 @@ class Lagged:
         window = verdict.window or (observation.first, observation.last)
         onset, reason = verdict.onset or observation.step, f"applied before it was judged: {verdict.reason}"
         if not guard.timelines.roll_back(window=window, onset=onset, reason=reason, verdict=verdict):
-            guard.end(Phase.HALTED, reason)
+            guard.verdicts._halt(structs.replace(verdict, reason=reason))
 
     # -- the same step again -------------------------------------------------------------------------------------
 

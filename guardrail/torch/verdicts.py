@@ -140,8 +140,7 @@ class Verdicts:
             guard.account.measured(guard.updates.after)
         if guard.loss_scale is not None:
             guard.loss_scale.update(overflow=False)
-        if guard.scheduler is not None:
-            guard.scheduler.step()
+        guard.checks.advance_schedule()
         step.applied = True
         guard.step = step.number
         guard.tokens += reduced.tokens
