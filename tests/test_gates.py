@@ -140,6 +140,7 @@ class ScriptedMailbox:
 
     history: History
     guard: Guard
+    problem = ""
 
     def __init__(self, run: RunDirectory) -> None:
         self._count = 0
