@@ -145,8 +145,10 @@ def test_a_step_that_is_not_finished_is_an_error() -> None:
         for step in loop.guard:
             loop.loss(step).backward()
     with pytest.raises(RuntimeError, match="called twice"):
-        for step in Loop().guard:
-            loss = torch.zeros(()) + 1.0
+        loop = Loop()
+        for step in loop.guard:
+            loss = loop.loss(step)
+            loss.backward()
             step.finish(loss)
             step.finish(loss)
 

@@ -1,12 +1,14 @@
 """The objective, and that a batch cut into micro-batches and ranks in any way gives the same gradient."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from trainer.config import ModelSection
 from trainer.model import Decoder
-from trainer.objectives import IGNORED, loss_sum
+from trainer.objectives import IGNORED, loss_sum, z_penalty
 
 V, T, B = 13, 6, 8
 
@@ -15,6 +17,24 @@ def labels(ignored: float, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, V, (B, T), generator=generator)
     return ids.masked_fill(torch.rand(B, T, generator=generator) < ignored, IGNORED)
+
+
+@pytest.mark.fault("A7")
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("what", ["loss", "z-loss"])
+def test_an_ignored_position_with_a_logit_that_is_not_finite_counts_for_nothing(what: str, value: float) -> None:
+    clean = torch.randn(1, 3, V, generator=torch.Generator().manual_seed(0))
+    targets = torch.tensor([[1, IGNORED, 3]])
+    spoiled = clean.clone()
+    spoiled[0, 1, 2] = value
+    results = []
+    for logits in (clean, spoiled):
+        logits.requires_grad_()
+        total = loss_sum(logits, targets)[0] if what == "loss" else z_penalty(logits, targets, 0.1)
+        (gradient,) = torch.autograd.grad(total, logits)
+        results.append((total.item(), gradient))
+    assert results[0][0] == results[1][0]
+    assert torch.equal(results[0][1], results[1][1])
 
 
 def test_loss_sum_is_the_sum_over_counted_tokens() -> None:

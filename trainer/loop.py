@@ -249,11 +249,13 @@ class Trainer:
         """(Loss sum, the same with each row's labels in another order, label tokens) of this rank's share."""
         peaks = self.qk_clip.peaks() if self.qk_clip is not None else []
         total = torch.zeros(3, device=self.device, dtype=torch.float64)
-        for micro in self._again(batch, step):
-            orders = (micro.labels, reordered(micro.labels, seeds=micro.sample_ids))
-            total += self._losses(micro.tokens, orders, micro.extra)
-        if self.qk_clip is not None:
-            self.qk_clip.put_back(peaks)
+        try:
+            for micro in self._again(batch, step):
+                orders = (micro.labels, reordered(micro.labels, seeds=micro.sample_ids))
+                total += self._losses(micro.tokens, orders, micro.extra)
+        finally:
+            if self.qk_clip is not None:
+                self.qk_clip.put_back(peaks)
         return tuple(total.tolist()) if self.config.layout.counts(self.rank) else (0.0, 0.0, 0.0)
 
     def _again(self, batch: Batch, step: int) -> list[MicroBatch]:

@@ -10,6 +10,7 @@ So the update is the same however the batch is cut into ranks and micro-batches,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,8 +34,28 @@ def loss_sum(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     logits_NV = logits.flatten(0, -2)
     if logits_NV.dtype not in (torch.float32, torch.float64):
         logits_NV = logits_NV.float()
-    total = F.cross_entropy(logits_NV, labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    labels_N = labels.flatten()
+    logits_NV = _WithoutIgnored.apply(logits_NV, labels_N)
+    total = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORED, reduction="sum")
     return total, (labels != IGNORED).sum()
+
+
+class _WithoutIgnored(torch.autograd.Function):
+    """The logits as they are; on the way back the rows of ignored labels get a gradient of zero.
+
+    torch multiplies the gradient of such a row by zero. Where its logits are not finite that is NaN, and not zero.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        ctx.save_for_backward(labels)
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (labels,) = ctx.saved_tensors
+        # In place: softmax and logsumexp have just made it, and it is as large as the logits.
+        return gradients[0].masked_fill_((labels == IGNORED)[..., None], 0.0), None
 
 
 def reordered(labels: np.ndarray, *, seeds: Sequence[int]) -> np.ndarray:
@@ -61,5 +82,5 @@ def z_penalty(logits: Tensor, labels: Tensor, weight: float) -> Tensor:
     """
     if logits.dtype not in (torch.float32, torch.float64):
         logits = logits.float()
-    log_z_BT = logits.logsumexp(-1)
-    return weight * (log_z_BT.square() * (labels != IGNORED)).sum()
+    log_z_BT = _WithoutIgnored.apply(logits, labels).logsumexp(-1)
+    return weight * torch.where(labels != IGNORED, log_z_BT.square(), 0.0).sum()

@@ -81,6 +81,7 @@ class UpdateClipping:
 
     @torch.no_grad()
     def _measure(self, optimizer: Optimizer, *_arguments: Any) -> None:
+        self._before = []  # what a step that raised has left
         trained = [(p, group) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not trained:
             return

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
+from guardrail.errors import UsageError
 from guardrail.torch.probes import Reduced, local
 
 # State of torch's own optimizers, and of those that name theirs alike, that sums up past gradients.
@@ -38,6 +43,29 @@ class Gate:
         self.parameters = list(parameters)
         self.embedding = list(embedding)
         self.clip = clip
+        self._ours = {id(p) for one in self.optimizers for group in one.param_groups for p in group["params"]}
+        self._stepping = False
+        self._hook: RemovableHandle | None = None
+
+    def open(self) -> None:
+        """From now on until `close`, refuse every step on these parameters that is not taken here."""
+        self._hook = self._hook or register_optimizer_step_pre_hook(self._refuse_step)
+
+    def close(self) -> None:
+        """Let the loop step its optimizers again; harmless when called again."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def _refuse_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """Before any optimizer steps, whoever calls it. Raises UsageError before a parameter has changed."""
+        if self._stepping:
+            return
+        if any(id(p) in self._ours for group in optimizer.param_groups for p in group["params"]):
+            raise UsageError(
+                f"the loop called {type(optimizer).__name__}.step() itself, before the guard had judged the step: "
+                "step.finish(loss) steps the optimizer. Remove optimizer.step() (or scaler.step) from the loop"
+            )
 
     def factor(self, reduced: Reduced, *, embed_alpha: float = 1.0, clip: float = 1.0) -> float:
         """What all gradients are multiplied by: token weighting and clipping in one pass. Once an applied update.
@@ -78,20 +106,36 @@ class Gate:
             self._scale(self.embedding, embed_alpha)
         if isinstance(factor, Tensor) or factor != 1.0:
             self._scale(self.parameters, factor)
-        rates: list[tuple[dict[str, Any], Any]] = []
-        if lr_factor != 1.0:
+        with self._own_step(), self._rates_times(lr_factor):
             for optimizer in self.optimizers:
-                for group in optimizer.param_groups:
-                    rates.append((group, group["lr"]))
-                    group["lr"] = group["lr"] * lr_factor
-        for optimizer in self.optimizers:
-            if unless is None:
-                optimizer.step()
-            else:
-                _step_unless(optimizer, unless)
-        for group, rate in rates:
-            group["lr"] = rate
+                if unless is None:
+                    optimizer.step()
+                else:
+                    _step_unless(optimizer, unless)
         self.leave_out()
+
+    @contextlib.contextmanager
+    def _own_step(self) -> Iterator[None]:
+        self._stepping = True
+        try:
+            yield
+        finally:
+            self._stepping = False
+
+    @contextlib.contextmanager
+    def _rates_times(self, factor: float) -> Iterator[None]:
+        """Within it, the learning rates are multiplied by `factor`. They are put back even if an optimizer raises."""
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        rates = [group["lr"] for group in groups]
+        try:
+            if factor != 1.0:
+                for group, rate in zip(groups, rates, strict=True):
+                    group["lr"] = rate * factor
+            yield
+        finally:
+            if factor != 1.0:
+                for group, rate in zip(groups, rates, strict=True):
+                    group["lr"] = rate
 
     @torch.no_grad()
     def reset_moments(self) -> None:

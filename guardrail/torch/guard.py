@@ -36,6 +36,7 @@ from guardrail.torch.checkpoints import CheckpointStore
 from guardrail.torch.desk import Desk
 from guardrail.torch.gate import Gate
 from guardrail.torch.lagged import Lagged
+from guardrail.torch.loop_checks import LoopChecks
 from guardrail.torch.pace import Meter, Pace
 from guardrail.torch.probes import Probes, Reduced
 from guardrail.torch.quarantine import Describe, Quarantine
@@ -167,6 +168,7 @@ class Guard:
         self.desk = Desk(self)
         self.replays = self._replays(replay, structure) if replay is not None else None
         self.account = Account(self)
+        self.checks = LoopChecks(self)
         self.quarantine = Quarantine(self, describe)
         self.timelines = Timelines(self, fixed_loss=fixed_loss, lr_at=lr_at, identity=identity or {})
         self.verdicts = Verdicts(self, texts=texts, tokens=tokens, rerun=rerun)
@@ -179,6 +181,8 @@ class Guard:
         self.lagged = Lagged(self) if settings.guard.gate == "lagged" else None
         self._to_keep = False  # an update was applied and the tiers do not know of it yet
         self._command = (0, 0.0)  # agreed on in the last reduction, carried out between two steps
+        self._stop = 0  # ranks that were asked to stop, by the same reduction
+        self._resting = False  # the loop is in the rest of its body, after a step that was not applied
         self.incident: int | None = None  # that the present step belongs to
         self._data_size: int | None = None  # samples of which the guard may leave a share out
         self._effects: tuple[tuple[int, int], Effects] | None = None  # the last ones, and what they hold for
@@ -194,6 +198,7 @@ class Guard:
         try:
             self.open()
             while self.phase is None:
+                self._discard_rest()
                 kept = self.keep()
                 self._obey()
                 if self.phase is not None:
@@ -243,10 +248,11 @@ class Guard:
         return time.perf_counter() - began
 
     def _obey(self) -> None:
-        """Carry out the command that came with the last step."""
-        kind, value = self._command
-        self._command = (0, 0.0)
-        if kind:
+        """Carry out the stop or the command that came with the last step."""
+        (kind, value), self._command = self._command, (0, 0.0)
+        if self._stop:
+            self.end(Phase.STOPPED, f"asked to stop by a signal on {self._stop} of {self.world} ranks")
+        elif kind:
             self.desk.execute(list(CommandKind)[kind - 1], value)
 
     @property
@@ -286,6 +292,7 @@ class Guard:
             },
             self.gathered,
         )
+        self.gate.open()
         if self.run is not None:
             if self.heartbeat is None:
                 self.heartbeat = Heartbeat(self.run, self.rank).start()
@@ -342,6 +349,8 @@ class Guard:
     def close(self) -> None:
         """Release threads and files. Part of the iteration's `finally`; harmless when called again."""
         self.pace.close()
+        self.probes.close()
+        self.gate.close()
         self.desk.close()
         self.tiers.close()
         self.recorder.close()
@@ -365,6 +374,7 @@ class Guard:
         began = time.perf_counter()
         lagged = self.lagged
         if lagged is not None and not lagged.land():
+            self._expect_rest()
             return None
         vector = self.probes.launch(
             loss if nominal is not None else loss * tokens,
@@ -383,7 +393,21 @@ class Guard:
             lagged.launch(step, vector, ceilings, nominal=nominal)
             return None
         scale = self.loss_scale.value if self.loss_scale is not None else None
-        return self._finish(step, self.probes.unpack(vector.tolist(), nominal, scale), began)
+        verdict = self._finish(step, self.probes.unpack(vector.tolist(), nominal, scale), began)
+        if not step.applied:
+            self._expect_rest()
+        return verdict
+
+    def _expect_rest(self) -> None:
+        """A step is not applied, and its loop body may go on to draw random numbers: remember how things stand."""
+        self.attempt.begin()
+        self._resting = True
+
+    def _discard_rest(self) -> None:
+        """Undo what the loop did after `finish` with a step that was not applied: the next try begins without it."""
+        if self._resting:
+            self._resting = False
+            self.attempt.undo()
 
     def _finish(self, step: Step, computed: Reduced, began: float) -> Verdict | None:
         """Judge what the host has read, and carry the verdict out."""
@@ -391,6 +415,7 @@ class Guard:
         if reduced.incomplete:
             self.end_incomplete()
             return None
+        self.checks.refuse_without_gradients(step, computed)
         before = self.controller.state_dict() if reduced is not computed else None
         observation, verdict = self.judge(step, reduced, lr=self.rate(step.number))
         if before is not None and verdict.action is Action.APPLY:
@@ -401,6 +426,8 @@ class Guard:
         self.account.guarding += time.perf_counter() - began
         verdict = self.verdicts.carry_out(step, verdict, reduced, observation)
         self._to_keep = step.applied
+        if step.applied:
+            self.checks.note_lost_updates(step)
         seconds = time.perf_counter() - step.began
         self.account.add(step, reduced, seconds=seconds, guarding=self.account.guarding)
         if verdict.findings:
@@ -425,6 +452,8 @@ class Guard:
             streak=step.batch.streak,
             overflow=reduced.overflow,
         )
+        if reduced.lacking:
+            self.checks.name_lacking(step)
         bands = self.controller.bands()
         verdict = self.controller.observe(observation)
         step.verdict = verdict
@@ -433,14 +462,12 @@ class Guard:
             self.lagged.saw(observation.signals)
         return observation, verdict
 
-    def heed(self, reduced: Reduced) -> bool:
-        """A command or a stop that came with a step's numbers; returns whether there was any."""
-        self._command = (0, 0.0) if self.desk.obeyed else (reduced.command_kind, reduced.command_value)
+    def heed(self, reduced: Reduced) -> None:
+        """Keep a command or a stop that came with a step's numbers until the loop has done with the step."""
+        command = (reduced.command_kind, reduced.command_value)
+        self._command, self._stop = (0, 0.0) if self.desk.obeyed else command, reduced.stop
         self.desk.obeyed = False
         self.tiers.note_failures(reduced.failed_saves)
-        if reduced.stop and self.phase is None:
-            self.end(Phase.STOPPED, f"asked to stop by a signal on {reduced.stop} of {self.world} ranks")
-        return bool(reduced.command_kind or reduced.stop)
 
     def applied(self) -> None:
         """An update was applied; the tiers hear of it when the loop has done with the step."""

@@ -13,7 +13,8 @@ where a number is not below its own. The host goes on to the next step, and read
 So a rejected or noted step costs two more, a healthy one no wait, and nothing is copied. The host also waits for a step
 that something follows which needs its outcome: a snapshot, a checkpoint, an evaluation, the end; and while no ceilings
 can be given (the first steps, an open incident, a remedy on the embedding). A command or a stop signal that came with a
-step is found one step later, and drops that one.
+step is found one step later. The step that was computed meanwhile is dropped first, with all that the loop did in it:
+what is then saved, restored or shown to a user is the state after the step that the command came with.
 
 The results are those of the gate that waits, bit by bit, where computing a batch twice gives the same bits.
 """
@@ -167,29 +168,32 @@ class Lagged:
     # -- the step before it --------------------------------------------------------------------------------------
 
     def land(self) -> bool:
-        """Read the numbers of the step in flight, if any. False: what was computed behind it does not count."""
+        """Read the numbers of the step in flight, if any. False: what was computed after it does not count."""
         flight, self.flight = self.flight, None
         if flight is None:
             return True
         if flight.arrived is not None:
             flight.arrived.synchronize()  # the device is one step further on: it has work while the host waits
         guard = self._guard
+        computed_after = guard.attempt is not flight.attempt  # whether the next step was computed meanwhile
         *values, applied = flight.told.tolist()
         reduced = guard.probes.unpack(values, flight.nominal, None)
-        behind = guard.attempt is not flight.attempt  # whether a step was computed behind it
         if not applied:
-            self._take_back(flight, reduced, behind=behind)
+            self._take_back(flight, reduced, computed_after=computed_after)
             return False
         observation, verdict = guard.judge(flight.step, reduced, lr=flight.lr)
-        self._confirm(flight, reduced)
         late = verdict.action is not Action.APPLY
+        if computed_after and (late or reduced.is_request):
+            # First of all: RNG state and buffers must be those of the landed step before they are saved or restored.
+            self._drop(flight.step.number + 1)
+        self._confirm(flight, reduced)
         if late:
             self._too_late(flight.step, observation, verdict)
         else:
             guard.verdicts.noted(flight.step, verdict)
-        if late or guard.heed(reduced):
-            if behind:
-                self._drop(flight.step.number + 1)
+            guard.applied()
+        guard.heed(reduced)
+        if late or reduced.is_request:
             return False
         guard.keep()
         return True
@@ -197,17 +201,15 @@ class Lagged:
     def _confirm(self, flight: Flight, reduced: Reduced) -> None:
         """The books of an applied step, as far as the next one did not need them."""
         guard, step = self._guard, flight.step
-        if guard.scheduler is not None:
-            guard.scheduler.step()
+        guard.checks.advance_schedule()
         step.applied = True
         guard.tokens += reduced.tokens
         guard.account.add(step, reduced, seconds=flight.seconds, guarding=flight.guarding)
-        guard.applied()
 
-    def _take_back(self, flight: Flight, reduced: Reduced, *, behind: bool) -> None:
+    def _take_back(self, flight: Flight, reduced: Reduced, *, computed_after: bool) -> None:
         """The update was left out: back to where its step began, which is formed again."""
         guard = self._guard
-        if behind:
+        if computed_after:
             self._drop(flight.step.number)
             guard.attempt, self._spare = self._spare, guard.attempt
         self._first = reduced, guard.probes.own

@@ -11,7 +11,7 @@ poisons the sums that it belongs to and nothing else; flags stay finite and name
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,11 +20,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
 
 from guardrail.errors import UsageError
 from guardrail.records import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS, LOSS_SCALE, UPDATE_NORM
 
-HEAD = ("loss_sum", "tokens", "grad_sq", "embed_sq", "command_kind", "command_value", "stop", "incomplete")
+HEAD = (
+    "loss_sum",
+    "tokens",
+    "grad_sq",
+    "embed_sq",
+    "command_kind",
+    "command_value",
+    "stop",
+    "incomplete",
+    "graded",
+    "lacking",
+)
 _HALVES = (torch.float16, torch.bfloat16)
 _MANY = 4096  # small tensors kept before they are added up, in a long window of micro-batches
 FLAGS = ("nonfinite_loss", "nonfinite_grad", "nonfinite_local")
@@ -80,6 +92,7 @@ class Reduced:
         command_kind: 0, or 1 + index of the CommandKind; command_value its argument.
         stop, incomplete: ranks that were asked to stop; ranks that left micro-batches out because of it.
         failed_saves: by rank, the number of its last save that failed, counting from 1; 0: none.
+        graded, lacking: ranks on which some parameter has a gradient; ranks on which one has none that had one before.
         further: signal -> value, of what is measured besides; a number that no rank gave is not there.
     """
 
@@ -99,7 +112,14 @@ class Reduced:
     stop: int
     incomplete: int
     failed_saves: tuple[int, ...] = ()
+    graded: int = 1
+    lacking: int = 0
     further: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def is_request(self) -> bool:
+        """Whether a command or a stop came with the step."""
+        return bool(self.command_kind or self.stop)
 
     def signals(self) -> dict[str, float]:
         return {
@@ -149,6 +169,12 @@ class Probes:
         self._is_embedding = [id(p) in embeddings for p in self.parameters]
         wrappers = ("module.", "_orig_mod.")
         self._names = {id(p): _without(name, wrappers) for name, p in model.named_parameters()}
+        self._model_parameters = list(model.parameters())
+        self.all_names = frozenset(self._names.values())
+        if not self.parameters:
+            raise UsageError(
+                "no parameter of the model requires a gradient: is everything frozen, or is this another model?"
+            )
         home = local(self.parameters[0]).device  # the host, for offloaded parameters
         self.device = device = home if device is None else device
         # Apple's MPS has no float64; there the sums are float32.
@@ -171,10 +197,14 @@ class Probes:
         self._rank_slots = self._named_slots + 2 * len(self.named)
         self._length = self._rank_slots + world * len(PER_RANK)  # roots stand behind it
         self._own_slots = self._rank_slots + rank * len(PER_RANK)
+        self._graded = [False] * len(self.parameters)  # whether each has had a gradient
+        self.lacking: list[int] = []  # parameters that had one and have none now
+        self._named_lacking: set[int] = set()
         self._own_norms: list[Tensor] = []  # of gradients that no rank has reduced yet; fp32, 0-d
         # Of the last reduction, on the device: this rank's loss sum, the squared norm of its (shards of the) reduced
         # gradients, and the sum of its parameters' gradient norms from before the ranks reduced them.
         self.own = torch.zeros(3, dtype=self.dtype, device=device)
+        self._hooks: list[RemovableHandle] = []
         if locate and world > 1:
             self._watch(model)
 
@@ -196,7 +226,7 @@ class Probes:
                 for parameter in module._parameters.values():
                     if parameter is not None and parameter.requires_grad and id(parameter) not in hooked:
                         hooked.add(id(parameter))
-                        parameter.register_hook(self._add_own)
+                        self._hooks.append(parameter.register_hook(self._add_own))
             if group is not None:
                 group.reshard()
 
@@ -205,6 +235,12 @@ class Probes:
         self._own_norms.append(norm_of(local(gradient).detach()))
         if len(self._own_norms) >= _MANY:
             self._own_norms = [self._own_norm()]
+
+    def close(self) -> None:
+        """Take the hooks off the model; harmless when called again."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def _own_norm(self) -> Tensor:
         """Sum of this rank's own gradient norms so far."""
@@ -231,6 +267,7 @@ class Probes:
         failed_save: int = 0,
         named: Mapping[str, Tensor | float] | None = None,
         update_square: Tensor | None = None,
+        replayed: bool = False,
     ) -> Tensor:
         """The one all-reduce: the packed vector with the roots of its squares, on the device, the same on every rank.
         Waits for nothing there.
@@ -241,6 +278,7 @@ class Probes:
             failed_save: number of this rank's last save that failed, counting from 1; 0: none.
             named: further numbers of this rank, 0-d; the mean over the counting ranks that give one is the signal.
             update_square: of `UpdateNorm`; None: no update is known.
+            replayed: the gradients are those of a replay, so that nothing is concluded from one that is missing.
 
         Raises:
             UsageError: a number that was not announced: ranks must agree on what they reduce.
@@ -271,6 +309,8 @@ class Probes:
         # Host numbers travel in one copy, device numbers join them there: no wait on a device before the reduction.
         host = [0.0] * self._length
         host[HEAD.index("command_kind")], host[HEAD.index("command_value")] = float(command[0]), command[1]
+        host[HEAD.index("graded")] = float(bool(gradients))
+        host[HEAD.index("lacking")] = float(not (incomplete or replayed) and self._lacks_gradients(present))
         host[HEAD.index("stop")], host[HEAD.index("incomplete")] = float(stop), float(incomplete)
         host[self._own_slots + PER_RANK.index("step_time")] = step_time
         host[self._own_slots + PER_RANK.index("failed_save")] = float(failed_save)
@@ -298,6 +338,35 @@ class Probes:
         at = HEAD.index("grad_sq")
         update = vector[self._rank_slots - 2 : self._rank_slots - 1] if UPDATE_NORM in self.named else vector[:0]
         return torch.cat([vector[at : at + 2], vector[self._block_slots : self._named_slots], update])
+
+    def _lacks_gradients(self, present: list[bool]) -> bool:
+        """Whether a parameter that had a gradient in some step has none now, and has not been named for it yet."""
+        if present == self._graded:
+            return False
+        pairs = list(zip(self._graded, present, strict=True))
+        lost = {at for at, (before, now) in enumerate(pairs) if before and not now}
+        self.lacking = sorted(lost - self._named_lacking)
+        self._graded = [before or now for before, now in pairs]
+        return bool(self.lacking)
+
+    def take_lacking(self) -> list[str]:
+        """Names of the parameters that `Reduced.lacking` is about; each is given once."""
+        names = [self._names[id(self.parameters[at])] for at in self.lacking]
+        self._named_lacking.update(self.lacking)
+        self.lacking = []
+        return names
+
+    def expect_gradients(self, without: Collection[str]) -> None:
+        """Take it that every parameter but these has had a gradient, as in the run that is resumed."""
+        self._graded = [self._names[id(p)] not in without for p in self.parameters]
+
+    def frozen(self) -> list[str]:
+        """Names of the parameters of the model that are not trained now."""
+        return sorted(self._names[id(p)] for p in self._model_parameters if not p.requires_grad)
+
+    def without_gradient(self) -> list[str]:
+        """Names of the parameters that have had no gradient in any step so far."""
+        return [self._names[id(p)] for p, graded in zip(self.parameters, self._graded, strict=True) if not graded]
 
     def forget(self) -> None:
         """The gradients of this step will not be reduced: drop what the hooks have added up of them."""
@@ -393,6 +462,8 @@ class Probes:
             stop=int(sums["stop"]),
             incomplete=int(sums["incomplete"]),
             failed_saves=tuple(int(block[PER_RANK.index("failed_save")]) for block in blocks),
+            graded=int(sums["graded"]),
+            lacking=int(sums["lacking"]),
             further=self._further(values, scale),
         )
 

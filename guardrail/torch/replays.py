@@ -140,6 +140,7 @@ class Replays:
                 nominal_tokens=nominal,
                 step_time=0.0,
                 loss_scale=self._loss_scale(),
+                replayed=True,
             )
         return pass_of(reduced, what=what)
 
@@ -151,9 +152,9 @@ class Replays:
         live = self.state.tensors()
         held = {name: live[name].cpu().clone() for name in names}
         snapshot.wait()
-        self._put({name: snapshot.tensors[name] for name in names})
-        self._away = True
         try:
+            self._put({name: snapshot.tensors[name] for name in names})
+            self._away = True
             yield
         finally:
             self._away = False

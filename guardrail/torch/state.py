@@ -238,10 +238,7 @@ class TrainingState:
         for optimizer, groups in zip(self.optimizers, scalars["groups"], strict=True):
             for group, saved in zip(optimizer.param_groups, groups, strict=True):
                 for key, value in plain.decode(saved["values"]).items():
-                    if isinstance(group.get(key), Tensor):  # a compiled or captured step reads it where it lies
-                        group[key].copy_(torch.as_tensor(value))
-                    else:
-                        group[key] = value
+                    set_group_value(group, key, value)
         for name, numbers in scalars["state"]["numbers"].items():
             if name not in self._groups:
                 continue  # of another stage
@@ -357,6 +354,14 @@ class TrainingState:
         """Whether these optimizers keep no tensors by nature, such as SGD without momentum; None: no way to know."""
         answers = [moments.keeps_tensors(optimizer) for optimizer in self.optimizers]
         return False if True in answers else None if None in answers else True
+
+
+def set_group_value(group: dict[str, Any], key: str, value: Any) -> None:
+    """Change a setting of a parameter group; a tensor in place, where a compiled or captured step reads it."""
+    if isinstance(group.get(key), Tensor):
+        group[key].copy_(torch.as_tensor(value))
+    else:
+        group[key] = value
 
 
 def refuse(problems: Iterable[str]) -> None:

@@ -6,20 +6,24 @@ import math
 import secrets
 import socket
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from guardrail.errors import UsageError
-from guardrail.records import Phase, Span, Verdict
+from guardrail.records import MAX_NAMED, Phase, Span, Verdict
 from guardrail.torch import rng
 from guardrail.torch.account import VERSIONS
 from guardrail.torch.quarantine import amount
 from guardrail.torch.tiers import Restored, Target
+from guardrail.torch.written import WrittenSettings
 from guardrail.undoing import Undoing
 
 if TYPE_CHECKING:
     from guardrail.torch.guard import Guard
+
+AHEAD = 8  # samples after the cursor that a checkpoint remembers
 
 
 class Timelines:
@@ -41,10 +45,13 @@ class Timelines:
     ) -> None:
         self._guard = guard
         self._fixed_loss, self._lr_at, self.identity = fixed_loss, lr_at, identity
+        self._written: WrittenSettings | None = None
+        self._first_timeline: int | None = None  # of this start
 
     def open(self) -> None:
         """Begin, or go on where the newest valid checkpoint and the journal say."""
         guard = self._guard
+        self._written = WrittenSettings(guard.state)
         restored = guard.tiers.resume(guard.past)
         if guard.past.started is None and restored is None:
             self._begin()
@@ -53,6 +60,7 @@ class Timelines:
 
     def _begin(self) -> None:
         guard = self._guard
+        self._first_timeline = guard.timeline
         guard.say(
             "started",
             f"training begins on {guard.world} rank{'s' if guard.world > 1 else ''}",
@@ -74,11 +82,13 @@ class Timelines:
         guard = self._guard
         check: dict[str, str] = {}
         if restored is not None:
+            self._refuse_other_order(restored.extra)
+            saved_rate = float(guard.optimizers[0].param_groups[0]["lr"])
             self._adopt(restored.extra)
             guard.controller.resumed()
-            check = restored.check | self._check_resume(restored.extra)
+            check = restored.check | self._check_resume(restored.extra, saved_rate)
         guard.controller.incidents.rewind(guard.step, same_steps=True)
-        guard.timeline = guard.past.timeline + 1
+        guard.timeline = self._first_timeline = guard.past.timeline + 1
         where = f"checkpoint {restored.name}" if restored else "the beginning: no valid checkpoint was found"
         guard.say(
             "restarted",
@@ -96,16 +106,17 @@ class Timelines:
             self.facts, past=guard.past, good=restored is None or restored.good, saved=restored is not None
         )
 
-    def _check_resume(self, extra: dict[str, Any]) -> dict[str, str]:
+    def _check_resume(self, extra: dict[str, Any], saved_rate: float) -> dict[str, str]:
         """Which of schedule, data order and loss differ from what the checkpoint says (weights: see TrainingState)."""
         guard = self._guard
         check = {}
         if self._lr_at is not None:
-            have, want = float(guard.optimizers[0].param_groups[0]["lr"]), self._lr_at(guard.step + 1)
-            good = math.isclose(have, want, rel_tol=0.01)
-            check["schedule"] = "ok" if good else f"learning rate {have:.4g}, the schedule says {want:.4g}"
-        ahead = self._order_ahead()
-        check["data"] = "ok" if extra.get("order_ahead") == ahead else "the sample order is another one"
+            want = self._lr_at(guard.step + 1)
+            good = math.isclose(saved_rate, want, rel_tol=0.01)
+            check["schedule"] = "ok" if good else f"learning rate {saved_rate:.4g}, the schedule says {want:.4g}"
+        check["data"] = "ok"
+        if "frozen" in extra:
+            check["trained"] = self._check_trained(extra)
         same = extra.get("world") == guard.world  # ranks and configuration: then the arithmetic is the same to the bit
         for key, value in self.identity.items():
             saved = extra.get("identity", {}).get(key, value)
@@ -124,9 +135,48 @@ class Timelines:
             check["loss"] = "ok" if good else f"fixed batch gives {now!r}, was {stored!r}"
         return check
 
+    def _refuse_other_order(self, extra: dict[str, Any]) -> None:
+        """Raise UsageError where positions that the run has passed would hold other samples now."""
+        guard = self._guard
+        order, cursor = guard.ledger.order, int(extra["cursor"])
+        started = guard.past.started or {}
+        was = extra.get("order") or {"samples": started.get("samples"), "seed": started.get("order_seed")}
+        if not cursor and not guard.past.spans:
+            return
+        ahead = order.samples(cursor, cursor + AHEAD)
+        changed = [
+            f"{name} is {now} and was {was[name]} when step {extra['step']} was saved"
+            for name, now in self._order_facts().items()
+            if was.get(name) is not None and was[name] != now
+        ]
+        if not changed and extra.get("order_ahead", ahead) != ahead:
+            changed = [f"the samples from position {cursor} on are {ahead} and were {extra['order_ahead']}"]
+        if changed:
+            raise UsageError(
+                f"the sample order has changed: {'; '.join(changed)}. The rest of the epoch would repeat some samples "
+                "and never show others. Resume with the saved order (data.seed, data.order, the same data), or begin a "
+                "new run"
+            )
+
+    def _order_facts(self) -> dict[str, Any]:
+        order = self._guard.ledger.order
+        return {"samples": order.n_samples, "seed": order.seed, "shuffled": order.shuffled}
+
+    def _check_trained(self, extra: dict[str, Any]) -> str:
+        """Whether the same parameters are trained as in the run that saved; gradients are watched from here on."""
+        probes = self._guard.probes
+        probes.expect_gradients(without=extra["without_gradient"])
+        saved, now = set(extra["frozen"]) & probes.all_names, set(probes.frozen())
+        differ = [f"{name} was trained and is frozen now" for name in sorted(now - saved)]
+        differ += [f"{name} was frozen and is trained now" for name in sorted(saved - now)]
+        if not differ:
+            return "ok"
+        rest = f", and {len(differ) - MAX_NAMED} more" if len(differ) > MAX_NAMED else ""
+        return ", ".join(differ[:MAX_NAMED]) + rest
+
     def _order_ahead(self) -> list[int]:
         ledger = self._guard.ledger
-        return ledger.order.samples(ledger.cursor, ledger.cursor + 8)
+        return ledger.order.samples(ledger.cursor, ledger.cursor + AHEAD)
 
     def roll_back(
         self,
@@ -248,13 +298,32 @@ class Timelines:
         guard = self._guard
         guard.step = int(extra["step"])
         guard.tokens = int(extra["tokens"])
+        self._take_written(extra)
         guard.ledger.restore(extra["ledger"])
         guard.controller.load_state_dict(extra["controller"])
+        guard.checks.schedule_restored()
         rng.restore(extra["rng"])
         if guard.updates is not None:
             # A rank's own part, which means nothing among another number of ranks.
             guard.updates.restore(
                 extra.get("update_square") if extra.get("world", guard.world) == guard.world else None
+            )
+
+    def _take_written(self, extra: dict[str, Any]) -> None:
+        """Use and name settings that were changed since an earlier start has saved this state.
+
+        A state of this start has none, and is restored exactly.
+        """
+        assert self._written is not None
+        if self._first_timeline is not None and extra["timeline"] >= self._first_timeline:
+            return
+        differences = self._written.take(extra.get("written"), step=self._guard.step)
+        if differences:
+            sentences = "; ".join(difference.sentence() for difference in differences)
+            self._guard.say(
+                "note",
+                f"settings that are not those of the checkpoint: {sentences}",
+                settings=[asdict(difference) for difference in differences],
             )
 
     def facts(self, checkpoint: bool = False) -> dict[str, Any]:
@@ -272,10 +341,18 @@ class Timelines:
         if guard.updates is not None:
             facts["update_square"] = guard.updates.facts()
         if checkpoint:
+            assert self._written is not None
             # What the journal on disk does not have yet, nothing can be held against.
             journal = {} if guard.recorder.behind else {"journal_seq": guard.past.seq}
-            identity = {**self.identity, "run_id": guard.past.run_id, **journal}
-            facts |= {"world": guard.world, "order_ahead": self._order_ahead(), "identity": identity}
+            facts |= {
+                "world": guard.world,
+                "order": self._order_facts(),
+                "order_ahead": self._order_ahead(),
+                "identity": {**self.identity, "run_id": guard.past.run_id, **journal},
+                "written": self._written.facts(),
+                "frozen": guard.probes.frozen(),
+                "without_gradient": guard.probes.without_gradient(),
+            }
             if self._fixed_loss is not None:
                 facts["fixed_loss"] = self._fixed_loss()
         return facts

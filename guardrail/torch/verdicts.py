@@ -62,12 +62,7 @@ class Verdicts:
         verdict = self._reconsidered(step, verdict, reduced, observation)
         named = self._attribution(step.batch, verdict)
         verdict = self._within_share(step, verdict, named)
-        if verdict.findings:
-            self._explain(step, verdict, evidence)
-        if verdict.incident_state:
-            message, data = guard.controller.incident_line(verdict)
-            guard.say("incident", message, **data)
-        guard.tiers.withdraw(guard.controller.incidents.since)
+        self._record(step, verdict, evidence)
         match verdict.action:
             case Action.APPLY:
                 self._apply(step, reduced)
@@ -89,8 +84,17 @@ class Verdicts:
     def noted(self, step: Step, verdict: Verdict) -> None:
         """Put on the record what was found about a step that is applied already."""
         self._guard.incident = verdict.incident
+        self._record(step, verdict, {})
+
+    def _record(self, step: Step, verdict: Verdict, evidence: dict[str, Any]) -> None:
+        """Write what was found, and what it means for an incident."""
+        guard = self._guard
         if verdict.findings:
-            self._explain(step, verdict, {})
+            self._explain(step, verdict, evidence)
+        if verdict.incident_state:
+            message, data = guard.controller.incident_line(verdict)
+            guard.say("incident", message, **data)
+        guard.tiers.withdraw(guard.controller.incidents.since)
 
     def _reconsidered(self, step: Step, verdict: Verdict, reduced: Reduced, observation: Observation) -> Verdict:
         """The verdict in the light of its incident's cause, which is on the record before anything takes effect."""
@@ -140,8 +144,7 @@ class Verdicts:
             guard.account.measured(guard.updates.after)
         if guard.loss_scale is not None:
             guard.loss_scale.update(overflow=False)
-        if guard.scheduler is not None:
-            guard.scheduler.step()
+        guard.checks.advance_schedule()
         step.applied = True
         guard.step = step.number
         guard.tokens += reduced.tokens
