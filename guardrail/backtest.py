@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from guardrail.config import GuardSection
+from guardrail.config import GuardSection, checked_guard
 from guardrail.controller import Controller
 from guardrail.importers.log import Log
 from guardrail.incidents import CLOSED
@@ -145,7 +145,11 @@ def backtest(log: Log, settings: GuardSection, *, own: bool = False, watch: Watc
     Args:
         own: `log` is a run directory and `settings` are its own: judge it as it was live.
         watch: called before each row that is judged.
+
+    Raises:
+        ConfigError: settings that cannot be.
     """
+    settings = checked_guard(settings)
     result = Result(path=log.path, format=log.format, steps=log.steps, names=log.names)
     began = time.perf_counter()
     if log.folder is not None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from guardrail.commands.common import given_columns, json_option, print_json
+from guardrail.text import visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -120,12 +121,25 @@ def _labels(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             labels = json.load(file)
+    except RecursionError as error:
+        raise click.UsageError(f"--labels {path}: not JSON (too many brackets within each other)") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or f"not JSON ({error})"
         raise click.UsageError(f"--labels {path}: {reason}") from error
     if not isinstance(labels, dict):
         raise click.UsageError(f"--labels {path}: expected an object with one entry for each run")
+    for name, label in labels.items():
+        if not name.startswith("_"):
+            _check_label(label, f"--labels {path}: {visible(name, 80)}")
     return labels
+
+
+def _check_label(label: Any, place: str) -> None:
+    """Refuse an entry that `scoring.score` could not read."""
+    from guardrail.scoring import why_no_label
+
+    if reason := why_no_label(label):
+        raise click.UsageError(f"{place}: {visible(reason, 200)}")
 
 
 def _score(labels: dict[str, Any], results: list[Result]) -> tuple[dict[str, Any], dict[str, Marks]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -104,16 +105,20 @@ def _records(lines: Iterable[bytes]) -> Iterator[dict[str, Any] | None]:
             continue
         try:
             record = loads(line)
+            several = record if isinstance(record, list) else [record]
+            records = [flat(one) if isinstance(one, dict) else None for one in several]
         except (ValueError, RecursionError):
             yield None
             continue
-        for one in record if isinstance(record, list) else [record]:
-            yield flat(one) if isinstance(one, dict) else None
+        yield from records
 
 
 def _value(value: Any) -> float | None:
     if isinstance(value, bool):
         return None
     if isinstance(value, (int, float)):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # a whole number of hundreds of digits
+            return math.inf if value > 0 else -math.inf
     return number(value) if isinstance(value, str) else None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from guardrail.errors import DataError
-from guardrail.importers.log import Log, number
+from guardrail.importers.log import Log, number, whole
 from guardrail.records import GRAD_NORM, LOSS, LOSS_SCALE
 from guardrail.text import clean
 
@@ -95,7 +95,9 @@ def read(path: Path, shown: str, columns: Mapping[str, str]) -> list[Log]:
             told = match.groupdict()
             step = told.pop("step", None)
             cells = {signal: value for signal, text in told.items() if text and (value := number(text)) is not None}
-            log.add(len(log) + 1 if step is None else int(step.replace(",", "")), cells)
+            counted = len(log) + 1 if step is None else whole(number(step))
+            if counted is not None:
+                log.add(counted, cells)
     log.names = {signal: signal for signal in log.columns}
     return [log.finish()]
 
