@@ -112,14 +112,11 @@ def test_any_override(key: str, value: str) -> None:
         (b"[" + b".".join([b"a"] * 3000) + b"]", "expected at most 24 levels of tables and lists"),
         (b"[train]\nsteps = " + b"9" * 5000, "expected valid TOML (a number with too many digits)"),
         (b"[train]\nsteps = " + b"9" * 100, "train.steps = 999999"),
-        (b"[run]\nname = 'a\x00b'", "expected valid TOML ("),
         (b'[run]\nname = "a\\u0000b"', r"run.name = 'a\x00b': expected text without the character '\x00'"),
         (b'[run]\nname = "\\u001b[2J"', r"run.name = '\x1b[2J': expected text without the character '\x1b'"),
         (b'[run]\nnam = "' + b"x" * 5000 + b'"', "run.nam = 'xxxxxxxx"),
         (b'[run]\n"' + b"y" * 5000 + b'" = 3', "run.yyyyyyyyyyyyyyyy"),
         (b'[run]\n"\\u202eevil" = 3', r"run.\u202eevil = 3: expected a known key"),
-        ("[run]\nname = 'é'".encode("latin-1"), "expected a readable TOML file (not UTF-8 text)"),
-        ("[run]\nname = 'a'".encode("utf-16"), "expected a readable TOML file (not UTF-8 text)"),
         (b"x = 1\n" * 800_000, "expected a TOML file of at most 4 MiB"),
     ],
     ids=lambda value: "" if isinstance(value, bytes) else value[:40],
@@ -131,6 +128,24 @@ def test_files_that_no_one_would_write(tmp_path: Path, content: bytes, message: 
         load(file)
     check_message(str(caught.value))
     assert message in str(caught.value) and "c.toml" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[run]\nname = 'a\x00b'", "expected valid TOML ("),
+        ("[run]\nname = 'é'".encode("latin-1"), "expected a readable TOML file (not UTF-8 text)"),
+        ("[run]\nname = 'a'".encode("utf-16"), "expected a readable TOML file (not UTF-8 text)"),
+    ],
+    ids=["nul", "latin", "utf16"],
+)
+def test_files_that_are_no_toml(tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "c.toml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load(file)
+    check_message(str(caught.value))
+    assert message in str(caught.value)
 
 
 def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
@@ -150,7 +165,6 @@ def check_mutations(file: Path, count: int, folder: Path) -> None:
             raise AssertionError(f"mutation {number} of {file.name}: {error!r}") from error
 
 
-@pytest.mark.fault("R11")
 def test_mutations_of_a_shipped_file(tmp_path: Path) -> None:
     for file in CONFIGS:
         check_mutations(file, 5, tmp_path)
@@ -249,12 +263,10 @@ ARGUMENTS = st.sampled_from(list(COMMANDS)).flatmap(
 @example(("backtest", ("log.csv", "--labels", "good.toml")))
 @example(("backtest", ("log.csv", "--column", "x" * 5000)))
 @example(("backtest", ("no\x00such",)))
-@example(("backtest", ("/dev/zero",)))
 @example(("report", ("a", "-o", "/no/such/folder/x")))
 @example(("verify", ("x" * 5000,)))
 @example(("launch", ("good.toml", "--run-dir", "x" * 5000)))
 @example(("launch", ("good.toml", "--run-dir", "\ud800")))
-@example(("launch", ("/dev/zero",)))
 @example(("x" * 5000, ()))
 @example(("\x1b]0;a\x07", ()))
 def test_any_argument_of_any_command(place: Path, call: tuple[str, tuple[str, ...]]) -> None:
@@ -385,3 +397,10 @@ def test_a_list_of_samples_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "q").write_bytes(b"\xff")
     with pytest.raises(DataError, match=r"data\.quarantine = .*not UTF-8 text"):
         _read_lines(str(tmp_path / "q"))
+
+
+def test_a_device_that_never_ends_is_not_read(place: Path) -> None:
+    """Not marked: over a version without the check it would fill the memory of the machine."""
+    for words in (["backtest"], ["backtest", "log.csv", "--labels"]):
+        code, _, errors = run_command([*words, "/dev/zero"])
+        assert code == 2 and "/dev/zero" in errors, errors

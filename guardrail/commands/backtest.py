@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from guardrail.scoring import Marks
 
 
+MOST_LABELS = 16 << 20  # characters of a file of labels; one of 37 runs has 30,000
+
+
 def log_options(function: Any) -> Any:
     """Arguments that `backtest` and `tune` share."""
     function = click.option(
@@ -120,7 +123,10 @@ def _labels(path: str) -> dict[str, Any]:
 
     try:
         with open(path, encoding="utf-8") as file:
-            labels = json.load(file)
+            text = file.read(MOST_LABELS + 1)
+        if len(text) > MOST_LABELS:
+            raise click.UsageError(f"--labels {path}: expected at most {MOST_LABELS >> 20} MiB of JSON")
+        labels = json.loads(text)
     except RecursionError as error:
         raise click.UsageError(f"--labels {path}: not JSON (too many brackets within each other)") from error
     except (OSError, ValueError) as error:
