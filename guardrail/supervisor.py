@@ -12,6 +12,7 @@ The signals are told in `guardrail.signals`.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import sys
