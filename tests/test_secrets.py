@@ -250,7 +250,7 @@ rank = 0
         seen.append(commands_of_children(supervisor))
         return launcher.poll() is not None
 
-    wait_for(ended, what="the end of the run")
+    wait_for(ended, seconds=240, what="the end of the run")
     output, errors = launcher.communicate()
     assert launcher.returncode == 0, errors
     for name in ("command", "webhook"):
