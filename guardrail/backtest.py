@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from guardrail.config import GuardSection
+from guardrail.config import GuardSection, checked_guard
 from guardrail.controller import Controller
 from guardrail.detectors.signed_loss import LossKind
 from guardrail.detectors.standard import USUAL
@@ -160,7 +160,11 @@ def backtest(log: Log, settings: GuardSection, *, own: bool = False, watch: Watc
     Args:
         own: `log` is a run directory and `settings` are its own: judge it as it was live.
         watch: called before each row that is judged.
+
+    Raises:
+        ConfigError: settings that cannot be.
     """
+    settings = checked_guard(settings)
     result = Result(path=log.path, format=log.format, steps=log.steps, names=log.names)
     result.beside, result.apart, result.policy = log.beside, log.apart, log.policy
     settings = settings_for(log, settings)

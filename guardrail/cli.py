@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import io
+import os
 import sys
 from collections.abc import Sequence
 
 import click
 
-from guardrail.errors import ExitCode, GuardrailError
+from guardrail.errors import ExitCode, GuardrailError, UsageError
+from guardrail.text import printable, visible
 
 # name -> what the list of `guardrail --help` says, so that it needs no import. The command stands in
 # guardrail/commands/NAME.py under the name `command`.
@@ -45,7 +48,7 @@ class LazyGroup(click.Group):
 
             close = difflib.get_close_matches(args[0], COMMANDS, n=1)
             hint = f"did you mean {close[0]}?" if close else f"commands: {', '.join(COMMANDS)}"
-            raise click.UsageError(f"no such command: {args[0]}\n  hint: {hint}", context)
+            raise click.UsageError(f"no such command: {visible(args[0], 160)}\n  hint: {hint}", context)
         return super().resolve_command(context, args)
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
@@ -69,17 +72,45 @@ def guardrail() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the one place that turns an error into a message on stderr and an exit code."""
+    _print_anything()
     try:
+        _refuse_impossible(sys.argv[1:] if arguments is None else arguments)
         result = guardrail.main(args=arguments, prog_name="guardrail", standalone_mode=False)
         return int(result) if isinstance(result, int) else ExitCode.FINISHED
     except GuardrailError as error:
-        print(f"guardrail: {error}", file=sys.stderr)
+        print(f"guardrail: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
     except click.ClickException as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(file=shown)
+        print(printable(shown.getvalue().rstrip("\n"), 400), file=sys.stderr)
         return ExitCode.USAGE
     except (KeyboardInterrupt, click.Abort):
         return ExitCode.INTERRUPTED
     except SystemExit:
         # How click ends when the reader of our output has gone: `guardrail runs | head` is no failure.
         return ExitCode.FINISHED
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        place = f"{error.filename}: " if error.filename is not None else ""
+        print(f"guardrail: {printable(f'{place}{error.strerror or error}')}", file=sys.stderr)
+        return ExitCode.USAGE
+
+
+def _print_anything() -> None:
+    """A name that is no UTF-8, or a terminal that knows ASCII alone, must not end a command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _refuse_impossible(arguments: Sequence[str]) -> None:
+    """NUL and lone surrogates: no file, run or setting can have them, and the system refuses them in its own ways."""
+    for argument in arguments:
+        try:
+            possible = b"\0" not in os.fsencode(argument)
+        except UnicodeEncodeError:
+            possible = False
+        if not possible:
+            raise UsageError(f"{visible(argument, 160)}: expected an argument of characters that a file name may have")

@@ -10,24 +10,31 @@ import copy
 import datetime
 import importlib
 import os
+import re
 import tomllib
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
 
-from guardrail.errors import ConfigError
+from guardrail import secret
+from guardrail.errors import ConfigError, may_be_secret
 from guardrail.records import METRIC_COLUMNS, UPDATE_NORM, Mode, Remedy
-from guardrail.schema import typed
+from guardrail.schema import MAX_DEPTH, as_tree, refuse_deep, typed
+from guardrail.secret import SecretRef
+from guardrail.text import MASK
 
 Positive = Annotated[int, Meta(ge=1)]
 Natural = Annotated[int, Meta(ge=0)]
 PositiveFloat = Annotated[float, Meta(gt=0)]
 NonNegativeFloat = Annotated[float, Meta(ge=0)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
+
+
+MAX_FILE_BYTES = 4 << 20  # of a configuration; a complete one has 5 KiB
 
 
 class Section(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
@@ -108,6 +115,8 @@ class RungSection(Section, frozen=True, kw_only=True):
     # Applied steps after it was taken within which it is passed over.
     cooldown: Natural = 0
 
+
+REMEDIES = ("lr", "embed_alpha", "clip", "moments")  # kinds of guard.remedies
 
 LADDER = (
     RungSection(do="skip"),
@@ -244,15 +253,21 @@ class TensorboardSection(Section, frozen=True, kw_only=True):
 
 
 class NotifySection(Section, frozen=True, kw_only=True):
-    """[notify]: somebody is told, by the supervisor. Each way that is set is used; a failure never harms the run."""
+    """[notify]: messages about the run, sent by the supervisor. Each way that is set is used; a failure never harms
+    the run.
+
+    `command`, `webhook` and `apprise` are secrets: { env = "NAME" } or { file = "PATH" } says where one stands. One
+    that is written out is masked in the run's copy of the configuration, and a resume needs it again.
+    """
 
     # A shell command, or a list of words: gets the event as JSON on its standard input, and GUARDRAIL_EVENT, _TEXT,
-    # _MESSAGE, _NAME, _DIRECTORY, _HOST, _STEP and _SEQ in its environment.
-    command: str | tuple[str, ...] = ""
+    # _MESSAGE, _NAME, _DIRECTORY, _HOST, _STEP and _SEQ in its environment. The words of a list can be seen in the
+    # process list of the machine while it runs.
+    command: str | tuple[str, ...] | SecretRef = ""
     # http:// or https:// address that the same JSON is posted to; its field "text" is what chat services show.
-    webhook: str = ""
+    webhook: str | SecretRef = ""
     # Addresses as apprise writes them, such as "slack://..." (`pip install 'guardrail[notify]'`).
-    apprise: tuple[str, ...] = ()
+    apprise: tuple[str | SecretRef, ...] = ()
     # What is told: incidents and how they end, the guard's questions, a disk that fails, ranks that fail, the end.
     on: tuple[
         typing.Literal[
@@ -277,6 +292,41 @@ class NotifySection(Section, frozen=True, kw_only=True):
     ] = ("incident", "paused", "degraded", "hung", "ranks_failed", "finished", "halted", "failed")
     # Seconds that one way may take.
     seconds: PositiveFloat = 10.0
+
+    def __repr__(self) -> str:
+        return f"NotifySection({secret.masked({'notify': msgspec.to_builtins(self)})['notify']})"
+
+    def check(self) -> None:
+        """Refuse references that name nothing and addresses that are none. Raises ConfigError."""
+        for name in ("command", "webhook"):
+            if isinstance(value := getattr(self, name), SecretRef):
+                value.check(f"notify.{name}")
+        for index, address in enumerate(self.apprise):
+            if isinstance(address, SecretRef):
+                address.check(f"notify.apprise[{index}]")
+        if isinstance(self.webhook, str) and self.webhook and not secret.is_masked(self.webhook):
+            check_webhook(self.webhook)
+
+    def resolved(self, *, base: Path) -> NotifySection:
+        """With absolute paths of the files that hold secrets."""
+
+        def absolute(value: Any) -> Any:
+            if not isinstance(value, SecretRef) or not value.file:
+                return value
+            return SecretRef(file=str(base / os.path.expanduser(value.file)))
+
+        return msgspec.structs.replace(
+            self,
+            command=absolute(self.command),
+            webhook=absolute(self.webhook),
+            apprise=tuple(map(absolute, self.apprise)),
+        )
+
+
+def check_webhook(address: str) -> None:
+    """Refuse what is no address, without repeating it. Raises ConfigError."""
+    if not re.fullmatch(r"https?://[^/\s]\S*", address) or not address.isascii():
+        raise ConfigError("an http:// or https:// address without spaces", key="notify.webhook", value=address)
 
 
 class Settings(Section, frozen=True, kw_only=True):
@@ -306,7 +356,8 @@ class Settings(Section, frozen=True, kw_only=True):
     def resolved(self, *, base: Path) -> Settings:
         """A copy that means the same from any working directory: relative paths made absolute."""
         root = str(base / os.path.expanduser(self.run.root))
-        return msgspec.structs.replace(self, run=msgspec.structs.replace(self.run, root=root))
+        run = msgspec.structs.replace(self.run, root=root)
+        return msgspec.structs.replace(self, run=run, notify=self.notify.resolved(base=base))
 
     def check(self, *, base: Path) -> None:
         """Refuse impossible combinations. `base` resolves relative paths. Raises ConfigError."""
@@ -344,6 +395,7 @@ class Settings(Section, frozen=True, kw_only=True):
         for first, last in guard.pardon:
             if first >= last:
                 raise ConfigError("stretches [first, last) that are not empty", key="guard.pardon", value=[first, last])
+        _check_remedies(guard.remedies)
         if self.launch.node_rank >= self.launch.nodes:
             raise ConfigError(
                 f"less than launch.nodes ({self.launch.nodes})",
@@ -351,8 +403,7 @@ class Settings(Section, frozen=True, kw_only=True):
                 value=self.launch.node_rank,
                 hint="nodes count from 0",
             )
-        if self.notify.webhook and not self.notify.webhook.startswith(("http://", "https://")):
-            raise ConfigError("an http:// or https:// address", key="notify.webhook", value=self.notify.webhook)
+        self.notify.check()
         if self.launch.nodes > 1 and not self.launch.rendezvous_endpoint:
             raise ConfigError(
                 "HOST:PORT of the first node",
@@ -381,6 +432,50 @@ def load(path: str | os.PathLike[str], *, overrides: Sequence[str] = ()) -> Sett
     return build(tree, file=str(path), overrides=overrides, base=Path.cwd())
 
 
+def _check_remedies(remedies: Sequence[Remedy]) -> None:
+    for index, remedy in enumerate(remedies):
+        key = f"guard.remedies[{index}]"
+        if remedy.kind not in REMEDIES:
+            raise ConfigError(f"one of {', '.join(REMEDIES)}", key=f"{key}.kind", value=remedy.kind)
+        if remedy.kind != "moments" and not 0 < remedy.value <= 1:
+            raise ConfigError("a factor above 0 and at most 1", key=f"{key}.value", value=remedy.value)
+        for name, least in (("from_step", 1), ("hold", 0), ("back", 0)):
+            if getattr(remedy, name) < least:
+                raise ConfigError(f"at least {least}", key=f"{key}.{name}", value=getattr(remedy, name))
+
+
+SettingsT = typing.TypeVar("SettingsT", bound="Settings")
+
+
+def checked(settings: SettingsT | Mapping[str, Any], schema: type[SettingsT]) -> SettingsT:
+    """Settings built in Python, converted and checked as a TOML file would be: text becomes a Mode, ranges hold.
+
+    Only the sections of `schema` itself are checked against one another: call `settings.check` for all of them.
+
+    Args:
+        settings: an instance of `schema`, or a dictionary of sections.
+
+    Raises:
+        ConfigError: names key, value and expectation.
+    """
+    if isinstance(settings, Section) and not isinstance(settings, schema):
+        name = type(settings).__name__
+        raise ConfigError(
+            f"{schema.__name__}(...), or a dictionary of sections",
+            key="settings",
+            value=settings,
+            hint=f"{schema.__name__}(guard=...) takes a {name}" if isinstance(settings, GuardSection) else "",
+        )
+    result = typed(as_tree(settings), type(settings) if isinstance(settings, schema) else schema, file="")
+    Settings.check(result, base=Path.cwd())
+    return result
+
+
+def checked_guard(section: GuardSection) -> GuardSection:
+    """A [guard] section built in Python, converted and checked. Raises ConfigError."""
+    return checked({"guard": section, "snapshots": {"keep": 0}}, Settings).guard
+
+
 def load_guard(path: str | os.PathLike[str] | None = None, *, overrides: Sequence[str] = ()) -> GuardSection:
     """The [guard] section alone, for a run that is not started: other sections of the file need not fit this machine.
 
@@ -405,19 +500,32 @@ def load_guard(path: str | os.PathLike[str] | None = None, *, overrides: Sequenc
 
 
 def parse(file: Path) -> dict[str, Any]:
+    """A TOML file as a tree of plain values. Raises ConfigError."""
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with open(file, "rb") as stream:
+            content = stream.read(MAX_FILE_BYTES + 1)
+        text = content.decode("utf-8-sig")
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name that no file can have
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise ConfigError(f"a readable TOML file ({reason})", file=str(file)) from error
+    if len(content) > MAX_FILE_BYTES:
+        raise ConfigError(f"a TOML file of at most {MAX_FILE_BYTES >> 20} MiB", file=str(file))
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"valid TOML ({error})", file=str(file)) from error
+    except RecursionError as error:
+        raise ConfigError("valid TOML (too many brackets within each other)", file=str(file)) from error
+    except ValueError as error:
+        raise ConfigError(f"valid TOML ({_reason(error)})", file=str(file)) from error
+
+
+def _reason(error: ValueError) -> str:
+    """What tomllib says; of numbers with thousands of digits the interpreter speaks instead, of its own settings."""
+    return str(error) if isinstance(error, tomllib.TOMLDecodeError) else "a number with too many digits"
 
 
 def build(tree: dict[str, Any], *, file: str, overrides: Sequence[str] = (), base: Path) -> Settings:
     """A parsed TOML tree plus overrides -> checked settings of the schema that `launch.trainer` names."""
+    refuse_deep(tree, file=file)
     tree = copy.deepcopy(tree)
     overridden = [_override(tree, text) for text in overrides]
     try:
@@ -450,10 +558,10 @@ def schema_of(tree: dict[str, Any], *, file: str) -> type[Settings]:
 
 
 def dump(settings: Settings) -> str:
-    """The complete configuration as TOML: it starts the same run again."""
+    """The complete configuration as TOML: it starts the same run again. Secrets that are written out are masked."""
     import tomli_w
 
-    return tomli_w.dumps(_without_none(msgspec.to_builtins(settings)))
+    return tomli_w.dumps(secret.masked(_without_none(msgspec.to_builtins(settings))))
 
 
 def _without_none(value: Any) -> Any:
@@ -468,7 +576,7 @@ def _override_value(raw: str) -> Any:
     """A TOML value, or else the text itself: a bare word, a path, "007", and a name that looks like a date."""
     try:
         parsed = tomllib.loads(f"v = {raw}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return raw
     is_date = isinstance(parsed["v"], datetime.date | datetime.time)
     return raw if is_date or len(parsed) > 1 else parsed["v"]
@@ -483,8 +591,9 @@ def _same_branch(one: str, other: str) -> bool:
 def _override(tree: dict[str, Any], text: str) -> str:
     key, equals, raw = text.partition("=")
     parts = [part.strip() for part in key.split(".")]
-    if not equals or len(parts) < 2 or not all(parts):
-        raise ConfigError("SECTION.KEY=VALUE", file="--set", value=text, hint="e.g. --set train.steps=500")
+    if not equals or not 2 <= len(parts) <= MAX_DEPTH or not all(re.fullmatch(r"[\w-]{1,100}", p) for p in parts):
+        shown = MASK if may_be_secret(text) else text
+        raise ConfigError("SECTION.KEY=VALUE", file="--set", value=shown, hint="e.g. --set train.steps=500")
     value = _override_value(raw.strip())
     at = tree
     for part in parts[:-1]:

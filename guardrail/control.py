@@ -19,6 +19,7 @@ from guardrail.liveness import is_alive
 from guardrail.questions import CHOICES, open_question
 from guardrail.records import Command, CommandKind, Event, Mode, Phase
 from guardrail.rundir import RunDirectory, check_command
+from guardrail.text import visible
 
 POLL_SECONDS = 0.1
 _NEED_VALUE = {
@@ -36,7 +37,7 @@ def parse(action: str, value: str | None, *, at_step: int = 0) -> Command:
     if action not in names:
         close = difflib.get_close_matches(action, names, n=1)
         hint = f"did you mean {close[0]}?" if close else f"commands: {', '.join(names)}"
-        raise UsageError(f"no such command: {action}\n  hint: {hint}")
+        raise UsageError(f"no such command: {visible(action, 160)}\n  hint: {hint}")
     kind = CommandKind(action)
     if value is None and kind in _NEED_VALUE:
         raise UsageError(f"{action} needs {_NEED_VALUE[kind]}")
@@ -59,7 +60,7 @@ def _number(kind: CommandKind, value: str | None) -> float:
     if kind is CommandKind.POLICY:
         modes = [mode.value for mode in Mode]
         if value not in modes:
-            raise UsageError(f"policy takes one of {', '.join(modes)}, not {value}")
+            raise UsageError(f"policy takes one of {', '.join(modes)}, not {visible(value, 160)}")
         return float(modes.index(value))
     if kind is CommandKind.ANSWER:
         if value in CHOICES or value in ("0", "1", "2"):
@@ -68,7 +69,7 @@ def _number(kind: CommandKind, value: str | None) -> float:
     try:
         return float(value)
     except ValueError:
-        raise UsageError(f"{kind.value} takes a number, not {value}") from None
+        raise UsageError(f"{kind.value} takes a number, not {visible(value, 160)}") from None
 
 
 def bound(run: RunDirectory, command: Command, question: int | None = None) -> Command:

@@ -34,6 +34,7 @@ LEAST_WATCHES = 128  # inotify watches of a user; the screen takes about five
 
 CONFIGURATION = "configuration"
 PRACTICE = "practice"
+SECRETS = "secrets"
 OUTLINE = "outline"
 ELSEWHERE = "not here"
 PACKAGES = ("torch", "accelerate", "safetensors", "tokenizers", "textual", "tensorboard", "numpy", "msgspec")
@@ -263,6 +264,7 @@ def _configuration(settings: Settings, path: str, overrides: tuple[str, ...], to
     else:
         found += _devices(settings, torch)
     found += [Check(name=PRACTICE, level="note", text=remark) for remark in settings.practice()]
+    found += [Check(name=SECRETS, level="note", text=remark) for remark in launching.secret_remarks(settings)]
     yield from found
     if not any(check.level == "problem" for check in found):
         yield Check(

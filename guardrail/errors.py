@@ -15,7 +15,18 @@ GuardrailError
 
 from __future__ import annotations
 
+import re
 from enum import IntEnum
+
+from guardrail.text import MASK, hide_credentials, visible
+
+# Settings whose value may be a secret: everything under [notify] but these two, and whatever is called like one, since
+# a key may be misspelt or stand in the wrong section.
+_PLAIN_NOTIFY = re.compile(r"notify\.(on|seconds)\b")
+_SECRET_NAMES = re.compile(
+    r"(^|\.)notify\.|webhook|apprise|command|token(?!s\b|iz)|secret|password|api_?key|credential", re.IGNORECASE
+)
+_LONGEST = {"file": 300, "key": 160, "value": 160, "expected": 600, "hint": 1000}
 
 
 class ExitCode(IntEnum):
@@ -46,16 +57,36 @@ class ConfigError(UsageError):
         expected: what would have been right, as the end of "expected ...".
         file: the TOML file (or "--set") that holds the key.
         key: dotted key, e.g. "optim.lr".
-        value: the offending value as written.
+        value: the offending value as written; masked in the message where the key may name a secret.
         hint: one more line: the nearest valid key, a way out.
+
+    Text from outside stands in the message escaped and cut.
     """
 
     def __init__(self, expected: str, *, file: str = "", key: str = "", value: object = None, hint: str = "") -> None:
         self.expected, self.file, self.key, self.value, self.hint = expected, file, key, value, hint
-        place = ": ".join(part for part in (file, key) if part)
-        shown = f" = {value!r}" if value is not None else ""
+        place = ": ".join(visible(part, _LONGEST[name]) for name, part in (("file", file), ("key", key)) if part)
+        shown = f" = {_shown(key, value)}" if value is not None else ""
+        expected = hide_credentials(visible(expected, _LONGEST["expected"]))
         message = f"{place}{shown}: expected {expected}" if place else f"expected {expected}"
+        hint = hide_credentials(visible(hint, _LONGEST["hint"]))
         super().__init__(f"{message}\n  hint: {hint}" if hint else message)
+
+
+def _shown(key: str, value: object) -> str:
+    """A value for a message: one line, escaped, cut, and never a secret."""
+    if may_be_secret(key) and not isinstance(value, (bool, int, float)):
+        return MASK
+    try:
+        text = repr(value)
+    except Exception:  # of an object that somebody else wrote
+        text = f"<{type(value).__name__}>"
+    return hide_credentials(visible(text, _LONGEST["value"]))
+
+
+def may_be_secret(key: str) -> bool:
+    """Whether the value of a configuration key must not be repeated in a message."""
+    return bool(_SECRET_NAMES.search(key)) and not _PLAIN_NOTIFY.match(key)
 
 
 class DataError(UsageError):

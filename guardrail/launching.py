@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import signal
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from guardrail import config, processes
+from guardrail import config, processes, secret
 from guardrail.config import Settings
 from guardrail.errors import ConfigError, ExitCode, RunDirectoryError, UsageError, WorkersFailed
 from guardrail.liveness import is_alive
@@ -38,10 +39,12 @@ class Prepared(NamedTuple):
     """A run directory that is ready to be worked on by node `node_rank`.
 
     `lock`: keeps every other resume of this run away until the supervisor has taken over.
+    `secrets` are those of [notify] that were written out: the run's copy of the configuration does not hold them.
     """
 
     run: RunDirectory
     node_rank: int
+    secrets: dict[str, Any]
     lock: RunLock | None = None
 
 
@@ -59,12 +62,38 @@ def prepare(path: str, overrides: tuple[str, ...], run_dir: str | None, *, root:
         settings = msgspec.structs.replace(settings, run=msgspec.structs.replace(settings.run, root=absolute))
     preflight.check(settings, file=path, overrides=overrides)
     node_rank, text = settings.launch.node_rank, _shared(settings)
+    written_out = _warn_of_secrets(settings)
     if run_dir is not None:
         folder = Path(run_dir).absolute()
-        return Prepared(_made_by_first_node(folder) if node_rank else RunDirectory.create_at(folder, text), node_rank)
+        run = _made_by_first_node(folder) if node_rank else RunDirectory.create_at(folder, text)
+        return Prepared(run, node_rank, written_out)
     if node_rank:
         raise UsageError("a further node joins the run of the first one: give its --run-dir DIR")
-    return Prepared(RunDirectory.create(settings.run.root, settings.run.name, text), node_rank)
+    return Prepared(RunDirectory.create(settings.run.root, settings.run.name, text), node_rank, written_out)
+
+
+def _warn_of_secrets(settings: Settings) -> dict[str, Any]:
+    """Say on stderr which secrets are written out, and which are missing; returns the former. The first node's."""
+    if settings.launch.node_rank:
+        return {}
+    for remark in secret_remarks(settings):
+        print(f"warning: {remark}", file=sys.stderr)
+    return secret.literals(settings.notify)
+
+
+def secret_remarks(settings: Settings) -> list[str]:
+    """A sentence for each secret that is written out, and for each one that was masked and not given again."""
+    written = [
+        f'notify.{name} is written out: use {{ env = "NAME" }} or {{ file = "PATH" }}. '
+        "It is masked in the run directory, so a resume needs it again"
+        for name in secret.literals(settings.notify)
+    ]
+    masked = [
+        f"{key} was written out and is masked in the run directory. The run goes on without this notification; "
+        f"to have it again: --set {key}=VALUE"
+        for key in secret.missing(msgspec.to_builtins(settings.notify))
+    ]
+    return written + masked
 
 
 def _shared(settings: Settings) -> str:
@@ -159,9 +188,10 @@ def _resumed(run: RunDirectory, settings: Settings, file: str, overrides: tuple[
     end_orphans(run, settings.launch.stop_seconds)
     if settings.launch.node_rank == 0:
         _refuse_stale(run)
-    if overrides and settings.launch.node_rank == 0:
+    written_out = _warn_of_secrets(settings)
+    if (overrides or written_out) and settings.launch.node_rank == 0:
         run.write_config(_shared(settings))
-    return Prepared(run, settings.launch.node_rank)
+    return Prepared(run, settings.launch.node_rank, written_out)
 
 
 def _end_was_saved(run: RunDirectory) -> bool:
@@ -227,10 +257,17 @@ def end_orphans(run: RunDirectory, seconds: float) -> None:
 # -- the supervisor
 
 
-def start(run: RunDirectory, node_rank: int = 0) -> subprocess.Popen[bytes]:
-    """Start the supervisor in its own session and wait until it has taken over. Raises WorkersFailed, DiskRefuses."""
+def start(run: RunDirectory, node_rank: int = 0, secrets: dict[str, Any] | None = None) -> subprocess.Popen[bytes]:
+    """Start the supervisor in its own session and wait until it has taken over. Raises WorkersFailed, DiskRefuses.
+
+    Args:
+        secrets: of [notify], that the run directory does not hold. They go through a pipe, so that they stand in no
+            command line, environment or file.
+    """
     run.check_writable()
     variables = dict(os.environ)
+    if secrets:
+        variables[processes.SECRETS_VARIABLE] = "stdin"
     # The supervisor stands in /, so that it holds no folder: what is found from here must be found from there.
     paths = [os.path.abspath(path) for path in variables.get("PYTHONPATH", "").split(os.pathsep) if path]
     paths += [path for path in sys.path if path == os.getcwd() and path not in paths]
@@ -241,13 +278,16 @@ def start(run: RunDirectory, node_rank: int = 0) -> subprocess.Popen[bytes]:
     with log_path.open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", processes.SUPERVISOR_MODULE, str(run.path.resolve()), str(node_rank)],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if secrets else subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             cwd="/",
             env=variables,
             start_new_session=True,
         )
+    if process.stdin is not None:
+        with contextlib.suppress(BrokenPipeError), process.stdin:  # one that has died says why in its log
+            process.stdin.write(msgspec.json.encode(secrets))
 
     def has_taken_over() -> bool:
         if node_rank:  # the status is the first node's to write

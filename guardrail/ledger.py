@@ -18,11 +18,12 @@ import numpy as np
 from guardrail.errors import DataError, UsageError
 from guardrail.ranges import Ranges
 from guardrail.records import AUTOMATIC, Record, Span
+from guardrail.text import visible
 
 _FAR = 1 << 40  # epochs
-_QUARANTINE_LINE = re.compile(r"(\d+)(?:@(\d+))?", re.ASCII)
 LONG = 4096  # positions from which on a range is kept as one
 _NEVER = 1 << 62  # an epoch that no run meets
+_QUARANTINE_LINE = re.compile(r"(\d{1,18})(?:@(\d{1,18}))?", re.ASCII)
 _MASK = (1 << 64) - 1
 _GOLDEN, _MIX_A, _MIX_B = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
@@ -282,7 +283,8 @@ class Quarantine:
                 continue
             parts = _QUARANTINE_LINE.fullmatch(text)
             if parts is None:
-                raise UsageError(f"{source}, line {number}: {text!r} is not a sample id (ID, or ID@EPOCH)")
+                shown = visible(repr(text), 80)
+                raise UsageError(f"{source}, line {number}: {shown} is not a sample id (ID, or ID@EPOCH)")
             sample = int(parts[1])
             if samples is not None and sample >= samples:
                 raise UsageError(

@@ -7,7 +7,9 @@ A failure is a `notified` line of the journal and nothing else.
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -15,19 +17,24 @@ import subprocess
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
 
-from guardrail import journal
-from guardrail.config import NotifySection
+from guardrail import journal, secret
+from guardrail.config import NotifySection, check_webhook
+from guardrail.errors import ConfigError
 from guardrail.files import encode_json
 from guardrail.records import Event, Record
 from guardrail.rundir import RunDirectory
+from guardrail.secret import SecretRef
 from guardrail.text import clean
 
+_SCRIPT_VARIABLE = "GUARDRAIL_COMMAND"  # in the environment of the shell that runs notify.command
+_RUN_SCRIPT = f'script=${_SCRIPT_VARIABLE}; unset {_SCRIPT_VARIABLE}; eval "$script"'
 LOOK_SECONDS = 1.0  # between two looks at the journal
 # Of an event's own fields, what leaves the machine. Documents and excerpts of the data stay.
 _TOLD = (
@@ -127,6 +134,7 @@ class Notifier:
         self._seq = run.notified()  # the newest event that has been dealt with
         self._offset = 0  # bytes of the journal that have been read
         self._ways = [(name, send) for name, send, used in self._all_ways() if used]
+        self._used: set[str] = set()  # secrets that were read, which no message may repeat
 
     def _all_ways(self) -> Iterator[tuple[str, Callable[[Notice], str], bool]]:
         settings = self._settings
@@ -168,8 +176,11 @@ class Notifier:
             began = time.monotonic()
             try:
                 failure = send(notice)
+            except ConfigError as error:  # a secret that cannot be read
+                failure = str(error)
             except Exception as error:  # whatever a service or its library does, the run must not notice
                 failure = f"{type(error).__name__}: {error}"
+            failure = secret.redact(failure, self._used)
             outcome = f"failed: {clean(failure, 300)}" if failure else "sent"
             self._say(
                 "notified",
@@ -184,15 +195,25 @@ class Notifier:
 
     # -- the ways; each returns why it failed, "" if it did not
 
+    def _secret(self, value: str | SecretRef, key: str) -> str:
+        text = secret.read(value, key)
+        self._used.add(text)
+        return text
+
     def _command(self, notice: Notice) -> str:
-        given = self._settings.command
-        arguments = ["/bin/sh", "-c", given] if isinstance(given, str) else list(given)
+        given, environment = self._settings.command, {**os.environ, **variables(notice)}
+        if isinstance(given, (str, SecretRef)):
+            # A command line can be seen by every user of the machine; an environment by its owner alone.
+            environment[_SCRIPT_VARIABLE] = self._secret(given, "notify.command")
+            arguments = ["/bin/sh", "-c", _RUN_SCRIPT]
+        else:
+            arguments = [self._secret(word, "notify.command") for word in given]
         with self._spawn(
             arguments,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            env={**os.environ, **variables(notice)},
+            env=environment,
             start_new_session=True,
         ) as process:
             try:
@@ -208,12 +229,11 @@ class Notifier:
         return f"exit code {process.returncode}: {last[0]}".rstrip(": ")
 
     def _webhook(self, notice: Notice) -> str:
-        request = urllib.request.Request(
-            self._settings.webhook,
-            data=encode_json(notice),
-            headers={"Content-Type": "application/json", "User-Agent": "guardrail"},
-            method="POST",
-        )
+        address = self._secret(self._settings.webhook, "notify.webhook")
+        check_webhook(address)
+        address, authorization = _split_user(address)
+        headers = {"Content-Type": "application/json", "User-Agent": "guardrail", **authorization}
+        request = urllib.request.Request(address, data=encode_json(notice), headers=headers, method="POST")
         try:
             with urllib.request.urlopen(request, timeout=self._settings.seconds):
                 return ""
@@ -229,13 +249,15 @@ class Notifier:
     def _apprise(self, notice: Notice) -> str:
         """In a thread of its own, since a service may have its own idea of how long to wait."""
         outcome: list[str] = []
+        addresses = [self._secret(one, f"notify.apprise[{at}]") for at, one in enumerate(self._settings.apprise)]
 
         def send() -> None:
             try:
                 import apprise
 
+                _silence("apprise")  # it writes addresses into its log
                 services = apprise.Apprise()
-                for url in self._settings.apprise:
+                for url in addresses:
                     services.add(url)
                 body = "\n".join([notice.message, *(f"{at}: {choice}" for at, choice in enumerate(notice.choices))])
                 title = f"{notice.run}: {notice.event} at step {notice.step:,}"
@@ -247,6 +269,23 @@ class Notifier:
         thread.start()
         thread.join(self._settings.seconds)
         return outcome[0] if outcome else f"not done after notify.seconds = {self._settings.seconds:g}"
+
+
+def _split_user(address: str) -> tuple[str, dict[str, str]]:
+    """An address without USER:PASSWORD@, which urllib takes for a part of the host, and the header that says it."""
+    parts = urllib.parse.urlsplit(address)
+    user, at, host = parts.netloc.rpartition("@")
+    if not at:
+        return address, {}
+    code = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+    return parts._replace(netloc=host).geturl(), {"Authorization": f"Basic {code}"}
+
+
+def _silence(name: str) -> None:
+    logger = logging.getLogger(name)
+    logger.propagate = False
+    if not logger.handlers:
+        logger.addHandler(logging.NullHandler())
 
 
 def variables(notice: Notice) -> dict[str, str]:

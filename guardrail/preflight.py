@@ -9,8 +9,9 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from guardrail.config import Settings
+from guardrail.config import Settings, check_webhook
 from guardrail.errors import ConfigError
+from guardrail.secret import SecretRef
 
 LEAST_FREE_BYTES = 32 * 1024 * 1024  # journal, logs, status, and the first refused checkpoint
 _NVIDIA = re.compile(r"nvidia\d+")
@@ -55,7 +56,7 @@ def check(settings: Settings, *, file: str, overrides: Sequence[str] = ()) -> No
 def problems(settings: Settings, *, file: str, overrides: Sequence[str] = ()) -> Iterator[ConfigError]:
     """Everything that keeps it from running here."""
     overridden = {text.partition("=")[0].strip() for text in overrides}
-    for look in (_memory, _devices, _disk, _packages):
+    for look in (_memory, _devices, _disk, _packages, _secrets):
         for error in look(settings):
             origin = "--set" if error.key in overridden else file
             yield ConfigError(error.expected, file=origin, key=error.key, value=error.value, hint=error.hint)
@@ -73,9 +74,25 @@ def _packages(settings: Settings) -> Iterator[ConfigError]:
         yield ConfigError(
             "an installed apprise",
             key="notify.apprise",
-            value=list(settings.notify.apprise),
             hint="pip install 'guardrail[notify]', or use notify.webhook or notify.command",
         )
+
+
+def _secrets(settings: Settings) -> Iterator[ConfigError]:
+    """Secrets that are referred to: the first node, which notifies, must be able to read them."""
+    notify = settings.notify
+    if settings.launch.node_rank:
+        return
+    named = [("notify.command", notify.command), ("notify.webhook", notify.webhook)]
+    named += [(f"notify.apprise[{index}]", address) for index, address in enumerate(notify.apprise)]
+    for key, value in named:
+        if isinstance(value, SecretRef):
+            try:
+                text = value.read(key)
+                if key == "notify.webhook":
+                    check_webhook(text)
+            except ConfigError as error:
+                yield error
 
 
 def _devices(settings: Settings) -> Iterator[ConfigError]:

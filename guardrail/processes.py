@@ -15,6 +15,7 @@ import psutil
 
 RUN_VARIABLE = "GUARDRAIL_RUN"  # path of the run directory, in the environment of the elastic agent and every rank
 SUPERVISOR_VARIABLE = "GUARDRAIL_SUPERVISOR_PID"
+SECRETS_VARIABLE = "GUARDRAIL_SECRETS"  # "stdin": the supervisor reads the secrets of [notify] from its standard input
 INCARNATION_VARIABLE = "GUARDRAIL_INCARNATION"  # restarts before this elastic agent; it counts its own from 0
 SUPERVISOR_MODULE = "guardrail.supervisor"
 

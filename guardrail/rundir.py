@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from guardrail import journal
+from guardrail import journal, secret
 from guardrail.errors import DiskRefuses, RunDirectoryError
 from guardrail.files import (
     FILE_MODE,
@@ -107,7 +107,7 @@ class RunDirectory:
             try:
                 for folder in _FOLDERS:
                     (hidden / folder).mkdir(mode=FOLDER_MODE)
-                replace_file(hidden / "config.toml", config_toml.encode("utf-8"))
+                replace_file(hidden / "config.toml", secret.masked_text(config_toml).encode("utf-8"))
                 path = _claim(hidden, parent)
             except BaseException:
                 shutil.rmtree(hidden, ignore_errors=True)
@@ -128,7 +128,7 @@ class RunDirectory:
                 raise RunDirectoryError(f"{path}: exists already\n  hint: {hint}")
             for folder in _FOLDERS:
                 (path / folder).mkdir(mode=FOLDER_MODE)
-            replace_file(path / "config.toml", config_toml.encode("utf-8"))
+            replace_file(path / "config.toml", secret.masked_text(config_toml).encode("utf-8"))
         except FileExistsError as error:
             raise RunDirectoryError(f"{path}: another launch is making a run there, or it is no folder") from error
         except OSError as error:
@@ -151,16 +151,21 @@ class RunDirectory:
 
     # -- configuration and status
 
-    def config_text(self) -> str:
-        """The resolved configuration as TOML. RunDirectoryError where it cannot be read."""
+    def config_text(self, *, display: bool = False) -> str:
+        """The resolved configuration as TOML, without secrets. RunDirectoryError where it cannot be read.
+
+        Args:
+            display: for a screen or a report: also masks whatever else is called like a secret.
+        """
         try:
-            return (self.path / "config.toml").read_text(encoding="utf-8")
+            text = (self.path / "config.toml").read_text(encoding="utf-8")
+            return secret.masked_text(text, display=display)  # older versions wrote them out
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8 text"
             raise RunDirectoryError(f"{self.path / 'config.toml'}: {reason}") from error
 
     def write_config(self, text: str) -> None:
-        replace_file(self.path / "config.toml", text.encode("utf-8"))
+        replace_file(self.path / "config.toml", secret.masked_text(text).encode("utf-8"))
 
     def read_status(self) -> Status | None:
         """None while there is none, or when a newer version wrote something this one cannot understand."""

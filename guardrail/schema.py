@@ -8,16 +8,23 @@ from __future__ import annotations
 import difflib
 import enum
 import math
+import numbers
+import os
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import msgspec
 
 from guardrail.errors import ConfigError
+from guardrail.secret import EXPECTED as EXPECTED_SECRET
+from guardrail.secret import SecretRef
 
 StructT = TypeVar("StructT", bound=msgspec.Struct)
+
+MAX_DEPTH = 24  # tables and lists within each other; the schemas need four
+_LARGEST = 2**63 - 1  # of a whole number: what TOML, JSON and a journal line can hold
 
 # What a TOML value is called, by msgspec's name of its type.
 _WORDS = {
@@ -27,16 +34,52 @@ _WORDS = {
     "int": "a whole number",
     "float": "a number",
     "bool": "true or false",
+    "null": "nothing",
     "datetime": "a date",
     "date": "a date",
     "time": "a time of day",
 }
 
 
+def as_tree(value: Any, depth: int = 0) -> Any:
+    """Return settings built in Python as the plain values that TOML would give, for `typed`.
+
+    Sections become dictionaries, enumerations their values, tuples lists, paths text, numbers of numpy plain numbers.
+    What TOML cannot hold stays as it is, and `typed` refuses it by its key.
+    """
+    if depth > MAX_DEPTH:
+        return value  # `typed` names the key
+    if isinstance(value, msgspec.Struct):
+        fields = zip(value.__struct_encode_fields__, value.__struct_fields__, strict=True)
+        return {name: as_tree(getattr(value, field), depth + 1) for name, field in fields}
+    if isinstance(value, Mapping):
+        return {key: as_tree(one, depth + 1) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_tree(one, depth + 1) for one in value]
+    if isinstance(value, enum.Enum):
+        return as_tree(value.value, depth + 1)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return _plain_number(value)
+
+
+def _plain_number(value: Any) -> Any:
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+        return value.item()
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
+
+
 def typed(tree: dict[str, Any], schema: type[StructT], *, file: str) -> StructT:
     """Names first (with the nearest valid one), then types and ranges. Raises ConfigError."""
+    if not isinstance(tree, dict):
+        raise ConfigError("a table of sections", file=file, value=tree)
+    refuse_deep(tree, file=file)
     _refuse_unknown(tree, schema, file=file, path="", root=schema)
-    _refuse_infinite(tree, file=file, path="")
+    _refuse_unusable(tree, file=file, path="")
     try:
         return msgspec.convert(tree, schema)
     except msgspec.ValidationError as error:
@@ -44,12 +87,15 @@ def typed(tree: dict[str, Any], schema: type[StructT], *, file: str) -> StructT:
         key = where.strip("`").removeprefix("$").removeprefix(".")
         if missing := re.search(r"missing required field `(\w+)`", message):
             key = f"{key}.{missing[1]}" if key else missing[1]
-        choices = _choices(_annotation(schema, key))
+        wanted = _annotation(schema, key)
+        choices = _choices(wanted)
         value = _value_at(tree, key)
         if missing:
             expected = _one_of(choices) if choices else "a value"
         elif choices:
             expected = _one_of(choices)
+        elif typing.get_origin(wanted) is not tuple and SecretRef in _structs_in(wanted):
+            expected = EXPECTED_SECRET
         else:
             expected = _in_words(message)
         raise ConfigError(expected, file=file, key=key, value=value, hint=_hint(choices, value, expected)) from error
@@ -87,7 +133,8 @@ def _refuse_unknown(
     if not isinstance(tree, dict):
         return
     names = _fields(schema)
-    for key, value in tree.items():
+    for given, value in tree.items():
+        key = str(given)
         if key not in names:
             shown = None if isinstance(value, dict) else value
             hint = _nearest_key(key, schema, path=path, root=root)
@@ -133,16 +180,39 @@ def _structs_in(annotation: Any) -> Iterator[type[msgspec.Struct]]:
 # -- values
 
 
-def _refuse_infinite(tree: Any, *, file: str, path: str) -> None:
-    """TOML knows `inf` and `nan`; no setting means anything with them, and ranges let `inf` pass."""
+def refuse_deep(tree: Any, *, file: str) -> None:
+    """Refuse more than MAX_DEPTH levels: what follows walks the tree by recursion. Raises ConfigError."""
+    level: list[tuple[str, Any]] = [("", tree)]
+    for _ in range(MAX_DEPTH + 1):
+        below: list[tuple[str, Any]] = []
+        for name, value in level:
+            if isinstance(value, (dict, list)):
+                children = value.items() if isinstance(value, dict) else enumerate(value)
+                below += [(name or str(key), child) for key, child in children]
+        level = below
+        if not level:
+            return
+    raise ConfigError(f"at most {MAX_DEPTH} levels of tables and lists", file=file, key=level[0][0])
+
+
+def _refuse_unusable(tree: Any, *, file: str, path: str) -> None:
+    """Values of a right type that no setting can use: TOML has `inf` and `nan`, numbers of any size, and NUL."""
     if isinstance(tree, float) and not math.isfinite(tree):
         raise ConfigError("a finite number", file=file, key=path, value=tree)
+    if isinstance(tree, int) and not -_LARGEST <= tree <= _LARGEST:
+        raise ConfigError("a number of at most 63 bits", file=file, key=path, value=tree)
+    if isinstance(tree, str) and (bad := _UNUSABLE.search(tree)):
+        raise ConfigError(f"text without the character {bad[0]!a}", file=file, key=path, value=tree)
     if isinstance(tree, dict):
         for key, value in tree.items():
-            _refuse_infinite(value, file=file, path=f"{path}.{key}" if path else key)
+            _refuse_unusable(value, file=file, path=f"{path}.{key}" if path else str(key))
     elif isinstance(tree, list):
         for index, value in enumerate(tree):
-            _refuse_infinite(value, file=file, path=f"{path}[{index}]")
+            _refuse_unusable(value, file=file, path=f"{path}[{index}]")
+
+
+# Controls but tab and line ends (a command may have several lines), and lone surrogates, which no file can hold.
+_UNUSABLE = re.compile("[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def _parts(key: str) -> list[str]:
@@ -155,9 +225,20 @@ def _annotation(schema: type[msgspec.Struct], key: str) -> Any:
     annotation: Any = schema
     for part in _parts(key):
         struct = next(_structs_in(annotation), None)
-        if struct is not None and part in (fields := _fields(struct)):
+        if part.isdigit():
+            annotation = _annotation_of_item(annotation, int(part))
+        elif struct is not None and part in (fields := _fields(struct)):
             annotation = fields[part]
     return annotation
+
+
+def _annotation_of_item(annotation: Any, index: int) -> Any:
+    """Of tuple[X, ...] that is X, of tuple[X, Y] one of them; a union or an Annotated is looked through."""
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is tuple:
+        return arguments[0] if arguments[-1] is Ellipsis else arguments[min(index, len(arguments) - 1)]
+    inner = (_annotation_of_item(one, index) for one in arguments if typing.get_args(one))
+    return next((found for found in inner if found is not None), None)
 
 
 def _choices(annotation: Any) -> list[str]:

@@ -22,7 +22,9 @@ import statistics
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+import msgspec
 
 EARLY, LATE, MERGE = 2, 10, 10
 GRAVE = frozenset({"loss_spike", "divergence", "nan"})
@@ -70,6 +72,27 @@ def score(
             marks[run] = score_run(label, *runs.get(run, ((), ())))
             marks[run].missing = run not in runs
     return total(marks.values(), missing=[run for run, mark in marks.items() if mark.missing]), marks
+
+
+class _Label(msgspec.Struct):
+    """What `score_run` reads of a run's labels."""
+
+    use: str = ""
+    labels: list[tuple[float | None, str, Any]] | None = None
+    end_step: list[float | None] | None = None
+    may: list[tuple[float, str, Any, float | None, Any]] = []
+    auto_tolerated: list[Annotated[list[Any], msgspec.Meta(min_length=2)]] = []
+
+
+def why_no_label(label: Any) -> str:
+    """What is wrong with the labels of a run that come from a file; "" if nothing is."""
+    try:
+        read = msgspec.convert(label, _Label)
+    except msgspec.ValidationError as error:
+        return str(error)
+    if not all(isinstance(small[0], (int, float)) for small in read.auto_tolerated):
+        return "expected auto_tolerated, a list of [STEP, KIND, ...]"
+    return "expected labels, a list of [STEP, KIND, NOTE]" if read.use == "score" and read.labels is None else ""
 
 
 def total(marks: Iterable[Marks], *, missing: Sequence[str] = ()) -> dict[str, Any]:

@@ -12,6 +12,7 @@ The signals are told in `guardrail.signals`.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import sys
@@ -19,10 +20,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
-from guardrail import stacks
+from guardrail import processes, secret, stacks
 from guardrail.chronicle import Chronicle, log, tail
 from guardrail.config import LaunchSection, NotifySection, TensorboardSection, parse
 from guardrail.elastic import Agent, Failure
@@ -45,13 +47,22 @@ SILENT_SECONDS = 5.0  # of ranks over their deadline, one whose process has done
 class Supervisor:
     """One run, from the first process to the last word. `run()` returns the exit code."""
 
-    def __init__(self, run: RunDirectory, signals: SupervisorSignals, *, node_rank: int = 0) -> None:
+    def __init__(
+        self,
+        run: RunDirectory,
+        signals: SupervisorSignals,
+        *,
+        node_rank: int = 0,
+        secrets: dict[str, Any] | None = None,
+    ) -> None:
         tree = parse(run.path / "config.toml")
         self.run_directory = run
         # The nodes share one config.toml; which of them this is, only the one who started us knows.
         self.launch = msgspec.convert({**tree.get("launch", {}), "node_rank": node_rank}, LaunchSection)
         self.tensorboard = msgspec.convert(tree.get("tensorboard", {}), TensorboardSection)
-        self.notify = msgspec.convert(tree.get("notify", {}), NotifySection)
+        notify = tree.get("notify", {})
+        self.notify = msgspec.convert(secret.restored(notify, secrets or {}), NotifySection)
+        self._missing = secret.missing({**notify, **(secrets or {})})
         self.signals = signals
         self.host = socket.gethostname()
         self.ranks = LocalRanks(run, node_rank=node_rank, nodes=self.launch.nodes)
@@ -361,6 +372,9 @@ class Supervisor:
     def _notifier(self) -> Iterator[None]:
         """A thread beside the run that tells of its events; it may fail, and training does not notice."""
         settings = self.notify
+        if self._missing and not self.launch.node_rank:
+            message = f"no notification by {', '.join(self._missing)}: masked in the run directory, not given again"
+            self.chronicle.record("note", message, text=message)
         if self.launch.node_rank or not (settings.command or settings.webhook or settings.apprise):
             yield
             return
@@ -408,14 +422,26 @@ def _beside(name: str, work: Callable[[threading.Event], None], *, seconds: floa
         thread.join(timeout=seconds)
 
 
+def _read_secrets() -> dict[str, Any]:
+    """What `launching.start` sends through the pipe; nothing where it has not said so. No child is told of it."""
+    if os.environ.pop(processes.SECRETS_VARIABLE, "") != "stdin":
+        return {}
+    try:
+        return msgspec.json.decode(sys.stdin.buffer.read(), type=dict[str, Any])
+    except (OSError, msgspec.DecodeError):
+        log("the secrets of [notify] could not be read: nobody is notified by them")
+        return {}
+
+
 def main(arguments: Sequence[str]) -> int:
     path, node_rank = arguments[0], int(arguments[1]) if len(arguments) > 1 else 0
     signals = SupervisorSignals()
     become_reaper()
+    secrets = _read_secrets()
     try:
         run = RunDirectory.open(Path(path))
         with RunLock(run.path / f"supervisor-{node_rank}.lock", "the supervisor"):
-            return Supervisor(run, signals, node_rank=node_rank).run()
+            return Supervisor(run, signals, node_rank=node_rank, secrets=secrets).run()
     except GuardrailError as error:
         log(str(error))
         return error.exit_code

@@ -225,7 +225,7 @@ class Exporter:
 
     def _config(self, story: _Story, written: str) -> str:
         try:
-            text = self._run.config_text()
+            text = self._run.config_text(display=True)
         except RunDirectoryError:
             return written
         digest = hashlib.sha256(text.encode()).hexdigest()

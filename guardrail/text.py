@@ -23,6 +23,9 @@ _UNWANTED = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
 _SURROGATE = re.compile("[\ud800-\udfff]")
+MASK = "(masked)"  # stands where a secret was
+# What follows the scheme of an address: it may hold a password, and the path of many a webhook is one.
+_ADDRESS = re.compile(r"\b([a-z][a-z0-9+.-]{1,20}://)[^\s'\"<>]+", re.IGNORECASE)
 
 
 def clean(text: str | bytes, limit: int | None = None) -> str:
@@ -49,6 +52,20 @@ def plural(number: int, noun: str) -> str:
     """1 batch, 2 batches."""
     ending = "es" if noun.endswith(("ch", "s")) else "s"
     return f"{number:,} {noun}{'' if number == 1 else ending}"
+
+
+def hide_credentials(text: str) -> str:
+    """Text in which only the scheme of each address is left: "https://(masked)"."""
+    return _ADDRESS.sub(rf"\g<1>{MASK}", text)
+
+
+def printable(text: str, width: int = 2000) -> str:
+    """Several lines for a terminal: each character that does not print stands as its escape, but for line ends.
+
+    Args:
+        width: longest line in characters; a longer one ends in an ellipsis.
+    """
+    return "\n".join(visible(line, width) for line in text.split("\n"))
 
 
 def visible(text: str, limit: int) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from guardrail.advised import advised_words
-from guardrail.config import GuardSection
+from guardrail.config import GuardSection, checked_guard
 from guardrail.controller import Controller
 from guardrail.errors import DataError, GuardrailError, RunDirectoryError
 from guardrail.importers.log import Log, settings_for
@@ -58,7 +58,7 @@ class Viewing:
     """
 
     def __init__(self, log: Log, settings: GuardSection) -> None:
-        self._log, self._settings = log, settings_for(log, settings)
+        self._log, self._settings = log, settings_for(log, checked_guard(settings))
         self.name, self.format = log.path, log.format
         signals = [name for name in log.columns if name in METRIC_COLUMNS]
         bands = [f"{name}_{part}" for name in signals for part in ("baseline", "threshold")]

@@ -81,7 +81,7 @@ BAD = [
         "raise snapshots.keep",
     ),
     ("[snapshots]\nkeep = 1", "c.toml: snapshots.keep = 1: expected 0, or 2 and more", "checkpoints alone"),
-    (STEPS + "[launch]\nprocesses = 3", "train.batch_size = 16: expected a multiple of the 3 processes", "nearest: 15"),
+    (STEPS + "[launch]\nprocesses = 3", "train.batch_size = 16: expected a multiple of the 3 data-", "nearest: 15"),
     (
         "[train]\nsteps = 300\nmicro_batch_size = 5",
         "c.toml: train.micro_batch_size = 5: expected a divisor of the 16 samples that a rank has of one batch",
@@ -137,6 +137,13 @@ def test_a_bad_file_is_refused_in_words(tmp_path: Path, text: str, message: str,
         assert not re.search(leftover, told)
 
 
+@pytest.mark.fault("B5")
+def test_a_batch_is_shared_out_over_data_ranks_and_not_over_processes(tmp_path: Path) -> None:
+    told = refused(tmp_path, STEPS + "batch_size = 6\n[launch]\nprocesses = 8\n[parallel]\ntp = 2\n")
+    assert "train.batch_size = 6: expected a multiple of the 4 data-parallel ranks (launch.processes" in told
+    assert "launch.processes * launch.nodes = 8, over parallel.tp * parallel.pp = 2)" in told and "nearest: 8" in told
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -151,7 +158,7 @@ def test_a_bad_file_is_refused_in_words(tmp_path: Path, text: str, message: str,
         ('data.sources=["a"]', "--set: data.sources[0] = 'a': expected an existing file"),
         ("launch.trainer=nosuch", "--set: launch.trainer = 'nosuch': expected an importable package"),
         ("optim.lr=1e400", "--set: optim.lr = inf: expected a finite number"),
-        ("train.batch_size=3", "--set: train.batch_size = 3: expected a multiple of the 2 processes"),
+        ("train.batch_size=3", "--set: train.batch_size = 3: expected a multiple of the 2 data-parallel ranks"),
         ("train.epochs=2", "c.toml: train.steps = 300: expected either train.steps or train.epochs"),
     ],
 )

@@ -251,3 +251,26 @@ def test_byte_level_data_loads_neither_torch_nor_tokenizers_nor_zstandard() -> N
     root = Path(__file__).parent.parent
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root, check=True)
     assert run.stdout == "[]\n"
+
+
+@pytest.mark.fault("E16")
+def test_an_empty_source_is_named_and_refused_only_where_all_are(tmp_path: Path) -> None:
+    write(tmp_path / "text" / "a.txt", GOOD)
+    write(tmp_path / "binary" / "weights.bin", b"x")
+    write(tmp_path / "blank" / "a.txt", " ")
+    (tmp_path / "bare").mkdir()
+    names = ("bare", "binary", "blank", "text/*.none")
+    first = prepared(section(tmp_path))
+    assert first.report.bad == {}
+    everything = (str(tmp_path / "text"), *(str(tmp_path / name) for name in names))
+    told = "\n".join(prepared(section(tmp_path, sources=everything)).report.lines())
+    assert "3 x source without a file" in told and "1 x source without usable text" in told
+    for name in names:
+        assert str(tmp_path / name) in told
+    assert f"{tmp_path}/binary (1 files, none of them text by its suffix)" in told
+    # Its files are those of the first: a corpus in the cache must not hide that a source is empty.
+    told = "\n".join(prepared(section(tmp_path, sources=everything[:2])).report.lines())
+    assert f"1 x source without a file: {tmp_path}/bare" in told
+    with pytest.raises(DataError, match="no usable document") as caught:
+        prepared(section(tmp_path, sources=everything[1:]))
+    assert all(str(tmp_path / name) in str(caught.value) for name in names)

@@ -55,7 +55,7 @@ def test_no_control_characters_and_no_text_of_the_data_leave_the_machine() -> No
 
 
 def test_an_address_that_is_none_and_a_package_that_is_missing_are_refused_early(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"notify\.webhook = 'file:///etc/passwd': expected an http"):
+    with pytest.raises(ConfigError, match=r"notify\.webhook = \(masked\): expected an http"):
         Settings(notify=NotifySection(webhook="file:///etc/passwd")).check(base=tmp_path)
     found = [error.key for error in preflight.problems(Settings(notify=NotifySection(apprise=("json://x",))), file="c")]
     assert ("notify.apprise" in found) is (not _has_apprise())
@@ -76,10 +76,12 @@ class Server:
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
         self.status, self.seconds = 200, 0.0
+        self.authorization = ""  # of the last one
         server = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
+                server.authorization = self.headers.get("Authorization", "")
                 server.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
                 time.sleep(server.seconds)
                 self.send_response(server.status)
@@ -137,6 +139,14 @@ def test_each_event_is_posted_once_whoever_asks_again(run: RunDirectory, server:
     assert incident["text"] == f"{run.name}, step 20: incident 1: open"
     assert incident["path"] == str(run.path) and incident["data"] == {"state": "open", "number": 1, "onset": 19}
     assert outcomes(run) == [("webhook", True, "")] * 2
+
+
+@pytest.mark.fault("A3")
+def test_user_and_password_of_an_address_go_into_a_header(run: RunDirectory, server: Server) -> None:
+    run.append("ended", "failed", phase="failed")
+    notifier(run, webhook=server.url.replace("http://", "http://ann:p%40ss@")).look()
+    assert outcomes(run) == [("webhook", True, "")]
+    assert server.authorization == "Basic YW5uOnBAc3M="  # ann:p@ss
 
 
 def test_a_supervisor_that_died_while_sending_does_not_tell_again(run: RunDirectory, server: Server) -> None:

@@ -73,7 +73,7 @@ class TrainSection(Section, frozen=True, kw_only=True):
     epochs: Natural = 0
     # Samples of one update, over all ranks and micro-batches.
     batch_size: Positive = 16
-    # Samples of one forward and backward pass of one rank; 0: batch_size / processes (no accumulation).
+    # Samples of one forward and backward pass of one rank; 0: batch_size / data-parallel ranks (no accumulation).
     micro_batch_size: Natural = 0
     # Batch-size ramp (GPT-3): samples of the first batches; 0: none. It grows by ramp_by samples at a time (0: by the
     # smallest step there is), linearly in tokens, and has its full size after ramp_tokens.
@@ -367,8 +367,10 @@ class Config(Settings, frozen=True, kw_only=True):
     def _check_batch(self) -> None:
         batch, world = self.train.batch_size, self.layout.data_ranks
         if batch % world:
+            model_ranks = self.layout.tp * self.layout.pp
+            split = f" (launch.processes * launch.nodes = {self.world}, over parallel.tp * parallel.pp = {model_ranks})"
             raise ConfigError(
-                f"a multiple of the {world} processes",
+                f"a multiple of the {world} data-parallel ranks{split if model_ranks > 1 else ''}",
                 key="train.batch_size",
                 value=batch,
                 hint=f"nearest: {nearest(batch, world)}",

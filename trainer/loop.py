@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from guardrail.config import dump
+from guardrail.config import checked, dump
 from guardrail.errors import DataError, Interrupted, RunDirectoryError
 from guardrail.heartbeat import Heartbeat, this_start
 from guardrail.ledger import Batch, SampleOrder
@@ -55,11 +55,19 @@ FIXED_SAMPLES = 8  # whose loss a resumed model must reproduce, whatever the bat
 MAX_DESCRIBED = 20_000  # samples whose documents are looked up for one journal line
 
 
+def checked_config(config: Config | Mapping[str, Any]) -> Config:
+    """A configuration built in Python, converted and checked as a file would be. Raises ConfigError."""
+    result = checked(config, Config)
+    base = Path.cwd()
+    result.check(base=base)
+    return result.resolved(base=base)
+
+
 class Trainer:
     """One rank of a run.
 
     Args:
-        config: the checked configuration.
+        config: the configuration; one that was built in Python is converted and checked like a file.
         run: the run directory; None trains in memory, for tests and benchmarks.
         signals, heartbeat: of this process, installed by the entry point.
     """
@@ -72,7 +80,7 @@ class Trainer:
         signals: StopSignals | None = None,
         heartbeat: Heartbeat | None = None,
     ) -> None:
-        self.config = config
+        self.config = config = checked_config(config)
         self.run_directory = run
         self.signals = signals or StopSignals()
         self.heartbeat = heartbeat
@@ -147,7 +155,7 @@ class Trainer:
             identity={"data": corpus.fingerprint, "config": hashlib.sha256(dump(config).encode()).hexdigest()},
         )
         if config.data.quarantine:
-            lines = Path(config.data.quarantine).read_text(encoding="utf-8").splitlines()
+            lines = _read_lines(config.data.quarantine)
             self.guard.ledger.quarantine.read(lines, source=config.data.quarantine, samples=order.n_samples)
 
     # -- training ------------------------------------------------------------------------------------------------
@@ -513,6 +521,15 @@ def gathered(value: Any) -> list[Any]:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, value)
     return everyone
+
+
+def _read_lines(path: str) -> list[str]:
+    """The lines of the file that data.quarantine names. Raises DataError."""
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise DataError(f"data.quarantine = {path!r}: expected a readable file of sample ids ({reason})") from error
 
 
 def train(config: Config, **parts: Any) -> Phase:

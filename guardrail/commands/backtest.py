@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from guardrail.commands.common import given_columns, json_option, print_json
+from guardrail.text import visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from guardrail.importers.log import Log
     from guardrail.importers.sources import Source
     from guardrail.scoring import Marks
+
+
+MOST_LABELS = 16 << 20  # characters of a file of labels; one of 37 runs has 30,000
 
 
 def log_options(function: Any) -> Any:
@@ -153,13 +157,29 @@ def _labels(path: str) -> dict[str, Any]:
 
     try:
         with open(path, encoding="utf-8") as file:
-            labels = json.load(file)
+            text = file.read(MOST_LABELS + 1)
+        if len(text) > MOST_LABELS:
+            raise click.UsageError(f"--labels {path}: expected at most {MOST_LABELS >> 20} MiB of JSON")
+        labels = json.loads(text)
+    except RecursionError as error:
+        raise click.UsageError(f"--labels {path}: not JSON (too many brackets within each other)") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or f"not JSON ({error})"
         raise click.UsageError(f"--labels {path}: {reason}") from error
     if not isinstance(labels, dict):
         raise click.UsageError(f"--labels {path}: expected an object with one entry for each run")
+    for name, label in labels.items():
+        if not name.startswith("_"):
+            _check_label(label, f"--labels {path}: {visible(name, 80)}")
     return labels
+
+
+def _check_label(label: Any, place: str) -> None:
+    """Refuse an entry that `scoring.score` could not read."""
+    from guardrail.scoring import why_no_label
+
+    if reason := why_no_label(label):
+        raise click.UsageError(f"{place}: {visible(reason, 200)}")
 
 
 def _score(labels: dict[str, Any], results: list[Result]) -> tuple[dict[str, Any], dict[str, Marks]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from guardrail import themes
+from guardrail.text import visible
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -80,13 +81,25 @@ def the_run(spec: str | None, root: str) -> RunDirectory:
     return find_run(spec, root)
 
 
+class FiniteFloat(click.FloatRange):
+    """A number that is neither NaN nor infinite: every comparison with NaN is false, so a range lets it pass."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        import math
+
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
+
+
 def given_columns(columns: tuple[str, ...]) -> dict[str, str]:
     """SIGNAL=NAME of --column -> signal and name. Raises click.UsageError."""
     given = {}
     for text in columns:
         signal, equals, name = text.partition("=")
         if not equals or not signal or not name:
-            raise click.UsageError(f"--column {text!r}: expected SIGNAL=NAME, e.g. loss=train/ce")
+            raise click.UsageError(f"--column {visible(text, 160)}: expected SIGNAL=NAME, e.g. loss=train/ce")
         given[signal] = name
     return given
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from guardrail.commands.common import json_option, print_json, root_option, the_run
+from guardrail.commands.common import FiniteFloat, json_option, print_json, root_option, the_run
 
 if TYPE_CHECKING:
     from guardrail.rundir import RunDirectory
@@ -16,7 +16,15 @@ if TYPE_CHECKING:
 @click.argument("run")
 @click.argument("action", metavar="ACTION")
 @click.argument("value", required=False)
-@click.option("--wait", "seconds", default=120.0, show_default=True, metavar="SECONDS", help="0: do not wait.")
+@click.option(
+    "--wait",
+    "seconds",
+    default=120.0,
+    show_default=True,
+    metavar="SECONDS",
+    type=FiniteFloat(min=0.0),
+    help="0: do not wait.",
+)
 @click.option("--at-step", default=0, metavar="STEP", help="Take effect at the end of this step; 0: at once.")
 @click.option("--question", type=click.IntRange(min=1), metavar="N", help="Answer the question of journal line N.")
 @click.option("--preview", is_flag=True, help="Say what it would do and cost now, and send nothing.")

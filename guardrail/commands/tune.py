@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from guardrail.commands.backtest import log_options, read_logs
+from guardrail.commands.common import FiniteFloat
 
 
 @click.command(short_help="Propose a [guard] section for recorded runs.")
@@ -16,7 +17,7 @@ from guardrail.commands.backtest import log_options, read_logs
     default=1.0,
     show_default=True,
     metavar="N",
-    type=click.FloatRange(min=0.0),
+    type=FiniteFloat(min=0.0),
     help="Single rejections in 10,000 records that a run may cost.",
 )
 def command(

@@ -169,11 +169,12 @@ def _records(lines: Iterable[bytes]) -> Iterator[dict[str, Any] | None]:
             continue
         try:
             record = loads(line)
+            several = record if isinstance(record, list) else [record]
+            records = [flat(one) if isinstance(one, dict) else None for one in several]
         except (ValueError, RecursionError):
             yield None
             continue
-        for one in record if isinstance(record, list) else [record]:
-            yield flat(one) if isinstance(one, dict) else None
+        yield from records
 
 
 def _value(value: Any) -> float | None:

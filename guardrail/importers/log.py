@@ -125,6 +125,8 @@ class Log:
         """
         names = list(self.columns)
         columns = list(self.columns.values())
+        if not columns:
+            return  # a file whose only record with a signal has no step
         if not any(column.missing for column in columns):
             table = zip(*(column.values for column in columns), strict=True)
             signals = map(dict, map(zip, itertools.repeat(names), table))  # no line of Python a record

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from array import array
 
 from guardrail.errors import DataError
-from guardrail.importers.log import Column, Log
+from guardrail.importers.log import Column, Log, whole
 from guardrail.importers.names import KNOWN
 from guardrail.records import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS, METRIC_COLUMNS
 from guardrail.rundir import MetricsView, RunDirectory
@@ -29,7 +28,7 @@ def read(run: RunDirectory, shown: str) -> Log:
     if not len(view):
         raise DataError(f"{shown}: no step has been recorded yet")
     log = Log(path=shown, format="guardrail run", folder=run.path)
-    log.steps = array("q", (int(step) if math.isfinite(step) else 0 for step in view.column("step").tolist()))
+    log.steps = array("q", (whole(step) or 0 for step in view.column("step").tolist()))
     for name in signals(view):
         column = Column()
         column.values = array("d", view.column(name).tolist())

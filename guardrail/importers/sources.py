@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from guardrail.errors import DataError, RunDirectoryError
 from guardrail.importers import delimited, event_files, jsonlines, run_directory, text_logs, trainer_state, wandb_files
 from guardrail.importers.log import Log
 from guardrail.rundir import RunDirectory
-from guardrail.text import clean
+from guardrail.text import clean, visible
 
 HEAD = 64 * 1024
 # In a folder these are passed over without a look: what is no log, and is large or many.
@@ -40,8 +41,8 @@ def sources(paths: Sequence[str]) -> Iterator[Source]:
         path = Path(given)
         try:
             found = list(_in_folder(path)) if path.is_dir() else [_file(path, named=True)]
-        except OSError as error:
-            found = [_refusal(given, error.strerror or str(error))]
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            found = [_refusal(given, getattr(error, "strerror", None) or "no file can have this name")]
         if not found:
             found = [_refusal(given, "no recorded run in this folder")]
         yield from (source for source in found if source is not None)
@@ -49,7 +50,7 @@ def sources(paths: Sequence[str]) -> Iterator[Source]:
 
 def _refusal(path: str, why: str) -> Source:
     def read(columns: Mapping[str, str]) -> list[Log]:
-        raise DataError(f"{clean(path)}: {why}")
+        raise DataError(f"{visible(path, 300)}: {why}")
 
     return Source(path, read)
 
@@ -179,5 +180,8 @@ def _run(folder: Path) -> Source:
 
 
 def _head(path: Path) -> bytes:
+    """OSError also for what is neither a file nor a folder: a pipe or a device may never end, and is read twice."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "neither a file nor a folder")
     with path.open("rb") as file:
         return file.read(HEAD)

@@ -35,10 +35,11 @@ def _entries(text: str, at: int) -> Iterator[dict[str, Any] | None]:
             return
         try:
             entry, at = decoder.raw_decode(text, at)
+            record = flat(entry) if isinstance(entry, dict) else None
         except (ValueError, RecursionError):
             yield None
             return
-        yield flat(entry) if isinstance(entry, dict) else None
+        yield record
 
 
 def newest(paths: list[Path]) -> list[Path]:

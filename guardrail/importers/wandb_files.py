@@ -28,6 +28,7 @@ _WHOLE, _FIRST, _LAST = 1, 2, 4
 def read(path: Path, shown: str, columns: Mapping[str, str]) -> list[Log]:
     """DataError if wandb is not installed, or the file holds no history."""
     try:
+        from google.protobuf.message import DecodeError
         from wandb.proto.wandb_internal_pb2 import Record
     except ImportError as error:
         raise DataError(
@@ -41,7 +42,11 @@ def read(path: Path, shown: str, columns: Mapping[str, str]) -> list[Log]:
                 if data is None:
                     yield None
                     continue
-                record = Record.FromString(data)
+                try:
+                    record = Record.FromString(data)
+                except DecodeError:
+                    yield None
+                    continue
                 if record.WhichOneof("record_type") == "history":
                     yield _history(record.history)
 
@@ -82,7 +87,7 @@ def _history(history: Any) -> dict[str, Any]:
     for item in history.item:
         name = item.key or "/".join(item.nested_key)
         try:
-            cells[name] = loads(item.value_json)
-        except ValueError:
+            cells |= flat({name: loads(item.value_json)})
+        except (ValueError, RecursionError):
             continue
-    return flat(cells)
+    return cells

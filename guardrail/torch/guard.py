@@ -30,6 +30,7 @@ from guardrail.rundir import RunDirectory
 from guardrail.signals import StopSignals
 from guardrail.torch.account import Account
 from guardrail.torch.agreement import require_equal
+from guardrail.torch.arguments import check_mode, check_names, check_parts, check_settings
 from guardrail.torch.attempt import Attempt
 from guardrail.torch.attribution import Texts
 from guardrail.torch.checkpoints import CheckpointStore
@@ -58,7 +59,8 @@ class Guard:
     """Watches a training loop, leaves bad updates out, rolls back, keeps the record.
 
     Args:
-        settings: the [guard], [snapshots] and [checkpoint] sections.
+        settings: the [guard], [snapshots] and [checkpoint] sections: `Settings(...)`, or a dictionary as TOML would
+            give it. Both are converted and checked like a configuration file.
         model: any nn.Module: plain, DDP, FSDP2 (`fully_shard`).
         optimizer: one torch.optim optimizer or several.
         scheduler: anything with step(), state_dict() and load_state_dict(); stepped once an applied update.
@@ -90,6 +92,9 @@ class Guard:
         fixed_loss: loss on one fixed batch, same on every rank; stored with a checkpoint and compared after a resume.
         lr_at: the scheduled learning rate as a function of the step, to be compared after a resume.
         identity: fingerprints stored with a checkpoint. A resume on other "data" is refused, any other change noted.
+
+    Raises:
+        ConfigError: a setting or an argument that cannot be; names it, its value, and what is expected.
     """
 
     def __init__(
@@ -121,8 +126,21 @@ class Guard:
         lr_at: Callable[[int], float] | None = None,
         identity: dict[str, Any] | None = None,
     ) -> None:
-        self.settings = settings
+        self.settings = settings = check_settings(settings)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        # Everything is looked at before the first collective, so that no rank waits for one that refuses.
+        given = check_parts(
+            {
+                **{"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "order": order},
+                **{"batch_size": batch_size, "total_steps": total_steps, "limit": limit, "clip": clip, "run": run},
+                **{"device": device, "counting": counting, "holders": holders, "describe": describe, "texts": texts},
+                **{"tokens": tokens, "rerun": rerun, "replay": replay, "structure": structure},
+                **{"fixed_loss": fixed_loss, "lr_at": lr_at, "identity": identity},
+            },
+            world=self.world,
+        )
+        batch_size, total_steps, limit = given["batch_size"], given["total_steps"], given["limit"]
+        clip, device = given["clip"], given["device"]
         self.run = run
         self.total_steps = total_steps
         self.ledger = Ledger(order, batch_size=batch_size, limit=limit)
@@ -191,7 +209,12 @@ class Guard:
 
     @classmethod
     def from_config(cls, settings: Settings, *, data: SampleOrder, **parts: Any) -> Guard:
-        """The guard of a loop of one's own: `data` is the sample order, `parts` the arguments of the constructor."""
+        """The guard of a custom loop: `data` is the sample order, `parts` the arguments of the constructor.
+
+        Raises:
+            ConfigError: a setting or an argument that cannot be; names it, its value, and what is expected.
+        """
+        check_names(list(parts), cls.__init__)
         return cls(settings, order=data, **parts)
 
     def __iter__(self) -> Iterator[Step]:
@@ -494,8 +517,8 @@ class Guard:
         return self.ledger.over_share(span, share=share, data=self._data_size)
 
     def set_mode(self, mode: Mode) -> None:
-        self.mode = mode
-        self.controller.set_mode(mode)
+        self.mode = check_mode(mode)
+        self.controller.set_mode(self.mode)
 
     def say(self, kind: str, message: str, **data: Any) -> None:
         self.recorder.event(kind, message, step=self.step, timeline=self.timeline, **data)

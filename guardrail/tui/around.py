@@ -104,7 +104,7 @@ class Lookout:
             if (info.st_mtime_ns, info.st_size) == self._config:
                 return
             self._config = (info.st_mtime_ns, info.st_size)
-            text = self._run.config_text()
+            text = self._run.config_text(display=True)
         except (OSError, RunDirectoryError):
             return
         from guardrail.tui.settings import settings_of

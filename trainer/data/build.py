@@ -15,7 +15,7 @@ from guardrail.text import clean
 from trainer.config import DataSection
 from trainer.data import bpe, holdout
 from trainer.data.corpus import FORMAT, INDEX, CorpusIndex, Report
-from trainer.data.problems import FIELD, BadRecords
+from trainer.data.problems import FIELD, NO_TEXT, BadRecords
 from trainer.data.pulse import Pulse
 from trainer.data.reading import Document, DocumentReader
 from trainer.data.shards import FileEntry, SplitIndex, SplitWriter
@@ -84,6 +84,7 @@ class Builder:
         reader = self._reader()
         writers = {name: self._writer(name) for name in ("train", "eval")}
         self.bytes = self.tokens = 0
+        self._used = np.zeros(len(self.found.files), dtype=bool)  # files that gave a document
         try:
             for batch in _batches(reader):
                 self.pulse()
@@ -91,6 +92,9 @@ class Builder:
             self.bad = BadRecords()
             self.bad.merge(self.found.bad)
             self.bad.merge(reader.bad)
+            for source, first, last in self.found.spans:
+                if not self._used[first:last].any():
+                    self.bad.add(NO_TEXT, source, reason=f"{last - first:,} files")
             if not any(writer.documents for writer in writers.values()):
                 raise DataError(_nothing(self.data, self.found, self.bad))
             return {name: writer.close() for name, writer in writers.items()}
@@ -118,6 +122,7 @@ class Builder:
                 self._into = writers["eval" if origin < limit else "train"]
                 self._into.begin(file=document.file, record=document.record, origin=origin)
                 self.bytes += document.bytes
+                self._used[document.file] = True
             size = len(text) if text.isascii() else len(text.encode("utf-8"))
             self._into.add(piece, size)
             self.tokens += len(piece.ids)

@@ -112,6 +112,8 @@ def _name(data: DataSection, found: Found) -> str:
     for file in found.files:
         entry = repr((file.path, file.key, file.size, file.mtime_ns))
         digest.update(entry.encode("utf-8", "backslashreplace"))
+    if found.empty:  # the report of a corpus names them
+        digest.update(repr(found.empty).encode("utf-8", "backslashreplace"))
     return digest.hexdigest()[:32]
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from guardrail.text import clean
 
+NO_FILE = "source without a file"
+NO_TEXT = "source without usable text"
 UNREADABLE = "unreadable file"
 ARCHIVE = "damaged archive"
 ENCODING = "invalid UTF-8"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from trainer.config import BUILTIN
-from trainer.data.problems import UNREADABLE, BadRecords
+from trainer.data.problems import NO_FILE, UNREADABLE, BadRecords
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 TEXT_SUFFIXES = frozenset(
@@ -47,11 +47,19 @@ class SourceFile:
 
 @dataclass
 class Found:
-    """What `discover` found; `ignored` counts the files of a folder that are no text by their suffix."""
+    """What `discover` found.
+
+    Attributes:
+        ignored: files of a folder that are no text by their suffix, by suffix.
+        spans: of each source with new files, (source, first, last): its files are files[first:last].
+        empty: sources in which no file was found.
+    """
 
     files: list[SourceFile] = field(default_factory=list)
     bad: BadRecords = field(default_factory=BadRecords)
     ignored: Counter[str] = field(default_factory=Counter)
+    spans: list[tuple[str, int, int]] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)
 
     @property
     def size(self) -> int:
@@ -62,21 +70,28 @@ def discover(sources: tuple[str, ...], pulse: Callable[[], None] = lambda: None)
     """The files behind `sources`, in the order of the sources and sorted by name within one; each file once.
 
     A folder is walked recursively: text-like suffixes only, hidden names and links to folders passed over. A file
-    that a glob or a path names is taken whatever its suffix.
+    that a glob or a path names is taken whatever its suffix. A source without a file counts among the bad records.
     """
     found, seen = Found(), set()
     for source in sources:
+        first, ignored, candidate = len(found.files), found.ignored.total(), None
         if source == BUILTIN:
             from trainer.data import builtin
 
             candidates = builtin.files()
         else:
             candidates = _files_of(os.path.abspath(os.path.expanduser(source)), found, pulse)
-        for file in candidates:
+        for candidate in candidates:
             pulse()
-            if file.path not in seen:
-                seen.add(file.path)
-                found.files.append(file)
+            if candidate.path not in seen:
+                seen.add(candidate.path)
+                found.files.append(candidate)
+        if first < len(found.files):
+            found.spans.append((source, first, len(found.files)))
+        if candidate is None:
+            other = found.ignored.total() - ignored
+            found.empty.append(source)
+            found.bad.add(NO_FILE, source, reason=f"{other:,} files, none of them text by its suffix" if other else "")
     return found
 
 
