@@ -60,7 +60,20 @@ class Chronicle:
             again = f", restart {restarts} of {self._launch.max_restarts}" if restarts else ""
             nodes = f" on each of {self._launch.nodes} nodes" if self._launch.nodes > 1 else ""
             progress = f"starting {plural(self._launch.processes, 'process')}{nodes}{again}"
-            self._replace(phase=Phase.STARTING, progress=progress, restarts=restarts, question="", deadline=0.0, pid=0)
+            last = self._run.read_status()
+            # What the processes before held in memory is gone with them, and so is their speed.
+            on_disk = tuple(one for one in (last.snapshots if last else ()) if one.tier != "memory")
+            self._replace(
+                phase=Phase.STARTING,
+                progress=progress,
+                restarts=restarts,
+                question="",
+                deadline=0.0,
+                pid=0,
+                tokens_per_second=0.0,
+                eta_seconds=0.0,
+                snapshots=on_disk,
+            )
 
     def ended(self, phase: Phase, exit_code: ExitCode, reason: str, last_lines: list[str]) -> None:
         """The journal's last line, unless rank 0 has written it (then `reason` is "")."""

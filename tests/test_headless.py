@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from guardrail.headless import Lines, moment
+from guardrail.headless import Lines
 from guardrail.records import Phase
 from guardrail.rundir import RunDirectory
 from tests.fake_run import START, FakeRun, example
@@ -24,10 +25,10 @@ def test_each_line_has_its_time_and_the_speed_of_its_row(tmp_path: Path) -> None
     assert len(lines) > 60
     for line in lines:
         assert re.match(r"(\d{4}-\d\d-\d\d )?\d\d:\d\d:\d\d ", line), line
-    step = next(line for line in lines if "step    600/6000" in line or "step    600/6000".replace("  ", " ") in line)
+    step = next(line for line in lines if " 600/6000 " in line)
     assert "34,133 tok/s" in step, "as the rows have it, and not as the run is now"
     assert "ETA 0:10:48" in step, "5,400 steps of 0.12 s"
-    assert moment(START + 72.5) in lines[0] or moment(START) in lines[0]
+    assert time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(START)) in lines[0]
 
 
 def test_a_row_of_an_older_version_has_fewer_columns(tmp_path: Path) -> None:
