@@ -39,7 +39,8 @@ BATCH, SAMPLES = 4, 400
 SNAPSHOTS, CHECKPOINTS = 4, 8  # steps between two of them
 FIRST = 15  # update before which nothing happens: the detectors must know what is usual
 TIMES = ("time", "step_time", "guard_time", "step_time_max", "slowest_rank")
-CLOCKS = ("seconds", "seconds_lost", "text", "bytes", "host", "versions", "deadline")  # in the data of a journal line
+# Keys of journal lines and checkpoints that hold times, or differ between two runs.
+CLOCKS = ("seconds", "seconds_lost", "text", "bytes", "host", "versions", "deadline", "run_id", "journal_seq")
 
 
 # -- histories
@@ -315,7 +316,7 @@ def checkpoints(run: RunDirectory) -> dict[str, Any]:
     for path in checkpoint_dirs(run.checkpoints):
         manifest = read_manifest(path)
         hashes = [(file.name, file.sha256) for file in manifest.files]
-        extras = [rank.extra for rank in manifest.ranks]
+        extras = [without_clocks(rank.extra) for rank in manifest.ranks]
         found[path.name] = (fingerprint(path), hashes, manifest.scalars, extras)
     return found
 
