@@ -30,6 +30,7 @@ from guardrail.records import Event, Mode, Remedy, Span
 from guardrail.report import quarantine_lines
 from guardrail.rundir import RunDirectory, span_of
 from guardrail.torch.checkpoints import CheckpointStore
+from tests.older import NO_LIMIT
 from tests.ranks import start_ranks, wait_ranks
 from trainer.config import Config
 from trainer.data.corpus import Corpus
@@ -89,7 +90,7 @@ def tiny(folder: Path, *, world: int = 1, strategy: str = "ddp", **sections: Any
             "confirm": 4,
             "persist": 3,
             "divergence_steps": 10,
-            "max_skipped_share": 1.0,
+            **NO_LIMIT,
         },
         "snapshots": {"every": 5, "keep": 4},
         "checkpoint": {"every": 20, "keep": 2},

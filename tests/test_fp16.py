@@ -23,6 +23,7 @@ from guardrail.torch.blame import first_nonfinite
 from guardrail.torch.probes import norms
 from guardrail.torch.scaling import LossScale
 from tests.feed import BATCH, obs
+from tests.older import NO_LIMIT
 from tests.ranks import run_ranks
 from trainer.config import Config
 from trainer.loop import Trainer, train
@@ -165,7 +166,7 @@ def configure(folder: Path, world: int, strategy: str, **sections: Any) -> Confi
             "loss_scale_steps": 7,
         },
         # In 30 steps one bad batch is already 3 % of the data.
-        "guard": {"window": 32, "warmup": 12, "confirm": 4, "divergence_steps": 10, "max_skipped_share": 1.0},
+        "guard": {"window": 32, "warmup": 12, "confirm": 4, "divergence_steps": 10, **NO_LIMIT},
         "snapshots": {"every": 5, "keep": 4},
         "checkpoint": {"every": 10, "keep": 2},
         "tensorboard": {"enabled": False},

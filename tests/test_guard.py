@@ -21,6 +21,7 @@ from guardrail.rundir import RunDirectory
 from guardrail.torch.digests import component_digests
 from guardrail.torch.guard import Guard, Step
 from tests.lab import wait_for
+from tests.older import NO_LIMIT
 
 VOCABULARY, LENGTH, BATCH = 17, 6, 4
 
@@ -68,7 +69,7 @@ class Loop:
         self.attempts: list[Step] = []
         self.losses: dict[int, float] = {}
         # 40 steps of 4 samples: each bad batch is already 2.5 % of the data.
-        guard = {"warmup": 10, "window": 32, "confirm": 4, "max_skipped_share": 1.0, **settings}
+        guard = {"warmup": 10, "window": 32, "confirm": 4, **NO_LIMIT, **settings}
         self.guard = Guard.from_config(
             Settings(
                 guard=GuardSection(**guard),

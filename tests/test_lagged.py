@@ -20,6 +20,7 @@ from guardrail.rundir import RunDirectory
 from guardrail.torch.gate import Gate, can_leave_out
 from guardrail.torch.guard import Guard
 from guardrail.torch.probes import Probes
+from tests.older import NO_LIMIT
 from tests.ranks import run_ranks, wait_ranks
 from tests.running import (
     SHAPES,
@@ -210,7 +211,7 @@ class Loop:
         made = torch.optim.AdamW(self.model.parameters(), lr=0.05, fused=optimizer == "adamw-fused")
         more: Any = {"gate": gate, "layers": True, "update_norm": True, "signals": ("odd",)}
         # In 60 steps two bad batches are already 3 % of the data.
-        guard = GuardSection(window=32, warmup=12, confirm=4, max_skipped_share=1.0, **more)
+        guard = GuardSection(window=32, warmup=12, confirm=4, **NO_LIMIT, **more)
         self.guard = Guard.from_config(
             Settings(guard=guard, snapshots=SnapshotSection(every=5, keep=4)),
             model=self.model,
