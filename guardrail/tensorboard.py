@@ -3,6 +3,9 @@
 What a rollback or a restart abandoned is purged the way a restarted writer does it, with a SessionLog START at the
 first step that is told anew, so that TensorBoard shows the present timeline. Position and files survive a restart
 of the exporter: it goes on where it was.
+
+Texts (what the journal reports, and the configuration) stand in event files of the subfolder `journal`, which
+TensorBoard shows as a run of that name. Nothing there is ever purged, since what happened stays true.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import logging
 import math
 import os
@@ -18,6 +22,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -35,9 +40,10 @@ logger = logging.getLogger(__name__)
 SECONDS = 2.0  # between two exports
 _CHUNK = 4096  # rows written at once
 
-INCIDENT, COMMAND = "guard/incident", "guard/command"
-# Event kinds told as text, and under which tag. TensorBoard keeps a sample of the texts of a tag only, so that
-# commands have their own, and all that happened at one step is one text.
+TEXTS = "journal"  # the subfolder of the event files that hold texts
+INCIDENT, COMMAND, CONFIG = "guard/incident", "guard/command", "config"
+# Event kinds written as text, and under which tag. TensorBoard shows only a sample of the texts of a tag, so commands
+# have a tag of their own, and consecutive events of one step that are new together are one text.
 _TEXTS = {
     "command": COMMAND,
     **dict.fromkeys(
@@ -149,6 +155,7 @@ class Exporter:
         self._position = _read_position(run)
         self._saved = self._position
         self._file = tfevents.EventFile(run.tensorboard)
+        self._texts = _TextWriter(run.tensorboard / TEXTS, seq=self._position.seq)
         self._events: list[Event] = []
         self._error = ""
 
@@ -169,8 +176,11 @@ class Exporter:
     def catch_up(self) -> None:
         """Write all that is new. Raises OSError; then nothing counts as written that is not."""
         self._events += self._follower.poll().events
+        config = self._config_text()
+        changed = bool(config) and _digest(config) != self._position.config
+        self._texts.write(self._events, config if changed else "")
         while True:
-            data, position = self._next()
+            data, position = self._next(config)
             moved = position != self._position
             if moved and data:
                 self._file.append(data)
@@ -184,16 +194,19 @@ class Exporter:
     def close(self) -> None:
         self._follower.close()
         self._file.close()
+        self._texts.close()
 
-    def _next(self) -> tuple[bytes, Position]:
-        """The next piece of the story as records, and the position behind it. Changes nothing."""
+    def _next(self, config: str) -> tuple[bytes, Position]:
+        """The next curves as records, and the position after them. Changes nothing."""
         was, timelines, view = self._position, self._follower.timelines, self._follower.view
         assert view is not None
-        story = _Story(self._events, timelines.begins, timeline=was.timeline)
+        story = _Story(timelines.begins, timeline=was.timeline)
         first, last = was.rows, max(was.rows, min(len(view), was.rows + _CHUNK))
         if not self._file.begun:
             first = self._tell_again(story, view, first)
-        config = self._config(story, was.config)
+        digest = _digest(config) if config else was.config
+        if digest != was.config:
+            story.config(config, name=self._run.name)
         for event in self._events:
             if event.seq > was.seq:
                 story.event(event)
@@ -202,7 +215,7 @@ class Exporter:
         for row in rows[present].tolist():
             story.row(dict(zip(view.columns, row, strict=True)))
         seq = max((event.seq for event in self._events), default=was.seq)
-        return story.data(), Position(rows=last, seq=seq, timeline=story.timeline, config=config)
+        return story.data(), Position(rows=last, seq=seq, timeline=story.timeline, config=digest)
 
     def _tell_again(self, story: _Story, view: MetricsView, first: int) -> int:
         """A new file begins by purging what an exporter that died may have written without noting its position.
@@ -223,51 +236,89 @@ class Exporter:
         behind = (present[:first] & (steps[:first] >= step)).nonzero()[0]
         return int(behind[0]) if len(behind) else first
 
-    def _config(self, story: _Story, written: str) -> str:
+    def _config_text(self) -> str:
+        """The configuration as it may be shown, or "" while there is none."""
         try:
-            text = self._run.config_text(display=True)
+            return self._run.config_text(display=True)
         except RunDirectoryError:
-            return written
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        if digest != written:
-            story.config(text, name=self._run.name)
-        return digest
+            return ""
+
+
+class _TextWriter:
+    """Writes each text once, into event files of its own folder.
+
+    The step of a text is the number (`seq`) of its last journal line. Unlike the training step it only grows, so the
+    texts stand in the order in which things happened, and no reader drops one because a step went back. Which
+    texts have been written is read from the files, so that an exporter that died before it saved its position, or
+    whose position file is lost, writes none again.
+
+    Args:
+        folder: made with the first text.
+        seq: for a tag without a text in the files: journal lines up to this one have been written.
+    """
+
+    def __init__(self, folder: Path, *, seq: int) -> None:
+        self._folder = folder
+        self._seq = seq
+        self._file = tfevents.EventFile(folder)
+        self._last: dict[str, tfevents.Text] | None = None
+
+    def write(self, events: list[Event], config: str) -> None:
+        """Write what is new of `events`, all events so far, and of `config`, or "". Raises OSError."""
+        if self._last is None:
+            self._last = tfevents.last_texts(self._folder)
+        texts = [text for tag in (INCIDENT, COMMAND) for text in self._new_texts(events, tag, self._last.get(tag))]
+        texts.sort(key=lambda text: text.step)
+        if config:
+            texts += _config_text(config, max((e.seq for e in events), default=0), self._last.get(CONFIG))
+        if not texts:
+            return
+        self._folder.mkdir(mode=FOLDER_MODE, exist_ok=True)
+        self._file.append(b"".join(tfevents.text(*text) for text in texts))
+        self._last |= {text.tag: text for text in texts}
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _new_texts(self, events: list[Event], tag: str, last: tfevents.Text | None) -> list[tfevents.Text]:
+        written = self._seq if last is None else last.step
+        new = [e for e in events if e.seq > written and e.message and _TEXTS.get(e.kind) == tag]
+        groups = [list(group) for _, group in itertools.groupby(new, key=lambda e: (e.timeline, e.step))]
+        return [tfevents.Text(tag, _markdown(group), group[-1].seq, group[-1].time) for group in groups]
+
+
+def _config_text(config: str, seq: int, last: tfevents.Text | None) -> list[tfevents.Text]:
+    """The configuration as a text, unless it is the `last` one. Readers keep one text for each step of a tag."""
+    markdown = f"```toml\n{_block(config)}\n```"
+    if last is None:
+        return [tfevents.Text(CONFIG, markdown, seq, time.time())]
+    if last.markdown == markdown:
+        return []
+    return [tfevents.Text(CONFIG, markdown, max(seq, last.step + 1), time.time())]
 
 
 class _Story:
-    """Turns events and rows into records of an event file, in order.
+    """Turns events and rows into the records of the curves, in order.
 
     Args:
-        events: all events of the run so far.
         begins: timeline -> step at which it began.
         timeline: the one that was told last.
     """
 
-    def __init__(self, events: list[Event], begins: dict[int, int], *, timeline: int) -> None:
+    def __init__(self, begins: dict[int, int], *, timeline: int) -> None:
         self.timeline = timeline
         self._begins = begins
         self._parts: list[bytes] = []
         self._last_step = -1
-        self._untold: dict[str, int] = {}  # tag -> first step whose text is new
-        self._texts: dict[tuple[str, int], list[Event]] = {}
-        for event in events:
-            if event.kind in _TEXTS and event.message:
-                self._texts.setdefault((_TEXTS[event.kind], event.step), []).append(event)
 
     def data(self) -> bytes:
-        """All records so far; texts come last, behind every purge."""
-        for tag, step in self._untold.items():
-            self._tell(tag, step)
-        self._untold.clear()
+        """All records so far."""
         return b"".join(self._parts)
 
     def event(self, event: Event) -> None:
         begun = event.data.get("new_timeline", event.timeline)
         if isinstance(begun, int) and begun in self._begins:
             self._turn(begun)
-        tag = _TEXTS.get(event.kind)
-        if tag is not None and event.message:
-            self._untold[tag] = min(event.step, self._untold.get(tag, event.step))
         if event.kind == "ended":
             good = event.data.get("phase") in ("finished", "stopped")
             self._parts.append(tfevents.hparams_end(good=good, at=event.time))
@@ -292,17 +343,13 @@ class _Story:
         self._parts.append(tfevents.scalars(values, step=step, at=row.get("time", math.nan)))
 
     def purge(self, step: int) -> None:
-        """Readers forget everything from `step` on; texts of abandoned steps are told again, for they stay true."""
+        """Readers forget all points from `step` on."""
         self._parts.append(tfevents.restart(step))
-        for tag in (INCIDENT, COMMAND):
-            self._untold[tag] = min(step, self._untold.get(tag, step))
 
     def config(self, text: str, *, name: str) -> None:
-        now = time.time()
-        self._parts.append(tfevents.text("config", f"```toml\n{_block(text)}\n```", step=0, at=now))
         with contextlib.suppress(tomllib.TOMLDecodeError):
-            values = dict(_flat(tomllib.loads(text)))
-            self._parts.append(tfevents.hparams(values, name=name, at=now, metrics=("eval/loss", "train/loss")))
+            values, metrics = dict(_flat(tomllib.loads(text))), ("eval/loss", "train/loss")
+            self._parts.append(tfevents.hparams(values, name=name, at=time.time(), metrics=metrics))
 
     def _turn(self, timeline: int) -> None:
         if timeline > self.timeline:
@@ -311,13 +358,6 @@ class _Story:
             if begins:
                 self.purge(min(begins) + 1)
 
-    def _tell(self, tag: str, step: int) -> None:
-        """The texts of `tag` from `step` on, in order of their steps: fast readers drop what is not told in order."""
-        for where in sorted(where for other, where in self._texts if other == tag and where >= step):
-            events = self._texts[tag, where]
-            markdown = "\n\n".join(_words(event) for event in events)
-            self._parts.append(tfevents.text(tag, markdown, step=where, at=events[-1].time))
-
 
 def _read_position(run: RunDirectory) -> Position:
     """Unreadable or lost: tell everything again; the first purge removes what was told."""
@@ -325,6 +365,16 @@ def _read_position(run: RunDirectory) -> Position:
         return msgspec.json.decode((run.tensorboard / "position.json").read_bytes(), type=Position)
     except (OSError, msgspec.DecodeError):
         return Position()
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _markdown(events: list[Event]) -> str:
+    """Events of one step and timeline as one text. The step stands in it, for TensorBoard shows the journal line."""
+    head = f"*step {events[0].step}, timeline {events[0].timeline}*"
+    return "\n\n".join([head, *map(_words, events)])
 
 
 def _words(event: Event) -> str:

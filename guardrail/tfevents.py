@@ -8,10 +8,22 @@ import os
 import re
 import struct
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from guardrail.files import FILE_MODE, write_all
+
+_NAME = re.compile(r"events\.out\.tfevents\.(\d{10})\.")
+
+
+class Text(NamedTuple):
+    """One text of a tag; `at` is its wall time in seconds."""
+
+    tag: str
+    markdown: str
+    step: int
+    at: float
 
 
 class EventFile:
@@ -48,7 +60,7 @@ class EventFile:
 
     def others(self) -> list[int]:
         """Times in the names of the event files that are there."""
-        names = (re.match(r"events\.out\.tfevents\.(\d{10})\.", name) for name in os.listdir(self._folder))
+        names = (_NAME.match(name) for name in os.listdir(self._folder))
         return [int(match[1]) for match in names if match]
 
     def _name(self) -> str:
@@ -76,7 +88,7 @@ def scalars(values: dict[str, float], *, step: int, at: float) -> bytes:
     return summary(summary_pb2.Summary(value=points), step=step, at=time.time() if math.isnan(at) else at)
 
 
-def text(tag: str, markdown: str, *, step: int, at: float) -> bytes:
+def text(tag: str, markdown: str, step: int, at: float) -> bytes:
     """One text, as the text plugin reads it."""
     from tensorboard.compat.proto import summary_pb2, tensor_pb2, tensor_shape_pb2, types_pb2
     from tensorboard.plugins.text.plugin_data_pb2 import TextPluginData
@@ -89,6 +101,24 @@ def text(tag: str, markdown: str, *, step: int, at: float) -> bytes:
     metadata = summary_pb2.SummaryMetadata(plugin_data=plugin)
     value = summary_pb2.Summary.Value(tag=tag, metadata=metadata, tensor=tensor)
     return summary(summary_pb2.Summary(value=[value]), step=max(0, step), at=at)
+
+
+def last_texts(folder: Path) -> dict[str, Text]:
+    """The last text of each tag in the event files of `folder`, in the order of their names. Raises OSError."""
+    from google.protobuf.message import DecodeError
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    names = sorted(filter(_NAME.match, os.listdir(folder))) if folder.is_dir() else []
+    last: dict[str, Text] = {}
+    for name in names:
+        with contextlib.suppress(DecodeError):  # a reader does not get past such a record either
+            for data in _records((folder / name).read_bytes()):
+                event = Event.FromString(data)
+                for value in event.summary.value:
+                    if value.metadata.plugin_data.plugin_name == "text" and value.tensor.string_val:
+                        markdown = value.tensor.string_val[0].decode(errors="replace")
+                        last[value.tag] = Text(value.tag, markdown, event.step, event.wall_time)
+    return last
 
 
 def hparams(values: dict[str, Any], *, name: str, at: float, metrics: tuple[str, ...]) -> bytes:
@@ -131,6 +161,19 @@ def record(data: bytes) -> bytes:
 
     header = struct.pack("<Q", len(data))
     return header + struct.pack("<I", masked_crc32c(header)) + data + struct.pack("<I", masked_crc32c(data))
+
+
+def _records(data: bytes) -> Iterator[bytes]:
+    """The contents of the TFRecords in `data`, up to the first that is cut off or damaged."""
+    offset = 0
+    while len(data) - offset >= 16:
+        (length,) = struct.unpack_from("<Q", data, offset)
+        content = data[offset + 12 : offset + 12 + length]
+        whole = record(content)
+        if data[offset : offset + len(whole)] != whole:
+            return
+        yield content
+        offset += len(whole)
 
 
 def _version() -> bytes:

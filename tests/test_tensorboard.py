@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import STORE_EVERYTH
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator as PluginAccumulator
 
 from guardrail import tensorboard, tfevents
+from guardrail.importers.sources import sources
 from guardrail.records import Action, Span
 from guardrail.rundir import RunDirectory
 from guardrail.tensorboard import Exporter, catch_up, export
@@ -69,9 +70,22 @@ def scalars(run: RunDirectory, tag: str = "train/loss") -> list[tuple[int, float
     return points
 
 
-def texts(run: RunDirectory, tag: str = "guard/incident") -> list[tuple[int, str]]:
-    """As TensorBoard's server reads them, which purges texts as well."""
-    return [(e.step, e.tensor_proto.string_val[0].decode()) for e in serve(run).Tensors(tag)]
+def texts(run: RunDirectory, *tags: str) -> list[tuple[int, str]]:
+    """(step, text) of `tags`, in the run directory's event files of whatever folder.
+
+    TensorBoard's two readers purge differently; both find the same texts in the same order.
+    """
+    served, loaded = [], []
+    for folder, _, names in os.walk(run.tensorboard):
+        if any("tfevents" in name for name in names):
+            server = PluginAccumulator(folder, {"tensors": 0}, purge_orphaned_data=True).Reload()
+            loader = EventAccumulator(folder, STORE_EVERYTHING_SIZE_GUIDANCE, purge_orphaned_data=True).Reload()
+            for tag in tags or ("guard/incident",):
+                served += server.Tensors(tag) if tag in server.Tags()["tensors"] else []
+                loaded += loader.Tensors(tag) if tag in loader.Tags()["tensors"] else []
+    found = [(e.step, e.tensor_proto.string_val[0].decode()) for e in served]
+    assert [(e.step, e.tensor_proto.string_val[0].decode()) for e in loaded] == found
+    return found
 
 
 def event_files(run: RunDirectory) -> list[str]:
@@ -169,13 +183,17 @@ def test_what_happened_is_told_as_text(run: RunDirectory) -> None:
     run.append("command", "pause applied", step=6, id="a", command="pause", effect="applied")
     write(run, (1, 0, 3.0))
     catch_up(run)
-    found = read(run)
-    metadata = found.SummaryMetadata("guard/incident")
-    assert metadata.plugin_data.plugin_name == "text"
-    ((step, text),) = texts(run)
-    assert step == 4 and "loss 11.5 against 2.3" in text and "samples left out" in text
+    journal = EventAccumulator(str(run.tensorboard / "journal")).Reload()
+    assert journal.SummaryMetadata("guard/incident").plugin_data.plugin_name == "text"
+    ((seq, text),) = texts(run)
+    assert (
+        seq == 3
+        and text.startswith("*step 4, timeline 0*")
+        and "loss 11.5 against 2.3" in text
+        and "samples left out" in text
+    )
     assert "/data/a\\*b.txt:3 bytes 10-90  Ã‚Â" in text and "2 more documents" in text and "\x1b" not in text
-    assert texts(run, "guard/command") == [(6, "**command** pause applied")]
+    assert texts(run, "guard/command") == [(4, "*step 6, timeline 0*\n\n**command** pause applied")]
 
 
 def test_texts_of_abandoned_steps_stay(run: RunDirectory) -> None:
@@ -189,9 +207,95 @@ def test_texts_of_abandoned_steps_stay(run: RunDirectory) -> None:
     exporter.catch_up()
     run.append("verdict", "step 6: skip", step=5, timeline=1)
     exporter.catch_up()
-    last = dict(texts(run))
-    assert sorted(last) == [2, 5, 6]
-    assert "step 7: skip" in last[6] and "rolled back" in last[6] and "step 6: skip" in last[5]
+    assert [text.split("** ")[1] for _, text in texts(run)] == [
+        "step 3: skip",
+        "step 7: skip",
+        "rolled back from step 6 to 4",
+        "step 6: skip",
+    ]
+
+
+@pytest.mark.fault("T18")
+@pytest.mark.parametrize("again", ["the same exporter", "another", "another without position"])
+def test_each_text_is_written_once_and_in_order_through_rollbacks(run: RunDirectory, again: str) -> None:
+    exporter = Exporter(run)
+
+    def look() -> None:
+        nonlocal exporter
+        if again != "the same exporter":
+            exporter.close()
+            exporter = Exporter(run)
+        if again == "another without position":
+            (run.tensorboard / "position.json").unlink(missing_ok=True)
+            exporter = Exporter(run)
+        exporter.catch_up()
+
+    write(run, *[(s, 0, 3.0) for s in range(1, 7)])
+    run.append("verdict", "first", step=2)
+    run.append("command", "second", step=5)
+    run.append("verdict", "third", step=6)
+    look()
+    run.append("verdict", "fourth", step=6)  # of a step that has a text already
+    look()
+    rollback(run, step=6, to=1, timeline=1)
+    write(run, *[(s, 1, 2.0) for s in range(2, 5)])
+    look()
+    run.append("command", "fifth", step=3, timeline=1)
+    run.append("verdict", "sixth", step=4, timeline=1)
+    look()
+    rollback(run, step=4, to=2, timeline=2)
+    write(run, (3, 2, 1.0))
+    look()
+    found = texts(run, "guard/incident", "guard/command")
+    for words in ("first", "second", "third", "fourth", "from step 6 to 1", "fifth", "sixth", "from step 4 to 2"):
+        assert sum(words in text for _, text in found) == 1, words
+    for tag in ("guard/incident", "guard/command"):
+        steps = [step for step, _ in texts(run, tag)]
+        assert steps == sorted(set(steps)), "a step that goes back makes readers drop texts"
+    assert len(texts(run, "config")) == 1
+    assert scalars(run) == [(1, 3.0), (2, 2.0), (3, 1.0)]
+
+
+@pytest.mark.fault("T18")
+def test_a_text_that_was_half_written_by_a_killed_exporter_is_written_once(run: RunDirectory) -> None:
+    write(run, (1, 0, 3.0))
+    for name in ("first", "second", "third"):
+        run.append("verdict", name, step=len(name))
+        run.append("command", f"after {name}", step=len(name))
+    catch_up(run)
+    expected, commands = texts(run), texts(run, "guard/command")
+    path = max(run.tensorboard.rglob("*tfevents*"), key=lambda path: path.parent.name == "journal")
+    whole = path.read_bytes()
+    for size in range(len(whole) - 1, whole.index(b"first"), -40):
+        for other in path.parent.glob("*tfevents*"):
+            other.unlink()
+        path.write_bytes(whole[:size])
+        (run.tensorboard / "position.json").unlink()
+        catch_up(run)
+        assert texts(run) == expected and texts(run, "guard/command") == commands, size
+        assert len(texts(run, "config")) == 1
+
+
+def test_a_run_whose_texts_stand_beside_the_curves_goes_on_without_a_second_copy(run: RunDirectory) -> None:
+    """Event files of older versions hold the texts among the curves."""
+    write(run, (1, 0, 3.0))
+    run.append("verdict", "old", step=1)
+    catch_up(run)
+    for path in (run.tensorboard / "journal").iterdir():
+        path.rename(run.tensorboard / f"{path.name}.old")
+    run.append("verdict", "new", step=1)
+    catch_up(run)
+    found = [text for _, text in texts(run)]
+    assert [sum(word in text for text in found) for word in ("old", "new")] == [1, 1]
+    assert len(texts(run, "config")) == 1
+
+
+def test_texts_are_no_log_of_their_own(run: RunDirectory) -> None:
+    write(run, *[(s, 0, 3.0) for s in range(1, 5)])
+    run.append("verdict", "step 3: skip", step=2)
+    catch_up(run)
+    (log,) = [log for source in sources([str(run.tensorboard)]) for log in source.read({})]
+    assert log.format == "tensorboard"
 
 
 def test_the_configuration_is_text_and_hparams(run: RunDirectory) -> None:
@@ -224,6 +328,7 @@ def test_exporting_again_adds_nothing(run: RunDirectory) -> None:
     before, files = story(run), event_files(run)
     sizes = [os.path.getsize(run.tensorboard / name) for name in files]
     catch_up(run)
+    assert len(texts(run)) == 1 and len(list((run.tensorboard / "journal").iterdir())) == 1
     assert event_files(run) == files and [os.path.getsize(run.tensorboard / name) for name in files] == sizes
     write(run, (3, 0, 1.0))
     catch_up(run)
@@ -253,7 +358,7 @@ def test_an_exporter_that_died_before_it_noted_its_position_repeats_nothing(run:
     catch_up(run)
     assert story(run) == expected
     assert expected["guard/rejected_loss"] == [(3, 9.0)]
-    assert {step for step, _ in texts(run)} == {4}
+    assert [seq for seq, _ in texts(run)] == [1, 2]
 
 
 def test_many_rows_are_written_in_pieces(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,6 +399,7 @@ def test_a_disk_that_fails_is_logged_once_and_nothing_is_lost(
     exporter = Exporter(run)
     with caplog.at_level(logging.WARNING, "guardrail.tensorboard"):
         write(run, (1, 0, 3.0))
+        run.append("verdict", "step 1: skip", step=0)
         with monkeypatch.context() as patched:
             patched.setattr(tfevents, "write_all", half)
             for _ in range(3):
@@ -307,6 +413,7 @@ def test_a_disk_that_fails_is_logged_once_and_nothing_is_lost(
             exporter.try_catch_up()
         exporter.try_catch_up()
         assert len(caplog.records) == 4
+    assert len(texts(run)) == 1
     assert scalars(run) == [(1, 3.0), (2, 2.0)]
     assert len(event_files(run)) == 1
 
@@ -334,4 +441,4 @@ def test_a_run_that_has_no_files_yet_is_waited_for(tmp_path: Path) -> None:
     path = tmp_path / "young"
     path.mkdir()
     catch_up(RunDirectory(path))
-    assert event_files(RunDirectory(path)) == []
+    assert event_files(RunDirectory(path)) == [] and not (path / "tensorboard" / "journal").exists()

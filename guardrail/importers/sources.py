@@ -64,7 +64,7 @@ def _in_folder(root: Path) -> Iterator[Source]:
         here = Path(folder)
         subfolders.sort()
         for name in list(subfolders):
-            if name.startswith(".") or name == "__pycache__":
+            if name.startswith(".") or name == "__pycache__" or _holds_texts(here, name):
                 subfolders.remove(name)
             elif _is_run(here / name):
                 subfolders.remove(name)
@@ -163,6 +163,11 @@ def _names_a_signal(line: str) -> bool:
 
 def _events(paths: list[Path], folder: str) -> Source:
     return Source(folder, lambda columns: event_files.read(paths, clean(folder), columns))
+
+
+def _holds_texts(folder: Path, name: str) -> bool:
+    """The event files of a run of guardrail: those of this subfolder hold texts alone."""
+    return name == "journal" and (folder / "position.json").is_file()
 
 
 def _is_run(folder: Path) -> bool:
