@@ -245,7 +245,7 @@ class Quarantine:
 
     def held_in(self, epoch: int, samples: np.ndarray) -> np.ndarray:
         """Which samples are held in an epoch: bool, as long as `samples`."""
-        held = np.array([self._from_epoch.get(sample, _NEVER) <= epoch for sample in samples.tolist()])
+        held = np.array([self._from_epoch.get(one, _NEVER) <= epoch for one in samples.tolist()], dtype=bool)
         for begun, ranges in self._ranges.items():
             if begun <= epoch:
                 assert self._order is not None

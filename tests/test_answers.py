@@ -220,7 +220,7 @@ def test_a_command_that_was_shown_before_the_question_does_not_answer_it(tmp_pat
         resumed = asking.lines("resumed")[0]
         assert (resumed.data["question"], resumed.data["answer"]) == (question, "by_hand")
         over = asking.reason(asking.send(CommandKind.SKIP, 1.0, question=question))
-        assert f"the question of line {question} is over: skip 1 batches by sender" in over
+        assert f"the question of line {question} is over: skip 1 batch by sender" in over
 
 
 @pytest.mark.fault("T4")

@@ -143,7 +143,7 @@ class ScriptedMailbox:
     guard: Guard
     problem = ""
 
-    def __init__(self, run: RunDirectory) -> None:
+    def __init__(self, run: RunDirectory, **options: object) -> None:
         self._count = 0
 
     def next(self, step: int) -> Command | None:

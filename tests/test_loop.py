@@ -166,9 +166,11 @@ def test_a_step_agrees_in_one_collective(tmp_path: Path) -> None:
     for attempts in ranks:
         assert {a["action"] for a in attempts} == {Action.APPLY, Action.SKIP}
         for attempt in attempts:
-            # Behind the verdict, what led to a rejection is gathered: here the tokens that pull on the embedding.
-            evidence = ["all_gather_object"] if attempt["action"] is Action.SKIP else []
-            assert attempt["collectives"] == ["all_reduce", *evidence]
+            # After the verdict of a rejected step, what led to it is gathered: here the tokens that pull on the
+            # embedding. And ranks meet while the documents of the skipped samples are looked up.
+            first, *later = attempt["collectives"]
+            assert first == "all_reduce"
+            assert set(later) == ({"all_gather_object"} if attempt["action"] is Action.SKIP else set())
 
 
 def test_what_is_done_stands_in_the_journal_first(tmp_path: Path) -> None:

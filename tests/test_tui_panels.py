@@ -416,7 +416,7 @@ async def test_a_frame_draws_only_the_rows_that_changed(monkeypatch: pytest.Monk
     monkeypatch.setattr(Lines, "render_line", lambda self, y: drawn.append((self.id, y)) or original(self, y))
     async with app.run_test(size=(120, 32)) as pilot:
         await pilot.pause()
-        assert len(drawn) >= 100
+        assert len(drawn) >= 50, "each row is drawn with its text at once, so once only"
         drawn.clear()
         reader.put(replace(reader.snapshot, loaded=True))
         await pilot.pause(0.4)

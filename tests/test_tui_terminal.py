@@ -223,7 +223,11 @@ def test_a_screen_that_is_killed_leaves_the_terminal_usable(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_who_waits_passes_signals_on(number: int, run: RunDirectory, opened: list[Terminal]) -> None:
-    screen = command(run, opened, "attach", str(run.path))
+    before = signal.signal(number, signal.SIG_DFL)  # under nohup it is ignored, and a child would inherit that
+    try:
+        screen = command(run, opened, "attach", str(run.path))
+    finally:
+        signal.signal(number, before)
     screen.until("incidents")
     screen.process.send_signal(number)
     assert screen.ends() == 0

@@ -17,7 +17,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from guardrail.records import METRIC_COLUMNS
-from guardrail.rundir import MetricsView, RunDirectory
+from guardrail.rundir import RunDirectory
 from guardrail.tui import axis
 from guardrail.tui import reader as reader_module
 from guardrail.tui.app import GuardrailApp
@@ -215,13 +215,13 @@ def test_what_is_at_hand_is_not_read_again_and_what_nobody_looks_at_goes(
     reader: RunReader, long_run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[int] = []
-    metrics = RunDirectory.metrics
+    rows = RunDirectory.rows
 
-    def counted(self: RunDirectory) -> MetricsView:
+    def counted(self: RunDirectory, first: int, end: int) -> tuple[tuple[str, ...], np.ndarray]:
         opened.append(1)
-        return metrics(self)
+        return rows(self, first, end)
 
-    monkeypatch.setattr(RunDirectory, "metrics", counted)
+    monkeypatch.setattr(RunDirectory, "rows", counted)
     first = closer(reader, (100.0, 300.0))
     assert len(opened) == 1
     assert closer(reader, (100.0, 300.0)) is first and len(opened) == 1
@@ -252,11 +252,11 @@ def test_a_return_far_back_keeps_the_rows_before_it(reader: RunReader, long_run:
 def test_a_file_that_cannot_be_read_is_trouble_and_tried_again(
     reader: RunReader, long_run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stale(self: RunDirectory) -> MetricsView:
+    def stale(self: RunDirectory, first: int, end: int) -> tuple[tuple[str, ...], np.ndarray]:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     with monkeypatch.context() as broken:
-        broken.setattr(RunDirectory, "metrics", stale)
+        broken.setattr(RunDirectory, "rows", stale)
         closer(reader, (100.0, 300.0))
         assert "Stale" in reader.latest().trouble and reader.latest().looking_up is None
     assert closer(reader, (100.0, 300.0)).details == (), "not at every frame"

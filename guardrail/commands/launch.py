@@ -59,7 +59,7 @@ def command(
         assert config is not None
         prepared = launching.prepare(config, overrides, run_dir, root=given_root(overrides))
     with prepared.lock or contextlib.nullcontext():
-        supervisor = launching.start(prepared.run, prepared.node_rank)
+        supervisor = launching.start(prepared.run, prepared.node_rank, prepared.secrets)
     run = prepared.run
     print(run.path, flush=True)
     if detach:

@@ -194,7 +194,7 @@ class Lines(Widget):
         if self._view is not None and self.size != self._size_built:
             # The first paint at a size comes before the message that tells of it: it has the text already.
             width, height = self._size_built = self.size
-            self._rows = [fit(line, width) for line in self._build(self._view, width, height)[:height]]
+            self._rows = [fit(line, width) for line in self._built_rows(self._view, width, height)[:height]]
             self._built, self._fitted = [], 0
             self._strips.clear()
         if self._theme != self.app.theme:
