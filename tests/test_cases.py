@@ -124,7 +124,8 @@ def test_case_01_another_order_is_refused_before_the_first_step(
     lines, rows = len(run.events()), len(run.metrics())
     train(run, 1)
     assert "sample order has changed: seed is 1 and was 0 when step 10 was saved" in capfd.readouterr().err
-    assert (len(run.events()), len(run.metrics())) == (lines, rows)
+    assert len(run.metrics()) == rows
+    assert [event.kind for event in run.events()[lines:]] == ["ended"], "the refusal, and nothing else"
 
 
 def test_case_02_each_sample_once_an_epoch_through_a_resume_in_the_middle(tmp_path: Path) -> None:
