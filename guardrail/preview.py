@@ -291,14 +291,7 @@ def choices(
     """
     would = verdict.would.value if verdict.would is not None else ""
     if would == CommandKind.ROLLBACK and verdict.window is not None:
-        proposed = rollback_for(
-            scene,
-            verdict.window,
-            positions=verdict.positions,
-            before_step=verdict.before_step,
-            remedies=verdict.remedies,
-            settled=settled,
-        )
+        proposed = _rollback_of(scene, verdict, verdict.window, settled)
     else:
         proposed = _named(scene, would, remark=f"saves after step {scene.step:,} and ends with exit code 3")
     if verdict.beyond is not None:
@@ -310,6 +303,18 @@ def choices(
     return [proposed, going_on, _stop(scene)]
 
 
+def _rollback_of(scene: Scene, verdict: Verdict, window: tuple[int, int], settled: Callable[[int], bool]) -> Preview:
+    """What the rollback that a verdict names would do; `window` is the verdict's own."""
+    return rollback_for(
+        scene,
+        window,
+        positions=verdict.positions,
+        before_step=verdict.before_step,
+        remedies=verdict.remedies,
+        settled=settled,
+    )
+
+
 def _stop(scene: Scene) -> Preview:
     return _named(scene, "stop", remark=f"saves after step {scene.step:,} and ends; a resume asks again")
 
@@ -318,14 +323,7 @@ def _allowed(scene: Scene, verdict: Verdict, *, first: int, last: int, settled: 
     """What the guard would do if a user lets it leave out more than its share."""
     more = "guard.max_skipped_share is counted anew from there"
     if verdict.beyond is Action.ROLLBACK and verdict.window is not None:
-        went = rollback_for(
-            scene,
-            verdict.window,
-            positions=verdict.positions,
-            before_step=verdict.before_step,
-            remedies=verdict.remedies,
-            settled=settled,
-        )
+        went = _rollback_of(scene, verdict, verdict.window, settled)
         return structs.replace(went, command="go on", remark="; ".join(filter(None, (went.remark, more))))
     return _named(scene, "go on", samples=scene.fresh(range(first, last)), remark=more)
 
