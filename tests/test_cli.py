@@ -381,7 +381,7 @@ def test_the_root_that_is_named_wins_for_a_new_run(
 ) -> None:
     """As it does for attach, ctl and report: else they look for the run in another folder."""
     (folder / "good.toml").write_text(CONFIG.replace("[run]", '[run]\nroot = "by-file"'))
-    monkeypatch.setattr(launching, "start", lambda run, node_rank: None)
+    monkeypatch.setattr(launching, "start", lambda *arguments: None)
     if variable:
         monkeypatch.setenv("GUARDRAIL_ROOT", variable)
     assert main(["launch", "good.toml", "--detach", *options]) == 0
