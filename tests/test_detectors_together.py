@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import csv
+from itertools import groupby
+from pathlib import Path
+
 import pytest
 
 from guardrail.config import GuardSection
@@ -107,3 +111,23 @@ def test_while_an_incident_of_known_cause_is_open_one_such_step_is_enough(
     for at in range(step, step + 20):
         controller.observe(obs(at, healthy_loss(at), noisy(0.5, seed=1, noise=0.2)(at)))
     assert controller.observe(obs(step + 20, *HIGH)).action is Action.APPLY
+
+
+@pytest.mark.fault("R12")
+def test_a_window_of_32_values_finds_nothing_in_healthy_runs_of_a_tiny_model() -> None:
+    """Six runs of `tests.bench.tiny_runs`, which read source files in order, 16 to 128 characters a step.
+
+    A scale of 32 values is too small by a fifth now and then. Half of the way to a limit that is so much too low is no
+    reason to leave a step out.
+    """
+    settings = GuardSection(window=32, warmup=12)
+    with (Path(__file__).parent / "cases" / "tiny_runs.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    acts = {}
+    for seed, of_run in groupby(rows, key=lambda row: row["seed"]):
+        controller = Controller(settings, mode=Mode.ADVISE)
+        steps = (obs(int(row["step"]), float(row["loss"]), float(row["grad_norm"])) for row in of_run)
+        verdicts = [controller.observe(step) for step in steps]
+        acts[seed] = [verdict.step for verdict in verdicts if (verdict.would or verdict.action) is not Action.APPLY]
+    assert len(rows) == 6 * 600
+    assert len(acts) == 6 and not any(acts.values()), acts

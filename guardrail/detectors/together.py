@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from guardrail.detectors.base import Jumps
+from guardrail.detectors.baseline import Baseline
 from guardrail.detectors.spike import ONSET_SHARE, Spike
 from guardrail.records import Finding, Observation, Severity
 
@@ -32,6 +33,13 @@ DRIFT = 0.5
 ENOUGH = 0.7
 # What one step counts for at most: what stood out once is never enough, however far.
 MOST = 0.6
+# A scale is a median absolute deviation of n values; its relative standard error is 1.17 / sqrt(n) (Rousseeuw & Croux
+# 1993: efficiency 37 %, so 0.71 / sqrt(0.37 n)). The numbers above hold for a window of `KNOWN` values. A scale of
+# fewer values counts as larger by `DOUBT` of the additional standard errors, since this claim is made far below the
+# limits, where a scale that came out too small by chance is enough to make it.
+STANDARD_ERROR = 1.17
+KNOWN = 128
+DOUBT = 2.0
 
 
 class Together:
@@ -82,7 +90,7 @@ class Together:
     def _shares(self, obs: Observation) -> tuple[float, float] | None:
         """Of the way to the limit that each has gone; None while that is not known well."""
         spikes = (self.first, self.second)
-        distances = [spike.distance(obs) for spike in spikes if spike.baseline.count >= spike.warmup]
+        distances = [_distance(spike, obs) for spike in spikes if spike.baseline.count >= spike.warmup]
         if len(distances) < 2 or None in distances:
             return None
         first, second = (jump / limit for jump, limit in filter(None, distances))
@@ -98,7 +106,7 @@ class Together:
         assert shares is not None
         found = []
         for spike, share in zip((self.first, self.second), shares, strict=True):
-            distance = spike.distance(obs)
+            distance = _distance(spike, obs)
             assert distance is not None
             jump, limit = distance
             if share > ONSET_SHARE or share == max(shares):
@@ -109,8 +117,10 @@ class Together:
     def _row(self, least: float) -> tuple[float, int | None]:
         """(What they count for, first) of the accepted steps, one directly behind the other up to now, that count."""
         others, total, since = dict(self.second.last), 0.0, None
+        first_limit = self.first.score * _doubt(self.first.baseline)
+        second_limit = self.second.score * _doubt(self.second.baseline)
         for step, score in reversed(self.first.last):
-            counts = _counts(score / self.first.score, others.get(step, 0.0) / self.second.score, least)
+            counts = _counts(score / first_limit, others.get(step, 0.0) / second_limit, least)
             if not counts:
                 break
             total, since = total + counts, step
@@ -138,3 +148,20 @@ class Together:
 
 def _counts(first: float, second: float, least: float) -> float:
     return max(0.0, min(first + second - DRIFT, MOST)) if min(first, second) > least else 0.0
+
+
+def _distance(spike: Spike, obs: Observation) -> tuple[float, float] | None:
+    """(log jump over the centre, log jump that is a limit here), as `Spike.distance`."""
+    distance = spike.distance(obs)
+    if distance is None:
+        return None
+    jump, limit = distance
+    return jump, limit * _doubt(spike.baseline)
+
+
+def _doubt(baseline: Baseline) -> float:
+    """By what factor the scale of a baseline may be too small, as against one of `KNOWN` values; at least 1."""
+    values = min(max(baseline.count, 1), baseline.window)
+    if values >= KNOWN:
+        return 1.0
+    return 1.0 + DOUBT * STANDARD_ERROR * (values**-0.5 - KNOWN**-0.5)
