@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import re
 import time
@@ -143,6 +144,26 @@ async def test_a_preview_says_what_is_lost_before_anything_is_sent() -> None:
         assert reader.previewed[0].kind is CommandKind.ROLLBACK and reader.previewed[0].value == 1270.0
 
     assert not (await act("r", "enter", script=look, foresees=False)).sent
+
+
+@pytest.mark.parametrize("yes", [["y"], ["down", "enter"]])
+@pytest.mark.parametrize("then", [[], ["escape"]])
+async def test_a_yes_before_the_preview_is_complete_waits_for_it(yes: list[str], then: list[str]) -> None:
+    """It was ignored without a word: a dialog that had been answered stayed open."""
+
+    async def look(pilot: Pilot[None], reader: FakeReader) -> None:
+        assert "working out" in text_of(pilot.app.screen.query(Lines).first())
+        pressing = asyncio.create_task(pilot.press(*yes, *then))
+        await pilot.pause(1.0)
+        assert not reader.sent, "what it costs does not stand there yet"
+        told = Preview(command="rollback", to_step=1270, tier="memory", state="good", steps_lost=14)
+        reader.put(replace(reader.snapshot, previews={reader.previewed[0].id: told}))
+        await pressing
+        await pilot.pause(0.3)
+        assert not isinstance(pilot.app.screen, Confirm)
+
+    done = await act("r", "enter", script=look, foresees=False)
+    assert [sent.kind for sent in done.sent] == ([] if then else [CommandKind.ROLLBACK])
 
 
 async def test_a_command_that_would_be_refused_says_so_first() -> None:

@@ -125,11 +125,7 @@ def control(seat: Seat, run: RunDirectory) -> None:
     seat.until(applied(run, "resume"), "so is its end")
     seat.until(lambda: step(run) > parked, "it has gone on")
 
-    seat.types("r", "roll back to")
-    seat.types("\r", "roll back to step", "No")
-    assert answer(run, "rollback") is None, "nothing is sent before it is confirmed"
-    seat.terminal.press("y")
-    seat.until(applied(run, "rollback"), "the rollback is in the journal")
+    go_back(seat, run)
     seat.until(lambda: any(event.kind == "rollback" for event in run.events()), "what it did is there too")
     back = next(event for event in run.events() if event.kind == "rollback")
     assert back.data["to_step"] < back.data["from_step"] and back.data["new_timeline"] == 1
@@ -143,6 +139,24 @@ def control(seat: Seat, run: RunDirectory) -> None:
     for command in ("pause", "resume", "rollback", "lr"):
         found = answer(run, command)
         assert found is not None and "@" in found.data["who"], "who did it"
+
+
+def go_back(seat: Seat, run: RunDirectory) -> None:
+    """Roll back by the dialog. What it showed may not hold any more on a machine that is slow to draw: then again."""
+    refused: list[str] = []
+    while len(refused) < 3:
+        before = answer(run, "rollback")
+        seat.types("r", "roll back to")
+        seat.types("\r", "roll back to step", "No")
+        assert answer(run, "rollback") == before, "nothing is sent before it is confirmed"
+        seat.terminal.press("y")
+        seat.until(lambda before=before: answer(run, "rollback") != before, "the rollback is answered in the journal")
+        if applied(run, "rollback")():
+            return
+        found = answer(run, "rollback")
+        assert found is not None
+        refused.append(found.message)
+    raise AssertionError(f"refused three times: {refused}")
 
 
 def closed_window(lab: Lab, run: RunDirectory) -> None:

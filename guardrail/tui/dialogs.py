@@ -81,7 +81,13 @@ class Dialog(ModalScreen[T]):
         if self.by_itself:
             early = key.time < self.drawn or (key.key == "enter" and key.time < self.drawn + SETTLED_SECONDS)
             return NEVER if early else NOW
-        return LATER if key.time < self.drawn and not self.stands() else NOW
+        if self.stands():
+            return NOW
+        return LATER if key.time < self.drawn or self.agrees(key) else NOW
+
+    def agrees(self, key: Key) -> bool:
+        """Whether a key agrees to what the text says, so that it waits until the text says all of it."""
+        return False
 
     def show(self, view: View) -> None:
         self.view = view
@@ -274,6 +280,9 @@ class Confirm(Choose):
 
     def cursor_matters(self) -> bool:
         return self.cursor == 1
+
+    def agrees(self, key: Key) -> bool:
+        return key.key == "y" or (key.key == "enter" and self.cursor_matters())
 
     def action_answer(self, answer: int) -> None:
         if not answer or self.stands():
