@@ -18,6 +18,7 @@ from guardrail.ledger import Ledger, SampleOrder
 from guardrail.manifest import checkpoint_dirs
 from guardrail.records import Action, Command, CommandKind, Mode, Phase, Verdict
 from guardrail.rundir import RunDirectory
+from guardrail.torch.checkpoints import CheckpointEvent
 from guardrail.torch.digests import component_digests
 from guardrail.torch.guard import Guard, Step
 from tests.lab import wait_for
@@ -187,6 +188,32 @@ def test_a_loop_that_breaks_off_can_be_taken_up_again(tmp_path: Path) -> None:
     assert second.attempts[0].number == 21
     assert {number: whole.losses[number] for number in second.losses} == second.losses
     assert second.digest() == whole.digest()
+
+
+def test_a_checkpoint_that_is_pruned_before_anybody_looked_at_its_commit_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It raised StopIteration in a generator, which ended the run, now and then, after a kill."""
+    run = RunDirectory.create(tmp_path, "own", "")
+    loop = Loop(run=run)
+    store = loop.guard.tiers.store
+    assert store is not None
+    gone: list[str] = []
+    look = store.poll
+
+    def poll() -> list[CheckpointEvent]:
+        """As a prune between the commit and this look, of a checkpoint of a stretch that was given up since."""
+        events = look()
+        for event in events:
+            if event.state == "candidate" and event.step and not gone:
+                gone.append(event.name)
+                monkeypatch.setattr(loop.guard.tiers._past, "lives", lambda **of: of["step"] != event.step)
+                del store._infos[event.name]
+        return events
+
+    monkeypatch.setattr(store, "poll", poll)
+    loop.train()
+    assert gone and loop.guard.phase is Phase.FINISHED
 
 
 def test_ask_without_anybody_to_ask_takes_its_own_proposal() -> None:

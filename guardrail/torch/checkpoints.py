@@ -272,12 +272,11 @@ class CheckpointStore:
                 del self._infos[name]
         return reasons
 
-    def adopt(self, states: Mapping[str, str]) -> None:
-        """After a restart: the states that the journal knows, by folder name. Unknown ones stay candidates."""
+    def adopt(self, states: Mapping[str, str]) -> list[SnapshotInfo]:
+        """Set states by folder name, of those that are there and valid; returns these. Others stay as they are."""
         with self._lock:
-            for name, state in states.items():
-                if name in self._infos and self._infos[name].state != INVALID:
-                    self._set(name, state)
+            there = [name for name in states if name in self._infos and self._infos[name].state != INVALID]
+            return [self._set(name, states[name]) for name in there]
 
     def confirm(self, is_good: Callable[[int], bool]) -> list[SnapshotInfo]:
         """Call good every candidate whose step `is_good` (see `Controller.is_good`); returns these."""

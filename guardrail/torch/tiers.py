@@ -418,14 +418,17 @@ class Tiers:
             self._tell()
 
     def _committed(self, event: CheckpointEvent) -> None:
-        """A checkpoint that was being written while its timeline was given up is suspect from the start."""
+        """A checkpoint that was being written while its timeline was given up is suspect from the start.
+
+        It may be gone already: a prune that was asked for between its commit and this look did not keep it.
+        """
         assert self.store is not None
         if not self._past.lives(timeline=event.timeline, step=event.step):
-            self.store.adopt({event.name: SUSPECT})
-            self._suspected(next(info for info in self.store.infos() if info.path == event.name))
+            for info in self.store.adopt({event.name: SUSPECT}):
+                self._suspected(info)
         elif self._born_good == (event.timeline, event.step):
-            self.store.adopt({event.name: GOOD})
-            self._confirmed(next(info for info in self.store.infos() if info.path == event.name))
+            for info in self.store.adopt({event.name: GOOD}):
+                self._confirmed(info)
 
     def _confirmed(self, info: SnapshotInfo) -> None:
         assert self.store is not None
