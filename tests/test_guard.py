@@ -207,7 +207,9 @@ def test_a_checkpoint_that_is_pruned_before_anybody_looked_at_its_commit_ends_no
         for event in events:
             if event.state == "candidate" and event.step and not gone:
                 gone.append(event.name)
-                monkeypatch.setattr(loop.guard.tiers._past, "lives", lambda **of: of["step"] != event.step)
+                monkeypatch.setattr(
+                    loop.guard.tiers._past, "lives", lambda *, timeline, step, gone=event.step: step != gone
+                )
                 del store._infos[event.name]
         return events
 
