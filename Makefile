@@ -1,14 +1,20 @@
 # From a fresh clone: `make demo`, `make test`. Each makes .venv first if it is not there; pip is all it needs.
 
 PYTHON  ?= python3
-WORKERS ?= 2
+# Half of the time a test waits for processes that it has started.
+WORKERS ?= 3
 SLOW    ?= 0
 VENV    := .venv
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
 EXTRAS  := $(VENV)/.extras
 
-.PHONY: install demo test lint rounding faults restarts bench clean
+# Each of the hundreds of processes that the tests start would compile all modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
+PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+.PHONY: install demo test ci-slow lint rounding faults restarts bench clean
 
 install: $(STAMP)
 	@:
@@ -34,7 +40,11 @@ demo: install
 	  $(BIN)/guardrail report && exit $$code
 
 test: $(EXTRAS)
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(if $(filter 0,$(SLOW)),-m 'not slow and not ci_slow') $(PYTEST_ARGS)
+	$(PYTEST) $(if $(filter 0,$(SLOW)),-m 'not slow and not ci_slow') $(PYTEST_ARGS)
+
+# What .ci/run runs after the tests: sharded runs of more kinds, more kills, 500 damaged copies of each configuration.
+ci-slow: $(EXTRAS)
+	$(PYTEST) -m ci_slow $(PYTEST_ARGS)
 
 lint: install
 	$(BIN)/ruff check .
@@ -46,9 +56,9 @@ lint: install
 # none of them may depend on the rounding of one machine.
 rounding: $(EXTRAS)
 	@set -e; for seed in 1 2 3; do echo "initial weights changed by 1e-6, seed $$seed"; \
-	  GUARDRAIL_PERTURB=$$seed $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m 'not slow and not ci_slow'; done
+	  GUARDRAIL_PERTURB=$$seed $(PYTEST) -m 'not slow and not ci_slow' $(PYTEST_ARGS); done
 	@set -e; for isa in default avx2; do echo "ATEN_CPU_CAPABILITY=$$isa"; \
-	  ATEN_CPU_CAPABILITY=$$isa $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m 'not slow and not ci_slow'; done
+	  ATEN_CPU_CAPABILITY=$$isa $(PYTEST) -m 'not slow and not ci_slow' $(PYTEST_ARGS); done
 
 # The tests of each known fault, and the faults that have none.
 faults: $(EXTRAS)

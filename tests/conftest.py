@@ -12,8 +12,44 @@ import pytest
 from tests.faults import FAULTS
 from tests.lab import Lab
 
+# The files that take longest begin first: several workers share the files among them, and one that takes minutes and
+# comes last would leave the others idle.
+LONGEST = (
+    "test_mesh",
+    "test_supervisor",
+    "test_exactness",
+    "test_tui_keys",
+    "test_readme",
+    "test_loop",
+    "test_disk",
+    "test_commands",
+    "test_law",
+    "test_stop",
+    "test_crash",
+    "test_cases",
+    "test_shift",
+    "test_cause",
+    "test_fp16",
+    "test_tui_panels",
+    "test_tui_terminal",
+    "test_recipes_exact",
+    "test_undo",
+    "test_lagged",
+    "test_secrets",
+    "test_replay",
+    "test_checkpoints",
+    "test_backtest",
+    "test_pause",
+    "test_replay_incident",
+    "test_good",
+    "test_answers",
+    "test_tui_screens",
+)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
     for item in items:
         for mark in item.iter_markers("fault"):
             for fault in mark.args:

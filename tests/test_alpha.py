@@ -45,9 +45,9 @@ def alphas(config: Config, run: RunDirectory, steps: range) -> list[float]:
 @pytest.mark.parametrize(
     ("world", "strategy", "tied"),
     [
-        (2, "fsdp", False),
+        (2, "ddp", False),
+        pytest.param(2, "fsdp", False, marks=pytest.mark.ci_slow),
         pytest.param(2, "ddp", True, marks=pytest.mark.slow),
-        pytest.param(2, "ddp", False, marks=pytest.mark.slow),
         pytest.param(2, "fsdp", True, marks=pytest.mark.slow),
     ],
 )

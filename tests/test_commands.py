@@ -18,6 +18,7 @@ from tests.ranks import wait_ranks
 from tests.running import (
     BATCH,
     BLIND,
+    FEW_SHAPES,
     SHAPES,
     assert_same,
     assert_whole,
@@ -183,7 +184,7 @@ def test_stop_at_an_evaluation_says_nothing_after_its_last_word(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("world", "strategy"), [SHAPES[0], pytest.param(*SHAPES[1], marks=pytest.mark.slow), SHAPES[2]]
+    ("world", "strategy"), [SHAPES[0], pytest.param(*SHAPES[1], marks=pytest.mark.slow), FEW_SHAPES[2]]
 )
 def test_ask_and_do_as_proposed(tmp_path: Path, world: int, strategy: str) -> None:
     ask = tiny(

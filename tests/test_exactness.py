@@ -14,6 +14,7 @@ from tests.running import (
     BATCH,
     BLIND,
     COMMON,
+    FEW_SHAPES,
     SHAPES,
     assert_same,
     corpus_of,
@@ -43,7 +44,7 @@ def assert_exact(config: Config, a: RunDirectory) -> None:
     assert_same(a, trained(told(config, a)))
 
 
-@pytest.mark.parametrize(("world", "strategy"), SHAPES)
+@pytest.mark.parametrize(("world", "strategy"), FEW_SHAPES)
 def test_corrupted_documents(tmp_path: Path, world: int, strategy: str) -> None:
     write_corpus(tmp_path / "corpus", bad=range(6, 9))
     config = tiny(tmp_path, world=world, strategy=strategy, guard={"loss_score": 5.0}, train={"steps": 40})
@@ -56,7 +57,7 @@ def test_corrupted_documents(tmp_path: Path, world: int, strategy: str) -> None:
     assert_exact(config, a)
 
 
-@pytest.mark.parametrize(("world", "strategy"), SHAPES)
+@pytest.mark.parametrize(("world", "strategy"), FEW_SHAPES)
 def test_second_rollback_inside_the_stretch_that_is_run_again(tmp_path: Path, world: int, strategy: str) -> None:
     # Step 21 is tried three times and the run goes back to 15. Step 20 is then made of the batch behind those, and the
     # second fault strikes what step 21 would be made of: the run has not got beyond where it gave up before.
@@ -69,7 +70,7 @@ def test_second_rollback_inside_the_stretch_that_is_run_again(tmp_path: Path, wo
     assert_exact(config, a)
 
 
-@pytest.mark.parametrize(("world", "strategy"), SHAPES)
+@pytest.mark.parametrize(("world", "strategy"), FEW_SHAPES)
 def test_rollback_across_an_epoch_boundary(tmp_path: Path, world: int, strategy: str) -> None:
     write_corpus(tmp_path / "corpus", documents=5)
     sections: dict[str, Any] = {
@@ -105,7 +106,7 @@ def test_wide_window(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [3, 0])
-@pytest.mark.parametrize(("world", "strategy"), SHAPES)
+@pytest.mark.parametrize(("world", "strategy"), FEW_SHAPES)
 def test_rollback_to_the_disk_where_the_ring_does_not_reach(
     tmp_path: Path, world: int, strategy: str, keep: int
 ) -> None:

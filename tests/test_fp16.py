@@ -201,7 +201,7 @@ def events(run: RunDirectory, kind: str) -> list[dict[str, Any]]:
     return [event.data for event in run.events() if event.kind == kind]
 
 
-SHAPES = [(1, "ddp"), pytest.param(2, "ddp", marks=pytest.mark.slow), (2, "fsdp")]
+SHAPES = [(1, "ddp"), (2, "ddp"), pytest.param(2, "fsdp", marks=pytest.mark.ci_slow)]
 COMMON = ("step", "first", "loss", "grad_norm", "lr", "loss_scale")
 
 
@@ -310,7 +310,7 @@ def test_the_innermost_module_with_the_first_nonfinite_output_is_named() -> None
     assert not any(m._forward_hooks for m in net.modules())
 
 
-@pytest.mark.parametrize(("world", "strategy"), [(1, "ddp"), (2, "fsdp")])
+@pytest.mark.parametrize(("world", "strategy"), [SHAPES[0], SHAPES[2]])
 def test_case_9_an_attention_that_leaves_the_range_of_fp16_is_named(
     world: int, strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

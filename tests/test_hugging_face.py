@@ -225,7 +225,10 @@ def small(folder: Path, kind: str = "llama") -> Path:
     return folder / kind
 
 
-@pytest.mark.parametrize(("kind", "world", "strategy"), [("gpt2", 1, "ddp"), ("llama", 2, "ddp"), ("gpt2", 2, "fsdp")])
+@pytest.mark.parametrize(
+    ("kind", "world", "strategy"),
+    [("gpt2", 1, "ddp"), ("llama", 2, "ddp"), pytest.param("gpt2", 2, "fsdp", marks=pytest.mark.ci_slow)],
+)
 def test_a_run_rolls_back_exactly(kind: str, world: int, strategy: str, tmp_path: Path) -> None:
     write_corpus(tmp_path / "corpus", bad=range(8, 10))
     config = tiny(

@@ -20,6 +20,7 @@ from tests.running import (
     BATCH,
     BLIND,
     COMMON,
+    FEW_SHAPES,
     LENGTH,
     SHAPES,
     assert_same,
@@ -37,7 +38,7 @@ from trainer.config import Config
 from trainer.loop import Trainer
 from trainer.objectives import IGNORED, loss_sum
 
-TWO = [(2, "ddp"), (2, "fsdp")]
+TWO = FEW_SHAPES[1:]
 
 
 def watched(rank: int, path: Path) -> list[dict[str, Any]]:
@@ -93,7 +94,7 @@ def watch(config: Config) -> tuple[RunDirectory, list[list[dict[str, Any]]]]:
 # -- modes and ranks
 
 
-@pytest.mark.parametrize(("world", "strategy"), [(1, "ddp"), (2, "fsdp")])
+@pytest.mark.parametrize(("world", "strategy"), [SHAPES[0], FEW_SHAPES[2]])
 def test_advise_changes_nothing(tmp_path: Path, world: int, strategy: str) -> None:
     faults = [{"kind": "spike_loss", "first": 160, "last": 184, "value": 50.0}]
     sections: dict[str, Any] = {"faults": faults, "train": {"steps": 28}}
@@ -122,7 +123,7 @@ def test_the_same_samples_on_one_rank_and_on_two(tmp_path: Path) -> None:
     assert np.array_equal(table(one, places), table(two, places))
 
 
-@pytest.mark.parametrize(("world", "strategy"), SHAPES)
+@pytest.mark.parametrize(("world", "strategy"), FEW_SHAPES)
 def test_evaluation_changes_nothing(tmp_path: Path, world: int, strategy: str) -> None:
     sections = {"data": {"eval_fraction": 0.1}, "checkpoint": {"every": 7}}
     train_sections = [{"steps": 20}, {"steps": 20, "eval_every": 3, "eval_batches": 2}]
@@ -283,7 +284,7 @@ def test_a_window_with_an_ignored_micro_batch_is_normalised_by_the_rest(tmp_path
     assert norm == pytest.approx(want_norm, rel=1e-5)
 
 
-@pytest.mark.parametrize(("world", "strategy"), SHAPES)
+@pytest.mark.parametrize(("world", "strategy"), FEW_SHAPES)
 def test_batches_without_a_label_are_left_out_and_never_add_up_to_a_rollback(
     tmp_path: Path, world: int, strategy: str
 ) -> None:

@@ -49,7 +49,7 @@ def fresh_accelerate() -> None:
 
 SIGNALS = ("loss", "grad_norm", "embed_grad_norm", "embed_share")
 
-# name -> (ranks, [parallel] section); those of QUICK run every time, the others are slow.
+# name -> (ranks, [parallel] section); those of QUICK run every time, those of CI in .ci/run, the others are slow.
 MESHES: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
     "zero2": (2, {"dp_shard": 2, "reshard_after_forward": False}),
@@ -76,8 +76,18 @@ MESHES: dict[str, tuple[int, dict[str, Any]]] = {
     "tp-hybrid": (8, {"dp_replicate": 2, "dp_shard": 2, "tp": 2}),
 }
 ALONE = ("tp", "sequence")
-QUICK = ("zero2", "hybrid", "sequence", "pp")
-SWEEP = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MESHES if name != "one"]
+QUICK = ("zero2", "sequence", "pp")
+# .ci/run runs these after the tests.
+CI = ("hybrid", "pp-sequence")
+
+
+def marks_of(name: str) -> tuple[pytest.MarkDecorator, ...]:
+    if name in QUICK:
+        return ()
+    return (pytest.mark.ci_slow if name in CI else pytest.mark.slow,)
+
+
+SWEEP = [pytest.param(name, marks=marks_of(name)) for name in MESHES if name != "one"]
 
 
 def layers_of(*names: str) -> int:
@@ -206,7 +216,7 @@ def test_rolled_back_stopped_and_resumed_it_is_the_run_that_was_told_before(name
 
 # Offloaded parameters are updated on the host, which the lagged gate is there not to wait for.
 LAGGED = [
-    pytest.param(name, marks=() if name == "sequence" else pytest.mark.slow)
+    pytest.param(name, marks=pytest.mark.ci_slow if name == "sequence" else pytest.mark.slow)
     for name, (_, parallel) in MESHES.items()
     if name != "one" and not parallel.get("cpu_offload")
 ]
@@ -257,7 +267,12 @@ PAIRS = [
     ("chunks", "one"),
     ("pp", "chunks-shards"),
 ]
-RESHARD = [pytest.param(*pair, marks=() if pair in PAIRS[:4] else pytest.mark.slow) for pair in PAIRS]
+RESHARD = [
+    pytest.param(
+        *pair, marks=() if pair in PAIRS[1:4] else pytest.mark.ci_slow if pair in PAIRS[:1] else pytest.mark.slow
+    )
+    for pair in PAIRS
+]
 # A batch is left out before the stop, and its quarantine must come along; fp16, and its scale has moved.
 BEFORE: dict[str, Any] = {
     "model": {"dropout": 0.0},

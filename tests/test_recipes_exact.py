@@ -40,7 +40,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 NAMES = list(RECIPES)
 SHAPES = [
     *((name, 1, "ddp") for name in NAMES),
-    (NAMES[0], 2, "fsdp"),
+    pytest.param(NAMES[0], 2, "fsdp", marks=pytest.mark.ci_slow),
     pytest.param(NAMES[1], 2, "ddp", marks=pytest.mark.slow),
     pytest.param(NAMES[2], 2, "fsdp", marks=pytest.mark.slow),
 ]

@@ -257,7 +257,11 @@ FOREVER = [{"kind": "spike_loss", "first": (AT - 1) * BATCH, "last": 10**6, "val
 @pytest.mark.usefixtures("structured")
 @pytest.mark.parametrize(
     ("world", "strategy", "gate"),
-    [(1, "ddp", "sync"), (2, "fsdp", "sync"), *(pytest.param(*s, "lagged", marks=pytest.mark.slow) for s in SHAPES)],
+    [
+        (1, "ddp", "sync"),
+        pytest.param(2, "fsdp", "sync", marks=pytest.mark.ci_slow),
+        *(pytest.param(*s, "lagged", marks=pytest.mark.slow) for s in SHAPES),
+    ],
 )
 def test_nothing_of_it_is_left_out_and_not_a_bit_is_changed(
     tmp_path: Path, world: int, strategy: str, gate: str

@@ -129,9 +129,9 @@ CASES = [
     (in_tokenizing, "SIGTERM", 0, "ddp"),
     (in_tokenizing, "SIGUSR1", 1, "ddp"),
     (in_step, "SIGTERM", 1, "ddp"),
-    (in_step, "SIGUSR1", 1, "fsdp"),
+    pytest.param(in_step, "SIGUSR1", 1, "fsdp", marks=pytest.mark.ci_slow),
     (in_evaluation, "SIGUSR1", 0, "ddp"),
-    (in_evaluation, "SIGTERM", 1, "fsdp"),
+    pytest.param(in_evaluation, "SIGTERM", 1, "fsdp", marks=pytest.mark.ci_slow),
     (in_save, "SIGTERM", 1, "ddp"),
 ]
 

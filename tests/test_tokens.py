@@ -28,7 +28,7 @@ from guardrail.tui.story import Digest, Story
 from guardrail.tui.view import View
 from tests.fake_run import example, snapshot_of
 from tests.ranks import run_ranks
-from tests.running import BATCH, LENGTH, SHAPES, assert_same, of_kind, tiny, told, trained, write_corpus
+from tests.running import BATCH, FEW_SHAPES, LENGTH, assert_same, of_kind, tiny, told, trained, write_corpus
 from tests.tiny import VOCABULARY, Setup
 from trainer.config import Config
 from trainer.data.tokenizer import ByteTokenizer, JsonTokenizer
@@ -121,7 +121,7 @@ def test_a_batch_of_one_byte_is_named_by_that_byte(alone: tuple[Config, list[dic
     assert tokens[0]["share"] > 0.95
 
 
-@pytest.mark.parametrize(("world", "strategy"), [pytest.param(*SHAPES[1], marks=pytest.mark.slow), SHAPES[2]])
+@pytest.mark.parametrize(("world", "strategy"), FEW_SHAPES[1:])
 def test_two_ranks_name_the_same(
     tmp_path: Path, world: int, strategy: str, alone: tuple[Config, list[dict[str, Any]]]
 ) -> None:

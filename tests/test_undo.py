@@ -27,6 +27,7 @@ from tests.lab import wait_for
 from tests.ranks import wait_ranks
 from tests.running import (
     BLIND,
+    FEW_SHAPES,
     SHAPES,
     assert_same,
     assert_whole,
@@ -261,7 +262,7 @@ def letting(config: Config, run: RunDirectory) -> Config:
 
 
 @pytest.mark.parametrize(
-    ("world", "strategy"), [SHAPES[0], pytest.param(*SHAPES[1], marks=pytest.mark.slow), SHAPES[2]]
+    ("world", "strategy"), [SHAPES[0], pytest.param(*SHAPES[1], marks=pytest.mark.slow), FEW_SHAPES[2]]
 )
 def test_an_undone_rollback_and_skip_leave_a_run_that_was_told_so_from_its_beginning(
     tmp_path: Path, world: int, strategy: str
