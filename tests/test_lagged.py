@@ -147,6 +147,24 @@ def test_an_update_that_the_ceilings_let_through_by_mistake_is_taken_back(
     assert_same(run, trained(told(config, run)))
 
 
+@pytest.mark.fault("A11")
+def test_what_it_takes_back_is_no_more_than_the_guard_may_leave_out_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spike = [{"kind": "spike_loss", "first": 208, "last": 209, "value": 50.0}]
+    guard = {"gate": "lagged", "max_skipped_share": 0.001}
+    config = tiny(tmp_path, guard=guard, faults=spike, train={"steps": 40})
+    monkeypatch.setattr(
+        "guardrail.controller.Controller.ceilings", lambda self, like: dict.fromkeys(like.signals, math.inf)
+    )
+    run = new_run(config)
+    codes = wait_ranks(start_run(run, 1))
+    assert codes == [0] and not [event for event in run.events() if event.kind == "rollback"]
+    (ended,) = [event for event in run.events() if event.kind == "ended"]
+    assert ended.data["phase"] == "halted" and "applied before it was judged" in ended.message
+    assert "guard.max_skipped_share = 0.001" in ended.message
+
+
 def test_commands_take_effect_at_the_step_they_came_with(tmp_path: Path) -> None:
     runs = []
     for gate in ("sync", "lagged"):

@@ -235,7 +235,10 @@ class Lagged:
         guard.verdicts.noted(step, verdict)
         window = verdict.window or (observation.first, observation.last)
         onset, reason = verdict.onset or observation.step, f"applied before it was judged: {verdict.reason}"
-        if not guard.timelines.roll_back(window=window, onset=onset, reason=reason, verdict=verdict):
+        over = guard.over_share(guard.timelines.span(window=window, onset=onset, reason=reason, verdict=verdict))
+        if over:
+            guard.end(Phase.HALTED, f"{reason}; but {over}", onset=onset)
+        elif not guard.timelines.roll_back(window=window, onset=onset, reason=reason, verdict=verdict):
             guard.end(Phase.HALTED, reason, onset=onset)
 
     # -- the same step again -------------------------------------------------------------------------------------
