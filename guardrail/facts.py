@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from guardrail.diagnoses import Diagnoses, diagnosis_of
 from guardrail.incidents import CLOSED, OPEN, RECURRED, Incidents
 from guardrail.policy import UNSUSPECTED, Rollback, rollback_of
 from guardrail.records import (
+    SENSELESS,
     Action,
     CommandKind,
     Curve,
@@ -103,48 +105,56 @@ class Facts:
         self.incidents = Incidents(confirm=self.settings.confirm)
         known = _Known()
         for event in events:
-            data = event.data
-            if event.kind == "rollback":
-                self.rollbacks.append(rollback_of(data))
-                began.append(int(data.get("new_timeline", event.timeline + 1)))
-                self.incidents.rewind(int(data["to_step"]))
-            elif event.kind == "restarted":
-                self.incidents.rewind(event.step, same_steps=True)
-            elif event.kind == "undo":
-                stand = [at for at, timeline in enumerate(began) if timeline not in data["rollbacks"]]
-                self.rollbacks, began = [self.rollbacks[at] for at in stand], [began[at] for at in stand]
-                self.pardons += [(int(first), int(last)) for first, last in data["pardons"]]
-                self.incidents.rewind(int(data["to_step"]))
-            elif event.kind == "cause":
-                at = int(data.get("at_step") or event.step + 1)
-                diagnosis = diagnosis_of(data)
-                known.last = max(known.last, at)
-                first, last = map(int, data.get("batch") or (0, 0))
-                self.note_cause(diagnosis, (first, last))
-                self.diagnoses.learn(
-                    int(data["incident"]),
-                    diagnosis,
-                    onset=int(data.get("onset") or at),
-                    step=at,
-                    place=first,
-                    signals=data.get("signals") or (),
-                    rollbacks=self.rollbacks,
-                )
-            elif event.kind == "incident":
-                known.turned(event, self.incidents)
-            elif event.kind == "verdict":
-                known.rejected(event)
-                kinds = {field_of(finding, "kind") for finding in data.get("findings") or ()}
-                if data.get("action") == Action.SKIP and kinds and kinds <= UNSUSPECTED:
-                    first, last = data["window"]
-                    self.empty_spans.add((int(first), int(last)))
-            elif event.kind == "command" and data.get("command") == CommandKind.ACCEPT:
-                if data.get("effect") == "applied":
-                    known.resume(self.incidents)
-                    first, last = map(int, data.get("batch") or (0, 0))
-                    self.accept(event.step, (first, last))
-                    known.open = 0
+            # A line that makes no sense changes nothing: `Past` counts it, and a run must be able to go on after it.
+            with contextlib.suppress(*SENSELESS):
+                self._take_over(event, known, began)
         known.resume(self.incidents)
+
+    def _take_over(self, event: Event, known: _Known, began: list[int]) -> None:
+        """One line of the journal; `began` holds the timelines that the rollbacks before it began."""
+        data = event.data
+        if event.kind == "rollback":
+            rollback, timeline = rollback_of(data), int(data.get("new_timeline", event.timeline + 1))
+            self.rollbacks.append(rollback)
+            began.append(timeline)
+            self.incidents.rewind(rollback.to_step)
+        elif event.kind == "restarted":
+            self.incidents.rewind(event.step, same_steps=True)
+        elif event.kind == "undo":
+            to_step, pardons = int(data["to_step"]), [(int(first), int(last)) for first, last in data["pardons"]]
+            stand = [at for at, timeline in enumerate(began) if timeline not in data["rollbacks"]]
+            self.rollbacks, began[:] = [self.rollbacks[at] for at in stand], [began[at] for at in stand]
+            self.pardons += pardons
+            self.incidents.rewind(to_step)
+        elif event.kind == "cause":
+            at = int(data.get("at_step") or event.step + 1)
+            diagnosis = diagnosis_of(data)
+            known.last = max(known.last, at)
+            first, last = map(int, data.get("batch") or (0, 0))
+            self.note_cause(diagnosis, (first, last))
+            self.diagnoses.learn(
+                int(data["incident"]),
+                diagnosis,
+                onset=int(data.get("onset") or at),
+                step=at,
+                place=first,
+                signals=data.get("signals") or (),
+                rollbacks=self.rollbacks,
+            )
+        elif event.kind == "incident":
+            known.turned(event, self.incidents)
+        elif event.kind == "verdict":
+            known.rejected(event)
+            kinds = {field_of(finding, "kind") for finding in data.get("findings") or ()}
+            if data.get("action") == Action.SKIP and kinds and kinds <= UNSUSPECTED:
+                first, last = data["window"]
+                self.empty_spans.add((int(first), int(last)))
+        elif event.kind == "command" and data.get("command") == CommandKind.ACCEPT:
+            if data.get("effect") == "applied":
+                known.resume(self.incidents)
+                first, last = map(int, data.get("batch") or (0, 0))
+                self.accept(event.step, (first, last))
+                known.open = 0
 
     def incident_line(self, verdict: Verdict) -> tuple[str, dict[str, Any]]:
         """(Message, data) of the `incident` line of a verdict that turns an incident."""

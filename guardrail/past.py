@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 from guardrail.config import GuardSection
-from guardrail.records import Action, CommandKind, Event, Mode, Remedy, Span, Unresolved
+from guardrail.policy import rollback_of
+from guardrail.records import SENSELESS, Action, CommandKind, Event, Mode, Remedy, Span, Unresolved
 from guardrail.remedies import CLIP, EMBED_ALPHA, LR, factor, resets
 
 # Actions by which something is done about an incident.
@@ -119,7 +120,7 @@ class Past:
         for event in events:
             try:
                 past.add(event)
-            except (KeyError, TypeError, ValueError, OverflowError, IndexError):
+            except SENSELESS:
                 past.unread += 1
         return past
 
@@ -142,12 +143,12 @@ class Past:
                 self._act(data)
                 self._remedies(data, _as_span(data.get("span")))
             case "rollback":
+                timeline, to_step = int(data["new_timeline"]), rollback_of(data).to_step
                 self._span(data.get("span"))
                 self._act(data)
-                self._remedies(data, int(data["new_timeline"]))
+                self._remedies(data, timeline)
                 self.rollbacks.append(data)
-                to_step = int(data["to_step"])
-                self._branch(int(data["new_timeline"]), to_step)
+                self._branch(timeline, to_step)
                 self.lr.rewind(to_step)
                 self.alpha.rewind(to_step)
             case "undo":

@@ -389,6 +389,10 @@ class SnapshotInfo(Record, frozen=True, kw_only=True):
     path: str = ""
 
 
+# What it raises to take fields out of a line that another version has written, or that is damaged.
+SENSELESS = (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError)
+
+
 class Event(Record, frozen=True, kw_only=True):
     """One journal line. On disk the fields of `data` stand beside the five fixed ones, flat."""
 

@@ -19,7 +19,19 @@ from guardrail.controller import Controller
 from guardrail.diagnoses import diagnosis_of
 from guardrail.importers.run_directory import signals
 from guardrail.past import Past
-from guardrail.records import GRAD_NORM, LOSS, LOSS_SCALE, Action, CommandKind, Event, Kind, Mode, Observation, Verdict
+from guardrail.records import (
+    GRAD_NORM,
+    LOSS,
+    LOSS_SCALE,
+    SENSELESS,
+    Action,
+    CommandKind,
+    Event,
+    Kind,
+    Mode,
+    Observation,
+    Verdict,
+)
 from guardrail.rundir import RunDirectory, findings_of, span_of
 from guardrail.undoing import taken_back
 
@@ -101,26 +113,34 @@ class Rejudge:
 
     def _read_journal(self) -> None:
         for index, event in enumerate(self._events):
-            data = event.data
-            if event.kind in ("rollback", "undo"):
-                self._begins[int(data["new_timeline"])] = index
-                self._wanted.add(int(data["to_step"]))
-            elif event.kind == "restarted":
-                self._begins[event.timeline] = index
-                self._wanted.add(event.step)
-            elif event.kind in ("verdict", "finding") and "at_step" in data:
-                self._told.setdefault((event.timeline, int(data["at_step"])), deque()).append(event)
-            elif event.kind == "cause":
-                self._causes.setdefault((event.timeline, int(data["at_step"])), deque()).append(event)
-            elif event.kind == "note" and data.get("overflow"):
-                self._told.setdefault((event.timeline, event.step + 1), deque()).append(event)
-            elif event.kind == "command" and data.get("command") in (CommandKind.POLICY, CommandKind.ACCEPT):
-                if data.get("effect") == "applied":
-                    self._changes.append(index)
-            elif event.kind == "left_out":
-                span = span_of(event)
-                if span is not None and span.cause == "rejected":
-                    self._left_out[span.first, span.last] = span.first if span.positions else span.last
+            try:
+                self._read_event(index, event)
+            except SENSELESS:
+                self.lost.append(f"line {event.seq} of the journal makes no sense")
+
+    def _read_event(self, index: int, event: Event) -> None:
+        data = event.data
+        if event.kind in ("rollback", "undo"):
+            timeline, to_step = int(data["new_timeline"]), int(data["to_step"])
+            self._begins[timeline] = index
+            self._wanted.add(to_step)
+        elif event.kind == "restarted":
+            self._begins[event.timeline] = index
+            self._wanted.add(event.step)
+        elif event.kind in ("verdict", "finding") and "at_step" in data:
+            self._told.setdefault((event.timeline, int(data["at_step"])), deque()).append(event)
+        elif event.kind == "cause":
+            self._causes.setdefault((event.timeline, int(data["at_step"])), deque()).append(event)
+        elif event.kind == "note" and data.get("overflow"):
+            self._told.setdefault((event.timeline, event.step + 1), deque()).append(event)
+        elif event.kind == "command" and data.get("command") in (CommandKind.POLICY, CommandKind.ACCEPT):
+            if data.get("effect") == "applied":
+                self._changed_to(event)
+                self._changes.append(index)
+        elif event.kind == "left_out":
+            span = span_of(event)
+            if span is not None and span.cause == "rejected":
+                self._left_out[span.first, span.last] = span.first if span.positions else span.last
 
     def __iter__(self) -> Iterator[Judged]:
         import numpy as np
@@ -263,11 +283,19 @@ class Rejudge:
         event = self._events[index]
         if not self._own:
             return
+        changed = self._changed_to(event)
+        if isinstance(changed, Mode):
+            self._controller.set_mode(changed)
+        else:
+            self._controller.accept(event.step, changed)
+
+    @staticmethod
+    def _changed_to(event: Event) -> Mode | tuple[int, int]:
+        """The mode that a command has set, or the batch at which it accepted an incident."""
         if event.data.get("command") == CommandKind.ACCEPT:
             first, last = map(int, event.data.get("batch") or (0, 0))
-            self._controller.accept(event.step, (first, last))
-        else:
-            self._controller.set_mode(MODES[int(event.data["value"])])
+            return first, last
+        return MODES[int(event.data["value"])]
 
 
 def _overflow(measured: Mapping[str, float]) -> bool:
