@@ -170,7 +170,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("recipe", ["bloom", *(pytest.param(r, marks=pytest.mark.slow) for r in list(RECIPES)[1:])])
-@pytest.mark.parametrize("mesh", ["tp-shards", pytest.param("pp-sequence", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "mesh", [pytest.param("tp-shards", marks=pytest.mark.ci_slow), pytest.param("pp-sequence", marks=pytest.mark.slow)]
+)
 def test_every_kind_of_block_can_be_split(recipe: str, mesh: str, tmp_path: Path) -> None:
     model = {"heads": 4, "dropout": 0.0, **RECIPES[recipe]}
     options: dict[str, Any] = {"model": model, "train": {"steps": 6, "activation_checkpointing": recipe == "grouped"}}
@@ -196,7 +198,10 @@ def test_what_one_rank_saw_is_seen_by_all_and_named(name: str, tmp_path: Path) -
     assert math.isfinite(table(run, ("loss",))[-1, 0])
 
 
-@pytest.mark.parametrize("name", SWEEP)
+@pytest.mark.parametrize(
+    "name",
+    [one for one in SWEEP if one.values != ("sequence",)] + [pytest.param("sequence", marks=pytest.mark.ci_slow)],
+)
 def test_rolled_back_stopped_and_resumed_it_is_the_run_that_was_told_before(name: str, tmp_path: Path) -> None:
     """Both at once, since each costs a second run: a rollback that skips, and a checkpoint that is loaded again."""
     fault = {"kind": "spike_loss", "first": 104, "last": 128, "value": 50.0}
