@@ -170,6 +170,11 @@ class Commanding(Base):
             text = "The guard's newest decision is taken back: its samples may be used again."
             self._consider(CommandKind.UNDO, math.nan, "undo", [text])
 
+    def action_accept(self) -> None:
+        if self._may():
+            text = "The incident that is not over counts as over, and later states may become good."
+            self._consider(CommandKind.ACCEPT, 0.0, "accept the run as it is", [text])
+
     def action_rollback(self) -> None:
         if not self._may():
             return
