@@ -54,11 +54,12 @@ lint: install
 
 # The tests that train a model, with initial weights changed by 1e-6 (three seeds), and with the kernels of older CPUs:
 # none of them may depend on the rounding of one machine.
+TRAINING = $(shell grep -El 'tests\.(running|tiny|jumping)|trainer\.loop' tests/test_*.py)
 rounding: $(EXTRAS)
 	@set -e; for seed in 1 2 3; do echo "initial weights changed by 1e-6, seed $$seed"; \
-	  GUARDRAIL_PERTURB=$$seed $(PYTEST) -m 'not slow and not ci_slow' $(PYTEST_ARGS); done
+	  GUARDRAIL_PERTURB=$$seed $(PYTEST) -m 'not slow and not ci_slow' $(PYTEST_ARGS) $(TRAINING); done
 	@set -e; for isa in default avx2; do echo "ATEN_CPU_CAPABILITY=$$isa"; \
-	  ATEN_CPU_CAPABILITY=$$isa $(PYTEST) -m 'not slow and not ci_slow' $(PYTEST_ARGS); done
+	  ATEN_CPU_CAPABILITY=$$isa $(PYTEST) -m 'not slow and not ci_slow' $(PYTEST_ARGS) $(TRAINING); done
 
 # The tests of each known fault, and the faults that have none.
 faults: $(EXTRAS)
