@@ -154,6 +154,11 @@ def at_once(asking: Asking, *commands: dict[str, Any]) -> tuple[str, str]:
     for thread in threads:
         thread.join()
     outcomes = dict(zip(ids, asking.outcomes(*ids), strict=True))
+    if set(outcomes.values()) == {"applied"} and not any("question" in fields for fields in commands):
+        # One was sent so late, by a thread that had to wait for a processor, that the next question was open.
+        first, second = (asking.answer(id).data["question"] for id in ids)
+        assert first != second, "one question has two answers"
+        return "", ""
     assert sorted(outcomes.values()) == ["applied", "refused"], outcomes
     winner, loser = sorted(outcomes, key=outcomes.__getitem__)
     return winner, loser
@@ -164,16 +169,21 @@ def at_once(asking: Asking, *commands: dict[str, Any]) -> tuple[str, str]:
 def test_of_two_answers_at_once_one_counts_and_the_other_learns_who_was_first(tmp_path: Path, named: bool) -> None:
     """Also where neither says which question it is for: then it is the one that is open when it arrives."""
     with Asking(tmp_path) as asking:
-        question = 0
+        question, met = 0, 0
         for _ in range(ROUNDS):
             question = asking.question(question)
             given = {"kind": CommandKind.ANSWER, "value": CONTINUE} | ({"question": question} if named else {})
             winner, loser = at_once(asking, given, given)
+            if not winner:
+                question = asking.lines("resumed")[-1].seq
+                continue
+            met += 1
             reason = asking.reason(loser)
             if named or "over" in reason:
                 assert f"the question of line {question} is over: answer continue by sender {winner}" in reason
             else:  # it came when none was open
                 assert reason == "no question is open" or "before the guard asked" in reason
+        assert met > ROUNDS // 2
         ended = [line.data for line in asking.lines("resumed")]
         assert len(ended) >= ROUNDS and all(line["question"] and line["who"] for line in ended)
 

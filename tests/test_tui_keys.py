@@ -19,7 +19,7 @@ from textual.strip import Strip
 
 from guardrail.errors import ExitCode
 from guardrail.preview import Preview
-from guardrail.records import Command, CommandKind, Mode, Phase
+from guardrail.records import Command, CommandKind, Mode, Phase, Shown
 from guardrail.rundir import check_command
 from guardrail.tui import dialogs, keys
 from guardrail.tui.app import GuardrailApp
@@ -563,6 +563,18 @@ async def test_a_question_shows_no_choices_of_another_and_takes_no_enter_until_i
         assert [command.question for command in reader.sent] == [fake.events[-1].seq]
 
     await act(fake=fake, script=next_question)
+
+
+async def test_an_answer_carries_what_its_question_said_that_it_would_do() -> None:
+    fake = example()
+    told = {"action": "rollback", "command": "rollback", "to_step": 1270, "tier": "memory", "steps_lost": 14}
+    fake.phase, fake.question = Phase.PAUSED, "the loss stays up: proposed: rollback"
+    fake.event("paused", fake.question, proposals=[told, {"action": "go_on"}, {"action": "stop"}])
+    (sent,) = (await act("escape", "a", "enter", fake=fake)).sent
+    assert sent.question == fake.events[-1].seq
+    assert sent.shown == Shown(to_step=1270, tier="memory", steps_lost=14, steps_lost_most=14)
+    (other,) = (await act("escape", "a", "down", "enter", fake=fake)).sent
+    assert other.shown is None
 
 
 @pytest.mark.fault("T2")

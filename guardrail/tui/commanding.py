@@ -239,9 +239,12 @@ class Commanding(Base):
 
         def send(index: int | None) -> None:
             if index is not None and asked.line:
-                name = _choices(self.view, asked)[index][0] if asked.line == self.view.snapshot.story.question else ""
+                story = self.view.snapshot.story
+                same = asked.line == story.question
+                name = _choices(self.view, asked)[index][0] if same else ""
+                shown = story.shown[index] if same and index < len(story.shown) else None
                 label = f"answer: {name or ANSWERS[index]}"
-                self._command(CommandKind.ANSWER, float(index), label, question=asked.line)
+                self._command(CommandKind.ANSWER, float(index), label, question=asked.line, shown=shown)
 
         dialog = Question(
             f"step {count(status.step)}: the guard asks",

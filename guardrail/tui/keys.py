@@ -51,7 +51,7 @@ KEYS = (
     Key("m", "m", "mode", "mode", "Change who decides: auto, ask, advise or off.", control=True, rank=4),
     Key("u", "u", "undo", "undo", "Take the guard's newest decision back: see what it costs, confirm.", control=True,
         rank=6),
-    Key("A", "A", "accept", "", "Accept the run as it is after an incident that is not over: asks first.", control=True),
+    Key("A", "A", "accept", "", "Accept the run as it is though an incident is not over: asks first.", control=True),
     Key("n", "n", "note", "note", "Write a note into the journal.", control=True, rank=7),
     Key("a", "a", "answer", "answer", "Answer the guard's question while training is parked.", control=True, rank=1),
     Key("S", "S", "stop", "stop", "Stop training: save a checkpoint and end. Asks first.", control=True, rank=2),

@@ -17,7 +17,7 @@ from typing import Any
 from guardrail.advised import Advised
 from guardrail.files import as_int
 from guardrail.questions import asks
-from guardrail.records import Action, CommandKind, Event, Finding, Kind
+from guardrail.records import Action, CommandKind, Event, Finding, Kind, Shown
 from guardrail.rundir import findings_of, span_of
 from guardrail.tui.evidence import Evidence, Known
 from guardrail.tui.format import brief, count, plural
@@ -80,6 +80,7 @@ class Story:
         question: journal line of the question that is open, 0: none is; `asked`: its text.
         proposals: what the guard proposes in it.
         costs: what each of these would do, "" where the journal does not say.
+        shown: the same as an answer carries it, None where it goes nowhere.
         paused_by: who has paused the run by a command, while it is paused so; "": no one, or it is not known.
         held: factors on the updates that a command or the guard has set, whether they act now or not.
         known: the evidence in full.
@@ -93,6 +94,7 @@ class Story:
     asked: str = ""
     proposals: tuple[str, ...] = ()
     costs: tuple[str, ...] = ()
+    shown: tuple[Shown | None, ...] = ()
     paused_by: str = ""
     held: tuple[Held, ...] = ()
     known: Known = field(default_factory=Known)
@@ -115,6 +117,7 @@ class Digest:
         self._taken = ("", "")  # the command that was taken last, and who sent it
         self._proposals: tuple[str, ...] = ()
         self._costs: tuple[str, ...] = ()
+        self._shown: tuple[Shown | None, ...] = ()
         self._paused_by = ""
         self._unnumbered = 0
         self._evidence = Evidence()
@@ -169,6 +172,7 @@ class Digest:
             asked=self._asked,
             proposals=self._proposals,
             costs=self._costs,
+            shown=self._shown,
             paused_by=self._paused_by,
             held=self._held,
             known=self._evidence.known(),
@@ -258,6 +262,7 @@ class Digest:
         told = proposals if isinstance(proposals, list) else []
         self._question, self._asked, self._taken = event.seq, brief(event.message), ("", "")
         self._proposals, self._costs = tuple(map(_proposal, told)), tuple(map(_cost, told))
+        self._shown = tuple(_shown(raw) for raw in told)
         number = as_int(event.data.get("incident"))
         self._about = self._incidents.get(number)
         if self._about is not None:
@@ -273,7 +278,7 @@ class Digest:
             if number in self._incidents:
                 self._incidents[number] = replace(self._incidents[number], answered=how)
         self._question, self._asked, self._about = 0, "", None
-        self._proposals = self._costs = ()
+        self._proposals = self._costs = self._shown = ()
 
     # -- commands
 
@@ -375,6 +380,15 @@ def _cost(raw: Any) -> str:
     if not isinstance(raw, Mapping):
         return ""
     return brief(raw.get("text", ""), 400).removeprefix(f"{brief(raw.get('command', ''), 40)}: ")
+
+
+def _shown(raw: Any) -> Shown | None:
+    """The state that a proposal goes back to, and what that loses. Training is parked: it comes to lose no more."""
+    if not isinstance(raw, Mapping) or raw.get("to_step") is None:
+        return None
+    lost = as_int(raw.get("steps_lost"))
+    to_step, tier = as_int(raw["to_step"]), brief(raw.get("tier", ""), 40)
+    return Shown(to_step=to_step, tier=tier, steps_lost=lost, steps_lost_most=lost)
 
 
 def _label(incident: Incident) -> str:
