@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -125,9 +126,15 @@ class Chronicle:
 
 
 def log(line: str) -> None:
-    """A line for logs/supervisor.log, which is our stdout."""
+    """A line for logs/supervisor.log, which is our stdout. What a full disk does not take is kept for `flush_log`."""
     with contextlib.suppress(OSError):
         print(time.strftime("%Y-%m-%d %H:%M:%S"), line, flush=True)
+
+
+def flush_log() -> None:
+    """Write what is left of earlier lines, once the disk has room again."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
 
 
 def tail(file: Path, lines: int = TAIL_LINES) -> list[str]:

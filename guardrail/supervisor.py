@@ -25,7 +25,7 @@ from typing import Any
 import msgspec
 
 from guardrail import processes, secret, stacks
-from guardrail.chronicle import Chronicle, log, tail
+from guardrail.chronicle import Chronicle, flush_log, log, tail
 from guardrail.config import LaunchSection, NotifySection, TensorboardSection, parse
 from guardrail.elastic import Agent, Failure
 from guardrail.errors import DiskRefuses, ExitCode, GuardrailError
@@ -215,6 +215,7 @@ class Supervisor:
 
     def _look(self, agent: Agent) -> None:
         """See which ranks have failed, which live, and what they report."""
+        flush_log()
         output = agent.read()
         if output.failures:
             self.ranks.read()

@@ -1,6 +1,7 @@
 """A disk that fills up, and checkpoints that do not hold: training goes on, says so, and loses nothing it can keep."""
 
 import errno
+import io
 import os
 import shutil
 import socket
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 import guardrail.torch.commit
+from guardrail import chronicle
 from guardrail.chronicle import Chronicle
 from guardrail.config import LaunchSection
 from guardrail.errors import ExitCode
@@ -321,3 +323,30 @@ def test_with_no_valid_checkpoint_a_run_begins_again(
     (restarted,) = of_kind(run, "restarted")
     assert (restarted.step, restarted.data["checkpoint"]) == (0, "")
     assert_same(run, undisturbed)
+
+
+class FullDisk(io.RawIOBase):
+    """A file on a disk that is full, until it has room."""
+
+    def __init__(self) -> None:
+        self.room, self.written = False, b""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.written += bytes(data)
+        return len(data)
+
+
+def test_the_supervisors_log_says_later_what_a_full_disk_did_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = FullDisk()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BufferedWriter(file), encoding="utf-8"))
+    chronicle.log("failure 1: rank 1 was killed")
+    chronicle.flush_log()
+    assert not file.written
+    file.room = True
+    chronicle.flush_log()
+    assert file.written.endswith(b"failure 1: rank 1 was killed\n")
