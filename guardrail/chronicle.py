@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import time
+from collections import deque
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,10 @@ from guardrail.records import Event, Mode, Phase, Status
 from guardrail.rundir import RunDirectory
 from guardrail.text import clean, plural
 
+STDOUT = 1
 TAIL_LINES = 12
+# Lines of supervisor.log that a full disk has not taken, oldest first; of very many the newest.
+_unwritten: deque[bytes] = deque(maxlen=1000)
 
 EXIT_CODES = {
     Phase.FINISHED: ExitCode.FINISHED,
@@ -127,14 +130,19 @@ class Chronicle:
 
 def log(line: str) -> None:
     """A line for logs/supervisor.log, which is our stdout. What a full disk does not take is kept for `flush_log`."""
-    with contextlib.suppress(OSError):
-        print(time.strftime("%Y-%m-%d %H:%M:%S"), line, flush=True)
+    text = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n"
+    _unwritten.append(text.encode("utf-8", "backslashreplace"))
+    flush_log()
 
 
 def flush_log() -> None:
-    """Write what is left of earlier lines, once the disk has room again."""
+    """Write the lines that are not written yet. Not by `print`, which keeps or drops what a write has not taken."""
     with contextlib.suppress(OSError):
-        sys.stdout.flush()
+        while _unwritten:
+            data = _unwritten[0]
+            _unwritten[0] = data[os.write(STDOUT, data) :]
+            if not _unwritten[0]:
+                _unwritten.popleft()
 
 
 def tail(file: Path, lines: int = TAIL_LINES) -> list[str]:
