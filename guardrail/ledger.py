@@ -58,6 +58,9 @@ class SampleOrder:
         samples: number of samples of the training split, > 0.
         seed: of the permutation; `stream` ignores it.
         shuffled: False gives the samples as they stand in the data, epoch after epoch.
+
+    Raises:
+        DataError: there is no sample, or `samples` is no whole number.
     """
 
     _ROUNDS = 4
@@ -65,12 +68,12 @@ class SampleOrder:
     KEPT_BLOCKS = 4
 
     def __init__(self, *, samples: int, seed: int = 0, shuffled: bool = True) -> None:
-        if samples <= 0:
-            raise DataError("the training split holds no complete sample: give more text or a shorter sequence")
-        self.n_samples = samples
+        if isinstance(samples, bool) or not isinstance(samples, (int, np.integer)) or samples <= 0:
+            raise DataError(f"SampleOrder(samples): expected a whole number > 0, got {samples!r}")
+        self.n_samples = int(samples)
         self.seed = seed
         self.shuffled = shuffled
-        self._half = np.uint64(max(1, ((samples - 1).bit_length() + 1) // 2))
+        self._half = np.uint64(max(1, ((self.n_samples - 1).bit_length() + 1) // 2))
         self._half_mask = np.uint64((1 << int(self._half)) - 1)
         self._blocks: dict[tuple[int, int], list[int]] = {}  # (epoch, block) -> ids, oldest first
 

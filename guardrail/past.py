@@ -143,14 +143,15 @@ class Past:
                 self._act(data)
                 self._remedies(data, _as_span(data.get("span")))
             case "rollback":
-                timeline, to_step = int(data["new_timeline"]), rollback_of(data).to_step
                 self._span(data.get("span"))
+                timeline, to_step = int(data["new_timeline"]), int(data["to_step"])
                 self._act(data)
                 self._remedies(data, timeline)
-                self.rollbacks.append(data)
                 self._branch(timeline, to_step)
                 self.lr.rewind(to_step)
                 self.alpha.rewind(to_step)
+                rollback_of(data)  # one that cannot be read as one is none that counts towards a bound
+                self.rollbacks.append(data)
             case "undo":
                 self._undo(data)
             case "command" if data.get("effect") == "applied":

@@ -82,7 +82,7 @@ def test_a_stream_is_the_data_as_it_stands() -> None:
 
 
 def test_no_samples_is_an_error() -> None:
-    with pytest.raises(DataError, match="no complete sample"):
+    with pytest.raises(DataError, match="expected a whole number > 0"):
         SampleOrder(samples=0)
 
 

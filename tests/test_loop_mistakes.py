@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from guardrail.config import CheckpointSection, GuardSection, Settings, SnapshotSection
-from guardrail.errors import UsageError
+from guardrail.errors import DataError, UsageError
 from guardrail.ledger import SampleOrder
 from guardrail.records import Phase
 from guardrail.rundir import RunDirectory
@@ -331,3 +331,49 @@ def test_an_optimizer_that_raises_leaves_the_learning_rate_as_it_was() -> None:
     with pytest.raises(ZeroDivisionError):
         gate.apply(1.0, lr_factor=0.1)
     assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (lambda loss: {"loss": loss.item()}, "step.finish(loss): expected a tensor, got float: give the tensor itself"),
+        (lambda loss: {"loss": None}, "step.finish(loss): expected a tensor, got NoneType"),
+        (
+            lambda loss: {"loss": loss.repeat(3)},
+            "step.finish(loss): expected one number, 0-d, got shape (3,): give its",
+        ),
+        (lambda loss: {"loss": loss + 0j}, "step.finish(loss): expected a real number, got torch.complex64"),
+        (lambda loss: {"loss": loss, "tokens": "8"}, "step.finish(tokens): expected a number or a 0-d tensor, got str"),
+        (lambda loss: {"loss": loss, "nominal_tokens": True}, "step.finish(nominal_tokens): expected a number"),
+        (lambda loss: {"loss": loss, "signals": ["x"]}, "step.finish(signals): expected a dict of names and numbers"),
+        (lambda loss: {"loss": loss, "signals": {"x": "a"}}, "step.finish(signals['x']): expected a number or a 0-d"),
+        (lambda loss: {"loss": loss, "signals": {"x": loss.repeat(2)}}, "step.finish(signals['x']): expected one real"),
+    ],
+)
+def test_what_finish_cannot_use_is_refused_in_one_sentence(given: Any, message: str) -> None:
+    loop = Loop()
+    with pytest.raises(UsageError) as error:
+        for step in loop.guard:
+            loss = loop.loss(step)
+            loss.backward()
+            step.finish(**given(loss))
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("samples", [0, -1, 1.5, "8", None, True, float("nan")])
+def test_a_sample_order_of_no_whole_number_of_samples_is_refused(samples: Any) -> None:
+    with pytest.raises(DataError, match=r"SampleOrder\(samples\): expected a whole number > 0"):
+        SampleOrder(samples=samples)
+
+
+def test_a_halt_of_ones_own_loop_is_logged_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
+    """The loop just ends, and a script without a run directory would learn nothing of it."""
+    loop = Loop(steps=30)
+    for step in loop.guard:
+        loss = loop.loss(step) * (float("nan") if step.number > 12 else 1.0)
+        loss.backward()
+        step.finish(loss)
+    assert loop.guard.phase is Phase.HALTED
+    (record,) = caplog.records
+    assert record.levelname == "ERROR" and record.name.startswith("guardrail.")
+    assert record.getMessage().startswith(f"guardrail: halted at step {loop.guard.step}: ")

@@ -96,6 +96,8 @@ class Trainer:
 
     def _build(self) -> None:
         config, corpus = self.config, self.corpus
+        if not len(corpus.train):
+            raise DataError("the training split holds no complete sample: give more text or a shorter sequence")
         order = SampleOrder(samples=len(corpus.train), seed=config.data.seed, shuffled=config.data.order == "shuffled")
         self.data_rank = config.layout.data_rank(self.rank)
         limit = config.train.epochs * order.n_samples if config.train.epochs else None

@@ -9,12 +9,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from guardrail.config import Settings, checked
-from guardrail.errors import ConfigError
+from guardrail.errors import ConfigError, UsageError
 from guardrail.records import Mode
 from guardrail.rundir import RunDirectory
 from guardrail.schema import as_tree
@@ -172,3 +173,37 @@ def _check_holders(holders: Any, world: int) -> None:
         return
     if not isinstance(holders, range) or holders.step != 1 or not 0 <= holders.start < holders.stop <= world:
         raise ConfigError(f"a range of ranks within 0 to {world}, or None", key="holders", value=holders)
+
+
+def check_loss(loss: Any) -> None:
+    """The argument of `step.finish`. Raises UsageError."""
+    if not isinstance(loss, Tensor):
+        hint = ": give the tensor itself, without .item()" if isinstance(loss, (int, float)) else ""
+        raise UsageError(f"step.finish(loss): expected a tensor, got {type(loss).__name__}{hint}")
+    if loss.ndim:
+        shape = tuple(loss.shape)
+        raise UsageError(f"step.finish(loss): expected one number, 0-d, got shape {shape}: give its mean, or its sum")
+    if loss.is_complex():
+        raise UsageError(f"step.finish(loss): expected a real number, got {loss.dtype}")
+
+
+def check_numbers(*, tokens: Any, nominal_tokens: Any, signals: Any) -> None:
+    """Further arguments of `step.finish`. Raises UsageError."""
+    _check_number("tokens", tokens)
+    if nominal_tokens is not None:
+        _check_number("nominal_tokens", nominal_tokens)
+    if signals is None:
+        return
+    if not isinstance(signals, Mapping):
+        raise UsageError(f"step.finish(signals): expected a dict of names and numbers, got {type(signals).__name__}")
+    for name, value in signals.items():
+        _check_number(f"signals[{name!r}]", value)
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, Tensor):
+        if value.ndim or value.is_complex():
+            shape = tuple(value.shape)
+            raise UsageError(f"step.finish({name}): expected one real number, 0-d, got shape {shape} of {value.dtype}")
+    elif isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+        raise UsageError(f"step.finish({name}): expected a number or a 0-d tensor, got {type(value).__name__}")

@@ -11,6 +11,7 @@ alone writes the run directory, always before what it writes takes effect.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -53,6 +54,8 @@ from guardrail.torch.verdicts import Verdicts
 from guardrail.torch.waiting import T, run_together
 
 __all__ = ["Guard", "Step"]
+
+logger = logging.getLogger(__name__)
 
 
 class Guard:
@@ -358,6 +361,9 @@ class Guard:
             saved=not unsaved,
             planned=planned.value,
         )
+        if self.rank == 0 and phase in (Phase.HALTED, Phase.FAILED):
+            # The loop just ends. Without this a script would go on as if all of its steps had been made.
+            logger.error("guardrail: %s at step %d: %s", phase.value, self.step, reason)
         self.at(phase)
 
     def _unsaved(self, onset: int | None) -> str:

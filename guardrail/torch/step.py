@@ -9,6 +9,7 @@ from torch import Tensor
 
 from guardrail.ledger import Batch
 from guardrail.records import Verdict
+from guardrail.torch.arguments import check_loss, check_numbers
 
 if TYPE_CHECKING:
     from guardrail.torch.guard import Guard
@@ -59,10 +60,15 @@ class Step:
             wait: judge it now, even where `guard.gate = "lagged"` would read its numbers a step later: the loop is
                 going to use the weights behind it, as in an evaluation. The same on every rank.
 
+        Raises:
+            UsageError: an argument that is not what is written above.
+
         Returns:
             The verdict; None when a stop made the window incomplete, or when it is not known yet.
         """
         if self.finished:
             raise RuntimeError("step.finish was called twice")
+        check_loss(loss)
+        check_numbers(tokens=tokens, nominal_tokens=nominal_tokens, signals=signals)
         self.finished = True
         return self._guard.finish(self, loss, tokens, nominal_tokens, incomplete, signals, wait)

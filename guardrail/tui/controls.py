@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from guardrail.preview import Preview
 
 SHOWN_SECONDS = 60.0  # an answer stays this long
+NOTICE_SECONDS = 10.0  # and a word to the viewer, who presses a key and reads it, so long; it may be untrue soon
 RENEW_SECONDS = 1.0  # between two previews of a command that somebody looks at
 
 
@@ -111,6 +112,10 @@ class Desk:
         """Something for the viewer alone."""
         self._notice = (text, tone, self._clock())
 
+    def forget_notice(self) -> None:
+        """The viewer has read it and goes on."""
+        self._notice = None
+
     def message(self, view: View) -> tuple[str, str]:
         """(text, tone) of the message line."""
         for sent in self._sent:
@@ -118,7 +123,7 @@ class Desk:
                 self._answered.setdefault(sent.id, view.now)
         # Answers leave after a while; what waits for one never does.
         self._sent = [s for s in self._sent if view.now - self._answered.get(s.id, view.now) < SHOWN_SECONDS]
-        if self._notice and view.now - self._notice[2] < SHOWN_SECONDS:
+        if self._notice and view.now - self._notice[2] < NOTICE_SECONDS:
             return self._notice[0], self._notice[1]
         if not self._sent:
             return "", "plain"
