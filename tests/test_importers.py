@@ -222,6 +222,38 @@ def test_table_whose_step_is_an_epoch(tmp_path: Path) -> None:
     assert "counted instead" in log.notes[0]
 
 
+@pytest.mark.parametrize("step", ["nan", "inf", "1e30", "-", ""])
+def test_table_whose_steps_are_none_counts(step: str, tmp_path: Path) -> None:
+    log = only(write(tmp_path / "a.csv", "step,loss\n" + f"{step},2.5\n{step},\n{step},2.25\n"))
+    assert observed(log) == [(1, {"loss": 2.5}), (2, {"loss": 2.25})]
+    assert "step: no value can be a step, so records are counted instead" in log.notes
+
+
+def test_table_with_one_step_leaves_records_without_out(tmp_path: Path) -> None:
+    log = only(write(tmp_path / "a.csv", "step,loss\nnan,3\n7,2.5\ninf,2\n"))
+    assert observed(log) == [(7, {"loss": 2.5})]
+    assert log.notes == ["2 lines without a step or with too few fields left out"]
+
+
+def test_json_lines_whose_steps_are_none_say_that_they_count(tmp_path: Path) -> None:
+    log = only(write(tmp_path / "a.jsonl", '{"step": 1e30, "loss": 2.5}\n{"step": 1e30, "loss": 2.25}\n'))
+    assert observed(log) == [(1, {"loss": 2.5}), (2, {"loss": 2.25})]
+    assert log.notes == ["step: no value can be a step, so records are counted instead"]
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        ("iter {}: loss nan, time 3ms, mfu 3%", "nanoGPT"),
+        ("step {} loss nan, lr 3e-4", "text"),
+        ("epoch 1, iteration {}, loss None, fast", "text"),
+    ],
+)
+def test_text_of_nothing_but_nan_is_no_table(line: str, kind: str, tmp_path: Path) -> None:
+    log = only(write(tmp_path / "out.log", "".join(line.format(step) + "\n" for step in range(1, 4))))
+    assert log.format == kind and same(cells(log), [NAN] * 3) and list(log.steps) == [1, 2, 3]
+
+
 def test_table_without_steps_counts(tmp_path: Path) -> None:
     assert list(only(write(tmp_path / "log.csv", "loss,lr\n3,1\n2,1\n")).steps) == [1, 2]
 

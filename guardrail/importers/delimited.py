@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from guardrail.errors import DataError
-from guardrail.importers.log import Log, number, step_number
+from guardrail.importers.log import COUNTED, Log, number, step_number
 from guardrail.importers.names import KINDS, Chooser, describe, is_evaluation, plain_name, says_evaluation, step_name
 from guardrail.text import clean
 
@@ -92,6 +92,7 @@ def _fill(log: Log, rows: Iterator[list[str]], step_at: int | None, chosen: dict
     wanted = list(chosen.items())
     broken, count = 0, 0
     unread: dict[str, int] = {}
+    stepless: list[dict[str, float]] = []  # the records before the first one with a step
     try:
         for row in rows:
             if len(row) < width:
@@ -111,6 +112,8 @@ def _fill(log: Log, rows: Iterator[list[str]], step_at: int | None, chosen: dict
             step = step_number(row[step_at]) if step_at is not None else count
             if step is None:
                 broken += 1
+                if cells and not len(log):
+                    stepless.append(cells)
             elif cells:
                 log.add(step, cells)
             else:
@@ -118,6 +121,11 @@ def _fill(log: Log, rows: Iterator[list[str]], step_at: int | None, chosen: dict
                 log.set_apart("evaluation" if told else "other")
     except csv.Error as error:
         log.notes.append(f"stopped after {len(log)} records: {error}")
+    if stepless and not len(log) and step_at is not None:
+        broken -= len(stepless)
+        log.notes.append(COUNTED.format(clean(names[step_at], 40)))
+        for step, cells in enumerate(stepless, 1):
+            log.add(step, cells)
     for signal, cells_unread in unread.items():
         shown = clean(log.names[signal], 40)
         log.notes.append(f"{shown}: {cells_unread:,} value{'s are' if cells_unread > 1 else ' is'} no number: not read")

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from guardrail.errors import DataError
-from guardrail.importers.log import Log, number, step_number
+from guardrail.importers.log import COUNTED, Log, number, step_number
 from guardrail.importers.names import (
     KINDS,
     Chooser,
@@ -87,6 +87,8 @@ def from_records(records: Iterable[dict[str, Any] | None], shown: str, kind: str
                 broken += 1
             else:
                 log.add(step, cells)
+    if at_step is None and (counter := step_name(names)) is not None:
+        log.notes.append(COUNTED.format(clean(counter, 40)))
     log.notes += unread.notes(wanted)
     if broken:
         log.notes.append(f"{broken} record{'s' if broken > 1 else ''} without a step or cut off left out")

@@ -18,6 +18,8 @@ from guardrail.records import Observation
 # From this share of records that repeat the step of the one before, the "step" is an epoch or the like.
 REPEATING = 0.3
 LARGEST_STEP = 2**62
+# Said of a column of steps such as "nan", "inf" or "1e30".
+COUNTED = "{}: no value can be a step, so records are counted instead"
 # What a number looks like where an object was printed: "tensor(1.03, device='cuda:0')", "np.float64(1.03)".
 _WRAPPED = re.compile(r"(?:tensor|array|(?:np|numpy)\.float\d+|Decimal)\(\s*\[?['\s]*([^\s,\]')]+)")
 # What the runtime library of Windows prints.

@@ -130,7 +130,7 @@ def _reader(path: Path, head: bytes, *, named: bool) -> Reader | str | None:
         if named or _holds_records(first):
             return jsonlines.read
         return None
-    if delimited.header(first) is not None and (_names_a_signal(first) or (named and delimited.is_table(text))):
+    if _is_table(text, first, named=named):
         return delimited.read
     if named or text_logs.format_of(path, lines=text_logs.LOOK) is not None:
         return text_logs.read
@@ -152,6 +152,13 @@ def _holds_records(line: str) -> bool:
     except (ValueError, RecursionError):
         return False
     return isinstance(record, dict) and any(rank(name) is not None for name in jsonlines.flat(record))
+
+
+def _is_table(text: str, first: str, *, named: bool) -> bool:
+    """Whether a file that begins with this text, and this line, is a table with a header."""
+    if delimited.header(first) is None or text_logs.is_record(first):  # "iter 0: loss nan, time 3ms" has commas too
+        return False
+    return _names_a_signal(first) or (named and delimited.is_table(text))
 
 
 def _names_a_signal(line: str) -> bool:

@@ -246,6 +246,11 @@ def _is_training(fields: Fields) -> bool:
     return any(name.replace("_", " ") in ("learning rate", "number of skipped iterations") for name in fields)
 
 
+def is_record(line: str) -> bool:
+    """Whether a line tells a step and a training loss."""
+    return any(pattern.search(line[:MOST]) for pattern in FORMATS.values())
+
+
 def format_of(path: Path, *, lines: int | None = None) -> str | None:
     """The format of most lines, among the first `lines`; of equally many, the more particular one."""
     counts = dict.fromkeys(FORMATS, 0)
