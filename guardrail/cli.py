@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import click
 
-from guardrail.errors import ExitCode, GuardrailError, UsageError
+from guardrail.errors import ExitCode, GuardrailError, UsageError, hide_assignments
 from guardrail.text import printable, visible
 
 # name -> what the list of `guardrail --help` says, so that it needs no import. The command stands in
@@ -83,7 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         shown = io.StringIO()
         error.show(file=shown)
-        print(printable(shown.getvalue().rstrip("\n"), 400), file=sys.stderr)
+        # An override without its --set is an argument too many, which click repeats.
+        print(printable(hide_assignments(shown.getvalue().rstrip("\n")), 400), file=sys.stderr)
         return ExitCode.USAGE
     except (KeyboardInterrupt, click.Abort):
         return ExitCode.INTERRUPTED

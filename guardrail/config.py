@@ -492,10 +492,15 @@ def load_guard(path: str | os.PathLike[str] | None = None, *, overrides: Sequenc
     kept: dict[str, Any] = {name: tree[name] for name in ("guard", "snapshots") if name in tree}
     for text in overrides:
         if not text.strip().startswith("guard."):
-            raise ConfigError("a key of [guard]", file="--set", value=text, hint="e.g. --set guard.loss_score=6")
+            shown = shown_override(text)
+            raise ConfigError("a key of [guard]", file="--set", value=shown, hint="e.g. --set guard.loss_score=6")
         _override(kept, text)
-    settings = typed(kept, Settings, file="--set" if path is None else str(path))
-    settings.check(base=Path.cwd())
+    file = "--set" if path is None else str(path)
+    try:
+        settings = typed(kept, Settings, file=file)
+        settings.check(base=Path.cwd())
+    except ConfigError as error:
+        raise error.at(source_of(error.key, file=file, overrides=overrides)) from error
     return settings.guard
 
 
@@ -527,15 +532,15 @@ def build(tree: dict[str, Any], *, file: str, overrides: Sequence[str] = (), bas
     """A parsed TOML tree plus overrides -> checked settings of the schema that `launch.trainer` names."""
     refuse_deep(tree, file=file)
     tree = copy.deepcopy(tree)
-    overridden = [_override(tree, text) for text in overrides]
+    for text in overrides:
+        _override(tree, text)
     try:
         schema = schema_of(tree, file=file)
         settings = typed(schema.completed(tree), schema, file=file)
         settings.check(base=base)
         settings = settings.resolved(base=base)
     except ConfigError as error:
-        source = "--set" if any(_same_branch(key, error.key) for key in overridden) else file
-        raise ConfigError(error.expected, file=source, key=error.key, value=error.value, hint=error.hint) from error
+        raise error.at(source_of(error.key, file=file, overrides=overrides)) from error
     return settings
 
 
@@ -582,23 +587,37 @@ def _override_value(raw: str) -> Any:
     return raw if is_date or len(parsed) > 1 else parsed["v"]
 
 
+def source_of(key: str, *, file: str, overrides: Sequence[str]) -> str:
+    """Where the value of a key came from: "--set" if an override set it, or something in it or around it; or `file`."""
+    return "--set" if any(_same_branch(".".join(_override_parts(text)), key) for text in overrides) else file
+
+
+def _override_parts(text: str) -> list[str]:
+    """The parts of the key that an override names."""
+    return [part.strip() for part in text.partition("=")[0].split(".")]
+
+
 def _same_branch(one: str, other: str) -> bool:
     """Whether a key is, holds or lies in the other: guard, guard.window; data.sources, data.sources[0]."""
     shorter, longer = sorted((one, other), key=len)
     return longer == shorter or (bool(shorter) and longer.startswith((f"{shorter}.", f"{shorter}[")))
 
 
-def _override(tree: dict[str, Any], text: str) -> str:
+def shown_override(text: str) -> str:
+    """An override, or a part of one, for a message: nothing of one that may hold a secret."""
+    return MASK if may_be_secret(text) or may_be_secret(text.partition("=")[0].strip()) else text
+
+
+def _override(tree: dict[str, Any], text: str) -> None:
     key, equals, raw = text.partition("=")
-    parts = [part.strip() for part in key.split(".")]
+    parts = _override_parts(text)
     if not equals or not 2 <= len(parts) <= MAX_DEPTH or not all(re.fullmatch(r"[\w-]{1,100}", p) for p in parts):
-        shown = MASK if may_be_secret(text) else text
+        shown = shown_override(text)
         raise ConfigError("SECTION.KEY=VALUE", file="--set", value=shown, hint="e.g. --set train.steps=500")
     value = _override_value(raw.strip())
     at = tree
     for part in parts[:-1]:
         at = at.setdefault(part, {})
         if not isinstance(at, dict):
-            raise ConfigError("a key inside a section", file="--set", key=key.strip(), value=raw)
+            raise ConfigError("a key inside a section", file="--set", key=key.strip(), value=shown_override(raw))
     at[parts[-1]] = value
-    return ".".join(parts)

@@ -15,10 +15,25 @@ import msgspec
 FILE_MODE = 0o600
 FOLDER_MODE = 0o700
 PROBE_BYTES = 1 << 16  # more than fits into what a file system keeps back for its own books
+LONGEST_NAME = 255  # bytes of the name of a file, on nearly every file system
 _BLOCK = 4096  # bytes that a file of one byte takes on a disk, at least
 TEMPORARY = ".tmp-"  # prefix of a file that has not been renamed into place yet
 
 _NO_NUMBER = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def why_unreachable(path: str | os.PathLike[str]) -> str:
+    """Why nothing can ever be at a path, or be seen there, such as "File name too long"; "" where that is possible."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):  # the system looks no further than at the first missing folder
+        long = any(len(os.fsencode(part)) > LONGEST_NAME for part in Path(path).parts)
+        return os.strerror(errno.ENAMETOOLONG) if long else ""
+    except OSError as error:
+        return error.strerror or str(error)
+    except ValueError:  # a NUL
+        return "no file can have this name"
+    return ""
 
 
 def replace_file(path: Path, data: bytes, *, sync: bool = True) -> None:

@@ -20,7 +20,7 @@ from guardrail.config import Settings
 from guardrail.errors import ConfigError, ExitCode, RunDirectoryError, UsageError, WorkersFailed
 from guardrail.liveness import is_alive
 from guardrail.records import Phase, Status
-from guardrail.rundir import RunDirectory, find_run
+from guardrail.rundir import NAME, RunDirectory, find_run, is_run_name
 from guardrail.runlock import RunLock, holder_of
 from guardrail.text import clean, plural
 
@@ -60,7 +60,8 @@ def prepare(path: str, overrides: tuple[str, ...], run_dir: str | None, *, root:
     if root is not None:
         absolute = os.path.abspath(os.path.expanduser(root))
         settings = msgspec.structs.replace(settings, run=msgspec.structs.replace(settings.run, root=absolute))
-    preflight.check(settings, file=path, overrides=overrides)
+    given = {} if root is None else {"run.root": "--root or $GUARDRAIL_ROOT"}
+    preflight.check(settings, file=path, overrides=overrides, given=given)
     node_rank, text = settings.launch.node_rank, _shared(settings)
     written_out = _warn_of_secrets(settings)
     if run_dir is not None:
@@ -69,7 +70,11 @@ def prepare(path: str, overrides: tuple[str, ...], run_dir: str | None, *, root:
         return Prepared(run, node_rank, written_out)
     if node_rank:
         raise UsageError("a further node joins the run of the first one: give its --run-dir DIR")
-    return Prepared(RunDirectory.create(settings.run.root, settings.run.name, text), node_rank, written_out)
+    name = settings.run.name
+    if not is_run_name(name):  # with --run-dir it names no folder
+        source = config.source_of("run.name", file=path, overrides=overrides)
+        raise ConfigError(NAME, file=source, key="run.name", value=name)
+    return Prepared(RunDirectory.create(settings.run.root, name, text), node_rank, written_out)
 
 
 def _warn_of_secrets(settings: Settings) -> dict[str, Any]:
@@ -146,6 +151,7 @@ def prepare_resume(spec: str, overrides: tuple[str, ...], *, root: str) -> Prepa
         key = override.partition("=")[0].strip()
         if not key.startswith(CHANGEABLE):
             hint = f"a resumed run may change {', '.join(name.rstrip('.') for name in CHANGEABLE)}"
+            key = key if "=" in override else config.shown_override(override)
             raise ConfigError("a setting that leaves the run the same", file="--set", key=key, hint=hint)
     file = str(run.path / "config.toml")
     settings = load(config.parse(Path(file)), file=file, overrides=overrides)

@@ -31,7 +31,7 @@ from guardrail.files import encode_json
 from guardrail.records import Event, Record
 from guardrail.rundir import RunDirectory
 from guardrail.secret import SecretRef
-from guardrail.text import clean
+from guardrail.text import clean, redact
 
 _SCRIPT_VARIABLE = "GUARDRAIL_COMMAND"  # in the environment of the shell that runs notify.command
 _RUN_SCRIPT = f'script=${_SCRIPT_VARIABLE}; unset {_SCRIPT_VARIABLE}; eval "$script"'
@@ -180,7 +180,7 @@ class Notifier:
                 failure = str(error)
             except Exception as error:  # whatever a service or its library does, the run must not notice
                 failure = f"{type(error).__name__}: {error}"
-            failure = secret.redact(failure, self._used)
+            failure = redact(failure, self._used)
             outcome = f"failed: {clean(failure, 300)}" if failure else "sent"
             self._say(
                 "notified",

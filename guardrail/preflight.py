@@ -6,11 +6,12 @@ import importlib.util
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from guardrail.config import Settings, check_webhook
+from guardrail.config import Settings, check_webhook, source_of
 from guardrail.errors import ConfigError
+from guardrail.files import why_unreachable
 from guardrail.secret import SecretRef
 
 LEAST_FREE_BYTES = 32 * 1024 * 1024  # journal, logs, status, and the first refused checkpoint
@@ -43,23 +44,27 @@ def cuda_devices() -> int | None:
     return min([present, *map(len, named)])
 
 
-def check(settings: Settings, *, file: str, overrides: Sequence[str] = ()) -> None:
+def check(
+    settings: Settings, *, file: str, overrides: Sequence[str] = (), given: Mapping[str, str] | None = None
+) -> None:
     """Refuse a configuration, right in itself, that cannot run on this machine. Raises ConfigError.
 
     Args:
         file, overrides: where it came from, for the message.
+        given: key -> where else its value came from, such as "--root".
     """
-    for problem in problems(settings, file=file, overrides=overrides):
+    for problem in problems(settings, file=file, overrides=overrides, given=given):
         raise problem
 
 
-def problems(settings: Settings, *, file: str, overrides: Sequence[str] = ()) -> Iterator[ConfigError]:
-    """Everything that keeps it from running here."""
-    overridden = {text.partition("=")[0].strip() for text in overrides}
+def problems(
+    settings: Settings, *, file: str, overrides: Sequence[str] = (), given: Mapping[str, str] | None = None
+) -> Iterator[ConfigError]:
+    """Everything that keeps it from running here; arguments as of `check`."""
     for look in (_memory, _devices, _disk, _packages, _secrets):
         for error in look(settings):
-            origin = "--set" if error.key in overridden else file
-            yield ConfigError(error.expected, file=origin, key=error.key, value=error.value, hint=error.hint)
+            source = (given or {}).get(error.key) or source_of(error.key, file=file, overrides=overrides)
+            yield error.at(source)
 
 
 def _memory(settings: Settings) -> Iterator[ConfigError]:
@@ -116,6 +121,9 @@ def _devices(settings: Settings) -> Iterator[ConfigError]:
 def _disk(settings: Settings) -> Iterator[ConfigError]:
     key, value = "run.root", settings.run.root
     root = Path(value)
+    if why := why_unreachable(root):
+        yield ConfigError("a folder that you may write", key=key, value=value, hint=why)
+        return
     while not root.exists() and root != root.parent:
         root = root.parent
     if not root.is_dir() or not os.access(root, os.W_OK | os.X_OK):

@@ -28,6 +28,7 @@ from guardrail.errors import DiskRefuses, RunDirectoryError
 from guardrail.files import (
     FILE_MODE,
     FOLDER_MODE,
+    LONGEST_NAME,
     TEMPORARY,
     encode_json,
     overwrite_file,
@@ -63,6 +64,12 @@ __all__ = [
 SCREEN_SECONDS = 15.0  # a screen that has not been seen for this long is gone
 _FOLDERS = ("checkpoints", "commands", "logs", "ranks", "screens", "tensorboard")
 _NAME = re.compile(r"[^\W_][\w.+=@-]{0,99}")
+NAME = "1 to 100 letters, digits, and . _ + = @ - inside"
+
+
+def is_run_name(name: str) -> bool:
+    """Whether a folder of runs can have this name. A letter may take four bytes."""
+    return bool(_NAME.fullmatch(name)) and len(name.encode()) <= LONGEST_NAME
 
 
 class RunDirectory:
@@ -95,10 +102,8 @@ class RunDirectory:
 
         Several processes may do this at once: each gets its own number. Raises RunDirectoryError.
         """
-        if not _NAME.fullmatch(name):
-            raise RunDirectoryError(
-                f"{clean(name, 80)!r} is no name for a run: letters, digits, and . _ + = @ - inside"
-            )
+        if not is_run_name(name):
+            raise RunDirectoryError(f"{clean(name, 80)!r} is no name for a run: {NAME}")
         parent = Path(root) / name
         try:
             parent.mkdir(parents=True, exist_ok=True, mode=FOLDER_MODE)

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from guardrail.errors import ConfigError
+from guardrail.errors import ConfigError, may_be_secret
 from guardrail.secret import EXPECTED as EXPECTED_SECRET
 from guardrail.secret import SecretRef
 
@@ -98,7 +98,8 @@ def typed(tree: dict[str, Any], schema: type[StructT], *, file: str) -> StructT:
             expected = EXPECTED_SECRET
         else:
             expected = _in_words(message)
-        raise ConfigError(expected, file=file, key=key, value=value, hint=_hint(choices, value, expected)) from error
+        hint = _hint(choices, key, value, expected)
+        raise ConfigError(expected, file=file, key=key, value=value, hint=hint) from error
 
 
 def _in_words(message: str) -> str:
@@ -113,12 +114,12 @@ def _one_of(choices: list[str]) -> str:
     return choices[0] if len(choices) == 1 else f"{', '.join(choices[:-1])} or {choices[-1]}"
 
 
-def _hint(choices: list[str], value: Any, expected: str) -> str:
+def _hint(choices: list[str], key: str, value: Any, expected: str) -> str:
     if choices:
         close = difflib.get_close_matches(str(value), choices, n=1)
         return f"did you mean {close[0]!r}?" if close and isinstance(value, str) else ""
     if expected.startswith("a list") and isinstance(value, str):
-        return f'a list of one: ["{value}"]'
+        return f'a list of one: ["{"..." if may_be_secret(key) else value}"]'
     if expected.startswith("a list") and expected.endswith("a table"):
         return "double brackets begin an entry of a list: [[...]]"
     return ""
@@ -136,7 +137,7 @@ def _refuse_unknown(
     for given, value in tree.items():
         key = str(given)
         if key not in names:
-            shown = None if isinstance(value, dict) else value
+            shown = _plain(value)
             hint = _nearest_key(key, schema, path=path, root=root)
             raise ConfigError("a known key", file=file, key=f"{path}{key}", value=shown, hint=hint)
         for struct in _structs_in(names[key]):
@@ -256,4 +257,10 @@ def _value_at(tree: Any, key: str) -> Any:
             tree = tree[int(part)] if isinstance(tree, list) else tree[part]
         except (KeyError, IndexError, ValueError, TypeError):
             return None
-    return tree if not isinstance(tree, dict) else None
+    return _plain(tree)
+
+
+def _plain(value: Any) -> Any:
+    """A value that stands in a message; None for tables, which are long and hold further keys."""
+    tables = isinstance(value, dict) or (isinstance(value, list) and any(isinstance(one, dict) for one in value))
+    return None if tables else value

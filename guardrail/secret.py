@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-import urllib.parse
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -22,7 +21,6 @@ KEYS = ("command", "webhook", "apprise")  # of [notify]
 EXPECTED = 'a string, { env = "NAME" } or { file = "PATH" }'
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _LARGEST_FILE = 1 << 16
-_SHORTEST_PIECE = 8  # characters; shorter words of a command are no tokens
 _USER_INFO = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/@\s]+@", re.IGNORECASE)
 
 
@@ -160,25 +158,3 @@ def restored(notify: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
     """A [notify] table as it is used: with the secrets that were given, and without those that are missing."""
     known = {name: value for name, value in given.items() if name in KEYS}
     return {name: value for name, value in {**notify, **known}.items() if not is_masked(value)}
-
-
-# -- keeping them out of messages
-
-
-def redact(text: str, secrets: Iterable[str]) -> str:
-    """Text in which every secret, and every part of one that may be a token, is masked."""
-    pieces = {piece for secret in secrets for piece in _pieces(secret)}
-    for piece in sorted(pieces, key=len, reverse=True):
-        text = text.replace(piece, MASK)
-    return text
-
-
-def _pieces(secret: str) -> Iterator[str]:
-    """The secret, its lines, and what stands between the separators of an address or of a command."""
-    for form in {secret, secret.strip(), urllib.parse.unquote(secret)}:
-        if form:
-            yield form
-        for word in re.split(r"[\s'\"=:;,|&<>()@/?#\\]+", form):
-            if len(word) >= _SHORTEST_PIECE:
-                yield word
-                yield urllib.parse.quote(word)

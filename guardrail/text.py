@@ -6,6 +6,8 @@ Log lines, file names, excerpts of documents, host names and journal messages al
 from __future__ import annotations
 
 import re
+import urllib.parse
+from collections.abc import Iterable, Iterator
 
 # Strings that a terminal takes as one command (ECMA-48, 8.3): OSC, DCS, SOS, PM, APC up to BEL or ST, and CSI.
 # A string that is never terminated loses its introducer only, so that no text disappears with it. Payloads
@@ -24,6 +26,7 @@ _UNWANTED = re.compile(
 )
 _SURROGATE = re.compile("[\ud800-\udfff]")
 MASK = "(masked)"  # stands where a secret was
+_SHORTEST_PIECE = 8  # characters; shorter words of a command are no tokens
 # What follows the scheme of an address: it may hold a password, and the path of many a webhook is one.
 _ADDRESS = re.compile(r"\b([a-z][a-z0-9+.-]{1,20}://)[^\s'\"<>]+", re.IGNORECASE)
 
@@ -57,6 +60,25 @@ def plural(number: int, noun: str) -> str:
 def hide_credentials(text: str) -> str:
     """Text in which only the scheme of each address is left: "https://(masked)"."""
     return _ADDRESS.sub(rf"\g<1>{MASK}", text)
+
+
+def redact(text: str, secrets: Iterable[str]) -> str:
+    """Text in which every secret, and every part of one that may be a token, is masked."""
+    pieces = {piece for secret in secrets for piece in _pieces(secret)}
+    for piece in sorted(pieces, key=len, reverse=True):
+        text = text.replace(piece, MASK)
+    return text
+
+
+def _pieces(secret: str) -> Iterator[str]:
+    """The secret, its lines, and what stands between the separators of an address or of a command."""
+    for form in {secret, secret.strip(), urllib.parse.unquote(secret)}:
+        if form:
+            yield form
+        for word in re.split(r"[\s'\"=:;,|&<>()@/?#\\]+", form):
+            if len(word) >= _SHORTEST_PIECE:
+                yield word
+                yield urllib.parse.quote(word)
 
 
 def printable(text: str, width: int = 2000) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from guardrail.config import LADDER, GuardSection, RungSection, Settings, build, dump, load
+from guardrail.config import LADDER, GuardSection, RungSection, Settings, build, dump, load, load_guard
 from guardrail.errors import ConfigError, ExitCode
 from guardrail.records import Mode
 from trainer import config as trainer_config
@@ -164,6 +164,35 @@ def test_a_batch_is_shared_out_over_data_ranks_and_not_over_processes(tmp_path: 
 )
 def test_a_bad_override_is_named_as_such(tmp_path: Path, override: str, message: str) -> None:
     assert refused(tmp_path, STEPS + "[launch]\nprocesses = 2", override).startswith(message)
+
+
+@pytest.mark.parametrize("key", ["data.tokenizer", "data.quarantine", "data.cache", "data.sources", "model.hf"])
+@pytest.mark.parametrize(
+    "name",
+    ["a" * 300, "nosuch/" + "a" * 300, "a/" * 3000, "~nosuch/" + "ä" * 200],
+    ids=["long", "below", "deep", "bytes"],
+)
+def test_a_value_too_long_for_a_file_name_is_refused_by_its_key(tmp_path: Path, key: str, name: str) -> None:
+    override = f'{key}=["{name}"]' if key == "data.sources" else f'{key}="{name}"'
+    message = refused(tmp_path, STEPS, override)
+    assert message.startswith(f"--set: {key}") and message.endswith("File name too long")
+    assert name[:50] in message and len(message) < 400
+
+
+def test_a_value_with_nul_is_refused_by_its_key(tmp_path: Path) -> None:
+    for key in ("data.tokenizer", "data.quarantine", "data.cache", "model.hf", "model.preset", "launch.trainer"):
+        assert refused(tmp_path, STEPS, f'{key}="a\\u0000b"').startswith(f"--set: {key} = 'a\\x00b': expected ")
+
+
+def test_an_error_of_the_guard_alone_names_the_override(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text("[guard]\nwindow = 64\n")
+    for override, key in (("guard.window=-1", "guard.window"), ("guard.warmup=99", "guard.warmup")):
+        with pytest.raises(ConfigError, match=f"^--set: {key} = "):
+            load_guard(file, overrides=[override])
+    file.write_text("[guard]\nwindow = -1\n")
+    with pytest.raises(ConfigError, match=r"c\.toml: guard\.window = "):
+        load_guard(file, overrides=["guard.loss_score=6"])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from guardrail import preflight
+from guardrail import launching, preflight
 from guardrail.config import LaunchSection, Settings
 from guardrail.errors import ConfigError
 
@@ -76,3 +76,22 @@ def test_a_machine_without_devices_is_refused_in_one_sentence(files: list[str], 
     with pytest.raises(ConfigError, match=r"launch\.device") as caught:
         preflight.check(settings, file="c.toml")
     assert "/dev/nvidia0" in str(caught.value) and "/dev/kfd" in str(caught.value)
+
+
+@pytest.mark.parametrize("root", ["a" * 300, "nosuch/" + "a" * 300], ids=["long", "below"])
+def test_a_root_that_no_folder_can_have(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "c.toml"
+    file.write_text('[train]\nsteps = 300\n[launch]\ndevice = "cpu"\n')
+    for overrides, given, source in ((), root, "--root or $GUARDRAIL_ROOT"), ((f"run.root={root}",), None, "--set"):
+        with pytest.raises(ConfigError, match="hint: File name too long") as caught:
+            launching.prepare(str(file), overrides, None, root=given)
+        assert caught.value.file == source and caught.value.key == "run.root"
+
+
+@pytest.mark.parametrize("name", ["a" * 101, "\U00020000" * 100, "a/b"], ids=["long", "bytes", "slash"])
+def test_a_name_that_no_run_can_have(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('[train]\nsteps = 300\n[launch]\ndevice = "cpu"\n')
+    with pytest.raises(ConfigError, match=r"^--set: run\.name = .*expected 1 to 100 letters"):
+        launching.prepare(str(file), (f"run.name={name}",), None, root=str(tmp_path))

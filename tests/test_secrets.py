@@ -11,8 +11,9 @@ import psutil
 import pytest
 
 from guardrail import launching, preflight
+from guardrail.cli import main
 from guardrail.commands import report as report_command
-from guardrail.config import NotifySection, Settings, build, dump, load
+from guardrail.config import NotifySection, Settings, build, dump, load, load_guard
 from guardrail.errors import ConfigError
 from guardrail.notify import Notifier
 from guardrail.rundir import RunDirectory
@@ -77,6 +78,7 @@ def test_relative_files_of_secrets_are_made_absolute(tmp_path: Path, monkeypatch
         (f"webhook = 'http://x y{MARK}'", "notify.webhook = (masked): expected an http:// or https:// address"),
         (f"webhok = 'http://{MARK}'", "notify.webhok = (masked): expected a known key"),
         (f"webhook = ['http://{MARK}']", 'notify.webhook = (masked): expected a string, { env = "NAME" } or'),
+        (f"apprise = '{MARK}'", "notify.apprise = (masked): expected a list, got a string"),
         (f"apprise = 'json://{MARK}'", "notify.apprise = (masked): expected a list, got a string"),
         ("webhook = 3", 'notify.webhook = 3: expected a string, { env = "NAME" } or { file = "PATH" }'),
         (f"webhook = {{ env = '{MARK} x' }}", "notify.webhook.env: expected the name of an environment variable"),
@@ -95,13 +97,75 @@ def test_a_message_about_a_secret_does_not_repeat_it(tmp_path: Path, line: str, 
 
 @pytest.mark.fault("A3")
 @pytest.mark.parametrize(
+    "text",
+    [
+        f"notify = '{MARK}'",
+        f"notify = ['{MARK}']",
+        f"[[notify]]\nwebhook = '{MARK}'",
+        f"[[notfy]]\nwebhok = '{MARK}'",
+        f"[optim]\nlr = [{{ webhook = '{MARK}' }}]",
+        f"[optim]\nlr = [[{{ webhook = '{MARK}' }}]]",
+        f"[notify]\n'https://{MARK}' = 1",
+    ],
+)
+def test_nor_does_one_about_what_is_around_it(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"c\.toml: ") as caught:
+        loaded(tmp_path, text)
+    assert MARK not in str(caught.value)
+
+
+@pytest.mark.fault("A3")
+def test_expectation_and_hint_of_an_error_are_masked_too() -> None:
+    for value in (MARK, [MARK, 3], {"a": MARK}):
+        error = ConfigError(f"not {MARK}", key="notify.apprise", value=value, hint=f"[{MARK!r}]")
+        assert str(error) == "notify.apprise = (masked): expected not (masked)\n  hint: ['(masked)']"
+        assert MARK not in error.expected + error.hint and MARK not in str(error.at("--set"))
+    plain = ConfigError("a list", key="data.sources", value="corpus", hint='["corpus"]')
+    assert str(plain) == "data.sources = 'corpus': expected a list\n  hint: [\"corpus\"]"
+    endless: list[object] = []
+    endless.append(endless)
+    assert "expected a path" in str(ConfigError("a path", key="run", value=endless))
+
+
+@pytest.mark.fault("A3")
+@pytest.mark.parametrize(
     "override",
-    [f"notify.webhook=ftp://{MARK}", f"notify.webhook {ADDRESS}", f"webhook={ADDRESS}", f"notify.webhook.x={MARK}"],
+    [
+        *(
+            f"notify.webhook=ftp://{MARK}",
+            f"notify.webhook {ADDRESS}",
+            f"webhook={ADDRESS}",
+            f"notify.webhook.x={MARK}",
+        ),
+        *(f"notify={MARK}", f"notify = {MARK}", f'notify.apprise="{MARK}"', f"run.name.x={{webhook='{MARK}'}}"),
+    ],
 )
 def test_nor_does_one_about_an_override(tmp_path: Path, override: str) -> None:
     with pytest.raises(ConfigError, match="--set") as caught:
-        loaded(tmp_path, STEPS, override)
+        loaded(tmp_path, STEPS + "[run]\nname = 'a'\n", override)
     assert MARK not in str(caught.value)
+
+
+@pytest.mark.fault("A3")
+def test_nor_does_one_about_an_override_that_does_not_fit_the_command(tmp_path: Path) -> None:
+    for override in (f"notify.webhook={MARK}", f"notify={MARK}", f"webhook {MARK}"):
+        with pytest.raises(ConfigError, match=r"a key of \[guard\]") as caught:
+            load_guard(overrides=[override])
+        assert MARK not in str(caught.value)
+    run = RunDirectory.create(tmp_path, "old", STEPS)
+    with pytest.raises(ConfigError, match="a setting that leaves the run the same") as caught:
+        launching.prepare_resume(str(run.path), (f"webhook {MARK}",), root=str(tmp_path))
+    assert MARK not in str(caught.value)
+
+
+@pytest.mark.fault("A3")
+@pytest.mark.parametrize("arguments", [("c.toml", f"notify.webhook=x {MARK}"), (f"notify.apprise={MARK}",)])
+def test_nor_does_one_about_an_override_without_its_option(
+    arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["launch", *arguments]) == 2
+    shown = capsys.readouterr().err
+    assert MARK not in shown and "notify." in shown and MASK in shown
 
 
 @pytest.mark.fault("A3")
@@ -127,6 +191,24 @@ def test_the_launcher_wants_to_read_what_is_referred_to(tmp_path: Path, monkeypa
     assert "a file of 1 to 65536 bytes" in problems(apprise=(reference(file=str(file)),))[0]
     monkeypatch.setenv("HOOK", ADDRESS)
     assert problems(webhook=reference(env="HOOK")) == []
+
+
+@pytest.mark.fault("A3")
+@pytest.mark.parametrize(
+    "override",
+    [
+        'notify.webhook={env="NOPE"}',
+        'notify.webhook = {file="/nope"}',
+        "notify.webhook.env=NOPE",
+        "notify.command.env=NOPE",
+    ],
+)
+def test_a_secret_that_an_override_refers_to_is_missed_there(tmp_path: Path, override: str) -> None:
+    settings = loaded(tmp_path, STEPS, override)
+    with pytest.raises(ConfigError, match=r"^--set: notify\."):
+        preflight.check(settings, file="c.toml", overrides=[override])
+    with pytest.raises(ConfigError, match=r"^c\.toml: notify\."):
+        preflight.check(settings, file="c.toml", overrides=["notify.on=[]"])
 
 
 # -- older run directories, and files that are none

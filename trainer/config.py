@@ -25,6 +25,7 @@ from guardrail.config import (
     Settings,
 )
 from guardrail.errors import ConfigError
+from guardrail.files import why_unreachable
 from trainer import preset
 from trainer.layout import Layout, ParallelSection
 from trainer.ramp import BatchPlan
@@ -390,18 +391,29 @@ class Config(Settings, frozen=True, kw_only=True):
                 if source != BUILTIN:
                     raise ConfigError(f"{BUILTIN!r}, the one built-in corpus", key=key, value=source)
             elif not _exists(base, source):
-                raise ConfigError("an existing file, folder or glob with matches", key=key, value=source)
-        if self.data.tokenizer not in TRAINED and not _path(base, self.data.tokenizer).is_file():
+                raise ConfigError(
+                    "an existing file, folder or glob with matches",
+                    key=key,
+                    value=source,
+                    hint=why_unreachable(_path(base, source)),
+                )
+        tokenizer, quarantine = _path(base, self.data.tokenizer), _path(base, self.data.quarantine)
+        if self.data.tokenizer not in TRAINED and not os.path.isfile(tokenizer):
             raise ConfigError(
-                '"bytes", "bpe" or an existing tokenizer.json', key="data.tokenizer", value=self.data.tokenizer
+                '"bytes", "bpe" or an existing tokenizer.json',
+                key="data.tokenizer",
+                value=self.data.tokenizer,
+                hint=why_unreachable(tokenizer),
             )
-        if self.data.quarantine and not _path(base, self.data.quarantine).is_file():
+        if self.data.quarantine and not os.path.isfile(quarantine):
             raise ConfigError(
                 "an existing file with one sample id a line",
                 key="data.quarantine",
                 value=self.data.quarantine,
-                hint="guardrail report RUN --quarantine writes one",
+                hint=why_unreachable(quarantine) or "guardrail report RUN --quarantine writes one",
             )
+        if self.data.cache and (why := why_unreachable(_path(base, self.data.cache))):
+            raise ConfigError("a folder that can be made", key="data.cache", value=self.data.cache, hint=why)
 
     def _check_faults(self) -> None:
         for index, fault in enumerate(self.faults):
@@ -482,4 +494,4 @@ def _path(base: Path, path: str) -> Path:
 
 def _exists(base: Path, source: str) -> bool:
     path = _path(base, source)
-    return path.exists() or any(True for _ in glob.iglob(str(path), recursive=True))
+    return os.path.exists(path) or any(True for _ in glob.iglob(str(path), recursive=True))

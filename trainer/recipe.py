@@ -5,6 +5,7 @@ Imports no torch. Each choice names its source; `configs/presets` puts them toge
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,6 +13,7 @@ from msgspec import Meta
 
 from guardrail.config import Fraction, Natural, NonNegativeFloat, Positive, PositiveFloat, Section
 from guardrail.errors import ConfigError
+from guardrail.files import why_unreachable
 
 Objective = Literal["lm", "prefix-lm", "span", "blank"]
 GATED = ("swiglu", "geglu")
@@ -86,7 +88,7 @@ class ModelSection(Section, frozen=True, kw_only=True):
     def check(self, *, base: Path) -> None:
         """Refuse what cannot be built; `base` resolves a relative path. Raises ConfigError."""
         if self.hf:
-            self._check_path(base / Path(self.hf).expanduser())
+            self._check_path(base / os.path.expanduser(self.hf))
             return
         if self.pretrained:
             raise ConfigError("false, or a folder in model.hf", key="model.pretrained", value=True)
@@ -94,12 +96,13 @@ class ModelSection(Section, frozen=True, kw_only=True):
         self._check_blocks()
 
     def _check_path(self, path: Path) -> None:
-        if not (path.is_file() or (path / "config.json").is_file()):
+        if not (os.path.isfile(path) or os.path.isfile(path / "config.json")):
+            fetch = "models are not fetched: save one with save_pretrained, or download its folder"
             raise ConfigError(
                 "a folder with a config.json, or the path of one",
                 key="model.hf",
                 value=self.hf,
-                hint="models are not fetched: save one with save_pretrained, or download its folder",
+                hint=why_unreachable(path) or fetch,
             )
 
     def _check_heads(self) -> None:
