@@ -471,7 +471,8 @@ class Unresolved(Record, frozen=True, kw_only=True):
         """One line: "unresolved since step 400: loss 10.3, +8.5 above its trend, no action was taken (advise)"."""
         parts = [f"unresolved since step {self.since}"]
         if self.offset is not None:
-            parts.append(f"loss {self.loss:.3g}, {self.offset:+.2g} above its trend")
+            distance = f"{self.offset:+.2g} above" if self.offset >= 0 else f"{-self.offset:.2g} below"
+            parts.append(f"loss {self.loss:.3g}, {distance} its trend")
         if not self.acted:
             parts.append("no action was taken" + (f" ({self.let_pass})" if self.let_pass else ""))
         first, *more = parts

@@ -20,7 +20,7 @@ from guardrail.glance import glance
 from guardrail.headless import step_line
 from guardrail.incidents import Incidents
 from guardrail.manifest import checkpoint_dirs, read_manifest
-from guardrail.records import Action, Command, CommandKind, Event, Mode, Observation, Phase, Status, Verdict
+from guardrail.records import Action, Command, CommandKind, Event, Mode, Observation, Phase, Status, Unresolved, Verdict
 from guardrail.rejudge import Rejudge
 from guardrail.report import text
 from guardrail.rundir import RunDirectory
@@ -280,3 +280,10 @@ def test_lines_list_and_report_say_what_is_unresolved(tmp_path: Path, capsys: py
     assert "  unresolved since step 60: loss 10.3, +8.5 above its trend, no action was taken (advise)" in text(run)
     in_hand = Unresolved(incident=1, since=60, is_open=True, acted=True, loss=2.0, expected=1.8)
     assert in_hand.headline() == "" and Unresolved(incident=1, since=60).headline() == "UNSTABLE since 60"
+
+
+def test_a_loss_that_is_not_above_its_trend_is_not_said_to_be() -> None:
+    above = Unresolved(incident=1, since=400, loss=10.3, expected=1.8)
+    assert above.sentence() == "unresolved since step 400: loss 10.3, +8.5 above its trend, no action was taken"
+    below = Unresolved(incident=1, since=120, is_open=True, acted=True, loss=2.86, expected=2.912)
+    assert below.sentence() == "unresolved since step 120: loss 2.86, 0.052 below its trend"
