@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import msgspec
 
 from guardrail.config import GuardSection
-from guardrail.policy import rollback_of
 from guardrail.records import SENSELESS, Action, CommandKind, Event, Mode, Remedy, Span, Unresolved
 from guardrail.remedies import CLIP, EMBED_ALPHA, LR, factor, resets
 
@@ -150,7 +149,7 @@ class Past:
                 self._branch(timeline, to_step)
                 self.lr.rewind(to_step)
                 self.alpha.rewind(to_step)
-                rollback_of(data)  # one that cannot be read as one is none that counts towards a bound
+                _check_rollback(data)  # one that cannot be read as one is none that counts towards a bound
                 self.rollbacks.append(data)
             case "undo":
                 self._undo(data)
@@ -274,3 +273,11 @@ class Past:
 
 def _as_span(raw: Any) -> Span | None:
     return raw if raw is None or isinstance(raw, Span) else msgspec.convert(raw, Span)
+
+
+def _check_rollback(data: Mapping[str, Any]) -> None:
+    """Raise one of SENSELESS where `policy.rollback_of` would."""
+    first, last = data["window"]
+    incident = data.get("incident")
+    for number in (data["from_step"], data["to_step"], data["onset"], first, last, 0 if incident is None else incident):
+        int(number)
