@@ -17,7 +17,9 @@ import msgspec
 
 from guardrail.config import LaunchSection
 from guardrail.errors import ExitCode
-from guardrail.records import Event, Mode, Phase, Status
+from guardrail.files import open_file
+from guardrail.journal import EXIT_CODES, last_turn, outcome_of
+from guardrail.records import Mode, Phase, Status
 from guardrail.rundir import RunDirectory
 from guardrail.text import clean, plural
 
@@ -25,13 +27,6 @@ STDOUT = 1
 TAIL_LINES = 12
 # Lines of supervisor.log that a full disk has not taken, oldest first; of very many the newest.
 _unwritten: deque[bytes] = deque(maxlen=1000)
-
-EXIT_CODES = {
-    Phase.FINISHED: ExitCode.FINISHED,
-    Phase.STOPPED: ExitCode.INTERRUPTED,
-    Phase.HALTED: ExitCode.HALTED,
-    Phase.FAILED: ExitCode.WORKERS_FAILED,
-}
 
 
 class Chronicle:
@@ -99,9 +94,9 @@ class Chronicle:
         The journal says it; where a full disk has kept it out, the status does if it is of one of `pids` or of
         another host: a status that an earlier incarnation left behind is no answer.
         """
-        events = [event for event in self._run.events() if event.kind in ("started", "restarted", "ended")]
-        if events and events[-1].kind == "ended" and events[-1].seq > self._last_event:
-            if (said := _outcome(events[-1])) is not None:
+        last = last_turn(self._run.events())
+        if last is not None and last.kind == "ended" and last.seq > self._last_event:
+            if (said := outcome_of(last)) is not None:
                 return said
         status = self._run.read_status()
         if status is None or not status.phase.ended or status == self._last_status:
@@ -148,18 +143,9 @@ def flush_log() -> None:
 def tail(file: Path, lines: int = TAIL_LINES) -> list[str]:
     """The last lines of a log, made safe for a screen."""
     try:
-        with file.open("rb") as opened:
+        with open_file(file) as opened:
             opened.seek(max(0, file.stat().st_size - 16 * 1024))
             text = opened.read()
     except OSError:
         return []
     return [clean(line, 300) for line in text.splitlines()[-lines:]]
-
-
-def _outcome(event: Event) -> tuple[Phase, ExitCode] | None:
-    try:
-        phase = Phase(event.data.get("phase"))
-        given = event.data.get("exit_code")
-        return phase, EXIT_CODES[phase] if given is None else ExitCode(given)
-    except (KeyError, ValueError):
-        return None

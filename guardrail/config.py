@@ -22,6 +22,7 @@ from msgspec import Meta
 
 from guardrail import secret
 from guardrail.errors import ConfigError, may_be_secret
+from guardrail.files import open_file
 from guardrail.records import METRIC_COLUMNS, UPDATE_NORM, Mode, Remedy
 from guardrail.schema import MAX_DEPTH, as_tree, refuse_deep, typed
 from guardrail.secret import SecretRef
@@ -417,18 +418,19 @@ class Settings(Section, frozen=True, kw_only=True):
         machine can be read on a small one. Raises ConfigError."""
 
 
-def load(path: str | os.PathLike[str], *, overrides: Sequence[str] = ()) -> Settings:
+def load(path: str | os.PathLike[str], *, overrides: Sequence[str] = (), of_run: bool = False) -> Settings:
     """Read, override, type and check a configuration.
 
     Args:
         path: the TOML file.
         overrides: "section.key=value" strings, the value as TOML (a bare word counts as a string).
+        of_run: as for `parse`.
 
     Raises:
         ConfigError: names file, key, value, expectation and the nearest valid key.
     """
     file = Path(path)
-    tree = parse(file)
+    tree = parse(file, of_run=of_run)
     return build(tree, file=str(path), overrides=overrides, base=Path.cwd())
 
 
@@ -476,17 +478,20 @@ def checked_guard(section: GuardSection) -> GuardSection:
     return checked({"guard": section, "snapshots": {"keep": 0}}, Settings).guard
 
 
-def load_guard(path: str | os.PathLike[str] | None = None, *, overrides: Sequence[str] = ()) -> GuardSection:
+def load_guard(
+    path: str | os.PathLike[str] | None = None, *, overrides: Sequence[str] = (), of_run: bool = False
+) -> GuardSection:
     """The [guard] section alone, for a run that is not started: other sections of the file need not fit this machine.
 
     Args:
         path: a complete configuration, or a file that holds nothing but [guard]; None: the defaults.
         overrides: "guard.key=value" strings.
+        of_run: as for `parse`.
 
     Raises:
         ConfigError: as for `load`.
     """
-    tree = {"guard": {}} if path is None else parse(Path(path))
+    tree = {"guard": {}} if path is None else parse(Path(path), of_run=of_run)
     if "guard" not in tree:
         raise ConfigError("a section [guard]", file=str(path), hint=f"it has {', '.join(tree) or 'none'}")
     kept: dict[str, Any] = {name: tree[name] for name in ("guard", "snapshots") if name in tree}
@@ -504,10 +509,15 @@ def load_guard(path: str | os.PathLike[str] | None = None, *, overrides: Sequenc
     return settings.guard
 
 
-def parse(file: Path) -> dict[str, Any]:
-    """A TOML file as a tree of plain values. Raises ConfigError."""
+def parse(file: Path, *, of_run: bool = False) -> dict[str, Any]:
+    """A TOML file as a tree of plain values. Raises ConfigError.
+
+    Args:
+        of_run: the file belongs to a run directory and must be a regular file. Any other one may be a pipe, as in
+            `guardrail launch <(make_config)`.
+    """
     try:
-        with open(file, "rb") as stream:
+        with open_file(file) if of_run else open(file, "rb") as stream:
             content = stream.read(MAX_FILE_BYTES + 1)
         text = content.decode("utf-8-sig")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name that no file can have

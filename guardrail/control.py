@@ -14,6 +14,7 @@ import msgspec
 
 from guardrail import journal, processes
 from guardrail.errors import UsageError
+from guardrail.files import open_file
 from guardrail.identity import who
 from guardrail.liveness import is_alive
 from guardrail.questions import CHOICES, open_question
@@ -105,7 +106,7 @@ class Tail:
             other = self._seen is not None and info.st_ino != self._seen[1]
             if info.st_size < self._offset or other:
                 self._offset = 0
-            with self._path.open("rb") as file:
+            with open_file(self._path) as file:
                 file.seek(self._offset)
                 data = file.read()
         except OSError:
@@ -126,7 +127,7 @@ def send(run: RunDirectory, command: Command, *, seconds: float) -> Event | None
     Raises:
         UsageError: the run is not running, refuses, or does not answer in time.
     """
-    status = run.read_status()
+    status = run.known_status()
     if status is None or not is_alive(run, status):
         state = f"it {status.phase.value} at step {status.step}" if status and status.phase.ended else "no sign of life"
         raise UsageError(f"{run.name} is not running ({state})")

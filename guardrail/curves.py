@@ -23,6 +23,7 @@ WIDTH, HEIGHT = 960, 220
 LEFT, RIGHT, TOP, BOTTOM = 64, 12, 14, 22  # margins in pixels
 LOGARITHMIC = 20.0  # greatest over median value from which on an axis is logarithmic
 MAX_TRIES = 500  # rejected tries that are drawn of one signal
+LARGEST = 1e300  # of a value that is drawn: float64 holds the width of the axis too
 NAMES = {LOSS: "loss (nats a token)", GRAD_NORM: "gradient norm", EMBED_GRAD_NORM: "gradient norm of the embedding"}
 
 
@@ -65,7 +66,7 @@ def draw(run: RunDirectory, events: Iterable[Event], incidents: Sequence[Inciden
     """(name, SVG) of each signal that the run has measured; the loss with where it was heading before each incident."""
     import numpy as np
 
-    view = run.metrics()
+    view = run.metrics().sensible()
     if not len(view):
         return []
     steps = np.asarray(view.column("step"))
@@ -146,7 +147,8 @@ def scale_of(applied: np.ndarray, finite: np.ndarray) -> Axis:
     at least half of the room; the rest stands at the top."""
     import numpy as np
 
-    seen = applied if len(applied) else finite
+    finite = np.clip(finite, -LARGEST, LARGEST)
+    seen = np.clip(applied, -LARGEST, LARGEST) if len(applied) else finite
     low, most = float(seen.min()), float(seen.max())
     high = max(most, min(float(np.quantile(finite, 0.999)), most + max(most - low, 0.1 * abs(most))))
     if low > 0 and high > LOGARITHMIC * float(np.median(seen)):

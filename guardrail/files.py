@@ -1,4 +1,4 @@
-"""Atomic replacement of small files, and floats that JSON has no word for."""
+"""Atomic replacement of small files, reading that never waits, and floats that JSON has no word for."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import errno
 import math
 import os
 import secrets
+import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -60,6 +61,36 @@ def replace_file(path: Path, data: bytes, *, sync: bool = True) -> None:
         sync_folder(path.parent)
 
 
+def open_file(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a regular file to read its bytes. OSError where it is anything else: opening a pipe may wait for ever."""
+    return open(path, "rb", opener=_open_regular)
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a regular file. OSError as for `open_file`."""
+    with open_file(path) as file:
+        return file.read()
+
+
+def _open_regular(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        refuse_special(descriptor, path)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def refuse_special(descriptor: int, path: str | os.PathLike[str]) -> None:
+    """Raises OSError where `path`, open as `descriptor`, is not a regular file."""
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+
+
 def why_unwritable(folder: Path) -> str:
     """Why nothing can be written into a folder, such as "No space left on device"; "" when something can.
 
@@ -90,8 +121,9 @@ def overwrite_file(path: Path, data: bytes) -> None:
     Raises:
         OSError: it does not fit into the room that the file has already, or the disk refuses this too.
     """
-    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
+        refuse_special(descriptor, path)
         size = os.fstat(descriptor).st_size
         if len(data) > -(-size // _BLOCK) * _BLOCK:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

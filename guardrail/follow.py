@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from guardrail import journal
 from guardrail.errors import RunDirectoryError
+from guardrail.files import open_file
 from guardrail.records import Event
 from guardrail.rundir import MetricsView, RunDirectory
 from guardrail.timelines import Timelines
@@ -154,7 +155,7 @@ class Follower:
     def _events(self) -> list[Event]:
         """Complete lines behind the offset; a torn last line waits for its rest."""
         try:
-            with self._run.journal_path.open("rb") as file:
+            with open_file(self._run.journal_path) as file:
                 size = os.fstat(file.fileno()).st_size
                 if size < self._offset:
                     self.cut = self.cut or "journal.jsonl"

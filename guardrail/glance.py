@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from guardrail.errors import RunDirectoryError
+from guardrail.files import open_file
 from guardrail.metrics import read_layout
 from guardrail.records import LOSS, Phase, Status
 from guardrail.rundir import RunDirectory, list_runs
@@ -57,7 +58,7 @@ def glance(run: RunDirectory, alive: Alive) -> Glance:
     Args:
         alive: whether somebody works on a run whose status has not ended; None while that is not known.
     """
-    status = run.read_status()
+    status = run.known_status()
     known = status or Status(run="", phase=Phase.STARTING)
     state = "new" if status is None else status.phase.value
     if status is not None and not status.phase.ended:
@@ -117,8 +118,8 @@ def loss_points(run: RunDirectory, points: int) -> list[float]:
 def _rows(run: RunDirectory, columns: int, points: int) -> list[tuple[float, ...]]:
     """Rows at even distances up to the last complete one."""
     record = struct.Struct(f"<{columns}d")
-    descriptor = os.open(run.metrics_path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with open_file(run.metrics_path) as file:
+        descriptor = file.fileno()
         total = os.fstat(descriptor).st_size // record.size
         wanted = min(points, total)
         # The last `points` rows at distance total / wanted; of one point it is the last row, or the one before it that
@@ -127,8 +128,6 @@ def _rows(run: RunDirectory, columns: int, points: int) -> list[tuple[float, ...
         if points == 1:
             places = list(range(max(0, total - _LOOK_BACK), total))
         data = [os.pread(descriptor, record.size, place * record.size) for place in places]
-    finally:
-        os.close(descriptor)
     return [record.unpack(part) for part in data if len(part) == record.size]
 
 

@@ -22,6 +22,7 @@ from guardrail.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Action, Event, P
 from guardrail.rundir import MetricsView, RunDirectory
 from guardrail.signals import TermRequests
 from guardrail.text import clean
+from guardrail.timelines import LARGEST, sensible
 
 if TYPE_CHECKING:
     from guardrail.viewing import Viewing
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.3
 SETUP_SECONDS = 5.0  # between two lines of a set-up that gets ahead
 ATTACH_LINES = 10  # of the past, when one comes to a run
+LONGEST = 1e7  # seconds that one step may take; more is damage
 PACE_ROWS = 20  # rows over which speed and the time that is left are taken
 
 # Journal lines that a person at a log wants to read. Findings are told again by their verdict, a checkpoint that
@@ -69,10 +71,11 @@ class Lines:
         if view is None or first == last:
             return []
         step, verdict, evaluated = (view.column(name)[first:last] for name in ("step", "verdict", "eval_loss"))
-        applied = verdict == list(Action).index(Action.APPLY)
-        chosen = applied & ((step % self._every == 0) | (evaluated == evaluated))
+        applied = (verdict == list(Action).index(Action.APPLY)) & sensible(step, view.column("timeline")[first:last])
+        rows = applied.nonzero()[0]
+        chosen = (step[rows] % self._every == 0) | (evaluated[rows] == evaluated[rows])
         found = []
-        for row in chosen.nonzero()[0].tolist():
+        for row in rows[chosen].tolist():
             values = dict(zip(view.columns, view.array[first + row].tolist(), strict=True))
             line = step_line(values, status, _pace(view, first + row))
             found.append((values.get("time", math.nan), line))
@@ -100,7 +103,7 @@ def _pace(view: MetricsView, row: int) -> Pace:
     """Over the applied steps of the newest rows up to this one."""
     part = slice(max(0, row + 1 - PACE_ROWS), row + 1)
     seconds, tokens, verdict = (view.column(name)[part] for name in ("step_time", "tokens", "verdict"))
-    used = (verdict == list(Action).index(Action.APPLY)) & (seconds > 0)
+    used = (verdict == list(Action).index(Action.APPLY)) & (seconds > 0) & (seconds < LONGEST) & (tokens < LARGEST)
     total = float(seconds[used].sum())
     if not total > 0:
         return Pace(math.nan, math.nan)
@@ -118,10 +121,10 @@ def step_line(values: dict[str, float], status: Status | None, pace: Pace | None
     total = status.total_steps if status else 0
     number = f"{values['step']:.0f}" + (f"/{total}" if total else "")
     value = {name: values.get(name, math.nan) for name in (LOSS, GRAD_NORM, EMBED_GRAD_NORM, "lr", "eval_loss")}
-    line = f"step {number:>11}  loss {value[LOSS]:.4f}  grad {value[GRAD_NORM]:.3g}"
+    line = f"step {number:>11}  loss {_four_places(value[LOSS])}  grad {value[GRAD_NORM]:.3g}"
     line += f"  embed {value[EMBED_GRAD_NORM]:.3g}  lr {value['lr']:.2e}"
     if value["eval_loss"] == value["eval_loss"]:
-        line += f"  eval {value['eval_loss']:.4f}"
+        line += f"  eval {_four_places(value['eval_loss'])}"
     unresolved = status.unresolved if status else None
     if unresolved is not None and values["step"] >= unresolved.since and unresolved.headline():
         line += f"  {unresolved.headline()}"
@@ -130,6 +133,11 @@ def step_line(values: dict[str, float], status: Status | None, pace: Pace | None
     if pace is not None and pace.step_seconds > 0 and total > values["step"]:
         line += f"  ETA {clock((total - values['step']) * pace.step_seconds)}"
     return line
+
+
+def _four_places(loss: float) -> str:
+    """A loss to four places. One of a million or more, as a damaged file has them, in fewer characters."""
+    return f"{loss:.4f}" if abs(loss) < 1e6 else f"{loss:.5g}"
 
 
 def recorded_lines(recorded: Viewing) -> Iterator[str]:
@@ -248,7 +256,7 @@ def attach(run: RunDirectory) -> int:
     observer = HeartbeatObserver()
 
     def ended() -> int | None:
-        status = run.read_status()
+        status = run.known_status()
         if status is None:
             return None
         if status.exit_code is not None:
@@ -261,7 +269,7 @@ def attach(run: RunDirectory) -> int:
             code = printer.until(ended, past=ATTACH_LINES)
         except _Left:
             return ExitCode.INTERRUPTED
-        status = run.read_status()
+        status = run.known_status()
         if status is not None and status.exit_code is None:
             printer.say(f"no sign of life; go on with: guardrail launch --resume {run.path}")
         return code

@@ -10,16 +10,25 @@ import errno
 import fcntl
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from guardrail.files import FILE_MODE, encode_json, sync_folder
-from guardrail.records import Event, Finding, Span
+from guardrail.errors import ExitCode
+from guardrail.files import FILE_MODE, encode_json, open_file, read_file, refuse_special, sync_folder
+from guardrail.records import Event, Finding, Phase, Span
 
 FIXED = ("seq", "time", "step", "timeline", "kind", "message")
 LOCK_SECONDS = 30.0  # a writer that holds the lock this long is stopped or dead on another host
+TURNS = ("started", "restarted", "ended")  # kinds of lines that say whether the run goes on
+EXIT_CODES = {
+    Phase.FINISHED: ExitCode.FINISHED,
+    Phase.STOPPED: ExitCode.INTERRUPTED,
+    Phase.HALTED: ExitCode.HALTED,
+    Phase.FAILED: ExitCode.WORKERS_FAILED,
+}
 _TAIL = 64 * 1024
 
 
@@ -40,6 +49,7 @@ def append_event(
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
     descriptor = os.open(path, flags, FILE_MODE)
     try:
+        refuse_special(descriptor, path)
         _lock(descriptor)
         size = os.fstat(descriptor).st_size
         if size == 0:
@@ -55,7 +65,7 @@ def append_event(
 def read_events(path: Path, *, after: int = 0) -> list[Event]:
     """All complete events with seq > `after`; lines that are not events are passed over."""
     try:
-        data = path.read_bytes()
+        data = read_file(path)
     except FileNotFoundError:
         return []
     return [event for event in parse(data)[0] if event.seq > after]
@@ -64,7 +74,7 @@ def read_events(path: Path, *, after: int = 0) -> list[Event]:
 def end_of(path: Path) -> tuple[int, int]:
     """(seq of the last event, bytes of the complete lines), of which only the end of the file is read; (0, 0): none."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
             start = max(0, size - _TAIL)
             while True:
@@ -91,6 +101,21 @@ def parse_counted(data: bytes) -> tuple[list[Event], int, int]:
     lines = [line for line in data[:end].split(b"\n") if line.strip()]
     events = [event for event in map(_event, lines) if event is not None]
     return events, end, len(lines) - len(events)
+
+
+def last_turn(events: Sequence[Event]) -> Event | None:
+    """The newest line that says whether the run goes on or has ended."""
+    return next((event for event in reversed(events) if event.kind in TURNS), None)
+
+
+def outcome_of(event: Event) -> tuple[Phase, ExitCode] | None:
+    """How the run ended, of an `ended` line; None where the line does not say it."""
+    try:
+        phase = Phase(event.data.get("phase"))
+        given = event.data.get("exit_code")
+        return phase, EXIT_CODES[phase] if given is None else ExitCode(given)
+    except (KeyError, ValueError):
+        return None
 
 
 def findings_of(event: Event) -> tuple[Finding, ...]:
@@ -120,7 +145,9 @@ def _event(line: bytes) -> Event | None:
         if not isinstance(fields, dict):
             return None
         fixed = {name: fields.pop(name) for name in FIXED if name in fields}
-        return msgspec.convert({"step": 0, "timeline": 0, **fixed, "data": fields}, Event)
+        event = msgspec.convert({"step": 0, "timeline": 0, **fixed, "data": fields}, Event)
+        # JSON has numbers of any length; a longer one would fit into no column of the metrics.
+        return event if max(abs(event.seq), abs(event.step), abs(event.timeline)) < 2**63 else None
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None
 

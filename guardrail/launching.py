@@ -154,7 +154,7 @@ def prepare_resume(spec: str, overrides: tuple[str, ...], *, root: str) -> Prepa
             key = key if "=" in override else config.shown_override(override)
             raise ConfigError("a setting that leaves the run the same", file="--set", key=key, hint=hint)
     file = str(run.path / "config.toml")
-    settings = load(config.parse(Path(file)), file=file, overrides=overrides)
+    settings = load(config.parse(Path(file), of_run=True), file=file, overrides=overrides)
     lock = _start_lock(run) if settings.launch.node_rank == 0 else None
     try:
         prepared = _resumed(run, settings, file, overrides)
@@ -185,7 +185,7 @@ def _resumed(run: RunDirectory, settings: Settings, file: str, overrides: tuple[
     from guardrail import preflight
 
     if settings.launch.node_rank == 0:  # the other nodes join a run that lives
-        status = run.read_status()
+        status = run.known_status()
         refuse_alive(run, status)
         if status is not None and status.phase is Phase.FINISHED and not overrides and _end_was_saved(run):
             print(f"{run.name} has finished at step {status.step}; nothing is left to do", file=sys.stderr)
@@ -211,7 +211,7 @@ def _refuse_stale(run: RunDirectory) -> None:
 
     A command for a step that is still to come waits for that step, as it would have without the end in between.
     """
-    status = run.read_status()
+    status = run.known_status()
     reached = status.step if status is not None else 0
     for command in run.commands_pending():
         if command.at_step <= reached:

@@ -23,6 +23,7 @@ from typing import Any
 import msgspec
 
 from guardrail.errors import CheckpointInvalid
+from guardrail.files import open_file, read_file
 from guardrail.records import Record
 
 FORMAT = 1
@@ -167,7 +168,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         _refuse_link(folder, MANIFEST, path.lstat().st_mode)
-        content = path.read_bytes()
+        content = read_file(path)
     except FileNotFoundError as error:
         raise CheckpointInvalid(f"{folder.name}: {MANIFEST} is missing: the checkpoint was never finished") from error
     except OSError as error:
@@ -323,7 +324,7 @@ def read_header(path: Path) -> tuple[dict[str, HeaderEntry], int]:
         CheckpointInvalid: not a safetensors file, or one whose tensors do not fit in it.
     """
     try:
-        with open(path, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with open_file(path) as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
             length = int.from_bytes(content[:8], "little")
             if len(content) < 8 or not 2 <= length <= min(_HEADER_LIMIT, len(content) - 8):
                 raise CheckpointInvalid(f"{path.parent.name}/{path.name} is not a safetensors file")
@@ -430,7 +431,7 @@ def checkpoint_dirs(folder: Path) -> list[Path]:
 def _age(path: Path, step: int) -> tuple[float, int]:
     """(timeline, step), from the first bytes of the manifest."""
     try:
-        with open(path / MANIFEST, "rb") as stream:
+        with open_file(path / MANIFEST) as stream:
             match = _BEGINNING.search(stream.read(512))
     except OSError:
         match = None

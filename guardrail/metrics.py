@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from guardrail.errors import RunDirectoryError
-from guardrail.files import FILE_MODE, replace_file
+from guardrail.files import FILE_MODE, open_file, read_file, refuse_special, replace_file
 from guardrail.records import METRIC_COLUMNS, Record
-from guardrail.timelines import Timelines
+from guardrail.timelines import Timelines, sensible
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +41,7 @@ class Layout(Record, frozen=True, kw_only=True):
 def read_layout(path: Path) -> Layout | None:
     """None while no metrics were written."""
     try:
-        layout = msgspec.json.decode(path.read_bytes(), type=Layout)
+        layout = msgspec.json.decode(read_file(path), type=Layout)
     except FileNotFoundError:
         return None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -72,6 +72,11 @@ class MetricsWriter:
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
         self._path = path
         self._descriptor = os.open(path, flags, FILE_MODE)
+        try:
+            refuse_special(self._descriptor, path)
+        except OSError:
+            self.close()
+            raise
         self._size = os.fstat(self._descriptor).st_size
         self._torn = self._size % self._row_bytes != 0
         if self._torn:
@@ -149,6 +154,11 @@ class MetricsView:
             return np.full(len(self.array), np.nan)
         return self.array[:, self.columns.index(name)]
 
+    def sensible(self) -> MetricsView:
+        """The rows whose step and timeline are numbers that a run can have; itself where all rows are so."""
+        good = sensible(self.column("step"), self.column("timeline"))
+        return self if good.all() else MetricsView(self.columns, self.array[good], self._timelines)
+
     def current(self, timelines: Timelines | None = None) -> np.ndarray:
         """bool [rows]: rows of the present; what a rollback or a restart abandoned is False.
 
@@ -170,18 +180,14 @@ def read_metrics(
 
     layout = read_layout(layout_path)
     names = layout.columns if layout else METRIC_COLUMNS
-    try:
-        rows = path.stat().st_size // (8 * len(names)) if layout else 0
-    except FileNotFoundError:
-        rows = 0
-    array: np.ndarray
-    if rows:
-        try:
-            array = np.memmap(path, dtype="<f8", mode="r", shape=(rows, len(names)))
-        except ValueError as error:  # the file was cut since its size was asked for
-            raise RunDirectoryError(f"{path}: cannot be mapped ({error})") from error
-    else:
-        array = np.empty((0, len(names)))
+    array: np.ndarray = np.empty((0, len(names)))
+    if layout:
+        with contextlib.suppress(FileNotFoundError), open_file(path) as file:
+            if rows := os.fstat(file.fileno()).st_size // layout.row_bytes:
+                try:
+                    array = np.memmap(file, dtype="<f8", mode="r", shape=(rows, len(names)))
+                except ValueError as error:  # the file was cut since its size was asked for
+                    raise RunDirectoryError(f"{path}: cannot be mapped ({error})") from error
     whole = MetricsView(names, array, timelines)
     if columns is None:
         return whole
@@ -197,7 +203,7 @@ def read_rows(path: Path, layout_path: Path, first: int, end: int) -> tuple[tupl
     if layout is None:
         return METRIC_COLUMNS, np.empty((0, len(METRIC_COLUMNS)))
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             file.seek(first * layout.row_bytes)
             data = file.read(max(0, end - first) * layout.row_bytes)
     except FileNotFoundError:

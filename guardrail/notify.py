@@ -27,7 +27,7 @@ import msgspec
 from guardrail import journal, secret
 from guardrail.config import NotifySection, check_webhook
 from guardrail.errors import ConfigError
-from guardrail.files import encode_json
+from guardrail.files import encode_json, open_file
 from guardrail.records import Event, Record
 from guardrail.rundir import RunDirectory
 from guardrail.secret import SecretRef
@@ -158,7 +158,7 @@ class Notifier:
 
     def _new(self) -> list[Event]:
         try:
-            with self._run.journal_path.open("rb") as lines:
+            with open_file(self._run.journal_path) as lines:
                 lines.seek(self._offset)
                 events, size = journal.parse(lines.read())
         except OSError:

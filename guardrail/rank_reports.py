@@ -22,7 +22,7 @@ from pathlib import Path
 
 import msgspec
 
-from guardrail.files import FILE_MODE, FOLDER_MODE, encode_json
+from guardrail.files import FILE_MODE, FOLDER_MODE, encode_json, read_file
 from guardrail.records import NodeStatus, RankStatus
 from guardrail.rundir import RunDirectory
 
@@ -123,7 +123,7 @@ class NodeReports:
         for name in names:
             # One that is being overwritten just now cannot be read; then the report before it stands.
             with contextlib.suppress(OSError, msgspec.DecodeError, UnicodeDecodeError):
-                data = (self.folder / name).read_bytes()
+                data = read_file(self.folder / name)
                 self._known[name] = msgspec.json.decode(data, type=RankStatus, strict=False)
         return [self._known[name] for name in names if name in self._known]
 

@@ -19,7 +19,8 @@ from guardrail.casefile import Deed, Incident
 from guardrail.costs import with_costs
 from guardrail.entries import whole
 from guardrail.errors import RunDirectoryError
-from guardrail.files import as_float, encode_json
+from guardrail.files import as_float, encode_json, read_file
+from guardrail.journal import last_turn, outcome_of
 from guardrail.liveness import is_alive
 from guardrail.records import Event, Record, Span, Status
 from guardrail.rundir import RunDirectory, span_of
@@ -203,7 +204,7 @@ def quarantine_lines(run: RunDirectory) -> list[str]:
     file = _quarantine_file(run)
     if file is not None:
         try:
-            ledger.quarantine.read(file.read_text(encoding="utf-8").splitlines(), source=str(file))
+            ledger.quarantine.read(read_file(file).decode("utf-8").splitlines(), source=str(file))
         except (OSError, UnicodeDecodeError) as error:
             raise RunDirectoryError(f"{file}: data.quarantine of this run cannot be read: {error}") from error
     for span in spans:
@@ -254,10 +255,12 @@ def _any_order() -> Any:
 
 
 def _quarantine_file(run: RunDirectory) -> Path | None:
+    if not os.path.lexists(run.path / "config.toml"):
+        return None
     try:
         data = tomllib.loads(run.config_text()).get("data", {})
-    except (RunDirectoryError, tomllib.TOMLDecodeError):
-        return None
+    except (ValueError, RecursionError) as error:  # also of very long numbers, and of brackets within each other
+        raise RunDirectoryError(f"{run.path / 'config.toml'}: not valid TOML ({error})") from error
     name = data.get("quarantine") if isinstance(data, dict) else None
     return Path(os.path.expanduser(name)) if isinstance(name, str) and name else None
 
@@ -267,12 +270,12 @@ def _quarantine_file(run: RunDirectory) -> Path | None:
 
 def _state(run: RunDirectory, status: Status | None, events: list[Event]) -> tuple[str, Event | None]:
     """The state, and the event that is the last word, if there is one."""
-    turns = [e for e in events if e.kind in ("started", "restarted", "ended")]
-    if turns and turns[-1].kind == "ended":
-        phase = turns[-1].data.get("phase")
-        return clean(str(phase or (status.phase.value if status else "ended")), 40), turns[-1]
+    turn = last_turn(events)
+    if turn is not None and turn.kind == "ended":
+        phase = turn.data.get("phase")
+        return clean(str(phase or (status.phase.value if status else "ended")), 40), turn
     if status is None:
-        return ("lost" if turns and run.lock_holder() is None else "running" if turns else "new"), None
+        return ("new" if turn is None else "lost" if run.lock_holder() is None else "running"), None
     if status.phase.ended:
         return status.phase.value, None
     return ("running" if is_alive(run, status) else "lost"), None
@@ -282,6 +285,9 @@ def _exit_code(status: Status | None, last: Event | None) -> int | None:
     code = last.data.get("exit_code") if last else None
     if isinstance(code, int):
         return code
+    if status is None and last is not None:
+        outcome = outcome_of(last)
+        return outcome[1].value if outcome is not None else None
     return status.exit_code if status else None
 
 
@@ -344,8 +350,8 @@ def _restarts(run: RunDirectory, events: list[Event]) -> Iterator[Restart]:
     restarts = [e for e in events if e.kind == "restarted"]
     if not restarts:
         return
-    view = run.metrics(["step", "timeline", "verdict"])
-    steps, timelines, verdicts = view.array.T
+    view = run.metrics().sensible()
+    steps, timelines, verdicts = (view.column(name) for name in ("step", "timeline", "verdict"))
     for event in restarts:
         before = timelines < event.timeline
         last = timelines[before].max() if before.any() else -1

@@ -32,12 +32,13 @@ from guardrail.files import (
     TEMPORARY,
     encode_json,
     overwrite_file,
+    read_file,
     replace_file,
     sync_folder,
     why_unwritable,
 )
 from guardrail.inbox import Inbox, Refusal, check_command, undone
-from guardrail.journal import findings_of, span_of
+from guardrail.journal import findings_of, last_turn, outcome_of, span_of
 from guardrail.metrics import MetricsView, MetricsWriter, read_metrics, read_rows
 from guardrail.records import Command, Event, NodeStatus, RankStatus, Status
 from guardrail.runlock import Holder, RunLock, holder_of
@@ -163,7 +164,7 @@ class RunDirectory:
             display: for a screen or a report: also masks whatever else is called like a secret.
         """
         try:
-            text = (self.path / "config.toml").read_text(encoding="utf-8")
+            text = read_file(self.path / "config.toml").decode("utf-8")
             return secret.masked_text(text, display=display)  # older versions wrote them out
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8 text"
@@ -175,6 +176,30 @@ class RunDirectory:
     def read_status(self) -> Status | None:
         """None while there is none, or when a newer version wrote something this one cannot understand."""
         return _read(self.path / "status.json", Status)
+
+    def known_status(self) -> Status | None:
+        """`read_status`; where that is None for a run that has ended, what the journal says of its end."""
+        if (status := self.read_status()) is not None:
+            return status
+        try:
+            return self.status_of_end(self.events())
+        except OSError:
+            return None
+
+    def status_of_end(self, events: Sequence[Event]) -> Status | None:
+        """What is left of the status of a run that has ended; None where the events say that it goes on, or nothing."""
+        last = last_turn(events)
+        if last is None or last.kind != "ended" or (outcome := outcome_of(last)) is None:
+            return None
+        phase, exit_code = outcome
+        return Status(
+            run=self.name,
+            phase=phase,
+            step=last.step,
+            timeline=last.timeline,
+            heartbeat=last.time,
+            exit_code=exit_code.value,
+        )
 
     def write_status(self, status: Status) -> None:
         """Replace status.json; not synced, since a second later it is replaced again. Raises OSError."""
@@ -235,7 +260,7 @@ class RunDirectory:
     def notified(self) -> int | None:
         """Seq of the newest event that somebody was to be told of; None if nothing was remembered yet."""
         try:
-            return int((self.path / "notified").read_bytes())
+            return int(read_file(self.path / "notified"))
         except (OSError, ValueError):
             return None
 
@@ -482,7 +507,8 @@ def find_run(spec: str | None, root: str | os.PathLike[str]) -> RunDirectory:
 
 def _touch(path: Path) -> float:
     """Set the time of a file to now, by the clock of its file system, and return it. Raises OSError."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    descriptor = os.open(path, flags, FILE_MODE)
     try:
         os.utime(descriptor)
         return os.fstat(descriptor).st_mtime
@@ -523,6 +549,8 @@ def _started(path: Path) -> float:
 
 def _read(path: Path, kind: type[Any]) -> Any:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=kind, strict=False)
+        found = msgspec.json.decode(read_file(path), type=kind, strict=False)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return None
+    numbers = [value for value in msgspec.structs.astuple(found) if isinstance(value, int)]
+    return found if all(abs(number) < 2**63 for number in numbers) else None  # JSON has numbers of any length

@@ -77,7 +77,7 @@ class RunLock:
 def holder_of(path: Path) -> Holder | None:
     """The running trainer, or None. Asks the lock itself, so that what a dead one left does not count."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return None
     try:

@@ -64,7 +64,7 @@ class Scene:
     def of(cls, run: RunDirectory, *, status: Status | None = None) -> Scene:
         """Read it from a run directory; `status` replaces what the directory says where somebody knows better."""
         events = run.events()
-        status = status or run.read_status()
+        status = status or run.known_status()
         past = Past.of(events)
         settings = _settings_of(run)
         if status is None:
@@ -132,7 +132,7 @@ class Scene:
 def _settings_of(run: RunDirectory) -> GuardSection:
     """The guard's settings of a run; the defaults where another version wrote them."""
     try:
-        return load_guard(run.path / "config.toml")
+        return load_guard(run.path / "config.toml", of_run=True)
     except ConfigError:
         return GuardSection()
 

@@ -27,8 +27,8 @@ def sketch(run: RunDirectory, incidents: Iterable[Incident]) -> list[str]:
     """Lines of at most 80 characters; empty where there is no loss to draw."""
     import numpy as np
 
-    view = run.metrics(["step", "timeline", "verdict", LOSS])
-    steps, _, verdicts, losses = view.array.T if len(view) else np.empty((4, 0))
+    view = run.metrics().sensible()
+    steps, verdicts, losses = (np.asarray(view.column(name)) for name in ("step", "verdict", LOSS))
     finite, applied = np.isfinite(losses), verdicts == list(Action).index(Action.APPLY)
     if finite.sum() < LEAST:
         return []

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+from guardrail.files import read_file
 from guardrail.local_ranks import LocalRanks
 
 FAULTHANDLER_SECONDS = 2.0  # a process that can run at all has written its stacks by then
@@ -63,7 +64,7 @@ def _size(file: Path) -> int:
 def _top_frame(file: Path, offset: int) -> str:
     """Where the main thread stands; faulthandler writes it last."""
     try:
-        text = file.read_bytes()[offset:].decode("utf-8", "replace")
+        text = read_file(file)[offset:].decode("utf-8", "replace")
     except OSError:
         return ""
     frames = _FAULTHANDLER_FRAME.findall(text) or _PY_SPY_FRAME.findall(text)

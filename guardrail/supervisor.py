@@ -55,7 +55,7 @@ class Supervisor:
         node_rank: int = 0,
         secrets: dict[str, Any] | None = None,
     ) -> None:
-        tree = parse(run.path / "config.toml")
+        tree = parse(run.path / "config.toml", of_run=True)
         self.run_directory = run
         # The nodes share one config.toml; which of them this is, only the one who started us knows.
         self.launch = msgspec.convert({**tree.get("launch", {}), "node_rank": node_rank}, LaunchSection)

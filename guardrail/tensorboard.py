@@ -29,7 +29,7 @@ import msgspec
 
 from guardrail import tfevents
 from guardrail.errors import RunDirectoryError
-from guardrail.files import FILE_MODE, FOLDER_MODE, replace_file
+from guardrail.files import FILE_MODE, FOLDER_MODE, read_file, replace_file
 from guardrail.follow import Follower
 from guardrail.records import METRIC_COLUMNS, Event, Record
 from guardrail.rundir import MetricsView, RunDirectory
@@ -362,7 +362,7 @@ class _Story:
 def _read_position(run: RunDirectory) -> Position:
     """Unreadable or lost: tell everything again; the first purge removes what was told."""
     try:
-        return msgspec.json.decode((run.tensorboard / "position.json").read_bytes(), type=Position)
+        return msgspec.json.decode(read_file(run.tensorboard / "position.json"), type=Position)
     except (OSError, msgspec.DecodeError):
         return Position()
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from guardrail.files import FILE_MODE, write_all
+from guardrail.files import FILE_MODE, read_file, write_all
 
 _NAME = re.compile(r"events\.out\.tfevents\.(\d{10})\.")
 
@@ -112,7 +112,7 @@ def last_texts(folder: Path) -> dict[str, Text]:
     last: dict[str, Text] = {}
     for name in names:
         with contextlib.suppress(DecodeError):  # a reader does not get past such a record either
-            for data in _records((folder / name).read_bytes()):
+            for data in _records(read_file(folder / name)):
                 event = Event.FromString(data)
                 for value in event.summary.value:
                     if value.metadata.plugin_data.plugin_name == "text" and value.tensor.string_val:

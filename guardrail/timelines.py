@@ -17,6 +17,19 @@ from guardrail.records import Event
 if TYPE_CHECKING:
     import numpy as np
 
+LARGEST = 2.0**53  # float64, as which steps and timelines are written, holds whole numbers exactly up to here
+
+
+def sensible(steps: np.ndarray, timelines: np.ndarray) -> np.ndarray:
+    """Mask of the rows whose step and timeline are numbers that a run can have. A damaged file has others too.
+
+    A timeline that is NaN is that of a run without the column.
+    """
+    import numpy as np
+
+    with np.errstate(invalid="ignore"):  # of NaN
+        return (np.abs(steps) < LARGEST) & ~(np.abs(timelines) >= LARGEST)
+
 
 class Timelines:
     """The step at which each timeline began; later timelines cut off earlier ones there."""
@@ -50,6 +63,9 @@ class Timelines:
         """
         import numpy as np
 
+        known = sensible(steps, timelines)
+        if not known.all():
+            steps, timelines = steps[known], timelines[known]
         if not len(steps):
             return
         firsts = np.flatnonzero(np.diff(timelines) > 0) + 1
@@ -63,11 +79,14 @@ class Timelines:
         return min((step for other, step in self.begins.items() if other > timeline), default=math.inf)
 
     def current(self, steps: np.ndarray, timelines: np.ndarray) -> np.ndarray:
-        """Mask of the rows that tell the present. Rows of step 0 are the zeros a power failure leaves: never."""
+        """Mask of the rows that tell the present. Rows of step 0 are the zeros a power failure leaves: never. Nor
+        are rows that are not sensible."""
         import numpy as np
 
         if not len(steps):
             return np.zeros(0, dtype=bool)
+        good = sensible(steps, timelines)
         known = np.array(sorted(self.begins), dtype=np.float64)
         ends = np.array([self.end(int(t)) for t in (-1, *known)])  # of a timeline in [known[i-1], known[i])
-        return (steps <= ends[np.searchsorted(known, timelines, side="right")]) & (steps >= 1)
+        with np.errstate(invalid="ignore"):  # of NaN
+            return good & (steps <= ends[np.searchsorted(known, timelines, side="right")]) & (steps >= 1)

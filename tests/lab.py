@@ -134,3 +134,23 @@ class Lab:
                 processes.tell(supervisor, signal.SIGQUIT)
                 wait_for(lambda alive=supervisor: not processes.alive(alive), seconds=20)  # type: ignore[misc]
             processes.kill(processes.processes_of(run.path))
+
+
+class Waited(BaseException):
+    """What was called has waited for a writer."""
+
+
+@contextlib.contextmanager
+def without_waiting() -> Iterator[None]:
+    """Raises Waited in what takes longer than 5 seconds."""
+
+    def give_up(*_: object) -> None:
+        raise Waited
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, 5.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)

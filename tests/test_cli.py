@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,8 @@ from guardrail.errors import RunDirectoryError
 from guardrail.records import Command, CommandKind, Event, Mode, Phase, Status
 from guardrail.rundir import RunDirectory
 from guardrail.tui import controls
-from tests.lab import wait_for
+from tests.fake_run import FakeRun
+from tests.lab import wait_for, without_waiting
 
 CONFIG = '[run]\nname = "words"\n[train]\nsteps = 100\n[optim]\nwarmup_steps = 10\n[launch]\ndevice = "cpu"\n'
 
@@ -439,3 +440,48 @@ def test_a_command_names_the_terminal_that_it_comes_from(monkeypatch: pytest.Mon
 
 def no_terminal(descriptor: int) -> str:
     raise OSError(25, "not a terminal")
+
+
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _loop(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path)
+
+
+def _folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+STATUS_DAMAGE: dict[str, Callable[[Path], object]] = {
+    "empty": lambda path: path.write_text(""),
+    "missing": lambda path: path.unlink(),
+    "half": lambda path: path.write_text('{"phase":'),
+    "list": lambda path: path.write_text("[1,2]"),
+    "null": lambda path: path.write_text("null"),
+    "folder": _folder,
+    "loop": _loop,
+    "pipe": _pipe,
+}
+
+
+@pytest.mark.parametrize("damage", STATUS_DAMAGE)
+def test_all_commands_know_that_a_run_has_ended_also_without_its_status(
+    folder: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    run = FakeRun(name="done/x").begin().advance(30).end(Phase.HALTED, 3).write(folder / "runs")
+    STATUS_DAMAGE[damage](run.path / "status.json")
+    with without_waiting():
+        assert main(["attach", str(run.path), "--headless"]) == 3
+        capsys.readouterr()
+        assert main(["runs", "--json"]) == 0
+        (row,) = json.loads(capsys.readouterr().out)
+        assert (row["state"], row["step"], row["exit_code"]) == ("halted", 30, 3)
+        assert main(["ctl", str(run.path), "pause"]) == 2
+        assert "is not running (it halted at step 30)" in capsys.readouterr().err
+        assert main(["report", str(run.path)]) == 0
+        assert "halted (exit 3)" in capsys.readouterr().out

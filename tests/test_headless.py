@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from pathlib import Path
@@ -47,3 +48,15 @@ def test_a_set_up_that_gets_ahead_has_a_time(tmp_path: Path) -> None:
     run.write_status(msgspec.structs.replace(status, phase=Phase.SETUP, progress="tokenizing 43 %"))
     (line,) = Lines(run).new()
     assert re.fullmatch(r"\d\d:\d\d:\d\d setup: tokenizing 43 %", line)
+
+
+def test_rows_of_a_damaged_file_are_short_lines_or_none(tmp_path: Path) -> None:
+    run = FakeRun().begin().advance(20).write(tmp_path)
+    with run.metrics_writer() as rows:
+        for step in (1e300, math.inf, math.nan):
+            rows.append({"step": step, "timeline": 0, "verdict": 0, "eval_loss": 1.0})
+        rows.append({"step": 40, "timeline": math.inf, "verdict": 0, "loss": 1.0})
+        rows.append({"step": 60, "timeline": 0, "verdict": 0, "loss": 1e300, "step_time": math.inf, "tokens": 1e308})
+    lines = [line for line in Lines(run).new() if " step " in line]
+    assert [re.search(r"step +(\d+)", line)[1] for line in lines] == ["20", "60"]  # type: ignore[index]
+    assert "loss 1e+300" in lines[-1] and max(map(len, lines)) < 160

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import re
 import socket
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from guardrail.cli import main
@@ -21,6 +23,8 @@ from guardrail.ledger import Ledger, Quarantine, SampleOrder
 from guardrail.records import Action, Finding, Kind, Mode, Phase, Severity, Span, Status
 from guardrail.report import Report, as_dict, build, quarantine_lines, text, written
 from guardrail.rundir import RunDirectory
+from guardrail.sketch import sketch
+from tests.lab import without_waiting
 
 DOCUMENT = {"path": "/data/0037.txt", "record": 12, "first_byte": 10, "last_byte": 90, "excerpt": "Ã‚Â Ã‚Â"}
 
@@ -560,3 +564,39 @@ def test_a_million_steps_make_a_small_picture(run: RunDirectory) -> None:
     (line,) = re.findall(r'<polyline class="here" points="([^"]*)"', page)
     heights = [float(point.split(",")[1]) for point in line.split()]
     assert min(heights) < 30 and sorted(heights)[5] > 100, "the one spike reaches the top"
+
+
+@pytest.mark.parametrize("column", ["step", "timeline", "verdict", "loss", "step_time"])
+def test_a_metrics_file_full_of_nonsense_does_not_break_the_report(run: RunDirectory, column: str) -> None:
+    finished(run)
+    run.append("restarted", "continues at step 2", step=2, timeline=2, checkpoint="step-00000002")
+    whole_file = run.metrics_path.read_bytes()
+    at = run.metrics().columns.index(column)
+    for value in (math.nan, math.inf, -math.inf, 1e300):
+        for where in (slice(None), slice(-1, None)):
+            table = np.frombuffer(whole_file).reshape(-1, len(run.metrics().columns)).copy()
+            table[where, at] = value
+            run.metrics_path.write_bytes(table.tobytes())
+            assert all(len(line) <= 80 for line in sketch(run, build(run).incidents)), (value, where)
+            for form in ("terminal", "html"):
+                assert "finished" in written(run, form)
+
+
+@pytest.mark.parametrize("byte", [b"[", b"\x7f", b"\xff", b"\x00"])
+def test_a_metrics_file_of_one_byte_over_and_over(run: RunDirectory, byte: bytes) -> None:
+    finished(run)
+    run.metrics_path.write_bytes(byte * 100_000)
+    for form in ("terminal", "markdown", "html"):
+        assert "finished" in written(run, form)
+
+
+@pytest.mark.parametrize("damage", ["[data", "x = " + "[" * 100_000])
+def test_a_quarantine_of_a_configuration_that_cannot_be_read_is_refused(run: RunDirectory, damage: str) -> None:
+    (run.path / "config.toml").write_text(damage)
+    with pytest.raises(RunDirectoryError, match="not valid TOML"):
+        quarantine_lines(run)
+    (run.path / "config.toml").unlink()
+    assert quarantine_lines(run) == []
+    os.mkfifo(run.path / "config.toml")
+    with without_waiting(), pytest.raises(RunDirectoryError, match="not a regular file"):
+        quarantine_lines(run)

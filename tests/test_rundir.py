@@ -14,15 +14,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 
-from guardrail import journal
-from guardrail.errors import RunDirectoryError
+from guardrail import config, journal
+from guardrail.chronicle import tail
+from guardrail.errors import ConfigError, RunDirectoryError
+from guardrail.follow import Follower
+from guardrail.glance import loss_points
+from guardrail.manifest import checkpoint_dirs
 from guardrail.records import (
     METRIC_COLUMNS,
     Finding,
@@ -37,6 +41,7 @@ from guardrail.records import (
 )
 from guardrail.rundir import RunDirectory, find_run, findings_of, list_runs, span_of
 from guardrail.timelines import Timelines
+from tests.lab import without_waiting
 
 
 @pytest.fixture
@@ -543,3 +548,94 @@ def test_importing_the_run_directory_loads_nothing_heavy() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def as_pipe(path: Path) -> None:
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+PIPES: dict[str, Callable[[RunDirectory], object]] = {
+    "status.json": lambda run: run.read_status(),
+    "notified": lambda run: run.notified(),
+    "run.lock": lambda run: run.lock_holder(),
+    "ranks/node-0.json": lambda run: run.read_ranks() or None,
+    "checkpoints/step-00000001/manifest.json": lambda run: checkpoint_dirs(run.checkpoints) and None,
+    "logs/rank-0.log": lambda run: tail(run.logs / "rank-0.log") or None,
+}
+
+
+@pytest.mark.parametrize("name", PIPES)
+def test_a_pipe_is_not_waited_for_and_counts_as_unreadable(run: RunDirectory, name: str) -> None:
+    as_pipe(run.path / name)
+    with without_waiting():
+        assert PIPES[name](run) is None
+
+
+REFUSED: dict[str, Callable[[RunDirectory], object]] = {
+    "config.toml": lambda run: run.config_text(),
+    "config.toml ": lambda run: config.parse(run.path / "config.toml", of_run=True),
+    "journal.jsonl": lambda run: run.events(),
+    "journal.jsonl ": lambda run: journal.end_of(run.journal_path),
+    "journal.jsonl  ": lambda run: run.append("note"),
+    "metrics.json": lambda run: run.metrics(),
+    "metrics.bin": lambda run: run.metrics(),
+    "metrics.bin ": lambda run: run.rows(0, 1),
+    "metrics.bin  ": lambda run: run.metrics_writer(),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_pipe_is_refused_at_once(run: RunDirectory, name: str) -> None:
+    run.metrics_writer().close()
+    as_pipe(run.path / name.strip())
+    with without_waiting(), pytest.raises((OSError, RunDirectoryError, ConfigError), match="not a regular file"):
+        REFUSED[name](run)
+
+
+def test_a_follower_of_a_pipe_does_not_wait(run: RunDirectory) -> None:
+    as_pipe(run.journal_path)
+    with without_waiting():
+        assert not Follower(run).poll()
+    as_pipe(run.metrics_path)
+    with without_waiting():
+        assert loss_points(run, 3) == []
+
+
+def test_a_configuration_that_is_of_no_run_may_be_a_pipe(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.write(write, b"[run]\nname = 'piped'\n")
+    os.close(write)
+    try:
+        assert config.parse(Path(f"/dev/fd/{read}")) == {"run": {"name": "piped"}}
+    finally:
+        os.close(read)
+
+
+def test_the_journal_says_how_a_run_has_ended_where_there_is_no_status(run: RunDirectory) -> None:
+    assert run.known_status() is None
+    run.append("started", step=0)
+    assert run.known_status() is None
+    run.append("ended", "halted: no budget left", step=7, phase="halted")
+    status = run.known_status()
+    assert status is not None and (status.phase, status.step, status.exit_code) == (Phase.HALTED, 7, 3)
+    run.append("note", "read again")
+    assert run.known_status() == status
+    run.append("restarted", step=4)
+    assert run.known_status() is None, "it goes on"
+    run.append("ended", "words of another version", step=9, phase="dreaming")
+    assert run.known_status() is None
+    run.write_status(Status(run=run.name, phase=Phase.STEP, step=5))
+    assert run.known_status() == run.read_status()
+
+
+def test_numbers_that_64_bits_do_not_hold_make_a_status_and_a_line_unreadable(run: RunDirectory) -> None:
+    run.write_status(Status(run=run.name, phase=Phase.STEP, total_steps=77))
+    path = run.path / "status.json"
+    path.write_bytes(path.read_bytes().replace(b"77", b"9" * 400))
+    assert run.read_status() is None
+    run.append("note", step=77)
+    run.append("note", step=78)
+    run.journal_path.write_bytes(run.journal_path.read_bytes().replace(b"77", b"9" * 400))
+    assert [event.step for event in run.events()] == [78]

@@ -14,6 +14,7 @@ import pytest
 from rich.cells import cell_len
 
 from guardrail.cli import main
+from guardrail.commands.runs import ago
 from guardrail.glance import Glance, glance, glances, loss_points
 from guardrail.records import Phase, Status
 from guardrail.rundir import RunDirectory
@@ -161,3 +162,8 @@ def test_status_of_a_newer_version_is_no_status(tmp_path: Path) -> None:
     status = msgspec.to_builtins(run.read_status())
     (run.path / "status.json").write_bytes(msgspec.json.encode(status | {"phase": "dreaming"}))
     assert glance(run, alive).state == "new"
+
+
+@pytest.mark.parametrize("moment", [0.0, -1.0, -1e308, math.inf, -math.inf, math.nan])
+def test_what_is_no_moment_was_never(moment: float) -> None:
+    assert ago(moment) == ""

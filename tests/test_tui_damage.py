@@ -16,7 +16,7 @@ from textual.pilot import Pilot
 from guardrail import journal
 from guardrail.follow import Follower
 from guardrail.glance import Glance
-from guardrail.records import Command, CommandKind
+from guardrail.records import Command, CommandKind, Phase
 from guardrail.rundir import RunDirectory
 from guardrail.tui import reader as reader_module
 from guardrail.tui.app import GuardrailApp
@@ -272,3 +272,10 @@ async def until(pilot: Pilot[Any], true: Callable[[], bool]) -> None:
     while not true():
         assert time.monotonic() < deadline, "it never came"
         await pilot.pause(0.01)
+
+
+def test_a_run_that_has_ended_is_shown_so_also_without_its_status(tmp_path: Path) -> None:
+    run = small().end(Phase.FINISHED, 0).write(tmp_path)
+    (run.path / "status.json").unlink()
+    said = shown(RunReader(run))
+    assert "FINISHED" in said and "status.json missing" in said

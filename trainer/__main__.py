@@ -53,7 +53,7 @@ def main() -> int:
         from trainer.config import Config
         from trainer.loop import train
 
-        config = load(run.path / "config.toml")
+        config = load(run.path / "config.toml", of_run=True)
         assert isinstance(config, Config)
         train(config, run=run, signals=signals, heartbeat=heartbeat)
     except (Interrupted, UsageError) as error:

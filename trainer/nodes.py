@@ -16,7 +16,7 @@ from collections.abc import Callable
 import msgspec
 
 from guardrail.errors import DataError, GuardrailError, Interrupted
-from guardrail.files import FOLDER_MODE, encode_json, replace_file
+from guardrail.files import FOLDER_MODE, encode_json, read_file, replace_file
 from guardrail.heartbeat import this_start
 from guardrail.records import Record
 from guardrail.rundir import RunDirectory
@@ -115,7 +115,7 @@ class NodesReady:
 
     def _read(self, node: int) -> NodeReport:
         try:
-            return msgspec.json.decode((self._folder / f"node-{node}.json").read_bytes(), type=NodeReport)
+            return msgspec.json.decode(read_file(self._folder / f"node-{node}.json"), type=NodeReport)
         except (OSError, msgspec.DecodeError):
             return NodeReport()
 

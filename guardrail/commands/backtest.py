@@ -149,7 +149,7 @@ def _settings_for(log: Log, settings: GuardSection, *, given: bool) -> tuple[Gua
 
     if log.folder is None or given:
         return settings, False
-    return load_guard(log.folder / "config.toml"), True
+    return load_guard(log.folder / "config.toml", of_run=True), True
 
 
 def _labels(path: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import click
@@ -58,10 +59,10 @@ def command(as_json: bool, plain: bool, read_only: bool, theme: str | None, no_m
 
 
 def ago(moment: float) -> str:
-    """ "3 s ago", "2 h ago"; "" for never."""
-    seconds = max(0.0, time.time() - moment)
-    if not moment:
+    """ "3 s ago", "2 h ago"; "" for never, and for what is no moment."""
+    if not 0.0 < moment < math.inf:
         return ""
+    seconds = max(0.0, time.time() - moment)
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= size:
             return f"{int(seconds // size)} {unit} ago"

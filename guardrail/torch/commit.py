@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from guardrail.errors import GuardrailError
-from guardrail.files import FILE_MODE, FOLDER_MODE, TEMPORARY, replace_file, sync_folder, write_all
+from guardrail.files import FILE_MODE, FOLDER_MODE, TEMPORARY, read_file, replace_file, sync_folder, write_all
 from guardrail.manifest import (
     BUFFER,
     FORMAT,
@@ -203,10 +203,10 @@ def collect(
             if rank not in reports:
                 failure = job.folder / _failed_name(rank)
                 if failure.exists():
-                    why = failure.read_text(encoding="utf-8", errors="replace")
+                    why = read_file(failure).decode("utf-8", "replace")
                     raise SaveFailed(f"rank {rank}: {why or 'no room to say why'}")
                 with contextlib.suppress(FileNotFoundError):
-                    content = (job.folder / _report_name(rank)).read_bytes()
+                    content = read_file(job.folder / _report_name(rank))
                     reports[rank] = msgspec.json.decode(content, type=RankReport)
         silent = sorted(set(range(job.world)) - set(reports))
         if refused := sorted(known & set(silent)):

@@ -10,6 +10,7 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
+from guardrail.files import open_file
 from guardrail.tui.format import brief
 
 KEPT_LINES = 2000  # of all logs together
@@ -76,7 +77,7 @@ class _Log:
             begin = 0 if size < self._offset else max(0, self._offset)  # it was cut: from the start
             if size - begin > CHUNK:
                 begin, self._rest, self._skipping = size - CHUNK, b"", True  # the line that we land in is torn
-            with open(self._path, "rb") as file:
+            with open_file(self._path) as file:
                 file.seek(begin)
                 data = file.read(CHUNK)
         except OSError:

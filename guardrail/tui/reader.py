@@ -251,6 +251,8 @@ class RunReader:
         if update.events:
             self._digest.add(update.events)
             self._publish(story=self._digest.story())
+            if self._latest.status is None and (ended := self._run.status_of_end(update.events)) is not None:
+                self._publish(status=ended, heard=ended.heartbeat)
         first, end = update.rows
         with self._tracking:
             if view is not None and rows is not None and first < end:
