@@ -517,7 +517,8 @@ def test_the_loss_of_split_logits_is_the_loss_of_whole_ones(world: int, tmp_path
     for total, count, _ in parts:
         torch.testing.assert_close(total, expected.detach(), rtol=1e-6, atol=0)
         assert count == 17
-    torch.testing.assert_close(torch.cat([gradient for *_, gradient in parts], -1), whole.grad, rtol=1e-5, atol=1e-7)
+    # A gradient is 3 (p - y): where p is near to y, what is left has the rounding of numbers up to 3.
+    torch.testing.assert_close(torch.cat([gradient for *_, gradient in parts], -1), whole.grad, rtol=1e-5, atol=1e-6)
 
 
 def _split_loss(rank: int, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor]:
