@@ -132,24 +132,14 @@ async def test_a_note_goes_into_the_journal_with_a_name() -> None:
     assert not (await act("n", "q", "p", "enter", script=written)).sent
 
 
-async def test_a_word_to_the_viewer_leaves_with_the_next_key_or_after_a_while() -> None:
-    """It said that there is no state to go back to, beside a list of four."""
+def test_why_a_key_did_nothing_is_said_for_ten_seconds() -> None:
+    """It said for a minute that there is no state to go back to, beside a list of four."""
     fake = FakeRun().begin()
-    clock = [fake.time]
-
-    async def look(pilot: Pilot[None], reader: FakeReader) -> None:
-        line = pilot.app.screen.query_one("#message", Lines)
-        assert "no snapshot or checkpoint to go back to yet" in text_of(line)
-        await pilot.press("2")
-        await pilot.pause(0.5)
-        assert "no snapshot" not in text_of(line)
-
-    assert not (await act("r", fake=fake, script=look)).sent
-    desk = controls.Desk(FakeReader(snapshot_of(fake)), lambda: clock[0])
-    desk.notice("nothing to go back to")
-    view = View(snapshot_of(fake), clock[0])
-    assert desk.message(view)[0] == "nothing to go back to"
-    assert desk.message(replace(view, now=clock[0] + 11.0)) == ("", "plain")
+    desk = controls.Desk(FakeReader(snapshot_of(fake)), lambda: fake.time)
+    desk.notice("there is no snapshot or checkpoint to go back to yet")
+    view = View(snapshot_of(fake), fake.time)
+    assert desk.message(replace(view, now=fake.time + 9.0))[0].startswith("there is no snapshot")
+    assert desk.message(replace(view, now=fake.time + 11.0)) == ("", "plain")
 
 
 async def test_a_preview_says_what_is_lost_before_anything_is_sent() -> None:

@@ -62,7 +62,7 @@ class GuardrailApp(Themed[None]):
         self._monotonic = time.monotonic
         self._shown = reader.latest()
         self._desk = Desk(reader, clock)
-        self._typing = Typing(self._hand_on, self._takes, self._busy)
+        self._typing = Typing(super().on_event, self._takes, self._busy)
 
     def get_default_screen(self) -> Cockpit:
         return Cockpit(self._view(), self._desk)
@@ -90,10 +90,6 @@ class GuardrailApp(Themed[None]):
             await self._typing.press(event)
         else:
             await super().on_event(event)
-
-    async def _hand_on(self, key: Key) -> None:
-        self._desk.forget_notice()
-        await super().on_event(key)
 
     def _takes(self, key: Key) -> str:
         """What whoever has the keys does with one: only a dialog does not take each at once."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from guardrail.preview import Preview
 
 SHOWN_SECONDS = 60.0  # an answer stays this long
-NOTICE_SECONDS = 10.0  # and a word to the viewer, who presses a key and reads it, so long; it may be untrue soon
+NOTICE_SECONDS = 10.0  # why a key did nothing, so long: it may not be true any more after that
 RENEW_SECONDS = 1.0  # between two previews of a command that somebody looks at
 
 
@@ -111,10 +111,6 @@ class Desk:
     def notice(self, text: str, tone: str = "warn") -> None:
         """Something for the viewer alone."""
         self._notice = (text, tone, self._clock())
-
-    def forget_notice(self) -> None:
-        """The viewer has read it and goes on."""
-        self._notice = None
 
     def message(self, view: View) -> tuple[str, str]:
         """(text, tone) of the message line."""
