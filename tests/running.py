@@ -41,6 +41,7 @@ SHAPES = [(1, "ddp"), (2, "ddp"), (2, "fsdp")]
 # The same for tests of which one shape is enough while one works: .ci/run runs the sharded one, which costs three times
 # as much, after the tests.
 FEW_SHAPES = [*SHAPES[:2], pytest.param(*SHAPES[2], marks=pytest.mark.ci_slow)]
+ONE_SHAPE = [SHAPES[0], *(pytest.param(*shape, marks=pytest.mark.ci_slow) for shape in SHAPES[1:])]
 # [guard]: where no replay tells that the data alone is to blame, three rejections in a row call for a rollback.
 BLIND: dict[str, Any] = {"cause_test": False}
 # What two runs must have in common, bit by bit.

@@ -102,6 +102,7 @@ def test_ten_documents_of_noise(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_ten_documents_of_noise_on_two_ranks(tmp_path: Path, strategy: str) -> None:
     bad = plant(tmp_path)

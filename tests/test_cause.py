@@ -75,6 +75,7 @@ def test_hardware_that_is_not_borne_ends_the_run_with_the_ranks_and_hosts_name(t
     assert ended.step == 25 and not spans(run), "no data was left out for it"
 
 
+@pytest.mark.ci_slow
 def test_a_run_does_not_know_that_it_has_been_tested(tmp_path: Path) -> None:
     """With dropout, on 2 fsdp ranks, and nothing that a cause would change: only the test itself differs."""
     faults = [spike(step=18, first=136, last=144), spike(first=300, last=302)]

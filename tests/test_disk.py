@@ -87,7 +87,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield folder
 
 
-@pytest.mark.parametrize("leave", [256 * 1024, 0])
+@pytest.mark.parametrize("leave", [pytest.param(256 * 1024, marks=pytest.mark.ci_slow), 0])
 def test_a_disk_that_fills_up_and_is_freed_again(
     tmp_path: Path, small_disk: Path, undisturbed: RunDirectory, leave: int
 ) -> None:

@@ -25,7 +25,9 @@ def stretch(first: int, batches: int) -> dict[str, Any]:
     return {"kind": "spike_loss", "first": first, "last": first + batches * BATCH, "value": 50.0}
 
 
-@pytest.mark.parametrize(("world", "strategy"), [(2, "ddp"), pytest.param(2, "fsdp", marks=pytest.mark.ci_slow)])
+@pytest.mark.parametrize(
+    ("world", "strategy"), [(1, "ddp"), *(pytest.param(2, kind, marks=pytest.mark.ci_slow) for kind in ("ddp", "fsdp"))]
+)
 def test_every_rung_is_exact_through_a_crash(tmp_path: Path, world: int, strategy: str) -> None:
     config = tiny(
         tmp_path,

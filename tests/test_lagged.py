@@ -89,7 +89,7 @@ FAULTS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("world", "strategy"), [(1, "ddp"), (2, "ddp")])
+@pytest.mark.parametrize(("world", "strategy"), [(1, "ddp"), pytest.param(2, "ddp", marks=pytest.mark.ci_slow)])
 def test_a_batch_a_stretch_the_hardware_and_the_state(tmp_path: Path, world: int, strategy: str) -> None:
     faults = [
         *FAULTS["nan_loss"],

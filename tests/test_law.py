@@ -254,6 +254,7 @@ def test_a_suspect_checkpoint_is_not_gone_on_from_though_it_is_the_newest(tmp_pa
 NOISE = (506, 507, 512, 513, 514, 515)  # two samples of a batch that is applied, and four of the one behind it
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_a_rollback_leaves_out_the_few_samples_that_explain_it(tmp_path: Path, strategy: str) -> None:
     faults = [

@@ -76,9 +76,9 @@ MESHES: dict[str, tuple[int, dict[str, Any]]] = {
     "tp-hybrid": (8, {"dp_replicate": 2, "dp_shard": 2, "tp": 2}),
 }
 ALONE = ("tp", "sequence")
-QUICK = ("zero2", "sequence", "pp")
+QUICK = ("sequence", "pp")
 # .ci/run runs these after the tests.
-CI = ("hybrid", "pp-sequence")
+CI = ("zero2", "hybrid", "pp-sequence")
 
 
 def marks_of(name: str) -> tuple[pytest.MarkDecorator, ...]:
@@ -272,11 +272,11 @@ PAIRS = [
     ("chunks", "one"),
     ("pp", "chunks-shards"),
 ]
+# The first two in .ci/run, the next two every time.
 RESHARD = [
-    pytest.param(
-        *pair, marks=() if pair in PAIRS[1:4] else pytest.mark.ci_slow if pair in PAIRS[:1] else pytest.mark.slow
-    )
-    for pair in PAIRS
+    *(pytest.param(*pair, marks=pytest.mark.ci_slow) for pair in PAIRS[:2]),
+    *PAIRS[2:4],
+    *(pytest.param(*pair, marks=pytest.mark.slow) for pair in PAIRS[4:]),
 ]
 # A batch is left out before the stop, and its quarantine must come along; fp16, and its scale has moved.
 BEFORE: dict[str, Any] = {
