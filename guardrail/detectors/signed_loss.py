@@ -70,9 +70,16 @@ class SignedLoss:
         self._values: deque[float] = deque(maxlen=KEEP)
 
     @property
-    def signed(self) -> bool:
-        """Whether the loss is treated as signed."""
-        return self.kind in (LossKind.SIGNED, LossKind.DOUBTFUL)
+    def kind(self) -> LossKind:
+        """What is known of the loss."""
+        return self._kind
+
+    @kind.setter
+    def kind(self, kind: LossKind) -> None:
+        self._kind = kind
+        # Whether the loss is treated as signed; kept, since each step asks for it.
+        self.signed = kind in (LossKind.SIGNED, LossKind.DOUBTFUL)
+        self._is_positive = kind is LossKind.POSITIVE
 
     def declare(self) -> None:
         """A signal is recorded beside it that only reinforcement learning has."""
@@ -80,8 +87,10 @@ class SignedLoss:
             self.kind, self._named = LossKind.SIGNED, True
 
     def observe(self, obs: Observation) -> list[Finding]:
+        if not self.signed:
+            return []
         value = obs.signals.get(LOSS)
-        if not self.signed or value is None or not math.isfinite(value) or len(self._values) < LEAST:
+        if value is None or not math.isfinite(value) or len(self._values) < LEAST:
             return []
         middle, spread = self._scale()
         distance = abs(value - middle)
@@ -110,9 +119,9 @@ class SignedLoss:
 
     def accept(self, obs: Observation, left_out: Sequence[Jumps] = ()) -> None:
         value = obs.signals.get(LOSS)
-        if value is None or not math.isfinite(value):
+        if value is None or (self._is_positive and value > 0.0) or not math.isfinite(value):
             return
-        if self.kind is LossKind.POSITIVE and (value > 0.0 or obs.step == self._step):
+        if self._is_positive and obs.step == self._step:
             return
         self._step = obs.step
         if self._given == "auto" and not self._named:
