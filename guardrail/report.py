@@ -275,7 +275,9 @@ def _state(run: RunDirectory, status: Status | None, events: list[Event]) -> tup
         phase = turn.data.get("phase")
         return clean(str(phase or (status.phase.value if status else "ended")), 40), turn
     if status is None:
-        return ("new" if turn is None else "lost" if run.lock_holder() is None else "running"), None
+        if turn is None:
+            return "new", None
+        return ("lost" if run.lock_holder() is None else "running"), None
     if status.phase.ended:
         return status.phase.value, None
     return ("running" if is_alive(run, status) else "lost"), None
