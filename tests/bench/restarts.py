@@ -122,10 +122,9 @@ class Stage:
         launched = lab.guardrail("launch", "c.toml", "--detach", timeout=START_SECONDS)
         assert launched.returncode == 0, launched.stderr
         run = lab.newest()
-        before = strike(lab, run, kind, rank, disk)
-        began = time.monotonic()
-        trained = wait(lambda: trains_again(run, before), LIMIT_SECONDS * 2)
-        seconds = time.monotonic() - began
+        struck = strike(lab, run, kind, rank, disk)
+        trained = wait(lambda: trains_again(run), LIMIT_SECONDS * 2)
+        seconds = time.time() - struck
         failures = count_failures(run)
         wrong = "" if trained else f"did not train again; {last_line(run)}"
         if not wrong and failures != 1:
@@ -166,33 +165,38 @@ def injection(kind: str, rank: int, mark: Path, steps: int) -> dict[str, str]:
     }
 
 
-def strike(lab: InjectedLab, run: RunDirectory, kind: str, rank: int, disk: Path) -> Status:
-    """Let the fault happen; returns the status of the run before it."""
+def strike(lab: InjectedLab, run: RunDirectory, kind: str, rank: int, disk: Path) -> float:
+    """Let the fault happen; returns when it happened (time.time())."""
+    mark = Path(lab.variables["RESTARTS_MARK"])
+    if kind in ("save", "end"):  # it strikes by itself, and the run may have trained for a moment only
+        return time_of(mark)
     if kind == "set-up":
         assert wait(lambda: pid_of(run, rank, (Phase.STARTING, Phase.SETUP)), START_SECONDS), "no rank in set-up"
-        before = status_of(run)
         os.kill(pid_of(run, rank), signal.SIGKILL)
-        return before
+        return time.time()
     assert wait(lambda: status_of(run).phase is Phase.STEP and status_of(run).step >= 5, START_SECONDS), "no training"
-    before = status_of(run)
-    mark = Path(lab.variables["RESTARTS_MARK"])
-    if kind in ("save", "end", "memory"):
+    if kind == "memory":
         Path(f"{mark}.strike").touch()
-        assert wait(mark.exists, START_SECONDS), "the fault did not happen"
-        return before
+        return time_of(mark)
     if kind == "disk":
         fill(disk / "filler")
     os.kill(pid_of(run, rank), signal.SIGSTOP if kind == "stop" else signal.SIGKILL)
     if kind == "disk":
         time.sleep(FULL_SECONDS)
         (disk / "filler").unlink()
-    return before
+    return time.time()
 
 
-def trains_again(run: RunDirectory, before: Status) -> bool:
-    """Whether ranks of another start train, or have ended the run as it should end."""
+def time_of(mark: Path) -> float:
+    """When the fault struck, as its mark says."""
+    assert wait(mark.exists, START_SECONDS), "the fault did not happen"
+    return mark.stat().st_mtime
+
+
+def trains_again(run: RunDirectory) -> bool:
+    """Whether ranks of another start than the first train, or have ended the run as it should end."""
     status = run.read_status()
-    if status is None or status.start == before.start:
+    if status is None or status.restarts == 0:
         return False
     return status.phase is Phase.FINISHED or (status.phase is Phase.STEP and status.step > 1)
 
