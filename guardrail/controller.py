@@ -92,24 +92,20 @@ class Controller(Facts):
         self._advice = Advice()
         self._resumed = 0  # rows that are still to be held against what was before a resume
         self._jumped: set[str] = set()  # signals of which a jump has been told
-        # Losses of the last applied steps, accepted or not: what the status says of an incident that is not over.
-        self._applied_losses: deque[float] = deque(maxlen=LEAST)
+        # (step, loss) of the last steps that were applied and are not among `_losses`: a detector objected, the mode
+        # was off, or the loss is signed.
+        self._other_losses: deque[tuple[int, float]] = deque(maxlen=LEAST)
 
     # -- one step ------------------------------------------------------------------------------------------------
 
     def observe(self, obs: Observation) -> Verdict:
         """Judge one step. In APPLY the step is taken as applied; anything else changes no state but for overflows."""
-        verdict = self._judge(obs)
-        if verdict.action is Action.APPLY:
-            self._note_loss(obs)
-        return verdict
-
-    def _judge(self, obs: Observation) -> Verdict:
         if obs.overflow or overflows(obs):
             return self._overflowed(obs if obs.overflow else structs.replace(obs, overflow=True))
         if self.mode is Mode.OFF:
             self._overflows = 0
             self._history.append(Applied(obs.step, obs.first, obs.last))
+            self._note_other_loss(obs)
             return Verdict(action=Action.APPLY, step=obs.step)
         findings: list[Finding] = []
         if self._history and obs.step < self._history[-1].step:
@@ -173,8 +169,8 @@ class Controller(Facts):
             accept(obs, left_out)
         self._history.append(Applied(obs.step, obs.first, obs.last))
         loss = obs.signals.get(LOSS)
-        if loss is not None and math.isfinite(loss) and not self.watchers.loss_is_signed:
-            self._losses.append((obs.step, loss))
+        if loss is not None and math.isfinite(loss):
+            (self._other_losses if self.watchers.loss_is_signed else self._losses).append((obs.step, loss))
         self._overflows = 0
         self._advice.accepted()
         if not findings and not self.incidents.open and not self.incidents.unresolved:
@@ -248,6 +244,7 @@ class Controller(Facts):
         if self.mode is Mode.ADVISE:
             taken, would = Action.OVERFLOW if obs.overflow else Action.APPLY, done.action
             self._advise(done, obs, findings, onset)
+            self._note_other_loss(obs)
         elif (self.mode is Mode.ASK and done.action in (Action.ROLLBACK, Action.HALT)) or done.rung == "pause":
             taken, would = Action.PAUSE, done.action
         elif number is None:
@@ -371,6 +368,7 @@ class Controller(Facts):
         else:
             self._history.append(Applied(obs.step, obs.first, obs.last))
             self._overflows = 0
+            self._note_other_loss(obs)
         return Verdict(
             action=Action.APPLY,
             step=obs.step,
@@ -404,7 +402,7 @@ class Controller(Facts):
             detector.accept(obs)
         self._history.append(Applied(obs.step, obs.first, obs.last))
         self._overflows = 0
-        self._note_loss(obs)
+        self._note_other_loss(obs)
 
     def set_mode(self, mode: Mode) -> None:
         """Takes effect with the next step. Leaving `off`, detectors begin anew: what they knew is out of date."""
@@ -482,7 +480,8 @@ class Controller(Facts):
             return None
         one = next((one for one in incidents.unresolved if one.onset == since), None)
         number, curve = (incidents.number, incidents.curve) if one is None else (one.number, one.curve)
-        losses = list(self._applied_losses) or [loss for step, loss in self._losses if step >= since][-LEAST:]
+        applied = sorted(pair for pair in (*self._losses, *self._other_losses) if pair[0] >= since)
+        losses = [loss for _, loss in applied[-LEAST:]]
         last = self._history[-1].step if self._history else since
         return Unresolved(
             incident=number,
@@ -492,10 +491,10 @@ class Controller(Facts):
             expected=None if curve is None else expected(curve, min(max(last, 1), since + MOST)),
         )
 
-    def _note_loss(self, obs: Observation) -> None:
+    def _note_other_loss(self, obs: Observation) -> None:
         loss = obs.signals.get(LOSS)
         if loss is not None and math.isfinite(loss):
-            self._applied_losses.append(loss)
+            self._other_losses.append((obs.step, loss))
 
     # -- state: rolls back ---------------------------------------------------------------------------------------
 
@@ -518,7 +517,7 @@ class Controller(Facts):
         self._history.extend(Applied(*batch) for batch in state["history"])
         self._losses.clear()
         self._losses.extend((int(step), float(loss)) for step, loss in state.get("losses", ()))
-        self._applied_losses.clear()
+        self._other_losses.clear()
         self._overflows = int(state.get("overflows", 0))
         advise = self.mode is Mode.ADVISE
         self._advice = Advice.of(state["advice"]) if advise else Advice()

@@ -49,18 +49,20 @@ class SignedLoss:
     """
 
     signals = (LOSS,)
+    kind: LossKind  # what is known of the loss
+    signed: bool  # whether it is treated as signed
 
     def __init__(self, given: str) -> None:
         self._given = given
         self._named = given == "signed"  # it is signed whatever its values are
         named = {"signed": LossKind.SIGNED, "positive": LossKind.POSITIVE}
-        self.kind = named.get(given, LossKind.UNKNOWN)
+        self._become(named.get(given, LossKind.UNKNOWN))
         self.reset()
 
     def reset(self) -> None:
         """What has been decided stays: a new level or other data make it no other kind of number."""
         if self.kind is LossKind.DOUBTFUL:
-            self.kind = LossKind.UNKNOWN
+            self._become(LossKind.UNKNOWN)
         # Of the first losses; later on those below 0 are counted.
         self._records = 0 if self.kind is LossKind.UNKNOWN else FIRST
         self._not_positive = 0
@@ -69,22 +71,16 @@ class SignedLoss:
         self._last = math.nan
         self._values: deque[float] = deque(maxlen=KEEP)
 
-    @property
-    def kind(self) -> LossKind:
-        """What is known of the loss."""
-        return self._kind
-
-    @kind.setter
-    def kind(self, kind: LossKind) -> None:
-        self._kind = kind
-        # Whether the loss is treated as signed; kept, since each step asks for it.
+    def _become(self, kind: LossKind) -> None:
+        self.kind = kind
         self.signed = kind in (LossKind.SIGNED, LossKind.DOUBTFUL)
         self._is_positive = kind is LossKind.POSITIVE
 
     def declare(self) -> None:
         """A signal is recorded beside it that only reinforcement learning has."""
         if self._given == "auto":
-            self.kind, self._named = LossKind.SIGNED, True
+            self._become(LossKind.SIGNED)
+            self._named = True
 
     def observe(self, obs: Observation) -> list[Finding]:
         if not self.signed:
@@ -141,13 +137,14 @@ class SignedLoss:
         self._not_positive += value < 0.0 or (value == 0.0 and self._records <= FIRST)
         if self.kind is LossKind.SIGNED:
             if self._positive > KEEP and self._is_steady():
-                self.kind, self._not_positive = LossKind.POSITIVE, 0
+                self._become(LossKind.POSITIVE)
+                self._not_positive = 0
         elif self._not_positive > MOST_NOT_POSITIVE:
-            self.kind = LossKind.SIGNED
+            self._become(LossKind.SIGNED)
         elif self._records >= FIRST:
-            self.kind = LossKind.POSITIVE
+            self._become(LossKind.POSITIVE)
         elif self._not_positive:
-            self.kind = LossKind.DOUBTFUL
+            self._become(LossKind.DOUBTFUL)
 
     def _is_steady(self) -> bool:
         middle, spread = self._scale() if len(self._values) == KEEP else (0.0, 0.0)
@@ -175,7 +172,8 @@ class SignedLoss:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.reset()
         if self._given == "auto":
-            self.kind, self._named = LossKind(state["kind"]), bool(state["named"])
+            self._become(LossKind(state["kind"]))
+            self._named = bool(state["named"])
         self._positive, self._step = int(state["positive"]), int(state["step"])
         self._records, self._not_positive = int(state["records"]), int(state["not_positive"])
         self._last = math.nan if state["last"] is None else float(state["last"])

@@ -177,7 +177,7 @@ class Spike:
             return
         jump = y - baseline.centre
         note = self._note
-        if jump > note or jump < -note:
+        if not -note <= jump <= note:
             by = self._explained(obs, jump)
             if by:
                 baseline.shift(by)
