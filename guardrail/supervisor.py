@@ -284,7 +284,10 @@ class Supervisor:
     # -- hung ranks
 
     def _end_hung(self, hung: Sequence[Hung]) -> None:
-        """Write down where every local rank stands, then kill them all: one hung rank stops the others too."""
+        """Write down where every local rank stands, and kill them all: one hung rank stops the others too.
+
+        They are killed before the journal is written, since a rank that is stopped may hold the journal's lock.
+        """
         culprit = self._culprit(hung)
         rank = self.ranks.number(culprit.pid)
         name = f"rank {rank}" if rank is not None else f"process {culprit.pid}"
@@ -292,6 +295,9 @@ class Supervisor:
         why = f"has not got ahead for {culprit.seconds:.0f} s"
         if culprit.stopped:
             why = f"is stopped: its process has not run for {culprit.silent:.0f} s"
+        self._last_log = self.run_directory.logs / f"rank-{rank}.log"
+        self._count_start(culprit.pid)
+        self.ranks.kill()
         self.chronicle.record(
             "hung",
             f"{name} {why}, in phase {culprit.phase.value}{where}",
@@ -301,10 +307,7 @@ class Supervisor:
             host=self.host,
             stacks=[f"logs/{file.name}" for file in files],
         )
-        self._last_log = self.run_directory.logs / f"rank-{rank}.log"
-        self._count_start(culprit.pid)
         self._fail(f"{name} {'stopped' if culprit.stopped else 'hung'} in phase {culprit.phase.value}")
-        self.ranks.kill()
 
     def _culprit(self, hung: Sequence[Hung]) -> Hung:
         """Of ranks that stand still together, most of them waiting, the one they wait for.

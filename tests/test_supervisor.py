@@ -185,6 +185,14 @@ def test_a_rank_that_is_stopped_cannot_answer_and_is_replaced_all_the_same(lab: 
     assert kinds(run)[-2:] == ["restarted", "ended"]
 
 
+@pytest.mark.fault("R1")
+def test_a_stopped_rank_that_holds_the_journal_is_killed_before_the_journal_is_written(lab: Lab) -> None:
+    config = configure(lab, "fault = 'lock'\nsteps = 150\nlockstep = true", step_seconds=1.5)
+    result = lab.guardrail("launch", config, "--headless")
+    assert result.returncode == 0, result.stderr
+    assert kinds(lab.newest()) == ["started", "hung", "restarted", "ended"]
+
+
 def test_sigterm_to_a_headless_launch_saves_and_ends_with_130(lab: Lab) -> None:
     process = lab.start("launch", configure(lab, "steps = 100000"), "--headless")
     run = lab.newest()

@@ -1,6 +1,7 @@
 """One rank that needs no torch and no model: it counts steps, saves the count, and misbehaves where it is told to."""
 
 import contextlib
+import fcntl
 import os
 import signal
 import sys
@@ -32,7 +33,9 @@ def misbehave(kind: str, run: RunDirectory) -> None:
         os._exit(4)
     if kind == "hang":
         here_it_hangs()
-    if kind == "freeze":
+    if kind == "lock":
+        fcntl.flock(os.open(run.path / "journal.jsonl", os.O_RDWR), fcntl.LOCK_EX)
+    if kind in ("freeze", "lock"):
         os.kill(os.getpid(), signal.SIGSTOP)
     if kind == "silent":
         os._exit(0)
