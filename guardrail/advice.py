@@ -27,8 +27,7 @@ class Advice:
         self.rollbacks: deque[Rollback] = deque(maxlen=self.KEEP)
 
     def accepted(self) -> None:
-        if self.left_out or self.streak:
-            self.streak, self.left_out = 0, []
+        self.streak, self.left_out = 0, []
 
     def book(self, done: Answer, obs: Observation, findings: Sequence[Finding], onset: int) -> bool:
         """What `auto` would have done about a rejected step; returns whether it would have gone back or halted."""

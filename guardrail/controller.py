@@ -164,7 +164,8 @@ class Controller(Facts):
         findings: tuple[Finding, ...] = (),
         reason: str = "",
     ) -> Verdict:
-        left_out = self._advice.left_out
+        advice = self._advice
+        left_out = advice.left_out
         for accept in watch.accept:
             accept(obs, left_out)
         self._history.append(Applied(obs.step, obs.first, obs.last))
@@ -172,7 +173,8 @@ class Controller(Facts):
         if loss is not None and math.isfinite(loss):
             (self._other_losses if self.watchers.loss_is_signed else self._losses).append((obs.step, loss))
         self._overflows = 0
-        self._advice.accepted()
+        if left_out or advice.streak:
+            advice.accepted()
         if not findings and not self.incidents.open and not self.incidents.unresolved:
             return Verdict(action=Action.APPLY, step=obs.step)
         number, state = self.incidents.healthy(obs.step, self._losses, every_step=self.mode is not Mode.ADVISE)
