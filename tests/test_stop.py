@@ -184,6 +184,17 @@ def test_the_signal_of_the_elastic_agent_is_no_stop_of_the_run(tmp_path: Path) -
     assert of_kind(run, "ended") == []
 
 
+def test_a_resume_that_is_stopped_in_setup_ends_at_the_step_of_the_start_before(tmp_path: Path) -> None:
+    run = new_run(config_of(tmp_path))
+    run.append("started", step=0)
+    run.append("ended", step=30, timeline=2, phase="stopped", exit_code=130)
+    with pytest.MonkeyPatch.context() as patch:
+        in_tokenizing(patch, signal.SIGUSR1, 0)
+        assert train(run, 2) == "stopped"
+    newest = run.events()[-1]
+    assert (newest.kind, newest.step, newest.timeline, newest.data["phase"]) == ("ended", 30, 2, "stopped")
+
+
 @pytest.mark.parametrize("name", list(SIGNALS))
 def test_stopped_while_paused(tmp_path: Path, undisturbed: Callable[..., RunDirectory], name: str) -> None:
     whole = undisturbed()

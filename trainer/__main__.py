@@ -34,6 +34,14 @@ def has_supervisor() -> bool:
 REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what a disk says that takes nothing
 
 
+def write_end(run: RunDirectory, error: GuardrailError, phase: Phase) -> None:
+    """Journal the end of a start that has trained nothing, at the step that the starts before it have reached."""
+    events = run.events()
+    step, timeline = (events[-1].step, events[-1].timeline) if events else (0, 0)
+    code, text = int(error.exit_code), str(error)
+    run.append("ended", text, step=step, timeline=timeline, phase=phase.value, exit_code=code, reason=text)
+
+
 def main() -> int:
     folder = os.environ.get("GUARDRAIL_RUN")
     if not folder:
@@ -63,7 +71,7 @@ def main() -> int:
             return KILLED  # nobody has stopped the run: another rank has failed, and all are about to start again
         if rank == 0:
             with contextlib.suppress(OSError):  # a full disk must not turn a stop into a failure
-                run.append("ended", str(error), phase=phase.value, exit_code=int(error.exit_code), reason=str(error))
+                write_end(run, error, phase)
         heartbeat.at(phase)
     except GuardrailError as error:
         print(error, file=sys.stderr)
