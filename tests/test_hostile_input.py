@@ -321,14 +321,18 @@ def read_hostile(content: bytes, name: str) -> None:
                         check_message(line)
 
 
-@pytest.mark.fault("R11")
 @pytest.mark.parametrize(
     "content",
     [
-        b'{"step": 1, "loss": ' + b"9" * 400 + b"}\n",
-        b'{"step": ' + b"9" * 400 + b', "loss": 4.5}\n{"step": 2, "loss": 4.4}\n',
-        b"s:" + b"9" * 400 + b" trl:4.5\ns:2 trl:4.4\n",
-        b"s:" + b"9" * 5000 + b" trl:4.5\ns:2 trl:4.4\n",
+        *(
+            pytest.param(content, marks=pytest.mark.fault("R11"))
+            for content in (
+                b'{"step": 1, "loss": ' + b"9" * 400 + b"}\n",
+                b'{"step": ' + b"9" * 400 + b', "loss": 4.5}\n{"step": 2, "loss": 4.4}\n',
+                b"s:" + b"9" * 400 + b" trl:4.5\ns:2 trl:4.4\n",
+                b"s:" + b"9" * 5000 + b" trl:4.5\ns:2 trl:4.4\n",
+            )
+        ),
         b'{"loss": ' + b'{"a": ' * 900 + b"1" + b"}" * 900 + b"}\n",
         b'{"log_history": [{"loss": ' + b'{"a": ' * 900 + b"1" + b"}" * 900 + b"}]}",
         b"[" * 3000,
@@ -341,7 +345,6 @@ def test_logs_that_no_one_would_write(content: bytes) -> None:
     read_hostile(content, "log.jsonl")
 
 
-@pytest.mark.fault("R11")
 @QUICK
 @given(st.sampled_from([*LINES, "events"]), st.integers(0, 2**32), st.binary(max_size=40))
 def test_any_damage_to_a_log(kind: str, seed: int, tail: bytes) -> None:
@@ -365,17 +368,21 @@ def test_the_values_of_the_launcher_are_all_tried() -> None:
     assert len([key for key in keys_of() if key[0] == "launch"]) == len(_fields(LaunchSection))
 
 
-@pytest.mark.fault("R11")
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (b"[" * 3000, "not JSON"),
+        pytest.param(b"[" * 3000, "not JSON", marks=pytest.mark.fault("R11")),
         (b"\xff", "not JSON"),
         (b"[1]", "expected an object with one entry for each run"),
-        (b'{"log": 3}', "log: Expected `object`, got `int`"),
-        (b'{"log": {"use": "score"}}', "log: expected labels, a list of [STEP, KIND, NOTE]"),
-        (b'{"log": {"use": "score", "labels": [[1]]}}', "length 3"),
-        (b'{"log": {"use": "score", "labels": [], "auto_tolerated": [["a", "b"]]}}', "expected auto_tolerated"),
+        *(
+            pytest.param(labels, message, marks=pytest.mark.fault("R11"))
+            for labels, message in (
+                (b'{"log": 3}', "log: Expected `object`, got `int`"),
+                (b'{"log": {"use": "score"}}', "log: expected labels, a list of [STEP, KIND, NOTE]"),
+                (b'{"log": {"use": "score", "labels": [[1]]}}', "length 3"),
+                (b'{"log": {"use": "score", "labels": [], "auto_tolerated": [["a", "b"]]}}', "expected auto_tolerated"),
+            )
+        ),
     ],
 )
 def test_labels_that_are_none(place: Path, labels: bytes, message: str) -> None:

@@ -127,17 +127,17 @@ def test_expectation_and_hint_of_an_error_are_masked_too() -> None:
     assert "expected a path" in str(ConfigError("a path", key="run", value=endless))
 
 
-@pytest.mark.fault("A3")
 @pytest.mark.parametrize(
     "override",
     [
-        *(
-            f"notify.webhook=ftp://{MARK}",
-            f"notify.webhook {ADDRESS}",
-            f"webhook={ADDRESS}",
-            f"notify.webhook.x={MARK}",
-        ),
-        *(f"notify={MARK}", f"notify = {MARK}", f'notify.apprise="{MARK}"', f"run.name.x={{webhook='{MARK}'}}"),
+        pytest.param(f"notify.webhook=ftp://{MARK}", marks=pytest.mark.fault("A3")),
+        pytest.param(f"notify.webhook {ADDRESS}", marks=pytest.mark.fault("A3")),
+        pytest.param(f"webhook={ADDRESS}", marks=pytest.mark.fault("A3")),
+        f"notify.webhook.x={MARK}",
+        pytest.param(f"notify={MARK}", marks=pytest.mark.fault("A3")),
+        pytest.param(f"notify = {MARK}", marks=pytest.mark.fault("A3")),
+        pytest.param(f'notify.apprise="{MARK}"', marks=pytest.mark.fault("A3")),
+        pytest.param(f"run.name.x={{webhook='{MARK}'}}", marks=pytest.mark.fault("A3")),
     ],
 )
 def test_nor_does_one_about_an_override(tmp_path: Path, override: str) -> None:
