@@ -65,7 +65,7 @@ def timeline_changed(shown: Shown | None, *, timeline: int, step: int) -> str:
     """Whether the run has gone back since a command was shown; "" if it has not."""
     if shown is None or shown.timeline is None or shown.timeline == timeline:
         return ""
-    return f"the run has gone back since it was shown: it is at step {step} of timeline {timeline} now"
+    return f"the run has gone back meanwhile: it is at step {step} of timeline {timeline} now"
 
 
 def setting_changed(shown: Shown | None, now: float, words: str) -> str:

@@ -270,7 +270,7 @@ def test_a_command_whose_target_or_cost_has_changed_is_refused(tmp_path: Path) -
             "it would go back to step": replace(shown, to_step=3),
             "as shown": replace(shown, tier="disk"),
             "steps now, not 0 as shown": replace(shown, to_step=0, tier="disk", steps_lost=0, steps_lost_most=0),
-            "the run has gone back since it was shown": replace(shown, timeline=7),
+            "the run has gone back meanwhile": replace(shown, timeline=7),
         }
         for words, one in refused.items():
             value = 0.0 if one.to_step == 0 else float("nan")
@@ -280,7 +280,7 @@ def test_a_command_whose_target_or_cost_has_changed_is_refused(tmp_path: Path) -
         first = replace(shown, to_step=0, tier="disk", steps_lost_most=1 << 40)
         given = {"kind": CommandKind.ROLLBACK, "value": 0.0, "shown": first}
         loser = at_once(asking, given, given)[1]
-        assert "the run has gone back since it was shown" in asking.reason(loser)
+        assert "the run has gone back meanwhile" in asking.reason(loser)
         assert "of timeline 1 now" in asking.reason(loser) and len(asking.lines("rollback")) == 1
 
 
@@ -313,6 +313,24 @@ def test_two_that_answer_from_the_command_line_at_once(tmp_path: Path) -> None:
         main = CliRunner().invoke(ctl, [str(asking.run.path), "answer", "stop", "--question", str(question)])
         assert isinstance(main.exception, UsageError) and "is over" in str(main.exception)
         assert asking.guard.phase is None
+
+
+@pytest.mark.fault("T4")
+def test_two_that_roll_back_from_the_command_line_at_once_go_back_once(tmp_path: Path) -> None:
+    with Asking(tmp_path, every=0) as asking:
+        wait_for(lambda: (status := asking.run.read_status()) and status.step > 12, what="some steps")
+        commands = [control.bound(asking.run, control.parse("rollback", None)) for _ in range(2)]
+        for command in commands:
+            asking.run.send(command)
+        effects = asking.outcomes(*(command.id for command in commands))
+        assert sorted(effects) == ["applied", "refused"] and len(asking.lines("rollback")) == 1
+        refused = commands[effects.index("refused")].id
+        assert "the run has gone back meanwhile" in asking.reason(refused)
+        # What is sent after it holds again; and what waits for a step holds on any timeline.
+        again = control.bound(asking.run, control.parse("rollback", None))
+        asking.run.send(again)
+        assert asking.outcomes(again.id) == ["applied"]
+        assert control.bound(asking.run, control.parse("rollback", None, at_step=10**6)).shown is None
 
 
 # -- two that start one run
