@@ -419,6 +419,23 @@ async def test_a_run_that_has_ended_is_not_controlled(key: str) -> None:
     assert not done.sent and "has ended" in done.message
 
 
+@pytest.mark.fault("T4")
+@pytest.mark.parametrize("presses", [["S"], ["r"], ["r", "enter"], ["l"], ["m"], ["u"], ["s"]])
+async def test_a_dialog_that_controls_a_run_closes_when_the_run_ends(presses: list[str]) -> None:
+    fake = example()
+
+    async def ends(pilot: Pilot[None], reader: FakeReader) -> None:
+        assert isinstance(pilot.app.screen, Dialog)
+        fake.end(Phase.STOPPED, ExitCode.INTERRUPTED)
+        reader.put(snapshot_of(fake))
+        await pilot.pause(0.3)
+        assert isinstance(pilot.app.screen, Cockpit)
+        await pilot.press("enter")
+
+    done = await act(*presses, fake=fake, script=ends)
+    assert not done.sent and done.message == "the run has ended (stopped); there is nothing to control"
+
+
 async def test_a_click_only_marks() -> None:
     async def click(pilot: Pilot[None], reader: FakeReader) -> None:
         body = pilot.app.screen.query_one(".body", Lines)
@@ -779,7 +796,7 @@ async def test_an_answer_is_shown_with_its_step() -> None:
 
 async def test_a_refusal_is_shown_with_its_reason() -> None:
     assert await answers(Answer(False, 1290, "the disk is full")) == (
-        "✗ checkpoint: refused at step 1,290: the disk is full"
+        "✗ refused: the disk is full: checkpoint, at step 1,290"
     )
 
 

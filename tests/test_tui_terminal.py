@@ -221,6 +221,32 @@ def test_a_screen_that_is_killed_leaves_the_terminal_usable(
     assert f"the screen was ended by {number.name}; training is not affected".encode() in screen.output
 
 
+@pytest.mark.fault("E9")
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGTSTP])
+def test_a_screen_that_is_stopped_leaves_the_terminal_usable_and_draws_all_of_itself_afterwards(
+    number: signal.Signals, run: RunDirectory, opened: list[Terminal]
+) -> None:
+    screen = command(run, opened, "attach", str(run.path))
+    screen.until("incidents")
+    os.kill(screen.screen, number)
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{screen.process.pid}/stat").read_text().split(")")[1].split()[0] != "T":
+        assert time.monotonic() < deadline, "who waits stops too, so that the shell goes on"
+        screen.take(0.1)
+    screen.read()
+    for off in (b"\x1b[?1049l", b"\x1b[?1000l", b"\x1b[?1003l", b"\x1b[?25h"):
+        assert off in screen.output, off
+    assert termios.tcgetattr(screen.slave) == screen.before
+    drawn = len(screen.output)
+    screen.process.send_signal(signal.SIGCONT)
+    while not all(words in screen.output[drawn:] for words in (b"\x1b[?1049h", b"incidents")):
+        assert time.monotonic() < deadline, screen.output[drawn:]
+        screen.take(0.1)
+    screen.press("q")
+    assert screen.ends() == 0
+    assert termios.tcgetattr(screen.slave) == screen.before
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_who_waits_passes_signals_on(number: int, run: RunDirectory, opened: list[Terminal]) -> None:
     before = signal.signal(number, signal.SIG_DFL)  # under nohup it is ignored, and a child would inherit that

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from guardrail.records import CommandKind, Mode, Phase, Shown, SnapshotInfo, Status
 from guardrail.tui import controls
 from guardrail.tui.controls import Desk
-from guardrail.tui.dialogs import Choose, Confirm, Number, Question, Text
+from guardrail.tui.dialogs import Choose, Confirm, Dialog, Number, Question, Text
 from guardrail.tui.format import brief, count, plural, spoken
 from guardrail.tui.lines import Row
 from guardrail.tui.panes.incidents import evidence
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     Base = Screen[None]
 else:
     Base = object
+
+T = TypeVar("T")
 
 MODES = {
     Mode.AUTO: "acts by itself",
@@ -62,9 +64,28 @@ class Commanding(Base):
             self.say(reason)
         return reason is None
 
+    def _open(self, dialog: Dialog[T], done: Callable[[T | None], None]) -> None:
+        """Put a dialog on the screen that can only be of use while the run can be controlled.
+
+        Args:
+            done: what follows its result; None: it was closed.
+        """
+        still_open = dialog.alive
+        dialog.alive = lambda view: _is_controllable(view) and still_open(view)
+
+        def closed(result: T | None) -> None:
+            if dialog.lapsed:
+                self._may()  # says why, where it is the run that has ended
+            else:
+                done(result)
+
+        self.app.push_screen(dialog, closed)
+
     def _command(
         self, kind: CommandKind, value: float, label: str, *, question: int | None = None, shown: Shown | None = None
     ) -> None:
+        if not self._may():
+            return
         self.desk.command(kind, value, label, question=question, shown=shown)
         self.redraw()
 
@@ -124,12 +145,14 @@ class Commanding(Base):
                 self._consider(kind, value, label(value))
 
         dialog = Number(name, self.view, text=text, default=default, parse=lambda t: controls.number(t, kind))
-        self.app.push_screen(dialog, ask)
+        self._open(dialog, ask)
 
     # -- what asks before it is sent
 
     def _consider(self, kind: CommandKind, value: float, label: str, costs: Sequence[str] = ()) -> None:
         """Show what the command would do, and send it on Yes. `costs` stand there until the preview is made."""
+        if not self._may():
+            return
         foreseen = self.desk.foresee(kind, value)
 
         def told(view: View) -> Sequence[str]:
@@ -156,7 +179,7 @@ class Commanding(Base):
             # A stop saves and ends whatever has changed: it waits for nothing.
             return foreseen.last is not None or kind is CommandKind.STOP
 
-        self.app.push_screen(Confirm(f"{label}?", self.view, text=told, yes=label, ready=ready), done)
+        self._open(Confirm(f"{label}?", self.view, text=told, yes=label, ready=ready), done)
 
     def action_stop(self) -> None:
         if not self._may():
@@ -192,7 +215,7 @@ class Commanding(Base):
             if index is not None:
                 self._confirm_rollback(known[index])
 
-        self.app.push_screen(Choose("roll back to", self.view, text=[], options=options, cursor=good), chosen)
+        self._open(Choose("roll back to", self.view, text=[], options=options, cursor=good), chosen)
 
     def _confirm_rollback(self, info: SnapshotInfo) -> None:
         status = self.view.status
@@ -212,7 +235,7 @@ class Commanding(Base):
 
         options = [(f"{mode.value:<8}{MODES[mode]}{' (now)' if mode is now else ''}", "") for mode in modes]
         dialog = Choose("who decides", self.view, text=[], options=options, cursor=modes.index(now))
-        self.app.push_screen(dialog, send)
+        self._open(dialog, send)
 
     # -- the guard asks
 
@@ -256,7 +279,11 @@ class Commanding(Base):
             left=_left,
         )
         dialog.by_itself = by_itself
-        self.app.push_screen(dialog, send)
+        self._open(dialog, send)
+
+
+def _is_controllable(view: View) -> bool:
+    return controls.refusal(view.status, read_only=view.read_only, lost=view.lost) is None
 
 
 @dataclass

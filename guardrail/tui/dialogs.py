@@ -27,6 +27,14 @@ SETTLED_SECONDS = 1.0  # after which a dialog that opened by itself takes Enter
 _AIRY = 18  # rows of the terminal from which on a dialog is set with blank rows
 
 
+def _cut(rows: Sequence[Row], count: int, width: int) -> list[Row]:
+    """The first rows; where there are more, the last of them ends with a sign of it."""
+    kept = list(rows[: max(0, count)])
+    if kept and len(rows) > len(kept):
+        kept[-1] = (*fit(kept[-1], width - 2), (" …", "dim"))
+    return kept
+
+
 class Dialog(ModalScreen[T]):
     """A framed window of at most `WIDTH` cells, with rows that are built anew for every frame.
 
@@ -34,6 +42,7 @@ class Dialog(ModalScreen[T]):
         alive: closes the dialog by itself once it says False (somebody else has answered).
 
     Attributes:
+        lapsed: it has closed by itself.
         by_itself: no key of the viewer has opened it.
         drawn: when its text stood on the screen, by the clock of key events; None: it does not yet.
     """
@@ -44,8 +53,8 @@ class Dialog(ModalScreen[T]):
 
     def __init__(self, name: str, view: View, *, alive: Callable[[View], bool] = lambda view: True) -> None:
         super().__init__()
-        self.label, self.view, self._alive = name, view, alive
-        self.by_itself = False
+        self.label, self.view, self.alive = name, view, alive
+        self.by_itself = self.lapsed = False
         self.drawn: float | None = None
 
     def compose(self) -> ComposeResult:
@@ -91,7 +100,8 @@ class Dialog(ModalScreen[T]):
 
     def show(self, view: View) -> None:
         self.view = view
-        if not self._alive(view):
+        if not self.alive(view):
+            self.lapsed = True
             self.dismiss(None)
             return
         for lines in self.query(Lines):
@@ -102,7 +112,7 @@ class Dialog(ModalScreen[T]):
 
     def _rows(self, view: View, width: int, height: int) -> Sequence[Row]:
         air: list[Row] = [()] * self._airy
-        told = self.body(view, width, height - 1 - 2 * len(air))
+        told = _cut(self.body(view, width, height - 1 - 2 * len(air)), height - 1 - 2 * len(air), width)
         return [title(self.label, width, right=self.corner(), tone="strong"), *air, *told, *air]
 
     @property
@@ -186,7 +196,7 @@ class Choose(Dialog[int]):
         told = self._text(view) if callable(self._text) else self._text
         lines = [line for text in told for line in wrap(text, width - 2)]
         spare = max(0, height - len(tail) - min(len(self.options), _OPTIONS) - 1)
-        rows: list[Row] = [row(f" {line}") for line in lines[:spare]]
+        rows: list[Row] = _cut([row(f" {line}") for line in lines], spare, width)
         while rows and not rows[-1][0][0].strip():
             rows.pop()
         rows += [()] if rows else []
@@ -486,6 +496,6 @@ class Question(Choose):
         return bool(self.options)
 
     def action_evidence(self) -> None:
-        page = Evidence("evidence", self.view, self._evidence, alive=self._alive, left=self._left)
+        page = Evidence("evidence", self.view, self._evidence, alive=self.alive, left=self._left)
         # Meanwhile only the page has seen new frames, and the question may be answered by now.
         self.app.push_screen(page, lambda _: self.show(page.view))

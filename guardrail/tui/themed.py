@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from types import FrameType
 from typing import TypeVar
 
 from rich.console import RenderableType
@@ -32,6 +34,18 @@ class Themed(App[T]):
         self.theme = palette.TERMINAL if self.few else palette.THEMES.get(theme or "", palette.OURS[0].name)
         if self.no_color:
             self._strip_colours()
+
+    def on_mount(self) -> None:
+        """After a stop (Ctrl-Z, SIGSTOP) the terminal shows nothing of the screen: draw all of it."""
+        resume = signal.getsignal(signal.SIGCONT)
+        if not callable(resume):
+            return  # without a terminal nothing of textual's waits for it
+
+        def draw_all(number: int, frame: FrameType | None) -> None:
+            resume(number, frame)
+            self.call_later(self.screen.refresh)
+
+        signal.signal(signal.SIGCONT, draw_all)
 
     def _strip_colours(self) -> None:
         """Textual chose its filter by the theme that was there before ours; greys are colours too."""

@@ -48,7 +48,7 @@ def in_child(screen: Callable[[], int]) -> int:
             restore()
             terminal.waited_for_by = os.getppid()
             os._exit(_code_of(screen))
-        status = _wait(child)
+        status = _wait(child, attributes)
     if os.WIFEXITED(status):
         return os.WEXITSTATUS(status)
     number = os.WTERMSIG(status)
@@ -76,13 +76,21 @@ def _code_of(screen: Callable[[], int]) -> int:
     return int(code)
 
 
-def _wait(child: int) -> int:
-    """The wait status of the child once it has ended. Where it is stopped (Ctrl-Z), this process stops as well, so that
-    the shell gets its terminal back."""
+def _wait(child: int, attributes: terminal.Attributes) -> int:
+    """The wait status of the child once it has ended.
+
+    Where it is stopped, this process stops as well, so that the shell gets its terminal back. A child that SIGSTOP has
+    stopped could not restore the terminal itself.
+
+    Args:
+        attributes: of the terminal before the child, by descriptor.
+    """
     while True:
         _, status = os.waitpid(child, os.WUNTRACED)
         if not os.WIFSTOPPED(status):
             return status
+        if terminal.attributes() != attributes:
+            terminal.restore(attributes)
         os.kill(os.getpid(), signal.SIGSTOP)
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGCONT)
