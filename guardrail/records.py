@@ -465,14 +465,19 @@ class Unresolved(Record, frozen=True, kw_only=True):
         if self.is_open:
             why = f" ({self.let_pass})" if self.let_pass else ""
             return "" if self.acted else f"UNSTABLE, no action{why}"
-        return f"UNSTABLE since {self.since}" if self.offset is None else f"LOSS {self.offset:+.2g} since {self.since}"
+        if self.offset is None:
+            return f"UNSTABLE since {self.since}"
+        if self.offset < 0:
+            return "LOSS BACK, not confirmed"
+        return f"LOSS {self.offset:+.2g} since {self.since}"
 
     def sentence(self) -> str:
         """One line: "unresolved since step 400: loss 10.3, +8.5 above its trend, no action was taken (advise)"."""
         parts = [f"unresolved since step {self.since}"]
         if self.offset is not None:
-            distance = f"{self.offset:+.2g} above" if self.offset >= 0 else f"{-self.offset:.2g} below"
-            parts.append(f"loss {self.loss:.3g}, {distance} its trend")
+            above = f"{self.offset:+.2g} above its trend"
+            back = "back at its trend, which the next steps have to confirm"
+            parts.append(f"loss {self.loss:.3g}, {above if self.offset >= 0 else back}")
         if not self.acted:
             parts.append("no action was taken" + (f" ({self.let_pass})" if self.let_pass else ""))
         first, *more = parts

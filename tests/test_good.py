@@ -286,4 +286,8 @@ def test_a_loss_that_is_not_above_its_trend_is_not_said_to_be() -> None:
     above = Unresolved(incident=1, since=400, loss=10.3, expected=1.8)
     assert above.sentence() == "unresolved since step 400: loss 10.3, +8.5 above its trend, no action was taken"
     below = Unresolved(incident=1, since=120, is_open=True, acted=True, loss=2.86, expected=2.912)
-    assert below.sentence() == "unresolved since step 120: loss 2.86, 0.052 below its trend"
+    assert below.sentence() == (
+        "unresolved since step 120: loss 2.86, back at its trend, which the next steps have to confirm"
+    )
+    over = Unresolved(incident=1, since=120, loss=2.86, expected=2.912)
+    assert below.headline() == "" and over.headline() == "LOSS BACK, not confirmed"

@@ -274,6 +274,7 @@ def test_a_screen_ends_with_who_waits_for_it(run: RunDirectory, opened: list[Ter
     while Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text().split(")")[1]:
         assert time.monotonic() < deadline, "the screen lives on"
         screen.take(0.1)
+    assert b"training is not affected" in screen.output
 
 
 def test_the_exit_code_and_errors_of_a_screen_come_through(run: RunDirectory, opened: list[Terminal]) -> None:

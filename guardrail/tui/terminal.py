@@ -55,7 +55,7 @@ def guarded() -> Iterator[None]:
                 os._exit(0)
             if waited_for_by and os.getppid() != waited_for_by:
                 # Killed, and the shell has its terminal back: how it reads keys is its own business by now.
-                _show_shell(known)
+                _show_shell(known, b"\r\nguardrail: the screen's first process was ended; training is not affected\r\n")
                 os._exit(0)
 
     before = {number: signal.signal(number, leave) for number in (signal.SIGHUP, signal.SIGTERM)}
@@ -92,11 +92,11 @@ def restore(known: Attributes) -> None:
     signal.signal(signal.SIGTTOU, background)
 
 
-def _show_shell(known: Attributes) -> None:
+def _show_shell(known: Attributes, words: bytes = b"") -> None:
     for descriptor in list(known)[-1:]:
         with contextlib.suppress(OSError):
             if select.select([], [descriptor], [], _STUCK_SECONDS / 2)[1]:  # a slow one is drained meanwhile
-                os.write(descriptor, _RESTORE)
+                os.write(descriptor, _RESTORE + words)
 
 
 def _descriptor(stream: object) -> int | None:
