@@ -334,7 +334,7 @@ def undo(scene: Scene, undoing: Undoing | str) -> Preview:
         return _plain(scene, CommandKind.UNDO, math.nan, possible=False, refusal=undoing)
     target = _newest(scene.states, undoing.first, candidates=True) if undoing.first is not None else None
     if target is None:
-        refusal = f"no state from before journal line {undoing.of} is left"
+        refusal = f"no snapshot or checkpoint from before journal line {undoing.of} is left"
         return _plain(scene, CommandKind.UNDO, float(undoing.of), possible=False, refusal=refusal)
     gone = [*undoing.spans, *undoing.rollbacks]
     standing = [(decision, remedy) for decision, remedy in scene.past.remedies if decision not in gone]

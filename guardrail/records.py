@@ -468,7 +468,7 @@ class Unresolved(Record, frozen=True, kw_only=True):
         if self.offset is None:
             return f"UNSTABLE since {self.since}"
         if self.offset < 0:
-            return "LOSS BACK, not confirmed"
+            return "LOSS NORMAL, not confirmed"
         return f"LOSS {self.offset:+.2g} since {self.since}"
 
     def sentence(self) -> str:

@@ -294,7 +294,7 @@ class Supervisor:
         files, where = stacks.capture(self.run_directory.logs, self.ranks, culprit.pid)
         why = f"has not got ahead for {culprit.seconds:.0f} s"
         if culprit.stopped:
-            why = f"is stopped: its process has not run for {culprit.silent:.0f} s"
+            why = f"is suspended: its process has not run for {culprit.silent:.0f} s"
         self._last_log = self.run_directory.logs / f"rank-{rank}.log"
         self._count_start(culprit.pid)
         self.ranks.kill()
@@ -307,7 +307,7 @@ class Supervisor:
             host=self.host,
             stacks=[f"logs/{file.name}" for file in files],
         )
-        self._fail(f"{name} {'stopped' if culprit.stopped else 'hung'} in phase {culprit.phase.value}")
+        self._fail(f"{name} {'was suspended' if culprit.stopped else 'hung'} in phase {culprit.phase.value}")
 
     def _culprit(self, hung: Sequence[Hung]) -> Hung:
         """Of ranks that stand still together, most of them waiting, the one they wait for.

@@ -290,4 +290,4 @@ def test_a_loss_that_is_not_above_its_trend_is_not_said_to_be() -> None:
         "unresolved since step 120: loss 2.86, back at its trend, which the next steps have to confirm"
     )
     over = Unresolved(incident=1, since=120, loss=2.86, expected=2.912)
-    assert below.headline() == "" and over.headline() == "LOSS BACK, not confirmed"
+    assert below.headline() == "" and over.headline() == "LOSS NORMAL, not confirmed"

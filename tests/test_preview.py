@@ -164,7 +164,7 @@ def test_an_undo_goes_to_the_newest_state_from_before_the_decision_candidates_to
     assert (undo.value, undo.to_step, undo.returned, undo.window) == (4, 25, 8, (200, 208))
     assert 'undone is "line 4"' in undo.sentence()
     late = of(scene(info(26), events=events), wish(CommandKind.UNDO, NAN))
-    assert not late.possible and "no state from before journal line 4" in late.refusal
+    assert not late.possible and "no snapshot or checkpoint from before journal line 4" in late.refusal
 
 
 @pytest.mark.parametrize(

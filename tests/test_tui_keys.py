@@ -796,7 +796,7 @@ async def test_an_answer_is_shown_with_its_step() -> None:
 
 async def test_a_refusal_is_shown_with_its_reason() -> None:
     assert await answers(Answer(False, 1290, "the disk is full")) == (
-        "✗ refused: the disk is full: checkpoint, at step 1,290"
+        "✗ refused: the disk is full (checkpoint, step 1,290)"
     )
 
 

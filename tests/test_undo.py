@@ -331,7 +331,10 @@ def test_an_undo_out_of_reach_is_refused_and_changes_nothing(tmp_path: Path) -> 
         run = undone(config, (38, math.nan), (39, 1.0))
     (skip,) = of_kind(run, "left_out")
     refused = [event.data["reason"] for event in of_kind(run, "command")]
-    assert refused == [f"no state from before journal line {skip.seq} is left", "line 1 of the journal is no decision"]
+    assert refused == [
+        f"no snapshot or checkpoint from before journal line {skip.seq} is left",
+        "line 1 of the journal is no decision",
+    ]
     assert not of_kind(run, "undo")
     assert_same(run, plain)
 

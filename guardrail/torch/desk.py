@@ -417,7 +417,7 @@ class Desk:
         assert found.first is not None
         target = guard.tiers.target(found.first, candidates=True)
         if target is None:
-            refusal = f"no state from before journal line {found.of} is left"
+            refusal = f"no snapshot or checkpoint from before journal line {found.of} is left"
             return self._answer(CommandKind.UNDO, value, refusal=refusal)
         if not self._answer(CommandKind.UNDO, value, refusal=self._target_changed(target)):
             return False

@@ -142,8 +142,8 @@ class Desk:
             why = f": {answer.reason}" if answer.reason else ""
             return f"✓ {sent.label}: took effect at step {count(answer.step)}{why}", "good"
         # The reason first: a narrow line is cut at its end, and what was asked for is known to who has asked.
-        why = f"{answer.reason}: " if answer.reason else ""
-        return f"✗ refused: {why}{sent.label}, at step {count(answer.step)}", "bad"
+        why = f": {answer.reason}" if answer.reason else ""
+        return f"✗ refused{why} ({sent.label}, step {count(answer.step)})", "bad"
 
 
 def refusal(status: Status | None, *, read_only: bool, lost: bool = False, name: str = "RUN") -> str | None:

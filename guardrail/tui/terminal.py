@@ -55,7 +55,9 @@ def guarded() -> Iterator[None]:
                 os._exit(0)
             if waited_for_by and os.getppid() != waited_for_by:
                 # Killed, and the shell has its terminal back: how it reads keys is its own business by now.
-                _show_shell(known, b"\r\nguardrail: the screen's first process was ended; training is not affected\r\n")
+                _show_shell(
+                    known, b"\r\nguardrail: the monitor's first process was killed; training is not affected\r\n"
+                )
                 os._exit(0)
 
     before = {number: signal.signal(number, leave) for number in (signal.SIGHUP, signal.SIGTERM)}
