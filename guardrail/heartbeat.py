@@ -207,9 +207,14 @@ def _incarnation() -> int:
 def this_start() -> str:
     """Names the start that this process belongs to: equal on all ranks, and no clock is asked.
 
-    Where the ranks meet changes with each rendezvous; where it is fixed, the count of starts does.
+    Where the ranks meet changes with each rendezvous; where it is fixed, the count of starts does. On several nodes
+    each elastic agent has a count of its own, and that of a node which has come back begins anew: there the meeting
+    alone names the start, unless it is that of the agents' own store and so the same for all starts.
     """
     meeting = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")]
+    several_nodes = os.environ.get("WORLD_SIZE", "1") != os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if several_nodes and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "False":
+        return ":".join(meeting)
     return ":".join([*meeting, str(_incarnation())])
 
 

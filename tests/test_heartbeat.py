@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from guardrail.heartbeat import Heartbeat, resident_bytes
+from guardrail.heartbeat import Heartbeat, resident_bytes, this_start
 from guardrail.records import Mode, Phase, RankStatus, Status
 from guardrail.rundir import RunDirectory
 from tests.bench.reports import elsewhere, supervisor_operations
@@ -124,6 +124,24 @@ def test_starts_are_counted_over_elastic_agents(run: RunDirectory, monkeypatch: 
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", own)
         Heartbeat(run, 0).stop()
         assert rank(run).incarnation == expected
+
+
+@pytest.mark.fault("A5")
+def test_nodes_name_a_start_alike_though_the_agent_of_one_has_counted_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that was lost has a new elastic agent, which counts from 0; the other's goes on counting."""
+
+    def start(*, port: int, count: int, store: str = "False", local: int = 1) -> str:
+        variables = {"TORCHELASTIC_RUN_ID": "run", "MASTER_ADDR": "a", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+        variables |= {"LOCAL_WORLD_SIZE": str(local), "TORCHELASTIC_USE_AGENT_STORE": store}
+        for name, value in (variables | {"TORCHELASTIC_RESTART_COUNT": str(count)}).items():
+            monkeypatch.setenv(name, value)
+        return this_start()
+
+    assert start(port=1, count=0) == start(port=1, count=2) != start(port=2, count=2)
+    assert start(port=1, count=0, store="True") != start(port=1, count=1, store="True"), (
+        "a meeting that is always there"
+    )
+    assert start(port=1, count=0, local=2) != start(port=1, count=1, local=2)
 
 
 def test_memory_is_of_this_process() -> None:

@@ -64,6 +64,7 @@ def lose(run: RunDirectory, node: int, client: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("lost", [1, 0])
 def test_a_node_that_was_lost_comes_back_and_no_bit_differs(lost: int, lab: Lab) -> None:
     """Node 0 holds the place where the nodes meet; without it the other one waits for it to be there again."""
