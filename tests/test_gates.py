@@ -250,17 +250,27 @@ class Loop:
         guard = self.guard
         if guard.lagged is not None:
             return
-        carry_out = guard.verdicts.carry_out
+        carry_out, keep = guard.verdicts.carry_out, guard.keep
+        applied: list[tuple[Any, Any, Any]] = []
 
         def apply_first(step: Any, verdict: Any, reduced: Any, observation: Any) -> Any:
             if verdict.action is Action.APPLY or not self.is_late(step.batch.first, step.number):
                 return carry_out(step, verdict, reduced, observation)
             guard.verdicts._apply(step, reduced)
-            Lagged._too_late(SimpleNamespace(_guard=guard), step, observation, verdict)  # type: ignore[arg-type]
-            step.applied = False  # no copy is made of it
+            applied.append((step, observation, verdict))
             return verdict
 
+        def judge_late() -> float:
+            """Once the loop has done with the step, as the gate that does not wait."""
+            if applied:
+                guard._to_keep = False  # no copy is made of it
+                Lagged._too_late(SimpleNamespace(_guard=guard), *applied.pop())  # type: ignore[arg-type]
+                if guard.phase is not None:
+                    guard._stop, guard._command = 0, (0, 0.0)
+            return keep()
+
         guard.verdicts.carry_out = apply_first  # type: ignore[method-assign]
+        guard.keep = judge_late  # type: ignore[method-assign]
 
     def is_late(self, first: int, step: int) -> bool:
         due = step == self.history.steps or step % SNAPSHOTS == 0 or step % CHECKPOINTS == 0
@@ -395,6 +405,10 @@ def test_a_late_rejection_restores_everything() -> None:
     assert_gates_agree(history_of("late", "rollback"))
 
 
+def test_a_late_rejection_that_would_leave_too_much_out_halts_alike() -> None:
+    assert_gates_agree(History(mode=Mode.AUTO, rollbacks=0, steps=28, bad={57: 10000.0}, late={57}))
+
+
 @pytest.mark.parametrize("mode", [Mode.ASK, Mode.AUTO])
 def test_a_question_that_is_answered_and_a_halt(mode: Mode) -> None:
     assert_gates_agree(history_of("three rejected", mode=mode, rollbacks=0, answers=[1]))
@@ -411,6 +425,7 @@ def test_random_histories(history: History) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.ci_slow
 @pytest.mark.timeout(1800)
 @given(histories())
 @settings(max_examples=200, deadline=None)

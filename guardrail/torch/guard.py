@@ -251,6 +251,7 @@ class Guard:
                 if not step.finished and self.phase is None:
                     raise RuntimeError("the loop went on without step.finish(loss)")
         finally:
+            self._discard_rest()  # what is left in memory is what was saved
             self.account.flush()
             self.close()
 
