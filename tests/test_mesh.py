@@ -76,9 +76,9 @@ MESHES: dict[str, tuple[int, dict[str, Any]]] = {
     "tp-hybrid": (8, {"dp_replicate": 2, "dp_shard": 2, "tp": 2}),
 }
 ALONE = ("tp", "sequence")
-QUICK = ("sequence", "pp")
+QUICK = ("pp",)
 # .ci/run runs these after the tests.
-CI = ("zero2", "hybrid", "pp-sequence")
+CI = ("zero2", "hybrid", "sequence", "pp-sequence")
 
 
 def marks_of(name: str) -> tuple[pytest.MarkDecorator, ...]:
@@ -198,10 +198,7 @@ def test_what_one_rank_saw_is_seen_by_all_and_named(name: str, tmp_path: Path) -
     assert math.isfinite(table(run, ("loss",))[-1, 0])
 
 
-@pytest.mark.parametrize(
-    "name",
-    [one for one in SWEEP if one.values != ("sequence",)] + [pytest.param("sequence", marks=pytest.mark.ci_slow)],
-)
+@pytest.mark.parametrize("name", SWEEP)
 def test_rolled_back_stopped_and_resumed_it_is_the_run_that_was_told_before(name: str, tmp_path: Path) -> None:
     """Both at once, since each costs a second run: a rollback that skips, and a checkpoint that is loaded again."""
     fault = {"kind": "spike_loss", "first": 104, "last": 128, "value": 50.0}
