@@ -17,14 +17,12 @@ from guardrail.errors import UsageError
 from guardrail.files import open_file
 from guardrail.identity import who
 from guardrail.liveness import is_alive
-from guardrail.questions import CHOICES, open_question
+from guardrail.questions import BY_HAND, CHOICES, open_question
 from guardrail.records import Command, CommandKind, Event, Mode, Phase, Shown
 from guardrail.rundir import RunDirectory, check_command
 from guardrail.text import visible
 
 POLL_SECONDS = 0.1
-# What these do depends on where the run is; the others do the same wherever it is.
-FROM_HERE = (CommandKind.ROLLBACK, CommandKind.UNDO, CommandKind.SKIP)
 _NEED_VALUE = {
     CommandKind.SKIP: "a number of batches",
     CommandKind.LR: "a factor",
@@ -84,7 +82,7 @@ def bound(run: RunDirectory, command: Command, question: int | None = None) -> C
         question: journal line of the question that it answers; None: the one that is open.
     """
     status = run.read_status()
-    if command.kind in FROM_HERE and not command.at_step and status is not None:
+    if command.kind in BY_HAND and not command.at_step and status is not None:
         timeline = max([status.timeline, *(event.timeline for event in run.events()[-1:])])
         command = msgspec.structs.replace(command, shown=Shown(timeline=timeline))
     if question is None and command.kind is not CommandKind.ANSWER and not (status is not None and status.question):

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from guardrail.rank_reports import NodeReports
+from guardrail.rank_reports import NodeReports, count_nodes
 from guardrail.records import Phase, RankStatus, Status
 from guardrail.rundir import RunDirectory
 
@@ -212,8 +212,7 @@ def this_start() -> str:
     alone names the start, unless it is that of the agents' own store and so the same for all starts.
     """
     meeting = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")]
-    several_nodes = os.environ.get("WORLD_SIZE", "1") != os.environ.get("LOCAL_WORLD_SIZE", "1")
-    if several_nodes and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "False":
+    if count_nodes(os.environ) > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "False":
         return ":".join(meeting)
     return ":".join([*meeting, str(_incarnation())])
 

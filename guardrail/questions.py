@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from guardrail.records import Event, Shown
+from guardrail.records import CommandKind, Event, Shown
 
+# What these do depends on where the run is, so each holds for one timeline; each answers the guard's question as well.
+BY_HAND = (CommandKind.ROLLBACK, CommandKind.SKIP, CommandKind.UNDO)
 CHOICES = ("accept", "continue", "stop")  # words of the three answers, in the order of their values
 _TURNS = ("paused", "resumed", "started", "restarted", "ended")
 

@@ -80,7 +80,7 @@ class NodeReports:
     @classmethod
     def of_rank(cls, run: RunDirectory, *, start: str) -> NodeReports:
         """The folder that the supervisor names; without one, a folder that all ranks of `start` on this host find."""
-        nodes = _nodes(os.environ)
+        nodes = count_nodes(os.environ)
         folder, started = os.environ.get(FOLDER_VARIABLE, ""), os.environ.get(RUN_VARIABLE, "")
         if folder and started and os.path.realpath(started) == os.path.realpath(run.path):
             return cls(run, Path(folder), name=os.environ.get(NODE_VARIABLE, ""), nodes=nodes)
@@ -207,7 +207,7 @@ def _names(folder: Path) -> Iterator[str]:
         yield from sorted(os.listdir(folder))
 
 
-def _nodes(variables: Mapping[str, str]) -> int:
+def count_nodes(variables: Mapping[str, str]) -> int:
     """Nodes of the run, as torchrun and its kin count its ranks; 1 where they do not."""
     try:
         return max(1, int(variables["WORLD_SIZE"]) // max(1, int(variables["LOCAL_WORLD_SIZE"])))

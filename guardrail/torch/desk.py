@@ -21,6 +21,7 @@ from guardrail.ledger import Batch
 from guardrail.mailbox import Mailbox
 from guardrail.preview import not_acceptable
 from guardrail.questions import (
+    BY_HAND,
     Open,
     how_to_answer,
     question_changed,
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 PARKED_SECONDS = 0.1  # between two meetings of parked ranks
 DEFAULTS = ("proposed", "go_on", "stop")  # guard.ask_default, in the order of `Answer`
 KINDS = list(CommandKind)
-BY_HAND = (CommandKind.ROLLBACK, CommandKind.SKIP, CommandKind.UNDO)  # each answers the guard's question as well
 # Kinds that hold for what was shown with them alone; the others do the same whatever has happened since.
 BOUND = (*BY_HAND, CommandKind.ANSWER, CommandKind.LR, CommandKind.EMBED_ALPHA, CommandKind.POLICY)
 _REMEMBERED = 64  # questions of which it is known who ended them

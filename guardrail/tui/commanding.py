@@ -105,8 +105,7 @@ class Commanding(Base):
             self._command(CommandKind.PAUSE, 0.0, "pause")
 
     def action_checkpoint(self) -> None:
-        if self._may():
-            self._command(CommandKind.CHECKPOINT, 0.0, "checkpoint")
+        self._command(CommandKind.CHECKPOINT, 0.0, "checkpoint")
 
     def action_note(self) -> None:
         if not self._may():
@@ -155,7 +154,7 @@ class Commanding(Base):
             return
         foreseen = self.desk.foresee(kind, value)
 
-        def told(view: View) -> Sequence[str]:
+        def describe(view: View) -> Sequence[str]:
             preview = foreseen.look(view)
             return [*controls.preview_lines(preview)] if preview is not None else [*costs, "(working out the rest …)"]
 
@@ -179,24 +178,20 @@ class Commanding(Base):
             # A stop saves and ends whatever has changed: it waits for nothing.
             return foreseen.last is not None or kind is CommandKind.STOP
 
-        self._open(Confirm(f"{label}?", self.view, text=told, yes=label, ready=ready), done)
+        self._open(Confirm(f"{label}?", self.view, text=describe, yes=label, ready=ready), done)
 
     def action_stop(self) -> None:
-        if not self._may():
-            return
         step = self.view.status.step if self.view.status else 0
         text = f"Training saves a checkpoint at step {count(step)} and ends. It can be continued later."
         self._consider(CommandKind.STOP, 0.0, "stop", [text])
 
     def action_undo(self) -> None:
-        if self._may():
-            text = "The guard's newest decision is taken back: its samples may be used again."
-            self._consider(CommandKind.UNDO, math.nan, "undo", [text])
+        text = "The guard's newest decision is taken back: its samples may be used again."
+        self._consider(CommandKind.UNDO, math.nan, "undo", [text])
 
     def action_accept(self) -> None:
-        if self._may():
-            text = "The incident that is not over counts as over, and later states may become good."
-            self._consider(CommandKind.ACCEPT, 0.0, "accept the run as it is", [text])
+        text = "The incident that is not over counts as over, and later states may become good."
+        self._consider(CommandKind.ACCEPT, 0.0, "accept the run as it is", [text])
 
     def action_rollback(self) -> None:
         if not self._may():

@@ -138,11 +138,10 @@ class Desk:
         if answer is None:
             silent = ", and no sign of life of the run" if view.silence > HEARTBEAT_SECONDS else ""
             return f"… {sent.label}: sent, no answer yet ({spoken(view.now - sent.time)}{silent})", "accent"
+        why = f": {answer.reason}" if answer.reason else ""
         if answer.applied:
-            why = f": {answer.reason}" if answer.reason else ""
             return f"✓ {sent.label}: took effect at step {count(answer.step)}{why}", "good"
         # The reason first: a narrow line is cut at its end, and what was asked for is known to who has asked.
-        why = f": {answer.reason}" if answer.reason else ""
         return f"✗ refused{why} ({sent.label}, step {count(answer.step)})", "bad"
 
 

@@ -112,8 +112,9 @@ class Dialog(ModalScreen[T]):
 
     def _rows(self, view: View, width: int, height: int) -> Sequence[Row]:
         air: list[Row] = [()] * self._airy
-        told = _cut(self.body(view, width, height - 1 - 2 * len(air)), height - 1 - 2 * len(air), width)
-        return [title(self.label, width, right=self.corner(), tone="strong"), *air, *told, *air]
+        room = height - 1 - 2 * len(air)
+        body = _cut(self.body(view, width, room), room, width)
+        return [title(self.label, width, right=self.corner(), tone="strong"), *air, *body, *air]
 
     @property
     def _airy(self) -> bool:
