@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Collection
@@ -27,6 +28,7 @@ STDOUT = 1
 TAIL_LINES = 12
 # Lines of supervisor.log that a full disk has not taken, oldest first; of very many the newest.
 _unwritten: deque[bytes] = deque(maxlen=1000)
+_writing = threading.Lock()  # held by the thread that changes `_unwritten`
 
 
 class Chronicle:
@@ -126,13 +128,17 @@ class Chronicle:
 def log(line: str) -> None:
     """A line for logs/supervisor.log, which is our stdout. What a full disk does not take is kept for `flush_log`."""
     text = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n"
-    _unwritten.append(text.encode("utf-8", "backslashreplace"))
+    with _writing:
+        _unwritten.append(text.encode("utf-8", "backslashreplace"))
     flush_log()
 
 
 def flush_log() -> None:
-    """Write the lines that are not written yet. Not by `print`, which keeps or drops what a write has not taken."""
-    with contextlib.suppress(OSError):
+    """Write the lines that are not written yet. Not by `print`, which keeps or drops what a write has not taken.
+
+    The notifier and the supervisor log from two threads: one of them at a time writes.
+    """
+    with _writing, contextlib.suppress(OSError):
         while _unwritten:
             data = _unwritten[0]
             _unwritten[0] = data[os.write(STDOUT, data) :]

@@ -4,6 +4,8 @@ import errno
 import os
 import shutil
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -346,3 +348,33 @@ def test_the_supervisors_log_says_later_what_a_full_disk_did_not_take(
         chronicle.flush_log()
     lines = file.read_text().splitlines()
     assert [line[20:] for line in lines] == ["failure 1: rank 1 was killed", "the ranks start again"]
+
+
+def test_two_threads_of_the_supervisor_log_every_line_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The notifier ended with an IndexError when the supervisor wrote the log at the same moment."""
+    file = tmp_path / "supervisor.log"
+    write, failures = os.write, []
+
+    def write_slowly(descriptor: int, data: bytes) -> int:
+        written = write(descriptor, data)
+        time.sleep(0.001)  # lets the other thread run between the write and what follows it
+        return written
+
+    def work(name: str) -> None:
+        try:
+            for number in range(50):
+                chronicle.log(f"{name} {number}")
+        except Exception as error:
+            failures.append(error)
+
+    with file.open("wb", buffering=0) as opened:
+        monkeypatch.setattr(chronicle, "STDOUT", opened.fileno())
+        monkeypatch.setattr(os, "write", write_slowly)
+        threads = [threading.Thread(target=work, args=(name,)) for name in ("one", "two")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not failures
+    lines = [line[20:] for line in file.read_text().splitlines()]
+    assert sorted(lines) == sorted(f"{name} {number}" for name in ("one", "two") for number in range(50))

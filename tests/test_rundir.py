@@ -633,9 +633,10 @@ def test_the_journal_says_how_a_run_has_ended_where_there_is_no_status(run: RunD
 def test_numbers_that_64_bits_do_not_hold_make_a_status_and_a_line_unreadable(run: RunDirectory) -> None:
     run.write_status(Status(run=run.name, phase=Phase.STEP, total_steps=77))
     path = run.path / "status.json"
-    path.write_bytes(path.read_bytes().replace(b"77", b"9" * 400))
+    path.write_bytes(path.read_bytes().replace(b'"total_steps":77', b'"total_steps":' + b"9" * 400))
     assert run.read_status() is None
     run.append("note", step=77)
     run.append("note", step=78)
-    run.journal_path.write_bytes(run.journal_path.read_bytes().replace(b"77", b"9" * 400))
+    damaged = run.journal_path.read_bytes().replace(b'"step":77', b'"step":' + b"9" * 400)
+    run.journal_path.write_bytes(damaged)
     assert [event.step for event in run.events()] == [78]
