@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from guardrail.advised import Advised
 from guardrail.errors import ExitCode
@@ -23,9 +23,6 @@ from guardrail.rundir import MetricsView, RunDirectory
 from guardrail.signals import TermRequests
 from guardrail.text import clean
 from guardrail.timelines import LARGEST, sensible
-
-if TYPE_CHECKING:
-    from guardrail.viewing import Viewing
 
 POLL_SECONDS = 0.3
 SETUP_SECONDS = 5.0  # between two lines of a set-up that gets ahead
@@ -138,19 +135,6 @@ def step_line(values: dict[str, float], status: Status | None, pace: Pace | None
 def _four_places(loss: float) -> str:
     """A loss to four places. One of a million or more, as a damaged file has them, in fewer characters."""
     return f"{loss:.4f}" if abs(loss) < 1e6 else f"{loss:.5g}"
-
-
-def recorded_lines(recorded: Viewing) -> Iterator[str]:
-    """A log that something else has written: what it is, and what the guard would have said of it."""
-    yield f"{clean(recorded.name, 400)}: {len(recorded):,} rows ({recorded.format}), last step {recorded.last_step:,}"
-    advised, said = Advised(), 0
-    for part in recorded.judged():
-        for event in part.events:
-            line = "" if advised.is_repeated(event) else event_line(event)
-            said += bool(line)
-            yield from [line] if line else []
-    if not said:
-        yield "the guard would have done nothing"
 
 
 def moment(when: float) -> str:

@@ -142,7 +142,8 @@ from guardrail.heartbeat import Heartbeat
 from guardrail.records import Phase
 from guardrail.rundir import RunDirectory
 code = "import os, time; from guardrail.heartbeat import Heartbeat; from guardrail.records import Phase;" \
-    "from guardrail.rundir import RunDirectory; heart = Heartbeat(RunDirectory(os.environ['GUARDRAIL_RUN']), 1);" \
+    "from guardrail.rundir import RunDirectory;" \
+    "heart = Heartbeat(RunDirectory(os.environ['GUARDRAIL_RUN']), 1);" \
     "heart.at(Phase('{phase}')); heart.stop(); time.sleep(600)"
 rank = subprocess.Popen([sys.executable, "-c", code])
 journal = RunDirectory.open(run)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import click
 
 from guardrail.commands.common import can_draw, given_columns, has_terminal, screen_options, show_screen
+from guardrail.text import clean
 
 if TYPE_CHECKING:
     from guardrail.config import GuardSection
+    from guardrail.viewing import Viewing
 
 
 @click.command(short_help="Look at a recorded log, or at a run directory.")
@@ -66,6 +69,22 @@ def _print_lines(log: str, columns: tuple[str, ...], settings: GuardSection, *, 
     if viewing.is_run(log) and not given:
         return headless.attach(RunDirectory.open(log))
     recorded = viewing.Viewing(viewing.the_log(log, given_columns(columns)), settings)
-    for line in headless.recorded_lines(recorded):
+    for line in recorded_lines(recorded):
         click.echo(line, err=True)
     return 0
+
+
+def recorded_lines(recorded: Viewing) -> Iterator[str]:
+    """A log that something else has written: what it is, and what the guard would have said of it."""
+    from guardrail.advised import Advised
+    from guardrail.headless import event_line
+
+    yield f"{clean(recorded.name, 400)}: {len(recorded):,} rows ({recorded.format}), last step {recorded.last_step:,}"
+    advised, said = Advised(), 0
+    for part in recorded.judged():
+        for event in part.events:
+            line = "" if advised.is_repeated(event) else event_line(event)
+            said += bool(line)
+            yield from [line] if line else []
+    if not said:
+        yield "the guard would have done nothing"
