@@ -24,11 +24,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from guardrail.errors import GuardrailError, UsageError
-from trainer.config import BUILTIN
+from guardrail.core.errors import GuardrailError, UsageError
+from trainer.config.config import BUILTIN
+from trainer.data.document_reader import DocumentReader
 from trainer.data.holdout import origin_hash, threshold
-from trainer.data.pulse import Pulse
-from trainer.data.reading import DocumentReader
+from trainer.data.progress import Pulse
 from trainer.data.sources import discover
 
 MARKER = ".corpus.json"  # hidden, so that a run that reads the folder passes it over

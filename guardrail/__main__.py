@@ -2,7 +2,7 @@
 
 import sys
 
-from guardrail.cli import main
+from guardrail.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

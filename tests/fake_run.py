@@ -17,9 +17,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from guardrail import journal
-from guardrail.preview import Preview
-from guardrail.records import (
+from guardrail.core.records import (
     METRIC_COLUMNS,
     Action,
     Command,
@@ -35,11 +33,13 @@ from guardrail.records import (
     Span,
     Status,
 )
-from guardrail.rundir import RunDirectory
-from guardrail.tui.series import AXES, choosable
-from guardrail.tui.story import Digest
-from guardrail.tui.track import Track
-from guardrail.tui.view import Snapshot
+from guardrail.operate.preview import Preview
+from guardrail.rundir import journal
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.tui.model.run_story import Digest
+from guardrail.tui.model.view import Snapshot
+from guardrail.tui.numerics.decimated_series import Track
+from guardrail.tui.numerics.series import AXES, choosable
 
 START = 1_795_569_240.0  # 2026-11-25 01:14:00 UTC
 STEP_SECONDS = 0.12

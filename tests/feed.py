@@ -8,11 +8,11 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from guardrail.config import GuardSection
-from guardrail.controller import Controller
-from guardrail.ledger import Ledger, SampleOrder
-from guardrail.policy import Rollback
-from guardrail.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Action, Observation, Span, Verdict
+from guardrail.core.config import GuardSection
+from guardrail.core.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Action, Observation, Span, Verdict
+from guardrail.decide.controller import Controller
+from guardrail.decide.policy import Rollback
+from guardrail.decide.sample_order import Ledger, SampleOrder
 
 BATCH = 16
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from guardrail.config import CheckpointSection, GuardSection, Settings, SnapshotSection
-from guardrail.ledger import SampleOrder
-from guardrail.records import Command, CommandKind, Status
-from guardrail.rundir import RunDirectory
-from guardrail.torch.guard import Guard, Step
+from guardrail.core.config import CheckpointSection, GuardSection, Settings, SnapshotSection
+from guardrail.core.records import Command, CommandKind, Status
+from guardrail.decide.sample_order import SampleOrder
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.torch.guard.guard import Guard, Step
 
 USUAL, HIGH = 1.8, 10.0
 

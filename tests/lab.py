@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from guardrail import processes
-from guardrail.rundir import RunDirectory, list_runs
+from guardrail.rundir import processes
+from guardrail.rundir.run_directory import RunDirectory, list_runs
 
 REPOSITORY = Path(__file__).parent.parent
 FAKES = Path(__file__).parent / "fakes"

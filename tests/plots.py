@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from guardrail.tui.raster import Curve, Plot, columns, draw
-from guardrail.tui.scales import XScale
+from guardrail.tui.numerics.raster import Curve, Plot, columns, draw
+from guardrail.tui.numerics.scales import XScale
 
 
 def plot(

@@ -22,17 +22,17 @@ import torch._dynamo
 import torch.distributed.fsdp  # noqa: F401
 
 import trainer.__main__
-import trainer.loop
-from guardrail.config import build, dump
-from guardrail.manifest import checkpoint_dirs, fingerprint, verify
-from guardrail.past import Past
-from guardrail.records import Event, Mode, Remedy, Span
-from guardrail.report import quarantine_lines
-from guardrail.rundir import RunDirectory, span_of
-from guardrail.torch.checkpoints import CheckpointStore
+import trainer.train
+from guardrail.core.config import build, dump
+from guardrail.core.records import Event, Mode, Remedy, Span
+from guardrail.decide.run_history import Past
+from guardrail.report.report import quarantine_lines
+from guardrail.rundir.manifest import checkpoint_dirs, fingerprint, verify
+from guardrail.rundir.run_directory import RunDirectory, span_of
+from guardrail.torch.checkpoint.disk_checkpoints import CheckpointStore
 from tests.older import NO_LIMIT
 from tests.ranks import start_ranks, wait_ranks
-from trainer.config import Config
+from trainer.config.config import Config
 from trainer.data.corpus import Corpus
 from trainer.data.prepare import prepare
 

@@ -18,7 +18,7 @@ def stopwatch(path: str) -> None:
     """Write (monotonic seconds, CPU seconds of the screen's thread) for every frame: building its rows and drawing."""
     from textual.screen import Screen
 
-    from guardrail.tui.app import GuardrailApp
+    from guardrail.tui.app.app import GuardrailApp
 
     spent = [0.0]
     file = open(path, "w", buffering=1)
@@ -44,9 +44,9 @@ def day() -> None:
     """24 hours in steps of half a minute, through files, reader and a whole screen without a terminal."""
     import asyncio
 
-    from guardrail.rundir import RunDirectory
-    from guardrail.tui.app import GuardrailApp
-    from guardrail.tui.reader import RunReader
+    from guardrail.rundir.run_directory import RunDirectory
+    from guardrail.tui.app.app import GuardrailApp
+    from guardrail.tui.model.reader import RunReader
     from tests.fake_run import FakeRun
 
     async def live(folder: Path) -> None:
@@ -84,10 +84,10 @@ def resident() -> float:
 def main() -> None:
     if sys.argv[1:] == ["day"]:
         return day()
-    import guardrail.commands.attach
-    import guardrail.tui.app
-    import guardrail.tui.settings  # noqa: F401
-    from guardrail.cli import main as guardrail_main
+    import guardrail.cli.attach
+    import guardrail.tui.app.app
+    import guardrail.tui.model.config_lines  # noqa: F401
+    from guardrail.cli.main import main as guardrail_main
 
     if path := os.environ.get("GUARDRAIL_PROBE"):
         stopwatch(path)

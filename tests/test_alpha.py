@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from guardrail.past import Past
-from guardrail.records import Command, CommandKind
-from guardrail.rundir import RunDirectory
+from guardrail.core.records import Command, CommandKind
+from guardrail.decide.run_history import Past
+from guardrail.rundir.run_directory import RunDirectory
 from tests.running import BATCH, BLIND, assert_same, new_run, of_kind, remedies_of, table, tiny, told, train, trained
-from trainer.config import Config
+from trainer.config.config import Config
 
 LED, SPIKED, STOPPED = 26, 31, 38  # steps: the embedding leads, a rollback is called for, the run is stopped
 FACTOR, HOLD, BACK = 0.25, 4, 11

@@ -20,17 +20,20 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-import guardrail.torch.desk as desk
-from guardrail import control, journal, launching, preview, processes, records
-from guardrail.commands.ctl import command as ctl
-from guardrail.config import CheckpointSection, GuardSection, Settings, SnapshotSection
-from guardrail.errors import RunDirectoryError, UsageError
-from guardrail.ledger import SampleOrder
-from guardrail.mailbox import Mailbox
-from guardrail.records import Command, CommandKind, Event, Mode, Phase, Status
-from guardrail.rundir import RunDirectory
-from guardrail.runlock import RunLock
-from guardrail.torch.guard import Guard
+import guardrail.torch.guard.command_handler as desk
+from guardrail.cli.ctl import command as ctl
+from guardrail.core import records
+from guardrail.core.config import CheckpointSection, GuardSection, Settings, SnapshotSection
+from guardrail.core.errors import RunDirectoryError, UsageError
+from guardrail.core.records import Command, CommandKind, Event, Mode, Phase, Status
+from guardrail.decide.sample_order import SampleOrder
+from guardrail.launch import launcher as launching
+from guardrail.operate import control, preview
+from guardrail.rundir import journal, processes
+from guardrail.rundir.mailbox import Mailbox
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.rundir.run_lock import RunLock
+from guardrail.torch.guard.guard import Guard
 from tests.lab import Lab, wait_for
 
 ROUNDS = 50

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from guardrail.errors import ConfigError
-from trainer.config import ModelSection
+from guardrail.core.errors import ConfigError
+from trainer.config.config import ModelSection
+from trainer.config.sizes import parameter_count
 from trainer.model import Decoder, EncoderDecoder
 from trainer.model.attention import Attention, Sight
 from trainer.model.block import Block
 from trainer.model.positions import Alibi, RelativeBias, SinusoidalPositions
-from trainer.sizes import parameter_count
 
 V, T = 37, 12
 CHOICES: dict[str, dict[str, object]] = {

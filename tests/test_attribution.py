@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from guardrail.rundir import RunDirectory
+from guardrail.rundir.run_directory import RunDirectory
 from tests.running import BATCH, SHAPES, assert_same, corpus_of, of_kind, spans, tiny, told, trained, write_corpus
-from trainer.config import Config
+from trainer.config.config import Config
 
 KINDS = ("binary", "repetition", "language", "shuffled", "letters")
 LENGTH = 64  # of a sample and, with its end, of a document: each document is one sample

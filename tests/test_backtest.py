@@ -12,17 +12,27 @@ from typing import Any
 import msgspec
 import pytest
 
-from guardrail import plotting
-from guardrail.backtest import backtest
-from guardrail.cli import main
-from guardrail.config import GuardSection, load_guard
-from guardrail.controller import Controller
-from guardrail.files import encode_json
-from guardrail.importers.sources import sources
-from guardrail.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Action, Command, CommandKind, Kind, Mode, Observation
-from guardrail.rejudge import Rejudge
-from guardrail.rundir import RunDirectory
-from guardrail.scoring import as_dict, score
+from guardrail.backtest import plotting
+from guardrail.backtest.backtest import backtest
+from guardrail.backtest.importers.sources import sources
+from guardrail.backtest.rejudge import Rejudge
+from guardrail.backtest.scoring import as_dict, score
+from guardrail.cli.main import main
+from guardrail.core.config import GuardSection, load_guard
+from guardrail.core.files import encode_json
+from guardrail.core.records import (
+    EMBED_GRAD_NORM,
+    GRAD_NORM,
+    LOSS,
+    Action,
+    Command,
+    CommandKind,
+    Kind,
+    Mode,
+    Observation,
+)
+from guardrail.decide.controller import Controller
+from guardrail.rundir.run_directory import RunDirectory
 from tests.running import BLIND, new_run, of_kind, prompt_disk, tiny, train, trained
 
 NAN = float("nan")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from guardrail.manifest import MANIFEST, read_manifest, sealed
-from guardrail.past import Past
-from guardrail.records import CommandKind
-from guardrail.rundir import RunDirectory
+from guardrail.core.records import CommandKind
+from guardrail.decide.run_history import Past
+from guardrail.rundir.manifest import MANIFEST, read_manifest, sealed
+from guardrail.rundir.run_directory import RunDirectory
 from tests.jumping import Loop
 
 NEVER = 10_000

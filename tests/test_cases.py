@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-import guardrail.torch.checkpoints
-import guardrail.torch.commit
-from guardrail.config import dump, load
-from guardrail.errors import CheckpointInvalid
-from guardrail.ledger import SampleOrder
-from guardrail.manifest import MANIFEST, checkpoint_dirs, read_manifest, sealed
-from guardrail.records import Action, Command, CommandKind, Phase
-from guardrail.rundir import RunDirectory
-from guardrail.torch.loading import CheckpointLoader
-from guardrail.torch.state import TrainingState
+import guardrail.torch.checkpoint.commit
+import guardrail.torch.checkpoint.disk_checkpoints
+from guardrail.core.config import dump, load
+from guardrail.core.errors import CheckpointInvalid
+from guardrail.core.records import Action, Command, CommandKind, Phase
+from guardrail.decide.sample_order import SampleOrder
+from guardrail.rundir.manifest import MANIFEST, checkpoint_dirs, read_manifest, sealed
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.torch.checkpoint.loader import CheckpointLoader
+from guardrail.torch.state.training_state import TrainingState
 from tests.ranks import run_ranks, wait_ranks
 from tests.running import (
     BATCH,
@@ -41,9 +41,9 @@ from tests.running import (
     train,
     trained,
 )
-from trainer.config import Config
-from trainer.loop import Trainer
-from trainer.optim import Schedule
+from trainer.config.config import Config
+from trainer.optim.optimizers import Schedule
+from trainer.train import Trainer
 
 
 def fault(kind: str, step: int, **settings: Any) -> dict[str, Any]:
@@ -325,16 +325,16 @@ def test_case_17_killed_in_a_save(tmp_path: Path, moment: str) -> None:
     config = tiny(tmp_path, checkpoint={"every": 10}, train={"steps": 30})
     whole, run = trained(config), new_run(config)
     with prompt_disk(), pytest.MonkeyPatch.context() as patch:
-        done = getattr(guardrail.torch.checkpoints, moment)
+        done = getattr(guardrail.torch.checkpoint.disk_checkpoints, moment)
 
         def lethal(job: Any, *arguments: Any) -> Any:
             if moment == "write_share" and job.snapshot.step == 20:
-                patch.setattr(guardrail.torch.commit, "write_file", _short_file)
+                patch.setattr(guardrail.torch.checkpoint.commit, "write_file", _short_file)
             elif job.snapshot.step == 20:
                 os.kill(os.getpid(), signal.SIGKILL)
             return done(job, *arguments)
 
-        patch.setattr(guardrail.torch.checkpoints, moment, lethal)
+        patch.setattr(guardrail.torch.checkpoint.disk_checkpoints, moment, lethal)
         assert wait_ranks(start_run(run, 1)) == [-signal.SIGKILL]
     assert [read_manifest(path).step for path in checkpoint_dirs(run.checkpoints)] == [10, 0]
     assert list(run.checkpoints.glob(".*")), "the unfinished one lies there under a temporary name"
@@ -361,9 +361,13 @@ def test_case_18_a_disk_that_is_too_small_is_found_before_it_is_full(
 
         def full_for_a_while(self: Trainer, step: Any) -> None:
             if step.number == 15:
-                patch.setattr(guardrail.torch.commit.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 10**5))
+                patch.setattr(
+                    guardrail.torch.checkpoint.commit.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 10**5)
+                )
             if step.number == 35:
-                patch.setattr(guardrail.torch.commit.shutil, "disk_usage", lambda path: usage(10**9, 0, 10**9))
+                patch.setattr(
+                    guardrail.torch.checkpoint.commit.shutil, "disk_usage", lambda path: usage(10**9, 0, 10**9)
+                )
             step_of(self, step)
 
         patch.setattr(Trainer, "train_step", full_for_a_while)

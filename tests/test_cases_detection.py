@@ -7,9 +7,8 @@ import random
 
 import pytest
 
-from guardrail.config import GuardSection
-from guardrail.controller import Controller
-from guardrail.records import (
+from guardrail.core.config import GuardSection
+from guardrail.core.records import (
     EMBED_GRAD_NORM,
     EMBED_SHARE,
     GRAD_NORM,
@@ -20,6 +19,7 @@ from guardrail.records import (
     Observation,
     Verdict,
 )
+from guardrail.decide.controller import Controller
 from tests.feed import BATCH, noisy
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from guardrail.records import Cause
-from guardrail.rundir import RunDirectory
+from guardrail.core.records import Cause
+from guardrail.rundir.run_directory import RunDirectory
 from tests.running import SHAPES, assert_same, new_run, of_kind, spans, tiny, told, train, trained
 
 

@@ -5,8 +5,8 @@ import math
 import msgspec
 import pytest
 
-from guardrail.causes import Own, Pass, Trouble, hardware, judge
-from guardrail.records import GRAD_NORM, LOSS, Cause, Diagnosis, Finding, Kind, Severity
+from guardrail.core.records import GRAD_NORM, LOSS, Cause, Diagnosis, Finding, Kind, Severity
+from guardrail.decide.root_cause import Own, Pass, Trouble, hardware, judge
 
 
 def finding(value: float = 12.0, *, kind: Kind = Kind.LOSS_SPIKE, severity: Severity = Severity.REJECT) -> Finding:

@@ -8,18 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guardrail.config import GuardSection
-from guardrail.controller import Controller
-from guardrail.records import (
-    EMBED_GRAD_NORM,
-    EMBED_SHARE,
-    GRAD_NORM,
-    LOSS,
-    UPDATE_NORM,
-    Action,
-    Mode,
-    Observation,
-)
+from guardrail.core.config import GuardSection
+from guardrail.core.records import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS, UPDATE_NORM, Action, Mode, Observation
+from guardrail.decide.controller import Controller
 from tests.feed import BATCH, healthy_loss, noisy
 
 SIGNALS = (LOSS, GRAD_NORM, EMBED_GRAD_NORM, EMBED_SHARE, UPDATE_NORM, "router")

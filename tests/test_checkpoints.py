@@ -20,19 +20,19 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from guardrail.errors import CheckpointInvalid
-from guardrail.files import TEMPORARY
-from guardrail.manifest import MANIFEST, checkpoint_dirs, fingerprint, read_manifest, sealed, verify
-from guardrail.records import SnapshotInfo
-from guardrail.torch import checkpoints as checkpoints_module
-from guardrail.torch import commit as commit_module
-from guardrail.torch import rng
-from guardrail.torch import shards as shards_module
-from guardrail.torch.checkpoints import INVALID, CheckpointEvent, CheckpointStore
-from guardrail.torch.loading import CheckpointLoader
-from guardrail.torch.retention import superfluous
-from guardrail.torch.snapshots import CANDIDATE, GOOD, SUSPECT, Snapshot, SnapshotRing
-from guardrail.torch.state import TrainingState
+from guardrail.core.errors import CheckpointInvalid
+from guardrail.core.files import TEMPORARY
+from guardrail.core.records import SnapshotInfo
+from guardrail.rundir.manifest import MANIFEST, checkpoint_dirs, fingerprint, read_manifest, sealed, verify
+from guardrail.torch.checkpoint import commit as commit_module
+from guardrail.torch.checkpoint import disk_checkpoints as checkpoints_module
+from guardrail.torch.checkpoint import safetensors_file as shards_module
+from guardrail.torch.checkpoint.disk_checkpoints import INVALID, CheckpointEvent, CheckpointStore
+from guardrail.torch.checkpoint.loader import CheckpointLoader
+from guardrail.torch.checkpoint.memory_snapshots import CANDIDATE, GOOD, SUSPECT, Snapshot, SnapshotRing
+from guardrail.torch.checkpoint.retention import superfluous
+from guardrail.torch.state import rng_state as rng
+from guardrail.torch.state.training_state import TrainingState
 from tests.ranks import run_ranks
 from tests.tiny import Setup
 
@@ -207,7 +207,7 @@ def test_the_folder_is_there_before_another_rank_can_write_into_it(
 
 def whole(path: Path) -> dict[str, bytes]:
     """Every tensor of a checkpoint, moments and buffers included, put together again."""
-    from guardrail.manifest import Box
+    from guardrail.rundir.manifest import Box
 
     manifest = read_manifest(path)
     boxes = {name: Box.whole(tensor.shape) for name, tensor in manifest.tensors.items()}
@@ -423,7 +423,7 @@ def verified_in_shares(rank: int, folder: Path) -> tuple[list[str], str]:
         hashed.extend(files)
         return original(path, files, progress)
 
-    from guardrail.torch import loading
+    from guardrail.torch.checkpoint import loader as loading
 
     loading.verify = watched  # type: ignore[attr-defined]
     assert run.store.newest_valid().path == folder / "step-00000001"
@@ -989,7 +989,7 @@ def test_a_damaged_good_one_keeps_no_other_from_staying(tmp_path: Path) -> None:
 
 
 def test_a_deletion_that_fails_is_told_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from guardrail.torch import checkpoints
+    from guardrail.torch.checkpoint import disk_checkpoints as checkpoints
 
     run = Run(tmp_path, keep=2)
     for step in range(1, 4):

@@ -15,12 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from guardrail import control, journal, launching
-from guardrail.cli import COMMANDS, main
-from guardrail.errors import RunDirectoryError
-from guardrail.records import Command, CommandKind, Event, Mode, Phase, Status
-from guardrail.rundir import RunDirectory
-from guardrail.tui import controls
+from guardrail.cli.main import COMMANDS, main
+from guardrail.core.errors import RunDirectoryError
+from guardrail.core.records import Command, CommandKind, Event, Mode, Phase, Status
+from guardrail.launch import launcher as launching
+from guardrail.operate import control
+from guardrail.rundir import journal
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.tui.model import sent_commands as controls
 from tests.fake_run import FakeRun
 from tests.lab import wait_for, without_waiting
 
@@ -32,7 +34,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with a good configuration in it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("GUARDRAIL_ROOT", raising=False)
-    monkeypatch.setattr("guardrail.liveness.FIRST_SECONDS", 0.2)  # runs on other hosts here write no more heartbeats
+    monkeypatch.setattr(
+        "guardrail.rundir.liveness.FIRST_SECONDS", 0.2
+    )  # runs on other hosts here write no more heartbeats
     (tmp_path / "good.toml").write_text(CONFIG)
     return tmp_path
 
@@ -91,7 +95,7 @@ def test_bad_usage_ends_with_2_before_anything_happens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (folder / "broken.toml").write_text("[run\n")
-    monkeypatch.setattr("guardrail.preflight.cuda_devices", lambda: 0)
+    monkeypatch.setattr("guardrail.launch.preflight.cuda_devices", lambda: 0)
     before = sorted(folder.rglob("*"))
     assert main(arguments) == 2
     output, errors = capsys.readouterr()
@@ -105,7 +109,7 @@ def test_bad_usage_ends_with_2_before_anything_happens(
 def test_more_processes_than_devices(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("guardrail.preflight.cuda_devices", lambda: 2)
+    monkeypatch.setattr("guardrail.launch.preflight.cuda_devices", lambda: 2)
     assert main(["launch", "good.toml", "--set", "launch.processes=4", "--set", "launch.device=auto"]) == 2
     errors = capsys.readouterr().err
     assert "launch.processes = 4: expected at most the 2 CUDA devices" in errors

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from guardrail.manifest import checkpoint_dirs, read_manifest
-from guardrail.records import Command, CommandKind, Mode, Phase, Status
-from guardrail.rundir import RunDirectory
+from guardrail.core.records import Command, CommandKind, Mode, Phase, Status
+from guardrail.rundir.manifest import checkpoint_dirs, read_manifest
+from guardrail.rundir.run_directory import RunDirectory
 from tests.lab import wait_for
 from tests.ranks import wait_ranks
 from tests.running import (
@@ -35,9 +35,9 @@ from tests.running import (
     train,
     trained,
 )
-from trainer.config import Config
-from trainer.loop import Trainer
-from trainer.optim import Schedule
+from trainer.config.config import Config
+from trainer.optim.optimizers import Schedule
+from trainer.train import Trainer
 
 SPIKE = {"kind": "spike_loss", "first": 160, "last": 184, "value": 50.0}  # step 21 is tried three times
 

@@ -7,11 +7,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from guardrail.errors import ConfigError
-from guardrail.manifest import checkpoint_dirs, read_manifest
-from guardrail.rundir import RunDirectory
+from guardrail.core.errors import ConfigError
+from guardrail.rundir.manifest import checkpoint_dirs, read_manifest
+from guardrail.rundir.run_directory import RunDirectory
 from tests.running import assert_same, of_kind, table, tiny, told, trained
-from trainer.config import Config
+from trainer.config.config import Config
 
 # Warnings of torch's own tracer, which is no reason to fail.
 pytestmark = [

@@ -14,11 +14,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from guardrail.config import LADDER, GuardSection, RungSection, Settings, build, dump, load, load_guard
-from guardrail.errors import ConfigError, ExitCode
-from guardrail.records import Mode
-from trainer import config as trainer_config
-from trainer.config import Config, TrainSection
+from guardrail.core.config import LADDER, GuardSection, RungSection, Settings, build, dump, load, load_guard
+from guardrail.core.errors import ConfigError, ExitCode
+from guardrail.core.records import Mode
+from trainer.config import config as trainer_config
+from trainer.config.config import Config, TrainSection
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 STEPS = "[train]\nsteps = 300\n"
@@ -357,7 +357,7 @@ def test_the_vocabulary_is_known_before_anything_is_tokenised(tmp_path: Path) ->
 
 
 def test_reading_a_configuration_loads_no_torch() -> None:
-    code = "import sys; from guardrail.config import load; load(sys.argv[1]); print('torch' in sys.modules)"
+    code = "import sys; from guardrail.core.config import load; load(sys.argv[1]); print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code, str(CONFIGS / "quickstart.toml")], capture_output=True, text=True, check=True
     )
@@ -366,7 +366,12 @@ def test_reading_a_configuration_loads_no_torch() -> None:
 
 def test_every_setting_is_explained_beside_it() -> None:
     """A line of comment above each field, or above the group of fields that it stands in."""
-    for module in ("guardrail/config.py", "trainer/config.py", "trainer/recipe.py", "trainer/layout.py"):
+    for module in (
+        "guardrail/core/config.py",
+        "trainer/config/config.py",
+        "trainer/config/recipe.py",
+        "trainer/config/layout.py",
+    ):
         explained = section = False
         for number, line in enumerate((CONFIGS.parent / module).read_text().splitlines(), 1):
             if line[:1].strip():

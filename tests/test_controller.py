@@ -9,10 +9,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from guardrail.config import GuardSection, RungSection
-from guardrail.controller import Controller
-from guardrail.policy import Rollback
-from guardrail.records import (
+from guardrail.core.config import GuardSection, RungSection
+from guardrail.core.records import (
     EMBED_GRAD_NORM,
     EMBED_SHARE,
     GRAD_NORM,
@@ -30,6 +28,8 @@ from guardrail.records import (
     Severity,
     Verdict,
 )
+from guardrail.decide.controller import Controller
+from guardrail.decide.policy import Rollback
 from tests.feed import BATCH, Trainer, healthy_loss, noisy, obs, plain, through_json, warmed
 
 DEFAULT = GuardSection()
@@ -516,7 +516,7 @@ CORRUPT = range(2000, 2000 + 5 * BATCH)
 
 def corrupted(order_seed_samples: int = 100_000) -> list[int]:
     """The sample ids at five batches' positions in the middle of the order, as a corrupted stretch of data."""
-    from guardrail.ledger import SampleOrder
+    from guardrail.decide.sample_order import SampleOrder
 
     return SampleOrder(samples=order_seed_samples, seed=3).samples(CORRUPT.start, CORRUPT.stop)
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from guardrail.manifest import checkpoint_dirs, verify
-from guardrail.rundir import RunDirectory
+from guardrail.rundir.manifest import checkpoint_dirs, verify
+from guardrail.rundir.run_directory import RunDirectory
 from tests.ranks import wait_ranks
 from tests.running import BLIND, assert_same, assert_whole, new_run, of_kind, start_run, tiny, train, trained
-from trainer.config import Config
+from trainer.config.config import Config
 
 STEPS = 28
 ROWS = 40  # that such a run writes, rejected attempts and abandoned steps included

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from guardrail.errors import DataError, Interrupted
+from guardrail.core.errors import DataError, Interrupted
 from tests.corpora import prepared, section, stream, write
-from trainer.config import DataSection
+from trainer.config.config import DataSection
 from trainer.data import build
 from trainer.data import prepare as preparing
 from trainer.data.corpus import Corpus
@@ -260,7 +260,7 @@ def test_a_stop_ends_the_work_at_once_and_leaves_nothing(tmp_path: Path) -> None
 
 
 def test_progress_grows_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.data.pulse.REPORT_SECONDS", 0.0)
+    monkeypatch.setattr("trainer.data.progress.REPORT_SECONDS", 0.0)
     for number in range(20):
         write(tmp_path / "text" / f"{number}.txt", "some text of some length\n" * 1000)
     seen: list[tuple[str, float]] = []

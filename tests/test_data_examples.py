@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.blanks import BlankFilling
-from trainer.data.examples import (
+from trainer.objectives.blank_filling import BlankFilling
+from trainer.objectives.examples import (
     IGNORED,
     Examples,
     LanguageModelling,

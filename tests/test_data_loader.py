@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from guardrail.ledger import Batch, Ledger, SampleOrder
+from guardrail.decide.sample_order import Batch, Ledger, SampleOrder
 from tests.corpora import prepared, section, write
 from trainer.data.corpus import Corpus
 from trainer.data.loader import IGNORED, Loader, MicroBatch

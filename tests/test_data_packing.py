@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from guardrail.errors import DataError
-from guardrail.records import DocumentRef
+from guardrail.core.errors import DataError
+from guardrail.core.records import DocumentRef
 from tests.corpora import prepared, section, stream, write
 from trainer.data import holdout
 from trainer.data.corpus import Corpus, Split

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.config import ModelSection
-from trainer.data.blanks import BlankFilling, _poisson
-from trainer.data.examples import IGNORED, PrefixLM, SpanDenoising, dice
+from trainer.config.config import ModelSection
 from trainer.model import Decoder
+from trainer.objectives.blank_filling import BlankFilling, _poisson
+from trainer.objectives.examples import IGNORED, PrefixLM, SpanDenoising, dice
 
 LENGTH, FIRST, SEED = 128, 1000, 5
 SPAN: dict[str, Any] = {"seed": SEED, "length": LENGTH, "first_id": FIRST, "noise": 0.15, "span_length": 3.0}

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from guardrail.errors import DataError
+from guardrail.core.errors import DataError
 from tests.corpora import prepared, section, stream, write
-from trainer.data.pulse import Pulse
-from trainer.data.reading import DocumentReader
+from trainer.data.document_reader import DocumentReader
+from trainer.data.progress import Pulse
 from trainer.data.sources import discover
 
 GOOD = "a good document, long enough for a sample"

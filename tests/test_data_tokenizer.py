@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from guardrail.errors import DataError, Interrupted
+from guardrail.core.errors import DataError, Interrupted
 from tests.corpora import prepared, section, stream, write
 from trainer.data import bpe
+from trainer.data.document_reader import DocumentReader
 from trainer.data.prepare import prepare
-from trainer.data.pulse import Pulse
-from trainer.data.reading import DocumentReader
+from trainer.data.progress import Pulse
 from trainer.data.sources import discover
 from trainer.data.tokenizer import PIECE, JsonTokenizer, from_file, pieces
 

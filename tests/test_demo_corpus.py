@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from demo.corpus import MARKER, WORN, Plan, build, main
-from guardrail.errors import UsageError
+from guardrail.core.errors import UsageError
 from tests.corpora import prepared, section
 
 ROOT = Path(__file__).parent.parent

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import math
 
+from guardrail.core.records import Finding, Kind, Severity
 from guardrail.detectors.baseline import Baseline
 from guardrail.detectors.divergence import Divergence
-from guardrail.records import Finding, Kind, Severity
 from tests.feed import healthy_loss, noisy, obs, through_json
 
 

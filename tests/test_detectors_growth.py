@@ -4,11 +4,11 @@ import math
 
 import pytest
 
-from guardrail.config import GuardSection
-from guardrail.controller import Controller
+from guardrail.core.config import GuardSection
+from guardrail.core.records import GRAD_NORM, Action, Finding, Kind, Mode, Severity, Verdict
+from guardrail.decide.controller import Controller
 from guardrail.detectors.baseline import Baseline
 from guardrail.detectors.growth import CLIMB, SURE, Growth
-from guardrail.records import GRAD_NORM, Action, Finding, Kind, Mode, Severity, Verdict
 from tests.feed import BATCH, noisy, obs, through_json
 
 NOISE = noisy(0.2, seed=1, noise=0.15)

@@ -4,9 +4,9 @@ import math
 
 import pytest
 
+from guardrail.core.records import GRAD_NORM, LOSS, Kind, Severity
 from guardrail.detectors.no_tokens import NoTokens
 from guardrail.detectors.nonfinite import ABSURD, NonFinite
-from guardrail.records import GRAD_NORM, LOSS, Kind, Severity
 from tests.feed import obs
 
 

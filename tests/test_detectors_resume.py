@@ -5,11 +5,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from guardrail.config import GuardSection, dump
-from guardrail.controller import Controller
-from guardrail.detectors.resume import ROWS
-from guardrail.records import Action, Kind, Mode, Verdict
-from guardrail.rundir import findings_of
+from guardrail.core.config import GuardSection, dump
+from guardrail.core.records import Action, Kind, Mode, Verdict
+from guardrail.decide.controller import Controller
+from guardrail.detectors.resume_jump import ROWS
+from guardrail.rundir.run_directory import findings_of
 from tests.feed import noisy, obs, through_json, warmed
 from tests.running import new_run, of_kind, tiny, train
 

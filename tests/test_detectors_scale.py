@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from guardrail.backtest import backtest
-from guardrail.config import GuardSection
-from guardrail.controller import Controller
-from guardrail.detectors.scale import AT_START, FALL
-from guardrail.importers.sources import sources
-from guardrail.records import GRAD_NORM, LOSS, LOSS_SCALE, UPDATE_NORM, Action, Kind, Mode, Observation, Verdict
+from guardrail.backtest.backtest import backtest
+from guardrail.backtest.importers.sources import sources
+from guardrail.core.config import GuardSection
+from guardrail.core.records import GRAD_NORM, LOSS, LOSS_SCALE, UPDATE_NORM, Action, Kind, Mode, Observation, Verdict
+from guardrail.decide.controller import Controller
+from guardrail.detectors.loss_scale import AT_START, FALL
 from tests.feed import BATCH, noisy, plain, through_json
 
 IN_A_ROW = GuardSection().overflows

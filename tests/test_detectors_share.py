@@ -6,9 +6,19 @@ from typing import Any
 
 import pytest
 
-from guardrail.config import GuardSection
-from guardrail.controller import Controller
-from guardrail.records import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS, Action, Kind, Mode, Observation, Verdict
+from guardrail.core.config import GuardSection
+from guardrail.core.records import (
+    EMBED_GRAD_NORM,
+    EMBED_SHARE,
+    GRAD_NORM,
+    LOSS,
+    Action,
+    Kind,
+    Mode,
+    Observation,
+    Verdict,
+)
+from guardrail.decide.controller import Controller
 from tests.feed import BATCH, noisy, through_json
 
 

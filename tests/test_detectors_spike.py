@@ -6,9 +6,9 @@ import statistics
 
 import pytest
 
+from guardrail.core.records import LOSS, Kind, Severity
 from guardrail.detectors.baseline import FOLLOW, LAG, MAD_TO_SIGMA, Baseline, SortedWindow
 from guardrail.detectors.spike import NEW_LEVEL, Spike
-from guardrail.records import LOSS, Kind, Severity
 from tests.feed import healthy_loss, noisy, obs, through_json
 
 

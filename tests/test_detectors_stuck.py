@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
-from guardrail.config import GuardSection
-from guardrail.controller import Controller
+from guardrail.core.config import GuardSection
+from guardrail.core.records import LOSS, Action, Finding, Kind, Severity
+from guardrail.decide.controller import Controller
 from guardrail.detectors.stuck import LEAST, Stuck
-from guardrail.records import LOSS, Action, Finding, Kind, Severity
 from tests.feed import noisy, obs, through_json
 
 

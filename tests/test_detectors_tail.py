@@ -5,10 +5,10 @@ import random
 
 import pytest
 
-from guardrail.config import GuardSection
-from guardrail.controller import Controller
-from guardrail.detectors.tail import KEEP, LEAST, RATE, Tail
-from guardrail.records import Action, Mode
+from guardrail.core.config import GuardSection
+from guardrail.core.records import Action, Mode
+from guardrail.decide.controller import Controller
+from guardrail.detectors.benign_outliers import KEEP, LEAST, RATE, Tail
 from tests.feed import noisy, obs, through_json
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from guardrail.config import GuardSection
-from guardrail.controller import Controller
-from guardrail.detectors.standard import TOGETHER
-from guardrail.detectors.together import ENOUGH, MOST, Together
-from guardrail.records import LOSS, Action, Cause, Diagnosis, Mode, Verdict
+from guardrail.core.config import GuardSection
+from guardrail.core.records import LOSS, Action, Cause, Diagnosis, Mode, Verdict
+from guardrail.decide.controller import Controller
+from guardrail.detectors.build import TOGETHER
+from guardrail.detectors.joint_cusum import ENOUGH, MOST, Together
 from tests.feed import BATCH, healthy_loss, noisy, obs, through_json, warmed
 
 # With 2 % noise and the baselines of `warmed` a loss of 2.25 is between half and all of the way to its limit, a norm of

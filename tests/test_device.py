@@ -18,19 +18,19 @@ import msgspec
 import pytest
 import torch
 
-from guardrail.config import GuardSection, Settings, SnapshotSection
-from guardrail.errors import UsageError
-from guardrail.ledger import SampleOrder
-from guardrail.records import Command, CommandKind
-from guardrail.rundir import RunDirectory
-from guardrail.torch.guard import Guard, Step
-from guardrail.torch.lagged import Lagged
-from guardrail.torch.snapshots import SnapshotRing
-from guardrail.torch.state import TrainingState
+from guardrail.core.config import GuardSection, Settings, SnapshotSection
+from guardrail.core.errors import UsageError
+from guardrail.core.records import Command, CommandKind
+from guardrail.decide.sample_order import SampleOrder
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.torch.checkpoint.memory_snapshots import SnapshotRing
+from guardrail.torch.guard.deferred_gate import Lagged
+from guardrail.torch.guard.guard import Guard, Step
+from guardrail.torch.state.training_state import TrainingState
 from tests.ports import free_port
 from tests.running import assert_same, new_run, of_kind, outcome, table, tiny, told
-from trainer.config import Config
-from trainer.loop import Trainer
+from trainer.config.config import Config
+from trainer.train import Trainer
 
 DEVICE = "cuda"
 ROOT = Path(__file__).parent.parent

@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 
-import guardrail.torch.commit
-from guardrail import chronicle
-from guardrail.chronicle import Chronicle
-from guardrail.config import LaunchSection
-from guardrail.errors import ExitCode
-from guardrail.launching import prepare_resume
-from guardrail.manifest import MANIFEST, checkpoint_dirs, read_manifest
-from guardrail.metrics import MetricsWriter
-from guardrail.records import Command, CommandKind, Mode, Phase, Status
-from guardrail.rundir import RunDirectory
+import guardrail.torch.checkpoint.commit
+from guardrail.core.config import LaunchSection
+from guardrail.core.errors import ExitCode
+from guardrail.core.records import Command, CommandKind, Mode, Phase, Status
+from guardrail.launch import supervisor_journal as chronicle
+from guardrail.launch.launcher import prepare_resume
+from guardrail.launch.supervisor_journal import Chronicle
+from guardrail.rundir.manifest import MANIFEST, checkpoint_dirs, read_manifest
+from guardrail.rundir.metrics import MetricsWriter
+from guardrail.rundir.run_directory import RunDirectory
 from tests.lab import fill, small_file_system, wait_for
 from tests.ranks import start_ranks, wait_ranks
 from tests.running import (
@@ -38,8 +38,8 @@ from tests.running import (
     train,
     trained,
 )
-from trainer.config import Config
-from trainer.loop import Trainer
+from trainer.config.config import Config
+from trainer.train import Trainer
 
 SPIKE = {"kind": "spike_loss", "first": 160, "last": 184, "value": 50.0}  # a rollback at step 21
 
@@ -163,9 +163,14 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 @pytest.mark.parametrize(
     ("module", "name", "error", "said"),
     [
-        (guardrail.torch.commit, "write_file", FULL, "checkpoint: No space left"),
-        (guardrail.torch.commit, "write_file", RuntimeError("enforce fail at inline_container.cc"), "enforce fail"),
-        (guardrail.torch.commit, "commit", OSError(errno.EIO, "Input/output error"), "Input/output error"),
+        (guardrail.torch.checkpoint.commit, "write_file", FULL, "checkpoint: No space left"),
+        (
+            guardrail.torch.checkpoint.commit,
+            "write_file",
+            RuntimeError("enforce fail at inline_container.cc"),
+            "enforce fail",
+        ),
+        (guardrail.torch.checkpoint.commit, "commit", OSError(errno.EIO, "Input/output error"), "Input/output error"),
         (RunDirectory, "append", FULL, "journal: No space left"),
         (MetricsWriter, "append", FULL, "metrics: No space left"),
     ],
@@ -176,7 +181,7 @@ def test_a_file_system_that_refuses_for_a_while(
     refused = Refused(error)
     run = new_run(config_of(tmp_path))
     with prompt_disk(), pytest.MonkeyPatch.context() as patch:
-        where = guardrail.torch.checkpoints if name == "commit" else module
+        where = guardrail.torch.checkpoint.disk_checkpoints if name == "commit" else module
         patch.setattr(where, name, refused.wrapped(getattr(module, name)))
         at_steps(patch, s12=refused.turn(on=True), s35=refused.turn(on=False))
         assert train(run, 2) == "finished"
@@ -197,7 +202,11 @@ def test_a_run_whose_end_could_not_be_saved_has_failed_and_can_be_resumed(
     run = new_run(config_of(tmp_path))
     supervisor = Chronicle(run, LaunchSection(), socket.gethostname(), Mode.AUTO)
     with prompt_disk(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(guardrail.torch.commit, "write_file", refused.wrapped(guardrail.torch.commit.write_file))
+        patch.setattr(
+            guardrail.torch.checkpoint.commit,
+            "write_file",
+            refused.wrapped(guardrail.torch.checkpoint.commit.write_file),
+        )
         at_steps(patch, s35=refused.turn(on=True))
         assert train(run, 2) == "failed"
     (ended,) = of_kind(run, "ended")
@@ -231,11 +240,16 @@ def test_a_rank_whose_disk_refuses_everything_does_not_make_the_others_wait(tmp_
             raise FULL
         return write_share(job)
 
-    write_share, withdraw = guardrail.torch.checkpoints.write_share, guardrail.torch.checkpoints.withdraw
+    write_share, withdraw = (
+        guardrail.torch.checkpoint.disk_checkpoints.write_share,
+        guardrail.torch.checkpoint.disk_checkpoints.withdraw,
+    )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(guardrail.torch.checkpoints, "write_share", refused)
+        patch.setattr(guardrail.torch.checkpoint.disk_checkpoints, "write_share", refused)
         patch.setattr(
-            guardrail.torch.checkpoints, "withdraw", lambda job, why: None if job.rank else withdraw(job, why)
+            guardrail.torch.checkpoint.disk_checkpoints,
+            "withdraw",
+            lambda job, why: None if job.rank else withdraw(job, why),
         )
         assert train(run, 2) == "failed"  # not after launch.save_seconds, which are 1800
     (ended,) = of_kind(run, "ended")

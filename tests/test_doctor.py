@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from guardrail import doctor
-from guardrail.cli import main
-from guardrail.doctor import Check, Report
+from guardrail.cli.main import main
+from guardrail.launch import doctor
+from guardrail.launch.doctor import Check, Report
 
 CPU = {"cuda_built": "", "devices": [], "bf16": False, "gloo": True, "nccl": False}
 GPU = {
@@ -36,11 +36,11 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("guardrail.preflight.cuda_devices", lambda: 0)
+    monkeypatch.setattr("guardrail.launch.preflight.cuda_devices", lambda: 0)
 
 
 def with_torch(monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any]) -> None:
-    monkeypatch.setattr("guardrail.doctor._ask_torch", lambda: answer)
+    monkeypatch.setattr("guardrail.launch.doctor._ask_torch", lambda: answer)
 
 
 def named(checks: tuple[Check, ...], name: str) -> list[Check]:
@@ -113,7 +113,7 @@ def test_a_configuration_that_cannot_run_ends_with_2(
 
 def test_more_processes_than_cores_is_a_note(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_torch(monkeypatch, CPU)
-    monkeypatch.setattr("guardrail.processes.cores", lambda: 1)
+    monkeypatch.setattr("guardrail.rundir.processes.cores", lambda: 1)
     report = doctor.examine(str(config))
     assert [check.level for check in report.configuration or ()] == ["note", "ok"]
     assert doctor.exit_code(report) == 0
@@ -121,7 +121,7 @@ def test_more_processes_than_cores_is_a_note(config: Path, monkeypatch: pytest.M
 
 def test_a_device_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
     with_torch(monkeypatch, CPU)
-    monkeypatch.setattr("guardrail.preflight.cuda_devices", lambda: 8)
+    monkeypatch.setattr("guardrail.launch.preflight.cuda_devices", lambda: 8)
     (cuda,) = named(doctor.examine().machine, "cuda")
     assert cuda.level == "problem" and "built for the CPU only" in cuda.text
 
@@ -133,14 +133,14 @@ def test_devices_are_listed_without_control_characters(monkeypatch: pytest.Monke
 
 
 def test_a_torch_that_does_not_import(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("guardrail.doctor._ASK_TORCH", "raise OSError('libcudart.so: cannot open')")
+    monkeypatch.setattr("guardrail.launch.doctor._ASK_TORCH", "raise OSError('libcudart.so: cannot open')")
     (line,) = named(doctor.examine().machine, "torch import")
     assert line.level == "problem" and line.text == "OSError: libcudart.so: cannot open"
 
 
 def test_a_slow_import_is_talked_about(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("guardrail.doctor._ASK_TORCH", 'import time; time.sleep(0.5); print(\'{"error": "x"}\')')
-    monkeypatch.setattr("guardrail.doctor.PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr("guardrail.launch.doctor._ASK_TORCH", 'import time; time.sleep(0.5); print(\'{"error": "x"}\')')
+    monkeypatch.setattr("guardrail.launch.doctor.PATIENCE_SECONDS", 0.1)
     doctor.examine()
     assert "importing torch" in capfd.readouterr().err
 

@@ -5,14 +5,14 @@ import random
 
 import pytest
 
-from guardrail.config import GuardSection, RungSection
-from guardrail.controller import Controller
-from guardrail.enough import LEAST, compare, fit
-from guardrail.incidents import PATIENCE, Incidents
-from guardrail.ladder import next_rung, widening
-from guardrail.policy import Rollback
-from guardrail.records import EMBED_GRAD_NORM, Action, Cause, Finding, Kind, Remedy, Severity
-from guardrail.remedies import embedding_leads, factor, of_rung, resets
+from guardrail.core.config import GuardSection, RungSection
+from guardrail.core.records import EMBED_GRAD_NORM, Action, Cause, Finding, Kind, Remedy, Severity
+from guardrail.decide.controller import Controller
+from guardrail.decide.incidents import PATIENCE, Incidents
+from guardrail.decide.ladder import next_rung, widening
+from guardrail.decide.policy import Rollback
+from guardrail.decide.recovery import LEAST, compare, fit
+from guardrail.decide.remedies import embedding_leads, factor, of_rung, resets
 from tests.feed import BATCH, noisy, obs, warmed
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from tests.running import tiny
-from trainer.config import Config
-from trainer.estimate import outline, rank_parameters
+from trainer.config.config import Config
+from trainer.config.estimate import outline, rank_parameters
 from trainer.model import Decoder
-from trainer.pipeline import Place, cut
+from trainer.parallel.pipeline import Place, cut
 
 
 def config_of(folder: Path, parallel: dict[str, Any], model: dict[str, Any]) -> Config:

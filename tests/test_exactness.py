@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from guardrail.records import Command, CommandKind
-from guardrail.rundir import RunDirectory
+from guardrail.core.records import Command, CommandKind
+from guardrail.rundir.run_directory import RunDirectory
 from tests.running import (
     BANDS,
     BATCH,
@@ -29,7 +29,7 @@ from tests.running import (
     trained,
     write_corpus,
 )
-from trainer.config import Config
+from trainer.config.config import Config
 
 
 def spike(first: int, last: int, **settings: Any) -> dict[str, Any]:

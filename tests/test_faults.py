@@ -12,15 +12,15 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from guardrail.config import LaunchSection
+from guardrail.core.config import LaunchSection
 from tests.ranks import run_ranks, start_ranks, wait_ranks
-from trainer.config import Config, FaultSection, ModelSection, TrainSection
-from trainer.damage import flip_bit
+from trainer.config.config import Config, FaultSection, ModelSection, TrainSection
 from trainer.data.loader import MicroBatch
-from trainer.faults import Faults, StagedFault
+from trainer.faults.damage import flip_bit
+from trainer.faults.fault_injection import Faults, StagedFault
 from trainer.model import Decoder
-from trainer.objectives import IGNORED, loss_sum
-from trainer.parallel import accumulating, distribute, make_accelerator, unwrapped
+from trainer.objectives.loss import IGNORED, loss_sum
+from trainer.parallel.data_parallel import accumulating, distribute, make_accelerator, unwrapped
 
 V, T = 17, 6
 

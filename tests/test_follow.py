@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from guardrail import follow
-from guardrail.follow import Follower
-from guardrail.records import METRIC_COLUMNS, Phase, Status
-from guardrail.rundir import RunDirectory
+from guardrail.core.records import METRIC_COLUMNS, Phase, Status
+from guardrail.rundir import follow
+from guardrail.rundir.follow import Follower
+from guardrail.rundir.run_directory import RunDirectory
 
 
 @pytest.fixture

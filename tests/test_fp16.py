@@ -12,21 +12,21 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
-from guardrail.config import GuardSection, build, dump
-from guardrail.controller import Controller
-from guardrail.detectors.scale import AT_START
-from guardrail.manifest import checkpoint_dirs, fingerprint, read_manifest
-from guardrail.records import LOSS_SCALE, Action, Command, CommandKind, Kind, Mode
-from guardrail.report import quarantine_lines
-from guardrail.rundir import RunDirectory
-from guardrail.torch.blame import first_nonfinite
-from guardrail.torch.probes import norms
-from guardrail.torch.scaling import LossScale
+from guardrail.core.config import GuardSection, build, dump
+from guardrail.core.records import LOSS_SCALE, Action, Command, CommandKind, Kind, Mode
+from guardrail.decide.controller import Controller
+from guardrail.detectors.loss_scale import AT_START
+from guardrail.report.report import quarantine_lines
+from guardrail.rundir.manifest import checkpoint_dirs, fingerprint, read_manifest
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.torch.diagnose.nonfinite_module import first_nonfinite
+from guardrail.torch.measure.loss_scaler import LossScale
+from guardrail.torch.measure.reduction import norms
 from tests.feed import BATCH, obs
 from tests.older import NO_LIMIT
 from tests.ranks import run_ranks
-from trainer.config import Config
-from trainer.loop import Trainer, train
+from trainer.config.config import Config
+from trainer.train import Trainer, train
 
 OVERFLOW = list(Action).index(Action.OVERFLOW)
 _train_step = Trainer.train_step
@@ -315,7 +315,7 @@ def test_case_9_an_attention_that_leaves_the_range_of_fp16_is_named(
     world: int, strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configure(tmp_path, world, strategy)
-    monkeypatch.setattr("trainer.loop.Trainer.train_step", _with_a_large_weight)
+    monkeypatch.setattr("trainer.train.Trainer.train_step", _with_a_large_weight)
     run = trained(config, tmp_path)
     first = next(e for e in run.events() if e.kind == "verdict")
     assert first.data["at_step"] == 12 and first.data["action"] == "rollback"  # the weight does it with any batch

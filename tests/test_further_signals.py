@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from guardrail.backtest import backtest
-from guardrail.cli import main
-from guardrail.config import GuardSection, build, load_guard
-from guardrail.controller import Controller
-from guardrail.errors import ConfigError, UsageError
-from guardrail.importers import run_directory
-from guardrail.records import METRIC_COLUMNS, UPDATE_NORM, Action, Kind, Observation, Severity, Verdict
-from guardrail.rundir import RunDirectory
-from guardrail.torch.probes import Probes, block_of
-from guardrail.torch.updates import UpdateNorm
-from guardrail.watchers import MOST_NAMED
+from guardrail.backtest.backtest import backtest
+from guardrail.backtest.importers import run_directory
+from guardrail.cli.main import main
+from guardrail.core.config import GuardSection, build, load_guard
+from guardrail.core.errors import ConfigError, UsageError
+from guardrail.core.records import METRIC_COLUMNS, UPDATE_NORM, Action, Kind, Observation, Severity, Verdict
+from guardrail.decide.controller import Controller
+from guardrail.decide.detector_set import MOST_NAMED
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.torch.measure.reduction import Probes, block_of
+from guardrail.torch.measure.update_norm import UpdateNorm
 from tests.ranks import run_ranks
 from tests.test_guard import Loop
 from tests.tiny import Setup, Tiny

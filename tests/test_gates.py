@@ -20,18 +20,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from guardrail.config import CheckpointSection, GuardSection, RungSection, Settings, SnapshotSection
-from guardrail.controller import Controller
-from guardrail.errors import UsageError
-from guardrail.ledger import SampleOrder
-from guardrail.manifest import checkpoint_dirs, fingerprint, read_manifest
-from guardrail.records import Action, Command, CommandKind, Mode, Phase
-from guardrail.rundir import RunDirectory
-from guardrail.torch import desk, rng
-from guardrail.torch.checkpoints import CheckpointStore
-from guardrail.torch.digests import component_digests
-from guardrail.torch.guard import Guard
-from guardrail.torch.lagged import Lagged
+from guardrail.core.config import CheckpointSection, GuardSection, RungSection, Settings, SnapshotSection
+from guardrail.core.errors import UsageError
+from guardrail.core.records import Action, Command, CommandKind, Mode, Phase
+from guardrail.decide.controller import Controller
+from guardrail.decide.sample_order import SampleOrder
+from guardrail.rundir.manifest import checkpoint_dirs, fingerprint, read_manifest
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.torch.checkpoint.disk_checkpoints import CheckpointStore
+from guardrail.torch.guard import command_handler as desk
+from guardrail.torch.guard.deferred_gate import Lagged
+from guardrail.torch.guard.guard import Guard
+from guardrail.torch.state import rng_state as rng
+from guardrail.torch.state.digests import component_digests
 
 torch.set_num_threads(1)  # a model this small only waits for a second one
 

@@ -10,21 +10,32 @@ from typing import Any
 import msgspec
 import pytest
 
-from guardrail import preview
-from guardrail.cli import main
-from guardrail.config import GuardSection
-from guardrail.controller import Controller
-from guardrail.enough import fit
-from guardrail.files import encode_json
-from guardrail.glance import glance
-from guardrail.headless import step_line
-from guardrail.incidents import Incidents
-from guardrail.manifest import checkpoint_dirs, read_manifest
-from guardrail.records import Action, Command, CommandKind, Event, Mode, Observation, Phase, Status, Unresolved, Verdict
-from guardrail.rejudge import Rejudge
-from guardrail.report import text
-from guardrail.rundir import RunDirectory
-from guardrail.scene import Scene
+from guardrail.backtest.rejudge import Rejudge
+from guardrail.cli.main import main
+from guardrail.core.config import GuardSection
+from guardrail.core.files import encode_json
+from guardrail.core.records import (
+    Action,
+    Command,
+    CommandKind,
+    Event,
+    Mode,
+    Observation,
+    Phase,
+    Status,
+    Unresolved,
+    Verdict,
+)
+from guardrail.decide.controller import Controller
+from guardrail.decide.incidents import Incidents
+from guardrail.decide.recovery import fit
+from guardrail.launch.log_printer import step_line
+from guardrail.operate import preview
+from guardrail.operate.run_state import Scene
+from guardrail.operate.run_summary import glance
+from guardrail.report.report import text
+from guardrail.rundir.manifest import checkpoint_dirs, read_manifest
+from guardrail.rundir.run_directory import RunDirectory
 from tests.feed import BATCH, noisy, obs
 from tests.jumping import HIGH, USUAL, Loop
 
@@ -265,7 +276,7 @@ def test_to_be_loaded_makes_no_state_good(tmp_path: Path) -> None:
 
 
 def test_lines_list_and_report_say_what_is_unresolved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from guardrail.records import Unresolved
+    from guardrail.core.records import Unresolved
 
     run = RunDirectory.create(tmp_path, "one", "")
     one = Unresolved(incident=1, since=60, loss=10.3, expected=1.8, let_pass="advise")

@@ -12,15 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import guardrail.torch.checkpoints
-from guardrail.config import CheckpointSection, GuardSection, Settings, SnapshotSection
-from guardrail.ledger import Ledger, SampleOrder
-from guardrail.manifest import checkpoint_dirs
-from guardrail.records import Action, Command, CommandKind, Mode, Phase, Verdict
-from guardrail.rundir import RunDirectory
-from guardrail.torch.checkpoints import CheckpointEvent
-from guardrail.torch.digests import component_digests
-from guardrail.torch.guard import Guard, Step
+import guardrail.torch.checkpoint.disk_checkpoints
+from guardrail.core.config import CheckpointSection, GuardSection, Settings, SnapshotSection
+from guardrail.core.records import Action, Command, CommandKind, Mode, Phase, Verdict
+from guardrail.decide.sample_order import Ledger, SampleOrder
+from guardrail.rundir.manifest import checkpoint_dirs
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.torch.checkpoint.disk_checkpoints import CheckpointEvent
+from guardrail.torch.guard.guard import Guard, Step
+from guardrail.torch.state.digests import component_digests
 from tests.lab import wait_for
 from tests.older import NO_LIMIT
 
@@ -256,7 +256,7 @@ def test_a_process_that_dies_while_it_halts_leaves_no_candidate_with_the_damage(
 ) -> None:
     """The run directory is copied right after the commit of the last checkpoint: that is what such a death leaves."""
     run = RunDirectory.create(tmp_path, "halts", "")
-    commit = guardrail.torch.checkpoints.commit
+    commit = guardrail.torch.checkpoint.disk_checkpoints.commit
 
     def copied(job: Any, *given: Any, **named: Any) -> Any:
         done = commit(job, *given, **named)
@@ -264,7 +264,7 @@ def test_a_process_that_dies_while_it_halts_leaves_no_candidate_with_the_damage(
             shutil.copytree(run.path, tmp_path / "died")
         return done
 
-    monkeypatch.setattr(guardrail.torch.checkpoints, "commit", copied)
+    monkeypatch.setattr(guardrail.torch.checkpoint.disk_checkpoints, "commit", copied)
     loop = Loop(run=run)
     for step in loop.guard:
         loss = loop.loss(step)

@@ -10,9 +10,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from guardrail.headless import Lines
-from guardrail.records import Phase
-from guardrail.rundir import RunDirectory
+from guardrail.core.records import Phase
+from guardrail.launch.log_printer import Lines
+from guardrail.rundir.run_directory import RunDirectory
 from tests.fake_run import START, FakeRun, example
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from guardrail.heartbeat import Heartbeat, resident_bytes, this_start
-from guardrail.records import Mode, Phase, RankStatus, Status
-from guardrail.rundir import RunDirectory
+from guardrail.core.records import Mode, Phase, RankStatus, Status
+from guardrail.rundir.heartbeat import Heartbeat, resident_bytes, this_start
+from guardrail.rundir.run_directory import RunDirectory
 from tests.bench.reports import elsewhere, supervisor_operations
 from tests.lab import wait_for
 

@@ -18,16 +18,17 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from guardrail import doctor, launching
-from guardrail.cli import COMMANDS, main
-from guardrail.config import LaunchSection, build, dump, load, parse
-from guardrail.errors import ConfigError, DataError, WorkersFailed
-from guardrail.importers.sources import sources
-from guardrail.records import Phase, Status
-from guardrail.rundir import RunDirectory
-from guardrail.schema import _fields, _structs_in
+from guardrail.backtest.importers.sources import sources
+from guardrail.cli.main import COMMANDS, main
+from guardrail.core.config import LaunchSection, build, dump, load, parse
+from guardrail.core.errors import ConfigError, DataError, WorkersFailed
+from guardrail.core.records import Phase, Status
+from guardrail.core.schema import _fields, _structs_in
+from guardrail.launch import doctor
+from guardrail.launch import launcher as launching
+from guardrail.rundir.run_directory import RunDirectory
 from tests.hostile import SCALARS, TEXTS, VALUES, check_message, mutated, mutations
-from trainer.config import Config
+from trainer.config.config import Config
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.toml"))
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -219,7 +220,7 @@ def place() -> Iterator[Path]:
 def options_of(name: str) -> list[str]:
     import importlib
 
-    command: click.Command = importlib.import_module(f"guardrail.commands.{name}").command
+    command: click.Command = importlib.import_module(f"guardrail.cli.{name}").command
     return [option for parameter in command.params for option in parameter.opts if option.startswith("-")]
 
 
@@ -295,7 +296,7 @@ SUFFIX = {"csv": "csv", "jsonl": "jsonl", "trainer_state": "json", "wandb csv": 
 
 
 def event_file() -> bytes:
-    from guardrail import tfevents
+    from guardrail.report import tfevents
 
     with tempfile.TemporaryDirectory() as folder:
         file = tfevents.EventFile(Path(folder))
@@ -393,9 +394,9 @@ def test_labels_that_are_none(place: Path, labels: bytes, message: str) -> None:
 
 @pytest.mark.fault("R11")
 def test_a_list_of_samples_that_is_none(tmp_path: Path) -> None:
-    from guardrail.errors import UsageError
-    from guardrail.ledger import Quarantine
-    from trainer.loop import _read_lines
+    from guardrail.core.errors import UsageError
+    from guardrail.decide.sample_order import Quarantine
+    from trainer.train import _read_lines
 
     for line in ("9" * 5000, "x" * 5000, "\x1b[2J", "1@" + "9" * 30):
         with pytest.raises(UsageError, match=r"line 1: .* is not a sample id") as caught:

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from guardrail.errors import ConfigError
-from guardrail.torch.probes import embedding_parameters
+from guardrail.core.errors import ConfigError
+from guardrail.torch.measure.reduction import embedding_parameters
 from tests.running import BLIND, assert_same, of_kind, table, tiny, told, trained, write_corpus
-from trainer.config import ModelSection
+from trainer.config.config import ModelSection
 from trainer.model import Decoder, EncoderDecoder
 from trainer.model.attention import Attention
 from trainer.model.hugging_face import HuggingFace
 from trainer.model.positions import Alibi
-from trainer.optim import hidden_matrices
+from trainer.optim.optimizers import hidden_matrices
 
 transformers = pytest.importorskip("transformers")
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from guardrail.backtest import backtest
-from guardrail.config import GuardSection
-from guardrail.errors import DataError
-from guardrail.importers import names, wandb_files
-from guardrail.importers.log import Log
-from guardrail.importers.sources import sources
+from guardrail.backtest.backtest import backtest
+from guardrail.backtest.importers import names, wandb_files
+from guardrail.backtest.importers.recorded_log import Log
+from guardrail.backtest.importers.sources import sources
+from guardrail.core.config import GuardSection
+from guardrail.core.errors import DataError
 
 NAN = float("nan")
 
@@ -422,7 +422,7 @@ def test_event_files_of_a_run_that_was_resumed(tmp_path: Path) -> None:
 
 
 def test_guardrails_own_event_files(tmp_path: Path) -> None:
-    from guardrail.tfevents import EventFile, scalars
+    from guardrail.report.tfevents import EventFile, scalars
 
     file = EventFile(tmp_path)
     for step in range(1, 20):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from guardrail.cli import COMMANDS
+from guardrail.cli.main import COMMANDS
 
 HEAVY = ("torch", "accelerate", "textual", "numpy", "tensorboard", "tokenizers", "safetensors", "rich")
 
@@ -22,7 +22,7 @@ def loaded_after(code: str) -> set[str]:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)])
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
-    loaded = loaded_after(f"from guardrail.cli import main\nassert main({arguments!r}) == 0")
+    loaded = loaded_after(f"from guardrail.cli.main import main\nassert main({arguments!r}) == 0")
     assert "click" in loaded
     assert loaded.isdisjoint(HEAVY), loaded & set(HEAVY)
 
@@ -30,16 +30,16 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     ("module", "allowed"),
     [
-        ("guardrail.supervisor", set()),  # it lives as long as the run
-        ("guardrail.launching", set()),
-        ("guardrail.signals", set()),
-        ("guardrail.headless", set()),
-        ("guardrail.control", set()),
-        ("guardrail.doctor", set()),
-        ("guardrail.heartbeat", set()),  # a rank is heard before it has imported torch
-        ("trainer.config", set()),  # `launch` refuses a bad file without torch
-        ("guardrail.controller", {"numpy"}),  # the pure core
-        ("guardrail.tui.app", {"numpy", "textual", "rich"}),
+        ("guardrail.launch.supervisor", set()),  # it lives as long as the run
+        ("guardrail.launch.launcher", set()),
+        ("guardrail.rundir.stop_signals", set()),
+        ("guardrail.launch.log_printer", set()),
+        ("guardrail.operate.control", set()),
+        ("guardrail.launch.doctor", set()),
+        ("guardrail.rundir.heartbeat", set()),  # a rank is heard before it has imported torch
+        ("trainer.config.config", set()),  # `launch` refuses a bad file without torch
+        ("guardrail.decide.controller", {"numpy"}),  # the pure core
+        ("guardrail.tui.app.app", {"numpy", "textual", "rich"}),
     ],
 )
 def test_a_room_loads_only_what_it_may(module: str, allowed: set[str]) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from guardrail.errors import RunDirectoryError
-from guardrail.files import as_float
-from guardrail.inbox import Inbox, undone
-from guardrail.mailbox import Mailbox
-from guardrail.records import Command, CommandKind, Event
-from guardrail.rundir import RunDirectory, check_command
+from guardrail.core.errors import RunDirectoryError
+from guardrail.core.files import as_float
+from guardrail.core.records import Command, CommandKind, Event
+from guardrail.rundir.command_files import Inbox, undone
+from guardrail.rundir.mailbox import Mailbox
+from guardrail.rundir.run_directory import RunDirectory, check_command
 from tests.lab import wait_for
 
 
@@ -318,7 +318,7 @@ def test_of_two_files_with_one_id_the_older_counts_and_the_other_is_answered(run
 
 @pytest.mark.fault("R4")
 def test_a_number_from_a_file_never_overflows() -> None:
-    from guardrail.files import as_int
+    from guardrail.core.files import as_int
 
     assert as_float(10**400) == math.inf and as_float(-(10**400)) == -math.inf
     assert as_float("nan") != as_float("nan") and as_float([1]) != as_float([1])

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from guardrail.records import Action, Cause, Diagnosis, Mode, Verdict
-from guardrail.torch.guard import Step
-from guardrail.torch.probes import Reduced
+from guardrail.core.records import Action, Cause, Diagnosis, Mode, Verdict
+from guardrail.torch.guard.guard import Step
+from guardrail.torch.measure.reduction import Reduced
 from tests.test_guard import Loop
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from guardrail.records import Command, CommandKind
-from guardrail.rejudge import Rejudge
+from guardrail.backtest.rejudge import Rejudge
+from guardrail.core.records import Command, CommandKind
 from tests.running import BATCH, assert_same, new_run, of_kind, remedies_of, table, tiny, told, train, trained
 
 LADDER = [

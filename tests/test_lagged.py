@@ -12,14 +12,14 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
-from guardrail.config import GuardSection, Settings, SnapshotSection
-from guardrail.errors import ConfigError, UsageError
-from guardrail.ledger import SampleOrder
-from guardrail.records import Command, CommandKind, Phase
-from guardrail.rundir import RunDirectory
-from guardrail.torch.gate import Gate, can_leave_out
-from guardrail.torch.guard import Guard
-from guardrail.torch.probes import Probes
+from guardrail.core.config import GuardSection, Settings, SnapshotSection
+from guardrail.core.errors import ConfigError, UsageError
+from guardrail.core.records import Command, CommandKind, Phase
+from guardrail.decide.sample_order import SampleOrder
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.torch.guard.guard import Guard
+from guardrail.torch.measure.reduction import Probes
+from guardrail.torch.measure.update_gate import Gate, can_leave_out
 from tests.older import NO_LIMIT
 from tests.ranks import run_ranks, wait_ranks
 from tests.running import (
@@ -35,8 +35,8 @@ from tests.running import (
     trained,
 )
 from tests.tiny import BATCH, VOCABULARY, Setup, Tiny
-from trainer.config import Config
-from trainer.loop import Trainer
+from trainer.config.config import Config
+from trainer.train import Trainer
 
 JUDGED = ("finding", "verdict", "cause", "incident", "left_out", "rollback", "eval", "ended")
 
@@ -138,7 +138,7 @@ def test_an_update_that_the_ceilings_let_through_by_mistake_is_taken_back(
     spike = [{"kind": "spike_loss", "first": 208, "last": 209, "value": 50.0}]
     config = tiny(tmp_path, guard={"gate": "lagged"}, faults=spike, train={"steps": 40})
     monkeypatch.setattr(
-        "guardrail.controller.Controller.ceilings", lambda self, like: dict.fromkeys(like.signals, math.inf)
+        "guardrail.decide.controller.Controller.ceilings", lambda self, like: dict.fromkeys(like.signals, math.inf)
     )
     run = trained(config)
     (back,) = [event for event in run.events() if event.kind == "rollback"]
@@ -155,7 +155,7 @@ def test_what_it_takes_back_is_no_more_than_the_guard_may_leave_out_by_itself(
     guard = {"gate": "lagged", "max_skipped_share": 0.001}
     config = tiny(tmp_path, guard=guard, faults=spike, train={"steps": 40})
     monkeypatch.setattr(
-        "guardrail.controller.Controller.ceilings", lambda self, like: dict.fromkeys(like.signals, math.inf)
+        "guardrail.decide.controller.Controller.ceilings", lambda self, like: dict.fromkeys(like.signals, math.inf)
     )
     run = new_run(config)
     codes = wait_ranks(start_run(run, 1))
@@ -306,7 +306,7 @@ def _gated(rank: int, kind: str) -> tuple[bool, bool]:
 
 
 def state_of(setup: Setup) -> dict[str, torch.Tensor]:
-    from guardrail.torch.state import TrainingState
+    from guardrail.torch.state.training_state import TrainingState
 
     return TrainingState(setup.model, setup.optimizers, setup.schedulers).tensors()
 

@@ -14,12 +14,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from guardrail.inbox import DEEDS
-from guardrail.manifest import checkpoint_dirs, read_manifest
-from guardrail.past import Past
-from guardrail.records import Command, CommandKind, Event
-from guardrail.report import quarantine_lines
-from guardrail.rundir import RunDirectory
+from guardrail.core.records import Command, CommandKind, Event
+from guardrail.decide.run_history import Past
+from guardrail.report.report import quarantine_lines
+from guardrail.rundir.command_files import DEEDS
+from guardrail.rundir.manifest import checkpoint_dirs, read_manifest
+from guardrail.rundir.run_directory import RunDirectory
 from tests.ranks import wait_ranks
 from tests.running import (
     BATCH,
@@ -40,7 +40,7 @@ from tests.running import (
     trained,
     write_corpus,
 )
-from trainer.config import Config
+from trainer.config.config import Config
 
 PIECES, SAMPLES = 8, 200
 NEITHER = ("checkpoint", "started", "ended")

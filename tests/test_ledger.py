@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guardrail import ledger as ledger_module
-from guardrail.errors import DataError, UsageError
-from guardrail.ledger import Batch, Ledger, LedgerState, Quarantine, SampleOrder, mix64
-from guardrail.records import Span
+from guardrail.core.errors import DataError, UsageError
+from guardrail.core.records import Span
+from guardrail.decide import sample_order as ledger_module
+from guardrail.decide.sample_order import Batch, Ledger, LedgerState, Quarantine, SampleOrder, mix64
 
 HYPOTHESIS = settings(deadline=None, derandomize=True, max_examples=60)
 

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from guardrail import launching
-from guardrail.chronicle import Chronicle
-from guardrail.cli import main
-from guardrail.config import LaunchSection
-from guardrail.errors import ExitCode, RunDirectoryError, UsageError
-from guardrail.launching import is_alive
-from guardrail.records import Command, CommandKind, Mode, Phase, Status
-from guardrail.report import build
-from guardrail.rundir import RunDirectory
+from guardrail.cli.main import main
+from guardrail.core.config import LaunchSection
+from guardrail.core.errors import ExitCode, RunDirectoryError, UsageError
+from guardrail.core.records import Command, CommandKind, Mode, Phase, Status
+from guardrail.launch import launcher as launching
+from guardrail.launch.launcher import is_alive
+from guardrail.launch.supervisor_journal import Chronicle
+from guardrail.report.report import build
+from guardrail.rundir.run_directory import RunDirectory
 
 FAULT = pytest.mark.fault("B8")
 BEHIND, AHEAD = (-3600.0, -45.0), (45.0, 3600.0)
@@ -77,7 +77,7 @@ def test_a_run_on_a_host_with_another_clock_lives(
 @pytest.mark.parametrize("skew", [*BEHIND, 45.0, pytest.param(3600.0, marks=FAULT)])
 def test_a_run_that_died_there_is_dead(run: RunDirectory, skew: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """It died when its clock showed what ours shows now, or long before or after."""
-    monkeypatch.setattr("guardrail.liveness.FIRST_SECONDS", 0.3, raising=False)
+    monkeypatch.setattr("guardrail.rundir.liveness.FIRST_SECONDS", 0.3, raising=False)
     died = time.time() - 3600.0
     run.write_status(status(run, died + skew))
     os.utime(run.path / "status.json", (died, died))
@@ -86,10 +86,10 @@ def test_a_run_that_died_there_is_dead(run: RunDirectory, skew: float, monkeypat
 
 
 def test_attach_sees_a_run_end_on_a_host_with_another_clock(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("guardrail.liveness.FIRST_SECONDS", 0.3)
-    monkeypatch.setattr("guardrail.liveness.FRESH_SECONDS", 0.6)
+    monkeypatch.setattr("guardrail.rundir.liveness.FIRST_SECONDS", 0.3)
+    monkeypatch.setattr("guardrail.rundir.liveness.FRESH_SECONDS", 0.6)
     with beating(run, -300.0):
-        from guardrail.liveness import HeartbeatObserver
+        from guardrail.rundir.liveness import HeartbeatObserver
 
         observer, found = HeartbeatObserver(), run.read_status()
         assert found is not None
@@ -111,7 +111,7 @@ def test_an_end_counts_whatever_clock_has_written_it(run: RunDirectory, monkeypa
     assert chronicle.last_word_of_ranks([]) is None, "that was before"
     run.append("restarted")
     now = time.time()
-    monkeypatch.setattr("guardrail.rundir.time.time", lambda: now - 120.0)
+    monkeypatch.setattr("guardrail.rundir.run_directory.time.time", lambda: now - 120.0)
     run.append("ended", "halted", phase="halted", exit_code=3)
     assert chronicle.last_word_of_ranks([]) == (Phase.HALTED, ExitCode.HALTED)
 
@@ -123,7 +123,7 @@ def test_a_screen_on_a_host_with_another_clock_counts(
 ) -> None:
     with monkeypatch.context() as there:
         now = time.time()
-        there.setattr("guardrail.rundir.time.time", lambda: now + skew)
+        there.setattr("guardrail.rundir.run_directory.time.time", lambda: now + skew)
         run.screen_seen()
     assert run.screens() == 1
     run.screen_gone()
@@ -131,9 +131,9 @@ def test_a_screen_on_a_host_with_another_clock_counts(
 
 
 def test_a_command_to_a_dead_run_is_refused(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    from guardrail import control
+    from guardrail.operate import control
 
-    monkeypatch.setattr("guardrail.liveness.FIRST_SECONDS", 0.3)
+    monkeypatch.setattr("guardrail.rundir.liveness.FIRST_SECONDS", 0.3)
     run.write_status(status(run, time.time() - 3600.0))
     with pytest.raises(UsageError, match="no sign of life"):
         control.send(run, Command(id="x", kind=CommandKind.PAUSE), seconds=0.0)

@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from guardrail.config import dump, load
-from guardrail.ledger import Ledger
-from guardrail.records import Action, Command, CommandKind, Span
-from guardrail.rundir import RunDirectory
-from guardrail.torch.gate import Gate
-from guardrail.torch.snapshots import SnapshotRing
+from guardrail.core.config import dump, load
+from guardrail.core.records import Action, Command, CommandKind, Span
+from guardrail.decide.sample_order import Ledger
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.torch.checkpoint.memory_snapshots import SnapshotRing
+from guardrail.torch.measure.update_gate import Gate
 from tests.ranks import run_ranks
 from tests.running import (
     BATCH,
@@ -34,9 +34,9 @@ from tests.running import (
     train,
     trained,
 )
-from trainer.config import Config
-from trainer.loop import Trainer
-from trainer.objectives import IGNORED, loss_sum
+from trainer.config.config import Config
+from trainer.objectives.loss import IGNORED, loss_sum
+from trainer.train import Trainer
 
 TWO = FEW_SHAPES[1:]
 

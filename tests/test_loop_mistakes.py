@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from guardrail.config import CheckpointSection, GuardSection, Settings, SnapshotSection
-from guardrail.errors import DataError, UsageError
-from guardrail.ledger import SampleOrder
-from guardrail.records import Phase
-from guardrail.rundir import RunDirectory
-from guardrail.torch.gate import Gate
-from guardrail.torch.guard import Guard, Step
-from guardrail.torch.probes import Probes
+from guardrail.core.config import CheckpointSection, GuardSection, Settings, SnapshotSection
+from guardrail.core.errors import DataError, UsageError
+from guardrail.core.records import Phase
+from guardrail.decide.sample_order import SampleOrder
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.torch.guard.guard import Guard, Step
+from guardrail.torch.measure.reduction import Probes
+from guardrail.torch.measure.update_gate import Gate
 from tests.ranks import run_ranks
 
 BATCH, SAMPLES = 4, 80

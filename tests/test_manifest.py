@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from guardrail.errors import CheckpointInvalid, ExitCode
-from guardrail.manifest import (
+from guardrail.core.errors import CheckpointInvalid, ExitCode
+from guardrail.rundir.manifest import (
     FORMAT,
     MANIFEST,
     Box,
@@ -33,7 +33,7 @@ from guardrail.manifest import (
     sealed,
     verify,
 )
-from guardrail.torch.shards import dtype_name, write_file
+from guardrail.torch.checkpoint.safetensors_file import dtype_name, write_file
 
 Cut = tuple[str, tuple[int, ...], tuple[int, ...]]  # file, offset, size
 
@@ -415,5 +415,5 @@ def test_one_that_cannot_be_read_is_met_first(tmp_path: Path) -> None:
 
 
 def test_checking_needs_no_torch() -> None:
-    code = "import sys, guardrail.manifest; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys, guardrail.rundir.manifest; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

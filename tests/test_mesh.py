@@ -18,26 +18,26 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 from torch.distributed.tensor import DTensor
 
-from guardrail.config import dump, load
-from guardrail.errors import ConfigError
-from guardrail.launching import prepare_resume
-from guardrail.manifest import OPTIM, Box, checkpoint_dirs, fingerprint, read_manifest, verify
-from guardrail.records import UPDATE_NORM, Command, CommandKind
-from guardrail.report import quarantine_lines
-from guardrail.rundir import RunDirectory
-from guardrail.torch.checkpoints import CheckpointStore
-from guardrail.torch.shards import read_parts
-from guardrail.torch.snapshots import SnapshotRing
+from guardrail.core.config import dump, load
+from guardrail.core.errors import ConfigError
+from guardrail.core.records import UPDATE_NORM, Command, CommandKind
+from guardrail.launch.launcher import prepare_resume
+from guardrail.report.report import quarantine_lines
+from guardrail.rundir.manifest import OPTIM, Box, checkpoint_dirs, fingerprint, read_manifest, verify
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.torch.checkpoint.disk_checkpoints import CheckpointStore
+from guardrail.torch.checkpoint.memory_snapshots import SnapshotRing
+from guardrail.torch.checkpoint.safetensors_file import read_parts
 from tests.ranks import run_ranks
 from tests.running import BLIND, assert_same, of_kind, table, tiny, told, trained
 from tests.running import new_run as new
 from tests.running import train as train_to_end
-from trainer.config import Config
-from trainer.layout import Layout, ParallelSection
-from trainer.loop import Trainer
-from trainer.objectives import IGNORED
-from trainer.sizes import parameter_count
-from trainer.tensor_parallel import loss_sum
+from trainer.config.config import Config
+from trainer.config.layout import Layout, ParallelSection
+from trainer.config.sizes import parameter_count
+from trainer.objectives.loss import IGNORED
+from trainer.parallel.tensor_parallel import loss_sum
+from trainer.train import Trainer
 
 
 @pytest.fixture(autouse=True)

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.config import ModelSection
+from trainer.config.config import ModelSection
+from trainer.config.sizes import hidden_width, parameter_count, state_bytes
 from trainer.model import Decoder, Rotary
-from trainer.objectives import loss_sum
-from trainer.sizes import hidden_width, parameter_count, state_bytes
+from trainer.objectives.loss import loss_sum
 
 V, T = 37, 11
 

@@ -12,23 +12,23 @@ import psutil
 import pytest
 import torch
 
-import trainer.loop
-from guardrail import processes
-from guardrail.config import LaunchSection, Settings, dump, parse
-from guardrail.errors import ConfigError, UsageError
-from guardrail.launching import load, prepare_resume
-from guardrail.ledger import SampleOrder
-from guardrail.records import Phase
-from guardrail.rundir import RunDirectory
-from guardrail.runlock import holder_of
-from guardrail.signals import StopSignals
-from guardrail.torch.guard import Guard
+import trainer.train
+from guardrail.core.config import LaunchSection, Settings, dump, parse
+from guardrail.core.errors import ConfigError, UsageError
+from guardrail.core.records import Phase
+from guardrail.decide.sample_order import SampleOrder
+from guardrail.launch.launcher import load, prepare_resume
+from guardrail.rundir import processes
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.rundir.run_lock import holder_of
+from guardrail.rundir.stop_signals import StopSignals
+from guardrail.torch.guard.guard import Guard
 from tests.lab import Lab, wait_for
 from tests.ports import free_port
 from tests.ranks import run_ranks
 from tests.running import assert_same, new_run, of_kind, tiny, trained, write_corpus
-from trainer.config import Config
-from trainer.loop import Trainer
+from trainer.config.config import Config
+from trainer.train import Trainer
 
 STEPS = 150
 
@@ -152,8 +152,8 @@ def test_a_node_that_is_ready_waits_for_the_text_of_the_others_outside_of_any_pr
         made.signals = StopSignals()
         return made
 
-    prepared, done, prepare = threading.Event(), threading.Event(), trainer.loop.prepare
-    monkeypatch.setattr(trainer.loop, "prepare", lambda *a, **n: (prepare(*a, **n), prepared.set())[0])
+    prepared, done, prepare = threading.Event(), threading.Event(), trainer.train.prepare
+    monkeypatch.setattr(trainer.train, "prepare", lambda *a, **n: (prepare(*a, **n), prepared.set())[0])
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("GROUP_RANK", "1")
     waiting = threading.Thread(target=lambda: (node(1)._prepare_data(), done.set()), daemon=True)
@@ -224,7 +224,7 @@ def slurm(folder: Path, *arguments: str, **variables: str) -> list[list[str]]:
 def test_the_slurm_script_starts_and_resumes_what_the_command_line_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from guardrail.commands.launch import command
+    from guardrail.cli.launch import command
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.toml").write_text('[train]\nsteps = 1000\nbatch_size = 16\n[launch]\ndevice = "cpu"\n')
@@ -241,7 +241,7 @@ def test_the_slurm_script_starts_and_resumes_what_the_command_line_takes(
     for node, (name, *words) in enumerate(slurm(tmp_path, RUN=str(run.path))):
         options = command.make_context(name, words).params
         assert options["config"] is None and options["run_dir"] is None
-        monkeypatch.setattr("guardrail.preflight.cuda_devices", lambda: 8)
+        monkeypatch.setattr("guardrail.launch.preflight.cuda_devices", lambda: 8)
         # 16 ranks share out a batch of 8 badly, and say so: what the job gives reaches the run's own configuration.
         with pytest.raises(ConfigError, match=r"train\.batch_size = 8: expected a multiple of the 16"):
             prepare_resume(options["resume"], options["overrides"], root="")

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from guardrail import preflight
-from guardrail.config import NotifySection, Settings
-from guardrail.errors import ConfigError
-from guardrail.notify import Notifier, kind_of, notice_of
-from guardrail.records import Event
-from guardrail.rundir import RunDirectory
+from guardrail.core.config import NotifySection, Settings
+from guardrail.core.errors import ConfigError
+from guardrail.core.records import Event
+from guardrail.launch import preflight
+from guardrail.launch.notify import Notifier, kind_of, notice_of
+from guardrail.rundir.run_directory import RunDirectory
 from tests.lab import Lab
 
 

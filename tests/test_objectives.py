@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.config import ModelSection
+from trainer.config.config import ModelSection
 from trainer.model import Decoder
-from trainer.objectives import IGNORED, loss_sum, z_penalty
+from trainer.objectives.loss import IGNORED, loss_sum, z_penalty
 
 V, T, B = 13, 6, 8
 

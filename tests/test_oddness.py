@@ -7,9 +7,9 @@ import textwrap
 
 import pytest
 
-from guardrail import oddness
-from guardrail.oddness import FEW_CHARACTERS, Usual, _character_runs, odd
-from guardrail.outliers import Outlier, Sample, foremost, outliers
+from guardrail.decide.sample_outliers import Outlier, Sample, foremost, outliers
+from guardrail.report import text_quality as oddness
+from guardrail.report.text_quality import FEW_CHARACTERS, Usual, _character_runs, odd
 
 PROSE = inspect.cleandoc(textwrap.__doc__ or "") + (
     " Text wrapping and filling. A paragraph is given as one long string, and comes back as lines that are short "

@@ -17,9 +17,9 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.optim import Muon
 
 from tests.ranks import run_ranks
-from trainer.config import ModelSection, OptimSection
+from trainer.config.config import ModelSection, OptimSection
 from trainer.model import Decoder
-from trainer.optim import Schedule, Scheduler, ShardedMuon, build_optimizer, build_optimizers
+from trainer.optim.optimizers import Schedule, Scheduler, ShardedMuon, build_optimizer, build_optimizers
 
 SECTION = OptimSection(lr=1e-2, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.3)
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from guardrail.heartbeat import Heartbeat
-from guardrail.rundir import RunDirectory
-from guardrail.torch.pace import Meter, Pace
+from guardrail.rundir.heartbeat import Heartbeat
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.torch.measure.rank_timing import Meter, Pace
 from tests.ranks import run_ranks
 
 SLOW = 0.2

@@ -14,15 +14,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from guardrail.config import LaunchSection
-from guardrail.errors import WorkersFailed
+from guardrail.core.config import LaunchSection
+from guardrail.core.errors import WorkersFailed
 from tests.ranks import run_ranks
 from tests.running import assert_same, tiny, trained
-from trainer.config import Config, ModelSection, TrainSection
+from trainer.config.config import Config, ModelSection, TrainSection
 from trainer.model import Decoder
-from trainer.objectives import IGNORED, loss_sum
-from trainer.optim import build_optimizer
-from trainer.parallel import (
+from trainer.objectives.loss import IGNORED, loss_sum
+from trainer.optim.optimizers import build_optimizer
+from trainer.parallel.data_parallel import (
     accumulating,
     cpu_threads,
     distribute,
@@ -398,7 +398,7 @@ def test_threads_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
         assert cpu_threads(Config(launch=LaunchSection(processes=1))) == expected
         assert cpu_threads(Config(launch=LaunchSection(threads=3))) == 3
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr("trainer.parallel.cores", lambda: 4)
+    monkeypatch.setattr("trainer.parallel.data_parallel.cores", lambda: 4)
     assert cpu_threads(Config(launch=LaunchSection(processes=1))) == 4
     assert cpu_threads(Config(launch=LaunchSection(threads=3))) == 3
     assert cpu_threads(Config(launch=LaunchSection(processes=1000))) == 1

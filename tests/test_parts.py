@@ -16,18 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from guardrail.errors import RunDirectoryError
-from guardrail.ledger import Ledger, SampleOrder
-from guardrail.mailbox import Mailbox
-from guardrail.past import Past, StepSetting
-from guardrail.recorder import Recorder
-from guardrail.records import Command, CommandKind, Event, Mode, Span
-from guardrail.rundir import RunDirectory
-from guardrail.torch import rng
-from guardrail.torch.attempt import Attempt
-from guardrail.torch.gate import Gate
-from guardrail.torch.probes import Probes, Reduced, embedding_parameters
-from guardrail.torch.state import TrainingState
+from guardrail.core.errors import RunDirectoryError
+from guardrail.core.records import Command, CommandKind, Event, Mode, Span
+from guardrail.decide.run_history import Past, StepSetting
+from guardrail.decide.sample_order import Ledger, SampleOrder
+from guardrail.rundir.mailbox import Mailbox
+from guardrail.rundir.recorder import Recorder
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.torch.measure.reduction import Probes, Reduced, embedding_parameters
+from guardrail.torch.measure.update_gate import Gate
+from guardrail.torch.state import rng_state as rng
+from guardrail.torch.state.forward_side_effects import Attempt
+from guardrail.torch.state.training_state import TrainingState
 from tests.lab import wait_for
 from tests.ranks import run_ranks
 from tests.tiny import VOCABULARY, Setup, Tiny
@@ -126,7 +126,7 @@ class Disk:
             return write(descriptor, data)
 
         monkeypatch.setattr(RunDirectory, "append", appending)
-        monkeypatch.setattr("guardrail.metrics.os.write", writing)
+        monkeypatch.setattr("guardrail.rundir.metrics.os.write", writing)
 
     def refuse(self) -> None:
         if self.full:
@@ -134,7 +134,7 @@ class Disk:
 
 
 def test_events_and_rows_wait_for_a_full_disk_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("guardrail.recorder.RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("guardrail.rundir.recorder.RETRY_SECONDS", 0.0)
     disk, run, learnt = Disk(monkeypatch), made(tmp_path), list[str]()
     recorder = Recorder(run, active=True, learn=lambda event: learnt.append(event.kind))
     recorder.event("one", "", step=1, timeline=0)

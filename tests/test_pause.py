@@ -9,10 +9,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from guardrail.cli import main
-from guardrail.records import Mode, Phase, Status
-from guardrail.rejudge import Rejudge
-from guardrail.rundir import RunDirectory
+from guardrail.backtest.rejudge import Rejudge
+from guardrail.cli.main import main
+from guardrail.core.records import Mode, Phase, Status
+from guardrail.rundir.run_directory import RunDirectory
 from tests.lab import wait_for
 from tests.ranks import wait_ranks
 from tests.running import (
@@ -30,7 +30,7 @@ from tests.running import (
     train,
     trained,
 )
-from trainer.config import Config
+from trainer.config.config import Config
 
 STEP = 18  # whose first attempts are rejected: three call for the rollback, and the next three for the pause
 FIRST = (STEP - 1) * BATCH

@@ -2,10 +2,18 @@ from __future__ import annotations
 
 import pytest
 
-from guardrail.config import GuardSection
-from guardrail.incidents import Incidents
-from guardrail.policy import Rollback, by_severity, choose_target, confirmed, decide, is_trouble, rollbacks_in_a_row
-from guardrail.records import Action, Finding, Kind, Severity, SnapshotInfo
+from guardrail.core.config import GuardSection
+from guardrail.core.records import Action, Finding, Kind, Severity, SnapshotInfo
+from guardrail.decide.incidents import Incidents
+from guardrail.decide.policy import (
+    Rollback,
+    by_severity,
+    choose_target,
+    confirmed,
+    decide,
+    is_trouble,
+    rollbacks_in_a_row,
+)
 
 SETTINGS = GuardSection(persist=3, rollbacks=2, healthy_after=100)
 

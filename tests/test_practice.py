@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
-from guardrail import config, doctor, launching
-from guardrail.config import Settings, build
-from trainer.config import Config
-from trainer.practice import GPT3, published
+from guardrail.core import config
+from guardrail.core.config import Settings, build
+from guardrail.launch import doctor
+from guardrail.launch import launcher as launching
+from trainer.config.config import Config
+from trainer.config.recommendations import GPT3, published
 
 # 124 M parameters, 0.5 M tokens a batch, 2.6 G tokens.
 USUAL: dict[str, Any] = {

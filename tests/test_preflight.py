@@ -8,16 +8,19 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from guardrail import launching, preflight
-from guardrail.config import LaunchSection, Settings
-from guardrail.errors import ConfigError
+from guardrail.core.config import LaunchSection, Settings
+from guardrail.core.errors import ConfigError
+from guardrail.launch import launcher as launching
+from guardrail.launch import preflight
 
 
 @pytest.fixture
 def files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names in /dev."""
     names: list[str] = ["null", "dri"]
-    monkeypatch.setattr("guardrail.preflight.os.listdir", lambda path: names if path == "/dev" else os.listdir(path))
+    monkeypatch.setattr(
+        "guardrail.launch.preflight.os.listdir", lambda path: names if path == "/dev" else os.listdir(path)
+    )
     for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     return names

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from guardrail.config import build, dump
-from guardrail.errors import ConfigError
+from guardrail.core.config import build, dump
+from guardrail.core.errors import ConfigError
 from tests.running import of_kind, table, tiny, trained
-from trainer import preset
-from trainer.config import Config
-from trainer.sizes import parameter_count
+from trainer.config import preset
+from trainer.config.config import Config
+from trainer.config.sizes import parameter_count
 
 NAMES = ["bloom-like", "glm-like", "gpt3-124m", "llama-like", "palm-like", "t5-like"]
 # Keys of [model] that make it small; the rest is the preset's.

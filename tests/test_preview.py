@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from guardrail.commands.ctl import command as ctl
-from guardrail.config import GuardSection
-from guardrail.errors import GuardrailError
-from guardrail.headless import event_line
-from guardrail.ledger import Ledger, SampleOrder
-from guardrail.past import Past
-from guardrail.preview import of, rollback_for
-from guardrail.records import Command, CommandKind, Event, Phase, Remedy, SnapshotInfo, Span
-from guardrail.rundir import RunDirectory
-from guardrail.scene import Row, Scene
-from guardrail.undoing import positions_of, span_in
+from guardrail.cli.ctl import command as ctl
+from guardrail.core.config import GuardSection
+from guardrail.core.errors import GuardrailError
+from guardrail.core.records import Command, CommandKind, Event, Phase, Remedy, SnapshotInfo, Span
+from guardrail.decide.run_history import Past
+from guardrail.decide.sample_order import Ledger, SampleOrder
+from guardrail.decide.undo import positions_of, span_in
+from guardrail.launch.log_printer import event_line
+from guardrail.operate.preview import of, rollback_for
+from guardrail.operate.run_state import Row, Scene
+from guardrail.rundir.run_directory import RunDirectory
 from tests.fake_run import FakeRun
 from tests.lab import wait_for
 from tests.ranks import wait_ranks

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from guardrail.config import (
+from guardrail.core.config import (
     CheckpointSection,
     GuardSection,
     LaunchSection,
@@ -19,12 +19,12 @@ from guardrail.config import (
     Settings,
     SnapshotSection,
 )
-from guardrail.errors import ConfigError
-from guardrail.ledger import SampleOrder
-from guardrail.records import Action, Mode, Phase, Remedy
-from guardrail.torch.guard import Guard
-from trainer.config import Config, DataSection, TrainSection
-from trainer.loop import Trainer
+from guardrail.core.errors import ConfigError
+from guardrail.core.records import Action, Mode, Phase, Remedy
+from guardrail.decide.sample_order import SampleOrder
+from guardrail.torch.guard.guard import Guard
+from trainer.config.config import Config, DataSection, TrainSection
+from trainer.train import Trainer
 
 OMITTED = object()
 
@@ -166,7 +166,7 @@ class Frozen(nn.Linear):
         ({"optimizer": torch.optim.SGD}, "expected a torch.optim optimizer, or a list of them"),
         ({"scheduler": 0.1}, "scheduler = 0.1: expected an object with step(), state_dict(), load_state_dict()"),
         ({"scaler": True}, "scaler = True: expected an object with scale(), get_scale(), is_enabled()"),
-        ({"data": [1, 2]}, "data = [1, 2]: expected the sample order, a guardrail.ledger.SampleOrder"),
+        ({"data": [1, 2]}, "data = [1, 2]: expected the sample order, a guardrail.decide.sample_order.SampleOrder"),
         ({"data": SampleOrder}, "hint: SampleOrder(samples=len(dataset), seed=0)"),
         ({"batch_size": 0}, "batch_size = 0: expected a whole number >= 1"),
         ({"batch_size": 4.0}, "batch_size = 4.0: expected a whole number >= 1"),
@@ -222,8 +222,8 @@ def test_the_configuration_of_the_trainer_is_checked(sections: dict[str, Any], m
 
 @pytest.mark.fault("E1")
 def test_a_section_for_a_backtest_is_checked(tmp_path: Path) -> None:
-    from guardrail.backtest import backtest
-    from guardrail.importers.sources import sources
+    from guardrail.backtest.backtest import backtest
+    from guardrail.backtest.importers.sources import sources
 
     (tmp_path / "log.csv").write_text("step,loss\n" + "".join(f"{n},2.0\n" for n in range(1, 50)))
     (log,) = next(iter(sources([str(tmp_path / "log.csv")]))).read({})

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from guardrail.heartbeat import Heartbeat
-from guardrail.rank_reports import LONGEST_INTERVAL, NodeReports, seconds_between
-from guardrail.records import Phase, RankStatus
-from guardrail.rundir import RunDirectory
-from guardrail.tui.ranks import SILENT_SECONDS
+from guardrail.core.records import Phase, RankStatus
+from guardrail.rundir.heartbeat import Heartbeat
+from guardrail.rundir.rank_reports import LONGEST_INTERVAL, NodeReports, seconds_between
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.tui.model.rank_health import SILENT_SECONDS
 from tests.lab import wait_for
 
 
@@ -47,8 +47,8 @@ def test_a_supervisor_gives_each_start_a_folder_of_its_own(run: RunDirectory, mo
 
 HOLDER = """
 import sys, time
-from guardrail.rank_reports import NodeReports
-from guardrail.rundir import RunDirectory
+from guardrail.rundir.rank_reports import NodeReports
+from guardrail.rundir.run_directory import RunDirectory
 reports = NodeReports.of_supervisor(RunDirectory(sys.argv[1]), node_rank=0, nodes=1, start=1)
 print(reports.folder, flush=True)
 time.sleep(600)

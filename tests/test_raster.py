@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guardrail.tui.raster import BRAILLE, Curve, Ink, Plot, columns, sample
-from guardrail.tui.scales import XScale, YScale, labels_of, nice, short, ticks, y_scale
+from guardrail.tui.numerics.raster import BRAILLE, Curve, Ink, Plot, columns, sample
+from guardrail.tui.numerics.scales import XScale, YScale, labels_of, nice, short, ticks, y_scale
 from tests.plots import plot
 
 _BIT = [[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]]

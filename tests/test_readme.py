@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from guardrail.config import Settings
-from guardrail.errors import ExitCode
-from guardrail.schema import typed
-from guardrail.tui.keys import markdown
+from guardrail.core.config import Settings
+from guardrail.core.errors import ExitCode
+from guardrail.core.schema import typed
+from guardrail.tui.screens.keys import markdown
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from guardrail import replaying
-from guardrail.cli import main
-from guardrail.errors import UsageError
-from guardrail.manifest import checkpoint_dirs
-from guardrail.records import Command, CommandKind, Event, Mode
-from guardrail.replaying import Comparison, Outcome, Plan, outcome, plan, prepare
-from guardrail.rundir import MetricsView, RunDirectory
-from guardrail.timelines import Timelines
+from guardrail.cli.main import main
+from guardrail.core.errors import UsageError
+from guardrail.core.records import Command, CommandKind, Event, Mode
+from guardrail.decide.timelines import Timelines
+from guardrail.operate import replay as replaying
+from guardrail.operate.replay import Comparison, Outcome, Plan, outcome, plan, prepare
+from guardrail.rundir.manifest import checkpoint_dirs
+from guardrail.rundir.run_directory import MetricsView, RunDirectory
 from tests.running import BATCH, BLIND, new_run, of_kind, tiny, train
 
 LR, SKIP, ROLLBACK, UNDO, STOP, POLICY = (

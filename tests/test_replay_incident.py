@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import tomli_w
 
-from guardrail import replaying
-from guardrail.cli import main
-from guardrail.records import Command, CommandKind
-from guardrail.replaying import Comparison, Plan
-from guardrail.rundir import RunDirectory
+from guardrail.cli.main import main
+from guardrail.core.records import Command, CommandKind
+from guardrail.operate import replay as replaying
+from guardrail.operate.replay import Comparison, Plan
+from guardrail.rundir.run_directory import RunDirectory
 from tests.running import new_run, of_kind, spans, tiny, train
 from tests.test_attribution import LENGTH, plant
 

@@ -17,13 +17,13 @@ import msgspec
 import numpy as np
 import pytest
 
-from guardrail.cli import main
-from guardrail.errors import RunDirectoryError, UsageError
-from guardrail.ledger import Ledger, Quarantine, SampleOrder
-from guardrail.records import Action, Finding, Kind, Mode, Phase, Severity, Span, Status
-from guardrail.report import Report, as_dict, build, quarantine_lines, text, written
-from guardrail.rundir import RunDirectory
-from guardrail.sketch import sketch
+from guardrail.cli.main import main
+from guardrail.core.errors import RunDirectoryError, UsageError
+from guardrail.core.records import Action, Finding, Kind, Mode, Phase, Severity, Span, Status
+from guardrail.decide.sample_order import Ledger, Quarantine, SampleOrder
+from guardrail.report.report import Report, as_dict, build, quarantine_lines, text, written
+from guardrail.report.text_chart import sketch
+from guardrail.rundir.run_directory import RunDirectory
 from tests.lab import without_waiting
 
 DOCUMENT = {"path": "/data/0037.txt", "record": 12, "first_byte": 10, "last_byte": 90, "excerpt": "Ã‚Â Ã‚Â"}

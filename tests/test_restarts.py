@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from guardrail import processes
-from guardrail.records import Phase, Status
-from guardrail.rundir import RunDirectory
+from guardrail.core.records import Phase, Status
+from guardrail.rundir import processes
+from guardrail.rundir.run_directory import RunDirectory
 from tests.bench.restarts import KINDS, Stage, may_mount
 from tests.lab import Lab, wait_for
 

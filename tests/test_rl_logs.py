@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from guardrail.backtest import Result, backtest
-from guardrail.cli import main
-from guardrail.config import GuardSection
-from guardrail.controller import Controller
-from guardrail.importers import names
-from guardrail.importers.sources import sources
-from guardrail.records import LOSS, Action, Mode, Observation, Severity
+from guardrail.backtest.backtest import Result, backtest
+from guardrail.backtest.importers import names
+from guardrail.backtest.importers.sources import sources
+from guardrail.cli.main import main
+from guardrail.core.config import GuardSection
+from guardrail.core.records import LOSS, Action, Mode, Observation, Severity
+from guardrail.decide.controller import Controller
 from tests.feed import noisy, through_json
 
 CASES = Path(__file__).parent / "cases" / "rl"
@@ -198,7 +198,7 @@ def test_losses_of_policies(columns: list[str], loss: str | None, norm: str | No
 
 
 def test_names_that_show_reinforcement_learning() -> None:
-    from guardrail.objective import is_policy_loss, shows_policy
+    from guardrail.core.objective import is_policy_loss, shows_policy
 
     for name in ("reward", "train/rewards/mean", "kl", "policy/approxkl_avg", "mean_advantage", "actor/pg_clipfrac"):
         assert shows_policy(name), name

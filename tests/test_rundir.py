@@ -21,13 +21,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from guardrail import config, journal
-from guardrail.chronicle import tail
-from guardrail.errors import ConfigError, RunDirectoryError
-from guardrail.follow import Follower
-from guardrail.glance import loss_points
-from guardrail.manifest import checkpoint_dirs
-from guardrail.records import (
+from guardrail.core import config
+from guardrail.core.errors import ConfigError, RunDirectoryError
+from guardrail.core.records import (
     METRIC_COLUMNS,
     Finding,
     Kind,
@@ -39,8 +35,13 @@ from guardrail.records import (
     Span,
     Status,
 )
-from guardrail.rundir import RunDirectory, find_run, findings_of, list_runs, span_of
-from guardrail.timelines import Timelines
+from guardrail.decide.timelines import Timelines
+from guardrail.launch.supervisor_journal import tail
+from guardrail.operate.run_summary import loss_points
+from guardrail.rundir import journal
+from guardrail.rundir.follow import Follower
+from guardrail.rundir.manifest import checkpoint_dirs
+from guardrail.rundir.run_directory import RunDirectory, find_run, findings_of, list_runs, span_of
 from tests.lab import without_waiting
 
 
@@ -269,7 +270,7 @@ def test_a_writer_that_never_lets_go_does_not_hold_the_others_for_ever(
 
 WRITER = """
 import sys
-from guardrail.rundir import RunDirectory
+from guardrail.rundir.run_directory import RunDirectory
 run = RunDirectory.open(sys.argv[1])
 for n in range(int(sys.argv[2])):
     run.append("note", "x" * (n * 37 % 500), who=sys.argv[3], n=n)
@@ -481,7 +482,7 @@ def test_ranks_are_read_in_order(run: RunDirectory) -> None:
 
 LOCKER = """
 import os, sys, time
-from guardrail.rundir import RunDirectory
+from guardrail.rundir.run_directory import RunDirectory
 RunDirectory.open(sys.argv[1]).lock("rank 0")
 forks = len(sys.argv) > 2
 if forks and os.fork() == 0:  # a worker that outlives the trainer; it speaks when what a fork runs in it has run
@@ -542,8 +543,8 @@ def test_screens_count_while_they_are_seen(run: RunDirectory) -> None:
 
 def test_importing_the_run_directory_loads_nothing_heavy() -> None:
     code = (
-        "import sys, guardrail.rundir, guardrail.follow, guardrail.heartbeat\n"
-        "import guardrail.tensorboard, guardrail.telling\n"
+        "import sys, guardrail.rundir.run_directory, guardrail.rundir.follow, guardrail.rundir.heartbeat\n"
+        "import guardrail.report.tensorboard, guardrail.report.render_text\n"
         "heavy = {'numpy', 'torch', 'textual', 'tensorboard', 'rich', 'watchdog', 'psutil'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

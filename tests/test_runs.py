@@ -13,13 +13,13 @@ import msgspec
 import pytest
 from rich.cells import cell_len
 
-from guardrail.cli import main
-from guardrail.commands.runs import ago
-from guardrail.glance import Glance, glance, glances, loss_points
-from guardrail.records import Phase, Status
-from guardrail.rundir import RunDirectory
-from guardrail.tui.chooser import Chooser, curve, matching, run_row
-from guardrail.tui.lines import Row
+from guardrail.cli.main import main
+from guardrail.cli.runs import ago
+from guardrail.core.records import Phase, Status
+from guardrail.operate.run_summary import Glance, glance, glances, loss_points
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.tui.app.run_list import Chooser, curve, matching, run_row
+from guardrail.tui.draw.lines import Row
 from tests.fake_run import FakeRun, example
 
 HOSTILE = "a\x1b]52;c;eA==\x07\x9b2J[red]\u202e語" + "x" * 300

@@ -12,15 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guardrail.config import build
-from guardrail.errors import ConfigError
-from guardrail.ledger import Batch, Ledger, SampleOrder
-from guardrail.records import Span
+from guardrail.core.config import build
+from guardrail.core.errors import ConfigError
+from guardrail.core.records import Span
+from guardrail.decide.sample_order import Batch, Ledger, SampleOrder
 from tests.running import of_kind, table, tiny, trained
-from trainer.config import Config
-from trainer.ramp import BatchPlan
-from trainer.recipe import OptimSection
-from trainer.schedule import Schedule, warmup_steps
+from trainer.config.batch_ramp import BatchPlan
+from trainer.config.config import Config
+from trainer.config.recipe import OptimSection
+from trainer.config.schedule import Schedule, warmup_steps
 
 GPT3 = BatchPlan.growing(start=16, by=16, size=1600, samples=12_000_000_000 // 2048)  # 32 K to 3.2 M tokens in 12 G
 

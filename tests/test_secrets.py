@@ -10,14 +10,15 @@ import msgspec
 import psutil
 import pytest
 
-from guardrail import launching, preflight
-from guardrail.cli import main
-from guardrail.commands import report as report_command
-from guardrail.config import NotifySection, Settings, build, dump, load, load_guard
-from guardrail.errors import ConfigError
-from guardrail.notify import Notifier
-from guardrail.rundir import RunDirectory
-from guardrail.tui.settings import settings_of
+from guardrail.cli import report as report_command
+from guardrail.cli.main import main
+from guardrail.core.config import NotifySection, Settings, build, dump, load, load_guard
+from guardrail.core.errors import ConfigError
+from guardrail.launch import launcher as launching
+from guardrail.launch import preflight
+from guardrail.launch.notify import Notifier
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.tui.model.config_lines import settings_of
 from tests.lab import Lab, wait_for
 
 MASK = "(masked)"
@@ -28,7 +29,7 @@ STEPS = "[train]\nsteps = 300\n"
 
 def reference(**place: str) -> Any:
     """{ env = "NAME" } or { file = "PATH" }."""
-    from guardrail.secret import SecretRef
+    from guardrail.core.secret import SecretRef
 
     return SecretRef(**place)
 
@@ -43,7 +44,7 @@ def loaded(path: Path, text: str, *overrides: str) -> Settings:
 
 @pytest.mark.fault("A3", "R10")
 def test_a_reference_is_kept_and_a_literal_is_masked_in_the_copy(tmp_path: Path) -> None:
-    from guardrail import secret
+    from guardrail.core import secret
 
     text = f"""{STEPS}[notify]
 command = "curl -H 'Authorization: {MARK}'"
@@ -231,7 +232,7 @@ def test_a_copy_of_an_older_version_shows_no_secret(tmp_path: Path) -> None:
 
 @pytest.mark.fault("A3")
 def test_on_a_screen_other_settings_that_are_called_like_secrets_are_masked_too() -> None:
-    from guardrail import secret
+    from guardrail.core import secret
 
     text = f'[tracker]\napi_key = "{MARK}"\n[data]\nsources = ["s3://me:{MARK}@store/x"]\ntokenizer = "bytes"\n'
     assert secret.masked_text(text) == text, "the run needs them"

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from guardrail.config import GuardSection
-from guardrail.controller import Controller
-from guardrail.past import Past
-from guardrail.records import Event, Mode
-from guardrail.rejudge import Rejudge
-from guardrail.rundir import RunDirectory
+from guardrail.backtest.rejudge import Rejudge
+from guardrail.core.config import GuardSection
+from guardrail.core.records import Event, Mode
+from guardrail.decide.controller import Controller
+from guardrail.decide.run_history import Past
+from guardrail.rundir.run_directory import RunDirectory
 from tests.jumping import Loop
 
 WRONG: tuple[Any, ...] = (None, "x", [], [1], {}, -1, 1e300, float("nan"), "absent")

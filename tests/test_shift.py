@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from msgspec import structs
 
-import guardrail.torch.cause
-from guardrail.causes import Pass, Trouble, ahead_of, structure_of
-from guardrail.config import GuardSection
-from guardrail.controller import Controller
-from guardrail.records import LOSS, Action, Cause, Diagnosis, Event, Finding, Kind, Mode, Observation, Severity
-from guardrail.report import build
+import guardrail.torch.diagnose.cause_test
+from guardrail.core.config import GuardSection
+from guardrail.core.records import LOSS, Action, Cause, Diagnosis, Event, Finding, Kind, Mode, Observation, Severity
+from guardrail.decide.controller import Controller
+from guardrail.decide.root_cause import Pass, Trouble, ahead_of, structure_of
+from guardrail.report.report import build
 from tests.feed import healthy_loss, noisy, obs, warmed
 from tests.running import BATCH, SHAPES, assert_same, new_run, of_kind, spans, tiny, train, trained
 from tests.test_law import killed_behind
-from trainer.objectives import IGNORED, reordered
+from trainer.objectives.loss import IGNORED, reordered
 
 SPIKE = Finding(
     signal=LOSS,
@@ -247,7 +247,7 @@ def structured(monkeypatch: pytest.MonkeyPatch) -> None:
     def measured(diagnosis: Diagnosis, gains: object, usual: object, *, passes: int) -> Diagnosis:
         return structs.replace(diagnosis, structure=0.6, passes=passes)
 
-    monkeypatch.setattr(guardrail.torch.cause, "structure_of", measured)
+    monkeypatch.setattr(guardrail.torch.diagnose.cause_test, "structure_of", measured)
 
 
 AT = 35  # first step of another kind of data

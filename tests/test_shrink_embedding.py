@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from guardrail.past import Past
-from guardrail.records import Command, CommandKind, Phase
-from guardrail.rejudge import Rejudge
-from guardrail.report import quarantine_lines
+from guardrail.backtest.rejudge import Rejudge
+from guardrail.core.records import Command, CommandKind, Phase
+from guardrail.decide.run_history import Past
+from guardrail.report.report import quarantine_lines
 from tests.ranks import run_ranks
 from tests.running import BATCH, BLIND, assert_same, new_run, of_kind, remedies_of, tiny, told, train, trained
 from tests.test_law import killed_behind
-from trainer.config import Config
-from trainer.loop import Trainer
+from trainer.config.config import Config
+from trainer.train import Trainer
 
 LED, STOPPED = 18, 28  # steps: the embedding leads; the run is stopped, with the factor on its way back
 HOLD, BACK = 6, 9

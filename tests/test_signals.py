@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from guardrail.signals import KILLED
+from guardrail.rundir.stop_signals import KILLED
 from tests.lab import wait_for
 
 PRELUDE = """
 import ctypes, os, signal, sys, time
 from pathlib import Path
-from guardrail.signals import StopSignals
+from guardrail.rundir.stop_signals import StopSignals
 signals = StopSignals()
 signals.install(Path(sys.argv[1]))
 print("ready", flush=True)
@@ -79,8 +79,8 @@ def test_a_second_sigterm_ends_a_process_that_is_inside_c(rank: Rank) -> None:
     """PyDLL holds no bytecode boundary: as in a collective, no Python handler could run."""
     process = rank(
         """
-        import guardrail.signals
-        guardrail.signals.DEBOUNCE_SECONDS = 0.1
+        import guardrail.rundir.stop_signals
+        guardrail.rundir.stop_signals.DEBOUNCE_SECONDS = 0.1
         print("set", flush=True)
         ctypes.CDLL(None).pause(); ctypes.CDLL(None).sleep(600); ctypes.CDLL(None).sleep(600)
         """

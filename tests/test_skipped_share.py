@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from guardrail.config import GuardSection
-from guardrail.ledger import Ledger, SampleOrder
-from guardrail.manifest import read_manifest
-from guardrail.past import Past
-from guardrail.records import Mode, Phase, Span
-from guardrail.rejudge import Rejudge
-from guardrail.rundir import RunDirectory
-from guardrail.torch.desk import Answer, Desk
+from guardrail.backtest.rejudge import Rejudge
+from guardrail.core.config import GuardSection
+from guardrail.core.records import Mode, Phase, Span
+from guardrail.decide.run_history import Past
+from guardrail.decide.sample_order import Ledger, SampleOrder
+from guardrail.rundir.manifest import read_manifest
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.torch.guard.command_handler import Answer, Desk
 from tests.jumping import Loop
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from guardrail.torch import snapshots as snapshots_module
-from guardrail.torch.snapshots import CANDIDATE, GOOD, SUSPECT, Layout, SnapshotRing
-from guardrail.torch.state import TrainingState
+from guardrail.torch.checkpoint import memory_snapshots as snapshots_module
+from guardrail.torch.checkpoint.memory_snapshots import CANDIDATE, GOOD, SUSPECT, Layout, SnapshotRing
+from guardrail.torch.state.training_state import TrainingState
 from tests.ranks import run_ranks
 from tests.tiny import Setup
 

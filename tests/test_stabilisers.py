@@ -15,13 +15,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from guardrail.torch.gate import Gate
+from guardrail.torch.measure.update_gate import Gate
 from tests.ranks import run_ranks
-from trainer.config import ModelSection, OptimSection
+from trainer.config.config import ModelSection, OptimSection
 from trainer.model import Decoder, EncoderDecoder
-from trainer.objectives import IGNORED, loss_sum, z_penalty
-from trainer.optim import Schedule, Scheduler, build_optimizer
-from trainer.stabilisers import QKClip, UpdateClipping, ZClip
+from trainer.objectives.loss import IGNORED, loss_sum, z_penalty
+from trainer.optim.optimizers import Schedule, Scheduler, build_optimizer
+from trainer.optim.stabilisers import QKClip, UpdateClipping, ZClip
 
 # -- ZClip
 

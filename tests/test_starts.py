@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from guardrail.records import Event
-from guardrail.rundir import RunDirectory
+from guardrail.core.records import Event
+from guardrail.rundir.run_directory import RunDirectory
 from tests.lab import REPOSITORY
 
 # The supervisor with another agent and shorter deadlines, in a process of its own: it ends all of its children.
@@ -138,11 +138,11 @@ def test_what_a_rank_does_after_it_has_ended_the_run_changes_nothing(tmp_path: P
     verdict, events, _ = play(
         tmp_path,
         f"""
-from guardrail.heartbeat import Heartbeat
-from guardrail.records import Phase
-from guardrail.rundir import RunDirectory
-code = "import os, time; from guardrail.heartbeat import Heartbeat; from guardrail.records import Phase;" \
-    "from guardrail.rundir import RunDirectory;" \
+from guardrail.rundir.heartbeat import Heartbeat
+from guardrail.core.records import Phase
+from guardrail.rundir.run_directory import RunDirectory
+code = "import os, time; from guardrail.rundir.heartbeat import Heartbeat; from guardrail.core.records import Phase;" \
+    "from guardrail.rundir.run_directory import RunDirectory;" \
     "heart = Heartbeat(RunDirectory(os.environ['GUARDRAIL_RUN']), 1);" \
     "heart.at(Phase('{phase}')); heart.stop(); time.sleep(600)"
 rank = subprocess.Popen([sys.executable, "-c", code])

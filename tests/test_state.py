@@ -13,10 +13,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import lr_scheduler
 
-from guardrail.errors import CheckpointInvalid, UsageError
-from guardrail.torch import plain
-from guardrail.torch.digests import component_digests
-from guardrail.torch.state import TrainingState
+from guardrail.core.errors import CheckpointInvalid, UsageError
+from guardrail.torch.state import json_codec as plain
+from guardrail.torch.state.digests import component_digests
+from guardrail.torch.state.training_state import TrainingState
 from tests.ranks import run_ranks
 from tests.tiny import OPTIMIZERS, Setup, Tiny
 

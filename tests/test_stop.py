@@ -11,15 +11,15 @@ import msgspec
 import pytest
 import torch
 
-import guardrail.signals
-import guardrail.torch.checkpoints
-import guardrail.torch.loading
-import trainer.loop
-import trainer.parallel
-from guardrail.manifest import checkpoint_dirs
-from guardrail.records import Command, CommandKind, Phase
-from guardrail.rundir import RunDirectory
-from guardrail.signals import KILLED
+import guardrail.rundir.stop_signals
+import guardrail.torch.checkpoint.disk_checkpoints
+import guardrail.torch.checkpoint.loader
+import trainer.parallel.data_parallel
+import trainer.train
+from guardrail.core.records import Command, CommandKind, Phase
+from guardrail.rundir.manifest import checkpoint_dirs
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.rundir.stop_signals import KILLED
 from tests.lab import wait_for
 from tests.ranks import wait_ranks
 from tests.running import (
@@ -36,8 +36,8 @@ from tests.running import (
     train,
     trained,
 )
-from trainer.config import Config
-from trainer.loop import Trainer
+from trainer.config.config import Config
+from trainer.train import Trainer
 
 STEPS = 30
 SIGNALS = {"SIGTERM": signal.SIGTERM, "SIGUSR1": signal.SIGUSR1}
@@ -77,7 +77,7 @@ def me(rank: int) -> bool:
 
 def in_tokenizing(patch: pytest.MonkeyPatch, number: int, rank: int) -> None:
     name = "wait_prepared" if rank else "prepare"  # only the first rank of a node builds
-    whole = getattr(trainer.loop, name)
+    whole = getattr(trainer.train, name)
 
     def signalled(*arguments: Any, **settings: Any) -> Path:
         # A forked rank needs milliseconds to get here, in which another may not even have begun.
@@ -86,7 +86,7 @@ def in_tokenizing(patch: pytest.MonkeyPatch, number: int, rank: int) -> None:
         os.kill(os.getpid(), number)
         return Path(whole(*arguments, **settings))
 
-    patch.setattr(trainer.loop, name, signalled)
+    patch.setattr(trainer.train, name, signalled)
 
 
 def in_step(patch: pytest.MonkeyPatch, number: int, rank: int) -> None:
@@ -115,14 +115,14 @@ def in_evaluation(patch: pytest.MonkeyPatch, number: int, rank: int) -> None:
 
 
 def in_save(patch: pytest.MonkeyPatch, number: int, rank: int) -> None:
-    whole = guardrail.torch.checkpoints.write_share
+    whole = guardrail.torch.checkpoint.disk_checkpoints.write_share
 
     def signalled(job: Any) -> Any:
         if job.snapshot.step == 20 and me(rank):
             os.kill(os.getpid(), number)
         return whole(job)
 
-    patch.setattr(guardrail.torch.checkpoints, "write_share", signalled)
+    patch.setattr(guardrail.torch.checkpoint.disk_checkpoints, "write_share", signalled)
 
 
 CASES = [
@@ -217,7 +217,7 @@ def test_a_window_is_given_back_within_one_micro_batch(tmp_path: Path) -> None:
     run = new_run(config)
     counted = tmp_path / "counted"
     with pytest.MonkeyPatch.context() as patch:
-        whole = trainer.parallel.loss_sum
+        whole = trainer.parallel.data_parallel.loss_sum
 
         def counting(logits: Any, labels: Any) -> Any:
             if torch.is_grad_enabled() and me(1):
@@ -225,7 +225,7 @@ def test_a_window_is_given_back_within_one_micro_batch(tmp_path: Path) -> None:
                     file.write("x")
             return whole(logits, labels)
 
-        patch.setattr(trainer.parallel, "loss_sum", counting)
+        patch.setattr(trainer.parallel.data_parallel, "loss_sum", counting)
         in_step(patch, signal.SIGTERM, 1)
         assert train(run, 2) == "stopped"
     assert len(counted.read_text()) == 14 * 4 + 1
@@ -235,7 +235,7 @@ def test_a_window_is_given_back_within_one_micro_batch(tmp_path: Path) -> None:
 
 
 def test_a_second_sigterm_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guardrail.signals, "DEBOUNCE_SECONDS", 0.1)
+    monkeypatch.setattr(guardrail.rundir.stop_signals, "DEBOUNCE_SECONDS", 0.1)
     hang = {"kind": "hang", "step": 5, "micro": 1, "value": 60.0}  # the last of the window is never given back
     run = new_run(tiny(tmp_path, faults=[hang]))
     pids = start_run(run, 1)
@@ -309,7 +309,7 @@ def test_no_rank_waits_in_a_collective_for_a_slow_disk_of_another(tmp_path: Path
     run = new_run(tiny(tmp_path, world=2, train={"steps": 8}, launch={"collective_seconds": 40.0}))
     run.send(Command(id="stop", kind=CommandKind.STOP, at_step=6))
     meetings = Meetings(tmp_path)
-    checkpoints, loading = guardrail.torch.checkpoints, guardrail.torch.loading
+    checkpoints, loading = guardrail.torch.checkpoint.disk_checkpoints, guardrail.torch.checkpoint.loader
     with pytest.MonkeyPatch.context() as patch:
         meetings.watch(patch)
         slow_save = meetings.held_up(checkpoints.write_share, lambda job: job.snapshot.step in (6, 8))

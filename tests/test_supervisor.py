@@ -14,10 +14,10 @@ from pathlib import Path
 import pexpect
 import pytest
 
-from guardrail import processes
-from guardrail.records import Phase
-from guardrail.rundir import RunDirectory
-from guardrail.signals import DEBOUNCE_SECONDS
+from guardrail.core.records import Phase
+from guardrail.rundir import processes
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.rundir.stop_signals import DEBOUNCE_SECONDS
 from tests.lab import Lab, small_file_system, wait_for
 from tests.ports import free_port
 
@@ -422,7 +422,7 @@ def test_only_one_supervisor_for_a_run(lab: Lab) -> None:
     run = lab.newest()
     wait_for(lambda: training(run))
     second = subprocess.run(
-        [sys.executable, "-m", "guardrail.supervisor", str(run.path)],
+        [sys.executable, "-m", "guardrail.launch.supervisor", str(run.path)],
         env=lab.environment(),
         capture_output=True,
         text=True,

@@ -14,11 +14,11 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import STORE_EVERYTHING_SIZE_GUIDANCE, EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator as PluginAccumulator
 
-from guardrail import tensorboard, tfevents
-from guardrail.importers.sources import sources
-from guardrail.records import Action, Span
-from guardrail.rundir import RunDirectory
-from guardrail.tensorboard import Exporter, catch_up, export
+from guardrail.backtest.importers.sources import sources
+from guardrail.core.records import Action, Span
+from guardrail.report import tensorboard, tfevents
+from guardrail.report.tensorboard import Exporter, catch_up, export
+from guardrail.rundir.run_directory import RunDirectory
 
 SKIP = float(list(Action).index(Action.SKIP))
 ROLLBACK = float(list(Action).index(Action.ROLLBACK))
@@ -397,7 +397,7 @@ def test_a_disk_that_fails_is_logged_once_and_nothing_is_lost(
         raise OSError(28, "No space left on device")
 
     exporter = Exporter(run)
-    with caplog.at_level(logging.WARNING, "guardrail.tensorboard"):
+    with caplog.at_level(logging.WARNING, "guardrail.report.tensorboard"):
         write(run, (1, 0, 3.0))
         run.append("verdict", "step 1: skip", step=0)
         with monkeypatch.context() as patched:

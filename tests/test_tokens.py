@@ -15,24 +15,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from guardrail.past import Past
-from guardrail.records import EMBED_GRAD_NORM, EMBED_SHARE, Action, Event, Finding, Kind, Severity, Verdict
-from guardrail.remedies import embedding_concerned
-from guardrail.report import as_dict, written
-from guardrail.rundir import RunDirectory
-from guardrail.text import visible
-from guardrail.torch.tokens import MOST, longest_rows
+from guardrail.core.records import EMBED_GRAD_NORM, EMBED_SHARE, Action, Event, Finding, Kind, Severity, Verdict
+from guardrail.core.text import visible
+from guardrail.decide.remedies import embedding_concerned
+from guardrail.decide.run_history import Past
+from guardrail.report.report import as_dict, written
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.torch.diagnose.embedding_tokens import MOST, longest_rows
+from guardrail.tui.model.pane_state import State
+from guardrail.tui.model.run_story import Digest, Story
+from guardrail.tui.model.view import View
 from guardrail.tui.panes import incidents
-from guardrail.tui.panes.state import State
-from guardrail.tui.story import Digest, Story
-from guardrail.tui.view import View
 from tests.fake_run import example, snapshot_of
 from tests.ranks import run_ranks
 from tests.running import BATCH, FEW_SHAPES, LENGTH, assert_same, of_kind, tiny, told, trained, write_corpus
 from tests.tiny import VOCABULARY, Setup
-from trainer.config import Config
+from trainer.config.config import Config
+from trainer.config.layout import ParallelSection
 from trainer.data.tokenizer import ByteTokenizer, JsonTokenizer
-from trainer.layout import ParallelSection
 
 GUARD = {"embed_score": 5.0, "embed_factor": 0.4, "embed_hold": 3, "embed_back": 2}
 BAD = 32 * BATCH  # first position of the batch that holds one byte again and again

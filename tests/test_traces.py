@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from guardrail.config import GuardSection
-from guardrail.controller import Controller
-from guardrail.records import Mode, Observation, Verdict
+from guardrail.core.config import GuardSection
+from guardrail.core.records import Mode, Observation, Verdict
+from guardrail.decide.controller import Controller
 from tests.feed import BATCH
 from tests.running import of_kind, spans, tiny, trained
 from tests.traces.record import write_text

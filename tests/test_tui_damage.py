@@ -13,18 +13,18 @@ import numpy as np
 import pytest
 from textual.pilot import Pilot
 
-from guardrail import journal
-from guardrail.follow import Follower
-from guardrail.glance import Glance
-from guardrail.records import Command, CommandKind, Phase
-from guardrail.rundir import RunDirectory
-from guardrail.tui import reader as reader_module
-from guardrail.tui.app import GuardrailApp
-from guardrail.tui.chooser import Chooser
-from guardrail.tui.cockpit import PaneLines
-from guardrail.tui.panels import facts, header
-from guardrail.tui.reader import RunReader
-from guardrail.tui.view import View
+from guardrail.core.records import Command, CommandKind, Phase
+from guardrail.operate.run_summary import Glance
+from guardrail.rundir import journal
+from guardrail.rundir.follow import Follower
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.tui.app.app import GuardrailApp
+from guardrail.tui.app.run_list import Chooser
+from guardrail.tui.model import reader as reader_module
+from guardrail.tui.model.reader import RunReader
+from guardrail.tui.model.view import View
+from guardrail.tui.screens.dashboard import PaneLines
+from guardrail.tui.screens.header_footer import facts, header
 from tests.fake_run import FakeReader, FakeRun, example, snapshot_of
 from tests.lab import wait_for
 from tests.test_tui_panels import BUILDERS, text

@@ -17,7 +17,7 @@ from rich.style import Style
 from textual._compositor import ChopsUpdate
 from textual.strip import Strip
 
-from guardrail.tui.frames import Cells, pen_of
+from guardrail.tui.terminal.cell_diff import Cells, pen_of
 
 WIDTH, HEIGHT = 12, 2
 STYLES = [

@@ -7,12 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from guardrail.records import METRIC_COLUMNS
-from guardrail.tui import axis, pyramid
-from guardrail.tui.given import Eye
-from guardrail.tui.pyramid import Level
-from guardrail.tui.track import Track
-from guardrail.tui.view import View
+from guardrail.core.records import METRIC_COLUMNS
+from guardrail.tui.chart import axis
+from guardrail.tui.chart.column_cache import Eye
+from guardrail.tui.model.view import View
+from guardrail.tui.numerics import pyramid
+from guardrail.tui.numerics.decimated_series import Track
+from guardrail.tui.numerics.pyramid import Level
 from tests.fake_run import FakeRun, snapshot_of
 
 CELLS = 90

@@ -10,13 +10,13 @@ import msgspec
 import pytest
 from rich.cells import cell_len
 
-from guardrail.chronicle import Chronicle
-from guardrail.config import LaunchSection
-from guardrail.records import CommandKind, Mode, Phase, SnapshotInfo, Status
-from guardrail.tui import panels
+from guardrail.core.config import LaunchSection
+from guardrail.core.records import CommandKind, Mode, Phase, SnapshotInfo, Status
+from guardrail.launch.supervisor_journal import Chronicle
+from guardrail.tui.model.pane_state import State
+from guardrail.tui.model.view import Snapshot, View
 from guardrail.tui.panes import log, snapshots
-from guardrail.tui.panes.state import State
-from guardrail.tui.view import Snapshot, View
+from guardrail.tui.screens import header_footer as panels
 from tests.fake_run import FakeRun, example, snapshot_of
 from tests.test_tui_panels import text
 

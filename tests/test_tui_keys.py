@@ -17,18 +17,30 @@ from textual.app import App
 from textual.pilot import Pilot
 from textual.strip import Strip
 
-from guardrail.errors import ExitCode
-from guardrail.preview import Preview
-from guardrail.records import Command, CommandKind, Mode, Phase, Shown
-from guardrail.rundir import check_command
-from guardrail.tui import controls, dialogs, keys
-from guardrail.tui.app import GuardrailApp
-from guardrail.tui.chart import Chart
-from guardrail.tui.cockpit import MINE, Cockpit
-from guardrail.tui.dialogs import Choose, Confirm, Dialog, Evidence, Number, Pager, Palette, Question, Text, Toggle
-from guardrail.tui.lines import Lines
-from guardrail.tui.story import Answer
-from guardrail.tui.view import Snapshot, View
+from guardrail.core.errors import ExitCode
+from guardrail.core.records import Command, CommandKind, Mode, Phase, Shown
+from guardrail.operate.preview import Preview
+from guardrail.rundir.run_directory import check_command
+from guardrail.tui.app.app import GuardrailApp
+from guardrail.tui.chart.chart import Chart
+from guardrail.tui.draw.lines import Lines
+from guardrail.tui.model import sent_commands as controls
+from guardrail.tui.model.run_story import Answer
+from guardrail.tui.model.view import Snapshot, View
+from guardrail.tui.screens import dialogs, keys
+from guardrail.tui.screens.dashboard import MINE, Cockpit
+from guardrail.tui.screens.dialogs import (
+    Choose,
+    Confirm,
+    Dialog,
+    Evidence,
+    Number,
+    Pager,
+    Palette,
+    Question,
+    Text,
+    Toggle,
+)
 from tests.fake_run import FakeReader, FakeRun, example, snapshot_of
 
 Script = Callable[[Pilot[None], FakeReader], Awaitable[None]]

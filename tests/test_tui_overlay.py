@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guardrail.tui.overlay import Mark, draw_smoothed, put_marks, smoothed
-from guardrail.tui.raster import Curve, Ink, Plot
-from guardrail.tui.scales import XScale
+from guardrail.tui.chart.overlay import Mark, draw_smoothed, put_marks, smoothed
+from guardrail.tui.numerics.raster import Curve, Ink, Plot
+from guardrail.tui.numerics.scales import XScale
 from tests.plots import plot
 
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 import msgspec
 import pytest
 
-from guardrail.records import Mode
-from guardrail.tui.app import GuardrailApp
-from guardrail.tui.log import Line
+from guardrail.core.records import Mode
+from guardrail.tui.app.app import GuardrailApp
+from guardrail.tui.model.log_lines import Line
 from tests.fake_run import FakeReader, FakeRun, snapshot_of
 
 TURN = 1 / 64  # sums of it are exact

@@ -14,21 +14,23 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from textual.strip import Strip
 
-from guardrail.records import Mode, Phase, SnapshotInfo, Status
-from guardrail.tui import palette, panels, raster
-from guardrail.tui.app import GuardrailApp
-from guardrail.tui.axis import GUTTER, marks_of, next_event, x_scale
-from guardrail.tui.chart import Memory, Sparks, chart_rows, spark_row
-from guardrail.tui.cockpit import Cockpit
-from guardrail.tui.format import clock, count, duration, metric, plural, size, spoken
-from guardrail.tui.health import health_of
-from guardrail.tui.lines import Lines, Row, changes, fit, row, spread, title, width_of, wrap
-from guardrail.tui.palette import BAND
+from guardrail.core.format import clock, count, duration, metric, plural, size, spoken
+from guardrail.core.records import Mode, Phase, SnapshotInfo, Status
+from guardrail.tui.app.app import GuardrailApp
+from guardrail.tui.chart.axis import GUTTER, marks_of, next_event, x_scale
+from guardrail.tui.chart.chart import Memory, Sparks, chart_rows, spark_row
+from guardrail.tui.draw import palette
+from guardrail.tui.draw.lines import Lines, Row, changes, fit, row, spread, title, width_of, wrap
+from guardrail.tui.draw.palette import BAND
+from guardrail.tui.model.health import health_of
+from guardrail.tui.model.pane_state import State
+from guardrail.tui.model.view import CHARTS, Snapshot, View
+from guardrail.tui.numerics import raster
+from guardrail.tui.numerics.series import AXES, Series
 from guardrail.tui.panes import incidents, log, snapshots
-from guardrail.tui.panes.state import State
 from guardrail.tui.panes.table import PANES
-from guardrail.tui.series import AXES, Series
-from guardrail.tui.view import CHARTS, Snapshot, View
+from guardrail.tui.screens import header_footer as panels
+from guardrail.tui.screens.dashboard import Cockpit
 from tests.fake_run import FakeReader, FakeRun, example, snapshot_of
 
 HOSTILE = {

@@ -18,23 +18,24 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from guardrail import config
-from guardrail.records import Event, Phase, RankStatus, SnapshotInfo
-from guardrail.rundir import RunDirectory
-from guardrail.tui import logtail, panels
-from guardrail.tui.around import WINDOW, Around, Lookout
-from guardrail.tui.evidence import Evidence
-from guardrail.tui.lines import Row
-from guardrail.tui.log import line_of
-from guardrail.tui.logtail import LogTail, Printed
+from guardrail.core import config
+from guardrail.core.records import Event, Phase, RankStatus, SnapshotInfo
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.tui.draw.lines import Row
+from guardrail.tui.model import logtail
+from guardrail.tui.model.background_facts import WINDOW, Around, Lookout
+from guardrail.tui.model.config_lines import settings_of
+from guardrail.tui.model.evidence import Evidence
+from guardrail.tui.model.log_lines import line_of
+from guardrail.tui.model.logtail import LogTail, Printed
+from guardrail.tui.model.pane_state import State
+from guardrail.tui.model.rank_health import Rank, RankBook, judge
+from guardrail.tui.model.reader import RunReader
+from guardrail.tui.model.run_story import Digest
+from guardrail.tui.model.view import Snapshot, View
 from guardrail.tui.panes import ranks as ranks_pane
-from guardrail.tui.panes.state import State
 from guardrail.tui.panes.table import BY_NAME, PANES
-from guardrail.tui.ranks import Rank, RankBook, judge
-from guardrail.tui.reader import RunReader
-from guardrail.tui.settings import settings_of
-from guardrail.tui.story import Digest
-from guardrail.tui.view import Snapshot, View
+from guardrail.tui.screens import header_footer as panels
 from tests.fake_run import FakeRun, example, snapshot_of
 
 SIZES = [(40, 10), (80, 24), (200, 60)]

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guardrail.tui import pyramid
-from guardrail.tui.pyramid import BLOCK, Level, levels_above, stretches
-from guardrail.tui.raster import Curve, columns
-from guardrail.tui.scales import XScale
-from guardrail.tui.series import BANDS, SIGNALS
-from guardrail.tui.track import Track
+from guardrail.tui.numerics import pyramid
+from guardrail.tui.numerics.decimated_series import Track
+from guardrail.tui.numerics.pyramid import BLOCK, Level, levels_above, stretches
+from guardrail.tui.numerics.raster import Curve, columns
+from guardrail.tui.numerics.scales import XScale
+from guardrail.tui.numerics.series import BANDS, SIGNALS
 
 COLUMNS = ("step", "timeline", *SIGNALS, *BANDS)
 

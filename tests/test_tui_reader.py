@@ -11,11 +11,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from guardrail.records import Command, CommandKind, Phase, Status
-from guardrail.rundir import RunDirectory
-from guardrail.scene import Scene
-from guardrail.tui import reader as reader_module
-from guardrail.tui.reader import RunReader
+from guardrail.core.records import Command, CommandKind, Phase, Status
+from guardrail.operate.run_state import Scene
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.tui.model import reader as reader_module
+from guardrail.tui.model.reader import RunReader
 from tests.fake_run import FakeRun, LiveRun, example, snapshot_of
 from tests.lab import wait_for
 

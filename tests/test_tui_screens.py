@@ -18,14 +18,14 @@ import pytest
 from rich.cells import cell_len
 from textual.pilot import Pilot
 
-from guardrail.records import Mode, Phase, RankStatus, Status
-from guardrail.tui.app import GuardrailApp
-from guardrail.tui.around import Around
-from guardrail.tui.cockpit import MINE, Cockpit
-from guardrail.tui.logtail import Printed
-from guardrail.tui.ranks import Rank
-from guardrail.tui.settings import settings_of
-from guardrail.tui.view import Snapshot, View
+from guardrail.core.records import Mode, Phase, RankStatus, Status
+from guardrail.tui.app.app import GuardrailApp
+from guardrail.tui.model.background_facts import Around
+from guardrail.tui.model.config_lines import settings_of
+from guardrail.tui.model.logtail import Printed
+from guardrail.tui.model.rank_health import Rank
+from guardrail.tui.model.view import Snapshot, View
+from guardrail.tui.screens.dashboard import MINE, Cockpit
 from tests.fake_run import START, FakeReader, FakeRun, example, snapshot_of
 
 PICTURES = Path(__file__).parent / "__snapshots__" / "test_tui_screens"

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guardrail.records import METRIC_COLUMNS
-from guardrail.timelines import Timelines
-from guardrail.tui.series import Series, choosable
-from guardrail.tui.track import Track
+from guardrail.core.records import METRIC_COLUMNS
+from guardrail.decide.timelines import Timelines
+from guardrail.tui.numerics.decimated_series import Track
+from guardrail.tui.numerics.series import Series, choosable
 from tests.fake_run import FakeRun, example
 from tests.feed import going_back
 
@@ -123,7 +123,7 @@ def test_only_the_newest_ghosts_are_kept() -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12)), min_size=1, max_size=8), st.integers(1, 7))
 def test_the_present_is_what_the_run_directory_says(stretches: list[tuple[int, int]], cut: int) -> None:
-    """Against guardrail.timelines, for rows that arrive in any chunks: a run that goes back to random steps."""
+    """Against guardrail.decide.timelines, for rows that arrive in any chunks: a run that goes back to random steps."""
     steps, numbers = going_back(stretches)
     known = Timelines()
     known.add_rows(np.array(steps, dtype=float), np.array(numbers, dtype=float))

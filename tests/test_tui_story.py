@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guardrail.records import Event, Finding, Kind, Severity
-from guardrail.tui.log import line_of
-from guardrail.tui.story import Digest, Story, left_out
+from guardrail.core.records import Event, Finding, Kind, Severity
+from guardrail.tui.model.log_lines import line_of
+from guardrail.tui.model.run_story import Digest, Story, left_out
 from tests.fake_run import FakeRun, example
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from guardrail.records import Phase
-from guardrail.rundir import RunDirectory
-from guardrail.tui import terminal
+from guardrail.core.records import Phase
+from guardrail.rundir.run_directory import RunDirectory
 from guardrail.tui.panes.table import PANES
+from guardrail.tui.terminal import hangup as terminal
 from tests.fake_run import FakeRun, LiveRun, example
 from tests.terminal import Terminal
 from tests.test_tui_panels import HOSTILE
@@ -27,7 +27,7 @@ _SCREEN = """
 import fcntl, os, signal, sys, termios
 if "controlling" in sys.argv: fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 if "nohup" in sys.argv: signal.signal(signal.SIGHUP, signal.SIG_IGN)
-from guardrail.tui.app import run_screen
+from guardrail.tui.app.app import run_screen
 sys.exit(run_screen(sys.argv[1], read_only="read-only" in sys.argv))
 """
 

@@ -11,16 +11,16 @@ from textual.events import MouseScrollDown, MouseScrollUp
 from textual.pilot import Pilot
 from textual.theme import Theme
 
-from guardrail import themes
-from guardrail.cli import main
-from guardrail.tui import palette
-from guardrail.tui.app import GuardrailApp
-from guardrail.tui.axis import GUTTER
-from guardrail.tui.chart import Chart
-from guardrail.tui.cockpit import Cockpit, PaneLines
-from guardrail.tui.dialogs import Pager
-from guardrail.tui.lines import Lines
-from guardrail.tui.view import CHARTS
+from guardrail.cli import theme_names as themes
+from guardrail.cli.main import main
+from guardrail.tui.app.app import GuardrailApp
+from guardrail.tui.chart.axis import GUTTER
+from guardrail.tui.chart.chart import Chart
+from guardrail.tui.draw import palette
+from guardrail.tui.draw.lines import Lines
+from guardrail.tui.model.view import CHARTS
+from guardrail.tui.screens.dashboard import Cockpit, PaneLines
+from guardrail.tui.screens.dialogs import Pager
 from tests.fake_run import FakeReader, FakeRun, example, snapshot_of
 
 MEANING = ("plain", "strong", "dim", "good", "warn", "bad", "calm", "accent", "key", "threshold", *CHARTS)
@@ -140,7 +140,7 @@ async def test_a_click_on_an_incident_jumps_there_and_the_wheel_zooms() -> None:
 def test_the_command_line_hands_theme_and_mouse_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = example(1210).write(tmp_path)
     given: list[dict[str, object]] = []
-    monkeypatch.setattr("guardrail.tui.app.run_screen", lambda path, **look: given.append(look) or 0)
+    monkeypatch.setattr("guardrail.tui.app.app.run_screen", lambda path, **look: given.append(look) or 0)
     monkeypatch.setenv("GUARDRAIL_THEME", "colour-blind")
     assert main(["attach", str(run.path), "--in-browser", "--no-mouse"]) == 0
     assert main(["attach", str(run.path), "--in-browser", "--theme", "light"]) == 0

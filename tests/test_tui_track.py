@@ -16,18 +16,18 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from guardrail.records import METRIC_COLUMNS
-from guardrail.rundir import RunDirectory
-from guardrail.tui import axis
-from guardrail.tui import reader as reader_module
-from guardrail.tui.app import GuardrailApp
-from guardrail.tui.chart import chart_rows
-from guardrail.tui.raster import Columns, columns_of
-from guardrail.tui.reader import RunReader
-from guardrail.tui.scales import XScale
-from guardrail.tui.series import SIGNALS, Series
-from guardrail.tui.track import Track
-from guardrail.tui.view import View
+from guardrail.core.records import METRIC_COLUMNS
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.tui.app.app import GuardrailApp
+from guardrail.tui.chart import axis
+from guardrail.tui.chart.chart import chart_rows
+from guardrail.tui.model import reader as reader_module
+from guardrail.tui.model.reader import RunReader
+from guardrail.tui.model.view import View
+from guardrail.tui.numerics.decimated_series import Track
+from guardrail.tui.numerics.raster import Columns, columns_of
+from guardrail.tui.numerics.scales import XScale
+from guardrail.tui.numerics.series import SIGNALS, Series
 from tests.fake_run import FakeReader, FakeRun, snapshot_of
 from tests.feed import going_back
 from tests.lab import wait_for

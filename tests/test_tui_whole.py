@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from guardrail.records import Event, Phase
-from guardrail.rundir import RunDirectory
+from guardrail.core.records import Event, Phase
+from guardrail.rundir.run_directory import RunDirectory
 from tests.lab import Lab, wait_for
 from tests.terminal import Terminal
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from guardrail.cli import main
-from guardrail.config import load_guard
+from guardrail.cli.main import main
+from guardrail.core.config import load_guard
 
 
 @pytest.fixture

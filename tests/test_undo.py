@@ -12,15 +12,15 @@ import msgspec
 import numpy as np
 import pytest
 
-from guardrail.config import GuardSection, load_guard
-from guardrail.controller import Controller
-from guardrail.ledger import Ledger, SampleOrder
-from guardrail.past import Past
-from guardrail.records import Action, Command, CommandKind, Event, Kind, Mode, Severity, Span
-from guardrail.rejudge import Rejudge
-from guardrail.report import quarantine_lines
-from guardrail.rundir import RunDirectory
-from guardrail.undoing import Undoing, find, lines_of
+from guardrail.backtest.rejudge import Rejudge
+from guardrail.core.config import GuardSection, load_guard
+from guardrail.core.records import Action, Command, CommandKind, Event, Kind, Mode, Severity, Span
+from guardrail.decide.controller import Controller
+from guardrail.decide.run_history import Past
+from guardrail.decide.sample_order import Ledger, SampleOrder
+from guardrail.decide.undo import Undoing, find, lines_of
+from guardrail.report.report import quarantine_lines
+from guardrail.rundir.run_directory import RunDirectory
 from tests.feed import BATCH as FED
 from tests.feed import healthy_loss, obs, warmed
 from tests.lab import wait_for
@@ -41,7 +41,7 @@ from tests.running import (
     train,
     trained,
 )
-from trainer.config import Config
+from trainer.config.config import Config
 
 # -- which decision, and what goes with it
 

@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from guardrail import backtest, viewing
-from guardrail.cli import main
-from guardrail.config import load_guard
-from guardrail.errors import DataError
-from guardrail.records import Command, CommandKind
-from guardrail.tui.app import GuardrailApp
-from guardrail.tui.recorded import RecordedReader
-from guardrail.tui.view import Snapshot, View
+from guardrail.backtest import backtest
+from guardrail.backtest import recorded_run as viewing
+from guardrail.cli.main import main
+from guardrail.core.config import load_guard
+from guardrail.core.errors import DataError
+from guardrail.core.records import Command, CommandKind
+from guardrail.tui.app.app import GuardrailApp
+from guardrail.tui.model.recorded_reader import RecordedReader
+from guardrail.tui.model.view import Snapshot, View
 from tests.fake_run import example
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from guardrail import elastic, processes
-from guardrail.config import LaunchSection
-from guardrail.elastic import Failure
-from guardrail.records import Phase, RankStatus
-from guardrail.watch import LONGEST_LOOK, Watch
+from guardrail.core.config import LaunchSection
+from guardrail.core.records import Phase, RankStatus
+from guardrail.launch import torchrun as elastic
+from guardrail.launch.hang_detector import LONGEST_LOOK, Watch
+from guardrail.launch.torchrun import Failure
+from guardrail.rundir import processes
 from tests.lab import wait_for
 
 LAUNCH = LaunchSection(setup_seconds=100, step_seconds=10, eval_seconds=30, save_seconds=20)
@@ -230,7 +231,7 @@ def test_no_two_starts_of_the_ranks_share_a_store(tmp_path: Path, monkeypatch: p
 def test_threads_of_a_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int, given: str | None, expected: str
 ) -> None:
-    monkeypatch.setattr("guardrail.elastic.cores", lambda: 8)
+    monkeypatch.setattr("guardrail.launch.torchrun.cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if given is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", given)

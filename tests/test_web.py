@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
-from guardrail.cli import main
-from guardrail.tui import web
+from guardrail.cli.main import main
+from guardrail.tui.app import web
 from tests.fake_run import example
 from tests.lab import wait_for
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from guardrail.curves import scale_of
-from guardrail.headless import Lines
-from guardrail.preview import Preview, of
-from guardrail.records import CommandKind, Finding, Kind, Mode, Severity
-from guardrail.rundir import RunDirectory
-from guardrail.scene import Scene
-from guardrail.tui.scales import y_scale
+from guardrail.core.records import CommandKind, Finding, Kind, Mode, Severity
+from guardrail.launch.log_printer import Lines
+from guardrail.operate.preview import Preview, of
+from guardrail.operate.run_state import Scene
+from guardrail.report.svg_curves import scale_of
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.tui.numerics.scales import y_scale
 from tests.test_guard import Loop
 from tests.test_preview import wish
 from tests.test_tui_story import finding

@@ -11,15 +11,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from guardrail.casefile import Incident
-from guardrail.cli import main
-from guardrail.config import GuardSection
-from guardrail.controller import Controller
-from guardrail.files import encode_json
-from guardrail.records import GRAD_NORM, LOSS, Action, Curve, Observation, Verdict
-from guardrail.report import build, written
-from guardrail.rundir import RunDirectory
-from guardrail.sketch import HEIGHT, WIDTH, sketch
+from guardrail.cli.main import main
+from guardrail.core.config import GuardSection
+from guardrail.core.files import encode_json
+from guardrail.core.records import GRAD_NORM, LOSS, Action, Curve, Observation, Verdict
+from guardrail.decide.controller import Controller
+from guardrail.report.incident import Incident
+from guardrail.report.report import build, written
+from guardrail.report.text_chart import HEIGHT, WIDTH, sketch
+from guardrail.rundir.run_directory import RunDirectory
 from tests.feed import noisy
 
 ONSET, BACK, SHIFT, SPIKE, SECONDS = 100, 97, 1.05, 50.0, 2.0
@@ -136,8 +136,8 @@ def test_what_cost_no_step_and_left_no_offset(whole: Told) -> None:
 
 
 def test_a_gain_below_its_price_is_not_worth_it() -> None:
-    from guardrail.casefile import Cost
-    from guardrail.telling import worth_of
+    from guardrail.report.incident import Cost
+    from guardrail.report.render_text import worth_of
 
     def said(excess: float, offset: float, noise: float = 0.0) -> str:
         cost, measured = Cost(steps=100, excess=excess, price=0.2), {"offset": offset, "noise": noise}

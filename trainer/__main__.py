@@ -12,11 +12,11 @@ import os
 import sys
 import traceback
 
-from guardrail.errors import DiskRefuses, GuardrailError, Interrupted, UsageError
-from guardrail.heartbeat import Heartbeat
-from guardrail.records import Phase
-from guardrail.rundir import RunDirectory
-from guardrail.signals import KILLED, StopSignals
+from guardrail.core.errors import DiskRefuses, GuardrailError, Interrupted, UsageError
+from guardrail.core.records import Phase
+from guardrail.rundir.heartbeat import Heartbeat
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.rundir.stop_signals import KILLED, StopSignals
 
 SUPERVISOR_VARIABLE = "GUARDRAIL_SUPERVISOR_PID"
 SUPERVISOR_SECONDS = 2.0  # within which a supervisor that was asked to stop hands it on
@@ -57,9 +57,9 @@ def main() -> int:
         if rank == 0:  # with nowhere to keep what is trained, training does not begin
             run.check_writable()
         heartbeat.start()
-        from guardrail.config import load
-        from trainer.config import Config
-        from trainer.loop import train
+        from guardrail.core.config import load
+        from trainer.config.config import Config
+        from trainer.train import train
 
         config = load(run.path / "config.toml", of_run=True)
         assert isinstance(config, Config)

@@ -8,11 +8,11 @@ from typing import cast
 from torch import nn
 from torch.optim import Optimizer
 
-from trainer.config import Config
-from trainer.data.blanks import BlankFilling
-from trainer.data.examples import LanguageModelling, Objective, PrefixLM, SpanDenoising
+from trainer.config.config import Config
 from trainer.model import Decoder, EncoderDecoder, HuggingFace
-from trainer.stabilisers import QKClip, UpdateClipping, ZClip
+from trainer.objectives.blank_filling import BlankFilling
+from trainer.objectives.examples import LanguageModelling, Objective, PrefixLM, SpanDenoising
+from trainer.optim.stabilisers import QKClip, UpdateClipping, ZClip
 
 
 def build_objective(config: Config, *, vocabulary: int) -> Objective:

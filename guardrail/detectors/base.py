@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from guardrail.records import Finding, Observation
+from guardrail.core.records import Finding, Observation
 
 # A rejected step in numbers: signal -> log(value / baseline) of its spikes.
 Jumps = Mapping[str, float]

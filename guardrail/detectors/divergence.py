@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
+from guardrail.core.records import LOSS, Finding, Kind, Observation, Severity
 from guardrail.detectors.base import Jumps
 from guardrail.detectors.baseline import Baseline, SortedWindow
-from guardrail.records import LOSS, Finding, Kind, Observation, Severity
 
 
 class Divergence:

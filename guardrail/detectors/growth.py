@@ -19,9 +19,9 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+from guardrail.core.records import Finding, Kind, Observation, Severity
 from guardrail.detectors.base import Jumps
 from guardrail.detectors.baseline import Baseline
-from guardrail.records import Finding, Kind, Observation, Severity
 
 # Values in a block: odd values out of eight do not move its median, and three blocks are over in 24 steps.
 BLOCK = 8

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from guardrail.core.records import LOSS, Finding, Kind, Observation, Severity
 from guardrail.detectors.base import Jumps
-from guardrail.records import LOSS, Finding, Kind, Observation, Severity
 
 
 class NoTokens:

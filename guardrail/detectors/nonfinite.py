@@ -12,8 +12,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from guardrail.core.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Finding, Kind, Observation, Severity
 from guardrail.detectors.base import Jumps
-from guardrail.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Finding, Kind, Observation, Severity
 
 WATCHED = (LOSS, GRAD_NORM, EMBED_GRAD_NORM)
 # sqrt of the largest float32: beyond it a square overflows, so a norm or a loss has lost all meaning. Logs of runs

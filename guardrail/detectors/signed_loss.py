@@ -22,8 +22,8 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any
 
+from guardrail.core.records import LOSS, Finding, Kind, Observation, Severity
 from guardrail.detectors.base import Jumps
-from guardrail.records import LOSS, Finding, Kind, Observation, Severity
 
 FIRST, MOST_NOT_POSITIVE = 20, 2
 # Values in the spread; a value that repeats the one before it (logged again, or held for ten rows) is no new one, and

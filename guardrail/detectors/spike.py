@@ -21,12 +21,12 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+from guardrail.core.records import Finding, Kind, Observation, Severity
 from guardrail.detectors.base import Jumps
 from guardrail.detectors.baseline import Baseline
-from guardrail.detectors.scale import ScaleCollapse
+from guardrail.detectors.benign_outliers import Tail
+from guardrail.detectors.loss_scale import ScaleCollapse
 from guardrail.detectors.signed_loss import SignedLoss
-from guardrail.detectors.tail import Tail
-from guardrail.records import Finding, Kind, Observation, Severity
 
 # Accepted values from which on a scale means something.
 COLD = 8

@@ -13,8 +13,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from guardrail.core.records import Finding, Kind, Observation, Severity
 from guardrail.detectors.base import Jumps
-from guardrail.records import Finding, Kind, Observation, Severity
 
 # Chance of a stretch that still counts as chance: once in a hundred thousand runs of a million steps each would be
 # 1e-11; a few digits of a quiet signal repeat more than independent draws would, and this leaves room for that.

@@ -30,8 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from guardrail.torch.gate import Gate
-from guardrail.torch.probes import Probes
+from guardrail.torch.measure.reduction import Probes
+from guardrail.torch.measure.update_gate import Gate
 
 BATCH, LENGTH, WIDTH = 16, 64, 64
 MOMENTS = (1, 5, 20, 25, 40, 60, 200)  # steps after the factor was set

@@ -13,10 +13,10 @@ import threading
 import time
 from pathlib import Path
 
-from guardrail import control
-from guardrail.errors import UsageError
-from guardrail.records import Phase, Status
-from guardrail.rundir import RunDirectory
+from guardrail.core.errors import UsageError
+from guardrail.core.records import Phase, Status
+from guardrail.operate import control
+from guardrail.rundir.run_directory import RunDirectory
 
 
 def alive(run: RunDirectory, step: int) -> None:

@@ -25,12 +25,12 @@ from typing import Any
 
 import msgspec
 
-from guardrail.backtest import backtest
-from guardrail.config import GuardSection, load_guard
-from guardrail.importers import delimited
-from guardrail.importers.log import Column, Log
-from guardrail.records import GRAD_NORM, LOSS
-from guardrail.scoring import Marks, score, total
+from guardrail.backtest.backtest import backtest
+from guardrail.backtest.importers import delimited
+from guardrail.backtest.importers.recorded_log import Column, Log
+from guardrail.backtest.scoring import Marks, score, total
+from guardrail.core.config import GuardSection, load_guard
+from guardrail.core.records import GRAD_NORM, LOSS
 from tests.bench.rules import RULES, Rule
 
 # What `--by-family` chooses among: the defaults, a fifth lower and a quarter higher.

@@ -16,12 +16,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from guardrail.ledger import Ledger, SampleOrder
-from guardrail.metrics import MetricsView
-from guardrail.oddness import odd
-from guardrail.records import Span
-from guardrail.replaying import Comparison, Plan
-from guardrail.timelines import Timelines
+from guardrail.core.records import Span
+from guardrail.decide.sample_order import Ledger, SampleOrder
+from guardrail.decide.timelines import Timelines
+from guardrail.operate.replay import Comparison, Plan
+from guardrail.report.text_quality import odd
+from guardrail.rundir.metrics import MetricsView
 
 COLUMNS = ("step", "timeline", "verdict", *(f"signal_{number}" for number in range(12)))
 LOOKS = 100

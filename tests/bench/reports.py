@@ -24,13 +24,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from guardrail import local_ranks
-from guardrail.heartbeat import Heartbeat
-from guardrail.local_ranks import LocalRanks
-from guardrail.records import Phase, RankStatus
-from guardrail.rundir import RunDirectory
+from guardrail.core.records import Phase, RankStatus
+from guardrail.rundir import local_ranks
+from guardrail.rundir.heartbeat import Heartbeat
+from guardrail.rundir.local_ranks import LocalRanks
+from guardrail.rundir.run_directory import RunDirectory
 
-LOOK_SECONDS = 0.4  # guardrail.supervisor.POLL_SECONDS
+LOOK_SECONDS = 0.4  # guardrail.launch.supervisor.POLL_SECONDS
 EVENTS = ("open", "os.listdir", "os.scandir", "os.rename", "os.remove", "os.mkdir", "os.utime")
 
 
@@ -61,7 +61,7 @@ def elsewhere(run: RunDirectory, nodes: int, ranks: int) -> None:
             for one in range(ranks)
         )
         if hasattr(run, "write_node"):
-            from guardrail.records import NodeStatus
+            from guardrail.core.records import NodeStatus
 
             run.write_node(NodeStatus(node=str(node), host=f"node-{node}", ranks=reports))
         else:

@@ -30,15 +30,15 @@ from typing import Any
 import msgspec
 import torch
 
-from guardrail.config import build, dump
-from guardrail.records import GRAD_NORM, LOSS, Action, Observation, Phase, Verdict
-from guardrail.rundir import RunDirectory
-from guardrail.torch.guard import Step
+from guardrail.core.config import build, dump
+from guardrail.core.records import GRAD_NORM, LOSS, Action, Observation, Phase, Verdict
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.torch.guard.guard import Step
 from tests.bench.rescue_faults import BATCH, FAULTS, HEALTHY, HEALTHY_TWO, STEPS, Staged, healthy
 from tests.bench.rules import OlmoSkipStep
 from tests.ranks import bury_ranks, ended, start_ranks
-from trainer.config import Config
-from trainer.loop import Trainer
+from trainer.config.config import Config
+from trainer.train import Trainer
 
 ARC = "arc-training==5.2.0.post1"
 # Whether an update is to be left out. Called when its gradients are there, before they are clipped.

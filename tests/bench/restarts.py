@@ -32,8 +32,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from guardrail.records import Phase, Status
-from guardrail.rundir import RunDirectory
+from guardrail.core.records import Phase, Status
+from guardrail.rundir.run_directory import RunDirectory
 from tests.lab import FAKES, Lab
 
 KINDS = ("kill-0", "kill-1", "stop", "set-up", "save", "end", "memory", "disk")

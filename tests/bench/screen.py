@@ -27,8 +27,8 @@ from pathlib import Path
 
 import numpy as np
 
-from guardrail.records import METRIC_COLUMNS
-from guardrail.rundir import RunDirectory
+from guardrail.core.records import METRIC_COLUMNS
+from guardrail.rundir.run_directory import RunDirectory
 from tests.fake_run import FakeRun
 from tests.terminal import FRAME_END, Terminal, blank
 

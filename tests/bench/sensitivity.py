@@ -16,8 +16,13 @@ from typing import Any
 
 import msgspec
 
-from guardrail.config import GuardSection
-from guardrail.detectors import baseline, divergence, growth, resume, share, spike, standard, stuck, tail, together
+from guardrail.core.config import GuardSection
+from guardrail.detectors import baseline, divergence, growth, spike, stuck
+from guardrail.detectors import benign_outliers as tail
+from guardrail.detectors import build as standard
+from guardrail.detectors import embedding_share as share
+from guardrail.detectors import joint_cusum as together
+from guardrail.detectors import resume_jump as resume
 from tests.bench.detection import by_guardrail, read_traces, score
 
 MODULES = (baseline, divergence, growth, resume, share, spike, standard, stuck, tail, together)

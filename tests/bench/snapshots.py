@@ -27,12 +27,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from guardrail.torch.checkpoints import CheckpointStore
-from guardrail.torch.snapshots import SnapshotRing
-from guardrail.torch.state import TrainingState
-from trainer.config import ModelSection, OptimSection
+from guardrail.torch.checkpoint.disk_checkpoints import CheckpointStore
+from guardrail.torch.checkpoint.memory_snapshots import SnapshotRing
+from guardrail.torch.state.training_state import TrainingState
+from trainer.config.config import ModelSection, OptimSection
 from trainer.model import Decoder
-from trainer.optim import build_optimizer
+from trainer.optim.optimizers import build_optimizer
 
 SIZES = {
     10: ModelSection(layers=8, width=320, heads=5),

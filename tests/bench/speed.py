@@ -40,14 +40,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from guardrail.config import build, dump
-from guardrail.rundir import RunDirectory
+from guardrail.core.config import build, dump
+from guardrail.rundir.run_directory import RunDirectory
 from tests.ports import free_port
-from trainer.config import Config
-from trainer.loop import Trainer
+from trainer.config.config import Config
+from trainer.config.sizes import parameter_count
 from trainer.model import Decoder
-from trainer.parallel import make_accelerator
-from trainer.sizes import parameter_count
+from trainer.parallel.data_parallel import make_accelerator
+from trainer.train import Trainer
 
 BATCH, LENGTH, VOCABULARY, STEPS = 8, 128, 259, 10_000
 RATE, WARMUP = 3e-4, 10

@@ -2,8 +2,8 @@
 
     python -m tests.bench.structure [--rounds 120 400]
 
-The measure of guardrail.causes.structure_of on a decoder of 35,000 parameters, after so many steps on the source of
-Python's standard library, eight batches of each kind, fp32 on the CPU.
+The measure of guardrail.decide.root_cause.structure_of on a decoder of 35,000 parameters, after so many steps on the
+source of Python's standard library, eight batches of each kind, fp32 on the CPU.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from guardrail.config import build
-from guardrail.records import Phase
-from guardrail.torch.guard import Step
-from trainer.config import Config
-from trainer.loop import Trainer
-from trainer.objectives import reordered
+from guardrail.core.config import build
+from guardrail.core.records import Phase
+from guardrail.torch.guard.guard import Step
+from trainer.config.config import Config
+from trainer.objectives.loss import reordered
+from trainer.train import Trainer
 
 ROWS, BATCHES, LENGTH = 16, 8, 64
 A, LETTERS = ord("a"), 26

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from guardrail.config import GuardSection, load_guard
-from guardrail.controller import Controller
-from guardrail.records import GRAD_NORM, LOSS, Action, Mode, Observation
+from guardrail.core.config import GuardSection, load_guard
+from guardrail.core.records import GRAD_NORM, LOSS, Action, Mode, Observation
+from guardrail.decide.controller import Controller
 
 SETTINGS = ("guard.window=32", "guard.warmup=12")
 EMBEDDING, HIDDEN, CONTEXT, VOCABULARY = 8, 16, 2, 256

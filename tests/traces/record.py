@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from guardrail.records import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS, Observation, Verdict
+from guardrail.core.records import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS, Observation, Verdict
 from tests.running import tiny
 from trainer.data.loader import MicroBatch
-from trainer.loop import Trainer
+from trainer.train import Trainer
 
 HERE = Path(__file__).parent
 STEPS, ONSET = 320, 200

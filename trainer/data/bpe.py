@@ -7,10 +7,10 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from guardrail.errors import Interrupted
-from guardrail.files import replace_file
-from trainer.data.pulse import Pulse
-from trainer.data.reading import DocumentReader
+from guardrail.core.errors import Interrupted
+from guardrail.core.files import replace_file
+from trainer.data.document_reader import DocumentReader
+from trainer.data.progress import Pulse
 from trainer.data.tokenizer import JsonTokenizer, from_file, pieces
 
 TRAINING_BYTES = 16 << 20  # of text; more changes a vocabulary of this kind very little

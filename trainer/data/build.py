@@ -9,15 +9,15 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from guardrail.errors import DataError
-from guardrail.files import replace_file
-from guardrail.text import clean
-from trainer.config import DataSection
+from guardrail.core.errors import DataError
+from guardrail.core.files import replace_file
+from guardrail.core.text import clean
+from trainer.config.config import DataSection
 from trainer.data import bpe, holdout
+from trainer.data.bad_records import FIELD, NO_TEXT, BadRecords
 from trainer.data.corpus import FORMAT, INDEX, CorpusIndex, Report
-from trainer.data.problems import FIELD, NO_TEXT, BadRecords
-from trainer.data.pulse import Pulse
-from trainer.data.reading import Document, DocumentReader
+from trainer.data.document_reader import Document, DocumentReader
+from trainer.data.progress import Pulse
 from trainer.data.shards import FileEntry, SplitIndex, SplitWriter
 from trainer.data.sources import Found, SourceFile
 from trainer.data.tokenizer import ByteTokenizer, Tokenizer, from_file, pieces

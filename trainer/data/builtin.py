@@ -14,7 +14,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 
-from trainer.config import BUILTIN
+from trainer.config.config import BUILTIN
 from trainer.data.sources import SourceFile
 
 # Not of the library itself, or different between builds of the same version.

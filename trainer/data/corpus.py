@@ -12,9 +12,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from guardrail.errors import DataError
-from guardrail.records import MAX_NAMED, DocumentRef
-from trainer.data.problems import BadRecords
+from guardrail.core.errors import DataError
+from guardrail.core.records import MAX_NAMED, DocumentRef
+from trainer.data.bad_records import BadRecords
 from trainer.data.shards import FileEntry, SplitIndex
 from trainer.data.tokenizer import Tokenizer, id_dtype, saved
 
@@ -189,7 +189,7 @@ class Split:
 
         Comes from the shards, so it needs no source file. Raises KeyError for a document that is not of this split.
         """
-        from guardrail.text import clean
+        from guardrail.core.text import clean
 
         wanted = 4 * limit + 16  # clean() takes characters out, and a character may take four tokens
         if isinstance(what, int):

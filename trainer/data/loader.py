@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from guardrail.ledger import Batch
+from guardrail.decide.sample_order import Batch
 from trainer.data.corpus import Split
-from trainer.data.examples import IGNORED, LanguageModelling, Objective
+from trainer.objectives.examples import IGNORED, LanguageModelling, Objective
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class MicroBatch:
             `IGNORED` for padding and in rows that only fill up.
         position: of its first sample in the order; the end of the batch if it holds no sample at all.
         sample_ids: of its real rows; fewer than micro_batch_size only in a short batch.
-        extra: further arguments of the model by name, int64; see trainer.data.examples.
+        extra: further arguments of the model by name, int64; see trainer.objectives.examples.
     """
 
     tokens: np.ndarray

@@ -18,12 +18,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from guardrail.errors import DataError
-from guardrail.files import sync_folder
-from trainer.config import BUILTIN, DataSection
+from guardrail.core.errors import DataError
+from guardrail.core.files import sync_folder
+from trainer.config.config import BUILTIN, DataSection
 from trainer.data.build import Builder
 from trainer.data.corpus import FORMAT, inspect
-from trainer.data.pulse import Progress, Pulse, Stop
+from trainer.data.progress import Progress, Pulse, Stop
 from trainer.data.shards import SHARD_BYTES
 from trainer.data.sources import Found, discover
 from trainer.data.tokenizer import from_file

@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from trainer.config import BUILTIN
-from trainer.data.problems import NO_FILE, UNREADABLE, BadRecords
+from trainer.config.config import BUILTIN
+from trainer.data.bad_records import NO_FILE, UNREADABLE, BadRecords
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 TEXT_SUFFIXES = frozenset(

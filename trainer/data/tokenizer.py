@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from guardrail.errors import DataError
+from guardrail.core.errors import DataError
 
 if TYPE_CHECKING:
     import tokenizers

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.config.recipe import ModelSection
 from trainer.model.layers import Linear, norm
 from trainer.model.positions import Rotary
-from trainer.recipe import ModelSection
 
 
 class Sight(NamedTuple):

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from trainer.config.recipe import ModelSection
 from trainer.model.attention import Attention, CrossAttention, Sight
 from trainer.model.feed_forward import feed_forward
 from trainer.model.layers import norm
-from trainer.recipe import ModelSection
 
 
 class Block(nn.Module):

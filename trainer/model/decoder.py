@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.config.recipe import ModelSection
 from trainer.model.attention import Sight
 from trainer.model.block import Block
 from trainer.model.layers import NORMS, Embedding, Linear, norm
@@ -22,7 +23,6 @@ from trainer.model.positions import (
     absolute,
     score_bias,
 )
-from trainer.recipe import ModelSection
 
 DRAWN = (Linear, Embedding, LearnedPositions, RelativeBias)
 TABLES = (Rotary, SinusoidalPositions, Alibi)

@@ -8,9 +8,9 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.config.recipe import GATED, ModelSection
+from trainer.config.sizes import hidden_width
 from trainer.model.layers import Linear
-from trainer.recipe import GATED, ModelSection
-from trainer.sizes import hidden_width
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": F.silu,

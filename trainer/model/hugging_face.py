@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from guardrail.errors import ConfigError
-from trainer.recipe import ModelSection
+from guardrail.core.errors import ConfigError
+from trainer.config.recipe import ModelSection
 
 _KEY = "model.hf"
 

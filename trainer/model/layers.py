@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from trainer.recipe import ModelSection
+from trainer.config.recipe import ModelSection
 
 NORMS = (nn.RMSNorm, nn.LayerNorm)
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from trainer.recipe import ModelSection
+from trainer.config.recipe import ModelSection
 
 
 class Rotary(nn.Module):

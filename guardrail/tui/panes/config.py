@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from guardrail.tui.format import plural
-from guardrail.tui.lines import Row, fit, row
+from guardrail.core.format import plural
+from guardrail.tui.draw.lines import Row, fit, row
+from guardrail.tui.model.config_lines import Setting
+from guardrail.tui.model.pane_state import State
+from guardrail.tui.model.view import View
 from guardrail.tui.panes.frame import heading, marked, window
-from guardrail.tui.panes.state import State
-from guardrail.tui.settings import Setting
-from guardrail.tui.view import View
 
 
 def found(view: View, state: State) -> list[Setting]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from guardrail.tui.evidence import LeftOut
-from guardrail.tui.format import brief, metric, plural
-from guardrail.tui.format import count as number
-from guardrail.tui.lines import Row, fit, row, wrap
+from guardrail.core.format import brief, metric, plural
+from guardrail.core.format import count as number
+from guardrail.tui.draw.lines import Row, fit, row, wrap
+from guardrail.tui.model.evidence import LeftOut
+from guardrail.tui.model.pane_state import State
+from guardrail.tui.model.view import View
 from guardrail.tui.panes.frame import heading, marked, window
-from guardrail.tui.panes.state import State
-from guardrail.tui.view import View
 
 _CAUSES = {
     "rejected": "update left out",

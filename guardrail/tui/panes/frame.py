@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from guardrail.tui.lines import Piece, Row, title
-from guardrail.tui.panes.state import State
+from guardrail.tui.draw.lines import Piece, Row, title
+from guardrail.tui.model.pane_state import State
 
 _ENTRY = "entry "
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from guardrail import casefile
-from guardrail.records import Finding, score_words
-from guardrail.tui.format import brief, clock, plural
-from guardrail.tui.format import count as number
-from guardrail.tui.lines import Piece, Row, fit, row, wrap
+from guardrail.core.format import brief, clock, plural
+from guardrail.core.format import count as number
+from guardrail.core.records import Finding, score_words
+from guardrail.report import incident as casefile
+from guardrail.tui.draw.lines import Piece, Row, fit, row, wrap
+from guardrail.tui.model.pane_state import State
+from guardrail.tui.model.run_story import ASKS, Incident, left_out
+from guardrail.tui.model.view import View, label_of
+from guardrail.tui.numerics.scales import short
 from guardrail.tui.panes.frame import entry, heading
-from guardrail.tui.panes.state import State
-from guardrail.tui.scales import short
-from guardrail.tui.story import ASKS, Incident, left_out
-from guardrail.tui.view import View, label_of
 
 # State of an incident -> how it stands in the table.
 _STATES: dict[str, Piece] = {

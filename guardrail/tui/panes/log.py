@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-from guardrail.tui.format import clock
-from guardrail.tui.lines import Row, row, wrap
-from guardrail.tui.log import Line
+from guardrail.core.format import clock
+from guardrail.tui.draw.lines import Row, row, wrap
+from guardrail.tui.model.log_lines import Line
+from guardrail.tui.model.pane_state import State
+from guardrail.tui.model.view import View
 from guardrail.tui.panes.frame import heading
-from guardrail.tui.panes.state import State
-from guardrail.tui.view import View
 
 
 def found(view: View, state: State) -> list[Line]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from guardrail.tui.format import plural
-from guardrail.tui.lines import Row, row, wrap
-from guardrail.tui.logtail import Printed
+from guardrail.core.format import plural
+from guardrail.tui.draw.lines import Row, row, wrap
+from guardrail.tui.model.logtail import Printed
+from guardrail.tui.model.pane_state import State
+from guardrail.tui.model.view import View
 from guardrail.tui.panes.frame import heading
-from guardrail.tui.panes.state import State
-from guardrail.tui.view import View
 
 _BAD = ("error", "traceback", "exception", "fatal", "nan", "killed", "out of memory")
 _WARN = ("warn",)

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 from rich.cells import cell_len
 
-from guardrail.tui.format import brief, duration, plural, size
-from guardrail.tui.format import count as number
-from guardrail.tui.health import PHASES
-from guardrail.tui.lines import Row, fit, row, width_of
+from guardrail.core.format import brief, duration, plural, size
+from guardrail.core.format import count as number
+from guardrail.tui.draw.lines import Row, fit, row, width_of
+from guardrail.tui.model.health import PHASES
+from guardrail.tui.model.pane_state import State
+from guardrail.tui.model.rank_health import Judged, judge, median
+from guardrail.tui.model.view import View
 from guardrail.tui.panes.frame import heading, marked, window
-from guardrail.tui.panes.state import State
-from guardrail.tui.ranks import Judged, judge, median
-from guardrail.tui.view import View
 
 # Least ratio to the median -> the cell of a rank on the map.
 _HEAT = ((2.0, "█", "bad"), (1.5, "▓", "warn"), (1.25, "▒", "warn"), (1.1, "░", "plain"), (0.0, "·", "dim"))

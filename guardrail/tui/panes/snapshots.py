@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from guardrail.records import SnapshotInfo, Status
-from guardrail.tui.format import age, brief, duration, plural, size
-from guardrail.tui.format import count as number
-from guardrail.tui.health import disk_words
-from guardrail.tui.lines import Piece, Row, fit, row
+from guardrail.core.format import age, brief, duration, plural, size
+from guardrail.core.format import count as number
+from guardrail.core.records import SnapshotInfo, Status
+from guardrail.tui.draw.lines import Piece, Row, fit, row
+from guardrail.tui.model.health import disk_words
+from guardrail.tui.model.pane_state import State
+from guardrail.tui.model.view import View
 from guardrail.tui.panes.frame import heading, marked, window
-from guardrail.tui.panes.state import State
-from guardrail.tui.view import View
 
 _WIDE = 44  # cells of an entry with the size on disk
 

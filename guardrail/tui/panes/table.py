@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from guardrail.tui.lines import Row
+from guardrail.tui.draw.lines import Row
+from guardrail.tui.model.pane_state import State
+from guardrail.tui.model.view import View
 from guardrail.tui.panes import config, data, incidents, log, output, ranks, snapshots
-from guardrail.tui.panes.state import State
-from guardrail.tui.view import View
 
 CURVES = "curves"
 Build = Callable[[View, int, int, State], Sequence[Row]]

@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from guardrail.config import load
-from guardrail.files import replace_file
-from guardrail.heartbeat import Heartbeat
-from guardrail.records import Phase, Status
-from guardrail.rundir import RunDirectory
-from guardrail.signals import StopSignals
+from guardrail.core.config import load
+from guardrail.core.files import replace_file
+from guardrail.core.records import Phase, Status
+from guardrail.rundir.heartbeat import Heartbeat
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.rundir.stop_signals import StopSignals
 
 
 def here_it_hangs() -> None:

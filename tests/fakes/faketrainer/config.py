@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from guardrail.config import Section, Settings
+from guardrail.core.config import Section, Settings
 
 
 class FakeSection(Section, frozen=True, kw_only=True):

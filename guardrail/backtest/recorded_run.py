@@ -1,0 +1,276 @@
+"""A recorded log as a screen shows it: its rows, and the journal that the live controller would have written of it.
+
+Nothing is written. The rows come at once; what the controller says of them comes as it says it, for a million rows take
+it half a minute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+
+from guardrail.backtest.importers.recorded_log import Log, settings_for
+from guardrail.backtest.rejudge import Rejudge
+from guardrail.core.config import GuardSection, checked_guard
+from guardrail.core.errors import DataError, GuardrailError, RunDirectoryError
+from guardrail.core.records import METRIC_COLUMNS, Action, Event, Mode, Verdict
+from guardrail.decide.advised_incidents import advised_words
+from guardrail.decide.controller import Controller
+from guardrail.rundir.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    import numpy as np
+
+CHUNK = 4096  # rows judged between two looks of the screen
+_NAMED = 8  # recorded runs that are named where one is to be chosen
+
+
+class Part(NamedTuple):
+    """Some rows, in the order of the log.
+
+    Attributes:
+        rows: float64 [n, len(columns)], with the bands that each row met where they are judged.
+        missing: bool [n, len(columns)]: cells that were not logged, which is no NaN.
+        events: what the controller says of these rows.
+    """
+
+    rows: np.ndarray
+    missing: np.ndarray
+    events: list[Event]
+
+
+class Viewing:
+    """One log, read once and judged once.
+
+    Args:
+        settings: the [guard] section to judge by.
+
+    Attributes:
+        name: of the log, as a person would name it.
+        columns: of the rows; names of metrics.bin where they mean the same.
+        last_step: the greatest step.
+    """
+
+    def __init__(self, log: Log, settings: GuardSection) -> None:
+        self._log, self._settings = log, settings_for(log, checked_guard(settings))
+        self.name, self.format = log.path, log.format
+        signals = [name for name in log.columns if name in METRIC_COLUMNS]
+        bands = [f"{name}_{part}" for name in signals for part in ("baseline", "threshold")]
+        self._signals = signals
+        self._bands = {name: 2 + len(signals) + index for index, name in enumerate(bands) if name in METRIC_COLUMNS}
+        self.columns: Sequence[str] = ("step", "timeline", *signals, *bands)
+        self._timelines = self._of_run("timeline")
+        self.last_step = max(log.steps, default=0)
+
+    def __len__(self) -> int:
+        return len(self._log)
+
+    def plain(self) -> Iterator[Part]:
+        """All rows without a judgement."""
+        for first in range(0, len(self), 65536):
+            rows, missing = self._rows(first, min(len(self), first + 65536))
+            yield Part(rows, missing, [])
+
+    def judged(self) -> Iterator[Part]:
+        """All rows again, with bands and verdicts."""
+        part = _Part(self, 0)
+        events = _Events()
+        for row, bands, verdict in self._verdicts():
+            while row >= part.end:
+                yield part.done()
+                part = _Part(self, part.end)
+            part.set_bands(row, bands)
+            part.events += events.of(verdict)
+        while part.end < len(self):
+            yield part.done()
+            part = _Part(self, part.end)
+        yield part.done()
+
+    def _verdicts(self) -> Iterator[tuple[int, dict[str, tuple[float, float]], Verdict]]:
+        if self._log.folder is not None:
+            met: dict[str, tuple[float, float]] = {}
+
+            def watch(row: int, bands: dict[str, tuple[float, float]]) -> None:
+                nonlocal met
+                met = bands
+
+            run = RunDirectory.open(self._log.folder)
+            for judged in Rejudge(run, self._settings, own=False, watch=watch):
+                yield judged.row, met, judged.verdict
+            return
+        off = self._settings.mode is Mode.OFF
+        controller = Controller(self._settings, mode=Mode.OFF if off else Mode.ADVISE)
+        for row, obs in self._log.observations():
+            bands = controller.bands()
+            yield row, bands, controller.observe(obs)
+
+    def _rows(self, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        import numpy as np
+
+        rows = np.full((end - first, len(self.columns)), np.nan)
+        missing = np.zeros(rows.shape, dtype=bool)
+        rows[:, 0] = self._log.steps[first:end]
+        rows[:, 1] = 0.0 if self._timelines is None else self._timelines[first:end]
+        for index, name in enumerate(self._signals, 2):
+            column = self._log.columns[name]
+            rows[:, index] = column.values[first:end]
+            missing[:, index] = np.frombuffer(column.present, dtype=np.uint8)[first:end] == 0
+        rows[missing] = np.nan
+        return rows, missing
+
+    def _of_run(self, column: str) -> np.ndarray | None:
+        return None if self._log.folder is None else RunDirectory.open(self._log.folder).metrics().column(column)
+
+
+class Background:
+    """A `Viewing` that is judged in a process of its own, so that the screen's keys wait for nobody.
+
+    To be made while this process has one thread: the other is a fork of it, and nothing is read twice. It ends with
+    its work, or when nobody reads it any more.
+    """
+
+    def __init__(self, viewing: Viewing) -> None:
+        self._viewing = viewing
+        self.name, self.format, self.columns = viewing.name, viewing.format, viewing.columns
+        self.last_step = viewing.last_step
+        context = multiprocessing.get_context("fork")
+        self._pipe, theirs = context.Pipe(duplex=False)
+        self._process = context.Process(target=_send_all, args=(viewing, self._pipe, theirs), daemon=True)
+        with warnings.catch_warnings():
+            # Python warns of threads of any library; those of numpy hold no lock that the fork would want.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._process.start()
+        theirs.close()
+
+    def __len__(self) -> int:
+        return len(self._viewing)
+
+    def plain(self) -> Iterator[Part]:
+        return self._viewing.plain()
+
+    def judged(self) -> Iterator[Part]:
+        """As of the `Viewing`. Raises DataError with what went wrong there."""
+        while True:
+            try:
+                got = self._pipe.recv()
+            except EOFError:
+                raise DataError("the process that judges it has died") from None
+            if got is None:
+                return
+            if isinstance(got, str):
+                raise DataError(got)
+            yield Part(*got)
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.join()
+        self._pipe.close()
+
+
+def _send_all(viewing: Viewing, ours: Any, pipe: Any) -> None:
+    ours.close()  # or nobody would notice when the reader goes
+    with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):
+        try:
+            for part in viewing.judged():
+                pipe.send(tuple(part))
+            pipe.send(None)
+        except BrokenPipeError:
+            raise
+        except Exception as error:
+            pipe.send(str(error) if isinstance(error, GuardrailError) else f"{type(error).__name__}: {error}")
+
+
+class _Part:
+    """Rows [first, end) while they are judged."""
+
+    def __init__(self, viewing: Viewing, first: int) -> None:
+        self.first, self.end = first, min(len(viewing), first + CHUNK)
+        self._rows, self._missing = viewing._rows(first, self.end)
+        self._where = viewing._bands
+        self.events: list[Event] = []
+
+    def set_bands(self, row: int, bands: dict[str, tuple[float, float]]) -> None:
+        for name, band in bands.items():
+            for part, value in zip(("baseline", "threshold"), band, strict=True):
+                index = self._where.get(f"{name}_{part}")
+                if index is not None:
+                    self._rows[row - self.first, index] = value
+
+    def done(self) -> Part:
+        return Part(self._rows, self._missing, self.events)
+
+
+class _Events:
+    """Verdicts -> lines of a journal, as the guard writes them in `advise`. A log has no clock: their time is 0."""
+
+    def __init__(self) -> None:
+        self._seq = 0
+
+    def of(self, verdict: Verdict) -> Iterator[Event]:
+        if verdict.findings:
+            noted = verdict.action is Action.APPLY and verdict.would in (None, Action.APPLY)
+            would = verdict.would or verdict.action
+            what = "step" if noted else f"{advised_words(would.value)} at step"
+            reason = verdict.reason or "; ".join(finding.sentence() for finding in verdict.findings)
+            yield self._event(
+                verdict,
+                "finding" if noted else "verdict",
+                f"{what} {verdict.step}: {reason}",
+                action=verdict.action.value,
+                would=None if noted else would.value,
+                findings=msgspec.to_builtins(list(verdict.findings)),
+                onset=verdict.onset,
+                incident=verdict.incident,
+                at_step=verdict.step,
+            )
+        if verdict.incident_state and verdict.incident is not None:
+            yield self._event(
+                verdict,
+                "incident",
+                f"incident {verdict.incident}: {verdict.incident_state}",
+                number=verdict.incident,
+                state=verdict.incident_state,
+                onset=verdict.onset,
+            )
+
+    def _event(self, verdict: Verdict, kind: str, message: str, **data: Any) -> Event:
+        self._seq += 1
+        return Event(seq=self._seq, time=0.0, step=verdict.step, timeline=0, kind=kind, message=message, data=data)
+
+
+def the_log(path: str, columns: dict[str, str]) -> Log:
+    """The one recorded run at `path`.
+
+    Raises:
+        DataError: nothing there can be read, or several runs are recorded there.
+    """
+    from guardrail.backtest.importers.sources import sources
+
+    found: list[Log] = []
+    for source in sources([path]):
+        try:
+            found += [log for log in source.read(columns) if len(log)]
+        except OSError as error:
+            raise DataError(f"{source.path}: {error.strerror or error}") from error
+        if len(found) > _NAMED:
+            break
+    if not found:
+        raise DataError(f"{path}: no step is recorded there")
+    if len(found) > 1:
+        names = ", ".join(log.path for log in found[:_NAMED]) + (" ..." if len(found) > _NAMED else "")
+        raise DataError(f"{path}: several runs are recorded there; view one of them\n  hint: {names}")
+    return found[0]
+
+
+def is_run(path: str) -> bool:
+    """A run directory of guardrail, which has a journal of its own."""
+    try:
+        return Path(path).is_dir() and bool(RunDirectory.open(path))
+    except (RunDirectoryError, OSError):
+        return False

@@ -1,0 +1,304 @@
+"""A run directory's own rows through the controller once more: the verdicts of a live run, row by row.
+
+What the run did decides how it goes on: detectors go back to the state of the snapshot that the journal names, an
+update that was left out teaches nothing, a restart begins with what the journal had told by then. So under the run's
+own settings every verdict is the one that fell live; under others the question is what they would have said about the
+same rows.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from guardrail.backtest.importers.run_directory import signals
+from guardrail.core.config import GuardSection
+from guardrail.core.records import (
+    GRAD_NORM,
+    LOSS,
+    LOSS_SCALE,
+    SENSELESS,
+    Action,
+    CommandKind,
+    Event,
+    Kind,
+    Mode,
+    Observation,
+    Verdict,
+)
+from guardrail.decide.controller import Controller
+from guardrail.decide.diagnoses import diagnosis_of
+from guardrail.decide.run_history import Past
+from guardrail.decide.undo import taken_back
+from guardrail.rundir.run_directory import RunDirectory, findings_of, span_of
+
+ACTIONS = list(Action)
+MODES = list(Mode)
+CHUNK = 4096  # rows read at once
+# Sees (row, bands that the row meets): signal -> (baseline, threshold).
+Watch = Callable[[int, dict[str, tuple[float, float]]], None]
+HEAD = ("step", "timeline", "time", "first", "last", "tokens", "verdict")
+
+
+class Judged(NamedTuple):
+    """One row.
+
+    Attributes:
+        verdict: of the controller, now.
+        done: what the run did, by its metrics.
+        said: what its journal says of the row, None where it says nothing.
+    """
+
+    row: int
+    verdict: Verdict
+    done: Action
+    said: Event | None
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the verdict is the one that fell live; a question that a person answered is told by the journal.
+
+        How much data the run had left out by then is not judged here: a verdict that went beyond the share that the
+        guard may leave out counts as it was before.
+        """
+        if self.said is None:
+            return self.verdict.action is self.done
+        decided = self.verdict.would if self.verdict.action is Action.PAUSE else self.verdict.action
+        beyond = self.said.data.get("beyond")
+        return decided is Action(beyond) if beyond else self.verdict.action is Action(self.said.data["action"])
+
+
+class State(NamedTuple):
+    """What travelled with a snapshot and matters here."""
+
+    controller: dict[str, Any]
+    applied_end: int
+
+
+class Rejudge:
+    """Iterate over it once.
+
+    Args:
+        settings: the [guard] section.
+        own: these are the run's own settings: follow the mode that it was in. Otherwise nothing is acted on.
+        watch: called before each row is judged.
+
+    Attributes:
+        lost: one sentence for each place from which on verdicts may differ, because a row or a line is missing.
+    """
+
+    def __init__(self, run: RunDirectory, settings: GuardSection, *, own: bool, watch: Watch | None = None) -> None:
+        self._settings, self._own, self._watch = settings, own, watch
+        self._events = run.events()
+        self._view = run.metrics()
+        self._names = signals(self._view)
+        self._controller = Controller(settings, mode=None if own else Mode.ADVISE)
+        self.lost: list[str] = []
+        self._timeline = 0
+        self._begins: dict[int, int] = {}  # timeline -> index of the event that began it
+        self._changes: deque[int] = deque()  # indices of commands to the controller that are still to come
+        self._told: dict[tuple[int, int], deque[Event]] = {}  # (timeline, step) -> what the journal says of its tries
+        self._causes: dict[tuple[int, int], deque[Event]] = {}  # as above: what replays have shown
+        # Batches that were rejected, as positions -> from where on the next batch begins.
+        self._left_out: dict[tuple[int, int], int] = {}
+        self._wanted: set[int] = set()  # steps to whose state the run went back
+        self._read_journal()
+        self._saved = {0: State(self._controller.state_dict(), 0)}
+        # As in the ledger: rejected batches behind the last applied one are the streak.
+        self._applied_end = 0
+        self._rejected: list[tuple[int, int]] = []
+
+    def _read_journal(self) -> None:
+        for index, event in enumerate(self._events):
+            try:
+                self._read_event(index, event)
+            except SENSELESS:
+                self.lost.append(f"line {event.seq} of the journal makes no sense")
+
+    def _read_event(self, index: int, event: Event) -> None:
+        data = event.data
+        if event.kind in ("rollback", "undo"):
+            timeline, to_step = int(data["new_timeline"]), int(data["to_step"])
+            self._begins[timeline] = index
+            self._wanted.add(to_step)
+        elif event.kind == "restarted":
+            self._begins[event.timeline] = index
+            self._wanted.add(event.step)
+        elif event.kind in ("verdict", "finding") and "at_step" in data:
+            self._told.setdefault((event.timeline, int(data["at_step"])), deque()).append(event)
+        elif event.kind == "cause":
+            self._causes.setdefault((event.timeline, int(data["at_step"])), deque()).append(event)
+        elif event.kind == "note" and data.get("overflow"):
+            self._told.setdefault((event.timeline, event.step + 1), deque()).append(event)
+        elif event.kind == "command" and data.get("command") in (CommandKind.POLICY, CommandKind.ACCEPT):
+            if data.get("effect") == "applied":
+                self._changed_to(event)
+                self._changes.append(index)
+        elif event.kind == "left_out":
+            span = span_of(event)
+            if span is not None and span.cause == "rejected":
+                self._left_out[span.first, span.last] = span.first if span.positions else span.last
+
+    def __iter__(self) -> Iterator[Judged]:
+        import numpy as np
+
+        view = self._view
+        for begin in range(0, len(view), CHUNK):
+            rows = slice(begin, begin + CHUNK)
+            table = np.stack([view.column(name)[rows] for name in (*HEAD, *self._names)], axis=1).tolist()
+            for row, cells in enumerate(table, begin):
+                if all(math.isfinite(cell) for cell in cells[:2]) and cells[0] >= 1:
+                    yield self._judge(row, cells)
+
+    def _judge(self, row: int, cells: list[float]) -> Judged:
+        step, timeline, first, last = int(cells[0]), int(cells[1]), int(cells[3]), int(cells[4])
+        while self._timeline < timeline:
+            self._timeline += 1
+            self._begin(self._timeline)
+        self._obey(step=step, time=cells[2])
+        if self._watch is not None:
+            self._watch(row, self._controller.bands())
+        done = ACTIONS[int(cells[6])]
+        said = self._said(timeline, step, done)
+        told = findings_of(said) if said is not None else ()
+        ranks = {f.signal: f.ranks for f in told if f.kind in (Kind.NONFINITE, Kind.SCALE_COLLAPSE)}
+        measured = dict(zip(self._names, cells[len(HEAD) :], strict=True))
+        obs = Observation(
+            step=step,
+            first=first,
+            last=last,
+            signals=measured,
+            nonfinite_loss=ranks.get(LOSS, ()),
+            nonfinite_grad=ranks.get(GRAD_NORM) or ranks.get(LOSS_SCALE, ()),
+            tokens=int(cells[5]),
+            streak=self._streak(first),
+            overflow=_overflow(measured),
+        )
+        causes = self._causes.get((timeline, step)) if self._own else None
+        return Judged(row, self._observe(obs, done, causes), done, said)
+
+    def _observe(self, obs: Observation, done: Action, causes: deque[Event] | None) -> Verdict:
+        """The verdict; afterwards the controller knows what the run did, whether or not that was the verdict."""
+        controller, applied = self._controller, done is Action.APPLY
+        before = None if applied else controller.state_dict()
+        verdict = controller.observe(obs)
+        if causes and controller.wants_cause(verdict):
+            verdict = controller.reconsider(obs, verdict, diagnosis_of(causes.popleft().data))
+        if before is not None and verdict.accepted:
+            controller.load_state_dict(before)
+        elif applied and self._own and verdict.action is not Action.APPLY:
+            controller.overrule(obs)  # a person had it applied
+        if applied:
+            self._applied_end = obs.last
+            if obs.step in self._wanted:
+                self._saved[obs.step] = State(controller.state_dict(), self._applied_end)
+        elif done in (Action.SKIP, Action.PAUSE) and (obs.first, obs.last) in self._left_out:
+            insort(self._rejected, (obs.first, self._left_out[obs.first, obs.last]))
+        return verdict
+
+    def _streak(self, first: int) -> int:
+        begin = bisect_left(self._rejected, (self._applied_end, 0))
+        return sum(end <= first for _, end in self._rejected[begin:])
+
+    def _said(self, timeline: int, step: int, done: Action) -> Event | None:
+        """The journal's line on this try: tries of one step are told in order, and only the last can be applied."""
+        told = self._told.get((timeline, step))
+        if not told:
+            return None
+        action = told[0].data.get("action")
+        overflow = done is Action.OVERFLOW
+        if action is None or action == Action.OVERFLOW:
+            # Each overflow is noted; in `advise`, that of a collapse behind its verdict.
+            said = told.popleft() if overflow and action is not None else None
+            if overflow and told and told[0].kind == "note":
+                told.popleft()
+            return said
+        asked = action == Action.PAUSE
+        if overflow or action not in (*Action,) or not (asked or (action == Action.APPLY) is (done is Action.APPLY)):
+            return None
+        return told.popleft()
+
+    # -- what happened between two rows --------------------------------------------------------------------------
+
+    def _begin(self, timeline: int) -> None:
+        index = self._begins.get(timeline)
+        if index is None:
+            self.lost.append(f"the journal does not say how timeline {timeline} began")
+            return
+        while self._changes and self._changes[0] < index:
+            self._change(self._changes.popleft())
+        event = self._events[index]
+        restarted = event.kind == "restarted"
+        step = event.step if restarted else int(event.data["to_step"])
+        if restarted:
+            self._restart(index)
+            if not event.data.get("checkpoint"):
+                self._saved[0] = State(self._controller.state_dict(), 0)
+        saved = self._saved.get(step)
+        if saved is None:
+            self.lost.append(f"the row of step {step}, to which the run went back, is missing")
+            return
+        self._controller.load_state_dict(saved.controller)
+        self._applied_end = saved.applied_end
+        if restarted:
+            if self._own:
+                self._controller.incidents.rewind(step, same_steps=True)
+            if self._own and event.data.get("checkpoint"):
+                self._controller.resumed()
+        else:
+            span = span_of(event)
+            gone = [span] if span is not None and span.cause == "rollback" else taken_back(event)
+            self._rejected = [r for r in self._rejected if not any(s.first <= r[0] and r[1] <= s.last for s in gone)]
+            if self._own:
+                past = Past.of(self._events[: index + 1])
+                self._controller.went_back(step, past.rollbacks)
+                self._controller.pardons = [*self._settings.pardon, *past.pardons]
+
+    def _restart(self, index: int) -> None:
+        """A new process: what it knows is what the journal had told."""
+        if not self._own:
+            self._controller = Controller(self._settings, mode=Mode.ADVISE)
+            return
+        told = self._events[:index]
+        self._controller = Controller(self._settings)
+        self._controller.rebuild(told)
+        mode = Past.of(told).mode
+        if mode is not None:
+            self._controller.set_mode(mode)
+
+    def _obey(self, *, step: int, time: float) -> None:
+        """Commands that took effect before this row: after its step's predecessor, and before its time."""
+        while self._changes:
+            event = self._events[self._changes[0]]
+            key = (event.timeline, event.step)
+            due = key < (self._timeline, step - 1) or (key == (self._timeline, step - 1) and event.time <= time)
+            if not due:
+                return
+            self._change(self._changes.popleft())
+
+    def _change(self, index: int) -> None:
+        event = self._events[index]
+        if not self._own:
+            return
+        changed = self._changed_to(event)
+        if isinstance(changed, Mode):
+            self._controller.set_mode(changed)
+        else:
+            self._controller.accept(event.step, changed)
+
+    @staticmethod
+    def _changed_to(event: Event) -> Mode | tuple[int, int]:
+        """The mode that a command has set, or the batch at which it accepted an incident."""
+        if event.data.get("command") == CommandKind.ACCEPT:
+            first, last = map(int, event.data.get("batch") or (0, 0))
+            return first, last
+        return MODES[int(event.data["value"])]
+
+
+def _overflow(measured: Mapping[str, float]) -> bool:
+    """What the step's one reduction says of a gradient under a loss scale; see `Observation.overflow`."""
+    scaled = math.isfinite(measured.get(LOSS_SCALE, math.nan))
+    return scaled and math.isfinite(measured[LOSS]) and not math.isfinite(measured[GRAD_NORM])

@@ -1,0 +1,55 @@
+"""guardrail attach: the screen of a run, or its lines where there is no terminal."""
+
+from __future__ import annotations
+
+import click
+
+from guardrail.cli.common import can_draw, imports, root_option, screen_options, show_screen, the_run
+
+
+@click.command(short_help="Watch a run, running or ended.")
+@click.argument("run", required=False)
+@click.option("--read-only", is_flag=True, help="Send no commands.")
+@click.option("--headless", is_flag=True, help="Print lines instead of the screen; the default without a terminal.")
+@click.option("--web", is_flag=True, help="Serve the screen to a browser on this machine (needs guardrail[web]).")
+@click.option("--port", type=int, help="Of --web; 0 takes any free one. Default: 8765.")
+@click.option("--in-browser", is_flag=True, hidden=True, help="What --web runs for each visitor.")
+@screen_options
+@root_option
+def command(
+    run: str | None,
+    read_only: bool,
+    headless: bool,
+    web: bool,
+    port: int | None,
+    in_browser: bool,
+    theme: str | None,
+    no_mouse: bool,
+    root: str,
+) -> int:
+    """Watch a run, the newest one if none is named. Leaving, by q or Ctrl-C, does not touch it.
+
+    Without a terminal, or with TERM=dumb, it prints lines until the run has ended, and returns the run's exit code.
+    """
+    if web and headless:
+        raise click.UsageError("--web and --headless are two ways to watch; choose one")
+    if port is not None and not web:
+        raise click.UsageError("--port goes with --web")
+    found = the_run(run, root)
+    if web:
+        from guardrail.tui.app import web as browser
+
+        port = browser.PORT if port is None else port
+        return browser.serve(str(found.path), name=found.name, port=port, read_only=read_only, theme=theme)
+    if headless or not (in_browser or can_draw()):
+        from guardrail.launch.log_printer import attach
+
+        return attach(found)
+
+    def screen() -> int:
+        with imports():
+            from guardrail.tui.app.app import run_screen
+
+        return run_screen(found.path, read_only=read_only, theme=theme, mouse=not no_mouse)
+
+    return show_screen(screen)

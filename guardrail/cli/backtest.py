@@ -1,0 +1,212 @@
+"""guardrail backtest: what the guard would have said about runs that are over."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from guardrail.cli.common import given_columns, json_option, print_json
+from guardrail.core.text import visible
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from guardrail.backtest.backtest import Result
+    from guardrail.backtest.importers.recorded_log import Log
+    from guardrail.backtest.importers.sources import Source
+    from guardrail.backtest.scoring import Marks
+    from guardrail.core.config import GuardSection
+
+
+MOST_LABELS = 16 << 20  # characters of a file of labels; one of 37 runs has 30,000
+
+
+def log_options(function: Any) -> Any:
+    """Arguments that `backtest` and `tune` share."""
+    function = click.option(
+        "--column", "columns", multiple=True, metavar="SIGNAL=NAME", help="Which column holds a signal; repeatable."
+    )(function)
+    return click.argument("logs", nargs=-1, required=True, metavar="LOG...")(function)
+
+
+@click.command(short_help="Say what the guard would have done about recorded runs.")
+@log_options
+@click.option("--policy", "--config", "policy", metavar="FILE", help="Take [guard] from this TOML file.")
+@click.option("--set", "overrides", multiple=True, metavar="guard.KEY=VALUE", help="Override a setting; repeatable.")
+@click.option("--labels", metavar="FILE", help="Score the verdicts against labels made by hand.")
+@click.option("--plot", metavar="DIR", help="Draw each run into this folder (needs matplotlib).")
+@click.option("--svg", is_flag=True, help="Draw SVG instead of PNG.")
+@json_option
+def command(
+    logs: tuple[str, ...],
+    columns: tuple[str, ...],
+    policy: str | None,
+    overrides: tuple[str, ...],
+    labels: str | None,
+    plot: str | None,
+    svg: bool,
+    as_json: bool,
+) -> int:
+    """Run the live controller over recorded runs and say what it would have done.
+
+    Reads TensorBoard event files, trainer_state.json, CSV and TSV, JSON lines, .wandb files, the text that llm.c,
+    nanoGPT, Megatron, torchtitan, the Trainer, verl, OpenRLHF and others print, and guardrail's own run directories,
+    which are judged under their own settings unless --policy or --set says otherwise. Folders are searched.
+
+    Exit code 2 if nothing could be read; what could not be is named on stderr.
+    """
+    from guardrail.backtest import backtest, plotting
+    from guardrail.core.config import load_guard
+    from guardrail.core.errors import ExitCode
+
+    settings = load_guard(policy, overrides=overrides)
+    given = policy is not None or bool(overrides)
+    marks = _labels(labels) if labels is not None else None
+    if plot is not None:
+        plotting.require()
+    results = []
+    for log in read_logs(logs, columns, settings.signals, required=_sets_signals(overrides)):
+        chosen, own = _settings_for(log, settings, given=given)
+        track = plotting.Track(log) if plot is not None else None
+        result = backtest.backtest(log, chosen, own=own, watch=track)
+        for note in (*log.notes, *result.said):
+            click.echo(f"{log.path}: {note}", err=True)
+        if track is not None and plot is not None:
+            click.echo(f"drew {plotting.draw(log, result, track, plot, svg=svg)}", err=True)
+        results.append(result)
+        if not as_json:
+            for line in backtest.lines(result):
+                click.echo(line)
+    if not results:
+        return ExitCode.USAGE
+    scored = _score(marks, results) if marks is not None else None
+    if as_json:
+        answer: dict[str, Any] = {"runs": [result.as_dict() for result in results]}
+        answer["summary"] = backtest.summary(results)
+        if scored is not None:
+            answer["figures"], answer["scored"] = scored[0], {name: vars(mark) for name, mark in scored[1].items()}
+        print_json(answer)
+    else:
+        for line in backtest.summary_lines(results):
+            click.echo(line)
+        if scored is not None:
+            for line in _figures(*scored):
+                click.echo(line)
+    return ExitCode.FINISHED
+
+
+def _sets_signals(overrides: tuple[str, ...]) -> bool:
+    return any(text.partition("=")[0].strip() == "guard.signals" for text in overrides)
+
+
+def read_logs(
+    paths: tuple[str, ...], columns: tuple[str, ...], signals: tuple[str, ...] = (), *, required: bool = False
+) -> Iterator[Log]:
+    """The logs at `paths`, one after the other; what cannot be read is named on stderr and left out.
+
+    Args:
+        columns: SIGNAL=NAME each; a log without such a column is not read.
+        signals: further signals to be judged, each the name of a column or what `names.FURTHER` calls it.
+        required: a log without one of `signals` is not read; otherwise it is read without it, with a note.
+    """
+    from guardrail.backtest.importers.sources import sources
+    from guardrail.core.errors import DataError
+
+    given = given_columns(columns)
+    wanted = {signal: signal for signal in signals if signal not in given}
+    for source in sources(paths):
+        try:
+            yield from _read(source, given, wanted, required=required)
+        except (DataError, OSError) as error:
+            reason = error if isinstance(error, DataError) else f"{source.path}: {error.strerror or error}"
+            click.echo(f"guardrail: {reason}", err=True)
+
+
+def _read(source: Source, given: dict[str, str], wanted: dict[str, str], *, required: bool) -> list[Log]:
+    from guardrail.backtest.importers.names import ColumnError
+
+    missing: dict[str, str] = {}  # signal -> why
+    while True:
+        try:
+            logs = source.read({signal: name for signal, name in wanted.items() if signal not in missing} | given)
+            break
+        except ColumnError as error:
+            if required or error.signal not in wanted or error.signal in given:
+                raise
+            missing[error.signal] = str(error)
+    for log in logs:
+        log.notes += (f"guard.signals: {reason.removeprefix(log.path + ': ')}" for reason in missing.values())
+        if log.folder is not None:
+            unused = [*given, *(signal for signal in wanted if signal not in log.columns)]
+            log.notes += (f"a run directory has its own signals, and {name} is none of them" for name in unused)
+    return logs
+
+
+def _settings_for(log: Log, settings: GuardSection, *, given: bool) -> tuple[GuardSection, bool]:
+    """A run directory is judged under its own settings, unless the command line gives some."""
+    from guardrail.core.config import load_guard
+
+    if log.folder is None or given:
+        return settings, False
+    return load_guard(log.folder / "config.toml", of_run=True), True
+
+
+def _labels(path: str) -> dict[str, Any]:
+    import json
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(MOST_LABELS + 1)
+        if len(text) > MOST_LABELS:
+            raise click.UsageError(f"--labels {path}: expected at most {MOST_LABELS >> 20} MiB of JSON")
+        labels = json.loads(text)
+    except RecursionError as error:
+        raise click.UsageError(f"--labels {path}: not JSON (too many brackets within each other)") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or f"not JSON ({error})"
+        raise click.UsageError(f"--labels {path}: {reason}") from error
+    if not isinstance(labels, dict):
+        raise click.UsageError(f"--labels {path}: expected an object with one entry for each run")
+    for name, label in labels.items():
+        if not name.startswith("_"):
+            _check_label(label, f"--labels {path}: {visible(name, 80)}")
+    return labels
+
+
+def _check_label(label: Any, place: str) -> None:
+    """Refuse an entry that `scoring.score` could not read."""
+    from guardrail.backtest.scoring import why_no_label
+
+    if reason := why_no_label(label):
+        raise click.UsageError(f"{place}: {visible(reason, 200)}")
+
+
+def _score(labels: dict[str, Any], results: list[Result]) -> tuple[dict[str, Any], dict[str, Marks]]:
+    """A run is called what its file, or the folder of its file, is called."""
+    from pathlib import Path
+
+    from guardrail.backtest.scoring import score
+
+    runs = {}
+    for result in results:
+        path = Path(result.path)
+        names = (result.path, path.name, path.stem, path.parent.name, path.absolute().parent.name)
+        name = next((name for name in names if name in labels), None)
+        if name is None:
+            click.echo(f"{result.path}: no labels for it", err=True)
+        else:
+            runs[name] = result.steps, [(alarm.row, alarm.verdict) for alarm in result.alarms]
+    return score(labels, runs)
+
+
+def _figures(total: dict[str, Any], marks: dict[str, Marks]) -> list[str]:
+    width = max((len(name) for name in marks), default=3)
+    table = [f"{'RUN':<{width}}  {'ACTED':>7}  {'NOTED':>7}  FALSE: {'ROLLBACKS':>9} {'SKIPS':>5} {'NOTES':>5}  DELAYS"]
+    for name, mark in marks.items():
+        table.append(
+            f"{name:<{width}}  {f'{mark.acted}/{mark.grave}':>7}  {f'{mark.noted}/{mark.labelled}':>7}"
+            f"         {mark.false_rollbacks:>9} {mark.false_skips:>5} {mark.false_notes:>5}"
+            f"  {' '.join(map(str, mark.delays))}{' (not given)' if mark.missing else ''}"
+        )
+    return [*table, *(f"{name:<24} {value}" for name, value in total.items())]

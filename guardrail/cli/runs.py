@@ -1,0 +1,69 @@
+"""guardrail runs: a chooser of runs in a terminal, a table elsewhere."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import click
+
+from guardrail.cli.common import can_draw, json_option, print_json, root_option, screen_options, show_screen
+
+
+@click.command(short_help="List the runs; in a terminal, choose one to watch.")
+@json_option
+@click.option("--plain", is_flag=True, help="Print the table in a terminal too.")
+@click.option("--read-only", is_flag=True, help="Send no commands to the run that is chosen.")
+@screen_options
+@root_option
+def command(as_json: bool, plain: bool, read_only: bool, theme: str | None, no_mouse: bool, root: str) -> int:
+    """List the runs, the newest first. In a terminal: choose one with the arrows and Enter, and watch it.
+
+    Leaving its screen comes back to the list.
+    """
+    from guardrail.operate.run_summary import Glance, glances
+    from guardrail.rundir.liveness import HeartbeatObserver
+
+    observer = HeartbeatObserver()
+
+    def look() -> list[Glance]:
+        return glances(root, observer.listed)
+
+    if not (as_json or plain) and can_draw():
+
+        def screen() -> int:
+            from guardrail.tui.app.run_list import choose_and_watch
+
+            return choose_and_watch(look, root=root, read_only=read_only, theme=theme, mouse=not no_mouse)
+
+        return show_screen(screen)
+    rows = look()
+    while any(row.state == "unknown" for row in rows):  # on other hosts: their next heartbeat shows that they live
+        time.sleep(0.2)
+        rows = look()
+    if as_json:
+        print_json([row.as_dict() for row in rows])
+        return 0
+    if not rows:
+        click.echo(f"no runs in {root}", err=True)
+        return 0
+    width = max(len(row.run) for row in rows)
+    click.echo(f"{'RUN':<{width}}  {'STATE':<9}  {'STEP':>15}  {'LOSS':>8}  {'EXIT':>4}  {'LAST SIGN':>12}")
+    for row in rows:
+        step = f"{row.step:,} / {row.total_steps:,}" if row.total_steps else f"{row.step:,}"
+        code = "" if row.exit_code is None else row.exit_code
+        loss = "" if row.loss is None else f"{row.loss:.4g}"
+        line = f"{row.run:<{width}}  {row.state:<9}  {step:>15}  {loss:>8}  {code:>4}  {ago(row.heartbeat):>12}"
+        click.echo(f"{line}  {row.unresolved}".rstrip())
+    return 0
+
+
+def ago(moment: float) -> str:
+    """ "3 s ago", "2 h ago"; "" for never, and for what is no moment."""
+    if not 0.0 < moment < math.inf:
+        return ""
+    seconds = max(0.0, time.time() - moment)
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit} ago"
+    return f"{int(seconds)} s ago"

@@ -1,0 +1,160 @@
+"""Secrets of a configuration: named by an environment variable or a file, masked wherever they are not used.
+
+A secret is `{ env = "NAME" }` or `{ file = "PATH" }`, and is read at the moment in which it is used. One that is
+written out works too. It is masked in every copy of the configuration, and reaches the process that uses it through a
+pipe.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from guardrail.core.errors import ConfigError, may_be_secret
+from guardrail.core.text import MASK
+
+KEYS = ("command", "webhook", "apprise")  # of [notify]
+EXPECTED = 'a string, { env = "NAME" } or { file = "PATH" }'
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_LARGEST_FILE = 1 << 16
+_USER_INFO = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/@\s]+@", re.IGNORECASE)
+
+
+class SecretRef(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Where a secret stands: in an environment variable, or in a file without its last line end."""
+
+    env: str = ""
+    file: str = ""
+
+    def check(self, key: str) -> None:
+        """Refuse a reference that names nothing. Raises ConfigError."""
+        if bool(self.env) == bool(self.file):
+            raise ConfigError('either { env = "NAME" } or { file = "PATH" }', key=key)
+        if self.env and not _NAME.fullmatch(self.env):
+            raise ConfigError("the name of an environment variable: letters, digits, _", key=f"{key}.env")
+
+    def read(self, key: str) -> str:
+        """The secret. Raises ConfigError, which names the variable or the file and never its content."""
+        if self.env:
+            value = os.environ.get(self.env, "")
+            if not value:
+                raise ConfigError(f"the environment variable {self.env} to be set", key=f"{key}.env")
+            return value
+        try:
+            with open(self.file, "rb") as file:
+                content = file.read(_LARGEST_FILE + 1)
+            value = content.decode("utf-8").rstrip("\r\n")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8 text"
+            raise ConfigError(f"a readable file ({self.file}: {reason})", key=f"{key}.file") from error
+        if not value or len(content) > _LARGEST_FILE:
+            raise ConfigError(f"a file of 1 to {_LARGEST_FILE} bytes ({self.file})", key=f"{key}.file")
+        return value
+
+
+def read(value: str | SecretRef, key: str) -> str:
+    """A secret, written out or referred to. Raises ConfigError."""
+    return value.read(key) if isinstance(value, SecretRef) else value
+
+
+# -- masking
+
+
+def masked(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A parsed configuration in which the secrets of [notify] that are written out are masked."""
+    notify = tree.get("notify")
+    if not isinstance(notify, Mapping):
+        return dict(tree)
+    hidden = {name: _mask(value) if name not in ("on", "seconds") else value for name, value in notify.items()}
+    if isinstance(hidden.get("command"), list):
+        hidden["command"] = MASK
+    return {**tree, "notify": hidden}
+
+
+def _mask(value: Any) -> Any:
+    """All text of a value, but for the two references."""
+    if isinstance(value, str):
+        return MASK if value else value
+    if isinstance(value, (list, tuple)):
+        return [_mask(one) for one in value]
+    if isinstance(value, Mapping):
+        return {name: one if name in ("env", "file") else _mask(one) for name, one in value.items()}
+    return value
+
+
+def masked_text(text: str, *, display: bool = False) -> str:
+    """The text of a configuration file without secrets; the same text where it holds none. Never raises.
+
+    Args:
+        display: for eyes only: also masks settings of other sections that are called like secrets, and passwords in
+            addresses.
+    """
+    import tomllib
+
+    try:
+        tree = tomllib.loads(text)
+    except (ValueError, RecursionError):
+        return "\n".join(_mask_line(line) for line in text.split("\n"))
+    hidden = masked(tree)
+    if display:
+        hidden = _mask_by_name(hidden, "")
+    if hidden == tree:
+        return text
+    import tomli_w
+
+    return tomli_w.dumps(hidden)
+
+
+def _mask_by_name(value: Any, path: str) -> Any:
+    if isinstance(value, dict):
+        return {name: _mask_by_name(one, f"{path}.{name}" if path else name) for name, one in value.items()}
+    if path.startswith("notify."):
+        return value  # masked already; what is left names a variable or a file
+    if isinstance(value, list):
+        return [_mask_by_name(one, path) for one in value]
+    if not isinstance(value, str) or not value:
+        return value
+    return MASK if may_be_secret(path) else _USER_INFO.sub(rf"\g<1>{MASK}@", value)
+
+
+def _mask_line(line: str) -> str:
+    """A line of a file that is no TOML."""
+    key = line.partition("=")[0]
+    if may_be_secret(key) or "://" in line:
+        return f"{key}= {MASK}" if "=" in line and "://" not in key else MASK
+    return line
+
+
+# -- those that are written out
+
+
+def literals(notify: msgspec.Struct) -> dict[str, Any]:
+    """The secrets that a [notify] section holds itself: what the process that uses them must be given beside it."""
+    values = {name: msgspec.to_builtins(getattr(notify, name)) for name in KEYS}
+    return {name: value for name, value in values.items() if _has_text(value) and not is_masked(value)}
+
+
+def is_masked(value: Any) -> bool:
+    """Whether something in a setting was a secret that is not there any more."""
+    return value == MASK or (isinstance(value, (list, tuple)) and MASK in value)
+
+
+def _has_text(value: Any) -> bool:
+    return (isinstance(value, str) and bool(value)) or (
+        isinstance(value, (list, tuple)) and any(isinstance(one, str) for one in value)
+    )
+
+
+def missing(notify: Mapping[str, Any]) -> list[str]:
+    """Keys of [notify] whose secret was masked and has not been given again."""
+    return [f"notify.{name}" for name in KEYS if is_masked(notify.get(name))]
+
+
+def restored(notify: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A [notify] table as it is used: with the secrets that were given, and without those that are missing."""
+    known = {name: value for name, value in given.items() if name in KEYS}
+    return {name: value for name, value in {**notify, **known}.items() if not is_masked(value)}

@@ -1,0 +1,191 @@
+"""Findings -> what to do: the ladder, the budget of rollbacks, and which state to go back to. Pure functions.
+
+What outlives a rollback (the rollbacks themselves) is a list of facts that the journal holds too, so that a process
+which starts again after a crash decides as the one that died would have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from guardrail.core.config import GuardSection
+from guardrail.core.records import Action, Cause, Diagnosis, Finding, Kind, Record, Severity, SnapshotInfo, field_of
+
+# Left out without a suspicion of the weights: however often it happens in a row, it never adds up to a rollback.
+UNSUSPECTED = frozenset({Kind.NO_TOKENS})
+_RANK = {Severity.PERSISTENT: 2, Severity.REJECT: 1, Severity.NOTE: 0}
+
+
+class Rollback(Record, frozen=True, kw_only=True):
+    """One rollback that was done.
+
+    Attributes:
+        from_step: applied steps when it was decided.
+        to_step: applied steps of the state that was restored.
+        onset: first step of the trouble.
+        window: positions [first, last) that it left out.
+        rung: of the ladder that it was, "" for a person's.
+        incident: that it answered, None without one.
+        by_person: commanded, not decided by the guard; such a rollback is outside the budget.
+    """
+
+    from_step: int
+    to_step: int
+    onset: int
+    window: tuple[int, int]
+    by_person: bool = False
+    rung: str = ""
+    incident: int | None = None
+
+
+def rollback_of(data: Mapping[str, Any]) -> Rollback:
+    """From the data of a `rollback` event."""
+    first, last = data["window"]
+    by_person = field_of(data.get("span"), "cause") == "user"
+    return Rollback(
+        from_step=int(data["from_step"]),
+        to_step=int(data["to_step"]),
+        onset=int(data["onset"]),
+        window=(int(first), int(last)),
+        by_person=by_person,
+        rung=str(data.get("rung") or ""),
+        incident=None if by_person or data.get("incident") is None else int(data["incident"]),
+    )
+
+
+def by_severity(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """Most severe first; among equals the one that is furthest over its threshold, and NaN before any number."""
+    return tuple(sorted(findings, key=_order))
+
+
+def _order(finding: Finding) -> tuple[int, bool, bool, float]:
+    severity = -_RANK[finding.severity]
+    return severity, finding.threshold != 0.0, finding.kind is Kind.IMPOSSIBLE, -_excess(finding)
+
+
+def evidence(findings: Sequence[Finding]) -> str:
+    """What was found, as the beginning of a sentence: the most severe finding, and all that is no usable number."""
+    unusable = (Kind.NONFINITE, Kind.IMPOSSIBLE)
+    shown = [
+        f for at, f in enumerate(findings) if at == 0 or (f.kind in unusable and f.severity is findings[0].severity)
+    ]
+    return " and ".join(finding.sentence() for finding in shown)
+
+
+def _excess(finding: Finding) -> float:
+    return finding.score / finding.threshold if finding.threshold else 0.0
+
+
+def rejects(findings: Iterable[Finding]) -> bool:
+    """Whether this update must not be applied."""
+    return any(finding.severity is not Severity.NOTE for finding in findings)
+
+
+def is_trouble(findings: Iterable[Finding]) -> bool:
+    """Whether something is wrong with the run, and not just with a batch without a label or with the loss scale."""
+    return any(f.severity is not Severity.NOTE and f.kind not in UNSUSPECTED for f in findings)
+
+
+def decide(
+    findings: Sequence[Finding],
+    *,
+    streak: int,
+    in_a_row: int,
+    settings: GuardSection,
+    diagnosis: Diagnosis | None = None,
+) -> Action:
+    """What `auto` does.
+
+    Args:
+        findings: of this step.
+        streak: troubled batches rejected directly before this one.
+        in_a_row: rollbacks done without `healthy_after` steps of progress between them; see `rollbacks_in_a_row`.
+        diagnosis: of the incident, where a replay has told it. Where it is the state, to leave updates out is
+            pointless; where it is data of which nothing was applied, to go back is: the weights are as they were.
+    """
+    if not rejects(findings):
+        return Action.APPLY
+    persistent = any(finding.severity is Severity.PERSISTENT for finding in findings)
+    trouble = is_trouble(findings)
+    if trouble and not persistent and untouched(diagnosis) and patience(settings) > 1:
+        return Action.SKIP if streak < settings.skips else Action.HALT
+    serious = streak + 1 >= patience(settings) or (
+        diagnosis is not None and (diagnosis.cause is Cause.STATE or diagnosis.applied)
+    )
+    if not persistent and not (trouble and serious):
+        return Action.SKIP
+    return Action.ROLLBACK if in_a_row < settings.rollbacks else Action.HALT
+
+
+def untouched(diagnosis: Diagnosis | None) -> bool:
+    """Whether a replay has put the trouble down to data of which nothing is in the weights."""
+    return diagnosis is not None and diagnosis.cause.of_data and not diagnosis.applied
+
+
+def patience(settings: GuardSection) -> int:
+    """Rejections in a row that call for more than leaving the update out."""
+    return settings.persist if any(rung.do == "skip" for rung in settings.ladder) else 1
+
+
+def rollbacks_in_a_row(rollbacks: Sequence[Rollback], *, applied: int, healthy_after: int) -> int:
+    """How many there are; see `recent_rollbacks`."""
+    return len(recent_rollbacks(rollbacks, applied=applied, healthy_after=healthy_after))
+
+
+def recent_rollbacks(rollbacks: Sequence[Rollback], *, applied: int, healthy_after: int) -> list[Rollback]:
+    """Rollbacks that lie less than `healthy_after` applied steps apart, the last one less than that before `applied`.
+
+    Progress is counted from where the earlier rollback gave up, not from where it went back to: re-running the
+    abandoned stretch proves nothing, and a far rollback must not clear its own record.
+    """
+    found: list[Rollback] = []
+    for rollback in reversed(rollbacks):
+        if rollback.by_person:
+            continue
+        if applied - rollback.from_step >= healthy_after:
+            break
+        found.append(rollback)
+        applied = rollback.from_step
+    return found[::-1]
+
+
+def close_together(steps: Sequence[int], *, at: int, healthy_after: int) -> int:
+    """How many of these steps, the newest last, lie less than `healthy_after` apart, the last so near to `at`."""
+    count = 0
+    for step in reversed(steps):
+        if at - step >= healthy_after:
+            break
+        count += 1
+        at = step
+    return count
+
+
+def confirmed(infos: Iterable[SnapshotInfo], *, healthy_through: int, confirm: int) -> list[SnapshotInfo]:
+    """Candidates that `confirm` healthy applied steps have followed: they count as good from now on.
+
+    Args:
+        healthy_through: the newest applied step that is surely healthy; see `Controller.healthy_through`.
+    """
+    return [info for info in infos if info.state == "candidate" and info.step + confirm <= healthy_through]
+
+
+def choose_target(
+    infos: Iterable[SnapshotInfo], before_step: int, *, good_only: bool = True, cursor: int | None = None
+) -> SnapshotInfo | None:
+    """The newest state from strictly before `before_step`, the first step whose batch is in the window.
+
+    Args:
+        good_only: candidates do not count; suspects never do.
+        cursor: first position of the window, as a second bound: the state must not have passed it.
+
+    Returns:
+        None if there is none: the caller goes to the next tier.
+    """
+    states = ("good",) if good_only else ("good", "candidate")
+    fit = [
+        info
+        for info in infos
+        if info.state in states and info.step < before_step and (cursor is None or info.cursor <= cursor)
+    ]
+    return max(fit, key=lambda info: (info.step, info.timeline), default=None)

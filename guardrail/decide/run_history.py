@@ -1,0 +1,283 @@
+"""What the journal says about a run so far: all that outlives a rollback and a crash. Pure.
+
+A run's state is checkpoint + journal. The checkpoint holds what rolls back (weights, moments, cursor, detectors); the
+journal what does not: the quarantine, the rollbacks done, rates set by a person, which checkpoints are on the present
+timeline and which are suspect.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import msgspec
+
+from guardrail.core.config import GuardSection
+from guardrail.core.records import SENSELESS, Action, CommandKind, Event, Mode, Remedy, Span, Unresolved
+from guardrail.decide.remedies import CLIP, EMBED_ALPHA, LR, factor, resets
+
+# Actions by which something is done about an incident.
+ACTS = (Action.SKIP, Action.ROLLBACK, Action.RETRY)
+GO_ON = "go_on"  # the answer to a question by which the update is applied
+NEW_DATA = "new data"
+
+
+class Effects(NamedTuple):
+    """What one update is made with.
+
+    Attributes:
+        lr: factor on the scheduled learning rate.
+        embed_alpha: factor on the gradients of the embedding.
+        clip: factor on the clipping norm.
+        reset: set the optimizer's moments to zero before it.
+    """
+
+    lr: float
+    embed_alpha: float
+    clip: float
+    reset: bool
+
+
+class StepSetting:
+    """A value that a person changes live, as a function of the step: [(first step, value), ...].
+
+    A run that resumes from before a change meets it again at the same step. After a rollback a value that was set
+    later than the target holds from the target on: it was set because of what happened.
+    """
+
+    def __init__(self, default: float) -> None:
+        self.default = default
+        self.changes: list[tuple[int, float]] = []
+
+    def at(self, step: int) -> float:
+        index = bisect_right(self.changes, (step, math.inf))
+        return self.changes[index - 1][1] if index else self.default
+
+    def set(self, from_step: int, value: float) -> None:
+        self.changes = [change for change in self.changes if change[0] < from_step]
+        self.changes.append((from_step, value))
+
+    def rewind(self, to_step: int) -> None:
+        later = [value for step, value in self.changes if step > to_step + 1]
+        if later:
+            self.set(to_step + 1, later[-1])
+
+
+@dataclass(kw_only=True)
+class Past:
+    """Facts of the journal, in order.
+
+    Attributes:
+        spans: what is left out, quarantined again at a start.
+        rollbacks: `rollback` events' data, oldest first, less those that were undone.
+        remedies: of the decisions that stand, each with the span or, for a rollback, the timeline that it came with.
+        pardons: stretches [first, last) of positions that the guard must not reject again.
+        branches: (timeline, step): that timeline began after that step, so later steps of older ones are abandoned.
+        timeline: the newest one.
+        suspects: names of checkpoints that a rollback has found polluted.
+        good: names of checkpoints that were confirmed.
+        incident: number of the last incident.
+        acted: incidents about which something was done: a batch skipped or repeated, a state restored.
+        let_pass: incident -> why an update that was found bad was applied all the same; see `Unresolved`.
+        lines: of the journal that it was told.
+        unread: of these, lines that make no sense: another version's, or damaged.
+        seq: number of the newest of them.
+        run_id: of this run; "" while its journal has none, as an old one.
+        saved: steps of the checkpoints that the journal names.
+    """
+
+    spans: list[Span] = field(default_factory=list)
+    rollbacks: list[dict[str, Any]] = field(default_factory=list)
+    remedies: list[tuple[Span | int | None, Remedy]] = field(default_factory=list)
+    pardons: list[tuple[int, int]] = field(default_factory=list)
+    branches: list[tuple[int, int]] = field(default_factory=list)
+    timeline: int = 0
+    suspects: set[str] = field(default_factory=set)
+    good: set[str] = field(default_factory=set)
+    lr: StepSetting = field(default_factory=lambda: StepSetting(1.0))
+    alpha: StepSetting = field(default_factory=lambda: StepSetting(1.0))
+    mode: Mode | None = None
+    incident: int = 0
+    acted: set[int] = field(default_factory=set)
+    let_pass: dict[int, str] = field(default_factory=dict)
+    restarts: int = 0
+    started: dict[str, Any] | None = None
+    ended: str | None = None
+    lines: int = 0
+    unread: int = 0
+    seq: int = 0
+    run_id: str = ""
+    saved: set[int] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, events: Iterable[Event]) -> Past:
+        """What a journal from the disk says; a line of it that makes no sense is counted and passed over."""
+        past = cls()
+        for event in events:
+            try:
+                past.add(event)
+            except SENSELESS:
+                past.unread += 1
+        return past
+
+    def add(self, event: Event) -> None:
+        data = event.data
+        self.lines += 1
+        self.seq = event.seq or self.seq + 1  # what was just written carries no number yet
+        self.timeline = max(self.timeline, event.timeline)
+        match event.kind:
+            case "started":
+                self.started = data
+                self.run_id = str(data.get("run_id") or "")
+            case "restarted":
+                self.restarts += 1
+                self.run_id = self.run_id or str(data.get("run_id") or "")
+                self.ended = None
+                self._branch(event.timeline, event.step)
+            case "left_out":
+                self._span(data.get("span"))
+                self._act(data)
+                self._remedies(data, _as_span(data.get("span")))
+            case "rollback":
+                self._span(data.get("span"))
+                timeline, to_step = int(data["new_timeline"]), int(data["to_step"])
+                self._act(data)
+                self._remedies(data, timeline)
+                self._branch(timeline, to_step)
+                self.lr.rewind(to_step)
+                self.alpha.rewind(to_step)
+                _check_rollback(data)  # one that cannot be read as one is none that counts towards a bound
+                self.rollbacks.append(data)
+            case "undo":
+                self._undo(data)
+            case "command" if data.get("effect") == "applied":
+                self._command(event)
+            case "checkpoint":
+                name = str(data.get("path", "")).rsplit("/", 1)[-1]
+                state = data.get("state")
+                if state == "candidate" and isinstance(step := data.get("cp_step"), int):
+                    self.saved.add(step)
+                if state == "good":
+                    self.good.add(name)
+                elif state == "suspect":
+                    self.suspects.add(name)
+                elif state in ("candidate", "pruned"):
+                    # A name that is written again belongs to another state of the run.
+                    self.good.discard(name)
+                    self.suspects.discard(name)
+            case "verdict":
+                self._judged(data)
+            case "cause" if data.get("shift") or data.get("borne"):
+                self._let_pass(data, NEW_DATA)
+            case "resumed" if data.get("answer") == GO_ON:
+                self._let_pass(data, "go on")
+            case "incident":
+                self.incident = max(self.incident, int(data.get("number", 0)))
+            case "ended":
+                self.ended = str(data.get("phase", ""))
+
+    def _judged(self, data: dict[str, Any]) -> None:
+        action = data.get("action")
+        if action in ACTS:
+            self._act(data)
+        elif action == Action.APPLY and data.get("would") not in (None, Action.APPLY):
+            self._let_pass(data, Mode.ADVISE.value)
+
+    def _act(self, data: dict[str, Any]) -> None:
+        if isinstance(number := data.get("incident"), int):
+            self.acted.add(number)
+
+    def _let_pass(self, data: dict[str, Any], why: str) -> None:
+        if isinstance(number := data.get("incident"), int):
+            self.let_pass[number] = why
+
+    def unresolved(self, one: Unresolved) -> Unresolved:
+        """With what the journal says of an incident: whether something was done, and why updates were applied."""
+        why, acted = self.let_pass.get(one.incident, ""), one.incident in self.acted
+        return msgspec.structs.replace(one, acted=acted, let_pass=why)
+
+    def _command(self, event: Event) -> None:
+        kind, value = event.data.get("command"), float(event.data.get("value", 0.0))
+        if kind == CommandKind.LR:
+            self.lr.set(event.step + 1, value)
+        elif kind == CommandKind.EMBED_ALPHA:
+            self.alpha.set(event.step + 1, value)
+        elif kind == CommandKind.POLICY:
+            self.mode = list(Mode)[int(value)]
+
+    def _undo(self, data: dict[str, Any]) -> None:
+        """A decision was taken back: its spans are not left out, its rollbacks are none, its batches are pardoned."""
+        back = [_as_span(raw) for raw in data["spans"]]
+        self.spans = [span for span in self.spans if span not in back]
+        self.rollbacks = [one for one in self.rollbacks if one["new_timeline"] not in data["rollbacks"]]
+        gone = [*back, *data["rollbacks"]]
+        self.remedies = [(decision, remedy) for decision, remedy in self.remedies if decision not in gone]
+        self.pardons += [(int(first), int(last)) for first, last in data["pardons"]]
+        to_step = int(data["to_step"])
+        self._branch(int(data["new_timeline"]), to_step)
+        self.lr.rewind(to_step)
+        self.alpha.rewind(to_step)
+
+    def _remedies(self, data: dict[str, Any], decision: Span | int | None) -> None:
+        for raw in data.get("remedies") or ():
+            self.remedies.append((decision, raw if isinstance(raw, Remedy) else msgspec.convert(raw, Remedy)))
+
+    def effects(self, step: int, settings: GuardSection) -> Effects:
+        """What the update of a step is made with: what a person has set, and the remedies of the guard."""
+        remedies = [*settings.remedies, *(remedy for _, remedy in self.remedies)]
+        if not remedies:
+            return Effects(self.lr.at(step), self.alpha.at(step), 1.0, False)
+        return Effects(
+            lr=self.lr.at(step) * factor(remedies, LR, step),
+            embed_alpha=self.alpha.at(step) * factor(remedies, EMBED_ALPHA, step, floor=settings.embed_floor),
+            clip=factor(remedies, CLIP, step),
+            reset=resets(remedies, step),
+        )
+
+    def why_not_of_this_run(self, identity: Mapping[str, Any], *, timeline: int, step: int) -> str:
+        """Why a checkpoint is none of this run at this point of its journal; "" where it is.
+
+        One without a run's id was made by an older version. It counts if the run has no id either, or if the journal
+        names a checkpoint of that step.
+
+        Args:
+            identity, timeline, step: of its manifest.
+        """
+        run_id, seq = str(identity.get("run_id") or ""), identity.get("journal_seq")
+        if run_id != self.run_id and run_id:
+            return f"it belongs to another run ({run_id}; this one is {self.run_id or 'older than run ids'})"
+        if not run_id and self.run_id and step not in self.saved:
+            return "it does not say which run it belongs to, and the journal does not name it"
+        if isinstance(seq, int) and seq > self.seq:
+            return f"it was saved after line {seq} of the journal, which ends with line {self.seq}"
+        if timeline > self.timeline:
+            return f"it belongs to timeline {timeline}, and the journal knows none after {self.timeline}"
+        return ""
+
+    def _span(self, raw: Any) -> None:
+        span = _as_span(raw)
+        if span is not None and span not in self.spans:
+            self.spans.append(span)
+
+    def _branch(self, timeline: int, step: int) -> None:
+        self.branches.append((timeline, step))
+        self.timeline = max(self.timeline, timeline)
+
+    def lives(self, *, timeline: int, step: int) -> bool:
+        """Whether a state of (timeline, step) lies on the way to the present."""
+        return all(step <= to_step for branch, to_step in self.branches if branch > timeline)
+
+
+def _as_span(raw: Any) -> Span | None:
+    return raw if raw is None or isinstance(raw, Span) else msgspec.convert(raw, Span)
+
+
+def _check_rollback(data: Mapping[str, Any]) -> None:
+    """Raise one of SENSELESS where `policy.rollback_of` would."""
+    first, last = data["window"]
+    incident = data.get("incident")
+    for number in (data["from_step"], data["to_step"], data["onset"], first, last, 0 if incident is None else incident):
+        int(number)

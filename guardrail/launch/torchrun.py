@@ -1,0 +1,177 @@
+"""How torch elastic is started, and what can be read from what it says. Imports no torch: it is another process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from guardrail.core.config import LaunchSection
+from guardrail.rundir.processes import INCARNATION_VARIABLE, RUN_VARIABLE, SUPERVISOR_VARIABLE, cores
+
+# A rank's output is appended, so that the log of the incarnation that failed survives the restart; elastic's own
+# --redirects would truncate it. `exec` keeps the rank the direct child of the agent, with the pid that the agent knows.
+_RANK = 'exec "$@" >>"$GUARDRAIL_RUN/logs/rank-$RANK.log" 2>&1 </dev/null'
+
+# Ignored signals stay ignored over exec, in the ranks too until they install handlers. So a batch system's SIGTERM to
+# every process of the job does not kill a rank that is still importing torch; the supervisor has got the same signal,
+# and asks the rank to stop as soon as it can hear.
+_AGENT = 'trap "" HUP INT TERM USR1 USR2; exec "$@"'
+
+# torch.distributed.elastic.multiprocessing.api, SubprocessContext._close: within 0.1 s of a failure every other rank of
+# this node is asked to end, and gets 30 s for it. _poll: then the first failure is logged, with its exit code.
+_CLOSING = re.compile(rb"Sending process (\d+) closing signal")
+_FAILURE = re.compile(rb"failed \(exitcode: (-?\d+)\) local_rank: (\d+) \(pid: (\d+)\)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """One rank that ended badly, as elastic reports it. `exit` is negative for a signal, as in subprocess."""
+
+    exit: int
+    local_rank: int
+    pid: int
+
+    def __str__(self) -> str:
+        if self.exit < 0:
+            try:
+                return f"was killed by {signal.Signals(-self.exit).name}"
+            except ValueError:
+                return f"was killed by signal {-self.exit}"
+        return f"exited with {self.exit}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What an agent has printed since the last look.
+
+    Attributes:
+        closing: pids of ranks that the agent asks to end, because a rank of the same start has failed.
+        failures: the first rank that failed, once all ranks of its start have ended.
+    """
+
+    closing: tuple[int, ...] = ()
+    failures: tuple[Failure, ...] = ()
+
+
+def command(launch: LaunchSection, *, name: str, restarts: int) -> list[str]:
+    """The elastic agent's command line.
+
+    Args:
+        name: of the run, the same on all its nodes: they find each other by it.
+        restarts: how often this agent may start the ranks again.
+    """
+    arguments = [
+        *("/bin/sh", "-c", _AGENT, "agent"),
+        *(sys.executable, "-m", "torch.distributed.run"),
+        f"--nnodes={launch.nodes}",
+        f"--nproc-per-node={launch.processes}",
+        f"--max-restarts={restarts}",
+        f"--rdzv-id={launch.rendezvous_id or name}",
+    ]
+    if launch.nodes == 1:
+        # What --standalone does, without a host name that would have to be resolved.
+        arguments += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--rdzv-conf=is_host=1"]
+        arguments += ["--local-addr=127.0.0.1"]
+    else:
+        arguments += [f"--rdzv-backend={launch.rendezvous_backend}", f"--rdzv-endpoint={launch.rendezvous_endpoint}"]
+        arguments += [f"--node-rank={launch.node_rank}"]
+        # Told and not guessed from names: two agents may stand on one host, and the first node's alone is met.
+        arguments += [f"--rdzv-conf=is_host={int(not launch.node_rank)},join_timeout={launch.node_seconds:.0f}"]
+    arguments += ["--no-python", "/bin/sh", "-c", _RANK, "rank", sys.executable, "-u", "-m", launch.trainer]
+    return arguments
+
+
+def environment(
+    launch: LaunchSection, run: Path, *, incarnation: int, further: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The agent's environment, which the ranks inherit.
+
+    The agent must not act on signals that a batch system sends to every process of a job: it would give the ranks
+    30 seconds and then kill them, or start them again. The supervisor alone decides. SIGQUIT stays, because the list
+    cannot be empty. (PET_ variables are torchrun's own way to set an option; older versions ignore this one.)
+    """
+    variables = {**os.environ, **(further or {})}
+    variables[RUN_VARIABLE] = str(run)
+    variables[SUPERVISOR_VARIABLE] = str(os.getpid())
+    variables[INCARNATION_VARIABLE] = str(incarnation)
+    variables["PET_SIGNALS_TO_HANDLE"] = variables["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+    if launch.nodes > 1:
+        # An agent keeps one store for all starts of the ranks (torch 2.13, DynamicRendezvousHandler.next_rendezvous),
+        # since torch 2.9 without a prefix for each (torch.distributed.rendezvous, _create_c10d_store): the ranks of
+        # the second start would find the addresses of the first, and wait for them until launch.collective_seconds is
+        # over. It is no setting of the user. On one node each start has an agent, and so a store, of its own.
+        variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    variables.setdefault("OMP_NUM_THREADS", str(launch.threads or max(1, cores() // launch.processes)))
+    if launch.threads:
+        variables["OMP_NUM_THREADS"] = str(launch.threads)
+    return variables
+
+
+class Agent:
+    """The running `torch.distributed.run`, and a reader of what it prints.
+
+    It prints into a pipe: what it reports of its ranks arrives on a full disk too. The log keeps what the disk takes.
+    """
+
+    def __init__(
+        self,
+        launch: LaunchSection,
+        run: Path,
+        log: Path,
+        *,
+        incarnation: int,
+        restarts: int,
+        further: Mapping[str, str] | None = None,
+    ) -> None:
+        self._log: BinaryIO | None = None
+        with contextlib.suppress(OSError):
+            self._log = log.open("ab", buffering=0)
+        self._pending = b""  # the beginning of a line
+        self.process = subprocess.Popen(
+            command(launch, name=f"{run.parent.name}-{run.name}", restarts=restarts),
+            env=environment(launch, run, incarnation=incarnation, further=further),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        assert self.process.stdout is not None
+        self._pipe = self.process.stdout
+        os.set_blocking(self._pipe.fileno(), False)
+
+    def read(self) -> Output:
+        """What it has printed since the last call. Complete lines only; never waits."""
+        text = b"".join(self._chunks())
+        if not text:
+            return Output()
+        if self._log is not None:
+            with contextlib.suppress(OSError):
+                self._log.write(text)
+        text = self._pending + text
+        end = text.rfind(b"\n") + 1
+        self._pending = text[end:]
+        failures = (map(int, found.groups()) for found in _FAILURE.finditer(text[:end]))
+        return Output(
+            closing=tuple(int(found.group(1)) for found in _CLOSING.finditer(text[:end])),
+            failures=tuple(Failure(exit=code, local_rank=rank, pid=pid) for code, rank, pid in failures),
+        )
+
+    def _chunks(self) -> Iterator[bytes]:
+        with contextlib.suppress(BlockingIOError):
+            while not self._pipe.closed and (chunk := os.read(self._pipe.fileno(), 64 * 1024)):
+                yield chunk
+
+    def end(self) -> None:
+        """Kill the agent if it still runs. It leaves its ranks to the reaper."""
+        self.process.kill()
+        self.process.wait()
+        self._pipe.close()
+        if self._log is not None:
+            self._log.close()

@@ -1,0 +1,35 @@
+"""Who gives a command, for the journal: the user, the machine, and which of its terminals."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import socket
+
+from guardrail.core.text import clean
+
+VARIABLE = "GUARDRAIL_WHO"
+
+
+def who() -> str:
+    """ "ann@vm (pts/3 from 10.0.0.5)", or what $GUARDRAIL_WHO says. Two screens of one user have two names."""
+    named = clean(os.environ.get(VARIABLE, ""), 100).strip()
+    if named:
+        return named
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = str(os.getuid())  # a container without an entry for the user's number
+    place = [_terminal() or f"process {os.getpid()}"]
+    if client := os.environ.get("SSH_CONNECTION", "").split(" ")[0]:
+        place.append(f"from {clean(client, 60)}")
+    return f"{user}@{socket.gethostname()} ({' '.join(place)})"
+
+
+def _terminal() -> str:
+    """ "pts/3": the terminal of this process, "" without one."""
+    for descriptor in (0, 2, 1):
+        with contextlib.suppress(OSError):
+            return os.ttyname(descriptor).removeprefix("/dev/")
+    return ""

@@ -1,0 +1,223 @@
+"""Gathers the events of a journal into incidents: the evidence, what was done, what was left out. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import msgspec
+
+from guardrail.core.files import as_float
+from guardrail.core.records import Event, Finding, Span
+from guardrail.core.text import clean
+from guardrail.decide.undo import joined, pieces_of, taken_back
+from guardrail.report.incident import Deed, Incident, Token
+from guardrail.report.journal_entries import curve_of, deed_of, documents_of, samples_of, tokens_of, whole
+from guardrail.rundir.run_directory import findings_of, span_of
+
+NOT_MEASURED = ("number", "onset", "at_step")
+ENDS = ("recovered", "offset", "recurred", "accepted")  # states of an incident that say how it went on
+_NEAR = 20  # verdicts without an incident's number belong together up to this many steps apart
+_TOKENS = 8  # of an incident, named
+
+
+class Casebook:
+    """Gathers events into incidents: by number, else with what happened close by.
+
+    Args:
+        keep: newest incidents that are remembered; None: all.
+    """
+
+    def __init__(self, *, keep: int | None = None) -> None:
+        self._keep = keep
+        self._found: dict[int, Incident] = {}
+        self._unnumbered = 0
+
+    def of(self, events: Iterable[Event]) -> list[Incident]:
+        for event in events:
+            match event.kind:
+                case "verdict" | "finding":
+                    self._verdict(event)
+                case "left_out" | "rollback":
+                    self._remedy(event)
+                case "incident":
+                    self._turn(event)
+                case "cause":
+                    self._cause(event)
+                case "remedy":
+                    incident = self._at(event)
+                    self._put(incident, {"deeds": (*incident.deeds, deed_of(event, "remedy"))})
+                case "undo":
+                    self._undo(event)
+        while self._keep is not None and len(self._found) > self._keep:
+            del self._found[next(iter(self._found))]
+        # Found under negative numbers where the journal gave none.
+        return [
+            msgspec.structs.replace(incident, number=max(0, number)) if number < 0 else incident
+            for number, incident in self._found.items()
+        ]
+
+    def _verdict(self, event: Event) -> None:
+        action = event.data.get("action", "")
+        would = event.data.get("would")
+        findings = findings_of(event)
+        noted = action in ("", "apply") and not would and not whole(event.data.get("incident"))
+        if noted and (not findings or self._near(event) is None):
+            return  # a note by itself is no incident; near an open one it is evidence
+        incident = self._at(event, findings)
+        changes: dict[str, Any] = {"findings": _joined(incident.findings, findings)}
+        parameters = event.data.get("parameters")
+        if isinstance(parameters, dict):
+            changes["parameters"] = incident.parameters | {
+                clean(str(rank), 20): [clean(str(name), 200) for name in names]
+                for rank, names in parameters.items()
+                if isinstance(names, list)
+            }
+        if tokens := tokens_of(event):
+            changes["tokens"] = _longest((*incident.tokens, *tokens))
+        # A rollback is told by its own line, with the snapshot that was used.
+        if action == "apply" and would and would != "apply":
+            action = f"would {would}"
+        if action not in ("", "apply", "rollback"):
+            changes["deeds"] = (*incident.deeds, deed_of(event, clean(str(action), 40)))
+        self._put(incident, changes)
+
+    def _remedy(self, event: Event) -> None:
+        span = span_of(event)
+        if span is not None and span.cause == "user":
+            return
+        incident = self._at(event)
+        changes: dict[str, Any] = {}
+        if span is not None and span not in incident.spans:
+            changes = _with_span(incident, span, event)
+        if event.kind == "rollback":
+            changes["deeds"] = (*incident.deeds, deed_of(event, "rollback"))
+        self._put(incident, changes)
+
+    def _turn(self, event: Event) -> None:
+        state = clean(str(event.data.get("state") or ""), 40)
+        incident = self._at(event)
+        curve = curve_of(event.data.get("curve"))
+        told: dict[str, Any] = {"curve": curve} if curve is not None else {}
+        if state not in ENDS:
+            self._put(incident, told)
+            return
+        numbers = {
+            clean(name, 40): as_float(value)
+            for name, value in event.data.items()
+            if name not in ("number", "onset", "at_step")
+            and isinstance(value, int | float)
+            and not isinstance(value, bool)
+        }
+        closed = None if state == "recurred" else event.time
+        said = clean(event.message, 400)
+        outcome = "" if said == f"incident {incident.number}: {state}" else said  # which says no more than the state
+        ended = {"closed": closed, "closed_step": event.step if closed is not None else 0}
+        self._put(incident, {**told, **ended, "state": state, "outcome": outcome, "measured": numbers})
+
+    def _cause(self, event: Event) -> None:
+        cause = clean(str(event.data.get("cause") or ""), 60)
+        reason = clean(str(event.data.get("reason") or event.message), 600)
+        rank, host = whole(event.data.get("rank", -1)), clean(str(event.data.get("host") or ""), 80)
+        if rank >= 0 and cause.startswith("hardware"):
+            reason += f"; rank {rank}{f' on {host}' if host else ''}"
+        self._put(self._at(event), {"cause": cause, "cause_reason": reason})
+
+    def _undo(self, event: Event) -> None:
+        """What a person took back is no longer left out."""
+        back = taken_back(event)
+        for incident in [one for one in self._found.values() if any(span in back for span in one.spans)]:
+            spans = tuple(span for span in incident.spans if span not in back)
+            deeds = (*incident.deeds, deed_of(event, "undo"))
+            self._put(incident, {"spans": spans, "samples": _samples(spans), "deeds": deeds})
+
+    def _at(self, event: Event, findings: Iterable[Finding] = ()) -> Incident:
+        """The incident of an event. Its onset is the earliest that anything names."""
+        number = whole(event.data.get("incident", event.data.get("number")))
+        if number <= 0:
+            number = self._close_by(event)
+        named = [event.data.get("onset"), *(finding.onset for finding in findings)]
+        onsets = [onset for onset in named if isinstance(onset, int) and onset > 0]
+        incident = self._found.get(number) or self._adopted(number, event)
+        if incident is None:
+            onset = min(onsets, default=whole(event.data.get("at_step")) or event.step)  # a cause comes first
+            return Incident(number=number, state="open", onset=onset, opened=event.time)
+        return msgspec.structs.replace(incident, onset=min([incident.onset, *onsets]))
+
+    def _adopted(self, number: int, event: Event) -> Incident | None:
+        """A verdict may have come before the line that gives its incident a number."""
+        before = self._near(event)
+        if number < 0 or before is None or before.number > 0:
+            return None
+        del self._found[before.number]
+        return msgspec.structs.replace(before, number=number)
+
+    def _close_by(self, event: Event) -> int:
+        before = self._near(event)
+        if before is not None:
+            return before.number
+        self._unnumbered -= 1
+        return self._unnumbered
+
+    def _near(self, event: Event) -> Incident | None:
+        """The newest incident, if it is open and the event happened close by."""
+        last = next(reversed(self._found.values()), None)
+        if last is None or last.state != "open":
+            return None
+        steps = [deed.step for deed in last.deeds] + [finding.step for finding in last.findings] + [last.onset]
+        return last if min(abs(event.step - step) for step in steps) <= _NEAR else None
+
+    def _put(self, incident: Incident, changes: dict[str, Any]) -> None:
+        self._found[incident.number] = msgspec.structs.replace(incident, **changes)
+
+
+def asked_for(events: Iterable[Event]) -> Iterator[Deed]:
+    """Skips and rollbacks that a person wanted: no incidents."""
+    for event in events:
+        span = span_of(event) if event.kind in ("left_out", "rollback") else None
+        if span is not None and span.cause == "user":
+            yield deed_of(event, "rollback" if event.kind == "rollback" else "skip")
+
+
+def _joined(known: tuple[Finding, ...], new: Iterable[Finding]) -> tuple[Finding, ...]:
+    """The worst of each kind of finding on each signal, in the order in which they first appeared."""
+    worst = {(f.signal, f.kind): f for f in known}
+    for finding in new:
+        key = (finding.signal, finding.kind)
+        before = worst.get(key)
+        if before is None or (before.score == before.score and not finding.score <= before.score):
+            worst[key] = finding
+    return tuple(msgspec.structs.replace(f, signal=clean(f.signal, 60)) for f in worst.values())
+
+
+def _with_span(incident: Incident, span: Span, event: Event) -> dict[str, Any]:
+    """A rollback's window usually covers the batches that were rejected before it: nothing counts twice."""
+    documents = documents_of(event.data)
+    total = max(whole(event.data.get("documents_total")), len(documents))
+    spans = (*incident.spans, span)
+    if not all(span.first <= known.first and known.last <= span.last for known in incident.spans):
+        documents = tuple(dict.fromkeys((*incident.documents, *documents)))
+        total += incident.documents_total
+    found = {"spans": spans, "samples": _samples(spans), "documents": documents, "documents_total": total}
+    return found | {"named": (*incident.named, *samples_of(event))}
+
+
+def _samples(spans: Iterable[Span]) -> int:
+    """Positions that are left out; of a span that means some of its positions, these."""
+    pieces = joined(piece for span in spans for piece in pieces_of(span))
+    return sum(last - first for first, last in pieces)
+
+
+def _longest(tokens: Iterable[Token]) -> tuple[Token, ...]:
+    """Each token once, with the longest row that it had; the longest first."""
+    found: dict[int, Token] = {}
+    for token in tokens:
+        known = found.get(token.id)
+        if known is None or not token.norm <= known.norm:
+            found[token.id] = token
+    return tuple(sorted(found.values(), key=lambda token: -_rank(token.norm))[:_TOKENS])
+
+
+def _rank(norm: float) -> float:
+    return norm if norm == norm else math.inf

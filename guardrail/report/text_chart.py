@@ -1,0 +1,63 @@
+"""The loss of a run in a few lines of plain ASCII, for a terminal, a pager or a mail: what curves.py draws as SVG.
+
+*  the present       .  given up by a rollback       x  a try that was rejected, at the top where it is not finite
+-  where the loss was heading before an incident (guardrail.decide.recovery)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from guardrail.core.records import LOSS, Action
+from guardrail.report.incident import Incident
+from guardrail.report.svg_curves import expectations, scale_of
+from guardrail.rundir.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    import numpy as np
+
+WIDTH, HEIGHT = 68, 10  # characters
+LEAST = 2  # rows from which on there is something to draw
+PRESENT, GIVEN_UP, TRIED, EXPECTED = "*.x-"
+
+
+def sketch(run: RunDirectory, incidents: Iterable[Incident]) -> list[str]:
+    """Lines of at most 80 characters; empty where there is no loss to draw."""
+    import numpy as np
+
+    view = run.metrics().sensible()
+    steps, verdicts, losses = (np.asarray(view.column(name)) for name in ("step", "verdict", LOSS))
+    finite, applied = np.isfinite(losses), verdicts == list(Action).index(Action.APPLY)
+    if finite.sum() < LEAST:
+        return []
+    up = scale_of(losses[applied & finite], losses[finite])
+    first, last = float(np.nanmin(steps)), float(np.nanmax(steps))
+    grid = [[" "] * WIDTH for _ in range(HEIGHT)]
+
+    def put(mark: str, xs: np.ndarray, ys: np.ndarray) -> None:
+        columns = np.clip((xs - first) / max(1.0, last - first) * (WIDTH - 1), 0, WIDTH - 1).round().astype(int)
+        rows = (up(np.nan_to_num(ys, nan=math.inf, posinf=1e300)) * (HEIGHT - 1)).round().astype(int)
+        for row, column in set(zip(rows.tolist(), columns.tolist(), strict=True)):
+            grid[row][column] = mark
+
+    for xs, ys in expectations(incidents, last):
+        put(EXPECTED, xs, ys)
+    present = view.current()
+    put(GIVEN_UP, steps[applied & ~present & finite], losses[applied & ~present & finite])
+    put(PRESENT, steps[applied & present & finite], losses[applied & present & finite])
+    put(TRIED, steps[~applied], losses[~applied])
+    return list(_framed(grid, high=up.value(0.0), low=up.value(1.0), first=first, last=last))
+
+
+def _framed(grid: list[list[str]], *, high: float, low: float, first: float, last: float) -> Iterator[str]:
+    labels = {0: f"{high:.3g}", len(grid) - 1: f"{low:.3g}"}
+    for number, row in enumerate(grid):
+        yield f"{labels.get(number, ''):>9} |{''.join(row)}".rstrip()
+    begin, end = f"{first:,.0f}", f"{last:,.0f}"
+    yield f"{'':9} +{'-' * WIDTH}"
+    yield f"{'':11}{begin}{end:>{WIDTH - len(begin)}}"
+    drawn = {mark for row in grid for mark in row}
+    words = {PRESENT: "present", GIVEN_UP: "given up", TRIED: "rejected", EXPECTED: "where it was heading"}
+    yield f"{'':9}loss by step: " + ", ".join(f"{mark} {word}" for mark, word in words.items() if mark in drawn)

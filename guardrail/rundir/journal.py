@@ -1,0 +1,214 @@
+"""journal.jsonl: every event of a run, one JSON object a line, synced before it takes effect.
+
+A part of `guardrail.rundir.run_directory`: callers go through `RunDirectory.append` and `RunDirectory.events`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from guardrail.core.errors import ExitCode
+from guardrail.core.files import FILE_MODE, encode_json, open_file, read_file, refuse_special, sync_folder
+from guardrail.core.records import Event, Finding, Phase, Span
+
+FIXED = ("seq", "time", "step", "timeline", "kind", "message")
+LOCK_SECONDS = 30.0  # a writer that holds the lock this long is stopped or dead on another host
+TURNS = ("started", "restarted", "ended")  # kinds of lines that say whether the run goes on
+EXIT_CODES = {
+    Phase.FINISHED: ExitCode.FINISHED,
+    Phase.STOPPED: ExitCode.INTERRUPTED,
+    Phase.HALTED: ExitCode.HALTED,
+    Phase.FAILED: ExitCode.WORKERS_FAILED,
+}
+_TAIL = 64 * 1024
+
+
+def append_event(
+    path: Path, kind: str, message: str, *, step: int, timeline: int, data: dict[str, Any], at: float
+) -> Event:
+    """Append one event, synced to disk; safe between processes and threads.
+
+    A torn last line, left by a machine that died while writing, is ended or cut off first and noted.
+
+    Raises:
+        OSError: the event is not on disk and nothing of it was left behind (a full disk, a lost file system).
+        ValueError: `data` names one of the fixed fields.
+    """
+    clash = [name for name in data if name in FIXED]
+    if clash:
+        raise ValueError(f"{', '.join(clash)}: a fixed field of every journal line, not data")
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+    descriptor = os.open(path, flags, FILE_MODE)
+    try:
+        refuse_special(descriptor, path)
+        _lock(descriptor)
+        size = os.fstat(descriptor).st_size
+        if size == 0:
+            sync_folder(path.parent)
+        lines, seq, keep = _mend(descriptor, size, timeline=timeline, at=at)
+        event = Event(seq=seq + 1, time=at, step=step, timeline=timeline, kind=kind, message=message, data=data)
+        _write(descriptor, lines + _line(event), keep=keep, size=size)
+        return event
+    finally:
+        os.close(descriptor)
+
+
+def read_events(path: Path, *, after: int = 0) -> list[Event]:
+    """All complete events with seq > `after`; lines that are not events are passed over."""
+    try:
+        data = read_file(path)
+    except FileNotFoundError:
+        return []
+    return [event for event in parse(data)[0] if event.seq > after]
+
+
+def end_of(path: Path) -> tuple[int, int]:
+    """(seq of the last event, bytes of the complete lines), of which only the end of the file is read; (0, 0): none."""
+    try:
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            start = max(0, size - _TAIL)
+            while True:
+                file.seek(start)
+                tail = file.read(size - start)
+                first = tail.find(b"\n") + 1 if start else 0
+                events, used = parse(tail[first:])
+                if events or start == 0:
+                    return (events[-1].seq if events else 0), start + first + used
+                start = max(0, start - 2 * (size - start))
+    except FileNotFoundError:
+        return 0, 0
+
+
+def parse(data: bytes) -> tuple[list[Event], int]:
+    """The events of the complete lines in `data`, and how many bytes those lines take."""
+    events, end, _ = parse_counted(data)
+    return events, end
+
+
+def parse_counted(data: bytes) -> tuple[list[Event], int, int]:
+    """As `parse`, and how many of the complete lines are no events."""
+    end = data.rfind(b"\n") + 1
+    lines = [line for line in data[:end].split(b"\n") if line.strip()]
+    events = [event for event in map(_event, lines) if event is not None]
+    return events, end, len(lines) - len(events)
+
+
+def last_turn(events: Sequence[Event]) -> Event | None:
+    """The newest line that says whether the run goes on or has ended."""
+    return next((event for event in reversed(events) if event.kind in TURNS), None)
+
+
+def outcome_of(event: Event) -> tuple[Phase, ExitCode] | None:
+    """How the run ended, of an `ended` line; None where the line does not say it."""
+    try:
+        phase = Phase(event.data.get("phase"))
+        given = event.data.get("exit_code")
+        return phase, EXIT_CODES[phase] if given is None else ExitCode(given)
+    except (KeyError, ValueError):
+        return None
+
+
+def findings_of(event: Event) -> tuple[Finding, ...]:
+    """The findings of a `finding` or `verdict` event; ones that a newer version wrote differently are left out."""
+    return tuple(f for f in (_convert(raw, Finding) for raw in _list(event.data.get("findings"))) if f is not None)
+
+
+def span_of(event: Event) -> Span | None:
+    """The span of a `left_out` event."""
+    return _convert(event.data.get("span"), Span)
+
+
+def _convert(raw: Any, kind: type[Any]) -> Any:
+    try:
+        return msgspec.convert(raw, kind, strict=False)
+    except msgspec.ValidationError:
+        return None
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _event(line: bytes) -> Event | None:
+    try:
+        fields = msgspec.json.decode(line)
+        if not isinstance(fields, dict):
+            return None
+        fixed = {name: fields.pop(name) for name in FIXED if name in fields}
+        event = msgspec.convert({"step": 0, "timeline": 0, **fixed, "data": fields}, Event)
+        # JSON has numbers of any length; a longer one would fit into no column of the metrics.
+        return event if max(abs(event.seq), abs(event.step), abs(event.timeline)) < 2**63 else None
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+def _line(event: Event) -> bytes:
+    fields = {name: getattr(event, name) for name in FIXED}
+    return encode_json({**fields, **event.data}) + b"\n"
+
+
+def _lock(descriptor: int) -> None:
+    deadline = time.monotonic() + LOCK_SECONDS
+    pause = 0.001
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise OSError(errno.EDEADLK, "another process holds the journal and does not let go") from None
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
+
+
+def _mend(descriptor: int, size: int, *, timeline: int, at: float) -> tuple[bytes, int, int]:
+    """What must be written before the next event, the last seq, and how many bytes of the file to keep."""
+    start = max(0, size - _TAIL)
+    while True:
+        tail = os.pread(descriptor, size - start, start)
+        complete = tail if start == 0 else tail[tail.find(b"\n") + 1 :] if b"\n" in tail else b""
+        events, end = parse(complete)
+        if events or start == 0:
+            break
+        start = max(0, start - 2 * (size - start))
+    seq = events[-1].seq if events else 0
+    torn = complete[end:]
+    if not torn:
+        return b"", seq, size
+    whole = _event(torn)
+    if whole is not None:
+        # Only its newline is missing: it was never acknowledged, but nothing of it is lost either.
+        return b"\n", whole.seq, size
+    note = Event(
+        seq=seq + 1,
+        time=at,
+        step=0,
+        timeline=timeline,
+        kind="note",
+        message=f"cut off {len(torn)} bytes of a line that was never finished",
+    )
+    return _line(note), note.seq, size - len(torn)
+
+
+def _write(descriptor: int, data: bytes, *, keep: int, size: int) -> None:
+    if keep < size:
+        os.ftruncate(descriptor, keep)
+    try:
+        written = os.write(descriptor, data)
+        if written < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(descriptor)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.ftruncate(descriptor, keep)
+        raise

@@ -1,0 +1,156 @@
+"""What a trainer writes into its run directory: events and metric rows, by rank 0, never stopping a step.
+
+A disk that fails degrades durability and is said so; events and rows wait in memory, in order, until it takes them
+again. They keep the time at which they happened.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from guardrail.core.records import Event
+from guardrail.rundir.run_directory import MetricsWriter, RunDirectory
+
+RETRY_SECONDS = 5.0  # between two tries of a step to write what a disk has refused
+ROWS_KEPT = 100_000  # rows that wait in memory, some 20 MB; beyond that the oldest are lost
+
+
+class Recorder:
+    """Journal and metrics of one trainer.
+
+    Args:
+        run: the run directory; None records nothing (a guard without one still decides).
+        active: True on rank 0. On other ranks the same calls return the same events and write nothing.
+        columns: signals that are recorded besides the usual ones.
+        learn: called with every event, written or not, so that all ranks remember the same past.
+    """
+
+    def __init__(
+        self, run: RunDirectory | None, *, active: bool, learn: Callable[[Event], None], columns: Sequence[str] = ()
+    ) -> None:
+        self._run = run if active else None
+        self._columns = tuple(columns)
+        self._learn = learn
+        self._metrics: MetricsWriter | None = None
+        self._waiting: deque[Event] = deque()
+        self._failing: dict[str, str] = {}
+        self._rows: deque[dict[str, float]] = deque(maxlen=ROWS_KEPT)
+        self._retry = 0.0
+        self.written: dict[str, int] = {}  # kind -> seq of the newest line of that kind
+
+    @property
+    def durability(self) -> str:
+        """ "ok" or "degraded: WHY", for status and screen."""
+        return "ok" if not self._failing else "degraded: " + "; ".join(self._failing.values())
+
+    def event(self, kind: str, message: str, *, step: int, timeline: int, **data: Any) -> Event:
+        """Append an event, synced before this returns, or queue it when the disk refuses."""
+        event = Event(seq=0, time=time.time(), step=step, timeline=timeline, kind=kind, message=message, data=data)
+        self._learn(event)
+        if self._run is not None:
+            self._waiting.append(event)
+            self.flush()
+        return event
+
+    def settle(self) -> None:
+        """One more try to write all that waits, at the end of a run."""
+        if self._run is not None and self._rows:
+            self._write_rows(self._run)
+        self.flush()
+
+    @property
+    def waiting_because(self) -> str:
+        """Why events wait that the journal on disk does not have; "" when none do."""
+        return self._failing.get("journal", "they were not written yet") if self._waiting else ""
+
+    def retry(self) -> None:
+        """Try again to write what waits, if it is time; for a loop that waits itself."""
+        if self._waiting and time.monotonic() >= self._retry:
+            self.flush()
+
+    @property
+    def behind(self) -> bool:
+        """Whether events wait that the journal on disk does not have yet."""
+        return bool(self._waiting)
+
+    def flush(self) -> None:
+        """Write the events that wait. Called with each event, and every few seconds while some wait."""
+        if self._run is None:
+            return
+        try:
+            while self._waiting:
+                event = self._waiting[0]
+                appended = self._run.append(
+                    event.kind,
+                    event.message,
+                    step=event.step,
+                    timeline=event.timeline,
+                    happened=event.time,
+                    **event.data,
+                )
+                self.written[event.kind] = appended.seq
+                self._waiting.popleft()
+        except OSError as error:
+            self._retry = time.monotonic() + RETRY_SECONDS
+            self.degraded("journal", f"journal: {error.strerror or error}")
+        else:
+            self.restored("journal")
+
+    def row(self, values: dict[str, float]) -> None:
+        """Append a metrics row; flushed to the kernel, not synced. It waits while the disk refuses rows."""
+        if self._run is not None:
+            self._rows.append(values)
+            if time.monotonic() >= self._retry:
+                self._write_rows(self._run)
+                if self._waiting:
+                    self.flush()
+
+    def amend(self, values: dict[str, float]) -> None:
+        """The row that was handed over last holds more now."""
+        if self._metrics is None or any(row is values for row in self._rows):
+            return
+        try:
+            self._metrics.amend(values)
+        except OSError as error:
+            self.degraded("metrics", f"metrics: {error.strerror or error}")
+
+    def _write_rows(self, run: RunDirectory) -> None:
+        try:
+            if self._metrics is None:
+                self._metrics = run.metrics_writer(self._columns)
+            while self._rows:
+                self._metrics.append(self._rows[0])
+                self._rows.popleft()
+        except OSError as error:
+            self._retry = time.monotonic() + RETRY_SECONDS
+            self.degraded("metrics", f"metrics: {error.strerror or error}")
+        else:
+            self.restored("metrics")
+
+    def degraded(self, what: str, reason: str) -> None:
+        """Note that `what` cannot be kept safely; journaled once, when it changes."""
+        if self._failing.get(what) == reason:
+            return
+        self._failing[what] = reason
+        self._say("degraded", f"durability degraded: {reason}")
+
+    def restored(self, what: str) -> None:
+        if self._failing.pop(what, None) is not None:
+            self._say("ok" if not self._failing else "degraded", f"{what} can be written again")
+
+    def _say(self, state: str, message: str) -> None:
+        if self._run is not None:
+            data = {"state": state, "reason": self.durability}
+            event = Event(seq=0, time=time.time(), step=0, timeline=0, kind="durability", message=message, data=data)
+            self._waiting.append(event)
+            if "journal" not in self._failing:
+                self.flush()
+
+    def close(self) -> None:
+        self.settle()
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None

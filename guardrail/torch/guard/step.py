@@ -1,0 +1,74 @@
+"""One try at an update, as a training loop meets it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from guardrail.core.records import Verdict
+from guardrail.decide.sample_order import Batch
+from guardrail.torch.guard.arguments import check_loss, check_numbers
+
+if TYPE_CHECKING:
+    from guardrail.torch.guard.guard import Guard
+
+
+class Step:
+    """One try at an update.
+
+    Attributes:
+        number: the step that it becomes when it is applied.
+        batch: what to compute it from.
+        verdict, applied: known behind `finish`; under `guard.gate = "lagged"` mostly behind that of the next step.
+        repeated: an earlier try with this number was dropped unjudged: numbers are read a step late, and those of the
+            step before it, or its own, called for the host.
+    """
+
+    def __init__(self, guard: Guard, *, number: int, batch: Batch, began: float, repeated: bool = False) -> None:
+        self._guard = guard
+        self.number = number
+        self.batch = batch
+        self.verdict: Verdict | None = None
+        self.applied = False
+        self.repeated = repeated
+        self.began = began
+        self.finished = False
+
+    def finish(
+        self,
+        loss: Tensor,
+        *,
+        tokens: Tensor | float = 1.0,
+        nominal_tokens: float | None = None,
+        incomplete: bool = False,
+        signals: Mapping[str, Tensor | float] | None = None,
+        wait: bool = False,
+    ) -> Verdict | None:
+        """Observe, decide, and apply the update or leave it out. Call once, on every rank, after the last backward.
+
+        Args:
+            loss: without `nominal_tokens` this rank's mean loss, whose gradients are in `.grad` (averaged over ranks,
+                as DDP and FSDP do); with it the SUM of this rank's token losses, 0-d.
+            tokens: label tokens behind the sum.
+            nominal_tokens: the number, summed over ranks, that the sums were divided by before backward. The guard
+                rescales the gradients by nominal / actual tokens, so that every token weighs the same.
+            incomplete: this rank was asked to stop and left micro-batches out: nothing is decided, the run ends.
+            signals: further numbers of this rank that `guard.signals` announces, 0-d; their mean over the ranks that
+                give one is watched. They travel in the step's one reduction.
+            wait: judge it now, even where `guard.gate = "lagged"` would read its numbers a step later: the loop is
+                going to use the weights behind it, as in an evaluation. The same on every rank.
+
+        Raises:
+            UsageError: an argument that is not what is written above.
+
+        Returns:
+            The verdict; None when a stop made the window incomplete, or when it is not known yet.
+        """
+        if self.finished:
+            raise RuntimeError("step.finish was called twice")
+        check_loss(loss)
+        check_numbers(tokens=tokens, nominal_tokens=nominal_tokens, signals=signals)
+        self.finished = True
+        return self._guard.finish(self, loss, tokens, nominal_tokens, incomplete, signals, wait)

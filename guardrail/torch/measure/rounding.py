@@ -1,0 +1,68 @@
+"""16-bit weights that an update does not change: it is smaller than the distance between two neighbouring numbers.
+
+Looked at in a sample of elements, after 4, 8, 16, ... 1,024 updates, so that it costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from guardrail.torch.measure.reduction import local
+
+HALVES = (torch.float16, torch.bfloat16)
+FIRST, LAST = 4, 1024  # updates after which the first and the last sample is taken
+TENSORS, ELEMENTS = 8, 256  # sampled tensors, the largest ones, and elements of each
+STUCK = 0.9  # share of unchanged elements from which on it is a matter of rounding
+
+
+class HalfWeights:
+    """Samples the 16-bit parameters of this rank.
+
+    Args:
+        parameters: trained ones, sharded or not.
+        apart: of these, the ones of which most elements get no gradient in a step: embeddings.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], *, apart: Collection[nn.Parameter]) -> None:
+        excluded = {id(parameter) for parameter in apart}
+        halves = [p for p in parameters if local(p).dtype in HALVES and id(p) not in excluded]
+        self._parameters = sorted(halves, key=lambda p: local(p).numel(), reverse=True)[:TENSORS]
+        self._before: list[Tensor] = []
+        self._updates = 0
+        self.span = 0  # updates that the last comparison reaches over
+        self._next = FIRST
+
+    @property
+    def dtype(self) -> str:
+        return str(self._parameters[0].dtype).removeprefix("torch.") if self._parameters else ""
+
+    @torch.no_grad()
+    def count_update(self) -> float | None:
+        """Call after each applied update. Returns the share of elements that have not changed, when it is too large.
+
+        The share is that of the second half of all updates so far. It is returned once. Waits for the device where a
+        sample is compared.
+        """
+        self._updates += 1
+        if not self._parameters or self._updates != self._next or self._next > LAST:
+            return None
+        self._next *= 2
+        now = [_sample(local(parameter)) for parameter in self._parameters]
+        before, self._before = self._before, now
+        if not before:
+            return None
+        self.span = self._updates // 2
+        same = sum(int((old == new).sum()) for old, new in zip(before, now, strict=True))
+        share = same / max(1, sum(sample.numel() for sample in now))
+        if share < STUCK:
+            return None
+        self._next = LAST + 1
+        return share
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().flatten()
+    return flat[:: max(1, flat.numel() // ELEMENTS)][:ELEMENTS].clone()

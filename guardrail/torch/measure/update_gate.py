@@ -1,0 +1,178 @@
+"""Apply an update or leave it out: a real branch, never a multiplication with zero (0 x NaN is NaN)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from guardrail.core.errors import UsageError
+from guardrail.torch.measure.reduction import Reduced, local
+
+# State of torch's own optimizers, and of those that name theirs alike, that sums up past gradients.
+MOMENTS = frozenset(
+    {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg", "sum"}
+)
+
+
+class Gate:
+    """The only place where an optimizer is stepped.
+
+    Args:
+        optimizers: torch.optim optimizers over `parameters`.
+        parameters: all trainable parameters; `embedding` the subset that `embed_alpha` shrinks.
+        clip: largest global norm of an applied gradient (0: no clipping), or what gives it from the norm of each
+            update that is applied; a state that it has must travel with the scheduler's.
+    """
+
+    def __init__(
+        self,
+        optimizers: Sequence[torch.optim.Optimizer],
+        *,
+        parameters: Sequence[nn.Parameter],
+        embedding: Sequence[nn.Parameter],
+        clip: float | Callable[[float], float],
+    ) -> None:
+        self.optimizers = list(optimizers)
+        self.parameters = list(parameters)
+        self.embedding = list(embedding)
+        self.clip = clip
+        self._ours = {id(p) for one in self.optimizers for group in one.param_groups for p in group["params"]}
+        self._stepping = False
+        self._hook: RemovableHandle | None = None
+
+    def open(self) -> None:
+        """From now on until `close`, refuse every step on these parameters that is not taken here."""
+        self._hook = self._hook or register_optimizer_step_pre_hook(self._refuse_step)
+
+    def close(self) -> None:
+        """Let the loop step its optimizers again; harmless when called again."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def _refuse_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """Before any optimizer steps, whoever calls it. Raises UsageError before a parameter has changed."""
+        if self._stepping:
+            return
+        if any(id(p) in self._ours for group in optimizer.param_groups for p in group["params"]):
+            raise UsageError(
+                f"the loop called {type(optimizer).__name__}.step() itself, before the guard had judged the step: "
+                "step.finish(loss) steps the optimizer. Remove optimizer.step() (or scaler.step) from the loop"
+            )
+
+    def factor(self, reduced: Reduced, *, embed_alpha: float = 1.0, clip: float = 1.0) -> float:
+        """What all gradients are multiplied by: token weighting and clipping in one pass. Once an applied update.
+
+        Clipping uses torch's rule, min(1, clip / (norm + 1e-6)), with the norm after embedding shrink and the limit
+        times `clip`.
+        """
+        norm = reduced.grad_norm
+        if embed_alpha != 1.0:
+            rest = max(0.0, norm**2 - reduced.embed_grad_norm**2)
+            norm = (rest + (embed_alpha * reduced.embed_grad_norm) ** 2) ** 0.5
+        limit = clip * (self.clip(norm) if callable(self.clip) else self.clip)
+        coefficient = limit / (norm + 1e-6) if limit else 1.0
+        # Written so that a NaN norm stays NaN: only `advise` and `off` ever apply such a step.
+        return reduced.scale * (1.0 if coefficient >= 1.0 else coefficient)
+
+    def factor_on_device(self, norm: Tensor, scale: Tensor, *, clip: float = 1.0) -> Tensor:
+        """`factor` without a wait, by the same operations: float64, 0-d. Not with a function that clips."""
+        limit = clip * self.clip if isinstance(self.clip, int | float) else 0.0
+        return scale * (torch.full_like(norm, limit) / (norm + 1e-6)).clamp(max=1.0) if limit else scale
+
+    @torch.no_grad()
+    def apply(
+        self,
+        factor: float | Tensor,
+        *,
+        lr_factor: float = 1.0,
+        embed_alpha: float = 1.0,
+        unless: Tensor | None = None,
+    ) -> None:
+        """Scale the gradients, step every optimizer at lr * lr_factor, drop the gradients.
+
+        Args:
+            factor: a number, or one on the device, 0-d.
+            unless: float32, 0-d, on the device: where it is 1 there, the optimizers leave parameters and state alone.
+        """
+        if embed_alpha != 1.0:
+            self._scale(self.embedding, embed_alpha)
+        if isinstance(factor, Tensor) or factor != 1.0:
+            self._scale(self.parameters, factor)
+        with self._own_step(), self._rates_times(lr_factor):
+            for optimizer in self.optimizers:
+                if unless is None:
+                    optimizer.step()
+                else:
+                    _step_unless(optimizer, unless)
+        self.leave_out()
+
+    @contextlib.contextmanager
+    def _own_step(self) -> Iterator[None]:
+        self._stepping = True
+        try:
+            yield
+        finally:
+            self._stepping = False
+
+    @contextlib.contextmanager
+    def _rates_times(self, factor: float) -> Iterator[None]:
+        """Within it, the learning rates are multiplied by `factor`. They are put back even if an optimizer raises."""
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        rates = [group["lr"] for group in groups]
+        try:
+            if factor != 1.0:
+                for group, rate in zip(groups, rates, strict=True):
+                    group["lr"] = rate * factor
+            yield
+        finally:
+            if factor != 1.0:
+                for group, rate in zip(groups, rates, strict=True):
+                    group["lr"] = rate
+
+    @torch.no_grad()
+    def reset_moments(self) -> None:
+        """What optimizers know of past gradients, at zero, and the count of updates as well: or the bias correction of
+        Adam would take the zeros for a measurement and make its next updates several times too large."""
+        for optimizer in self.optimizers:
+            for state in optimizer.state.values():
+                for name in MOMENTS & state.keys():
+                    value = state[name]
+                    if isinstance(value, torch.Tensor):
+                        value.zero_()
+                    elif isinstance(value, int | float):
+                        state[name] = type(value)(0)
+
+    def leave_out(self) -> None:
+        """Drop the accumulated gradients: nothing of a rejected window can leak into the next."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    @staticmethod
+    def _scale(parameters: Sequence[nn.Parameter], factor: float | Tensor) -> None:
+        gradients = [local(p.grad) for p in parameters if p.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, factor.to(gradients[0].dtype) if isinstance(factor, Tensor) else factor)
+
+
+def can_leave_out(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its step reads `found_inf`, as torch's fused optimizers do, and so can be left out on the device."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def _step_unless(optimizer: Any, unless: Tensor) -> None:
+    """The contract of torch's GradScaler with optimizers that take part in it."""
+    optimizer.found_inf = unless
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf

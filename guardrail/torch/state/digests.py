@@ -1,0 +1,42 @@
+"""SHA-256 of a training state, component by component: two runs are in the same state if these are the same."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from guardrail.rundir.manifest import BUFFER, MODEL, OPTIM
+
+
+def component_digests(tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 of weights, moments, schedule and buffers, from live or copied local tensors, on any device."""
+    parts: dict[str, Any] = {"weights": hashlib.sha256(), "moments": hashlib.sha256(), "schedule": hashlib.sha256()}
+    for name in sorted(tensors):
+        prefix = name.split("/", 1)[0] + "/"
+        component = {MODEL: "weights", OPTIM: "moments", BUFFER: "buffers"}[prefix]
+        digest = parts.setdefault(component, hashlib.sha256())
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(raw_bytes(tensor))
+    parts["moments"].update(_canonical(scalars["state"]["numbers"]))
+    for key in ("groups", "schedulers", "scalers"):
+        parts["schedule"].update(_canonical(scalars[key]))
+    return {name: digest.hexdigest() for name, digest in parts.items()}
+
+
+def raw_bytes(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The elements in row-major order as bytes, [numel * itemsize] uint8; shares memory where it can."""
+    array: np.ndarray[Any, np.dtype[np.uint8]] = (
+        tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    )
+    return array
+
+
+def _canonical(value: Any) -> bytes:
+    return msgspec.json.encode(value, order="deterministic")

@@ -1,0 +1,315 @@
+"""The list of runs to choose from: state, how far, loss as a curve of one line. Enter watches, q leaves."""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.events import Click, Key
+from textual.message import Message
+
+from guardrail.core.format import brief, count, plural
+from guardrail.operate.run_summary import Glance, loss_points
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.tui.draw.lines import Lines, Row, fit, row, spread, width_of
+from guardrail.tui.model.failures import reason_of
+from guardrail.tui.model.view import Snapshot, View
+from guardrail.tui.numerics.scales import short
+from guardrail.tui.terminal import hangup as terminal
+from guardrail.tui.terminal.themed_app import Themed
+
+LOOK_SECONDS = 2.0
+# state -> glyph, word, tone; a phase that a newer version writes is shown as it is called.
+STATES = {
+    "new": ("○", "no status", "calm"),
+    "starting": ("○", "starting", "calm"),
+    "setup": ("○", "setting up", "calm"),
+    "step": ("●", "training", "good"),
+    "eval": ("●", "evaluating", "good"),
+    "save": ("●", "saving", "good"),
+    "rollback": ("▲", "rolling back", "warn"),
+    "asking": ("◆", "asking", "warn"),
+    "paused": ("‖", "paused", "warn"),
+    "finished": ("✓", "finished", "good"),
+    "stopped": ("■", "stopped", "calm"),
+    "halted": ("✗", "halted", "bad"),
+    "failed": ("✗", "failed", "bad"),
+    "lost": ("?", "lost", "bad"),
+}
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_NAME, _SPARK, _WHEN = 44, 40, 12  # most cells of a name and of a curve; those of the last sign
+_HINT = (("↑ ↓", "move"), ("Enter", "watch"), ("/", "filter"), ("q", "leave"))
+
+
+def curve(points: Sequence[float], width: int) -> str:
+    """Losses as at most `width` blocks, the newest at the right: `×` for NaN and Inf, `▲` far above nine of ten."""
+    count = min(width, len(points))
+    shown = [points[(index + 1) * len(points) // count - 1] for index in range(count)]
+    finite = sorted(value for value in shown if math.isfinite(value))
+    if not finite:
+        return "×" * len(shown)
+    low, high = finite[0], finite[min(len(finite) - 1, len(finite) * 9 // 10)]
+    cells = []
+    for value in shown:
+        if not math.isfinite(value):
+            cells.append("×")
+        elif value > high + (high - low):
+            cells.append("▲")
+        else:
+            share = (min(value, high) - low) / (high - low) if high > low else 0.0
+            cells.append(_BLOCKS[min(7, int(8 * share))])
+    return "".join(cells)
+
+
+def matching(runs: Sequence[Glance], words: str) -> list[Glance]:
+    """Runs in whose name, host or state every word occurs."""
+    wanted = words.lower().split()
+
+    def text(one: Glance) -> str:
+        return f"{one.run} {one.host} {one.state} {STATES.get(one.state, ('', '', ''))[1]}".lower()
+
+    return [one for one in runs if all(word in text(one) for word in wanted)]
+
+
+def run_row(one: Glance, points: Sequence[float], *, name: int, width: int, now: float, marked: bool) -> Row:
+    """One run in one row of `width` cells; a narrow one drops the curve first, then speed, then the last sign."""
+    glyph, word, tone = STATES.get(one.state, ("·", brief(one.state, 12), "calm"))
+    label = fit(((brief(one.run), "strong" if marked else "plain"),), name)
+    line: Row = ((" ▸ " if marked else "   ", "key"), *label, (" " * (name - width_of(label) + 1), "plain"))
+    step = count(one.step) + (f" / {count(one.total_steps)}" if one.total_steps else "")
+    share = f"{min(100, 100 * one.step // one.total_steps)} %" if one.total_steps else ""
+    loss = short(one.loss) if one.loss is not None else "–"
+    parts = (
+        (f"{glyph} {word:<12}", tone),
+        (f"{step:>15} ", "plain"),
+        (f"{share:>5} ", "dim"),
+        (f" loss {loss:<7}", "plain"),
+    )
+    for part in parts:
+        if width_of(line) + width_of((part,)) > width:
+            return fit(line, width)
+        line = (*line, part)
+    when = f"{_ago(now - one.heartbeat)} " if one.heartbeat else ""
+    cells = min(_SPARK, width - width_of(line) - _WHEN)
+    if cells >= 8:
+        line = (*line, (f"{curve(points, cells):<{cells}}", "loss"))
+    return spread(line, ((when, "dim"),), width) if when else line
+
+
+def _ago(seconds: float) -> str:
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit} ago"
+    return f"{int(max(0, seconds))} s ago"
+
+
+class Chooser(Themed[str]):
+    """Returns the path of the chosen run, or None.
+
+    Args:
+        look: lists the runs, newest first; called on a thread of its own, so that a slow disk leaves the keys alive.
+        points: losses of one run for its curve; asked only for runs in sight, on a thread of its own as well.
+    """
+
+    CSS = "Screen { background: $background; } #head, #foot { height: 1; background: $panel; }"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("up", "move(-1)", "up", show=False),
+        Binding("down", "move(1)", "down", show=False),
+        Binding("pageup", "move(-10)", "page up", show=False),
+        Binding("pagedown", "move(10)", "page down", show=False),
+        Binding("home", "move(-1000000)", "first", show=False),
+        Binding("end", "move(1000000)", "last", show=False),
+        Binding("enter", "take", "watch", show=False),
+        Binding("escape", "clear", "clear the filter", show=False),
+        Binding("ctrl+c,ctrl+q", "leave", "leave", show=False, priority=True),
+    ]
+
+    class Fresh(Message):
+        pass
+
+    def __init__(
+        self,
+        look: Callable[[], list[Glance]],
+        *,
+        root: str,
+        points: Callable[[str], list[float]] | None = None,
+        marked: str = "",
+        clock: Callable[[], float] = time.time,
+        theme: str | None = None,
+    ) -> None:
+        super().__init__(theme)
+        self._look, self._root, self._clock = look, brief(root, 80), clock
+        self._points = points or (lambda path: loss_points(RunDirectory(path), _SPARK))
+        self._known: dict[str, tuple[int, list[float]]] = {}  # path -> (step, its curve)
+        self._wanted: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()  # (path, step) of curves to read
+        self._asked: dict[str, int] = {}  # path -> the step for which its curve was asked last
+        self.runs: list[Glance] = []
+        self.marked = marked  # path of the marked run: it stays marked while the list changes around it
+        self.words = ""
+        self._typing, self._loaded, self._trouble = False, False, ""
+        self._leaving = threading.Event()
+
+    def compose(self) -> ComposeResult:
+        yield Lines(lambda view, width, height: self._head(width), id="head")
+        yield Lines(lambda view, width, height: self._body(width, height), id="body")
+        yield Lines(lambda view, width, height: self._foot(width), id="foot")
+
+    def on_mount(self) -> None:
+        self.set_interval(1.0, self._draw)
+        threading.Thread(target=self._keep_looking, name="guardrail-runs", daemon=True).start()
+        threading.Thread(target=self._read_curves, name="guardrail-curves", daemon=True).start()
+        self._draw()
+
+    def on_unmount(self) -> None:
+        self._leaving.set()
+        self._wanted.put(None)
+
+    def _keep_looking(self) -> None:
+        while not self._leaving.is_set():
+            try:
+                self.runs, self._trouble = self._look(), ""
+            except Exception as error:  # a thread that dies without a word looks like runs that stand still
+                self._trouble = brief(reason_of(error), 200)
+            self._loaded = True
+            self.post_message(self.Fresh())
+            self._leaving.wait(LOOK_SECONDS)
+
+    def _read_curves(self) -> None:
+        while (wanted := self._wanted.get()) is not None:
+            path, step = wanted
+            try:
+                self._known[path] = (step, self._points(path))
+            except Exception as error:
+                self._trouble = brief(f"{path}: {reason_of(error)}", 200)
+            self.post_message(self.Fresh())
+
+    def on_chooser_fresh(self) -> None:
+        self._draw()
+
+    # -- drawing
+
+    @property
+    def shown(self) -> list[Glance]:
+        return matching(self.runs, self.words)
+
+    def _at(self, shown: Sequence[Glance]) -> int:
+        return next((index for index, one in enumerate(shown) if one.path == self.marked), 0)
+
+    def _draw(self) -> None:
+        view = View(Snapshot(self._root), self._clock())
+        for lines in self.query(Lines):
+            lines.show(view)
+
+    def _head(self, width: int) -> list[Row]:
+        living = sum(one.state in ("step", "eval", "save", "rollback", "paused", "asking") for one in self.runs)
+        told = f"{plural(len(self.runs), 'run')} in {self._root}, {living} at work" if self._loaded else "reading …"
+        right = ((f"✗ {self._trouble} ", "bad"),) if self._trouble else ()
+        return [spread(row((" guardrail ", "strong"), (f" {told}", "plain")), right, width)]
+
+    def _body(self, width: int, height: int) -> list[Row]:
+        shown = self.shown
+        if not shown:
+            why = "no run matches" if self.runs else "no runs here yet" if self._loaded else ""
+            return [(), row((f"   {why}", "dim"))]
+        at = self._at(shown)
+        self.first = max(0, min(at - height // 2, len(shown) - height))
+        name = min(_NAME, max(width_of(((brief(one.run), "plain"),)) for one in shown))
+        now = self._clock()
+        return [
+            run_row(one, self._curve(one), name=name, width=width, now=now, marked=index == at)
+            for index, one in enumerate(shown[self.first : self.first + height], self.first)
+        ]
+
+    def _curve(self, one: Glance) -> list[float]:
+        """As far as it has been read; a newer one is asked for."""
+        step, points = self._known.get(one.path, (-1, []))
+        if step != one.step and self._asked.get(one.path) != one.step:
+            self._asked[one.path] = one.step
+            self._wanted.put((one.path, one.step))
+        return points
+
+    def _foot(self, width: int) -> list[Row]:
+        if self._typing:
+            text = row((" / ", "key"), (self.words, "strong"), ("▏", "key"))
+            return [spread(text, (("Enter keep   Esc clear ", "dim"),), width)]
+        line = [piece for key, what in _HINT for piece in ((f" {key} ", "key"), (f"{what} ", "dim"))]
+        return [spread(tuple(line), ((f"/ {self.words} ", "accent"),) if self.words else (), width)]
+
+    # -- keys
+
+    def on_key(self, event: Key) -> None:
+        if self._typing:
+            if event.key == "enter":
+                self._typing = False
+            elif event.key == "backspace":
+                self.words = self.words[:-1]
+            elif event.is_printable and event.character:
+                self.words = brief(self.words + event.character, 80)
+            else:
+                return  # arrows move, Esc clears
+            event.stop()
+            event.prevent_default()
+            self._draw()
+            return
+        plain = {"q": self.action_leave, "j": lambda: self.action_move(1), "k": lambda: self.action_move(-1)}
+        if event.key == "slash":
+            self._typing = True
+            self._draw()
+        elif event.key in plain:
+            plain[event.key]()
+
+    def action_move(self, by: int) -> None:
+        shown = self.shown
+        if shown:
+            self.marked = shown[max(0, min(len(shown) - 1, self._at(shown) + by))].path
+            self._draw()
+
+    def action_take(self) -> None:
+        if self._typing:
+            self._typing = False
+            self._draw()
+        elif shown := self.shown:
+            self.exit(shown[self._at(shown)].path)
+
+    def action_clear(self) -> None:
+        self.words, self._typing = "", False
+        self._draw()
+
+    def action_leave(self) -> None:
+        self.exit(None)
+
+    def on_click(self, event: Click) -> None:
+        """A click marks; Enter watches."""
+        body = self.query_one("#body", Lines)
+        index = event.screen_y - body.region.y + self.first
+        shown = self.shown
+        if body.region.contains(event.screen_x, event.screen_y) and index < len(shown):
+            self.marked = shown[index].path
+            self._draw()
+
+
+def choose_and_watch(
+    look: Callable[[], list[Glance]], *, root: str, read_only: bool, theme: str | None = None, mouse: bool = True
+) -> int:
+    """The list, the screen of the run that is chosen, the list again, until somebody leaves the list; returns 0."""
+    from guardrail.core.errors import RunDirectoryError
+    from guardrail.tui.app.app import run_screen
+
+    marked: str | None = ""
+    while marked is not None:
+        app = Chooser(look, root=root, marked=marked, theme=theme)
+        with terminal.guarded():
+            marked = app.run(mouse=mouse)
+        if marked is not None:
+            try:
+                run_screen(Path(marked), read_only=read_only, theme=theme, mouse=mouse)
+            except RunDirectoryError:
+                continue  # it was deleted while the list stood there; the next list says so
+    return 0

@@ -1,0 +1,102 @@
+"""The resolved configuration of a run, line by line, with what differs from the defaults."""
+
+from __future__ import annotations
+
+import importlib
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from guardrail.core.config import Settings
+from guardrail.core.format import brief
+
+TRAINER = "trainer"  # whose defaults are known; nothing that a run directory names is imported
+_MAX_LINES = 2000
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line. `default` is "" where it is the same, and `known` False where nobody can say."""
+
+    section: str
+    key: str
+    value: str
+    default: str = ""
+    differs: bool = False
+    known: bool = True
+
+
+def settings_of(text: str) -> tuple[Setting, ...]:
+    """The lines of a config.toml; one that is no TOML is shown as it stands. Never raises."""
+    try:
+        tree = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError):
+        lines = text.splitlines()[:_MAX_LINES]
+        return tuple(Setting("", "", brief(line, 200), known=False) for line in lines if line.strip())
+    launch = tree.get("launch")
+    package = launch.get("trainer", TRAINER) if isinstance(launch, dict) else TRAINER
+    defaults = _defaults(with_trainer=package == TRAINER)
+    found = []
+    for path, value in _leaves(tree, ()):
+        section, key = ".".join(path[:-1]), path[-1]
+        known = path in defaults
+        differs = known and not _same(value, defaults[path])
+        default = _shown(defaults[path]) if differs else ""
+        found.append(Setting(brief(section, 60), brief(key, 60), _shown(value), default, differs, known))
+        if len(found) >= _MAX_LINES:
+            break
+    return tuple(found)
+
+
+def _leaves(tree: dict[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Plain values first, then tables, as TOML wants them."""
+    for name, value in sorted(tree.items(), key=lambda item: isinstance(item[1], dict)):
+        if isinstance(value, dict) and value and len(path) < 8:
+            yield from _leaves(value, (*path, name))
+        else:
+            yield (*path, name), value
+
+
+def _defaults(*, with_trainer: bool) -> dict[tuple[str, ...], Any]:
+    """(section, key) -> default, of every section that can be made without an argument."""
+    schema: type = Settings
+    if with_trainer:
+        try:
+            schema = importlib.import_module(f"{TRAINER}.config").Config
+        except (ImportError, AttributeError):
+            schema = Settings
+    found: dict[tuple[str, ...], Any] = {}
+    for field in msgspec.structs.fields(schema):
+        made = _made(field)
+        if isinstance(made, msgspec.Struct):
+            for name in made.__struct_fields__:
+                found[field.encode_name, name] = msgspec.to_builtins(getattr(made, name))
+        elif made is not msgspec.NODEFAULT:
+            found[field.encode_name,] = msgspec.to_builtins(made)
+    return found
+
+
+def _made(field: Any) -> Any:
+    if field.default_factory is not msgspec.NODEFAULT:
+        return field.default_factory()
+    if field.default is not msgspec.NODEFAULT:
+        return field.default
+    try:
+        return field.type()  # a section that must be given, all of whose keys have defaults
+    except TypeError:
+        return msgspec.NODEFAULT
+
+
+def _same(value: Any, default: Any) -> bool:
+    return value == default or (isinstance(default, list | tuple) and list(default) == value)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return brief(value if isinstance(value, str) else repr(value), 200) or '""'

@@ -1,0 +1,78 @@
+"""Journal events as lines of the log: a mark, a tone and a sentence. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from guardrail.core.format import brief
+from guardrail.core.records import Event
+
+# The same letters mark the event on the axis of a chart.
+SKIP, ROLLBACK, COMMAND, CHECKPOINT, INCIDENT = "S", "R", "!", "C", "#"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the log. `mark` says the kind in one character, `tone` how it is meant."""
+
+    time: float
+    step: int
+    mark: str
+    tone: str  # "plain", "good", "warn", "bad"
+    text: str
+
+
+_MARKS = {
+    "verdict": "▲",
+    "finding": "▲",
+    "left_out": SKIP,
+    "rollback": ROLLBACK,
+    "undo": ROLLBACK,
+    "command": COMMAND,
+    "checkpoint": CHECKPOINT,
+    "incident": "#",
+    "durability": "▲",
+    "paused": "‖",
+    "hung": "✗",
+    "ranks_failed": "✗",
+    "ended": "■",
+    "started": "●",
+    "restarted": "●",
+}
+_TONES = {
+    "verdict": "warn",
+    "left_out": "warn",
+    "rollback": "warn",
+    "undo": "warn",
+    "paused": "warn",
+    "hung": "bad",
+    "ranks_failed": "bad",
+}
+
+
+def line_of(event: Event) -> Line:
+    """One event for a person: its message, or what its data says where an old version wrote no message."""
+    tone = _TONES.get(event.kind, "plain")
+    data = event.data
+    if event.kind == "command" and data.get("effect") != "applied":
+        tone = "warn"
+    elif event.kind == "checkpoint" and data.get("state") in ("failed", "invalid"):
+        tone = "bad"
+    elif event.kind == "durability":
+        tone = "good" if data.get("state") == "ok" else "bad"
+    elif event.kind == "incident" and data.get("state") in ("recovered", "offset", "accepted"):
+        tone = "good"
+    elif event.kind == "ended":
+        tone = "good" if data.get("phase") == "finished" else "bad" if data.get("phase") == "failed" else "warn"
+    text = brief(event.message, 400) or _fallback(event)
+    who = event.data.get("who")
+    if event.kind == "command" and isinstance(who, str) and who:
+        text = f"{text} (by {brief(who, 60)})"
+    mark = "●" if tone == "good" and event.kind == "durability" else _MARKS.get(event.kind, "·")
+    return Line(event.time, event.step, mark, tone, text)
+
+
+def _fallback(event: Event) -> str:
+    kind = brief(event.kind, 40)
+    plain = [f"{brief(k, 40)} {brief(str(v), 80)}" for k, v in event.data.items() if isinstance(v, str | int | float)]
+    return f"{kind} {', '.join(plain)}".strip()[:400]

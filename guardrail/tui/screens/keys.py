@@ -1,0 +1,162 @@
+"""Every key of the screen, once. Bindings, footer, the `?` page and the README's table are made from this table.
+
+`python -m guardrail.tui.screens.keys` prints the README's table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from guardrail.tui.draw.lines import Row, fit, width_of, wrap
+from guardrail.tui.panes.table import CURVES, PANES
+
+LISTS = "lists"
+
+
+@dataclass(frozen=True)
+class Key:
+    """One line of the table.
+
+    Attributes:
+        keys: names as textual knows them, comma-separated; all do the same.
+        shown: how the key is written for a person.
+        action: the cockpit's method `action_...`, with arguments in brackets if any.
+        label: one or two words for the footer; "" keeps it out of there.
+        help: what it does, as a sentence.
+        control: it asks the run for something (refused by --read-only and by a run that has ended).
+        pane: the footer has it only while this pane has the keys: "curves", or "lists" for all others; "": always.
+        rank: the footer drops the highest first where the terminal is narrow.
+    """
+
+    keys: str
+    shown: str
+    action: str
+    label: str
+    help: str
+    control: bool = False
+    pane: str = ""
+    rank: int = 5
+
+
+KEYS = (
+    Key("p", "p", "pause", "pause", "Pause training after the current step, or go on with it.", control=True, rank=1),
+    Key("r", "r", "rollback", "roll back", "Roll back: choose a snapshot or checkpoint, see what it costs, confirm.",
+        control=True, rank=1),
+    Key("s", "s", "skip", "skip", "Leave out the next N batches.", control=True, rank=3),
+    Key("l", "l", "rate", "rate", "Multiply the scheduled learning rate by a factor.", control=True, rank=3),
+    Key("e", "e", "alpha", "embedding", "Multiply the gradients of the embedding by a factor.", control=True, rank=6),
+    Key("c", "c", "checkpoint", "checkpoint", "Write a checkpoint now.", control=True, rank=4),
+    Key("m", "m", "mode", "mode", "Change who decides: auto, ask, advise or off.", control=True, rank=4),
+    Key("u", "u", "undo", "undo", "Take the guard's newest decision back: see what it costs, confirm.", control=True,
+        rank=6),
+    Key("A", "A", "accept", "", "Accept the run as it is though an incident is not over: asks first.", control=True),
+    Key("n", "n", "note", "note", "Write a note into the journal.", control=True, rank=7),
+    Key("a", "a", "answer", "answer", "Answer the guard's question while training is parked.", control=True, rank=1),
+    Key("S", "S", "stop", "stop", "Stop training: save a checkpoint and end. Asks first.", control=True, rank=2),
+    Key("tab", "Tab", "next_pane(1)", "pane", "Go to the next pane.", rank=4),
+    Key("shift+tab", "Shift+Tab", "next_pane(-1)", "", "Go to the pane before."),
+    Key("1", "1", "pane('curves')", "", "Go to the curves."),
+    *(Key(pane.number, pane.number, f"pane('{pane.name}')", "", f"Go to pane {pane.name}: {pane.about}.")
+      for pane in PANES),
+    Key("f", "f", "full", "full", "Give the focused pane the whole screen, or take it back.", rank=7),
+    Key("up", "↑", "move(-1)", "", "Curves: enlarge the chart before. Lists: mark the entry before."),
+    Key("down", "↓", "move(1)", "", "Curves: enlarge the next chart. Lists: mark the next entry."),
+    Key("left", "←", "cursor(-1)", "", "Curves: move the value cursor back; all titles say the values at its step."),
+    Key("right", "→", "cursor(1)", "", "Curves: move the value cursor on."),
+    Key("plus,equals_sign", "+", "zoom(0.5)", "zoom", "Curves: show half of the stretch, about the value cursor.",
+        pane=CURVES, rank=6),
+    Key("minus", "-", "zoom(2)", "", "Curves: show twice the stretch."),
+    Key("less_than_sign", "<", "pan(-0.25)", "", "Curves: a quarter of the stretch back."),
+    Key("greater_than_sign", ">", "pan(0.25)", "", "Curves: a quarter of the stretch on."),
+    Key("left_square_bracket", "[", "event(-1)", "", "Curves: the value cursor to the mark before."),
+    Key("right_square_bracket", "]", "event(1)", "", "Curves: the value cursor to the next mark."),
+    Key("full_stop", ".", "follow", "", "Curves: follow the newest step again, without a value cursor."),
+    Key("pageup", "PgUp", "move(-10)", "", "Lists: ten entries up."),
+    Key("pagedown", "PgDn", "move(10)", "", "Lists: ten entries down."),
+    Key("home", "Home", "move(-1000000)", "", "Lists: the first entry."),
+    Key("end", "End", "move(1000000)", "", "Lists: the last entry."),
+    Key("enter", "Enter", "open", "open", "Lists: jump to the entry's step on the curves, and open its evidence.",
+        pane=LISTS, rank=4),
+    Key("slash", "/", "filter", "filter", "Lists: show only entries with a text in them.", pane=LISTS, rank=4),
+    Key("escape", "Esc", "back", "", "Take back the mark, the value cursor, the filter, the whole screen."),
+    Key("x", "x", "logarithm", "log", "Switch the enlarged chart between a linear and a logarithmic axis.",
+        pane=CURVES, rank=6),
+    Key("w", "w", "smooth", "smooth", "Curves: a smoothed line on top of the raw one: off, light, strong.",
+        pane=CURVES, rank=6),
+    Key("b", "b", "axis", "", "Curves: stand by steps, by tokens learnt from, or by time."),
+    Key("v", "v", "signals", "curves", "Choose which signals have curves, of all that the run records.", rank=6),
+    Key("t", "t", "theme", "", "The next theme: dark, light, colour-blind, the terminal's own."),
+    Key("j", "j", "journal", "journal", "Read the journal: everything that happened, who did it, and when.", rank=5),
+    Key("ctrl+p", "Ctrl+P", "commands", "", "Find any of these commands by its words."),
+    Key("q,ctrl+c,ctrl+q", "q", "leave", "leave", "Leave the screen (so does Ctrl-C). Training goes on.", rank=0),
+    Key("question_mark,f1", "?", "help", "help", "Show all keys and signs.", rank=0),
+)  # fmt: skip
+# Keys inside of a dialog, for the `?` page; each dialog binds those it needs.
+DIALOG_KEYS = (
+    ("↑ ↓ k j", "Move the choice, or scroll (also Home, End, PgUp, PgDn, Space)."),
+    ("Enter", "Take what is marked, or switch it on and off (so does Space); in a text, close it (so does ?)."),
+    ("y n", "Answer a yes-or-no question at once."),
+    ("v", "Of the guard's question: show its evidence, and go back to it."),
+    ("Esc q", "Close the dialog; nothing is sent (so does Ctrl+P in the list of commands)."),
+)
+SIGNS = (
+    ("● ▲ ◆ ‖", "healthy; unstable, rolling back or recovering; needs an answer; paused"),
+    ("✓ ■ ✗ ?", "finished, stopped, halted or failed, not responding"),
+    ("R S ! C", "on a curve: rollback and left-out update with the incident's number, command, checkpoint"),
+    ("#", "on a curve: an incident in which the guard only says what it would have done"),
+    ("▲ × ┈", "on a curve: value above the axis, NaN or Inf, threshold of the detector"),
+    ("⠂⠂ ┊", "an abandoned timeline, and where it was left"),
+)
+
+
+@lru_cache(maxsize=16)
+def footer(width: int, *, controls: bool = True, asking: bool = False, focus: str = CURVES) -> Row:
+    """As many keys as fit, always in the order of the table; those of the focused pane stay longest.
+
+    Args:
+        focus: name of the pane that has the keys.
+        controls: the run can be asked for something.
+        asking: the guard waits for an answer.
+    """
+    chosen = [key for key in KEYS if key.label and (controls or not key.control)]
+    chosen = [key for key in chosen if asking or key.action != "answer"]
+    mine = CURVES if focus == CURVES else LISTS
+    chosen = [key for key in chosen if key.pane in ("", mine)]
+    while chosen:
+        line: list[tuple[str, str]] = []
+        for key in chosen:
+            line += [("  " if line else " ", "plain"), (key.shown, "key"), (f" {key.label}", "dim")]
+        if width_of(tuple(line)) <= width:
+            return fit(tuple(line), width)
+        worst = max(key.rank for key in chosen)
+        chosen.remove(next(key for key in reversed(chosen) if key.rank == worst))
+    return ()
+
+
+def help_rows(width: int) -> list[Row]:
+    """All keys and signs, for the `?` page."""
+    parts: tuple[tuple[str, str, Sequence[tuple[str, str]]], ...] = (
+        ("", "key", [(key.shown, key.help) for key in KEYS]),
+        ("in a dialog", "key", DIALOG_KEYS),
+        ("signs", "strong", SIGNS),
+    )
+    rows: list[Row] = []
+    for name, tone, lines in parts:
+        if name:
+            rows += [(), ((f"   {name}", "dim"),)]
+        for shown, told in lines:
+            for index, text in enumerate(wrap(told, width - 13)):
+                rows.append(((f"{'' if index else shown:>10}  ", tone), (text, "plain")))
+    return rows
+
+
+def markdown() -> str:
+    """The table of the README."""
+    lines = ["| key | what it does |", "|---|---|"]
+    return "\n".join([*lines, *(f"| `{key.shown}` | {key.help} |" for key in KEYS)]) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

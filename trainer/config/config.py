@@ -1,0 +1,489 @@
+"""The complete configuration of the built-in trainer: guardrail's own sections plus data, model, optimizer, run length.
+
+Imports no torch: `guardrail launch` refuses a bad file before any process starts.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from guardrail.core.config import Fraction, Natural, NonNegativeFloat, Positive, PositiveFloat, Section, Settings
+from guardrail.core.errors import ConfigError
+from guardrail.core.files import why_unreachable
+from trainer.config import preset
+from trainer.config.batch_ramp import BatchPlan
+from trainer.config.layout import Layout, ParallelSection
+from trainer.config.recipe import ModelSection, Objective, OptimSection, check_objective, nearest
+from trainer.config.schedule import Schedule, warmup_steps
+
+BUILTIN = "builtin:python"
+# Tokenizers that need no file.
+TRAINED = ("bytes", "bpe")
+BYTE_IDS = 259  # 256 bytes and three special tokens
+
+
+class DataSection(Section, frozen=True, kw_only=True):
+    """[data]: the text, how it is cut into samples, and in which order they come."""
+
+    # Folders, globs, files (.txt .md .py ... , .jsonl, each also .gz or .zst) or "builtin:python".
+    sources: Annotated[tuple[str, ...], Meta(min_length=1)] = (BUILTIN,)
+    # Field of a JSONL record that holds the text.
+    text_field: str = "text"
+    # "bytes" (259 ids), "bpe" (trained once on the sources and cached) or the path of a tokenizer.json.
+    tokenizer: str = "bytes"
+    # Size of the vocabulary that "bpe" trains.
+    vocabulary: Annotated[int, Meta(ge=260)] = 8192
+    # Tokens that the model sees of one sample; one more is stored, for the labels.
+    sequence_length: Annotated[int, Meta(ge=2)] = 256
+    # "shuffled": another permutation each epoch; "stream": as the documents stand.
+    order: Literal["shuffled", "stream"] = "shuffled"
+    # Seed of the permutation.
+    seed: Natural = 0
+    # Share of the documents held out for evaluation, chosen by a hash of their origin.
+    eval_fraction: Annotated[float, Meta(ge=0, lt=1)] = 0.02
+    # File with one sample id a line (ID or ID@EPOCH) that is left out from the beginning; "": none.
+    quarantine: str = ""
+    # Where tokenised shards are kept between runs; "": $XDG_CACHE_HOME/guardrail.
+    cache: str = ""
+    # A document larger than this many bytes counts as a bad record.
+    max_document_bytes: Positive = 64 * 1024 * 1024
+
+
+class TrainSection(Section, frozen=True, kw_only=True):
+    """[train]: length, batch, precision, strategy."""
+
+    # Applied updates of the whole run; 0: given by epochs.
+    steps: Natural = 0
+    # Passes over the training split; used when steps is 0.
+    epochs: Natural = 0
+    # Samples of one update, over all ranks and micro-batches.
+    batch_size: Positive = 16
+    # Samples of one forward and backward pass of one rank; 0: batch_size / data-parallel ranks (no accumulation).
+    micro_batch_size: Natural = 0
+    # Batch-size ramp (GPT-3): samples of the first batches; 0: none. It grows by ramp_by samples at a time (0: by the
+    # smallest step there is), linearly in tokens, and has its full size after ramp_tokens.
+    ramp_from: Natural = 0
+    ramp_by: Natural = 0
+    ramp_tokens: Natural = 0
+    # Seed of the initial weights, dropout and every other draw.
+    seed: Natural = 0
+    # "lm": each next token; "prefix-lm": those behind a prefix of random length; "span": denoising with sentinels (T5);
+    # "blank": autoregressive blank filling (GLM).
+    objective: Objective = "lm"
+    # "span" and "blank": share of the tokens that are taken out, and mean length of a span (GLM: lambda of Poisson).
+    noise: Annotated[float, Meta(gt=0, lt=1)] = 0.15
+    span_length: Annotated[float, Meta(ge=1)] = 3.0
+    # "blank": share of the samples with one blank at their end (GLM's [gMASK]) instead of short ones.
+    tail_share: Fraction = 0.5
+    # Weight of log(Z)^2 of the output softmax (PaLM: 1e-4); it is trained on and not part of the logged loss.
+    z_loss: NonNegativeFloat = 0.0
+    # bf16 and fp16 compute in 16 bits on fp32 weights. fp16 multiplies the loss by a scale that follows the overflows.
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    # fp16: the scale at the start, and the applied updates without an overflow after which it doubles.
+    loss_scale: PositiveFloat = 65536.0
+    loss_scale_steps: Positive = 2000
+    # "ddp": parameters replicated; "fsdp": parameters, gradients and optimizer state sharded (FSDP2). Short for a
+    # [parallel] section in which only one of the two numbers is above 1.
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    # Compile each block (torch.compile), with which backend: "eager" and "aot_eager" generate no code, for tests.
+    compile: bool = False
+    compile_backend: Literal["inductor", "aot_eager", "eager"] = "inductor"
+    # Let torch use only algorithms that give the same bits each time, and raise where it has none: what exact rollbacks
+    # and replays need on a GPU. On a CPU they are the same ones, and there it changes nothing.
+    deterministic: bool = False
+    # Recompute the activations of each block in the backward pass.
+    activation_checkpointing: bool = False
+    # Steps between two evaluations on the held-out documents; 0: none.
+    eval_every: Natural = 0
+    # Batches of one evaluation.
+    eval_batches: Positive = 8
+
+
+class FaultSection(Section, frozen=True, kw_only=True):
+    """[[faults]]: faults that the trainer stages on purpose, for tests and demonstrations."""
+
+    # In the numbers of a pass: nan_loss, spike_loss (the loss times `value`), spike_grad, spike_embedding (what comes
+    # back to an embedding, times `value`), inf_grad and nan_grad (one entry, before the reduction), inf_grad_reduced
+    # (after it, as a broken rank would), garbage_grad (noise of `value` times the norm, other noise each time: broken
+    # hardware), overflow (an infinite gradient where the loss scale is above `value`).
+    # In the data: ignore_labels; in the samples of the stretch alone noise_tokens (mis-decoded text), repeat_tokens (an
+    # n-gram again and again) and shuffle_labels, alike whenever the sample is used.
+    # In the state, before the step and until somebody goes back (give `times`, or each attempt strikes again):
+    # scale_weights (all, by `value`), scale_row (embedding row `entry`, by `value`), flip_weight and flip_moment (bit
+    # `value` of entry `entry` of the first matrix of the blocks, of its first moment), zero_moments.
+    # In the step: scale_lr (the learning rate times `value`, unseen by schedule and guard).
+    # Of the process: hang, exit, raise.
+    kind: Literal[
+        "nan_loss",
+        "spike_loss",
+        "spike_grad",
+        "spike_embedding",
+        "inf_grad",
+        "nan_grad",
+        "inf_grad_reduced",
+        "garbage_grad",
+        "overflow",
+        "ignore_labels",
+        "noise_tokens",
+        "repeat_tokens",
+        "shuffle_labels",
+        "scale_weights",
+        "scale_row",
+        "flip_weight",
+        "flip_moment",
+        "zero_moments",
+        "scale_lr",
+        "hang",
+        "exit",
+        "raise",
+    ]
+    # The fault strikes a batch that covers a position in [first, last) of the order ...
+    first: Natural = 0
+    last: Natural = 0
+    # ... or the attempts at this step (0: by position) and the `steps` - 1 that follow, or both where both are given.
+    # `times` bounds how often, per process life.
+    step: Natural = 0
+    steps: Positive = 1
+    times: Positive = 1_000_000_000
+    # Rank that it strikes; -1: all.
+    rank: Annotated[int, Meta(ge=-1)] = -1
+    # Strength: a factor, seconds of a hang, exit status, the largest loss scale that does not overflow, the bit (of a
+    # float32, 30 is the highest of the exponent).
+    value: float = 100.0
+    # Row of the embedding, or entry of the matrix, that a fault of the state strikes; counted modulo their number.
+    entry: Natural = 0
+    # Micro-batch of the window that it strikes; -1: all.
+    micro: Annotated[int, Meta(ge=-1)] = -1
+
+
+class Config(Settings, frozen=True, kw_only=True):
+    data: DataSection = DataSection()
+    model: ModelSection = ModelSection()
+    optim: OptimSection = OptimSection()
+    train: TrainSection = TrainSection()
+    parallel: ParallelSection = ParallelSection()
+    faults: tuple[FaultSection, ...] = ()
+
+    @property
+    def world(self) -> int:
+        return self.launch.processes * self.launch.nodes
+
+    @property
+    def layout(self) -> Layout:
+        """The mesh of ranks. Raises ConfigError where the numbers do not fit; `check` has seen that they do."""
+        return Layout.of(self.parallel, world=self.world, strategy=self.train.strategy)
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self.train.micro_batch_size or (self.train.ramp_from or self.train.batch_size) // self.layout.data_ranks
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of one rank in one update."""
+        return self.train.batch_size // (self.layout.data_ranks * self.micro_batch_size)
+
+    @property
+    def batch_plan(self) -> BatchPlan:
+        """Samples of a batch as a function of the step."""
+        train = self.train
+        if not train.ramp_from:
+            return BatchPlan.constant(train.batch_size)
+        by = train.ramp_by or self.layout.data_ranks * self.micro_batch_size
+        samples = -(-train.ramp_tokens // self.data.sequence_length)
+        return BatchPlan.growing(start=train.ramp_from, by=by, size=train.batch_size, samples=samples)
+
+    def schedule(self, *, steps: int) -> Schedule:
+        """The learning rate as a function of the step, for a run of so many."""
+        length = self.data.sequence_length
+        warmup = warmup_steps(self.optim, steps=steps, plan=self.batch_plan, sequence_length=length)
+        return Schedule.of(self.optim, steps=steps, warmup=warmup)
+
+    def practice(self) -> list[str]:
+        from trainer.config.recommendations import remarks
+
+        return remarks(self)
+
+    def outline(self) -> list[str]:
+        from trainer.config.estimate import outline
+
+        return outline(self)
+
+    @classmethod
+    def completed(cls, tree: dict[str, Any]) -> dict[str, Any]:
+        return preset.completed(tree)
+
+    def resolved(self, *, base: Path) -> Config:
+        config = super().resolved(base=base)
+        assert isinstance(config, Config)
+        data = config.data
+        absolute = lambda path: str(base / os.path.expanduser(path))  # noqa: E731
+        data = msgspec.structs.replace(
+            data,
+            sources=tuple(s if s.startswith("builtin:") else absolute(s) for s in data.sources),
+            tokenizer=data.tokenizer if data.tokenizer in TRAINED else absolute(data.tokenizer),
+            quarantine=absolute(data.quarantine) if data.quarantine else "",
+            cache=absolute(data.cache) if data.cache else "",
+        )
+        model = config.model
+        model = msgspec.structs.replace(model, hf=absolute(model.hf) if model.hf else "")
+        return msgspec.structs.replace(config, data=data, model=model)
+
+    def check(self, *, base: Path) -> None:
+        super().check(base=base)
+        self._check_batch()
+        self._check_ramp()
+        self._check_data(base)
+        self._check_faults()
+        self.model.check(base=base)
+        self.optim.check(self.model, strategy="fsdp" if self.layout.sharded else "ddp")
+        self.layout.check_model(self.model, self.optim, self.train)
+        self._check_pipeline()
+        self._check_sequence()
+        check_objective(self.train.objective, self.model)
+        self._check_gate()
+        self._check_compile()
+        if bool(self.train.steps) == bool(self.train.epochs):
+            raise ConfigError(
+                "either train.steps or train.epochs, and not both",
+                key="train.steps",
+                value=self.train.steps,
+                hint=f"train.epochs is {self.train.epochs}; the one that does not count is 0",
+            )
+        self._check_warmup()
+        if self.train.eval_every and not self.data.eval_fraction:
+            raise ConfigError(
+                "0, or held-out documents to evaluate on",
+                key="train.eval_every",
+                value=self.train.eval_every,
+                hint="set data.eval_fraction above 0",
+            )
+
+    def _check_gate(self) -> None:
+        """The lagged gate leaves updates out on the device, and knows no number of a step before its update."""
+        optim = self.optim
+        forbidden = {
+            "optim.name": (optim.name, optim.name not in ("adam", "adamw"), '"adamw" or "adam"'),
+            "optim.implementation": (optim.implementation, optim.implementation != "fused", '"fused"'),
+            "optim.zclip": (optim.zclip, bool(optim.zclip), "0"),
+            "optim.qk_clip": (optim.qk_clip, bool(optim.qk_clip), "0"),
+            "optim.stable": (optim.stable, optim.stable, "false"),
+            "train.precision": (self.train.precision, self.train.precision == "fp16", '"bf16" or "fp32"'),
+            "parallel.cpu_offload": (True, self.parallel.cpu_offload, "false"),
+        }
+        if self.guard.gate == "lagged":
+            _refuse(forbidden, instead='guard.gate = "sync"')
+
+    def _check_compile(self) -> None:
+        forbidden = {
+            "parallel.pp": (self.layout.pp, self.layout.pp > 1, "1"),
+            "parallel.tp": (self.layout.tp, self.layout.tp > 1, "1"),
+            "optim.qk_clip": (self.optim.qk_clip, bool(self.optim.qk_clip), "0"),
+            "train.activation_checkpointing": (True, self.train.activation_checkpointing, "false"),
+        }
+        if self.train.compile:
+            _refuse(forbidden, instead="train.compile = false")
+
+    def _check_warmup(self) -> None:
+        """By epochs, the number of steps is known only when the data is."""
+        steps, optim = self.train.steps, self.optim
+        if steps and self.schedule(steps=steps).warmup >= steps:
+            key = "warmup_tokens" if optim.warmup_tokens else "warmup_steps"
+            raise ConfigError(
+                f"less than train.steps ({steps})" if key == "warmup_steps" else f"fewer than {steps} steps have",
+                key=f"optim.{key}",
+                value=getattr(optim, key),
+                hint="the learning rate would never reach its peak",
+            )
+
+    def _check_ramp(self) -> None:
+        train = self.train
+        if bool(train.ramp_from) != bool(train.ramp_tokens) or (train.ramp_by and not train.ramp_from):
+            key = "ramp_tokens" if train.ramp_from else "ramp_from"
+            raise ConfigError("a ramp with both ramp_from and ramp_tokens", key=f"train.{key}", value=0)
+        if not train.ramp_from:
+            return
+        share = self.layout.data_ranks * self.micro_batch_size
+        by = train.ramp_by or share
+        if not share or train.ramp_from % share or train.ramp_from >= train.batch_size:
+            least = share or self.layout.data_ranks
+            raise ConfigError(
+                f"a multiple of {least} (data ranks x micro_batch_size) below train.batch_size",
+                key="train.ramp_from",
+                value=train.ramp_from,
+            )
+        if by % share or (train.batch_size - train.ramp_from) % by:
+            raise ConfigError(
+                f"a multiple of {share} (data ranks x micro_batch_size) that divides "
+                f"batch_size - ramp_from = {train.batch_size - train.ramp_from}",
+                key="train.ramp_by",
+                value=by,
+            )
+
+    def _check_pipeline(self) -> None:
+        stages, count = self.layout.pp, self.micro_batches
+        # Interleaved 1F1B takes them in rounds of one size, of as many as there are stages or some more.
+        rounds = max(1, count // stages)
+        if self.parallel.schedule == "1f1b" and self.layout.chunks > 1 and count % rounds:
+            raise ConfigError(
+                f"such that the {count} micro-batches of a window make {rounds} equal rounds: "
+                f"a multiple of parallel.pp ({stages}) always does",
+                key="train.micro_batch_size",
+                value=self.micro_batch_size,
+                hint=f"nearest: train.batch_size = {nearest(count, stages) * self.train.batch_size // count}",
+            )
+        if self.parallel.schedule == "1f1b" and count < stages:
+            raise ConfigError(
+                f"such that a window has at least parallel.pp ({stages}) micro-batches",
+                key="train.micro_batch_size",
+                value=self.micro_batch_size,
+                hint=f"batch_size / (data ranks * micro_batch_size) is {count}",
+            )
+
+    def _check_sequence(self) -> None:
+        length, parts = self.data.sequence_length, self.layout.tp
+        if self.layout.sequence and length % parts:
+            raise ConfigError(
+                f"a multiple of parallel.tp ({parts}), whose ranks share out the tokens",
+                key="data.sequence_length",
+                value=length,
+                hint=f"nearest: {nearest(length, parts)}, or parallel.sequence_parallel = false",
+            )
+
+    def _check_batch(self) -> None:
+        batch, world = self.train.batch_size, self.layout.data_ranks
+        if batch % world:
+            model_ranks = self.layout.tp * self.layout.pp
+            split = f" (launch.processes * launch.nodes = {self.world}, over parallel.tp * parallel.pp = {model_ranks})"
+            raise ConfigError(
+                f"a multiple of the {world} data-parallel ranks{split if model_ranks > 1 else ''}",
+                key="train.batch_size",
+                value=batch,
+                hint=f"nearest: {nearest(batch, world)}",
+            )
+        share = self.train.micro_batch_size * world
+        if share and batch % share:
+            raise ConfigError(
+                f"a divisor of the {batch // world} samples that a rank has of one batch",
+                key="train.micro_batch_size",
+                value=self.train.micro_batch_size,
+            )
+
+    def _check_data(self, base: Path) -> None:
+        for index, source in enumerate(self.data.sources):
+            key = f"data.sources[{index}]"
+            if source.startswith("builtin:"):
+                if source != BUILTIN:
+                    raise ConfigError(f"{BUILTIN!r}, the one built-in corpus", key=key, value=source)
+            elif not _exists(base, source):
+                raise ConfigError(
+                    "an existing file, folder or glob with matches",
+                    key=key,
+                    value=source,
+                    hint=why_unreachable(_path(base, source)),
+                )
+        tokenizer, quarantine = _path(base, self.data.tokenizer), _path(base, self.data.quarantine)
+        if self.data.tokenizer not in TRAINED and not os.path.isfile(tokenizer):
+            raise ConfigError(
+                '"bytes", "bpe" or an existing tokenizer.json',
+                key="data.tokenizer",
+                value=self.data.tokenizer,
+                hint=why_unreachable(tokenizer),
+            )
+        if self.data.quarantine and not os.path.isfile(quarantine):
+            raise ConfigError(
+                "an existing file with one sample id a line",
+                key="data.quarantine",
+                value=self.data.quarantine,
+                hint=why_unreachable(quarantine) or "guardrail report RUN --quarantine writes one",
+            )
+        if self.data.cache and (why := why_unreachable(_path(base, self.data.cache))):
+            raise ConfigError("a folder that can be made", key="data.cache", value=self.data.cache, hint=why)
+
+    def _check_faults(self) -> None:
+        for index, fault in enumerate(self.faults):
+            key = f"faults[{index}]"
+            if fault.rank >= self.world:
+                raise ConfigError(f"a rank below {self.world}, or -1 for all", key=f"{key}.rank", value=fault.rank)
+            if not fault.step and fault.last <= fault.first:
+                raise ConfigError(
+                    f"more than {key}.first ({fault.first}), or {key}.step for a fault at one step",
+                    key=f"{key}.last",
+                    value=fault.last,
+                    hint="the fault would never strike",
+                )
+            if fault.kind in ("flip_weight", "flip_moment") and fault.value not in range(32):
+                raise ConfigError("a bit from 0 to 31", key=f"{key}.value", value=fault.value)
+            if fault.kind == "scale_lr" and fault.value <= 0:
+                raise ConfigError("a factor above 0", key=f"{key}.value", value=fault.value)
+
+    def check_machine(self) -> None:
+        """Refuse a ring of snapshots that the memory of this node cannot hold."""
+        from trainer.config.sizes import state_bytes
+
+        layout = self.layout
+        shards = layout.dp_shard * layout.tp * layout.pp  # of a pipeline: a stage with its share of the embeddings
+        one = state_bytes(self.model, self.vocabulary, shards=shards, sequence_length=self.data.sequence_length)
+        ring, memory = one * self.snapshots.keep * self.launch.processes, memory_bytes()
+        if ring > memory:
+            fit = memory // (one * self.launch.processes)
+            raise ConfigError(
+                f"a ring that fits {_gib(memory)} of memory",
+                key="snapshots.keep",
+                value=self.snapshots.keep,
+                hint=f"{self.snapshots.keep} snapshots x {self.launch.processes} processes x {_gib(one)} are "
+                f"{_gib(ring)}; {f'{fit} would fit' if fit >= 2 else '0 needs none, and goes back to checkpoints'}",
+            )
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids of the configured tokenizer, known before it is trained; an upper bound for `bpe`."""
+        if self.data.tokenizer in TRAINED:
+            return BYTE_IDS if self.data.tokenizer == "bytes" else self.data.vocabulary
+        try:
+            model = json.loads(Path(self.data.tokenizer).read_text(encoding="utf-8"))["model"]
+            return len(model["vocab"])
+        except (OSError, ValueError, KeyError, TypeError):
+            # Whoever loads the file says what is wrong with it.
+            return self.data.vocabulary
+
+
+def memory_bytes() -> int:
+    """Physical memory of this node, or the limit of its container if that is less."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            memory = min(memory, int(Path(limit).read_text()))
+        except (OSError, ValueError):  # no container, or "max"
+            continue
+    return memory
+
+
+def _refuse(forbidden: Mapping[str, tuple[object, bool, str]], *, instead: str) -> None:
+    """Args:
+    forbidden: key -> (its value, whether that is forbidden, what is expected).
+    instead: the other way out.
+    """
+    for key, (value, bad, expected) in forbidden.items():
+        if bad:
+            raise ConfigError(f"{expected}, or {instead}", key=key, value=value)
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _path(base: Path, path: str) -> Path:
+    return base / os.path.expanduser(path)
+
+
+def _exists(base: Path, source: str) -> bool:
+    path = _path(base, source)
+    return os.path.exists(path) or any(True for _ in glob.iglob(str(path), recursive=True))

@@ -1,0 +1,125 @@
+"""How nodes wait for each other's corpus before their ranks meet.
+
+Each node prepares its own text, and one may need hours longer than another. A process group cannot be waited in for so
+long: its timeout is that of a step. So the first rank of each node writes a small file into the run directory, and all
+ranks wait until those of all nodes say that the corpus is ready.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from guardrail.core.errors import DataError, GuardrailError, Interrupted
+from guardrail.core.files import FOLDER_MODE, encode_json, read_file, replace_file
+from guardrail.core.records import Record
+from guardrail.rundir.heartbeat import this_start
+from guardrail.rundir.run_directory import RunDirectory
+
+POLL_SECONDS = 0.2
+REPORT_SECONDS = 5.0  # between two reports of the progress of a node: each is a file that all nodes read
+
+
+class NodeReport(Record, frozen=True, kw_only=True):
+    """What a node says of its set-up.
+
+    Attributes:
+        ready: its corpus is there.
+        text: what it does; changes as long as it gets ahead.
+        stopped, failed: there will be no corpus: asked to stop; why it cannot be made.
+    """
+
+    ready: bool = False
+    text: str = ""
+    stopped: bool = False
+    failed: str = ""
+
+
+class NodesReady:
+    """The meeting of one start of the ranks.
+
+    Args:
+        run: the run directory, on a file system that all nodes share.
+        nodes: how many there are.
+        node: which one this is, from 0.
+    """
+
+    def __init__(self, run: RunDirectory, *, nodes: int, node: int) -> None:
+        start = hashlib.sha256(this_start().encode()).hexdigest()[:16]
+        self._folder = run.path / "setup" / start
+        self._nodes, self._node = nodes, node
+        self._reported = 0.0
+
+    def report(self, text: str) -> None:
+        """Say how far this node is; for its first rank, as often as it likes."""
+        if time.monotonic() - self._reported >= REPORT_SECONDS:
+            self._reported = time.monotonic()
+            self._write(NodeReport(text=text))
+
+    def text(self) -> str:
+        """What the first rank of this node has reported last; for its other ranks."""
+        return self._read(self._node).text
+
+    def ready(self) -> None:
+        """Say that the corpus of this node is there; for its first rank."""
+        self._write(NodeReport(ready=True))
+        if self._node == 0:
+            for older in self._folder.parent.iterdir():
+                if older != self._folder:
+                    shutil.rmtree(older, ignore_errors=True)
+
+    def give_up(self, error: GuardrailError) -> None:
+        """Say that there will be no corpus on this node; for its first rank."""
+        stopped = isinstance(error, Interrupted)
+        self._write(NodeReport(stopped=stopped, failed="" if stopped else str(error)))
+
+    def wait(self, *, stop: Callable[[], bool], seconds: float, alive: Callable[[str], None]) -> None:
+        """Until every node is ready.
+
+        Args:
+            stop: true when a node will never be.
+            seconds: how long nothing may change.
+            alive: told what is waited for whenever something has changed.
+
+        Raises:
+            Interrupted: `stop` said so, or a node was stopped.
+            DataError: a node cannot make its corpus, or nothing has changed for `seconds`.
+        """
+        known: dict[int, NodeReport] = {}
+        changed = time.monotonic()
+        while True:
+            reports = {node: self._read(node) for node in range(self._nodes)}
+            missing = [node for node, report in reports.items() if not report.ready]
+            if not missing:
+                return
+            if reports != known:
+                known, changed = reports, time.monotonic()
+                alive(f"waiting for the text of node {missing[0]}: {reports[missing[0]].text}")
+            for node, report in reports.items():
+                if report.failed:
+                    raise DataError(f"node {node}: {report.failed}")
+            if stop() or any(report.stopped for report in reports.values()):
+                raise Interrupted("asked to stop while another node prepared its text; nothing was trained")
+            if time.monotonic() - changed > seconds:
+                raise DataError(f"node {missing[0]} has not prepared its text: no progress for {seconds:.0f} s")
+            time.sleep(POLL_SECONDS)
+
+    def _write(self, report: NodeReport) -> None:
+        self._folder.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+        replace_file(self._folder / f"node-{self._node}.json", encode_json(report), sync=False)
+
+    def _read(self, node: int) -> NodeReport:
+        try:
+            return msgspec.json.decode(read_file(self._folder / f"node-{node}.json"), type=NodeReport)
+        except (OSError, msgspec.DecodeError):
+            return NodeReport()
+
+
+def node_of_this_rank() -> int:
+    """Which node this rank stands on, as torch elastic counts them."""
+    return int(os.environ.get("GROUP_RANK", "0"))

@@ -1,0 +1,40 @@
+"""How long work stays interruptible and says how far it is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from guardrail.core.errors import Interrupted
+
+Progress = Callable[[str, float], None]  # (what is being done, share done in [0, 1])
+Stop = Callable[[], bool]
+
+REPORT_SECONDS = 0.25
+POLL_SECONDS = 0.002
+
+
+class Pulse:
+    """Called from every inner loop: polls `stop`, and passes `share` on a few times a second.
+
+    Raises Interrupted as soon as `stop()` is true.
+    """
+
+    def __init__(self, progress: Progress, stop: Stop, text: str = "looking for text") -> None:
+        self._progress, self._stop = progress, stop
+        self._polled = self._reported = 0.0
+        self.text, self.share = text, 0.0
+
+    def phase(self, text: str) -> None:
+        self.text, self.share, self._reported = text, 0.0, 0.0
+        self()
+
+    def __call__(self) -> None:
+        now = time.monotonic()
+        if now - self._polled >= POLL_SECONDS:
+            self._polled = now
+            if self._stop():
+                raise Interrupted(f"stopped while {self.text}")
+        if now - self._reported >= REPORT_SECONDS:
+            self._reported = now
+            self._progress(self.text, min(1.0, self.share))

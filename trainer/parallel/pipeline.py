@@ -1,0 +1,246 @@
+"""Pipeline parallelism by torch.distributed.pipelining: a rank has stretches of the blocks, micro-batches flow through.
+
+GPipe (Huang et al. 2019) runs all forward passes, then all backward ones; 1F1B (PipeDream-flush, Narayanan et al. 2021)
+alternates them, so that a stage keeps the activations of as many micro-batches as there are stages behind it. With
+several chunks, stretches that are dealt out to the stages in turn, a micro-batch goes round the ranks once for each:
+interleaved 1F1B (the same paper, section 2.2.2), and breadth-first GPipe (Lamy-Poirier 2022). All add up the gradients
+of a window and reduce them once, at its end.
+
+Shape suffixes: B rows of a micro-batch, T tokens, D width, W token ids of this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleLoopedBFS,
+)
+
+from trainer.config.layout import numbers, stretches
+from trainer.model import Decoder
+from trainer.model.attention import Sight
+
+SCHEDULES: dict[str, Any] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
+OF_CHUNKS: dict[str, Any] = {"gpipe": ScheduleLoopedBFS, "1f1b": ScheduleInterleaved1F1B}
+
+
+class Elsewhere(nn.Module):
+    """Stands for a block of another stage, so that the blocks here keep their numbers and names."""
+
+    def forward(self, x_BTD: Tensor, _sight: Sight) -> Tensor:
+        return x_BTD
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a rank stands in its pipeline.
+
+    Attributes:
+        stage, stages: its number, and how many there are.
+        chunks: stretches of blocks that each stage has.
+        group: the ranks of this pipeline, first stage first.
+    """
+
+    stage: int
+    stages: int
+    chunks: int = 1
+    group: dist.ProcessGroup
+
+    @property
+    def first(self) -> bool:
+        """Whether the embedding is here."""
+        return self.stage == 0
+
+    @property
+    def last(self) -> bool:
+        """Whether the head is here."""
+        return self.stage == self.stages - 1
+
+    @property
+    def numbers(self) -> range:
+        """Of the chunks of this rank, in the order of the model."""
+        return numbers(stage=self.stage, stages=self.stages, chunks=self.chunks)
+
+    @property
+    def end(self) -> int:
+        """The number of the chunk with the head."""
+        return self.stages * self.chunks - 1
+
+    def stretches(self, layers: int) -> list[range]:
+        """Numbers of the blocks of each chunk."""
+        return stretches(layers, stage=self.stage, stages=self.stages, chunks=self.chunks)
+
+
+def cut(model: Decoder, place: Place) -> None:
+    """Leave of a whole model what this stage has: its blocks, the embedding at the beginning, the head at the end.
+
+    `model` maps (token ids [B, T] or the stream [B, T, D], number of a chunk of this rank) to the stream or to logits
+    afterwards. Call it before the model is sharded.
+    """
+    dealt = place.stretches(len(model.blocks))
+    for number in set(range(len(model.blocks))) - set(chain(*dealt)):
+        model.blocks[number] = Elsewhere()
+    if not place.first:
+        model.embedding = Elsewhere()  # type: ignore[assignment]
+        model.embedding_norm = model.absolute = None
+    if not place.last:
+        model.norm = model.head = None
+
+    def forward(x: Tensor, chunk: int) -> Tensor:
+        number = place.numbers[chunk]
+        x_BTD = model.embed(x) if number == 0 else x
+        mask = model.mask(x_BTD.shape[1] * model.stream_parts, x_BTD.device)
+        blocks = [model.blocks[number] for number in dealt[chunk]]
+        x_BTD = model.run(blocks, x_BTD, Sight(mask=mask, rotary=model.rotary))
+        return model.logits(x_BTD) if number == place.end else x_BTD
+
+    model.forward = forward  # type: ignore[assignment, method-assign]
+
+
+class Chunk(nn.Module):
+    """What the schedule calls a stage: one chunk of a rank's model, which throws the dice of each micro-batch.
+
+    Args:
+        model: what `cut` left, sharded or not; of all chunks of this rank.
+        index: of this chunk on its rank.
+        begin: called with the number of a micro-batch and `index` before its forward pass: throws the dice.
+
+    Attributes:
+        next: which micro-batch of the window the next pass is of; None: of none, and no dice are thrown.
+    """
+
+    def __init__(self, model: nn.Module, index: int, begin: Callable[[int, int], None]) -> None:
+        super().__init__()
+        self.model, self.index = model, index
+        self._begin = begin
+        self.next: int | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.next is not None:
+            self._begin(self.next, self.index)
+            # Every schedule takes the micro-batches of a chunk in order, forward and backward.
+            self.next += 1
+        return cast(Tensor, self.model(x, self.index))
+
+
+class Pipeline:
+    """One rank's part in the schedule of a window of micro-batches.
+
+    Args:
+        model: what `cut` left, sharded by FSDP2, be it on one shard.
+        place: of this rank.
+        schedule: "gpipe" or "1f1b".
+        micro_batches, rows, length: of a window: how many, B and T of each.
+        stream: tokens and width of what travels between stages, T (with sequence parallelism a part of it) and D.
+        outputs: W, on the last stage.
+        begin: see Chunk.
+        loss: (number, logits, labels) -> what the backward pass begins with, on the last stage.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        place: Place,
+        *,
+        schedule: str,
+        micro_batches: int,
+        rows: int,
+        length: int,
+        stream: tuple[int, int],
+        outputs: int,
+        device: torch.device,
+        begin: Callable[[int, int], None],
+        loss: Callable[[int, Tensor, Tensor], Tensor],
+    ) -> None:
+        self.model, self.place, self.stream, self.device = model, place, stream, device
+        self._loss, self._lost = loss, 0
+        between = torch.empty(rows, *stream, device="meta", requires_grad=True)
+        tokens = torch.empty(rows, length, dtype=torch.int64, device="meta")
+        logits = torch.empty(rows, length, outputs, device="meta", requires_grad=True)
+
+        def stage(module: nn.Module, number: int) -> PipelineStage:
+            return PipelineStage(
+                module,
+                number,
+                place.end + 1,
+                device,
+                # Given here, so that torch runs no pass of its own to find them out, which would move dice and hooks.
+                input_args=tokens if number == 0 else between,
+                output_args=logits if number == place.end else between,
+                group=place.group,
+            )
+
+        self._chunks = [Chunk(model, index, begin) for index in range(place.chunks)]
+        stages = [stage(chunk, number) for chunk, number in zip(self._chunks, place.numbers, strict=True)]
+        options = {"loss_fn": self._lose, "scale_grads": False}
+        if place.chunks == 1:
+            self._schedule = SCHEDULES[schedule](stages[0], micro_batches, **options)
+        else:
+            self._schedule = OF_CHUNKS[schedule](stages, micro_batches, **options)
+        # A chunk is no sharded module, so that the schedule leaves gathering and reducing to the model, of which all
+        # chunks are parts; this stands for all of it, when the gradients of a window are complete.
+        self._whole = stage(model, place.stage)
+
+    def train(self, tokens: Tensor, labels: Tensor) -> None:
+        """Forward and backward of a window, [micro_batches * B, T] each, gradients reduced at the end."""
+        sharded = cast(FSDPModule, self.model)
+        sharded.set_is_last_backward(False)
+        sharded.set_reshard_after_backward(False)
+        sharded.set_requires_gradient_sync(False)
+        self._lost = 0
+        self._next(0)
+        try:
+            inputs = (tokens,) if self.place.first else ()
+            targets = {"target": labels} if self.place.last else {}
+            self._schedule.step(*inputs, **targets, return_outputs=False)
+        finally:
+            self._next(None)
+        self._whole.perform_reduce_grad(1)
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor, *, again: int | None = None) -> Tensor | None:
+        """Logits of some rows, on the last stage; None on the others. Every rank of the pipeline calls it.
+
+        Args:
+            again: number of the micro-batch of the last window that they are, whose dice are thrown once more.
+        """
+        place, logits = self.place, None
+        self._next(again)
+        for chunk, number in zip(self._chunks, place.numbers, strict=True):
+            x = tokens
+            if number > 0:
+                x = torch.empty(len(tokens), *self.stream, device=self.device)
+                dist.recv(x, group=place.group, group_src=(number - 1) % place.stages)
+            y = cast(Tensor, chunk(x))
+            if number == place.end:
+                logits = y
+            else:
+                dist.send(y.contiguous(), group=place.group, group_dst=(number + 1) % place.stages)
+        self._next(None)
+        return logits
+
+    def from_last(self, values: Tensor) -> Tensor:
+        """The last stage's `values` on every stage."""
+        dist.broadcast(values, group=self.place.group, group_src=self.place.stages - 1)
+        return values
+
+    def _next(self, micro_batch: int | None) -> None:
+        """Which micro-batch the next pass of each chunk is of."""
+        for chunk in self._chunks:
+            chunk.next = micro_batch
+
+    def _lose(self, logits: Tensor, labels: Tensor) -> Tensor:
+        self._lost += 1
+        return self._loss(self._lost - 1, logits, labels)
