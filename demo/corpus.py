@@ -1,12 +1,14 @@
-"""Builds a folder of numbered text files out of the standard library, with two stretches of really corrupted ones.
+"""Builds a folder of numbered text files out of the standard library, with two stretches of really
+corrupted ones.
 
     python -m demo.corpus --out demo/corpus
 
-The corrupted documents are what a careless extraction leaves in a corpus: binary files of this installation decoded
-as text (as Latin-1, as UTF-16), and one phrase repeated for pages. Each batch of them is a spike, so guardrail skips
-it before its update. The text of the second stretch gets worse from page to page, as a bad scan does. Its first batches
-are too close to normal text to be rejected; when the loss has risen, their updates are in the weights, and guardrail
-rolls back. With `[data] order = "stream"` a byte-level run meets both stretches at a known share of its samples.
+The corrupted documents are what a careless extraction leaves in a corpus: binary files of this
+installation decoded as text (as Latin-1, as UTF-16), and one phrase repeated for pages. Each batch
+of them is a spike, so guardrail skips it before its update. The text of the second stretch gets
+worse from page to page, as a bad scan does. Its first batches are too close to normal text to be
+rejected; when the loss has risen, their updates are in the weights, and guardrail rolls back. With
+`[data] order = "stream"` a byte-level run meets both stretches at a known share of its samples.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ from trainer.data.progress import Pulse
 from trainer.data.sources import discover
 
 MARKER = ".corpus.json"  # hidden, so that a run that reads the folder passes it over
-WORN = "of its characters read wrongly"  # the end of what the marker file says of the second stretch
+# the end of what the marker file says of the second stretch
+WORN = "of its characters read wrongly"
 PHRASES = (
     "click here to accept all cookies ",
     "404 Not Found | nginx | ",
@@ -55,8 +58,8 @@ class Plan:
     # Where the corrupted stretch begins, and how long it is, as shares of the run.
     at: float = 0.56
     amount: float = 0.02
-    # A second stretch, whose text gets worse from page to page: where it begins and how long it is, as shares of the
-    # run.
+    # A second stretch, whose text gets worse from page to page: where it begins and how long it is,
+    # as shares of the run.
     worn_at: float = 0.78
     worn_amount: float = 0.04
     # Share of its characters that are wrong, at its beginning and at its end.
@@ -85,8 +88,8 @@ class Text:
 def build(out: Path, plan: Plan) -> dict[str, object]:
     """Write the corpus into `out`; returns what the marker file says of it.
 
-    The same plan on the same installation gives the same bytes; files that are right already stay untouched.
-    Raises UsageError when `out` holds anything that this did not build.
+    The same plan on the same installation gives the same bytes; files that are right already stay
+    untouched. Raises UsageError when `out` holds anything that this did not build.
     """
     _refuse_foreign(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -143,7 +146,9 @@ def _held(name: str, plan: Plan) -> bool:
 
 
 def _honest(plan: Plan, dice: random.Random) -> Iterator[Text]:
-    """Stretches of the standard library, cut at line ends, in random order; again from the beginning if need be."""
+    """Stretches of the standard library, cut at line ends, in random order; again from the
+    beginning if need be.
+    """
     found = discover((BUILTIN,))
     pulse = Pulse(lambda text, share: None, lambda: False)
     reader = DocumentReader(found.files, text_field="text", max_bytes=1 << 26, pulse=pulse)
@@ -154,7 +159,9 @@ def _honest(plan: Plan, dice: random.Random) -> Iterator[Text]:
 
 
 def _cut(text: str, size: int) -> Iterator[bytes]:
-    """Pieces of whole lines of about `size` bytes; what is left over at the end, and is too short, is dropped."""
+    """Pieces of whole lines of about `size` bytes; what is left over at the end, and is too short,
+    is dropped.
+    """
     lines, held = [], 0
     for line in text.encode("utf-8").splitlines(keepends=True):
         lines.append(line)
@@ -176,7 +183,9 @@ def _damaged(plan: Plan, dice: random.Random) -> Iterator[Text]:
             content = _shortened(text, plan.corrupted_bytes)
             yield Text(content, f"{os.path.basename(path)} decoded as {encoding}")
         phrase = dice.choice(PHRASES)
-        content = _shortened(phrase * (plan.corrupted_bytes // len(phrase) + 1), plan.corrupted_bytes)
+        content = _shortened(
+            phrase * (plan.corrupted_bytes // len(phrase) + 1), plan.corrupted_bytes
+        )
         yield Text(content, f"{phrase.strip()!r} repeated")
 
 
@@ -191,17 +200,30 @@ def _worn(text: Text, share: float, dice: random.Random) -> Text:
 
 
 def _binaries() -> list[str]:
-    """Compiled modules and zip files of this installation: files that stay as they are; at least the interpreter."""
+    """Compiled modules and zip files of this installation: files that stay as they are; at least
+    the interpreter.
+    """
     library = sysconfig.get_path("stdlib")
     patterns = ("lib-dynload/*.so", "ensurepip/_bundled/*.whl")
-    files = [path for pattern in patterns for path in glob.glob(os.path.join(glob.escape(library), pattern))]
-    return sorted(path for path in files if os.path.getsize(path) >= 1 << 14) or [os.path.realpath(sys.executable)]
+    files = [
+        path
+        for pattern in patterns
+        for path in glob.glob(os.path.join(glob.escape(library), pattern))
+    ]
+    return sorted(path for path in files if os.path.getsize(path) >= 1 << 14) or [
+        os.path.realpath(sys.executable)
+    ]
 
 
 def _dense(path: str, size: int, dice: random.Random) -> bytes:
-    """A stretch of a binary file with many different bytes, not one of the pages of zeros that they are full of."""
+    """A stretch of a binary file with many different bytes, not one of the pages of zeros that they
+    are full of.
+    """
     content = Path(path).read_bytes()
-    stretches = [content[at : at + size] for at in (dice.randrange(max(1, len(content) - size)) for _ in range(16))]
+    stretches = [
+        content[at : at + size]
+        for at in (dice.randrange(max(1, len(content) - size)) for _ in range(16))
+    ]
     return max(stretches, key=lambda stretch: len(set(stretch)))
 
 
@@ -211,7 +233,9 @@ def _shortened(text: str, size: int) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Leaves a file that is right already: its time of change is a part of what the cache goes by."""
+    """Leaves a file that is right already: its time of change is a part of what the cache goes
+    by.
+    """
     try:
         if path.read_bytes() == content:
             return
@@ -228,14 +252,23 @@ def _refuse_foreign(out: Path) -> None:
     ours = re.compile(r"\d+\.txt|\..*")
     foreign = [entry.name for entry in out.iterdir() if not ours.fullmatch(entry.name)]
     if foreign or (any(out.glob("*.txt")) and not (out / MARKER).exists()):
-        raise UsageError(f"{out} holds files that this did not build: name another folder with --out")
+        raise UsageError(
+            f"{out} holds files that this did not build: name another folder with --out"
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m demo.corpus", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m demo.corpus",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, default=Path("demo/corpus"), help="folder to build (default: %(default)s)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("demo/corpus"),
+        help="folder to build (default: %(default)s)",
+    )
     for field, help_text in (
         ("seed", "which text is taken, and how it is corrupted"),
         ("steps", "steps of the run"),
@@ -244,7 +277,10 @@ def main(arguments: list[str] | None = None) -> int:
         ("eval_fraction", "share of documents that the run holds out"),
         ("at", "share of the run at which the corrupted stretch begins"),
         ("amount", "length of the corrupted stretch as a share of the run; 0: none"),
-        ("worn_at", "share of the run at which the stretch begins whose text gets worse from page to page"),
+        (
+            "worn_at",
+            "share of the run at which the stretch begins whose text gets worse from page to page",
+        ),
         ("worn_amount", "length of that stretch as a share of the run; 0: none"),
         ("worn_from", "share of its characters that are wrong at its beginning"),
         ("worn_to", "share of its characters that are wrong at its end"),
@@ -254,11 +290,19 @@ def main(arguments: list[str] | None = None) -> int:
     ):
         default = getattr(Plan, field)
         option = f"--{field.replace('_', '-')}"
-        parser.add_argument(option, type=type(default), default=default, help=f"{help_text} (default: %(default)s)")
+        parser.add_argument(
+            option, type=type(default), default=default, help=f"{help_text} (default: %(default)s)"
+        )
     options = vars(parser.parse_args(arguments))
     out = options.pop("out")
     plan = Plan(**options)
-    sizes = (plan.steps, plan.batch, plan.sequence_length, plan.document_bytes, plan.corrupted_bytes)
+    sizes = (
+        plan.steps,
+        plan.batch,
+        plan.sequence_length,
+        plan.document_bytes,
+        plan.corrupted_bytes,
+    )
     if min(sizes) < 1 or min(plan.at, plan.amount, plan.margin) < 0:
         parser.error("sizes must be at least 1, shares at least 0")
     try:
@@ -271,7 +315,10 @@ def main(arguments: list[str] | None = None) -> int:
     damaged = [entry["name"] for entry in corrupted if not entry["corruption"].endswith(WORN)]
     worn = [entry["name"] for entry in corrupted if entry["corruption"].endswith(WORN)]
     ranges = [f"{names[0]} to {names[-1]}" for names in (damaged, worn) if names]
-    print(f"{description['documents']} documents, corrupted: {', '.join(ranges) or 'none'}", file=sys.stderr)
+    print(
+        f"{description['documents']} documents, corrupted: {', '.join(ranges) or 'none'}",
+        file=sys.stderr,
+    )
     print(out)
     return 0
 

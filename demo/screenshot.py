@@ -1,4 +1,5 @@
-"""Draws the screen of a run as it stands, into an SVG: the picture in the README is one of `make demo`.
+"""Draws the screen of a run as it stands, into an SVG: the picture in the README is one of `make
+demo`.
 
 python -m demo.screenshot runs/quickstart/2026-11-25-01 demo/screen.svg
 """
@@ -24,7 +25,9 @@ async def draw(path: Path, size: tuple[int, int]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", help="a run directory, or its name")
     parser.add_argument("out", type=Path)
     parser.add_argument("--root", default="runs", help="folder of the runs")

@@ -1,4 +1,6 @@
-"""Fixtures that several test files share. No test touches the network, the user's cache or another test's run."""
+"""Fixtures that several test files share. No test touches the network, the user's cache or another
+test's run.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ import pytest
 from tests.faults import FAULTS
 from tests.lab import Lab
 
-# The files that take longest begin first: several workers share the files among them, and one that takes minutes and
-# comes last would leave the others idle.
+# The files that take longest begin first: several workers share the files among them, and one that
+# takes minutes and comes last would leave the others idle.
 LONGEST = (
     "test_mesh",
     "test_supervisor",
@@ -54,12 +56,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for mark in item.iter_markers("fault"):
             for fault in mark.args:
                 if fault not in FAULTS:
-                    raise pytest.UsageError(f"{item.nodeid}: unknown fault {fault!r}, see tests/faults.py")
+                    raise pytest.UsageError(
+                        f"{item.nodeid}: unknown fault {fault!r}, see tests/faults.py"
+                    )
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Prepared text is shared between the tests of one session, its workers included, and with nobody else."""
+    """Prepared text is shared between the tests of one session, its workers included, and with
+    nobody else.
+    """
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
     before = os.environ.get("XDG_CACHE_HOME")
@@ -73,7 +79,8 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _perturbed_weights() -> Iterator[None]:
-    """With GUARDRAIL_PERTURB=SEED, multiply all initial weights by 1 + 1e-6 x noise, as rounding on another CPU would.
+    """With GUARDRAIL_PERTURB=SEED, multiply all initial weights by 1 + 1e-6 x noise, as rounding on
+    another CPU would.
 
     A test that then fails depends on the rounding of one machine.
     """

@@ -16,12 +16,18 @@ from trainer.data.prepare import prepare
 
 def section(folder: Path, **settings: Any) -> DataSection:
     """[data] of `folder`/text with a cache of its own; held-out documents only when asked for."""
-    defaults: dict[str, Any] = {"sources": (str(folder / "text"),), "sequence_length": 8, "eval_fraction": 0.0}
+    defaults: dict[str, Any] = {
+        "sources": (str(folder / "text"),),
+        "sequence_length": 8,
+        "eval_fraction": 0.0,
+    }
     return DataSection(**{**defaults, "cache": str(folder / "cache"), **settings})
 
 
 def prepared(data: DataSection, **options: Any) -> Corpus:
-    return Corpus.open(prepare(data, progress=lambda text, share: None, stop=lambda: False, **options))
+    return Corpus.open(
+        prepare(data, progress=lambda text, share: None, stop=lambda: False, **options)
+    )
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -37,7 +43,9 @@ def write(path: Path, content: str | bytes) -> Path:
 
 
 def stream(split: Split) -> np.ndarray:
-    """All tokens of a split: the samples one after another, each without what it shares with the next."""
+    """All tokens of a split: the samples one after another, each without what it shares with the
+    next.
+    """
     rows = split.tokens(range(len(split)))
     assert (rows[1:, 0] == rows[:-1, -1]).all()
     return np.concatenate([rows[:, :-1].reshape(-1), rows[-1, -1:]])

@@ -1,7 +1,9 @@
-"""A run that never was: rows, events and status of thousands of steps with a spike, a rollback and checkpoints.
+"""A run that never was: rows, events and status of thousands of steps with a spike, a rollback and
+checkpoints.
 
-`python tests/fake_run.py ROOT` writes a run directory and prints its path; with `--live` it goes on with it, answers
-commands, and spikes now and then, so that the screen can be tried without training anything.
+`python tests/fake_run.py ROOT` writes a run directory and prints its path; with `--live` it goes on
+with it, answers commands, and spikes now and then, so that the screen can be tried without training
+anything.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ _COLUMN = {name: index for index, name in enumerate(METRIC_COLUMNS)}
 class FakeRun:
     """Builds a run step by step; `rows`, `events` and `status` may be looked at at any time."""
 
-    def __init__(self, *, name: str = "quickstart/2026-11-25-01", total: int = 6000, seed: int = 0) -> None:
+    def __init__(
+        self, *, name: str = "quickstart/2026-11-25-01", total: int = 6000, seed: int = 0
+    ) -> None:
         self.rng = np.random.default_rng(seed)
         self.name, self.total = name, total
         self.time, self.step, self.timeline, self.cursor = START, 0, 0, 0
@@ -79,7 +83,9 @@ class FakeRun:
         return event
 
     def begin(self) -> FakeRun:
-        self.event("started", "started on 2 ranks with 21,337 samples", world=2, seed=0, samples=21337)
+        self.event(
+            "started", "started on 2 ranks with 21,337 samples", world=2, seed=0, samples=21337
+        )
         return self
 
     def advance(self, to_step: int, *, checkpoints: int = 200, ring: int = 10) -> FakeRun:
@@ -98,8 +104,11 @@ class FakeRun:
                                         state=state, time=self.time))  # fmt: skip
         return self
 
-    def spike(self, *, length: int = 3, back_to: int | None = None, under_way: bool = False) -> FakeRun:
-        """The loss jumps for `length` batches in a row; the guard leaves each out, then goes back before them.
+    def spike(
+        self, *, length: int = 3, back_to: int | None = None, under_way: bool = False
+    ) -> FakeRun:
+        """The loss jumps for `length` batches in a row; the guard leaves each out, then goes back
+        before them.
 
         Args:
             under_way: the last of them was not the one that makes it go back.
@@ -113,30 +122,50 @@ class FakeRun:
                               baseline=float(base[0]), score=4 * value - 9, threshold=8.0, onset=last)  # fmt: skip
             other = msgspec.structs.replace(finding, signal="grad_norm", kind=Kind.GRAD_SPIKE,
                                             value=float(grad[0] * 50), baseline=0.71, score=22.8)  # fmt: skip
-            self._rows(np.array([last]), np.array([value]), grad * 50, embed * 80, base, verdict=Action.SKIP)
+            self._rows(
+                np.array([last]),
+                np.array([value]),
+                grad * 50,
+                embed * 80,
+                base,
+                verdict=Action.SKIP,
+            )
             action = "skip" if index < length - 1 or under_way else "rollback"
             self.event("verdict", f"{action} at step {last}: {finding.sentence()}", action=action, onset=last,
                        findings=[finding, other], incident=self.incident, at_step=last)  # fmt: skip
             if not index:
                 self.event(
-                    "incident", f"incident {self.incident}: open", number=self.incident, state="open", onset=last
+                    "incident",
+                    f"incident {self.incident}: open",
+                    number=self.incident,
+                    state="open",
+                    onset=last,
                 )
             if action == "skip":
                 self._left_out("left_out", "", self.cursor, self.cursor + BATCH, "rejected", last)
             self.cursor, self.time = self.cursor + BATCH, self.time + STEP_SECONDS
         if under_way:
             return self
-        target = back_to if back_to is not None else max(s.step for s in self.snapshots if s.step < last - 4)
+        target = (
+            back_to
+            if back_to is not None
+            else max(s.step for s in self.snapshots if s.step < last - 4)
+        )
         message = f"rolled back from step {at} to {target} (memory), "
         self._left_out("rollback", message, first, self.cursor, "rollback", last, to_step=target, from_step=at,
                        onset=last, window=[first, self.cursor], tier="memory",
                        new_timeline=self.timeline + 1)  # fmt: skip
         self.snapshots = [s for s in self.snapshots if s.step <= target or s.tier == "disk"]
-        self.snapshots = [msgspec.structs.replace(s, state="suspect") if s.step > target else s for s in self.snapshots]
+        self.snapshots = [
+            msgspec.structs.replace(s, state="suspect") if s.step > target else s
+            for s in self.snapshots
+        ]
         self.step, self.timeline = target, self.timeline + 1
         return self
 
-    def _left_out(self, kind: str, message: str, first: int, last: int, cause: str, step: int, **data: Any) -> None:
+    def _left_out(
+        self, kind: str, message: str, first: int, last: int, cause: str, step: int, **data: Any
+    ) -> None:
         documents = [
             DocumentRef(path="/data/corpus/0037.txt", first_byte=8192, last_byte=12288),
             DocumentRef(path="/data/corpus/0038.txt"),
@@ -159,16 +188,26 @@ class FakeRun:
                           baseline=2.31, score=math.inf, threshold=0.0, onset=at, ranks=(1,))  # fmt: skip
         self.incident += 1
         bad = np.array([math.nan])
-        self._rows(np.array([at]), bad, np.array([math.inf]), bad, np.array([2.31]), verdict=Action.SKIP)
+        self._rows(
+            np.array([at]), bad, np.array([math.inf]), bad, np.array([2.31]), verdict=Action.SKIP
+        )
         self.event("verdict", f"skip at step {at}: loss is NaN on rank 1", action="skip", findings=[finding], onset=at,
                    incident=self.incident, at_step=at)  # fmt: skip
-        self.event("incident", f"incident {self.incident}: open", number=self.incident, state="open", onset=at)
+        self.event(
+            "incident",
+            f"incident {self.incident}: open",
+            number=self.incident,
+            state="open",
+            onset=at,
+        )
         self._left_out("left_out", "", self.cursor, self.cursor + BATCH, "rejected", at)
         self.cursor += BATCH
         return self
 
     def weigh(self) -> FakeRun:
-        """What a guard finds out about its newest incident before it asks: tokens, a cause, the samples to blame."""
+        """What a guard finds out about its newest incident before it asks: tokens, a cause, the
+        samples to blame.
+        """
         at, number = self.step + 1, self.incident
         finding = Finding(signal="embed_grad_norm", step=at, kind=Kind.EMBED_SPIKE, severity=Severity.REJECT,
                           value=14.2, baseline=0.2, score=31.0, threshold=8.0, onset=at - 4)  # fmt: skip
@@ -182,7 +221,11 @@ class FakeRun:
         samples = [{"position": self.cursor + 3, "loss": 11.5, "share": 0.71, "documents": [document],
                     "excerpt": "Ã‚Â Ã‚Â Ã‚Â Ã‚", "odd": ["repeats 0.98", "mis-decoded 0.96"]}]  # fmt: skip
         span = Span(
-            first=self.cursor, last=self.cursor + BATCH, cause="rejected", step=at, positions=(self.cursor + 3,)
+            first=self.cursor,
+            last=self.cursor + BATCH,
+            cause="rejected",
+            step=at,
+            positions=(self.cursor + 3,),
         )
         self.event("left_out", "left out 1 sample of 1 document", span=span, samples=samples, documents=[document],
                    documents_total=1, incident=number)  # fmt: skip
@@ -198,7 +241,9 @@ class FakeRun:
 
     def end(self, phase: Phase, exit_code: int) -> FakeRun:
         self.phase, self.exit_code = phase, exit_code
-        self.event("ended", f"{phase.value} at step {self.step:,}", phase=phase.value, exit_code=exit_code)
+        self.event(
+            "ended", f"{phase.value} at step {self.step:,}", phase=phase.value, exit_code=exit_code
+        )
         return self
 
     # -- what it leaves
@@ -304,7 +349,9 @@ class FakeRun:
 
 
 class FakeReader:
-    """What the screen reads in tests: snapshots put there by hand; keeps the commands it is given."""
+    """What the screen reads in tests: snapshots put there by hand; keeps the commands it is
+    given.
+    """
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
@@ -360,7 +407,9 @@ def snapshot_of(fake: FakeRun) -> Snapshot:
 
 
 class LiveRun:
-    """Goes on with a fake run on disk: steps, heartbeat, answers to commands, a spike now and then."""
+    """Goes on with a fake run on disk: steps, heartbeat, answers to commands, a spike now and
+    then.
+    """
 
     def __init__(self, fake: FakeRun, run: RunDirectory, *, rate: float, spike_every: int) -> None:
         self.fake, self.run, self.rate, self.spike_every = fake, run, rate, spike_every
@@ -424,7 +473,9 @@ class LiveRun:
             case _:
                 reason = f"not possible while {fake.phase.value}"
         self._flush()
-        answer = self.run.answer(command, applied=not reason, reason=reason, step=fake.step, timeline=fake.timeline)
+        answer = self.run.answer(
+            command, applied=not reason, reason=reason, step=fake.step, timeline=fake.timeline
+        )
         fake.events.append(answer)
         self._events += 1
 
@@ -437,20 +488,30 @@ def example(until: int = 1284) -> FakeRun:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("root", type=Path)
-    parser.add_argument("--steps", type=int, default=1284, help="healthy steps after the incidents of the example")
+    parser.add_argument(
+        "--steps", type=int, default=1284, help="healthy steps after the incidents of the example"
+    )
     parser.add_argument("--total", type=int, default=6000)
-    parser.add_argument("--live", type=float, default=0.0, metavar="SECONDS", help="go on for so long")
+    parser.add_argument(
+        "--live", type=float, default=0.0, metavar="SECONDS", help="go on for so long"
+    )
     parser.add_argument("--rate", type=float, default=10.0, help="steps a second while live")
-    parser.add_argument("--spike-every", type=int, default=400, help="steps between spikes while live; 0: none")
+    parser.add_argument(
+        "--spike-every", type=int, default=400, help="steps between spikes while live; 0: none"
+    )
     parser.add_argument("--ask", action="store_true", help="let the guard ask at the end")
     options = parser.parse_args()
     fake = example(options.steps)
     fake.total = max(options.total, options.steps)
     if options.ask:
         fake.mode = Mode.ASK
-        fake.ask("loss 2.31 → 6.84, score 27 (limit 8): roll back to 1,270 and leave out 18 batches?")
+        fake.ask(
+            "loss 2.31 → 6.84, score 27 (limit 8): roll back to 1,270 and leave out 18 batches?"
+        )
     run = fake.write(options.root)
     print(run.path, flush=True)
     if options.live:

@@ -1,8 +1,10 @@
-"""The known faults, and which tests guard against each: `python -m tests.faults [--against REVISION]`.
+"""The known faults, and which tests guard against each: `python -m tests.faults [--against
+REVISION]`.
 
-A test that fails without the fix of a fault carries `@pytest.mark.fault("R1")`. Without arguments this module prints
-the tests of each fault and names the faults that have none. With `--against REVISION` it runs the marked tests over
-`guardrail/` and `trainer/` of that revision, where each of them must fail, and prints those that pass.
+A test that fails without the fix of a fault carries `@pytest.mark.fault("R1")`. Without arguments
+this module prints the tests of each fault and names the faults that have none. With `--against
+REVISION` it runs the marked tests over `guardrail/` and `trainer/` of that revision, where each of
+them must fail, and prints those that pass.
 """
 
 from __future__ import annotations
@@ -144,27 +146,47 @@ def print_listing(tests: dict[str, list[str]]) -> int:
 
 
 def run_against(revision: str, extra: list[str]) -> int:
-    """Run the marked tests over the product of an older revision; returns how many of them pass there.
+    """Run the marked tests over the product of an older revision; returns how many of them pass
+    there.
 
-    A test file that cannot be imported over the old product counts as failing: it needs what the fix brought.
+    A test file that cannot be imported over the old product counts as failing: it needs what the
+    fix brought.
     """
     with tempfile.TemporaryDirectory(prefix="guardrail-old-") as folder:
         tree = Path(folder) / "tree"
-        subprocess.run(["git", "worktree", "add", "--detach", "-q", tree, "HEAD"], cwd=REPOSITORY, check=True)
+        subprocess.run(
+            ["git", "worktree", "add", "--detach", "-q", tree, "HEAD"], cwd=REPOSITORY, check=True
+        )
         try:
-            subprocess.run(["git", "checkout", "-q", revision, "--", "guardrail", "trainer"], cwd=tree, check=True)
+            subprocess.run(
+                ["git", "checkout", "-q", revision, "--", "guardrail", "trainer"],
+                cwd=tree,
+                check=True,
+            )
             added = _files_added_since(revision)
             for path in added:
                 (tree / path).unlink(missing_ok=True)
             report = Path(folder) / "report.xml"
-            # Without the last option one file that cannot be imported would keep all others from running.
-            command = [sys.executable, "-m", "pytest", "-q", "-m", "fault", f"--junitxml={report}", *extra]
+            # Without the last option one file that cannot be imported would keep all others from
+            # running.
+            command = [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-m",
+                "fault",
+                f"--junitxml={report}",
+                *extra,
+            ]
             command.append("--continue-on-collection-errors")
             environment = {**os.environ, "PYTHONPATH": str(tree)}
             subprocess.run(command, cwd=tree, env=environment, check=False)
             passing = _passing_tests(report)
         finally:
-            subprocess.run(["git", "worktree", "remove", "--force", tree], cwd=REPOSITORY, check=True)
+            subprocess.run(
+                ["git", "worktree", "remove", "--force", tree], cwd=REPOSITORY, check=True
+            )
     print(f"\n{len(passing)} marked tests pass over {revision}")
     for test in passing:
         print(f"  {test}")
@@ -174,7 +196,9 @@ def run_against(revision: str, extra: list[str]) -> int:
 def _files_added_since(revision: str) -> list[str]:
     command = ["git", "diff", "--name-only", "--diff-filter=A", "--no-renames", revision, "HEAD"]
     command += ["--", "guardrail", "trainer"]
-    return subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout.splitlines()
+    return subprocess.run(
+        command, cwd=REPOSITORY, check=True, capture_output=True, text=True
+    ).stdout.splitlines()
 
 
 def _passing_tests(report: Path) -> list[str]:
@@ -183,8 +207,14 @@ def _passing_tests(report: Path) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--against", metavar="REVISION", help="run the marked tests over the product of this revision")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--against",
+        metavar="REVISION",
+        help="run the marked tests over the product of this revision",
+    )
     options, extra = parser.parse_known_args()
     if options.against:
         return 1 if run_against(options.against, extra) else 0

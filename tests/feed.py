@@ -1,4 +1,6 @@
-"""Feeds made-up runs to the pure core: observations from plain numbers, and a whole run without a tensor."""
+"""Feeds made-up runs to the pure core: observations from plain numbers, and a whole run without a
+tensor.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,15 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from guardrail.core.config import GuardSection
-from guardrail.core.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Action, Observation, Span, Verdict
+from guardrail.core.records import (
+    EMBED_GRAD_NORM,
+    GRAD_NORM,
+    LOSS,
+    Action,
+    Observation,
+    Span,
+    Verdict,
+)
 from guardrail.decide.controller import Controller
 from guardrail.decide.policy import Rollback
 from guardrail.decide.sample_order import Ledger, SampleOrder
@@ -17,9 +27,13 @@ from guardrail.decide.sample_order import Ledger, SampleOrder
 BATCH = 16
 
 
-def obs(step: int, loss: float | None = None, grad: float | None = None, **fields: Any) -> Observation:
+def obs(
+    step: int, loss: float | None = None, grad: float | None = None, **fields: Any
+) -> Observation:
     """An observation of batch number `step` with the signals that are given."""
-    signals = {name: value for name, value in ((LOSS, loss), (GRAD_NORM, grad)) if value is not None}
+    signals = {
+        name: value for name, value in ((LOSS, loss), (GRAD_NORM, grad)) if value is not None
+    }
     if "embed" in fields:
         signals[EMBED_GRAD_NORM] = fields.pop("embed")
     fields.setdefault("first", (step - 1) * BATCH)
@@ -40,7 +54,9 @@ def healthy_loss(step: int) -> float:
 def warmed(controller: Controller, steps: int = 200) -> int:
     """Feed a healthy run; returns the step that comes next."""
     for step in range(1, steps + 1):
-        verdict = controller.observe(obs(step, healthy_loss(step), noisy(0.5, seed=1, noise=0.2)(step)))
+        verdict = controller.observe(
+            obs(step, healthy_loss(step), noisy(0.5, seed=1, noise=0.2)(step))
+        )
         assert verdict.action is Action.APPLY and verdict.accepted, verdict
     return steps + 1
 
@@ -55,15 +71,18 @@ def plain(verdict: Verdict) -> str:
 
 
 class Trainer:
-    """A whole run around ledger and controller without a tensor: what the guard does, in forty lines.
+    """A whole run around ledger and controller without a tensor: what the guard does, in forty
+    lines.
 
-    The weights are a number, `poison`: each applied bad sample raises the loss of every later step by 0.1. So what was
-    applied shows in the numbers, and a rollback that is not exact would show too.
+    The weights are a number, `poison`: each applied bad sample raises the loss of every later step
+    by 0.1. So what was applied shows in the numbers, and a rollback that is not exact would show
+    too.
 
     Args:
         bad: sample ids that raise the loss of their batch to 9.
         every: steps between two snapshots; the first is taken at step 0.
-        crash_at: attempts (calls of `attempt`) at which the process dies and resumes from snapshot + journal.
+        crash_at: attempts (calls of `attempt`) at which the process dies and resumes from snapshot
+        + journal.
     """
 
     def __init__(
@@ -133,7 +152,14 @@ class Trainer:
         bad = sum(sample in self.bad for sample in batch.samples)
         step = self.step + 1
         loss = noisy(2.0)(batch.first) + 0.1 * self.poison + self.leak(step) + (7.0 if bad else 0.0)
-        seen = obs(step, loss, noisy(0.5, seed=1)(batch.first), first=batch.first, last=batch.last, streak=batch.streak)
+        seen = obs(
+            step,
+            loss,
+            noisy(0.5, seed=1)(batch.first),
+            first=batch.first,
+            last=batch.last,
+            streak=batch.streak,
+        )
         verdict = self.controller.observe(seen)
         self.verdicts.append(verdict)
         if verdict.action is Action.APPLY:
@@ -146,12 +172,20 @@ class Trainer:
             self._leave_out(Span(first=batch.first, last=batch.last, cause="rejected", step=step))
             self.ledger.passed(batch, applied=False)
         elif verdict.action is Action.ROLLBACK:
-            assert verdict.window is not None and verdict.before_step is not None and verdict.onset is not None
+            assert (
+                verdict.window is not None
+                and verdict.before_step is not None
+                and verdict.onset is not None
+            )
             target = max(at for at in self.saved if at < verdict.before_step)
             self.rollbacks.append(
-                Rollback(from_step=self.step, to_step=target, onset=verdict.onset, window=verdict.window)
+                Rollback(
+                    from_step=self.step, to_step=target, onset=verdict.onset, window=verdict.window
+                )
             )
-            self._leave_out(Span(first=verdict.window[0], last=verdict.window[1], cause="rollback", step=step))
+            self._leave_out(
+                Span(first=verdict.window[0], last=verdict.window[1], cause="rollback", step=step)
+            )
             self._restore(target)
             self.controller.load_rollbacks(self.rollbacks)
         else:
@@ -164,14 +198,20 @@ class Trainer:
     def story(self, steps: int) -> tuple[list[tuple[int, ...]], list[float], list[str]]:
         """What the weights have met, the losses of it, and what was left out."""
         steps_made = range(1, steps + 1)
-        return [self.applied[s] for s in steps_made], [self.losses[s] for s in steps_made], self.quarantined()
+        return (
+            [self.applied[s] for s in steps_made],
+            [self.losses[s] for s in steps_made],
+            self.quarantined(),
+        )
 
     def quarantined(self) -> list[str]:
         return list(self.ledger.quarantine.lines())
 
 
 def going_back(stretches: Sequence[tuple[int, int]]) -> tuple[list[float], list[float]]:
-    """(Steps, timelines) of the rows of a run that goes `back` to a step and makes `length` more, again and again."""
+    """(Steps, timelines) of the rows of a run that goes `back` to a step and makes `length` more,
+    again and again.
+    """
     steps: list[float] = []
     timelines: list[float] = []
     at = 0

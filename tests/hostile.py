@@ -1,4 +1,6 @@
-"""Input that nobody means: values for every kind of setting, and files with something wrong in them."""
+"""Input that nobody means: values for every kind of setting, and files with something wrong in
+them.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ TEXTS = st.one_of(
 )
 NUMBERS = st.one_of(
     st.integers(),
-    st.sampled_from([0, -1, 1, 2, 3, 7, 10**9, 2**31, 2**53 + 1, 2**63 - 1, 2**63, -(2**63), 10**400]),
+    st.sampled_from(
+        [0, -1, 1, 2, 3, 7, 10**9, 2**31, 2**53 + 1, 2**63 - 1, 2**63, -(2**63), 10**400]
+    ),
     st.floats(),
     st.sampled_from([0.0, -0.0, 1e-320, 1e308, float("nan"), float("inf")]),
 )
@@ -64,14 +68,49 @@ def check_message(message: str, *, longest: int = 3000) -> None:
 
 
 _SWAPS = [
-    *(b"nan", b"inf", b"-1", b"0", b"1e400", b"9" * 400, b"true", b'""', b"[]", b"{}", b"[[", b"]]", b"'", b'"', b"="),
-    *(b"\x00", b"\xff\xfe", b"\x1b[2J", b"\xe2\x80\xae", b"\n", b"[" * 3000, b'"' + b"x" * 5000 + b'"', b"1979-05-27"),
-    *(b"{ env = 'NO_SUCH_NAME' }", b"0xdeadbeef", b"1.5", b"-0.0", b"'''", b"\xf0\x9f\x92\xa5", b"a.b.c = 1\n"),
+    *(
+        b"nan",
+        b"inf",
+        b"-1",
+        b"0",
+        b"1e400",
+        b"9" * 400,
+        b"true",
+        b'""',
+        b"[]",
+        b"{}",
+        b"[[",
+        b"]]",
+        b"'",
+        b'"',
+        b"=",
+    ),
+    *(
+        b"\x00",
+        b"\xff\xfe",
+        b"\x1b[2J",
+        b"\xe2\x80\xae",
+        b"\n",
+        b"[" * 3000,
+        b'"' + b"x" * 5000 + b'"',
+        b"1979-05-27",
+    ),
+    *(
+        b"{ env = 'NO_SUCH_NAME' }",
+        b"0xdeadbeef",
+        b"1.5",
+        b"-0.0",
+        b"'''",
+        b"\xf0\x9f\x92\xa5",
+        b"a.b.c = 1\n",
+    ),
 ]
 
 
 def mutated(content: bytes, seed: int) -> bytes:
-    """The content with one to three things wrong: a piece swapped, lost, doubled, cut off, or a value replaced."""
+    """The content with one to three things wrong: a piece swapped, lost, doubled, cut off, or a
+    value replaced.
+    """
     chance = random.Random(seed)
     for _ in range(chance.randint(1, 3)):
         at = chance.randrange(len(content) + 1)
@@ -94,7 +133,9 @@ def mutated(content: bytes, seed: int) -> bytes:
 
 def _with_another_value(content: bytes, chance: random.Random) -> bytes:
     lines = content.split(b"\n")
-    settings = [at for at, line in enumerate(lines) if b"=" in line and not line.lstrip().startswith(b"#")]
+    settings = [
+        at for at, line in enumerate(lines) if b"=" in line and not line.lstrip().startswith(b"#")
+    ]
     if settings:
         at = chance.choice(settings)
         lines[at] = lines[at].partition(b"=")[0] + b"= " + chance.choice(_SWAPS)

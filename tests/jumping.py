@@ -1,4 +1,6 @@
-"""A guard in a loop of a few numbers, whose loss can be made to jump: runs of hundreds of steps in a second."""
+"""A guard in a loop of a few numbers, whose loss can be made to jump: runs of hundreds of steps in
+a second.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ class Model(nn.Module):
 
 
 class Loop:
-    """A loop whose loss steps up to `HIGH` for good with step `onset`, or in the batches with positions in `bad`."""
+    """A loop whose loss steps up to `HIGH` for good with step `onset`, or in the batches with
+    positions in `bad`.
+    """
 
     def __init__(
         self,
@@ -50,7 +54,11 @@ class Loop:
     ) -> None:
         self.onset, self.bad = onset, bad
         path = folder / "run"
-        self.run = RunDirectory(path) if path.exists() or not directory else RunDirectory.create_at(path, "")
+        self.run = (
+            RunDirectory(path)
+            if path.exists() or not directory
+            else RunDirectory.create_at(path, "")
+        )
         self.model = Model()
         section = {"warmup": 10, "window": 32, "confirm": 4, "divergence_steps": 8, **guard}
         self.guard = Guard.from_config(
@@ -84,7 +92,11 @@ class Loop:
         assert store is None or store.wait(60.0)
 
     def send(self, kind: CommandKind, *, at_step: int, value: float = 0.0) -> None:
-        self.run.send(Command(id=f"{kind.value}-{at_step}", kind=kind, value=value, at_step=at_step, who="tester"))
+        self.run.send(
+            Command(
+                id=f"{kind.value}-{at_step}", kind=kind, value=value, at_step=at_step, who="tester"
+            )
+        )
 
     def status(self) -> Status:
         return self.guard.account.status()

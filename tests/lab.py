@@ -1,4 +1,6 @@
-"""A place where tests run the real command line, supervisor and ranks, and end whatever they started."""
+"""A place where tests run the real command line, supervisor and ranks, and end whatever they
+started.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ FAKES = Path(__file__).parent / "fakes"
 
 
 def wait_for(condition: Callable[[], object], *, seconds: float = 60.0, what: str = "") -> None:
-    """Poll until `condition` holds; fails the test after `seconds`, which only a broken program needs.
+    """Poll until `condition` holds; fails the test after `seconds`, which only a broken program
+    needs.
 
     What it looks at may not be there yet: an assertion in it that does not hold counts as False.
     """
@@ -46,7 +49,9 @@ def small_file_system(folder: Path, *, megabytes: int) -> Iterator[Path]:
     """A file system of its own at `folder`; skips the test where none may be mounted."""
     folder.mkdir()
     size = f"size={megabytes}m"
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(folder)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(folder)], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("mounting a tmpfs is not permitted here; the other tests stage the errors")
     try:
@@ -77,7 +82,9 @@ class Lab:
         paths = os.pathsep.join([str(FAKES), str(REPOSITORY)])
         return {**os.environ, "PYTHONPATH": paths, "GUARDRAIL_ROOT": str(self.root), **variables}
 
-    def guardrail(self, *arguments: str, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
+    def guardrail(
+        self, *arguments: str, timeout: float = 120.0
+    ) -> subprocess.CompletedProcess[str]:
         """Run a command to its end."""
         return subprocess.run(
             [sys.executable, "-m", "guardrail", *arguments],
@@ -129,7 +136,9 @@ class Lab:
                 process.communicate(timeout=10)
         for run in list_runs(self.root):
             status = run.read_status()
-            supervisor = processes.supervisor_of(run.path, status.supervisor_pid) if status else None
+            supervisor = (
+                processes.supervisor_of(run.path, status.supervisor_pid) if status else None
+            )
             if supervisor is not None:
                 processes.tell(supervisor, signal.SIGQUIT)
                 wait_for(lambda alive=supervisor: not processes.alive(alive), seconds=20)  # type: ignore[misc]

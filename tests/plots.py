@@ -21,5 +21,11 @@ def plot(
 ) -> Plot:
     pale = [columns(ghost, scale) for ghost in ghosts]
     return draw(
-        columns(curve, scale), pale, height=height, log=log, baseline=baseline, threshold=threshold, rules=rules
+        columns(curve, scale),
+        pale,
+        height=height,
+        log=log,
+        baseline=baseline,
+        threshold=threshold,
+        rules=rules,
     )

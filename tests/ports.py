@@ -6,8 +6,9 @@ import itertools
 import os
 import socket
 
-# Below what Linux hands out by itself (from 32768 on): such a port may go to any connection between the moment it is
-# found free and the moment rank 0 listens on it. Each worker of a test session has a part of its own.
+# Below what Linux hands out by itself (from 32768 on): such a port may go to any connection between
+# the moment it is found free and the moment rank 0 listens on it. Each worker of a test session has
+# a part of its own.
 _FIRST, _PART, _PARTS = 12_000, 1_000, 20
 _turns = itertools.count(os.getpid() * 37)  # of two sessions at once, each begins somewhere else
 

@@ -1,7 +1,8 @@
-"""Runs a function on several gloo ranks by fork: 0.05 s a start instead of 2 s, since torch is imported already.
+"""Runs a function on several gloo ranks by fork: 0.05 s a start instead of 2 s, since torch is
+imported already.
 
-Fork only while the parent holds no threads of torch's own and no CUDA context (OpenMP pools survive no fork), so
-the parent never computes with more than one thread.
+Fork only while the parent holds no threads of torch's own and no CUDA context (OpenMP pools survive
+no fork), so the parent never computes with more than one thread.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def start_ranks(
 ) -> list[int]:
     """Fork `world` children that call `function(rank, *arguments)`; returns their pids.
 
-    With `init` the child joins a gloo group first; without it only torchrun's environment variables are set.
-    The result (or the traceback) of each rank is pickled to `folder/result-RANK`.
+    With `init` the child joins a gloo group first; without it only torchrun's environment variables
+    are set. The result (or the traceback) of each rank is pickled to `folder/result-RANK`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
@@ -93,7 +94,9 @@ def _forget_accelerate() -> None:
 
 
 def wait_ranks(pids: list[int], *, seconds: float = 120.0) -> list[int]:
-    """Exit codes (negative: signal) of all ranks; kills them and raises TimeoutError after `seconds`."""
+    """Exit codes (negative: signal) of all ranks; kills them and raises TimeoutError after
+    `seconds`.
+    """
     deadline = time.monotonic() + seconds
     codes: dict[int, int] = {}
     while len(codes) < len(pids):
@@ -104,7 +107,9 @@ def wait_ranks(pids: list[int], *, seconds: float = 120.0) -> list[int]:
             for pid in pids:
                 if pid not in codes:
                     _bury(pid)
-            raise TimeoutError(f"ranks {[pids.index(p) for p in pids if p not in codes]} still ran after {seconds} s")
+            raise TimeoutError(
+                f"ranks {[pids.index(p) for p in pids if p not in codes]} still ran after {seconds} s"
+            )
         time.sleep(0.005)
     return [codes[pid] for pid in pids]
 
@@ -119,7 +124,9 @@ def ended(pid: int) -> int | None:
 
 
 def bury_ranks() -> None:
-    """Kill what a failed test has left running: it would hold the test's folders, locks and output."""
+    """Kill what a failed test has left running: it would hold the test's folders, locks and
+    output.
+    """
     for pid in list(_alive):
         _bury(pid)
 
@@ -131,14 +138,23 @@ def _bury(pid: int) -> None:
 
 
 def run_ranks(
-    function: Callable[..., Any], world: int, *arguments: Any, folder: Path, init: bool = True, seconds: float = 120.0
+    function: Callable[..., Any],
+    world: int,
+    *arguments: Any,
+    folder: Path,
+    init: bool = True,
+    seconds: float = 120.0,
 ) -> list[Any]:
-    """Results of `function(rank, *arguments)` on every rank; raises AssertionError with a rank's traceback."""
+    """Results of `function(rank, *arguments)` on every rank; raises AssertionError with a rank's
+    traceback.
+    """
     wait_ranks(start_ranks(function, world, *arguments, init=init, folder=folder), seconds=seconds)
     results = []
     for rank in range(world):
         file = folder / f"result-{rank}"
-        good, value = pickle.loads(file.read_bytes()) if file.exists() else (False, "no result was written")
+        good, value = (
+            pickle.loads(file.read_bytes()) if file.exists() else (False, "no result was written")
+        )
         assert good, f"rank {rank}:\n{value}"
         results.append(value)
     return results

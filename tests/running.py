@@ -1,7 +1,9 @@
-"""Runs small enough for a test: two layers, 33 bytes a sample, real text with a stretch of corrupted documents.
+"""Runs small enough for a test: two layers, 33 bytes a sample, real text with a stretch of
+corrupted documents.
 
-A rank is a fork of the test process that does what `python -m trainer` does. What a rank would import by itself is
-imported here, once: torch._dynamo alone (which every torch optimizer imports) takes longer than a whole run.
+A rank is a fork of the test process that does what `python -m trainer` does. What a rank would
+import by itself is imported here, once: torch._dynamo alone (which every torch optimizer imports)
+takes longer than a whole run.
 """
 
 from __future__ import annotations
@@ -38,11 +40,12 @@ from trainer.data.prepare import prepare
 
 BATCH, LENGTH = 8, 32
 SHAPES = [(1, "ddp"), (2, "ddp"), (2, "fsdp")]
-# The same for tests of which one shape is enough while one works: .ci/run runs the sharded one, which costs three times
-# as much, after the tests.
+# The same for tests of which one shape is enough while one works: .ci/run runs the sharded one,
+# which costs three times as much, after the tests.
 FEW_SHAPES = [*SHAPES[:2], pytest.param(*SHAPES[2], marks=pytest.mark.ci_slow)]
 ONE_SHAPE = [SHAPES[0], *(pytest.param(*shape, marks=pytest.mark.ci_slow) for shape in SHAPES[1:])]
-# [guard]: where no replay tells that the data alone is to blame, three rejections in a row call for a rollback.
+# [guard]: where no replay tells that the data alone is to blame, three rejections in a row call for
+# a rollback.
 BLIND: dict[str, Any] = {"cause_test": False}
 # What two runs must have in common, bit by bit.
 BANDS = ("loss_baseline", "loss_threshold", "grad_norm_threshold", "embed_grad_norm_threshold")
@@ -50,7 +53,9 @@ COMMON = ("step", "first", "last", "loss", "grad_norm", "embed_grad_norm", "lr",
 
 
 def write_corpus(folder: Path, *, documents: int = 120, bad: Sequence[int] = ()) -> Path:
-    """Documents of 1000 characters of the standard library; those numbered in `bad` are mis-decoded noise."""
+    """Documents of 1000 characters of the standard library; those numbered in `bad` are mis-decoded
+    noise.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     source = inspect.getsource(textwrap) + inspect.getsource(random)
     noise = random.Random(0)
@@ -64,7 +69,8 @@ def write_corpus(folder: Path, *, documents: int = 120, bad: Sequence[int] = ())
 
 
 def tiny(folder: Path, *, world: int = 1, strategy: str = "ddp", **sections: Any) -> Config:
-    """The checked configuration of a run that keeps its files under `folder`: dropout, two micro-batches a step.
+    """The checked configuration of a run that keeps its files under `folder`: dropout, two
+    micro-batches a step.
 
     Args:
         sections: what to change: a dict for each section, a list for `faults`.
@@ -87,7 +93,8 @@ def tiny(folder: Path, *, world: int = 1, strategy: str = "ddp", **sections: Any
             "micro_batch_size": BATCH // world // 2,
             "strategy": strategy,
         },
-        # Of some 60 batches a test spoils several: more than the share of its data that a real run may skip by itself.
+        # Of some 60 batches a test spoils several: more than the share of its data that a real run
+        # may skip by itself.
         "guard": {
             "window": 32,
             "warmup": 12,
@@ -122,7 +129,9 @@ def new_run(config: Config) -> RunDirectory:
 
 @contextlib.contextmanager
 def prompt_disk() -> Iterator[None]:
-    """Ranks that start now wait for their saves: how slow a disk is does not decide which checkpoints there are."""
+    """Ranks that start now wait for their saves: how slow a disk is does not decide which
+    checkpoints there are.
+    """
     save = CheckpointStore.save
 
     def waited(self: CheckpointStore, *given: Any, **named: Any) -> None:
@@ -140,7 +149,13 @@ def rank_main(rank: int) -> None:
 
 def start_run(run: RunDirectory, world: int) -> list[int]:
     """Start the ranks of a run, as torch elastic would; returns their pids."""
-    return start_ranks(rank_main, world, folder=run.path / "results", init=False, env={"GUARDRAIL_RUN": str(run.path)})
+    return start_ranks(
+        rank_main,
+        world,
+        folder=run.path / "results",
+        init=False,
+        env={"GUARDRAIL_RUN": str(run.path)},
+    )
 
 
 def train(run: RunDirectory, world: int, *, seconds: float = 120.0) -> str:
@@ -160,7 +175,9 @@ def trained(config: Config, **options: Any) -> RunDirectory:
 
 def outcome(run: RunDirectory) -> str:
     """How the run has ended, by its journal; "" while it has not, or was killed."""
-    last = next((e for e in reversed(run.events()) if e.kind in ("started", "restarted", "ended")), None)
+    last = next(
+        (e for e in reversed(run.events()) if e.kind in ("started", "restarted", "ended")), None
+    )
     return str(last.data["phase"]) if last is not None and last.kind == "ended" else ""
 
 
@@ -187,9 +204,14 @@ def table(run: RunDirectory, columns: Sequence[str] = COMMON) -> np.ndarray:
 def final(run: RunDirectory) -> str:
     """Fingerprint of the newest checkpoint, after proving that it holds and is of the last step.
 
-    One that a test has damaged may still be there, and comes before all others where its age cannot be read.
+    One that a test has damaged may still be there, and comes before all others where its age cannot
+    be read.
     """
-    invalid = {event.data["path"] for event in of_kind(run, "checkpoint") if event.data["state"] == "invalid"}
+    invalid = {
+        event.data["path"]
+        for event in of_kind(run, "checkpoint")
+        if event.data["state"] == "invalid"
+    }
     newest = next(path for path in checkpoint_dirs(run.checkpoints) if path.name not in invalid)
     status = run.read_status()
     assert status is not None
@@ -198,7 +220,8 @@ def final(run: RunDirectory) -> str:
 
 
 def assert_same(a: RunDirectory, b: RunDirectory) -> None:
-    """The present of both runs is the same, bit by bit: every applied step, and the weights at the end.
+    """The present of both runs is the same, bit by bit: every applied step, and the weights at the
+    end.
 
     Where both runs had a guard, so is what it expected of each step.
     """
@@ -211,7 +234,9 @@ def assert_same(a: RunDirectory, b: RunDirectory) -> None:
         if name in BANDS and (np.isnan(mine).all() or np.isnan(others).all()):
             continue
         differ = np.flatnonzero((mine != others) & ~(np.isnan(mine) & np.isnan(others)))
-        assert not len(differ), f"{name} differs first at step {steps[differ[0]]}, in {len(differ)} steps"
+        assert not len(differ), (
+            f"{name} differs first at step {steps[differ[0]]}, in {len(differ)} steps"
+        )
     assert final(a) == final(b)
 
 
@@ -221,7 +246,9 @@ def remedies_of(run: RunDirectory) -> tuple[Remedy, ...]:
 
 
 def told(config: Config, run: RunDirectory) -> Config:
-    """The configuration of a run that knows from its beginning what `run` found out, with the guard off."""
+    """The configuration of a run that knows from its beginning what `run` found out, with the guard
+    off.
+    """
     lines, remedies = quarantine_lines(run), remedies_of(run)
     assert lines or remedies, "nothing was left out: the comparison would show nothing"
     file = run.path / "quarantine.txt"
@@ -235,7 +262,9 @@ def told(config: Config, run: RunDirectory) -> Config:
 
 
 def said(event: Event) -> tuple[str, str]:
-    """What a line says, wherever in the journal it stands: a save or a copy comes in when a disk is ready."""
+    """What a line says, wherever in the journal it stands: a save or a copy comes in when a disk is
+    ready.
+    """
     return event.kind, re.sub(r"\bline \d+\b", "line", event.message)
 
 
@@ -244,4 +273,6 @@ def assert_whole(run: RunDirectory) -> None:
     seqs = [event.seq for event in run.events()]
     assert seqs == list(range(1, len(seqs) + 1))
     if run.metrics_path.exists():
-        assert run.metrics_path.stat().st_size // (8 * len(run.metrics().columns)) == len(run.metrics())
+        assert run.metrics_path.stat().st_size // (8 * len(run.metrics().columns)) == len(
+            run.metrics()
+        )

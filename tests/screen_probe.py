@@ -15,7 +15,9 @@ from typing import Any
 
 
 def stopwatch(path: str) -> None:
-    """Write (monotonic seconds, CPU seconds of the screen's thread) for every frame: building its rows and drawing."""
+    """Write (monotonic seconds, CPU seconds of the screen's thread) for every frame: building its
+    rows and drawing.
+    """
     from textual.screen import Screen
 
     from guardrail.tui.app.app import GuardrailApp
@@ -41,7 +43,9 @@ def stopwatch(path: str) -> None:
 
 
 def day() -> None:
-    """24 hours in steps of half a minute, through files, reader and a whole screen without a terminal."""
+    """24 hours in steps of half a minute, through files, reader and a whole screen without a
+    terminal.
+    """
     import asyncio
 
     from guardrail.rundir.run_directory import RunDirectory

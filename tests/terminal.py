@@ -1,4 +1,6 @@
-"""A program in a pseudo-terminal: what it writes and when, what a terminal would show of it, and keys for it."""
+"""A program in a pseudo-terminal: what it writes and when, what a terminal would show of it, and
+keys for it.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,9 @@ class Terminal:
         """Processes that the process has started itself."""
         with contextlib.suppress(OSError):
             pid = self.process.pid
-            return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+            return [
+                int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            ]
         return []
 
     @property
@@ -97,8 +101,8 @@ class Terminal:
         return next(iter(self.children()), self.process.pid)
 
     def cpu(self) -> float:
-        """CPU seconds of the process, of its children and of all their threads until now, to the nanosecond; 0.0 once
-        it is gone."""
+        """CPU seconds of the process, of its children and of all their threads until now, to the
+        nanosecond; 0.0 once it is gone."""
         total = 0
         for pid in (self.process.pid, *self.children()):
             with contextlib.suppress(OSError):

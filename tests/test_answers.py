@@ -1,7 +1,9 @@
-"""Whatever reaches a run at the same instant has one winner, and the others are told why they are refused.
+"""Whatever reaches a run at the same instant has one winner, and the others are told why they are
+refused.
 
-The guard runs in a thread with a real run directory and reads its inbox as it always does, only faster. Every third
-batch gives a NaN, about which it asks; each pair is driven against one run, 50 rounds of it where the pair allows it.
+The guard runs in a thread with a real run directory and reads its inbox as it always does, only
+faster. Every third batch gives a NaN, about which it asks; each pair is driven against one run, 50
+rounds of it where the pair allows it.
 """
 
 from __future__ import annotations
@@ -138,7 +140,9 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def at_once(asking: Asking, *commands: dict[str, Any]) -> tuple[str, str]:
-    """Send two commands from two threads that leave one barrier together; ids of the one that was taken, and not."""
+    """Send two commands from two threads that leave one barrier together; ids of the one that was
+    taken, and not.
+    """
     barrier = threading.Barrier(len(commands))
     ids = []
 
@@ -157,8 +161,11 @@ def at_once(asking: Asking, *commands: dict[str, Any]) -> tuple[str, str]:
     for thread in threads:
         thread.join()
     outcomes = dict(zip(ids, asking.outcomes(*ids), strict=True))
-    if set(outcomes.values()) == {"applied"} and not any("question" in fields for fields in commands):
-        # One was sent so late, by a thread that had to wait for a processor, that the next question was open.
+    if set(outcomes.values()) == {"applied"} and not any(
+        "question" in fields for fields in commands
+    ):
+        # One was sent so late, by a thread that had to wait for a processor, that the next question
+        # was open.
         first, second = (asking.answer(id).data["question"] for id in ids)
         assert first != second, "one question has two answers"
         return "", ""
@@ -169,13 +176,19 @@ def at_once(asking: Asking, *commands: dict[str, Any]) -> tuple[str, str]:
 
 @pytest.mark.fault("T5")
 @pytest.mark.parametrize("named", [True, False])
-def test_of_two_answers_at_once_one_counts_and_the_other_learns_who_was_first(tmp_path: Path, named: bool) -> None:
-    """Also where neither says which question it is for: then it is the one that is open when it arrives."""
+def test_of_two_answers_at_once_one_counts_and_the_other_learns_who_was_first(
+    tmp_path: Path, named: bool
+) -> None:
+    """Also where neither says which question it is for: then it is the one that is open when it
+    arrives.
+    """
     with Asking(tmp_path) as asking:
         question, met = 0, 0
         for _ in range(ROUNDS):
             question = asking.question(question)
-            given = {"kind": CommandKind.ANSWER, "value": CONTINUE} | ({"question": question} if named else {})
+            given = {"kind": CommandKind.ANSWER, "value": CONTINUE} | (
+                {"question": question} if named else {}
+            )
             winner, loser = at_once(asking, given, given)
             if not winner:
                 question = asking.lines("resumed")[-1].seq
@@ -183,7 +196,10 @@ def test_of_two_answers_at_once_one_counts_and_the_other_learns_who_was_first(tm
             met += 1
             reason = asking.reason(loser)
             if named or "over" in reason:
-                assert f"the question of line {question} is over: answer continue by sender {winner}" in reason
+                assert (
+                    f"the question of line {question} is over: answer continue by sender {winner}"
+                    in reason
+                )
             else:  # it came when none was open
                 assert reason == "no question is open" or "before the guard asked" in reason
         assert met > ROUNDS // 2
@@ -215,7 +231,9 @@ def test_resume_answers_no_question_and_says_what_does(tmp_path: Path) -> None:
                 f"the guard asks (journal line {question}): use answer accept, answer continue or answer stop"
             )
         assert not asking.lines("resumed")
-        wait_for(lambda: (status := asking.run.read_status()) and status.question, what="its status")
+        wait_for(
+            lambda: (status := asking.run.read_status()) and status.question, what="its status"
+        )
         foreseen = preview.foresee(asking.run, Command(id="x", kind=CommandKind.RESUME))
         assert not foreseen.possible and "answer accept" in foreseen.refusal
 
@@ -225,7 +243,11 @@ def test_a_command_that_was_shown_before_the_question_does_not_answer_it(tmp_pat
     """A skip or a rollback at a question is an answer to it: of someone who has seen it alone."""
     with Asking(tmp_path) as asking:
         question = asking.question()
-        for kind, value in ((CommandKind.SKIP, 1.0), (CommandKind.ROLLBACK, 0.0), (CommandKind.UNDO, 3.0)):
+        for kind, value in (
+            (CommandKind.SKIP, 1.0),
+            (CommandKind.ROLLBACK, 0.0),
+            (CommandKind.UNDO, 3.0),
+        ):
             reason = asking.reason(asking.send(kind, value, question=0))
             assert f"before the guard asked the question of line {question}" in reason
         assert asking.outcomes(asking.send(CommandKind.SKIP, 1.0, question=question)) == ["applied"]
@@ -272,7 +294,9 @@ def test_a_command_whose_target_or_cost_has_changed_is_refused(tmp_path: Path) -
         refused = {
             "it would go back to step": replace(shown, to_step=3),
             "as shown": replace(shown, tier="disk"),
-            "steps now, not 0 as shown": replace(shown, to_step=0, tier="disk", steps_lost=0, steps_lost_most=0),
+            "steps now, not 0 as shown": replace(
+                shown, to_step=0, tier="disk", steps_lost=0, steps_lost_most=0
+            ),
             "the run has gone back meanwhile": replace(shown, timeline=7),
         }
         for words, one in refused.items():
@@ -289,10 +313,14 @@ def test_a_command_whose_target_or_cost_has_changed_is_refused(tmp_path: Path) -
 
 @pytest.mark.fault("T5")
 def test_two_that_answer_from_the_command_line_at_once(tmp_path: Path) -> None:
-    """Words, the number of the question, and no number: that is for the question that was open when it was given."""
+    """Words, the number of the question, and no number: that is for the question that was open when
+    it was given.
+    """
     with Asking(tmp_path) as asking:
         question = asking.question()
-        wait_for(lambda: (status := asking.run.read_status()) and status.question, what="its status")
+        wait_for(
+            lambda: (status := asking.run.read_status()) and status.question, what="its status"
+        )
         barrier = threading.Barrier(2)
         told: list[str] = []
 
@@ -313,7 +341,9 @@ def test_two_that_answer_from_the_command_line_at_once(tmp_path: Path) -> None:
         taken, refused = sorted(told, key=lambda text: "refuses" in text)
         assert taken.startswith("answer continue takes effect after step")
         assert f"refuses: the question of line {question} is over: answer continue by" in refused
-        main = CliRunner().invoke(ctl, [str(asking.run.path), "answer", "stop", "--question", str(question)])
+        main = CliRunner().invoke(
+            ctl, [str(asking.run.path), "answer", "stop", "--question", str(question)]
+        )
         assert isinstance(main.exception, UsageError) and "is over" in str(main.exception)
         assert asking.guard.phase is None
 
@@ -321,7 +351,9 @@ def test_two_that_answer_from_the_command_line_at_once(tmp_path: Path) -> None:
 @pytest.mark.fault("T4")
 def test_two_that_roll_back_from_the_command_line_at_once_go_back_once(tmp_path: Path) -> None:
     with Asking(tmp_path, every=0) as asking:
-        wait_for(lambda: (status := asking.run.read_status()) and status.step > 12, what="some steps")
+        wait_for(
+            lambda: (status := asking.run.read_status()) and status.step > 12, what="some steps"
+        )
         commands = [control.bound(asking.run, control.parse("rollback", None)) for _ in range(2)]
         for command in commands:
             asking.run.send(command)
@@ -333,7 +365,9 @@ def test_two_that_roll_back_from_the_command_line_at_once_go_back_once(tmp_path:
         again = control.bound(asking.run, control.parse("rollback", None))
         asking.run.send(again)
         assert asking.outcomes(again.id) == ["applied"]
-        assert control.bound(asking.run, control.parse("rollback", None, at_step=10**6)).shown is None
+        assert (
+            control.bound(asking.run, control.parse("rollback", None, at_step=10**6)).shown is None
+        )
 
 
 # -- two that start one run
@@ -354,7 +388,9 @@ steps = 100000
 
 
 def test_of_two_launches_and_of_two_resumes_at_once_one_wins(lab: Lab) -> None:
-    """The other one is told, and changes nothing: not the configuration, not a command that waits."""
+    """The other one is told, and changes nothing: not the configuration, not a command that
+    waits.
+    """
     (lab.folder / "c.toml").write_text(LAUNCHED)
     place = lab.root / "fake" / "one"
 
@@ -387,14 +423,23 @@ def test_of_two_launches_and_of_two_resumes_at_once_one_wins(lab: Lab) -> None:
     assert len([event for event in run.events() if event.kind == "restarted"]) <= 2
 
 
-def test_a_resume_that_is_under_way_keeps_others_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = RunDirectory.create(tmp_path, "words", '[train]\nsteps = 1000\n[launch]\ndevice = "cpu"\n')
+def test_a_resume_that_is_under_way_keeps_others_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDirectory.create(
+        tmp_path, "words", '[train]\nsteps = 1000\n[launch]\ndevice = "cpu"\n'
+    )
     run.write_status(Status(run=run.name, phase=Phase.STOPPED, host="elsewhere"))
     run.send(Command(id="waits", kind=CommandKind.STOP))
     with (
         RunLock(run.path / "launch.lock", "guardrail launch --resume"),
-        pytest.raises(RunDirectoryError, match=f"is being started by another command .*process {os.getpid()} on"),
+        pytest.raises(
+            RunDirectoryError,
+            match=f"is being started by another command .*process {os.getpid()} on",
+        ),
     ):
         launching.prepare_resume(str(run.path), (), root="")
-    assert [command.id for command in run.commands_pending()] == ["waits"], "it is left to the other one"
+    assert [command.id for command in run.commands_pending()] == ["waits"], (
+        "it is left to the other one"
+    )
     assert launching.prepare_resume(str(run.path), (), root="").lock is not None  # type: ignore[union-attr]

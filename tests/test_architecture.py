@@ -1,4 +1,6 @@
-"""Every choice of [model] against torch's own layers, and the formulas written out where torch has none."""
+"""Every choice of [model] against torch's own layers, and the formulas written out where torch has
+none.
+"""
 
 import itertools
 import math
@@ -36,7 +38,11 @@ CHOICES: dict[str, dict[str, object]] = {
     "parallel": {"parallel": True},
     "prefix": {"kind": "prefix", "blank_positions": True},
     "encoder-decoder": {"kind": "encoder-decoder", "encoder_layers": 1, "positions": "t5"},
-    "encoder-decoder, sandwich, grouped": {"kind": "encoder-decoder", "norm_place": "sandwich", "kv_heads": 1},
+    "encoder-decoder, sandwich, grouped": {
+        "kind": "encoder-decoder",
+        "norm_place": "sandwich",
+        "kv_heads": 1,
+    },
     "encoder-decoder, post, learned": {
         "kind": "encoder-decoder",
         "norm_place": "post",
@@ -63,7 +69,10 @@ def randomised(module: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * (0.3 if parameter.ndim > 1 else 1.0))
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=generator)
+                * (0.3 if parameter.ndim > 1 else 1.0)
+            )
     return module
 
 
@@ -80,7 +89,9 @@ def test_every_choice_has_its_size_looks_at_no_later_token_and_uses_all_of_its_w
     changes: dict[str, object],
 ) -> None:
     model = build(**changes)
-    assert parameter_count(model.section, V, sequence_length=T) == sum(p.numel() for p in model.parameters())
+    assert parameter_count(model.section, V, sequence_length=T) == sum(
+        p.numel() for p in model.parameters()
+    )
     ids = tokens()
     source = {"source_BS": tokens(2)} if isinstance(model, EncoderDecoder) else {}
     before = model(ids, **source)
@@ -116,9 +127,18 @@ def test_every_choice_starts_near_the_uniform_distribution_and_recomputes_to_the
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize(("place", "activation"), itertools.product(["pre", "post"], ["relu", "gelu"]))
+@pytest.mark.parametrize(
+    ("place", "activation"), itertools.product(["pre", "post"], ["relu", "gelu"])
+)
 def test_a_block_is_torchs_encoder_layer(place: str, activation: str) -> None:
-    made = section(norm="layer", norm_place=place, bias=True, activation=activation, positions="none", hidden=40)
+    made = section(
+        norm="layer",
+        norm_place=place,
+        bias=True,
+        activation=activation,
+        positions="none",
+        hidden=40,
+    )
     block = randomised(Block(made))
     theirs = nn.TransformerEncoderLayer(
         24, 3, 40, dropout=0.0, activation=activation, batch_first=True, norm_first=place == "pre"
@@ -137,9 +157,13 @@ def test_a_block_is_torchs_encoder_layer(place: str, activation: str) -> None:
 
 @pytest.mark.parametrize("place", ["pre", "post"])
 def test_a_block_with_cross_attention_is_torchs_decoder_layer(place: str) -> None:
-    made = section(norm="layer", norm_place=place, bias=True, activation="relu", positions="none", hidden=40)
+    made = section(
+        norm="layer", norm_place=place, bias=True, activation="relu", positions="none", hidden=40
+    )
     block = randomised(Block(made, cross=True))
-    theirs = nn.TransformerDecoderLayer(24, 3, 40, dropout=0.0, batch_first=True, norm_first=place == "pre")
+    theirs = nn.TransformerDecoderLayer(
+        24, 3, 40, dropout=0.0, batch_first=True, norm_first=place == "pre"
+    )
     assert block.cross is not None
     copy_in(block.attention, theirs.self_attn)
     copy(block.attention.out, theirs.self_attn.out_proj)
@@ -185,17 +209,24 @@ def test_sandwich_and_parallel_blocks_are_their_formulas() -> None:
     assert torch.equal(block(x, Sight()), y)
     block = randomised(Block(section(parallel=True, positions="none")))
     normed = block.attention_norm(x)
-    assert torch.equal(block(x, Sight()), x + block.attention(normed, Sight()) + block.feed_forward(normed))
+    assert torch.equal(
+        block(x, Sight()), x + block.attention(normed, Sight()) + block.feed_forward(normed)
+    )
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_grouped_queries_are_full_attention_with_repeated_keys_and_values(kv_heads: int) -> None:
     made = section(width=32, heads=4, kv_heads=kv_heads, positions="none")
-    grouped, full = randomised(Attention(made)), Attention(section(width=32, heads=4, positions="none"))
+    grouped, full = (
+        randomised(Attention(made)),
+        Attention(section(width=32, heads=4, positions="none")),
+    )
     with torch.no_grad():
         full.q.weight.copy_(grouped.q.weight)
         for shared, own in ((grouped.k, full.k), (grouped.v, full.v)):
-            rows_of_heads = shared.weight.unflatten(0, (kv_heads, 8)).repeat_interleave(4 // kv_heads, 0)
+            rows_of_heads = shared.weight.unflatten(0, (kv_heads, 8)).repeat_interleave(
+                4 // kv_heads, 0
+            )
             own.weight.copy_(rows_of_heads.flatten(0, 1))
         full.out.weight.copy_(grouped.out.weight)
     x = rows(2, T, 32)
@@ -239,7 +270,9 @@ def test_alibi_slopes_are_the_published_ones() -> None:
     assert slopes(8) == [2.0**-n for n in range(1, 9)]
     assert slopes(16) == pytest.approx([2 ** (-n / 2) for n in range(1, 17)])
     # 12 heads: those of 8, and every second of 16.
-    assert slopes(12) == pytest.approx([2.0**-n for n in range(1, 9)] + [2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5])
+    assert slopes(12) == pytest.approx(
+        [2.0**-n for n in range(1, 9)] + [2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5]
+    )
     alibi = Alibi(heads=2)
     alibi.reset_parameters()
     assert alibi(5)[1, 4].tolist() == pytest.approx([-(2.0**-8) * d for d in (4, 3, 2, 1, 0)])
@@ -250,7 +283,9 @@ def test_sinusoidal_table_is_the_formula() -> None:
     table.reset_parameters()
     for t, i in itertools.product((0, 1, 17, 39), range(3)):
         angle = t / 10000 ** (2 * i / 6)
-        assert table(40)[t, 2 * i : 2 * i + 2].tolist() == pytest.approx([math.sin(angle), math.cos(angle)], abs=1e-6)
+        assert table(40)[t, 2 * i : 2 * i + 2].tolist() == pytest.approx(
+            [math.sin(angle), math.cos(angle)], abs=1e-6
+        )
 
 
 def test_t5_buckets_are_exact_near_by_and_shared_far_away() -> None:
@@ -266,12 +301,16 @@ def test_t5_buckets_are_exact_near_by_and_shared_far_away() -> None:
 @pytest.mark.parametrize("both", [True, False])
 @pytest.mark.parametrize(("buckets", "distance"), [(32, 128), (8, 16)])
 def test_t5_buckets_are_the_published_formula(buckets: int, distance: int, both: bool) -> None:
-    """Raffel et al. 2020, section 2.1: exact up to half of the buckets, logarithmic up to the distance, then one."""
+    """Raffel et al. 2020, section 2.1: exact up to half of the buckets, logarithmic up to the
+    distance, then one.
+    """
     bias = RelativeBias(heads=1, buckets=buckets, distance=distance, both=both)
     here = buckets // 2 if both else buckets
     for offset in range(-3 * distance, 3 * distance + 1):
         away = abs(offset) if both else max(0, -offset)
-        far = here // 2 + math.log(max(away, 1) / (here // 2)) / math.log(distance / (here // 2)) * (here - here // 2)
+        far = here // 2 + math.log(max(away, 1) / (here // 2)) / math.log(
+            distance / (here // 2)
+        ) * (here - here // 2)
         if away >= here // 2 and abs(far - round(far)) < 1e-6:
             continue  # on the edge of a bucket: rounding decides
         expected = away if away < here // 2 else min(int(far), here - 1)
@@ -286,7 +325,11 @@ def test_geglu_and_swiglu_are_their_formulas() -> None:
         ("geglu", lambda y: y * 0.5 * (1 + torch.erf(y / math.sqrt(2)))),
         ("swiglu", lambda y: y / (1 + torch.exp(-y))),
     ):
-        block = randomised(Block(section(activation=activation, positions="none"))).double().feed_forward
+        block = (
+            randomised(Block(section(activation=activation, positions="none")))
+            .double()
+            .feed_forward
+        )
         gated = function(x @ block.gate.weight.T) * (x @ block.up.weight.T)
         torch.testing.assert_close(block(x), gated @ block.down.weight.T)
 
@@ -298,7 +341,10 @@ def test_the_norm_of_the_embedding_stands_before_the_first_block() -> None:
     assert model.embedding_norm is not None
     weight, bias = model.embedding_norm.weight, model.embedding_norm.bias
     centred = x - x.mean(-1, keepdim=True)
-    expected = centred / (x.var(-1, unbiased=False, keepdim=True) + model.section.norm_eps).sqrt() * weight + bias
+    expected = (
+        centred / (x.var(-1, unbiased=False, keepdim=True) + model.section.norm_eps).sqrt() * weight
+        + bias
+    )
     torch.testing.assert_close(model.embed(tokens()), expected, rtol=1e-5, atol=1e-5)
 
 

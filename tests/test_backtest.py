@@ -1,4 +1,6 @@
-"""Recorded runs through the live controller: the same verdicts as live, what the command prints, how it is scored."""
+"""Recorded runs through the live controller: the same verdicts as live, what the command prints,
+how it is scored.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,11 @@ def noise(count: int, *, level: float = 3.0, seed: int = 0) -> list[float]:
 
 
 def write_log(
-    folder: Path, losses: Sequence[float | None], *, steps: Sequence[int] | None = None, norms: Sequence[Any] = ()
+    folder: Path,
+    losses: Sequence[float | None],
+    *,
+    steps: Sequence[int] | None = None,
+    norms: Sequence[Any] = (),
 ) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     rows = ["step,loss,grad_norm"]
@@ -67,10 +73,15 @@ def spiked(tmp_path: Path) -> Path:
     losses = noise(1000)
     losses[500:506] = [9.0, 11.0, 12.0, 9.0, 8.0, 7.0]
     losses[800] = NAN
-    return write_log(tmp_path / "spiked", losses, steps=range(10, 10_010, 10), norms=noise(1000, level=0.5, seed=1))
+    return write_log(
+        tmp_path / "spiked",
+        losses,
+        steps=range(10, 10_010, 10),
+        norms=noise(1000, level=0.5, seed=1),
+    )
 
 
-# -- what it prints --------------------------------------------------------------------------------------------------
+# -- what it prints --------------------------------------------------------------------------------
 
 
 def test_json(spiked: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,9 +91,24 @@ def test_json(spiked: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run["steps"] == list(range(10, 10_010, 10))
     assert run["seconds"] >= 0
     first, *_, last = [alarm for alarm in run["alarms"] if alarm["verdict"] != "note"]
-    keys = {"row", "step", "onset_row", "onset_step", "kind", "signal", "verdict", "score", "threshold"}
+    keys = {
+        "row",
+        "step",
+        "onset_row",
+        "onset_step",
+        "kind",
+        "signal",
+        "verdict",
+        "score",
+        "threshold",
+    }
     assert all(set(alarm) == keys for alarm in run["alarms"])
-    assert (first["row"], first["step"], first["onset_row"], first["onset_step"]) == (500, 5010, 500, 5010)
+    assert (first["row"], first["step"], first["onset_row"], first["onset_step"]) == (
+        500,
+        5010,
+        500,
+        5010,
+    )
     assert (first["kind"], first["signal"], first["verdict"]) == ("loss_spike", "loss", "skip")
     assert first["score"] > first["threshold"] > 0
     assert (last["row"], last["kind"], last["verdict"]) == (800, "nan", "skip")
@@ -97,7 +123,9 @@ def test_a_line_an_incident_and_a_summary(spiked: Path, capsys: pytest.CaptureFi
     assert nan.split()[:4] == ["step", "8,010", "skip", "nan"]
     saved = next(line for line in rest if line.startswith("saved"))
     assert "at most 50 steps" in saved, "from the first act at 5,010 to the last trouble at 5,060"
-    assert "would have acted in 2 incidents (3 updates left out, 1 rollbacks or halts" in "\n".join(rest)
+    assert "would have acted in 2 incidents (3 updates left out, 1 rollbacks or halts" in "\n".join(
+        rest
+    )
 
 
 def test_settings_from_a_file_and_the_command_line(
@@ -108,7 +136,11 @@ def test_settings_from_a_file_and_the_command_line(
 
     def acted(*arguments: str) -> set[int]:
         (run,) = run_json(capsys, str(spiked), *arguments)["runs"]
-        return {alarm["row"] for alarm in run["alarms"] if alarm["verdict"] != "note" and alarm["row"] < 700}
+        return {
+            alarm["row"]
+            for alarm in run["alarms"]
+            if alarm["verdict"] != "note" and alarm["row"] < 700
+        }
 
     assert acted("--policy", str(policy), "--set", "guard.divergence_score=1000") == set()
     assert acted("--config", str(policy), "--set", "guard.loss_score=8") >= {500, 501, 502}
@@ -130,7 +162,11 @@ def test_settings_from_a_file_and_the_command_line(
     ],
 )
 def test_bad_usage(
-    arguments: list[str], said: str, spiked: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    said: str,
+    spiked: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(spiked.parent)
     Path("other.toml").write_text("[train]\nsteps = 3\n")
@@ -139,20 +175,25 @@ def test_bad_usage(
     assert output == "" and said in errors
 
 
-def test_what_cannot_be_read_is_said_and_the_rest_done(spiked: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_read_is_said_and_the_rest_done(
+    spiked: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     empty = spiked.parent / "empty.csv"
     empty.touch()
     missing = spiked.parent / "missing.csv"
     assert main(["backtest", str(empty), str(spiked), str(missing)]) == 0
     output, errors = capsys.readouterr()
     assert output.startswith(f"{spiked}: 1,000 records")
-    assert errors.splitlines() == [f"guardrail: {empty}: empty", f"guardrail: {missing}: No such file or directory"]
+    assert errors.splitlines() == [
+        f"guardrail: {empty}: empty",
+        f"guardrail: {missing}: No such file or directory",
+    ]
     assert main(["backtest", str(empty), str(missing)]) == 2
     output, errors = capsys.readouterr()
     assert output == "" and len(errors.splitlines()) == 2
 
 
-# -- the controller sees what was recorded -----------------------------------------------------------------------------
+# -- the controller sees what was recorded ---------------------------------------------------------
 
 
 def test_the_same_code_as_live(spiked: Path) -> None:
@@ -162,7 +203,9 @@ def test_the_same_code_as_live(spiked: Path) -> None:
     for row, (step, loss, norm) in enumerate(
         zip(log.steps, log.columns["loss"].values, log.columns["grad_norm"].values, strict=True)
     ):
-        obs = Observation(step=step, first=row, last=row + 1, signals={"loss": loss, "grad_norm": norm})
+        obs = Observation(
+            step=step, first=row, last=row + 1, signals={"loss": loss, "grad_norm": norm}
+        )
         verdict = controller.observe(obs)
         if verdict.findings:
             expected.append((row, (verdict.would or Action.APPLY).value, verdict.findings[0].score))
@@ -171,11 +214,17 @@ def test_the_same_code_as_live(spiked: Path) -> None:
     assert len(expected) > 4
 
 
-def test_a_blank_cell_is_not_observed_and_a_nan_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    losses: list[float | None] = [loss if row % 10 == 0 else None for row, loss in enumerate(noise(2000))]
+def test_a_blank_cell_is_not_observed_and_a_nan_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses: list[float | None] = [
+        loss if row % 10 == 0 else None for row, loss in enumerate(noise(2000))
+    ]
     losses[1500] = 30.0
     losses[1505] = NAN
-    (run,) = run_json(capsys, str(write_log(tmp_path, losses, norms=noise(2000, level=0.5))))["runs"]
+    (run,) = run_json(capsys, str(write_log(tmp_path, losses, norms=noise(2000, level=0.5))))[
+        "runs"
+    ]
     acts = [(alarm["row"], alarm["kind"]) for alarm in run["alarms"] if alarm["verdict"] != "note"]
     assert acts == [(1500, "loss_spike"), (1505, "nan")]
     assert len(run["steps"]) == 2000
@@ -188,7 +237,9 @@ def test_a_counter_that_goes_back_is_one_note(
     steps = [*range(1, 401), *range(again, again + 400)]
     losses = [*noise(400, level=2.0), *noise(400, level=level, seed=2)]
     (run,) = run_json(capsys, str(write_log(tmp_path, losses, steps=steps)))["runs"]
-    assert [(alarm["row"], alarm["kind"], alarm["verdict"]) for alarm in run["alarms"]] == [(400, "restart", "note")]
+    assert [(alarm["row"], alarm["kind"], alarm["verdict"]) for alarm in run["alarms"]] == [
+        (400, "restart", "note")
+    ]
 
 
 def test_steps_that_begin_at_zero(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,7 +248,7 @@ def test_steps_that_begin_at_zero(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (run["alarms"][0]["onset_row"], run["alarms"][0]["onset_step"]) == (0, 0)
 
 
-# -- a live run --------------------------------------------------------------------------------------------------------
+# -- a live run ------------------------------------------------------------------------------------
 
 
 def as_journaled(findings: Any) -> Any:
@@ -205,18 +256,24 @@ def as_journaled(findings: Any) -> Any:
 
 
 def assert_as_live(run: RunDirectory) -> list[Action]:
-    """Every row's verdict, with its evidence, is the one in the journal; returns the verdicts that were no apply."""
+    """Every row's verdict, with its evidence, is the one in the journal; returns the verdicts that
+    were no apply.
+    """
     judge = Rejudge(run, load_guard(run.path / "config.toml"), own=True)
     judged = list(judge)
     assert len(judged) == len(run.metrics())
     assert judge.lost == []
     said = [one.said for one in judged if one.said is not None]
     journal = [e for e in run.events() if e.kind in ("verdict", "finding")]
-    assert sorted(event.seq for event in said) == [event.seq for event in journal], "each line belongs to a row"
+    assert sorted(event.seq for event in said) == [event.seq for event in journal], (
+        "each line belongs to a row"
+    )
     for one in judged:
         assert one.agrees, one
         if one.said is None:
-            assert one.verdict.action in (Action.APPLY, Action.OVERFLOW) and not one.verdict.findings
+            assert (
+                one.verdict.action in (Action.APPLY, Action.OVERFLOW) and not one.verdict.findings
+            )
             continue
         data = one.said.data
         assert data["findings"] == as_journaled(list(one.verdict.findings))
@@ -229,7 +286,9 @@ def assert_as_live(run: RunDirectory) -> list[Action]:
 
 
 def assert_bands_as_live(run: RunDirectory) -> None:
-    """The state behind the verdicts is the same as well: each row met the thresholds that its metrics record."""
+    """The state behind the verdicts is the same as well: each row met the thresholds that its
+    metrics record.
+    """
     view = run.metrics()
     compared = 0
 
@@ -237,7 +296,9 @@ def assert_bands_as_live(run: RunDirectory) -> None:
         nonlocal compared
         for signal in (LOSS, GRAD_NORM, EMBED_GRAD_NORM):
             band = view.column(f"{signal}_baseline")[row], view.column(f"{signal}_threshold")[row]
-            assert repr([float(value) for value in band]) == repr(list(bands.get(signal, (NAN, NAN)))), (row, signal)
+            assert repr([float(value) for value in band]) == repr(
+                list(bands.get(signal, (NAN, NAN)))
+            ), (row, signal)
             compared += signal in bands
 
     for _ in Rejudge(run, load_guard(run.path / "config.toml"), own=True, watch=watch):
@@ -250,9 +311,13 @@ def spike(first: int, last: int) -> dict[str, Any]:
     return {"kind": "spike_loss", "first": first, "last": last, "value": 50.0}
 
 
-def test_run_that_skipped_and_rolled_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_that_skipped_and_rolled_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     nan = {"kind": "nan_loss", "first": 96, "last": 104}
-    config = tiny(tmp_path, faults=[nan, spike(240, 264), spike(272, 296)], guard=BLIND, train={"steps": 50})
+    config = tiny(
+        tmp_path, faults=[nan, spike(240, 264), spike(272, 296)], guard=BLIND, train={"steps": 50}
+    )
     run = trained(config)
     actions = assert_as_live(run)
     assert actions.count(Action.ROLLBACK) == 2 and actions.count(Action.SKIP) >= 3
@@ -283,7 +348,9 @@ def test_run_on_two_ranks_whose_rollback_came_after_a_restart(tmp_path: Path) ->
 
 
 def test_run_that_was_resumed_into_other_data(tmp_path: Path) -> None:
-    """The loss stands far below what it was: noted by the process that was resumed, and by nobody who was not."""
+    """The loss stands far below what it was: noted by the process that was resumed, and by nobody
+    who was not.
+    """
     low = {"kind": "spike_loss", "first": 160, "last": 176, "value": 0.5}
     run = new_run(tiny(tmp_path, faults=[low], train={"steps": 26}))
     run.send(Command(id="stop", kind=CommandKind.STOP, at_step=20))
@@ -291,12 +358,16 @@ def test_run_that_was_resumed_into_other_data(tmp_path: Path) -> None:
     assert train(run, 1) == "finished"
     assert_as_live(run)
     (noted,) = of_kind(run, "finding")
-    assert noted.data["at_step"] == 21 and noted.data["findings"][0]["kind"] == Kind.RESUME_JUMP.value
+    assert (
+        noted.data["at_step"] == 21 and noted.data["findings"][0]["kind"] == Kind.RESUME_JUMP.value
+    )
 
 
 def test_run_whose_mode_was_changed_and_that_was_sent_back_by_hand(tmp_path: Path) -> None:
     modes = {mode: float(index) for index, mode in enumerate(Mode)}
-    config = tiny(tmp_path, faults=[spike(200, 208), spike(520, 544)], guard=BLIND, train={"steps": 64})
+    config = tiny(
+        tmp_path, faults=[spike(200, 208), spike(520, 544)], guard=BLIND, train={"steps": 64}
+    )
     run = new_run(config)
     for id, step, kind, value in (
         ("advise", 20, CommandKind.POLICY, modes[Mode.ADVISE]),
@@ -334,7 +405,9 @@ def test_run_under_other_settings(tmp_path: Path, capsys: pytest.CaptureFixture[
     """What they would have said of the rows that there are: nothing, if they are blind."""
     run = trained(tiny(tmp_path, faults=[spike(240, 264)], guard=BLIND, train={"steps": 45}))
     blind = [f"--set=guard.{name}_score=1e6" for name in ("loss", "grad", "embed", "divergence")]
-    answer = run_json(capsys, str(run.path), *blind, "--set=guard.window=32", "--set=guard.warmup=12")["runs"][0]
+    answer = run_json(
+        capsys, str(run.path), *blind, "--set=guard.window=32", "--set=guard.warmup=12"
+    )["runs"][0]
     assert [alarm for alarm in answer["alarms"] if alarm["verdict"] != "note"] == []
     assert "differing_from_live" not in answer
     awake = ["--set=guard.window=32", "--set=guard.warmup=12"]
@@ -346,7 +419,10 @@ def test_a_changed_verdict_is_reported(tmp_path: Path, capsys: pytest.CaptureFix
     """Rows of a run whose configuration was edited afterwards do not agree with it."""
     run = trained(tiny(tmp_path, faults=[spike(240, 248)], train={"steps": 40}))
     text = run.config_text()
-    scores = {name: load_guard(run.path / "config.toml") for name in ("loss_score", "grad_score", "embed_score")}
+    scores = {
+        name: load_guard(run.path / "config.toml")
+        for name in ("loss_score", "grad_score", "embed_score")
+    }
     for name, guard in scores.items():
         text = text.replace(f"{name} = {getattr(guard, name)!r}", f"{name} = 1e6")
     run.write_config(text.replace("divergence_score = 6.0", "divergence_score = 1e6"))
@@ -355,18 +431,32 @@ def test_a_changed_verdict_is_reported(tmp_path: Path, capsys: pytest.CaptureFix
     assert answer["differing_from_live"] == rows and rows
 
 
-# -- scores ------------------------------------------------------------------------------------------------------------
+# -- scores ----------------------------------------------------------------------------------------
 
 LABELS: dict[str, Any] = {
     "spikes": {
-        "labels": [[1000, "loss_spike", True], [3000, "grad_spike", True], [4000, "divergence", False]],
+        "labels": [
+            [1000, "loss_spike", True],
+            [3000, "grad_spike", True],
+            [4000, "divergence", False],
+        ],
         "end_step": [1200, 3000, 5990],
         "may": [[2000, "loss_spike", True, 2050, "small"]],
         "auto_tolerated": [[2500, "grad_spike", True]],
         "use": "score",
     },
-    "healthy": {"labels": [[None, "none", None]], "end_step": [], "may": [], "auto_tolerated": [], "use": "score"},
-    "resumed": {"labels": [[50, "restart", False], [400, "nan", False]], "end_step": [60, None], "use": "score"},
+    "healthy": {
+        "labels": [[None, "none", None]],
+        "end_step": [],
+        "may": [],
+        "auto_tolerated": [],
+        "use": "score",
+    },
+    "resumed": {
+        "labels": [[50, "restart", False], [400, "nan", False]],
+        "end_step": [60, None],
+        "use": "score",
+    },
     "other": {"labels": [[1, "nan", False]], "end_step": [9], "use": "fixture"},
     "absent": {"labels": [[1, "nan", False]], "end_step": [9], "use": "score"},
     "_comment": "no run",
@@ -375,13 +465,30 @@ ALARMS: dict[str, Any] = {
     "spikes": (
         range(0, 6000, 10),
         [
-            *[(98, "note"), (103, "skip"), (104, "rollback"), (140, "skip"), (145, "skip"), (160, "note")],
-            *[(203, "skip"), (250, "note"), (252, "skip"), (300, "note"), (330, "rollback"), (390, "pause")],
+            *[
+                (98, "note"),
+                (103, "skip"),
+                (104, "rollback"),
+                (140, "skip"),
+                (145, "skip"),
+                (160, "note"),
+            ],
+            *[
+                (203, "skip"),
+                (250, "note"),
+                (252, "skip"),
+                (300, "note"),
+                (330, "rollback"),
+                (390, "pause"),
+            ],
             *[(420, "skip"), (425, "halt")],
         ],
     ),
     "healthy": (range(500), [(10, "note"), (20, "note"), (31, "note"), (200, "halt")]),
-    "resumed": ([*range(100), *range(50, 450)], [(48, "skip"), (52, "note"), (100, "note"), (453, "skip")]),
+    "resumed": (
+        [*range(100), *range(50, 450)],
+        [(48, "skip"), (52, "note"), (100, "note"), (453, "skip")],
+    ),
     "other": ([1, 2], []),
 }
 
@@ -391,8 +498,18 @@ def test_figures_are_those_of_the_original_scorer() -> None:
     total, marks = score(LABELS, ALARMS)
     assert total == {
         **{"grave": 4, "acted": 3, "labelled": 5, "noted": 4, "records": 1600},
-        **{"false_rollbacks": 3, "false_skips": 2, "false_notes": 4, "act_recall": 0.75, "note_recall": 0.8},
-        **{"false_rollbacks_per_10k": 18.75, "false_skips_per_10k": 12.5, "false_notes_per_10k": 25.0},
+        **{
+            "false_rollbacks": 3,
+            "false_skips": 2,
+            "false_notes": 4,
+            "act_recall": 0.75,
+            "note_recall": 0.8,
+        },
+        **{
+            "false_rollbacks_per_10k": 18.75,
+            "false_skips_per_10k": 12.5,
+            "false_notes_per_10k": 25.0,
+        },
         **{"delay_median": 3, "delay_p90": 3, "missing": ["absent"]},
     }
     assert as_dict(marks["spikes"]) == {
@@ -400,7 +517,11 @@ def test_figures_are_those_of_the_original_scorer() -> None:
         **{"false_rollbacks": 2, "false_skips": 2, "false_notes": 1, "missing": False},
     }
     assert (marks["healthy"].false_notes, marks["healthy"].false_rollbacks) == (2, 1)
-    assert (marks["resumed"].acted, marks["resumed"].delays, marks["resumed"].false_notes) == (1, [3], 1)
+    assert (marks["resumed"].acted, marks["resumed"].delays, marks["resumed"].false_notes) == (
+        1,
+        [3],
+        1,
+    )
 
 
 def test_labels(spiked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -418,11 +539,14 @@ def test_labels(spiked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert any(line.split()[:3] == ["spiked", "2/2", "2/2"] for line in lines)
 
 
-# -- pictures ----------------------------------------------------------------------------------------------------------
+# -- pictures --------------------------------------------------------------------------------------
 
 
 def test_plot_without_matplotlib(
-    spiked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    spiked: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(plotting.importlib.util, "find_spec", lambda name: None)
     assert main(["backtest", str(spiked), "--plot", str(tmp_path / "plots")]) == 2
@@ -432,7 +556,9 @@ def test_plot_without_matplotlib(
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])
-def test_plot(ending: str, spiked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plot(
+    ending: str, spiked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("matplotlib")
     write_log(tmp_path / "nan", [NAN] * 50)
     arguments = ["--svg"] if ending == "svg" else []
@@ -443,6 +569,8 @@ def test_plot(ending: str, spiked: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert (tmp_path / "plots" / drawn[1]).read_bytes().startswith(magic)
 
 
-def test_verdicts_are_json_that_a_strict_parser_reads(spiked: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verdicts_are_json_that_a_strict_parser_reads(
+    spiked: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["backtest", str(spiked), "--json"]) == 0
     assert msgspec.json.decode(capsys.readouterr().out)["summary"]["records"] == 1000

@@ -20,7 +20,8 @@ CONTENTS = {
 def test_no_rank_waits_for_a_corpus_that_cannot_be(tmp_path: Path, what: str) -> None:
     (tmp_path / "bad.jsonl").write_text(CONTENTS[what], encoding="utf-8")
     run = new_run(tiny(tmp_path, world=2, data={"sources": [str(tmp_path / "bad.jsonl")]}))
-    # Deliberate ends exit with 0, or torch elastic would try again. Without the fix rank 1 waits half an hour.
+    # Deliberate ends exit with 0, or torch elastic would try again. Without the fix rank 1 waits
+    # half an hour.
     assert wait_ranks(start_run(run, 2), seconds=60) == [0, 0]
     (ended,) = of_kind(run, "ended")
     assert (ended.data["phase"], ended.data["exit_code"]) == ("failed", 2)

@@ -37,13 +37,17 @@ def foreign(run: RunDirectory) -> dict[str, str]:
 
 
 @pytest.mark.fault("E6")
-def test_a_checkpoint_of_another_run_is_refused_and_named_and_stays_where_it_is(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_run_is_refused_and_named_and_stays_where_it_is(
+    tmp_path: Path,
+) -> None:
     ours, theirs = stopped(tmp_path / "ours", 25), stopped(tmp_path / "theirs", 45)
     lost = theirs.run.checkpoints / "step-00000040"
     shutil.copytree(lost, ours.run.checkpoints / lost.name)
     step, run = resumed(tmp_path / "ours")
     assert step == 25
-    assert list(foreign(run)) == [lost.name] and "it belongs to another run" in foreign(run)[lost.name]
+    assert (
+        list(foreign(run)) == [lost.name] and "it belongs to another run" in foreign(run)[lost.name]
+    )
     loop = Loop(tmp_path / "ours", onset=NEVER, steps=60).train()
     assert (run.checkpoints / lost.name).exists()
     assert loop.guard.tiers.target(10**9).step == 55  # type: ignore[union-attr]  # the newest good one, none of theirs
@@ -52,7 +56,9 @@ def test_a_checkpoint_of_another_run_is_refused_and_named_and_stays_where_it_is(
 
 @pytest.mark.fault("E6")
 def test_a_checkpoint_ahead_of_the_journal_is_refused(tmp_path: Path) -> None:
-    """As where the journal comes from a copy that is older than the checkpoints: decisions since are not known."""
+    """As where the journal comes from a copy that is older than the checkpoints: decisions since
+    are not known.
+    """
     run = stopped(tmp_path, 25).run
     before = run.journal_path.read_bytes()
     step, _ = resumed(tmp_path)
@@ -73,7 +79,9 @@ def test_a_crash_between_a_save_and_its_line_in_the_journal_loses_nothing(tmp_pa
 
 
 def test_what_an_older_version_saved_stays_readable(tmp_path: Path) -> None:
-    """Its manifests name no run. Those count that its journal names, and all of them where that names no run either."""
+    """Its manifests name no run. Those count that its journal names, and all of them where that
+    names no run either.
+    """
     run = stopped(tmp_path, 25).run
     for folder in run.checkpoints.iterdir():
         manifest = read_manifest(folder)

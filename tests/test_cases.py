@@ -1,4 +1,6 @@
-"""Public reports about other tools, each with the behaviour that would have been right; numbered as in their list."""
+"""Public reports about other tools, each with the behaviour that would have been right; numbered as
+in their list.
+"""
 
 import math
 import os
@@ -65,7 +67,9 @@ def check_of(run: RunDirectory) -> dict[str, str]:
 
 
 def samples_met(rank: int, path: Path) -> list[tuple[int, tuple[int, ...]]]:
-    """Train or resume, and tell (step, sample ids in the order of the rows) of each applied step."""
+    """Train or resume, and tell (step, sample ids in the order of the rows) of each applied
+    step.
+    """
     config = load(path / "config.toml")
     assert isinstance(config, Config)
     trainer = Trainer(config, run=RunDirectory.open(path))
@@ -86,7 +90,9 @@ def meet(run: RunDirectory, name: str) -> list[tuple[int, tuple[int, ...]]]:
 
 
 def test_case_01_resume_in_a_later_epoch_goes_on_in_that_epochs_order(tmp_path: Path) -> None:
-    """huggingface/accelerate#2016: after a resume in epoch >= 2 the loader yields the order of epoch 1."""
+    """huggingface/accelerate#2016: after a resume in epoch >= 2 the loader yields the order of
+    epoch 1.
+    """
     config = tiny(tmp_path, data={"order": "shuffled"}, train={"steps": 0, "epochs": 3})
     config = _with_samples(config, 80)
     whole = meet(new_run(config), "whole")
@@ -123,14 +129,23 @@ def test_case_01_another_order_is_refused_before_the_first_step(
     run.write_config(dump(msgspec.structs.replace(config, data=data)))
     lines, rows = len(run.events()), len(run.metrics())
     train(run, 1)
-    assert "sample order has changed: seed is 1 and was 0 when step 10 was saved" in capfd.readouterr().err
+    assert (
+        "sample order has changed: seed is 1 and was 0 when step 10 was saved"
+        in capfd.readouterr().err
+    )
     assert len(run.metrics()) == rows
-    assert [event.kind for event in run.events()[lines:]] == ["ended"], "the refusal, and nothing else"
+    assert [event.kind for event in run.events()[lines:]] == ["ended"], (
+        "the refusal, and nothing else"
+    )
 
 
 def test_case_02_each_sample_once_an_epoch_through_a_resume_in_the_middle(tmp_path: Path) -> None:
-    """wyim-pgl/transgenic#59: the permutation came from the global RNG: 15 samples twice, 15 never."""
-    config = _with_samples(tiny(tmp_path, data={"order": "shuffled"}, train={"steps": 0, "epochs": 2}), 64)
+    """wyim-pgl/transgenic#59: the permutation came from the global RNG: 15 samples twice, 15
+    never.
+    """
+    config = _with_samples(
+        tiny(tmp_path, data={"order": "shuffled"}, train={"steps": 0, "epochs": 2}), 64
+    )
     run = new_run(config)
     run.send(Command(id="stop", kind=CommandKind.STOP, at_step=3))
     met = [rows for _, rows in meet(run, "first")]
@@ -163,7 +178,9 @@ def loaded(rank: int, config: Config, path: Path) -> dict[str, Any]:
     loader = CheckpointLoader(path.parent, trainer.guard.state)
     checks: dict[str, Any] = {"weights-only": loader.load(path, weights_only=True).checks}
     manifest = read_manifest(path)
-    kept = {name: entry for name, entry in manifest.tensors.items() if not name.startswith("optim/")}
+    kept = {
+        name: entry for name, entry in manifest.tensors.items() if not name.startswith("optim/")
+    }
     (path / MANIFEST).write_bytes(sealed(msgspec.structs.replace(manifest, tensors=kept)))
     try:
         loader.load(path)
@@ -173,7 +190,9 @@ def loaded(rank: int, config: Config, path: Path) -> dict[str, Any]:
 
 
 def test_case_05_the_learning_rate_goes_on_along_its_schedule(tmp_path: Path) -> None:
-    """lightly-train#301, torch-points3d#630, yolov5#292: the rate is reset to its warm-up by a resume."""
+    """lightly-train#301, torch-points3d#630, yolov5#292: the rate is reset to its warm-up by a
+    resume.
+    """
     config = tiny(tmp_path, train={"steps": 40}, optim={"warmup_steps": 10})
     schedule = Schedule.of(config.optim, steps=40)
     run = stopped(config, 25)
@@ -183,7 +202,9 @@ def test_case_05_the_learning_rate_goes_on_along_its_schedule(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("factor", "fine"), [(1.005, True), (1.02, False)])
-def test_case_05_a_rate_off_its_schedule_is_reported(tmp_path: Path, factor: float, fine: bool) -> None:
+def test_case_05_a_rate_off_its_schedule_is_reported(
+    tmp_path: Path, factor: float, fine: bool
+) -> None:
     """The same threads: more than 1 % is said aloud, with both numbers."""
     config = tiny(tmp_path, train={"steps": 30})
     run = stopped(config, 20)
@@ -195,13 +216,19 @@ def test_case_05_a_rate_off_its_schedule_is_reported(tmp_path: Path, factor: flo
     if fine:
         assert said == "ok"
     else:
-        assert f"learning rate {schedule(21):.4g}" in said and f"{schedule(21) * factor:.4g}" in said
+        assert (
+            f"learning rate {schedule(21):.4g}" in said and f"{schedule(21) * factor:.4g}" in said
+        )
         assert "schedule" in of_kind(run, "resume_check")[-1].message
 
 
 @pytest.mark.fault("E3")
-def test_case_05_a_run_that_is_made_shorter_goes_on_at_the_rate_of_the_shorter_schedule(tmp_path: Path) -> None:
-    """`--resume RUN --set train.steps=30` of a run of 3,000 steps: its first update had the rate of the long one."""
+def test_case_05_a_run_that_is_made_shorter_goes_on_at_the_rate_of_the_shorter_schedule(
+    tmp_path: Path,
+) -> None:
+    """`--resume RUN --set train.steps=30` of a run of 3,000 steps: its first update had the rate of
+    the long one.
+    """
     run = stopped(tiny(tmp_path, train={"steps": 3000}), 20)
     shorter = tiny(tmp_path, train={"steps": 30}, optim={"weight_decay": 0.0})
     run.write_config(dump(shorter))
@@ -209,11 +236,16 @@ def test_case_05_a_run_that_is_made_shorter_goes_on_at_the_rate_of_the_shorter_s
     schedule = Schedule.of(shorter.optim, steps=30)
     assert table(run, ("lr",))[20:, 0].tolist() == [schedule(step) for step in range(21, 31)]
     settings = [entry for event in of_kind(run, "note") for entry in event.data.get("settings", ())]
-    assert {entry["key"] for entry in settings} == {"learning rate of the next step", "weight_decay"}
+    assert {entry["key"] for entry in settings} == {
+        "learning rate of the next step",
+        "weight_decay",
+    }
 
 
 def test_case_06_dropout_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
-    """vllm-project/speculators#1027, pytorch#5627: the loss differs from step 1 after a resume, RNG not saved."""
+    """vllm-project/speculators#1027, pytorch#5627: the loss differs from step 1 after a resume, RNG
+    not saved.
+    """
     config = tiny(tmp_path, model={"dropout": 0.1}, train={"steps": 40})
     whole, run = trained(config), stopped(config, 30)
     assert train(run, 1) == "finished"
@@ -224,12 +256,18 @@ def test_case_06_dropout_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
 
 
 def _spoil(component: str) -> Any:
-    """A load that is followed by a small change of one component, as a bug in a loader would make it."""
+    """A load that is followed by a small change of one component, as a bug in a loader would make
+    it.
+    """
     whole = TrainingState.load
 
     def spoiling(self: TrainingState, *arguments: Any, **settings: Any) -> None:
         whole(self, *arguments, **settings)
-        name = next(n for n in self.tensors() if n.startswith(component) and (component == "model/" or "exp_avg" in n))
+        name = next(
+            n
+            for n in self.tensors()
+            if n.startswith(component) and (component == "model/" or "exp_avg" in n)
+        )
         self.tensors()[name].view(-1)[0] += 1e-3
 
     return spoiling
@@ -237,13 +275,17 @@ def _spoil(component: str) -> Any:
 
 @pytest.mark.parametrize("what", ["nothing", "weights", "moments", "schedule", "loss"])
 def test_case_07_a_resume_says_which_part_differs(tmp_path: Path, what: str) -> None:
-    """DeepSpeech#3620, ms-swift#6049, transformers#33336: "loss spikes after restoring", cause never found."""
+    """DeepSpeech#3620, ms-swift#6049, transformers#33336: "loss spikes after restoring", cause
+    never found.
+    """
     config = tiny(tmp_path, data={"order": "shuffled", "eval_fraction": 0.1}, train={"steps": 20})
     run = stopped(config, 10)
     replace = msgspec.structs.replace
     with pytest.MonkeyPatch.context() as patch:
         if what in ("weights", "moments"):
-            patch.setattr(TrainingState, "load", _spoil("model/" if what == "weights" else "optim/"))
+            patch.setattr(
+                TrainingState, "load", _spoil("model/" if what == "weights" else "optim/")
+            )
         elif what == "schedule":
             run.write_config(dump(replace(config, optim=replace(config.optim, warmup_steps=15))))
         elif what == "loss":
@@ -270,7 +312,9 @@ def _scaled_forward() -> Any:
 
 
 def test_case_08_a_nan_is_seen_at_its_step_and_reaches_no_weight(tmp_path: Path) -> None:
-    """huggingface/trl#6702: the logged loss is a running mean without the NaN, and the step was taken."""
+    """huggingface/trl#6702: the logged loss is a running mean without the NaN, and the step was
+    taken.
+    """
     run = trained(tiny(tmp_path, faults=[fault("nan_loss", 5)], train={"steps": 20}))
     (verdict,) = of_kind(run, "verdict")
     assert (verdict.data["at_step"], verdict.data["action"]) == (5, "skip")
@@ -281,7 +325,9 @@ def test_case_08_a_nan_is_seen_at_its_step_and_reaches_no_weight(tmp_path: Path)
 
 
 def test_case_10_ignored_labels_count_as_no_tokens(tmp_path: Path) -> None:
-    """Automodel#3796, pytorch#116349: a batch with every label ignored gives 0/0 and destroys the weights."""
+    """Automodel#3796, pytorch#116349: a batch with every label ignored gives 0/0 and destroys the
+    weights.
+    """
     faults = [fault("ignore_labels", 5), fault("ignore_labels", 9, micro=0)]
     run = trained(tiny(tmp_path, faults=faults, train={"steps": 30, "micro_batch_size": 2}))
     (verdict,) = of_kind(run, "verdict")
@@ -307,12 +353,18 @@ def test_case_11_an_infinite_gradient_is_measured_before_clipping_and_named(tmp_
 
 
 def test_case_16_a_nan_of_one_rank_is_everybodys(tmp_path: Path) -> None:
-    """WeatherGenerator#2724, ace#850, Lightning#5243: decided on one rank only, the others hang in the all-reduce."""
+    """WeatherGenerator#2724, ace#850, Lightning#5243: decided on one rank only, the others hang in
+    the all-reduce.
+    """
     launch = {"collective_seconds": 20.0}
-    config = tiny(tmp_path, world=2, faults=[fault("nan_loss", 5, rank=1)], launch=launch, train={"steps": 20})
+    config = tiny(
+        tmp_path, world=2, faults=[fault("nan_loss", 5, rank=1)], launch=launch, train={"steps": 20}
+    )
     run = trained(config, seconds=100)
     (verdict,) = of_kind(run, "verdict")
-    assert {tuple(finding["ranks"]) for finding in verdict.data["findings"] if finding["ranks"]} == {(1,)}
+    assert {
+        tuple(finding["ranks"]) for finding in verdict.data["findings"] if finding["ranks"]
+    } == {(1,)}
     assert len(table(run)) == 20
 
 
@@ -321,7 +373,9 @@ def test_case_16_a_nan_of_one_rank_is_everybodys(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("moment", ["write_share", "commit"])
 def test_case_17_killed_in_a_save(tmp_path: Path, moment: str) -> None:
-    """Lightning#688, metaseq#53, allennlp#2129: the newest checkpoint is short or empty, and resume picks it."""
+    """Lightning#688, metaseq#53, allennlp#2129: the newest checkpoint is short or empty, and resume
+    picks it.
+    """
     config = tiny(tmp_path, checkpoint={"every": 10}, train={"steps": 30})
     whole, run = trained(config), new_run(config)
     with prompt_disk(), pytest.MonkeyPatch.context() as patch:
@@ -352,7 +406,9 @@ def _short_file(path: Path, tensors: Any) -> Any:
 def test_case_18_a_disk_that_is_too_small_is_found_before_it_is_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """returnn#1829, ChatGLM-6B#1166, mmdetection#12069: a full disk ends a run of days in torch.save."""
+    """returnn#1829, ChatGLM-6B#1166, mmdetection#12069: a full disk ends a run of days in
+    torch.save.
+    """
     config = tiny(tmp_path, checkpoint={"every": 10, "retry_seconds": 0.05}, train={"steps": 40})
     run = new_run(config)
     usage = namedtuple("usage", ("total", "used", "free"))
@@ -362,29 +418,45 @@ def test_case_18_a_disk_that_is_too_small_is_found_before_it_is_full(
         def full_for_a_while(self: Trainer, step: Any) -> None:
             if step.number == 15:
                 patch.setattr(
-                    guardrail.torch.checkpoint.commit.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 10**5)
+                    guardrail.torch.checkpoint.commit.shutil,
+                    "disk_usage",
+                    lambda path: usage(10**9, 10**9, 10**5),
                 )
             if step.number == 35:
                 patch.setattr(
-                    guardrail.torch.checkpoint.commit.shutil, "disk_usage", lambda path: usage(10**9, 0, 10**9)
+                    guardrail.torch.checkpoint.commit.shutil,
+                    "disk_usage",
+                    lambda path: usage(10**9, 0, 10**9),
                 )
             step_of(self, step)
 
         patch.setattr(Trainer, "train_step", full_for_a_while)
         with prompt_disk():
             assert train(run, 1) == "finished"
-    failed = [event.data["reason"] for event in of_kind(run, "checkpoint") if event.data["state"] == "failed"]
-    assert len(failed) >= 2 and all("No space left on device: 1.5 MB are needed, 0.1 MB free" == why for why in failed)
+    failed = [
+        event.data["reason"]
+        for event in of_kind(run, "checkpoint")
+        if event.data["state"] == "failed"
+    ]
+    assert len(failed) >= 2 and all(
+        "No space left on device: 1.5 MB are needed, 0.1 MB free" == why for why in failed
+    )
     states = [event.data["state"] for event in of_kind(run, "durability")]
     assert states[0] == "degraded" and states[-1] == "ok"
-    candidates = [event.data["cp_step"] for event in of_kind(run, "checkpoint") if event.data["state"] == "candidate"]
+    candidates = [
+        event.data["cp_step"]
+        for event in of_kind(run, "checkpoint")
+        if event.data["state"] == "candidate"
+    ]
     assert 10 in candidates and 40 in candidates and not {20, 30} & set(candidates)
     assert not list(run.checkpoints.glob(".*"))
     assert final(run)
 
 
 def test_case_19_a_signal_in_an_evaluation_saves_at_once(tmp_path: Path) -> None:
-    """goodfire-ai/spd#677: the save on SIGTERM never fired, because evaluation does not poll. See test_stop.py too."""
+    """goodfire-ai/spd#677: the save on SIGTERM never fired, because evaluation does not poll. See
+    test_stop.py too.
+    """
     config = tiny(
         tmp_path,
         data={"eval_fraction": 0.1},
@@ -396,7 +468,11 @@ def test_case_19_a_signal_in_an_evaluation_saves_at_once(tmp_path: Path) -> None
     with pytest.MonkeyPatch.context() as patch:
 
         def signalled(self: Trainer, *arguments: Any) -> Any:
-            if self.heartbeat is not None and self.heartbeat.phase is Phase.EVAL and not self.signals.requested:
+            if (
+                self.heartbeat is not None
+                and self.heartbeat.phase is Phase.EVAL
+                and not self.signals.requested
+            ):
                 counted.write_text("x")
                 os.kill(os.getpid(), signal.SIGTERM)
             return whole(self, *arguments)

@@ -1,4 +1,6 @@
-"""Cases 12 to 15 of other tools' public reports, in numbers: what a guard should have said to them."""
+"""Cases 12 to 15 of other tools' public reports, in numbers: what a guard should have said to
+them.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,19 @@ from tests.feed import BATCH, noisy
 
 
 class Run:
-    """A run in `auto`: a rejected batch does not advance the step. A rollback is told and not done."""
+    """A run in `auto`: a rejected batch does not advance the step. A rollback is told and not
+    done.
+    """
 
     def __init__(self) -> None:
         self.controller = Controller(GuardSection())
         self.step, self.cursor, self.streak = 1, 0, 0
 
     def attempt(self, **changes: float) -> Verdict:
-        embed, rest = noisy(0.2, seed=3, noise=0.1)(self.cursor), noisy(0.4, seed=2, noise=0.1)(self.cursor)
+        embed, rest = (
+            noisy(0.2, seed=3, noise=0.1)(self.cursor),
+            noisy(0.4, seed=2, noise=0.1)(self.cursor),
+        )
         embed = changes.pop(EMBED_GRAD_NORM, embed)
         signals = {
             LOSS: noisy(3.0, noise=0.007)(self.cursor),
@@ -41,11 +48,17 @@ class Run:
             **changes,
         }
         seen = Observation(
-            step=self.step, first=self.cursor, last=self.cursor + BATCH, signals=signals, streak=self.streak
+            step=self.step,
+            first=self.cursor,
+            last=self.cursor + BATCH,
+            signals=signals,
+            streak=self.streak,
         )
         verdict = self.controller.observe(seen)
         self.cursor += BATCH
-        self.step, self.streak = (self.step + 1, 0) if verdict.action is Action.APPLY else (self.step, self.streak + 1)
+        self.step, self.streak = (
+            (self.step + 1, 0) if verdict.action is Action.APPLY else (self.step, self.streak + 1)
+        )
         return verdict
 
     def healthy(self, steps: int = 150) -> list[Verdict]:
@@ -61,8 +74,12 @@ def kinds(verdict: Verdict) -> set[Kind]:
 def test_case_12_single_overflows_are_normal_and_one_after_the_other_is_a_collapse() -> None:
     run, scale = Run(), 65536.0
     for _ in range(6):
-        verdict = run.attempt(grad_norm=math.inf, embed_grad_norm=math.inf, embed_share=math.nan, loss_scale=scale)
-        assert verdict.action is Action.OVERFLOW and verdict.incident is None and not verdict.findings
+        verdict = run.attempt(
+            grad_norm=math.inf, embed_grad_norm=math.inf, embed_share=math.nan, loss_scale=scale
+        )
+        assert (
+            verdict.action is Action.OVERFLOW and verdict.incident is None and not verdict.findings
+        )
         scale /= 2
     for index in range(300):
         overflow = {"grad_norm": math.inf} if index % 100 == 70 else {}
@@ -74,7 +91,9 @@ def test_case_12_single_overflows_are_normal_and_one_after_the_other_is_a_collap
         actions.append(verdict.action)
         scale /= 2
     assert actions == [Action.OVERFLOW] * 7 + [Action.ROLLBACK]
-    assert verdict.findings[0].kind is Kind.SCALE_COLLAPSE and verdict.findings[0].signal == LOSS_SCALE
+    assert (
+        verdict.findings[0].kind is Kind.SCALE_COLLAPSE and verdict.findings[0].signal == LOSS_SCALE
+    )
 
 
 @pytest.mark.parametrize("height", [92.0, 11_140.0])
@@ -117,13 +136,19 @@ def test_case_13_a_loss_that_jumps_and_stays_is_rolled_back() -> None:
 
 
 def test_case_14_the_embedding_is_named_as_the_source() -> None:
-    """One token id through a whole batch with a large loss: its row takes nearly all of the gradient."""
+    """One token id through a whole batch with a large loss: its row takes nearly all of the
+    gradient.
+    """
     run = Run()
     run.healthy()
     verdict = run.attempt(loss=4.2, embed_grad_norm=1.2)
     assert verdict.action is Action.SKIP
     named = {f.signal: f for f in verdict.findings}
-    assert EMBED_SHARE in named and named[EMBED_SHARE].value > 0.85 and named[EMBED_SHARE].baseline < 0.3
+    assert (
+        EMBED_SHARE in named
+        and named[EMBED_SHARE].value > 0.85
+        and named[EMBED_SHARE].baseline < 0.3
+    )
     # A spike that has its source elsewhere does not name it.
     run.healthy(60)
     verdict = run.attempt(loss=4.2, grad_norm=8.0, embed_share=0.03)

@@ -1,4 +1,6 @@
-"""The cause test on staged faults of all four kinds, on real ranks, and that a run does not know it has been tested."""
+"""The cause test on staged faults of all four kinds, on real ranks, and that a run does not know it
+has been tested.
+"""
 
 import socket
 from pathlib import Path
@@ -24,7 +26,9 @@ def causes(run: RunDirectory) -> list[dict[str, Any]]:
     return [event.data for event in of_kind(run, "cause")]
 
 
-@pytest.mark.parametrize(("world", "strategy"), [*SHAPES[:2], pytest.param(*SHAPES[2], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("world", "strategy"), [*SHAPES[:2], pytest.param(*SHAPES[2], marks=pytest.mark.slow)]
+)
 def test_all_four_causes(tmp_path: Path, world: int, strategy: str) -> None:
     faults = [
         spike(step=18, first=136, last=144),  # this data, in this state
@@ -41,43 +45,71 @@ def test_all_four_causes(tmp_path: Path, world: int, strategy: str) -> None:
     assert [one["passes"] for one in found] == [9, 1, 9, 4]
 
 
-# Any batch in the state of step 30; and then, in the same incident, ten batches of bad data here and there.
-MIXED = [BROKEN | {"step": 30}, *(spike(first=8 * batch, last=8 * batch + 8) for batch in range(30, 50, 2))]
+# Any batch in the state of step 30; and then, in the same incident, ten batches of bad data here
+# and there.
+MIXED = [
+    BROKEN | {"step": 30},
+    *(spike(first=8 * batch, last=8 * batch + 8) for batch in range(30, 50, 2)),
+]
 
 
 @pytest.mark.parametrize(
-    ("world", "strategy"), [SHAPES[0], *(pytest.param(*shape, marks=pytest.mark.slow) for shape in SHAPES[1:])]
+    ("world", "strategy"),
+    [SHAPES[0], *(pytest.param(*shape, marks=pytest.mark.slow) for shape in SHAPES[1:])],
 )
 def test_bad_data_behind_trouble_with_the_state_is_no_trouble_with_the_state(
     tmp_path: Path, world: int, strategy: str
 ) -> None:
-    config = tiny(tmp_path, world=world, strategy=strategy, faults=MIXED, train={"steps": 40}, guard={"rollbacks": 3})
+    config = tiny(
+        tmp_path,
+        world=world,
+        strategy=strategy,
+        faults=MIXED,
+        train={"steps": 40},
+        guard={"rollbacks": 3},
+    )
     run = trained(config)
     first, *rest = causes(run)
     assert first["cause"] == Cause.STATE.value and len(rest) >= 5
-    assert {one["cause"] for one in rest} == {Cause.DATA.value} and {one["incident"] for one in rest} == {1}
+    assert {one["cause"] for one in rest} == {Cause.DATA.value} and {
+        one["incident"] for one in rest
+    } == {1}
     assert len(of_kind(run, "rollback")) == 1
     assert {position for span in spans(run) for position in range(span.first, span.last)} == {
         position for batch in range(30, 50, 2) for position in range(8 * batch, 8 * batch + 8)
     }, "what is bad is left out, and nothing else"
-    healthy = msgspec.structs.replace(told(config, run), faults=config.faults[1:])  # nothing breaks its weights
+    # nothing breaks its weights
+    healthy = msgspec.structs.replace(told(config, run), faults=config.faults[1:])
     assert_same(run, trained(healthy))
 
 
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
-def test_hardware_that_is_not_borne_ends_the_run_with_the_ranks_and_hosts_name(tmp_path: Path, strategy: str) -> None:
+def test_hardware_that_is_not_borne_ends_the_run_with_the_ranks_and_hosts_name(
+    tmp_path: Path, strategy: str
+) -> None:
     faults = [spike(step=26, times=1, rank=1)]
-    config = tiny(tmp_path, world=2, strategy=strategy, faults=faults, train={"steps": 40}, guard={"retries": 0})
+    config = tiny(
+        tmp_path,
+        world=2,
+        strategy=strategy,
+        faults=faults,
+        train={"steps": 40},
+        guard={"retries": 0},
+    )
     run = new_run(config)
     assert train(run, 2) == "halted"
     (ended,) = of_kind(run, "ended")
-    assert f"rank 1 on {socket.gethostname()} has not repeated itself 1 times" in ended.data["reason"]
+    assert (
+        f"rank 1 on {socket.gethostname()} has not repeated itself 1 times" in ended.data["reason"]
+    )
     assert ended.step == 25 and not spans(run), "no data was left out for it"
 
 
 @pytest.mark.ci_slow
 def test_a_run_does_not_know_that_it_has_been_tested(tmp_path: Path) -> None:
-    """With dropout, on 2 fsdp ranks, and nothing that a cause would change: only the test itself differs."""
+    """With dropout, on 2 fsdp ranks, and nothing that a cause would change: only the test itself
+    differs.
+    """
     faults = [spike(step=18, first=136, last=144), spike(first=300, last=302)]
     runs = [
         trained(

@@ -9,7 +9,9 @@ from guardrail.core.records import GRAD_NORM, LOSS, Cause, Diagnosis, Finding, K
 from guardrail.decide.root_cause import Own, Pass, Trouble, hardware, judge
 
 
-def finding(value: float = 12.0, *, kind: Kind = Kind.LOSS_SPIKE, severity: Severity = Severity.REJECT) -> Finding:
+def finding(
+    value: float = 12.0, *, kind: Kind = Kind.LOSS_SPIKE, severity: Severity = Severity.REJECT
+) -> Finding:
     """A loss of `value` against 2.3; a log jump of 0.08 would be rejected."""
     score = math.log(value / 2.3) / 0.01
     return Finding(
@@ -29,7 +31,9 @@ def loss(value: float, what: str = "the batch") -> Pass:
     return Pass(what=what, signals={LOSS: value, GRAD_NORM: 1.0})
 
 
-def judged(others: list[float], suspects: list[float], *, level: float = 2.4, lasting: bool = False) -> Diagnosis:
+def judged(
+    others: list[float], suspects: list[float], *, level: float = 2.4, lasting: bool = False
+) -> Diagnosis:
     return judge(
         Trouble.of([finding()]),
         again=loss(12.0),
@@ -102,7 +106,9 @@ def test_what_is_nearer_to_the_trouble_than_to_the_baseline_is_in_it() -> None:
 
 
 def test_what_counts_only_together_with_others_is_no_threshold_by_itself() -> None:
-    """A row of steps is rejected for 1.6 sigmas of each signal; many a healthy batch has that of one of them."""
+    """A row of steps is rejected for 1.6 sigmas of each signal; many a healthy batch has that of
+    one of them.
+    """
     weak = msgspec.structs.replace(finding(2.3 * math.exp(0.045)), threshold=1.6)
     norm = msgspec.structs.replace(weak, signal=GRAD_NORM, value=2.0, baseline=1.0, score=5.0)
     trouble = Trouble.of([weak, norm])
@@ -110,24 +116,35 @@ def test_what_counts_only_together_with_others_is_no_threshold_by_itself() -> No
     assert not trouble.shown_by(ordinary)
     high_norm = Pass(what="another", signals={LOSS: 2.3, GRAD_NORM: 1.6})
     assert trouble.shown_by(high_norm) and not trouble.shown_by(high_norm, wholly=True)
-    assert trouble.shown_by(Pass(what="bad", signals={LOSS: 2.3 * math.exp(0.03), GRAD_NORM: 1.6}), wholly=True)
+    assert trouble.shown_by(
+        Pass(what="bad", signals={LOSS: 2.3 * math.exp(0.03), GRAD_NORM: 1.6}), wholly=True
+    )
 
 
 def test_nan_is_shown_by_nan_alone() -> None:
     nan = finding(12.0, kind=Kind.NONFINITE)
     trouble = Trouble.of([nan, finding()])
-    assert trouble.shown_by(loss(math.nan)) and trouble.shown_by(Pass(what="", signals={LOSS: 2.3}, nonfinite=True))
+    assert trouble.shown_by(loss(math.nan)) and trouble.shown_by(
+        Pass(what="", signals={LOSS: 2.3}, nonfinite=True)
+    )
     assert not trouble.shown_by(loss(11.0))
 
 
 def own(*losses: float, before: float = 1.0, after: float = 1.0) -> list[Own]:
-    return [Own(loss_sum=value, before=before, after=after, host=f"node{rank}") for rank, value in enumerate(losses)]
+    return [
+        Own(loss_sum=value, before=before, after=after, host=f"node{rank}")
+        for rank, value in enumerate(losses)
+    ]
 
 
 def test_a_rank_that_computes_something_else_is_named() -> None:
     found = hardware(own(5.0, math.nan), own(5.0, 5.5), 0.0, sums=(math.nan, 2.0), passes=1)
     assert found is not None and found.cause is Cause.HARDWARE
-    assert (found.rank, found.host) == (1, "node1") and "nan" in found.reason and "node1" in found.reason
+    assert (
+        (found.rank, found.host) == (1, "node1")
+        and "nan" in found.reason
+        and "node1" in found.reason
+    )
 
 
 def test_gradients_before_the_reduction_tell_the_rank_and_those_after_it_do_not() -> None:
@@ -150,7 +167,10 @@ def test_all_ranks_off_names_none_and_a_wrong_sum_names_the_reduction() -> None:
 
 
 def test_the_same_numbers_are_no_fault() -> None:
-    assert hardware(own(5.0, math.nan), own(5.0, math.nan), 0.0, sums=(math.nan, math.nan), passes=1) is None
+    assert (
+        hardware(own(5.0, math.nan), own(5.0, math.nan), 0.0, sums=(math.nan, math.nan), passes=1)
+        is None
+    )
     # One unit in the last place counts on a CPU and not where kernels add in any order.
     last = math.nextafter(5.0, 6.0)
     assert hardware(own(5.0), own(last), 0.0, sums=(2.0, 2.0), passes=1) is not None

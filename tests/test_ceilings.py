@@ -1,4 +1,6 @@
-"""What `Controller.ceilings` promises: a step that keeps to them is applied without a word, whatever else it holds."""
+"""What `Controller.ceilings` promises: a step that keeps to them is applied without a word,
+whatever else it holds.
+"""
 
 import copy
 import math
@@ -9,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guardrail.core.config import GuardSection
-from guardrail.core.records import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS, UPDATE_NORM, Action, Mode, Observation
+from guardrail.core.records import (
+    EMBED_GRAD_NORM,
+    EMBED_SHARE,
+    GRAD_NORM,
+    LOSS,
+    UPDATE_NORM,
+    Action,
+    Mode,
+    Observation,
+)
 from guardrail.decide.controller import Controller
 from tests.feed import BATCH, healthy_loss, noisy
 
@@ -21,7 +32,9 @@ def observation(step: int, values: dict[str, float]) -> Observation:
 
 
 def step_of(dice: random.Random, step: int) -> Observation:
-    """A healthy run with now and then something odd: notes, level shifts, climbs, the same number again."""
+    """A healthy run with now and then something odd: notes, level shifts, climbs, the same number
+    again.
+    """
     norm, share = noisy(0.5, seed=1, noise=0.2)(step), 0.1 * math.exp(dice.gauss(0.0, 0.3))
     values = {
         LOSS: healthy_loss(step),
@@ -49,10 +62,17 @@ def test_a_step_below_the_ceilings_is_applied_without_a_word(seed: int) -> None:
         if most is not None:
             given_ += 1
             assert most.keys() == set(SIGNALS)
-            low = {name: high * dice.choice((1.0, 1.0, dice.random(), 1e-6)) for name, high in most.items()}
+            low = {
+                name: high * dice.choice((1.0, 1.0, dice.random(), 1e-6))
+                for name, high in most.items()
+            }
             before = controller.state_dict()
             verdict = copy.deepcopy(controller).observe(observation(step, low))
-            assert (verdict.action, verdict.findings, verdict.incident) == (Action.APPLY, (), None), (low, most)
+            assert (verdict.action, verdict.findings, verdict.incident) == (
+                Action.APPLY,
+                (),
+                None,
+            ), (low, most)
             assert controller.state_dict() == before, "asking changes nothing"
         controller.observe(step_of(dice, step))
     assert given_ > 30, "most steps of a run without an incident can be told"
@@ -65,7 +85,9 @@ def healthy(controller: Controller, steps: int) -> None:
 
 
 def ceilings(controller: Controller, step: int, *names: str) -> dict[str, float] | None:
-    return controller.ceilings(observation(step, dict.fromkeys(names or (LOSS, GRAD_NORM), math.nan)))
+    return controller.ceilings(
+        observation(step, dict.fromkeys(names or (LOSS, GRAD_NORM), math.nan))
+    )
 
 
 def test_every_healthy_step_but_the_first_has_ceilings_and_they_lie_above_it() -> None:
@@ -95,7 +117,9 @@ def test_no_ceilings_where_everything_is_applied(mode: Mode) -> None:
     assert ceilings(controller, 101) is None
 
 
-def test_no_ceilings_for_a_signal_that_nobody_has_seen_nor_in_an_incident_nor_behind_a_resume() -> None:
+def test_no_ceilings_for_a_signal_that_nobody_has_seen_nor_in_an_incident_nor_behind_a_resume() -> (
+    None
+):
     controller = Controller(GuardSection(confirm=3))
     healthy(controller, 100)
     assert ceilings(controller, 101) and ceilings(controller, 101, LOSS) is not None
@@ -113,6 +137,8 @@ def test_no_ceilings_while_a_number_that_repeats_is_about_to_be_told() -> None:
     given_ = []
     for step in range(201, 216):
         given_.append(ceilings(controller, step) is not None)
-        verdict = controller.observe(observation(step, {LOSS: 2.0, GRAD_NORM: noisy(0.5, seed=1, noise=0.2)(step)}))
+        verdict = controller.observe(
+            observation(step, {LOSS: 2.0, GRAD_NORM: noisy(0.5, seed=1, noise=0.2)(step)})
+        )
         assert not (given_[-1] and verdict.findings)
     assert not all(given_) and given_[0] and given_[-1]

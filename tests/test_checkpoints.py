@@ -23,13 +23,26 @@ from safetensors import SafetensorError
 from guardrail.core.errors import CheckpointInvalid
 from guardrail.core.files import TEMPORARY
 from guardrail.core.records import SnapshotInfo
-from guardrail.rundir.manifest import MANIFEST, checkpoint_dirs, fingerprint, read_manifest, sealed, verify
+from guardrail.rundir.manifest import (
+    MANIFEST,
+    checkpoint_dirs,
+    fingerprint,
+    read_manifest,
+    sealed,
+    verify,
+)
 from guardrail.torch.checkpoint import commit as commit_module
 from guardrail.torch.checkpoint import disk_checkpoints as checkpoints_module
 from guardrail.torch.checkpoint import safetensors_file as shards_module
 from guardrail.torch.checkpoint.disk_checkpoints import INVALID, CheckpointEvent, CheckpointStore
 from guardrail.torch.checkpoint.loader import CheckpointLoader
-from guardrail.torch.checkpoint.memory_snapshots import CANDIDATE, GOOD, SUSPECT, Snapshot, SnapshotRing
+from guardrail.torch.checkpoint.memory_snapshots import (
+    CANDIDATE,
+    GOOD,
+    SUSPECT,
+    Snapshot,
+    SnapshotRing,
+)
 from guardrail.torch.checkpoint.retention import superfluous
 from guardrail.torch.state import rng_state as rng
 from guardrail.torch.state.training_state import TrainingState
@@ -43,12 +56,20 @@ class Run(Setup):
     """A tiny training with both tiers."""
 
     def __init__(
-        self, folder: Path, kind: str = "plain", optimizer: str = "adamw-foreach", *, seed: int = 0, **options: Any
+        self,
+        folder: Path,
+        kind: str = "plain",
+        optimizer: str = "adamw-foreach",
+        *,
+        seed: int = 0,
+        **options: Any,
     ) -> None:
         super().__init__(kind, optimizer, seed=seed)
         self.state = TrainingState(self.model, self.optimizers, self.schedulers)
         self.ring = SnapshotRing(self.state, 3)
-        self.store = CheckpointStore(folder, self.state, rank=self.rank, world=self.world, **options)
+        self.store = CheckpointStore(
+            folder, self.state, rank=self.rank, world=self.world, **options
+        )
 
     def take(self, step: int, timeline: int = 0, **extra: Any) -> Snapshot:
         return self.ring.take(step, step * 8, timeline, extra)
@@ -108,10 +129,12 @@ def flip(path: Path, at: int = -1) -> None:
     path.write_bytes(content)
 
 
-# -- save and load -----------------------------------------------------------------------------------------------
+# -- save and load ---------------------------------------------------------------------------------
 
 
-def saved_run(rank: int, folder: Path, kind: str, optimizer: str) -> tuple[list[float], list[CheckpointEvent]]:
+def saved_run(
+    rank: int, folder: Path, kind: str, optimizer: str
+) -> tuple[list[float], list[CheckpointEvent]]:
     """Train 4 steps, save, train on: the losses after the save."""
     run = Run(folder, kind, optimizer)
     run.steps(1, 5)
@@ -119,12 +142,18 @@ def saved_run(rank: int, folder: Path, kind: str, optimizer: str) -> tuple[list[
     return run.steps(5, 8), events
 
 
-def resumed_run(rank: int, folder: Path, kind: str, optimizer: str) -> tuple[list[float], dict[str, str], Any]:
+def resumed_run(
+    rank: int, folder: Path, kind: str, optimizer: str
+) -> tuple[list[float], dict[str, str], Any]:
     run = Run(folder, kind, optimizer, seed=77)
     selection = run.store.newest_valid()
     assert selection.path is not None and selection.refused == ()
     loaded = run.store.load(selection.path)
-    assert loaded.manifest.step == 4 and loaded.manifest.cursor == 32 and loaded.manifest.identity == {"config": "abc"}
+    assert (
+        loaded.manifest.step == 4
+        and loaded.manifest.cursor == 32
+        and loaded.manifest.identity == {"config": "abc"}
+    )
     return run.steps(5, 8), loaded.checks, loaded.extra
 
 
@@ -141,8 +170,12 @@ ALL_OK = {"weights": "ok", "moments": "ok", "schedule": "ok", "buffers": "ok"}
 def test_resume_equals_going_on_bit_by_bit(kind: str, optimizer: str, tmp_path: Path) -> None:
     """Case 3 and law 3, on disk."""
     folder, world = tmp_path / "checkpoints", ranks_of(kind)
-    went_on = run_ranks(saved_run, world, folder, kind, optimizer, folder=tmp_path / "a", init=world > 1)
-    resumed = run_ranks(resumed_run, world, folder, kind, optimizer, folder=tmp_path / "b", init=world > 1)
+    went_on = run_ranks(
+        saved_run, world, folder, kind, optimizer, folder=tmp_path / "a", init=world > 1
+    )
+    resumed = run_ranks(
+        resumed_run, world, folder, kind, optimizer, folder=tmp_path / "b", init=world > 1
+    )
     assert names(folder) == ["step-00000004"]
     assert [event.state for event in went_on[0][1]] == ["candidate"]
     for rank in range(world):
@@ -159,14 +192,17 @@ def test_a_checkpoint_loads_on_any_number_of_ranks_and_either_strategy(tmp_path:
         prints.add(fingerprint(checkpoint_dirs(folder)[0]))
         for other in LAYOUTS:
             again, count = tmp_path / f"{kind}-{other}", ranks_of(other)
-            checks = run_ranks(reshard, count, folder, again, other, folder=tmp_path / "b", init=count > 1)
+            checks = run_ranks(
+                reshard, count, folder, again, other, folder=tmp_path / "b", init=count > 1
+            )
             # Comparable wherever a rank holds now what a rank held then.
             comparable = (kind == "fsdp") == (other == "fsdp")
             assert checks == [ALL_OK if comparable else {"schedule": "ok"}] * count
             source, target = checkpoint_dirs(folder)[0], checkpoint_dirs(again)[0]
             assert fingerprint(source) == fingerprint(target)
             assert whole(source) == whole(target)
-    assert len(prints) == 1  # trained with the same batches, written by 1 or 2 ranks, whole or sharded
+    # trained with the same batches, written by 1 or 2 ranks, whole or sharded
+    assert len(prints) == 1
 
 
 def reshard_source(rank: int, folder: Path, kind: str) -> None:
@@ -174,7 +210,9 @@ def reshard_source(rank: int, folder: Path, kind: str) -> None:
     run = Run(folder, kind)
     run.rank, run.world = 0, 1
     run.steps(1, 5)
-    run.rank, run.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    run.rank, run.world = (
+        (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    )
     run.save(4)
 
 
@@ -192,7 +230,9 @@ def reshard(rank: int, source: Path, target: Path, kind: str) -> dict[str, str]:
 def test_the_folder_is_there_before_another_rank_can_write_into_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A faster rank found no folder for its share, and none to say so in: rank 0 waited for it in vain."""
+    """A faster rank found no folder for its share, and none to say so in: rank 0 waited for it in
+    vain.
+    """
     folder, seen = tmp_path / "new" / "checkpoints", []
     gathered = CheckpointLoader.gathered
 
@@ -241,10 +281,12 @@ def test_more_ranks_than_tensors(tmp_path: Path) -> None:
     assert checks == [{"weights": "ok", "moments": "ok", "schedule": "ok"}] * 2
 
 
-# -- cold moments, schedule, dice (cases 3, 5, 6, 7) ---------------------------------------------------------------
+# -- cold moments, schedule, dice (cases 3, 5, 6, 7) -----------------------------------------------
 
 
-def test_a_checkpoint_without_moments_is_refused_unless_weights_are_all_that_is_wanted(tmp_path: Path) -> None:
+def test_a_checkpoint_without_moments_is_refused_unless_weights_are_all_that_is_wanted(
+    tmp_path: Path,
+) -> None:
     run = Run(tmp_path)
     run.steps(1, 51)
     for optimizer in run.optimizers:
@@ -255,11 +297,18 @@ def test_a_checkpoint_without_moments_is_refused_unless_weights_are_all_that_is_
     other = Run(tmp_path, seed=3)
     other.steps(1, 3)
     before = other.state.digests()
-    with pytest.raises(CheckpointInvalid, match=r"after step 50 and holds no optimizer state.*weights_only=True"):
+    with pytest.raises(
+        CheckpointInvalid, match=r"after step 50 and holds no optimizer state.*weights_only=True"
+    ):
         other.store.load(path)
     assert other.state.digests() == before
     loaded = other.store.load(path, weights_only=True)
-    assert loaded.checks == {"weights": "ok", "buffers": "ok", "moments": "cold", "schedule": "cold"}
+    assert loaded.checks == {
+        "weights": "ok",
+        "buffers": "ok",
+        "moments": "cold",
+        "schedule": "cold",
+    }
     after = other.state.digests()
     assert after["weights"] == run.state.digests()["weights"]
     assert (after["moments"], after["schedule"]) == (before["moments"], before["schedule"])
@@ -305,7 +354,9 @@ def test_learning_rate_and_dice_go_on_where_they_were(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("component", ["weights", "moments", "schedule"])
-def test_the_resume_check_says_what_differs(component: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_resume_check_says_what_differs(
+    component: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Case 7. Something between the file and the live state goes wrong: here, after the load."""
     run = Run(tmp_path)
     run.steps(1, 4)
@@ -327,7 +378,7 @@ def test_the_resume_check_says_what_differs(component: str, tmp_path: Path, monk
     assert checks == {**ALL_OK, component: "differs on rank 0"}
 
 
-# -- finding a valid one (law 5, case 17) --------------------------------------------------------------------------
+# -- finding a valid one (law 5, case 17) ----------------------------------------------------------
 
 
 def three_saves(folder: Path) -> Run:
@@ -343,15 +394,26 @@ def cut_off(path: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "flipped bit in the tensors": (lambda p: flip(p / "rank-00000.safetensors"), "its content is not what was written"),
-    "flipped bit in the header": (lambda p: flip(p / "rank-00000.safetensors", 20), "its content is not what was"),
+    "flipped bit in the tensors": (
+        lambda p: flip(p / "rank-00000.safetensors"),
+        "its content is not what was written",
+    ),
+    "flipped bit in the header": (
+        lambda p: flip(p / "rank-00000.safetensors", 20),
+        "its content is not what was",
+    ),
     "flipped bit in the manifest": (lambda p: flip(p / MANIFEST, 300), "cut off or changed"),
     "truncated": (lambda p: cut_off(p / "rank-00000.safetensors"), "is cut off"),
     "empty": (lambda p: (p / "rank-00000.safetensors").write_bytes(b""), "is cut off: 0 bytes"),
-    "missing shard": (lambda p: (p / "rank-00000.safetensors").unlink(), "rank-00000.safetensors is missing"),
+    "missing shard": (
+        lambda p: (p / "rank-00000.safetensors").unlink(),
+        "rank-00000.safetensors is missing",
+    ),
     "no manifest": (lambda p: (p / MANIFEST).unlink(), "was never finished"),
     "unknown format": (
-        lambda p: (p / MANIFEST).write_bytes(sealed(msgspec.structs.replace(read_manifest(p), format=7))),
+        lambda p: (p / MANIFEST).write_bytes(
+            sealed(msgspec.structs.replace(read_manifest(p), format=7))
+        ),
         "written in format 7",
     ),
     "old format": (lambda p: (p / MANIFEST).write_text('{"version": 0}'), "of an unknown format"),
@@ -359,7 +421,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_passed_over_and_the_reason_told(damage: str, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_passed_over_and_the_reason_told(
+    damage: str, tmp_path: Path
+) -> None:
     run = three_saves(tmp_path)
     break_it, words = DAMAGE[damage]
     break_it(tmp_path / "step-00000003")
@@ -368,7 +432,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_reason_told(damage: str, tm
     selection = store.newest_valid()
     assert selection.path == tmp_path / "step-00000002"
     ((path, reason),) = selection.refused
-    assert path.name == "step-00000003" and words in reason and selection.invalid == {"step-00000003"}
+    assert (
+        path.name == "step-00000003" and words in reason and selection.invalid == {"step-00000003"}
+    )
     assert {info.path: info.state for info in store.infos()}["step-00000003"] == INVALID
     with pytest.raises(CheckpointInvalid, match=words):
         store.load(tmp_path / "step-00000003")
@@ -376,7 +442,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_reason_told(damage: str, tm
     assert store.load(selection.path).manifest.step == 2
 
 
-def test_the_hashes_are_checked_again_when_another_is_loaded_than_was_chosen(tmp_path: Path) -> None:
+def test_the_hashes_are_checked_again_when_another_is_loaded_than_was_chosen(
+    tmp_path: Path,
+) -> None:
     run = three_saves(tmp_path)
     flip(tmp_path / "step-00000001" / "rank-00000.safetensors")
     assert run.store.newest_valid().path == tmp_path / "step-00000003"
@@ -391,23 +459,34 @@ def test_all_damaged_or_none_there(tmp_path: Path) -> None:
     for path in checkpoint_dirs(tmp_path / "full"):
         flip(path / "rank-00000.safetensors")
     selection = run.store.newest_valid()
-    assert selection.path is None and [path.name[-1] for path, _ in selection.refused] == ["3", "2", "1"]
+    assert selection.path is None and [path.name[-1] for path, _ in selection.refused] == [
+        "3",
+        "2",
+        "1",
+    ]
 
 
 def test_what_is_not_allowed_is_passed_over_without_being_called_invalid(tmp_path: Path) -> None:
     run = three_saves(tmp_path)
-    selection = run.store.newest_valid(lambda manifest: manifest.step < 3 or "a rollback found it polluted")
+    selection = run.store.newest_valid(
+        lambda manifest: manifest.step < 3 or "a rollback found it polluted"
+    )
     assert selection.path == tmp_path / "step-00000002"
     assert selection.refused == ((tmp_path / "step-00000003", "a rollback found it polluted"),)
     assert selection.invalid == frozenset()
-    assert run.store.newest_valid(lambda manifest: manifest.step < 2).refused[0][1] == "not to be used"
+    assert (
+        run.store.newest_valid(lambda manifest: manifest.step < 2).refused[0][1] == "not to be used"
+    )
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
     three_saves(tmp_path)
     model = torch.nn.Linear(3, 3)
     state = TrainingState(model, torch.optim.AdamW(model.parameters()))
-    with pytest.raises(CheckpointInvalid, match=r"step-00000003: .*model/weight is missing; model/bias is missing; .*"):
+    with pytest.raises(
+        CheckpointInvalid,
+        match=r"step-00000003: .*model/weight is missing; model/bias is missing; .*",
+    ):
         CheckpointStore(tmp_path, state).load(tmp_path / "step-00000003")
 
 
@@ -436,7 +515,10 @@ def verified_in_shares(rank: int, folder: Path) -> tuple[list[str], str]:
 
 def test_ranks_share_the_hashing_and_agree_on_what_one_has_found(tmp_path: Path) -> None:
     outcomes = run_ranks(verified_in_shares, 2, tmp_path / "c", folder=tmp_path / "a")
-    assert [hashed[0] for hashed, _ in outcomes] == ["rank-00000.safetensors", "rank-00001.safetensors"]
+    assert [hashed[0] for hashed, _ in outcomes] == [
+        "rank-00000.safetensors",
+        "rank-00001.safetensors",
+    ]
     assert outcomes[0][1] == outcomes[1][1] and "rank-00001.safetensors" in outcomes[0][1]
 
 
@@ -456,13 +538,18 @@ def refused_by_one(rank: int, folder: Path) -> str:
 
 
 def test_what_does_not_fit_on_one_rank_is_loaded_on_none(tmp_path: Path) -> None:
-    assert run_ranks(refused_by_one, 2, tmp_path / "c", folder=tmp_path / "a") == ["step-00000001: no"] * 2
+    assert (
+        run_ranks(refused_by_one, 2, tmp_path / "c", folder=tmp_path / "a")
+        == ["step-00000001: no"] * 2
+    )
 
 
-# -- saves that fail (case 18) -------------------------------------------------------------------------------------
+# -- saves that fail (case 18) ---------------------------------------------------------------------
 
 
-def fails_once(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, error: BaseException) -> None:
+def fails_once(
+    monkeypatch: pytest.MonkeyPatch, module: Any, name: str, error: BaseException
+) -> None:
     original = getattr(module, name)
 
     def failing(*arguments: Any, **options: Any) -> Any:
@@ -482,7 +569,9 @@ class DcpLike(BaseException):
         OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
         OSError(errno.EIO, os.strerror(errno.EIO)),
         OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
-        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        ),
         RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 576 vs 470"),
         MemoryError(),
         SystemExit(1),
@@ -491,7 +580,9 @@ class DcpLike(BaseException):
     ],
     ids=lambda error: type(error).__name__ + str(getattr(error, "errno", "") or ""),
 )
-@pytest.mark.parametrize("where", ["write_file", "replace_file", "sealed", "verify", "_rename", "component_digests"])
+@pytest.mark.parametrize(
+    "where", ["write_file", "replace_file", "sealed", "verify", "_rename", "component_digests"]
+)
 def test_a_save_that_fails_leaves_nothing_and_the_next_succeeds(
     where: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -524,7 +615,9 @@ def test_the_retry_waits_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def small_disk(folder: Path, size: str) -> Iterator[None]:
     """A file system of this size; unmounted lazily, for its files may still be open."""
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True
+    )
     if done.returncode:
         pytest.skip(f"a small file system cannot be mounted here: {done.stderr.decode().strip()}")
     try:
@@ -543,7 +636,9 @@ def wide_run(folder: Path, **options: Any) -> tuple[CheckpointStore, SnapshotRin
     return CheckpointStore(folder, state, **options), SnapshotRing(state, 2)
 
 
-def test_a_full_disk_is_seen_beforehand_and_after_making_room_the_save_succeeds(tmp_path: Path) -> None:
+def test_a_full_disk_is_seen_beforehand_and_after_making_room_the_save_succeeds(
+    tmp_path: Path,
+) -> None:
     folder = tmp_path / "disk"
     with small_disk(folder, "5m"):
         store, ring = wide_run(folder / "checkpoints", retry_seconds=0.0)
@@ -556,7 +651,9 @@ def test_a_full_disk_is_seen_beforehand_and_after_making_room_the_save_succeeds(
         assert [save(step).state for step in (1, 2)] == ["candidate", "candidate"]
         (folder / "other").write_bytes(bytes(1_500_000))
         event = save(3)
-        assert event.state == "failed" and "No space left on device: 2.3 MB are needed" in event.reason
+        assert (
+            event.state == "failed" and "No space left on device: 2.3 MB are needed" in event.reason
+        )
         assert names(folder / "checkpoints") == ["step-00000001", "step-00000002"]
         assert all(verify(path) for path in checkpoint_dirs(folder / "checkpoints"))
         assert store.retry_due
@@ -564,14 +661,18 @@ def test_a_full_disk_is_seen_beforehand_and_after_making_room_the_save_succeeds(
         assert save(4).state == "candidate"
 
 
-def test_a_disk_that_fills_up_while_it_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_up_while_it_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Somebody else took the room that was there a moment ago."""
     folder = tmp_path / "disk"
     with small_disk(folder, "5m"):
         store, ring = wide_run(folder / "checkpoints")
         store.save(ring.take(1, 1, 0, {}))
         assert store.wait(SECONDS)
-        monkeypatch.setattr(commit_module, "_check_room", lambda job: (folder / "o").write_bytes(bytes(3_400_000)))
+        monkeypatch.setattr(
+            commit_module, "_check_room", lambda job: (folder / "o").write_bytes(bytes(3_400_000))
+        )
         store.save(ring.take(2, 2, 0, {}))
         assert store.wait(SECONDS)
         assert [event.state for event in store.poll()] == ["candidate", "failed"]
@@ -592,11 +693,16 @@ def test_a_file_size_limit_stops_a_save_and_nothing_else(tmp_path: Path) -> None
         return store.poll()
 
     (events,) = run_ranks(limited, 1, folder=tmp_path / "a", init=False)
-    assert [(event.state, event.reason) for event in events] == [("failed", "File too large"), ("candidate", "")]
+    assert [(event.state, event.reason) for event in events] == [
+        ("failed", "File too large"),
+        ("candidate", ""),
+    ]
     assert names(tmp_path / "checkpoints") == ["step-00000002"]
 
 
-def test_a_disk_that_gives_other_bytes_back_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_gives_other_bytes_back_is_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = os.fsync
     store, ring = wide_run(tmp_path)
 
@@ -613,14 +719,20 @@ def test_a_disk_that_gives_other_bytes_back_is_found_out(tmp_path: Path, monkeyp
     assert names(tmp_path) == []
 
 
-def one_rank_fails(rank: int, folder: Path, *, room: bool) -> tuple[list[CheckpointEvent], list[CheckpointEvent]]:
+def one_rank_fails(
+    rank: int, folder: Path, *, room: bool
+) -> tuple[list[CheckpointEvent], list[CheckpointEvent]]:
     run = Run(folder, "ddp", retry_seconds=0.0)
     run.step(1)
     if rank == 1:
         original = commit_module.write_file
-        commit_module.write_file = lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
+        commit_module.write_file = lambda *_: (_ for _ in ()).throw(
+            OSError(errno.ENOSPC, "No space left on device")
+        )
         if not room:
-            commit_module.write_all = lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space"))
+            commit_module.write_all = lambda *_: (_ for _ in ()).throw(
+                OSError(errno.ENOSPC, "No space")
+            )
     failed = run.save(1)
     run.step(2)
     if rank == 1:
@@ -640,7 +752,9 @@ def test_one_rank_that_fails_fails_the_save_for_all_at_once(room: bool, tmp_path
     assert time.monotonic() - begin < SECONDS  # not commit_seconds, which are 600
     ((failed,), (again,)) = outcome[0]
     assert failed.state == "failed"
-    assert failed.reason == ("rank 1: No space left on device" if room else "rank 1: no room to say why")
+    assert failed.reason == (
+        "rank 1: No space left on device" if room else "rank 1: no room to say why"
+    )
     assert again.state == "candidate"
     assert names(folder) == ["step-00000002"]
 
@@ -677,16 +791,23 @@ def drifted(rank: int, folder: Path) -> tuple[list[CheckpointEvent], dict[str, s
 def test_replicas_that_have_drifted_apart_are_told_of(tmp_path: Path) -> None:
     ((events, checks), _) = run_ranks(drifted, 2, tmp_path / "c", folder=tmp_path / "a")
     assert events[0].state == "candidate"
-    assert events[0].reason == "the weights of rank 1 are not those of rank 0: the replicas have drifted apart"
+    assert (
+        events[0].reason
+        == "the weights of rank 1 are not those of rank 0: the replicas have drifted apart"
+    )
     assert read_manifest(tmp_path / "c" / "step-00000001").warning == events[0].reason
     assert checks["moments"] == "ok"
 
 
-# -- the background thread ----------------------------------------------------------------------------------------
+# -- the background thread -------------------------------------------------------------------------
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is written is the state at the save, whatever training does to model, ring and extra meanwhile."""
+def test_training_goes_on_while_a_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written is the state at the save, whatever training does to model, ring and extra
+    meanwhile.
+    """
     straight = Run(tmp_path / "straight")
     straight.steps(1, 4)
     straight.save(3)
@@ -702,10 +823,14 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
     assert not run.store.wait(0.01)
     gate.set()
     assert run.store.wait(SECONDS)
-    assert whole(tmp_path / "busy" / "step-00000003") == whole(tmp_path / "straight" / "step-00000003")
+    assert whole(tmp_path / "busy" / "step-00000003") == whole(
+        tmp_path / "straight" / "step-00000003"
+    )
 
 
-def test_a_newer_save_takes_the_place_of_one_that_still_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_newer_save_takes_the_place_of_one_that_still_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gate, begun, write = threading.Event(), threading.Event(), commit_module.write_file
 
     def slow(*arguments: Any) -> Any:
@@ -724,7 +849,11 @@ def test_a_newer_save_takes_the_place_of_one_that_still_waits(tmp_path: Path, mo
     gate.set()
     assert run.store.wait(SECONDS)
     events = run.store.poll()
-    assert [(event.state, event.step) for event in events] == [("candidate", 1), ("failed", 2), ("candidate", 3)]
+    assert [(event.state, event.step) for event in events] == [
+        ("candidate", 1),
+        ("failed", 2),
+        ("candidate", 3),
+    ]
     assert events[1].reason.startswith("superseded") and not run.store.degraded
     assert not any(snapshot.pinned for snapshot in snapshots)
     assert names(tmp_path) == ["step-00000001", "step-00000003"]
@@ -757,7 +886,9 @@ def test_temporary_folders_of_dead_writers_are_removed_at_the_start(tmp_path: Pa
 
 
 def test_a_step_that_is_saved_again_replaces_nothing(tmp_path: Path) -> None:
-    """After a restart on a newer timeline the name may be taken; there is never a moment without the old one."""
+    """After a restart on a newer timeline the name may be taken; there is never a moment without
+    the old one.
+    """
     run = Run(tmp_path)
     run.step(1)
     run.save(1)
@@ -771,7 +902,9 @@ def test_a_step_that_is_saved_again_replaces_nothing(tmp_path: Path) -> None:
 
 
 def test_sigkill_at_any_moment_leaves_valid_checkpoints_or_none(tmp_path: Path) -> None:
-    """Case 17, law 5: whatever is called a checkpoint holds, and the newest one that was reported is there."""
+    """Case 17, law 5: whatever is called a checkpoint holds, and the newest one that was reported
+    is there.
+    """
     chance = random.Random(11)
     for trial in range(20):
         folder = tmp_path / f"run-{trial}"
@@ -788,7 +921,9 @@ def test_sigkill_at_any_moment_leaves_valid_checkpoints_or_none(tmp_path: Path) 
 
 
 def killed_writer(folder: Path, *, after: float) -> list[int]:
-    """Fork a process that saves step after step; kill it `after` seconds into that. The steps it had reported."""
+    """Fork a process that saves step after step; kill it `after` seconds into that. The steps it
+    had reported.
+    """
     read, write = os.pipe()
     pid = os.fork()
     if not pid:
@@ -810,11 +945,18 @@ def killed_writer(folder: Path, *, after: float) -> list[int]:
         return list(stream.read())
 
 
-# -- states and retention ------------------------------------------------------------------------------------------
+# -- states and retention --------------------------------------------------------------------------
 
 
 def info(step: int, state: str = GOOD, timeline: int = 0) -> SnapshotInfo:
-    return SnapshotInfo(step=step, cursor=step, timeline=timeline, tier="disk", state=state, path=f"{timeline}/{step}")
+    return SnapshotInfo(
+        step=step,
+        cursor=step,
+        timeline=timeline,
+        tier="disk",
+        state=state,
+        path=f"{timeline}/{step}",
+    )
 
 
 C, G, S, X = CANDIDATE, GOOD, SUSPECT, INVALID
@@ -863,7 +1005,13 @@ def test_there_is_always_one_that_is_old_enough_and_not_much_older(every: int, d
 
 
 def test_retention_counts_by_timeline_first() -> None:
-    infos = [info(100), info(200, S), info(120, timeline=1), info(140, timeline=1), info(150, C, timeline=1)]
+    infos = [
+        info(100),
+        info(200, S),
+        info(120, timeline=1),
+        info(140, timeline=1),
+        info(150, C, timeline=1),
+    ]
     assert superfluous(infos, keep=2, now=151, delay=100) == [info(200, S)]
 
 
@@ -881,13 +1029,22 @@ def test_the_last_good_one_is_never_among_those_that_go() -> None:
 
 
 @pytest.mark.fault("T1")
-def test_while_an_incident_is_not_over_the_good_ones_stay_and_of_the_candidates_only_the_newest() -> None:
-    held = [info(step, G) for step in (0, 100, 200)] + [info(300, C)]  # 300 was not yet good at the onset, 350
+def test_while_an_incident_is_not_over_the_good_ones_stay_and_of_the_candidates_only_the_newest() -> (
+    None
+):
+    # 300 was not yet good at the onset, 350
+    held = [info(step, G) for step in (0, 100, 200)] + [info(300, C)]
     for step in range(400, 2001, 100):
         held.append(info(step, C))
         going = superfluous(held, keep=2, now=step, delay=250, since=350)
         held = [one for one in held if one not in going]
-    assert [(one.step, one.state) for one in held] == [(100, G), (200, G), (300, C), (1900, C), (2000, C)]
+    assert [(one.step, one.state) for one in held] == [
+        (100, G),
+        (200, G),
+        (300, C),
+        (1900, C),
+        (2000, C),
+    ]
 
 
 @pytest.mark.fault("T1")
@@ -904,7 +1061,11 @@ def test_states_follow_the_steps(tmp_path: Path) -> None:
     assert [i.step for i in store.confirm(lambda step: step <= 2)] == [1, 2]
     assert store.confirm(lambda step: step <= 2) == []
     assert [i.step for i in store.mark_suspect(2)] == [2, 3]
-    assert [(i.step, i.state, i.tier) for i in store.infos()] == [(1, G, "disk"), (2, S, "disk"), (3, S, "disk")]
+    assert [(i.step, i.state, i.tier) for i in store.infos()] == [
+        (1, G, "disk"),
+        (2, S, "disk"),
+        (3, S, "disk"),
+    ]
     again = CheckpointStore(tmp_path, run.state)
     assert {i.state for i in again.infos()} == {CANDIDATE}
     flip(tmp_path / "step-00000003" / MANIFEST)
@@ -970,7 +1131,9 @@ def test_pruning_reads_no_file_on_the_thread_of_the_training_step(
 
 
 def test_a_damaged_good_one_keeps_no_other_from_staying(tmp_path: Path) -> None:
-    """The last good checkpoint rotated out by newer ones that are worth nothing (pocket-tts#262)."""
+    """The last good checkpoint rotated out by newer ones that are worth nothing
+    (pocket-tts#262).
+    """
     run = Run(tmp_path, keep=2)
     for step in range(1, 5):
         run.save(step)
@@ -988,14 +1151,18 @@ def test_a_damaged_good_one_keeps_no_other_from_staying(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-00000002", "step-00000003"]
 
 
-def test_a_deletion_that_fails_is_told_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deletion_that_fails_is_told_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from guardrail.torch.checkpoint import disk_checkpoints as checkpoints
 
     run = Run(tmp_path, keep=2)
     for step in range(1, 4):
         run.save(step)
     run.store.confirm(lambda step: True)
-    fails_once(monkeypatch, checkpoints, "remove", PermissionError(errno.EACCES, "Permission denied"))
+    fails_once(
+        monkeypatch, checkpoints, "remove", PermissionError(errno.EACCES, "Permission denied")
+    )
     run.store.prune(3)
     assert run.store.wait(SECONDS)
     (event,) = run.store.poll()

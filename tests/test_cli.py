@@ -1,4 +1,6 @@
-"""The command line: what it prints where, and with which code it ends. No process of a run is started here."""
+"""The command line: what it prints where, and with which code it ends. No process of a run is
+started here.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,15 @@ def make_run(
 ) -> RunDirectory:
     run = RunDirectory.create(folder / "runs", "words", CONFIG)
     beat = time.time() if heartbeat is None else heartbeat
-    status = Status(run=run.name, phase=phase, step=7, total_steps=100, heartbeat=beat, host="elsewhere", **changes)  # type: ignore[arg-type]
+    status = Status(
+        run=run.name,
+        phase=phase,
+        step=7,
+        total_steps=100,
+        heartbeat=beat,
+        host="elsewhere",
+        **changes,
+    )  # type: ignore[arg-type]
     run.write_status(status)
     return run
 
@@ -60,13 +70,31 @@ BAD = [
     (["launch", "missing.toml"], ["missing.toml", "a readable TOML file"]),
     (["launch", "."], [".: expected a readable TOML file"]),
     (["launch", "broken.toml"], ["broken.toml", "valid TOML"]),
-    (["launch", "good.toml", "--set", "train.stepz=3"], ["--set: train.stepz = 3", "did you mean train.steps?"]),
+    (
+        ["launch", "good.toml", "--set", "train.stepz=3"],
+        ["--set: train.stepz = 3", "did you mean train.steps?"],
+    ),
     (["launch", "good.toml", "--set", "train.steps"], ["--set", "expected SECTION.KEY=VALUE"]),
-    (["launch", "good.toml", "--set", "train.batch_size=7", "--set", "launch.processes=2"], ["train.batch_size = 7"]),
-    (["launch", "good.toml", "--set", "launch.trainer=nowhere"], ["launch.trainer = 'nowhere'", "importable package"]),
-    (["launch", "good.toml", "--set", "launch.trainer=a b"], ["launch.trainer = 'a b'", "importable package"]),
-    (["launch", "good.toml", "--set", 'data.sources=["nothing/*.txt"]'], ["--set: data.sources", "'nothing/*.txt'"]),
-    (["launch", "good.toml", "--set", "launch.device=cuda"], ["--set: launch.device = 'cuda'", "a CUDA device"]),
+    (
+        ["launch", "good.toml", "--set", "train.batch_size=7", "--set", "launch.processes=2"],
+        ["train.batch_size = 7"],
+    ),
+    (
+        ["launch", "good.toml", "--set", "launch.trainer=nowhere"],
+        ["launch.trainer = 'nowhere'", "importable package"],
+    ),
+    (
+        ["launch", "good.toml", "--set", "launch.trainer=a b"],
+        ["launch.trainer = 'a b'", "importable package"],
+    ),
+    (
+        ["launch", "good.toml", "--set", 'data.sources=["nothing/*.txt"]'],
+        ["--set: data.sources", "'nothing/*.txt'"],
+    ),
+    (
+        ["launch", "good.toml", "--set", "launch.device=cuda"],
+        ["--set: launch.device = 'cuda'", "a CUDA device"],
+    ),
     (
         ["launch", "good.toml", "--set", "run.root=good.toml/runs"],
         ["--set: run.root = ", "good.toml/runs", "a folder that you may write"],
@@ -86,7 +114,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "said"), BAD, ids=[" ".join(arguments) for arguments, _ in BAD])
+@pytest.mark.parametrize(
+    ("arguments", "said"), BAD, ids=[" ".join(arguments) for arguments, _ in BAD]
+)
 def test_bad_usage_ends_with_2_before_anything_happens(
     folder: Path,
     arguments: list[str],
@@ -110,7 +140,10 @@ def test_more_processes_than_devices(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("guardrail.launch.preflight.cuda_devices", lambda: 2)
-    assert main(["launch", "good.toml", "--set", "launch.processes=4", "--set", "launch.device=auto"]) == 2
+    assert (
+        main(["launch", "good.toml", "--set", "launch.processes=4", "--set", "launch.device=auto"])
+        == 2
+    )
     errors = capsys.readouterr().err
     assert "launch.processes = 4: expected at most the 2 CUDA devices" in errors
 
@@ -132,7 +165,11 @@ def test_output_into_a_closed_pipe_is_no_error(folder: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     result = subprocess.run(
-        [sys.executable, "-m", "guardrail", "runs"], stdout=writing, stderr=subprocess.PIPE, text=True, check=False
+        [sys.executable, "-m", "guardrail", "runs"],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
     )
     os.close(writing)
     assert (result.returncode, result.stderr) == (0, "")
@@ -141,30 +178,45 @@ def test_output_into_a_closed_pipe_is_no_error(folder: Path) -> None:
 # -- runs
 
 
-def test_runs_tells_the_living_from_the_lost(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_tells_the_living_from_the_lost(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make_run(folder)
     make_run(folder, heartbeat=time.time() - 3600)
     make_run(folder, phase=Phase.HALTED, heartbeat=time.time() - 3600, exit_code=3)
     RunDirectory.create(folder / "runs", "words", CONFIG)
     assert main(["runs", "--json"]) == 0
     rows = {row["run"][-2:]: row for row in json.loads(capsys.readouterr().out)}
-    assert [rows[number]["state"] for number in ("01", "02", "03", "04")] == ["step", "lost", "halted", "new"]
+    assert [rows[number]["state"] for number in ("01", "02", "03", "04")] == [
+        "step",
+        "lost",
+        "halted",
+        "new",
+    ]
     assert rows["03"]["exit_code"] == 3
     assert main(["runs"]) == 0
     table = capsys.readouterr().out.splitlines()
     assert table[0].split() == ["RUN", "STATE", "STEP", "LOSS", "EXIT", "LAST", "SIGN"]
-    assert len(table) == 5 and any("lost" in line and "7 / 100" in line and "1 h ago" in line for line in table)
+    assert len(table) == 5 and any(
+        "lost" in line and "7 / 100" in line and "1 h ago" in line for line in table
+    )
 
 
-def test_runs_of_an_empty_place_prints_no_data(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_of_an_empty_place_prints_no_data(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["runs", "--root", "nowhere"]) == 0
     output, errors = capsys.readouterr()
     assert output == "" and "no runs in nowhere" in errors
 
 
-def test_hostile_text_in_a_status_does_not_reach_the_terminal(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hostile_text_in_a_status_does_not_reach_the_terminal(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = RunDirectory.create(folder / "runs", "words", CONFIG)
-    run.write_status(Status(run="\x1b]0;owned\x07", phase=Phase.STEP, heartbeat=time.time(), host="\x1b[2Jhost"))
+    run.write_status(
+        Status(run="\x1b]0;owned\x07", phase=Phase.STEP, heartbeat=time.time(), host="\x1b[2Jhost")
+    )
     assert main(["runs"]) == 0 and main(["runs", "--json"]) == 0
     assert "\x1b" not in capsys.readouterr().out
 
@@ -219,7 +271,11 @@ def alive(folder: Path) -> Iterator[RunDirectory]:
     ],
 )
 def test_ctl_sends_and_prints_the_step_of_the_answer(
-    alive: RunDirectory, words: list[str], kind: str, value: float, capsys: pytest.CaptureFixture[str]
+    alive: RunDirectory,
+    words: list[str],
+    kind: str,
+    value: float,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     with Answering(alive) as trainer:
         assert main(["ctl", alive.name, *words, "--wait", "30"]) == 0
@@ -230,7 +286,12 @@ def test_ctl_sends_and_prints_the_step_of_the_answer(
     line, document = capsys.readouterr().out.split("\n", 1)
     assert line == f"step 42: {kind} applied"
     answer = json.loads(document)
-    assert (answer["effect"], answer["step"], answer["command"], answer["id"]) == ("applied", 42, kind, second.id)
+    assert (answer["effect"], answer["step"], answer["command"], answer["id"]) == (
+        "applied",
+        42,
+        kind,
+        second.id,
+    )
 
 
 def test_ctl_refused_by_the_run(alive: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
@@ -275,13 +336,19 @@ def test_ctl_without_an_answer_keeps_the_command_in_the_inbox(
     assert [command.kind.value for command in alive.commands_pending()] == ["pause", "resume"]
 
 
-def test_ctl_to_a_run_that_ends_meanwhile(alive: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
-    timer = threading.Timer(0.3, lambda: alive.append("ended", "stopped: by a signal", phase="stopped", exit_code=130))
+def test_ctl_to_a_run_that_ends_meanwhile(
+    alive: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    timer = threading.Timer(
+        0.3, lambda: alive.append("ended", "stopped: by a signal", phase="stopped", exit_code=130)
+    )
     timer.start()
     assert main(["ctl", alive.name, "checkpoint"]) == 2
     timer.join()
     assert "ended before it answered (stopped: by a signal)" in capsys.readouterr().err
-    timer = threading.Timer(0.3, lambda: alive.append("ended", "stopped", phase="stopped", exit_code=130))
+    timer = threading.Timer(
+        0.3, lambda: alive.append("ended", "stopped", phase="stopped", exit_code=130)
+    )
     timer.start()
     assert main(["ctl", alive.name, "stop"]) == 0, "the end is what was asked for"
     timer.join()
@@ -310,9 +377,15 @@ def test_resume_refuses_a_run_that_lives_on_another_host(folder: Path) -> None:
 
 
 def test_resume_answers_what_was_sent_to_a_dead_run(folder: Path) -> None:
-    """A stop that found nobody does not end the next start; what is due later, or sent afterwards, waits."""
+    """A stop that found nobody does not end the next start; what is due later, or sent afterwards,
+    waits.
+    """
     run = make_run(folder, phase=Phase.FAILED)
-    sent = [("stop", CommandKind.STOP, 0), ("past", CommandKind.PAUSE, 7), ("later", CommandKind.CHECKPOINT, 8)]
+    sent = [
+        ("stop", CommandKind.STOP, 0),
+        ("past", CommandKind.PAUSE, 7),
+        ("later", CommandKind.CHECKPOINT, 8),
+    ]
     for id, kind, at_step in sent:
         run.send(Command(id=id, kind=kind, at_step=at_step))
     assert launching.prepare_resume(run.name, (), root="runs") is not None
@@ -326,7 +399,9 @@ def test_resume_answers_what_was_sent_to_a_dead_run(folder: Path) -> None:
     assert "before the run was started again" in refused[0].data["reason"]
 
 
-def test_resume_of_a_run_whose_data_are_gone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_of_a_run_whose_data_are_gone(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = folder / "text"
     text.mkdir()
     (text / "a.txt").write_text("words")
@@ -354,7 +429,9 @@ def test_report_of_a_run_as_text_and_json(folder: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().out == ""
 
 
-def test_verify_of_a_run_without_a_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_of_a_run_without_a_checkpoint(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = make_run(folder)
     assert main(["verify", run.name]) == 5
     assert "has no checkpoint" in capsys.readouterr().err
@@ -374,7 +451,9 @@ def test_verify_names_what_does_not_hold(folder: Path, capsys: pytest.CaptureFix
     [
         pytest.param(["--root", "by-option"], "", "by-option", marks=pytest.mark.fault("T8")),
         pytest.param([], "by-variable", "by-variable", marks=pytest.mark.fault("T8")),
-        pytest.param(["--root", "by-option"], "by-variable", "by-option", marks=pytest.mark.fault("T8")),
+        pytest.param(
+            ["--root", "by-option"], "by-variable", "by-option", marks=pytest.mark.fault("T8")
+        ),
         (["--root", "by-option", "--set", "run.root=by-set"], "", "by-option"),
         (["--set", "run.root=by-set"], "by-variable", "by-set"),
         (["--set", "run.root=by-set"], "", "by-set"),
@@ -396,11 +475,15 @@ def test_the_root_that_is_named_wins_for_a_new_run(
 
 
 @pytest.mark.fault("C2")
-def test_ctl_reads_only_what_is_new_while_it_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctl_reads_only_what_is_new_while_it_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = RunDirectory.create(tmp_path, "demo", "")
     for _ in range(200):
         run.append("note", "a long story " * 20)
-    run.write_status(Status(run=run.name, phase=Phase.STEP, heartbeat=time.time(), host="elsewhere"))
+    run.write_status(
+        Status(run=run.name, phase=Phase.STEP, heartbeat=time.time(), host="elsewhere")
+    )
     monkeypatch.setattr(control, "POLL_SECONDS", 0.002)
     parsed, here = [], threading.get_ident()
     parse = journal.parse
@@ -433,7 +516,9 @@ def test_a_command_names_the_terminal_that_it_comes_from(monkeypatch: pytest.Mon
     monkeypatch.delenv("GUARDRAIL_WHO", raising=False)
     monkeypatch.setenv("SSH_CONNECTION", "10.0.0.5 53210 10.0.0.1 22")
     monkeypatch.setattr(os, "ttyname", lambda descriptor: "/dev/pts/3")
-    assert control.parse("pause", None).who.endswith("@" + socket.gethostname() + " (pts/3 from 10.0.0.5)")
+    assert control.parse("pause", None).who.endswith(
+        "@" + socket.gethostname() + " (pts/3 from 10.0.0.5)"
+    )
     assert controls.who() == control.parse("pause", None).who, "the screen says the same"
     monkeypatch.delenv("SSH_CONNECTION")
     monkeypatch.setattr(os, "ttyname", no_terminal)

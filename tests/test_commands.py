@@ -1,4 +1,6 @@
-"""What people ask of a run: pause, answer, skip, roll back, learning rates. Each is answered in the journal."""
+"""What people ask of a run: pause, answer, skip, roll back, learning rates. Each is answered in the
+journal.
+"""
 
 import math
 import os
@@ -39,7 +41,8 @@ from trainer.config.config import Config
 from trainer.optim.optimizers import Schedule
 from trainer.train import Trainer
 
-SPIKE = {"kind": "spike_loss", "first": 160, "last": 184, "value": 50.0}  # step 21 is tried three times
+# step 21 is tried three times
+SPIKE = {"kind": "spike_loss", "first": 160, "last": 184, "value": 50.0}
 
 
 def asking(folder: Path, *, world: int = 1, **guard: Any) -> Config:
@@ -47,13 +50,17 @@ def asking(folder: Path, *, world: int = 1, **guard: Any) -> Config:
     return tiny(folder, world=world, faults=[SPIKE], guard=guard, train={"steps": 32})
 
 
-def send(run: RunDirectory, name: str, kind: CommandKind, value: float = 0.0, at_step: int = 0) -> None:
+def send(
+    run: RunDirectory, name: str, kind: CommandKind, value: float = 0.0, at_step: int = 0
+) -> None:
     run.send(Command(id=name, kind=kind, value=value, at_step=at_step, who="tester"))
 
 
 def answers(run: RunDirectory) -> dict[str, tuple[str, int]]:
     """Command id -> (applied or refused, the step at which it was)."""
-    return {event.data["id"]: (event.data["effect"], event.step) for event in of_kind(run, "command")}
+    return {
+        event.data["id"]: (event.data["effect"], event.step) for event in of_kind(run, "command")
+    }
 
 
 def status_of(run: RunDirectory) -> Status:
@@ -67,7 +74,9 @@ def parked(run: RunDirectory, world: int = 1) -> list[int]:
     before = len(of_kind(run, "paused"))
     pids = start_run(run, world)
     wait_for(lambda: len(of_kind(run, "paused")) > before, what="a pause")
-    wait_for(lambda: (s := run.read_status()) is not None and s.phase is Phase.PAUSED, what="its status")
+    wait_for(
+        lambda: (s := run.read_status()) is not None and s.phase is Phase.PAUSED, what="its status"
+    )
     return pids
 
 
@@ -103,17 +112,26 @@ def test_each_command_is_answered_with_its_step(tmp_path: Path) -> None:
     assert reasons["resume"] == "training is not paused"
     assert reasons["answer"] == "no question is open"
     assert "step 3" in reasons["nowhere"]
-    assert all(event.data["who"] == "tester" for event in of_kind(run, "command") if event.data["id"] in given)
+    assert all(
+        event.data["who"] == "tester"
+        for event in of_kind(run, "command")
+        if event.data["id"] in given
+    )
     assert [path.name.split("-", 1)[1] for path in run.commands.iterdir()] == ["late.json"]
     assert status_of(run).mode is Mode.ADVISE and status_of(run).lr_factor == 0.5
     assert {read_manifest(path).step for path in checkpoint_dirs(run.checkpoints)} >= {0, 7, 20, 25}
-    assert [(span.first, span.last, span.cause) for span in spans(run)] == [(19 * BATCH, 21 * BATCH, "user")]
+    assert [(span.first, span.last, span.cause) for span in spans(run)] == [
+        (19 * BATCH, 21 * BATCH, "user")
+    ]
     assert len(table(run)) == 25
     assert_whole(run)
 
 
 def test_the_embedding_is_shrunk_from_the_next_step_on(tmp_path: Path) -> None:
-    run, plain = new_run(tiny(tmp_path, train={"steps": 12})), new_run(tiny(tmp_path, train={"steps": 12}))
+    run, plain = (
+        new_run(tiny(tmp_path, train={"steps": 12})),
+        new_run(tiny(tmp_path, train={"steps": 12})),
+    )
     send(run, "shrink", CommandKind.EMBED_ALPHA, 0.1, at_step=5)
     assert train(run, 1) == train(plain, 1) == "finished"
     losses = table(run, ("loss",)), table(plain, ("loss",))
@@ -124,8 +142,12 @@ def test_the_embedding_is_shrunk_from_the_next_step_on(tmp_path: Path) -> None:
 # -- pausing
 
 
-@pytest.mark.parametrize(("world", "strategy"), [(2, "ddp"), pytest.param(2, "fsdp", marks=pytest.mark.slow)])
-def test_parked_for_longer_than_a_collective_may_take(tmp_path: Path, world: int, strategy: str) -> None:
+@pytest.mark.parametrize(
+    ("world", "strategy"), [(2, "ddp"), pytest.param(2, "fsdp", marks=pytest.mark.slow)]
+)
+def test_parked_for_longer_than_a_collective_may_take(
+    tmp_path: Path, world: int, strategy: str
+) -> None:
     launch = {"collective_seconds": 3.0}
     config = tiny(tmp_path, world=world, strategy=strategy, launch=launch, train={"steps": 30})
     run = new_run(config)
@@ -140,7 +162,10 @@ def test_parked_for_longer_than_a_collective_may_take(tmp_path: Path, world: int
     send(run, "back", CommandKind.ROLLBACK, 5)
     wait_for(lambda: "back" in answers(run), what="answers while parked")
     # A rollback by hand does not end a pause by hand.
-    wait_for(lambda: (status_of(run).phase, status_of(run).step) == (Phase.PAUSED, 5), what="a pause at step 5")
+    wait_for(
+        lambda: (status_of(run).phase, status_of(run).step) == (Phase.PAUSED, 5),
+        what="a pause at step 5",
+    )
     time.sleep(max(0.0, began + 5.0 - time.monotonic()))
     send(run, "resume", CommandKind.RESUME)
     assert wait_ranks(pids) == [0, 0]
@@ -163,7 +188,10 @@ def test_a_save_that_was_asked_for_while_parked_survives_a_kill(tmp_path: Path) 
     send(run, "pause", CommandKind.PAUSE, at_step=7)
     (pid,) = parked(run)
     send(run, "save", CommandKind.CHECKPOINT)
-    wait_for(lambda: any(e.data.get("cp_step") == 7 for e in of_kind(run, "checkpoint")), what="a checkpoint")
+    wait_for(
+        lambda: any(e.data.get("cp_step") == 7 for e in of_kind(run, "checkpoint")),
+        what="a checkpoint",
+    )
     os.kill(pid, signal.SIGKILL)
     assert wait_ranks([pid]) == [-signal.SIGKILL]
     assert train(run, 1) == "finished"
@@ -172,7 +200,9 @@ def test_a_save_that_was_asked_for_while_parked_survives_a_kill(tmp_path: Path) 
 
 
 def test_stop_at_an_evaluation_says_nothing_after_its_last_word(tmp_path: Path) -> None:
-    run = new_run(tiny(tmp_path, data={"eval_fraction": 0.1}, train={"steps": 30, "eval_every": 10}))
+    run = new_run(
+        tiny(tmp_path, data={"eval_fraction": 0.1}, train={"steps": 30, "eval_every": 10})
+    )
     send(run, "stop", CommandKind.STOP, at_step=10)
     assert train(run, 1) == "stopped"
     assert run.events()[-1].kind == "ended"
@@ -184,11 +214,17 @@ def test_stop_at_an_evaluation_says_nothing_after_its_last_word(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("world", "strategy"), [SHAPES[0], pytest.param(*SHAPES[1], marks=pytest.mark.slow), FEW_SHAPES[2]]
+    ("world", "strategy"),
+    [SHAPES[0], pytest.param(*SHAPES[1], marks=pytest.mark.slow), FEW_SHAPES[2]],
 )
 def test_ask_and_do_as_proposed(tmp_path: Path, world: int, strategy: str) -> None:
     ask = tiny(
-        tmp_path, world=world, strategy=strategy, faults=[SPIKE], guard={"mode": "ask", **BLIND}, train={"steps": 32}
+        tmp_path,
+        world=world,
+        strategy=strategy,
+        faults=[SPIKE],
+        guard={"mode": "ask", **BLIND},
+        train={"steps": 32},
     )
     run = new_run(ask)
     pids = parked(run, world)
@@ -200,7 +236,9 @@ def test_ask_and_do_as_proposed(tmp_path: Path, world: int, strategy: str) -> No
     assert wait_ranks(pids) == [0] * world
     assert status_of(run).question == ""
     assert len(of_kind(run, "rollback")) == 1
-    auto = tiny(tmp_path, world=world, strategy=strategy, faults=[SPIKE], guard=BLIND, train={"steps": 32})
+    auto = tiny(
+        tmp_path, world=world, strategy=strategy, faults=[SPIKE], guard=BLIND, train={"steps": 32}
+    )
     assert_same(run, trained(auto))
 
 
@@ -245,7 +283,9 @@ def test_ask_and_answer_by_another_deed(tmp_path: Path, kind: CommandKind, value
     assert_same(run, trained(told(config, run)))
 
 
-def test_a_rate_that_is_set_while_the_guard_asks_is_that_of_the_update_and_of_its_row(tmp_path: Path) -> None:
+def test_a_rate_that_is_set_while_the_guard_asks_is_that_of_the_update_and_of_its_row(
+    tmp_path: Path,
+) -> None:
     config = asking(tmp_path)
     run = new_run(config)
     pids = parked(run)
@@ -254,10 +294,14 @@ def test_a_rate_that_is_set_while_the_guard_asks_is_that_of_the_update_and_of_it
     assert wait_ranks(pids) == [0]
     assert answers(run) == {"slower": ("applied", 20), "on": ("applied", 20)}
     schedule = Schedule.of(config.optim, steps=32)
-    assert table(run, ("lr",))[:, 0].tolist() == [schedule(s) * (0.5 if s > 20 else 1.0) for s in range(1, 33)]
+    assert table(run, ("lr",))[:, 0].tolist() == [
+        schedule(s) * (0.5 if s > 20 else 1.0) for s in range(1, 33)
+    ]
 
 
-def test_a_command_that_comes_with_the_step_under_question_is_answered_at_once(tmp_path: Path) -> None:
+def test_a_command_that_comes_with_the_step_under_question_is_answered_at_once(
+    tmp_path: Path,
+) -> None:
     """It could be a stop, and whoever sent it waits."""
     run = new_run(asking(tmp_path))
     for name in ("first", "second"):  # each attempt at step 21 takes one command
@@ -318,7 +362,14 @@ def killed_at(patch: pytest.MonkeyPatch, step_number: int) -> None:
 
 
 def test_a_learning_rate_factor_is_exact_under_rollback_and_crash(tmp_path: Path) -> None:
-    config = tiny(tmp_path, world=2, faults=[SPIKE], guard=BLIND, train={"steps": 40}, checkpoint={"every": 10})
+    config = tiny(
+        tmp_path,
+        world=2,
+        faults=[SPIKE],
+        guard=BLIND,
+        train={"steps": 40},
+        checkpoint={"every": 10},
+    )
 
     def commanded() -> RunDirectory:
         run = new_run(config)

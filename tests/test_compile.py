@@ -1,4 +1,6 @@
-"""`[train] compile`: what is compiled is guarded, copied, replayed and rolled back like what is not."""
+"""`[train] compile`: what is compiled is guarded, copied, replayed and rolled back like what is
+not.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,9 @@ FAULTS = [
 ]
 
 
-def compiled(folder: Path, backend: str, *, faults: Any = FAULTS, steps: int = 26, **sections: Any) -> Config:
+def compiled(
+    folder: Path, backend: str, *, faults: Any = FAULTS, steps: int = 26, **sections: Any
+) -> Config:
     train = {"steps": steps, "compile": True, "compile_backend": backend}
     return tiny(folder, train=train, faults=faults, **sections)
 
@@ -70,9 +74,12 @@ def test_generated_code_trains_alike_and_is_exact(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("section", "key", "value"), [("optim", "qk_clip", 100.0), ("train", "activation_checkpointing", True)]
+    ("section", "key", "value"),
+    [("optim", "qk_clip", 100.0), ("train", "activation_checkpointing", True)],
 )
-def test_what_does_not_go_with_it_is_refused(tmp_path: Path, section: str, key: str, value: Any) -> None:
+def test_what_does_not_go_with_it_is_refused(
+    tmp_path: Path, section: str, key: str, value: Any
+) -> None:
     sections: dict[str, Any] = {"train": {"compile": True}}
     sections.setdefault(section, {})[key] = value
     with pytest.raises(ConfigError, match=r"train\.compile") as caught:

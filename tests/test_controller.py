@@ -39,10 +39,13 @@ SKIP, PAUSE = RungSection(do="skip"), RungSection(do="pause")
 def rejections(controller: Controller, step: int, count: int, **fields: Any) -> list[Verdict]:
     """`count` bad batches in a row at the same step, as the ledger hands them out."""
     first = (step - 1) * BATCH
-    return [controller.observe(obs(step, 9.0, 0.5, first=first + BATCH * k, streak=k, **fields)) for k in range(count)]
+    return [
+        controller.observe(obs(step, 9.0, 0.5, first=first + BATCH * k, streak=k, **fields))
+        for k in range(count)
+    ]
 
 
-# -- what is done ------------------------------------------------------------------------------------------------
+# -- what is done ----------------------------------------------------------------------------------
 
 
 def test_a_spike_is_left_out_with_its_own_samples() -> None:
@@ -88,7 +91,10 @@ def test_rejections_before_anything_was_applied_are_handled() -> None:
     for before in (0, 1, 5):
         controller = Controller(GuardSection(window_before=before))
         verdicts = [
-            controller.observe(obs(1, math.nan, 1.0, first=BATCH * k, last=BATCH * (k + 1), streak=k)) for k in range(3)
+            controller.observe(
+                obs(1, math.nan, 1.0, first=BATCH * k, last=BATCH * (k + 1), streak=k)
+            )
+            for k in range(3)
         ]
         assert [v.action for v in verdicts] == [Action.SKIP, Action.SKIP, Action.ROLLBACK]
         assert verdicts[-1].window == (0, 3 * BATCH) and verdicts[-1].before_step == 1
@@ -125,7 +131,9 @@ def test_a_note_is_applied_and_said() -> None:
     low, high = controller.bands()[GRAD_NORM]
     verdict = controller.observe(obs(step, healthy_loss(step), low * (high / low) ** 0.8))
     assert verdict.action is Action.APPLY and verdict.accepted and verdict.incident is None
-    assert verdict.findings[0].severity is Severity.NOTE and verdict.reason.startswith("noted: grad_norm")
+    assert verdict.findings[0].severity is Severity.NOTE and verdict.reason.startswith(
+        "noted: grad_norm"
+    )
 
 
 def test_batches_without_labels_are_left_out_and_never_add_up_to_a_rollback() -> None:
@@ -134,7 +142,9 @@ def test_batches_without_labels_are_left_out_and_never_add_up_to_a_rollback() ->
     first = (step - 1) * BATCH
     before = controller.state_dict()
     for k in range(10):
-        verdict = controller.observe(obs(step, math.nan, 0.0, first=first + BATCH * k, streak=k, tokens=0))
+        verdict = controller.observe(
+            obs(step, math.nan, 0.0, first=first + BATCH * k, streak=k, tokens=0)
+        )
         assert verdict.action is Action.SKIP and verdict.incident is None
         assert [f.kind for f in verdict.findings] == [Kind.NO_TOKENS]
     assert controller.state_dict() == before
@@ -146,7 +156,7 @@ def test_batches_without_labels_are_left_out_and_never_add_up_to_a_rollback() ->
     assert verdict.action is Action.ROLLBACK
 
 
-# -- budget ------------------------------------------------------------------------------------------------------
+# -- budget ----------------------------------------------------------------------------------------
 
 
 def done(step: int) -> Rollback:
@@ -161,7 +171,8 @@ def test_the_budget_halts_and_healthy_steps_give_it_back() -> None:
     controller.load_rollbacks([*controller.rollbacks, done(step - 1)])
     halt = rejections(controller, step, 3)[-1]
     assert halt.action is Action.HALT and "2 rollbacks without 100 healthy steps" in halt.reason
-    controller.load_rollbacks([done(step - 200), done(step - 101)])  # exactly 100 steps were applied since
+    # exactly 100 steps were applied since
+    controller.load_rollbacks([done(step - 200), done(step - 101)])
     assert rejections(controller, step, 3)[-1].action is Action.ROLLBACK
     controller.load_rollbacks([done(step - 199), done(step - 100)])
     assert rejections(controller, step, 3)[-1].action is Action.HALT
@@ -170,14 +181,24 @@ def test_the_budget_halts_and_healthy_steps_give_it_back() -> None:
 def test_rollbacks_are_read_from_the_journal_as_it_is_written() -> None:
     controller = Controller(GuardSection(rollbacks=1))
     step = warmed(controller)
-    data = {"to_step": 150, "from_step": step - 1, "onset": 160, "window": [2544, 3200], "tier": "memory"}
-    controller.load_rollbacks([data | {"span": {"cause": "user", "first": 1, "last": 2, "step": 3}}])
+    data = {
+        "to_step": 150,
+        "from_step": step - 1,
+        "onset": 160,
+        "window": [2544, 3200],
+        "tier": "memory",
+    }
+    controller.load_rollbacks(
+        [data | {"span": {"cause": "user", "first": 1, "last": 2, "step": 3}}]
+    )
     assert rejections(controller, step, 3)[-1].action is Action.ROLLBACK
-    controller.load_rollbacks([data | {"span": {"cause": "rollback", "first": 1, "last": 2, "step": 3}}])
+    controller.load_rollbacks(
+        [data | {"span": {"cause": "rollback", "first": 1, "last": 2, "step": 3}}]
+    )
     assert rejections(controller, step, 3)[-1].action is Action.HALT
 
 
-# -- modes -------------------------------------------------------------------------------------------------------
+# -- modes -----------------------------------------------------------------------------------------
 
 
 def test_ask_skips_by_itself_and_parks_before_a_rollback() -> None:
@@ -198,7 +219,10 @@ def test_a_person_can_overrule_and_is_not_asked_again_each_step() -> None:
     assert asked.action is Action.PAUSE
     controller.overrule(obs(step, 9.0, 0.5, first=(step + 1) * BATCH))
     for at in range(step + 1, step + 60):
-        assert controller.observe(obs(at, noisy(9.0)(at), 0.5, first=(at + 1) * BATCH)).action is Action.APPLY
+        assert (
+            controller.observe(obs(at, noisy(9.0)(at), 0.5, first=(at + 1) * BATCH)).action
+            is Action.APPLY
+        )
     assert controller.observe(obs(step + 60, 20.0, 0.5)).action is Action.SKIP
 
 
@@ -227,7 +251,9 @@ def test_advise_learns_where_the_run_stays() -> None:
 def test_advise_says_once_that_the_loss_has_diverged() -> None:
     controller = Controller(GuardSection(mode=Mode.ADVISE, loss_score=20.0))
     step = warmed(controller)
-    verdicts = [controller.observe(obs(at, 1.25 * healthy_loss(at), 0.5)) for at in range(step, step + 200)]
+    verdicts = [
+        controller.observe(obs(at, 1.25 * healthy_loss(at), 0.5)) for at in range(step, step + 200)
+    ]
     assert [v.would for v in verdicts if v.would is not None] == [Action.ROLLBACK]
 
 
@@ -257,7 +283,7 @@ def test_the_mode_argument_wins_over_the_settings() -> None:
     assert Controller(DEFAULT, mode=Mode.ADVISE).mode is Mode.ADVISE
 
 
-# -- incidents, bands, confirmation --------------------------------------------------------------------------------
+# -- incidents, bands, confirmation ----------------------------------------------------------------
 
 
 def test_an_incident_runs_from_the_first_finding_to_confirm_healthy_steps() -> None:
@@ -266,7 +292,10 @@ def test_an_incident_runs_from_the_first_finding_to_confirm_healthy_steps() -> N
     states = [(v.incident, v.incident_state) for v in rejections(controller, step, 2)]
     assert states == [(1, "open"), (1, "")]
     after = [controller.observe(obs(at, healthy_loss(at), 0.5)) for at in range(step, step + 5)]
-    assert [(v.incident, v.incident_state) for v in after] == [(1, "")] * 3 + [(1, "recovered"), (None, "")]
+    assert [(v.incident, v.incident_state) for v in after] == [(1, "")] * 3 + [
+        (1, "recovered"),
+        (None, ""),
+    ]
     assert controller.observe(obs(step + 5, 9.0, 0.5)).incident == 2
 
 
@@ -278,10 +307,15 @@ def test_bands_are_in_the_units_of_the_signal_and_part_right_from_wrong() -> Non
     assert set(bands) == {LOSS, GRAD_NORM}
     for signal, (baseline, threshold) in bands.items():
         for factor, action in ((0.999, Action.APPLY), (1.001, Action.SKIP)):
-            signals = {LOSS: bands[LOSS][0], GRAD_NORM: bands[GRAD_NORM][0]} | {signal: threshold * factor}
+            signals = {LOSS: bands[LOSS][0], GRAD_NORM: bands[GRAD_NORM][0]} | {
+                signal: threshold * factor
+            }
             twin = Controller(DEFAULT)
             twin.load_state_dict(controller.state_dict())
-            assert twin.observe(Observation(step=step, first=1, last=2, signals=signals)).action is action
+            assert (
+                twin.observe(Observation(step=step, first=1, last=2, signals=signals)).action
+                is action
+            )
         assert 0 < baseline < threshold
 
 
@@ -298,13 +332,16 @@ def test_states_are_not_called_healthy_while_the_loss_rises() -> None:
     assert max(reached) < step + 12 and reached[-1] <= step + 1
 
 
-# -- restarts in one log -------------------------------------------------------------------------------------------
+# -- restarts in one log ---------------------------------------------------------------------------
 
 
 def test_a_step_counter_that_goes_back_is_a_new_run_and_no_alarm_storm() -> None:
     controller = Controller(GuardSection(mode=Mode.ADVISE))
     warmed(controller)
-    verdicts = [controller.observe(obs(at, healthy_loss(at), noisy(0.5)(at), first=at * 9999)) for at in range(1, 100)]
+    verdicts = [
+        controller.observe(obs(at, healthy_loss(at), noisy(0.5)(at), first=at * 9999))
+        for at in range(1, 100)
+    ]
     assert [f.kind for f in verdicts[0].findings] == [Kind.RESTART]
     assert all(not v.findings and v.would is None for v in verdicts[1:])
     assert controller.observe(obs(100, 9.0, 0.5)).would is Action.SKIP
@@ -330,7 +367,7 @@ def test_a_step_that_is_logged_twice_is_no_restart() -> None:
     assert controller.observe(obs(201, 9.0, 0.5)).would is Action.SKIP
 
 
-# -- properties ----------------------------------------------------------------------------------------------------
+# -- properties ------------------------------------------------------------------------------------
 
 HYPOTHESIS = settings(deadline=None, derandomize=True, max_examples=40)
 
@@ -365,7 +402,10 @@ def runs(draw: st.DrawFn, *, length: int = 160) -> list[tuple[float, float, floa
 
 
 def drive(
-    controller: Controller, rows: list[tuple[Any, Any, Any]], *, scale: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    controller: Controller,
+    rows: list[tuple[Any, Any, Any]],
+    *,
+    scale: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> list[tuple[Observation, Verdict]]:
     """Feed rows as a run of auto mode would meet them: a rejected batch does not advance the step.
 
@@ -375,10 +415,14 @@ def drive(
     for index, row in enumerate(rows):
         values = {
             name: value * factor
-            for name, value, factor in zip((LOSS, GRAD_NORM, EMBED_GRAD_NORM), row, scale, strict=True)
+            for name, value, factor in zip(
+                (LOSS, GRAD_NORM, EMBED_GRAD_NORM), row, scale, strict=True
+            )
             if value is not None
         }
-        seen = Observation(step=step, first=index * BATCH, last=(index + 1) * BATCH, signals=values, streak=streak)
+        seen = Observation(
+            step=step, first=index * BATCH, last=(index + 1) * BATCH, signals=values, streak=streak
+        )
         verdict = controller.observe(seen)
         told.append((seen, verdict))
         if verdict.action is Action.APPLY:
@@ -396,10 +440,15 @@ SHORT = GuardSection(window=32, warmup=8, divergence_steps=10)
 
 @HYPOTHESIS
 @given(runs(), st.tuples(positive, positive, positive))
-def test_the_units_of_a_signal_do_not_matter(rows: list[Any], scale: tuple[float, float, float]) -> None:
+def test_the_units_of_a_signal_do_not_matter(
+    rows: list[Any], scale: tuple[float, float, float]
+) -> None:
     def told(factors: tuple[float, float, float]) -> list[Any]:
         verdicts = [verdict for _, verdict in drive(Controller(SHORT), rows, scale=factors)]
-        return [(v.action, v.window, v.onset, [(f.kind, f.severity) for f in v.findings]) for v in verdicts]
+        return [
+            (v.action, v.window, v.onset, [(f.kind, f.severity) for f in v.findings])
+            for v in verdicts
+        ]
 
     assert told(scale) == told((1.0, 1.0, 1.0))
 
@@ -417,9 +466,18 @@ def test_no_number_raises_and_none_disables_a_detector(rows: list[Any], mode: Mo
     # Nothing is rolled back here, so let it learn where the run stays, as `advise` does.
     controller.set_mode(Mode.ADVISE)
     for step in range(10_000, 10_150):
-        loss, grad, embed = noisy(2.0)(step), noisy(0.5, noise=0.2)(step), noisy(0.1, noise=0.2)(step)
+        loss, grad, embed = (
+            noisy(2.0)(step),
+            noisy(0.5, noise=0.2)(step),
+            noisy(0.1, noise=0.2)(step),
+        )
         controller.observe(obs(step, loss, grad, embed=embed))
-    for loss, grad, embed in ((20.0, 0.5, 0.1), (2.0, 500.0, 0.1), (2.0, 0.5, 100.0), (math.nan, 0.5, 0.1)):
+    for loss, grad, embed in (
+        (20.0, 0.5, 0.1),
+        (2.0, 500.0, 0.1),
+        (2.0, 0.5, 100.0),
+        (math.nan, 0.5, 0.1),
+    ):
         verdict = controller.observe(obs(10_150, loss, grad, embed=embed))
         assert not verdict.accepted, (loss, grad, embed, controller.bands())
 
@@ -452,7 +510,9 @@ def test_no_number_of_any_signal_raises_and_each_state_can_be_kept(
 
 @HYPOTHESIS
 @given(runs(), st.integers(0, 159), st.sampled_from([Mode.AUTO, Mode.ADVISE, Mode.ASK]))
-def test_state_through_json_at_any_row_gives_the_same_verdicts(rows: list[Any], cut: int, mode: Mode) -> None:
+def test_state_through_json_at_any_row_gives_the_same_verdicts(
+    rows: list[Any], cut: int, mode: Mode
+) -> None:
     whole = Controller(SHORT, mode=mode)
     told = drive(whole, rows)
     first = Controller(SHORT, mode=mode)
@@ -463,23 +523,38 @@ def test_state_through_json_at_any_row_gives_the_same_verdicts(rows: list[Any], 
     second.load_rollbacks(first.rollbacks)
     for seen, verdict in told[cut:]:
         again = second.observe(seen)
-        assert plain(msgspec.structs.replace(again, incident=None, incident_state="", outcome=None)) == plain(
-            msgspec.structs.replace(verdict, incident=None, incident_state="", outcome=None)
-        )
+        assert plain(
+            msgspec.structs.replace(again, incident=None, incident_state="", outcome=None)
+        ) == plain(msgspec.structs.replace(verdict, incident=None, incident_state="", outcome=None))
     assert second.state_dict() == whole.state_dict()
 
 
 @HYPOTHESIS
-@given(runs(), st.one_of(st.floats(min_value=1e4, max_value=1e308), st.sampled_from([math.nan, math.inf, 1e30])))
-def test_a_spike_of_any_height_leaves_the_baseline_as_it_was(rows: list[Any], height: float) -> None:
+@given(
+    runs(),
+    st.one_of(
+        st.floats(min_value=1e4, max_value=1e308), st.sampled_from([math.nan, math.inf, 1e30])
+    ),
+)
+def test_a_spike_of_any_height_leaves_the_baseline_as_it_was(
+    rows: list[Any], height: float
+) -> None:
     controller = Controller(SHORT)
     told = drive(controller, rows)
     before, bands = through_json(controller.state_dict()), controller.bands()
     step, first = told[-1][0].step + 1, told[-1][0].last
     for signal in (LOSS, GRAD_NORM, EMBED_GRAD_NORM):
-        value = height * max(1.0, *(values for row in rows for values in row)) if math.isfinite(height) else height
-        signals = told[-1][0].signals | {signal: min(value, 1e308) if math.isfinite(value) else value}
-        verdict = controller.observe(Observation(step=step, first=first, last=first + BATCH, signals=signals))
+        value = (
+            height * max(1.0, *(values for row in rows for values in row))
+            if math.isfinite(height)
+            else height
+        )
+        signals = told[-1][0].signals | {
+            signal: min(value, 1e308) if math.isfinite(value) else value
+        }
+        verdict = controller.observe(
+            Observation(step=step, first=first, last=first + BATCH, signals=signals)
+        )
         assert verdict.action is not Action.APPLY
         assert through_json(controller.state_dict()) == before
         assert controller.bands() == bands
@@ -488,7 +563,9 @@ def test_a_spike_of_any_height_leaves_the_baseline_as_it_was(rows: list[Any], he
 @HYPOTHESIS
 @given(runs())
 def test_rejected_batches_leave_no_trace_in_the_state(rows: list[Any]) -> None:
-    """What makes crash recovery exact: accepted steps, the ledger's streak and the journal's facts are all it takes."""
+    """What makes crash recovery exact: accepted steps, the ledger's streak and the journal's facts
+    are all it takes.
+    """
     whole = Controller(SHORT)
     told = drive(whole, rows)
     fresh = Controller(SHORT)
@@ -509,13 +586,15 @@ def test_rejected_batches_leave_no_trace_in_the_state(rows: list[Any]) -> None:
     assert fresh.state_dict() == whole.state_dict()
 
 
-# -- whole runs ------------------------------------------------------------------------------------------------------
+# -- whole runs ------------------------------------------------------------------------------------
 
 CORRUPT = range(2000, 2000 + 5 * BATCH)
 
 
 def corrupted(order_seed_samples: int = 100_000) -> list[int]:
-    """The sample ids at five batches' positions in the middle of the order, as a corrupted stretch of data."""
+    """The sample ids at five batches' positions in the middle of the order, as a corrupted stretch
+    of data.
+    """
     from guardrail.decide.sample_order import SampleOrder
 
     return SampleOrder(samples=order_seed_samples, seed=3).samples(CORRUPT.start, CORRUPT.stop)
@@ -531,7 +610,9 @@ def test_a_run_meets_corrupted_data_rolls_back_and_goes_on() -> None:
 
 def test_afterwards_all_is_as_if_the_data_had_been_left_out_from_the_beginning() -> None:
     run = Trainer(DEFAULT, bad=corrupted()).run(300)
-    told = Trainer(GuardSection(mode=Mode.OFF), bad=corrupted(), quarantine=run.quarantined()).run(300)
+    told = Trainer(GuardSection(mode=Mode.OFF), bad=corrupted(), quarantine=run.quarantined()).run(
+        300
+    )
     assert told.story(300) == run.story(300)
 
 
@@ -544,7 +625,9 @@ def test_what_is_left_out_does_not_depend_on_which_snapshots_there_are(every: in
 
 
 def test_a_second_rollback_inside_the_stretch_that_is_run_again() -> None:
-    """The second corrupted stretch lies between the snapshot and the first one, and shows only after a shift."""
+    """The second corrupted stretch lies between the snapshot and the first one, and shows only
+    after a shift.
+    """
     settings = GuardSection(window_before=30)
     bad = corrupted()
     run = Trainer(settings, bad=bad, every=100).run(300)
@@ -553,7 +636,9 @@ def test_a_second_rollback_inside_the_stretch_that_is_run_again() -> None:
 
 
 def test_damage_that_leaks_into_the_weights_is_rolled_back_too() -> None:
-    """Bad samples that the spike detector lets pass: each raises the loss of every later step a little."""
+    """Bad samples that the spike detector lets pass: each raises the loss of every later step a
+    little.
+    """
     bad = corrupted()[:3]
     run = Trainer(GuardSection(loss_score=200.0, window_before=2), bad=bad, every=10).run(300)
     kinds = {f.kind for v in run.verdicts for f in v.findings if v.action is Action.ROLLBACK}
@@ -572,7 +657,9 @@ def test_crashes_at_any_moment_change_nothing(seed: int) -> None:
     calm = Trainer(settings, bad=bad, every=every).run(300)
     crashes = [rng.randrange(1, 320) for _ in range(8)]
     assert any(v.action is Action.SKIP for v in calm.verdicts)
-    assert Trainer(settings, bad=bad, every=every, crash_at=crashes).run(300).story(300) == calm.story(300)
+    assert Trainer(settings, bad=bad, every=every, crash_at=crashes).run(300).story(
+        300
+    ) == calm.story(300)
 
 
 def test_trouble_that_never_ends_halts_within_the_budget() -> None:
@@ -590,7 +677,7 @@ def test_trouble_that_never_ends_halts_within_the_budget() -> None:
     ]
 
 
-# -- the journal -----------------------------------------------------------------------------------------------------
+# -- the journal -----------------------------------------------------------------------------------
 
 
 def event(kind: str, step: int, **data: Any) -> Event:
@@ -606,15 +693,28 @@ def test_facts_come_back_from_the_journal() -> None:
     events = []
 
     def tell(verdict: Verdict) -> None:
-        data = {"action": verdict.action, "findings": verdict.findings, "window": verdict.window, "at_step": step}
+        data = {
+            "action": verdict.action,
+            "findings": verdict.findings,
+            "window": verdict.window,
+            "at_step": step,
+        }
         events.append(event("verdict", step - 1, **data))
         if verdict.incident_state:
             events.append(
-                event("incident", step - 1, number=verdict.incident, state=verdict.incident_state, onset=verdict.onset)
+                event(
+                    "incident",
+                    step - 1,
+                    number=verdict.incident,
+                    state=verdict.incident_state,
+                    onset=verdict.onset,
+                )
             )
 
     tell(whole.observe(obs(step, math.nan, 0.5, first=first, tokens=0)))
-    tell(whole.observe(obs(step, math.nan, 0.5, first=first + BATCH, streak=1, nonfinite_loss=(0,))))
+    tell(
+        whole.observe(obs(step, math.nan, 0.5, first=first + BATCH, streak=1, nonfinite_loss=(0,)))
+    )
     done = {"to_step": 150, "from_step": 190, "onset": 160, "window": [2544, 3200]}
     events.append(event("rollback", 150, **done))
     whole.load_rollbacks([done])
@@ -681,19 +781,21 @@ def test_sentences_say_what_happened() -> None:
         onset=7,
     )
     assert spike.sentence() == "loss 11.5 against 2.31, score 41.2 (limit 8)"
-    assert msgspec.structs.replace(spike, kind=Kind.NONFINITE, value=math.nan, ranks=(2,)).sentence() == (
-        "loss is nan on rank 2"
-    )
+    assert msgspec.structs.replace(
+        spike, kind=Kind.NONFINITE, value=math.nan, ranks=(2,)
+    ).sentence() == ("loss is nan on rank 2")
 
 
-# -- the cause of an incident --------------------------------------------------------------------------------------
+# -- the cause of an incident ----------------------------------------------------------------------
 
 
 def diagnosed(controller: Controller, at: Observation, cause: Cause) -> Verdict:
     """The verdict on an observation after a replay has told the cause."""
     verdict = controller.observe(at)
     assert controller.wants_cause(verdict)
-    return controller.reconsider(at, verdict, Diagnosis(cause=cause, reason="...", rank=1, host="node7"))
+    return controller.reconsider(
+        at, verdict, Diagnosis(cause=cause, reason="...", rank=1, host="node7")
+    )
 
 
 def test_where_the_cause_is_unknown_nothing_changes() -> None:
@@ -720,7 +822,10 @@ def test_data_to_blame_is_left_out_however_often_in_a_row(cause: Cause) -> None:
     asked = []
     for streak in range(1, 21):
         assert verdict.action is Action.SKIP and verdict.rung == "skip"
-        assert f"the data is to blame: leave this update out, {streak} in a row of at most 20" in verdict.reason
+        assert (
+            f"the data is to blame: leave this update out, {streak} in a row of at most 20"
+            in verdict.reason
+        )
         verdict = controller.observe(nth(step, streak))
         if controller.wants_cause(verdict):
             asked.append(streak + 1)
@@ -728,11 +833,17 @@ def test_data_to_blame_is_left_out_however_often_in_a_row(cause: Cause) -> None:
     # Whether it still is the data is asked at 3 in a row, 6, 12, and before the run is given up.
     assert asked == [3, 6, 12, 21]
     assert (verdict.action, verdict.rung) == (Action.HALT, "halt")
-    assert "the data is to blame: halt, since 20 in a row are as many as guard.skips allows" in verdict.reason
+    assert (
+        "the data is to blame: halt, since 20 in a row are as many as guard.skips allows"
+        in verdict.reason
+    )
 
 
 def test_a_stretch_of_bad_data_without_an_end_asks_where_there_is_somebody() -> None:
-    for guard in (GuardSection(skips=2, mode=Mode.ASK), GuardSection(skips=2, ladder=(SKIP, PAUSE))):
+    for guard in (
+        GuardSection(skips=2, mode=Mode.ASK),
+        GuardSection(skips=2, ladder=(SKIP, PAUSE)),
+    ):
         controller = Controller(guard)
         step = warmed(controller)
         diagnosed(controller, nth(step, 0), Cause.DATA)
@@ -746,7 +857,9 @@ def test_it_is_the_state_after_all() -> None:
     diagnosed(controller, nth(step, 0), Cause.DATA)
     verdict = diagnosed(controller, nth(step, 2), Cause.STATE)
     assert verdict.action is Action.ROLLBACK and verdict.window is not None
-    assert verdict.window[0] == verdict.window[1], "what was left out stays out, and nothing else is"
+    assert verdict.window[0] == verdict.window[1], (
+        "what was left out stays out, and nothing else is"
+    )
 
 
 def test_an_update_of_bad_data_is_gone_back_for_once() -> None:
@@ -758,16 +871,22 @@ def test_an_update_of_bad_data_is_gone_back_for_once() -> None:
     assert verdict.window == ((step - 2) * BATCH, step * BATCH)
     assert "an update of such data is in the weights: go back" in verdict.reason
     # It is out of the weights now: what is left of the stretch is only left out.
-    done = Rollback(from_step=step - 1, to_step=190, onset=step - 1, window=verdict.window, incident=1)
+    done = Rollback(
+        from_step=step - 1, to_step=190, onset=step - 1, window=verdict.window, incident=1
+    )
     controller.load_rollbacks([done])
-    assert [controller.observe(nth(step, streak)).action for streak in range(5)] == [Action.SKIP] * 5
+    assert [controller.observe(nth(step, streak)).action for streak in range(5)] == [
+        Action.SKIP
+    ] * 5
 
 
 def few(controller: Controller, positions: tuple[int, ...], cause: Cause = Cause.DATA) -> Verdict:
     """A rollback for the batch at hand, of which a replay has named some samples."""
     step = controller.applied[-1].step + 1 if controller.applied else warmed(controller)
     at = nth(step, 0)
-    told = Diagnosis(cause=cause, applied=True, positions=tuple((step - 1) * BATCH + p for p in positions))
+    told = Diagnosis(
+        cause=cause, applied=True, positions=tuple((step - 1) * BATCH + p for p in positions)
+    )
     return controller.reconsider(at, controller.observe(at), told)
 
 
@@ -777,17 +896,29 @@ def test_only_the_samples_to_blame_of_a_window_are_left_out_until_that_was_not_e
     assert verdict.action is Action.ROLLBACK and verdict.window is not None
     here = (verdict.step - 1) * BATCH
     assert verdict.positions == (here - 2, here + 3)
-    assert f"leave out the 2 samples to blame of positions {here - BATCH} to {here + BATCH - 1}" in verdict.reason
+    assert (
+        f"leave out the 2 samples to blame of positions {here - BATCH} to {here + BATCH - 1}"
+        in verdict.reason
+    )
     went = Rollback(
-        from_step=verdict.step - 1, to_step=190, onset=verdict.step, window=verdict.window, rung="rollback", incident=1
+        from_step=verdict.step - 1,
+        to_step=190,
+        onset=verdict.step,
+        window=verdict.window,
+        rung="rollback",
+        incident=1,
     )
     controller.load_rollbacks([went])
     again = few(controller, (3,))
     assert (again.rung, again.positions) == ("widen", ()), "what is left of the window goes as well"
 
 
-@pytest.mark.parametrize(("positions", "cause"), [((3,), Cause.STATE), ((3, 5000), Cause.DATA), ((), Cause.DATA)])
-def test_a_window_that_its_samples_do_not_explain_goes_whole(positions: tuple[int, ...], cause: Cause) -> None:
+@pytest.mark.parametrize(
+    ("positions", "cause"), [((3,), Cause.STATE), ((3, 5000), Cause.DATA), ((), Cause.DATA)]
+)
+def test_a_window_that_its_samples_do_not_explain_goes_whole(
+    positions: tuple[int, ...], cause: Cause
+) -> None:
     assert few(Controller(DEFAULT), positions, cause).positions == ()
 
 
@@ -800,9 +931,16 @@ def test_where_the_state_is_to_blame_the_run_goes_back_at_once_and_leaves_nothin
     controller = Controller(DEFAULT)
     step = warmed(controller)
     verdict = diagnosed(controller, obs(step, 9.0, 0.5), Cause.STATE)
-    assert (verdict.action, verdict.before_step, verdict.incident_state) == (Action.ROLLBACK, step - 1, "open")
+    assert (verdict.action, verdict.before_step, verdict.incident_state) == (
+        Action.ROLLBACK,
+        step - 1,
+        "open",
+    )
     assert verdict.window == ((step - 2) * BATCH, (step - 2) * BATCH)
-    assert "whatever the batch: go back before step" in verdict.reason and "leave nothing out" in verdict.reason
+    assert (
+        "whatever the batch: go back before step" in verdict.reason
+        and "leave nothing out" in verdict.reason
+    )
     # It is known from now on: no other replay, and no update left out in vain.
     again = controller.observe(obs(step, 9.0, 0.5))
     assert again.action is Action.ROLLBACK and not controller.wants_cause(again)
@@ -813,7 +951,14 @@ def known_state(controller: Controller) -> int:
     step = warmed(controller)
     back = diagnosed(controller, obs(step, 9.0, 0.5), Cause.STATE)
     assert back.action is Action.ROLLBACK and back.window is not None
-    went = Rollback(from_step=step - 1, to_step=step - 2, onset=step, window=back.window, rung=back.rung, incident=1)
+    went = Rollback(
+        from_step=step - 1,
+        to_step=step - 2,
+        onset=step,
+        window=back.window,
+        rung=back.rung,
+        incident=1,
+    )
     controller.load_rollbacks([went])
     return step
 
@@ -826,11 +971,15 @@ def test_the_cause_is_asked_again_where_going_back_for_it_was_in_vain() -> None:
     assert controller.wants_cause(again)
     after = controller.reconsider(obs(step, 9.0, 0.5), again, Diagnosis(cause=Cause.DATA))
     assert (after.action, after.cause) == (Action.SKIP, Cause.DATA)
-    assert not controller.wants_cause(controller.observe(nth(step, 1))), "the next batch of the same trouble"
+    assert not controller.wants_cause(controller.observe(nth(step, 1))), (
+        "the next batch of the same trouble"
+    )
 
 
 def test_trouble_with_data_behind_trouble_with_the_state_does_not_use_the_rollbacks_up() -> None:
-    """One incident, since the steps between are fewer than `confirm`: first the state, then bad data here and there."""
+    """One incident, since the steps between are fewer than `confirm`: first the state, then bad
+    data here and there.
+    """
     controller = Controller(GuardSection(confirm=50, rollbacks=2))
     step = known_state(controller)
     for _ in range(8):
@@ -846,7 +995,9 @@ def test_the_cause_is_asked_again_where_another_signal_is_in_trouble() -> None:
     step = warmed(controller)
     diagnosed(controller, nth(step, 0), Cause.STATE)
     assert not controller.wants_cause(controller.observe(nth(step, 1)))
-    other = msgspec.structs.replace(nth(step, 1), signals={LOSS: healthy_loss(step), GRAD_NORM: 50.0})
+    other = msgspec.structs.replace(
+        nth(step, 1), signals={LOSS: healthy_loss(step), GRAD_NORM: 50.0}
+    )
     assert diagnosed(controller, other, Cause.DATA).action is Action.SKIP
     # Told for the gradient norm alone; and once for both, neither is another.
     both = msgspec.structs.replace(nth(step, 2), signals={LOSS: 9.0, GRAD_NORM: 50.0})
@@ -854,14 +1005,19 @@ def test_the_cause_is_asked_again_where_another_signal_is_in_trouble() -> None:
     assert not controller.wants_cause(controller.observe(other))
 
 
-def test_hardware_that_does_not_repeat_itself_is_tried_again_and_named_where_it_does_so_too_often() -> None:
+def test_hardware_that_does_not_repeat_itself_is_tried_again_and_named_where_it_does_so_too_often() -> (
+    None
+):
     controller = Controller(GuardSection(retries=2))
     step = warmed(controller)
     before = controller.state_dict()
     verdicts = [diagnosed(controller, obs(step, 9.0, 0.5), Cause.HARDWARE) for _ in range(3)]
     assert [verdict.action for verdict in verdicts] == [Action.RETRY, Action.RETRY, Action.HALT]
     assert controller.state_dict() == before and not any(verdict.accepted for verdict in verdicts)
-    assert "rank 1 on node7 does not repeat itself: form the batch again, time 1 of 2" in verdicts[0].reason
+    assert (
+        "rank 1 on node7 does not repeat itself: form the batch again, time 1 of 2"
+        in verdicts[0].reason
+    )
     assert "rank 1 on node7 has not repeated itself 3 times" in verdicts[2].reason
     asking = Controller(GuardSection(retries=0, mode=Mode.ASK))
     assert warmed(asking) == step
@@ -887,14 +1043,26 @@ def test_causes_outlive_a_crash() -> None:
         diagnosed(controller, obs(step, 9.0, 0.5), cause)
     told = [
         event("incident", step - 1, number=1, state="open", onset=step),
-        event("cause", step - 1, incident=1, cause="hardware or nondeterminism", rank=1, host="node7", at_step=step),
-        event("cause", step - 1, incident=1, cause="state", at_step=step, onset=step, signals=[LOSS]),
+        event(
+            "cause",
+            step - 1,
+            incident=1,
+            cause="hardware or nondeterminism",
+            rank=1,
+            host="node7",
+            at_step=step,
+        ),
+        event(
+            "cause", step - 1, incident=1, cause="state", at_step=step, onset=step, signals=[LOSS]
+        ),
         event("verdict", step - 1, action="rollback", at_step=step, findings=[]),
     ]
     other.rebuild(told)
     expected, found = (one.observe(obs(step, 9.0, 0.5)) for one in (controller, other))
     assert plain(found) == plain(expected) and found.cause is Cause.STATE
-    assert not controller.wants_cause(expected) and not other.wants_cause(found), "told for this very trouble"
+    assert not controller.wants_cause(expected) and not other.wants_cause(found), (
+        "told for this very trouble"
+    )
     other.rebuild(told[:2])
     assert diagnosed(other, obs(step, 9.0, 0.5), Cause.HARDWARE).action is Action.HALT
 

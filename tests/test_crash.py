@@ -1,7 +1,8 @@
-"""kill -9 at random moments: a run that is started again until it ends ends like one that nobody disturbed.
+"""kill -9 at random moments: a run that is started again until it ends ends like one that nobody
+disturbed.
 
-The kills of launch, supervisor and screen are tested where those are; here ranks die, one or all, as often as three
-times in one run, in the middle of skips, rollbacks, evaluations and saves.
+The kills of launch, supervisor and screen are tested where those are; here ranks die, one or all,
+as often as three times in one run, in the middle of skips, rollbacks, evaluations and saves.
 """
 
 import contextlib
@@ -17,7 +18,17 @@ import pytest
 from guardrail.rundir.manifest import checkpoint_dirs, verify
 from guardrail.rundir.run_directory import RunDirectory
 from tests.ranks import wait_ranks
-from tests.running import BLIND, assert_same, assert_whole, new_run, of_kind, start_run, tiny, train, trained
+from tests.running import (
+    BLIND,
+    assert_same,
+    assert_whole,
+    new_run,
+    of_kind,
+    start_run,
+    tiny,
+    train,
+    trained,
+)
 from trainer.config.config import Config
 
 STEPS = 28
@@ -60,7 +71,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run
 def wait_for_row(run: RunDirectory, row: int, pids: list[int]) -> None:
     """Until the run has written `row` rows, or the ranks have ended."""
     while (
-        len(run.metrics(["step"])) < row and os.waitid(os.P_PID, pids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        len(run.metrics(["step"])) < row
+        and os.waitid(os.P_PID, pids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
     ):
         time.sleep(0.002)
 
@@ -71,7 +83,9 @@ def kill(victims: list[int]) -> None:
 
 
 def bury(pids: list[int]) -> None:
-    """What torch elastic does when a rank has died: the others have some time to find out, then they are killed."""
+    """What torch elastic does when a rank has died: the others have some time to find out, then
+    they are killed.
+    """
     with contextlib.suppress(TimeoutError):
         wait_ranks(pids, seconds=4.0)
 
@@ -104,12 +118,18 @@ def trial(seed: int, undisturbed: Callable[[str], RunDirectory], folder: Path) -
     assert not list(run.checkpoints.glob(".*")), "temporary folders are left"
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(s, marks=pytest.mark.ci_slow) for s in range(2, 12))])
-def test_killed_at_random(seed: int, undisturbed: Callable[[str], RunDirectory], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "seed", [0, 1, *(pytest.param(s, marks=pytest.mark.ci_slow) for s in range(2, 12))]
+)
+def test_killed_at_random(
+    seed: int, undisturbed: Callable[[str], RunDirectory], tmp_path: Path
+) -> None:
     trial(seed, undisturbed, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [*range(8, 16), *range(1000, 1300)])
-def test_killed_at_random_sweep(seed: int, undisturbed: Callable[[str], RunDirectory], tmp_path: Path) -> None:
+def test_killed_at_random_sweep(
+    seed: int, undisturbed: Callable[[str], RunDirectory], tmp_path: Path
+) -> None:
     trial(seed, undisturbed, tmp_path)

@@ -70,15 +70,30 @@ def test_a_corpus_is_built_once(tmp_path: Path, builds: list[str]) -> None:
     first = prepared(section(tmp_path))
     assert prepared(section(tmp_path)).path == first.path
     assert builds == [""]
-    assert (first.path.stat().st_mode & 0o777, first.path.parent.stat().st_mode & 0o777) == (0o700, 0o700)
+    assert (first.path.stat().st_mode & 0o777, first.path.parent.stat().st_mode & 0o777) == (
+        0o700,
+        0o700,
+    )
     assert wait_prepared(section(tmp_path), stop=never, seconds=0) == first.path
 
 
 @pytest.mark.parametrize(
     "change",
-    ["size", "time", "name", "another", "sequence_length", "tokenizer", "eval_fraction", "text_field", "limit"],
+    [
+        "size",
+        "time",
+        "name",
+        "another",
+        "sequence_length",
+        "tokenizer",
+        "eval_fraction",
+        "text_field",
+        "limit",
+    ],
 )
-def test_whatever_changes_the_corpus_is_another_entry(tmp_path: Path, builds: list[str], change: str) -> None:
+def test_whatever_changes_the_corpus_is_another_entry(
+    tmp_path: Path, builds: list[str], change: str
+) -> None:
     path = text_of(tmp_path)
     first = prepared(section(tmp_path))
     data = section(tmp_path)
@@ -91,7 +106,12 @@ def test_whatever_changes_the_corpus_is_another_entry(tmp_path: Path, builds: li
     elif change == "another":
         write(path.with_name("b.txt"), "more")
     else:
-        values = {"sequence_length": 9, "tokenizer": "bpe", "eval_fraction": 0.1, "text_field": "body"}
+        values = {
+            "sequence_length": 9,
+            "tokenizer": "bpe",
+            "eval_fraction": 0.1,
+            "text_field": "body",
+        }
         key = "max_document_bytes" if change == "limit" else change
         data = section(tmp_path, **{key: values.get(change, 1 << 25)})
     assert prepared(data).path != first.path
@@ -111,7 +131,9 @@ def test_the_fingerprint_is_that_of_the_content(tmp_path: Path) -> None:
     path.rename(path.with_name("b.txt"))
     same = prepared(section(tmp_path))
     assert same.fingerprint == first.fingerprint and len(first.fingerprint) == 64
-    path.with_name("b.txt").write_text(path.with_name("b.txt").read_text().replace("text", "TEXT", 1))
+    path.with_name("b.txt").write_text(
+        path.with_name("b.txt").read_text().replace("text", "TEXT", 1)
+    )
     assert prepared(section(tmp_path)).fingerprint != first.fingerprint
     assert prepared(section(tmp_path, sequence_length=9)).fingerprint != first.fingerprint
 
@@ -148,7 +170,10 @@ DAMAGES = [damage_truncate, damage_delete, damage_index, damage_format, damage_n
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_corpus_is_built_again_with_one_line(
-    tmp_path: Path, builds: list[str], damage: Callable[[Path], str], capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    builds: list[str],
+    damage: Callable[[Path], str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     text_of(tmp_path)
     first = prepared(section(tmp_path))
@@ -164,7 +189,9 @@ def test_a_damaged_corpus_is_built_again_with_one_line(
     assert builds == ["", reason] and again.report.rebuilt == reason
     assert again.report.lines()[-1] == f"tokenised again: {reason}"
     told = capfd.readouterr().err
-    assert told == f"guardrail: the corpus in {first.path} is damaged ({reason}): tokenising again\n"
+    assert (
+        told == f"guardrail: the corpus in {first.path} is damaged ({reason}): tokenising again\n"
+    )
 
 
 def test_a_corpus_that_is_open_survives_its_rebuilding(tmp_path: Path) -> None:
@@ -181,7 +208,9 @@ def test_processes_at_once_build_once(tmp_path: Path) -> None:
     log = tmp_path / "log"
     command = [sys.executable, "-c", SCRIPT, str(tmp_path), str(log)]
     root = Path(__file__).parent.parent
-    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) for _ in range(4)]
+    runs = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) for _ in range(4)
+    ]
     paths = {run.communicate(timeout=60)[0].strip() for run in runs}
     assert [run.returncode for run in runs] == [0] * 4
     assert len(paths) == 1 and len(log.read_text().splitlines()) == 1
@@ -190,7 +219,9 @@ def test_processes_at_once_build_once(tmp_path: Path) -> None:
 
 def test_a_builder_that_is_killed_leaves_nothing_that_counts(tmp_path: Path) -> None:
     text_of(tmp_path, size=1000)
-    script = SCRIPT.replace("build(self, **options)", "(self.folder / 'train-00000.bin').touch(); time.sleep(60)")
+    script = SCRIPT.replace(
+        "build(self, **options)", "(self.folder / 'train-00000.bin').touch(); time.sleep(60)"
+    )
     run = subprocess.Popen(
         [sys.executable, "-c", "import time\n" + script, str(tmp_path), str(tmp_path / "log")],
         cwd=Path(__file__).parent.parent,
@@ -216,7 +247,10 @@ def test_who_waits_for_the_lock_says_so_and_can_be_stopped(tmp_path: Path) -> No
     said: list[str] = []
     with open(other / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(Interrupted, match="stopped while waiting for another process that tokenizes the same text"):
+        with pytest.raises(
+            Interrupted,
+            match="stopped while waiting for another process that tokenizes the same text",
+        ):
             prepare(
                 section(tmp_path, cache=str(other)),
                 progress=lambda text, share: said.append(text),
@@ -230,7 +264,8 @@ def test_a_rank_that_waits_gets_the_corpus_when_it_is_there(tmp_path: Path) -> N
     text_of(tmp_path)
     paths: list[Path] = []
     thread = threading.Thread(
-        target=lambda: paths.append(wait_prepared(section(tmp_path), stop=never, seconds=60)), daemon=True
+        target=lambda: paths.append(wait_prepared(section(tmp_path), stop=never, seconds=60)),
+        daemon=True,
     )
     thread.start()
     path = prepare(section(tmp_path), progress=quiet, stop=never)
@@ -284,9 +319,8 @@ def test_a_cache_that_cannot_be_written_is_a_clear_error(tmp_path: Path) -> None
     write(tmp_path / "file", "")
     with pytest.raises(DataError) as caught:
         prepared(section(tmp_path, cache=str(tmp_path / "file" / "cache")))
-    message = (
-        f"cannot write the cache {tmp_path}/file/cache: Not a directory\n  hint: name another folder in data.cache"
-    )
+    cache = f"{tmp_path}/file/cache"
+    message = f"cannot write the cache {cache}: Not a directory\n  hint: name another folder in data.cache"
     assert str(caught.value) == message
 
 
@@ -307,7 +341,9 @@ def test_opening_reads_no_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         write(tmp_path / "text" / f"{number}.txt", "some text of some length\n" * 100)
     path = prepared(section(tmp_path), shard_bytes=1 << 14).path
     read: list[str] = []
-    monkeypatch.setattr("trainer.data.corpus._mapped", lambda folder, entry, dtype: read.append(entry.name))
+    monkeypatch.setattr(
+        "trainer.data.corpus._mapped", lambda folder, entry, dtype: read.append(entry.name)
+    )
     small = [file for file in path.iterdir() if file.suffix == ".json"]
     assert sum(file.stat().st_size for file in small) < 8000
     corpus = Corpus.open(path)
@@ -325,9 +361,19 @@ def test_the_built_in_corpus_is_the_same_in_two_interpreters(tmp_path: Path) -> 
         environment = {**os.environ, "PYTHONHASHSEED": str(number), "LC_ALL": "C"}
         command = [sys.executable, "-c", script, str(tmp_path / str(number))]
         run = subprocess.run(
-            command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parent.parent, check=True
+            command,
+            capture_output=True,
+            text=True,
+            env=environment,
+            cwd=Path(__file__).parent.parent,
+            check=True,
         )
         outputs.append(run.stdout.split(maxsplit=3))
     assert outputs[0] == outputs[1]
     fingerprint, size, documents, bad = outputs[0]
-    assert len(fingerprint) == 64 and int(size) > 5_000_000 and int(documents) > 300 and bad.strip() == "{}"
+    assert (
+        len(fingerprint) == 64
+        and int(size) > 5_000_000
+        and int(documents) > 300
+        and bad.strip() == "{}"
+    )

@@ -1,4 +1,6 @@
-"""The objectives: nothing of a sample is lost, nothing that must be said is in sight, and dice are functions."""
+"""The objectives: nothing of a sample is lost, nothing that must be said is in sight, and dice are
+functions.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,9 @@ def test_a_prefix_teaches_nothing_and_all_behind_it_does() -> None:
     rows = samples(200)
     made = PrefixLM(seed=1, length=LENGTH, encoder=False)(rows, range(200))
     prefix = made.extra["prefix_B"]
-    assert prefix.min() >= 1 and prefix.max() <= LENGTH - 1 and len(set(prefix.tolist())) > LENGTH / 2
+    assert (
+        prefix.min() >= 1 and prefix.max() <= LENGTH - 1 and len(set(prefix.tolist())) > LENGTH / 2
+    )
     for row, length in enumerate(prefix):
         assert (made.labels[row, : length - 1] == IGNORED).all()
         assert (made.labels[row, length - 1 :] == rows[row, length:]).all()
@@ -94,7 +98,9 @@ def test_an_encoder_reads_the_first_half_and_the_decoder_says_the_second() -> No
 
 
 def restored(source: list[int], target: list[int]) -> list[int]:
-    """The sample, by putting what follows each sentinel of the target in its place in the source."""
+    """The sample, by putting what follows each sentinel of the target in its place in the
+    source.
+    """
     spans: dict[int, list[int]] = {}
     for token in target:
         if token >= FIRST:
@@ -115,12 +121,16 @@ def test_spans_put_back_give_the_sample(encoder: bool) -> None:
             assert made.tokens[row].tolist() == [FIRST, *target[:-1]]
         else:
             length = made.extra["prefix_B"][row]
-            source, target = made.tokens[row, :length].tolist(), made.labels[row, length - 1 :].tolist()
+            source, target = (
+                made.tokens[row, :length].tolist(),
+                made.labels[row, length - 1 :].tolist(),
+            )
             assert (made.labels[row, : length - 1] == IGNORED).all()
             assert made.tokens[row, length:].tolist() == target[:-1]
         assert restored(source, target) == rows[row, : cut.tokens].tolist()
         sentinels = [t for t in source if t >= FIRST]
-        assert sentinels == [FIRST + objective.extra_ids - 1 - index for index in range(cut.spans)]  # descending
+        # descending
+        assert sentinels == [FIRST + objective.extra_ids - 1 - index for index in range(cut.spans)]
         assert target[-1] == sentinels[-1] - 1 and target.count(target[-1]) == 1
     assert objective.extra_ids == cut.spans + 2
     assert cut.noise == round(0.15 * cut.tokens) and cut.spans == round(cut.noise / 3)
@@ -128,9 +138,11 @@ def test_spans_put_back_give_the_sample(encoder: bool) -> None:
 
 
 def test_t5s_own_lengths() -> None:
-    # random_spans_helper of the T5 code: inputs of 512 come from 568 tokens and have targets of 114, EOS included
-    # in both; ours have one sentinel more in the target and no EOS in the source.
-    cut = SpanDenoising(seed=0, length=568, first_id=FIRST, noise=0.15, span_length=3.0, encoder=True).cut
+    # random_spans_helper of the T5 code: inputs of 512 come from 568 tokens and have targets of
+    # 114, EOS included in both; ours have one sentinel more in the target and no EOS in the source.
+    cut = SpanDenoising(
+        seed=0, length=568, first_id=FIRST, noise=0.15, span_length=3.0, encoder=True
+    ).cut
     assert (cut.kept + cut.spans + 1, cut.noise + cut.spans + 1) == (512, 114)
 
 
@@ -145,7 +157,10 @@ def test_blanks_filled_in_give_the_sample(two: bool) -> None:
     for row in range(200):
         prefix = int(made.extra["prefix_B"][row])
         part_a, part_b = made.tokens[row, :prefix].tolist(), made.tokens[row, prefix:].tolist()
-        positions, counts = made.extra["positions_BT"][row].tolist(), made.extra["blanks_BT"][row].tolist()
+        positions, counts = (
+            made.extra["positions_BT"][row].tolist(),
+            made.extra["blanks_BT"][row].tolist(),
+        )
         assert (made.labels[row, :prefix] == IGNORED).all()
         assert positions[:prefix] == list(range(prefix)) and not any(counts[:prefix])
         fillings: dict[int, list[int]] = {}  # position of the mask -> tokens
@@ -173,7 +188,9 @@ def test_blanks_filled_in_give_the_sample(two: bool) -> None:
         assert end not in part_b and (end in made.labels[row]) is (mask in part_a)
         kinds["tail" if tail in part_a else "short"] += 1
         used = LENGTH - 1 if tail in part_a else LENGTH - 2 * part_a.count(mask)
-        whole = [t for at, a in enumerate(part_a) for t in (fillings[at] if a in (mask, tail) else [a])]
+        whole = [
+            t for at, a in enumerate(part_a) for t in (fillings[at] if a in (mask, tail) else [a])
+        ]
         assert whole == rows[row, :used].tolist()
         if mask in part_a:
             orders.add(tuple(np.argsort(list(fillings)).tolist()))
@@ -189,7 +206,9 @@ def test_blanks_filled_in_give_the_sample(two: bool) -> None:
     encoder=st.booleans(),
     position=st.integers(0, 2**40),
 )
-def test_rows_of_any_length_and_noise_fit(length: int, noise: float, mean: float, encoder: bool, position: int) -> None:
+def test_rows_of_any_length_and_noise_fit(
+    length: int, noise: float, mean: float, encoder: bool, position: int
+) -> None:
     rows = samples(1, length)
     sizes = {"seed": 1, "length": length, "first_id": FIRST, "noise": noise, "span_length": mean}
     spans = SpanDenoising(**sizes, encoder=encoder)
@@ -203,7 +222,9 @@ def test_rows_of_any_length_and_noise_fit(length: int, noise: float, mean: float
 
 
 def test_compositions_are_evenly_distributed() -> None:
-    found = Counter(tuple(_composition(5, 3, dice(0, position, 5)).tolist()) for position in range(6000))
+    found = Counter(
+        tuple(_composition(5, 3, dice(0, position, 5)).tolist()) for position in range(6000)
+    )
     assert len(found) == 6  # (n - 1 over k - 1)
     assert all(sum(parts) == 5 and min(parts) >= 1 for parts in found)
     assert all(abs(count - 1000) < 150 for count in found.values())  # five sigmas

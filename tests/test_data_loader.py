@@ -36,14 +36,23 @@ def batches(corpus: Corpus, *, epochs: int = 1) -> Iterator[Batch]:
 def loaders(corpus: Corpus, world: int, micro_batches: int) -> list[Loader]:
     size = BATCH // (world * micro_batches)
     return [
-        Loader(corpus.train, pad=corpus.pad, world=world, rank=r, micro_batches=micro_batches, micro_batch_size=size)
+        Loader(
+            corpus.train,
+            pad=corpus.pad,
+            world=world,
+            rank=r,
+            micro_batches=micro_batches,
+            micro_batch_size=size,
+        )
         for r in range(world)
     ]
 
 
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("micro_batches", [1, 2, 4])
-def test_the_ranks_cover_each_batch_exactly_once(corpus: Corpus, world: int, micro_batches: int) -> None:
+def test_the_ranks_cover_each_batch_exactly_once(
+    corpus: Corpus, world: int, micro_batches: int
+) -> None:
     lengths = set()
     for batch in batches(corpus, epochs=2):
         lengths.add(len(batch.samples))
@@ -55,7 +64,10 @@ def test_the_ranks_cover_each_batch_exactly_once(corpus: Corpus, world: int, mic
         for micro in in_order:
             assert micro.tokens.shape == micro.labels.shape == (size, corpus.sequence_length)
             assert micro.tokens.dtype == micro.labels.dtype == np.int64
-        assert sum(micro.label_count for micro in in_order) == len(batch.samples) * corpus.sequence_length
+        assert (
+            sum(micro.label_count for micro in in_order)
+            == len(batch.samples) * corpus.sequence_length
+        )
         tokens = np.concatenate([micro.tokens for micro in in_order])[: len(batch.samples)]
         labels = np.concatenate([micro.labels for micro in in_order])
         rows = corpus.train.tokens(batch.samples)
@@ -68,7 +80,8 @@ def test_positions_are_those_of_the_first_samples(corpus: Corpus) -> None:
     batch = Batch(first=10, last=21, positions=(10, 11, 13, 14, 17, 20), samples=(5, 0, 7, 9, 1, 3))
     (loader,) = loaders(corpus, 1, 4)
     micros = loader.load(batch)
-    assert [micro.position for micro in micros] == [10, 13, 17, 21]  # the last holds nothing but filling
+    # the last holds nothing but filling
+    assert [micro.position for micro in micros] == [10, 13, 17, 21]
     assert [micro.sample_ids for micro in micros] == [(5, 0), (7, 9), (1, 3), ()]
     assert (micros[3].labels == IGNORED).all() and micros[3].label_count == 0
 
@@ -92,7 +105,9 @@ class Watched(Loader):
     """Notes which thread read which batch, and can be held up."""
 
     def __init__(self, corpus: Corpus) -> None:
-        super().__init__(corpus.train, pad=None, world=1, rank=0, micro_batches=2, micro_batch_size=4)
+        super().__init__(
+            corpus.train, pad=None, world=1, rank=0, micro_batches=2, micro_batch_size=4
+        )
         self.reads: list[tuple[str, int]] = []
         self.go = threading.Event()
         self.go.set()
@@ -129,7 +144,9 @@ def test_a_right_prediction_is_used(corpus: Corpus, watched: Watched) -> None:
     assert [how for how, _ in watched.reads] == ["ahead"] * len(list(batches(corpus)))
 
 
-def test_a_wrong_prediction_is_discarded_without_waiting_for_it(corpus: Corpus, watched: Watched) -> None:
+def test_a_wrong_prediction_is_discarded_without_waiting_for_it(
+    corpus: Corpus, watched: Watched
+) -> None:
     (plain,) = loaders(corpus, 1, 2)
     first, second, third = list(batches(corpus))[:3]
     watched.go.clear()
@@ -142,7 +159,9 @@ def test_a_wrong_prediction_is_discarded_without_waiting_for_it(corpus: Corpus, 
     assert ("now", third.first) in watched.reads and ("ahead", first.first) not in watched.reads
 
 
-def test_the_same_samples_at_other_positions_are_another_batch(corpus: Corpus, watched: Watched) -> None:
+def test_the_same_samples_at_other_positions_are_another_batch(
+    corpus: Corpus, watched: Watched
+) -> None:
     batch = Batch(first=0, last=2, positions=(0, 1), samples=(4, 5))
     watched.prefetch(batch)
     later = Batch(first=7, last=9, positions=(7, 8), samples=(4, 5))
@@ -165,7 +184,9 @@ def test_the_global_generators_are_left_alone(corpus: Corpus) -> None:
     assert np.random.get_state()[1].tolist() == before
 
 
-def test_closing_ends_the_thread_and_leaves_a_loader_that_works(corpus: Corpus, watched: Watched) -> None:
+def test_closing_ends_the_thread_and_leaves_a_loader_that_works(
+    corpus: Corpus, watched: Watched
+) -> None:
     batch = next(batches(corpus))
     watched.prefetch(batch)
     watched.close()

@@ -35,7 +35,9 @@ def mixed_folder(folder: Path, *, documents: int = 40, seed: int = 0) -> dict[tu
         else:
             path = folder / f"{number:03d}.jsonl"
             records = [some_text(dice, dice.choice([1, 3, 90])) for _ in range(5)]
-            lines = [json.dumps({"text": record}, ensure_ascii=dice.random() < 0.5) for record in records]
+            lines = [
+                json.dumps({"text": record}, ensure_ascii=dice.random() < 0.5) for record in records
+            ]
             write(path, "\n".join(["", *lines]))  # line 1 is blank
             texts |= {(str(path), line): record for line, record in enumerate(records, 2)}
     return texts
@@ -50,7 +52,9 @@ def bytes_of(texts: dict[tuple[str, int], str], ref: DocumentRef) -> bytes:
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
-@pytest.mark.parametrize(("length", "shard_bytes"), [(2, 200), (7, 1000), (64, 1), (7, 1 << 30), (64, 1 << 30)])
+@pytest.mark.parametrize(
+    ("length", "shard_bytes"), [(2, 200), (7, 1000), (64, 1), (7, 1 << 30), (64, 1 << 30)]
+)
 def test_the_samples_are_the_documents_one_after_another(
     tmp_path: Path, tokenizer: str, length: int, shard_bytes: int
 ) -> None:
@@ -65,7 +69,9 @@ def test_the_samples_are_the_documents_one_after_another(
     assert corpus.report.tokens == len(expected) and corpus.train.token_count == len(got)
     shards = list(corpus.path.glob("train-*.bin"))
     assert len(shards) == (
-        1 if shard_bytes == 1 << 30 else -(-len(corpus.train) // max(1, shard_bytes // (2 * length)))
+        1
+        if shard_bytes == 1 << 30
+        else -(-len(corpus.train) // max(1, shard_bytes // (2 * length)))
     )
     assert all(shard.stat().st_size <= max(shard_bytes, 2 * length) + 2 for shard in shards)
 
@@ -89,7 +95,9 @@ def test_documents_of_a_bpe_sample_cover_its_text(tmp_path: Path) -> None:
     for sample in range(len(corpus.train)):
         ids = corpus.train.tokens([sample])[0]
         parts = np.split(ids, np.flatnonzero(ids == corpus.eos) + 1)
-        decoded = [t for t in (corpus.tokenizer.decode(part[part != corpus.eos]) for part in parts) if t]
+        decoded = [
+            t for t in (corpus.tokenizer.decode(part[part != corpus.eos]) for part in parts) if t
+        ]
         refs = corpus.train.documents(sample)
         assert len(refs) == len(decoded)
         for ref, text in zip(refs, decoded, strict=True):
@@ -108,7 +116,9 @@ def test_a_document_longer_than_a_piece_keeps_its_byte_ranges(tmp_path: Path) ->
     assert len(text) > 3 * PIECE
     path = str(write(tmp_path / "text" / "long.txt", text))
     for tokenizer in ("bytes", "bpe"):
-        corpus = prepared(section(tmp_path, tokenizer=tokenizer, vocabulary=2000, sequence_length=50))
+        corpus = prepared(
+            section(tmp_path, tokenizer=tokenizer, vocabulary=2000, sequence_length=50)
+        )
         for sample in range(0, len(corpus.train), 97):
             (ref,) = corpus.train.documents(sample)
             decoded = corpus.tokenizer.decode(corpus.train.tokens([sample])[0])
@@ -122,7 +132,9 @@ def test_touching_stretches_of_many_samples_are_joined(tmp_path: Path) -> None:
     corpus = prepared(section(tmp_path))
     everything, total = corpus.train.documents_of(range(len(corpus.train)), limit=None)
     assert total == len(everything) >= len(texts) - 1
-    assert all(bytes_of(texts, ref).decode() == texts[ref.path, ref.record] for ref in everything[:-1])
+    assert all(
+        bytes_of(texts, ref).decode() == texts[ref.path, ref.record] for ref in everything[:-1]
+    )
     few, again = corpus.train.documents_of(range(len(corpus.train)), limit=3)
     assert few == everything[:3] and again == total
     apart, count = corpus.train.documents_of([5, 3, 3, 40])
@@ -130,7 +142,9 @@ def test_touching_stretches_of_many_samples_are_joined(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
-def test_an_excerpt_is_what_the_model_met_even_when_the_source_is_gone(tmp_path: Path, tokenizer: str) -> None:
+def test_an_excerpt_is_what_the_model_met_even_when_the_source_is_gone(
+    tmp_path: Path, tokenizer: str
+) -> None:
     texts = mixed_folder(tmp_path / "text")
     corpus = prepared(section(tmp_path, tokenizer=tokenizer, vocabulary=300, sequence_length=16))
     for path, _ in texts:
@@ -148,8 +162,10 @@ def test_an_excerpt_is_what_the_model_met_even_when_the_source_is_gone(tmp_path:
 
 
 def test_the_label_behind_the_last_sample_has_an_excerpt_too(tmp_path: Path) -> None:
-    write(tmp_path / "text" / "a.txt", "seven ch"[:7])  # with its end of text one sample of eight tokens
-    write(tmp_path / "text" / "b.txt", "bcd")  # one token of it is the last label; what follows is dropped
+    # with its end of text one sample of eight tokens
+    write(tmp_path / "text" / "a.txt", "seven ch"[:7])
+    # one token of it is the last label; what follows is dropped
+    write(tmp_path / "text" / "b.txt", "bcd")
     corpus = prepared(section(tmp_path))
     assert len(corpus.train) == 1
     first, second = corpus.train.documents(0)
@@ -190,9 +206,13 @@ def documents_in(split: Split) -> set[tuple[str, int]]:
     return {(ref.path, ref.record) for ref in refs}
 
 
-def held_out(folder: Path, corpus: Corpus, texts: dict[tuple[str, int], str], fraction: float) -> None:
+def held_out(
+    folder: Path, corpus: Corpus, texts: dict[tuple[str, int], str], fraction: float
+) -> None:
     limit = holdout.threshold(fraction)
-    expected = {o for o in texts if holdout.origin_hash(str(Path(o[0]).relative_to(folder)), o[1]) < limit}
+    expected = {
+        o for o in texts if holdout.origin_hash(str(Path(o[0]).relative_to(folder)), o[1]) < limit
+    }
     assert corpus.eval.document_count == len(expected)
     assert corpus.train.document_count == len(texts) - len(expected)
     assert documents_in(corpus.eval) <= expected
@@ -213,7 +233,9 @@ def test_documents_are_held_out_by_the_hash_of_their_origin(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("fraction", [1e-9, 0.3, 0.999])
 @pytest.mark.parametrize("documents", [2, 3, 5])
-def test_neither_split_is_empty_when_there_are_two_documents(tmp_path: Path, fraction: float, documents: int) -> None:
+def test_neither_split_is_empty_when_there_are_two_documents(
+    tmp_path: Path, fraction: float, documents: int
+) -> None:
     for number in range(documents):
         write(tmp_path / "text" / f"{number}.txt", f"{number} some text of some length")
     corpus = prepared(section(tmp_path, eval_fraction=fraction))
@@ -246,7 +268,9 @@ def test_training_comes_first_when_there_is_one_sample_in_all(tmp_path: Path) ->
             hashes = [holdout.origin_hash(name, 0) for name in ("a.txt", "b.txt")]
             assert hashes[1] < hashes[0]
         else:
-            assert len(corpus.train) == 1 and len(corpus.eval) == 0 and corpus.eval.document_count == 1
+            assert (
+                len(corpus.train) == 1 and len(corpus.eval) == 0 and corpus.eval.document_count == 1
+            )
 
 
 @pytest.mark.parametrize(

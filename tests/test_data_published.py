@@ -1,5 +1,6 @@
-"""The objectives against their published definitions, written out anew: T5's spans (Raffel et al. 2020) and GLM's
-blanks (Du et al. 2022). Masks, ids, positions and sight are compared exactly; what is drawn by its distribution."""
+"""The objectives against their published definitions, written out anew: T5's spans (Raffel et al.
+2020) and GLM's blanks (Du et al. 2022). Masks, ids, positions and sight are compared exactly; what
+is drawn by its distribution."""
 
 from __future__ import annotations
 
@@ -20,7 +21,13 @@ from trainer.objectives.blank_filling import BlankFilling, _poisson
 from trainer.objectives.examples import IGNORED, PrefixLM, SpanDenoising, dice
 
 LENGTH, FIRST, SEED = 128, 1000, 5
-SPAN: dict[str, Any] = {"seed": SEED, "length": LENGTH, "first_id": FIRST, "noise": 0.15, "span_length": 3.0}
+SPAN: dict[str, Any] = {
+    "seed": SEED,
+    "length": LENGTH,
+    "first_id": FIRST,
+    "noise": 0.15,
+    "span_length": 3.0,
+}
 BLANK: dict[str, Any] = {**SPAN, "two_dimensional": True}
 ROW = np.arange(LENGTH + 1)  # each token is its own place
 MASK, TAIL, START, END = range(FIRST, FIRST + 4)
@@ -37,7 +44,8 @@ def noise_mask(length: int, shuffles: Sequence[Callable[[list[bool]], list[bool]
     """Raffel et al.'s random_spans_noise_mask at a density of 0.15 and a mean length of 3.
 
     Args:
-        shuffles: of the places at which a span of noise begins, and of those at which one of text does.
+        shuffles: of the places at which a span of noise begins, and of those at which one of text
+        does.
     """
     noise = min(max(round(length * 0.15), 1), length - 1)
     spans = max(round(noise / 3.0), 1)
@@ -51,11 +59,17 @@ def noise_mask(length: int, shuffles: Sequence[Callable[[list[bool]], list[bool]
         return lengths
 
     gone, kept = segments(noise, shuffles[0]), segments(length - noise, shuffles[1])
-    return [masked for pair in zip(kept, gone, strict=True) for masked in (False,) * pair[0] + (True,) * pair[1]]
+    return [
+        masked
+        for pair in zip(kept, gone, strict=True)
+        for masked in (False,) * pair[0] + (True,) * pair[1]
+    ]
 
 
 def with_sentinels(tokens: Sequence[int], mask: Sequence[bool], highest: int) -> list[int]:
-    """Each run of the mask becomes one sentinel: the last id of the vocabulary, the one before it, ..."""
+    """Each run of the mask becomes one sentinel: the last id of the vocabulary, the one before it,
+    ...
+    """
     found, sentinel = [], highest
     for index, (token, masked) in enumerate(zip(tokens, mask, strict=True)):
         if not masked:
@@ -86,14 +100,18 @@ def test_spans_are_t5s_given_the_same_shuffles() -> None:
         raw = dice(SEED, position, LENGTH)
         mask = noise_mask(LENGTH, [in_order_of(raw[:noise]), in_order_of(raw[noise:])])
         source = with_sentinels(ROW[:LENGTH].tolist(), mask, vocabulary - 1)
-        target = with_sentinels(ROW[:LENGTH].tolist(), [not masked for masked in mask], vocabulary - 1)
+        target = with_sentinels(
+            ROW[:LENGTH].tolist(), [not masked for masked in mask], vocabulary - 1
+        )
         assert made.extra["source_BS"][position].tolist() == source
         # Figure 2 of the paper: the final sentinel closes the target.
         assert made.labels[position].tolist() == [*target, vocabulary - 1 - objective.cut.spans]
 
 
 def test_spans_fall_where_t5s_fall() -> None:
-    """Lengths of spans, and how often each token is taken out, of the reference with dice of its own."""
+    """Lengths of spans, and how often each token is taken out, of the reference with dice of its
+    own.
+    """
     dice_of_its_own = random.Random(1)
 
     def shuffle(things: list[bool]) -> list[bool]:
@@ -121,7 +139,9 @@ def assert_same_share(ours: np.ndarray, theirs: np.ndarray, count: int) -> None:
 def assert_same_histogram(ours: Counter[int], theirs: Counter[int]) -> None:
     for value in ours.keys() | theirs.keys():
         a, b = ours[value] / ours.total(), theirs[value] / theirs.total()
-        sigma = math.sqrt(a * (1 - a) / ours.total() + b * (1 - b) / theirs.total()) + 1 / ours.total()
+        sigma = (
+            math.sqrt(a * (1 - a) / ours.total() + b * (1 - b) / theirs.total()) + 1 / ours.total()
+        )
         assert abs(a - b) < 5 * sigma, (value, a, b)
 
 
@@ -129,7 +149,9 @@ def assert_same_histogram(ours: Counter[int], theirs: Counter[int]) -> None:
 
 
 def glm_lengths(dice_: random.Random) -> list[int]:
-    """Lengths from Poisson(3), 1 to 39, until 15 % of the text is in blanks; a blank costs the row two tokens."""
+    """Lengths from Poisson(3), 1 to 39, until 15 % of the text is in blanks; a blank costs the row
+    two tokens.
+    """
     weights = [math.exp(-3) * 3**n / math.factorial(n) for n in range(1, 40)]
     found: list[int] = []
     while sum(found) < int(0.15 * (LENGTH - 2 * len(found))):
@@ -169,7 +191,13 @@ def glm_row(spans: Sequence[tuple[int, int]], total: int) -> dict[str, list[int]
         labels += [*range(first, last), END]
         positions += [position_of[first]] * (last - first + 1)
         counts += range(1, last - first + 2)
-    return {"tokens": tokens, "labels": labels, "positions": positions, "counts": counts, "prefix": [prefix]}
+    return {
+        "tokens": tokens,
+        "labels": labels,
+        "positions": positions,
+        "counts": counts,
+        "prefix": [prefix],
+    }
 
 
 def spans_of(labels: Sequence[int]) -> list[tuple[int, int]]:
@@ -185,13 +213,16 @@ def test_rows_of_blanks_are_glms() -> None:
     for index in range(300):
         spans = spans_of(made.labels[index].tolist())
         expected = glm_row(spans, LENGTH - 2 * len(spans))
-        assert made.tokens[index].tolist() == expected["tokens"] and len(expected["tokens"]) == LENGTH
+        assert (
+            made.tokens[index].tolist() == expected["tokens"] and len(expected["tokens"]) == LENGTH
+        )
         assert made.labels[index].tolist() == expected["labels"]
         assert made.extra["positions_BT"][index].tolist() == expected["positions"]
         assert made.extra["blanks_BT"][index].tolist() == expected["counts"]
         assert [made.extra["prefix_B"][index]] == expected["prefix"]
         orders[spans[0] < spans[-1]] += 1
-    assert 110 < orders[True] < 190  # shuffled: the first of part B is as often behind the last as before it
+    # shuffled: the first of part B is as often behind the last as before it
+    assert 110 < orders[True] < 190
 
 
 def test_blanks_fall_where_glms_fall() -> None:
@@ -210,7 +241,10 @@ def test_blanks_fall_where_glms_fall() -> None:
         lambda spans: [spans[0][0] // 4],
         lambda spans: [spans[-1][0] // 8, 100 + spans[-1][1] - spans[-1][0]],
     ):
-        histograms = [Counter(value for spans in all_spans for value in told(spans)) for all_spans in (ours, theirs)]
+        histograms = [
+            Counter(value for spans in all_spans for value in told(spans))
+            for all_spans in (ours, theirs)
+        ]
         assert_same_histogram(*histograms)
     shares = [sum(b - a for a, b in spans) / (LENGTH - 2 * len(spans)) for spans in ours]
     assert min(shares) >= 0.15 - 1 / LENGTH and sum(shares) / count == pytest.approx(0.17, abs=0.01)
@@ -218,23 +252,32 @@ def test_blanks_fall_where_glms_fall() -> None:
 
 @pytest.mark.parametrize("mean", [1.0, 3.0, 4.5, 12.0])
 def test_lengths_are_poissons_without_its_zero(mean: float) -> None:
-    weights = [math.exp(n * math.log(mean) - mean - math.lgamma(n + 1)) for n in range(1, math.ceil(13 * mean) + 1)]
+    weights = [
+        math.exp(n * math.log(mean) - mean - math.lgamma(n + 1))
+        for n in range(1, math.ceil(13 * mean) + 1)
+    ]
     assert len(weights) == 39 if mean == 3.0 else True  # GLM's max_block_length of 40
     expected = np.cumsum(weights)[:-1] / sum(weights)
     np.testing.assert_allclose(_poisson(mean), expected, rtol=1e-9)
 
 
 def test_a_tail_is_a_prefix_and_its_text_goes_on() -> None:
-    """GLM's generation: [gMASK], [sop] and the rest of the text, of which no end is learnt, for there is none."""
+    """GLM's generation: [gMASK], [sop] and the rest of the text, of which no end is learnt, for
+    there is none.
+    """
     made = BlankFilling(**BLANK, tail_share=1.0)(rows(400), range(400))
-    flat = BlankFilling(**{**BLANK, "two_dimensional": False}, tail_share=1.0)(rows(400), range(400))
+    flat = BlankFilling(**{**BLANK, "two_dimensional": False}, tail_share=1.0)(
+        rows(400), range(400)
+    )
     cuts = Counter()
     for index in range(400):
         at = int(made.extra["prefix_B"][index]) - 1
         text = list(range(LENGTH - 1))
         assert made.tokens[index].tolist() == [*text[:at], TAIL, START, *text[at:-1]]
         assert made.labels[index].tolist() == [IGNORED] * (at + 1) + text[at:]
-        assert made.extra["positions_BT"][index].tolist() == [*range(at + 1)] + [at] * (LENGTH - 1 - at)
+        assert made.extra["positions_BT"][index].tolist() == [*range(at + 1)] + [at] * (
+            LENGTH - 1 - at
+        )
         assert made.extra["blanks_BT"][index].tolist() == [0] * (at + 1) + [*range(1, LENGTH - at)]
         assert flat.extra["positions_BT"][index].tolist() == list(
             range(LENGTH)
@@ -267,7 +310,11 @@ def test_part_a_sees_itself_and_part_b_what_came_before(objective: str) -> None:
         "span": SpanDenoising(**SPAN, encoder=False),
         "prefix-lm": PrefixLM(seed=SEED, length=LENGTH, encoder=False),
     }[objective](rows(6), range(6))
-    model = Decoder(ModelSection(layers=1, width=8, heads=2, kind="prefix"), vocabulary=5, sequence_length=LENGTH)
+    model = Decoder(
+        ModelSection(layers=1, width=8, heads=2, kind="prefix"),
+        vocabulary=5,
+        sequence_length=LENGTH,
+    )
     prefix, length = made.extra["prefix_B"], made.tokens.shape[1]
     mask = model.mask(length, torch.device("cpu"), torch.from_numpy(prefix))
     assert mask is not None
@@ -276,7 +323,10 @@ def test_part_a_sees_itself_and_part_b_what_came_before(objective: str) -> None:
     for row in range(6):
         for query in range(length):
             part_a = query < prefix[row]
-            expected = [key < prefix[row] if part_a else key < prefix[row] or key <= query for key in range(length)]
+            expected = [
+                key < prefix[row] if part_a else key < prefix[row] or key <= query
+                for key in range(length)
+            ]
             assert seen[row, query].tolist() == expected
             label = made.labels[row, query]
             if label != IGNORED and label < FIRST:  # sentinels and [eop] stand more than once

@@ -38,10 +38,18 @@ GZ = gzip.compress(os.urandom(5000).hex().encode())
 
 # file name -> content, kind, what the message names
 BAD = {
-    "latin1.txt": (b"caf\xe9 au lait", "invalid UTF-8", "byte 0xe9 at 3: invalid continuation byte"),
+    "latin1.txt": (
+        b"caf\xe9 au lait",
+        "invalid UTF-8",
+        "byte 0xe9 at 3: invalid continuation byte",
+    ),
     "empty.txt": (b"", "empty document", "empty.txt"),
     "blank.txt": (b" \n\t\n", "empty document", "blank.txt"),
-    "large.txt": (b"x" * 20_001, "document too large", "20,001 bytes, data.max_document_bytes is 20,000"),
+    "large.txt": (
+        b"x" * 20_001,
+        "document too large",
+        "20,001 bytes, data.max_document_bytes is 20,000",
+    ),
     "bomb.txt.zst": (
         zstandard.ZstdCompressor().compress(b"x" * 3_000_000),
         "document too large",
@@ -54,12 +62,24 @@ BAD = {
     "flipped.txt.zst": (ZST[:-2] + b"\0\0", "damaged archive", "checksum"),
     "no-gzip.txt.gz": (b"plain text", "damaged archive", "Not a gzipped file"),
     "no-zstd.txt.zst": (b"plain text", "damaged archive", "frame descriptor"),
-    "broken.jsonl": (b'{"text": "a" "b"}', "broken JSON", "broken.jsonl:1 (column 14: Expecting ',' delimiter)"),
+    "broken.jsonl": (
+        b'{"text": "a" "b"}',
+        "broken JSON",
+        "broken.jsonl:1 (column 14: Expecting ',' delimiter)",
+    ),
     "halved.jsonl": (b'{"text": "a', "broken JSON", "column 10: Unterminated string starting at"),
     "deep.jsonl": (b"[" * 15_000, "broken JSON", "recursion"),
     "bytes.jsonl": (b'{"text": "\xff"}', "invalid UTF-8", "byte 0xff at 10: invalid start byte"),
-    "surrogate.jsonl": (b'{"text": "ab\\ud800"}', "invalid UTF-8", "half a surrogate pair at character 2"),
-    "missing.jsonl": (lines({"body": "a", "id": 1}), "no text field", "no 'text'; its fields: body, id"),
+    "surrogate.jsonl": (
+        b'{"text": "ab\\ud800"}',
+        "invalid UTF-8",
+        "half a surrogate pair at character 2",
+    ),
+    "missing.jsonl": (
+        lines({"body": "a", "id": 1}),
+        "no text field",
+        "no 'text'; its fields: body, id",
+    ),
     "number.jsonl": (lines({"text": 5}), "no text field", "'text' is a number instead of a string"),
     "null.jsonl": (lines({"text": None}), "no text field", "'text' is null instead of a string"),
     "list.jsonl": (lines(["text"]), "no text field", "a list instead of an object"),
@@ -97,21 +117,28 @@ def test_when_bad_records_are_all_there_is_the_error_names_them(tmp_path: Path, 
     with pytest.raises(DataError) as caught:
         prepared(section(tmp_path, max_document_bytes=20_000))
 
-    assert str(caught.value).startswith(f"no usable document in {tmp_path / 'text'}, files read: 1\n  1 x {kind}: ")
+    assert str(caught.value).startswith(
+        f"no usable document in {tmp_path / 'text'}, files read: 1\n  1 x {kind}: "
+    )
     assert message in str(caught.value)
 
 
 def test_good_records_around_bad_ones_are_used(tmp_path: Path) -> None:
-    content = lines({"text": "one"}, b"{", b"", {"text": "x" * 30_000}, {"no": 1}, {"text": "sechs"})
+    content = lines(
+        {"text": "one"}, b"{", b"", {"text": "x" * 30_000}, {"no": 1}, {"text": "sechs"}
+    )
     write(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + content + b"\n")
     texts, reader = read(tmp_path, max_bytes=20_000)
     assert texts == ["one", "sechs"]
     assert reader.bad.counts == {"broken JSON": 1, "document too large": 1, "no text field": 1}
-    assert ":5 (" in reader.bad.named["no text field"][0]  # the blank line counts as a line, not as a record
+    # the blank line counts as a line, not as a record
+    assert ":5 (" in reader.bad.named["no text field"][0]
 
 
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
-def test_records_before_the_end_of_a_truncated_archive_are_used(tmp_path: Path, suffix: str) -> None:
+def test_records_before_the_end_of_a_truncated_archive_are_used(
+    tmp_path: Path, suffix: str
+) -> None:
     texts = [os.urandom(100).hex() for _ in range(5000)]
     whole = write(tmp_path / f"a.jsonl.{suffix}", lines(*({"text": text} for text in texts)))
     whole.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
@@ -134,7 +161,9 @@ def test_escape_sequences_in_a_file_name_do_not_reach_the_report(tmp_path: Path)
     assert named.isprintable()
 
 
-@pytest.mark.parametrize("name", ["huge.txt", "huge.txt.gz", "huge.txt.zst", "huge.jsonl", "huge.jsonl.zst"])
+@pytest.mark.parametrize(
+    "name", ["huge.txt", "huge.txt.gz", "huge.txt.zst", "huge.jsonl", "huge.jsonl.zst"]
+)
 def test_a_document_of_200_mb_is_never_held_whole(tmp_path: Path, name: str) -> None:
     size = 200 * 1024 * 1024
     path = tmp_path / name
@@ -194,7 +223,10 @@ def test_the_name_below_the_source_is_the_same_wherever_the_source_lies(tmp_path
 def test_a_folder_without_text_says_what_it_holds(tmp_path: Path) -> None:
     for name in ("a.png", "b.png", "c"):
         write(tmp_path / "text" / name, b"x")
-    with pytest.raises(DataError, match=r"2 x \.png, 1 x no suffix\n  hint: a glob takes files whatever their suffix"):
+    with pytest.raises(
+        DataError,
+        match=r"2 x \.png, 1 x no suffix\n  hint: a glob takes files whatever their suffix",
+    ):
         prepared(section(tmp_path))
 
 
@@ -214,7 +246,10 @@ def test_a_file_that_becomes_a_pipe_after_it_was_found_does_not_hang(tmp_path: P
     path.unlink()
     os.mkfifo(path)
     reader = DocumentReader(
-        found.files, text_field="text", max_bytes=1000, pulse=Pulse(lambda t, s: None, lambda: False)
+        found.files,
+        text_field="text",
+        max_bytes=1000,
+        pulse=Pulse(lambda t, s: None, lambda: False),
     )
     assert list(reader) == [] and reader.bad.counts == {"unreadable file": 1}
 
@@ -223,7 +258,9 @@ def test_a_file_that_becomes_a_pipe_after_it_was_found_does_not_hang(tmp_path: P
 def test_compressed_text_gives_the_same_tokens(tmp_path: Path, suffix: str) -> None:
     text = "naïve — 日本語\n" * 5000
     plain = prepared(section(tmp_path, sources=(str(write(tmp_path / "p" / "a.txt", text)),)))
-    packed = prepared(section(tmp_path, sources=(str(write(tmp_path / "q" / f"a.txt{suffix}", text)),)))
+    packed = prepared(
+        section(tmp_path, sources=(str(write(tmp_path / "q" / f"a.txt{suffix}", text)),))
+    )
     assert packed.fingerprint == plain.fingerprint
     records = write(tmp_path / "r" / f"a.jsonl{suffix}", lines({"body": text}) + b"\n")
     corpus = prepared(section(tmp_path, sources=(str(records),), text_field="body"))
@@ -231,7 +268,10 @@ def test_compressed_text_gives_the_same_tokens(tmp_path: Path, suffix: str) -> N
 
 
 def test_zstd_frames_one_after_another_are_one_text(tmp_path: Path) -> None:
-    frames = [zstandard.ZstdCompressor().compress(part.encode() * 3000) for part in ("one ", "two ", "three ")]
+    frames = [
+        zstandard.ZstdCompressor().compress(part.encode() * 3000)
+        for part in ("one ", "two ", "three ")
+    ]
     write(tmp_path / "a.bin", b"").with_name("a.txt.zst").write_bytes(b"".join(frames))
     assert read(tmp_path)[0] == ["one " * 3000 + "two " * 3000 + "three " * 3000]
 
@@ -239,7 +279,9 @@ def test_zstd_frames_one_after_another_are_one_text(tmp_path: Path) -> None:
 def test_text_shorter_than_a_sample_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "text" / "a.txt", "12345678")
     assert len(prepared(section(tmp_path)).train) == 1  # nine tokens with the EOS
-    with pytest.raises(DataError, match=r"has 9 tokens: not one training sample of data.sequence_length \+ 1 = 10"):
+    with pytest.raises(
+        DataError, match=r"has 9 tokens: not one training sample of data.sequence_length \+ 1 = 10"
+    ):
         prepared(section(tmp_path, sequence_length=9))
 
 
@@ -249,7 +291,9 @@ def test_byte_level_data_loads_neither_torch_nor_tokenizers_nor_zstandard() -> N
         "print(sorted({'torch', 'accelerate', 'tokenizers', 'zstandard', 'textual'} & set(sys.modules)))"
     )
     root = Path(__file__).parent.parent
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=root, check=True
+    )
     assert run.stdout == "[]\n"
 
 

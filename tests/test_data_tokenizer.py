@@ -42,10 +42,14 @@ def test_bpe_round_trip_and_use_of_its_vocabulary(tmp_path: Path) -> None:
     assert ids.max() < corpus.vocabulary and len(ids) < len(TEXT.encode()) / 2
     encoded = corpus.tokenizer.encode(TEXT)
     assert corpus.tokenizer.decode(encoded) == TEXT and encoded.dtype == np.uint16
-    assert corpus.tokenizer.decode(corpus.tokenizer.encode("\x00\xff ☃ unseen")) == "\x00\xff ☃ unseen"
+    assert (
+        corpus.tokenizer.decode(corpus.tokenizer.encode("\x00\xff ☃ unseen")) == "\x00\xff ☃ unseen"
+    )
 
 
-def test_bpe_is_trained_once_for_the_same_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bpe_is_trained_once_for_the_same_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write(tmp_path / "text" / "a.txt", TEXT)
     first = prepared(section(tmp_path, tokenizer="bpe", vocabulary=300))
     monkeypatch.setattr(bpe, "_train", lambda *_: pytest.fail("trained again"))
@@ -55,7 +59,8 @@ def test_bpe_is_trained_once_for_the_same_text(tmp_path: Path, monkeypatch: pyte
 
 
 def test_bpe_training_can_be_stopped(tmp_path: Path) -> None:
-    write(tmp_path / "text" / "a.txt", "".join(f"token{n * n}\n" for n in range(200_000)))  # half a second of work
+    # half a second of work
+    write(tmp_path / "text" / "a.txt", "".join(f"token{n * n}\n" for n in range(200_000)))
     training = False
 
     def progress(text: str, share: float) -> None:
@@ -67,7 +72,9 @@ def test_bpe_training_can_be_stopped(tmp_path: Path) -> None:
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
-def test_the_share_of_the_text_that_is_trained_on_is_bounded_and_comes_from_everywhere(tmp_path: Path) -> None:
+def test_the_share_of_the_text_that_is_trained_on_is_bounded_and_comes_from_everywhere(
+    tmp_path: Path,
+) -> None:
     for number in range(100):
         write(tmp_path / f"{number:03d}.txt", f"{number} " * 5000)
     found = discover((str(tmp_path),))
@@ -81,7 +88,10 @@ def test_the_share_of_the_text_that_is_trained_on_is_bounded_and_comes_from_ever
 
 
 def test_training_gives_the_same_tokenizer_in_every_process(tmp_path: Path) -> None:
-    write(tmp_path / "text" / "a.txt", "".join(f"token{n % 97} {n * n % 1009}\n" for n in range(20_000)))
+    write(
+        tmp_path / "text" / "a.txt",
+        "".join(f"token{n % 97} {n * n % 1009}\n" for n in range(20_000)),
+    )
     script = (
         "import sys; from pathlib import Path; from tests.corpora import prepared, section\n"
         "print(prepared(section(Path(sys.argv[1]), tokenizer='bpe', cache=sys.argv[2])).fingerprint)"
@@ -116,8 +126,16 @@ def some_tokenizer(tmp_path: Path) -> Path:
 def test_a_tokenizer_json_is_used_as_it_is(tmp_path: Path) -> None:
     path = some_tokenizer(tmp_path)
     content = json.loads(path.read_text())
-    content["truncation"] = {"max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
-    other = write(tmp_path / "other.json", json.dumps(content).replace("<|eos|>", "</s>").replace("<|pad|>", "[PAD]"))
+    content["truncation"] = {
+        "max_length": 4,
+        "strategy": "LongestFirst",
+        "stride": 0,
+        "direction": "Right",
+    }
+    other = write(
+        tmp_path / "other.json",
+        json.dumps(content).replace("<|eos|>", "</s>").replace("<|pad|>", "[PAD]"),
+    )
     corpus = prepared(section(tmp_path, tokenizer=str(other)))
     trained = prepared(section(tmp_path, tokenizer="bpe", vocabulary=300))
     assert (stream(corpus.train) == stream(trained.train)).all()
@@ -161,7 +179,9 @@ def test_ids_beyond_16_bits_are_stored_in_32(tmp_path: Path) -> None:
         ("no-eos", "no end-of-text token; expected one of <|eos|>, <|endoftext|>"),
     ],
 )
-def test_a_bad_tokenizer_json_is_refused(tmp_path: Path, content: str | bytes | None, message: str) -> None:
+def test_a_bad_tokenizer_json_is_refused(
+    tmp_path: Path, content: str | bytes | None, message: str
+) -> None:
     path = tmp_path / "tokenizer.json"
     if content == "no-eos":
         content = some_tokenizer(tmp_path).read_text().replace("<|eos|>", "<|end|>")

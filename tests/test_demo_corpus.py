@@ -31,8 +31,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_run_meets_the_stretch_where_the_plan_says(corpus: Path, tmp_path: Path) -> None:
     plan = Plan()
     description = json.loads((corpus / MARKER).read_text())
-    damaged = [entry["name"] for entry in description["corrupted"] if not entry["corruption"].endswith(WORN)]
-    worn = [entry["name"] for entry in description["corrupted"] if entry["corruption"].endswith(WORN)]
+    damaged = [
+        entry["name"]
+        for entry in description["corrupted"]
+        if not entry["corruption"].endswith(WORN)
+    ]
+    worn = [
+        entry["name"] for entry in description["corrupted"] if entry["corruption"].endswith(WORN)
+    ]
     data = section(
         tmp_path,
         sources=(str(corpus),),
@@ -47,7 +53,10 @@ def test_the_run_meets_the_stretch_where_the_plan_says(corpus: Path, tmp_path: P
         return {Path(ref.path).name for ref in split.documents(sample)}
 
     run = plan.steps * plan.batch
-    for documents, at, amount in ((damaged, plan.at, plan.amount), (worn, plan.worn_at, plan.worn_amount)):
+    for documents, at, amount in (
+        (damaged, plan.at, plan.amount),
+        (worn, plan.worn_at, plan.worn_amount),
+    ):
         stretch = [sample for sample in range(len(split)) if names(sample) & set(documents)]
         assert stretch == list(range(stretch[0], stretch[-1] + 1))
         assert (at - 0.005) * run < stretch[0] < (at + 0.01) * run
@@ -59,13 +68,19 @@ def test_the_run_meets_the_stretch_where_the_plan_says(corpus: Path, tmp_path: P
 def test_corrupted_documents_are_really_corrupted_and_the_others_are_not(corpus: Path) -> None:
     description = json.loads((corpus / MARKER).read_text())
     kinds = {entry["name"]: entry["corruption"] for entry in description["corrupted"]}
-    assert {kind.rsplit(" ", 1)[-1] for kind in kinds.values()} == {"latin-1", "utf-16-le", "repeated", "wrongly"}
+    assert {kind.rsplit(" ", 1)[-1] for kind in kinds.values()} == {
+        "latin-1",
+        "utf-16-le",
+        "repeated",
+        "wrongly",
+    }
     shares = [int(kind.split("%")[0]) for kind in kinds.values() if kind.endswith(WORN)]
     assert shares == sorted(shares) and 10 <= shares[0] < 20 and shares[-1] >= 90
     for file in corpus.glob("*.txt"):
         text = file.read_bytes().decode("utf-8")
         odd = sum(
-            not ((character.isprintable() and character.isascii()) or character in "\n\t\f") for character in text
+            not ((character.isprintable() and character.isascii()) or character in "\n\t\f")
+            for character in text
         )
         if kinds.get(file.name, "").endswith("repeated"):
             assert len(text) > 2000 and len(set(text.split())) <= 10
@@ -77,7 +92,9 @@ def test_corrupted_documents_are_really_corrupted_and_the_others_are_not(corpus:
             assert odd < 0.3 * len(text)
 
 
-def test_the_same_plan_gives_the_same_bytes_in_another_process(corpus: Path, tmp_path: Path) -> None:
+def test_the_same_plan_gives_the_same_bytes_in_another_process(
+    corpus: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "again"
     run = subprocess.run(
         [sys.executable, "-m", "demo.corpus", "--out", str(out)],
@@ -108,7 +125,9 @@ def test_building_again_touches_nothing_and_a_smaller_plan_leaves_no_rest(tmp_pa
     assert len(list(out.glob("*.txt"))) == description["documents"] < len(before) - 1
 
 
-def test_a_folder_with_anything_else_in_it_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_with_anything_else_in_it_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "0001.txt").write_text("mine")
     with pytest.raises(UsageError, match="holds files that this did not build"):
@@ -122,7 +141,9 @@ def test_a_folder_with_anything_else_in_it_is_refused(tmp_path: Path, capsys: py
     assert (out / "thesis.txt").read_text() == "mine"
 
 
-def test_an_interrupted_build_can_be_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_build_can_be_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import demo.corpus
 
     write, written = demo.corpus._write, []
@@ -141,7 +162,9 @@ def test_an_interrupted_build_can_be_done_again(tmp_path: Path, monkeypatch: pyt
     assert len(list((tmp_path / "corpus").glob("*.txt"))) == description["documents"]
 
 
-def test_options_out_of_range_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_out_of_range_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["--out", str(tmp_path / "c"), "--steps", "0"])
     assert caught.value.code == 2 and "sizes must be at least 1" in capsys.readouterr().err

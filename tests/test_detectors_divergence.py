@@ -48,8 +48,8 @@ YOUNG = [
 
 
 def test_a_rise_behind_a_falling_loss_is_not_dated_back_into_the_fall() -> None:
-    """What lay above the present level while the loss still fell is no part of the rise: whoever took it for one went
-    back 30 steps and left all of the data out."""
+    """What lay above the present level while the loss still fell is no part of the rise: whoever
+    took it for one went back 30 steps and left all of the data out."""
     watch = Watch()
     watch.baseline = Baseline(window=32, floor=0.01)
     watch.detector = Divergence(watch.baseline, score=6.0, steps=10, window=32)
@@ -60,7 +60,8 @@ def test_a_rise_behind_a_falling_loss_is_not_dated_back_into_the_fall() -> None:
 
 def test_a_slow_rise_is_found_although_every_single_value_looks_ordinary() -> None:
     watch = Watch()
-    rise = [noisy(2.0 * 1.003**step)(300 + step) for step in range(1, 100)]  # 0.3 % a step, 2 % noise
+    # 0.3 % a step, 2 % noise
+    rise = [noisy(2.0 * 1.003**step)(300 + step) for step in range(1, 100)]
     finding = watch.first_alarm([*HEALTHY, *rise])
     assert finding is not None and 301 <= finding.onset <= finding.step <= 370
 
@@ -113,21 +114,29 @@ def test_a_rise_makes_states_suspect_before_it_is_sure() -> None:
 
 def test_a_small_step_that_stays_and_does_not_grow_is_noted_once_as_a_level_shift() -> None:
     watch = Watch()
-    level = [noisy(2.0 * math.exp(0.02 * 5))(step) for step in range(301, 420)]  # five sigmas of a single value
-    findings = [f for step, value in enumerate([*HEALTHY, *level], 1) for f in watch.step(step, value)]
+    # five sigmas of a single value
+    level = [noisy(2.0 * math.exp(0.02 * 5))(step) for step in range(301, 420)]
+    findings = [
+        f for step, value in enumerate([*HEALTHY, *level], 1) for f in watch.step(step, value)
+    ]
     assert [(f.kind, f.severity) for f in findings] == [(Kind.LEVEL_SHIFT, Severity.NOTE)]
     assert 320 < findings[0].step < 350 and abs(findings[0].onset - 301) <= 3
 
 
 def test_a_small_step_that_is_back_in_time_is_not_noted() -> None:
     bump = [noisy(2.0 * math.exp(0.02 * 5))(step) for step in range(301, 316)]
-    assert Watch().first_alarm([*HEALTHY, *bump, *(noisy(2.0)(step) for step in range(316, 500))]) is None
+    assert (
+        Watch().first_alarm([*HEALTHY, *bump, *(noisy(2.0)(step) for step in range(316, 500))])
+        is None
+    )
 
 
 def test_state_goes_through_json_at_any_step() -> None:
     shift = [noisy(2.2)(step) for step in range(301, 340)]
     whole = Watch()
-    for step, value in enumerate([*HEALTHY, *shift, *(noisy(2.3)(step) for step in range(340, 380))], 1):
+    for step, value in enumerate(
+        [*HEALTHY, *shift, *(noisy(2.3)(step) for step in range(340, 380))], 1
+    ):
         copy = Watch()
         copy.baseline.load_state_dict(through_json(whole.baseline.state_dict()))
         copy.detector.load_state_dict(through_json(whole.detector.state_dict()))

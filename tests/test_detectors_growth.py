@@ -29,7 +29,9 @@ class Watch:
         return findings
 
     def findings(self, values: list[float]) -> list[Finding]:
-        return [finding for step, value in enumerate(values, 1) for finding in self.step(step, value)]
+        return [
+            finding for step, value in enumerate(values, 1) for finding in self.step(step, value)
+        ]
 
 
 def climb(factor: float, *, steps: int, start: int = 201) -> list[float]:
@@ -56,7 +58,9 @@ def test_a_climb_without_a_pause_is_damage() -> None:
 def test_a_step_that_does_not_show_it_is_not_held_against_the_run() -> None:
     watch = Watch()
     watch.findings(climb(1.1, steps=48))
-    assert watch.detector.observe(obs(250, grad=20.0)) and not watch.detector.observe(obs(250, grad=0.2))
+    assert watch.detector.observe(obs(250, grad=20.0)) and not watch.detector.observe(
+        obs(250, grad=0.2)
+    )
 
 
 def test_drift_jumps_noise_and_falls_are_no_growth() -> None:
@@ -92,14 +96,16 @@ def test_state_goes_through_json_at_any_step() -> None:
         copy = Watch()
         copy.baseline.load_state_dict(through_json(whole.baseline.state_dict()))
         copy.detector.load_state_dict(through_json(whole.detector.state_dict()))
-        assert copy.detector.observe(obs(step, grad=value)) == whole.detector.observe(obs(step, grad=value))
+        assert copy.detector.observe(obs(step, grad=value)) == whole.detector.observe(
+            obs(step, grad=value)
+        )
         assert copy.detector.suspect_from() == whole.detector.suspect_from()
         whole.step(step, value)
         copy.step(step, value)
         assert copy.detector.state_dict() == whole.detector.state_dict()
 
 
-# -- in the controller -----------------------------------------------------------------------------------------------
+# -- in the controller -----------------------------------------------------------------------------
 
 
 def test_an_explosion_on_its_way_is_rolled_back_while_the_loss_is_flat() -> None:
@@ -123,7 +129,9 @@ def test_an_explosion_on_its_way_is_rolled_back_while_the_loss_is_flat() -> None
 def test_advise_says_it_once() -> None:
     controller = Controller(GuardSection(mode=Mode.ADVISE))
     values = [*climb(1.1, steps=52), *(noisy(0.2 * 1.1**51)(step) for step in range(253, 300))]
-    verdicts = [controller.observe(obs(step, noisy(2.2)(step), norm)) for step, norm in enumerate(values, 1)]
+    verdicts = [
+        controller.observe(obs(step, noisy(2.2)(step), norm)) for step, norm in enumerate(values, 1)
+    ]
     assert [v.would for v in verdicts if v.would is not None] == [Action.ROLLBACK]
 
 
@@ -135,7 +143,9 @@ BLOOM_NORM = (0.24, 0.95, 2.39, 15.9, 145.0, 960.0, 353.0, 379.0, 650.0)
 @pytest.mark.parametrize("noise", [0.05, 0.15, 0.3])
 @pytest.mark.parametrize("signals", ["both", "norm"])
 @pytest.mark.parametrize("seed", range(3))
-def test_bloom_176b_is_caught_by_its_norm_before_the_loss_peaks(noise: float, signals: str, seed: int) -> None:
+def test_bloom_176b_is_caught_by_its_norm_before_the_loss_peaks(
+    noise: float, signals: str, seed: int
+) -> None:
     controller = Controller(GuardSection(mode=Mode.ADVISE))
     norm, loss = noisy(0.2, seed=seed, noise=noise), noisy(2.2, seed=seed + 9, noise=0.015)
     alarms: list[Verdict] = []
@@ -149,4 +159,6 @@ def test_bloom_176b_is_caught_by_its_norm_before_the_loss_peaks(noise: float, si
     assert alarms[0].step in (31_215, 31_216), [v.reason for v in alarms]
     acted = [v for v in alarms if v.would is not None]
     assert acted[0].step <= 31_217 and acted[0].onset in (31_215, 31_216)
-    assert Action.ROLLBACK in [v.would for v in acted if v.step <= 31_219], "the update of the peak would be applied"
+    assert Action.ROLLBACK in [v.would for v in acted if v.step <= 31_219], (
+        "the update of the peak would be applied"
+    )

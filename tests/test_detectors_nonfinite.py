@@ -14,7 +14,11 @@ from tests.feed import obs
 def test_a_value_that_is_no_number_is_rejected_from_the_first_step(value: float) -> None:
     for signals, name in (((value, 1.0), LOSS), ((2.0, value), GRAD_NORM)):
         (finding,) = NonFinite().observe(obs(1, *signals))
-        assert (finding.signal, finding.kind, finding.severity) == (name, Kind.NONFINITE, Severity.REJECT)
+        assert (finding.signal, finding.kind, finding.severity) == (
+            name,
+            Kind.NONFINITE,
+            Severity.REJECT,
+        )
 
 
 def test_the_rank_that_saw_it_is_named_even_if_the_sum_hides_it() -> None:

@@ -31,7 +31,9 @@ def jumps(verdict: Verdict) -> list[str]:
 @pytest.mark.parametrize("factor", [1.13, 0.8])
 def test_a_loss_that_is_off_after_a_resume_is_noted_once_up_or_down(factor: float) -> None:
     _, fresh, step = resumed()
-    verdicts = [fresh.observe(obs(at, factor * noisy(2.06)(at), 0.5)) for at in range(step, step + 10)]
+    verdicts = [
+        fresh.observe(obs(at, factor * noisy(2.06)(at), 0.5)) for at in range(step, step + 10)
+    ]
     assert [v.step for v in verdicts if jumps(v)] == [step]
     assert verdicts[0].action is Action.APPLY
     names = [f.sentence() for f in verdicts[0].findings if f.kind is Kind.RESUME_JUMP]
@@ -47,7 +49,9 @@ def test_a_norm_that_is_off_is_named_beside_it() -> None:
 def test_a_run_that_goes_on_where_it_was_is_not_mentioned() -> None:
     _, fresh, step = resumed()
     for at in range(step, step + 40):
-        assert not fresh.observe(obs(at, noisy(2.06)(at), noisy(0.5, seed=1, noise=0.2)(at))).findings
+        assert not fresh.observe(
+            obs(at, noisy(2.06)(at), noisy(0.5, seed=1, noise=0.2)(at))
+        ).findings
 
 
 def test_later_drops_are_none_of_its_business() -> None:
@@ -62,7 +66,12 @@ def test_what_a_resumed_run_decides_is_what_an_unbroken_one_decides(loss: float)
     whole, fresh, step = resumed()
     for at in range(step, step + 6):
         a, b = (one.observe(obs(at, loss, 0.5, streak=0)) for one in (whole, fresh))
-        assert (a.action, a.onset, a.window, a.before_step) == (b.action, b.onset, b.window, b.before_step)
+        assert (a.action, a.onset, a.window, a.before_step) == (
+            b.action,
+            b.onset,
+            b.window,
+            b.before_step,
+        )
         assert whole.state_dict() == fresh.state_dict()
 
 

@@ -8,7 +8,17 @@ import pytest
 from guardrail.backtest.backtest import backtest
 from guardrail.backtest.importers.sources import sources
 from guardrail.core.config import GuardSection
-from guardrail.core.records import GRAD_NORM, LOSS, LOSS_SCALE, UPDATE_NORM, Action, Kind, Mode, Observation, Verdict
+from guardrail.core.records import (
+    GRAD_NORM,
+    LOSS,
+    LOSS_SCALE,
+    UPDATE_NORM,
+    Action,
+    Kind,
+    Mode,
+    Observation,
+    Verdict,
+)
 from guardrail.decide.controller import Controller
 from guardrail.detectors.loss_scale import AT_START, FALL
 from tests.feed import BATCH, noisy, plain, through_json
@@ -63,7 +73,9 @@ def test_overflows_at_the_start_and_single_ones_later_are_no_incident() -> None:
         run.healthy(60)
         verdicts += [run.attempt(overflow=True)]
     run.healthy(60)
-    assert {v.action for v in verdicts} == {Action.OVERFLOW} and {v.incident for v in verdicts} == {None}
+    assert {v.action for v in verdicts} == {Action.OVERFLOW} and {v.incident for v in verdicts} == {
+        None
+    }
     assert not any(v.findings for v in verdicts)
     assert verdicts[0].reason == "the gradients overflow at a loss scale of 65536"
 
@@ -115,7 +127,9 @@ def test_a_loss_that_is_not_finite_is_never_an_overflow() -> None:
 
 
 def test_a_scale_that_falls_far_below_what_was_usual_is_noted_once() -> None:
-    """GLM-130B: the scale fell for about 30 steps before the loss exploded, a healthy step between two halvings."""
+    """GLM-130B: the scale fell for about 30 steps before the loss exploded, a healthy step between
+    two halvings.
+    """
     run = Scaled(Mode.ADVISE)
     run.healthy()
     for _ in range(10):
@@ -166,13 +180,17 @@ def test_an_update_that_grew_is_a_note_since_it_is_in_the_weights_already() -> N
 CASES = Path(__file__).parent / "cases" / "logs"
 
 
-def scaled_run(controller: Controller, steps: range, *, scale: float, jump: float = 1.0) -> list[Verdict]:
+def scaled_run(
+    controller: Controller, steps: range, *, scale: float, jump: float = 1.0
+) -> list[Verdict]:
     """The gradient norm is logged while the gradients are still multiplied by the loss scale."""
     verdicts = []
     for step in steps:
         norm = scale * jump * noisy(0.8, seed=1, noise=0.15)(step)
         signals = {LOSS: noisy(3.0)(step), GRAD_NORM: norm, LOSS_SCALE: scale}
-        verdicts.append(controller.observe(Observation(step=step, first=step, last=step + 1, signals=signals)))
+        verdicts.append(
+            controller.observe(Observation(step=step, first=step, last=step + 1, signals=signals))
+        )
     return verdicts
 
 
@@ -186,14 +204,18 @@ def scaled_run(controller: Controller, steps: range, *, scale: float, jump: floa
 )
 def test_a_norm_that_jumps_with_the_loss_scale_is_in_another_unit(factor: float) -> None:
     controller = Controller(GuardSection())
-    assert not any(verdict.findings for verdict in scaled_run(controller, range(1, 200), scale=1024.0))
+    assert not any(
+        verdict.findings for verdict in scaled_run(controller, range(1, 200), scale=1024.0)
+    )
     verdicts = scaled_run(controller, range(200, 260), scale=1024.0 * factor)
     assert not any(f.signal != LOSS_SCALE for verdict in verdicts for f in verdict.findings)
     # The baseline is that of the new unit at once, and a spike is one as before.
     (spiked,) = scaled_run(controller, range(260, 261), scale=1024.0 * factor, jump=40.0)
     assert spiked.action is Action.SKIP
     state = through_json(controller.state_dict())
-    assert controller.load_state_dict(state) == [] and through_json(controller.state_dict()) == state
+    assert (
+        controller.load_state_dict(state) == [] and through_json(controller.state_dict()) == state
+    )
 
 
 def test_a_norm_that_jumps_by_more_than_the_loss_scale_is_a_spike() -> None:
@@ -215,7 +237,12 @@ def test_an_update_norm_that_doubles_is_noted_before_the_loss_rises() -> None:
     ((log,),) = (source.read({}) for source in sources([str(CASES / "c22.jsonl")]))
     alarms = backtest(log, GuardSection()).alarms
     first = alarms[0]
-    assert (first.step, first.signal, first.kind, first.verdict) == (304, "update_norm", "update_spike", "note")
+    assert (first.step, first.signal, first.kind, first.verdict) == (
+        304,
+        "update_norm",
+        "update_spike",
+        "note",
+    )
     assert min(alarm.step for alarm in alarms if alarm.signal == "loss") >= 314
 
 
@@ -229,5 +256,9 @@ def test_a_further_signal_is_judged_by_its_own_scatter() -> None:
         if step == 119:
             noise = {name: 2.0 * value for name, value in noise.items()}
         signals = {LOSS: noisy(3.0)(step), **noise}
-        verdict = controller.observe(Observation(step=step, first=step, last=step + 1, signals=signals))
-        assert [finding.signal for finding in verdict.findings] == (["update_norm/layers.3"] if step == 119 else [])
+        verdict = controller.observe(
+            Observation(step=step, first=step, last=step + 1, signals=signals)
+        )
+        assert [finding.signal for finding in verdict.findings] == (
+            ["update_norm/layers.3"] if step == 119 else []
+        )

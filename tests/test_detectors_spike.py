@@ -13,7 +13,13 @@ from tests.feed import healthy_loss, noisy, obs, through_json
 
 
 def loss_spike(**changes: float) -> Spike:
-    values = {"score": 8.0, "floor": 0.01, "cold_factor": 3.0, "window": 128, "warmup": 32} | changes
+    values = {
+        "score": 8.0,
+        "floor": 0.01,
+        "cold_factor": 3.0,
+        "window": 128,
+        "warmup": 32,
+    } | changes
     return Spike(LOSS, Kind.LOSS_SPIKE, **values)  # type: ignore[arg-type]
 
 
@@ -69,7 +75,9 @@ def test_the_score_counts_sigmas_of_the_noise() -> None:
     assert severity(detector, 2.0 * math.exp(0.05 * 12)) is Severity.REJECT
     (finding,) = detector.observe(obs(301, 2.0 * math.exp(0.05 * 12)))
     assert finding.kind is Kind.LOSS_SPIKE and finding.threshold == 8.0
-    assert finding.score == pytest.approx(12, rel=0.25) and finding.baseline == pytest.approx(2.0, rel=0.05)
+    assert finding.score == pytest.approx(12, rel=0.25) and finding.baseline == pytest.approx(
+        2.0, rel=0.05
+    )
 
 
 def test_downwards_is_never_a_spike() -> None:
@@ -106,7 +114,8 @@ def test_cold_start_is_neither_blind_nor_trigger_happy() -> None:
     assert severity(detector, 144.0) is Severity.REJECT
     detector = fed(loss_spike(), [noisy(5.0)(step) for step in range(16)])
     assert severity(detector, 5.5) is None
-    assert severity(detector, 9.0) is Severity.REJECT  # half warmed up, and already better than a factor of 3
+    # half warmed up, and already better than a factor of 3
+    assert severity(detector, 9.0) is Severity.REJECT
 
 
 def test_the_first_value_and_values_without_a_logarithm_are_passed_over() -> None:
@@ -137,7 +146,9 @@ def test_outliers_that_were_let_through_do_not_raise_the_bar_but_a_new_level_doe
 
 
 def test_state_goes_through_json_at_any_step() -> None:
-    """Also in the middle of high values that were let through, where counts stand between notes and a new level."""
+    """Also in the middle of high values that were let through, where counts stand between notes and
+    a new level.
+    """
     whole = fed(loss_spike(), [noisy(2.0)(step) for step in range(300)])
     values = [at(whole, 0.8)] * (NEW_LEVEL + 3) + [2.0] * 20
     for step, value in enumerate(values, 301):
@@ -185,7 +196,9 @@ def test_a_state_of_another_window_length_can_be_loaded() -> None:
 def test_megatron_like_rows_of_bloom_are_caught_before_the_loss_peaks() -> None:
     """BLOOM-176B, published log, iterations 31214-31222: the norm leads the loss by four steps."""
     norm = fed(
-        Spike(LOSS, Kind.GRAD_SPIKE, score=10.0, floor=0.2, cold_factor=100.0, window=128, warmup=32),
+        Spike(
+            LOSS, Kind.GRAD_SPIKE, score=10.0, floor=0.2, cold_factor=100.0, window=128, warmup=32
+        ),
         [noisy(0.2, noise=0.15)(step) for step in range(300)],
     )
     rows = [0.24, 0.95, 2.39, 15.9, 145.0, 960.0]

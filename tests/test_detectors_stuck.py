@@ -65,7 +65,9 @@ def test_a_short_stretch_is_nothing_and_is_remembered() -> None:
 
 def test_state_goes_through_json_at_any_step() -> None:
     whole = Stuck(LOSS)
-    for step, value in enumerate([*map(exact, range(1, 60)), *[2.0] * 20, *map(exact, range(60, 80))], 1):
+    for step, value in enumerate(
+        [*map(exact, range(1, 60)), *[2.0] * 20, *map(exact, range(60, 80))], 1
+    ):
         copy = Stuck(LOSS)
         copy.load_state_dict(through_json(whole.state_dict()))
         assert copy.observe(obs(step, value)) == whole.observe(obs(step, value))

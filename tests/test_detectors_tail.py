@@ -27,7 +27,9 @@ def test_a_few_outliers_make_no_tail() -> None:
 
 @pytest.mark.parametrize("exponent", [3.0, 6.0, 12.0])
 def test_the_limit_is_where_outliers_get_as_rare_as_the_rate(exponent: float) -> None:
-    """Outliers above 0.2 once in 100 steps, with a power-law tail: the limit that would be exact is known."""
+    """Outliers above 0.2 once in 100 steps, with a power-law tail: the limit that would be exact is
+    known.
+    """
     rng, limits = random.Random(3), []
     for _ in range(200):
         tail = Tail()
@@ -67,11 +69,13 @@ def test_state_goes_through_json() -> None:
         assert copy.limit(100 * index + 7) == tail.limit(100 * index + 7)
 
 
-# -- in the controller -----------------------------------------------------------------------------------------------
+# -- in the controller -----------------------------------------------------------------------------
 
 
 def micro_batch_loss(step: int) -> float:
-    """Loss 3 with 1 % noise and, once in 100 steps, an outlier as one micro-batch of one rank shows them."""
+    """Loss 3 with 1 % noise and, once in 100 steps, an outlier as one micro-batch of one rank shows
+    them.
+    """
     rng = random.Random(step)
     rng.random()  # the first draw of neighbouring seeds is alike
     outlier = 1.06 * pareto(rng, 8.0) if rng.random() < 0.01 else 1.0
@@ -100,7 +104,9 @@ def test_a_spike_that_stays_is_rejected_from_its_second_step_on_even_so() -> Non
 
 
 def test_what_was_left_out_teaches_nothing() -> None:
-    """Nobody knows whether its update would have done harm: the same corrupted data is rejected every time."""
+    """Nobody knows whether its update would have done harm: the same corrupted data is rejected
+    every time.
+    """
     controller = Controller(GuardSection())
     step = 1
     for _ in range(40):

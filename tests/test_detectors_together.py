@@ -13,8 +13,8 @@ from guardrail.detectors.build import TOGETHER
 from guardrail.detectors.joint_cusum import ENOUGH, MOST, Together
 from tests.feed import BATCH, healthy_loss, noisy, obs, through_json, warmed
 
-# With 2 % noise and the baselines of `warmed` a loss of 2.25 is between half and all of the way to its limit, a norm of
-# 2.0 likewise.
+# With 2 % noise and the baselines of `warmed` a loss of 2.25 is between half and all of the way to
+# its limit, a norm of 2.0 likewise.
 LOW, HIGH = healthy_loss(200), (2.3, 2.0)
 # And this pair a little less than half of it.
 LESS = (2.21, 1.6)
@@ -33,14 +33,18 @@ def test_both_high_twice_in_a_row_is_rejected_from_the_first_of_them_on() -> Non
     step = warmed(controller)
     first, second = fed(controller, step, [HIGH, HIGH])
     assert (first.action, second.action, second.onset) == (Action.APPLY, Action.SKIP, step)
-    assert {finding.signal for finding in second.findings if finding.severity.value == "reject"} == {
+    assert {
+        finding.signal for finding in second.findings if finding.severity.value == "reject"
+    } == {
         LOSS,
         "grad_norm",
     }
     assert controller.healthy_through == step - 1
 
 
-@pytest.mark.parametrize("rows", [[HIGH, (LOW, 0.5), HIGH], [(2.3, 0.5)] * 4, [(LOW, 2.0)] * 4, [LESS, (LOW, 0.5)] * 4])
+@pytest.mark.parametrize(
+    "rows", [[HIGH, (LOW, 0.5), HIGH], [(2.3, 0.5)] * 4, [(LOW, 2.0)] * 4, [LESS, (LOW, 0.5)] * 4]
+)
 def test_once_or_one_signal_alone_is_no_reason(rows: list[tuple[float, float]]) -> None:
     controller = Controller(GuardSection())
     verdicts = fed(controller, warmed(controller), rows)
@@ -115,19 +119,28 @@ def test_while_an_incident_of_known_cause_is_open_one_such_step_is_enough(
 
 @pytest.mark.fault("R12")
 def test_a_window_of_32_values_finds_nothing_in_healthy_runs_of_a_tiny_model() -> None:
-    """Six runs of `tests.bench.tiny_runs`, which read source files in order, 16 to 128 characters a step.
+    """Six runs of `tests.bench.tiny_runs`, which read source files in order, 16 to 128 characters a
+    step.
 
-    A scale of 32 values is too small by a fifth now and then. Half of the way to a limit that is so much too low is no
-    reason to leave a step out.
+    A scale of 32 values is too small by a fifth now and then. Half of the way to a limit that is so
+    much too low is no reason to leave a step out.
     """
     settings = GuardSection(window=32, warmup=12)
-    with (Path(__file__).parent / "cases" / "tiny_runs.csv").open(encoding="utf-8", newline="") as file:
+    with (Path(__file__).parent / "cases" / "tiny_runs.csv").open(
+        encoding="utf-8", newline=""
+    ) as file:
         rows = list(csv.DictReader(file))
     acts = {}
     for seed, of_run in groupby(rows, key=lambda row: row["seed"]):
         controller = Controller(settings, mode=Mode.ADVISE)
-        steps = (obs(int(row["step"]), float(row["loss"]), float(row["grad_norm"])) for row in of_run)
+        steps = (
+            obs(int(row["step"]), float(row["loss"]), float(row["grad_norm"])) for row in of_run
+        )
         verdicts = [controller.observe(step) for step in steps]
-        acts[seed] = [verdict.step for verdict in verdicts if (verdict.would or verdict.action) is not Action.APPLY]
+        acts[seed] = [
+            verdict.step
+            for verdict in verdicts
+            if (verdict.would or verdict.action) is not Action.APPLY
+        ]
     assert len(rows) == 6 * 600
     assert len(acts) == 6 and not any(acts.values()), acts

@@ -1,7 +1,9 @@
-"""What only a CUDA device can show: one needs a GPU, some need two. They have not been run where this was written.
+"""What only a CUDA device can show: one needs a GPU, some need two. They have not been run where
+this was written.
 
-Each test trains in processes of its own, by the command that torch elastic starts: the other tests fork, which no
-process with a CUDA context may. `python -m tests.test_device FUNCTION FOLDER` runs one of the functions below.
+Each test trains in processes of its own, by the command that torch elastic starts: the other tests
+fork, which no process with a CUDA context may. `python -m tests.test_device FUNCTION FOLDER` runs
+one of the functions below.
 """
 
 from __future__ import annotations
@@ -49,13 +51,23 @@ def device_config(folder: Path, **sections: Any) -> Config:
     world = sections.get("world", 1)
     launch = {"device": DEVICE, "processes": world, "threads": 1, "collective_seconds": 120.0}
     train = {"steps": 40, "precision": "bf16", "deterministic": True, **sections.pop("train", {})}
-    return tiny(folder, launch=launch, train=train, model={"width": 64, **sections.pop("model", {})}, **sections)
+    return tiny(
+        folder,
+        launch=launch,
+        train=train,
+        model={"width": 64, **sections.pop("model", {})},
+        **sections,
+    )
 
 
 def train(run: RunDirectory, world: int, *, seconds: float = 600.0) -> str:
     """Train a run directory to its end on `world` devices of this machine; returns how it ended."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
-    shared |= {"LOCAL_WORLD_SIZE": str(world), "GUARDRAIL_RUN": str(run.path), "OMP_NUM_THREADS": "1"}
+    shared |= {
+        "LOCAL_WORLD_SIZE": str(world),
+        "GUARDRAIL_RUN": str(run.path),
+        "OMP_NUM_THREADS": "1",
+    }
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "trainer"],
@@ -84,7 +96,9 @@ def trained(config: Config) -> RunDirectory:
 def apart(function: Any, folder: Path) -> None:
     """Call `function(folder)` in an interpreter of its own."""
     command = [sys.executable, "-m", "tests.test_device", function.__name__, str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -111,19 +125,28 @@ def test_a_run_on_devices_is_the_run_that_was_told_before(
     world: int, strategy: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     """NCCL, fused AdamW, pinned copies: what came of three kinds of trouble, bit by bit."""
-    config = device_config(tmp_path, world=world, strategy=strategy, faults=faults(world - 1), train=options)
+    config = device_config(
+        tmp_path, world=world, strategy=strategy, faults=faults(world - 1), train=options
+    )
     run = trained(config)
     assert {"verdict", "rollback", "left_out"} <= {event.kind for event in run.events()}
     seen = [
-        f["ranks"] for event in of_kind(run, "verdict") for f in event.data["findings"] if f["signal"] == "grad_norm"
+        f["ranks"]
+        for event in of_kind(run, "verdict")
+        for f in event.data["findings"]
+        if f["signal"] == "grad_norm"
     ]
     assert [world - 1] in seen
     assert_same(run, trained(msgspec.structs.replace(told(config, run), faults=())))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize(("world", "strategy"), [(1, "ddp"), pytest.param(2, "fsdp", marks=two_devices)])
-def test_stopped_and_resumed_on_devices(world: int, strategy: str, precision: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("world", "strategy"), [(1, "ddp"), pytest.param(2, "fsdp", marks=two_devices)]
+)
+def test_stopped_and_resumed_on_devices(
+    world: int, strategy: str, precision: str, tmp_path: Path
+) -> None:
     config = device_config(tmp_path, world=world, strategy=strategy, train={"precision": precision})
     run = new_run(config)
     run.send(Command(id="stop", kind=CommandKind.STOP, at_step=23))
@@ -133,11 +156,22 @@ def test_stopped_and_resumed_on_devices(world: int, strategy: str, precision: st
 
 
 @pytest.mark.parametrize(
-    ("world", "strategy"), [(1, "ddp"), *(pytest.param(2, s, marks=two_devices) for s in ("ddp", "fsdp"))]
+    ("world", "strategy"),
+    [(1, "ddp"), *(pytest.param(2, s, marks=two_devices) for s in ("ddp", "fsdp"))],
 )
-def test_the_lagged_gate_changes_nothing_on_devices(world: int, strategy: str, tmp_path: Path) -> None:
+def test_the_lagged_gate_changes_nothing_on_devices(
+    world: int, strategy: str, tmp_path: Path
+) -> None:
     runs = [
-        trained(device_config(tmp_path, world=world, strategy=strategy, faults=faults(world - 1), guard={"gate": gate}))
+        trained(
+            device_config(
+                tmp_path,
+                world=world,
+                strategy=strategy,
+                faults=faults(world - 1),
+                guard={"gate": gate},
+            )
+        )
         for gate in ("sync", "lagged")
     ]
     assert_same(*runs)
@@ -147,10 +181,18 @@ def test_a_device_follows_the_curve_of_the_host(tmp_path: Path) -> None:
     """fp32 without dropout, whose dice are other ones there."""
     options: dict[str, Any] = {"model": {"dropout": 0.0}, "train": {"precision": "fp32"}}
     there = trained(device_config(tmp_path, **options))
-    here = trained(tiny(tmp_path, train={"steps": 40, "precision": "fp32"}, model={"width": 64, "dropout": 0.0}))
+    here = trained(
+        tiny(
+            tmp_path, train={"steps": 40, "precision": "fp32"}, model={"width": 64, "dropout": 0.0}
+        )
+    )
     signals = ("loss", "grad_norm", "embed_grad_norm")
-    torch.testing.assert_close(table(there, signals)[0], table(here, signals)[0], rtol=1e-4, atol=0.0)
-    torch.testing.assert_close(table(there, signals)[:, 0], table(here, signals)[:, 0], rtol=1e-2, atol=0.0)
+    torch.testing.assert_close(
+        table(there, signals)[0], table(here, signals)[0], rtol=1e-4, atol=0.0
+    )
+    torch.testing.assert_close(
+        table(there, signals)[:, 0], table(here, signals)[:, 0], rtol=1e-2, atol=0.0
+    )
 
 
 @pytest.mark.parametrize("function", ["healthy_steps_of_a_loop", "healthy_steps_of_the_trainer"])
@@ -166,10 +208,14 @@ def test_copies_from_a_device_are_pinned_complete_and_exact(tmp_path: Path) -> N
 
 
 def healthy_steps_of_a_loop(_: Path) -> None:
-    """torch raises at whatever would make the host wait for the device: reading a number, a blocking copy."""
+    """torch raises at whatever would make the host wait for the device: reading a number, a
+    blocking copy.
+    """
     torch.manual_seed(0)
     nn = torch.nn
-    model = nn.Sequential(nn.Embedding(16, 32), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 16)).to(DEVICE)
+    model = nn.Sequential(nn.Embedding(16, 32), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 16)).to(
+        DEVICE
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     guard = Guard.from_config(
         Settings(guard=GuardSection(gate="lagged"), snapshots=SnapshotSection(every=50)),
@@ -188,7 +234,9 @@ def healthy_steps_of_a_loop(_: Path) -> None:
         watched = step.number % 50 not in (0, 1) and 4 < step.number < 120
         flown = guard.lagged.flown
         with no_wait(guard.lagged, watched):
-            loss = nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+            loss = nn.functional.cross_entropy(
+                model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
+            )
             loss.backward()
             step.finish(loss, tokens=count)
         quiet += watched and guard.lagged.flown > flown
@@ -198,7 +246,9 @@ def healthy_steps_of_a_loop(_: Path) -> None:
 def healthy_steps_of_the_trainer(folder: Path) -> None:
     """The same for the whole step of the trainer, bf16 and accumulation included."""
     train = {"steps": 60, "deterministic": False}
-    trainer = Trainer(device_config(folder, guard={"gate": "lagged"}, snapshots={"every": 30}, train=train))
+    trainer = Trainer(
+        device_config(folder, guard={"gate": "lagged"}, snapshots={"every": 30}, train=train)
+    )
     lagged = trainer.guard.lagged
     assert lagged is not None
     quiet = 0
@@ -214,7 +264,9 @@ def healthy_steps_of_the_trainer(folder: Path) -> None:
 
 @contextlib.contextmanager
 def no_wait(lagged: Lagged, watched: bool) -> Iterator[None]:
-    """Where `watched`, a synchronisation is an error; not from where the guard has found that it must wait."""
+    """Where `watched`, a synchronisation is an error; not from where the guard has found that it
+    must wait.
+    """
     ceilings = lagged.ceilings
 
     def asked(step: Step, *, wait: bool) -> list[float] | None:
@@ -247,7 +299,9 @@ def pinned_copies(_: Path) -> None:
     assert all(tensor.is_pinned() for tensor in snapshot.tensors.values())
     ring.restore(snapshot)
     assert ring.state.digests() == before
-    assert optimizer.state[model.weight]["step"].device.type == DEVICE, "the fused step keeps its count there"
+    assert optimizer.state[model.weight]["step"].device.type == DEVICE, (
+        "the fused step keeps its count there"
+    )
     plain = torch.optim.AdamW(model.parameters(), lr=0.1)
     try:
         Guard(

@@ -1,4 +1,6 @@
-"""A disk that fills up, and checkpoints that do not hold: training goes on, says so, and loses nothing it can keep."""
+"""A disk that fills up, and checkpoints that do not hold: training goes on, says so, and loses
+nothing it can keep.
+"""
 
 import errno
 import os
@@ -105,7 +107,10 @@ def test_a_disk_that_fills_up_and_is_freed_again(
         pids = start_run(run, 2)
         wait_for(reached.exists, what="step 35")
         if leave:  # else no status can be replaced
-            wait_for(lambda: (s := run.read_status()) is not None and s.durability != "ok", what="degraded durability")
+            wait_for(
+                lambda: (s := run.read_status()) is not None and s.durability != "ok",
+                what="degraded durability",
+            )
             status = run.read_status()
             assert status is not None and status.durability.startswith("degraded: checkpoint: ")
             assert "No space left on device" in status.durability
@@ -116,7 +121,9 @@ def test_a_disk_that_fills_up_and_is_freed_again(
     failed = [event.data for event in of_kind(run, "checkpoint") if event.data["state"] == "failed"]
     # A rank that cannot write its share may have no room to say why.
     known = ("No space left", "rank 1: ")
-    assert failed and [data["reason"] for data in failed if not data["reason"].startswith(known)] == []
+    assert (
+        failed and [data["reason"] for data in failed if not data["reason"].startswith(known)] == []
+    )
     assert any("No space left on device" in data["reason"] for data in failed)
     assert durability(run)[0] == "degraded" and durability(run)[-1] == "ok"
     assert (run.read_status() or pytest.fail("no status")).durability == "ok"
@@ -131,7 +138,9 @@ def test_a_rank_that_finds_a_full_disk_says_so_in_one_sentence(
 ) -> None:
     run = new_run(tiny(tmp_path, run={"root": str(small_disk)}))
     fill(small_disk, leave=0)
-    pids = start_ranks(rank_main, 1, folder=tmp_path / "results", init=False, env={"GUARDRAIL_RUN": str(run.path)})
+    pids = start_ranks(
+        rank_main, 1, folder=tmp_path / "results", init=False, env={"GUARDRAIL_RUN": str(run.path)}
+    )
     assert wait_ranks(pids) == [ExitCode.WORKERS_FAILED]
     errors = capfd.readouterr().err
     assert f"{run.path} cannot be written: No space left on device" in errors
@@ -145,7 +154,9 @@ class Refused:
         self.error = error
         self.on = False
 
-    def wrapped(self, whole: Callable[..., Any], applies: Callable[..., bool] = lambda *_: True) -> Callable[..., Any]:
+    def wrapped(
+        self, whole: Callable[..., Any], applies: Callable[..., bool] = lambda *_: True
+    ) -> Callable[..., Any]:
         def refusing(*arguments: Any, **settings: Any) -> Any:
             if self.on and applies(*arguments):
                 raise self.error
@@ -170,13 +181,23 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             RuntimeError("enforce fail at inline_container.cc"),
             "enforce fail",
         ),
-        (guardrail.torch.checkpoint.commit, "commit", OSError(errno.EIO, "Input/output error"), "Input/output error"),
+        (
+            guardrail.torch.checkpoint.commit,
+            "commit",
+            OSError(errno.EIO, "Input/output error"),
+            "Input/output error",
+        ),
         (RunDirectory, "append", FULL, "journal: No space left"),
         (MetricsWriter, "append", FULL, "metrics: No space left"),
     ],
 )
 def test_a_file_system_that_refuses_for_a_while(
-    tmp_path: Path, undisturbed: RunDirectory, module: Any, name: str, error: BaseException, said: str
+    tmp_path: Path,
+    undisturbed: RunDirectory,
+    module: Any,
+    name: str,
+    error: BaseException,
+    said: str,
 ) -> None:
     refused = Refused(error)
     run = new_run(config_of(tmp_path))
@@ -185,10 +206,14 @@ def test_a_file_system_that_refuses_for_a_while(
         patch.setattr(where, name, refused.wrapped(getattr(module, name)))
         at_steps(patch, s12=refused.turn(on=True), s35=refused.turn(on=False))
         assert train(run, 2) == "finished"
-    degraded = [event.message for event in of_kind(run, "durability") if event.data["state"] == "degraded"]
+    degraded = [
+        event.message for event in of_kind(run, "durability") if event.data["state"] == "degraded"
+    ]
     assert any(said in message for message in degraded)
     assert durability(run)[-1] == "ok"
-    assert [event.kind for event in run.events() if event.kind in ("rollback", "restarted")] == ["rollback"]
+    assert [event.kind for event in run.events() if event.kind in ("rollback", "restarted")] == [
+        "rollback"
+    ]
     assert_whole(run)
     assert_same(run, undisturbed)
 
@@ -197,7 +222,9 @@ def test_a_file_system_that_refuses_for_a_while(
 def test_a_run_whose_end_could_not_be_saved_has_failed_and_can_be_resumed(
     tmp_path: Path, undisturbed: RunDirectory
 ) -> None:
-    """A disk that stays full does not keep a run from its end, and what it kept from being saved is not called done."""
+    """A disk that stays full does not keep a run from its end, and what it kept from being saved is
+    not called done.
+    """
     refused = Refused(FULL)
     run = new_run(config_of(tmp_path))
     supervisor = Chronicle(run, LaunchSection(), socket.gethostname(), Mode.AUTO)
@@ -222,7 +249,9 @@ def test_a_run_whose_end_could_not_be_saved_has_failed_and_can_be_resumed(
 
 
 @pytest.mark.fault("R3")
-def test_a_run_that_an_older_version_called_finished_without_its_last_steps_is_resumed(tmp_path: Path) -> None:
+def test_a_run_that_an_older_version_called_finished_without_its_last_steps_is_resumed(
+    tmp_path: Path,
+) -> None:
     run = new_run(config_of(tmp_path))
     run.write_status(Status(run=run.name, phase=Phase.FINISHED, step=50))
     for saved, resumed in ((True, False), (False, True)):
@@ -232,7 +261,9 @@ def test_a_run_that_an_older_version_called_finished_without_its_last_steps_is_r
 
 @pytest.mark.fault("R7")
 def test_a_rank_whose_disk_refuses_everything_does_not_make_the_others_wait(tmp_path: Path) -> None:
-    """Rank 1 can write neither its share nor that it could not: the others learn it with the numbers of a step."""
+    """Rank 1 can write neither its share nor that it could not: the others learn it with the
+    numbers of a step.
+    """
     run = new_run(tiny(tmp_path, world=2, train={"steps": 8}, checkpoint={"every": 4, "keep": 2}))
 
     def refused(job: Any) -> Any:
@@ -254,7 +285,11 @@ def test_a_rank_whose_disk_refuses_everything_does_not_make_the_others_wait(tmp_
         assert train(run, 2) == "failed"  # not after launch.save_seconds, which are 1800
     (ended,) = of_kind(run, "ended")
     assert "rank 1: No space left on device" in ended.message
-    failed = [event.data["reason"] for event in of_kind(run, "checkpoint") if event.data["state"] == "failed"]
+    failed = [
+        event.data["reason"]
+        for event in of_kind(run, "checkpoint")
+        if event.data["state"] == "failed"
+    ]
     assert failed and all(reason.startswith("rank 1: its disk refuses") for reason in failed)
 
 
@@ -314,14 +349,20 @@ def copied(run: RunDirectory, folder: Path) -> RunDirectory:
     ],
 )
 def test_a_resume_passes_over_a_damaged_checkpoint_and_says_why(
-    tmp_path: Path, undisturbed: RunDirectory, stopped: RunDirectory, damage: Callable[[Path], None], why: str
+    tmp_path: Path,
+    undisturbed: RunDirectory,
+    stopped: RunDirectory,
+    damage: Callable[[Path], None],
+    why: str,
 ) -> None:
     run = copied(stopped, tmp_path)
     newest, before = checkpoint_dirs(run.checkpoints)[:2]
     assert read_manifest(newest).step == 34 and read_manifest(before).step == 30
     damage(newest)
     assert train(run, 2) == "finished"
-    assert [(e.step, e.data["checkpoint"]) for e in of_kind(run, "restarted")] == [(30, before.name)]
+    assert [(e.step, e.data["checkpoint"]) for e in of_kind(run, "restarted")] == [
+        (30, before.name)
+    ]
     invalid = [event for event in of_kind(run, "checkpoint") if event.data["state"] == "invalid"]
     assert {event.data["path"] for event in invalid} == {newest.name}
     assert all(why in event.data["reason"] for event in invalid)
@@ -343,7 +384,9 @@ def test_with_no_valid_checkpoint_a_run_begins_again(
 def test_the_supervisors_log_says_later_what_a_full_disk_did_not_take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether Python's own output is buffered or not: unbuffered, `print` drops what a write has not taken."""
+    """Whether Python's own output is buffered or not: unbuffered, `print` drops what a write has
+    not taken.
+    """
     file = tmp_path / "supervisor.log"
     write, room = os.write, [0]
 
@@ -361,11 +404,18 @@ def test_the_supervisors_log_says_later_what_a_full_disk_did_not_take(
         room[0] = 7  # a write takes a part
         chronicle.flush_log()
     lines = file.read_text().splitlines()
-    assert [line[20:] for line in lines] == ["failure 1: rank 1 was killed", "the ranks start again"]
+    assert [line[20:] for line in lines] == [
+        "failure 1: rank 1 was killed",
+        "the ranks start again",
+    ]
 
 
-def test_two_threads_of_the_supervisor_log_every_line_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The notifier ended with an IndexError when the supervisor wrote the log at the same moment."""
+def test_two_threads_of_the_supervisor_log_every_line_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The notifier ended with an IndexError when the supervisor wrote the log at the same
+    moment.
+    """
     file = tmp_path / "supervisor.log"
     write, failures = os.write, []
 
@@ -391,4 +441,6 @@ def test_two_threads_of_the_supervisor_log_every_line_once(tmp_path: Path, monke
             thread.join()
     assert not failures
     lines = [line[20:] for line in file.read_text().splitlines()]
-    assert sorted(lines) == sorted(f"{name} {number}" for name in ("one", "two") for number in range(50))
+    assert sorted(lines) == sorted(
+        f"{name} {number}" for name in ("one", "two") for number in range(50)
+    )

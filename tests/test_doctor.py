@@ -132,14 +132,23 @@ def test_devices_are_listed_without_control_characters(monkeypatch: pytest.Monke
     assert cuda.text == "2: H100 80.0 GiB, H100 80.0 GiB"
 
 
-def test_a_torch_that_does_not_import(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("guardrail.launch.doctor._ASK_TORCH", "raise OSError('libcudart.so: cannot open')")
+def test_a_torch_that_does_not_import(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        "guardrail.launch.doctor._ASK_TORCH", "raise OSError('libcudart.so: cannot open')"
+    )
     (line,) = named(doctor.examine().machine, "torch import")
     assert line.level == "problem" and line.text == "OSError: libcudart.so: cannot open"
 
 
-def test_a_slow_import_is_talked_about(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("guardrail.launch.doctor._ASK_TORCH", 'import time; time.sleep(0.5); print(\'{"error": "x"}\')')
+def test_a_slow_import_is_talked_about(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        "guardrail.launch.doctor._ASK_TORCH",
+        'import time; time.sleep(0.5); print(\'{"error": "x"}\')',
+    )
     monkeypatch.setattr("guardrail.launch.doctor.PATIENCE_SECONDS", 0.1)
     doctor.examine()
     assert "importing torch" in capfd.readouterr().err
@@ -170,7 +179,18 @@ def test_a_dry_run_says_what_a_layout_asks_of_machines_that_are_not_here(
     ):
         assert said in output
     assert (
-        main(["doctor", "--dry-run", str(BLOOM), "--set", "parallel.chunks=5", "--set", "train.batch_size=2112"]) == 0
+        main(
+            [
+                "doctor",
+                "--dry-run",
+                str(BLOOM),
+                "--set",
+                "parallel.chunks=5",
+                "--set",
+                "train.batch_size=2112",
+            ]
+        )
+        == 0
     )
     assert "the pipeline idles 1.6% of the time (1f1b, 5 chunks a stage)" in capsys.readouterr().out
     # Without it, what this machine lacks counts.
@@ -188,15 +208,21 @@ def test_a_dry_run_finds_what_is_wrong_on_any_machine(
 
 
 @pytest.mark.parametrize("installed", [True, pytest.param(False, marks=pytest.mark.fault("B7"))])
-def test_a_gpu_whose_use_cannot_be_read_is_named(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_whose_use_cannot_be_read_is_named(
+    installed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with_torch(monkeypatch, GPU)
     found = importlib.util.find_spec
     spec = found("json") if installed else None
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *more: spec if name == "pynvml" else found(name, *more)
+        importlib.util,
+        "find_spec",
+        lambda name, *more: spec if name == "pynvml" else found(name, *more),
     )
     told = [check.text for check in doctor.examine().machine if check.name == "GPU use"]
-    assert bool(told) is not installed and all("pip install 'guardrail[gpu]'" in text for text in told)
+    assert bool(told) is not installed and all(
+        "pip install 'guardrail[gpu]'" in text for text in told
+    )
     with_torch(monkeypatch, CPU)
     assert not [check for check in doctor.examine().machine if check.name == "GPU use"], (
         "without a GPU it is not missed"

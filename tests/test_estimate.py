@@ -17,7 +17,13 @@ from trainer.parallel.pipeline import Place, cut
 
 def config_of(folder: Path, parallel: dict[str, Any], model: dict[str, Any]) -> Config:
     world = math.prod(size for name, size in parallel.items() if name != "chunks")
-    return tiny(folder, world=world, parallel=parallel, model=model, train={"batch_size": 24, "micro_batch_size": 2})
+    return tiny(
+        folder,
+        world=world,
+        parallel=parallel,
+        model=model,
+        train={"batch_size": 24, "micro_batch_size": 2},
+    )
 
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -32,13 +38,22 @@ MODELS: dict[str, dict[str, Any]] = {
         "positions": "alibi",
         "embedding_norm": True,
     },
-    "post": {"layers": 7, "width": 16, "heads": 2, "tied": False, "norm_place": "post", "positions": "learned"},
+    "post": {
+        "layers": 7,
+        "width": 16,
+        "heads": 2,
+        "tied": False,
+        "norm_place": "post",
+        "positions": "learned",
+    },
 }
 
 
 @pytest.mark.parametrize("chunks", [1, 2])
 @pytest.mark.parametrize("name", MODELS)
-def test_parameters_of_each_stage_are_those_that_are_left_of_the_model(name: str, chunks: int, tmp_path: Path) -> None:
+def test_parameters_of_each_stage_are_those_that_are_left_of_the_model(
+    name: str, chunks: int, tmp_path: Path
+) -> None:
     config = config_of(tmp_path, {"pp": 3, "chunks": chunks}, MODELS[name])
     length = config.data.sequence_length
     found = []

@@ -1,5 +1,6 @@
-"""A rollback that leaves samples out is exact: run A meets bad samples and goes back by itself, run B is told from its
-beginning what A left out and has no guard. Every step and the final weights are the same, bit by bit."""
+"""A rollback that leaves samples out is exact: run A meets bad samples and goes back by itself, run
+B is told from its beginning what A left out and has no guard. Every step and the final weights are
+the same, bit by bit."""
 
 from pathlib import Path
 from typing import Any
@@ -48,26 +49,38 @@ def assert_exact(config: Config, a: RunDirectory) -> None:
 @pytest.mark.parametrize(("world", "strategy"), FEW_SHAPES)
 def test_corrupted_documents(tmp_path: Path, world: int, strategy: str) -> None:
     write_corpus(tmp_path / "corpus", bad=range(6, 9))
-    config = tiny(tmp_path, world=world, strategy=strategy, guard={"loss_score": 5.0}, train={"steps": 40})
+    config = tiny(
+        tmp_path, world=world, strategy=strategy, guard={"loss_score": 5.0}, train={"steps": 40}
+    )
     a = trained(config)
-    # Eleven batches and more, the data is to blame, and nothing of it was applied: nothing is made again.
+    # Eleven batches and more, the data is to blame, and nothing of it was applied: nothing is made
+    # again.
     out = spans(a)
     assert {span.cause for span in out} == {"rejected"} and len(out) > 2 * config.guard.persist
-    named = [document["path"] for event in of_kind(a, "left_out") for document in event.data["documents"]]
+    named = [
+        document["path"] for event in of_kind(a, "left_out") for document in event.data["documents"]
+    ]
     assert any(name.endswith("0007.txt") for name in named)
     assert_exact(config, a)
 
 
 @pytest.mark.parametrize(("world", "strategy"), ONE_SHAPE)
-def test_second_rollback_inside_the_stretch_that_is_run_again(tmp_path: Path, world: int, strategy: str) -> None:
-    # Step 21 is tried three times and the run goes back to 15. Step 20 is then made of the batch behind those, and the
-    # second fault strikes what step 21 would be made of: the run has not got beyond where it gave up before.
+def test_second_rollback_inside_the_stretch_that_is_run_again(
+    tmp_path: Path, world: int, strategy: str
+) -> None:
+    # Step 21 is tried three times and the run goes back to 15. Step 20 is then made of the batch
+    # behind those, and the second fault strikes what step 21 would be made of: the run has not got
+    # beyond where it gave up before.
     faults = [spike(160, 184), spike(192, 216)]
-    config = tiny(tmp_path, world=world, strategy=strategy, faults=faults, guard=BLIND, train={"steps": 34})
+    config = tiny(
+        tmp_path, world=world, strategy=strategy, faults=faults, guard=BLIND, train={"steps": 34}
+    )
     a = trained(config)
     first, second = rollbacks(a)
     assert first["to_step"] < second["from_step"] <= first["from_step"]
-    assert (first["rung"], second["rung"]) == ("rollback", "widen") and second["window"][1] > first["window"][1]
+    assert (first["rung"], second["rung"]) == ("rollback", "widen") and second["window"][1] > first[
+        "window"
+    ][1]
     assert_exact(config, a)
 
 
@@ -81,7 +94,9 @@ def test_rollback_across_an_epoch_boundary(tmp_path: Path, world: int, strategy:
     }
     n = len(corpus_of(tiny(tmp_path, world=world, strategy=strategy, **sections)).train)
     assert n % BATCH, "an epoch must end inside a batch"
-    config = tiny(tmp_path, world=world, strategy=strategy, faults=[spike(n - 12, n + 12)], **sections)
+    config = tiny(
+        tmp_path, world=world, strategy=strategy, faults=[spike(n - 12, n + 12)], **sections
+    )
     a = trained(config)
     window = rollbacks(a)[0]["window"]
     assert window[0] < n < window[1]
@@ -101,7 +116,9 @@ def test_wide_window(tmp_path: Path) -> None:
     # What is run again with the same batches is expected to be the same, and is.
     view = a.metrics((*COMMON, *BANDS, "timeline"))
     again = (view.column("step") > done["to_step"]) & (view.column("last") <= done["window"][0])
-    first, second = (view.array[again & (view.column("timeline") == timeline), :-1] for timeline in (0, 1))
+    first, second = (
+        view.array[again & (view.column("timeline") == timeline), :-1] for timeline in (0, 1)
+    )
     assert len(first) == 3 and np.array_equal(first, second)
     assert_exact(config, a)
 
@@ -129,7 +146,9 @@ def test_rollback_to_the_disk_where_the_ring_does_not_reach(
 
 
 @pytest.mark.parametrize("gate", ["sync", "lagged"])
-def test_without_a_ring_data_is_left_out_and_a_person_goes_back_to_the_disk(tmp_path: Path, gate: str) -> None:
+def test_without_a_ring_data_is_left_out_and_a_person_goes_back_to_the_disk(
+    tmp_path: Path, gate: str
+) -> None:
     config = tiny(
         tmp_path,
         faults=[spike(160, 176), spike(240, 248)],
@@ -143,7 +162,9 @@ def test_without_a_ring_data_is_left_out_and_a_person_goes_back_to_the_disk(tmp_
     with prompt_disk():
         assert train(a, 1) == "finished"
     causes = of_kind(a, "cause")
-    assert causes and all("there is no older state to compare with" in event.message for event in causes)
+    assert causes and all(
+        "there is no older state to compare with" in event.message for event in causes
+    )
     assert [event.data["action"] for event in of_kind(a, "verdict")] == ["skip"] * 3
     assert [(done["tier"], done["to_step"]) for done in rollbacks(a)] == [("disk", 16)]
     assert_exact(config, a)
@@ -161,7 +182,8 @@ def test_rollback_beyond_the_newest_good_ones_finds_what_retention_has_kept(tmp_
     with prompt_disk():
         a = trained(config)
     (done,) = rollbacks(a)
-    # The window begins with step 49. The newest good ones are younger, and the very first would be the last resort.
+    # The window begins with step 49. The newest good ones are younger, and the very first would be
+    # the last resort.
     assert (done["tier"], done["from_step"]) == ("disk", 60) and 5 <= done["to_step"] <= 45
     assert_exact(config, a)
 
@@ -201,7 +223,9 @@ def test_rollback_and_skip_by_command(tmp_path: Path, world: int, strategy: str)
 
 
 def test_a_person_is_kept_from_leaving_all_data_out(tmp_path: Path) -> None:
-    """A run on little data that has gone round it once: back to its beginning would be the end of it."""
+    """A run on little data that has gone round it once: back to its beginning would be the end of
+    it.
+    """
     write_corpus(tmp_path / "corpus", documents=30)
     config = tiny(tmp_path, train={"steps": 30, "batch_size": 64, "micro_batch_size": 32})
     samples = len(corpus_of(config).train)
@@ -220,7 +244,14 @@ def test_a_person_is_kept_from_leaving_all_data_out(tmp_path: Path) -> None:
 
 def test_bf16(tmp_path: Path) -> None:
     train_section = {"steps": 30, "precision": "bf16"}
-    config = tiny(tmp_path, world=2, strategy="fsdp", faults=[spike(160, 184)], guard=BLIND, train=train_section)
+    config = tiny(
+        tmp_path,
+        world=2,
+        strategy="fsdp",
+        faults=[spike(160, 184)],
+        guard=BLIND,
+        train=train_section,
+    )
     a = trained(config)
     assert len(rollbacks(a)) == 1
     assert_exact(config, a)

@@ -1,4 +1,6 @@
-"""Each staged fault does what its name says, where and as often as it was told, and nothing elsewhere."""
+"""Each staged fault does what its name says, where and as often as it was told, and nothing
+elsewhere.
+"""
 
 import math
 import time
@@ -37,7 +39,9 @@ def fault(kind: Any, **settings: Any) -> FaultSection:
 
 
 def decoder() -> Decoder:
-    return Decoder(ModelSection(layers=1, width=8, heads=2), vocabulary=V, sequence_length=T, seed=1)
+    return Decoder(
+        ModelSection(layers=1, width=8, heads=2), vocabulary=V, sequence_length=T, seed=1
+    )
 
 
 def sample(micro: int = 0) -> Tensor:
@@ -45,7 +49,12 @@ def sample(micro: int = 0) -> Tensor:
 
 
 def window(
-    faults: Faults, model: torch.nn.Module, *, step: int = 1, positions: tuple[int, ...] = (0, 1), micros: int = 2
+    faults: Faults,
+    model: torch.nn.Module,
+    *,
+    step: int = 1,
+    positions: tuple[int, ...] = (0, 1),
+    micros: int = 2,
 ) -> tuple[list[float], dict[str, Tensor]]:
     """Losses and gradients of one attempt, with every hook called as the loop calls it."""
     faults.batch(step=step, positions=positions)
@@ -153,8 +162,15 @@ def test_a_fault_by_position_strikes_batches_that_use_one_of_them() -> None:
 
 def test_a_fault_by_step_strikes_every_attempt_up_to_times() -> None:
     faults = Faults([fault("nan_loss", step=4, times=2)], rank=0)
-    assert [strikes(faults, step, (0,)) for step in (3, 4, 4, 4, 5)] == [False, True, True, False, False]
-    assert strikes(Faults([fault("nan_loss", step=4, times=2)], rank=0), 4, (0,))  # a new process counts anew
+    assert [strikes(faults, step, (0,)) for step in (3, 4, 4, 4, 5)] == [
+        False,
+        True,
+        True,
+        False,
+        False,
+    ]
+    # a new process counts anew
+    assert strikes(Faults([fault("nan_loss", step=4, times=2)], rank=0), 4, (0,))
 
 
 def test_a_fault_without_step_and_stretch_never_strikes() -> None:
@@ -162,7 +178,9 @@ def test_a_fault_without_step_and_stretch_never_strikes() -> None:
 
 
 def test_two_faults_strike_together() -> None:
-    losses, gradients = window(Faults([fault("spike_loss", value=3.0), fault("inf_grad")], rank=0), decoder())
+    losses, gradients = window(
+        Faults([fault("spike_loss", value=3.0), fault("inf_grad")], rank=0), decoder()
+    )
     assert losses == pytest.approx([3 * loss for loss in CLEAN_LOSSES], rel=1e-6)
     assert broken(gradients) == {"norm.weight": 1}
 
@@ -209,7 +227,9 @@ def test_before_the_reduction_one_rank_breaks_all_and_after_it_only_itself(
     config = Config(
         launch=LaunchSection(processes=2, device="cpu", threads=1),
         model=ModelSection(layers=1, width=8, heads=2),
-        train=TrainSection(batch_size=4, micro_batch_size=1, strategy=strategy, precision=precision),
+        train=TrainSection(
+            batch_size=4, micro_batch_size=1, strategy=strategy, precision=precision
+        ),
     )
     results = run_ranks(_on_rank_one, 2, config, folder=tmp_path)
     before, reduced, clean = zip(*results, strict=True)
@@ -221,24 +241,32 @@ def test_before_the_reduction_one_rank_breaks_all_and_after_it_only_itself(
     assert clean == ({}, {})
 
 
-def _on_rank_one(rank: int, config: Config) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+def _on_rank_one(
+    rank: int, config: Config
+) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
     accelerator = make_accelerator(config)
-    model = distribute(Decoder(config.model, vocabulary=V, sequence_length=T, seed=1), config, accelerator)
+    model = distribute(
+        Decoder(config.model, vocabulary=V, sequence_length=T, seed=1), config, accelerator
+    )
     before = broken(window(Faults([fault("inf_grad", rank=1)], rank=rank), model)[1])
     reduced = broken(window(Faults([fault("inf_grad_reduced", rank=1)], rank=rank), model)[1])
     clean = broken(window(Faults([], rank=rank), model)[1])
     return before, reduced, clean
 
 
-# -- data ----------------------------------------------------------------------------------------------------------
+# -- data ------------------------------------------------------------------------------------------
 
 
-def rows(kind: Any, *, now: int = 1, again: bool = False, **settings: Any) -> tuple[MicroBatch, MicroBatch]:
+def rows(
+    kind: Any, *, now: int = 1, again: bool = False, **settings: Any
+) -> tuple[MicroBatch, MicroBatch]:
     """(a micro-batch of four samples at positions 8 to 11, what a fault makes of it)."""
     ids = torch.randint(0, V // 2, (4, T + 1), generator=torch.Generator().manual_seed(3)).numpy()
     labels = ids[:, 1:].copy()
     labels[1, 2] = IGNORED
-    clean = MicroBatch(tokens=ids[:, :-1].copy(), labels=labels, position=8, sample_ids=(0, 1, 2, 3))
+    clean = MicroBatch(
+        tokens=ids[:, :-1].copy(), labels=labels, position=8, sample_ids=(0, 1, 2, 3)
+    )
     faults = Faults([FaultSection(kind=kind, **settings)], rank=0)
     (faults.again if again else faults.batch)(step=now, positions=(8, 9, 10, 11))
     kept = clean.tokens.copy(), clean.labels.copy()
@@ -261,7 +289,9 @@ def test_what_each_kind_of_spoiled_text_is() -> None:
     clean, noise = rows("noise_tokens", first=8, last=9)
     assert (noise.tokens[0] >= V // 2).all() and (noise.labels[0, :-1] == noise.tokens[0, 1:]).all()
     _, ngram = rows("repeat_tokens", first=8, last=9)
-    assert (ngram.tokens[0, :-3] == ngram.tokens[0, 3:]).all() and (ngram.labels[0, :-1] == ngram.tokens[0, 1:]).all()
+    assert (ngram.tokens[0, :-3] == ngram.tokens[0, 3:]).all() and (
+        ngram.labels[0, :-1] == ngram.tokens[0, 1:]
+    ).all()
     _, wrong = rows("shuffle_labels", first=8, last=9)
     assert (wrong.tokens == clean.tokens).all()
     assert sorted(wrong.labels[0]) == sorted(clean.labels[0])
@@ -273,7 +303,7 @@ def test_text_by_step_is_spoiled_in_all_samples(step: int, hit: bool) -> None:
     assert (spoiled.tokens >= V // 2).all() == hit
 
 
-# -- state ---------------------------------------------------------------------------------------------------------
+# -- state -----------------------------------------------------------------------------------------
 
 
 def trained() -> tuple[Decoder, torch.optim.AdamW]:
@@ -292,13 +322,17 @@ def struck(kind: Any, **settings: Any) -> tuple[dict[str, Tensor], dict[str, Ten
     faults = Faults([fault(kind, times=1, **settings)], rank=0)
     faults.again(step=1, positions=())
     faults.state(model, [optimizer])
-    assert all(torch.equal(now, before[name]) for name, now in everything(model, optimizer).items()), "in a replay"
+    assert all(
+        torch.equal(now, before[name]) for name, now in everything(model, optimizer).items()
+    ), "in a replay"
     faults.batch(step=1, positions=())
     faults.state(model, [optimizer])
     after = everything(model, optimizer)
     faults.batch(step=1, positions=())
     faults.state(model, [optimizer])
-    assert all(torch.equal(now, after[name]) for name, now in everything(model, optimizer).items()), "a second time"
+    assert all(
+        torch.equal(now, after[name]) for name, now in everything(model, optimizer).items()
+    ), "a second time"
     return before, after
 
 
@@ -326,7 +360,9 @@ def test_one_row_of_the_embedding_is_scaled() -> None:
     torch.testing.assert_close(after["embedding.weight"][3], 50 * before["embedding.weight"][3])
 
 
-@pytest.mark.parametrize(("kind", "prefix"), [("flip_weight", "blocks.0."), ("flip_moment", "exp_avg blocks.0.")])
+@pytest.mark.parametrize(
+    ("kind", "prefix"), [("flip_weight", "blocks.0."), ("flip_moment", "exp_avg blocks.0.")]
+)
 def test_one_bit_is_flipped(kind: str, prefix: str) -> None:
     before, after = struck(kind, value=30.0, entry=5)
     ((name, entries),) = changed(before, after).items()
@@ -351,7 +387,7 @@ def test_moments_are_zeroed_and_their_count_of_steps_is_kept() -> None:
     assert all(not tensor.any() for name, tensor in after.items() if name.startswith("exp_avg"))
 
 
-# -- the rest ------------------------------------------------------------------------------------------------------
+# -- the rest --------------------------------------------------------------------------------------
 
 
 def test_the_rate_is_raised_within_the_step_alone() -> None:
@@ -376,8 +412,12 @@ def test_a_nan_gradient_is_one_entry() -> None:
 
 
 def test_only_what_comes_back_to_the_embedding_is_raised() -> None:
-    """Of tied weights that is the part of the input; nothing else of the model sees it, nor the other micro-batch."""
-    both, second = (Faults([fault("spike_embedding", value=1000.0, micro=micro)], rank=0) for micro in (-1, 1))
+    """Of tied weights that is the part of the input; nothing else of the model sees it, nor the
+    other micro-batch.
+    """
+    both, second = (
+        Faults([fault("spike_embedding", value=1000.0, micro=micro)], rank=0) for micro in (-1, 1)
+    )
     models = [decoder(), decoder()]
     for faults, model in zip((both, second), models, strict=True):
         faults.attach(model, [])

@@ -89,7 +89,9 @@ def test_only_what_is_new_is_read(run: RunDirectory, monkeypatch: pytest.MonkeyP
     follower = Follower(run)
     sizes: list[int] = []
     parse = follow.journal.parse_counted
-    monkeypatch.setattr(follow.journal, "parse_counted", lambda data: (sizes.append(len(data)), parse(data))[1])
+    monkeypatch.setattr(
+        follow.journal, "parse_counted", lambda data: (sizes.append(len(data)), parse(data))[1]
+    )
     for n in range(4):
         before = run.journal_path.stat().st_size if n else 0
         run.append("note", "x" * 100)
@@ -155,7 +157,9 @@ def test_a_change_that_was_there_before_the_wait_is_not_slept_through(run: RunDi
         assert follower.wait(0) is True
 
 
-def test_where_notices_do_not_come_it_looks_by_itself(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_notices_do_not_come_it_looks_by_itself(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A shared file system takes the watch and never reports what another machine wrote."""
     monkeypatch.setattr(follow, "CHECK_SECONDS", 0.02)
     with Follower(run) as follower:
@@ -163,7 +167,9 @@ def test_where_notices_do_not_come_it_looks_by_itself(run: RunDirectory, monkeyp
             follower.poll()
             follower._start_watch()
             if follower._watch is not None:
-                monkeypatch.setattr(follower._watch, "wait", lambda seconds: threading.Event().wait(seconds))
+                monkeypatch.setattr(
+                    follower._watch, "wait", lambda seconds: threading.Event().wait(seconds)
+                )
             timer = threading.Timer(0.05, lambda n=n: run.append("note", str(n)))
             timer.start()
             assert follower.wait(60) is True
@@ -171,7 +177,9 @@ def test_where_notices_do_not_come_it_looks_by_itself(run: RunDirectory, monkeyp
         assert follower._watch is None and not follower._can_watch
 
 
-def test_without_watchdog_it_looks_by_itself(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_watchdog_it_looks_by_itself(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "watchdog.observers", None)
@@ -191,6 +199,8 @@ def test_a_million_rows_are_learnt_once(run: RunDirectory, monkeypatch: pytest.M
     follower = Follower(run)
     assert follower.poll().rows == (0, 1_000_000)
     lengths: list[int] = []
-    monkeypatch.setattr(follower.timelines, "add_rows", lambda steps, timelines, **_: lengths.append(len(steps)))
+    monkeypatch.setattr(
+        follower.timelines, "add_rows", lambda steps, timelines, **_: lengths.append(len(steps))
+    )
     write_rows(run, (2, 1))
     assert follower.poll().rows == (1_000_000, 1_000_001) and lengths == [2]

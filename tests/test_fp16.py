@@ -1,4 +1,6 @@
-"""fp16: the loss scale moves by the one verdict and travels with snapshots and checkpoints; overflows are no spikes."""
+"""fp16: the loss scale moves by the one verdict and travels with snapshots and checkpoints;
+overflows are no spikes.
+"""
 
 import json
 import math
@@ -34,7 +36,9 @@ _train_step = Trainer.train_step
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate() -> None:
-    """A rank is a fork, and must not find the Accelerate state of an earlier test in this process."""
+    """A rank is a fork, and must not find the Accelerate state of an earlier test in this
+    process.
+    """
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
@@ -89,7 +93,11 @@ def test_single_overflows_are_left_out_without_a_finding(mode: Mode) -> None:
     for _ in range(5):
         for index in range(3):
             verdict = controller.observe(overflow(step, step + index))
-            assert (verdict.action, verdict.findings, verdict.incident) == (Action.OVERFLOW, (), None)
+            assert (verdict.action, verdict.findings, verdict.incident) == (
+                Action.OVERFLOW,
+                (),
+                None,
+            )
             assert not verdict.accepted
         assert controller.observe(obs(step, 2.0, 0.5)).action is Action.APPLY
         step += 1
@@ -102,13 +110,19 @@ def test_overflows_in_a_row_are_a_collapse_that_rolls_back_then_halts() -> None:
     assert [v.action for v in verdicts] == [Action.OVERFLOW] * 3 + [Action.ROLLBACK]
     (finding,) = verdicts[-1].findings
     assert (finding.kind, finding.ranks, finding.onset) == (Kind.SCALE_COLLAPSE, (1,), step)
-    assert verdicts[-1].window == ((step - 2) * BATCH, (step + 3) * BATCH)  # window_before and the four
-    assert "4 overflows in a row on rank 1" in verdicts[-1].reason and verdicts[-1].incident_state == "open"
+    # window_before and the four
+    assert verdicts[-1].window == ((step - 2) * BATCH, (step + 3) * BATCH)
+    assert (
+        "4 overflows in a row on rank 1" in verdicts[-1].reason
+        and verdicts[-1].incident_state == "open"
+    )
     assert controller.observe(overflow(step, step)).action is Action.OVERFLOW  # counted anew
 
 
 def test_a_collapse_in_the_first_step_reaches_back_to_its_first_batch() -> None:
-    """Before there is a usual scale, as many are forgiven as bring 65536 to 1: a sound run may need them (case 4)."""
+    """Before there is a usual scale, as many are forgiven as bring 65536 to 1: a sound run may need
+    them (case 4).
+    """
     controller = Controller(GuardSection(overflows=3))
     verdicts = [controller.observe(overflow(1, k)) for k in range(AT_START)]
     assert [v.action for v in verdicts] == [Action.OVERFLOW] * (AT_START - 1) + [Action.ROLLBACK]
@@ -206,8 +220,11 @@ COMMON = ("step", "first", "loss", "grad_norm", "lr", "loss_scale")
 
 
 @pytest.mark.parametrize(("world", "strategy"), SHAPES)
-def test_case_4_the_scale_comes_back_and_overflows_move_no_schedule(world: int, strategy: str, tmp_path: Path) -> None:
-    # Gradients overflow above 4096: four overflows to begin with, and one whenever the scale has grown.
+def test_case_4_the_scale_comes_back_and_overflows_move_no_schedule(
+    world: int, strategy: str, tmp_path: Path
+) -> None:
+    # Gradients overflow above 4096: four overflows to begin with, and one whenever the scale has
+    # grown.
     above = {"kind": "overflow", "first": 0, "last": 10**6, "value": 4096.0}
     config = configure(tmp_path, world, strategy, faults=[above])
     whole = trained(config, tmp_path)
@@ -235,8 +252,8 @@ def test_case_4_the_scale_comes_back_and_overflows_move_no_schedule(world: int, 
 
 @pytest.mark.parametrize(("world", "strategy"), SHAPES)
 def test_case_12_a_collapse_rolls_back_exactly(world: int, strategy: str, tmp_path: Path) -> None:
-    # The gradients of a stretch overflow at every scale, however low. The batch before it overflows because the scale
-    # has just grown, so it is the first of the five in a row.
+    # The gradients of a stretch overflow at every scale, however low. The batch before it overflows
+    # because the scale has just grown, so it is the first of the five in a row.
     faults = [
         {"kind": "overflow", "first": 0, "last": 10**6, "value": 4096.0},
         {"kind": "overflow", "first": 160, "last": 200, "value": 0.0, "rank": world - 1},
@@ -260,7 +277,9 @@ def test_case_12_a_collapse_rolls_back_exactly(world: int, strategy: str, tmp_pa
     )
     b = trained(told, tmp_path)
     assert np.array_equal(rows(a, *COMMON), rows(b, *COMMON))
-    assert fingerprint(checkpoint_dirs(a.checkpoints)[0]) == fingerprint(checkpoint_dirs(b.checkpoints)[0])
+    assert fingerprint(checkpoint_dirs(a.checkpoints)[0]) == fingerprint(
+        checkpoint_dirs(b.checkpoints)[0]
+    )
 
 
 def test_gradients_that_never_come_back_halt_the_run(tmp_path: Path) -> None:
@@ -288,7 +307,9 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(8, 4)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)) for _ in range(3))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)) for _ in range(3)
+        )
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x = self.embed(ids)
@@ -318,7 +339,8 @@ def test_case_9_an_attention_that_leaves_the_range_of_fp16_is_named(
     monkeypatch.setattr("trainer.train.Trainer.train_step", _with_a_large_weight)
     run = trained(config, tmp_path)
     first = next(e for e in run.events() if e.kind == "verdict")
-    assert first.data["at_step"] == 12 and first.data["action"] == "rollback"  # the weight does it with any batch
+    # the weight does it with any batch
+    assert first.data["at_step"] == 12 and first.data["action"] == "rollback"
     assert [e["count"] for e in events(run, "rollback")] == [0]
     assert first.data["modules"] == {str(rank): "blocks.1.attention.q" for rank in range(world)}
     assert "first non-finite output: blocks.1.attention.q" in first.message
@@ -326,7 +348,9 @@ def test_case_9_an_attention_that_leaves_the_range_of_fp16_is_named(
 
 
 def _with_a_large_weight(self: Any, step: Any) -> None:
-    """From step 12 on, once: the projection of the second block is 1e5 times too large, until the guard goes back."""
+    """From step 12 on, once: the projection of the second block is 1e5 times too large, until the
+    guard goes back.
+    """
     if step.number == 12 and self.guard.timeline == 0 and not hasattr(self, "spoiled"):
         self.spoiled = True
         with torch.no_grad():

@@ -1,4 +1,6 @@
-"""Signals besides the usual ones: numbers that a loop hands over, norms by block, the norm of each update."""
+"""Signals besides the usual ones: numbers that a loop hands over, norms by block, the norm of each
+update.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,15 @@ from guardrail.backtest.importers import run_directory
 from guardrail.cli.main import main
 from guardrail.core.config import GuardSection, build, load_guard
 from guardrail.core.errors import ConfigError, UsageError
-from guardrail.core.records import METRIC_COLUMNS, UPDATE_NORM, Action, Kind, Observation, Severity, Verdict
+from guardrail.core.records import (
+    METRIC_COLUMNS,
+    UPDATE_NORM,
+    Action,
+    Kind,
+    Observation,
+    Severity,
+    Verdict,
+)
 from guardrail.decide.controller import Controller
 from guardrail.decide.detector_set import MOST_NAMED
 from guardrail.rundir.run_directory import RunDirectory
@@ -35,7 +45,9 @@ def observation(step: int, **signals: float) -> Observation:
     return Observation(step=step, first=step, last=step + 1, signals=usual | signals)
 
 
-def watched(controller: Controller, steps: range, names: tuple[str, ...], **special: float) -> list[Verdict]:
+def watched(
+    controller: Controller, steps: range, names: tuple[str, ...], **special: float
+) -> list[Verdict]:
     """Ordinary steps; `special` values in the last one."""
     verdicts = []
     for step in steps:
@@ -80,7 +92,10 @@ def test_what_is_not_a_positive_number_teaches_nothing() -> None:
         verdicts = watched(controller, range(1, 60), ("router",), router=junk)
         watched(other, range(1, 59), ("router",))
         assert not verdicts[-1].findings
-        assert controller.detectors["named router"].state_dict() == other.detectors["named router"].state_dict()
+        assert (
+            controller.detectors["named router"].state_dict()
+            == other.detectors["named router"].state_dict()
+        )
 
 
 def test_a_state_knows_which_signals_there_were() -> None:
@@ -93,7 +108,9 @@ def test_a_state_knows_which_signals_there_were() -> None:
     assert fresh.load_state_dict(state) == []
     assert fresh.state_dict() == state
     names = ("router", "late")
-    assert watched(fresh, range(40, 70), names, router=1e4) == watched(controller, range(40, 70), names, router=1e4)
+    assert watched(fresh, range(40, 70), names, router=1e4) == watched(
+        controller, range(40, 70), names, router=1e4
+    )
 
 
 @pytest.mark.parametrize("names", [["loss"], ["a", "a"], ["update_norm"], [" "], ["step"], [""]])
@@ -126,7 +143,8 @@ def reduced(rank: int, kind: str) -> dict[str, Any]:
     probes = Probes(setup.model, rank=setup.rank, world=setup.world, **options)
     updates = UpdateNorm(probes.parameters, probes.weights)
     full = lambda: [  # noqa: E731
-        (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for p in setup.model.parameters()
+        (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+        for p in setup.model.parameters()
     ]
     old = full()
     updates.before()
@@ -136,7 +154,9 @@ def reduced(rank: int, kind: str) -> dict[str, Any]:
     setup.inner.zero_grad()
     for index, parameter in enumerate(setup.model.parameters()):
         parameter.grad = torch.ones_like(parameter) * (index + 1)
-    named: dict[str, Any] = {"router_loss": torch.tensor(2.0 + setup.rank)} | ({"rare": 5.0} if rank == 0 else {})
+    named: dict[str, Any] = {"router_loss": torch.tensor(2.0 + setup.rank)} | (
+        {"rare": 5.0} if rank == 0 else {}
+    )
     common: dict[str, Any] = {"nominal_tokens": None, "step_time": 0.1}
     given = probes.reduce(torch.tensor(1.0), 1, named=named, update_square=updates.square, **common)
     without = probes.reduce(torch.tensor(1.0), 1, **common)
@@ -161,10 +181,20 @@ def test_one_reduction_carries_them_all(tmp_path: Path, world: int, kind: str) -
     assert all(rank["given"] == first["given"] for rank in ranks)
     assert first["given"]["router_loss"] == (2.0 if world == 1 else 2.5)
     assert first["given"]["rare"] == 5.0, "the mean over those that gave one"
-    assert first["given"][UPDATE_NORM] == pytest.approx(first["moved"], rel=1e-5) and first["moved"] > 0
-    blocks = {name: value for name, value in first["given"].items() if name.startswith("grad_norm/")}
+    assert (
+        first["given"][UPDATE_NORM] == pytest.approx(first["moved"], rel=1e-5)
+        and first["moved"] > 0
+    )
+    blocks = {
+        name: value for name, value in first["given"].items() if name.startswith("grad_norm/")
+    }
     assert blocks == pytest.approx(first["norms"], rel=1e-6)
-    assert list(blocks) == ["grad_norm/blocks.0", "grad_norm/blocks.1", "grad_norm/embed", "grad_norm/norm"]
+    assert list(blocks) == [
+        "grad_norm/blocks.0",
+        "grad_norm/blocks.1",
+        "grad_norm/embed",
+        "grad_norm/norm",
+    ]
     assert sum(value**2 for value in blocks.values()) == pytest.approx(first["whole"] ** 2)
     assert first["without"].keys() == blocks.keys(), "what no rank gave is not there"
 
@@ -214,13 +244,20 @@ def test_a_loop_records_what_it_hands_over(recorded: tuple[RunDirectory, Handing
     np.testing.assert_allclose(squares**0.5, view.column("grad_norm"), rtol=1e-6)
     updates = view.column(UPDATE_NORM)
     assert np.isnan(updates[0]) and (updates[1:] > 0).all()
-    assert any(step.verdict is not None and step.verdict.action is Action.ROLLBACK for step in loop.attempts)
+    assert any(
+        step.verdict is not None and step.verdict.action is Action.ROLLBACK
+        for step in loop.attempts
+    )
 
 
-def test_after_a_rollback_the_update_before_it_is_known(recorded: tuple[RunDirectory, Handing]) -> None:
+def test_after_a_rollback_the_update_before_it_is_known(
+    recorded: tuple[RunDirectory, Handing],
+) -> None:
     """The steps from the restored state on meet the very norms that they met the first time."""
     view = recorded[0].metrics()
-    steps, timelines, updates = (view.column(name).tolist() for name in ("step", "timeline", UPDATE_NORM))
+    steps, timelines, updates = (
+        view.column(name).tolist() for name in ("step", "timeline", UPDATE_NORM)
+    )
     first = timelines.index(1.0)
     before = [row for row in range(first) if steps[row] == steps[first]]
     assert before and updates[first] == updates[before[0]]
@@ -235,12 +272,16 @@ def test_its_verdicts_are_those_of_a_backtest(recorded: tuple[RunDirectory, Hand
     assert any(alarm.verdict == "rollback" for alarm in result.alarms)
 
 
-def test_any_column_of_a_log_can_be_watched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_any_column_of_a_log_can_be_watched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "log.csv"
     lines = ["step,loss,aux_balance"]
     for step in range(1, 100):
         dice = random.Random(step)
-        lines.append(f"{step},{2 + dice.gauss(0, 0.01):.6f},{50.0 if step == 80 else 0.1 + dice.random() / 100:.6f}")
+        lines.append(
+            f"{step},{2 + dice.gauss(0, 0.01):.6f},{50.0 if step == 80 else 0.1 + dice.random() / 100:.6f}"
+        )
     file.write_text("\n".join(lines), encoding="utf-8")
     assert main(["backtest", str(file), "--json"]) == 0
     assert '"alarms": []' in capsys.readouterr().out

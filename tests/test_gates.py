@@ -1,4 +1,6 @@
-"""Both gates over random histories: `guard.gate = "lagged"` leaves what `"sync"` leaves, in memory and on the disk."""
+"""Both gates over random histories: `guard.gate = "lagged"` leaves what `"sync"` leaves, in memory
+and on the disk.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from guardrail.core.config import CheckpointSection, GuardSection, RungSection, Settings, SnapshotSection
+from guardrail.core.config import (
+    CheckpointSection,
+    GuardSection,
+    RungSection,
+    Settings,
+    SnapshotSection,
+)
 from guardrail.core.errors import UsageError
 from guardrail.core.records import Action, Command, CommandKind, Mode, Phase
 from guardrail.decide.controller import Controller
@@ -41,7 +49,17 @@ SNAPSHOTS, CHECKPOINTS = 4, 8  # steps between two of them
 FIRST = 15  # update before which nothing happens: the detectors must know what is usual
 TIMES = ("time", "step_time", "guard_time", "step_time_max", "slowest_rank")
 # Keys of journal lines and checkpoints that hold times, or differ between two runs.
-CLOCKS = ("seconds", "seconds_lost", "text", "bytes", "host", "versions", "deadline", "run_id", "journal_seq")
+CLOCKS = (
+    "seconds",
+    "seconds_lost",
+    "text",
+    "bytes",
+    "host",
+    "versions",
+    "deadline",
+    "run_id",
+    "journal_seq",
+)
 
 
 # -- histories
@@ -53,11 +71,14 @@ class History:
 
     Attributes:
         bad: position of the order -> factor of the loss of the batch that holds it.
-        late: positions whose batch is applied before it is judged, unless the host waits for that step anyway.
-        commands: (kind, value, step that it comes with), in their order; step 0: directly after the one before it.
+        late: positions whose batch is applied before it is judged, unless the host waits for that
+        step anyway.
+        commands: (kind, value, step that it comes with), in their order; step 0: directly after the
+        one before it.
         answers: to the guard's questions, one each; a question without one gets what was proposed.
         stop: update with which a stop signal comes, 0: none. The run is then resumed.
-        overflows: positions of batches whose scaled gradients overflow. Such a run needs a loss scale.
+        overflows: positions of batches whose scaled gradients overflow. Such a run needs a loss
+        scale.
     """
 
     mode: Mode = Mode.AUTO
@@ -90,7 +111,9 @@ EVENTS = (
 
 
 def add_event(history: History, event: str, step: int) -> None:
-    """Let something happen at about update `step`; positions count as if no batch had been skipped before."""
+    """Let something happen at about update `step`; positions count as if no batch had been skipped
+    before.
+    """
     first = (step - 1) * BATCH
     commands = history.commands
     match event:
@@ -138,7 +161,9 @@ def histories(draw: st.DrawFn) -> History:
 
 
 class ScriptedMailbox:
-    """Gives the commands and answers of a history in their order; a stop leaves the rest for the run that resumes."""
+    """Gives the commands and answers of a history in their order; a stop leaves the rest for the
+    run that resumes.
+    """
 
     history: History
     guard: Guard
@@ -150,7 +175,11 @@ class ScriptedMailbox:
     def next(self, step: int) -> Command | None:
         history = self.history
         if self.guard.desk.question:
-            return self._made(CommandKind.ANSWER, float(history.answers.pop(0))) if history.answers else None
+            return (
+                self._made(CommandKind.ANSWER, float(history.answers.pop(0)))
+                if history.answers
+                else None
+            )
         if not history.commands or history.commands[0][2] > step:
             return None
         kind, value, _ = history.commands.pop(0)
@@ -172,7 +201,9 @@ class Model(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
+        self.layers = nn.Sequential(
+            nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1)
+        )
         self.register_buffer("passes", torch.zeros(2))
         self.passes: Tensor
 
@@ -194,7 +225,11 @@ class Loop:
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=80)
         signals = SimpleNamespace(requested=False)
         self.signals = signals
-        sections: dict[str, Any] = {"mode": history.mode, "rollbacks": history.rollbacks, "gate": gate}
+        sections: dict[str, Any] = {
+            "mode": history.mode,
+            "rollbacks": history.rollbacks,
+            "gate": gate,
+        }
         guard = GuardSection(
             window=32,
             warmup=12,
@@ -247,7 +282,9 @@ class Loop:
     # -- an update that is applied before it is judged
 
     def _judge_late(self) -> None:
-        """Make both gates apply the batches at `history.late` first; the gate that waits does what the other would."""
+        """Make both gates apply the batches at `history.late` first; the gate that waits does what
+        the other would.
+        """
         guard = self.guard
         if guard.lagged is not None:
             return
@@ -298,12 +335,17 @@ class Loop:
             "rng": rng.capture(),
             "ledger": (guard.ledger.state(), list(guard.ledger.quarantine.lines())),
             "controller": guard.controller.state_dict(),
-            "snapshots": [(info.step, info.cursor, info.timeline, info.state) for info in guard.tiers.ring.infos()],
+            "snapshots": [
+                (info.step, info.cursor, info.timeline, info.state)
+                for info in guard.tiers.ring.infos()
+            ],
         }
 
 
 def journal(run: RunDirectory) -> list[Any]:
-    """The journal without its clocks; lines of checkpoints last, since they come when the disk is ready."""
+    """The journal without its clocks; lines of checkpoints last, since they come when the disk is
+    ready.
+    """
     lines: list[Any] = []
     saves: list[Any] = []
     for event in run.events():
@@ -322,7 +364,9 @@ def without_clocks(value: Any) -> Any:
 
 
 def checkpoints(run: RunDirectory) -> dict[str, Any]:
-    """Of each its fingerprint, the hashes of its files (buffers and moments too), and what travels besides."""
+    """Of each its fingerprint, the hashes of its files (buffers and moments too), and what travels
+    besides.
+    """
     found = {}
     for path in checkpoint_dirs(run.checkpoints):
         manifest = read_manifest(path)
@@ -334,7 +378,11 @@ def checkpoints(run: RunDirectory) -> dict[str, Any]:
 
 def rows(run: RunDirectory) -> dict[str, list[float]]:
     view = run.metrics()
-    return {name: np.nan_to_num(view.column(name), nan=-1.0).tolist() for name in view.columns if name not in TIMES}
+    return {
+        name: np.nan_to_num(view.column(name), nan=-1.0).tolist()
+        for name in view.columns
+        if name not in TIMES
+    }
 
 
 save = CheckpointStore.save
@@ -350,7 +398,8 @@ def scripted() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(desk, "Mailbox", ScriptedMailbox)
         patch.setattr(desk, "PARKED_SECONDS", 0.0)
-        patch.setattr(CheckpointStore, "save", saved_at_once)  # else the disk decides when a checkpoint becomes good
+        # else the disk decides when a checkpoint becomes good
+        patch.setattr(CheckpointStore, "save", saved_at_once)
         yield patch
 
 
@@ -363,16 +412,27 @@ def outcome_of(gate: str, history: History, folder: Path) -> dict[str, Any]:
         original = Controller.ceilings
         while True:
             loop = Loop(gate, history, run)
-            patch.setattr(Controller, "ceilings", lambda self, like, loop=loop: loop.ceilings(original, self, like))
+            patch.setattr(
+                Controller,
+                "ceilings",
+                lambda self, like, loop=loop: loop.ceilings(original, self, like),
+            )
             left.append(loop.train().left())
             if loop.guard.phase is not Phase.STOPPED or len(left) > 1:
                 break
             history.stop = 0
-    return {"left": left, "journal": journal(run), "checkpoints": checkpoints(run), "rows": rows(run)}
+    return {
+        "left": left,
+        "journal": journal(run),
+        "checkpoints": checkpoints(run),
+        "rows": rows(run),
+    }
 
 
 def assert_gates_agree(history: History) -> None:
-    """Run a history with both gates. One that the deferred gate refuses must be refused before its first step."""
+    """Run a history with both gates. One that the deferred gate refuses must be refused before its
+    first step.
+    """
     with tempfile.TemporaryDirectory() as name:
         waiting = outcome_of("sync", history, Path(name))
         if history.overflows:

@@ -1,4 +1,6 @@
-"""The guard in a loop of one's own, without a run directory and without the trainer; and its parts, one by one."""
+"""The guard in a loop of one's own, without a run directory and without the trainer; and its parts,
+one by one.
+"""
 
 import math
 import shutil
@@ -66,7 +68,9 @@ class Loop:
         self.data = torch.randint(0, VOCABULARY, (200, LENGTH + 1)) // torch.randint(1, 4, (200, 1))
         self.model = Model()
         self.optimizer = OPTIMIZERS[optimizer](self.model)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 / (1 + 0.05 * step))
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: 1 / (1 + 0.05 * step)
+        )
         self.attempts: list[Step] = []
         self.losses: dict[int, float] = {}
         # 40 steps of 4 samples: each bad batch is already 2.5 % of the data.
@@ -112,7 +116,11 @@ def test_a_loop_of_ones_own_is_exact(optimizer: str, bad: range) -> None:
     a = Loop(optimizer, bad=bad).train()
     assert a.guard.phase is Phase.FINISHED
     actions = {step.verdict.action for step in a.attempts if step.verdict is not None}
-    assert actions == ({Action.APPLY, Action.SKIP} if len(bad) == 4 else {Action.APPLY, Action.SKIP, Action.ROLLBACK})
+    assert actions == (
+        {Action.APPLY, Action.SKIP}
+        if len(bad) == 4
+        else {Action.APPLY, Action.SKIP, Action.ROLLBACK}
+    )
     b = Loop(optimizer, mode=Mode.OFF)
     b.guard.ledger.quarantine.read(a.guard.ledger.quarantine.lines())
     b.train()
@@ -202,13 +210,17 @@ def test_a_checkpoint_that_is_pruned_before_anybody_looked_at_its_commit_ends_no
     look = store.poll
 
     def poll() -> list[CheckpointEvent]:
-        """As a prune between the commit and this look, of a checkpoint of a stretch that was given up since."""
+        """As a prune between the commit and this look, of a checkpoint of a stretch that was given
+        up since.
+        """
         events = look()
         for event in events:
             if event.state == "candidate" and event.step and not gone:
                 gone.append(event.name)
                 monkeypatch.setattr(
-                    loop.guard.tiers._past, "lives", lambda *, timeline, step, gone=event.step: step != gone
+                    loop.guard.tiers._past,
+                    "lives",
+                    lambda *, timeline, step, gone=event.step: step != gone,
                 )
                 del store._infos[event.name]
         return events
@@ -224,7 +236,9 @@ def test_ask_without_anybody_to_ask_takes_its_own_proposal() -> None:
     assert loop.digest() == Loop(bad=range(60, 72)).train().digest()
 
 
-def test_an_update_that_a_person_lets_through_leaves_what_it_would_have_left(tmp_path: Path) -> None:
+def test_an_update_that_a_person_lets_through_leaves_what_it_would_have_left(
+    tmp_path: Path,
+) -> None:
     run = RunDirectory.create(tmp_path, "own", "")
     loop = Loop(bad=range(60, 72), factor=50.0, mode=Mode.ASK, run=run)
 
@@ -254,7 +268,9 @@ def test_out_of_rollbacks_it_halts() -> None:
 def test_a_process_that_dies_while_it_halts_leaves_no_candidate_with_the_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run directory is copied right after the commit of the last checkpoint: that is what such a death leaves."""
+    """The run directory is copied right after the commit of the last checkpoint: that is what such
+    a death leaves.
+    """
     run = RunDirectory.create(tmp_path, "halts", "")
     commit = guardrail.torch.checkpoint.disk_checkpoints.commit
 
@@ -306,7 +322,9 @@ def test_a_run_that_ends_with_its_data_has_a_total_and_a_time() -> None:
 
 
 def test_growing_batches_are_counted_to_the_end_of_the_data() -> None:
-    ledger = Ledger(SampleOrder(samples=100), batch_size=lambda step: 4 if step <= 5 else 8, limit=100)
+    ledger = Ledger(
+        SampleOrder(samples=100), batch_size=lambda step: 4 if step <= 5 else 8, limit=100
+    )
     assert ledger.batches_left() == 15
     for _ in range(6):
         batch = ledger.next_batch()

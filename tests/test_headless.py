@@ -34,7 +34,9 @@ def test_each_line_has_its_time_and_the_speed_of_its_row(tmp_path: Path) -> None
 
 def test_a_row_of_an_older_version_has_fewer_columns(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path, "old", "")
-    (run.path / "metrics.json").write_bytes(msgspec.json.encode({"columns": ["step", "verdict", "loss"]}))
+    (run.path / "metrics.json").write_bytes(
+        msgspec.json.encode({"columns": ["step", "verdict", "loss"]})
+    )
     with run.metrics_writer() as rows:
         rows.append({"step": 20, "verdict": 0, "loss": 2.5})
     (line,) = Lines(run).new()
@@ -56,7 +58,16 @@ def test_rows_of_a_damaged_file_are_short_lines_or_none(tmp_path: Path) -> None:
         for step in (1e300, math.inf, math.nan):
             rows.append({"step": step, "timeline": 0, "verdict": 0, "eval_loss": 1.0})
         rows.append({"step": 40, "timeline": math.inf, "verdict": 0, "loss": 1.0})
-        rows.append({"step": 60, "timeline": 0, "verdict": 0, "loss": 1e300, "step_time": math.inf, "tokens": 1e308})
+        rows.append(
+            {
+                "step": 60,
+                "timeline": 0,
+                "verdict": 0,
+                "loss": 1e300,
+                "step_time": math.inf,
+                "tokens": 1e308,
+            }
+        )
     lines = [line for line in Lines(run).new() if " step " in line]
     assert [re.search(r"step +(\d+)", line)[1] for line in lines] == ["20", "60"]  # type: ignore[index]
     assert "loss 1e+300" in lines[-1] and max(map(len, lines)) < 160

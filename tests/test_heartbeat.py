@@ -37,7 +37,12 @@ def test_it_beats_without_progress_and_shows_progress(run: RunDirectory) -> None
     try:
         wait_for(lambda: bool(run.read_ranks()))
         first = rank(run, 3)
-        assert (first.pid, first.phase, first.progress, first.incarnation) == (os.getpid(), Phase.SETUP, 0, 2)
+        assert (first.pid, first.phase, first.progress, first.incarnation) == (
+            os.getpid(),
+            Phase.SETUP,
+            0,
+            2,
+        )
         assert first.memory_bytes > 1_000_000
         wait_for(lambda: rank(run, 3).heartbeat > first.heartbeat)
         assert rank(run, 3).progress == 0 and rank(run, 3).progress_time == first.progress_time
@@ -54,12 +59,18 @@ def test_it_beats_without_progress_and_shows_progress(run: RunDirectory) -> None
 
 
 def test_rank_zero_keeps_what_the_supervisor_wrote(run: RunDirectory) -> None:
-    run.write_status(Status(run="demo/1", phase=Phase.STARTING, supervisor_pid=77, restarts=2, started=5.0, world=4))
+    run.write_status(
+        Status(
+            run="demo/1", phase=Phase.STARTING, supervisor_pid=77, restarts=2, started=5.0, world=4
+        )
+    )
     heart = Heartbeat(run, 0, seconds=0.01).start()
     heart.say("tokenizing 43 %")
     wait_for(lambda: status(run).progress == "tokenizing 43 %")
     assert status(run).phase is Phase.SETUP and status(run).pid == os.getpid()
-    heart.status = lambda: Status(run="demo/1", phase=Phase.STEP, step=9, total_steps=20, mode=Mode.ASK)
+    heart.status = lambda: Status(
+        run="demo/1", phase=Phase.STEP, step=9, total_steps=20, mode=Mode.ASK
+    )
     heart.at(Phase.EVAL, 9)
     wait_for(lambda: status(run).step == 9)
     heart.stop()
@@ -92,7 +103,9 @@ def test_the_last_state_is_the_end_of_the_run(run: RunDirectory) -> None:
     assert rank(run).phase is Phase.STOPPED, "a second stop tells the later end"
 
 
-def test_nothing_that_fails_gets_out_and_the_beat_goes_on(run: RunDirectory, tmp_path: Path) -> None:
+def test_nothing_that_fails_gets_out_and_the_beat_goes_on(
+    run: RunDirectory, tmp_path: Path
+) -> None:
     heart = Heartbeat(run, 0, seconds=0.01).start()
     wait_for(lambda: bool(run.read_ranks()))
     broken = [True]
@@ -118,7 +131,9 @@ def test_nothing_that_fails_gets_out_and_the_beat_goes_on(run: RunDirectory, tmp
     heart.stop()
 
 
-def test_starts_are_counted_over_elastic_agents(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_starts_are_counted_over_elastic_agents(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for before, own, expected in (("", "", 0), ("2", "1", 3), ("x", "4", 4)):
         monkeypatch.setenv("GUARDRAIL_INCARNATION", before)
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", own)
@@ -127,11 +142,20 @@ def test_starts_are_counted_over_elastic_agents(run: RunDirectory, monkeypatch: 
 
 
 @pytest.mark.fault("A5")
-def test_nodes_name_a_start_alike_though_the_agent_of_one_has_counted_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A node that was lost has a new elastic agent, which counts from 0; the other's goes on counting."""
+def test_nodes_name_a_start_alike_though_the_agent_of_one_has_counted_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A node that was lost has a new elastic agent, which counts from 0; the other's goes on
+    counting.
+    """
 
     def start(*, port: int, count: int, store: str = "False", local: int = 1) -> str:
-        variables = {"TORCHELASTIC_RUN_ID": "run", "MASTER_ADDR": "a", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+        variables = {
+            "TORCHELASTIC_RUN_ID": "run",
+            "MASTER_ADDR": "a",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": "2",
+        }
         variables |= {"LOCAL_WORLD_SIZE": str(local), "TORCHELASTIC_USE_AGENT_STORE": store}
         for name, value in (variables | {"TORCHELASTIC_RESTART_COUNT": str(count)}).items():
             monkeypatch.setenv(name, value)
@@ -156,7 +180,11 @@ def test_the_ranks_of_a_node_write_one_file(run: RunDirectory) -> None:
     hearts = [Heartbeat(run, rank, seconds=0.01).start() for rank in range(4)]
     for heart in hearts:
         heart.at(Phase.STEP, 7)
-    wait_for(lambda: [(one.rank, one.step) for one in run.read_ranks()] == [(rank, 7) for rank in range(4)])
+    wait_for(
+        lambda: (
+            [(one.rank, one.step) for one in run.read_ranks()] == [(rank, 7) for rank in range(4)]
+        )
+    )
     assert len(list((run.path / "ranks").glob("[!.]*"))) == 1
     for heart in hearts:
         heart.at(Phase.FINISHED)

@@ -31,7 +31,9 @@ from tests.hostile import SCALARS, TEXTS, VALUES, check_message, mutated, mutati
 from trainer.config.config import Config
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.toml"))
-QUICK = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+QUICK = settings(
+    max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
 
 
 def keys_of(schema: type[msgspec.Struct] = Config) -> list[tuple[str, str]]:
@@ -44,7 +46,9 @@ def keys_of(schema: type[msgspec.Struct] = Config) -> list[tuple[str, str]]:
 
 
 def check_settings(tree: dict[str, Any]) -> None:
-    """Refused in one sentence; or taken, and then everything can be asked of it and it survives its own dump."""
+    """Refused in one sentence; or taken, and then everything can be asked of it and it survives its
+    own dump.
+    """
     try:
         config = build(tree, file="c.toml", base=Path.cwd())
     except ConfigError as error:
@@ -54,7 +58,9 @@ def check_settings(tree: dict[str, Any]) -> None:
     config.outline()
     with contextlib.suppress(ConfigError):
         config.check_machine()
-    assert load_text(dump(config)) == msgspec.structs.replace(config, notify=load_text(dump(config)).notify)
+    assert load_text(dump(config)) == msgspec.structs.replace(
+        config, notify=load_text(dump(config)).notify
+    )
 
 
 def load_text(text: str) -> Any:
@@ -84,14 +90,21 @@ def test_any_value_for_any_setting(key: tuple[str, str], value: Any) -> None:
 
 @pytest.mark.fault("R11")
 @QUICK
-@given(st.lists(st.sampled_from(["guard", "train", "notify", "data", "optim", "no"]), min_size=1, max_size=2), VALUES)
+@given(
+    st.lists(
+        st.sampled_from(["guard", "train", "notify", "data", "optim", "no"]), min_size=1, max_size=2
+    ),
+    VALUES,
+)
 def test_any_value_for_a_section(names: list[str], value: Any) -> None:
     check_settings({"train": {"steps": 300}, **dict.fromkeys(names, value)})
 
 
 @pytest.mark.fault("R11")
 @QUICK
-@given(st.one_of(TEXTS, st.sampled_from([f"{a}.{b}" for a, b in keys_of() if b != "trainer"])), TEXTS)
+@given(
+    st.one_of(TEXTS, st.sampled_from([f"{a}.{b}" for a, b in keys_of() if b != "trainer"])), TEXTS
+)
 @example("guard.window", "[" * 3000)
 @example("guard.ladder", "[{do = 'halt'" + "}" * 3000)
 @example(".".join("a" * 5000), "1")
@@ -99,7 +112,9 @@ def test_any_value_for_a_section(names: list[str], value: Any) -> None:
 @example("guard.window", "9" * 5000)
 def test_any_override(key: str, value: str) -> None:
     try:
-        build({"train": {"steps": 300}}, file="c.toml", overrides=[f"{key}={value}"], base=Path.cwd())
+        build(
+            {"train": {"steps": 300}}, file="c.toml", overrides=[f"{key}={value}"], base=Path.cwd()
+        )
     except ConfigError as error:
         check_message(str(error))
 
@@ -113,8 +128,14 @@ def test_any_override(key: str, value: str) -> None:
         (b"[" + b".".join([b"a"] * 3000) + b"]", "expected at most 24 levels of tables and lists"),
         (b"[train]\nsteps = " + b"9" * 5000, "expected valid TOML (a number with too many digits)"),
         (b"[train]\nsteps = " + b"9" * 100, "train.steps = 999999"),
-        (b'[run]\nname = "a\\u0000b"', r"run.name = 'a\x00b': expected text without the character '\x00'"),
-        (b'[run]\nname = "\\u001b[2J"', r"run.name = '\x1b[2J': expected text without the character '\x1b'"),
+        (
+            b'[run]\nname = "a\\u0000b"',
+            r"run.name = 'a\x00b': expected text without the character '\x00'",
+        ),
+        (
+            b'[run]\nname = "\\u001b[2J"',
+            r"run.name = '\x1b[2J': expected text without the character '\x1b'",
+        ),
         (b'[run]\nnam = "' + b"x" * 5000 + b'"', "run.nam = 'xxxxxxxx"),
         (b'[run]\n"' + b"y" * 5000 + b'" = 3', "run.yyyyyyyyyyyyyyyy"),
         (b'[run]\n"\\u202eevil" = 3', r"run.\u202eevil = 3: expected a known key"),
@@ -184,7 +205,15 @@ def test_20_mutations_of_each_shipped_file_by_the_command(file: Path, tmp_path: 
     for number, content in enumerate(mutations(file, 20)):
         changed = tmp_path / "c.toml"
         changed.write_bytes(content)
-        command = [sys.executable, "-m", "guardrail", "launch", str(changed), "--run-dir", "/proc/no-run-here"]
+        command = [
+            sys.executable,
+            "-m",
+            "guardrail",
+            "launch",
+            str(changed),
+            "--run-dir",
+            "/proc/no-run-here",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 2, f"mutation {number} of {file.name}: {done}"
         assert done.stdout == ""
@@ -197,17 +226,23 @@ def test_20_mutations_of_each_shipped_file_by_the_command(file: Path, tmp_path: 
 
 @pytest.fixture(scope="module")
 def place() -> Iterator[Path]:
-    """A folder with a run that has ended, a configuration and a log; no process is started from here."""
+    """A folder with a run that has ended, a configuration and a log; no process is started from
+    here.
+    """
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         folder = Path(name)
         patch.chdir(folder)
         patch.delenv("GUARDRAIL_ROOT", raising=False)
         text = '[run]\nname = "a"\n[train]\nsteps = 100\n[optim]\nwarmup_steps = 10\n[launch]\ndevice = "cpu"\n'
         (folder / "good.toml").write_text(text)
-        (folder / "log.csv").write_text("step,loss\n" + "".join(f"{n},{4 - n / 50}\n" for n in range(1, 60)))
+        (folder / "log.csv").write_text(
+            "step,loss\n" + "".join(f"{n},{4 - n / 50}\n" for n in range(1, 60))
+        )
         run = RunDirectory.create(folder / "runs", "a", text)
         run.append("ended", "stopped", phase="stopped", exit_code=130)
-        run.write_status(Status(run=run.name, phase=Phase.STOPPED, step=7, total_steps=100, exit_code=130))
+        run.write_status(
+            Status(run=run.name, phase=Phase.STOPPED, step=7, total_steps=100, exit_code=130)
+        )
 
         def start(*arguments: Any) -> None:
             raise WorkersFailed("nothing is started in this test")
@@ -221,11 +256,19 @@ def options_of(name: str) -> list[str]:
     import importlib
 
     command: click.Command = importlib.import_module(f"guardrail.cli.{name}").command
-    return [option for parameter in command.params for option in parameter.opts if option.startswith("-")]
+    return [
+        option
+        for parameter in command.params
+        for option in parameter.opts
+        if option.startswith("-")
+    ]
 
 
 def run_command(arguments: list[str]) -> tuple[int, str, str]:
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        contextlib.redirect_stderr(io.StringIO()) as err,
+    ):
         code = main(arguments)
     return int(code), out.getvalue(), err.getvalue()
 
@@ -247,7 +290,8 @@ GOOD = [
 WORDS = st.one_of(TEXTS, st.sampled_from(GOOD))
 ARGUMENTS = st.sampled_from(list(COMMANDS)).flatmap(
     lambda name: st.tuples(
-        st.just(name), st.lists(st.one_of(WORDS, st.sampled_from(options_of(name))), max_size=5).map(tuple)
+        st.just(name),
+        st.lists(st.one_of(WORDS, st.sampled_from(options_of(name))), max_size=5).map(tuple),
     )
 )
 
@@ -292,7 +336,13 @@ LINES = {
     "wandb csv": b'Step,a - loss,a - loss__MIN\n1,4.5,4.5\n2,"4,4",4.4\n',
     "wandb": b":W&B\xe1\xbe\x00" + b"\x01\x02\x03\x04\x05\x00\x01hello",
 }
-SUFFIX = {"csv": "csv", "jsonl": "jsonl", "trainer_state": "json", "wandb csv": "csv", "wandb": "wandb"}
+SUFFIX = {
+    "csv": "csv",
+    "jsonl": "jsonl",
+    "trainer_state": "json",
+    "wandb csv": "csv",
+    "wandb": "wandb",
+}
 
 
 def event_file() -> bytes:
@@ -356,16 +406,28 @@ def test_any_damage_to_a_log(kind: str, seed: int, tail: bytes) -> None:
 
 @pytest.mark.fault("R11")
 @QUICK
-@given(st.lists(st.dictionaries(st.sampled_from(["step", "loss", "grad_norm", "x"]), SCALARS), max_size=4))
+@given(
+    st.lists(
+        st.dictionaries(st.sampled_from(["step", "loss", "grad_norm", "x"]), SCALARS), max_size=4
+    )
+)
 def test_any_record_of_a_log(records: list[dict[str, Any]]) -> None:
     content = b"\n".join(json.dumps(record).encode("utf-8", "surrogatepass") for record in records)
     read_hostile(content, "log.jsonl")
 
 
 def test_the_values_of_the_launcher_are_all_tried() -> None:
-    assert {"launch", "guard", "notify", "data", "model", "optim", "train", "parallel", "faults"} <= {
-        section for section, _ in keys_of()
-    }
+    assert {
+        "launch",
+        "guard",
+        "notify",
+        "data",
+        "model",
+        "optim",
+        "train",
+        "parallel",
+        "faults",
+    } <= {section for section, _ in keys_of()}
     assert len([key for key in keys_of() if key[0] == "launch"]) == len(_fields(LaunchSection))
 
 
@@ -379,9 +441,15 @@ def test_the_values_of_the_launcher_are_all_tried() -> None:
             pytest.param(labels, message, marks=pytest.mark.fault("R11"))
             for labels, message in (
                 (b'{"log": 3}', "log: Expected `object`, got `int`"),
-                (b'{"log": {"use": "score"}}', "log: expected labels, a list of [STEP, KIND, NOTE]"),
+                (
+                    b'{"log": {"use": "score"}}',
+                    "log: expected labels, a list of [STEP, KIND, NOTE]",
+                ),
                 (b'{"log": {"use": "score", "labels": [[1]]}}', "length 3"),
-                (b'{"log": {"use": "score", "labels": [], "auto_tolerated": [["a", "b"]]}}', "expected auto_tolerated"),
+                (
+                    b'{"log": {"use": "score", "labels": [], "auto_tolerated": [["a", "b"]]}}',
+                    "expected auto_tolerated",
+                ),
             )
         ),
     ],

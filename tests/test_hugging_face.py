@@ -1,4 +1,6 @@
-"""transformers' models as references for ours, and any of them as the model of a run. Needs the `hf` extra."""
+"""transformers' models as references for ours, and any of them as the model of a run. Needs the
+`hf` extra.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ V, T = 37, 12
 
 def ours(**changes: object) -> Any:
     """A model of ours with large random weights."""
-    section = ModelSection(**{"layers": 2, "width": 32, "heads": 4, "hidden": 48, "tied": False, **changes})
+    section = ModelSection(
+        **{"layers": 2, "width": 32, "heads": 4, "hidden": 48, "tied": False, **changes}
+    )
     section.check(base=Path())
     kind = EncoderDecoder if section.kind == "encoder-decoder" else Decoder
     model = kind(section, vocabulary=V, sequence_length=T, seed=7)
@@ -51,7 +55,9 @@ def give(target: Any, weight: Tensor, bias: Tensor | None = None) -> None:
 
 
 def halves(rows: Tensor, head_width: int) -> Tensor:
-    """Rows of queries or keys for a RoPE that pairs i with i + K/2 where ours pairs 2i with 2i + 1."""
+    """Rows of queries or keys for a RoPE that pairs i with i + K/2 where ours pairs 2i with 2i +
+    1.
+    """
     return rows.unflatten(0, (-1, head_width // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
@@ -75,9 +81,16 @@ def give_llama(model: Decoder, theirs: Any, *, split_pairs: bool = True) -> None
         if block.feed_forward_norm is not None:
             give(layer.post_attention_layernorm, block.feed_forward_norm.weight)
         if block.attention.query_norm is not None:
-            # One weight for each pair, so that norms before the turn do not care which numbers are a pair.
-            give(layer.self_attn.q_norm, halves(block.attention.query_norm.weight[:, None], section.head_width)[:, 0])
-            give(layer.self_attn.k_norm, halves(block.attention.key_norm.weight[:, None], section.head_width)[:, 0])
+            # One weight for each pair, so that norms before the turn do not care which numbers are
+            # a pair.
+            give(
+                layer.self_attn.q_norm,
+                halves(block.attention.query_norm.weight[:, None], section.head_width)[:, 0],
+            )
+            give(
+                layer.self_attn.k_norm,
+                halves(block.attention.key_norm.weight[:, None], section.head_width)[:, 0],
+            )
 
 
 SIZES: dict[str, Any] = {
@@ -96,23 +109,31 @@ SIZES: dict[str, Any] = {
 def test_the_llama_like_decoder_is_llama() -> None:
     """RMSNorm before the blocks, RoPE, grouped queries, SwiGLU."""
     model = ours(kv_heads=2)
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, rms_norm_eps=1e-5)).eval()
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**SIZES, rms_norm_eps=1e-5)
+    ).eval()
     give_llama(model, theirs)
     torch.testing.assert_close(model(tokens()), theirs(tokens()).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_qk_norm_is_qwen3s() -> None:
     model = ours(kv_heads=2, qk_norm=True)
-    theirs = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES, head_dim=8, rms_norm_eps=1e-5)).eval()
+    theirs = transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(**SIZES, head_dim=8, rms_norm_eps=1e-5)
+    ).eval()
     give_llama(model, theirs)
     torch.testing.assert_close(model(tokens()), theirs(tokens()).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_parallel_blocks_are_coheres() -> None:
-    """PaLM's block: one LayerNorm without bias, attention and SwiGLU side by side; RoPE that turns neighbours."""
+    """PaLM's block: one LayerNorm without bias, attention and SwiGLU side by side; RoPE that turns
+    neighbours.
+    """
     model = ours(kv_heads=2, norm="layer", parallel=True, tied=True)
     sizes = {**SIZES, "tie_word_embeddings": True}
-    config = transformers.CohereConfig(**sizes, layer_norm_eps=1e-5, logit_scale=1.0, use_qk_norm=False)
+    config = transformers.CohereConfig(
+        **sizes, layer_norm_eps=1e-5, logit_scale=1.0, use_qk_norm=False
+    )
     theirs = transformers.CohereForCausalLM(config).eval()
     give_llama(model, theirs, split_pairs=False)
     torch.testing.assert_close(model(tokens()), theirs(tokens()).logits, rtol=1e-4, atol=1e-4)
@@ -140,7 +161,11 @@ def test_the_gpt_like_decoder_is_gpt2() -> None:
     for block, layer in zip(model.blocks, theirs.transformer.h, strict=True):
         give(layer.ln_1, block.attention_norm.weight, block.attention_norm.bias)
         projections = (block.attention.q, block.attention.k, block.attention.v)
-        give(layer.attn.c_attn, torch.cat([p.weight for p in projections]).T, torch.cat([p.bias for p in projections]))
+        give(
+            layer.attn.c_attn,
+            torch.cat([p.weight for p in projections]).T,
+            torch.cat([p.bias for p in projections]),
+        )
         give(layer.attn.c_proj, block.attention.out.weight.T, block.attention.out.bias)
         give(layer.ln_2, block.feed_forward_norm.weight, block.feed_forward_norm.bias)
         give(layer.mlp.c_fc, block.feed_forward.up.weight.T, block.feed_forward.up.bias)
@@ -149,9 +174,16 @@ def test_the_gpt_like_decoder_is_gpt2() -> None:
 
 
 def test_the_t5_like_model_is_t5() -> None:
-    """Encoder and decoder, relative bias, cross-attention, RMSNorm, ReLU. T5 does not scale its scores, and scales its
-    logits or not by the version: what the last norm gives is compared."""
-    model = ours(kind="encoder-decoder", positions="t5", activation="relu", norm_eps=1e-6, t5_buckets=8, t5_distance=16)
+    """Encoder and decoder, relative bias, cross-attention, RMSNorm, ReLU. T5 does not scale its
+    scores, and scales its logits or not by the version: what the last norm gives is compared."""
+    model = ours(
+        kind="encoder-decoder",
+        positions="t5",
+        activation="relu",
+        norm_eps=1e-6,
+        t5_buckets=8,
+        t5_distance=16,
+    )
     config = transformers.T5Config(
         vocab_size=V,
         d_model=32,
@@ -203,13 +235,19 @@ def give_t5_attention(theirs: Any, ours: Attention) -> None:
 def test_alibi_is_blooms_up_to_what_a_softmax_does_not_see(heads: int) -> None:
     from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
-    theirs = build_alibi_tensor(torch.ones(1, T), heads, torch.float32).view(heads, 1, T).expand(heads, T, T)
+    theirs = (
+        build_alibi_tensor(torch.ones(1, T), heads, torch.float32)
+        .view(heads, 1, T)
+        .expand(heads, T, T)
+    )
     alibi = Alibi(heads=heads)
     alibi.reset_parameters()
     scores = torch.randn(heads, T, T, generator=torch.Generator().manual_seed(0))
     later = torch.ones(T, T).triu(1).bool()
     expected = (scores + theirs).masked_fill(later, -torch.inf).softmax(-1)
-    torch.testing.assert_close((scores + alibi(T)).masked_fill(later, -torch.inf).softmax(-1), expected)
+    torch.testing.assert_close(
+        (scores + alibi(T)).masked_fill(later, -torch.inf).softmax(-1), expected
+    )
 
 
 # -- theirs as the model of a run
@@ -218,8 +256,12 @@ def test_alibi_is_blooms_up_to_what_a_softmax_does_not_see(heads: int) -> None:
 def small(folder: Path, kind: str = "llama") -> Path:
     """A folder with config.json of a tiny model."""
     configs = {
-        "llama": lambda: transformers.LlamaConfig(**{**SIZES, "vocab_size": 259, "max_position_embeddings": 64}),
-        "gpt2": lambda: transformers.GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=4),
+        "llama": lambda: transformers.LlamaConfig(
+            **{**SIZES, "vocab_size": 259, "max_position_embeddings": 64}
+        ),
+        "gpt2": lambda: transformers.GPT2Config(
+            vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=4
+        ),
     }
     configs[kind]().save_pretrained(folder / kind)
     return folder / kind
@@ -227,7 +269,11 @@ def small(folder: Path, kind: str = "llama") -> Path:
 
 @pytest.mark.parametrize(
     ("kind", "world", "strategy"),
-    [("gpt2", 1, "ddp"), ("llama", 2, "ddp"), pytest.param("gpt2", 2, "fsdp", marks=pytest.mark.ci_slow)],
+    [
+        ("gpt2", 1, "ddp"),
+        ("llama", 2, "ddp"),
+        pytest.param("gpt2", 2, "fsdp", marks=pytest.mark.ci_slow),
+    ],
 )
 def test_a_run_rolls_back_exactly(kind: str, world: int, strategy: str, tmp_path: Path) -> None:
     write_corpus(tmp_path / "corpus", bad=range(8, 10))
@@ -254,7 +300,9 @@ def test_a_config_file_is_enough_and_a_folder_gives_its_weights(tmp_path: Path) 
     assert model(torch.zeros(1, 5, dtype=torch.int64)).shape == (1, 5, 270)  # the embedding grew
     model.lm.save_pretrained(folder)
     for hf in (folder, folder / "config.json"):
-        again = HuggingFace(ModelSection(hf=str(hf), pretrained=True), vocabulary=259, sequence_length=32)
+        again = HuggingFace(
+            ModelSection(hf=str(hf), pretrained=True), vocabulary=259, sequence_length=32
+        )
         for (name, a), b in zip(model.named_parameters(), again.parameters(), strict=True):
             assert torch.equal(a, b), name
     assert [p.shape for p in embedding_parameters(model)] == [(270, 32)]
@@ -262,7 +310,9 @@ def test_a_config_file_is_enough_and_a_folder_gives_its_weights(tmp_path: Path) 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_blocks_are_found_recomputed_and_given_to_muon(kind: str, tmp_path: Path) -> None:
-    model = HuggingFace(ModelSection(hf=str(small(tmp_path, kind))), vocabulary=259, sequence_length=32)
+    model = HuggingFace(
+        ModelSection(hf=str(small(tmp_path, kind))), vocabulary=259, sequence_length=32
+    )
     assert len(model.blocks) == 2
     inner = {id(p) for block in model.blocks for p in block.parameters() if p.ndim == 2}
     assert {id(p) for p in hidden_matrices(model)} == inner

@@ -24,7 +24,9 @@ NAN = float("nan")
 
 
 def logs(*paths: Path, **columns: str) -> list[Log]:
-    return [log for source in sources([str(path) for path in paths]) for log in source.read(columns)]
+    return [
+        log for source in sources([str(path) for path in paths]) for log in source.read(columns)
+    ]
 
 
 def only(path: Path, **columns: str) -> Log:
@@ -51,7 +53,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-# -- text ------------------------------------------------------------------------------------------------------------
+# -- text ------------------------------------------------------------------------------------------
 
 MEGATRON = (
     " iteration {step:8d}/  159576 | consumed samples: {step:12d} | elapsed time per iteration (ms): 18706.1 | "
@@ -105,14 +107,18 @@ def test_text_of(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", TEXTS)
 def test_text_with_nan(kind: str, tmp_path: Path) -> None:
-    lines = [TEXTS[kind].format(step=step, loss=NAN if step > 5 else 2.0, norm=NAN) for step in range(1, 20)]
+    lines = [
+        TEXTS[kind].format(step=step, loss=NAN if step > 5 else 2.0, norm=NAN)
+        for step in range(1, 20)
+    ]
     log = only(write(tmp_path / "out.txt", "\n".join(lines)))
     assert same(cells(log), [2.0] * 5 + [NAN] * 14)
 
 
 @pytest.mark.fault("E7")
 @pytest.mark.parametrize(
-    "kind", ["llm.c", "llm.c output", "nanochat", "Megatron", "torchtitan", "Trainer output", "text"]
+    "kind",
+    ["llm.c", "llm.c output", "nanochat", "Megatron", "torchtitan", "Trainer output", "text"],
 )
 def test_text_without_the_loss_that_its_neighbours_have(kind: str, tmp_path: Path) -> None:
     """A loss that is not printed is not finite: a record, and no line that vanishes."""
@@ -127,7 +133,10 @@ def test_text_without_the_loss_that_its_neighbours_have(kind: str, tmp_path: Pat
     }[kind]
     assert without in TEXTS[kind]
     bare = TEXTS[kind].replace(without, "")
-    lines = [(TEXTS[kind] if step < 20 else bare).format(step=step, loss=2.0, norm=1.0) for step in range(1, 31)]
+    lines = [
+        (TEXTS[kind] if step < 20 else bare).format(step=step, loss=2.0, norm=1.0)
+        for step in range(1, 31)
+    ]
     lines = [*TALK[:2], *lines[:25], "saving checkpoint to out/step-00000025", *lines[25:]]
     log = only(write(tmp_path / "out.txt", "\n".join(lines)))
     assert list(log.steps) == list(range(1, 31))
@@ -137,7 +146,10 @@ def test_text_without_the_loss_that_its_neighbours_have(kind: str, tmp_path: Pat
 @pytest.mark.parametrize(
     "shown",
     [
-        *(pytest.param(shown, marks=pytest.mark.fault("E7")) for shown in ("None", "N/A", "1.#QNAN", "********")),
+        *(
+            pytest.param(shown, marks=pytest.mark.fault("E7"))
+            for shown in ("None", "N/A", "1.#QNAN", "********")
+        ),
         *("-nan", "nan(ind)"),
     ],
 )
@@ -170,7 +182,9 @@ def test_text_tells_a_step_once_although_every_rank_prints_it(tmp_path: Path) ->
 
 
 def test_text_overwritten_by_carriage_returns_and_cut_off(tmp_path: Path) -> None:
-    lines = [f"step {step:05d} (0.1%) | loss: {3 + step / 100:.6f} | lrm: 1.00    " for step in range(30)]
+    lines = [
+        f"step {step:05d} (0.1%) | loss: {3 + step / 100:.6f} | lrm: 1.00    " for step in range(30)
+    ]
     log = only(write(tmp_path / "out.txt", "\r".join(lines)[:-40]))
     assert list(log.steps) == list(range(29))
 
@@ -181,12 +195,17 @@ def test_text_whose_counter_goes_back(tmp_path: Path) -> None:
     assert list(only(write(tmp_path / "out.txt", "\n".join(lines))).steps) == steps
 
 
-# -- tables ----------------------------------------------------------------------------------------------------------
+# -- tables ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("delimiter", [",", "\t", ";"])
 def test_table_tells_a_blank_from_a_nan(delimiter: str, tmp_path: Path) -> None:
-    rows = [["step", "lr", "loss", "grad_norm"], ["10", "1e-3", "3.5", ""], ["20", "1e-3", "nan", "inf"], ["30"] * 4]
+    rows = [
+        ["step", "lr", "loss", "grad_norm"],
+        ["10", "1e-3", "3.5", ""],
+        ["20", "1e-3", "nan", "inf"],
+        ["30"] * 4,
+    ]
     log = only(write(tmp_path / "log", "\ufeff" + "\n".join(delimiter.join(row) for row in rows)))
     assert list(log.steps) == [10, 20, 30]
     assert same(cells(log), [3.5, NAN, 30.0])
@@ -196,20 +215,43 @@ def test_table_tells_a_blank_from_a_nan(delimiter: str, tmp_path: Path) -> None:
 
 def test_lightning_tells_training_and_validation_on_rows_of_their_own(tmp_path: Path) -> None:
     text = "epoch,step,train_loss,val_loss,grad_2.0_norm_total\n"
-    text += "".join(f"0,{step},{3 - step / 100},,\n0,{step},,,1.5\n0,{step},,3.1,\n" for step in range(49, 300, 50))
+    text += "".join(
+        f"0,{step},{3 - step / 100},,\n0,{step},,,1.5\n0,{step},,3.1,\n"
+        for step in range(49, 300, 50)
+    )
     log = only(write(tmp_path / "version_0" / "metrics.csv", text))
-    assert (len(log), log.apart) == (6, {"evaluation": 6}), "a step is one record, whatever rows it was written on"
+    assert (len(log), log.apart) == (6, {"evaluation": 6}), (
+        "a step is one record, whatever rows it was written on"
+    )
     assert [step for step, _ in observed(log)] == [49, 99, 149, 199, 249, 299]
     assert all(set(signals) == {"loss", "grad_norm"} for _, signals in observed(log))
 
 
 def test_table_exported_from_wandb_holds_a_run_a_column(tmp_path: Path) -> None:
-    header = ["Step", *(f"{run} - train/loss{end}" for run in ("brisk-1", "calm-2") for end in ("", "__MIN", "__MAX"))]
-    rows = [[str(step), "2.5", "2.4", "2.6", *(["3.5"] * 3 if step > 3 else [""] * 3)] for step in range(1, 7)]
+    header = [
+        "Step",
+        *(
+            f"{run} - train/loss{end}"
+            for run in ("brisk-1", "calm-2")
+            for end in ("", "__MIN", "__MAX")
+        ),
+    ]
+    rows = [
+        [str(step), "2.5", "2.4", "2.6", *(["3.5"] * 3 if step > 3 else [""] * 3)]
+        for step in range(1, 7)
+    ]
     text = "\n".join(",".join(f'"{cell}"' for cell in row) for row in [header, *rows])
     brisk, calm = logs(write(tmp_path / "export.csv", text))
-    assert (brisk.path.rpartition("#")[2], list(brisk.steps), set(cells(brisk))) == ("brisk-1", [*range(1, 7)], {2.5})
-    assert (calm.path.rpartition("#")[2], list(calm.steps), set(cells(calm))) == ("calm-2", [4, 5, 6], {3.5})
+    assert (brisk.path.rpartition("#")[2], list(brisk.steps), set(cells(brisk))) == (
+        "brisk-1",
+        [*range(1, 7)],
+        {2.5},
+    )
+    assert (calm.path.rpartition("#")[2], list(calm.steps), set(cells(calm))) == (
+        "calm-2",
+        [4, 5, 6],
+        {3.5},
+    )
 
 
 def test_table_cut_off_and_with_zeros_of_a_crash(tmp_path: Path) -> None:
@@ -241,7 +283,9 @@ def test_table_with_one_step_leaves_records_without_out(tmp_path: Path) -> None:
 
 
 def test_json_lines_whose_steps_are_none_say_that_they_count(tmp_path: Path) -> None:
-    log = only(write(tmp_path / "a.jsonl", '{"step": 1e30, "loss": 2.5}\n{"step": 1e30, "loss": 2.25}\n'))
+    log = only(
+        write(tmp_path / "a.jsonl", '{"step": 1e30, "loss": 2.5}\n{"step": 1e30, "loss": 2.25}\n')
+    )
     assert observed(log) == [(1, {"loss": 2.5}), (2, {"loss": 2.25})]
     assert log.notes == ["step: no value can be a step, so records are counted instead"]
 
@@ -255,7 +299,9 @@ def test_json_lines_whose_steps_are_none_say_that_they_count(tmp_path: Path) -> 
     ],
 )
 def test_text_of_nothing_but_nan_is_no_table(line: str, kind: str, tmp_path: Path) -> None:
-    log = only(write(tmp_path / "out.log", "".join(line.format(step) + "\n" for step in range(1, 4))))
+    log = only(
+        write(tmp_path / "out.log", "".join(line.format(step) + "\n" for step in range(1, 4)))
+    )
     assert log.format == kind and same(cells(log), [NAN] * 3) and list(log.steps) == [1, 2, 3]
 
 
@@ -277,10 +323,22 @@ def test_column_by_name(tmp_path: Path) -> None:
     ("columns", "loss", "norm"),
     [
         (["loss", "val_loss", "grad_norm"], "loss", "grad_norm"),
-        (["eval/loss", "train/loss", "train/grad_norm", "train/grad_norm/layer.0"], "train/loss", "train/grad_norm"),
-        (["lm-loss-training/lm loss", "lm-loss-validation/lm loss"], "lm-loss-training/lm loss", None),
+        (
+            ["eval/loss", "train/loss", "train/grad_norm", "train/grad_norm/layer.0"],
+            "train/loss",
+            "train/grad_norm",
+        ),
+        (
+            ["lm-loss-training/lm loss", "lm-loss-validation/lm loss"],
+            "lm-loss-training/lm loss",
+            None,
+        ),
         (["grad-norm/grad-norm", "loss-scale/loss-scale"], None, "grad-norm/grad-norm"),
-        (["loss_metrics/global_avg_loss", "loss_metrics/global_max_loss"], "loss_metrics/global_avg_loss", None),
+        (
+            ["loss_metrics/global_avg_loss", "loss_metrics/global_max_loss"],
+            "loss_metrics/global_avg_loss",
+            None,
+        ),
         (["train/CrossEntropyLoss", "train/Perplexity"], "train/CrossEntropyLoss", None),
         (["optim/total_grad_norm", "optim/param_norm"], None, "optim/total_grad_norm"),
         (["train_loss_step", "train_loss_epoch", "val_loss"], "train_loss_step", None),
@@ -294,11 +352,13 @@ def test_usual_names(columns: list[str], loss: str | None, norm: str | None) -> 
     assert (chosen.get("loss"), chosen.get("grad_norm")) == (loss, norm)
 
 
-# -- JSON ------------------------------------------------------------------------------------------------------------
+# -- JSON ------------------------------------------------------------------------------------------
 
 
 def test_json_lines(tmp_path: Path) -> None:
-    records: list[Any] = [{"_step": step, "train": {"loss": 3.0, "grad_norm": 1.0}, "ok": True} for step in range(5)]
+    records: list[Any] = [
+        {"_step": step, "train": {"loss": 3.0, "grad_norm": 1.0}, "ok": True} for step in range(5)
+    ]
     records[2]["train"]["loss"] = NAN
     records[3]["train"] = {"loss": "Infinity"}
     text = "\n".join(json.dumps(record) for record in records) + '\n{"_step": 5, "train": {"lo'
@@ -314,11 +374,26 @@ def trainer_state(count: int) -> str:
     history: list[dict[str, Any]] = []
     for step in range(10, 10 * count + 1, 10):
         norm = NAN if step == 50 else 1.25
-        history.append({"epoch": step / 100, "grad_norm": norm, "learning_rate": 0.001, "loss": 2.5, "step": step})
+        history.append(
+            {
+                "epoch": step / 100,
+                "grad_norm": norm,
+                "learning_rate": 0.001,
+                "loss": 2.5,
+                "step": step,
+            }
+        )
         if step % 100 == 0:
-            history.append({"epoch": step / 100, "eval_loss": 2.75, "eval_runtime": 1.5, "step": step})
+            history.append(
+                {"epoch": step / 100, "eval_loss": 2.75, "eval_runtime": 1.5, "step": step}
+            )
     history.append({"epoch": 3.0, "step": 10 * count, "train_loss": 2.6, "train_runtime": 12.5})
-    state = {"best_metric": None, "global_step": 10 * count, "log_history": history, "max_steps": 500}
+    state = {
+        "best_metric": None,
+        "global_step": 10 * count,
+        "log_history": history,
+        "max_steps": 500,
+    }
     return json.dumps(state, indent=2, sort_keys=True) + "\n"
 
 
@@ -354,15 +429,27 @@ def test_trainer_tells_its_history_in_every_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.fault("E16")
 def test_numbers_as_objects_are_printed(tmp_path: Path) -> None:
-    shown = ["tensor(1.5, device='cuda:0')", "tensor([1.5])", "np.float64(1.5)", "'1.5'", "1.5", "tensor(nan)"]
-    records = [{"step": step, "loss": 2.0, "grad_norm": value} for step, value in enumerate(shown, 1)]
+    shown = [
+        "tensor(1.5, device='cuda:0')",
+        "tensor([1.5])",
+        "np.float64(1.5)",
+        "'1.5'",
+        "1.5",
+        "tensor(nan)",
+    ]
+    records = [
+        {"step": step, "loss": 2.0, "grad_norm": value} for step, value in enumerate(shown, 1)
+    ]
     log = only(write(tmp_path / "log.jsonl", "\n".join(map(json.dumps, records))))
     assert same(cells(log, "grad_norm"), [1.5] * 5 + [NAN])
 
 
 @pytest.mark.fault("E16")
 def test_what_was_not_read_is_said(tmp_path: Path) -> None:
-    records = [{"step": step, "loss": 2.0, "grad_norm": "high" if step > 10 else 1.0} for step in range(1, 31)]
+    records = [
+        {"step": step, "loss": 2.0, "grad_norm": "high" if step > 10 else 1.0}
+        for step in range(1, 31)
+    ]
     log = only(write(tmp_path / "log.jsonl", "\n".join(map(json.dumps, records))))
     assert log.notes == ["grad_norm: 20 values are no number, such as 'high': not read"]
     records = [{"step": step, "loss": 2.0, "grad_norm": "high"} for step in range(1, 31)]
@@ -372,10 +459,12 @@ def test_what_was_not_read_is_said(tmp_path: Path) -> None:
     assert log.notes == ["grad_norm: 1 value is no number: not read"]
 
 
-# -- TensorBoard -----------------------------------------------------------------------------------------------------
+# -- TensorBoard -----------------------------------------------------------------------------------
 
 
-def events(folder: Path, *, tensors: bool, steps: range = range(40), seldom: int = 1, start: float = 1e9) -> None:
+def events(
+    folder: Path, *, tensors: bool, steps: range = range(40), seldom: int = 1, start: float = 1e9
+) -> None:
     """By the writer that PyTorch ships: scalars of the first format, or tensors of the second."""
     from torch.utils.tensorboard import SummaryWriter
 
@@ -385,7 +474,9 @@ def events(folder: Path, *, tensors: bool, steps: range = range(40), seldom: int
             writer.add_scalar("train/loss", loss, step, walltime=start + step, new_style=tensors)
             writer.add_scalar("train/lr", 1e-3, step, walltime=start + step, new_style=tensors)
             if step % seldom == 0:
-                writer.add_scalar("train/grad_norm", 1.5, step, walltime=start + step, new_style=tensors)
+                writer.add_scalar(
+                    "train/grad_norm", 1.5, step, walltime=start + step, new_style=tensors
+                )
             writer.add_scalar("val/loss", 9.0, step, walltime=start + step, new_style=tensors)
             writer.add_text("note", "words", step, walltime=start + step)
 
@@ -398,7 +489,9 @@ def test_event_files(tensors: bool, tmp_path: Path) -> None:
     assert list(log.steps) == list(range(40))
     loss = cells(log)
     assert loss[0] == 3.0 and loss[30] is not None and math.isnan(loss[30])
-    assert [row for row, value in enumerate(cells(log, "grad_norm")) if value is not None] == list(range(0, 40, 5))
+    assert [row for row, value in enumerate(cells(log, "grad_norm")) if value is not None] == list(
+        range(0, 40, 5)
+    )
 
 
 def test_event_file_cut_off(tmp_path: Path) -> None:
@@ -418,7 +511,11 @@ def test_event_files_of_a_run_that_was_resumed(tmp_path: Path) -> None:
     events(tmp_path, tensors=False, steps=range(20, 40), seldom=7, start=2e9)
     log = only(tmp_path)
     assert list(log.steps) == [*range(30), *range(20, 40)]
-    assert [row for row, value in enumerate(cells(log, "grad_norm")) if value is not None][30:] == [31, 38, 45]
+    assert [row for row, value in enumerate(cells(log, "grad_norm")) if value is not None][30:] == [
+        31,
+        38,
+        45,
+    ]
 
 
 def test_guardrails_own_event_files(tmp_path: Path) -> None:
@@ -431,7 +528,7 @@ def test_guardrails_own_event_files(tmp_path: Path) -> None:
     assert (list(log.steps), set(cells(log))) == (list(range(1, 20)), {2.5})
 
 
-# -- wandb -----------------------------------------------------------------------------------------------------------
+# -- wandb -----------------------------------------------------------------------------------------
 
 
 def framed(records: list[bytes]) -> bytes:
@@ -445,8 +542,13 @@ def framed(records: list[bytes]) -> bytes:
                 out += bytes(left)
                 left = 32768
             part, record = record[: left - 7], record[left - 7 :]
-            kind = {(False, True): 1, (False, False): 2, (True, False): 3, (True, True): 4}[begun, not record]
-            out += struct.pack("<IHB", zlib.crc32(part, zlib.crc32(bytes([kind]))), len(part), kind) + part
+            kind = {(False, True): 1, (False, False): 2, (True, False): 3, (True, True): 4}[
+                begun, not record
+            ]
+            out += (
+                struct.pack("<IHB", zlib.crc32(part, zlib.crc32(bytes([kind]))), len(part), kind)
+                + part
+            )
             begun = True
             if not record:
                 break
@@ -454,7 +556,9 @@ def framed(records: list[bytes]) -> bytes:
 
 
 def test_frames_of_wandb() -> None:
-    records = [bytes([number]) * size for number, size in enumerate([10, 40_000, 0, 100_000, 32_754, 7])]
+    records = [
+        bytes([number]) * size for number, size in enumerate([10, 40_000, 0, 100_000, 32_754, 7])
+    ]
     data = framed(records)
     assert list(wandb_files.frames(io.BytesIO(data))) == records
     assert list(wandb_files.frames(io.BytesIO(data[:90_000]))) == [*records[:3], None]
@@ -466,10 +570,17 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
     with wandb.init(project="tests", dir=str(tmp_path), mode="offline") as run:
         for step in range(200):
-            run.log({"train/loss": 3.0 - step / 1000, "train/grad_norm": NAN if step == 100 else 1.5, "note": "words"})
+            run.log(
+                {
+                    "train/loss": 3.0 - step / 1000,
+                    "train/grad_norm": NAN if step == 100 else 1.5,
+                    "note": "words",
+                }
+            )
     (path,) = tmp_path.rglob("run-*.wandb")
     log, until = only(path), time.monotonic() + 60
-    while len(log) < 200 and time.monotonic() < until:  # on a busy machine wandb's own process still writes
+    # on a busy machine wandb's own process still writes
+    while len(log) < 200 and time.monotonic() < until:
         time.sleep(0.2)
         log = only(path)
     assert (len(log), cells(log)[:2]) == (200, [3.0, 2.999])
@@ -486,7 +597,7 @@ def test_wandb_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyP
         only(path)
 
 
-# -- what is where ---------------------------------------------------------------------------------------------------
+# -- what is where ---------------------------------------------------------------------------------
 
 
 def test_folders_are_searched_and_formats_told_by_content(tmp_path: Path) -> None:
@@ -494,15 +605,26 @@ def test_folders_are_searched_and_formats_told_by_content(tmp_path: Path) -> Non
     write(tmp_path / "a" / "people.csv", "name,age\nada,36\n")
     write(tmp_path / "a" / "config.json", '{"model": {"width": 3}}')
     write(tmp_path / "b" / "c" / "out.csv", '{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 3.0}\n')
-    write(tmp_path / "b" / "job.4242", "\n".join(TEXTS["nanoGPT"].format(step=step, loss=3.0) for step in range(9)))
+    write(
+        tmp_path / "b" / "job.4242",
+        "\n".join(TEXTS["nanoGPT"].format(step=step, loss=3.0) for step in range(9)),
+    )
     write(tmp_path / "b" / "README.md", "step 1 | loss: 3.0 |\n")
-    write(tmp_path / "b" / "notes", "the loss went up at step 12: loss 3.0, and later step 90\nnothing to see\n")
+    write(
+        tmp_path / "b" / "notes",
+        "the loss went up at step 12: loss 3.0, and later step 90\nnothing to see\n",
+    )
     write(tmp_path / ".git" / "log.csv", "step,loss\n1,3.0\n")
     events(tmp_path / "d", tensors=False)
     (tmp_path / "b" / "weights.dat").write_bytes(bytes(range(256)) * 20)
     found = {str(Path(log.path).relative_to(tmp_path)): log.format for log in logs(tmp_path)}
     assert found.pop("b/notes") == "text"
-    assert found == {"a/table.data": "csv", "b/c/out.csv": "jsonl", "b/job.4242": "nanoGPT", "d": "tensorboard"}
+    assert found == {
+        "a/table.data": "csv",
+        "b/c/out.csv": "jsonl",
+        "b/job.4242": "nanoGPT",
+        "d": "tensorboard",
+    }
 
 
 @pytest.mark.parametrize(
@@ -532,7 +654,10 @@ def test_foreign_files_get_one_clear_sentence(content: bytes, why: str, tmp_path
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
-    for path, why in ((tmp_path / "nowhere", "No such file"), (tmp_path, "no recorded run in this folder")):
+    for path, why in (
+        (tmp_path / "nowhere", "No such file"),
+        (tmp_path, "no recorded run in this folder"),
+    ):
         with pytest.raises(DataError, match=why):
             only(path)
 

@@ -1,4 +1,6 @@
-"""Which heavy modules a fresh interpreter leaves unloaded, so that the command line answers at once."""
+"""Which heavy modules a fresh interpreter leaves unloaded, so that the command line answers at
+once.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +11,31 @@ import pytest
 
 from guardrail.cli.main import COMMANDS
 
-HEAVY = ("torch", "accelerate", "textual", "numpy", "tensorboard", "tokenizers", "safetensors", "rich")
+HEAVY = (
+    "torch",
+    "accelerate",
+    "textual",
+    "numpy",
+    "tensorboard",
+    "tokenizers",
+    "safetensors",
+    "rich",
+)
 
 
 def loaded_after(code: str) -> set[str]:
     """Top-level modules of a fresh interpreter after `code`."""
     script = f"import sys\n{code}\nprint('\\n' + ' '.join(sorted({{name.partition('.')[0] for name in sys.modules}})))"
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
     assert result.returncode == 0, result.stderr
     return set(result.stdout.splitlines()[-1].split())
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)]
+)
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     loaded = loaded_after(f"from guardrail.cli.main import main\nassert main({arguments!r}) == 0")
     assert "click" in loaded

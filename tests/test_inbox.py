@@ -39,7 +39,12 @@ def test_commands_arrive_oldest_first_and_leave_when_answered(run: RunDirectory)
     run.command_done("b")
     assert [c.id for c in RunDirectory.open(run.path).commands_pending()] == ["c"]
     answer = run.events()[0]
-    assert (answer.kind, answer.step, answer.data["id"], answer.data["effect"]) == ("command", 4, "a", "applied")
+    assert (answer.kind, answer.step, answer.data["id"], answer.data["effect"]) == (
+        "command",
+        4,
+        "a",
+        "applied",
+    )
     run.command_done("never sent")
     assert len(os.listdir(run.commands)) == 1
 
@@ -63,7 +68,10 @@ BAD_COMMANDS = {
     "value-type": (b'{"kind": "lr", "value": "much"}', "does not fit"),
     "value-huge": (b'{"kind": "skip", "value": 1e999}', "skip takes|not JSON"),
     "step-type": (b'{"kind": "pause", "at_step": "soon"}', "does not fit"),
-    "step-huge": (b'{"kind": "pause", "at_step": 99999999999999999999999999}', "does not fit|at_step"),
+    "step-huge": (
+        b'{"kind": "pause", "at_step": 99999999999999999999999999}',
+        "does not fit|at_step",
+    ),
     "lr-zero": (b'{"kind": "lr", "value": 0}', "factor in"),
     "lr-nan": (b'{"kind": "lr", "value": "nan"}', "factor in"),
     "alpha": (b'{"kind": "embed-alpha", "value": 1.5}', "factor in"),
@@ -84,22 +92,32 @@ def test_bad_commands_are_refused_with_a_reason(run: RunDirectory, name: str) ->
     run.send(Command(id="good", kind=CommandKind.PAUSE))
     assert [c.id for c in run.commands_pending()] == ["good"]
     (refusal,) = run.commands_refused()
-    assert msgspec.json.encode(reason) and any(part in refusal.reason for part in reason.split("|")), refusal.reason
+    assert msgspec.json.encode(reason) and any(
+        part in refusal.reason for part in reason.split("|")
+    ), refusal.reason
     assert refusal.id == name and refusal.reason.isprintable()
     run.answer(refusal, applied=False, step=3)
     assert run.commands_refused() == [] and [c.id for c in run.commands_pending()] == ["good"]
     answer = run.events()[-1]
-    assert answer.data["effect"] == "refused" and answer.data["reason"] == refusal.reason and answer.data["id"] == name
+    assert (
+        answer.data["effect"] == "refused"
+        and answer.data["reason"] == refusal.reason
+        and answer.data["id"] == name
+    )
 
 
 def test_a_rollback_without_a_value_means_the_newest_good_state(run: RunDirectory) -> None:
     (run.commands / "by-hand.json").write_text('{"kind": "rollback", "new": true}')
     (run.commands / "null.json").write_text('{"kind": "rollback", "value": null}')
     pending = run.commands_pending()
-    assert sorted(c.id for c in pending) == ["by-hand", "null"] and all(math.isnan(c.value) for c in pending)
+    assert sorted(c.id for c in pending) == ["by-hand", "null"] and all(
+        math.isnan(c.value) for c in pending
+    )
 
 
-def test_links_pipes_and_folders_in_the_inbox_are_refused_and_removed(run: RunDirectory, tmp_path: Path) -> None:
+def test_links_pipes_and_folders_in_the_inbox_are_refused_and_removed(
+    run: RunDirectory, tmp_path: Path
+) -> None:
     secret = tmp_path / "secret.json"
     secret.write_text('{"kind": "stop"}')
     (run.commands / "link.json").symlink_to(secret)
@@ -128,7 +146,9 @@ def test_a_command_of_somebody_else_is_refused(run: RunDirectory) -> None:
     assert "belongs to user 12345" in run.commands_refused()[0].reason
 
 
-def test_only_the_owner_of_the_run_counts(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_owner_of_the_run_counts(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run.send(Command(id="mine", kind=CommandKind.STOP))
     run.inbox.owner += 1
     assert run.commands_pending() == [] and "belongs to user" in run.commands_refused()[0].reason
@@ -240,7 +260,9 @@ HOSTILE: dict[str, bytes] = {
 
 
 def plant(run: RunDirectory, tmp_path: Path) -> set[str]:
-    """All hostile files at once, with a link, a pipe, a folder and 100 MB of nothing; the names of all."""
+    """All hostile files at once, with a link, a pipe, a folder and 100 MB of nothing; the names of
+    all.
+    """
     for name, content in HOSTILE.items():
         (run.commands / f"{name}.json").write_bytes(content)
     (run.commands / "link.json").symlink_to(tmp_path / "nowhere")
@@ -252,7 +274,9 @@ def plant(run: RunDirectory, tmp_path: Path) -> set[str]:
 
 
 @pytest.mark.fault("R4")
-def test_hostile_files_are_answered_and_a_command_after_them_is_read(run: RunDirectory, tmp_path: Path) -> None:
+def test_hostile_files_are_answered_and_a_command_after_them_is_read(
+    run: RunDirectory, tmp_path: Path
+) -> None:
     names = plant(run, tmp_path)
     mailbox = Mailbox(run, seconds=0.01)
     try:
@@ -273,7 +297,9 @@ def of_command(run: RunDirectory) -> list[Event]:
 
 
 @pytest.mark.fault("R4")
-def test_the_mailbox_outlives_whatever_goes_wrong_in_a_look(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mailbox_outlives_whatever_goes_wrong_in_a_look(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It says so while it lasts, and reads on afterwards."""
     mailbox = Mailbox(run, seconds=0.01)
     scan = Inbox.scan
@@ -305,11 +331,16 @@ def test_a_mailbox_that_cannot_read_its_folder_says_so(run: RunDirectory, tmp_pa
         mailbox.close()
 
 
-def test_of_two_files_with_one_id_the_older_counts_and_the_other_is_answered(run: RunDirectory) -> None:
+def test_of_two_files_with_one_id_the_older_counts_and_the_other_is_answered(
+    run: RunDirectory,
+) -> None:
     run.send(Command(id="same", kind=CommandKind.PAUSE))
     run.send(Command(id="same", kind=CommandKind.STOP))
     (command,), (refusal,) = run.commands_waiting()
-    assert command.kind is CommandKind.PAUSE and "another command has had the id same" in refusal.reason
+    assert (
+        command.kind is CommandKind.PAUSE
+        and "another command has had the id same" in refusal.reason
+    )
     run.answer(refusal, applied=False)
     run.answer(command, applied=True)
     assert [event.data["effect"] for event in of_command(run)] == ["refused", "applied"]
@@ -322,4 +353,10 @@ def test_a_number_from_a_file_never_overflows() -> None:
 
     assert as_float(10**400) == math.inf and as_float(-(10**400)) == -math.inf
     assert as_float("nan") != as_float("nan") and as_float([1]) != as_float([1])
-    assert (as_int(10**400, 7), as_int(3.9), as_int(True, 7), as_int("3", 7), as_int(math.inf, 7)) == (7, 3, 7, 7, 7)
+    assert (
+        as_int(10**400, 7),
+        as_int(3.9),
+        as_int(True, 7),
+        as_int("3", 7),
+        as_int(math.inf, 7),
+    ) == (7, 3, 7, 7, 7)

@@ -11,12 +11,16 @@ from tests.test_guard import Loop
 
 
 class Glitch(Loop):
-    """A fault of the machine, not of the data: the loss of the first `times` tries of a step is a thousand times it."""
+    """A fault of the machine, not of the data: the loss of the first `times` tries of a step is a
+    thousand times it.
+    """
 
     def __init__(self, *, at: int, times: int, cause: Cause, **settings: Any) -> None:
         super().__init__(factor=1e3, **settings)
         self.at, self.left = at, times
-        self.guard.verdicts.judge = lambda step, verdict, reduced: self.judge(step, verdict, reduced, cause)
+        self.guard.verdicts.judge = lambda step, verdict, reduced: self.judge(
+            step, verdict, reduced, cause
+        )
 
     def judge(self, step: Step, verdict: Verdict, reduced: Reduced, cause: Cause) -> Diagnosis:
         assert verdict.action is not Action.APPLY and reduced.loss > 100 and step.verdict is verdict
@@ -43,7 +47,9 @@ def actions(loop: Loop) -> list[Action]:
 @pytest.mark.parametrize(
     ("cause", "expected"), [(Cause.HARDWARE, [Action.RETRY] * 2), (Cause.STATE, [Action.ROLLBACK])]
 )
-def test_what_is_not_the_datas_fault_costs_no_data(healthy: Loop, cause: Cause, expected: list[Action]) -> None:
+def test_what_is_not_the_datas_fault_costs_no_data(
+    healthy: Loop, cause: Cause, expected: list[Action]
+) -> None:
     loop = Glitch(at=21, times=len(expected), cause=cause).train()
     assert actions(loop) == expected
     assert len(loop.guard.ledger.quarantine) == 0
@@ -55,19 +61,29 @@ def test_a_state_that_is_in_trouble_again_is_gone_on_from_at_a_low_rate(healthy:
     verdicts = [step.verdict for step in loop.attempts if step.verdict is not None]
     back = [verdict for verdict in verdicts if verdict.action is Action.ROLLBACK]
     assert [verdict.rung for verdict in back] == ["rollback", "lower_lr", "lower_lr"]
-    assert [(one.value, one.hold) for verdict in back for one in verdict.remedies] == [(0.1, 20), (0.1**2, 40)]
+    assert [(one.value, one.hold) for verdict in back for one in verdict.remedies] == [
+        (0.1, 20),
+        (0.1**2, 40),
+    ]
     assert len(loop.guard.ledger.quarantine) == 0 and loop.digest() != healthy.digest()
 
 
 @pytest.mark.parametrize("applied", [False, True])
-def test_bad_data_is_left_out_and_gone_back_for_only_where_an_update_of_it_was_applied(applied: bool) -> None:
+def test_bad_data_is_left_out_and_gone_back_for_only_where_an_update_of_it_was_applied(
+    applied: bool,
+) -> None:
     """Six bad batches from step 21 on, twice as many as `persist` would bear without a cause."""
     told = [Diagnosis(cause=Cause.DATA, applied=applied)]
     loop = Loop(bad=range(80, 104), factor=1e3)
-    loop.guard.verdicts.judge = lambda step, verdict, reduced: told.pop() if told else Diagnosis(cause=Cause.DATA)
+    loop.guard.verdicts.judge = lambda step, verdict, reduced: (
+        told.pop() if told else Diagnosis(cause=Cause.DATA)
+    )
     loop.train()
-    assert actions(loop) == ([Action.ROLLBACK, *[Action.SKIP] * 5] if applied else [Action.SKIP] * 6)
-    assert len(loop.guard.ledger.quarantine) == (28 if applied else 24)  # and the batch before the onset
+    assert actions(loop) == (
+        [Action.ROLLBACK, *[Action.SKIP] * 5] if applied else [Action.SKIP] * 6
+    )
+    # and the batch before the onset
+    assert len(loop.guard.ledger.quarantine) == (28 if applied else 24)
     other = Loop(mode=Mode.OFF)
     other.guard.ledger.quarantine.read(loop.guard.ledger.quarantine.lines())
     other.train()

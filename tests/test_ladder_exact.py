@@ -1,5 +1,6 @@
-"""Every rung is exact: run A goes up the ladder by itself and is stopped in the middle; run B has no guard and is told
-from its beginning what was left out and which remedies hold. Every step and the final weights are the same."""
+"""Every rung is exact: run A goes up the ladder by itself and is stopped in the middle; run B has
+no guard and is told from its beginning what was left out and which remedies hold. Every step and
+the final weights are the same."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,18 @@ import pytest
 
 from guardrail.backtest.rejudge import Rejudge
 from guardrail.core.records import Command, CommandKind
-from tests.running import BATCH, assert_same, new_run, of_kind, remedies_of, table, tiny, told, train, trained
+from tests.running import (
+    BATCH,
+    assert_same,
+    new_run,
+    of_kind,
+    remedies_of,
+    table,
+    tiny,
+    told,
+    train,
+    trained,
+)
 
 LADDER = [
     {"do": "skip"},
@@ -26,14 +38,16 @@ def stretch(first: int, batches: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("world", "strategy"), [(1, "ddp"), *(pytest.param(2, kind, marks=pytest.mark.ci_slow) for kind in ("ddp", "fsdp"))]
+    ("world", "strategy"),
+    [(1, "ddp"), *(pytest.param(2, kind, marks=pytest.mark.ci_slow) for kind in ("ddp", "fsdp"))],
 )
 def test_every_rung_is_exact_through_a_crash(tmp_path: Path, world: int, strategy: str) -> None:
     config = tiny(
         tmp_path,
         world=world,
         strategy=strategy,
-        # Three bad batches call for a rollback; what the widened window has not reached calls for the next rungs.
+        # Three bad batches call for a rollback; what the widened window has not reached calls for
+        # the next rungs.
         faults=[stretch(240, 3 + 2 + 4 * 3)],
         guard={"ladder": LADDER, "cause_test": False, "window_max": 8, "remedies": [ALPHA]},
         checkpoint={"every": 10, "keep": 4},
@@ -44,7 +58,13 @@ def test_every_rung_is_exact_through_a_crash(tmp_path: Path, world: int, strateg
     assert train(a, world) == "stopped"
     assert train(a, world) == "finished"
     back = [event.data for event in of_kind(a, "rollback")]
-    assert [one["rung"] for one in back] == ["widen", "lower_lr", "older", "tighten_clip", "reset_moments"]
+    assert [one["rung"] for one in back] == [
+        "widen",
+        "lower_lr",
+        "older",
+        "tighten_clip",
+        "reset_moments",
+    ]
     widened, older = back[0], back[2]
     assert widened["window"][1] - widened["window"][0] == 8 * BATCH
     assert older["to_step"] < older["onset"] - 8

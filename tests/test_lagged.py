@@ -1,4 +1,6 @@
-"""`guard.gate = "lagged"`: the host reads each step's numbers a step later, and nothing comes out different."""
+"""`guard.gate = "lagged"`: the host reads each step's numbers a step later, and nothing comes out
+different.
+"""
 
 import math
 import os
@@ -56,7 +58,10 @@ def story(run: RunDirectory) -> list[tuple[str, int, int, str]]:
 def both(folder: Path, **sections: Any) -> tuple[RunDirectory, RunDirectory]:
     """The same run with the gate that waits and with the one that does not."""
     guard = sections.pop("guard", {})
-    runs = [trained(tiny(folder, guard={**guard, "gate": gate}, **sections)) for gate in ("sync", "lagged")]
+    runs = [
+        trained(tiny(folder, guard={**guard, "gate": gate}, **sections))
+        for gate in ("sync", "lagged")
+    ]
     return runs[0], runs[1]
 
 
@@ -66,11 +71,14 @@ def assert_alike(waiting: RunDirectory, lagged: RunDirectory) -> None:
     assert_whole(lagged)
 
 
-# What each kind of trouble looks like: a batch, a stretch that calls for a rollback, the hardware once, the state.
+# What each kind of trouble looks like: a batch, a stretch that calls for a rollback, the hardware
+# once, the state.
 FAULTS: dict[str, list[dict[str, Any]]] = {
     "nan_loss": [{"kind": "nan_loss", "first": 200, "last": 201}],
     "spike_loss": [{"kind": "spike_loss", "first": 200, "last": 224, "value": 50.0}],
-    "spike_loss of one micro-batch": [{"kind": "spike_loss", "first": 200, "last": 201, "value": 50.0, "micro": 0}],
+    "spike_loss of one micro-batch": [
+        {"kind": "spike_loss", "first": 200, "last": 201, "value": 50.0, "micro": 0}
+    ],
     "spike_grad": [{"kind": "spike_grad", "step": 26, "steps": 2, "value": 500.0, "times": 2}],
     "inf_grad": [{"kind": "inf_grad", "step": 27, "times": 1, "rank": 0}],
     "nan_grad": [{"kind": "nan_grad", "first": 208, "last": 212, "rank": 0}],
@@ -89,15 +97,22 @@ FAULTS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("world", "strategy"), [(1, "ddp"), pytest.param(2, "ddp", marks=pytest.mark.ci_slow)])
-def test_a_batch_a_stretch_the_hardware_and_the_state(tmp_path: Path, world: int, strategy: str) -> None:
+@pytest.mark.parametrize(
+    ("world", "strategy"), [(1, "ddp"), pytest.param(2, "ddp", marks=pytest.mark.ci_slow)]
+)
+def test_a_batch_a_stretch_the_hardware_and_the_state(
+    tmp_path: Path, world: int, strategy: str
+) -> None:
     faults = [
         *FAULTS["nan_loss"],
         {"kind": "inf_grad", "step": 17, "times": 1, "rank": world - 1},
         {"kind": "spike_loss", "step": 33, "times": 2, "value": 50.0},  # any batch, from this state
         {"kind": "spike_loss", "first": 352, "last": 376, "value": 50.0},
     ]
-    sections = {"data": {"eval_fraction": 0.1}, "train": {"steps": 50, "eval_every": 9, "eval_batches": 1}}
+    sections = {
+        "data": {"eval_fraction": 0.1},
+        "train": {"steps": 50, "eval_every": 9, "eval_batches": 1},
+    }
     waiting, lagged = both(tmp_path, world=world, strategy=strategy, faults=faults, **sections)
     assert_alike(waiting, lagged)
     kinds = [event.kind for event in lagged.events()]
@@ -108,7 +123,9 @@ def test_a_batch_a_stretch_the_hardware_and_the_state(tmp_path: Path, world: int
 @pytest.mark.parametrize("kind", FAULTS)
 @pytest.mark.parametrize(("world", "strategy"), SHAPES)
 def test_every_fault(tmp_path: Path, kind: str, world: int, strategy: str) -> None:
-    waiting, lagged = both(tmp_path, world=world, strategy=strategy, faults=FAULTS[kind], train={"steps": 45})
+    waiting, lagged = both(
+        tmp_path, world=world, strategy=strategy, faults=FAULTS[kind], train={"steps": 45}
+    )
     if kind == "garbage_grad":  # other noise each time: only what came of it can be the same
         assert_same(waiting, lagged)
         assert [event[:3] for event in story(waiting)] == [event[:3] for event in story(lagged)]
@@ -117,7 +134,9 @@ def test_every_fault(tmp_path: Path, kind: str, world: int, strategy: str) -> No
 
 
 def counted(config: Config) -> tuple[Trainer, int, int]:
-    """A trainer that has run to its end in memory; steps that the host has waited for, and others."""
+    """A trainer that has run to its end in memory; steps that the host has waited for, and
+    others.
+    """
     trainer = Trainer(config)
     assert trainer.train() is Phase.FINISHED
     lagged = trainer.guard.lagged
@@ -138,7 +157,8 @@ def test_an_update_that_the_ceilings_let_through_by_mistake_is_taken_back(
     spike = [{"kind": "spike_loss", "first": 208, "last": 209, "value": 50.0}]
     config = tiny(tmp_path, guard={"gate": "lagged"}, faults=spike, train={"steps": 40})
     monkeypatch.setattr(
-        "guardrail.decide.controller.Controller.ceilings", lambda self, like: dict.fromkeys(like.signals, math.inf)
+        "guardrail.decide.controller.Controller.ceilings",
+        lambda self, like: dict.fromkeys(like.signals, math.inf),
     )
     run = trained(config)
     (back,) = [event for event in run.events() if event.kind == "rollback"]
@@ -155,7 +175,8 @@ def test_what_it_takes_back_is_no_more_than_the_guard_may_leave_out_by_itself(
     guard = {"gate": "lagged", "max_skipped_share": 0.001}
     config = tiny(tmp_path, guard=guard, faults=spike, train={"steps": 40})
     monkeypatch.setattr(
-        "guardrail.decide.controller.Controller.ceilings", lambda self, like: dict.fromkeys(like.signals, math.inf)
+        "guardrail.decide.controller.Controller.ceilings",
+        lambda self, like: dict.fromkeys(like.signals, math.inf),
     )
     run = new_run(config)
     codes = wait_ranks(start_run(run, 1))
@@ -191,7 +212,9 @@ def test_killed_and_resumed(tmp_path: Path, world: int, strategy: str) -> None:
     whole, run = trained(config), new_run(config)
     pids = start_run(run, world)
     while len(run.metrics(["step"]) if run.metrics_path.exists() else ()) < 34:
-        assert os.waitid(os.P_PID, pids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT) is None, "it has ended already"
+        assert os.waitid(os.P_PID, pids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT) is None, (
+            "it has ended already"
+        )
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     wait_ranks(pids)
@@ -211,7 +234,9 @@ def test_killed_and_resumed(tmp_path: Path, world: int, strategy: str) -> None:
         ("train", "precision", "fp16"),
     ],
 )
-def test_what_needs_the_numbers_at_once_is_refused(tmp_path: Path, section: str, key: str, value: Any) -> None:
+def test_what_needs_the_numbers_at_once_is_refused(
+    tmp_path: Path, section: str, key: str, value: Any
+) -> None:
     with pytest.raises(ConfigError, match=r"guard\.gate") as caught:
         tiny(tmp_path, guard={"gate": "lagged"}, **{section: {key: value}})
     assert caught.value.key == f"{section}.{key}"
@@ -221,11 +246,17 @@ def test_what_needs_the_numbers_at_once_is_refused(tmp_path: Path, section: str,
 
 
 class Loop:
-    """Batch norm, dropout from the global dice, a signal of its own, losses that spoil at some positions."""
+    """Batch norm, dropout from the global dice, a signal of its own, losses that spoil at some
+    positions.
+    """
 
-    def __init__(self, gate: str, *, bad: dict[int, float] | None = None, optimizer: str = "adamw-fused") -> None:
+    def __init__(
+        self, gate: str, *, bad: dict[int, float] | None = None, optimizer: str = "adamw-fused"
+    ) -> None:
         torch.manual_seed(3)
-        self.model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
+        self.model = nn.Sequential(
+            nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1)
+        )
         made = torch.optim.AdamW(self.model.parameters(), lr=0.05, fused=optimizer == "adamw-fused")
         more: Any = {"gate": gate, "layers": True, "update_norm": True, "signals": ("odd",)}
         # In 60 steps two bad batches are already 3 % of the data.
@@ -245,7 +276,9 @@ class Loop:
         torch.manual_seed(4)
         for step in self.guard:
             self.tries += 1
-            rows = torch.tensor(step.batch.samples, dtype=torch.float32)[:, None].sin() * torch.arange(1.0, 5.0)
+            rows = torch.tensor(step.batch.samples, dtype=torch.float32)[
+                :, None
+            ].sin() * torch.arange(1.0, 5.0)
             loss = ((self.model(rows) - rows.sum(1, keepdim=True)) ** 2).mean() + 0.5
             for position, factor in self.bad.items():
                 if position in step.batch.positions:
@@ -256,13 +289,19 @@ class Loop:
         return {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
 
 
-@pytest.mark.parametrize("bad", [{}, {170: math.nan}, {170: 1e4}, {170: 1e4, 178: 1e4, 186: 1e4, 194: math.nan}])
+@pytest.mark.parametrize(
+    "bad", [{}, {170: math.nan}, {170: 1e4}, {170: 1e4, 178: 1e4, 186: 1e4, 194: math.nan}]
+)
 def test_buffers_and_dice_of_dropped_tries_leave_no_trace(bad: dict[int, float]) -> None:
     waiting, lagged = Loop("sync", bad=bad), Loop("lagged", bad=bad)
     theirs, ours = waiting.run(), lagged.run()
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
-    assert list(waiting.guard.ledger.quarantine.lines()) == list(lagged.guard.ledger.quarantine.lines())
-    assert lagged.tries > waiting.tries, "so small a model has notes too, and each costs two more tries"
+    assert list(waiting.guard.ledger.quarantine.lines()) == list(
+        lagged.guard.ledger.quarantine.lines()
+    )
+    assert lagged.tries > waiting.tries, (
+        "so small a model has notes too, and each costs two more tries"
+    )
     assert lagged.guard.lagged is not None and lagged.guard.lagged.flown > 30
 
 
@@ -275,13 +314,19 @@ def test_a_loop_whose_optimizer_cannot_leave_out_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["plain", "fsdp"])
-def test_an_update_is_left_out_or_applied_by_a_number_on_the_device(tmp_path: Path, kind: str) -> None:
-    for outcome in run_ranks(_gated, 1 if kind == "plain" else 2, kind, folder=tmp_path, init=kind != "plain"):
+def test_an_update_is_left_out_or_applied_by_a_number_on_the_device(
+    tmp_path: Path, kind: str
+) -> None:
+    for outcome in run_ranks(
+        _gated, 1 if kind == "plain" else 2, kind, folder=tmp_path, init=kind != "plain"
+    ):
         assert outcome == (True, True)
 
 
 def _gated(rank: int, kind: str) -> tuple[bool, bool]:
-    """(Whether parameters and moments are untouched where left out, and the same bits as without the flag)."""
+    """(Whether parameters and moments are untouched where left out, and the same bits as without
+    the flag).
+    """
     setups = [Setup(kind, "adamw-fused") for _ in range(2)]
     for setup in setups:
         setup.steps(1, 4)
@@ -295,14 +340,18 @@ def _gated(rank: int, kind: str) -> tuple[bool, bool]:
         if unless is not None:
             gate.apply(torch.tensor(math.nan), unless=unless)
             now = state_of(setup)
-            untouched = all(torch.equal(before[name], now[name]) for name in before if "seen" not in name)
+            untouched = all(
+                torch.equal(before[name], now[name]) for name in before if "seen" not in name
+            )
             torch.manual_seed(0)
             setup.model(torch.ones(2, 3, dtype=torch.long)).sum().backward()
             gate.apply(torch.tensor(0.37, dtype=torch.float64), unless=torch.tensor(0.0))
         else:
             gate.apply(0.37)
     ours, theirs = (state_of(setup) for setup in setups)
-    return untouched, all(torch.equal(ours[name], theirs[name]) for name in theirs if "seen" not in name)
+    return untouched, all(
+        torch.equal(ours[name], theirs[name]) for name in theirs if "seen" not in name
+    )
 
 
 def state_of(setup: Setup) -> dict[str, torch.Tensor]:
@@ -321,20 +370,36 @@ def test_the_device_computes_what_the_host_computes() -> None:
         model(torch.randint(0, VOCABULARY, (2, 4))).sum().backward()
         named = {"a": torch.rand(())} if seed % 2 else {"a": -1.5, "b": torch.rand(())}
         vector = probes.launch(
-            10 * torch.rand(()), 3 + seed, step_time=0.1, named=named, update_square=torch.rand(()) if seed else None
+            10 * torch.rand(()),
+            3 + seed,
+            step_time=0.1,
+            named=named,
+            update_square=torch.rand(()) if seed else None,
         )
         reduced = probes.unpack(vector.tolist(), 17.0, None)
         values, known, sound, scale = probes.on_device(vector, 17.0)
-        told_ = {n: v for n, v, k in zip(probes.signal_names, values.tolist(), known.tolist(), strict=True) if k}
+        told_ = {
+            n: v
+            for n, v, k in zip(probes.signal_names, values.tolist(), known.tolist(), strict=True)
+            if k
+        }
         assert told_ == reduced.signals()
         assert sound.item() is True and scale.item() == reduced.scale
         for clip in (1.0, 0.3, 1e9):
-            assert gate.factor_on_device(values[1], scale, clip=clip).item() == gate.factor(reduced, clip=clip)
+            assert gate.factor_on_device(values[1], scale, clip=clip).item() == gate.factor(
+                reduced, clip=clip
+            )
 
 
 @pytest.mark.parametrize(
     "numbers",
-    [{"loss": math.nan}, {"loss": math.inf}, {"tokens": 0}, {"incomplete": True}, {"gradient": math.nan}],
+    [
+        {"loss": math.nan},
+        {"loss": math.inf},
+        {"tokens": 0},
+        {"incomplete": True},
+        {"gradient": math.nan},
+    ],
 )
 def test_what_is_not_sound_is_told_on_the_device(numbers: dict[str, Any]) -> None:
     model = Tiny()

@@ -1,6 +1,7 @@
-"""The law of exactness from end to end, in one run of four epochs: a rollback, one that is widened, a quarantine of two
-samples out of a batch, a death right behind its journal line, and then a decision taken back. What is left at the end
-is the run of somebody who was told from the beginning what is left out, and had no guard."""
+"""The law of exactness from end to end, in one run of four epochs: a rollback, one that is widened,
+a quarantine of two samples out of a batch, a death right behind its journal line, and then a
+decision taken back. What is left at the end is the run of somebody who was told from the beginning
+what is left out, and had no guard."""
 
 from __future__ import annotations
 
@@ -48,7 +49,9 @@ LADDER = [{"do": "skip"}, {"do": "rollback"}, {"do": "widen", "times": 2}]
 
 
 def mild_then_strong(batch: int, mild: float, strong: float) -> list[dict[str, Any]]:
-    """Three bad batches that are applied, and one that is found out: an update of such data is in the weights."""
+    """Three bad batches that are applied, and one that is found out: an update of such data is in
+    the weights.
+    """
     parts = ((batch, batch + 3, mild), (batch + 3, batch + 4, strong))
     return [
         {"kind": "spike_loss", "first": first * BATCH, "last": last * BATCH, "value": value}
@@ -72,13 +75,19 @@ def config_of(
     score: float = 5.0,
     epochs: int = 4,
 ) -> Config:
-    """Eight pieces of text over and over, a document a sample, so that two samples of noise stand out."""
+    """Eight pieces of text over and over, a document a sample, so that two samples of noise stand
+    out.
+    """
     write_corpus(folder / "whole", documents=PIECES)
-    text = "".join(file.read_text(encoding="utf-8") for file in sorted((folder / "whole").iterdir()))
+    text = "".join(
+        file.read_text(encoding="utf-8") for file in sorted((folder / "whole").iterdir())
+    )
     (folder / "corpus").mkdir()
     for number in range(SAMPLES + 1):
         start = number % PIECES * LENGTH
-        (folder / "corpus" / f"{number:04d}.txt").write_text(text[start : start + LENGTH - 1], encoding="utf-8")
+        (folder / "corpus" / f"{number:04d}.txt").write_text(
+            text[start : start + LENGTH - 1], encoding="utf-8"
+        )
     config = tiny(
         folder,
         world=world,
@@ -96,7 +105,9 @@ def config_of(
 
 
 def killed_behind(run: RunDirectory, world: int, wanted: Callable[[Event], bool]) -> bool:
-    """Train until rank 0 dies at once behind the first journal line that is wanted; False where none was."""
+    """Train until rank 0 dies at once behind the first journal line that is wanted; False where
+    none was.
+    """
     append = RunDirectory.append
 
     def lethal(self: RunDirectory, *given: Any, **data: Any) -> Event:
@@ -114,11 +125,17 @@ def killed_behind(run: RunDirectory, world: int, wanted: Callable[[Event], bool]
 
 def of_samples(event: Event) -> bool:
     span = event.data.get("span")
-    return event.kind == "left_out" and bool(span["positions"] if isinstance(span, dict) else span.positions)
+    return event.kind == "left_out" and bool(
+        span["positions"] if isinstance(span, dict) else span.positions
+    )
 
 
 def send_undo(run: RunDirectory, seq: int, at_step: int) -> None:
-    run.send(Command(id=f"undo-{seq}", kind=CommandKind.UNDO, value=float(seq), at_step=at_step, who="tester"))
+    run.send(
+        Command(
+            id=f"undo-{seq}", kind=CommandKind.UNDO, value=float(seq), at_step=at_step, who="tester"
+        )
+    )
 
 
 def pardoning(config: Config, run: RunDirectory) -> Config:
@@ -126,7 +143,11 @@ def pardoning(config: Config, run: RunDirectory) -> Config:
     lines = told(config, run).data.quarantine
     replace = msgspec.structs.replace
     pardons = tuple(Past.of(run.events()).pardons)
-    return replace(config, guard=replace(config.guard, pardon=pardons), data=replace(config.data, quarantine=lines))
+    return replace(
+        config,
+        guard=replace(config.guard, pardon=pardons),
+        data=replace(config.data, quarantine=lines),
+    )
 
 
 def crashed(config: Config) -> tuple[RunDirectory, Event, Event]:
@@ -137,7 +158,9 @@ def crashed(config: Config) -> tuple[RunDirectory, Event, Event]:
     (narrowed,) = filter(of_samples, of_kind(run, "left_out"))
     assert (first.data["rung"], widened.data["rung"]) == ("rollback", "widen")
     window = widened.data["window"]
-    assert window[1] - window[0] > 8 * BATCH and window[0] < 2 * SAMPLES < window[1], "across an epoch's end"
+    assert window[1] - window[0] > 8 * BATCH and window[0] < 2 * SAMPLES < window[1], (
+        "across an epoch's end"
+    )
     assert narrowed.data["count"] == 2 and narrowed.step > widened.step
     return run, widened, narrowed
 
@@ -156,7 +179,9 @@ def test_a_widened_rollback_then_two_samples_then_a_crash_then_an_undo(tmp_path:
     undone(config, run, widened.seq)
     back = of_kind(run, "undo")[0].data
     assert back["to_step"] < widened.data["onset"] and back["samples"] == widened.data["count"]
-    assert {line.split("@")[-1] for line in quarantine_lines(run)} >= {"3"}, "the two samples are still left out"
+    assert {line.split("@")[-1] for line in quarantine_lines(run)} >= {"3"}, (
+        "the two samples are still left out"
+    )
     assert any("pardoned" in event.message for event in of_kind(run, "finding"))
     assert_same(run, trained(told(config, run)))
 
@@ -164,10 +189,16 @@ def test_a_widened_rollback_then_two_samples_then_a_crash_then_an_undo(tmp_path:
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["rollback", "widen", "samples"])
 @pytest.mark.parametrize(("world", "strategy"), SHAPES)
-def test_whichever_decision_is_taken_back(tmp_path: Path, world: int, strategy: str, which: str) -> None:
+def test_whichever_decision_is_taken_back(
+    tmp_path: Path, world: int, strategy: str, which: str
+) -> None:
     config = config_of(tmp_path, world=world, strategy=strategy)
     run, widened, narrowed = crashed(config)
-    undone(config, run, {"rollback": of_kind(run, "rollback")[0], "widen": widened, "samples": narrowed}[which].seq)
+    undone(
+        config,
+        run,
+        {"rollback": of_kind(run, "rollback")[0], "widen": widened, "samples": narrowed}[which].seq,
+    )
     assert_same(run, trained(told(config, run)))
     assert_same(run, trained(pardoning(config, run)))
 
@@ -176,7 +207,9 @@ def test_whichever_decision_is_taken_back(tmp_path: Path, world: int, strategy: 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_killed_behind_each_line_of_the_journal(tmp_path: Path, strategy: str) -> None:
-    """Whatever has just been written down, and has not taken effect: the run that goes on is the one it would be."""
+    """Whatever has just been written down, and has not taken effect: the run that goes on is the
+    one it would be.
+    """
     config = config_of(tmp_path, world=2, strategy=strategy)
 
     def asked() -> RunDirectory:
@@ -198,11 +231,16 @@ def test_killed_behind_each_line_of_the_journal(tmp_path: Path, strategy: str) -
 
 
 @pytest.mark.parametrize(
-    ("kind", "value"), [(CommandKind.SKIP, 2.0), (CommandKind.ROLLBACK, math.nan), (CommandKind.UNDO, math.nan)]
+    ("kind", "value"),
+    [(CommandKind.SKIP, 2.0), (CommandKind.ROLLBACK, math.nan), (CommandKind.UNDO, math.nan)],
 )
-def test_killed_between_the_answer_to_a_command_and_its_deed(tmp_path: Path, kind: CommandKind, value: float) -> None:
+def test_killed_between_the_answer_to_a_command_and_its_deed(
+    tmp_path: Path, kind: CommandKind, value: float
+) -> None:
     fault = {"kind": "spike_loss", "first": 20 * BATCH, "last": 21 * BATCH, "value": 50.0}
-    config = tiny(tmp_path, faults=[fault], checkpoint={"every": 10, "keep": 4}, train={"steps": 32})
+    config = tiny(
+        tmp_path, faults=[fault], checkpoint={"every": 10, "keep": 4}, train={"steps": 32}
+    )
 
     def asked() -> RunDirectory:
         run = new_run(config)
@@ -225,8 +263,12 @@ def test_killed_between_the_answer_to_a_command_and_its_deed(tmp_path: Path, kin
 
 
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
-def test_a_suspect_checkpoint_is_not_gone_on_from_though_it_is_the_newest(tmp_path: Path, strategy: str) -> None:
-    """The run goes back to a checkpoint before the onset, and dies as soon as it has called those behind it suspect."""
+def test_a_suspect_checkpoint_is_not_gone_on_from_though_it_is_the_newest(
+    tmp_path: Path, strategy: str
+) -> None:
+    """The run goes back to a checkpoint before the onset, and dies as soon as it has called those
+    behind it suspect.
+    """
     config = tiny(
         tmp_path,
         world=2,
@@ -238,7 +280,9 @@ def test_a_suspect_checkpoint_is_not_gone_on_from_though_it_is_the_newest(tmp_pa
     )
     run = new_run(config)
     with prompt_disk():
-        assert killed_behind(run, 2, lambda e: e.kind == "checkpoint" and e.data["state"] == "suspect")
+        assert killed_behind(
+            run, 2, lambda e: e.kind == "checkpoint" and e.data["state"] == "suspect"
+        )
     (back,) = of_kind(run, "rollback")
     assert (back.data["tier"], back.data["to_step"]) == ("disk", 20)
     steps = [read_manifest(path).step for path in checkpoint_dirs(run.checkpoints)]
@@ -251,14 +295,18 @@ def test_a_suspect_checkpoint_is_not_gone_on_from_though_it_is_the_newest(tmp_pa
 
 # -- a window of which only a few samples are to blame
 
-NOISE = (506, 507, 512, 513, 514, 515)  # two samples of a batch that is applied, and four of the one behind it
+# two samples of a batch that is applied, and four of the one behind it
+NOISE = (506, 507, 512, 513, 514, 515)
 
 
 @pytest.mark.ci_slow
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
-def test_a_rollback_leaves_out_the_few_samples_that_explain_it(tmp_path: Path, strategy: str) -> None:
+def test_a_rollback_leaves_out_the_few_samples_that_explain_it(
+    tmp_path: Path, strategy: str
+) -> None:
     faults = [
-        {"kind": "noise_tokens", "first": first, "last": last} for first, last in ((NOISE[0], 508), (NOISE[2], 516))
+        {"kind": "noise_tokens", "first": first, "last": last}
+        for first, last in ((NOISE[0], 508), (NOISE[2], 516))
     ]
     config = config_of(tmp_path, world=2, strategy=strategy, faults=faults, score=11.5, epochs=3)
     run = new_run(config)

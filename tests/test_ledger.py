@@ -18,7 +18,7 @@ from guardrail.decide.sample_order import Batch, Ledger, LedgerState, Quarantine
 HYPOTHESIS = settings(deadline=None, derandomize=True, max_examples=60)
 
 
-# -- order -----------------------------------------------------------------------------------------------------------
+# -- order -----------------------------------------------------------------------------------------
 
 
 @HYPOTHESIS
@@ -36,9 +36,13 @@ def test_sizes_around_powers_of_two(samples: int) -> None:
 
 @HYPOTHESIS
 @given(st.integers(1, 300), st.integers(0, 1000), st.integers(0, 100))
-def test_a_position_gives_the_same_sample_however_it_is_asked_for(samples: int, first: int, count: int) -> None:
+def test_a_position_gives_the_same_sample_however_it_is_asked_for(
+    samples: int, first: int, count: int
+) -> None:
     order = SampleOrder(samples=samples, seed=7)
-    assert order.samples(first, first + count) == [order.sample(p) for p in range(first, first + count)]
+    assert order.samples(first, first + count) == [
+        order.sample(p) for p in range(first, first + count)
+    ]
 
 
 def test_epochs_and_seeds_give_other_permutations() -> None:
@@ -86,7 +90,7 @@ def test_no_samples_is_an_error() -> None:
         SampleOrder(samples=0)
 
 
-# -- quarantine --------------------------------------------------------------------------------------------------------
+# -- quarantine ------------------------------------------------------------------------------------
 
 
 def test_a_sample_is_left_out_from_an_epoch_on() -> None:
@@ -112,7 +116,9 @@ def test_lines_are_read_back_with_comments_and_blanks() -> None:
 
 @pytest.mark.parametrize("line", ["x", "-1", "1@-1", "1@x", "1.5", "1 2", "@3", "1@", "1_0", "+4"])
 def test_a_bad_line_is_named(line: str) -> None:
-    with pytest.raises(UsageError, match=r"q.txt, line 2: .* is not a sample id \(ID, or ID@EPOCH\)"):
+    with pytest.raises(
+        UsageError, match=r"q.txt, line 2: .* is not a sample id \(ID, or ID@EPOCH\)"
+    ):
         Quarantine().read(["1", line], source="q.txt")
 
 
@@ -122,7 +128,7 @@ def test_an_id_that_the_data_does_not_have_is_refused() -> None:
     Quarantine().read(["99"], source="q.txt", samples=100)
 
 
-# -- batches -----------------------------------------------------------------------------------------------------------
+# -- batches ---------------------------------------------------------------------------------------
 
 
 def ledger(samples: int = 1000, batch: int = 8, **options: int) -> Ledger:
@@ -180,7 +186,10 @@ def test_batches_cross_epochs() -> None:
     for _ in range(2):
         advance(book)
     batch = advance(book)
-    assert batch.samples == tuple(book.order.samples(16, 24)) and (batch.first, batch.last) == (16, 24)
+    assert batch.samples == tuple(book.order.samples(16, 24)) and (batch.first, batch.last) == (
+        16,
+        24,
+    )
 
 
 def test_all_samples_quarantined_is_an_error_and_not_an_endless_loop() -> None:
@@ -202,7 +211,9 @@ def test_almost_all_samples_quarantined_still_trains() -> None:
 
 
 def test_a_sample_met_again_is_left_out_from_that_epoch_on() -> None:
-    """Its healthy use in epoch 0 stays true: a run that is told from its beginning makes the same batches."""
+    """Its healthy use in epoch 0 stays true: a run that is told from its beginning makes the same
+    batches.
+    """
     book = ledger(samples=20)
     for _ in range(4):
         advance(book)
@@ -224,7 +235,7 @@ def test_leave_out_counts_what_is_new() -> None:
     assert [span.first for span in book.spans] == [0, 4]
 
 
-# -- streak ------------------------------------------------------------------------------------------------------------
+# -- streak ----------------------------------------------------------------------------------------
 
 
 def test_the_streak_counts_rejections_with_nothing_applied_between() -> None:
@@ -270,7 +281,7 @@ def test_what_a_person_leaves_out_is_no_streak() -> None:
     assert (batch.first, batch.streak) == (24, 0)
 
 
-# -- state -------------------------------------------------------------------------------------------------------------
+# -- state -----------------------------------------------------------------------------------------
 
 
 def test_state_goes_through_json_and_the_quarantine_stays() -> None:
@@ -288,7 +299,9 @@ def test_state_goes_through_json_and_the_quarantine_stays() -> None:
 
 @HYPOTHESIS
 @given(st.integers(0, 2**32), st.integers(1, 120), st.integers(0, 60))
-def test_a_restart_from_any_state_and_the_journal_makes_the_same_batches(seed: int, samples: int, cut: int) -> None:
+def test_a_restart_from_any_state_and_the_journal_makes_the_same_batches(
+    seed: int, samples: int, cut: int
+) -> None:
     """The undisturbed run and one that died after `cut` batches, resumed from an older state."""
     rng = random.Random(seed)
     book = Ledger(SampleOrder(samples=samples + 8, seed=seed), batch_size=rng.randint(1, 8))
@@ -348,7 +361,9 @@ def test_what_would_leave_no_sample_is_said_before() -> None:
     ledger.leave_out(Span(first=40, last=79, cause="user", step=1))
     (kept,) = set(range(40)) - set(ledger.order.samples(40, 79))
     place = 80 + ledger.order.samples(80, 120).index(kept)
-    assert ledger.nothing_left(80, place) == "" and ledger.nothing_left(place, place + 1) == all_of_it
+    assert (
+        ledger.nothing_left(80, place) == "" and ledger.nothing_left(place, place + 1) == all_of_it
+    )
     ledger.leave_out(Span(first=place, last=place + 1, cause="user", step=1))
     ledger.restore(LedgerState(cursor=place, applied_end=0))
     with pytest.raises(DataError, match="all 40 samples"):
@@ -369,7 +384,9 @@ class ById:
 
 
 @pytest.mark.parametrize("long", [1, 3])
-def test_ranges_of_positions_hold_what_their_samples_would(long: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranges_of_positions_hold_what_their_samples_would(
+    long: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Over epochs, overlapping, and among single samples."""
     monkeypatch.setattr(ledger_module, "LONG", long)
     for seed in range(60):
@@ -394,7 +411,9 @@ def test_ranges_of_positions_hold_what_their_samples_would(long: int, monkeypatc
         for sample, epoch in itertools.product(range(count), range(7)):
             assert quarantine.holds(sample, epoch) == plain.holds(sample, epoch)
         ids = order.samples(first := draw.randrange(5 * count), first + 2 * count)
-        held = [plain.holds(sample, order.epoch(position)) for position, sample in enumerate(ids, first)]
+        held = [
+            plain.holds(sample, order.epoch(position)) for position, sample in enumerate(ids, first)
+        ]
         assert quarantine.held(first, ids, order) == held
 
 
@@ -414,7 +433,9 @@ def test_a_long_skip_is_one_range() -> None:
     book = Ledger(order, batch_size=32)
     tracemalloc.start()
     try:
-        new = book.leave_out(Span(first=100, last=640_100, cause="user", step=1, reason="", batches=20_000))
+        new = book.leave_out(
+            Span(first=100, last=640_100, cause="user", step=1, reason="", batches=20_000)
+        )
         kept, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

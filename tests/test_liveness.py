@@ -30,11 +30,15 @@ BEHIND, AHEAD = (-3600.0, -45.0), (45.0, 3600.0)
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("GUARDRAIL_ROOT", raising=False)
-    return RunDirectory.create("runs", "far", '[run]\nname = "far"\n[train]\nsteps = 1000\n[launch]\ndevice = "cpu"\n')
+    return RunDirectory.create(
+        "runs", "far", '[run]\nname = "far"\n[train]\nsteps = 1000\n[launch]\ndevice = "cpu"\n'
+    )
 
 
 def status(run: RunDirectory, heartbeat: float, **changes: object) -> Status:
-    return Status(run=run.name, phase=Phase.STEP, step=7, host="elsewhere", heartbeat=heartbeat, **changes)  # type: ignore[arg-type]
+    return Status(
+        run=run.name, phase=Phase.STEP, step=7, host="elsewhere", heartbeat=heartbeat, **changes
+    )  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -75,7 +79,9 @@ def test_a_run_on_a_host_with_another_clock_lives(
 
 
 @pytest.mark.parametrize("skew", [*BEHIND, 45.0, pytest.param(3600.0, marks=FAULT)])
-def test_a_run_that_died_there_is_dead(run: RunDirectory, skew: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_died_there_is_dead(
+    run: RunDirectory, skew: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It died when its clock showed what ours shows now, or long before or after."""
     monkeypatch.setattr("guardrail.rundir.liveness.FIRST_SECONDS", 0.3, raising=False)
     died = time.time() - 3600.0
@@ -85,7 +91,9 @@ def test_a_run_that_died_there_is_dead(run: RunDirectory, skew: float, monkeypat
     assert found is not None and not is_alive(run, found)
 
 
-def test_attach_sees_a_run_end_on_a_host_with_another_clock(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attach_sees_a_run_end_on_a_host_with_another_clock(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("guardrail.rundir.liveness.FIRST_SECONDS", 0.3)
     monkeypatch.setattr("guardrail.rundir.liveness.FRESH_SECONDS", 0.6)
     with beating(run, -300.0):
@@ -104,8 +112,12 @@ def test_attach_sees_a_run_end_on_a_host_with_another_clock(run: RunDirectory, m
 
 
 @pytest.mark.fault("B8")
-def test_an_end_counts_whatever_clock_has_written_it(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The supervisor of another node reads how the first one's rank 0 has ended the run, by an earlier clock."""
+def test_an_end_counts_whatever_clock_has_written_it(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The supervisor of another node reads how the first one's rank 0 has ended the run, by an
+    earlier clock.
+    """
     run.append("ended", "finished", phase="finished", exit_code=0)
     chronicle = Chronicle(run, LaunchSection(node_rank=1), "here", Mode.AUTO)
     assert chronicle.last_word_of_ranks([]) is None, "that was before"
@@ -130,7 +142,9 @@ def test_a_screen_on_a_host_with_another_clock_counts(
     assert run.screens() == 0
 
 
-def test_a_command_to_a_dead_run_is_refused(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_to_a_dead_run_is_refused(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from guardrail.operate import control
 
     monkeypatch.setattr("guardrail.rundir.liveness.FIRST_SECONDS", 0.3)

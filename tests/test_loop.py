@@ -1,4 +1,6 @@
-"""The loop under faults: every rank reaches the same verdict at the same step, and a step left out leaves no trace."""
+"""The loop under faults: every rank reaches the same verdict at the same step, and a step left out
+leaves no trace.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -57,7 +59,13 @@ def watched(rank: int, path: Path) -> list[dict[str, Any]]:
 
     trainer.loader.load = remembered  # type: ignore[method-assign]
     collectives: list[str] = []
-    for name in ("all_reduce", "broadcast", "broadcast_object_list", "all_gather_object", "barrier"):
+    for name in (
+        "all_reduce",
+        "broadcast",
+        "broadcast_object_list",
+        "all_gather_object",
+        "barrier",
+    ):
         setattr(dist, name, counted(getattr(dist, name), name, collectives))
     for step in trainer.guard:
         before = trainer.guard.state.digests()
@@ -98,8 +106,12 @@ def watch(config: Config) -> tuple[RunDirectory, list[list[dict[str, Any]]]]:
 def test_advise_changes_nothing(tmp_path: Path, world: int, strategy: str) -> None:
     faults = [{"kind": "spike_loss", "first": 160, "last": 184, "value": 50.0}]
     sections: dict[str, Any] = {"faults": faults, "train": {"steps": 28}}
-    advised = trained(tiny(tmp_path, world=world, strategy=strategy, guard={"mode": "advise"}, **sections))
-    free = trained(tiny(tmp_path, world=world, strategy=strategy, guard={"mode": "off"}, **sections))
+    advised = trained(
+        tiny(tmp_path, world=world, strategy=strategy, guard={"mode": "advise"}, **sections)
+    )
+    free = trained(
+        tiny(tmp_path, world=world, strategy=strategy, guard={"mode": "off"}, **sections)
+    )
     would = [(e.data["action"], e.data["would"]) for e in of_kind(advised, "verdict")]
     assert would[:3] == [("apply", "skip"), ("apply", "skip"), ("apply", "rollback")]
     assert not of_kind(free, "verdict")
@@ -110,14 +122,25 @@ def test_advise_changes_nothing(tmp_path: Path, world: int, strategy: str) -> No
 
 def test_the_same_samples_on_one_rank_and_on_two(tmp_path: Path) -> None:
     faults = [
-        {"kind": "spike_loss", "first": first, "last": last, "value": 50.0} for first, last in ((80, 88), (160, 184))
+        {"kind": "spike_loss", "first": first, "last": last, "value": 50.0}
+        for first, last in ((80, 88), (160, 184))
     ]
-    sections: dict[str, Any] = {"faults": faults, "train": {"steps": 30}, "data": {"order": "shuffled"}, "guard": BLIND}
+    sections: dict[str, Any] = {
+        "faults": faults,
+        "train": {"steps": 30},
+        "data": {"order": "shuffled"},
+        "guard": BLIND,
+    }
     one, (alone,) = watch(tiny(tmp_path, **sections))
     two, (first, second) = watch(tiny(tmp_path, world=2, **sections))
     assert [(a["step"], a["action"]) for a in alone] == [(a["step"], a["action"]) for a in first]
-    assert [set(a["rows"]) for a in alone] == [{*a["rows"], *b["rows"]} for a, b in zip(first, second, strict=True)]
-    assert all(len(a["rows"]) == BATCH and len(b["rows"]) == BATCH // 2 for a, b in zip(alone, first, strict=True))
+    assert [set(a["rows"]) for a in alone] == [
+        {*a["rows"], *b["rows"]} for a, b in zip(first, second, strict=True)
+    ]
+    assert all(
+        len(a["rows"]) == BATCH and len(b["rows"]) == BATCH // 2
+        for a, b in zip(alone, first, strict=True)
+    )
     assert {a["action"] for a in alone} == {Action.APPLY, Action.SKIP, Action.ROLLBACK}
     places = ("step", "first", "last")
     assert np.array_equal(table(one, places), table(two, places))
@@ -128,22 +151,35 @@ def test_evaluation_changes_nothing(tmp_path: Path, world: int, strategy: str) -
     sections = {"data": {"eval_fraction": 0.1}, "checkpoint": {"every": 7}}
     train_sections = [{"steps": 20}, {"steps": 20, "eval_every": 3, "eval_batches": 2}]
     plain, evaluated = [
-        trained(tiny(tmp_path, world=world, strategy=strategy, train=section, **sections)) for section in train_sections
+        trained(tiny(tmp_path, world=world, strategy=strategy, train=section, **sections))
+        for section in train_sections
     ]
     assert [e.step for e in of_kind(evaluated, "eval")] == [3, 6, 9, 12, 15, 18, 20]
     view = evaluated.metrics()
-    assert view.column("step")[np.isfinite(view.column("eval_loss"))].tolist() == [3, 6, 9, 12, 15, 18, 20]
+    assert view.column("step")[np.isfinite(view.column("eval_loss"))].tolist() == [
+        3,
+        6,
+        9,
+        12,
+        15,
+        18,
+        20,
+    ]
     assert_same(plain, evaluated)
 
 
 @pytest.mark.parametrize(
-    ("first", "then"), [((2, "ddp"), (1, "ddp")), ((1, "ddp"), (2, "ddp")), ((2, "fsdp"), (1, "ddp"))]
+    ("first", "then"),
+    [((2, "ddp"), (1, "ddp")), ((1, "ddp"), (2, "ddp")), ((2, "fsdp"), (1, "ddp"))],
 )
 def test_a_run_goes_on_with_another_number_of_ranks(
     tmp_path: Path, first: tuple[int, str], then: tuple[int, str]
 ) -> None:
     sections: dict[str, Any] = {"model": {"dropout": 0.0}, "train": {"steps": 30}}
-    configs = [tiny(tmp_path, world=world, strategy=strategy, **sections) for world, strategy in (first, then)]
+    configs = [
+        tiny(tmp_path, world=world, strategy=strategy, **sections)
+        for world, strategy in (first, then)
+    ]
     whole, run = trained(configs[0]), new_run(configs[0])
     run.send(Command(id="stop", kind=CommandKind.STOP, at_step=17))
     assert train(run, first[0]) == "stopped"
@@ -163,20 +199,33 @@ def test_a_step_agrees_in_one_collective(tmp_path: Path) -> None:
     faults = [{"kind": "spike_loss", "first": 80, "last": 88, "value": 50.0}]
     # Looking for a cause runs more batches, at the first rejected step of an incident.
     guard = {"cause_test": False}
-    _, ranks = watch(tiny(tmp_path, world=2, faults=faults, train={"steps": 20}, checkpoint={"every": 5}, guard=guard))
+    _, ranks = watch(
+        tiny(
+            tmp_path,
+            world=2,
+            faults=faults,
+            train={"steps": 20},
+            checkpoint={"every": 5},
+            guard=guard,
+        )
+    )
     for attempts in ranks:
         assert {a["action"] for a in attempts} == {Action.APPLY, Action.SKIP}
         for attempt in attempts:
-            # After the verdict of a rejected step, what led to it is gathered: here the tokens that pull on the
-            # embedding. And ranks meet while the documents of the skipped samples are looked up.
+            # After the verdict of a rejected step, what led to it is gathered: here the tokens that
+            # pull on the embedding. And ranks meet while the documents of the skipped samples are
+            # looked up.
             first, *later = attempt["collectives"]
             assert first == "all_reduce"
-            assert set(later) == ({"all_gather_object"} if attempt["action"] is Action.SKIP else set())
+            assert set(later) == (
+                {"all_gather_object"} if attempt["action"] is Action.SKIP else set()
+            )
 
 
 def test_what_is_done_stands_in_the_journal_first(tmp_path: Path) -> None:
     faults = [
-        {"kind": "spike_loss", "first": first, "last": last, "value": 50.0} for first, last in ((80, 88), (160, 184))
+        {"kind": "spike_loss", "first": first, "last": last, "value": 50.0}
+        for first, last in ((80, 88), (160, 184))
     ]
     run = new_run(tiny(tmp_path, faults=faults, guard=BLIND, train={"steps": 26}))
     run.send(Command(id="slower", kind=CommandKind.LR, value=0.5, at_step=5))
@@ -196,7 +245,9 @@ def test_what_is_done_stands_in_the_journal_first(tmp_path: Path) -> None:
             return restore(self, snapshot)
 
         def applying(self: Gate, *arguments: Any, lr_factor: float, **settings: Any) -> None:
-            assert lr_factor == 1.0 or of_kind(run, "command"), "a rate used before it was journaled"
+            assert lr_factor == 1.0 or of_kind(run, "command"), (
+                "a rate used before it was journaled"
+            )
             factor(self, *arguments, lr_factor=lr_factor, **settings)
 
         patch.setattr(Ledger, "leave_out", leaving_out)
@@ -211,8 +262,16 @@ def test_what_is_done_stands_in_the_journal_first(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("world", "strategy"), TWO)
 @pytest.mark.parametrize("kind", ["nan_loss", "inf_grad", "inf_grad_reduced"])
-def test_a_fault_of_rank_1_is_seen_by_both(tmp_path: Path, world: int, strategy: str, kind: str) -> None:
-    fault = {"kind": kind, "first": 80, "last": 88, "rank": 1, "micro": 1 if kind != "inf_grad_reduced" else -1}
+def test_a_fault_of_rank_1_is_seen_by_both(
+    tmp_path: Path, world: int, strategy: str, kind: str
+) -> None:
+    fault = {
+        "kind": kind,
+        "first": 80,
+        "last": 88,
+        "rank": 1,
+        "micro": 1 if kind != "inf_grad_reduced" else -1,
+    }
     config = tiny(tmp_path, world=world, strategy=strategy, faults=[fault], train={"steps": 16})
     run, (zero, one) = watch(config)
     for attempts in (zero, one):
@@ -240,7 +299,9 @@ def test_a_fault_of_rank_1_is_seen_by_both(tmp_path: Path, world: int, strategy:
 
 
 def assert_same_as_told(config: Config, run: RunDirectory) -> None:
-    """Nothing of what was left out is in the weights: a run that never met it ends with the same."""
+    """Nothing of what was left out is in the weights: a run that never met it ends with the
+    same.
+    """
     config = told(config, run)
     other = new_run(config)
     assert train(other, config.world) == "finished"
@@ -265,7 +326,9 @@ def reference_norm(rank: int, path: Path) -> tuple[float, float]:
             assert not (labels == IGNORED).any()
             total, count = loss_sum(trainer.model(tokens), labels)
             (total / count).backward()
-            norm = torch.nn.utils.get_total_norm([p.grad for p in trainer.model.parameters() if p.grad is not None])
+            norm = torch.nn.utils.get_total_norm(
+                [p.grad for p in trainer.model.parameters() if p.grad is not None]
+            )
             return (total / count).item(), norm.item()
         trainer.train_step(step)
     raise AssertionError("step 11 was never made")
@@ -273,13 +336,18 @@ def reference_norm(rank: int, path: Path) -> tuple[float, float]:
 
 def test_a_window_with_an_ignored_micro_batch_is_normalised_by_the_rest(tmp_path: Path) -> None:
     fault = {"kind": "ignore_labels", "first": 80, "last": 88, "micro": 1}
-    sections: dict[str, Any] = {"model": {"dropout": 0.0}, "train": {"steps": 20, "micro_batch_size": 2}}
+    sections: dict[str, Any] = {
+        "model": {"dropout": 0.0},
+        "train": {"steps": 20, "micro_batch_size": 2},
+    }
     run = trained(tiny(tmp_path, faults=[fault], **sections))
     assert not of_kind(run, "verdict") and not spans(run)
     step, loss, norm, tokens = table(run, ("step", "loss", "grad_norm", "tokens"))[10]
     assert (step, tokens) == (11, (BATCH - 2) * LENGTH)
     plain = new_run(tiny(tmp_path, **sections))
-    ((want_loss, want_norm),) = run_ranks(reference_norm, 1, plain.path, folder=tmp_path / "plain", init=False)
+    ((want_loss, want_norm),) = run_ranks(
+        reference_norm, 1, plain.path, folder=tmp_path / "plain", init=False
+    )
     assert loss == pytest.approx(want_loss, rel=1e-5)
     assert norm == pytest.approx(want_norm, rel=1e-5)
 
@@ -288,7 +356,10 @@ def test_a_window_with_an_ignored_micro_batch_is_normalised_by_the_rest(tmp_path
 def test_batches_without_a_label_are_left_out_and_never_add_up_to_a_rollback(
     tmp_path: Path, world: int, strategy: str
 ) -> None:
-    faults = [{"kind": "ignore_labels", "first": 80, "last": 128}, {"kind": "ignore_labels", "first": 0, "last": 8}]
+    faults = [
+        {"kind": "ignore_labels", "first": 80, "last": 128},
+        {"kind": "ignore_labels", "first": 0, "last": 8},
+    ]
     config = tiny(tmp_path, world=world, strategy=strategy, faults=faults, train={"steps": 20})
     run = trained(config)
     assert [(span.first, span.last, span.cause) for span in spans(run)] == [

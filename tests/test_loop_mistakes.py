@@ -49,7 +49,9 @@ class Loop:
     ) -> None:
         torch.manual_seed(1)
         self.model = Model().to(dtype)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), **{"lr": 0.01, **hyperparameters})
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), **{"lr": 0.01, **hyperparameters}
+        )
         self.scheduler = schedule(self.optimizer) if schedule is not None else None
         self.rates: dict[int, float] = {}
         self.guard = Guard.from_config(
@@ -68,7 +70,9 @@ class Loop:
         )
 
     def loss(self, step: Step, model: nn.Module | None = None) -> Tensor:
-        rows = torch.tensor(step.batch.samples, dtype=torch.float32)[:, None].sin() * torch.arange(1.0, 5.0)
+        rows = torch.tensor(step.batch.samples, dtype=torch.float32)[:, None].sin() * torch.arange(
+            1.0, 5.0
+        )
         output: Tensor = (model or self.model)(rows.to(self.model.first.weight.dtype)).float()
         return ((output - rows.sum(1, keepdim=True)) ** 2).mean()
 
@@ -111,7 +115,9 @@ def test_a_loop_that_steps_by_itself_is_refused(how: str) -> None:
             if how == "scheduler":
                 loop.scheduler.step()
     if how != "scheduler":
-        assert torch.equal(loop.model.first.weight, weight), "refused before a parameter has changed"
+        assert torch.equal(loop.model.first.weight, weight), (
+            "refused before a parameter has changed"
+        )
     assert "Remove" in str(caught.value)
 
 
@@ -155,7 +161,9 @@ def test_a_model_that_is_all_frozen_is_refused() -> None:
 
 
 @pytest.mark.fault("E2")
-def test_gradients_that_are_all_zero_and_a_tensor_that_has_none_any_more_are_noted(tmp_path: Path) -> None:
+def test_gradients_that_are_all_zero_and_a_tensor_that_has_none_any_more_are_noted(
+    tmp_path: Path,
+) -> None:
     run = RunDirectory.create(tmp_path, "own", "")
     loop = Loop(run)
     for step in loop.guard:
@@ -168,7 +176,9 @@ def test_gradients_that_are_all_zero_and_a_tensor_that_has_none_any_more_are_not
         step.finish(loss)
     zero, lacking = notes(run)
     assert zero.startswith("every gradient of step 1 is exactly zero")
-    assert lacking.startswith("1 parameters had gradients before and got none in step 3: first.weight")
+    assert lacking.startswith(
+        "1 parameters had gradients before and got none in step 3: first.weight"
+    )
 
 
 @pytest.mark.fault("E2")
@@ -246,13 +256,18 @@ def one_cycle(optimizer: torch.optim.Optimizer) -> Any:
 
 @pytest.mark.parametrize("schedule", [one_cycle, cosine(20), decay(0.9), None])
 def test_a_resume_with_the_same_settings_changes_nothing(tmp_path: Path, schedule: Any) -> None:
-    """Also where a schedule moves settings that no user has changed, as one-cycle moves the momentum."""
+    """Also where a schedule moves settings that no user has changed, as one-cycle moves the
+    momentum.
+    """
     run = RunDirectory.create(tmp_path, "own", "")
     whole = Loop(steps=12, schedule=schedule).train()
     Loop(run, steps=12, schedule=schedule).train(upto=7)
     resumed = Loop(run, steps=12, schedule=schedule).train()
     assert resumed.rates == {step: whole.rates[step] for step in resumed.rates}
-    assert all(torch.equal(a, b) for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True)
+    )
     assert not notes(run)
 
 
@@ -265,7 +280,9 @@ def test_a_resume_with_the_same_settings_changes_nothing(tmp_path: Path, schedul
         (SampleOrder(samples=SAMPLES, seed=3, shuffled=False), "shuffled is False and was True"),
     ],
 )
-def test_a_resume_with_another_sample_order_is_refused(tmp_path: Path, order: SampleOrder, message: str) -> None:
+def test_a_resume_with_another_sample_order_is_refused(
+    tmp_path: Path, order: SampleOrder, message: str
+) -> None:
     run = RunDirectory.create(tmp_path, "own", "")
     Loop(run).train(upto=6)
     lines = len(run.events())
@@ -288,34 +305,46 @@ def test_a_resume_names_parameters_that_are_newly_frozen_or_trained(tmp_path: Pa
     second.train()
     (check,) = [event for event in run.events() if event.kind == "resume_check"]
     assert (
-        check.data["trained"] == "second.bias was trained and is frozen now, first.bias was frozen and is trained now"
+        check.data["trained"]
+        == "second.bias was trained and is frozen now, first.bias was frozen and is trained now"
     )
     assert check.message == "resumed state differs in trained"
 
 
 @pytest.mark.fault("E8")
-def test_a_loss_that_is_cut_off_by_detach_is_named_at_the_first_step_after_a_resume(tmp_path: Path) -> None:
+def test_a_loss_that_is_cut_off_by_detach_is_named_at_the_first_step_after_a_resume(
+    tmp_path: Path,
+) -> None:
     run = RunDirectory.create(tmp_path, "own", "")
     Loop(run).train(upto=6)
     cut = Loop(run)
     cut.model.first.register_forward_hook(lambda module, inputs, output: output.detach())
     cut.train()
     (note,) = notes(run)
-    assert note.startswith("2 parameters had gradients before and got none in step 6: first.bias, first.weight")
+    assert note.startswith(
+        "2 parameters had gradients before and got none in step 6: first.bias, first.weight"
+    )
 
 
 # -- updates that are lost in rounding
 
 
-@pytest.mark.parametrize(("rate", "is_lost"), [pytest.param(1e-5, True, marks=pytest.mark.fault("E13")), (1e-2, False)])
-def test_16_bit_weights_that_no_update_changes_are_noted_once(tmp_path: Path, rate: float, is_lost: bool) -> None:
+@pytest.mark.parametrize(
+    ("rate", "is_lost"), [pytest.param(1e-5, True, marks=pytest.mark.fault("E13")), (1e-2, False)]
+)
+def test_16_bit_weights_that_no_update_changes_are_noted_once(
+    tmp_path: Path, rate: float, is_lost: bool
+) -> None:
     run = RunDirectory.create(tmp_path, "own", "")
     loop = Loop(run, steps=20, lr=rate, weight_decay=0.0, dtype=torch.bfloat16).train()
     assert loop.guard.phase is Phase.FINISHED
     found = [message for message in notes(run) if "bfloat16" in message]
     assert len(found) == int(is_lost)
     if is_lost:
-        assert "weights have not changed in the last 4 updates: at a learning rate of 1e-05" in found[0]
+        assert (
+            "weights have not changed in the last 4 updates: at a learning rate of 1e-05"
+            in found[0]
+        )
 
 
 # -- what the guard changes for a moment
@@ -336,18 +365,39 @@ def test_an_optimizer_that_raises_leaves_the_learning_rate_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (lambda loss: {"loss": loss.item()}, "step.finish(loss): expected a tensor, got float: give the tensor itself"),
+        (
+            lambda loss: {"loss": loss.item()},
+            "step.finish(loss): expected a tensor, got float: give the tensor itself",
+        ),
         (lambda loss: {"loss": None}, "step.finish(loss): expected a tensor, got NoneType"),
         (
             lambda loss: {"loss": loss.repeat(3)},
             "step.finish(loss): expected one number, 0-d, got shape (3,): give its",
         ),
-        (lambda loss: {"loss": loss + 0j}, "step.finish(loss): expected a real number, got torch.complex64"),
-        (lambda loss: {"loss": loss, "tokens": "8"}, "step.finish(tokens): expected a number or a 0-d tensor, got str"),
-        (lambda loss: {"loss": loss, "nominal_tokens": True}, "step.finish(nominal_tokens): expected a number"),
-        (lambda loss: {"loss": loss, "signals": ["x"]}, "step.finish(signals): expected a dict of names and numbers"),
-        (lambda loss: {"loss": loss, "signals": {"x": "a"}}, "step.finish(signals['x']): expected a number or a 0-d"),
-        (lambda loss: {"loss": loss, "signals": {"x": loss.repeat(2)}}, "step.finish(signals['x']): expected one real"),
+        (
+            lambda loss: {"loss": loss + 0j},
+            "step.finish(loss): expected a real number, got torch.complex64",
+        ),
+        (
+            lambda loss: {"loss": loss, "tokens": "8"},
+            "step.finish(tokens): expected a number or a 0-d tensor, got str",
+        ),
+        (
+            lambda loss: {"loss": loss, "nominal_tokens": True},
+            "step.finish(nominal_tokens): expected a number",
+        ),
+        (
+            lambda loss: {"loss": loss, "signals": ["x"]},
+            "step.finish(signals): expected a dict of names and numbers",
+        ),
+        (
+            lambda loss: {"loss": loss, "signals": {"x": "a"}},
+            "step.finish(signals['x']): expected a number or a 0-d",
+        ),
+        (
+            lambda loss: {"loss": loss, "signals": {"x": loss.repeat(2)}},
+            "step.finish(signals['x']): expected one real",
+        ),
     ],
 )
 def test_what_finish_cannot_use_is_refused_in_one_sentence(given: Any, message: str) -> None:
@@ -366,7 +416,9 @@ def test_a_sample_order_of_no_whole_number_of_samples_is_refused(samples: Any) -
         SampleOrder(samples=samples)
 
 
-def test_a_halt_of_ones_own_loop_is_logged_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_halt_of_ones_own_loop_is_logged_with_its_reason(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """The loop just ends, and a script without a run directory would learn nothing of it."""
     loop = Loop(steps=30)
     for step in loop.guard:

@@ -58,8 +58,12 @@ def cut(name: str, *sizes: tuple[int, ...], dim: int = 0) -> list[Cut]:
     return pieces
 
 
-def build(folder: Path, cuts: dict[str, list[Cut]] | None = None, *, step: int = 100, timeline: int = 0) -> Path:
-    """A checkpoint of TENSORS; `cuts` says how a tensor is cut, default: whole, in turn on the two files."""
+def build(
+    folder: Path, cuts: dict[str, list[Cut]] | None = None, *, step: int = 100, timeline: int = 0
+) -> Path:
+    """A checkpoint of TENSORS; `cuts` says how a tensor is cut, default: whole, in turn on the two
+    files.
+    """
     path = folder / checkpoint_name(step, timeline)
     path.mkdir(parents=True)
     content: dict[str, dict[str, torch.Tensor]] = {file: {} for file in FILES}
@@ -68,15 +72,26 @@ def build(folder: Path, cuts: dict[str, list[Cut]] | None = None, *, step: int =
         whole = [(FILES[index % 2], (0,) * tensor.ndim, tuple(tensor.shape))]
         pieces = (cuts or {}).get(name, whole)
         for file, offset, size in pieces:
-            content[file][name] = tensor[tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))].contiguous()
+            content[file][name] = tensor[
+                tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))
+            ].contiguous()
         entries[name] = TensorEntry(
             dtype=dtype_name(tensor.dtype),
             shape=tuple(tensor.shape),
-            pieces=tuple(Piece(file=file, offset=offset, size=size) for file, offset, size in pieces),
+            pieces=tuple(
+                Piece(file=file, offset=offset, size=size) for file, offset, size in pieces
+            ),
         )
     files = tuple(write_file(path / file, tensors) for file, tensors in content.items())
     manifest = Manifest(
-        format=FORMAT, step=step, timeline=timeline, cursor=800, world=2, strategy="fsdp", files=files, tensors=entries
+        format=FORMAT,
+        step=step,
+        timeline=timeline,
+        cursor=800,
+        world=2,
+        strategy="fsdp",
+        files=files,
+        tensors=entries,
     )
     (path / MANIFEST).write_bytes(sealed(manifest))
     return path
@@ -110,9 +125,16 @@ def test_an_intact_checkpoint_verifies_and_reports_progress(tmp_path: Path) -> N
 def test_the_files_are_those_of_the_safetensors_library(tmp_path: Path) -> None:
     path = build(tmp_path)
     held = load_file(path / FILES[0]) | load_file(path / FILES[1])
-    assert all(torch.equal(held[name], tensor) and held[name].dtype == tensor.dtype for name, tensor in TENSORS.items())
+    assert all(
+        torch.equal(held[name], tensor) and held[name].dtype == tensor.dtype
+        for name, tensor in TENSORS.items()
+    )
     entries, data = read_header(path / FILES[0])
-    assert data % 8 == 0 and entries["model/matrix"].shape == (6, 7) and entries["model/matrix"].dtype == "F32"
+    assert (
+        data % 8 == 0
+        and entries["model/matrix"].shape == (6, 7)
+        and entries["model/matrix"].dtype == "F32"
+    )
 
 
 @pytest.mark.parametrize("file", [*FILES, MANIFEST])
@@ -150,7 +172,9 @@ def test_a_missing_file_is_found(file: str, tmp_path: Path) -> None:
 @pytest.mark.fault("R14")
 @pytest.mark.parametrize("file", [*FILES, MANIFEST])
 def test_a_file_that_is_a_link_out_of_the_checkpoint_is_refused(file: str, tmp_path: Path) -> None:
-    """The content is the same, and it may change or go with no trace in the folder; a copy of the folder lacks it."""
+    """The content is the same, and it may change or go with no trace in the folder; a copy of the
+    folder lacks it.
+    """
     folder = build(tmp_path)
     (folder / file).rename(tmp_path / "elsewhere")
     (folder / file).symlink_to(tmp_path / "elsewhere")
@@ -247,7 +271,9 @@ def test_a_manifest_that_lies_is_refused(tmp_path: Path) -> None:
         return {**honest.tensors, "model/matrix": msgspec.structs.replace(matrix, **changes)}
 
     longer = FileEntry(name=first.name, bytes=first.bytes + 1, sha256=first.sha256)
-    assert f"{first.bytes} bytes, the manifest says {first.bytes + 1}" in lie(files=(longer, second))
+    assert f"{first.bytes} bytes, the manifest says {first.bytes + 1}" in lie(
+        files=(longer, second)
+    )
     outside = FileEntry(name="../escape", bytes=1, sha256="")
     assert "outside of its folder" in lie(files=(first, second, outside))
     assert "unknown type 'F3'" in lie(tensors=with_matrix(dtype="F3"))
@@ -270,7 +296,9 @@ def test_a_manifest_that_lies_is_refused(tmp_path: Path) -> None:
         (2).to_bytes(8, "little") + b"no",
         (2).to_bytes(8, "little") + b"[]",
         (22).to_bytes(8, "little") + b'{"a":{"dtype":"F32"}} ',
-        (58).to_bytes(8, "little") + b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}    ' + bytes(4),
+        (58).to_bytes(8, "little")
+        + b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}    '
+        + bytes(4),
     ],
 )
 def test_a_broken_header_is_refused(content: bytes, tmp_path: Path) -> None:
@@ -280,7 +308,7 @@ def test_a_broken_header_is_refused(content: bytes, tmp_path: Path) -> None:
         read_header(path)
 
 
-# -- fingerprint -------------------------------------------------------------------------------------------------
+# -- fingerprint -----------------------------------------------------------------------------------
 
 
 def reference() -> str:
@@ -310,7 +338,11 @@ def test_the_fingerprint_does_not_depend_on_how_tensors_are_cut(cuts: str, tmp_p
 def test_the_fingerprint_is_of_parameters_alone_and_of_every_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, same in (("optim/matrix/exp_avg", True), ("buffer/mask", True), ("model/half", False)):
+    for name, same in (
+        ("optim/matrix/exp_avg", True),
+        ("buffer/mask", True),
+        ("model/half", False),
+    ):
         changed = TENSORS[name].clone()
         changed.view(torch.uint8).view(-1)[0] ^= 1
         monkeypatch.setitem(TENSORS, name, changed)
@@ -319,7 +351,7 @@ def test_the_fingerprint_is_of_parameters_alone_and_of_every_bit(
         assert (fingerprint(path) == reference()) is same
 
 
-# -- boxes -------------------------------------------------------------------------------------------------------
+# -- boxes -----------------------------------------------------------------------------------------
 
 SHAPES = st.lists(st.integers(1, 4), min_size=0, max_size=3).map(tuple)
 
@@ -331,7 +363,8 @@ def shapes_and_boxes(draw: st.DrawFn, *, inside: bool = False) -> tuple[tuple[in
     for _ in range(draw(st.integers(0, 4))):
         offset = tuple(draw(st.integers(0, full)) for full in shape)
         size = tuple(
-            draw(st.integers(0, full - start if inside else full)) for full, start in zip(shape, offset, strict=True)
+            draw(st.integers(0, full - start if inside else full))
+            for full, start in zip(shape, offset, strict=True)
         )
         boxes.append(Box(global_shape=shape, offset=offset, size=size))
     return shape, boxes
@@ -347,7 +380,11 @@ def counted(shape: tuple[int, ...], boxes: list[Box]) -> torch.Tensor:
 @given(shapes_and_boxes())
 def test_covers_is_what_counting_elements_says(case: tuple[tuple[int, ...], list[Box]]) -> None:
     shape, boxes = case
-    inside = all(o + s <= full for box in boxes for o, s, full in zip(box.offset, box.size, shape, strict=True))
+    inside = all(
+        o + s <= full
+        for box in boxes
+        for o, s, full in zip(box.offset, box.size, shape, strict=True)
+    )
     assert covers(shape, boxes) == (inside and bool((counted(shape, boxes) == 1).all()))
 
 
@@ -380,7 +417,7 @@ def test_overlap_is_the_common_elements(case: tuple[tuple[int, ...], list[Box]])
         assert (common.elements if common else 0) == expected
 
 
-# -- names and age -----------------------------------------------------------------------------------------------
+# -- names and age ---------------------------------------------------------------------------------
 
 
 def test_names() -> None:
@@ -395,7 +432,13 @@ def test_checkpoints_are_listed_newest_first_by_timeline_then_step(tmp_path: Pat
     (tmp_path / ".tmp-1234-000001-step-00000900").mkdir()
     (tmp_path / "notes").mkdir()
     (tmp_path / "step-00000500").write_text("a file")
-    names = ["step-00000300-t1", "step-00000200-t1", "step-00000400", "step-00000200", "step-00000000"]
+    names = [
+        "step-00000300-t1",
+        "step-00000200-t1",
+        "step-00000400",
+        "step-00000200",
+        "step-00000000",
+    ]
     assert [path.name for path in checkpoint_dirs(tmp_path)] == names
     assert checkpoint_dirs(tmp_path / "nowhere") == []
 
@@ -405,13 +448,19 @@ def test_a_plain_name_written_on_a_later_timeline_is_newer(tmp_path: Path) -> No
     build(tmp_path, step=100, timeline=1)
     late = build(tmp_path / "other", step=50, timeline=3)
     shutil.move(late, tmp_path / "step-00000050")
-    assert [path.name for path in checkpoint_dirs(tmp_path)] == ["step-00000050", "step-00000100-t1"]
+    assert [path.name for path in checkpoint_dirs(tmp_path)] == [
+        "step-00000050",
+        "step-00000100-t1",
+    ]
 
 
 def test_one_that_cannot_be_read_is_met_first(tmp_path: Path) -> None:
     build(tmp_path, step=100, timeline=1)
     (build(tmp_path, step=50) / MANIFEST).write_bytes(b"")
-    assert [path.name for path in checkpoint_dirs(tmp_path)] == ["step-00000050", "step-00000100-t1"]
+    assert [path.name for path in checkpoint_dirs(tmp_path)] == [
+        "step-00000050",
+        "step-00000100-t1",
+    ]
 
 
 def test_checking_needs_no_torch() -> None:

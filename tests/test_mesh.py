@@ -1,4 +1,6 @@
-"""The same run on every mesh of ranks: one curve, one verdict, exact rollbacks, checkpoints that fit all of them."""
+"""The same run on every mesh of ranks: one curve, one verdict, exact rollbacks, checkpoints that
+fit all of them.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,14 @@ from guardrail.core.errors import ConfigError
 from guardrail.core.records import UPDATE_NORM, Command, CommandKind
 from guardrail.launch.launcher import prepare_resume
 from guardrail.report.report import quarantine_lines
-from guardrail.rundir.manifest import OPTIM, Box, checkpoint_dirs, fingerprint, read_manifest, verify
+from guardrail.rundir.manifest import (
+    OPTIM,
+    Box,
+    checkpoint_dirs,
+    fingerprint,
+    read_manifest,
+    verify,
+)
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.checkpoint.disk_checkpoints import CheckpointStore
 from guardrail.torch.checkpoint.memory_snapshots import SnapshotRing
@@ -42,14 +51,17 @@ from trainer.train import Trainer
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate() -> None:
-    """A rank is a fork, and must not find the Accelerate state of an earlier test in this process."""
+    """A rank is a fork, and must not find the Accelerate state of an earlier test in this
+    process.
+    """
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
 
 SIGNALS = ("loss", "grad_norm", "embed_grad_norm", "embed_share")
 
-# name -> (ranks, [parallel] section); those of QUICK run every time, those of CI in .ci/run, the others are slow.
+# name -> (ranks, [parallel] section); those of QUICK run every time, those of CI in .ci/run, the
+# others are slow.
 MESHES: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
     "zero2": (2, {"dp_shard": 2, "reshard_after_forward": False}),
@@ -59,7 +71,10 @@ MESHES: dict[str, tuple[int, dict[str, Any]]] = {
     "tp": (2, {"tp": 2}),
     "zero3": (2, {"dp_shard": 2}),
     "offload": (2, {"dp_shard": 2, "cpu_offload": True}),
-    "hybrid-offload": (4, {"dp_replicate": 2, "dp_shard": 2, "cpu_offload": True, "reshard_after_forward": False}),
+    "hybrid-offload": (
+        4,
+        {"dp_replicate": 2, "dp_shard": 2, "cpu_offload": True, "reshard_after_forward": False},
+    ),
     "replicas": (2, {"dp_replicate": 2}),
     "tp-shards": (4, {"dp_shard": 2, "tp": 2}),
     "tp-replicas": (4, {"dp_replicate": 2, "tp": 2, "sequence_parallel": True}),
@@ -104,7 +119,9 @@ def config_of(folder: Path, name: str, **sections: Any) -> Config:
 
 
 def exact_config(folder: Path, name: str, **sections: Any) -> Config:
-    """The same where a run is compared with its like: without a pipeline to fill, one layer and two micro-batches."""
+    """The same where a run is compared with its like: without a pipeline to fill, one layer and two
+    micro-batches.
+    """
     world, parallel = MESHES[name]
     if "pp" not in parallel and name not in ALONE:
         rows = 8 // Layout.of(ParallelSection(**parallel), world=world, strategy="ddp").data_ranks
@@ -126,7 +143,9 @@ Known = Callable[[int], RunDirectory]
 
 
 def of_one_rank(factory: pytest.TempPathFactory, options: dict[str, Any]) -> Known:
-    """Number of layers -> the run of one rank with these options, trained when it is first asked for."""
+    """Number of layers -> the run of one rank with these options, trained when it is first asked
+    for.
+    """
 
     @functools.cache
     def known(layers: int) -> RunDirectory:
@@ -143,7 +162,9 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Known:
 
 
 @pytest.mark.parametrize("name", SWEEP)
-def test_a_mesh_reproduces_the_curve_of_one_rank(name: str, one_rank: Known, tmp_path: Path) -> None:
+def test_a_mesh_reproduces_the_curve_of_one_rank(
+    name: str, one_rank: Known, tmp_path: Path
+) -> None:
     one, many = one_rank(layers_of(name)), trained(config_of(tmp_path, name, **CURVE))
     ours, theirs = table(many, SIGNALS), table(one, SIGNALS)
     assert len(ours) == len(theirs) == STEPS
@@ -151,31 +172,56 @@ def test_a_mesh_reproduces_the_curve_of_one_rank(name: str, one_rank: Known, tmp
     # Rounding differs from the first step on and grows with each update.
     np.testing.assert_allclose(ours[:, 0], theirs[:, 0], rtol=1e-4)
     np.testing.assert_allclose(ours[:, 1:], theirs[:, 1:], rtol=5e-3)
-    assert np.array_equal(table(many, ("tokens", "lr", "first")), table(one, ("tokens", "lr", "first")))
+    assert np.array_equal(
+        table(many, ("tokens", "lr", "first")), table(one, ("tokens", "lr", "first"))
+    )
     columns = one.metrics().columns
     further = [*(name for name in columns if name.startswith("grad_norm/")), UPDATE_NORM]
     assert len(further) > 4 and many.metrics().columns == columns
     layers = table(one, further[:-1])
-    np.testing.assert_allclose((layers**2).sum(axis=1) ** 0.5, table(one, ("grad_norm",))[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(
+        (layers**2).sum(axis=1) ** 0.5, table(one, ("grad_norm",))[:, 0], rtol=1e-6
+    )
     np.testing.assert_allclose(table(many, further)[0, :-1], layers[0], rtol=1e-5)
     np.testing.assert_allclose(table(many, further)[1:], table(one, further)[1:], rtol=2e-2)
 
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "bloom": {"positions": "alibi", "norm": "layer", "bias": True, "activation": "gelu", "embedding_norm": True},
-    "grouped": {"kv_heads": 2, "heads": 4, "tied": False, "activation": "geglu", "norm_place": "sandwich"},
+    "bloom": {
+        "positions": "alibi",
+        "norm": "layer",
+        "bias": True,
+        "activation": "gelu",
+        "embedding_norm": True,
+    },
+    "grouped": {
+        "kv_heads": 2,
+        "heads": 4,
+        "tied": False,
+        "activation": "geglu",
+        "norm_place": "sandwich",
+    },
     "palm": {"parallel": True, "positions": "learned", "norm": "layer"},
     "post": {"norm_place": "post", "positions": "sinusoidal", "bias": True, "norm": "layer"},
 }
 
 
-@pytest.mark.parametrize("recipe", ["bloom", *(pytest.param(r, marks=pytest.mark.slow) for r in list(RECIPES)[1:])])
 @pytest.mark.parametrize(
-    "mesh", [pytest.param("tp-shards", marks=pytest.mark.ci_slow), pytest.param("pp-sequence", marks=pytest.mark.slow)]
+    "recipe", ["bloom", *(pytest.param(r, marks=pytest.mark.slow) for r in list(RECIPES)[1:])]
+)
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param("tp-shards", marks=pytest.mark.ci_slow),
+        pytest.param("pp-sequence", marks=pytest.mark.slow),
+    ],
 )
 def test_every_kind_of_block_can_be_split(recipe: str, mesh: str, tmp_path: Path) -> None:
     model = {"heads": 4, "dropout": 0.0, **RECIPES[recipe]}
-    options: dict[str, Any] = {"model": model, "train": {"steps": 6, "activation_checkpointing": recipe == "grouped"}}
+    options: dict[str, Any] = {
+        "model": model,
+        "train": {"steps": 6, "activation_checkpointing": recipe == "grouped"},
+    }
     one = trained(config_of(tmp_path, "one", **options))
     split = trained(config_of(tmp_path, mesh, **options))
     np.testing.assert_allclose(table(split, SIGNALS)[0], table(one, SIGNALS)[0], rtol=1e-5)
@@ -187,20 +233,29 @@ def test_every_kind_of_block_can_be_split(recipe: str, mesh: str, tmp_path: Path
 def test_what_one_rank_saw_is_seen_by_all_and_named(name: str, tmp_path: Path) -> None:
     last = MESHES[name][0] - 1
     faults = [
-        {"kind": kind, "step": step, "rank": last, "times": 1} for kind, step in (("nan_loss", 4), ("inf_grad", 7))
+        {"kind": kind, "step": step, "rank": last, "times": 1}
+        for kind, step in (("nan_loss", 4), ("inf_grad", 7))
     ]
     run = trained(exact_config(tmp_path, name, faults=faults, train={"steps": 8}))
     verdicts = of_kind(run, "verdict")
-    # It does not come again with the same batch and the same dice, so the hardware is blamed, by rank, and no data.
-    assert [(verdict.data["action"], verdict.data["at_step"]) for verdict in verdicts] == [("retry", 4), ("retry", 7)]
+    # It does not come again with the same batch and the same dice, so the hardware is blamed, by
+    # rank, and no data.
+    assert [(verdict.data["action"], verdict.data["at_step"]) for verdict in verdicts] == [
+        ("retry", 4),
+        ("retry", 7),
+    ]
     for verdict, signal in zip(verdicts, ("loss", "grad_norm"), strict=True):
         assert {f["signal"]: f["ranks"] for f in verdict.data["findings"]}[signal] == [last]
     assert math.isfinite(table(run, ("loss",))[-1, 0])
 
 
 @pytest.mark.parametrize("name", SWEEP)
-def test_rolled_back_stopped_and_resumed_it_is_the_run_that_was_told_before(name: str, tmp_path: Path) -> None:
-    """Both at once, since each costs a second run: a rollback that skips, and a checkpoint that is loaded again."""
+def test_rolled_back_stopped_and_resumed_it_is_the_run_that_was_told_before(
+    name: str, tmp_path: Path
+) -> None:
+    """Both at once, since each costs a second run: a rollback that skips, and a checkpoint that is
+    loaded again.
+    """
     fault = {"kind": "spike_loss", "first": 104, "last": 128, "value": 50.0}
     config = exact_config(tmp_path, name, faults=[fault], guard=BLIND, train={"steps": 20})
     run = new(config)
@@ -210,9 +265,9 @@ def test_rolled_back_stopped_and_resumed_it_is_the_run_that_was_told_before(name
     assert rollback.data["tier"] == "memory"
     assert train_to_end(run, config.world) == "finished"
     (check,) = of_kind(run, "resume_check")
-    assert {name: check.data[name] for name in ("weights", "moments", "schedule", "data", "loss")} == dict.fromkeys(
-        ("weights", "moments", "schedule", "data", "loss"), "ok"
-    )
+    assert {
+        name: check.data[name] for name in ("weights", "moments", "schedule", "data", "loss")
+    } == dict.fromkeys(("weights", "moments", "schedule", "data", "loss"), "ok")
     assert_same(run, trained(told(config, run)))
 
 
@@ -226,18 +281,24 @@ LAGGED = [
 
 @pytest.mark.parametrize("name", LAGGED)
 def test_the_lagged_gate_changes_nothing_on_any_mesh(name: str, tmp_path: Path) -> None:
-    """Trouble of a rank alone, a bad batch, a state that no batch goes well with: tried again, left out, gone back."""
+    """Trouble of a rank alone, a bad batch, a state that no batch goes well with: tried again, left
+    out, gone back.
+    """
     faults = [
         {"kind": "inf_grad", "step": 7, "rank": MESHES[name][0] - 1, "times": 1},
         {"kind": "nan_loss", "first": 72, "last": 74},
         {"kind": "spike_loss", "step": 17, "times": 2, "value": 50.0},
     ]
     runs = [
-        trained(exact_config(tmp_path, name, faults=faults, guard={"gate": gate}, train={"steps": 24}))
+        trained(
+            exact_config(tmp_path, name, faults=faults, guard={"gate": gate}, train={"steps": 24})
+        )
         for gate in ("sync", "lagged")
     ]
     assert_same(*runs)
-    stories = [[(e.kind, e.step, e.message) for e in run.events() if e.kind in ACTED] for run in runs]
+    stories = [
+        [(e.kind, e.step, e.message) for e in run.events() if e.kind in ACTED] for run in runs
+    ]
     assert stories[0] == stories[1]
     assert {kind for kind, *_ in stories[1]} == set(ACTED)
     assert "retry" in {event.data["action"] for event in of_kind(runs[1], "verdict")}
@@ -275,7 +336,8 @@ RESHARD = [
     *PAIRS[2:4],
     *(pytest.param(*pair, marks=pytest.mark.slow) for pair in PAIRS[4:]),
 ]
-# A batch is left out before the stop, and its quarantine must come along; fp16, and its scale has moved.
+# A batch is left out before the stop, and its quarantine must come along; fp16, and its scale has
+# moved.
 BEFORE: dict[str, Any] = {
     "model": {"dropout": 0.0},
     "train": {"steps": 18, "precision": "fp16", "loss_scale": 256.0, "loss_scale_steps": 4},
@@ -303,14 +365,19 @@ def test_a_checkpoint_of_one_mesh_loads_on_another(
     copies = run_ranks(_loaded, second.world, second, run, folder=tmp_path / "loaded", init=False)
     assert_equal(saved, copies[0])
 
-    overrides = [f"launch.processes={second.world}", f"train.micro_batch_size={second.train.micro_batch_size}"]
+    overrides = [
+        f"launch.processes={second.world}",
+        f"train.micro_batch_size={second.train.micro_batch_size}",
+    ]
     fresh = msgspec.to_builtins(ParallelSection())
     overrides += [f"parallel.{k}={json.dumps(v)}" for k, v in (fresh | MESHES[after][1]).items()]
     assert prepare_resume(str(run.path), tuple(overrides), root="") is not None
     assert run.config_text() == dump(second)
     assert train_to_end(run, second.world) == "finished"
     (check,) = of_kind(run, "resume_check")
-    assert all(outcome == "ok" for part, outcome in check.data.items() if isinstance(outcome, str)), check.data
+    assert all(
+        outcome == "ok" for part, outcome in check.data.items() if isinstance(outcome, str)
+    ), check.data
     whole = never_stopped(layers)
     assert quarantine_lines(run) == quarantine_lines(whole) != []
     np.testing.assert_array_equal(table(run, EXACT), table(whole, EXACT))
@@ -323,7 +390,9 @@ EXACT = ("step", "first", "last", "lr", "tokens", "loss_scale")
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [("one", "zero3"), ("hybrid", "replicas")])
 def test_two_optimizers_load_on_another_mesh(before: str, after: str, tmp_path: Path) -> None:
-    """Muon has the matrices of the blocks, with a momentum and no second moment, and AdamW the rest."""
+    """Muon has the matrices of the blocks, with a momentum and no second moment, and AdamW the
+    rest.
+    """
     options: dict[str, Any] = {"optim": {"name": "muon"}, "train": {"steps": 6}}
     run = trained(config_of(tmp_path, before, **options))
     second = config_of(tmp_path, after, **options)
@@ -333,7 +402,11 @@ def test_two_optimizers_load_on_another_mesh(before: str, after: str, tmp_path: 
 
 def _loaded(rank: int, config: Config, run: RunDirectory) -> Path:
     """Load the newest checkpoint of `run` and save it again: the copy."""
-    copy = RunDirectory.create(run.path.parent.parent / "copies", "copy", dump(config)) if rank == 0 else None
+    copy = (
+        RunDirectory.create(run.path.parent.parent / "copies", "copy", dump(config))
+        if rank == 0
+        else None
+    )
     trainer = Trainer(config)
     box: list[Any] = [copy]
     if config.world > 1:
@@ -374,7 +447,8 @@ def test_offloaded_state_lies_on_the_host_and_zero2_keeps_what_it_gathered(tmp_p
     for name in ("zero2", "zero3"):
         config = config_of(tmp_path, name)
         assert (
-            run_ranks(_gathered_after_forward, 2, config, folder=tmp_path / name, init=False) == [name == "zero2"] * 2
+            run_ranks(_gathered_after_forward, 2, config, folder=tmp_path / name, init=False)
+            == [name == "zero2"] * 2
         )
 
 
@@ -415,7 +489,9 @@ def test_replicas_of_shards_write_each_piece_once(tmp_path: Path) -> None:
         ({"dp_replicate": 4}, 4, "ddp", (4, 1, False)),
     ],
 )
-def test_layouts(section: dict[str, Any], world: int, strategy: str, expected: tuple[int, int, bool]) -> None:
+def test_layouts(
+    section: dict[str, Any], world: int, strategy: str, expected: tuple[int, int, bool]
+) -> None:
     layout = Layout.of(ParallelSection(**section), world=world, strategy=strategy)
     assert (layout.dp_replicate, layout.dp_shard, layout.sharded) == expected
     assert layout.world == world
@@ -423,8 +499,14 @@ def test_layouts(section: dict[str, Any], world: int, strategy: str, expected: t
     assert ranks == sorted(list(range(layout.data_ranks)) * layout.tp) * layout.pp
     stages = [layout.stage(rank) for rank in range(world)]
     assert stages == sorted(list(range(layout.pp)) * (world // layout.pp))
-    assert all(stages[other] == stages[rank] for rank in range(world) for other in layout.holders(rank) or ())
-    assert {rank for rank in range(world) if layout.counts(rank)} <= set(layout.holders(world - 1) or range(world))
+    assert all(
+        stages[other] == stages[rank]
+        for rank in range(world)
+        for other in layout.holders(rank) or ()
+    )
+    assert {rank for rank in range(world) if layout.counts(rank)} <= set(
+        layout.holders(world - 1) or range(world)
+    )
     assert sum(layout.counts(rank) for rank in range(world)) == layout.data_ranks
     assert all(layout.dice(rank) == layout.stage(rank) for rank in range(world)) or layout.sequence
     if layout.sequence:
@@ -445,11 +527,17 @@ def test_layouts(section: dict[str, Any], world: int, strategy: str, expected: t
         ({"tp": 3}, "parallel", "a divisor of 4"),
         ({"cpu_offload": True}, "parallel.cpu_offload", "false, or shards"),
         ({"reshard_after_forward": False}, "parallel.reshard_after_forward", "true, or shards"),
-        ({"sequence_parallel": True}, "parallel.sequence_parallel", "false, or parallel.tp above 1"),
+        (
+            {"sequence_parallel": True},
+            "parallel.sequence_parallel",
+            "false, or parallel.tp above 1",
+        ),
         ({"chunks": 2}, "parallel.chunks", "1, or parallel.pp above 1"),
     ],
 )
-def test_layouts_that_are_refused(section: dict[str, Any], key: str, expected: str, tmp_path: Path) -> None:
+def test_layouts_that_are_refused(
+    section: dict[str, Any], key: str, expected: str, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError) as error:
         tiny(tmp_path, world=4, parallel=section)
     assert error.value.key == key and expected in error.value.expected
@@ -476,18 +564,25 @@ def test_layouts_that_are_refused(section: dict[str, Any], key: str, expected: s
         ("sequence", {"data": {"sequence_length": 33}}, "data.sequence_length"),
     ],
 )
-def test_what_cannot_be_shared_out_is_refused(name: str, sections: dict[str, Any], key: str, tmp_path: Path) -> None:
+def test_what_cannot_be_shared_out_is_refused(
+    name: str, sections: dict[str, Any], key: str, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError) as error:
         config_of(tmp_path, name, **sections)
     assert error.value.key == key
 
 
 def test_micro_batches_in_whole_rounds_go_with_chunks(tmp_path: Path) -> None:
-    assert config_of(tmp_path, "chunks", train={"micro_batch_size": 2, "batch_size": 12}).micro_batches == 6
+    assert (
+        config_of(tmp_path, "chunks", train={"micro_batch_size": 2, "batch_size": 12}).micro_batches
+        == 6
+    )
 
 
 @pytest.mark.parametrize(("name", "dealt"), [("pp", ("0", "12")), ("chunks", ("02", "134"))])
-def test_a_stage_has_its_blocks_and_no_others(name: str, dealt: tuple[str, str], tmp_path: Path) -> None:
+def test_a_stage_has_its_blocks_and_no_others(
+    name: str, dealt: tuple[str, str], tmp_path: Path
+) -> None:
     names = run_ranks(_names, 2, config_of(tmp_path, name), folder=tmp_path, init=False)
     assert {name.split(".")[1] for name in names[0] if name.startswith("blocks")} == set(dealt[0])
     assert {name.split(".")[1] for name in names[1] if name.startswith("blocks")} == set(dealt[1])
@@ -514,11 +609,16 @@ def test_the_loss_of_split_logits_is_the_loss_of_whole_ones(world: int, tmp_path
     for total, count, _ in parts:
         torch.testing.assert_close(total, expected.detach(), rtol=1e-6, atol=0)
         assert count == 17
-    # A gradient is 3 (p - y): where p is near to y, what is left has the rounding of numbers up to 3.
-    torch.testing.assert_close(torch.cat([gradient for *_, gradient in parts], -1), whole.grad, rtol=1e-5, atol=1e-6)
+    # A gradient is 3 (p - y): where p is near to y, what is left has the rounding of numbers up to
+    # 3.
+    torch.testing.assert_close(
+        torch.cat([gradient for *_, gradient in parts], -1), whole.grad, rtol=1e-5, atol=1e-6
+    )
 
 
-def _split_loss(rank: int, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor]:
+def _split_loss(
+    rank: int, logits: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, int, torch.Tensor]:
     size = -(-7 // dist.get_world_size())
     part = logits[..., rank * size : (rank + 1) * size].clone().requires_grad_()
     total, count = loss_sum(part, labels, first=rank * size, group=dist.group.WORLD)
@@ -538,9 +638,14 @@ def test_a_batch_is_shared_by_the_data_ranks(tmp_path: Path) -> None:
 def test_the_published_layout_of_bloom_adds_up() -> None:
     config = load(Path(__file__).parent.parent / "configs" / "bloom-3d.toml")
     assert isinstance(config, Config)
-    assert config.world == 384 and (config.layout.dp_replicate, config.layout.tp, config.layout.pp) == (8, 4, 12)
+    assert config.world == 384 and (
+        config.layout.dp_replicate,
+        config.layout.tp,
+        config.layout.pp,
+    ) == (8, 4, 12)
     assert config.micro_batches == 128
     assert config.train.batch_size * config.data.sequence_length == 4 * 1024 * 1024
-    # 176 G parameters in the paper, with a vocabulary of 250,880; a second matrix of that size comes on top.
+    # 176 G parameters in the paper, with a vocabulary of 250,880; a second matrix of that size
+    # comes on top.
     count = parameter_count(config.model, 250_880)
     assert count - 250_880 * config.model.width == pytest.approx(176.25e9, rel=1e-3)

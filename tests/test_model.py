@@ -1,4 +1,6 @@
-"""The decoder against a straightforward one written out head by head, and its promises about seeds and memory."""
+"""The decoder against a straightforward one written out head by head, and its promises about seeds
+and memory.
+"""
 
 import math
 
@@ -41,7 +43,9 @@ def reference_turn(x: Tensor, base: float) -> Tensor:
         for i in range(width // 2):
             angle = t * base ** (-2 * i / width)
             c, s = math.cos(angle), math.sin(angle)
-            matrix[2 * i : 2 * i + 2, 2 * i : 2 * i + 2] = torch.tensor([[c, -s], [s, c]], dtype=x.dtype)
+            matrix[2 * i : 2 * i + 2, 2 * i : 2 * i + 2] = torch.tensor(
+                [[c, -s], [s, c]], dtype=x.dtype
+            )
         rows.append(matrix @ x[t])
     return torch.stack(rows)
 
@@ -53,7 +57,9 @@ def reference(model: Decoder, ids: Tensor) -> Tensor:
     x = model.embedding.weight[ids]
     for block in model.blocks:
         normed = reference_norm(x, block.attention_norm)
-        query, key, value = (project.weight for project in (block.attention.q, block.attention.k, block.attention.v))
+        query, key, value = (
+            project.weight for project in (block.attention.q, block.attention.k, block.attention.v)
+        )
         heads = []
         for h in range(model.section.heads):
             rows = slice(h * head_width, (h + 1) * head_width)
@@ -76,7 +82,10 @@ def randomised(model: Decoder) -> Decoder:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * (0.3 if parameter.ndim > 1 else 1.0))
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=generator)
+                * (0.3 if parameter.ndim > 1 else 1.0)
+            )
     return model
 
 
@@ -87,12 +96,16 @@ def test_logits_and_gradients_match_the_model_written_out(tied: bool) -> None:
     logits = model(ids)
     expected = torch.stack([reference(model, sample) for sample in ids])
     torch.testing.assert_close(logits, expected, rtol=1e-6, atol=1e-6)
-    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5), dtype=logits.dtype)
+    weights = torch.randn(
+        logits.shape, generator=torch.Generator().manual_seed(5), dtype=logits.dtype
+    )
     names, parameters = zip(*model.named_parameters(), strict=True)
     ours = torch.autograd.grad((logits * weights).sum(), parameters)
     theirs = torch.autograd.grad((expected * weights).sum(), parameters)
     for name, a, b in zip(names, ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            a, b, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_rotary_matches_the_rotation_matrices_and_sees_only_distances() -> None:
@@ -101,12 +114,16 @@ def test_rotary_matches_the_rotation_matrices_and_sees_only_distances() -> None:
     x = torch.randn(1, T, 2, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     turned = rotary(x)
     for h in range(2):
-        torch.testing.assert_close(turned[0, :, h], reference_turn(x[0, :, h], 100.0), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            turned[0, :, h], reference_turn(x[0, :, h], 100.0), rtol=1e-6, atol=1e-6
+        )
     same = x[:, :1].expand(1, T, 2, 8)  # one vector at every position
     products = torch.einsum("thk,shk->hts", rotary(same)[0], rotary(same)[0])
     for distance in range(T):
         diagonal = products.diagonal(distance, 1, 2)
-        torch.testing.assert_close(diagonal, diagonal[:, :1].expand_as(diagonal), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            diagonal, diagonal[:, :1].expand_as(diagonal), rtol=1e-6, atol=1e-6
+        )
 
 
 def test_rotary_keeps_the_dtype_and_turns_bf16_in_fp32() -> None:
@@ -144,7 +161,9 @@ def test_sizes_without_torch_are_those_of_the_model(tied: bool, hidden: int, wid
     optimizer = torch.optim.AdamW(model.parameters())
     loss_sum(model(tokens()), tokens())[0].backward()
     optimizer.step()
-    moments = sum(s[key].nbytes for s in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
+    moments = sum(
+        s[key].nbytes for s in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")
+    )
     assert state_bytes(model.section, V) == moments + sum(p.nbytes for p in model.parameters())
     assert state_bytes(model.section, V, shards=2) * 2 >= state_bytes(model.section, V)
 
@@ -156,7 +175,12 @@ def test_hidden_width_is_eight_thirds_rounded_up_to_32() -> None:
 
 
 def test_initial_weights_have_gpt2_statistics() -> None:
-    model = Decoder(section(width=120, layers=8, init_std=0.05, tied=False), vocabulary=500, sequence_length=T, seed=0)
+    model = Decoder(
+        section(width=120, layers=8, init_std=0.05, tied=False),
+        vocabulary=500,
+        sequence_length=T,
+        seed=0,
+    )
     for name, weight in model.named_parameters():
         if weight.ndim == 1:
             assert torch.equal(weight, torch.ones_like(weight)), name
@@ -173,7 +197,9 @@ def test_initial_weights_are_a_function_of_the_seed_and_move_no_dice() -> None:
     torch.rand(3)
     second = decoder()
     other = Decoder(section(), vocabulary=V, sequence_length=T, seed=8)
-    for (name, a), b, c in zip(first.named_parameters(), second.parameters(), other.parameters(), strict=True):
+    for (name, a), b, c in zip(
+        first.named_parameters(), second.parameters(), other.parameters(), strict=True
+    ):
         assert torch.equal(a, b), name
         assert a.ndim == 1 or not torch.equal(a, c), name
     torch.set_rng_state(state)
@@ -210,7 +236,8 @@ def test_tied_embeddings_are_one_parameter_with_both_gradients() -> None:
     gradient = model.embedding.weight.grad
     assert gradient is not None
     unseen = torch.tensor(sorted(set(range(V)) - set(tokens().flatten().tolist())))
-    assert len(unseen) and (gradient[unseen].norm(dim=-1) > 0).all()  # only the output side reaches those rows
+    # only the output side reaches those rows
+    assert len(unseen) and (gradient[unseen].norm(dim=-1) > 0).all()
 
 
 def test_dropout_is_a_function_of_the_seed_and_silent_in_evaluation() -> None:

@@ -1,4 +1,6 @@
-"""Several nodes: supervisors that meet by torch elastic's rendezvous, here on loopback, and what a lost one costs."""
+"""Several nodes: supervisors that meet by torch elastic's rendezvous, here on loopback, and what a
+lost one costs.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,12 @@ def reached(run: RunDirectory, step: int) -> bool:
 def lose(run: RunDirectory, node: int, client: subprocess.Popen[str]) -> None:
     """End a node as a power failure does: everything that stands on it, at once."""
     supervisor = psutil.Process(supervisor_pid(run, node))
-    assert processes.kill([psutil.Process(client.pid), supervisor, *supervisor.children(recursive=True)]) == []
+    assert (
+        processes.kill(
+            [psutil.Process(client.pid), supervisor, *supervisor.children(recursive=True)]
+        )
+        == []
+    )
     client.communicate()
 
 
@@ -67,13 +74,25 @@ def lose(run: RunDirectory, node: int, client: subprocess.Popen[str]) -> None:
 @pytest.mark.ci_slow
 @pytest.mark.parametrize("lost", [1, 0])
 def test_a_node_that_was_lost_comes_back_and_no_bit_differs(lost: int, lab: Lab) -> None:
-    """Node 0 holds the place where the nodes meet; without it the other one waits for it to be there again."""
+    """Node 0 holds the place where the nodes meet; without it the other one waits for it to be
+    there again.
+    """
     endpoint = f"127.0.0.1:{free_port()}"
-    config = config_of(lab.folder, processes=1, nodes=2, rendezvous_endpoint=endpoint, max_restarts=2)
+    config = config_of(
+        lab.folder, processes=1, nodes=2, rendezvous_endpoint=endpoint, max_restarts=2
+    )
     (lab.folder / "c.toml").write_text(dump(config))
     place = str(lab.root / "nodes" / "shared")
     nodes = [
-        lab.start("launch", "c.toml", "--headless", "--run-dir", place, "--set", f"launch.node_rank={node}")
+        lab.start(
+            "launch",
+            "c.toml",
+            "--headless",
+            "--run-dir",
+            place,
+            "--set",
+            f"launch.node_rank={node}",
+        )
         for node in (0, 1)
     ]
     wait_for(lambda: (Path(place) / "config.toml").exists(), what="a run directory")
@@ -112,7 +131,11 @@ def refusal_on_node(rank: int, folder: Path) -> str:
 def test_nodes_with_different_text_are_refused_and_both_are_named(tmp_path: Path) -> None:
     first, second = run_ranks(refusal_on_node, 2, tmp_path, folder=tmp_path / "results", init=False)
     assert first == second
-    assert "on rank 0 (node-0)" in first and "on rank 1 (node-1)" in first and "fingerprint of data" in first
+    assert (
+        "on rank 0 (node-0)" in first
+        and "on rank 1 (node-1)" in first
+        and "fingerprint of data" in first
+    )
 
 
 def refusal_of_guard(rank: int) -> str:
@@ -153,7 +176,9 @@ def test_a_node_that_is_ready_waits_for_the_text_of_the_others_outside_of_any_pr
         return made
 
     prepared, done, prepare = threading.Event(), threading.Event(), trainer.train.prepare
-    monkeypatch.setattr(trainer.train, "prepare", lambda *a, **n: (prepare(*a, **n), prepared.set())[0])
+    monkeypatch.setattr(
+        trainer.train, "prepare", lambda *a, **n: (prepare(*a, **n), prepared.set())[0]
+    )
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("GROUP_RANK", "1")
     waiting = threading.Thread(target=lambda: (node(1)._prepare_data(), done.set()), daemon=True)
@@ -166,18 +191,27 @@ def test_a_node_that_is_ready_waits_for_the_text_of_the_others_outside_of_any_pr
     waiting.join()
 
 
-def test_only_what_a_dead_supervisor_has_left_is_an_orphan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two nodes may stand on one host: the one that comes back must leave the other's ranks alone."""
+def test_only_what_a_dead_supervisor_has_left_is_an_orphan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two nodes may stand on one host: the one that comes back must leave the other's ranks
+    alone.
+    """
     run = tmp_path / "run"
     run.mkdir()
     code = "import time; time.sleep(600)"
     children = []
     try:
         for supervisor in (7, 8):
-            variables = {processes.RUN_VARIABLE: str(run), processes.SUPERVISOR_VARIABLE: str(supervisor)}
+            variables = {
+                processes.RUN_VARIABLE: str(run),
+                processes.SUPERVISOR_VARIABLE: str(supervisor),
+            }
             children.append(subprocess.Popen(["python3", "-c", code], env=variables))
         monkeypatch.setattr(
-            processes, "supervisor_of", lambda path, pid: psutil.Process() if (path, pid) == (run, 8) else None
+            processes,
+            "supervisor_of",
+            lambda path, pid: psutil.Process() if (path, pid) == (run, 8) else None,
         )
         wait_for(lambda: len(processes.processes_of(run)) == 2)
         assert [process.pid for process in processes.orphans_of(run)] == [children[0].pid]
@@ -215,7 +249,12 @@ def slurm(folder: Path, *arguments: str, **variables: str) -> list[list[str]]:
         "SLURM_CPUS_PER_TASK": "64",
     }
     done = subprocess.run(
-        ["bash", str(SLURM), *arguments], cwd=folder, env=variables, capture_output=True, text=True, check=False
+        ["bash", str(SLURM), *arguments],
+        cwd=folder,
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return [(folder / f"told-{node}").read_text().split("\0")[:-1] for node in (0, 1)]
@@ -227,11 +266,15 @@ def test_the_slurm_script_starts_and_resumes_what_the_command_line_takes(
     from guardrail.cli.launch import command
 
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "c.toml").write_text('[train]\nsteps = 1000\nbatch_size = 16\n[launch]\ndevice = "cpu"\n')
+    (tmp_path / "c.toml").write_text(
+        '[train]\nsteps = 1000\nbatch_size = 16\n[launch]\ndevice = "cpu"\n'
+    )
     for node, (name, *words) in enumerate(slurm(tmp_path, "c.toml")):
         assert name == "launch"
         options = command.make_context(name, words).params
-        assert options["headless"] and options["run_dir"] == str(tmp_path / "runs" / "slurm" / "104711")
+        assert options["headless"] and options["run_dir"] == str(
+            tmp_path / "runs" / "slurm" / "104711"
+        )
         config = load(parse(Path(options["config"])), file="c.toml", overrides=options["overrides"])
         assert isinstance(config, Config)
         assert (config.launch.nodes, config.launch.node_rank, config.world) == (2, node, 16)
@@ -242,8 +285,11 @@ def test_the_slurm_script_starts_and_resumes_what_the_command_line_takes(
         options = command.make_context(name, words).params
         assert options["config"] is None and options["run_dir"] is None
         monkeypatch.setattr("guardrail.launch.preflight.cuda_devices", lambda: 8)
-        # 16 ranks share out a batch of 8 badly, and say so: what the job gives reaches the run's own configuration.
-        with pytest.raises(ConfigError, match=r"train\.batch_size = 8: expected a multiple of the 16"):
+        # 16 ranks share out a batch of 8 badly, and say so: what the job gives reaches the run's
+        # own configuration.
+        with pytest.raises(
+            ConfigError, match=r"train\.batch_size = 8: expected a multiple of the 16"
+        ):
             prepare_resume(options["resume"], options["overrides"], root="")
         assert f"launch.node_rank={node}" in options["overrides"]
 

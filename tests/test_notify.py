@@ -48,16 +48,27 @@ def test_what_is_told_under_which_word(told: Event, word: str) -> None:
 def test_no_control_characters_and_no_text_of_the_data_leave_the_machine() -> None:
     documents = [{"path": "/secret/doc.txt", "excerpt": "private"}]
     proposals = [{"action": "rollback", "text": "rollback: back\x1b[2J to step 5"}]
-    told = event("paused", "loss \x1b]0;x\x07is up", proposals=proposals, documents=documents, deadline=99.0)
+    told = event(
+        "paused", "loss \x1b]0;x\x07is up", proposals=proposals, documents=documents, deadline=99.0
+    )
     notice = notice_of(told, run="a\x1b[1mrun", path="/runs/a", host="h")
-    assert notice.text == "arun, step 12: loss is up" and notice.choices == ("rollback: back to step 5",)
+    assert notice.text == "arun, step 12: loss is up" and notice.choices == (
+        "rollback: back to step 5",
+    )
     assert notice.data == {"deadline": 99.0}
 
 
-def test_an_address_that_is_none_and_a_package_that_is_missing_are_refused_early(tmp_path: Path) -> None:
+def test_an_address_that_is_none_and_a_package_that_is_missing_are_refused_early(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(ConfigError, match=r"notify\.webhook = \(masked\): expected an http"):
         Settings(notify=NotifySection(webhook="file:///etc/passwd")).check(base=tmp_path)
-    found = [error.key for error in preflight.problems(Settings(notify=NotifySection(apprise=("json://x",))), file="c")]
+    found = [
+        error.key
+        for error in preflight.problems(
+            Settings(notify=NotifySection(apprise=("json://x",))), file="c"
+        )
+    ]
     assert ("notify.apprise" in found) is (not _has_apprise())
 
 
@@ -82,7 +93,9 @@ class Server:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 server.authorization = self.headers.get("Authorization", "")
-                server.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                server.bodies.append(
+                    json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                )
                 time.sleep(server.seconds)
                 self.send_response(server.status)
                 self.end_headers()
@@ -134,29 +147,42 @@ def test_each_event_is_posted_once_whoever_asks_again(run: RunDirectory, server:
     run.append("ended", "halted: budget", step=31, phase="halted", reason="budget")
     notifier(run, webhook=server.url).look()  # as after a restart of the supervisor
     notifier(run, webhook=server.url).look()
-    assert [(body["event"], body["step"]) for body in server.bodies] == [("incident", 20), ("halted", 31)]
+    assert [(body["event"], body["step"]) for body in server.bodies] == [
+        ("incident", 20),
+        ("halted", 31),
+    ]
     incident = server.bodies[0]
     assert incident["text"] == f"{run.name}, step 20: incident 1: open"
-    assert incident["path"] == str(run.path) and incident["data"] == {"state": "open", "number": 1, "onset": 19}
+    assert incident["path"] == str(run.path) and incident["data"] == {
+        "state": "open",
+        "number": 1,
+        "onset": 19,
+    }
     assert outcomes(run) == [("webhook", True, "")] * 2
 
 
 @pytest.mark.fault("A3")
-def test_user_and_password_of_an_address_go_into_a_header(run: RunDirectory, server: Server) -> None:
+def test_user_and_password_of_an_address_go_into_a_header(
+    run: RunDirectory, server: Server
+) -> None:
     run.append("ended", "failed", phase="failed")
     notifier(run, webhook=server.url.replace("http://", "http://ann:p%40ss@")).look()
     assert outcomes(run) == [("webhook", True, "")]
     assert server.authorization == "Basic YW5uOnBAc3M="  # ann:p@ss
 
 
-def test_a_supervisor_that_died_while_sending_does_not_tell_again(run: RunDirectory, server: Server) -> None:
+def test_a_supervisor_that_died_while_sending_does_not_tell_again(
+    run: RunDirectory, server: Server
+) -> None:
     told = run.append("ended", "failed", phase="failed")
     run.write_notified(told.seq)  # remembered first; whether it was sent nobody knows
     notifier(run, webhook=server.url).look()
     assert server.bodies == []
 
 
-def test_what_happened_before_the_first_start_with_it_is_old_news(run: RunDirectory, server: Server) -> None:
+def test_what_happened_before_the_first_start_with_it_is_old_news(
+    run: RunDirectory, server: Server
+) -> None:
     run.append("ended", "failed", phase="failed")
     Notifier(NotifySection(webhook=server.url), run, say=run.append, since=time.time() + 1).look()
     assert server.bodies == []
@@ -189,8 +215,12 @@ def test_who_is_too_slow_is_left(run: RunDirectory, server: Server, tmp_path: Pa
     assert not late.exists()
 
 
-def test_a_command_gets_json_and_variables_and_is_no_process_of_the_run(run: RunDirectory, tmp_path: Path) -> None:
-    run.append("paused", "loss is up", step=9, proposals=[{"action": "rollback", "text": "rollback: ..."}])
+def test_a_command_gets_json_and_variables_and_is_no_process_of_the_run(
+    run: RunDirectory, tmp_path: Path
+) -> None:
+    run.append(
+        "paused", "loss is up", step=9, proposals=[{"action": "rollback", "text": "rollback: ..."}]
+    )
     out, words = tmp_path / "out", tmp_path / "words"
     script = f'cat > {out}; echo "$GUARDRAIL_EVENT|$GUARDRAIL_STEP|$GUARDRAIL_DIRECTORY|$GUARDRAIL_RUN" > {words}'
     notifier(run, command=script).look()

@@ -1,4 +1,6 @@
-"""The objective, and that a batch cut into micro-batches and ranks in any way gives the same gradient."""
+"""The objective, and that a batch cut into micro-batches and ranks in any way gives the same
+gradient.
+"""
 
 import math
 
@@ -22,7 +24,9 @@ def labels(ignored: float, seed: int = 0) -> Tensor:
 @pytest.mark.fault("A7")
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 @pytest.mark.parametrize("what", ["loss", "z-loss"])
-def test_an_ignored_position_with_a_logit_that_is_not_finite_counts_for_nothing(what: str, value: float) -> None:
+def test_an_ignored_position_with_a_logit_that_is_not_finite_counts_for_nothing(
+    what: str, value: float
+) -> None:
     clean = torch.randn(1, 3, V, generator=torch.Generator().manual_seed(0))
     targets = torch.tensor([[1, IGNORED, 3]])
     spoiled = clean.clone()
@@ -80,9 +84,15 @@ def test_a_micro_batch_without_labels_weighs_nothing() -> None:
     assert logits.grad is not None and torch.equal(logits.grad, torch.zeros_like(logits))
 
 
-def gradients(targets: Tensor, *, micro_batch: int, world: int = 1) -> tuple[dict[str, Tensor], float]:
-    """Gradients and loss of one batch in float64, as loop and guard form them: ranks average, then one factor."""
-    model = Decoder(ModelSection(layers=1, width=8, heads=2), vocabulary=V, sequence_length=T, seed=1).double()
+def gradients(
+    targets: Tensor, *, micro_batch: int, world: int = 1
+) -> tuple[dict[str, Tensor], float]:
+    """Gradients and loss of one batch in float64, as loop and guard form them: ranks average, then
+    one factor.
+    """
+    model = Decoder(
+        ModelSection(layers=1, width=8, heads=2), vocabulary=V, sequence_length=T, seed=1
+    ).double()
     ids = torch.randint(0, V, (len(targets), T), generator=torch.Generator().manual_seed(2))
     nominal = B * T
     reduced = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
@@ -91,7 +101,9 @@ def gradients(targets: Tensor, *, micro_batch: int, world: int = 1) -> tuple[dic
         model.zero_grad()
         share_ids, share_targets = ids[rank::world], targets[rank::world]
         for at in range(0, len(share_ids), micro_batch):
-            total, count = loss_sum(model(share_ids[at : at + micro_batch]), share_targets[at : at + micro_batch])
+            total, count = loss_sum(
+                model(share_ids[at : at + micro_batch]), share_targets[at : at + micro_batch]
+            )
             (total * (world / nominal)).backward()
             loss += total.item()
             tokens += int(count)
@@ -103,9 +115,13 @@ def gradients(targets: Tensor, *, micro_batch: int, world: int = 1) -> tuple[dic
 
 def mean_gradients(targets: Tensor) -> tuple[dict[str, Tensor], float]:
     """The definition: mean cross-entropy over all label tokens of the whole batch."""
-    model = Decoder(ModelSection(layers=1, width=8, heads=2), vocabulary=V, sequence_length=T, seed=1).double()
+    model = Decoder(
+        ModelSection(layers=1, width=8, heads=2), vocabulary=V, sequence_length=T, seed=1
+    ).double()
     ids = torch.randint(0, V, (len(targets), T), generator=torch.Generator().manual_seed(2))
-    loss = torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+    loss = torch.nn.functional.cross_entropy(
+        model(ids).flatten(0, 1), targets.flatten(), ignore_index=IGNORED
+    )
     loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, loss.item()
 

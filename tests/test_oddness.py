@@ -1,4 +1,6 @@
-"""What is odd about a text, and which samples stand out: real text is ordinary, each kind of rubbish is named."""
+"""What is odd about a text, and which samples stand out: real text is ordinary, each kind of
+rubbish is named.
+"""
 
 import inspect
 import math
@@ -26,7 +28,10 @@ PROSE = inspect.cleandoc(textwrap.__doc__ or "") + (
         ("one line of this\n" * 20, "lines are repeated"),
         (random.Random(1).randbytes(300).decode("latin-1"), "unprintable"),
         ("cafÃ© naÃ¯ve rÃ©sumÃ© dÃ©jÃ  vu and so on with more words", "decoded wrongly"),
-        ("".join(chr(random.Random(2).randrange(0x21, 0x7F)) for _ in range(5)) * 40, "over and over"),
+        (
+            "".join(chr(random.Random(2).randrange(0x21, 0x7F)) for _ in range(5)) * 40,
+            "over and over",
+        ),
         ("3.14159 2.71828 " + " ".join(str(n * 7919) for n in range(60)), "digits"),
         ("SHOUTING IS NO STYLE FOR A WHOLE PAGE OF TEXT AND WORDS", "capitals"),
         ("# a # b # c # d # e # f # g # h # i # j # k # l # m", "symbols"),
@@ -49,7 +54,9 @@ def test_ordinary_text_is_not_odd() -> None:
 def test_another_language_and_a_copy() -> None:
     usual = Usual(PROSE[at : at + 120] for at in range(0, len(PROSE) - 120, 40))
     text = "Это предложение написано другим алфавитом, которого нет в корпусе"
-    assert any("unlike the corpus" in said and "CYRILLIC" in said for said in odd(text, usual=usual))
+    assert any(
+        "unlike the corpus" in said and "CYRILLIC" in said for said in odd(text, usual=usual)
+    )
     assert "the very same text as another sample" in odd(PROSE, among=[PROSE])
 
 
@@ -82,7 +89,9 @@ UNSPACED = {
 def test_scripts_without_spaces_are_ordinary_text(language: str) -> None:
     text = UNSPACED[language]
     assert odd(text) == [] and odd(text[:60]) == []
-    assert odd("\n".join(text[at : at + 10] for at in range(0, len(text), 10))) == [], "in short lines"
+    assert odd("\n".join(text[at : at + 10] for at in range(0, len(text), 10))) == [], (
+        "in short lines"
+    )
 
 
 @pytest.mark.fault("A6")
@@ -91,7 +100,9 @@ def test_repetition_in_scripts_without_spaces(language: str) -> None:
     text = UNSPACED[language]
     assert any("over and over" in said for said in odd(text[:30] * 20))
     mixed = "".join(text[:25] + text[at : at + 12] for at in range(25, 120))
-    assert any("repeated strings" in said or "one string" in said for said in odd(mixed)), odd(mixed)
+    assert any("repeated strings" in said or "one string" in said for said in odd(mixed)), odd(
+        mixed
+    )
 
 
 @pytest.mark.parametrize("period", [1, 2, 7, 8, 9, 40, 99])
@@ -99,7 +110,9 @@ def test_repetition_in_scripts_without_spaces(language: str) -> None:
 def test_a_string_over_and_over_is_found_at_any_length(period: int, noise: float) -> None:
     draw = random.Random(period)
     string = "".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=period))
-    text = "".join(draw.choice("XYZ") if draw.random() < noise else one for one in string * (600 // period))
+    text = "".join(
+        draw.choice("XYZ") if draw.random() < noise else one for one in string * (600 // period)
+    )
     (said,) = _character_runs(text)
     assert said.endswith("over and over")
 
@@ -111,7 +124,9 @@ def test_random_characters_are_no_repetition() -> None:
 
 
 @pytest.mark.fault("A6")
-def test_the_time_grows_with_the_length_and_not_with_its_square(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_grows_with_the_length_and_not_with_its_square(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Characters that are compared, of a text without a space."""
     compared = 0
 
@@ -128,7 +143,10 @@ def test_the_time_grows_with_the_length_and_not_with_its_square(monkeypatch: pyt
 def samples(losses: list[float], gradients: list[float] | None = None) -> list[Sample]:
     pulls = gradients or [1.0 + 0.05 * (at % 3) for at in range(len(losses))]
     pairs = zip(losses, pulls, strict=True)
-    return [Sample(position=at, loss=loss, tokens=10, gradient=pull) for at, (loss, pull) in enumerate(pairs)]
+    return [
+        Sample(position=at, loss=loss, tokens=10, gradient=pull)
+        for at, (loss, pull) in enumerate(pairs)
+    ]
 
 
 ORDINARY = samples([2.2, 2.3, 2.4, 2.25, 2.35, 2.1, 2.5, 2.3, 2.4, 2.2, 2.3, 2.6])
@@ -158,7 +176,9 @@ def test_without_healthy_batches_the_batch_itself_is_what_is_usual() -> None:
 
 
 def test_those_that_weigh_are_told_from_those_that_merely_stand_out() -> None:
-    """A hundredth of the worst one's excess is far out among samples that are all alike, and explains nothing."""
+    """A hundredth of the worst one's excess is far out among samples that are all alike, and
+    explains nothing.
+    """
     ordinary = [Sample(position=at, loss=0.02, tokens=64, gradient=1.0) for at in range(9)]
 
     def chosen(part: float, *pairs: tuple[float, float]) -> list[int]:
@@ -169,7 +189,11 @@ def test_those_that_weigh_are_told_from_those_that_merely_stand_out() -> None:
         return [outlier.sample.position for outlier in foremost(found, ordinary, part=part)]
 
     pairs = [(5.02, 10.0), (0.22, 1.0), (0.037, 0.5), (0.03, 8.0)]
-    assert chosen(0.1, *pairs) == [0, 3] and chosen(0.01, *pairs) == [0, 1, 3] and chosen(0.0, *pairs) == [0, 1, 2, 3]
+    assert (
+        chosen(0.1, *pairs) == [0, 3]
+        and chosen(0.01, *pairs) == [0, 1, 3]
+        and chosen(0.0, *pairs) == [0, 1, 2, 3]
+    )
     assert chosen(0.1, (math.nan, math.nan), (2.0, 1.0)) == [1], "an unknown number has no weight"
     broken = [Outlier(sample=Sample(position=0, loss=math.nan, tokens=4), score=math.inf)]
     assert foremost(broken, ordinary, part=0.1) == broken and foremost([], ordinary, part=0.1) == []

@@ -1,4 +1,6 @@
-"""The optimizers against their formulas, the schedule against its corners, a scheduler state that restores exactly."""
+"""The optimizers against their formulas, the schedule against its corners, a scheduler state that
+restores exactly.
+"""
 
 import json
 import math
@@ -19,13 +21,24 @@ from torch.optim import Muon
 from tests.ranks import run_ranks
 from trainer.config.config import ModelSection, OptimSection
 from trainer.model import Decoder
-from trainer.optim.optimizers import Schedule, Scheduler, ShardedMuon, build_optimizer, build_optimizers
+from trainer.optim.optimizers import (
+    Schedule,
+    Scheduler,
+    ShardedMuon,
+    build_optimizer,
+    build_optimizers,
+)
 
 SECTION = OptimSection(lr=1e-2, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.3)
 
 
 def model(tied: bool = True) -> Decoder:
-    return Decoder(ModelSection(layers=1, width=8, heads=2, tied=tied), vocabulary=11, sequence_length=4, seed=3)
+    return Decoder(
+        ModelSection(layers=1, width=8, heads=2, tied=tied),
+        vocabulary=11,
+        sequence_length=4,
+        seed=3,
+    )
 
 
 def gradient(step: int, index: int, shape: torch.Size) -> Tensor:
@@ -49,7 +62,9 @@ def test_updates_are_those_of_the_formula() -> None:
             expected[name] = expected[name] * (1 - 1e-2 * decay) - 1e-2 * m / (v.sqrt() + 1e-6)
         optimizer.step()
     for name, parameter in decoder.named_parameters():
-        torch.testing.assert_close(parameter.double(), expected[name], rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(
+            parameter.double(), expected[name], rtol=1e-5, atol=1e-6, msg=name
+        )
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -94,7 +109,9 @@ def _sharded_steps(rank: int, world: int) -> dict[str, Tensor]:
         for index, parameter in enumerate(decoder.parameters()):
             assert isinstance(parameter, DTensor)
             whole = gradient(step, index, parameter.shape)
-            local = torch.distributed.tensor.distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+            local = torch.distributed.tensor.distribute_tensor(
+                whole, parameter.device_mesh, parameter.placements
+            )
             parameter.grad = local
         optimizer.step()
     assert all(isinstance(s["exp_avg"], DTensor) for s in optimizer.state.values())
@@ -111,14 +128,21 @@ def test_fused_adamw_on_shards_equals_the_whole(world: int, tmp_path: Path) -> N
         optimizer.step()
     for result in run_ranks(_sharded_steps, world, world, folder=tmp_path):
         for name, parameter in decoder.named_parameters():
-            # Vectorised and remainder lanes may round differently where the length of a shard differs.
-            torch.testing.assert_close(result[name], parameter.detach(), rtol=1e-6, atol=1e-7, msg=name)
+            # Vectorised and remainder lanes may round differently where the length of a shard
+            # differs.
+            torch.testing.assert_close(
+                result[name], parameter.detach(), rtol=1e-6, atol=1e-7, msg=name
+            )
 
 
 @pytest.mark.parametrize("implementation", ["fused", "foreach", "loop"])
 @pytest.mark.parametrize("name", ["adam", "adamw"])
-def test_adam_adds_its_decay_to_the_gradient_and_adamw_does_not(name: str, implementation: str) -> None:
-    section = OptimSection(name=name, implementation=implementation, lr=1e-2, weight_decay=0.3, beta2=0.9, eps=1e-6)
+def test_adam_adds_its_decay_to_the_gradient_and_adamw_does_not(
+    name: str, implementation: str
+) -> None:
+    section = OptimSection(
+        name=name, implementation=implementation, lr=1e-2, weight_decay=0.3, beta2=0.9, eps=1e-6
+    )
     layer = nn.Linear(3, 2, bias=False)
     before = layer.weight.detach().double()
     optimizer = build_optimizer(layer, section)
@@ -129,11 +153,15 @@ def test_adam_adds_its_decay_to_the_gradient_and_adamw_does_not(name: str, imple
         g, before_step = g + 0.3 * before, before
     else:
         before_step = before * (1 - 1e-2 * 0.3)
-    torch.testing.assert_close(layer.weight.double(), before_step - 1e-2 * g / (g.abs() + 1e-6), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        layer.weight.double(), before_step - 1e-2 * g / (g.abs() + 1e-6), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_adafactor_is_the_formula() -> None:
-    """Shazeer & Stern 2018, algorithm 4, with the relative step and decay of torch's documentation."""
+    """Shazeer & Stern 2018, algorithm 4, with the relative step and decay of torch's
+    documentation.
+    """
     layer = nn.Linear(5, 3, bias=False)
     optimizer = build_optimizer(layer, OptimSection(name="adafactor", lr=0.05, weight_decay=0.1))
     w = layer.weight.detach().double()
@@ -161,7 +189,9 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest(tied: bool) -> N
     names = {id(p): name for name, p in decoder.named_parameters()}
     inner = sorted(names[id(p)] for g in muon.param_groups for p in g["params"])
     rest = sorted(names[id(p)] for g in adamw.param_groups for p in g["params"])
-    assert inner == [name for name in sorted(names.values()) if name.startswith("blocks.") and "norm" not in name]
+    assert inner == [
+        name for name in sorted(names.values()) if name.startswith("blocks.") and "norm" not in name
+    ]
     assert sorted(inner + rest) == sorted(names.values())
 
 
@@ -172,13 +202,16 @@ def test_muons_updates_are_orthogonal_and_as_long_as_adamws() -> None:
     layer.weight.grad = gradient(0, 0, layer.weight.shape)
     muon.step()
     values = torch.linalg.svdvals(layer.weight.detach()) / (0.5 * 0.2 * 16**0.5)
-    assert values.min() > 0.6 and values.max() < 1.3  # five Newton-Schulz iterations come this near to 1
+    # five Newton-Schulz iterations come this near to 1
+    assert values.min() > 0.6 and values.max() < 1.3
 
 
 def test_muon_is_its_formula_with_the_length_of_adamws_updates() -> None:
-    """Jordan et al. 2024 (momentum, Nesterov, five Newton-Schulz iterations), scaled and decayed as in Liu et al. 2025.
+    """Jordan et al. 2024 (momentum, Nesterov, five Newton-Schulz iterations), scaled and decayed as
+    in Liu et al. 2025.
 
-    torch averages the momentum where the published code sums it: a factor that the iteration divides by.
+    torch averages the momentum where the published code sums it: a factor that the iteration
+    divides by.
     """
     layer = nn.Linear(16, 8, bias=False)
     section = OptimSection(name="muon", lr=0.1, weight_decay=0.3, momentum=0.9)
@@ -235,7 +268,9 @@ def test_schedule_rises_then_falls_within_its_bounds(
     peak: float, share: float, warmup: int, total: int, step: int
 ) -> None:
     assume(warmup < total)
-    schedule = Schedule.of(OptimSection(lr=peak, warmup_steps=warmup, min_lr_share=share), steps=total)
+    schedule = Schedule.of(
+        OptimSection(lr=peak, warmup_steps=warmup, min_lr_share=share), steps=total
+    )
     here, there = schedule(step), schedule(step + 1)
     slack = peak * 1e-9
     assert 0 <= here <= peak + slack
@@ -277,10 +312,14 @@ def test_the_learning_rate_of_a_step_acts_on_that_step() -> None:
 
 
 def _sharded_muon(rank: int) -> None:
-    """Two steps of Muon, its matrices on shards of unequal height, against torch's own on whole ones."""
+    """Two steps of Muon, its matrices on shards of unequal height, against torch's own on whole
+    ones.
+    """
     mesh = init_device_mesh("cpu", (2,))
     shapes = [(8, 6), (5, 7), (3, 16)]
-    whole = [nn.Parameter(gradient(9, index, torch.Size(shape))) for index, shape in enumerate(shapes)]
+    whole = [
+        nn.Parameter(gradient(9, index, torch.Size(shape))) for index, shape in enumerate(shapes)
+    ]
     parts = [nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [Shard(0)])) for p in whole]
     options: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
     theirs, ours = Muon(whole, **options), ShardedMuon(parts, **options)
@@ -296,7 +335,9 @@ def _sharded_muon(rank: int) -> None:
         torch.testing.assert_close(q.full_tensor(), p, rtol=1e-6, atol=1e-6)  # type: ignore[attr-defined]
         buffer = ours.state[q]["momentum_buffer"]
         assert buffer.to_local().shape == q.to_local().shape  # type: ignore[attr-defined]
-        torch.testing.assert_close(buffer.full_tensor(), theirs.state[p]["momentum_buffer"], rtol=0, atol=0)
+        torch.testing.assert_close(
+            buffer.full_tensor(), theirs.state[p]["momentum_buffer"], rtol=0, atol=0
+        )
 
 
 def test_muon_on_shards_gathers_each_matrix_once(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""The straggler under DDP, where all ranks' steps take equally long; and what the heartbeat says of a GPU."""
+"""The straggler under DDP, where all ranks' steps take equally long; and what the heartbeat says of
+a GPU.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,13 @@ SLOW = 0.2
 
 
 def paced(rank: int) -> tuple[float, float]:
-    """(own seconds, seconds of the whole step): least of three steps in which rank 1 is slow in its forward pass."""
+    """(own seconds, seconds of the whole step): least of three steps in which rank 1 is slow in its
+    forward pass.
+    """
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Embedding(64, 32), torch.nn.Linear(32, 32), torch.nn.Linear(32, 1))
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(64, 32), torch.nn.Linear(32, 32), torch.nn.Linear(32, 1)
+    )
     wrapped = DistributedDataParallel(model)
     pace = Pace(list(model.parameters()))
     own, whole = [], []
@@ -42,7 +48,9 @@ def paced(rank: int) -> tuple[float, float]:
 def test_the_slow_rank_stands_out_though_all_wait_for_it(tmp_path: Path) -> None:
     (fast, fast_step), (slow, slow_step) = run_ranks(paced, 2, folder=tmp_path)
     assert slow >= SLOW and slow_step >= SLOW
-    assert fast < fast_step / 2, "the fast one spent most of its step waiting, and its own part does not say so"
+    assert fast < fast_step / 2, (
+        "the fast one spent most of its step waiting, and its own part does not say so"
+    )
 
 
 def test_without_a_gradient_the_whole_step_counts() -> None:
@@ -54,7 +62,9 @@ def test_without_a_gradient_the_whole_step_counts() -> None:
     pace = Pace([weight])
     weight.sum().backward()
     now = time.perf_counter()
-    assert pace.seconds(now, now + 2.0) == 2.0, "a gradient of the step before says nothing of this one"
+    assert pace.seconds(now, now + 2.0) == 2.0, (
+        "a gradient of the step before says nothing of this one"
+    )
 
 
 def test_a_machine_without_a_gpu_says_nothing_of_one(tmp_path: Path) -> None:
@@ -71,9 +81,13 @@ class NVMLError(Exception):
 
 
 @pytest.mark.parametrize(
-    "error", [ModuleNotFoundError("nvidia-ml-py"), RuntimeError("no driver"), NVMLError("MIG")], ids=repr
+    "error",
+    [ModuleNotFoundError("nvidia-ml-py"), RuntimeError("no driver"), NVMLError("MIG")],
+    ids=repr,
 )
-def test_a_gpu_that_cannot_be_asked_is_asked_once(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_cannot_be_asked_is_asked_once(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[object] = []
 
     def utilization(device: object) -> int:
@@ -91,7 +105,9 @@ def test_a_gpu_that_cannot_be_asked_is_asked_once(error: Exception, monkeypatch:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU that answers")
 def test_what_asks_the_driver_may_be_missing(tmp_path: Path) -> None:
-    """Torch's own way, on a machine without nvidia-ml-py or without a driver: the heart goes on beating."""
+    """Torch's own way, on a machine without nvidia-ml-py or without a driver: the heart goes on
+    beating.
+    """
     run = RunDirectory.create(tmp_path, "beat", "")
     heart = Heartbeat(run, 0, seconds=3600)
     heart.meter = Meter(torch.device("cuda", 0))

@@ -1,4 +1,6 @@
-"""One rank, two ranks, ddp or fsdp: the same step. Dice by position, settled buckets, a world that is checked."""
+"""One rank, two ranks, ddp or fsdp: the same step. Dice by position, settled buckets, a world that
+is checked.
+"""
 
 import os
 import time
@@ -37,7 +39,9 @@ V, T, B = 29, 8, 4
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Accelerate keeps its state in class attributes; one test's precision would be the next one's."""
+    """Accelerate keeps its state in class attributes; one test's precision would be the next
+    one's.
+    """
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -70,7 +74,9 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def step(model: torch.nn.Module, config: Config, rank: int, *, seeds: bool = False) -> dict[str, Tensor]:
+def step(
+    model: torch.nn.Module, config: Config, rank: int, *, seeds: bool = False
+) -> dict[str, Tensor]:
     """Corrected gradients of one batch, as the loop forms them."""
     tokens, targets = batch()
     share = B // config.world
@@ -89,7 +95,11 @@ def step(model: torch.nn.Module, config: Config, rank: int, *, seeds: bool = Fal
     if dist.is_initialized():
         dist.all_reduce(counted)
     factor = nominal / int(counted)
-    return {name: whole(p.grad) * factor for name, p in unwrapped(model).named_parameters() if p.grad is not None}
+    return {
+        name: whole(p.grad) * factor
+        for name, p in unwrapped(model).named_parameters()
+        if p.grad is not None
+    }
 
 
 def train(rank: int, config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -109,7 +119,9 @@ def train(rank: int, config: Config) -> tuple[dict[str, Tensor], dict[str, Tenso
 
 def reference(tied: bool) -> dict[str, Tensor]:
     """Gradients of the mean over the batch's label tokens by plain torch, in float64."""
-    decoder = Decoder(settings(model={"tied": tied}).model, vocabulary=V, sequence_length=T, seed=1).double()
+    decoder = Decoder(
+        settings(model={"tied": tied}).model, vocabulary=V, sequence_length=T, seed=1
+    ).double()
     tokens, targets = batch()
     torch.nn.functional.cross_entropy(decoder(tokens).flatten(0, 1), targets.flatten()).backward()
     return {name: p.grad for name, p in decoder.named_parameters() if p.grad is not None}
@@ -138,19 +150,31 @@ def test_every_way_of_spreading_gives_the_same_step(tied: bool, tmp_path: Path) 
                 assert ("head.weight" in after) is not tied, label
                 for name in expected:
                     torch.testing.assert_close(
-                        gradients[name].double(), expected[name], rtol=1e-5, atol=1e-7, msg=f"{label}: {name}"
+                        gradients[name].double(),
+                        expected[name],
+                        rtol=1e-5,
+                        atol=1e-7,
+                        msg=f"{label}: {name}",
                     )
-                    assert torch.equal(after[name], results[0][1][name]), f"{label}: ranks differ in {name}"
+                    assert torch.equal(after[name], results[0][1][name]), (
+                        f"{label}: ranks differ in {name}"
+                    )
             weights.append(results[0][1])
     for after in weights[1:]:
         for name in expected:
-            torch.testing.assert_close(after[name], weights[0][name], rtol=1e-5, atol=1e-5, msg=name)
+            torch.testing.assert_close(
+                after[name], weights[0][name], rtol=1e-5, atol=1e-5, msg=name
+            )
 
 
 @pytest.mark.parametrize(("world", "strategy"), CUTS)
-def test_bf16_computes_in_bf16_and_keeps_fp32_weights(world: int, strategy: str, tmp_path: Path) -> None:
+def test_bf16_computes_in_bf16_and_keeps_fp32_weights(
+    world: int, strategy: str, tmp_path: Path
+) -> None:
     expected = reference(True)
-    results = run_ranks(_bf16, world, settings(world, strategy=strategy, precision="bf16"), folder=tmp_path)
+    results = run_ranks(
+        _bf16, world, settings(world, strategy=strategy, precision="bf16"), folder=tmp_path
+    )
     for logits, products, gradients in results:
         assert logits == torch.float32
         assert products == {torch.bfloat16}
@@ -163,7 +187,9 @@ def _bf16(rank: int, config: Config) -> tuple[torch.dtype, set[torch.dtype], dic
     model, decoder = build(config)
     products: set[torch.dtype] = set()
     for block in decoder.blocks:
-        block.feed_forward.down.register_forward_hook(lambda _m, _i, output: products.add(output.dtype))
+        block.feed_forward.down.register_forward_hook(
+            lambda _m, _i, output: products.add(output.dtype)
+        )
     logits = model(batch()[0])
     gradients = step(model, config, rank)
     return logits.dtype, products, gradients
@@ -171,7 +197,9 @@ def _bf16(rank: int, config: Config) -> tuple[torch.dtype, set[torch.dtype], dic
 
 @pytest.mark.parametrize(("world", "strategy"), CUTS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_recomputing_activations_changes_no_bit(world: int, strategy: str, precision: str, tmp_path: Path) -> None:
+def test_recomputing_activations_changes_no_bit(
+    world: int, strategy: str, precision: str, tmp_path: Path
+) -> None:
     results = [
         run_ranks(
             _with_dropout,
@@ -231,7 +259,8 @@ def test_seeding_covers_all_64_bits() -> None:
     seed_micro_batch(2**64 - 1, 2**62, 10**6)
 
 
-# About 2 MB of gradients, so that DDP has more than one bucket, and three ranks, so that the order of addition counts.
+# About 2 MB of gradients, so that DDP has more than one bucket, and three ranks, so that the order
+# of addition counts.
 WIDE = {"layers": 2, "width": 128, "heads": 2}
 
 
@@ -243,15 +272,25 @@ def test_the_first_backward_adds_in_the_order_of_all_others(tmp_path: Path) -> N
             assert torch.equal(first[name], second[name]), name
 
 
-def _first_and_second(rank: int, config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+def _first_and_second(
+    rank: int, config: Config
+) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
     accelerator = make_accelerator(config)
-    model = distribute(Decoder(config.model, vocabulary=V, sequence_length=T, seed=1), config, accelerator)
+    model = distribute(
+        Decoder(config.model, vocabulary=V, sequence_length=T, seed=1), config, accelerator
+    )
     assert isinstance(model, DistributedDataParallel)
     tokens = torch.randint(0, V, (2, T + 1), generator=torch.Generator().manual_seed(rank))
     runs = []
     for _ in range(2):
         loss_sum(model(tokens[:, :-1]), tokens[:, 1:])[0].backward()
-        runs.append({name: whole(p.grad) for name, p in model.module.named_parameters() if p.grad is not None})
+        runs.append(
+            {
+                name: whole(p.grad)
+                for name, p in model.module.named_parameters()
+                if p.grad is not None
+            }
+        )
         model.zero_grad()
     sizes = model._get_ddp_logging_data()["rebuilt_bucket_sizes"]
     return runs[0], runs[1], len(str(sizes).split(","))
@@ -268,13 +307,20 @@ def _untouched(rank: int, config: Config) -> bool:
     dice = torch.get_rng_state()
     distribute(decoder, config, accelerator)
     same = all(torch.equal(a, b) for a, b in zip(before, decoder.parameters(), strict=True))
-    return same and torch.equal(dice, torch.get_rng_state()) and all(p.grad is None for p in decoder.parameters())
+    return (
+        same
+        and torch.equal(dice, torch.get_rng_state())
+        and all(p.grad is None for p in decoder.parameters())
+    )
 
 
 def test_fsdp_shards_every_parameter_and_its_moments(tmp_path: Path) -> None:
     held = run_ranks(_held, 2, settings(2, strategy="fsdp", model={"tied": False}), folder=tmp_path)
     total = sum(
-        p.numel() for p in Decoder(settings(model={"tied": False}).model, vocabulary=V, sequence_length=T).parameters()
+        p.numel()
+        for p in Decoder(
+            settings(model={"tied": False}).model, vocabulary=V, sequence_length=T
+        ).parameters()
     )
     assert sum(parameters for parameters, _ in held) == total
     assert all(moments == 2 * parameters for parameters, moments in held)
@@ -288,12 +334,18 @@ def _held(rank: int, config: Config) -> tuple[int, int]:
     step(model, config, rank)
     optimizer.step()
     parameters = sum(p.to_local().numel() for p in decoder.parameters() if isinstance(p, DTensor))
-    moments = sum(s[key].to_local().numel() for s in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
+    moments = sum(
+        s[key].to_local().numel()
+        for s in optimizer.state.values()
+        for key in ("exp_avg", "exp_avg_sq")
+    )
     return parameters, moments
 
 
 def test_only_the_last_micro_batch_talks_to_the_other_ranks(tmp_path: Path) -> None:
-    assert run_ranks(_differs_before_the_last, 2, settings(2, micro_batch_size=1), folder=tmp_path) == [True, True]
+    assert run_ranks(
+        _differs_before_the_last, 2, settings(2, micro_batch_size=1), folder=tmp_path
+    ) == [True, True]
 
 
 def _differs_before_the_last(rank: int, config: Config) -> bool:
@@ -316,7 +368,8 @@ def test_a_single_ddp_process_is_the_plain_model(tmp_path: Path) -> None:
     model, decoder = build(settings())
     assert model is decoder and not is_sharded(model)
     assert not dist.is_initialized()
-    assert run_ranks(_is_plain, 1, settings(), folder=tmp_path, init=False) == [True]  # as torchrun starts it
+    # as torchrun starts it
+    assert run_ranks(_is_plain, 1, settings(), folder=tmp_path, init=False) == [True]
 
 
 def _is_plain(rank: int, config: Config) -> bool:
@@ -326,7 +379,9 @@ def _is_plain(rank: int, config: Config) -> bool:
 
 def test_evaluation_runs_without_gradients(tmp_path: Path) -> None:
     for strategy in ("ddp", "fsdp"):
-        losses = run_ranks(_evaluate, 2, settings(2, strategy=strategy, model={"dropout": 0.5}), folder=tmp_path)
+        losses = run_ranks(
+            _evaluate, 2, settings(2, strategy=strategy, model={"dropout": 0.5}), folder=tmp_path
+        )
         assert losses[0] == losses[1] and losses[0][0] == losses[0][1]
 
 
@@ -371,7 +426,9 @@ def _refused(rank: int, config: Config) -> str:
 def test_settings_from_the_environment_are_refused(tmp_path: Path) -> None:
     # `accelerate config` and `accelerate launch` write such variables, and some win over arguments.
     environment = {"ACCELERATE_USE_DEEPSPEED": "false", "ACCELERATE_TORCH_DEVICE": "meta"}
-    (message,) = run_ranks(_with_environment, 1, settings(), environment, folder=tmp_path, init=False)
+    (message,) = run_ranks(
+        _with_environment, 1, settings(), environment, folder=tmp_path, init=False
+    )
     assert message.startswith("Accelerate chose device 'meta' where the configuration means 'cpu'")
     assert "ACCELERATE_TORCH_DEVICE" in message
 
@@ -392,7 +449,9 @@ def test_cuda_where_there_is_none_is_refused() -> None:
 
 @pytest.mark.fault("R13")
 def test_threads_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the user sets wins: launch.threads, then OMP_NUM_THREADS, which may have a number for each level."""
+    """What the user sets wins: launch.threads, then OMP_NUM_THREADS, which may have a number for
+    each level.
+    """
     for given, expected in (("2", 2), ("5,1", 5)):
         monkeypatch.setenv("OMP_NUM_THREADS", given)
         assert cpu_threads(Config(launch=LaunchSection(processes=1))) == expected
@@ -405,7 +464,9 @@ def test_threads_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_lost_rank_ends_the_others_after_the_configured_time(tmp_path: Path) -> None:
-    config = Config(launch=LaunchSection(processes=2, device="cpu", threads=1, collective_seconds=1.0))
+    config = Config(
+        launch=LaunchSection(processes=2, device="cpu", threads=1, collective_seconds=1.0)
+    )
     waited = run_ranks(_waits_for_nobody, 2, config, folder=tmp_path, init=False)
     assert waited[1] > 0.5
 
@@ -423,7 +484,9 @@ def _waits_for_nobody(rank: int, config: Config) -> float:
 
 def test_deterministic_algorithms_are_asked_for_and_change_no_bit_on_a_cpu(tmp_path: Path) -> None:
     config = tiny(tmp_path, train={"steps": 8, "deterministic": True})
-    assert run_ranks(_deterministic, 1, config, folder=tmp_path / "asked", init=False) == [(True, ":4096:8")]
+    assert run_ranks(_deterministic, 1, config, folder=tmp_path / "asked", init=False) == [
+        (True, ":4096:8")
+    ]
     assert_same(trained(config), trained(tiny(tmp_path, train={"steps": 8})))
 
 

@@ -1,4 +1,6 @@
-"""The parts of the guard, one by one: what the past says, what is recorded, what is measured, what is applied."""
+"""The parts of the guard, one by one: what the past says, what is recorded, what is measured, what
+is applied.
+"""
 
 import errno
 import json
@@ -39,7 +41,14 @@ def test_a_setting_is_a_function_of_the_step() -> None:
     setting = StepSetting(1.0)
     setting.set(11, 0.5)
     setting.set(21, 0.25)
-    assert [setting.at(step) for step in (1, 10, 11, 20, 21, 99)] == [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
+    assert [setting.at(step) for step in (1, 10, 11, 20, 21, 99)] == [
+        1.0,
+        1.0,
+        0.5,
+        0.5,
+        0.25,
+        0.25,
+    ]
     setting.set(11, 2.0)  # what was set for later steps is gone: this is the last word
     assert [setting.at(step) for step in (10, 11, 21)] == [1.0, 2.0, 2.0]
 
@@ -82,21 +91,41 @@ def test_the_past_of_a_journal() -> None:
                 window=[72, 104],
                 span=msgspec.to_builtins(rolled),
             ),
-            event("command", step=8, timeline=1, command="policy", value=list(Mode).index(Mode.ASK), effect="applied"),
+            event(
+                "command",
+                step=8,
+                timeline=1,
+                command="policy",
+                value=list(Mode).index(Mode.ASK),
+                effect="applied",
+            ),
             event("restarted", step=6, timeline=2),
             event("ended", step=9, timeline=2, phase="stopped"),
         ]
     )
     assert past.spans == [SPAN, rolled]
-    assert (past.timeline, past.incident, past.restarts, past.ended, past.mode) == (2, 1, 1, "stopped", Mode.ASK)
+    assert (past.timeline, past.incident, past.restarts, past.ended, past.mode) == (
+        2,
+        1,
+        1,
+        "stopped",
+        Mode.ASK,
+    )
     assert past.lr.changes == [(6, 0.5)]
     # Timeline 0 lives up to 5, where 1 began; 1 up to 6, where 2 began.
     alive = {(t, s) for t in range(3) for s in range(12) if past.lives(timeline=t, step=s)}
-    assert alive == {(0, s) for s in range(6)} | {(1, s) for s in range(7)} | {(2, s) for s in range(12)}
+    assert alive == {(0, s) for s in range(6)} | {(1, s) for s in range(7)} | {
+        (2, s) for s in range(12)
+    }
 
 
 def test_a_checkpoint_whose_name_is_used_again_is_judged_again() -> None:
-    past = Past.of([event("checkpoint", path="step-20", state=state) for state in ("candidate", "good", "suspect")])
+    past = Past.of(
+        [
+            event("checkpoint", path="step-20", state=state)
+            for state in ("candidate", "good", "suspect")
+        ]
+    )
     assert past.good == past.suspects == {"step-20"}
     past.add(event("checkpoint", path="step-20", state="pruned"))
     past.add(event("checkpoint", path="step-20", state="candidate"))
@@ -133,7 +162,9 @@ class Disk:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_events_and_rows_wait_for_a_full_disk_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_events_and_rows_wait_for_a_full_disk_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("guardrail.rundir.recorder.RETRY_SECONDS", 0.0)
     disk, run, learnt = Disk(monkeypatch), made(tmp_path), list[str]()
     recorder = Recorder(run, active=True, learn=lambda event: learnt.append(event.kind))
@@ -144,7 +175,10 @@ def test_events_and_rows_wait_for_a_full_disk_in_their_order(tmp_path: Path, mon
         recorder.event("more", "", step=step, timeline=0)
         recorder.row({"step": float(step)})
     assert learnt == ["one", "more", "more"], "what happened is known at once, written or not"
-    assert recorder.durability.startswith("degraded: ") and "No space left on device" in recorder.durability
+    assert (
+        recorder.durability.startswith("degraded: ")
+        and "No space left on device" in recorder.durability
+    )
     assert [e.kind for e in run.events()] == ["one"] and len(run.metrics()) == 1
     disk.full = False
     recorder.row({"step": 4.0})
@@ -183,7 +217,9 @@ def test_other_ranks_learn_and_write_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("B1")
-def test_an_event_that_waits_for_the_disk_keeps_its_own_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_event_that_waits_for_the_disk_keeps_its_own_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     disk, run = Disk(monkeypatch), made(tmp_path)
     recorder = Recorder(run, active=True, learn=lambda event: None)
     disk.full = True
@@ -193,7 +229,13 @@ def test_an_event_that_waits_for_the_disk_keeps_its_own_time(tmp_path: Path, mon
     disk.full = False
     recorder.flush()
     note, degraded, ok = run.events()
-    assert (note.kind, note.time, note.step, note.timeline, note.data) == ("note", happened.time, 3, 1, {"loss": 2.5})
+    assert (note.kind, note.time, note.step, note.timeline, note.data) == (
+        "note",
+        happened.time,
+        3,
+        1,
+        {"loss": 2.5},
+    )
     assert degraded.data["state"] == "degraded" and degraded.time <= full_since < ok.time
     recorder.close()
 
@@ -222,12 +264,16 @@ def test_commands_come_in_order_and_not_before_their_step(tmp_path: Path) -> Non
     mailbox = Mailbox(run, seconds=0.01)
     try:
         first = mailbox.next(1)
-        assert first is not None and first.id == "now", "what waited before the start is there at once"
+        assert first is not None and first.id == "now", (
+            "what waited before the start is there at once"
+        )
         assert mailbox.next(6) is None
         due = mailbox.next(7)
         assert due is not None and due.id == "later"
         time.sleep(0.05)
-        assert mailbox.next(99) is None, "a command that is not answered yet is not handed out twice"
+        assert mailbox.next(99) is None, (
+            "a command that is not answered yet is not handed out twice"
+        )
         assert len(list(run.commands.iterdir())) == 2
         run.send(Command(id="third", kind=CommandKind.RESUME))
         wait_for(lambda: (found := mailbox.next(1)) is not None and found.id == "third")
@@ -276,13 +322,21 @@ def measured(rank: int, kind: str) -> dict[str, Any]:
     probes = Probes(setup.model, rank=setup.rank, world=setup.world)
     tokens = torch.randint(0, VOCABULARY, (4, 6), generator=torch.Generator().manual_seed(rank))
     logits = setup.model(tokens[:, :-1])
-    losses = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    losses = nn.functional.cross_entropy(
+        logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
+    )
     count = 10 + rank  # of the 20 labels
     total, nominal = losses[:count].sum(), 40.0
     (total * (setup.world / nominal)).backward()
     stop, command = rank == 1, ((2, 0.5) if rank == 0 else (0, 0.0))
     result = probes.reduce(
-        total, count, nominal_tokens=nominal, step_time=1.0 + rank, command=command, stop=stop, incomplete=False
+        total,
+        count,
+        nominal_tokens=nominal,
+        step_time=1.0 + rank,
+        command=command,
+        stop=stop,
+        incomplete=False,
     )
     gradients = [whole(p.grad) for p in setup.model.parameters()]
     embedding = [whole(p.grad) for p in embedding_parameters(setup.model)]
@@ -308,7 +362,9 @@ def test_norms_and_sums_over_ranks_and_shards(tmp_path: Path, world: int, kind: 
     assert result.scale == pytest.approx(40.0 / tokens)
     assert result.grad_norm == pytest.approx(ranks[0]["norm"], rel=1e-5)
     assert result.embed_grad_norm == pytest.approx(ranks[0]["embed"], rel=1e-5)
-    assert result.embed_share == pytest.approx((ranks[0]["embed"] / ranks[0]["norm"]) ** 2, rel=1e-5)
+    assert result.embed_share == pytest.approx(
+        (ranks[0]["embed"] / ranks[0]["norm"]) ** 2, rel=1e-5
+    )
     assert (result.command_kind, result.command_value) == (2, 0.5)
     assert result.stop == (world > 1)
     assert result.step_times == tuple(1.0 + rank for rank in range(world))
@@ -323,12 +379,18 @@ def test_a_norm_over_gradients_of_which_some_are_missing() -> None:
     result = probes.reduce(torch.tensor(3.0), 2, nominal_tokens=None, step_time=0.0)
     assert result.grad_norm == pytest.approx(math.sqrt(sum(p.numel() for p in present)) * 0.5)
     assert result.embed_grad_norm == 0.0 and result.loss == 1.5
-    nothing = Probes(Tiny(), rank=0, world=1).reduce(torch.tensor(0.0), 0, nominal_tokens=8.0, step_time=0.0)
-    assert (nothing.tokens, nothing.grad_norm, nothing.scale) == (0, 0.0, 1.0) and math.isnan(nothing.loss)
+    nothing = Probes(Tiny(), rank=0, world=1).reduce(
+        torch.tensor(0.0), 0, nominal_tokens=8.0, step_time=0.0
+    )
+    assert (nothing.tokens, nothing.grad_norm, nothing.scale) == (0, 0.0, 1.0) and math.isnan(
+        nothing.loss
+    )
 
 
 def test_watching_a_gradient_neither_copies_nor_changes_it() -> None:
-    """autograd takes a gradient over that nobody else holds; of one that a hook still holds it makes a copy."""
+    """autograd takes a gradient over that nobody else holds; of one that a hook still holds it
+    makes a copy.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3), nn.LayerNorm(3)).to(torch.bfloat16)
     model[2].double()  # norms of any kind of number add up
@@ -339,7 +401,9 @@ def test_watching_a_gradient_neither_copies_nor_changes_it() -> None:
     model[2](model[1](model[0](torch.tensor([[1, 2, 1]]))).double()).square().sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert {name: g.data_ptr() for name, g in gradients.items()} == made
-    assert float(probes._own_norm()) == pytest.approx(sum(g.double().norm().item() for g in gradients.values()))
+    assert float(probes._own_norm()) == pytest.approx(
+        sum(g.double().norm().item() for g in gradients.values())
+    )
 
 
 def test_a_nan_names_its_parameter() -> None:
@@ -347,11 +411,19 @@ def test_a_nan_names_its_parameter() -> None:
     probes = Probes(model, rank=0, world=1)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    name, bias = next((name, p) for name, p in model.named_parameters() if name.startswith("blocks.1") and p.ndim == 1)
+    name, bias = next(
+        (name, p)
+        for name, p in model.named_parameters()
+        if name.startswith("blocks.1") and p.ndim == 1
+    )
     assert bias.grad is not None
     bias.grad[2] = math.nan
     result = probes.reduce(torch.tensor(1.0), 1, nominal_tokens=None, step_time=0.0)
-    assert math.isnan(result.grad_norm) and result.nonfinite_grad == (0,) and result.nonfinite_loss == ()
+    assert (
+        math.isnan(result.grad_norm)
+        and result.nonfinite_grad == (0,)
+        and result.nonfinite_loss == ()
+    )
     assert probes.names_of_nonfinite() == [name]
 
 
@@ -360,7 +432,12 @@ def test_a_nan_names_its_parameter() -> None:
 
 def gate_of(model: nn.Module, *, clip: float = 1.0, lr: float = 0.1) -> Gate:
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    return Gate([optimizer], parameters=list(model.parameters()), embedding=embedding_parameters(model), clip=clip)
+    return Gate(
+        [optimizer],
+        parameters=list(model.parameters()),
+        embedding=embedding_parameters(model),
+        clip=clip,
+    )
 
 
 def with_gradients(seed: int = 0, size: float = 1.0) -> Tiny:
@@ -441,7 +518,12 @@ def test_an_attempt_is_undone_and_redone() -> None:
 
     def look() -> tuple[Any, ...]:
         assert norm.running_mean is not None and norm.num_batches_tracked is not None
-        return setup.inner.seen.tolist(), norm.running_mean.tolist(), int(norm.num_batches_tracked), random.getstate()
+        return (
+            setup.inner.seen.tolist(),
+            norm.running_mean.tolist(),
+            int(norm.num_batches_tracked),
+            random.getstate(),
+        )
 
     for _ in range(2):
         attempt.begin()

@@ -1,4 +1,6 @@
-"""The rung `pause` in live runs: the ranks park and wait, whether or not a screen is open, and go on unharmed."""
+"""The rung `pause` in live runs: the ranks park and wait, whether or not a screen is open, and go
+on unharmed.
+"""
 
 import os
 import signal
@@ -32,9 +34,11 @@ from tests.running import (
 )
 from trainer.config.config import Config
 
-STEP = 18  # whose first attempts are rejected: three call for the rollback, and the next three for the pause
+# whose first attempts are rejected: three call for the rollback, and the next three for the pause
+STEP = 18
 FIRST = (STEP - 1) * BATCH
-ASKED = STEP - 2  # one batch before the onset is left out as well, and its step is done with another one
+# one batch before the onset is left out as well, and its step is done with another one
+ASKED = STEP - 2
 LADDER = [{"do": "skip"}, {"do": "rollback"}, {"do": "pause"}]
 
 
@@ -76,8 +80,13 @@ def stays_parked(run: RunDirectory, pids: list[int]) -> None:
     time.sleep(1.2)
     assert not any(map(ended, pids))
     status = status_of(run)
-    assert (status.phase, status.step) == (Phase.PAUSED, ASKED) and time.time() - status.heartbeat < 30
-    assert "used up the rungs of guard.ladder" in status.question and status.question.endswith("proposed: halt")
+    assert (status.phase, status.step) == (
+        Phase.PAUSED,
+        ASKED,
+    ) and time.time() - status.heartbeat < 30
+    assert "used up the rungs of guard.ladder" in status.question and status.question.endswith(
+        "proposed: halt"
+    )
 
 
 def ctl(run: RunDirectory, *words: str) -> None:
@@ -86,9 +95,14 @@ def ctl(run: RunDirectory, *words: str) -> None:
 
 @pytest.mark.parametrize(
     ("world", "strategy"),
-    [(2, "ddp"), *(pytest.param(*shape, marks=pytest.mark.slow) for shape in ((1, "ddp"), (2, "fsdp")))],
+    [
+        (2, "ddp"),
+        *(pytest.param(*shape, marks=pytest.mark.slow) for shape in ((1, "ddp"), (2, "fsdp"))),
+    ],
 )
-def test_it_waits_for_an_answer_through_a_kill_and_goes_on(tmp_path: Path, world: int, strategy: str) -> None:
+def test_it_waits_for_an_answer_through_a_kill_and_goes_on(
+    tmp_path: Path, world: int, strategy: str
+) -> None:
     config = config_of(tmp_path, world=world, strategy=strategy)
     run = new_run(config)
     pids = parked(run, world)
@@ -99,25 +113,35 @@ def test_it_waits_for_an_answer_through_a_kill_and_goes_on(tmp_path: Path, world
     pids = parked(run, world)
     stays_parked(run, pids)
     first, again = of_kind(run, "paused")
-    assert first.message == again.message and first.data["end"] == again.data["end"], "the same question"
+    assert first.message == again.message and first.data["end"] == again.data["end"], (
+        "the same question"
+    )
     assert [one["action"] for one in again.data["proposals"]] == ["halt", "go on", "stop"]
     ctl(run, "checkpoint")
     ctl(run, "answer", "1")
     assert wait_ranks(pids) == [0] * world
     assert outcome(run) == "finished" and len(of_kind(run, "paused")) == 2
     assert [event.data["rung"] for event in of_kind(run, "rollback")] == ["rollback"]
-    assert max(span.last for span in spans(run)) == FIRST + 5 * BATCH, "the batch under question was applied"
+    assert max(span.last for span in spans(run)) == FIRST + 5 * BATCH, (
+        "the batch under question was applied"
+    )
     assert_whole(run)
     assert_same(run, trained(told(config, run)))
     assert all(judged.agrees for judged in Rejudge(run, config.guard, own=True))
 
 
-@pytest.mark.parametrize(("words", "last", "left_out"), [(("skip", "2"), 7, 2), (("rollback", "10"), 6, 0)])
-def test_it_is_answered_by_another_deed(tmp_path: Path, words: tuple[str, ...], last: int, left_out: int) -> None:
+@pytest.mark.parametrize(
+    ("words", "last", "left_out"), [(("skip", "2"), 7, 2), (("rollback", "10"), 6, 0)]
+)
+def test_it_is_answered_by_another_deed(
+    tmp_path: Path, words: tuple[str, ...], last: int, left_out: int
+) -> None:
     config = config_of(tmp_path)
     run = new_run(config)
     pids = parked(run, 1)
-    if left_out:  # behind a restart, what was rejected before lies between the last update and the batch in question
+    # behind a restart, what was rejected before lies between the last update and the batch in
+    # question
+    if left_out:
         os.kill(pids[0], signal.SIGKILL)
         wait_ranks(pids)
         pids = parked(run, 1)
@@ -130,7 +154,9 @@ def test_it_is_answered_by_another_deed(tmp_path: Path, words: tuple[str, ...], 
 
 
 @pytest.mark.parametrize("answered", [True, False])
-def test_it_halts_where_it_is_told_to_or_nobody_answers_in_time(tmp_path: Path, answered: bool) -> None:
+def test_it_halts_where_it_is_told_to_or_nobody_answers_in_time(
+    tmp_path: Path, answered: bool
+) -> None:
     run = new_run(config_of(tmp_path, ask_seconds=0.0 if answered else 0.5))
     if answered:
         pids = parked(run, 1)
@@ -143,7 +169,9 @@ def test_it_halts_where_it_is_told_to_or_nobody_answers_in_time(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("gate", ["sync", "lagged"])
-def test_the_update_under_question_is_whole_though_its_cause_was_looked_for(tmp_path: Path, gate: str) -> None:
+def test_the_update_under_question_is_whole_though_its_cause_was_looked_for(
+    tmp_path: Path, gate: str
+) -> None:
     """A replay writes to the gradients, and a person may have them applied all the same."""
     fault = {"kind": "spike_loss", "first": FIRST, "last": FIRST + BATCH, "value": 50.0}
     guard = {"ladder": [{"do": "pause"}], "gate": gate}
@@ -154,5 +182,7 @@ def test_the_update_under_question_is_whole_though_its_cause_was_looked_for(tmp_
     ctl(run, "answer", "1")
     assert wait_ranks(pids) == [0] and outcome(run) == "finished"
     assert not spans(run)
-    plain = msgspec.structs.replace(config, guard=msgspec.structs.replace(config.guard, mode=Mode.OFF))
+    plain = msgspec.structs.replace(
+        config, guard=msgspec.structs.replace(config.guard, mode=Mode.OFF)
+    )
     assert_same(run, trained(plain))

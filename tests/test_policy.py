@@ -18,7 +18,9 @@ from guardrail.decide.policy import (
 SETTINGS = GuardSection(persist=3, rollbacks=2, healthy_after=100)
 
 
-def finding(severity: Severity, kind: Kind = Kind.LOSS_SPIKE, score: float = 10.0, threshold: float = 8.0) -> Finding:
+def finding(
+    severity: Severity, kind: Kind = Kind.LOSS_SPIKE, score: float = 10.0, threshold: float = 8.0
+) -> Finding:
     return Finding(
         signal="loss",
         step=9,
@@ -61,7 +63,9 @@ def test_the_ladder(findings: list[Finding], streak: int, in_a_row: int, action:
 def test_a_budget_of_nothing_halts_at_once_and_a_persist_of_one_rolls_back_at_once() -> None:
     settings = GuardSection(persist=1, rollbacks=0)
     assert decide([REJECT], streak=0, in_a_row=0, settings=settings) is Action.HALT
-    assert decide([REJECT], streak=0, in_a_row=0, settings=GuardSection(persist=1)) is Action.ROLLBACK
+    assert (
+        decide([REJECT], streak=0, in_a_row=0, settings=GuardSection(persist=1)) is Action.ROLLBACK
+    )
 
 
 def test_evidence_stands_most_severe_first_and_nan_before_numbers() -> None:
@@ -74,7 +78,9 @@ def test_a_batch_without_labels_is_no_trouble() -> None:
 
 
 def done(from_step: int, to_step: int, *, by_person: bool = False) -> Rollback:
-    return Rollback(from_step=from_step, to_step=to_step, onset=from_step, window=(0, 1), by_person=by_person)
+    return Rollback(
+        from_step=from_step, to_step=to_step, onset=from_step, window=(0, 1), by_person=by_person
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,9 +104,15 @@ def test_rollbacks_in_a_row_lie_less_than_healthy_after_apart(
     assert rollbacks_in_a_row(rollbacks, applied=applied, healthy_after=100) == count
 
 
-def info(step: int, state: str = "good", *, timeline: int = 0, cursor: int | None = None) -> SnapshotInfo:
+def info(
+    step: int, state: str = "good", *, timeline: int = 0, cursor: int | None = None
+) -> SnapshotInfo:
     return SnapshotInfo(
-        step=step, cursor=step * 16 if cursor is None else cursor, timeline=timeline, tier="memory", state=state
+        step=step,
+        cursor=step * 16 if cursor is None else cursor,
+        timeline=timeline,
+        tier="memory",
+        state=state,
     )
 
 
@@ -144,7 +156,9 @@ def test_incidents_go_on_after_a_crash() -> None:
     incidents = Incidents(confirm=2)
     incidents.resume(4, is_open=True, onset=90, step=100)
     assert incidents.trouble(95, 95) == (4, "")
-    assert [incidents.healthy(step) for step in (98, 99, 100, 101)] == [(4, "")] * 3 + [(4, "recovered")]
+    assert [incidents.healthy(step) for step in (98, 99, 100, 101)] == [(4, "")] * 3 + [
+        (4, "recovered")
+    ]
     incidents = Incidents(confirm=2)
     incidents.resume(4)
     assert incidents.trouble(95, 95) == (5, "open")

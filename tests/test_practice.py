@@ -1,4 +1,6 @@
-"""What doctor says of a configuration beside published practice: each remark, where it is made and where it is not."""
+"""What doctor says of a configuration beside published practice: each remark, where it is made and
+where it is not.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,10 @@ USUAL: dict[str, Any] = {
 
 
 def settings(**sections: Any) -> Config:
-    tree = {name: {**USUAL.get(name, {}), **sections.get(name, {})} for name in USUAL.keys() | sections.keys()}
+    tree = {
+        name: {**USUAL.get(name, {}), **sections.get(name, {})}
+        for name in USUAL.keys() | sections.keys()
+    }
     made = build(tree, file="x.toml", base=Path.cwd())
     assert isinstance(made, Config)
     return made
@@ -38,7 +43,10 @@ def test_a_published_recipe_is_beyond_reproach() -> None:
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
-        ({"optim": {"lr": 1e-2}}, ["optim.lr = 0.01 is 17 times what is usual", "6.0e-04 at 125 M", "table 2.1"]),
+        (
+            {"optim": {"lr": 1e-2}},
+            ["optim.lr = 0.01 is 17 times what is usual", "6.0e-04 at 125 M", "table 2.1"],
+        ),
         ({"optim": {"lr": 3e-5}}, ["20 times below what is usual"]),
         ({"optim": {"clip": 0.0}}, ["gradients are not clipped", "clip at 1.0"]),
         ({"optim": {"clip": 5.0}}, ["optim.clip = 5 lets gradients pass"]),
@@ -47,10 +55,19 @@ def test_a_published_recipe_is_beyond_reproach() -> None:
         ({"model": {"embedding_norm": True}}, ["zero-shot"]),
         ({"optim": {"beta2": 0.999}}, ["remembers 1000 steps", "use 0.95"]),
         ({"optim": {"beta2": 0.8}}, ["remembers few steps"]),
-        ({"optim": {"beta2": 0.99999}}, ["remembers 100000 steps, and the run has 5000", "no curve shows it"]),
-        ({"train": {"batch_size": 8, "steps": 160_000}}, ["16.4 K tokens, few for 125 M parameters", "500 K"]),
+        (
+            {"optim": {"beta2": 0.99999}},
+            ["remembers 100000 steps, and the run has 5000", "no curve shows it"],
+        ),
+        (
+            {"train": {"batch_size": 8, "steps": 160_000}},
+            ["16.4 K tokens, few for 125 M parameters", "500 K"],
+        ),
         ({"train": {"batch_size": 4096, "steps": 5000}}, ["8.39 M tokens, many"]),
-        ({"train": {"steps": 500}}, ["262 M tokens for 125 M parameters are 2.1 for each", "Hoffmann et al. 2022"]),
+        (
+            {"train": {"steps": 500}},
+            ["262 M tokens for 125 M parameters are 2.1 for each", "Hoffmann et al. 2022"],
+        ),
         ({"train": {"steps": 1_000_000}}, ["are 4,187 for each", "LLaMA 3"]),
         ({"optim": {"warmup_steps": 1000}}, ["takes 20% of the run", "0.125 %"]),
         ({"optim": {"warmup_steps": 3}}, ["takes 3 steps, 0.06% of the run"]),
@@ -58,7 +75,9 @@ def test_a_published_recipe_is_beyond_reproach() -> None:
         ({"optim": {"min_lr_share": 0.5}}, ["the cosine ends high"]),
     ],
 )
-def test_each_departure_is_named_with_its_source(sections: dict[str, Any], words: list[str]) -> None:
+def test_each_departure_is_named_with_its_source(
+    sections: dict[str, Any], words: list[str]
+) -> None:
     (remark,) = settings(**sections).practice()
     for word in words:
         assert word in remark
@@ -69,7 +88,8 @@ def test_each_departure_is_named_with_its_source(sections: dict[str, Any], words
     [
         {"optim": {"clip": 0.0, "zclip": 2.5}},
         {"optim": {"name": "adafactor", "lr": 1e-2, "beta2": 0.5}},  # relative rate, own decay
-        {"optim": {"beta2": 0.999}, "train": {"batch_size": 32, "steps": 50_000}},  # a small batch profits from it
+        # a small batch profits from it
+        {"optim": {"beta2": 0.999}, "train": {"batch_size": 32, "steps": 50_000}},
     ],
 )
 def test_what_has_its_reason_is_not_remarked(sections: dict[str, Any]) -> None:
@@ -77,7 +97,11 @@ def test_what_has_its_reason_is_not_remarked(sections: dict[str, Any]) -> None:
 
 
 def test_small_models_are_not_compared_by_size(tmp_path: Path) -> None:
-    small = {"model": {"preset": "", "layers": 2}, "data": {"tokenizer": "bytes"}, "train": {"batch_size": 4}}
+    small = {
+        "model": {"preset": "", "layers": 2},
+        "data": {"tokenizer": "bytes"},
+        "train": {"batch_size": 4},
+    }
     assert settings(**small, optim={"lr": 0.05}).practice() == []
     assert len(settings(**small, optim={"clip": 0.0}).practice()) == 1
     assert len(settings(**small, optim={"beta2": 0.99999}).practice()) == 1
@@ -88,7 +112,9 @@ def test_small_models_are_not_compared_by_size(tmp_path: Path) -> None:
 def test_sizes_between_those_of_the_table_lie_between() -> None:
     for parameters, batch, rate in GPT3:
         assert published(int(parameters)) == pytest.approx((batch, rate))
-    assert published(10**7) == published(125 * 10**6) and published(10**13) == published(175 * 10**9)
+    assert published(10**7) == published(125 * 10**6) and published(10**13) == published(
+        175 * 10**9
+    )
     batch, rate = published(950 * 10**6)
     assert 0.5e6 < batch < 1e6 and 2e-4 < rate < 2.5e-4
 

@@ -19,7 +19,8 @@ def files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names in /dev."""
     names: list[str] = ["null", "dri"]
     monkeypatch.setattr(
-        "guardrail.launch.preflight.os.listdir", lambda path: names if path == "/dev" else os.listdir(path)
+        "guardrail.launch.preflight.os.listdir",
+        lambda path: names if path == "/dev" else os.listdir(path),
     )
     for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
@@ -32,12 +33,18 @@ def refused(folder: Path, **launch: object) -> list[str]:
         Settings(),
         launch=LaunchSection(**launch),  # type: ignore[arg-type]
     )
-    return [error.key for error in preflight.problems(settings, file="c.toml") if error.key.startswith("launch.")]
+    return [
+        error.key
+        for error in preflight.problems(settings, file="c.toml")
+        if error.key.startswith("launch.")
+    ]
 
 
 @pytest.mark.fault("B6")
 @pytest.mark.parametrize("name", ["kfd", "dxg", "nvhost-gpu"])
-def test_devices_that_torch_alone_can_count_are_not_refused(name: str, files: list[str], tmp_path: Path) -> None:
+def test_devices_that_torch_alone_can_count_are_not_refused(
+    name: str, files: list[str], tmp_path: Path
+) -> None:
     """ROCm, WSL2, Jetson: there is no /dev/nvidia0."""
     assert refused(tmp_path, device="cuda") == ["launch.device"]
     files.append(name)
@@ -56,7 +63,8 @@ def test_parts_of_a_device_are_not_counted_as_devices(
 
 
 @pytest.mark.parametrize(
-    ("visible", "expected"), [(None, 2), ("0", 1), ("0,1,2", 2), ("", 0), ("-1", 0), ("GPU-0af3", 1)]
+    ("visible", "expected"),
+    [(None, 2), ("0", 1), ("0,1,2", 2), ("", 0), ("-1", 0), ("GPU-0af3", 1)],
 )
 def test_devices_that_are_hidden_do_not_count(
     visible: str | None, expected: int, files: list[str], monkeypatch: pytest.MonkeyPatch
@@ -74,7 +82,9 @@ def test_hidden_devices_of_rocm_are_none(files: list[str], monkeypatch: pytest.M
     assert preflight.cuda_devices() == 0
 
 
-def test_a_machine_without_devices_is_refused_in_one_sentence(files: list[str], tmp_path: Path) -> None:
+def test_a_machine_without_devices_is_refused_in_one_sentence(
+    files: list[str], tmp_path: Path
+) -> None:
     settings = msgspec.structs.replace(Settings(), launch=LaunchSection(device="cuda"))
     with pytest.raises(ConfigError, match=r"launch\.device") as caught:
         preflight.check(settings, file="c.toml")
@@ -82,17 +92,24 @@ def test_a_machine_without_devices_is_refused_in_one_sentence(files: list[str], 
 
 
 @pytest.mark.parametrize("root", ["a" * 300, "nosuch/" + "a" * 300], ids=["long", "below"])
-def test_a_root_that_no_folder_can_have(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_root_that_no_folder_can_have(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "c.toml"
     file.write_text('[train]\nsteps = 300\n[launch]\ndevice = "cpu"\n')
-    for overrides, given, source in ((), root, "--root or $GUARDRAIL_ROOT"), ((f"run.root={root}",), None, "--set"):
+    for overrides, given, source in (
+        ((), root, "--root or $GUARDRAIL_ROOT"),
+        ((f"run.root={root}",), None, "--set"),
+    ):
         with pytest.raises(ConfigError, match="hint: File name too long") as caught:
             launching.prepare(str(file), overrides, None, root=given)
         assert caught.value.file == source and caught.value.key == "run.root"
 
 
-@pytest.mark.parametrize("name", ["a" * 101, "\U00020000" * 100, "a/b"], ids=["long", "bytes", "slash"])
+@pytest.mark.parametrize(
+    "name", ["a" * 101, "\U00020000" * 100, "a/b"], ids=["long", "bytes", "slash"]
+)
 def test_a_name_that_no_run_can_have(name: str, tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text('[train]\nsteps = 300\n[launch]\ndevice = "cpu"\n')

@@ -17,12 +17,23 @@ from trainer.config.sizes import parameter_count
 
 NAMES = ["bloom-like", "glm-like", "gpt3-124m", "llama-like", "palm-like", "t5-like"]
 # Keys of [model] that make it small; the rest is the preset's.
-TOY: dict[str, dict[str, Any]] = {name: {"layers": 2, "width": 32, "heads": 4, "dropout": 0.0} for name in NAMES} | {
-    "t5-like": {"layers": 1, "encoder_layers": 1, "width": 32, "heads": 4, "hidden": 64, "dropout": 0.0}
+TOY: dict[str, dict[str, Any]] = {
+    name: {"layers": 2, "width": 32, "heads": 4, "dropout": 0.0} for name in NAMES
+} | {
+    "t5-like": {
+        "layers": 1,
+        "encoder_layers": 1,
+        "width": 32,
+        "heads": 4,
+        "hidden": 64,
+        "dropout": 0.0,
+    }
 }
 
 
-def settings(model: dict[str, Any], overrides: tuple[str, ...] = (), **sections: dict[str, Any]) -> Config:
+def settings(
+    model: dict[str, Any], overrides: tuple[str, ...] = (), **sections: dict[str, Any]
+) -> Config:
     tree = {"train": {"steps": 10_000}, "model": model} | sections
     made = build(tree, file="x.toml", overrides=overrides, base=Path.cwd())
     assert isinstance(made, Config)
@@ -31,7 +42,10 @@ def settings(model: dict[str, Any], overrides: tuple[str, ...] = (), **sections:
 
 def test_the_presets_are_those_of_the_readme_and_of_the_folder() -> None:
     assert preset.names() == NAMES
-    assert preset.folder().resolve() == (Path(__file__).parent.parent / "configs" / "presets").resolve()
+    assert (
+        preset.folder().resolve()
+        == (Path(__file__).parent.parent / "configs" / "presets").resolve()
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -52,7 +66,9 @@ def test_every_value_of_a_preset_arrives(name: str) -> None:
         ("t5-like", 32_128, 222.9),  # T5 base
     ],
 )
-def test_sizes_are_those_of_the_published_models(name: str, vocabulary: int, millions: float) -> None:
+def test_sizes_are_those_of_the_published_models(
+    name: str, vocabulary: int, millions: float
+) -> None:
     made = settings({"preset": name})
     count = parameter_count(made.model, vocabulary, sequence_length=made.data.sequence_length)
     assert count / 1e6 == pytest.approx(millions, rel=0.002)
@@ -71,11 +87,17 @@ def test_another_way_to_say_the_same_takes_the_presets_place() -> None:
     assert made.optim.warmup_share == 0 and made.schedule(steps=10_000).warmup == 7
 
 
-@pytest.mark.parametrize(("name", "hint"), [("lama-like", "did you mean llama-like?"), ("xyz", "there are bloom-like")])
+@pytest.mark.parametrize(
+    ("name", "hint"), [("lama-like", "did you mean llama-like?"), ("xyz", "there are bloom-like")]
+)
 def test_an_unknown_preset_names_the_nearest(name: str, hint: str) -> None:
     with pytest.raises(ConfigError) as caught:
         settings({"preset": name})
-    assert caught.value.key == "model.preset" and hint in (caught.value.hint or "") and caught.value.file == "x.toml"
+    assert (
+        caught.value.key == "model.preset"
+        and hint in (caught.value.hint or "")
+        and caught.value.file == "x.toml"
+    )
     with pytest.raises(ConfigError) as caught:
         settings({}, (f"model.preset={name}",))
     assert caught.value.file == "--set"
@@ -103,14 +125,21 @@ def test_a_preset_trains_at_toy_size(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["bloom-like", "glm-like", "t5-like"])
 def test_a_preset_trains_in_16_bits_on_shards_with_recomputation(name: str, tmp_path: Path) -> None:
-    """Masks, biases, positions and the encoder's output pass through FSDP's casts and the checkpointed blocks."""
+    """Masks, biases, positions and the encoder's output pass through FSDP's casts and the
+    checkpointed blocks.
+    """
     config = tiny(
         tmp_path,
         world=2,
         strategy="fsdp",
         model={"preset": name, **TOY[name]},
         optim={"name": "adamw", "lr": 5e-3, "warmup_steps": 5},
-        train={"steps": 40, "precision": "bf16", "activation_checkpointing": True, "eval_every": 40},
+        train={
+            "steps": 40,
+            "precision": "bf16",
+            "activation_checkpointing": True,
+            "eval_every": 40,
+        },
         data={"eval_fraction": 0.05},
         guard={"mode": "off"},
     )

@@ -32,14 +32,25 @@ NAN = math.nan
 
 
 def info(step: int, tier: str = "memory", state: str = "good", **fields: Any) -> SnapshotInfo:
-    return SnapshotInfo(step=step, cursor=step * BATCH, timeline=0, tier=tier, state=state, **fields)
+    return SnapshotInfo(
+        step=step, cursor=step * BATCH, timeline=0, tier=tier, state=state, **fields
+    )
 
 
 def scene(*states: SnapshotInfo, step: int = 30, **fields: Any) -> Scene:
     """30 steps of 2 s each; the learning rate of step n is n."""
     rows = [Row(n, (n - 1) * BATCH, n * BATCH, float(n), 2.0) for n in range(1, step + 1)]
     ledger = Ledger(SampleOrder(samples=1000, shuffled=False), batch_size=1)
-    return Scene(**{"step": step, "cursor": step * BATCH, "states": states, "rows": rows, "ledger": ledger, **fields})
+    return Scene(
+        **{
+            "step": step,
+            "cursor": step * BATCH,
+            "states": states,
+            "rows": rows,
+            "ledger": ledger,
+            **fields,
+        }
+    )
 
 
 def wish(kind: CommandKind, value: float = 0.0) -> Command:
@@ -50,19 +61,29 @@ def test_the_newest_good_state_of_the_ring_before_one_on_disk_and_before_a_candi
     here = scene(info(29, state="candidate"), info(20), info(24, "disk"), info(28, state="suspect"))
     back = of(here, wish(CommandKind.ROLLBACK, NAN))
     assert (back.to_step, back.tier, back.state) == (20, "memory", "good")
-    assert (back.steps_lost, back.seconds_lost, back.window, back.samples) == (10, 20.0, (160, 240), 80)
-    assert (back.lr_before, back.lr) == (30.0, 21.0)  # the next step's rate is taken to be the last one's
+    assert (back.steps_lost, back.seconds_lost, back.window, back.samples) == (
+        10,
+        20.0,
+        (160, 240),
+        80,
+    )
+    # the next step's rate is taken to be the last one's
+    assert (back.lr_before, back.lr) == (30.0, 21.0)
     said = back.sentence()
     assert "back to step 20 (memory), 10 steps (20.0 s of training) lost" in said
     assert "80 samples left out, learning rate 21 instead of 30" in said
-    assert of(scene(info(29, state="candidate")), wish(CommandKind.ROLLBACK, NAN)).state == "candidate"
+    assert (
+        of(scene(info(29, state="candidate")), wish(CommandKind.ROLLBACK, NAN)).state == "candidate"
+    )
 
 
 def test_the_batch_under_question_is_left_out_as_well() -> None:
     assert of(scene(info(20), end=260), wish(CommandKind.ROLLBACK, 20)).window == (160, 260)
 
 
-@pytest.mark.parametrize(("step", "said"), [(12, "of step 12"), (30, "of step 30"), (NAN, "of an earlier step")])
+@pytest.mark.parametrize(
+    ("step", "said"), [(12, "of step 12"), (30, "of step 30"), (NAN, "of an earlier step")]
+)
 def test_a_state_that_is_not_there_is_said(step: float, said: str) -> None:
     back = of(scene(info(30)), wish(CommandKind.ROLLBACK, step))
     assert not back.possible and said in back.refusal and back.refusal in back.sentence()
@@ -77,7 +98,9 @@ def test_what_is_left_out_already_does_not_count_again() -> None:
 
 
 @pytest.mark.parametrize(("kind", "value"), [(CommandKind.ROLLBACK, 20), (CommandKind.SKIP, 80)])
-def test_what_would_leave_no_data_is_refused_as_the_guard_refuses_it(kind: CommandKind, value: float) -> None:
+def test_what_would_leave_no_data_is_refused_as_the_guard_refuses_it(
+    kind: CommandKind, value: float
+) -> None:
     here = scene(info(20))
     assert here.ledger is not None and of(here, wish(kind, value)).possible
     order = here.ledger.order
@@ -86,7 +109,10 @@ def test_what_would_leave_no_data_is_refused_as_the_guard_refuses_it(kind: Comma
         here.ledger.quarantine.add(sample)
     refused = of(here, wish(kind, value))
     assert not refused.possible
-    assert refused.refusal == f"all {order.n_samples:,} samples of the training split would be left out"
+    assert (
+        refused.refusal
+        == f"all {order.n_samples:,} samples of the training split would be left out"
+    )
 
 
 def test_a_skip_of_two_batches_passes_over_what_is_left_out() -> None:
@@ -107,17 +133,23 @@ def test_a_rate_set_by_hand_holds_from_the_target_on_and_a_remedy_comes_on_top()
     assert lowered.lr == 21 * 0.25
     assert lowered.sentence().endswith("the learning rate x 0.5 from step 21 for 9 steps")
     later = msgspec.structs.replace(remedy, from_step=22)
-    assert rollback_for(here, (176, 240), remedies=[later]).lr == 21 * 0.5, "it holds from the next step but one on"
+    assert rollback_for(here, (176, 240), remedies=[later]).lr == 21 * 0.5, (
+        "it holds from the next step but one on"
+    )
     assert of(here, wish(CommandKind.LR, 0.1)).lr == pytest.approx(30 / 0.5 * 0.1)
     assert past.lr.changes == [(26, 0.5)], "a preview changes nothing"
 
 
-def test_older_goes_further_back_than_the_window_and_what_is_kept_of_a_window_is_not_counted() -> None:
+def test_older_goes_further_back_than_the_window_and_what_is_kept_of_a_window_is_not_counted() -> (
+    None
+):
     here = scene(info(28), info(20), info(10, "disk"))
     older = rollback_for(here, (224, 240), before_step=19)
     assert (older.to_step, older.tier, older.steps_lost) == (10, "disk", 20)
     assert rollback_for(here, (224, 240), before_step=29).to_step == 28
-    assert rollback_for(here, (224, 240), before_step=5).to_step == 28, "no state is that old: the newest one"
+    assert rollback_for(here, (224, 240), before_step=5).to_step == 28, (
+        "no state is that old: the newest one"
+    )
     few = rollback_for(here, (224, 240), positions=(225, 238))
     assert (few.window, few.samples) == ((224, 240), 2)
 
@@ -129,10 +161,14 @@ def test_seconds_that_no_row_has_measured_are_not_made_up() -> None:
     assert math.isnan(back.seconds_lost) and "of training" not in back.sentence()
 
 
-def decision(seq: int, kind: str, first: int, last: int, cause: str, step: int, **data: Any) -> Event:
+def decision(
+    seq: int, kind: str, first: int, last: int, cause: str, step: int, **data: Any
+) -> Event:
     span = Span(first=first, last=last, cause=cause, step=step)
     data = {"span": msgspec.to_builtins(span), "incident": 1, **data}
-    return Event(seq=seq, time=0.0, step=step, timeline=0, kind=kind, message=f"line {seq}", data=data)
+    return Event(
+        seq=seq, time=0.0, step=step, timeline=0, kind=kind, message=f"line {seq}", data=data
+    )
 
 
 def test_remedies_in_force_count_for_what_is_and_what_will_be() -> None:
@@ -142,9 +178,13 @@ def test_remedies_in_force_count_for_what_is_and_what_will_be() -> None:
     past.remedies = [(1, rate), (2, alpha)]
     here = scene(info(20), past=past, settings=GuardSection(embed_floor=0.15))
     back = of(here, wish(CommandKind.ROLLBACK, NAN))
-    assert (back.lr_before, back.lr) == (30.0, 21.0), "the row of step 21 was made with the rate that it will have"
+    assert (back.lr_before, back.lr) == (30.0, 21.0), (
+        "the row of step 21 was made with the rate that it will have"
+    )
     assert (back.alpha_before, back.alpha) == (0.2, 0.2)
-    more = rollback_for(here, (160, 240), remedies=[msgspec.structs.replace(alpha, from_step=21, value=0.5)])
+    more = rollback_for(
+        here, (160, 240), remedies=[msgspec.structs.replace(alpha, from_step=21, value=0.5)]
+    )
     assert more.alpha == 0.15 and "embedding gradients x0.15 instead of x0.2" in more.sentence()
     assert of(here, wish(CommandKind.EMBED_ALPHA, 2.0)).alpha == 0.4
     # Undone, a decision takes its remedy with it.
@@ -164,7 +204,9 @@ def test_an_undo_goes_to_the_newest_state_from_before_the_decision_candidates_to
     assert (undo.value, undo.to_step, undo.returned, undo.window) == (4, 25, 8, (200, 208))
     assert 'undone is "line 4"' in undo.sentence()
     late = of(scene(info(26), events=events), wish(CommandKind.UNDO, NAN))
-    assert not late.possible and "no snapshot or checkpoint from before journal line 4" in late.refusal
+    assert (
+        not late.possible and "no snapshot or checkpoint from before journal line 4" in late.refusal
+    )
 
 
 @pytest.mark.parametrize(
@@ -182,7 +224,9 @@ def test_the_rest_is_said_in_words(kind: CommandKind, value: float, said: str) -
 
 
 @pytest.mark.fault("T7")
-def test_resume_does_nothing_while_a_question_is_open_and_its_preview_says_so(tmp_path: Path) -> None:
+def test_resume_does_nothing_while_a_question_is_open_and_its_preview_says_so(
+    tmp_path: Path,
+) -> None:
     run = FakeRun().begin().advance(300).spike().ask("proposed: rollback").write(tmp_path)
     shown = of(Scene.of(run), wish(CommandKind.RESUME))
     assert not shown.possible and "answer accept, answer continue or answer stop" in shown.refusal
@@ -208,7 +252,8 @@ def test_a_run_of_which_nothing_is_known() -> None:
 # -- a run
 
 
-SPIKE = {"kind": "spike_loss", "first": 160, "last": 184, "value": 50.0}  # step 21 is tried three times
+# step 21 is tried three times
+SPIKE = {"kind": "spike_loss", "first": 160, "last": 184, "value": 50.0}
 
 
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
@@ -227,7 +272,10 @@ def test_parked_beyond_the_timeout_of_a_collective_and_what_was_foretold_comes_t
     )
     run = new_run(config)
     pids = start_run(run, 2)
-    wait_for(lambda: (s := run.read_status()) is not None and s.phase is Phase.PAUSED and s.question, what="a question")
+    wait_for(
+        lambda: (s := run.read_status()) is not None and s.phase is Phase.PAUSED and s.question,
+        what="a question",
+    )
     began = time.monotonic()
     status = run.read_status()
     assert status is not None
@@ -239,13 +287,19 @@ def test_parked_beyond_the_timeout_of_a_collective_and_what_was_foretold_comes_t
     assert "taken as the new normal" in going_on["remark"] and going_on["samples"] == 0
     said = event_line(paused).splitlines()
     assert (
-        "proposed: rollback" in said[0] and said[1].strip() == f"answer accept: {proposed['text']}" and len(said) == 4
+        "proposed: rollback" in said[0]
+        and said[1].strip() == f"answer accept: {proposed['text']}"
+        and len(said) == 4
     )
     by_hand = foretold(run, "rollback", "10")
     assert (by_hand["to_step"], by_hand["steps_lost"], by_hand["window"]) == (10, 10, [80, 184])
     assert foretold(run, "rollback", "3", code=2)["refusal"].endswith("of step 3")
     assert foretold(run, "answer", "1")["remark"] == going_on["remark"]
-    each = CliRunner().invoke(ctl, [str(run.path), "answer", "--preview"], standalone_mode=False).stdout.splitlines()
+    each = (
+        CliRunner()
+        .invoke(ctl, [str(run.path), "answer", "--preview"], standalone_mode=False)
+        .stdout.splitlines()
+    )
     assert [line.split(":")[:2] for line in each] == [
         ["accept", " rollback"],
         ["continue", " go on"],
@@ -270,7 +324,11 @@ def test_parked_beyond_the_timeout_of_a_collective_and_what_was_foretold_comes_t
     assert proposed["seconds_lost"] == pytest.approx(float(np.sum(lost)))
     assert table(run, ("step", "lr"))[done.data["to_step"], 1] == proposed["lr"]
     status = run.read_status()
-    assert status is not None and (status.question, status.deadline, status.default) == ("", 0.0, "")
+    assert status is not None and (status.question, status.deadline, status.default) == (
+        "",
+        0.0,
+        "",
+    )
 
 
 LADDER = [
@@ -313,29 +371,46 @@ def test_each_rung_does_what_was_foretold(tmp_path: Path) -> None:
         count = "1 rollback" if tried == 1 else f"{tried} rollbacks"
         where = "after it" if tried == 1 else "between them"
         again = f", rung {back.data['rung']} after {count} without 200 healthy steps {where}"
-        assert f"3 batches in a row rejected{again if tried else ''}: go back before step" in question.message
+        assert (
+            f"3 batches in a row rejected{again if tried else ''}: go back before step"
+            in question.message
+        )
         assert "against" in question.message and "score" in question.message
-    assert "halt, since 6 rollbacks without 200 healthy steps between them are as many as" in last.message
+    assert (
+        "halt, since 6 rollbacks without 200 healthy steps between them are as many as"
+        in last.message
+    )
     view = run.metrics()
     step, lr, timeline = (view.column(name) for name in ("step", "lr", "timeline"))
     for question, back in zip(asked, backs, strict=True):
         said = question.data["proposals"][0]
-        assert (said["to_step"], said["tier"]) == (back.data["to_step"], back.data["tier"]), back.message
+        assert (said["to_step"], said["tier"]) == (back.data["to_step"], back.data["tier"]), (
+            back.message
+        )
         assert said["steps_lost"] == back.data["from_step"] - back.data["to_step"]
         before = Past.of(event for event in events if event.seq < back.seq)
-        span, out = span_in(back), {position for span in before.spans for position in positions_of(span)}
+        span, out = (
+            span_in(back),
+            {position for span in before.spans for position in positions_of(span)},
+        )
         assert span is not None and said["window"] == [span.first, span.last]
         assert said["samples"] == len(set(positions_of(span)) - out)
         first = (timeline == back.data["new_timeline"]) & (step == said["to_step"] + 1)
         assert set(lr[first]) == {said["lr"]}, back.message
-        effects = Past.of(event for event in events if event.seq <= back.seq).effects(said["to_step"] + 1, config.guard)
+        effects = Past.of(event for event in events if event.seq <= back.seq).effects(
+            said["to_step"] + 1, config.guard
+        )
         assert said["alpha"] == effects.embed_alpha == 0.3
-        assert all(f"from step {remedy['from_step']}" in said["text"] for remedy in back.data["remedies"])
+        assert all(
+            f"from step {remedy['from_step']}" in said["text"] for remedy in back.data["remedies"]
+        )
     assert backs[3].data["to_step"] < backs[3].data["onset"] - 8, "older"
 
 
 def foretold(run: RunDirectory, *words: str, code: int = 0) -> dict[str, Any]:
-    found = CliRunner().invoke(ctl, [str(run.path), *words, "--preview", "--json"], standalone_mode=False)
+    found = CliRunner().invoke(
+        ctl, [str(run.path), *words, "--preview", "--json"], standalone_mode=False
+    )
     assert found.return_value == code and found.exception is None, found.output
     answer: dict[str, Any] = msgspec.json.decode(found.stdout)
     assert not list(run.commands.iterdir()), "a preview sends nothing"

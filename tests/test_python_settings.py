@@ -1,4 +1,6 @@
-"""Settings and arguments that are given in Python are converted and checked like a configuration file."""
+"""Settings and arguments that are given in Python are converted and checked like a configuration
+file.
+"""
 
 from __future__ import annotations
 
@@ -73,13 +75,31 @@ def test_a_mode_given_as_text_is_that_mode(word: str) -> None:
     ("sections", "message"),
     [
         ({"guard": GuardSection(window=-3)}, "guard.window = -3: expected a whole number >= 16"),
-        ({"guard": GuardSection(warmup=200)}, "guard.warmup = 200: expected at most guard.window (128)"),
-        ({"guard": GuardSection(mode="advice")}, "guard.mode = 'advice': expected auto, ask, advise or off"),
-        ({"guard": GuardSection(loss_score=float("nan"))}, "guard.loss_score = nan: expected a finite number"),
-        ({"guard": GuardSection(loss_score="8")}, "guard.loss_score = '8': expected a number, got a string"),
+        (
+            {"guard": GuardSection(warmup=200)},
+            "guard.warmup = 200: expected at most guard.window (128)",
+        ),
+        (
+            {"guard": GuardSection(mode="advice")},
+            "guard.mode = 'advice': expected auto, ask, advise or off",
+        ),
+        (
+            {"guard": GuardSection(loss_score=float("nan"))},
+            "guard.loss_score = nan: expected a finite number",
+        ),
+        (
+            {"guard": GuardSection(loss_score="8")},
+            "guard.loss_score = '8': expected a number, got a string",
+        ),
         ({"guard": GuardSection(pardon=((9, 3),))}, "guard.pardon = [9, 3]: expected stretches"),
-        ({"guard": GuardSection(signals=("loss",))}, "guard.signals = 'loss': expected names of their own"),
-        ({"guard": GuardSection(confirm=100)}, "guard.confirm = 100: expected at most snapshots.every"),
+        (
+            {"guard": GuardSection(signals=("loss",))},
+            "guard.signals = 'loss': expected names of their own",
+        ),
+        (
+            {"guard": GuardSection(confirm=100)},
+            "guard.confirm = 100: expected at most snapshots.every",
+        ),
         (
             {"guard": GuardSection(ladder=(RungSection(do="jump"),))},
             "guard.ladder[0].do = 'jump': expected skip, rollback,",
@@ -92,7 +112,10 @@ def test_a_mode_given_as_text_is_that_mode(word: str) -> None:
             {"guard": GuardSection(ladder=(RungSection(do="halt"), RungSection(do="rollback")))},
             "guard.ladder[0].do = 'halt': expected the last rung",
         ),
-        ({"guard": GuardSection(ladder=("skip",))}, "guard.ladder[0] = 'skip': expected a table, got a string"),
+        (
+            {"guard": GuardSection(ladder=("skip",))},
+            "guard.ladder[0] = 'skip': expected a table, got a string",
+        ),
         (
             {"guard": GuardSection(remedies=(Remedy(kind="lr", value=2.0, from_step=1),))},
             "guard.remedies[0].value = 2.0: expected a factor above 0",
@@ -102,14 +125,35 @@ def test_a_mode_given_as_text_is_that_mode(word: str) -> None:
             "guard.remedies[0].kind = 'rate': expected one of lr, embed_alpha",
         ),
         ({"guard": None}, "guard: expected a table, got nothing"),
-        ({"guard": SnapshotSection()}, "guard.every = 10: expected a known key\n  hint: did you mean snapshots.every?"),
-        ({"snapshots": SnapshotSection(every=0)}, "snapshots.every = 0: expected a whole number >= 1"),
+        (
+            {"guard": SnapshotSection()},
+            "guard.every = 10: expected a known key\n  hint: did you mean snapshots.every?",
+        ),
+        (
+            {"snapshots": SnapshotSection(every=0)},
+            "snapshots.every = 0: expected a whole number >= 1",
+        ),
         ({"snapshots": SnapshotSection(keep=1)}, "snapshots.keep = 1: expected 0, or 2 and more"),
-        ({"checkpoint": CheckpointSection(every=0)}, "checkpoint.every = 0: expected a whole number >= 1"),
-        ({"checkpoint": CheckpointSection(every=2.5)}, "checkpoint.every = 2.5: expected a whole number, got one with"),
-        ({"checkpoint": CheckpointSection(keep=1)}, "checkpoint.keep = 1: expected a whole number >= 2"),
-        ({"launch": LaunchSection(processes=-1)}, "launch.processes = -1: expected a whole number >= 1"),
-        ({"notify": NotifySection(on=("lunch",))}, "notify.on[0] = 'lunch': expected incident, recovered,"),
+        (
+            {"checkpoint": CheckpointSection(every=0)},
+            "checkpoint.every = 0: expected a whole number >= 1",
+        ),
+        (
+            {"checkpoint": CheckpointSection(every=2.5)},
+            "checkpoint.every = 2.5: expected a whole number, got one with",
+        ),
+        (
+            {"checkpoint": CheckpointSection(keep=1)},
+            "checkpoint.keep = 1: expected a whole number >= 2",
+        ),
+        (
+            {"launch": LaunchSection(processes=-1)},
+            "launch.processes = -1: expected a whole number >= 1",
+        ),
+        (
+            {"notify": NotifySection(on=("lunch",))},
+            "notify.on[0] = 'lunch': expected incident, recovered,",
+        ),
     ],
 )
 def test_every_section_is_checked(sections: dict[str, Any], message: str) -> None:
@@ -124,7 +168,10 @@ def test_every_section_is_checked(sections: dict[str, Any], message: str) -> Non
     [
         (GuardSection(), "settings = GuardSection("),
         (3, "expected a table of sections"),
-        ({"guard": {"mod": "ask"}}, "guard.mod = 'ask': expected a known key\n  hint: did you mean guard.mode?"),
+        (
+            {"guard": {"mod": "ask"}},
+            "guard.mod = 'ask': expected a known key\n  hint: did you mean guard.mode?",
+        ),
         ({1: {}}, "1: expected a known key"),
     ],
 )
@@ -137,8 +184,12 @@ def test_what_is_no_settings_is_refused(settings: Any, message: str) -> None:
 @pytest.mark.fault("E1")
 def test_what_means_the_same_is_converted() -> None:
     guard = make_guard({"guard": {"mode": "advise", "ladder": [{"do": "skip"}, {"do": "halt"}]}})
-    assert guard.settings.guard.mode is Mode.ADVISE and guard.settings.guard.ladder[1] == RungSection(do="halt")
-    section = GuardSection(window=np.int64(64), loss_score=np.float32(7.5), cause_test=np.bool_(False))
+    assert guard.settings.guard.mode is Mode.ADVISE and guard.settings.guard.ladder[
+        1
+    ] == RungSection(do="halt")
+    section = GuardSection(
+        window=np.int64(64), loss_score=np.float32(7.5), cause_test=np.bool_(False)
+    )
     converted = make_guard(Settings(guard=section)).settings.guard
     assert (converted.window, converted.loss_score, converted.cause_test) == (64, 7.5, False)
     guard.set_mode("ask")  # type: ignore[arg-type]
@@ -159,14 +210,26 @@ class Frozen(nn.Linear):
     [
         ({"model": "gpt"}, "model = 'gpt': expected a torch.nn.Module"),
         ({"model": nn.Linear}, "hint: it was given a class: call it first"),
-        ({"model": Frozen()}, "model = 'Frozen': expected a model with a parameter that requires a gradient"),
+        (
+            {"model": Frozen()},
+            "model = 'Frozen': expected a model with a parameter that requires a gradient",
+        ),
         ({"optimizer": None}, "optimizer: expected a torch.optim optimizer"),
         ({"optimizer": []}, "optimizer = []: expected at least one optimizer"),
         ({"optimizer": ["adam"]}, "optimizer[0] = 'adam': expected a torch.optim optimizer"),
         ({"optimizer": torch.optim.SGD}, "expected a torch.optim optimizer, or a list of them"),
-        ({"scheduler": 0.1}, "scheduler = 0.1: expected an object with step(), state_dict(), load_state_dict()"),
-        ({"scaler": True}, "scaler = True: expected an object with scale(), get_scale(), is_enabled()"),
-        ({"data": [1, 2]}, "data = [1, 2]: expected the sample order, a guardrail.decide.sample_order.SampleOrder"),
+        (
+            {"scheduler": 0.1},
+            "scheduler = 0.1: expected an object with step(), state_dict(), load_state_dict()",
+        ),
+        (
+            {"scaler": True},
+            "scaler = True: expected an object with scale(), get_scale(), is_enabled()",
+        ),
+        (
+            {"data": [1, 2]},
+            "data = [1, 2]: expected the sample order, a guardrail.decide.sample_order.SampleOrder",
+        ),
         ({"data": SampleOrder}, "hint: SampleOrder(samples=len(dataset), seed=0)"),
         ({"batch_size": 0}, "batch_size = 0: expected a whole number >= 1"),
         ({"batch_size": 4.0}, "batch_size = 4.0: expected a whole number >= 1"),
@@ -180,11 +243,17 @@ class Frozen(nn.Linear):
         ({"clip": -1.0}, "clip = -1.0: expected a number >= 0"),
         ({"run": "runs/a"}, "hint: RunDirectory.open('runs/a')"),
         ({"device": "gpu"}, "device = 'gpu': expected a torch.device"),
-        ({"holders": range(0, 2)}, "holders = range(0, 2): expected a range of ranks within 0 to 1"),
+        (
+            {"holders": range(0, 2)},
+            "holders = range(0, 2): expected a range of ranks within 0 to 1",
+        ),
         ({"counting": 1}, "counting = 1: expected True or False"),
         ({"replay": 3}, "replay = 3: expected a function, or None"),
         ({"identity": "abc"}, "identity = 'abc': expected a dictionary"),
-        ({"optimiser": 1}, "optimiser: expected an argument of Guard\n  hint: did you mean optimizer?"),
+        (
+            {"optimiser": 1},
+            "optimiser: expected an argument of Guard\n  hint: did you mean optimizer?",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -206,15 +275,32 @@ def test_a_batch_size_that_a_function_gives_is_checked_too() -> None:
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"train": TrainSection(steps=3, batch_size=0)}, "train.batch_size = 0: expected a whole number >= 1"),
-        ({"train": TrainSection(steps=3, precision="fp8")}, "train.precision = 'fp8': expected fp32, bf16 or fp16"),
+        (
+            {"train": TrainSection(steps=3, batch_size=0)},
+            "train.batch_size = 0: expected a whole number >= 1",
+        ),
+        (
+            {"train": TrainSection(steps=3, precision="fp8")},
+            "train.precision = 'fp8': expected fp32, bf16 or fp16",
+        ),
         ({"train": TrainSection()}, "train.steps = 0: expected either train.steps or train.epochs"),
-        ({"data": DataSection(sources=("nope.txt",))}, "data.sources[0] = 'nope.txt': expected an existing file"),
-        ({"guard": GuardSection(mode="careful")}, "guard.mode = 'careful': expected auto, ask, advise or off"),
-        ({"launch": LaunchSection(processes=3)}, "train.batch_size = 16: expected a multiple of the 3 data-parallel"),
+        (
+            {"data": DataSection(sources=("nope.txt",))},
+            "data.sources[0] = 'nope.txt': expected an existing file",
+        ),
+        (
+            {"guard": GuardSection(mode="careful")},
+            "guard.mode = 'careful': expected auto, ask, advise or off",
+        ),
+        (
+            {"launch": LaunchSection(processes=3)},
+            "train.batch_size = 16: expected a multiple of the 3 data-parallel",
+        ),
     ],
 )
-def test_the_configuration_of_the_trainer_is_checked(sections: dict[str, Any], message: str) -> None:
+def test_the_configuration_of_the_trainer_is_checked(
+    sections: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         Trainer(Config(**{"train": TrainSection(steps=300), **sections}))
     assert str(caught.value).startswith(message)

@@ -25,10 +25,14 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
 
 
 def report(rank: int, *, phase: Phase = Phase.STEP, pid: int = 0, progress: int = 0) -> RankStatus:
-    return RankStatus(rank=rank, pid=pid or os.getpid(), host="h", phase=phase, progress=progress, heartbeat=1.0)
+    return RankStatus(
+        rank=rank, pid=pid or os.getpid(), host="h", phase=phase, progress=progress, heartbeat=1.0
+    )
 
 
-def test_a_supervisor_gives_each_start_a_folder_of_its_own(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_supervisor_gives_each_start_a_folder_of_its_own(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = NodeReports.of_supervisor(run, node_rank=3, nodes=2, start=1)
     monkeypatch.setenv("GUARDRAIL_RUN", str(run.path))
     monkeypatch.setenv("GUARDRAIL_REPORTS", str(first.folder))
@@ -36,11 +40,15 @@ def test_a_supervisor_gives_each_start_a_folder_of_its_own(run: RunDirectory, mo
     NodeReports.of_rank(run, start="x").write(report(24))
     assert [one.rank for one in first.read()] == [24]
     first.publish()
-    assert [one.rank for one in run.read_ranks()] == [24] and os.listdir(run.path / "ranks") == ["node-3.json"]
+    assert [one.rank for one in run.read_ranks()] == [24] and os.listdir(run.path / "ranks") == [
+        "node-3.json"
+    ]
     second = NodeReports.of_supervisor(run, node_rank=3, nodes=2, start=2)
     assert second.read() == [] and not first.folder.exists(), "that of the earlier start is gone"
     other = NodeReports.of_rank(RunDirectory.create(run.path.parent, "other", ""), start="x")
-    assert other.folder != first.folder, "a run inside of a rank, such as a replay, reports for itself"
+    assert other.folder != first.folder, (
+        "a run inside of a rank, such as a replay, reports for itself"
+    )
     second.close()
     assert not second.folder.exists()
 
@@ -58,7 +66,9 @@ time.sleep(600)
 def test_ranks_that_outlive_their_supervisor_write_the_file_themselves(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    supervisor = subprocess.Popen([sys.executable, "-c", HOLDER, str(run.path)], stdout=subprocess.PIPE, text=True)
+    supervisor = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(run.path)], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert supervisor.stdout is not None
         monkeypatch.setenv("GUARDRAIL_RUN", str(run.path))
@@ -89,5 +99,10 @@ def test_a_report_takes_no_more_room_once_it_is_there(run: RunDirectory, tmp_pat
 
 
 def test_a_node_writes_the_rarer_the_more_there_are() -> None:
-    assert [seconds_between(nodes) for nodes in (1, 16, 128, 100_000)] == [1.0, 1.0, 8.0, LONGEST_INTERVAL]
+    assert [seconds_between(nodes) for nodes in (1, 16, 128, 100_000)] == [
+        1.0,
+        1.0,
+        8.0,
+        LONGEST_INTERVAL,
+    ]
     assert LONGEST_INTERVAL < SILENT_SECONDS, "a viewer calls a rank silent after that"

@@ -1,4 +1,6 @@
-"""Nothing that happened may be invisible: every extreme is on the plot, clipped ones with their value."""
+"""Nothing that happened may be invisible: every extreme is on the plot, clipped ones with their
+value.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def dot(result: Plot, row: int, column: int, alarms: int) -> bool:
 
 
 def assert_extremes_visible(result: Plot, drawn: Curve, scale: XScale) -> None:
-    """The greatest and least value of each dot column has its dot, or an alarm at the edge in its cell."""
+    """The greatest and least value of each dot column has its dot, or an alarm at the edge in its
+    cell.
+    """
     height, width = result.codes.shape
     alarms = int(height >= 4)
     dots = 4 * (height - alarms)
@@ -53,7 +57,9 @@ def assert_extremes_visible(result: Plot, drawn: Curve, scale: XScale) -> None:
             row = min(max(row, 0.0), dots - 1.0)
             seen = dot(result, round(row), column, alarms)
             covered = result.inks[round(row) // 4 + alarms, cell] in _ALARMS
-            assert seen or covered, f"column {column}: {value} is not on the plot\n{picture(result)}"
+            assert seen or covered, (
+                f"column {column}: {value} is not on the plot\n{picture(result)}"
+            )
     for column in np.flatnonzero(extremes.bad):
         if column // 2 < width:
             assert result.codes[0, column // 2] == ord("×")
@@ -74,7 +80,13 @@ plausible = st.floats(min_value=-1e6, max_value=1e6, allow_nan=False)
     rules=st.lists(st.integers(-5, 70), max_size=3),
 )
 def test_nothing_raises_and_nothing_is_lost(
-    y: list[float], ghost: list[float], width: int, height: int, log: bool, per_dot: float, rules: list[int]
+    y: list[float],
+    ghost: list[float],
+    width: int,
+    height: int,
+    log: bool,
+    per_dot: float,
+    rules: list[int],
 ) -> None:
     drawn, scale = curve(y), XScale(0.5, per_dot, 2 * width)
     with np.errstate(over="ignore"):
@@ -206,7 +218,9 @@ def test_a_ghost_below_the_present_is_shown_whole() -> None:
 def test_threshold_and_band() -> None:
     scale = XScale(0.5, 1.0, 40)
     full = np.ones(40)
-    result = plot(curve(np.linspace(2, 3, 40)), scale, height=9, baseline=full * 2.5, threshold=full * 3.2)
+    result = plot(
+        curve(np.linspace(2, 3, 40)), scale, height=9, baseline=full * 2.5, threshold=full * 3.2
+    )
     rows = np.flatnonzero((result.inks == Ink.THRESHOLD).any(axis=1))
     assert len(rows) == 1
     band = np.flatnonzero(result.band.any(axis=1))
@@ -226,13 +240,17 @@ def test_labels_of_spikes_do_not_run_together() -> None:
     assert "▲200" in row and "300▲" in row and "▲100" not in row.replace("▲ 100", "")
 
 
-@pytest.mark.parametrize("last", [1, 49, 50, 51, 99, 100, 1284, 5999, 6000, 6001, 123_456, 10**6, 10**9])
+@pytest.mark.parametrize(
+    "last", [1, 49, 50, 51, 99, 100, 1284, 5999, 6000, 6001, 123_456, 10**6, 10**9]
+)
 @pytest.mark.parametrize("dots", [1, 2, 20, 120, 333])
 def test_the_last_step_is_on_the_axis(last: int, dots: int) -> None:
     scale = XScale.fit(last, dots, first=0.5)
     assert 0 <= (last - scale.first) / scale.per_dot < dots
     if last > 50:
-        assert (last - scale.first) / scale.per_dot >= dots * 0.45, "at least half of the plot is used"
+        assert (last - scale.first) / scale.per_dot >= dots * 0.45, (
+            "at least half of the plot is used"
+        )
 
 
 def test_a_growing_curve_stands_still_most_of_the_time() -> None:

@@ -24,7 +24,8 @@ SMALL = [
     "train.steps=6", "optim.warmup_steps=2", "model.layers=1", "model.width=32", "data.sequence_length=32",
     "train.eval_every=3", "checkpoint.every=3",
 ]  # fmt: skip
-# The first of them starts two ranks, as it says; what the others show beyond it is on the screen and in the files.
+# The first of them starts two ranks, as it says; what the others show beyond it is on the screen
+# and in the files.
 LATER = ["launch.processes=1", "tensorboard.enabled=false"]
 
 
@@ -47,29 +48,47 @@ def test_every_command_line_runs(tmp_path: Path) -> None:
     """In the order of the README, in a folder that holds configs/ and a corpus as a clone does."""
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     scripts = str(Path(sys.executable).parent)
-    environment = {**os.environ, "PATH": f"{scripts}:{os.environ['PATH']}", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment = {
+        **os.environ,
+        "PATH": f"{scripts}:{os.environ['PATH']}",
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+    }
     environment["PYTHONPATH"] = str(ROOT)
     run = ""
     ran = []
     for line in commands():
         words = line.split()
         if words[0] == "make":
-            # Running them here would run this test again; that the targets exist and expand is what can be held.
-            done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
+            # Running them here would run this test again; that the targets exist and expand is what
+            # can be held.
+            done = subprocess.run(
+                ["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True
+            )
             assert done.returncode == 0, done.stderr
             continue
         if words[0] == ".":
             continue  # the environment that this test runs in
         words = [run if word in ("RUN", "LOG") else word for word in words]
         if words[1] == "launch" and "--resume" not in words:
-            words += [part for setting in SMALL + LATER * ("launch" in ran) for part in ("--set", setting)]
+            words += [
+                part for setting in SMALL + LATER * ("launch" in ran) for part in ("--set", setting)
+            ]
         done = subprocess.run(
-            words, cwd=tmp_path, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=240
+            words,
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=240,
         )
         ran.append(words[1])
-        # gpu-8.toml asks for eight GPUs: doctor says that this machine has none, which is its answer, not a failure.
+        # gpu-8.toml asks for eight GPUs: doctor says that this machine has none, which is its
+        # answer, not a failure.
         allowed = {0, 2} if "gpu-8" in line else {0}
-        assert done.returncode in allowed, f"{line}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert done.returncode in allowed, (
+            f"{line}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        )
         if words[1] == "launch" and "--resume" not in words:
             run = done.stdout.split()[0]
             assert (Path(run) / "config.toml").is_file()
@@ -78,7 +97,9 @@ def test_every_command_line_runs(tmp_path: Path) -> None:
 
 def test_the_loop_of_ones_own_runs(tmp_path: Path) -> None:
     (code,) = blocks("python")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -1,7 +1,8 @@
-"""A rollback is exact with every optimizer, stabiliser, objective and schedule, and under a batch ramp.
+"""A rollback is exact with every optimizer, stabiliser, objective and schedule, and under a batch
+ramp.
 
-Run A meets corrupted documents and rolls back; run B knows from its beginning what A left out. Their steps, learning
-rates, gradient norms and final weights have the same bits.
+Run A meets corrupted documents and rolls back; run B knows from its beginning what A left out.
+Their steps, learning rates, gradient norms and final weights have the same bits.
 """
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     "muon, prefix lm, wsd, batch ramp": {
         "model": {"kind": "prefix", "qk_norm": True, "layers": 1},
         "optim": {"name": "muon", "schedule": "wsd", "warmup_share": 0.05},
-        "train": {"objective": "prefix-lm", "ramp_from": 4, "ramp_by": 4, "ramp_tokens": 1500, "micro_batch_size": 2},
+        "train": {
+            "objective": "prefix-lm",
+            "ramp_from": 4,
+            "ramp_by": 4,
+            "ramp_tokens": 1500,
+            "micro_batch_size": 2,
+        },
     },
     "adafactor, spans, encoder and decoder, zclip": {
         "model": {"kind": "encoder-decoder", "layers": 1, "positions": "t5", "norm_place": "pre"},
@@ -26,13 +33,24 @@ RECIPES: dict[str, dict[str, Any]] = {
         "train": {"objective": "span", "steps": 60},
     },
     "stable adamw, blanks, qk clip, z-loss": {
-        "model": {"kind": "prefix", "blank_positions": True, "activation": "geglu", "bias": True, "norm": "layer"},
+        "model": {
+            "kind": "prefix",
+            "blank_positions": True,
+            "activation": "geglu",
+            "bias": True,
+            "norm": "layer",
+        },
         "optim": {"stable": True, "qk_clip": 0.05, "implementation": "foreach"},
         "train": {"objective": "blank", "z_loss": 1e-3},
     },
     "adam, alibi, parallel, linear": {
         "model": {"positions": "alibi", "parallel": True, "kv_heads": 1, "activation": "relu"},
-        "optim": {"name": "adam", "weight_decay": 0.01, "schedule": "linear", "warmup_tokens": 1024},
+        "optim": {
+            "name": "adam",
+            "weight_decay": 0.01,
+            "schedule": "linear",
+            "warmup_tokens": 1024,
+        },
     },
 }
 
@@ -51,7 +69,9 @@ def test_a_rollback_is_exact(name: str, world: int, strategy: str, tmp_path: Pat
     write_corpus(tmp_path / "corpus", bad=range(8, 10))
     sections = RECIPES[name]
     train = {"steps": 48, **sections.get("train", {})}
-    config = tiny(tmp_path, world=world, strategy=strategy, guard=GUARD, **{**sections, "train": train})
+    config = tiny(
+        tmp_path, world=world, strategy=strategy, guard=GUARD, **{**sections, "train": train}
+    )
     a = trained(config)
     assert of_kind(a, "rollback"), "nothing was rolled back: the comparison would show nothing"
     b = trained(told(config, a))

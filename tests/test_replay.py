@@ -1,4 +1,6 @@
-"""A stretch that is run again gives every number again, whatever happened in it; and one that does not is found."""
+"""A stretch that is run again gives every number again, whatever happened in it; and one that does
+not is found.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def spike(first: int, last: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def eventful(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    """Two ranks, two incidents, of which the second is undone in part, commands, evaluations, and an end in between."""
+    """Two ranks, two incidents, of which the second is undone in part, commands, evaluations, and
+    an end in between.
+    """
     folder = tmp_path_factory.mktemp("eventful")
     config = tiny(
         folder,
@@ -97,11 +101,25 @@ def test_a_whole_run_from_its_beginning(eventful: RunDirectory, again: Again) ->
     found = again.held_against(eventful)
     assert found.same, found.sentence()
     assert (found.from_step, found.to_step, found.steps, found.missing) == (0, 64, 64, 0)
-    assert {"loss", "grad_norm", "embed_grad_norm", "lr", "tokens", "first", "last", "eval_loss"} <= set(found.columns)
+    assert {
+        "loss",
+        "grad_norm",
+        "embed_grad_norm",
+        "lr",
+        "tokens",
+        "first",
+        "last",
+        "eval_loss",
+    } <= set(found.columns)
     assert (found.weights_step, found.weights_same) == (64, True)
-    assert "steps 1 to 64" in found.sentence() and "so are the weights after step 64" in found.sentence()
+    assert (
+        "steps 1 to 64" in found.sentence()
+        and "so are the weights after step 64" in found.sentence()
+    )
     assert files(eventful) == again.before, "the run itself is only read"
-    assert not [e for e in of_kind(again.scratch, "verdict") if e.seq > eventful.events()[-1].seq], "nothing is decided"
+    assert not [
+        e for e in of_kind(again.scratch, "verdict") if e.seq > eventful.events()[-1].seq
+    ], "nothing is decided"
 
 
 def test_an_incident_from_the_checkpoint_before_it_by_the_command_line(
@@ -112,17 +130,25 @@ def test_an_incident_from_the_checkpoint_before_it_by_the_command_line(
     assert stretch.base is not None and 0 < stretch.from_step < stretch.to_step < 64
     assert main(["replay", str(eventful.path), "--incident", "2", "--json", "--keep"]) == 0
     said = json.loads(capfd.readouterr().out)
-    assert said["same"] and said["steps"] == stretch.to_step - stretch.from_step and said["first"] is None
+    assert (
+        said["same"]
+        and said["steps"] == stretch.to_step - stretch.from_step
+        and said["first"] is None
+    )
     scratch = RunDirectory.open(said["scratch"])
     assert scratch.path.parent == eventful.path.parent and len(scratch.metrics()) == said["steps"]
     shutil.rmtree(scratch.path)
 
 
-def test_a_number_that_is_not_the_same_is_named(eventful: RunDirectory, again: Again, tmp_path: Path) -> None:
+def test_a_number_that_is_not_the_same_is_named(
+    eventful: RunDirectory, again: Again, tmp_path: Path
+) -> None:
     run = copied(eventful, tmp_path)
     view = run.metrics()
     row = int(np.flatnonzero(view.current() & (view.column("step") == 40))[0])
-    table = np.memmap(run.metrics_path, dtype="<f8", mode="r+", shape=(len(view), len(view.columns)))
+    table = np.memmap(
+        run.metrics_path, dtype="<f8", mode="r+", shape=(len(view), len(view.columns))
+    )
     column = view.columns.index("grad_norm")
     was = float(table[row, column])
     table[row, column] = np.nextafter(was, 9.0)
@@ -138,7 +164,11 @@ def test_the_same_numbers_with_other_weights_are_not_the_same(
 ) -> None:
     monkeypatch.setattr(replaying, "fingerprint", str)  # two folders, two fingerprints
     found = again.held_against(eventful)
-    assert not found.same and found.first is None and "the weights after step 64 are others" in found.sentence()
+    assert (
+        not found.same
+        and found.first is None
+        and "the weights after step 64 are others" in found.sentence()
+    )
 
 
 def test_a_replay_that_lost_rows_is_not_called_the_same(eventful: RunDirectory) -> None:
@@ -157,14 +187,18 @@ def copied(run: RunDirectory, folder: Path) -> RunDirectory:
 # -- what cannot be replayed
 
 
-def test_what_cannot_be_replayed_is_refused_with_a_way_out(eventful: RunDirectory, tmp_path: Path) -> None:
+def test_what_cannot_be_replayed_is_refused_with_a_way_out(
+    eventful: RunDirectory, tmp_path: Path
+) -> None:
     run = copied(eventful, tmp_path)
     with pytest.raises(UsageError, match=r"has no incident 9\n  hint: it has 1, 2"):
         plan(run, 9)
     for folder in checkpoint_dirs(run.checkpoints):
         if int(folder.name.split("-")[1]) < 24:
             shutil.rmtree(folder)
-    with pytest.raises(UsageError, match=r"before incident 1 \(step 24\) is pruned\n  hint: the oldest one left"):
+    with pytest.raises(
+        UsageError, match=r"before incident 1 \(step 24\) is pruned\n  hint: the oldest one left"
+    ):
         plan(run, 1)
     assert plan(run).to_step == 64, "from the beginning no checkpoint is needed"
     run.write_config(run.config_text().replace("processes = 2", "processes = 1"))
@@ -172,7 +206,9 @@ def test_what_cannot_be_replayed_is_refused_with_a_way_out(eventful: RunDirector
         plan(run)
 
 
-def test_a_device_that_is_not_here_and_a_run_without_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_is_not_here_and_a_run_without_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = RunDirectory.create(tmp_path, "young", "")
     with pytest.raises(UsageError, match="no step yet"):
         plan(run)
@@ -196,20 +232,30 @@ def test_only_the_starts_of_the_stretch_count() -> None:
         kind = "restarted" if step else "started"
         return Event(seq=1, time=0.0, step=step, timeline=0, kind=kind, data={"world": world})
 
-    events = [start(0, 1), start(30, 2), start(20, 3), start(60, 4)]  # that at step 20 gave up what 30 began
+    # that at step 20 gave up what 30 began
+    events = [start(0, 1), start(30, 2), start(20, 3), start(60, 4)]
 
     def worlds(*stretch: int) -> list[int]:
         return [event.data["world"] for event in replaying._starts_of(events, Plan(None, *stretch))]
 
-    assert worlds(0, 10) == [1] and worlds(0, 30) == [1, 3] and worlds(25, 60) == [3] and worlds(60, 70) == [4]
+    assert (
+        worlds(0, 10) == [1]
+        and worlds(0, 30) == [1, 3]
+        and worlds(25, 60) == [3]
+        and worlds(60, 70) == [4]
+    )
 
 
 def test_positions_of_the_stretch_are_those_of_the_run(eventful: RunDirectory) -> None:
-    """The fixture is what it claims: its present leaves out both windows and the skipped batches."""
+    """The fixture is what it claims: its present leaves out both windows and the skipped
+    batches.
+    """
     view = eventful.metrics()
     here = view.current() & (view.column("verdict") == 0)
     firsts = view.column("first")[here].tolist()
-    assert 15 * BATCH not in firsts and 200 not in firsts and 400 in firsts, "what was undone is met again"
+    assert 15 * BATCH not in firsts and 200 not in firsts and 400 in firsts, (
+        "what was undone is met again"
+    )
 
 
 class Growing:
@@ -250,7 +296,9 @@ def test_rows_are_compared_as_they_come_and_at_the_end() -> None:
     """A rollback within the replay, a number that is not the same, and a NaN that is."""
     columns = ("step", "timeline", "verdict", "loss")
     was = np.array([[step, 0, 0, math.nan if step == 3 else step / 10] for step in range(1, 11)])
-    now = np.concatenate([was[:6], np.array([[step, 1, 0, step / 10] for step in (5, 6, 7, 8, 9, 10)])])
+    now = np.concatenate(
+        [was[:6], np.array([[step, 1, 0, step / 10] for step in (5, 6, 7, 8, 9, 10)])]
+    )
     now[5, 3] = 7.0  # step 6, abandoned by the rollback to step 4
     run, scratch = Growing(was, columns), Growing(now, columns)
     run.rows, scratch.rows = len(was), 5

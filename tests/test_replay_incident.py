@@ -1,5 +1,5 @@
-"""Incidents of real ranks are replayed: a rollback with a remedy, single samples in quarantine, an undo. And a journal
-in which one line was falsified does not give the numbers of the run."""
+"""Incidents of real ranks are replayed: a rollback with a remedy, single samples in quarantine, an
+undo. And a journal in which one line was falsified does not give the numbers of the run."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ LADDER = [{"do": "skip"}, {"do": "lower_lr", "factor": 0.5, "hold": 2, "back": 2
 
 @pytest.fixture(scope="module", params=["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    """Two ranks: something strikes the state, which calls for a rollback and a lower rate; of documents of noise single
-    samples are left out; and the newest of these decisions is undone."""
+    """Two ranks: something strikes the state, which calls for a rollback and a lower rate; of
+    documents of noise single samples are left out; and the newest of these decisions is undone."""
     folder = tmp_path_factory.mktemp(request.param)
     plant(folder)
     config = tiny(
@@ -53,10 +53,12 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks are forked instead of launched, and what struck the state by itself does not come again; all else is the
-    command's own. tests/test_replay.py launches them."""
+    """Ranks are forked instead of launched, and what struck the state by itself does not come
+    again; all else is the command's own. tests/test_replay.py launches them."""
 
-    def follow(scratch: RunDirectory, supervisor: Any, compared: Comparison, stretch: Plan, tell: Any) -> None:
+    def follow(
+        scratch: RunDirectory, supervisor: Any, compared: Comparison, stretch: Plan, tell: Any
+    ) -> None:
         tree = tomllib.loads(scratch.config_text())
         scratch.write_config(tomli_w.dumps(tree | {"faults": []}))
         assert train(scratch, 2) in ("stopped", "finished")
@@ -70,7 +72,11 @@ def incidents(run: RunDirectory) -> list[int]:
     (undo,) = of_kind(run, "undo")
     lines = [*of_kind(run, "left_out"), *of_kind(run, "rollback")]
     chosen = [event for event in lines if event.data["span"]["positions"]]
-    return [of_kind(run, "rollback")[0].data["incident"], chosen[0].data["incident"], undo.data["incident"]]
+    return [
+        of_kind(run, "rollback")[0].data["incident"],
+        chosen[0].data["incident"],
+        undo.data["incident"],
+    ]
 
 
 def test_every_kind_of_incident_gives_the_same_numbers(
@@ -79,11 +85,19 @@ def test_every_kind_of_incident_gives_the_same_numbers(
     for number in sorted({*incidents(run)}):
         assert main(["replay", str(run.path), "--incident", str(number), "--json"]) == 0, number
         said = json.loads(capfd.readouterr().out)
-        assert said["same"] and said["steps"] == said["to_step"] - said["from_step"] > 0 and not said["missing"]
-        assert said["incident"] == number and {"loss", "grad_norm", "lr", "last"} <= set(said["columns"])
+        assert (
+            said["same"]
+            and said["steps"] == said["to_step"] - said["from_step"] > 0
+            and not said["missing"]
+        )
+        assert said["incident"] == number and {"loss", "grad_norm", "lr", "last"} <= set(
+            said["columns"]
+        )
 
 
-def falsified(run: RunDirectory, folder: Path, change: Callable[[dict[str, Any]], bool]) -> RunDirectory:
+def falsified(
+    run: RunDirectory, folder: Path, change: Callable[[dict[str, Any]], bool]
+) -> RunDirectory:
     """A copy of a run in whose journal the first decision that `change` takes is another."""
     shutil.copytree(run.path, folder / "runs" / "copy")
     copy = RunDirectory.open(folder / "runs" / "copy")
@@ -124,4 +138,8 @@ def test_a_falsified_line_is_found_and_the_number_named(
     copy = falsified(run, tmp_path, change)
     assert main(["replay", str(copy.path)]) == 5
     said = capfd.readouterr().out
-    assert said.startswith(f"not the same: {column} of step ") and " was " in said and " and is " in said
+    assert (
+        said.startswith(f"not the same: {column} of step ")
+        and " was " in said
+        and " and is " in said
+    )

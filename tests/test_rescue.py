@@ -1,4 +1,6 @@
-"""The rescue benchmark in small: its cells run, compare and are kept, and its table says what they found."""
+"""The rescue benchmark in small: its cells run, compare and are kept, and its table says what they
+found.
+"""
 
 from pathlib import Path
 
@@ -16,7 +18,11 @@ CELLS: list[Cell] = [(HEALTHY, "unguarded", 0), (FAULT, "unguarded", 0), (FAULT,
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     folder = tmp_path_factory.mktemp("rescue")
     sections = {
-        "data": {"sources": [str(write_corpus(folder / "corpus"))], "sequence_length": 32, "eval_fraction": 0.1},
+        "data": {
+            "sources": [str(write_corpus(folder / "corpus"))],
+            "sequence_length": 32,
+            "eval_fraction": 0.1,
+        },
         "model": {"layers": 1, "width": 16},
         "guard": {"warmup": 12},
     }
@@ -25,7 +31,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return bench
 
 
-def test_the_guard_rescues_what_nobody_else_does(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_guard_rescues_what_nobody_else_does(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert [bench.known(cell).get("error") for cell in CELLS] == [None] * 3  # type: ignore[union-attr]
     lost, kept = (excess(bench, cell) for cell in CELLS[1:])
     assert lost is not None and lost > 0.5
@@ -48,14 +56,20 @@ def test_a_finished_cell_is_not_run_again(bench: Bench) -> None:
 def test_a_cell_that_failed_is_told_and_counts_nowhere(tmp_path: Path) -> None:
     bench = Bench(tmp_path, steps=60)
     cell = (FAULT, "ARC", 0)
-    said = bench.keep(cell, {"error": "Traceback ...\nModuleNotFoundError: No module named 'arc'\n"})
+    said = bench.keep(
+        cell, {"error": "Traceback ...\nModuleNotFoundError: No module named 'arc'\n"}
+    )
     assert said == "weights x1000, ARC, 0: ModuleNotFoundError: No module named 'arc'"
     assert excess(bench, cell) is None
     assert summary(bench, [FAULT], ["ARC"], [0]) == []
 
 
 def test_the_first_cause_counts() -> None:
-    assert named([DATA, STATE], (DATA,)) and not named([STATE, DATA], (DATA,)) and not named([], (DATA,))
+    assert (
+        named([DATA, STATE], (DATA,))
+        and not named([STATE, DATA], (DATA,))
+        and not named([], (DATA,))
+    )
 
 
 def test_every_fault_gives_a_configuration() -> None:

@@ -1,4 +1,6 @@
-"""A run recovers from what happens to its ranks: real ranks, real collectives, the default settings of [launch]."""
+"""A run recovers from what happens to its ranks: real ranks, real collectives, the default settings
+of [launch].
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def starts(run: RunDirectory) -> list[str]:
 
 @pytest.mark.fault("R1", "R2")
 def test_killed_ranks_are_started_again_and_each_death_counts_once(lab: Lab) -> None:
-    """Rank 1, then rank 0. The others wait in an all-reduce; the next start meets at a place of its own."""
+    """Rank 1, then rank 0. The others wait in an all-reduce; the next start meets at a place of its
+    own.
+    """
     (lab.folder / "c.toml").write_text(CONFIG)
     assert lab.guardrail("launch", "c.toml", "--detach").returncode == 0
     run = lab.newest()
@@ -47,15 +51,26 @@ def test_killed_ranks_are_started_again_and_each_death_counts_once(lab: Lab) -> 
         wait_for(lambda count=number + 1: len(starts(run)) == count, what="a start")  # type: ignore[misc]
         before = status_of(run)
         wait_for(lambda old=before: status_of(run).step > old.step + 1, what="training")  # type: ignore[misc]
-        (pid,) = (one.pid for one in run.read_ranks() if one.rank == victim and one.incarnation == number)
+        (pid,) = (
+            one.pid for one in run.read_ranks() if one.rank == victim and one.incarnation == number
+        )
         os.kill(pid, signal.SIGKILL)
     wait_for(lambda: len(starts(run)) == 3, what="the second start after a death")
     reached = status_of(run).step
-    wait_for(lambda: status_of(run).phase is Phase.STEP and status_of(run).step > reached + 1, what="training")
-    failed = [(event.data["rank"], event.data["exit"]) for event in run.events() if event.kind == "ranks_failed"]
+    wait_for(
+        lambda: status_of(run).phase is Phase.STEP and status_of(run).step > reached + 1,
+        what="training",
+    )
+    failed = [
+        (event.data["rank"], event.data["exit"])
+        for event in run.events()
+        if event.kind == "ranks_failed"
+    ]
     assert failed == [(1, -9), (0, -9)]
     assert "failure 3" not in (run.logs / "supervisor.log").read_text()
-    assert len(processes.processes_of(run.path)) == 3, "an agent and two ranks; nothing of the starts before"
+    assert len(processes.processes_of(run.path)) == 3, (
+        "an agent and two ranks; nothing of the starts before"
+    )
 
 
 @pytest.mark.slow

@@ -1,4 +1,6 @@
-"""Logs of reinforcement learning: what is read, what is judged, and what a live guard does with such signals."""
+"""Logs of reinforcement learning: what is read, what is judged, and what a live guard does with
+such signals.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +31,14 @@ def judged(name: str, folder: Path = CASES) -> Result:
 
 
 def acts(result: Result) -> list[tuple[int, str, str]]:
-    return [(alarm.step, alarm.signal, alarm.verdict) for alarm in result.alarms if alarm.verdict != "note"]
+    return [
+        (alarm.step, alarm.signal, alarm.verdict)
+        for alarm in result.alarms
+        if alarm.verdict != "note"
+    ]
 
 
-# -- nothing is acted on that is healthy ------------------------------------------------------------------------------
+# -- nothing is acted on that is healthy -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", sorted(CASES.iterdir()), ids=lambda path: path.name)
@@ -49,7 +55,7 @@ def test_loss_of_zero_without_any_other_signal_is_noted_at_most() -> None:
     assert result.policy == "" and 0 < len(result.alarms) <= 3
 
 
-# -- what is read ----------------------------------------------------------------------------------------------------
+# -- what is read ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -66,7 +72,11 @@ def test_loss_of_zero_without_any_other_signal_is_noted_at_most() -> None:
 )
 def test_records(name: str, records: int, steps: tuple[int, int], apart: dict[str, int]) -> None:
     result = judged(name)
-    assert (len(result.steps), (result.steps[0], result.steps[-1]), result.apart) == (records, steps, apart)
+    assert (len(result.steps), (result.steps[0], result.steps[-1]), result.apart) == (
+        records,
+        steps,
+        apart,
+    )
 
 
 def test_signals_of_verl() -> None:
@@ -76,7 +86,9 @@ def test_signals_of_verl() -> None:
     assert result.beside["reward"] == "data/critic/rewards/mean"
     result = judged("c05_verl.log")
     assert result.names == {"loss": "actor/pg_loss", "grad_norm": "actor/grad_norm"}
-    assert {"kl", "entropy", "reward", "completion_length", "clipped_ratio", "clip_frac"} <= set(result.beside)
+    assert {"kl", "entropy", "reward", "completion_length", "clipped_ratio", "clip_frac"} <= set(
+        result.beside
+    )
 
 
 def test_signals_of_openrlhf() -> None:
@@ -87,7 +99,8 @@ def test_signals_of_openrlhf() -> None:
 
 def test_signals_on_a_line_of_the_trainer(tmp_path: Path) -> None:
     line = (
-        "{{'loss': {loss:.4f}, 'grad_norm': 0.3, 'rewards/f/mean': 0.5, 'reward': 0.5, 'kl': 0.01, 'epoch': {epoch}}}"
+        "{{'loss': {loss:.4f}, 'grad_norm': 0.3, 'rewards/f/mean': 0.5, 'reward': 0.5, "
+        "'kl': 0.01, 'epoch': {epoch}}}"
     )
     draw = random.Random(0)
     lines = [line.format(loss=draw.gauss(0, 0.1), epoch=step / 100) for step in range(40)]
@@ -110,14 +123,16 @@ def test_signals_on_a_line_of_the_trainer(tmp_path: Path) -> None:
         ("gradtensor.jsonl", 199, 199, (150, "grad_spike")),
     ],
 )
-def test_rows_that_were_not_read(name: str, records: int, last: int, alarm: tuple[int, str]) -> None:
+def test_rows_that_were_not_read(
+    name: str, records: int, last: int, alarm: tuple[int, str]
+) -> None:
     result = judged(name, CASES.parent / "logs")
     assert (len(result.steps), result.steps[-1]) == (records, last)
     first = result.alarms[0]
     assert (first.step, first.kind) == alarm and first.verdict == "skip"
 
 
-# -- what is asked for -----------------------------------------------------------------------------------------------
+# -- what is asked for -----------------------------------------------------------------------------
 
 
 def printed(capsys: pytest.CaptureFixture[str], name: str, *options: str) -> tuple[int, str, str]:
@@ -128,16 +143,22 @@ def printed(capsys: pytest.CaptureFixture[str], name: str, *options: str) -> tup
 @pytest.mark.parametrize("options", [("--column", "kl=kl"), ("--set", 'guard.signals=["kl"]')])
 def test_one_option_is_enough(options: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = printed(capsys, "c03b_kl.jsonl", *options)
-    assert code == 0 and "noted only, where far above the usual: kl" in out and " notes besides" in out
+    assert (
+        code == 0 and "noted only, where far above the usual: kl" in out and " notes besides" in out
+    )
 
 
-def test_what_nothing_judges_is_said_to_be_recorded_only(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_nothing_judges_is_said_to_be_recorded_only(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     code, out, _ = printed(capsys, "c03b_kl.jsonl")
     assert code == 0 and "recorded only, not judged: reward, kl" in out
 
 
 @pytest.mark.parametrize("name", ["c03_reward.jsonl", "c05_verl.log"])
-@pytest.mark.parametrize("options", [("--column", "entropy=nosuch"), ("--set", 'guard.signals=["nosuch"]')])
+@pytest.mark.parametrize(
+    "options", [("--column", "entropy=nosuch"), ("--set", 'guard.signals=["nosuch"]')]
+)
 def test_a_column_that_is_not_there_is_an_error(
     name: str, options: tuple[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -173,7 +194,7 @@ def test_json_says_what_was_taken_as_what(capsys: pytest.CaptureFixture[str]) ->
     assert run["recorded_only"] == {"reward": "reward", "kl": "kl"}
 
 
-# -- names -----------------------------------------------------------------------------------------------------------
+# -- names -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -200,7 +221,14 @@ def test_losses_of_policies(columns: list[str], loss: str | None, norm: str | No
 def test_names_that_show_reinforcement_learning() -> None:
     from guardrail.core.objective import is_policy_loss, shows_policy
 
-    for name in ("reward", "train/rewards/mean", "kl", "policy/approxkl_avg", "mean_advantage", "actor/pg_clipfrac"):
+    for name in (
+        "reward",
+        "train/rewards/mean",
+        "kl",
+        "policy/approxkl_avg",
+        "mean_advantage",
+        "actor/pg_clipfrac",
+    ):
         assert shows_policy(name), name
     for name in (
         "loss",
@@ -215,7 +243,7 @@ def test_names_that_show_reinforcement_learning() -> None:
     assert is_policy_loss("actor/pg_loss") and not is_policy_loss("critic/vf_loss")
 
 
-# -- a live guard follows the same rule -------------------------------------------------------------------------------
+# -- a live guard follows the same rule ------------------------------------------------------------
 
 
 def signed_run(controller: Controller, steps: range, **signals: float) -> list[Action]:
@@ -225,7 +253,9 @@ def signed_run(controller: Controller, steps: range, **signals: float) -> list[A
         draw = random.Random(step)
         loss = 0.0 if step % 3 == 0 else draw.gauss(0.0, 0.05)
         observed = {LOSS: loss, "grad_norm": noisy(0.5, noise=0.1)(step), **signals}
-        verdict = controller.observe(Observation(step=step, first=step, last=step + 1, signals=observed))
+        verdict = controller.observe(
+            Observation(step=step, first=step, last=step + 1, signals=observed)
+        )
         actions.append(verdict.action)
     return actions
 
@@ -239,7 +269,9 @@ def signed_run(controller: Controller, steps: range, **signals: float) -> list[A
     ],
     ids=["by its signals", "by the setting", "by its values"],
 )
-def test_a_live_guard_does_not_act_on_a_policy_loss(settings: GuardSection, signals: dict[str, float]) -> None:
+def test_a_live_guard_does_not_act_on_a_policy_loss(
+    settings: GuardSection, signals: dict[str, float]
+) -> None:
     controller = Controller(settings, mode=Mode.AUTO)
     assert set(signed_run(controller, range(1, 300), **signals)) == {Action.APPLY}
     assert controller.watchers.signed_loss.kind == "signed"
@@ -248,7 +280,9 @@ def test_a_live_guard_does_not_act_on_a_policy_loss(settings: GuardSection, sign
         observed = {LOSS: loss, "grad_norm": 0.5, **signals}
         verdict = controller.observe(Observation(step=300, first=300, last=301, signals=observed))
         assert not verdict.accepted, loss
-    noted = controller.observe(Observation(step=300, first=300, last=301, signals={LOSS: 3.0, **signals}))
+    noted = controller.observe(
+        Observation(step=300, first=300, last=301, signals={LOSS: 3.0, **signals})
+    )
     assert noted.accepted and noted.findings[0].severity is Severity.NOTE
 
 
@@ -273,18 +307,24 @@ def test_a_cross_entropy_of_zero_is_impossible_once_its_kind_is_known() -> None:
     controller = Controller(GuardSection(), mode=Mode.AUTO)
     for step in range(1, 50):
         signals = {LOSS: noisy(2.0)(step)}
-        assert controller.observe(Observation(step=step, first=step, last=step + 1, signals=signals)).accepted
+        assert controller.observe(
+            Observation(step=step, first=step, last=step + 1, signals=signals)
+        ).accepted
     verdict = controller.observe(Observation(step=50, first=50, last=51, signals={LOSS: 0.0}))
     assert verdict.action is Action.SKIP
     assert "loss is exactly 0: check that labels are not all masked" in verdict.reason
 
 
 def test_zeros_at_the_start_do_not_blind_the_guard_for_good() -> None:
-    """A loss that was 0 at first and has behaved like a cross-entropy since then is judged as one."""
+    """A loss that was 0 at first and has behaved like a cross-entropy since then is judged as
+    one.
+    """
     controller = Controller(GuardSection(), mode=Mode.AUTO)
     for step in range(1, 200):
         signals = {LOSS: 0.0 if step < 10 else noisy(2.0)(step)}
-        assert controller.observe(Observation(step=step, first=step, last=step + 1, signals=signals)).accepted
+        assert controller.observe(
+            Observation(step=step, first=step, last=step + 1, signals=signals)
+        ).accepted
         if step == 35:
             assert controller.watchers.signed_loss.kind == "signed"
     assert controller.watchers.signed_loss.kind == "positive"
@@ -297,7 +337,9 @@ def test_a_positive_loss_that_turns_negative_is_signed() -> None:
     controller = Controller(GuardSection(), mode=Mode.AUTO)
     for step in range(1, 60):
         loss = -0.1 if step in (40, 45, 50) else noisy(0.3)(step)
-        assert controller.observe(Observation(step=step, first=step, last=step + 1, signals={LOSS: loss})).accepted
+        assert controller.observe(
+            Observation(step=step, first=step, last=step + 1, signals={LOSS: loss})
+        ).accepted
         expected = "signed" if step >= 50 else "positive"
         assert controller.watchers.signed_loss.kind == (expected if step >= 20 else "unknown")
 

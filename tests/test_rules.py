@@ -1,4 +1,6 @@
-"""The published rules that the detection bench compares with: each fires where its formula says, and nowhere before."""
+"""The published rules that the detection bench compares with: each fires where its formula says,
+and nowhere before.
+"""
 
 from __future__ import annotations
 
@@ -72,6 +74,8 @@ def test_five_in_a_row_kill() -> None:
     assert set(said("KillLossSpike", [5.0, 5.0, 5.0, 5.0, 2.2] * 3, [0.2] * 15)) == {None}
 
 
-@pytest.mark.parametrize("name", ["InternEvo", "Lightning SpikeDetection", "Megatron spiky", "KillLossSpike"])
+@pytest.mark.parametrize(
+    "name", ["InternEvo", "Lightning SpikeDetection", "Megatron spiky", "KillLossSpike"]
+)
 def test_rules_on_the_loss_miss_the_climb_of_blooms_norm(name: str) -> None:
     assert said(name, BLOOM_LOSS, BLOOM_NORM)[:5] == [None] * 5

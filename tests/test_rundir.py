@@ -1,4 +1,6 @@
-"""The run directory: what a crash, a full disk, a second writer and a stranger can do to it, and what they cannot."""
+"""The run directory: what a crash, a full disk, a second writer and a stranger can do to it, and
+what they cannot.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,11 @@ def row(step: int, timeline: int = 0, **values: float) -> dict[str, float]:
 def test_a_new_run_is_complete_private_and_numbered(tmp_path: Path) -> None:
     first = RunDirectory.create(tmp_path, "demo", "a = 1\n")
     second = RunDirectory.create(tmp_path, "demo", "a = 2\n")
-    assert first.name.startswith("demo/") and first.name.endswith("-01") and second.name.endswith("-02")
+    assert (
+        first.name.startswith("demo/")
+        and first.name.endswith("-01")
+        and second.name.endswith("-02")
+    )
     assert first.config_text() == "a = 1\n"
     assert stat.S_IMODE(first.path.stat().st_mode) == 0o700
     for path in first.path.rglob("*"):
@@ -84,7 +90,9 @@ def test_a_new_run_is_complete_private_and_numbered(tmp_path: Path) -> None:
 def test_creators_at_once_never_share_a_directory(tmp_path: Path) -> None:
     made: list[RunDirectory] = []
     threads = [
-        threading.Thread(target=lambda n=n: made.append(RunDirectory.create(tmp_path, "demo", f"n = {n}\n")))
+        threading.Thread(
+            target=lambda n=n: made.append(RunDirectory.create(tmp_path, "demo", f"n = {n}\n"))
+        )
         for n in range(8)
     ]
     for thread in threads:
@@ -95,7 +103,9 @@ def test_creators_at_once_never_share_a_directory(tmp_path: Path) -> None:
     assert {run.config_text() for run in made} == {f"n = {n}\n" for n in range(8)}
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "-x", ".hidden", "a\nb", "a" * 200, "\x1b[31m"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "-x", ".hidden", "a\nb", "a" * 200, "\x1b[31m"]
+)
 def test_names_that_would_leave_the_root_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(RunDirectoryError, match="no name for a run"):
         RunDirectory.create(tmp_path, name, "")
@@ -108,8 +118,12 @@ def test_opening_says_what_is_wrong(tmp_path: Path) -> None:
         RunDirectory.open(tmp_path)
 
 
-def test_a_run_is_found_by_every_name_a_person_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = [RunDirectory.create(tmp_path, name, "") for name in ("alpha", "alpha", "beta", "alphabet")]
+def test_a_run_is_found_by_every_name_a_person_uses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [
+        RunDirectory.create(tmp_path, name, "") for name in ("alpha", "alpha", "beta", "alphabet")
+    ]
     for age, run in enumerate(reversed(runs)):
         os.utime(run.path / "config.toml", (1000 - age, 1000 - age))
     (tmp_path / "not-a-run" / "x").mkdir(parents=True)
@@ -157,12 +171,22 @@ def test_events_come_back_as_they_were_written(run: RunDirectory) -> None:
     )
     span = Span(first=10, last=20, cause="rejected", step=7, reason="because")
     first = run.append(
-        "verdict", "loss nan", step=7, timeline=2, findings=[finding], value=-math.inf, n=np.float64(1.5)
+        "verdict",
+        "loss nan",
+        step=7,
+        timeline=2,
+        findings=[finding],
+        value=-math.inf,
+        n=np.float64(1.5),
     )
-    run.append("left_out", step=7, timeline=2, span=span, path=Path("/x"), name=os.fsdecode(b"\xff.txt"))
+    run.append(
+        "left_out", step=7, timeline=2, span=span, path=Path("/x"), name=os.fsdecode(b"\xff.txt")
+    )
     events = run.events()
     assert [e.seq for e in events] == [1, 2]
-    assert events[0].kind == "verdict" and events[0].message == "loss nan" and events[0].timeline == 2
+    assert (
+        events[0].kind == "verdict" and events[0].message == "loss nan" and events[0].timeline == 2
+    )
     assert events[0].time == first.time
     back = findings_of(events[0])[0]
     assert math.isnan(back.value) and back.score == math.inf and back.ranks == (1,)
@@ -201,7 +225,11 @@ def test_a_torn_last_line_is_cut_off_and_the_journal_says_so(run: RunDirectory, 
     assert [e.message for e in run.events()] == ["first"]
     run.append("note", "next")
     messages = [e.message for e in run.events()]
-    assert messages == ["first", f"cut off {len(torn)} bytes of a line that was never finished", "next"]
+    assert messages == [
+        "first",
+        f"cut off {len(torn)} bytes of a line that was never finished",
+        "next",
+    ]
     assert [e.seq for e in run.events()] == [1, 2, 3]
 
 
@@ -280,12 +308,17 @@ for n in range(int(sys.argv[2])):
 
 
 def writer(run: RunDirectory, count: int, who: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", WRITER, str(run.path), str(count), who], stdout=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(run.path), str(count), who], stdout=subprocess.PIPE
+    )
 
 
 def test_writers_at_once_number_their_events_without_gap_or_repeat(run: RunDirectory) -> None:
     processes = [writer(run, 40, str(n)) for n in range(3)]
-    threads = [threading.Thread(target=lambda: [run.append("note", who="t") for _ in range(20)]) for _ in range(2)]
+    threads = [
+        threading.Thread(target=lambda: [run.append("note", who="t") for _ in range(20)])
+        for _ in range(2)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -352,7 +385,9 @@ def test_a_torn_row_is_not_read_and_cut_at_the_next_open(run: RunDirectory) -> N
     assert run.metrics().column("step").tolist() == [1]
     with run.metrics_writer() as writer:
         writer.append(row(2, loss=7.0))
-    assert run.metrics().column("step").tolist() == [1, 2] and run.metrics().column("loss")[1] == 7.0
+    assert (
+        run.metrics().column("step").tolist() == [1, 2] and run.metrics().column("loss")[1] == 7.0
+    )
 
 
 def test_a_full_disk_raises_and_the_next_row_starts_clean(run: RunDirectory) -> None:
@@ -370,7 +405,9 @@ def test_a_full_disk_raises_and_the_next_row_starts_clean(run: RunDirectory) -> 
 
 def test_a_newer_file_keeps_its_own_columns(run: RunDirectory) -> None:
     columns = ["step", "timeline", "temperature", "loss"]
-    (run.path / "metrics.json").write_text(json.dumps({"version": 9, "columns": columns, "unit": {"loss": "nat"}}))
+    (run.path / "metrics.json").write_text(
+        json.dumps({"version": 9, "columns": columns, "unit": {"loss": "nat"}})
+    )
     with run.metrics_writer() as writer:
         writer.append({"step": 1, "timeline": 0, "loss": 2.0, "lr": 0.1})
     view = run.metrics()
@@ -400,7 +437,9 @@ def write_rows(run: RunDirectory, *rows: tuple[int, int]) -> None:
 def present(run: RunDirectory) -> list[tuple[int, int]]:
     view = run.metrics()
     mask = view.current()
-    return list(zip(view.column("step")[mask].tolist(), view.column("timeline")[mask].tolist(), strict=True))
+    return list(
+        zip(view.column("step")[mask].tolist(), view.column("timeline")[mask].tolist(), strict=True)
+    )
 
 
 def test_the_present_leaves_out_what_a_rollback_abandoned(run: RunDirectory) -> None:
@@ -439,7 +478,14 @@ def test_the_mask_equals_its_definition() -> None:
 
 def test_status_survives_odd_numbers_and_a_newer_version(run: RunDirectory) -> None:
     assert run.read_status() is None
-    status = Status(run="demo", phase=Phase.STEP, step=3, eta_seconds=math.inf, mode=Mode.ASK, versions={"torch": "2"})
+    status = Status(
+        run="demo",
+        phase=Phase.STEP,
+        step=3,
+        eta_seconds=math.inf,
+        mode=Mode.ASK,
+        versions={"torch": "2"},
+    )
     run.write_status(status)
     assert run.read_status() == status
     raw = json.loads((run.path / "status.json").read_text())
@@ -465,8 +511,12 @@ def test_ranks_are_read_in_order(run: RunDirectory) -> None:
     for rank in (10, 2, 0):
         run.write_rank(RankStatus(rank=rank, pid=rank, host="h", phase=Phase.SETUP))
     (run.path / "ranks" / "rank-00005.json").write_text("half")
-    assert [status.rank for status in run.read_ranks()] == [0, 2, 10], "as older versions wrote them"
-    node = (RankStatus(rank=rank, pid=1, host="h", phase=Phase.STEP, heartbeat=1.0) for rank in (9, 2))
+    assert [status.rank for status in run.read_ranks()] == [0, 2, 10], (
+        "as older versions wrote them"
+    )
+    node = (
+        RankStatus(rank=rank, pid=1, host="h", phase=Phase.STEP, heartbeat=1.0) for rank in (9, 2)
+    )
     run.write_node(NodeStatus(node="h-2", ranks=tuple(node)))
     (run.path / "ranks" / "node-x.json").write_text("half")
     assert [(status.rank, status.phase.value) for status in run.read_ranks()] == [
@@ -497,7 +547,9 @@ time.sleep(60)
 
 def test_one_trainer_a_run_and_the_other_is_told_who(run: RunDirectory) -> None:
     assert run.lock_holder() is None
-    with subprocess.Popen([sys.executable, "-c", LOCKER, str(run.path)], stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", LOCKER, str(run.path)], stdout=subprocess.PIPE
+    ) as process:
         assert process.stdout is not None
         pid = int(process.stdout.readline())
         holder = run.lock_holder()
@@ -562,7 +614,9 @@ PIPES: dict[str, Callable[[RunDirectory], object]] = {
     "notified": lambda run: run.notified(),
     "run.lock": lambda run: run.lock_holder(),
     "ranks/node-0.json": lambda run: run.read_ranks() or None,
-    "checkpoints/step-00000001/manifest.json": lambda run: checkpoint_dirs(run.checkpoints) and None,
+    "checkpoints/step-00000001/manifest.json": lambda run: (
+        checkpoint_dirs(run.checkpoints) and None
+    ),
     "logs/rank-0.log": lambda run: tail(run.logs / "rank-0.log") or None,
 }
 
@@ -591,7 +645,10 @@ REFUSED: dict[str, Callable[[RunDirectory], object]] = {
 def test_a_pipe_is_refused_at_once(run: RunDirectory, name: str) -> None:
     run.metrics_writer().close()
     as_pipe(run.path / name.strip())
-    with without_waiting(), pytest.raises((OSError, RunDirectoryError, ConfigError), match="not a regular file"):
+    with (
+        without_waiting(),
+        pytest.raises((OSError, RunDirectoryError, ConfigError), match="not a regular file"),
+    ):
         REFUSED[name](run)
 
 
@@ -620,7 +677,11 @@ def test_the_journal_says_how_a_run_has_ended_where_there_is_no_status(run: RunD
     assert run.known_status() is None
     run.append("ended", "halted: no budget left", step=7, phase="halted")
     status = run.known_status()
-    assert status is not None and (status.phase, status.step, status.exit_code) == (Phase.HALTED, 7, 3)
+    assert status is not None and (status.phase, status.step, status.exit_code) == (
+        Phase.HALTED,
+        7,
+        3,
+    )
     run.append("note", "read again")
     assert run.known_status() == status
     run.append("restarted", step=4)
@@ -631,7 +692,9 @@ def test_the_journal_says_how_a_run_has_ended_where_there_is_no_status(run: RunD
     assert run.known_status() == run.read_status()
 
 
-def test_numbers_that_64_bits_do_not_hold_make_a_status_and_a_line_unreadable(run: RunDirectory) -> None:
+def test_numbers_that_64_bits_do_not_hold_make_a_status_and_a_line_unreadable(
+    run: RunDirectory,
+) -> None:
     run.write_status(Status(run=run.name, phase=Phase.STEP, total_steps=77))
     path = run.path / "status.json"
     path.write_bytes(path.read_bytes().replace(b'"total_steps":77', b'"total_steps":' + b"9" * 400))

@@ -52,12 +52,16 @@ def test_a_glance_says_how_a_run_is(root: Path) -> None:
     assert (one.step, one.total_steps, one.mode, one.host) == (1284, 6000, "auto", "node-1")
     assert one.loss == pytest.approx(2.3, abs=0.3) and one.tokens_per_second > 0
     assert found["ended"].exit_code == 0 and found["ended"].tokens_per_second == 0
-    (lost,) = (one for one in glances(root, lambda run, status: False) if one.run.startswith("asks"))
+    (lost,) = (
+        one for one in glances(root, lambda run, status: False) if one.run.startswith("asks")
+    )
     assert (lost.state, lost.eta_seconds) == ("lost", 0)
 
 
 def test_points_are_of_the_present_and_end_with_the_last_step(tmp_path: Path) -> None:
-    """The rejected updates of a spike and the stretch that its rollback gave up are no part of the curve."""
+    """The rejected updates of a spike and the stretch that its rollback gave up are no part of the
+    curve.
+    """
     fake = FakeRun().begin().advance(400)
     run = fake.spike(back_to=300).advance(310).write(tmp_path)
     rows = fake.rows
@@ -95,7 +99,9 @@ def test_the_table(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 120, 200])
 @pytest.mark.parametrize("state", ["step", "lost", "asking", "finished", "of a newer version"])
 def test_rows_fit_and_say_the_state(width: int, state: str) -> None:
-    one = Glance(HOSTILE, "/r", state, 1_284_000, 6_000_000, None, 1000.0, "h", "auto", 8e3, 60.0, 2.2)
+    one = Glance(
+        HOSTILE, "/r", state, 1_284_000, 6_000_000, None, 1000.0, "h", "auto", 8e3, 60.0, 2.2
+    )
     for points in ([], [math.nan] * 50, [3.0, 2.0, 99.0, math.inf]):
         row = run_row(one, points, name=30, width=width, now=1500.0, marked=True)
         assert cell_len(text(row)) <= width and "\x1b" not in text(row) and "\x9b" not in text(row)
@@ -134,7 +140,9 @@ async def test_choosing_with_the_keys(root: Path) -> None:
         assert app.marked == runs[1].path
         runs.insert(0, replace(runs[0], path="/new", run="new/1"))
         await pilot.press("slash", *"quick", "q", "backspace")
-        assert app.words == "quick" and [one.run.split("/")[0] for one in app.shown] == ["quickstart"]
+        assert app.words == "quick" and [one.run.split("/")[0] for one in app.shown] == [
+            "quickstart"
+        ]
         await pilot.press("enter", "enter")
     assert app.return_value is not None and Path(app.return_value).parent.name == "quickstart"
 

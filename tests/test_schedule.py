@@ -1,4 +1,6 @@
-"""The learning rate and the batch size as functions of the step, and the ledger that follows the second."""
+"""The learning rate and the batch size as functions of the step, and the ledger that follows the
+second.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from trainer.config.config import Config
 from trainer.config.recipe import OptimSection
 from trainer.config.schedule import Schedule, warmup_steps
 
-GPT3 = BatchPlan.growing(start=16, by=16, size=1600, samples=12_000_000_000 // 2048)  # 32 K to 3.2 M tokens in 12 G
+# 32 K to 3.2 M tokens in 12 G
+GPT3 = BatchPlan.growing(start=16, by=16, size=1600, samples=12_000_000_000 // 2048)
 
 
 def schedule(shape: str, **changes: Any) -> Schedule:
@@ -47,9 +50,12 @@ def test_shapes_at_their_corners(shape: str, values: dict[int, float]) -> None:
 @pytest.mark.parametrize("shape", ["cosine", "linear", "wsd"])
 def test_the_way_down_is_that_of_torchs_own_schedules(shape: str) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
-    ours, start = schedule(shape), 88 if shape == "wsd" else 10  # one fifth of 110 steps, or all behind the warm-up
+    # one fifth of 110 steps, or all behind the warm-up
+    ours, start = schedule(shape), 88 if shape == "wsd" else 10
     if shape == "cosine":
-        theirs: Any = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=110 - start, eta_min=0.2)
+        theirs: Any = torch.optim.lr_scheduler.CosineAnnealingLR(
+            optimizer, T_max=110 - start, eta_min=0.2
+        )
     else:
         theirs = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=110 - start)
     for step in range(start, 111):
@@ -59,13 +65,21 @@ def test_the_way_down_is_that_of_torchs_own_schedules(shape: str) -> None:
 
 
 def test_wsd_decays_over_its_share_and_never_before_the_warmup_ends() -> None:
-    assert schedule("wsd", decay_share=0.5)(55) == 2.0 and schedule("wsd", decay_share=0.5)(56) < 2.0
-    assert schedule("wsd", decay_share=1.0)(10) == 2.0 and schedule("wsd", decay_share=1.0)(11) < 2.0
+    assert (
+        schedule("wsd", decay_share=0.5)(55) == 2.0 and schedule("wsd", decay_share=0.5)(56) < 2.0
+    )
+    assert (
+        schedule("wsd", decay_share=1.0)(10) == 2.0 and schedule("wsd", decay_share=1.0)(11) < 2.0
+    )
 
 
 def test_warmup_in_steps_tokens_or_a_share() -> None:
     plan = BatchPlan.constant(4)
-    count = lambda **given: warmup_steps(OptimSection(**given), steps=1000, plan=plan, sequence_length=8)  # noqa: E731
+
+    def count(**given: Any) -> int:
+        section = OptimSection(**given)
+        return warmup_steps(section, steps=1000, plan=plan, sequence_length=8)
+
     assert count(warmup_steps=7) == 7
     assert count(warmup_tokens=320) == 10 and count(warmup_tokens=321) == 11
     assert count(warmup_share=0.002) == 2 and count(warmup_share=0.0001) == 1
@@ -73,8 +87,12 @@ def test_warmup_in_steps_tokens_or_a_share() -> None:
 
 def test_under_a_ramp_the_same_tokens_take_more_steps() -> None:
     section = OptimSection(warmup_tokens=375_000_000)
-    steps = [warmup_steps(section, steps=0, plan=p, sequence_length=2048) for p in (BatchPlan.constant(1600), GPT3)]
-    # 121 M tokens in each stage: 3700 steps of 16 samples, 1850 of 32, 1234 of 48, and what is left in batches of 64.
+    steps = [
+        warmup_steps(section, steps=0, plan=p, sequence_length=2048)
+        for p in (BatchPlan.constant(1600), GPT3)
+    ]
+    # 121 M tokens in each stage: 3700 steps of 16 samples, 1850 of 32, 1234 of 48, and what is left
+    # in batches of 64.
     assert steps == [115, 3700 + 1850 + 1234 + 86]
 
 
@@ -87,7 +105,9 @@ def test_gpt3s_ramp_is_linear_in_tokens() -> None:
 
 
 plans = st.builds(
-    lambda start, by, stages, samples: BatchPlan.growing(start=start, by=by, size=start + by * stages, samples=samples),
+    lambda start, by, stages, samples: BatchPlan.growing(
+        start=start, by=by, size=start + by * stages, samples=samples
+    ),
     st.integers(1, 9),
     st.integers(1, 5),
     st.integers(0, 6),
@@ -117,7 +137,10 @@ def advance(book: Ledger, applied: bool = True) -> Batch:
 
 
 def ramped(samples: int = 400) -> Ledger:
-    return Ledger(SampleOrder(samples=samples, seed=1), batch_size=BatchPlan.growing(start=2, by=2, size=8, samples=24))
+    return Ledger(
+        SampleOrder(samples=samples, seed=1),
+        batch_size=BatchPlan.growing(start=2, by=2, size=8, samples=24),
+    )
 
 
 def test_a_batch_that_is_left_out_does_not_make_the_next_one_larger() -> None:
@@ -143,7 +166,9 @@ def test_the_size_goes_back_with_the_state_and_through_json() -> None:
 
 @given(st.integers(0, 2**32), st.integers(1, 40))
 @settings(deadline=None)
-def test_a_rollback_makes_the_batches_of_a_run_that_knew_from_its_beginning(seed: int, steps: int) -> None:
+def test_a_rollback_makes_the_batches_of_a_run_that_knew_from_its_beginning(
+    seed: int, steps: int
+) -> None:
     rng = random.Random(seed)
     book = ramped()
     saved = book.state()
@@ -188,7 +213,11 @@ def test_a_run_under_a_ramp_is_quiet_and_its_tokens_grow(tmp_path: Path) -> None
         ({"ramp_tokens": 8}, {}, "train.ramp_from"),
         ({"ramp_from": 3, "ramp_tokens": 9, "micro_batch_size": 2}, {}, "train.ramp_from"),
         ({"ramp_from": 16, "ramp_tokens": 9}, {}, "train.ramp_from"),
-        ({"ramp_from": 8, "ramp_by": 3, "ramp_tokens": 9, "micro_batch_size": 2}, {}, "train.ramp_by"),
+        (
+            {"ramp_from": 8, "ramp_by": 3, "ramp_tokens": 9, "micro_batch_size": 2},
+            {},
+            "train.ramp_by",
+        ),
         ({}, {"warmup_share": 0.1, "warmup_tokens": 5}, "optim.warmup_tokens"),
         ({}, {"warmup_tokens": 10**9}, "optim.warmup_tokens"),
         ({}, {"stable": True, "name": "adam"}, "optim.stable"),
@@ -196,7 +225,9 @@ def test_a_run_under_a_ramp_is_quiet_and_its_tokens_grow(tmp_path: Path) -> None
         ({"objective": "span"}, {}, "train.objective"),
     ],
 )
-def test_what_does_not_go_together_is_refused(train: dict[str, Any], optim: dict[str, Any], key: str) -> None:
+def test_what_does_not_go_together_is_refused(
+    train: dict[str, Any], optim: dict[str, Any], key: str
+) -> None:
     tree = {"train": {"steps": 200, "batch_size": 16, **train}, "optim": optim}
     with pytest.raises(ConfigError) as caught:
         build(tree, file="x.toml", base=Path.cwd())
@@ -204,7 +235,15 @@ def test_what_does_not_go_together_is_refused(train: dict[str, Any], optim: dict
 
 
 def test_epochs_are_counted_in_the_batches_of_the_plan() -> None:
-    tree = {"train": {"epochs": 1, "batch_size": 8, "ramp_from": 4, "ramp_tokens": 256, "micro_batch_size": 4}}
+    tree = {
+        "train": {
+            "epochs": 1,
+            "batch_size": 8,
+            "ramp_from": 4,
+            "ramp_tokens": 256,
+            "micro_batch_size": 4,
+        }
+    }
     made = build({**tree, "data": {"sequence_length": 32}}, file="x.toml", base=Path.cwd())
     assert isinstance(made, Config)
     assert [made.batch_plan(step) for step in (1, 2, 3, 4)] == [4, 4, 8, 8]

@@ -1,4 +1,6 @@
-"""Secrets stand in no file of a run, on no screen and in no command line; only the process that uses them has them."""
+"""Secrets stand in no file of a run, on no screen and in no command line; only the process that
+uses them has them.
+"""
 
 from __future__ import annotations
 
@@ -57,16 +59,24 @@ apprise = ["ntfy://{MARK}", {{ env = "NTFY" }}, {{ file = "{tmp_path}/ntfy" }}]
     notify = tomllib.loads(copy)["notify"]
     assert notify["apprise"] == [MASK, {"env": "NTFY"}, {"file": f"{tmp_path}/ntfy"}]
     again = build(tomllib.loads(copy), file="copy", base=tmp_path)
-    assert secret.missing(tomllib.loads(copy)["notify"]) == ["notify.command", "notify.webhook", "notify.apprise"]
+    assert secret.missing(tomllib.loads(copy)["notify"]) == [
+        "notify.command",
+        "notify.webhook",
+        "notify.apprise",
+    ]
     assert secret.literals(again.notify) == {}
     assert secret.literals(settings.notify).keys() == {"command", "webhook", "apprise"}
     assert dump(again) == copy
 
 
 @pytest.mark.fault("A3")
-def test_relative_files_of_secrets_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_files_of_secrets_are_made_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    settings = loaded(tmp_path, STEPS + '[notify]\nwebhook = { file = "hook" }\ncommand = { env = "COMMAND" }\n')
+    settings = loaded(
+        tmp_path, STEPS + '[notify]\nwebhook = { file = "hook" }\ncommand = { env = "COMMAND" }\n'
+    )
     assert settings.notify.webhook == reference(file=f"{tmp_path}/hook")
     assert settings.notify.command == reference(env="COMMAND")
 
@@ -75,14 +85,29 @@ def test_relative_files_of_secrets_are_made_absolute(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (f"webhook = 'htp://{MARK}'", "notify.webhook = (masked): expected an http:// or https:// address"),
-        (f"webhook = 'http://x y{MARK}'", "notify.webhook = (masked): expected an http:// or https:// address"),
+        (
+            f"webhook = 'htp://{MARK}'",
+            "notify.webhook = (masked): expected an http:// or https:// address",
+        ),
+        (
+            f"webhook = 'http://x y{MARK}'",
+            "notify.webhook = (masked): expected an http:// or https:// address",
+        ),
         (f"webhok = 'http://{MARK}'", "notify.webhok = (masked): expected a known key"),
-        (f"webhook = ['http://{MARK}']", 'notify.webhook = (masked): expected a string, { env = "NAME" } or'),
+        (
+            f"webhook = ['http://{MARK}']",
+            'notify.webhook = (masked): expected a string, { env = "NAME" } or',
+        ),
         (f"apprise = '{MARK}'", "notify.apprise = (masked): expected a list, got a string"),
         (f"apprise = 'json://{MARK}'", "notify.apprise = (masked): expected a list, got a string"),
-        ("webhook = 3", 'notify.webhook = 3: expected a string, { env = "NAME" } or { file = "PATH" }'),
-        (f"webhook = {{ env = '{MARK} x' }}", "notify.webhook.env: expected the name of an environment variable"),
+        (
+            "webhook = 3",
+            'notify.webhook = 3: expected a string, { env = "NAME" } or { file = "PATH" }',
+        ),
+        (
+            f"webhook = {{ env = '{MARK} x' }}",
+            "notify.webhook.env: expected the name of an environment variable",
+        ),
         ("webhook = {}", 'notify.webhook: expected either { env = "NAME" } or { file = "PATH" }'),
         ("webhook = { env = 'A', file = 'b' }", "notify.webhook: expected either { env"),
         ("webhook = { enf = 'A' }", "notify.webhook.enf = (masked): expected a known key"),
@@ -90,7 +115,9 @@ def test_relative_files_of_secrets_are_made_absolute(tmp_path: Path, monkeypatch
         (f"on = ['{MARK[:6].lower()}']", "notify.on[0] = 'plante': expected incident, recovered"),
     ],
 )
-def test_a_message_about_a_secret_does_not_repeat_it(tmp_path: Path, line: str, message: str) -> None:
+def test_a_message_about_a_secret_does_not_repeat_it(
+    tmp_path: Path, line: str, message: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         loaded(tmp_path, f"{STEPS}[notify]\n{line}\n")
     assert message in str(caught.value) and MARK not in str(caught.value)
@@ -119,7 +146,9 @@ def test_nor_does_one_about_what_is_around_it(tmp_path: Path, text: str) -> None
 def test_expectation_and_hint_of_an_error_are_masked_too() -> None:
     for value in (MARK, [MARK, 3], {"a": MARK}):
         error = ConfigError(f"not {MARK}", key="notify.apprise", value=value, hint=f"[{MARK!r}]")
-        assert str(error) == "notify.apprise = (masked): expected not (masked)\n  hint: ['(masked)']"
+        assert (
+            str(error) == "notify.apprise = (masked): expected not (masked)\n  hint: ['(masked)']"
+        )
         assert MARK not in error.expected + error.hint and MARK not in str(error.at("--set"))
     plain = ConfigError("a list", key="data.sources", value="corpus", hint='["corpus"]')
     assert str(plain) == "data.sources = 'corpus': expected a list\n  hint: [\"corpus\"]"
@@ -160,7 +189,9 @@ def test_nor_does_one_about_an_override_that_does_not_fit_the_command(tmp_path: 
 
 
 @pytest.mark.fault("A3")
-@pytest.mark.parametrize("arguments", [("c.toml", f"notify.webhook=x {MARK}"), (f"notify.apprise={MARK}",)])
+@pytest.mark.parametrize(
+    "arguments", [("c.toml", f"notify.webhook=x {MARK}"), (f"notify.apprise={MARK}",)]
+)
 def test_nor_does_one_about_an_override_without_its_option(
     arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,10 +201,16 @@ def test_nor_does_one_about_an_override_without_its_option(
 
 
 @pytest.mark.fault("A3")
-def test_the_launcher_wants_to_read_what_is_referred_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_launcher_wants_to_read_what_is_referred_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def problems(**notify: Any) -> list[str]:
         found = preflight.problems(Settings(notify=NotifySection(**notify)), file="c.toml")
-        return [str(error) for error in found if error.key.startswith("notify.") and "installed" not in error.expected]
+        return [
+            str(error)
+            for error in found
+            if error.key.startswith("notify.") and "installed" not in error.expected
+        ]
 
     monkeypatch.delenv("HOOK", raising=False)
     file = tmp_path / "hook"
@@ -183,9 +220,9 @@ def test_the_launcher_wants_to_read_what_is_referred_to(tmp_path: Path, monkeypa
     assert "No such file" in problems(command=reference(file=str(file)))[0]
     file.write_text(f"gopher://{MARK}\n")
     found = problems(webhook=reference(file=str(file)))
-    assert found == ["c.toml: notify.webhook: expected an http:// or https:// address without spaces"] or (
-        "(masked)" in found[0] and MARK not in found[0]
-    )
+    assert found == [
+        "c.toml: notify.webhook: expected an http:// or https:// address without spaces"
+    ] or ("(masked)" in found[0] and MARK not in found[0])
     file.write_bytes(b"\xff")
     assert "not UTF-8 text" in problems(apprise=(reference(file=str(file)),))[0]
     file.write_text("")
@@ -221,13 +258,18 @@ def test_a_copy_of_an_older_version_shows_no_secret(tmp_path: Path) -> None:
     text = f'[run]\nname = "a"\n[notify]\nwebhook = "{ADDRESS}"\ncommand = ["curl", "{MARK}"]\non = ["failed"]\n'
     (run.path / "config.toml").write_text(text)
     assert MARK not in run.config_text()
-    shown = {(line.section, line.key): line.value for line in settings_of(run.config_text(display=True))}
+    shown = {
+        (line.section, line.key): line.value for line in settings_of(run.config_text(display=True))
+    }
     assert shown["notify", "webhook"] == shown["notify", "command"] == MASK
     (run.path / "config.toml").write_text(text + "[[[")
     assert MARK not in run.config_text() and 'name = "a"' in run.config_text()
     run.write_config(text)
     assert MARK not in (run.path / "config.toml").read_text()
-    assert MARK not in (RunDirectory.create_at(tmp_path / "own", text).path / "config.toml").read_text()
+    assert (
+        MARK
+        not in (RunDirectory.create_at(tmp_path / "own", text).path / "config.toml").read_text()
+    )
 
 
 @pytest.mark.fault("A3")
@@ -250,7 +292,9 @@ def notified(run: RunDirectory) -> str:
 
 @pytest.mark.fault("A3")
 @pytest.mark.parametrize("place", ["literal", "env", "file"])
-def test_a_failure_is_told_without_the_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+def test_a_failure_is_told_without_the_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
     values = {
         "command": f"echo could not reach {MARK} >&2; exit 3",
         "webhook": ADDRESS.replace("/hooks/", "/hooks/%0a/"),
@@ -260,7 +304,11 @@ def test_a_failure_is_told_without_the_secret(tmp_path: Path, monkeypatch: pytes
         monkeypatch.setenv(f"MY_{name}", value)
         (tmp_path / name).write_text(f"{value}\n")
         if place != "literal":
-            given[name] = reference(env=f"MY_{name}") if place == "env" else reference(file=str(tmp_path / name))
+            given[name] = (
+                reference(env=f"MY_{name}")
+                if place == "env"
+                else reference(file=str(tmp_path / name))
+            )
     run = RunDirectory.create(tmp_path / "runs", "a", "")
     run.append("ended", "failed", phase="failed")
     Notifier(NotifySection(**given), run, say=run.append).look()
@@ -273,8 +321,13 @@ def test_a_failure_is_told_without_the_secret(tmp_path: Path, monkeypatch: pytes
 def test_a_secret_that_has_gone_is_a_failure_that_names_the_place(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "runs", "a", "")
     run.append("ended", "failed", phase="failed")
-    Notifier(NotifySection(webhook=reference(file=str(tmp_path / "gone"))), run, say=run.append).look()
-    assert f"notify.webhook.file: expected a readable file ({tmp_path}/gone: No such file" in notified(run)
+    Notifier(
+        NotifySection(webhook=reference(file=str(tmp_path / "gone"))), run, say=run.append
+    ).look()
+    assert (
+        f"notify.webhook.file: expected a readable file ({tmp_path}/gone: No such file"
+        in notified(run)
+    )
 
 
 @pytest.mark.fault("A3")
@@ -342,10 +395,15 @@ rank = 0
     assert [event.data["ok"] for event in run.events() if event.kind == "notified"] == [False] * 4
     assert any("faketrainer" in commands for commands in seen)
     shown = lab.guardrail("attach", str(run.path), "--headless").stdout
-    jsons = lab.guardrail("report", str(run.path), "--json").stdout + lab.guardrail("runs", "--json").stdout
+    jsons = (
+        lab.guardrail("report", str(run.path), "--json").stdout
+        + lab.guardrail("runs", "--json").stdout
+    )
     for text in (output, errors, *seen, shown, jsons):
         assert MARK not in text
-    assert report_command.command.main(["--root", str(lab.root), "planted"], standalone_mode=False) in (None, 0)
+    assert report_command.command.main(
+        ["--root", str(lab.root), "planted"], standalone_mode=False
+    ) in (None, 0)
     assert MARK not in capsys.readouterr().out
     pane = " ".join(line.value for line in settings_of(run.config_text(display=True)))
     assert MASK in pane and MARK not in pane
@@ -355,7 +413,9 @@ rank = 0
 
 
 @pytest.mark.fault("A3")
-def test_a_resume_names_what_must_be_given_again_and_goes_on_without(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resume_names_what_must_be_given_again_and_goes_on_without(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (lab.folder / "c.toml").write_text(
         f"""
 [run]
@@ -374,18 +434,32 @@ steps = 10
     )
     assert lab.guardrail("launch", "c.toml", "--headless").returncode == 0
     run = lab.newest()
-    resumed = lab.guardrail("launch", "--headless", "--resume", str(run.path), "--set", "launch.threads=1")
+    resumed = lab.guardrail(
+        "launch", "--headless", "--resume", str(run.path), "--set", "launch.threads=1"
+    )
     assert resumed.returncode == 0, resumed.stderr
-    assert "warning: notify.webhook was written out and is masked in the run directory" in resumed.stderr
-    assert len([event for event in run.events() if event.kind == "notified"]) == 1, "the first end alone"
+    assert (
+        "warning: notify.webhook was written out and is masked in the run directory"
+        in resumed.stderr
+    )
+    assert len([event for event in run.events() if event.kind == "notified"]) == 1, (
+        "the first end alone"
+    )
     # By reference: all of it is used, and stands nowhere.
     monkeypatch.setenv("PLANTED_ADDRESS", ADDRESS)
     (lab.folder / "command").write_text(f"echo {MARK} >&2; exit 7\n")
-    sets = ["--set", 'notify.webhook={ env = "PLANTED_ADDRESS" }', "--set", 'notify.command={ file = "command" }']
+    sets = [
+        "--set",
+        'notify.webhook={ env = "PLANTED_ADDRESS" }',
+        "--set",
+        'notify.command={ file = "command" }',
+    ]
     given = lab.guardrail("launch", "--headless", "--resume", str(run.path), *sets)
     assert given.returncode == 0, given.stderr
     assert MARK not in given.stderr + given.stdout and "written out" not in given.stderr
-    told = [(event.data["way"], event.data["ok"]) for event in run.events() if event.kind == "notified"]
+    told = [
+        (event.data["way"], event.data["ok"]) for event in run.events() if event.kind == "notified"
+    ]
     # The end in between is told by the next start that can.
     assert told == [("webhook", False), *[("command", False), ("webhook", False)] * 2]
     files = [file for file in run.path.rglob("*") if file.is_file()]
@@ -398,5 +472,7 @@ def test_doctor_says_which_secrets_are_written_out(tmp_path: Path) -> None:
     settings = loaded(tmp_path, f"{STEPS}[notify]\nwebhook = '{ADDRESS}'\n")
     (remark,) = launching.secret_remarks(settings)
     assert "notify.webhook is written out" in remark and MARK not in remark
-    settings = msgspec.structs.replace(settings, notify=NotifySection(webhook=reference(env="HOOK")))
+    settings = msgspec.structs.replace(
+        settings, notify=NotifySection(webhook=reference(env="HOOK"))
+    )
     assert launching.secret_remarks(settings) == []

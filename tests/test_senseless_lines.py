@@ -1,4 +1,6 @@
-"""A journal line that another version has written, or that is damaged, changes nothing and stops nothing."""
+"""A journal line that another version has written, or that is damaged, changes nothing and stops
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ WRONG: tuple[Any, ...] = (None, "x", [], [1], {}, -1, 1e300, float("nan"), "abse
 
 @pytest.fixture(scope="module")
 def loop(tmp_path_factory: pytest.TempPathFactory) -> Loop:
-    return Loop(tmp_path_factory.mktemp("run"), bad=range(480, 540), mode=Mode.AUTO, max_skipped_share=1.0).train()
+    return Loop(
+        tmp_path_factory.mktemp("run"), bad=range(480, 540), mode=Mode.AUTO, max_skipped_share=1.0
+    ).train()
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +40,14 @@ def events(loop: Loop) -> list[Event]:
         ("undo", {"rollbacks": [1], "pardons": [[480, 488]], "to_step": 30, "new_timeline": 2}),
         (
             "cause",
-            {"cause": "data", "incident": 1, "at_step": 61, "batch": [480, 488], "onset": 61, "signals": ["loss"]},
+            {
+                "cause": "data",
+                "incident": 1,
+                "at_step": 61,
+                "batch": [480, 488],
+                "onset": 61,
+                "signals": ["loss"],
+            },
         ),
         ("command", {"command": "accept", "effect": "applied", "value": 0.0, "batch": [480, 488]}),
         ("command", {"command": "policy", "effect": "applied", "value": 1.0}),
@@ -59,7 +70,9 @@ def damaged(events: list[Event]) -> Iterator[tuple[str, list[Event]]]:
             which = (
                 event.kind,
                 key,
-                str(event.data.get("command") or event.data.get("action") or event.data.get("state")),
+                str(
+                    event.data.get("command") or event.data.get("action") or event.data.get("state")
+                ),
             )
             if which in seen:
                 continue
@@ -73,7 +86,9 @@ def damaged(events: list[Event]) -> Iterator[tuple[str, list[Event]]]:
                 yield f"{which} = {value!r}", other
 
 
-def test_a_run_goes_on_after_it(loop: Loop, events: list[Event], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_goes_on_after_it(
+    loop: Loop, events: list[Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
     count = 0
     for what, lines in damaged(events):
         try:

@@ -1,4 +1,6 @@
-"""What a rank hears, in processes of their own: handlers, wakeup descriptors and faulthandler are per process."""
+"""What a rank hears, in processes of their own: handlers, wakeup descriptors and faulthandler are
+per process.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +96,9 @@ def test_a_second_sigterm_ends_a_process_that_is_inside_c(rank: Rank) -> None:
 
 @pytest.mark.fault("A4", "R5")
 def test_a_burst_of_sigterms_is_one_request(rank: Rank) -> None:
-    """A scheduler signals a process and its group: the second one arrives while the first one is being answered."""
+    """A scheduler signals a process and its group: the second one arrives while the first one is
+    being answered.
+    """
     process = rank(WAIT.replace('print("saved")', 'time.sleep(0.3); print("saved")'))
     for pause in (0.0005, 0.005, 0.02, 0.1):
         process.send_signal(signal.SIGTERM)
@@ -125,7 +129,9 @@ def test_the_first_sigterm_is_seen_by_threads_while_the_main_thread_is_inside_c(
 
 
 def test_a_forked_worker_neither_saves_nor_speaks_for_the_rank(rank: Rank) -> None:
-    """SIGUSR1 to a data worker does nothing, even a newborn one; SIGTERM ends it; the rank hears nothing."""
+    """SIGUSR1 to a data worker does nothing, even a newborn one; SIGTERM ends it; the rank hears
+    nothing.
+    """
     process = rank(
         """
         codes = []

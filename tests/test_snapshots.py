@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from guardrail.torch.checkpoint import memory_snapshots as snapshots_module
-from guardrail.torch.checkpoint.memory_snapshots import CANDIDATE, GOOD, SUSPECT, Layout, SnapshotRing
+from guardrail.torch.checkpoint.memory_snapshots import (
+    CANDIDATE,
+    GOOD,
+    SUSPECT,
+    Layout,
+    SnapshotRing,
+)
 from guardrail.torch.state.training_state import TrainingState
 from tests.ranks import run_ranks
 from tests.tiny import Setup
@@ -29,11 +35,13 @@ def steps_of(ring: SnapshotRing, state: str | None = None) -> list[int]:
     return [info.step for info in ring.infos() if state in (None, info.state)]
 
 
-# -- exactness (law 3) -------------------------------------------------------------------------------------------
+# -- exactness (law 3) -----------------------------------------------------------------------------
 
 
 def rolled_back(rank: int, kind: str, optimizer: str) -> None:
-    """Good steps, bad steps, back: bit-identical to a run that never had the bad ones, twice over."""
+    """Good steps, bad steps, back: bit-identical to a run that never had the bad ones, twice
+    over.
+    """
     straight = Setup(kind, optimizer)
     losses = straight.steps(1, 4) + straight.steps(5, 9)
     expected = TrainingState(straight.model, straight.optimizers, straight.schedulers).digests()
@@ -52,7 +60,17 @@ def rolled_back(rank: int, kind: str, optimizer: str) -> None:
     assert ring.state.digests() == expected
 
 
-ALONE = ["adamw", "adamw-foreach", "adamw-fused", "tensor-lr", "sgd", "momentum", "adafactor", "groups", "muon+adamw"]
+ALONE = [
+    "adamw",
+    "adamw-foreach",
+    "adamw-fused",
+    "tensor-lr",
+    "sgd",
+    "momentum",
+    "adafactor",
+    "groups",
+    "muon+adamw",
+]
 
 
 @pytest.mark.parametrize("optimizer", ALONE)
@@ -89,14 +107,19 @@ def test_optimizer_tensors_that_were_replaced_are_found_again() -> None:
     snapshot = ring.take(2, 16, 0, {})
     digests = ring.state.digests()
     run.step(3)
-    run.optimizers[0].load_state_dict(run.optimizers[0].state_dict())  # puts new tensors in the place of the old
+    # puts new tensors in the place of the old
+    run.optimizers[0].load_state_dict(run.optimizers[0].state_dict())
     ring.restore(snapshot)
     assert ring.state.digests() == digests
 
 
 def test_memory_format_and_odd_types_come_back_bit_by_bit() -> None:
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).to(memory_format=torch.channels_last)
-    model.register_buffer("small", torch.tensor([1.0, math.nan, -0.0, math.inf], dtype=torch.bfloat16))
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).to(
+        memory_format=torch.channels_last
+    )
+    model.register_buffer(
+        "small", torch.tensor([1.0, math.nan, -0.0, math.inf], dtype=torch.bfloat16)
+    )
     model.register_buffer("mask", torch.tensor([[True, False], [False, True]]).t())
     model.register_buffer("none", torch.zeros(0, 3))
     model.register_buffer("slice", torch.arange(20.0)[::2])
@@ -113,7 +136,7 @@ def test_memory_format_and_odd_types_come_back_bit_by_bit() -> None:
     assert ring.state.digests() == before
 
 
-# -- what is in a snapshot stays as it was -----------------------------------------------------------------------
+# -- what is in a snapshot stays as it was ---------------------------------------------------------
 
 
 def test_nothing_that_happens_later_changes_a_snapshot() -> None:
@@ -146,7 +169,7 @@ def test_extra_that_is_not_json_is_refused_before_anything_is_evicted() -> None:
     assert steps_of(ring) == [1, 2]
 
 
-# -- buffers -----------------------------------------------------------------------------------------------------
+# -- buffers ---------------------------------------------------------------------------------------
 
 
 def places(ring: SnapshotRing) -> set[int]:
@@ -193,7 +216,9 @@ def test_a_snapshot_being_written_keeps_its_buffers() -> None:
 
 
 @pytest.mark.fault("C6")
-def test_no_step_allocates_a_buffer_in_place_of_one_that_a_slow_writer_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_step_allocates_a_buffer_in_place_of_one_that_a_slow_writer_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(snapshots_module, "_AHEAD", 0, raising=False)
     run = Setup()
     ring = ring_of(run, keep=3)
@@ -245,7 +270,7 @@ def test_bytes_are_those_of_the_tensors() -> None:
     assert snapshot.info().tier == "memory" and snapshot.info().bytes == snapshot.bytes
 
 
-# -- states: pure functions of steps -----------------------------------------------------------------------------
+# -- states: pure functions of steps ---------------------------------------------------------------
 
 
 def test_good_after_enough_healthy_steps() -> None:
@@ -255,7 +280,11 @@ def test_good_after_enough_healthy_steps() -> None:
     assert [s.step for s in ring.confirm(healthy_through(17, 8))] == [0]
     assert [s.step for s in ring.confirm(healthy_through(18, 8))] == [10]
     assert ring.confirm(healthy_through(18, 8)) == []
-    assert [(info.step, info.state) for info in ring.infos()] == [(0, GOOD), (10, GOOD), (20, CANDIDATE)]
+    assert [(info.step, info.state) for info in ring.infos()] == [
+        (0, GOOD),
+        (10, GOOD),
+        (20, CANDIDATE),
+    ]
     assert ring.newest_good().step == 10  # type: ignore[union-attr]
     assert ring.newest_good(before_step=10).step == 0  # type: ignore[union-attr]
     assert ring.newest_good(before_step=0) is None

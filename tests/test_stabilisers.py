@@ -60,7 +60,12 @@ def test_the_gate_clips_to_what_zclip_says() -> None:
     from types import SimpleNamespace
 
     layer = nn.Linear(1, 1, bias=False)
-    gate = Gate([torch.optim.SGD(layer.parameters())], parameters=[layer.weight], embedding=[], clip=warmed())
+    gate = Gate(
+        [torch.optim.SGD(layer.parameters())],
+        parameters=[layer.weight],
+        embedding=[],
+        clip=warmed(),
+    )
     calm = SimpleNamespace(grad_norm=1.05, embed_grad_norm=0.0, scale=2.0)
     assert gate.factor(calm) == 2.0  # type: ignore[arg-type]
     wild = SimpleNamespace(grad_norm=40.0, embed_grad_norm=0.0, scale=2.0)
@@ -76,7 +81,9 @@ def test_zclips_state_travels_with_the_schedulers() -> None:
     )
     other.load_state_dict(json.loads(json.dumps(one.state_dict())))
     assert other.zclip is not None and one.zclip is not None
-    assert [other.zclip(norm) for norm in (1.0, 7.0, 1.1)] == [one.zclip(norm) for norm in (1.0, 7.0, 1.1)]
+    assert [other.zclip(norm) for norm in (1.0, 7.0, 1.1)] == [
+        one.zclip(norm) for norm in (1.0, 7.0, 1.1)
+    ]
 
 
 # -- StableAdamW
@@ -94,7 +101,8 @@ STABLE = OptimSection(lr=1e-2, beta1=0.8, beta2=0.99, eps=1e-6, weight_decay=0.3
 @pytest.mark.parametrize("implementation", ["fused", "foreach", "loop"])
 def test_update_clipping_is_stable_adamw(implementation: str) -> None:
     section = OptimSection(
-        **{f: getattr(STABLE, f) for f in STABLE.__struct_fields__} | {"implementation": implementation}
+        **{f: getattr(STABLE, f) for f in STABLE.__struct_fields__}
+        | {"implementation": implementation}
     )
     layer, plain = nn.Linear(5, 3, bias=False), nn.Linear(5, 3, bias=False)
     with torch.no_grad():
@@ -132,7 +140,9 @@ def _sharded(rank: int) -> Tensor:
     weight = layer.weight
     assert isinstance(weight, DTensor)
     for step in range(1, 8):
-        weight.grad = distribute_tensor(gradient(step, weight.shape), weight.device_mesh, weight.placements)
+        weight.grad = distribute_tensor(
+            gradient(step, weight.shape), weight.device_mesh, weight.placements
+        )
         optimizer.step()
     return weight.full_tensor().detach()
 
@@ -203,7 +213,11 @@ def test_heads_beyond_the_limit_are_scaled_to_it_and_no_others(changes: dict[str
 def test_what_a_left_out_batch_showed_is_forgotten_and_a_calm_one_changes_no_bit() -> None:
     made = model()
     optimizer = torch.optim.SGD(made.parameters(), lr=0.0)
-    clip = QKClip(made, optimizer, limit=peaks(QKClip(made, optimizer, limit=1e9), made, tokens(0)).max().item() * 1.01)
+    clip = QKClip(
+        made,
+        optimizer,
+        limit=peaks(QKClip(made, optimizer, limit=1e9), made, tokens(0)).max().item() * 1.01,
+    )
     weights = [p.detach().clone() for p in made.parameters()]
     made.get_parameter("embedding.weight").data.mul_(100)
     made(tokens(1))
@@ -246,7 +260,14 @@ def test_ranks_agree_on_the_largest_score_of_all(sharded: bool, tmp_path: Path) 
 
 
 def test_z_penalty_is_the_squared_log_of_the_normaliser_over_label_tokens() -> None:
-    logits = torch.randn(2, 3, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    logits = torch.randn(
+        2,
+        3,
+        11,
+        generator=torch.Generator().manual_seed(0),
+        dtype=torch.float64,
+        requires_grad=True,
+    )
     labels = torch.tensor([[1, IGNORED, 3], [4, 5, IGNORED]])
     penalty = z_penalty(logits, labels, 1e-2)
     counted = [logits[b, t].exp().sum().log() ** 2 for b, t in ((0, 0), (0, 2), (1, 0), (1, 1))]

@@ -1,4 +1,6 @@
-"""Nothing of one start of the ranks reaches the next: a real supervisor over an elastic agent that plays a scene."""
+"""Nothing of one start of the ranks reaches the next: a real supervisor over an elastic agent that
+plays a scene.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from guardrail.core.records import Event
 from guardrail.rundir.run_directory import RunDirectory
 from tests.lab import REPOSITORY
 
-# The supervisor with another agent and shorter deadlines, in a process of its own: it ends all of its children.
+# The supervisor with another agent and shorter deadlines, in a process of its own: it ends all of
+# its children.
 SUPERVISOR = """
 import sys
 from guardrail import elastic, supervisor
@@ -22,7 +25,8 @@ elastic.command = lambda launch, **_: [sys.executable, "-c", sys.argv[2]]
 supervisor.POLL_SECONDS, supervisor.SURVIVOR_SECONDS, supervisor.SETUP_SURVIVOR_SECONDS = 0.1, 0.5, 0.2
 sys.exit(supervisor.main([sys.argv[1]]))
 """
-# What the agents of these tests have in common. A rank is a process that ignores the signal that asks it to end.
+# What the agents of these tests have in common. A rank is a process that ignores the signal that
+# asks it to end.
 AGENT = """
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
@@ -46,7 +50,9 @@ def verdict(**words):
 
 
 def play(folder: Path, scene: str, *, nodes: int = 1) -> tuple[dict[str, object], list[Event], str]:
-    """Run a supervisor over an agent that plays `scene`: (its verdict, the journal, what the supervisor logged)."""
+    """Run a supervisor over an agent that plays `scene`: (its verdict, the journal, what the
+    supervisor logged).
+    """
     endpoint = 'rendezvous_endpoint = "127.0.0.1:9"\n' if nodes > 1 else ""
     run = RunDirectory.create_at(
         folder / "run",
@@ -85,12 +91,17 @@ verdict(alive=[rank.poll() is None for rank in ranks])
     )
     assert verdict == {"alive": [True, True]}
     assert [event.kind for event in events if event.kind != "ended"] == ["ranks_failed"]
-    assert "failure 1, launch.max_restarts = 1: rank 1 was killed by SIGKILL" in log and "failure 2" not in log
+    assert (
+        "failure 1, launch.max_restarts = 1: rank 1 was killed by SIGKILL" in log
+        and "failure 2" not in log
+    )
 
 
 @pytest.mark.fault("R6")
 def test_a_death_is_noticed_while_a_peer_is_in_set_up(tmp_path: Path) -> None:
-    """The agent waits for the peer, which does not end: it is killed as soon as the rank's death is known."""
+    """The agent waits for the peer, which does not end: it is killed as soon as the rank's death is
+    known.
+    """
     verdict, events, _ = play(
         tmp_path,
         """
@@ -111,7 +122,9 @@ failed(ranks[0], 0)
 
 @pytest.mark.fault("R1", "R2")
 def test_one_node_starts_its_ranks_again_under_another_agent(tmp_path: Path) -> None:
-    """Two failures, two agents, one count for each, whatever else is printed of a start that has failed."""
+    """Two failures, two agents, one count for each, whatever else is printed of a start that has
+    failed.
+    """
     verdict, events, log = play(
         tmp_path,
         """
@@ -131,9 +144,11 @@ sys.exit(1)
 
 
 @pytest.mark.parametrize("phase", ["halted", "step"])
-def test_what_a_rank_does_after_it_has_ended_the_run_changes_nothing(tmp_path: Path, phase: str) -> None:
-    """A halt is not undone by another start because a rank crashes on its way out. But where a rank dies in training,
-    the others' last word is no end of the run: the agent's signal stops them.
+def test_what_a_rank_does_after_it_has_ended_the_run_changes_nothing(
+    tmp_path: Path, phase: str
+) -> None:
+    """A halt is not undone by another start because a rank crashes on its way out. But where a rank
+    dies in training, the others' last word is no end of the run: the agent's signal stops them.
     """
     verdict, events, _ = play(
         tmp_path,

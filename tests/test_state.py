@@ -41,9 +41,14 @@ def saved(state: TrainingState) -> tuple[dict[str, torch.Tensor], dict[str, Any]
 
 
 def kinds(optimizers: list[torch.optim.Optimizer]) -> list[Any]:
-    """Type, dtype, device and shape of everything in the optimizers' states, in the order of the parameters."""
+    """Type, dtype, device and shape of everything in the optimizers' states, in the order of the
+    parameters.
+    """
     return [
-        {k: (type(v), v.dtype, v.device, v.shape) if isinstance(v, torch.Tensor) else v for k, v in o.state[p].items()}
+        {
+            k: (type(v), v.dtype, v.device, v.shape) if isinstance(v, torch.Tensor) else v
+            for k, v in o.state[p].items()
+        }
         for o in optimizers
         for group in o.param_groups
         for p in group["params"]
@@ -55,7 +60,11 @@ def test_names_hold_tied_parameters_once_and_persistent_buffers_only() -> None:
     setup = Setup(optimizer="momentum")
     assert set(state_of(setup).tensors()) == WEIGHTS
     setup.step(1)
-    moments = {f"optim/{name.removeprefix('model/')}/momentum_buffer" for name in WEIGHTS if name.startswith("model/")}
+    moments = {
+        f"optim/{name.removeprefix('model/')}/momentum_buffer"
+        for name in WEIGHTS
+        if name.startswith("model/")
+    }
     assert set(state_of(setup).tensors()) == WEIGHTS | moments
 
 
@@ -144,11 +153,17 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_is_touched() -> None:
         return str(caught.value)
 
     assert "model/norm.bias is missing" in refused({"model/norm.bias": None})
-    assert "model/norm.bias is float32[7] and should be float32[6]" in refused({"model/norm.bias": torch.zeros(7)})
-    assert "model/norm.bias is float16[6]" in refused({"model/norm.bias": torch.zeros(6, dtype=torch.float16)})
+    assert "model/norm.bias is float32[7] and should be float32[6]" in refused(
+        {"model/norm.bias": torch.zeros(7)}
+    )
+    assert "model/norm.bias is float16[6]" in refused(
+        {"model/norm.bias": torch.zeros(6, dtype=torch.float16)}
+    )
     assert "model/other is not in this model" in refused({"model/other": torch.zeros(2)})
     assert "parameter that is not trained here" in refused({"optim/other/exp_avg": torch.zeros(2)})
-    assert "optim/norm.bias/exp_avg is float32[9]" in refused({"optim/norm.bias/exp_avg": torch.zeros(9)})
+    assert "optim/norm.bias/exp_avg is float32[9]" in refused(
+        {"optim/norm.bias/exp_avg": torch.zeros(9)}
+    )
     many = refused({name: None for name in tensors if name.startswith("model/")})
     assert many.count("is missing") == 3 and many.endswith("and 4 more")
 
@@ -170,7 +185,9 @@ SCHEDULES = {
     "one-cycle": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=40),
     "restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=3),
     "sequential": lambda o: lr_scheduler.SequentialLR(
-        o, [lr_scheduler.LinearLR(o, 0.1, total_iters=3), lr_scheduler.CosineAnnealingLR(o, 20)], [3]
+        o,
+        [lr_scheduler.LinearLR(o, 0.1, total_iters=3), lr_scheduler.CosineAnnealingLR(o, 20)],
+        [3],
     ),
 }
 
@@ -246,7 +263,9 @@ def test_the_loss_scale_travels_along() -> None:
     def build(scale: float) -> TrainingState:
         scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         scaler.scale(torch.zeros(()))  # its tensor is made lazily
-        return TrainingState(model, AcceleratedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), scaler=scaler))
+        return TrainingState(
+            model, AcceleratedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), scaler=scaler)
+        )
 
     scalars = build(256.0).scalars()
     state = build(65536.0)
@@ -258,7 +277,9 @@ def test_what_accelerate_prepares_is_unwrapped() -> None:
     from accelerate import Accelerator
 
     run = Setup()
-    model, optimizer, scheduler = Accelerator(cpu=True).prepare(run.model, run.optimizers[0], run.schedulers[0])
+    model, optimizer, scheduler = Accelerator(cpu=True).prepare(
+        run.model, run.optimizers[0], run.schedulers[0]
+    )
     state = TrainingState(model, optimizer, scheduler)
     assert set(state.tensors()) == WEIGHTS
     assert state.optimizers == run.optimizers and state.schedulers == run.schedulers
@@ -334,8 +355,17 @@ def test_whether_an_optimizer_keeps_tensors_is_found_out_without_touching_it() -
         before = state.digests()
         answers[kind.__name__] = state.stateless()
         assert state.digests() == before and not optimizer.state and not hooked
-    assert answers == {"AdamW": False, "Adafactor": False, "SGD": True, "SignSGD": True, "Unknowable": None}
-    assert TrainingState(model, torch.optim.SGD(model.parameters(), lr=1, momentum=0.9)).stateless() is False
+    assert answers == {
+        "AdamW": False,
+        "Adafactor": False,
+        "SGD": True,
+        "SignSGD": True,
+        "Unknowable": None,
+    }
+    assert (
+        TrainingState(model, torch.optim.SGD(model.parameters(), lr=1, momentum=0.9)).stateless()
+        is False
+    )
 
 
 @pytest.mark.parametrize(
@@ -368,7 +398,7 @@ def test_plain_keeps_nan_and_small_tensors() -> None:
         plain.encode({"y": [0, torch.zeros(4)]}, "x")
 
 
-# -- sharded -----------------------------------------------------------------------------------------------------
+# -- sharded ---------------------------------------------------------------------------------------
 
 
 def sharded_resume(rank: int, optimizer: str) -> None:
@@ -381,7 +411,11 @@ def sharded_resume(rank: int, optimizer: str) -> None:
     boxes = state.boxes()
     going_on = run.steps(4, 7)
     box = boxes["model/embed.weight"]
-    assert box.global_shape == (13, 6) and box.size == ((7, 6), (6, 6))[rank] and box.offset == ((0, 0), (7, 0))[rank]
+    assert (
+        box.global_shape == (13, 6)
+        and box.size == ((7, 6), (6, 6))[rank]
+        and box.offset == ((0, 0), (7, 0))[rank]
+    )
     assert boxes["buffer/seen"].is_whole
 
     state.load(*empty)
@@ -399,7 +433,9 @@ def sharded_resume(rank: int, optimizer: str) -> None:
     assert other.steps(4, 7) == going_on
 
 
-@pytest.mark.parametrize("optimizer", ["adamw-foreach", "adamw-fused", "sgd", "momentum", "muon+adamw"])
+@pytest.mark.parametrize(
+    "optimizer", ["adamw-foreach", "adamw-fused", "sgd", "momentum", "muon+adamw"]
+)
 def test_sharded_state_is_emptied_created_and_goes_on(optimizer: str, tmp_path: Path) -> None:
     run_ranks(sharded_resume, 2, optimizer, folder=tmp_path)
 
@@ -413,7 +449,8 @@ def restored_after_evaluation(rank: int) -> None:
     run.steps(6, 8)
     with torch.no_grad():
         run.model(torch.zeros(1, 4, dtype=torch.int64))
-    # The trap is real: the root's parameters are gathered now, and the next forward would use these copies.
+    # The trap is real: the root's parameters are gathered now, and the next forward would use these
+    # copies.
     assert not isinstance(run.inner.embed.weight, DTensor)
     assert state_of(run).sharded
     with torch.no_grad():
@@ -449,8 +486,13 @@ def mixed(rank: int) -> None:
     state.load(*kept)
     step()
     assert state.digests() == expected
-    assert state.boxes()["model/0.weight"].size == (2, 4) and state.boxes()["model/1.weight"].is_whole
-    assert state.replicas()["model/0.weight"] == (0, 1) and state.replicas()["model/1.weight"] == (rank, 2)
+    assert (
+        state.boxes()["model/0.weight"].size == (2, 4) and state.boxes()["model/1.weight"].is_whole
+    )
+    assert state.replicas()["model/0.weight"] == (0, 1) and state.replicas()["model/1.weight"] == (
+        rank,
+        2,
+    )
 
 
 def test_sharded_and_plain_parameters_side_by_side(tmp_path: Path) -> None:

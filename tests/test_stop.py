@@ -1,4 +1,6 @@
-"""Asked to stop by a signal to one rank alone, in any phase: saved and ended, and resumed to the very same end."""
+"""Asked to stop by a signal to one rank alone, in any phase: saved and ended, and resumed to the
+very same end.
+"""
 
 import os
 import signal
@@ -43,7 +45,9 @@ STEPS = 30
 SIGNALS = {"SIGTERM": signal.SIGTERM, "SIGUSR1": signal.SIGUSR1}
 
 
-def config_of(folder: Path, *, world: int = 2, strategy: str = "ddp", **train_settings: Any) -> Config:
+def config_of(
+    folder: Path, *, world: int = 2, strategy: str = "ddp", **train_settings: Any
+) -> Config:
     """A rollback lies at step 21, evaluations at 10, 20, 30, checkpoints at 0, 20, 30."""
     return tiny(
         folder,
@@ -62,7 +66,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunDi
 
     def run_of(strategy: str = "ddp") -> RunDirectory:
         if strategy not in known:
-            known[strategy] = trained(config_of(tmp_path_factory.mktemp(strategy), strategy=strategy))
+            known[strategy] = trained(
+                config_of(tmp_path_factory.mktemp(strategy), strategy=strategy)
+            )
         return known[strategy]
 
     return run_of
@@ -72,7 +78,8 @@ def me(rank: int) -> bool:
     return os.environ["RANK"] == str(rank)
 
 
-# Each of these makes rank `rank` send itself `number` in one phase. They are patched in before the ranks are forked.
+# Each of these makes rank `rank` send itself `number` in one phase. They are patched in before the
+# ranks are forked.
 
 
 def in_tokenizing(patch: pytest.MonkeyPatch, number: int, rank: int) -> None:
@@ -158,8 +165,11 @@ def test_stopped_in(
     else:
         assert checkpoint_dirs(run.checkpoints)[0].name.startswith(f"step-{reached:08d}")
         (ended,) = of_kind(run, "ended")
-        assert (ended.data["saved"] and "1 of 2 ranks" in ended.message) or "unfinished batch" in ended.message
-    # In the middle of a window ddp gives the batch back; fsdp would have to reduce what it has, and finishes it.
+        assert (
+            ended.data["saved"] and "1 of 2 ranks" in ended.message
+        ) or "unfinished batch" in ended.message
+    # In the middle of a window ddp gives the batch back; fsdp would have to reduce what it has, and
+    # finishes it.
     expected = {in_tokenizing: 0, in_step: 14 if strategy == "ddp" else 15, in_evaluation: 20}
     assert reached == expected.get(phase, reached) and reached < STEPS
     if phase is in_evaluation:
@@ -171,7 +181,9 @@ def test_stopped_in(
 
 @pytest.mark.fault("R6")
 def test_the_signal_of_the_elastic_agent_is_no_stop_of_the_run(tmp_path: Path) -> None:
-    """Another rank has failed in set-up. The supervisor lives and has asked for no stop: it would send SIGUSR1."""
+    """Another rank has failed in set-up. The supervisor lives and has asked for no stop: it would
+    send SIGUSR1.
+    """
     run = new_run(config_of(tmp_path))
     with pytest.MonkeyPatch.context() as patch:
         in_tokenizing(patch, signal.SIGTERM, 0)
@@ -184,7 +196,9 @@ def test_the_signal_of_the_elastic_agent_is_no_stop_of_the_run(tmp_path: Path) -
     assert of_kind(run, "ended") == []
 
 
-def test_a_resume_that_is_stopped_in_setup_ends_at_the_step_of_the_start_before(tmp_path: Path) -> None:
+def test_a_resume_that_is_stopped_in_setup_ends_at_the_step_of_the_start_before(
+    tmp_path: Path,
+) -> None:
     run = new_run(config_of(tmp_path))
     run.append("started", step=0)
     run.append("ended", step=30, timeline=2, phase="stopped", exit_code=130)
@@ -192,17 +206,27 @@ def test_a_resume_that_is_stopped_in_setup_ends_at_the_step_of_the_start_before(
         in_tokenizing(patch, signal.SIGUSR1, 0)
         assert train(run, 2) == "stopped"
     newest = run.events()[-1]
-    assert (newest.kind, newest.step, newest.timeline, newest.data["phase"]) == ("ended", 30, 2, "stopped")
+    assert (newest.kind, newest.step, newest.timeline, newest.data["phase"]) == (
+        "ended",
+        30,
+        2,
+        "stopped",
+    )
 
 
 @pytest.mark.parametrize("name", list(SIGNALS))
-def test_stopped_while_paused(tmp_path: Path, undisturbed: Callable[..., RunDirectory], name: str) -> None:
+def test_stopped_while_paused(
+    tmp_path: Path, undisturbed: Callable[..., RunDirectory], name: str
+) -> None:
     whole = undisturbed()
     run = new_run(config_of(tmp_path))
     run.send(Command(id="pause", kind=CommandKind.PAUSE, at_step=12))
     pids = start_run(run, 2)
     wait_for(lambda: of_kind(run, "paused"), what="a pause")
-    wait_for(lambda: (s := run.read_status()) is not None and s.phase is Phase.PAUSED, what="a paused status")
+    wait_for(
+        lambda: (s := run.read_status()) is not None and s.phase is Phase.PAUSED,
+        what="a paused status",
+    )
     os.kill(pids[1], SIGNALS[name])
     assert wait_ranks(pids) == [0, 0]
     assert outcome(run) == "stopped"
@@ -236,7 +260,8 @@ def test_a_window_is_given_back_within_one_micro_batch(tmp_path: Path) -> None:
 
 def test_a_second_sigterm_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guardrail.rundir.stop_signals, "DEBOUNCE_SECONDS", 0.1)
-    hang = {"kind": "hang", "step": 5, "micro": 1, "value": 60.0}  # the last of the window is never given back
+    # the last of the window is never given back
+    hang = {"kind": "hang", "step": 5, "micro": 1, "value": 60.0}
     run = new_run(tiny(tmp_path, faults=[hang]))
     pids = start_run(run, 1)
     wait_for(lambda: len(run.metrics()) >= 4, what="step 4")
@@ -250,7 +275,8 @@ def test_a_second_sigterm_ends_at_once(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_the_end_of_an_earlier_start_stops_nobody(tmp_path: Path) -> None:
-    """A rank that waits for the corpus reads the status of rank 0, and finds the last word of the run it resumes.
+    """A rank that waits for the corpus reads the status of rank 0, and finds the last word of the
+    run it resumes.
 
     Clocks cannot tell them apart: the age of a process is known to a second, and hosts differ.
     """
@@ -270,7 +296,8 @@ def test_the_end_of_an_earlier_start_stops_nobody(tmp_path: Path) -> None:
 class Meetings:
     """Holds slow work of rank 0 up until rank 1 has called three collectives meanwhile.
 
-    A rank that waits for that work inside one collective calls no other: the work is never let go of then.
+    A rank that waits for that work inside one collective calls no other: the work is never let go
+    of then.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -309,10 +336,15 @@ def test_no_rank_waits_in_a_collective_for_a_slow_disk_of_another(tmp_path: Path
     run = new_run(tiny(tmp_path, world=2, train={"steps": 8}, launch={"collective_seconds": 40.0}))
     run.send(Command(id="stop", kind=CommandKind.STOP, at_step=6))
     meetings = Meetings(tmp_path)
-    checkpoints, loading = guardrail.torch.checkpoint.disk_checkpoints, guardrail.torch.checkpoint.loader
+    checkpoints, loading = (
+        guardrail.torch.checkpoint.disk_checkpoints,
+        guardrail.torch.checkpoint.loader,
+    )
     with pytest.MonkeyPatch.context() as patch:
         meetings.watch(patch)
-        slow_save = meetings.held_up(checkpoints.write_share, lambda job: job.snapshot.step in (6, 8))
+        slow_save = meetings.held_up(
+            checkpoints.write_share, lambda job: job.snapshot.step in (6, 8)
+        )
         patch.setattr(checkpoints, "write_share", slow_save)
         patch.setattr(loading, "verify", meetings.held_up(loading.verify, lambda *_: True))
         assert train(run, 2) == "stopped"

@@ -1,4 +1,6 @@
-"""The real `guardrail launch`, supervisor and torch elastic with ranks that misbehave on demand (tests/fakes)."""
+"""The real `guardrail launch`, supervisor and torch elastic with ranks that misbehave on demand
+(tests/fakes).
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,11 @@ def configure(
     stop_seconds: float = 60,
 ) -> str:
     text = CONFIG.format(
-        fake=fake, processes=processes, restarts=restarts, step_seconds=step_seconds, stop_seconds=stop_seconds
+        fake=fake,
+        processes=processes,
+        restarts=restarts,
+        step_seconds=step_seconds,
+        stop_seconds=stop_seconds,
     )
     (lab.folder / "c.toml").write_text(text)
     return "c.toml"
@@ -64,7 +70,9 @@ def ended(run: RunDirectory) -> bool:
 
 
 def training(run: RunDirectory, step: int = 2) -> bool:
-    """Whether this step has begun, so that the one before it is saved and a start after a kill goes on behind it."""
+    """Whether this step has begun, so that the one before it is saved and a start after a kill goes
+    on behind it.
+    """
     status = run.read_status()
     return status is not None and status.phase is Phase.STEP and status.step >= step
 
@@ -74,7 +82,8 @@ def nothing_left(run: RunDirectory) -> bool:
 
 
 def test_a_run_from_launch_to_its_end(lab: Lab) -> None:
-    """stdout has the run directory and nothing else, the ranks' output is in their logs, nothing is left behind.
+    """stdout has the run directory and nothing else, the ranks' output is in their logs, nothing is
+    left behind.
 
     On the way, SIGHUP to the supervisor and to every process below it changes nothing.
     """
@@ -92,10 +101,17 @@ def test_a_run_from_launch_to_its_end(lab: Lab) -> None:
     assert kinds(run) == ["started", "ended"]
     status = run.read_status()
     assert status is not None
-    assert (status.phase, status.exit_code, status.restarts, status.world) == (Phase.FINISHED, 0, 0, 2)
+    assert (status.phase, status.exit_code, status.restarts, status.world) == (
+        Phase.FINISHED,
+        0,
+        0,
+        2,
+    )
     threads = max(1, processes.cores() // 2)
     for rank in (0, 1):
-        assert (run.logs / f"rank-{rank}.log").read_text() == f"rank {rank} start 0 threads {threads} in /\n"
+        assert (
+            run.logs / f"rank-{rank}.log"
+        ).read_text() == f"rank {rank} start 0 threads {threads} in /\n"
     assert nothing_left(run), "the child that rank 1 left behind in a session of its own"
 
 
@@ -113,7 +129,9 @@ def test_a_failed_rank_is_started_again(lab: Lab) -> None:
 
 
 def test_ranks_that_fail_too_often_end_the_run_with_4_and_say_why(lab: Lab) -> None:
-    result = lab.guardrail("launch", configure(lab, "fault = 'exit'\nstarts = 99\nrank = 0"), "--headless")
+    result = lab.guardrail(
+        "launch", configure(lab, "fault = 'exit'\nstarts = 99\nrank = 0"), "--headless"
+    )
     run = lab.newest()
     assert result.returncode == 4
     assert kinds(run).count("ranks_failed") == 2, "launch.max_restarts = 1"
@@ -128,17 +146,23 @@ def test_ranks_that_fail_too_often_end_the_run_with_4_and_say_why(lab: Lab) -> N
 
 
 def test_a_refusal_of_the_ranks_is_not_tried_again(lab: Lab) -> None:
-    result = lab.guardrail("launch", configure(lab, "fault = 'usage'\nrank = 0", processes=1), "--headless")
+    result = lab.guardrail(
+        "launch", configure(lab, "fault = 'usage'\nrank = 0", processes=1), "--headless"
+    )
     run = lab.newest()
     assert result.returncode == 2
     assert kinds(run) == ["started", "ended"]
 
 
 @pytest.mark.fault("R8")
-def test_a_full_disk_ends_the_start_of_the_ranks_with_4_says_so_and_leaves_a_run_to_resume(lab: Lab) -> None:
+def test_a_full_disk_ends_the_start_of_the_ranks_with_4_says_so_and_leaves_a_run_to_resume(
+    lab: Lab,
+) -> None:
     with small_file_system(lab.root, megabytes=40):  # 32 must be free at the start
         fake = "fault = 'full'\nrank = 0"
-        result = lab.guardrail("launch", configure(lab, fake, processes=1, restarts=0), "--headless")
+        result = lab.guardrail(
+            "launch", configure(lab, fake, processes=1, restarts=0), "--headless"
+        )
         run = lab.newest()
         assert result.returncode == 4
         sentence = f"{run.path} cannot be written: No space left on device"
@@ -154,7 +178,9 @@ def test_a_full_disk_ends_the_start_of_the_ranks_with_4_says_so_and_leaves_a_run
 
 
 def test_ranks_that_end_without_a_word_count_as_failed(lab: Lab) -> None:
-    result = lab.guardrail("launch", configure(lab, "fault = 'silent'\nrank = 0", processes=1), "--headless")
+    result = lab.guardrail(
+        "launch", configure(lab, "fault = 'silent'\nrank = 0", processes=1), "--headless"
+    )
     run = lab.newest()
     assert result.returncode == 4
     assert "without saying how" in run.events()[-1].message
@@ -170,7 +196,9 @@ def test_a_hung_rank_is_written_down_killed_and_started_again(lab: Lab) -> None:
     assert "__main__.py" in hung.message
     assert "logs/rank-1.stacks" in hung.data["stacks"]
     assert "here_it_hangs" in (run.logs / "rank-1.stacks").read_text()
-    assert kinds(run) == ["started", "hung", "restarted", "ended"], "what the supervisor killed did not fail by itself"
+    assert kinds(run) == ["started", "hung", "restarted", "ended"], (
+        "what the supervisor killed did not fail by itself"
+    )
 
 
 def test_a_rank_that_is_stopped_cannot_answer_and_is_replaced_all_the_same(lab: Lab) -> None:
@@ -186,7 +214,9 @@ def test_a_rank_that_is_stopped_cannot_answer_and_is_replaced_all_the_same(lab: 
 
 
 @pytest.mark.fault("R1")
-def test_a_stopped_rank_that_holds_the_journal_is_killed_before_the_journal_is_written(lab: Lab) -> None:
+def test_a_stopped_rank_that_holds_the_journal_is_killed_before_the_journal_is_written(
+    lab: Lab,
+) -> None:
     config = configure(lab, "fault = 'lock'\nsteps = 150\nlockstep = true", step_seconds=1.5)
     result = lab.guardrail("launch", config, "--headless")
     assert result.returncode == 0, result.stderr
@@ -204,7 +234,11 @@ def test_sigterm_to_a_headless_launch_saves_and_ends_with_130(lab: Lab) -> None:
     assert run.events()[-1].message == "stopped by the fake"
     saved = int((run.checkpoints / "fake-0").read_text())
     status = run.read_status()
-    assert status is not None and (status.phase, status.exit_code, status.step) == (Phase.STOPPED, 130, saved)
+    assert status is not None and (status.phase, status.exit_code, status.step) == (
+        Phase.STOPPED,
+        130,
+        saved,
+    )
     assert nothing_left(run)
 
 
@@ -214,7 +248,8 @@ def test_a_second_sigterm_ends_at_once(lab: Lab) -> None:
     wait_for(lambda: training(run, 3))
     process.send_signal(signal.SIGTERM)
     wait_for(lambda: "note" in kinds(run))
-    time.sleep(DEBOUNCE_SECONDS + 0.2)  # one that comes sooner is taken for a repetition of the first
+    # one that comes sooner is taken for a repetition of the first
+    time.sleep(DEBOUNCE_SECONDS + 0.2)
     assert process.poll() is None and not ended(run), "the first one waits for the ranks"
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
@@ -225,7 +260,9 @@ def test_a_second_sigterm_ends_at_once(lab: Lab) -> None:
 
 def test_ranks_that_do_not_stop_in_time_are_killed(lab: Lab) -> None:
     assert (
-        lab.guardrail("launch", configure(lab, "steps = 100000\nfault = 'deaf'", stop_seconds=1), "--detach").returncode
+        lab.guardrail(
+            "launch", configure(lab, "steps = 100000\nfault = 'deaf'", stop_seconds=1), "--detach"
+        ).returncode
         == 0
     )
     run = lab.newest()
@@ -239,7 +276,9 @@ def test_ranks_that_do_not_stop_in_time_are_killed(lab: Lab) -> None:
 
 
 def test_a_stop_before_any_rank_has_begun_ends_at_once(lab: Lab) -> None:
-    """Signals to every process of the job, as a batch system sends them, must not count as failures of the ranks."""
+    """Signals to every process of the job, as a batch system sends them, must not count as failures
+    of the ranks.
+    """
     lab.guardrail("launch", configure(lab, "import_seconds = 600"), "--detach")
     run = lab.newest()
     supervisor = lab.supervisor(run)
@@ -271,24 +310,35 @@ def test_a_killed_elastic_agent_is_replaced_within_the_budget(lab: Lab) -> None:
 
 
 def test_resume_after_the_supervisor_was_killed(lab: Lab) -> None:
-    """Alive: refused. Supervisor dead, ranks alive: they save and stop, then the run goes on. Finished: says so."""
+    """Alive: refused. Supervisor dead, ranks alive: they save and stop, then the run goes on.
+    Finished: says so.
+    """
     lab.guardrail("launch", configure(lab, "steps = 300"), "--detach")
     run = lab.newest()
     wait_for(lambda: training(run, 3))
     refused = lab.guardrail("launch", "--resume", run.name, "--detach")
-    assert refused.returncode == 2 and "is running" in refused.stderr and "guardrail attach" in refused.stderr
+    assert (
+        refused.returncode == 2
+        and "is running" in refused.stderr
+        and "guardrail attach" in refused.stderr
+    )
 
     lab.supervisor(run).kill()
     orphans = processes.processes_of(run.path)
     assert len(orphans) == 3, "the elastic agent and two ranks go on training"
-    result = lab.guardrail("launch", "--resume", run.name, "--headless", "--set", "launch.max_restarts=7")
+    result = lab.guardrail(
+        "launch", "--resume", run.name, "--headless", "--set", "launch.max_restarts=7"
+    )
     assert result.returncode == 0, result.stderr
     assert "outlived their supervisor" in result.stderr
     assert "begins after step 0" not in result.stderr, "the past is not told again"
     assert not any(processes.alive(orphan) for orphan in orphans)
     assert kinds(run)[-4:] == ["started", "ended", "restarted", "ended"]
     stopped, again = (
-        event for event in run.events() if event.kind in ("ended", "restarted") if event.seq < run.events()[-1].seq
+        event
+        for event in run.events()
+        if event.kind in ("ended", "restarted")
+        if event.seq < run.events()[-1].seq
     )
     assert stopped.data["phase"] == "stopped" and again.step == stopped.step, "not a step is lost"
     assert "max_restarts = 7" in run.config_text()
@@ -313,7 +363,9 @@ def test_ctrl_c_leaves_and_attach_comes_back(lab: Lab) -> None:
 
 
 def test_a_terminal_that_stops_reading_and_one_that_closes(lab: Lab) -> None:
-    """Nobody reads the megabyte that launch wants to print, then the terminal is gone: the run finishes."""
+    """Nobody reads the megabyte that launch wants to print, then the terminal is gone: the run
+    finishes.
+    """
     config = configure(lab, "fault = 'chatty'\nrank = 0\nsteps = 60", processes=1)
     master, slave = pty.openpty()
     process = subprocess.Popen(
@@ -366,7 +418,12 @@ def test_the_screen_is_left_with_q_and_training_goes_on(lab: Lab) -> None:
     arguments = ["-m", "guardrail", "launch", config]
     environment = lab.environment(TERM="xterm-256color")
     screen = pexpect.spawn(
-        sys.executable, arguments, cwd=str(lab.folder), env=environment, dimensions=(32, 120), timeout=60
+        sys.executable,
+        arguments,
+        cwd=str(lab.folder),
+        env=environment,
+        dimensions=(32, 120),
+        timeout=60,
     )
     try:
         run = lab.newest()
@@ -390,31 +447,44 @@ def _take_terminal(slave: int) -> None:
     """Make the pty the controlling terminal, so that its end is a SIGHUP."""
     import fcntl
 
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests under nohup ignores it, and so would we
+    # whoever runs the tests under nohup ignores it, and so would we
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.setsid()
     fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
 
 
 def test_two_nodes_share_a_run_directory(lab: Lab) -> None:
-    """Two supervisors find each other by the rendezvous of [launch]; the first one speaks for the run."""
+    """Two supervisors find each other by the rendezvous of [launch]; the first one speaks for the
+    run.
+    """
     endpoint = f"127.0.0.1:{free_port()}"
     config = configure(lab, "steps = 200\nrank = 3\nfault = 'exit'\nlockstep = true")
     (lab.folder / config).write_text(
-        (lab.folder / config).read_text().replace("[tensor", f'nodes = 2\nrendezvous_endpoint = "{endpoint}"\n[tensor')
+        (lab.folder / config)
+        .read_text()
+        .replace("[tensor", f'nodes = 2\nrendezvous_endpoint = "{endpoint}"\n[tensor')
     )
     place = str(lab.root / "fake" / "shared")
     alone = lab.guardrail("launch", config, "--detach", "--set", "launch.node_rank=1")
     assert alone.returncode == 2 and "--run-dir" in alone.stderr
-    second = lab.start("launch", config, "--headless", "--run-dir", place, "--set", "launch.node_rank=1")
+    second = lab.start(
+        "launch", config, "--headless", "--run-dir", place, "--set", "launch.node_rank=1"
+    )
     first = lab.start("launch", config, "--headless", "--run-dir", place)
     outputs = [node.communicate(timeout=90) for node in (first, second)]
     assert [first.returncode, second.returncode] == [0, 0], outputs
     run = RunDirectory.open(place)
-    assert {file.name for file in run.logs.glob("rank-?.log")} == {f"rank-{rank}.log" for rank in range(4)}
+    assert {file.name for file in run.logs.glob("rank-?.log")} == {
+        f"rank-{rank}.log" for rank in range(4)
+    }
     assert "node_rank = 0" in run.config_text()
     assert [event.data["rank"] for event in run.events() if event.kind == "ranks_failed"] == [3]
     status = run.read_status()
-    assert status is not None and (status.phase, status.exit_code, status.world) == (Phase.FINISHED, 0, 4)
+    assert status is not None and (status.phase, status.exit_code, status.world) == (
+        Phase.FINISHED,
+        0,
+        4,
+    )
 
 
 def test_only_one_supervisor_for_a_run(lab: Lab) -> None:
@@ -434,7 +504,9 @@ def test_only_one_supervisor_for_a_run(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("where", ["folder", "file"])
-def test_run_dir_is_taken_as_it_is_and_never_over_something_else(lab: Lab, where: str, tmp_path: Path) -> None:
+def test_run_dir_is_taken_as_it_is_and_never_over_something_else(
+    lab: Lab, where: str, tmp_path: Path
+) -> None:
     target = tmp_path / "here"
     if where == "folder":
         target.mkdir()

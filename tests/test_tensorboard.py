@@ -1,4 +1,6 @@
-"""What TensorBoard's own reader makes of the exported files: the present timeline, once, whatever happens."""
+"""What TensorBoard's own reader makes of the exported files: the present timeline, once, whatever
+happens.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import STORE_EVERYTHING_SIZE_GUIDANCE, EventAccumulator
-from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator as PluginAccumulator
+from tensorboard.backend.event_processing.event_accumulator import (
+    STORE_EVERYTHING_SIZE_GUIDANCE,
+    EventAccumulator,
+)
+from tensorboard.backend.event_processing.plugin_event_accumulator import (
+    EventAccumulator as PluginAccumulator,
+)
 
 from guardrail.backtest.importers.sources import sources
 from guardrail.core.records import Action, Span
@@ -30,7 +37,9 @@ def run(tmp_path: Path) -> RunDirectory:
     return RunDirectory.create(tmp_path, "demo", CONFIG)
 
 
-def write(run: RunDirectory, *rows: tuple[int, int, float], verdict: float = 0.0, **values: float) -> None:
+def write(
+    run: RunDirectory, *rows: tuple[int, int, float], verdict: float = 0.0, **values: float
+) -> None:
     """Rows of (step, timeline, loss)."""
     with run.metrics_writer() as writer:
         for step, timeline, loss in rows:
@@ -51,13 +60,17 @@ def write(run: RunDirectory, *rows: tuple[int, int, float], verdict: float = 0.0
 
 
 def read(run: RunDirectory) -> EventAccumulator:
-    found = EventAccumulator(str(run.tensorboard), STORE_EVERYTHING_SIZE_GUIDANCE, purge_orphaned_data=True)
+    found = EventAccumulator(
+        str(run.tensorboard), STORE_EVERYTHING_SIZE_GUIDANCE, purge_orphaned_data=True
+    )
     return found.Reload()
 
 
 def serve(run: RunDirectory) -> PluginAccumulator:
     """As TensorBoard's server reads it: it has its own idea of a restart."""
-    return PluginAccumulator(str(run.tensorboard), {"tensors": 0}, purge_orphaned_data=True).Reload()
+    return PluginAccumulator(
+        str(run.tensorboard), {"tensors": 0}, purge_orphaned_data=True
+    ).Reload()
 
 
 def scalars(run: RunDirectory, tag: str = "train/loss") -> list[tuple[int, float]]:
@@ -79,7 +92,9 @@ def texts(run: RunDirectory, *tags: str) -> list[tuple[int, str]]:
     for folder, _, names in os.walk(run.tensorboard):
         if any("tfevents" in name for name in names):
             server = PluginAccumulator(folder, {"tensors": 0}, purge_orphaned_data=True).Reload()
-            loader = EventAccumulator(folder, STORE_EVERYTHING_SIZE_GUIDANCE, purge_orphaned_data=True).Reload()
+            loader = EventAccumulator(
+                folder, STORE_EVERYTHING_SIZE_GUIDANCE, purge_orphaned_data=True
+            ).Reload()
             for tag in tags or ("guard/incident",):
                 served += server.Tensors(tag) if tag in server.Tags()["tensors"] else []
                 loaded += loader.Tensors(tag) if tag in loader.Tags()["tensors"] else []
@@ -93,7 +108,15 @@ def event_files(run: RunDirectory) -> list[str]:
 
 
 def test_curves_carry_the_columns(run: RunDirectory) -> None:
-    write(run, (1, 0, 3.0), (2, 0, 2.5), embed_grad_norm=0.25, embed_share=0.25, loss_threshold=9.0, guard_time=0.005)
+    write(
+        run,
+        (1, 0, 3.0),
+        (2, 0, 2.5),
+        embed_grad_norm=0.25,
+        embed_share=0.25,
+        loss_threshold=9.0,
+        guard_time=0.005,
+    )
     write(run, (3, 0, 2.0), eval_loss=2.25)
     catch_up(run)
     assert scalars(run) == [(1, 3.0), (2, 2.5), (3, 2.0)]
@@ -110,12 +133,22 @@ def test_curves_carry_the_columns(run: RunDirectory) -> None:
     ]:
         assert scalars(run, tag)[0] == (1, value), tag
     assert scalars(run, "eval/loss") == [(3, 2.25)]
-    assert len(scalars(run, "train/embed_grad_norm")) == 2, "NaN means that there was nothing to measure"
+    assert len(scalars(run, "train/embed_grad_norm")) == 2, (
+        "NaN means that there was nothing to measure"
+    )
     assert read(run).Scalars("train/loss")[0].wall_time == 1000.0
 
 
 def test_odd_values_do_not_stop_it(run: RunDirectory) -> None:
-    write(run, (1, 0, math.nan), (2, 0, math.inf), (3, 0, 1e300), (4, 0, 1.0), step_time=0.0, time=math.nan)
+    write(
+        run,
+        (1, 0, math.nan),
+        (2, 0, math.inf),
+        (3, 0, 1e300),
+        (4, 0, 1.0),
+        step_time=0.0,
+        time=math.nan,
+    )
     catch_up(run)
     values = [value for _, value in scalars(run)]
     assert math.isnan(values[0]) and values[1] == values[2] == math.inf and values[3] == 1.0
@@ -145,7 +178,9 @@ def rollback(run: RunDirectory, *, step: int, to: int, timeline: int, **data: An
 
 
 @pytest.mark.parametrize("live", [True, False])
-def test_after_rollbacks_and_a_restart_only_the_present_is_shown(run: RunDirectory, live: bool) -> None:
+def test_after_rollbacks_and_a_restart_only_the_present_is_shown(
+    run: RunDirectory, live: bool
+) -> None:
     exporter = Exporter(run)
 
     def look() -> None:
@@ -158,7 +193,9 @@ def test_after_rollbacks_and_a_restart_only_the_present_is_shown(run: RunDirecto
     rollback(run, step=7, to=4, timeline=1)
     look()
     if live:
-        assert scalars(run) == [(s, 3.0) for s in (1, 2, 3, 4)], "purged before a new point is there"
+        assert scalars(run) == [(s, 3.0) for s in (1, 2, 3, 4)], (
+            "purged before a new point is there"
+        )
     write(run, (5, 1, 2.0), (6, 1, 2.0))
     look()
     rollback(run, step=6, to=2, timeline=2)
@@ -175,11 +212,19 @@ def test_after_rollbacks_and_a_restart_only_the_present_is_shown(run: RunDirecto
 
 
 def test_what_happened_is_told_as_text(run: RunDirectory) -> None:
-    document = {"path": "/data/a*b.txt", "record": 3, "first_byte": 10, "last_byte": 90, "excerpt": "\x1b[31mÃ‚Â"}
+    document = {
+        "path": "/data/a*b.txt",
+        "record": 3,
+        "first_byte": 10,
+        "last_byte": 90,
+        "excerpt": "\x1b[31mÃ‚Â",
+    }
     run.append("started", "begins")
     run.append("verdict", "step 5: skip: loss 11.5 against 2.3", step=4, findings=[])
     span = Span(first=10, last=14, cause="rejected", step=5)
-    run.append("left_out", "samples left out", step=4, span=span, documents=[document], documents_total=3)
+    run.append(
+        "left_out", "samples left out", step=4, span=span, documents=[document], documents_total=3
+    )
     run.append("command", "pause applied", step=6, id="a", command="pause", effect="applied")
     write(run, (1, 0, 3.0))
     catch_up(run)
@@ -192,7 +237,11 @@ def test_what_happened_is_told_as_text(run: RunDirectory) -> None:
         and "loss 11.5 against 2.3" in text
         and "samples left out" in text
     )
-    assert "/data/a\\*b.txt:3 bytes 10-90  Ã‚Â" in text and "2 more documents" in text and "\x1b" not in text
+    assert (
+        "/data/a\\*b.txt:3 bytes 10-90  Ã‚Â" in text
+        and "2 more documents" in text
+        and "\x1b" not in text
+    )
     assert texts(run, "guard/command") == [(4, "*step 6, timeline 0*\n\n**command** pause applied")]
 
 
@@ -217,7 +266,9 @@ def test_texts_of_abandoned_steps_stay(run: RunDirectory) -> None:
 
 @pytest.mark.fault("T18")
 @pytest.mark.parametrize("again", ["the same exporter", "another", "another without position"])
-def test_each_text_is_written_once_and_in_order_through_rollbacks(run: RunDirectory, again: str) -> None:
+def test_each_text_is_written_once_and_in_order_through_rollbacks(
+    run: RunDirectory, again: str
+) -> None:
     exporter = Exporter(run)
 
     def look() -> None:
@@ -247,7 +298,16 @@ def test_each_text_is_written_once_and_in_order_through_rollbacks(run: RunDirect
     write(run, (3, 2, 1.0))
     look()
     found = texts(run, "guard/incident", "guard/command")
-    for words in ("first", "second", "third", "fourth", "from step 6 to 1", "fifth", "sixth", "from step 4 to 2"):
+    for words in (
+        "first",
+        "second",
+        "third",
+        "fourth",
+        "from step 6 to 1",
+        "fifth",
+        "sixth",
+        "from step 4 to 2",
+    ):
         assert sum(words in text for _, text in found) == 1, words
     for tag in ("guard/incident", "guard/command"):
         steps = [step for step, _ in texts(run, tag)]
@@ -257,7 +317,9 @@ def test_each_text_is_written_once_and_in_order_through_rollbacks(run: RunDirect
 
 
 @pytest.mark.fault("T18")
-def test_a_text_that_was_half_written_by_a_killed_exporter_is_written_once(run: RunDirectory) -> None:
+def test_a_text_that_was_half_written_by_a_killed_exporter_is_written_once(
+    run: RunDirectory,
+) -> None:
     write(run, (1, 0, 3.0))
     for name in ("first", "second", "third"):
         run.append("verdict", name, step=len(name))
@@ -276,7 +338,9 @@ def test_a_text_that_was_half_written_by_a_killed_exporter_is_written_once(run: 
         assert len(texts(run, "config")) == 1
 
 
-def test_a_run_whose_texts_stand_beside_the_curves_goes_on_without_a_second_copy(run: RunDirectory) -> None:
+def test_a_run_whose_texts_stand_beside_the_curves_goes_on_without_a_second_copy(
+    run: RunDirectory,
+) -> None:
     """Event files of older versions hold the texts among the curves."""
     write(run, (1, 0, 3.0))
     run.append("verdict", "old", step=1)
@@ -329,7 +393,10 @@ def test_exporting_again_adds_nothing(run: RunDirectory) -> None:
     sizes = [os.path.getsize(run.tensorboard / name) for name in files]
     catch_up(run)
     assert len(texts(run)) == 1 and len(list((run.tensorboard / "journal").iterdir())) == 1
-    assert event_files(run) == files and [os.path.getsize(run.tensorboard / name) for name in files] == sizes
+    assert (
+        event_files(run) == files
+        and [os.path.getsize(run.tensorboard / name) for name in files] == sizes
+    )
     write(run, (3, 0, 1.0))
     catch_up(run)
     assert len(event_files(run)) == 2
@@ -337,7 +404,9 @@ def test_exporting_again_adds_nothing(run: RunDirectory) -> None:
 
 
 @pytest.mark.parametrize("lost", ["position", "everything"])
-def test_an_exporter_that_died_before_it_noted_its_position_repeats_nothing(run: RunDirectory, lost: str) -> None:
+def test_an_exporter_that_died_before_it_noted_its_position_repeats_nothing(
+    run: RunDirectory, lost: str
+) -> None:
     write(run, (1, 0, 3.0), (2, 0, 2.5))
     write(run, (3, 0, 9.0), verdict=SKIP)
     position = run.tensorboard / "position.json"
@@ -361,13 +430,17 @@ def test_an_exporter_that_died_before_it_noted_its_position_repeats_nothing(run:
     assert [seq for seq, _ in texts(run)] == [1, 2]
 
 
-def test_many_rows_are_written_in_pieces(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_rows_are_written_in_pieces(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tensorboard, "_CHUNK", 7)
     write(run, *[(s, 0, float(s)) for s in range(1, 41)])
     rollback(run, step=40, to=30, timeline=1)
     write(run, *[(s, 1, float(-s)) for s in range(31, 60)])
     catch_up(run)
-    assert scalars(run) == [(s, float(s)) for s in range(1, 31)] + [(s, float(-s)) for s in range(31, 60)]
+    assert scalars(run) == [(s, float(s)) for s in range(1, 31)] + [
+        (s, float(-s)) for s in range(31, 60)
+    ]
 
 
 def test_it_follows_a_run_in_a_thread_until_it_is_stopped(run: RunDirectory) -> None:

@@ -31,7 +31,9 @@ PIECES = st.sampled_from(
         "\ud800",
     ]
 )
-TEXT = st.lists(st.one_of(PIECES, st.text(), st.characters(categories=["Cs", "Cc", "Cf"]))).map("".join)
+TEXT = st.lists(st.one_of(PIECES, st.text(), st.characters(categories=["Cs", "Cc", "Cf"]))).map(
+    "".join
+)
 
 
 def assert_harmless(text: str) -> None:

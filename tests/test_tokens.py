@@ -1,4 +1,6 @@
-"""The tokens that pull hardest on the embedding are named: the right ones, on every rank alike, and only when asked."""
+"""The tokens that pull hardest on the embedding are named: the right ones, on every rank alike, and
+only when asked.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from guardrail.core.records import EMBED_GRAD_NORM, EMBED_SHARE, Action, Event, Finding, Kind, Severity, Verdict
+from guardrail.core.records import (
+    EMBED_GRAD_NORM,
+    EMBED_SHARE,
+    Action,
+    Event,
+    Finding,
+    Kind,
+    Severity,
+    Verdict,
+)
 from guardrail.core.text import visible
 from guardrail.decide.remedies import embedding_concerned
 from guardrail.decide.run_history import Past
@@ -28,7 +39,17 @@ from guardrail.tui.model.view import View
 from guardrail.tui.panes import incidents
 from tests.fake_run import example, snapshot_of
 from tests.ranks import run_ranks
-from tests.running import BATCH, FEW_SHAPES, LENGTH, assert_same, of_kind, tiny, told, trained, write_corpus
+from tests.running import (
+    BATCH,
+    FEW_SHAPES,
+    LENGTH,
+    assert_same,
+    of_kind,
+    tiny,
+    told,
+    trained,
+    write_corpus,
+)
 from tests.tiny import VOCABULARY, Setup
 from trainer.config.config import Config
 from trainer.config.layout import ParallelSection
@@ -66,7 +87,9 @@ def rows_of(rank: int, kind: str) -> tuple[list[tuple[int, float]], list[float]]
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_the_longest_rows_of_a_gradient_that_is_spread_over_ranks(kind: str, tmp_path: Path) -> None:
+def test_the_longest_rows_of_a_gradient_that_is_spread_over_ranks(
+    kind: str, tmp_path: Path
+) -> None:
     results = run_ranks(rows_of, 2, kind, folder=tmp_path)
     assert results[0] == results[1]
     found, norms = results[0]
@@ -87,19 +110,27 @@ def one_byte(folder: Path, *, world: int = 1, strategy: str = "ddp", tied: bool 
     short.write_text(short.read_text(encoding="utf-8")[: rest - 1], encoding="utf-8")
     (corpus / f"{whole + 1:04d}.txt").write_text("~" * BATCH * LENGTH, encoding="utf-8")
     model = {"tied": tied, "dropout": 0.0}
-    return tiny(folder, world=world, strategy=strategy, model=model, train={"steps": 40}, guard=GUARD)
+    return tiny(
+        folder, world=world, strategy=strategy, model=model, train={"steps": 40}, guard=GUARD
+    )
 
 
 def assert_one_byte(config: Config, *, leads: bool = True) -> list[dict[str, Any]]:
-    """The tokens that such a run has named. Where the embedding led, its gradients went down and came back."""
+    """The tokens that such a run has named. Where the embedding led, its gradients went down and
+    came back.
+    """
     run = trained(config)
     first = of_kind(run, "verdict")[0]
     assert first.data["at_step"] == 33 and first.data["batch"] == [BAD, BAD + BATCH]
     tokens = first.data["tokens"]
     assert (tokens[0]["id"], tokens[0]["text"], tokens[0]["count"]) == (126, "~", BATCH * LENGTH)
-    assert [token["norm"] for token in tokens] == sorted((token["norm"] for token in tokens), reverse=True)
+    assert [token["norm"] for token in tokens] == sorted(
+        (token["norm"] for token in tokens), reverse=True
+    )
     embedding = next(f["value"] for f in first.data["findings"] if f["signal"] == EMBED_GRAD_NORM)
-    assert all(token["share"] == pytest.approx((token["norm"] / embedding) ** 2) for token in tokens)
+    assert all(
+        token["share"] == pytest.approx((token["norm"] / embedding) ** 2) for token in tokens
+    )
     assert sum(token["share"] for token in tokens) <= 1.0 + 1e-6
     assert not any("tokens" in event.data for event in run.events() if event.kind != "verdict")
     past = Past.of(run.events())
@@ -115,7 +146,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, list[dict[s
     return config, assert_one_byte(config)
 
 
-def test_a_batch_of_one_byte_is_named_by_that_byte(alone: tuple[Config, list[dict[str, Any]]]) -> None:
+def test_a_batch_of_one_byte_is_named_by_that_byte(
+    alone: tuple[Config, list[dict[str, Any]]],
+) -> None:
     """With an input matrix of its own nearly all of the gradient is this row's."""
     _, tokens = alone
     assert tokens[0]["share"] > 0.95
@@ -131,7 +164,9 @@ def test_two_ranks_name_the_same(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", [{"tp": 2}, {"pp": 2}, {"tp": 2, "sequence_parallel": True}], ids=str)
+@pytest.mark.parametrize(
+    "parallel", [{"tp": 2}, {"pp": 2}, {"tp": 2, "sequence_parallel": True}], ids=str
+)
 def test_a_split_vocabulary_and_a_pipeline_name_the_same(
     tmp_path: Path, parallel: dict[str, Any], alone: tuple[Config, list[dict[str, Any]]]
 ) -> None:
@@ -143,9 +178,12 @@ def test_a_split_vocabulary_and_a_pipeline_name_the_same(
 
 
 def test_tied_weights_name_what_was_shown_and_what_was_expected(tmp_path: Path) -> None:
-    tokens = assert_one_byte(one_byte(tmp_path, tied=True), leads=False)  # the loss stood out as early
+    # the loss stood out as early
+    tokens = assert_one_byte(one_byte(tmp_path, tied=True), leads=False)
     assert len(tokens) == MOST and tokens[0]["share"] < 1.0
-    assert (tokens[1]["text"], tokens[1]["count"]) == (" ", 0), "what the model takes for the likeliest byte"
+    assert (tokens[1]["text"], tokens[1]["count"]) == (" ", 0), (
+        "what the model takes for the likeliest byte"
+    )
 
 
 # -- what is asked for, and what is shown
@@ -169,8 +207,12 @@ def verdict(action: Action, signal: str, value: float = 5.0, **more: Any) -> Ver
 def test_tokens_are_asked_for_only_of_a_rejected_step_with_a_finding_on_the_embedding() -> None:
     assert embedding_concerned(verdict(Action.SKIP, EMBED_SHARE))
     assert embedding_concerned(verdict(Action.ROLLBACK, EMBED_GRAD_NORM))
-    assert embedding_concerned(verdict(Action.APPLY, EMBED_GRAD_NORM, would=Action.SKIP)), "advise tells them too"
-    assert not embedding_concerned(verdict(Action.APPLY, EMBED_GRAD_NORM)), "a note on a healthy step costs nothing"
+    assert embedding_concerned(verdict(Action.APPLY, EMBED_GRAD_NORM, would=Action.SKIP)), (
+        "advise tells them too"
+    )
+    assert not embedding_concerned(verdict(Action.APPLY, EMBED_GRAD_NORM)), (
+        "a note on a healthy step costs nothing"
+    )
     assert not embedding_concerned(verdict(Action.SKIP, "loss"))
     assert not embedding_concerned(verdict(Action.SKIP, EMBED_GRAD_NORM, math.nan))
     assert not embedding_concerned(Verdict(action=Action.APPLY, step=3))
@@ -178,7 +220,12 @@ def test_tokens_are_asked_for_only_of_a_rejected_step_with_a_finding_on_the_embe
 
 def test_a_token_is_spelled_by_its_text_or_by_its_name() -> None:
     tokenizer = ByteTokenizer()
-    assert [tokenizer.spelled(token) for token in (126, 0xE2, 257, 300)] == ["~", "<0xE2>", "<|eos|>", ""]
+    assert [tokenizer.spelled(token) for token in (126, 0xE2, 257, 300)] == [
+        "~",
+        "<0xE2>",
+        "<|eos|>",
+        "",
+    ]
     content = {
         "version": "1.0",
         "added_tokens": [
@@ -205,22 +252,43 @@ def story_of(events: list[Event]) -> Story:
     return digest.story()
 
 
-def test_tokens_stand_in_every_form_of_the_report_and_on_the_screen_and_can_do_no_harm(tmp_path: Path) -> None:
+def test_tokens_stand_in_every_form_of_the_report_and_on_the_screen_and_can_do_no_harm(
+    tmp_path: Path,
+) -> None:
     run = RunDirectory.create(tmp_path, "demo", "")
     told = [
-        [{"id": 7, "text": "\\x07", "norm": 1.5, "share": 0.25, "count": 3}, {"id": 9, "norm": 1.0, "share": 0.1}],
-        [{"id": 7, "text": "\\x07", "norm": 12.5, "share": 0.875, "count": 264}, {"id": 11, "text": EVIL, "count": 0}],
+        [
+            {"id": 7, "text": "\\x07", "norm": 1.5, "share": 0.25, "count": 3},
+            {"id": 9, "norm": 1.0, "share": 0.1},
+        ],
+        [
+            {"id": 7, "text": "\\x07", "norm": 12.5, "share": 0.875, "count": 264},
+            {"id": 11, "text": EVIL, "count": 0},
+        ],
     ]
     for number, tokens in enumerate(told):
         event = msgspec.to_builtins(verdict(Action.SKIP, EMBED_GRAD_NORM))
-        run.append("verdict", "skip", step=2, action="skip", findings=event["findings"], incident=1, tokens=tokens)
+        run.append(
+            "verdict",
+            "skip",
+            step=2,
+            action="skip",
+            findings=event["findings"],
+            incident=1,
+            tokens=tokens,
+        )
         if not number:
             run.append("incident", "incident 1: open", step=2, number=1, state="open", onset=3)
     best = 'token 7 "\\x07": up to 88% of the gradient of the embedding, norm 12.5, 264 times in the batch'
     terminal, markdown, page = (written(run, form) for form in ("terminal", "markdown", "html"))
-    assert best in terminal and "token 9: up to 10% of the gradient of the embedding, norm 1\n" in terminal
+    assert (
+        best in terminal
+        and "token 9: up to 10% of the gradient of the embedding, norm 1\n" in terminal
+    )
     assert markdown.count("token 7") == 1 and html.escape(best) in page and "<script" not in page
-    assert [one["id"] for one in as_dict(run)["incidents"][0]["tokens"]] == [11, 7, 9], "what has no norm is foremost"
+    assert [one["id"] for one in as_dict(run)["incidents"][0]["tokens"]] == [11, 7, 9], (
+        "what has no norm is foremost"
+    )
     snapshot = replace(snapshot_of(example()), story=story_of(run.events()))
     rows = incidents.detail(View(snapshot, 0.0), 200, 40, State(cursor=0))
     screen = "\n".join("".join(piece for piece, _ in line) for line in rows)
@@ -231,6 +299,12 @@ def test_tokens_stand_in_every_form_of_the_report_and_on_the_screen_and_can_do_n
 
 def test_a_journal_full_of_nonsense_names_no_token(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path, "demo", "")
-    for tokens in (None, 3, {}, [1, None, []], [{"id": "x", "share": [], "norm": {}, "text": 5, "count": None}]):
+    for tokens in (
+        None,
+        3,
+        {},
+        [1, None, []],
+        [{"id": "x", "share": [], "norm": {}, "text": 5, "count": None}],
+    ):
         run.append("verdict", "skip", step=2, action="skip", incident=1, tokens=tokens)
     assert "token 0" in written(run, "terminal")

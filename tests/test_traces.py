@@ -1,4 +1,6 @@
-"""The controller on real instabilities that tests/traces/record.py staged: the truth is known by construction."""
+"""The controller on real instabilities that tests/traces/record.py staged: the truth is known by
+construction.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def verdicts(name: str) -> list[Verdict]:
         for row, cells in enumerate(csv.DictReader(file)):
             step = int(cells.pop("step"))
             signals = {signal: float(value) for signal, value in cells.items()}
-            seen = Observation(step=step, first=row * BATCH, last=(row + 1) * BATCH, signals=signals)
+            seen = Observation(
+                step=step, first=row * BATCH, last=(row + 1) * BATCH, signals=signals
+            )
             told.append(controller.observe(seen))
     return told
 
@@ -67,7 +71,9 @@ def test_the_embedding_is_named_where_it_is_the_source() -> None:
 
 @pytest.mark.parametrize("documents", [20, 10_000], ids=["for a stretch", "for good"])
 def test_another_kind_of_text_is_learnt_and_not_left_out(tmp_path: Path, documents: int) -> None:
-    """In `auto`, where what is left out is never learnt and looks as strange in every batch that follows."""
+    """In `auto`, where what is left out is never learnt and looks as strange in every batch that
+    follows.
+    """
     write_text(tmp_path / "corpus")
     for document in sorted((tmp_path / "corpus").iterdir())[100 : 100 + documents]:
         document.write_text(document.read_text(encoding="utf-8").upper(), encoding="utf-8")
@@ -81,5 +87,9 @@ def test_another_kind_of_text_is_learnt_and_not_left_out(tmp_path: Path, documen
     )
     run = trained(config)
     (cause,) = of_kind(run, "cause")
-    assert cause.data["shift"] and cause.data["ahead"] is (documents > 100) and cause.data["structure"] > 0.4
+    assert (
+        cause.data["shift"]
+        and cause.data["ahead"] is (documents > 100)
+        and cause.data["structure"] > 0.4
+    )
     assert not spans(run)

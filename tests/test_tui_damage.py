@@ -1,4 +1,6 @@
-"""A run directory that is damaged, moved or slow is a sentence on the screen; no thread of it dies without a word."""
+"""A run directory that is damaged, moved or slow is a sentence on the screen; no thread of it dies
+without a word.
+"""
 
 from __future__ import annotations
 
@@ -67,15 +69,26 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "object": lambda path: path.write_bytes(b"{}\n"),
     "list": lambda path: path.write_bytes(b"[[[]]]\n"),
     "null": lambda path: path.write_bytes(b"null\n"),
-    "newer": lambda path: path.write_bytes(b'{"run": "a/b", "phase": "levitating", "columns": ["x"], "kind": 7}\n'),
+    "newer": lambda path: path.write_bytes(
+        b'{"run": "a/b", "phase": "levitating", "columns": ["x"], "kind": 7}\n'
+    ),
     "missing": lambda path: path.unlink(),
     "a folder": folder_instead,
 }
-FILES = ("status.json", "journal.jsonl", "metrics.bin", "metrics.json", "config.toml", "logs/rank-0.log")
+FILES = (
+    "status.json",
+    "journal.jsonl",
+    "metrics.bin",
+    "metrics.json",
+    "config.toml",
+    "logs/rank-0.log",
+)
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_any_damage_is_drawn_and_the_run_is_read_again_afterwards(run: RunDirectory, file: str) -> None:
+def test_any_damage_is_drawn_and_the_run_is_read_again_afterwards(
+    run: RunDirectory, file: str
+) -> None:
     path = run.path / file
     whole = path.read_bytes()
     for damage in DAMAGE.values():
@@ -96,13 +109,19 @@ def test_any_damage_is_drawn_and_the_run_is_read_again_afterwards(run: RunDirect
 
 
 @pytest.mark.fault("T17")
-def test_a_directory_that_was_moved_is_said_in_the_header_and_found_again(run: RunDirectory) -> None:
+def test_a_directory_that_was_moved_is_said_in_the_header_and_found_again(
+    run: RunDirectory,
+) -> None:
     reader = RunReader(run)
     assert "● HEALTHY" in shown(reader)
     elsewhere = run.path.with_name("elsewhere")
     run.path.rename(elsewhere)
     said = shown(reader)
-    assert said.startswith(" ✗ DIRECTORY GONE") and "was moved or deleted" in said and "80 / 6,000" in said
+    assert (
+        said.startswith(" ✗ DIRECTORY GONE")
+        and "was moved or deleted" in said
+        and "80 / 6,000" in said
+    )
     elsewhere.rename(run.path)
     assert "● HEALTHY" in shown(reader)
     shutil.rmtree(run.path)
@@ -122,7 +141,9 @@ def test_a_directory_that_was_moved_is_said_in_the_header_and_found_again(run: R
         ("journal.jsonl", "half", "✗ "),
     ],
 )
-def test_damage_while_it_is_watched_is_said_in_the_header(run: RunDirectory, file: str, damage: str, said: str) -> None:
+def test_damage_while_it_is_watched_is_said_in_the_header(
+    run: RunDirectory, file: str, damage: str, said: str
+) -> None:
     reader = RunReader(run)
     reader.look()
     DAMAGE[damage](run.path / file)
@@ -139,8 +160,12 @@ def test_unreadable_lines_of_the_journal_are_counted_and_are_no_incident(run: Ru
                b'{"seq": 93, "time": 1.0, "kind": "rollback"}\n']  # fmt: skip
     run.journal_path.write_bytes(b"".join([*lines, *broken, *strange]))
     reader = RunReader(run)
-    assert "✗ 3 unreadable journal lines" in text(header(View((shown(reader), reader.latest())[1], 0.0), 200, 1))
-    assert [one.number for one in reader.latest().story.incidents] == [1], "what cannot be understood is no incident"
+    assert "✗ 3 unreadable journal lines" in text(
+        header(View((shown(reader), reader.latest())[1], 0.0), 200, 1)
+    )
+    assert [one.number for one in reader.latest().story.incidents] == [1], (
+        "what cannot be understood is no incident"
+    )
 
 
 def test_events_are_not_lost_while_the_metrics_cannot_be_read(run: RunDirectory) -> None:
@@ -162,7 +187,9 @@ def test_rows_are_read_and_not_mapped_for_the_screen(run: RunDirectory) -> None:
 
 
 def test_parse_counts_what_is_no_event() -> None:
-    events, end, unreadable = journal.parse_counted(b'\n{"seq":1,"time":0,"kind":"note"}\n{\n  \n{"seq"')
+    events, end, unreadable = journal.parse_counted(
+        b'\n{"seq":1,"time":0,"kind":"note"}\n{\n  \n{"seq"'
+    )
     assert (len(events), end, unreadable) == (1, 39, 1)
 
 
@@ -186,7 +213,11 @@ def test_a_reader_that_fails_says_so_and_starts_again(
     monkeypatch.setattr(reader, part, fails)
     reader.start(lambda: None)
     try:
-        wait_for(lambda: "the reader failed and starts again: KeyError: 'a column" in reader.latest().trouble)
+        wait_for(
+            lambda: (
+                "the reader failed and starts again: KeyError: 'a column" in reader.latest().trouble
+            )
+        )
         failing.clear()
         wait_for(lambda: reader.latest().series.last_step == 80)
         assert "KeyError" in reader.latest().trouble, "the next look does not wipe it off"
@@ -194,7 +225,9 @@ def test_a_reader_that_fails_says_so_and_starts_again(
         reader.close()
 
 
-def test_a_reading_that_fails_in_the_background_says_so(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reading_that_fails_in_the_background_says_so(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(reader_module, "RESTART_SECONDS", 0.01)
     reader = RunReader(run)
     reader.start(lambda: None)
@@ -255,7 +288,12 @@ async def test_the_run_list_reads_no_curve_on_the_thread_of_its_keys() -> None:
         assert app.marked == "/runs/demo/299"
         assert main not in threads, "a curve was read on the thread of the keys"
         answer.set()
-        await until(pilot, lambda: "▁" in "\n".join(strip.text for strip in app.screen._compositor.render_strips()))
+        await until(
+            pilot,
+            lambda: (
+                "▁" in "\n".join(strip.text for strip in app.screen._compositor.render_strips())
+            ),
+        )
 
 
 async def test_a_run_list_that_cannot_be_read_says_so() -> None:

@@ -27,7 +27,9 @@ STYLES = [
 ]  # fmt: skip
 Frame = list[list[tuple[str, int]]]  # [HEIGHT][WIDTH] of character and number of a style
 _cells = st.tuples(st.sampled_from("ab⠿█ "), st.integers(0, len(STYLES) - 1))
-_frames = st.lists(st.lists(_cells, min_size=WIDTH, max_size=WIDTH), min_size=HEIGHT, max_size=HEIGHT)
+_frames = st.lists(
+    st.lists(_cells, min_size=WIDTH, max_size=WIDTH), min_size=HEIGHT, max_size=HEIGHT
+)
 
 
 def strip_of(cells: list[tuple[str, int]]) -> Strip:
@@ -35,7 +37,9 @@ def strip_of(cells: list[tuple[str, int]]) -> Strip:
 
 
 def update(frame: Frame, spans: list[tuple[int, int, int]], cuts: list[int]) -> ChopsUpdate:
-    """As the compositor hands it over: rows in pieces between cuts, and which cells of them are new."""
+    """As the compositor hands it over: rows in pieces between cuts, and which cells of them are
+    new.
+    """
     pieces = list(itertools.pairwise(cuts))
     chops = [{x: strip_of(line[x:end]) for x, end in pieces} for line in frame]
     return ChopsUpdate(chops, spans, [cuts[1:]] * HEIGHT)
@@ -58,7 +62,10 @@ def shown(*sequences: str) -> list[list[tuple[Any, ...]]]:
     before=_frames,
     after=_frames,
     cuts=st.sets(st.integers(1, WIDTH - 1), max_size=3),
-    spans=st.lists(st.tuples(st.integers(0, HEIGHT - 1), st.integers(0, WIDTH - 1), st.integers(1, 5)), max_size=4),
+    spans=st.lists(
+        st.tuples(st.integers(0, HEIGHT - 1), st.integers(0, WIDTH - 1), st.integers(1, 5)),
+        max_size=4,
+    ),
 )
 def test_the_cells_that_changed_make_the_whole_frame(
     before: Frame, after: Frame, cuts: set[int], spans: list[tuple[int, int, int]]
@@ -67,17 +74,22 @@ def test_the_cells_that_changed_make_the_whole_frame(
     for y, x, length in spans:
         new[y][x : min(WIDTH, x + length)] = [True] * (min(WIDTH, x + length) - x)
     after = [
-        [b if fresh else a for a, b, fresh in zip(*rows, strict=True)] for rows in zip(before, after, new, strict=True)
+        [b if fresh else a for a, b, fresh in zip(*rows, strict=True)]
+        for rows in zip(before, after, new, strict=True)
     ]
     stretches = []
     for y, flags in enumerate(new):
-        edges = [x for x in range(WIDTH + 1) if (x < WIDTH and flags[x]) != (x > 0 and flags[x - 1])]
+        edges = [
+            x for x in range(WIDTH + 1) if (x < WIDTH and flags[x]) != (x > 0 and flags[x - 1])
+        ]
         stretches += [(y, x1, x2) for x1, x2 in zip(edges[::2], edges[1::2], strict=True)]
     where, terminal = sorted({0, WIDTH, *cuts}), terminal_of("truecolor")
     everything = [(y, 0, WIDTH) for y in range(HEIGHT)]
     first = update(before, everything, where).render_segments(terminal)
     partial = Cells(update(after, stretches, where)).render_segments(terminal)
-    assert shown(first, partial) == shown(update(after, everything, where).render_segments(terminal))
+    assert shown(first, partial) == shown(
+        update(after, everything, where).render_segments(terminal)
+    )
     assert shown(Cells(update(before, everything, where)).render_segments(terminal)) == shown(first)
 
 
@@ -86,14 +98,20 @@ def test_one_number_costs_one_number(style: int) -> None:
     frame: Frame = [[("a", style)] * WIDTH for _ in range(HEIGHT)]
     terminal = terminal_of("truecolor")
     told = Cells(update(frame, [(1, 8, 10)], [0, 4, WIDTH])).render_segments(terminal)
-    assert told.startswith("\x1b[2;9H") and told.endswith("aa\x1b[0m" if style == 4 else "aa\x1b[39;49m")
+    assert told.startswith("\x1b[2;9H") and told.endswith(
+        "aa\x1b[0m" if style == 4 else "aa\x1b[39;49m"
+    )
     assert len(told) < 60
 
 
 def test_a_wide_character_at_the_edge_leaves_no_half() -> None:
-    """Rows with such characters are refreshed as a whole; a dialog above may still cut one in two."""
+    """Rows with such characters are refreshed as a whole; a dialog above may still cut one in
+    two.
+    """
     chops = [{0: Strip([Segment("a語b" + "." * (WIDTH - 4), STYLES[0])])} for _ in range(HEIGHT)]
-    partial = Cells(ChopsUpdate(chops, [(0, 2, 5)], [[WIDTH]] * HEIGHT)).render_segments(terminal_of("truecolor"))
+    partial = Cells(ChopsUpdate(chops, [(0, 2, 5)], [[WIDTH]] * HEIGHT)).render_segments(
+        terminal_of("truecolor")
+    )
     assert "語" not in partial
     row = shown(partial)[0]
     assert [cell[0] for cell in row[2:5]] == [" ", "b", "."]

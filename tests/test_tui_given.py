@@ -1,4 +1,6 @@
-"""Of a curve that grows only the last dot columns are computed, and they are those that all of its points make."""
+"""Of a curve that grows only the last dot columns are computed, and they are those that all of its
+points make.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,14 @@ CELLS = 90
     "looks", [{}, {"axis": "tokens"}, {"smooth": 2}, {"span": 200.0}, {"span": 300.0, "end": 900.0}]
 )
 def test_what_grows_is_what_is_there(looks: dict[str, object]) -> None:
-    """With rollbacks, sums of old rows and steps that were tried again; against an eye that has seen nothing."""
-    fake, track, eyes = FakeRun().begin(), Track((), ("tokens",), exact=64), {"loss": Eye(), "grad_norm": Eye()}
+    """With rollbacks, sums of old rows and steps that were tried again; against an eye that has
+    seen nothing.
+    """
+    fake, track, eyes = (
+        FakeRun().begin(),
+        Track((), ("tokens",), exact=64),
+        {"loss": Eye(), "grad_norm": Eye()},
+    )
     rng, added = np.random.default_rng(3), 0
     for turn in range(120):
         fake.advance(fake.step + int(rng.integers(1, 30)))
@@ -39,11 +47,15 @@ def test_what_grows_is_what_is_there(looks: dict[str, object]) -> None:
         view = replace(View(replace(snapshot_of(fake), series=series), fake.time), **looks)  # type: ignore[arg-type]
         scale = axis.x_scale(view, CELLS)
         for signal, eye in eyes.items():
-            assert eye.look(view, signal, scale, 12).key() == Eye().look(view, signal, scale, 12).key(), (turn, signal)
+            assert (
+                eye.look(view, signal, scale, 12).key() == Eye().look(view, signal, scale, 12).key()
+            ), (turn, signal)
 
 
 def test_a_frame_looks_at_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not a matter of time: the values that are read for a frame in which three rows came are counted."""
+    """Not a matter of time: the values that are read for a frame in which three rows came are
+    counted.
+    """
     fake = FakeRun(total=400_000).begin()
     fake.advance(200_000, checkpoints=0, ring=0)
     track, eye, looked = Track(), Eye(), [0]
@@ -67,4 +79,7 @@ def test_a_frame_looks_at_little(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(counts[1:]) < 200 and counts[0] > 10 * max(counts[1:])
     again = eye.look(view, "loss", axis.x_scale(view, CELLS), 12)
     looked[0] = 0
-    assert eye.look(view, "loss", axis.x_scale(view, CELLS), 12).key() == again.key() and looked[0] == 0
+    assert (
+        eye.look(view, "loss", axis.x_scale(view, CELLS), 12).key() == again.key()
+        and looked[0] == 0
+    )

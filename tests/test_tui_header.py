@@ -1,4 +1,6 @@
-"""The header and the line of facts: which state a run is in, and that nothing is shown as if it lived or were well."""
+"""The header and the line of facts: which state a run is in, and that nothing is shown as if it
+lived or were well.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from tests.fake_run import FakeRun, example, snapshot_of
 from tests.test_tui_panels import text
 
 
-def look(fake: FakeRun | None = None, *, silence: float = 0.4, read_only: bool = False, **status: Any) -> View:
+def look(
+    fake: FakeRun | None = None, *, silence: float = 0.4, read_only: bool = False, **status: Any
+) -> View:
     """A run as a viewer sees it, `silence` seconds after its last heartbeat."""
     fake = fake or example()
     told = snapshot_of(fake)
@@ -48,7 +52,8 @@ def footer(view: View, width: int = 120) -> str:
 
 @pytest.mark.fault("T13")
 @pytest.mark.parametrize(
-    ("silence", "age"), [(2 * 86400.0 + 79200, "2 d"), (3 * 3600.0, "3 h"), (700.0, "11 min"), (11.0, "11 s")]
+    ("silence", "age"),
+    [(2 * 86400.0 + 79200, "2 d"), (3 * 3600.0, "3 h"), (700.0, "11 min"), (11.0, "11 s")],
 )
 def test_a_dead_run_says_for_how_long_and_shows_no_speed(silence: float, age: str) -> None:
     shown = header(look(silence=silence))
@@ -59,7 +64,9 @@ def test_a_dead_run_says_for_how_long_and_shows_no_speed(silence: float, age: st
 
 @pytest.mark.fault("T13")
 def test_a_dead_run_has_no_control_keys() -> None:
-    assert "p pause" in footer(look()) and "p pause" in footer(look(silence=20.0)), "a slow disk is no death"
+    assert "p pause" in footer(look()) and "p pause" in footer(look(silence=20.0)), (
+        "a slow disk is no death"
+    )
     dead = footer(look(silence=86400.0))
     assert "p pause" not in dead and "roll" not in dead and "q leave" in dead
 
@@ -85,7 +92,9 @@ def test_a_resumed_run_in_set_up_shows_nothing_of_its_dead_processes(phase: Phas
 
 @pytest.mark.fault("T16")
 def test_a_new_start_writes_nothing_of_the_dead_processes(tmp_path: Path) -> None:
-    """`ctl --preview` reads the status as well: it must not offer a state in memory that is gone."""
+    """`ctl --preview` reads the status as well: it must not offer a state in memory that is
+    gone.
+    """
     run = example().write(tmp_path)
     before = run.read_status()
     assert before is not None and {one.tier for one in before.snapshots} == {"memory", "disk"}
@@ -117,9 +126,18 @@ def test_what_is_advised_stands_in_the_journal_once_an_incident() -> None:
     fake = FakeRun().begin().advance(100)
     for step in range(101, 131):
         would = "skip" if step < 103 else "rollback"
-        fake.event("verdict", f"would {would} at step {step}", action="apply", would=would, incident=1, at_step=step)
+        fake.event(
+            "verdict",
+            f"would {would} at step {step}",
+            action="apply",
+            would=would,
+            incident=1,
+            at_step=step,
+        )
     fake.event("incident", "incident 1: recovered", number=1, state="recovered")
-    fake.event("verdict", "would skip at step 200", action="apply", would="skip", incident=2, at_step=200)
+    fake.event(
+        "verdict", "would skip at step 200", action="apply", would="skip", incident=2, at_step=200
+    )
     shown = text(log.build(look(fake), 80, 40, State()))
     lines = [line for line in shown.splitlines() if "would" in line]
     assert [line.split("▲ ")[1] for line in lines] == [
@@ -134,11 +152,18 @@ def test_nothing_is_green_over_damage_that_no_one_has_dealt_with() -> None:
     assert shown.startswith(" ▲ LOSS +8.5 since 400 "), shown
     tones = {tone for piece, tone in panels.header(look_at(standing), 120, 1)[0] if "LOSS" in piece}
     assert tones == {"warn"}
-    assert "unresolved since step 400: loss 10.3, +8.5 above its trend, no action was taken" in facts(look_at(standing))
-    assert header(look_at({**standing, "is_open": True})).startswith(" ▲ UNSTABLE, no action (advise)")
+    assert (
+        "unresolved since step 400: loss 10.3, +8.5 above its trend, no action was taken"
+        in facts(look_at(standing))
+    )
+    assert header(look_at({**standing, "is_open": True})).startswith(
+        " ▲ UNSTABLE, no action (advise)"
+    )
     assert header(look_at({**standing, "is_open": True, "acted": True})).startswith(" ▲ RECOVERING")
     assert header(look_at({"incident": 1, "since": 400})).startswith(" ▲ UNSTABLE since 400")
-    assert header(look_at(standing, phase="finished")).startswith(" ▲ FINISHED, LOSS +8.5 since 400")
+    assert header(look_at(standing, phase="finished")).startswith(
+        " ▲ FINISHED, LOSS +8.5 since 400"
+    )
     assert header(look_at(standing, phase="halted")).startswith(" ✗ HALTED")
     assert header(look()).startswith(" ● HEALTHY")
 
@@ -155,10 +180,14 @@ def test_a_question_counts_down() -> None:
     fake = example().ask("why")
     left = header(look(fake, deadline=fake.time + 1792, silence=1.0))
     assert left.startswith(" ◆ NEEDS ANSWER 29:51 ")
-    assert header(look(fake, deadline=fake.time + 7200, silence=0.0)).startswith(" ◆ NEEDS ANSWER 2:00:00 ")
+    assert header(look(fake, deadline=fake.time + 7200, silence=0.0)).startswith(
+        " ◆ NEEDS ANSWER 2:00:00 "
+    )
     assert header(look(fake)).startswith(" ◆ NEEDS ANSWER  ")
     other_clock = replace(look(fake, deadline=fake.time + 60).snapshot, heard=fake.time + 1000)
-    assert header(View(other_clock, fake.time + 1010)).startswith(" ◆ NEEDS ANSWER 0:50 "), "clocks may differ"
+    assert header(View(other_clock, fake.time + 1010)).startswith(" ◆ NEEDS ANSWER 0:50 "), (
+        "clocks may differ"
+    )
 
 
 def test_a_pause_says_by_whom() -> None:
@@ -185,9 +214,25 @@ def test_the_embedding_factor_has_a_mark_with_its_number() -> None:
 def test_a_standing_factor_is_shown_with_since_by_and_until() -> None:
     fake = example()
     assert "×" not in facts(look(fake))
-    fake.event("command", "embed-alpha x0.1", id="a", command="embed-alpha", value=0.1, effect="applied", who="ann@vm")
+    fake.event(
+        "command",
+        "embed-alpha x0.1",
+        id="a",
+        command="embed-alpha",
+        value=0.1,
+        effect="applied",
+        who="ann@vm",
+    )
     assert "embedding ×0.1 since 1,285 by ann" in facts(look(fake))
-    fake.event("command", "embed-alpha x1", id="b", command="embed-alpha", value=1.0, effect="applied", who="ann@vm")
+    fake.event(
+        "command",
+        "embed-alpha x1",
+        id="b",
+        command="embed-alpha",
+        value=1.0,
+        effect="applied",
+        who="ann@vm",
+    )
     assert "embedding" not in facts(look(fake))
     clip = {"kind": "clip", "value": 0.5, "from_step": 1280, "hold": 20, "back": 10}
     span = {"first": 0, "last": 16, "cause": "rejected", "step": 1280}
@@ -195,7 +240,9 @@ def test_a_standing_factor_is_shown_with_since_by_and_until() -> None:
     assert "clip ×0.5 since 1,280 by guard until 1,310" in facts(look(fake))
     assert "clip ×0.682 since" in facts(look(fake, step=1302)), "on its way back"
     assert "clip" not in facts(look(fake, step=1310))
-    fake.event("undo", "undone", spans=[span], rollbacks=[], pardons=[], to_step=1279, new_timeline=2)
+    fake.event(
+        "undo", "undone", spans=[span], rollbacks=[], pardons=[], to_step=1279, new_timeline=2
+    )
     assert "clip" not in facts(look(fake))
 
 
@@ -227,8 +274,12 @@ def test_the_name_of_the_run_stays(width: int, read_only: bool) -> None:
 @pytest.mark.fault("T20")
 @pytest.mark.parametrize("width", [36, 40, 44, 60])
 def test_ages_of_states_are_short_and_whole(width: int) -> None:
-    info = SnapshotInfo(step=1200, cursor=0, timeline=0, tier="disk", state="good", time=100.0, bytes=41_000_000)
-    status = msgspec.structs.replace(example().status, snapshots=(info,), heartbeat=100.0 + 3 * 86400)
+    info = SnapshotInfo(
+        step=1200, cursor=0, timeline=0, tier="disk", state="good", time=100.0, bytes=41_000_000
+    )
+    status = msgspec.structs.replace(
+        example().status, snapshots=(info,), heartbeat=100.0 + 3 * 86400
+    )
     view = View(Snapshot("a/b", status=status, heard=status.heartbeat), status.heartbeat)
     shown = text(snapshots.build(view, width, 4, State())).splitlines()[1]
     assert shown.rstrip().endswith("3 d") and "good" in shown and cell_len(shown) <= width, shown

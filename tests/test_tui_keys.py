@@ -1,4 +1,6 @@
-"""Every key of the table is pressed; what it sends is looked at; nothing destructive happens by a slip."""
+"""Every key of the table is pressed; what it sends is looked at; nothing destructive happens by a
+slip.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ class Clock:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the keys did: commands sent, the message line, the screen on top, the exit code if the screen was left."""
+    """What the keys did: commands sent, the message line, the screen on top, the exit code if the
+    screen was left.
+    """
 
     sent: list[Command]
     message: str
@@ -139,7 +143,9 @@ async def test_every_control_key_sends_its_command(key: str) -> None:
 
 async def test_a_note_goes_into_the_journal_with_a_name() -> None:
     async def written(pilot: Pilot[None], reader: FakeReader) -> None:
-        assert len(reader.notes) == 1 and reader.notes[0].startswith("qp (") and "@" in reader.notes[0]
+        assert (
+            len(reader.notes) == 1 and reader.notes[0].startswith("qp (") and "@" in reader.notes[0]
+        )
 
     assert not (await act("n", "q", "p", "enter", script=written)).sent
 
@@ -156,22 +162,33 @@ def test_why_a_key_did_nothing_is_said_for_ten_seconds() -> None:
 
 async def test_a_preview_says_what_is_lost_before_anything_is_sent() -> None:
     async def look(pilot: Pilot[None], reader: FakeReader) -> None:
-        assert isinstance(pilot.app.screen, Confirm) and "working out" in text_of(pilot.app.screen.query(Lines).first())
+        assert isinstance(pilot.app.screen, Confirm) and "working out" in text_of(
+            pilot.app.screen.query(Lines).first()
+        )
         told = Preview(command="rollback", to_step=1270, tier="memory", state="good", steps_lost=14, seconds_lost=130.0,
                        samples=224, lr_before=1e-3, lr=5e-4)  # fmt: skip
         reader.put(replace(reader.snapshot, previews={reader.previewed[0].id: told}))
         await pilot.pause(0.3)
         shown = text_of(pilot.app.screen.query(Lines).first())
-        for words in ("Loses 14 steps, 2 min 10 s of training", "Leaves out 224 samples", "0.0005, now 0.001", "▸ No"):
+        for words in (
+            "Loses 14 steps, 2 min 10 s of training",
+            "Leaves out 224 samples",
+            "0.0005, now 0.001",
+            "▸ No",
+        ):
             assert words in shown
-        assert reader.previewed[0].kind is CommandKind.ROLLBACK and reader.previewed[0].value == 1270.0
+        assert (
+            reader.previewed[0].kind is CommandKind.ROLLBACK and reader.previewed[0].value == 1270.0
+        )
 
     assert not (await act("r", "enter", script=look, foresees=False)).sent
 
 
 @pytest.mark.parametrize("yes", [["y"], ["down", "enter"]])
 @pytest.mark.parametrize("then", [[], ["escape"]])
-async def test_a_yes_before_the_preview_is_complete_waits_for_it(yes: list[str], then: list[str]) -> None:
+async def test_a_yes_before_the_preview_is_complete_waits_for_it(
+    yes: list[str], then: list[str]
+) -> None:
     """It was ignored without a word: a dialog that had been answered stayed open."""
 
     async def look(pilot: Pilot[None], reader: FakeReader) -> None:
@@ -194,7 +211,9 @@ async def test_a_command_that_would_be_refused_says_so_first() -> None:
         told = Preview(command="undo", possible=False, refusal="there is nothing to take back")
         reader.put(replace(reader.snapshot, previews={reader.previewed[0].id: told}))
         await pilot.pause(0.3)
-        assert "✗ It would be refused: there is nothing" in text_of(pilot.app.screen.query(Lines).first())
+        assert "✗ It would be refused: there is nothing" in text_of(
+            pilot.app.screen.query(Lines).first()
+        )
 
     assert not (await act("u", script=look)).sent
 
@@ -216,7 +235,9 @@ BEFORE = {"home": ["2", "down", "down"], "pageup": ["2", "end"], "up": ["2", "en
 LEAVING = ("q", "ctrl+c", "ctrl+q")
 
 
-async def test_every_other_key_sends_nothing_and_does_something(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_every_other_key_sends_nothing_and_does_something(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """All keys in one session; before each the viewer looks at everything as at first."""
     monkeypatch.setenv("COLORTERM", "truecolor")
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -293,10 +314,23 @@ def test_every_binding_of_a_dialog_is_explained() -> None:
     told = re.split(r"[\s,().;]+", " ".join(f"{shown} {text}" for shown, text in keys.DIALOG_KEYS))
     words = {"up": "↑", "down": "↓", "enter": "Enter", "escape": "Esc", "pageup": "PgUp", "pagedown": "PgDn",
              "ctrl+p": "Ctrl+P", "home": "Home", "end": "End", "space": "Space", "question_mark": "?"}  # fmt: skip
-    for dialog in (Dialog, Choose, Toggle, Confirm, Number, Text, Palette, Pager, Question, Evidence):
+    for dialog in (
+        Dialog,
+        Choose,
+        Toggle,
+        Confirm,
+        Number,
+        Text,
+        Palette,
+        Pager,
+        Question,
+        Evidence,
+    ):
         for binding in dialog.BINDINGS:
             for name in binding.key.split(","):  # type: ignore[union-attr]
-                assert words.get(name, name) in told, f"{dialog.__name__}: {name} is not in DIALOG_KEYS"
+                assert words.get(name, name) in told, (
+                    f"{dialog.__name__}: {name} is not in DIALOG_KEYS"
+                )
 
 
 async def test_help_shows_every_key() -> None:
@@ -445,13 +479,17 @@ async def test_a_dialog_that_controls_a_run_closes_when_the_run_ends(presses: li
         await pilot.press("enter")
 
     done = await act(*presses, fake=fake, script=ends)
-    assert not done.sent and done.message == "the run has ended (stopped); there is nothing to control"
+    assert (
+        not done.sent and done.message == "the run has ended (stopped); there is nothing to control"
+    )
 
 
 async def test_a_click_only_marks() -> None:
     async def click(pilot: Pilot[None], reader: FakeReader) -> None:
         body = pilot.app.screen.query_one(".body", Lines)
-        yes = next(y for y, row in enumerate(body.rows) if "Yes" in "".join(text for text, _ in row))
+        yes = next(
+            y for y, row in enumerate(body.rows) if "Yes" in "".join(text for text, _ in row)
+        )
         await pilot.click(offset=(body.region.x + 6, body.region.y + yes))
         await pilot.pause()
         assert "▸ Yes" in text_of(body)
@@ -475,7 +513,9 @@ async def test_a_question_comes_up_by_itself_once() -> None:
     assert not (await act(script=look, fake=asking())).sent
 
 
-@pytest.mark.parametrize(("presses", "value"), [(["enter"], 0.0), (["down", "enter"], 1.0), (["end", "enter"], 2.0)])
+@pytest.mark.parametrize(
+    ("presses", "value"), [(["enter"], 0.0), (["down", "enter"], 1.0), (["end", "enter"], 2.0)]
+)
 async def test_answers(presses: list[str], value: float) -> None:
     """In a dialog that a key has opened; one that opened by itself takes no Enter at first."""
     fake = asking()
@@ -575,15 +615,24 @@ def again(fake: FakeRun, question: str, *, line: int | None = None) -> Snapshot:
     if not hasattr(snapshot.status, "question_number"):
         return snapshot  # a run of an older version does not say it
     number = fake.events[-1].seq + (line is not None)
-    return replace(snapshot, status=msgspec.structs.replace(snapshot.status, question_number=number))
+    return replace(
+        snapshot, status=msgspec.structs.replace(snapshot.status, question_number=number)
+    )
 
 
 @pytest.mark.fault("T2")
-async def test_a_question_shows_no_choices_of_another_and_takes_no_enter_until_its_own_are_there() -> None:
+async def test_a_question_shows_no_choices_of_another_and_takes_no_enter_until_its_own_are_there() -> (
+    None
+):
     fake = asking()
 
     async def next_question(pilot: Pilot[None], reader: FakeReader) -> None:
-        reader.put(replace(snapshot_of(fake), status=again(fake, "the loss stays up: proposed: halt", line=0).status))
+        reader.put(
+            replace(
+                snapshot_of(fake),
+                status=again(fake, "the loss stays up: proposed: halt", line=0).status,
+            )
+        )
         await pilot.pause(0.5)
         await pilot.press("escape", "a")
         await pilot.pause(0.3)
@@ -593,7 +642,9 @@ async def test_a_question_shows_no_choices_of_another_and_takes_no_enter_until_i
         await pilot.press("enter")
         await pilot.pause(0.3)
         assert isinstance(pilot.app.screen, Question) and not reader.sent
-        fake.event("paused", "the loss stays up: proposed: halt", proposals=["halt", "go on", "stop"])
+        fake.event(
+            "paused", "the loss stays up: proposed: halt", proposals=["halt", "go on", "stop"]
+        )
         reader.put(again(fake, "the loss stays up: proposed: halt"))
         await pilot.pause(0.5)
         assert "Do as proposed: save and end" in text_of(pilot.app.screen.query(Lines).first())
@@ -606,7 +657,13 @@ async def test_a_question_shows_no_choices_of_another_and_takes_no_enter_until_i
 
 async def test_an_answer_carries_what_its_question_said_that_it_would_do() -> None:
     fake = example()
-    told = {"action": "rollback", "command": "rollback", "to_step": 1270, "tier": "memory", "steps_lost": 14}
+    told = {
+        "action": "rollback",
+        "command": "rollback",
+        "to_step": 1270,
+        "tier": "memory",
+        "steps_lost": 14,
+    }
     fake.phase, fake.question = Phase.PAUSED, "the loss stays up: proposed: rollback"
     fake.event("paused", fake.question, proposals=[told, {"action": "go_on"}, {"action": "stop"}])
     (sent,) = (await act("escape", "a", "enter", fake=fake)).sent
@@ -628,7 +685,8 @@ async def test_a_second_question_closes_the_dialog_of_the_first_and_has_its_own(
         first = pilot.app.screen
         assert isinstance(first, Question)
         fake.event("resumed", "training goes on: go on")
-        fake.event("paused", fake.question, proposals=["halt", "go on", "stop"])  # in the very same words
+        # in the very same words
+        fake.event("paused", fake.question, proposals=["halt", "go on", "stop"])
         reader.put(again(fake, fake.question))
         await pilot.pause(0.5)
         assert isinstance(pilot.app.screen, Question) and pilot.app.screen is not first
@@ -656,7 +714,11 @@ async def test_a_question_that_opens_takes_no_key_that_was_meant_for_something_e
         early.time -= 60.0  # pressed before the dialog was drawn
         await pilot.app.on_event(early)
         await pilot.pause()
-        assert isinstance(pilot.app.screen, Question) and pilot.app.screen.cursor == 0 and not reader.sent
+        assert (
+            isinstance(pilot.app.screen, Question)
+            and pilot.app.screen.cursor == 0
+            and not reader.sent
+        )
         monkeypatch.setattr(dialogs, "SETTLED_SECONDS", 0.0)  # as if a second had passed
         await pilot.press("enter")
         await pilot.pause(0.3)
@@ -720,7 +782,14 @@ async def test_yes_is_taken_only_when_its_text_stands() -> None:
         await pilot.press("down", "enter")
         await pilot.pause(0.3)
         assert isinstance(pilot.app.screen, Confirm) and not reader.sent
-        told = Preview(command="undo", value=8.0, to_step=1270, tier="memory", steps_lost=14, steps_lost_most=24)
+        told = Preview(
+            command="undo",
+            value=8.0,
+            to_step=1270,
+            tier="memory",
+            steps_lost=14,
+            steps_lost_most=24,
+        )
         reader.put(replace(reader.snapshot, previews={reader.previewed[0].id: told}))
         await pilot.pause(0.3)
         await pilot.press("y")
@@ -753,14 +822,18 @@ async def test_a_preview_is_renewed_and_the_command_carries_the_one_that_was_see
     async def look(pilot: Pilot[None], reader: FakeReader) -> None:
         clock = pilot.app._clock  # type: ignore[attr-defined]
         id = reader.previewed[0].id
-        told = Preview(command="undo", value=8.0, to_step=1270, tier="memory", steps_lost=4, steps_lost_most=14)
+        told = Preview(
+            command="undo", value=8.0, to_step=1270, tier="memory", steps_lost=4, steps_lost_most=14
+        )
         reader.put(replace(reader.snapshot, previews={id: told}))
         await pilot.pause(0.3)
         clock.now += 1.1
         reader.put(replace(reader.snapshot, heard=clock.now))
         await pilot.pause(0.3)
         assert len(reader.previewed) == 2 and reader.previewed[1].id == id
-        told = msgspec.structs.replace(told, to_step=1141, tier="disk", steps_lost=129, steps_lost_most=139, timeline=2)
+        told = msgspec.structs.replace(
+            told, to_step=1141, tier="disk", steps_lost=129, steps_lost_most=139, timeline=2
+        )
         reader.put(replace(reader.snapshot, previews={id: told}))
         await pilot.pause(0.3)
         assert "Loses 129 steps" in text_of(pilot.app.screen.query(Lines).first())
@@ -768,7 +841,9 @@ async def test_a_preview_is_renewed_and_the_command_carries_the_one_that_was_see
         await pilot.pause(0.3)
         (sent,) = reader.sent
         assert sent.value == 8.0, "the line that was shown, not the newest decision of a later time"
-        assert sent.shown == told.shown() and sent.shown.to_step == 1141 and sent.shown.timeline == 2
+        assert (
+            sent.shown == told.shown() and sent.shown.to_step == 1141 and sent.shown.timeline == 2
+        )
 
     await act("u", script=look, foresees=False)
 
@@ -776,7 +851,9 @@ async def test_a_preview_is_renewed_and_the_command_carries_the_one_that_was_see
 # -- answers to commands
 
 
-async def answers(answer: Answer | None, *, unsent: str = "", later: float = 0.0, silent: bool = False) -> str:
+async def answers(
+    answer: Answer | None, *, unsent: str = "", later: float = 0.0, silent: bool = False
+) -> str:
     """The message line after `c` and an answer."""
     texts: list[str] = []
 
@@ -817,7 +894,9 @@ async def test_no_answer_yet_is_said() -> None:
 
 
 async def test_no_answer_and_no_sign_of_life() -> None:
-    assert "no answer yet (30 s, and no sign of life of the run)" in await answers(None, later=30.0, silent=True)
+    assert "no answer yet (30 s, and no sign of life of the run)" in await answers(
+        None, later=30.0, silent=True
+    )
 
 
 async def test_no_answer_because_the_run_has_ended() -> None:
@@ -827,11 +906,16 @@ async def test_no_answer_because_the_run_has_ended() -> None:
         reader.put(snapshot_of(fake.end(Phase.FAILED, ExitCode.WORKERS_FAILED)))
         await pilot.pause(0.3)
 
-    assert (await act("c", fake=fake, script=end)).message == "✗ checkpoint: the run ended before it answered"
+    assert (
+        await act("c", fake=fake, script=end)
+    ).message == "✗ checkpoint: the run ended before it answered"
 
 
 async def test_a_command_that_could_not_be_handed_in() -> None:
-    assert await answers(None, unsent="not your run") == "✗ checkpoint: could not be sent: not your run"
+    assert (
+        await answers(None, unsent="not your run")
+        == "✗ checkpoint: could not be sent: not your run"
+    )
 
 
 async def test_waiting_commands_are_counted() -> None:
@@ -857,4 +941,6 @@ async def test_an_answer_leaves_the_line_after_a_while() -> None:
 def test_a_view_knows_its_silence() -> None:
     snapshot = snapshot_of(example())
     assert View(snapshot, snapshot.heard + 11).health.word.startswith("NOT RESPONDING")
-    assert View(snapshot, snapshot.heard - 50).silence == 0.0, "a clock that was set back is no silence"
+    assert View(snapshot, snapshot.heard - 50).silence == 0.0, (
+        "a clock that was set back is no silence"
+    )

@@ -13,7 +13,9 @@ from guardrail.tui.numerics.scales import XScale
 from tests.plots import plot
 
 
-def drawn(y: np.ndarray, dots: int = 120, *, height: int = 12, log: bool = False) -> tuple[Plot, Curve, XScale]:
+def drawn(
+    y: np.ndarray, dots: int = 120, *, height: int = 12, log: bool = False
+) -> tuple[Plot, Curve, XScale]:
     curve = Curve.of(np.arange(1.0, len(y) + 1), np.asarray(y, dtype=float))
     scale = XScale(0.5, max(1.0, len(y) / dots), dots)
     return plot(curve, scale, height=height, log=log), curve, scale
@@ -53,7 +55,9 @@ def test_nan_and_gaps_stay_gaps_and_nothing_raises(log: bool) -> None:
     found = smoothed([curve], scale, result.scale.log, 4.0)
     assert np.isnan(found[20:30]).all() and np.isfinite(found[40])
     draw_smoothed(result, found)
-    assert not np.isfinite(smoothed([Curve.of(np.zeros(0), np.zeros(0))], scale, result.scale.log, 4.0)).any()
+    assert not np.isfinite(
+        smoothed([Curve.of(np.zeros(0), np.zeros(0))], scale, result.scale.log, 4.0)
+    ).any()
 
 
 def test_the_smoothed_line_has_its_cells_for_itself() -> None:
@@ -73,7 +77,9 @@ def test_the_smoothed_line_has_its_cells_for_itself() -> None:
     st.integers(1, 14),
     st.integers(0, 2**31),
 )  # fmt: skip
-def test_marks_never_hide_an_alarm_or_each_other(marks: list[tuple[float, str, str]], height: int, seed: int) -> None:
+def test_marks_never_hide_an_alarm_or_each_other(
+    marks: list[tuple[float, str, str]], height: int, seed: int
+) -> None:
     y = 2 + np.random.default_rng(seed).normal(0, 0.5, 120)
     y[[30, 31]], y[70] = np.nan, 50.0
     result, _, scale = drawn(y, height=height)
@@ -83,17 +89,24 @@ def test_marks_never_hide_an_alarm_or_each_other(marks: list[tuple[float, str, s
     assert alarms[0] == alarms[1]
     for row in range(len(result.codes)):
         for word in "".join(
-            chr(code) if ink == Ink.WARN else " " for code, ink in zip(result.codes[row], result.inks[row], strict=True)
+            chr(code) if ink == Ink.WARN else " "
+            for code, ink in zip(result.codes[row], result.inks[row], strict=True)
         ).split():
-            assert any(word in (letter, letter + label) for _, letter, label in marks), f"{word} is two marks in one"
+            assert any(word in (letter, letter + label) for _, letter, label in marks), (
+                f"{word} is two marks in one"
+            )
 
 
 def test_the_first_mark_gets_its_place_with_its_label() -> None:
     result, _, scale = drawn(np.full(120, 2.0))
     put_marks(
-        result, scale, [Mark(60, "R", "2", Ink.WARN), Mark(61, "C", "", Ink.GOOD), Mark(119, "S", "31", Ink.WARN)]
+        result,
+        scale,
+        [Mark(60, "R", "2", Ink.WARN), Mark(61, "C", "", Ink.GOOD), Mark(119, "S", "31", Ink.WARN)],
     )
     text = "\n".join(result.text(row) for row in range(len(result.codes)))
-    assert "R2" in text and "C" in text and "S" in text and "S31" not in text, "no room for the label at the edge"
+    assert "R2" in text and "C" in text and "S" in text and "S31" not in text, (
+        "no room for the label at the edge"
+    )
     line = next(row for row in range(12) if (result.inks[row] == Ink.LINE).sum() > 30)
     assert result.text(line - 1).find("R2") == scale.cell(60)

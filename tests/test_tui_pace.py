@@ -67,7 +67,9 @@ def rows_come(reader: FakeReader) -> Callable[[], None]:
     def come() -> None:
         old = reader.snapshot
         assert old.status is not None
-        status = msgspec.structs.replace(old.status, step=old.status.step + 1, heartbeat=old.status.heartbeat + TURN)
+        status = msgspec.structs.replace(
+            old.status, step=old.status.step + 1, heartbeat=old.status.heartbeat + TURN
+        )
         reader.put(replace(old, status=status, series=replace(old.series), heard=old.heard + TURN))
 
     return come
@@ -100,7 +102,9 @@ async def test_a_key_is_something_that_happens(reader: FakeReader) -> None:
         assert app._happened > 0.0
 
 
-@pytest.mark.parametrize("what", ["an event", "another mode", "a question", "trouble", "rows read again"])
+@pytest.mark.parametrize(
+    "what", ["an event", "another mode", "a question", "trouble", "rows read again"]
+)
 def test_news_are_drawn_at_once_and_watched(what: str, app: Turned, reader: FakeReader) -> None:
     app.pass_by(6.0, rows_come(reader))
     old = reader.snapshot
@@ -109,7 +113,9 @@ def test_news_are_drawn_at_once_and_watched(what: str, app: Turned, reader: Fake
     new = {
         "an event": replace(old, story=replace(old.story, lines=(*old.story.lines, line))),
         "another mode": replace(old, status=msgspec.structs.replace(old.status, mode=Mode.ASK)),
-        "a question": replace(old, status=msgspec.structs.replace(old.status, question="what now?")),
+        "a question": replace(
+            old, status=msgspec.structs.replace(old.status, question="what now?")
+        ),
         "trouble": replace(old, trouble="cannot read the run"),
         "rows read again": replace(old, looking_up=1.0),
     }[what]

@@ -1,4 +1,6 @@
-"""Rows and panels: states with glyph and word, fixed columns, rows cut to the cell, hostile text made harmless."""
+"""Rows and panels: states with glyph and word, fixed columns, rows cut to the cell, hostile text
+made harmless.
+"""
 
 from __future__ import annotations
 
@@ -51,9 +53,18 @@ HOSTILE = {
 _RAW = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u200e\u200f\ud800-\udfff]")
 BUILDERS: dict[str, Callable[[View, int, int], Sequence[Row]]] = {
     builder.__name__: builder
-    for builder in (panels.header, panels.facts, panels.message, panels.footer, incidents.newest, Sparks()._sparks)
+    for builder in (
+        panels.header,
+        panels.facts,
+        panels.message,
+        panels.footer,
+        incidents.newest,
+        Sparks()._sparks,
+    )
 } | {
-    pane.name: lambda view, width, height, pane=pane: pane.build(view, width, height, view.state(pane.name))  # type: ignore[misc]
+    pane.name: lambda view, width, height, pane=pane: pane.build(
+        view, width, height, view.state(pane.name)
+    )  # type: ignore[misc]
     for pane in PANES
 }
 
@@ -96,14 +107,19 @@ def view(**changes: object) -> View:
         ({"phase": Phase.PAUSED, "question": "?"}, {"silence": 10.1}, "? NOT RESPONDING for 10 s"),
     ],
 )
-def test_every_state_has_a_glyph_and_a_word(changes: dict[str, object], options: dict[str, object], shown: str) -> None:
+def test_every_state_has_a_glyph_and_a_word(
+    changes: dict[str, object], options: dict[str, object], shown: str
+) -> None:
     given_options: dict[str, object] = {"recovering": False, "silence": 0.0} | options
     assert str(health_of(status(**changes), **given_options)).startswith(shown)  # type: ignore[arg-type]
 
 
 def test_every_phase_has_a_health_and_words() -> None:
     for phase in Phase:
-        assert health_of(status(phase=phase), recovering=False, silence=0).word and panels.PHASES[phase]
+        assert (
+            health_of(status(phase=phase), recovering=False, silence=0).word
+            and panels.PHASES[phase]
+        )
     assert health_of(None, recovering=False, silence=0).word
 
 
@@ -121,10 +137,19 @@ def test_header_tells_health_and_step_at_every_width(width: int, mode: Mode) -> 
 
 
 def test_numbers_of_the_header_stand_in_fixed_columns() -> None:
-    """From step 9 to step 5,999, from 9 tokens a second to millions, healthy or paused: nothing moves."""
+    """From step 9 to step 5,999, from 9 tokens a second to millions, healthy or paused: nothing
+    moves.
+    """
     shown = [
-        text(panels.header(view(step=step, tokens_per_second=speed, eta_seconds=eta, phase=phase), 120, 1))
-        for step, speed, eta, phase in ((9, 9.0, 59.0, Phase.STEP), (5999, 1.2e6, 36000.0, Phase.PAUSED))
+        text(
+            panels.header(
+                view(step=step, tokens_per_second=speed, eta_seconds=eta, phase=phase), 120, 1
+            )
+        )
+        for step, speed, eta, phase in (
+            (9, 9.0, 59.0, Phase.STEP),
+            (5999, 1.2e6, 36000.0, Phase.PAUSED),
+        )
     ]
     for word in ("auto", "/ 6,000", "%", "tok/s", "ETA"):
         assert shown[0].index(word) == shown[1].index(word), word
@@ -136,7 +161,11 @@ def test_a_run_without_a_length_has_no_share() -> None:
 
 
 def test_facts_put_trouble_first() -> None:
-    shown = text(panels.facts(view(durability="degraded: No space left on device", restarts=2, lr_factor=0.5), 120, 1))
+    shown = text(
+        panels.facts(
+            view(durability="degraded: No space left on device", restarts=2, lr_factor=0.5), 120, 1
+        )
+    )
     assert shown.startswith(" ▲ disk failing: No space left on device") and "2 restarts" in shown
     assert "rate ×0.5" in shown and "disk ok" not in shown
     setting_up = text(panels.facts(view(phase=Phase.SETUP, progress="tokenizing 43 %"), 120, 1))
@@ -161,7 +190,9 @@ def test_incidents_newest_first_and_cut_to_the_height() -> None:
     assert shown.index("#2") < shown.index("#1") and len(rows) <= 12
     assert "rolled back to 1,200" in shown and "48 samples of 3 documents left out" in shown
     assert "#1" not in text(incidents.build(view(), 60, 7, State()))
-    assert "none" in text(incidents.build(View(snapshot_of(FakeRun().begin()), 0.0), 60, 5, State()))
+    assert "none" in text(
+        incidents.build(View(snapshot_of(FakeRun().begin()), 0.0), 60, 5, State())
+    )
 
 
 def test_many_documents_are_counted() -> None:
@@ -176,7 +207,8 @@ def test_many_documents_are_counted() -> None:
 def test_checkpoints_never_squeeze_the_disk_out() -> None:
     infos = tuple(
         SnapshotInfo(step=step, cursor=0, timeline=0, tier=tier, state=state, bytes=10**9)
-        for step, tier, state in [(10 * n, "memory", "candidate") for n in range(10, 20)] + [(50, "disk", "good")]
+        for step, tier, state in [(10 * n, "memory", "candidate") for n in range(10, 20)]
+        + [(50, "disk", "good")]
     )
     shown = text(snapshots.build(view(snapshots=infos), 60, 5, State()))
     assert "■        50  disk 1 GB" in shown and "○       190  memory" in shown
@@ -219,11 +251,15 @@ def test_marks_stand_on_the_curve_at_their_step() -> None:
         cell = line.index(mark)
         assert abs(cell - (GUTTER + step // 6 // 2)) <= 1, "six steps a dot, two dots a cell"
         below = [lines[row + at][cell] for at in (1, 2)]
-        assert any(0x2800 < ord(char) < 0x2900 for char in below), f"{mark} stands just above the curve: {below}"
+        assert any(0x2800 < ord(char) < 0x2900 for char in below), (
+            f"{mark} stands just above the curve: {below}"
+        )
     assert text(rows).count("C") == 2, "the checkpoint of step 1,200 gives way to the rollback"
     assert "1,000" in lines[-1]
     small = text(chart_rows(view(), "grad_norm", 120, 24))
-    assert "R2" in small and "C" not in small, "what went wrong is on all curves, the rest on the enlarged one"
+    assert "R2" in small and "C" not in small, (
+        "what went wrong is on all curves, the rest on the enlarged one"
+    )
 
 
 def test_of_many_marks_the_gravest_are_seen() -> None:
@@ -243,7 +279,9 @@ def test_of_many_marks_the_gravest_are_seen() -> None:
 
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("span", [None, 20.0, 1e6])
-def test_marks_and_the_value_cursor_keep_to_their_step_on_every_axis(axis: str, span: float | None) -> None:
+def test_marks_and_the_value_cursor_keep_to_their_step_on_every_axis(
+    axis: str, span: float | None
+) -> None:
     series = view().snapshot.series
     told = replace(view(), axis=axis, span=span, at=1207.0)
     scale = x_scale(told, 100)
@@ -257,17 +295,27 @@ def test_marks_and_the_value_cursor_keep_to_their_step_on_every_axis(axis: str, 
 def test_axes_count_only_what_was_learnt_and_from_the_first_row() -> None:
     series = view().snapshot.series
     tokens, seconds = series.along("tokens"), series.along("time")
-    assert tokens[-1] == view().snapshot.status.tokens, "rejected and rolled back rows taught nothing"
-    assert (np.diff(tokens) >= 0).all() and (np.diff(seconds) >= 0).all() and len(series.ghosts[-1].along("tokens"))
+    assert tokens[-1] == view().snapshot.status.tokens, (
+        "rejected and rolled back rows taught nothing"
+    )
+    assert (
+        (np.diff(tokens) >= 0).all()
+        and (np.diff(seconds) >= 0).all()
+        and len(series.ghosts[-1].along("tokens"))
+    )
     shown = text(chart_rows(replace(view(), axis="time"), "loss", 100, 16)[-2:])
-    assert shown.splitlines()[0].endswith("─ time") and shown.splitlines()[1].split()[0] == "0:00:00"
+    assert (
+        shown.splitlines()[0].endswith("─ time") and shown.splitlines()[1].split()[0] == "0:00:00"
+    )
 
 
 def test_smoothing_is_a_line_on_a_pale_curve() -> None:
     rows = chart_rows(replace(view(), smooth=1), "grad_norm", 100, 16)
     tones = {tone.removesuffix(BAND) for line in rows for _, tone in line}
     assert {"raw", "grad_norm"} <= tones and "smoothed" in text(rows[:1])
-    assert "raw" not in {tone.removesuffix(BAND) for line in chart_rows(view(), "loss", 100, 16) for _, tone in line}
+    assert "raw" not in {
+        tone.removesuffix(BAND) for line in chart_rows(view(), "loss", 100, 16) for _, tone in line
+    }
 
 
 def test_a_signal_of_any_name_has_a_chart() -> None:
@@ -284,7 +332,9 @@ def test_the_title_says_the_value() -> None:
     fake = FakeRun().begin().advance(300).not_a_number()
     assert "× NaN" in text(chart_rows(View(snapshot_of(fake), 0.0), "loss", 60, 8)[:1])
     assert "no steps yet" in text(chart_rows(View(Snapshot("a"), 0.0), "loss", 60, 8))
-    assert "reading the metrics" in text(chart_rows(View(Snapshot("a", loaded=False), 0.0), "loss", 60, 8))
+    assert "reading the metrics" in text(
+        chart_rows(View(Snapshot("a", loaded=False), 0.0), "loss", 60, 8)
+    )
 
 
 def test_the_axis_reaches_to_the_end_of_a_run_that_is_nearly_there() -> None:
@@ -295,7 +345,11 @@ def test_the_axis_reaches_to_the_end_of_a_run_that_is_nearly_there() -> None:
 def test_a_stretch_that_follows_stands_still_most_of_the_time() -> None:
     seen = set()
     for step in range(1000, 1100):
-        told = replace(view(), span=200.0, snapshot=replace(view().snapshot, series=Series(step=np.arange(1.0, step))))
+        told = replace(
+            view(),
+            span=200.0,
+            snapshot=replace(view().snapshot, series=Series(step=np.arange(1.0, step))),
+        )
         scale = x_scale(told, 100)
         seen.add(scale.first)
         assert scale.first <= step - 1 <= scale.last, "the newest step is in sight"
@@ -303,7 +357,9 @@ def test_a_stretch_that_follows_stands_still_most_of_the_time() -> None:
 
 
 def test_the_value_cursor_reads_what_was_at_its_step() -> None:
-    series = Series(step=np.array([1.0, 2.0, 2.0, 3.0]), values={"loss": np.array([5.0, 9.0, 4.0, 3.0])})
+    series = Series(
+        step=np.array([1.0, 2.0, 2.0, 3.0]), values={"loss": np.array([5.0, 9.0, 4.0, 3.0])}
+    )
     told = [series.at("loss", step) for step in (0.5, 1, 2, 2.5, 99)]
     assert told == [None, 5.0, 4.0, 4.0, 3.0] and series.at("lr", 2) is None
     shown = text(chart_rows(replace(view(), at=1000.0), "loss", 80, 12))
@@ -370,7 +426,9 @@ def hostile_run(evil: str) -> Snapshot:
 
 @pytest.mark.parametrize("size", [(110, 30), (60, 15)], ids=str)
 @pytest.mark.parametrize("kind", HOSTILE)
-async def test_hostile_text_never_reaches_the_terminal_raw(kind: str, size: tuple[int, int]) -> None:
+async def test_hostile_text_never_reaches_the_terminal_raw(
+    kind: str, size: tuple[int, int]
+) -> None:
     reader = FakeReader(hostile_run(HOSTILE[kind]))
     app = GuardrailApp(reader, clock=lambda: reader.snapshot.heard)
     async with app.run_test(size=size) as pilot:
@@ -399,7 +457,12 @@ def test_any_text_is_drawn(evil: str) -> None:
 @pytest.mark.parametrize("name", BUILDERS)
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (5, 2), (30, 6), (200, 60)])
 def test_panels_fit_their_place(name: str, width: int, height: int) -> None:
-    for told in (view(), View(Snapshot("a/b"), 0.0), view(phase=Phase.FAILED, exit_code=4), view(question="?")):
+    for told in (
+        view(),
+        View(Snapshot("a/b"), 0.0),
+        view(phase=Phase.FAILED, exit_code=4),
+        view(question="?"),
+    ):
         rows = BUILDERS[name](told, width, height)
         assert width < 30 or all(width_of(line) <= width for line in rows)
         tones = {tone for line in rows for text, tone in line if text}
@@ -415,7 +478,9 @@ async def test_a_frame_draws_only_the_rows_that_changed(monkeypatch: pytest.Monk
     app = GuardrailApp(reader, clock=lambda: fake.time)
     drawn: list[tuple[str | None, int]] = []
     original = Lines.render_line
-    monkeypatch.setattr(Lines, "render_line", lambda self, y: drawn.append((self.id, y)) or original(self, y))
+    monkeypatch.setattr(
+        Lines, "render_line", lambda self, y: drawn.append((self.id, y)) or original(self, y)
+    )
     async with app.run_test(size=(120, 32)) as pilot:
         await pilot.pause()
         assert len(drawn) >= 50, "each row is drawn with its text at once, so once only"
@@ -426,7 +491,9 @@ async def test_a_frame_draws_only_the_rows_that_changed(monkeypatch: pytest.Monk
         fake.advance(fake.step + 1)
         reader.put(snapshot_of(fake))
         await pilot.pause(0.4)
-        assert 0 < len(drawn) < 25, "one more step: the header, three titles and a few rows of the curves"
+        assert 0 < len(drawn) < 25, (
+            "one more step: the header, three titles and a few rows of the curves"
+        )
         assert ("header", 0) in drawn and ("footer", 0) not in drawn
 
 
@@ -437,7 +504,9 @@ async def test_frames_are_at_most_five_a_second(monkeypatch: pytest.MonkeyPatch)
     frames: list[int] = []
     original = Cockpit.show
     monkeypatch.setattr(
-        Cockpit, "show", lambda self, told: frames.append(told.snapshot.status.step) or original(self, told)
+        Cockpit,
+        "show",
+        lambda self, told: frames.append(told.snapshot.status.step) or original(self, told),
     )
     async with app.run_test(size=(120, 32)) as pilot:
         await pilot.pause(0.3)
@@ -451,11 +520,15 @@ async def test_frames_are_at_most_five_a_second(monkeypatch: pytest.MonkeyPatch)
         assert frames[-1] == fake.step, "the last one is shown"
 
 
-_rows = st.lists(st.tuples(st.text("ab c", max_size=6), st.sampled_from(["plain", "dim"])), max_size=5)
+_rows = st.lists(
+    st.tuples(st.text("ab c", max_size=6), st.sampled_from(["plain", "dim"])), max_size=5
+)
 
 
 @given(before=_rows, after=_rows)
-def test_a_change_covers_every_cell_that_differs(before: list[tuple[str, str]], after: list[tuple[str, str]]) -> None:
+def test_a_change_covers_every_cell_that_differs(
+    before: list[tuple[str, str]], after: list[tuple[str, str]]
+) -> None:
     cells = [[(c, tone) for piece, tone in line for c in piece] for line in (before, after)]
     found = changes(tuple(before), tuple(after), 40)
     covered = {x for first, count in found for x in range(first, first + count)}
@@ -466,9 +539,14 @@ def test_a_change_covers_every_cell_that_differs(before: list[tuple[str, str]], 
 
 
 def test_what_did_not_change_is_not_sent() -> None:
-    before, after = row(("a" * 10 + "x", "dim"), "b" * 10 + "1"), row(("a" * 10 + "y", "dim"), "b" * 10 + "2")
+    before, after = (
+        row(("a" * 10 + "x", "dim"), "b" * 10 + "1"),
+        row(("a" * 10 + "y", "dim"), "b" * 10 + "2"),
+    )
     assert changes(before, after, 40) == [(10, 1), (21, 1)]
-    assert changes(row("abcdef"), row("xbcdeY"), 40) == [(0, 6)], "passing over four cells costs as much"
+    assert changes(row("abcdef"), row("xbcdeY"), 40) == [(0, 6)], (
+        "passing over four cells costs as much"
+    )
     assert changes(before, before, 40) == []
 
 
@@ -493,7 +571,9 @@ def test_a_chart_that_remembers_shows_what_one_without_memory_does() -> None:
 def test_a_row_more_does_not_draw_a_plot_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[object] = []
     draw = raster.draw
-    monkeypatch.setattr(raster, "draw", lambda *given, **options: drawn.append(given) or draw(*given, **options))
+    monkeypatch.setattr(
+        raster, "draw", lambda *given, **options: drawn.append(given) or draw(*given, **options)
+    )
     memory, fake = Memory(), FakeRun().begin().advance(20_000, checkpoints=0, ring=0)
     for _ in range(40):
         chart_rows(View(snapshot_of(fake), fake.time), "loss", 90, 14, memory)

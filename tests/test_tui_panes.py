@@ -1,4 +1,6 @@
-"""Panes: rows cut to the cell at every size, what each must say, and text from outside that can do no harm."""
+"""Panes: rows cut to the cell at every size, what each must say, and text from outside that can do
+no harm.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ HOSTILE = {
     "tags": "a\U000e0041\ufeff\u2060b",
     "long": "x" * 100_000,
 }
-RAW = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u200e\u200f\ud800-\udfff\u2028\u2029]")
+RAW = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u200e\u200f\ud800-\udfff\u2028\u2029]"
+)
 
 
 def text(rows: Sequence[Row]) -> str:
@@ -83,10 +87,13 @@ def view(around: Around | None = None, **changes: Any) -> View:
 
 def full(now: float) -> Around:
     printed = tuple(
-        Printed(str(at % 4), f"line {at} of what a rank prints, {'long ' * (at % 40)}") for at in range(300)
+        Printed(str(at % 4), f"line {at} of what a rank prints, {'long ' * (at % 40)}")
+        for at in range(300)
     )
     text = (Path(__file__).parents[1] / "configs" / "quickstart.toml").read_text()
-    return Around(ranks(1024, slow=500, silent=700, now=now), ((500, 87),), printed, settings_of(text), 2)
+    return Around(
+        ranks(1024, slow=500, silent=700, now=now), ((500, 87),), printed, settings_of(text), 2
+    )
 
 
 def assert_fits(rows: Sequence[Row], width: int, height: int, what: str) -> None:
@@ -109,7 +116,9 @@ def all_rows(seen: View, width: int, height: int, cursor: int | None, words: str
             assert step is None or cursor is not None
         if pane.detail is not None:
             # The window scrolls and cuts; only what leads to the terminal matters.
-            assert_fits([line for line in pane.detail(seen, width, height, state)], 10**7, 10**6, pane.name)
+            assert_fits(
+                [line for line in pane.detail(seen, width, height, state)], 10**7, 10**6, pane.name
+            )
 
 
 @pytest.mark.parametrize(("width", "height"), SIZES)
@@ -135,8 +144,17 @@ def hostile(piece: str) -> View:
     """A run in which every text that can come from outside is `piece`."""
     fake = FakeRun(name="evil/1").begin().advance(300).spike(length=2, back_to=290)
     document = {"path": piece, "record": 3, "first_byte": 1, "last_byte": 2, "excerpt": piece}
-    span = {"first": 16, "last": 32, "cause": piece, "step": 301, "reason": piece, "positions": [17, 18]}
-    fake.event("cause", piece, incident=1, cause=piece, reason=piece, rank=0, host=piece, passes=[piece])
+    span = {
+        "first": 16,
+        "last": 32,
+        "cause": piece,
+        "step": 301,
+        "reason": piece,
+        "positions": [17, 18],
+    }
+    fake.event(
+        "cause", piece, incident=1, cause=piece, reason=piece, rank=0, host=piece, passes=[piece]
+    )
     fake.event("left_out", piece, incident=1, span=span, documents=[document, piece], documents_total=9,
                samples=[{"position": 17, "loss": 9.0, "share": 0.9, "documents": [document], "excerpt": piece,
                          "odd": [piece]}])  # fmt: skip
@@ -144,7 +162,9 @@ def hostile(piece: str) -> View:
         {"signal": piece, "step": 301, "kind": "loss_spike", "severity": "reject", "value": 9.0, "baseline": 2.0,
          "score": 9.0, "threshold": 8.0, "onset": 301}], parameters={piece: [piece]},
         tokens=[{"id": 7, "text": piece, "norm": 1.0, "share": 0.5, "count": 3}])  # fmt: skip
-    fake.event("remedy", piece, incident=1, remedies=[{"kind": piece, "value": 0.5, "from_step": 3}])
+    fake.event(
+        "remedy", piece, incident=1, remedies=[{"kind": piece, "value": 0.5, "from_step": 3}]
+    )
     fake.event("command", piece, id=piece, command=piece, who=piece, effect="applied", reason=piece)
     fake.event("incident", piece, number=1, state=piece, onset=301)
     fake.event(piece, piece, **{"x": piece})
@@ -154,13 +174,17 @@ def hostile(piece: str) -> View:
     around = Around(
         ranks=(Rank(bad, fake.time, fake.time),) * 3,
         printed=(Printed("0", logtail._shown(piece.encode("utf-8", "surrogatepass"))),) * 5,
-        settings=settings_of(f"[data]\nsources = [{msgspec.json.encode(piece.replace(chr(0xD800), '')).decode()}]\n"),
+        settings=settings_of(
+            f"[data]\nsources = [{msgspec.json.encode(piece.replace(chr(0xD800), '')).decode()}]\n"
+        ),
     )
     status = msgspec.structs.replace(
         fake.status, run=piece, host=piece, durability=piece, progress=piece, question=piece,
         snapshots=(SnapshotInfo(step=1, cursor=1, timeline=0, tier=piece, state=piece, path=piece),),
     )  # fmt: skip
-    snapshot = replace(snapshot_of(fake), name=piece, status=status, trouble=piece, recorded="", around=around)
+    snapshot = replace(
+        snapshot_of(fake), name=piece, status=status, trouble=piece, recorded="", around=around
+    )
     return View(replace(snapshot, story=digest.story()), fake.time)
 
 
@@ -187,7 +211,9 @@ def test_any_text_is_harmless(piece: str, width: int) -> None:
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (60, 12), (200, 60)])
 @pytest.mark.parametrize("count", [8, 64, 1024])
 def test_the_straggler_and_the_silent_one_are_named(count: int, width: int, height: int) -> None:
-    seen = view(Around(ranks(count, slow=5, silent=3, now=example().time + 0.4), ((5, 87), (1, 13))))
+    seen = view(
+        Around(ranks(count, slow=5, silent=3, now=example().time + 0.4), ((5, 87), (1, 13)))
+    )
     shown = text(BY_NAME["ranks"].build(seen, width, height, State()))
     assert "slowest 5 (node-000) 390 ms" in shown
     assert width < 80 or "in 87 of 100 steps" in shown
@@ -209,7 +235,9 @@ def test_nobody_is_missed_between_two_looks() -> None:
 
 def test_a_rank_is_found_by_its_number_and_its_host() -> None:
     seen = view(Around(ranks(1024, slow=513, now=example().time)))
-    assert [one.rank.told.rank for one in ranks_pane.found(seen, State(filter="node-064"))] == list(range(512, 520))
+    assert [one.rank.told.rank for one in ranks_pane.found(seen, State(filter="node-064"))] == list(
+        range(512, 520)
+    )
     assert ranks_pane.count(seen, State(filter="slow")) == 1
 
 
@@ -222,13 +250,17 @@ def test_silence_goes_by_the_clock_of_the_viewer() -> None:
     """The host's clock is an hour behind; each new heartbeat is a sign of life all the same."""
     book, skew = RankBook(), -3600.0
     for now in (1000.0, 1010.0, 1020.0):
-        known = book.look([rank(0, heartbeat=now + skew, progress=7, progress_time=now + skew), rank(1)], now)
+        known = book.look(
+            [rank(0, heartbeat=now + skew, progress=7, progress_time=now + skew), rank(1)], now
+        )
     first, second = judge(known, 1021.0)
     assert (first.trouble, second.trouble) == ("", "silent")
     book.look([rank(0, heartbeat=5.0, progress=7)], 1100.0)
     (stuck,) = judge(book.look([rank(0, heartbeat=6.0, progress=7)], 1200.0), 1201.0)
     assert stuck.trouble == "stuck" and stuck.seconds > 100
-    (again,) = judge(book.look([rank(0, heartbeat=1201.0, progress_time=1201.0, incarnation=1)], 1201.0), 1202.0)
+    (again,) = judge(
+        book.look([rank(0, heartbeat=1201.0, progress_time=1201.0, incarnation=1)], 1201.0), 1202.0
+    )
     assert again.trouble == ""
     assert judge(known, 99999.0, ended=True)[1].trouble == "", "after the end nobody is missed"
 
@@ -244,7 +276,9 @@ def test_looking_at_many_ranks_takes_its_share_of_the_time_and_no_more(tmp_path:
     lookout = Lookout(run, clock=lambda: 1.0, timer=lambda: next(seconds))
     assert lookout.look() and [one.told.rank for one in lookout.around.ranks] == [0]
     assert not lookout.around.settings, "the first frame waits for no schema"
-    assert not lookout.look() and not lookout.look(), "half a second of work is not done again for ten"
+    assert not lookout.look() and not lookout.look(), (
+        "half a second of work is not done again for ten"
+    )
     run.write_rank(rank(1, heartbeat=1.0))
     assert lookout.look() and len(lookout.around.ranks) == 2
     assert any(one.differs for one in lookout.around.settings)
@@ -288,7 +322,10 @@ def test_logs_are_followed_in_bounded_memory(tmp_path: Path) -> None:
     with log.open("ab") as file:
         file.write(b"o\r  50 %\r 100 %\nthree \xff\x1b[2J\n\n")
     assert tail.look()
-    assert [(line.source, line.text) for line in tail.lines[1:]] == [("3", " 100 %"), ("3", "three �")]
+    assert [(line.source, line.text) for line in tail.lines[1:]] == [
+        ("3", " 100 %"),
+        ("3", "three �"),
+    ]
     with log.open("ab") as file:
         file.write(b"x" * 10_000_000)
     tail.look()
@@ -319,10 +356,17 @@ def test_output_is_filtered_by_rank_and_words_and_shows_its_end() -> None:
 def test_what_differs_from_the_defaults_is_marked() -> None:
     found = {f"{one.section}.{one.key}": one for one in settings_of(config_text())}
     defaults = config.GuardSection()
-    assert found["guard.loss_score"].differs and found["guard.loss_score"].default == str(defaults.loss_score)
+    assert found["guard.loss_score"].differs and found["guard.loss_score"].default == str(
+        defaults.loss_score
+    )
     assert not found["guard.grad_score"].differs and found["guard.grad_score"].known
-    shown = text(BY_NAME["config"].build(view(Around(settings=tuple(found.values()))), 80, 10, State()))
-    assert "● guard.loss_score = 5.0   default 8.0" in shown and "2 of 3 lines not the default" in shown
+    shown = text(
+        BY_NAME["config"].build(view(Around(settings=tuple(found.values()))), 80, 10, State())
+    )
+    assert (
+        "● guard.loss_score = 5.0   default 8.0" in shown
+        and "2 of 3 lines not the default" in shown
+    )
 
 
 def test_a_run_directory_names_no_code_to_import() -> None:
@@ -337,16 +381,36 @@ def test_a_run_directory_names_no_code_to_import() -> None:
 def test_evidence_tells_cause_samples_remedy_and_outcome() -> None:
     fake = FakeRun().begin().advance(300).spike(length=1, back_to=290)
     fake.event("cause", "", incident=1, cause="data x state", reason="3 of 3 passes gave 11.5")
-    span = {"first": 4800, "last": 4816, "cause": "rejected", "step": 301, "positions": [4801, 4803]}
+    span = {
+        "first": 4800,
+        "last": 4816,
+        "cause": "rejected",
+        "step": 301,
+        "positions": [4801, 4803],
+    }
     fake.event(
         "left_out",
         "",
         incident=1,
         span=span,
         documents=["/data/0037.txt"],
-        samples=[{"position": 4801, "loss": 11.5, "share": 0.91, "excerpt": "Ã‚Â Ã‚Â", "odd": ["repeats 0.98"]}],
+        samples=[
+            {
+                "position": 4801,
+                "loss": 11.5,
+                "share": 0.91,
+                "excerpt": "Ã‚Â Ã‚Â",
+                "odd": ["repeats 0.98"],
+            }
+        ],
     )
-    fake.event("incident", "incident 1: recovered after 12 steps", number=1, state="recovered", expected=2.3)
+    fake.event(
+        "incident",
+        "incident 1: recovered after 12 steps",
+        number=1,
+        state="recovered",
+        expected=2.3,
+    )
     seen = View(snapshot_of(fake), fake.time)
     shown = text(BY_NAME["incidents"].detail(seen, 100, 40, State(cursor=0)))  # type: ignore[misc]
     for said in ("data x state: 3 of 3 passes gave 11.5", "position 4,801: loss 11.5, 91 % of the trouble",
@@ -362,7 +426,9 @@ def test_what_is_undone_is_no_longer_left_out() -> None:
     evidence = Evidence()
     one = {"first": 0, "last": 16, "cause": "rejected", "step": 9}
     two = {"first": 8, "last": 32, "cause": "rollback", "step": 9}
-    evidence.add([event(1, "left_out", span=one, incident=1), event(2, "rollback", span=two, incident=1)])
+    evidence.add(
+        [event(1, "left_out", span=one, incident=1), event(2, "rollback", span=two, incident=1)]
+    )
     assert evidence.known().samples_out == 32, "what both leave out counts once"
     evidence.add([event(3, "undo", spans=[two])])
     known = evidence.known()
@@ -404,7 +470,15 @@ def test_an_incident_says_how_its_question_was_answered_and_by_whom(
 ) -> None:
     fake = FakeRun().begin().advance(300)
     fake.event("incident", "incident 1: open", number=1, state="open", onset=301)
-    fake.event("verdict", "pause at step 301", action="pause", would="rollback", incident=1, at_step=301, findings=[])
+    fake.event(
+        "verdict",
+        "pause at step 301",
+        action="pause",
+        would="rollback",
+        incident=1,
+        at_step=301,
+        findings=[],
+    )
     fake.event("paused", "proposed: rollback", proposals=["rollback", "go on", "stop"], incident=1)
 
     def row() -> str:

@@ -17,12 +17,16 @@ from guardrail.tui.numerics.series import BANDS, SIGNALS
 COLUMNS = ("step", "timeline", *SIGNALS, *BANDS)
 
 
-def plain(y: np.ndarray, bad: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> list[tuple[float, float, bool]]:
+def plain(
+    y: np.ndarray, bad: np.ndarray, starts: np.ndarray, ends: np.ndarray
+) -> list[tuple[float, float, bool]]:
     """Point by point."""
     found = []
     for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
         values = [value for value in y[start:end].tolist() if value == value]
-        found.append((min(values, default=np.nan), max(values, default=np.nan), any(bad[start:end])))
+        found.append(
+            (min(values, default=np.nan), max(values, default=np.nan), any(bad[start:end]))
+        )
     return found
 
 
@@ -41,8 +45,15 @@ def test_any_stretches_are_as_the_points_say(seed: int, n: int, count: int) -> N
     y, bad = noise(rng, n)
     above = levels_above(Level(y, y, bad).folded())
     starts, ends = np.sort(rng.integers(0, n + 1, (2, count)), axis=0)
-    found = list(zip(*(part.tolist() for part in stretches(Level(y, y, bad), above, starts, ends)), strict=True))
-    assert repr(found) == repr(plain(y, bad, starts, ends)), "repr, since a NaN is not equal to itself"
+    found = list(
+        zip(
+            *(part.tolist() for part in stretches(Level(y, y, bad), above, starts, ends)),
+            strict=True,
+        )
+    )
+    assert repr(found) == repr(plain(y, bad, starts, ends)), (
+        "repr, since a NaN is not equal to itself"
+    )
 
 
 def test_a_level_may_lag_behind_the_points() -> None:
@@ -50,7 +61,12 @@ def test_a_level_may_lag_behind_the_points() -> None:
     y, bad = noise(np.random.default_rng(1), 2 * BLOCK**2)
     above = levels_above(Level(y[: 5 * BLOCK], y[: 5 * BLOCK], bad[: 5 * BLOCK]).folded())
     starts, ends = np.array([0, 7, 100]), np.array([len(y), 6 * BLOCK, 1500])
-    found = list(zip(*(part.tolist() for part in stretches(Level(y, y, bad), above, starts, ends)), strict=True))
+    found = list(
+        zip(
+            *(part.tolist() for part in stretches(Level(y, y, bad), above, starts, ends)),
+            strict=True,
+        )
+    )
     assert repr(found) == repr(plain(y, bad, starts, ends))
 
 
@@ -67,8 +83,15 @@ def test_a_track_that_grows_and_goes_back_draws_what_its_points_say() -> None:
             assert len(series) == at
             for signal in SIGNALS:
                 (curve,) = series.curves(signal)
-                seen, expected = columns(curve, scale), columns(Curve(curve.x, curve.y, curve.bad), scale)
-                for one, other in ((seen.low, expected.low), (seen.high, expected.high), (seen.bad, expected.bad)):
+                seen, expected = (
+                    columns(curve, scale),
+                    columns(Curve(curve.x, curve.y, curve.bad), scale),
+                )
+                for one, other in (
+                    (seen.low, expected.low),
+                    (seen.high, expected.high),
+                    (seen.bad, expected.bad),
+                ):
                     np.testing.assert_array_equal(one, other)
         at = int(rng.integers(1, at))
 
@@ -100,4 +123,6 @@ def test_a_ghost_keeps_no_more_than_itself() -> None:
     track.add(COLUMNS, table)
     track.abandon(after=99_990)
     ghost = track.series().ghosts[0]
-    assert len(ghost) == 10 and all(array.base is None for array in (ghost.step, *ghost.values.values()))
+    assert len(ghost) == 10 and all(
+        array.base is None for array in (ghost.step, *ghost.values.values())
+    )

@@ -56,11 +56,15 @@ def test_only_news_is_published(run: RunDirectory) -> None:
     assert reader.latest().series is before.series
 
 
-def test_further_signals_and_another_axis_come_by_choice(run: RunDirectory, reading: RunReader) -> None:
+def test_further_signals_and_another_axis_come_by_choice(
+    run: RunDirectory, reading: RunReader
+) -> None:
     wait_for(lambda: reading.latest().loaded)
     plain = reading.latest()
     assert "lr" in plain.columns and "lr" not in plain.series.values and not plain.series.axes
-    run.append("rollback", "rolled back to 1000", to_step=1000, new_timeline=2, timeline=1, step=1284)
+    run.append(
+        "rollback", "rolled back to 1000", to_step=1000, new_timeline=2, timeline=1, step=1284
+    )
     wait_for(lambda: reading.latest().series.last_step == 1000)
     reading.choose(("loss", "lr", "throughput"), "tokens")
     wait_for(lambda: "lr" in reading.latest().series.values)
@@ -79,10 +83,15 @@ def test_a_rollback_is_true_before_the_first_row_after_it(run: RunDirectory) -> 
     """A paused run that is rolled back writes no row for hours."""
     reader = RunReader(run)
     reader.look()
-    run.append("rollback", "rolled back to 1000", to_step=1000, new_timeline=2, timeline=1, step=1284)
+    run.append(
+        "rollback", "rolled back to 1000", to_step=1000, new_timeline=2, timeline=1, step=1284
+    )
     reader.look()
     told = reader.latest()
-    assert told.series.last_step == 1000 and [g.last_step for g in told.series.ghosts] == [1207, 1284]
+    assert told.series.last_step == 1000 and [g.last_step for g in told.series.ghosts] == [
+        1207,
+        1284,
+    ]
 
 
 def test_many_rows_arrive_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,13 +135,17 @@ def test_silence_counts_from_the_last_new_heartbeat_by_our_own_clock(run: RunDir
         status = example().status
         run.write_status(msgspec.structs.replace(status, heartbeat=now + offset))
         reader.look()
-        assert reader.latest().heard == min(now, now + offset), "what lay there when we came may be old"
+        assert reader.latest().heard == min(now, now + offset), (
+            "what lay there when we came may be old"
+        )
         run.write_status(msgspec.structs.replace(status, heartbeat=now + offset + 1))
         reader.look()
         assert reader.latest().heard == now
 
 
-def test_commands_go_into_the_inbox_and_answers_come_back(run: RunDirectory, reading: RunReader) -> None:
+def test_commands_go_into_the_inbox_and_answers_come_back(
+    run: RunDirectory, reading: RunReader
+) -> None:
     reading.send(Command(id="mine", kind=CommandKind.LR, value=0.5, who="me@here", time=1.0))
     wait_for(lambda: [c.id for c in run.commands_pending()] == ["mine"])
     run.answer(run.commands_pending()[0], applied=True, step=1290)
@@ -188,7 +201,11 @@ def test_a_live_run_is_followed(tmp_path: Path) -> None:
     try:
         LiveRun(fake, run, rate=200, spike_every=0).go(20)
         wait_for(lambda: reader.latest().series.last_step == 140)
-        wait_for(lambda: (status := reader.latest().status) is not None and status.phase is Phase.FINISHED)
+        wait_for(
+            lambda: (
+                (status := reader.latest().status) is not None and status.phase is Phase.FINISHED
+            )
+        )
     finally:
         reader.close()
 
@@ -205,7 +222,9 @@ def test_an_empty_directory_is_quiet(tmp_path: Path) -> None:
 def test_a_failing_preview_stops_no_command(
     run: RunDirectory, reading: RunReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever fails in a thread of the screen is said, and the thread goes on with the next thing."""
+    """Whatever fails in a thread of the screen is said, and the thread goes on with the next
+    thing.
+    """
 
     def damaged(*given: object, **named: object) -> Scene:
         raise KeyError("slowest_rank")
@@ -215,7 +234,10 @@ def test_a_failing_preview_stops_no_command(
     reading.send(Command(id="sent", kind=CommandKind.PAUSE))
     wait_for(lambda: [command.id for command in run.commands_pending()] == ["sent"], seconds=20)
     wait_for(lambda: "shown" in reading.latest().previews)
-    assert "cannot be worked out: KeyError: 'slowest_rank'" in reading.latest().previews["shown"].remark
+    assert (
+        "cannot be worked out: KeyError: 'slowest_rank'"
+        in reading.latest().previews["shown"].remark
+    )
 
 
 @pytest.mark.fault("B3")

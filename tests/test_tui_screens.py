@@ -1,6 +1,8 @@
-"""Pictures of the screen in every state and size. `pytest --snapshot-update` takes them anew: look at them.
+"""Pictures of the screen in every state and size. `pytest --snapshot-update` takes them anew: look
+at them.
 
-All states of one size are shown by one screen, one after the other, as the same run would bring them.
+All states of one size are shown by one screen, one after the other, as the same run would bring
+them.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ PICTURES = Path(__file__).parent / "__snapshots__" / "test_tui_screens"
 SIZES = {"120x32": (120, 32), "80x24": (80, 24), "60x15": (60, 15), "200x60": (200, 60)}
 Scene = tuple[Snapshot, float]
 QUESTION = (
-    "loss 11.5 against 2.387, score 41.2 (limit 8). Roll back to step 1,200 and leave out 3 batches (48 samples)?"
+    "loss 11.5 against 2.387, score 41.2 (limit 8). "
+    "Roll back to step 1,200 and leave out 3 batches (48 samples)?"
 )
 
 
@@ -120,7 +123,9 @@ def asking(fake: FakeRun | None = None) -> Scene:
 def degraded() -> Scene:
     fake = FakeRun().begin().advance(1284)
     fake.durability = "degraded: checkpoint: No space left on device"
-    fake.event("durability", "durability degraded: checkpoint: No space left on device", state="degraded")
+    fake.event(
+        "durability", "durability degraded: checkpoint: No space left on device", state="degraded"
+    )
     return with_around(fake)
 
 
@@ -139,7 +144,18 @@ def many_ranks() -> Scene:
 
 SCENES: dict[str, Callable[[], Scene]] = {
     scene.__name__: scene
-    for scene in (empty, healthy, spike, rolled_back, not_a_number, asking, degraded, finished, lost, many_ranks)
+    for scene in (
+        empty,
+        healthy,
+        spike,
+        rolled_back,
+        not_a_number,
+        asking,
+        degraded,
+        finished,
+        lost,
+        many_ranks,
+    )
 }
 # What the viewer chose for a picture, besides the size.
 LOOKS: dict[str, dict[str, Any]] = {"many_ranks": {"focus": "ranks"}}
@@ -200,7 +216,12 @@ def _joined(grounds: re.Match[str]) -> str:
     kept: list[list[str]] = []
     for fill, x, y, width in re.findall(_RECT, grounds[0]):
         last = kept[-1] if kept else None
-        if last and last[0] == fill and last[2] == y and abs(float(last[1]) + float(last[3]) - float(x)) < 0.2:
+        if (
+            last
+            and last[0] == fill
+            and last[2] == y
+            and abs(float(last[1]) + float(last[3]) - float(x)) < 0.2
+        ):
             last[3] = f"{float(last[3]) + float(width):.1f}"
         else:
             kept.append([fill, x, y, width])
@@ -231,7 +252,9 @@ def same(request: pytest.FixtureRequest) -> Iterator[Callable[[str, str], None]]
             PICTURES.mkdir(parents=True, exist_ok=True)
             kept.write_text(picture, encoding="utf-8")
         elif not kept.is_file() or kept.read_text(encoding="utf-8") != picture:
-            (request.config.cache.mkdir("pictures") / f"{name}.svg").write_text(picture, encoding="utf-8")
+            (request.config.cache.mkdir("pictures") / f"{name}.svg").write_text(
+                picture, encoding="utf-8"
+            )
             differ.append(name)
 
     yield compare
@@ -267,7 +290,9 @@ async def test_dialogs(same: Callable[[str, str], None]) -> None:
 @pytest.mark.parametrize("size", ["120x32", "80x24", "60x15"])
 async def test_the_evidence_of_a_question(size: str, same: Callable[[str, str], None]) -> None:
     async with studio(SIZES[size]) as at:
-        await at.show(lambda: asking(FakeRun().begin().advance(1206).spike(length=2, under_way=True).weigh()))
+        await at.show(
+            lambda: asking(FakeRun().begin().advance(1206).spike(length=2, under_way=True).weigh())
+        )
         await at.pilot.press("v")
         await at.pilot.pause()
         same(f"dialog-evidence-{size}", at.picture())
@@ -281,7 +306,9 @@ async def test_read_only(same: Callable[[str, str], None]) -> None:
 
 
 @pytest.mark.parametrize("size", ["120x32", "60x15"])
-async def test_without_colour(size: str, monkeypatch: pytest.MonkeyPatch, same: Callable[[str, str], None]) -> None:
+async def test_without_colour(
+    size: str, monkeypatch: pytest.MonkeyPatch, same: Callable[[str, str], None]
+) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     async with studio(SIZES[size]) as at:
         await at.show(rolled_back)
@@ -299,17 +326,24 @@ async def test_trouble_with_the_directory(same: Callable[[str, str], None]) -> N
 
 
 def test_every_picture_that_is_kept_is_taken() -> None:
-    taken = {f"{name}-{size}" for name in SCENES for size in SIZES} | {f"look-{name}" for name in WAYS}
+    taken = {f"{name}-{size}" for name in SCENES for size in SIZES} | {
+        f"look-{name}" for name in WAYS
+    }
     kept = {picture.stem for picture in PICTURES.glob("*.svg")}
     assert taken <= kept
-    assert all(name.startswith(("dialog-", "no_color-", "read_only", "trouble", "theme-")) for name in kept - taken)
+    assert all(
+        name.startswith(("dialog-", "no_color-", "read_only", "trouble", "theme-"))
+        for name in kept - taken
+    )
 
 
 async def test_the_straggler_of_a_thousand_is_named_at_every_size() -> None:
     for size in SIZES.values():
         async with studio(size) as at:
             await at.show(many_ranks, focus="ranks")
-            shown = "\n".join(strip.text for strip in at.pilot.app.screen._compositor.render_strips())
+            shown = "\n".join(
+                strip.text for strip in at.pilot.app.screen._compositor.render_strips()
+            )
             assert re.search(r"\b500\b.*2\.6 × median", shown), f"{size}: {shown}"
 
 
@@ -317,7 +351,17 @@ async def test_resizing_to_anything_and_back() -> None:
     """The big chart and the health are there at every size that has room for them."""
     async with studio((120, 32)) as at:
         await at.show(rolled_back)
-        for width, height in [(1, 1), (10, 3), (20, 8), (60, 15), (99, 40), (100, 25), (100, 26), (300, 100), (80, 24)]:
+        for width, height in [
+            (1, 1),
+            (10, 3),
+            (20, 8),
+            (60, 15),
+            (99, 40),
+            (100, 25),
+            (100, 26),
+            (300, 100),
+            (80, 24),
+        ]:
             await at.pilot.resize_terminal(width, height)
             await at.pilot.pause()
             shown = [strip.text for strip in at.pilot.app.screen._compositor.render_strips()]

@@ -34,9 +34,14 @@ def track_of(*chunks: np.ndarray) -> Track:
 def test_rows_become_columns() -> None:
     series = track_of(rows((1, 0, 4.0), (2, 0, 3.5))).series()
     assert series.step.tolist() == [1, 2]
-    assert series.values["loss"].tolist() == [4.0, 3.5] and series.values["grad_norm"].tolist() == [8.0, 7.0]
+    assert series.values["loss"].tolist() == [4.0, 3.5] and series.values["grad_norm"].tolist() == [
+        8.0,
+        7.0,
+    ]
     assert series.last("loss") == 3.5 and series.last_step == 2
-    assert series.last("loss_threshold") is not None and math.isnan(series.last("loss_threshold") or 0.0)
+    assert series.last("loss_threshold") is not None and math.isnan(
+        series.last("loss_threshold") or 0.0
+    )
 
 
 def test_a_run_without_rows() -> None:
@@ -49,7 +54,9 @@ def test_nan_and_inf_are_bad_and_a_missing_column_is_not() -> None:
     series = track_of(rows((1, 0, math.nan), (2, 0, math.inf), (3, 0, 2.0))).series()
     assert series.bad["loss"].tolist() == [True, True, False]
     assert np.isnan(series.values["loss"][:2]).all()
-    assert not series.bad["embed_grad_norm"].any() and np.isnan(series.values["embed_grad_norm"]).all()
+    assert (
+        not series.bad["embed_grad_norm"].any() and np.isnan(series.values["embed_grad_norm"]).all()
+    )
 
 
 def test_a_huge_value_stays_a_number_in_float32() -> None:
@@ -69,7 +76,9 @@ def test_a_new_timeline_makes_a_ghost() -> None:
 
 
 def test_rejected_attempts_of_one_step_stand_side_by_side() -> None:
-    series = track_of(rows((1, 0, 2.0), (2, 0, 9.0), (2, 0, 8.0), (2, 0, 2.1), (3, 0, 2.0))).series()
+    series = track_of(
+        rows((1, 0, 2.0), (2, 0, 9.0), (2, 0, 8.0), (2, 0, 2.1), (3, 0, 2.0))
+    ).series()
     assert series.step.tolist() == [1, 2, 2, 2, 3] and not series.ghosts
 
 
@@ -87,14 +96,25 @@ def test_a_step_that_goes_back_without_a_new_timeline_abandons_too() -> None:
 
 def test_rows_that_are_none_are_passed_over() -> None:
     """A power failure leaves zeros, a torn disk anything."""
-    series = track_of(rows((1, 0, 2.0), (0, 0, 0.0), (math.nan, 0, 1.0), (-3, 0, 1.0), (2.0**60, 0, 1.0), (2, 0, 1.9)))
+    series = track_of(
+        rows(
+            (1, 0, 2.0),
+            (0, 0, 0.0),
+            (math.nan, 0, 1.0),
+            (-3, 0, 1.0),
+            (2.0**60, 0, 1.0),
+            (2, 0, 1.9),
+        )
+    )
     assert series.series().step.tolist() == [1, 2]
 
 
 def test_abandon_before_any_row_of_the_new_timeline() -> None:
     track = track_of(rows(*((s, 0, 2.0) for s in range(1, 8))))
     track.abandon(after=4)
-    assert track.series().step.tolist() == [1, 2, 3, 4] and track.series().ghosts[0].step.tolist() == [5, 6, 7]
+    assert track.series().step.tolist() == [1, 2, 3, 4] and track.series().ghosts[
+        0
+    ].step.tolist() == [5, 6, 7]
     track.abandon(after=4)
     assert len(track.series().ghosts) == 1
     track.add(COLUMNS, rows((5, 1, 1.0)))
@@ -121,9 +141,16 @@ def test_only_the_newest_ghosts_are_kept() -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12)), min_size=1, max_size=8), st.integers(1, 7))
-def test_the_present_is_what_the_run_directory_says(stretches: list[tuple[int, int]], cut: int) -> None:
-    """Against guardrail.decide.timelines, for rows that arrive in any chunks: a run that goes back to random steps."""
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12)), min_size=1, max_size=8),
+    st.integers(1, 7),
+)
+def test_the_present_is_what_the_run_directory_says(
+    stretches: list[tuple[int, int]], cut: int
+) -> None:
+    """Against guardrail.decide.timelines, for rows that arrive in any chunks: a run that goes back
+    to random steps.
+    """
     steps, numbers = going_back(stretches)
     known = Timelines()
     known.add_rows(np.array(steps, dtype=float), np.array(numbers, dtype=float))
@@ -142,7 +169,9 @@ def test_an_example_run_in_one_chunk_and_in_many() -> None:
     for first in range(0, len(table), 37):
         pieces.add(METRIC_COLUMNS, table[first : first + 37])
     a, b = whole.series(), pieces.series()
-    assert np.array_equal(a.step, b.step) and np.array_equal(a.values["loss"], b.values["loss"], equal_nan=True)
+    assert np.array_equal(a.step, b.step) and np.array_equal(
+        a.values["loss"], b.values["loss"], equal_nan=True
+    )
     assert len(a.ghosts) == len(b.ghosts) == 1
 
 
@@ -155,22 +184,41 @@ def test_columns_of_another_version() -> None:
 
 
 def test_signals_and_axes_by_choice() -> None:
-    columns = ("step", "timeline", "loss", "lr", "tokens", "step_time", "time", "verdict", "grad_norm/block")
+    columns = (
+        "step",
+        "timeline",
+        "loss",
+        "lr",
+        "tokens",
+        "step_time",
+        "time",
+        "verdict",
+        "grad_norm/block",
+    )
     raw = np.array([[1, 0, 4.0, 1e-3, 100, 0.5, 50.0, 0, 2.0], [2, 0, 9.0, 1e-3, 100, 0.5, 51.0, 1, np.nan],
                     [2, 0, 3.0, 1e-3, 100, 0.0, 49.0, 0, np.inf]])  # fmt: skip
     track = Track(choosable(columns), ("tokens", "time"))
     track.add(columns, raw)
     series = track.series()
-    assert series.values["throughput"][:2].tolist() == [200.0, 200.0] and np.isnan(series.values["throughput"][2])
+    assert series.values["throughput"][:2].tolist() == [200.0, 200.0] and np.isnan(
+        series.values["throughput"][2]
+    )
     assert series.along("tokens").tolist() == [100, 100, 200], "a rejected row has taught nothing"
     assert series.along("time").tolist() == [50, 51, 51], "a clock that was set back"
     assert series.along("step") is series.step and series.along("unknown") is series.step
     assert series.place(2, "tokens") == 200 and series.step_at(150, "tokens") == 2
-    assert series.bad["grad_norm/block"].tolist() == [False, False, True], "a NaN may be nothing that was measured"
-    assert series.at("grad_norm/block", 1) == 2.0 and math.isnan(series.last("grad_norm/block") or 0.0)
+    assert series.bad["grad_norm/block"].tolist() == [False, False, True], (
+        "a NaN may be nothing that was measured"
+    )
+    assert series.at("grad_norm/block", 1) == 2.0 and math.isnan(
+        series.last("grad_norm/block") or 0.0
+    )
     assert choosable(columns) == ("loss", "lr", "step_time", "grad_norm/block", "throughput")
     track.add(columns, np.array([[2, 1, 2.5, 1e-3, 100, 0.5, 60.0, 0, 2.0]]))
-    assert track.series().along("tokens").tolist() == [100, 200] and track.series().end("tokens") == 200
+    assert (
+        track.series().along("tokens").tolist() == [100, 200]
+        and track.series().end("tokens") == 200
+    )
     assert track.series().ghosts[0].along("time").tolist() == [51, 51]
 
 
@@ -181,4 +229,8 @@ def test_what_not_every_row_has_is_said_by_its_last_value() -> None:
     track = Track(("eval_loss",))
     track.add(columns, np.column_stack([np.arange(1.0, 20_001), np.zeros(20_000), values]))
     series = track.series()
-    assert series.last("eval_loss") == 2.5 and series.at("eval_loss", 8) == 3.0 and series.at("eval_loss", 3) is None
+    assert (
+        series.last("eval_loss") == 2.5
+        and series.at("eval_loss", 8) == 3.0
+        and series.at("eval_loss", 3) is None
+    )

@@ -60,7 +60,9 @@ def test_a_verdict_before_its_incident_has_a_number() -> None:
         event("verdict", action="skip", findings=[finding()], at_step=11),
         event("incident", number=3, state="open", onset=11),
     )
-    assert [(i.number, i.step, i.deed, len(i.findings)) for i in told.incidents] == [(3, 11, "update left out", 1)]
+    assert [(i.number, i.step, i.deed, len(i.findings)) for i in told.incidents] == [
+        (3, 11, "update left out", 1)
+    ]
 
 
 def test_verdicts_without_any_incident() -> None:
@@ -83,7 +85,9 @@ def test_samples_named_twice_count_once() -> None:
         event("incident", number=1, state="open", onset=11),
         event("left_out", span=span(100, 116), samples=16, incident=1),
         event("left_out", span=span(116, 132), samples=16, incident=1),
-        event("rollback", span=span(100, 148, "rollback"), to_step=5, onset=11, samples=48, incident=1),
+        event(
+            "rollback", span=span(100, 148, "rollback"), to_step=5, onset=11, samples=48, incident=1
+        ),
     )
     assert told.incidents[0].samples == 48
 
@@ -110,14 +114,23 @@ def test_what_a_person_asked_for_is_no_incident() -> None:
 def test_answers_and_marks_of_commands() -> None:
     told = story(
         event("command", step=20, id="a", command="lr", value=0.5, effect="applied", reason=""),
-        event("command", step=21, id="b", command="rollback", effect="refused", reason="no such\x1b[2J state"),
+        event(
+            "command",
+            step=21,
+            id="b",
+            command="rollback",
+            effect="refused",
+            reason="no such\x1b[2J state",
+        ),
     )
     assert told.answers["a"].applied and told.answers["a"].step == 20
     assert not told.answers["b"].applied and told.answers["b"].reason == "no such state"
     assert told.marks["!"] == ((20, "×0.5"),)
 
 
-@pytest.mark.parametrize("command", ["lr", pytest.param("embed-alpha", marks=pytest.mark.fault("B2"))])
+@pytest.mark.parametrize(
+    "command", ["lr", pytest.param("embed-alpha", marks=pytest.mark.fault("B2"))]
+)
 def test_a_factor_that_was_set_stands_beside_its_mark(command: str) -> None:
     told = story(event("command", id="a", command=command, value=0.5, effect="applied", step=7))
     assert told.marks["!"] == ((7, "×0.5"),)
@@ -186,7 +199,9 @@ def test_a_story_that_was_handed_out_does_not_change() -> None:
 
 _strange = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 _kinds = st.sampled_from(
@@ -200,17 +215,25 @@ _names = st.sampled_from(
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.tuples(_kinds, st.text(max_size=20), st.dictionaries(_names, _strange, max_size=6)), max_size=6))
+@given(
+    st.lists(
+        st.tuples(_kinds, st.text(max_size=20), st.dictionaries(_names, _strange, max_size=6)),
+        max_size=6,
+    )
+)
 def test_strange_journals_never_raise(lines: list[tuple[str, str, dict[str, Any]]]) -> None:
     events = [
-        Event(seq=i, time=1.0, step=5, timeline=0, kind=k, message=m, data=d) for i, (k, m, d) in enumerate(lines)
+        Event(seq=i, time=1.0, step=5, timeline=0, kind=k, message=m, data=d)
+        for i, (k, m, d) in enumerate(lines)
     ]
     assert len(story(*events).lines) == len(events)
 
 
 def test_findings_that_are_no_findings_are_passed_over() -> None:
     real = finding()
-    told = story(event("verdict", action="skip", findings=[real, {"signal": "loss"}, 7], at_step=11))
+    told = story(
+        event("verdict", action="skip", findings=[real, {"signal": "loss"}, 7], at_step=11)
+    )
     assert told.incidents[0].findings == (
         Finding(signal="loss", step=11, kind=Kind.LOSS_SPIKE, severity=Severity.REJECT, value=11.5, baseline=2.3,
                 score=41.0, threshold=8.0, onset=11),

@@ -1,4 +1,6 @@
-"""The screen in a real terminal: leaving, hanging up, a terminal that is gone or does not read, hostile bytes."""
+"""The screen in a real terminal: leaving, hanging up, a terminal that is gone or does not read,
+hostile bytes.
+"""
 
 from __future__ import annotations
 
@@ -66,13 +68,16 @@ def test_leaving(key: str, run: RunDirectory, opened: list[Terminal]) -> None:
     screen.read()
     assert b"\x1b[?1049l" in screen.output, "the shell's screen is back"
     assert termios.tcgetattr(screen.slave) == screen.before
-    assert run.screens() == 0 and not run.commands_pending(), "nobody watches any more, and nothing was asked for"
+    assert run.screens() == 0 and not run.commands_pending(), (
+        "nobody watches any more, and nothing was asked for"
+    )
 
 
 def test_a_key_reaches_the_run(run: RunDirectory, opened: list[Terminal]) -> None:
     status = run.read_status()
     assert status is not None
-    run.write_status(msgspec.structs.replace(status, heartbeat=time.time() + 600))  # of a run that lives
+    # of a run that lives
+    run.write_status(msgspec.structs.replace(status, heartbeat=time.time() + 600))
     screen = show(run, opened, "controlling")
     screen.press("c")
     deadline = time.monotonic() + 20
@@ -83,7 +88,9 @@ def test_a_key_reaches_the_run(run: RunDirectory, opened: list[Terminal]) -> Non
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
-def test_a_signal_leaves_and_restores(number: int, run: RunDirectory, opened: list[Terminal]) -> None:
+def test_a_signal_leaves_and_restores(
+    number: int, run: RunDirectory, opened: list[Terminal]
+) -> None:
     screen = show(run, opened, "controlling")
     screen.process.send_signal(number)
     assert screen.ends() == 0
@@ -92,9 +99,15 @@ def test_a_signal_leaves_and_restores(number: int, run: RunDirectory, opened: li
     assert termios.tcgetattr(screen.slave) == screen.before
 
 
-@pytest.mark.parametrize("options", [["controlling"], ["controlling", "nohup"], ["detached"]], ids="-".join)
-def test_a_closed_terminal_ends_the_screen(options: list[str], run: RunDirectory, opened: list[Terminal]) -> None:
-    """With SIGHUP, with SIGHUP ignored by nohup, and without a controlling terminal, where none is sent."""
+@pytest.mark.parametrize(
+    "options", [["controlling"], ["controlling", "nohup"], ["detached"]], ids="-".join
+)
+def test_a_closed_terminal_ends_the_screen(
+    options: list[str], run: RunDirectory, opened: list[Terminal]
+) -> None:
+    """With SIGHUP, with SIGHUP ignored by nohup, and without a controlling terminal, where none is
+    sent.
+    """
     screen = show(run, opened, *options)
     screen.close()
     assert screen.ends() == 0
@@ -120,8 +133,12 @@ def test_a_terminal_that_does_not_read_blocks_only_the_screen(
 
 
 @pytest.mark.slow
-def test_a_minute_without_a_reader_costs_training_nothing(tmp_path: Path, opened: list[Terminal]) -> None:
-    """Somebody's laptop sleeps. The rows of the run are counted meanwhile, and what the viewer holds."""
+def test_a_minute_without_a_reader_costs_training_nothing(
+    tmp_path: Path, opened: list[Terminal]
+) -> None:
+    """Somebody's laptop sleeps. The rows of the run are counted meanwhile, and what the viewer
+    holds.
+    """
     fake = FakeRun(total=100_000).begin().advance(2000)
     run = fake.write(tmp_path)
     live = LiveRun(fake, run, rate=20, spike_every=0)
@@ -143,7 +160,9 @@ def test_a_minute_without_a_reader_costs_training_nothing(tmp_path: Path, opened
     sent = len(screen.output)
     run.append("note", "written after a minute")
     screen.until("written after a minute", seconds=60.0)
-    assert len(screen.output) - sent < 3_000_000, "what was held back is a few frames, not all of a minute"
+    assert len(screen.output) - sent < 3_000_000, (
+        "what was held back is a few frames, not all of a minute"
+    )
     deadline = time.monotonic() + 60
     while step_of(screen.display()) < newest:
         assert time.monotonic() < deadline, screen.display()[0]
@@ -169,10 +188,18 @@ def test_hostile_bytes_never_reach_the_terminal(tmp_path: Path, opened: list[Ter
         journal.write(
             b'{"seq": 99, "time": 1.0, "step": 1, "timeline": 0, "kind": "note", "message": "\xff\xfe\x9b2J"}\n'
         )
-    evil = HOSTILE["clipboard"].encode() + b"\xff\xfe\x9b2J\xc2\x9d0;t\x07 [/red] " + "\u202e語".encode()
+    evil = (
+        HOSTILE["clipboard"].encode()
+        + b"\xff\xfe\x9b2J\xc2\x9d0;t\x07 [/red] "
+        + "\u202e語".encode()
+    )
     run.logs.mkdir(exist_ok=True)
-    (run.logs / "rank-0.log").write_bytes(evil + b"\n" + evil * 200_000 + b"\nthe newest line " + evil + b"\n")
-    (run.path / "config.toml").write_text('[run]\nname = "a\\u001B]52;c;ZXZpbA==\\u0007\\u009D \\u202E [/red]"\n')
+    (run.logs / "rank-0.log").write_bytes(
+        evil + b"\n" + evil * 200_000 + b"\nthe newest line " + evil + b"\n"
+    )
+    (run.path / "config.toml").write_text(
+        '[run]\nname = "a\\u001B]52;c;ZXZpbA==\\u0007\\u009D \\u202E [/red]"\n'
+    )
     screen = show(run, opened, "controlling")
     screen.until("disk failing")
     for pane in PANES:
@@ -183,13 +210,16 @@ def test_hostile_bytes_never_reach_the_terminal(tmp_path: Path, opened: list[Ter
     screen.press("j")
     screen.until("scroll")
     screen.read(1.0)
-    told = screen.output.replace(b"\x1b]22;default\x07", b"")  # textual's own: the shape of the mouse pointer
+    # textual's own: the shape of the mouse pointer
+    told = screen.output.replace(b"\x1b]22;default\x07", b"")
     assert b"\x1b]" not in told, "no operating system command: title, clipboard"
     assert b"\x1bP" not in told and b"\x07" not in told and b"ZXZpbA==" not in told
     assert b"\xc2\x9b" not in told and b"\xc2\x9d" not in told and "\u202e".encode() not in told
 
 
-def test_no_colour_means_none(run: RunDirectory, opened: list[Terminal], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_colour_means_none(
+    run: RunDirectory, opened: list[Terminal], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     screen = show(run, opened, "controlling")
     screen.read(0.5)
@@ -199,7 +229,9 @@ def test_no_colour_means_none(run: RunDirectory, opened: list[Terminal], monkeyp
 
 def command(run: RunDirectory, opened: list[Terminal], *words: str, **environment: str) -> Terminal:
     """A command of guardrail, as it is typed."""
-    one = Terminal([sys.executable, "-m", "guardrail", *words], synchronised=False, environment=environment)
+    one = Terminal(
+        [sys.executable, "-m", "guardrail", *words], synchronised=False, environment=environment
+    )
     opened.append(one)
     return one
 
@@ -215,10 +247,19 @@ def test_a_screen_that_is_killed_leaves_the_terminal_usable(
     os.kill(screen.screen, number)
     assert screen.ends() == 128 + number
     screen.read()
-    for off in (b"\x1b[?1049l", b"\x1b[?1000l", b"\x1b[?1003l", b"\x1b[?1006l", b"\x1b[?2004l", b"\x1b[?25h"):
+    for off in (
+        b"\x1b[?1049l",
+        b"\x1b[?1000l",
+        b"\x1b[?1003l",
+        b"\x1b[?1006l",
+        b"\x1b[?2004l",
+        b"\x1b[?25h",
+    ):
         assert off in screen.output, off
     assert termios.tcgetattr(screen.slave) == screen.before, "lines and echo as before"
-    assert f"the screen was ended by {number.name}; training is not affected".encode() in screen.output
+    assert (
+        f"the screen was ended by {number.name}; training is not affected".encode() in screen.output
+    )
 
 
 @pytest.mark.fault("E9")
@@ -248,8 +289,11 @@ def test_a_screen_that_is_stopped_leaves_the_terminal_usable_and_draws_all_of_it
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_who_waits_passes_signals_on(number: int, run: RunDirectory, opened: list[Terminal]) -> None:
-    before = signal.signal(number, signal.SIG_DFL)  # under nohup it is ignored, and a child would inherit that
+def test_who_waits_passes_signals_on(
+    number: int, run: RunDirectory, opened: list[Terminal]
+) -> None:
+    # under nohup it is ignored, and a child would inherit that
+    before = signal.signal(number, signal.SIG_DFL)
     try:
         screen = command(run, opened, "attach", str(run.path))
     finally:
@@ -271,13 +315,18 @@ def test_a_screen_ends_with_who_waits_for_it(run: RunDirectory, opened: list[Ter
     while b"\x1b[?1049l" not in screen.output:
         assert time.monotonic() < deadline, "it goes on drawing over the shell"
         screen.take(0.1)
-    while Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text().split(")")[1]:
+    while (
+        Path(f"/proc/{child}").exists()
+        and "Z" not in Path(f"/proc/{child}/stat").read_text().split(")")[1]
+    ):
         assert time.monotonic() < deadline, "the screen lives on"
         screen.take(0.1)
     assert b"training is not affected" in screen.output
 
 
-def test_the_exit_code_and_errors_of_a_screen_come_through(run: RunDirectory, opened: list[Terminal]) -> None:
+def test_the_exit_code_and_errors_of_a_screen_come_through(
+    run: RunDirectory, opened: list[Terminal]
+) -> None:
     screen = command(run, opened, "attach", str(run.path))
     screen.until("incidents")
     screen.press("q")
@@ -304,14 +353,20 @@ def test_a_terminal_without_a_screen_gets_plain_lines(
 
 @pytest.mark.fault("E10")
 def test_a_log_of_another_tool_is_plain_lines_too(tmp_path: Path, opened: list[Terminal]) -> None:
-    rows = ["step,loss"] + [f"{n},{9.0 if n == 150 else 2.0 + 0.01 * (n % 7)}" for n in range(1, 200)]
+    rows = ["step,loss"] + [
+        f"{n},{9.0 if n == 150 else 2.0 + 0.01 * (n % 7)}" for n in range(1, 200)
+    ]
     (tmp_path / "log.csv").write_text("\n".join(rows))
     screen = Terminal([sys.executable, "-m", "guardrail", "view", str(tmp_path / "log.csv")],
                       environment={"TERM": "dumb"})  # fmt: skip
     opened.append(screen)
     assert screen.ends(60) == 0
     screen.read()
-    assert b"\x1b" not in screen.output and b"199 rows" in screen.output and b"would skip at step 150" in screen.output
+    assert (
+        b"\x1b" not in screen.output
+        and b"199 rows" in screen.output
+        and b"would skip at step 150" in screen.output
+    )
 
 
 def test_gone() -> None:

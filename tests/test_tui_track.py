@@ -38,7 +38,12 @@ COLUMNS = ("step", "timeline", *SIGNALS, "eval_loss", "tokens")
 
 def bounded(table: np.ndarray) -> Track:
     """A track that reads its table again where it has to."""
-    return Track(("eval_loss",), ("tokens",), exact=EXACT, again=lambda first, end: (COLUMNS, table[first:end]))
+    return Track(
+        ("eval_loss",),
+        ("tokens",),
+        exact=EXACT,
+        again=lambda first, end: (COLUMNS, table[first:end]),
+    )
 
 
 def noise(steps: list[float], timelines: list[float]) -> np.ndarray:
@@ -78,16 +83,27 @@ def held(value: object) -> int:
 def extremes(series: Series, signal: str) -> tuple[float, float, bool]:
     """Least and greatest value of everything, and whether something is marked as no number."""
     parts = list(series.curves(signal))
-    low, high = (np.concatenate([getattr(part.points, name) for part in parts]) for name in ("low", "high"))
+    low, high = (
+        np.concatenate([getattr(part.points, name) for part in parts]) for name in ("low", "high")
+    )
     if not np.isfinite(low).any():
         return math.nan, math.nan, any(part.bad.any() for part in parts)
-    return float(np.nanmin(low)), float(np.nanmax(high)), any(bool(part.bad.any()) for part in parts)
+    return (
+        float(np.nanmin(low)),
+        float(np.nanmax(high)),
+        any(bool(part.bad.any()) for part in parts),
+    )
 
 
 @settings(max_examples=40, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
-@given(st.lists(st.tuples(st.integers(1, 900), st.integers(1, 900)), min_size=1, max_size=6), st.integers(1, 400))
+@given(
+    st.lists(st.tuples(st.integers(1, 900), st.integers(1, 900)), min_size=1, max_size=6),
+    st.integers(1, 400),
+)
 def test_what_is_summed_up_is_what_the_rows_say(stretches: list[tuple[int, int]], cut: int) -> None:
-    """For runs that go back to random steps, far back too, and arrive in any chunks: against one that keeps all."""
+    """For runs that go back to random steps, far back too, and arrive in any chunks: against one
+    that keeps all.
+    """
     steps, timelines = going_back(stretches)
     table = noise(steps, timelines)
     thinned, whole = bounded(table), Track(("eval_loss",), ("tokens",))
@@ -105,15 +121,21 @@ def test_what_is_summed_up_is_what_the_rows_say(stretches: list[tuple[int, int]]
         assert repr(a.last(name)) == repr(b.last(name))
     assert a.end("tokens") == b.end("tokens") and len(a.ghosts) == len(b.ghosts)
     for ghost, other in zip(a.ghosts, b.ghosts, strict=True):
-        assert ghost.last_step == other.last_step and repr(extremes(ghost, "loss")) == repr(extremes(other, "loss"))
+        assert ghost.last_step == other.last_step and repr(extremes(ghost, "loss")) == repr(
+            extremes(other, "loss")
+        )
     # Every point stands for the rows from the one before to its own, and for no others.
     bounds = np.searchsorted(b.row, a.row, side="right")
     high = np.fmax.reduceat(b.values["loss"], np.concatenate(([0], bounds[:-1])))
-    np.testing.assert_array_equal(np.concatenate([part.points.high for part in a.curves("loss")]), high)
+    np.testing.assert_array_equal(
+        np.concatenate([part.points.high for part in a.curves("loss")]), high
+    )
 
 
 def test_a_day_holds_no_more_bytes_than_an_hour() -> None:
-    """Of everything that grows with rows, ghosts included; counted, whatever a process may have left over."""
+    """Of everything that grows with rows, ghosts included; counted, whatever a process may have
+    left over.
+    """
     track, sizes = Track(exact=EXACT), []
     for hour in range(24):
         for at in range(hour * 3600, (hour + 1) * 3600, 300):
@@ -184,15 +206,21 @@ def test_a_stretch_that_is_looked_at_is_drawn_and_read_as_its_rows_are(
     expected, series = whole(long_run), reader.latest().series
     assert 0 < series.thin and len(series) <= 4 * EXACT
     scale = XScale(1100.5, 1.0, 200)
-    assert drawn(series, "loss", scale) != drawn(expected, "loss", scale), "or there is nothing to look closer at"
-    assert series.at("loss", 1190) is None and not series.exact(1190), "a sum of several rows is no value"
+    assert drawn(series, "loss", scale) != drawn(expected, "loss", scale), (
+        "or there is nothing to look closer at"
+    )
+    assert series.at("loss", 1190) is None and not series.exact(1190), (
+        "a sum of several rows is no value"
+    )
     series = closer(reader, (1050.0, 1350.0))
     for signal in SIGNALS:
         assert repr(drawn(series, signal, scale)) == repr(drawn(expected, signal, scale))
         band = series.sampled(f"{signal}_threshold", "step", scale)
         np.testing.assert_array_equal(band, expected.sampled(f"{signal}_threshold", "step", scale))
         for step in range(1050, 1351):
-            assert series.exact(step) and repr(series.at(signal, step)) == repr(expected.at(signal, step))
+            assert series.exact(step) and repr(series.at(signal, step)) == repr(
+                expected.at(signal, step)
+            )
     for per_dot in (1.0, 3.0, 10.0, 25.0):  # across the borders of what was read again
         wide = XScale(900.5, per_dot, 200)
         seen, true = (np.array(drawn(one, "loss", wide)[1]) for one in (series, expected))
@@ -200,7 +228,9 @@ def test_a_stretch_that_is_looked_at_is_drawn_and_read_as_its_rows_are(
     assert extremes(series, "loss") == extremes(expected, "loss")
 
 
-def test_along_another_axis_and_with_further_signals(reader: RunReader, long_run: RunDirectory) -> None:
+def test_along_another_axis_and_with_further_signals(
+    reader: RunReader, long_run: RunDirectory
+) -> None:
     reader.choose(("loss", "lr"), "tokens")
     closer(reader, (1050.0, 1350.0))
     series, expected = reader.latest().series, whole(long_run, ("lr",), "tokens")
@@ -208,7 +238,9 @@ def test_along_another_axis_and_with_further_signals(reader: RunReader, long_run
     assert series.place(1200, "tokens") == place and series.step_at(place + 1, "tokens") == 1200
     scale = XScale(place - 100_000.0, 2000.0, 100)
     for signal in ("loss", "lr"):
-        assert repr(drawn(series, signal, scale, "tokens")) == repr(drawn(expected, signal, scale, "tokens"))
+        assert repr(drawn(series, signal, scale, "tokens")) == repr(
+            drawn(expected, signal, scale, "tokens")
+        )
 
 
 def test_what_is_at_hand_is_not_read_again_and_what_nobody_looks_at_goes(
@@ -235,10 +267,16 @@ def test_what_is_at_hand_is_not_read_again_and_what_nobody_looks_at_goes(
     assert max(sizes) < 1e6, "however much has been looked at"
 
 
-def test_a_return_far_back_keeps_the_rows_before_it(reader: RunReader, long_run: RunDirectory) -> None:
-    """The journal says it before there is a row: into the middle of a point that stands for several."""
+def test_a_return_far_back_keeps_the_rows_before_it(
+    reader: RunReader, long_run: RunDirectory
+) -> None:
+    """The journal says it before there is a row: into the middle of a point that stands for
+    several.
+    """
     closer(reader, (900.0, 1300.0))
-    long_run.append("rollback", "rolled back to 1003", to_step=1003, new_timeline=2, timeline=1, step=5000)
+    long_run.append(
+        "rollback", "rolled back to 1003", to_step=1003, new_timeline=2, timeline=1, step=5000
+    )
     reader.look()
     series, expected = reader.latest().series, whole(long_run)
     assert series.last_step == 1003 and series.details == () and len(series.ghosts) == 2
@@ -246,7 +284,9 @@ def test_a_return_far_back_keeps_the_rows_before_it(reader: RunReader, long_run:
     assert series.last("loss") == expected.values["loss"][count - 1]
     seen = np.concatenate([part.points.high for part in series.curves("loss")])
     assert np.nanmax(seen) == np.nanmax(expected.values["loss"][:count])
-    assert closer(reader, (900.0, 1300.0)).at("loss", 950) == expected.at("loss", 950), "and it is read again"
+    assert closer(reader, (900.0, 1300.0)).at("loss", 950) == expected.at("loss", 950), (
+        "and it is read again"
+    )
 
 
 def test_a_file_that_cannot_be_read_is_trouble_and_tried_again(
@@ -264,8 +304,12 @@ def test_a_file_that_cannot_be_read_is_trouble_and_tried_again(
     assert closer(reader, (100.0, 300.0)).exact(200)
 
 
-def test_a_slow_file_holds_no_command_and_no_row(long_run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While rows are looked up on a file system that hangs the screen hears of what is new, and commands go out."""
+def test_a_slow_file_holds_no_command_and_no_row(
+    long_run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While rows are looked up on a file system that hangs the screen hears of what is new, and
+    commands go out.
+    """
     reader, hangs = RunReader(long_run, exact=EXACT, present=False), threading.Event()
     reader.look()
     monkeypatch.setattr(reader, "_detail", lambda *_: hangs.wait(20) and None)
@@ -338,11 +382,15 @@ def test_rows_are_wanted_where_points_are_fewer_than_dots() -> None:
     assert wanted(span=30.0) == [], "the newest rows are all there"
     ((low, high),) = wanted(span=400.0, end=2000.0)
     assert low <= 1600 and high >= 2000
-    assert wanted(span=30.0, at=1190.0) == [(1190 - 1024, 1190 + 1024)], "the value cursor wants its row"
+    assert wanted(span=30.0, at=1190.0) == [(1190 - 1024, 1190 + 1024)], (
+        "the value cursor wants its row"
+    )
     assert wanted(at=4999.0)[1:] == []
 
 
-async def test_the_screen_asks_for_what_it_shows_and_shows_what_comes(long_run: RunDirectory) -> None:
+async def test_the_screen_asks_for_what_it_shows_and_shows_what_comes(
+    long_run: RunDirectory,
+) -> None:
     """A spike of three steps among five thousand, seen from afar, looked at step by step."""
     reader = RunReader(long_run, exact=EXACT, present=False)
     expected = whole(long_run)

@@ -1,4 +1,6 @@
-"""One real run, from launch to stop, by somebody who sits at a terminal; each deed is looked up in the journal."""
+"""One real run, from launch to stop, by somebody who sits at a terminal; each deed is looked up in
+the journal.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,11 @@ class Seat:
 
 def answer(run: RunDirectory, command: str) -> Event | None:
     """The newest answer to a command of a kind."""
-    found = [event for event in run.events() if event.kind == "command" and event.data.get("command") == command]
+    found = [
+        event
+        for event in run.events()
+        if event.kind == "command" and event.data.get("command") == command
+    ]
     return found[-1] if found else None
 
 
@@ -92,7 +98,8 @@ def step(run: RunDirectory) -> int:
 @pytest.fixture
 def at_home(lab: Lab) -> Lab:
     (lab.folder / "corpus").mkdir()
-    for number in range(200):  # more than a run can go back over while a dialog is open: it may not leave all data out
+    # more than a run can go back over while a dialog is open: it may not leave all data out
+    for number in range(200):
         (lab.folder / "corpus" / f"{number}.txt").write_text(Path(__file__).read_text()[number:])
     (lab.folder / "sat.toml").write_text(CONFIG)
     return lab
@@ -126,7 +133,9 @@ def control(seat: Seat, run: RunDirectory) -> None:
     seat.until(lambda: step(run) > parked, "it has gone on")
 
     go_back(seat, run)
-    seat.until(lambda: any(event.kind == "rollback" for event in run.events()), "what it did is there too")
+    seat.until(
+        lambda: any(event.kind == "rollback" for event in run.events()), "what it did is there too"
+    )
     back = next(event for event in run.events() if event.kind == "rollback")
     assert back.data["to_step"] < back.data["from_step"] and back.data["new_timeline"] == 1
     seat.sees("timeline 1")
@@ -142,7 +151,9 @@ def control(seat: Seat, run: RunDirectory) -> None:
 
 
 def go_back(seat: Seat, run: RunDirectory) -> None:
-    """Roll back by the dialog. What it showed may not hold any more on a machine that is slow to draw: then again."""
+    """Roll back by the dialog. What it showed may not hold any more on a machine that is slow to
+    draw: then again.
+    """
     refused: list[str] = []
     while len(refused) < 3:
         before = answer(run, "rollback")
@@ -150,7 +161,10 @@ def go_back(seat: Seat, run: RunDirectory) -> None:
         seat.types("\r", "roll back to step", "No")
         assert answer(run, "rollback") == before, "nothing is sent before it is confirmed"
         seat.terminal.press("y")
-        seat.until(lambda before=before: answer(run, "rollback") != before, "the rollback is answered in the journal")
+        seat.until(
+            lambda before=before: answer(run, "rollback") != before,
+            "the rollback is answered in the journal",
+        )
         if applied(run, "rollback")():
             return
         found = answer(run, "rollback")

@@ -16,7 +16,9 @@ from guardrail.core.config import load_guard
 
 @pytest.fixture
 def outliers(tmp_path: Path) -> Path:
-    """Fifteen hundred records with an outlier of about 9 sigma every 250, each gone with the next record."""
+    """Fifteen hundred records with an outlier of about 9 sigma every 250, each gone with the next
+    record.
+    """
     draw = random.Random(0)
     rows = ["step,loss,grad_norm"]
     for step in range(1, 1501):
@@ -27,23 +29,33 @@ def outliers(tmp_path: Path) -> Path:
     return path
 
 
-def proposal(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[dict[str, float], list[str]]:
+def proposal(
+    capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[dict[str, float], list[str]]:
     assert main(["tune", *arguments]) == 0
     output = capsys.readouterr().out
     return tomllib.loads(output)["guard"], output.splitlines()
 
 
-def test_a_run_with_outliers_is_left_in_peace(outliers: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_with_outliers_is_left_in_peace(
+    outliers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = sorted(outliers.parent.rglob("*"))
     guard, lines = proposal(capsys, str(outliers))
     assert set(guard) == {"loss_score", "grad_score"}, "no embedding norm was recorded"
     assert guard["loss_score"] >= 10.0
     assert guard["grad_score"] < 10.0, "nothing speaks against being more watchful there"
     table = lines[: lines.index(f"loss_score = {guard['loss_score']}")]
-    rows = {float(line.split()[1]): int(line.split()[2]) for line in table if re.match(r"#\s+[\d.]+\s", line)}
+    rows = {
+        float(line.split()[1]): int(line.split()[2])
+        for line in table
+        if re.match(r"#\s+[\d.]+\s", line)
+    }
     assert rows[5.0] > 0 and rows[guard["loss_score"]] == 0
     assert rows == dict(sorted(rows.items())), "a table by threshold"
-    assert any(line.endswith("default") for line in lines) and any(line.endswith("proposed") for line in lines)
+    assert any(line.endswith("default") for line in lines) and any(
+        line.endswith("proposed") for line in lines
+    )
     assert sorted(outliers.parent.rglob("*")) == before, "nothing is written"
 
 
@@ -52,7 +64,9 @@ def test_a_budget_that_allows_them(outliers: Path, capsys: pytest.CaptureFixture
     assert guard["loss_score"] == 5.0
 
 
-def test_the_proposal_is_a_policy(outliers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_proposal_is_a_policy(
+    outliers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     guard, lines = proposal(capsys, str(outliers), "--set", "guard.persist=4")
     file = tmp_path / "policy.toml"
     file.write_text("\n".join(lines))

@@ -1,4 +1,6 @@
-"""A decision of the guard is taken back: the run goes on as one in which the guard was told to let those batches be."""
+"""A decision of the guard is taken back: the run goes on as one in which the guard was told to let
+those batches be.
+"""
 
 from __future__ import annotations
 
@@ -46,11 +48,17 @@ from trainer.config.config import Config
 # -- which decision, and what goes with it
 
 
-def line(seq: int, kind: str, first: int = 0, last: int = 8, cause: str = "rejected", **data: Any) -> Event:
-    span = Span(first=first, last=last, cause=cause, step=seq, positions=tuple(data.pop("positions", ())))
+def line(
+    seq: int, kind: str, first: int = 0, last: int = 8, cause: str = "rejected", **data: Any
+) -> Event:
+    span = Span(
+        first=first, last=last, cause=cause, step=seq, positions=tuple(data.pop("positions", ()))
+    )
     if kind != "undo":
         data = {"span": msgspec.to_builtins(span), **data}
-    return Event(seq=seq, time=0.0, step=seq, timeline=0, kind=kind, message=f"line {seq}", data=data)
+    return Event(
+        seq=seq, time=0.0, step=seq, timeline=0, kind=kind, message=f"line {seq}", data=data
+    )
 
 
 def meant(events: list[Event], seq: int | None = None) -> Undoing:
@@ -71,7 +79,9 @@ ROLLED_BACK = [
 def test_the_newest_decision_of_the_guard_and_not_of_a_person() -> None:
     events = [line(2, "left_out"), line(3, "left_out", 80, 88, "user")]
     assert meant(events).of == 2
-    assert meant(events, 3).of == 3 and meant(events, 3).pardons == (), "who was not rejected needs no pardon"
+    assert meant(events, 3).of == 3 and meant(events, 3).pardons == (), (
+        "who was not rejected needs no pardon"
+    )
 
 
 def test_a_rollback_takes_back_the_batches_that_led_to_it_and_not_what_a_person_left_out() -> None:
@@ -92,19 +102,27 @@ def test_only_some_samples_of_a_batch() -> None:
 
 
 def test_a_rollback_that_left_nothing_out_pardons_the_batch_that_it_was_about() -> None:
-    verdict = Event(seq=5, time=0.0, step=5, timeline=0, kind="verdict", data={"incident": 1, "batch": [40, 48]})
+    verdict = Event(
+        seq=5, time=0.0, step=5, timeline=0, kind="verdict", data={"incident": 1, "batch": [40, 48]}
+    )
     undoing = meant([verdict, line(6, "rollback", 24, 24, "rollback", new_timeline=1, incident=1)])
     assert (undoing.positions, undoing.first, undoing.pardons) == (0, 24, ((40, 48),))
 
 
 def incident(seq: int, state: str) -> Event:
-    return Event(seq=seq, time=0.0, step=9, timeline=1, kind="incident", data={"number": 1, "state": state})
+    return Event(
+        seq=seq, time=0.0, step=9, timeline=1, kind="incident", data={"number": 1, "state": state}
+    )
 
 
 @pytest.mark.fault("T12")
 def test_a_rollback_that_skipped_nothing_is_not_undone_once_its_batch_was_applied() -> None:
-    """To go back would only repeat steps; while its incident is open, or a remedy of it holds, there is a reason to."""
-    verdict = Event(seq=5, time=0.0, step=5, timeline=0, kind="verdict", data={"incident": 1, "batch": [40, 48]})
+    """To go back would only repeat steps; while its incident is open, or a remedy of it holds,
+    there is a reason to.
+    """
+    verdict = Event(
+        seq=5, time=0.0, step=5, timeline=0, kind="verdict", data={"incident": 1, "batch": [40, 48]}
+    )
     back = line(6, "rollback", 24, 24, "rollback", new_timeline=1, incident=1)
     for state in ("recovered", "offset"):
         found = find([verdict, back, incident(7, state)])
@@ -122,12 +140,24 @@ def test_a_rollback_that_skipped_nothing_is_not_undone_once_its_batch_was_applie
     ("events", "seq", "why"),
     [
         ([], None, "there is no decision of the guard that stands"),
-        ([line(3, "left_out", 80, 88, "user")], None, "there is no decision of the guard that stands"),
+        (
+            [line(3, "left_out", 80, 88, "user")],
+            None,
+            "there is no decision of the guard that stands",
+        ),
         (ROLLED_BACK, 5, "line 5 of the journal is no decision"),
         (ROLLED_BACK, 4, "line 8 has left the same samples out since"),
         ([line(2, "left_out"), line(3, "undo", lines=[2])], 2, "line 2 is undone already"),
-        ([line(2, "left_out"), line(3, "undo", lines=[2])], 3, "line 3 of the journal is no decision"),
-        ([line(2, "left_out"), line(3, "undo", lines=[2])], None, "no decision of the guard that stands"),
+        (
+            [line(2, "left_out"), line(3, "undo", lines=[2])],
+            3,
+            "line 3 of the journal is no decision",
+        ),
+        (
+            [line(2, "left_out"), line(3, "undo", lines=[2])],
+            None,
+            "no decision of the guard that stands",
+        ),
     ],
 )
 def test_what_cannot_be_undone_is_said(events: list[Event], seq: int | None, why: str) -> None:
@@ -151,7 +181,9 @@ def test_samples_come_back_unless_somebody_else_leaves_them_out_too() -> None:
     assert batch is not None
     ledger.passed(batch, applied=True)
     assert ledger.take_back([mine, rejected]) == 4
-    assert list(ledger.quarantine.lines()) == sorted({*before, "4", "5"}, key=lambda text: int(text.split("@")[0]))
+    assert list(ledger.quarantine.lines()) == sorted(
+        {*before, "4", "5"}, key=lambda text: int(text.split("@")[0])
+    )
     assert ledger.spans == [other]
     following = ledger.next_batch()
     assert following is not None and following.positions == (6, 7, 9, 10) and following.streak == 0
@@ -180,7 +212,9 @@ def test_a_pardoned_jump_is_noted_and_applied_and_enters_no_baseline() -> None:
     bands = told.bands()
     verdict = told.observe(obs(step, 9.0, 0.5))
     assert verdict.action is Action.APPLY and verdict.incident is None and not verdict.accepted
-    assert [f.severity for f in verdict.findings] == [Severity.NOTE] and verdict.reason.startswith("pardoned: loss 9")
+    assert [f.severity for f in verdict.findings] == [Severity.NOTE] and verdict.reason.startswith(
+        "pardoned: loss 9"
+    )
     assert told.bands() == bands
     assert plain.observe(obs(step, 9.0, 0.5)).action is Action.SKIP
     # The next batch is judged as ever.
@@ -202,14 +236,22 @@ def test_a_pardoned_level_is_the_new_normal() -> None:
         first += 1
     told = Controller(GuardSection(loss_score=20.0, pardon=((0, first * FED),)))
     warmed(told)
-    verdicts = [told.observe(obs(at, 1.25 * healthy_loss(at), 0.5)) for at in range(step, first + 60)]
+    verdicts = [
+        told.observe(obs(at, 1.25 * healthy_loss(at), 0.5)) for at in range(step, first + 60)
+    ]
     assert {verdict.action for verdict in verdicts} == {Action.APPLY}
     (found,) = [v for v in verdicts if any(f.kind is Kind.DIVERGENCE for f in v.findings)]
     assert found.step == first and found.accepted
 
 
 def test_pardons_and_the_budget_come_back_from_the_journal() -> None:
-    rollback = {"from_step": 30, "to_step": 25, "onset": 29, "window": [184, 224], "new_timeline": 1}
+    rollback = {
+        "from_step": 30,
+        "to_step": 25,
+        "onset": 29,
+        "window": [184, 224],
+        "new_timeline": 1,
+    }
     undo = {
         "lines": [8],
         "spans": [msgspec.to_builtins(Span(first=184, last=224, cause="rollback", step=8))],
@@ -236,19 +278,26 @@ def spike(first: int, last: int) -> dict[str, Any]:
     return {"kind": "spike_loss", "first": first, "last": last, "value": 50.0}
 
 
-FAULTS = [spike(160, 184), spike(240, 248)]  # step 21 is tried three times and the run goes back; later one skip
+# step 21 is tried three times and the run goes back; later one skip
+FAULTS = [spike(160, 184), spike(240, 248)]
 
 
 def undone(config: Config, *commands: tuple[int, float]) -> RunDirectory:
     run = new_run(config)
     for number, (step, seq) in enumerate(commands):
-        run.send(Command(id=f"undo-{number}", kind=CommandKind.UNDO, value=seq, at_step=step, who="tester"))
+        run.send(
+            Command(
+                id=f"undo-{number}", kind=CommandKind.UNDO, value=seq, at_step=step, who="tester"
+            )
+        )
     assert train(run, config.world) == "finished"
     return run
 
 
 def letting(config: Config, run: RunDirectory) -> Config:
-    """The configuration of a run that is told from its beginning what `run` pardoned, and what it still leaves out."""
+    """The configuration of a run that is told from its beginning what `run` pardoned, and what it
+    still leaves out.
+    """
     replace = msgspec.structs.replace
     file = run.path / "quarantine.txt"
     file.write_text("".join(f"{text}\n" for text in quarantine_lines(run)), encoding="utf-8")
@@ -262,12 +311,15 @@ def letting(config: Config, run: RunDirectory) -> Config:
 
 
 @pytest.mark.parametrize(
-    ("world", "strategy"), [SHAPES[0], pytest.param(*SHAPES[1], marks=pytest.mark.slow), FEW_SHAPES[2]]
+    ("world", "strategy"),
+    [SHAPES[0], pytest.param(*SHAPES[1], marks=pytest.mark.slow), FEW_SHAPES[2]],
 )
 def test_an_undone_rollback_and_skip_leave_a_run_that_was_told_so_from_its_beginning(
     tmp_path: Path, world: int, strategy: str
 ) -> None:
-    config = tiny(tmp_path, world=world, strategy=strategy, faults=FAULTS, guard=BLIND, train={"steps": 44})
+    config = tiny(
+        tmp_path, world=world, strategy=strategy, faults=FAULTS, guard=BLIND, train={"steps": 44}
+    )
     run = undone(config, (24, math.nan), (36, math.nan))
     first, second = of_kind(run, "undo")
     assert [event.data["samples"] for event in (first, second)] == [32, 8]
@@ -275,7 +327,9 @@ def test_an_undone_rollback_and_skip_leave_a_run_that_was_told_so_from_its_begin
     assert of_kind(run, "command")[0].data["who"] == "tester"
     assert not [e for e in of_kind(run, "verdict") if e.timeline > first.data["new_timeline"]]
     notes = [event.message for event in of_kind(run, "finding")]
-    assert sum("pardoned: loss" in note for note in notes) == 4, "each batch was found odd again, and applied"
+    assert sum("pardoned: loss" in note for note in notes) == 4, (
+        "each batch was found odd again, and applied"
+    )
     assert_whole(run)
     assert table(run)[:, 1].tolist() == [8.0 * step for step in range(44)], "no batch is missing"
     told = letting(config, run)
@@ -306,14 +360,23 @@ def test_a_crash_after_an_undo_forgets_no_pardon(tmp_path: Path) -> None:
 
 def test_an_undo_answers_the_question_of_the_guard(tmp_path: Path) -> None:
     """The batch under question is given back, and judged anew behind the one that is pardoned."""
-    config = tiny(tmp_path, world=2, faults=[spike(160, 184)], guard={"mode": "ask", **BLIND}, train={"steps": 30})
+    config = tiny(
+        tmp_path,
+        world=2,
+        faults=[spike(160, 184)],
+        guard={"mode": "ask", **BLIND},
+        train={"steps": 30},
+    )
     run = new_run(config)
     pids = start_run(run, 2)
     wait_for(lambda: of_kind(run, "paused"), what="a question")
     run.send(Command(id="undo", kind=CommandKind.UNDO, value=math.nan))
     assert wait_ranks(pids) == [0, 0]
     assert len(of_kind(run, "paused")) == 1, "one rejection in a row is no question"
-    assert sorted(int(text) for text in quarantine_lines(run)) == [*range(160, 168), *range(176, 184)]
+    assert sorted(int(text) for text in quarantine_lines(run)) == [
+        *range(160, 168),
+        *range(176, 184),
+    ]
     assert_same(run, trained(letting(config, run)))
 
 
@@ -340,7 +403,9 @@ def test_an_undo_out_of_reach_is_refused_and_changes_nothing(tmp_path: Path) -> 
 
 
 def test_an_undone_nan_is_rejected_again(tmp_path: Path) -> None:
-    config = tiny(tmp_path, faults=[{"kind": "nan_loss", "first": 160, "last": 168}], train={"steps": 26})
+    config = tiny(
+        tmp_path, faults=[{"kind": "nan_loss", "first": 160, "last": 168}], train={"steps": 26}
+    )
     run = undone(config, (22, math.nan))
     assert len(of_kind(run, "undo")) == 1
     assert [(span.first, span.last) for span in spans(run)] == [(160, 168), (160, 168)]

@@ -1,4 +1,6 @@
-"""`guardrail view`: the screen over a recorded log says what `backtest` says, and writes nothing."""
+"""`guardrail view`: the screen over a recorded log says what `backtest` says, and writes
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from guardrail.tui.model.view import Snapshot, View
 from tests.fake_run import example
 
 
-def write(path: Path, losses: list[str], *, steps: list[int] | None = None, norms: list[str] | None = None) -> Path:
+def write(
+    path: Path, losses: list[str], *, steps: list[int] | None = None, norms: list[str] | None = None
+) -> Path:
     numbers = steps or range(1, len(losses) + 1)
     rows = [f"{numbers[at]},{loss},{norms[at] if norms else ''}" for at, loss in enumerate(losses)]
     path.write_text("step,loss,grad_norm\n" + "\n".join(rows) + "\n")
@@ -45,7 +49,9 @@ def spiked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read(path: Path, *overrides: str) -> Snapshot:
-    reader = RecordedReader(viewing.Viewing(viewing.the_log(str(path), {}), load_guard(overrides=overrides)))
+    reader = RecordedReader(
+        viewing.Viewing(viewing.the_log(str(path), {}), load_guard(overrides=overrides))
+    )
     said: list[str] = []
     reader.start(lambda: said.append(reader.latest().recorded))
     reader.join()
@@ -60,9 +66,13 @@ def test_it_shows_the_incidents_that_backtest_tells(spiked: Path) -> None:
     (log,) = [viewing.the_log(str(spiked), {})]
     cases = backtest.backtest(log, load_guard()).cases
     told = [(case.first.incident, min(case.first.onset_step, case.first.step)) for case in cases]
-    assert [(one.number, one.step) for one in reversed(found.story.incidents)] == told and len(told) == 2
+    assert [(one.number, one.step) for one in reversed(found.story.incidents)] == told and len(
+        told
+    ) == 2
     assert all(not one.open and one.deed.startswith("would ") for one in found.story.incidents)
-    assert found.story.marks["#"] == ((501, "1"), (801, "2")), "where each would have been acted on first"
+    assert found.story.marks["#"] == ((501, "1"), (801, "2")), (
+        "where each would have been acted on first"
+    )
     assert found.recorded == "a recorded log of 6,000 rows (csv): what the guard would have said"
     assert View(found, 0.0).health.word == "RECORDED"
 
@@ -71,15 +81,23 @@ def test_curves_have_bands_and_what_was_not_logged_is_no_nan(spiked: Path) -> No
     series = read(spiked).series
     assert len(series) == 6000 and np.flatnonzero(series.bad["loss"]).tolist() == [800]
     assert np.isfinite(series.values["loss_threshold"][100:]).all()
-    assert not series.bad["grad_norm"].any() and np.isfinite(series.values["grad_norm"]).sum() == 600
+    assert (
+        not series.bad["grad_norm"].any() and np.isfinite(series.values["grad_norm"]).sum() == 600
+    )
 
 
 def test_rows_that_start_anew_are_a_ghost(tmp_path: Path) -> None:
     """A log that a resume goes on with some steps back: what it ran again is the present."""
     losses = healthy(300)
-    path = write(tmp_path / "resumed.csv", [*losses[:200], *losses[150:]], steps=[*range(1, 201), *range(151, 301)])
+    path = write(
+        tmp_path / "resumed.csv",
+        [*losses[:200], *losses[150:]],
+        steps=[*range(1, 201), *range(151, 301)],
+    )
     series = read(path).series
-    assert series.step.tolist() == list(range(1, 301)) and [len(ghost) for ghost in series.ghosts] == [50]
+    assert series.step.tolist() == list(range(1, 301)) and [
+        len(ghost) for ghost in series.ghosts
+    ] == [50]
 
 
 def test_settings_decide(spiked: Path) -> None:
@@ -89,11 +107,19 @@ def test_settings_decide(spiked: Path) -> None:
 def test_a_run_directory_under_other_settings(tmp_path: Path) -> None:
     run = example().write(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
-    assert viewing.is_run(str(run.path)) and not viewing.is_run(str(tmp_path)) and not viewing.is_run("/nowhere")
-    found = read(run.path, "guard.loss_score=1000", "guard.grad_score=1000", "guard.embed_score=1000")
+    assert (
+        viewing.is_run(str(run.path))
+        and not viewing.is_run(str(tmp_path))
+        and not viewing.is_run("/nowhere")
+    )
+    found = read(
+        run.path, "guard.loss_score=1000", "guard.grad_score=1000", "guard.embed_score=1000"
+    )
     assert found.series.last_step == 1284 and len(found.series.ghosts) == 1
     assert 1207 not in {one.step for one in found.story.incidents}
-    assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before, "nothing is written"
+    assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before, (
+        "nothing is written"
+    )
 
 
 def test_several_runs_and_none(tmp_path: Path) -> None:
@@ -105,7 +131,9 @@ def test_several_runs_and_none(tmp_path: Path) -> None:
         viewing.the_log(str(tmp_path), {})
 
 
-def test_without_a_terminal_it_names_backtest(spiked: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_terminal_it_names_backtest(
+    spiked: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["view", str(spiked)]) == 2
     assert f"guardrail backtest {spiked}" in capsys.readouterr().err
 

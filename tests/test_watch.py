@@ -80,7 +80,9 @@ def test_a_watcher_that_was_stopped_itself_does_not_blame_the_ranks() -> None:
     assert watch.look({100: report(100)}, 3600.0) == [], "a laptop that slept for an hour"
     assert LONGEST_LOOK < LAUNCH.step_seconds
     assert watch.look({100: report(100)}, 3600.0) == []
-    assert len(watch.look({100: report(100)}, 3600.0)) == 1, "three looks without progress are too many"
+    assert len(watch.look({100: report(100)}, 3600.0)) == 1, (
+        "three looks without progress are too many"
+    )
 
 
 def test_the_longest_idle_comes_first() -> None:
@@ -90,29 +92,46 @@ def test_the_longest_idle_comes_first() -> None:
     ranks = {100: report(100), 101: report(101)}
     for seconds in (0.0, 3.0, 3.0):
         assert watch.look(ranks, seconds) == []
-    assert [(one.pid, round(one.seconds, 1)) for one in watch.look(ranks, 5.0)] == [(101, 14.9), (100, 11.0)]
+    assert [(one.pid, round(one.seconds, 1)) for one in watch.look(ranks, 5.0)] == [
+        (101, 14.9),
+        (100, 11.0),
+    ]
 
 
 # -- a process that is stopped
 
 
-def beating(pid: int, look: int, *, progress: int = 0, still: bool = False, phase: Phase = Phase.STEP) -> RankStatus:
+def beating(
+    pid: int, look: int, *, progress: int = 0, still: bool = False, phase: Phase = Phase.STEP
+) -> RankStatus:
     """Its heartbeat thread has written a second ago, or long ago."""
     return RankStatus(
-        rank=pid - 100, pid=pid, host="here", phase=phase, progress=progress, heartbeat=5.0 if still else 1e9 + look
+        rank=pid - 100,
+        pid=pid,
+        host="here",
+        phase=phase,
+        progress=progress,
+        heartbeat=5.0 if still else 1e9 + look,
     )
 
 
 @pytest.mark.fault("R1")
 @pytest.mark.parametrize("phase", [Phase.SETUP, Phase.STEP, Phase.SAVE])
 def test_a_stopped_rank_is_found_in_half_a_minute_whatever_its_phase_allows(phase: Phase) -> None:
-    """Its heartbeat is silent, and its peer waits. Both have not got ahead; only one of them is stopped."""
+    """Its heartbeat is silent, and its peer waits. Both have not got ahead; only one of them is
+    stopped.
+    """
     watch = Watch(LaunchSection(step_seconds=9000, save_seconds=9000))
     for look in range(32):
-        ranks = {100: beating(100, look, phase=phase), 101: beating(101, look, still=True, phase=phase)}
+        ranks = {
+            100: beating(100, look, phase=phase),
+            101: beating(101, look, still=True, phase=phase),
+        }
         hung = watch.look(ranks, 1.0)
         assert bool(hung) == (look == 31), look
-    assert [(one.rank, one.phase, round(one.silent), one.stopped) for one in hung] == [(1, phase, 31, True)]
+    assert [(one.rank, one.phase, round(one.silent), one.stopped) for one in hung] == [
+        (1, phase, 31, True)
+    ]
 
 
 def test_a_stopped_rank_without_peers_is_found_as_well() -> None:
@@ -122,7 +141,9 @@ def test_a_stopped_rank_without_peers_is_found_as_well() -> None:
 
 
 def test_a_slow_rank_is_not_taken_for_a_stopped_one() -> None:
-    """It still reports; or nothing in Python can run, and it works; or its peers get ahead without it."""
+    """It still reports; or nothing in Python can run, and it works; or its peers get ahead without
+    it.
+    """
     reports, works, alone, over = (Watch(LaunchSection(step_seconds=9000)) for _ in range(4))
     for look in range(400):
         both = {100: beating(100, look), 101: beating(101, look)}
@@ -138,7 +159,10 @@ def test_a_slow_rank_is_not_taken_for_a_stopped_one() -> None:
 def test_one_that_is_stopped_before_it_could_report_is_found_too() -> None:
     """A process that has not reported and is not stopped may wait for a slow disk."""
     watch = Watch(LAUNCH)
-    looks = [watch.look({100: None, 101: None}, 1.0, cpu={100: 0.1, 101: 0.1}, stopped=[101]) for _ in range(32)]
+    looks = [
+        watch.look({100: None, 101: None}, 1.0, cpu={100: 0.1, 101: 0.1}, stopped=[101])
+        for _ in range(32)
+    ]
     assert not any(looks[:-1])
     assert [(one.pid, one.rank, one.stopped) for one in looks[-1]] == [(101, None, True)]
 
@@ -158,10 +182,14 @@ def agent_that_prints(monkeypatch: pytest.MonkeyPatch, folder: Path, script: str
     return elastic.Agent(LaunchSection(), folder, folder / "elastic.log", incarnation=0, restarts=0)
 
 
-def test_failures_are_read_once_and_never_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_are_read_once_and_never_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "begin").write_bytes(LINES[:-10])
     (tmp_path / "rest").write_bytes(LINES[-10:])
-    script = f"cd {tmp_path}; cat begin; until [ -e go ]; do sleep 0.02; done; cat rest; exec sleep 600"
+    script = (
+        f"cd {tmp_path}; cat begin; until [ -e go ]; do sleep 0.02; done; cat rest; exec sleep 600"
+    )
     agent = agent_that_prints(monkeypatch, tmp_path, script)
     try:
         seen: list[elastic.Output] = []
@@ -206,9 +234,16 @@ def test_the_installed_torch_says_a_failure_in_the_words_that_are_read() -> None
 
 
 def test_several_nodes_use_the_rendezvous_of_the_configuration() -> None:
-    launch = LaunchSection(nodes=2, node_rank=1, rendezvous_endpoint="head:29400", rendezvous_backend="static")
+    launch = LaunchSection(
+        nodes=2, node_rank=1, rendezvous_endpoint="head:29400", rendezvous_backend="static"
+    )
     line = elastic.command(launch, name="run-1", restarts=3)
-    for argument in ("--nnodes=2", "--node-rank=1", "--rdzv-endpoint=head:29400", "--rdzv-backend=static"):
+    for argument in (
+        "--nnodes=2",
+        "--node-rank=1",
+        "--rdzv-endpoint=head:29400",
+        "--rdzv-backend=static",
+    ):
         assert argument in line
     assert "--rdzv-id=run-1" in line and "--rdzv-conf=is_host=0,join_timeout=600" in line
     alone = elastic.command(LaunchSection(processes=4), name="run-1", restarts=0)
@@ -216,13 +251,22 @@ def test_several_nodes_use_the_rendezvous_of_the_configuration() -> None:
 
 
 @pytest.mark.fault("R1")
-def test_no_two_starts_of_the_ranks_share_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On one node an agent starts its ranks once; an agent that starts them again makes a store for each start."""
+def test_no_two_starts_of_the_ranks_share_a_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one node an agent starts its ranks once; an agent that starts them again makes a store for
+    each start.
+    """
     launch = LaunchSection(nodes=2, rendezvous_endpoint="head:29400")
     for value in (None, "0"):
         if value is not None:
             monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", value)
-        assert elastic.environment(launch, tmp_path, incarnation=0)["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+        assert (
+            elastic.environment(launch, tmp_path, incarnation=0)[
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+            ]
+            == "1"
+        )
 
 
 @pytest.mark.parametrize(
@@ -235,7 +279,9 @@ def test_threads_of_a_rank(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if given is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", given)
-    variables = elastic.environment(LaunchSection(processes=4, threads=threads), tmp_path, incarnation=0)
+    variables = elastic.environment(
+        LaunchSection(processes=4, threads=threads), tmp_path, incarnation=0
+    )
     assert variables["OMP_NUM_THREADS"] == expected
 
 

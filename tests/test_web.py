@@ -1,4 +1,6 @@
-"""The screen in a browser: loopback, only for the link; what it says where textual-serve is not installed."""
+"""The screen in a browser: loopback, only for the link; what it says where textual-serve is not
+installed.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,12 @@ def test_a_path_cannot_leave_its_word() -> None:
     words = shlex.split(web.command_of(path, read_only=False))
     assert words[-2:] == ["--", path] and words[:4] == [sys.executable, "-m", "guardrail", "attach"]
     assert "--read-only" in shlex.split(web.command_of("/r", read_only=True))
-    assert shlex.split(web.command_of("/r", read_only=True, theme="light"))[-4:] == ["--theme", "light", "--", "/r"]
+    assert shlex.split(web.command_of("/r", read_only=True, theme="light"))[-4:] == [
+        "--theme",
+        "light",
+        "--",
+        "/r",
+    ]
 
 
 async def test_only_the_link_opens_it_and_a_visitor_sees_the_run(tmp_path: Path) -> None:
@@ -86,7 +93,9 @@ async def test_only_the_link_opens_it_and_a_visitor_sees_the_run(tmp_path: Path)
         async with aiohttp.ClientSession(cookie_jar=aiohttp.CookieJar(unsafe=True)) as visitor:
 
             async def status(path: str, **headers: str) -> int:
-                async with visitor.get(base + path, headers=headers, allow_redirects=False) as answer:
+                async with visitor.get(
+                    base + path, headers=headers, allow_redirects=False
+                ) as answer:
                     return answer.status
 
             for path in ("/", "/ws", "/static/js/textual.js", "/?token=x", "/?token=ü"):
@@ -101,7 +110,10 @@ async def test_only_the_link_opens_it_and_a_visitor_sees_the_run(tmp_path: Path)
             async with visitor.ws_connect(f"{base}/ws?width=100&height=30", origin=base) as socket:
                 assert await shown(socket, b"1,300 / 6,000")
                 (screen,) = screens_of(server.pid)
-            wait_for(lambda: not screen.is_running() or screen.status() == "zombie", what="the visitor's screen to end")
+            wait_for(
+                lambda: not screen.is_running() or screen.status() == "zombie",
+                what="the visitor's screen to end",
+            )
     finally:
         server.send_signal(signal.SIGINT)
         assert await server.wait() == 0
@@ -114,7 +126,9 @@ def screens_of(pid: int) -> list[psutil.Process]:
 
 
 async def shown(socket: Any, text: bytes) -> bool:
-    """Whether the text reaches the visitor; what the terminal is told between letters does not matter here."""
+    """Whether the text reaches the visitor; what the terminal is told between letters does not
+    matter here.
+    """
     seen = b""
     async with asyncio.timeout(60):
         async for message in socket:

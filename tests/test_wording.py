@@ -1,4 +1,6 @@
-"""Sentences that said what was not so: what was only advised, numbers that look equal, one thing in the plural."""
+"""Sentences that said what was not so: what was only advised, numbers that look equal, one thing in
+the plural.
+"""
 
 from __future__ import annotations
 
@@ -28,21 +30,32 @@ def test_advise_journals_what_would_be_done(tmp_path: Path) -> None:
     assert len(verdicts) >= 3
     for message in verdicts:
         does, _, reason = message.partition(": ")
-        assert does.startswith(("would skip at step", "would roll back at step", "would halt at step")), message
+        assert does.startswith(
+            ("would skip at step", "would roll back at step", "would halt at step")
+        ), message
         assert "leave this update out" not in reason or "would leave this update out" in reason
         assert "go back before" not in reason or "would go back before" in reason
     lines = [line for line in Lines(run).new() if "verdict" in line]
-    assert 1 <= len(lines) < len(verdicts), "one line for each incident and action, not one for each step"
+    assert 1 <= len(lines) < len(verdicts), (
+        "one line for each incident and action, not one for each step"
+    )
 
 
 @pytest.mark.fault("T21")
 def test_a_score_just_over_its_limit_is_not_said_to_equal_it() -> None:
     def said(score: float) -> str:
-        found = Finding(**finding(score=score, threshold=10.0) | {"kind": Kind.LOSS_SPIKE, "severity": Severity.REJECT})
+        found = Finding(
+            **finding(score=score, threshold=10.0)
+            | {"kind": Kind.LOSS_SPIKE, "severity": Severity.REJECT}
+        )
         return found.sentence()
 
-    assert said(10.004).endswith("score 10.004 (limit 10)") and said(41.23).endswith("score 41.2 (limit 10)")
-    assert said(9.0).endswith("score 9 (limit 10)") and said(math.inf).endswith("score inf (limit 10)")
+    assert said(10.004).endswith("score 10.004 (limit 10)") and said(41.23).endswith(
+        "score 41.2 (limit 10)"
+    )
+    assert said(9.0).endswith("score 9 (limit 10)") and said(math.inf).endswith(
+        "score inf (limit 10)"
+    )
 
 
 @pytest.mark.fault("T21")

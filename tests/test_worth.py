@@ -1,4 +1,6 @@
-"""Was it enough, and was it worth it: an incident whose every number is known, in all four forms of the report."""
+"""Was it enough, and was it worth it: an incident whose every number is known, in all four forms of
+the report.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def power(step: float) -> float:
 
 
 class Told:
-    """A run whose numbers come from here, judged by the controller and put on the record as the guard does it."""
+    """A run whose numbers come from here, judged by the controller and put on the record as the
+    guard does it.
+    """
 
     def __init__(self, folder: Path, *, shift: float) -> None:
         self.run = RunDirectory.create(folder, "known", "")
@@ -45,26 +49,41 @@ class Told:
         for streak in range(2):
             self.step(ONSET, SPIKE, streak=streak)
         if shift > 1.0:
-            back: dict[str, Any] = {"to_step": BACK, "from_step": ONSET - 1, "onset": ONSET, "window": [792, 808]}
-            self.run.append("rollback", "back", step=ONSET - 1, timeline=1, new_timeline=1, incident=1, **back)
+            back: dict[str, Any] = {
+                "to_step": BACK,
+                "from_step": ONSET - 1,
+                "onset": ONSET,
+                "window": [792, 808],
+            }
+            self.run.append(
+                "rollback", "back", step=ONSET - 1, timeline=1, new_timeline=1, incident=1, **back
+            )
             self.controller.load_state_dict(before)
             self.controller.load_rollbacks([{**back, "incident": 1}])
         step = ONSET if shift == 1.0 else BACK + 1
         while self.closed is None:
-            self.step(step, power(step) * (shift if step >= ONSET else 1.0), timeline=int(shift > 1.0))
+            self.step(
+                step, power(step) * (shift if step >= ONSET else 1.0), timeline=int(shift > 1.0)
+            )
             step += 1
         self._rows.close()
 
     def step(self, step: int, loss: float, *, streak: int = 0, timeline: int = 0) -> None:
         signals = {LOSS: loss, GRAD_NORM: noisy(0.5)(step)}
         verdict = self.controller.observe(
-            Observation(step=step, first=8 * step, last=8 * step + 8, signals=signals, streak=streak)
+            Observation(
+                step=step, first=8 * step, last=8 * step + 8, signals=signals, streak=streak
+            )
         )
         row: dict[str, Any] = {"step": step, "timeline": timeline, "step_time": SECONDS, **signals}
         self._rows.append(row | {"verdict": list(Action).index(verdict.action)})
         if verdict.findings:
             findings = json.loads(encode_json(verdict.findings))
-            data = {"action": verdict.action.value, "findings": findings, "incident": verdict.incident}
+            data = {
+                "action": verdict.action.value,
+                "findings": findings,
+                "incident": verdict.incident,
+            }
             self.run.append("verdict", verdict.reason, step=step - 1, timeline=timeline, **data)
         if verdict.incident_state:
             message, data = self.controller.incident_line(verdict)
@@ -85,7 +104,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Told:
 
 
 def numbers(told: Told) -> tuple[float, float, float]:
-    """(Where the curve leads at the steps that were compared, what was measured there, the price of the steps lost)."""
+    """(Where the curve leads at the steps that were compared, what was measured there, the price of
+    the steps lost).
+    """
     assert told.closed is not None
     logs = [math.log(step) for step in range(told.closed.step - 7, told.closed.step + 1)]
     expected = power(math.exp(sum(logs) / len(logs)))
@@ -98,7 +119,13 @@ def test_the_offset_and_its_price_are_the_known_numbers(shifted: Told) -> None:
     assert incident.state == "offset" and shifted.closed is not None
     assert (incident.onset, incident.closed_step) == (ONSET, shifted.closed.step - 1)
     assert incident.curve is not None and incident.curve.slope == pytest.approx(-0.3)
-    measured = {"expected": expected, "got": got, "offset": got - expected, "noise": 0.0, "steps_lost": 2}
+    measured = {
+        "expected": expected,
+        "got": got,
+        "offset": got - expected,
+        "noise": 0.0,
+        "steps_lost": 2,
+    }
     assert incident.measured == pytest.approx(measured, abs=1e-9)
     cost = incident.cost
     assert (cost.steps, cost.rejected, cost.seconds) == (2, 2, 4 * SECONDS)
@@ -128,7 +155,9 @@ def test_all_four_forms_say_what_it_cost_what_it_saved_and_whether_it_was_worth_
 
 def test_what_cost_no_step_and_left_no_offset(whole: Told) -> None:
     (incident,) = build(whole.run).incidents
-    assert incident.state == "recovered" and incident.measured["offset"] == pytest.approx(0.0, abs=1e-9)
+    assert incident.state == "recovered" and incident.measured["offset"] == pytest.approx(
+        0.0, abs=1e-9
+    )
     assert (incident.cost.steps, incident.cost.price) == (0, 0.0)
     said = written(whole.run, "terminal")
     assert "worth: yes: loss against its curve: +47.5 in what was given up or rejected, " in said
@@ -140,11 +169,18 @@ def test_a_gain_below_its_price_is_not_worth_it() -> None:
     from guardrail.report.render_text import worth_of
 
     def said(excess: float, offset: float, noise: float = 0.0) -> str:
-        cost, measured = Cost(steps=100, excess=excess, price=0.2), {"offset": offset, "noise": noise}
-        return worth_of(Incident(number=1, state="offset", onset=5, opened=0.0, cost=cost, measured=measured))
+        cost, measured = (
+            Cost(steps=100, excess=excess, price=0.2),
+            {"offset": offset, "noise": noise},
+        )
+        return worth_of(
+            Incident(number=1, state="offset", onset=5, opened=0.0, cost=cost, measured=measured)
+        )
 
     assert said(0.5, 0.1).startswith("yes: ") and said(0.5, 0.4).startswith("no: ")
-    assert said(0.5, 0.1, 0.3).startswith("within the noise: ") and said(0.5, 0.4, 0.3).startswith("within the noise: ")
+    assert said(0.5, 0.1, 0.3).startswith("within the noise: ") and said(0.5, 0.4, 0.3).startswith(
+        "within the noise: "
+    )
     assert said(math.nan, 0.1) == said(0.5, math.nan) == ""
 
 
@@ -179,7 +215,9 @@ def test_the_terminal_draws_the_loss(tmp_path: Path) -> None:
     assert sketch(run, []) == []
     with run.metrics_writer() as rows:
         for step in range(1, 69):
-            rows.append({"step": step, "timeline": 0, "verdict": 0, "loss": 6.0 - 4.0 * (step - 1) / 67})
+            rows.append(
+                {"step": step, "timeline": 0, "verdict": 0, "loss": 6.0 - 4.0 * (step - 1) / 67}
+            )
         rows.append({"step": 69, "timeline": 0, "verdict": 1, "loss": math.nan})
         rows.append({"step": 35, "timeline": 0, "verdict": 1, "loss": 3.0})
     run.append("rollback", to_step=60, from_step=68, new_timeline=1)
@@ -188,7 +226,9 @@ def test_the_terminal_draws_the_loss(tmp_path: Path) -> None:
     lines = sketch(run, [Incident(number=1, state="open", onset=69, opened=0.0, curve=flat)])
     assert all(len(line) <= 80 and line.isascii() for line in lines)
     picture = [line[11:].ljust(WIDTH) for line in lines[:HEIGHT]]
-    assert picture[0][0] == "*" and picture[-1][-2] == ".", "from the first loss to the last, which was given up"
+    assert picture[0][0] == "*" and picture[-1][-2] == ".", (
+        "from the first loss to the last, which was given up"
+    )
     assert picture[0][-1] == "x", "what is not finite is at the top"
     assert sum(row.count("x") for row in picture) == 2 and picture[7][34] == "x"
     (row,) = [number for number, line in enumerate(picture) if "-" in line]
@@ -197,7 +237,9 @@ def test_the_terminal_draws_the_loss(tmp_path: Path) -> None:
     assert "* present, . given up, x rejected, - where it was heading" in lines[-1]
 
 
-def test_tries_far_off_do_not_flatten_the_rest_and_the_report_holds_the_picture(shifted: Told) -> None:
+def test_tries_far_off_do_not_flatten_the_rest_and_the_report_holds_the_picture(
+    shifted: Told,
+) -> None:
     lines = written(shifted.run, "terminal").splitlines()
     drawn = [line for line in lines if re.match(r"^ {0,9}[\d.]* +\|", line)]
     assert len(drawn) == HEIGHT and "x" in drawn[0]
@@ -221,7 +263,9 @@ def test_a_curve_of_a_hostile_journal_breaks_nothing(tmp_path: Path, curve: Any)
             rows.append({"step": step, "timeline": 0, "verdict": step % 2, "loss": 2.0})
     run.append("verdict", "x", action="skip", step=0, incident=1)
     run.append("incident", "x", step=0, number=1, state="open", onset=0, curve=curve)
-    run.append("incident", "x", step=3, number=1, state="offset", onset=0, offset="nan", curve=curve)
+    run.append(
+        "incident", "x", step=3, number=1, state="offset", onset=0, offset="nan", curve=curve
+    )
     for form in ("terminal", "markdown", "html"):
         assert "incident" in written(run, form).lower()
     assert msgspec.json.decode(encode_json(build(run)))

@@ -1,4 +1,6 @@
-"""A model small enough for a test that has what real ones have: tied weights, dropout, a buffer, odd sizes."""
+"""A model small enough for a test that has what real ones have: tied weights, dropout, a buffer,
+odd sizes.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,10 @@ OPTIMIZERS = {
     "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
     "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
     "groups": lambda p: torch.optim.AdamW(
-        [{"params": [q for q in p if q.ndim > 1], "weight_decay": 0.3}, {"params": [q for q in p if q.ndim < 2]}],
+        [
+            {"params": [q for q in p if q.ndim > 1], "weight_decay": 0.3},
+            {"params": [q for q in p if q.ndim < 2]},
+        ],
         lr=0.01,
     ),
     "muon+adamw": lambda p: [
@@ -66,20 +71,30 @@ OPTIMIZERS = {
 
 
 class Setup:
-    """Model, optimizers, schedules on this rank. kind: "plain", "ddp", "fsdp" (needs a process group but for plain)."""
+    """Model, optimizers, schedules on this rank. kind: "plain", "ddp", "fsdp" (needs a process
+    group but for plain).
+    """
 
-    def __init__(self, kind: str = "plain", optimizer: str = "adamw-foreach", *, seed: int = 0) -> None:
+    def __init__(
+        self, kind: str = "plain", optimizer: str = "adamw-foreach", *, seed: int = 0
+    ) -> None:
         torch.manual_seed(seed)
         model = Tiny()
         self.inner = model
         self.model: nn.Module = wrap(model, kind)
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.rank, self.world = (
+            (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        )
         made: Any = OPTIMIZERS[optimizer](list(self.model.parameters()))
         self.optimizers: list[Optimizer] = made if isinstance(made, list) else [made]
-        self.schedulers = [torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=50) for o in self.optimizers]
+        self.schedulers = [
+            torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=50) for o in self.optimizers
+        ]
 
     def step(self, number: int, *, bad: bool = False) -> float:
-        """One update; data and dice are functions of (number, rank). A bad one has huge gradients."""
+        """One update; data and dice are functions of (number, rank). A bad one has huge
+        gradients.
+        """
         generator = torch.Generator().manual_seed(number)
         tokens = torch.randint(0, VOCABULARY, (BATCH, 5), generator=generator)
         tokens = tokens.chunk(self.world)[self.rank]

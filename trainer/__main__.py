@@ -1,7 +1,7 @@
 """One rank: `python -m trainer`, started by torch elastic, told its run by GUARDRAIL_RUN.
 
-Every deliberate end exits with 0, so that elastic restarts failures only; how the run ended stands in status.json and
-the journal.
+Every deliberate end exits with 0, so that elastic restarts failures only; how the run ended stands
+in status.json and the journal.
 """
 
 from __future__ import annotations
@@ -35,17 +35,24 @@ REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what a disk says that tak
 
 
 def write_end(run: RunDirectory, error: GuardrailError, phase: Phase) -> None:
-    """Journal the end of a start that has trained nothing, at the step that the starts before it have reached."""
+    """Journal the end of a start that has trained nothing, at the step that the starts before it
+    have reached.
+    """
     events = run.events()
     step, timeline = (events[-1].step, events[-1].timeline) if events else (0, 0)
     code, text = int(error.exit_code), str(error)
-    run.append("ended", text, step=step, timeline=timeline, phase=phase.value, exit_code=code, reason=text)
+    run.append(
+        "ended", text, step=step, timeline=timeline, phase=phase.value, exit_code=code, reason=text
+    )
 
 
 def main() -> int:
     folder = os.environ.get("GUARDRAIL_RUN")
     if not folder:
-        print("GUARDRAIL_RUN is not set: start a run with `guardrail launch CONFIG.toml`", file=sys.stderr)
+        print(
+            "GUARDRAIL_RUN is not set: start a run with `guardrail launch CONFIG.toml`",
+            file=sys.stderr,
+        )
         return 2
     run = RunDirectory.open(folder)
     rank = int(os.environ.get("RANK", "0"))
@@ -67,8 +74,13 @@ def main() -> int:
     except (Interrupted, UsageError) as error:
         phase = Phase.STOPPED if isinstance(error, Interrupted) else Phase.FAILED
         print(error, file=sys.stderr)
-        if phase is Phase.STOPPED and has_supervisor() and not signals.came_from_supervisor(seconds=SUPERVISOR_SECONDS):
-            return KILLED  # nobody has stopped the run: another rank has failed, and all are about to start again
+        if (
+            phase is Phase.STOPPED
+            and has_supervisor()
+            and not signals.came_from_supervisor(seconds=SUPERVISOR_SECONDS)
+        ):
+            # nobody has stopped the run: another rank has failed, and all are about to start again
+            return KILLED
         if rank == 0:
             with contextlib.suppress(OSError):  # a full disk must not turn a stop into a failure
                 write_end(run, error, phase)
@@ -77,7 +89,8 @@ def main() -> int:
         print(error, file=sys.stderr)
         return int(error.exit_code)
     except OSError as error:
-        # A first write that a disk refuses is no fault of the program: a traceback would hide the reason.
+        # A first write that a disk refuses is no fault of the program: a traceback would hide the
+        # reason.
         if error.errno not in REFUSED:
             raise
         print(DiskRefuses(run.path, error.strerror or str(error)), file=sys.stderr)
@@ -88,8 +101,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # Straight out, because daemon threads and process groups may hold an orderly interpreter exit up for minutes; after
-    # an error too, since the other ranks wait for this process to be gone.
+    # Straight out, because daemon threads and process groups may hold an orderly interpreter exit
+    # up for minutes; after an error too, since the other ranks wait for this process to be gone.
     try:
         code = main()
     except BaseException:

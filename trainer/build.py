@@ -57,7 +57,9 @@ def build_model(config: Config, *, vocabulary: int) -> Decoder:
     length = config.data.sequence_length
     if config.model.hf:
         # No Decoder, and has the part of its interface that a run uses.
-        return cast(Decoder, HuggingFace(config.model, vocabulary=vocabulary, sequence_length=length))
+        return cast(
+            Decoder, HuggingFace(config.model, vocabulary=vocabulary, sequence_length=length)
+        )
     kind = EncoderDecoder if config.model.kind == "encoder-decoder" else Decoder
     return kind(config.model, vocabulary=vocabulary, sequence_length=length)
 
@@ -72,4 +74,6 @@ def stabilise(model: nn.Module, optimizers: Sequence[Optimizer], config: Config)
     """Hang the configured stabilisers around the optimizers' steps."""
     if config.optim.stable:
         UpdateClipping(optimizers[0])
-    return QKClip(model, optimizers[-1], limit=config.optim.qk_clip) if config.optim.qk_clip else None
+    return (
+        QKClip(model, optimizers[-1], limit=config.optim.qk_clip) if config.optim.qk_clip else None
+    )

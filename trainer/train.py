@@ -56,7 +56,9 @@ MAX_DESCRIBED = 20_000  # samples whose documents are looked up for one journal 
 
 
 def checked_config(config: Config | Mapping[str, Any]) -> Config:
-    """A configuration built in Python, converted and checked as a file would be. Raises ConfigError."""
+    """A configuration built in Python, converted and checked as a file would be. Raises
+    ConfigError.
+    """
     result = checked(config, Config)
     base = Path.cwd()
     result.check(base=base)
@@ -67,7 +69,8 @@ class Trainer:
     """One rank of a run.
 
     Args:
-        config: the configuration; one that was built in Python is converted and checked like a file.
+        config: the configuration; one that was built in Python is converted and checked like a
+        file.
         run: the run directory; None trains in memory, for tests and benchmarks.
         signals, heartbeat: of this process, installed by the entry point.
     """
@@ -90,15 +93,22 @@ class Trainer:
         self.accelerator = make_accelerator(config)
         self.device = self.accelerator.device
         self._stop_if_asked()
-        if config.world > 1:  # before the model is built: another corpus may have another vocabulary
+        # before the model is built: another corpus may have another vocabulary
+        if config.world > 1:
             require_equal({"the fingerprint of data": self.corpus.fingerprint}, gathered)
         self._build()
 
     def _build(self) -> None:
         config, corpus = self.config, self.corpus
         if not len(corpus.train):
-            raise DataError("the training split holds no complete sample: give more text or a shorter sequence")
-        order = SampleOrder(samples=len(corpus.train), seed=config.data.seed, shuffled=config.data.order == "shuffled")
+            raise DataError(
+                "the training split holds no complete sample: give more text or a shorter sequence"
+            )
+        order = SampleOrder(
+            samples=len(corpus.train),
+            seed=config.data.seed,
+            shuffled=config.data.order == "shuffled",
+        )
         self.data_rank = config.layout.data_rank(self.rank)
         limit = config.train.epochs * order.n_samples if config.train.epochs else None
         plan = config.batch_plan
@@ -115,8 +125,10 @@ class Trainer:
             growing=bool(config.train.ramp_from),
         )
         self.micro_batches: list[MicroBatch] = []  # of the last step
-        self._rows: list[tuple[Tensor, Tensor]] | None = None  # of a replay that asks for each row's loss
-        self.nominal = config.train.batch_size * config.data.sequence_length  # label tokens of a full batch
+        # of a replay that asks for each row's loss
+        self._rows: list[tuple[Tensor, Tensor]] | None = None
+        # label tokens of a full batch
+        self.nominal = config.train.batch_size * config.data.sequence_length
         torch.manual_seed(config.train.seed)
         model = build_model(config, vocabulary=corpus.vocabulary + self.objective.extra_ids)
         self._stop_if_asked()
@@ -134,7 +146,9 @@ class Trainer:
             data=order,
             model=self.model,
             optimizer=self.optimizers,
-            scheduler=Scheduler(self.optimizers, schedule, zclip=clip if isinstance(clip, ZClip) else None),
+            scheduler=Scheduler(
+                self.optimizers, schedule, zclip=clip if isinstance(clip, ZClip) else None
+            ),
             scaler=self.scaler,
             batch_size=plan if config.train.ramp_from else config.train.batch_size,
             total_steps=config.train.steps,
@@ -154,17 +168,26 @@ class Trainer:
             structure=self._structure,
             fixed_loss=self._fixed_loss,
             lr_at=schedule,
-            identity={"data": corpus.fingerprint, "config": hashlib.sha256(dump(config).encode()).hexdigest()},
+            identity={
+                "data": corpus.fingerprint,
+                "config": hashlib.sha256(dump(config).encode()).hexdigest(),
+            },
         )
         if config.data.quarantine:
             lines = _read_lines(config.data.quarantine)
-            self.guard.ledger.quarantine.read(lines, source=config.data.quarantine, samples=order.n_samples)
+            self.guard.ledger.quarantine.read(
+                lines, source=config.data.quarantine, samples=order.n_samples
+            )
 
-    # -- training ------------------------------------------------------------------------------------------------
+    # -- training ----------------------------------------------------------------------------------
 
     def train(self) -> Phase:
         """Train until the run ends; returns how it ended."""
-        if self.run_directory is not None and self.rank == 0 and (self.corpus.report.bad or self.corpus.report.rebuilt):
+        if (
+            self.run_directory is not None
+            and self.rank == 0
+            and (self.corpus.report.bad or self.corpus.report.rebuilt)
+        ):
             for line in self.corpus.report.lines():
                 self.run_directory.append("note", line)
         try:
@@ -186,20 +209,28 @@ class Trainer:
         if ahead is not None:
             self.loader.prefetch(ahead)
         if self.faults:
-            self.faults.batch(step=step.number, positions=step.batch.positions, repeated=step.repeated)
+            self.faults.batch(
+                step=step.number, positions=step.batch.positions, repeated=step.repeated
+            )
             self.faults.state(self.model, self.optimizers)
             self.micro_batches = self._spoiled(step.batch, self.micro_batches)
         if self.qk_clip is not None:
             self.qk_clip.begin()
-        total, tokens, incomplete = self._accumulated() if self.pipeline is None else self._pipelined(self.pipeline)
+        total, tokens, incomplete = (
+            self._accumulated() if self.pipeline is None else self._pipelined(self.pipeline)
+        )
         if self.faults:
             self.faults.gradients(self.model)
         # What an evaluation meets has been judged.
         due = self._evaluation_due(step.number)
-        step.finish(total, tokens=tokens, nominal_tokens=self.nominal, incomplete=incomplete, wait=due)
+        step.finish(
+            total, tokens=tokens, nominal_tokens=self.nominal, incomplete=incomplete, wait=due
+        )
 
     def _accumulated(self, *, stoppable: bool = True) -> tuple[Tensor, Tensor, bool]:
-        """Micro-batch after micro-batch: (sum of losses, label tokens, whether a stop has left some out)."""
+        """Micro-batch after micro-batch: (sum of losses, label tokens, whether a stop has left some
+        out).
+        """
         config = self.config
         total = torch.zeros((), device=self.device)
         tokens = torch.zeros((), device=self.device, dtype=torch.int64)
@@ -207,7 +238,8 @@ class Trainer:
         for index, micro in enumerate(self.micro_batches):
             last = index == len(self.micro_batches) - 1
             if stoppable and self.guard.stopping and not last and not is_sharded(self.model):
-                # Before the last micro-batch no rank waits for another: what is left can be given back.
+                # Before the last micro-batch no rank waits for another: what is left can be given
+                # back.
                 incomplete = True
                 continue
             inputs, labels = self._to_device(micro.tokens), self._to_device(micro.labels)
@@ -231,22 +263,33 @@ class Trainer:
         return total, tokens, incomplete
 
     def _scaled(self, loss: Tensor) -> Tensor:
-        """The summed loss of a micro-batch -> what its backward pass begins with; see trainer.objectives.loss."""
+        """The summed loss of a micro-batch -> what its backward pass begins with; see
+        trainer.objectives.loss.
+        """
         return self.scaler.scale(loss * (self.config.layout.data_ranks / self.nominal))
 
     def _replay(self, batch: Batch, step: int, rows: Rows | None) -> tuple[Tensor, Tensor, float]:
-        """Forward and backward over this rank's share of any batch; what is known of the last step stays as it is."""
+        """Forward and backward over this rank's share of any batch; what is known of the last step
+        stays as it is.
+        """
         held, peaks = self.micro_batches, self.qk_clip.peaks() if self.qk_clip is not None else []
         self.micro_batches = self._again(batch, step)
         self._rows = [] if rows is not None else None
         try:
-            once = self._accumulated(stoppable=False) if self.pipeline is None else self._pipelined(self.pipeline)
+            once = (
+                self._accumulated(stoppable=False)
+                if self.pipeline is None
+                else self._pipelined(self.pipeline)
+            )
             if self.faults:
                 self.faults.gradients(self.model)
             if rows is not None:
                 none = torch.empty(0, device=self.device)
-                told = self._rows or [(none, none)] * len(self.micro_batches)  # none on most stages of a pipeline
-                rows += [(self.loader.positions(batch, index), *pair) for index, pair in enumerate(told)]
+                # none on most stages of a pipeline
+                told = self._rows or [(none, none)] * len(self.micro_batches)
+                rows += [
+                    (self.loader.positions(batch, index), *pair) for index, pair in enumerate(told)
+                ]
         finally:
             self.micro_batches, self._rows = held, None
             if self.qk_clip is not None:
@@ -256,7 +299,9 @@ class Trainer:
 
     @torch.no_grad()
     def _structure(self, batch: Batch, step: int) -> tuple[float, float, float]:
-        """(Loss sum, the same with each row's labels in another order, label tokens) of this rank's share."""
+        """(Loss sum, the same with each row's labels in another order, label tokens) of this rank's
+        share.
+        """
         peaks = self.qk_clip.peaks() if self.qk_clip is not None else []
         total = torch.zeros(3, device=self.device, dtype=torch.float64)
         try:
@@ -269,7 +314,9 @@ class Trainer:
         return tuple(total.tolist()) if self.config.layout.counts(self.rank) else (0.0, 0.0, 0.0)
 
     def _again(self, batch: Batch, step: int) -> list[MicroBatch]:
-        """This rank's micro-batches of any batch, with what is wrong with its data; no fault is used up."""
+        """This rank's micro-batches of any batch, with what is wrong with its data; no fault is
+        used up.
+        """
         micro_batches = self.loader.read(batch)
         if not self.faults:
             return micro_batches
@@ -282,12 +329,19 @@ class Trainer:
 
     @torch.no_grad()
     def _tell_rows(self, index: int, logits: Tensor, labels: Tensor) -> None:
-        """Where a replay asks for it: the loss sum and label tokens of each row, micro-batches in their order."""
+        """Where a replay asks for it: the loss sum and label tokens of each row, micro-batches in
+        their order.
+        """
         if self._rows is None:
             return
         assert index == len(self._rows)
-        pairs = [self.loss_sum(logits[row : row + 1], labels[row : row + 1]) for row in range(len(labels))]
-        self._rows.append((torch.stack([loss for loss, _ in pairs]), torch.stack([count for _, count in pairs])))
+        pairs = [
+            self.loss_sum(logits[row : row + 1], labels[row : row + 1])
+            for row in range(len(labels))
+        ]
+        self._rows.append(
+            (torch.stack([loss for loss, _ in pairs]), torch.stack([count for _, count in pairs]))
+        )
 
     def _rerun(self) -> None:
         """The forward passes of the last step once more, with the same dice."""
@@ -299,11 +353,15 @@ class Trainer:
             self.model(self._to_device(micro.tokens), **self._extra(micro.extra))
 
     def _throw(self, index: int, chunk: int = 0) -> None:
-        """The dice of a micro-batch of the last step, on this rank and in this chunk of its stage of a pipeline."""
+        """The dice of a micro-batch of the last step, on this rank and in this chunk of its stage
+        of a pipeline.
+        """
         part = self.config.layout.dice(self.rank, chunk)
-        seed_micro_batch(self.config.train.seed, self.micro_batches[index].position, self.data_rank, part)
+        seed_micro_batch(
+            self.config.train.seed, self.micro_batches[index].position, self.data_rank, part
+        )
 
-    # -- pipeline ------------------------------------------------------------------------------------------------
+    # -- pipeline ----------------------------------------------------------------------------------
 
     def _pipeline(self) -> Pipeline | None:
         place = place_of(self.model)
@@ -318,17 +376,27 @@ class Trainer:
             micro_batches=config.micro_batches,
             rows=config.micro_batch_size,
             length=config.data.sequence_length,
-            stream=(config.data.sequence_length // unwrapped(self.model).stream_parts, config.model.width),
-            outputs=len(columns(vocabulary, place=self.rank % config.layout.tp, ranks=config.layout.tp)),
+            stream=(
+                config.data.sequence_length // unwrapped(self.model).stream_parts,
+                config.model.width,
+            ),
+            outputs=len(
+                columns(vocabulary, place=self.rank % config.layout.tp, ranks=config.layout.tp)
+            ),
             device=self.device,
             begin=self._throw,
             loss=self._pipeline_loss,
         )
 
     def _pipelined(self, pipeline: Pipeline) -> tuple[Tensor, Tensor, bool]:
-        """As `_accumulated`, by all stages together; the sum of losses on the last one, 0 on the others."""
+        """As `_accumulated`, by all stages together; the sum of losses on the last one, 0 on the
+        others.
+        """
         self._total = torch.zeros((), device=self.device)
-        rows = [(self._to_device(micro.tokens), self._to_device(micro.labels)) for micro in self.micro_batches]
+        rows = [
+            (self._to_device(micro.tokens), self._to_device(micro.labels))
+            for micro in self.micro_batches
+        ]
         tokens = torch.cat([inputs for inputs, _ in rows])
         targets = [labels for _, labels in rows]
         if self.faults:
@@ -353,16 +421,26 @@ class Trainer:
 
     def _to_device(self, array: Any) -> Tensor:
         tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+        return (
+            tensor.pin_memory().to(self.device, non_blocking=True)
+            if self.device.type == "cuda"
+            else tensor
+        )
 
-    # -- evaluation ----------------------------------------------------------------------------------------------
+    # -- evaluation --------------------------------------------------------------------------------
 
     def _evaluation_due(self, step: int) -> bool:
         every = self.config.train.eval_every
-        return bool(every) and len(self.corpus.eval) > 0 and (step % every == 0 or step == self.total_steps)
+        return (
+            bool(every)
+            and len(self.corpus.eval) > 0
+            and (step % every == 0 or step == self.total_steps)
+        )
 
     def _evaluate(self) -> None:
-        """Mean held-out loss, nats a token, over the same samples each time; gives way to a stop at every batch."""
+        """Mean held-out loss, nats a token, over the same samples each time; gives way to a stop at
+        every batch.
+        """
         config, split = self.config, self.corpus.eval
         self.guard.enter(Phase.EVAL)
         sums = torch.zeros(2, device=self.device, dtype=torch.float64)
@@ -390,19 +468,25 @@ class Trainer:
 
     @torch.no_grad()
     def _losses(self, tokens: Any, orders: Sequence[Any], extra: dict[str, Any]) -> Tensor:
-        """float64 [orders + 1]: the sum of losses with each of these labels, and label tokens; without dropout."""
+        """float64 [orders + 1]: the sum of losses with each of these labels, and label tokens;
+        without dropout.
+        """
         labels = [self._to_device(one) for one in orders]
         self.model.eval()
         try:
             if self.pipeline is None:
-                return self._counted(self.model(self._to_device(tokens), **self._extra(extra)), labels)
+                return self._counted(
+                    self.model(self._to_device(tokens), **self._extra(extra)), labels
+                )
             logits = self.pipeline.forward(self._to_device(tokens))
             mine = torch.zeros(len(labels) + 1, device=self.device, dtype=torch.float64)
-            return self.pipeline.from_last(mine if logits is None else self._counted(logits, labels))
+            return self.pipeline.from_last(
+                mine if logits is None else self._counted(logits, labels)
+            )
         finally:
             self.model.train()
-            # FSDP2 keeps the root's parameters gathered after a forward pass without a backward one, and would take
-            # the next update's step from that copy.
+            # FSDP2 keeps the root's parameters gathered after a forward pass without a backward
+            # one, and would take the next update's step from that copy.
             self.guard.state.settle()
 
     def _counted(self, logits: Tensor, labels: Sequence[Tensor]) -> Tensor:
@@ -410,12 +494,14 @@ class Trainer:
         return torch.stack([*(loss.double() for loss, _ in pairs), pairs[0][1].double()])
 
     def _fixed_loss(self) -> float:
-        """Loss on the first samples of the data, the same on every rank: what a resumed model must reproduce."""
+        """Loss on the first samples of the data, the same on every rank: what a resumed model must
+        reproduce.
+        """
         split = self.corpus.eval if len(self.corpus.eval) else self.corpus.train
         loss, count = self._loss_of(split, range(min(FIXED_SAMPLES, len(split))))
         return float(loss / count.clamp(min=1))
 
-    # -- set-up --------------------------------------------------------------------------------------------------
+    # -- set-up ------------------------------------------------------------------------------------
 
     def _take_lock(self) -> RunLock:
         assert self.run_directory is not None
@@ -429,13 +515,17 @@ class Trainer:
                 time.sleep(0.2)
 
     def _prepare_data(self) -> Path:
-        """The first rank of each node builds the shards; the others wait for them without a collective to time out.
+        """The first rank of each node builds the shards; the others wait for them without a
+        collective to time out.
 
-        So do all ranks for the other nodes, where there are some: the ranks do not meet before all corpora are there.
+        So do all ranks for the other nodes, where there are some: the ranks do not meet before all
+        corpora are there.
         """
         launch, first = self.config.launch, not int(os.environ.get("LOCAL_RANK", "0"))
         if launch.nodes == 1 or self.run_directory is None:
-            return self._prepare_here(first, report=lambda text: None, builder=self._progress_of_rank_0)
+            return self._prepare_here(
+                first, report=lambda text: None, builder=self._progress_of_rank_0
+            )
         nodes = NodesReady(self.run_directory, nodes=launch.nodes, node=node_of_this_rank())
         try:
             folder = self._prepare_here(first, report=nodes.report, builder=nodes.text)
@@ -448,8 +538,12 @@ class Trainer:
         nodes.wait(stop=self._builder_stopped, seconds=launch.setup_seconds, alive=self._say)
         return folder
 
-    def _prepare_here(self, first: bool, *, report: Callable[[str], None], builder: Callable[[], str]) -> Path:
-        """The corpus on this node: built by its first rank, waited for by the others as long as `builder` changes."""
+    def _prepare_here(
+        self, first: bool, *, report: Callable[[str], None], builder: Callable[[], str]
+    ) -> Path:
+        """The corpus on this node: built by its first rank, waited for by the others as long as
+        `builder` changes.
+        """
         data, seconds = self.config.data, self.config.launch.setup_seconds
         known = ""
 
@@ -469,13 +563,15 @@ class Trainer:
         try:
             return prepare(data, progress=progress, stop=lambda: self.signals.requested)
         except Interrupted:
-            # With a corpus that is there the others go on, and wait for this rank where they can agree on the stop.
+            # With a corpus that is there the others go on, and wait for this rank where they can
+            # agree on the stop.
             with contextlib.suppress(DataError):
                 return wait_prepared(data, stop=lambda: False, seconds=0.0)
             raise
 
     def _builder_stopped(self) -> bool:
-        """Whether there will be no corpus: the builder of this start was stopped, or found no text that it could use.
+        """Whether there will be no corpus: the builder of this start was stopped, or found no text
+        that it could use.
 
         Asked to stop alone, a rank that waits goes on until all can agree.
         """
@@ -491,31 +587,43 @@ class Trainer:
             self.heartbeat.say(text)
 
     def _stop_if_asked(self) -> None:
-        """All ranks together: one that left alone would leave the others waiting for it. A collective."""
+        """All ranks together: one that left alone would leave the others waiting for it. A
+        collective.
+        """
         asked = torch.tensor(float(self.signals.requested), device=self.device)
         if self.config.world > 1:
             dist.all_reduce(asked)
         if asked.item():
             raise Interrupted("asked to stop during set-up; nothing was trained that is not saved")
 
-    # -- the record ----------------------------------------------------------------------------------------------
+    # -- the record --------------------------------------------------------------------------------
 
     def _describe(self, sample_ids: Sequence[int]) -> tuple[list[dict[str, Any]], int]:
         """The documents that samples were cut from, with an excerpt of the first ones."""
         split = self.corpus.train
         refs, total = split.documents_of(sample_ids[:MAX_DESCRIBED])
         excerpts = [split.excerpt(ref, limit=120) for ref in refs]
-        return [msgspec.to_builtins(ref) | {"excerpt": text} for ref, text in zip(refs, excerpts, strict=True)], total
+        return [
+            msgspec.to_builtins(ref) | {"excerpt": text}
+            for ref, text in zip(refs, excerpts, strict=True)
+        ], total
 
     def _texts(self, sample_ids: Sequence[int]) -> list[str]:
         """The samples as text, nothing taken out of them."""
-        return [self.corpus.tokenizer.decode(row) for row in self.corpus.train.tokens(list(sample_ids))]
+        return [
+            self.corpus.tokenizer.decode(row) for row in self.corpus.train.tokens(list(sample_ids))
+        ]
 
     def _tokens(self, token_ids: Sequence[int], sample_ids: Sequence[int]) -> list[dict[str, Any]]:
-        """The text of each token, and how often the samples show it, before an objective takes anything out of them."""
+        """The text of each token, and how often the samples show it, before an objective takes
+        anything out of them.
+        """
         rows = self.corpus.train.tokens(list(sample_ids))[:, :-1]
         spelled = self.corpus.tokenizer.spelled
-        return [{"text": visible(spelled(token), 40), "count": int((rows == token).sum())} for token in token_ids]
+        return [
+            {"text": visible(spelled(token), 40), "count": int((rows == token).sum())}
+            for token in token_ids
+        ]
 
 
 def gathered(value: Any) -> list[Any]:
@@ -531,7 +639,9 @@ def _read_lines(path: str) -> list[str]:
         return Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise DataError(f"data.quarantine = {path!r}: expected a readable file of sample ids ({reason})") from error
+        raise DataError(
+            f"data.quarantine = {path!r}: expected a readable file of sample ids ({reason})"
+        ) from error
 
 
 def train(config: Config, **parts: Any) -> Phase:

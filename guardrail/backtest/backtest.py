@@ -1,8 +1,10 @@
-"""A recorded run through the live controller: what it would have said, row by row, and what that would have cost.
+"""A recorded run through the live controller: what it would have said, row by row, and what that
+would have cost.
 
-A recorded run was not acted on, so the controller runs as in `advise`: it says what `auto` would have done, keeps what
-it would have left out away from its baselines, and follows the run through what came next. A run directory under its
-own settings is judged as it was live, with what was done (see `rejudge`).
+A recorded run was not acted on, so the controller runs as in `advise`: it says what `auto` would
+have done, keeps what it would have left out away from its baselines, and follows the run through
+what came next. A run directory under its own settings is judged as it was live, with what was done
+(see `rejudge`).
 """
 
 from __future__ import annotations
@@ -47,7 +49,17 @@ class Alarm(NamedTuple):
     evidence: str  # what was found, as the beginning of a sentence
 
     def as_dict(self) -> dict[str, Any]:
-        names = ("row", "step", "onset_row", "onset_step", "kind", "signal", "verdict", "score", "threshold")
+        names = (
+            "row",
+            "step",
+            "onset_row",
+            "onset_step",
+            "kind",
+            "signal",
+            "verdict",
+            "score",
+            "threshold",
+        )
         return {name: getattr(self, name) for name in names}
 
 
@@ -55,13 +67,15 @@ class Alarm(NamedTuple):
 class Case:
     """Alarms of one incident.
 
-    What is counted is counted up to the first rollback or halt: what the run would have met after it, no log can tell.
+    What is counted is counted up to the first rollback or halt: what the run would have met after
+    it, no log can tell.
 
     Attributes:
         first, last: its alarms.
         worst: the gravest of them.
         rows: rows with an alarm.
-        skips, rollbacks: updates that would have been left out; 1 if it would have come to a rollback or a halt.
+        skips, rollbacks: updates that would have been left out; 1 if it would have come to a
+        rollback or a halt.
         given_up: recorded steps that would have been left out or made again.
         acted: the first alarm that was more than a note, None if there is none.
         over: row at which it was over, None if the log ends before.
@@ -107,7 +121,8 @@ class Result:
         loss: what kind of number the loss was taken for; None where nothing says.
         policy: the column that showed that it is signed.
         seconds: that the controller took, reading not included.
-        differing: of a run directory under its own settings: rows whose live verdict was another; None otherwise.
+        differing: of a run directory under its own settings: rows whose live verdict was another;
+        None otherwise.
     """
 
     path: str
@@ -144,9 +159,11 @@ class Result:
         return result
 
     def saved(self, case: Case) -> int:
-        """Steps that the recorded run spent in trouble after the first time that it would have been acted on.
+        """Steps that the recorded run spent in trouble after the first time that it would have been
+        acted on.
 
-        At most that much would have been saved, if the remedy had worked; nothing can know whether it would have.
+        At most that much would have been saved, if the remedy had worked; nothing can know whether
+        it would have.
         """
         if case.acted is None:
             return 0
@@ -154,7 +171,9 @@ class Result:
         return max(0, self.steps[last] - case.acted.step)
 
 
-def backtest(log: Log, settings: GuardSection, *, own: bool = False, watch: Watch | None = None) -> Result:
+def backtest(
+    log: Log, settings: GuardSection, *, own: bool = False, watch: Watch | None = None
+) -> Result:
     """Run the controller over a log.
 
     Args:
@@ -172,7 +191,9 @@ def backtest(log: Log, settings: GuardSection, *, own: bool = False, watch: Watc
     if log.folder is not None:
         _rejudge(log, result, settings, own=own, watch=watch)
     else:
-        controller = Controller(settings, mode=Mode.OFF if settings.mode is Mode.OFF else Mode.ADVISE)
+        controller = Controller(
+            settings, mode=Mode.OFF if settings.mode is Mode.OFF else Mode.ADVISE
+        )
         observe = controller.observe
         book = _Book(result)
         for row, obs in log.observations():
@@ -187,7 +208,9 @@ def backtest(log: Log, settings: GuardSection, *, own: bool = False, watch: Watc
     return result
 
 
-def _rejudge(log: Log, result: Result, settings: GuardSection, *, own: bool, watch: Watch | None) -> None:
+def _rejudge(
+    log: Log, result: Result, settings: GuardSection, *, own: bool, watch: Watch | None
+) -> None:
     assert log.folder is not None
     judge = Rejudge(RunDirectory.open(log.folder), settings, own=own, watch=watch)
     book = _Book(result)
@@ -241,7 +264,8 @@ class _Book:
             self._result.notes += said == NOTE
             if said == NOTE:
                 return
-        number = verdict.incident if verdict.incident is not None else -row - 1  # a batch without a label
+        # a batch without a label
+        number = verdict.incident if verdict.incident is not None else -row - 1
         case = self._cases.get(number)
         if case is None:
             case = self._cases[number] = Case(alarm, alarm, alarm)
@@ -272,7 +296,7 @@ def _grave(alarm: Alarm) -> int:
     return -1 if alarm.verdict == NOTE else ACTS.index(Action(alarm.verdict))
 
 
-# -- for a person --------------------------------------------------------------------------------------------------
+# -- for a person ----------------------------------------------------------------------------------
 
 
 def lines(result: Result) -> Iterator[str]:
@@ -285,11 +309,18 @@ def lines(result: Result) -> Iterator[str]:
     if result.loss is LossKind.SIGNED:
         why = f"the column {result.policy} shows it" if result.policy else "its values show it"
         yield f"  the loss is signed, {why}: it may be 0 or negative, and its ratios are not judged (guard.loss)"
-    asked = [signal for signal in result.names if signal not in USUAL and result.format != "guardrail run"]
+    asked = [
+        signal
+        for signal in result.names
+        if signal not in USUAL and result.format != "guardrail run"
+    ]
     if asked:
         yield f"  noted only, where far above the usual: {', '.join(asked)}"
     if result.beside:
-        names = ", ".join(f"{signal} ({name})" if signal != name else name for signal, name in result.beside.items())
+        names = ", ".join(
+            f"{signal} ({name})" if signal != name else name
+            for signal, name in result.beside.items()
+        )
         yield f"  recorded only, not judged: {names}; --column SIGNAL=NAME notes spikes of one"
     for case in result.cases:
         yield f"  {_line(result, case)}"
@@ -301,7 +332,9 @@ def lines(result: Result) -> Iterator[str]:
 
 
 def _rows(count: int, kind: str) -> str:
-    name = {"evaluation": "of an evaluation", "summary": "with a summary"}.get(kind, "without a signal")
+    name = {"evaluation": "of an evaluation", "summary": "with a summary"}.get(
+        kind, "without a signal"
+    )
     return f"{count:,} row{'s' if count != 1 else ''} {name} not judged"
 
 
@@ -310,7 +343,9 @@ def _line(result: Result, case: Case) -> str:
     onset = min(case.first.onset_step, case.first.step)
     acted = "noted only" if case.acted is None else f"acted on at step {case.acted.step:,}"
     end = "to the end of the log" if case.over is None else f"over after step {case.last.step:,}"
-    return f"step {onset:>9,}  {worst.verdict:<8}  {worst.kind:<11}  {worst.evidence}; {acted}, {end}"
+    return (
+        f"step {onset:>9,}  {worst.verdict:<8}  {worst.kind:<11}  {worst.evidence}; {acted}, {end}"
+    )
 
 
 def summary(results: list[Result]) -> dict[str, int]:

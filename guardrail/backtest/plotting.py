@@ -1,4 +1,6 @@
-"""A recorded run as a picture: each signal, the band that its baseline allowed, and what was said. Needs matplotlib."""
+"""A recorded run as a picture: each signal, the band that its baseline allowed, and what was said.
+Needs matplotlib.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,21 @@ from guardrail.backtest.importers.recorded_log import Log
 from guardrail.core.errors import UsageError
 
 POINTS = 4000  # columns in which a long run is drawn; of each the least and the greatest value
-COLOURS = {NOTE: "#9a9a9a", "skip": "#e08a00", "rollback": "#c62828", "pause": "#c62828", "halt": "#6a1b9a"}
+COLOURS = {
+    NOTE: "#9a9a9a",
+    "skip": "#e08a00",
+    "rollback": "#c62828",
+    "pause": "#c62828",
+    "halt": "#6a1b9a",
+}
 
 
 def require() -> None:
     """UsageError if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("--plot needs matplotlib, which is not installed\n  hint: pip install 'guardrail[plot]'")
+        raise UsageError(
+            "--plot needs matplotlib, which is not installed\n  hint: pip install 'guardrail[plot]'"
+        )
 
 
 class Track:
@@ -50,7 +60,12 @@ def draw(log: Log, result: Result, track: Track, folder: str, *, svg: bool = Fal
     path = target / f"{_name(log.path)}.{'svg' if svg else 'png'}"
     signals = [name for name, column in log.columns.items() if column.missing < len(column)]
     figure, axes = pyplot.subplots(
-        len(signals), 1, sharex=True, squeeze=False, figsize=(12, 1 + 2.6 * len(signals)), layout="constrained"
+        len(signals),
+        1,
+        sharex=True,
+        squeeze=False,
+        figsize=(12, 1 + 2.6 * len(signals)),
+        layout="constrained",
     )
     try:
         for axis, signal in zip(axes[:, 0], signals, strict=True):
@@ -68,20 +83,36 @@ def _panel(axis: Any, log: Log, result: Result, track: Track, signal: str) -> No
     x: Sequence[int] = range(len(log)) if _goes_back(log.steps) else log.steps
     rows, values = _thinned(log, signal)
     axis.plot([x[row] for row in rows], values, color="#1f77b4", linewidth=0.7)
-    known = [(row, bands[signal]) for row, bands in zip(track.rows, track.bands, strict=True) if signal in bands]
+    known = [
+        (row, bands[signal])
+        for row, bands in zip(track.rows, track.bands, strict=True)
+        if signal in bands
+    ]
     if known:
         at = [x[row] for row, _ in known]
         axis.fill_between(
-            at, [low for _, (low, _) in known], [_ceiling(high) for _, (_, high) in known], color="#1f77b4", alpha=0.15
+            at,
+            [low for _, (low, _) in known],
+            [_ceiling(high) for _, (_, high) in known],
+            color="#1f77b4",
+            alpha=0.15,
         )
     for verdict, colour in COLOURS.items():
-        mine = [alarm.row for alarm in result.alarms if alarm.signal == signal and alarm.verdict == verdict]
+        mine = [
+            alarm.row
+            for alarm in result.alarms
+            if alarm.signal == signal and alarm.verdict == verdict
+        ]
         drawn = [(x[row], log.columns[signal].get(row)) for row in mine]
-        finite = [(step, value) for step, value in drawn if value is not None and math.isfinite(value)]
+        finite = [
+            (step, value) for step, value in drawn if value is not None and math.isfinite(value)
+        ]
         if mine:
             steps = [step for step, _ in finite] or [x[row] for row in mine[:1]]
             heights = [value for _, value in finite] or [0.0]
-            axis.scatter(steps, heights, s=14, color=colour, label=f"{verdict} ({len(mine)})", zorder=3)
+            axis.scatter(
+                steps, heights, s=14, color=colour, label=f"{verdict} ({len(mine)})", zorder=3
+            )
     positive = [value for value in values if value > 0 and math.isfinite(value)]
     if positive and len(positive) > 0.9 * len(values):
         axis.set_yscale("log")
@@ -92,7 +123,9 @@ def _panel(axis: Any, log: Log, result: Result, track: Track, signal: str) -> No
 
 
 def _thinned(log: Log, signal: str) -> tuple[list[int], list[float]]:
-    """The least and the greatest value of each stretch, in order: no spike of a long run is lost between two points."""
+    """The least and the greatest value of each stretch, in order: no spike of a long run is lost
+    between two points.
+    """
     column = log.columns[signal]
     every = max(1, 2 * len(log) // POINTS)
     rows: list[int] = []
@@ -100,7 +133,10 @@ def _thinned(log: Log, signal: str) -> tuple[list[int], list[float]]:
         inside = [row for row in range(begin, min(begin + every, len(log))) if column.present[row]]
         finite = [row for row in inside if math.isfinite(column.values[row])]
         if finite:
-            ends = {min(finite, key=column.values.__getitem__), max(finite, key=column.values.__getitem__)}
+            ends = {
+                min(finite, key=column.values.__getitem__),
+                max(finite, key=column.values.__getitem__),
+            }
             rows += sorted(ends)
         elif inside:
             rows.append(inside[0])  # NaN: the line breaks
@@ -116,7 +152,9 @@ def _ceiling(value: float) -> float:
 
 
 def _name(path: str) -> str:
-    """A file name that says which log this is: its folder and its stem, or the run inside a file."""
+    """A file name that says which log this is: its folder and its stem, or the run inside a
+    file.
+    """
     parts = [part for part in Path(path).parts[-2:] if part not in ("/", "..", ".")]
     plain = "-".join(parts)
     plain = re.sub(r"\.(csv|tsv|jsonl|json|log|txt|wandb)(?=$|#)", "", plain)

@@ -1,7 +1,8 @@
-"""A recorded log as a screen shows it: its rows, and the journal that the live controller would have written of it.
+"""A recorded log as a screen shows it: its rows, and the journal that the live controller would
+have written of it.
 
-Nothing is written. The rows come at once; what the controller says of them comes as it says it, for a million rows take
-it half a minute.
+Nothing is written. The rows come at once; what the controller says of them comes as it says it, for
+a million rows take it half a minute.
 """
 
 from __future__ import annotations
@@ -63,7 +64,11 @@ class Viewing:
         signals = [name for name in log.columns if name in METRIC_COLUMNS]
         bands = [f"{name}_{part}" for name in signals for part in ("baseline", "threshold")]
         self._signals = signals
-        self._bands = {name: 2 + len(signals) + index for index, name in enumerate(bands) if name in METRIC_COLUMNS}
+        self._bands = {
+            name: 2 + len(signals) + index
+            for index, name in enumerate(bands)
+            if name in METRIC_COLUMNS
+        }
         self.columns: Sequence[str] = ("step", "timeline", *signals, *bands)
         self._timelines = self._of_run("timeline")
         self.last_step = max(log.steps, default=0)
@@ -125,14 +130,19 @@ class Viewing:
         return rows, missing
 
     def _of_run(self, column: str) -> np.ndarray | None:
-        return None if self._log.folder is None else RunDirectory.open(self._log.folder).metrics().column(column)
+        return (
+            None
+            if self._log.folder is None
+            else RunDirectory.open(self._log.folder).metrics().column(column)
+        )
 
 
 class Background:
-    """A `Viewing` that is judged in a process of its own, so that the screen's keys wait for nobody.
+    """A `Viewing` that is judged in a process of its own, so that the screen's keys wait for
+    nobody.
 
-    To be made while this process has one thread: the other is a fork of it, and nothing is read twice. It ends with
-    its work, or when nobody reads it any more.
+    To be made while this process has one thread: the other is a fork of it, and nothing is read
+    twice. It ends with its work, or when nobody reads it any more.
     """
 
     def __init__(self, viewing: Viewing) -> None:
@@ -141,9 +151,12 @@ class Background:
         self.last_step = viewing.last_step
         context = multiprocessing.get_context("fork")
         self._pipe, theirs = context.Pipe(duplex=False)
-        self._process = context.Process(target=_send_all, args=(viewing, self._pipe, theirs), daemon=True)
+        self._process = context.Process(
+            target=_send_all, args=(viewing, self._pipe, theirs), daemon=True
+        )
         with warnings.catch_warnings():
-            # Python warns of threads of any library; those of numpy hold no lock that the fork would want.
+            # Python warns of threads of any library; those of numpy hold no lock that the fork
+            # would want.
             warnings.simplefilter("ignore", DeprecationWarning)
             self._process.start()
         theirs.close()
@@ -183,7 +196,11 @@ def _send_all(viewing: Viewing, ours: Any, pipe: Any) -> None:
         except BrokenPipeError:
             raise
         except Exception as error:
-            pipe.send(str(error) if isinstance(error, GuardrailError) else f"{type(error).__name__}: {error}")
+            pipe.send(
+                str(error)
+                if isinstance(error, GuardrailError)
+                else f"{type(error).__name__}: {error}"
+            )
 
 
 class _Part:
@@ -207,7 +224,9 @@ class _Part:
 
 
 class _Events:
-    """Verdicts -> lines of a journal, as the guard writes them in `advise`. A log has no clock: their time is 0."""
+    """Verdicts -> lines of a journal, as the guard writes them in `advise`. A log has no clock:
+    their time is 0.
+    """
 
     def __init__(self) -> None:
         self._seq = 0
@@ -241,7 +260,15 @@ class _Events:
 
     def _event(self, verdict: Verdict, kind: str, message: str, **data: Any) -> Event:
         self._seq += 1
-        return Event(seq=self._seq, time=0.0, step=verdict.step, timeline=0, kind=kind, message=message, data=data)
+        return Event(
+            seq=self._seq,
+            time=0.0,
+            step=verdict.step,
+            timeline=0,
+            kind=kind,
+            message=message,
+            data=data,
+        )
 
 
 def the_log(path: str, columns: dict[str, str]) -> Log:
@@ -263,8 +290,12 @@ def the_log(path: str, columns: dict[str, str]) -> Log:
     if not found:
         raise DataError(f"{path}: no step is recorded there")
     if len(found) > 1:
-        names = ", ".join(log.path for log in found[:_NAMED]) + (" ..." if len(found) > _NAMED else "")
-        raise DataError(f"{path}: several runs are recorded there; view one of them\n  hint: {names}")
+        names = ", ".join(log.path for log in found[:_NAMED]) + (
+            " ..." if len(found) > _NAMED else ""
+        )
+        raise DataError(
+            f"{path}: several runs are recorded there; view one of them\n  hint: {names}"
+        )
     return found[0]
 
 

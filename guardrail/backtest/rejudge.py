@@ -1,9 +1,10 @@
-"""A run directory's own rows through the controller once more: the verdicts of a live run, row by row.
+"""A run directory's own rows through the controller once more: the verdicts of a live run, row by
+row.
 
-What the run did decides how it goes on: detectors go back to the state of the snapshot that the journal names, an
-update that was left out teaches nothing, a restart begins with what the journal had told by then. So under the run's
-own settings every verdict is the one that fell live; under others the question is what they would have said about the
-same rows.
+What the run did decides how it goes on: detectors go back to the state of the snapshot that the
+journal names, an update that was left out teaches nothing, a restart begins with what the journal
+had told by then. So under the run's own settings every verdict is the one that fell live; under
+others the question is what they would have said about the same rows.
 """
 
 from __future__ import annotations
@@ -59,16 +60,21 @@ class Judged(NamedTuple):
 
     @property
     def agrees(self) -> bool:
-        """Whether the verdict is the one that fell live; a question that a person answered is told by the journal.
+        """Whether the verdict is the one that fell live; a question that a person answered is told
+        by the journal.
 
-        How much data the run had left out by then is not judged here: a verdict that went beyond the share that the
-        guard may leave out counts as it was before.
+        How much data the run had left out by then is not judged here: a verdict that went beyond
+        the share that the guard may leave out counts as it was before.
         """
         if self.said is None:
             return self.verdict.action is self.done
         decided = self.verdict.would if self.verdict.action is Action.PAUSE else self.verdict.action
         beyond = self.said.data.get("beyond")
-        return decided is Action(beyond) if beyond else self.verdict.action is Action(self.said.data["action"])
+        return (
+            decided is Action(beyond)
+            if beyond
+            else self.verdict.action is Action(self.said.data["action"])
+        )
 
 
 class State(NamedTuple):
@@ -83,14 +89,18 @@ class Rejudge:
 
     Args:
         settings: the [guard] section.
-        own: these are the run's own settings: follow the mode that it was in. Otherwise nothing is acted on.
+        own: these are the run's own settings: follow the mode that it was in. Otherwise nothing is
+        acted on.
         watch: called before each row is judged.
 
     Attributes:
-        lost: one sentence for each place from which on verdicts may differ, because a row or a line is missing.
+        lost: one sentence for each place from which on verdicts may differ, because a row or a line
+        is missing.
     """
 
-    def __init__(self, run: RunDirectory, settings: GuardSection, *, own: bool, watch: Watch | None = None) -> None:
+    def __init__(
+        self, run: RunDirectory, settings: GuardSection, *, own: bool, watch: Watch | None = None
+    ) -> None:
         self._settings, self._own, self._watch = settings, own, watch
         self._events = run.events()
         self._view = run.metrics()
@@ -99,8 +109,10 @@ class Rejudge:
         self.lost: list[str] = []
         self._timeline = 0
         self._begins: dict[int, int] = {}  # timeline -> index of the event that began it
-        self._changes: deque[int] = deque()  # indices of commands to the controller that are still to come
-        self._told: dict[tuple[int, int], deque[Event]] = {}  # (timeline, step) -> what the journal says of its tries
+        # indices of commands to the controller that are still to come
+        self._changes: deque[int] = deque()
+        # (timeline, step) -> what the journal says of its tries
+        self._told: dict[tuple[int, int], deque[Event]] = {}
         self._causes: dict[tuple[int, int], deque[Event]] = {}  # as above: what replays have shown
         # Batches that were rejected, as positions -> from where on the next batch begins.
         self._left_out: dict[tuple[int, int], int] = {}
@@ -133,7 +145,10 @@ class Rejudge:
             self._causes.setdefault((event.timeline, int(data["at_step"])), deque()).append(event)
         elif event.kind == "note" and data.get("overflow"):
             self._told.setdefault((event.timeline, event.step + 1), deque()).append(event)
-        elif event.kind == "command" and data.get("command") in (CommandKind.POLICY, CommandKind.ACCEPT):
+        elif event.kind == "command" and data.get("command") in (
+            CommandKind.POLICY,
+            CommandKind.ACCEPT,
+        ):
             if data.get("effect") == "applied":
                 self._changed_to(event)
                 self._changes.append(index)
@@ -148,7 +163,9 @@ class Rejudge:
         view = self._view
         for begin in range(0, len(view), CHUNK):
             rows = slice(begin, begin + CHUNK)
-            table = np.stack([view.column(name)[rows] for name in (*HEAD, *self._names)], axis=1).tolist()
+            table = np.stack(
+                [view.column(name)[rows] for name in (*HEAD, *self._names)], axis=1
+            ).tolist()
             for row, cells in enumerate(table, begin):
                 if all(math.isfinite(cell) for cell in cells[:2]) and cells[0] >= 1:
                     yield self._judge(row, cells)
@@ -181,7 +198,9 @@ class Rejudge:
         return Judged(row, self._observe(obs, done, causes), done, said)
 
     def _observe(self, obs: Observation, done: Action, causes: deque[Event] | None) -> Verdict:
-        """The verdict; afterwards the controller knows what the run did, whether or not that was the verdict."""
+        """The verdict; afterwards the controller knows what the run did, whether or not that was
+        the verdict.
+        """
         controller, applied = self._controller, done is Action.APPLY
         before = None if applied else controller.state_dict()
         verdict = controller.observe(obs)
@@ -204,7 +223,9 @@ class Rejudge:
         return sum(end <= first for _, end in self._rejected[begin:])
 
     def _said(self, timeline: int, step: int, done: Action) -> Event | None:
-        """The journal's line on this try: tries of one step are told in order, and only the last can be applied."""
+        """The journal's line on this try: tries of one step are told in order, and only the last
+        can be applied.
+        """
         told = self._told.get((timeline, step))
         if not told:
             return None
@@ -217,11 +238,15 @@ class Rejudge:
                 told.popleft()
             return said
         asked = action == Action.PAUSE
-        if overflow or action not in (*Action,) or not (asked or (action == Action.APPLY) is (done is Action.APPLY)):
+        if (
+            overflow
+            or action not in (*Action,)
+            or not (asked or (action == Action.APPLY) is (done is Action.APPLY))
+        ):
             return None
         return told.popleft()
 
-    # -- what happened between two rows --------------------------------------------------------------------------
+    # -- what happened between two rows ------------------------------------------------------------
 
     def _begin(self, timeline: int) -> None:
         index = self._begins.get(timeline)
@@ -251,7 +276,11 @@ class Rejudge:
         else:
             span = span_of(event)
             gone = [span] if span is not None and span.cause == "rollback" else taken_back(event)
-            self._rejected = [r for r in self._rejected if not any(s.first <= r[0] and r[1] <= s.last for s in gone)]
+            self._rejected = [
+                r
+                for r in self._rejected
+                if not any(s.first <= r[0] and r[1] <= s.last for s in gone)
+            ]
             if self._own:
                 past = Past.of(self._events[: index + 1])
                 self._controller.went_back(step, past.rollbacks)
@@ -270,11 +299,15 @@ class Rejudge:
             self._controller.set_mode(mode)
 
     def _obey(self, *, step: int, time: float) -> None:
-        """Commands that took effect before this row: after its step's predecessor, and before its time."""
+        """Commands that took effect before this row: after its step's predecessor, and before its
+        time.
+        """
         while self._changes:
             event = self._events[self._changes[0]]
             key = (event.timeline, event.step)
-            due = key < (self._timeline, step - 1) or (key == (self._timeline, step - 1) and event.time <= time)
+            due = key < (self._timeline, step - 1) or (
+                key == (self._timeline, step - 1) and event.time <= time
+            )
             if not due:
                 return
             self._change(self._changes.popleft())
@@ -299,6 +332,8 @@ class Rejudge:
 
 
 def _overflow(measured: Mapping[str, float]) -> bool:
-    """What the step's one reduction says of a gradient under a loss scale; see `Observation.overflow`."""
+    """What the step's one reduction says of a gradient under a loss scale; see
+    `Observation.overflow`.
+    """
     scaled = math.isfinite(measured.get(LOSS_SCALE, math.nan))
     return scaled and math.isfinite(measured[LOSS]) and not math.isfinite(measured[GRAD_NORM])

@@ -1,7 +1,8 @@
 """Verdicts on recorded runs against labels that a person made by eye from plots. Pure.
 
-Rows are counted, not steps, since logs are sampled differently. An event reaches from `EARLY` rows before its onset to
-its end, at least `LATE` rows behind the onset. Alarms within `MERGE` rows of one another count once.
+Rows are counted, not steps, since logs are sampled differently. An event reaches from `EARLY` rows
+before its onset to its end, at least `LATE` rows behind the onset. Alarms within `MERGE` rows of
+one another count once.
 
     act_recall        loss spikes, divergences and NaN that met a skip or more within the event
     note_recall       all labelled events (harmless gradient spikes too) that met at least a note
@@ -10,9 +11,9 @@ its end, at least `LATE` rows behind the onset. Alarms within `MERGE` rows of on
     false_notes       notes outside every labelled event, `may` and `auto_tolerated`
     delay             rows from onset to the first skip or more
 
-Labels: {run: {"labels": [[onset_step, kind, recovered], ...], "end_step": [...], "may": [[onset, kind, recovered, end,
-note], ...], "auto_tolerated": [[step, kind, recovered], ...], "use": "score"}}. An onset of null: healthy. Restarts
-and runs of another `use` are not scored.
+Labels: {run: {"labels": [[onset_step, kind, recovered], ...], "end_step": [...], "may": [[onset,
+kind, recovered, end, note], ...], "auto_tolerated": [[step, kind, recovered], ...], "use":
+"score"}}. An onset of null: healthy. Restarts and runs of another `use` are not scored.
 """
 
 from __future__ import annotations
@@ -30,7 +31,16 @@ EARLY, LATE, MERGE = 2, 10, 10
 GRAVE = frozenset({"loss_spike", "divergence", "nan"})
 COSTLY = frozenset({"rollback", "pause", "halt"})  # they cost time or a person's sleep
 ACTS = COSTLY | {"skip"}
-TOTALS = ("grave", "acted", "labelled", "noted", "records", "false_rollbacks", "false_skips", "false_notes")
+TOTALS = (
+    "grave",
+    "acted",
+    "labelled",
+    "noted",
+    "records",
+    "false_rollbacks",
+    "false_skips",
+    "false_notes",
+)
 
 
 class Event(NamedTuple):
@@ -71,7 +81,9 @@ def score(
         if not run.startswith("_") and label.get("use") == "score":
             marks[run] = score_run(label, *runs.get(run, ((), ())))
             marks[run].missing = run not in runs
-    return total(marks.values(), missing=[run for run, mark in marks.items() if mark.missing]), marks
+    return total(
+        marks.values(), missing=[run for run, mark in marks.items() if mark.missing]
+    ), marks
 
 
 class _Label(msgspec.Struct):
@@ -92,7 +104,11 @@ def why_no_label(label: Any) -> str:
         return str(error)
     if not all(isinstance(small[0], (int, float)) for small in read.auto_tolerated):
         return "expected auto_tolerated, a list of [STEP, KIND, ...]"
-    return "expected labels, a list of [STEP, KIND, NOTE]" if read.use == "score" and read.labels is None else ""
+    return (
+        "expected labels, a list of [STEP, KIND, NOTE]"
+        if read.use == "score" and read.labels is None
+        else ""
+    )
 
 
 def total(marks: Iterable[Marks], *, missing: Sequence[str] = ()) -> dict[str, Any]:
@@ -110,12 +126,16 @@ def total(marks: Iterable[Marks], *, missing: Sequence[str] = ()) -> dict[str, A
     return sums
 
 
-def score_run(label: Mapping[str, Any], steps: Sequence[int], alarms: Sequence[tuple[int, str]]) -> Marks:
+def score_run(
+    label: Mapping[str, Any], steps: Sequence[int], alarms: Sequence[tuple[int, str]]
+) -> Marks:
     """One run against its labels."""
     events, excused, tolerated = _spans(label, steps)
     out = Marks(labelled=len(events), records=len(steps))
     for event in events:
-        hits = [(row, verdict) for row, verdict in alarms if event.first - EARLY <= row <= event.last]
+        hits = [
+            (row, verdict) for row, verdict in alarms if event.first - EARLY <= row <= event.last
+        ]
         out.noted += bool(hits)
         if event.kind in GRAVE:
             acts = [row for row, verdict in hits if verdict in ACTS]
@@ -123,9 +143,15 @@ def score_run(label: Mapping[str, Any], steps: Sequence[int], alarms: Sequence[t
             out.acted += bool(acts)
             out.delays += [max(0, min(acts) - event.first)] if acts else []
     grave = [event for event in events if event.kind in GRAVE]
-    out.false_rollbacks = _merged(row for row, v in alarms if v in COSTLY and not _inside(row, grave, excused))
-    out.false_skips = _merged(row for row, v in alarms if v == "skip" and not _inside(row, events, excused))
-    out.false_notes = _merged(row for row, v in alarms if v == "note" and not _inside(row, events, excused, tolerated))
+    out.false_rollbacks = _merged(
+        row for row, v in alarms if v in COSTLY and not _inside(row, grave, excused)
+    )
+    out.false_skips = _merged(
+        row for row, v in alarms if v == "skip" and not _inside(row, events, excused)
+    )
+    out.false_notes = _merged(
+        row for row, v in alarms if v == "note" and not _inside(row, events, excused, tolerated)
+    )
     return out
 
 
@@ -133,8 +159,12 @@ def as_dict(mark: Marks) -> dict[str, Any]:
     return asdict(mark)
 
 
-def _spans(label: Mapping[str, Any], steps: Sequence[int]) -> tuple[list[Event], list[Event], list[Event]]:
-    """(labelled events, what `may` be an alarm and restarts, small things of which a note is no fault)."""
+def _spans(
+    label: Mapping[str, Any], steps: Sequence[int]
+) -> tuple[list[Event], list[Event], list[Event]]:
+    """(labelled events, what `may` be an alarm and restarts, small things of which a note is no
+    fault).
+    """
     ascending = all(a <= b for a, b in itertools.pairwise(steps))
 
     def at(step: int) -> int:
@@ -148,11 +178,18 @@ def _spans(label: Mapping[str, Any], steps: Sequence[int]) -> tuple[list[Event],
     for (onset, kind, _), end in zip(label["labels"], ends, strict=False):
         if onset is not None:
             first = at(onset)
-            event = Event(first, max(at(end) if end is not None else len(steps), first + LATE), kind)
+            event = Event(
+                first, max(at(end) if end is not None else len(steps), first + LATE), kind
+            )
             (excused if kind == "restart" else events).append(event)
     for onset, kind, _, end, _ in label.get("may", []):
-        excused.append(Event(at(onset), max(at(end) if end is not None else 0, at(onset) + LATE), kind))
-    tolerated = [Event(at(small[0]), at(small[0]) + LATE, small[1]) for small in label.get("auto_tolerated", [])]
+        excused.append(
+            Event(at(onset), max(at(end) if end is not None else 0, at(onset) + LATE), kind)
+        )
+    tolerated = [
+        Event(at(small[0]), at(small[0]) + LATE, small[1])
+        for small in label.get("auto_tolerated", [])
+    ]
     return events, excused, tolerated
 
 

@@ -1,9 +1,11 @@
-"""Thresholds for recorded runs: how many alarms each would have given, and the lowest that leaves a run in peace.
+"""Thresholds for recorded runs: how many alarms each would have given, and the lowest that leaves a
+run in peace.
 
-Without labels nothing says which alarm was right. What a threshold decides about is the outlier that stands alone
-and is gone with the next records: it costs an update and gains nothing. So each threshold is chosen as the lowest
-(the most watchful) at which such single rejections stay within a budget, while everything else stands at its default.
-What stays, grows or is not a number is found at any of these thresholds, and is counted beside.
+Without labels nothing says which alarm was right. What a threshold decides about is the outlier
+that stands alone and is gone with the next records: it costs an update and gains nothing. So each
+threshold is chosen as the lowest (the most watchful) at which such single rejections stay within a
+budget, while everything else stands at its default. What stays, grows or is not a number is found
+at any of these thresholds, and is counted beside.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from guardrail.core.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS
 
 BUDGET = 1.0  # single rejections in 10,000 records that a run should not mind
 LONE = 2  # rows that a rejection which stands alone lasts at most
-# Setting -> (the signal that it judges, the values that are tried). Around the defaults, a factor of about 1.25 apart.
+# Setting -> (the signal that it judges, the values that are tried). Around the defaults, a factor
+# of about 1.25 apart.
 TRIED = {
     "loss_score": (LOSS, (5.0, 6.0, 7.0, 8.0, 10.0, 12.0, 15.0, 20.0)),
     "grad_score": (GRAD_NORM, (6.0, 7.0, 8.0, 10.0, 12.0, 15.0, 20.0, 25.0)),
@@ -71,14 +74,18 @@ def tune(
     """
     proposals = []
     for name, (signal, values) in TRIED.items():
-        records = sum(len(log) - log.columns[signal].missing for log in logs if signal in log.columns)
+        records = sum(
+            len(log) - log.columns[signal].missing for log in logs if signal in log.columns
+        )
         if not records:
             continue
         default = float(getattr(settings, name))
         trials = []
         for value in sorted({*values, default}):
             say(f"{name} = {value:g}")
-            results = [backtest(log, msgspec.structs.replace(settings, **{name: value})) for log in logs]
+            results = [
+                backtest(log, msgspec.structs.replace(settings, **{name: value})) for log in logs
+            ]
             trials.append(_trial(value, results, signal))
         fit = [trial.value for trial in trials if 1e4 * trial.lone <= budget * records]
         chosen = min(fit) if fit else max(trial.value for trial in trials)
@@ -101,8 +108,12 @@ def _alone(case: Case) -> bool:
     return not case.rollbacks and case.last.row - case.first.row < LONE and case.worst.kind != "nan"
 
 
-def toml(proposals: Sequence[Proposal], logs: Sequence[Log], *, budget: float = BUDGET) -> Iterator[str]:
-    """The lines of a file for `--policy`, or to paste into a configuration; the evidence stands in comments."""
+def toml(
+    proposals: Sequence[Proposal], logs: Sequence[Log], *, budget: float = BUDGET
+) -> Iterator[str]:
+    """The lines of a file for `--policy`, or to paste into a configuration; the evidence stands in
+    comments.
+    """
     records = sum(len(log) for log in logs)
     yield f"# Proposed by `guardrail tune` from {len(logs)} log{'s' if len(logs) != 1 else ''}, {records:,} records."
     yield f"# Each value is the lowest at which rejections that stand alone stay within {budget:g} in 10,000 records."
@@ -116,7 +127,9 @@ def toml(proposals: Sequence[Proposal], logs: Sequence[Log], *, budget: float = 
         yield ""
         yield f"# {'score':>7} {'alone':>7} {'more':>7} {'notes':>7}   ({proposal.signal})"
         for trial in proposal.trials:
-            marks = ["default"] * (trial.value == proposal.default) + ["proposed"] * (trial.value == proposal.value)
+            marks = ["default"] * (trial.value == proposal.default) + ["proposed"] * (
+                trial.value == proposal.value
+            )
             row = f"# {trial.value:>7g} {trial.lone:>7,} {trial.grave:>7,} {trial.notes:>7,}   {', '.join(marks)}"
             yield row.rstrip()
         yield f"{proposal.name} = {proposal.value!r}"

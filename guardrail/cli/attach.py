@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import click
 
-from guardrail.cli.common import can_draw, imports, root_option, screen_options, show_screen, the_run
+from guardrail.cli.common import (
+    can_draw,
+    imports,
+    root_option,
+    screen_options,
+    show_screen,
+    the_run,
+)
 
 
 @click.command(short_help="Watch a run, running or ended.")
 @click.argument("run", required=False)
 @click.option("--read-only", is_flag=True, help="Send no commands.")
-@click.option("--headless", is_flag=True, help="Print lines instead of the screen; the default without a terminal.")
-@click.option("--web", is_flag=True, help="Serve the screen to a browser on this machine (needs guardrail[web]).")
+@click.option(
+    "--headless",
+    is_flag=True,
+    help="Print lines instead of the screen; the default without a terminal.",
+)
+@click.option(
+    "--web",
+    is_flag=True,
+    help="Serve the screen to a browser on this machine (needs guardrail[web]).",
+)
 @click.option("--port", type=int, help="Of --web; 0 takes any free one. Default: 8765.")
 @click.option("--in-browser", is_flag=True, hidden=True, help="What --web runs for each visitor.")
 @screen_options
@@ -29,7 +44,8 @@ def command(
 ) -> int:
     """Watch a run, the newest one if none is named. Leaving, by q or Ctrl-C, does not touch it.
 
-    Without a terminal, or with TERM=dumb, it prints lines until the run has ended, and returns the run's exit code.
+    Without a terminal, or with TERM=dumb, it prints lines until the run has ended, and returns the
+    run's exit code.
     """
     if web and headless:
         raise click.UsageError("--web and --headless are two ways to watch; choose one")
@@ -40,7 +56,9 @@ def command(
         from guardrail.tui.app import web as browser
 
         port = browser.PORT if port is None else port
-        return browser.serve(str(found.path), name=found.name, port=port, read_only=read_only, theme=theme)
+        return browser.serve(
+            str(found.path), name=found.name, port=port, read_only=read_only, theme=theme
+        )
     if headless or not (in_browser or can_draw()):
         from guardrail.launch.log_printer import attach
 

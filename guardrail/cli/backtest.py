@@ -25,15 +25,27 @@ MOST_LABELS = 16 << 20  # characters of a file of labels; one of 37 runs has 30,
 def log_options(function: Any) -> Any:
     """Arguments that `backtest` and `tune` share."""
     function = click.option(
-        "--column", "columns", multiple=True, metavar="SIGNAL=NAME", help="Which column holds a signal; repeatable."
+        "--column",
+        "columns",
+        multiple=True,
+        metavar="SIGNAL=NAME",
+        help="Which column holds a signal; repeatable.",
     )(function)
     return click.argument("logs", nargs=-1, required=True, metavar="LOG...")(function)
 
 
 @click.command(short_help="Say what the guard would have done about recorded runs.")
 @log_options
-@click.option("--policy", "--config", "policy", metavar="FILE", help="Take [guard] from this TOML file.")
-@click.option("--set", "overrides", multiple=True, metavar="guard.KEY=VALUE", help="Override a setting; repeatable.")
+@click.option(
+    "--policy", "--config", "policy", metavar="FILE", help="Take [guard] from this TOML file."
+)
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="guard.KEY=VALUE",
+    help="Override a setting; repeatable.",
+)
 @click.option("--labels", metavar="FILE", help="Score the verdicts against labels made by hand.")
 @click.option("--plot", metavar="DIR", help="Draw each run into this folder (needs matplotlib).")
 @click.option("--svg", is_flag=True, help="Draw SVG instead of PNG.")
@@ -50,9 +62,10 @@ def command(
 ) -> int:
     """Run the live controller over recorded runs and say what it would have done.
 
-    Reads TensorBoard event files, trainer_state.json, CSV and TSV, JSON lines, .wandb files, the text that llm.c,
-    nanoGPT, Megatron, torchtitan, the Trainer, verl, OpenRLHF and others print, and guardrail's own run directories,
-    which are judged under their own settings unless --policy or --set says otherwise. Folders are searched.
+    Reads TensorBoard event files, trainer_state.json, CSV and TSV, JSON lines, .wandb files, the
+    text that llm.c, nanoGPT, Megatron, torchtitan, the Trainer, verl, OpenRLHF and others print,
+    and guardrail's own run directories, which are judged under their own settings unless --policy
+    or --set says otherwise. Folders are searched.
 
     Exit code 2 if nothing could be read; what could not be is named on stderr.
     """
@@ -85,7 +98,10 @@ def command(
         answer: dict[str, Any] = {"runs": [result.as_dict() for result in results]}
         answer["summary"] = backtest.summary(results)
         if scored is not None:
-            answer["figures"], answer["scored"] = scored[0], {name: vars(mark) for name, mark in scored[1].items()}
+            answer["figures"], answer["scored"] = (
+                scored[0],
+                {name: vars(mark) for name, mark in scored[1].items()},
+            )
         print_json(answer)
     else:
         for line in backtest.summary_lines(results):
@@ -101,14 +117,21 @@ def _sets_signals(overrides: tuple[str, ...]) -> bool:
 
 
 def read_logs(
-    paths: tuple[str, ...], columns: tuple[str, ...], signals: tuple[str, ...] = (), *, required: bool = False
+    paths: tuple[str, ...],
+    columns: tuple[str, ...],
+    signals: tuple[str, ...] = (),
+    *,
+    required: bool = False,
 ) -> Iterator[Log]:
-    """The logs at `paths`, one after the other; what cannot be read is named on stderr and left out.
+    """The logs at `paths`, one after the other; what cannot be read is named on stderr and left
+    out.
 
     Args:
         columns: SIGNAL=NAME each; a log without such a column is not read.
-        signals: further signals to be judged, each the name of a column or what `names.FURTHER` calls it.
-        required: a log without one of `signals` is not read; otherwise it is read without it, with a note.
+        signals: further signals to be judged, each the name of a column or what `names.FURTHER`
+        calls it.
+        required: a log without one of `signals` is not read; otherwise it is read without it, with
+        a note.
     """
     from guardrail.backtest.importers.sources import sources
     from guardrail.core.errors import DataError
@@ -119,27 +142,40 @@ def read_logs(
         try:
             yield from _read(source, given, wanted, required=required)
         except (DataError, OSError) as error:
-            reason = error if isinstance(error, DataError) else f"{source.path}: {error.strerror or error}"
+            reason = (
+                error
+                if isinstance(error, DataError)
+                else f"{source.path}: {error.strerror or error}"
+            )
             click.echo(f"guardrail: {reason}", err=True)
 
 
-def _read(source: Source, given: dict[str, str], wanted: dict[str, str], *, required: bool) -> list[Log]:
+def _read(
+    source: Source, given: dict[str, str], wanted: dict[str, str], *, required: bool
+) -> list[Log]:
     from guardrail.backtest.importers.names import ColumnError
 
     missing: dict[str, str] = {}  # signal -> why
     while True:
         try:
-            logs = source.read({signal: name for signal, name in wanted.items() if signal not in missing} | given)
+            logs = source.read(
+                {signal: name for signal, name in wanted.items() if signal not in missing} | given
+            )
             break
         except ColumnError as error:
             if required or error.signal not in wanted or error.signal in given:
                 raise
             missing[error.signal] = str(error)
     for log in logs:
-        log.notes += (f"guard.signals: {reason.removeprefix(log.path + ': ')}" for reason in missing.values())
+        log.notes += (
+            f"guard.signals: {reason.removeprefix(log.path + ': ')}" for reason in missing.values()
+        )
         if log.folder is not None:
             unused = [*given, *(signal for signal in wanted if signal not in log.columns)]
-            log.notes += (f"a run directory has its own signals, and {name} is none of them" for name in unused)
+            log.notes += (
+                f"a run directory has its own signals, and {name} is none of them"
+                for name in unused
+            )
     return logs
 
 
@@ -159,10 +195,14 @@ def _labels(path: str) -> dict[str, Any]:
         with open(path, encoding="utf-8") as file:
             text = file.read(MOST_LABELS + 1)
         if len(text) > MOST_LABELS:
-            raise click.UsageError(f"--labels {path}: expected at most {MOST_LABELS >> 20} MiB of JSON")
+            raise click.UsageError(
+                f"--labels {path}: expected at most {MOST_LABELS >> 20} MiB of JSON"
+            )
         labels = json.loads(text)
     except RecursionError as error:
-        raise click.UsageError(f"--labels {path}: not JSON (too many brackets within each other)") from error
+        raise click.UsageError(
+            f"--labels {path}: not JSON (too many brackets within each other)"
+        ) from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or f"not JSON ({error})"
         raise click.UsageError(f"--labels {path}: {reason}") from error
@@ -182,7 +222,9 @@ def _check_label(label: Any, place: str) -> None:
         raise click.UsageError(f"{place}: {visible(reason, 200)}")
 
 
-def _score(labels: dict[str, Any], results: list[Result]) -> tuple[dict[str, Any], dict[str, Marks]]:
+def _score(
+    labels: dict[str, Any], results: list[Result]
+) -> tuple[dict[str, Any], dict[str, Marks]]:
     """A run is called what its file, or the folder of its file, is called."""
     from pathlib import Path
 
@@ -202,7 +244,9 @@ def _score(labels: dict[str, Any], results: list[Result]) -> tuple[dict[str, Any
 
 def _figures(total: dict[str, Any], marks: dict[str, Marks]) -> list[str]:
     width = max((len(name) for name in marks), default=3)
-    table = [f"{'RUN':<{width}}  {'ACTED':>7}  {'NOTED':>7}  FALSE: {'ROLLBACKS':>9} {'SKIPS':>5} {'NOTES':>5}  DELAYS"]
+    table = [
+        f"{'RUN':<{width}}  {'ACTED':>7}  {'NOTED':>7}  FALSE: {'ROLLBACKS':>9} {'SKIPS':>5} {'NOTES':>5}  DELAYS"
+    ]
     for name, mark in marks.items():
         table.append(
             f"{name:<{width}}  {f'{mark.acted}/{mark.grave}':>7}  {f'{mark.noted}/{mark.labelled}':>7}"

@@ -34,7 +34,9 @@ def screen_options(command: Callable[..., int]) -> Callable[..., int]:
         envvar=themes.ENVIRONMENT,
         help=f"Colours of the screen (${themes.ENVIRONMENT}). Default: dark, or the terminal's own where it has few.",
     )
-    no_mouse = click.option("--no-mouse", is_flag=True, help="Leave the mouse to the terminal, to select text.")
+    no_mouse = click.option(
+        "--no-mouse", is_flag=True, help="Leave the mouse to the terminal, to select text."
+    )
     return theme(no_mouse(command))
 
 
@@ -46,14 +48,18 @@ def has_terminal() -> bool:
 
 
 def can_draw() -> bool:
-    """Whether the terminal is one that a screen can be drawn on; TERM = dumb, or none, takes plain lines only."""
+    """Whether the terminal is one that a screen can be drawn on; TERM = dumb, or none, takes plain
+    lines only.
+    """
     import os
 
     return has_terminal() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
 
 
 def show_screen(screen: Callable[[], int]) -> int:
-    """Run a screen in a process of its own, so that whatever ends it leaves the terminal usable; its exit code."""
+    """Run a screen in a process of its own, so that whatever ends it leaves the terminal usable;
+    its exit code.
+    """
     from guardrail.tui.terminal.screen_process import in_child
 
     return in_child(screen)
@@ -61,8 +67,8 @@ def show_screen(screen: Callable[[], int]) -> int:
 
 @contextlib.contextmanager
 def imports() -> Iterator[None]:
-    """Around the import of a large library: what it makes stays, and looking it through for garbage takes a tenth of
-    the time. It is not looked through later either.
+    """Around the import of a large library: what it makes stays, and looking it through for garbage
+    takes a tenth of the time. It is not looked through later either.
     """
     import gc
 
@@ -75,16 +81,22 @@ def imports() -> Iterator[None]:
 
 
 def the_run(spec: str | None, root: str) -> RunDirectory:
-    """RUN on a command line: a path, NAME, NAME/DATE-NN, the beginning of one, or nothing for the newest."""
+    """RUN on a command line: a path, NAME, NAME/DATE-NN, the beginning of one, or nothing for the
+    newest.
+    """
     from guardrail.rundir.run_directory import find_run
 
     return find_run(spec, root)
 
 
 class FiniteFloat(click.FloatRange):
-    """A number that is neither NaN nor infinite: every comparison with NaN is false, so a range lets it pass."""
+    """A number that is neither NaN nor infinite: every comparison with NaN is false, so a range
+    lets it pass.
+    """
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
         import math
 
         number = float(super().convert(value, param, ctx))
@@ -99,7 +111,9 @@ def given_columns(columns: tuple[str, ...]) -> dict[str, str]:
     for text in columns:
         signal, equals, name = text.partition("=")
         if not equals or not signal or not name:
-            raise click.UsageError(f"--column {visible(text, 160)}: expected SIGNAL=NAME, e.g. loss=train/ce")
+            raise click.UsageError(
+                f"--column {visible(text, 160)}: expected SIGNAL=NAME, e.g. loss=train/ce"
+            )
         given[signal] = name
     return given
 

@@ -25,9 +25,18 @@ if TYPE_CHECKING:
     type=FiniteFloat(min=0.0),
     help="0: do not wait.",
 )
-@click.option("--at-step", default=0, metavar="STEP", help="Take effect at the end of this step; 0: at once.")
-@click.option("--question", type=click.IntRange(min=1), metavar="N", help="Answer the question of journal line N.")
-@click.option("--preview", is_flag=True, help="Say what it would do and cost now, and send nothing.")
+@click.option(
+    "--at-step", default=0, metavar="STEP", help="Take effect at the end of this step; 0: at once."
+)
+@click.option(
+    "--question",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Answer the question of journal line N.",
+)
+@click.option(
+    "--preview", is_flag=True, help="Say what it would do and cost now, and send nothing."
+)
 @json_option
 @root_option
 def command(
@@ -56,12 +65,13 @@ def command(
     stop                  save and end
     answer WORD           to the guard's question: accept its proposal, continue, or stop
 
-    Prints what took effect and at which step. Exit code 2 if the run refuses, is not running or does not answer.
-    With --preview it prints where the command would go, what is lost and what is left out, and nothing is sent;
-    `answer --preview` says it of each answer to the guard's question.
+    Prints what took effect and at which step. Exit code 2 if the run refuses, is not running or
+    does not answer. With --preview it prints where the command would go, what is lost and what is
+    left out, and nothing is sent; `answer --preview` says it of each answer to the guard's
+    question.
 
-    A command holds for the question that is open when it is given, or for none. If that has changed when it reaches
-    the run, it is refused. `answer 0`, `1` and `2` are accept, continue and stop.
+    A command holds for the question that is open when it is given, or for none. If that has changed
+    when it reaches the run, it is refused. `answer 0`, `1` and `2` are accept, continue and stop.
     """
     from guardrail.core.errors import ExitCode
     from guardrail.operate import control
@@ -80,7 +90,9 @@ def command(
     return ExitCode.FINISHED
 
 
-def _preview(run: RunDirectory, action: str, value: str | None, question: int | None, *, as_json: bool) -> int:
+def _preview(
+    run: RunDirectory, action: str, value: str | None, question: int | None, *, as_json: bool
+) -> int:
     """What the command would do; of an answer without a value, what each of them would."""
     import msgspec
 

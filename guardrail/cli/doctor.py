@@ -9,9 +9,17 @@ from guardrail.cli.common import json_option, print_json
 
 @click.command(short_help="Say what this machine can do.")
 @click.argument("config", required=False, metavar="[CONFIG.toml]")
-@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a setting; repeatable.")
 @click.option(
-    "--dry-run", is_flag=True, help="Meant for other machines: check what can be, and say what it asks of them."
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="SECTION.KEY=VALUE",
+    help="Override a setting; repeatable.",
+)
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Meant for other machines: check what can be, and say what it asks of them.",
 )
 @json_option
 def command(config: str | None, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> int:
@@ -20,7 +28,9 @@ def command(config: str | None, overrides: tuple[str, ...], dry_run: bool, as_js
     Exit code 2 if the configuration cannot run here; with --dry-run, if it cannot run anywhere.
     """
     if dry_run and config is None:
-        raise click.UsageError("--dry-run needs a configuration: guardrail doctor --dry-run CONFIG.toml")
+        raise click.UsageError(
+            "--dry-run needs a configuration: guardrail doctor --dry-run CONFIG.toml"
+        )
     from guardrail.launch import doctor
 
     report = doctor.examine(config, overrides, dry_run=dry_run)

@@ -18,11 +18,29 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Start a training run and watch it.")
 @click.argument("config", required=False, metavar="CONFIG.toml")
-@click.option("--headless", is_flag=True, help="Print lines instead of the screen; the default without a terminal.")
+@click.option(
+    "--headless",
+    is_flag=True,
+    help="Print lines instead of the screen; the default without a terminal.",
+)
 @click.option("--detach", is_flag=True, help="Return as soon as the run lives.")
-@click.option("--run-dir", metavar="DIR", help="Use this folder as the run directory instead of ROOT/NAME/DATE-NN.")
-@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a setting; repeatable.")
-@click.option("--resume", metavar="RUN", help="Go on with a run that has ended in any way, with its own configuration.")
+@click.option(
+    "--run-dir",
+    metavar="DIR",
+    help="Use this folder as the run directory instead of ROOT/NAME/DATE-NN.",
+)
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="SECTION.KEY=VALUE",
+    help="Override a setting; repeatable.",
+)
+@click.option(
+    "--resume",
+    metavar="RUN",
+    help="Go on with a run that has ended in any way, with its own configuration.",
+)
 @root_option
 @click.option("--read-only", is_flag=True, help="The screen sends no commands.")
 @screen_options
@@ -40,8 +58,8 @@ def command(
 ) -> int:
     """Start a training run and watch it.
 
-    Prints the run directory on stdout. The run lives in its own session: closing the terminal, leaving the screen
-    or Ctrl-C do not touch it; `guardrail ctl RUN stop` ends it.
+    Prints the run directory on stdout. The run lives in its own session: closing the terminal,
+    leaving the screen or Ctrl-C do not touch it; `guardrail ctl RUN stop` ends it.
     """
 
     from guardrail.core.errors import ExitCode
@@ -76,20 +94,28 @@ def command(
 
 
 def given_root(overrides: tuple[str, ...]) -> str | None:
-    """The folder of all runs that --root or $GUARDRAIL_ROOT names, which wins over `run.root` of the file; else None.
+    """The folder of all runs that --root or $GUARDRAIL_ROOT names, which wins over `run.root` of
+    the file; else None.
 
     --set run.root=DIR is meant for this one run: it wins over the variable.
     """
     context = click.get_current_context()
     source = context.get_parameter_source("root")
     by_set = any(override.partition("=")[0].strip() == "run.root" for override in overrides)
-    if source is ParameterSource.COMMANDLINE or (source is ParameterSource.ENVIRONMENT and not by_set):
+    if source is ParameterSource.COMMANDLINE or (
+        source is ParameterSource.ENVIRONMENT and not by_set
+    ):
         return str(context.params["root"])
     return None
 
 
 def show(
-    run: RunDirectory, supervisor: subprocess.Popen[bytes], *, read_only: bool, theme: str | None, mouse: bool
+    run: RunDirectory,
+    supervisor: subprocess.Popen[bytes],
+    *,
+    read_only: bool,
+    theme: str | None,
+    mouse: bool,
 ) -> int:
     """The screen; then the run's exit code, or how to come back to a run that goes on."""
     import sys
@@ -104,9 +130,15 @@ def show(
         return run_screen(run.path, read_only=read_only, theme=theme, mouse=mouse)
 
     show_screen(screen)
-    deadline = time.monotonic() + 2.0  # a run that the screen saw end is about to have its exit code
+    # a run that the screen saw end is about to have its exit code
+    deadline = time.monotonic() + 2.0
     status = run.read_status()
-    while status is not None and status.phase.ended and time.monotonic() < deadline and supervisor.poll() is None:
+    while (
+        status is not None
+        and status.phase.ended
+        and time.monotonic() < deadline
+        and supervisor.poll() is None
+    ):
         time.sleep(0.05)
     code = exit_code_of(supervisor)
     if code is None:

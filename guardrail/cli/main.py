@@ -1,4 +1,6 @@
-"""The `guardrail` command. Subcommands are imported when they are used, and their bodies import what they run."""
+"""The `guardrail` command. Subcommands are imported when they are used, and their bodies import
+what they run.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ import click
 from guardrail.core.errors import ExitCode, GuardrailError, UsageError, hide_assignments
 from guardrail.core.text import printable, visible
 
-# name -> what the list of `guardrail --help` says, so that it needs no import. The command stands in
-# guardrail/cli/NAME.py under the name `command`.
+# name -> what the list of `guardrail --help` says, so that it needs no import. The command stands
+# in guardrail/cli/NAME.py under the name `command`.
 COMMANDS = {
     "launch": "Start a training run and watch it.",
     "attach": "Watch a run, running or ended.",
@@ -48,7 +50,9 @@ class LazyGroup(click.Group):
 
             close = difflib.get_close_matches(args[0], COMMANDS, n=1)
             hint = f"did you mean {close[0]}?" if close else f"commands: {', '.join(COMMANDS)}"
-            raise click.UsageError(f"no such command: {visible(args[0], 160)}\n  hint: {hint}", context)
+            raise click.UsageError(
+                f"no such command: {visible(args[0], 160)}\n  hint: {hint}", context
+            )
         return super().resolve_command(context, args)
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
@@ -65,13 +69,15 @@ def guardrail() -> None:
     guardrail launch configs/quickstart.toml     start a run and watch it
     guardrail attach                             come back to the newest run
 
-    Exit codes: 0 finished, 2 bad usage or configuration, 3 halted by the guard, 4 the training processes failed or
-    the end could not be saved, 5 a check did not hold, 130 interrupted.
+    Exit codes: 0 finished, 2 bad usage or configuration, 3 halted by the guard, 4 the training
+    processes failed or the end could not be saved, 5 a check did not hold, 130 interrupted.
     """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the one place that turns an error into a message on stderr and an exit code."""
+    """Run one command; the one place that turns an error into a message on stderr and an exit
+    code.
+    """
     _print_anything()
     try:
         _refuse_impossible(sys.argv[1:] if arguments is None else arguments)
@@ -89,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         return ExitCode.INTERRUPTED
     except SystemExit:
-        # How click ends when the reader of our output has gone: `guardrail runs | head` is no failure.
+        # How click ends when the reader of our output has gone: `guardrail runs | head` is no
+        # failure.
         return ExitCode.FINISHED
     except OSError as error:
         if error.filename is None and error.errno is None:
@@ -107,11 +114,15 @@ def _print_anything() -> None:
 
 
 def _refuse_impossible(arguments: Sequence[str]) -> None:
-    """NUL and lone surrogates: no file, run or setting can have them, and the system refuses them in its own ways."""
+    """NUL and lone surrogates: no file, run or setting can have them, and the system refuses them
+    in its own ways.
+    """
     for argument in arguments:
         try:
             possible = b"\0" not in os.fsencode(argument)
         except UnicodeEncodeError:
             possible = False
         if not possible:
-            raise UsageError(f"{visible(argument, 160)}: expected an argument of characters that a file name may have")
+            raise UsageError(
+                f"{visible(argument, 160)}: expected an argument of characters that a file name may have"
+            )

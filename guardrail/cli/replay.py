@@ -9,15 +9,26 @@ from guardrail.cli.common import json_option, print_json, root_option, the_run
 
 @click.command(short_help="Run a stretch again and compare every number.")
 @click.argument("run", required=False)
-@click.option("--incident", type=click.IntRange(min=1), metavar="N", help="From the checkpoint before this incident.")
-@click.option("--keep", is_flag=True, help="Keep the folder of the replay, a run directory, and print its path.")
+@click.option(
+    "--incident",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="From the checkpoint before this incident.",
+)
+@click.option(
+    "--keep",
+    is_flag=True,
+    help="Keep the folder of the replay, a run directory, and print its path.",
+)
 @json_option
 @root_option
 def command(run: str | None, incident: int | None, keep: bool, as_json: bool, root: str) -> int:
-    """Run a stretch again with the journal's decisions, and say whether every number is the same as in metrics.bin.
+    """Run a stretch again with the journal's decisions, and say whether every number is the same as
+    in metrics.bin.
 
-    Without --incident it begins at step 0; with it, at the newest checkpoint from before that incident, and ends
-    where the incident was over. Same ranks and devices as the run had; its directory is only read.
+    Without --incident it begins at step 0; with it, at the newest checkpoint from before that
+    incident, and ends where the incident was over. Same ranks and devices as the run had; its
+    directory is only read.
 
     Exit code 5 if a number differs: the first such step and column are named.
     """
@@ -34,7 +45,9 @@ def command(run: str | None, incident: int | None, keep: bool, as_json: bool, ro
         now = time.monotonic()
         if done != shown[1] and now - shown[0] >= (0.0 if live else 5.0):
             shown[:] = [now, done]
-            click.echo(f"{chr(13) if live else ''}replayed {done:,} of {of:,} steps", err=True, nl=not live)
+            click.echo(
+                f"{chr(13) if live else ''}replayed {done:,} of {of:,} steps", err=True, nl=not live
+            )
 
     found = the_run(run, root)
     for remark in replaying.remarks(found):

@@ -11,16 +11,33 @@ FORMATS = ("terminal", "markdown", "html")
 
 @click.command(short_help="Say what happened in a run.")
 @click.argument("run", required=False)
-@click.option("--format", "form", type=click.Choice(FORMATS), help="How; by default as the name of -o ends.")
-@click.option("-o", "--output", metavar="FILE", help="Write there instead of stdout: .md, .html, or anything else.")
+@click.option(
+    "--format", "form", type=click.Choice(FORMATS), help="How; by default as the name of -o ends."
+)
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    help="Write there instead of stdout: .md, .html, or anything else.",
+)
 @json_option
-@click.option("--quarantine", is_flag=True, help="Only the sample ids that were left out, one a line.")
+@click.option(
+    "--quarantine", is_flag=True, help="Only the sample ids that were left out, one a line."
+)
 @root_option
-def command(run: str | None, form: str | None, output: str | None, as_json: bool, quarantine: bool, root: str) -> None:
-    """Say what happened in a run: of each incident what was seen, decided and done, what it cost, its cause, its
-    outcome and its documents; then commands, checkpoints and restarts.
+def command(
+    run: str | None,
+    form: str | None,
+    output: str | None,
+    as_json: bool,
+    quarantine: bool,
+    root: str,
+) -> None:
+    """Say what happened in a run: of each incident what was seen, decided and done, what it cost,
+    its cause, its outcome and its documents; then commands, checkpoints and restarts.
 
-    HTML is one file with the curves in it. --quarantine prints the format that `[data] quarantine = "FILE"` reads.
+    HTML is one file with the curves in it. --quarantine prints the format that `[data] quarantine =
+    "FILE"` reads.
     """
     from guardrail.report import report
 
@@ -37,7 +54,10 @@ def command(run: str | None, form: str | None, output: str | None, as_json: bool
     elif as_json:
         import msgspec
 
-        text = msgspec.json.format(msgspec.json.encode(report.as_dict(found)), indent=2).decode() + "\n"
+        text = (
+            msgspec.json.format(msgspec.json.encode(report.as_dict(found)), indent=2).decode()
+            + "\n"
+        )
     else:
         text = report.written(found, form or _form(output))
     if output is None:
@@ -48,4 +68,6 @@ def command(run: str | None, form: str | None, output: str | None, as_json: bool
 
 def _form(output: str | None) -> str:
     ending = (output or "").rsplit(".", 1)[-1].lower()
-    return {"md": "markdown", "markdown": "markdown", "html": "html", "htm": "html"}.get(ending, "terminal")
+    return {"md": "markdown", "markdown": "markdown", "html": "html", "htm": "html"}.get(
+        ending, "terminal"
+    )

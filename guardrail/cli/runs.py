@@ -7,7 +7,14 @@ import time
 
 import click
 
-from guardrail.cli.common import can_draw, json_option, print_json, root_option, screen_options, show_screen
+from guardrail.cli.common import (
+    can_draw,
+    json_option,
+    print_json,
+    root_option,
+    screen_options,
+    show_screen,
+)
 
 
 @click.command(short_help="List the runs; in a terminal, choose one to watch.")
@@ -16,8 +23,11 @@ from guardrail.cli.common import can_draw, json_option, print_json, root_option,
 @click.option("--read-only", is_flag=True, help="Send no commands to the run that is chosen.")
 @screen_options
 @root_option
-def command(as_json: bool, plain: bool, read_only: bool, theme: str | None, no_mouse: bool, root: str) -> int:
-    """List the runs, the newest first. In a terminal: choose one with the arrows and Enter, and watch it.
+def command(
+    as_json: bool, plain: bool, read_only: bool, theme: str | None, no_mouse: bool, root: str
+) -> int:
+    """List the runs, the newest first. In a terminal: choose one with the arrows and Enter, and
+    watch it.
 
     Leaving its screen comes back to the list.
     """
@@ -34,11 +44,14 @@ def command(as_json: bool, plain: bool, read_only: bool, theme: str | None, no_m
         def screen() -> int:
             from guardrail.tui.app.run_list import choose_and_watch
 
-            return choose_and_watch(look, root=root, read_only=read_only, theme=theme, mouse=not no_mouse)
+            return choose_and_watch(
+                look, root=root, read_only=read_only, theme=theme, mouse=not no_mouse
+            )
 
         return show_screen(screen)
     rows = look()
-    while any(row.state == "unknown" for row in rows):  # on other hosts: their next heartbeat shows that they live
+    # on other hosts: their next heartbeat shows that they live
+    while any(row.state == "unknown" for row in rows):
         time.sleep(0.2)
         rows = look()
     if as_json:
@@ -48,7 +61,9 @@ def command(as_json: bool, plain: bool, read_only: bool, theme: str | None, no_m
         click.echo(f"no runs in {root}", err=True)
         return 0
     width = max(len(row.run) for row in rows)
-    click.echo(f"{'RUN':<{width}}  {'STATE':<9}  {'STEP':>15}  {'LOSS':>8}  {'EXIT':>4}  {'LAST SIGN':>12}")
+    click.echo(
+        f"{'RUN':<{width}}  {'STATE':<9}  {'STEP':>15}  {'LOSS':>8}  {'EXIT':>4}  {'LAST SIGN':>12}"
+    )
     for row in rows:
         step = f"{row.step:,} / {row.total_steps:,}" if row.total_steps else f"{row.step:,}"
         code = "" if row.exit_code is None else row.exit_code

@@ -1,4 +1,6 @@
-"""Names of the screen's themes, for the command line, which must not load the screen to know them."""
+"""Names of the screen's themes, for the command line, which must not load the screen to know
+them.
+"""
 
 from __future__ import annotations
 

@@ -10,8 +10,16 @@ from guardrail.cli.common import FiniteFloat
 
 @click.command(short_help="Propose a [guard] section for recorded runs.")
 @log_options
-@click.option("--policy", "--config", "policy", metavar="FILE", help="Start from [guard] of this TOML file.")
-@click.option("--set", "overrides", multiple=True, metavar="guard.KEY=VALUE", help="Override a setting; repeatable.")
+@click.option(
+    "--policy", "--config", "policy", metavar="FILE", help="Start from [guard] of this TOML file."
+)
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="guard.KEY=VALUE",
+    help="Override a setting; repeatable.",
+)
 @click.option(
     "--budget",
     default=1.0,
@@ -21,12 +29,17 @@ from guardrail.cli.common import FiniteFloat
     help="Single rejections in 10,000 records that a run may cost.",
 )
 def command(
-    logs: tuple[str, ...], columns: tuple[str, ...], policy: str | None, overrides: tuple[str, ...], budget: float
+    logs: tuple[str, ...],
+    columns: tuple[str, ...],
+    policy: str | None,
+    overrides: tuple[str, ...],
+    budget: float,
 ) -> int:
-    """Propose a [guard] section for runs like these: how many alarms there would have been at which thresholds.
+    """Propose a [guard] section for runs like these: how many alarms there would have been at which
+    thresholds.
 
-    Prints TOML on stdout, with the numbers behind it as comments, and writes no file. LOG... is what `backtest` reads.
-    The logs should be of runs that went well for the most part.
+    Prints TOML on stdout, with the numbers behind it as comments, and writes no file. LOG... is
+    what `backtest` reads. The logs should be of runs that went well for the most part.
 
     Exit code 2 if nothing could be read.
     """
@@ -41,7 +54,9 @@ def command(
     for log in read:
         for note in log.notes:
             click.echo(f"{log.path}: {note}", err=True)
-    proposals = tune.tune(read, settings, budget=budget, say=lambda text: click.echo(f"trying {text}", err=True))
+    proposals = tune.tune(
+        read, settings, budget=budget, say=lambda text: click.echo(f"trying {text}", err=True)
+    )
     for line in tune.toml(proposals, read, budget=budget):
         click.echo(line)
     return ExitCode.FINISHED

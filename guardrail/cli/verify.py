@@ -12,7 +12,11 @@ from guardrail.cli.common import json_option, print_json, root_option, the_run
 
 @click.command(short_help="Check the hashes of a checkpoint.")
 @click.argument("target", metavar="RUN|CHECKPOINT")
-@click.option("--fingerprint", is_flag=True, help="Print one SHA-256 over all parameters, the same for any sharding.")
+@click.option(
+    "--fingerprint",
+    is_flag=True,
+    help="Print one SHA-256 over all parameters, the same for any sharding.",
+)
 @json_option
 @root_option
 def command(target: str, fingerprint: bool, as_json: bool, root: str) -> None:
@@ -36,7 +40,9 @@ def command(target: str, fingerprint: bool, as_json: bool, root: str) -> None:
 
 
 def checkpoint_of(target: str, root: str) -> Path:
-    """A checkpoint folder itself, or the newest one of a run. Raises CheckFailed if a run has none."""
+    """A checkpoint folder itself, or the newest one of a run. Raises CheckFailed if a run has
+    none.
+    """
     from guardrail.core.errors import CheckFailed
     from guardrail.rundir import manifest
 

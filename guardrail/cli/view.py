@@ -18,10 +18,22 @@ if TYPE_CHECKING:
 @click.command(short_help="Look at a recorded log, or at a run directory.")
 @click.argument("log")
 @click.option(
-    "--column", "columns", multiple=True, metavar="SIGNAL=NAME", help="Which column holds a signal; repeatable."
+    "--column",
+    "columns",
+    multiple=True,
+    metavar="SIGNAL=NAME",
+    help="Which column holds a signal; repeatable.",
 )
-@click.option("--policy", "--config", "policy", metavar="FILE", help="Judge by the [guard] of this TOML file.")
-@click.option("--set", "overrides", multiple=True, metavar="guard.KEY=VALUE", help="Override a setting; repeatable.")
+@click.option(
+    "--policy", "--config", "policy", metavar="FILE", help="Judge by the [guard] of this TOML file."
+)
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="guard.KEY=VALUE",
+    help="Override a setting; repeatable.",
+)
 @screen_options
 def command(
     log: str,
@@ -31,17 +43,20 @@ def command(
     theme: str | None,
     no_mouse: bool,
 ) -> int:
-    """The screen over LOG: its curves, and the incidents as the live controller would have seen them.
+    """The screen over LOG: its curves, and the incidents as the live controller would have seen
+    them.
 
-    Reads whatever `guardrail backtest` reads, one recorded run of it, and writes nothing. A run directory of guardrail
-    is shown with what has happened in it; with --policy or --set, with what those settings would have said.
-    With TERM=dumb it prints lines.
+    Reads whatever `guardrail backtest` reads, one recorded run of it, and writes nothing. A run
+    directory of guardrail is shown with what has happened in it; with --policy or --set, with what
+    those settings would have said. With TERM=dumb it prints lines.
     """
     from guardrail.backtest import recorded_run as viewing
     from guardrail.core.config import load_guard
 
     if not has_terminal():
-        raise click.UsageError(f"view needs a terminal; guardrail backtest {log} prints what it would show")
+        raise click.UsageError(
+            f"view needs a terminal; guardrail backtest {log} prints what it would show"
+        )
     given = policy is not None or bool(overrides)
     settings = load_guard(policy, overrides=overrides)
     if not can_draw():
@@ -52,7 +67,9 @@ def command(
 
         if viewing.is_run(log) and not given:
             return run_screen(log, read_only=True, theme=theme, mouse=not no_mouse)
-        background = viewing.Background(viewing.Viewing(viewing.the_log(log, given_columns(columns)), settings))
+        background = viewing.Background(
+            viewing.Viewing(viewing.the_log(log, given_columns(columns)), settings)
+        )
         try:
             return run_log(background, theme=theme, mouse=not no_mouse)
         finally:
@@ -76,7 +93,9 @@ def _print_lines(log: str, columns: tuple[str, ...], settings: GuardSection, *, 
 
 
 def recorded_lines(recorded: Viewing) -> Iterator[str]:
-    """A log that something else has written: what it is, and what the guard would have said of it."""
+    """A log that something else has written: what it is, and what the guard would have said of
+    it.
+    """
     from guardrail.decide.advised_incidents import Advised
     from guardrail.launch.log_printer import event_line
 

@@ -21,14 +21,16 @@ from enum import IntEnum
 
 from guardrail.core.text import MASK, hide_credentials, redact, visible
 
-# Settings whose value may be a secret: everything under [notify] but these two, and whatever is called like one, since
-# a key may be misspelt or stand in the wrong section.
+# Settings whose value may be a secret: everything under [notify] but these two, and whatever is
+# called like one, since a key may be misspelt or stand in the wrong section.
 _PLAIN_NOTIFY = re.compile(r"notify\.(on|seconds)\b")
 _SECRET_NAMES = re.compile(
-    r"(^|\.)notify($|[.\[])|webhook|apprise|command|token(?!s\b|iz)|secret|password|api_?key|credential", re.IGNORECASE
+    r"(^|\.)notify($|[.\[])|webhook|apprise|command|token(?!s\b|iz)|secret|password|api_?key|credential",
+    re.IGNORECASE,
 )
 _ASSIGNMENT = re.compile(r"([\w.-]+)[ \t]*=[^\n]*")
-_SHORTEST_SECRET = 4  # characters; a shorter text stands in too many words to be masked in a sentence
+# characters; a shorter text stands in too many words to be masked in a sentence
+_SHORTEST_SECRET = 4
 _LONGEST = {"file": 300, "key": 160, "value": 160, "expected": 600, "hint": 1000}
 
 
@@ -60,14 +62,16 @@ class ConfigError(UsageError):
         expected: what would have been right, as the end of "expected ...".
         file: the TOML file (or "--set") that holds the key.
         key: dotted key, e.g. "optim.lr".
-        value: the offending value as written; masked in the message, also in its expectation and its hint, where the
-            key may name a secret.
+        value: the offending value as written; masked in the message, also in its expectation and
+            its hint, where the key may name a secret.
         hint: one more line: the nearest valid key, a way out.
 
     Text from outside stands in the message escaped and cut.
     """
 
-    def __init__(self, expected: str, *, file: str = "", key: str = "", value: object = None, hint: str = "") -> None:
+    def __init__(
+        self, expected: str, *, file: str = "", key: str = "", value: object = None, hint: str = ""
+    ) -> None:
         secrets = _secrets(key, value)
         expected, hint = redact(expected, secrets), redact(hint, secrets)
         self.expected, self.file, self.key, self.value, self.hint = expected, file, key, value, hint
@@ -95,11 +99,17 @@ def _shown(key: str, value: object) -> str:
 
 
 def _repr(key: str, value: object) -> str:
-    """`repr`, with a mask for what may be a secret: a table may hold one under a name of its own."""
+    """`repr`, with a mask for what may be a secret: a table may hold one under a name of its
+    own.
+    """
     if may_be_secret(key) and not isinstance(value, (bool, int, float)):
         return MASK
     if type(value) is dict:
-        return "{" + ", ".join(f"{name!r}: {_repr(f'{key}.{name}', one)}" for name, one in value.items()) + "}"
+        return (
+            "{"
+            + ", ".join(f"{name!r}: {_repr(f'{key}.{name}', one)}" for name, one in value.items())
+            + "}"
+        )
     if type(value) is list:
         return "[" + ", ".join(_repr(key, one) for one in value) + "]"
     return repr(value)
@@ -130,8 +140,12 @@ def may_be_secret(key: str) -> bool:
 
 
 def hide_assignments(text: str) -> str:
-    """Text in which what follows KEY= is masked, to the end of its line, where the key may name a secret."""
-    return _ASSIGNMENT.sub(lambda found: f"{found[1]}={MASK}" if may_be_secret(found[1]) else found[0], text)
+    """Text in which what follows KEY= is masked, to the end of its line, where the key may name a
+    secret.
+    """
+    return _ASSIGNMENT.sub(
+        lambda found: f"{found[1]}={MASK}" if may_be_secret(found[1]) else found[0], text
+    )
 
 
 class DataError(UsageError):
@@ -159,7 +173,9 @@ class DiskRefuses(WorkersFailed):
     """
 
     def __init__(self, path: object, why: str) -> None:
-        super().__init__(f"{path} cannot be written: {why}. Free the disk, then: guardrail launch --resume {path}")
+        super().__init__(
+            f"{path} cannot be written: {why}. Free the disk, then: guardrail launch --resume {path}"
+        )
 
 
 class CheckFailed(GuardrailError):

@@ -1,4 +1,6 @@
-"""Atomic replacement of small files, reading that never waits, and floats that JSON has no word for."""
+"""Atomic replacement of small files, reading that never waits, and floats that JSON has no word
+for.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,13 @@ _NO_NUMBER = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 def why_unreachable(path: str | os.PathLike[str]) -> str:
-    """Why nothing can ever be at a path, or be seen there, such as "File name too long"; "" where that is possible."""
+    """Why nothing can ever be at a path, or be seen there, such as "File name too long"; "" where
+    that is possible.
+    """
     try:
         os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):  # the system looks no further than at the first missing folder
+    # the system looks no further than at the first missing folder
+    except (FileNotFoundError, NotADirectoryError):
         long = any(len(os.fsencode(part)) > LONGEST_NAME for part in Path(path).parts)
         return os.strerror(errno.ENAMETOOLONG) if long else ""
     except OSError as error:
@@ -38,14 +43,17 @@ def why_unreachable(path: str | os.PathLike[str]) -> str:
 
 
 def replace_file(path: Path, data: bytes, *, sync: bool = True) -> None:
-    """Readers see the old content or the new, never a part. The temporary file is gone when OSError is raised.
+    """Readers see the old content or the new, never a part. The temporary file is gone when OSError
+    is raised.
 
     Args:
         sync: the content survives a power failure once this returns (file and folder are synced).
     """
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
+        descriptor = os.open(
+            temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE
+        )
         try:
             write_all(descriptor, data)
             if sync:
@@ -62,7 +70,9 @@ def replace_file(path: Path, data: bytes, *, sync: bool = True) -> None:
 
 
 def open_file(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open a regular file to read its bytes. OSError where it is anything else: opening a pipe may wait for ever."""
+    """Open a regular file to read its bytes. OSError where it is anything else: opening a pipe may
+    wait for ever.
+    """
     return open(path, "rb", opener=_open_regular)
 
 
@@ -92,9 +102,11 @@ def refuse_special(descriptor: int, path: str | os.PathLike[str]) -> None:
 
 
 def why_unwritable(folder: Path) -> str:
-    """Why nothing can be written into a folder, such as "No space left on device"; "" when something can.
+    """Why nothing can be written into a folder, such as "No space left on device"; "" when
+    something can.
 
-    Finds out by writing: free space says nothing of a quota, permissions nothing of a read-only mount.
+    Finds out by writing: free space says nothing of a quota, permissions nothing of a read-only
+    mount.
     """
     probe = folder / f"{TEMPORARY}probe-{os.getpid()}-{secrets.token_hex(4)}"
     try:
@@ -113,13 +125,15 @@ def why_unwritable(folder: Path) -> str:
 
 
 def overwrite_file(path: Path, data: bytes) -> None:
-    """Write over a file in place, where a full disk has no room for a second one. Readers may see a mixture of both.
+    """Write over a file in place, where a full disk has no room for a second one. Readers may see a
+    mixture of both.
 
     Args:
         data: text after which blanks are allowed: the rest of a longer file becomes blanks.
 
     Raises:
-        OSError: it does not fit into the room that the file has already, or the disk refuses this too.
+        OSError: it does not fit into the room that the file has already, or the disk refuses this
+        too.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
@@ -150,15 +164,17 @@ def sync_folder(path: Path) -> None:
 def encode_json(value: Any) -> bytes:
     """Strict JSON of records, paths, numpy scalars and plain data.
 
-    NaN, Infinity and -Infinity become the strings "nan", "inf" and "-inf": JSON has no number for them, and null
-    would lose which one it was. `as_float` and msgspec's lax conversion turn them back. Lone surrogates, as in
-    file names that are not UTF-8, become backslash escapes.
+    NaN, Infinity and -Infinity become the strings "nan", "inf" and "-inf": JSON has no number for
+    them, and null would lose which one it was. `as_float` and msgspec's lax conversion turn them
+    back. Lone surrogates, as in file names that are not UTF-8, become backslash escapes.
     """
     return msgspec.json.encode(_jsonable(msgspec.to_builtins(value, enc_hook=_builtin)))
 
 
 def as_float(value: Any) -> float:
-    """A number from JSON, "nan", "inf" and "-inf" included; NaN for anything else. An integer too large is infinite."""
+    """A number from JSON, "nan", "inf" and "-inf" included; NaN for anything else. An integer too
+    large is infinite.
+    """
     if isinstance(value, str):
         return _NO_NUMBER.get(value, math.nan)
     if not isinstance(value, (int, float)):

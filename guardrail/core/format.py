@@ -7,7 +7,18 @@ import time
 
 from guardrail.core.text import clean, plural
 
-__all__ = ["age", "brief", "clock", "count", "countdown", "duration", "metric", "plural", "size", "spoken"]
+__all__ = [
+    "age",
+    "brief",
+    "clock",
+    "count",
+    "countdown",
+    "duration",
+    "metric",
+    "plural",
+    "size",
+    "spoken",
+]
 
 _LIMIT = 500  # characters of any one text from outside that can matter on a screen
 # Joiners and variation selectors: what they join has a width that terminals disagree about.
@@ -15,7 +26,9 @@ _JOINERS = dict.fromkeys([0x200B, 0x200C, 0x200D, 0x2060, *range(0xFE00, 0xFE10)
 
 
 def brief(text: object, limit: int = _LIMIT) -> str:
-    """Cleaned text of at most `limit` characters; of ten megabytes only the beginning is looked at."""
+    """Cleaned text of at most `limit` characters; of ten megabytes only the beginning is looked
+    at.
+    """
     raw = text if isinstance(text, str) else str(text)
     return clean(raw[: 10 * limit].translate(_JOINERS), limit)
 
@@ -59,7 +72,9 @@ def spoken(seconds: float) -> str:
 
 
 def age(seconds: float) -> str:
-    """A duration in one unit, at most six characters: "9 s", "12 min", "3 h", "2 d"; "–" where it is unknown."""
+    """A duration in one unit, at most six characters: "9 s", "12 min", "3 h", "2 d"; "–" where it
+    is unknown.
+    """
     if not math.isfinite(seconds) or seconds < 0:
         return "–"
     for unit_seconds, unit in ((86400, "d"), (3600, "h"), (60, "min")):

@@ -27,7 +27,9 @@ class Ranges:
         """Add [first, last); returns the parts of it that were not there before, ascending."""
         begin, end = bisect_left(self._lasts, first), bisect_right(self._firsts, last)
         new, at = [], first
-        for known_first, known_last in zip(self._firsts[begin:end], self._lasts[begin:end], strict=True):
+        for known_first, known_last in zip(
+            self._firsts[begin:end], self._lasts[begin:end], strict=True
+        ):
             if at < known_first:
                 new.append((at, known_first))
             at = max(at, known_last)

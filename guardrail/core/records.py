@@ -1,6 +1,8 @@
-"""The typed records that cross a boundary: controller to guard, guard to run directory, run directory to screen.
+"""The typed records that cross a boundary: controller to guard, guard to run directory, run
+directory to screen.
 
-Plain immutable data. No I/O, no clock, no torch: the pure core, the backtest and the screen share this file.
+Plain immutable data. No I/O, no clock, no torch: the pure core, the backtest and the screen share
+this file.
 """
 
 from __future__ import annotations
@@ -30,8 +32,10 @@ class Action(str, Enum):
     ROLLBACK = "rollback"  # go back before the onset and quarantine the window
     PAUSE = "pause"  # park and ask
     HALT = "halt"  # checkpoint and exit with code 3
-    OVERFLOW = "overflow"  # fp16: leave this update out, halve the loss scale, go on with the next batch
-    RETRY = "retry"  # the numbers did not come again: leave this update out and form the same batch once more
+    # fp16: leave this update out, halve the loss scale, go on with the next batch
+    OVERFLOW = "overflow"
+    # the numbers did not come again: leave this update out and form the same batch once more
+    RETRY = "retry"
 
 
 class Cause(str, Enum):
@@ -40,7 +44,8 @@ class Cause(str, Enum):
     DATA = "data"  # this batch does it from an older state too, and other batches do not
     STATE = "state"  # any batch does it from this state
     DATA_AND_STATE = "data x state"  # only this batch from this state
-    HARDWARE = "hardware or nondeterminism"  # the same batch from the same state gives other numbers
+    # the same batch from the same state gives other numbers
+    HARDWARE = "hardware or nondeterminism"
     UNKNOWN = "unknown"  # nothing to compare with: no older state, no other batch
 
     @property
@@ -70,7 +75,8 @@ class Kind(str, Enum):
     NO_TOKENS = "no_tokens"  # every label of the batch is ignored: nothing to learn from
     IMPOSSIBLE = "impossible"  # finite, but no working model gives it: a loss of exactly 0, 1e30
     STUCK = "stuck"  # the very same number again and again
-    SCALE_COLLAPSE = "scale_collapse"  # overflow after overflow: the gradients are to blame, not the loss scale
+    # overflow after overflow: the gradients are to blame, not the loss scale
+    SCALE_COLLAPSE = "scale_collapse"
     RESUME_JUMP = "resume_jump"  # the run does not go on where it was before a resume
     RESTART = "restart"  # the step counter went back: another run, or a resume in a recorded log
 
@@ -98,7 +104,8 @@ class Observation(Record, frozen=True, kw_only=True):
         nonfinite_loss, nonfinite_grad: ranks that saw a NaN or Inf themselves.
         tokens: label tokens in the global batch that are not ignored.
         streak: batches rejected directly before this one, with no applied update between.
-        overflow: the gradients, not the loss, are non-finite under a loss scale: too high a scale explains it.
+        overflow: the gradients, not the loss, are non-finite under a loss scale: too high a scale
+        explains it.
     """
 
     step: int
@@ -137,7 +144,8 @@ class Finding(Record, frozen=True, kw_only=True):
         if self.kind is Kind.IMPOSSIBLE and self.value == 0.0:
             # "%g" would print a tiny number as 0 as well.
             return (
-                f"{self.signal} is exactly 0: check that labels are not all masked and that the model computes the loss"
+                f"{self.signal} is exactly 0: check that labels are not all masked and that the "
+                "model computes the loss"
             )
         if self.kind in (Kind.NONFINITE, Kind.IMPOSSIBLE):
             return f"{self.signal} is {self.value:.4g}{where}"
@@ -146,7 +154,11 @@ class Finding(Record, frozen=True, kw_only=True):
         if self.kind is Kind.STUCK:
             return f"{self.signal} has been exactly {self.value:.6g} for {self.score + 1:.0f} steps"
         if self.kind is Kind.SCALE_COLLAPSE:
-            row = f", {self.score:.0f} overflows in a row" if self.severity is Severity.PERSISTENT else ""
+            row = (
+                f", {self.score:.0f} overflows in a row"
+                if self.severity is Severity.PERSISTENT
+                else ""
+            )
             usual = f" against {self.baseline:.6g}" if self.baseline else ""
             return f"{self.signal} {self.value:.6g}{usual}{row}{where}"
         return (
@@ -156,8 +168,12 @@ class Finding(Record, frozen=True, kw_only=True):
 
 
 def score_words(score: float, limit: float) -> str:
-    """ "score 41.2 (limit 8)"; a score just above its limit gets as many digits as show it, at most six."""
-    digits = next((n for n in range(3, 6) if score <= limit or f"{score:.{n}g}" != f"{limit:.{n}g}"), 6)
+    """ "score 41.2 (limit 8)"; a score just above its limit gets as many digits as show it, at most
+    six.
+    """
+    digits = next(
+        (n for n in range(3, 6) if score <= limit or f"{score:.{n}g}" != f"{limit:.{n}g}"), 6
+    )
     return f"score {score:.{digits}g} (limit {limit:.3g})"
 
 
@@ -168,12 +184,15 @@ class Diagnosis(Record, frozen=True, kw_only=True):
         reason: one sentence with the numbers of the passes.
         rank, host: for HARDWARE, who computed something else the second time; -1 and "" otherwise.
         passes: forward and backward passes that it took.
-        applied: for DATA, an update of what is to blame is in the weights: to leave out what comes is not enough.
-        positions: for DATA, the few samples that explain the trouble from its onset on, ascending; () where they do
-            not, or nobody looked.
-        ahead: what lies ahead is in the same trouble, as far as was looked: no bad stretch, but what the data now is.
-        structure: what it costs the model when the labels of the batch stand in another order, as a share of what that
-            costs with usual batches; about 0 where labels are as good as drawn by lot. None: nobody looked.
+        applied: for DATA, an update of what is to blame is in the weights: to leave out what comes
+        is not enough.
+        positions: for DATA, the few samples that explain the trouble from its onset on, ascending;
+            () where they do not, or nobody looked.
+        ahead: what lies ahead is in the same trouble, as far as was looked: no bad stretch, but
+        what the data now is.
+        structure: what it costs the model when the labels of the batch stand in another order, as a
+            share of what that costs with usual batches; about 0 where labels are as good as drawn
+            by lot. None: nobody looked.
         shift: so this is another kind of data, to be learnt as a new level.
         borne: no spike, just raised steps, and no batch is to blame: applied.
     """
@@ -192,11 +211,12 @@ class Diagnosis(Record, frozen=True, kw_only=True):
 
 
 class Remedy(Record, frozen=True, kw_only=True):
-    """What goes with a verdict besides leaving data out. A function of the step: exact under rollback.
+    """What goes with a verdict besides leaving data out. A function of the step: exact under
+    rollback.
 
     Attributes:
-        kind: "lr" (factor on the scheduled rate), "embed_alpha" (factor on embedding gradients), "clip" (factor on the
-            clipping norm) or "moments" (optimizer moments set to zero, once).
+        kind: "lr" (factor on the scheduled rate), "embed_alpha" (factor on embedding gradients),
+            "clip" (factor on the clipping norm) or "moments" (optimizer moments set to zero, once).
         value: the factor, in (0, 1]; unused for "moments".
         from_step: first step it holds for.
         hold: steps at the full effect.
@@ -211,7 +231,8 @@ class Remedy(Record, frozen=True, kw_only=True):
 
 
 class Curve(Record, frozen=True, kw_only=True):
-    """The loss before an incident: log loss = level + slope (log step - middle); see guardrail.decide.recovery.
+    """The loss before an incident: log loss = level + slope (log step - middle); see
+    guardrail.decide.recovery.
 
     Attributes:
         noise: of a single log loss, robust sigma.
@@ -251,15 +272,17 @@ class Verdict(Record, frozen=True, kw_only=True):
         onset: first step of the trouble; rollback goes to a snapshot before it.
         window: for ROLLBACK, positions [first, last) to quarantine; else the batch's own span.
         positions: for ROLLBACK, the samples of the window that are to blame; (): all of it.
-        before_step: for ROLLBACK, the first step whose batch is in the window: the state to go back to is older.
+        before_step: for ROLLBACK, the first step whose batch is in the window: the state to go back
+        to is older.
         reason: one sentence with numbers, for the journal.
         would: in `advise` and in PAUSE, the action that `auto` would have taken.
-        beyond: the action that was decided before, and would leave out more than `guard.max_skipped_share` allows.
+        beyond: the action that was decided before, and would leave out more than
+        `guard.max_skipped_share` allows.
         accepted: the value enters the baselines (False for every rejected step).
         incident: number of the incident that this step belongs to, None while all is well.
-        incident_state: "open" on the verdict that opens it, "recurred" on one that goes back for it once more,
-            "recovered" or "offset" on the one that closes it, "recovered" on a later one that brings the loss back
-            behind "offset", else "".
+        incident_state: "open" on the verdict that opens it, "recurred" on one that goes back for it
+            once more, "recovered" or "offset" on the one that closes it, "recovered" on a later one
+            that brings the loss back behind "offset", else "".
         rung: name of the rung of the ladder that this is.
         remedies: what goes with it.
         cause: of the incident, where a replay has told it.
@@ -295,9 +318,12 @@ class CommandKind(str, Enum):
     CHECKPOINT = "checkpoint"
     POLICY = "policy"  # value: index into list(Mode)
     STOP = "stop"
-    ANSWER = "answer"  # value: index of the choice while parked (0: accept the proposal, 1: continue, 2: stop)
-    ACCEPT = "accept"  # the run as it is: an incident that is not over is over, and states may become good again
-    UNDO = "undo"  # value: seq of the journal line to be undone; nan: the newest decision of the guard
+    # value: index of the choice while parked (0: accept the proposal, 1: continue, 2: stop)
+    ANSWER = "answer"
+    # the run as it is: an incident that is not over is over, and states may become good again
+    ACCEPT = "accept"
+    # value: seq of the journal line to be undone; nan: the newest decision of the guard
+    UNDO = "undo"
 
 
 class Shown(Record, frozen=True, kw_only=True):
@@ -306,7 +332,8 @@ class Shown(Record, frozen=True, kw_only=True):
     Attributes:
         timeline: of the run; None: not shown.
         to_step, tier: the state that it goes back to; None, "": it goes nowhere.
-        steps_lost: applied steps that it discards; `steps_lost_most`: as many may be, since training goes on meanwhile.
+        steps_lost: applied steps that it discards; `steps_lost_most`: as many may be, since
+        training goes on meanwhile.
         instead_of: the factor, or index of the mode, that it replaces; None: not shown.
     """
 
@@ -323,8 +350,8 @@ class Command(Record, frozen=True, kw_only=True):
 
     Attributes:
         at_step: delays the effect to the end of that step, for scripts and tests.
-        question: journal line of the question that was open when the command was given, 0: none was; None: not said,
-            then the one counts that is open when the command arrives.
+        question: journal line of the question that was open when the command was given, 0: none
+            was; None: not said, then the one counts that is open when the command arrives.
         shown: what it was shown to do; None: nothing was.
     """
 
@@ -341,9 +368,10 @@ class Command(Record, frozen=True, kw_only=True):
 class Span(Record, frozen=True, kw_only=True):
     """A stretch [first, last) of positions of the sample order that the run leaves out, and why.
 
-    `cause` is "rejected" (one left-out update), "rollback", "user" or "file". `step` is the step at which it
-    was decided; `batches` how many batches it covered. With `positions`, in order, only those of the stretch are meant.
-    `allowed`: a user was asked first, since it is more than the guard may leave out by itself.
+    `cause` is "rejected" (one left-out update), "rollback", "user" or "file". `step` is the step at
+    which it was decided; `batches` how many batches it covered. With `positions`, in order, only
+    those of the stretch are meant. `allowed`: a user was asked first, since it is more than the
+    guard may leave out by itself.
     """
 
     first: int
@@ -362,8 +390,8 @@ class DocumentRef(Record, frozen=True, kw_only=True):
     Attributes:
         path: file, or "builtin:..." for text that stands in no file of its own.
         record: line of a JSONL file, counting from 1; 0: the whole file is one document.
-        first_byte, last_byte: the stretch [first_byte, last_byte) of the document's text in UTF-8, which is the
-            (uncompressed) file itself where `record` is 0.
+        first_byte, last_byte: the stretch [first_byte, last_byte) of the document's text in UTF-8,
+            which is the (uncompressed) file itself where `record` is 0.
     """
 
     path: str
@@ -431,17 +459,20 @@ class Phase(str, Enum):
 
 
 class Unresolved(Record, frozen=True, kw_only=True):
-    """An incident that is not over: no state of the run becomes good before it is. See `Status.unresolved`.
+    """An incident that is not over: no state of the run becomes good before it is. See
+    `Status.unresolved`.
 
     Attributes:
         incident: its number.
         since: the first step of it (the estimated onset).
         is_open: it still goes on. False: it has ended, and the loss has stayed above its trend.
         acted: something was done about it: a batch was skipped, or a state restored.
-        let_pass: why an update that was found bad was applied all the same: "advise", "go on" (the answer to the
-            question), "new data" (the guard took it for another kind of data); "" where none was.
+        let_pass: why an update that was found bad was applied all the same: "advise", "go on" (the
+            answer to the question), "new data" (the guard took it for another kind of data); ""
+            where none was.
         loss: median of the newest applied steps, nats a token; None where there is none.
-        expected: the loss that the trend before the onset leads to; None where too few steps were applied before it.
+        expected: the loss that the trend before the onset leads to; None where too few steps were
+        applied before it.
     """
 
     incident: int
@@ -472,7 +503,9 @@ class Unresolved(Record, frozen=True, kw_only=True):
         return f"LOSS {self.offset:+.2g} since {self.since}"
 
     def sentence(self) -> str:
-        """One line: "unresolved since step 400: loss 10.3, +8.5 above its trend, no action was taken (advise)"."""
+        """One line: "unresolved since step 400: loss 10.3, +8.5 above its trend, no action was
+        taken (advise)".
+        """
         parts = [f"unresolved since step {self.since}"]
         if self.offset is not None:
             above = f"{self.offset:+.2g} above its trend"
@@ -500,18 +533,21 @@ class Status(Record, frozen=True, kw_only=True):
     durability: str = "ok"  # "ok" or "degraded: WHY"
     commands_problem: str = ""  # why commands are not read at the moment, "" while they are
     question: str = ""  # while parked by the guard: what it proposes
-    question_number: int = 0  # seq of its journal line; 0: none is open, or the line is not on disk yet
+    # seq of its journal line; 0: none is open, or the line is not on disk yet
+    question_number: int = 0
     deadline: float = 0.0  # wall time at which the guard answers its question itself; 0: never
     default: str = ""  # what it then does: "proposed", "go_on" or "stop"
     tokens: int = 0  # label tokens of applied steps
     tokens_per_second: float = 0.0
     eta_seconds: float = 0.0
     lr_factor: float = 1.0
-    # The earliest incident that is not over: open, or ended with a loss above its trend that nobody accepted.
+    # The earliest incident that is not over: open, or ended with a loss above its trend that nobody
+    # accepted.
     unresolved: Unresolved | None = None
     guard_share: float = 0.0  # the guard's own time as a share of the step, measured in the run
     restarts: int = 0
-    start: str = ""  # which start of the ranks wrote this: equal on all its ranks, another after each restart
+    # which start of the ranks wrote this: equal on all its ranks, another after each restart
+    start: str = ""
     world: int = 0
     host: str = ""
     pid: int = 0
@@ -522,11 +558,12 @@ class Status(Record, frozen=True, kw_only=True):
 
 
 class RankStatus(Record, frozen=True, kw_only=True):
-    """What the supervisor and the screen need of one rank. (Until 0.2 each rank wrote its own ranks/rank-00000.json.)
+    """What the supervisor and the screen need of one rank. (Until 0.2 each rank wrote its own
+    ranks/rank-00000.json.)
 
-    `progress` counts up whenever the main thread gets ahead; a hung rank's heartbeat goes on (its thread
-    lives) while its progress does not. `step_seconds` is what the rank worked itself in its last step, without waiting
-    for others; `gpu_percent` below 0 is unknown.
+    `progress` counts up whenever the main thread gets ahead; a hung rank's heartbeat goes on (its
+    thread lives) while its progress does not. `step_seconds` is what the rank worked itself in its
+    last step, without waiting for others; `gpu_percent` below 0 is unknown.
     """
 
     rank: int

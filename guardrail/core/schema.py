@@ -1,6 +1,8 @@
-"""A tree of plain values -> typed settings, with messages that say which key is wrong and what would be right.
+"""A tree of plain values -> typed settings, with messages that say which key is wrong and what
+would be right.
 
-msgspec checks types and ranges; this file checks names first and puts msgspec's findings into words.
+msgspec checks types and ranges; this file checks names first and puts msgspec's findings into
+words.
 """
 
 from __future__ import annotations
@@ -44,8 +46,8 @@ _WORDS = {
 def as_tree(value: Any, depth: int = 0) -> Any:
     """Return settings built in Python as the plain values that TOML would give, for `typed`.
 
-    Sections become dictionaries, enumerations their values, tuples lists, paths text, numbers of numpy plain numbers.
-    What TOML cannot hold stays as it is, and `typed` refuses it by its key.
+    Sections become dictionaries, enumerations their values, tuples lists, paths text, numbers of
+    numpy plain numbers. What TOML cannot hold stays as it is, and `typed` refuses it by its key.
     """
     if depth > MAX_DEPTH:
         return value  # `typed` names the key
@@ -106,7 +108,9 @@ def _in_words(message: str) -> str:
     """msgspec's "Expected `int`, got `str`" as "a whole number, got a string"."""
     text = re.sub(r"^[Ee]xpected\s+", "", message)
     text = re.sub(r"`([^`]+)`", lambda name: _WORDS.get(name[1], name[1]), text)
-    text = text.replace("got a number", "got one with a fraction").replace("got true or false", "got a truth value")
+    text = text.replace("got a number", "got one with a fraction").replace(
+        "got true or false", "got a truth value"
+    )
     return re.sub(r"of length >= (\d+)", r"with at least \1 entry", text)
 
 
@@ -143,13 +147,19 @@ def _refuse_unknown(
         for struct in _structs_in(names[key]):
             if isinstance(value, list):
                 for index, item in enumerate(value):
-                    _refuse_unknown(item, struct, file=file, path=f"{path}{key}[{index}].", root=root)
+                    _refuse_unknown(
+                        item, struct, file=file, path=f"{path}{key}[{index}].", root=root
+                    )
             else:
                 _refuse_unknown(value, struct, file=file, path=f"{path}{key}.", root=root)
 
 
-def _nearest_key(key: str, schema: type[msgspec.Struct], *, path: str, root: type[msgspec.Struct]) -> str:
-    """A key of the same table that is nearly this one; else the table to which it belongs; else all that are valid."""
+def _nearest_key(
+    key: str, schema: type[msgspec.Struct], *, path: str, root: type[msgspec.Struct]
+) -> str:
+    """A key of the same table that is nearly this one; else the table to which it belongs; else all
+    that are valid.
+    """
     names = list(_fields(schema))
     close = difflib.get_close_matches(key, names, n=1)
     if close:
@@ -182,7 +192,9 @@ def _structs_in(annotation: Any) -> Iterator[type[msgspec.Struct]]:
 
 
 def refuse_deep(tree: Any, *, file: str) -> None:
-    """Refuse more than MAX_DEPTH levels: what follows walks the tree by recursion. Raises ConfigError."""
+    """Refuse more than MAX_DEPTH levels: what follows walks the tree by recursion. Raises
+    ConfigError.
+    """
     level: list[tuple[str, Any]] = [("", tree)]
     for _ in range(MAX_DEPTH + 1):
         below: list[tuple[str, Any]] = []
@@ -197,7 +209,9 @@ def refuse_deep(tree: Any, *, file: str) -> None:
 
 
 def _refuse_unusable(tree: Any, *, file: str, path: str) -> None:
-    """Values of a right type that no setting can use: TOML has `inf` and `nan`, numbers of any size, and NUL."""
+    """Values of a right type that no setting can use: TOML has `inf` and `nan`, numbers of any
+    size, and NUL.
+    """
     if isinstance(tree, float) and not math.isfinite(tree):
         raise ConfigError("a finite number", file=file, key=path, value=tree)
     if isinstance(tree, int) and not -_LARGEST <= tree <= _LARGEST:
@@ -212,7 +226,8 @@ def _refuse_unusable(tree: Any, *, file: str, path: str) -> None:
             _refuse_unusable(value, file=file, path=f"{path}[{index}]")
 
 
-# Controls but tab and line ends (a command may have several lines), and lone surrogates, which no file can hold.
+# Controls but tab and line ends (a command may have several lines), and lone surrogates, which no
+# file can hold.
 _UNUSABLE = re.compile("[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
@@ -234,10 +249,14 @@ def _annotation(schema: type[msgspec.Struct], key: str) -> Any:
 
 
 def _annotation_of_item(annotation: Any, index: int) -> Any:
-    """Of tuple[X, ...] that is X, of tuple[X, Y] one of them; a union or an Annotated is looked through."""
+    """Of tuple[X, ...] that is X, of tuple[X, Y] one of them; a union or an Annotated is looked
+    through.
+    """
     arguments = typing.get_args(annotation)
     if typing.get_origin(annotation) is tuple:
-        return arguments[0] if arguments[-1] is Ellipsis else arguments[min(index, len(arguments) - 1)]
+        return (
+            arguments[0] if arguments[-1] is Ellipsis else arguments[min(index, len(arguments) - 1)]
+        )
     inner = (_annotation_of_item(one, index) for one in arguments if typing.get_args(one))
     return next((found for found in inner if found is not None), None)
 
@@ -262,5 +281,7 @@ def _value_at(tree: Any, key: str) -> Any:
 
 def _plain(value: Any) -> Any:
     """A value that stands in a message; None for tables, which are long and hold further keys."""
-    tables = isinstance(value, dict) or (isinstance(value, list) and any(isinstance(one, dict) for one in value))
+    tables = isinstance(value, dict) or (
+        isinstance(value, list) and any(isinstance(one, dict) for one in value)
+    )
     return None if tables else value

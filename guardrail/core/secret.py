@@ -1,8 +1,9 @@
-"""Secrets of a configuration: named by an environment variable or a file, masked wherever they are not used.
+"""Secrets of a configuration: named by an environment variable or a file, masked wherever they are
+not used.
 
-A secret is `{ env = "NAME" }` or `{ file = "PATH" }`, and is read at the moment in which it is used. One that is
-written out works too. It is masked in every copy of the configuration, and reaches the process that uses it through a
-pipe.
+A secret is `{ env = "NAME" }` or `{ file = "PATH" }`, and is read at the moment in which it is
+used. One that is written out works too. It is masked in every copy of the configuration, and
+reaches the process that uses it through a pipe.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ _LARGEST_FILE = 1 << 16
 _USER_INFO = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/@\s]+@", re.IGNORECASE)
 
 
-class SecretRef(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+class SecretRef(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
     """Where a secret stands: in an environment variable, or in a file without its last line end."""
 
     env: str = ""
@@ -35,14 +38,20 @@ class SecretRef(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         if bool(self.env) == bool(self.file):
             raise ConfigError('either { env = "NAME" } or { file = "PATH" }', key=key)
         if self.env and not _NAME.fullmatch(self.env):
-            raise ConfigError("the name of an environment variable: letters, digits, _", key=f"{key}.env")
+            raise ConfigError(
+                "the name of an environment variable: letters, digits, _", key=f"{key}.env"
+            )
 
     def read(self, key: str) -> str:
-        """The secret. Raises ConfigError, which names the variable or the file and never its content."""
+        """The secret. Raises ConfigError, which names the variable or the file and never its
+        content.
+        """
         if self.env:
             value = os.environ.get(self.env, "")
             if not value:
-                raise ConfigError(f"the environment variable {self.env} to be set", key=f"{key}.env")
+                raise ConfigError(
+                    f"the environment variable {self.env} to be set", key=f"{key}.env"
+                )
             return value
         try:
             with open(self.file, "rb") as file:
@@ -50,9 +59,13 @@ class SecretRef(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             value = content.decode("utf-8").rstrip("\r\n")
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8 text"
-            raise ConfigError(f"a readable file ({self.file}: {reason})", key=f"{key}.file") from error
+            raise ConfigError(
+                f"a readable file ({self.file}: {reason})", key=f"{key}.file"
+            ) from error
         if not value or len(content) > _LARGEST_FILE:
-            raise ConfigError(f"a file of 1 to {_LARGEST_FILE} bytes ({self.file})", key=f"{key}.file")
+            raise ConfigError(
+                f"a file of 1 to {_LARGEST_FILE} bytes ({self.file})", key=f"{key}.file"
+            )
         return value
 
 
@@ -69,7 +82,10 @@ def masked(tree: Mapping[str, Any]) -> dict[str, Any]:
     notify = tree.get("notify")
     if not isinstance(notify, Mapping):
         return dict(tree)
-    hidden = {name: _mask(value) if name not in ("on", "seconds") else value for name, value in notify.items()}
+    hidden = {
+        name: _mask(value) if name not in ("on", "seconds") else value
+        for name, value in notify.items()
+    }
     if isinstance(hidden.get("command"), list):
         hidden["command"] = MASK
     return {**tree, "notify": hidden}
@@ -87,11 +103,12 @@ def _mask(value: Any) -> Any:
 
 
 def masked_text(text: str, *, display: bool = False) -> str:
-    """The text of a configuration file without secrets; the same text where it holds none. Never raises.
+    """The text of a configuration file without secrets; the same text where it holds none. Never
+    raises.
 
     Args:
-        display: for eyes only: also masks settings of other sections that are called like secrets, and passwords in
-            addresses.
+        display: for eyes only: also masks settings of other sections that are called like secrets,
+            and passwords in addresses.
     """
     import tomllib
 
@@ -111,7 +128,10 @@ def masked_text(text: str, *, display: bool = False) -> str:
 
 def _mask_by_name(value: Any, path: str) -> Any:
     if isinstance(value, dict):
-        return {name: _mask_by_name(one, f"{path}.{name}" if path else name) for name, one in value.items()}
+        return {
+            name: _mask_by_name(one, f"{path}.{name}" if path else name)
+            for name, one in value.items()
+        }
     if path.startswith("notify."):
         return value  # masked already; what is left names a variable or a file
     if isinstance(value, list):
@@ -133,9 +153,13 @@ def _mask_line(line: str) -> str:
 
 
 def literals(notify: msgspec.Struct) -> dict[str, Any]:
-    """The secrets that a [notify] section holds itself: what the process that uses them must be given beside it."""
+    """The secrets that a [notify] section holds itself: what the process that uses them must be
+    given beside it.
+    """
     values = {name: msgspec.to_builtins(getattr(notify, name)) for name in KEYS}
-    return {name: value for name, value in values.items() if _has_text(value) and not is_masked(value)}
+    return {
+        name: value for name, value in values.items() if _has_text(value) and not is_masked(value)
+    }
 
 
 def is_masked(value: Any) -> bool:
@@ -155,6 +179,8 @@ def missing(notify: Mapping[str, Any]) -> list[str]:
 
 
 def restored(notify: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """A [notify] table as it is used: with the secrets that were given, and without those that are missing."""
+    """A [notify] table as it is used: with the secrets that were given, and without those that are
+    missing.
+    """
     known = {name: value for name, value in given.items() if name in KEYS}
     return {name: value for name, value in {**notify, **known}.items() if not is_masked(value)}

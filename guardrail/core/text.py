@@ -1,4 +1,5 @@
-"""External text made safe for a terminal: nothing that comes out of `clean` can move a cursor or set a clipboard.
+"""External text made safe for a terminal: nothing that comes out of `clean` can move a cursor or
+set a clipboard.
 
 Log lines, file names, excerpts of documents, host names and journal messages all come from outside.
 """
@@ -9,9 +10,10 @@ import re
 import urllib.parse
 from collections.abc import Iterable, Iterator
 
-# Strings that a terminal takes as one command (ECMA-48, 8.3): OSC, DCS, SOS, PM, APC up to BEL or ST, and CSI.
-# A string that is never terminated loses its introducer only, so that no text disappears with it. Payloads
-# exclude every control that can begin another sequence, which keeps the match linear.
+# Strings that a terminal takes as one command (ECMA-48, 8.3): OSC, DCS, SOS, PM, APC up to BEL or
+# ST, and CSI. A string that is never terminated loses its introducer only, so that no text
+# disappears with it. Payloads exclude every control that can begin another sequence, which keeps
+# the match linear.
 _SEQUENCE = re.compile(
     r"(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x80-\x9f]*(?:\x07|\x1b\\|\x9c)"
     r"|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
@@ -19,20 +21,23 @@ _SEQUENCE = re.compile(
 )
 # White space that is a control or a line separator becomes a space, so that words stay apart.
 _SPACE = re.compile("\r\n|[\t\n\v\f\r\x85\u2028\u2029]")
-# C0, DEL, C1; marks, embeddings, overrides and isolates of bidirectional text (Trojan Source, CVE-2021-42574);
-# deprecated format characters, interlinear annotation, byte-order mark, invisible tags.
+# C0, DEL, C1; marks, embeddings, overrides and isolates of bidirectional text (Trojan Source,
+# CVE-2021-42574); deprecated format characters, interlinear annotation, byte-order mark, invisible
+# tags.
 _UNWANTED = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
 _SURROGATE = re.compile("[\ud800-\udfff]")
 MASK = "(masked)"  # stands where a secret was
 _SHORTEST_PIECE = 8  # characters; shorter words of a command are no tokens
-# What follows the scheme of an address: it may hold a password, and the path of many a webhook is one.
+# What follows the scheme of an address: it may hold a password, and the path of many a webhook is
+# one.
 _ADDRESS = re.compile(r"\b([a-z][a-z0-9+.-]{1,20}://)[^\s'\"<>]+", re.IGNORECASE)
 
 
 def clean(text: str | bytes, limit: int | None = None) -> str:
-    """One line of text without terminal sequences, control characters and bidi controls; never raises.
+    """One line of text without terminal sequences, control characters and bidi controls; never
+    raises.
 
     Args:
         text: anything; bytes are decoded as UTF-8, wrong ones (and lone surrogates) become U+FFFD.
@@ -71,7 +76,9 @@ def redact(text: str, secrets: Iterable[str]) -> str:
 
 
 def _pieces(secret: str) -> Iterator[str]:
-    """The secret, its lines, and what stands between the separators of an address or of a command."""
+    """The secret, its lines, and what stands between the separators of an address or of a
+    command.
+    """
     for form in {secret, secret.strip(), urllib.parse.unquote(secret)}:
         if form:
             yield form
@@ -82,7 +89,8 @@ def _pieces(secret: str) -> Iterator[str]:
 
 
 def printable(text: str, width: int = 2000) -> str:
-    """Several lines for a terminal: each character that does not print stands as its escape, but for line ends.
+    """Several lines for a terminal: each character that does not print stands as its escape, but
+    for line ends.
 
     Args:
         width: longest line in characters; a longer one ends in an ellipsis.
@@ -91,9 +99,12 @@ def printable(text: str, width: int = 2000) -> str:
 
 
 def visible(text: str, limit: int) -> str:
-    """Text in which each character that does not print stands as its escape: a token may be one line end.
+    """Text in which each character that does not print stands as its escape: a token may be one
+    line end.
 
     Args:
         limit: longest result in characters; a longer one ends in an ellipsis.
     """
-    return clean("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: limit + 1]), limit)
+    return clean(
+        "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: limit + 1]), limit
+    )

@@ -1,4 +1,6 @@
-"""The counts of `advise`: what rejections and rollbacks leave elsewhere when they are really done. Pure."""
+"""The counts of `advise`: what rejections and rollbacks leave elsewhere when they are really done.
+Pure.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,15 @@ SPIKES = (Kind.LOSS_SPIKE, Kind.GRAD_SPIKE, Kind.EMBED_SPIKE, Kind.UPDATE_SPIKE,
 
 
 class Advice:
-    """Would-be rejections and rollbacks. Part of the state: in `advise` no ledger and no journal holds them."""
+    """Would-be rejections and rollbacks. Part of the state: in `advise` no ledger and no journal
+    holds them.
+    """
 
     KEEP = 64  # would-be rollbacks; more than any sensible budget
 
     def __init__(self) -> None:
-        self.streak = 0  # troubled would-be rejections since the last accepted step or would-be rollback
+        # troubled would-be rejections since the last accepted step or would-be rollback
+        self.streak = 0
         self.since = 0  # the step of the first of them
         self.left_out: list[Jumps] = []  # of each would-be rejection since the last accepted step
         self.rollbacks: deque[Rollback] = deque(maxlen=self.KEEP)
@@ -30,7 +35,9 @@ class Advice:
         self.streak, self.left_out = 0, []
 
     def book(self, done: Answer, obs: Observation, findings: Sequence[Finding], onset: int) -> bool:
-        """What `auto` would have done about a rejected step; returns whether it would have gone back or halted."""
+        """What `auto` would have done about a rejected step; returns whether it would have gone
+        back or halted.
+        """
         self.rejected(obs.step, trouble=is_trouble(findings), jumps=jumps_of(findings))
         if done.action not in (Action.ROLLBACK, Action.HALT):
             return False
@@ -38,7 +45,13 @@ class Advice:
         if done.action is Action.ROLLBACK:
             to_step = max(0, onset - 1)
             self.rollbacks.append(
-                Rollback(from_step=obs.step - 1, to_step=to_step, onset=onset, window=done.window, rung=done.rung)
+                Rollback(
+                    from_step=obs.step - 1,
+                    to_step=to_step,
+                    onset=onset,
+                    window=done.window,
+                    rung=done.rung,
+                )
             )
         return True
 
@@ -53,7 +66,9 @@ class Advice:
             "streak": self.streak,
             "since": self.since,
             "left_out": [dict(jumps) for jumps in self.left_out],
-            "rollbacks": [[r.from_step, r.to_step, r.onset, *r.window, r.rung] for r in self.rollbacks],
+            "rollbacks": [
+                [r.from_step, r.to_step, r.onset, *r.window, r.rung] for r in self.rollbacks
+            ],
         }
 
     @classmethod

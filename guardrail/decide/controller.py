@@ -8,8 +8,8 @@ Two kinds of memory, kept apart on purpose:
     facts   rollbacks done, incidents, causes, pardons (see guardrail.decide.memory). They outlive a rollback;
             the journal holds them, and `rebuild` reads them back after a crash.
 
-Together: a controller that was loaded from a checkpoint and rebuilt from the journal reaches the verdicts of one that
-never stopped.
+Together: a controller that was loaded from a checkpoint and rebuilt from the journal reaches the
+verdicts of one that never stopped.
 """
 
 from __future__ import annotations
@@ -59,11 +59,13 @@ from guardrail.detectors.no_tokens import NoTokens
 from guardrail.detectors.resume_jump import ROWS, resume_jumps
 from guardrail.detectors.spike import LOOK_BACK, ONSET_SHARE, Spike
 
-# Detectors of damage in the weights. `advise` does not go back, so what they said once they would say for ever.
+# Detectors of damage in the weights. `advise` does not go back, so what they said once they would
+# say for ever.
 LASTING = ("divergence", "growth", "embed_growth", "update_growth")
 # Verdicts of which no replay asks the cause.
 UNASKED = (Action.APPLY, Action.OVERFLOW, Action.RETRY)
-# Of the run itself: such trouble comes again. Hardware and the unknown say nothing of the next batch.
+# Of the run itself: such trouble comes again. Hardware and the unknown say nothing of the next
+# batch.
 CAUSES = (Cause.DATA, Cause.STATE, Cause.DATA_AND_STATE)
 
 
@@ -81,25 +83,33 @@ class Controller(Facts):
         self._no_tokens = NoTokens()
         self.watchers = Watchers(settings)
         self._scale: ScaleCollapse = self.detectors[LOSS_SCALE]  # type: ignore[assignment]
-        # Reaches back to the earliest onset that a detector can name, and `window_before` batches further.
-        reach = settings.window_before + max(LOOK_BACK, Divergence.MEMORY * settings.divergence_steps, CLIMB) + 1
+        # Reaches back to the earliest onset that a detector can name, and `window_before` batches
+        # further.
+        reach = (
+            settings.window_before
+            + max(LOOK_BACK, Divergence.MEMORY * settings.divergence_steps, CLIMB)
+            + 1
+        )
         if any(rung.do == "widen" for rung in settings.ladder):
             reach += settings.window_max // 2
         self._history: deque[Applied] = deque(maxlen=reach)
-        self._losses: deque[tuple[int, float]] = deque(maxlen=2 * MOST)  # (step, loss) of the last accepted steps
+        # (step, loss) of the last accepted steps
+        self._losses: deque[tuple[int, float]] = deque(maxlen=2 * MOST)
         self._overflows = 0  # in a row, directly before the next step
         self._asks_again = False  # of the newest verdict: whether it is still the data
         self._advice = Advice()
         self._resumed = 0  # rows that are still to be held against what was before a resume
         self._jumped: set[str] = set()  # signals of which a jump has been told
-        # (step, loss) of the last steps that were applied and are not among `_losses`: a detector objected, the mode
-        # was off, or the loss is signed.
+        # (step, loss) of the last steps that were applied and are not among `_losses`: a detector
+        # objected, the mode was off, or the loss is signed.
         self._other_losses: deque[tuple[int, float]] = deque(maxlen=LEAST)
 
-    # -- one step ------------------------------------------------------------------------------------------------
+    # -- one step ----------------------------------------------------------------------------------
 
     def observe(self, obs: Observation) -> Verdict:
-        """Judge one step. In APPLY the step is taken as applied; anything else changes no state but for overflows."""
+        """Judge one step. In APPLY the step is taken as applied; anything else changes no state but
+        for overflows.
+        """
         if obs.overflow or overflows(obs):
             return self._overflowed(obs if obs.overflow else structs.replace(obs, overflow=True))
         if self.mode is Mode.OFF:
@@ -128,12 +138,17 @@ class Controller(Facts):
         if not (findings or self.levels or self.borne):
             return self._healthy(obs, watch)
         evidence = self.watchers.foremost(by_severity(findings))
-        # By position, whatever is found: who starts again may no longer be as wary as the process that asked.
+        # By position, whatever is found: who starts again may no longer be as wary as the process
+        # that asked.
         if self.begins_level(obs, evidence):
-            return self._level(obs, levels.begin(self.detectors, obs, evidence), "another kind of data")
+            return self._level(
+                obs, levels.begin(self.detectors, obs, evidence), "another kind of data"
+            )
         if self.is_borne(obs) and levels.raised_only(self.detectors, obs):
             notes = levels.bear(self.detectors, obs, evidence)
-            return self._healthy(obs, watch, notes, f"borne: {_told(notes)}every batch is as high: applied")
+            return self._healthy(
+                obs, watch, notes, f"borne: {_told(notes)}every batch is as high: applied"
+            )
         if not evidence:
             return self._healthy(obs, watch)
         if evidence[0].severity is Severity.NOTE:
@@ -143,10 +158,11 @@ class Controller(Facts):
         return self._rejected(obs, evidence)
 
     def _wary(self, obs: Observation) -> list[Finding]:
-        """While an incident of known cause is open, one step that both signals count to it is enough.
+        """While an incident of known cause is open, one step that both signals count to it is
+        enough.
 
-        Where the data is to blame, more of it is likely and a batch left out costs little: any step with which a row
-        might begin. Where it is the state, the run would go back for it.
+        Where the data is to blame, more of it is likely and a batch left out costs little: any step
+        with which a row might begin. Where it is the state, the run would go back for it.
         """
         known = self.diagnoses.up_to(self.incidents.number, obs.first)
         together = self.detectors[TOGETHER]
@@ -171,13 +187,17 @@ class Controller(Facts):
         self._history.append(Applied(obs.step, obs.first, obs.last))
         loss = obs.signals.get(LOSS)
         if loss is not None and math.isfinite(loss):
-            (self._other_losses if self.watchers.loss_is_signed else self._losses).append((obs.step, loss))
+            (self._other_losses if self.watchers.loss_is_signed else self._losses).append(
+                (obs.step, loss)
+            )
         self._overflows = 0
         if left_out or advice.streak:
             advice.accepted()
         if not findings and not self.incidents.open and not self.incidents.unresolved:
             return Verdict(action=Action.APPLY, step=obs.step)
-        number, state = self.incidents.healthy(obs.step, self._losses, every_step=self.mode is not Mode.ADVISE)
+        number, state = self.incidents.healthy(
+            obs.step, self._losses, every_step=self.mode is not Mode.ADVISE
+        )
         return Verdict(
             action=Action.APPLY,
             step=obs.step,
@@ -191,10 +211,14 @@ class Controller(Facts):
     def _overflowed(self, obs: Observation) -> Verdict:
         """Too high a loss scale, until it has been lowered often enough: then it is not the scale.
 
-        Such an update is left out in every mode; it is the loss scaler's arithmetic and no opinion of the guard.
+        Such an update is left out in every mode; it is the loss scaler's arithmetic and no opinion
+        of the guard.
         """
         self._overflows += 1
-        if self.mode is not Mode.OFF and (found := self._scale.collapsed(obs, self._overflows)) is not None:
+        if (
+            self.mode is not Mode.OFF
+            and (found := self._scale.collapsed(obs, self._overflows)) is not None
+        ):
             return self._rejected(obs, (found,))
         scale = obs.signals.get(LOSS_SCALE, 0.0)
         reason = f"the gradients overflow at a loss scale of {scale:g}"
@@ -208,14 +232,22 @@ class Controller(Facts):
         if streak and self.mode is Mode.ADVISE:
             onset = min(onset, self._advice.since)  # `auto` would still be at that step
         number, state = (
-            self.incidents.trouble(obs.step, onset, curve=None if self.incidents.open else self._curve(onset))
+            self.incidents.trouble(
+                obs.step, onset, curve=None if self.incidents.open else self._curve(onset)
+            )
             if trouble
             else (None, "")
         )
         return self._answer(obs, findings, onset=onset, number=number, state=state)
 
     def _answer(
-        self, obs: Observation, findings: tuple[Finding, ...], *, onset: int, number: int | None, state: str
+        self,
+        obs: Observation,
+        findings: tuple[Finding, ...],
+        *,
+        onset: int,
+        number: int | None,
+        state: str,
     ) -> Verdict:
         """What is done about a rejected step, by what is known of its incident."""
         case = Case(
@@ -234,7 +266,8 @@ class Controller(Facts):
         self._asks_again = untouched(case.diagnosis) and (
             case.too_long or _is_due(case.streak + 1, self.settings.persist)
         )
-        # The same place again, before enough healthy steps have gone by since the run went back for it.
+        # The same place again, before enough healthy steps have gone by since the run went back for
+        # it.
         again = bool(row) and case.applied - row[-1].from_step < self.incidents.confirm
         if action in (Action.ROLLBACK, Action.HALT) and again:
             if levels.norms_alone(self.detectors, obs, findings):
@@ -247,7 +280,9 @@ class Controller(Facts):
             taken, would = Action.OVERFLOW if obs.overflow else Action.APPLY, done.action
             self._advise(done, obs, findings, onset)
             self._note_other_loss(obs)
-        elif (self.mode is Mode.ASK and done.action in (Action.ROLLBACK, Action.HALT)) or done.rung == "pause":
+        elif (
+            self.mode is Mode.ASK and done.action in (Action.ROLLBACK, Action.HALT)
+        ) or done.rung == "pause":
             taken, would = Action.PAUSE, done.action
         elif number is None:
             self.empty_spans.add((obs.first, obs.last))
@@ -274,70 +309,102 @@ class Controller(Facts):
             return None  # such a loss shows no progress
         return fit([pair for pair in self._losses if pair[0] < onset])
 
-    # -- what cannot be rejected ---------------------------------------------------------------------------------
+    # -- what cannot be rejected -------------------------------------------------------------------
 
     def ceilings(self, like: Observation) -> dict[str, float] | None:
-        """Signal -> a value up to which the next step is applied without a word, if all keep to it, the loss above 0.
+        """Signal -> a value up to which the next step is applied without a word, if all keep to it,
+        the loss above 0.
 
-        All detectors speak of what is high, whichever signal it is, so they are asked about the one step in which every
-        signal is as high as it may be: what says nothing of that says nothing of any step below it. `Stuck` alone
-        speaks of a number that is the same; while it would, there is no answer.
+        All detectors speak of what is high, whichever signal it is, so they are asked about the one
+        step in which every signal is as high as it may be: what says nothing of that says nothing
+        of any step below it. `Stuck` alone speaks of a number that is the same; while it would,
+        there is no answer.
 
         Args:
             like: the next step, with the names of its signals; their values do not matter.
 
         Returns:
-            None where it cannot be said: in other modes than `auto` and `ask`, while an incident is open or the step
-            may bring the loss of an unresolved one back, right behind a resume, and wherever a detector has something
-            to say of the step with the high values.
+            None where it cannot be said: in other modes than `auto` and `ask`, while an incident is
+            open or the step may bring the loss of an unresolved one back, right behind a resume,
+            and wherever a detector has something to say of the step with the high values.
         """
-        if self.mode not in (Mode.AUTO, Mode.ASK) or self.incidents.open or self._resumed or not self._history:
+        if (
+            self.mode not in (Mode.AUTO, Mode.ASK)
+            or self.incidents.open
+            or self._resumed
+            or not self._history
+        ):
             return None
         if self.incidents.may_recover(like.step, self._losses):
             return None
         return self.watchers.ceilings(like)
 
-    # -- a new level ---------------------------------------------------------------------------------------------
+    # -- a new level -------------------------------------------------------------------------------
 
     def _level(self, obs: Observation, notes: tuple[Finding, ...], why: str) -> Verdict:
-        """Applied: where the signals stand is a level of its own, from which their baselines begin."""
-        return self._healthy(obs, self.watchers.of(obs), notes, f"level shift: {_told(notes)}{why}: accepted")
+        """Applied: where the signals stand is a level of its own, from which their baselines
+        begin.
+        """
+        return self._healthy(
+            obs, self.watchers.of(obs), notes, f"level shift: {_told(notes)}{why}: accepted"
+        )
 
-    # -- the cause -----------------------------------------------------------------------------------------------
+    # -- the cause ---------------------------------------------------------------------------------
 
     def wants_cause(self, verdict: Verdict) -> bool:
-        """Whether a replay should look for the cause of this verdict's incident, before the verdict takes effect.
+        """Whether a replay should look for the cause of this verdict's incident, before the verdict
+        takes effect.
 
-        Once for each trouble of an incident (see guardrail.decide.diagnoses); again after one that has told nothing, or
-        that the hardware does not repeat itself, and where update after update is left out because the data is to
-        blame.
+        Once for each trouble of an incident (see guardrail.decide.diagnoses); again after one that
+        has told nothing, or that the hardware does not repeat itself, and where update after update
+        is left out because the data is to blame.
         """
-        if not self.settings.cause_test or self.mode not in (Mode.AUTO, Mode.ASK) or verdict.incident is None:
+        if (
+            not self.settings.cause_test
+            or self.mode not in (Mode.AUTO, Mode.ASK)
+            or verdict.incident is None
+        ):
             return False
         if verdict.action in UNASKED:
             return False
-        if self.watchers.loss_is_signed and {finding.signal for finding in verdict.findings} == {LOSS}:
+        if self.watchers.loss_is_signed and {finding.signal for finding in verdict.findings} == {
+            LOSS
+        }:
             if all(finding.kind is Kind.LOSS_SPIKE for finding in verdict.findings):
                 return False  # a replay compares ratios, which mean nothing here
         return self._asks_again or self.diagnoses.untold(verdict, self.rollbacks)
 
     def weighed(self, obs: Observation, diagnosis: Diagnosis) -> Diagnosis:
-        """The diagnosis with the word whether this is another kind of data, to be learnt, or no more than raised."""
-        if diagnosis.cause is Cause.STATE and not diagnosis.applied and levels.raised_only(self.detectors, obs):
-            return structs.replace(diagnosis, borne=True, reason=f"{diagnosis.reason}: raised, and no spike: borne")
-        if self.settings.shift != "learn" or not levels.another_kind(self.detectors, obs, diagnosis):
+        """The diagnosis with the word whether this is another kind of data, to be learnt, or no
+        more than raised.
+        """
+        if (
+            diagnosis.cause is Cause.STATE
+            and not diagnosis.applied
+            and levels.raised_only(self.detectors, obs)
+        ):
+            return structs.replace(
+                diagnosis, borne=True, reason=f"{diagnosis.reason}: raised, and no spike: borne"
+            )
+        if self.settings.shift != "learn" or not levels.another_kind(
+            self.detectors, obs, diagnosis
+        ):
             if diagnosis.ahead and diagnosis.structure is None:
                 unknown = "the label order was not measured, so new data and noise look the same: treated as bad data"
                 return structs.replace(diagnosis, reason=f"{diagnosis.reason}: {unknown}")
             return diagnosis
-        return structs.replace(diagnosis, shift=True, reason=f"{diagnosis.reason}: another kind of data")
+        return structs.replace(
+            diagnosis, shift=True, reason=f"{diagnosis.reason}: another kind of data"
+        )
 
     def reconsider(self, obs: Observation, verdict: Verdict, diagnosis: Diagnosis) -> Verdict:
-        """The verdict in the light of what a replay has shown; `verdict` is what `observe` has said of `obs`.
+        """The verdict in the light of what a replay has shown; `verdict` is what `observe` has said
+        of `obs`.
 
-        The data, alone or with this state: leave it out, however often in a row, as far as `skips` allows; go back only
-        where an update of it is in the weights. The state: no batch is to blame, so go back and leave nothing out. The
-        hardware: form the same batch again, and halt where that has happened too often.
+        The data, alone or with this state: leave it out, however often in a row, as far as `skips`
+        allows; go back only where an update of it is in the weights. The state: no batch is to
+        blame, so go back and leave nothing out. The hardware: form the same batch again, and halt
+        where that has happened too often.
         """
         assert verdict.incident is not None and verdict.onset is not None
         self.diagnoses.learn(
@@ -350,7 +417,9 @@ class Controller(Facts):
             rollbacks=self.rollbacks,
         )
         if diagnosis.cause is Cause.HARDWARE:
-            return self.diagnoses.unsound(verdict, diagnosis, settings=self.settings, mode=self.mode)
+            return self.diagnoses.unsound(
+                verdict, diagnosis, settings=self.settings, mode=self.mode
+            )
         self.note_cause(diagnosis, (obs.first, obs.last))
         if diagnosis.shift or diagnosis.borne:
             why = "of another kind of data: form the batch again, to learn it"
@@ -358,13 +427,19 @@ class Controller(Facts):
                 why = "and so has every batch: form the batch again, to apply it"
             return leaving_nothing_out(verdict, Action.RETRY, why, cause=diagnosis.cause)
         return self._answer(
-            obs, verdict.findings, onset=verdict.onset, number=verdict.incident, state=verdict.incident_state
+            obs,
+            verdict.findings,
+            onset=verdict.onset,
+            number=verdict.incident,
+            state=verdict.incident_state,
         )
 
-    # -- pardons -------------------------------------------------------------------------------------------------
+    # -- pardons -----------------------------------------------------------------------------------
 
     def _pardon(self, obs: Observation, findings: tuple[Finding, ...]) -> Verdict:
-        """Applied; a jump enters no baseline. What has stayed up is the new normal, or the next batch would say it."""
+        """Applied; a jump enters no baseline. What has stayed up is the new normal, or the next
+        batch would say it.
+        """
         lasting = any(finding.severity is Severity.PERSISTENT for finding in findings)
         if lasting:
             self.overrule(obs)
@@ -375,20 +450,27 @@ class Controller(Facts):
         return Verdict(
             action=Action.APPLY,
             step=obs.step,
-            findings=tuple(structs.replace(finding, severity=Severity.NOTE) for finding in findings),
+            findings=tuple(
+                structs.replace(finding, severity=Severity.NOTE) for finding in findings
+            ),
             reason=f"pardoned: {findings[0].sentence()}",
             accepted=lasting,
         )
 
     def _after_resume(self, obs: Observation) -> list[Finding]:
         self._resumed -= 1
-        spikes = (spike for spike in (self.detectors[LOSS], self.detectors[GRAD_NORM]) if isinstance(spike, Spike))
+        spikes = (
+            spike
+            for spike in (self.detectors[LOSS], self.detectors[GRAD_NORM])
+            if isinstance(spike, Spike)
+        )
         findings = [f for f in resume_jumps(obs, spikes) if f.signal not in self._jumped]
         self._jumped.update(f.signal for f in findings)
         return findings
 
     def resumed(self) -> None:
-        """The process is a new one; call it when the state has been loaded. Jumps of the next rows will be noted.
+        """The process is a new one; call it when the state has been loaded. Jumps of the next rows
+        will be noted.
 
         No part of the state: whether a run was resumed must not show in what it does.
         """
@@ -397,8 +479,8 @@ class Controller(Facts):
     def overrule(self, obs: Observation) -> None:
         """A person had the update applied that the last verdict rejected.
 
-        What it showed is taken as the new normal: detectors learn anew, so that they do not reject each step that
-        follows. Call it instead of a second `observe`.
+        What it showed is taken as the new normal: detectors learn anew, so that they do not reject
+        each step that follows. Call it instead of a second `observe`.
         """
         for detector in self.detectors.values():
             detector.reset()
@@ -408,17 +490,21 @@ class Controller(Facts):
         self._note_other_loss(obs)
 
     def set_mode(self, mode: Mode) -> None:
-        """Takes effect with the next step. Leaving `off`, detectors begin anew: what they knew is out of date."""
+        """Takes effect with the next step. Leaving `off`, detectors begin anew: what they knew is
+        out of date.
+        """
         if self.mode is Mode.OFF and mode is not Mode.OFF:
             self.watchers.reset()
         if mode is not Mode.ADVISE:
             self._advice = Advice()
         self.mode = mode
 
-    # -- the window ----------------------------------------------------------------------------------------------
+    # -- the window --------------------------------------------------------------------------------
 
     def _streak(self, obs: Observation) -> int:
-        """Troubled batches rejected directly before this one; those that say nothing of the weights do not count."""
+        """Troubled batches rejected directly before this one; those that say nothing of the weights
+        do not count.
+        """
         if self.mode is Mode.ADVISE:
             return self._advice.streak
         end = self._history[-1].last if self._history else 0
@@ -435,7 +521,7 @@ class Controller(Facts):
         """By name."""
         return self.watchers.detectors
 
-    # -- what is known -------------------------------------------------------------------------------------------
+    # -- what is known -----------------------------------------------------------------------------
 
     def bands(self) -> dict[str, tuple[float, float]]:
         """signal -> (baseline, threshold) that the next step meets, in the signal's own units."""
@@ -453,7 +539,9 @@ class Controller(Facts):
 
     @property
     def unsuspected_through(self) -> int:
-        """The newest applied step that no detector suspects, 0 if there is none. Detectors learn what stays."""
+        """The newest applied step that no detector suspects, 0 if there is none. Detectors learn
+        what stays.
+        """
         if not self._history:
             return 0
         last = self._history[-1].step
@@ -463,26 +551,35 @@ class Controller(Facts):
         return last if suspected is None else suspected - 1
 
     def is_good(self, step: int) -> bool:
-        """Whether the state after `step` updates is good: healthy steps have followed, and no incident holds it."""
-        return step + self.settings.confirm <= self.healthy_through and not self.incidents.within(step)
+        """Whether the state after `step` updates is good: healthy steps have followed, and no
+        incident holds it.
+        """
+        return step + self.settings.confirm <= self.healthy_through and not self.incidents.within(
+            step
+        )
 
     def is_settled(self, step: int) -> bool:
-        """Whether the state after `step` updates would be good, if the unresolved incidents were accepted.
+        """Whether the state after `step` updates would be good, if the unresolved incidents were
+        accepted.
 
-        To go back for another incident, such a state will do: it is what the run was like before that one. Those from
-        before the unresolved one may be thousands of steps old.
+        To go back for another incident, such a state will do: it is what the run was like before
+        that one. Those from before the unresolved one may be thousands of steps old.
         """
         if not self.incidents.unresolved or step + self.settings.confirm > self.unsuspected_through:
             return False
         return not self.incidents.within(step, but_unresolved=True)
 
     def unresolved(self) -> Unresolved | None:
-        """The earliest incident that is not over, as the numbers show it. The journal says what was done about it."""
+        """The earliest incident that is not over, as the numbers show it. The journal says what was
+        done about it.
+        """
         incidents, since = self.incidents, self.incidents.since
         if since is None:
             return None
         one = next((one for one in incidents.unresolved if one.onset == since), None)
-        number, curve = (incidents.number, incidents.curve) if one is None else (one.number, one.curve)
+        number, curve = (
+            (incidents.number, incidents.curve) if one is None else (one.number, one.curve)
+        )
         applied = sorted(pair for pair in (*self._losses, *self._other_losses) if pair[0] >= since)
         losses = [loss for _, loss in applied[-LEAST:]]
         last = self._history[-1].step if self._history else since
@@ -499,10 +596,12 @@ class Controller(Facts):
         if loss is not None and math.isfinite(loss):
             self._other_losses.append((obs.step, loss))
 
-    # -- state: rolls back ---------------------------------------------------------------------------------------
+    # -- state: rolls back -------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able; floats are exact through `repr`. Independent of what is done with the controller afterwards."""
+        """JSON-able; floats are exact through `repr`. Independent of what is done with the
+        controller afterwards.
+        """
         return {
             "detectors": self.watchers.state_dict(),
             "history": [list(structs.astuple(batch)) for batch in self._history],
@@ -510,11 +609,15 @@ class Controller(Facts):
             "overflows": self._overflows,
             "advice": self._advice.state_dict(),
             # Only a recorded log can be resumed in the middle of what is one state.
-            "resumed": [self._resumed, *sorted(self._jumped)] if self.mode is Mode.ADVISE and self._resumed else [],
+            "resumed": [self._resumed, *sorted(self._jumped)]
+            if self.mode is Mode.ADVISE and self._resumed
+            else [],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
-        """Go back to a state. Returns the detectors that it does not fit, as of another version: they begin anew."""
+        """Go back to a state. Returns the detectors that it does not fit, as of another version:
+        they begin anew.
+        """
         anew = self.watchers.load_state_dict(state["detectors"])
         self._history.clear()
         self._history.extend(Applied(*batch) for batch in state["history"])
@@ -528,25 +631,32 @@ class Controller(Facts):
         self._jumped = set(jumped)
         return anew
 
-    # -- advise --------------------------------------------------------------------------------------------------
+    # -- advise ------------------------------------------------------------------------------------
 
-    def _advise(self, done: Answer, obs: Observation, findings: tuple[Finding, ...], onset: int) -> None:
-        """Book what `auto` would have done. Nothing was done, so the run goes on from the bad state."""
+    def _advise(
+        self, done: Answer, obs: Observation, findings: tuple[Finding, ...], onset: int
+    ) -> None:
+        """Book what `auto` would have done. Nothing was done, so the run goes on from the bad
+        state.
+        """
         advice = self._advice
         if advice.book(done, obs, findings, onset):
             if any(finding.severity is Severity.PERSISTENT for finding in findings):
                 for name in LASTING:
                     self.detectors[name].reset()
         if len(advice.left_out) >= self.settings.warmup:
-            # So long a stretch is where the run is now. Learn that, instead of the same alarm for ever.
+            # So long a stretch is where the run is now. Learn that, instead of the same alarm for
+            # ever.
             self.watchers.reset()
             advice.left_out.clear()
 
     def _went_back(self, step: int) -> None:
-        """The step counter of a recorded log went back; a live run restores a state and never sees this.
+        """The step counter of a recorded log went back; a live run restores a state and never sees
+        this.
 
-        By less than half it was resumed from a checkpoint, and its level should be what it was. Otherwise another run
-        begins in the same log, of which nothing that was learnt says anything.
+        By less than half it was resumed from a checkpoint, and its level should be what it was.
+        Otherwise another run begins in the same log, of which nothing that was learnt says
+        anything.
         """
         if 2 * step < self._history[-1].step:
             self.watchers.reset()

@@ -80,7 +80,10 @@ class Watchers:
             }
             for name in self._asleep():
                 concerned.pop(name, None)
-            watch = Watch(tuple(d.observe for d in concerned.values()), tuple(d.accept for d in concerned.values()))
+            watch = Watch(
+                tuple(d.observe for d in concerned.values()),
+                tuple(d.accept for d in concerned.values()),
+            )
             self._by_signals[names] = watch
         return watch
 
@@ -104,11 +107,14 @@ class Watchers:
 
     def bands(self) -> dict[str, tuple[float, float]]:
         """signal -> (baseline, threshold) that the next step meets, in the signal's own units."""
-        known = ((name.removeprefix(NAMED), detector.band()) for name, detector in self.detectors.items())
+        known = (
+            (name.removeprefix(NAMED), detector.band()) for name, detector in self.detectors.items()
+        )
         return {name: band for name, band in known if band is not None}
 
     def ceilings(self, like: Observation) -> dict[str, float] | None:
-        """Signal -> a value up to which no detector says a word of the next step, if all keep to it; None: no telling.
+        """Signal -> a value up to which no detector says a word of the next step, if all keep to
+        it; None: no telling.
 
         Args:
             like: the next step, with the names of its signals.
@@ -128,18 +134,26 @@ class Watchers:
 
     def suspect_from(self) -> int | None:
         """The first step that some detector suspects; those of further signals only take note."""
-        suspected = (d.suspect_from() for name, d in self.detectors.items() if not name.startswith(NAMED))
+        suspected = (
+            d.suspect_from() for name, d in self.detectors.items() if not name.startswith(NAMED)
+        )
         return min((step for step in suspected if step is not None), default=None)
 
     def state_dict(self) -> dict[str, Any]:
         return {name: detector.state_dict() for name, detector in self.detectors.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
-        """Go back to a state. Returns the detectors that it does not fit, as of another version: they begin anew."""
+        """Go back to a state. Returns the detectors that it does not fit, as of another version:
+        they begin anew.
+        """
         anew = []
         signals = [name.removeprefix(NAMED) for name in state if name.startswith(NAMED)]
-        named: dict[str, Detector] = {NAMED + signal: build_named(signal, self._settings) for signal in signals}
-        self.detectors = {n: d for n, d in self.detectors.items() if not n.startswith(NAMED)} | named
+        named: dict[str, Detector] = {
+            NAMED + signal: build_named(signal, self._settings) for signal in signals
+        }
+        self.detectors = {
+            n: d for n, d in self.detectors.items() if not n.startswith(NAMED)
+        } | named
         self._by_signals.clear()
         for name, detector in self.detectors.items():
             try:

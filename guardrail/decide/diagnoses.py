@@ -1,8 +1,10 @@
-"""What replays have told about the causes of incidents: facts that outlive a rollback, in the journal. Pure.
+"""What replays have told about the causes of incidents: facts that outlive a rollback, in the
+journal. Pure.
 
-A cause belongs to the trouble for which it was told. An incident holds together what happens without enough healthy
-steps in between, and that may be several kinds of trouble: the cause is asked for again where another signal is in it,
-where it began at another place, or where going back for that cause was in vain.
+A cause belongs to the trouble for which it was told. An incident holds together what happens
+without enough healthy steps in between, and that may be several kinds of trouble: the cause is
+asked for again where another signal is in it, where it began at another place, or where going back
+for that cause was in vain.
 """
 
 from __future__ import annotations
@@ -40,8 +42,10 @@ class Diagnoses:
     def __init__(self) -> None:
         self.of: dict[int, Diagnosis] = {}
         self._told: dict[int, Told] = {}
-        self._places: dict[int, list[tuple[int, Diagnosis]]] = {}  # incident -> (position of the batch, its cause)
-        self._unsound: list[int] = []  # steps at which the hardware gave other numbers the second time
+        # incident -> (position of the batch, its cause)
+        self._places: dict[int, list[tuple[int, Diagnosis]]] = {}
+        # steps at which the hardware gave other numbers the second time
+        self._unsound: list[int] = []
 
     def learn(
         self,
@@ -67,23 +71,31 @@ class Diagnoses:
             self._unsound.append(step)
 
     def now(self, incident: int, rollbacks: Sequence[Rollback]) -> Diagnosis | None:
-        """What is known of an incident; an update that a rollback has taken out since is in the weights no more."""
+        """What is known of an incident; an update that a rollback has taken out since is in the
+        weights no more.
+        """
         known = self.of.get(incident)
-        if known is not None and known.applied and _answers(rollbacks, incident) > self._told[incident].answers:
+        if (
+            known is not None
+            and known.applied
+            and _answers(rollbacks, incident) > self._told[incident].answers
+        ):
             return structs.replace(known, applied=False, positions=())
         return known
 
     def up_to(self, incident: int, place: int) -> Diagnosis | None:
         """The last cause told for a batch that lies not behind this position.
 
-        Positions say where a run stands, and steps do not: after a rollback, or in a process that starts again from an
-        older state, steps come by once more whose batches were judged before anybody knew.
+        Positions say where a run stands, and steps do not: after a rollback, or in a process that
+        starts again from an older state, steps come by once more whose batches were judged before
+        anybody knew.
         """
         found = [diagnosis for at, diagnosis in self._places.get(incident, ()) if at <= place]
         return found[-1] if found else None
 
     def untold(self, verdict: Verdict, rollbacks: Sequence[Rollback]) -> bool:
-        """Whether no replay has told the cause of this trouble: none of its incident, or of another trouble.
+        """Whether no replay has told the cause of this trouble: none of its incident, or of another
+        trouble.
 
         That the hardware does not repeat itself says nothing of the next time.
         """
@@ -95,10 +107,16 @@ class Diagnoses:
         in_vain = _answers(rollbacks, verdict.incident) > told.answers
         return elsewhere or in_vain or not signals_of(verdict.findings) <= told.signals
 
-    def unsound(self, verdict: Verdict, diagnosis: Diagnosis, *, settings: GuardSection, mode: Mode) -> Verdict:
-        """The verdict where the hardware is to blame: form the same batch again, and halt where that is too often."""
+    def unsound(
+        self, verdict: Verdict, diagnosis: Diagnosis, *, settings: GuardSection, mode: Mode
+    ) -> Verdict:
+        """The verdict where the hardware is to blame: form the same batch again, and halt where
+        that is too often.
+        """
         count = close_together(self._unsound, at=verdict.step, healthy_after=settings.healthy_after)
-        who = f"rank {diagnosis.rank} on {diagnosis.host}" if diagnosis.rank >= 0 else "the hardware"
+        who = (
+            f"rank {diagnosis.rank} on {diagnosis.host}" if diagnosis.rank >= 0 else "the hardware"
+        )
         if count <= settings.retries:
             action = Action.RETRY
             reason = f"{who} does not repeat itself: form the batch again, time {count} of {settings.retries}"
@@ -121,7 +139,9 @@ class Diagnoses:
 def leaving_nothing_out(
     verdict: Verdict, action: Action, why: str, *, cause: Cause, would: Action | None = None
 ) -> Verdict:
-    """A rejection whose batch is not to blame, so that neither it nor a window is left out and nothing goes back."""
+    """A rejection whose batch is not to blame, so that neither it nor a window is left out and
+    nothing goes back.
+    """
     return structs.replace(
         verdict,
         action=action,
@@ -140,7 +160,9 @@ def _answers(rollbacks: Sequence[Rollback], incident: int) -> int:
 
 def signals_of(findings: Iterable[Finding]) -> frozenset[str]:
     """The signals for which an update is rejected."""
-    return frozenset(finding.signal for finding in findings if finding.severity is not Severity.NOTE)
+    return frozenset(
+        finding.signal for finding in findings if finding.severity is not Severity.NOTE
+    )
 
 
 def diagnosis_of(data: Mapping[str, Any]) -> Diagnosis:

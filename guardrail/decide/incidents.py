@@ -1,8 +1,9 @@
 """Numbers incidents, says when one is over and how it ended, and which states lie within one. Pure.
 
-An incident is open from the first rejecting finding until `confirm` healthy steps have been applied from its last
-one on. A loss that is still above what was expected then gets `PATIENCE` times as long to come back. An incident
-outlives rollbacks, so it is no part of a snapshot; after a crash the journal gives it back (`resume`).
+An incident is open from the first rejecting finding until `confirm` healthy steps have been applied
+from its last one on. A loss that is still above what was expected then gets `PATIENCE` times as
+long to come back. An incident outlives rollbacks, so it is no part of a snapshot; after a crash the
+journal gives it back (`resume`).
 
     open        trouble, and what is done about it
     recurred    the same place has spiked again behind a rollback: the next rung of the ladder; it stays open
@@ -10,8 +11,8 @@ outlives rollbacks, so it is no part of a snapshot; after a crash the journal gi
     offset      it has ended, but the loss has stayed above that curve: it is unresolved until the loss is back
                 ("recovered") or a user accepts the loss ("accepted")
 
-No state from the onset on becomes good before the incident has recovered or is accepted, whoever had its updates
-applied. A state from within it never does: only states that are made later.
+No state from the onset on becomes good before the incident has recovered or is accepted, whoever
+had its updates applied. A state from within it never does: only states that are made later.
 """
 
 from __future__ import annotations
@@ -63,10 +64,24 @@ class Incidents:
         self._healthy = 0
 
     def resume(
-        self, number: int, *, is_open: bool = False, onset: int = 0, step: int = 0, curve: Curve | None = None
+        self,
+        number: int,
+        *,
+        is_open: bool = False,
+        onset: int = 0,
+        step: int = 0,
+        curve: Curve | None = None,
     ) -> None:
-        """Go on after `number` incidents, the last one still open if `is_open`; `step` is that of its last finding."""
-        self.number, self.open, self.onset, self._last, self._healthy = number, is_open, onset, step, 0
+        """Go on after `number` incidents, the last one still open if `is_open`; `step` is that of
+        its last finding.
+        """
+        self.number, self.open, self.onset, self._last, self._healthy = (
+            number,
+            is_open,
+            onset,
+            step,
+            0,
+        )
         self.curve = curve if is_open else None
 
     def trouble(self, step: int, onset: int, *, curve: Curve | None = None) -> tuple[int, str]:
@@ -86,15 +101,16 @@ class Incidents:
     def healthy(
         self, step: int, losses: Sequence[tuple[int, float]] = (), *, every_step: bool = False
     ) -> tuple[int | None, str]:
-        """A healthy applied step. Returns (number or None, how it ended if that was the last one needed else "").
+        """A healthy applied step. Returns (number or None, how it ended if that was the last one
+        needed else "").
 
-        Steps that are run again after a rollback count from the place of the trouble on. Where no incident is open, an
-        unresolved one recovers when the loss is back.
+        Steps that are run again after a rollback count from the place of the trouble on. Where no
+        incident is open, an unresolved one recovers when the loss is back.
 
         Args:
             losses: (step, loss) of accepted steps, this one included.
-            every_step: each step from the place of the trouble up to this one was applied, which a crash in between
-                cannot change; else those are counted that have been told.
+            every_step: each step from the place of the trouble up to this one was applied, which a
+                crash in between cannot change; else those are counted that have been told.
         """
         if not self.open:
             return self._recovered_late(step, losses) if self._is_checked(step) else (None, "")
@@ -121,7 +137,9 @@ class Incidents:
         """Whether this step is one of those at which it is asked whether the loss is back."""
         return step % self.compared == 0
 
-    def _recovered_late(self, step: int, losses: Sequence[tuple[int, float]]) -> tuple[int | None, str]:
+    def _recovered_late(
+        self, step: int, losses: Sequence[tuple[int, float]]
+    ) -> tuple[int | None, str]:
         for one in self.unresolved:
             is_back, outcome = self._is_back(one, losses)
             if is_back:
@@ -130,11 +148,13 @@ class Incidents:
                 return one.number, RECOVERED
         return None, ""
 
-    def _is_back(self, one: Ended, losses: Sequence[tuple[int, float]]) -> tuple[bool, Outcome | None]:
+    def _is_back(
+        self, one: Ended, losses: Sequence[tuple[int, float]]
+    ) -> tuple[bool, Outcome | None]:
         """Whether the loss is where the curve before an unresolved incident leads.
 
-        The curve is followed for as many steps as it was fitted over at most. Further on its own error would be so
-        large that any loss would fit, and the level that it had reached counts.
+        The curve is followed for as many steps as it was fitted over at most. Further on its own
+        error would be so large that any loss would fit, and the level that it had reached counts.
         """
         newest = list(losses)[-self.compared :]
         if one.curve is not None and len(newest) < self.compared:
@@ -143,17 +163,21 @@ class Incidents:
         return outcome is None or not outcome.lasting, outcome
 
     def may_recover(self, step: int, losses: Sequence[tuple[int, float]]) -> bool:
-        """Whether the loss of the next step, `step`, could make an unresolved incident recover, however low it is."""
+        """Whether the loss of the next step, `step`, could make an unresolved incident recover,
+        however low it is.
+        """
         if self.open or not self.unresolved or not self._is_checked(step):
             return False
         low = min((loss for _, loss in losses), default=1.0)
         return any(self._is_back(one, [*losses, (step, low)])[0] for one in self.unresolved)
 
-    # -- which states lie within an incident ---------------------------------------------------------------------
+    # -- which states lie within an incident -------------------------------------------------------
 
     @property
     def since(self) -> int | None:
-        """The first step of the earliest incident that is not over, open or unresolved. None: there is none such."""
+        """The first step of the earliest incident that is not over, open or unresolved. None: there
+        is none such.
+        """
         onsets = [one.onset for one in self.unresolved] + [self.onset] * self.open
         return min(onsets, default=None)
 
@@ -183,7 +207,9 @@ class Incidents:
         self._set([*(one for one in self.ended if one.number != number), ended])
 
     def accept(self, step: int) -> tuple[int, ...]:
-        """A user accepts the run as it is after `step` updates. Returns the numbers of what was not over."""
+        """A user accepts the run as it is after `step` updates. Returns the numbers of what was not
+        over.
+        """
         numbers = [one.number for one in self.unresolved] + [self.number] * self.open
         for one in self.unresolved:
             self.end(one.number, ACCEPTED, step=step, onset=one.onset, curve=one.curve)
@@ -192,7 +218,8 @@ class Incidents:
         return tuple(numbers)
 
     def rewind(self, step: int, *, same_steps: bool = False) -> None:
-        """The run has gone back to the state after `step` updates. What began later is no part of it.
+        """The run has gone back to the state after `step` updates. What began later is no part of
+        it.
 
         A state from within an incident that is over brings it back: it is unresolved again.
 
@@ -209,5 +236,7 @@ class Incidents:
         self._set(kept)
 
     def _set(self, ended: list[Ended]) -> None:
-        self.ended = tuple(sorted(ended, key=lambda one: (one.until is None, one.until or 0, one.number)))
+        self.ended = tuple(
+            sorted(ended, key=lambda one: (one.until is None, one.until or 0, one.number))
+        )
         self.unresolved = tuple(one for one in self.ended if one.until is None)

@@ -1,8 +1,8 @@
 """Which rung of the ladder comes next, from what has been tried. Pure.
 
-Rungs are gone up in their order. One is passed over while it does not fit the cause, when it has been taken `times`
-times among the rollbacks in a row, or within its cooldown. When none is left, or `guard.rollbacks` of them in a row
-have not helped, the run halts.
+Rungs are gone up in their order. One is passed over while it does not fit the cause, when it has
+been taken `times` times among the rollbacks in a row, or within its cooldown. When none is left, or
+`guard.rollbacks` of them in a row have not helped, the run halts.
 
     data    leaving data out comes first, whatever the order; optimizer remedies once that is used up
     state   no batch is to blame: nothing is left out, so to widen the window is pointless. What came again from a good
@@ -73,7 +73,9 @@ def times_taken(rung: RungSection, in_a_row: Sequence[Rollback]) -> int:
 
 
 def widening(rung: RungSection, in_a_row: Sequence[Rollback]) -> int:
-    """By how much the window is longer than the plain one: 2 for the first widening in a row, then 4, 8, ..."""
+    """By how much the window is longer than the plain one: 2 for the first widening in a row, then
+    4, 8, ...
+    """
     if rung.do != "widen":
         return 1
     return int(2 ** (1 + times_taken(rung, in_a_row)))

@@ -1,4 +1,6 @@
-"""What a controller knows that outlives a rollback and a crash: facts, which the journal holds. Pure."""
+"""What a controller knows that outlives a rollback and a crash: facts, which the journal holds.
+Pure.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +36,10 @@ UNPARDONABLE = frozenset({Kind.NONFINITE, Kind.NO_TOKENS, Kind.SCALE_COLLAPSE})
 
 class Facts:
     """Attributes:
-    incidents: numbered; the last one may be open.
-    rollbacks: all that were done and stand, oldest first.
-    diagnoses: what replays have told about causes.
-    pardons: stretches [first, last) of positions whose batches are applied whatever is found, as far as it is finite.
-    levels: stretches of batches with which the data became another kind; they are applied, as far as they are finite.
+    incidents: numbered; the last one may be open. rollbacks: all that were done and stand, oldest
+    first. diagnoses: what replays have told about causes. pardons: stretches [first, last) of
+    positions whose batches are applied whatever is found, as far as it is finite. levels: stretches
+    of batches with which the data became another kind; they are applied, as far as they are finite.
     borne: stretches of batches that were raised a little, and no batch is to blame; likewise.
     empty_spans: stretches that were rejected for want of labels: no sign of trouble.
     """
@@ -54,7 +55,9 @@ class Facts:
         self.empty_spans: set[tuple[int, int]] = set()
 
     def pardoned(self, obs: Observation, findings: Iterable[Finding]) -> bool:
-        """Whether a person has said that this batch is to be applied. No pardon lets a NaN into the weights."""
+        """Whether a person has said that this batch is to be applied. No pardon lets a NaN into the
+        weights.
+        """
         within = any(first < obs.last and obs.first < last for first, last in self.pardons)
         return within and _pardonable(findings)
 
@@ -63,7 +66,9 @@ class Facts:
         return _begins_in(self.levels, obs) and _pardonable(findings)
 
     def is_borne(self, obs: Observation) -> bool:
-        """Whether a replay has shown that the raised numbers of this batch are those of every batch."""
+        """Whether a replay has shown that the raised numbers of this batch are those of every
+        batch.
+        """
         return _begins_in(self.borne, obs)
 
     def note_cause(self, diagnosis: Diagnosis, batch: tuple[int, int]) -> None:
@@ -74,25 +79,35 @@ class Facts:
             self.borne.append(batch)
 
     def pardon(self, stretches: Iterable[tuple[int, int]]) -> None:
-        """Do not reject batches with a position in these stretches [first, last) again: a person took that back."""
+        """Do not reject batches with a position in these stretches [first, last) again: a person
+        took that back.
+        """
         self.pardons += [(first, last) for first, last in stretches]
 
     def accept(self, step: int, batch: tuple[int, int]) -> tuple[int, ...]:
-        """A user accepts the run as it is after `step` updates. Returns the incidents that were not over.
+        """A user accepts the run as it is after `step` updates. Returns the incidents that were not
+        over.
 
         Args:
-            batch: positions [first, last) of the next one. While an incident is open, it is the first of a new level.
+            batch: positions [first, last) of the next one. While an incident is open, it is the
+            first of a new level.
         """
         if self.incidents.open:
             self.levels.append(batch)
         return self.incidents.accept(step)
 
     def load_rollbacks(self, rollbacks: Iterable[Rollback | Mapping[str, Any]]) -> None:
-        """All rollbacks of the run, oldest first, as records or as the data of `rollback` events."""
-        self.rollbacks = [one if isinstance(one, Rollback) else rollback_of(one) for one in rollbacks]
+        """All rollbacks of the run, oldest first, as records or as the data of `rollback`
+        events.
+        """
+        self.rollbacks = [
+            one if isinstance(one, Rollback) else rollback_of(one) for one in rollbacks
+        ]
 
     def went_back(self, step: int, rollbacks: Iterable[Rollback | Mapping[str, Any]]) -> None:
-        """The run has gone back to the state after `step` updates; `rollbacks` as `load_rollbacks` takes them."""
+        """The run has gone back to the state after `step` updates; `rollbacks` as `load_rollbacks`
+        takes them.
+        """
         self.load_rollbacks(rollbacks)
         self.incidents.rewind(step)
 
@@ -105,25 +120,37 @@ class Facts:
         self.incidents = Incidents(confirm=self.settings.confirm)
         known = _Known()
         for event in events:
-            # A line that makes no sense changes nothing: `Past` counts it, and a run must be able to go on after it.
+            # A line that makes no sense changes nothing: `Past` counts it, and a run must be able
+            # to go on after it.
             with contextlib.suppress(*SENSELESS):
                 self._take_over(event, known, began)
         known.resume(self.incidents)
 
     def _take_over(self, event: Event, known: _Known, began: list[int]) -> None:
-        """One line of the journal; `began` holds the timelines that the rollbacks before it began."""
+        """One line of the journal; `began` holds the timelines that the rollbacks before it
+        began.
+        """
         data = event.data
         if event.kind == "rollback":
-            rollback, timeline = rollback_of(data), int(data.get("new_timeline", event.timeline + 1))
+            rollback, timeline = (
+                rollback_of(data),
+                int(data.get("new_timeline", event.timeline + 1)),
+            )
             self.rollbacks.append(rollback)
             began.append(timeline)
             self.incidents.rewind(rollback.to_step)
         elif event.kind == "restarted":
             self.incidents.rewind(event.step, same_steps=True)
         elif event.kind == "undo":
-            to_step, pardons = int(data["to_step"]), [(int(first), int(last)) for first, last in data["pardons"]]
+            to_step, pardons = (
+                int(data["to_step"]),
+                [(int(first), int(last)) for first, last in data["pardons"]],
+            )
             stand = [at for at, timeline in enumerate(began) if timeline not in data["rollbacks"]]
-            self.rollbacks, began[:] = [self.rollbacks[at] for at in stand], [began[at] for at in stand]
+            self.rollbacks, began[:] = (
+                [self.rollbacks[at] for at in stand],
+                [began[at] for at in stand],
+            )
             self.pardons += pardons
             self.incidents.rewind(to_step)
         elif event.kind == "cause":
@@ -160,15 +187,28 @@ class Facts:
         """(Message, data) of the `incident` line of a verdict that turns an incident."""
         number, state, outcome = verdict.incident, verdict.incident_state, verdict.outcome
         lost = sum(one.from_step - one.to_step for one in self.rollbacks if one.incident == number)
-        onset = verdict.onset or next((one.onset for one in self.incidents.ended if one.number == number), None)
-        data: dict[str, Any] = {"number": number, "state": state, "onset": onset, "steps_lost": lost}
+        onset = verdict.onset or next(
+            (one.onset for one in self.incidents.ended if one.number == number), None
+        )
+        data: dict[str, Any] = {
+            "number": number,
+            "state": state,
+            "onset": onset,
+            "steps_lost": lost,
+        }
         data["at_step"] = verdict.step
         message = f"incident {number}: {state}"
         if state not in CLOSED:
             data["curve"] = self.incidents.curve
-            return (f"{message}, {plural(lost, 'step')} repeated so far" if state == RECURRED else message), data
+            return (
+                f"{message}, {plural(lost, 'step')} repeated so far"
+                if state == RECURRED
+                else message
+            ), data
         if outcome is not None:
-            data |= {name: getattr(outcome, name) for name in ("expected", "got", "noise", "offset")}
+            data |= {
+                name: getattr(outcome, name) for name in ("expected", "got", "noise", "offset")
+            }
             message += (
                 f": loss {outcome.got:.4g} against {outcome.expected:.4g} that its curve before step "
                 f"{onset} leads to, noise {outcome.noise:.2g}"
@@ -198,11 +238,18 @@ class _Known:
         if data.get("state") in (OPEN, RECURRED):
             self.open = number
             raw = data.get("curve")
-            self._curves[number] = raw if raw is None or isinstance(raw, Curve) else convert(raw, Curve)
+            self._curves[number] = (
+                raw if raw is None or isinstance(raw, Curve) else convert(raw, Curve)
+            )
             return
         self.open = 0
-        at, onset = int(data.get("at_step") or event.step + 1), self._onsets.get(number, event.step + 1)
-        incidents.end(number, str(data.get("state")), step=at, onset=onset, curve=self._curves.get(number))
+        at, onset = (
+            int(data.get("at_step") or event.step + 1),
+            self._onsets.get(number, event.step + 1),
+        )
+        incidents.end(
+            number, str(data.get("state")), step=at, onset=onset, curve=self._curves.get(number)
+        )
 
     def rejected(self, event: Event) -> None:
         """A `verdict` line."""
@@ -217,7 +264,9 @@ class _Known:
 
     def resume(self, incidents: Incidents) -> None:
         onset, curve = self._onsets.get(self.open, 0), self._curves.get(self.open)
-        incidents.resume(self.number, is_open=bool(self.open), onset=onset, step=self.last, curve=curve)
+        incidents.resume(
+            self.number, is_open=bool(self.open), onset=onset, step=self.last, curve=curve
+        )
 
 
 def _begins_in(stretches: Iterable[tuple[int, int]], obs: Observation) -> bool:

@@ -1,7 +1,8 @@
-"""Findings -> what to do: the ladder, the budget of rollbacks, and which state to go back to. Pure functions.
+"""Findings -> what to do: the ladder, the budget of rollbacks, and which state to go back to. Pure
+functions.
 
-What outlives a rollback (the rollbacks themselves) is a list of facts that the journal holds too, so that a process
-which starts again after a crash decides as the one that died would have.
+What outlives a rollback (the rollbacks themselves) is a list of facts that the journal holds too,
+so that a process which starts again after a crash decides as the one that died would have.
 """
 
 from __future__ import annotations
@@ -10,9 +11,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from guardrail.core.config import GuardSection
-from guardrail.core.records import Action, Cause, Diagnosis, Finding, Kind, Record, Severity, SnapshotInfo, field_of
+from guardrail.core.records import (
+    Action,
+    Cause,
+    Diagnosis,
+    Finding,
+    Kind,
+    Record,
+    Severity,
+    SnapshotInfo,
+    field_of,
+)
 
-# Left out without a suspicion of the weights: however often it happens in a row, it never adds up to a rollback.
+# Left out without a suspicion of the weights: however often it happens in a row, it never adds up
+# to a rollback.
 UNSUSPECTED = frozenset({Kind.NO_TOKENS})
 _RANK = {Severity.PERSISTENT: 2, Severity.REJECT: 1, Severity.NOTE: 0}
 
@@ -55,7 +67,9 @@ def rollback_of(data: Mapping[str, Any]) -> Rollback:
 
 
 def by_severity(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """Most severe first; among equals the one that is furthest over its threshold, and NaN before any number."""
+    """Most severe first; among equals the one that is furthest over its threshold, and NaN before
+    any number.
+    """
     return tuple(sorted(findings, key=_order))
 
 
@@ -65,10 +79,14 @@ def _order(finding: Finding) -> tuple[int, bool, bool, float]:
 
 
 def evidence(findings: Sequence[Finding]) -> str:
-    """What was found, as the beginning of a sentence: the most severe finding, and all that is no usable number."""
+    """What was found, as the beginning of a sentence: the most severe finding, and all that is no
+    usable number.
+    """
     unusable = (Kind.NONFINITE, Kind.IMPOSSIBLE)
     shown = [
-        f for at, f in enumerate(findings) if at == 0 or (f.kind in unusable and f.severity is findings[0].severity)
+        f
+        for at, f in enumerate(findings)
+        if at == 0 or (f.kind in unusable and f.severity is findings[0].severity)
     ]
     return " and ".join(finding.sentence() for finding in shown)
 
@@ -83,7 +101,9 @@ def rejects(findings: Iterable[Finding]) -> bool:
 
 
 def is_trouble(findings: Iterable[Finding]) -> bool:
-    """Whether something is wrong with the run, and not just with a batch without a label or with the loss scale."""
+    """Whether something is wrong with the run, and not just with a batch without a label or with
+    the loss scale.
+    """
     return any(f.severity is not Severity.NOTE and f.kind not in UNSUSPECTED for f in findings)
 
 
@@ -100,9 +120,11 @@ def decide(
     Args:
         findings: of this step.
         streak: troubled batches rejected directly before this one.
-        in_a_row: rollbacks done without `healthy_after` steps of progress between them; see `rollbacks_in_a_row`.
-        diagnosis: of the incident, where a replay has told it. Where it is the state, to leave updates out is
-            pointless; where it is data of which nothing was applied, to go back is: the weights are as they were.
+        in_a_row: rollbacks done without `healthy_after` steps of progress between them; see
+        `rollbacks_in_a_row`.
+        diagnosis: of the incident, where a replay has told it. Where it is the state, to leave
+            updates out is pointless; where it is data of which nothing was applied, to go back is:
+            the weights are as they were.
     """
     if not rejects(findings):
         return Action.APPLY
@@ -133,11 +155,15 @@ def rollbacks_in_a_row(rollbacks: Sequence[Rollback], *, applied: int, healthy_a
     return len(recent_rollbacks(rollbacks, applied=applied, healthy_after=healthy_after))
 
 
-def recent_rollbacks(rollbacks: Sequence[Rollback], *, applied: int, healthy_after: int) -> list[Rollback]:
-    """Rollbacks that lie less than `healthy_after` applied steps apart, the last one less than that before `applied`.
+def recent_rollbacks(
+    rollbacks: Sequence[Rollback], *, applied: int, healthy_after: int
+) -> list[Rollback]:
+    """Rollbacks that lie less than `healthy_after` applied steps apart, the last one less than that
+    before `applied`.
 
-    Progress is counted from where the earlier rollback gave up, not from where it went back to: re-running the
-    abandoned stretch proves nothing, and a far rollback must not clear its own record.
+    Progress is counted from where the earlier rollback gave up, not from where it went back to:
+    re-running the abandoned stretch proves nothing, and a far rollback must not clear its own
+    record.
     """
     found: list[Rollback] = []
     for rollback in reversed(rollbacks):
@@ -151,7 +177,9 @@ def recent_rollbacks(rollbacks: Sequence[Rollback], *, applied: int, healthy_aft
 
 
 def close_together(steps: Sequence[int], *, at: int, healthy_after: int) -> int:
-    """How many of these steps, the newest last, lie less than `healthy_after` apart, the last so near to `at`."""
+    """How many of these steps, the newest last, lie less than `healthy_after` apart, the last so
+    near to `at`.
+    """
     count = 0
     for step in reversed(steps):
         if at - step >= healthy_after:
@@ -161,19 +189,32 @@ def close_together(steps: Sequence[int], *, at: int, healthy_after: int) -> int:
     return count
 
 
-def confirmed(infos: Iterable[SnapshotInfo], *, healthy_through: int, confirm: int) -> list[SnapshotInfo]:
-    """Candidates that `confirm` healthy applied steps have followed: they count as good from now on.
+def confirmed(
+    infos: Iterable[SnapshotInfo], *, healthy_through: int, confirm: int
+) -> list[SnapshotInfo]:
+    """Candidates that `confirm` healthy applied steps have followed: they count as good from now
+    on.
 
     Args:
-        healthy_through: the newest applied step that is surely healthy; see `Controller.healthy_through`.
+        healthy_through: the newest applied step that is surely healthy; see
+        `Controller.healthy_through`.
     """
-    return [info for info in infos if info.state == "candidate" and info.step + confirm <= healthy_through]
+    return [
+        info
+        for info in infos
+        if info.state == "candidate" and info.step + confirm <= healthy_through
+    ]
 
 
 def choose_target(
-    infos: Iterable[SnapshotInfo], before_step: int, *, good_only: bool = True, cursor: int | None = None
+    infos: Iterable[SnapshotInfo],
+    before_step: int,
+    *,
+    good_only: bool = True,
+    cursor: int | None = None,
 ) -> SnapshotInfo | None:
-    """The newest state from strictly before `before_step`, the first step whose batch is in the window.
+    """The newest state from strictly before `before_step`, the first step whose batch is in the
+    window.
 
     Args:
         good_only: candidates do not count; suspects never do.
@@ -186,6 +227,8 @@ def choose_target(
     fit = [
         info
         for info in infos
-        if info.state in states and info.step < before_step and (cursor is None or info.cursor <= cursor)
+        if info.state in states
+        and info.step < before_step
+        and (cursor is None or info.cursor <= cursor)
     ]
     return max(fit, key=lambda info: (info.step, info.timeline), default=None)

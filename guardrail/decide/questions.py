@@ -1,4 +1,6 @@
-"""The guard's questions and what a command was shown for: which question is open, and what has changed since. Pure."""
+"""The guard's questions and what a command was shown for: which question is open, and what has
+changed since. Pure.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +9,26 @@ from typing import NamedTuple
 
 from guardrail.core.records import CommandKind, Event, Shown
 
-# What these do depends on where the run is, so each holds for one timeline; each answers the guard's question as well.
+# What these do depends on where the run is, so each holds for one timeline; each answers the
+# guard's question as well.
 BY_HAND = (CommandKind.ROLLBACK, CommandKind.SKIP, CommandKind.UNDO)
 CHOICES = ("accept", "continue", "stop")  # words of the three answers, in the order of their values
 _TURNS = ("paused", "resumed", "started", "restarted", "ended")
 
 
 class Open(NamedTuple):
-    """The question that is open, by the number of its journal line (0: none), and what ended those before it."""
+    """The question that is open, by the number of its journal line (0: none), and what ended those
+    before it.
+    """
 
     number: int
     over: dict[int, str]  # question -> what ended it: "answer continue by ann@vm at step 20"
 
 
 def open_question(events: Iterable[Event]) -> Event | None:
-    """The `paused` line of the question that is open at the end of these events; None where none is."""
+    """The `paused` line of the question that is open at the end of these events; None where none
+    is.
+    """
     newest = None
     for event in events:
         if event.kind in _TURNS:
@@ -41,7 +48,9 @@ def how_to_answer(number: int) -> str:
 
 
 def question_changed(shown_for: int | None, now: Open) -> str:
-    """Why a command that was given while question `shown_for` was open (0: none) does not hold now; "" if it does."""
+    """Why a command that was given while question `shown_for` was open (0: none) does not hold now;
+    "" if it does.
+    """
     if shown_for is None or shown_for == now.number:
         return ""
     if not shown_for:
@@ -71,7 +80,9 @@ def timeline_changed(shown: Shown | None, *, timeline: int, step: int) -> str:
 
 
 def setting_changed(shown: Shown | None, now: float, words: str) -> str:
-    """Whether the setting that a command replaces is another one than was shown; `words` say what it is now."""
+    """Whether the setting that a command replaces is another one than was shown; `words` say what
+    it is now.
+    """
     if shown is None or shown.instead_of is None or shown.instead_of == now:
         return ""
     return f"somebody else has changed it: it is {words} now"

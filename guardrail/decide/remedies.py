@@ -1,7 +1,8 @@
 """Remedies as functions of the step: what a rung of the ladder does besides leaving data out. Pure.
 
-A remedy holds from a step on, whichever state the run went back to, so that a run which goes on from another state, or
-is told of the remedy from its beginning (`guard.remedies`), makes the same updates.
+A remedy holds from a step on, whichever state the run went back to, so that a run which goes on
+from another state, or is told of the remedy from its beginning (`guard.remedies`), makes the same
+updates.
 """
 
 from __future__ import annotations
@@ -10,17 +11,37 @@ import math
 from collections.abc import Iterable, Sequence
 
 from guardrail.core.config import GuardSection, RungSection
-from guardrail.core.records import EMBED_GRAD_NORM, EMBED_SHARE, Action, Finding, Kind, Remedy, Severity, Verdict
+from guardrail.core.records import (
+    EMBED_GRAD_NORM,
+    EMBED_SHARE,
+    Action,
+    Finding,
+    Kind,
+    Remedy,
+    Severity,
+    Verdict,
+)
 from guardrail.core.text import plural
 
 LR, EMBED_ALPHA, CLIP, MOMENTS = "lr", "embed_alpha", "clip", "moments"
-KIND_OF = {"lower_lr": LR, "shrink_embedding": EMBED_ALPHA, "tighten_clip": CLIP, "reset_moments": MOMENTS}
-WORDS = {LR: "the learning rate", EMBED_ALPHA: "the gradients of the embedding", CLIP: "the clipping norm"}
+KIND_OF = {
+    "lower_lr": LR,
+    "shrink_embedding": EMBED_ALPHA,
+    "tighten_clip": CLIP,
+    "reset_moments": MOMENTS,
+}
+WORDS = {
+    LR: "the learning rate",
+    EMBED_ALPHA: "the gradients of the embedding",
+    CLIP: "the clipping norm",
+}
 EMBEDDING = (EMBED_GRAD_NORM, EMBED_SHARE)
 
 
 def factor(remedies: Iterable[Remedy], kind: str, step: int, *, floor: float = 0.0) -> float:
-    """The product of all remedies of a kind at a step, not below the floor: 1 where there is none."""
+    """The product of all remedies of a kind at a step, not below the floor: 1 where there is
+    none.
+    """
     product = math.prod(_at(remedy, step) for remedy in remedies if remedy.kind == kind)
     return max(product, floor) if product < 1.0 else product
 
@@ -40,11 +61,12 @@ def resets(remedies: Iterable[Remedy], step: int) -> bool:
 
 
 def of_rung(rung: RungSection, from_step: int, *, again: int = 0) -> tuple[Remedy, ...]:
-    """What goes with a rung. Without moments Adam's first steps are of full size, so the rate is low as well.
+    """What goes with a rung. Without moments Adam's first steps are of full size, so the rate is
+    low as well.
 
     Args:
-        again: times that it has been taken in vain. Each time is twice as strong, a factor squared for twice as long,
-            on top of what is in force.
+        again: times that it has been taken in vain. Each time is twice as strong, a factor squared
+            for twice as long, on top of what is in force.
     """
     kind = KIND_OF.get(rung.do)
     if kind is None:
@@ -62,11 +84,17 @@ def of_embedding(settings: GuardSection, from_step: int) -> tuple[Remedy, ...]:
     if settings.embed_factor >= 1.0:
         return ()
     hold, back = settings.embed_hold, settings.embed_back
-    return (Remedy(kind=EMBED_ALPHA, value=settings.embed_factor, from_step=from_step, hold=hold, back=back),)
+    return (
+        Remedy(
+            kind=EMBED_ALPHA, value=settings.embed_factor, from_step=from_step, hold=hold, back=back
+        ),
+    )
 
 
 def embedding_leads(findings: Sequence[Finding]) -> bool:
-    """Whether the trouble comes from the embedding: its share ran away, or its norm alone or first was too high."""
+    """Whether the trouble comes from the embedding: its share ran away, or its norm alone or first
+    was too high.
+    """
     grave = [finding for finding in findings if finding.severity is not Severity.NOTE]
     if any(finding.kind is Kind.NONFINITE for finding in grave):
         return False
@@ -79,9 +107,13 @@ def embedding_leads(findings: Sequence[Finding]) -> bool:
 
 
 def embedding_concerned(verdict: Verdict) -> bool:
-    """Whether a step was rejected, or would be, with something finite found of the embedding: worth naming tokens."""
+    """Whether a step was rejected, or would be, with something finite found of the embedding: worth
+    naming tokens.
+    """
     rejected = verdict.action not in (Action.APPLY, Action.OVERFLOW) or verdict.would is not None
-    return rejected and any(f.signal in EMBEDDING and math.isfinite(f.value) for f in verdict.findings)
+    return rejected and any(
+        f.signal in EMBEDDING and math.isfinite(f.value) for f in verdict.findings
+    )
 
 
 def sentence(remedy: Remedy) -> str:

@@ -1,4 +1,5 @@
-"""What is done about a rejected step, by what is known of its incident, and why: an action, its rung, its remedies.
+"""What is done about a rejected step, by what is known of its incident, and why: an action, its
+rung, its remedies.
 
 Pure, and without memory: a `Case` holds all that counts.
 """
@@ -9,10 +10,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from guardrail.core.config import GuardSection, RungSection
-from guardrail.core.records import Action, Cause, Diagnosis, Finding, Kind, Observation, Remedy, Severity
+from guardrail.core.records import (
+    Action,
+    Cause,
+    Diagnosis,
+    Finding,
+    Kind,
+    Observation,
+    Remedy,
+    Severity,
+)
 from guardrail.core.text import plural
 from guardrail.decide.ladder import ENDS, next_rung, times_taken, widening
-from guardrail.decide.policy import Rollback, decide, evidence, is_trouble, patience, recent_rollbacks, untouched
+from guardrail.decide.policy import (
+    Rollback,
+    decide,
+    evidence,
+    is_trouble,
+    patience,
+    recent_rollbacks,
+    untouched,
+)
 from guardrail.decide.remedies import EMBED_ALPHA, embedding_leads, of_embedding, of_rung, sentence
 from guardrail.decide.rollback_window import Applied, window
 
@@ -61,7 +79,9 @@ class Case:
     @property
     def row(self) -> list[Rollback]:
         """Rollbacks without enough healthy steps between them, up to now."""
-        return recent_rollbacks(self.rollbacks, applied=self.applied, healthy_after=self.settings.healthy_after)
+        return recent_rollbacks(
+            self.rollbacks, applied=self.applied, healthy_after=self.settings.healthy_after
+        )
 
     def action(self) -> Action:
         """What `auto` does, as long as there is a rung for it."""
@@ -100,11 +120,20 @@ def answer(case: Case, action: Action) -> Answer:
     settings, row, leads = case.settings, case.row, embedding_leads(case.findings)
     rung: RungSection | None = None
     if action is Action.ROLLBACK:
-        rung = next_rung(settings.ladder, row, case.rollbacks, applied=case.applied, cause=case.cause, embedding=leads)
+        rung = next_rung(
+            settings.ladder,
+            row,
+            case.rollbacks,
+            applied=case.applied,
+            cause=case.cause,
+            embedding=leads,
+        )
     again = 0 if rung is None else times_taken(rung, row)
     out, before = _window(case, action, rung)
     few = _few(case, rung, out)
-    remedies: tuple[Remedy, ...] = () if rung is None else of_rung(rung, before or case.obs.step, again=again)
+    remedies: tuple[Remedy, ...] = (
+        () if rung is None else of_rung(rung, before or case.obs.step, again=again)
+    )
     asked = leads and not row and (not case.streak or action is Action.ROLLBACK)
     if asked and not any(remedy.kind == EMBED_ALPHA for remedy in remedies):
         remedies += of_embedding(settings, before or case.obs.step)
@@ -116,7 +145,15 @@ def answer(case: Case, action: Action) -> Answer:
         remedies = ()
     if remedies:
         reason += "; " + "; ".join(map(sentence, remedies))
-    return Answer(action=action, rung=name, window=out, positions=few, before=before, remedies=remedies, reason=reason)
+    return Answer(
+        action=action,
+        rung=name,
+        window=out,
+        positions=few,
+        before=before,
+        remedies=remedies,
+        reason=reason,
+    )
 
 
 def _end(case: Case) -> str:
@@ -125,8 +162,12 @@ def _end(case: Case) -> str:
     return ladder[-1].do if case.too_long and ladder and ladder[-1].do in ENDS else "halt"
 
 
-def _window(case: Case, action: Action, rung: RungSection | None) -> tuple[tuple[int, int], int | None]:
-    """(Positions to leave out, the step that the state to go back to is older than), of this action and rung."""
+def _window(
+    case: Case, action: Action, rung: RungSection | None
+) -> tuple[tuple[int, int], int | None]:
+    """(Positions to leave out, the step that the state to go back to is older than), of this action
+    and rung.
+    """
     obs = case.obs
     if action is Action.SKIP:
         return (obs.first, obs.last), None
@@ -156,19 +197,27 @@ def _few(case: Case, rung: RungSection | None, window: tuple[int, int]) -> tuple
     return few if all(window[0] <= position < window[1] for position in few) else ()
 
 
-def _reason(case: Case, action: Action, *, window: tuple[int, int], few: int, before: int | None, rung: str) -> str:
+def _reason(
+    case: Case, action: Action, *, window: tuple[int, int], few: int, before: int | None, rung: str
+) -> str:
     settings, findings, streak, row = case.settings, case.findings, case.streak, case.row
     what, would = evidence(findings), "would " if case.advise else ""
     if action is Action.SKIP and untouched(case.diagnosis):
         count = f"{streak + 1} in a row of at most {settings.skips}"
         return f"{what}, the data is to blame: {would}leave this update out, {count}"
     if action is Action.SKIP:
-        count = f", rejection {streak + 1} in a row of {patience(settings)} that call for a rollback"
+        count = (
+            f", rejection {streak + 1} in a row of {patience(settings)} that call for a rollback"
+        )
         return f"{what}: {would}leave this update out{count if is_trouble(findings) else ''}"
     if action is Action.HALT and case.too_long:
         end = "ask" if rung == "pause" else "halt"
         return f"{what}, the data is to blame: {would}{end}, since {streak} in a row are as many as guard.skips allows"
-    why = f"{streak + 1} batches in a row rejected" if streak + 1 >= patience(settings) else "it has stayed up"
+    why = (
+        f"{streak + 1} batches in a row rejected"
+        if streak + 1 >= patience(settings)
+        else "it has stayed up"
+    )
     if findings[0].kind is Kind.SCALE_COLLAPSE:
         why = f"of which {findings[0].threshold - 1:.0f} may be the search for a scale"
     elif case.cause is Cause.STATE:
@@ -184,7 +233,11 @@ def _reason(case: Case, action: Action, *, window: tuple[int, int], few: int, be
         end = "ask" if rung == "pause" else "halt"
         spent = f"{tried} {'has' if one else 'have'} used up the rungs of guard.ladder that fit"
         return f"{what}, {why}: {would}{end}, since {spent}"
-    out = "leave nothing out" if window[0] == window[1] else f"leave out positions {window[0]} to {window[1] - 1}"
+    out = (
+        "leave nothing out"
+        if window[0] == window[1]
+        else f"leave out positions {window[0]} to {window[1] - 1}"
+    )
     if few:
         samples = "the one sample" if few == 1 else f"the {few} samples"
         out = f"leave out {samples} to blame of positions {window[0]} to {window[1] - 1}"

@@ -1,7 +1,7 @@
 """Which positions a rollback leaves out, and how far it goes back. Pure.
 
-A function of the onset and of applied batches alone, never of which snapshot is at hand: the data that a run meets must
-not depend on what a crash has left of its ring.
+A function of the onset and of applied batches alone, never of which snapshot is at hand: the data
+that a run meets must not depend on what a crash has left of its ring.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def window(
         obs: of the rejected step.
         history: the last applied batches, oldest first.
         overflows: of the loss scale in a row, up to this step.
-        widened: by how much the window is longer than the plain one, half of that before it and half behind, as far as
-            `window_max` allows.
+        widened: by how much the window is longer than the plain one, half of that before it and
+            half behind, as far as `window_max` allows.
     """
     span = min([obs.last - obs.first, *(batch.last - batch.first for batch in history)])
     index = bisect_left(history, onset, key=lambda batch: batch.step) - settings.window_before
@@ -56,7 +56,8 @@ def window(
     elif history:
         first = history[-1].last
     else:
-        # Nothing was ever applied: the rejected batches reach back to about here, and are left out already.
+        # Nothing was ever applied: the rejected batches reach back to about here, and are left out
+        # already.
         passed = obs.streak + max(0, overflows - 1)
         first = max(0, obs.first - passed * (obs.last - obs.first))
     return (min(first, obs.first), obs.last + behind * span), before

@@ -1,13 +1,15 @@
-"""What the passes of a replay say about the cause of an incident. Pure: reduced numbers in, a diagnosis out.
+"""What the passes of a replay say about the cause of an incident. Pure: reduced numbers in, a
+diagnosis out.
 
     the batch again     Same state, batch and dice. Other numbers: hardware, or kernels that do not repeat themselves.
     other batches       Same state. Most of them in the same trouble: the state.
     an older state      The batch there. In trouble as well: the data; healthy there: data x state, only this batch now.
 
-Where the trouble began before the step at hand (a divergence, a norm that climbed), the updates of the onset are in the
-weights already, so that every batch is in trouble now, whatever began it. "State" then says that the damage lies in the
-weights. What put it there is asked of the older state: if one of the batches from the onset on is in trouble there too,
-it was the data; if each of them is healthy there, it was the state: the learning rate, the optimizer, a weight.
+Where the trouble began before the step at hand (a divergence, a norm that climbed), the updates of
+the onset are in the weights already, so that every batch is in trouble now, whatever began it.
+"State" then says that the damage lies in the weights. What put it there is asked of the older
+state: if one of the batches from the onset on is in trouble there too, it was the data; if each of
+them is healthy there, it was the state: the learning rate, the optimizer, a weight.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ from guardrail.core.records import Cause, Diagnosis, Finding, Kind, Observation,
 from guardrail.detectors.nonfinite import NonFinite
 
 NONFINITE_KINDS = frozenset({Kind.NONFINITE, Kind.IMPOSSIBLE, Kind.SCALE_COLLAPSE})
-# Kernels that add in any order repeat themselves to some 1e-3 at worst (sums in bfloat16), and the smallest jump that
-# is ever rejected is one of 8 % (detectors.standard). Half of that lies far from both.
+# Kernels that add in any order repeat themselves to some 1e-3 at worst (sums in bfloat16), and the
+# smallest jump that is ever rejected is one of 8 % (detectors.standard). Half of that lies far from
+# both.
 NONDETERMINISTIC = 0.04
 # Robust sigmas below which no signal is ever rejected for itself.
 ALONE = 4.0
@@ -49,7 +52,9 @@ class Pass(Record, frozen=True, kw_only=True):
         """Whether a loss or gradient is no usable number."""
         flags = (0,) if self.nonfinite else ()
         return bool(
-            NonFinite().observe(Observation(step=0, first=0, last=1, signals=self.signals, nonfinite_loss=flags))
+            NonFinite().observe(
+                Observation(step=0, first=0, last=1, signals=self.signals, nonfinite_loss=flags)
+            )
         )
 
 
@@ -58,7 +63,8 @@ class Own(Record, frozen=True, kw_only=True):
 
     Attributes:
         loss_sum: of its token losses.
-        before: its gradients before the ranks reduced them: the sum of its parameters' norms; 0 on a single rank.
+        before: its gradients before the ranks reduced them: the sum of its parameters' norms; 0 on
+        a single rank.
         after: squared norm of its gradients, or shards of them, after the reduction.
     """
 
@@ -74,10 +80,11 @@ class Trouble(Record, frozen=True, kw_only=True):
     Attributes:
         signal: of the most severe finding.
         nonfinite: the trouble is a NaN, an Inf or a number that no model gives.
-        limits: signal -> (baseline, limit); a value above it is in trouble. The limit is the detector's own threshold,
-            or the logarithmic middle between baseline and the rejected value where that is lower: a pass that is
-            nearer to the trouble than to the baseline is in it, even where the step had just passed its threshold. A
-            threshold that only counts together with others (see detectors.together) is none by itself.
+        limits: signal -> (baseline, limit); a value above it is in trouble. The limit is the
+            detector's own threshold, or the logarithmic middle between baseline and the rejected
+            value where that is lower: a pass that is nearer to the trouble than to the baseline is
+            in it, even where the step had just passed its threshold. A threshold that only counts
+            together with others (see detectors.together) is none by itself.
         stuck: signal -> the number that does not change.
     """
 
@@ -88,7 +95,9 @@ class Trouble(Record, frozen=True, kw_only=True):
 
     @property
     def of_level(self) -> bool:
-        """Whether numbers are too high, and nothing worse: what is no number is no other kind of data."""
+        """Whether numbers are too high, and nothing worse: what is no number is no other kind of
+        data.
+        """
         return not self.nonfinite and not self.stuck
 
     @classmethod
@@ -99,7 +108,9 @@ class Trouble(Record, frozen=True, kw_only=True):
             signal=grave[0].signal if grave else "",
             nonfinite=any(finding.kind in NONFINITE_KINDS for finding in grave),
             limits={
-                f.signal: (f.baseline, _limit(f)) for f in reversed(grave) if 0.0 < f.baseline < f.value < math.inf
+                f.signal: (f.baseline, _limit(f))
+                for f in reversed(grave)
+                if 0.0 < f.baseline < f.value < math.inf
             },
             stuck={f.signal: f.value for f in grave if f.kind is Kind.STUCK},
         )
@@ -108,7 +119,8 @@ class Trouble(Record, frozen=True, kw_only=True):
         """Whether a pass is in this trouble.
 
         Args:
-            level: a healthy batch from the same state, where that is another one: an older model has higher losses.
+            level: a healthy batch from the same state, where that is another one: an older model
+            has higher losses.
             wholly: every signal must show it, not just one.
         """
         if one.broken():
@@ -120,7 +132,10 @@ class Trouble(Record, frozen=True, kw_only=True):
         high = []
         for signal, (baseline, limit) in self.limits.items():
             usual = level.signals.get(signal, 0.0) / baseline if level is not None else 1.0
-            high.append(one.signals.get(signal, 0.0) > limit * max(1.0, usual if math.isfinite(usual) else 1.0))
+            high.append(
+                one.signals.get(signal, 0.0)
+                > limit * max(1.0, usual if math.isfinite(usual) else 1.0)
+            )
         return bool(high) and (all(high) if wholly else any(high))
 
     def value(self, one: Pass) -> str:
@@ -142,14 +157,22 @@ def same(one: float, other: float, tolerance: float = 0.0) -> bool:
     """Equal, both NaN, or apart by no more than a relative tolerance."""
     if one == other or (math.isnan(one) and math.isnan(other)):
         return True
-    return tolerance > 0 and math.isfinite(one) and math.isfinite(other) and math.isclose(one, other, rel_tol=tolerance)
+    return (
+        tolerance > 0
+        and math.isfinite(one)
+        and math.isfinite(other)
+        and math.isclose(one, other, rel_tol=tolerance)
+    )
 
 
-def apart(first: Sequence[Own], again: Sequence[Own], tolerance: float) -> tuple[list[int], str] | None:
+def apart(
+    first: Sequence[Own], again: Sequence[Own], tolerance: float
+) -> tuple[list[int], str] | None:
     """(Ranks whose own numbers did not come again, what did not), None where all did.
 
-    What a rank computes before the reduction is its own; after it, a wrong gradient of one stands on all. So ranks
-    are named by what was before, and by what is after only where that was the same everywhere.
+    What a rank computes before the reduction is its own; after it, a wrong gradient of one stands
+    on all. So ranks are named by what was before, and by what is after only where that was the same
+    everywhere.
     """
     pairs = list(zip(first, again, strict=True))
     own = [r for r, (a, b) in enumerate(pairs) if not same(a.loss_sum, b.loss_sum, tolerance)]
@@ -163,13 +186,18 @@ def apart(first: Sequence[Own], again: Sequence[Own], tolerance: float) -> tuple
 
 
 def hardware(
-    first: Sequence[Own], again: Sequence[Own], tolerance: float, *, sums: tuple[float, float], passes: int
+    first: Sequence[Own],
+    again: Sequence[Own],
+    tolerance: float,
+    *,
+    sums: tuple[float, float],
+    passes: int,
 ) -> Diagnosis | None:
     """The diagnosis where a pass did not give the same numbers twice, None where it did.
 
     Args:
-        sums: the reduced loss of both: where each rank's own numbers came again and this did not, the ranks' reduction
-            went wrong.
+        sums: the reduced loss of both: where each rank's own numbers came again and this did not,
+            the ranks' reduction went wrong.
     """
     repeats = "the same batch from the same state, with the same dice, gave another number"
     found = apart(first, again, tolerance)
@@ -180,7 +208,10 @@ def hardware(
         return Diagnosis(cause=Cause.HARDWARE, reason=reason, passes=passes)
     ranks, what = found
     numbers = {"the loss": "loss_sum", "the gradient": "before"}.get(what, "after")
-    worst = max(ranks, key=lambda rank: _distance(getattr(first[rank], numbers), getattr(again[rank], numbers)))
+    worst = max(
+        ranks,
+        key=lambda rank: _distance(getattr(first[rank], numbers), getattr(again[rank], numbers)),
+    )
     one, other = getattr(first[worst], numbers), getattr(again[worst], numbers)
     if numbers == "after":
         one, other = _root(one), _root(other)
@@ -213,7 +244,8 @@ def judge(
     Args:
         again: the batch at hand from the state at hand.
         others: other batches from that state.
-        suspects: from an older state: the batch at hand; or, where `lasting`, those from the onset on. Empty: none.
+        suspects: from an older state: the batch at hand; or, where `lasting`, those from the onset
+        on. Empty: none.
         level: a healthy batch from that older state, of step `older_step`.
         lasting: the trouble began before the step at hand, so its updates are in the weights.
     """
@@ -232,11 +264,16 @@ def judge(
         return Diagnosis(cause=cause, reason=reason, passes=passes, applied=applied)
 
     if not others and not suspects:
-        return diagnosis(Cause.UNKNOWN, "and there is neither another batch nor an older state to compare with")
+        return diagnosis(
+            Cause.UNKNOWN, "and there is neither another batch nor an older state to compare with"
+        )
     if everywhere and others:
         if lasting and bad:
             return diagnosis(
-                Cause.DATA, others_say, f"and {older_says} too: its update is in the weights", applied=True
+                Cause.DATA,
+                others_say,
+                f"and {older_says} too: its update is in the weights",
+                applied=True,
             )
         if lasting and suspects:
             return diagnosis(Cause.STATE, others_say, f"and {older_says} only: no batch did it")
@@ -249,11 +286,15 @@ def judge(
     if suspects and others:
         return diagnosis(Cause.DATA_AND_STATE, others_say, f"and {older_says} only")
     if suspects:
-        return diagnosis(Cause.UNKNOWN, f"{older_says} only", "and there is no other batch to compare with")
+        return diagnosis(
+            Cause.UNKNOWN, f"{older_says} only", "and there is no other batch to compare with"
+        )
     return diagnosis(Cause.UNKNOWN, others_say, "and there is no older state to compare with")
 
 
-def ahead_of(diagnosis: Diagnosis, trouble: Trouble, far: Sequence[tuple[int, Pass]], *, passes: int) -> Diagnosis:
+def ahead_of(
+    diagnosis: Diagnosis, trouble: Trouble, far: Sequence[tuple[int, Pass]], *, passes: int
+) -> Diagnosis:
     """The diagnosis in the light of what lies ahead of data that is to blame.
 
     Args:
@@ -265,20 +306,27 @@ def ahead_of(diagnosis: Diagnosis, trouble: Trouble, far: Sequence[tuple[int, Pa
     ahead = hit >= LEAST_AHEAD and hit >= len(far) - 1
     distances = [distance for distance, _ in far]
     said = f"and so do {hit} of {len(far)} batches {min(distances)} to {max(distances)} ahead"
-    return structs.replace(diagnosis, reason=f"{diagnosis.reason}, {said}", passes=passes, ahead=ahead)
+    return structs.replace(
+        diagnosis, reason=f"{diagnosis.reason}, {said}", passes=passes, ahead=ahead
+    )
 
 
 def structure_of(
-    diagnosis: Diagnosis, gains: Sequence[float | None], usual: Sequence[float | None], *, passes: int
+    diagnosis: Diagnosis,
+    gains: Sequence[float | None],
+    usual: Sequence[float | None],
+    *,
+    passes: int,
 ) -> Diagnosis:
     """The diagnosis in the light of what the order of its labels is worth to the model.
 
-    In text of any kind the model finds something: vowels follow consonants, spaces end words. Where labels are as good
-    as drawn by lot (shuffled, of another batch, noise) it finds nothing, and any other order does as well.
+    In text of any kind the model finds something: vowels follow consonants, spaces end words. Where
+    labels are as good as drawn by lot (shuffled, of another batch, noise) it finds nothing, and any
+    other order does as well.
 
     Args:
-        gains: nats a token that it costs when each row's labels stand in another random order, of the batches in
-            trouble; the least counts.
+        gains: nats a token that it costs when each row's labels stand in another random order, of
+            the batches in trouble; the least counts.
         usual: the same of healthy batches.
     """
     found, known = ([one for one in some if one is not None] for some in (gains, usual))
@@ -287,7 +335,9 @@ def structure_of(
         return structs.replace(diagnosis, passes=passes)
     gain = min(found)
     said = f"with its labels in another order the loss is {gain:.2g} higher, and {level:.2g} with usual batches"
-    return structs.replace(diagnosis, reason=f"{diagnosis.reason}; {said}", passes=passes, structure=gain / level)
+    return structs.replace(
+        diagnosis, reason=f"{diagnosis.reason}; {said}", passes=passes, structure=gain / level
+    )
 
 
 def _values(trouble: Trouble, passes: Iterable[Pass]) -> str:

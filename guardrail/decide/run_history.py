@@ -1,8 +1,8 @@
 """What the journal says about a run so far: all that outlives a rollback and a crash. Pure.
 
-A run's state is checkpoint + journal. The checkpoint holds what rolls back (weights, moments, cursor, detectors); the
-journal what does not: the quarantine, the rollbacks done, rates set by a person, which checkpoints are on the present
-timeline and which are suspect.
+A run's state is checkpoint + journal. The checkpoint holds what rolls back (weights, moments,
+cursor, detectors); the journal what does not: the quarantine, the rollbacks done, rates set by a
+person, which checkpoints are on the present timeline and which are suspect.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ from typing import Any, NamedTuple
 import msgspec
 
 from guardrail.core.config import GuardSection
-from guardrail.core.records import SENSELESS, Action, CommandKind, Event, Mode, Remedy, Span, Unresolved
+from guardrail.core.records import (
+    SENSELESS,
+    Action,
+    CommandKind,
+    Event,
+    Mode,
+    Remedy,
+    Span,
+    Unresolved,
+)
 from guardrail.decide.remedies import CLIP, EMBED_ALPHA, LR, factor, resets
 
 # Actions by which something is done about an incident.
@@ -44,8 +53,9 @@ class Effects(NamedTuple):
 class StepSetting:
     """A value that a person changes live, as a function of the step: [(first step, value), ...].
 
-    A run that resumes from before a change meets it again at the same step. After a rollback a value that was set
-    later than the target holds from the target on: it was set because of what happened.
+    A run that resumes from before a change meets it again at the same step. After a rollback a
+    value that was set later than the target holds from the target on: it was set because of what
+    happened.
     """
 
     def __init__(self, default: float) -> None:
@@ -73,15 +83,19 @@ class Past:
     Attributes:
         spans: what is left out, quarantined again at a start.
         rollbacks: `rollback` events' data, oldest first, less those that were undone.
-        remedies: of the decisions that stand, each with the span or, for a rollback, the timeline that it came with.
+        remedies: of the decisions that stand, each with the span or, for a rollback, the timeline
+        that it came with.
         pardons: stretches [first, last) of positions that the guard must not reject again.
-        branches: (timeline, step): that timeline began after that step, so later steps of older ones are abandoned.
+        branches: (timeline, step): that timeline began after that step, so later steps of older
+        ones are abandoned.
         timeline: the newest one.
         suspects: names of checkpoints that a rollback has found polluted.
         good: names of checkpoints that were confirmed.
         incident: number of the last incident.
-        acted: incidents about which something was done: a batch skipped or repeated, a state restored.
-        let_pass: incident -> why an update that was found bad was applied all the same; see `Unresolved`.
+        acted: incidents about which something was done: a batch skipped or repeated, a state
+        restored.
+        let_pass: incident -> why an update that was found bad was applied all the same; see
+        `Unresolved`.
         lines: of the journal that it was told.
         unread: of these, lines that make no sense: another version's, or damaged.
         seq: number of the newest of them.
@@ -114,7 +128,9 @@ class Past:
 
     @classmethod
     def of(cls, events: Iterable[Event]) -> Past:
-        """What a journal from the disk says; a line of it that makes no sense is counted and passed over."""
+        """What a journal from the disk says; a line of it that makes no sense is counted and passed
+        over.
+        """
         past = cls()
         for event in events:
             try:
@@ -149,7 +165,8 @@ class Past:
                 self._branch(timeline, to_step)
                 self.lr.rewind(to_step)
                 self.alpha.rewind(to_step)
-                _check_rollback(data)  # one that cannot be read as one is none that counts towards a bound
+                # one that cannot be read as one is none that counts towards a bound
+                _check_rollback(data)
                 self.rollbacks.append(data)
             case "undo":
                 self._undo(data)
@@ -195,7 +212,9 @@ class Past:
             self.let_pass[number] = why
 
     def unresolved(self, one: Unresolved) -> Unresolved:
-        """With what the journal says of an incident: whether something was done, and why updates were applied."""
+        """With what the journal says of an incident: whether something was done, and why updates
+        were applied.
+        """
         why, acted = self.let_pass.get(one.incident, ""), one.incident in self.acted
         return msgspec.structs.replace(one, acted=acted, let_pass=why)
 
@@ -209,12 +228,18 @@ class Past:
             self.mode = list(Mode)[int(value)]
 
     def _undo(self, data: dict[str, Any]) -> None:
-        """A decision was taken back: its spans are not left out, its rollbacks are none, its batches are pardoned."""
+        """A decision was taken back: its spans are not left out, its rollbacks are none, its
+        batches are pardoned.
+        """
         back = [_as_span(raw) for raw in data["spans"]]
         self.spans = [span for span in self.spans if span not in back]
-        self.rollbacks = [one for one in self.rollbacks if one["new_timeline"] not in data["rollbacks"]]
+        self.rollbacks = [
+            one for one in self.rollbacks if one["new_timeline"] not in data["rollbacks"]
+        ]
         gone = [*back, *data["rollbacks"]]
-        self.remedies = [(decision, remedy) for decision, remedy in self.remedies if decision not in gone]
+        self.remedies = [
+            (decision, remedy) for decision, remedy in self.remedies if decision not in gone
+        ]
         self.pardons += [(int(first), int(last)) for first, last in data["pardons"]]
         to_step = int(data["to_step"])
         self._branch(int(data["new_timeline"]), to_step)
@@ -223,16 +248,21 @@ class Past:
 
     def _remedies(self, data: dict[str, Any], decision: Span | int | None) -> None:
         for raw in data.get("remedies") or ():
-            self.remedies.append((decision, raw if isinstance(raw, Remedy) else msgspec.convert(raw, Remedy)))
+            self.remedies.append(
+                (decision, raw if isinstance(raw, Remedy) else msgspec.convert(raw, Remedy))
+            )
 
     def effects(self, step: int, settings: GuardSection) -> Effects:
-        """What the update of a step is made with: what a person has set, and the remedies of the guard."""
+        """What the update of a step is made with: what a person has set, and the remedies of the
+        guard.
+        """
         remedies = [*settings.remedies, *(remedy for _, remedy in self.remedies)]
         if not remedies:
             return Effects(self.lr.at(step), self.alpha.at(step), 1.0, False)
         return Effects(
             lr=self.lr.at(step) * factor(remedies, LR, step),
-            embed_alpha=self.alpha.at(step) * factor(remedies, EMBED_ALPHA, step, floor=settings.embed_floor),
+            embed_alpha=self.alpha.at(step)
+            * factor(remedies, EMBED_ALPHA, step, floor=settings.embed_floor),
             clip=factor(remedies, CLIP, step),
             reset=resets(remedies, step),
         )
@@ -240,8 +270,8 @@ class Past:
     def why_not_of_this_run(self, identity: Mapping[str, Any], *, timeline: int, step: int) -> str:
         """Why a checkpoint is none of this run at this point of its journal; "" where it is.
 
-        One without a run's id was made by an older version. It counts if the run has no id either, or if the journal
-        names a checkpoint of that step.
+        One without a run's id was made by an older version. It counts if the run has no id either,
+        or if the journal names a checkpoint of that step.
 
         Args:
             identity, timeline, step: of its manifest.
@@ -279,5 +309,12 @@ def _check_rollback(data: Mapping[str, Any]) -> None:
     """Raise one of SENSELESS where `policy.rollback_of` would."""
     first, last = data["window"]
     incident = data.get("incident")
-    for number in (data["from_step"], data["to_step"], data["onset"], first, last, 0 if incident is None else incident):
+    for number in (
+        data["from_step"],
+        data["to_step"],
+        data["onset"],
+        first,
+        last,
+        0 if incident is None else incident,
+    ):
         int(number)

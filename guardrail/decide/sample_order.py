@@ -1,7 +1,9 @@
-"""The sample order, the cursor and the quarantine: which samples a run has met, meets next, and never meets.
+"""The sample order, the cursor and the quarantine: which samples a run has met, meets next, and
+never meets.
 
-The order is a function of (seed, position): resuming anywhere costs the same as starting. Everything here is
-pure integer arithmetic, so that every rank, the report and the tests compute the same batches.
+The order is a function of (seed, position): resuming anywhere costs the same as starting.
+Everything here is pure integer arithmetic, so that every rank, the report and the tests compute the
+same batches.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ _GOLDEN, _MIX_A, _MIX_B = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB1331
 
 
 def mix64(*values: int) -> int:
-    """Hash integers to 64 bits (SplitMix64's finaliser, Steele et al. 2014, folded over the values)."""
+    """Hash integers to 64 bits (SplitMix64's finaliser, Steele et al. 2014, folded over the
+    values).
+    """
     state = _GOLDEN
     for value in values:
         state = ((state ^ (value & _MASK)) + _GOLDEN) & _MASK
@@ -50,9 +54,9 @@ def _mix64_array(values: np.ndarray) -> np.ndarray:
 class SampleOrder:
     """Position -> sample id, over endless epochs.
 
-    `shuffled` draws another permutation of [0, n) for each epoch: a four-round Feistel network over the next
-    power of four, walked until it lands inside (a format-preserving cipher, Black & Rogaway 2002). It needs
-    no table, so position 10^12 costs what position 0 costs.
+    `shuffled` draws another permutation of [0, n) for each epoch: a four-round Feistel network over
+    the next power of four, walked until it lands inside (a format-preserving cipher, Black &
+    Rogaway 2002). It needs no table, so position 10^12 costs what position 0 costs.
 
     Args:
         samples: number of samples of the training split, > 0.
@@ -96,7 +100,9 @@ class SampleOrder:
         return ids
 
     def block(self, epoch: int, block: int) -> list[int]:
-        """The ids of a whole block of an epoch: numpy takes for a thousand hardly longer than for one batch."""
+        """The ids of a whole block of an epoch: numpy takes for a thousand hardly longer than for
+        one batch.
+        """
         found = self._blocks.get((epoch, block))
         if found is None:
             begin = block * self.BLOCK
@@ -114,7 +120,9 @@ class SampleOrder:
         return (self._permuted(offsets, epoch) if self.shuffled else offsets).astype(np.int64)
 
     def offsets(self, samples: np.ndarray, epoch: int) -> np.ndarray:
-        """Where in an epoch samples stand: the inverse of the order. int64, as long as `samples`."""
+        """Where in an epoch samples stand: the inverse of the order. int64, as long as
+        `samples`.
+        """
         if not self.shuffled:
             return samples.astype(np.int64)
         keys = [np.uint64(mix64(self.seed, epoch, turn)) for turn in range(self._ROUNDS)]
@@ -145,8 +153,10 @@ class Batch(Record, frozen=True, kw_only=True):
     """The samples of one step.
 
     Attributes:
-        first, last: the stretch [first, last) of positions that it takes up, quarantined ones included.
-        positions: the positions used, ascending; shorter than the batch size only at the end of the data.
+        first, last: the stretch [first, last) of positions that it takes up, quarantined ones
+        included.
+        positions: the positions used, ascending; shorter than the batch size only at the end of the
+        data.
         samples: their sample ids.
         streak: batches rejected directly before it with no applied update between.
     """
@@ -159,14 +169,16 @@ class Batch(Record, frozen=True, kw_only=True):
 
 
 class Quarantine:
-    """The samples that a run leaves out. It grows, unless a decision of the guard is undone by a person.
+    """The samples that a run leaves out. It grows, unless a decision of the guard is undone by a
+    person.
 
-    A sample met a second time, in epoch e > 0, is left out from epoch e on: its healthy use before stays true,
-    and a run that is told so from its beginning makes exactly the same batches. Written `ID` (always) or
-    `ID@EPOCH` (from that epoch on), one a line.
+    A sample met a second time, in epoch e > 0, is left out from epoch e on: its healthy use before
+    stays true, and a run that is told so from its beginning makes exactly the same batches. Written
+    `ID` (always) or `ID@EPOCH` (from that epoch on), one a line.
 
-    Few samples are kept by their ids. A range of `LONG` positions and more is kept as that range, since a skip may hold
-    millions of samples: the order tells for each sample whether it stands within.
+    Few samples are kept by their ids. A range of `LONG` positions and more is kept as that range,
+    since a skip may hold millions of samples: the order tells for each sample whether it stands
+    within.
     """
 
     def __init__(self) -> None:
@@ -174,7 +186,8 @@ class Quarantine:
         self._read: dict[int, int] = {}  # what a list named; no undo reaches it
         self._order: SampleOrder | None = None  # of the ranges
         self._ranges: dict[int, Ranges] = {}  # epoch -> offsets in it
-        self._blocks: dict[tuple[int, int], list[bool]] = {}  # (epoch, block) -> what is held, oldest first
+        # (epoch, block) -> what is held, oldest first
+        self._blocks: dict[tuple[int, int], list[bool]] = {}
         self._count = 0
 
     def __len__(self) -> int:
@@ -188,7 +201,9 @@ class Quarantine:
         self._from_epoch[sample] = epoch if known is None else min(epoch, known)
 
     def add_range(self, order: SampleOrder, first: int, last: int) -> None:
-        """Add the samples at the positions [first, last), each from the epoch of its position on."""
+        """Add the samples at the positions [first, last), each from the epoch of its position
+        on.
+        """
         if last - first < LONG:
             for position, sample in enumerate(order.samples(first, last), first):
                 self.add(sample, order.epoch(position))
@@ -200,13 +215,17 @@ class Quarantine:
             end = min(last, (epoch + 1) * order.n_samples)
             new = self._ranges.setdefault(epoch, Ranges()).add(offset, offset + end - first)
             base = epoch * order.n_samples
-            self._count += sum(self._not_held(order.numbers(base + a, base + b), epoch) for a, b in new)
+            self._count += sum(
+                self._not_held(order.numbers(base + a, base + b), epoch) for a, b in new
+            )
             first = end
 
     def _not_held(self, samples: np.ndarray, but: int) -> int:
         """How many samples nothing else holds than the ranges of one epoch."""
         assert self._order is not None
-        held = np.isin(samples, np.fromiter(self._from_epoch, dtype=np.int64, count=len(self._from_epoch)))
+        held = np.isin(
+            samples, np.fromiter(self._from_epoch, dtype=np.int64, count=len(self._from_epoch))
+        )
         for epoch, ranges in self._ranges.items():
             if epoch != but:
                 held |= ranges.holds_each(self._order.offsets(samples, epoch))
@@ -214,7 +233,9 @@ class Quarantine:
 
     def holds(self, sample: int, epoch: int) -> bool:
         start = self._from_epoch.get(sample)
-        return (start is not None and start <= epoch) or (bool(self._ranges) and self._in_ranges(sample, epoch))
+        return (start is not None and start <= epoch) or (
+            bool(self._ranges) and self._in_ranges(sample, epoch)
+        )
 
     def _in_ranges(self, sample: int, epoch: int | None = None) -> bool:
         """Whether a range up to an epoch (None: any range) holds a sample."""
@@ -225,7 +246,9 @@ class Quarantine:
         return any(self._ranges[e].holds(int(self._order.offsets(one, e)[0])) for e in known)
 
     def held(self, first: int, samples: Sequence[int], order: SampleOrder) -> list[bool]:
-        """Which of the samples at the positions from `first` on are held, each in the epoch of its position."""
+        """Which of the samples at the positions from `first` on are held, each in the epoch of its
+        position.
+        """
         if not self._ranges:
             found = self._from_epoch
             return [found.get(s, _NEVER) <= order.epoch(p) for p, s in enumerate(samples, first)]
@@ -237,7 +260,9 @@ class Quarantine:
         return held
 
     def _held_block(self, epoch: int, block: int, order: SampleOrder) -> list[bool]:
-        """As `held`, of a whole block: numpy takes for a thousand hardly longer than for one batch."""
+        """As `held`, of a whole block: numpy takes for a thousand hardly longer than for one
+        batch.
+        """
         found = self._blocks.get((epoch, block))
         if found is None:
             found = self.held_in(epoch, np.asarray(order.block(epoch, block))).tolist()
@@ -248,7 +273,9 @@ class Quarantine:
 
     def held_in(self, epoch: int, samples: np.ndarray) -> np.ndarray:
         """Which samples are held in an epoch: bool, as long as `samples`."""
-        held = np.array([self._from_epoch.get(one, _NEVER) <= epoch for one in samples.tolist()], dtype=bool)
+        held = np.array(
+            [self._from_epoch.get(one, _NEVER) <= epoch for one in samples.tolist()], dtype=bool
+        )
         for begun, ranges in self._ranges.items():
             if begun <= epoch:
                 assert self._order is not None
@@ -270,7 +297,9 @@ class Quarantine:
         for sample, epoch in sorted(self._all().items()):
             yield str(sample) if epoch == 0 else f"{sample}@{epoch}"
 
-    def read(self, lines: Iterable[str], *, source: str = "quarantine", samples: int | None = None) -> None:
+    def read(
+        self, lines: Iterable[str], *, source: str = "quarantine", samples: int | None = None
+    ) -> None:
         """Add what `lines()` wrote; blank lines and `#` comments are passed over.
 
         Args:
@@ -287,7 +316,9 @@ class Quarantine:
             parts = _QUARANTINE_LINE.fullmatch(text)
             if parts is None:
                 shown = visible(repr(text), 80)
-                raise UsageError(f"{source}, line {number}: {shown} is not a sample id (ID, or ID@EPOCH)")
+                raise UsageError(
+                    f"{source}, line {number}: {shown} is not a sample id (ID, or ID@EPOCH)"
+                )
             sample = int(parts[1])
             if samples is not None and sample >= samples:
                 raise UsageError(
@@ -306,7 +337,8 @@ class Quarantine:
 
 
 class LedgerState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What travels with a snapshot. The quarantine does not: it outlives a rollback, and the journal holds it.
+    """What travels with a snapshot. The quarantine does not: it outlives a rollback, and the
+    journal holds it.
 
     `applied` counts applied batches where the batch size depends on them, else it is 0.
     """
@@ -328,19 +360,28 @@ class Ledger:
         limit: positions after which the data ends (epochs * samples), None: endless.
     """
 
-    def __init__(self, order: SampleOrder, *, batch_size: int | Callable[[int], int], limit: int | None = None) -> None:
+    def __init__(
+        self,
+        order: SampleOrder,
+        *,
+        batch_size: int | Callable[[int], int],
+        limit: int | None = None,
+    ) -> None:
         self.order = order
         self._size = batch_size
         self.limit = limit
         self.quarantine = Quarantine()
         self.spans: list[Span] = []
-        # Samples that the guard itself has left out since a user last allowed it more than its share.
+        # Samples that the guard itself has left out since a user last allowed it more than its
+        # share.
         self.left_out_alone = 0
         self.cursor = 0
-        # Applied batches, if sizes go by them: a batch that is left out does not make the next one larger.
+        # Applied batches, if sizes go by them: a batch that is left out does not make the next one
+        # larger.
         self.applied = 0
-        # End of the last applied batch. Rejected spans between it and the next batch are the streak, which a
-        # crash cannot change: after a restart the journal puts the same spans there.
+        # End of the last applied batch. Rejected spans between it and the next batch are the
+        # streak, which a crash cannot change: after a restart the journal puts the same spans
+        # there.
         self.applied_end = 0
         # (first, from where on the next batch begins), ascending.
         self._rejected: list[tuple[int, int]] = []
@@ -351,7 +392,9 @@ class Ledger:
         return self._size(self.applied + 1) if callable(self._size) else self._size
 
     def batches_left(self) -> int:
-        """Batches up to the end of the data, if none of their samples is skipped; 0 where it has no end."""
+        """Batches up to the end of the data, if none of their samples is skipped; 0 where it has no
+        end.
+        """
         if self.limit is None:
             return 0
         left, batches = self.limit - self.cursor, 0
@@ -364,7 +407,8 @@ class Ledger:
     def next_batch(self) -> Batch | None:
         """The next batch of the order that is not quarantined, or None at the end of the data.
 
-        Does not move the cursor. Raises DataError when a whole epoch holds nothing but quarantined samples.
+        Does not move the cursor. Raises DataError when a whole epoch holds nothing but quarantined
+        samples.
         """
         positions: list[int] = []
         samples: list[int] = []
@@ -375,7 +419,9 @@ class Ledger:
             stretch = position + size - len(positions)
             stretch = stretch if self.limit is None else min(stretch, self.limit)
             found = self.order.samples(position, stretch)
-            for sample, held in zip(found, self.quarantine.held(position, found, self.order), strict=True):
+            for sample, held in zip(
+                found, self.quarantine.held(position, found, self.order), strict=True
+            ):
                 if held:
                     barren += 1
                 else:
@@ -383,13 +429,17 @@ class Ledger:
                     positions.append(position)
                     samples.append(sample)
                 position += 1
-            # The last usable sample may stand first in one epoch and last in the next. Two epochs' worth without
-            # one hold a whole barren epoch, and no quarantine shrinks from one epoch to the next.
+            # The last usable sample may stand first in one epoch and last in the next. Two epochs'
+            # worth without one hold a whole barren epoch, and no quarantine shrinks from one epoch
+            # to the next.
             if barren >= 2 * self.order.n_samples:
-                raise DataError(f"all {self.order.n_samples} samples of the training split are quarantined")
+                raise DataError(
+                    f"all {self.order.n_samples} samples of the training split are quarantined"
+                )
         if not positions:
             return None
-        # `first` is the first position used: the stretch that a rejected batch quarantines begins with it.
+        # `first` is the first position used: the stretch that a rejected batch quarantines begins
+        # with it.
         first = positions[0]
         return Batch(
             first=first,
@@ -400,7 +450,9 @@ class Ledger:
         )
 
     def after(self, batch: Batch) -> Batch | None:
-        """The batch that follows `batch` if it is applied; None at the end of the data. Nothing moves."""
+        """The batch that follows `batch` if it is applied; None at the end of the data. Nothing
+        moves.
+        """
         position = self.state()
         self.passed(batch, applied=True)
         try:
@@ -411,12 +463,18 @@ class Ledger:
             self.restore(position)
 
     def stretch(self, first: int, last: int) -> Batch | None:
-        """What is not quarantined of the positions [first, last) as a batch; None where nothing is left."""
+        """What is not quarantined of the positions [first, last) as a batch; None where nothing is
+        left.
+        """
         return self.chosen(range(first, last))
 
     def chosen(self, positions: Iterable[int]) -> Batch | None:
         """What is not quarantined of ascending positions as a batch; None where nothing is left."""
-        kept = [(p, s) for p in positions if not self.quarantine.holds(s := self.order.sample(p), self.order.epoch(p))]
+        kept = [
+            (p, s)
+            for p in positions
+            if not self.quarantine.holds(s := self.order.sample(p), self.order.epoch(p))
+        ]
         if not kept:
             return None
         return Batch(
@@ -427,7 +485,9 @@ class Ledger:
         )
 
     def _streak(self, first: int) -> int:
-        """Rejected spans between the last applied batch and the one that begins with position `first`."""
+        """Rejected spans between the last applied batch and the one that begins with position
+        `first`.
+        """
         begin = bisect_left(self._rejected, (self.applied_end, 0))
         return sum(end <= first for _, end in self._rejected[begin:])
 
@@ -440,7 +500,9 @@ class Ledger:
                 self.applied += 1
 
     def leave_out(self, span: Span) -> int:
-        """Quarantine the samples of a span; returns how many were new. The journal has the span already."""
+        """Quarantine the samples of a span; returns how many were new. The journal has the span
+        already.
+        """
         before = len(self.quarantine)
         if span.positions:
             for position, sample in zip(span.positions, self.samples_of(span), strict=True):
@@ -453,15 +515,19 @@ class Ledger:
         elif span.cause in AUTOMATIC:
             self.left_out_alone += len(self.quarantine) - before
         if span.cause == "rejected":
-            # What is left of a batch that lost some samples is formed again from the same place: it comes after it.
+            # What is left of a batch that lost some samples is formed again from the same place: it
+            # comes after it.
             insort(self._rejected, (span.first, span.first if span.positions else span.last))
         elif span.cause == "rollback":
             # What a rollback has answered does not count again towards the next one.
-            self._rejected = [r for r in self._rejected if not (span.first <= r[0] and r[1] <= span.last)]
+            self._rejected = [
+                r for r in self._rejected if not (span.first <= r[0] and r[1] <= span.last)
+            ]
         return len(self.quarantine) - before
 
     def data_size(self, total_steps: int = 0) -> int:
-        """Distinct samples that the run reads until it ends: all there are, or fewer where it ends before.
+        """Distinct samples that the run reads until it ends: all there are, or fewer where it ends
+        before.
 
         Args:
             total_steps: applied updates after which it ends; 0: only the data ends it.
@@ -499,7 +565,9 @@ class Ledger:
         return self.nothing_left(span.first, span.last)
 
     def nothing_left(self, first: int, last: int) -> str:
-        """Why a person cannot leave the positions [first, last) out: no sample would be left. "" where some are."""
+        """Why a person cannot leave the positions [first, last) out: no sample would be left. ""
+        where some are.
+        """
         count = self.order.n_samples
         if last - first + len(self.quarantine) < count:
             return ""
@@ -512,8 +580,14 @@ class Ledger:
 
     def rejected(self, first: int, last: int) -> set[int]:
         """The positions that rejected updates within [first, last) have left out."""
-        within = [s for s in self.spans if s.cause == "rejected" and first <= s.first and s.last <= last]
-        return {position for span in within for position in span.positions or range(span.first, span.last)}
+        within = [
+            s for s in self.spans if s.cause == "rejected" and first <= s.first and s.last <= last
+        ]
+        return {
+            position
+            for span in within
+            for position in span.positions or range(span.first, span.last)
+        }
 
     def samples_of(self, span: Span) -> list[int]:
         """The ids of the samples that a span means, in the order of its positions."""
@@ -524,7 +598,8 @@ class Ledger:
     def take_back(self, spans: Iterable[Span]) -> int:
         """Undo `leave_out` of these spans; returns how many samples are no longer quarantined.
 
-        A sample that another span or the list of a file leaves out as well stays out. The journal has it already.
+        A sample that another span or the list of a file leaves out as well stays out. The journal
+        has it already.
         """
         back = list(spans)
         before = len(self.quarantine)

@@ -1,8 +1,9 @@
 """Which metric rows tell the present and which were abandoned by a rollback or a restart. Pure.
 
-A timeline begins at the step of the state it was restored from. What earlier timelines did beyond that step is
-abandoned; it stays readable. Both sources of the beginnings agree, and either may come first: the journal says
-it before a row is there, the first row of a timeline says it where a journal line was lost to a full disk.
+A timeline begins at the step of the state it was restored from. What earlier timelines did beyond
+that step is abandoned; it stays readable. Both sources of the beginnings agree, and either may come
+first: the journal says it before a row is there, the first row of a timeline says it where a
+journal line was lost to a full disk.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from guardrail.core.records import Event
 if TYPE_CHECKING:
     import numpy as np
 
-LARGEST = 2.0**53  # float64, as which steps and timelines are written, holds whole numbers exactly up to here
+# float64, as which steps and timelines are written, holds whole numbers exactly up to here
+LARGEST = 2.0**53
 
 
 def sensible(steps: np.ndarray, timelines: np.ndarray) -> np.ndarray:
-    """Mask of the rows whose step and timeline are numbers that a run can have. A damaged file has others too.
+    """Mask of the rows whose step and timeline are numbers that a run can have. A damaged file has
+    others too.
 
     A timeline that is NaN is that of a run without the column.
     """
@@ -45,21 +48,29 @@ class Timelines:
         self.begins[timeline] = min(step, self.begins.get(timeline, step))
 
     def add_events(self, events: Iterable[Event]) -> None:
-        """Learn from `rollback` and `undo` (to_step, new_timeline) and `restarted` (step) lines; others say nothing."""
+        """Learn from `rollback` and `undo` (to_step, new_timeline) and `restarted` (step) lines;
+        others say nothing.
+        """
         for event in events:
             if event.kind in ("rollback", "undo"):
-                step, timeline = (as_int(event.data.get(name), -1) for name in ("to_step", "new_timeline"))
+                step, timeline = (
+                    as_int(event.data.get(name), -1) for name in ("to_step", "new_timeline")
+                )
                 if step >= 0 and timeline >= 0:
                     self.begin(timeline, step)
             elif event.kind == "restarted":
                 self.begin(as_int(event.data.get("new_timeline"), event.timeline), event.step)
 
-    def add_rows(self, steps: np.ndarray, timelines: np.ndarray, *, from_start: bool = True) -> None:
-        """Learn from metric rows in file order: the first row of a timeline is the step after its beginning.
+    def add_rows(
+        self, steps: np.ndarray, timelines: np.ndarray, *, from_start: bool = True
+    ) -> None:
+        """Learn from metric rows in file order: the first row of a timeline is the step after its
+        beginning.
 
         Args:
             steps, timelines: columns of the rows.
-            from_start: the first row given is the first of the file; else it only tells which timeline went before.
+            from_start: the first row given is the first of the file; else it only tells which
+            timeline went before.
         """
         import numpy as np
 
@@ -76,17 +87,24 @@ class Timelines:
 
     def end(self, timeline: int) -> float:
         """The last step of `timeline` that is still the present; infinity for the newest."""
-        return min((step for other, step in self.begins.items() if other > timeline), default=math.inf)
+        return min(
+            (step for other, step in self.begins.items() if other > timeline), default=math.inf
+        )
 
     def current(self, steps: np.ndarray, timelines: np.ndarray) -> np.ndarray:
-        """Mask of the rows that tell the present. Rows of step 0 are the zeros a power failure leaves: never. Nor
-        are rows that are not sensible."""
+        """Mask of the rows that tell the present. Rows of step 0 are the zeros a power failure
+        leaves: never. Nor are rows that are not sensible."""
         import numpy as np
 
         if not len(steps):
             return np.zeros(0, dtype=bool)
         good = sensible(steps, timelines)
         known = np.array(sorted(self.begins), dtype=np.float64)
-        ends = np.array([self.end(int(t)) for t in (-1, *known)])  # of a timeline in [known[i-1], known[i])
+        # of a timeline in [known[i-1], known[i])
+        ends = np.array([self.end(int(t)) for t in (-1, *known)])
         with np.errstate(invalid="ignore"):  # of NaN
-            return good & (steps <= ends[np.searchsorted(known, timelines, side="right")]) & (steps >= 1)
+            return (
+                good
+                & (steps <= ends[np.searchsorted(known, timelines, side="right")])
+                & (steps >= 1)
+            )

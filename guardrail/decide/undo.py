@@ -1,7 +1,8 @@
 """Which decision of a journal an `undo` means, and all that goes with it. Pure.
 
-Undoing a decision takes its samples back out of the quarantine. A rollback's window holds the batches that were
-rejected before it, so these go with it; what a person or a file has left out stays out.
+Undoing a decision takes its samples back out of the quarantine. A rollback's window holds the
+batches that were rejected before it, so these go with it; what a person or a file has left out
+stays out.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class Undoing(Record, frozen=True, kw_only=True):
         spans: what comes back out of the quarantine.
         pardons: stretches [first, last) of positions whose batches the guard must not reject again.
         rollbacks: timelines that undone rollbacks began; these leave the budget.
-        first: first position concerned; the state to go back to has not passed it. None: the step alone counts.
+        first: first position concerned; the state to go back to has not passed it. None: the step
+        alone counts.
         before_step: applied steps of that state are fewer than this.
         incident: that the decision was about, None without one.
     """
@@ -53,7 +55,9 @@ def positions_of(span: Span) -> Sequence[int]:
 
 def pieces_of(span: Span) -> list[tuple[int, int]]:
     """The same as stretches [first, last), without listing the positions of a long span."""
-    return stretches(span.positions) if span.positions else [(span.first, max(span.first, span.last))]
+    return (
+        stretches(span.positions) if span.positions else [(span.first, max(span.first, span.last))]
+    )
 
 
 def find(events: Iterable[Event], seq: int | None = None) -> Undoing | str:
@@ -67,8 +71,15 @@ def find(events: Iterable[Event], seq: int | None = None) -> Undoing | str:
         Why there is nothing to undo, as the end of a sentence, where that is so.
     """
     events = list(events)
-    decisions = [event for event in events if event.kind in ("left_out", "rollback", "remedy", "undo")]
-    gone = {as_int(of) for event in decisions if event.kind == "undo" for of in as_list(event.data.get("lines"))}
+    decisions = [
+        event for event in events if event.kind in ("left_out", "rollback", "remedy", "undo")
+    ]
+    gone = {
+        as_int(of)
+        for event in decisions
+        if event.kind == "undo"
+        for of in as_list(event.data.get("lines"))
+    }
     standing = [event for event in decisions if event.kind != "undo" and event.seq not in gone]
     if seq is None:
         automatic = [event for event in standing if _automatic(event)]
@@ -78,7 +89,11 @@ def find(events: Iterable[Event], seq: int | None = None) -> Undoing | str:
     meant = next((event for event in standing if event.seq == seq), None)
     if meant is not None:
         return _undoing(meant, standing, events)
-    return f"line {seq} is undone already" if seq in gone else f"line {seq} of the journal is no decision"
+    return (
+        f"line {seq} is undone already"
+        if seq in gone
+        else f"line {seq} of the journal is no decision"
+    )
 
 
 def as_list(value: Any) -> Sequence[Any]:
@@ -109,12 +124,26 @@ def _undoing(event: Event, standing: Sequence[Event], events: Sequence[Event]) -
     spans, rollbacks = [span], [*_timeline(event)]
     for other in standing if span.cause in AUTOMATIC else ():
         theirs = span_in(other)
-        if other is not event and theirs is not None and theirs.cause in AUTOMATIC and _covers(span, theirs):
+        if (
+            other is not event
+            and theirs is not None
+            and theirs.cause in AUTOMATIC
+            and _covers(span, theirs)
+        ):
             spans.append(theirs)
             rollbacks += _timeline(other)
-    pardons = [stretch for one in spans if one.cause in AUTOMATIC for stretch in stretches(positions_of(one))]
+    pardons = [
+        stretch
+        for one in spans
+        if one.cause in AUTOMATIC
+        for stretch in stretches(positions_of(one))
+    ]
     batch = _batch_behind(event, events) if span.cause in AUTOMATIC else []
-    if batch and not any(pieces_of(one)[0][0] < pieces_of(one)[-1][1] for one in spans) and _is_over(event, events):
+    if (
+        batch
+        and not any(pieces_of(one)[0][0] < pieces_of(one)[-1][1] for one in spans)
+        and _is_over(event, events)
+    ):
         return (
             f"line {event.seq} skipped no data, its batch was applied afterwards, and incident "
             f"{event.data.get('incident')} is over: going back would only repeat steps"
@@ -134,7 +163,9 @@ def _undoing(event: Event, standing: Sequence[Event], events: Sequence[Event]) -
 
 
 def _is_over(event: Event, events: Sequence[Event]) -> bool:
-    """Whether the incident of a decision has ended since, and nothing of the decision is still in force."""
+    """Whether the incident of a decision has ended since, and nothing of the decision is still in
+    force.
+    """
     if as_list(event.data.get("remedies")):
         return False
     number = event.data.get("incident")
@@ -144,12 +175,22 @@ def _is_over(event: Event, events: Sequence[Event]) -> bool:
 
 
 def _batch_behind(event: Event, events: Sequence[Event]) -> list[tuple[int, int]]:
-    """The batch whose verdict an event carries out: a rollback may leave out others than that, or nothing at all."""
+    """The batch whose verdict an event carries out: a rollback may leave out others than that, or
+    nothing at all.
+    """
     number = event.data.get("incident")
     for before in reversed(events):
-        if before.seq < event.seq and before.kind == "verdict" and before.data.get("incident") == number:
+        if (
+            before.seq < event.seq
+            and before.kind == "verdict"
+            and before.data.get("incident") == number
+        ):
             batch = before.data.get("batch")
-            return [(as_int(batch[0]), as_int(batch[1]))] if isinstance(batch, list | tuple) and len(batch) == 2 else []
+            return (
+                [(as_int(batch[0]), as_int(batch[1]))]
+                if isinstance(batch, list | tuple) and len(batch) == 2
+                else []
+            )
     return []
 
 
@@ -158,7 +199,11 @@ def lines_of(events: Iterable[Event], undoing: Undoing) -> list[int]:
     spans = set(undoing.spans)
     return sorted(
         {undoing.of}
-        | {e.seq for e in events if e.kind in ("left_out", "rollback") and (s := span_in(e)) is not None and s in spans}
+        | {
+            e.seq
+            for e in events
+            if e.kind in ("left_out", "rollback") and (s := span_in(e)) is not None and s in spans
+        }
     )
 
 

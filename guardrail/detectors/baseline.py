@@ -1,6 +1,8 @@
-"""The robust baseline of one signal: a centre that follows drift and a scale that outliers cannot move.
+"""The robust baseline of one signal: a centre that follows drift and a scale that outliers cannot
+move.
 
-Everything is measured in logarithms, so that units cancel and a norm that doubles weighs the same at 0.1 and at 10.
+Everything is measured in logarithms, so that units cancel and a norm that doubles weighs the same
+at 0.1 and at 10.
 
     centre  median of the last `FOLLOW` accepted logarithms. Short, because losses fall fast in early training and
             norms drift for a whole run; long enough that a few bad values in a row do not move it.
@@ -9,8 +11,8 @@ Everything is measured in logarithms, so that units cancel and a norm that doubl
             before it, less the lag: the median of the last such differences. On a steady slope the centre lags by
             a constant, which is no noise; left in, it would hide every spike of the first steps' fast fall.
 
-Scores themselves are taken from the centre without the lag. On a falling signal that is the careful side, and when a
-fall ends at once there is no lag to be wrong about.
+Scores themselves are taken from the centre without the lag. On a falling signal that is the careful
+side, and when a fall ends at once there is no lag to be wrong about.
 """
 
 from __future__ import annotations
@@ -21,22 +23,28 @@ from collections.abc import Iterable
 from typing import Any
 
 MAD_TO_SIGMA = 1.4826
-# Values in the centre: six outliers in a row would move it; a fall of 1 % a step makes it lag by 6 %.
+# Values in the centre: six outliers in a row would move it; a fall of 1 % a step makes it lag by 6
+# %.
 FOLLOW = 12
-# Differences in the lag: twice as many, or the lag would follow the noise that it is to be told from.
+# Differences in the lag: twice as many, or the lag would follow the noise that it is to be told
+# from.
 LAG = 2 * FOLLOW
-# While a run is young only the younger half of what it has shown counts, but at least this many values: the start is
-# nothing like what follows, and a short run must not be judged by it to its end.
+# While a run is young only the younger half of what it has shown counts, but at least this many
+# values: the start is nothing like what follows, and a short run must not be judged by it to its
+# end.
 YOUNGEST = 8
-# The scale never counts as less than this share of what has been usual of late. A stretch of repeated numbers
-# (a stuck or rounded signal) would otherwise make the next ordinary value a spike.
+# The scale never counts as less than this share of what has been usual of late. A stretch of
+# repeated numbers (a stuck or rounded signal) would otherwise make the next ordinary value a spike.
 USUAL_SHARE = 0.5
-# "Of late", in windows; of a young run the last quarter. The mean is geometric, so that a few high values do not rule.
+# "Of late", in windows; of a young run the last quarter. The mean is geometric, so that a few high
+# values do not rule.
 USUAL_WINDOWS = 8
 
 
 class SortedWindow:
-    """The last `size` values, in order of arrival and sorted. A push costs one bisection and one short memmove."""
+    """The last `size` values, in order of arrival and sorted. A push costs one bisection and one
+    short memmove.
+    """
 
     __slots__ = ("arrivals", "size", "sorted")
 
@@ -64,7 +72,9 @@ class SortedWindow:
         del self.sorted[bisect_left(self.sorted, self.arrivals.popleft())]
 
     def median(self) -> float:
-        """The upper median; a value that was really seen, so that it scales exactly with the units."""
+        """The upper median; a value that was really seen, so that it scales exactly with the
+        units.
+        """
         return self.sorted[len(self.sorted) >> 1]
 
     def clear(self) -> None:
@@ -77,7 +87,8 @@ class Baseline:
 
     Args:
         window: accepted steps in the scale.
-        floor: least scale that counts, in log units: changes below a few times this are nobody's business.
+        floor: least scale that counts, in log units: changes below a few times this are nobody's
+        business.
     """
 
     __slots__ = (
@@ -99,7 +110,8 @@ class Baseline:
         self.window = window
         self.floor = floor
         self._share = 1.0 / (USUAL_WINDOWS * window)
-        self._young = max(4 * USUAL_WINDOWS * window, 2 * LAG)  # accepted values after which nothing depends on `count`
+        # accepted values after which nothing depends on `count`
+        self._young = max(4 * USUAL_WINDOWS * window, 2 * LAG)
         self.reset()
 
     def reset(self) -> None:
@@ -112,14 +124,18 @@ class Baseline:
         self.empty, self.centre, self.scale = True, 0.0, self.floor
 
     def learn(self, y: float) -> None:
-        """Add an accepted logarithm (finite). Called for each signal of each step, so it is written for speed."""
+        """Add an accepted logarithm (finite). Called for each signal of each step, so it is written
+        for speed.
+        """
         self.count = count = self.count + 1
         centre = self._centre.sorted
         if centre:
             lags = self._differences.sorted
             deviations = self._deviations.sorted
             difference = y - self.centre
-            self._deviations.push(abs(difference - lags[len(lags) >> 1]) if lags else abs(difference))
+            self._deviations.push(
+                abs(difference - lags[len(lags) >> 1]) if lags else abs(difference)
+            )
             self._differences.push(difference)
             if count <= self._young:
                 most = max(YOUNGEST, count >> 1)
@@ -144,7 +160,9 @@ class Baseline:
         self.centre = 0.0 if self.empty else self._centre.median()
         self.scale = self.floor
         if self._deviations.sorted:
-            self.scale = max(MAD_TO_SIGMA * self._deviations.median(), USUAL_SHARE * self.usual, self.floor)
+            self.scale = max(
+                MAD_TO_SIGMA * self._deviations.median(), USUAL_SHARE * self.usual, self.floor
+            )
 
     def recentre(self) -> None:
         """Forget the centre, keep the scale: the signal stands on a new level."""

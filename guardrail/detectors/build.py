@@ -6,7 +6,15 @@ from typing import Any
 
 from guardrail.core.config import GuardSection
 from guardrail.core.objective import policy_name
-from guardrail.core.records import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS, LOSS_SCALE, UPDATE_NORM, Kind
+from guardrail.core.records import (
+    EMBED_GRAD_NORM,
+    EMBED_SHARE,
+    GRAD_NORM,
+    LOSS,
+    LOSS_SCALE,
+    UPDATE_NORM,
+    Kind,
+)
 from guardrail.detectors.base import Detector
 from guardrail.detectors.divergence import Divergence
 from guardrail.detectors.embedding_share import Share
@@ -18,17 +26,20 @@ from guardrail.detectors.signed_loss import SignedLoss
 from guardrail.detectors.spike import Spike
 from guardrail.detectors.stuck import Stuck
 
-# Smallest log jump that is ever a spike, as sigmas of this size: 8 x 0.01 = 8 % of the loss, 10 x 0.2 = 7.4-fold for
-# a norm of gradients. A gradient that is a few times too long is clipped and does no harm.
+# Smallest log jump that is ever a spike, as sigmas of this size: 8 x 0.01 = 8 % of the loss, 10 x
+# 0.2 = 7.4-fold for a norm of gradients. A gradient that is a few times too long is clipped and
+# does no harm.
 LOSS_FLOOR, NORM_FLOOR = 0.01, 0.2
-# The norm of an update, and what else is measured, is judged by its own scatter. Under Adam an update norm scatters by
-# a few per cent, and one that has doubled is in the weights already. A note takes 22 % at least (0.6 x 10 x 0.033).
+# The norm of an update, and what else is measured, is judged by its own scatter. Under Adam an
+# update norm scatters by a few per cent, and one that has doubled is in the weights already. A note
+# takes 22 % at least (0.6 x 10 x 0.033).
 QUIET_FLOOR = 0.033
 # Jumps over the first steps' median that are rejected before there is a scale.
 LOSS_COLD, NORM_COLD = 3.0, 100.0
 # The signals that have a detector of their own; what is called otherwise is a further one.
 USUAL = (LOSS, GRAD_NORM, EMBED_GRAD_NORM, EMBED_SHARE, UPDATE_NORM, LOSS_SCALE)
-# What the detectors of further signals are called: this and the signal, which may have the name of another detector.
+# What the detectors of further signals are called: this and the signal, which may have the name of
+# another detector.
 NAMED = "named "
 TOGETHER = "together"
 SIGNED_LOSS = "signed_loss"
@@ -37,13 +48,25 @@ POSITIVE_LOSS = (LOSS, TOGETHER, "divergence", "stuck_loss")
 
 
 def build(settings: GuardSection) -> dict[str, Detector]:
-    """Name -> detector, in the order in which they are asked; a spike detector is named after its signal."""
+    """Name -> detector, in the order in which they are asked; a spike detector is named after its
+    signal.
+    """
     shared: dict[str, Any] = {"window": settings.window, "warmup": settings.warmup}
     signed = SignedLoss(_loss_kind(settings))
-    positive: dict[str, Any] = {"floor": LOSS_FLOOR, "cold_factor": LOSS_COLD, "signed": signed, **shared}
+    positive: dict[str, Any] = {
+        "floor": LOSS_FLOOR,
+        "cold_factor": LOSS_COLD,
+        "signed": signed,
+        **shared,
+    }
     loss = Spike(LOSS, Kind.LOSS_SPIKE, score=settings.loss_score, **positive)
     scale = ScaleCollapse(overflows=settings.overflows, **shared)
-    norm: dict[str, Any] = {"floor": NORM_FLOOR, "cold_factor": NORM_COLD, "loss_scale": scale, **shared}
+    norm: dict[str, Any] = {
+        "floor": NORM_FLOOR,
+        "cold_factor": NORM_COLD,
+        "loss_scale": scale,
+        **shared,
+    }
     grad = Spike(GRAD_NORM, Kind.GRAD_SPIKE, score=settings.grad_score, **norm)
     embed = Spike(EMBED_GRAD_NORM, Kind.EMBED_SPIKE, score=settings.embed_score, **norm)
     own: dict[str, Any] = {"floor": QUIET_FLOOR, "cold_factor": NORM_COLD, **shared}
@@ -79,10 +102,11 @@ def _loss_kind(settings: GuardSection) -> str:
 
 
 def build_named(signal: str, settings: GuardSection) -> Spike:
-    """The detector of a signal that is none of the above. It notes: what a spike of it means, nobody has said.
+    """The detector of a signal that is none of the above. It notes: what a spike of it means,
+    nobody has said.
 
-    Such a number counts as a loss if its name ends so, and as the gradient norm of a block if it begins so. The scatter
-    of anything else is its own.
+    Such a number counts as a loss if its name ends so, and as the gradient norm of a block if it
+    begins so. The scatter of anything else is its own.
     """
     loss = signal.lower().endswith("loss")
     gradient = signal.startswith(f"{GRAD_NORM}/")

@@ -1,13 +1,15 @@
-"""The loss rose and stays up: slow divergence, or a step to a worse level that no single value gave away.
+"""The loss rose and stays up: slow divergence, or a step to a worse level that no single value gave
+away.
 
-The level of the loss is the median of the logarithms of the last `steps` accepted steps. It is held against the
-lowest level of the last `window` accepted steps, which a rise cannot lift: the baseline is from before it. What is
-rejected never gets here, so this is damage that is in the weights already, and the finding is persistent. A rise that
-is too small for that and neither grows nor goes away is noted as a level shift.
+The level of the loss is the median of the logarithms of the last `steps` accepted steps. It is held
+against the lowest level of the last `window` accepted steps, which a rise cannot lift: the baseline
+is from before it. What is rejected never gets here, so this is damage that is in the weights
+already, and the finding is persistent. A rise that is too small for that and neither grows nor goes
+away is noted as a level shift.
 
-The onset is where the last values part best into "before" and "after": the k that maximises the sum over i >= k of
-y[i] - middle, with the middle between reference and present level (the maximum-likelihood change point of a step in
-normal noise, Hinkley 1970).
+The onset is where the last values part best into "before" and "after": the k that maximises the sum
+over i >= k of y[i] - middle, with the middle between reference and present level (the
+maximum-likelihood change point of a step in normal noise, Hinkley 1970).
 """
 
 from __future__ import annotations
@@ -33,10 +35,12 @@ class Divergence:
         window: accepted steps within which the reference level lies.
     """
 
-    # Share of the score at which a level that has stood for `steps` steps is worth a note: far enough above the half at
-    # which states become suspect that the wandering of smoothed losses does not get there.
+    # Share of the score at which a level that has stood for `steps` steps is worth a note: far
+    # enough above the half at which states become suspect that the wandering of smoothed losses
+    # does not get there.
     SHIFT = 0.65
-    # Accepted steps kept for the onset, in multiples of `steps`: a slow rise began before the level showed it.
+    # Accepted steps kept for the onset, in multiples of `steps`: a slow rise began before the level
+    # showed it.
     MEMORY = 3
     signals = (LOSS,)
 
@@ -52,7 +56,8 @@ class Divergence:
         self._up = 0  # high accepted values since the level has been worth a note
         self._recent = SortedWindow(self.steps)
         self._memory: deque[tuple[int, float]] = deque(maxlen=self.MEMORY * self.steps)  # (step, y)
-        # Candidates for the lowest level: (count, level, scale), ascending in both; the first is the reference.
+        # Candidates for the lowest level: (count, level, scale), ascending in both; the first is
+        # the reference.
         self._lowest: deque[tuple[int, float, float]] = deque()
         self._raised = self._shifted = False
 
@@ -96,7 +101,8 @@ class Divergence:
         reached, lowest, _ = self._lowest[0]
         middle = 0.5 * (lowest + self._recent.median())
         best, total, onset = 0.0, 0.0, self._memory[-1][0]
-        # Half of the values of the lowest level are older than it: what is older still was high because the loss fell.
+        # Half of the values of the lowest level are older than it: what is older still was high
+        # because the loss fell.
         since = self._count - reached + self.steps // 2
         for step, y in islice(reversed(self._memory), since):
             total += y - middle
@@ -147,6 +153,8 @@ class Divergence:
         self._count, self._up = int(state["count"]), int(state["up"])
         self._memory.extend((int(step), float(y)) for step, y in state["memory"])
         self._recent = SortedWindow(self.steps, (y for _, y in self._memory))
-        self._lowest.extend((int(count), float(level), float(scale)) for count, level, scale in state["lowest"])
+        self._lowest.extend(
+            (int(count), float(level), float(scale)) for count, level, scale in state["lowest"]
+        )
         if self._lowest:
             self._settle(self._recent.median())

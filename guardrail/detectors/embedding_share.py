@@ -1,10 +1,12 @@
 """The embedding takes over the gradient: its share of the squared norm runs away towards 1.
 
-GLM-130B's spikes began in the embedding layer, whose gradients grew orders of magnitude over all others. Under a global
-clip that also starves the rest: whatever the embedding takes of the norm, the others lose.
+GLM-130B's spikes began in the embedding layer, whose gradients grew orders of magnitude over all
+others. Under a global clip that also starves the rest: whatever the embedding takes of the norm,
+the others lose.
 
-The share lives between 0 and 1, so its distance is measured in log odds. The centre is the median of the whole window,
-not of the last few values as for spikes: a share that runs away over fifty steps would drag a quick centre along.
+The share lives between 0 and 1, so its distance is measured in log odds. The centre is the median
+of the whole window, not of the last few values as for spikes: a share that runs away over fifty
+steps would drag a quick centre along.
 
     note      the share is far above what it was, and more than half of all; once, until it is back or the new usual
     reject    and the embedding's own norm is near its limit: this update would move the embedding by far more than
@@ -22,11 +24,13 @@ from guardrail.detectors.base import Jumps
 from guardrail.detectors.baseline import Baseline, SortedWindow
 from guardrail.detectors.spike import BELOW, NEW_LEVEL, NOTE_SHARE, Spike
 
-# Least scale in log odds: with a score of 10 no rise by less than 7.4 times the odds counts, as for the norms.
+# Least scale in log odds: with a score of 10 no rise by less than 7.4 times the odds counts, as for
+# the norms.
 FLOOR = 0.2
 # Where a share counts as taking over.
 MOST = 0.5
-# Share of its own limit from which on the embedding's norm agrees. Two signals together need less than one alone.
+# Share of its own limit from which on the embedding's norm agrees. Two signals together need less
+# than one alone.
 AGREE = 0.8
 # A share of exactly 0 or 1 has no log odds; 1 - 1e-9 is as near as it is worth telling apart.
 EDGE = 1e-9
@@ -36,7 +40,8 @@ class Share:
     """Watches `embed_share`.
 
     Args:
-        embedding: the spike detector of the embedding's norm, which says whether that norm stands out.
+        embedding: the spike detector of the embedding's norm, which says whether that norm stands
+        out.
         score: robust sigmas of the log odds; from `NOTE_SHARE` of them on the share has run away.
         window, warmup: accepted steps in the baseline, and before it is trusted.
     """
@@ -100,7 +105,9 @@ class Share:
         self.baseline.learn(odds)
 
     def ceiling(self) -> float:
-        """A share up to which nothing is said, as long as the embedding's norm does not stand out."""
+        """A share up to which nothing is said, as long as the embedding's norm does not stand
+        out.
+        """
         if self._above or self.baseline.count < self.warmup:
             return 1.0
         away = self._odds.median() + BELOW * NOTE_SHARE * self.score * self.baseline.scale

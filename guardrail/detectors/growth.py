@@ -1,15 +1,17 @@
 """A gradient norm that climbs by a like factor step after step, none of which is a spike.
 
-The centre of the spike detector follows what it accepts, so a norm that grows by up to a fifth a step never gets far
-enough above it: 10 % a step are a factor of 200 in 56 steps without a word. Diverging runs begin like that while their
-loss is still flat (BLOOM-176B, Marin-32B).
+The centre of the spike detector follows what it accepts, so a norm that grows by up to a fifth a
+step never gets far enough above it: 10 % a step are a factor of 200 in 56 steps without a word.
+Diverging runs begin like that while their loss is still flat (BLOOM-176B, Marin-32B).
 
-Three blocks of `BLOCK` accepted values, end to end: the median must rise from the first to the second AND from the
-second to the third. One jump, however high, falls into one of the two; drift over thousands of steps into neither.
+Three blocks of `BLOCK` accepted values, end to end: the median must rise from the first to the
+second AND from the second to the third. One jump, however high, falls into one of the two; drift
+over thousands of steps into neither.
 
-At first a note: each of these updates is clipped, so there is no single one to leave out. But the states since the
-climb began are not called good, and when the loss follows, the rollback goes back to before it. A climb that has become
-`SURE` without a pause is an explosion on its way, and is not waited for.
+At first a note: each of these updates is clipped, so there is no single one to leave out. But the
+states since the climb began are not called good, and when the loss follows, the rollback goes back
+to before it. A climb that has become `SURE` without a pause is an explosion on its way, and is not
+waited for.
 """
 
 from __future__ import annotations
@@ -23,15 +25,18 @@ from guardrail.core.records import Finding, Kind, Observation, Severity
 from guardrail.detectors.base import Jumps
 from guardrail.detectors.baseline import Baseline
 
-# Values in a block: odd values out of eight do not move its median, and three blocks are over in 24 steps.
+# Values in a block: odd values out of eight do not move its median, and three blocks are over in 24
+# steps.
 BLOCK = 8
-# Least climb from block to block in log units: 6 % a step, 2.6-fold over both. Slower drift is ordinary: norms rise by
-# a few per cent in a hundred steps when the learning rate is warmed up, or late in a run.
+# Least climb from block to block in log units: 6 % a step, 2.6-fold over both. Slower drift is
+# ordinary: norms rise by a few per cent in a hundred steps when the learning rate is warmed up, or
+# late in a run.
 LEAST = BLOCK * math.log(1.06)
-# And in robust sigmas of a single value; the difference of two medians of eight has 0.6 of them, so four of its own.
+# And in robust sigmas of a single value; the difference of two medians of eight has 0.6 of them, so
+# four of its own.
 SIGMAS = 2.5
-# Factor over the level at which the climb began that is damage and not weather. None of 34 recorded runs
-# without such trouble climbs at this pace at all.
+# Factor over the level at which the climb began that is damage and not weather. None of 34 recorded
+# runs without such trouble climbs at this pace at all.
 SURE = math.log(20.0)
 # Steps after which a climb is sure, at the slowest pace that is seen at all.
 CLIMB = math.ceil(BLOCK * SURE / LEAST) + 3 * BLOCK
@@ -43,7 +48,8 @@ class Growth:
     Args:
         signal: its name in `Observation.signals`.
         baseline: of the same signal; its scale is the noise. It learns elsewhere.
-        warmup: accepted steps before anything is said: the first steps of a run climb and fall as they like.
+        warmup: accepted steps before anything is said: the first steps of a run climb and fall as
+        they like.
     """
 
     def __init__(self, signal: str, baseline: Baseline, *, warmup: int) -> None:
@@ -55,7 +61,8 @@ class Growth:
 
     def reset(self) -> None:
         self._block: deque[float] = deque(maxlen=BLOCK)
-        self._levels: deque[tuple[int, float]] = deque(maxlen=2 * BLOCK + 1)  # (step, median of the last BLOCK)
+        # (step, median of the last BLOCK)
+        self._levels: deque[tuple[int, float]] = deque(maxlen=2 * BLOCK + 1)
         self._since = 0  # step at which the present climb began, 0: none
         self._low = 0.0  # the level there
         self._told = False  # it has been noted once
@@ -101,7 +108,8 @@ class Growth:
             return
         first = levels[0][1]
         if self._since:
-            if now - first < self._least():  # half of what it took to begin, or noise at the border would begin it anew
+            # half of what it took to begin, or noise at the border would begin it anew
+            if now - first < self._least():
                 self._since, self._told = 0, False
         elif now - first > LEAST:
             middle, least = levels[BLOCK][1], self._least()
@@ -126,5 +134,11 @@ class Growth:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._block = deque(map(float, state["block"]), maxlen=BLOCK)
-        self._levels = deque(((int(step), float(y)) for step, y in state["levels"]), maxlen=2 * BLOCK + 1)
-        self._since, self._low, self._told = int(state["since"]), float(state["low"]), bool(state["told"])
+        self._levels = deque(
+            ((int(step), float(y)) for step, y in state["levels"]), maxlen=2 * BLOCK + 1
+        )
+        self._since, self._low, self._told = (
+            int(state["since"]),
+            float(state["low"]),
+            bool(state["told"]),
+        )

@@ -1,15 +1,17 @@
 """Loss and gradient norm stand high together, step after step: surer than either alone, or once.
 
-A spike of one signal must stand far out, since the noise of one signal has heavy tails. That both are high in the same
-step, and in the next one again, is not noise. Batches whose labels are wrong, or whose text is from elsewhere, raise
-the loss by less than a spike, batch after batch, and each that is applied does its harm.
+A spike of one signal must stand far out, since the noise of one signal has heavy tails. That both
+are high in the same step, and in the next one again, is not noise. Batches whose labels are wrong,
+or whose text is from elsewhere, raise the loss by less than a spike, batch after batch, and each
+that is applied does its harm.
 
-So evidence is summed over an unbroken row of steps, as in Page's (1954) cumulative sum. A step counts by how far both
-have gone of the way to their limits, both shares added, less `DRIFT`; one that counts nothing ends the row. Two steps
-on which both are half-way are enough, or three on which the loss is half-way and the norm a quarter.
+So evidence is summed over an unbroken row of steps, as in Page's (1954) cumulative sum. A step
+counts by how far both have gone of the way to their limits, both shares added, less `DRIFT`; one
+that counts nothing ends the row. Two steps on which both are half-way are enough, or three on which
+the loss is half-way and the norm a quarter.
 
-A row begins on an ordinary step. Behind a rejection values come down over several steps, and in a log of a run that
-nobody took back over hundreds: there both must be half-way, twice.
+A row begins on an ordinary step. Behind a rejection values come down over several steps, and in a
+log of a run that nobody took back over hundreds: there both must be half-way, twice.
 """
 
 from __future__ import annotations
@@ -22,21 +24,23 @@ from guardrail.detectors.base import Jumps
 from guardrail.detectors.baseline import Baseline
 from guardrail.detectors.spike import ONSET_SHARE, Spike
 
-# Of the way to its limit that each signal must have gone for a step to count: 1.6 and 2 robust sigmas. Harder text
-# raises the loss alone, and a norm alone is clipped.
+# Of the way to its limit that each signal must have gone for a step to count: 1.6 and 2 robust
+# sigmas. Harder text raises the loss alone, and a norm alone is clipped.
 RAISED = 0.2
 # The same, while a row cannot begin.
 SHARE = 0.5
 # Both shares together that are nobody's business.
 DRIFT = 0.5
-# What a row must sum up to. On 34 recorded runs (317,250 records) 0.3 rejects nothing that 1.0 does not.
+# What a row must sum up to. On 34 recorded runs (317,250 records) 0.3 rejects nothing that 1.0 does
+# not.
 ENOUGH = 0.7
 # What one step counts for at most: what stood out once is never enough, however far.
 MOST = 0.6
-# A scale is a median absolute deviation of n values; its relative standard error is 1.17 / sqrt(n) (Rousseeuw & Croux
-# 1993: efficiency 37 %, so 0.71 / sqrt(0.37 n)). The numbers above hold for a window of `KNOWN` values. A scale of
-# fewer values counts as larger by `DOUBT` of the additional standard errors, since this claim is made far below the
-# limits, where a scale that came out too small by chance is enough to make it.
+# A scale is a median absolute deviation of n values; its relative standard error is 1.17 / sqrt(n)
+# (Rousseeuw & Croux 1993: efficiency 37 %, so 0.71 / sqrt(0.37 n)). The numbers above hold for a
+# window of `KNOWN` values. A scale of fewer values counts as larger by `DOUBT` of the additional
+# standard errors, since this claim is made far below the limits, where a scale that came out too
+# small by chance is enough to make it.
 STANDARD_ERROR = 1.17
 KNOWN = 128
 DOUBT = 2.0
@@ -64,7 +68,12 @@ class Together:
 
     def observe(self, obs: Observation) -> list[Finding]:
         first, second = self.first.last, self.second.last  # every step comes by here
-        if not first or not second or first[-1][1] <= self._first_least or second[-1][1] <= self._second_least:
+        if (
+            not first
+            or not second
+            or first[-1][1] <= self._first_least
+            or second[-1][1] <= self._second_least
+        ):
             return []
         least = SHARE if self._unsettled or obs.streak else RAISED
         now = self.counts(obs, least)
@@ -73,7 +82,11 @@ class Together:
         before, since = self._row(least)
         if since is None or now + before < ENOUGH:
             return []
-        if any(f.severity is Severity.REJECT for spike in (self.first, self.second) for f in spike.observe(obs)):
+        if any(
+            f.severity is Severity.REJECT
+            for spike in (self.first, self.second)
+            for f in spike.observe(obs)
+        ):
             return []  # said already, and by more
         return self.findings(obs, to_spare=now + before - ENOUGH, onset=since)
 
@@ -90,7 +103,9 @@ class Together:
     def _shares(self, obs: Observation) -> tuple[float, float] | None:
         """Of the way to the limit that each has gone; None while that is not known well."""
         spikes = (self.first, self.second)
-        distances = [_distance(spike, obs) for spike in spikes if spike.baseline.count >= spike.warmup]
+        distances = [
+            _distance(spike, obs) for spike in spikes if spike.baseline.count >= spike.warmup
+        ]
         if len(distances) < 2 or None in distances:
             return None
         first, second = (jump / limit for jump, limit in filter(None, distances))
@@ -111,11 +126,17 @@ class Together:
             jump, limit = distance
             if share > ONSET_SHARE or share == max(shares):
                 limit *= min(share, max(RAISED, share - to_spare))
-                found.append(spike.claim(obs, spike.kind, Severity.REJECT, jump=jump, limit=limit, onset=onset))
+                found.append(
+                    spike.claim(
+                        obs, spike.kind, Severity.REJECT, jump=jump, limit=limit, onset=onset
+                    )
+                )
         return found
 
     def _row(self, least: float) -> tuple[float, int | None]:
-        """(What they count for, first) of the accepted steps, one directly behind the other up to now, that count."""
+        """(What they count for, first) of the accepted steps, one directly behind the other up to
+        now, that count.
+        """
         others, total, since = dict(self.second.last), 0.0, None
         first_limit = self.first.score * _doubt(self.first.baseline)
         second_limit = self.second.score * _doubt(self.second.baseline)
@@ -160,7 +181,9 @@ def _distance(spike: Spike, obs: Observation) -> tuple[float, float] | None:
 
 
 def _doubt(baseline: Baseline) -> float:
-    """By what factor the scale of a baseline may be too small, as against one of `KNOWN` values; at least 1."""
+    """By what factor the scale of a baseline may be too small, as against one of `KNOWN` values; at
+    least 1.
+    """
     values = min(max(baseline.count, 1), baseline.window)
     if values >= KNOWN:
         return 1.0

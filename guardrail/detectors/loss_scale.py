@@ -1,11 +1,14 @@
-"""The loss scale of float16: overflow after overflow, or a scale that falls far below what has been usual.
+"""The loss scale of float16: overflow after overflow, or a scale that falls far below what has been
+usual.
 
-A dynamic scale is raised until it overflows, once in a thousand steps or so, and starts far too high (65536): single
-overflows, and a few in a row at the start, are how it works. The update is left out and nothing is wrong with the
-weights. A scale that keeps falling is another matter: then the gradients themselves are too large or not finite, and
-halving only hides it (OPT, ChatGLM). GLM-130B's fell for about 30 steps before the loss exploded.
+A dynamic scale is raised until it overflows, once in a thousand steps or so, and starts far too
+high (65536): single overflows, and a few in a row at the start, are how it works. The update is
+left out and nothing is wrong with the weights. A scale that keeps falling is another matter: then
+the gradients themselves are too large or not finite, and halving only hides it (OPT, ChatGLM).
+GLM-130B's fell for about 30 steps before the loss exploded.
 
-An overflow never comes to `observe`: the controller leaves the update out in any mode, counts, and asks `collapsed`.
+An overflow never comes to `observe`: the controller leaves the update out in any mode, counts, and
+asks `collapsed`.
 """
 
 from __future__ import annotations
@@ -14,11 +17,21 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from guardrail.core.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, LOSS_SCALE, Finding, Kind, Observation, Severity
+from guardrail.core.records import (
+    EMBED_GRAD_NORM,
+    GRAD_NORM,
+    LOSS,
+    LOSS_SCALE,
+    Finding,
+    Kind,
+    Observation,
+    Severity,
+)
 from guardrail.detectors.base import Jumps
 from guardrail.detectors.baseline import SortedWindow
 
-# Overflows in a row, at least, before the scale has settled: from 65536, where scalers begin, down to 1.
+# Overflows in a row, at least, before the scale has settled: from 65536, where scalers begin, down
+# to 1.
 AT_START = 16
 # Halvings below the usual scale that are worth a note.
 FALL = 4
@@ -53,20 +66,33 @@ class ScaleCollapse:
             return []
         if self._low or not self._fallen(halvings):
             return []
-        return [self._finding(obs, Severity.NOTE, score=self._scales.median() - halvings, threshold=FALL)]
+        return [
+            self._finding(
+                obs, Severity.NOTE, score=self._scales.median() - halvings, threshold=FALL
+            )
+        ]
 
     def collapsed(self, obs: Observation, row: int) -> Finding | None:
-        """Whether `row` overflows, this one the last, with no update applied between them, are no search for a scale.
+        """Whether `row` overflows, this one the last, with no update applied between them, are no
+        search for a scale.
 
         Told again after as many more, where nobody has gone back.
         """
         limit = self.overflows if self._settled else max(self.overflows, AT_START)
         if row % limit:
             return None
-        return self._finding(obs, Severity.PERSISTENT, score=row, threshold=limit, ranks=obs.nonfinite_grad)
+        return self._finding(
+            obs, Severity.PERSISTENT, score=row, threshold=limit, ranks=obs.nonfinite_grad
+        )
 
     def _finding(
-        self, obs: Observation, severity: Severity, *, score: float, threshold: float, ranks: tuple[int, ...] = ()
+        self,
+        obs: Observation,
+        severity: Severity,
+        *,
+        score: float,
+        threshold: float,
+        ranks: tuple[int, ...] = (),
     ) -> Finding:
         return Finding(
             signal=LOSS_SCALE,
@@ -96,7 +122,9 @@ class ScaleCollapse:
         self._last = halvings
 
     def jump(self, obs: Observation) -> float:
-        """log(scale / scale of the last accepted step): what a norm of scaled gradients has jumped by through it."""
+        """log(scale / scale of the last accepted step): what a norm of scaled gradients has jumped
+        by through it.
+        """
         now = _halvings(obs)
         return 0.0 if now is None or self._last is None else (now - self._last) * math.log(2.0)
 
@@ -117,9 +145,11 @@ class ScaleCollapse:
 
 
 def overflows(obs: Observation) -> bool:
-    """Whether gradients are beyond a loss scale that can still be lowered, and the loss itself is sound.
+    """Whether gradients are beyond a loss scale that can still be lowered, and the loss itself is
+    sound.
 
-    The guard knows its scaler and says so itself (`Observation.overflow`); of a recorded log this is what can be told.
+    The guard knows its scaler and says so itself (`Observation.overflow`); of a recorded log this
+    is what can be told.
     """
     scale = obs.signals.get(LOSS_SCALE)
     if scale is None or not 1.0 < scale < math.inf:

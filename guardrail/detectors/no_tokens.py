@@ -1,7 +1,7 @@
 """A batch in which every label is ignored: nothing to learn from, and a loss of 0/0.
 
-The update is left out, since its gradient means nothing; the weights are not suspected, so such batches never add up
-to a rollback, and their values enter no baseline.
+The update is left out, since its gradient means nothing; the weights are not suspected, so such
+batches never add up to a rollback, and their values enter no baseline.
 """
 
 from __future__ import annotations

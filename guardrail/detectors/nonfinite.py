@@ -1,9 +1,10 @@
 """NaN, Inf, and numbers that no working model gives. Speaks from the first step; needs no baseline.
 
-A NaN that one rank alone saw arrives here twice: as that rank's flag and as NaN in the sum over ranks.
+A NaN that one rank alone saw arrives here twice: as that rank's flag and as NaN in the sum over
+ranks.
 
-Under a loss scale (float16) an infinite gradient beside a finite loss is an overflow, part of how the scale is found,
-and does not come here; scale.py says when there are too many.
+Under a loss scale (float16) an infinite gradient beside a finite loss is an overflow, part of how
+the scale is found, and does not come here; scale.py says when there are too many.
 """
 
 from __future__ import annotations
@@ -12,20 +13,30 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from guardrail.core.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Finding, Kind, Observation, Severity
+from guardrail.core.records import (
+    EMBED_GRAD_NORM,
+    GRAD_NORM,
+    LOSS,
+    Finding,
+    Kind,
+    Observation,
+    Severity,
+)
 from guardrail.detectors.base import Jumps
 
 WATCHED = (LOSS, GRAD_NORM, EMBED_GRAD_NORM)
-# sqrt of the largest float32: beyond it a square overflows, so a norm or a loss has lost all meaning. Logs of runs
-# that ended in NaN show such values (1e30) in the rows before.
+# sqrt of the largest float32: beyond it a square overflows, so a norm or a loss has lost all
+# meaning. Logs of runs that ended in NaN show such values (1e30) in the rows before.
 ABSURD = 1.8e19
 
 
 class NonFinite:
-    """Rejects a step whose loss or gradient is not a usable number, and names the ranks that saw it themselves.
+    """Rejects a step whose loss or gradient is not a usable number, and names the ranks that saw it
+    themselves.
 
     Attributes:
-        zero: what a loss of exactly 0 is worth; None where such a loss is healthy (see signed_loss.py).
+        zero: what a loss of exactly 0 is worth; None where such a loss is healthy (see
+        signed_loss.py).
     """
 
     zero: Severity | None = Severity.REJECT
@@ -44,14 +55,18 @@ class NonFinite:
                 continue
             ranks = flagged.get(signal, ())
             if ranks or (value is not None and not math.isfinite(value)):
-                # A flagged rank makes the step non-finite even if the reduced number happens to be finite.
+                # A flagged rank makes the step non-finite even if the reduced number happens to be
+                # finite.
                 value = math.nan if value is None or math.isfinite(value) else value
                 findings.append(_finding(obs, signal, Kind.NONFINITE, value, ranks))
             elif value is not None and abs(value) > ABSURD:
                 findings.append(_finding(obs, signal, Kind.IMPOSSIBLE, value, ranks))
             elif value == 0.0 and signal == LOSS and self.zero is not None:
-                # A cross-entropy of exactly 0 means that no token was scored, or that the loss is disconnected.
-                findings.append(_finding(obs, signal, Kind.IMPOSSIBLE, value, ranks, severity=self.zero))
+                # A cross-entropy of exactly 0 means that no token was scored, or that the loss is
+                # disconnected.
+                findings.append(
+                    _finding(obs, signal, Kind.IMPOSSIBLE, value, ranks, severity=self.zero)
+                )
         return findings
 
     def accept(self, obs: Observation, left_out: Sequence[Jumps] = ()) -> None:

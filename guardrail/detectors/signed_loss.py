@@ -1,16 +1,18 @@
-"""A loss that may be 0 or negative: the policy loss of reinforcement learning, around 0 and of any size.
+"""A loss that may be 0 or negative: the policy loss of reinforcement learning, around 0 and of any
+size.
 
-Its ratios and its logarithm mean nothing, and a value of 0 is healthy. So while the loss of a run is signed, the
-detectors of losses that are positive are not asked, and this one is:
+Its ratios and its logarithm mean nothing, and a value of 0 is healthy. So while the loss of a run
+is signed, the detectors of losses that are positive are not asked, and this one is:
 
     note     |x - median| exceeds `NOTED` times the 90th percentile of |x - median| over the last values
     reject   it exceeds `REJECTED` times that: no update of a working run gives such a number
 
-Whether a loss is signed, `guard.loss` says. With "auto" it is signed if a signal of reinforcement learning is recorded
-beside it, or if more than `MOST_NOT_POSITIVE` of the first `FIRST` losses were 0 or negative. From the first such loss
-until that is decided it is treated as signed. Later on losses below 0 alone show it, since no cross-entropy is ever
-negative; and a loss that is signed by its values alone counts as positive again when it has behaved like a
-cross-entropy for `KEEP` steps: all above 0, and their spread well below their median.
+Whether a loss is signed, `guard.loss` says. With "auto" it is signed if a signal of reinforcement
+learning is recorded beside it, or if more than `MOST_NOT_POSITIVE` of the first `FIRST` losses were
+0 or negative. From the first such loss until that is decided it is treated as signed. Later on
+losses below 0 alone show it, since no cross-entropy is ever negative; and a loss that is signed by
+its values alone counts as positive again when it has behaved like a cross-entropy for `KEEP` steps:
+all above 0, and their spread well below their median.
 """
 
 from __future__ import annotations
@@ -26,11 +28,12 @@ from guardrail.core.records import LOSS, Finding, Kind, Observation, Severity
 from guardrail.detectors.base import Jumps
 
 FIRST, MOST_NOT_POSITIVE = 20, 2
-# Values in the spread; a value that repeats the one before it (logged again, or held for ten rows) is no new one, and
-# a value of 0 is that of a batch without variance.
+# Values in the spread; a value that repeats the one before it (logged again, or held for ten rows)
+# is no new one, and a value of 0 is that of a batch without variance.
 KEEP, LEAST = 50, 16
 NOTED, REJECTED = 10.0, 1000.0
-# Spread of a positive loss, as a share of its median, at most. That of a loss around 0 is greater than the median.
+# Spread of a positive loss, as a share of its median, at most. That of a loss around 0 is greater
+# than the median.
 STEADY = 0.25
 
 
@@ -60,7 +63,9 @@ class SignedLoss:
         self.reset()
 
     def reset(self) -> None:
-        """What has been decided stays: a new level or other data make it no other kind of number."""
+        """What has been decided stays: a new level or other data make it no other kind of
+        number.
+        """
         if self.kind is LossKind.DOUBTFUL:
             self._become(LossKind.UNKNOWN)
         # Of the first losses; later on those below 0 are counted.

@@ -1,14 +1,16 @@
-"""A value far above what the signal has been: loss spikes, gradient spikes, spikes of the embedding gradients.
+"""A value far above what the signal has been: loss spikes, gradient spikes, spikes of the embedding
+gradients.
 
-The score is the distance of the logarithm from the baseline's centre in robust sigmas. Only upwards: a loss that
-drops is no reason to leave an update out.
+The score is the distance of the logarithm from the baseline's centre in robust sigmas. Only
+upwards: a loss that drops is no reason to leave an update out.
 
     first steps     Without a scale only a jump by `cold_factor` over the median so far counts. Losses double at step
                     2 in healthy runs that start without warm-up; three times the uniform loss ln V is beyond them.
     warm-up         The scale is known roughly: the threshold is widened by warmup / accepted steps.
     afterwards      `score` sigmas; from `NOTE_SHARE` of that on a step is worth a note and is applied.
     loss scale      Some programs log the norm of gradients that are still multiplied by the loss scale. A jump of such
-                    a norm that the scale's own jump in the same step explains is another unit, and no finding.
+                    a norm that the scale's own jump in the same step explains is another unit, and
+                    no finding.
     heavy tails     Where harmless outliers are common, a jump must also exceed what they have shown (see tail.py), as
                     long as it stands alone. A second high value in a row meets the plain score again: that it
                     stays is what tells a spike from an outlier.
@@ -32,11 +34,14 @@ from guardrail.detectors.signed_loss import SignedLoss
 COLD = 8
 # A note from this share of the rejecting score on.
 NOTE_SHARE = 0.6
-# Accepted values from this share of the rejecting score on, right before a finding, belong to the same trouble.
+# Accepted values from this share of the rejecting score on, right before a finding, belong to the
+# same trouble.
 ONSET_SHARE = 0.4
-# Accepted values above the note line in a row that are a new level, not outliers; the last is noted as a level shift.
+# Accepted values above the note line in a row that are a new level, not outliers; the last is noted
+# as a level shift.
 NEW_LEVEL = 8
-# A ceiling lies this share of the way to the note, since exp and log do not undo one another in the last bit.
+# A ceiling lies this share of the way to the note, since exp and log do not undo one another in the
+# last bit.
 BELOW = 1.0 - 1e-9
 # Steps over which an onset is looked for backwards.
 LOOK_BACK = 16
@@ -49,10 +54,12 @@ class Spike:
         signal: its name in `Observation.signals`; steps without it are passed over.
         kind: of the findings.
         score: robust sigmas above which a step is rejected.
-        floor: least scale, in log units: `score * floor` is the smallest log jump that is ever rejected.
+        floor: least scale, in log units: `score * floor` is the smallest log jump that is ever
+        rejected.
         cold_factor: jump over the median so far that is rejected while there is no scale.
         window, warmup: accepted steps in the scale, and before it is trusted.
-        note_only: of a signal that is known only after the fact: leaving this update out would change nothing.
+        note_only: of a signal that is known only after the fact: leaving this update out would
+        change nothing.
         loss_scale: knows the loss scale that the signal may be multiplied by; None: it is not.
         signed: of the loss, learns of the values that are not positive.
     """
@@ -87,8 +94,10 @@ class Spike:
         self.baseline.reset()
         self.tail.reset()
         self._above = 0  # accepted values in a row above the note line
-        self._alone: float | None = None  # the jump of the last accepted value, if an outlier after ordinary ones
-        self.last: deque[tuple[int, float]] = deque(maxlen=LOOK_BACK)  # (step, score) of the last accepted ones
+        # the jump of the last accepted value, if an outlier after ordinary ones
+        self._alone: float | None = None
+        # (step, score) of the last accepted ones
+        self.last: deque[tuple[int, float]] = deque(maxlen=LOOK_BACK)
         self._plain: float  # log jump over the centre at which the next value is rejected
         self._note: float  # and from which on it is worth a note
         self._settle()
@@ -105,15 +114,26 @@ class Spike:
             return []
         plain = self._plain
         # An outlier is alone if an ordinary accepted step stands before it.
-        limit = plain if obs.streak or self._above else max(plain, self.tail.limit(self.baseline.count))
+        limit = (
+            plain if obs.streak or self._above else max(plain, self.tail.limit(self.baseline.count))
+        )
         rejected = jump > limit and not self.note_only
         stays = self._above + 1 == NEW_LEVEL and not rejected
         kind = Kind.LEVEL_SHIFT if stays else self.kind
         severity = Severity.REJECT if rejected else Severity.NOTE
-        return [self.claim(obs, kind, severity, jump=jump, limit=limit, onset=self._onset(obs.step))]
+        return [
+            self.claim(obs, kind, severity, jump=jump, limit=limit, onset=self._onset(obs.step))
+        ]
 
     def claim(
-        self, obs: Observation, kind: Kind, severity: Severity, *, jump: float, limit: float, onset: int
+        self,
+        obs: Observation,
+        kind: Kind,
+        severity: Severity,
+        *,
+        jump: float,
+        limit: float,
+        onset: int,
     ) -> Finding:
         """A finding about the signal's value, against the baseline.
 
@@ -144,7 +164,9 @@ class Spike:
         self._above, self._alone = 0, None
 
     def distance(self, obs: Observation) -> tuple[float, float] | None:
-        """(log jump over the centre, log jump that is rejected); None without a value or a baseline."""
+        """(log jump over the centre, log jump that is rejected); None without a value or a
+        baseline.
+        """
         value = obs.signals.get(self.signal)
         if value is None or self.baseline.empty or not 0.0 < value < math.inf:
             return None
@@ -187,14 +209,16 @@ class Spike:
         if high or left_out or self._alone is not None:
             self._learn_tail(obs, jump if high else None, left_out)
         if high:
-            # An outlier that was let through must not raise the bar for the next one, a new level must.
+            # An outlier that was let through must not raise the bar for the next one, a new level
+            # must.
             self._above += 1
             if self._above < NEW_LEVEL:
                 return
             baseline.recentre()
         self._above = 0
         baseline.learn(y)
-        if baseline.count >= self.warmup:  # as `_settle`, without the call: each signal of each step comes by here
+        # as `_settle`, without the call: each signal of each step comes by here
+        if baseline.count >= self.warmup:
             self._plain = plain = self.score * baseline.scale
             self._note = NOTE_SHARE * plain
         else:
@@ -204,11 +228,15 @@ class Spike:
         """The log jumps over the centre that the next value meets: rejected, and worth a note."""
         baseline = self.baseline
         self._plain = plain = (
-            self.score * baseline.scale if baseline.count >= self.warmup else self._early(baseline.scale)
+            self.score * baseline.scale
+            if baseline.count >= self.warmup
+            else self._early(baseline.scale)
         )
         self._note = NOTE_SHARE * plain
 
-    def _learn_tail(self, obs: Observation, outlier: float | None, left_out: Sequence[Jumps]) -> None:
+    def _learn_tail(
+        self, obs: Observation, outlier: float | None, left_out: Sequence[Jumps]
+    ) -> None:
         """An outlier that was applied, alone between two ordinary steps, was harmless.
 
         Args:
@@ -228,7 +256,11 @@ class Spike:
     def _early(self, scale: float) -> float:
         """The log jump that is rejected before the scale is known well."""
         count = self.baseline.count
-        return self.cold_jump if count < COLD else min(self.cold_jump, self.score * scale * self.warmup / count)
+        return (
+            self.cold_jump
+            if count < COLD
+            else min(self.cold_jump, self.score * scale * self.warmup / count)
+        )
 
     def _onset(self, step: int) -> int:
         """First step of the unbroken run of high accepted values that leads here."""
@@ -266,7 +298,9 @@ class Spike:
         self.tail.load_state_dict(state["tail"])
         self._above = int(state["above"])
         self._alone = None if state["alone"] is None else float(state["alone"])
-        self.last = deque(((int(step), float(score)) for step, score in state["last"]), maxlen=LOOK_BACK)
+        self.last = deque(
+            ((int(step), float(score)) for step, score in state["last"]), maxlen=LOOK_BACK
+        )
         self._settle()
 
 

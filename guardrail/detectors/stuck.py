@@ -1,10 +1,13 @@
-"""The very same number again and again: a loss that is cached, a norm that nobody computes any more, a frozen batch.
+"""The very same number again and again: a loss that is cached, a norm that nobody computes any
+more, a frozen batch.
 
-Some logs repeat numbers by nature: printed with two digits, logged every tenth step and filled in between. So a run's
-own history decides. `usual` is the share of values that equalled the one before; with it, `n` repeats in a row
-happen by chance at `usual ** n`, and once that is below `CHANCE` it is no chance.
+Some logs repeat numbers by nature: printed with two digits, logged every tenth step and filled in
+between. So a run's own history decides. `usual` is the share of values that equalled the one
+before; with it, `n` repeats in a row happen by chance at `usual ** n`, and once that is below
+`CHANCE` it is no chance.
 
-A note, once for a stretch and again each time it has doubled: the numbers say nothing about the weights, good or bad.
+A note, once for a stretch and again each time it has doubled: the numbers say nothing about the
+weights, good or bad.
 """
 
 from __future__ import annotations
@@ -16,10 +19,12 @@ from typing import Any
 from guardrail.core.records import Finding, Kind, Observation, Severity
 from guardrail.detectors.base import Jumps
 
-# Chance of a stretch that still counts as chance: once in a hundred thousand runs of a million steps each would be
-# 1e-11; a few digits of a quiet signal repeat more than independent draws would, and this leaves room for that.
+# Chance of a stretch that still counts as chance: once in a hundred thousand runs of a million
+# steps each would be 1e-11; a few digits of a quiet signal repeat more than independent draws
+# would, and this leaves room for that.
 CHANCE = 1e-12
-# Repeats that are never reported, whatever the history: one value in 10 steps of accumulation logged at each of them.
+# Repeats that are never reported, whatever the history: one value in 10 steps of accumulation
+# logged at each of them.
 LEAST = 8
 # Values outside stretches of their own before a history says anything.
 KNOWN = 32
@@ -84,7 +89,9 @@ class Stuck:
             return math.inf
         # One repeat more than were seen: a run that never repeated may still do it once.
         usual = (self._equal + 1) / (self._values + 1)
-        return max(LEAST, math.ceil(math.log(CHANCE) / math.log(usual))) if usual < 1.0 else math.inf
+        return (
+            max(LEAST, math.ceil(math.log(CHANCE) / math.log(usual))) if usual < 1.0 else math.inf
+        )
 
     def suspect_from(self) -> None:
         return None

@@ -1,4 +1,6 @@
-"""What this machine can do, and what of a configuration will not work on it. torch is asked in another process."""
+"""What this machine can do, and what of a configuration will not work on it. torch is asked in
+another process.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,16 @@ PRACTICE = "practice"
 SECRETS = "secrets"
 OUTLINE = "outline"
 ELSEWHERE = "not here"
-PACKAGES = ("torch", "accelerate", "safetensors", "tokenizers", "textual", "tensorboard", "numpy", "msgspec")
+PACKAGES = (
+    "torch",
+    "accelerate",
+    "safetensors",
+    "tokenizers",
+    "textual",
+    "tensorboard",
+    "numpy",
+    "msgspec",
+)
 
 # Runs in the process that imports torch; prints one JSON object.
 _ASK_TORCH = """
@@ -67,17 +78,22 @@ class Check(Record, frozen=True, kw_only=True):
 
 
 class Report(Record, frozen=True, kw_only=True):
-    """`machine`: what there is. `configuration`: what of a file cannot run here, None if none was given."""
+    """`machine`: what there is. `configuration`: what of a file cannot run here, None if none was
+    given.
+    """
 
     machine: tuple[Check, ...]
     configuration: tuple[Check, ...] | None = None
 
 
-def examine(path: str | None = None, overrides: tuple[str, ...] = (), *, dry_run: bool = False) -> Report:
+def examine(
+    path: str | None = None, overrides: tuple[str, ...] = (), *, dry_run: bool = False
+) -> Report:
     """Look at everything. Nothing is changed on the machine.
 
     Args:
-        dry_run: the configuration is meant for other machines: what this one lacks for it does not count.
+        dry_run: the configuration is meant for other machines: what this one lacks for it does not
+        count.
     """
     torch = _ask_torch()
     machine = (*_software(), *_processor(), *_torch(torch), *_system())
@@ -86,7 +102,10 @@ def examine(path: str | None = None, overrides: tuple[str, ...] = (), *, dry_run
     try:
         settings = launching.load(config.parse(Path(path)), file=path, overrides=overrides)
     except ConfigError as error:
-        return Report(machine=machine, configuration=(Check(name=CONFIGURATION, level="problem", text=str(error)),))
+        return Report(
+            machine=machine,
+            configuration=(Check(name=CONFIGURATION, level="problem", text=str(error)),),
+        )
     look = _dry_run if dry_run else _configuration
     return Report(machine=machine, configuration=tuple(look(settings, path, overrides, torch)))
 
@@ -130,11 +149,15 @@ def _software() -> Iterator[Check]:
 
 
 def _may_trace() -> bool:
-    """Another process of this user may be looked into: nothing restricts it, or CAP_SYS_PTRACE lifts that."""
+    """Another process of this user may be looked into: nothing restricts it, or CAP_SYS_PTRACE
+    lifts that.
+    """
     try:
         if int(Path("/proc/sys/kernel/yama/ptrace_scope").read_text()) == 0:
             return True
-        capabilities = re.search(r"^CapEff:\s*(\w+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+        capabilities = re.search(
+            r"^CapEff:\s*(\w+)", Path("/proc/self/status").read_text(), re.MULTILINE
+        )
     except (OSError, ValueError):
         return True
     return capabilities is not None and bool(int(capabilities[1], 16) & 1 << 19)
@@ -143,7 +166,9 @@ def _may_trace() -> bool:
 def _processor() -> Iterator[Check]:
     memory = psutil.virtual_memory()
     yield Check(name="cores", level="ok", text=str(processes.cores()))
-    yield Check(name="memory", level="ok", text=f"{_gib(memory.available)} free of {_gib(memory.total)}")
+    yield Check(
+        name="memory", level="ok", text=f"{_gib(memory.available)} free of {_gib(memory.total)}"
+    )
 
 
 def _torch(torch: dict[str, Any]) -> Iterator[Check]:
@@ -159,17 +184,33 @@ def _torch(torch: dict[str, Any]) -> Iterator[Check]:
             text = "not shown: nvidia-ml-py is not installed; pip install 'guardrail[gpu]'"
             yield Check(name="GPU use", level="note", text=text)
     elif files != 0:
-        built = f"built for CUDA {torch['cuda_built']}" if torch["cuda_built"] else "built for the CPU only"
+        built = (
+            f"built for CUDA {torch['cuda_built']}"
+            if torch["cuda_built"]
+            else "built for the CPU only"
+        )
         if files is None:  # WSL2 has its device file without a GPU as well
-            yield Check(name="cuda", level="note", text=f"torch ({built}) sees no device; training runs on the CPU")
+            yield Check(
+                name="cuda",
+                level="note",
+                text=f"torch ({built}) sees no device; training runs on the CPU",
+            )
         else:
-            yield Check(name="cuda", level="problem", text=f"{files} device files, but torch ({built}) sees no device")
+            yield Check(
+                name="cuda",
+                level="problem",
+                text=f"{files} device files, but torch ({built}) sees no device",
+            )
     else:
         yield Check(name="cuda", level="note", text="no device; training runs on the CPU")
     for backend in ("gloo", "nccl"):
         needed = backend == "gloo" or bool(devices)
         level: Level = "ok" if torch[backend] else "problem" if needed else "note"
-        yield Check(name=backend, level=level, text="available" if torch[backend] else "not in this build of torch")
+        yield Check(
+            name=backend,
+            level=level,
+            text="available" if torch[backend] else "not in this build of torch",
+        )
 
 
 def _system() -> Iterator[Check]:
@@ -179,7 +220,9 @@ def _system() -> Iterator[Check]:
     if Path("/dev/shm").is_dir():
         shared = shutil.disk_usage("/dev/shm").free
         small = shared < LEAST_SHM_BYTES
-        text = f"{_gib(shared)} free" + (": too little for NCCL (docker: --shm-size)" if small else "")
+        text = f"{_gib(shared)} free" + (
+            ": too little for NCCL (docker: --shm-size)" if small else ""
+        )
         yield Check(name="/dev/shm", level="note" if small else "ok", text=text)
     yield from _inotify()
     yield from _terminal()
@@ -188,12 +231,16 @@ def _system() -> Iterator[Check]:
 def _inotify() -> Iterator[Check]:
     folder = Path("/proc/sys/fs/inotify")
     try:
-        watches, instances = (int((folder / name).read_text()) for name in ("max_user_watches", "max_user_instances"))
+        watches, instances = (
+            int((folder / name).read_text()) for name in ("max_user_watches", "max_user_instances")
+        )
     except (OSError, ValueError):
         yield Check(name="inotify", level="note", text="not on this system: the screen polls")
         return
     few = watches < LEAST_WATCHES
-    text = f"{watches:,} watches, {instances:,} instances a user" + (": the screen may poll" if few else "")
+    text = f"{watches:,} watches, {instances:,} instances a user" + (
+        ": the screen may poll" if few else ""
+    )
     yield Check(name="inotify", level="note" if few else "ok", text=text)
 
 
@@ -207,7 +254,11 @@ def _terminal() -> Iterator[Check]:
     encoding = (sys.stdout.encoding or "").lower().replace("-", "")
     text = f"{clean(name, 40) or 'unknown'}, {size.columns} x {size.lines}, colours {colours}"
     if encoding != "utf8":
-        yield Check(name="terminal", level="note", text=f"{text}; {encoding or 'no'} encoding cannot draw the curves")
+        yield Check(
+            name="terminal",
+            level="note",
+            text=f"{text}; {encoding or 'no'} encoding cannot draw the curves",
+        )
     elif name in ("", "dumb"):
         yield Check(name="terminal", level="problem", text=f"{text}: no screen; use --headless")
     else:
@@ -259,7 +310,9 @@ def _talk(done: threading.Event) -> None:
 # -- a configuration on this machine
 
 
-def _configuration(settings: Settings, path: str, overrides: tuple[str, ...], torch: dict[str, Any]) -> Iterator[Check]:
+def _configuration(
+    settings: Settings, path: str, overrides: tuple[str, ...], torch: dict[str, Any]
+) -> Iterator[Check]:
     """Everything that stops it, and then what makes it slow."""
     problems = preflight.problems(settings, file=path, overrides=overrides)
     found = [Check(name=CONFIGURATION, level="problem", text=str(error)) for error in problems]
@@ -268,15 +321,22 @@ def _configuration(settings: Settings, path: str, overrides: tuple[str, ...], to
     else:
         found += _devices(settings, torch)
     found += [Check(name=PRACTICE, level="note", text=remark) for remark in settings.practice()]
-    found += [Check(name=SECRETS, level="note", text=remark) for remark in launching.secret_remarks(settings)]
+    found += [
+        Check(name=SECRETS, level="note", text=remark)
+        for remark in launching.secret_remarks(settings)
+    ]
     yield from found
     if not any(check.level == "problem" for check in found):
         yield Check(
-            name=CONFIGURATION, level="ok", text=f"{path} can run here, {plural(settings.launch.processes, 'process')}"
+            name=CONFIGURATION,
+            level="ok",
+            text=f"{path} can run here, {plural(settings.launch.processes, 'process')}",
         )
 
 
-def _dry_run(settings: Settings, path: str, overrides: tuple[str, ...], torch: dict[str, Any]) -> Iterator[Check]:
+def _dry_run(
+    settings: Settings, path: str, overrides: tuple[str, ...], torch: dict[str, Any]
+) -> Iterator[Check]:
     """What is wrong wherever it runs; what it asks of its machines; what has not been looked at."""
     yield from (Check(name=OUTLINE, level="ok", text=line) for line in settings.outline())
     here = [str(error) for error in preflight.problems(settings, file=path, overrides=overrides)]
@@ -285,7 +345,9 @@ def _dry_run(settings: Settings, path: str, overrides: tuple[str, ...], torch: d
     yield from (Check(name=ELSEWHERE, level="note", text=text) for text in here)
     yield from (Check(name=PRACTICE, level="note", text=remark) for remark in settings.practice())
     if settings.launch.nodes > 1:
-        text = f"the network between {settings.launch.nodes} nodes, and who answers at the rendezvous"
+        text = (
+            f"the network between {settings.launch.nodes} nodes, and who answers at the rendezvous"
+        )
         yield Check(name=ELSEWHERE, level="note", text=f"not looked at: {text}")
     ranks = settings.launch.processes * settings.launch.nodes
     yield Check(
@@ -307,7 +369,11 @@ def _devices(settings: Settings, torch: dict[str, Any]) -> Iterator[Check]:
         yield Check(name=CONFIGURATION, level="problem", text=text)
     precision = getattr(getattr(settings, "train", None), "precision", "")
     if devices and wants_cuda and precision == "bf16" and not torch["bf16"]:
-        yield Check(name=CONFIGURATION, level="problem", text='train.precision = "bf16": not supported by this device')
+        yield Check(
+            name=CONFIGURATION,
+            level="problem",
+            text='train.precision = "bf16": not supported by this device',
+        )
     if not wants_cuda and launch.processes > processes.cores():
         text = f"launch.processes = {launch.processes}: {processes.cores()} cores; they will share"
         yield Check(name=CONFIGURATION, level="note", text=text)

@@ -1,7 +1,9 @@
-"""When a rank counts as hung. Pure: the caller brings the heartbeats and says how much time has passed.
+"""When a rank counts as hung. Pure: the caller brings the heartbeats and says how much time has
+passed.
 
-A slow rank still reports: its heartbeat is a thread of its own. It has the deadline of its phase. A process that is
-stopped (SIGSTOP, swapped out) reports nothing and uses no CPU time; it has 30 seconds.
+A slow rank still reports: its heartbeat is a thread of its own. It has the deadline of its phase. A
+process that is stopped (SIGSTOP, swapped out) reports nothing and uses no CPU time; it has 30
+seconds.
 """
 
 from __future__ import annotations
@@ -12,9 +14,11 @@ from dataclasses import dataclass
 from guardrail.core.config import LaunchSection
 from guardrail.core.records import Phase, RankStatus
 
-SILENT_SECONDS = 30.0  # a process that has done nothing for this long, while its peers wait, is stopped
+# a process that has done nothing for this long, while its peers wait, is stopped
+SILENT_SECONDS = 30.0
 WAITING_SECONDS = 5.0  # a peer that has not got ahead for this long waits
-LONGEST_LOOK = 5.0  # seconds that one look may add, however long the watcher itself was stopped or the machine slept
+# seconds that one look may add, however long the watcher itself was stopped or the machine slept
+LONGEST_LOOK = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +51,8 @@ class _Seen:
 class Watch:
     """Counts the seconds in which each process showed no progress.
 
-    It goes by changes of (phase, progress) between two looks and not by the time stamps inside, so that neither a
-    clock that jumps nor a laptop that slept makes a rank look hung.
+    It goes by changes of (phase, progress) between two looks and not by the time stamps inside, so
+    that neither a clock that jumps nor a laptop that slept makes a rank look hung.
     """
 
     def __init__(self, launch: LaunchSection) -> None:
@@ -61,7 +65,8 @@ class Watch:
             Phase.ROLLBACK: launch.save_seconds,  # may read a checkpoint from disk
             Phase.PAUSED: launch.step_seconds,  # a parked rank still turns its loop
         }
-        self._ended_seconds = launch.save_seconds  # between the last word and the end of the process
+        # between the last word and the end of the process
+        self._ended_seconds = launch.save_seconds
         self._seen: dict[int, _Seen] = {}
 
     def look(
@@ -81,7 +86,8 @@ class Watch:
             stopped: pids whose process a signal has stopped.
 
         Returns:
-            Those over their deadline, the longest idle first. They are reported once, then the count starts anew.
+            Those over their deadline, the longest idle first. They are reported once, then the
+            count starts anew.
         """
         seconds = min(seconds, LONGEST_LOOK)
         self._seen = {pid: seen for pid, seen in self._seen.items() if pid in ranks}
@@ -110,7 +116,9 @@ class Watch:
             self._seen[one.pid].idle = self._seen[one.pid].silent = 0.0
         return sorted(hung, key=lambda one: -one.seconds)
 
-    def _count(self, pid: int, status: RankStatus | None, seconds: float, cpu: float, *, is_stopped: bool) -> None:
+    def _count(
+        self, pid: int, status: RankStatus | None, seconds: float, cpu: float, *, is_stopped: bool
+    ) -> None:
         mark = (status.phase, status.progress) if status else None
         sign = (status.heartbeat if status else 0.0, cpu)
         seen = self._seen.get(pid)
@@ -118,10 +126,15 @@ class Watch:
             self._seen[pid] = _Seen(mark, sign)
             return
         seen.idle = seen.idle + seconds if seen.mark == mark else 0.0
-        # One that has not reported yet may wait for a slow disk to import from; one that has closed reports no more.
+        # One that has not reported yet may wait for a slow disk to import from; one that has closed
+        # reports no more.
         reports = sign[0] > 0.0 and status is not None and not status.closed
-        seen.silent = seen.silent + seconds if seen.sign == sign and (reports or is_stopped) else 0.0
+        seen.silent = (
+            seen.silent + seconds if seen.sign == sign and (reports or is_stopped) else 0.0
+        )
         seen.mark, seen.sign = mark, sign
 
     def _others_wait(self, pid: int) -> bool:
-        return all(seen.idle >= WAITING_SECONDS for other, seen in self._seen.items() if other != pid)
+        return all(
+            seen.idle >= WAITING_SECONDS for other, seen in self._seen.items() if other != pid
+        )

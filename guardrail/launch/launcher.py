@@ -1,4 +1,6 @@
-"""Between `guardrail launch` and the first step: checks, the run directory, the supervisor; and the way back."""
+"""Between `guardrail launch` and the first step: checks, the run directory, the supervisor; and the
+way back.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,13 @@ import msgspec
 
 from guardrail.core import config, secret
 from guardrail.core.config import Settings
-from guardrail.core.errors import ConfigError, ExitCode, RunDirectoryError, UsageError, WorkersFailed
+from guardrail.core.errors import (
+    ConfigError,
+    ExitCode,
+    RunDirectoryError,
+    UsageError,
+    WorkersFailed,
+)
 from guardrail.core.records import Phase, Status
 from guardrail.core.text import clean, plural
 from guardrail.rundir import processes
@@ -27,8 +35,9 @@ from guardrail.rundir.run_lock import RunLock, holder_of
 
 START_SECONDS = 30.0  # for the supervisor's first word; it needs 0.2 on an idle machine
 
-# Settings that a resumed run may change: how it is run, not what it computes. On another mesh it is the same training
-# with additions in another order and other dice for dropout, which are functions of the data rank too.
+# Settings that a resumed run may change: how it is run, not what it computes. On another mesh it is
+# the same training with additions in another order and other dice for dropout, which are functions
+# of the data rank too.
 CHANGEABLE = (
     *("launch.", "guard.", "snapshots.", "checkpoint.", "tensorboard.", "notify."),
     *("train.steps", "train.epochs", "train.eval_every", "train.eval_batches"),
@@ -39,8 +48,9 @@ CHANGEABLE = (
 class Prepared(NamedTuple):
     """A run directory that is ready to be worked on by node `node_rank`.
 
-    `lock`: keeps every other resume of this run away until the supervisor has taken over.
-    `secrets` are those of [notify] that were written out: the run's copy of the configuration does not hold them.
+    `lock`: keeps every other resume of this run away until the supervisor has taken over. `secrets`
+    are those of [notify] that were written out: the run's copy of the configuration does not hold
+    them.
     """
 
     run: RunDirectory
@@ -49,8 +59,11 @@ class Prepared(NamedTuple):
     lock: RunLock | None = None
 
 
-def prepare(path: str, overrides: tuple[str, ...], run_dir: str | None, *, root: str | None = None) -> Prepared:
-    """Load and check a configuration, check the machine, make the run directory. Raises ConfigError and its kin.
+def prepare(
+    path: str, overrides: tuple[str, ...], run_dir: str | None, *, root: str | None = None
+) -> Prepared:
+    """Load and check a configuration, check the machine, make the run directory. Raises ConfigError
+    and its kin.
 
     Args:
         root: folder of all runs, instead of `run.root`.
@@ -60,7 +73,9 @@ def prepare(path: str, overrides: tuple[str, ...], run_dir: str | None, *, root:
     settings = load(config.parse(Path(path)), file=path, overrides=overrides)
     if root is not None:
         absolute = os.path.abspath(os.path.expanduser(root))
-        settings = msgspec.structs.replace(settings, run=msgspec.structs.replace(settings.run, root=absolute))
+        settings = msgspec.structs.replace(
+            settings, run=msgspec.structs.replace(settings.run, root=absolute)
+        )
     given = {} if root is None else {"run.root": "--root or $GUARDRAIL_ROOT"}
     preflight.check(settings, file=path, overrides=overrides, given=given)
     node_rank, text = settings.launch.node_rank, _shared(settings)
@@ -79,7 +94,9 @@ def prepare(path: str, overrides: tuple[str, ...], run_dir: str | None, *, root:
 
 
 def _warn_of_secrets(settings: Settings) -> dict[str, Any]:
-    """Say on stderr which secrets are written out, and which are missing; returns the former. The first node's."""
+    """Say on stderr which secrets are written out, and which are missing; returns the former. The
+    first node's.
+    """
     if settings.launch.node_rank:
         return {}
     for remark in secret_remarks(settings):
@@ -88,7 +105,9 @@ def _warn_of_secrets(settings: Settings) -> dict[str, Any]:
 
 
 def secret_remarks(settings: Settings) -> list[str]:
-    """A sentence for each secret that is written out, and for each one that was masked and not given again."""
+    """A sentence for each secret that is written out, and for each one that was masked and not
+    given again.
+    """
     written = [
         f'notify.{name} is written out: use {{ env = "NAME" }} or {{ file = "PATH" }}. '
         "It is masked in the run directory, so a resume needs it again"
@@ -109,7 +128,9 @@ def _shared(settings: Settings) -> str:
 
 
 def load(tree: dict[str, Any], *, file: str, overrides: tuple[str, ...] = ()) -> Settings:
-    """`config.build`, with the current folder as the last place where the trainer's package may lie."""
+    """`config.build`, with the current folder as the last place where the trainer's package may
+    lie.
+    """
     package = _table(tree, "launch").get("trainer", "trainer")
     for override in overrides:
         if override.partition("=")[0].strip() == "launch.trainer":
@@ -130,7 +151,9 @@ def _made_by_first_node(path: Path) -> RunDirectory:
     deadline = time.monotonic() + START_SECONDS
     while not (path / "config.toml").exists():
         if time.monotonic() > deadline:
-            raise RunDirectoryError(f"{path}: the first node (launch.node_rank = 0) has not made this run")
+            raise RunDirectoryError(
+                f"{path}: the first node (launch.node_rank = 0) has not made this run"
+            )
         time.sleep(0.2)
     return RunDirectory.open(path)
 
@@ -153,7 +176,9 @@ def prepare_resume(spec: str, overrides: tuple[str, ...], *, root: str) -> Prepa
         if not key.startswith(CHANGEABLE):
             hint = f"a resumed run may change {', '.join(name.rstrip('.') for name in CHANGEABLE)}"
             key = key if "=" in override else config.shown_override(override)
-            raise ConfigError("a setting that leaves the run the same", file="--set", key=key, hint=hint)
+            raise ConfigError(
+                "a setting that leaves the run the same", file="--set", key=key, hint=hint
+            )
     file = str(run.path / "config.toml")
     settings = load(config.parse(Path(file), of_run=True), file=file, overrides=overrides)
     lock = _start_lock(run) if settings.launch.node_rank == 0 else None
@@ -169,7 +194,9 @@ def prepare_resume(spec: str, overrides: tuple[str, ...], *, root: str) -> Prepa
 
 
 def _start_lock(run: RunDirectory) -> RunLock:
-    """Of two that resume a run at the same instant one holds it; RunDirectoryError for the other."""
+    """Of two that resume a run at the same instant one holds it; RunDirectoryError for the
+    other.
+    """
     path = run.path / "launch.lock"
     try:
         return RunLock(path, "guardrail launch --resume")
@@ -179,17 +206,29 @@ def _start_lock(run: RunDirectory) -> RunLock:
         holder = holder_of(path)
         who = f" ({holder.sentence()})" if holder is not None else ""
         hint = f"guardrail attach {run.name} watches it"
-        raise RunDirectoryError(f"{run.name} is being started by another command{who}\n  hint: {hint}") from None
+        raise RunDirectoryError(
+            f"{run.name} is being started by another command{who}\n  hint: {hint}"
+        ) from None
 
 
-def _resumed(run: RunDirectory, settings: Settings, file: str, overrides: tuple[str, ...]) -> Prepared | None:
+def _resumed(
+    run: RunDirectory, settings: Settings, file: str, overrides: tuple[str, ...]
+) -> Prepared | None:
     from guardrail.launch import preflight
 
     if settings.launch.node_rank == 0:  # the other nodes join a run that lives
         status = run.known_status()
         refuse_alive(run, status)
-        if status is not None and status.phase is Phase.FINISHED and not overrides and _end_was_saved(run):
-            print(f"{run.name} has finished at step {status.step}; nothing is left to do", file=sys.stderr)
+        if (
+            status is not None
+            and status.phase is Phase.FINISHED
+            and not overrides
+            and _end_was_saved(run)
+        ):
+            print(
+                f"{run.name} has finished at step {status.step}; nothing is left to do",
+                file=sys.stderr,
+            )
             return None
     preflight.check(settings, file=file, overrides=overrides)
     end_orphans(run, settings.launch.stop_seconds)
@@ -202,15 +241,19 @@ def _resumed(run: RunDirectory, settings: Settings, file: str, overrides: tuple[
 
 
 def _end_was_saved(run: RunDirectory) -> bool:
-    """False for a run that an older version called finished though its last steps are on no disk."""
+    """False for a run that an older version called finished though its last steps are on no
+    disk.
+    """
     ends = [event for event in run.events() if event.kind == "ended"]
     return not ends or ends[-1].data.get("saved") is not False
 
 
 def _refuse_stale(run: RunDirectory) -> None:
-    """Answer what was sent to the run as it was before: a stop that found nobody must not end the next start.
+    """Answer what was sent to the run as it was before: a stop that found nobody must not end the
+    next start.
 
-    A command for a step that is still to come waits for that step, as it would have without the end in between.
+    A command for a step that is still to come waits for that step, as it would have without the end
+    in between.
     """
     status = run.known_status()
     reached = status.step if status is not None else 0
@@ -221,7 +264,9 @@ def _refuse_stale(run: RunDirectory) -> None:
 
 
 def refuse_alive(run: RunDirectory, status: Status | None) -> None:
-    """RunDirectoryError if a supervisor works on this run. Ranks that outlived theirs on this host do not count."""
+    """RunDirectoryError if a supervisor works on this run. Ranks that outlived theirs on this host
+    do not count.
+    """
     if status is None or not is_alive(run, status):
         return
     supervisor = processes.supervisor_of(run.path, status.supervisor_pid)
@@ -252,31 +297,41 @@ def end_orphans(run: RunDirectory, seconds: float) -> None:
     for report in ranks:
         processes.tell(by_pid[report.pid], signal.SIGUSR1)
     deadline = time.monotonic() + (seconds if ranks else 0.0)
-    while time.monotonic() < deadline and any(processes.alive(by_pid[report.pid]) for report in ranks):
+    while time.monotonic() < deadline and any(
+        processes.alive(by_pid[report.pid]) for report in ranks
+    ):
         time.sleep(0.1)
     for _ in range(3):  # an elastic agent that dies last may just have started a rank again
         left = processes.orphans_of(run.path)
         left.sort(key=lambda process: process.pid)  # agents are older than their ranks
         if stuck := processes.kill(left):
-            raise RunDirectoryError(f"{run.name}: processes {[process.pid for process in stuck]} cannot be ended")
+            raise RunDirectoryError(
+                f"{run.name}: processes {[process.pid for process in stuck]} cannot be ended"
+            )
 
 
 # -- the supervisor
 
 
-def start(run: RunDirectory, node_rank: int = 0, secrets: dict[str, Any] | None = None) -> subprocess.Popen[bytes]:
-    """Start the supervisor in its own session and wait until it has taken over. Raises WorkersFailed, DiskRefuses.
+def start(
+    run: RunDirectory, node_rank: int = 0, secrets: dict[str, Any] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start the supervisor in its own session and wait until it has taken over. Raises
+    WorkersFailed, DiskRefuses.
 
     Args:
-        secrets: of [notify], that the run directory does not hold. They go through a pipe, so that they stand in no
-            command line, environment or file.
+        secrets: of [notify], that the run directory does not hold. They go through a pipe, so that
+            they stand in no command line, environment or file.
     """
     run.check_writable()
     variables = dict(os.environ)
     if secrets:
         variables[processes.SECRETS_VARIABLE] = "stdin"
-    # The supervisor stands in /, so that it holds no folder: what is found from here must be found from there.
-    paths = [os.path.abspath(path) for path in variables.get("PYTHONPATH", "").split(os.pathsep) if path]
+    # The supervisor stands in /, so that it holds no folder: what is found from here must be found
+    # from there.
+    paths = [
+        os.path.abspath(path) for path in variables.get("PYTHONPATH", "").split(os.pathsep) if path
+    ]
     paths += [path for path in sys.path if path == os.getcwd() and path not in paths]
     if paths:
         variables["PYTHONPATH"] = os.pathsep.join(paths)
@@ -284,7 +339,13 @@ def start(run: RunDirectory, node_rank: int = 0, secrets: dict[str, Any] | None 
     offset = log_path.stat().st_size if log_path.exists() else 0
     with log_path.open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", processes.SUPERVISOR_MODULE, str(run.path.resolve()), str(node_rank)],
+            [
+                sys.executable,
+                "-m",
+                processes.SUPERVISOR_MODULE,
+                str(run.path.resolve()),
+                str(node_rank),
+            ],
             stdin=subprocess.PIPE if secrets else subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -293,7 +354,8 @@ def start(run: RunDirectory, node_rank: int = 0, secrets: dict[str, Any] | None 
             start_new_session=True,
         )
     if process.stdin is not None:
-        with contextlib.suppress(BrokenPipeError), process.stdin:  # one that has died says why in its log
+        # one that has died says why in its log
+        with contextlib.suppress(BrokenPipeError), process.stdin:
             process.stdin.write(msgspec.json.encode(secrets))
 
     def has_taken_over() -> bool:

@@ -30,8 +30,8 @@ ATTACH_LINES = 10  # of the past, when one comes to a run
 LONGEST = 1e7  # seconds that one step may take; more is damage
 PACE_ROWS = 20  # rows over which speed and the time that is left are taken
 
-# Journal lines that a person at a log wants to read. Findings are told again by their verdict, a checkpoint that
-# became good is routine.
+# Journal lines that a person at a log wants to read. Findings are told again by their verdict, a
+# checkpoint that became good is routine.
 SPOKEN = frozenset(
     "started restarted resume_check verdict left_out rollback undo cause remedy incident command durability paused "
     "resumed note hung ranks_failed ended".split()
@@ -53,7 +53,9 @@ class Lines:
         self._advised = Advised()
 
     def new(self) -> list[str]:
-        """Lines since the last call, each with its time of day: events and steps in the order of their time."""
+        """Lines since the last call, each with its time of day: events and steps in the order of
+        their time.
+        """
         status = self._run.read_status()
         update = self._follower.poll()
         events = [event for event in update.events if not self._advised.is_repeated(event)]
@@ -61,14 +63,22 @@ class Lines:
         found += self._steps(*update.rows, status)
         if found:
             return [f"{moment(at)} {line}" for at, line in sorted(found, key=lambda pair: pair[0])]
-        return [f"{moment(time.time())} {line}" for line in self._set_up(status)] if status is not None else []
+        return (
+            [f"{moment(time.time())} {line}" for line in self._set_up(status)]
+            if status is not None
+            else []
+        )
 
     def _steps(self, first: int, last: int, status: Status | None) -> list[tuple[float, str]]:
         view = self._follower.view
         if view is None or first == last:
             return []
-        step, verdict, evaluated = (view.column(name)[first:last] for name in ("step", "verdict", "eval_loss"))
-        applied = (verdict == list(Action).index(Action.APPLY)) & sensible(step, view.column("timeline")[first:last])
+        step, verdict, evaluated = (
+            view.column(name)[first:last] for name in ("step", "verdict", "eval_loss")
+        )
+        applied = (verdict == list(Action).index(Action.APPLY)) & sensible(
+            step, view.column("timeline")[first:last]
+        )
         rows = applied.nonzero()[0]
         chosen = (step[rows] % self._every == 0) | (evaluated[rows] == evaluated[rows])
         found = []
@@ -81,7 +91,11 @@ class Lines:
     def _set_up(self, status: Status) -> list[str]:
         if status.phase not in (Phase.STARTING, Phase.SETUP):
             return []
-        text = f"{status.phase.value}: {clean(status.progress, 200)}" if status.progress else status.phase.value
+        text = (
+            f"{status.phase.value}: {clean(status.progress, 200)}"
+            if status.progress
+            else status.phase.value
+        )
         before, at = self._setup
         if text == before or time.monotonic() - at < SETUP_SECONDS:
             return []
@@ -99,8 +113,15 @@ class Pace(NamedTuple):
 def _pace(view: MetricsView, row: int) -> Pace:
     """Over the applied steps of the newest rows up to this one."""
     part = slice(max(0, row + 1 - PACE_ROWS), row + 1)
-    seconds, tokens, verdict = (view.column(name)[part] for name in ("step_time", "tokens", "verdict"))
-    used = (verdict == list(Action).index(Action.APPLY)) & (seconds > 0) & (seconds < LONGEST) & (tokens < LARGEST)
+    seconds, tokens, verdict = (
+        view.column(name)[part] for name in ("step_time", "tokens", "verdict")
+    )
+    used = (
+        (verdict == list(Action).index(Action.APPLY))
+        & (seconds > 0)
+        & (seconds < LONGEST)
+        & (tokens < LARGEST)
+    )
     total = float(seconds[used].sum())
     if not total > 0:
         return Pace(math.nan, math.nan)
@@ -117,7 +138,10 @@ def step_line(values: dict[str, float], status: Status | None, pace: Pace | None
     """
     total = status.total_steps if status else 0
     number = f"{values['step']:.0f}" + (f"/{total}" if total else "")
-    value = {name: values.get(name, math.nan) for name in (LOSS, GRAD_NORM, EMBED_GRAD_NORM, "lr", "eval_loss")}
+    value = {
+        name: values.get(name, math.nan)
+        for name in (LOSS, GRAD_NORM, EMBED_GRAD_NORM, "lr", "eval_loss")
+    }
     line = f"step {number:>11}  loss {_four_places(value[LOSS])}  grad {value[GRAD_NORM]:.3g}"
     line += f"  embed {value[EMBED_GRAD_NORM]:.3g}  lr {value['lr']:.2e}"
     if value["eval_loss"] == value["eval_loss"]:
@@ -133,7 +157,9 @@ def step_line(values: dict[str, float], status: Status | None, pace: Pace | None
 
 
 def _four_places(loss: float) -> str:
-    """A loss to four places. One of a million or more, as a damaged file has them, in fewer characters."""
+    """A loss to four places. One of a million or more, as a damaged file has them, in fewer
+    characters.
+    """
     return f"{loss:.4f}" if abs(loss) < 1e6 else f"{loss:.5g}"
 
 
@@ -167,7 +193,11 @@ def event_line(event: Event) -> str:
 
 def _choice(value: object) -> str:
     """The word of an answer, as `ctl RUN answer` takes it."""
-    return CHOICES[value] if isinstance(value, int) and 0 <= value < len(CHOICES) else clean(str(value), 20)
+    return (
+        CHOICES[value]
+        if isinstance(value, int) and 0 <= value < len(CHOICES)
+        else clean(str(value), 20)
+    )
 
 
 def clock(seconds: float) -> str:
@@ -199,7 +229,9 @@ class Printer:
             self._silent = True
 
     def until(self, ended: Callable[[], int | None], *, past: int | None = None) -> int:
-        """Print until `ended` returns an exit code. `past`: at most so many lines of what was before."""
+        """Print until `ended` returns an exit code. `past`: at most so many lines of what was
+        before.
+        """
         code = ended()
         before = self._lines.new()
         self.say(*(before if past is None else before[max(0, len(before) - past) :]))
@@ -210,22 +242,32 @@ class Printer:
         return code
 
 
-def follow(run: RunDirectory, supervisor: subprocess.Popen[bytes], *, past: int | None = None) -> int:
+def follow(
+    run: RunDirectory, supervisor: subprocess.Popen[bytes], *, past: int | None = None
+) -> int:
     """For `launch`: print until the run has ended; returns its exit code, or 130 when left.
 
     `past`: at most so many lines of what was before; None: all.
 
-    Ctrl-C and SIGHUP leave. SIGTERM and SIGUSR1, which batch systems and containers send before they kill, are
-    handed on as a stop, and the end is waited for; a second SIGTERM kills.
+    Ctrl-C and SIGHUP leave. SIGTERM and SIGUSR1, which batch systems and containers send before
+    they kill, are handed on as a stop, and the end is waited for; a second SIGTERM kills.
     """
     terms = TermRequests()
 
     def hand_on(signum: int, frame: FrameType | None) -> None:
-        # SIGUSR1, because a batch system may have sent SIGTERM to the supervisor as well, and its second one kills.
+        # SIGUSR1, because a batch system may have sent SIGTERM to the supervisor as well, and its
+        # second one kills.
         again = signum == signal.SIGTERM and terms.is_second()
         supervisor.send_signal(signal.SIGQUIT if again else signal.SIGUSR1)
 
-    with _handlers({signal.SIGTERM: hand_on, signal.SIGUSR1: hand_on, signal.SIGINT: _leave, signal.SIGHUP: _leave}):
+    with _handlers(
+        {
+            signal.SIGTERM: hand_on,
+            signal.SIGUSR1: hand_on,
+            signal.SIGINT: _leave,
+            signal.SIGHUP: _leave,
+        }
+    ):
         printer = Printer(run)
         try:
             return printer.until(lambda: exit_code_of(supervisor), past=past)
@@ -235,7 +277,9 @@ def follow(run: RunDirectory, supervisor: subprocess.Popen[bytes], *, past: int 
 
 
 def attach(run: RunDirectory) -> int:
-    """For `attach` without a terminal: the last lines, then new ones until the run has ended; its exit code."""
+    """For `attach` without a terminal: the last lines, then new ones until the run has ended; its
+    exit code.
+    """
 
     observer = HeartbeatObserver()
 
@@ -264,7 +308,9 @@ def _leave(signum: int, frame: FrameType | None) -> None:
 
 
 @contextlib.contextmanager
-def _handlers(handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]]) -> Iterator[None]:
+def _handlers(
+    handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]],
+) -> Iterator[None]:
     """Install signal handlers for a while; an ignored SIGHUP (nohup) stays ignored."""
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         handlers.pop(signal.SIGHUP, None)

@@ -1,8 +1,9 @@
 """Tells somebody what happens to a run: a command, a webhook, or any service that apprise knows.
 
-The supervisor does it in a thread of its own, from the journal, so neither a rank nor a step ever waits for a network.
-What an event was about is remembered on disk before it is sent: after a crash it is rather not told than told twice.
-A failure is a `notified` line of the journal and nothing else.
+The supervisor does it in a thread of its own, from the journal, so neither a rank nor a step ever
+waits for a network. What an event was about is remembered on disk before it is sent: after a crash
+it is rather not told than told twice. A failure is a `notified` line of the journal and nothing
+else.
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ class Notice(Record, frozen=True, kw_only=True):
 
 
 def kind_of(event: Event) -> str:
-    """Under which word of `[notify] on` a journal line is told; "" for one that nobody is told of."""
+    """Under which word of `[notify] on` a journal line is told; "" for one that nobody is told
+    of.
+    """
     data = event.data
     match event.kind:
         case "incident":
@@ -90,7 +93,9 @@ def kind_of(event: Event) -> str:
 
 
 def notice_of(event: Event, *, run: str, path: str, host: str) -> Notice:
-    """What is said of a journal line. Text from outside is cleaned: it ends on somebody's screen."""
+    """What is said of a journal line. Text from outside is cleaned: it ends on somebody's
+    screen.
+    """
     message = clean(event.message, 600)
     proposals = event.data.get("proposals")
     choices = [
@@ -99,7 +104,9 @@ def notice_of(event: Event, *, run: str, path: str, host: str) -> Notice:
         if isinstance(one, dict)
     ]
     kept = {name: event.data[name] for name in _TOLD if event.data.get(name) is not None}
-    data = {name: clean(value, 600) if isinstance(value, str) else value for name, value in kept.items()}
+    data = {
+        name: clean(value, 600) if isinstance(value, str) else value for name, value in kept.items()
+    }
     return Notice(
         event=kind_of(event),
         text=f"{clean(run, 120)}, step {event.step:,}: {message}",
@@ -126,7 +133,13 @@ class Notifier:
     """
 
     def __init__(
-        self, settings: NotifySection, run: RunDirectory, *, say: Say, spawn: Spawn | None = None, since: float = 0.0
+        self,
+        settings: NotifySection,
+        run: RunDirectory,
+        *,
+        say: Say,
+        spawn: Spawn | None = None,
+        since: float = 0.0,
     ) -> None:
         self._settings, self._run, self._say = settings, run, say
         self._spawn: Spawn = spawn or subprocess.Popen
@@ -179,7 +192,8 @@ class Notifier:
                 failure = send(notice)
             except ConfigError as error:  # a secret that cannot be read
                 failure = str(error)
-            except Exception as error:  # whatever a service or its library does, the run must not notice
+            # whatever a service or its library does, the run must not notice
+            except Exception as error:
                 failure = f"{type(error).__name__}: {error}"
             failure = redact(failure, self._used)
             outcome = f"failed: {clean(failure, 300)}" if failure else "sent"
@@ -204,7 +218,8 @@ class Notifier:
     def _command(self, notice: Notice) -> str:
         given, environment = self._settings.command, {**os.environ, **variables(notice)}
         if isinstance(given, (str, SecretRef)):
-            # A command line can be seen by every user of the machine; an environment by its owner alone.
+            # A command line can be seen by every user of the machine; an environment by its owner
+            # alone.
             environment[_SCRIPT_VARIABLE] = self._secret(given, "notify.command")
             arguments = ["/bin/sh", "-c", _RUN_SCRIPT]
         else:
@@ -234,7 +249,9 @@ class Notifier:
         check_webhook(address)
         address, authorization = _split_user(address)
         headers = {"Content-Type": "application/json", "User-Agent": "guardrail", **authorization}
-        request = urllib.request.Request(address, data=encode_json(notice), headers=headers, method="POST")
+        request = urllib.request.Request(
+            address, data=encode_json(notice), headers=headers, method="POST"
+        )
         try:
             with urllib.request.urlopen(request, timeout=self._settings.seconds):
                 return ""
@@ -250,7 +267,10 @@ class Notifier:
     def _apprise(self, notice: Notice) -> str:
         """In a thread of its own, since a service may have its own idea of how long to wait."""
         outcome: list[str] = []
-        addresses = [self._secret(one, f"notify.apprise[{at}]") for at, one in enumerate(self._settings.apprise)]
+        addresses = [
+            self._secret(one, f"notify.apprise[{at}]")
+            for at, one in enumerate(self._settings.apprise)
+        ]
 
         def send() -> None:
             try:
@@ -260,20 +280,33 @@ class Notifier:
                 services = apprise.Apprise()
                 for url in addresses:
                     services.add(url)
-                body = "\n".join([notice.message, *(f"{at}: {choice}" for at, choice in enumerate(notice.choices))])
+                body = "\n".join(
+                    [
+                        notice.message,
+                        *(f"{at}: {choice}" for at, choice in enumerate(notice.choices)),
+                    ]
+                )
                 title = f"{notice.run}: {notice.event} at step {notice.step:,}"
-                outcome.append("" if services.notify(title=title, body=body) else "apprise could not deliver it to all")
+                outcome.append(
+                    ""
+                    if services.notify(title=title, body=body)
+                    else "apprise could not deliver it to all"
+                )
             except Exception as error:
                 outcome.append(f"{type(error).__name__}: {error}")
 
         thread = threading.Thread(target=send, name="apprise", daemon=True)
         thread.start()
         thread.join(self._settings.seconds)
-        return outcome[0] if outcome else f"not done after notify.seconds = {self._settings.seconds:g}"
+        return (
+            outcome[0] if outcome else f"not done after notify.seconds = {self._settings.seconds:g}"
+        )
 
 
 def _split_user(address: str) -> tuple[str, dict[str, str]]:
-    """An address without USER:PASSWORD@, which urllib takes for a part of the host, and the header that says it."""
+    """An address without USER:PASSWORD@, which urllib takes for a part of the host, and the header
+    that says it.
+    """
     parts = urllib.parse.urlsplit(address)
     user, at, host = parts.netloc.rpartition("@")
     if not at:
@@ -290,7 +323,9 @@ def _silence(name: str) -> None:
 
 
 def variables(notice: Notice) -> dict[str, str]:
-    """The environment of a command. Not GUARDRAIL_RUN: that makes a process one of the run's own."""
+    """The environment of a command. Not GUARDRAIL_RUN: that makes a process one of the run's
+    own.
+    """
     return {
         "GUARDRAIL_EVENT": notice.event,
         "GUARDRAIL_TEXT": notice.text,

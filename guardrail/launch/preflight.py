@@ -1,4 +1,6 @@
-"""What can be known about a configuration and this machine before any process starts, without importing torch."""
+"""What can be known about a configuration and this machine before any process starts, without
+importing torch.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ LEAST_FREE_BYTES = 32 * 1024 * 1024  # journal, logs, status, and the first refu
 _NVIDIA = re.compile(r"nvidia\d+")
 
 
-# Devices of which torch alone can tell the number: AMD GPUs (ROCm), GPUs of Windows (WSL2), Jetson modules.
+# Devices of which torch alone can tell the number: AMD GPUs (ROCm), GPUs of Windows (WSL2), Jetson
+# modules.
 _UNCOUNTED = ("kfd", "dxg", "nvhost-gpu", "nvgpu")
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 
@@ -33,7 +36,10 @@ def cuda_devices() -> int | None:
     except OSError:
         return None
     hidden = [os.environ[name] for name in _VISIBLE if name in os.environ]
-    named = [[one.strip() for one in names.split(",") if one.strip() and one.strip() != "-1"] for names in hidden]
+    named = [
+        [one.strip() for one in names.split(",") if one.strip() and one.strip() != "-1"]
+        for names in hidden
+    ]
     if not all(named):
         return 0
     present = sum(1 for name in files if _NVIDIA.fullmatch(name))
@@ -45,7 +51,11 @@ def cuda_devices() -> int | None:
 
 
 def check(
-    settings: Settings, *, file: str, overrides: Sequence[str] = (), given: Mapping[str, str] | None = None
+    settings: Settings,
+    *,
+    file: str,
+    overrides: Sequence[str] = (),
+    given: Mapping[str, str] | None = None,
 ) -> None:
     """Refuse a configuration, right in itself, that cannot run on this machine. Raises ConfigError.
 
@@ -58,12 +68,18 @@ def check(
 
 
 def problems(
-    settings: Settings, *, file: str, overrides: Sequence[str] = (), given: Mapping[str, str] | None = None
+    settings: Settings,
+    *,
+    file: str,
+    overrides: Sequence[str] = (),
+    given: Mapping[str, str] | None = None,
 ) -> Iterator[ConfigError]:
     """Everything that keeps it from running here; arguments as of `check`."""
     for look in (_memory, _devices, _disk, _packages, _secrets):
         for error in look(settings):
-            source = (given or {}).get(error.key) or source_of(error.key, file=file, overrides=overrides)
+            source = (given or {}).get(error.key) or source_of(
+                error.key, file=file, overrides=overrides
+            )
             yield error.at(source)
 
 
@@ -132,4 +148,6 @@ def _disk(settings: Settings) -> Iterator[ConfigError]:
     free = shutil.disk_usage(root).free
     if free < LEAST_FREE_BYTES:
         least = LEAST_FREE_BYTES >> 20
-        yield ConfigError(f"a disk with at least {least} MiB free ({free >> 20} MiB are)", key=key, value=value)
+        yield ConfigError(
+            f"a disk with at least {least} MiB free ({free >> 20} MiB are)", key=key, value=value
+        )

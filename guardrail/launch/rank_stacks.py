@@ -17,18 +17,22 @@ from guardrail.rundir.local_ranks import LocalRanks
 FAULTHANDLER_SECONDS = 2.0  # a process that can run at all has written its stacks by then
 PY_SPY_SECONDS = 8.0
 # The innermost frame of a thread, as faulthandler and as py-spy print it.
-_FAULTHANDLER_FRAME = re.compile(r'[Tt]hread 0x[0-9a-f]+.*\(most recent call first\):\n  File "([^"]+)", line (\d+)')
+_FAULTHANDLER_FRAME = re.compile(
+    r'[Tt]hread 0x[0-9a-f]+.*\(most recent call first\):\n  File "([^"]+)", line (\d+)'
+)
 _PY_SPY_FRAME = re.compile(r'"MainThread"\n +\S+ \(([^():]+):(\d+)\)')
 
 
 def capture(logs: Path, ranks: LocalRanks, culprit: int) -> tuple[list[Path], str]:
     """Append the stacks of all local ranks to logs/rank-N.stacks.
 
-    SIGUSR2 makes faulthandler write them (see guardrail.rundir.stop_signals); a process that is stopped or lives in C++
-    only does not answer, so py-spy reads the culprit from outside where it is installed and allowed.
+    SIGUSR2 makes faulthandler write them (see guardrail.rundir.stop_signals); a process that is
+    stopped or lives in C++ only does not answer, so py-spy reads the culprit from outside where it
+    is installed and allowed.
 
     Returns:
-        The files that were written, and ", in FILE:LINE" of the culprit's main thread if it could be read.
+        The files that were written, and ", in FILE:LINE" of the culprit's main thread if it could
+        be read.
     """
     before: dict[Path, int] = {}
     awaited: list[Path] = []
@@ -45,7 +49,9 @@ def capture(logs: Path, ranks: LocalRanks, culprit: int) -> tuple[list[Path], st
     time.sleep(0.1)  # the last lines of a dump that has just begun
 
     rank = ranks.number(culprit)
-    culprit_file = logs / (f"rank-{rank}.stacks" if rank is not None else f"process-{culprit}.stacks")
+    culprit_file = logs / (
+        f"rank-{rank}.stacks" if rank is not None else f"process-{culprit}.stacks"
+    )
     size = before.setdefault(culprit_file, _size(culprit_file))
     where = _top_frame(culprit_file, size)
     if not where:

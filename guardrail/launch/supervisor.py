@@ -1,12 +1,13 @@
-"""Starts, watches and restarts the ranks of one run: `python -m guardrail.launch.supervisor RUN_DIR [NODE_RANK]`.
+"""Starts, watches and restarts the ranks of one run: `python -m guardrail.launch.supervisor RUN_DIR
+[NODE_RANK]`.
 
     launch -> supervisor (own session, no torch) -> torch elastic -> ranks
 
-torch elastic starts the ranks. On one node each start has an elastic agent of its own, so that nothing of an earlier
-start reaches it; on several nodes the agents, which have met, start their ranks again together. What elastic does not
-know is done here: a rank that lives but does not get ahead, ranks that wait for one that has died, an elastic agent
-that is killed, a stop that needs longer than 30 seconds, the last word.
-The signals are told in `guardrail.rundir.stop_signals`.
+torch elastic starts the ranks. On one node each start has an elastic agent of its own, so that
+nothing of an earlier start reaches it; on several nodes the agents, which have met, start their
+ranks again together. What elastic does not know is done here: a rank that lives but does not get
+ahead, ranks that wait for one that has died, an elastic agent that is killed, a stop that needs
+longer than 30 seconds, the last word. The signals are told in `guardrail.rundir.stop_signals`.
 """
 
 from __future__ import annotations
@@ -40,10 +41,12 @@ from guardrail.rundir.run_lock import RunLock
 from guardrail.rundir.stop_signals import SupervisorSignals
 
 POLL_SECONDS = 0.4
-SURVIVOR_SECONDS = 10.0  # peers of a failed rank that still live after this are killed: they wait for it in vain
+# peers of a failed rank that still live after this are killed: they wait for it in vain
+SURVIVOR_SECONDS = 10.0
 SETUP_SURVIVOR_SECONDS = 1.0  # the same of a peer in set-up, which has nothing to save
 ROOM_SECONDS = 30.0  # that the ranks wait for a full disk before they are started again
-SILENT_SECONDS = 5.0  # of ranks over their deadline, one whose process has done nothing for this long is the cause
+# of ranks over their deadline, one whose process has done nothing for this long is the cause
+SILENT_SECONDS = 5.0
 
 
 class Supervisor:
@@ -60,7 +63,9 @@ class Supervisor:
         tree = parse(run.path / "config.toml", of_run=True)
         self.run_directory = run
         # The nodes share one config.toml; which of them this is, only the one who started us knows.
-        self.launch = msgspec.convert({**tree.get("launch", {}), "node_rank": node_rank}, LaunchSection)
+        self.launch = msgspec.convert(
+            {**tree.get("launch", {}), "node_rank": node_rank}, LaunchSection
+        )
         self.tensorboard = msgspec.convert(tree.get("tensorboard", {}), TensorboardSection)
         notify = tree.get("notify", {})
         self.notify = msgspec.convert(secret.restored(notify, secrets or {}), NotifySection)
@@ -68,15 +73,22 @@ class Supervisor:
         self.signals = signals
         self.host = socket.gethostname()
         self.ranks = LocalRanks(run, node_rank=node_rank, nodes=self.launch.nodes)
-        self.chronicle = Chronicle(run, self.launch, self.host, Mode(tree.get("guard", {}).get("mode", Mode.AUTO)))
-        self.failures: list[str] = []  # a sentence each, newest last; all count against launch.max_restarts
+        self.chronicle = Chronicle(
+            run, self.launch, self.host, Mode(tree.get("guard", {}).get("mode", Mode.AUTO))
+        )
+        # a sentence each, newest last; all count against launch.max_restarts
+        self.failures: list[str] = []
         self.killed = ""  # why everything was killed
-        self.unwritable = ""  # that the run directory refuses what a start of the ranks needs, and why
+        # that the run directory refuses what a start of the ranks needs, and why
+        self.unwritable = ""
         node = f"-{node_rank}" if node_rank else ""
-        self._elastic_log = run.logs / f"elastic{node}.log"  # read for failures, so each node has its own
+        # read for failures, so each node has its own
+        self._elastic_log = run.logs / f"elastic{node}.log"
         self._last_log: Path | None = None  # of the rank that failed last
-        self._survivors: dict[int, float] = {}  # pid of a peer of a failed rank -> when it was asked to end
-        self._counted: set[int] = set()  # pids of this agent's starts whose failure has been counted
+        # pid of a peer of a failed rank -> when it was asked to end
+        self._survivors: dict[int, float] = {}
+        # pids of this agent's starts whose failure has been counted
+        self._counted: set[int] = set()
         self._is_over = False  # the rank that failed had ended the run before
         self._between = False  # two starts: the next one may have to wait for another node
         self._told: set[int] = set()  # pids that were asked to stop
@@ -103,7 +115,9 @@ class Supervisor:
             raise
         finally:
             self.ranks.end()
-            self.chronicle.final_status(phase, exit_code, restarts=self._restarts, unwritable=self.unwritable)
+            self.chronicle.final_status(
+                phase, exit_code, restarts=self._restarts, unwritable=self.unwritable
+            )
         return exit_code
 
     @property
@@ -111,7 +125,9 @@ class Supervisor:
         return min(len(self.failures), self.launch.max_restarts)
 
     def _agents(self) -> int:
-        """One elastic agent after another until one ends by itself or on demand; returns its exit status."""
+        """One elastic agent after another until one ends by itself or on demand; returns its exit
+        status.
+        """
         while True:
             if not self._has_room(ROOM_SECONDS if self.failures else 0.0):
                 return 1
@@ -119,7 +135,10 @@ class Supervisor:
             code = self._run_agent()
             if self.killed or self.signals.stop or code == 0:
                 return code
-            if self._is_over and self.chronicle.last_word_of_ranks(self.ranks.last_pids) is not None:
+            if (
+                self._is_over
+                and self.chronicle.last_word_of_ranks(self.ranks.last_pids) is not None
+            ):
                 return code  # a rank that dies after the run has ended changes nothing
             failed = len(self.failures) > before
             if code < 0 and not failed:
@@ -135,7 +154,8 @@ class Supervisor:
                 return 1
 
     def _has_room(self, seconds: float) -> bool:
-        """Whether the run directory takes a file within so many seconds: ranks that start on a full disk fail at once.
+        """Whether the run directory takes a file within so many seconds: ranks that start on a full
+        disk fail at once.
 
         Asked before a start and at an end only. Ranks that train continue without a disk.
         """
@@ -174,20 +194,27 @@ class Supervisor:
             self._bury()
 
     def _first_node_is_gone(self) -> bool:
-        """Whether the agent has ended because the place where the nodes meet, which is that node's agent, is lost."""
+        """Whether the agent has ended because the place where the nodes meet, which is that node's
+        agent, is lost.
+        """
         if not self.launch.node_rank or len(self.failures) > self.launch.max_restarts:
             return False
         status = self.run_directory.read_status()
         return status is not None and not status.phase.ended
 
     def _first_node_is_back(self) -> bool:
-        """Wait until it listens again; False when it does not within launch.node_seconds, or a stop is asked for."""
+        """Wait until it listens again; False when it does not within launch.node_seconds, or a stop
+        is asked for.
+        """
         host, _, port = self.launch.rendezvous_endpoint.rpartition(":")
         message = f"the first node has gone; node {self.launch.node_rank} waits for {host}:{port} to answer again"
         self.chronicle.record("note", message, text=message)
         deadline = time.monotonic() + self.launch.node_seconds
         while time.monotonic() < deadline and not self.signals.stop:
-            with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=1.0):
+            with (
+                contextlib.suppress(OSError),
+                socket.create_connection((host, int(port)), timeout=1.0),
+            ):
                 return True
             self.signals.wait(POLL_SECONDS)
         return False
@@ -231,10 +258,11 @@ class Supervisor:
         self.ranks.sweep(kill=self._between or bool(self._survivors))
 
     def _end_survivors(self, closing: Sequence[int]) -> None:
-        """Kill peers of a failed rank that do not end: those pids that lived when it failed, and no later ones.
+        """Kill peers of a failed rank that do not end: those pids that lived when it failed, and no
+        later ones.
 
-        The agent would give them 30 seconds. In a collective they wait for the dead one, in set-up for the whole of
-        launch.collective_seconds.
+        The agent would give them 30 seconds. In a collective they wait for the dead one, in set-up
+        for the whole of launch.collective_seconds.
         """
         now = time.monotonic()
         for pid in closing:
@@ -242,7 +270,9 @@ class Supervisor:
                 log(f"process {pid} is asked to end, because a rank of its start has failed")
                 self._survivors[pid] = now
         alive = self.ranks.reports
-        self._survivors = {pid: since for pid, since in self._survivors.items() if pid in alive or since == now}
+        self._survivors = {
+            pid: since for pid, since in self._survivors.items() if pid in alive or since == now
+        }
         for pid, since in self._survivors.items():
             report = alive.get(pid)
             in_setup = report is None or report.phase in (Phase.STARTING, Phase.SETUP)
@@ -270,7 +300,9 @@ class Supervisor:
         )
 
     def _count_start(self, pid: int) -> None:
-        """The start of the ranks to which `pid` belongs has failed; what else is reported of it counts no more."""
+        """The start of the ranks to which `pid` belongs has failed; what else is reported of it
+        counts no more.
+        """
         peers = self.ranks.last_pids
         report = self.ranks.last_report(pid)
         self._is_over = report is not None and report.phase.ended
@@ -281,14 +313,18 @@ class Supervisor:
         if self.signals.stop:
             self.killed = f"{sentence} while it was stopping"
         self.failures.append(sentence)
-        log(f"failure {len(self.failures)}, launch.max_restarts = {self.launch.max_restarts}: {sentence}")
+        log(
+            f"failure {len(self.failures)}, launch.max_restarts = {self.launch.max_restarts}: {sentence}"
+        )
 
     # -- hung ranks
 
     def _end_hung(self, hung: Sequence[Hung]) -> None:
-        """Write down where every local rank stands, and kill them all: one hung rank stops the others too.
+        """Write down where every local rank stands, and kill them all: one hung rank stops the
+        others too.
 
-        They are killed before the journal is written, since a rank that is stopped may hold the journal's lock.
+        They are killed before the journal is written, since a rank that is stopped may hold the
+        journal's lock.
         """
         culprit = self._culprit(hung)
         rank = self.ranks.number(culprit.pid)
@@ -309,13 +345,15 @@ class Supervisor:
             host=self.host,
             stacks=[f"logs/{file.name}" for file in files],
         )
-        self._fail(f"{name} {'was suspended' if culprit.stopped else 'hung'} in phase {culprit.phase.value}")
+        self._fail(
+            f"{name} {'was suspended' if culprit.stopped else 'hung'} in phase {culprit.phase.value}"
+        )
 
     def _culprit(self, hung: Sequence[Hung]) -> Hung:
         """Of ranks that stand still together, most of them waiting, the one they wait for.
 
-        That is one that never reported; else one whose whole process stands still (SIGSTOP, swapped out); else the
-        one that got least far.
+        That is one that never reported; else one whose whole process stands still (SIGSTOP, swapped
+        out); else the one that got least far.
         """
         silent = next((one for one in hung if self.ranks.reports.get(one.pid) is None), None)
         if silent is not None:
@@ -333,14 +371,18 @@ class Supervisor:
             return
         if self._stop_since is None:
             self._stop_since = time.monotonic()
-            self.chronicle.record("note", f"asked to stop by {self.signals.stop}", text=f"stop: {self.signals.stop}")
+            self.chronicle.record(
+                "note", f"asked to stop by {self.signals.stop}", text=f"stop: {self.signals.stop}"
+            )
         registered = self.ranks.registered
         if self.signals.kill:
             self.killed = "asked to end at once"
         elif not registered and self._told.isdisjoint(self.ranks.last_pids):
             self.killed = "the ranks had not begun"
         elif time.monotonic() - self._stop_since > self.launch.stop_seconds:
-            self.killed = f"the ranks did not stop within launch.stop_seconds = {self.launch.stop_seconds:g}"
+            self.killed = (
+                f"the ranks did not stop within launch.stop_seconds = {self.launch.stop_seconds:g}"
+            )
         else:
             for pid in registered.keys() - self._told:
                 self._told.add(pid)
@@ -349,26 +391,43 @@ class Supervisor:
     def _bury(self) -> None:
         if stuck := self.ranks.bury():
             pids = ", ".join(str(process.pid) for process in stuck)
-            self.chronicle.record("note", f"the kernel does not end {pids} (in uninterruptible sleep?)", text="stuck")
+            self.chronicle.record(
+                "note", f"the kernel does not end {pids} (in uninterruptible sleep?)", text="stuck"
+            )
 
     def _outcome(self, code: int) -> tuple[Phase, ExitCode, str, list[str]]:
-        """How the run ended: phase, exit code, reason ("" if rank 0 has said it), last lines that explain it."""
+        """How the run ended: phase, exit code, reason ("" if rank 0 has said it), last lines that
+        explain it.
+        """
         asked = code == 0 or self.killed or self._is_over
         if asked and (said := self.chronicle.last_word_of_ranks(self.ranks.last_pids)) is not None:
             return *said, "", []
         if self.unwritable or (not self.signals.stop and not self._has_room(0.0)):
             return Phase.FAILED, ExitCode.WORKERS_FAILED, self.unwritable, []
         if self.signals.stop:
-            return Phase.STOPPED, ExitCode.INTERRUPTED, self.killed or "no rank said how it ended", []
+            return (
+                Phase.STOPPED,
+                ExitCode.INTERRUPTED,
+                self.killed or "no rank said how it ended",
+                [],
+            )
         if code == 0:
-            reason, explained = "the ranks ended without saying how", self.run_directory.logs / "rank-0.log"
+            reason, explained = (
+                "the ranks ended without saying how",
+                self.run_directory.logs / "rank-0.log",
+            )
         elif self.launch.nodes > 1 and len(self.failures) <= self.launch.max_restarts:
             waited = f"not all {self.launch.nodes} nodes met within launch.node_seconds = {self.launch.node_seconds:g}"
-            reason, explained = f"{waited}; on fewer: launch --resume RUN --set launch.nodes=N", self._elastic_log
+            reason, explained = (
+                f"{waited}; on fewer: launch --resume RUN --set launch.nodes=N",
+                self._elastic_log,
+            )
         elif not self.failures:
             reason, explained = f"torch elastic ended with {code}", self._elastic_log
         else:
-            count = f"failure {len(self.failures)}, launch.max_restarts = {self.launch.max_restarts}"
+            count = (
+                f"failure {len(self.failures)}, launch.max_restarts = {self.launch.max_restarts}"
+            )
             reason, explained = f"{self.failures[-1]}; {count}", self._last_log or self._elastic_log
         return Phase.FAILED, ExitCode.WORKERS_FAILED, reason, tail(explained)
 
@@ -376,7 +435,9 @@ class Supervisor:
 
     @contextlib.contextmanager
     def _notifier(self) -> Iterator[None]:
-        """A thread beside the run that tells of its events; it may fail, and training does not notice."""
+        """A thread beside the run that tells of its events; it may fail, and training does not
+        notice.
+        """
         settings = self.notify
         if self._missing and not self.launch.node_rank:
             message = f"no notification by {', '.join(self._missing)}: masked in the run directory, not given again"
@@ -385,13 +446,19 @@ class Supervisor:
             yield
             return
         notifier = Notifier(
-            settings, self.run_directory, say=self.chronicle.record, spawn=self.ranks.spared, since=time.time()
+            settings,
+            self.run_directory,
+            say=self.chronicle.record,
+            spawn=self.ranks.spared,
+            since=time.time(),
         )
         with _beside("notifier", notifier.work, seconds=4 * settings.seconds):
             yield
 
     def _publish_reports(self, stop: threading.Event) -> None:
-        """Keep ranks/node-NAME.json fresh. On a thread: a file system that hangs must not keep us from the ranks."""
+        """Keep ranks/node-NAME.json fresh. On a thread: a file system that hangs must not keep us
+        from the ranks.
+        """
         while not stop.wait(POLL_SECONDS):
             self.ranks.publish()
 
@@ -412,12 +479,18 @@ class Supervisor:
 
             tensorboard.export(self.run_directory, stop=stop)
         except Exception as error:
-            self.chronicle.record("note", f"TensorBoard files are no longer written: {error!r}", text="tensorboard")
+            self.chronicle.record(
+                "note", f"TensorBoard files are no longer written: {error!r}", text="tensorboard"
+            )
 
 
 @contextlib.contextmanager
-def _beside(name: str, work: Callable[[threading.Event], None], *, seconds: float) -> Iterator[None]:
-    """Do `work` on a thread until the block is left; then it is told to stop, and waited for so many seconds."""
+def _beside(
+    name: str, work: Callable[[threading.Event], None], *, seconds: float
+) -> Iterator[None]:
+    """Do `work` on a thread until the block is left; then it is told to stop, and waited for so
+    many seconds.
+    """
     stop = threading.Event()
     thread = threading.Thread(target=work, args=(stop,), name=name, daemon=True)
     thread.start()
@@ -429,7 +502,9 @@ def _beside(name: str, work: Callable[[threading.Event], None], *, seconds: floa
 
 
 def _read_secrets() -> dict[str, Any]:
-    """What `launching.start` sends through the pipe; nothing where it has not said so. No child is told of it."""
+    """What `launching.start` sends through the pipe; nothing where it has not said so. No child is
+    told of it.
+    """
     if os.environ.pop(processes.SECRETS_VARIABLE, "") != "stdin":
         return {}
     try:

@@ -1,6 +1,8 @@
-"""What the supervisor writes into a run directory: its events, the status while no rank writes one, the last word.
+"""What the supervisor writes into a run directory: its events, the status while no rank writes one,
+the last word.
 
-A disk that takes nothing must not end the training, so a failed write is told to supervisor.log and passed over.
+A disk that takes nothing must not end the training, so a failed write is told to supervisor.log and
+passed over.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ class Chronicle:
         self._run, self._launch, self._host, self._mode = run, launch, host, mode
         self._leads = launch.node_rank == 0
         self._began = time.time()
-        # What stood there before us: the time of an event or a status may come from another host's clock.
+        # What stood there before us: the time of an event or a status may come from another host's
+        # clock.
         self._last_event = max((event.seq for event in run.events()), default=0)
         self._last_status = run.read_status()
         self._written = -1.0  # time.monotonic() of our last status
@@ -82,19 +85,27 @@ class Chronicle:
             log(f"{phase.value}, exit code {exit_code.value}")
         elif self._leads:
             message = "\n".join([f"{phase.value}: {reason}", *last_lines])
-            self.record("ended", message, phase=phase.value, exit_code=exit_code.value, reason=reason)
+            self.record(
+                "ended", message, phase=phase.value, exit_code=exit_code.value, reason=reason
+            )
 
-    def final_status(self, phase: Phase, exit_code: ExitCode, *, restarts: int, unwritable: str = "") -> None:
-        """The status that stays. `unwritable`: why the run directory could not be written, "" if it could."""
+    def final_status(
+        self, phase: Phase, exit_code: ExitCode, *, restarts: int, unwritable: str = ""
+    ) -> None:
+        """The status that stays. `unwritable`: why the run directory could not be written, "" if it
+        could.
+        """
         if self._leads:
             changes = {"durability": f"degraded: {unwritable}"} if unwritable else {}
-            self._replace(phase=phase, progress="", exit_code=exit_code.value, restarts=restarts, **changes)
+            self._replace(
+                phase=phase, progress="", exit_code=exit_code.value, restarts=restarts, **changes
+            )
 
     def last_word_of_ranks(self, pids: Collection[int]) -> tuple[Phase, ExitCode] | None:
         """How rank 0 ended the run, if it did so since this supervisor began.
 
-        The journal says it; where a full disk has kept it out, the status does if it is of one of `pids` or of
-        another host: a status that an earlier incarnation left behind is no answer.
+        The journal says it; where a full disk has kept it out, the status does if it is of one of
+        `pids` or of another host: a status that an earlier incarnation left behind is no answer.
         """
         last = last_turn(self._run.events())
         if last is not None and last.kind == "ended" and last.seq > self._last_event:
@@ -108,7 +119,9 @@ class Chronicle:
         return status.phase, EXIT_CODES[status.phase]
 
     def _replace(self, *, phase: Phase, **changes: Any) -> None:
-        last = self._run.read_status() or Status(run="", phase=phase, started=self._began, mode=self._mode)
+        last = self._run.read_status() or Status(
+            run="", phase=phase, started=self._began, mode=self._mode
+        )
         status = msgspec.structs.replace(
             last,
             phase=phase,
@@ -126,7 +139,9 @@ class Chronicle:
 
 
 def log(line: str) -> None:
-    """A line for logs/supervisor.log, which is our stdout. What a full disk does not take is kept for `flush_log`."""
+    """A line for logs/supervisor.log, which is our stdout. What a full disk does not take is kept
+    for `flush_log`.
+    """
     text = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n"
     with _writing:
         _unwritten.append(text.encode("utf-8", "backslashreplace"))
@@ -134,7 +149,8 @@ def log(line: str) -> None:
 
 
 def flush_log() -> None:
-    """Write the lines that are not written yet. Not by `print`, which keeps or drops what a write has not taken.
+    """Write the lines that are not written yet. Not by `print`, which keeps or drops what a write
+    has not taken.
 
     The notifier and the supervisor log from two threads: one of them at a time writes.
     """

@@ -1,4 +1,6 @@
-"""How torch elastic is started, and what can be read from what it says. Imports no torch: it is another process."""
+"""How torch elastic is started, and what can be read from what it says. Imports no torch: it is
+another process.
+"""
 
 from __future__ import annotations
 
@@ -14,26 +16,35 @@ from pathlib import Path
 from typing import BinaryIO
 
 from guardrail.core.config import LaunchSection
-from guardrail.rundir.processes import INCARNATION_VARIABLE, RUN_VARIABLE, SUPERVISOR_VARIABLE, cores
+from guardrail.rundir.processes import (
+    INCARNATION_VARIABLE,
+    RUN_VARIABLE,
+    SUPERVISOR_VARIABLE,
+    cores,
+)
 
-# A rank's output is appended, so that the log of the incarnation that failed survives the restart; elastic's own
-# --redirects would truncate it. `exec` keeps the rank the direct child of the agent, with the pid that the agent knows.
+# A rank's output is appended, so that the log of the incarnation that failed survives the restart;
+# elastic's own --redirects would truncate it. `exec` keeps the rank the direct child of the agent,
+# with the pid that the agent knows.
 _RANK = 'exec "$@" >>"$GUARDRAIL_RUN/logs/rank-$RANK.log" 2>&1 </dev/null'
 
-# Ignored signals stay ignored over exec, in the ranks too until they install handlers. So a batch system's SIGTERM to
-# every process of the job does not kill a rank that is still importing torch; the supervisor has got the same signal,
-# and asks the rank to stop as soon as it can hear.
+# Ignored signals stay ignored over exec, in the ranks too until they install handlers. So a batch
+# system's SIGTERM to every process of the job does not kill a rank that is still importing torch;
+# the supervisor has got the same signal, and asks the rank to stop as soon as it can hear.
 _AGENT = 'trap "" HUP INT TERM USR1 USR2; exec "$@"'
 
-# torch.distributed.elastic.multiprocessing.api, SubprocessContext._close: within 0.1 s of a failure every other rank of
-# this node is asked to end, and gets 30 s for it. _poll: then the first failure is logged, with its exit code.
+# torch.distributed.elastic.multiprocessing.api, SubprocessContext._close: within 0.1 s of a failure
+# every other rank of this node is asked to end, and gets 30 s for it. _poll: then the first failure
+# is logged, with its exit code.
 _CLOSING = re.compile(rb"Sending process (\d+) closing signal")
 _FAILURE = re.compile(rb"failed \(exitcode: (-?\d+)\) local_rank: (\d+) \(pid: (\d+)\)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """One rank that ended badly, as elastic reports it. `exit` is negative for a signal, as in subprocess."""
+    """One rank that ended badly, as elastic reports it. `exit` is negative for a signal, as in
+    subprocess.
+    """
 
     exit: int
     local_rank: int
@@ -53,7 +64,8 @@ class Output:
     """What an agent has printed since the last look.
 
     Attributes:
-        closing: pids of ranks that the agent asks to end, because a rank of the same start has failed.
+        closing: pids of ranks that the agent asks to end, because a rank of the same start has
+        failed.
         failures: the first rank that failed, once all ranks of its start have ended.
     """
 
@@ -81,11 +93,27 @@ def command(launch: LaunchSection, *, name: str, restarts: int) -> list[str]:
         arguments += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--rdzv-conf=is_host=1"]
         arguments += ["--local-addr=127.0.0.1"]
     else:
-        arguments += [f"--rdzv-backend={launch.rendezvous_backend}", f"--rdzv-endpoint={launch.rendezvous_endpoint}"]
+        arguments += [
+            f"--rdzv-backend={launch.rendezvous_backend}",
+            f"--rdzv-endpoint={launch.rendezvous_endpoint}",
+        ]
         arguments += [f"--node-rank={launch.node_rank}"]
-        # Told and not guessed from names: two agents may stand on one host, and the first node's alone is met.
-        arguments += [f"--rdzv-conf=is_host={int(not launch.node_rank)},join_timeout={launch.node_seconds:.0f}"]
-    arguments += ["--no-python", "/bin/sh", "-c", _RANK, "rank", sys.executable, "-u", "-m", launch.trainer]
+        # Told and not guessed from names: two agents may stand on one host, and the first node's
+        # alone is met.
+        arguments += [
+            f"--rdzv-conf=is_host={int(not launch.node_rank)},join_timeout={launch.node_seconds:.0f}"
+        ]
+    arguments += [
+        "--no-python",
+        "/bin/sh",
+        "-c",
+        _RANK,
+        "rank",
+        sys.executable,
+        "-u",
+        "-m",
+        launch.trainer,
+    ]
     return arguments
 
 
@@ -94,9 +122,10 @@ def environment(
 ) -> dict[str, str]:
     """The agent's environment, which the ranks inherit.
 
-    The agent must not act on signals that a batch system sends to every process of a job: it would give the ranks
-    30 seconds and then kill them, or start them again. The supervisor alone decides. SIGQUIT stays, because the list
-    cannot be empty. (PET_ variables are torchrun's own way to set an option; older versions ignore this one.)
+    The agent must not act on signals that a batch system sends to every process of a job: it would
+    give the ranks 30 seconds and then kill them, or start them again. The supervisor alone decides.
+    SIGQUIT stays, because the list cannot be empty. (PET_ variables are torchrun's own way to set
+    an option; older versions ignore this one.)
     """
     variables = {**os.environ, **(further or {})}
     variables[RUN_VARIABLE] = str(run)
@@ -104,12 +133,16 @@ def environment(
     variables[INCARNATION_VARIABLE] = str(incarnation)
     variables["PET_SIGNALS_TO_HANDLE"] = variables["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     if launch.nodes > 1:
-        # An agent keeps one store for all starts of the ranks (torch 2.13, DynamicRendezvousHandler.next_rendezvous),
-        # since torch 2.9 without a prefix for each (torch.distributed.rendezvous, _create_c10d_store): the ranks of
-        # the second start would find the addresses of the first, and wait for them until launch.collective_seconds is
-        # over. It is no setting of the user. On one node each start has an agent, and so a store, of its own.
+        # An agent keeps one store for all starts of the ranks (torch 2.13,
+        # DynamicRendezvousHandler.next_rendezvous), since torch 2.9 without a prefix for each
+        # (torch.distributed.rendezvous, _create_c10d_store): the ranks of the second start would
+        # find the addresses of the first, and wait for them until launch.collective_seconds is
+        # over. It is no setting of the user. On one node each start has an agent, and so a store,
+        # of its own.
         variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    variables.setdefault("OMP_NUM_THREADS", str(launch.threads or max(1, cores() // launch.processes)))
+    variables.setdefault(
+        "OMP_NUM_THREADS", str(launch.threads or max(1, cores() // launch.processes))
+    )
     if launch.threads:
         variables["OMP_NUM_THREADS"] = str(launch.threads)
     return variables
@@ -118,7 +151,8 @@ def environment(
 class Agent:
     """The running `torch.distributed.run`, and a reader of what it prints.
 
-    It prints into a pipe: what it reports of its ranks arrives on a full disk too. The log keeps what the disk takes.
+    It prints into a pipe: what it reports of its ranks arrives on a full disk too. The log keeps
+    what the disk takes.
     """
 
     def __init__(
@@ -160,7 +194,9 @@ class Agent:
         failures = (map(int, found.groups()) for found in _FAILURE.finditer(text[:end]))
         return Output(
             closing=tuple(int(found.group(1)) for found in _CLOSING.finditer(text[:end])),
-            failures=tuple(Failure(exit=code, local_rank=rank, pid=pid) for code, rank, pid in failures),
+            failures=tuple(
+                Failure(exit=code, local_rank=rank, pid=pid) for code, rank, pid in failures
+            ),
         )
 
     def _chunks(self) -> Iterator[bytes]:

@@ -1,4 +1,6 @@
-"""Commands to a run from outside: from words to a Command, into the inbox, and the answer out of the journal."""
+"""Commands to a run from outside: from words to a Command, into the inbox, and the answer out of
+the journal.
+"""
 
 from __future__ import annotations
 
@@ -74,9 +76,11 @@ def _number(kind: CommandKind, value: str | None) -> float:
 
 
 def bound(run: RunDirectory, command: Command, question: int | None = None) -> Command:
-    """The command for the run as it is now: it holds for no other question, and for no other timeline.
+    """The command for the run as it is now: it holds for no other question, and for no other
+    timeline.
 
-    So of two that send `rollback` at the same instant one goes back, and the other learns that the run has gone back.
+    So of two that send `rollback` at the same instant one goes back, and the other learns that the
+    run has gone back.
 
     Args:
         question: journal line of the question that it answers; None: the one that is open.
@@ -85,7 +89,11 @@ def bound(run: RunDirectory, command: Command, question: int | None = None) -> C
     if command.kind in BY_HAND and not command.at_step and status is not None:
         timeline = max([status.timeline, *(event.timeline for event in run.events()[-1:])])
         command = msgspec.structs.replace(command, shown=Shown(timeline=timeline))
-    if question is None and command.kind is not CommandKind.ANSWER and not (status is not None and status.question):
+    if (
+        question is None
+        and command.kind is not CommandKind.ANSWER
+        and not (status is not None and status.question)
+    ):
         question = 0
     if question is None:
         asked = open_question(run.events())  # the status is a second late
@@ -98,7 +106,8 @@ def bound(run: RunDirectory, command: Command, question: int | None = None) -> C
 class Tail:
     """What is written to a journal from now on; each look reads only that.
 
-    A journal that gets shorter has lost a torn line, or was copied back: it is read again from its beginning.
+    A journal that gets shorter has lost a torn line, or was copied back: it is read again from its
+    beginning.
     """
 
     def __init__(self, run: RunDirectory) -> None:
@@ -131,14 +140,19 @@ class Tail:
 def send(run: RunDirectory, command: Command, *, seconds: float) -> Event | None:
     """Send and wait for the answer; None if `seconds` is 0.
 
-    A stop during the set-up, when no rank reads the inbox yet, goes by signal as well and is answered by the end.
+    A stop during the set-up, when no rank reads the inbox yet, goes by signal as well and is
+    answered by the end.
 
     Raises:
         UsageError: the run is not running, refuses, or does not answer in time.
     """
     status = run.known_status()
     if status is None or not is_alive(run, status):
-        state = f"it {status.phase.value} at step {status.step}" if status and status.phase.ended else "no sign of life"
+        state = (
+            f"it {status.phase.value} at step {status.step}"
+            if status and status.phase.ended
+            else "no sign of life"
+        )
         raise UsageError(f"{run.name} is not running ({state})")
     tail = Tail(run)
     run.send(command)
@@ -153,7 +167,9 @@ def send(run: RunDirectory, command: Command, *, seconds: float) -> Event | None
         for event in tail.new():
             if event.kind == "command" and event.data.get("id") == command.id:
                 if event.data.get("effect") != "applied":
-                    raise UsageError(f"{run.name} refuses: {event.data.get('reason') or event.message}")
+                    raise UsageError(
+                        f"{run.name} refuses: {event.data.get('reason') or event.message}"
+                    )
                 return event
             if event.kind == "ended":
                 if command.kind is CommandKind.STOP:
@@ -162,8 +178,12 @@ def send(run: RunDirectory, command: Command, *, seconds: float) -> Event | None
         time.sleep(POLL_SECONDS)
     status = run.read_status()
     if status is not None and status.commands_problem:
-        raise UsageError(f"{run.name} cannot read commands: {status.commands_problem}; this one waits in its inbox")
-    raise UsageError(f"{run.name} has not answered within {seconds:g} s; the command waits in its inbox")
+        raise UsageError(
+            f"{run.name} cannot read commands: {status.commands_problem}; this one waits in its inbox"
+        )
+    raise UsageError(
+        f"{run.name} has not answered within {seconds:g} s; the command waits in its inbox"
+    )
 
 
 def sentence(answer: Event | None) -> str:
@@ -177,5 +197,10 @@ def as_dict(answer: Event | None) -> dict[str, Any]:
     """The answer for a script: effect, and the journal line's seq, step, timeline and data."""
     if answer is None:
         return {"effect": "sent"}
-    fixed = {"seq": answer.seq, "time": answer.time, "step": answer.step, "timeline": answer.timeline}
+    fixed = {
+        "seq": answer.seq,
+        "time": answer.time,
+        "step": answer.step,
+        "timeline": answer.timeline,
+    }
     return {"effect": "applied", **fixed, "message": answer.message, **answer.data}

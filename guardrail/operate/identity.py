@@ -13,7 +13,9 @@ VARIABLE = "GUARDRAIL_WHO"
 
 
 def who() -> str:
-    """ "ann@vm (pts/3 from 10.0.0.5)", or what $GUARDRAIL_WHO says. Two screens of one user have two names."""
+    """ "ann@vm (pts/3 from 10.0.0.5)", or what $GUARDRAIL_WHO says. Two screens of one user have
+    two names.
+    """
     named = clean(os.environ.get(VARIABLE, ""), 100).strip()
     if named:
         return named

@@ -1,10 +1,12 @@
-"""What a command would do before anybody gives it: where it goes, what it loses, what it leaves out. Pure.
+"""What a command would do before anybody gives it: where it goes, what it loses, what it leaves
+out. Pure.
 
     scene = Scene.of(run)                             # the run as its directory tells it
     preview.of(scene, command).sentence()             # "back to step 1,200 (memory, good): 34 steps lost, ..."
 
-Every number comes from the run's own records: seconds are those that its rows measured, a learning rate is the one
-that the same step had. What the records do not say is NaN, and is left out of the sentence.
+Every number comes from the run's own records: seconds are those that its rows measured, a learning
+rate is the one that the same step had. What the records do not say is NaN, and is left out of the
+sentence.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ if TYPE_CHECKING:
     from guardrail.decide.sample_order import Ledger
     from guardrail.rundir.run_directory import RunDirectory
 
-SPARE_SECONDS = 10.0  # between the sight of a preview and the effect of its command: as many steps more may be lost
+# between the sight of a preview and the effect of its command: as many steps more may be lost
+SPARE_SECONDS = 10.0
 _GO_BACK = (CommandKind.ROLLBACK.value, CommandKind.UNDO.value, CommandKind.SKIP.value)
 
 
@@ -52,10 +55,12 @@ class Preview(Record, frozen=True, kw_only=True):
     """What a command would do.
 
     Attributes:
-        command, value: as it would be sent; "go on" and "halt" are further choices of the guard's own question.
+        command, value: as it would be sent; "go on" and "halt" are further choices of the guard's
+        own question.
         possible: False: it would be refused, for the reason in `refusal`.
         step: applied steps now.
-        to_step, tier, state, path: the state that it goes back to; None and "" where it goes nowhere.
+        to_step, tier, state, path: the state that it goes back to; None and "" where it goes
+        nowhere.
         steps_lost: applied steps that are given up.
         seconds_lost: what they took when they were made; NaN where no row says so.
         window: positions [first, last) that it leaves out, or takes back (undo).
@@ -64,7 +69,8 @@ class Preview(Record, frozen=True, kw_only=True):
         lr_before, lr: learning rate of the next step, as things are and afterwards; NaN: not known.
         alpha_before, alpha: factor on its embedding gradients, likewise.
         timeline: of the run now; question: journal line of the question that is open, 0: none is.
-        steps_lost_most: steps that it may come to lose while training goes on for some seconds more.
+        steps_lost_most: steps that it may come to lose while training goes on for some seconds
+        more.
         instead_of: the factor, or index of the mode, that it replaces; None: it replaces none.
         worked_out: False: nothing is known but the remark.
         remark: one more sentence for a person.
@@ -115,14 +121,18 @@ class Preview(Record, frozen=True, kw_only=True):
         if self.to_step is not None:
             state = f", {self.state}" if self.state not in ("", "good") else ""
             lost = f"{self.steps_lost:,} step{'' if self.steps_lost == 1 else 's'}"
-            parts.append(f"back to step {self.to_step:,} ({self.tier}{state}), {lost}{self._took()} lost")
+            parts.append(
+                f"back to step {self.to_step:,} ({self.tier}{state}), {lost}{self._took()} lost"
+            )
         if self.samples:
             parts.append(f"{self.samples:,} sample{'' if self.samples == 1 else 's'} left out")
         if self.returned:
             parts.append(f"{self.returned:,} sample{'' if self.returned == 1 else 's'} taken back")
         if self.lr == self.lr:
             rate, before = f"{self.lr:.3g}", f"{self.lr_before:.3g}"
-            parts.append(f"learning rate {rate}" + (f" instead of {before}" if rate != before else ""))
+            parts.append(
+                f"learning rate {rate}" + (f" instead of {before}" if rate != before else "")
+            )
         if self.alpha == self.alpha and self.alpha != self.alpha_before:
             parts.append(f"embedding gradients x{self.alpha:g} instead of x{self.alpha_before:g}")
         if self.remark:
@@ -133,7 +143,11 @@ class Preview(Record, frozen=True, kw_only=True):
         seconds = self.seconds_lost
         if not self.steps_lost or seconds != seconds:
             return ""
-        return f" ({seconds:.1f} s of training)" if seconds < 60 else f" ({seconds / 60:.1f} min of training)"
+        return (
+            f" ({seconds:.1f} s of training)"
+            if seconds < 60
+            else f" ({seconds / 60:.1f} min of training)"
+        )
 
 
 def foresee(run: RunDirectory, command: Command, *, status: Status | None = None) -> Preview:
@@ -152,7 +166,9 @@ def foresee(run: RunDirectory, command: Command, *, status: Status | None = None
     except Exception as error:  # whatever a directory of another version, or a damaged one, holds
         strerror = error.strerror if isinstance(error, OSError) else None
         reason = clean(strerror or f"{type(error).__name__}: {error}", 200)
-        raise UsageError(f"what {command.kind.value} would do cannot be worked out: {reason}") from error
+        raise UsageError(
+            f"what {command.kind.value} would do cannot be worked out: {reason}"
+        ) from error
 
 
 def of(scene: Scene, command: Command) -> Preview:
@@ -170,7 +186,9 @@ def of(scene: Scene, command: Command) -> Preview:
             factor = scene.past.lr.at(scene.step + 1)
             after = now / factor * value if factor else math.nan
             remark = f"from step {scene.step + 1:,} on"
-            return _plain(scene, kind, value, lr_before=now, lr=after, instead_of=factor, remark=remark)
+            return _plain(
+                scene, kind, value, lr_before=now, lr=after, instead_of=factor, remark=remark
+            )
         case CommandKind.EMBED_ALPHA:
             setting = scene.past.alpha.at(scene.step + 1)
             before = scene.effects(scene.step + 1).embed_alpha
@@ -179,12 +197,17 @@ def of(scene: Scene, command: Command) -> Preview:
             return _plain(scene, kind, value, alpha=after, instead_of=setting, remark=remark)
         case CommandKind.POLICY:
             remark = f"{list(Mode)[int(value)].value} instead of {scene.mode.value}"
-            return _plain(scene, kind, value, instead_of=float(list(Mode).index(scene.mode)), remark=remark)
+            return _plain(
+                scene, kind, value, instead_of=float(list(Mode).index(scene.mode)), remark=remark
+            )
         case CommandKind.ANSWER:
             return _answer(scene, command)
         case CommandKind.STOP:
             return _plain(
-                scene, kind, value, remark=f"saves after step {scene.step:,} and ends; a resume goes on there"
+                scene,
+                kind,
+                value,
+                remark=f"saves after step {scene.step:,} and ends; a resume goes on there",
             )
         case CommandKind.PAUSE if scene.phase is Phase.PAUSED:
             return _plain(scene, kind, value, possible=False, refusal="training is paused already")
@@ -221,7 +244,9 @@ def not_acceptable(one: Unresolved | None, *, asking: bool) -> str:
     if one is None:
         return "there is no incident that is not over"
     if one.is_open and not one.let_pass:
-        return f"incident {one.incident} is still open, and no update was applied that was found bad"
+        return (
+            f"incident {one.incident} is still open, and no update was applied that was found bad"
+        )
     return ""
 
 
@@ -233,11 +258,15 @@ def _answer(scene: Scene, command: Command) -> Preview:
         refusal = question_changed(command.question, Open(scene.question, {})) or refusal
     if refusal:
         return _plain(scene, command.kind, value, possible=False, refusal=refusal)
-    return structs.replace(answers[int(value)], value=value, question=scene.question, timeline=scene.timeline)
+    return structs.replace(
+        answers[int(value)], value=value, question=scene.question, timeline=scene.timeline
+    )
 
 
 def asked(scene: Scene) -> list[Preview]:
-    """What the answers to the open question would do, as the guard has journaled it; [] without a question."""
+    """What the answers to the open question would do, as the guard has journaled it; [] without a
+    question.
+    """
     paused = open_question(scene.events)
     raw = paused.data.get("proposals") if paused is not None else None
     found = []
@@ -262,7 +291,8 @@ def rollback_for(
     remedies: Sequence[Remedy] = (),
     settled: Callable[[int], bool] = lambda step: False,
 ) -> Preview:
-    """What the guard's own rollback would do, which leaves out `window`, or `positions` of it, whatever state it finds.
+    """What the guard's own rollback would do, which leaves out `window`, or `positions` of it,
+    whatever state it finds.
 
     Args:
         before_step: the state is older than that step, where there is one such.
@@ -270,8 +300,12 @@ def rollback_for(
         settled: candidates that will do as well as a good state; see `Controller.is_settled`.
     """
     target = _newest(scene.states, window[0], before=before_step, settled=settled)
-    after = _went_back(scene, target, remedies=[*scene.past.remedies, *((None, remedy) for remedy in remedies)])
-    went = _back_to(scene, target, window, after, positions=positions, cause="from before the trouble")
+    after = _went_back(
+        scene, target, remedies=[*scene.past.remedies, *((None, remedy) for remedy in remedies)]
+    )
+    went = _back_to(
+        scene, target, window, after, positions=positions, cause="from before the trouble"
+    )
     return structs.replace(went, remark="; ".join(map(sentence, remedies)))
 
 
@@ -293,17 +327,27 @@ def choices(
     if would == CommandKind.ROLLBACK and verdict.window is not None:
         proposed = _rollback_of(scene, verdict, verdict.window, settled)
     else:
-        proposed = _named(scene, would, remark=f"saves after step {scene.step:,} and ends with exit code 3")
+        proposed = _named(
+            scene, would, remark=f"saves after step {scene.step:,} and ends with exit code 3"
+        )
     if verdict.beyond is not None:
-        return [proposed, _allowed(scene, verdict, first=first, last=last, settled=settled), _stop(scene)]
+        return [
+            proposed,
+            _allowed(scene, verdict, first=first, last=last, settled=settled),
+            _stop(scene),
+        ]
     finite = all(math.isfinite(finding.value) for finding in verdict.findings)
     applied = f"the update of step {verdict.step:,} is applied, and what it showed is taken as the new normal"
     left = f"an update that is not finite is left out all the same, with positions {first:,} to {last - 1:,}"
-    going_on = _named(scene, "go on", remark=applied if finite else left, samples=0 if finite else last - first)
+    going_on = _named(
+        scene, "go on", remark=applied if finite else left, samples=0 if finite else last - first
+    )
     return [proposed, going_on, _stop(scene)]
 
 
-def _rollback_of(scene: Scene, verdict: Verdict, window: tuple[int, int], settled: Callable[[int], bool]) -> Preview:
+def _rollback_of(
+    scene: Scene, verdict: Verdict, window: tuple[int, int], settled: Callable[[int], bool]
+) -> Preview:
     """What the rollback that a verdict names would do; `window` is the verdict's own."""
     return rollback_for(
         scene,
@@ -316,15 +360,21 @@ def _rollback_of(scene: Scene, verdict: Verdict, window: tuple[int, int], settle
 
 
 def _stop(scene: Scene) -> Preview:
-    return _named(scene, "stop", remark=f"saves after step {scene.step:,} and ends; a resume asks again")
+    return _named(
+        scene, "stop", remark=f"saves after step {scene.step:,} and ends; a resume asks again"
+    )
 
 
-def _allowed(scene: Scene, verdict: Verdict, *, first: int, last: int, settled: Callable[[int], bool]) -> Preview:
+def _allowed(
+    scene: Scene, verdict: Verdict, *, first: int, last: int, settled: Callable[[int], bool]
+) -> Preview:
     """What the guard would do if a user lets it leave out more than its share."""
     more = "guard.max_skipped_share is counted anew from there"
     if verdict.beyond is Action.ROLLBACK and verdict.window is not None:
         went = _rollback_of(scene, verdict, verdict.window, settled)
-        return structs.replace(went, command="go on", remark="; ".join(filter(None, (went.remark, more))))
+        return structs.replace(
+            went, command="go on", remark="; ".join(filter(None, (went.remark, more)))
+        )
     return _named(scene, "go on", samples=scene.fresh(range(first, last)), remark=more)
 
 
@@ -332,15 +382,23 @@ def undo(scene: Scene, undoing: Undoing | str) -> Preview:
     """What taking a decision back would do, or why it cannot be taken back."""
     if isinstance(undoing, str):
         return _plain(scene, CommandKind.UNDO, math.nan, possible=False, refusal=undoing)
-    target = _newest(scene.states, undoing.first, candidates=True) if undoing.first is not None else None
+    target = (
+        _newest(scene.states, undoing.first, candidates=True) if undoing.first is not None else None
+    )
     if target is None:
         refusal = f"no snapshot or checkpoint from before journal line {undoing.of} is left"
         return _plain(scene, CommandKind.UNDO, float(undoing.of), possible=False, refusal=refusal)
     gone = [*undoing.spans, *undoing.rollbacks]
-    standing = [(decision, remedy) for decision, remedy in scene.past.remedies if decision not in gone]
+    standing = [
+        (decision, remedy) for decision, remedy in scene.past.remedies if decision not in gone
+    ]
     after = _went_back(scene, target, remedies=standing)
     went = _back_to(scene, target, None, after, command=CommandKind.UNDO, value=float(undoing.of))
-    window = (min(s.first for s in undoing.spans), max(s.last for s in undoing.spans)) if undoing.spans else None
+    window = (
+        (min(s.first for s in undoing.spans), max(s.last for s in undoing.spans))
+        if undoing.spans
+        else None
+    )
     remark = f'undone is "{clean(undoing.message, 200)}"'
     return structs.replace(went, window=window, returned=undoing.positions, remark=remark)
 
@@ -354,8 +412,9 @@ def _newest(
     candidates: bool = False,
     settled: Callable[[int], bool] = lambda step: False,
 ) -> SnapshotInfo | None:
-    """As the guard chooses (Tiers.target): good ones of the ring, good ones on disk, then candidates likewise; older
-    than step `before`, or else whatever there is. A candidate that is `settled` counts as good."""
+    """As the guard chooses (Tiers.target): good ones of the ring, good ones on disk, then
+    candidates likewise; older than step `before`, or else whatever there is. A candidate that is
+    `settled` counts as good."""
     for wanted in (("good", "candidate"),) if candidates else (("good",), ("good", "candidate")):
         for tier in ("memory", "disk"):
             fit = [
@@ -373,9 +432,14 @@ def _newest(
 
 
 def _went_back(
-    scene: Scene, target: SnapshotInfo | None, *, remedies: Iterable[tuple[Span | int | None, Remedy]] | None = None
+    scene: Scene,
+    target: SnapshotInfo | None,
+    *,
+    remedies: Iterable[tuple[Span | int | None, Remedy]] | None = None,
 ) -> Past:
-    """The rates that hold once the run has gone back: what was set by hand later holds from there on."""
+    """The rates that hold once the run has gone back: what was set by hand later holds from there
+    on.
+    """
     past = scene.past
     after = Past(lr=copy.deepcopy(past.lr), alpha=copy.deepcopy(past.alpha))
     after.remedies = list(past.remedies if remedies is None else remedies)
@@ -408,7 +472,11 @@ def _back_to(
 ) -> Preview:
     if target is None:
         return _plain(
-            scene, command, value, possible=False, refusal=f"there is no snapshot or valid checkpoint {cause}"
+            scene,
+            command,
+            value,
+            possible=False,
+            refusal=f"there is no snapshot or valid checkpoint {cause}",
         )
     return _plain(
         scene,
@@ -446,7 +514,13 @@ def _skip(scene: Scene, batches: int) -> Preview:
     first = next(iter(_usable(ledger, scene.cursor, end)), scene.cursor)
     if refusal := scene.nothing_left((first, end)):
         return _plain(scene, CommandKind.SKIP, batches, possible=False, refusal=refusal)
-    return _plain(scene, CommandKind.SKIP, batches, window=(first, end), samples=scene.fresh(range(first, end)))
+    return _plain(
+        scene,
+        CommandKind.SKIP,
+        batches,
+        window=(first, end),
+        samples=scene.fresh(range(first, end)),
+    )
 
 
 def _usable(ledger: Ledger, first: int, last: int) -> list[int]:

@@ -1,8 +1,9 @@
 """Run a stretch of a run again, and say whether every number is the same.
 
-A replay is a resume in another folder: the run's configuration, its whole journal and one of its checkpoints (or none:
-from the beginning). What the journal decided, from the quarantine to a learning rate that somebody set, is a fact
-there, as after a crash; the guard itself is off, so nothing is decided anew. The run's own directory is only read.
+A replay is a resume in another folder: the run's configuration, its whole journal and one of its
+checkpoints (or none: from the beginning). What the journal decided, from the quarantine to a
+learning rate that somebody set, is a fact there, as after a crash; the guard itself is off, so
+nothing is decided anew. The run's own directory is only read.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from guardrail.core.errors import CheckpointInvalid, ExitCode, Interrupted, RunDirectoryError, UsageError, WorkersFailed
+from guardrail.core.errors import (
+    CheckpointInvalid,
+    ExitCode,
+    Interrupted,
+    RunDirectoryError,
+    UsageError,
+    WorkersFailed,
+)
 from guardrail.core.files import FOLDER_MODE, encode_json, replace_file
 from guardrail.core.records import METRIC_COLUMNS, Command, CommandKind, Event, Record
 from guardrail.core.text import clean
@@ -39,8 +47,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 POLL_SECONDS = 0.3
-# Columns that say when and how fast, not what: they are another's every time. The guard of a replay is off, so that it
-# expects nothing of a step.
+# Columns that say when and how fast, not what: they are another's every time. The guard of a replay
+# is off, so that it expects nothing of a step.
 INCIDENTAL = frozenset(
     "timeline time step_time step_time_max slowest_rank guard_time verdict update_norm".split()
     + [name for name in METRIC_COLUMNS if name.endswith(("_baseline", "_threshold"))]
@@ -73,7 +81,8 @@ class Outcome(Record, frozen=True, kw_only=True):
     """What a replay has shown.
 
     Attributes:
-        same: every compared number is, bit by bit, and so are the weights where both runs saved them.
+        same: every compared number is, bit by bit, and so are the weights where both runs saved
+        them.
         steps: compared ones; steps (from_step, to_step] were run.
         columns: compared ones.
         missing: steps that one of both runs has no row of.
@@ -105,8 +114,14 @@ class Outcome(Record, frozen=True, kw_only=True):
             return f"not the same: the weights after step {self.weights_step:,} are others"
         if not self.same:
             return f"not the same: {self.missing:,} of {stretch} have no row in one of both"
-        weights = f", and so are the weights after step {self.weights_step:,}" if self.weights_step is not None else ""
-        return f"the same: {stretch}, {self.steps * len(self.columns):,} numbers, bit by bit{weights}"
+        weights = (
+            f", and so are the weights after step {self.weights_step:,}"
+            if self.weights_step is not None
+            else ""
+        )
+        return (
+            f"the same: {stretch}, {self.steps * len(self.columns):,} numbers, bit by bit{weights}"
+        )
 
 
 # -- what is to be run
@@ -116,7 +131,8 @@ def plan(run: RunDirectory, incident: int | None = None) -> Plan:
     """The whole of the run's present, or the stretch around one incident.
 
     Raises:
-        UsageError: there is nothing to replay, or not here: another world, another device, a checkpoint that is gone.
+        UsageError: there is nothing to replay, or not here: another world, another device, a
+        checkpoint that is gone.
     """
     events = run.events()
     view = run.metrics(["step", "verdict"])
@@ -129,9 +145,16 @@ def plan(run: RunDirectory, incident: int | None = None) -> Plan:
     else:
         about = _incident(run, events, incident)
         base, from_step = _before(run, events, about)
-        found = Plan(base, from_step, min(last, max(_end_of(events, incident, last), from_step + 1)), incident)
+        found = Plan(
+            base,
+            from_step,
+            min(last, max(_end_of(events, incident, last), from_step + 1)),
+            incident,
+        )
     if found.to_step <= found.from_step:
-        raise UsageError(f"{run.name}: no step after step {found.from_step:,} is left of this stretch")
+        raise UsageError(
+            f"{run.name}: no step after step {found.from_step:,} is left of this stretch"
+        )
     _refuse_other_machines(run, events, found)
     return found
 
@@ -144,8 +167,12 @@ def _incident(run: RunDirectory, events: Sequence[Event], number: int) -> Incide
     return incidents[number]
 
 
-def _before(run: RunDirectory, events: Sequence[Event], incident: Incident) -> tuple[Path | None, int]:
-    """The newest checkpoint of the present from before the incident; the beginning does where it is that near."""
+def _before(
+    run: RunDirectory, events: Sequence[Event], incident: Incident
+) -> tuple[Path | None, int]:
+    """The newest checkpoint of the present from before the incident; the beginning does where it is
+    that near.
+    """
     past = Past.of(events)
     data = min((span.first for span in incident.spans), default=None)
     left: list[int] = []
@@ -175,7 +202,9 @@ def _manifest(folder: Path) -> Manifest | None:
 def _end_of(events: Sequence[Event], number: int, last: int) -> int:
     """The step that closed an incident: the line is written before that step counts."""
     ends = [
-        e for e in events if e.kind == "incident" and e.data.get("number") == number and e.data.get("state") in ENDS
+        e
+        for e in events
+        if e.kind == "incident" and e.data.get("number") == number and e.data.get("state") in ENDS
     ]
     return ends[-1].step + 1 if ends else last
 
@@ -193,7 +222,9 @@ def _refuse_other_machines(run: RunDirectory, events: Sequence[Event], found: Pl
                 "sums over another number of ranks round differently, so not a bit of it can be expected"
             )
         if event.data.get("device") == "cuda" and cuda_devices() == 0:
-            raise UsageError(f"{run.name} was trained on CUDA devices, of which there are none here")
+            raise UsageError(
+                f"{run.name} was trained on CUDA devices, of which there are none here"
+            )
 
 
 def _starts_of(events: Sequence[Event], found: Plan) -> list[Event]:
@@ -231,7 +262,8 @@ def remarks(run: RunDirectory) -> tuple[str, ...]:
 
 
 def prepare(run: RunDirectory, stretch: Plan) -> RunDirectory:
-    """A run directory that will do the stretch and then stop. Beside the run, where links to a checkpoint cost nothing.
+    """A run directory that will do the stretch and then stop. Beside the run, where links to a
+    checkpoint cost nothing.
 
     Raises:
         RunDirectoryError: it cannot be made.
@@ -243,12 +275,16 @@ def prepare(run: RunDirectory, stretch: Plan) -> RunDirectory:
     scratch = RunDirectory.create_at(path, _config(run))
     try:
         # Who decided is no matter here: nobody does.
-        events = [event for event in run.events() if event.data.get("command") != CommandKind.POLICY]
+        events = [
+            event for event in run.events() if event.data.get("command") != CommandKind.POLICY
+        ]
         lines = b"".join(encode_json(_fields(event)) + b"\n" for event in events)
         replace_file(scratch.journal_path, lines)
         if stretch.base is not None:
             _link(stretch.base, scratch.checkpoints / stretch.base.name)
-        scratch.send(Command(id="replayed", kind=CommandKind.STOP, at_step=stretch.to_step, who="replay"))
+        scratch.send(
+            Command(id="replayed", kind=CommandKind.STOP, at_step=stretch.to_step, who="replay")
+        )
     except OSError as error:
         shutil.rmtree(path, ignore_errors=True)
         raise RunDirectoryError(f"{path}: cannot be written ({error.strerror})") from error
@@ -272,7 +308,10 @@ def _config(run: RunDirectory) -> str:
 
 
 def _fields(event: Event) -> dict[str, Any]:
-    fixed = {name: getattr(event, name) for name in ("seq", "time", "step", "timeline", "kind", "message")}
+    fixed = {
+        name: getattr(event, name)
+        for name in ("seq", "time", "step", "timeline", "kind", "message")
+    }
     return {**fixed, **event.data}
 
 
@@ -315,7 +354,9 @@ class Comparison:
         self.first: Difference | None = None
 
     def look(self) -> None:
-        """Compare the rows that have come since; of a step that only one of both has, nothing is said yet."""
+        """Compare the rows that have come since; of a step that only one of both has, nothing is
+        said yet.
+        """
         view = self._scratch.metrics()
         # The row before tells whether the first new one begins a timeline.
         before = max(0, self._read - 1)
@@ -365,7 +406,9 @@ class Comparison:
 def _applied(
     view: MetricsView, current: np.ndarray, columns: Sequence[str], stretch: Plan
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(steps ascending, numbers [steps, columns]) of applied steps of the present; the last row of a step counts."""
+    """(steps ascending, numbers [steps, columns]) of applied steps of the present; the last row of
+    a step counts.
+    """
     import numpy as np
 
     all_steps: np.ndarray = np.asarray(view.column("step"))
@@ -379,8 +422,14 @@ def _applied(
 
 
 def weights(run: RunDirectory, scratch: RunDirectory, stretch: Plan) -> tuple[int | None, bool]:
-    """The newest step of the stretch of which both have a checkpoint, and whether their parameters are the same."""
-    theirs = {m.step: folder for folder in checkpoint_dirs(scratch.checkpoints) if (m := _manifest(folder)) is not None}
+    """The newest step of the stretch of which both have a checkpoint, and whether their parameters
+    are the same.
+    """
+    theirs = {
+        m.step: folder
+        for folder in checkpoint_dirs(scratch.checkpoints)
+        if (m := _manifest(folder)) is not None
+    }
     past = Past.of(run.events())
     for folder in checkpoint_dirs(run.checkpoints):
         manifest = _manifest(folder)
@@ -394,7 +443,9 @@ def weights(run: RunDirectory, scratch: RunDirectory, stretch: Plan) -> tuple[in
 # -- all of it
 
 
-def replay(run: RunDirectory, *, incident: int | None = None, keep: bool = False, tell: Tell) -> Outcome:
+def replay(
+    run: RunDirectory, *, incident: int | None = None, keep: bool = False, tell: Tell
+) -> Outcome:
     """Plan, run, compare.
 
     Raises:
@@ -413,7 +464,9 @@ def replay(run: RunDirectory, *, incident: int | None = None, keep: bool = False
             shutil.rmtree(scratch.path, ignore_errors=True)
 
 
-def outcome(run: RunDirectory, scratch: RunDirectory, stretch: Plan, compared: Comparison, *, keep: bool) -> Outcome:
+def outcome(
+    run: RunDirectory, scratch: RunDirectory, stretch: Plan, compared: Comparison, *, keep: bool
+) -> Outcome:
     """What is known once the replay has ended."""
     compared.finish()
     saved, equal = weights(run, scratch, stretch) if compared.first is None else (None, True)
@@ -435,7 +488,11 @@ def outcome(run: RunDirectory, scratch: RunDirectory, stretch: Plan, compared: C
 
 
 def _follow(
-    scratch: RunDirectory, supervisor: subprocess.Popen[bytes], compared: Comparison, stretch: Plan, tell: Tell
+    scratch: RunDirectory,
+    supervisor: subprocess.Popen[bytes],
+    compared: Comparison,
+    stretch: Plan,
+    tell: Tell,
 ) -> None:
     """Until it has ended; at the first difference there is no need to go on."""
     with _ended_with_us(scratch, supervisor):
@@ -449,7 +506,9 @@ def _follow(
         return
     last = next((event for event in reversed(scratch.events()) if event.kind == "ended"), None)
     why = clean(last.message, 600) if last is not None else f"exit code {code}"
-    raise (UsageError if code == ExitCode.USAGE else WorkersFailed)(f"the replay did not get to its end: {why}")
+    raise (UsageError if code == ExitCode.USAGE else WorkersFailed)(
+        f"the replay did not get to its end: {why}"
+    )
 
 
 @contextlib.contextmanager

@@ -1,4 +1,6 @@
-"""Where a run stands, as its directory tells it: the states one can go back to, the rows since, what is left out."""
+"""Where a run stands, as its directory tells it: the states one can go back to, the rows since,
+what is left out.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ class Scene:
     """Where a run stands.
 
     Attributes:
-        end: of the batch under question while the guard asks, which a rollback by hand leaves out as well; else 0.
+        end: of the batch under question while the guard asks, which a rollback by hand leaves out
+        as well; else 0.
         question: journal line of the question that is open; 0: none is.
         states: restorable ones of both tiers.
         rows: applied steps of the present, ascending, from the oldest state on.
@@ -62,7 +65,9 @@ class Scene:
 
     @classmethod
     def of(cls, run: RunDirectory, *, status: Status | None = None) -> Scene:
-        """Read it from a run directory; `status` replaces what the directory says where somebody knows better."""
+        """Read it from a run directory; `status` replaces what the directory says where somebody
+        knows better.
+        """
         events = run.events()
         status = status or run.known_status()
         past = Past.of(events)
@@ -101,19 +106,30 @@ class Scene:
         return max(10, math.ceil(seconds * len(recent) / math.fsum(recent))) if recent else 10
 
     def effects(self, step: int, past: Past | None = None) -> Effects:
-        """What an update is made with, as things are or as `past` has it: settings by hand and all remedies."""
+        """What an update is made with, as things are or as `past` has it: settings by hand and all
+        remedies.
+        """
         return (past or self.past).effects(step, self.settings)
 
     def lr_of(self, step: int, past: Past | None = None) -> float:
-        """The learning rate of `step`, a step that the rows know or the next one, as things are or as `past` has it."""
+        """The learning rate of `step`, a step that the rows know or the next one, as things are or
+        as `past` has it.
+        """
         row = next((row for row in self.rows if row.step == step), None)
         if row is None and self.rows and step > self.rows[-1].step:
-            row = self.rows[-1]  # the next step's is not on record; the schedule moves little in one step
+            # the next step's is not on record; the schedule moves little in one step
+            row = self.rows[-1]
         factor = self.effects(row.step).lr if row is not None else 0.0
-        return row.lr / factor * self.effects(step, past).lr if row is not None and factor else math.nan
+        return (
+            row.lr / factor * self.effects(step, past).lr
+            if row is not None and factor
+            else math.nan
+        )
 
     def nothing_left(self, window: tuple[int, int]) -> str:
-        """Why a person cannot leave these positions out, as Ledger.nothing_left has it; "" where that is unknown."""
+        """Why a person cannot leave these positions out, as Ledger.nothing_left has it; "" where
+        that is unknown.
+        """
         return self.ledger.nothing_left(*window) if self.ledger is not None else ""
 
     def fresh(self, positions: Sequence[int]) -> int:
@@ -126,7 +142,13 @@ class Scene:
             held = quarantine.held(positions.start, ids, order)
             return len({sample for sample, out in zip(ids, held, strict=True) if not out})
         samples = ((position, order.sample(position)) for position in positions)
-        return len({sample for position, sample in samples if not quarantine.holds(sample, order.epoch(position))})
+        return len(
+            {
+                sample
+                for position, sample in samples
+                if not quarantine.holds(sample, order.epoch(position))
+            }
+        )
 
 
 def _settings_of(run: RunDirectory) -> GuardSection:
@@ -146,7 +168,9 @@ def _ledger_of(events: Iterable[Event], past: Past) -> Ledger | None:
         samples = data.get("samples")
         if event.kind == "started" and isinstance(samples, int) and samples > 0:
             seed, shuffled = data.get("order_seed", data.get("seed", 0)), data.get("shuffled", True)
-            ledger = Ledger(SampleOrder(samples=samples, seed=int(seed), shuffled=bool(shuffled)), batch_size=1)
+            ledger = Ledger(
+                SampleOrder(samples=samples, seed=int(seed), shuffled=bool(shuffled)), batch_size=1
+            )
             for span in past.spans:
                 ledger.leave_out(span)
             return ledger
@@ -159,6 +183,10 @@ def _rows(run: RunDirectory, oldest: int) -> list[Row]:
     view = run.metrics()
     here = view.current() & (view.column("verdict") == 0) & (view.column("step") >= oldest)
     table = np.stack([view.column(name)[here] for name in COLUMNS], axis=1)
-    # A run of another version may lack a column: without step and positions a row says nothing here.
+    # A run of another version may lack a column: without step and positions a row says nothing
+    # here.
     table = table[np.isfinite(table[:, :3]).all(axis=1)]
-    return [Row(int(step), int(first), int(last), lr, seconds) for step, first, last, lr, seconds in table.tolist()]
+    return [
+        Row(int(step), int(first), int(last), lr, seconds)
+        for step, first, last, lr, seconds in table.tolist()
+    ]

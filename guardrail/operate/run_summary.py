@@ -1,5 +1,5 @@
-"""What one line says of a run: its state, how far it is, its loss in a few points. Reads little of each, for there
-may be hundreds: the status, and some rows of the metrics.
+"""What one line says of a run: its state, how far it is, its loss in a few points. Reads little of
+each, for there may be hundreds: the status, and some rows of the metrics.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ class Glance:
     """One run. Texts are clean.
 
     Attributes:
-        state: its phase; "lost" if it has not ended and nobody keeps its status fresh, "unknown" while that takes
-            another look, "new" without a status, "asking" while it is parked with a question.
-        unresolved: the incident that is not over, in a few words, as "LOSS +8.5 since 400"; "" without one, and while
-            the guard deals with it.
+        state: its phase; "lost" if it has not ended and nobody keeps its status fresh, "unknown"
+            while that takes another look, "new" without a status, "asking" while it is parked with
+            a question.
+        unresolved: the incident that is not over, in a few words, as "LOSS +8.5 since 400"; ""
+            without one, and while the guard deals with it.
         loss: the newest one that was measured; None without one.
     """
 
@@ -56,7 +57,8 @@ def glance(run: RunDirectory, alive: Alive) -> Glance:
     """One run as it is now.
 
     Args:
-        alive: whether somebody works on a run whose status has not ended; None while that is not known.
+        alive: whether somebody works on a run whose status has not ended; None while that is not
+        known.
     """
     status = run.known_status()
     known = status or Status(run="", phase=Phase.STARTING)
@@ -92,10 +94,11 @@ def glances(root: str | os.PathLike[str], alive: Alive) -> list[Glance]:
 
 
 def loss_points(run: RunDirectory, points: int) -> list[float]:
-    """At most `points` losses of the present at even distances, the last one included; NaN and Inf as they are.
+    """At most `points` losses of the present at even distances, the last one included; NaN and Inf
+    as they are.
 
-    Rejected updates and abandoned stretches are no part of it. Only the rows asked for are read: a million cost no more
-    than a thousand. What cannot be read is no reason to fail.
+    Rejected updates and abandoned stretches are no part of it. Only the rows asked for are read: a
+    million cost no more than a thousand. What cannot be read is no reason to fail.
     """
     with contextlib.suppress(OSError, RunDirectoryError, ValueError):
         layout = read_layout(run.path / "metrics.json")
@@ -122,9 +125,11 @@ def _rows(run: RunDirectory, columns: int, points: int) -> list[tuple[float, ...
         descriptor = file.fileno()
         total = os.fstat(descriptor).st_size // record.size
         wanted = min(points, total)
-        # The last `points` rows at distance total / wanted; of one point it is the last row, or the one before it that
-        # was applied.
-        places = sorted({max(0, total - 1 - round(index * total / wanted)) for index in range(wanted)})
+        # The last `points` rows at distance total / wanted; of one point it is the last row, or the
+        # one before it that was applied.
+        places = sorted(
+            {max(0, total - 1 - round(index * total / wanted)) for index in range(wanted)}
+        )
         if points == 1:
             places = list(range(max(0, total - _LOOK_BACK), total))
         data = [os.pread(descriptor, record.size, place * record.size) for place in places]

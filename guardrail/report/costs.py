@@ -19,18 +19,24 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-def with_costs(run: RunDirectory, events: list[Event], incidents: list[Incident]) -> Iterator[Incident]:
+def with_costs(
+    run: RunDirectory, events: list[Event], incidents: list[Incident]
+) -> Iterator[Incident]:
     """The incidents, each with what its rows and its journal lines say that it took."""
     if not incidents:
         return
     view = run.metrics(["step", "timeline", "verdict", "step_time", LOSS])
     parked = _parked(events)
     for incident in incidents:
-        yield msgspec.structs.replace(incident, cost=_cost(incident, view, events, parked.get(incident.number, 0.0)))
+        yield msgspec.structs.replace(
+            incident, cost=_cost(incident, view, events, parked.get(incident.number, 0.0))
+        )
 
 
 def _cost(incident: Incident, view: MetricsView, events: list[Event], parked: float) -> Cost:
-    """Rows that its rollbacks gave up, and tries that were rejected, with the seconds that both have taken."""
+    """Rows that its rollbacks gave up, and tries that were rejected, with the seconds that both
+    have taken.
+    """
     import numpy as np
 
     steps, timelines, verdicts, seconds, losses = view.array.T
@@ -40,7 +46,9 @@ def _cost(incident: Incident, view: MetricsView, events: list[Event], parked: fl
         if deed.new_timeline >= 0 and deed.to_step is not None:
             before = Timelines()
             before.add_events(
-                e for e in events if e.time <= deed.time and e.data.get("new_timeline") != deed.new_timeline
+                e
+                for e in events
+                if e.time <= deed.time and e.data.get("new_timeline") != deed.new_timeline
             )
             present = before.current(steps, timelines) & (timelines < deed.new_timeline)
             given_up |= present & (steps > deed.to_step) & (verdicts == 0)
@@ -48,11 +56,17 @@ def _cost(incident: Incident, view: MetricsView, events: list[Event], parked: fl
             tried |= (timelines == deed.timeline) & (steps == deed.step + 1) & (verdicts != 0)
     took = seconds[given_up | tried]
     tried &= ~_applied_after_all(tried & (verdicts == list(Action).index(Action.RETRY)), view)
-    lost, onset, curve = sum(deed.steps_lost for deed in incident.deeds), max(1, incident.onset), incident.curve
+    lost, onset, curve = (
+        sum(deed.steps_lost for deed in incident.deeds),
+        max(1, incident.onset),
+        incident.curve,
+    )
     excess, price = math.nan, 0.0
     if curve is not None:
         bad = (given_up | tried) & (steps >= onset) & np.isfinite(losses)
-        above = [loss - expected(curve, step) for step, loss in zip(steps[bad], losses[bad], strict=True)]
+        above = [
+            loss - expected(curve, step) for step, loss in zip(steps[bad], losses[bad], strict=True)
+        ]
         excess = float(np.median(above)) if above else math.nan
         price = expected(curve, onset) - expected(curve, onset + lost)
     return Cost(
@@ -66,13 +80,20 @@ def _cost(incident: Incident, view: MetricsView, events: list[Event], parked: fl
 
 
 def _applied_after_all(retried: np.ndarray, view: MetricsView) -> np.ndarray:
-    """Of tries whose batch was formed again, those in which it was applied then, with the same loss."""
+    """Of tries whose batch was formed again, those in which it was applied then, with the same
+    loss.
+    """
     import numpy as np
 
     steps, timelines, verdicts, _, losses = view.array.T
     found = np.zeros_like(retried)
     for row in np.flatnonzero(retried):
-        same = (steps == steps[row]) & (timelines == timelines[row]) & (verdicts == 0) & (losses == losses[row])
+        same = (
+            (steps == steps[row])
+            & (timelines == timelines[row])
+            & (verdicts == 0)
+            & (losses == losses[row])
+        )
         found[row] = same[row:].any()
     return found
 

@@ -1,4 +1,6 @@
-"""What there is to know of one incident: what was seen, what was done, what was left out, how it ended. Pure."""
+"""What there is to know of one incident: what was seen, what was done, what was left out, how it
+ended. Pure.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from guardrail.core.records import Curve, Finding, Record, Span
 
 
 class Document(Record, frozen=True, kw_only=True):
-    """A stretch of a document that was left out. `record` counts from 1; 0: the file is the document."""
+    """A stretch of a document that was left out. `record` counts from 1; 0: the file is the
+    document.
+    """
 
     path: str
     record: int = 0
@@ -20,7 +24,9 @@ class Document(Record, frozen=True, kw_only=True):
 
 
 class Sample(Record, frozen=True, kw_only=True):
-    """One sample that was left out by itself: its loss, its share of the trouble, and what is odd about its text."""
+    """One sample that was left out by itself: its loss, its share of the trouble, and what is odd
+    about its text.
+    """
 
     position: int
     loss: float = math.nan
@@ -47,8 +53,14 @@ class Token(Record, frozen=True, kw_only=True):
     count: int = -1
 
     def sentence(self) -> str:
-        """'token 126 "~": up to 87% of the gradient of the embedding, norm 1.46, 264 times in the batch'"""
-        facts = [f"up to {100 * self.share:.2g}% of the gradient of the embedding"] if math.isfinite(self.share) else []
+        """'token 126 "~": up to 87% of the gradient of the embedding, norm 1.46, 264 times in the
+        batch'
+        """
+        facts = (
+            [f"up to {100 * self.share:.2g}% of the gradient of the embedding"]
+            if math.isfinite(self.share)
+            else []
+        )
         facts += [f"norm {self.norm:.4g}"] if math.isfinite(self.norm) else []
         facts += [f"{self.count:,} times in the batch"] if self.count >= 0 else []
         named = f'token {self.id} "{self.text}"' if self.text else f"token {self.id}"
@@ -59,10 +71,11 @@ class Deed(Record, frozen=True, kw_only=True):
     """What was done about an incident.
 
     Attributes:
-        action: "skip", "rollback", "pause", "halt", "retry", "remedy", "undo", or "would ..." where the guard only
-            advised.
+        action: "skip", "rollback", "pause", "halt", "retry", "remedy", "undo", or "would ..." where
+            the guard only advised.
         step, timeline: where the run stood.
-        to_step, tier, steps_lost: of a rollback: the snapshot used, and applied updates that were given up.
+        to_step, tier, steps_lost: of a rollback: the snapshot used, and applied updates that were
+        given up.
         window: positions [first, last) of the sample order that were left out.
         new_timeline: that it began, -1 if it began none.
         remedies: what went with it, a sentence each.
@@ -89,9 +102,10 @@ class Cost(Record, frozen=True, kw_only=True):
         seconds: that these and the rejected tries took; NaN where no row has measured it.
         parked: seconds that the run waited for a person.
         rejected: updates that were kept out of the weights.
-        excess: nats a token, median, by which the losses from the onset on that were given up or rejected stand above
-            the curve from before it; NaN where there is none.
-        price: nats a token that the given-up steps bring on that curve: what it costs to make them again.
+        excess: nats a token, median, by which the losses from the onset on that were given up or
+            rejected stand above the curve from before it; NaN where there is none.
+        price: nats a token that the given-up steps bring on that curve: what it costs to make them
+        again.
     """
 
     steps: int = 0
@@ -103,11 +117,14 @@ class Cost(Record, frozen=True, kw_only=True):
 
 
 class Incident(Record, frozen=True, kw_only=True):
-    """Findings that belong together, with what was done and what was left out. `number` 0: the journal gave none.
+    """Findings that belong together, with what was done and what was left out. `number` 0: the
+    journal gave none.
 
     Attributes:
-        state: "open", "recovered", "offset" (a loss that stays above what was expected) or "recurred".
-        tokens: that pulled hardest on the embedding where it was in trouble, by the longest row of any rejected step.
+        state: "open", "recovered", "offset" (a loss that stays above what was expected) or
+        "recurred".
+        tokens: that pulled hardest on the embedding where it was in trouble, by the longest row of
+        any rejected step.
         cause, cause_reason: what a replay has shown, "" where none was made.
         closed_step: of the run when it was over; 0: it is not.
         curve: of the loss before the onset, where there was enough of it.
@@ -121,7 +138,8 @@ class Incident(Record, frozen=True, kw_only=True):
     opened: float
     closed: float | None = None
     findings: tuple[Finding, ...] = ()
-    parameters: dict[str, list[str]] = msgspec.field(default_factory=dict)  # rank -> non-finite gradients
+    # rank -> non-finite gradients
+    parameters: dict[str, list[str]] = msgspec.field(default_factory=dict)
     tokens: tuple[Token, ...] = ()
     deeds: tuple[Deed, ...] = ()
     spans: tuple[Span, ...] = ()

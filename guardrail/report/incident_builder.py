@@ -1,4 +1,6 @@
-"""Gathers the events of a journal into incidents: the evidence, what was done, what was left out. Pure."""
+"""Gathers the events of a journal into incidents: the evidence, what was done, what was left out.
+Pure.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,19 @@ from guardrail.core.records import Event, Finding, Span
 from guardrail.core.text import clean
 from guardrail.decide.undo import joined, pieces_of, taken_back
 from guardrail.report.incident import Deed, Incident, Token
-from guardrail.report.journal_entries import curve_of, deed_of, documents_of, samples_of, tokens_of, whole
+from guardrail.report.journal_entries import (
+    curve_of,
+    deed_of,
+    documents_of,
+    samples_of,
+    tokens_of,
+    whole,
+)
 from guardrail.rundir.run_directory import findings_of, span_of
 
 NOT_MEASURED = ("number", "onset", "at_step")
-ENDS = ("recovered", "offset", "recurred", "accepted")  # states of an incident that say how it went on
+# states of an incident that say how it went on
+ENDS = ("recovered", "offset", "recurred", "accepted")
 _NEAR = 20  # verdicts without an incident's number belong together up to this many steps apart
 _TOKENS = 8  # of an incident, named
 
@@ -112,9 +122,12 @@ class Casebook:
         }
         closed = None if state == "recurred" else event.time
         said = clean(event.message, 400)
-        outcome = "" if said == f"incident {incident.number}: {state}" else said  # which says no more than the state
+        # which says no more than the state
+        outcome = "" if said == f"incident {incident.number}: {state}" else said
         ended = {"closed": closed, "closed_step": event.step if closed is not None else 0}
-        self._put(incident, {**told, **ended, "state": state, "outcome": outcome, "measured": numbers})
+        self._put(
+            incident, {**told, **ended, "state": state, "outcome": outcome, "measured": numbers}
+        )
 
     def _cause(self, event: Event) -> None:
         cause = clean(str(event.data.get("cause") or ""), 60)
@@ -127,7 +140,9 @@ class Casebook:
     def _undo(self, event: Event) -> None:
         """What a person took back is no longer left out."""
         back = taken_back(event)
-        for incident in [one for one in self._found.values() if any(span in back for span in one.spans)]:
+        for incident in [
+            one for one in self._found.values() if any(span in back for span in one.spans)
+        ]:
             spans = tuple(span for span in incident.spans if span not in back)
             deeds = (*incident.deeds, deed_of(event, "undo"))
             self._put(incident, {"spans": spans, "samples": _samples(spans), "deeds": deeds})
@@ -141,7 +156,8 @@ class Casebook:
         onsets = [onset for onset in named if isinstance(onset, int) and onset > 0]
         incident = self._found.get(number) or self._adopted(number, event)
         if incident is None:
-            onset = min(onsets, default=whole(event.data.get("at_step")) or event.step)  # a cause comes first
+            # a cause comes first
+            onset = min(onsets, default=whole(event.data.get("at_step")) or event.step)
             return Incident(number=number, state="open", onset=onset, opened=event.time)
         return msgspec.structs.replace(incident, onset=min([incident.onset, *onsets]))
 
@@ -165,7 +181,11 @@ class Casebook:
         last = next(reversed(self._found.values()), None)
         if last is None or last.state != "open":
             return None
-        steps = [deed.step for deed in last.deeds] + [finding.step for finding in last.findings] + [last.onset]
+        steps = (
+            [deed.step for deed in last.deeds]
+            + [finding.step for finding in last.findings]
+            + [last.onset]
+        )
         return last if min(abs(event.step - step) for step in steps) <= _NEAR else None
 
     def _put(self, incident: Incident, changes: dict[str, Any]) -> None:
@@ -181,7 +201,9 @@ def asked_for(events: Iterable[Event]) -> Iterator[Deed]:
 
 
 def _joined(known: tuple[Finding, ...], new: Iterable[Finding]) -> tuple[Finding, ...]:
-    """The worst of each kind of finding on each signal, in the order in which they first appeared."""
+    """The worst of each kind of finding on each signal, in the order in which they first
+    appeared.
+    """
     worst = {(f.signal, f.kind): f for f in known}
     for finding in new:
         key = (finding.signal, finding.kind)
@@ -192,14 +214,21 @@ def _joined(known: tuple[Finding, ...], new: Iterable[Finding]) -> tuple[Finding
 
 
 def _with_span(incident: Incident, span: Span, event: Event) -> dict[str, Any]:
-    """A rollback's window usually covers the batches that were rejected before it: nothing counts twice."""
+    """A rollback's window usually covers the batches that were rejected before it: nothing counts
+    twice.
+    """
     documents = documents_of(event.data)
     total = max(whole(event.data.get("documents_total")), len(documents))
     spans = (*incident.spans, span)
     if not all(span.first <= known.first and known.last <= span.last for known in incident.spans):
         documents = tuple(dict.fromkeys((*incident.documents, *documents)))
         total += incident.documents_total
-    found = {"spans": spans, "samples": _samples(spans), "documents": documents, "documents_total": total}
+    found = {
+        "spans": spans,
+        "samples": _samples(spans),
+        "documents": documents,
+        "documents_total": total,
+    }
     return found | {"named": (*incident.named, *samples_of(event))}
 
 

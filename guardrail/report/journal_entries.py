@@ -1,4 +1,5 @@
-"""What one line of a journal says of an incident: the deed, samples, documents, tokens and the curve in it. Pure.
+"""What one line of a journal says of an incident: the deed, samples, documents, tokens and the
+curve in it. Pure.
 
 Lines of other versions, and broken ones, are read as far as they make sense.
 """
@@ -48,7 +49,11 @@ def _remedies(data: Mapping[str, Any]) -> Iterator[str]:
         if kind == "moments":
             yield f"optimizer moments reset before step {whole(item.get('from_step')):,}"
             continue
-        what = {"lr": "learning rate", "embed_alpha": "embedding gradients", "clip": "clipping norm"}.get(kind, kind)
+        what = {
+            "lr": "learning rate",
+            "embed_alpha": "embedding gradients",
+            "clip": "clipping norm",
+        }.get(kind, kind)
         hold, back = whole(item.get("hold")), whole(item.get("back"))
         until = f", held for {hold:,} steps and back over {back:,}" if hold or back else ""
         yield f"{what} x{value:g} from step {whole(item.get('from_step')):,} on{until}"
@@ -64,7 +69,9 @@ def samples_of(event: Event) -> tuple[Sample, ...]:
             share=as_float(item.get("share")),
             documents=documents_of(item),
             excerpt=clean(str(item.get("excerpt") or ""), 200),
-            odd=tuple(clean(str(word), 120) for word in odd) if isinstance(odd := item.get("odd"), list) else (),
+            odd=tuple(clean(str(word), 120) for word in odd)
+            if isinstance(odd := item.get("odd"), list)
+            else (),
         )
         for item in (raw if isinstance(raw, list) else [])
         if isinstance(item, dict)
@@ -111,10 +118,16 @@ def curve_of(raw: Any) -> Curve | None:
     """Of a journal that may be anybody's: only one that gives a finite loss at every step."""
     if not isinstance(raw, dict):
         return None
-    numbers = {name: as_float(raw.get(name)) for name in ("middle", "level", "slope", "noise", "spread")}
+    numbers = {
+        name: as_float(raw.get(name)) for name in ("middle", "level", "slope", "noise", "spread")
+    }
     if not all(math.isfinite(number) and abs(number) < 1e6 for number in numbers.values()):
         return None
-    if not (-5.0 <= numbers["slope"] <= 0.0 and abs(numbers["level"]) < 100 and abs(numbers["middle"]) < 100):
+    if not (
+        -5.0 <= numbers["slope"] <= 0.0
+        and abs(numbers["level"]) < 100
+        and abs(numbers["middle"]) < 100
+    ):
         return None
     return Curve(**numbers, count=max(0, whole(raw.get("count"))))
 

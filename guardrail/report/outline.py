@@ -1,4 +1,6 @@
-"""A report as headings, facts and lists: what every page of it shows, whatever it is written in. Pure."""
+"""A report as headings, facts and lists: what every page of it shows, whatever it is written in.
+Pure.
+"""
 
 from __future__ import annotations
 
@@ -47,15 +49,23 @@ class Section:
 def outline(report: Report) -> Iterator[Section]:
     """All that a report says, most important first."""
     title, *head = head_lines(report)
-    yield Section(title=title, level=1, lists=(("", tuple(Item(text=line.strip()) for line in head)),))
+    yield Section(
+        title=title, level=1, lists=(("", tuple(Item(text=line.strip()) for line in head)),)
+    )
     count = len(report.incidents)
     yield Section(title=f"Incidents ({count})" if count else "No incidents")
     for incident in report.incidents:
         yield _incident(incident)
     for name, lines in (
-        ("Asked for by a person", [f"step {deed.step:,}: {deed.sentence}" for deed in report.by_person]),
+        (
+            "Asked for by a person",
+            [f"step {deed.step:,}: {deed.sentence}" for deed in report.by_person],
+        ),
         ("Commands", [command_line(answer).strip() for answer in report.commands]),
-        ("Restarts", [line.strip() for restart in report.restarts for line in restart_lines(restart)]),
+        (
+            "Restarts",
+            [line.strip() for restart in report.restarts for line in restart_lines(restart)],
+        ),
         ("Checkpoints", [line.strip() for line in shown_checkpoints(report.checkpoints)]),
         ("Also noted", list(report.troubles)),
     ):
@@ -66,7 +76,10 @@ def outline(report: Report) -> Iterator[Section]:
 def _incident(incident: Incident) -> Section:
     number = f"Incident {incident.number}" if incident.number else "Incident without a number"
     seen = [Item(text=finding_line(finding)) for finding in incident.findings]
-    seen += [Item(text=f"rank {rank}: not finite: {', '.join(n)}") for rank, n in incident.parameters.items()]
+    seen += [
+        Item(text=f"rank {rank}: not finite: {', '.join(n)}")
+        for rank, n in incident.parameters.items()
+    ]
     seen += [Item(text=token.sentence()) for token in incident.tokens]
     done = [Item(text=deed_line(deed), more=deed.remedies) for deed in incident.deeds[:MAX_DEEDS]]
     if len(incident.deeds) > MAX_DEEDS:

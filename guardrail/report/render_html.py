@@ -1,6 +1,8 @@
-"""A report as Markdown, and as one HTML file that needs nothing else: no script, no font, no address to fetch.
+"""A report as Markdown, and as one HTML file that needs nothing else: no script, no font, no
+address to fetch.
 
-What came from outside (document names, excerpts, messages) is text here and nothing else, whatever it holds.
+What came from outside (document names, excerpts, messages) is text here and nothing else, whatever
+it holds.
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from guardrail.report.outline import Item, Section
 
-# ASCII punctuation that can begin something in CommonMark (section 2.4 allows a backslash before each), and the
-# characters of HTML, which Markdown lets through.
+# ASCII punctuation that can begin something in CommonMark (section 2.4 allows a backslash before
+# each), and the characters of HTML, which Markdown lets through.
 _SPECIAL = re.compile(r"([\\`*_\[\]#+!|~>$]|^-)")
 
 _STYLE = """
@@ -69,10 +71,15 @@ def page(sections: Sequence[Section], curves: Iterable[tuple[str, str]]) -> str:
     """One HTML file.
 
     Args:
-        curves: (name, SVG) as `guardrail.report.svg_curves` draws them; they stand below the head of the page.
+        curves: (name, SVG) as `guardrail.report.svg_curves` draws them; they stand below the head
+        of the page.
     """
     told = list(sections)
-    body = [*_section(told[0]), *_figures(curves), *(line for section in told[1:] for line in _section(section))]
+    body = [
+        *_section(told[0]),
+        *_figures(curves),
+        *(line for section in told[1:] for line in _section(section)),
+    ]
     return "\n".join(
         [
             "<!doctype html>",
@@ -100,7 +107,10 @@ def _figures(curves: Iterable[tuple[str, str]]) -> Iterator[str]:
 def _section(section: Section) -> Iterator[str]:
     yield f"<h{section.level}>{html.escape(section.title)}</h{section.level}>"
     if section.facts:
-        facts = "".join(f"<dt>{html.escape(label)}</dt><dd>{html.escape(text)}</dd>" for label, text in section.facts)
+        facts = "".join(
+            f"<dt>{html.escape(label)}</dt><dd>{html.escape(text)}</dd>"
+            for label, text in section.facts
+        )
         yield f"<dl>{facts}</dl>"
     for label, items in section.lists:
         if label:
@@ -108,6 +118,8 @@ def _section(section: Section) -> Iterator[str]:
         yield "<ul>"
         for item in items:
             more = "".join(f"<li>{html.escape(line)}</li>" for line in item.more)
-            quotes = "".join(f"<blockquote>{html.escape(quote)}</blockquote>" for quote in item.quotes)
+            quotes = "".join(
+                f"<blockquote>{html.escape(quote)}</blockquote>" for quote in item.quotes
+            )
             yield f"<li>{html.escape(item.text)}{f'<ul>{more}</ul>' if more else ''}{quotes}</li>"
         yield "</ul>"

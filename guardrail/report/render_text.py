@@ -1,4 +1,6 @@
-"""A report as plain text for a terminal, a pager or a mail. Pure; everything in a report is clean already."""
+"""A report as plain text for a terminal, a pager or a mail. Pure; everything in a report is clean
+already.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,18 @@ MAX_DEEDS = 12  # told of one incident
 
 def tell(report: Report, *, drawn: Sequence[str] = ()) -> str:
     """`drawn`: lines of a picture, which stand behind the head."""
-    lines = [*head_lines(report), "", *drawn, *([""] if drawn else []), *_incidents(report.incidents)]
+    lines = [
+        *head_lines(report),
+        "",
+        *drawn,
+        *([""] if drawn else []),
+        *_incidents(report.incidents),
+    ]
     for title, part in (
-        ("Asked for by a person", [f"  step {deed.step:,}  {deed.sentence}" for deed in report.by_person]),
+        (
+            "Asked for by a person",
+            [f"  step {deed.step:,}  {deed.sentence}" for deed in report.by_person],
+        ),
         ("Commands", [command_line(answer) for answer in report.commands]),
         ("Restarts", [line for restart in report.restarts for line in restart_lines(restart)]),
         ("Checkpoints", list(shown_checkpoints(report.checkpoints))),
@@ -61,7 +72,11 @@ def head_lines(report: Report) -> Iterator[str]:
     if report.unresolved:
         yield f"  {report.unresolved}"
     if report.left_out:
-        yield f"  {_count(report.left_out, 'sample')} left out" if report.left_out > 0 else "  samples were left out"
+        yield (
+            f"  {_count(report.left_out, 'sample')} left out"
+            if report.left_out > 0
+            else "  samples were left out"
+        )
 
 
 def _incidents(incidents: tuple[Incident, ...]) -> Iterator[str]:
@@ -97,7 +112,9 @@ def _incidents(incidents: tuple[Incident, ...]) -> Iterator[str]:
 
 
 def cost_of(incident: Incident) -> str:
-    """ "3 steps given up, 12 samples left out, 1.3 s of training, 40 s parked", as far as it was measured."""
+    """ "3 steps given up, 12 samples left out, 1.3 s of training, 40 s parked", as far as it was
+    measured.
+    """
     cost = incident.cost
     parts = [f"{_count(cost.steps, 'step')} given up"] if cost.steps else []
     parts += [f"{_count(incident.samples, 'sample')} left out"] if incident.samples else []
@@ -107,29 +124,41 @@ def cost_of(incident: Incident) -> str:
 
 
 def saved_by(incident: Incident) -> str:
-    """What was kept out of the weights: only what was measured, no guess at what would have become of the run."""
+    """What was kept out of the weights: only what was measured, no guess at what would have become
+    of the run.
+    """
     if not incident.cost.rejected:
         return ""
     updates = f"{_count(incident.cost.rejected, 'update')} kept out of the weights"
     high = [f for f in incident.findings if f.baseline and not abs(f.value) <= abs(f.baseline)]
     if not high:
         return updates
-    worst = max(high, key=lambda f: abs(f.value / f.baseline) if math.isfinite(f.value) else math.inf)
+    worst = max(
+        high, key=lambda f: abs(f.value / f.baseline) if math.isfinite(f.value) else math.inf
+    )
     times = f", {worst.value / worst.baseline:.3g} times" if math.isfinite(worst.value) else ""
-    return f"{updates}; {worst.signal} reached {worst.value:.4g} against {worst.baseline:.4g}{times}"
+    return (
+        f"{updates}; {worst.signal} reached {worst.value:.4g} against {worst.baseline:.4g}{times}"
+    )
 
 
 def worth_of(incident: Incident) -> str:
-    """Whether what was gained is worth the steps lost, in nats a token by the curve from before the onset: only what
-    was measured, "" where there was no curve, no loss to hold against it or no loss after it. A gain within the noise
-    of a single loss is called neither."""
-    cost, offset, noise = incident.cost, incident.measured.get("offset", math.nan), incident.measured.get("noise", 0.0)
+    """Whether what was gained is worth the steps lost, in nats a token by the curve from before the
+    onset: only what was measured, "" where there was no curve, no loss to hold against it or no
+    loss after it. A gain within the noise of a single loss is called neither."""
+    cost, offset, noise = (
+        incident.cost,
+        incident.measured.get("offset", math.nan),
+        incident.measured.get("noise", 0.0),
+    )
     if not math.isfinite(cost.excess) or not math.isfinite(offset):
         return ""
     gain = cost.excess - offset - cost.price
     said = f"loss against its curve: {cost.excess:+.3g} in what was given up or rejected, {offset:+.3g} after"
     if cost.steps:
-        said += f"; the {_count(cost.steps, 'step')} made again bring {cost.price:.2g} on that curve"
+        said += (
+            f"; the {_count(cost.steps, 'step')} made again bring {cost.price:.2g} on that curve"
+        )
     return f"{'within the noise' if abs(gain) <= noise else 'yes' if gain > 0 else 'no'}: {said}"
 
 
@@ -154,7 +183,11 @@ def deed_line(deed: Deed) -> str:
     window = ""
     if deed.window:
         first, last = deed.window
-        window = f", leaving out positions {first:,} to {last - 1:,}" if first < last else ", leaving nothing out"
+        window = (
+            f", leaving out positions {first:,} to {last - 1:,}"
+            if first < last
+            else ", leaving nothing out"
+        )
     return f"rollback: back to step {deed.to_step:,}{tier}, {_count(deed.steps_lost, 'step')} lost{window}"
 
 
@@ -175,7 +208,9 @@ def _left_out(incident: Incident) -> Iterator[str]:
 
 
 def stretches_line(incident: Incident) -> str:
-    """ "12 samples of 5 documents (positions 40 to 43, 44 to 47, 36 to 47)", "" where nothing is left out."""
+    """ "12 samples of 5 documents (positions 40 to 43, 44 to 47, 36 to 47)", "" where nothing is
+    left out.
+    """
     spans = [span for span in incident.spans if span.positions or span.first < span.last]
     if not spans:
         return ""
@@ -192,7 +227,9 @@ def _stretch(span: Span) -> str:
 
 def document_line(document: Document) -> str:
     record = f":{document.record}" if document.record else ""
-    stretch = f"  bytes {document.first_byte:,}-{document.last_byte:,}" if document.last_byte else ""
+    stretch = (
+        f"  bytes {document.first_byte:,}-{document.last_byte:,}" if document.last_byte else ""
+    )
     return f"{document.path}{record}{stretch}"
 
 
@@ -200,7 +237,10 @@ def command_line(answer: Answered) -> str:
     value = ""
     if answer.command == CommandKind.POLICY.value and answer.value in range(len(Mode)):
         value = f" {list(Mode)[int(answer.value)].value}"
-    elif answer.command not in ("pause", "resume", "checkpoint", "accept", "stop") and answer.value == answer.value:
+    elif (
+        answer.command not in ("pause", "resume", "checkpoint", "accept", "stop")
+        and answer.value == answer.value
+    ):
         value = f" {answer.value:g}"
     who = f" by {answer.who}" if answer.who else ""
     reason = f": {answer.reason}" if answer.reason else ""

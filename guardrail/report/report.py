@@ -1,7 +1,9 @@
-"""What happened in a run: from a run directory to a typed report, to JSON, to text, and to a quarantine file.
+"""What happened in a run: from a run directory to a typed report, to JSON, to text, and to a
+quarantine file.
 
-Works on a run that is young, running, ended or dead: whatever the journal does not say is left out of the report.
-Text that came from outside is cleaned here, so that every way of showing the report is safe.
+Works on a run that is young, running, ended or dead: whatever the journal does not say is left out
+of the report. Text that came from outside is cleaned here, so that every way of showing the report
+is safe.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ class CheckpointLine(Record, frozen=True, kw_only=True):
 
 
 class Restart(Record, frozen=True, kw_only=True):
-    """The run went on from `checkpoint`; `steps_lost` updates had been applied behind it and were made again."""
+    """The run went on from `checkpoint`; `steps_lost` updates had been applied behind it and were
+    made again.
+    """
 
     step: int
     timeline: int
@@ -68,12 +72,14 @@ class Report(Record, frozen=True, kw_only=True):
     """Everything a person asks about a run afterwards.
 
     Attributes:
-        state: phase of the last word; "running", or "lost" when there is none and nobody lives; "new".
+        state: phase of the last word; "running", or "lost" when there is none and nobody lives;
+        "new".
         reason: the last word itself.
         seconds: from the first event to the last sign of life.
         applied, rejected: rows of the present timeline.
         unresolved: the incident that is not over, as a sentence; "" without one.
-        left_out: samples in quarantine by this run, those of a file not counted; -1: the journal lacks the order.
+        left_out: samples in quarantine by this run, those of a file not counted; -1: the journal
+        lacks the order.
         troubles: failed or hung ranks, degraded durability, notes: in the order of the journal.
     """
 
@@ -127,7 +133,9 @@ def build(run: RunDirectory) -> Report:
         reason=clean(str(last.data.get("reason") or last.message), 600) if last else "",
         started=began,
         seconds=max(0.0, max(seen, default=began) - began),
-        host=clean(str(first.data.get("host") or (status.host if status else "")), 80) if first else "",
+        host=clean(str(first.data.get("host") or (status.host if status else "")), 80)
+        if first
+        else "",
         world=whole(first.data.get("world")) if first else (status.world if status else 0),
         mode=status.mode.value if status else "",
         tokens=status.tokens if status else 0,
@@ -185,13 +193,15 @@ def save(path: str, content: str) -> None:
 
 
 def quarantine_lines(run: RunDirectory) -> list[str]:
-    """All samples that the run leaves out, `ID` or `ID@EPOCH`, as `[data] quarantine = "FILE"` reads them.
+    """All samples that the run leaves out, `ID` or `ID@EPOCH`, as `[data] quarantine = "FILE"`
+    reads them.
 
-    What the run's own quarantine file names, and the samples at the positions that the journal says were left out.
+    What the run's own quarantine file names, and the samples at the positions that the journal says
+    were left out.
 
     Raises:
-        RunDirectoryError: the order of the samples is not in the journal, or the file cannot be read; a list that
-            is not complete would be worse than none.
+        RunDirectoryError: the order of the samples is not in the journal, or the file cannot be
+            read; a list that is not complete would be worse than none.
     """
     from guardrail.decide.sample_order import Ledger
 
@@ -199,7 +209,9 @@ def quarantine_lines(run: RunDirectory) -> list[str]:
     spans = list(_spans(events))
     order = _order(events) if spans else None
     if spans and order is None:
-        raise RunDirectoryError(f"{run.path}: the journal does not say in which order the samples came")
+        raise RunDirectoryError(
+            f"{run.path}: the journal does not say in which order the samples came"
+        )
     # An order of one sample serves where nothing but the file is left out.
     ledger = Ledger(order or _any_order(), batch_size=1)
     file = _quarantine_file(run)
@@ -207,7 +219,9 @@ def quarantine_lines(run: RunDirectory) -> list[str]:
         try:
             ledger.quarantine.read(read_file(file).decode("utf-8").splitlines(), source=str(file))
         except (OSError, UnicodeDecodeError) as error:
-            raise RunDirectoryError(f"{file}: data.quarantine of this run cannot be read: {error}") from error
+            raise RunDirectoryError(
+                f"{file}: data.quarantine of this run cannot be read: {error}"
+            ) from error
     for span in spans:
         ledger.leave_out(span)
     return list(ledger.quarantine.lines())
@@ -225,7 +239,9 @@ def _left_out(events: list[Event]) -> int:
 
 
 def _spans(events: Iterable[Event]) -> Iterator[Span]:
-    """Each span that is still left out, once: a rollback may carry its own, beside or instead of a `left_out` line."""
+    """Each span that is still left out, once: a rollback may carry its own, beside or instead of a
+    `left_out` line.
+    """
     seen: list[Span] = []
     for event in events:
         if event.kind in ("left_out", "rollback"):
@@ -245,7 +261,9 @@ def _order(events: Iterable[Event]) -> Any:
         if event.kind == "started" and whole(event.data.get("samples")) > 0:
             seed = event.data.get("order_seed", event.data.get("seed", 0))
             shuffled = event.data.get("shuffled", True)
-            return SampleOrder(samples=whole(event.data["samples"]), seed=whole(seed), shuffled=bool(shuffled))
+            return SampleOrder(
+                samples=whole(event.data["samples"]), seed=whole(seed), shuffled=bool(shuffled)
+            )
     return None
 
 
@@ -260,7 +278,8 @@ def _quarantine_file(run: RunDirectory) -> Path | None:
         return None
     try:
         data = tomllib.loads(run.config_text()).get("data", {})
-    except (ValueError, RecursionError) as error:  # also of very long numbers, and of brackets within each other
+    # also of very long numbers, and of brackets within each other
+    except (ValueError, RecursionError) as error:
         raise RunDirectoryError(f"{run.path / 'config.toml'}: not valid TOML ({error})") from error
     name = data.get("quarantine") if isinstance(data, dict) else None
     return Path(os.path.expanduser(name)) if isinstance(name, str) and name else None
@@ -269,7 +288,9 @@ def _quarantine_file(run: RunDirectory) -> Path | None:
 # -- how it stands
 
 
-def _state(run: RunDirectory, status: Status | None, events: list[Event]) -> tuple[str, Event | None]:
+def _state(
+    run: RunDirectory, status: Status | None, events: list[Event]
+) -> tuple[str, Event | None]:
     """The state, and the event that is the last word, if there is one."""
     turn = last_turn(events)
     if turn is not None and turn.kind == "ended":
@@ -339,7 +360,11 @@ def _checkpoints(events: Iterable[Event]) -> list[CheckpointLine]:
         known = before if before is not None and name else None
         found[name or f"seq {event.seq}"] = CheckpointLine(
             name=name,
-            step=whole(data["cp_step"]) if "cp_step" in data else known.step if known else event.step,
+            step=whole(data["cp_step"])
+            if "cp_step" in data
+            else known.step
+            if known
+            else event.step,
             state=clean(str(data.get("state", "")), 40),
             bytes=whole(data.get("bytes")) or (known.bytes if known else 0),
             reason=clean(str(data.get("reason") or ""), 400),
@@ -360,7 +385,10 @@ def _restarts(run: RunDirectory, events: list[Event]) -> Iterator[Restart]:
         last = timelines[before].max() if before.any() else -1
         reached = steps[(timelines == last) & (verdicts == 0)]
         lost = int(reached.max()) - event.step if len(reached) else 0
-        check = next((e for e in events if e.seq > event.seq and e.kind in ("resume_check", "restarted")), None)
+        check = next(
+            (e for e in events if e.seq > event.seq and e.kind in ("resume_check", "restarted")),
+            None,
+        )
         parts = check.data if check is not None and check.kind == "resume_check" else {}
         yield Restart(
             step=event.step,
@@ -369,7 +397,11 @@ def _restarts(run: RunDirectory, events: list[Event]) -> Iterator[Restart]:
             checkpoint=clean(str(event.data.get("checkpoint") or ""), 120),
             steps_lost=max(0, lost),
             sentence=clean(event.message or str(event.data.get("reason") or ""), 400),
-            differs=tuple(clean(f"{part}: {outcome}", 200) for part, outcome in parts.items() if outcome != "ok"),
+            differs=tuple(
+                clean(f"{part}: {outcome}", 200)
+                for part, outcome in parts.items()
+                if outcome != "ok"
+            ),
         )
 
 

@@ -1,7 +1,8 @@
-"""The signals of a run as SVG, for a page that must stand alone: band, present, abandoned stretches, rejected tries.
+"""The signals of a run as SVG, for a page that must stand alone: band, present, abandoned
+stretches, rejected tries.
 
-A curve has two points for each column of pixels at most, the least and the greatest value in it, so that a million
-steps make a small file and no spike is lost.
+A curve has two points for each column of pixels at most, the least and the greatest value in it, so
+that a million steps make a small file and no spike is lost.
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 12, 14, 22  # margins in pixels
 LOGARITHMIC = 20.0  # greatest over median value from which on an axis is logarithmic
 MAX_TRIES = 500  # rejected tries that are drawn of one signal
 LARGEST = 1e300  # of a value that is drawn: float64 holds the width of the axis too
-NAMES = {LOSS: "loss (nats a token)", GRAD_NORM: "gradient norm", EMBED_GRAD_NORM: "gradient norm of the embedding"}
+NAMES = {
+    LOSS: "loss (nats a token)",
+    GRAD_NORM: "gradient norm",
+    EMBED_GRAD_NORM: "gradient norm of the embedding",
+}
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,12 @@ class Axis:
         return [step * number for number in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
 
-def draw(run: RunDirectory, events: Iterable[Event], incidents: Sequence[Incident] = ()) -> list[tuple[str, str]]:
-    """(name, SVG) of each signal that the run has measured; the loss with where it was heading before each incident."""
+def draw(
+    run: RunDirectory, events: Iterable[Event], incidents: Sequence[Incident] = ()
+) -> list[tuple[str, str]]:
+    """(name, SVG) of each signal that the run has measured; the loss with where it was heading
+    before each incident.
+    """
     import numpy as np
 
     view = run.metrics().sensible()
@@ -86,14 +95,19 @@ def draw(run: RunDirectory, events: Iterable[Event], incidents: Sequence[Inciden
     return found
 
 
-def expectations(incidents: Iterable[Incident], last: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(Steps, losses) of the curve before each incident, from the first loss that it was fitted to until the incident
-    was over: what it is held against. To step `last` where it is open still."""
+def expectations(
+    incidents: Iterable[Incident], last: float
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(Steps, losses) of the curve before each incident, from the first loss that it was fitted to
+    until the incident was over: what it is held against. To step `last` where it is open still."""
     import numpy as np
 
     for incident in incidents:
         if incident.curve is not None:
-            begin, end = max(1, incident.onset - incident.curve.count), min(last, incident.closed_step or last)
+            begin, end = (
+                max(1, incident.onset - incident.curve.count),
+                min(last, incident.closed_step or last),
+            )
             if begin < end:
                 steps = np.linspace(begin, end, min(100, int(end - begin) + 1))
                 yield steps, np.array([expected(incident.curve, step) for step in steps.tolist()])
@@ -114,12 +128,17 @@ def _picture(
     unit = scale_of(values[applied & np.isfinite(values)], values[np.isfinite(values)])
     up = replace(unit, begin=HEIGHT - BOTTOM, end=TOP)
     parts = [*_frame(across, up)]
-    base, top = np.asarray(view.column(f"{signal}_baseline")), np.asarray(view.column(f"{signal}_threshold"))
+    base, top = (
+        np.asarray(view.column(f"{signal}_baseline")),
+        np.asarray(view.column(f"{signal}_threshold")),
+    )
     known = present & applied & np.isfinite(base) & np.isfinite(top)
     parts += _band(across, up, steps[known], base[known], top[known])
     for step, kind in marks:
         x = float(across(np.array(step)))
-        parts.append(f'<line class="mark {kind}" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+        parts.append(
+            f'<line class="mark {kind}" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+        )
     gone = applied & ~present & np.isfinite(values)
     parts += _line("gone", across, up, steps[gone], values[gone], view.column("timeline")[gone])
     here = applied & present & np.isfinite(values)
@@ -133,7 +152,9 @@ def _picture(
         np.isfinite(values[tried][-MAX_TRIES:]).tolist(),
         strict=True,
     ):
-        parts.append(f'<circle class="tried{"" if finite else " nan"}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>')
+        parts.append(
+            f'<circle class="tried{"" if finite else " nan"}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>'
+        )
     if signal == LOSS:
         held_out = np.asarray(view.column("eval_loss"))
         told = present & np.isfinite(held_out)
@@ -143,18 +164,21 @@ def _picture(
 
 
 def scale_of(applied: np.ndarray, finite: np.ndarray) -> Axis:
-    """Upwards from 1 at the bottom to 0 at the top: all that was applied, and of what was not as much as leaves that
-    at least half of the room; the rest stands at the top."""
+    """Upwards from 1 at the bottom to 0 at the top: all that was applied, and of what was not as
+    much as leaves that at least half of the room; the rest stands at the top."""
     import numpy as np
 
     finite = np.clip(finite, -LARGEST, LARGEST)
     seen = np.clip(applied, -LARGEST, LARGEST) if len(applied) else finite
     low, most = float(seen.min()), float(seen.max())
-    high = max(most, min(float(np.quantile(finite, 0.999)), most + max(most - low, 0.1 * abs(most))))
+    high = max(
+        most, min(float(np.quantile(finite, 0.999)), most + max(most - low, 0.1 * abs(most)))
+    )
     if low > 0 and high > LOGARITHMIC * float(np.median(seen)):
         return Axis(math.log10(low) - 0.05, math.log10(high) + 0.05, 1.0, 0.0, log=True)
     room = 0.05 * (high - low) or max(1e-9, abs(high)) * 0.05
-    least = 0.0 if low >= 0 else -math.inf  # a loss or a norm that is never negative has no axis below 0
+    # a loss or a norm that is never negative has no axis below 0
+    least = 0.0 if low >= 0 else -math.inf
     return Axis(max(least, low - room), high + room, 1.0, 0.0)
 
 
@@ -170,19 +194,32 @@ def _frame(across: Axis, up: Axis) -> Iterator[str]:
         yield f'<text x="{x:.1f}" y="{HEIGHT - 6}" text-anchor="middle">{tick:,.0f}</text>'
 
 
-def _band(across: Axis, up: Axis, steps: np.ndarray, base: np.ndarray, top: np.ndarray) -> Iterator[str]:
+def _band(
+    across: Axis, up: Axis, steps: np.ndarray, base: np.ndarray, top: np.ndarray
+) -> Iterator[str]:
     """What the guard expected, as an area from the baseline to the threshold."""
     if len(steps) < 2:
         return
     xs, lower, upper = across(steps), up(base), up(top)
     every = max(1, len(xs) // (WIDTH - LEFT - RIGHT))
-    forth = [f"{x:.1f},{y:.1f}" for x, y in zip(xs[::every].tolist(), upper[::every].tolist(), strict=True)]
-    back = [f"{x:.1f},{y:.1f}" for x, y in zip(xs[::every].tolist(), lower[::every].tolist(), strict=True)]
+    forth = [
+        f"{x:.1f},{y:.1f}"
+        for x, y in zip(xs[::every].tolist(), upper[::every].tolist(), strict=True)
+    ]
+    back = [
+        f"{x:.1f},{y:.1f}"
+        for x, y in zip(xs[::every].tolist(), lower[::every].tolist(), strict=True)
+    ]
     yield f'<polygon class="band" points="{" ".join([*forth, *reversed(back)])}"/>'
 
 
 def _line(
-    name: str, across: Axis, up: Axis, steps: np.ndarray, values: np.ndarray, parts: np.ndarray | None = None
+    name: str,
+    across: Axis,
+    up: Axis,
+    steps: np.ndarray,
+    values: np.ndarray,
+    parts: np.ndarray | None = None,
 ) -> Iterator[str]:
     """One polyline, or one for each of `parts`: timelines that were given up."""
     import numpy as np
@@ -198,6 +235,8 @@ def _line(
     firsts = np.flatnonzero(np.diff(columns, prepend=columns[0] - 1))
     points = []
     for begin, end in zip(firsts.tolist(), [*firsts[1:].tolist(), len(xs)], strict=True):
-        ends = sorted({begin + int(np.argmin(ys[begin:end])), begin + int(np.argmax(ys[begin:end]))})
+        ends = sorted(
+            {begin + int(np.argmin(ys[begin:end])), begin + int(np.argmax(ys[begin:end]))}
+        )
         points += [f"{xs[at]:.1f},{ys[at]:.1f}" for at in ends]
     yield f'<polyline class="{name}" points="{" ".join(points)}"/>'

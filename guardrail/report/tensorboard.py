@@ -1,11 +1,13 @@
-"""The same story for TensorBoard: follows a run directory and writes event files, without torch or tensorflow.
+"""The same story for TensorBoard: follows a run directory and writes event files, without torch or
+tensorflow.
 
-What a rollback or a restart abandoned is purged the way a restarted writer does it, with a SessionLog START at the
-first step that is told anew, so that TensorBoard shows the present timeline. Position and files survive a restart
-of the exporter: it goes on where it was.
+What a rollback or a restart abandoned is purged the way a restarted writer does it, with a
+SessionLog START at the first step that is told anew, so that TensorBoard shows the present
+timeline. Position and files survive a restart of the exporter: it goes on where it was.
 
-Texts (what the journal reports, and the configuration) stand in event files of the subfolder `journal`, which
-TensorBoard shows as a run of that name. Nothing there is ever purged, since what happened stays true.
+Texts (what the journal reports, and the configuration) stand in event files of the subfolder
+`journal`, which TensorBoard shows as a run of that name. Nothing there is ever purged, since what
+happened stays true.
 """
 
 from __future__ import annotations
@@ -42,8 +44,9 @@ _CHUNK = 4096  # rows written at once
 
 TEXTS = "journal"  # the subfolder of the event files that hold texts
 INCIDENT, COMMAND, CONFIG = "guard/incident", "guard/command", "config"
-# Event kinds written as text, and under which tag. TensorBoard shows only a sample of the texts of a tag, so commands
-# have a tag of their own, and consecutive events of one step that are new together are one text.
+# Event kinds written as text, and under which tag. TensorBoard shows only a sample of the texts of
+# a tag, so commands have a tag of their own, and consecutive events of one step that are new
+# together are one text.
 _TEXTS = {
     "command": COMMAND,
     **dict.fromkeys(
@@ -65,8 +68,8 @@ _TEXTS = {
     ),
     **dict.fromkeys(("restarted", "durability", "ended"), INCIDENT),
 }
-# Of rows whose update was applied: tag -> column. A step that was rejected and then made with other data has one
-# point in these curves; the rejected values have their own tags.
+# Of rows whose update was applied: tag -> column. A step that was rejected and then made with other
+# data has one point in these curves; the rejected values have their own tags.
 _APPLIED = {
     "train/loss": "loss",
     "train/grad_norm": "grad_norm",
@@ -96,7 +99,9 @@ class Position(Record, frozen=True, kw_only=True):
     config: str = ""  # digest of the configuration that was written
 
 
-def export(run: RunDirectory, *, stop: Callable[[], bool] | threading.Event, seconds: float = SECONDS) -> None:
+def export(
+    run: RunDirectory, *, stop: Callable[[], bool] | threading.Event, seconds: float = SECONDS
+) -> None:
     """Follow `run` until `stop`, then write what is left and return. For a thread of its own.
 
     A disk that fails is logged once and tried again; nothing is raised for it.
@@ -125,12 +130,16 @@ def catch_up(run: RunDirectory) -> None:
 
 @contextlib.contextmanager
 def _alone(run: RunDirectory) -> Iterator[bool]:
-    """One exporter a run. Where no lock can be had at all, on a disk that is gone, there is nothing to protect."""
+    """One exporter a run. Where no lock can be had at all, on a disk that is gone, there is nothing
+    to protect.
+    """
     descriptor = -1
     try:
         run.tensorboard.mkdir(mode=FOLDER_MODE, exist_ok=True)
         descriptor = os.open(
-            run.tensorboard / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE
+            run.tensorboard / ".lock",
+            os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
+            FILE_MODE,
         )
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         alone = True
@@ -160,7 +169,9 @@ class Exporter:
         self._error = ""
 
     def try_catch_up(self) -> None:
-        """`catch_up`, with one line in the log for a disk that fails and one when it works again."""
+        """`catch_up`, with one line in the log for a disk that fails and one when it works
+        again.
+        """
         try:
             self.catch_up()
         except (OSError, RunDirectoryError) as error:
@@ -186,7 +197,9 @@ class Exporter:
                 self._file.append(data)
             self._position = position  # also when it cannot be noted now: it is written
             if self._position != self._saved:
-                replace_file(self._run.tensorboard / "position.json", msgspec.json.encode(self._position))
+                replace_file(
+                    self._run.tensorboard / "position.json", msgspec.json.encode(self._position)
+                )
                 self._saved = self._position
             if not moved:
                 return
@@ -211,18 +224,21 @@ class Exporter:
             if event.seq > was.seq:
                 story.event(event)
         rows = view.array[first:last]
-        present = timelines.current(view.column("step")[first:last], view.column("timeline")[first:last])
+        present = timelines.current(
+            view.column("step")[first:last], view.column("timeline")[first:last]
+        )
         for row in rows[present].tolist():
             story.row(dict(zip(view.columns, row, strict=True)))
         seq = max((event.seq for event in self._events), default=was.seq)
         return story.data(), Position(rows=last, seq=seq, timeline=story.timeline, config=digest)
 
     def _tell_again(self, story: _Story, view: MetricsView, first: int) -> int:
-        """A new file begins by purging what an exporter that died may have written without noting its position.
+        """A new file begins by purging what an exporter that died may have written without noting
+        its position.
 
-        All rows of the step that comes next are told once more, for the purge takes those that were noted too.
-        Returns the first row to tell. TensorBoard's server purges nothing at the first START of all, so there must
-        be one at the very beginning.
+        All rows of the step that comes next are told once more, for the purge takes those that were
+        noted too. Returns the first row to tell. TensorBoard's server purges nothing at the first
+        START of all, so there must be one at the very beginning.
         """
         if first == 0:
             story.purge(0)
@@ -247,10 +263,11 @@ class Exporter:
 class _TextWriter:
     """Writes each text once, into event files of its own folder.
 
-    The step of a text is the number (`seq`) of its last journal line. Unlike the training step it only grows, so the
-    texts stand in the order in which things happened, and no reader drops one because a step went back. Which
-    texts have been written is read from the files, so that an exporter that died before it saved its position, or
-    whose position file is lost, writes none again.
+    The step of a text is the number (`seq`) of its last journal line. Unlike the training step it
+    only grows, so the texts stand in the order in which things happened, and no reader drops one
+    because a step went back. Which texts have been written is read from the files, so that an
+    exporter that died before it saved its position, or whose position file is lost, writes none
+    again.
 
     Args:
         folder: made with the first text.
@@ -264,13 +281,21 @@ class _TextWriter:
         self._last: dict[str, tfevents.Text] | None = None
 
     def write(self, events: list[Event], config: str) -> None:
-        """Write what is new of `events`, all events so far, and of `config`, or "". Raises OSError."""
+        """Write what is new of `events`, all events so far, and of `config`, or "". Raises
+        OSError.
+        """
         if self._last is None:
             self._last = tfevents.last_texts(self._folder)
-        texts = [text for tag in (INCIDENT, COMMAND) for text in self._new_texts(events, tag, self._last.get(tag))]
+        texts = [
+            text
+            for tag in (INCIDENT, COMMAND)
+            for text in self._new_texts(events, tag, self._last.get(tag))
+        ]
         texts.sort(key=lambda text: text.step)
         if config:
-            texts += _config_text(config, max((e.seq for e in events), default=0), self._last.get(CONFIG))
+            texts += _config_text(
+                config, max((e.seq for e in events), default=0), self._last.get(CONFIG)
+            )
         if not texts:
             return
         self._folder.mkdir(mode=FOLDER_MODE, exist_ok=True)
@@ -280,15 +305,23 @@ class _TextWriter:
     def close(self) -> None:
         self._file.close()
 
-    def _new_texts(self, events: list[Event], tag: str, last: tfevents.Text | None) -> list[tfevents.Text]:
+    def _new_texts(
+        self, events: list[Event], tag: str, last: tfevents.Text | None
+    ) -> list[tfevents.Text]:
         written = self._seq if last is None else last.step
         new = [e for e in events if e.seq > written and e.message and _TEXTS.get(e.kind) == tag]
-        groups = [list(group) for _, group in itertools.groupby(new, key=lambda e: (e.timeline, e.step))]
-        return [tfevents.Text(tag, _markdown(group), group[-1].seq, group[-1].time) for group in groups]
+        groups = [
+            list(group) for _, group in itertools.groupby(new, key=lambda e: (e.timeline, e.step))
+        ]
+        return [
+            tfevents.Text(tag, _markdown(group), group[-1].seq, group[-1].time) for group in groups
+        ]
 
 
 def _config_text(config: str, seq: int, last: tfevents.Text | None) -> list[tfevents.Text]:
-    """The configuration as a text, unless it is the `last` one. Readers keep one text for each step of a tag."""
+    """The configuration as a text, unless it is the `last` one. Readers keep one text for each step
+    of a tag.
+    """
     markdown = f"```toml\n{_block(config)}\n```"
     if last is None:
         return [tfevents.Text(CONFIG, markdown, seq, time.time())]
@@ -326,13 +359,21 @@ class _Story:
     def row(self, row: dict[str, float]) -> None:
         self._turn(int(row["timeline"]))
         step, applied = int(row["step"]), row.get("verdict", 0.0) == 0.0
-        values = {tag: row[column] for tag, column in (_APPLIED if applied else _REJECTED).items() if column in row}
+        values = {
+            tag: row[column]
+            for tag, column in (_APPLIED if applied else _REJECTED).items()
+            if column in row
+        }
         if applied and row.get("step_time", 0.0) > 0:
             values["train/tokens_per_second"] = row.get("tokens", math.nan) / row["step_time"]
             values["guard/time_share"] = row.get("guard_time", math.nan) / row["step_time"]
         if applied:
-            values |= {f"train/{name}": value for name, value in row.items() if name not in METRIC_COLUMNS}
-        values = {tag: value for tag, value in values.items() if tag in _NEWS or not math.isnan(value)}
+            values |= {
+                f"train/{name}": value for name, value in row.items() if name not in METRIC_COLUMNS
+            }
+        values = {
+            tag: value for tag, value in values.items() if tag in _NEWS or not math.isnan(value)
+        }
         if not math.isnan(row.get("eval_loss", math.nan)):
             values["eval/loss"] = row["eval_loss"]
         if not applied or step != self._last_step:
@@ -353,7 +394,9 @@ class _Story:
 
     def _turn(self, timeline: int) -> None:
         if timeline > self.timeline:
-            begins = [step for other, step in self._begins.items() if self.timeline < other <= timeline]
+            begins = [
+                step for other, step in self._begins.items() if self.timeline < other <= timeline
+            ]
             self.timeline = timeline
             if begins:
                 self.purge(min(begins) + 1)
@@ -372,7 +415,9 @@ def _digest(text: str) -> str:
 
 
 def _markdown(events: list[Event]) -> str:
-    """Events of one step and timeline as one text. The step stands in it, for TensorBoard shows the journal line."""
+    """Events of one step and timeline as one text. The step stands in it, for TensorBoard shows the
+    journal line.
+    """
     head = f"*step {events[0].step}, timeline {events[0].timeline}*"
     return "\n\n".join([head, *map(_words, events)])
 

@@ -1,4 +1,5 @@
-"""The loss of a run in a few lines of plain ASCII, for a terminal, a pager or a mail: what curves.py draws as SVG.
+"""The loss of a run in a few lines of plain ASCII, for a terminal, a pager or a mail: what
+curves.py draws as SVG.
 
 *  the present       .  given up by a rollback       x  a try that was rejected, at the top where it is not finite
 -  where the loss was heading before an incident (guardrail.decide.recovery)
@@ -37,8 +38,14 @@ def sketch(run: RunDirectory, incidents: Iterable[Incident]) -> list[str]:
     grid = [[" "] * WIDTH for _ in range(HEIGHT)]
 
     def put(mark: str, xs: np.ndarray, ys: np.ndarray) -> None:
-        columns = np.clip((xs - first) / max(1.0, last - first) * (WIDTH - 1), 0, WIDTH - 1).round().astype(int)
-        rows = (up(np.nan_to_num(ys, nan=math.inf, posinf=1e300)) * (HEIGHT - 1)).round().astype(int)
+        columns = (
+            np.clip((xs - first) / max(1.0, last - first) * (WIDTH - 1), 0, WIDTH - 1)
+            .round()
+            .astype(int)
+        )
+        rows = (
+            (up(np.nan_to_num(ys, nan=math.inf, posinf=1e300)) * (HEIGHT - 1)).round().astype(int)
+        )
         for row, column in set(zip(rows.tolist(), columns.tolist(), strict=True)):
             grid[row][column] = mark
 
@@ -51,7 +58,9 @@ def sketch(run: RunDirectory, incidents: Iterable[Incident]) -> list[str]:
     return list(_framed(grid, high=up.value(0.0), low=up.value(1.0), first=first, last=last))
 
 
-def _framed(grid: list[list[str]], *, high: float, low: float, first: float, last: float) -> Iterator[str]:
+def _framed(
+    grid: list[list[str]], *, high: float, low: float, first: float, last: float
+) -> Iterator[str]:
     labels = {0: f"{high:.3g}", len(grid) - 1: f"{low:.3g}"}
     for number, row in enumerate(grid):
         yield f"{labels.get(number, ''):>9} |{''.join(row)}".rstrip()
@@ -59,5 +68,12 @@ def _framed(grid: list[list[str]], *, high: float, low: float, first: float, las
     yield f"{'':9} +{'-' * WIDTH}"
     yield f"{'':11}{begin}{end:>{WIDTH - len(begin)}}"
     drawn = {mark for row in grid for mark in row}
-    words = {PRESENT: "present", GIVEN_UP: "given up", TRIED: "rejected", EXPECTED: "where it was heading"}
-    yield f"{'':9}loss by step: " + ", ".join(f"{mark} {word}" for mark, word in words.items() if mark in drawn)
+    words = {
+        PRESENT: "present",
+        GIVEN_UP: "given up",
+        TRIED: "rejected",
+        EXPECTED: "where it was heading",
+    }
+    yield f"{'':9}loss by step: " + ", ".join(
+        f"{mark} {word}" for mark, word in words.items() if mark in drawn
+    )

@@ -1,4 +1,5 @@
-"""What is odd about a text: the heuristics by which corpora are cleaned, as sentences with numbers. Pure.
+"""What is odd about a text: the heuristics by which corpora are cleaned, as sentences with numbers.
+Pure.
 
 Sources of the thresholds:
 
@@ -6,11 +7,12 @@ Sources of the thresholds:
     C4          Raffel et al. 2020, section 2.2: curly brackets and "lorem ipsum" mark text that is none
     RefinedWeb  Penedo et al. 2023, appendix G.2: lines that are mostly capitals or mostly digits
 
-The rest is what a training sample may hold and a cleaned page does not: control characters, mis-decoded text, another
-script than the corpus has, hardly or wholly random characters.
+The rest is what a training sample may hold and a cleaned page does not: control characters,
+mis-decoded text, another script than the corpus has, hardly or wholly random characters.
 
-Gopher's words are those of English. Chinese, Japanese, Thai and other scripts that put no space between words are
-judged by their characters instead. All of it takes time in proportion to the length of the text.
+Gopher's words are those of English. Chinese, Japanese, Thai and other scripts that put no space
+between words are judged by their characters instead. All of it takes time in proportion to the
+length of the text.
 """
 
 from __future__ import annotations
@@ -23,32 +25,39 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-# Gopher, table A1: share of characters in the most frequent 2- to 4-gram of words, and in all duplicate 5- to 10-grams.
+# Gopher, table A1: share of characters in the most frequent 2- to 4-gram of words, and in all
+# duplicate 5- to 10-grams.
 TOP_GRAMS = {2: 0.20, 3: 0.18, 4: 0.16}
 DUPLICATE_GRAMS = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 DUPLICATE_LINES = 0.30  # Gopher, table A1: share of lines that stood there before
 SYMBOLS_PER_WORD = 0.10  # Gopher: "#" and "..." to words
 WORD_LENGTH = (3.0, 10.0)  # Gopher: mean length of a word
 WORDS_WITH_A_LETTER = 0.80  # Gopher
-BRACES = 0.02  # of the characters. C4 drops a page for a single "{"; a corpus of code may have some.
-CAPITALS, DIGITS = 0.60, 0.50  # of the letters; of the characters. RefinedWeb drops such lines ("mainly").
+# of the characters. C4 drops a page for a single "{"; a corpus of code may have some.
+BRACES = 0.02
+# of the letters; of the characters. RefinedWeb drops such lines ("mainly").
+CAPITALS, DIGITS = 0.60, 0.50
 UNPRINTABLE = 0.01  # of the characters
 REPLACEMENT = 0.005  # of the characters: U+FFFD and pairs that UTF-8 read as Latin-1 gives
-ENTROPY = (2.0, 5.8)  # bits a character. English prose has 4.1-4.4, code 4.5-5.0, random bytes as Latin-1 near 8.
-# As ENTROPY, for scripts with hundreds or thousands of characters: Chinese prose has 8 to 9.8 bits, Korean 7.5.
+# bits a character. English prose has 4.1-4.4, code 4.5-5.0, random bytes as Latin-1 near 8.
+ENTROPY = (2.0, 5.8)
+# As ENTROPY, for scripts with hundreds or thousands of characters: Chinese prose has 8 to 9.8 bits,
+# Korean 7.5.
 ENTROPY_OF_MANY = (2.0, 11.0)
-# As TOP_GRAMS and DUPLICATE_GRAMS, in characters, for scripts without spaces: a Thai word has about 4 characters, a
-# Chinese one less than 2.
+# As TOP_GRAMS and DUPLICATE_GRAMS, in characters, for scripts without spaces: a Thai word has about
+# 4 characters, a Chinese one less than 2.
 TOP_STRINGS = {4: 0.20, 8: 0.16}
 DUPLICATE_STRINGS = {20: 0.15, 40: 0.10}
 UNSPACED_SHARE = 0.3  # of the letters, from which on a text is one of a script without spaces
-# Where a text might repeat: so many places are looked at, and a string of so many characters is looked for behind each.
+# Where a text might repeat: so many places are looked at, and a string of so many characters is
+# looked for behind each.
 PLACES, ANCHOR = 16, 8
 MOST_PERIODS = 4  # lengths that are tried
 SHOWN = 40  # characters of what is repeated
 REPEATS = 0.9  # share of its characters that a text over and over has again a period further on
 FEW_WORDS, FEW_CHARACTERS = 12, 24  # below them a share means nothing
-FOREIGN_SIGMAS, FOREIGN_BITS = 6.0, 1.0  # robust sigmas, and bits a character, beyond what the corpus itself has
+# robust sigmas, and bits a character, beyond what the corpus itself has
+FOREIGN_SIGMAS, FOREIGN_BITS = 6.0, 1.0
 
 _WORD = re.compile(r"\S+")
 # Thai, Lao, Tibetan, Burmese, Khmer, Japanese and Chinese.
@@ -76,11 +85,15 @@ class Usual:
         self._total = sum(self._counts.values())
         bits = [self.bits(text) for text in self._texts]
         self._centre = statistics.median(bits) if bits else 0.0
-        spread = 1.4826 * statistics.median(abs(one - self._centre) for one in bits) if bits else 0.0
+        spread = (
+            1.4826 * statistics.median(abs(one - self._centre) for one in bits) if bits else 0.0
+        )
         self._limit = self._centre + max(FOREIGN_BITS, FOREIGN_SIGMAS * spread)
 
     def bits(self, text: str) -> float:
-        """Cross-entropy of a text under the distribution, bits a character; unseen ones share one count."""
+        """Cross-entropy of a text under the distribution, bits a character; unseen ones share one
+        count.
+        """
         kinds = len(self._counts) + 1
         cost = {c: math.log2((self._total + kinds) / (self._counts[c] + 1)) for c in set(text)}
         return sum(cost[c] for c in text) / max(1, len(text))
@@ -138,7 +151,9 @@ def _characters(text: str) -> list[str]:
 
 
 def _is_control(character: str) -> bool:
-    return unicodedata.category(character) in ("Cc", "Cs", "Co", "Cn") and character not in "\t\n\r\f"
+    return (
+        unicodedata.category(character) in ("Cc", "Cs", "Co", "Cn") and character not in "\t\n\r\f"
+    )
 
 
 def _is_of(text: str, script: re.Pattern[str]) -> bool:
@@ -158,7 +173,9 @@ def _words(text: str) -> list[str]:
         return found
     if (symbols := len(_SYMBOL.findall(text)) / len(words)) > SYMBOLS_PER_WORD:
         found.append(f"{symbols:.2f} symbols (# ...) a word")
-    if (share := sum(any(c.isalpha() for c in word) for word in words) / len(words)) < WORDS_WITH_A_LETTER:
+    if (
+        share := sum(any(c.isalpha() for c in word) for word in words) / len(words)
+    ) < WORDS_WITH_A_LETTER:
         found.append(f"only {share:.0%} of the words have a letter")
     return found
 
@@ -176,7 +193,9 @@ def _repetition(text: str) -> list[str]:
         return [*found, *_character_runs(text)]
     size = sum(map(len, words))
     for length, limit in TOP_GRAMS.items():
-        (gram, count), *_ = Counter(zip(*(words[i:] for i in range(length)), strict=False)).most_common(1)
+        (gram, count), *_ = Counter(
+            zip(*(words[i:] for i in range(length)), strict=False)
+        ).most_common(1)
         if count > 2 and (share := count * sum(map(len, gram)) / size) > limit:
             return [*found, f"{min(share, 1.0):.0%} of the text is one phrase of {length} words"]
     for length, limit in DUPLICATE_GRAMS.items():
@@ -186,7 +205,9 @@ def _repetition(text: str) -> list[str]:
 
 
 def _duplicated(words: Sequence[str], length: int) -> int:
-    """Characters in n-grams of words (or of the characters of a text) that stood there before, each counted once."""
+    """Characters in n-grams of words (or of the characters of a text) that stood there before, each
+    counted once.
+    """
     seen: set[Sequence[str]] = set()
     covered = [False] * len(words)
     for at in range(len(words) - length + 1):
@@ -203,7 +224,9 @@ def _repeated_strings(text: str) -> list[str]:
     if len(text) < FEW_CHARACTERS:
         return []
     for length, limit in TOP_STRINGS.items():
-        (_, count), *_ = Counter(text[at : at + length] for at in range(len(text) - length + 1)).most_common(1)
+        (_, count), *_ = Counter(
+            text[at : at + length] for at in range(len(text) - length + 1)
+        ).most_common(1)
         if count > 2 and (share := count * length / len(text)) > limit:
             return [f"{min(share, 1.0):.0%} of the text is one string of {length} characters"]
     for length, limit in DUPLICATE_STRINGS.items():
@@ -215,8 +238,9 @@ def _repeated_strings(text: str) -> list[str]:
 def _character_runs(text: str) -> list[str]:
     """Whether a text is a short string over and over: shifted by its length it meets itself.
 
-    The string is at most a quarter of the text. How long it may be is learnt at some places of the text, from how far
-    behind each the next few characters stand again: then no more than a handful of lengths are tried.
+    The string is at most a quarter of the text. How long it may be is learnt at some places of the
+    text, from how far behind each the next few characters stand again: then no more than a handful
+    of lengths are tried.
     """
     if len(text) < FEW_CHARACTERS:
         return []
@@ -228,7 +252,9 @@ def _character_runs(text: str) -> list[str]:
 
 
 def _periods(text: str) -> list[int]:
-    """Lengths after which a text may repeat itself, shortest first; as many as there are places at most."""
+    """Lengths after which a text may repeat itself, shortest first; as many as there are places at
+    most.
+    """
     longest = len(text) // 4 - 1
     found: Counter[int] = Counter()
     for place in range(PLACES):
@@ -242,7 +268,9 @@ def _periods(text: str) -> list[int]:
 
 
 def _script(text: str) -> str:
-    """The script of most of its letters, by their Unicode names: " (mostly CYRILLIC)"; "" for Latin or none."""
+    """The script of most of its letters, by their Unicode names: " (mostly CYRILLIC)"; "" for Latin
+    or none.
+    """
     names = Counter(unicodedata.name(c, "").split(" ")[0] for c in text if c.isalpha())
     names.pop("", None)
     if not names:

@@ -1,4 +1,6 @@
-"""TensorBoard's event files, written with its protocol buffers alone: records, scalars, texts, marks of a restart."""
+"""TensorBoard's event files, written with its protocol buffers alone: records, scalars, texts,
+marks of a restart.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ class Text(NamedTuple):
 
 
 class EventFile:
-    """An event file of this process, made with the first record, whose name sorts behind all that are there."""
+    """An event file of this process, made with the first record, whose name sorts behind all that
+    are there.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -44,7 +48,9 @@ class EventFile:
             self.close()
         path = self._path or self._folder / self._name()
         data = data if self._path else _version() + data
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
+        descriptor = os.open(
+            path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE
+        )
         try:
             write_all(descriptor, data)
         except OSError:
@@ -84,8 +90,12 @@ def scalars(values: dict[str, float], *, step: int, at: float) -> bytes:
     """One point of each tag; `at` is its wall time, NaN: now."""
     from tensorboard.compat.proto import summary_pb2
 
-    points = [summary_pb2.Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-    return summary(summary_pb2.Summary(value=points), step=step, at=time.time() if math.isnan(at) else at)
+    points = [
+        summary_pb2.Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()
+    ]
+    return summary(
+        summary_pb2.Summary(value=points), step=step, at=time.time() if math.isnan(at) else at
+    )
 
 
 def text(tag: str, markdown: str, step: int, at: float) -> bytes:
@@ -97,14 +107,18 @@ def text(tag: str, markdown: str, step: int, at: float) -> bytes:
         plugin_name="text", content=TextPluginData(version=0).SerializeToString()
     )
     shape = tensor_shape_pb2.TensorShapeProto(dim=[tensor_shape_pb2.TensorShapeProto.Dim(size=1)])
-    tensor = tensor_pb2.TensorProto(dtype=types_pb2.DT_STRING, string_val=[markdown.encode()], tensor_shape=shape)
+    tensor = tensor_pb2.TensorProto(
+        dtype=types_pb2.DT_STRING, string_val=[markdown.encode()], tensor_shape=shape
+    )
     metadata = summary_pb2.SummaryMetadata(plugin_data=plugin)
     value = summary_pb2.Summary.Value(tag=tag, metadata=metadata, tensor=tensor)
     return summary(summary_pb2.Summary(value=[value]), step=max(0, step), at=at)
 
 
 def last_texts(folder: Path) -> dict[str, Text]:
-    """The last text of each tag in the event files of `folder`, in the order of their names. Raises OSError."""
+    """The last text of each tag in the event files of `folder`, in the order of their names. Raises
+    OSError.
+    """
     from google.protobuf.message import DecodeError
     from tensorboard.compat.proto.event_pb2 import Event
 
@@ -122,7 +136,9 @@ def last_texts(folder: Path) -> dict[str, Text]:
 
 
 def hparams(values: dict[str, Any], *, name: str, at: float, metrics: tuple[str, ...]) -> bytes:
-    """The settings of a run as the hparams plugin reads them. Its public API imports tensorflow; this part does not."""
+    """The settings of a run as the hparams plugin reads them. Its public API imports tensorflow;
+    this part does not.
+    """
     from tensorboard.plugins.hparams import summary_v2
 
     columns = [summary_v2.HParam(key) for key in values]
@@ -139,7 +155,9 @@ def hparams_end(*, good: bool, at: float) -> bytes:
     info = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=at)
     value = summary_pb2.Summary.Value(
         tag=metadata.SESSION_END_INFO_TAG,
-        metadata=metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=info)),
+        metadata=metadata.create_summary_metadata(
+            plugin_data_pb2.HParamsPluginData(session_end_info=info)
+        ),
         tensor=metadata.NULL_TENSOR,
     )
     return summary(summary_pb2.Summary(value=[value]), step=0, at=at)
@@ -160,7 +178,12 @@ def record(data: bytes) -> bytes:
     from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
     header = struct.pack("<Q", len(data))
-    return header + struct.pack("<I", masked_crc32c(header)) + data + struct.pack("<I", masked_crc32c(data))
+    return (
+        header
+        + struct.pack("<I", masked_crc32c(header))
+        + data
+        + struct.pack("<I", masked_crc32c(data))
+    )
 
 
 def _records(data: bytes) -> Iterator[bytes]:
@@ -179,4 +202,6 @@ def _records(data: bytes) -> Iterator[bytes]:
 def _version() -> bytes:
     from tensorboard.compat.proto import event_pb2
 
-    return record(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+    return record(
+        event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString()
+    )

@@ -1,7 +1,8 @@
-"""commands/: one JSON file a command, renamed into place by its sender, removed once its answer is in the journal.
+"""commands/: one JSON file a command, renamed into place by its sender, removed once its answer is
+in the journal.
 
-A part of `guardrail.rundir.run_directory`. Whatever lies in the folder, reading it never raises: what cannot be obeyed
-is returned as a refusal with its reason.
+A part of `guardrail.rundir.run_directory`. Whatever lies in the folder, reading it never raises:
+what cannot be obeyed is returned as a refusal with its reason.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ _VALUELESS = (
 
 
 class Refusal(Record, frozen=True, kw_only=True):
-    """A file of the inbox that cannot be obeyed. `id` is the command's own where it has one, else the file name."""
+    """A file of the inbox that cannot be obeyed. `id` is the command's own where it has one, else
+    the file name.
+    """
 
     id: str
     reason: str
@@ -51,8 +54,8 @@ class Refusal(Record, frozen=True, kw_only=True):
 def check_command(command: Command) -> str | None:
     """Why a command can never be obeyed, as the end of a sentence; None for one that makes sense.
 
-    Pure. Whether it can be obeyed *now* (a rollback target that exists, an answer to an open question) is for
-    the guard to say.
+    Pure. Whether it can be obeyed *now* (a rollback target that exists, an answer to an open
+    question) is for the guard to say.
     """
     kind, value = command.kind, command.value
     whole = math.isfinite(value) and value == int(value)
@@ -66,22 +69,43 @@ def check_command(command: Command) -> str | None:
         return None if value == 0 else f"{kind.value} takes no value, not {value:g}"
     if kind is CommandKind.ROLLBACK:
         good = math.isnan(value) or (whole and 0 <= value < _MAX_STEP)
-        return None if good else f"rollback takes a step, or nan for the newest good one, not {value:g}"
+        return (
+            None
+            if good
+            else f"rollback takes a step, or nan for the newest good one, not {value:g}"
+        )
     if kind is CommandKind.UNDO:
         good = math.isnan(value) or (whole and 1 <= value < _MAX_STEP)
-        return None if good else f"undo takes the seq of a journal line, or nan for the newest decision, not {value:g}"
+        return (
+            None
+            if good
+            else f"undo takes the seq of a journal line, or nan for the newest decision, not {value:g}"
+        )
     if kind is CommandKind.SKIP:
-        return None if whole and 1 <= value <= MAX_SKIP else f"skip takes 1 to {MAX_SKIP} batches, not {value:g}"
+        return (
+            None
+            if whole and 1 <= value <= MAX_SKIP
+            else f"skip takes 1 to {MAX_SKIP} batches, not {value:g}"
+        )
     if kind is CommandKind.LR:
-        return None if 0 < value <= MAX_LR_FACTOR else f"lr takes a factor in (0, {MAX_LR_FACTOR:g}], not {value:g}"
+        return (
+            None
+            if 0 < value <= MAX_LR_FACTOR
+            else f"lr takes a factor in (0, {MAX_LR_FACTOR:g}], not {value:g}"
+        )
     if kind is CommandKind.EMBED_ALPHA:
         return None if 0 < value <= 1 else f"embed-alpha takes a factor in (0, 1], not {value:g}"
-    count, noun = (len(Mode), "policy takes a mode") if kind is CommandKind.POLICY else (3, "answer takes a choice")
+    count, noun = (
+        (len(Mode), "policy takes a mode")
+        if kind is CommandKind.POLICY
+        else (3, "answer takes a choice")
+    )
     return None if whole and 0 <= value < count else f"{noun} from 0 to {count - 1}, not {value:g}"
 
 
 def undone(events: Iterable[Event]) -> dict[str, int]:
-    """Commands that were taken, and whose deed a death has kept from the journal: id -> step behind which it belongs.
+    """Commands that were taken, and whose deed a death has kept from the journal: id -> step behind
+    which it belongs.
 
     Pure. A deed comes directly behind its answer.
     """
@@ -112,7 +136,8 @@ class Inbox:
         self.problem = ""  # why the folder could not be read at the last scan
         self._names: dict[str, str] = {}  # command id -> file name
         self._first_names: dict[str, str] = {}  # the same, also of commands that are answered
-        self._stuck: set[tuple[str, int]] = set()  # answered, but the file system would not let go of them
+        # answered, but the file system would not let go of them
+        self._stuck: set[tuple[str, int]] = set()
 
     def send(self, command: Command) -> None:
         """Put a command into the inbox; OSError where that is impossible."""
@@ -124,7 +149,9 @@ class Inbox:
         commands: list[Command] = []
         refusals: list[Refusal] = []
         try:
-            folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            folder = os.open(
+                self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+            )
         except FileNotFoundError:
             self.problem = ""  # whoever sends a command makes the folder
             return commands, refusals
@@ -165,7 +192,9 @@ class Inbox:
                 self._stuck.add((name, path.lstat().st_ino))
 
     def _waiting(self, folder: int) -> list[str]:
-        """Names by age. Files still being written begin with a dot; the name settles equal times."""
+        """Names by age. Files still being written begin with a dot; the name settles equal
+        times.
+        """
         found = []
         try:
             with os.scandir(folder) as entries:
@@ -181,7 +210,9 @@ class Inbox:
         return [name for _, name in sorted(found)]
 
     def _checked(self, folder: int, name: str) -> Command | Refusal | None:
-        """What a file holds. Whatever is wrong with it, it is refused and the others are read all the same."""
+        """What a file holds. Whatever is wrong with it, it is refused and the others are read all
+        the same.
+        """
         try:
             found = self._read(folder, name)
         except Exception as error:  # a kind of hostile content that nothing above has thought of
@@ -209,7 +240,9 @@ class Inbox:
             if not stat.S_ISREG(info.st_mode):
                 return _refuse(name, "it is not a regular file")
             if info.st_uid != self.owner:
-                return _refuse(name, f"it belongs to user {info.st_uid}, the run to user {self.owner}")
+                return _refuse(
+                    name, f"it belongs to user {info.st_uid}, the run to user {self.owner}"
+                )
             if info.st_size > MAX_BYTES:
                 return _refuse(name, f"it has {info.st_size} bytes, more than {MAX_BYTES}")
             data = os.read(descriptor, MAX_BYTES + 1)
@@ -230,11 +263,17 @@ def _parse(name: str, data: bytes) -> Command | Refusal:
     kinds = [kind.value for kind in CommandKind]
     if not isinstance(fields.get("kind"), str) or fields["kind"] not in kinds:
         return _refuse(name, f"its kind is none of {', '.join(kinds)}", fields)
-    # Without a value `rollback` means the newest good state, not step 0, and `undo` the newest decision.
-    if fields["kind"] in (CommandKind.ROLLBACK.value, CommandKind.UNDO.value) and fields.get("value") is None:
+    # Without a value `rollback` means the newest good state, not step 0, and `undo` the newest
+    # decision.
+    if (
+        fields["kind"] in (CommandKind.ROLLBACK.value, CommandKind.UNDO.value)
+        and fields.get("value") is None
+    ):
         fields["value"] = math.nan
     if isinstance(fields.get("value"), str):
-        fields["value"] = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}.get(fields["value"], fields["value"])
+        fields["value"] = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}.get(
+            fields["value"], fields["value"]
+        )
     if fields.get("value", 0) is None:
         del fields["value"]
     fields.setdefault("id", _id_of(name))
@@ -261,8 +300,16 @@ def _refuse(name: str, reason: str, fields: dict[str, Any] | None = None) -> Ref
 
 
 def _text(value: Any, limit: int) -> str:
-    """Text from JSON. Anything else is named by its type: its own text may be long, deep or impossible to make."""
-    return clean(value, limit) if isinstance(value, str) else f"({type(value).__name__})" if value is not None else ""
+    """Text from JSON. Anything else is named by its type: its own text may be long, deep or
+    impossible to make.
+    """
+    return (
+        clean(value, limit)
+        if isinstance(value, str)
+        else f"({type(value).__name__})"
+        if value is not None
+        else ""
+    )
 
 
 def _id_of(name: str) -> str:

@@ -1,6 +1,8 @@
-"""What is new in a run directory since the last look: for the headless printer, TensorBoard and the screen.
+"""What is new in a run directory since the last look: for the headless printer, TensorBoard and the
+screen.
 
-Each look reads only what was added. Nothing here is written, and a run that has no file yet is merely quiet.
+Each look reads only what was added. Nothing here is written, and a run that has no file yet is
+merely quiet.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.25  # between two looks where no notice comes: on a shared file system
 CHECK_SECONDS = 1.0  # between two looks all the same where notices come
-_MISSED = 3  # changes found without a notice, in a row, after which notices are no longer believed in
+# changes found without a notice, in a row, after which notices are no longer believed in
+_MISSED = 3
 
 
 @dataclass(frozen=True)
@@ -46,18 +49,23 @@ class Follower:
         run: the run directory.
         seq: events up to this one are known already.
         row: metric rows before this one are known already.
-        most: rows that one look takes at most; the next look takes the next ones. None: all that are new.
+        most: rows that one look takes at most; the next look takes the next ones. None: all that
+        are new.
 
     Attributes:
-        timelines: which rows are the present, from all events and rows seen so far; for `MetricsView.current`.
+        timelines: which rows are the present, from all events and rows seen so far; for
+        `MetricsView.current`.
         view: the rows as of the last look.
-        fresh: with `most`, the rows that the last look took, read and not mapped; float64 [rows, columns].
+        fresh: with `most`, the rows that the last look took, read and not mapped; float64 [rows,
+        columns].
         complete: the last look took all that there was.
         unreadable: complete lines of the journal that are no events.
         cut: which file has lost what was read of it already: "journal.jsonl", "metrics.bin" or "".
     """
 
-    def __init__(self, run: RunDirectory, *, seq: int = 0, row: int = 0, most: int | None = None) -> None:
+    def __init__(
+        self, run: RunDirectory, *, seq: int = 0, row: int = 0, most: int | None = None
+    ) -> None:
         self._run = run
         self._most = most
         self.seq = seq
@@ -76,7 +84,8 @@ class Follower:
         self._missed = 0
 
     def poll(self) -> Update:
-        """What is new. Events first: a row never belongs to a timeline whose beginning was not seen before.
+        """What is new. Events first: a row never belongs to a timeline whose beginning was not seen
+        before.
 
         Raises:
             OSError, RunDirectoryError: the metrics cannot be read, and there is no new event.
@@ -92,7 +101,8 @@ class Follower:
             if not fresh:
                 raise
             self.complete = False
-            return Update(fresh, (self.row, self.row))  # what the journal says is not lost with the rows
+            # what the journal says is not lost with the rows
+            return Update(fresh, (self.row, self.row))
 
     def _new_rows(self) -> tuple[int, int]:
         view = self._run.metrics()
@@ -111,8 +121,14 @@ class Follower:
             end = last = max(first, back + len(rows))  # fewer where the file was cut since
             self.fresh = rows[first - back :]
         if self._learnt < end:
-            part, known = MetricsView(view.columns, rows, lambda: self.timelines), max(0, self._learnt - 1)
-            steps, timelines = part.column("step")[known - back :], part.column("timeline")[known - back :]
+            part, known = (
+                MetricsView(view.columns, rows, lambda: self.timelines),
+                max(0, self._learnt - 1),
+            )
+            steps, timelines = (
+                part.column("step")[known - back :],
+                part.column("timeline")[known - back :],
+            )
             self.timelines.add_rows(steps, timelines, from_start=known == 0)
             self._learnt = end
         self.view = view
@@ -120,10 +136,11 @@ class Follower:
         return first, last
 
     def wait(self, timeout: float) -> bool:
-        """Sleep until journal, metrics or status change, at most `timeout` seconds; True if they did.
+        """Sleep until journal, metrics or status change, at most `timeout` seconds; True if they
+        did.
 
-        Through inotify where it works; where it does not (no watchdog, no watches left, a shared file system), by
-        looking at sizes and times.
+        Through inotify where it works; where it does not (no watchdog, no watches left, a shared
+        file system), by looking at sizes and times.
         """
         deadline = time.monotonic() + timeout
         self._start_watch()
@@ -149,7 +166,12 @@ class Follower:
     def __enter__(self) -> Follower:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
         self.close()
 
     def _events(self) -> list[Event]:
@@ -160,7 +182,8 @@ class Follower:
                 if size < self._offset:
                     self.cut = self.cut or "journal.jsonl"
                     self._offset = self.unreadable = (
-                        0  # the folder was restored from a copy; known events are passed over by seq
+                        # the folder was restored from a copy; known events are passed over by seq
+                        0
                     )
                 file.seek(self._offset)
                 data = file.read()
@@ -189,7 +212,8 @@ class Follower:
             try:
                 self._watch = _Watch(self._run)
             except Exception:
-                # No watchdog, no inotify instances left, a system without: each is a reason to poll, not to stop.
+                # No watchdog, no inotify instances left, a system without: each is a reason to
+                # poll, not to stop.
                 self._can_watch = False
 
     def _miss(self) -> None:

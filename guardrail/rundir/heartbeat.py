@@ -1,8 +1,10 @@
-"""A thread that reports once a second that this rank lives, where it is, and whether its main thread gets ahead.
+"""A thread that reports once a second that this rank lives, where it is, and whether its main
+thread gets ahead.
 
-It reports to a folder on a local disk (`guardrail.rundir.rank_reports`). A second thread writes what goes to the run
-directory, which may lie on a slow file system: a disk that hangs must not make a rank look dead. The training loop only
-assigns attributes. A disk that is full or gone costs a heartbeat, never a step.
+It reports to a folder on a local disk (`guardrail.rundir.rank_reports`). A second thread writes
+what goes to the run directory, which may lie on a slow file system: a disk that hangs must not make
+a rank look dead. The training loop only assigns attributes. A disk that is full or gone costs a
+heartbeat, never a step.
 """
 
 from __future__ import annotations
@@ -24,14 +26,17 @@ LAST_TRIES = 25  # times 20 ms, for another rank of the node to leave the node's
 
 
 class Heartbeat:
-    """Reports to the node's supervisor, or to the other ranks of the node; rank 0 writes status.json as well.
+    """Reports to the node's supervisor, or to the other ranks of the node; rank 0 writes
+    status.json as well.
 
     Args:
         run: the run directory.
         rank: of this process in the whole run.
-        status: called by the thread for status.json, on rank 0. Until it is set, the heartbeat tells what it knows
-            itself, on top of what the supervisor wrote: phase and progress of a long set-up.
-        incarnation: which start of the ranks this is; None: as supervisor and torch elastic count them.
+        status: called by the thread for status.json, on rank 0. Until it is set, the heartbeat
+            tells what it knows itself, on top of what the supervisor wrote: phase and progress of a
+            long set-up.
+        incarnation: which start of the ranks this is; None: as supervisor and torch elastic count
+        them.
         seconds: between two beats.
 
     Attributes:
@@ -65,19 +70,28 @@ class Heartbeat:
         self._text = ""
         self._host = socket.gethostname()
         self._base: Status | None = None
-        self._wake, self._changed, self._ended = threading.Event(), threading.Event(), threading.Event()
+        self._wake, self._changed, self._ended = (
+            threading.Event(),
+            threading.Event(),
+            threading.Event(),
+        )
         self._writing = threading.Lock()
         self._threads: list[threading.Thread] = []
 
     def start(self) -> Heartbeat:
         if not self._threads:
-            for work, name in ((self._beat, "guardrail-heartbeat"), (self._tell, "guardrail-status")):
+            for work, name in (
+                (self._beat, "guardrail-heartbeat"),
+                (self._tell, "guardrail-status"),
+            ):
                 self._threads.append(threading.Thread(target=work, name=name, daemon=True))
                 self._threads[-1].start()
         return self
 
     def at(self, phase: Phase, step: int | None = None) -> None:
-        """The main thread is in `phase`, working on `step`; counts as progress. A new phase is written at once."""
+        """The main thread is in `phase`, working on `step`; counts as progress. A new phase is
+        written at once.
+        """
         if step is not None:
             self.step = step
         self.tick()
@@ -92,7 +106,9 @@ class Heartbeat:
         self.progress_time = time.time()
 
     def say(self, text: str) -> None:
-        """How far a long phase is, for status.json: "tokenizing 43 %". Counts as progress; gone with the phase."""
+        """How far a long phase is, for status.json: "tokenizing 43 %". Counts as progress; gone
+        with the phase.
+        """
         self._text = text
         self.tick()
 
@@ -128,7 +144,9 @@ class Heartbeat:
             self._changed.clear()
 
     def _publish_last(self) -> None:
-        """Have the last report in the node's file: the ranks of a custom loop end together, and one of them writes."""
+        """Have the last report in the node's file: the ranks of a custom loop end together, and one
+        of them writes.
+        """
         for _ in range(LAST_TRIES if self._reports.shared else 1):
             if self._reports.try_lock():
                 self._try(lambda: self._reports.publish(now=True))
@@ -137,8 +155,9 @@ class Heartbeat:
             time.sleep(0.02)
 
     def _try(self, write: Callable[[], None]) -> None:
-        """Whatever goes wrong here, from a full disk to a status that cannot be read in the middle of a rollback, is
-        counted and tried again a second later: these threads must not die before their process.
+        """Whatever goes wrong here, from a full disk to a status that cannot be read in the middle
+        of a rollback, is counted and tried again a second later: these threads must not die before
+        their process.
         """
         try:
             write()
@@ -199,26 +218,35 @@ class Heartbeat:
 
 
 def _incarnation() -> int:
-    """Starts of the ranks before this one: by earlier elastic agents, and by this one, which counts from 0."""
-    counts = (os.environ.get(name, "") for name in ("GUARDRAIL_INCARNATION", "TORCHELASTIC_RESTART_COUNT"))
+    """Starts of the ranks before this one: by earlier elastic agents, and by this one, which counts
+    from 0.
+    """
+    counts = (
+        os.environ.get(name, "") for name in ("GUARDRAIL_INCARNATION", "TORCHELASTIC_RESTART_COUNT")
+    )
     return sum(int(count) for count in counts if count.isdigit())
 
 
 def this_start() -> str:
     """Names the start that this process belongs to: equal on all ranks, and no clock is asked.
 
-    Where the ranks meet changes with each rendezvous; where it is fixed, the count of starts does. On several nodes
-    each elastic agent has a count of its own, and that of a node which has come back begins anew: there the meeting
-    alone names the start, unless it is that of the agents' own store and so the same for all starts.
+    Where the ranks meet changes with each rendezvous; where it is fixed, the count of starts does.
+    On several nodes each elastic agent has a count of its own, and that of a node which has come
+    back begins anew: there the meeting alone names the start, unless it is that of the agents' own
+    store and so the same for all starts.
     """
-    meeting = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")]
+    meeting = [
+        os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
+    ]
     if count_nodes(os.environ) > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "False":
         return ":".join(meeting)
     return ":".join([*meeting, str(_incarnation())])
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is in RAM, without psutil: the page count of Linux, else the peak."""
+    """Memory of this process that is in RAM, without psutil: the page count of Linux, else the
+    peak.
+    """
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

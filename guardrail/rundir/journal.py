@@ -1,6 +1,7 @@
 """journal.jsonl: every event of a run, one JSON object a line, synced before it takes effect.
 
-A part of `guardrail.rundir.run_directory`: callers go through `RunDirectory.append` and `RunDirectory.events`.
+A part of `guardrail.rundir.run_directory`: callers go through `RunDirectory.append` and
+`RunDirectory.events`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ from typing import Any
 import msgspec
 
 from guardrail.core.errors import ExitCode
-from guardrail.core.files import FILE_MODE, encode_json, open_file, read_file, refuse_special, sync_folder
+from guardrail.core.files import (
+    FILE_MODE,
+    encode_json,
+    open_file,
+    read_file,
+    refuse_special,
+    sync_folder,
+)
 from guardrail.core.records import Event, Finding, Phase, Span
 
 FIXED = ("seq", "time", "step", "timeline", "kind", "message")
@@ -33,14 +41,23 @@ _TAIL = 64 * 1024
 
 
 def append_event(
-    path: Path, kind: str, message: str, *, step: int, timeline: int, data: dict[str, Any], at: float
+    path: Path,
+    kind: str,
+    message: str,
+    *,
+    step: int,
+    timeline: int,
+    data: dict[str, Any],
+    at: float,
 ) -> Event:
     """Append one event, synced to disk; safe between processes and threads.
 
-    A torn last line, left by a machine that died while writing, is ended or cut off first and noted.
+    A torn last line, left by a machine that died while writing, is ended or cut off first and
+    noted.
 
     Raises:
-        OSError: the event is not on disk and nothing of it was left behind (a full disk, a lost file system).
+        OSError: the event is not on disk and nothing of it was left behind (a full disk, a lost
+        file system).
         ValueError: `data` names one of the fixed fields.
     """
     clash = [name for name in data if name in FIXED]
@@ -55,7 +72,15 @@ def append_event(
         if size == 0:
             sync_folder(path.parent)
         lines, seq, keep = _mend(descriptor, size, timeline=timeline, at=at)
-        event = Event(seq=seq + 1, time=at, step=step, timeline=timeline, kind=kind, message=message, data=data)
+        event = Event(
+            seq=seq + 1,
+            time=at,
+            step=step,
+            timeline=timeline,
+            kind=kind,
+            message=message,
+            data=data,
+        )
         _write(descriptor, lines + _line(event), keep=keep, size=size)
         return event
     finally:
@@ -72,7 +97,9 @@ def read_events(path: Path, *, after: int = 0) -> list[Event]:
 
 
 def end_of(path: Path) -> tuple[int, int]:
-    """(seq of the last event, bytes of the complete lines), of which only the end of the file is read; (0, 0): none."""
+    """(seq of the last event, bytes of the complete lines), of which only the end of the file is
+    read; (0, 0): none.
+    """
     try:
         with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -119,8 +146,14 @@ def outcome_of(event: Event) -> tuple[Phase, ExitCode] | None:
 
 
 def findings_of(event: Event) -> tuple[Finding, ...]:
-    """The findings of a `finding` or `verdict` event; ones that a newer version wrote differently are left out."""
-    return tuple(f for f in (_convert(raw, Finding) for raw in _list(event.data.get("findings"))) if f is not None)
+    """The findings of a `finding` or `verdict` event; ones that a newer version wrote differently
+    are left out.
+    """
+    return tuple(
+        f
+        for f in (_convert(raw, Finding) for raw in _list(event.data.get("findings")))
+        if f is not None
+    )
 
 
 def span_of(event: Event) -> Span | None:
@@ -166,13 +199,17 @@ def _lock(descriptor: int) -> None:
             return
         except BlockingIOError:
             if time.monotonic() > deadline:
-                raise OSError(errno.EDEADLK, "another process holds the journal and does not let go") from None
+                raise OSError(
+                    errno.EDEADLK, "another process holds the journal and does not let go"
+                ) from None
             time.sleep(pause)
             pause = min(2 * pause, 0.05)
 
 
 def _mend(descriptor: int, size: int, *, timeline: int, at: float) -> tuple[bytes, int, int]:
-    """What must be written before the next event, the last seq, and how many bytes of the file to keep."""
+    """What must be written before the next event, the last seq, and how many bytes of the file to
+    keep.
+    """
     start = max(0, size - _TAIL)
     while True:
         tail = os.pread(descriptor, size - start, start)

@@ -1,8 +1,8 @@
-"""Whether somebody works on a run, on whatever host. No run is called dead because of a clock: those of two hosts may
-differ by minutes.
+"""Whether somebody works on a run, on whatever host. No run is called dead because of a clock:
+those of two hosts may differ by minutes.
 
-What counts is that the heartbeat in status.json, which is written once a second, changes between two looks. The second
-look is spared where heartbeat and file are both seconds old by our own clock.
+What counts is that the heartbeat in status.json, which is written once a second, changes between
+two looks. The second look is spared where heartbeat and file are both seconds old by our own clock.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from guardrail.core.records import Status
 from guardrail.rundir.run_directory import RunDirectory
 
-FIRST_SECONDS = 5.0  # a run that lives is seen to change within this time, on a slow file system too
+# a run that lives is seen to change within this time, on a slow file system too
+FIRST_SECONDS = 5.0
 FRESH_SECONDS = 30.0  # one that was seen to change, and has not for this long, has ended or hangs
-OLD_SECONDS = 86_400.0  # a status that was replaced longer ago, by the file system's clock, needs no second look
+# a status that was replaced longer ago, by the file system's clock, needs no second look
+OLD_SECONDS = 86_400.0
 
 
 @dataclass
@@ -57,18 +59,25 @@ class HeartbeatObserver:
         return None if waited < FIRST_SECONDS else False
 
     def __call__(self, run: RunDirectory, status: Status) -> bool:
-        """Whether the run lives, as far as that is known now; one that was not looked at twice may live."""
+        """Whether the run lives, as far as that is known now; one that was not looked at twice may
+        live.
+        """
         return self.look(run, status) is not False
 
     def listed(self, run: RunDirectory, status: Status) -> bool | None:
         """As `look`, for a list of many runs: one whose status is a day old is not waited for."""
-        if status.host != socket.gethostname() and str(run.path) not in self._seen and _file_age(run) >= OLD_SECONDS:
+        if (
+            status.host != socket.gethostname()
+            and str(run.path) not in self._seen
+            and _file_age(run) >= OLD_SECONDS
+        ):
             self._seen[str(run.path)] = _Seen(status.heartbeat, self._clock() - FIRST_SECONDS)
         return self.look(run, status)
 
 
 def is_alive(run: RunDirectory, status: Status) -> bool:
-    """Somebody works on this run: its supervisor, or ranks that outlived it, here or on another host.
+    """Somebody works on this run: its supervisor, or ranks that outlived it, here or on another
+    host.
 
     Waits up to FIRST_SECONDS for the next heartbeat of a run on another host.
     """
@@ -80,7 +89,9 @@ def is_alive(run: RunDirectory, status: Status) -> bool:
 
 
 def _known(run: RunDirectory, status: Status) -> bool | None:
-    """What needs no second look: processes and locks are asked, not files. None: the heartbeat decides."""
+    """What needs no second look: processes and locks are asked, not files. None: the heartbeat
+    decides.
+    """
     is_here = status.host == socket.gethostname()
     if is_here:
         from guardrail.rundir.processes import supervisor_of

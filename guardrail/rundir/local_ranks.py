@@ -1,4 +1,6 @@
-"""The processes of one node's ranks, as the supervisor finds them below itself, and what they last reported."""
+"""The processes of one node's ranks, as the supervisor finds them below itself, and what they last
+reported.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ from guardrail.rundir.run_directory import RunDirectory
 def become_reaper() -> None:
     """Descendants whose parent dies become our children (prctl PR_SET_CHILD_SUBREAPER, Linux 3.4).
 
-    So ranks that an elastic agent leaves behind are still found below us, whatever session they are in.
+    So ranks that an elastic agent leaves behind are still found below us, whatever session they are
+    in.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
@@ -37,10 +40,11 @@ class LocalRanks:
         node_rank, nodes: which node this is, and of how many.
 
     Attributes:
-        reports: pid -> last report of that process, None before its first. Live ranks only; empty between two
-            incarnations.
+        reports: pid -> last report of that process, None before its first. Live ranks only; empty
+            between two incarnations.
         last_pids: pids of the newest incarnation, also when it has ended.
-        heard: one of them has reported; from then on rank 0 writes the status, its last word included.
+        heard: one of them has reported; from then on rank 0 writes the status, its last word
+        included.
     """
 
     def __init__(self, run: RunDirectory, *, node_rank: int = 0, nodes: int = 1) -> None:
@@ -53,13 +57,15 @@ class LocalRanks:
         self._numbers: dict[int, int] = {}
         self._orphans: list[psutil.Process] = []
         self._spared: set[int] = set()
-        self._sparing = threading.Lock()  # between a child that starts and one who looks at all children
+        # between a child that starts and one who looks at all children
+        self._sparing = threading.Lock()
         self.reports: dict[int, RankStatus | None] = {}
         self.last_pids: set[int] = set()
         self.heard = False
 
     def begin(self) -> dict[str, str]:
-        """Forget the ranks of an earlier elastic agent; returns what those of the next one need in their environment.
+        """Forget the ranks of an earlier elastic agent; returns what those of the next one need in
+        their environment.
 
         They report to another folder: no report of an earlier start is ever found in it.
         """
@@ -76,7 +82,13 @@ class LocalRanks:
             self.publish(now=True)
             self._reports.close()
         self._reports = None
-        self._processes, self._orphans, self.reports, self._last_reports, self._numbers = {}, [], {}, {}, {}
+        self._processes, self._orphans, self.reports, self._last_reports, self._numbers = (
+            {},
+            [],
+            {},
+            {},
+            {},
+        )
         self.last_pids, self.heard = set(), False
 
     def publish(self, *, now: bool = False) -> None:
@@ -87,7 +99,9 @@ class LocalRanks:
                 reports.publish(now=now)
 
     def look(self, agent_pid: int) -> None:
-        """Find who lives, and read what they report. A report of an earlier start carries another pid."""
+        """Find who lives, and read what they report. A report of an earlier start carries another
+        pid.
+        """
         found, self._orphans = {}, []
         for process in self._children():
             with contextlib.suppress(psutil.Error):
@@ -116,7 +130,8 @@ class LocalRanks:
 
     @contextlib.contextmanager
     def spared(self, *arguments: Any, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-        """A child of the supervisor that is no rank: neither swept, nor reaped, nor buried with them.
+        """A child of the supervisor that is no rank: neither swept, nor reaped, nor buried with
+        them.
 
         Takes what `subprocess.Popen` takes.
         """
@@ -148,7 +163,8 @@ class LocalRanks:
         return {pid: report for pid, report in self.reports.items() if report is not None}
 
     def activity(self) -> tuple[dict[int, float], set[int]]:
-        """CPU seconds that each live rank's process has used, and the pids of those that a signal has stopped.
+        """CPU seconds that each live rank's process has used, and the pids of those that a signal
+        has stopped.
 
         A process under a debugger is not among the latter, and counts as one that works.
         """
@@ -163,7 +179,9 @@ class LocalRanks:
         return cpu, stopped
 
     def number(self, pid: int) -> int | None:
-        """Global rank of a process of this node; asks its environment if it has not reported yet."""
+        """Global rank of a process of this node; asks its environment if it has not reported
+        yet.
+        """
         if pid not in self._numbers and pid in self._processes:
             with contextlib.suppress(psutil.Error, KeyError, ValueError):
                 self._numbers[pid] = int(self._processes[pid].environ()["RANK"])
@@ -174,7 +192,9 @@ class LocalRanks:
             processes.tell(self._processes[pid], number)
 
     def kill(self, pids: Collection[int] | None = None) -> None:
-        """SIGKILL to the ranks, or to those of `pids`, and to whatever they started; the agent sees them fail."""
+        """SIGKILL to the ranks, or to those of `pids`, and to whatever they started; the agent sees
+        them fail.
+        """
         ranks = [rank for pid, rank in self._processes.items() if pids is None or pid in pids]
         victims = list(ranks)
         for rank in ranks:
@@ -183,7 +203,9 @@ class LocalRanks:
         processes.kill(victims)
 
     def sweep(self, *, kill: bool) -> None:
-        """Reap orphans that came to us; with `kill`, end those that live: workers of a rank that has died."""
+        """Reap orphans that came to us; with `kill`, end those that live: workers of a rank that
+        has died.
+        """
         for orphan in self._orphans:
             if not processes.alive(orphan):
                 processes.reap(orphan)

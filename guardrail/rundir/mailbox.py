@@ -1,4 +1,6 @@
-"""Rank 0's view of the inbox: a thread polls the commands folder, so that no step waits for a file system."""
+"""Rank 0's view of the inbox: a thread polls the commands folder, so that no step waits for a file
+system.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ SILENT_SECONDS = 30.0  # a look that takes longer means that the file system han
 class Mailbox:
     """Commands in the order of their arrival; `next` costs a look at a deque.
 
-    The thread outlives whatever goes wrong in a look; `problem` says so until a look succeeds again.
+    The thread outlives whatever goes wrong in a look; `problem` says so until a look succeeds
+    again.
 
     Args:
         run: whose commands/ is polled.
@@ -26,7 +29,11 @@ class Mailbox:
     """
 
     def __init__(
-        self, run: RunDirectory, *, seconds: float = 0.2, stamp: Callable[[Command], Command] = lambda command: command
+        self,
+        run: RunDirectory,
+        *,
+        seconds: float = 0.2,
+        stamp: Callable[[Command], Command] = lambda command: command,
     ) -> None:
         self._run, self._seconds, self._stamp = run, seconds, stamp
         self._arrived: deque[Command] = deque()
@@ -59,7 +66,8 @@ class Mailbox:
         try:
             self._look()
             self._failure = self._run.commands_problem
-        except OSError as error:  # a file system that does not answer will be back; the commands wait on it
+        # a file system that does not answer will be back; the commands wait on it
+        except OSError as error:
             self._failure = clean(f"commands/: {error.strerror or error}", 200)
         except Exception as error:  # the thread must not end before the run does
             self._failure = clean(f"{type(error).__name__}: {error}", 200)

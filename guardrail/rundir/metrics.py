@@ -1,6 +1,7 @@
 """metrics.bin: one fixed-size little-endian record a step, columns named in metrics.json.
 
-A part of `guardrail.rundir.run_directory`: callers go through `RunDirectory.metrics_writer` and `RunDirectory.metrics`.
+A part of `guardrail.rundir.run_directory`: callers go through `RunDirectory.metrics_writer` and
+`RunDirectory.metrics`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 
 
 class Layout(Record, frozen=True, kw_only=True):
-    """metrics.json. The file that began a run keeps its columns, also when a newer version goes on with it."""
+    """metrics.json. The file that began a run keeps its columns, also when a newer version goes on
+    with it.
+    """
 
     version: int = 1
     dtype: str = "<f8"
@@ -45,17 +48,23 @@ def read_layout(path: Path) -> Layout | None:
     except FileNotFoundError:
         return None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise RunDirectoryError(f"{path}: does not name the columns of metrics.bin ({error})") from error
+        raise RunDirectoryError(
+            f"{path}: does not name the columns of metrics.bin ({error})"
+        ) from error
     if not layout.columns:
-        raise RunDirectoryError(f"{path}: does not name the columns of metrics.bin (there are none)")
+        raise RunDirectoryError(
+            f"{path}: does not name the columns of metrics.bin (there are none)"
+        )
     return layout
 
 
 class MetricsWriter:
-    """Appends rows; one system call a row, flushed and not synced. For one writer: the holder of run.lock.
+    """Appends rows; one system call a row, flushed and not synced. For one writer: the holder of
+    run.lock.
 
-    A torn row at the end, left by a crash or a full disk, is cut off when the file is opened and after a write
-    that failed. OSError of a full disk reaches the caller; the next `append` starts clean.
+    A torn row at the end, left by a crash or a full disk, is cut off when the file is opened and
+    after a write that failed. OSError of a full disk reaches the caller; the next `append` starts
+    clean.
 
     Args:
         further: names of columns behind the usual ones, of a file that begins now.
@@ -87,7 +96,9 @@ class MetricsWriter:
         return self._size // self._row_bytes
 
     def append(self, row: dict[str, float]) -> None:
-        """Write one row; columns that `row` lacks are NaN, names that are no column are passed over."""
+        """Write one row; columns that `row` lacks are NaN, names that are no column are passed
+        over.
+        """
         if self._torn:
             self._cut()
         data = self._pack(*[row.get(name, math.nan) for name in self.columns])
@@ -107,7 +118,8 @@ class MetricsWriter:
         if self._torn or not self._size:
             return
         data = self._pack(*[row.get(name, math.nan) for name in self.columns])
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)  # the other one only appends
+        # the other one only appends
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             os.pwrite(descriptor, data, self._size - self._row_bytes)
         finally:
@@ -126,19 +138,27 @@ class MetricsWriter:
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
         self.close()
 
 
 class MetricsView:
-    """The rows that were complete when the view was made; a file that grows meanwhile does not change it.
+    """The rows that were complete when the view was made; a file that grows meanwhile does not
+    change it.
 
     Attributes:
         columns: names, in file order.
         array: float64 [rows, columns], mapped from the file and read as touched.
     """
 
-    def __init__(self, columns: Sequence[str], array: np.ndarray, timelines: Callable[[], Timelines]) -> None:
+    def __init__(
+        self, columns: Sequence[str], array: np.ndarray, timelines: Callable[[], Timelines]
+    ) -> None:
         self.columns = tuple(columns)
         self.array = array
         self._timelines = timelines
@@ -155,7 +175,9 @@ class MetricsView:
         return self.array[:, self.columns.index(name)]
 
     def sensible(self) -> MetricsView:
-        """The rows whose step and timeline are numbers that a run can have; itself where all rows are so."""
+        """The rows whose step and timeline are numbers that a run can have; itself where all rows
+        are so.
+        """
         good = sensible(self.column("step"), self.column("timeline"))
         return self if good.all() else MetricsView(self.columns, self.array[good], self._timelines)
 
@@ -173,9 +195,15 @@ class MetricsView:
 
 
 def read_metrics(
-    path: Path, layout_path: Path, *, columns: Sequence[str] | None, timelines: Callable[[], Timelines]
+    path: Path,
+    layout_path: Path,
+    *,
+    columns: Sequence[str] | None,
+    timelines: Callable[[], Timelines],
 ) -> MetricsView:
-    """Map the complete rows. `columns` picks and orders columns (a copy); None maps all of them without reading."""
+    """Map the complete rows. `columns` picks and orders columns (a copy); None maps all of them
+    without reading.
+    """
     import numpy as np
 
     layout = read_layout(layout_path)
@@ -194,9 +222,12 @@ def read_metrics(
     return _Picked(whole, columns)
 
 
-def read_rows(path: Path, layout_path: Path, first: int, end: int) -> tuple[tuple[str, ...], np.ndarray]:
-    """(Columns, rows [first, end) as float64 [rows, columns]), read and not mapped; fewer rows where the file ends
-    before. To touch a mapped file that is cut meanwhile ends the process by SIGBUS."""
+def read_rows(
+    path: Path, layout_path: Path, first: int, end: int
+) -> tuple[tuple[str, ...], np.ndarray]:
+    """(Columns, rows [first, end) as float64 [rows, columns]), read and not mapped; fewer rows
+    where the file ends before. To touch a mapped file that is cut meanwhile ends the process by
+    SIGBUS."""
     import numpy as np
 
     layout = read_layout(layout_path)
@@ -219,7 +250,11 @@ class _Picked(MetricsView):
     def __init__(self, whole: MetricsView, columns: Sequence[str]) -> None:
         import numpy as np
 
-        picked = np.stack([whole.column(name) for name in columns], axis=1) if columns else whole.array[:, :0]
+        picked = (
+            np.stack([whole.column(name) for name in columns], axis=1)
+            if columns
+            else whole.array[:, :0]
+        )
         super().__init__(columns, picked, whole._timelines)
         self._whole = whole
 

@@ -1,5 +1,5 @@
-"""Which processes belong to a run, and how they are ended. A pid is believed only with its command line or environment,
-because pids are used again.
+"""Which processes belong to a run, and how they are ended. A pid is believed only with its command
+line or environment, because pids are used again.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from pathlib import Path
 
 import psutil
 
-RUN_VARIABLE = "GUARDRAIL_RUN"  # path of the run directory, in the environment of the elastic agent and every rank
+# path of the run directory, in the environment of the elastic agent and every rank
+RUN_VARIABLE = "GUARDRAIL_RUN"
 SUPERVISOR_VARIABLE = "GUARDRAIL_SUPERVISOR_PID"
-SECRETS_VARIABLE = "GUARDRAIL_SECRETS"  # "stdin": the supervisor reads the secrets of [notify] from its standard input
-INCARNATION_VARIABLE = "GUARDRAIL_INCARNATION"  # restarts before this elastic agent; it counts its own from 0
+# "stdin": the supervisor reads the secrets of [notify] from its standard input
+SECRETS_VARIABLE = "GUARDRAIL_SECRETS"
+# restarts before this elastic agent; it counts its own from 0
+INCARNATION_VARIABLE = "GUARDRAIL_INCARNATION"
 SUPERVISOR_MODULE = "guardrail.launch.supervisor"
 
 
@@ -40,14 +43,19 @@ def supervisor_of(run: Path, pid: int) -> psutil.Process | None:
 
 
 def processes_of(run: Path) -> list[psutil.Process]:
-    """Every live process of this user that was started for `run`: elastic agents, ranks and their children.
+    """Every live process of this user that was started for `run`: elastic agents, ranks and their
+    children.
 
     A supervisor is not among them: it gives the variable to others only.
     """
     found, path = [], str(run.resolve())
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and process.environ().get(RUN_VARIABLE) == path and alive(process):
+            if (
+                process.pid != os.getpid()
+                and process.environ().get(RUN_VARIABLE) == path
+                and alive(process)
+            ):
                 found.append(process)
         except (psutil.Error, OSError):
             continue  # another user's, or gone
@@ -55,7 +63,9 @@ def processes_of(run: Path) -> list[psutil.Process]:
 
 
 def orphans_of(run: Path) -> list[psutil.Process]:
-    """Those of them whose supervisor is dead. Another node's supervisor may stand on this host and be alive."""
+    """Those of them whose supervisor is dead. Another node's supervisor may stand on this host and
+    be alive.
+    """
     found = []
     for process in processes_of(run):
         try:
@@ -77,12 +87,16 @@ def tell(process: psutil.Process, number: signal.Signals) -> bool:
 
 
 def kill(processes: Iterable[psutil.Process], *, seconds: float = 10.0) -> list[psutil.Process]:
-    """SIGKILL all and wait until they are gone; returns those that the kernel could not end in `seconds`."""
+    """SIGKILL all and wait until they are gone; returns those that the kernel could not end in
+    `seconds`.
+    """
     victims = list(processes)
     for process in victims:
         tell(process, signal.SIGKILL)
     deadline = time.monotonic() + seconds
-    while (left := [process for process in victims if alive(process)]) and time.monotonic() < deadline:
+    while (
+        left := [process for process in victims if alive(process)]
+    ) and time.monotonic() < deadline:
         time.sleep(0.02)
     for process in victims:
         reap(process)
@@ -96,8 +110,12 @@ def reap(process: psutil.Process) -> None:
 
 
 def cores() -> int:
-    """CPU cores that this process may use: affinity, and the quota of its control group (version 2)."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPU cores that this process may use: affinity, and the quota of its control group (version
+    2).
+    """
+    count = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         if quota != "max":

@@ -1,8 +1,8 @@
 """Where the ranks of one node report: small files in a folder on a local disk, one for each rank.
 
-The run directory, which may lie on a shared file system, gets one file a node (ranks/node-NAME.json). Whoever holds
-the folder's lock writes it: the node's supervisor; without one (a custom loop, a supervisor that was killed) one of the
-ranks.
+The run directory, which may lie on a shared file system, gets one file a node
+(ranks/node-NAME.json). Whoever holds the folder's lock writes it: the node's supervisor; without
+one (a custom loop, a supervisor that was killed) one of the ranks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from guardrail.core.records import NodeStatus, RankStatus
 from guardrail.rundir.run_directory import RunDirectory
 
 RUN_VARIABLE = "GUARDRAIL_RUN"
-FOLDER_VARIABLE = "GUARDRAIL_REPORTS"  # the folder, in the environment of every rank that has a supervisor
+# the folder, in the environment of every rank that has a supervisor
+FOLDER_VARIABLE = "GUARDRAIL_REPORTS"
 NODE_VARIABLE = "GUARDRAIL_NODE"  # the name of the node's file
 NODES_A_SECOND = 16  # files of nodes that may be replaced each second, over all nodes of the run
 LEAST_FREE_BYTES = 1 << 20  # of the disk on which ranks report
@@ -52,7 +53,13 @@ class NodeReports:
     """
 
     def __init__(
-        self, run: RunDirectory, folder: Path, *, name: str = "", nodes: int = 1, shared: bool = False
+        self,
+        run: RunDirectory,
+        folder: Path,
+        *,
+        name: str = "",
+        nodes: int = 1,
+        shared: bool = False,
     ) -> None:
         self.folder, self.shared = folder, shared
         self._run, self._name, self._seconds = run, name, seconds_between(nodes)
@@ -66,8 +73,12 @@ class NodeReports:
     # -- who uses it
 
     @classmethod
-    def of_supervisor(cls, run: RunDirectory, *, node_rank: int, nodes: int, start: int) -> NodeReports:
-        """An empty folder for one start of the ranks; those of earlier starts of this node are removed."""
+    def of_supervisor(
+        cls, run: RunDirectory, *, node_rank: int, nodes: int, start: int
+    ) -> NodeReports:
+        """An empty folder for one start of the ranks; those of earlier starts of this node are
+        removed.
+        """
         prefix = f"{_digest(run)}-{node_rank}-"
         base = _base(run)
         for name in _names(base):
@@ -79,20 +90,28 @@ class NodeReports:
 
     @classmethod
     def of_rank(cls, run: RunDirectory, *, start: str) -> NodeReports:
-        """The folder that the supervisor names; without one, a folder that all ranks of `start` on this host find."""
+        """The folder that the supervisor names; without one, a folder that all ranks of `start` on
+        this host find.
+        """
         nodes = count_nodes(os.environ)
         folder, started = os.environ.get(FOLDER_VARIABLE, ""), os.environ.get(RUN_VARIABLE, "")
         if folder and started and os.path.realpath(started) == os.path.realpath(run.path):
             return cls(run, Path(folder), name=os.environ.get(NODE_VARIABLE, ""), nodes=nodes)
         name = hashlib.sha256(start.encode()).hexdigest()[:16]
-        return cls(run, _base(run) / f"{_digest(run)}-loop-{name}", nodes=nodes, shared=_ranks(os.environ) > 1)
+        return cls(
+            run,
+            _base(run) / f"{_digest(run)}-loop-{name}",
+            nodes=nodes,
+            shared=_ranks(os.environ) > 1,
+        )
 
     # -- the folder
 
     def write(self, status: RankStatus) -> None:
         """Overwrite what a rank has reported. Raises OSError.
 
-        In place: once the file is there, it takes no more room, so that a full disk does not make a rank look dead.
+        In place: once the file is there, it takes no more room, so that a full disk does not make a
+        rank look dead.
         """
         data = encode_json(status)
         data += b" " * (-len(data) % SIZE)
@@ -105,7 +124,9 @@ class NodeReports:
             os.close(self._file)  # the folder has been removed
             self._file = None
         self._make_folder()
-        self._file = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
+        self._file = os.open(
+            self.folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE
+        )
         return self._file
 
     def _make_folder(self) -> None:
@@ -121,7 +142,8 @@ class NodeReports:
         names = [name for name in _names(self.folder) if name.startswith("rank-")]
         self._known = {name: status for name, status in self._known.items() if name in names}
         for name in names:
-            # One that is being overwritten just now cannot be read; then the report before it stands.
+            # One that is being overwritten just now cannot be read; then the report before it
+            # stands.
             with contextlib.suppress(OSError, msgspec.DecodeError, UnicodeDecodeError):
                 data = read_file(self.folder / name)
                 self._known[name] = msgspec.json.decode(data, type=RankStatus, strict=False)
@@ -135,11 +157,16 @@ class NodeReports:
             return True
         try:
             self._make_folder()
-            lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
+            lock = os.open(
+                self.folder / "lock",
+                os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
+                FILE_MODE,
+            )
         except OSError:
             return False
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process: a forked child does not hold it
+            # of this process: a forked child does not hold it
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(lock)
             return False
@@ -147,7 +174,8 @@ class NodeReports:
         return True
 
     def publish(self, *, now: bool = False) -> None:
-        """Replace the node's file if it is time, or if a rank is in another phase and few nodes write. OSError.
+        """Replace the node's file if it is time, or if a rank is in another phase and few nodes
+        write. OSError.
 
         Args:
             now: whatever the time is.
@@ -157,11 +185,19 @@ class NodeReports:
             when, before = self._published
             phases = [(status.rank, status.pid, status.phase) for status in ranks]
             waited = time.monotonic() - when
-            if not ranks or not (now or waited >= self._seconds or (self._seconds <= 1.0 and phases != before)):
+            if not ranks or not (
+                now or waited >= self._seconds or (self._seconds <= 1.0 and phases != before)
+            ):
                 return
             name = self._name or f"{self._host.replace('/', '_')}-{ranks[0].rank}"
             self._run.write_node(
-                NodeStatus(node=name, host=self._host, time=time.time(), seconds=self._seconds, ranks=tuple(ranks))
+                NodeStatus(
+                    node=name,
+                    host=self._host,
+                    time=time.time(),
+                    seconds=self._seconds,
+                    ranks=tuple(ranks),
+                )
             )
             self._published = (time.monotonic(), phases)
 
@@ -180,7 +216,9 @@ class NodeReports:
 
 
 def _base(run: RunDirectory) -> Path:
-    """A folder of this user on a local disk, in memory where there is one; else in the run directory."""
+    """A folder of this user on a local disk, in memory where there is one; else in the run
+    directory.
+    """
     for place in ("/dev/shm", os.environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir()):
         folder = Path(place) / f"guardrail-{os.getuid()}"
         with contextlib.suppress(OSError):
@@ -190,12 +228,18 @@ def _base(run: RunDirectory) -> Path:
 
 
 def _is_usable(folder: Path) -> bool:
-    """Whether it belongs to this user alone, and its disk is not full. Made if it is not there. Raises OSError."""
+    """Whether it belongs to this user alone, and its disk is not full. Made if it is not there.
+    Raises OSError.
+    """
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=FOLDER_MODE)
     found, disk = os.lstat(folder), os.statvfs(folder)
     ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
-    return ours and os.access(folder, os.W_OK | os.X_OK) and disk.f_bavail * disk.f_frsize > LEAST_FREE_BYTES
+    return (
+        ours
+        and os.access(folder, os.W_OK | os.X_OK)
+        and disk.f_bavail * disk.f_frsize > LEAST_FREE_BYTES
+    )
 
 
 def _digest(run: RunDirectory) -> str:

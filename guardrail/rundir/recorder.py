@@ -1,7 +1,8 @@
-"""What a trainer writes into its run directory: events and metric rows, by rank 0, never stopping a step.
+"""What a trainer writes into its run directory: events and metric rows, by rank 0, never stopping a
+step.
 
-A disk that fails degrades durability and is said so; events and rows wait in memory, in order, until it takes them
-again. They keep the time at which they happened.
+A disk that fails degrades durability and is said so; events and rows wait in memory, in order,
+until it takes them again. They keep the time at which they happened.
 """
 
 from __future__ import annotations
@@ -23,13 +24,19 @@ class Recorder:
 
     Args:
         run: the run directory; None records nothing (a guard without one still decides).
-        active: True on rank 0. On other ranks the same calls return the same events and write nothing.
+        active: True on rank 0. On other ranks the same calls return the same events and write
+        nothing.
         columns: signals that are recorded besides the usual ones.
         learn: called with every event, written or not, so that all ranks remember the same past.
     """
 
     def __init__(
-        self, run: RunDirectory | None, *, active: bool, learn: Callable[[Event], None], columns: Sequence[str] = ()
+        self,
+        run: RunDirectory | None,
+        *,
+        active: bool,
+        learn: Callable[[Event], None],
+        columns: Sequence[str] = (),
     ) -> None:
         self._run = run if active else None
         self._columns = tuple(columns)
@@ -48,7 +55,15 @@ class Recorder:
 
     def event(self, kind: str, message: str, *, step: int, timeline: int, **data: Any) -> Event:
         """Append an event, synced before this returns, or queue it when the disk refuses."""
-        event = Event(seq=0, time=time.time(), step=step, timeline=timeline, kind=kind, message=message, data=data)
+        event = Event(
+            seq=0,
+            time=time.time(),
+            step=step,
+            timeline=timeline,
+            kind=kind,
+            message=message,
+            data=data,
+        )
         self._learn(event)
         if self._run is not None:
             self._waiting.append(event)
@@ -77,7 +92,9 @@ class Recorder:
         return bool(self._waiting)
 
     def flush(self) -> None:
-        """Write the events that wait. Called with each event, and every few seconds while some wait."""
+        """Write the events that wait. Called with each event, and every few seconds while some
+        wait.
+        """
         if self._run is None:
             return
         try:
@@ -100,7 +117,9 @@ class Recorder:
             self.restored("journal")
 
     def row(self, values: dict[str, float]) -> None:
-        """Append a metrics row; flushed to the kernel, not synced. It waits while the disk refuses rows."""
+        """Append a metrics row; flushed to the kernel, not synced. It waits while the disk refuses
+        rows.
+        """
         if self._run is not None:
             self._rows.append(values)
             if time.monotonic() >= self._retry:
@@ -144,7 +163,15 @@ class Recorder:
     def _say(self, state: str, message: str) -> None:
         if self._run is not None:
             data = {"state": state, "reason": self.durability}
-            event = Event(seq=0, time=time.time(), step=0, timeline=0, kind="durability", message=message, data=data)
+            event = Event(
+                seq=0,
+                time=time.time(),
+                step=0,
+                timeline=0,
+                kind="durability",
+                message=message,
+                data=data,
+            )
             self._waiting.append(event)
             if "journal" not in self._failing:
                 self.flush()

@@ -1,8 +1,9 @@
 """A run directory: the whole truth of a run, and the only channel between its processes.
 
-Only plain appends and atomic replaces, so that a reader on any machine that sees the files sees a true state,
-and a crash at any moment leaves one. This module, with its parts `journal`, `metrics`, `inbox` and `runlock`, is
-the only code that reads or writes one. It imports neither torch nor, at module level, numpy.
+Only plain appends and atomic replaces, so that a reader on any machine that sees the files sees a
+true state, and a crash at any moment leaves one. This module, with its parts `journal`, `metrics`,
+`inbox` and `runlock`, is the only code that reads or writes one. It imports neither torch nor, at
+module level, numpy.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ class RunDirectory:
         self._screens = self.path / "screens"
         self._inbox: Inbox | None = None
         self._undone: dict[str, int] = {}
-        self._recovered = False  # what an earlier trainer answered without removing it has been removed
+        # what an earlier trainer answered without removing it has been removed
+        self._recovered = False
         self.commands_problem = ""  # why commands/ could not be read at the last look
 
     def __repr__(self) -> str:
@@ -114,19 +116,25 @@ class RunDirectory:
             try:
                 for folder in _FOLDERS:
                     (hidden / folder).mkdir(mode=FOLDER_MODE)
-                replace_file(hidden / "config.toml", secret.masked_text(config_toml).encode("utf-8"))
+                replace_file(
+                    hidden / "config.toml", secret.masked_text(config_toml).encode("utf-8")
+                )
                 path = _claim(hidden, parent)
             except BaseException:
                 shutil.rmtree(hidden, ignore_errors=True)
                 raise
             sync_folder(parent)
         except OSError as error:
-            raise RunDirectoryError(f"cannot make a run directory in {parent}: {error.strerror}") from error
+            raise RunDirectoryError(
+                f"cannot make a run directory in {parent}: {error.strerror}"
+            ) from error
         return cls(path.absolute())
 
     @classmethod
     def create_at(cls, path: Path, config_toml: str) -> RunDirectory:
-        """A run directory at exactly this place, which is empty or not there yet. Raises RunDirectoryError."""
+        """A run directory at exactly this place, which is empty or not there yet. Raises
+        RunDirectoryError.
+        """
         try:
             path.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
             if any(path.iterdir()):
@@ -137,9 +145,13 @@ class RunDirectory:
                 (path / folder).mkdir(mode=FOLDER_MODE)
             replace_file(path / "config.toml", secret.masked_text(config_toml).encode("utf-8"))
         except FileExistsError as error:
-            raise RunDirectoryError(f"{path}: another launch is making a run there, or it is no folder") from error
+            raise RunDirectoryError(
+                f"{path}: another launch is making a run there, or it is no folder"
+            ) from error
         except OSError as error:
-            raise RunDirectoryError(f"cannot make a run directory at {path}: {error.strerror}") from error
+            raise RunDirectoryError(
+                f"cannot make a run directory at {path}: {error.strerror}"
+            ) from error
         return cls(path)
 
     @classmethod
@@ -147,19 +159,24 @@ class RunDirectory:
         """An existing run. Raises RunDirectoryError: nothing there, not a run, not yours."""
         where = Path(path).absolute()
         try:
-            known = any((where / name).exists() for name in ("config.toml", "status.json", "journal.jsonl"))
+            known = any(
+                (where / name).exists() for name in ("config.toml", "status.json", "journal.jsonl")
+            )
             if known:
                 os.listdir(where)
         except PermissionError as error:
             raise RunDirectoryError(f"{where}: not yours to read") from error
         if not known:
-            raise RunDirectoryError(f"{where}: {'not a run directory' if where.is_dir() else 'no such run'}")
+            raise RunDirectoryError(
+                f"{where}: {'not a run directory' if where.is_dir() else 'no such run'}"
+            )
         return cls(where)
 
     # -- configuration and status
 
     def config_text(self, *, display: bool = False) -> str:
-        """The resolved configuration as TOML, without secrets. RunDirectoryError where it cannot be read.
+        """The resolved configuration as TOML, without secrets. RunDirectoryError where it cannot be
+        read.
 
         Args:
             display: for a screen or a report: also masks whatever else is called like a secret.
@@ -175,11 +192,15 @@ class RunDirectory:
         replace_file(self.path / "config.toml", secret.masked_text(text).encode("utf-8"))
 
     def read_status(self) -> Status | None:
-        """None while there is none, or when a newer version wrote something this one cannot understand."""
+        """None while there is none, or when a newer version wrote something this one cannot
+        understand.
+        """
         return _read(self.path / "status.json", Status)
 
     def known_status(self) -> Status | None:
-        """`read_status`; where that is None for a run that has ended, what the journal says of its end."""
+        """`read_status`; where that is None for a run that has ended, what the journal says of its
+        end.
+        """
         if (status := self.read_status()) is not None:
             return status
         try:
@@ -188,7 +209,9 @@ class RunDirectory:
             return None
 
     def status_of_end(self, events: Sequence[Event]) -> Status | None:
-        """What is left of the status of a run that has ended; None where the events say that it goes on, or nothing."""
+        """What is left of the status of a run that has ended; None where the events say that it
+        goes on, or nothing.
+        """
         last = last_turn(events)
         if last is None or last.kind != "ended" or (outcome := outcome_of(last)) is None:
             return None
@@ -203,11 +226,15 @@ class RunDirectory:
         )
 
     def write_status(self, status: Status) -> None:
-        """Replace status.json; not synced, since a second later it is replaced again. Raises OSError."""
+        """Replace status.json; not synced, since a second later it is replaced again. Raises
+        OSError.
+        """
         replace_file(self.path / "status.json", encode_json(status), sync=False)
 
     def write_last_status(self, status: Status) -> None:
-        """`write_status`; where the disk has no room for a second file, over the one that is there. Raises OSError."""
+        """`write_status`; where the disk has no room for a second file, over the one that is there.
+        Raises OSError.
+        """
         try:
             self.write_status(status)
         except OSError:
@@ -219,7 +246,9 @@ class RunDirectory:
             raise DiskRefuses(self.path, why)
 
     def read_ranks(self) -> list[RankStatus]:
-        """What each rank reported last, by rank. Files of single ranks are those of older versions."""
+        """What each rank reported last, by rank. Files of single ranks are those of older
+        versions.
+        """
         found: dict[int, RankStatus] = {}
         for name in self._names_of_ranks():
             if name.startswith("node-"):
@@ -230,7 +259,10 @@ class RunDirectory:
                 reports = (one,) if one is not None else ()
             for report in reports:
                 before = found.get(report.rank)
-                if before is None or (before.incarnation, before.heartbeat) < (report.incarnation, report.heartbeat):
+                if before is None or (before.incarnation, before.heartbeat) < (
+                    report.incarnation,
+                    report.heartbeat,
+                ):
                     found[report.rank] = report
         return [found[rank] for rank in sorted(found)]
 
@@ -240,7 +272,9 @@ class RunDirectory:
         replace_file(self._ranks / f"node-{status.node}.json", encode_json(status), sync=False)
 
     def write_rank(self, status: RankStatus) -> None:
-        """A file for one rank, as older versions wrote it; now only where a node's local disk takes none. OSError."""
+        """A file for one rank, as older versions wrote it; now only where a node's local disk takes
+        none. OSError.
+        """
         self._folder(self._ranks)
         replace_file(self._ranks / f"rank-{status.rank:05d}.json", encode_json(status), sync=False)
 
@@ -252,14 +286,18 @@ class RunDirectory:
 
     def _names_of_ranks(self) -> list[str]:
         try:
-            return sorted(name for name in os.listdir(self._ranks) if name.startswith(("node-", "rank-")))
+            return sorted(
+                name for name in os.listdir(self._ranks) if name.startswith(("node-", "rank-"))
+            )
         except OSError:
             return []
 
     # -- who was told
 
     def notified(self) -> int | None:
-        """Seq of the newest event that somebody was to be told of; None if nothing was remembered yet."""
+        """Seq of the newest event that somebody was to be told of; None if nothing was remembered
+        yet.
+        """
         try:
             return int(read_file(self.path / "notified"))
         except (OSError, ValueError):
@@ -272,7 +310,8 @@ class RunDirectory:
     # -- the one trainer
 
     def lock(self, who: str) -> RunLock:
-        """Become the run's only trainer until the lock is released or this process ends, however it ends.
+        """Become the run's only trainer until the lock is released or this process ends, however it
+        ends.
 
         Raises RunDirectoryError that names the holder.
         """
@@ -307,10 +346,14 @@ class RunDirectory:
             OSError: the event is not on disk, and nothing half written is left.
         """
         at = time.time() if happened is None else happened
-        return journal.append_event(self.journal_path, kind, message, step=step, timeline=timeline, data=data, at=at)
+        return journal.append_event(
+            self.journal_path, kind, message, step=step, timeline=timeline, data=data, at=at
+        )
 
     def events(self, after: int = 0) -> list[Event]:
-        """Events with seq > `after`, oldest first. A torn last line and unknown fields do no harm."""
+        """Events with seq > `after`, oldest first. A torn last line and unknown fields do no
+        harm.
+        """
         return journal.read_events(self.journal_path, after=after)
 
     # -- metrics
@@ -320,7 +363,9 @@ class RunDirectory:
         return self.path / "metrics.bin"
 
     def metrics_writer(self, further: Sequence[str] = ()) -> MetricsWriter:
-        """For the holder of the lock; a run that begins gets `further` columns besides the usual. Raises OSError."""
+        """For the holder of the lock; a run that begins gets `further` columns besides the usual.
+        Raises OSError.
+        """
         return MetricsWriter(self.metrics_path, self.path / "metrics.json", further=further)
 
     def metrics(self, columns: Sequence[str] | None = None) -> MetricsView:
@@ -331,10 +376,14 @@ class RunDirectory:
             known.add_events(self.events())
             return known
 
-        return read_metrics(self.metrics_path, self.path / "metrics.json", columns=columns, timelines=timelines)
+        return read_metrics(
+            self.metrics_path, self.path / "metrics.json", columns=columns, timelines=timelines
+        )
 
     def rows(self, first: int, end: int) -> tuple[tuple[str, ...], np.ndarray]:
-        """(Columns, rows [first, end) of the metrics), read and not mapped: safe while the file may be cut."""
+        """(Columns, rows [first, end) of the metrics), read and not mapped: safe while the file may
+        be cut.
+        """
         return read_rows(self.metrics_path, self.path / "metrics.json", first, end)
 
     # -- commands
@@ -346,7 +395,8 @@ class RunDirectory:
         return self._inbox
 
     def send(self, command: Command) -> None:
-        """Ask the run for something; the answer is a journal line of kind `command` with the same id.
+        """Ask the run for something; the answer is a journal line of kind `command` with the same
+        id.
 
         Raises:
             RunDirectoryError: the command can never be obeyed, or the run belongs to somebody else.
@@ -361,15 +411,21 @@ class RunDirectory:
         self.inbox.send(command)
 
     def commands_pending(self) -> list[Command]:
-        """Commands that wait for an answer, oldest first. Never raises; see `commands_refused` for the rest."""
+        """Commands that wait for an answer, oldest first. Never raises; see `commands_refused` for
+        the rest.
+        """
         return self.commands_waiting()[0]
 
     def commands_refused(self) -> list[Refusal]:
-        """Files of the inbox that cannot be obeyed: broken, foreign, out of range. Each wants an answer as well."""
+        """Files of the inbox that cannot be obeyed: broken, foreign, out of range. Each wants an
+        answer as well.
+        """
         return self.commands_waiting()[1]
 
     def commands_waiting(self) -> tuple[list[Command], list[Refusal]]:
-        """Both, of one look at the folder. Never raises for what lies there; `commands_problem` says what failed."""
+        """Both, of one look at the folder. Never raises for what lies there; `commands_problem`
+        says what failed.
+        """
         try:
             found = self._pending()
         except OSError as error:
@@ -383,9 +439,17 @@ class RunDirectory:
         self.inbox.remove(id)
 
     def answer(
-        self, to: Command | Refusal, *, applied: bool, reason: str = "", step: int = 0, timeline: int = 0
+        self,
+        to: Command | Refusal,
+        *,
+        applied: bool,
+        reason: str = "",
+        step: int = 0,
+        timeline: int = 0,
     ) -> Event:
-        """Journal the answer to a command, then remove its file. Raises OSError and keeps the file."""
+        """Journal the answer to a command, then remove its file. Raises OSError and keeps the
+        file.
+        """
         kind = to.kind.value if isinstance(to, Command) else to.kind
         reason = reason or (to.reason if isinstance(to, Refusal) else "")
         effect = "applied" if applied else "refused"
@@ -407,11 +471,13 @@ class RunDirectory:
     def _pending(self) -> tuple[list[Command], list[Refusal]]:
         commands, refusals = self.inbox.scan()
         if not self._recovered and (commands or refusals):
-            # A crash between the answer and the removal of its file must not make it count twice. What was answered
-            # and not done is due where it was said to take effect.
+            # A crash between the answer and the removal of its file must not make it count twice.
+            # What was answered and not done is due where it was said to take effect.
             events = self.events()
             self._undone = undone(events)
-            answered = {str(event.data.get("id")) for event in events if event.kind == "command"} - set(self._undone)
+            answered = {
+                str(event.data.get("id")) for event in events if event.kind == "command"
+            } - set(self._undone)
             for id in {item.id for item in commands} | {item.id for item in refusals}:
                 if id in answered:
                     self.inbox.remove(id)
@@ -422,24 +488,33 @@ class RunDirectory:
     def _due(self, command: Command) -> Command:
         if command.id not in self._undone:
             return command
-        # It was taken when what it was shown for still held; the question of that time went with the process.
+        # It was taken when what it was shown for still held; the question of that time went with
+        # the process.
         at_step = max(command.at_step, self._undone[command.id])
         return msgspec.structs.replace(command, at_step=at_step, question=None, shown=None)
 
     # -- screens
 
     def screen_seen(self) -> None:
-        """A screen says every few seconds that somebody watches. A full disk only makes it count as nobody."""
+        """A screen says every few seconds that somebody watches. A full disk only makes it count as
+        nobody.
+        """
         with contextlib.suppress(OSError):
             self._folder(self._screens)
-            _touch(self._screens / f"{clean(socket.gethostname(), 64).replace('/', '_')}-{os.getpid()}")
+            _touch(
+                self._screens / f"{clean(socket.gethostname(), 64).replace('/', '_')}-{os.getpid()}"
+            )
 
     def screen_gone(self) -> None:
         with contextlib.suppress(OSError):
-            (self._screens / f"{clean(socket.gethostname(), 64).replace('/', '_')}-{os.getpid()}").unlink()
+            (
+                self._screens / f"{clean(socket.gethostname(), 64).replace('/', '_')}-{os.getpid()}"
+            ).unlink()
 
     def screens(self) -> int:
-        """Screens seen in the last 15 seconds, by the clock of the file system: those of their hosts may differ."""
+        """Screens seen in the last 15 seconds, by the clock of the file system: those of their
+        hosts may differ.
+        """
         alive = 0
         with contextlib.suppress(OSError), os.scandir(self._screens) as entries:
             seen = [entry for entry in entries if not entry.name.startswith(".")]
@@ -461,7 +536,9 @@ class RunDirectory:
 
 
 def list_runs(root: str | os.PathLike[str]) -> list[RunDirectory]:
-    """All runs under ROOT/NAME/, newest first; folders that are no runs, or that cannot be read, are passed over."""
+    """All runs under ROOT/NAME/, newest first; folders that are no runs, or that cannot be read,
+    are passed over.
+    """
     found: list[tuple[float, str, RunDirectory]] = []
     for folder in _folders(Path(root)):
         for path in _folders(folder):
@@ -475,7 +552,8 @@ def find_run(spec: str | None, root: str | os.PathLike[str]) -> RunDirectory:
     """The run that a person means.
 
     Args:
-        spec: a path, NAME (its newest run), NAME/DATE-NN, the unique beginning of one, or None: the newest run.
+        spec: a path, NAME (its newest run), NAME/DATE-NN, the unique beginning of one, or None: the
+        newest run.
 
     Raises:
         RunDirectoryError: none or several match; says which come close.
@@ -486,7 +564,9 @@ def find_run(spec: str | None, root: str | os.PathLike[str]) -> RunDirectory:
     if spec and Path(spec).is_dir() and not any(run.name.startswith(spec) for run in runs):
         return RunDirectory.open(spec)
     if not runs:
-        raise RunDirectoryError(f"no such run: {clean(spec or '', 200) or 'there is none'} in {root}")
+        raise RunDirectoryError(
+            f"no such run: {clean(spec or '', 200) or 'there is none'} in {root}"
+        )
     if spec is None:
         return runs[0]
     spec = spec.rstrip("/")
@@ -501,13 +581,17 @@ def find_run(spec: str | None, root: str | os.PathLike[str]) -> RunDirectory:
     if matches:
         names = ", ".join(run.name for run in matches[:5]) + (" ..." if len(matches) > 5 else "")
         raise RunDirectoryError(f"{clean(spec, 200)!r} is not one run; it could be {names}")
-    close = difflib.get_close_matches(spec, [run.name for run in runs] + [run.path.parent.name for run in runs], n=1)
+    close = difflib.get_close_matches(
+        spec, [run.name for run in runs] + [run.path.parent.name for run in runs], n=1
+    )
     hint = f"\n  hint: did you mean {close[0]}?" if close else ""
     raise RunDirectoryError(f"no such run: {clean(spec, 200)} in {root}{hint}")
 
 
 def _touch(path: Path) -> float:
-    """Set the time of a file to now, by the clock of its file system, and return it. Raises OSError."""
+    """Set the time of a file to now, by the clock of its file system, and return it. Raises
+    OSError.
+    """
     flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     descriptor = os.open(path, flags, FILE_MODE)
     try:
@@ -518,9 +602,15 @@ def _touch(path: Path) -> float:
 
 
 def _claim(hidden: Path, parent: Path) -> Path:
-    """Rename a complete directory to the next free number. Renaming onto a directory that is not empty fails."""
+    """Rename a complete directory to the next free number. Renaming onto a directory that is not
+    empty fails.
+    """
     day = datetime.date.today().isoformat()
-    taken = [int(name.rsplit("-", 1)[1]) for name in os.listdir(parent) if re.fullmatch(rf"{day}-\d+", name)]
+    taken = [
+        int(name.rsplit("-", 1)[1])
+        for name in os.listdir(parent)
+        if re.fullmatch(rf"{day}-\d+", name)
+    ]
     number = max(taken, default=0)
     while True:
         number += 1
@@ -535,7 +625,11 @@ def _claim(hidden: Path, parent: Path) -> Path:
 
 def _folders(path: Path) -> list[Path]:
     try:
-        return [path / name for name in os.listdir(path) if not name.startswith(".") and (path / name).is_dir()]
+        return [
+            path / name
+            for name in os.listdir(path)
+            if not name.startswith(".") and (path / name).is_dir()
+        ]
     except OSError:
         return []
 
@@ -554,4 +648,5 @@ def _read(path: Path, kind: type[Any]) -> Any:
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return None
     numbers = [value for value in msgspec.structs.astuple(found) if isinstance(value, int)]
-    return found if all(abs(number) < 2**63 for number in numbers) else None  # JSON has numbers of any length
+    # JSON has numbers of any length
+    return found if all(abs(number) < 2**63 for number in numbers) else None

@@ -34,7 +34,8 @@ class Holder(Record, frozen=True, kw_only=True):
 
 
 class RunLock:
-    """Held until `release`, or until this process ends, however it ends. Forked children do not hold it.
+    """Held until `release`, or until this process ends, however it ends. Forked children do not
+    hold it.
 
     Raises RunDirectoryError that names the holder.
     """
@@ -45,7 +46,8 @@ class RunLock:
         try:
             self._acquire(path)
             holder = Holder(who=who, host=socket.gethostname(), pid=os.getpid(), time=time.time())
-            with contextlib.suppress(OSError):  # a full disk: the lock is held all the same, by an unknown process
+            # a full disk: the lock is held all the same, by an unknown process
+            with contextlib.suppress(OSError):
                 os.ftruncate(self._descriptor, 0)
                 os.pwrite(self._descriptor, encode_json(holder), 0)
         except BaseException:
@@ -77,7 +79,9 @@ class RunLock:
 
 
 def holder_of(path: Path) -> Holder | None:
-    """The running trainer, or None. Asks the lock itself, so that what a dead one left does not count."""
+    """The running trainer, or None. Asks the lock itself, so that what a dead one left does not
+    count.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
@@ -104,7 +108,9 @@ _HELD: set[RunLock] = set()
 
 
 def _release_in_child() -> None:
-    """flock lasts as long as any copy of its descriptor: a forked worker must not outlive the trainer with it."""
+    """flock lasts as long as any copy of its descriptor: a forked worker must not outlive the
+    trainer with it.
+    """
     for lock in list(_HELD):
         lock.release()
 

@@ -6,8 +6,9 @@ later SIGTERM      end at once with status 143           kill everything at once
 SIGUSR2            stacks of all threads to a file       -
 SIGHUP             ignored: training outlives every terminal
 
-Schedulers and `timeout` send one request as several SIGTERMs, to a process and to its group. All that arrive within
-DEBOUNCE_SECONDS of the first one are that request; one that comes later is a second.
+Schedulers and `timeout` send one request as several SIGTERMs, to a process and to its group. All
+that arrive within DEBOUNCE_SECONDS of the first one are that request; one that comes later is a
+second.
 """
 
 from __future__ import annotations
@@ -43,10 +44,12 @@ class TermRequests:
 
 
 class StopSignals:
-    """Of a rank. `install` from the main thread, as early as possible and before any data worker is forked.
+    """Of a rank. `install` from the main thread, as early as possible and before any data worker is
+    forked.
 
-    The Python handler of a signal runs only between two bytecodes of the main thread, which may sit in a collective
-    for minutes. So a thread reads the bytes that the interpreter's C handler writes to a pipe, and ends the process.
+    The Python handler of a signal runs only between two bytecodes of the main thread, which may sit
+    in a collective for minutes. So a thread reads the bytes that the interpreter's C handler writes
+    to a pipe, and ends the process.
     """
 
     def __init__(self) -> None:
@@ -62,8 +65,9 @@ class StopSignals:
     def came_from_supervisor(self, *, seconds: float) -> bool:
         """Whether the supervisor asks to stop (SIGUSR1); waits so long for it.
 
-        Where there is a supervisor, a SIGTERM without it comes from the elastic agent, which ends this rank because
-        another one has failed. A batch system's SIGTERM reaches the supervisor as well.
+        Where there is a supervisor, a SIGTERM without it comes from the elastic agent, which ends
+        this rank because another one has failed. A batch system's SIGTERM reaches the supervisor as
+        well.
         """
         deadline = time.monotonic() + seconds
         while signal.SIGUSR1 not in self._received and time.monotonic() < deadline:
@@ -71,10 +75,14 @@ class StopSignals:
         return signal.SIGUSR1 in self._received
 
     def install(self, stacks: Path | None = None) -> None:
-        """Take over SIGTERM and SIGUSR1; with `stacks`, SIGUSR2 appends the stacks of all threads to that file."""
+        """Take over SIGTERM and SIGUSR1; with `stacks`, SIGUSR2 appends the stacks of all threads
+        to that file.
+        """
         reading, writing = os.pipe()
         os.set_blocking(writing, False)  # the interpreter refuses a blocking one
-        threading.Thread(target=self._listen, args=(reading,), name="stop-signals", daemon=True).start()
+        threading.Thread(
+            target=self._listen, args=(reading,), name="stop-signals", daemon=True
+        ).start()
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
@@ -88,7 +96,9 @@ class StopSignals:
         self._requested = True
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        """Says at once what the thread is about to find out; replaces the default action, which would kill."""
+        """Says at once what the thread is about to find out; replaces the default action, which
+        would kill.
+        """
         self._requested = True
 
     def _listen(self, reading: int) -> None:
@@ -101,8 +111,9 @@ class StopSignals:
                     os._exit(KILLED)
 
 
-# A forked child, such as a data worker, must neither save nor speak for the rank. Until it has forgotten the handlers
-# and the pipe, which it shares with its parent, no signal may reach it: they are blocked over the fork.
+# A forked child, such as a data worker, must neither save nor speak for the rank. Until it has
+# forgotten the handlers and the pipe, which it shares with its parent, no signal may reach it: they
+# are blocked over the fork.
 _masks = threading.local()
 _hooked = False
 
@@ -123,7 +134,9 @@ def _unblock() -> None:
 
 
 def _forget() -> None:
-    """SIGTERM gets its default action back, because multiprocessing ends its workers by it; SIGUSR1 is ignored."""
+    """SIGTERM gets its default action back, because multiprocessing ends its workers by it; SIGUSR1
+    is ignored.
+    """
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -131,7 +144,8 @@ def _forget() -> None:
 
 
 class SupervisorSignals:
-    """Of the supervisor. `wait` returns early when a signal arrives, SIGCHLD of the elastic agent included.
+    """Of the supervisor. `wait` returns early when a signal arrives, SIGCHLD of the elastic agent
+    included.
 
     Attributes:
         stop: name of the signal that asked first to stop, or "".

@@ -1,21 +1,24 @@
-"""What shrinking the embedding's gradients really does under AdamW: the size of the embedding's updates, measured.
+"""What shrinking the embedding's gradients really does under AdamW: the size of the embedding's
+updates, measured.
 
     python -m tests.bench.alpha [--warm 400] [--seeds 3]
 
-GLM-130B (Zeng et al. 2022) trains with emb = a emb + (1 - a) stop_gradient(emb), a = 0.1: the embedding's gradients
-times a. Adam divides a gradient by the root of its own mean square, so that a constant factor cancels once the moments
-have forgotten what was before. What is left of it is measured here: a small byte-level model on real text is trained
-for a while, then goes on from the same state with other factors, through the guard's own gate (clipping included). A
-figure is the norm of the embedding's update, weight decay left out, relative to the same steps with a = 1; medians
-over seeds. "Dropped" has the factor for 20 steps only, after which the updates are larger than usual for as long as
-the mean square remembers the small gradients.
+GLM-130B (Zeng et al. 2022) trains with emb = a emb + (1 - a) stop_gradient(emb), a = 0.1: the
+embedding's gradients times a. Adam divides a gradient by the root of its own mean square, so that a
+constant factor cancels once the moments have forgotten what was before. What is left of it is
+measured here: a small byte-level model on real text is trained for a while, then goes on from the
+same state with other factors, through the guard's own gate (clipping included). A figure is the
+norm of the embedding's update, weight decay left out, relative to the same steps with a = 1;
+medians over seeds. "Dropped" has the factor for 20 steps only, after which the updates are larger
+than usual for as long as the mean square remembers the small gradients.
 
-As measured (200 steps before, three seeds, two CPU cores): the first update is smaller by 3 to 10 % whatever the
-factor, since it is nine tenths momentum, so this cannot tame the one update at hand; leaving that out can. After 20
-steps a factor of 0.1 leaves 0.20 to 0.43 of the update. From there on AdamW takes it back: with beta2 = 0.95 all of it
-within 200 steps, with 0.999 the updates are then still at 0.23 to 0.34. When the factor goes back to 1 at once the
-updates are up to 13 % too large for a while, which is why it returns over `embed_back` steps. With tied weights the
-same happens to the output matrix.
+As measured (200 steps before, three seeds, two CPU cores): the first update is smaller by 3 to 10 %
+whatever the factor, since it is nine tenths momentum, so this cannot tame the one update at hand;
+leaving that out can. After 20 steps a factor of 0.1 leaves 0.20 to 0.43 of the update. From there
+on AdamW takes it back: with beta2 = 0.95 all of it within 200 steps, with 0.999 the updates are
+then still at 0.23 to 0.34. When the factor goes back to 1 at once the updates are up to 13 % too
+large for a while, which is why it returns over `embed_back` steps. With tied weights the same
+happens to the output matrix.
 """
 
 from __future__ import annotations
@@ -40,13 +43,17 @@ CASES = {"0.5": (0.5, None), "0.1": (0.1, None), f"0.1 for {DROP} steps": (0.1, 
 
 
 class Model(nn.Module):
-    """Bytes in, bytes out: one block of attention over an embedding that is the output matrix too, if tied."""
+    """Bytes in, bytes out: one block of attention over an embedding that is the output matrix too,
+    if tied.
+    """
 
     def __init__(self, *, tied: bool) -> None:
         super().__init__()
         self.embed = nn.Embedding(256, WIDTH)
         nn.init.normal_(self.embed.weight, std=0.02)
-        self.block = nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True)
+        self.block = nn.TransformerEncoderLayer(
+            WIDTH, 4, 4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True
+        )
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, 256, bias=False)
         if tied:
@@ -65,19 +72,27 @@ class Run:
         torch.manual_seed(seed)
         self.text, self.seed, self.step = text, seed, 0
         self.model = Model(tied=tied)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, betas=(0.9, beta2), weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=1e-3, betas=(0.9, beta2), weight_decay=0.0
+        )
 
     def train(self, steps: int, *, alpha: float = 1.0, until: int | None = None) -> list[float]:
         """Norms of the embedding's updates."""
         probes = Probes(self.model, rank=0, world=1)
-        gate = Gate([self.optimizer], parameters=probes.parameters, embedding=probes.embedding, clip=1.0)
+        gate = Gate(
+            [self.optimizer], parameters=probes.parameters, embedding=probes.embedding, clip=1.0
+        )
         sizes = []
         for index in range(steps):
             self.step += 1
             dice = torch.Generator().manual_seed(1_000_003 * self.seed + self.step)
             starts = torch.randint(0, len(self.text) - LENGTH - 1, (BATCH,), generator=dice)
-            tokens = torch.stack([self.text[start : start + LENGTH + 1] for start in starts.tolist()])
-            loss = F.cross_entropy(self.model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+            tokens = torch.stack(
+                [self.text[start : start + LENGTH + 1] for start in starts.tolist()]
+            )
+            loss = F.cross_entropy(
+                self.model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
+            )
             loss.backward()
             now = alpha if until is None or index < until else 1.0
             reduced = probes.reduce(loss, 1.0, nominal_tokens=None, step_time=0.0)
@@ -88,14 +103,19 @@ class Run:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--warm", type=int, default=400, help="steps before the factor is set")
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     source = inspect.getsource(textwrap) + inspect.getsource(argparse)
     text = torch.tensor(list(source.encode()), dtype=torch.long)
-    print(f"{'embedding':10} {'beta2':>6}  {'factor':18}" + "".join(f"{f'step {at}':>10}" for at in MOMENTS))
+    print(
+        f"{'embedding':10} {'beta2':>6}  {'factor':18}"
+        + "".join(f"{f'step {at}':>10}" for at in MOMENTS)
+    )
     for tied in (False, True):
         for beta2 in (0.95, 0.999):
             found: dict[str, list[list[float]]] = {name: [] for name in CASES}

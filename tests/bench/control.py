@@ -21,7 +21,9 @@ from guardrail.rundir.run_directory import RunDirectory
 
 def alive(run: RunDirectory, step: int) -> None:
     """Say, from another host, that the run lives."""
-    run.write_status(Status(run=run.name, phase=Phase.STEP, step=step, heartbeat=time.time(), host="elsewhere"))
+    run.write_status(
+        Status(run=run.name, phase=Phase.STEP, step=step, heartbeat=time.time(), host="elsewhere")
+    )
 
 
 def main() -> None:
@@ -56,7 +58,9 @@ def main() -> None:
         wall, cpu = time.monotonic() - began, time.process_time() - cpu
         trainer.join()
         size = run.journal_path.stat().st_size / 1e6
-        print(f"ctl waiting {wall:.0f} s, journal {size:.1f} MB: {cpu:.2f} s CPU, {100 * cpu / wall:.2f} % of a core")
+        print(
+            f"ctl waiting {wall:.0f} s, journal {size:.1f} MB: {cpu:.2f} s CPU, {100 * cpu / wall:.2f} % of a core"
+        )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""Who sees instabilities, and at what price: guardrail and the published rules on the same recorded runs.
+"""Who sees instabilities, and at what price: guardrail and the published rules on the same recorded
+runs.
 
-    python -m tests.bench.detection TRACES [--policy FILE] [--set guard.KEY=VALUE] [--families] [--by-family]
-    python -m tests.bench.detection --million
+    python -m tests.bench.detection TRACES [--policy FILE] [--set guard.KEY=VALUE] [--families]
+    [--by-family] python -m tests.bench.detection --million
 
-TRACES holds one folder a run, with log.csv (step, loss, grad_norm), and labels.json; how verdicts are scored stands in
-guardrail/scoring.py. guardrail's constants were chosen with these runs in view. `--families` shows what it does on each
-family of runs; `--by-family` leaves each family out in turn, chooses the three scores on all others and judges the one
-that was left out. What that cannot undo is that the detectors themselves were thought out with all runs in view. The
-rules have their published defaults. `--million` times the live controller on a million healthy records of two signals.
+TRACES holds one folder a run, with log.csv (step, loss, grad_norm), and labels.json; how verdicts
+are scored stands in guardrail/scoring.py. guardrail's constants were chosen with these runs in
+view. `--families` shows what it does on each family of runs; `--by-family` leaves each family out
+in turn, chooses the three scores on all others and judges the one that was left out. What that
+cannot undo is that the detectors themselves were thought out with all runs in view. The rules have
+their published defaults. `--million` times the live controller on a million healthy records of two
+signals.
 """
 
 from __future__ import annotations
@@ -34,19 +37,29 @@ from guardrail.core.records import GRAD_NORM, LOSS
 from tests.bench.rules import RULES, Rule
 
 # What `--by-family` chooses among: the defaults, a fifth lower and a quarter higher.
-SCORES = {"loss_score": (6.4, 8.0, 10.0), "grad_score": (8.0, 10.0, 12.5), "divergence_score": (4.8, 6.0, 7.5)}
+SCORES = {
+    "loss_score": (6.4, 8.0, 10.0),
+    "grad_score": (8.0, 10.0, 12.5),
+    "divergence_score": (4.8, 6.0, 7.5),
+}
 
 Verdicts = dict[str, tuple[Sequence[int], list[tuple[int, str]]]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("traces", type=Path, nargs="?")
     parser.add_argument("--million", action="store_true", help="time a million records")
-    parser.add_argument("--by-family", action="store_true", help="only the cross-validation by family")
+    parser.add_argument(
+        "--by-family", action="store_true", help="only the cross-validation by family"
+    )
     parser.add_argument("--policy")
     parser.add_argument("--set", dest="overrides", action="append", default=[])
-    parser.add_argument("--families", action="store_true", help="also guardrail's figures of each family of runs")
+    parser.add_argument(
+        "--families", action="store_true", help="also guardrail's figures of each family of runs"
+    )
     arguments = parser.parse_args()
     settings = load_guard(arguments.policy, overrides=arguments.overrides)
     if arguments.million or arguments.traces is None:
@@ -66,10 +79,18 @@ def main() -> None:
     for name, make in RULES.items():
         print_row(name, score(labels, by_rule(logs, make))[0])
     records = figures["records"]
-    print(f"\n{len(marks)} runs, {records:,} records; guardrail took {1e6 * seconds / records:.1f} us a record,")
-    print(f"rows from onset to the first act: median {figures['delay_median']}, 90 % {figures['delay_p90']}")
-    print("The rules have their published defaults; guardrail's constants were chosen with these runs in view, so the")
-    print("fair figure for them is one from a choice that left the family out, or from runs that nobody has seen.")
+    print(
+        f"\n{len(marks)} runs, {records:,} records; guardrail took {1e6 * seconds / records:.1f} us a record,"
+    )
+    print(
+        f"rows from onset to the first act: median {figures['delay_median']}, 90 % {figures['delay_p90']}"
+    )
+    print(
+        "The rules have their published defaults; guardrail's constants were chosen with these runs in view, so the"
+    )
+    print(
+        "fair figure for them is one from a choice that left the family out, or from runs that nobody has seen."
+    )
     if arguments.families:
         print("\nguardrail by family of runs")
         families = sorted({family(run) for run in marks})
@@ -81,12 +102,15 @@ def read_traces(folder: Path) -> tuple[dict[str, Any], dict[str, Log]]:
     """(labels, run -> log)."""
     labels = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
     return labels, {
-        path.parent.name: delimited.read(path, str(path), {})[0] for path in sorted(folder.glob("*/log.csv"))
+        path.parent.name: delimited.read(path, str(path), {})[0]
+        for path in sorted(folder.glob("*/log.csv"))
     }
 
 
 def cross_validate(labels: dict[str, Any], logs: dict[str, Log], settings: GuardSection) -> None:
-    """Each family under the scores that were the best on all others: most acted on within the goals on false alarms."""
+    """Each family under the scores that were the best on all others: most acted on within the goals
+    on false alarms.
+    """
     choices: dict[tuple[float, ...], dict[str, Marks]] = {}
     for scores in itertools.product(*SCORES.values()):
         tried = msgspec.structs.replace(settings, **dict(zip(SCORES, scores, strict=True)))
@@ -96,7 +120,9 @@ def cross_validate(labels: dict[str, Any], logs: dict[str, Log], settings: Guard
     print(f"{'family left out':26} {'chosen on the others: ' + ', '.join(SCORES)}")
     for name in sorted({family(run) for run in runs}):
         others = [run for run in runs if family(run) != name]
-        best = max(choices, key=lambda scores: merit(total(choices[scores][run] for run in others), scores))
+        best = max(
+            choices, key=lambda scores: merit(total(choices[scores][run] for run in others), scores)
+        )
         marks = [choices[best][run] for run in runs if family(run) == name]
         left_out += marks
         print_row(f"{name} {best}", total(marks))
@@ -107,7 +133,9 @@ def cross_validate(labels: dict[str, Any], logs: dict[str, Log], settings: Guard
 
 
 def merit(figures: dict[str, Any], scores: tuple[float, ...]) -> tuple[float, ...]:
-    """Within the goals on false alarms first, then what was acted on and noted, then few skips, then high scores."""
+    """Within the goals on false alarms first, then what was acted on and noted, then few skips,
+    then high scores.
+    """
     within = figures["false_skips_per_10k"] <= 1.0 and figures["false_rollbacks_per_10k"] <= 0.05
     return within, figures["acted"], figures["noted"], -figures["false_skips_per_10k"], *scores
 
@@ -123,7 +151,8 @@ def time_a_million(settings: GuardSection, records: int = 1_000_000) -> None:
     alarms = backtest(log, settings).alarms
     seconds = time.process_time() - began
     print(
-        f"{records:,} records of two signals: {seconds:.1f} s of CPU, {1e6 * seconds / records:.1f} us each,", end=" "
+        f"{records:,} records of two signals: {seconds:.1f} s of CPU, {1e6 * seconds / records:.1f} us each,",
+        end=" ",
     )
     print(f"{len(alarms)} alarms")
 
@@ -132,7 +161,8 @@ def by_guardrail(logs: dict[str, Log], settings: GuardSection) -> tuple[float, V
     """(seconds, run -> steps and verdicts)."""
     results = {run: backtest(log, settings) for run, log in logs.items()}
     verdicts: Verdicts = {
-        run: (result.steps, [(alarm.row, alarm.verdict) for alarm in result.alarms]) for run, result in results.items()
+        run: (result.steps, [(alarm.row, alarm.verdict) for alarm in result.alarms])
+        for run, result in results.items()
     }
     return sum(result.seconds for result in results.values()), verdicts
 
@@ -143,10 +173,14 @@ def by_rule(logs: dict[str, Log], make: Any) -> Verdicts:
         rule: Rule = make(len(log))
         empty = [None] * len(log)
         losses, norms = (
-            [log.columns[name].get(row) for row in range(len(log))] if name in log.columns else empty
+            [log.columns[name].get(row) for row in range(len(log))]
+            if name in log.columns
+            else empty
             for name in (LOSS, GRAD_NORM)
         )
-        said = ((row, rule.observe(*pair)) for row, pair in enumerate(zip(losses, norms, strict=True)))
+        said = (
+            (row, rule.observe(*pair)) for row, pair in enumerate(zip(losses, norms, strict=True))
+        )
         verdicts[run] = log.steps, [(row, verdict) for row, verdict in said if verdict is not None]
     return verdicts
 
@@ -161,7 +195,9 @@ def print_row(name: str, figures: dict[str, Any]) -> None:
     acted = f"{figures['acted']}/{figures['grave']}"
     noted = f"{figures['noted']}/{figures['labelled']}"
     skips, rollbacks = figures["false_skips_per_10k"], figures["false_rollbacks_per_10k"]
-    print(f"{name:26} {acted:>14} {noted:>14} {skips:12.2f} {rollbacks:10.2f} {figures['false_notes_per_10k']:8.2f}")
+    print(
+        f"{name:26} {acted:>14} {noted:>14} {skips:12.2f} {rollbacks:10.2f} {figures['false_notes_per_10k']:8.2f}"
+    )
 
 
 if __name__ == "__main__":

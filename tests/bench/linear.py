@@ -64,7 +64,9 @@ def skip(batches: int) -> tuple[float, float]:
     """(Seconds, MB) for a skip of so many batches of 32."""
     count = 32 * batches
     book = Ledger(SampleOrder(samples=2 * count, seed=1), batch_size=32)
-    span = Span(first=count // 2, last=count // 2 + count, cause="user", step=1, reason="", batches=batches)
+    span = Span(
+        first=count // 2, last=count // 2 + count, cause="user", step=1, reason="", batches=batches
+    )
     tracemalloc.start()
     book.leave_out(span)
     kept, _ = tracemalloc.get_traced_memory()
@@ -79,7 +81,9 @@ def skip(batches: int) -> tuple[float, float]:
 
 
 def text_of(script: str, size: int) -> str:
-    """Words of two to eight characters, of which some are common; without spaces where the script has none."""
+    """Words of two to eight characters, of which some are common; without spaces where the script
+    has none.
+    """
     draw = random.Random(0)
     words = ["".join(draw.choices(SCRIPTS[script], k=draw.randrange(2, 8))) for _ in range(5000)]
     between = " " if script in ("Latin", "Korean") else ""

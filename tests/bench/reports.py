@@ -1,11 +1,13 @@
-"""File operations a second in the run directory, while 1,024 ranks on 128 nodes train and nothing happens.
+"""File operations a second in the run directory, while 1,024 ranks on 128 nodes train and nothing
+happens.
 
     python -m tests.bench.reports [--nodes 128] [--ranks 8] [--seconds 10]
 
-One node is played for real: its supervisor's look at its ranks, as often as the supervisor looks, and its ranks'
-heartbeats. The files of the other nodes are there, and do not change. What opens, lists, renames or removes something
-below the run directory is counted by an audit hook; the run directory may lie on a shared file system, where each of
-these asks a server. Works with `guardrail/` of older revisions too: PYTHONPATH=OTHER python -m tests.bench.reports.
+One node is played for real: its supervisor's look at its ranks, as often as the supervisor looks,
+and its ranks' heartbeats. The files of the other nodes are there, and do not change. What opens,
+lists, renames or removes something below the run directory is counted by an audit hook; the run
+directory may lie on a shared file system, where each of these asks a server. Works with
+`guardrail/` of older revisions too: PYTHONPATH=OTHER python -m tests.bench.reports.
 """
 
 from __future__ import annotations
@@ -57,7 +59,13 @@ def elsewhere(run: RunDirectory, nodes: int, ranks: int) -> None:
     """What the other nodes have written."""
     for node in range(1, nodes):
         reports = tuple(
-            RankStatus(rank=node * ranks + one, pid=one + 1, host=f"node-{node}", phase=Phase.STEP, heartbeat=1.0)
+            RankStatus(
+                rank=node * ranks + one,
+                pid=one + 1,
+                host=f"node-{node}",
+                phase=Phase.STEP,
+                heartbeat=1.0,
+            )
             for one in range(ranks)
         )
         if hasattr(run, "write_node"):
@@ -81,8 +89,12 @@ def rank_operations(folder: Path, rank: int, seconds: float) -> int:
     os._exit(0)
 
 
-def supervisor_operations(run: RunDirectory, nodes: int, play: Callable[[dict[str, str]], None], seconds: float) -> int:
-    """Of one supervisor's looks, while `play` runs its ranks with the variables that it gives them."""
+def supervisor_operations(
+    run: RunDirectory, nodes: int, play: Callable[[dict[str, str]], None], seconds: float
+) -> int:
+    """Of one supervisor's looks, while `play` runs its ranks with the variables that it gives
+    them.
+    """
     if hasattr(LocalRanks, "begin"):
         ranks, variables = LocalRanks(run, nodes=nodes), {}
         variables = ranks.begin()
@@ -120,18 +132,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         counted: list[int] = []
 
         def play(variables: dict[str, str]) -> None:
-            world = {"WORLD_SIZE": str(options.nodes * options.ranks), "LOCAL_WORLD_SIZE": str(options.ranks)}
+            world = {
+                "WORLD_SIZE": str(options.nodes * options.ranks),
+                "LOCAL_WORLD_SIZE": str(options.ranks),
+            }
             environment = {**os.environ, **world, "GUARDRAIL_RUN": str(run.path), **variables}
-            command = [sys.executable, "-m", "tests.bench.reports", f"--seconds={options.seconds}", f"--run={run.path}"]
+            command = [
+                sys.executable,
+                "-m",
+                "tests.bench.reports",
+                f"--seconds={options.seconds}",
+                f"--run={run.path}",
+            ]
             children = [
-                subprocess.Popen([*command, f"--rank={rank}"], env=environment, stdout=subprocess.PIPE)
-                for rank in range(1, options.ranks + 1)  # rank 0 of the run writes status.json as well, on one node
+                subprocess.Popen(
+                    [*command, f"--rank={rank}"], env=environment, stdout=subprocess.PIPE
+                )
+                # rank 0 of the run writes status.json as well, on one node
+                for rank in range(1, options.ranks + 1)
             ]
             counted.extend(int(child.communicate()[0]) for child in children)
 
-        of_supervisor = supervisor_operations(run, options.nodes, play, options.seconds) / options.seconds
+        of_supervisor = (
+            supervisor_operations(run, options.nodes, play, options.seconds) / options.seconds
+        )
         of_ranks = sum(counted) / options.seconds
-        print(f"guardrail in {Path(local_ranks.__file__).parent}; {options.nodes} nodes, {options.ranks} ranks each")
+        print(
+            f"guardrail in {Path(local_ranks.__file__).parent}; {options.nodes} nodes, {options.ranks} ranks each"
+        )
         print("| file operations a second | one node | all nodes |")
         print("|---|---|---|")
         for name, rate in (("supervisor", of_supervisor), ("its ranks", of_ranks)):

@@ -1,14 +1,17 @@
-"""Who brings a run back: one fault at a time is done to a small language model, and each guard gets the same run.
+"""Who brings a run back: one fault at a time is done to a small language model, and each guard gets
+the same run.
 
-    python -m tests.bench.rescue [--seeds 0 1 2] [--faults NAME ...] [--arms NAME ...] [--quick] [--workers 2]
+    python -m tests.bench.rescue [--seeds 0 1 2] [--faults NAME ...] [--arms NAME ...] [--quick]
+    [--workers 2]
 
-Decoders of 35,000 parameters on the source of Python's standard library, fp32 on the CPU. All arms share data, seeds,
-clip and schedule. "healthy" is the same run without fault and guard. Each finished cell is kept as a JSON file under
---cache, so that an interrupted run goes on; delete the folder after a change of the code. Only what is finished is in
-the table: --only-table shows it without running anything.
+Decoders of 35,000 parameters on the source of Python's standard library, fp32 on the CPU. All arms
+share data, seeds, clip and schedule. "healthy" is the same run without fault and guard. Each
+finished cell is kept as a JSON file under --cache, so that an interrupted run goes on; delete the
+folder after a change of the code. Only what is finished is in the table: --only-table shows it
+without running anything.
 
-arc-training is installed by pip into the cache on the first run (it is not a dependency of anything else); without a
-network its column says why it is empty.
+arc-training is installed by pip into the cache on the first run (it is not a dependency of anything
+else); without a network its column says why it is empty.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ NONE = (HEALTHY, HEALTHY_TWO)
 SHOWN = ("verdict", "cause", "left_out", "rollback", "remedy", "incident", "ended")
 
 
-# -- arms ------------------------------------------------------------------------------------------------------------
+# -- arms ------------------------------------------------------------------------------------------
 
 
 def olmo(trainer: Trainer) -> Rule:
@@ -67,11 +70,15 @@ class _Rates:
 
 
 def arc(trainer: Trainer) -> Rule:
-    """arc-training as its README shows it: `controller.step(loss)` before each update, with its defaults."""
+    """arc-training as its README shows it: `controller.step(loss)` before each update, with its
+    defaults.
+    """
     import arc as package
 
     config = package.ControllerConfig(verbose=False, log_interventions=False)
-    controller = package.Controller(trainer.model, trainer.optimizers[0], config=config, scheduler=_Rates(trainer))
+    controller = package.Controller(
+        trainer.model, trainer.optimizers[0], config=config, scheduler=_Rates(trainer)
+    )
 
     def rule(seen: Observation) -> bool:
         return bool(controller.step(torch.tensor(seen.signals[LOSS])).should_skip)
@@ -82,7 +89,8 @@ def arc(trainer: Trainer) -> Rule:
 # arm -> (sections of the configuration, the rule that is hung into the loop)
 ARMS: dict[str, tuple[dict[str, Any], Callable[[Trainer], Rule] | None]] = {
     "unguarded": ({"guard": {"mode": "off"}}, None),
-    # The runs are short: one fault may call for more than 3 % of their data. What is measured here is the remedy.
+    # The runs are short: one fault may call for more than 3 % of their data. What is measured here
+    # is the remedy.
     "guardrail": ({"guard": {"mode": "auto", "max_skipped_share": 1.0}}, None),
     "skip-step": ({"guard": {"mode": "off"}}, olmo),
     "ZClip": ({"guard": {"mode": "off"}, "optim": {"zclip": 2.5}}, None),
@@ -95,13 +103,19 @@ def obey(trainer: Trainer, rule: Rule) -> None:
 
     def ruled(seen: Observation) -> Verdict:
         verdict = observe(seen)
-        return msgspec.structs.replace(verdict, action=Action.SKIP, accepted=False) if rule(seen) else verdict
+        return (
+            msgspec.structs.replace(verdict, action=Action.SKIP, accepted=False)
+            if rule(seen)
+            else verdict
+        )
 
     trainer.guard.controller.observe = ruled  # type: ignore[method-assign]
 
 
 def cap(trainer: Trainer, *, attempts: int) -> None:
-    """End a run that gets nowhere: a rule whose window holds a NaN, or whose weights do, skips for ever."""
+    """End a run that gets nowhere: a rule whose window holds a NaN, or whose weights do, skips for
+    ever.
+    """
     train_step, tried = trainer.train_step, itertools.count(1)
 
     def capped(step: Step) -> None:
@@ -112,18 +126,30 @@ def cap(trainer: Trainer, *, attempts: int) -> None:
     trainer.train_step = capped  # type: ignore[method-assign]
 
 
-# -- one cell --------------------------------------------------------------------------------------------------------
+# -- one cell --------------------------------------------------------------------------------------
 
 
 def configuration(
-    staged: Staged, arm: str, seed: int, *, folder: Path, cache: Path, steps: int, sections: dict[str, Any]
+    staged: Staged,
+    arm: str,
+    seed: int,
+    *,
+    folder: Path,
+    cache: Path,
+    steps: int,
+    sections: dict[str, Any],
 ) -> Config:
     """Args: sections: of the configuration, changed for all cells."""
     world = staged.world
     tree: dict[str, Any] = {
         "run": {"name": "rescue", "root": str(folder / "runs")},
         "launch": {"processes": world, "device": "cpu", "threads": 1},
-        "data": {"sources": ["builtin:python"], "sequence_length": 64, "seed": seed, "cache": str(cache / "data")},
+        "data": {
+            "sources": ["builtin:python"],
+            "sequence_length": 64,
+            "seed": seed,
+            "cache": str(cache / "data"),
+        },
         "model": {"layers": 2, "width": 32, "heads": 2, "dropout": 0.0},
         "optim": {"lr": 3e-3, "warmup_steps": 30},
         "train": {
@@ -137,14 +163,18 @@ def configuration(
         "checkpoint": {"every": 100},
         "faults": list(staged.faults(steps)),
     }
-    for name, section in itertools.chain(sections.items(), staged.sections.items(), ARMS[arm][0].items()):
+    for name, section in itertools.chain(
+        sections.items(), staged.sections.items(), ARMS[arm][0].items()
+    ):
         tree.setdefault(name, {}).update(section)
     config = build(tree, file="rescue", base=folder)
     assert isinstance(config, Config)
     return config
 
 
-def train_cell(rank: int, run: RunDirectory, config: Config, arm: str, packages: str) -> dict[str, Any]:
+def train_cell(
+    rank: int, run: RunDirectory, config: Config, arm: str, packages: str
+) -> dict[str, Any]:
     """One rank of one cell; rank 0's numbers are the cell's."""
     sys.path.append(packages)
     trainer = Trainer(config, run=run)
@@ -178,11 +208,13 @@ def numbers_of(run: RunDirectory, result: dict[str, Any]) -> dict[str, Any]:
         "lost": attempts - result["step"],
         "acts": sum(event.kind in ("left_out", "rollback") for event in events),
         "causes": causes,
-        "journal": [f"{event.step} {event.kind}: {event.message}" for event in events if event.kind in SHOWN],
+        "journal": [
+            f"{event.step} {event.kind}: {event.message}" for event in events if event.kind in SHOWN
+        ],
     }
 
 
-# -- all cells -------------------------------------------------------------------------------------------------------
+# -- all cells -------------------------------------------------------------------------------------
 
 Cell = tuple[str, str, int]  # fault, arm, seed
 
@@ -194,12 +226,16 @@ class Bench:
     sections: of the configuration, changed for all cells.
     """
 
-    def __init__(self, cache: Path, *, steps: int = STEPS, sections: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, cache: Path, *, steps: int = STEPS, sections: dict[str, Any] | None = None
+    ) -> None:
         self.cache, self.steps, self.sections = cache.resolve(), steps, sections or {}
         self.cache.mkdir(parents=True, exist_ok=True)
 
     def file(self, cell: Cell) -> Path:
-        return self.cache / f"{'-'.join(map(str, cell))}-{self.steps}.json".replace(" ", "_").replace(",", "")
+        return self.cache / f"{'-'.join(map(str, cell))}-{self.steps}.json".replace(
+            " ", "_"
+        ).replace(",", "")
 
     def known(self, cell: Cell) -> dict[str, Any] | None:
         file = self.file(cell)
@@ -217,7 +253,11 @@ class Bench:
                 for one in [one for one in running if one.ended()]:
                     running.remove(one)
                     done += 1
-                    print(f"{done}/{total} {self.keep(one.cell, one.outcome())}", file=sys.stderr, flush=True)
+                    print(
+                        f"{done}/{total} {self.keep(one.cell, one.outcome())}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                 time.sleep(0.02)
         finally:
             bury_ranks()
@@ -229,7 +269,11 @@ class Bench:
         partial = self.file(cell).with_suffix(".partial")
         partial.write_text(json.dumps(outcome, indent=1), encoding="utf-8")
         partial.replace(self.file(cell))
-        said = outcome["error"].strip().splitlines()[-1] if "error" in outcome else f"loss {outcome['loss']:.4f}"
+        said = (
+            outcome["error"].strip().splitlines()[-1]
+            if "error" in outcome
+            else f"loss {outcome['loss']:.4f}"
+        )
         return f"{', '.join(map(str, cell))}: {said}"
 
 
@@ -252,7 +296,14 @@ class _Running:
         self.run = RunDirectory.create(config.run.root, config.run.name, dump(config))
         packages = str(bench.cache / "packages")
         self.pids = start_ranks(
-            train_cell, staged.world, self.run, config, arm, packages, init=False, folder=self.folder / "ranks"
+            train_cell,
+            staged.world,
+            self.run,
+            config,
+            arm,
+            packages,
+            init=False,
+            folder=self.folder / "ranks",
         )
 
     def ended(self) -> bool:
@@ -261,7 +312,11 @@ class _Running:
 
     def outcome(self) -> dict[str, Any]:
         file = self.folder / "ranks" / "result-0"
-        good, value = pickle.loads(file.read_bytes()) if file.exists() else (False, "the process ended without a word")
+        good, value = (
+            pickle.loads(file.read_bytes())
+            if file.exists()
+            else (False, "the process ended without a word")
+        )
         try:
             return numbers_of(self.run, value) if good else {"error": value}
         finally:
@@ -269,18 +324,32 @@ class _Running:
 
 
 def install_arc(cache: Path) -> None:
-    """Into the cache, without its dependencies: torch is there, and its controller needs nothing else."""
+    """Into the cache, without its dependencies: torch is there, and its controller needs nothing
+    else.
+    """
     target = cache.resolve() / "packages"
     if not (target / "arc").exists():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), ARC]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--target",
+            str(target),
+            ARC,
+        ]
         subprocess.run(command, check=False)
 
 
-# -- the table -------------------------------------------------------------------------------------------------------
+# -- the table -------------------------------------------------------------------------------------
 
 
 def excess(bench: Bench, cell: Cell) -> float | None:
-    """Held-out loss over that of the healthy run of the same seed, minus 1; inf: none that is a number."""
+    """Held-out loss over that of the healthy run of the same seed, minus 1; inf: none that is a
+    number.
+    """
     own, sound = bench.known(cell), bench.known((healthy(cell[0]), "unguarded", cell[2]))
     if own is None or sound is None or "error" in own:
         return None
@@ -303,8 +372,12 @@ def _percent(value: float) -> str:
     return f"{100 * value:+.1f}"
 
 
-def print_table(bench: Bench, faults: Sequence[str], arms: Sequence[str], seeds: Sequence[int]) -> None:
-    print(f"Held-out loss above the healthy run's, in %: median (worst) of {len(seeds)} seeds, {bench.steps} steps\n")
+def print_table(
+    bench: Bench, faults: Sequence[str], arms: Sequence[str], seeds: Sequence[int]
+) -> None:
+    print(
+        f"Held-out loss above the healthy run's, in %: median (worst) of {len(seeds)} seeds, {bench.steps} steps\n"
+    )
     columns = ["fault", *arms, "steps lost", "samples left out", "cause named"]
     print("| " + " | ".join(columns) + " |")
     print("|" + " --- |" * len(columns))
@@ -322,7 +395,9 @@ def _guarded(bench: Bench, fault: str, seeds: Sequence[int]) -> list[str]:
     known = [cell for cell in cells if cell is not None and "error" not in cell]
     if not known:
         return ["", "", ""]
-    lost, out = (round(statistics.median(cell[key] for cell in known)) for key in ("lost", "left_out"))
+    lost, out = (
+        round(statistics.median(cell[key] for cell in known)) for key in ("lost", "left_out")
+    )
     wanted = FAULTS[fault].causes
     told = [cell["causes"] for cell in known]
     if not any(told):
@@ -337,7 +412,9 @@ def named(causes: Sequence[str], wanted: Sequence[str]) -> bool:
     return bool(causes) and causes[0] in wanted
 
 
-def summary(bench: Bench, faults: Sequence[str], arms: Sequence[str], seeds: Sequence[int]) -> list[str]:
+def summary(
+    bench: Bench, faults: Sequence[str], arms: Sequence[str], seeds: Sequence[int]
+) -> list[str]:
     lines = []
     for arm in arms:
         staged = [(fault, arm, seed) for fault in faults if fault not in NONE for seed in seeds]
@@ -346,7 +423,9 @@ def summary(bench: Bench, faults: Sequence[str], arms: Sequence[str], seeds: Seq
         acts = sum(cell["acts"] for cell in sound if cell is not None and "error" not in cell)
         if values:
             near = sum(value <= 0.01 for value in values)
-            lines.append(f"{arm}: within 1 % in {near} of {len(values)}; interventions on healthy runs: {acts}")
+            lines.append(
+                f"{arm}: within 1 % in {near} of {len(values)}; interventions on healthy runs: {acts}"
+            )
     known = [(fault, bench.known((fault, "guardrail", seed))) for fault in faults for seed in seeds]
     judged = [(fault, cell["causes"]) for fault, cell in known if cell and cell.get("causes")]
     if judged:
@@ -354,16 +433,23 @@ def summary(bench: Bench, faults: Sequence[str], arms: Sequence[str], seeds: Seq
         lines.append(f"the right cause first: {right} of {len(judged)} runs in which one was told")
     ratios = [
         one["seconds"] / other["seconds"]
-        for one, other in ((bench.known((HEALTHY, arm, seed)) for arm in ("guardrail", "unguarded")) for seed in seeds)
+        for one, other in (
+            (bench.known((HEALTHY, arm, seed)) for arm in ("guardrail", "unguarded"))
+            for seed in seeds
+        )
         if one and other and "error" not in one and "error" not in other
     ]
     if ratios:
-        lines.append(f"wall time of a healthy run, guardrail over unguarded: median {statistics.median(ratios):.2f}")
+        lines.append(
+            f"wall time of a healthy run, guardrail over unguarded: median {statistics.median(ratios):.2f}"
+        )
     return lines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--faults", nargs="+", choices=list(FAULTS), default=list(FAULTS))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
@@ -371,7 +457,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--cache", type=Path, default=Path(".rescue"))
     parser.add_argument("--only-table", action="store_true")
-    parser.add_argument("--journal", action="store_true", help="also what guardrail said in each run")
+    parser.add_argument(
+        "--journal", action="store_true", help="also what guardrail said in each run"
+    )
     arguments = parser.parse_args()
     seeds = arguments.seeds[:1] if arguments.quick else arguments.seeds
     arms = ["unguarded", "guardrail"] if arguments.quick else arguments.arms
@@ -379,14 +467,30 @@ def main() -> None:
     bench = Bench(arguments.cache)
     if "ARC" in arms and not arguments.only_table:
         install_arc(arguments.cache)
-    sound = [(fault, arm, seed) for seed in seeds for fault in NONE for arm in dict.fromkeys(["unguarded", *arms])]
-    staged = [(fault, arm, seed) for seed in seeds for fault in faults if fault not in NONE for arm in arms]
+    sound = [
+        (fault, arm, seed)
+        for seed in seeds
+        for fault in NONE
+        for arm in dict.fromkeys(["unguarded", *arms])
+    ]
+    staged = [
+        (fault, arm, seed)
+        for seed in seeds
+        for fault in faults
+        if fault not in NONE
+        for arm in arms
+    ]
     bench.run([] if arguments.only_table else [*sound, *staged], workers=arguments.workers)
     print_table(bench, faults, arms, seeds)
     if arguments.journal:
         for fault, seed in itertools.product(faults, seeds):
             cell = bench.known((fault, "guardrail", seed)) or {}
-            print(f"\n{fault}, seed {seed}:", *cell.get("journal", []), cell.get("error", ""), sep="\n  ")
+            print(
+                f"\n{fault}, seed {seed}:",
+                *cell.get("journal", []),
+                cell.get("error", ""),
+                sep="\n  ",
+            )
 
 
 if __name__ == "__main__":

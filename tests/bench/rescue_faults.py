@@ -1,4 +1,6 @@
-"""The faults of the rescue benchmark. Each strikes in the middle of the run, unless it is there from the beginning."""
+"""The faults of the rescue benchmark. Each strikes in the middle of the run, unless it is there
+from the beginning.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from typing import Any
 BATCH = 16
 STEPS = 240
 HEALTHY = "none"
-HEALTHY_TWO = "none, two ranks"  # held-out batches are shared out among the ranks, so that they are others
+# held-out batches are shared out among the ranks, so that they are others
+HEALTHY_TWO = "none, two ranks"
 DATA, STATE, HARDWARE = "data", "state", "hardware or nondeterminism"
 BOTH = "data x state"
 
@@ -45,7 +48,9 @@ def healthy(fault: str) -> str:
 
 def text(kind: str, batches: int) -> Callable[[int], Sections]:
     """All samples of that many batches in a row."""
-    return lambda step: [{"kind": kind, "first": (step - 1) * BATCH, "last": (step - 1 + batches) * BATCH}]
+    return lambda step: [
+        {"kind": kind, "first": (step - 1) * BATCH, "last": (step - 1 + batches) * BATCH}
+    ]
 
 
 def once(kind: str, **settings: Any) -> Callable[[int], Sections]:
@@ -54,19 +59,30 @@ def once(kind: str, **settings: Any) -> Callable[[int], Sections]:
 
 def persistent_nan(step: int) -> Sections:
     """Each tenth batch from there to the end of the run."""
-    return [{"kind": "nan_loss", "first": at * BATCH, "last": at * BATCH + 1} for at in range(step, 4 * step, 10)]
+    return [
+        {"kind": "nan_loss", "first": at * BATCH, "last": at * BATCH + 1}
+        for at in range(step, 4 * step, 10)
+    ]
 
 
 FAULTS = {
     HEALTHY: Staged(what="nothing"),
     HEALTHY_TWO: Staged(what="nothing, on two ranks", world=2),
-    "corrupted documents": Staged(what="six batches of noise", causes=(DATA,), at=text("noise_tokens", 6)),
-    "repeated n-grams": Staged(what="six batches of one n-gram", causes=(DATA,), at=text("repeat_tokens", 6)),
-    "label noise": Staged(what="labels shuffled in ten batches", causes=(DATA,), at=text("shuffle_labels", 10)),
+    "corrupted documents": Staged(
+        what="six batches of noise", causes=(DATA,), at=text("noise_tokens", 6)
+    ),
+    "repeated n-grams": Staged(
+        what="six batches of one n-gram", causes=(DATA,), at=text("repeat_tokens", 6)
+    ),
+    "label noise": Staged(
+        what="labels shuffled in ten batches", causes=(DATA,), at=text("shuffle_labels", 10)
+    ),
     "rate x30, 20 attempts": Staged(
         what="the rate is 30 times too high, 20 attempts long",
         causes=(STATE,),
-        at=lambda step: [{"kind": "scale_lr", "step": step, "steps": 10**6, "times": 20, "value": 30.0}],
+        at=lambda step: [
+            {"kind": "scale_lr", "step": step, "steps": 10**6, "times": 20, "value": 30.0}
+        ],
     ),
     "rate x30, 20 steps": Staged(
         what="as before, and again whenever these 20 steps are done again",
@@ -74,7 +90,9 @@ FAULTS = {
         at=lambda step: [{"kind": "scale_lr", "step": step, "steps": 20, "value": 30.0}],
     ),
     "no warm-up": Staged(
-        what="no warm-up, ten times the rate", causes=(STATE,), sections={"optim": {"lr": 3e-2, "warmup_steps": 0}}
+        what="no warm-up, ten times the rate",
+        causes=(STATE,),
+        sections={"optim": {"lr": 3e-2, "warmup_steps": 0}},
     ),
     "beta2 too high": Staged(
         what="beta2 0.99999, eps 1e-15, three times the rate",
@@ -83,20 +101,39 @@ FAULTS = {
     ),
     "NaN in a gradient": Staged(what="one entry, once", causes=(HARDWARE,), at=once("nan_grad")),
     "bit flip, weight": Staged(
-        what="highest exponent bit of one entry", causes=(STATE,), at=once("flip_weight", value=30, entry=100)
+        what="highest exponent bit of one entry",
+        causes=(STATE,),
+        at=once("flip_weight", value=30, entry=100),
     ),
     "bit flip, moment": Staged(
-        what="highest exponent bit of one first moment", causes=(STATE,), at=once("flip_moment", value=30, entry=100)
+        what="highest exponent bit of one first moment",
+        causes=(STATE,),
+        at=once("flip_moment", value=30, entry=100),
     ),
     "embedding row": Staged(
-        what="the row of the letter e times 1000", causes=(STATE,), at=once("scale_row", value=1000.0, entry=101)
+        what="the row of the letter e times 1000",
+        causes=(STATE,),
+        at=once("scale_row", value=1000.0, entry=101),
     ),
-    "weights x1000": Staged(what="all of them", causes=(STATE,), at=once("scale_weights", value=1000.0)),
-    "NaN data": Staged(what="a NaN in each tenth batch, to the end", causes=(DATA,), at=persistent_nan),
+    "weights x1000": Staged(
+        what="all of them", causes=(STATE,), at=once("scale_weights", value=1000.0)
+    ),
+    "NaN data": Staged(
+        what="a NaN in each tenth batch, to the end", causes=(DATA,), at=persistent_nan
+    ),
     "garbage rank": Staged(
         what="one of two ranks computes noise, 100 times too large, 5 attempts long",
         causes=(HARDWARE,),
-        at=lambda step: [{"kind": "garbage_grad", "step": step, "steps": 10**6, "times": 5, "rank": 1, "value": 100.0}],
+        at=lambda step: [
+            {
+                "kind": "garbage_grad",
+                "step": step,
+                "steps": 10**6,
+                "times": 5,
+                "rank": 1,
+                "value": 100.0,
+            }
+        ],
         world=2,
     ),
     "moments zeroed": Staged(what="both of Adam's", causes=(STATE,), at=once("zero_moments")),

@@ -2,9 +2,9 @@
 
     python -m tests.bench.restarts [--runs 20] [--kinds kill-0,kill-1,...]
 
-Each run is a real `guardrail launch` of two ranks with the default settings of [launch]. Something happens to one rank;
-the run must train again within 60 seconds, and count one failure. A line for each run goes to stderr, the table to
-stdout.
+Each run is a real `guardrail launch` of two ranks with the default settings of [launch]. Something
+happens to one rank; the run must train again within 60 seconds, and count one failure. A line for
+each run goes to stderr, the table to stdout.
 
     kill-0, kill-1  SIGKILL to a rank in training
     stop            SIGSTOP to a rank in training (rank 1 and rank 0 in turn)
@@ -74,7 +74,9 @@ enabled = false
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of one run. `seconds` from the fault until it trained again; NaN where it did not."""
+    """What became of one run. `seconds` from the fault until it trained again; NaN where it did
+    not.
+    """
 
     kind: str
     seconds: float
@@ -96,13 +98,19 @@ class Stage:
         self.corpus.mkdir()
         text = Path(argparse.__file__).read_text(encoding="utf-8")
         for number in range(40):
-            (self.corpus / f"{number:02d}.txt").write_text(text[number * 1000 : number * 1000 + 4000])
+            (self.corpus / f"{number:02d}.txt").write_text(
+                text[number * 1000 : number * 1000 + 4000]
+            )
 
     def run(self, kind: str, number: int) -> Outcome:
         """One run with one fault."""
         folder = self.folder / f"{kind}-{number}"
         folder.mkdir()
-        with small_disk(folder / "disk") if kind == "disk" else contextlib.nullcontext(folder / "disk") as disk:
+        with (
+            small_disk(folder / "disk")
+            if kind == "disk"
+            else contextlib.nullcontext(folder / "disk") as disk
+        ):
             lab = InjectedLab(folder)
             try:
                 return self._run(lab, disk, kind, number)
@@ -112,7 +120,11 @@ class Stage:
                 lab.close()
 
     def _run(self, lab: InjectedLab, disk: Path, kind: str, number: int) -> Outcome:
-        rank = number % 2 if kind in ("stop", "set-up", "save", "end", "disk", "memory") else int(kind[-1])
+        rank = (
+            number % 2
+            if kind in ("stop", "set-up", "save", "end", "disk", "memory")
+            else int(kind[-1])
+        )
         steps = 60 if kind == "end" else 100_000
         (lab.folder / "c.toml").write_text(
             CONFIG.format(root=disk, corpus=self.corpus, cache=self.folder / "cache", steps=steps)
@@ -168,13 +180,18 @@ def injection(kind: str, rank: int, mark: Path, steps: int) -> dict[str, str]:
 def strike(lab: InjectedLab, run: RunDirectory, kind: str, rank: int, disk: Path) -> float:
     """Let the fault happen; returns when it happened (time.time())."""
     mark = Path(lab.variables["RESTARTS_MARK"])
-    if kind in ("save", "end"):  # it strikes by itself, and the run may have trained for a moment only
+    # it strikes by itself, and the run may have trained for a moment only
+    if kind in ("save", "end"):
         return time_of(mark)
     if kind == "set-up":
-        assert wait(lambda: pid_of(run, rank, (Phase.STARTING, Phase.SETUP)), START_SECONDS), "no rank in set-up"
+        assert wait(lambda: pid_of(run, rank, (Phase.STARTING, Phase.SETUP)), START_SECONDS), (
+            "no rank in set-up"
+        )
         os.kill(pid_of(run, rank), signal.SIGKILL)
         return time.time()
-    assert wait(lambda: status_of(run).phase is Phase.STEP and status_of(run).step >= 5, START_SECONDS), "no training"
+    assert wait(
+        lambda: status_of(run).phase is Phase.STEP and status_of(run).step >= 5, START_SECONDS
+    ), "no training"
     if kind == "memory":
         Path(f"{mark}.strike").touch()
         return time_of(mark)
@@ -194,7 +211,9 @@ def time_of(mark: Path) -> float:
 
 
 def trains_again(run: RunDirectory) -> bool:
-    """Whether ranks of another start than the first train, or have ended the run as it should end."""
+    """Whether ranks of another start than the first train, or have ended the run as it should
+    end.
+    """
     status = run.read_status()
     if status is None or status.restarts == 0:
         return False
@@ -207,17 +226,27 @@ def status_of(run: RunDirectory) -> Status:
 
 def pid_of(run: RunDirectory, rank: int, phases: Sequence[Phase] = tuple(Phase)) -> int:
     """0 where it has not reported."""
-    return next((one.pid for one in run.read_ranks() if one.rank == rank and one.phase in phases), 0)
+    return next(
+        (one.pid for one in run.read_ranks() if one.rank == rank and one.phase in phases), 0
+    )
 
 
 def count_failures(run: RunDirectory) -> int:
     """As the supervisor has counted them."""
     text = (run.logs / "supervisor.log").read_text(encoding="utf-8", errors="replace")
-    return max((int(found) for found in re.findall(r" failure (\d+), launch\.max_restarts", text)), default=0)
+    return max(
+        (int(found) for found in re.findall(r" failure (\d+), launch\.max_restarts", text)),
+        default=0,
+    )
 
 
 def last_line(run: RunDirectory) -> str:
-    return (run.logs / "supervisor.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
+    return (
+        (run.logs / "supervisor.log")
+        .read_text(encoding="utf-8", errors="replace")
+        .strip()
+        .splitlines()[-1]
+    )
 
 
 def wait(condition: Callable[[], object], seconds: float) -> bool:
@@ -231,7 +260,9 @@ def wait(condition: Callable[[], object], seconds: float) -> bool:
 
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[Path]:
-    """A file system of its own that can be filled. Raises AssertionError where this user may not mount one."""
+    """A file system of its own that can be filled. Raises AssertionError where this user may not
+    mount one.
+    """
     folder.mkdir()
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(folder)],
@@ -261,12 +292,17 @@ def may_mount() -> bool:
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    lines = ["| kind | recovered within 60 s | failures counted | median s | worst s |", "|---|---|---|---|---|"]
+    lines = [
+        "| kind | recovered within 60 s | failures counted | median s | worst s |",
+        "|---|---|---|---|---|",
+    ]
     for kind in KINDS:
         of_kind = [outcome for outcome in outcomes if outcome.kind == kind]
         if not of_kind:
             continue
-        seconds = sorted(outcome.seconds for outcome in of_kind if outcome.seconds == outcome.seconds)
+        seconds = sorted(
+            outcome.seconds for outcome in of_kind if outcome.seconds == outcome.seconds
+        )
         counted = ", ".join(
             f"{number} ({sum(1 for one in of_kind if one.failures == number)} runs)"
             for number in sorted({outcome.failures for outcome in of_kind})
@@ -290,13 +326,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for number in range(options.runs):
             for kind in kinds:
                 if kind == "disk" and not may_mount():
-                    print("disk: skipped, because only root may mount a small disk", file=sys.stderr)
+                    print(
+                        "disk: skipped, because only root may mount a small disk", file=sys.stderr
+                    )
                     continue
                 outcome = stage.run(kind, number)
                 outcomes.append(outcome)
                 text = outcome.wrong or f"trains again after {outcome.seconds:.1f} s"
                 print(
-                    f"{len(outcomes):3d} of {options.runs * len(kinds)}  {kind:7s} {text}", file=sys.stderr, flush=True
+                    f"{len(outcomes):3d} of {options.runs * len(kinds)}  {kind:7s} {text}",
+                    file=sys.stderr,
+                    flush=True,
                 )
                 if not outcome.recovered:
                     print(outcome.log, file=sys.stderr, flush=True)

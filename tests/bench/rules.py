@@ -1,7 +1,8 @@
 """Published rules of other systems, from their formulas and with their defaults, as baselines.
 
-Each takes the loss and the gradient norm of one record (None: not logged) and answers None or a verdict. What a rule
-does about its own alarm decides which: an update that it leaves out or clips is a skip, a restart or a rollback is one.
+Each takes the loss and the gradient norm of one record (None: not logged) and answers None or a
+verdict. What a rule does about its own alarm decides which: an update that it leaves out or clips
+is a skip, a restart or a rollback is one.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ class _Window:
 
 
 class OlmoSkipStep:
-    """OLMo-core, optim/skip_step_optimizer.py: apply iff loss and norm are within 6 sigma of the last 128.
+    """OLMo-core, optim/skip_step_optimizer.py: apply iff loss and norm are within 6 sigma of the
+    last 128.
 
     At least 64 values, or everything is applied. Outliers enter the window.
     """
@@ -85,7 +87,9 @@ class OlmoSkipStep:
 
 
 class ZClip:
-    """ZClip (Kumar et al. 2025): a norm over 2.5 sigma of its moving average is clipped. EMA 0.97, 25 to begin with."""
+    """ZClip (Kumar et al. 2025): a norm over 2.5 sigma of its moving average is clipped. EMA 0.97,
+    25 to begin with.
+    """
 
     ALPHA, THRESHOLD, WARM_UP, EPSILON = 0.97, 2.5, 25, 1e-6
 
@@ -106,7 +110,9 @@ class ZClip:
         z = (norm - self._mean) / (sigma + self.EPSILON)
         clipped = self._mean + self.THRESHOLD**2 * sigma / z if z > self.THRESHOLD else norm
         self._mean = self.ALPHA * self._mean + (1 - self.ALPHA) * clipped
-        self._variance = self.ALPHA * self._variance + (1 - self.ALPHA) * (clipped - self._mean) ** 2
+        self._variance = (
+            self.ALPHA * self._variance + (1 - self.ALPHA) * (clipped - self._mean) ** 2
+        )
         return SKIP if z > self.THRESHOLD else None
 
 
@@ -129,7 +135,9 @@ class KillLossSpike:
             return None
         window = self._window
         full = len(window) == window.maxlen
-        self._count = self._count + 1 if full and loss >= self.FACTOR * self._sum / len(window) else 0
+        self._count = (
+            self._count + 1 if full and loss >= self.FACTOR * self._sum / len(window) else 0
+        )
         if full:
             self._sum -= window[0]
         window.append(loss)
@@ -138,7 +146,9 @@ class KillLossSpike:
 
 
 class LightningSpikeDetection:
-    """lightning.fabric SpikeDetection: above the last one and off the mean of 10 by twice that mean; or not finite."""
+    """lightning.fabric SpikeDetection: above the last one and off the mean of 10 by twice that
+    mean; or not finite.
+    """
 
     WINDOW, ATOL_FACTOR = 10, 2.0
 
@@ -163,7 +173,9 @@ class LightningSpikeDetection:
 
 
 class MegatronSpiky:
-    """Megatron-LM rerun_state_machine.is_unexpectedly_large: ten times the maximum of the first 100, NaN or Inf."""
+    """Megatron-LM rerun_state_machine.is_unexpectedly_large: ten times the maximum of the first
+    100, NaN or Inf.
+    """
 
     FIRST, FACTOR = 100, 10.0
 
@@ -257,7 +269,9 @@ class InternEvo:
 
 
 class RobustZ:
-    """What one would write first: median and MAD of the logarithms of the last 128, 8 sigma, spikes kept out."""
+    """What one would write first: median and MAD of the logarithms of the last 128, 8 sigma, spikes
+    kept out.
+    """
 
     WINDOW, LEAST, SIGMA = 128, 32, 8.0
 

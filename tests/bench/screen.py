@@ -1,12 +1,14 @@
-"""The screen at a million steps, as a terminal sees it: a real `guardrail attach` in a pseudo-terminal of 120 x 32.
+"""The screen at a million steps, as a terminal sees it: a real `guardrail attach` in a
+pseudo-terminal of 120 x 32.
 
     python -m tests.bench.screen [--steps 1000000] [--rounds 5] [--leet VENV RUN.wandb]
 
-What is measured, in one run: from the command to the first frame and to the whole curve; keys; the screen of a run that
-goes on with ten steps a second; a terminal that stops reading; a day of steps. CPU seconds are those of the whole
-process, all threads, from the kernel's scheduler: on a machine that others use they are what can be compared.
-Processes start with a warm file cache. `--leet` measures W&B LEET on a log of the same size, one of three
-metrics, in its own environment: wandb is nothing that guardrail installs.
+What is measured, in one run: from the command to the first frame and to the whole curve; keys; the
+screen of a run that goes on with ten steps a second; a terminal that stops reading; a day of steps.
+CPU seconds are those of the whole process, all threads, from the kernel's scheduler: on a machine
+that others use they are what can be compared. Processes start with a warm file cache. `--leet`
+measures W&B LEET on a log of the same size, one of three metrics, in its own environment: wandb is
+nothing that guardrail installs.
 """
 
 from __future__ import annotations
@@ -60,7 +62,11 @@ class Table:
 
 def build(root: Path, steps: int) -> RunDirectory:
     """A healthy run of so many steps."""
-    fake = FakeRun(name="bench/2026-11-25-01", total=2 * steps).begin().advance(steps, checkpoints=steps // 20)
+    fake = (
+        FakeRun(name="bench/2026-11-25-01", total=2 * steps)
+        .begin()
+        .advance(steps, checkpoints=steps // 20)
+    )
     fake.chunks[-1][-1, METRIC_COLUMNS.index("loss")] = LAST_LOSS
     fake.time = time.time()
     return fake.write(root)
@@ -68,7 +74,9 @@ def build(root: Path, steps: int) -> RunDirectory:
 
 def attach(run: RunDirectory, *command: str, environment: dict[str, str] | None = None) -> Terminal:
     words = list(command) or [GUARDRAIL]
-    return Terminal([*words, "attach", str(run.path)], columns=COLUMNS, rows=ROWS, environment=environment)
+    return Terminal(
+        [*words, "attach", str(run.path)], columns=COLUMNS, rows=ROWS, environment=environment
+    )
 
 
 def leave(terminal: Terminal, key: str = "q") -> None:
@@ -80,7 +88,9 @@ def leave(terminal: Terminal, key: str = "q") -> None:
 
 
 def shown_at(terminal: Terminal, shows: Callable[[list[str]], bool]) -> tuple[float, float]:
-    """(seconds since the command, CPU seconds) of the first chunk after which the screen shows something."""
+    """(seconds since the command, CPU seconds) of the first chunk after which the screen shows
+    something.
+    """
     screen, stream = blank(terminal.columns, terminal.rows)
     for at, cpu, data in terminal.chunks:
         stream.feed(data)  # type: ignore[attr-defined]
@@ -90,11 +100,15 @@ def shown_at(terminal: Terminal, shows: Callable[[list[str]], bool]) -> tuple[fl
 
 
 def framed(display: list[str]) -> bool:
-    return any("help" in row for row in display[-2:]) and any("gradient norm" in row for row in display)
+    return any("help" in row for row in display[-2:]) and any(
+        "gradient norm" in row for row in display
+    )
 
 
 def whole(display: list[str]) -> bool:
-    return any(" loss " in row and f"{LAST_LOSS:.3g} " in row for row in display) and framed(display)
+    return any(" loss " in row and f"{LAST_LOSS:.3g} " in row for row in display) and framed(
+        display
+    )
 
 
 def middle(values: Sequence[float], scale: float = 1.0, digits: int = 2) -> str:
@@ -123,7 +137,9 @@ def opening(table: Table, run: RunDirectory, steps: int, rounds: int) -> None:
             terminal.read(0.5)
             torch |= "torch" in Path(f"/proc/{terminal.process.pid}/maps").read_text()
             memory.append(terminal.memory())
-            imported = shown_at(terminal, lambda display: any("@imported@" in row for row in display))
+            imported = shown_at(
+                terminal, lambda display: any("@imported@" in row for row in display)
+            )
             drawn = shown_at(terminal, whole)
             after.append((drawn[0] - imported[0], drawn[1] - imported[1]))
             leave(terminal)
@@ -136,7 +152,10 @@ def opening(table: Table, run: RunDirectory, steps: int, rounds: int) -> None:
         finally:
             terminal.end()
     bare = bare_import("numpy, textual.app, textual.widgets", rounds)
-    for name, found, goal in (("first frame with skeleton", frames, "0.5 s"), ("the whole curve", curves, "")):
+    for name, found, goal in (
+        ("first frame with skeleton", frames, "0.5 s"),
+        ("the whole curve", curves, ""),
+    ):
         table.line(f"command to {name}, {steps:,} steps", f"{middle([s for s, _ in found])} s, "
                    f"CPU {middle([c for _, c in found])} s", goal)  # fmt: skip
     table.line("... of which a bare import of numpy and textual", f"{middle(bare)} s")
@@ -147,7 +166,9 @@ def opening(table: Table, run: RunDirectory, steps: int, rounds: int) -> None:
 
 
 class Writer(threading.Thread):
-    """Goes on with the run, as a trainer does: so many rows a second, a heartbeat a second. Notes what a row takes."""
+    """Goes on with the run, as a trainer does: so many rows a second, a heartbeat a second. Notes
+    what a row takes.
+    """
 
     def __init__(self, run: RunDirectory, step: int, rate: float = 10.0) -> None:
         super().__init__(daemon=True)
@@ -248,12 +269,20 @@ def keys(table: Table, run: RunDirectory, rounds: int) -> None:
     finally:
         terminal.end()
     every = [value for values in found.values() for value in values]
-    told = ", ".join(f"{name} {statistics.median(values) * 1e3:.0f}" for name, values in found.items())
-    table.line("key to the end of its frame (medians, ms: " + told + ")", f"{middle(every, 1e3, 0)} ms", "50 ms")
+    told = ", ".join(
+        f"{name} {statistics.median(values) * 1e3:.0f}" for name, values in found.items()
+    )
+    table.line(
+        "key to the end of its frame (medians, ms: " + told + ")",
+        f"{middle(every, 1e3, 0)} ms",
+        "50 ms",
+    )
 
 
 def deaf(table: Table, run: RunDirectory, steps: int, seconds: float) -> int:
-    """A terminal that stops reading, with keys that would draw everything anew; returns the newest step."""
+    """A terminal that stops reading, with keys that would draw everything anew; returns the newest
+    step.
+    """
     terminal, writer = attach(run), Writer(run, steps)
     try:
         terminal.read(2.0)
@@ -279,7 +308,11 @@ def deaf(table: Table, run: RunDirectory, steps: int, seconds: float) -> int:
     table.line(f"a row of the trainer while the terminal reads / does not read for {seconds:.0f} s (medians, rows)",
                f"{statistics.median(writer.took[:reading]) * 1e6:.0f} / {statistics.median(blocked) * 1e6:.0f} µs, "
                f"{reading} / {len(blocked)}", "no difference")  # fmt: skip
-    table.line("the screen has caught up after", f"{late:.1f} s" if caught >= newest else "never", "it does")
+    table.line(
+        "the screen has caught up after",
+        f"{late:.1f} s" if caught >= newest else "never",
+        "it does",
+    )
     return writer.step
 
 
@@ -294,11 +327,17 @@ def day(table: Table) -> None:
     """24 hours at ten steps a second, as many rows at once as half a minute brings."""
     command = [sys.executable, "-m", "tests.screen_probe", "day"]
     told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    table.line("memory after 1, 6, 12 and 24 hours of ten steps a second (simulated)", told.strip(), "does not grow")
+    table.line(
+        "memory after 1, 6, 12 and 24 hours of ten steps a second (simulated)",
+        told.strip(),
+        "does not grow",
+    )
 
 
 def leet(table: Table, environment: Path, log: Path) -> None:
-    """W&B LEET on a log of the same size: until its axis shows the last step, what it takes, keys."""
+    """W&B LEET on a log of the same size: until its axis shows the last step, what it takes,
+    keys.
+    """
     program = str(environment / "bin" / "wandb")
     terminal = Terminal([program, "leet", "run", str(log)], columns=COLUMNS, rows=ROWS)
     try:
@@ -311,12 +350,19 @@ def leet(table: Table, environment: Path, log: Path) -> None:
         took = [key_latency(terminal, key) for key in ("\t", "\t", "\t", "\t")]
         last = max(at for at, _, _ in terminal.chunks) - terminal.began
     finally:
-        for one in reversed(tree(terminal.process.pid)[1:]):  # what wandb starts outlives a launcher that is killed
+        # what wandb starts outlives a launcher that is killed
+        for one in reversed(tree(terminal.process.pid)[1:]):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(one, signal.SIGTERM)
         terminal.end()
-    table.line("W&B LEET, 1 M steps of 3 metrics: busy until, CPU", f"{still - terminal.began:.1f} s, {before:.1f} s")
-    table.line("W&B LEET: memory at most, key to screen", f"{peak:.0f} MB, {middle(took, 1e3, 0)} ms (last {last:.0f})")
+    table.line(
+        "W&B LEET, 1 M steps of 3 metrics: busy until, CPU",
+        f"{still - terminal.began:.1f} s, {before:.1f} s",
+    )
+    table.line(
+        "W&B LEET: memory at most, key to screen",
+        f"{peak:.0f} MB, {middle(took, 1e3, 0)} ms (last {last:.0f})",
+    )
 
 
 def tree(pid: int) -> list[int]:
@@ -346,10 +392,14 @@ def tree_memory(pid: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--deaf", type=float, default=60.0, help="seconds for which the terminal does not read")
+    parser.add_argument(
+        "--deaf", type=float, default=60.0, help="seconds for which the terminal does not read"
+    )
     parser.add_argument("--only", nargs="*", default=["opening", "quiet", "keys", "deaf", "day"])
     parser.add_argument("--leet", nargs=2, type=Path, metavar=("VENV", "LOG"))
     options = parser.parse_args()

@@ -1,9 +1,10 @@
-"""How much guardrail's figures on recorded runs hang on each of its constants: every one 20 % up and down, by itself.
+"""How much guardrail's figures on recorded runs hang on each of its constants: every one 20 % up
+and down, by itself.
 
     python -m tests.bench.sensitivity TRACES [--by 0.2] [--only NAME]
 
-A constant at the edge of a plateau was fitted to these runs and will fail on others; one in the middle of it was not.
-TRACES as for detection.py. Whole numbers move by at least one.
+A constant at the edge of a plateau was fitted to these runs and will fail on others; one in the
+middle of it was not. TRACES as for detection.py. Whole numbers move by at least one.
 """
 
 from __future__ import annotations
@@ -26,7 +27,15 @@ from guardrail.detectors import resume_jump as resume
 from tests.bench.detection import by_guardrail, read_traces, score
 
 MODULES = (baseline, divergence, growth, resume, share, spike, standard, stuck, tail, together)
-SETTINGS = ("window", "warmup", "loss_score", "grad_score", "persist", "divergence_score", "divergence_steps")
+SETTINGS = (
+    "window",
+    "warmup",
+    "loss_score",
+    "grad_score",
+    "persist",
+    "divergence_score",
+    "divergence_steps",
+)
 CONSTANTS: tuple[tuple[Any, tuple[str, ...]], ...] = (
     (baseline, ("FOLLOW", "LAG", "YOUNGEST", "USUAL_SHARE", "USUAL_WINDOWS")),
     (standard, ("LOSS_FLOOR", "NORM_FLOOR", "LOSS_COLD", "NORM_COLD")),
@@ -37,11 +46,20 @@ CONSTANTS: tuple[tuple[Any, tuple[str, ...]], ...] = (
     (stuck, ("CHANCE", "KNOWN")),
     (together, ("RAISED", "SHARE", "DRIFT", "ENOUGH", "MOST")),
 )
-FIGURES = ("acted", "noted", "false_skips_per_10k", "false_rollbacks_per_10k", "false_notes_per_10k", "delay_median")
+FIGURES = (
+    "acted",
+    "noted",
+    "false_skips_per_10k",
+    "false_rollbacks_per_10k",
+    "false_notes_per_10k",
+    "delay_median",
+)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("traces", type=Path, nargs="?")
     parser.add_argument("--by", type=float, default=0.2)
     parser.add_argument("--only", help="of this constant alone")
@@ -56,7 +74,10 @@ def main() -> None:
         cells = " ".join(f"{figures[key]:>12.4g}" for key in FIGURES)
         print(f"{name:28} {value:>10.4g} {cells}", flush=True)
 
-    print(f"{'constant':28} {'value':>10} " + " ".join(f"{key.removesuffix('_per_10k')[-12:]:>12}" for key in FIGURES))
+    print(
+        f"{'constant':28} {'value':>10} "
+        + " ".join(f"{key.removesuffix('_per_10k')[-12:]:>12}" for key in FIGURES)
+    )
     plain = GuardSection()
     row("as it is", math.nan, plain)
     for name in SETTINGS:

@@ -2,15 +2,16 @@
 
     python -m tests.bench.snapshots [--rounds 40] [--threads 1] [--millions 110] [--beside]
 
-About 10 M parameters with AdamW, as in guard.py. Each round measures every line once, in turn, beside a bare
-`_foreach_copy_` of the very same tensors between buffers that exist already; ratios are medians of these pairs, since
-a busy machine disturbs both alike. Goals: 1.3 for the ring both ways. A checkpoint's stall is the time that the caller
-is held up; the writing itself goes on in the background and is given as "until committed".
+About 10 M parameters with AdamW, as in guard.py. Each round measures every line once, in turn,
+beside a bare `_foreach_copy_` of the very same tensors between buffers that exist already; ratios
+are medians of these pairs, since a busy machine disturbs both alike. Goals: 1.3 for the ring both
+ways. A checkpoint's stall is the time that the caller is held up; the writing itself goes on in the
+background and is given as "until committed".
 
-`--beside` measures one thing alone: how long a training step is held up while a checkpoint is being written.
-Snapshots are taken at the given interval, as by `snapshots.every`, until several checkpoints are committed; then some
-are pruned. No step waits if the longest snapshot is about as long as the usual one. `--millions 110`: 1.3 GB of state,
-10 GB of memory.
+`--beside` measures one thing alone: how long a training step is held up while a checkpoint is being
+written. Snapshots are taken at the given interval, as by `snapshots.every`, until several
+checkpoints are committed; then some are pruned. No step waits if the longest snapshot is about as
+long as the usual one. `--millions 110`: 1.3 GB of state, 10 GB of memory.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ SIZES = {
 
 
 class Subject:
-    """A trained model with everything that copies it: the ring, the store, Accelerate, and bare copies."""
+    """A trained model with everything that copies it: the ring, the store, Accelerate, and bare
+    copies.
+    """
 
     def __init__(self, folder: Path, *, millions: int = 10) -> None:
         self.accelerator = Accelerator(cpu=True)
@@ -89,7 +92,9 @@ class Subject:
     def committed_now(self) -> None:
         """Not timed: the background is done and the disk is emptied before the next line."""
         assert self.store.wait(120)
-        self.committed += [event.seconds for event in self.store.poll() if event.state == "candidate"]
+        self.committed += [
+            event.seconds for event in self.store.poll() if event.state == "candidate"
+        ]
 
     def load(self) -> None:
         path = self.store.newest_valid().path
@@ -126,7 +131,8 @@ def measure(subject: Subject, *, rounds: int) -> dict[str, list[tuple[float, flo
     pairs: dict[str, list[tuple[float, float]]] = {line: [] for line in lines}
     for number in range(rounds + 1):
         for line, (work, bare) in lines.items():
-            first = timed(bare) if number % 2 else None  # which of the two goes first makes a difference
+            # which of the two goes first makes a difference
+            first = timed(bare) if number % 2 else None
             seconds = timed(work)
             other = timed(bare) if first is None else first
             if line == "checkpoint, stall":
@@ -139,12 +145,17 @@ def measure(subject: Subject, *, rounds: int) -> dict[str, list[tuple[float, flo
 
 def beside_saves(subject: Subject, *, saves: int, interval: float) -> dict[str, list[float]]:
     """Line -> seconds that each call held up the step that made it."""
-    lines: dict[str, list[float]] = {"snapshot, nothing is written": [], "snapshot, a checkpoint is written": []}
+    lines: dict[str, list[float]] = {
+        "snapshot, nothing is written": [],
+        "snapshot, a checkpoint is written": [],
+    }
     for _ in range(8):
         lines["snapshot, nothing is written"].append(timed(subject.take))
         time.sleep(interval)
     for _ in range(saves):
-        lines.setdefault("snapshot and asking for a checkpoint", []).append(timed(subject.take_and_save))
+        lines.setdefault("snapshot and asking for a checkpoint", []).append(
+            timed(subject.take_and_save)
+        )
         while subject.store.busy:
             time.sleep(interval)
             lines["snapshot, a checkpoint is written"].append(timed(subject.take))
@@ -157,16 +168,26 @@ def beside_saves(subject: Subject, *, saves: int, interval: float) -> dict[str, 
 def print_beside(lines: dict[str, list[float]]) -> None:
     print(f"{'held up by':38} {'calls':>6} {'median ms':>10} {'longest ms':>11}")
     for line, seconds in lines.items():
-        print(f"{line:38} {len(seconds):6} {statistics.median(seconds) * 1e3:10.1f} {max(seconds) * 1e3:11.1f}")
+        print(
+            f"{line:38} {len(seconds):6} {statistics.median(seconds) * 1e3:10.1f} {max(seconds) * 1e3:11.1f}"
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--threads", type=int, default=1, help="intra-op threads, for all lines alike")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="intra-op threads, for all lines alike"
+    )
     parser.add_argument("--millions", type=int, default=10, choices=SIZES, help="parameters, about")
-    parser.add_argument("--beside", action="store_true", help="only how long steps are held up beside a save")
-    parser.add_argument("--interval", type=float, default=0.5, help="seconds between two snapshots, with --beside")
+    parser.add_argument(
+        "--beside", action="store_true", help="only how long steps are held up beside a save"
+    )
+    parser.add_argument(
+        "--interval", type=float, default=0.5, help="seconds between two snapshots, with --beside"
+    )
     parser.add_argument("--saves", type=int, default=4, help="checkpoints, with --beside")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")

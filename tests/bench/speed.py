@@ -1,18 +1,21 @@
-"""A step of guardrail's trainer beside a bare PyTorch loop and the Hugging Face Trainer: time, memory, data wait.
+"""A step of guardrail's trainer beside a bare PyTorch loop and the Hugging Face Trainer: time,
+memory, data wait.
 
     python -m tests.bench.speed [--rounds 40] [--ranks 1,2] [--only NAME,NAME] [--compile]
 
-All contenders train the same model from the same weights on batches of the same shape, with AdamW and clipping at 1.0,
-each with its fastest AdamW. They take one step in turn in the same processes, so that whatever else the machine does
-strikes them alike; the table has medians and the median of the ratios within a round. CPU time, of all threads of a
-rank, is the steadier number on a machine that others use. The Hugging Face Trainer holds its loop itself, so it is the
-conductor: the others take their steps in its callback. Without transformers it is left out.
+All contenders train the same model from the same weights on batches of the same shape, with AdamW
+and clipping at 1.0, each with its fastest AdamW. They take one step in turn in the same processes,
+so that whatever else the machine does strikes them alike; the table has medians and the median of
+the ratios within a round. CPU time, of all threads of a rank, is the steadier number on a machine
+that others use. The Hugging Face Trainer holds its loop itself, so it is the conductor: the others
+take their steps in its callback. Without transformers it is left out.
 
-"guardrail" is the whole product: probes, detectors, snapshots every 10 steps, checkpoints every 200, metrics and
-heartbeat. "guard off" is the same loop without detection, snapshots and run directory. Peak memory is that of a process
-in which one contender trains alone, the ring of 4 snapshots included; "no ring" is guardrail with snapshots.keep = 0,
-of which the memory alone is measured. Goal: as fast as the fastest of the others within noise, the guard below 1 % of
-the step, and memory not higher but for the ring.
+"guardrail" is the whole product: probes, detectors, snapshots every 10 steps, checkpoints every
+200, metrics and heartbeat. "guard off" is the same loop without detection, snapshots and run
+directory. Peak memory is that of a process in which one contender trains alone, the ring of 4
+snapshots included; "no ring" is guardrail with snapshots.keep = 0, of which the memory alone is
+measured. Goal: as fast as the fastest of the others within noise, the guard below 1 % of the step,
+and memory not higher but for the ring.
 """
 
 from __future__ import annotations
@@ -51,8 +54,10 @@ from trainer.train import Trainer
 
 BATCH, LENGTH, VOCABULARY, STEPS = 8, 128, 259, 10_000
 RATE, WARMUP = 3e-4, 10
-WARM_UP_ROUNDS = 4  # not counted: lazy initialisation, DDP's buckets, the first allocation of a snapshot
-ALONE_STEPS = 15  # of a contender whose memory is measured: snapshots every 3 steps, so the ring of 4 is full by then
+# not counted: lazy initialisation, DDP's buckets, the first allocation of a snapshot
+WARM_UP_ROUNDS = 4
+# of a contender whose memory is measured: snapshots every 3 steps, so the ring of 4 is full by then
+ALONE_STEPS = 15
 OURS, OFF, HF = "guardrail", "guardrail, guard off", "Hugging Face Trainer"
 NO_RING = "guardrail, no ring"
 BARE = {"bare loop, fused AdamW": {"fused": True}, "bare loop, foreach AdamW": {"foreach": True}}
@@ -60,7 +65,14 @@ Contender = Callable[[], object]  # takes one whole training step over BATCH x L
 
 
 def configuration(
-    folder: Path, *, mode: str, ranks: int, threads: int, compiled: bool, every: int = 10, keep: int = 4
+    folder: Path,
+    *,
+    mode: str,
+    ranks: int,
+    threads: int,
+    compiled: bool,
+    every: int = 10,
+    keep: int = 4,
 ) -> Config:
     """About 10 M parameters on the built-in text; `every` and `keep`: of the ring of snapshots."""
     tree: dict[str, Any] = {
@@ -88,7 +100,9 @@ def ranks_and_own() -> tuple[int, int]:
 def rows(rank: int, share: int) -> list[Tensor]:
     """Some batches of one rank, in memory: [share, LENGTH + 1] each."""
     generator = torch.Generator().manual_seed(rank)
-    return [torch.randint(0, VOCABULARY, (share, LENGTH + 1), generator=generator) for _ in range(8)]
+    return [
+        torch.randint(0, VOCABULARY, (share, LENGTH + 1), generator=generator) for _ in range(8)
+    ]
 
 
 def decoder(config: Config) -> Decoder:
@@ -99,7 +113,9 @@ def decoder(config: Config) -> Decoder:
 
 
 def bare(config: Config, **adamw: bool) -> Contender:
-    """What one writes by hand: mean loss, clip_grad_norm_, AdamW, LambdaLR; DDP as torch's guide has it."""
+    """What one writes by hand: mean loss, clip_grad_norm_, AdamW, LambdaLR; DDP as torch's guide
+    has it.
+    """
     world, rank = ranks_and_own()
     model: nn.Module = decoder(config)
     if config.train.compile:
@@ -165,7 +181,9 @@ class Ours:
 
 
 class WithLoss(nn.Module):
-    """What the Hugging Face Trainer trains: a module that is given labels and gives {"loss": ...}."""
+    """What the Hugging Face Trainer trains: a module that is given labels and gives {"loss":
+    ...}.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -177,8 +195,8 @@ class WithLoss(nn.Module):
 
 
 def hugging_face(config: Config, folder: Path, *, between: Callable[[float, float], bool]) -> None:
-    """Train with transformers' Trainer until `between`, called with the seconds and CPU seconds of each step, has had
-    enough."""
+    """Train with transformers' Trainer until `between`, called with the seconds and CPU seconds of
+    each step, has had enough."""
     import transformers
 
     world, _ = ranks_and_own()
@@ -216,22 +234,31 @@ def hugging_face(config: Config, folder: Path, *, between: Callable[[float, floa
         disable_tqdm=True,
         torch_compile=config.train.compile,
     )
-    transformers.Trainer(model=WithLoss(model), args=arguments, train_dataset=items, callbacks=[Conductor()]).train()
+    transformers.Trainer(
+        model=WithLoss(model), args=arguments, train_dataset=items, callbacks=[Conductor()]
+    ).train()
 
 
 # -- measuring
 
 
-def compare(config: Config, off: Config, folder: Path, *, rounds: int, names: list[str]) -> dict[str, Any]:
+def compare(
+    config: Config, off: Config, folder: Path, *, rounds: int, names: list[str]
+) -> dict[str, Any]:
     """Seconds of the steps of each contender, taken in turn."""
     make_accelerator(config)
-    contenders: dict[str, Contender] = {name: bare(off, **how) for name, how in BARE.items() if name in names}
+    contenders: dict[str, Contender] = {
+        name: bare(off, **how) for name, how in BARE.items() if name in names
+    }
     ours = Ours(config, recorded=True) if OURS in names else None
     unguarded = Ours(off, recorded=False) if OFF in names else None
-    contenders |= {name: each for name, each in ((OURS, ours), (OFF, unguarded)) if each is not None}
+    contenders |= {
+        name: each for name, each in ((OURS, ours), (OFF, unguarded)) if each is not None
+    }
     order = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    worked: dict[str, list[float]] = {name: [] for name in names}  # CPU seconds of all threads of this rank
+    # CPU seconds of all threads of this rank
+    worked: dict[str, list[float]] = {name: [] for name in names}
     turn = 0
 
     def one_round() -> None:
@@ -274,7 +301,9 @@ def compare(config: Config, off: Config, folder: Path, *, rounds: int, names: li
 
 
 def alone(config: Config, folder: Path, *, name: str) -> dict[str, Any]:
-    """Peak resident memory that training with one contender adds to a process that has imported everything, MiB."""
+    """Peak resident memory that training with one contender adds to a process that has imported
+    everything, MiB.
+    """
     make_accelerator(config)
     if HF == name:
         import transformers.trainer  # noqa: F401  its own code is not what is compared
@@ -305,7 +334,9 @@ def child(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.folder)
     if world > 1:
         dist.init_process_group("gloo")
-    make = functools.partial(configuration, folder, ranks=world, threads=arguments.threads, compiled=arguments.compile)
+    make = functools.partial(
+        configuration, folder, ranks=world, threads=arguments.threads, compiled=arguments.compile
+    )
     # A loop that nobody guards never goes back, and takes no copies.
     config, off = make(mode="auto"), make(mode="off", keep=0)
     with warnings.catch_warnings():
@@ -314,7 +345,9 @@ def child(arguments: argparse.Namespace) -> None:
             of_name = {OURS: make(mode="auto", every=3), NO_RING: make(mode="auto", keep=0)}
             result = alone(of_name.get(arguments.alone, off), folder, name=arguments.alone)
         else:
-            result = compare(config, off, folder, rounds=arguments.rounds, names=arguments.only.split(";"))
+            result = compare(
+                config, off, folder, rounds=arguments.rounds, names=arguments.only.split(";")
+            )
     (folder / f"result-{rank}.json").write_text(json.dumps(result))
     if world > 1:
         dist.destroy_process_group()
@@ -326,7 +359,16 @@ def start(world: int, folder: Path, threads: int, *options: str) -> list[dict[st
     if world > 1:  # else Accelerate would wrap the Hugging Face Trainer's model in DDP
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         environment |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    command = [sys.executable, "-m", "tests.bench.speed", "--folder", str(folder), "--threads", str(threads), *options]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.bench.speed",
+        "--folder",
+        str(folder),
+        "--threads",
+        str(threads),
+        *options,
+    ]
     ranks = [
         subprocess.Popen(
             command,
@@ -345,43 +387,61 @@ def start(world: int, folder: Path, threads: int, *options: str) -> list[dict[st
 def ratios(times: dict[str, list[float]], mine: str, rivals: list[str]) -> str:
     """Medians of the ratios within a round."""
     return " ".join(
-        f"{statistics.median(a / b for a, b in zip(times[mine], times[rival], strict=True)):11.3f}" for rival in rivals
+        f"{statistics.median(a / b for a, b in zip(times[mine], times[rival], strict=True)):11.3f}"
+        for rival in rivals
     )
 
 
 def report(world: int, found: dict[str, Any], memory: dict[str, float]) -> None:
     seconds, worked = found["seconds"], found["worked"]
     rivals = [name for name in seconds if name not in (OURS, OFF)]
-    print(f"\n{world} rank{'s' if world > 1 else ''}, {len(next(iter(seconds.values())))} rounds in turn")
+    print(
+        f"\n{world} rank{'s' if world > 1 else ''}, {len(next(iter(seconds.values())))} rounds in turn"
+    )
     heads = " ".join(f"{'/ ' + name.split(',')[-1].split()[0]:>11}" for name in rivals)
     print(f"{'':26} {'median ms':>9} {'CPU ms':>8} {'MiB':>6} | time {heads} | CPU time {heads}")
     for name in seconds:
         middle, cpu = statistics.median(seconds[name]) * 1e3, statistics.median(worked[name]) * 1e3
         row = f"{name:26} {middle:9.1f} {cpu:8.1f} {memory.get(name, float('nan')):6.0f}"
-        print(f"{row} |      {ratios(seconds, name, rivals)} |          {ratios(worked, name, rivals)}")
+        print(
+            f"{row} |      {ratios(seconds, name, rivals)} |          {ratios(worked, name, rivals)}"
+        )
     if NO_RING in memory:
         print(f"{NO_RING:26} {'':9} {'':8} {memory[NO_RING]:6.0f} |")
     if OURS in seconds and OFF in seconds:
         both = [ratios(times, OURS, [OFF]).strip() for times in (seconds, worked)]
         means = statistics.fmean(worked[OURS]) / statistics.fmean(worked[OFF])
-        print(f"guard on / off: time {both[0]}, CPU time {both[1]} (medians of the rounds), {means:.3f} (CPU, means)")
+        print(
+            f"guard on / off: time {both[0]}, CPU time {both[1]} (medians of the rounds), {means:.3f} (CPU, means)"
+        )
     if OURS in seconds:
         print(f"what the guard says of itself: {found['share']:.2%} of the step")
         waited = found["waited"]
-        middle, most, share = statistics.median(waited), max(waited), sum(waited) / sum(seconds[OURS])
+        middle, most, share = (
+            statistics.median(waited),
+            max(waited),
+            sum(waited) / sum(seconds[OURS]),
+        )
         print(
             f"waited for data: median {middle * 1e3:.3f} ms, most {most * 1e3:.3f} ms a step, {share:.3%} of the time"
         )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--ranks", default="1,2", help="numbers of ranks to compare")
     parser.add_argument(
-        "--threads", type=int, default=1, help="of each rank; more than idle cores measure only waiting"
+        "--threads",
+        type=int,
+        default=1,
+        help="of each rank; more than idle cores measure only waiting",
     )
-    parser.add_argument("--only", default="", help="names of contenders, separated by semicolons; default: all")
+    parser.add_argument(
+        "--only", default="", help="names of contenders, separated by semicolons; default: all"
+    )
     parser.add_argument("--compile", action="store_true", help="all with torch.compile")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--folder", default="", help=argparse.SUPPRESS)
@@ -392,14 +452,18 @@ def main() -> None:
         return
     names = [*BARE, OURS, OFF] + ([HF] if importlib.util.find_spec("transformers") else [])
     if HF not in names:
-        print("transformers is not installed (pip install 'guardrail[hf]'): without the Hugging Face Trainer")
+        print(
+            "transformers is not installed (pip install 'guardrail[hf]'): without the Hugging Face Trainer"
+        )
     if arguments.only:
         names = [name for name in names if name in arguments.only.split(";")]
     compiled = ["--compile"] if arguments.compile else []
     for world in map(int, arguments.ranks.split(",")):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            config = configuration(folder, mode="off", ranks=world, threads=arguments.threads, compiled=False)
+            config = configuration(
+                folder, mode="off", ranks=world, threads=arguments.threads, compiled=False
+            )
             if world == 1:
                 parameters = parameter_count(config.model, VOCABULARY) / 1e6
                 print(f"{parameters:.1f} M parameters, global batch {BATCH} x {LENGTH}, fp32")

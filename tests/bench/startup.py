@@ -2,8 +2,8 @@
 
     python -m tests.bench.startup [--rounds 20]
 
-Goal: `guardrail --help` in 0.1 s. What the bare interpreter and click need is shown beside it, since no command of
-Python can be faster.
+Goal: `guardrail --help` in 0.1 s. What the bare interpreter and click need is shown beside it,
+since no command of Python can be faster.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ COMMANDS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=20)
     rounds = parser.parse_args().rounds
     seconds: dict[str, list[float]] = {name: [] for name in COMMANDS}
@@ -36,10 +38,14 @@ def main() -> None:
             if "torch" in name and number > 3:
                 continue
             began = time.perf_counter()
-            subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+            subprocess.run(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True
+            )
             if number:  # the first round warms the file cache
                 seconds[name].append(time.perf_counter() - began)
-    print(f"{'':26} {'median ms':>10} {'least':>7} {'most':>7}   ({rounds} rounds in turn, torch 3)")
+    print(
+        f"{'':26} {'median ms':>10} {'least':>7} {'most':>7}   ({rounds} rounds in turn, torch 3)"
+    )
     for name, times in seconds.items():
         middle, least, most = statistics.median(times) * 1e3, min(times) * 1e3, max(times) * 1e3
         print(f"{name:26} {middle:10.0f} {least:7.0f} {most:7.0f}")

@@ -1,9 +1,10 @@
-"""What the order of labels is worth to a model, in text that it knows, in other text and in bad data.
+"""What the order of labels is worth to a model, in text that it knows, in other text and in bad
+data.
 
     python -m tests.bench.structure [--rounds 120 400]
 
-The measure of guardrail.decide.root_cause.structure_of on a decoder of 35,000 parameters, after so many steps on the
-source of Python's standard library, eight batches of each kind, fp32 on the CPU.
+The measure of guardrail.decide.root_cause.structure_of on a decoder of 35,000 parameters, after so
+many steps on the source of Python's standard library, eight batches of each kind, fp32 on the CPU.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ KINDS: dict[str, Kind] = {
     "rot13": lambda rows, dice: cut(lower(rows, lambda letter: (letter + 13) % LETTERS + A)),
     "backwards": lambda rows, dice: cut(rows[:, ::-1]),
     "labels three places off": lambda rows, dice: (cut(rows)[0], np.roll(cut(rows)[1], 3, axis=1)),
-    "one n-gram a row": lambda rows, dice: cut(np.stack([np.resize(row[:4], len(row)) for row in rows])),
+    "one n-gram a row": lambda rows, dice: cut(
+        np.stack([np.resize(row[:4], len(row)) for row in rows])
+    ),
     "labels shuffled": lambda rows, dice: (cut(rows)[0], dice.permuted(cut(rows)[1], axis=1)),
     "letters shuffled": lambda rows, dice: cut(dice.permuted(rows, axis=1)),
     "noise": lambda rows, dice: cut(dice.integers(0, 256, rows.shape)),
@@ -58,10 +61,19 @@ def trained(steps: int, folder: Path) -> Trainer:
     tree = {
         "run": {"root": str(folder)},
         "launch": {"device": "cpu", "threads": 1},
-        "data": {"sources": ["builtin:python"], "sequence_length": LENGTH, "cache": str(folder / "cache")},
+        "data": {
+            "sources": ["builtin:python"],
+            "sequence_length": LENGTH,
+            "cache": str(folder / "cache"),
+        },
         "model": {"layers": 2, "width": 32, "heads": 2, "dropout": 0.0},
         "optim": {"lr": 3e-3, "warmup_steps": 30},
-        "train": {"steps": 2 * steps, "batch_size": ROWS, "micro_batch_size": ROWS, "eval_every": 0},
+        "train": {
+            "steps": 2 * steps,
+            "batch_size": ROWS,
+            "micro_batch_size": ROWS,
+            "eval_every": 0,
+        },
         "guard": {"mode": "off"},
     }
     config = build(tree, file="structure", base=folder)
@@ -82,13 +94,19 @@ def trained(steps: int, folder: Path) -> Trainer:
 @torch.no_grad()
 def loss(trainer: Trainer, inputs: np.ndarray, labels: np.ndarray) -> float:
     """Nats a token."""
-    total, count = trainer.loss_sum(trainer.model(torch.from_numpy(inputs)), torch.from_numpy(labels))
+    total, count = trainer.loss_sum(
+        trainer.model(torch.from_numpy(inputs)), torch.from_numpy(labels)
+    )
     return float(total / count)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, nargs="+", default=[120, 400], help="steps of training")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rounds", type=int, nargs="+", default=[120, 400], help="steps of training"
+    )
     steps = parser.parse_args().rounds
     print("| steps | kind | loss | worth of the order | of the usual |\n|---|---|---|---|---|")
     for count in steps:
@@ -97,7 +115,9 @@ def main() -> None:
             usual = None
             for name, kind in KINDS.items():
                 dice = np.random.default_rng(0)
-                ids = np.random.default_rng(1).permutation(len(trainer.corpus.train))[: ROWS * BATCHES]
+                ids = np.random.default_rng(1).permutation(len(trainer.corpus.train))[
+                    : ROWS * BATCHES
+                ]
                 plain, gains = [], []
                 for batch in ids.reshape(BATCHES, ROWS).tolist():
                     inputs, labels = kind(trainer.corpus.train.tokens(batch), dice)

@@ -1,11 +1,13 @@
-"""Healthy runs of tiny models under a tiny configuration: what the guard finds in them, all of it false.
+"""Healthy runs of tiny models under a tiny configuration: what the guard finds in them, all of it
+false.
 
     python -m tests.bench.tiny_runs [--runs 100] [--steps 600] [--set guard.KEY=VALUE]
 
-Each run really trains, in process and in a second or so: a character model of 6,800 parameters (two characters of
-context, embeddings of 8, a hidden layer of 16) under Adam with a clip, on the source text of Python's own library. Runs
-differ in their seed, their batch (16 to 128 characters), their learning rate, and in whether batches are drawn from all
-of the text or read in its order. None has a fault. The guard has a window of 32 and a warm-up of 12 steps.
+Each run really trains, in process and in a second or so: a character model of 6,800 parameters (two
+characters of context, embeddings of 8, a hidden layer of 16) under Adam with a clip, on the source
+text of Python's own library. Runs differ in their seed, their batch (16 to 128 characters), their
+learning rate, and in whether batches are drawn from all of the text or read in its order. None has
+a fault. The guard has a window of 32 and a warm-up of 12 steps.
 """
 
 from __future__ import annotations
@@ -79,14 +81,20 @@ class Model:
 def train(text: np.ndarray, seed: int, steps: int) -> Iterator[tuple[float, float]]:
     """(loss, gradient norm) of each step."""
     draw = random.Random(seed)
-    tokens, rate, in_order = draw.choice((16, 32, 64, 128)), draw.choice((1e-3, 3e-3, 1e-2)), draw.random() < 0.5
+    tokens, rate, in_order = (
+        draw.choice((16, 32, 64, 128)),
+        draw.choice((1e-3, 3e-3, 1e-2)),
+        draw.random() < 0.5,
+    )
     model, begin = Model(seed), draw.randrange(len(text) // 2)
     for step in range(steps):
         at = np.arange(begin + step * tokens, begin + (step + 1) * tokens)
         if not in_order:
             at = np.array([draw.randrange(len(text) - CONTEXT) for _ in range(tokens)])
         at = at % (len(text) - CONTEXT)
-        loss, gradients = model.gradients(np.stack([text[at], text[at + 1]], axis=1), text[at + CONTEXT])
+        loss, gradients = model.gradients(
+            np.stack([text[at], text[at + 1]], axis=1), text[at + CONTEXT]
+        )
         norm = math.sqrt(sum(float((g * g).sum()) for g in gradients))
         model.update(gradients, rate=rate * min(1.0, (step + 1) / WARM_UP), norm=norm)
         yield loss, norm
@@ -99,7 +107,9 @@ def judge(rows: list[tuple[float, float]], settings: GuardSection) -> Counter[st
     incidents = set()
     for step, (loss, norm) in enumerate(rows, 1):
         signals = {LOSS: loss, GRAD_NORM: norm}
-        verdict = controller.observe(Observation(step=step, first=step, last=step + 1, signals=signals))
+        verdict = controller.observe(
+            Observation(step=step, first=step, last=step + 1, signals=signals)
+        )
         action = verdict.would or verdict.action
         if action is not Action.APPLY:
             found[action.value] += 1
@@ -112,7 +122,9 @@ def judge(rows: list[tuple[float, float]], settings: GuardSection) -> Counter[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--first", type=int, default=0, help="seed of the first run")

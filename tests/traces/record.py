@@ -2,9 +2,10 @@
 
     python -m tests.traces.record all | NAME... (without a name only truth.json is written)
 
-Nothing is simulated: each is a training of a small decoder to which one thing is done at a known step, so the truth is
-known by construction. The guard advises and changes nothing. Writes NAME.csv and truth.json beside this file; a
-recording belongs to the versions of Python (whose library is the text) and torch that made it, so the files are kept.
+Nothing is simulated: each is a training of a small decoder to which one thing is done at a known
+step, so the truth is known by construction. The guard advises and changes nothing. Writes NAME.csv
+and truth.json beside this file; a recording belongs to the versions of Python (whose library is the
+text) and torch that made it, so the files are kept.
 """
 
 from __future__ import annotations
@@ -22,7 +23,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from guardrail.core.records import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS, Observation, Verdict
+from guardrail.core.records import (
+    EMBED_GRAD_NORM,
+    EMBED_SHARE,
+    GRAD_NORM,
+    LOSS,
+    Observation,
+    Verdict,
+)
 from tests.running import tiny
 from trainer.data.loader import MicroBatch
 from trainer.train import Trainer
@@ -30,7 +38,18 @@ from trainer.train import Trainer
 HERE = Path(__file__).parent
 STEPS, ONSET = 320, 200
 SIGNALS = (LOSS, GRAD_NORM, EMBED_GRAD_NORM, EMBED_SHARE)
-MODULES = ("argparse", "ast", "calendar", "datetime", "decimal", "difflib", "doctest", "inspect", "pathlib", "typing")
+MODULES = (
+    "argparse",
+    "ast",
+    "calendar",
+    "datetime",
+    "decimal",
+    "difflib",
+    "doctest",
+    "inspect",
+    "pathlib",
+    "typing",
+)
 
 Batch = Callable[[int, MicroBatch, np.random.Generator], MicroBatch]
 Before = Callable[[int, Trainer], None]
@@ -61,7 +80,7 @@ class Stage:
     before: Before = lambda step, trainer: None
 
 
-# -- data ------------------------------------------------------------------------------------------------------------
+# -- data ------------------------------------------------------------------------------------------
 
 
 def during(first: int, last: int, change: Batch) -> Batch:
@@ -82,16 +101,22 @@ def noise(step: int, micro: MicroBatch, dice: np.random.Generator) -> MicroBatch
 def repeated(step: int, micro: MicroBatch, dice: np.random.Generator) -> MicroBatch:
     """Three rare bytes again and again."""
     rows, length = micro.tokens.shape
-    return tokens_of(micro, np.tile(np.array([200, 3, 251]), (rows, length // 3 + 1))[:, : length + 1])
+    return tokens_of(
+        micro, np.tile(np.array([200, 3, 251]), (rows, length // 3 + 1))[:, : length + 1]
+    )
 
 
 def one_token(step: int, micro: MicroBatch, dice: np.random.Generator) -> MicroBatch:
-    """The context is one token that the model has hardly met; what is to be predicted is unchanged."""
+    """The context is one token that the model has hardly met; what is to be predicted is
+    unchanged.
+    """
     return changed(micro, tokens=np.full_like(micro.tokens, 7))
 
 
 def wrong_labels(step: int, micro: MicroBatch, dice: np.random.Generator) -> MicroBatch:
-    return changed(micro, labels=dice.permuted(micro.labels.reshape(-1)).reshape(micro.labels.shape))
+    return changed(
+        micro, labels=dice.permuted(micro.labels.reshape(-1)).reshape(micro.labels.shape)
+    )
 
 
 def other_order(step: int, micro: MicroBatch, dice: np.random.Generator) -> MicroBatch:
@@ -100,7 +125,7 @@ def other_order(step: int, micro: MicroBatch, dice: np.random.Generator) -> Micr
     return changed(micro, tokens=upper(micro.tokens), labels=upper(micro.labels))
 
 
-# -- weights and schedule --------------------------------------------------------------------------------------------
+# -- weights and schedule --------------------------------------------------------------------------
 
 
 def at(step: int, change: Callable[[Trainer], None]) -> Before:
@@ -109,7 +134,9 @@ def at(step: int, change: Callable[[Trainer], None]) -> Before:
 
 @torch.no_grad()
 def blow_up_embedding(trainer: Trainer) -> None:
-    """The rows of the commonest letters, tenfold, as one update with a broken second moment leaves them."""
+    """The rows of the commonest letters, tenfold, as one update with a broken second moment leaves
+    them.
+    """
     weight = trainer.model.get_parameter("embedding.weight")
     weight[97:123] *= 10.0
 
@@ -130,7 +157,9 @@ def raise_rate(factor: float) -> Before:
 
 @torch.no_grad()
 def inflate(step: int, trainer: Trainer) -> None:
-    """All matrices of the blocks grow by 4 % a step: sharper and sharper, and no single step is to blame."""
+    """All matrices of the blocks grow by 4 % a step: sharper and sharper, and no single step is to
+    blame.
+    """
     if step >= ONSET:
         for name, parameter in trainer.model.named_parameters():
             if name.startswith("blocks") and parameter.ndim == 2:
@@ -144,19 +173,31 @@ def fault(kind: str, **fields: Any) -> dict[str, Any]:
 STAGES = {
     "healthy": Stage(what="nothing", expect="healthy", most="healthy"),
     "healthy_dropout": Stage(
-        what="nothing, dropout 0.2", expect="healthy", most="healthy", sections={"model": {"dropout": 0.2}}
+        what="nothing, dropout 0.2",
+        expect="healthy",
+        most="healthy",
+        sections={"model": {"dropout": 0.2}},
     ),
     "corrupted_documents": Stage(
-        what="six batches of mis-decoded bytes", expect="rollback", batch=during(ONSET, ONSET + 6, noise)
+        what="six batches of mis-decoded bytes",
+        expect="rollback",
+        batch=during(ONSET, ONSET + 6, noise),
     ),
     "repeated_ngrams": Stage(
-        what="five batches of one n-gram", expect="rollback", batch=during(ONSET, ONSET + 5, repeated)
+        what="five batches of one n-gram",
+        expect="rollback",
+        batch=during(ONSET, ONSET + 5, repeated),
     ),
     "one_token": Stage(
-        what="one token id through a whole batch", expect="skip", most="skip", batch=during(ONSET, ONSET + 1, one_token)
+        what="one token id through a whole batch",
+        expect="skip",
+        most="skip",
+        batch=during(ONSET, ONSET + 1, one_token),
     ),
     "label_noise": Stage(
-        what="labels shuffled in ten batches", expect="rollback", batch=during(ONSET, ONSET + 10, wrong_labels)
+        what="labels shuffled in ten batches",
+        expect="rollback",
+        batch=during(ONSET, ONSET + 10, wrong_labels),
     ),
     "batch_order": Stage(
         what="forty batches of upper-case text in a row: harmless and soon learnt; no number tells it from bad data",
@@ -164,7 +205,9 @@ STAGES = {
         most="skip",
         batch=during(ONSET, ONSET + 40, other_order),
     ),
-    "rate_too_high": Stage(what="learning rate x 100", expect="rollback", within=12, before=raise_rate(100.0)),
+    "rate_too_high": Stage(
+        what="learning rate x 100", expect="rollback", within=12, before=raise_rate(100.0)
+    ),
     "no_warmup": Stage(
         what="learning rate 1 without warm-up",
         expect="rollback",
@@ -172,18 +215,32 @@ STAGES = {
         within=60,
         sections={"optim": {"lr": 1.0, "warmup_steps": 0}},
     ),
-    "nan_gradient": Stage(what="one infinite gradient", expect="skip", within=1, sections=fault("inf_grad")),
+    "nan_gradient": Stage(
+        what="one infinite gradient", expect="skip", within=1, sections=fault("inf_grad")
+    ),
     "nan_loss": Stage(what="a loss of NaN", expect="skip", within=1, sections=fault("nan_loss")),
     "loss_fault": Stage(
-        what="loss x 3 once", expect="skip", most="skip", within=1, sections=fault("spike_loss", value=3.0)
+        what="loss x 3 once",
+        expect="skip",
+        most="skip",
+        within=1,
+        sections=fault("spike_loss", value=3.0),
     ),
     "gradient_fault": Stage(
-        what="gradients x 1000 once", expect="skip", most="skip", within=1, sections=fault("spike_grad", value=1000.0)
+        what="gradients x 1000 once",
+        expect="skip",
+        most="skip",
+        within=1,
+        sections=fault("spike_grad", value=1000.0),
     ),
     "embedding_rows": Stage(
-        what="embedding rows of the letters x 10", expect="rollback", before=at(ONSET, blow_up_embedding)
+        what="embedding rows of the letters x 10",
+        expect="rollback",
+        before=at(ONSET, blow_up_embedding),
     ),
-    "norm_removed": Stage(what="scale of the last norm x 12", expect="rollback", before=at(ONSET, remove_norm)),
+    "norm_removed": Stage(
+        what="scale of the last norm x 12", expect="rollback", before=at(ONSET, remove_norm)
+    ),
     "weights_grow": Stage(
         what="matrices grow by 4 % a step: the loss creeps up by a fifth in 80 steps",
         expect="note",
@@ -236,7 +293,9 @@ def write_text(folder: Path) -> None:
 
 
 def record(stage: Stage, folder: Path) -> list[list[float]]:
-    """Rows [step, loss, grad_norm, embed_grad_norm, embed_share] of a run with the stage done to it."""
+    """Rows [step, loss, grad_norm, embed_grad_norm, embed_share] of a run with the stage done to
+    it.
+    """
     sections: dict[str, Any] = {
         "data": {"sequence_length": 64, "order": "shuffled"},
         "model": {"dropout": 0.0, "width": 48},
@@ -246,7 +305,9 @@ def record(stage: Stage, folder: Path) -> list[list[float]]:
         "snapshots": {"every": 1000, "keep": 2},
     }
     for name, section in stage.sections.items():
-        sections[name] = {**sections.get(name, {}), **section} if isinstance(section, dict) else section
+        sections[name] = (
+            {**sections.get(name, {}), **section} if isinstance(section, dict) else section
+        )
     config = tiny(folder, **sections)
     trainer = Recording(config).begin(stage)
     trainer.train()
@@ -262,7 +323,9 @@ def main(names: list[str]) -> None:
             with (HERE / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file, lineterminator="\n")
                 writer.writerow(["step", *SIGNALS])
-                writer.writerows([int(step), *(f"{value:.6g}" for value in values)] for step, *values in rows)
+                writer.writerows(
+                    [int(step), *(f"{value:.6g}" for value in values)] for step, *values in rows
+                )
             print(f"{name}: {len(rows)} steps, last loss {rows[-1][1]:.3f}", file=sys.stderr)
     truth = {
         name: {key: getattr(stage, key) for key in ("what", "expect", "most", "onset", "within")}

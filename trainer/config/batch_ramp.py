@@ -1,7 +1,8 @@
-"""The batch size as a function of the step: constant, or growing with the tokens seen (GPT-3: 32 K to 3.2 M).
+"""The batch size as a function of the step: constant, or growing with the tokens seen (GPT-3: 32 K
+to 3.2 M).
 
-A function of the step alone, so a rollback or a restart cannot put it out of step, and a batch left out does not
-move it.
+A function of the step alone, so a rollback or a restart cannot put it out of step, and a batch left
+out does not move it.
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ class BatchPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def growing(cls, *, start: int, by: int, size: int, samples: int) -> BatchPlan:
-        """From `start` to `size` in equal increments `by`, linear in samples, as Megatron's rampup_batch_size has it.
+        """From `start` to `size` in equal increments `by`, linear in samples, as Megatron's
+        rampup_batch_size has it.
 
         Args:
             start, by, size: samples of a batch; size - start is a multiple of `by`.
-            samples: after which the batch has its full size; each stage gets its share, rounded up to whole batches.
+            samples: after which the batch has its full size; each stage gets its share, rounded up
+            to whole batches.
         """
         sizes = tuple(range(start, size, by))
         share = samples / max(1, len(sizes))

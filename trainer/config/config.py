@@ -1,4 +1,5 @@
-"""The complete configuration of the built-in trainer: guardrail's own sections plus data, model, optimizer, run length.
+"""The complete configuration of the built-in trainer: guardrail's own sections plus data, model,
+optimizer, run length.
 
 Imports no torch: `guardrail launch` refuses a bad file before any process starts.
 """
@@ -15,7 +16,15 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from guardrail.core.config import Fraction, Natural, NonNegativeFloat, Positive, PositiveFloat, Section, Settings
+from guardrail.core.config import (
+    Fraction,
+    Natural,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+    Settings,
+)
 from guardrail.core.errors import ConfigError
 from guardrail.core.files import why_unreachable
 from trainer.config import preset
@@ -37,7 +46,8 @@ class DataSection(Section, frozen=True, kw_only=True):
     sources: Annotated[tuple[str, ...], Meta(min_length=1)] = (BUILTIN,)
     # Field of a JSONL record that holds the text.
     text_field: str = "text"
-    # "bytes" (259 ids), "bpe" (trained once on the sources and cached) or the path of a tokenizer.json.
+    # "bytes" (259 ids), "bpe" (trained once on the sources and cached) or the path of a
+    # tokenizer.json.
     tokenizer: str = "bytes"
     # Size of the vocabulary that "bpe" trains.
     vocabulary: Annotated[int, Meta(ge=260)] = 8192
@@ -66,38 +76,47 @@ class TrainSection(Section, frozen=True, kw_only=True):
     epochs: Natural = 0
     # Samples of one update, over all ranks and micro-batches.
     batch_size: Positive = 16
-    # Samples of one forward and backward pass of one rank; 0: batch_size / data-parallel ranks (no accumulation).
+    # Samples of one forward and backward pass of one rank; 0: batch_size / data-parallel ranks (no
+    # accumulation).
     micro_batch_size: Natural = 0
-    # Batch-size ramp (GPT-3): samples of the first batches; 0: none. It grows by ramp_by samples at a time (0: by the
-    # smallest step there is), linearly in tokens, and has its full size after ramp_tokens.
+    # Batch-size ramp (GPT-3): samples of the first batches; 0: none. It grows by ramp_by samples at
+    # a time (0: by the smallest step there is), linearly in tokens, and has its full size after
+    # ramp_tokens.
     ramp_from: Natural = 0
     ramp_by: Natural = 0
     ramp_tokens: Natural = 0
     # Seed of the initial weights, dropout and every other draw.
     seed: Natural = 0
-    # "lm": each next token; "prefix-lm": those behind a prefix of random length; "span": denoising with sentinels (T5);
-    # "blank": autoregressive blank filling (GLM).
+    # "lm": each next token; "prefix-lm": those behind a prefix of random length; "span": denoising
+    # with sentinels (T5); "blank": autoregressive blank filling (GLM).
     objective: Objective = "lm"
-    # "span" and "blank": share of the tokens that are taken out, and mean length of a span (GLM: lambda of Poisson).
+    # "span" and "blank": share of the tokens that are taken out, and mean length of a span (GLM:
+    # lambda of Poisson).
     noise: Annotated[float, Meta(gt=0, lt=1)] = 0.15
     span_length: Annotated[float, Meta(ge=1)] = 3.0
-    # "blank": share of the samples with one blank at their end (GLM's [gMASK]) instead of short ones.
+    # "blank": share of the samples with one blank at their end (GLM's [gMASK]) instead of short
+    # ones.
     tail_share: Fraction = 0.5
-    # Weight of log(Z)^2 of the output softmax (PaLM: 1e-4); it is trained on and not part of the logged loss.
+    # Weight of log(Z)^2 of the output softmax (PaLM: 1e-4); it is trained on and not part of the
+    # logged loss.
     z_loss: NonNegativeFloat = 0.0
-    # bf16 and fp16 compute in 16 bits on fp32 weights. fp16 multiplies the loss by a scale that follows the overflows.
+    # bf16 and fp16 compute in 16 bits on fp32 weights. fp16 multiplies the loss by a scale that
+    # follows the overflows.
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    # fp16: the scale at the start, and the applied updates without an overflow after which it doubles.
+    # fp16: the scale at the start, and the applied updates without an overflow after which it
+    # doubles.
     loss_scale: PositiveFloat = 65536.0
     loss_scale_steps: Positive = 2000
-    # "ddp": parameters replicated; "fsdp": parameters, gradients and optimizer state sharded (FSDP2). Short for a
-    # [parallel] section in which only one of the two numbers is above 1.
+    # "ddp": parameters replicated; "fsdp": parameters, gradients and optimizer state sharded
+    # (FSDP2). Short for a [parallel] section in which only one of the two numbers is above 1.
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    # Compile each block (torch.compile), with which backend: "eager" and "aot_eager" generate no code, for tests.
+    # Compile each block (torch.compile), with which backend: "eager" and "aot_eager" generate no
+    # code, for tests.
     compile: bool = False
     compile_backend: Literal["inductor", "aot_eager", "eager"] = "inductor"
-    # Let torch use only algorithms that give the same bits each time, and raise where it has none: what exact rollbacks
-    # and replays need on a GPU. On a CPU they are the same ones, and there it changes nothing.
+    # Let torch use only algorithms that give the same bits each time, and raise where it has none:
+    # what exact rollbacks and replays need on a GPU. On a CPU they are the same ones, and there it
+    # changes nothing.
     deterministic: bool = False
     # Recompute the activations of each block in the backward pass.
     activation_checkpointing: bool = False
@@ -110,17 +129,18 @@ class TrainSection(Section, frozen=True, kw_only=True):
 class FaultSection(Section, frozen=True, kw_only=True):
     """[[faults]]: faults that the trainer stages on purpose, for tests and demonstrations."""
 
-    # In the numbers of a pass: nan_loss, spike_loss (the loss times `value`), spike_grad, spike_embedding (what comes
-    # back to an embedding, times `value`), inf_grad and nan_grad (one entry, before the reduction), inf_grad_reduced
-    # (after it, as a broken rank would), garbage_grad (noise of `value` times the norm, other noise each time: broken
-    # hardware), overflow (an infinite gradient where the loss scale is above `value`).
-    # In the data: ignore_labels; in the samples of the stretch alone noise_tokens (mis-decoded text), repeat_tokens (an
-    # n-gram again and again) and shuffle_labels, alike whenever the sample is used.
-    # In the state, before the step and until somebody goes back (give `times`, or each attempt strikes again):
-    # scale_weights (all, by `value`), scale_row (embedding row `entry`, by `value`), flip_weight and flip_moment (bit
-    # `value` of entry `entry` of the first matrix of the blocks, of its first moment), zero_moments.
-    # In the step: scale_lr (the learning rate times `value`, unseen by schedule and guard).
-    # Of the process: hang, exit, raise.
+    # In the numbers of a pass: nan_loss, spike_loss (the loss times `value`), spike_grad,
+    # spike_embedding (what comes back to an embedding, times `value`), inf_grad and nan_grad (one
+    # entry, before the reduction), inf_grad_reduced (after it, as a broken rank would),
+    # garbage_grad (noise of `value` times the norm, other noise each time: broken hardware),
+    # overflow (an infinite gradient where the loss scale is above `value`). In the data:
+    # ignore_labels; in the samples of the stretch alone noise_tokens (mis-decoded text),
+    # repeat_tokens (an n-gram again and again) and shuffle_labels, alike whenever the sample is
+    # used. In the state, before the step and until somebody goes back (give `times`, or each
+    # attempt strikes again): scale_weights (all, by `value`), scale_row (embedding row `entry`, by
+    # `value`), flip_weight and flip_moment (bit `value` of entry `entry` of the first matrix of the
+    # blocks, of its first moment), zero_moments. In the step: scale_lr (the learning rate times
+    # `value`, unseen by schedule and guard). Of the process: hang, exit, raise.
     kind: Literal[
         "nan_loss",
         "spike_loss",
@@ -148,17 +168,18 @@ class FaultSection(Section, frozen=True, kw_only=True):
     # The fault strikes a batch that covers a position in [first, last) of the order ...
     first: Natural = 0
     last: Natural = 0
-    # ... or the attempts at this step (0: by position) and the `steps` - 1 that follow, or both where both are given.
-    # `times` bounds how often, per process life.
+    # ... or the attempts at this step (0: by position) and the `steps` - 1 that follow, or both
+    # where both are given. `times` bounds how often, per process life.
     step: Natural = 0
     steps: Positive = 1
     times: Positive = 1_000_000_000
     # Rank that it strikes; -1: all.
     rank: Annotated[int, Meta(ge=-1)] = -1
-    # Strength: a factor, seconds of a hang, exit status, the largest loss scale that does not overflow, the bit (of a
-    # float32, 30 is the highest of the exponent).
+    # Strength: a factor, seconds of a hang, exit status, the largest loss scale that does not
+    # overflow, the bit (of a float32, 30 is the highest of the exponent).
     value: float = 100.0
-    # Row of the embedding, or entry of the matrix, that a fault of the state strikes; counted modulo their number.
+    # Row of the embedding, or entry of the matrix, that a fault of the state strikes; counted
+    # modulo their number.
     entry: Natural = 0
     # Micro-batch of the window that it strikes; -1: all.
     micro: Annotated[int, Meta(ge=-1)] = -1
@@ -178,12 +199,17 @@ class Config(Settings, frozen=True, kw_only=True):
 
     @property
     def layout(self) -> Layout:
-        """The mesh of ranks. Raises ConfigError where the numbers do not fit; `check` has seen that they do."""
+        """The mesh of ranks. Raises ConfigError where the numbers do not fit; `check` has seen that
+        they do.
+        """
         return Layout.of(self.parallel, world=self.world, strategy=self.train.strategy)
 
     @property
     def micro_batch_size(self) -> int:
-        return self.train.micro_batch_size or (self.train.ramp_from or self.train.batch_size) // self.layout.data_ranks
+        return (
+            self.train.micro_batch_size
+            or (self.train.ramp_from or self.train.batch_size) // self.layout.data_ranks
+        )
 
     @property
     def micro_batches(self) -> int:
@@ -198,7 +224,9 @@ class Config(Settings, frozen=True, kw_only=True):
             return BatchPlan.constant(train.batch_size)
         by = train.ramp_by or self.layout.data_ranks * self.micro_batch_size
         samples = -(-train.ramp_tokens // self.data.sequence_length)
-        return BatchPlan.growing(start=train.ramp_from, by=by, size=train.batch_size, samples=samples)
+        return BatchPlan.growing(
+            start=train.ramp_from, by=by, size=train.batch_size, samples=samples
+        )
 
     def schedule(self, *, steps: int) -> Schedule:
         """The learning rate as a function of the step, for a run of so many."""
@@ -267,15 +295,25 @@ class Config(Settings, frozen=True, kw_only=True):
             )
 
     def _check_gate(self) -> None:
-        """The lagged gate leaves updates out on the device, and knows no number of a step before its update."""
+        """The lagged gate leaves updates out on the device, and knows no number of a step before
+        its update.
+        """
         optim = self.optim
         forbidden = {
             "optim.name": (optim.name, optim.name not in ("adam", "adamw"), '"adamw" or "adam"'),
-            "optim.implementation": (optim.implementation, optim.implementation != "fused", '"fused"'),
+            "optim.implementation": (
+                optim.implementation,
+                optim.implementation != "fused",
+                '"fused"',
+            ),
             "optim.zclip": (optim.zclip, bool(optim.zclip), "0"),
             "optim.qk_clip": (optim.qk_clip, bool(optim.qk_clip), "0"),
             "optim.stable": (optim.stable, optim.stable, "false"),
-            "train.precision": (self.train.precision, self.train.precision == "fp16", '"bf16" or "fp32"'),
+            "train.precision": (
+                self.train.precision,
+                self.train.precision == "fp16",
+                '"bf16" or "fp32"',
+            ),
             "parallel.cpu_offload": (True, self.parallel.cpu_offload, "false"),
         }
         if self.guard.gate == "lagged":
@@ -297,7 +335,9 @@ class Config(Settings, frozen=True, kw_only=True):
         if steps and self.schedule(steps=steps).warmup >= steps:
             key = "warmup_tokens" if optim.warmup_tokens else "warmup_steps"
             raise ConfigError(
-                f"less than train.steps ({steps})" if key == "warmup_steps" else f"fewer than {steps} steps have",
+                f"less than train.steps ({steps})"
+                if key == "warmup_steps"
+                else f"fewer than {steps} steps have",
                 key=f"optim.{key}",
                 value=getattr(optim, key),
                 hint="the learning rate would never reach its peak",
@@ -305,9 +345,13 @@ class Config(Settings, frozen=True, kw_only=True):
 
     def _check_ramp(self) -> None:
         train = self.train
-        if bool(train.ramp_from) != bool(train.ramp_tokens) or (train.ramp_by and not train.ramp_from):
+        if bool(train.ramp_from) != bool(train.ramp_tokens) or (
+            train.ramp_by and not train.ramp_from
+        ):
             key = "ramp_tokens" if train.ramp_from else "ramp_from"
-            raise ConfigError("a ramp with both ramp_from and ramp_tokens", key=f"train.{key}", value=0)
+            raise ConfigError(
+                "a ramp with both ramp_from and ramp_tokens", key=f"train.{key}", value=0
+            )
         if not train.ramp_from:
             return
         share = self.layout.data_ranks * self.micro_batch_size
@@ -329,7 +373,8 @@ class Config(Settings, frozen=True, kw_only=True):
 
     def _check_pipeline(self) -> None:
         stages, count = self.layout.pp, self.micro_batches
-        # Interleaved 1F1B takes them in rounds of one size, of as many as there are stages or some more.
+        # Interleaved 1F1B takes them in rounds of one size, of as many as there are stages or some
+        # more.
         rounds = max(1, count // stages)
         if self.parallel.schedule == "1f1b" and self.layout.chunks > 1 and count % rounds:
             raise ConfigError(
@@ -381,7 +426,9 @@ class Config(Settings, frozen=True, kw_only=True):
             key = f"data.sources[{index}]"
             if source.startswith("builtin:"):
                 if source != BUILTIN:
-                    raise ConfigError(f"{BUILTIN!r}, the one built-in corpus", key=key, value=source)
+                    raise ConfigError(
+                        f"{BUILTIN!r}, the one built-in corpus", key=key, value=source
+                    )
             elif not _exists(base, source):
                 raise ConfigError(
                     "an existing file, folder or glob with matches",
@@ -405,13 +452,17 @@ class Config(Settings, frozen=True, kw_only=True):
                 hint=why_unreachable(quarantine) or "guardrail report RUN --quarantine writes one",
             )
         if self.data.cache and (why := why_unreachable(_path(base, self.data.cache))):
-            raise ConfigError("a folder that can be made", key="data.cache", value=self.data.cache, hint=why)
+            raise ConfigError(
+                "a folder that can be made", key="data.cache", value=self.data.cache, hint=why
+            )
 
     def _check_faults(self) -> None:
         for index, fault in enumerate(self.faults):
             key = f"faults[{index}]"
             if fault.rank >= self.world:
-                raise ConfigError(f"a rank below {self.world}, or -1 for all", key=f"{key}.rank", value=fault.rank)
+                raise ConfigError(
+                    f"a rank below {self.world}, or -1 for all", key=f"{key}.rank", value=fault.rank
+                )
             if not fault.step and fault.last <= fault.first:
                 raise ConfigError(
                     f"more than {key}.first ({fault.first}), or {key}.step for a fault at one step",
@@ -429,8 +480,11 @@ class Config(Settings, frozen=True, kw_only=True):
         from trainer.config.sizes import state_bytes
 
         layout = self.layout
-        shards = layout.dp_shard * layout.tp * layout.pp  # of a pipeline: a stage with its share of the embeddings
-        one = state_bytes(self.model, self.vocabulary, shards=shards, sequence_length=self.data.sequence_length)
+        # of a pipeline: a stage with its share of the embeddings
+        shards = layout.dp_shard * layout.tp * layout.pp
+        one = state_bytes(
+            self.model, self.vocabulary, shards=shards, sequence_length=self.data.sequence_length
+        )
         ring, memory = one * self.snapshots.keep * self.launch.processes, memory_bytes()
         if ring > memory:
             fit = memory // (one * self.launch.processes)
@@ -444,7 +498,9 @@ class Config(Settings, frozen=True, kw_only=True):
 
     @property
     def vocabulary(self) -> int:
-        """Token ids of the configured tokenizer, known before it is trained; an upper bound for `bpe`."""
+        """Token ids of the configured tokenizer, known before it is trained; an upper bound for
+        `bpe`.
+        """
         if self.data.tokenizer in TRAINED:
             return BYTE_IDS if self.data.tokenizer == "bytes" else self.data.vocabulary
         try:

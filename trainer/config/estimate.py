@@ -1,4 +1,5 @@
-"""What a configuration asks of its machines, worked out without them: the mesh, shapes, memory of a rank. No torch.
+"""What a configuration asks of its machines, worked out without them: the mesh, shapes, memory of a
+rank. No torch.
 
 For `guardrail doctor --dry-run`: a layout for a cluster can be looked at on a laptop.
 """
@@ -13,11 +14,14 @@ if TYPE_CHECKING:
     from trainer.config.config import Config
 
 _FP32 = 4  # bytes; parameters, gradients and moments are kept in fp32 whatever the precision
-_MOMENTS = {"adam": 2, "adamw": 2, "muon": 2, "adafactor": 0}  # numbers a parameter, at most; adafactor's are few
+# numbers a parameter, at most; adafactor's are few
+_MOMENTS = {"adam": 2, "adamw": 2, "muon": 2, "adafactor": 0}
 
 
 def outline(config: Config) -> list[str]:
-    """Sentences on mesh, batch, shapes and memory; fewer for a Hugging Face model, whose size nobody knows here."""
+    """Sentences on mesh, batch, shapes and memory; fewer for a Hugging Face model, whose size
+    nobody knows here.
+    """
     said = [_mesh(config), _batch(config)]
     if not config.model.hf:
         said += [_shapes(config), *_memory(config)]
@@ -26,7 +30,11 @@ def outline(config: Config) -> list[str]:
 
 def _mesh(config: Config) -> str:
     layout = config.layout
-    parts = [f"{layout.dp_replicate} replica(s)", f"{layout.dp_shard} shard(s)", f"{layout.tp} tensor-parallel"]
+    parts = [
+        f"{layout.dp_replicate} replica(s)",
+        f"{layout.dp_shard} shard(s)",
+        f"{layout.tp} tensor-parallel",
+    ]
     text = f"{' x '.join([*parts, f'{layout.pp} stage(s)'])} = {layout.world} ranks"
     text += f", {config.launch.processes} on each of {config.launch.nodes} node(s)"
     if layout.tp > config.launch.processes:
@@ -42,7 +50,8 @@ def _batch(config: Config) -> str:
     )
     stages = config.layout.pp
     if stages > 1:
-        # Narayanan et al. 2021, sections 2.2.1 and 2.2.2: of either schedule, relative to the whole.
+        # Narayanan et al. 2021, sections 2.2.1 and 2.2.2: of either schedule, relative to the
+        # whole.
         chunks = config.layout.chunks
         idle = (stages - 1) / (config.micro_batches * chunks + stages - 1)
         schedule = config.parallel.schedule + (f", {chunks} chunks a stage" if chunks > 1 else "")
@@ -68,11 +77,17 @@ def _memory(config: Config) -> list[str]:
     moments = _MOMENTS.get(config.optim.name, 2)
     state = most * _FP32 * (2 + moments)
     text = (
-        f"at most {_gib(state)} a rank for {_count(most)} parameters, their gradients and {moments} moments each (fp32)"
+        f"at most {_gib(state)} a rank for {_count(most)} parameters, "
+        f"their gradients and {moments} moments each (fp32)"
     )
     if config.parallel.cpu_offload:
         text += ", in host memory"
-    logits = config.micro_batch_size * config.data.sequence_length * -(-config.vocabulary // config.layout.tp) * _FP32
+    logits = (
+        config.micro_batch_size
+        * config.data.sequence_length
+        * -(-config.vocabulary // config.layout.tp)
+        * _FP32
+    )
     keep = config.snapshots.keep
     copies = most * _FP32 * (1 + moments) * max(1, keep)
     what = f"{keep} snapshots" if keep else "a copy while a save is written, and for no snapshots"
@@ -84,8 +99,8 @@ def _memory(config: Config) -> list[str]:
 
 
 def rank_parameters(config: Config) -> list[int]:
-    """Parameters that one rank of each stage keeps, stage by stage. Norms count as shared out, though a tensor-parallel
-    group has all of them on each rank: a thousandth of a large model."""
+    """Parameters that one rank of each stage keeps, stage by stage. Norms count as shared out,
+    though a tensor-parallel group has all of them on each rank: a thousandth of a large model."""
     layout = config.layout
     of_stages = stage_parameters(
         config.model,

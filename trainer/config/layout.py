@@ -1,4 +1,6 @@
-"""How the ranks of a run stand to one another: replicas, shards and tensor-parallel groups. Imports no torch."""
+"""How the ranks of a run stand to one another: replicas, shards and tensor-parallel groups. Imports
+no torch.
+"""
 
 from __future__ import annotations
 
@@ -17,38 +19,47 @@ if TYPE_CHECKING:
 
 
 class ParallelSection(Section, frozen=True, kw_only=True):
-    """[parallel]: the mesh of ranks, pp x dp_replicate x dp_shard x tp = launch.processes * launch.nodes.
+    """[parallel]: the mesh of ranks, pp x dp_replicate x dp_shard x tp = launch.processes *
+    launch.nodes.
 
-    dp_replicate and dp_shard at 0 are left to train.strategy: "ddp" fills up with replicas, "fsdp" with shards.
+    dp_replicate and dp_shard at 0 are left to train.strategy: "ddp" fills up with replicas, "fsdp"
+    with shards.
     """
 
-    # Copies of the whole training state, whose gradients are averaged (HSDP beside shards; DDP without); 0: the rest.
+    # Copies of the whole training state, whose gradients are averaged (HSDP beside shards; DDP
+    # without); 0: the rest.
     dp_replicate: Natural = 0
-    # Ranks that share one copy of parameters, gradients and optimizer state (ZeRO, FSDP2); 0: the rest.
+    # Ranks that share one copy of parameters, gradients and optimizer state (ZeRO, FSDP2); 0: the
+    # rest.
     dp_shard: Natural = 0
-    # Ranks that share the work of each layer, heads and hidden units (Megatron-LM). They stand next to one another.
+    # Ranks that share the work of each layer, heads and hidden units (Megatron-LM). They stand next
+    # to one another.
     tp: Positive = 1
-    # Tensor-parallel groups: share out the tokens of the residual stream as well, with its norms and dropout. As much
-    # traffic, and a part of the activations.
+    # Tensor-parallel groups: share out the tokens of the residual stream as well, with its norms
+    # and dropout. As much traffic, and a part of the activations.
     sequence_parallel: bool = False
-    # Stages of a pipeline, each a stretch of the blocks, and the order in which it takes the micro-batches of a window:
-    # GPipe, or one forward and one backward pass in turn (PipeDream-flush), which keeps fewer activations.
+    # Stages of a pipeline, each a stretch of the blocks, and the order in which it takes the
+    # micro-batches of a window: GPipe, or one forward and one backward pass in turn
+    # (PipeDream-flush), which keeps fewer activations.
     pp: Positive = 1
     schedule: Literal["1f1b", "gpipe"] = "1f1b"
-    # Pipelines: stretches of blocks that each stage has, dealt out in turn (Megatron's model chunks, interleaved 1F1B;
-    # breadth-first with gpipe). The pipeline idles for a chunk's time instead of a stage's, for that much more traffic.
+    # Pipelines: stretches of blocks that each stage has, dealt out in turn (Megatron's model
+    # chunks, interleaved 1F1B; breadth-first with gpipe). The pipeline idles for a chunk's time
+    # instead of a stage's, for that much more traffic.
     chunks: Positive = 1
-    # Shards: drop gathered parameters after the forward pass and gather them again for the backward pass (ZeRO-3), or
-    # keep them in between (ZeRO-2: more memory, less traffic).
+    # Shards: drop gathered parameters after the forward pass and gather them again for the backward
+    # pass (ZeRO-3), or keep them in between (ZeRO-2: more memory, less traffic).
     reshard_after_forward: bool = True
-    # Shards: keep parameters, gradients and optimizer state in host memory; the optimizer steps there.
+    # Shards: keep parameters, gradients and optimizer state in host memory; the optimizer steps
+    # there.
     cpu_offload: bool = False
 
 
 class Layout(Struct, frozen=True, kw_only=True):
     """Sizes of the mesh, slowest dimension first.
 
-    rank = ((stage * dp_replicate + replicate) * dp_shard + shard) * tp + place in the tensor-parallel group.
+    rank = ((stage * dp_replicate + replicate) * dp_shard + shard) * tp + place in the
+    tensor-parallel group.
 
     Attributes:
         chunks: stretches of blocks that a stage has, see `numbers`.
@@ -95,13 +106,19 @@ class Layout(Struct, frozen=True, kw_only=True):
     def check_model(self, model: ModelSection, optim: OptimSection, train: TrainSection) -> None:
         """Refuse what tensor-parallel groups and pipelines cannot share out. Raises ConfigError."""
         if self.pp > model.layers:
-            raise ConfigError(f"at most model.layers ({model.layers})", key="parallel.pp", value=self.pp)
+            raise ConfigError(
+                f"at most model.layers ({model.layers})", key="parallel.pp", value=self.pp
+            )
         if self.pp * self.chunks > model.layers:
             expected = f"at most model.layers / parallel.pp ({model.layers // self.pp}), a block for each chunk"
             raise ConfigError(expected, key="parallel.chunks", value=self.chunks)
         if self.world == self.data_ranks:
             return
-        counts = (("heads", model.heads), ("kv_heads", model.groups), ("hidden", hidden_width(model)))
+        counts = (
+            ("heads", model.heads),
+            ("kv_heads", model.groups),
+            ("hidden", hidden_width(model)),
+        )
         for key, count in counts:
             if count % self.tp:
                 raise ConfigError(
@@ -129,17 +146,25 @@ class Layout(Struct, frozen=True, kw_only=True):
         for key, (value, *possible) in together.items():
             if value not in possible:
                 expected = " or ".join(json.dumps(one) for one in possible)
-                hint = f"parallel.tp = {self.tp}, parallel.pp = {self.pp} work with nothing else here"
+                hint = (
+                    f"parallel.tp = {self.tp}, parallel.pp = {self.pp} work with nothing else here"
+                )
                 raise ConfigError(expected, key=key, value=value, hint=hint)
 
     def _check(self, section: ParallelSection) -> None:
         if self.sequence and self.tp == 1:
             raise ConfigError(
-                "false, or parallel.tp above 1", key="parallel.sequence_parallel", value=True, hint="it splits nothing"
+                "false, or parallel.tp above 1",
+                key="parallel.sequence_parallel",
+                value=True,
+                hint="it splits nothing",
             )
         if self.chunks > 1 and self.pp == 1:
             raise ConfigError(
-                "1, or parallel.pp above 1", key="parallel.chunks", value=self.chunks, hint="there are no stages"
+                "1, or parallel.pp above 1",
+                key="parallel.chunks",
+                value=self.chunks,
+                hint="there are no stages",
             )
         if self.sharded:
             return
@@ -162,13 +187,18 @@ class Layout(Struct, frozen=True, kw_only=True):
 
     def blocks(self, layers: int) -> list[list[int]]:
         """Numbers of the blocks of each stage."""
-        dealt = [stretches(layers, stage=stage, stages=self.pp, chunks=self.chunks) for stage in range(self.pp)]
+        dealt = [
+            stretches(layers, stage=stage, stages=self.pp, chunks=self.chunks)
+            for stage in range(self.pp)
+        ]
         return [[block for stretch in each for block in stretch] for each in dealt]
 
     def dice(self, rank: int, chunk: int = 0) -> int:
-        """Which part of a micro-batch's pass a rank computes by dice of its own; equal where ranks compute the same.
+        """Which part of a micro-batch's pass a rank computes by dice of its own; equal where ranks
+        compute the same.
 
-        Without sequence parallelism a tensor-parallel group drops the same entries of the stream, which it has whole.
+        Without sequence parallelism a tensor-parallel group drops the same entries of the stream,
+        which it has whole.
         """
         number = numbers(stage=self.stage(rank), stages=self.pp, chunks=self.chunks)[chunk]
         return number * self.tp + rank % self.tp if self.sequence else number
@@ -185,11 +215,15 @@ class Layout(Struct, frozen=True, kw_only=True):
         return self.dp_replicate * self.dp_shard
 
     def data_rank(self, rank: int) -> int:
-        """Which share of the data a rank reads, the same for a whole tensor-parallel group and a whole pipeline."""
+        """Which share of the data a rank reads, the same for a whole tensor-parallel group and a
+        whole pipeline.
+        """
         return rank // self.tp % self.data_ranks
 
     def counts(self, rank: int) -> bool:
-        """Whether a rank's loss and tokens enter the sums over all ranks: once for each share of the data."""
+        """Whether a rank's loss and tokens enter the sums over all ranks: once for each share of
+        the data.
+        """
         return rank % self.tp == 0 and self.stage(rank) == self.pp - 1
 
 
@@ -201,4 +235,6 @@ def numbers(*, stage: int, stages: int, chunks: int) -> range:
 def stretches(layers: int, *, stage: int, stages: int, chunks: int = 1) -> list[range]:
     """Numbers of the blocks of each chunk of one stage of a pipeline."""
     cuts = [number * layers // (stages * chunks) for number in range(stages * chunks + 1)]
-    return [range(cuts[at], cuts[at + 1]) for at in numbers(stage=stage, stages=stages, chunks=chunks)]
+    return [
+        range(cuts[at], cuts[at + 1]) for at in numbers(stage=stage, stages=stages, chunks=chunks)
+    ]

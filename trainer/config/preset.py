@@ -1,4 +1,6 @@
-"""Published recipes, `configs/presets/NAME.toml`: values that hold wherever a configuration sets none of its own."""
+"""Published recipes, `configs/presets/NAME.toml`: values that hold wherever a configuration sets
+none of its own.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ ALTERNATIVES = {
 
 
 def folder() -> Path:
-    """Where the presets are: beside this file in an installed package, in configs/presets of a clone."""
+    """Where the presets are: beside this file in an installed package, in configs/presets of a
+    clone.
+    """
     installed = Path(__file__).parent / "presets"
     return installed if installed.is_dir() else Path(__file__).parents[2] / "configs" / "presets"
 
@@ -49,6 +53,8 @@ def completed(tree: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _beneath(values: dict[str, Any], own: dict[str, Any], alternatives: list[set[str]]) -> dict[str, Any]:
+def _beneath(
+    values: dict[str, Any], own: dict[str, Any], alternatives: list[set[str]]
+) -> dict[str, Any]:
     taken: set[str] = set().union(*(group for group in alternatives if group & own.keys()))
     return {key: value for key, value in values.items() if key not in taken}

@@ -1,6 +1,8 @@
-"""What is trained and how: the sections of the configuration for architecture and optimizer, and what they exclude.
+"""What is trained and how: the sections of the configuration for architecture and optimizer, and
+what they exclude.
 
-Imports no torch. Each choice names its source; `configs/presets` puts them together as published models did.
+Imports no torch. Each choice names its source; `configs/presets` puts them together as published
+models did.
 """
 
 from __future__ import annotations
@@ -11,7 +13,14 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from guardrail.core.config import Fraction, Natural, NonNegativeFloat, Positive, PositiveFloat, Section
+from guardrail.core.config import (
+    Fraction,
+    Natural,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+)
 from guardrail.core.errors import ConfigError
 from guardrail.core.files import why_unreachable
 
@@ -31,11 +40,13 @@ class ModelSection(Section, frozen=True, kw_only=True):
 
     # Published recipe whose values hold wherever the file sets none (configs/presets); "": none.
     preset: str = ""
-    # Folder or config.json of a Hugging Face causal language model, which replaces all keys below; "": none.
+    # Folder or config.json of a Hugging Face causal language model, which replaces all keys below;
+    # "": none.
     hf: str = ""
     # Start from the weights in that folder instead of from scratch.
     pretrained: bool = False
-    # "decoder": causal; "prefix": sees a prefix in both directions (GLM, T5 section 3.2.1); or encoder and decoder.
+    # "decoder": causal; "prefix": sees a prefix in both directions (GLM, T5 section 3.2.1); or
+    # encoder and decoder.
     kind: Literal["decoder", "prefix", "encoder-decoder"] = "decoder"
     # Blocks, width of the residual stream, attention heads (each of width / heads).
     layers: Positive = 4
@@ -43,14 +54,17 @@ class ModelSection(Section, frozen=True, kw_only=True):
     heads: Positive = 4
     # Layers of the encoder; 0: as many as `layers`.
     encoder_layers: Natural = 0
-    # Heads of keys and values, each shared by heads / kv_heads queries (Ainslie et al. 2023); 0: as many as heads.
+    # Heads of keys and values, each shared by heads / kv_heads queries (Ainslie et al. 2023); 0: as
+    # many as heads.
     kv_heads: Natural = 0
-    # Width of the feed-forward block; 0: 8/3 of the width for a gated one, rounded up to a multiple of 32, else 4x.
+    # Width of the feed-forward block; 0: 8/3 of the width for a gated one, rounded up to a multiple
+    # of 32, else 4x.
     hidden: Natural = 0
     # swiglu and geglu are gated (Shazeer 2020).
     activation: Literal["swiglu", "geglu", "gelu", "relu"] = "swiglu"
     norm: Literal["rms", "layer"] = "rms"
-    # "pre": before each block; "post": after the sum (Vaswani et al. 2017); "sandwich": before and after it (CogView).
+    # "pre": before each block; "post": after the sum (Vaswani et al. 2017); "sandwich": before and
+    # after it (CogView).
     norm_place: Literal["pre", "post", "sandwich"] = "pre"
     # A norm directly behind the embedding (BLOOM).
     embedding_norm: bool = False
@@ -73,7 +87,8 @@ class ModelSection(Section, frozen=True, kw_only=True):
     # Base of the rotation angles (RoPE), and what is added under the root of the norms.
     rope_base: PositiveFloat = 10000.0
     norm_eps: PositiveFloat = 1e-5
-    # Standard deviation of the initial weights; output projections are scaled by 1/sqrt(2 layers) (GPT-2).
+    # Standard deviation of the initial weights; output projections are scaled by 1/sqrt(2 layers)
+    # (GPT-2).
     init_std: PositiveFloat = 0.02
 
     @property
@@ -134,19 +149,24 @@ class ModelSection(Section, frozen=True, kw_only=True):
             )
         if self.encoder_layers and self.kind != "encoder-decoder":
             raise ConfigError(
-                '0, unless model.kind = "encoder-decoder"', key="model.encoder_layers", value=self.encoder_layers
+                '0, unless model.kind = "encoder-decoder"',
+                key="model.encoder_layers",
+                value=self.encoder_layers,
             )
         if self.blank_positions and self.kind != "prefix":
-            raise ConfigError('false, unless model.kind = "prefix"', key="model.blank_positions", value=True)
+            raise ConfigError(
+                'false, unless model.kind = "prefix"', key="model.blank_positions", value=True
+            )
 
 
 class OptimSection(Section, frozen=True, kw_only=True):
     """[optim]: as it stands, AdamW, linear warm-up, cosine decay, clipping."""
 
-    # adafactor: factored second moments (Shazeer & Stern 2018); muon: orthogonalised momentum for the matrices inside
-    # the blocks (Jordan 2024), AdamW for the rest.
+    # adafactor: factored second moments (Shazeer & Stern 2018); muon: orthogonalised momentum for
+    # the matrices inside the blocks (Jordan 2024), AdamW for the rest.
     name: Literal["adamw", "adam", "adafactor", "muon"] = "adamw"
-    # How torch steps: "fused" one kernel (fastest here), "foreach" lists of tensors, "loop" one tensor after another.
+    # How torch steps: "fused" one kernel (fastest here), "foreach" lists of tensors, "loop" one
+    # tensor after another.
     implementation: Literal["fused", "foreach", "loop"] = "fused"
     # Peak of the learning rate.
     lr: PositiveFloat = 1e-3
@@ -156,11 +176,14 @@ class OptimSection(Section, frozen=True, kw_only=True):
     eps: PositiveFloat = 1e-8
     # Momentum of muon (Nesterov).
     momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.95
-    # On matrices only; norms, biases and one-dimensional parameters have none. "adam" adds it to the gradient.
+    # On matrices only; norms, biases and one-dimensional parameters have none. "adam" adds it to
+    # the gradient.
     weight_decay: NonNegativeFloat = 0.1
-    # Behind the warm-up: half a cosine; a line; constant, then a line over the last decay_share (WSD); constant.
+    # Behind the warm-up: half a cosine; a line; constant, then a line over the last decay_share
+    # (WSD); constant.
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    # Linear warm-up in steps; warmup_tokens or warmup_share (of all steps), where above 0, take its place.
+    # Linear warm-up in steps; warmup_tokens or warmup_share (of all steps), where above 0, take its
+    # place.
     warmup_steps: Natural = 100
     warmup_tokens: Natural = 0
     warmup_share: Annotated[float, Meta(ge=0, lt=1)] = 0.0
@@ -174,13 +197,16 @@ class OptimSection(Section, frozen=True, kw_only=True):
     zclip: NonNegativeFloat = 0.0
     # Divide a tensor's learning rate by the RMS of g / sqrt(v) where that is above 1 (StableAdamW).
     stable: bool = False
-    # Largest attention logit, beyond which a head's queries and keys are scaled down after the step (MuonClip: 100).
+    # Largest attention logit, beyond which a head's queries and keys are scaled down after the step
+    # (MuonClip: 100).
     qk_clip: NonNegativeFloat = 0.0
 
     def check(self, model: ModelSection, *, strategy: str) -> None:
         """Refuse what does not go together. Raises ConfigError."""
         if self.warmup_tokens and self.warmup_share:
-            raise ConfigError("0, or optim.warmup_share = 0", key="optim.warmup_tokens", value=self.warmup_tokens)
+            raise ConfigError(
+                "0, or optim.warmup_share = 0", key="optim.warmup_tokens", value=self.warmup_tokens
+            )
         if self.name == "adafactor" and strategy == "fsdp":
             raise ConfigError(
                 'an optimizer whose state is sharded like its parameters, or train.strategy = "ddp"',
@@ -192,7 +218,9 @@ class OptimSection(Section, frozen=True, kw_only=True):
             raise ConfigError('false, or optim.name = "adamw"', key="optim.stable", value=True)
         if self.qk_clip and (model.hf or model.qk_norm):
             why = (
-                "queries and keys of a Hugging Face model are not watched" if model.hf else "qk_norm bounds the logits"
+                "queries and keys of a Hugging Face model are not watched"
+                if model.hf
+                else "qk_norm bounds the logits"
             )
             raise ConfigError("0", key="optim.qk_clip", value=self.qk_clip, hint=why)
 

@@ -1,7 +1,8 @@
-"""A configuration compared with what published runs did, in plain words and with the source. Imports no torch.
+"""A configuration compared with what published runs did, in plain words and with the source.
+Imports no torch.
 
-Remarks, no rules: a good reason stands above each of them. Sizes are compared from 10 M parameters on, since nobody has
-published how to train smaller ones.
+Remarks, no rules: a good reason stands above each of them. Sizes are compared from 10 M parameters
+on, since nobody has published how to train smaller ones.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def remarks(config: Config) -> list[str]:
 
 def _parameters(config: Config) -> int:
     """0 where it is not known: of a Hugging Face model."""
-    return parameter_count(config.model, config.vocabulary, sequence_length=config.data.sequence_length)
+    return parameter_count(
+        config.model, config.vocabulary, sequence_length=config.data.sequence_length
+    )
 
 
 def _batch_tokens(config: Config) -> int:
@@ -50,17 +53,22 @@ def _batch_tokens(config: Config) -> int:
 
 
 def published(parameters: int) -> tuple[float, float]:
-    """(tokens of a batch, learning rate) of a published model of this size, between GPT-3's on logarithmic scales."""
+    """(tokens of a batch, learning rate) of a published model of this size, between GPT-3's on
+    logarithmic scales.
+    """
     size = min(max(float(parameters), GPT3[0][0]), GPT3[-1][0])
     for (low, low_batch, low_rate), (high, high_batch, high_rate) in itertools.pairwise(GPT3):
         if size <= high:
             share = math.log(size / low) / math.log(high / low)
-            return low_batch * (high_batch / low_batch) ** share, low_rate * (high_rate / low_rate) ** share
+            return low_batch * (high_batch / low_batch) ** share, low_rate * (
+                high_rate / low_rate
+            ) ** share
     raise AssertionError("the size was clamped to the table")
 
 
 def _learning_rate(config: Config, parameters: int) -> str:
-    if config.optim.name == "adafactor":  # its learning rate is relative to the size of the parameters
+    # its learning rate is relative to the size of the parameters
+    if config.optim.name == "adafactor":
         return ""
     usual = published(parameters)[1]
     ratio = config.optim.lr / usual

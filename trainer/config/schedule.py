@@ -12,13 +12,14 @@ from trainer.config.recipe import OptimSection
 
 
 class Schedule(msgspec.Struct, frozen=True, kw_only=True):
-    """Linear warm-up to `peak` at step `warmup`, then down to `floor` at step `total` in the given shape.
+    """Linear warm-up to `peak` at step `warmup`, then down to `floor` at step `total` in the given
+    shape.
 
-    cosine: half a cosine (Loshchilov & Hutter 2017); linear: a line; wsd: the peak up to step `decay`, then a line
-    (warm-up, stable, decay: Hu et al. 2024); constant: the peak for ever.
+    cosine: half a cosine (Loshchilov & Hutter 2017); linear: a line; wsd: the peak up to step
+    `decay`, then a line (warm-up, stable, decay: Hu et al. 2024); constant: the peak for ever.
 
-    Calling it with a step (from 1) gives the learning rate of that update: a pure function, so nothing can be out
-    of step with it after a resume. After `total` it stays at the floor.
+    Calling it with a step (from 1) gives the learning rate of that update: a pure function, so
+    nothing can be out of step with it after a resume. After `total` it stays at the floor.
     """
 
     peak: float
@@ -60,7 +61,9 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True):
         return self.floor + (self.peak - self.floor) * left
 
 
-def warmup_steps(section: OptimSection, *, steps: int, plan: BatchPlan, sequence_length: int) -> int:
+def warmup_steps(
+    section: OptimSection, *, steps: int, plan: BatchPlan, sequence_length: int
+) -> int:
     """Steps of the warm-up, however it is given.
 
     Args:

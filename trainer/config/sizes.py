@@ -1,6 +1,7 @@
 """How large a model of a configuration is, without building it and without torch.
 
-`guardrail launch` needs the numbers to refuse a snapshot ring that the machine's memory cannot hold.
+`guardrail launch` needs the numbers to refuse a snapshot ring that the machine's memory cannot
+hold.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ _ADAMW_MOMENTS = 2
 
 
 def hidden_width(section: ModelSection) -> int:
-    """Width of the feed-forward block: 4x the model's, or 8/3 where a gate needs a third matrix, which keeps the
-    number of parameters (Shazeer 2020, section 2)."""
+    """Width of the feed-forward block: 4x the model's, or 8/3 where a gate needs a third matrix,
+    which keeps the number of parameters (Shazeer 2020, section 2)."""
     if section.hidden:
         return section.hidden
     if section.activation not in GATED:
@@ -33,7 +34,10 @@ def parameter_count(section: ModelSection, vocabulary: int, *, sequence_length: 
     if section.hf:
         return 0
     tables = (section.positions == "learned") + section.blank_positions
-    embeddings = vocabulary * section.width * (1 if section.tied else 2) + tables * sequence_length * section.width
+    embeddings = (
+        vocabulary * section.width * (1 if section.tied else 2)
+        + tables * sequence_length * section.width
+    )
     outer = section.embedding_norm * _norm(section)
     stacks = _stack(section, section.layers, cross=section.kind == "encoder-decoder")
     if section.kind == "encoder-decoder":
@@ -44,7 +48,8 @@ def parameter_count(section: ModelSection, vocabulary: int, *, sequence_length: 
 def stage_parameters(
     section: ModelSection, vocabulary: int, *, blocks: list[list[int]], sequence_length: int = 0
 ) -> list[int]:
-    """Trainable numbers of each stage of a pipeline: the embedding is in the first one, the head in the last one.
+    """Trainable numbers of each stage of a pipeline: the embedding is in the first one, the head in
+    the last one.
 
     Args:
         blocks: their numbers, for each stage; one stage is the whole model.
@@ -69,7 +74,9 @@ def _stack(section: ModelSection, layers: int, *, cross: bool) -> int:
 
 def _block(section: ModelSection, *, cross: bool) -> int:
     sublayers = 3 if cross else 2
-    norms = {"pre": sublayers, "post": sublayers, "sandwich": 2 * sublayers}[section.norm_place] - section.parallel
+    norms = {"pre": sublayers, "post": sublayers, "sandwich": 2 * sublayers}[
+        section.norm_place
+    ] - section.parallel
     return (1 + cross) * _attention(section) + _feed_forward(section) + norms * _norm(section)
 
 
@@ -80,7 +87,11 @@ def _norm(section: ModelSection, width: int = 0) -> int:
 def _attention(section: ModelSection) -> int:
     rows = (section.heads + 2 * section.groups) * section.head_width
     norms = 2 * section.qk_norm * _norm(section, section.head_width)
-    return rows * (section.width + section.bias) + section.width * (section.width + section.bias) + norms
+    return (
+        rows * (section.width + section.bias)
+        + section.width * (section.width + section.bias)
+        + norms
+    )
 
 
 def _feed_forward(section: ModelSection) -> int:
@@ -89,14 +100,19 @@ def _feed_forward(section: ModelSection) -> int:
     return rows * (section.width + section.bias) + section.width * (hidden + section.bias)
 
 
-def state_bytes(section: ModelSection, vocabulary: int, *, shards: int = 1, sequence_length: int = 0) -> int:
+def state_bytes(
+    section: ModelSection, vocabulary: int, *, shards: int = 1, sequence_length: int = 0
+) -> int:
     """Bytes of one rank's parameters and AdamW moments, as one snapshot holds them (all fp32).
 
-    An upper bound for the other optimizers: muon keeps one moment of the matrices, adafactor sums of rows and columns.
+    An upper bound for the other optimizers: muon keeps one moment of the matrices, adafactor sums
+    of rows and columns.
 
     Args:
         shards: ranks that share the state: the world size under fsdp, 1 under ddp.
         sequence_length: see `parameter_count`.
     """
-    numbers = parameter_count(section, vocabulary, sequence_length=sequence_length) * (1 + _ADAMW_MOMENTS)
+    numbers = parameter_count(section, vocabulary, sequence_length=sequence_length) * (
+        1 + _ADAMW_MOMENTS
+    )
     return -(-4 * numbers // shards)

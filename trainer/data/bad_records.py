@@ -1,4 +1,6 @@
-"""Records that cannot be used: counted by kind, the first few named, fatal only when nothing else is left."""
+"""Records that cannot be used: counted by kind, the first few named, fatal only when nothing else
+is left.
+"""
 
 from __future__ import annotations
 
@@ -51,6 +53,10 @@ class BadRecords:
         """One line a kind: "2 x broken JSON: a.jsonl:3 (...), a.jsonl:9 (...)"."""
         lines = []
         for kind, count in self.counts.items():
-            more = f" and {count - len(self.named[kind])} more" if count > len(self.named[kind]) else ""
+            more = (
+                f" and {count - len(self.named[kind])} more"
+                if count > len(self.named[kind])
+                else ""
+            )
             lines.append(f"{count} x {kind}: {', '.join(self.named[kind])}{more}")
         return lines

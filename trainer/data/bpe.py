@@ -1,4 +1,6 @@
-"""Byte-level BPE trained once on a bounded share of the sources, cached by the content that it was trained on."""
+"""Byte-level BPE trained once on a bounded share of the sources, cached by the content that it was
+trained on.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,12 @@ _UNFOLDS = 5  # bytes of text in a byte of a compressed file, roughly
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>")
 
 
-def train_or_load(reader: DocumentReader, *, vocabulary: int, cache: Path, pulse: Pulse) -> JsonTokenizer:
-    """The tokenizer of the text that `reader` gives; trained when `cache` has none of the same text and size."""
+def train_or_load(
+    reader: DocumentReader, *, vocabulary: int, cache: Path, pulse: Pulse
+) -> JsonTokenizer:
+    """The tokenizer of the text that `reader` gives; trained when `cache` has none of the same text
+    and size.
+    """
     pulse.phase("reading text for the tokenizer")
     texts, digest = [], hashlib.sha256(f"byte-level BPE 1, {vocabulary}".encode())
     for text in sample(reader, TRAINING_BYTES):
@@ -39,7 +45,8 @@ def train_or_load(reader: DocumentReader, *, vocabulary: int, cache: Path, pulse
 def sample(reader: DocumentReader, limit: int) -> Iterator[str]:
     """About `limit` characters, of each file in proportion to its size, from its beginning.
 
-    A file earns its share and pays with its text; files that come while nothing is left are not opened.
+    A file earns its share and pays with its text; files that come while nothing is left are not
+    opened.
     """
     sizes = [file.size * (_UNFOLDS if file.compression else 1) for file in reader.files]
     share = min(1.0, limit / max(1, sum(sizes)))
@@ -58,7 +65,9 @@ def sample(reader: DocumentReader, limit: int) -> Iterator[str]:
 
 
 def _train(texts: list[str], vocabulary: int, pulse: Pulse) -> str:
-    """The content of a tokenizer.json. Trains in a thread, so that a stop does not wait for the end of it."""
+    """The content of a tokenizer.json. Trains in a thread, so that a stop does not wait for the end
+    of it.
+    """
     fed = 0
     stopped = threading.Event()
     outcome: list[str | BaseException] = []
@@ -81,7 +90,8 @@ def _train(texts: list[str], vocabulary: int, pulse: Pulse) -> str:
     thread.start()
     try:
         while thread.is_alive():
-            pulse.share = 0.5 * fed / max(1, len(texts))  # the merges come after the words: no share is known
+            # the merges come after the words: no share is known
+            pulse.share = 0.5 * fed / max(1, len(texts))
             pulse()
             thread.join(0.02)
     finally:

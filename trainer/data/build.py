@@ -34,7 +34,14 @@ class Builder:
     """
 
     def __init__(
-        self, data: DataSection, found: Found, folder: Path, *, cache: Path, pulse: Pulse, shard_bytes: int
+        self,
+        data: DataSection,
+        found: Found,
+        folder: Path,
+        *,
+        cache: Path,
+        pulse: Pulse,
+        shard_bytes: int,
     ) -> None:
         self.data, self.found, self.folder, self.cache = data, found, folder, cache
         self.pulse, self.shard_bytes = pulse, shard_bytes
@@ -113,7 +120,9 @@ class Builder:
             shard_bytes=self.shard_bytes,
         )
 
-    def _pack_batch(self, batch: list[tuple[Document, str, int]], writers: dict[str, SplitWriter], limit: int) -> None:
+    def _pack_batch(
+        self, batch: list[tuple[Document, str, int]], writers: dict[str, SplitWriter], limit: int
+    ) -> None:
         encoded = self.tokenizer.encode_pieces([text for _, text, _ in batch])
         for (document, text, offset), piece in zip(batch, encoded, strict=True):
             key = self.found.files[document.file].key
@@ -141,7 +150,10 @@ class Builder:
                 starts = np.fromfile(self.folder / f"{name}-start.idx", dtype="<i8")
                 tokens.append(np.diff(starts, append=split.stream_tokens))
         return holdout.balanced(
-            np.concatenate(hashes), np.concatenate(tokens), limit, sample=self.data.sequence_length + 1
+            np.concatenate(hashes),
+            np.concatenate(tokens),
+            limit,
+            sample=self.data.sequence_length + 1,
         )
 
     def _remove(self, splits: dict[str, SplitIndex]) -> None:
@@ -190,7 +202,10 @@ class Builder:
         replace_file(self.folder / "files.txt", b"".join(names))
         ends = np.cumsum([len(name) for name in names], dtype="<i8")
         replace_file(self.folder / "files.idx", ends.tobytes())
-        return {"names": _entry(self.folder / "files.txt"), "ends": _entry(self.folder / "files.idx")}
+        return {
+            "names": _entry(self.folder / "files.txt"),
+            "ends": _entry(self.folder / "files.idx"),
+        }
 
     def _fingerprint(self, splits: dict[str, SplitIndex]) -> str:
         """Over the tokens and what gives them their meaning: no path, no time."""
@@ -200,13 +215,17 @@ class Builder:
             "eos": self.tokenizer.eos,
             "sequence_length": self.data.sequence_length,
             "eval_fraction": self.data.eval_fraction,
-            "shards": {name: [entry.sha256 for entry in split.shards] for name, split in splits.items()},
+            "shards": {
+                name: [entry.sha256 for entry in split.shards] for name, split in splits.items()
+            },
         }
         return hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()
 
 
 def _batches(reader: DocumentReader) -> Iterator[list[tuple[Document, str, int]]]:
-    """(document, piece of its text, offset of the piece in characters), many small or a few large ones at once."""
+    """(document, piece of its text, offset of the piece in characters), many small or a few large
+    ones at once.
+    """
     batch: list[tuple[Document, str, int]] = []
     held = 0
     for document in reader:
@@ -226,8 +245,14 @@ def _entry(path: Path) -> FileEntry:
 
 
 def _shown(file: SourceFile) -> bytes:
-    """A path as UTF-8; bytes that are none become backslash escapes, so that a record can carry it."""
-    return file.path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace").encode("utf-8")
+    """A path as UTF-8; bytes that are none become backslash escapes, so that a record can carry
+    it.
+    """
+    return (
+        file.path.encode("utf-8", "surrogateescape")
+        .decode("utf-8", "backslashreplace")
+        .encode("utf-8")
+    )
 
 
 def _places(data: DataSection) -> str:

@@ -1,7 +1,7 @@
 """`builtin:python`: source and documentation of the running interpreter's standard library.
 
-Real text on every machine, some 12 MB, in the same order for every process of one installation: the .py files, the
-topics of `help()`, and the docstrings of the modules that are compiled in.
+Real text on every machine, some 12 MB, in the same order for every process of one installation: the
+.py files, the topics of `help()`, and the docstrings of the modules that are compiled in.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ from trainer.config.config import BUILTIN
 from trainer.data.sources import SourceFile
 
 # Not of the library itself, or different between builds of the same version.
-_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "__phello__"}
+_FOLDERS = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "__pycache__",
+    "__phello__",
+}
 _FILES = {"pydoc_data/topics.py"}  # taken as documents of their own instead
 _PREFIXES = ("config-", "_sysconfigdata")
 
@@ -42,7 +50,9 @@ def read(path: str) -> bytes:
 
 def _python_files(root: str) -> Iterator[str]:
     for parent, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in _FOLDERS and not name.startswith(_PREFIXES)]
+        folders[:] = [
+            name for name in folders if name not in _FOLDERS and not name.startswith(_PREFIXES)
+        ]
         for name in names:
             relative = os.path.relpath(os.path.join(parent, name), root)
             if name.endswith(".py") and not name.startswith(_PREFIXES) and relative not in _FILES:
@@ -68,13 +78,16 @@ def _topics() -> dict[str, str]:
 
 
 def _docstrings(module_name: str) -> str:
-    """Docstrings of a compiled module, its functions, classes and methods. Text only: no repr, hence no address."""
+    """Docstrings of a compiled module, its functions, classes and methods. Text only: no repr,
+    hence no address.
+    """
     if module_name in ("__main__", "sys"):  # its hooks are there to be replaced
         return ""
     module = importlib.import_module(module_name)
     entries = [(module_name, module.__doc__)]
     for name, value in sorted(vars(module).items()):
-        # Only what is compiled in: `site` and others hang more names into `builtins`, or replace `__import__`.
+        # Only what is compiled in: `site` and others hang more names into `builtins`, or replace
+        # `__import__`.
         if name.startswith("__"):
             continue
         if inspect.isbuiltin(value):
@@ -82,5 +95,9 @@ def _docstrings(module_name: str) -> str:
         elif isinstance(value, type) and value.__module__ == module_name:
             entries.append((f"{module_name}.{name}", value.__doc__))
             members = {key: item for key, item in vars(value).items() if not key.startswith("_")}
-            entries += [(f"{module_name}.{name}.{key}", members[key].__doc__) for key in sorted(members)]
-    return "\n\n".join(f"{name}\n{doc}" for name, doc in entries if isinstance(doc, str) and doc.strip())
+            entries += [
+                (f"{module_name}.{name}.{key}", members[key].__doc__) for key in sorted(members)
+            ]
+    return "\n\n".join(
+        f"{name}\n{doc}" for name, doc in entries if isinstance(doc, str) and doc.strip()
+    )

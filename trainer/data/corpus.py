@@ -27,7 +27,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         documents, bytes, tokens: of all usable documents, both splits, EOS included.
-        bad: kind of bad record -> how many; named: kind -> the first few, "PATH:LINE (what is wrong)".
+        bad: kind of bad record -> how many; named: kind -> the first few, "PATH:LINE (what is
+        wrong)".
         rebuilt: why an older copy in the cache was not used, "" if there was none.
     """
 
@@ -58,18 +59,17 @@ class CorpusIndex(msgspec.Struct, frozen=True, kw_only=True):
     sequence_length: int
     eval_fraction: float
     splits: dict[str, SplitIndex]
-    files: dict[str, FileEntry]  # "names": the paths, one after another; "ends": int64 end of each; the tokenizer
+    # "names": the paths, one after another; "ends": int64 end of each; the tokenizer
+    files: dict[str, FileEntry]
     report: Report
 
 
 class Corpus:
     """Attributes:
-    path: its folder.
-    fingerprint: SHA-256 of the tokens in their shards and of the settings that made them; the same on every machine.
-    vocabulary: size of the embedding that the ids need. `eos`, `pad`: special ids; `pad` may be None.
-    sequence_length: tokens that a model sees of a sample.
-    train, eval: the splits; `eval` may be empty.
-    report: documents, tokens and bad records.
+    path: its folder. fingerprint: SHA-256 of the tokens in their shards and of the settings that
+    made them; the same on every machine. vocabulary: size of the embedding that the ids need.
+    `eos`, `pad`: special ids; `pad` may be None. sequence_length: tokens that a model sees of a
+    sample. train, eval: the splits; `eval` may be empty. report: documents, tokens and bad records.
     """
 
     def __init__(self, path: Path, index: CorpusIndex) -> None:
@@ -154,48 +154,71 @@ class Split:
         return rows
 
     def documents(self, sample: int) -> list[DocumentRef]:
-        """The documents of one sample in their order, each with the bytes that the sample holds of it.
+        """The documents of one sample in their order, each with the bytes that the sample holds of
+        it.
 
         The span of a token that is a part of a character is that of the whole character.
         """
         if not 0 <= sample < len(self):
             raise IndexError(f"sample {sample} of a split of {len(self)}")
-        first, last = sample * self._length, (sample + 1) * self._length  # stream positions, `last` included
-        begin, end = (int(np.searchsorted(self._column("start"), at, "right")) - 1 for at in (first, last))
+        # stream positions, `last` included
+        first, last = sample * self._length, (sample + 1) * self._length
+        begin, end = (
+            int(np.searchsorted(self._column("start"), at, "right")) - 1 for at in (first, last)
+        )
         cut = self._column("cut")
         refs = []
         for document in range(begin, end + 1):
             first_byte = int(cut[2 * sample]) if document == begin else 0
-            last_byte = int(cut[2 * sample + 3]) if document == end else int(self._column("bytes")[document])
+            last_byte = (
+                int(cut[2 * sample + 3])
+                if document == end
+                else int(self._column("bytes")[document])
+            )
             if first_byte < last_byte:  # else the sample has nothing but its EOS
                 refs.append(self._ref(document, first_byte, last_byte))
         return refs
 
-    def documents_of(self, samples: Iterable[int], *, limit: int | None = MAX_NAMED) -> tuple[list[DocumentRef], int]:
-        """The documents of many samples, stretches that touch joined; the first `limit`, and how many there are."""
+    def documents_of(
+        self, samples: Iterable[int], *, limit: int | None = MAX_NAMED
+    ) -> tuple[list[DocumentRef], int]:
+        """The documents of many samples, stretches that touch joined; the first `limit`, and how
+        many there are.
+        """
         refs: list[DocumentRef] = []
         for sample in sorted(set(samples)):
             for ref in self.documents(sample):
                 last = refs[-1] if refs else None
                 same = last is not None and (last.path, last.record) == (ref.path, ref.record)
-                if last is not None and same and last.first_byte <= ref.first_byte <= last.last_byte:
-                    refs[-1] = msgspec.structs.replace(last, last_byte=max(last.last_byte, ref.last_byte))
+                if (
+                    last is not None
+                    and same
+                    and last.first_byte <= ref.first_byte <= last.last_byte
+                ):
+                    refs[-1] = msgspec.structs.replace(
+                        last, last_byte=max(last.last_byte, ref.last_byte)
+                    )
                 else:
                     refs.append(ref)
         return refs[:limit], len(refs)
 
     def excerpt(self, what: int | DocumentRef, limit: int = 200) -> str:
-        """The beginning of a sample, or of a stretch of a document, as the model met it: one clean line.
+        """The beginning of a sample, or of a stretch of a document, as the model met it: one clean
+        line.
 
-        Comes from the shards, so it needs no source file. Raises KeyError for a document that is not of this split.
+        Comes from the shards, so it needs no source file. Raises KeyError for a document that is
+        not of this split.
         """
         from guardrail.core.text import clean
 
-        wanted = 4 * limit + 16  # clean() takes characters out, and a character may take four tokens
+        # clean() takes characters out, and a character may take four tokens
+        wanted = 4 * limit + 16
         if isinstance(what, int):
             return clean(self._corpus.tokenizer.decode(self.tokens([what])[0][:wanted]), limit)
         first, last = self._positions(what)
-        return clean(self._corpus.tokenizer.decode(self._stream(first, min(last, first + wanted))), limit)
+        return clean(
+            self._corpus.tokenizer.decode(self._stream(first, min(last, first + wanted))), limit
+        )
 
     def _ref(self, document: int, first_byte: int, last_byte: int) -> DocumentRef:
         path = self._corpus.file_name(int(self._column("file")[document]))
@@ -205,23 +228,31 @@ class Split:
     def _find(self, ref: DocumentRef) -> int:
         """Documents stand in the order of their files, and in that of their lines within one."""
         file = self._corpus.file_number(ref.path)
-        first, last = (int(np.searchsorted(self._column("file"), file, side)) for side in ("left", "right"))
+        first, last = (
+            int(np.searchsorted(self._column("file"), file, side)) for side in ("left", "right")
+        )
         document = first + int(np.searchsorted(self._column("record")[first:last], ref.record))
         if document >= last or self._column("record")[document] != ref.record:
             raise KeyError(str(ref))
         return document
 
     def _positions(self, ref: DocumentRef) -> tuple[int, int]:
-        """The stretch of the stream that `documents` gave `ref` for: it ends at a sample's boundary or its EOS."""
+        """The stretch of the stream that `documents` gave `ref` for: it ends at a sample's boundary
+        or its EOS.
+        """
         document = self._find(ref)
-        first, last = (self._position(document, byte) for byte in (ref.first_byte, ref.last_byte - 1))
+        first, last = (
+            self._position(document, byte) for byte in (ref.first_byte, ref.last_byte - 1)
+        )
         boundary, inside = divmod(last, self._length)
         if not inside and self._column("cut")[2 * boundary + 1] == ref.last_byte:
             return first, last + 1
         return first, self._end(document) - 1
 
     def _position(self, document: int, byte: int) -> int:
-        """The last known stream position at or before a byte of a document: its start, or a sample's boundary."""
+        """The last known stream position at or before a byte of a document: its start, or a
+        sample's boundary.
+        """
         start = int(self._column("start")[document])
         first = -(-start // self._length)  # the first boundary inside
         last = min((self._end(document) - 1) // self._length, len(self))
@@ -259,7 +290,9 @@ class Split:
 
 
 def _mapped(folder: Path, entry: FileEntry, dtype: str) -> np.ndarray:
-    """A plain array over the memory map: every access to a np.memmap would build a Python object."""
+    """A plain array over the memory map: every access to a np.memmap would build a Python
+    object.
+    """
     if not entry.bytes:
         return np.empty(0, dtype=dtype)
     return np.asarray(np.memmap(folder / entry.name, dtype=dtype, mode="r"))
@@ -275,7 +308,10 @@ def inspect(path: Path) -> tuple[CorpusIndex | None, str]:
         return None, f"{INDEX}: {error}"
     if index.format != FORMAT:
         return None, f"format {index.format} instead of {FORMAT}"
-    for entry in [*index.files.values(), *(entry for split in index.splits.values() for entry in split.files)]:
+    for entry in [
+        *index.files.values(),
+        *(entry for split in index.splits.values() for entry in split.files),
+    ]:
         try:
             size = (path / entry.name).stat().st_size
         except OSError as error:

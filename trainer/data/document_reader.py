@@ -14,7 +14,16 @@ from typing import IO, Any
 import msgspec
 
 from trainer.config.config import BUILTIN
-from trainer.data.bad_records import ARCHIVE, EMPTY, ENCODING, FIELD, JSON, LARGE, UNREADABLE, BadRecords
+from trainer.data.bad_records import (
+    ARCHIVE,
+    EMPTY,
+    ENCODING,
+    FIELD,
+    JSON,
+    LARGE,
+    UNREADABLE,
+    BadRecords,
+)
 from trainer.data.progress import Pulse
 from trainer.data.sources import SourceFile
 
@@ -45,12 +54,21 @@ class DocumentReader:
     Args:
         files: what `discover` found.
         text_field: field of a JSON record that holds the text.
-        max_bytes: a file (as one document) or a line longer than this is a bad record, and is never held whole.
-        pulse: called often; its `share` is set to the share of the bytes on disk that has been read.
+        max_bytes: a file (as one document) or a line longer than this is a bad record, and is never
+        held whole.
+        pulse: called often; its `share` is set to the share of the bytes on disk that has been
+        read.
     """
 
-    def __init__(self, files: list[SourceFile], *, text_field: str, max_bytes: int, pulse: Pulse) -> None:
-        self.files, self.text_field, self.max_bytes, self.pulse = files, text_field, max_bytes, pulse
+    def __init__(
+        self, files: list[SourceFile], *, text_field: str, max_bytes: int, pulse: Pulse
+    ) -> None:
+        self.files, self.text_field, self.max_bytes, self.pulse = (
+            files,
+            text_field,
+            max_bytes,
+            pulse,
+        )
         self.bad = BadRecords()
         self._before = list(itertools.accumulate((file.size for file in files), initial=0))
         self._index = 0
@@ -77,14 +95,20 @@ class DocumentReader:
     def _whole(self, index: int) -> Iterator[Document]:
         file = self.files[index]
         if file.size > self.max_bytes and not file.compression:
-            self._reject(file, LARGE, reason=f"{file.size:,} bytes, data.max_document_bytes is {self.max_bytes:,}")
+            self._reject(
+                file,
+                LARGE,
+                reason=f"{file.size:,} bytes, data.max_document_bytes is {self.max_bytes:,}",
+            )
             return
         parts, held = [], 0
         with _Stream(file, self._at) as stream:
             while chunk := stream.read(CHUNK):
                 held += len(chunk)
                 if held > self.max_bytes:
-                    self._reject(file, LARGE, reason=f"more than data.max_document_bytes, {self.max_bytes:,}")
+                    self._reject(
+                        file, LARGE, reason=f"more than data.max_document_bytes, {self.max_bytes:,}"
+                    )
                     return
                 parts.append(chunk)
         yield from self._document(index, 0, b"".join(parts))
@@ -93,7 +117,9 @@ class DocumentReader:
         file = self.files[index]
         for number, line in _lines(stream, self.max_bytes):
             if line is None:
-                self._reject(file, LARGE, number, f"more than data.max_document_bytes, {self.max_bytes:,}")
+                self._reject(
+                    file, LARGE, number, f"more than data.max_document_bytes, {self.max_bytes:,}"
+                )
                 continue
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
@@ -131,7 +157,9 @@ class DocumentReader:
         except UnicodeDecodeError as error:
             self._reject(file, ENCODING, record, _position(error))
         except UnicodeEncodeError as error:
-            self._reject(file, ENCODING, record, f"half a surrogate pair at character {error.start:,}")
+            self._reject(
+                file, ENCODING, record, f"half a surrogate pair at character {error.start:,}"
+            )
         else:
             if not text or text.isspace():
                 self._reject(file, EMPTY, record)
@@ -155,8 +183,8 @@ class _ZstdDamage(Exception):
 class _Stream:
     """A source file, decompressed; `read(n)` gives between 1 and n bytes, or b"" at the end.
 
-    A compressed file that ends too early raises EOFError (zlib.error, BadGzipFile or _ZstdDamage when the content is
-    wrong), after all that could be read of it has been given.
+    A compressed file that ends too early raises EOFError (zlib.error, BadGzipFile or _ZstdDamage
+    when the content is wrong), after all that could be read of it has been given.
     """
 
     def __init__(self, file: SourceFile, at: Callable[[int], None]) -> None:
@@ -195,7 +223,8 @@ class _Stream:
 class _Zstd:
     """Decompresses zstd frames one after another.
 
-    zstandard's own stream reader takes a truncated file for a complete one; the decompression object knows.
+    zstandard's own stream reader takes a truncated file for a complete one; the decompression
+    object knows.
     """
 
     def __init__(self, raw: IO[bytes]) -> None:
@@ -233,7 +262,8 @@ class _Zstd:
 
 
 def _lines(stream: _Stream, limit: int) -> Iterator[tuple[int, bytes | None]]:
-    """(line number from 1, line without its end); None for a line longer than `limit`, which is never held whole.
+    """(line number from 1, line without its end); None for a line longer than `limit`, which is
+    never held whole.
 
     When the stream breaks, the line that it broke in is dropped with it.
     """
@@ -261,11 +291,14 @@ def _lines(stream: _Stream, limit: int) -> Iterator[tuple[int, bytes | None]]:
 
 
 def _json(line: bytes) -> Any:
-    """The value of one line. Raises UnicodeDecodeError or ValueError with a message for a person."""
+    """The value of one line. Raises UnicodeDecodeError or ValueError with a message for a
+    person.
+    """
     try:
         return msgspec.json.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        # json takes NaN and half surrogate pairs, which msgspec does not, and its messages name the column.
+        # json takes NaN and half surrogate pairs, which msgspec does not, and its messages name the
+        # column.
         return json.loads(line.decode("utf-8"))
 
 
@@ -276,7 +309,13 @@ def _json_type(value: Any) -> str:
         return "true or false"
     if isinstance(value, (int, float)):
         return "a number"
-    return "a string" if isinstance(value, str) else "a list" if isinstance(value, list) else "an object"
+    return (
+        "a string"
+        if isinstance(value, str)
+        else "a list"
+        if isinstance(value, list)
+        else "an object"
+    )
 
 
 def _position(error: UnicodeDecodeError) -> str:

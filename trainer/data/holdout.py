@@ -1,4 +1,6 @@
-"""Which documents are held out for evaluation: a hash of their origin, so that it never depends on the order."""
+"""Which documents are held out for evaluation: a hash of their origin, so that it never depends on
+the order.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,9 @@ def threshold(fraction: float) -> int:
 def balanced(hashes: np.ndarray, tokens: np.ndarray, limit: int, *, sample: int) -> int:
     """The threshold next to `limit` with which neither split is empty.
 
-    At least one document is held out and one is not; more are held out until they fill a sample, as long as the
-    others do; if need be fewer, because training comes first. One single document is never held out.
+    At least one document is held out and one is not; more are held out until they fill a sample, as
+    long as the others do; if need be fewer, because training comes first. One single document is
+    never held out.
 
     Args:
         hashes: uint64 [documents], tokens: tokens of each.
@@ -35,9 +38,12 @@ def balanced(hashes: np.ndarray, tokens: np.ndarray, limit: int, *, sample: int)
     if documents < 2:
         return 0
     order = np.argsort(hashes, kind="stable")
-    held = np.concatenate([[0], np.cumsum(tokens[order])])  # tokens held out with the k smallest hashes
+    # tokens held out with the k smallest hashes
+    held = np.concatenate([[0], np.cumsum(tokens[order])])
     left = held[-1] - held
-    count = int(np.clip(np.count_nonzero(hashes < np.uint64(min(limit, SPACE - 1))), 1, documents - 1))
+    count = int(
+        np.clip(np.count_nonzero(hashes < np.uint64(min(limit, SPACE - 1))), 1, documents - 1)
+    )
     while count < documents - 1 and held[count] < sample and left[count + 1] >= sample:
         count += 1
     while count > 1 and left[count] < sample:

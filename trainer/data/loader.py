@@ -1,10 +1,12 @@
-"""The rows of a batch that belong to this rank, as micro-batches of a constant shape, read ahead by one thread.
+"""The rows of a batch that belong to this rank, as micro-batches of a constant shape, read ahead by
+one thread.
 
-Which row goes where: with M = `micro_batch_size` and W ranks, row g of the global batch belongs to micro-batch
-m = g // (M W) of rank r = (g // M) % W. So the ranks' m-th micro-batches stand side by side in the order, and the
-global batch is the same set of samples whatever W is.
+Which row goes where: with M = `micro_batch_size` and W ranks, row g of the global batch belongs to
+micro-batch m = g // (M W) of rank r = (g // M) % W. So the ranks' m-th micro-batches stand side by
+side in the order, and the global batch is the same set of samples whatever W is.
 
-A batch that is shorter than the others (the end of the data) is filled up with rows whose labels are all ignored.
+A batch that is shorter than the others (the end of the data) is filled up with rows whose labels
+are all ignored.
 """
 
 from __future__ import annotations
@@ -25,9 +27,10 @@ class MicroBatch:
 
     Attributes:
         tokens: int64 [micro_batch_size, sequence_length].
-        labels: int64 [micro_batch_size, sequence_length]; labels[b, t] is the token behind tokens[b, t], or
-            `IGNORED` for padding and in rows that only fill up.
-        position: of its first sample in the order; the end of the batch if it holds no sample at all.
+        labels: int64 [micro_batch_size, sequence_length]; labels[b, t] is the token behind
+            tokens[b, t], or `IGNORED` for padding and in rows that only fill up.
+        position: of its first sample in the order; the end of the batch if it holds no sample at
+        all.
         sample_ids: of its real rows; fewer than micro_batch_size only in a short batch.
         extra: further arguments of the model by name, int64; see trainer.objectives.examples.
     """
@@ -79,7 +82,9 @@ class Loader:
         return self.world * self.micro_batches * self.micro_batch_size
 
     def load(self, batch: Batch) -> list[MicroBatch]:
-        """This rank's micro-batches of `batch`: read ahead if `prefetch` was told so, else read now."""
+        """This rank's micro-batches of `batch`: read ahead if `prefetch` was told so, else read
+        now.
+        """
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
             key, future = ahead
@@ -98,7 +103,9 @@ class Loader:
         return batch.positions[first : first + self.micro_batch_size]
 
     def prefetch(self, batch: Batch) -> None:
-        """Begin to read the batch that will probably be next. A wrong guess costs nothing but the reading."""
+        """Begin to read the batch that will probably be next. A wrong guess costs nothing but the
+        reading.
+        """
         if self._ahead is not None:
             key, future = self._ahead
             if key == _key(batch):
@@ -117,7 +124,9 @@ class Loader:
 
     def _read(self, batch: Batch) -> list[MicroBatch]:
         if len(batch.samples) > self.batch_size:
-            raise ValueError(f"a batch of {len(batch.samples)} samples for a loader of {self.batch_size}")
+            raise ValueError(
+                f"a batch of {len(batch.samples)} samples for a loader of {self.batch_size}"
+            )
         needed = -(-len(batch.samples) // (self.world * self.micro_batch_size))
         count = needed if self.growing else self.micro_batches
         return [self._micro_batch(batch, number) for number in range(count)]

@@ -1,8 +1,9 @@
 """How nodes wait for each other's corpus before their ranks meet.
 
-Each node prepares its own text, and one may need hours longer than another. A process group cannot be waited in for so
-long: its timeout is that of a step. So the first rank of each node writes a small file into the run directory, and all
-ranks wait until those of all nodes say that the corpus is ready.
+Each node prepares its own text, and one may need hours longer than another. A process group cannot
+be waited in for so long: its timeout is that of a step. So the first rank of each node writes a
+small file into the run directory, and all ranks wait until those of all nodes say that the corpus
+is ready.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from guardrail.rundir.heartbeat import this_start
 from guardrail.rundir.run_directory import RunDirectory
 
 POLL_SECONDS = 0.2
-REPORT_SECONDS = 5.0  # between two reports of the progress of a node: each is a file that all nodes read
+# between two reports of the progress of a node: each is a file that all nodes read
+REPORT_SECONDS = 5.0
 
 
 class NodeReport(Record, frozen=True, kw_only=True):
@@ -78,7 +80,9 @@ class NodesReady:
         stopped = isinstance(error, Interrupted)
         self._write(NodeReport(stopped=stopped, failed="" if stopped else str(error)))
 
-    def wait(self, *, stop: Callable[[], bool], seconds: float, alive: Callable[[str], None]) -> None:
+    def wait(
+        self, *, stop: Callable[[], bool], seconds: float, alive: Callable[[str], None]
+    ) -> None:
         """Until every node is ready.
 
         Args:
@@ -104,9 +108,13 @@ class NodesReady:
                 if report.failed:
                     raise DataError(f"node {node}: {report.failed}")
             if stop() or any(report.stopped for report in reports.values()):
-                raise Interrupted("asked to stop while another node prepared its text; nothing was trained")
+                raise Interrupted(
+                    "asked to stop while another node prepared its text; nothing was trained"
+                )
             if time.monotonic() - changed > seconds:
-                raise DataError(f"node {missing[0]} has not prepared its text: no progress for {seconds:.0f} s")
+                raise DataError(
+                    f"node {missing[0]} has not prepared its text: no progress for {seconds:.0f} s"
+                )
             time.sleep(POLL_SECONDS)
 
     def _write(self, report: NodeReport) -> None:
@@ -115,7 +123,9 @@ class NodesReady:
 
     def _read(self, node: int) -> NodeReport:
         try:
-            return msgspec.json.decode(read_file(self._folder / f"node-{node}.json"), type=NodeReport)
+            return msgspec.json.decode(
+                read_file(self._folder / f"node-{node}.json"), type=NodeReport
+            )
         except (OSError, msgspec.DecodeError):
             return NodeReport()
 

@@ -38,7 +38,9 @@ def cache_folder(data: DataSection) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "guardrail"
 
 
-def prepare(data: DataSection, *, progress: Progress, stop: Stop, shard_bytes: int = SHARD_BYTES) -> Path:
+def prepare(
+    data: DataSection, *, progress: Progress, stop: Stop, shard_bytes: int = SHARD_BYTES
+) -> Path:
     """The folder of the corpus that `data` describes; built when the cache does not have it.
 
     Any number of processes may call this at once: one builds, the others wait for it.
@@ -74,7 +76,8 @@ def prepare(data: DataSection, *, progress: Progress, stop: Stop, shard_bytes: i
 def wait_prepared(
     data: DataSection, *, stop: Stop, seconds: float, builder: Callable[[], object] = lambda: None
 ) -> Path:
-    """The folder of the corpus that another process builds with `prepare`; for the ranks that do not build.
+    """The folder of the corpus that another process builds with `prepare`; for the ranks that do
+    not build.
 
     Args:
         builder: how far the other process is; as long as this changes, the wait begins anew.
@@ -105,7 +108,14 @@ def _name(data: DataSection, found: Found) -> str:
         tokenizer = f"bpe {data.vocabulary}"
     elif tokenizer != "bytes":
         tokenizer = from_file(Path(tokenizer), name=tokenizer).identity
-    settings = (FORMAT, tokenizer, data.sequence_length, data.eval_fraction, data.text_field, data.max_document_bytes)
+    settings = (
+        FORMAT,
+        tokenizer,
+        data.sequence_length,
+        data.eval_fraction,
+        data.text_field,
+        data.max_document_bytes,
+    )
     digest = hashlib.sha256(repr(settings).encode())
     if BUILTIN in data.sources:
         digest.update(sys.version.encode())
@@ -119,8 +129,12 @@ def _name(data: DataSection, found: Found) -> str:
 
 @contextlib.contextmanager
 def _locked(folder: Path, pulse: Pulse) -> Iterator[None]:
-    """Holds the lock of a corpus. The file stays: deleting it would race with the next process to take it."""
-    descriptor = os.open(folder.with_name(folder.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    """Holds the lock of a corpus. The file stays: deleting it would race with the next process to
+    take it.
+    """
+    descriptor = os.open(
+        folder.with_name(folder.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
+    )
     try:
         while True:
             try:
@@ -135,16 +149,23 @@ def _locked(folder: Path, pulse: Pulse) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _build(data: DataSection, found: Found, folder: Path, damage: str, pulse: Pulse, shard_bytes: int) -> None:
+def _build(
+    data: DataSection, found: Found, folder: Path, damage: str, pulse: Pulse, shard_bytes: int
+) -> None:
     """Build into a temporary folder and rename. Called with the lock held."""
     if damage:
-        print(f"guardrail: the corpus in {folder} is damaged ({damage}): tokenising again", file=sys.stderr)
+        print(
+            f"guardrail: the corpus in {folder} is damaged ({damage}): tokenising again",
+            file=sys.stderr,
+        )
     for leftover in folder.parent.glob(f"{folder.name}.tmp-*"):
         shutil.rmtree(leftover)
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     temporary.mkdir(mode=0o700)
     try:
-        Builder(data, found, temporary, cache=folder.parent, pulse=pulse, shard_bytes=shard_bytes).build(rebuilt=damage)
+        Builder(
+            data, found, temporary, cache=folder.parent, pulse=pulse, shard_bytes=shard_bytes
+        ).build(rebuilt=damage)
         sync_folder(temporary)
         if folder.exists():
             shutil.rmtree(folder)

@@ -1,8 +1,9 @@
 """How a split lies on disk, and the writer of it.
 
-A split is one stream of tokens: its documents one after another, an EOS behind each. Sample i is the stretch
-[i T, i T + T + 1) of the stream (T = `sequence_length`): the last token of a sample is the first of the next, so that
-every token but the first one is a label exactly once. What does not fill a sample at the end is dropped.
+A split is one stream of tokens: its documents one after another, an EOS behind each. Sample i is
+the stretch [i T, i T + T + 1) of the stream (T = `sequence_length`): the last token of a sample is
+the first of the next, so that every token but the first one is a label exactly once. What does not
+fill a sample at the end is dropped.
 
     SPLIT-00000.bin ...   tokens, uint16 or uint32: `samples_per_shard` samples each, T tokens a sample and one more
     SPLIT-start.idx       int64 [documents]: position of each document in the stream, ascending
@@ -41,7 +42,9 @@ class FileEntry(msgspec.Struct, frozen=True):
 
 
 class SplitIndex(msgspec.Struct, frozen=True, kw_only=True):
-    """What corpus.json says of one split: `tokens` counts those in samples, `stream_tokens` also those dropped."""
+    """What corpus.json says of one split: `tokens` counts those in samples, `stream_tokens` also
+    those dropped.
+    """
 
     documents: int
     samples: int
@@ -103,7 +106,11 @@ class _Column:
             self._flush()
 
     def _flush(self) -> None:
-        values = np.concatenate(self._arrays) if self._arrays else np.array(self._rows, dtype=self._dtype)
+        values = (
+            np.concatenate(self._arrays)
+            if self._arrays
+            else np.array(self._rows, dtype=self._dtype)
+        )
         self._file.write(values.astype(self._dtype))
         self._rows, self._arrays = [], []
 
@@ -127,11 +134,26 @@ class SplitWriter:
     """
 
     def __init__(
-        self, folder: Path, name: str, *, length: int, dtype: np.dtype, eos: int, shard_bytes: int = SHARD_BYTES
+        self,
+        folder: Path,
+        name: str,
+        *,
+        length: int,
+        dtype: np.dtype,
+        eos: int,
+        shard_bytes: int = SHARD_BYTES,
     ) -> None:
-        self._folder, self._name, self._length, self._dtype, self._eos = folder, name, length, dtype, eos
+        self._folder, self._name, self._length, self._dtype, self._eos = (
+            folder,
+            name,
+            length,
+            dtype,
+            eos,
+        )
         self._per_shard = max(1, shard_bytes // (length * dtype.itemsize))
-        self._columns = {c: _Column(folder / f"{name}-{c}.idx", "<u8" if c == "hash" else "<i8") for c in COLUMNS}
+        self._columns = {
+            c: _Column(folder / f"{name}-{c}.idx", "<u8" if c == "hash" else "<i8") for c in COLUMNS
+        }
         self._position = 0  # in the stream, of the next token
         self._next_cut = 0  # position of the next sample boundary without a cut
         self._bytes = 0  # of the document, so far
@@ -143,7 +165,12 @@ class SplitWriter:
         self.documents = self.samples = 0
 
     def begin(self, *, file: int, record: int, origin: int) -> None:
-        for name, value in (("start", self._position), ("file", file), ("record", record), ("hash", origin)):
+        for name, value in (
+            ("start", self._position),
+            ("file", file),
+            ("record", record),
+            ("hash", origin),
+        ):
             self._columns[name].append(value)
         self._bytes = 0
         self.documents += 1
@@ -173,14 +200,18 @@ class SplitWriter:
             self._write_samples()
 
     def _write_samples(self) -> None:
-        """Write all complete samples that are pending, each without the token that it shares with the next."""
+        """Write all complete samples that are pending, each without the token that it shares with
+        the next.
+        """
         if not self._pending:
             return
         tokens = np.concatenate(self._pending)
         ready, at = (len(tokens) - 1) // self._length, 0
         while ready:
             if self._shard is None:
-                self._shard = _File(self._folder / f"{self._name}-{len(self._shards):05d}.bin", hashed=True)
+                self._shard = _File(
+                    self._folder / f"{self._name}-{len(self._shards):05d}.bin", hashed=True
+                )
             count = min(ready, self._per_shard - self._shard_samples)
             self._shard.write(tokens[at : at + count * self._length])
             at, ready = at + count * self._length, ready - count

@@ -1,4 +1,6 @@
-"""`[data] sources` -> the files that hold documents, in an order that depends on their names only."""
+"""`[data] sources` -> the files that hold documents, in an order that depends on their names
+only.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,8 @@ class SourceFile:
 
     Attributes:
         path: absolute path, or "builtin:...".
-        key: its name below the source that it was found in. The held-out split hashes it, so that the split is the
-            same wherever the data lies.
+        key: its name below the source that it was found in. The held-out split hashes it, so that
+            the split is the same wherever the data lies.
         size: bytes on disk.
         mtime_ns: last change.
         records: each line is a JSON record; else the whole file is one document.
@@ -51,7 +53,8 @@ class Found:
 
     Attributes:
         ignored: files of a folder that are no text by their suffix, by suffix.
-        spans: of each source with new files, (source, first, last): its files are files[first:last].
+        spans: of each source with new files, (source, first, last): its files are
+        files[first:last].
         empty: sources in which no file was found.
     """
 
@@ -67,10 +70,12 @@ class Found:
 
 
 def discover(sources: tuple[str, ...], pulse: Callable[[], None] = lambda: None) -> Found:
-    """The files behind `sources`, in the order of the sources and sorted by name within one; each file once.
+    """The files behind `sources`, in the order of the sources and sorted by name within one; each
+    file once.
 
-    A folder is walked recursively: text-like suffixes only, hidden names and links to folders passed over. A file
-    that a glob or a path names is taken whatever its suffix. A source without a file counts among the bad records.
+    A folder is walked recursively: text-like suffixes only, hidden names and links to folders
+    passed over. A file that a glob or a path names is taken whatever its suffix. A source without a
+    file counts among the bad records.
     """
     found, seen = Found(), set()
     for source in sources:
@@ -91,7 +96,11 @@ def discover(sources: tuple[str, ...], pulse: Callable[[], None] = lambda: None)
         if candidate is None:
             other = found.ignored.total() - ignored
             found.empty.append(source)
-            found.bad.add(NO_FILE, source, reason=f"{other:,} files, none of them text by its suffix" if other else "")
+            found.bad.add(
+                NO_FILE,
+                source,
+                reason=f"{other:,} files, none of them text by its suffix" if other else "",
+            )
     return found
 
 
@@ -120,7 +129,11 @@ def _walk(folder: str, base: str, found: Found, pulse: Callable[[], None]) -> It
     for parent, folders, files in os.walk(folder, onerror=unreadable):
         pulse()
         folders[:] = [name for name in folders if not name.startswith(".")]
-        names += [os.path.relpath(os.path.join(parent, name), folder) for name in files if not name.startswith(".")]
+        names += [
+            os.path.relpath(os.path.join(parent, name), folder)
+            for name in files
+            if not name.startswith(".")
+        ]
     for name in sorted(names):
         suffix = _suffixes(name)[0]
         if suffix in TEXT_SUFFIXES or suffix in JSONL_SUFFIXES:
@@ -140,7 +153,9 @@ def _file(path: str, key: str, found: Found) -> Iterator[SourceFile]:
         found.bad.add(UNREADABLE, path, reason="not a regular file")
         return
     suffix, compression = _suffixes(path)
-    yield SourceFile(path, key, status.st_size, status.st_mtime_ns, suffix in JSONL_SUFFIXES, compression)
+    yield SourceFile(
+        path, key, status.st_size, status.st_mtime_ns, suffix in JSONL_SUFFIXES, compression
+    )
 
 
 def _suffixes(path: str) -> tuple[str, str]:

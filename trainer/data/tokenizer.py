@@ -1,7 +1,8 @@
 """Text <-> token ids: raw bytes, a BPE trained on the sources, or a tokenizer.json.
 
-A long text is encoded in pieces cut at line ends, so that one huge document neither blocks a stop nor takes a
-multiple of its size in memory. A piece is the unit of meaning: `encode` gives the same ids on every way to them.
+A long text is encoded in pieces cut at line ends, so that one huge document neither blocks a stop
+nor takes a multiple of its size in memory. A piece is the unit of meaning: `encode` gives the same
+ids on every way to them.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class Encoded:
 
     Attributes:
         ids: token ids, one-dimensional.
-        spans: positions in `ids` [k] -> byte spans [k, 2] (first, last) within the piece. A token that is a part of
-            a character has the span of the whole character.
+        spans: positions in `ids` [k] -> byte spans [k, 2] (first, last) within the piece. A token
+            that is a part of a character has the span of the whole character.
     """
 
     ids: np.ndarray
@@ -75,7 +76,9 @@ class Tokenizer(ABC):
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of `text`, without special tokens: one-dimensional, `dtype`."""
-        return np.concatenate([e.ids for e in self.encode_pieces(list(pieces(text)))] or [np.empty(0, self.dtype)])
+        return np.concatenate(
+            [e.ids for e in self.encode_pieces(list(pieces(text)))] or [np.empty(0, self.dtype)]
+        )
 
     @abstractmethod
     def encode_pieces(self, texts: Sequence[str]) -> list[Encoded]:
@@ -86,7 +89,9 @@ class Tokenizer(ABC):
         """The text of the ids; special tokens are left out, wrong UTF-8 becomes U+FFFD."""
 
     def spelled(self, token: int) -> str:
-        """One token for a person: its text, else its name; a byte that is no text by itself as <0xE2>. "": no token."""
+        """One token for a person: its text, else its name; a byte that is no text by itself as
+        <0xE2>. "": no token.
+        """
         text = self.decode(np.array([token]))
         return text if text and "\ufffd" not in text else self._name(token)
 
@@ -106,7 +111,9 @@ def id_dtype(vocabulary: int) -> np.dtype:
 
 
 def pieces(text: str) -> Iterator[str]:
-    """Cuts behind the last line end (else before the last space, else anywhere) of each `PIECE` characters."""
+    """Cuts behind the last line end (else before the last space, else anywhere) of each `PIECE`
+    characters.
+    """
     start = 0
     while len(text) - start > PIECE:
         window = start + PIECE
@@ -126,7 +133,10 @@ class ByteTokenizer(Tokenizer):
     vocabulary = 259
 
     def encode_pieces(self, texts: Sequence[str]) -> list[Encoded]:
-        return [Encoded(np.frombuffer(text.encode("utf-8"), np.uint8).astype(self.dtype), _one_byte) for text in texts]
+        return [
+            Encoded(np.frombuffer(text.encode("utf-8"), np.uint8).astype(self.dtype), _one_byte)
+            for text in texts
+        ]
 
     def decode(self, ids: np.ndarray) -> str:
         ids = np.asarray(ids)
@@ -141,7 +151,8 @@ def _one_byte(positions: np.ndarray) -> np.ndarray:
 
 
 class JsonTokenizer(Tokenizer):
-    """A Hugging Face tokenizer. Text that looks like a special token is encoded as the text that it is.
+    """A Hugging Face tokenizer. Text that looks like a special token is encoded as the text that it
+    is.
 
     Args:
         content: of a tokenizer.json.
@@ -167,7 +178,9 @@ class JsonTokenizer(Tokenizer):
         self.vocabulary = max(backend.get_vocab(with_added_tokens=True).values(), default=0) + 1
         eos = next((i for i in map(backend.token_to_id, _EOS_NAMES) if i is not None), None)
         if eos is None:
-            raise DataError(f"{source}: no end-of-text token; expected one of {', '.join(_EOS_NAMES)}")
+            raise DataError(
+                f"{source}: no end-of-text token; expected one of {', '.join(_EOS_NAMES)}"
+            )
         pad = next((i for i in map(backend.token_to_id, _PAD_NAMES) if i is not None), None)
         self.eos, self.pad = eos, None if pad == eos else pad
 

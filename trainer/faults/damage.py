@@ -21,14 +21,18 @@ NGRAM = 3
 AS_INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
-def spoiled_rows(micro: MicroBatch, kind: str, rows: Sequence[tuple[int, int]], *, vocabulary: int) -> MicroBatch:
+def spoiled_rows(
+    micro: MicroBatch, kind: str, rows: Sequence[tuple[int, int]], *, vocabulary: int
+) -> MicroBatch:
     """A micro-batch with other text in some rows; what was ignored stays ignored.
 
-    The dice of a row come from its position alone, so that the same sample is spoiled alike whenever it is formed.
+    The dice of a row come from its position alone, so that the same sample is spoiled alike
+    whenever it is formed.
 
     Args:
-        kind: noise_tokens: ids of the upper half of the vocabulary, without meaning, as of text that was decoded
-            wrongly; repeat_tokens: three ids again and again; shuffle_labels: the labels of the row in another order.
+        kind: noise_tokens: ids of the upper half of the vocabulary, without meaning, as of text
+            that was decoded wrongly; repeat_tokens: three ids again and again; shuffle_labels: the
+            labels of the row in another order.
         rows: (row, position).
     """
     tokens, labels = micro.tokens.copy(), micro.labels.copy()
@@ -50,18 +54,25 @@ def spoiled_rows(micro: MicroBatch, kind: str, rows: Sequence[tuple[int, int]], 
 
 
 @torch.no_grad()
-def strike_state(kind: str, model: nn.Module, optimizers: Sequence[Optimizer], *, value: float, entry: int) -> None:
-    """Change weights or moments in place, as broken memory or a broken program would between two steps.
+def strike_state(
+    kind: str, model: nn.Module, optimizers: Sequence[Optimizer], *, value: float, entry: int
+) -> None:
+    """Change weights or moments in place, as broken memory or a broken program would between two
+    steps.
 
     On a sharded model each rank changes its own part: `entry` counts within it.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for name, p in model.named_parameters() if "blocks." in name and p.ndim == 2] or parameters
+    matrices = [
+        p for name, p in model.named_parameters() if "blocks." in name and p.ndim == 2
+    ] or parameters
     if kind == "scale_weights":
         for parameter in parameters:
             local(parameter).mul_(value)
     elif kind == "scale_row":
-        rows = local(next(p for name, p in model.named_parameters() if "embedding" in name and p.ndim == 2))
+        rows = local(
+            next(p for name, p in model.named_parameters() if "embedding" in name and p.ndim == 2)
+        )
         if len(rows):
             rows[entry % len(rows)] *= value
     elif kind == "flip_weight":
@@ -80,7 +91,9 @@ def strike_state(kind: str, model: nn.Module, optimizers: Sequence[Optimizer], *
 
 
 def flip_bit(tensor: Tensor, *, entry: int, bit: int) -> None:
-    """Flip bit `bit` (0: the lowest of the mantissa; of float32 30: the highest of the exponent) of one entry."""
+    """Flip bit `bit` (0: the lowest of the mantissa; of float32 30: the highest of the exponent) of
+    one entry.
+    """
     bits = tensor.view(AS_INTEGERS[tensor.dtype]).view(-1)
     if len(bits):  # a rank may hold nothing of a small sharded parameter
         mask = 1 << bit if bit < 8 * bits.element_size() - 1 else -(1 << bit)
@@ -88,6 +101,10 @@ def flip_bit(tensor: Tensor, *, entry: int, bit: int) -> None:
 
 
 def garbage(gradient: Tensor, *, value: float) -> Tensor:
-    """Noise with `value` times the norm of the gradient it replaces: other noise each time, as of broken hardware."""
-    noise = torch.from_numpy(np.random.default_rng().standard_normal(tuple(gradient.shape))).to(gradient)
+    """Noise with `value` times the norm of the gradient it replaces: other noise each time, as of
+    broken hardware.
+    """
+    noise = torch.from_numpy(np.random.default_rng().standard_normal(tuple(gradient.shape))).to(
+        gradient
+    )
     return noise * (value * gradient.norm() / noise.norm())

@@ -11,9 +11,9 @@ The loop calls one hook at each place where a fault can strike:
         loss = faults.loss(micro, model, loss, scale=scale)  # the 0-d loss, before its backward pass
     faults.gradients(model)                          # reduced gradients, before the probes measure them
 
-A loop whose `Faults` is empty (false) skips them. A fault by position strikes the batches that use a position of its
-stretch, so a quarantined stretch never strikes again; a fault by step strikes each attempt at that step; one by both
-strikes where both are met.
+A loop whose `Faults` is empty (false) skips them. A fault by position strikes the batches that use
+a position of its stretch, so a quarantined stretch never strikes again; a fault by step strikes
+each attempt at that step; one by both strikes where both are met.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ STATE = ("scale_weights", "scale_row", "flip_weight", "flip_moment", "zero_momen
 
 
 class StagedFault(RuntimeError):
-    """Raised by a fault of kind "raise": an error nobody handles, as a bug in a user's loop would be."""
+    """Raised by a fault of kind "raise": an error nobody handles, as a bug in a user's loop would
+    be.
+    """
 
 
 class Faults:
@@ -58,10 +60,12 @@ class Faults:
         self._rank = rank
         self._sections = [section for section in sections if section.rank in (-1, rank)]
         self._left = [section.times for section in self._sections]
-        self._left_at: dict[int, list[int]] = {}  # step -> what was left before the last attempts at it
+        # step -> what was left before the last attempts at it
+        self._left_at: dict[int, list[int]] = {}
         self._now: list[FaultSection] = []
         self._micro = 0  # whose forward pass is next
-        self._rate = 1.0  # factor on the learning rate of the attempt at hand, whatever is replayed meanwhile
+        # factor on the learning rate of the attempt at hand, whatever is replayed meanwhile
+        self._rate = 1.0
 
     def __bool__(self) -> bool:
         return bool(self._sections)
@@ -71,16 +75,22 @@ class Faults:
 
         Args:
             step: the number that the update would get.
-            positions: of the sample order that the global batch uses, ascending, quarantined ones not among them.
-            repeated: an attempt at this step was dropped unjudged; it and those behind it have used nothing up. What
-                strikes the state has struck it once, and nobody went back.
+            positions: of the sample order that the global batch uses, ascending, quarantined ones
+            not among them.
+            repeated: an attempt at this step was dropped unjudged; it and those behind it have used
+                nothing up. What strikes the state has struck it once, and nobody went back.
         """
         self._now = []
         if repeated:
             states = [section.kind in STATE for section in self._sections]
             before = self._left_at[step]
-            self._left = [now if state else old for now, old, state in zip(self._left, before, states, strict=True)]
-        self._left_at = {at: left for at, left in self._left_at.items() if at in (step - 1, step + 1)}
+            self._left = [
+                now if state else old
+                for now, old, state in zip(self._left, before, states, strict=True)
+            ]
+        self._left_at = {
+            at: left for at, left in self._left_at.items() if at in (step - 1, step + 1)
+        }
         self._left_at[step] = list(self._left)
         for index, section in enumerate(self._sections):
             if repeated and section.kind in STATE:
@@ -93,9 +103,10 @@ class Faults:
     def again(self, *, step: int, positions: Sequence[int]) -> None:
         """Choose what strikes a replay, which uses no fault up.
 
-        What is in the data (a fault by position) is in it again, and what is in the state (a fault by step) as long as
-        the state is that of the step. A fault that has struck as often as its `times` says does not come again, as
-        with hardware that fails once. Nothing hangs or ends a process a second time.
+        What is in the data (a fault by position) is in it again, and what is in the state (a fault
+        by step) as long as the state is that of the step. A fault that has struck as often as its
+        `times` says does not come again, as with hardware that fails once. Nothing hangs or ends a
+        process a second time.
         """
         self._now = [
             section
@@ -104,24 +115,32 @@ class Faults:
         ]
 
     def attach(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-        """Let scale_lr raise the rate within a step alone: schedule, guard and journal see what was meant. Let
-        spike_embedding reach what the embedding gives."""
+        """Let scale_lr raise the rate within a step alone: schedule, guard and journal see what was
+        meant. Let spike_embedding reach what the embedding gives."""
         if any(s.kind == "spike_embedding" for s in self._sections):
             for module in model.modules():
                 if isinstance(module, nn.Embedding):
                     module.register_forward_hook(self._embedded)
         for optimizer in optimizers if any(s.kind == "scale_lr" for s in self._sections) else []:
             optimizer.register_step_pre_hook(lambda hooked, *_: _scale_rates(hooked, self._rate))
-            optimizer.register_step_post_hook(lambda hooked, *_: _scale_rates(hooked, 1 / self._rate))
+            optimizer.register_step_post_hook(
+                lambda hooked, *_: _scale_rates(hooked, 1 / self._rate)
+            )
 
     def state(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Strike weights or moments: the batch at hand is the first one that meets it."""
         for fault in self._now:
             if fault.kind in STATE:
-                strike_state(fault.kind, unwrapped(model), optimizers, value=fault.value, entry=fault.entry)
+                strike_state(
+                    fault.kind, unwrapped(model), optimizers, value=fault.value, entry=fault.entry
+                )
 
     def data(
-        self, micro_batches: list[MicroBatch], positions: Sequence[Sequence[int]], *, vocabulary: int
+        self,
+        micro_batches: list[MicroBatch],
+        positions: Sequence[Sequence[int]],
+        *,
+        vocabulary: int,
     ) -> list[MicroBatch]:
         """Micro-batches with other text where a fault says so; the argument is not written to.
 
@@ -134,15 +153,20 @@ class Faults:
                     spoiled_rows(micro, fault.kind, _struck(fault, places), vocabulary=vocabulary)
                     if fault.micro in (-1, index)
                     else micro
-                    for index, (micro, places) in enumerate(zip(micro_batches, positions, strict=True))
+                    for index, (micro, places) in enumerate(
+                        zip(micro_batches, positions, strict=True)
+                    )
                 ]
         return micro_batches
 
     def labels(self, micro: int, labels: Tensor) -> Tensor:
-        """Labels [B, T] of a micro-batch, all ignored where the fault says so; the argument is not written to."""
+        """Labels [B, T] of a micro-batch, all ignored where the fault says so; the argument is not
+        written to.
+        """
         self._micro = micro
         for fault in self._now:
-            # Without a micro-batch of its own, what ends or stops the process does so before the first.
+            # Without a micro-batch of its own, what ends or stops the process does so before the
+            # first.
             if micro == max(fault.micro, 0):
                 _interrupt(fault, self._rank)
             if fault.kind == "ignore_labels" and fault.micro in (-1, micro):
@@ -151,18 +175,25 @@ class Faults:
 
     def _embedded(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
         for fault in self._now:
-            if fault.kind == "spike_embedding" and fault.micro in (-1, self._micro) and output.requires_grad:
+            if (
+                fault.kind == "spike_embedding"
+                and fault.micro in (-1, self._micro)
+                and output.requires_grad
+            ):
                 output.register_hook(partial(operator.mul, fault.value))
 
     def logits(self, micro: int, logits: Tensor) -> Tensor:
-        """Logits of a micro-batch, unchanged; their gradient becomes garbage where the fault says so."""
+        """Logits of a micro-batch, unchanged; their gradient becomes garbage where the fault says
+        so.
+        """
         for fault in self._now:
             if fault.kind == "garbage_grad" and fault.micro in (-1, micro):
                 logits.register_hook(partial(garbage, value=fault.value))
         return logits
 
     def loss(self, micro: int, model: nn.Module, loss: Tensor, *, scale: float = 1.0) -> Tensor:
-        """The loss of a micro-batch, spoiled; gradient faults are hung into the backward pass that follows.
+        """The loss of a micro-batch, spoiled; gradient faults are hung into the backward pass that
+        follows.
 
         Args:
             scale: that the loss will be multiplied by before its backward pass.
@@ -183,7 +214,9 @@ class Faults:
         return loss
 
     def gradients(self, model: nn.Module) -> None:
-        """Spoil one entry of this rank's reduced gradients, as broken memory would. `micro` has no meaning here."""
+        """Spoil one entry of this rank's reduced gradients, as broken memory would. `micro` has no
+        meaning here.
+        """
         if any(fault.kind == "inf_grad_reduced" for fault in self._now):
             for parameter in model.parameters():
                 gradient = parameter.grad
@@ -204,9 +237,15 @@ def _meets(fault: FaultSection, step: int, positions: Sequence[int]) -> bool:
 
 
 def _struck(fault: FaultSection, positions: Sequence[int]) -> list[tuple[int, int]]:
-    """(row, position) of a micro-batch that a fault of the text strikes: all rows without a stretch."""
+    """(row, position) of a micro-batch that a fault of the text strikes: all rows without a
+    stretch.
+    """
     everywhere = fault.last <= fault.first
-    return [(row, at) for row, at in enumerate(positions) if everywhere or fault.first <= at < fault.last]
+    return [
+        (row, at)
+        for row, at in enumerate(positions)
+        if everywhere or fault.first <= at < fault.last
+    ]
 
 
 def _scale_rates(optimizer: Optimizer, factor: float) -> None:
@@ -217,9 +256,10 @@ def _scale_rates(optimizer: Optimizer, factor: float) -> None:
 class _Spoiled(torch.autograd.Function):
     """Zero, with an infinite gradient, or one of NaN, for the first entry of a weight.
 
-    As part of the graph it spoils the gradient where a broken kernel would: before any hook on the weight sees it, and
-    before the ranks are averaged. The weight is one outside of the blocks (the last norm's): between forward
-    and backward it is a whole, plain leaf under fsdp as well, because the root's group stays gathered.
+    As part of the graph it spoils the gradient where a broken kernel would: before any hook on the
+    weight sees it, and before the ranks are averaged. The weight is one outside of the blocks (the
+    last norm's): between forward and backward it is a whole, plain leaf under fsdp as well, because
+    the root's group stays gathered.
     """
 
     @staticmethod

@@ -1,7 +1,8 @@
 """The models of the built-in trainer.
 
-Shape suffixes in this package: B batch, T tokens of a row, S tokens of the encoder's row, D model width, H heads of
-queries, G heads of keys and values, K width of a head, F width of the feed-forward block, V vocabulary.
+Shape suffixes in this package: B batch, T tokens of a row, S tokens of the encoder's row, D model
+width, H heads of queries, G heads of keys and values, K width of a head, F width of the
+feed-forward block, V vocabulary.
 """
 
 from trainer.model.decoder import Decoder

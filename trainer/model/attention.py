@@ -1,4 +1,6 @@
-"""Attention of a row to itself and to the encoder's output, with heads of keys and values shared or not."""
+"""Attention of a row to itself and to the encoder's output, with heads of keys and values shared or
+not.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,10 @@ class Sight(NamedTuple):
 
     Attributes:
         causal: a token sees itself and those before it; used where there is no mask.
-        mask: what is added to the scores, broadcast to [B, H, T, T]: position biases, -inf where nothing is seen.
-        rotary: turns queries and keys. A module and no table, so that mixed precision does not round its angles.
+        mask: what is added to the scores, broadcast to [B, H, T, T]: position biases, -inf where
+        nothing is seen.
+        rotary: turns queries and keys. A module and no table, so that mixed precision does not
+        round its angles.
         positions_BT: for `rotary`, where they are not 0, 1, 2, ...
         memory_BSD: output of the encoder.
     """
@@ -32,10 +36,11 @@ class Sight(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Self-attention. Queries, keys and values are matrices of their own, so that each can be split by heads.
+    """Self-attention. Queries, keys and values are matrices of their own, so that each can be split
+    by heads.
 
-    That costs a CPU nothing: a step takes 0.95 to 1.00 of what it takes with one matrix for all three, and one for gate
-    and up (0.9, 10 and 29 M parameters, medians of 16 pairs).
+    That costs a CPU nothing: a step takes 0.95 to 1.00 of what it takes with one matrix for all
+    three, and one for gate and up (0.9, 10 and 29 M parameters, medians of 16 pairs).
     """
 
     def __init__(self, section: ModelSection) -> None:
@@ -57,7 +62,8 @@ class Attention(nn.Module):
         Under tensor parallelism these are the heads of this rank.
         """
         q_BTHK, k_BTGK, v_BTGK = (
-            project(x_BTD).unflatten(-1, (-1, self.head_width)) for project in (self.q, self.k, self.v)
+            project(x_BTD).unflatten(-1, (-1, self.head_width))
+            for project in (self.q, self.k, self.v)
         )
         q_BTHK, k_BTGK = self._normed(q_BTHK, k_BTGK)
         if sight.rotary is not None:
@@ -73,22 +79,28 @@ class Attention(nn.Module):
         q, k, v = (y.transpose(1, 2) for y in self._heads(x_BTD, sight))
         return self._attend(q, k, v, causal=sight.causal, mask=sight.mask)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None
+    ) -> Tensor:
         """[B, H, T, K] x [B, G, S, K] -> [B, T, D]."""
         if self.peaks_H is not None and self.training:
             self._watch(q.detach(), k.detach(), causal=causal, mask=mask)
         options: dict[str, Any] = {} if self.heads == self.groups else {"enable_gqa": True}
         dropout = self.dropout if self.training else 0.0
         if mask is None:
-            y_BHTK = F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout, **options)
+            y_BHTK = F.scaled_dot_product_attention(
+                q, k, v, is_causal=causal, dropout_p=dropout, **options
+            )
         else:
-            y_BHTK = F.scaled_dot_product_attention(q, k, v, mask.to(q.dtype), dropout_p=dropout, **options)
+            y_BHTK = F.scaled_dot_product_attention(
+                q, k, v, mask.to(q.dtype), dropout_p=dropout, **options
+            )
         return cast(Tensor, self.out(y_BHTK.transpose(1, 2).flatten(-2)))
 
     @torch.no_grad()
     def _watch(self, q: Tensor, k: Tensor, *, causal: bool, mask: Tensor | None) -> None:
-        """Note the largest score of each head, position biases apart. Forms all scores, which attention itself does
-        not."""
+        """Note the largest score of each head, position biases apart. Forms all scores, which
+        attention itself does not."""
         assert self.peaks_H is not None
         k = k.repeat_interleave(self.heads // self.groups, dim=1)
         scores = (q @ k.transpose(-1, -2)).float() / self.head_width**0.5
@@ -99,19 +111,25 @@ class Attention(nn.Module):
         torch.maximum(self.peaks_H, scores.amax((0, 2, 3)), out=self.peaks_H)
 
     def query_key_rows(self, *, keys: bool) -> list[tuple[Tensor, int]]:
-        """(weight or bias that makes the queries, its first row for them); with `keys` also those of the keys."""
+        """(weight or bias that makes the queries, its first row for them); with `keys` also those
+        of the keys.
+        """
         linears = [self.q, self.k] if keys else [self.q]
         return [(p, 0) for linear in linears for p in (linear.weight, linear.bias) if p is not None]
 
 
 class CrossAttention(Attention):
-    """Attention of the decoder to the encoder's output, which knows no positions of its own (Raffel et al. 2020)."""
+    """Attention of the decoder to the encoder's output, which knows no positions of its own (Raffel
+    et al. 2020).
+    """
 
     def forward(self, x_BTD: Tensor, sight: Sight) -> Tensor:
         memory_BSD = sight.memory_BSD
         assert memory_BSD is not None
         q_BTHK = self.q(x_BTD).unflatten(-1, (-1, self.head_width))
-        k_BSGK, v_BSGK = (project(memory_BSD).unflatten(-1, (-1, self.head_width)) for project in (self.k, self.v))
+        k_BSGK, v_BSGK = (
+            project(memory_BSD).unflatten(-1, (-1, self.head_width)) for project in (self.k, self.v)
+        )
         q_BTHK, k_BSGK = self._normed(q_BTHK, k_BSGK)
         q, k, v = (y.transpose(1, 2) for y in (q_BTHK, k_BSGK, v_BSGK))
         return self._attend(q, k, v, causal=False, mask=None)

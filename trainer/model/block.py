@@ -1,4 +1,6 @@
-"""A block of the stack: attention and feed-forward, with their norms, added to the residual stream."""
+"""A block of the stack: attention and feed-forward, with their norms, added to the residual
+stream.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,9 @@ class Block(nn.Module):
         sandwich  x + norm(y(norm(x)))      CogView, Ding et al. 2021
         parallel  x + attention(norm(x)) + feed_forward(norm(x)) with one norm; PaLM
 
-    `recompute` drops the activations after the forward pass and makes them again in the backward pass. It stands
-    inside the block, so that names of parameters stay and fsdp gathers a block's weights around both passes.
+    `recompute` drops the activations after the forward pass and makes them again in the backward
+    pass. It stands inside the block, so that names of parameters stay and fsdp gathers a block's
+    weights around both passes.
     """
 
     def __init__(self, section: ModelSection, *, cross: bool = False) -> None:
@@ -47,8 +50,14 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, sight: Sight) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            dice = self.training and self.dropout > 0  # saving their state costs, and without dropout none are thrown
-            return cast(Tensor, checkpoint(self._forward, x_BTD, sight, use_reentrant=False, preserve_rng_state=dice))
+            # saving their state costs, and without dropout none are thrown
+            dice = self.training and self.dropout > 0
+            return cast(
+                Tensor,
+                checkpoint(
+                    self._forward, x_BTD, sight, use_reentrant=False, preserve_rng_state=dice
+                ),
+            )
         return self._forward(x_BTD, sight)
 
     def _forward(self, x_BTD: Tensor, sight: Sight) -> Tensor:
@@ -62,7 +71,12 @@ class Block(nn.Module):
         return self._add(x_BTD, self.feed_forward, self.feed_forward_norm, self.feed_forward_after)
 
     def _add(
-        self, x_BTD: Tensor, sublayer: nn.Module, norm: nn.Module, after: nn.Module | None, *sight: Sight
+        self,
+        x_BTD: Tensor,
+        sublayer: nn.Module,
+        norm: nn.Module,
+        after: nn.Module | None,
+        *sight: Sight,
     ) -> Tensor:
         if self.post:
             return cast(Tensor, norm(x_BTD + self._drop(sublayer(x_BTD, *sight))))

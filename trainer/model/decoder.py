@@ -36,8 +36,9 @@ def draw_weight(shape: torch.Size, std: float, generator: torch.Generator) -> Te
 class Decoder(nn.Module):
     """Token ids to logits.
 
-    The weights are a function of (section, vocabulary, seed): the same on every rank, for every world size and
-    device. On the meta device nothing is drawn; `to_empty` and `reset_parameters(seed)` finish such a model.
+    The weights are a function of (section, vocabulary, seed): the same on every rank, for every
+    world size and device. On the meta device nothing is drawn; `to_empty` and
+    `reset_parameters(seed)` finish such a model.
 
     Args:
         section: architecture, sizes, dropout and constants.
@@ -47,7 +48,12 @@ class Decoder(nn.Module):
     """
 
     def __init__(
-        self, section: ModelSection, *, vocabulary: int, sequence_length: int, seed: int | None = None
+        self,
+        section: ModelSection,
+        *,
+        vocabulary: int,
+        sequence_length: int,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         self.section = section
@@ -55,13 +61,19 @@ class Decoder(nn.Module):
         self.embedding = Embedding(vocabulary, section.width)
         self.embedding_norm = norm(section) if section.embedding_norm else None
         self.rotary = (
-            Rotary(head_width=section.head_width, sequence_length=sequence_length, base=section.rope_base)
+            Rotary(
+                head_width=section.head_width,
+                sequence_length=sequence_length,
+                base=section.rope_base,
+            )
             if section.positions == "rope"
             else None
         )
         self.absolute = absolute(section, sequence_length)
         self.blank_positions = (
-            LearnedPositions(length=sequence_length, width=section.width) if section.blank_positions else None
+            LearnedPositions(length=sequence_length, width=section.width)
+            if section.blank_positions
+            else None
         )
         self._build_stacks()
         self.head = None if section.tied else Linear(section.width, vocabulary)
@@ -77,11 +89,14 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, seed: int | None = None) -> None:
-        """GPT-2's initial weights (Radford et al. 2019, section 2.3): normal, projections into the residual stream
-        scaled down by the square root of their number; biases 0, norms 1."""
+        """GPT-2's initial weights (Radford et al. 2019, section 2.3): normal, projections into the
+        residual stream scaled down by the square root of their number; biases 0, norms 1."""
         generator = torch.Generator()  # on the CPU, for the same weights on every device
         generator.manual_seed(int(torch.randint(1 << 62, ())) if seed is None else seed)
-        std, residual_std = self.section.init_std, self.section.init_std / math.sqrt(2 * self.section.layers)
+        std, residual_std = (
+            self.section.init_std,
+            self.section.init_std / math.sqrt(2 * self.section.layers),
+        )
         residual = self._residual_projections()
         for module in self.modules():
             if isinstance(module, NORMS):
@@ -127,7 +142,8 @@ class Decoder(nn.Module):
         """Logits [B, T, V] of the token that follows each of `tokens_BT`, int64 in [0, V).
 
         Args:
-            prefix_B: tokens of each row that see one another in both directions; None: a causal row.
+            prefix_B: tokens of each row that see one another in both directions; None: a causal
+            row.
             positions_BT: where each token stands; None: 0, 1, 2, ...
             blanks_BT: its place within its blank, 0 outside of one; None: all 0.
         """
@@ -136,13 +152,17 @@ class Decoder(nn.Module):
         sight = Sight(mask=mask, rotary=self.rotary, positions_BT=positions_BT)
         return self.logits(self.run(self.blocks, x_BTD, sight))
 
-    def embed(self, tokens_BT: Tensor, positions_BT: Tensor | None = None, blanks_BT: Tensor | None = None) -> Tensor:
+    def embed(
+        self, tokens_BT: Tensor, positions_BT: Tensor | None = None, blanks_BT: Tensor | None = None
+    ) -> Tensor:
         """[B, T, D]: what enters the first block."""
         x_BTD = self.embedding(tokens_BT)
         if self.absolute is not None:
             x_BTD = x_BTD + self.absolute(tokens_BT.shape[1], positions_BT)
         if self.blank_positions is not None:
-            x_BTD = x_BTD + self.blank_positions(1, torch.zeros_like(tokens_BT) if blanks_BT is None else blanks_BT)
+            x_BTD = x_BTD + self.blank_positions(
+                1, torch.zeros_like(tokens_BT) if blanks_BT is None else blanks_BT
+            )
         if self.embedding_norm is not None:
             x_BTD = self.embedding_norm(x_BTD)
         x_BTD = self.enter(x_BTD)
@@ -167,10 +187,18 @@ class Decoder(nn.Module):
         return self.project(x_BTD)
 
     def project(self, x_BTD: Tensor) -> Tensor:
-        return F.linear(x_BTD, self.embedding.weight) if self.head is None else cast(Tensor, self.head(x_BTD))
+        return (
+            F.linear(x_BTD, self.embedding.weight)
+            if self.head is None
+            else cast(Tensor, self.head(x_BTD))
+        )
 
-    def mask(self, length: int, device: torch.device, prefix_B: Tensor | None = None) -> Tensor | None:
-        """What is added to the scores of `length` tokens, [1 or B, 1 or H, T, T]; None for a plain causal row."""
+    def mask(
+        self, length: int, device: torch.device, prefix_B: Tensor | None = None
+    ) -> Tensor | None:
+        """What is added to the scores of `length` tokens, [1 or B, 1 or H, T, T]; None for a plain
+        causal row.
+        """
         if self.bias is None and prefix_B is None:
             return None
         at = torch.arange(length, device=device)

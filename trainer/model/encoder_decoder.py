@@ -14,10 +14,11 @@ from trainer.model.positions import score_bias
 
 
 class EncoderDecoder(Decoder):
-    """A decoder that also attends to what an encoder made of a source row. Same arguments as `Decoder`.
+    """A decoder that also attends to what an encoder made of a source row. Same arguments as
+    `Decoder`.
 
-    `blocks` holds the encoder's blocks first, then the decoder's, so that whatever treats a model block by block
-    (sharding, recomputation) finds all of them.
+    `blocks` holds the encoder's blocks first, then the decoder's, so that whatever treats a model
+    block by block (sharding, recomputation) finds all of them.
     """
 
     def _build_stacks(self) -> None:
@@ -43,7 +44,9 @@ class EncoderDecoder(Decoder):
         memory_BSD = self.encode(tokens_BT if source_BS is None else source_BS)
         mask = self.mask(tokens_BT.shape[1], tokens_BT.device)
         sight = Sight(mask=mask, rotary=self.rotary, memory_BSD=memory_BSD)
-        return self.logits(self.run(self.blocks[self.encoder_layers :], self.embed(tokens_BT), sight))
+        return self.logits(
+            self.run(self.blocks[self.encoder_layers :], self.embed(tokens_BT), sight)
+        )
 
     def encode(self, source_BS: Tensor) -> Tensor:
         """[B, S, D]: each token of the source knows all the others."""

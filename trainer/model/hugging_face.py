@@ -1,4 +1,6 @@
-"""Any causal language model of Hugging Face's transformers, from a folder or its config.json; nothing is fetched."""
+"""Any causal language model of Hugging Face's transformers, from a folder or its config.json;
+nothing is fetched.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,13 @@ _KEY = "model.hf"
 class HuggingFace(nn.Module):
     """The interface of `trainer.model.Decoder` around an AutoModelForCausalLM.
 
-    From scratch its weights are drawn from torch's global generator, and its embedding is as high as the vocabulary
-    needs. Pretrained, the ids of [data] tokenizer must be those that it was trained with: give its tokenizer.json.
+    From scratch its weights are drawn from torch's global generator, and its embedding is as high
+    as the vocabulary needs. Pretrained, the ids of [data] tokenizer must be those that it was
+    trained with: give its tokenizer.json.
 
     Args:
-        section: `hf` names a folder with config.json (and weights, for `pretrained`) or a config.json.
+        section: `hf` names a folder with config.json (and weights, for `pretrained`) or a
+        config.json.
         vocabulary: number of token ids that it must know.
         sequence_length: most tokens of a sample.
 
@@ -38,7 +42,11 @@ class HuggingFace(nn.Module):
     @property
     def blocks(self) -> nn.ModuleList:
         """Its repeated blocks: the list of modules with most of the parameters."""
-        lists = [module for module in self.lm.modules() if isinstance(module, nn.ModuleList) and len(module)]
+        lists = [
+            module
+            for module in self.lm.modules()
+            if isinstance(module, nn.ModuleList) and len(module)
+        ]
         if not lists:
             return nn.ModuleList()
         return max(lists, key=lambda found: sum(p.numel() for p in found.parameters()))
@@ -52,7 +60,9 @@ class HuggingFace(nn.Module):
         """Activation checkpointing by the model's own means."""
         if recompute != self.recompute:
             # transformers 5 has renamed it, and warns about the old name.
-            what = "activation" if hasattr(self.lm, "activation_checkpointing_enable") else "gradient"
+            what = (
+                "activation" if hasattr(self.lm, "activation_checkpointing_enable") else "gradient"
+            )
             if recompute:
                 getattr(self.lm, f"{what}_checkpointing_enable")({"use_reentrant": False})
             else:
@@ -69,7 +79,10 @@ def _built(section: ModelSection, vocabulary: int, sequence_length: int) -> Any:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
         raise ConfigError(
-            'transformers to be installed: pip install "guardrail[hf]"', key=_KEY, value=section.hf, hint=str(error)
+            'transformers to be installed: pip install "guardrail[hf]"',
+            key=_KEY,
+            value=section.hf,
+            hint=str(error),
         ) from error
     path = Path(section.hf)
     if section.pretrained and path.is_file():
@@ -81,10 +94,14 @@ def _built(section: ModelSection, vocabulary: int, sequence_length: int) -> Any:
         _check(config, section, vocabulary, sequence_length)
         if not section.pretrained:
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32, local_files_only=True)
+        return AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=torch.float32, local_files_only=True
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         expected = "a folder or config.json of a causal language model"
-        raise ConfigError(expected, key=_KEY, value=section.hf, hint=str(error).splitlines()[0]) from error
+        raise ConfigError(
+            expected, key=_KEY, value=section.hf, hint=str(error).splitlines()[0]
+        ) from error
 
 
 def _check(config: Any, section: ModelSection, vocabulary: int, sequence_length: int) -> None:
@@ -98,5 +115,7 @@ def _check(config: Any, section: ModelSection, vocabulary: int, sequence_length:
     longest = getattr(config, "max_position_embeddings", None) or sequence_length
     if sequence_length > longest:
         raise ConfigError(
-            f"at most {longest}, the positions of {section.hf}", key="data.sequence_length", value=sequence_length
+            f"at most {longest}, the positions of {section.hf}",
+            key="data.sequence_length",
+            value=sequence_length,
         )

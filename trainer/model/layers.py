@@ -1,4 +1,5 @@
-"""Linear, embedding and norm as the models use them: a model draws all of its weights at once, from one generator.
+"""Linear, embedding and norm as the models use them: a model draws all of its weights at once, from
+one generator.
 
 torch's own draw at construction would only move the global dice, so it is left out.
 """
@@ -28,8 +29,8 @@ class Embedding(nn.Embedding):
 def norm(section: ModelSection, width: int = 0) -> nn.RMSNorm | nn.LayerNorm:
     """The configured norm over the last dimension, `section.width` wide unless said otherwise.
 
-    RMSNorm (Zhang & Sennrich 2019) divides by the root mean square and has no bias; LayerNorm (Ba et al. 2016) takes
-    the mean away as well.
+    RMSNorm (Zhang & Sennrich 2019) divides by the root mean square and has no bias; LayerNorm (Ba
+    et al. 2016) takes the mean away as well.
     """
     width = width or section.width
     if section.norm == "rms":

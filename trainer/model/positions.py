@@ -1,4 +1,6 @@
-"""How a model knows where a token stands: turned queries and keys, tables added to the embedding, biases of scores."""
+"""How a model knows where a token stands: turned queries and keys, tables added to the embedding,
+biases of scores.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,11 @@ from trainer.config.recipe import ModelSection
 
 
 class Rotary(nn.Module):
-    """Rotary position embedding (Su et al. 2021, equation 34): pair i of position t turns by t * base^(-2i / K).
+    """Rotary position embedding (Su et al. 2021, equation 34): pair i of position t turns by t *
+    base^(-2i / K).
 
-    Neighbouring numbers are a pair, so a turn is one complex product. Angles stay in fp32 whatever the precision
-    of the model: position 1000 is not a number in bf16.
+    Neighbouring numbers are a pair, so a turn is one complex product. Angles stay in fp32 whatever
+    the precision of the model: position 1000 is not a number in bf16.
     """
 
     turns_TK: Tensor
@@ -23,13 +26,18 @@ class Rotary(nn.Module):
         super().__init__()
         self.head_width = head_width
         self.base = base
-        # (cos, sin) side by side: T x K/2 x 2 real numbers, because safetensors and bf16 casts know no complex ones.
-        self.register_buffer("turns_TK", torch.empty(sequence_length, head_width // 2, 2), persistent=False)
+        # (cos, sin) side by side: T x K/2 x 2 real numbers, because safetensors and bf16 casts know
+        # no complex ones.
+        self.register_buffer(
+            "turns_TK", torch.empty(sequence_length, head_width // 2, 2), persistent=False
+        )
 
     def reset_parameters(self) -> None:
         # In float64 on the CPU: the same bits on every device.
         exponents = torch.arange(0, self.head_width, 2, dtype=torch.float64) / self.head_width
-        angles = torch.arange(len(self.turns_TK), dtype=torch.float64)[:, None] * self.base**-exponents
+        angles = (
+            torch.arange(len(self.turns_TK), dtype=torch.float64)[:, None] * self.base**-exponents
+        )
         self.turns_TK.copy_(torch.stack([angles.cos(), angles.sin()], dim=-1))
 
     def forward(self, x: Tensor, positions_BT: Tensor | None = None) -> Tensor:
@@ -79,10 +87,11 @@ class SinusoidalPositions(nn.Module):
 
 
 class Alibi(nn.Module):
-    """Attention with linear biases (Press et al. 2022): each head takes slope * distance off its scores.
+    """Attention with linear biases (Press et al. 2022): each head takes slope * distance off its
+    scores.
 
-    The slopes are 2^(-8/H), 2^(-16/H), ... for H a power of two; for other H those of the power below, and every
-    second one of the power above, as in the authors' code and in BLOOM.
+    The slopes are 2^(-8/H), 2^(-16/H), ... for H a power of two; for other H those of the power
+    below, and every second one of the power above, as in the authors' code and in BLOOM.
     """
 
     slopes_H: Tensor
@@ -106,10 +115,11 @@ class Alibi(nn.Module):
 
 
 class RelativeBias(nn.Module):
-    """T5's learned bias of scores by distance (Raffel et al. 2020, section 2.1), one table for a stack of blocks.
+    """T5's learned bias of scores by distance (Raffel et al. 2020, section 2.1), one table for a
+    stack of blocks.
 
-    Half of the buckets are single distances, the other half grow logarithmically up to `distance`. With `both` the
-    buckets are shared out between tokens before and tokens behind.
+    Half of the buckets are single distances, the other half grow logarithmically up to `distance`.
+    With `both` the buckets are shared out between tokens before and tokens behind.
     """
 
     def __init__(self, *, heads: int, buckets: int, distance: int, both: bool) -> None:
@@ -143,9 +153,13 @@ def absolute(section: ModelSection, length: int) -> LearnedPositions | Sinusoida
 
 
 def score_bias(section: ModelSection, *, both: bool) -> Alibi | RelativeBias | None:
-    """The bias of attention scores, if there is one; `both`: tokens see those behind them as well."""
+    """The bias of attention scores, if there is one; `both`: tokens see those behind them as
+    well.
+    """
     if section.positions == "alibi":
         return Alibi(heads=section.heads)
     if section.positions == "t5":
-        return RelativeBias(heads=section.heads, buckets=section.t5_buckets, distance=section.t5_distance, both=both)
+        return RelativeBias(
+            heads=section.heads, buckets=section.t5_buckets, distance=section.t5_distance, both=both
+        )
     return None

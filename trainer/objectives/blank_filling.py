@@ -1,4 +1,6 @@
-"""GLM's blank filling: the text with blanks in it, then what stood in the blanks, one token after the other."""
+"""GLM's blank filling: the text with blanks in it, then what stood in the blanks, one token after
+the other.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +14,19 @@ from trainer.objectives.examples import IGNORED, Examples, dice, stacked
 
 
 class BlankFilling:
-    """GLM (Du et al. 2022): part A is the text with blanks, seen in both directions, part B fills them in.
+    """GLM (Du et al. 2022): part A is the text with blanks, seen in both directions, part B fills
+    them in.
 
-    A share of the samples has one blank from an evenly drawn place to the end ([gMASK], as GLM-130B has it), the rest
-    has short ones ([MASK]): lengths are drawn from a Poisson distribution without its zero until `noise` of the tokens
-    are taken out, places evenly with a token or more between two blanks, and part B has them in shuffled order. A
-    filling starts with [sop] and stands at the position of its mask; its own count, from 1, goes to the second
-    dimension of positions. With one dimension (GLM-130B) a [gMASK] is counted on from. Short ones end with [eop]; the
-    text behind a [gMASK] goes on where the sample ends, and has none.
+    A share of the samples has one blank from an evenly drawn place to the end ([gMASK], as GLM-130B
+    has it), the rest has short ones ([MASK]): lengths are drawn from a Poisson distribution without
+    its zero until `noise` of the tokens are taken out, places evenly with a token or more between
+    two blanks, and part B has them in shuffled order. A filling starts with [sop] and stands at the
+    position of its mask; its own count, from 1, goes to the second dimension of positions. With one
+    dimension (GLM-130B) a [gMASK] is counted on from. Short ones end with [eop]; the text behind a
+    [gMASK] goes on where the sample ends, and has none.
 
-    Rows are full: the more blanks a sample gets, the fewer of its tokens are used. Ids: [MASK], [gMASK], [sop], [eop].
+    Rows are full: the more blanks a sample gets, the fewer of its tokens are used. Ids: [MASK],
+    [gMASK], [sop], [eop].
 
     Args:
         seed: of all draws, with the position of a sample.
@@ -52,7 +57,8 @@ class BlankFilling:
         self._up_to = _poisson(span_length)
         if length < 4:
             raise ValueError(f"a row of {length} tokens is too short for blanks")
-        # Blanks: one is its mask, its start and a token, and there is a kept token before the next one.
+        # Blanks: one is its mask, its start and a token, and there is a kept token before the next
+        # one.
         self._most = min(int(noise * length) + 1, (length + 1) // 4)
 
     def __call__(self, rows: np.ndarray, positions: Sequence[int]) -> Examples:
@@ -75,15 +81,19 @@ class BlankFilling:
         draws = raw[2:].reshape(4, self._most)
         lengths = self._lengths(draws[0])
         count = len(lengths)
-        lengths = lengths[_order(draws[1, :count])]  # the last one drawn is a longer one than others
+        # the last one drawn is a longer one than others
+        lengths = lengths[_order(draws[1, :count])]
         text = row[: self.length - 2 * count]
-        spaces = len(text) - int(lengths.sum()) - (count - 1)  # tokens beyond the one between two blanks
+        # tokens beyond the one between two blanks
+        spaces = len(text) - int(lengths.sum()) - (count - 1)
         places = np.sort((draws[2, :count] % np.uint64(spaces + 1)).astype(np.int64))
         firsts = places + np.concatenate([[0], lengths[:-1] + 1]).cumsum()
         return self._short(text, firsts, firsts + lengths, _order(draws[3, :count]))
 
     def _lengths(self, raw: np.ndarray) -> np.ndarray:
-        """Of the blanks, until enough is taken out of the tokens that a row with so many blanks holds."""
+        """Of the blanks, until enough is taken out of the tokens that a row with so many blanks
+        holds.
+        """
         drawn = 1 + np.searchsorted(self._up_to, (raw >> np.uint64(11)) * 2.0**-53, side="right")
         found: list[int] = []
         gone = 0
@@ -91,20 +101,27 @@ class BlankFilling:
             tokens = self.length - 2 * len(found)
             if found and gone >= int(self.noise * tokens):
                 break
-            room = tokens - 2 - gone - max(1, len(found))  # something is kept, and a token between two blanks
+            # something is kept, and a token between two blanks
+            room = tokens - 2 - gone - max(1, len(found))
             if room < 1:
                 break
             found.append(min(length, room))
             gone += found[-1]
         return np.array(found)
 
-    def _short(self, text: np.ndarray, firsts: np.ndarray, lasts: np.ndarray, order: np.ndarray) -> _Row:
+    def _short(
+        self, text: np.ndarray, firsts: np.ndarray, lasts: np.ndarray, order: np.ndarray
+    ) -> _Row:
         """Blanks at [first, last), which part B has in `order`."""
         count = len(firsts)
         pieces = np.split(text, np.stack([firsts, lasts], axis=1).flatten())
         kept, blanks = pieces[::2], pieces[1::2]
         masks = [np.array([self.mask])] * count
-        part_a = [part for pair in zip(kept, [*masks, np.empty(0, dtype=np.int64)], strict=True) for part in pair]
+        part_a = [
+            part
+            for pair in zip(kept, [*masks, np.empty(0, dtype=np.int64)], strict=True)
+            for part in pair
+        ]
         places = np.cumsum([len(piece) + 1 for piece in kept[:-1]]) - 1
         tokens = [part for index in order for part in (np.array([self.start]), blanks[index])]
         labels = [part for index in order for part in (blanks[index], np.array([self.end]))]
@@ -136,7 +153,9 @@ def _joined(
     positions: Sequence[np.ndarray],
     counts: Sequence[np.ndarray],
 ) -> _Row:
-    """Part A, of which nothing is learnt and which counts its tokens, then part B as it is given."""
+    """Part A, of which nothing is learnt and which counts its tokens, then part B as it is
+    given.
+    """
     length = sum(map(len, part_a))
     return _Row(
         tokens=np.concatenate([*part_a, *tokens]),
@@ -153,10 +172,12 @@ def _order(raw: np.ndarray) -> np.ndarray:
 
 
 def _poisson(mean: float) -> np.ndarray:
-    """P(1), P(1 or 2), ... of a Poisson distribution from 1 to 13 times its mean, without the last, which is 1.
+    """P(1), P(1 or 2), ... of a Poisson distribution from 1 to 13 times its mean, without the last,
+    which is 1.
 
-    For a mean of 3 that is GLM's own range, 1 to 39; what it leaves out is less than 1e-11 at any mean. Only products,
-    sums and quotients, outwards from the mode: the same bits on every machine, and no overflow.
+    For a mean of 3 that is GLM's own range, 1 to 39; what it leaves out is less than 1e-11 at any
+    mean. Only products, sums and quotients, outwards from the mode: the same bits on every machine,
+    and no overflow.
     """
     mode, longest = int(mean), math.ceil(13 * mean)
     weights = np.ones(longest + 1)

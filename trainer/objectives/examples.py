@@ -1,7 +1,8 @@
 """What a model is shown of a sample and what it is to say: language modelling, prefix LM, spans.
 
-Each draw is a function of (seed, position of the sample in the order), so that the same sample at the same position is
-corrupted in the same way after a rollback, a restart, and on any number of ranks. Shapes are constant.
+Each draw is a function of (seed, position of the sample in the order), so that the same sample at
+the same position is corrupted in the same way after a rollback, a restart, and on any number of
+ranks. Shapes are constant.
 """
 
 from __future__ import annotations
@@ -54,8 +55,9 @@ class LanguageModelling:
 class PrefixLM:
     """The rest of a sample from its beginning (Raffel et al. 2020, section 3.2.3).
 
-    With a prefix decoder the beginning has a length drawn evenly from 1 .. L - 1; with an encoder it is the first half,
-    since rows of a constant shape have no padding, and the decoder starts from its last token.
+    With a prefix decoder the beginning has a length drawn evenly from 1 .. L - 1; with an encoder
+    it is the first half, since rows of a constant shape have no padding, and the decoder starts
+    from its last token.
     """
 
     extra_ids = 0
@@ -75,19 +77,26 @@ class PrefixLM:
 
 
 class SpanDenoising:
-    """T5 (Raffel et al. 2020, section 3.1.4): spans of a sample are replaced by one sentinel each, and said in turn
-    behind their sentinels.
+    """T5 (Raffel et al. 2020, section 3.1.4): spans of a sample are replaced by one sentinel each,
+    and said in turn behind their sentinels.
 
-    The number of tokens taken out and of spans is constant, their places are drawn: lengths of spans and of what is
-    between them are even compositions, as in T5's random_spans_noise_mask. The target ends with one more sentinel,
-    as in the paper's figure 2 (T5's code has its EOS there, and another one behind the source).
-    Ids: the one that the decoder starts from, then the sentinels, the first of them the last id of the vocabulary and
-    the others before it, as T5's <extra_id_0>, <extra_id_1>, ... For a prefix decoder source and target stand in one
-    row.
+    The number of tokens taken out and of spans is constant, their places are drawn: lengths of
+    spans and of what is between them are even compositions, as in T5's random_spans_noise_mask. The
+    target ends with one more sentinel, as in the paper's figure 2 (T5's code has its EOS there, and
+    another one behind the source). Ids: the one that the decoder starts from, then the sentinels,
+    the first of them the last id of the vocabulary and the others before it, as T5's <extra_id_0>,
+    <extra_id_1>, ... For a prefix decoder source and target stand in one row.
     """
 
     def __init__(
-        self, *, seed: int, length: int, first_id: int, noise: float, span_length: float, encoder: bool
+        self,
+        *,
+        seed: int,
+        length: int,
+        first_id: int,
+        noise: float,
+        span_length: float,
+        encoder: bool,
     ) -> None:
         self.seed, self.encoder, self.first_id = seed, encoder, first_id
         self.cut = _largest_cut(length, noise, span_length, one_row=not encoder)
@@ -110,7 +119,9 @@ class SpanDenoising:
         raw = dice(self.seed, position, self.cut.noise + self.cut.kept)
         gone = _composition(self.cut.noise, self.cut.spans, raw[: self.cut.noise])
         kept = _composition(self.cut.kept, self.cut.spans, raw[self.cut.noise :])
-        pieces = np.split(row[: self.cut.tokens], np.stack([kept, gone], axis=1).flatten().cumsum()[:-1])
+        pieces = np.split(
+            row[: self.cut.tokens], np.stack([kept, gone], axis=1).flatten().cumsum()[:-1]
+        )
         highest = self.first_id + self.extra_ids - 1
         sentinels = [np.array([highest - index]) for index in range(self.cut.spans + 1)]
         source = [part for pair in zip(pieces[::2], sentinels[:-1], strict=True) for part in pair]
@@ -134,7 +145,8 @@ def _largest_cut(length: int, noise: float, span_length: float, *, one_row: bool
     """The most tokens of a sample that fit into rows of `length`.
 
     Args:
-        one_row: source and target share a row, in which each span costs two tokens; else each has its own.
+        one_row: source and target share a row, in which each span costs two tokens; else each has
+        its own.
     """
     for tokens in range(length, 1, -1):
         gone = min(max(round(tokens * noise), 1), tokens - 1)
@@ -146,13 +158,17 @@ def _largest_cut(length: int, noise: float, span_length: float, *, one_row: bool
 
 
 def _composition(total: int, parts: int, raw: np.ndarray) -> np.ndarray:
-    """`parts` lengths >= 1 that make up `total`, each such choice equally likely; `raw`: at least `total` - 1 draws."""
+    """`parts` lengths >= 1 that make up `total`, each such choice equally likely; `raw`: at least
+    `total` - 1 draws.
+    """
     cuts = np.sort(np.argsort(raw[: total - 1], kind="stable")[: parts - 1]) + 1
     return np.diff(np.concatenate([[0], cuts, [total]]))
 
 
 def dice(seed: int, position: int, count: int) -> np.ndarray:
-    """uint64 draws [count]. The bit stream itself, which numpy promises to keep; its distributions may change."""
+    """uint64 draws [count]. The bit stream itself, which numpy promises to keep; its distributions
+    may change.
+    """
     return np.asarray(np.random.PCG64(mix64(seed, position, _DICE)).random_raw(count))
 
 

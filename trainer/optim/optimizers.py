@@ -1,4 +1,6 @@
-"""torch's optimizers over a model's parameters, and the scheduler that moves their learning rate."""
+"""torch's optimizers over a model's parameters, and the scheduler that moves their learning
+rate.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,11 @@ __all__ = ["Schedule", "Scheduler", "build_optimizer", "build_optimizers"]
 
 
 def build_optimizers(model: nn.Module, section: OptimSection) -> list[Optimizer]:
-    """The configured optimizer, or for muon two of them: Muon for the matrices inside the blocks, AdamW for the rest.
+    """The configured optimizer, or for muon two of them: Muon for the matrices inside the blocks,
+    AdamW for the rest.
 
-    Muon's learning rate is scaled so that its updates have AdamW's RMS (Liu et al. 2025): one learning rate and one
-    weight decay fit both.
+    Muon's learning rate is scaled so that its updates have AdamW's RMS (Liu et al. 2025): one
+    learning rate and one weight decay fit both.
     """
     if section.name != "muon":
         return [build_optimizer(model, section)]
@@ -43,10 +46,12 @@ def build_optimizers(model: nn.Module, section: OptimSection) -> list[Optimizer]
 
 
 class ShardedMuon(Muon):
-    """torch's Muon for sharded matrices: each is gathered once a step, and every rank orthogonalises all of it.
+    """torch's Muon for sharded matrices: each is gathered once a step, and every rank
+    orthogonalises all of it.
 
-    Left to DTensor, each of the 15 products of a Newton-Schulz iteration (5 rounds) redistributes its operands: in a
-    profile of two ranks 80 % of the step went there. The momentum stays on shards.
+    Left to DTensor, each of the 15 products of a Newton-Schulz iteration (5 rounds) redistributes
+    its operands: in a profile of two ranks 80 % of the step went there. The momentum stays on
+    shards.
     """
 
     @torch.no_grad()
@@ -85,11 +90,18 @@ def _full_update(direction: Tensor, group: dict[str, Any], rate: float) -> Tenso
 
 
 def _whole(sharded: DTensor) -> Tensor:
-    """The full matrix on every rank, on the device that computes (its shards may be offloaded to the host)."""
+    """The full matrix on every rank, on the device that computes (its shards may be offloaded to
+    the host).
+    """
     mesh = sharded.device_mesh
     local = sharded.to_local().to(mesh.device_type)
     placed = DTensor.from_local(
-        local, mesh, sharded.placements, run_check=False, shape=sharded.shape, stride=sharded.stride()
+        local,
+        mesh,
+        sharded.placements,
+        run_check=False,
+        shape=sharded.shape,
+        stride=sharded.stride(),
     )
     return placed.full_tensor()
 
@@ -98,17 +110,28 @@ def _as(parameter: DTensor, full: Tensor) -> DTensor:
     """This rank's shard of a matrix that every rank holds; no rank hears of another."""
     mesh = parameter.device_mesh
     whole = DTensor.from_local(full, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    shard = whole.redistribute(placements=parameter.placements).to_local().to(parameter.to_local().device)
+    shard = (
+        whole.redistribute(placements=parameter.placements)
+        .to_local()
+        .to(parameter.to_local().device)
+    )
     return DTensor.from_local(
-        shard, mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+        shard,
+        mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
     )
 
 
 def build_optimizer(model: nn.Module, section: OptimSection) -> Optimizer:
-    """One optimizer for all parameters; AdamW (Loshchilov & Hutter 2019) unless Adam or Adafactor is configured.
+    """One optimizer for all parameters; AdamW (Loshchilov & Hutter 2019) unless Adam or Adafactor
+    is configured.
 
-    Fused is the fastest on every device: on two CPU cores 5 ms for 10 M parameters against 25 ms for foreach, with
-    the same bits in every run. It takes DTensors, so fsdp needs nothing else. Adafactor has no fused kernel.
+    Fused is the fastest on every device: on two CPU cores 5 ms for 10 M parameters against 25 ms
+    for foreach, with the same bits in every run. It takes DTensors, so fsdp needs nothing else.
+    Adafactor has no fused kernel.
     """
     groups = decay_groups([p for p in model.parameters() if p.requires_grad], section.weight_decay)
     if section.name == "adafactor":
@@ -119,9 +142,10 @@ def build_optimizer(model: nn.Module, section: OptimSection) -> Optimizer:
 def decay_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay on matrices only.
 
-    Matrices are all parameters of two or more dimensions, the embeddings among them: the input embedding is tied to
-    the output matrix in most configurations, and it is treated alike when it is not. Norm weights (and any bias)
-    have no decay. A parameter that two modules share stands in one group once.
+    Matrices are all parameters of two or more dimensions, the embeddings among them: the input
+    embedding is tied to the output matrix in most configurations, and it is treated alike when it
+    is not. Norm weights (and any bias) have no decay. A parameter that two modules share stands in
+    one group once.
     """
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
@@ -133,8 +157,8 @@ def decay_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> lis
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     """The matrices that Muon is made for: weights of the linear layers in `model.blocks`.
 
-    Embeddings, the output matrix and tables of positions stand outside of the blocks. A module without blocks is
-    taken as one.
+    Embeddings, the output matrix and tables of positions stand outside of the blocks. A module
+    without blocks is taken as one.
     """
     root = model.module if isinstance(model, DistributedDataParallel) else model
     found: dict[int, nn.Parameter] = {}
@@ -147,20 +171,31 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     return list(found.values())
 
 
-def _adam(kind: type[Adam] | type[AdamW], groups: list[dict[str, Any]], section: OptimSection) -> Optimizer:
-    how = {"fused": {"fused": True}, "foreach": {"foreach": True}, "loop": {"foreach": False, "fused": False}}
+def _adam(
+    kind: type[Adam] | type[AdamW], groups: list[dict[str, Any]], section: OptimSection
+) -> Optimizer:
+    how = {
+        "fused": {"fused": True},
+        "foreach": {"foreach": True},
+        "loop": {"foreach": False, "fused": False},
+    }
     betas = (section.beta1, section.beta2)
     return kind(groups, lr=section.lr, betas=betas, eps=section.eps, **how[section.implementation])
 
 
 class Scheduler:
-    """Keeps the optimizers' learning rate at schedule(number of the next update), and carries ZClip's statistics.
+    """Keeps the optimizers' learning rate at schedule(number of the next update), and carries
+    ZClip's statistics.
 
     Plain numbers in and out: `load_state_dict(state_dict())` restores the very same learning rate.
     """
 
     def __init__(
-        self, optimizer: Optimizer | Sequence[Optimizer], schedule: Schedule, *, zclip: ZClip | None = None
+        self,
+        optimizer: Optimizer | Sequence[Optimizer],
+        schedule: Schedule,
+        *,
+        zclip: ZClip | None = None,
     ) -> None:
         self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         self.schedule = schedule

@@ -1,7 +1,7 @@
 """Optional means against instability: ZClip, StableAdamW's update clipping, QK-clip.
 
-Each is a pure function of the training state and the batch, or has a state that travels with snapshots, so that a
-rollback is as exact with them as without.
+Each is a pure function of the training state and the batch, or has a state that travels with
+snapshots, so that a rollback is as exact with them as without.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ ROUNDING = 1e-5  # of an RMS that is 1 by its formula, as that of every first st
 
 
 class ZClip:
-    """ZClip (Kumar et al. 2025): cut a gradient norm that stands far above the running mean of the earlier ones.
+    """ZClip (Kumar et al. 2025): cut a gradient norm that stands far above the running mean of the
+    earlier ones.
 
-    Called with the norm of an update that will be applied, it gives the largest norm that update may have, and
-    learns the norm that is left. z = (norm - mean) / std; where z > z_limit, the norm becomes mean + z_limit^2 std / z.
-    A norm that is not finite is not learnt (the published code is disabled by one).
+    Called with the norm of an update that will be applied, it gives the largest norm that update
+    may have, and learns the norm that is left. z = (norm - mean) / std; where z > z_limit, the norm
+    becomes mean + z_limit^2 std / z. A norm that is not finite is not learnt (the published code is
+    disabled by one).
 
     Args:
         z_limit: score from which on a norm is cut (published: 2.5).
@@ -53,7 +55,9 @@ class ZClip:
             return fixed
         deviation = math.sqrt(self.variance)
         score = (norm - self.mean) / (deviation + 1e-6)
-        limit = self.mean + self.z_limit**2 * deviation / score if score > self.z_limit else math.inf
+        limit = (
+            self.mean + self.z_limit**2 * deviation / score if score > self.z_limit else math.inf
+        )
         left = min(norm, limit)
         self.mean = self.KEEP * self.mean + (1 - self.KEEP) * left
         self.variance = self.KEEP * self.variance + (1 - self.KEEP) * (left - self.mean) ** 2
@@ -68,10 +72,11 @@ class ZClip:
 
 
 class UpdateClipping:
-    """StableAdamW (Wortsman et al. 2023): a tensor's learning rate over max(1, RMS), RMS^2 = mean(g^2 / max(v, eps^2)).
+    """StableAdamW (Wortsman et al. 2023): a tensor's learning rate over max(1, RMS), RMS^2 =
+    mean(g^2 / max(v, eps^2)).
 
-    v is the bias-corrected second moment with the present gradient in it. Hung around the step of a torch AdamW,
-    fused or not: tensors with RMS <= 1 get AdamW's own bits.
+    v is the bias-corrected second moment with the present gradient in it. Hung around the step of a
+    torch AdamW, fused or not: tensors with RMS <= 1 get AdamW's own bits.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -82,13 +87,21 @@ class UpdateClipping:
     @torch.no_grad()
     def _measure(self, optimizer: Optimizer, *_arguments: Any) -> None:
         self._before = []  # what a step that raised has left
-        trained = [(p, group) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        trained = [
+            (p, group)
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
         if not trained:
             return
         sharded = any(isinstance(parameter, DTensor) for parameter, _ in trained)
         world = dist.get_world_size() if sharded else 1
         sums = torch.stack(
-            [self._ratio_sum(optimizer, p, group) / (copies(p, world) if sharded else 1) for p, group in trained]
+            [
+                self._ratio_sum(optimizer, p, group) / (copies(p, world) if sharded else 1)
+                for p, group in trained
+            ]
         )
         if world > 1:
             dist.all_reduce(sums)
@@ -117,11 +130,12 @@ class UpdateClipping:
 
 
 class QKClip:
-    """QK-clip (Kimi K2): after a step, heads whose largest score passed the limit get smaller queries and keys.
+    """QK-clip (Kimi K2): after a step, heads whose largest score passed the limit get smaller
+    queries and keys.
 
-    Queries and keys of a head take sqrt(limit / score) each; with keys shared by several heads its queries take it
-    all. The scores are those of the training batch that was just applied, over all ranks: one more all-reduce a step,
-    of layers x heads numbers.
+    Queries and keys of a head take sqrt(limit / score) each; with keys shared by several heads its
+    queries take it all. The scores are those of the training batch that was just applied, over all
+    ranks: one more all-reduce a step, of layers x heads numbers.
 
     Args:
         model: unwrapped; holds `Attention` modules.
@@ -145,7 +159,11 @@ class QKClip:
 
     def peaks(self) -> list[Tensor]:
         """What the attempt has shown so far, a copy [H] for each layer."""
-        return [attention.peaks_H.clone() for attention in self.attentions if attention.peaks_H is not None]
+        return [
+            attention.peaks_H.clone()
+            for attention in self.attentions
+            if attention.peaks_H is not None
+        ]
 
     def put_back(self, peaks: list[Tensor]) -> None:
         """What `peaks` gave: a batch that was run in between has shown nothing."""
@@ -168,8 +186,12 @@ def _shrink(attention: Attention, share_H: Tensor) -> None:
     factor_H = share_H if shared else share_H.sqrt()
     for parameter, first in attention.query_key_rows(keys=not shared):
         rows = torch.ones(parameter.shape[0], device=share_H.device)
-        rows[first : first + len(share_H) * attention.head_width] = factor_H.repeat_interleave(attention.head_width)
+        rows[first : first + len(share_H) * attention.head_width] = factor_H.repeat_interleave(
+            attention.head_width
+        )
         scale: Tensor = rows.reshape(-1, *[1] * (parameter.ndim - 1)).to(parameter.dtype)
         if isinstance(parameter, DTensor):
-            scale = distribute_tensor(scale, parameter.device_mesh, [Replicate()] * parameter.device_mesh.ndim)
+            scale = distribute_tensor(
+                scale, parameter.device_mesh, [Replicate()] * parameter.device_mesh.ndim
+            )
         parameter.mul_(scale)

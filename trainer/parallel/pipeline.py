@@ -1,10 +1,12 @@
-"""Pipeline parallelism by torch.distributed.pipelining: a rank has stretches of the blocks, micro-batches flow through.
+"""Pipeline parallelism by torch.distributed.pipelining: a rank has stretches of the blocks,
+micro-batches flow through.
 
-GPipe (Huang et al. 2019) runs all forward passes, then all backward ones; 1F1B (PipeDream-flush, Narayanan et al. 2021)
-alternates them, so that a stage keeps the activations of as many micro-batches as there are stages behind it. With
-several chunks, stretches that are dealt out to the stages in turn, a micro-batch goes round the ranks once for each:
-interleaved 1F1B (the same paper, section 2.2.2), and breadth-first GPipe (Lamy-Poirier 2022). All add up the gradients
-of a window and reduce them once, at its end.
+GPipe (Huang et al. 2019) runs all forward passes, then all backward ones; 1F1B (PipeDream-flush,
+Narayanan et al. 2021) alternates them, so that a stage keeps the activations of as many
+micro-batches as there are stages behind it. With several chunks, stretches that are dealt out to
+the stages in turn, a micro-batch goes round the ranks once for each: interleaved 1F1B (the same
+paper, section 2.2.2), and breadth-first GPipe (Lamy-Poirier 2022). All add up the gradients of a
+window and reduce them once, at its end.
 
 Shape suffixes: B rows of a micro-batch, T tokens, D width, W token ids of this rank.
 """
@@ -84,10 +86,11 @@ class Place:
 
 
 def cut(model: Decoder, place: Place) -> None:
-    """Leave of a whole model what this stage has: its blocks, the embedding at the beginning, the head at the end.
+    """Leave of a whole model what this stage has: its blocks, the embedding at the beginning, the
+    head at the end.
 
-    `model` maps (token ids [B, T] or the stream [B, T, D], number of a chunk of this rank) to the stream or to logits
-    afterwards. Call it before the model is sharded.
+    `model` maps (token ids [B, T] or the stream [B, T, D], number of a chunk of this rank) to the
+    stream or to logits afterwards. Call it before the model is sharded.
     """
     dealt = place.stretches(len(model.blocks))
     for number in set(range(len(model.blocks))) - set(chain(*dealt)):
@@ -110,15 +113,18 @@ def cut(model: Decoder, place: Place) -> None:
 
 
 class Chunk(nn.Module):
-    """What the schedule calls a stage: one chunk of a rank's model, which throws the dice of each micro-batch.
+    """What the schedule calls a stage: one chunk of a rank's model, which throws the dice of each
+    micro-batch.
 
     Args:
         model: what `cut` left, sharded or not; of all chunks of this rank.
         index: of this chunk on its rank.
-        begin: called with the number of a micro-batch and `index` before its forward pass: throws the dice.
+        begin: called with the number of a micro-batch and `index` before its forward pass: throws
+        the dice.
 
     Attributes:
-        next: which micro-batch of the window the next pass is of; None: of none, and no dice are thrown.
+        next: which micro-batch of the window the next pass is of; None: of none, and no dice are
+        thrown.
     """
 
     def __init__(self, model: nn.Module, index: int, begin: Callable[[int, int], None]) -> None:
@@ -143,7 +149,8 @@ class Pipeline:
         place: of this rank.
         schedule: "gpipe" or "1f1b".
         micro_batches, rows, length: of a window: how many, B and T of each.
-        stream: tokens and width of what travels between stages, T (with sequence parallelism a part of it) and D.
+        stream: tokens and width of what travels between stages, T (with sequence parallelism a part
+        of it) and D.
         outputs: W, on the last stage.
         begin: see Chunk.
         loss: (number, logits, labels) -> what the backward pass begins with, on the last stage.
@@ -176,25 +183,31 @@ class Pipeline:
                 number,
                 place.end + 1,
                 device,
-                # Given here, so that torch runs no pass of its own to find them out, which would move dice and hooks.
+                # Given here, so that torch runs no pass of its own to find them out, which would
+                # move dice and hooks.
                 input_args=tokens if number == 0 else between,
                 output_args=logits if number == place.end else between,
                 group=place.group,
             )
 
         self._chunks = [Chunk(model, index, begin) for index in range(place.chunks)]
-        stages = [stage(chunk, number) for chunk, number in zip(self._chunks, place.numbers, strict=True)]
+        stages = [
+            stage(chunk, number) for chunk, number in zip(self._chunks, place.numbers, strict=True)
+        ]
         options = {"loss_fn": self._lose, "scale_grads": False}
         if place.chunks == 1:
             self._schedule = SCHEDULES[schedule](stages[0], micro_batches, **options)
         else:
             self._schedule = OF_CHUNKS[schedule](stages, micro_batches, **options)
-        # A chunk is no sharded module, so that the schedule leaves gathering and reducing to the model, of which all
-        # chunks are parts; this stands for all of it, when the gradients of a window are complete.
+        # A chunk is no sharded module, so that the schedule leaves gathering and reducing to the
+        # model, of which all chunks are parts; this stands for all of it, when the gradients of a
+        # window are complete.
         self._whole = stage(model, place.stage)
 
     def train(self, tokens: Tensor, labels: Tensor) -> None:
-        """Forward and backward of a window, [micro_batches * B, T] each, gradients reduced at the end."""
+        """Forward and backward of a window, [micro_batches * B, T] each, gradients reduced at the
+        end.
+        """
         sharded = cast(FSDPModule, self.model)
         sharded.set_is_last_backward(False)
         sharded.set_reshard_after_backward(False)
@@ -211,10 +224,12 @@ class Pipeline:
 
     @torch.no_grad()
     def forward(self, tokens: Tensor, *, again: int | None = None) -> Tensor | None:
-        """Logits of some rows, on the last stage; None on the others. Every rank of the pipeline calls it.
+        """Logits of some rows, on the last stage; None on the others. Every rank of the pipeline
+        calls it.
 
         Args:
-            again: number of the micro-batch of the last window that they are, whose dice are thrown once more.
+            again: number of the micro-batch of the last window that they are, whose dice are thrown
+            once more.
         """
         place, logits = self.place, None
         self._next(again)

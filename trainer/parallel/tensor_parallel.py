@@ -1,14 +1,18 @@
-"""Tensor parallelism inside of a block (Shoeybi et al. 2019, Megatron-LM): a rank has some heads and some hidden units.
+"""Tensor parallelism inside of a block (Shoeybi et al. 2019, Megatron-LM): a rank has some heads
+and some hidden units.
 
-Column-parallel: q, k, v, gate, up and the output matrix, whose outputs are split. Row-parallel: out and down, whose
-partial sums the group adds up, and the embedding, of which a rank has some token ids. The residual stream, norms and
-position tables are whole on every rank, computed alike by all of them.
+Column-parallel: q, k, v, gate, up and the output matrix, whose outputs are split. Row-parallel: out
+and down, whose partial sums the group adds up, and the embedding, of which a rank has some token
+ids. The residual stream, norms and position tables are whole on every rank, computed alike by all
+of them.
 
-With sequence parallelism (Korthikanti et al. 2022) a rank has the stream of some tokens only, from the embedding to the
-output matrix, and norms and dropout work on those: where a sublayer begins the parts are gathered, where it ends the
-sum is scattered, which moves as many bytes as the sum over whole streams and keeps a part of the activations.
+With sequence parallelism (Korthikanti et al. 2022) a rank has the stream of some tokens only, from
+the embedding to the output matrix, and norms and dropout work on those: where a sublayer begins the
+parts are gathered, where it ends the sum is scattered, which moves as many bytes as the sum over
+whole streams and keeps a part of the activations.
 
-Shape suffixes: B batch, T tokens (S of this rank), D width, N = B T, V vocabulary, W the ids of this rank.
+Shape suffixes: B batch, T tokens (S of this rank), D width, N = B T, V vocabulary, W the ids of
+this rank.
 """
 
 from __future__ import annotations
@@ -43,7 +47,8 @@ LossSum = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def split(model: Decoder, mesh: DeviceMesh, *, sequence: bool = False) -> LossSum:
-    """Split a freshly built model over the ranks of a 1-d mesh, in place; returns the loss of its split logits.
+    """Split a freshly built model over the ranks of a 1-d mesh, in place; returns the loss of its
+    split logits.
 
     `model(tokens)` gives [B, T, W] then: the logits of the token ids that this rank has.
 
@@ -54,8 +59,11 @@ def split(model: Decoder, mesh: DeviceMesh, *, sequence: bool = False) -> LossSu
     stream: Placement = Shard(1) if sequence else Replicate()
     for block in model.blocks:
         parallelize_module(block, mesh, _plan(block, stream))
-        if sequence and model.section.norm_place == "post":  # FSDP warns of a block that gives a view away
-            cast(nn.Module, block.feed_forward_norm).register_forward_hook(lambda _m, _i, x: x.clone())
+        # FSDP warns of a block that gives a view away
+        if sequence and model.section.norm_place == "post":
+            cast(nn.Module, block.feed_forward_norm).register_forward_hook(
+                lambda _m, _i, x: x.clone()
+            )
     outer: dict[str, Any] = {"embedding": RowwiseParallel(input_layouts=Replicate())}
     if model.head is not None:
         outer["head"] = ColwiseParallel()
@@ -73,15 +81,19 @@ def split(model: Decoder, mesh: DeviceMesh, *, sequence: bool = False) -> LossSu
 
 
 def columns(vocabulary: int, *, place: int, ranks: int) -> range:
-    """The token ids of one rank of a group. DTensor's cut: the last ranks get less, be it nothing."""
+    """The token ids of one rank of a group. DTensor's cut: the last ranks get less, be it
+    nothing.
+    """
     size = -(-vocabulary // ranks)
     return range(min(place * size, vocabulary), min((place + 1) * size, vocabulary))
 
 
 def _plan(block: nn.Module, stream: Placement) -> dict[str, Any]:
-    """How each module of a block is split. `stream`: how the stream lies on the ranks between sublayers.
+    """How each module of a block is split. `stream`: how the stream lies on the ranks between
+    sublayers.
 
-    A sublayer gathers its input once for all of its matrices, and adds up their gradients before the ranks do.
+    A sublayer gathers its input once for all of its matrices, and adds up their gradients before
+    the ranks do.
     """
     named = dict(block.named_modules())
     plan: dict[str, Any] = {name: ColwiseParallel() for name in COLUMNS if name in named}
@@ -97,19 +109,30 @@ def _plan(block: nn.Module, stream: Placement) -> dict[str, Any]:
 def _enter(mesh: DeviceMesh, x_BTD: Tensor) -> Tensor:
     """[B, S, D]: this rank's tokens of a stream that all ranks have computed alike."""
     if x_BTD.shape[1] % mesh.size():
-        raise ValueError(f"{x_BTD.shape[1]} tokens cannot be shared out evenly by {mesh.size()} ranks")
-    return DTensor.from_local(x_BTD, mesh, [Replicate()]).redistribute(placements=[Shard(1)]).to_local()
+        raise ValueError(
+            f"{x_BTD.shape[1]} tokens cannot be shared out evenly by {mesh.size()} ranks"
+        )
+    return (
+        DTensor.from_local(x_BTD, mesh, [Replicate()])
+        .redistribute(placements=[Shard(1)])
+        .to_local()
+    )
 
 
 def _project(model: Decoder, mesh: DeviceMesh, stream: Placement, x: Tensor) -> Tensor:
-    """Logits by the rows of the output matrix that are here. On the way back the parts of x's gradient are added up."""
+    """Logits by the rows of the output matrix that are here. On the way back the parts of x's
+    gradient are added up.
+    """
     weight = cast(DTensor, (model.embedding if model.head is None else model.head).weight)
     whole = DTensor.from_local(x, mesh, [stream]).redistribute(placements=[Replicate()])
     return F.linear(whole.to_local(grad_placements=[Partial()]), weight.to_local())
 
 
-def loss_sum(logits_BTW: Tensor, labels_BT: Tensor, *, first: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """`objectives.loss_sum` of logits that the ranks of `group` hold in parts; equal on all of them.
+def loss_sum(
+    logits_BTW: Tensor, labels_BT: Tensor, *, first: int, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """`objectives.loss_sum` of logits that the ranks of `group` hold in parts; equal on all of
+    them.
 
     Args:
         first: id of this rank's first column.
@@ -122,10 +145,14 @@ def loss_sum(logits_BTW: Tensor, labels_BT: Tensor, *, first: int, group: dist.P
 
 
 class _SplitCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy without ever putting a row of logits together: three numbers a token travel."""
+    """Summed cross-entropy without ever putting a row of logits together: three numbers a token
+    travel.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits_NW: Tensor, labels_N: Tensor, first: int, group: dist.ProcessGroup) -> Tensor:
+    def forward(
+        ctx: Any, logits_NW: Tensor, labels_N: Tensor, first: int, group: dist.ProcessGroup
+    ) -> Tensor:
         count, width = logits_NW.shape
         highest_N = logits_NW.amax(1) if width else logits_NW.new_full((count,), -torch.inf)
         dist.all_reduce(highest_N, dist.ReduceOp.MAX, group)
@@ -133,7 +160,9 @@ class _SplitCrossEntropy(torch.autograd.Function):
         column_N = labels_N - first
         mine_N = (column_N >= 0) & (column_N < width)
         column_N = column_N.where(mine_N, 0)
-        target_N = logits_NW.gather(1, column_N[:, None])[:, 0] if width else torch.zeros_like(highest_N)
+        target_N = (
+            logits_NW.gather(1, column_N[:, None])[:, 0] if width else torch.zeros_like(highest_N)
+        )
         sums = torch.stack([shares_NW.sum(1), torch.where(mine_N, target_N - highest_N, 0.0)])
         dist.all_reduce(sums, group=group)
         counted_N = labels_N != IGNORED

@@ -1,4 +1,6 @@
-"""CSV, TSV and semicolons, with a header: exports of all kinds, Lightning's CSVLogger, tables exported from wandb."""
+"""CSV, TSV and semicolons, with a header: exports of all kinds, Lightning's CSVLogger, tables
+exported from wandb.
+"""
 
 from __future__ import annotations
 
@@ -41,19 +43,29 @@ def header(line: str) -> tuple[str, list[str]] | None:
     except csv.Error:
         return None
     words = [name for name in names if name and not _NUMBER.fullmatch(name)]
-    unlike = any(len(name) > 200 or "{" in name or "|" in name or _TELLS.search(name) for name in names)
-    return (delimiter, names) if len(words) >= 1 and len(words) >= len(names) - 1 and not unlike else None
+    unlike = any(
+        len(name) > 200 or "{" in name or "|" in name or _TELLS.search(name) for name in names
+    )
+    return (
+        (delimiter, names)
+        if len(words) >= 1 and len(words) >= len(names) - 1 and not unlike
+        else None
+    )
 
 
 def is_table(text: str) -> bool:
-    """Whether the line behind the header has as many fields as it: many a log begins with words and commas."""
+    """Whether the line behind the header has as many fields as it: many a log begins with words and
+    commas.
+    """
     first, _, rest = text.partition("\n")
     found = header(first)
     return found is not None and rest.split("\n", 1)[0].count(found[0]) == len(found[1]) - 1
 
 
 def read(path: Path, shown: str, columns: Mapping[str, str]) -> list[Log]:
-    """One log, or one for each run of a wandb export. DataError if no column is a signal, or no record is whole."""
+    """One log, or one for each run of a wandb export. DataError if no column is a signal, or no
+    record is whole.
+    """
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         found = header(file.readline())
         if found is None:
@@ -66,14 +78,24 @@ def read(path: Path, shown: str, columns: Mapping[str, str]) -> list[Log]:
         if groups is None:
             log = Log(path=shown, format="csv")
             describe(log, names, Chooser(columns))
-            return [_fill(log, rows, step_at, {signal: names.index(name) for signal, name in log.names.items()}, names)]
+            return [
+                _fill(
+                    log,
+                    rows,
+                    step_at,
+                    {signal: names.index(name) for signal, name in log.names.items()},
+                    names,
+                )
+            ]
         kept = [row for row in rows if row]
     logs = []
     for run, columns_of in groups.items():
         inside = Chooser(columns).choose(columns_of)
         if inside:
             picked = {signal: columns_of[name] for signal, name in inside.items()}
-            told = [row for row in kept if any(_cell(row, at) is not None for at in picked.values())]
+            told = [
+                row for row in kept if any(_cell(row, at) is not None for at in picked.values())
+            ]
             log = Log(path=f"{shown}#{clean(run, 80)}", format="wandb csv")
             describe(log, columns_of, Chooser(columns))
             log.names = {signal: names[at] for signal, at in picked.items()}
@@ -93,7 +115,13 @@ def _wandb_runs(names: list[str]) -> dict[str, dict[str, int]] | None:
     return groups or None
 
 
-def _fill(log: Log, rows: Iterator[list[str]], step_at: int | None, chosen: dict[str, int], names: list[str]) -> Log:
+def _fill(
+    log: Log,
+    rows: Iterator[list[str]],
+    step_at: int | None,
+    chosen: dict[str, int],
+    names: list[str],
+) -> Log:
     evaluations = [at for at, name in enumerate(names) if is_evaluation(name)]
     kinds = [at for at, name in enumerate(names) if plain_name(name) in KINDS]
     width = max([*chosen.values(), step_at if step_at is not None else 0]) + 1
@@ -136,9 +164,13 @@ def _fill(log: Log, rows: Iterator[list[str]], step_at: int | None, chosen: dict
             log.add(step, cells)
     for signal, cells_unread in unread.items():
         shown = clean(log.names[signal], 40)
-        log.notes.append(f"{shown}: {cells_unread:,} value{'s are' if cells_unread > 1 else ' is'} no number: not read")
+        log.notes.append(
+            f"{shown}: {cells_unread:,} value{'s are' if cells_unread > 1 else ' is'} no number: not read"
+        )
     if broken:
-        log.notes.append(f"{broken} line{'s' if broken > 1 else ''} without a step or with too few fields left out")
+        log.notes.append(
+            f"{broken} line{'s' if broken > 1 else ''} without a step or with too few fields left out"
+        )
     if not any(column.missing < len(column) for column in log.columns.values()):
         raise DataError(f"{log.path}: the columns {', '.join(log.names.values())} hold no number")
     return log.finish()

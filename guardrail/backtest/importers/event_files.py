@@ -1,6 +1,8 @@
-"""TensorBoard's event files, through its own loader: scalars of the first format and tensors of the second.
+"""TensorBoard's event files, through its own loader: scalars of the first format and tensors of the
+second.
 
-What a restarted writer purged is read all the same: that is the stretch in which something went wrong.
+What a restarted writer purged is read all the same: that is the stretch in which something went
+wrong.
 """
 
 from __future__ import annotations
@@ -40,7 +42,11 @@ def read(paths: Sequence[Path], shown: str, columns: Mapping[str, str]) -> list[
             kept = tags.get(tag)
             if kept is None:
                 kept = tags[tag] = []
-            if tag in columns.values() or rank(tag) is not None or (columns and further(tag) is not None):
+            if (
+                tag in columns.values()
+                or rank(tag) is not None
+                or (columns and further(tag) is not None)
+            ):
                 kept.append(point)
     log = Log(path=shown, format="tensorboard", notes=notes)
     describe(log, tags, Chooser(columns))
@@ -90,8 +96,8 @@ def _scalar(value: Any) -> float | None:
 def merged(signals: Mapping[str, Sequence[Point]]) -> Iterator[tuple[int, dict[str, float]]]:
     """Several tags as one table, by step. Where the steps of a tag go back, another stretch begins.
 
-    A stretch of one tag belongs to that stretch of the longest tag during which it began, so that a tag which was
-    written seldom is not put into the wrong one.
+    A stretch of one tag belongs to that stretch of the longest tag during which it began, so that a
+    tag which was written seldom is not put into the wrong one.
     """
     longest = max(signals.values(), key=len)
     stretches = _stretches(longest)
@@ -106,7 +112,8 @@ def merged(signals: Mapping[str, Sequence[Point]]) -> Iterator[tuple[int, dict[s
                 table = tables[max(0, sum(begin <= part[0].time for begin in begins) - 1)]
             for point in part:
                 cells = table.setdefault(point.step, {})
-                if math.isfinite(cells.get(signal, 0.0)):  # a NaN stays, also if the step is told again
+                # a NaN stays, also if the step is told again
+                if math.isfinite(cells.get(signal, 0.0)):
                     cells[signal] = point.value
     for table in tables:
         yield from sorted(table.items())
@@ -114,5 +121,9 @@ def merged(signals: Mapping[str, Sequence[Point]]) -> Iterator[tuple[int, dict[s
 
 def _stretches(points: Iterable[Point]) -> list[list[Point]]:
     points = list(points)
-    cuts = [0, *(at + 1 for at, (a, b) in enumerate(pairwise(points)) if b.step < a.step), len(points)]
+    cuts = [
+        0,
+        *(at + 1 for at, (a, b) in enumerate(pairwise(points)) if b.step < a.step),
+        len(points),
+    ]
     return [points[first:last] for first, last in pairwise(cuts)]

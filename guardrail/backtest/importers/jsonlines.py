@@ -1,4 +1,6 @@
-"""JSON lines: one object a record, nested ones with their keys joined by "/"; also one array of such objects."""
+"""JSON lines: one object a record, nested ones with their keys joined by "/"; also one array of
+such objects.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def read(path: Path, shown: str, columns: Mapping[str, str]) -> list[Log]:
         return [from_records(_records(file), shown, "jsonl", columns)]
 
 
-def from_records(records: Iterable[dict[str, Any] | None], shown: str, kind: str, columns: Mapping[str, str]) -> Log:
+def from_records(
+    records: Iterable[dict[str, Any] | None], shown: str, kind: str, columns: Mapping[str, str]
+) -> Log:
     """A log of flat records. Rows of an evaluation, and rows without a signal, are counted apart.
 
     Args:
@@ -54,7 +58,9 @@ def from_records(records: Iterable[dict[str, Any] | None], shown: str, kind: str
             continue
         waiting.append(record)
         if not _is_evaluation(record):
-            names.update(dict.fromkeys(name for name, value in record.items() if _value(value) is not None))
+            names.update(
+                dict.fromkeys(name for name, value in record.items() if _value(value) is not None)
+            )
             unread.look(record)
         if len(waiting) >= SAMPLE and Chooser(columns).choose(names):
             break
@@ -91,7 +97,9 @@ def from_records(records: Iterable[dict[str, Any] | None], shown: str, kind: str
         log.notes.append(COUNTED.format(clean(counter, 40)))
     log.notes += unread.notes(wanted)
     if broken:
-        log.notes.append(f"{broken} record{'s' if broken > 1 else ''} without a step or cut off left out")
+        log.notes.append(
+            f"{broken} record{'s' if broken > 1 else ''} without a step or cut off left out"
+        )
     if not len(log):
         raise DataError(f"{shown}: no record has a step")
     return log.finish()
@@ -104,9 +112,16 @@ class _Unread:
         self._found: dict[str, tuple[int, str]] = {}
 
     def look(self, record: Mapping[str, Any]) -> None:
-        """Of the records that teach the names: columns that would be signals if they held numbers."""
+        """Of the records that teach the names: columns that would be signals if they held
+        numbers.
+        """
         for name, value in record.items():
-            if isinstance(value, str) and value and _value(value) is None and (rank(name) or further(name)):
+            if (
+                isinstance(value, str)
+                and value
+                and _value(value) is None
+                and (rank(name) or further(name))
+            ):
                 self._found.setdefault(name, (0, value))
 
     def count(self, name: str, value: Any) -> None:
@@ -127,7 +142,9 @@ def _step_name(records: Iterable[Mapping[str, Any]]) -> str | None:
     """The column that counts steps, by what it holds in most records."""
     names: dict[str, None] = {}
     for record in records:
-        names.update(dict.fromkeys(name for name, value in record.items() if step_number(value) is not None))
+        names.update(
+            dict.fromkeys(name for name, value in record.items() if step_number(value) is not None)
+        )
     return step_name(names) or ("_step" if "_step" in names else None)
 
 
@@ -141,7 +158,8 @@ def _set_apart(log: Log, record: Mapping[str, Any]) -> None:
         log.set_apart("evaluation")
     elif any(plain_name(name) in SUMMARY for name in record):
         log.set_apart("summary")
-    elif not any(further(name) for name in record):  # a row of signals that belong to a record, and are not judged
+    # a row of signals that belong to a record, and are not judged
+    elif not any(further(name) for name in record):
         log.set_apart("other")
 
 

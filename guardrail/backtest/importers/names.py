@@ -1,7 +1,8 @@
 """What others call the signals: a column's name -> the signal that it holds, and how surely.
 
-First come names that are known to mean it; else the words of the name decide. Losses and norms of a validation, of a
-part of the model or of the loss, and anything that says how it was summarised, are never taken for the signal itself.
+First come names that are known to mean it; else the words of the name decide. Losses and norms of a
+validation, of a part of the model or of the loss, and anything that says how it was summarised, are
+never taken for the signal itself.
 """
 
 from __future__ import annotations
@@ -13,11 +14,19 @@ from collections.abc import Iterable, Mapping
 from guardrail.backtest.importers.recorded_log import Log
 from guardrail.core.errors import DataError
 from guardrail.core.objective import is_policy_loss, policy_name
-from guardrail.core.records import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS, LOSS_SCALE, UPDATE_NORM
+from guardrail.core.records import (
+    EMBED_GRAD_NORM,
+    EMBED_SHARE,
+    GRAD_NORM,
+    LOSS,
+    LOSS_SCALE,
+    UPDATE_NORM,
+)
 from guardrail.core.text import clean
 
-# signal -> names, the surest first; compared in lower case with every run of other characters than letters and digits
-# as one space. Who writes them: Trainer, nanoGPT, Megatron, torchtitan, OLMo, llm-foundry, NeMo, fairseq, Lightning.
+# signal -> names, the surest first; compared in lower case with every run of other characters than
+# letters and digits as one space. Who writes them: Trainer, nanoGPT, Megatron, torchtitan, OLMo,
+# llm-foundry, NeMo, fairseq, Lightning.
 KNOWN = {
     LOSS: (
         "loss",
@@ -74,10 +83,17 @@ KNOWN = {
     UPDATE_NORM: ("update norm", "train update norm", "optim total update norm"),
     LOSS_SCALE: ("loss scale", "train loss scale", "grad scale", "loss scale loss scale"),
 }
-# Signals that are recorded beside them, by the names that trl, verl, OpenRLHF, ms-swift and Megatron give them. Nothing
-# judges them unless it is asked for; see `Chooser`.
+# Signals that are recorded beside them, by the names that trl, verl, OpenRLHF, ms-swift and
+# Megatron give them. Nothing judges them unless it is asked for; see `Chooser`.
 FURTHER = {
-    "value_loss": ("critic vf loss", "loss value avg", "value loss", "ppo loss value", "critic loss", "vf loss"),
+    "value_loss": (
+        "critic vf loss",
+        "loss value avg",
+        "value loss",
+        "ppo loss value",
+        "critic loss",
+        "vf loss",
+    ),
     "critic_grad_norm": ("critic grad norm",),
     "reward": (
         "reward",
@@ -105,7 +121,8 @@ FURTHER = {
         "policy approxkl avg",
         "ppo mean kl",
     ),
-    "sequence_kl": ("objective kl",),  # a sum over the completion, where the others are means over its tokens
+    # a sum over the completion, where the others are means over its tokens
+    "sequence_kl": ("objective kl",),
     "entropy": ("entropy", "actor entropy", "policy entropy avg", "actor entropy loss"),
     "completion_length": (
         "completion length",
@@ -114,13 +131,26 @@ FURTHER = {
         "response length",
         "glen",
     ),
-    "clipped_ratio": ("completions clipped ratio", "response length clip ratio"),  # completions that were cut off
-    "clip_frac": ("clip ratio region mean", "clip ratio", "actor pg clipfrac", "policy clipfrac avg"),
+    # completions that were cut off
+    "clipped_ratio": ("completions clipped ratio", "response length clip ratio"),
+    "clip_frac": (
+        "clip ratio region mean",
+        "clip ratio",
+        "actor pg clipfrac",
+        "policy clipfrac avg",
+    ),
     "reward_margin": ("rewards margins",),
     "reward_accuracy": ("rewards accuracies",),
     "logps_chosen": ("logps chosen",),
     "logps_rejected": ("logps rejected",),
-    "aux_loss": ("aux loss", "load balancing loss", "moe aux loss", "lb loss", "router aux loss", "balance loss"),
+    "aux_loss": (
+        "aux loss",
+        "load balancing loss",
+        "moe aux loss",
+        "lb loss",
+        "router aux loss",
+        "balance loss",
+    ),
     "z_loss": ("z loss", "router z loss"),
     "expert_share": ("expert load max", "router max frac max"),
 }
@@ -172,7 +202,9 @@ def rank(name: str) -> tuple[str, int] | None:
         if bare in names:
             return signal, len(names) + names.index(bare)
     far = 100 + len(words) - 10 * bool(words & {"train", "training"})
-    norm = bool(words & {"norm", "gnorm", "gradnorm"}) and bool(words & {"grad", "grads", "gradient", "gradients"})
+    norm = bool(words & {"norm", "gnorm", "gradnorm"}) and bool(
+        words & {"grad", "grads", "gradient", "gradients"}
+    )
     if norm and words & {"embed", "embedding", "embeddings", "wte"}:
         return EMBED_GRAD_NORM, far
     if norm:
@@ -205,11 +237,15 @@ def says_evaluation(value: object) -> bool:
 
 
 def describe(log: Log, names: Iterable[str], chooser: Chooser) -> None:
-    """Choose the signals of a log among the names of its columns; DataError as of `Chooser.choose_or_refuse`."""
+    """Choose the signals of a log among the names of its columns; DataError as of
+    `Chooser.choose_or_refuse`.
+    """
     names = list(names)
     log.names = chosen = chooser.choose_or_refuse(names, log.path)
     read = set(chosen.values())
-    log.beside = {signal: name for signal, name in chooser.beside(names).items() if name not in read}
+    log.beside = {
+        signal: name for signal, name in chooser.beside(names).items() if name not in read
+    }
     loss = chosen.get(LOSS, "")
     log.policy = loss if is_policy_loss(loss) else (policy_name(names) or "")
 
@@ -238,8 +274,9 @@ class Chooser:
     """Which columns of a file hold which signals.
 
     Args:
-        given: signal -> column, from the command line or from `guard.signals`; it outranks every guess. The column may
-            also be named by its signal in `FURTHER`: "reward" finds "critic/rewards/mean".
+        given: signal -> column, from the command line or from `guard.signals`; it outranks every
+            guess. The column may also be named by its signal in `FURTHER`: "reward" finds
+            "critic/rewards/mean".
     """
 
     def __init__(self, given: Mapping[str, str] | None = None) -> None:
@@ -273,7 +310,9 @@ class Chooser:
         return {signal: name for signal, (_, name) in best.items()}
 
     def choose_or_refuse(self, names: Iterable[str], path: str) -> dict[str, str]:
-        """As `choose`; a DataError that lists the columns if none is a signal, or one that was asked for is missing."""
+        """As `choose`; a DataError that lists the columns if none is a signal, or one that was
+        asked for is missing.
+        """
         names = list(names)
         chosen = self.choose(names)
         listed = ", ".join(clean(name, 40) for name in names[:MOST_LISTED]) or "none"

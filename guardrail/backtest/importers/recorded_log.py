@@ -15,15 +15,23 @@ import msgspec
 from guardrail.core.config import GuardSection
 from guardrail.core.records import Observation
 
-# From this share of records that repeat the step of the one before, the "step" is an epoch or the like.
+# From this share of records that repeat the step of the one before, the "step" is an epoch or the
+# like.
 REPEATING = 0.3
 LARGEST_STEP = 2**62
 # Said of a column of steps such as "nan", "inf" or "1e30".
 COUNTED = "{}: no value can be a step, so records are counted instead"
-# What a number looks like where an object was printed: "tensor(1.03, device='cuda:0')", "np.float64(1.03)".
+# What a number looks like where an object was printed: "tensor(1.03, device='cuda:0')",
+# "np.float64(1.03)".
 _WRAPPED = re.compile(r"(?:tensor|array|(?:np|numpy)\.float\d+|Decimal)\(\s*\[?['\s]*([^\s,\]')]+)")
 # What the runtime library of Windows prints.
-_WINDOWS = {"1.#qnan": math.nan, "1.#ind": math.nan, "1.#inf": math.inf, "1.#j": math.inf, "nan(ind)": math.nan}
+_WINDOWS = {
+    "1.#qnan": math.nan,
+    "1.#ind": math.nan,
+    "1.#inf": math.inf,
+    "1.#j": math.inf,
+    "nan(ind)": math.nan,
+}
 
 
 class Column:
@@ -60,7 +68,8 @@ class Log:
     """One recorded run.
 
     Attributes:
-        path: of the file or folder, as a person would name it; "FILE#RUN" where one file holds several runs.
+        path: of the file or folder, as a person would name it; "FILE#RUN" where one file holds
+        several runs.
         format: "csv", "tensorboard", ...
         steps: of each record, in file order.
         columns: signal -> its values, as long as `steps`.
@@ -89,8 +98,8 @@ class Log:
     def add(self, step: int, cells: Mapping[str, float]) -> None:
         """Append a record; signals may be new. A row without a signal is no record.
 
-        A row of the same step that holds other signals than the one before belongs to it: loggers that write loss and
-        norm, or loss and reward, on rows of their own are common.
+        A row of the same step that holds other signals than the one before belongs to it: loggers
+        that write loss and norm, or loss and reward, on rows of their own are common.
         """
         if not cells:
             return
@@ -99,7 +108,11 @@ class Log:
         for signal in cells:
             if signal not in columns:
                 columns[signal] = Column(rows)
-        if rows and self.steps[-1] == step and not any(columns[signal].present[-1] for signal in cells):
+        if (
+            rows
+            and self.steps[-1] == step
+            and not any(columns[signal].present[-1] for signal in cells)
+        ):
             for signal, value in cells.items():
                 columns[signal].fill(rows - 1, value)
             return
@@ -116,14 +129,18 @@ class Log:
         steps = self.steps
         repeated = sum(a == b for a, b in itertools.pairwise(steps))
         if repeated > REPEATING * max(8, len(steps)):
-            self.notes.append("most records repeat the step of the one before, so records are counted instead")
+            self.notes.append(
+                "most records repeat the step of the one before, so records are counted instead"
+            )
             self.steps = array("q", range(1, len(steps) + 1))
         return self
 
     def observations(self) -> Iterator[tuple[int, Observation]]:
-        """(record, what the controller sees of it), in order; records without a watched signal are passed over.
+        """(record, what the controller sees of it), in order; records without a watched signal are
+        passed over.
 
-        A record stands for one batch: its positions are its own number, since nothing says which data it was.
+        A record stands for one batch: its positions are its own number, since nothing says which
+        data it was.
         """
         names = list(self.columns)
         columns = list(self.columns.values())
@@ -131,23 +148,34 @@ class Log:
             return  # a file whose only record with a signal has no step
         if not any(column.missing for column in columns):
             table = zip(*(column.values for column in columns), strict=True)
-            signals = map(dict, map(zip, itertools.repeat(names), table))  # no line of Python a record
+            # no line of Python a record
+            signals = map(dict, map(zip, itertools.repeat(names), table))
             for row, (step, cells) in enumerate(zip(self.steps, signals, strict=True)):
                 yield row, Observation(step=step, first=row, last=row + 1, signals=cells)
             return
         for row, step in enumerate(self.steps):
-            cells = {n: c.values[row] for n, c in zip(names, columns, strict=True) if c.present[row]}
+            cells = {
+                n: c.values[row] for n, c in zip(names, columns, strict=True) if c.present[row]
+            }
             if cells:
                 yield row, Observation(step=step, first=row, last=row + 1, signals=cells)
 
 
 def settings_for(log: Log, settings: GuardSection) -> GuardSection:
-    """The settings by which a log is judged: one of reinforcement learning has a signed loss, unless they say more."""
-    return msgspec.structs.replace(settings, loss="signed") if log.policy and settings.loss == "auto" else settings
+    """The settings by which a log is judged: one of reinforcement learning has a signed loss,
+    unless they say more.
+    """
+    return (
+        msgspec.structs.replace(settings, loss="signed")
+        if log.policy and settings.loss == "auto"
+        else settings
+    )
 
 
 def number(text: str) -> float | None:
-    """A cell as a number: "nan", "-inf", "1,234", "1e-3"; None for anything else, a blank one included."""
+    """A cell as a number: "nan", "-inf", "1,234", "1e-3"; None for anything else, a blank one
+    included.
+    """
     try:
         return float(text)
     except ValueError:

@@ -18,7 +18,11 @@ def signals(view: MetricsView) -> list[str]:
     """The signals that the run watched: a column of NaN alone is one that it could not measure."""
     import numpy as np
 
-    watched = [name for name in view.columns if name in ALWAYS or name in KNOWN or name not in METRIC_COLUMNS]
+    watched = [
+        name
+        for name in view.columns
+        if name in ALWAYS or name in KNOWN or name not in METRIC_COLUMNS
+    ]
     return [name for name in watched if name in ALWAYS or not np.isnan(view.column(name)).all()]
 
 

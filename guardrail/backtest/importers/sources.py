@@ -1,4 +1,6 @@
-"""LOG... on a command line -> the runs that are recorded there, whatever wrote them. Formats are told by content."""
+"""LOG... on a command line -> the runs that are recorded there, whatever wrote them. Formats are
+told by content.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import errno
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from guardrail.backtest.importers import (
@@ -34,7 +37,9 @@ Read = Callable[[Mapping[str, str]], list[Log]]
 
 @dataclass(frozen=True)
 class Source:
-    """Something that holds recorded runs. `read(columns)` gives them, or raises DataError with one sentence."""
+    """Something that holds recorded runs. `read(columns)` gives them, or raises DataError with one
+    sentence.
+    """
 
     path: str
     read: Read
@@ -43,14 +48,17 @@ class Source:
 def sources(paths: Sequence[str]) -> Iterator[Source]:
     """What is at each path; folders are searched, in order of their names.
 
-    A path that holds nothing gives a source whose `read` says why, so that the others can be read all the same.
+    A path that holds nothing gives a source whose `read` says why, so that the others can be read
+    all the same.
     """
     for given in paths:
         path = Path(given)
         try:
             found = list(_in_folder(path)) if path.is_dir() else [_file(path, named=True)]
         except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-            found = [_refusal(given, getattr(error, "strerror", None) or "no file can have this name")]
+            found = [
+                _refusal(given, getattr(error, "strerror", None) or "no file can have this name")
+            ]
         if not found:
             found = [_refusal(given, "no recorded run in this folder")]
         yield from (source for source in found if source is not None)
@@ -96,7 +104,11 @@ def _in_folder(root: Path) -> Iterator[Source]:
         if events:
             yield _events(events, str(here))
     for path in trainer_state.newest(states):
-        yield Source(str(path), lambda columns, path=path: trainer_state.read(path, clean(str(path)), columns))  # type: ignore[misc]
+        yield Source(str(path), partial(_read_trainer_state, path))
+
+
+def _read_trainer_state(path: Path, columns: Mapping[str, str]) -> list[Log]:
+    return trainer_state.read(path, clean(str(path)), columns)
 
 
 def _file(path: Path, *, named: bool) -> Source | None:
@@ -159,12 +171,15 @@ def _holds_records(line: str) -> bool:
         record = jsonlines.loads(line.rstrip("\r\n, "))
     except (ValueError, RecursionError):
         return False
-    return isinstance(record, dict) and any(rank(name) is not None for name in jsonlines.flat(record))
+    return isinstance(record, dict) and any(
+        rank(name) is not None for name in jsonlines.flat(record)
+    )
 
 
 def _is_table(text: str, first: str, *, named: bool) -> bool:
     """Whether a file that begins with this text, and this line, is a table with a header."""
-    if delimited.header(first) is None or text_logs.is_record(first):  # "iter 0: loss nan, time 3ms" has commas too
+    # "iter 0: loss nan, time 3ms" has commas too
+    if delimited.header(first) is None or text_logs.is_record(first):
         return False
     return _names_a_signal(first) or (named and delimited.is_table(text))
 
@@ -173,7 +188,9 @@ def _names_a_signal(line: str) -> bool:
     from guardrail.backtest.importers.names import rank
 
     found = delimited.header(line)
-    return found is not None and any(rank(name.rsplit(" - ", 1)[-1]) is not None for name in found[1])
+    return found is not None and any(
+        rank(name.rsplit(" - ", 1)[-1]) is not None for name in found[1]
+    )
 
 
 def _events(paths: list[Path], folder: str) -> Source:
@@ -200,7 +217,9 @@ def _run(folder: Path) -> Source:
 
 
 def _head(path: Path) -> bytes:
-    """OSError also for what is neither a file nor a folder: a pipe or a device may never end, and is read twice."""
+    """OSError also for what is neither a file nor a folder: a pipe or a device may never end, and
+    is read twice.
+    """
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "neither a file nor a folder")
     with path.open("rb") as file:

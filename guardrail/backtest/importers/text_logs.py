@@ -1,10 +1,11 @@
-"""What training programs print: llm.c, nanoGPT and its relatives, Megatron, torchtitan, Hugging Face's Trainer, verl.
+"""What training programs print: llm.c, nanoGPT and its relatives, Megatron, torchtitan, Hugging
+Face's Trainer, verl.
 
-The format is the one that most lines of the file have. Lines of other kinds (set-up, evaluations, checkpoints) stand
-between the records in every real log.
+The format is the one that most lines of the file have. Lines of other kinds (set-up, evaluations,
+checkpoints) stand between the records in every real log.
 
-A training line that lacks the loss which its neighbours have is a record whose loss is not finite: Megatron prints no
-loss that is NaN, others print "None" or asterisks.
+A training line that lacks the loss which its neighbours have is a record whose loss is not finite:
+Megatron prints no loss that is NaN, others print "None" or asterisks.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from guardrail.core.text import clean
 
 # Lines of one format after which no other is thought of any more.
 SURE = 16
-# Lines of a file that is found in a folder, not named, which are looked at to see whether it is a log at all.
+# Lines of a file that is found in a folder, not named, which are looked at to see whether it is a
+# log at all.
 LOOK = 20_000
 MOST = 10_000  # characters of a line that are looked at
 
@@ -36,12 +38,15 @@ _STEP = r"(?P<step>\d[\d,]*)"
 
 
 def _regex(pattern: str) -> re.Pattern[str]:
-    """`{step}`, `{loss}`, `{grad_norm}`, `{loss_scale}` stand for named numbers, `{n}` for any number."""
+    """`{step}`, `{loss}`, `{grad_norm}`, `{loss_scale}` stand for named numbers, `{n}` for any
+    number.
+    """
     named = {name: f"(?P<{name}>{_N}|{_NO_NUMBER})" for name in (LOSS, GRAD_NORM, LOSS_SCALE)}
     return re.compile(pattern.format(step=_STEP, n=_N, **named), re.IGNORECASE)
 
 
-# name -> the line of one step. Optional parts are looked for only behind what makes the line one of this format.
+# name -> the line of one step. Optional parts are looked for only behind what makes the line one of
+# this format.
 FORMATS = {
     # s:12 trl:10.2301 lr:0.000012 norm:3.11
     "llm.c": _regex(r"^s:{step} trl:{loss}(?:.*? norm:{grad_norm})?"),
@@ -60,17 +65,23 @@ FORMATS = {
         r"(?:.*?\|\s*(?:grad )?norm:\s*{grad_norm})?"
     ),
     # step:12/5100 train_loss:10.2301 train_time:2100ms step_avg:250.11ms
-    "modded-nanogpt": _regex(r"\bstep:{step}(?:/\d+)? train_loss:{loss}(?:.*?\bgrad_norm:{grad_norm})?"),
+    "modded-nanogpt": _regex(
+        r"\bstep:{step}(?:/\d+)? train_loss:{loss}(?:.*?\bgrad_norm:{grad_norm})?"
+    ),
     # iteration    12/  159576 | consumed samples: ... | lm loss: 1.02E+01 | loss scale: 4096.0 | grad norm: 3.112 | ...
     "Megatron": _regex(
         r"\biteration\s+{step}/\s*\d+\s*\|.*?\|\s*"
         r"(?:(?:lm[ _]loss|loss|reduced_train_loss|train loss|loss scale|grad norm): {n}|number of skipped iterations:)"
     ),
     # [rank0]:[titan] 2025-06-04 08:51:48,074 - root - INFO - step: 12  loss: 10.2301  grad_norm: 3.1122  memory: ...
-    "torchtitan": _regex(r"\bstep:\s*{step}(?:/\d+ = [\d.]+%)?\s+loss:\s*{loss}(?:.*?\bgrad_norm:\s*{grad_norm})?"),
-    # {'loss': 10.2301, 'grad_norm': 3.1122, 'learning_rate': 1.0e-05, 'epoch': 0.01}: the Trainer prints no step
+    "torchtitan": _regex(
+        r"\bstep:\s*{step}(?:/\d+ = [\d.]+%)?\s+loss:\s*{loss}(?:.*?\bgrad_norm:\s*{grad_norm})?"
+    ),
+    # {'loss': 10.2301, 'grad_norm': 3.1122, 'learning_rate': 1.0e-05, 'epoch': 0.01}: the Trainer
+    # prints no step
     "Trainer output": _regex(r"\{{'loss': (?:'|tensor\()?{n}"),
-    # (TaskRunner pid=7) step:12 - actor/pg_loss:-0.0129 - actor/grad_norm:0.317 - critic/rewards/mean:0.010 - ...
+    # (TaskRunner pid=7) step:12 - actor/pg_loss:-0.0129 - actor/grad_norm:0.317 -
+    # critic/rewards/mean:0.010 - ...
     "verl": _regex(r"\bstep:\s?{step} - (?:.* - )?[\w/]*(?:loss|grad_norm)[\w/]*:\s?{n}"),
     # Train epoch [1/1]: 100%|####| 4/4 [00:10<00:00, 10.1s/it, act_loss=-0.0012, kl=0.0010, rm=0.010, actor_gn=0.31]
     "progress bar": _regex(r"\b{step}/\d+ \[\d[^\]]*?, \w*loss={n}"),
@@ -115,7 +126,9 @@ def read(path: Path, shown: str, columns: Mapping[str, str]) -> list[Log]:
     """DataError if no line holds a step and a signal."""
     kind = format_of(path)
     if kind is None:
-        raise DataError(f"{shown}: no line that tells a step and a training loss, in any format that I know")
+        raise DataError(
+            f"{shown}: no line that tells a step and a training loss, in any format that I know"
+        )
     with _open(path) as file:
         lines = _of_one_rank(_lines(file), FORMATS[kind])
         records = _complete(_parsed(lines, kind, all_columns=bool(columns)), kind)
@@ -186,7 +199,9 @@ def _megatron(line: str) -> Fields | None:
 
 
 def _trainer(line: str) -> Fields | None:
-    """As Python prints a dictionary; numbers may stand in quotes, and tensors as they are printed."""
+    """As Python prints a dictionary; numbers may stand in quotes, and tensors as they are
+    printed.
+    """
     found = _DICT.search(line)
     if found is None:
         return None
@@ -221,12 +236,15 @@ PARSERS: dict[str, Callable[[str], Fields | None]] = {
 def _complete(records: Iterator[Fields], kind: str) -> Iterator[Fields]:
     """Records of which each has a loss, where the ones before had one.
 
-    Megatron counts iterations that its loss scaler skipped: such a line without a loss is an overflow, whose gradient
-    is not finite and whose loss is not known.
+    Megatron counts iterations that its loss scaler skipped: such a line without a loss is an
+    overflow, whose gradient is not finite and whose loss is not known.
     """
     loss = "lm loss" if kind == "Megatron" else None
     for fields in records:
-        named = next((name for name in fields if (found := rank(name)) is not None and found[0] == LOSS), None)
+        named = next(
+            (name for name in fields if (found := rank(name)) is not None and found[0] == LOSS),
+            None,
+        )
         if named is not None:
             loss = named
         elif loss is not None and _is_training(fields):
@@ -240,10 +258,17 @@ def _complete(records: Iterator[Fields], kind: str) -> Iterator[Fields]:
 
 
 def _is_training(fields: Fields) -> bool:
-    """Whether a record without a loss is one of training: it has a gradient norm, a loss scale or a learning rate."""
-    if any((found := rank(name)) is not None and found[0] in (GRAD_NORM, LOSS_SCALE) for name in fields):
+    """Whether a record without a loss is one of training: it has a gradient norm, a loss scale or a
+    learning rate.
+    """
+    if any(
+        (found := rank(name)) is not None and found[0] in (GRAD_NORM, LOSS_SCALE) for name in fields
+    ):
         return True
-    return any(name.replace("_", " ") in ("learning rate", "number of skipped iterations") for name in fields)
+    return any(
+        name.replace("_", " ") in ("learning rate", "number of skipped iterations")
+        for name in fields
+    )
 
 
 def is_record(line: str) -> bool:
@@ -252,7 +277,9 @@ def is_record(line: str) -> bool:
 
 
 def format_of(path: Path, *, lines: int | None = None) -> str | None:
-    """The format of most lines, among the first `lines`; of equally many, the more particular one."""
+    """The format of most lines, among the first `lines`; of equally many, the more particular
+    one.
+    """
     counts = dict.fromkeys(FORMATS, 0)
     with _open(path) as file:
         for line in itertools.islice(_lines(file), lines):

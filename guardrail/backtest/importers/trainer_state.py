@@ -1,4 +1,6 @@
-"""trainer_state.json of the Hugging Face Trainer: `log_history`, with evaluations between the training records."""
+"""trainer_state.json of the Hugging Face Trainer: `log_history`, with evaluations between the
+training records.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ _SPACE = re.compile(r"[\s,]*")
 
 
 def read(path: Path, shown: str, columns: Mapping[str, str]) -> list[Log]:
-    """Reads entry by entry, so that a file that was cut off gives what it holds. DataError if that is nothing."""
+    """Reads entry by entry, so that a file that was cut off gives what it holds. DataError if that
+    is nothing.
+    """
     text = path.read_text(encoding="utf-8", errors="replace")
     begin = _HISTORY.search(text)
     if begin is None:
@@ -43,7 +47,9 @@ def _entries(text: str, at: int) -> Iterator[dict[str, Any] | None]:
 
 
 def newest(paths: list[Path]) -> list[Path]:
-    """Without those that a later checkpoint of the same run tells again: each holds the history from the beginning."""
+    """Without those that a later checkpoint of the same run tells again: each holds the history
+    from the beginning.
+    """
     best: dict[Path, tuple[int, Path]] = {}
     others = []
     for path in paths:

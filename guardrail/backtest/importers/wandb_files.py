@@ -1,7 +1,8 @@
-""".wandb files, as wandb leaves them in wandb/offline-run-*: framed as a log of LevelDB, filled with wandb's records.
+""".wandb files, as wandb leaves them in wandb/offline-run-*: framed as a log of LevelDB, filled
+with wandb's records.
 
-The records are read with wandb's own protocol buffers, so wandb must be installed. Its reader of the frames was Python
-once and is none any more (0.31); the frames are simple:
+The records are read with wandb's own protocol buffers, so wandb must be installed. Its reader of
+the frames was Python once and is none any more (0.31); the frames are simple:
 
     file    7 bytes ":W&B", 0xBEE1, version; then blocks of 32 KiB, the first one shorter by these 7 bytes
     frame   CRC-32 of type and data, length, type (1 whole, 2 first, 3 middle, 4 last part of a record); data
@@ -54,7 +55,9 @@ def read(path: Path, shown: str, columns: Mapping[str, str]) -> list[Log]:
 
 
 def frames(file: BinaryIO) -> Iterator[bytes | None]:
-    """The data of each record whose checksums hold; None, as the last, where the file is cut off or damaged."""
+    """The data of each record whose checksums hold; None, as the last, where the file is cut off or
+    damaged.
+    """
     at = len(file.read(_HEADER.size))
     record = b""
     while True:

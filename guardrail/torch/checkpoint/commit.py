@@ -1,8 +1,10 @@
-"""One save, rank by rank: each writes its share, rank 0 waits for the others and commits with one rename.
+"""One save, rank by rank: each writes its share, rank 0 waits for the others and commits with one
+rename.
 
-Runs on background threads, where a collective would meet those of the training step in another order on another rank:
-the file system is the channel. A rank that is done renames `rank-00001.json` into the temporary folder, one that
-failed leaves `rank-00001.failed`; rank 0 reads them, writes the manifest last, and renames the folder.
+Runs on background threads, where a collective would meet those of the training step in another
+order on another rank: the file system is the channel. A rank that is done renames `rank-00001.json`
+into the temporary folder, one that failed leaves `rank-00001.failed`; rank 0 reads them, writes the
+manifest last, and renames the folder.
 """
 
 from __future__ import annotations
@@ -22,7 +24,15 @@ from typing import Any
 import msgspec
 
 from guardrail.core.errors import GuardrailError
-from guardrail.core.files import FILE_MODE, FOLDER_MODE, TEMPORARY, read_file, replace_file, sync_folder, write_all
+from guardrail.core.files import (
+    FILE_MODE,
+    FOLDER_MODE,
+    TEMPORARY,
+    read_file,
+    replace_file,
+    sync_folder,
+    write_all,
+)
 from guardrail.core.records import Record
 from guardrail.rundir.manifest import (
     BUFFER,
@@ -85,7 +95,9 @@ class PartReport(Record, frozen=True, kw_only=True):
 
 
 class RankReport(Record, frozen=True, kw_only=True):
-    """rank-00000.json: what a rank has written. `names`: a hash of its tensors' names, equal to that of rank `like`."""
+    """rank-00000.json: what a rank has written. `names`: a hash of its tensors' names, equal to
+    that of rank `like`.
+    """
 
     rank: int
     file: FileEntry
@@ -97,11 +109,14 @@ class RankReport(Record, frozen=True, kw_only=True):
 
 
 def share(snapshot: Snapshot) -> list[str]:
-    """The tensors that this rank writes: of those that several ranks hold, each goes to the one with least so far.
+    """The tensors that this rank writes: of those that several ranks hold, each goes to the one
+    with least so far.
 
     Every rank computes the same distribution from names and sizes. Buffers are rank 0's, as in DDP.
     """
-    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in snapshot.tensors.items()}
+    sizes = {
+        name: tensor.numel() * tensor.element_size() for name, tensor in snapshot.tensors.items()
+    }
     loads: dict[int, list[int]] = {}
     mine = []
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
@@ -150,10 +165,19 @@ def write_share(job: Job) -> RankReport:
 
 
 def _check_room(job: Job) -> None:
-    """Find out beforehand that the disk is too small. What this save has written already is no longer missing."""
+    """Find out beforehand that the disk is too small. What this save has written already is no
+    longer missing.
+    """
     tensors, boxes = job.snapshot.tensors, job.snapshot.boxes
-    total = sum(math.prod(boxes[name].global_shape) * tensor.element_size() for name, tensor in tensors.items())
-    written = sum(entry.stat().st_size for entry in os.scandir(job.folder) if entry.name.endswith(".safetensors"))
+    total = sum(
+        math.prod(boxes[name].global_shape) * tensor.element_size()
+        for name, tensor in tensors.items()
+    )
+    written = sum(
+        entry.stat().st_size
+        for entry in os.scandir(job.folder)
+        if entry.name.endswith(".safetensors")
+    )
     usage = shutil.disk_usage(job.folder)
     if usage.total and usage.free < total - written + _MARGIN:
         raise OSError(
@@ -163,7 +187,9 @@ def _check_room(job: Job) -> None:
 
 
 def withdraw(job: Job, reason: str) -> None:
-    """After a failure of this rank: remove its partial file and let rank 0 know. Never raises OSError."""
+    """After a failure of this rank: remove its partial file and let rank 0 know. Never raises
+    OSError.
+    """
     with contextlib.suppress(OSError):
         (job.folder / f"rank-{job.rank:05d}.safetensors").unlink(missing_ok=True)
     if job.rank == 0:
@@ -171,8 +197,11 @@ def withdraw(job: Job, reason: str) -> None:
         return
     with contextlib.suppress(OSError):
         job.folder.mkdir(mode=FOLDER_MODE, exist_ok=True)
-        # The name alone says it: an empty file can be created on a disk that has no room for the reason.
-        descriptor = os.open(job.folder / _failed_name(job.rank), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+        # The name alone says it: an empty file can be created on a disk that has no room for the
+        # reason.
+        descriptor = os.open(
+            job.folder / _failed_name(job.rank), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, FILE_MODE
+        )
         try:
             write_all(descriptor, reason.encode(errors="replace"))
         finally:
@@ -190,7 +219,8 @@ def collect(
     """Rank 0: wait for every rank's report.
 
     Args:
-        failed: ranks that have said, by another way than the file system, that they could not write their share.
+        failed: ranks that have said, by another way than the file system, that they could not write
+        their share.
 
     Raises:
         SaveFailed: a rank failed, was silent for `seconds`, or `given_up()` came true.
@@ -218,13 +248,17 @@ def collect(
     return [reports[rank] for rank in range(job.world)]
 
 
-def commit(job: Job, reports: list[RankReport], suspect: Callable[[], bool] = lambda: False) -> tuple[Path, Manifest]:
+def commit(
+    job: Job, reports: list[RankReport], suspect: Callable[[], bool] = lambda: False
+) -> tuple[Path, Manifest]:
     """Rank 0: write the manifest, check the folder, and make it a checkpoint with one rename.
 
-    Every file was synced and read back by the rank that wrote it; here sizes, headers and the manifest are.
+    Every file was synced and read back by the rank that wrote it; here sizes, headers and the
+    manifest are.
 
     Args:
-        suspect: whether the state holds an unresolved incident; asked again right before the rename.
+        suspect: whether the state holds an unresolved incident; asked again right before the
+        rename.
 
     Raises:
         SaveFailed: the shares do not make up the state. OSError, CheckpointInvalid: as they come.
@@ -247,15 +281,28 @@ def _manifest(job: Job, reports: list[RankReport], *, suspect: bool) -> Manifest
     snapshot, first = job.snapshot, reports[0]
     stranger = next((r for r in reports if r.names != reports[r.like].names), None)
     if stranger is not None:
-        raise SaveFailed(f"rank {stranger.rank} holds tensors of other names than rank {stranger.like}")
+        raise SaveFailed(
+            f"rank {stranger.rank} holds tensors of other names than rank {stranger.like}"
+        )
     tensors: dict[str, TensorEntry] = {}
-    kinds = {name: (box.global_shape, dtype_name(snapshot.tensors[name].dtype)) for name, box in snapshot.boxes.items()}
+    kinds = {
+        name: (box.global_shape, dtype_name(snapshot.tensors[name].dtype))
+        for name, box in snapshot.boxes.items()
+    }
     for report in reports:  # of the other stages of a pipeline
-        kinds |= {name: (part.shape, part.dtype) for name, part in report.parts.items() if name not in kinds}
+        kinds |= {
+            name: (part.shape, part.dtype)
+            for name, part in report.parts.items()
+            if name not in kinds
+        }
     for name, (shape, dtype) in kinds.items():
         parts = [(r.file.name, r.parts[name]) for r in reports if name in r.parts]
-        boxes = [Box(global_shape=part.shape, offset=part.offset, size=part.size) for _, part in parts]
-        if any(part.shape != shape or part.dtype != dtype for _, part in parts) or not covers(shape, boxes):
+        boxes = [
+            Box(global_shape=part.shape, offset=part.offset, size=part.size) for _, part in parts
+        ]
+        if any(part.shape != shape or part.dtype != dtype for _, part in parts) or not covers(
+            shape, boxes
+        ):
             raise SaveFailed(f"the ranks' shares of {name} do not make up its shape {list(shape)}")
         pieces = tuple(Piece(file=file, offset=part.offset, size=part.size) for file, part in parts)
         tensors[name] = TensorEntry(dtype=dtype, shape=shape, pieces=pieces)
@@ -272,7 +319,9 @@ def _manifest(job: Job, reports: list[RankReport], *, suspect: bool) -> Manifest
         stateless=job.stateless,
         files=tuple(report.file for report in reports),
         ranks=tuple(
-            RankEntry(rank=r.rank, digests=r.digests, extra=None if r.extra == first.extra else r.extra)
+            RankEntry(
+                rank=r.rank, digests=r.digests, extra=None if r.extra == first.extra else r.extra
+            )
             for r in reports
         ),
         scalars=snapshot.scalars,
@@ -283,11 +332,15 @@ def _manifest(job: Job, reports: list[RankReport], *, suspect: bool) -> Manifest
 
 
 def _drift(job: Job, reports: list[RankReport]) -> str:
-    """Replicas must be bit-identical; where they are not, the ranks have been training different models."""
+    """Replicas must be bit-identical; where they are not, the ranks have been training different
+    models.
+    """
     if job.strategy != "ddp":
         return ""
     for component in ("weights", "moments"):
-        drifted = [r.rank for r in reports if r.digests.get(component) != reports[0].digests.get(component)]
+        drifted = [
+            r.rank for r in reports if r.digests.get(component) != reports[0].digests.get(component)
+        ]
         if drifted:
             ranks = ", ".join(map(str, drifted[:8]))
             return f"the {component} of rank {ranks} are not those of rank 0: the replicas have drifted apart"
@@ -295,7 +348,9 @@ def _drift(job: Job, reports: list[RankReport]) -> str:
 
 
 def _rename(job: Job) -> Path:
-    """To the first free name. A checkpoint that is there is never replaced, so there is no moment without it."""
+    """To the first free name. A checkpoint that is there is never replaced, so there is no moment
+    without it.
+    """
     parent, snapshot = job.folder.parent, job.snapshot
     names = [checkpoint_name(snapshot.step)]
     names += [checkpoint_name(snapshot.step, snapshot.timeline, copy) for copy in range(_COPIES)]
@@ -322,7 +377,9 @@ def _write_synced(path: Path, content: bytes) -> None:
 
 
 def remove(path: Path, *, aside: Path) -> None:
-    """Delete a checkpoint: renamed first, so that a half-deleted one never looks like a checkpoint."""
+    """Delete a checkpoint: renamed first, so that a half-deleted one never looks like a
+    checkpoint.
+    """
     path.rename(aside)
     sync_folder(aside.parent)
     shutil.rmtree(aside)
@@ -338,7 +395,11 @@ def sweep(folder: Path, *, spare: Callable[[str], bool] = lambda name: False) ->
 def reason_of(error: BaseException) -> str:
     """One line for the journal, whatever was raised."""
     if isinstance(error, OSError) and error.strerror:
-        where = f" ({Path(os.fsdecode(error.filename)).name})" if isinstance(error.filename, (str, bytes)) else ""
+        where = (
+            f" ({Path(os.fsdecode(error.filename)).name})"
+            if isinstance(error.filename, (str, bytes))
+            else ""
+        )
         return f"{error.strerror}{where}"
     if isinstance(error, GuardrailError):
         return str(error)

@@ -19,7 +19,14 @@ import msgspec
 from guardrail.core.errors import CheckpointInvalid
 from guardrail.core.files import FOLDER_MODE, TEMPORARY
 from guardrail.core.records import Record, SnapshotInfo
-from guardrail.rundir.manifest import OPTIM, Manifest, Progress, checkpoint_dirs, read_manifest, verify
+from guardrail.rundir.manifest import (
+    OPTIM,
+    Manifest,
+    Progress,
+    checkpoint_dirs,
+    read_manifest,
+    verify,
+)
 from guardrail.torch.checkpoint.commit import (
     Job,
     SaveFailed,
@@ -64,21 +71,24 @@ class _Save:
     job: Job
     asked: float
     superseded: bool = False
-    suspect: bool = False  # of an unresolved incident: known when it was asked for, or found out before its commit
+    # of an unresolved incident: known when it was asked for, or found out before its commit
+    suspect: bool = False
 
 
 class CheckpointStore:
-    """The checkpoints of one run. Constructed, and `newest_valid` and `load` called, on every rank at once.
+    """The checkpoints of one run. Constructed, and `newest_valid` and `load` called, on every rank
+    at once.
 
-    Only rank 0 commits, prunes and knows what is on the disk; `poll` and `retry_due` of another rank tell of its own
-    failures, which rank 0 hears of too.
+    Only rank 0 commits, prunes and knows what is on the disk; `poll` and `retry_due` of another
+    rank tell of its own failures, which rank 0 hears of too.
 
     Args:
         folder: `checkpoints/` of the run directory; created.
         state: what is saved and loaded.
         rank, world: of the default process group.
         keep: good checkpoints kept, at least 2.
-        delay_steps: longest time between the onset of trouble and its detection; one checkpoint older than that stays.
+        delay_steps: longest time between the onset of trouble and its detection; one checkpoint
+        older than that stays.
         retry_seconds: from a failure to `retry_due`.
         commit_seconds: how long rank 0 waits for the shares of the others.
     """
@@ -96,7 +106,9 @@ class CheckpointStore:
         commit_seconds: float = 600.0,
     ) -> None:
         if keep < 2:
-            raise ValueError("keep must be at least 2: the last good checkpoint outlives the writing of the next")
+            raise ValueError(
+                "keep must be at least 2: the last good checkpoint outlives the writing of the next"
+            )
         self.folder, self.state, self.rank, self.world = folder, state, rank, world
         self.keep, self.delay_steps = keep, delay_steps
         self.retry_seconds, self.commit_seconds = retry_seconds, commit_seconds
@@ -107,7 +119,8 @@ class CheckpointStore:
         self._waiting: _Save | None = None
         self._writing: _Save | None = None
         self._failure = (0, "")  # serial of this rank's last save that failed, and why
-        self._failed_elsewhere: tuple[int, ...] = ()  # by rank: the serial of its last save that failed
+        # by rank: the serial of its last save that failed
+        self._failed_elsewhere: tuple[int, ...] = ()
         self._failed_at: float | None = None
         self._serial = 0
         if rank == 0:  # before the others learn the name below, which they take as leave to write
@@ -121,16 +134,23 @@ class CheckpointStore:
         sweep(self.folder, spare=lambda name: name.startswith(self._temporary))
         return {path.name: _info_on_disk(path) for path in checkpoint_dirs(self.folder)}
 
-    # -- saving --------------------------------------------------------------------------------------------------
+    # -- saving ------------------------------------------------------------------------------------
 
-    def save(self, snapshot: Snapshot, identity: Mapping[str, Any] | None = None, *, suspect: bool = False) -> None:
+    def save(
+        self,
+        snapshot: Snapshot,
+        identity: Mapping[str, Any] | None = None,
+        *,
+        suspect: bool = False,
+    ) -> None:
         """Ask for a checkpoint of the snapshot, on every rank at the same step; returns at once.
 
-        The snapshot's buffers are pinned until it is written. At most one save waits behind the one that is being
-        written: a newer one takes its place, and the older one fails as superseded.
+        The snapshot's buffers are pinned until it is written. At most one save waits behind the one
+        that is being written: a newer one takes its place, and the older one fails as superseded.
 
         Args:
-            identity: JSON-able facts for the manifest: fingerprints of configuration and data, versions.
+            identity: JSON-able facts for the manifest: fingerprints of configuration and data,
+            versions.
             suspect: it holds steps of an unresolved incident; says so from its commit on.
 
         Raises:
@@ -176,16 +196,23 @@ class CheckpointStore:
     def retry_due(self) -> bool:
         """The last save failed `retry_seconds` ago, and none has been asked for since."""
         with self._lock:
-            return self._failed_at is not None and time.monotonic() >= self._failed_at + self.retry_seconds
+            return (
+                self._failed_at is not None
+                and time.monotonic() >= self._failed_at + self.retry_seconds
+            )
 
     @property
     def failure(self) -> tuple[int, str]:
-        """The number of this rank's last save that failed, counting from 1 as on every rank, and why; (0, ""): none."""
+        """The number of this rank's last save that failed, counting from 1 as on every rank, and
+        why; (0, ""): none.
+        """
         with self._lock:
             return self._failure
 
     def note_failures(self, serials: Sequence[int]) -> None:
-        """On rank 0: what `failure` says on each rank, by rank. A disk that is broken there cannot say so itself."""
+        """On rank 0: what `failure` says on each rank, by rank. A disk that is broken there cannot
+        say so itself.
+        """
         with self._lock:
             self._failed_elsewhere = tuple(serials)
 
@@ -195,7 +222,9 @@ class CheckpointStore:
             return [rank for rank, failed in enumerate(self._failed_elsewhere) if failed >= serial]
 
     def wait(self, seconds: float) -> bool:
-        """Until all that was asked for is done on this rank; False when `seconds` were not enough."""
+        """Until all that was asked for is done on this rank; False when `seconds` were not
+        enough.
+        """
         return self._background.wait(seconds)
 
     def poll(self) -> list[CheckpointEvent]:
@@ -205,7 +234,9 @@ class CheckpointStore:
         return events
 
     def close(self, seconds: float = 0.0) -> bool:
-        """Finish what was asked for, within `seconds`, and end the thread. Harmless when called again."""
+        """Finish what was asked for, within `seconds`, and end the thread. Harmless when called
+        again.
+        """
         done = self._background.close(seconds)
         if done and self.rank == 0:  # what other ranks wrote after rank 0 had given a save up
             sweep(self.folder, spare=lambda name: not name.startswith(self._temporary))
@@ -222,8 +253,9 @@ class CheckpointStore:
                 raise SaveFailed("superseded by a later save before its turn came")
             event = self._saved(save)
         except BaseException as error:
-            # Everything: SafetensorError, RuntimeError without errno, MemoryError, DCP's CheckpointException, which
-            # derives from BaseException. This thread has no caller to raise to, and the next save needs it.
+            # Everything: SafetensorError, RuntimeError without errno, MemoryError, DCP's
+            # CheckpointException, which derives from BaseException. This thread has no caller to
+            # raise to, and the next save needs it.
             event = self._failed(save, reason_of(error))
         finally:
             if not save.superseded:
@@ -259,15 +291,20 @@ class CheckpointStore:
         info = msgspec.structs.replace(save.job.snapshot.info(), path="")
         return _event("failed", info, reason, seconds=seconds)
 
-    # -- states and retention, rank 0 ----------------------------------------------------------------------------
+    # -- states and retention, rank 0 --------------------------------------------------------------
 
     def infos(self) -> list[SnapshotInfo]:
-        """The checkpoints on disk, oldest first; `path` is the folder's name. Empty on other ranks."""
+        """The checkpoints on disk, oldest first; `path` is the folder's name. Empty on other
+        ranks.
+        """
         with self._lock:
-            return sorted(self._infos.values(), key=lambda info: (info.timeline, info.step, info.path))
+            return sorted(
+                self._infos.values(), key=lambda info: (info.timeline, info.step, info.path)
+            )
 
     def disown(self, why: Callable[[Manifest], str]) -> dict[str, str]:
-        """On rank 0: forget the checkpoints of another run, which stay where they are. Returns name -> reason.
+        """On rank 0: forget the checkpoints of another run, which stay where they are. Returns name
+        -> reason.
 
         Args:
             why: the reason by the manifest; "" for one of this run.
@@ -283,25 +320,35 @@ class CheckpointStore:
         return reasons
 
     def adopt(self, states: Mapping[str, str]) -> list[SnapshotInfo]:
-        """Set states by folder name, of those that are there and valid; returns these. Others stay as they are."""
+        """Set states by folder name, of those that are there and valid; returns these. Others stay
+        as they are.
+        """
         with self._lock:
-            there = [name for name in states if name in self._infos and self._infos[name].state != INVALID]
+            there = [
+                name
+                for name in states
+                if name in self._infos and self._infos[name].state != INVALID
+            ]
             return [self._set(name, states[name]) for name in there]
 
     def confirm(self, is_good: Callable[[int], bool]) -> list[SnapshotInfo]:
-        """Call good every candidate whose step `is_good` (see `Controller.is_good`); returns these."""
+        """Call good every candidate whose step `is_good` (see `Controller.is_good`); returns
+        these.
+        """
         return self._move({CANDIDATE}, GOOD, lambda info: is_good(info.step))
 
     def withdraw(self, from_step: int) -> list[SnapshotInfo]:
-        """Good ones of `from_step` and later are candidates again: an incident that is not over holds them."""
+        """Good ones of `from_step` and later are candidates again: an incident that is not over
+        holds them.
+        """
         return self._move({GOOD}, CANDIDATE, lambda info: info.step >= from_step)
 
     def mark_suspect(self, from_step: int) -> list[SnapshotInfo]:
         """Checkpoints of `from_step` and later must not be used again; returns the newly marked.
 
-        `from_step` is the first step of the trouble or, where the run goes back further, the first one that is done
-        again: of two checkpoints of the same step only that of the present timeline may count. One that is still being
-        written is committed as suspect.
+        `from_step` is the first step of the trouble or, where the run goes back further, the first
+        one that is done again: of two checkpoints of the same step only that of the present
+        timeline may count. One that is still being written is committed as suspect.
         """
         with self._lock:
             for save in (self._writing, self._waiting):
@@ -309,9 +356,13 @@ class CheckpointStore:
                     save.suspect = True
         return self._move({CANDIDATE, GOOD}, SUSPECT, lambda info: info.step >= from_step)
 
-    def _move(self, before: set[str], after: str, fits: Callable[[SnapshotInfo], bool]) -> list[SnapshotInfo]:
+    def _move(
+        self, before: set[str], after: str, fits: Callable[[SnapshotInfo], bool]
+    ) -> list[SnapshotInfo]:
         with self._lock:
-            names = [name for name, info in self._infos.items() if info.state in before and fits(info)]
+            names = [
+                name for name, info in self._infos.items() if info.state in before and fits(info)
+            ]
             return [self._set(name, after) for name in names]
 
     def _set(self, name: str, state: str) -> SnapshotInfo:
@@ -321,12 +372,15 @@ class CheckpointStore:
     def prune(self, now: int, *, since: int | None = None) -> None:
         """Delete in the background what retention does not keep; `pruned` events follow.
 
-        There too the good ones that stay are looked at before (manifest, sizes): a damaged one takes no other's place.
+        There too the good ones that stay are looked at before (manifest, sizes): a damaged one
+        takes no other's place.
 
         Args:
             since: the first step of an incident that is not over; see `superfluous`.
         """
-        going = superfluous(self.infos(), keep=self.keep, now=now, delay=self.delay_steps, since=since)
+        going = superfluous(
+            self.infos(), keep=self.keep, now=now, delay=self.delay_steps, since=since
+        )
         if not going:
             return
         staying = [info for info in self.infos() if info.state == GOOD and info not in going]
@@ -335,9 +389,15 @@ class CheckpointStore:
                 del self._infos[info.path]
         self._background.submit(lambda: self._prune(going, staying, now, since))
 
-    def _prune(self, going: list[SnapshotInfo], staying: list[SnapshotInfo], now: int, since: int | None) -> None:
-        """On the background thread: delete `going` if all of `staying` hold, else choose again without the damaged."""
-        broken = {info.path: why for info in staying if (why := _what_is_broken(self.folder / info.path))}
+    def _prune(
+        self, going: list[SnapshotInfo], staying: list[SnapshotInfo], now: int, since: int | None
+    ) -> None:
+        """On the background thread: delete `going` if all of `staying` hold, else choose again
+        without the damaged.
+        """
+        broken = {
+            info.path: why for info in staying if (why := _what_is_broken(self.folder / info.path))
+        }
         if not broken:
             self._remove(going)
             return
@@ -362,9 +422,11 @@ class CheckpointStore:
                     if path.exists():
                         self._infos[info.path] = info
 
-    # -- loading, on every rank at once --------------------------------------------------------------------------
+    # -- loading, on every rank at once ------------------------------------------------------------
 
-    def newest_valid(self, allowed: Allowed = lambda manifest: True, progress: Progress | None = None) -> Selection:
+    def newest_valid(
+        self, allowed: Allowed = lambda manifest: True, progress: Progress | None = None
+    ) -> Selection:
         """See `CheckpointLoader.newest_valid`. Those that do not hold are invalid from now on."""
         selection = self._loader.newest_valid(allowed, progress)
         with self._lock:
@@ -377,7 +439,9 @@ class CheckpointStore:
         return self._loader.load(path, weights_only=weights_only)
 
 
-def _event(state: str, info: SnapshotInfo, reason: str = "", *, seconds: float = 0.0) -> CheckpointEvent:
+def _event(
+    state: str, info: SnapshotInfo, reason: str = "", *, seconds: float = 0.0
+) -> CheckpointEvent:
     return CheckpointEvent(
         state=state,
         step=info.step,
@@ -407,7 +471,9 @@ def _info_on_disk(path: Path) -> SnapshotInfo:
         return _info(path.name, read_manifest(path))
     except CheckpointInvalid:
         step = int(path.name.removeprefix("step-").split("-")[0])
-        return SnapshotInfo(step=step, cursor=0, timeline=0, tier="disk", state=INVALID, path=path.name)
+        return SnapshotInfo(
+            step=step, cursor=0, timeline=0, tier="disk", state=INVALID, path=path.name
+        )
 
 
 def _what_is_broken(path: Path) -> str:

@@ -1,8 +1,10 @@
-"""The ring of snapshots in host memory: a rollback takes milliseconds, and every rank holds its own shard.
+"""The ring of snapshots in host memory: a rollback takes milliseconds, and every rank holds its own
+shard.
 
-All decisions (what is good, what is evicted) are functions of steps alone, so that all ranks hold the same snapshots.
-Host buffers are reused: after the ring has filled up, a snapshot allocates nothing. For a buffer that a slow writer
-holds another one is allocated on a thread: fresh memory costs ten times what the copy does.
+All decisions (what is good, what is evicted) are functions of steps alone, so that all ranks hold
+the same snapshots. Host buffers are reused: after the ring has filled up, a snapshot allocates
+nothing. For a buffer that a slow writer holds another one is allocated on a thread: fresh memory
+costs ten times what the copy does.
 """
 
 from __future__ import annotations
@@ -26,17 +28,23 @@ CANDIDATE, GOOD, SUSPECT = "candidate", "good", "suspect"
 _ALIGNMENT = 64  # bytes, a cache line
 _BLOCK = 1 << 27  # bytes of one host allocation; torch rounds pinned ones up to a power of two
 _PAGE = 4096  # bytes; the least that any system hands out
-_WRITER = 2  # buffers beside the ring that the writer of checkpoints may hold: of the one being written and of the next
-_AHEAD = 16 << 20  # bytes from which on a buffer is allocated ahead of its use; a smaller one costs nothing
+# buffers beside the ring that the writer of checkpoints may hold: of the one being written and of
+# the next
+_WRITER = 2
+# bytes from which on a buffer is allocated ahead of its use; a smaller one costs nothing
+_AHEAD = 16 << 20
 
 
 class Layout:
-    """Names, shapes, types and places of a state's tensors, and the lists that `_foreach_copy_` takes, grouped once."""
+    """Names, shapes, types and places of a state's tensors, and the lists that `_foreach_copy_`
+    takes, grouped once.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.names = list(tensors)
         self._kinds = [(t.shape, t.dtype, t.device) for t in tensors.values()]
-        # Of a dense copy in the same memory format, so that equal formats copy as one stretch of memory.
+        # Of a dense copy in the same memory format, so that equal formats copy as one stretch of
+        # memory.
         self._strides = [torch.empty_like(t, device="meta").stride() for t in tensors.values()]
         self.bytes = sum(t.numel() * t.element_size() for t in tensors.values())
         self.devices = {t.device for t in tensors.values() if t.device.type == "cuda"}
@@ -52,7 +60,9 @@ class Layout:
         )
 
     def allocate(self) -> list[Tensor]:
-        """Host tensors of this layout, cut from a few large blocks; pinned where they come from a device."""
+        """Host tensors of this layout, cut from a few large blocks; pinned where they come from a
+        device.
+        """
         pinned = bool(self.devices)
         places: list[tuple[int, int]] = []  # (block, offset in bytes)
         sizes: list[int] = []
@@ -64,16 +74,23 @@ class Layout:
             sizes[-1] += room
         blocks = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for size in sizes]
         for block in blocks:
-            block[::_PAGE].zero_()  # the system hands memory out page by page, as each is first written
+            # the system hands memory out page by page, as each is first written
+            block[::_PAGE].zero_()
         return [
-            blocks[block][at : at + shape.numel() * dtype.itemsize].view(dtype).as_strided(shape, stride)
-            for (block, at), (shape, dtype, _), stride in zip(places, self._kinds, self._strides, strict=True)
+            blocks[block][at : at + shape.numel() * dtype.itemsize]
+            .view(dtype)
+            .as_strided(shape, stride)
+            for (block, at), (shape, dtype, _), stride in zip(
+                places, self._kinds, self._strides, strict=True
+            )
         ]
 
     def copy(self, targets: list[Tensor], sources: list[Tensor]) -> list[torch.cuda.Event]:
         """Copy all; returns what to wait for before the host reads targets or writes sources."""
         for group in self.groups:
-            torch._foreach_copy_([targets[i] for i in group], [sources[i] for i in group], bool(self.devices))
+            torch._foreach_copy_(
+                [targets[i] for i in group], [sources[i] for i in group], bool(self.devices)
+            )
         events = []
         for device in self.devices:
             event = torch.cuda.Event()
@@ -88,7 +105,8 @@ class Snapshot:
     Attributes:
         step, cursor, timeline: where the run was; `step` updates had been applied.
         scalars: learning rates, schedules, optimizer numbers.
-        boxes, replicas: which part of each tensor this rank holds, and how many ranks hold the same.
+        boxes, replicas: which part of each tensor this rank holds, and how many ranks hold the
+        same.
         state: "candidate", "good" or "suspect".
         time: wall time of the copy, seconds since the epoch.
         bytes: of the tensors.
@@ -163,13 +181,16 @@ class SnapshotRing:
 
     Args:
         state: what is copied.
-        keep: snapshots held, at least 2. One that is pinned for writing is held beside them after its eviction: there
-            are up to `keep` + 2 buffers. 0: none is; what is taken belongs to the caller alone.
+        keep: snapshots held, at least 2. One that is pinned for writing is held beside them after
+            its eviction: there are up to `keep` + 2 buffers. 0: none is; what is taken belongs to
+            the caller alone.
     """
 
     def __init__(self, state: TrainingState, keep: int) -> None:
         if keep == 1:
-            raise ValueError("a ring of one snapshot loses its last good one when it takes the next")
+            raise ValueError(
+                "a ring of one snapshot loses its last good one when it takes the next"
+            )
         self.state = state
         self.keep = keep
         self._snapshots: list[Snapshot] = []
@@ -182,13 +203,15 @@ class SnapshotRing:
 
     @torch.no_grad()
     def take(self, step: int, cursor: int, timeline: int, extra: Mapping[str, Any]) -> Snapshot:
-        """Copy the state as it is now, after `step` applied updates; replaces a snapshot of the same step.
+        """Copy the state as it is now, after `step` applied updates; replaces a snapshot of the
+        same step.
 
         Args:
             extra: JSON-able state of the guard; copied.
 
         Raises:
-            RuntimeError: torch found no host memory for a new buffer. The ring is as it was, less what made room.
+            RuntimeError: torch found no host memory for a new buffer. The ring is as it was, less
+            what made room.
         """
         text = json.dumps(extra)
         tensors = self.state.tensors()
@@ -221,7 +244,9 @@ class SnapshotRing:
         return self._free.pop() if self._free else layout.allocate()
 
     def _look_ahead(self, layout: Layout) -> None:
-        """Have a buffer allocated, on a thread of its own, that a later snapshot is going to need."""
+        """Have a buffer allocated, on a thread of its own, that a later snapshot is going to
+        need.
+        """
         if self._spare is not None and self._spare.ready:
             self._free.append(self._spare.wait())
             self._spare = None
@@ -236,7 +261,8 @@ class SnapshotRing:
     def restore(self, snapshot: Snapshot) -> dict[str, Any]:
         """Make the live state bit-identical to the snapshot; returns the guard's `extra`.
 
-        Works whatever the optimizer has gathered since: a snapshot of a new optimizer makes it new again.
+        Works whatever the optimizer has gathered since: a snapshot of a new optimizer makes it new
+        again.
         """
         if not snapshot.buffers:
             raise ValueError(f"the snapshot of step {snapshot.step} has left the ring")
@@ -259,7 +285,11 @@ class SnapshotRing:
 
     def newest_good(self, *, before_step: int | None = None) -> Snapshot | None:
         """The newest good snapshot, of a step less than `before_step` where that is given."""
-        good = [s for s in self._snapshots if s.state == GOOD and (before_step is None or s.step < before_step)]
+        good = [
+            s
+            for s in self._snapshots
+            if s.state == GOOD and (before_step is None or s.step < before_step)
+        ]
         return good[-1] if good else None
 
     def confirm(self, is_good: Callable[[int], bool]) -> list[Snapshot]:
@@ -270,11 +300,15 @@ class SnapshotRing:
         return self._move({CANDIDATE}, GOOD, is_good)
 
     def withdraw(self, from_step: int) -> list[Snapshot]:
-        """Good ones of `from_step` and later are candidates again: an incident that is not over holds them."""
+        """Good ones of `from_step` and later are candidates again: an incident that is not over
+        holds them.
+        """
         return self._move({GOOD}, CANDIDATE, lambda step: step >= from_step)
 
     def mark_suspect(self, from_step: int) -> list[Snapshot]:
-        """Snapshots of `from_step` and later hold the trouble's updates; good ones too. Returns the newly marked."""
+        """Snapshots of `from_step` and later hold the trouble's updates; good ones too. Returns the
+        newly marked.
+        """
         return self._move({CANDIDATE, GOOD}, SUSPECT, lambda step: step >= from_step)
 
     def _move(self, before: set[str], after: str, fits: Callable[[int], bool]) -> list[Snapshot]:
@@ -297,7 +331,9 @@ class SnapshotRing:
         return self._layout
 
     def _make_room(self, step: int) -> None:
-        """Evict for one more. Suspects go first, then the oldest; the newest good one stays until there is a newer."""
+        """Evict for one more. Suspects go first, then the oldest; the newest good one stays until
+        there is a newer.
+        """
         for snapshot in self._evicted[:]:
             if not snapshot.pinned:
                 self._evicted.remove(snapshot)
@@ -318,7 +354,9 @@ class SnapshotRing:
             self._reclaim(snapshot)
 
     def _reclaim(self, snapshot: Snapshot) -> None:
-        """Keep its buffers for a later snapshot, if they have the present layout; never more than were in use."""
+        """Keep its buffers for a later snapshot, if they have the present layout; never more than
+        were in use.
+        """
         snapshot.wait()
         held = len(self._free) + len(self._snapshots) + len(self._evicted)
         if snapshot.layout is self._layout and held < self.keep + _WRITER:
@@ -327,12 +365,16 @@ class SnapshotRing:
 
 
 class _Spare:
-    """A buffer that is allocated on a thread, so that the step which needs it does not wait for fresh memory."""
+    """A buffer that is allocated on a thread, so that the step which needs it does not wait for
+    fresh memory.
+    """
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._buffers: list[Tensor] | None = None
-        self._thread = threading.Thread(target=self._allocate, name="guardrail-snapshots", daemon=True)
+        self._thread = threading.Thread(
+            target=self._allocate, name="guardrail-snapshots", daemon=True
+        )
         self._thread.start()
 
     def _allocate(self) -> None:
@@ -345,6 +387,8 @@ class _Spare:
         return not self._thread.is_alive()
 
     def wait(self) -> list[Tensor]:
-        """The buffer, allocated here where the thread got none. Raises RuntimeError, as `Layout.allocate`."""
+        """The buffer, allocated here where the thread got none. Raises RuntimeError, as
+        `Layout.allocate`.
+        """
         self._thread.join()
         return self._buffers if self._buffers is not None else self._layout.allocate()

@@ -13,14 +13,15 @@ def superfluous(
 ) -> list[SnapshotInfo]:
     """The checkpoints that nobody will need again, oldest first.
 
-    Kept are the `keep` newest good ones; the newest good one from before `now - delay`, because trouble may be found
-    that late, or, while there is none, the oldest good one; the oldest one after it, which ripens to take its place:
-    without it the place would be that of the very first for ever; every candidate newer than the newest good one.
-    Suspect and invalid ones are never chosen again; like everything else they stay until `keep` good ones exist, as
-    the last resort of a person.
+    Kept are the `keep` newest good ones; the newest good one from before `now - delay`, because
+    trouble may be found that late, or, while there is none, the oldest good one; the oldest one
+    after it, which ripens to take its place: without it the place would be that of the very first
+    for ever; every candidate newer than the newest good one. Suspect and invalid ones are never
+    chosen again; like everything else they stay until `keep` good ones exist, as the last resort of
+    a person.
 
-    While an incident is not over no state becomes good, for however long: of the candidates from its first step on
-    the `keep` newest stay. They take the place of no other.
+    While an incident is not over no state becomes good, for however long: of the candidates from
+    its first step on the `keep` newest stay. They take the place of no other.
 
     Args:
         keep: good ones kept, at least 1.
@@ -32,7 +33,12 @@ def superfluous(
     if since is not None:
         within = [info for info in ordered if info.state == CANDIDATE and info.step >= since]
         going = within[:-keep]
-        return [*going, *superfluous([info for info in ordered if info not in going], keep=keep, now=now, delay=delay)]
+        return [
+            *going,
+            *superfluous(
+                [info for info in ordered if info not in going], keep=keep, now=now, delay=delay
+            ),
+        ]
     good = [info for info in ordered if info.state == GOOD]
     if not good or len(good) < keep:
         return []

@@ -1,7 +1,9 @@
-"""One rank's tensors as a safetensors file: written, synced, read back and compared; and pieces put together again.
+"""One rank's tensors as a safetensors file: written, synced, read back and compared; and pieces put
+together again.
 
-The writer is our own twenty lines, because the library's holds the interpreter lock while it writes, and training
-would wait for the disk. The format is theirs: https://github.com/huggingface/safetensors#format
+The writer is our own twenty lines, because the library's holds the interpreter lock while it
+writes, and training would wait for the disk. The format is theirs:
+https://github.com/huggingface/safetensors#format
 """
 
 from __future__ import annotations
@@ -62,8 +64,8 @@ class ReadBackDiffers(RuntimeError):
 def write_file(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
     """Write a safetensors file and prove that the disk holds it.
 
-    The file is synced, dropped from the page cache where the kernel allows it, and read back: every byte is compared
-    with memory, and the SHA-256 is that of what was read.
+    The file is synced, dropped from the page cache where the kernel allows it, and read back: every
+    byte is compared with memory, and the SHA-256 is that of what was read.
 
     Args:
         path: a file that does not exist.
@@ -80,7 +82,8 @@ def write_file(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
             write_all(descriptor, chunk.data)  # type: ignore[arg-type]  # any buffer will do
             size += len(chunk)
         os.fsync(descriptor)
-        with contextlib.suppress(OSError, AttributeError):  # not every system and file system has it
+        # not every system and file system has it
+        with contextlib.suppress(OSError, AttributeError):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.lseek(descriptor, 0, os.SEEK_SET)
         return FileEntry(name=path.name, bytes=size, sha256=_read_back(descriptor, path, tensors))
@@ -97,16 +100,22 @@ def _read_back(descriptor: int, path: Path, tensors: Mapping[str, Tensor]) -> st
             while got < len(expected):
                 count = stream.readinto(buffer.data[got : len(expected)])
                 if not count:
-                    raise ReadBackDiffers(f"{path.name} is shorter on the disk than what was written")
+                    raise ReadBackDiffers(
+                        f"{path.name} is shorter on the disk than what was written"
+                    )
                 got += count
             if not np.array_equal(buffer[:got], expected):
-                raise ReadBackDiffers(f"{path.name} reads back other bytes than were written: the disk is failing")
+                raise ReadBackDiffers(
+                    f"{path.name} reads back other bytes than were written: the disk is failing"
+                )
             digest.update(buffer.data[:got])
     return digest.hexdigest()
 
 
 def _chunks(tensors: Mapping[str, Tensor]) -> Iterator[np.ndarray[Any, np.dtype[np.uint8]]]:
-    """The bytes of the file, in pieces of at most _CHUNK. Largest types first, so that every tensor lies aligned."""
+    """The bytes of the file, in pieces of at most _CHUNK. Largest types first, so that every tensor
+    lies aligned.
+    """
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -139,7 +148,8 @@ def read_parts(folder: Path, manifest: Manifest, boxes: Mapping[str, Box]) -> di
     with contextlib.ExitStack() as stack:
         try:
             files = {
-                file.name: stack.enter_context(safe_open(folder / file.name, framework="pt")) for file in manifest.files
+                file.name: stack.enter_context(safe_open(folder / file.name, framework="pt"))
+                for file in manifest.files
             }
             return {name: _part(name, manifest, box, files) for name, box in boxes.items()}
         except (OSError, SafetensorError) as error:

@@ -1,7 +1,7 @@
 """The two tiers as one: the ring in host memory and the checkpoints on disk.
 
-Decides when to copy, what counts as good, and where a rollback goes: the ring if it reaches far enough back, else the
-newest valid checkpoint of the present timeline.
+Decides when to copy, what counts as good, and where a rollback goes: the ring if it reaches far
+enough back, else the newest valid checkpoint of the present timeline.
 """
 
 from __future__ import annotations
@@ -17,9 +17,20 @@ from guardrail.decide.policy import choose_target
 from guardrail.decide.run_history import Past
 from guardrail.rundir.manifest import Manifest
 from guardrail.rundir.recorder import Recorder
-from guardrail.torch.checkpoint.disk_checkpoints import FOREIGN, INVALID, CheckpointEvent, CheckpointStore
+from guardrail.torch.checkpoint.disk_checkpoints import (
+    FOREIGN,
+    INVALID,
+    CheckpointEvent,
+    CheckpointStore,
+)
 from guardrail.torch.checkpoint.loader import Allowed, Selection
-from guardrail.torch.checkpoint.memory_snapshots import CANDIDATE, GOOD, SUSPECT, Snapshot, SnapshotRing
+from guardrail.torch.checkpoint.memory_snapshots import (
+    CANDIDATE,
+    GOOD,
+    SUSPECT,
+    Snapshot,
+    SnapshotRing,
+)
 from guardrail.torch.state.slow_work import MEETING_SECONDS, run_together
 from guardrail.torch.state.training_state import TrainingState
 
@@ -51,7 +62,9 @@ class Fits:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """Where a rollback goes: a snapshot of the ring, or the checkpoint at `name`; `state` is good or candidate."""
+    """Where a rollback goes: a snapshot of the ring, or the checkpoint at `name`; `state` is good
+    or candidate.
+    """
 
     step: int
     cursor: int
@@ -63,7 +76,9 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Restored:
-    """What a resume found: the checkpoint's name, the guard's own state in it, and the self-check per component."""
+    """What a resume found: the checkpoint's name, the guard's own state in it, and the self-check
+    per component.
+    """
 
     name: str
     extra: dict[str, Any]
@@ -101,13 +116,15 @@ class Tiers:
         self.infos: tuple[SnapshotInfo, ...] = ()  # of both tiers, for the status
         self._recorder, self._say, self._gathered, self._alive = recorder, say, gathered, alive
         self._past = Past()
-        self._born_good: tuple[int, int] | None = None  # (timeline, step) of a state with nothing bad before it
+        # (timeline, step) of a state with nothing bad before it
+        self._born_good: tuple[int, int] | None = None
         self._since: int | None = None  # first step of an incident that is not over
 
-    # -- copying -------------------------------------------------------------------------------------------------
+    # -- copying -----------------------------------------------------------------------------------
 
     def begin(self, facts: Facts, *, past: Past, good: bool = True, saved: bool = False) -> None:
-        """The first snapshot and checkpoint of this process, so that there always is something to go back to.
+        """The first snapshot and checkpoint of this process, so that there always is something to
+        go back to.
 
         Args:
             past: of the run; kept up to date by its owner.
@@ -127,7 +144,9 @@ class Tiers:
                 self._save(snapshot)
         self._tell()
 
-    def after_step(self, step: int, *, is_good: Callable[[int], bool], facts: Facts, since: int | None = None) -> None:
+    def after_step(
+        self, step: int, *, is_good: Callable[[int], bool], facts: Facts, since: int | None = None
+    ) -> None:
         """Confirm what enough healthy steps have followed; copy and save when it is time.
 
         Args:
@@ -151,8 +170,8 @@ class Tiers:
             self._tell()
 
     def withdraw(self, since: int | None) -> None:
-        """An incident that is not over began with step `since`: no state from there on is good, nor takes the place of
-        a good one. None: there is no such incident."""
+        """An incident that is not over began with step `since`: no state from there on is good, nor
+        takes the place of a good one. None: there is no such incident."""
         self._since = since
         if since is None:
             return
@@ -189,11 +208,15 @@ class Tiers:
 
     @property
     def failed_save(self) -> int:
-        """The number of this rank's last save that failed, for the reduction of the next step; 0: none."""
+        """The number of this rank's last save that failed, for the reduction of the next step; 0:
+        none.
+        """
         return self.store.failure[0] if self.store is not None else 0
 
     def note_failures(self, serials: Sequence[int]) -> None:
-        """`failed_save` of every rank, by rank: rank 0 does not wait for shares that will not come."""
+        """`failed_save` of every rank, by rank: rank 0 does not wait for shares that will not
+        come.
+        """
         if self.store is not None:
             self.store.note_failures(serials)
 
@@ -205,7 +228,7 @@ class Tiers:
         disk = self.store.infos() if self.store is not None else []
         self.infos = (*disk, *self.ring.infos())
 
-    # -- going back ----------------------------------------------------------------------------------------------
+    # -- going back --------------------------------------------------------------------------------
 
     def target(
         self,
@@ -216,17 +239,24 @@ class Tiers:
         candidates: bool = False,
         settled: Settled = never,
     ) -> Target | None:
-        """The newest state that has passed no position from `cursor` on; of step `to_step` where that is given.
+        """The newest state that has passed no position from `cursor` on; of step `to_step` where
+        that is given.
 
-        With `before_step` it is older than that step as well, or the very first where there is none such.
+        With `before_step` it is older than that step as well, or the very first where there is none
+        such.
 
-        Good ones of the ring, good ones on disk, then candidates in the same order; with `candidates` these count as
-        good from the first, and so do those that are `settled` (see `Controller.is_settled`). A collective wherever the
-        ring does not do: all ranks agree on a checkpoint.
+        Good ones of the ring, good ones on disk, then candidates in the same order; with
+        `candidates` these count as good from the first, and so do those that are `settled` (see
+        `Controller.is_settled`). A collective wherever the ring does not do: all ranks agree on a
+        checkpoint.
         """
         fits = Fits(cursor=cursor, to_step=to_step, before=before_step)
         for better in (False,) if candidates else (True, False):
-            accepted = (lambda state, step: state == GOOD or settled(step)) if better else (lambda state, step: True)
+            accepted = (
+                (lambda state, step: state == GOOD or settled(step))
+                if better
+                else (lambda state, step: True)
+            )
             found = self._in_ring(fits, accepted) or self._on_disk(fits, accepted)
             if found is not None:
                 return found
@@ -235,12 +265,24 @@ class Tiers:
         return self.target(cursor, to_step=to_step, candidates=candidates, settled=settled)
 
     def _in_ring(self, fits: Fits, accepted: Accepted) -> Target | None:
-        infos = [info for info in self.ring.infos() if fits(info.step, info.cursor) and accepted(info.state, info.step)]
-        chosen = choose_target(infos, max((info.step for info in infos), default=0) + 1, good_only=False)
+        infos = [
+            info
+            for info in self.ring.infos()
+            if fits(info.step, info.cursor) and accepted(info.state, info.step)
+        ]
+        chosen = choose_target(
+            infos, max((info.step for info in infos), default=0) + 1, good_only=False
+        )
         if chosen is None:
             return None
         snapshot = self.ring.get(chosen.step)
-        return Target(step=chosen.step, cursor=chosen.cursor, tier="memory", state=chosen.state, snapshot=snapshot)
+        return Target(
+            step=chosen.step,
+            cursor=chosen.cursor,
+            tier="memory",
+            state=chosen.state,
+            snapshot=snapshot,
+        )
 
     def _on_disk(self, fits: Fits, accepted: Accepted) -> Target | None:
         if self.store is None:
@@ -259,10 +301,12 @@ class Tiers:
         return Target(step=step, cursor=at, tier="disk", state=state, name=selection.path.name)
 
     def _newest_valid(self, allowed: Allowed) -> Selection:
-        """What the store finds, with a journal line for each newer checkpoint that does not hold or is of another run:
-        it says why."""
+        """What the store finds, with a journal line for each newer checkpoint that does not hold or
+        is of another run: it says why."""
         assert self.store is not None
-        selection = self.store.newest_valid(lambda manifest: self._why_foreign(manifest) or allowed(manifest))
+        selection = self.store.newest_valid(
+            lambda manifest: self._why_foreign(manifest) or allowed(manifest)
+        )
         for path, why in selection.refused:
             if path.name in selection.invalid:
                 message = f"checkpoint {path.name} is not used: {why}"
@@ -271,15 +315,27 @@ class Tiers:
 
     def _why_foreign(self, manifest: Manifest) -> str:
         """Why a checkpoint that lies in the folder is none of this run; "" where it is."""
-        return self._past.why_not_of_this_run(manifest.identity, timeline=manifest.timeline, step=manifest.step)
+        return self._past.why_not_of_this_run(
+            manifest.identity, timeline=manifest.timeline, step=manifest.step
+        )
 
     def _refuse_foreign(self) -> None:
-        """On rank 0: checkpoints of another run are named, and from then on they do not exist. They are not deleted."""
+        """On rank 0: checkpoints of another run are named, and from then on they do not exist. They
+        are not deleted.
+        """
         assert self.store is not None
         store = self.store
-        foreign = run_together(lambda: store.disown(self._why_foreign), self._gathered, world=store.world)
+        foreign = run_together(
+            lambda: store.disown(self._why_foreign), self._gathered, world=store.world
+        )
         for name, why in foreign.items():
-            self._say("checkpoint", f"checkpoint {name} is not used: {why}", path=name, state=FOREIGN, reason=why)
+            self._say(
+                "checkpoint",
+                f"checkpoint {name} is not used: {why}",
+                path=name,
+                state=FOREIGN,
+                reason=why,
+            )
 
     def _state_of(self, manifest: Manifest) -> str:
         """Good, candidate or suspect, as rank 0 knows it; its answer counts."""
@@ -298,7 +354,9 @@ class Tiers:
         return self.store.load(self.store.folder / target.name).extra
 
     def rolled_back(self, facts: Facts, target: Target) -> None:
-        """The states after `target` belong to an abandoned timeline. To be loaded makes a state no better."""
+        """The states after `target` belong to an abandoned timeline. To be loaded makes a state no
+        better.
+        """
         self.ring.drop_after(target.step)
         if target.snapshot is None and self.settings.snapshots.keep:
             self._take(facts, checkpoint=False).state = target.state
@@ -311,20 +369,25 @@ class Tiers:
                 self._suspected(info)
         self._tell()
 
-    # -- the start and the end of a process ----------------------------------------------------------------------
+    # -- the start and the end of a process --------------------------------------------------------
 
     def resume(self, past: Past) -> Restored | None:
-        """Load the newest valid checkpoint of the present timeline; None when there is none. A collective."""
+        """Load the newest valid checkpoint of the present timeline; None when there is none. A
+        collective.
+        """
         self._past = past
         if self.store is None:
             return None
         self._refuse_foreign()
         self.store.adopt(dict.fromkeys(past.good, GOOD) | dict.fromkeys(past.suspects, SUSPECT))
-        # A crash between a rollback and its last journal line must not leave one of the abandoned stretch good.
+        # A crash between a rollback and its last journal line must not leave one of the abandoned
+        # stretch good.
         gone = [i for i in self.store.infos() if not past.lives(timeline=i.timeline, step=i.step)]
         self.store.adopt({info.path: SUSPECT for info in gone})
         selection = self._newest_valid(
-            lambda manifest: self._state_of(manifest) != SUSPECT or "its stretch of the run was given up"
+            lambda manifest: (
+                self._state_of(manifest) != SUSPECT or "its stretch of the run was given up"
+            )
         )
         if selection.path is None:
             return None
@@ -333,10 +396,12 @@ class Tiers:
         return Restored(name=name, extra=loaded.extra, good=name in past.good, check=loaded.checks)
 
     def finish(self, facts: Facts, *, onset: int | None = None) -> str:
-        """Leave a checkpoint of the last state, however the run ends. A collective, in which no rank waits for another.
+        """Leave a checkpoint of the last state, however the run ends. A collective, in which no
+        rank waits for another.
 
         Args:
-            onset: first step of an incident that nothing was done about: what holds it is suspect from its commit on.
+            onset: first step of an incident that nothing was done about: what holds it is suspect
+            from its commit on.
 
         Returns:
             Why there is no checkpoint of the last state; "" when there is one.
@@ -357,12 +422,16 @@ class Tiers:
         return "" if self._gathered(self._on_disk_now(facts))[0] else why
 
     def _written(self) -> str:
-        """Until no rank has anything left to write, or launch.save_seconds have passed; why the last save failed."""
+        """Until no rank has anything left to write, or launch.save_seconds have passed; why the
+        last save failed.
+        """
         assert self.store is not None
         limit = self.settings.launch.save_seconds
         deadline = time.monotonic() + limit
         while True:
-            reports = self._gathered((self.store.busy, *self.store.failure, time.monotonic() > deadline))
+            reports = self._gathered(
+                (self.store.busy, *self.store.failure, time.monotonic() > deadline)
+            )
             self.note_failures([serial for _, serial, _, _ in reports])
             if reports[0][3] or not any(busy for busy, *_ in reports):
                 break
@@ -378,13 +447,16 @@ class Tiers:
         assert self.store is not None
         present = facts(False)
         key = (present["step"], present["timeline"])
-        return any((info.step, info.timeline) == key and info.state != INVALID for info in self.store.infos())
+        return any(
+            (info.step, info.timeline) == key and info.state != INVALID
+            for info in self.store.infos()
+        )
 
     def close(self) -> None:
         if self.store is not None:
             self.store.close()
 
-    # -- the record ----------------------------------------------------------------------------------------------
+    # -- the record --------------------------------------------------------------------------------
 
     def poll(self) -> None:
         """Journal what the background thread has done since the last look; prune."""
@@ -392,7 +464,11 @@ class Tiers:
             return
         events = self.store.poll()
         for event in events:
-            suspect = "it holds steps of an incident that was not resolved" if event.state == SUSPECT else ""
+            suspect = (
+                "it holds steps of an incident that was not resolved"
+                if event.state == SUSPECT
+                else ""
+            )
             reason = event.reason or suspect
             self._say(
                 "checkpoint",
@@ -410,7 +486,9 @@ class Tiers:
                 if self._since is not None:
                     self.store.prune(event.step, since=self._since)
         if events:
-            failed = next((event.reason for event in reversed(events) if event.state == "failed"), "")
+            failed = next(
+                (event.reason for event in reversed(events) if event.state == "failed"), ""
+            )
             if self.store.degraded:
                 self._recorder.degraded("checkpoint", f"checkpoint: {failed}")
             else:
@@ -418,9 +496,11 @@ class Tiers:
             self._tell()
 
     def _committed(self, event: CheckpointEvent) -> None:
-        """A checkpoint that was being written while its timeline was given up is suspect from the start.
+        """A checkpoint that was being written while its timeline was given up is suspect from the
+        start.
 
-        It may be gone already: a prune that was asked for between its commit and this look did not keep it.
+        It may be gone already: a prune that was asked for between its commit and this look did not
+        keep it.
         """
         assert self.store is not None
         if not self._past.lives(timeline=event.timeline, step=event.step):
@@ -432,7 +512,13 @@ class Tiers:
 
     def _confirmed(self, info: SnapshotInfo) -> None:
         assert self.store is not None
-        self._say("checkpoint", f"checkpoint {info.path} is good", path=info.path, state=GOOD, cp_step=info.step)
+        self._say(
+            "checkpoint",
+            f"checkpoint {info.path} is good",
+            path=info.path,
+            state=GOOD,
+            cp_step=info.step,
+        )
         self.store.prune(info.step, since=self._since)
 
     def _suspected(self, info: SnapshotInfo) -> None:
@@ -446,10 +532,15 @@ class Tiers:
 
 
 def _first_reason(failures: Sequence[tuple[int, str]]) -> str:
-    """Why the last save failed, of what each rank says of its last one, by rank: (number of the save, reason)."""
+    """Why the last save failed, of what each rank says of its last one, by rank: (number of the
+    save, reason).
+    """
     newest = max(serial for serial, _ in failures)
     reasons = {rank: why for rank, (serial, why) in enumerate(failures) if serial == newest and why}
     own = reasons.pop(0, "")
     if own and not own.startswith("rank "):
         return own  # the others may have failed because rank 0 had removed the folder
-    return next((f"rank {rank}: {why}" for rank, why in sorted(reasons.items())), own) or "the reason is not known"
+    return (
+        next((f"rank {rank}: {why}" for rank, why in sorted(reasons.items())), own)
+        or "the reason is not known"
+    )

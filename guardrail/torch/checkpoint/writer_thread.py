@@ -1,4 +1,6 @@
-"""One thread that does one thing after the other, so that the training step never waits for the disk."""
+"""One thread that does one thing after the other, so that the training step never waits for the
+disk.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ _NICENESS = 10
 
 
 class Background:
-    """Started by the first `submit`: a process that never saves has no thread, and can still fork."""
+    """Started by the first `submit`: a process that never saves has no thread, and can still
+    fork.
+    """
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -39,10 +43,14 @@ class Background:
     def wait(self, seconds: float) -> bool:
         """Until all is done; False when `seconds` were not enough."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._work and not self._working, timeout=seconds)
+            return self._changed.wait_for(
+                lambda: not self._work and not self._working, timeout=seconds
+            )
 
     def close(self, seconds: float) -> bool:
-        """Wait, then end the thread; what has not begun by then is left undone. Returns whether all was done."""
+        """Wait, then end the thread; what has not begun by then is left undone. Returns whether all
+        was done.
+        """
         deadline = time.monotonic() + seconds
         done = self.wait(seconds)
         with self._changed:
@@ -54,7 +62,8 @@ class Background:
 
     def _run(self) -> None:
         with contextlib.suppress(OSError, AttributeError):
-            # Of this thread alone, on Linux. Hashing and writing must not take a core away from training.
+            # Of this thread alone, on Linux. Hashing and writing must not take a core away from
+            # training.
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         while True:
             with self._changed:

@@ -1,12 +1,14 @@
 """Which samples of a rejected batch are to blame, and whether leaving only them out is enough.
 
-Samples that stand out among those of healthy batches (guardrail.decide.sample_outliers) are named with their documents
-and with what is odd about their text (guardrail.report.text_quality). If they are few, the batch is run once more
-without those that weigh most, else without more of them; where it is healthy then, they alone are left out, and the
-batch is formed again from the same place in the order.
+Samples that stand out among those of healthy batches (guardrail.decide.sample_outliers) are named
+with their documents and with what is odd about their text (guardrail.report.text_quality). If they
+are few, the batch is run once more without those that weigh most, else without more of them; where
+it is healthy then, they alone are left out, and the batch is formed again from the same place in
+the order.
 
-Where updates of bad data are in the weights the samples are looked at from an older state, in every batch from the
-onset on: a rollback leaves only them out where without them each of these batches is healthy there.
+Where updates of bad data are in the weights the samples are looked at from an older state, in every
+batch from the onset on: a rollback leaves only them out where without them each of these batches is
+healthy there.
 """
 
 from __future__ import annotations
@@ -26,8 +28,11 @@ from guardrail.report.text_quality import Usual, odd
 from guardrail.torch.diagnose.batch_replay import Replays
 
 ORDINARY = 3  # healthy batches that the samples are held against
-FEW = 0.5  # of a batch. Beyond it the batch's median is no longer one of good samples, and little would be kept.
-PARTS = (0.1, 0.01, 0.0)  # of the weight of the worst sample, that a sample needs to be left out; tried one by one
+# of a batch. Beyond it the batch's median is no longer one of good samples, and little would be
+# kept.
+FEW = 0.5
+# of the weight of the worst sample, that a sample needs to be left out; tried one by one
+PARTS = (0.1, 0.01, 0.0)
 EXCERPT = 160  # characters
 # Characters of a sample that are looked at for what is odd: the rejected step waits for it.
 LOOKED_AT = 16_384
@@ -39,8 +44,8 @@ Texts = Callable[[Sequence[int]], list[str]]
 class Attribution(Record, frozen=True, kw_only=True):
     """Attributes:
     outliers: of the batch, furthest first; where `positions` are to be left out, these alone.
-    positions: that are to be left out, ascending, where they explain the trouble; else empty: all of the batch.
-    ordinary: positions of the samples that they were held against.
+    positions: that are to be left out, ascending, where they explain the trouble; else empty: all
+    of the batch. ordinary: positions of the samples that they were held against.
     """
 
     outliers: tuple[Outlier, ...]
@@ -64,7 +69,9 @@ def attribute(
         for one in [one for one in applied if one.step < onset][-ORDINARY:]:
             healthy = ledger.stretch(one.first, one.last)
             ordinary += replays.samples(healthy, step=step) if healthy is not None else []
-        return _attribute(batch, ordinary, step=step, trouble=trouble, replays=replays, ledger=ledger)
+        return _attribute(
+            batch, ordinary, step=step, trouble=trouble, replays=replays, ledger=ledger
+        )
 
 
 def explaining(
@@ -77,7 +84,8 @@ def explaining(
     replays: Replays,
     ledger: Ledger,
 ) -> tuple[int, ...]:
-    """The few samples without which none of these batches is in trouble, ascending; () where there are none such.
+    """The few samples without which none of these batches is in trouble, ascending; () where there
+    are none such.
 
     A collective, within a visit of an older state.
 
@@ -91,7 +99,9 @@ def explaining(
     found: list[int] = []
     for batch in batches:
         shown = trouble.shown_by(replays.run(batch, step=step, what="the batch"), level)
-        named = _attribute(batch, ordinary, step=step, trouble=trouble, replays=replays, ledger=ledger, level=level)
+        named = _attribute(
+            batch, ordinary, step=step, trouble=trouble, replays=replays, ledger=ledger, level=level
+        )
         if shown and not named.positions:
             return ()
         found += named.positions
@@ -109,7 +119,9 @@ def _attribute(
     level: Pass | None = None,
 ) -> Attribution:
     found = outliers(replays.samples(batch, step=step), ordinary)
-    named = Attribution(outliers=tuple(found), ordinary=tuple(sample.position for sample in ordinary))
+    named = Attribution(
+        outliers=tuple(found), ordinary=tuple(sample.position for sample in ordinary)
+    )
     tried: list[int] = []
     for part in PARTS:
         some = foremost(found, ordinary, part=part)
@@ -118,7 +130,9 @@ def _attribute(
             continue
         tried = bad
         rest = ledger.chosen(position for position in batch.positions if position not in bad)
-        if rest is None or trouble.shown_by(replays.run(rest, step=step, what="the rest of the batch"), level):
+        if rest is None or trouble.shown_by(
+            replays.run(rest, step=step, what="the rest of the batch"), level
+        ):
             continue
         return msgspec.structs.replace(named, outliers=tuple(some), positions=tuple(bad))
     return named
@@ -131,7 +145,9 @@ def told(
     texts: Texts | None,
     documents: Callable[[Sequence[int]], tuple[list[dict[str, Any]], int]] | None,
 ) -> list[dict[str, Any]]:
-    """The outliers for the journal: position, id, loss, score, share, documents, excerpt, and what is odd."""
+    """The outliers for the journal: position, id, loss, score, share, documents, excerpt, and what
+    is odd.
+    """
     chosen = attribution.outliers[:MAX_NAMED]
     ids = [ledger.order.sample(outlier.sample.position) for outlier in chosen]
     ordinary = [ledger.order.sample(position) for position in attribution.ordinary]
@@ -151,7 +167,10 @@ def told(
             line["documents"] = documents([sample])[0]
         if mine:
             others = [*mine[:at], *mine[at + 1 :], *theirs]
-            line |= {"excerpt": clean(mine[at], EXCERPT), "odd": odd(mine[at][:LOOKED_AT], usual=usual)}
+            line |= {
+                "excerpt": clean(mine[at], EXCERPT),
+                "odd": odd(mine[at][:LOOKED_AT], usual=usual),
+            }
             line["odd"] += ["the very same text as another sample"] * (mine[at] in others)
         lines.append(line)
     return lines

@@ -1,8 +1,9 @@
 """Runs batches again between a verdict and its effect, and leaves no trace of it.
 
-At a rejected step the optimizer has not stepped: parameters, moments and schedules are still those that the batch met.
-A pass changes gradients, dice and buffers, and an older state changes parameters; all of them are put back bit by bit.
-Moments, rates, loss scale, ledger and detectors are never touched: a forward and a backward pass need none of them.
+At a rejected step the optimizer has not stepped: parameters, moments and schedules are still those
+that the batch met. A pass changes gradients, dice and buffers, and an older state changes
+parameters; all of them are put back bit by bit. Moments, rates, loss scale, ledger and detectors
+are never touched: a forward and a backward pass need none of them.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ from guardrail.torch.measure.reduction import Probes, Reduced
 from guardrail.torch.state.forward_side_effects import Attempt
 from guardrail.torch.state.training_state import TrainingState
 
-# (batch, step, rows) -> (loss sum of this rank, 0-d; label tokens behind it; nominal tokens): forward and backward over
-# this rank's share of any batch, with its own dice, as for `Step.finish`, which is not called. `step` is the number
-# that the update would get. Where `rows` is a list, the hook appends each micro-batch's to it.
+# (batch, step, rows) -> (loss sum of this rank, 0-d; label tokens behind it; nominal tokens):
+# forward and backward over this rank's share of any batch, with its own dice, as for `Step.finish`,
+# which is not called. `step` is the number that the update would get. Where `rows` is a list, the
+# hook appends each micro-batch's to it.
 Replay = Callable[[Batch, int, Rows | None], tuple[Tensor, Tensor | float, float | None]]
-# (batch, step) -> (loss sum of this rank's share, the same with the labels of each row in another order, label tokens):
-# forward passes without gradients and without the run's dice, the same each time. Called on every rank.
+# (batch, step) -> (loss sum of this rank's share, the same with the labels of each row in another
+# order, label tokens): forward passes without gradients and without the run's dice, the same each
+# time. Called on every rank.
 Structure = Callable[[Batch, int], tuple[float, float, float]]
 
 
@@ -75,10 +78,14 @@ class Replays:
         """Around all passes of one occasion.
 
         Args:
-            keep_gradients: those at hand may still be applied. They are copied; DDP's buckets are written to again.
+            keep_gradients: those at hand may still be applied. They are copied; DDP's buckets are
+            written to again.
         """
         parameters = self.probes.parameters
-        gradients = [p.grad.detach().clone() if p.grad is not None and keep_gradients else None for p in parameters]
+        gradients = [
+            p.grad.detach().clone() if p.grad is not None and keep_gradients else None
+            for p in parameters
+        ]
         self.passes = 0
         self._drop()
         try:
@@ -93,10 +100,14 @@ class Replays:
         """What each rank computed by itself in the last reduction. A collective."""
         loss_sum, after, before = self.probes.own.tolist()
         mine = (loss_sum, before, after, socket.gethostname())
-        return [Own(loss_sum=a, before=b, after=c, host=host) for a, b, c, host in self.gathered(mine)]
+        return [
+            Own(loss_sum=a, before=b, after=c, host=host) for a, b, c, host in self.gathered(mine)
+        ]
 
     def samples(self, batch: Batch, *, step: int) -> list[Sample]:
-        """What each sample of a batch shows from the state at hand; run now unless it was. A collective."""
+        """What each sample of a batch shows from the state at hand; run now unless it was. A
+        collective.
+        """
         key = (self._away, batch.positions)
         if key not in self._rows:
             self.run(batch, step=step, what="")
@@ -118,12 +129,16 @@ class Replays:
             self.state.settle()
 
     def structure(self, batch: Batch, *, step: int) -> float | None:
-        """Nats a token that another order of the labels costs now; None: nobody can tell. A collective."""
+        """Nats a token that another order of the labels costs now; None: nobody can tell. A
+        collective.
+        """
         if self._structure is None:
             return None
         with self._aside():
             mine = self._structure(batch, step)
-        loss, other, tokens = (math.fsum(column) for column in zip(*self.gathered(mine), strict=True))
+        loss, other, tokens = (
+            math.fsum(column) for column in zip(*self.gathered(mine), strict=True)
+        )
         gain = (other - loss) / tokens if tokens else math.nan
         return gain if math.isfinite(gain) else None
 
@@ -146,7 +161,9 @@ class Replays:
 
     @contextlib.contextmanager
     def older(self, snapshot: Snapshot) -> Iterator[None]:
-        """Within it, parameters and buffers are those of a snapshot. The present ones wait in host memory."""
+        """Within it, parameters and buffers are those of a snapshot. The present ones wait in host
+        memory.
+        """
         self.state.settle()
         names = [name for name in snapshot.layout.names if name.startswith((MODEL, BUFFER))]
         live = self.state.tensors()
@@ -174,10 +191,18 @@ class Replays:
 
 
 def tolerance(device: torch.device) -> float:
-    """Relative, within which the same pass gives the same number: on a CPU, and under deterministic algorithms on a
-    device, bit by bit; else as far as kernels that add in any order may be off."""
-    return 0.0 if device.type == "cpu" or torch.are_deterministic_algorithms_enabled() else NONDETERMINISTIC
+    """Relative, within which the same pass gives the same number: on a CPU, and under deterministic
+    algorithms on a device, bit by bit; else as far as kernels that add in any order may be off."""
+    return (
+        0.0
+        if device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+        else NONDETERMINISTIC
+    )
 
 
 def pass_of(reduced: Reduced, *, what: str) -> Pass:
-    return Pass(what=what, signals=reduced.signals(), nonfinite=bool(reduced.nonfinite_loss or reduced.nonfinite_grad))
+    return Pass(
+        what=what,
+        signals=reduced.signals(),
+        nonfinite=bool(reduced.nonfinite_loss or reduced.nonfinite_grad),
+    )

@@ -1,8 +1,10 @@
-"""Which tokens pull hardest on the embedding: the longest rows of its gradient, asked of a rejected step only.
+"""Which tokens pull hardest on the embedding: the longest rows of its gradient, asked of a rejected
+step only.
 
-The gradient that was judged is still at hand then, reduced, and only read. Each rank looks at the rows that it holds:
-all of them, a shard under fsdp, the token ids of its own under tensor parallelism. With tied weights a row's gradient
-is also that of the token as an output, so that what a model wrongly expects is named beside what it was shown.
+The gradient that was judged is still at hand then, reduced, and only read. Each rank looks at the
+rows that it holds: all of them, a shard under fsdp, the token ids of its own under tensor
+parallelism. With tied weights a row's gradient is also that of the token as an output, so that what
+a model wrongly expects is named beside what it was shown.
 """
 
 from __future__ import annotations
@@ -20,13 +22,17 @@ from guardrail.torch.measure.reduction import Reduced, local
 
 MOST = 8  # tokens that are named of one step
 
-# (token ids, sample ids of the batch) -> of each token what is known of it: "text", and "count" in these samples.
+# (token ids, sample ids of the batch) -> of each token what is known of it: "text", and "count" in
+# these samples.
 DescribeTokens = Callable[[Sequence[int], Sequence[int]], list[dict[str, Any]]]
 
 
 @torch.no_grad()
-def longest_rows(embedding: Sequence[Tensor], gathered: Callable[[Any], list[Any]]) -> list[tuple[int, float]]:
-    """(Token id, norm of its row of the gradient at hand), longest first, at most MOST; equal on every rank.
+def longest_rows(
+    embedding: Sequence[Tensor], gathered: Callable[[Any], list[Any]]
+) -> list[tuple[int, float]]:
+    """(Token id, norm of its row of the gradient at hand), longest first, at most MOST; equal on
+    every rank.
 
     A collective, also for a rank that holds no embedding.
 
@@ -65,10 +71,11 @@ def token_evidence(
     gathered: Callable[[Any], list[Any]],
     describe: DescribeTokens | None,
 ) -> dict[str, Any]:
-    """`tokens` of a verdict's journal line: id, norm (as embed_grad_norm), share (of its square), text and count.
+    """`tokens` of a verdict's journal line: id, norm (as embed_grad_norm), share (of its square),
+    text and count.
 
-    Empty unless the step was rejected with something found of the embedding. A collective where it is not: what it
-    hangs on is equal on every rank.
+    Empty unless the step was rejected with something found of the embedding. A collective where it
+    is not: what it hangs on is equal on every rank.
 
     Args:
         reduced: of the step, whose gradients are at hand.
@@ -83,7 +90,11 @@ def token_evidence(
         return {}
     whole = reduced.embed_grad_norm
     tokens: list[dict[str, Any]] = [
-        {"id": row, "norm": norm * reduced.scale, "share": (norm * reduced.scale / whole) ** 2 if whole else 0.0}
+        {
+            "id": row,
+            "norm": norm * reduced.scale,
+            "share": (norm * reduced.scale / whole) ** 2 if whole else 0.0,
+        }
         for row, norm in rows
     ]
     if describe is not None:

@@ -1,8 +1,9 @@
-"""What each sample of a batch shows in a pass: its loss, and the norm of its gradient at the embedding.
+"""What each sample of a batch shows in a pass: its loss, and the norm of its gradient at the
+embedding.
 
-The gradient of a sample alone does not exist once a batch has been run: weights get the sum. What enters the first
-block does belong to one sample, under every way of sharding, so that its gradient's norm is read there by a hook: how
-hard this sample pulls on everything below its loss.
+The gradient of a sample alone does not exist once a batch has been run: weights get the sum. What
+enters the first block does belong to one sample, under every way of sharding, so that its
+gradient's norm is read there by a hook: how hard this sample pulls on everything below its loss.
 """
 
 from __future__ import annotations
@@ -18,18 +19,19 @@ from torch import Tensor, nn
 from guardrail.decide.sample_outliers import Sample
 from guardrail.torch.measure.reduction import local
 
-# Of each micro-batch of this rank, in the order in which the model was given them: (positions, loss sums [B], label
-# tokens [B]). Rows that only fill up a micro-batch come last and have no position. On a rank that sees no loss (a stage
-# that is not the last) the tensors are empty.
+# Of each micro-batch of this rank, in the order in which the model was given them: (positions, loss
+# sums [B], label tokens [B]). Rows that only fill up a micro-batch come last and have no position.
+# On a rank that sees no loss (a stage that is not the last) the tensors are empty.
 Rows = list[tuple[Sequence[int], Tensor, Tensor]]
 
 
 @contextlib.contextmanager
 def embedding_gradients(model: nn.Module) -> Iterator[list[Tensor]]:
-    """The norms [B] of the rows' gradients at the embedding's output, one tensor for each call of it, in their order.
+    """The norms [B] of the rows' gradients at the embedding's output, one tensor for each call of
+    it, in their order.
 
-    The embedding is the nn.Embedding with the most rows; a list without an entry where there is none, or where it is
-    not trained.
+    The embedding is the nn.Embedding with the most rows; a list without an entry where there is
+    none, or where it is not trained.
     """
     found: dict[int, Tensor] = {}
     norms: list[Tensor] = []
@@ -58,7 +60,9 @@ def embedding_gradients(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def samples_of(rows: Rows, norms: Sequence[Tensor]) -> list[Sample]:
-    """This rank's rows as samples; the embedding may have been called several times a micro-batch."""
+    """This rank's rows as samples; the embedding may have been called several times a
+    micro-batch.
+    """
     calls = len(norms) // len(rows) if rows and len(norms) % len(rows) == 0 else 0
     found = []
     for index, (positions, losses, tokens) in enumerate(rows):
@@ -68,7 +72,9 @@ def samples_of(rows: Rows, norms: Sequence[Tensor]) -> list[Sample]:
             sample = Sample(position=position)
             if row < len(sums):
                 count = int(counts[row])
-                sample = structs.replace(sample, loss=sums[row] / count if count else float("nan"), tokens=count)
+                sample = structs.replace(
+                    sample, loss=sums[row] / count if count else float("nan"), tokens=count
+                )
             if row < len(pulls):
                 sample = structs.replace(sample, gradient=pulls[row])
             found.append(sample)
@@ -76,7 +82,9 @@ def samples_of(rows: Rows, norms: Sequence[Tensor]) -> list[Sample]:
 
 
 def merged(rows: Iterable[Sample]) -> list[Sample]:
-    """Samples by position, joined from what several ranks know of them: the loss of one, the gradient of another."""
+    """Samples by position, joined from what several ranks know of them: the loss of one, the
+    gradient of another.
+    """
     found: dict[int, Sample] = {}
     for row in rows:
         known = found.get(row.position)

@@ -1,4 +1,6 @@
-"""The arguments of `Guard`, checked before anything is built from them: one sentence with name, value, expectation."""
+"""The arguments of `Guard`, checked before anything is built from them: one sentence with name,
+value, expectation.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ def check_mode(mode: Any) -> Mode:
 
 
 def check_parts(parts: Mapping[str, Any], *, world: int) -> dict[str, Any]:
-    """The other arguments of `Guard` by name, numbers of numpy as plain ones, a device as torch.device.
+    """The other arguments of `Guard` by name, numbers of numpy as plain ones, a device as
+    torch.device.
 
     Raises:
         ConfigError: an argument that the guard cannot use.
@@ -48,11 +51,20 @@ def check_parts(parts: Mapping[str, Any], *, world: int) -> dict[str, Any]:
     checked_parts = dict(parts)
     _check_model(parts["model"])
     _check_optimizers(parts["optimizer"])
-    _check_stateful(parts["scheduler"], "scheduler", needed=("step", *_STATEFUL), example="a torch LR scheduler")
-    _check_stateful(parts["scaler"], "scaler", needed=("scale", "get_scale", "is_enabled", *_STATEFUL), example="None")
+    _check_stateful(
+        parts["scheduler"], "scheduler", needed=("step", *_STATEFUL), example="a torch LR scheduler"
+    )
+    _check_stateful(
+        parts["scaler"],
+        "scaler",
+        needed=("scale", "get_scale", "is_enabled", *_STATEFUL),
+        example="None",
+    )
     _check_order(parts["order"])
     size = parts["batch_size"]
-    checked_parts["batch_size"] = _checked_sizes(size) if callable(size) else whole("batch_size", size, least=1)
+    checked_parts["batch_size"] = (
+        _checked_sizes(size) if callable(size) else whole("batch_size", size, least=1)
+    )
     checked_parts["total_steps"] = whole("total_steps", parts["total_steps"], least=0)
     if parts["limit"] is not None:
         checked_parts["limit"] = whole("limit", parts["limit"], least=1)
@@ -66,16 +78,24 @@ def check_parts(parts: Mapping[str, Any], *, world: int) -> dict[str, Any]:
         if parts[name] is not None and not callable(parts[name]):
             raise ConfigError("a function, or None", key=name, value=parts[name])
     if parts["identity"] is not None and not isinstance(parts["identity"], dict):
-        raise ConfigError("a dictionary of fingerprints, or None", key="identity", value=parts["identity"])
+        raise ConfigError(
+            "a dictionary of fingerprints, or None", key="identity", value=parts["identity"]
+        )
     return checked_parts
 
 
 def check_names(names: Sequence[str], known: Callable[..., Any]) -> None:
     """Refuse an argument that `known` does not have, and name the nearest. Raises ConfigError."""
-    valid = [name for name in inspect.signature(known).parameters if name not in ("self", "settings", "order")]
+    valid = [
+        name
+        for name in inspect.signature(known).parameters
+        if name not in ("self", "settings", "order")
+    ]
     for name in names:
         if name == "order":
-            raise ConfigError("data=, the sample order", key="order", hint="Guard(...) itself calls it order")
+            raise ConfigError(
+                "data=, the sample order", key="order", hint="Guard(...) itself calls it order"
+            )
         if name not in valid:
             close = difflib.get_close_matches(name, valid, n=1)
             hint = f"did you mean {close[0]}?" if close else f"arguments: data, {', '.join(valid)}"
@@ -114,7 +134,9 @@ def _check_optimizers(optimizer: Any) -> None:
         key = f"optimizer[{index}]" if several else "optimizer"
         if isinstance(one, Optimizer):
             continue
-        if isinstance(one, type) or any(not hasattr(one, name) for name in ("param_groups", "step", *_STATEFUL)):
+        if isinstance(one, type) or any(
+            not hasattr(one, name) for name in ("param_groups", "step", *_STATEFUL)
+        ):
             raise ConfigError("a torch.optim optimizer, or a list of them", key=key, value=one)
 
 
@@ -123,7 +145,9 @@ def _check_stateful(value: Any, name: str, *, needed: tuple[str, ...], example: 
     for one in value if isinstance(value, (list, tuple)) else [value]:
         missing = [method for method in needed if not callable(getattr(one, method, None))]
         if one is not None and (missing or isinstance(one, type)):
-            expected = f"an object with {', '.join(f'{method}()' for method in needed)}, such as {example}"
+            expected = (
+                f"an object with {', '.join(f'{method}()' for method in needed)}, such as {example}"
+            )
             raise ConfigError(expected, key=name, value=one)
 
 
@@ -148,8 +172,14 @@ def _checked_clip(clip: Any) -> Any:
     if callable(clip):
         return clip
     number = as_tree(clip)
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or not (math.isfinite(number) and number >= 0):
-        raise ConfigError("a number >= 0 (0: no clipping), or a function of the norm", key="clip", value=clip)
+    if (
+        isinstance(number, bool)
+        or not isinstance(number, (int, float))
+        or not (math.isfinite(number) and number >= 0)
+    ):
+        raise ConfigError(
+            "a number >= 0 (0: no clipping), or a function of the norm", key="clip", value=clip
+        )
     return number
 
 
@@ -159,20 +189,37 @@ def _checked_device(device: Any) -> torch.device | None:
     try:
         return torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ConfigError('a torch.device, or the name of one such as "cuda:0"', key="device", value=device) from error
+        raise ConfigError(
+            'a torch.device, or the name of one such as "cuda:0"', key="device", value=device
+        ) from error
 
 
 def _check_run(run: Any) -> None:
     if run is not None and not isinstance(run, RunDirectory):
-        path = f"RunDirectory.open({str(run)!r})" if isinstance(run, (str, os.PathLike)) else "RunDirectory.create(...)"
-        raise ConfigError("a guardrail.rundir.run_directory.RunDirectory, or None", key="run", value=run, hint=path)
+        path = (
+            f"RunDirectory.open({str(run)!r})"
+            if isinstance(run, (str, os.PathLike))
+            else "RunDirectory.create(...)"
+        )
+        raise ConfigError(
+            "a guardrail.rundir.run_directory.RunDirectory, or None",
+            key="run",
+            value=run,
+            hint=path,
+        )
 
 
 def _check_holders(holders: Any, world: int) -> None:
     if holders is None:
         return
-    if not isinstance(holders, range) or holders.step != 1 or not 0 <= holders.start < holders.stop <= world:
-        raise ConfigError(f"a range of ranks within 0 to {world}, or None", key="holders", value=holders)
+    if (
+        not isinstance(holders, range)
+        or holders.step != 1
+        or not 0 <= holders.start < holders.stop <= world
+    ):
+        raise ConfigError(
+            f"a range of ranks within 0 to {world}, or None", key="holders", value=holders
+        )
 
 
 def check_loss(loss: Any) -> None:
@@ -182,7 +229,9 @@ def check_loss(loss: Any) -> None:
         raise UsageError(f"step.finish(loss): expected a tensor, got {type(loss).__name__}{hint}")
     if loss.ndim:
         shape = tuple(loss.shape)
-        raise UsageError(f"step.finish(loss): expected one number, 0-d, got shape {shape}: give its mean, or its sum")
+        raise UsageError(
+            f"step.finish(loss): expected one number, 0-d, got shape {shape}: give its mean, or its sum"
+        )
     if loss.is_complex():
         raise UsageError(f"step.finish(loss): expected a real number, got {loss.dtype}")
 
@@ -195,7 +244,9 @@ def check_numbers(*, tokens: Any, nominal_tokens: Any, signals: Any) -> None:
     if signals is None:
         return
     if not isinstance(signals, Mapping):
-        raise UsageError(f"step.finish(signals): expected a dict of names and numbers, got {type(signals).__name__}")
+        raise UsageError(
+            f"step.finish(signals): expected a dict of names and numbers, got {type(signals).__name__}"
+        )
     for name, value in signals.items():
         _check_number(f"signals[{name!r}]", value)
 
@@ -204,6 +255,10 @@ def _check_number(name: str, value: Any) -> None:
     if isinstance(value, Tensor):
         if value.ndim or value.is_complex():
             shape = tuple(value.shape)
-            raise UsageError(f"step.finish({name}): expected one real number, 0-d, got shape {shape} of {value.dtype}")
+            raise UsageError(
+                f"step.finish({name}): expected one real number, 0-d, got shape {shape} of {value.dtype}"
+            )
     elif isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
-        raise UsageError(f"step.finish({name}): expected a number or a 0-d tensor, got {type(value).__name__}")
+        raise UsageError(
+            f"step.finish({name}): expected a number or a 0-d tensor, got {type(value).__name__}"
+        )

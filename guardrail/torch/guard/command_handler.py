@@ -1,7 +1,8 @@
 """The front desk: commands and questions of people, carried out by all ranks at the same step.
 
-Rank 0 reads the inbox; a command travels to the other ranks as two numbers of the packed vector, so no step waits
-for a broadcast. Each command is answered in the journal before it takes effect, with the step at which it does.
+Rank 0 reads the inbox; a command travels to the other ranks as two numbers of the packed vector, so
+no step waits for a broadcast. Each command is answered in the journal before it takes effect, with
+the step at which it does.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ if TYPE_CHECKING:
 PARKED_SECONDS = 0.1  # between two meetings of parked ranks
 DEFAULTS = ("proposed", "go_on", "stop")  # guard.ask_default, in the order of `Answer`
 KINDS = list(CommandKind)
-# Kinds that hold for what was shown with them alone; the others do the same whatever has happened since.
+# Kinds that hold for what was shown with them alone; the others do the same whatever has happened
+# since.
 BOUND = (*BY_HAND, CommandKind.ANSWER, CommandKind.LR, CommandKind.EMBED_ALPHA, CommandKind.POLICY)
 _REMEMBERED = 64  # questions of which it is known who ended them
 
@@ -67,8 +69,10 @@ class Desk:
         self._end = 0  # end of the batch that is under question, else 0
         self._shown: Shown | None = None  # of the command at hand, on every rank
         self._over: dict[int, str] = {}  # number of a question -> how it ended
-        self._last_who = self._last_taken = ""  # who sent the command that was taken last, and what it was
-        self.obeyed = False  # the command that came with the step under question has been carried out already
+        # who sent the command that was taken last, and what it was
+        self._last_who = self._last_taken = ""
+        # the command that came with the step under question has been carried out already
+        self.obeyed = False
         self.question = ""
         self.deadline, self.default = 0.0, ""  # when and how it answers itself, for the status
 
@@ -82,7 +86,9 @@ class Desk:
         return self._guard.recorder.written.get("paused", 0) if self.question else 0
 
     def _stamp(self, command: Command) -> Command:
-        """Of a sender that does not say so: a command is for the question that is open when it arrives."""
+        """Of a sender that does not say so: a command is for the question that is open when it
+        arrives.
+        """
         number = self.number
         if command.question is not None or (self.question and not number):
             return command
@@ -99,17 +105,22 @@ class Desk:
             self._mailbox = None
 
     def next(self, step: int) -> tuple[int, float]:
-        """Rank 0's next command as two numbers, 1 + index of its kind and its value; (0, 0.0) when there is none."""
+        """Rank 0's next command as two numbers, 1 + index of its kind and its value; (0, 0.0) when
+        there is none.
+        """
         self._current = self._mailbox.next(step) if self._mailbox is not None else None
         if self._current is not None:
             return 1 + KINDS.index(self._current.kind), self._current.value
         if self._guard.rank == 0 and self._guard.tiers.retry_due:
-            # Each rank writes its share of a checkpoint, so a save is tried again by all of them together.
+            # Each rank writes its share of a checkpoint, so a save is tried again by all of them
+            # together.
             return 1 + KINDS.index(CommandKind.CHECKPOINT), 0.0
         return 0, 0.0
 
     def agree(self, command: tuple[int, float]) -> tuple[int, float, int]:
-        """The small all-reduce outside a step: (command kind, value, ranks that were asked to stop)."""
+        """The small all-reduce outside a step: (command kind, value, ranks that were asked to
+        stop).
+        """
         guard = self._guard
         failed = [0.0] * guard.world
         failed[guard.rank] = float(guard.tiers.failed_save)
@@ -121,7 +132,7 @@ class Desk:
         guard.tiers.note_failures([int(serial) for serial in failed])
         return int(kind), value, int(stop)
 
-    # -- waiting for a person ------------------------------------------------------------------------------------
+    # -- waiting for a person ----------------------------------------------------------------------
 
     def park(
         self,
@@ -131,22 +142,27 @@ class Desk:
         batch: Batch | None = None,
         command: tuple[int, float] = (0, 0.0),
     ) -> Answer:
-        """Wait for a person while the ranks keep meeting, so that no collective times out, for hours if need be.
+        """Wait for a person while the ranks keep meeting, so that no collective times out, for
+        hours if need be.
 
         Args:
             question: what the guard asks; "" for a pause by hand.
             verdict: what it has seen and proposes.
             batch: under question; a rollback by hand leaves it out as well.
-            command: that came with the step under question, known to every rank. It is the first one that is carried
-                out, or refused, and does not wait until the question is over.
+            command: that came with the step under question, known to every rank. It is the first
+                one that is carried out, or refused, and does not wait until the question is over.
         """
         guard = self._guard
         self.obeyed = bool(command[0])
         self._end = batch.last if batch is not None else 0
         began = time.monotonic()
         seconds, default = guard.settings.guard.ask_seconds, self._default(verdict)
-        deadline, default_now = (time.time() + seconds, default) if question and seconds > 0 else (0.0, "")
-        data = guard.slow_work(lambda: line_of_question(guard, verdict, batch, deadline=deadline, default=default_now))
+        deadline, default_now = (
+            (time.time() + seconds, default) if question and seconds > 0 else (0.0, "")
+        )
+        data = guard.slow_work(
+            lambda: line_of_question(guard, verdict, batch, deadline=deadline, default=default_now)
+        )
         guard.recorder.written.pop("paused", None)
         self.question, self.deadline, self.default = question, deadline, default_now
         guard.say("paused", question or f"paused by {self._last_who or 'a command'}", **data)
@@ -154,10 +170,17 @@ class Desk:
         while answer is None:
             guard.at(Phase.PAUSED)
             if command[0]:
-                answer, command = self._while_parked(KINDS[command[0] - 1], command[1], verdict), (0, 0.0)
+                answer, command = (
+                    self._while_parked(KINDS[command[0] - 1], command[1], verdict),
+                    (0, 0.0),
+                )
                 continue
             command = self.next(guard.step + 1)
-            if not command[0] and question and self._decides_alone(verdict, time.monotonic() - began):
+            if (
+                not command[0]
+                and question
+                and self._decides_alone(verdict, time.monotonic() - began)
+            ):
                 command = 1 + KINDS.index(CommandKind.ANSWER), float(DEFAULTS.index(default))
             (kind, value, stop), command = self.agree(command), (0, 0.0)
             if stop:
@@ -184,15 +207,18 @@ class Desk:
             return
         how = f": {answer.name.lower().replace('_', ' ')}" if asked else ""
         data: dict[str, Any] = {"question": number, "who": self._last_who} if asked else {}
-        if verdict is not None and verdict.beyond is None:  # to go on beyond the share to skip applies no update
+        # to go on beyond the share to skip applies no update
+        if verdict is not None and verdict.beyond is None:
             data |= {"answer": answer.name.lower(), "incident": verdict.incident}
         guard.say("resumed", f"training goes on{how}", **data)
 
     def _decides_alone(self, verdict: Verdict | None, waited: float) -> bool:
-        """On rank 0: nobody will answer. A run that is out of budget does not wait for a screen that is not there.
+        """On rank 0: nobody will answer. A run that is out of budget does not wait for a screen
+        that is not there.
 
-        Where the default is another than to halt, it waits for that all the same: somebody may come until then. So it
-        does on a rung that says to park and ask, which is there for who comes later.
+        Where the default is another than to halt, it waits for that all the same: somebody may come
+        until then. So it does on a rung that says to park and ask, which is there for who comes
+        later.
         """
         guard = self._guard
         if guard.rank:
@@ -205,11 +231,15 @@ class Desk:
         return unseen or (settings.ask_seconds > 0 and waited > settings.ask_seconds)
 
     def _default(self, verdict: Verdict | None) -> str:
-        """What a question comes to without an answer. By itself the guard skips no more than its share of the data."""
+        """What a question comes to without an answer. By itself the guard skips no more than its
+        share of the data.
+        """
         beyond = verdict is not None and verdict.beyond is not None
         return "proposed" if beyond else self._guard.settings.guard.ask_default
 
-    def _while_parked(self, kind: CommandKind, value: float, verdict: Verdict | None) -> Answer | None:
+    def _while_parked(
+        self, kind: CommandKind, value: float, verdict: Verdict | None
+    ) -> Answer | None:
         """What ends the wait comes back; the rest takes effect in place."""
         asked = bool(self.question)
         if kind is CommandKind.RESUME:
@@ -227,23 +257,40 @@ class Desk:
         return Answer.BY_HAND if done and asked and kind in BY_HAND else None
 
     def _answered_with(self, answer: Answer, verdict: Verdict | None) -> Answer | None:
-        """An answer to the open question, if it is one to this question and to what was proposed."""
+        """An answer to the open question, if it is one to this question and to what was
+        proposed.
+        """
         refusal = self._take_up(CommandKind.ANSWER)
-        back = answer is Answer.AS_PROPOSED and verdict is not None and verdict.would is Action.ROLLBACK
-        if not refusal and back and verdict is not None and verdict.window is not None and self._shown is not None:
+        back = (
+            answer is Answer.AS_PROPOSED
+            and verdict is not None
+            and verdict.would is Action.ROLLBACK
+        )
+        if (
+            not refusal
+            and back
+            and verdict is not None
+            and verdict.window is not None
+            and self._shown is not None
+        ):
             before, settled = verdict.before_step, self._guard.controller.is_settled
-            target = self._guard.tiers.target(verdict.window[0], before_step=before, settled=settled)
+            target = self._guard.tiers.target(
+                verdict.window[0], before_step=before, settled=settled
+            )
             refusal = self._target_changed(target) if target is not None else ""
         if not self._answer(CommandKind.ANSWER, float(answer.value), refusal=refusal):
             return None
         if answer is Answer.STOP:
-            self._guard.end(Phase.STOPPED, f"stopped by {self._last_who or 'a command'} while the guard asked")
+            self._guard.end(
+                Phase.STOPPED, f"stopped by {self._last_who or 'a command'} while the guard asked"
+            )
         return answer
 
-    # -- what a command was shown for ----------------------------------------------------------------------------
+    # -- what a command was shown for --------------------------------------------------------------
 
     def _take_up(self, kind: CommandKind) -> str:
-        """Why the command at hand does not hold for what is now; "" if it does. A collective: every rank decides alike.
+        """Why the command at hand does not hold for what is now; "" if it does. A collective: every
+        rank decides alike.
 
         What it was shown to do is kept for the checks of its target.
         """
@@ -252,7 +299,9 @@ class Desk:
         refusal = ""
         if command is not None and kind in (*BY_HAND, CommandKind.ANSWER) and not unknown:
             refusal = question_changed(command.question, Open(self.number, self._over))
-        refusal, self._shown = guard.shared((refusal, command.shown if command is not None else None))
+        refusal, self._shown = guard.shared(
+            (refusal, command.shown if command is not None else None)
+        )
         if not refusal and kind in BY_HAND:
             refusal = timeline_changed(self._shown, timeline=guard.timeline, step=guard.step)
         return refusal or self._setting_changed(kind)
@@ -270,12 +319,14 @@ class Desk:
         lost = self._guard.step - target.step
         return target_changed(self._shown, to_step=target.step, tier=target.tier, steps_lost=lost)
 
-    # -- commands ------------------------------------------------------------------------------------------------
+    # -- commands ----------------------------------------------------------------------------------
 
     def execute(self, kind: CommandKind, value: float) -> bool:
-        """Carry a command out, or refuse it with a reason; returns whether it was taken. Every rank decides alike.
+        """Carry a command out, or refuse it with a reason; returns whether it was taken. Every rank
+        decides alike.
 
-        The file of one with a deed of its own goes once that is on the record: a death before leaves it to be done.
+        The file of one with a deed of its own goes once that is on the record: a death before
+        leaves it to be done.
         """
         taken = self._execute(kind, value)
         self._put_away()
@@ -302,7 +353,8 @@ class Desk:
                 self._answer(kind, value)
                 guard.end(Phase.STOPPED, "stopped by command")
             case CommandKind.LR | CommandKind.EMBED_ALPHA:
-                self._answer(kind, value)  # the journal line itself is where the setting is read from; see Past
+                # the journal line itself is where the setting is read from; see Past
+                self._answer(kind, value)
             case CommandKind.POLICY:
                 self._answer(kind, value)
                 guard.set_mode(MODES[int(value)])
@@ -351,7 +403,9 @@ class Desk:
         return not refusal
 
     def _accept(self, value: float) -> bool:
-        """Take the run as it is for sound: what is not over is over, and later states may become good."""
+        """Take the run as it is for sound: what is not over is over, and later states may become
+        good.
+        """
         guard = self._guard
         controller = guard.controller
         unresolved = controller.unresolved()
@@ -364,7 +418,12 @@ class Desk:
         accepted = controller.accept(guard.step, batch)
         for one in [one for one in controller.incidents.ended if one.number in accepted]:
             message = f"incident {one.number}: accepted as it is after step {guard.step}"
-            data = {"number": one.number, "state": ACCEPTED, "onset": one.onset, "at_step": guard.step}
+            data = {
+                "number": one.number,
+                "state": ACCEPTED,
+                "onset": one.onset,
+                "at_step": guard.step,
+            }
             guard.say("incident", message, **data)
         guard.tiers.withdraw(controller.incidents.since)
         return True
@@ -380,14 +439,26 @@ class Desk:
         ledger.restore(position)
         # Not from the cursor on: behind a restart, what was rejected before lies between.
         first, last = (ahead[0].first, ahead[-1].last) if ahead else (0, 0)
-        if self._answer(CommandKind.SKIP, batches, refusal=ledger.nothing_left(first, last)) and ahead:
+        if (
+            self._answer(CommandKind.SKIP, batches, refusal=ledger.nothing_left(first, last))
+            and ahead
+        ):
             reason = f"{plural(batches, 'batch')} skipped by command"
             guard.quarantine.leave_out(
-                Span(first=first, last=last, cause="user", step=guard.step + 1, reason=reason, batches=batches)
+                Span(
+                    first=first,
+                    last=last,
+                    cause="user",
+                    step=guard.step + 1,
+                    reason=reason,
+                    batches=batches,
+                )
             )
 
     def _roll_back(self, value: float) -> bool:
-        """To the named step, or the newest good state before the present; leaves out the data in between."""
+        """To the named step, or the newest good state before the present; leaves out the data in
+        between.
+        """
         guard = self._guard
         to_step = None if math.isnan(value) else int(value)
         end = max(guard.ledger.cursor, self._end)
@@ -408,7 +479,9 @@ class Desk:
         )
 
     def _undo(self, value: float) -> bool:
-        """Take back the decision of one journal line, or the newest one of the guard; see guardrail.decide.undo."""
+        """Take back the decision of one journal line, or the newest one of the guard; see
+        guardrail.decide.undo.
+        """
         guard = self._guard
         seq = None if math.isnan(value) else int(value)
         found, lines = guard.shared(guard.slow_work(lambda: self._meant(seq)))
@@ -425,7 +498,9 @@ class Desk:
         return True
 
     def _meant(self, seq: int | None) -> tuple[Undoing | str, list[int]]:
-        """On rank 0, which alone knows the numbers of the lines: the decision, and all lines that go with it."""
+        """On rank 0, which alone knows the numbers of the lines: the decision, and all lines that
+        go with it.
+        """
         guard = self._guard
         if guard.rank or guard.run is None:
             return "there is no journal", []

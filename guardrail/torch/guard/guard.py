@@ -5,8 +5,8 @@
         loss = train_batch(step.batch)      # forward and backward, accumulation included
         step.finish(loss)                   # observe, decide, apply or not
 
-Every rank runs this same code on the same reduced numbers, so all reach the same verdict at the same step. Rank 0
-alone writes the run directory, always before what it writes takes effect.
+Every rank runs this same code on the same reduced numbers, so all reach the same verdict at the
+same step. Rank 0 alone writes the run directory, always before what it writes takes effect.
 """
 
 from __future__ import annotations
@@ -21,7 +21,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from guardrail.core.config import Settings
-from guardrail.core.records import GRAD_NORM, Action, CommandKind, Mode, Observation, Phase, Span, Verdict
+from guardrail.core.records import (
+    GRAD_NORM,
+    Action,
+    CommandKind,
+    Mode,
+    Observation,
+    Phase,
+    Span,
+    Verdict,
+)
 from guardrail.decide.controller import Controller
 from guardrail.decide.run_history import Effects, Past
 from guardrail.decide.sample_order import Batch, Ledger, SampleOrder
@@ -62,43 +71,55 @@ class Guard:
     """Watches a training loop, leaves bad updates out, rolls back, keeps the record.
 
     Args:
-        settings: the [guard], [snapshots] and [checkpoint] sections: `Settings(...)`, or a dictionary as TOML would
-            give it. Both are converted and checked like a configuration file.
+        settings: the [guard], [snapshots] and [checkpoint] sections: `Settings(...)`, or a
+            dictionary as TOML would give it. Both are converted and checked like a configuration
+            file.
         model: any nn.Module: plain, DDP, FSDP2 (`fully_shard`).
         optimizer: one torch.optim optimizer or several.
-        scheduler: anything with step(), state_dict() and load_state_dict(); stepped once an applied update.
-        scaler: for fp16, a torch.amp.GradScaler: backpropagate `scaler.scale(loss)`, hand `step.finish` the loss
-            itself, and leave unscaling, stepping and updating to the guard.
+        scheduler: anything with step(), state_dict() and load_state_dict(); stepped once an applied
+        update.
+        scaler: for fp16, a torch.amp.GradScaler: backpropagate `scaler.scale(loss)`, hand
+            `step.finish` the loss itself, and leave unscaling, stepping and updating to the guard.
         order: the sample order.
         batch_size: samples of a global batch, or a function that gives those of step 1, 2, ...
         total_steps: applied updates after which the run is finished; 0: endless.
         limit: positions after which the data ends; None: endless.
-        clip: global norm to which gradients are clipped, 0: none; or a function of the norm (see Gate).
+        clip: global norm to which gradients are clipped, 0: none; or a function of the norm (see
+        Gate).
         run: the run directory; None keeps everything in memory (no commands, no disk tier).
-        device: that computes; None: where the parameters lie, which is the host when they are offloaded.
-        counting: whether this rank's loss and tokens enter the sums; False on all but one of the ranks that compute the
-            same loss, as those of a tensor-parallel group do.
-        holders: the ranks, a contiguous stretch, that hold the same part of the model as this one, such as a stage of a
-            pipeline; None: all.
+        device: that computes; None: where the parameters lie, which is the host when they are
+        offloaded.
+        counting: whether this rank's loss and tokens enter the sums; False on all but one of the
+            ranks that compute the same loss, as those of a tensor-parallel group do.
+        holders: the ranks, a contiguous stretch, that hold the same part of the model as this one,
+            such as a stage of a pipeline; None: all.
         signals: stop signals of the process, installed by the caller; None: none.
-        heartbeat: created by the caller early in set-up; None: the guard makes its own when there is a run.
-        texts: sample ids -> their texts as the model met them, for what is odd about them. Called on rank 0.
-        describe: sample ids -> (documents as dicts, number of documents), for the journal. Called on rank 0.
-        tokens: (token ids, sample ids of a batch) -> of each token a dict with "text" and "count", for the journal,
-            where the embedding is in trouble. Called on rank 0.
-        rerun: runs the forward passes of this rank's share of the last batch again, with the same dice. Called on every
-            rank when a loss was not finite, to name the module that it came from.
+        heartbeat: created by the caller early in set-up; None: the guard makes its own when there
+        is a run.
+        texts: sample ids -> their texts as the model met them, for what is odd about them. Called
+        on rank 0.
+        describe: sample ids -> (documents as dicts, number of documents), for the journal. Called
+        on rank 0.
+        tokens: (token ids, sample ids of a batch) -> of each token a dict with "text" and "count",
+            for the journal, where the embedding is in trouble. Called on rank 0.
+        rerun: runs the forward passes of this rank's share of the last batch again, with the same
+            dice. Called on every rank when a loss was not finite, to name the module that it came
+            from.
         replay: runs forward and backward over this rank's share of any batch (see
-            guardrail.torch.diagnose.batch_replay). With it the cause of an incident is looked for. Called on every
-            rank.
-        structure: what the order of a batch's labels is worth to the model (see guardrail.torch.diagnose.batch_replay).
-            With it text of another kind is told from labels that are as good as drawn by lot.
-        fixed_loss: loss on one fixed batch, same on every rank; stored with a checkpoint and compared after a resume.
+            guardrail.torch.diagnose.batch_replay). With it the cause of an incident is looked for.
+            Called on every rank.
+        structure: what the order of a batch's labels is worth to the model (see
+            guardrail.torch.diagnose.batch_replay). With it text of another kind is told from labels
+            that are as good as drawn by lot.
+        fixed_loss: loss on one fixed batch, same on every rank; stored with a checkpoint and
+        compared after a resume.
         lr_at: the scheduled learning rate as a function of the step, to be compared after a resume.
-        identity: fingerprints stored with a checkpoint. A resume on other "data" is refused, any other change noted.
+        identity: fingerprints stored with a checkpoint. A resume on other "data" is refused, any
+        other change noted.
 
     Raises:
-        ConfigError: a setting or an argument that cannot be; names it, its value, and what is expected.
+        ConfigError: a setting or an argument that cannot be; names it, its value, and what is
+        expected.
     """
 
     def __init__(
@@ -131,13 +152,34 @@ class Guard:
         identity: dict[str, Any] | None = None,
     ) -> None:
         self.settings = settings = check_settings(settings)
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        # Everything is looked at before the first collective, so that no rank waits for one that refuses.
+        self.rank, self.world = (
+            (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        )
+        # Everything is looked at before the first collective, so that no rank waits for one that
+        # refuses.
         given = check_parts(
             {
-                **{"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "order": order},
-                **{"batch_size": batch_size, "total_steps": total_steps, "limit": limit, "clip": clip, "run": run},
-                **{"device": device, "counting": counting, "holders": holders, "describe": describe, "texts": texts},
+                **{
+                    "model": model,
+                    "optimizer": optimizer,
+                    "scheduler": scheduler,
+                    "scaler": scaler,
+                    "order": order,
+                },
+                **{
+                    "batch_size": batch_size,
+                    "total_steps": total_steps,
+                    "limit": limit,
+                    "clip": clip,
+                    "run": run,
+                },
+                **{
+                    "device": device,
+                    "counting": counting,
+                    "holders": holders,
+                    "describe": describe,
+                    "texts": texts,
+                },
                 **{"tokens": tokens, "rerun": rerun, "replay": replay, "structure": structure},
                 **{"fixed_loss": fixed_loss, "lr_at": lr_at, "identity": identity},
             },
@@ -162,7 +204,11 @@ class Guard:
             updates=settings.guard.update_norm,
         )
         self.pace = Pace(self.probes.parameters)
-        self.updates = UpdateNorm(self.probes.parameters, self.probes.weights) if settings.guard.update_norm else None
+        self.updates = (
+            UpdateNorm(self.probes.parameters, self.probes.weights)
+            if settings.guard.update_norm
+            else None
+        )
         self.recorder = Recorder(
             run,
             active=self.rank == 0,
@@ -170,9 +216,16 @@ class Guard:
             columns=[*(f"{GRAD_NORM}/{block}" for block in self.probes.blocks), *self.probes.named],
         )
         optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
-        self.gate = Gate(optimizers, parameters=self.probes.parameters, embedding=self.probes.embedding, clip=clip)
+        self.gate = Gate(
+            optimizers,
+            parameters=self.probes.parameters,
+            embedding=self.probes.embedding,
+            clip=clip,
+        )
         self.loss_scale = LossScale(scaler) if enabled(scaler) else None
-        self.state = TrainingState(model, optimizers, scheduler, scaler if enabled(scaler) else None, holders)
+        self.state = TrainingState(
+            model, optimizers, scheduler, scaler if enabled(scaler) else None, holders
+        )
         self.attempt = Attempt(self.state)
         self.scheduler = scheduler
         self.optimizers = optimizers
@@ -192,7 +245,9 @@ class Guard:
         self.account = Account(self)
         self.checks = LoopChecks(self)
         self.quarantine = Quarantine(self, describe)
-        self.timelines = Timelines(self, fixed_loss=fixed_loss, lr_at=lr_at, identity=identity or {})
+        self.timelines = Timelines(
+            self, fixed_loss=fixed_loss, lr_at=lr_at, identity=identity or {}
+        )
         self.verdicts = Verdicts(self, texts=texts, tokens=tokens, rerun=rerun)
 
         self.step = 0  # applied updates so far
@@ -204,19 +259,23 @@ class Guard:
         self._to_keep = False  # an update was applied and the tiers do not know of it yet
         self._command = (0, 0.0)  # agreed on in the last reduction, carried out between two steps
         self._stop = 0  # ranks that were asked to stop, by the same reduction
-        self._resting = False  # the loop is in the rest of its body, after a step that was not applied
+        # the loop is in the rest of its body, after a step that was not applied
+        self._resting = False
         self.incident: int | None = None  # that the present step belongs to
         self._data_size: int | None = None  # samples of which the guard may leave a share out
-        self._effects: tuple[tuple[int, int], Effects] | None = None  # the last ones, and what they hold for
+        # the last ones, and what they hold for
+        self._effects: tuple[tuple[int, int], Effects] | None = None
 
-    # -- the loop ------------------------------------------------------------------------------------------------
+    # -- the loop ----------------------------------------------------------------------------------
 
     @classmethod
     def from_config(cls, settings: Settings, *, data: SampleOrder, **parts: Any) -> Guard:
-        """The guard of a custom loop: `data` is the sample order, `parts` the arguments of the constructor.
+        """The guard of a custom loop: `data` is the sample order, `parts` the arguments of the
+        constructor.
 
         Raises:
-            ConfigError: a setting or an argument that cannot be; names it, its value, and what is expected.
+            ConfigError: a setting or an argument that cannot be; names it, its value, and what is
+            expected.
         """
         check_names(list(parts), cls.__init__)
         return cls(settings, order=data, **parts)
@@ -246,7 +305,9 @@ class Guard:
                 self.attempt.begin()
                 if self.replays is not None:
                     self.replays.begin()
-                step = Step(self, number=self.step + 1, batch=batch, began=began - kept, repeated=repeated)
+                step = Step(
+                    self, number=self.step + 1, batch=batch, began=began - kept, repeated=repeated
+                )
                 self.account.guarding = kept + time.perf_counter() - began
                 yield step
                 if not step.finished and self.phase is None:
@@ -257,10 +318,11 @@ class Guard:
             self.close()
 
     def keep(self) -> float:
-        """Once the loop has done with a step, write its row and then copy the state; returns the seconds it took.
+        """Once the loop has done with a step, write its row and then copy the state; returns the
+        seconds it took.
 
-        Who resumes from a copy finds the row of its last step, and goes on behind whatever the loop did after that
-        step, such as an evaluation that draws random numbers.
+        Who resumes from a copy finds the row of its last step, and goes on behind whatever the loop
+        did after that step, such as an evaluation that draws random numbers.
         """
         began = time.perf_counter()
         self.account.flush()
@@ -279,7 +341,9 @@ class Guard:
         """Carry out the stop or the command that came with the last step."""
         (kind, value), self._command = self._command, (0, 0.0)
         if self._stop:
-            self.end(Phase.STOPPED, f"asked to stop by a signal on {self._stop} of {self.world} ranks")
+            self.end(
+                Phase.STOPPED, f"asked to stop by a signal on {self._stop} of {self.world} ranks"
+            )
         elif kind:
             self.desk.execute(list(CommandKind)[kind - 1], value)
 
@@ -293,7 +357,9 @@ class Guard:
         return self.ledger.after(batch)
 
     def enter(self, phase: Phase) -> None:
-        """Say what the loop does between steps, and that it gets ahead; call it again now and then."""
+        """Say what the loop does between steps, and that it gets ahead; call it again now and
+        then.
+        """
         if self.phase is None:
             self.at(phase)
 
@@ -303,10 +369,12 @@ class Guard:
         self.say("eval", f"held-out loss {loss:.4f} after step {self.step}", loss=loss)
 
     def poll_stop(self) -> bool:
-        """Agree on whether any rank was asked to stop. For long phases between steps (evaluation); a collective."""
+        """Agree on whether any rank was asked to stop. For long phases between steps (evaluation);
+        a collective.
+        """
         return self.desk.agree((0, 0.0))[2] > 0
 
-    # -- start and end -------------------------------------------------------------------------------------------
+    # -- start and end -----------------------------------------------------------------------------
 
     def open(self) -> None:
         """Resume from checkpoint + journal, or begin; called by the iteration."""
@@ -316,7 +384,10 @@ class Guard:
                 "the number of samples": order.n_samples,
                 "the seed of the sample order": order.seed,
                 "the sample order": "shuffled" if order.shuffled else "as stored",
-                **{f"the fingerprint of {name}": value for name, value in self.timelines.identity.items()},
+                **{
+                    f"the fingerprint of {name}": value
+                    for name, value in self.timelines.identity.items()
+                },
             },
             self.gathered,
         )
@@ -324,7 +395,9 @@ class Guard:
         if self.run is not None:
             if self.heartbeat is None:
                 self.heartbeat = Heartbeat(self.run, self.rank).start()
-            self.heartbeat.meter = Meter(self.probes.parameters[0].device) if self.probes.parameters else None
+            self.heartbeat.meter = (
+                Meter(self.probes.parameters[0].device) if self.probes.parameters else None
+            )
             if self.rank == 0:
                 self.desk.open(self.run)
             run = self.run
@@ -342,10 +415,12 @@ class Guard:
     def end(self, phase: Phase, reason: str, *, onset: int | None = None) -> None:
         """A deliberate end: the last checkpoint, the last word in the journal.
 
-        A run whose end could not be saved has failed, whatever it was about to be: a resume goes on with it.
+        A run whose end could not be saved has failed, whatever it was about to be: a resume goes on
+        with it.
 
         Args:
-            onset: first step of an incident that nothing was done about: no resume begins with what holds it.
+            onset: first step of an incident that nothing was done about: no resume begins with what
+            holds it.
         """
         self.account.flush()
         self.at(Phase.SAVE)
@@ -364,12 +439,15 @@ class Guard:
             planned=planned.value,
         )
         if self.rank == 0 and phase in (Phase.HALTED, Phase.FAILED):
-            # The loop just ends. Without this a script would go on as if all of its steps had been made.
+            # The loop just ends. Without this a script would go on as if all of its steps had been
+            # made.
             logger.error("guardrail: %s at step %d: %s", phase.value, self.step, reason)
         self.at(phase)
 
     def _unsaved(self, onset: int | None) -> str:
-        """Save the end of the run; what of it could not be written and why, "" when all of it is. A collective."""
+        """Save the end of the run; what of it could not be written and why, "" when all of it is. A
+        collective.
+        """
         why = self.tiers.finish(self.timelines.facts, onset=onset)
         if why:
             return f"the final checkpoint could not be written ({why})"
@@ -378,7 +456,9 @@ class Guard:
         return f"the journal could not be written ({journal})" if journal else ""
 
     def close(self) -> None:
-        """Release threads and files. Part of the iteration's `finally`; harmless when called again."""
+        """Release threads and files. Part of the iteration's `finally`; harmless when called
+        again.
+        """
         self.pace.close()
         self.probes.close()
         self.gate.close()
@@ -389,7 +469,7 @@ class Guard:
             self.heartbeat.stop()
             self.heartbeat = None
 
-    # -- one step ------------------------------------------------------------------------------------------------
+    # -- one step ----------------------------------------------------------------------------------
 
     def finish(
         self,
@@ -411,7 +491,8 @@ class Guard:
             loss if nominal is not None else loss * tokens,
             tokens,
             step_time=self.pace.seconds(step.began, began),
-            command=(lagged.command() if lagged is not None else None) or self.desk.next(step.number),
+            command=(lagged.command() if lagged is not None else None)
+            or self.desk.next(step.number),
             stop=self.stopping,
             incomplete=incomplete,
             failed_save=self.tiers.failed_save,
@@ -430,12 +511,16 @@ class Guard:
         return verdict
 
     def _expect_rest(self) -> None:
-        """A step is not applied, and its loop body may go on to draw random numbers: remember how things stand."""
+        """A step is not applied, and its loop body may go on to draw random numbers: remember how
+        things stand.
+        """
         self.attempt.begin()
         self._resting = True
 
     def _discard_rest(self) -> None:
-        """Undo what the loop did after `finish` with a step that was not applied: the next try begins without it."""
+        """Undo what the loop did after `finish` with a step that was not applied: the next try
+        begins without it.
+        """
         if self._resting:
             self._resting = False
             self.attempt.undo()
@@ -494,7 +579,9 @@ class Guard:
         return observation, verdict
 
     def heed(self, reduced: Reduced) -> None:
-        """Keep a command or a stop that came with a step's numbers until the loop has done with the step."""
+        """Keep a command or a stop that came with a step's numbers until the loop has done with the
+        step.
+        """
         command = (reduced.command_kind, reduced.command_value)
         self._command, self._stop = (0, 0.0) if self.desk.obeyed else command, reduced.stop
         self.desk.obeyed = False
@@ -511,14 +598,18 @@ class Guard:
         self.end(Phase.STOPPED, "asked to stop; the unfinished batch was given back")
 
     def effects(self, step: int) -> Effects:
-        """What the update of a step is made with: what a person has set, and remedies. A new line may change it."""
+        """What the update of a step is made with: what a person has set, and remedies. A new line
+        may change it.
+        """
         key, known = (step, self.past.lines), self._effects  # the heartbeat's thread asks too
         if known is None or known[0] != key:
             known = self._effects = key, self.past.effects(step, self.settings.guard)
         return known[1]
 
     def over_share(self, span: Span) -> str:
-        """Why the guard may not leave a span out by itself; "" where it may. See `guard.max_skipped_share`."""
+        """Why the guard may not leave a span out by itself; "" where it may. See
+        `guard.max_skipped_share`.
+        """
         if self._data_size is None:
             self._data_size = self.ledger.data_size(self.total_steps)
         share = self.settings.guard.max_skipped_share
@@ -543,7 +634,7 @@ class Guard:
             alive=lambda: self.at(Phase.STEP, self.step + 1),
         )
 
-    # -- small things --------------------------------------------------------------------------------------------
+    # -- small things ------------------------------------------------------------------------------
 
     def at(self, phase: Phase, step: int | None = None) -> None:
         if self.heartbeat is not None:
@@ -573,7 +664,9 @@ class Guard:
         return box[0]
 
     def slow_work(self, work: Callable[[], T]) -> T:
-        """`work()` of this rank, once all ranks have done theirs: none waits in a collective for a slow disk."""
+        """`work()` of this rank, once all ranks have done theirs: none waits in a collective for a
+        slow disk.
+        """
         return run_together(work, self.gathered, world=self.world)
 
     def gathered(self, value: Any) -> list[Any]:

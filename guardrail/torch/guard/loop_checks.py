@@ -1,6 +1,8 @@
-"""Mistakes of a custom training loop that would go unnoticed: it trains another model, or steps something itself.
+"""Mistakes of a custom training loop that would go unnoticed: it trains another model, or steps
+something itself.
 
-What cannot be meant is an error, at the first step where that is possible. What may be meant is a note in the journal.
+What cannot be meant is an error, at the first step where that is possible. What may be meant is a
+note in the journal.
 """
 
 from __future__ import annotations
@@ -21,19 +23,25 @@ MAX_LACKING_NOTES = 3  # layers that only some batches use would fill the journa
 
 
 class LoopChecks:
-    """Of one guard; every rank calls the same methods at the same steps. For `optimizer.step` see `Gate`."""
+    """Of one guard; every rank calls the same methods at the same steps. For `optimizer.step` see
+    `Gate`.
+    """
 
     def __init__(self, guard: Guard) -> None:
         self._guard = guard
         self._half_weights = HalfWeights(guard.probes.parameters, apart=guard.probes.embedding)
-        self._trains = False  # whether the first step of this process has been looked at for gradients
+        # whether the first step of this process has been looked at for gradients
+        self._trains = False
         self._lacking_notes = 0
-        self._scheduled: int | None = None  # position of the scheduler after its last step by the guard
+        # position of the scheduler after its last step by the guard
+        self._scheduled: int | None = None
 
-    # -- gradients -----------------------------------------------------------------------------------------------
+    # -- gradients ---------------------------------------------------------------------------------
 
     def refuse_without_gradients(self, step: Step, reduced: Reduced) -> None:
-        """Once, at the first step of this process. Every rank raises UsageError if no rank has a gradient."""
+        """Once, at the first step of this process. Every rank raises UsageError if no rank has a
+        gradient.
+        """
         if self._trains or not math.isfinite(reduced.loss):
             return
         self._trains = True
@@ -50,9 +58,13 @@ class LoopChecks:
             )
 
     def name_lacking(self, step: Step) -> None:
-        """Note parameters that had gradients before and got none in this step. A collective; each is named once."""
+        """Note parameters that had gradients before and got none in this step. A collective; each
+        is named once.
+        """
         guard = self._guard
-        names = sorted({name for found in guard.gathered(guard.probes.take_lacking()) for name in found})
+        names = sorted(
+            {name for found in guard.gathered(guard.probes.take_lacking()) for name in found}
+        )
         self._lacking_notes += bool(names)
         if names and self._lacking_notes <= MAX_LACKING_NOTES:
             rest = f", and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
@@ -78,10 +90,12 @@ class LoopChecks:
                 unchanged=share,
             )
 
-    # -- the schedule --------------------------------------------------------------------------------------------
+    # -- the schedule ------------------------------------------------------------------------------
 
     def advance_schedule(self) -> None:
-        """Step the scheduler after an applied update. Raises UsageError if the loop has stepped it too."""
+        """Step the scheduler after an applied update. Raises UsageError if the loop has stepped it
+        too.
+        """
         scheduler = self._guard.scheduler
         if scheduler is None:
             return

@@ -17,7 +17,8 @@ class Quarantine:
     """What a guard leaves out.
 
     Args:
-        describe: sample ids -> (documents as dicts, number of documents), for the journal. Called on rank 0.
+        describe: sample ids -> (documents as dicts, number of documents), for the journal. Called
+        on rank 0.
     """
 
     def __init__(self, guard: Guard, describe: Describe | None) -> None:
@@ -35,12 +36,17 @@ class Quarantine:
         guard.ledger.leave_out(span)
 
     def told(self, span: Span) -> dict[str, Any]:
-        """What a journal line says of a span: its samples, and on rank 0 the documents that they come from."""
+        """What a journal line says of a span: its samples, and on rank 0 the documents that they
+        come from.
+        """
         guard = self._guard
         ids = guard.ledger.samples_of(span)
         data: dict[str, Any] = {"span": span, "count": len(ids), "incident": guard.incident}
-        if self._describes and ids:  # on every rank alike: the others wait while rank 0 looks its documents up
-            documents, total = guard.slow_work(lambda: self.describe(ids) if self.describe is not None else ([], 0))
+        # on every rank alike: the others wait while rank 0 looks its documents up
+        if self._describes and ids:
+            documents, total = guard.slow_work(
+                lambda: self.describe(ids) if self.describe is not None else ([], 0)
+            )
             if self.describe is not None:
                 data |= {"documents": documents[:MAX_NAMED], "documents_total": total}
         return data

@@ -27,7 +27,8 @@ def line_of_question(
     """Data of the `paused` line: the evidence, and each choice with what it would do and cost.
 
     Args:
-        deadline: wall time at which the guard answers itself, 0: never; `default`: what it then does.
+        deadline: wall time at which the guard answers itself, 0: never; `default`: what it then
+        does.
     """
     if verdict is None or verdict.would is None or batch is None:
         return {"proposals": [], "asks": False}
@@ -41,15 +42,26 @@ def line_of_question(
         "deadline": deadline,
         "default": default,
     }
-    if guard.rank or guard.run is None:  # what the others remember of the journal holds no proposals
-        return {"proposals": [{"choice": choice, "action": name} for choice, name in enumerate(names)], **data}
+    # what the others remember of the journal holds no proposals
+    if guard.rank or guard.run is None:
+        return {
+            "proposals": [{"choice": choice, "action": name} for choice, name in enumerate(names)],
+            **data,
+        }
     try:
         scene = Scene.of(guard.run, status=guard.account.status())
-        previews = choices(scene, verdict, first=batch.first, last=batch.last, settled=guard.controller.is_settled)
+        previews = choices(
+            scene, verdict, first=batch.first, last=batch.last, settled=guard.controller.is_settled
+        )
     except (OSError, GuardrailError, KeyError, ValueError):
         previews = []  # a disk that does not answer: the question is asked without the numbers
-    by_name = {preview.command: msgspec.to_builtins(preview) | {"text": preview.sentence()} for preview in previews}
-    proposals = [{"choice": at, "action": name, **by_name.get(name, {})} for at, name in enumerate(names)]
+    by_name = {
+        preview.command: msgspec.to_builtins(preview) | {"text": preview.sentence()}
+        for preview in previews
+    }
+    proposals = [
+        {"choice": at, "action": name, **by_name.get(name, {})} for at, name in enumerate(names)
+    ]
     return {"proposals": proposals, **data}
 
 

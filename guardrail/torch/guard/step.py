@@ -21,12 +21,15 @@ class Step:
     Attributes:
         number: the step that it becomes when it is applied.
         batch: what to compute it from.
-        verdict, applied: known behind `finish`; under `guard.gate = "lagged"` mostly behind that of the next step.
-        repeated: an earlier try with this number was dropped unjudged: numbers are read a step late, and those of the
-            step before it, or its own, called for the host.
+        verdict, applied: known behind `finish`; under `guard.gate = "lagged"` mostly behind that of
+        the next step.
+        repeated: an earlier try with this number was dropped unjudged: numbers are read a step
+            late, and those of the step before it, or its own, called for the host.
     """
 
-    def __init__(self, guard: Guard, *, number: int, batch: Batch, began: float, repeated: bool = False) -> None:
+    def __init__(
+        self, guard: Guard, *, number: int, batch: Batch, began: float, repeated: bool = False
+    ) -> None:
         self._guard = guard
         self.number = number
         self.batch = batch
@@ -46,19 +49,24 @@ class Step:
         signals: Mapping[str, Tensor | float] | None = None,
         wait: bool = False,
     ) -> Verdict | None:
-        """Observe, decide, and apply the update or leave it out. Call once, on every rank, after the last backward.
+        """Observe, decide, and apply the update or leave it out. Call once, on every rank, after
+        the last backward.
 
         Args:
-            loss: without `nominal_tokens` this rank's mean loss, whose gradients are in `.grad` (averaged over ranks,
-                as DDP and FSDP do); with it the SUM of this rank's token losses, 0-d.
+            loss: without `nominal_tokens` this rank's mean loss, whose gradients are in `.grad`
+                (averaged over ranks, as DDP and FSDP do); with it the SUM of this rank's token
+                losses, 0-d.
             tokens: label tokens behind the sum.
-            nominal_tokens: the number, summed over ranks, that the sums were divided by before backward. The guard
-                rescales the gradients by nominal / actual tokens, so that every token weighs the same.
-            incomplete: this rank was asked to stop and left micro-batches out: nothing is decided, the run ends.
-            signals: further numbers of this rank that `guard.signals` announces, 0-d; their mean over the ranks that
-                give one is watched. They travel in the step's one reduction.
-            wait: judge it now, even where `guard.gate = "lagged"` would read its numbers a step later: the loop is
-                going to use the weights behind it, as in an evaluation. The same on every rank.
+            nominal_tokens: the number, summed over ranks, that the sums were divided by before
+                backward. The guard rescales the gradients by nominal / actual tokens, so that every
+                token weighs the same.
+            incomplete: this rank was asked to stop and left micro-batches out: nothing is decided,
+            the run ends.
+            signals: further numbers of this rank that `guard.signals` announces, 0-d; their mean
+                over the ranks that give one is watched. They travel in the step's one reduction.
+            wait: judge it now, even where `guard.gate = "lagged"` would read its numbers a step
+                later: the loop is going to use the weights behind it, as in an evaluation. The same
+                on every rank.
 
         Raises:
             UsageError: an argument that is not what is written above.

@@ -18,7 +18,11 @@ from guardrail.torch.measure.reduction import Reduced
 if TYPE_CHECKING:
     from guardrail.torch.guard.guard import Guard
 
-VERSIONS = {"python": platform.python_version(), "torch": torch.__version__, "guardrail": version("guardrail")}
+VERSIONS = {
+    "python": platform.python_version(),
+    "torch": torch.__version__,
+    "guardrail": version("guardrail"),
+}
 
 
 class Account:
@@ -34,7 +38,12 @@ class Account:
         self._written = False  # the present row
 
     def begin(
-        self, step: Step, reduced: Reduced, verdict: Verdict, bands: dict[str, tuple[float, float]], lr: float
+        self,
+        step: Step,
+        reduced: Reduced,
+        verdict: Verdict,
+        bands: dict[str, tuple[float, float]],
+        lr: float,
     ) -> None:
         """Begin the row of a step.
 
@@ -73,7 +82,9 @@ class Account:
             self.row["verdict"] = list(Action).index(action)
 
     def add(self, step: Step, reduced: Reduced, *, seconds: float, guarding: float) -> None:
-        """Times of a step, for the row and the status. The guard's own: reduction, verdict, copies, the row."""
+        """Times of a step, for the row and the status. The guard's own: reduction, verdict, copies,
+        the row.
+        """
         guard = self._guard
         if self.row is not None:
             self.row["step_time"], self.row["guard_time"] = seconds, guarding
@@ -99,7 +110,9 @@ class Account:
             self.row = None
 
     def write(self) -> None:
-        """Write the row of an alarm at once: the process may die of what was found before the next step begins."""
+        """Write the row of an alarm at once: the process may die of what was found before the next
+        step begins.
+        """
         if self.row is not None and not self._written:
             self._written = True
             self._guard.recorder.row(self.row)

@@ -30,9 +30,11 @@ class Timelines:
     """Start, resume, rollback and undo of one guard: each but the first opens a new timeline.
 
     Args:
-        fixed_loss: loss on one fixed batch, same on every rank; stored with a checkpoint and compared after a resume.
+        fixed_loss: loss on one fixed batch, same on every rank; stored with a checkpoint and
+        compared after a resume.
         lr_at: the scheduled learning rate as a function of the step, to be compared after a resume.
-        identity: fingerprints stored with a checkpoint. A resume on other "data" is refused, any other change noted.
+        identity: fingerprints stored with a checkpoint. A resume on other "data" is refused, any
+        other change noted.
     """
 
     def __init__(
@@ -78,7 +80,9 @@ class Timelines:
         guard.tiers.begin(self.facts, past=guard.past)
 
     def _continue(self, restored: Restored | None) -> None:
-        """After a restart: the newest valid state of the present timeline, checked against what it says of itself."""
+        """After a restart: the newest valid state of the present timeline, checked against what it
+        says of itself.
+        """
         guard = self._guard
         check: dict[str, str] = {}
         if restored is not None:
@@ -89,7 +93,11 @@ class Timelines:
             check = restored.check | self._check_resume(restored.extra, saved_rate)
         guard.controller.incidents.rewind(guard.step, same_steps=True)
         guard.timeline = self._first_timeline = guard.past.timeline + 1
-        where = f"checkpoint {restored.name}" if restored else "the beginning: no valid checkpoint was found"
+        where = (
+            f"checkpoint {restored.name}"
+            if restored
+            else "the beginning: no valid checkpoint was found"
+        )
         guard.say(
             "restarted",
             f"continues at step {guard.step} from {where}",
@@ -100,24 +108,36 @@ class Timelines:
         )
         if check:
             wrong = [name for name, outcome in check.items() if outcome != "ok"]
-            message = f"resumed state differs in {', '.join(wrong)}" if wrong else "resumed state is what was saved"
+            message = (
+                f"resumed state differs in {', '.join(wrong)}"
+                if wrong
+                else "resumed state is what was saved"
+            )
             guard.say("resume_check", message, **check)
         guard.tiers.begin(
-            self.facts, past=guard.past, good=restored is None or restored.good, saved=restored is not None
+            self.facts,
+            past=guard.past,
+            good=restored is None or restored.good,
+            saved=restored is not None,
         )
 
     def _check_resume(self, extra: dict[str, Any], saved_rate: float) -> dict[str, str]:
-        """Which of schedule, data order and loss differ from what the checkpoint says (weights: see TrainingState)."""
+        """Which of schedule, data order and loss differ from what the checkpoint says (weights: see
+        TrainingState).
+        """
         guard = self._guard
         check = {}
         if self._lr_at is not None:
             want = self._lr_at(guard.step + 1)
             good = math.isclose(saved_rate, want, rel_tol=0.01)
-            check["schedule"] = "ok" if good else f"learning rate {saved_rate:.4g}, the schedule says {want:.4g}"
+            check["schedule"] = (
+                "ok" if good else f"learning rate {saved_rate:.4g}, the schedule says {want:.4g}"
+            )
         check["data"] = "ok"
         if "frozen" in extra:
             check["trained"] = self._check_trained(extra)
-        same = extra.get("world") == guard.world  # ranks and configuration: then the arithmetic is the same to the bit
+        # ranks and configuration: then the arithmetic is the same to the bit
+        same = extra.get("world") == guard.world
         for key, value in self.identity.items():
             saved = extra.get("identity", {}).get(key, value)
             if saved != value and key == "data":
@@ -140,7 +160,10 @@ class Timelines:
         guard = self._guard
         order, cursor = guard.ledger.order, int(extra["cursor"])
         started = guard.past.started or {}
-        was = extra.get("order") or {"samples": started.get("samples"), "seed": started.get("order_seed")}
+        was = extra.get("order") or {
+            "samples": started.get("samples"),
+            "seed": started.get("order_seed"),
+        }
         if not cursor and not guard.past.spans:
             return
         ahead = order.samples(cursor, cursor + AHEAD)
@@ -150,7 +173,9 @@ class Timelines:
             if was.get(name) is not None and was[name] != now
         ]
         if not changed and extra.get("order_ahead", ahead) != ahead:
-            changed = [f"the samples from position {cursor} on are {ahead} and were {extra['order_ahead']}"]
+            changed = [
+                f"the samples from position {cursor} on are {ahead} and were {extra['order_ahead']}"
+            ]
         if changed:
             raise UsageError(
                 f"the sample order has changed: {'; '.join(changed)}. The rest of the epoch would repeat some samples "
@@ -163,7 +188,9 @@ class Timelines:
         return {"samples": order.n_samples, "seed": order.seed, "shuffled": order.shuffled}
 
     def _check_trained(self, extra: dict[str, Any]) -> str:
-        """Whether the same parameters are trained as in the run that saved; gradients are watched from here on."""
+        """Whether the same parameters are trained as in the run that saved; gradients are watched
+        from here on.
+        """
         probes = self._guard.probes
         probes.expect_gradients(without=extra["without_gradient"])
         saved, now = set(extra["frozen"]) & probes.all_names, set(probes.frozen())
@@ -189,10 +216,11 @@ class Timelines:
         verdict: Verdict | None = None,
         allowed: bool = False,
     ) -> bool:
-        """Go back to a state from before `window` and leave the window out. False: there is no such state.
+        """Go back to a state from before `window` and leave the window out. False: there is no such
+        state.
 
-        The window depends on the onset alone, never on which state is at hand, so that a run which lost its ring in a
-        crash still makes the same batches afterwards.
+        The window depends on the onset alone, never on which state is at hand, so that a run which
+        lost its ring in a crash still makes the same batches afterwards.
 
         Args:
             verdict: that asks for it; its rung and remedies are on the same line.
@@ -207,7 +235,9 @@ class Timelines:
             guard.say("note", f"no valid state from before position {window[0]} to roll back to")
             return False
         left = guard.step
-        span = self.span(window=window, onset=onset, reason=reason, cause=cause, verdict=verdict, allowed=allowed)
+        span = self.span(
+            window=window, onset=onset, reason=reason, cause=cause, verdict=verdict, allowed=allowed
+        )
         if verdict is not None and not allowed and (over := guard.over_share(span)):
             guard.say("note", f"no rollback: {over}")
             return False
@@ -262,9 +292,11 @@ class Timelines:
         )
 
     def undo(self, undoing: Undoing, target: Target, lines: Sequence[int]) -> None:
-        """Take a decision back: go to `target`, from before it, with its samples no longer left out.
+        """Take a decision back: go to `target`, from before it, with its samples no longer left
+        out.
 
-        The batches that it rejected are pardoned: what is found in them again is noted, and they are applied.
+        The batches that it rejected are pardoned: what is found in them again is noted, and they
+        are applied.
 
         Args:
             lines: seqs of all journal lines that this takes back.
@@ -306,7 +338,9 @@ class Timelines:
         if guard.updates is not None:
             # A rank's own part, which means nothing among another number of ranks.
             guard.updates.restore(
-                extra.get("update_square") if extra.get("world", guard.world) == guard.world else None
+                extra.get("update_square")
+                if extra.get("world", guard.world) == guard.world
+                else None
             )
 
     def _take_written(self, extra: dict[str, Any]) -> None:
@@ -327,7 +361,9 @@ class Timelines:
             )
 
     def facts(self, checkpoint: bool = False) -> dict[str, Any]:
-        """What travels with a snapshot besides tensors; for a checkpoint also what a resume is checked against."""
+        """What travels with a snapshot besides tensors; for a checkpoint also what a resume is
+        checked against.
+        """
         guard = self._guard
         facts: dict[str, Any] = {
             "step": guard.step,

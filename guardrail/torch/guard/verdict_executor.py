@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import torch
 
-from guardrail.core.records import LOSS, MAX_NAMED, Action, Diagnosis, Kind, Mode, Observation, Phase, Span, Verdict
+from guardrail.core.records import (
+    LOSS,
+    MAX_NAMED,
+    Action,
+    Diagnosis,
+    Kind,
+    Mode,
+    Observation,
+    Phase,
+    Span,
+    Verdict,
+)
 from guardrail.decide.advised_incidents import advised_words
 from guardrail.decide.diagnoses import signals_of
 from guardrail.decide.sample_order import Batch
@@ -26,7 +37,8 @@ from guardrail.torch.state.forward_side_effects import Attempt
 if TYPE_CHECKING:
     from guardrail.torch.guard.guard import Guard
 
-# (rejected try, its verdict, its numbers) -> the cause of its incident; a collective that leaves the run as it was.
+# (rejected try, its verdict, its numbers) -> the cause of its incident; a collective that leaves
+# the run as it was.
 Judge = Callable[[Step, Verdict, Reduced], Diagnosis]
 
 
@@ -34,9 +46,11 @@ class Verdicts:
     """What one guard does with a judged step; the same on every rank.
 
     Args:
-        texts: sample ids -> their texts as the model met them, for what is odd about them. Called on rank 0.
+        texts: sample ids -> their texts as the model met them, for what is odd about them. Called
+        on rank 0.
         tokens: see `DescribeTokens`. Called on rank 0.
-        rerun: runs the forward passes of this rank's share of the last batch again, with the same dice.
+        rerun: runs the forward passes of this rank's share of the last batch again, with the same
+        dice.
     """
 
     def __init__(
@@ -52,8 +66,12 @@ class Verdicts:
         self._rerun = rerun
         self.judge: Judge | None = self._find_cause if guard.replays is not None else None
 
-    def carry_out(self, step: Step, verdict: Verdict, reduced: Reduced, observation: Observation) -> Verdict:
-        """Explain and carry out; returns the verdict that was carried out, which a cause may have changed."""
+    def carry_out(
+        self, step: Step, verdict: Verdict, reduced: Reduced, observation: Observation
+    ) -> Verdict:
+        """Explain and carry out; returns the verdict that was carried out, which a cause may have
+        changed.
+        """
         guard = self._guard
         guard.incident = verdict.incident
         if verdict.action is not Action.APPLY:
@@ -96,8 +114,12 @@ class Verdicts:
             guard.say("incident", message, **data)
         guard.tiers.withdraw(guard.controller.incidents.since)
 
-    def _reconsidered(self, step: Step, verdict: Verdict, reduced: Reduced, observation: Observation) -> Verdict:
-        """The verdict in the light of its incident's cause, which is on the record before anything takes effect."""
+    def _reconsidered(
+        self, step: Step, verdict: Verdict, reduced: Reduced, observation: Observation
+    ) -> Verdict:
+        """The verdict in the light of its incident's cause, which is on the record before anything
+        takes effect.
+        """
         guard = self._guard
         if self.judge is None or not guard.controller.wants_cause(verdict):
             return verdict
@@ -152,7 +174,8 @@ class Verdicts:
         guard.state.settle()
 
     def _within_share(self, step: Step, verdict: Verdict, named: Attribution | None) -> Verdict:
-        """The verdict, or where it would leave out more than the guard may by itself: a question, or the end.
+        """The verdict, or where it would leave out more than the guard may by itself: a question,
+        or the end.
 
         It is asked where somebody can answer: in the mode `ask`, and while a screen is open.
         """
@@ -163,7 +186,9 @@ class Verdicts:
         over = guard.over_share(self._span(step, verdict, decided, named))
         if not over:
             return verdict
-        asks = guard.mode is Mode.ASK or guard.shared(guard.run is not None and guard.run.screens() > 0)
+        asks = guard.mode is Mode.ASK or guard.shared(
+            guard.run is not None and guard.run.screens() > 0
+        )
         step.verdict = msgspec.structs.replace(
             verdict,
             action=Action.PAUSE if asks else Action.HALT,
@@ -175,14 +200,24 @@ class Verdicts:
         return step.verdict
 
     def _span(
-        self, step: Step, verdict: Verdict, action: Action, named: Attribution | None, *, allowed: bool = False
+        self,
+        step: Step,
+        verdict: Verdict,
+        action: Action,
+        named: Attribution | None,
+        *,
+        allowed: bool = False,
     ) -> Span:
         """What a skip or a rollback leaves out."""
         if action is Action.ROLLBACK:
             assert verdict.window is not None
             onset = verdict.onset or step.number
             return self._guard.timelines.span(
-                window=verdict.window, onset=onset, reason=verdict.reason, verdict=verdict, allowed=allowed
+                window=verdict.window,
+                onset=onset,
+                reason=verdict.reason,
+                verdict=verdict,
+                allowed=allowed,
             )
         return Span(
             first=step.batch.first,
@@ -194,7 +229,9 @@ class Verdicts:
             allowed=allowed,
         )
 
-    def _skip(self, step: Step, verdict: Verdict, named: Attribution | None, *, allowed: bool = False) -> None:
+    def _skip(
+        self, step: Step, verdict: Verdict, named: Attribution | None, *, allowed: bool = False
+    ) -> None:
         guard = self._guard
         guard.gate.leave_out()
         batch = step.batch
@@ -203,30 +240,53 @@ class Verdicts:
             guard.quarantine.leave_out(span, verdict.remedies)
         else:
             documents, texts = guard.quarantine.describe, self._texts
-            samples = guard.slow_work(lambda: told(named, ledger=guard.ledger, texts=texts, documents=documents))
+            samples = guard.slow_work(
+                lambda: told(named, ledger=guard.ledger, texts=texts, documents=documents)
+            )
             guard.quarantine.leave_out(span, verdict.remedies, samples=samples)
         if not span.positions:
             guard.ledger.passed(batch, applied=False)
-        # Else it is given back, and the next batch is formed from the same place without those samples.
+        # Else it is given back, and the next batch is formed from the same place without those
+        # samples.
 
     def _attribution(self, batch: Batch, verdict: Verdict) -> Attribution | None:
-        """The samples that a skipped batch owes its trouble to, where a replay has shown that it is the data."""
+        """The samples that a skipped batch owes its trouble to, where a replay has shown that it is
+        the data.
+        """
         guard = self._guard
-        known = guard.controller.diagnoses.of.get(verdict.incident) if verdict.incident is not None else None
-        if guard.replays is None or known is None or verdict.action is not Action.SKIP or not known.cause.of_data:
+        known = (
+            guard.controller.diagnoses.of.get(verdict.incident)
+            if verdict.incident is not None
+            else None
+        )
+        if (
+            guard.replays is None
+            or known is None
+            or verdict.action is not Action.SKIP
+            or not known.cause.of_data
+        ):
             return None
         applied = guard.controller.applied
-        return attribute(batch, verdict=verdict, replays=guard.replays, ledger=guard.ledger, applied=applied)
+        return attribute(
+            batch, verdict=verdict, replays=guard.replays, ledger=guard.ledger, applied=applied
+        )
 
     def _overflowed(self, step: Step, verdict: Verdict) -> None:
-        """Leave the update out at a lower loss scale. The data is not to blame, so nothing is quarantined."""
+        """Leave the update out at a lower loss scale. The data is not to blame, so nothing is
+        quarantined.
+        """
         guard = self._guard
         assert guard.loss_scale is not None
         guard.gate.leave_out()
         scale = guard.loss_scale.update(overflow=True)
         batch = step.batch
         passed = f"positions {batch.first} to {batch.last - 1} are passed by"
-        guard.say("note", f"{verdict.reason}: {passed}, and it is {scale:g} now", overflow=True, loss_scale=scale)
+        guard.say(
+            "note",
+            f"{verdict.reason}: {passed}, and it is {scale:g} now",
+            overflow=True,
+            loss_scale=scale,
+        )
         guard.ledger.passed(batch, applied=False)
 
     def _roll_back_for(self, step: Step, verdict: Verdict, *, allowed: bool = False) -> None:
@@ -235,7 +295,11 @@ class Verdicts:
         guard.gate.leave_out()
         onset = verdict.onset or step.number
         done = guard.timelines.roll_back(
-            window=verdict.window, onset=onset, reason=verdict.reason, verdict=verdict, allowed=allowed
+            window=verdict.window,
+            onset=onset,
+            reason=verdict.reason,
+            verdict=verdict,
+            allowed=allowed,
         )
         if not done:
             self._halt(verdict)
@@ -255,20 +319,29 @@ class Verdicts:
         guard = self._guard
         would = verdict.would or Action.ROLLBACK
         asked = time.perf_counter()
-        question, command = f"{verdict.reason}; proposed: {would.value}", (reduced.command_kind, reduced.command_value)
+        question, command = (
+            f"{verdict.reason}; proposed: {would.value}",
+            (reduced.command_kind, reduced.command_value),
+        )
         answer = guard.desk.park(question, verdict=verdict, batch=step.batch, command=command)
         step.began += time.perf_counter() - asked  # a person's time is not the step's
         if answer is Answer.GO_ON and verdict.beyond is Action.ROLLBACK:
             self._roll_back_for(step, verdict, allowed=True)
         elif answer is Answer.GO_ON and verdict.beyond is not None:
             self._skip(step, verdict, named, allowed=True)
-        elif answer is Answer.GO_ON and math.isfinite(reduced.loss) and math.isfinite(reduced.grad_norm):
+        elif (
+            answer is Answer.GO_ON
+            and math.isfinite(reduced.loss)
+            and math.isfinite(reduced.grad_norm)
+        ):
             guard.controller.overrule(observation)
             guard.attempt.redo()
             guard.account.rated(guard.rate(step.number))
             self._apply(step, reduced)
             guard.account.judged(Action.APPLY)
-        elif answer is Answer.GO_ON and self._guard.ledger.nothing_left(step.batch.first, step.batch.last):
+        elif answer is Answer.GO_ON and self._guard.ledger.nothing_left(
+            step.batch.first, step.batch.last
+        ):
             self._halt(verdict)
         elif answer is Answer.GO_ON:
             self._skip(step, verdict, None, allowed=True)
@@ -281,16 +354,25 @@ class Verdicts:
             guard.gate.leave_out()
 
     def _evidence(self, step: Step, verdict: Verdict, reduced: Reduced) -> dict[str, Any]:
-        """Where the numbers come from: parameters of a non-finite gradient on every rank, the module of a non-finite
-        loss, the tokens of an embedding in trouble. Asked while the gradients of the step are at hand."""
+        """Where the numbers come from: parameters of a non-finite gradient on every rank, the
+        module of a non-finite loss, the tokens of an embedding in trouble. Asked while the
+        gradients of the step are at hand."""
         guard = self._guard
         data: dict[str, Any] = {}
-        nonfinite = {f.signal for f in verdict.findings if f.kind in (Kind.NONFINITE, Kind.SCALE_COLLAPSE)}
+        nonfinite = {
+            f.signal for f in verdict.findings if f.kind in (Kind.NONFINITE, Kind.SCALE_COLLAPSE)
+        }
         if nonfinite - {LOSS}:
             named = guard.gathered(guard.probes.names_of_nonfinite())
-            data["parameters"] = {str(r): names[:MAX_NAMED] for r, names in enumerate(named) if names}
+            data["parameters"] = {
+                str(r): names[:MAX_NAMED] for r, names in enumerate(named) if names
+            }
         if LOSS in nonfinite and self._rerun is not None:
-            modules = {str(rank): name for rank, name in enumerate(guard.gathered(self._culprit(self._rerun))) if name}
+            modules = {
+                str(rank): name
+                for rank, name in enumerate(guard.gathered(self._culprit(self._rerun)))
+                if name
+            }
             if modules:
                 data["modules"] = modules
         return data | token_evidence(
@@ -307,10 +389,16 @@ class Verdicts:
         guard = self._guard
         reason = verdict.reason
         if modules := evidence.get("modules"):
-            reason += "; first non-finite output: " + ", ".join(f"{m} on rank {r}" for r, m in modules.items())
+            reason += "; first non-finite output: " + ", ".join(
+                f"{m} on rank {r}" for r, m in modules.items()
+            )
         noted = verdict.action is Action.APPLY and verdict.would is None
         advised = verdict.would is not None and verdict.action in (Action.APPLY, Action.OVERFLOW)
-        does = advised_words(verdict.would.value) if advised and verdict.would is not None else verdict.action.value
+        does = (
+            advised_words(verdict.would.value)
+            if advised and verdict.would is not None
+            else verdict.action.value
+        )
         kind, what = ("finding", "step") if noted else ("verdict", f"{does} at step")
         guard.say(
             kind,

@@ -1,10 +1,12 @@
 """Settings that were written for this start, held against those that a checkpoint brings back.
 
-`load_state_dict` brings back settings together with state: learning rate, weight decay, betas, T_max. Where the user
-has written something else since the checkpoint was saved, what is written now is used, and every difference is named.
+`load_state_dict` brings back settings together with state: learning rate, weight decay, betas,
+T_max. Where the user has written something else since the checkpoint was saved, what is written now
+is used, and every difference is named.
 
-A setting counts as changed when the value at the start of the run that saved differs from the value at this start. So
-one that moves while a run goes on, such as the momentum of a one-cycle schedule, is restored as it was saved.
+A setting counts as changed when the value at the start of the run that saved differs from the value
+at this start. So one that moves while a run goes on, such as the momentum of a one-cycle schedule,
+is restored as it was saved.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ MOST_STEPS = 1_000_000  # of a schedule that is counted through again: 10 to 20 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A setting whose saved value is not the one written now; `used` is the one that holds from here on."""
+    """A setting whose saved value is not the one written now; `used` is the one that holds from
+    here on.
+    """
 
     key: str
     saved: Any
@@ -48,8 +52,14 @@ class Difference:
     used: Any
 
     def sentence(self) -> str:
-        choice = "the configured value is used" if self.used == self.configured else f"{shown(self.used)} is used"
-        return f"{self.key}: saved {shown(self.saved)}, configured {shown(self.configured)}; {choice}"
+        choice = (
+            "the configured value is used"
+            if self.used == self.configured
+            else f"{shown(self.used)} is used"
+        )
+        return (
+            f"{self.key}: saved {shown(self.saved)}, configured {shown(self.configured)}; {choice}"
+        )
 
 
 class WrittenSettings:
@@ -62,7 +72,9 @@ class WrittenSettings:
     def __init__(self, state: TrainingState) -> None:
         self._state = state
         scalars = state.scalars()
-        self._groups: list[list[dict[str, Any]]] = [[g["values"] for g in groups] for groups in scalars["groups"]]
+        self._groups: list[list[dict[str, Any]]] = [
+            [g["values"] for g in groups] for groups in scalars["groups"]
+        ]
         self._schedulers: list[Any] = scalars["schedulers"]
 
     def facts(self) -> dict[str, Any]:
@@ -70,10 +82,12 @@ class WrittenSettings:
         return {"groups": self._groups, "schedulers": self._schedulers}
 
     def take(self, saved: Mapping[str, Any] | None, *, step: int) -> list[Difference]:
-        """Call it when a checkpoint has been loaded: use what was written for this start where that was changed.
+        """Call it when a checkpoint has been loaded: use what was written for this start where that
+        was changed.
 
         Args:
-            saved: `facts()` of the run that saved; None where an older version did. Then differences are only named.
+            saved: `facts()` of the run that saved; None where an older version did. Then
+            differences are only named.
             step: applied updates so far, after each of which the scheduler was stepped.
 
         Returns:
@@ -82,14 +96,20 @@ class WrittenSettings:
         rates = [float(group["lr"]) for group, _, _ in self._groups_with(saved)]
         found = self._take_group_settings(saved)
         found += self._scheduler_differences(saved)
-        self._reschedule(step, changed=self._rates_changed(saved) or any("." in d.key for d in found))
+        self._reschedule(
+            step, changed=self._rates_changed(saved) or any("." in d.key for d in found)
+        )
         for old, (group, _, _) in zip(rates, self._groups_with(saved), strict=True):
             new = float(group["lr"])
             if new != old:
-                found.append(Difference(key="learning rate of the next step", saved=old, configured=new, used=new))
+                found.append(
+                    Difference(
+                        key="learning rate of the next step", saved=old, configured=new, used=new
+                    )
+                )
         return _distinct(found)
 
-    # -- parameter groups ----------------------------------------------------------------------------------------
+    # -- parameter groups --------------------------------------------------------------------------
 
     def _groups_with(
         self, saved: Mapping[str, Any] | None
@@ -122,18 +142,24 @@ class WrittenSettings:
             for _, now, then in self._groups_with(saved)
         )
 
-    # -- schedules -----------------------------------------------------------------------------------------------
+    # -- schedules ---------------------------------------------------------------------------------
 
     def _scheduler_differences(self, saved: Mapping[str, Any] | None) -> list[Difference]:
         """Settings inside of a scheduler's state: T_max, gamma, milestones."""
         found = []
         before = saved["schedulers"] if saved else []
-        for scheduler, now, then in zip(self._state.schedulers, self._schedulers, before, strict=False):
+        for scheduler, now, then in zip(
+            self._state.schedulers, self._schedulers, before, strict=False
+        ):
             if isinstance(now, Mapping) and isinstance(then, Mapping):
                 for key in sorted(now.keys() - PROGRESS):
                     if then.get(key) != now[key]:
                         name = f"{type(scheduler).__name__}.{key}"
-                        found.append(Difference(key=name, saved=then.get(key), configured=now[key], used=now[key]))
+                        found.append(
+                            Difference(
+                                key=name, saved=then.get(key), configured=now[key], used=now[key]
+                            )
+                        )
         return found
 
     def _reschedule(self, step: int, *, changed: bool) -> None:
@@ -147,10 +173,19 @@ class WrittenSettings:
             self._set_written_rates()
         for scheduler in schedulers:
             if not isinstance(scheduler, LRScheduler):
-                # Parameter groups were loaded last. An object that sets rates when it loads has the last word here.
+                # Parameter groups were loaded last. An object that sets rates when it loads has the
+                # last word here.
                 scheduler.load_state_dict(plain.decode(plain.encode(scheduler.state_dict())))
-        counted = [(s, now) for s, now in zip(schedulers, self._schedulers, strict=True) if isinstance(s, LRScheduler)]
-        if counted and step <= MOST_STEPS and (changed or any(_holds_function(one) for one, _ in counted)):
+        counted = [
+            (s, now)
+            for s, now in zip(schedulers, self._schedulers, strict=True)
+            if isinstance(s, LRScheduler)
+        ]
+        if (
+            counted
+            and step <= MOST_STEPS
+            and (changed or any(_holds_function(one) for one, _ in counted))
+        ):
             self._set_written_rates()
             _count_through(counted, step)
 
@@ -162,9 +197,12 @@ class WrittenSettings:
 
 
 def _count_through(schedulers: list[tuple[LRScheduler, Any]], steps: int) -> None:
-    """Bring torch's schedulers from their beginning to a step: a rate may follow from the rate before it."""
+    """Bring torch's schedulers from their beginning to a step: a rate may follow from the rate
+    before it.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch expects a step of the optimizer before each of these
+        # torch expects a step of the optimizer before each of these
+        warnings.simplefilter("ignore")
         for scheduler, beginning in schedulers:
             scheduler.load_state_dict(plain.decode(beginning))
         for _ in range(steps):

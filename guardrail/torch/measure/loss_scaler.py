@@ -1,8 +1,9 @@
 """The loss scale of fp16, moved by the step's one verdict.
 
-torch's GradScaler looks for overflows on each device and asks the other ranks once more; here the packed vector has
-told every rank already, so the guard moves the scale by torch's rule and each rank holds the same one. The object stays
-torch's own (Accelerate's `accelerator.scaler` too), and its state dict is what a snapshot or a checkpoint keeps.
+torch's GradScaler looks for overflows on each device and asks the other ranks once more; here the
+packed vector has told every rank already, so the guard moves the scale by torch's rule and each
+rank holds the same one. The object stays torch's own (Accelerate's `accelerator.scaler` too), and
+its state dict is what a snapshot or a checkpoint keeps.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any
 
 class LossScale:
     """Args:
-    scaler: a torch.amp.GradScaler that multiplies the loss: `scaler.scale(loss).backward()`. Its `unscale_`, `step`
-        and `update` are never called; the gate divides the gradients by the scale together with clipping.
+    scaler: a torch.amp.GradScaler that multiplies the loss: `scaler.scale(loss).backward()`. Its
+        `unscale_`, `step` and `update` are never called; the gate divides the gradients by the
+        scale together with clipping.
     """
 
     def __init__(self, scaler: Any) -> None:
@@ -25,10 +27,11 @@ class LossScale:
         return float(self.scaler.get_scale())
 
     def update(self, *, overflow: bool) -> float:
-        """Down after an overflow, up after `growth_interval` updates without one; returns the new scale.
+        """Down after an overflow, up after `growth_interval` updates without one; returns the new
+        scale.
 
-        The rule of torch's `_amp_update_scale_` (Micikevicius et al. 2018, section 3.2): a scale that would become
-        infinite stays.
+        The rule of torch's `_amp_update_scale_` (Micikevicius et al. 2018, section 3.2): a scale
+        that would become infinite stays.
         """
         state = self.scaler.state_dict()
         scale, applied = float(state["scale"]), int(state["_growth_tracker"]) + 1
@@ -45,5 +48,7 @@ _LARGEST = math.ldexp(2 - 2**-23, 127)  # of float32, in which torch keeps the s
 
 
 def enabled(scaler: Any) -> bool:
-    """Whether it scales at all: torch's own switch, for a loop that is written once for every precision."""
+    """Whether it scales at all: torch's own switch, for a loop that is written once for every
+    precision.
+    """
     return scaler is not None and bool(scaler.is_enabled())

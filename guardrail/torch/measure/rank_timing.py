@@ -1,8 +1,9 @@
-"""When a rank has done its own part of a step, before it waits for the others; and how busy its GPU is.
+"""When a rank has done its own part of a step, before it waits for the others; and how busy its GPU
+is.
 
-Under data parallelism all ranks end their backward passes together, because gradients are averaged in it: a step takes
-as long on the fastest rank as on the slowest, and the slow one cannot be told by that. What tells it is when its own
-last gradient was there.
+Under data parallelism all ranks end their backward passes together, because gradients are averaged
+in it: a step takes as long on the fastest rank as on the slowest, and the slow one cannot be told
+by that. What tells it is when its own last gradient was there.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from torch import Tensor
 class Pace:
     """Notes when the last gradient of this rank is made.
 
-    The parameter that is used first, which models register first, gets its gradient last. Its hook runs where the
-    gradient is written, and DDP waits for the others only after that; where no hook runs (FSDP gathers its own copies)
-    the end of the whole backward pass counts. On a GPU it is the time at which the host had handed all work out.
+    The parameter that is used first, which models register first, gets its gradient last. Its hook
+    runs where the gradient is written, and DDP waits for the others only after that; where no hook
+    runs (FSDP gathers its own copies) the end of the whole backward pass counts. On a GPU it is the
+    time at which the host had handed all work out.
 
     Args:
         parameters: in the order of the model.
@@ -28,7 +30,9 @@ class Pace:
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._ready = 0.0
         first = next((p for p in parameters if p.requires_grad and p.is_leaf), None)
-        self._hook = first.register_post_accumulate_grad_hook(self._note) if first is not None else None
+        self._hook = (
+            first.register_post_accumulate_grad_hook(self._note) if first is not None else None
+        )
 
     def _note(self, _: Tensor) -> None:
         self._ready = time.perf_counter()
@@ -45,9 +49,11 @@ class Pace:
 
 
 class Meter:
-    """Utilisation and memory of a GPU, for the heartbeat; what cannot be had is unknown, and is asked for once.
+    """Utilisation and memory of a GPU, for the heartbeat; what cannot be had is unknown, and is
+    asked for once.
 
-    Neither waits for the GPU: the one is the driver's count (NVML), the other that of torch's own allocator.
+    Neither waits for the GPU: the one is the driver's count (NVML), the other that of torch's own
+    allocator.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -55,7 +61,9 @@ class Meter:
         self._known = device.type == "cuda"
 
     def __call__(self) -> tuple[float, int]:
-        """(per cent of the last second, or less, in which the GPU was busy, -1 unknown; bytes in use, 0 unknown)."""
+        """(per cent of the last second, or less, in which the GPU was busy, -1 unknown; bytes in
+        use, 0 unknown).
+        """
         if self._device.type != "cuda":
             return -1.0, 0
         memory = int(torch.cuda.memory_allocated(self._device))
@@ -64,7 +72,8 @@ class Meter:
         try:
             return float(torch.cuda.utilization(self._device)), memory
         except Exception:
-            # Without nvidia-ml-py an ImportError; without the driver's library, in a slice of a GPU, or without the
-            # right to ask an NVMLError: a kind of its own, in a module that may be missing. The heartbeat outlives it.
+            # Without nvidia-ml-py an ImportError; without the driver's library, in a slice of a
+            # GPU, or without the right to ask an NVMLError: a kind of its own, in a module that may
+            # be missing. The heartbeat outlives it.
             self._known = False
             return -1.0, memory

@@ -1,6 +1,8 @@
-"""16-bit weights that an update does not change: it is smaller than the distance between two neighbouring numbers.
+"""16-bit weights that an update does not change: it is smaller than the distance between two
+neighbouring numbers.
 
-Looked at in a sample of elements, after 4, 8, 16, ... 1,024 updates, so that it costs next to nothing.
+Looked at in a sample of elements, after 4, 8, 16, ... 1,024 updates, so that it costs next to
+nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ class HalfWeights:
         apart: of these, the ones of which most elements get no gradient in a step: embeddings.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], *, apart: Collection[nn.Parameter]) -> None:
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], *, apart: Collection[nn.Parameter]
+    ) -> None:
         excluded = {id(parameter) for parameter in apart}
         halves = [p for p in parameters if local(p).dtype in HALVES and id(p) not in excluded]
         self._parameters = sorted(halves, key=lambda p: local(p).numel(), reverse=True)[:TENSORS]
@@ -41,10 +45,11 @@ class HalfWeights:
 
     @torch.no_grad()
     def count_update(self) -> float | None:
-        """Call after each applied update. Returns the share of elements that have not changed, when it is too large.
+        """Call after each applied update. Returns the share of elements that have not changed, when
+        it is too large.
 
-        The share is that of the second half of all updates so far. It is returned once. Waits for the device where a
-        sample is compared.
+        The share is that of the second half of all updates so far. It is returned once. Waits for
+        the device where a sample is compared.
         """
         self._updates += 1
         if not self._parameters or self._updates != self._next or self._next > LAST:

@@ -1,4 +1,6 @@
-"""Apply an update or leave it out: a real branch, never a multiplication with zero (0 x NaN is NaN)."""
+"""Apply an update or leave it out: a real branch, never a multiplication with zero (0 x NaN is
+NaN).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,17 @@ from guardrail.torch.measure.reduction import Reduced, local
 
 # State of torch's own optimizers, and of those that name theirs alike, that sums up past gradients.
 MOMENTS = frozenset(
-    {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg", "sum"}
+    {
+        "step",
+        "exp_avg",
+        "exp_avg_sq",
+        "max_exp_avg_sq",
+        "exp_inf",
+        "momentum_buffer",
+        "square_avg",
+        "grad_avg",
+        "sum",
+    }
 )
 
 
@@ -27,8 +39,9 @@ class Gate:
     Args:
         optimizers: torch.optim optimizers over `parameters`.
         parameters: all trainable parameters; `embedding` the subset that `embed_alpha` shrinks.
-        clip: largest global norm of an applied gradient (0: no clipping), or what gives it from the norm of each
-            update that is applied; a state that it has must travel with the scheduler's.
+        clip: largest global norm of an applied gradient (0: no clipping), or what gives it from the
+            norm of each update that is applied; a state that it has must travel with the
+            scheduler's.
     """
 
     def __init__(
@@ -43,12 +56,16 @@ class Gate:
         self.parameters = list(parameters)
         self.embedding = list(embedding)
         self.clip = clip
-        self._ours = {id(p) for one in self.optimizers for group in one.param_groups for p in group["params"]}
+        self._ours = {
+            id(p) for one in self.optimizers for group in one.param_groups for p in group["params"]
+        }
         self._stepping = False
         self._hook: RemovableHandle | None = None
 
     def open(self) -> None:
-        """From now on until `close`, refuse every step on these parameters that is not taken here."""
+        """From now on until `close`, refuse every step on these parameters that is not taken
+        here.
+        """
         self._hook = self._hook or register_optimizer_step_pre_hook(self._refuse_step)
 
     def close(self) -> None:
@@ -58,7 +75,9 @@ class Gate:
             self._hook = None
 
     def _refuse_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Before any optimizer steps, whoever calls it. Raises UsageError before a parameter has changed."""
+        """Before any optimizer steps, whoever calls it. Raises UsageError before a parameter has
+        changed.
+        """
         if self._stepping:
             return
         if any(id(p) in self._ours for group in optimizer.param_groups for p in group["params"]):
@@ -68,10 +87,11 @@ class Gate:
             )
 
     def factor(self, reduced: Reduced, *, embed_alpha: float = 1.0, clip: float = 1.0) -> float:
-        """What all gradients are multiplied by: token weighting and clipping in one pass. Once an applied update.
+        """What all gradients are multiplied by: token weighting and clipping in one pass. Once an
+        applied update.
 
-        Clipping uses torch's rule, min(1, clip / (norm + 1e-6)), with the norm after embedding shrink and the limit
-        times `clip`.
+        Clipping uses torch's rule, min(1, clip / (norm + 1e-6)), with the norm after embedding
+        shrink and the limit times `clip`.
         """
         norm = reduced.grad_norm
         if embed_alpha != 1.0:
@@ -83,9 +103,15 @@ class Gate:
         return reduced.scale * (1.0 if coefficient >= 1.0 else coefficient)
 
     def factor_on_device(self, norm: Tensor, scale: Tensor, *, clip: float = 1.0) -> Tensor:
-        """`factor` without a wait, by the same operations: float64, 0-d. Not with a function that clips."""
+        """`factor` without a wait, by the same operations: float64, 0-d. Not with a function that
+        clips.
+        """
         limit = clip * self.clip if isinstance(self.clip, int | float) else 0.0
-        return scale * (torch.full_like(norm, limit) / (norm + 1e-6)).clamp(max=1.0) if limit else scale
+        return (
+            scale * (torch.full_like(norm, limit) / (norm + 1e-6)).clamp(max=1.0)
+            if limit
+            else scale
+        )
 
     @torch.no_grad()
     def apply(
@@ -100,7 +126,8 @@ class Gate:
 
         Args:
             factor: a number, or one on the device, 0-d.
-            unless: float32, 0-d, on the device: where it is 1 there, the optimizers leave parameters and state alone.
+            unless: float32, 0-d, on the device: where it is 1 there, the optimizers leave
+            parameters and state alone.
         """
         if embed_alpha != 1.0:
             self._scale(self.embedding, embed_alpha)
@@ -124,7 +151,9 @@ class Gate:
 
     @contextlib.contextmanager
     def _rates_times(self, factor: float) -> Iterator[None]:
-        """Within it, the learning rates are multiplied by `factor`. They are put back even if an optimizer raises."""
+        """Within it, the learning rates are multiplied by `factor`. They are put back even if an
+        optimizer raises.
+        """
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         rates = [group["lr"] for group in groups]
         try:
@@ -139,8 +168,9 @@ class Gate:
 
     @torch.no_grad()
     def reset_moments(self) -> None:
-        """What optimizers know of past gradients, at zero, and the count of updates as well: or the bias correction of
-        Adam would take the zeros for a measurement and make its next updates several times too large."""
+        """What optimizers know of past gradients, at zero, and the count of updates as well: or the
+        bias correction of Adam would take the zeros for a measurement and make its next updates
+        several times too large."""
         for optimizer in self.optimizers:
             for state in optimizer.state.values():
                 for name in MOMENTS & state.keys():
@@ -161,11 +191,15 @@ class Gate:
     def _scale(parameters: Sequence[nn.Parameter], factor: float | Tensor) -> None:
         gradients = [local(p.grad) for p in parameters if p.grad is not None]
         if gradients:
-            torch._foreach_mul_(gradients, factor.to(gradients[0].dtype) if isinstance(factor, Tensor) else factor)
+            torch._foreach_mul_(
+                gradients, factor.to(gradients[0].dtype) if isinstance(factor, Tensor) else factor
+            )
 
 
 def can_leave_out(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether its step reads `found_inf`, as torch's fused optimizers do, and so can be left out on the device."""
+    """Whether its step reads `found_inf`, as torch's fused optimizers do, and so can be left out on
+    the device.
+    """
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 

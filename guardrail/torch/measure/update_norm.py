@@ -1,7 +1,9 @@
-"""The L2 norm of an optimizer's update, exactly: parameters are copied before the step and subtracted after it.
+"""The L2 norm of an optimizer's update, exactly: parameters are copied before the step and
+subtracted after it.
 
-A norm that is computed from gradients and learning rate would be a guess about the optimizer. The copy costs the
-parameters once more in memory and three passes over them a step, so it is asked for (`guard.update_norm`).
+A norm that is computed from gradients and learning rate would be a guess about the optimizer. The
+copy costs the parameters once more in memory and three passes over them a step, so it is asked for
+(`guard.update_norm`).
 """
 
 from __future__ import annotations
@@ -43,13 +45,17 @@ class UpdateNorm:
     def after(self) -> None:
         """Call when they have stepped."""
         torch._foreach_sub_(self._before, self._now())
-        self.square = (torch.stack(norms(self._before)).to(self._weights.dtype) ** 2 * self._weights).sum()
+        self.square = (
+            torch.stack(norms(self._before)).to(self._weights.dtype) ** 2 * self._weights
+        ).sum()
 
     def _now(self) -> list[Tensor]:
         return [local(parameter).detach() for parameter in self._parameters]
 
     def facts(self) -> float | None:
-        """What travels with a snapshot, or the first step after it would not know the update before it."""
+        """What travels with a snapshot, or the first step after it would not know the update before
+        it.
+        """
         return None if self.square is None else float(self.square)
 
     def restore(self, square: float | None) -> None:

@@ -1,4 +1,6 @@
-"""SHA-256 of a training state, component by component: two runs are in the same state if these are the same."""
+"""SHA-256 of a training state, component by component: two runs are in the same state if these are
+the same.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,14 @@ from guardrail.rundir.manifest import BUFFER, MODEL, OPTIM
 
 
 def component_digests(tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> dict[str, str]:
-    """SHA-256 of weights, moments, schedule and buffers, from live or copied local tensors, on any device."""
-    parts: dict[str, Any] = {"weights": hashlib.sha256(), "moments": hashlib.sha256(), "schedule": hashlib.sha256()}
+    """SHA-256 of weights, moments, schedule and buffers, from live or copied local tensors, on any
+    device.
+    """
+    parts: dict[str, Any] = {
+        "weights": hashlib.sha256(),
+        "moments": hashlib.sha256(),
+        "schedule": hashlib.sha256(),
+    }
     for name in sorted(tensors):
         prefix = name.split("/", 1)[0] + "/"
         component = {MODEL: "weights", OPTIM: "moments", BUFFER: "buffers"}[prefix]
@@ -31,7 +39,9 @@ def component_digests(tensors: Mapping[str, Tensor], scalars: Mapping[str, Any])
 
 
 def raw_bytes(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The elements in row-major order as bytes, [numel * itemsize] uint8; shares memory where it can."""
+    """The elements in row-major order as bytes, [numel * itemsize] uint8; shares memory where it
+    can.
+    """
     array: np.ndarray[Any, np.dtype[np.uint8]] = (
         tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     )

@@ -1,7 +1,9 @@
-"""What a forward pass leaves behind besides gradients: running statistics, and dice that have been thrown.
+"""What a forward pass leaves behind besides gradients: running statistics, and dice that have been
+thrown.
 
-A batch that is left out must leave neither, or its NaN stays in a running mean, and the batches after it meet other
-dropout than in a run that never saw it. The built-in trainer has neither; a loop of one's own may have both.
+A batch that is left out must leave neither, or its NaN stays in a running mean, and the batches
+after it meet other dropout than in a run that never saw it. The built-in trainer has neither; a
+loop of one's own may have both.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from guardrail.torch.state.training_state import TrainingState
 
 
 class _Kept:
-    """A buffer and its content before the attempt. torch counts in-place changes, so one that rests costs nothing.
+    """A buffer and its content before the attempt. torch counts in-place changes, so one that rests
+    costs nothing.
 
     Only the running statistics of normalisation layers change without being counted (`silent`).
     """
@@ -30,11 +33,12 @@ class _Kept:
 
 
 class Attempt:
-    """The side effects of one forward pass, or of a window of them: `begin` before, then `undo`, and `redo` if need be.
+    """The side effects of one forward pass, or of a window of them: `begin` before, then `undo`,
+    and `redo` if need be.
 
     Args:
-        state: whose persistent buffers are meant. Buffers that a module replaces, instead of changing them in place,
-            are seen as new ones and are not put back.
+        state: whose persistent buffers are meant. Buffers that a module replaces, instead of
+            changing them in place, are seen as new ones and are not put back.
     """
 
     def __init__(self, state: TrainingState) -> None:
@@ -47,7 +51,9 @@ class Attempt:
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Remember how things stand; copies only the buffers that have changed since the last time."""
+        """Remember how things stand; copies only the buffers that have changed since the last
+        time.
+        """
         self._before, self._after = rng.look(), None
         for name, buffer in self._state.buffers():
             kept = self._kept.get(name)

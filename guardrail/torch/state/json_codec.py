@@ -1,7 +1,9 @@
-"""Python values <-> strict JSON without loss: tuples stay tuples, NaN stays NaN, a learning rate may be a tensor.
+"""Python values <-> strict JSON without loss: tuples stay tuples, NaN stays NaN, a learning rate
+may be a tensor.
 
-What JSON has no word for becomes an object with one key that begins with "$". Anything else (functions, objects,
-tensors of more than one element) is refused, by name: a state that could not be restored must not be saved.
+What JSON has no word for becomes an object with one key that begins with "$". Anything else
+(functions, objects, tensors of more than one element) is refused, by name: a state that could not
+be restored must not be saved.
 """
 
 from __future__ import annotations
@@ -35,7 +37,11 @@ def encode(value: Any, where: str = "state") -> Any:
         return {"$tensor": [kind, list(value.shape), encode(value.item(), where)]}
     if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
         return encode(value.item(), where)
-    what = f"a tensor of {value.numel()} elements" if isinstance(value, Tensor) else type(value).__name__
+    what = (
+        f"a tensor of {value.numel()} elements"
+        if isinstance(value, Tensor)
+        else type(value).__name__
+    )
     raise UsageError(f"{where} holds {what}, which guardrail cannot save and restore exactly")
 
 
@@ -44,11 +50,17 @@ def _encode_mapping(value: Mapping[Any, Any], where: str) -> dict[str, Any]:
         return {"$counter": [[encode(key, where), count] for key, count in value.items()]}
     if all(isinstance(key, str) and not key.startswith("$") for key in value):
         return {key: encode(item, f"{where}.{key}") for key, item in value.items()}
-    return {"$dict": [[encode(key, where), encode(item, f"{where}[{key!r}]")] for key, item in value.items()]}
+    return {
+        "$dict": [
+            [encode(key, where), encode(item, f"{where}[{key!r}]")] for key, item in value.items()
+        ]
+    }
 
 
 def decode(value: Any) -> Any:
-    """The value that `encode` was given; mappings come back as dict or Counter, tensors on the CPU."""
+    """The value that `encode` was given; mappings come back as dict or Counter, tensors on the
+    CPU.
+    """
     if isinstance(value, list):
         return [decode(item) for item in value]
     if not isinstance(value, dict):

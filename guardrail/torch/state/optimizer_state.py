@@ -1,4 +1,6 @@
-"""What an optimizer keeps beside each parameter: tensors and numbers of its own, such as Adam's moments and steps."""
+"""What an optimizer keeps beside each parameter: tensors and numbers of its own, such as Adam's
+moments and steps.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,16 @@ Trained = tuple[nn.Parameter, Optimizer, dict[str, Any]]
 
 
 def scalars(trained: Mapping[str, Trained]) -> dict[str, Any]:
-    """Optimizer state that is no tensor, and which tensors stay on the host beside a device (Adam's steps)."""
+    """Optimizer state that is no tensor, and which tensors stay on the host beside a device (Adam's
+    steps).
+    """
     numbers: dict[str, Any] = {}
     on_host: set[str] = set()
     for name, (parameter, optimizer, _) in trained.items():
         held = {}
-        for key, value in (optimizer.state[parameter] if parameter in optimizer.state else {}).items():
+        for key, value in (
+            optimizer.state[parameter] if parameter in optimizer.state else {}
+        ).items():
             if not isinstance(value, Tensor):
                 held[key] = plain.encode(value, f"the optimizer state of {name}: {key}")
             elif value.device != parameter.device:
@@ -33,7 +39,9 @@ def scalars(trained: Mapping[str, Trained]) -> dict[str, Any]:
 
 
 def reshape(
-    trained: Mapping[str, Trained], found: Mapping[str, tuple[torch.dtype, Shape]], scalars: Mapping[str, Any]
+    trained: Mapping[str, Trained],
+    found: Mapping[str, tuple[torch.dtype, Shape]],
+    scalars: Mapping[str, Any],
 ) -> None:
     """Give each parameter's state exactly the keys that were saved."""
     saved: dict[str, dict[str, tuple[torch.dtype, Shape]]] = {}
@@ -55,20 +63,36 @@ def reshape(
 
 
 def _created(
-    parameter: nn.Parameter, group: dict[str, Any], key: str, dtype: torch.dtype, shape: Shape, *, on_host: bool
+    parameter: nn.Parameter,
+    group: dict[str, Any],
+    key: str,
+    dtype: torch.dtype,
+    shape: Shape,
+    *,
+    on_host: bool,
 ) -> Tensor:
-    """An optimizer tensor as the optimizer would have made it: shaped and sharded like the parameter, or small."""
+    """An optimizer tensor as the optimizer would have made it: shaped and sharded like the
+    parameter, or small.
+    """
     device = torch.device("cpu") if on_host else parameter.device
     if key == "step":  # torch.optim keeps it on the host unless the step itself runs on the device
-        device = parameter.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
+        device = (
+            parameter.device
+            if group.get("fused") or group.get("capturable")
+            else torch.device("cpu")
+        )
     elif shape == tuple(parameter.shape) and not on_host:
         return torch.empty_like(parameter.detach(), dtype=dtype)
     return torch.empty(shape, dtype=dtype, device=device)
 
 
 def keeps_tensors(optimizer: Optimizer) -> bool | None:
-    """Tried with one step of a twin on a parameter of its own, which shares nothing that a step changes."""
-    if any(isinstance(value, Tensor) for state in optimizer.state.values() for value in state.values()):
+    """Tried with one step of a twin on a parameter of its own, which shares nothing that a step
+    changes.
+    """
+    if any(
+        isinstance(value, Tensor) for state in optimizer.state.values() for value in state.values()
+    ):
         return True
     probe = nn.Parameter(torch.ones(2, 2))
     probe.grad = torch.ones(2, 2)
@@ -80,6 +104,9 @@ def keeps_tensors(optimizer: Optimizer) -> bool | None:
     try:
         # Not twin.step(): a scheduler has put a wrapper there that is bound to the real optimizer.
         type(optimizer).step(twin)
-    except Exception:  # anybody's optimizer, on a parameter that it was not made for: then nobody knows
+    # anybody's optimizer, on a parameter that it was not made for: then nobody knows
+    except Exception:
         return None
-    return any(isinstance(value, Tensor) for state in twin.state.values() for value in state.values())
+    return any(
+        isinstance(value, Tensor) for state in twin.state.values() for value in state.values()
+    )

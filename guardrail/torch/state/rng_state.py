@@ -1,6 +1,7 @@
 """The global random states of python, numpy, torch and the device, as they are and as JSON.
 
-The built-in trainer draws nothing from them (its dice are functions of seed and position); a user's own loop may.
+The built-in trainer draws nothing from them (its dice are functions of seed and position); a user's
+own loop may.
 """
 
 from __future__ import annotations

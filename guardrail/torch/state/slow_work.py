@@ -1,8 +1,8 @@
 """Waiting for slow work of another rank without a collective whose timeout could end the wait.
 
-A collective fails once it has waited for `launch.collective_seconds`, however well the slow rank does. So no rank waits
-inside one for a save or for the hashes of a checkpoint: that work runs on a thread, and meanwhile all ranks meet in
-small collectives, each of which is answered at once.
+A collective fails once it has waited for `launch.collective_seconds`, however well the slow rank
+does. So no rank waits inside one for a save or for the hashes of a checkpoint: that work runs on a
+thread, and meanwhile all ranks meet in small collectives, each of which is answered at once.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ T = TypeVar("T")
 Gathered = Callable[[Any], Sequence[Any]]
 
 
-def wait_together(done: Callable[[], bool], gathered: Gathered, *, pause: float = MEETING_SECONDS) -> None:
-    """Return on every rank once `done()` holds on every rank. A collective that is called again and again.
+def wait_together(
+    done: Callable[[], bool], gathered: Gathered, *, pause: float = MEETING_SECONDS
+) -> None:
+    """Return on every rank once `done()` holds on every rank. A collective that is called again and
+    again.
 
     Args:
         done: of this rank; answers at once.
@@ -32,7 +35,8 @@ def wait_together(done: Callable[[], bool], gathered: Gathered, *, pause: float 
 
 
 def run_together(work: Callable[[], T], gathered: Gathered, *, world: int) -> T:
-    """Run `work` on every rank, each in its own time, and return this rank's result once all have done.
+    """Run `work` on every rank, each in its own time, and return this rank's result once all have
+    done.
 
     Args:
         work: holds no collective; runs on a thread of its own, except where there is one rank only.

@@ -1,6 +1,7 @@
 """Which part of a whole tensor lies on this rank, and which other ranks hold the same part.
 
-A plain tensor is whole on every rank; a DTensor (FSDP2, tensor parallel) is the shard of it that lies here.
+A plain tensor is whole on every rank; a DTensor (FSDP2, tensor parallel) is the shard of it that
+lies here.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def box_of(tensor: DTensor) -> Box:
     if any(isinstance(placement, Partial) for placement in tensor.placements):
         raise UsageError("a partial DTensor has no value of its own and cannot be saved")
     chunk = tensor.__create_chunk_list__()[0]  # the protocol of torch.distributed.checkpoint
-    return Box(global_shape=tuple(tensor.shape), offset=tuple(chunk.offsets), size=tuple(chunk.sizes))
+    return Box(
+        global_shape=tuple(tensor.shape), offset=tuple(chunk.offsets), size=tuple(chunk.sizes)
+    )
 
 
 def replica(tensor: Tensor, holders: range) -> tuple[int, int]:
@@ -42,7 +45,9 @@ def replica(tensor: Tensor, holders: range) -> tuple[int, int]:
         return holders.index(rank), len(holders)
     index, count = 0, 1
     coordinate = tensor.device_mesh.get_coordinate() or [0] * tensor.device_mesh.ndim
-    for position, size, placement in zip(coordinate, tensor.device_mesh.shape, tensor.placements, strict=True):
+    for position, size, placement in zip(
+        coordinate, tensor.device_mesh.shape, tensor.placements, strict=True
+    ):
         if placement.is_replicate():
             index, count = index * size + position, count * size
     outer, copies = _place(tensor.device_mesh, holders)
@@ -52,7 +57,8 @@ def replica(tensor: Tensor, holders: range) -> tuple[int, int]:
 def _place(mesh: DeviceMesh, holders: range) -> tuple[int, int]:
     """(number, count) of this mesh among the equal ones that fill up the holders beside it.
 
-    A norm under tensor parallelism lies on the data-parallel mesh alone: each rank of its group has one of its own.
+    A norm under tensor parallelism lies on the data-parallel mesh alone: each rank of its group has
+    one of its own.
     """
     ranks = sorted(mesh.mesh.flatten().tolist())
     if len(ranks) == len(holders):

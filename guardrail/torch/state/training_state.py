@@ -1,11 +1,12 @@
-"""The training state as named tensors and plain numbers: what a snapshot copies and a checkpoint stores.
+"""The training state as named tensors and plain numbers: what a snapshot copies and a checkpoint
+stores.
 
     model/FQN        parameters, tied ones once
     buffer/FQN       persistent buffers (a buffer that is not persistent is, by torch's definition, not state)
     optim/FQN/KEY    tensors of the optimizer, by the parameter's name, never by its index
 
-Works on local tensors: a DTensor (FSDP2) stands for this rank's shard of it, and its `Box` says which part that is.
-Parameters never change identity and `.grad` is never part of it.
+Works on local tensors: a DTensor (FSDP2) stands for this rank's shard of it, and its `Box` says
+which part that is. Parameters never change identity and `.grad` is never part of it.
 """
 
 from __future__ import annotations
@@ -28,21 +29,25 @@ from guardrail.torch.state.digests import component_digests
 from guardrail.torch.state.tensor_shards import box_of, local, replica
 from guardrail.torch.state.wrappers import accelerated, plain_name, unwrap, unwrap_model
 
-# How to compute an update, not which one: it belongs to the machine that trains now, not to the one that saved.
+# How to compute an update, not which one: it belongs to the machine that trains now, not to the one
+# that saved.
 _IMPLEMENTATION = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
 _NAMED = 3  # differences that a message names; the rest is counted
 
 
 class TrainingState:
-    """Model, optimizers and schedules as one thing that can be copied, compared and put back bit by bit.
+    """Model, optimizers and schedules as one thing that can be copied, compared and put back bit by
+    bit.
 
     Args:
         model: plain, compiled, DDP, FSDP2 (`fully_shard`), or what Accelerate's `prepare` returned.
-        optimizer: one torch.optim optimizer or several, of parameters of the model, each in one of them.
+        optimizer: one torch.optim optimizer or several, of parameters of the model, each in one of
+        them.
         scheduler: anything with state_dict and load_state_dict, several, or None.
-        holders: the ranks that hold the same part of the model as this one, a contiguous stretch; None: all ranks. With
-            it construction is a collective.
-        scaler: a torch.amp.GradScaler, or None. One that Accelerate hung on an optimizer is found by itself.
+        holders: the ranks that hold the same part of the model as this one, a contiguous stretch;
+            None: all ranks. With it construction is a collective.
+        scaler: a torch.amp.GradScaler, or None. One that Accelerate hung on an optimizer is found
+        by itself.
 
     Raises:
         UsageError: something that could not be restored exactly; names it.
@@ -58,7 +63,9 @@ class TrainingState:
     ) -> None:
         self.holders = holders
         self.model = unwrap_model(model)
-        wrapped: list[Any] = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+        wrapped: list[Any] = (
+            list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+        )
         self.optimizers: list[Optimizer] = [unwrap(item, "optimizer") for item in wrapped]
         hung = [s for item in wrapped if accelerated(item) and (s := item.scaler) is not None]
         self._scalers = list({id(s): s for s in [*hung, scaler] if s is not None}.values())
@@ -66,7 +73,9 @@ class TrainingState:
         self.schedulers = [unwrap(item, "scheduler") for item in schedulers if item is not None]
         self._refuse_unknown_sharding()
         self.settle()
-        self._parameters = {plain_name(name): parameter for name, parameter in self.model.named_parameters()}
+        self._parameters = {
+            plain_name(name): parameter for name, parameter in self.model.named_parameters()
+        }
         self.names: dict[int, str] = {id(p): name for name, p in self._parameters.items()}
         self._buffers = list(_persistent_buffers(self.model))
         self._refuse_overlapping()
@@ -78,16 +87,24 @@ class TrainingState:
     def _refuse_unknown_sharding(self) -> None:
         for module in self.model.modules():
             if isinstance(module, FullyShardedDataParallel):
-                raise UsageError("the model is wrapped in FullyShardedDataParallel (FSDP1): use fully_shard (FSDP2)")
+                raise UsageError(
+                    "the model is wrapped in FullyShardedDataParallel (FSDP1): use fully_shard (FSDP2)"
+                )
         for optimizer in self.optimizers:
             if "ZeroRedundancyOptimizer" in {kind.__name__ for kind in type(optimizer).__mro__}:
-                raise UsageError("ZeroRedundancyOptimizer hides which rank holds which state: use fully_shard (FSDP2)")
+                raise UsageError(
+                    "ZeroRedundancyOptimizer hides which rank holds which state: use fully_shard (FSDP2)"
+                )
 
     def _refuse_overlapping(self) -> None:
         for name, module, key in self._buffers:
             buffer = module._buffers[key]
-            if buffer is not None and any(s == 0 and n > 1 for n, s in zip(buffer.shape, buffer.stride(), strict=True)):
-                raise UsageError(f"buffer {name} is an expanded view and cannot be restored in place: clone() it")
+            if buffer is not None and any(
+                s == 0 and n > 1 for n, s in zip(buffer.shape, buffer.stride(), strict=True)
+            ):
+                raise UsageError(
+                    f"buffer {name} is an expanded view and cannot be restored in place: clone() it"
+                )
 
     def _trained(self) -> dict[str, moments.Trained]:
         """By parameter name."""
@@ -102,21 +119,31 @@ class TrainingState:
                             "parameter of the model: build the optimizer after the model was sharded or moved"
                         )
                     if name in trained:
-                        raise UsageError(f"{name} is trained by two optimizers; guardrail needs one for each parameter")
+                        raise UsageError(
+                            f"{name} is trained by two optimizers; guardrail needs one for each parameter"
+                        )
                     trained[name] = (parameter, optimizer, group)
         return trained
 
     def _share_names(self) -> None:
-        """What the model and each parameter group hold on all ranks together: a stage of a pipeline has some of it."""
+        """What the model and each parameter group hold on all ranks together: a stage of a pipeline
+        has some of it.
+        """
         names = set(self._parameters) | {name for name, _, _ in self._buffers}
-        groups = [[sorted(self.names[id(p)] for p in g["params"]) for g in o.param_groups] for o in self.optimizers]
+        groups = [
+            [sorted(self.names[id(p)] for p in g["params"]) for g in o.param_groups]
+            for o in self.optimizers
+        ]
         everyone: list[Any] = [(names, groups)]
         if self.holders is not None:
             everyone = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(everyone, (names, groups))
         self.all_names: frozenset[str] = frozenset().union(*(theirs for theirs, _ in everyone))
         self._group_names = [
-            [sorted({name for _, theirs in everyone for name in theirs[i][j]}) for j in range(len(own))]
+            [
+                sorted({name for _, theirs in everyone for name in theirs[i][j]})
+                for j in range(len(own))
+            ]
             for i, own in enumerate(groups)
         ]
 
@@ -126,7 +153,7 @@ class TrainingState:
         inner = inner.rpartition("/")[0] if prefix + "/" == OPTIM else inner
         return inner in self._parameters or any(inner == buffer for buffer, _, _ in self._buffers)
 
-    # -- tensors -------------------------------------------------------------------------------------------------
+    # -- tensors -----------------------------------------------------------------------------------
 
     @property
     def sharded(self) -> bool:
@@ -135,9 +162,11 @@ class TrainingState:
 
     @property
     def layout(self) -> str:
-        """How the state lies on the ranks; two runs with the same one hold the same parts on the same ranks.
+        """How the state lies on the ranks; two runs with the same one hold the same parts on the
+        same ranks.
 
-        "ddp": whole on every rank; "fsdp": sharded over all of them; else the mesh as well, "fsdp dp_replicate=2 ...".
+        "ddp": whole on every rank; "fsdp": sharded over all of them; else the mesh as well, "fsdp
+        dp_replicate=2 ...".
         """
         part = "" if self.holders is None else f" of a stage on {len(self.holders)} ranks"
         meshes = {p.device_mesh for p in self._parameters.values() if isinstance(p, DTensor)}
@@ -151,8 +180,8 @@ class TrainingState:
     def settle(self) -> None:
         """Drop FSDP's gathered copies of parameters.
 
-        After a forward pass with no backward (an evaluation) FSDP2 keeps the root's parameters gathered, and would
-        compute the next step with that copy of the old values.
+        After a forward pass with no backward (an evaluation) FSDP2 keeps the root's parameters
+        gathered, and would compute the next step with that copy of the old values.
         """
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
@@ -177,7 +206,9 @@ class TrainingState:
                 yield name, buffer
 
     def tensors(self) -> dict[str, Tensor]:
-        """Name -> this rank's part of it, the live storage. Empty optimizer state (never stepped) has no names."""
+        """Name -> this rank's part of it, the live storage. Empty optimizer state (never stepped)
+        has no names.
+        """
         return {name: local(tensor) for name, tensor in self._entries()}
 
     def boxes(self) -> dict[str, Box]:
@@ -185,7 +216,9 @@ class TrainingState:
         return {name: self._box_of(tensor) for name, tensor in self._entries()}
 
     def replicas(self) -> dict[str, tuple[int, int]]:
-        """Name -> (index, count) of this rank among those that hold the same part; plain tensors: all of the world."""
+        """Name -> (index, count) of this rank among those that hold the same part; plain tensors:
+        all of the world.
+        """
         world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         holders = range(world) if self.holders is None else self.holders
         return {name: replica(tensor, holders) for name, tensor in self._entries()}
@@ -195,7 +228,11 @@ class TrainingState:
         parameter = self._parameters.get(name.split("/", 1)[1])
         if name.startswith(OPTIM):
             parameter = self._groups[name.split("/", 1)[1].rpartition("/")[0]][0]
-        if parameter is not None and isinstance(parameter, DTensor) and tuple(parameter.shape) == shape:
+        if (
+            parameter is not None
+            and isinstance(parameter, DTensor)
+            and tuple(parameter.shape) == shape
+        ):
             return self._box_of(parameter)
         return Box.whole(shape)
 
@@ -207,13 +244,18 @@ class TrainingState:
             self._boxes[key] = box_of(tensor)
         return self._boxes[key]
 
-    # -- numbers -------------------------------------------------------------------------------------------------
+    # -- numbers -----------------------------------------------------------------------------------
 
     def scalars(self) -> dict[str, Any]:
-        """All that is not a tensor, JSON-able: hyperparameters by group, optimizer numbers, schedules, loss scale."""
+        """All that is not a tensor, JSON-able: hyperparameters by group, optimizer numbers,
+        schedules, loss scale.
+        """
         return {
             "groups": [
-                [self._group_scalars(group, names) for group, names in zip(o.param_groups, all_names, strict=True)]
+                [
+                    self._group_scalars(group, names)
+                    for group, names in zip(o.param_groups, all_names, strict=True)
+                ]
                 for o, all_names in zip(self.optimizers, self._group_names, strict=True)
             ],
             "state": moments.scalars(self._groups),
@@ -230,7 +272,9 @@ class TrainingState:
 
     @torch.no_grad()
     def load_scalars(self, scalars: Mapping[str, Any]) -> None:
-        """Put the numbers of `scalars()` back: schedules first, so that the saved learning rates have the last word."""
+        """Put the numbers of `scalars()` back: schedules first, so that the saved learning rates
+        have the last word.
+        """
         self.check_scalars(scalars)
         for scheduler, saved in zip(self.schedulers, scalars["schedulers"], strict=True):
             scheduler.load_state_dict(plain.decode(saved))
@@ -247,22 +291,36 @@ class TrainingState:
             optimizer.state[parameter].update(plain.decode(numbers))
 
     def check_scalars(self, scalars: Mapping[str, Any]) -> None:
-        for what, live in (("schedulers", self.schedulers), ("scalers", self._scalers), ("groups", self.optimizers)):
+        for what, live in (
+            ("schedulers", self.schedulers),
+            ("scalers", self._scalers),
+            ("groups", self.optimizers),
+        ):
             if len(scalars[what]) != len(live):
                 noun = {"groups": "optimizers", "scalers": "gradient scalers"}.get(what, what)
-                raise CheckpointInvalid(f"saved with {len(scalars[what])} {noun}, and there are {len(live)} now")
+                raise CheckpointInvalid(
+                    f"saved with {len(scalars[what])} {noun}, and there are {len(live)} now"
+                )
         for all_names, groups in zip(self._group_names, scalars["groups"], strict=True):
             now = [_hash(names) for names in all_names]
             if [group["parameters"] for group in groups] != now:
-                raise CheckpointInvalid("the optimizer's groups held other parameters when this was saved")
+                raise CheckpointInvalid(
+                    "the optimizer's groups held other parameters when this was saved"
+                )
         strangers = sorted(set(scalars["state"]["numbers"]) - self.all_names)
         if strangers:
-            raise CheckpointInvalid(f"optimizer state of parameters that are not trained here: {_some(strangers)}")
+            raise CheckpointInvalid(
+                f"optimizer state of parameters that are not trained here: {_some(strangers)}"
+            )
 
-    # -- putting back --------------------------------------------------------------------------------------------
+    # -- putting back ------------------------------------------------------------------------------
 
-    def differences(self, found: Mapping[str, tuple[torch.dtype, Shape]], *, weights_only: bool = False) -> list[str]:
-        """What keeps tensors of these types and global shapes from being loaded; nothing live is touched."""
+    def differences(
+        self, found: Mapping[str, tuple[torch.dtype, Shape]], *, weights_only: bool = False
+    ) -> list[str]:
+        """What keeps tensors of these types and global shapes from being loaded; nothing live is
+        touched.
+        """
         live = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self._entries()}
         wanted = [name for name in live if not name.startswith(OPTIM)]
         problems = [f"{name} is missing" for name in wanted if name not in found]
@@ -273,7 +331,9 @@ class TrainingState:
             elif name not in live:
                 problems.append(f"{name} is not in this model")
             elif live[name] != (dtype, shape):
-                problems.append(f"{name} is {_kind(dtype, shape)} and should be {_kind(*live[name])}")
+                problems.append(
+                    f"{name} is {_kind(dtype, shape)} and should be {_kind(*live[name])}"
+                )
         return problems
 
     def _moment_differences(
@@ -285,26 +345,37 @@ class TrainingState:
         if live is not None and live != (dtype, shape):
             return [f"{name} is {_kind(dtype, shape)} and should be {_kind(*live)}"]
         parameter = self._groups[owner][0]
-        if live is None and isinstance(parameter, DTensor) and shape and shape != tuple(parameter.shape):
+        if (
+            live is None
+            and isinstance(parameter, DTensor)
+            and shape
+            and shape != tuple(parameter.shape)
+        ):
             return [f"{name} of shape {list(shape)} has no place beside the sharded {owner}"]
         return []
 
     @torch.no_grad()
     def load(
-        self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any], boxes: Mapping[str, Box] | None = None
+        self,
+        tensors: Mapping[str, Tensor],
+        scalars: Mapping[str, Any],
+        boxes: Mapping[str, Box] | None = None,
     ) -> None:
         """Make the live state equal to a saved one, bit for bit, cold or warm.
 
-        Optimizer state that is missing is created (type, device and sharding as the optimizer would), surplus state
-        is deleted: a state from before the first step makes the optimizer a new one again.
+        Optimizer state that is missing is created (type, device and sharding as the optimizer
+        would), surplus state is deleted: a state from before the first step makes the optimizer a
+        new one again.
 
         Args:
             tensors: name -> local part on any device, as `tensors()` gave it.
             scalars: as `scalars()` gave it.
-            boxes: name -> part of the whole; default: plain tensors are whole, shards are as they lie here.
+            boxes: name -> part of the whole; default: plain tensors are whole, shards are as they
+            lie here.
 
         Raises:
-            CheckpointInvalid: names, shapes or types do not fit. Nothing live has been touched then.
+            CheckpointInvalid: names, shapes or types do not fit. Nothing live has been touched
+            then.
         """
         boxes = boxes if boxes is not None else self._boxes_like(tensors)
         found = {name: (tensor.dtype, boxes[name].global_shape) for name, tensor in tensors.items()}
@@ -329,12 +400,20 @@ class TrainingState:
         for name, tensor in tensors.items():
             parameter = self._parameters.get(name.split("/", 1)[1])
             if name.startswith(OPTIM):
-                parameter = self._groups.get(name.removeprefix(OPTIM).rpartition("/")[0], (None,))[0]
+                parameter = self._groups.get(name.removeprefix(OPTIM).rpartition("/")[0], (None,))[
+                    0
+                ]
             own = self._box_of(parameter) if isinstance(parameter, DTensor) else None
-            boxes[name] = own if own is not None and own.size == tuple(tensor.shape) else Box.whole(tensor.shape)
+            boxes[name] = (
+                own
+                if own is not None and own.size == tuple(tensor.shape)
+                else Box.whole(tensor.shape)
+            )
         return boxes
 
-    def _part_differences(self, tensors: Mapping[str, Tensor], boxes: Mapping[str, Box]) -> list[str]:
+    def _part_differences(
+        self, tensors: Mapping[str, Tensor], boxes: Mapping[str, Box]
+    ) -> list[str]:
         problems = []
         for name, tensor in tensors.items():
             box = boxes[name]
@@ -345,20 +424,26 @@ class TrainingState:
                 problems.append(f"{name} holds another part of the whole than this rank does")
         return problems
 
-    # -- comparing -----------------------------------------------------------------------------------------------
+    # -- comparing ---------------------------------------------------------------------------------
 
     def digests(self) -> dict[str, str]:
-        """SHA-256 of each component of this rank's live state: weights, moments, schedule, buffers where there are."""
+        """SHA-256 of each component of this rank's live state: weights, moments, schedule, buffers
+        where there are.
+        """
         return component_digests(self.tensors(), self.scalars())
 
     def stateless(self) -> bool | None:
-        """Whether these optimizers keep no tensors by nature, such as SGD without momentum; None: no way to know."""
+        """Whether these optimizers keep no tensors by nature, such as SGD without momentum; None:
+        no way to know.
+        """
         answers = [moments.keeps_tensors(optimizer) for optimizer in self.optimizers]
         return False if True in answers else None if None in answers else True
 
 
 def set_group_value(group: dict[str, Any], key: str, value: Any) -> None:
-    """Change a setting of a parameter group; a tensor in place, where a compiled or captured step reads it."""
+    """Change a setting of a parameter group; a tensor in place, where a compiled or captured step
+    reads it.
+    """
     if isinstance(group.get(key), Tensor):
         group[key].copy_(torch.as_tensor(value))
     else:

@@ -1,4 +1,6 @@
-"""What DDP, torch.compile, activation checkpointing and Accelerate put around a model, an optimizer or a name."""
+"""What DDP, torch.compile, activation checkpointing and Accelerate put around a model, an optimizer
+or a name.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def unwrap(item: Any, attribute: str) -> Any:
 
 def accelerated(item: Any) -> bool:
     """Whether Accelerate's `prepare` made it."""
-    return type(item).__name__.startswith("Accelerated") and type(item).__module__.startswith("accelerate.")
+    return type(item).__name__.startswith("Accelerated") and type(item).__module__.startswith(
+        "accelerate."
+    )
 
 
 def plain_name(name: str) -> str:

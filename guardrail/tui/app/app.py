@@ -1,4 +1,6 @@
-"""Start-up and wiring of the screen: reader -> two frames a second, or five while something happens -> cockpit."""
+"""Start-up and wiring of the screen: reader -> two frames a second, or five while something happens
+-> cockpit.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ from guardrail.tui.terminal import hangup as terminal
 from guardrail.tui.terminal.key_queue import NOW, Typing
 from guardrail.tui.terminal.themed_app import Themed
 
-FRAME_SECONDS = 0.2  # between two frames while something happens: to the run, or by the viewer's hand
+# between two frames while something happens: to the run, or by the viewer's hand
+FRAME_SECONDS = 0.2
 QUIET_SECONDS = 0.5  # ... and while there is nothing new but a few rows more
 TICK_SECONDS = 1.0  # ages and silence grow without news
 LIVELY_SECONDS = 5.0  # after the last thing that happened
@@ -42,10 +45,14 @@ class GuardrailApp(Themed[None]):
     """
 
     CSS_PATH = "screen.tcss"
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("ctrl+c,ctrl+q", "quit", "leave", show=False, priority=True)]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("ctrl+c,ctrl+q", "quit", "leave", show=False, priority=True)
+    ]
 
     class Fresh(Message):
-        """The reader has something new. At most one is under way: what came meanwhile is in `latest` too."""
+        """The reader has something new. At most one is under way: what came meanwhile is in
+        `latest` too.
+        """
 
     def __init__(
         self,
@@ -97,7 +104,9 @@ class GuardrailApp(Themed[None]):
         return top.takes(key) if isinstance(top, Dialog) else NOW
 
     def _busy(self) -> Iterable[MessagePump]:
-        """Whoever may have to do with a key: what has it, what holds that, and what has opened the dialog on top."""
+        """Whoever may have to do with a key: what has it, what holds that, and what has opened the
+        dialog on top.
+        """
         target = self.focused or self.screen
         return [*target.ancestors_with_self, self, *self.screen_stack[:1], self]
 
@@ -109,11 +118,15 @@ class GuardrailApp(Themed[None]):
             self._draw()
 
     def _pace(self) -> float:
-        """Seconds between two frames: more of them where there is something to see than all day long."""
+        """Seconds between two frames: more of them where there is something to see than all day
+        long.
+        """
         latest = self._reader.latest()
         if not latest.loaded or _news(self._shown, latest):
             self._happened = self._monotonic()
-        return FRAME_SECONDS if self._monotonic() - self._happened < LIVELY_SECONDS else QUIET_SECONDS
+        return (
+            FRAME_SECONDS if self._monotonic() - self._happened < LIVELY_SECONDS else QUIET_SECONDS
+        )
 
     def _tick(self) -> None:
         if self._monotonic() - self._drawn >= TICK_SECONDS - FRAME_SECONDS:
@@ -147,7 +160,11 @@ def _news(before: Snapshot, now: Snapshot) -> bool:
 
 
 def run_screen(
-    path: str | os.PathLike[str], *, read_only: bool = False, theme: str | None = None, mouse: bool = True
+    path: str | os.PathLike[str],
+    *,
+    read_only: bool = False,
+    theme: str | None = None,
+    mouse: bool = True,
 ) -> int:
     """Show a run until the viewer leaves; returns 0. Training never notices.
 

@@ -1,4 +1,6 @@
-"""The list of runs to choose from: state, how far, loss as a curve of one line. Enter watches, q leaves."""
+"""The list of runs to choose from: state, how far, loss as a curve of one line. Enter watches, q
+leaves.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ _HINT = (("↑ ↓", "move"), ("Enter", "watch"), ("/", "filter"), ("q", "leave"
 
 
 def curve(points: Sequence[float], width: int) -> str:
-    """Losses as at most `width` blocks, the newest at the right: `×` for NaN and Inf, `▲` far above nine of ten."""
+    """Losses as at most `width` blocks, the newest at the right: `×` for NaN and Inf, `▲` far above
+    nine of ten.
+    """
     count = min(width, len(points))
     shown = [points[(index + 1) * len(points) // count - 1] for index in range(count)]
     finite = sorted(value for value in shown if math.isfinite(value))
@@ -78,11 +82,19 @@ def matching(runs: Sequence[Glance], words: str) -> list[Glance]:
     return [one for one in runs if all(word in text(one) for word in wanted)]
 
 
-def run_row(one: Glance, points: Sequence[float], *, name: int, width: int, now: float, marked: bool) -> Row:
-    """One run in one row of `width` cells; a narrow one drops the curve first, then speed, then the last sign."""
+def run_row(
+    one: Glance, points: Sequence[float], *, name: int, width: int, now: float, marked: bool
+) -> Row:
+    """One run in one row of `width` cells; a narrow one drops the curve first, then speed, then the
+    last sign.
+    """
     glyph, word, tone = STATES.get(one.state, ("·", brief(one.state, 12), "calm"))
     label = fit(((brief(one.run), "strong" if marked else "plain"),), name)
-    line: Row = ((" ▸ " if marked else "   ", "key"), *label, (" " * (name - width_of(label) + 1), "plain"))
+    line: Row = (
+        (" ▸ " if marked else "   ", "key"),
+        *label,
+        (" " * (name - width_of(label) + 1), "plain"),
+    )
     step = count(one.step) + (f" / {count(one.total_steps)}" if one.total_steps else "")
     share = f"{min(100, 100 * one.step // one.total_steps)} %" if one.total_steps else ""
     loss = short(one.loss) if one.loss is not None else "–"
@@ -114,8 +126,10 @@ class Chooser(Themed[str]):
     """Returns the path of the chosen run, or None.
 
     Args:
-        look: lists the runs, newest first; called on a thread of its own, so that a slow disk leaves the keys alive.
-        points: losses of one run for its curve; asked only for runs in sight, on a thread of its own as well.
+        look: lists the runs, newest first; called on a thread of its own, so that a slow disk
+        leaves the keys alive.
+        points: losses of one run for its curve; asked only for runs in sight, on a thread of its
+        own as well.
     """
 
     CSS = "Screen { background: $background; } #head, #foot { height: 1; background: $panel; }"
@@ -148,10 +162,12 @@ class Chooser(Themed[str]):
         self._look, self._root, self._clock = look, brief(root, 80), clock
         self._points = points or (lambda path: loss_points(RunDirectory(path), _SPARK))
         self._known: dict[str, tuple[int, list[float]]] = {}  # path -> (step, its curve)
-        self._wanted: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()  # (path, step) of curves to read
+        # (path, step) of curves to read
+        self._wanted: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()
         self._asked: dict[str, int] = {}  # path -> the step for which its curve was asked last
         self.runs: list[Glance] = []
-        self.marked = marked  # path of the marked run: it stays marked while the list changes around it
+        # path of the marked run: it stays marked while the list changes around it
+        self.marked = marked
         self.words = ""
         self._typing, self._loaded, self._trouble = False, False, ""
         self._leaving = threading.Event()
@@ -175,7 +191,8 @@ class Chooser(Themed[str]):
         while not self._leaving.is_set():
             try:
                 self.runs, self._trouble = self._look(), ""
-            except Exception as error:  # a thread that dies without a word looks like runs that stand still
+            # a thread that dies without a word looks like runs that stand still
+            except Exception as error:
                 self._trouble = brief(reason_of(error), 200)
             self._loaded = True
             self.post_message(self.Fresh())
@@ -208,8 +225,15 @@ class Chooser(Themed[str]):
             lines.show(view)
 
     def _head(self, width: int) -> list[Row]:
-        living = sum(one.state in ("step", "eval", "save", "rollback", "paused", "asking") for one in self.runs)
-        told = f"{plural(len(self.runs), 'run')} in {self._root}, {living} at work" if self._loaded else "reading …"
+        living = sum(
+            one.state in ("step", "eval", "save", "rollback", "paused", "asking")
+            for one in self.runs
+        )
+        told = (
+            f"{plural(len(self.runs), 'run')} in {self._root}, {living} at work"
+            if self._loaded
+            else "reading …"
+        )
         right = ((f"✗ {self._trouble} ", "bad"),) if self._trouble else ()
         return [spread(row((" guardrail ", "strong"), (f" {told}", "plain")), right, width)]
 
@@ -239,7 +263,9 @@ class Chooser(Themed[str]):
         if self._typing:
             text = row((" / ", "key"), (self.words, "strong"), ("▏", "key"))
             return [spread(text, (("Enter keep   Esc clear ", "dim"),), width)]
-        line = [piece for key, what in _HINT for piece in ((f" {key} ", "key"), (f"{what} ", "dim"))]
+        line = [
+            piece for key, what in _HINT for piece in ((f" {key} ", "key"), (f"{what} ", "dim"))
+        ]
         return [spread(tuple(line), ((f"/ {self.words} ", "accent"),) if self.words else (), width)]
 
     # -- keys
@@ -258,7 +284,11 @@ class Chooser(Themed[str]):
             event.prevent_default()
             self._draw()
             return
-        plain = {"q": self.action_leave, "j": lambda: self.action_move(1), "k": lambda: self.action_move(-1)}
+        plain = {
+            "q": self.action_leave,
+            "j": lambda: self.action_move(1),
+            "k": lambda: self.action_move(-1),
+        }
         if event.key == "slash":
             self._typing = True
             self._draw()
@@ -296,9 +326,16 @@ class Chooser(Themed[str]):
 
 
 def choose_and_watch(
-    look: Callable[[], list[Glance]], *, root: str, read_only: bool, theme: str | None = None, mouse: bool = True
+    look: Callable[[], list[Glance]],
+    *,
+    root: str,
+    read_only: bool,
+    theme: str | None = None,
+    mouse: bool = True,
 ) -> int:
-    """The list, the screen of the run that is chosen, the list again, until somebody leaves the list; returns 0."""
+    """The list, the screen of the run that is chosen, the list again, until somebody leaves the
+    list; returns 0.
+    """
     from guardrail.core.errors import RunDirectoryError
     from guardrail.tui.app.app import run_screen
 

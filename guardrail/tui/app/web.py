@@ -1,8 +1,9 @@
 """The screen in a browser, by textual-serve: on this machine only, for whoever has the link only.
 
-A page of any site may open a WebSocket to 127.0.0.1, and so may every user of this machine. So the server answers only
-to the link that it prints: its token becomes a cookie that no other site can send, and names other than 127.0.0.1, and
-origins other than its own, are refused (DNS rebinding, cross-site WebSocket hijacking).
+A page of any site may open a WebSocket to 127.0.0.1, and so may every user of this machine. So the
+server answers only to the link that it prints: its token becomes a cookie that no other site can
+send, and names other than 127.0.0.1, and origins other than its own, are refused (DNS rebinding,
+cross-site WebSocket hijacking).
 """
 
 from __future__ import annotations
@@ -31,7 +32,14 @@ _POLICY = (
 
 def command_of(path: str, *, read_only: bool, theme: str | None = None) -> str:
     """The shell command that runs one screen for one visitor."""
-    words = [sys.executable, "-m", "guardrail", "attach", "--in-browser", *(["--read-only"] if read_only else [])]
+    words = [
+        sys.executable,
+        "-m",
+        "guardrail",
+        "attach",
+        "--in-browser",
+        *(["--read-only"] if read_only else []),
+    ]
     words += ["--theme", theme] if theme else []
     return shlex.join([*words, "--", path])
 
@@ -44,17 +52,23 @@ def check_port(port: int) -> int:
             probe.bind((HOST, port))
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or str(error)
-            raise UsageError(f"port {port} of {HOST} is not free ({reason})\n  hint: --port 0 takes any") from error
+            raise UsageError(
+                f"port {port} of {HOST} is not free ({reason})\n  hint: --port 0 takes any"
+            ) from error
         return int(probe.getsockname()[1])
 
 
-def serve(path: str, *, name: str, port: int = PORT, read_only: bool = False, theme: str | None = None) -> int:
+def serve(
+    path: str, *, name: str, port: int = PORT, read_only: bool = False, theme: str | None = None
+) -> int:
     """Serve the screen of the run at `path` until Ctrl-C; returns 0. Training never notices.
 
     Raises:
         UsageError: textual-serve is not installed, or the port is taken.
     """
-    server = make_server(command_of(path, read_only=read_only, theme=theme), title=name, port=check_port(port))
+    server = make_server(
+        command_of(path, read_only=read_only, theme=theme), title=name, port=check_port(port)
+    )
     server.serve()
     return 0
 
@@ -67,7 +81,9 @@ def make_server(command: str, *, title: str, port: int) -> Any:
     except ImportError as error:
         raise UsageError(MISSING) from error
     if not hasattr(Server, "_make_app"):
-        raise UsageError("this textual-serve lets nobody guard its pages\n  hint: pip install 'textual-serve<2'")
+        raise UsageError(
+            "this textual-serve lets nobody guard its pages\n  hint: pip install 'textual-serve<2'"
+        )
 
     class Guarded(Server):  # type: ignore[misc]
         """Attributes:
@@ -83,7 +99,9 @@ def make_server(command: str, *, title: str, port: int) -> Any:
             self._telling = asyncio.create_task(self._tell())
 
         async def _tell(self) -> None:
-            """Print the link once somebody answers behind it: the socket listens only after the start."""
+            """Print the link once somebody answers behind it: the socket listens only after the
+            start.
+            """
             await _answering(port)
             print(f"{self.title}: {self.public_url}/?token={self.token}")
             print("only on this machine; Ctrl-C ends it, and training goes on", flush=True)
@@ -109,7 +127,9 @@ def make_server(command: str, *, title: str, port: int) -> Any:
                 answer.headers["Referrer-Policy"] = "no-referrer"
                 raise answer
             if not _same(request.cookies.get(cookie, ""), token):
-                raise web.HTTPForbidden(text="use the link that guardrail attach --web has printed\n")
+                raise web.HTTPForbidden(
+                    text="use the link that guardrail attach --web has printed\n"
+                )
             response = await handler(request)
             if not response.prepared:
                 response.headers["Content-Security-Policy"] = policy

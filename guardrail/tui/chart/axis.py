@@ -1,4 +1,6 @@
-"""The x-axis that all charts share: what it runs along, which stretch is in sight, its ticks, and what stands on it."""
+"""The x-axis that all charts share: what it runs along, which stretch is in sight, its ticks, and
+what stands on it.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,13 @@ _NEIGHBOURS = 1024.0  # steps read around the value cursor
 _CLOCK = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 43200, 86400)
 # A mark that finds no place because of another gives way to the graver one.
 GRAVITY = (ROLLBACK, SKIP, INCIDENT, COMMAND, CHECKPOINT)
-_INKS = {ROLLBACK: Ink.WARN, SKIP: Ink.WARN, INCIDENT: Ink.WARN, COMMAND: Ink.NEWS, CHECKPOINT: Ink.GOOD}
+_INKS = {
+    ROLLBACK: Ink.WARN,
+    SKIP: Ink.WARN,
+    INCIDENT: Ink.WARN,
+    COMMAND: Ink.NEWS,
+    CHECKPOINT: Ink.GOOD,
+}
 
 
 def axis_of(view: View) -> str:
@@ -51,20 +59,25 @@ def nearest(view: View) -> float:
 
 
 def x_scale(view: View, cells: int) -> XScale:
-    """Common to all charts: from the beginning to the last step, or to the end of the run once that fits nearly as
-    well; or the stretch that the viewer chose. One that follows the newest step moves on by a tenth of itself at once.
+    """Common to all charts: from the beginning to the last step, or to the end of the run once that
+    fits nearly as well; or the stretch that the viewer chose. One that follows the newest step
+    moves on by a tenth of itself at once.
     """
     axis, start, last = axis_of(view), origin(view), end(view)
-    half = 0.5 if axis == STEP else 0.0  # steps count from 1: so the last step of a full axis is on it
+    # steps count from 1: so the last step of a full axis is on it
+    half = 0.5 if axis == STEP else 0.0
     if view.span is not None:
         dots = max(1, 2 * cells)
         per_dot = XScale.fit(view.span, dots, least=1.0).per_dot
         width = per_dot * dots
         grid = max(1.0, math.floor(width / 10))
         stop = last if view.end is None else view.end
-        # By steps the half behind the last one keeps it in sight; elsewhere it must lie before the end.
+        # By steps the half behind the last one keeps it in sight; elsewhere it must lie before the
+        # end.
         grids = (stop - start - width) / grid
-        first = start + max(0.0, (math.ceil(grids) if axis == STEP else math.floor(grids) + 1) * grid)
+        first = start + max(
+            0.0, (math.ceil(grids) if axis == STEP else math.floor(grids) + 1) * grid
+        )
         return XScale(first + half, per_dot, dots)
     total = float(view.status.total_steps) if view.status and axis == STEP else 0.0
     if last <= total <= last * 1.25:
@@ -80,7 +93,10 @@ def closer(view: View, scale: XScale) -> list[tuple[float, float]]:
         return []
     low, high = (series.step_at(x, axis) for x in (scale.first, min(scale.last, end(view))))
     high = min(high, float(series.step[series.thin - 1]))
-    parts = [series, *(detail.series for detail in series.details if detail.low <= low and high <= detail.high)]
+    parts = [
+        series,
+        *(detail.series for detail in series.details if detail.low <= low and high <= detail.high),
+    ]
     if low < high and all(_coarse(part, low, high, scale, axis) for part in parts):
         margin = math.ceil((high - low) / 2)
         wanted.append((max(1.0, low - margin), high + margin))
@@ -95,7 +111,9 @@ def _coarse(series: Series, low: float, high: float, scale: XScale, axis: str) -
     """Whether points that sum up rows are fewer than four a dot column in [low, high]."""
     first, last = (int(at) for at in np.searchsorted(series.step[: series.thin], (low, high)))
     places = series.along(axis)[max(0, first - 1) : last + 1]
-    return len(places) > 1 and float(places[-1] - places[0]) * _POINTS > scale.per_dot * (len(places) - 1)
+    return len(places) > 1 and float(places[-1] - places[0]) * _POINTS > scale.per_dot * (
+        len(places) - 1
+    )
 
 
 def axis_rows(view: View, scale: XScale, cells: int) -> list[Row]:
@@ -112,7 +130,9 @@ def _axis_rows(scale: XScale, cells: int, axis: str, start: float) -> tuple[Row,
         line[cell] = "┬"
         text = tick_label(at, axis, wide=scale.last - start >= 1e6)
         first = min(max(0, cell - len(text) // 2), cells - len(text))
-        if first >= 0 and all(char == " " for char in labels[max(0, first - 1) : first + len(text) + 1]):
+        if first >= 0 and all(
+            char == " " for char in labels[max(0, first - 1) : first + len(text) + 1]
+        ):
             labels[first : first + len(text)] = text
         at += step
     if axis != STEP:
@@ -124,7 +144,9 @@ def _axis_rows(scale: XScale, cells: int, axis: str, start: float) -> tuple[Row,
 def _stride(least: float, axis: str) -> float:
     """Round distance of two ticks: a clock has its own round numbers."""
     if axis == TIME:
-        return float(next((seconds for seconds in _CLOCK if seconds >= least), 86400 * nice(least / 86400)))
+        return float(
+            next((seconds for seconds in _CLOCK if seconds >= least), 86400 * nice(least / 86400))
+        )
     return nice(least)
 
 
@@ -161,18 +183,24 @@ def marks_of(view: View, scale: XScale, *, all_kinds: bool) -> list[Mark]:
         if letter in (COMMAND, CHECKPOINT) and not all_kinds:
             continue
         known = _marked(view, letter)
-        places = view.snapshot.series.places(np.array([step for step, _ in known], dtype=np.float64), axis_of(view))
+        places = view.snapshot.series.places(
+            np.array([step for step, _ in known], dtype=np.float64), axis_of(view)
+        )
         cells = np.floor((places - scale.first) / scale.per_dot) // 2
         in_sight = np.flatnonzero((places >= scale.first) & (cells < scale.dots // 2))[::-1]
         taken, newest = np.unique(cells[in_sight], return_index=True)
         for cell, index in zip(taken.tolist(), in_sight[newest].tolist(), strict=True):
-            found.setdefault(cell, Mark(float(places[index]), letter, known[index][1], _INKS[letter]))
+            found.setdefault(
+                cell, Mark(float(places[index]), letter, known[index][1], _INKS[letter])
+            )
     return sorted(found.values(), key=lambda mark: (GRAVITY.index(mark.letter), -mark.x))
 
 
 def at_step(view: View, step: float) -> str:
     """What is marked at a step, in letters: "S2 C"."""
-    return " ".join(dict.fromkeys(f"{letter}{label}" for letter, at, label in events(view) if at == round(step)))
+    return " ".join(
+        dict.fromkeys(f"{letter}{label}" for letter, at, label in events(view) if at == round(step))
+    )
 
 
 def next_event(view: View, step: float, by: int) -> int | None:

@@ -1,4 +1,6 @@
-"""A chart as rows: title, plot with marks, and for the enlarged one an axis. The drawing is raster's and overlay's."""
+"""A chart as rows: title, plot with marks, and for the enlarged one an axis. The drawing is
+raster's and overlay's.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ _TONES = {
 
 
 class Chart(Lines):
-    """One signal, which may change. A frame of the same rows at the same size is not computed again."""
+    """One signal, which may change. A frame of the same rows at the same size is not computed
+    again.
+    """
 
     def __init__(self, slot: int) -> None:
         super().__init__(self._chart, id=f"chart-{slot}", classes="chart")
@@ -52,7 +56,16 @@ class Chart(Lines):
         snapshot, status = view.snapshot, view.status
         sources = (snapshot.series, snapshot.story.marks)
         run = (status.total_steps, axis.checkpoints(view)) if status else ()
-        chosen = (self.signal, view.big, view.logarithmic, view.span, view.end, view.at, view.axis, view.smooth)
+        chosen = (
+            self.signal,
+            view.big,
+            view.logarithmic,
+            view.span,
+            view.end,
+            view.at,
+            view.axis,
+            view.smooth,
+        )
         settings = (run, snapshot.loaded, snapshot.columns, view.waits, *chosen, width, height)
         same = len(sources) == len(self._sources) and all(map(operator.is_, sources, self._sources))
         if not same or settings != self._settings:
@@ -61,7 +74,9 @@ class Chart(Lines):
         return self._drawn
 
 
-def chart_rows(view: View, signal: str, width: int, height: int, memory: Memory | None = None) -> list[Row]:
+def chart_rows(
+    view: View, signal: str, width: int, height: int, memory: Memory | None = None
+) -> list[Row]:
     """Title and plot in `width` x `height` cells; the enlarged chart has an axis with labels below.
 
     Args:
@@ -104,13 +119,23 @@ def spark_row(view: View, signal: str, width: int, memory: Memory | None = None)
     """A signal in one row: name, last value, a curve of four dots' height."""
     value = _value(view, signal)
     name = fit((((label_of(signal)), "dim"),), 24)
-    head: Row = ((" ", "plain"), *name, (" " * (24 - width_of(name)), "plain"), (f"{value[0]:>8} ", value[1]))
+    head: Row = (
+        (" ", "plain"),
+        *name,
+        (" " * (24 - width_of(name)), "plain"),
+        (f"{value[0]:>8} ", value[1]),
+    )
     cells = width - 34
     if cells < 8:
         return fit(head, width)
     scale = axis.x_scale(view, cells)
     memory = memory or Memory()
-    return (*head, *memory.rows(memory.eye.look(view, signal, scale, 1), _tones(view, signal), gutter=False)[0])
+    return (
+        *head,
+        *memory.rows(memory.eye.look(view, signal, scale, 1), _tones(view, signal), gutter=False)[
+            0
+        ],
+    )
 
 
 class Memory:
@@ -121,7 +146,9 @@ class Memory:
         self._key: tuple[object, ...] = ()
         self._rows: list[Row] = []
 
-    def rows(self, given: Given, tones: Mapping[Ink, str], *, ticks: bool = False, gutter: bool = True) -> list[Row]:
+    def rows(
+        self, given: Given, tones: Mapping[Ink, str], *, ticks: bool = False, gutter: bool = True
+    ) -> list[Row]:
         """Drawn anew only if something else is given."""
         key = (*given.key(), tones, ticks)
         if key != self._key:
@@ -129,7 +156,8 @@ class Memory:
             labels = dict(drawn.ticks) if ticks else {}
             self._key = key
             self._rows = [
-                (*([_gutter(labels.get(y))] if gutter else ()), *_pieces(drawn, y, tones)) for y in range(given.rows)
+                (*([_gutter(labels.get(y))] if gutter else ()), *_pieces(drawn, y, tones))
+                for y in range(given.rows)
             ]
         return self._rows
 
@@ -173,7 +201,11 @@ def _title(view: View, signal: str, width: int) -> Row:
         right.append((f"{there}  " if there and width >= 40 else "", "warn"))
         right.append((f"step {count(view.at)}  ", "accent"))
     right.append(_value(view, signal))
-    ways = [name for name, on in (("log", signal in view.logarithmic), ("smoothed", view.smooth > 0)) if on]
+    ways = [
+        name
+        for name, on in (("log", signal in view.logarithmic), ("smoothed", view.smooth > 0))
+        if on
+    ]
     name = label_of(signal) + (f" ({', '.join(ways)})" if ways else "")
     return title(name, width, right=tuple(right), tone="strong" if view.big == signal else "dim")
 

@@ -1,6 +1,8 @@
-"""What the cells of a chart are made of: its dot columns. Of a curve that only grows the last ones alone are computed.
+"""What the cells of a chart are made of: its dot columns. Of a curve that only grows the last ones
+alone are computed.
 
-A run of a million steps has thousands of them to a dot column: what comes between two frames changes one column or two.
+A run of a million steps has thousands of them to a dot column: what comes between two frames
+changes one column or two.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ SMOOTHING = (0.0, 2.0, 8.0)
 
 
 class Given(NamedTuple):
-    """All that the cells of a plot are made of. A row more in a run of a million seldom changes any of it."""
+    """All that the cells of a plot are made of. A row more in a run of a million seldom changes any
+    of it.
+    """
 
     main: Columns
     pale: tuple[Columns, ...]
@@ -40,8 +44,15 @@ class Given(NamedTuple):
 
     def key(self) -> tuple[object, ...]:
         """Equal for what looks the same; bytes, since a NaN is not equal to itself."""
-        curves = [part.tobytes() for one in (self.main, *self.pale) for part in (one.low, one.high, one.bad)]
-        lines = [None if part is None else part.tobytes() for part in (self.baseline, self.threshold, self.places)]
+        curves = [
+            part.tobytes()
+            for one in (self.main, *self.pale)
+            for part in (one.low, one.high, one.bad)
+        ]
+        lines = [
+            None if part is None else part.tobytes()
+            for part in (self.baseline, self.threshold, self.places)
+        ]
         return (*curves, *lines, self.rules, self.marks, self.log, self.scale, self.rows)
 
 
@@ -50,7 +61,8 @@ class Eye:
 
     def __init__(self) -> None:
         self._key: tuple[object, ...] = ()
-        self._points, self._last = 0, 0.0  # of the series that was looked at, and where its last one stood
+        # of the series that was looked at, and where its last one stood
+        self._points, self._last = 0, 0.0
         self._dots: dict[str, np.ndarray] = {}
         self._ghosts: tuple[Series, ...] = ()
         self._ghost_key: tuple[object, ...] = ()
@@ -73,7 +85,9 @@ class Eye:
             baseline=dots.get("baseline"),
             threshold=dots.get("threshold"),
             places=overlay.averaged(dots["median"], SMOOTHING[smooth]) if smooth else None,
-            rules=tuple(map(scale.cell, series.places(np.array(rules, dtype=np.float64), along))) if tall else (),
+            rules=tuple(map(scale.cell, series.places(np.array(rules, dtype=np.float64), along)))
+            if tall
+            else (),
             marks=self._marks_of(view, scale, all_kinds=view.big == signal) if tall else (),
             log=log,
             scale=scale,
@@ -81,27 +95,44 @@ class Eye:
         )
 
     def _columns(
-        self, series: Series, signal: str, along: str, scale: XScale, *, log: bool, tall: bool, smooth: bool
+        self,
+        series: Series,
+        signal: str,
+        along: str,
+        scale: XScale,
+        *,
+        log: bool,
+        tall: bool,
+        smooth: bool,
     ) -> dict[str, np.ndarray]:
         """Name -> [C]; those of the last time, up to the column in which something may be new."""
         key = (series.stem, series.details, signal, along, scale, log, tall, smooth)
         grown = series.stem is not None and key == self._key and len(series) >= self._points > 0
-        first = max(0, int(np.searchsorted(scale.edges(), self._last, side="right")) - 1) if grown else 0
+        first = (
+            max(0, int(np.searchsorted(scale.edges(), self._last, side="right")) - 1)
+            if grown
+            else 0
+        )
         if not grown or (len(series) > self._points and first < scale.dots):
             fresh = _fresh(series, signal, along, scale, first, log=log, tall=tall, smooth=smooth)
             known = self._dots if first else {}
             self._dots = {
-                name: np.concatenate([known[name][:first], part]) if first else part for name, part in fresh.items()
+                name: np.concatenate([known[name][:first], part]) if first else part
+                for name, part in fresh.items()
             }
         self._key, self._points = key, len(series)
         self._last = float(series.along(along)[-1]) if len(series) else 0.0
         return self._dots
 
-    def _abandoned(self, series: Series, signal: str, along: str, scale: XScale) -> tuple[Columns, ...]:
+    def _abandoned(
+        self, series: Series, signal: str, along: str, scale: XScale
+    ) -> tuple[Columns, ...]:
         key = (signal, along, scale)
         if key != self._ghost_key or not _same(series.ghosts, self._ghosts):
             self._ghosts, self._ghost_key = series.ghosts, key
-            self._pale = tuple(raster.columns_of(ghost.curves(signal, along), scale) for ghost in series.ghosts)
+            self._pale = tuple(
+                raster.columns_of(ghost.curves(signal, along), scale) for ghost in series.ghosts
+            )
         return self._pale
 
     def _marks_of(self, view: View, scale: XScale, *, all_kinds: bool) -> tuple[Mark, ...]:
@@ -120,7 +151,15 @@ def _same(some: Sequence[object], others: Sequence[object]) -> bool:
 
 
 def _fresh(
-    series: Series, signal: str, along: str, scale: XScale, first: int, *, log: bool, tall: bool, smooth: bool
+    series: Series,
+    signal: str,
+    along: str,
+    scale: XScale,
+    first: int,
+    *,
+    log: bool,
+    tall: bool,
+    smooth: bool,
 ) -> dict[str, np.ndarray]:
     """The dot columns from `first` on."""
     curves = tuple(series.curves(signal, along))

@@ -1,6 +1,8 @@
-"""What lies on a finished plot: a smoothed line, and the marks of what happened, at the curve's point of their step.
+"""What lies on a finished plot: a smoothed line, and the marks of what happened, at the curve's
+point of their step.
 
-Shapes as in raster: C dot columns, H x W cells. Costs by columns alone, however many points there are.
+Shapes as in raster: C dot columns, H x W cells. Costs by columns alone, however many points there
+are.
 """
 
 from __future__ import annotations
@@ -32,15 +34,17 @@ class Mark(NamedTuple):
 
 
 def smoothed(curves: Iterable[Curve], scale: XScale, log: bool, half_life: float) -> np.ndarray:
-    """A curve as a line that follows it slowly, in places of the y-axis: float64 [C], NaN where nothing is."""
+    """A curve as a line that follows it slowly, in places of the y-axis: float64 [C], NaN where
+    nothing is.
+    """
     return averaged(medians(curves, scale, log), half_life)
 
 
 def averaged(values: np.ndarray, half_life: float) -> np.ndarray:
     """An exponential moving average over dot columns, float64 [C].
 
-    It is divided by the sum of its weights, as Adam corrects its moments (Kingma and Ba 2015, section 3): it begins at
-    the curve and not at zero.
+    It is divided by the sum of its weights, as Adam corrects its moments (Kingma and Ba 2015,
+    section 3): it begins at the curve and not at zero.
 
     Args:
         half_life: columns after which a value weighs half.
@@ -55,8 +59,8 @@ def averaged(values: np.ndarray, half_life: float) -> np.ndarray:
 
 
 def medians(curves: Iterable[Curve], scale: XScale, log: bool, first: int = 0) -> np.ndarray:
-    """The median of up to 16 points of each dot column from `first` on, in places of the y-axis: one spike does not
-    drag it along. float64 [C - first]
+    """The median of up to 16 points of each dot column from `first` on, in places of the y-axis:
+    one spike does not drag it along. float64 [C - first]
 
     Args:
         curves: one behind the other.
@@ -79,16 +83,20 @@ def medians(curves: Iterable[Curve], scale: XScale, log: bool, first: int = 0) -
 def draw_smoothed(plot: Plot, places: np.ndarray) -> None:
     """Draw a line through places of the y-axis; in its cells the raw curve gives way."""
     values = 10.0**places if plot.scale.log else places
-    bits = raster.line(Columns(values, values, np.zeros(len(values), dtype=bool)), plot.scale, plot.body)
+    bits = raster.line(
+        Columns(values, values, np.zeros(len(values), dtype=bool)), plot.scale, plot.body
+    )
     codes, inks = plot.codes[plot.body], plot.inks[plot.body]
     here = bits > 0
     codes[here], inks[here] = BRAILLE + bits[here], Ink.SMOOTH
 
 
 def put_marks(plot: Plot, scale: XScale, marks: Sequence[Mark]) -> None:
-    """Write each mark just above the curve's point, else below it, else on it; the first of the list come first.
+    """Write each mark just above the curve's point, else below it, else on it; the first of the
+    list come first.
 
-    A mark where there is no curve stands at the bottom. One that finds no room but on another mark is left out.
+    A mark where there is no curve stands at the bottom. One that finds no room but on another mark
+    is left out.
     """
     height, width = plot.codes.shape
     if height < 2:
@@ -104,8 +112,12 @@ def put_marks(plot: Plot, scale: XScale, marks: Sequence[Mark]) -> None:
             _put_mark(plot, inks, mark, cell, uppers[cell], lowers[cell])
 
 
-def _put_mark(plot: Plot, inks: list[list[int]], mark: Mark, cell: int, upper: int, lower: int) -> bool:
-    """Whether it found a place; `upper` and `lower` are the rows between which the curve is in its column."""
+def _put_mark(
+    plot: Plot, inks: list[list[int]], mark: Mark, cell: int, upper: int, lower: int
+) -> bool:
+    """Whether it found a place; `upper` and `lower` are the rows between which the curve is in its
+    column.
+    """
     beside = [*range(upper - 1, max(-1, upper - 4), -1)]
     if lower - upper < _STEEP:  # below a spike a mark would not be seen to belong to its top
         beside += range(lower + 1, min(len(inks), lower + 3))
@@ -115,8 +127,18 @@ def _put_mark(plot: Plot, inks: list[list[int]], mark: Mark, cell: int, upper: i
     return any(_write(plot, inks, row, cell, text, mark.ink, under) for row, text, under in tries)
 
 
-def _write(plot: Plot, inks: list[list[int]], row: int, cell: int, text: str, ink: Ink, under: frozenset[int]) -> bool:
-    """Write where all cells are free, and the cells beside hold no other mark that it would be read with."""
+def _write(
+    plot: Plot,
+    inks: list[list[int]],
+    row: int,
+    cell: int,
+    text: str,
+    ink: Ink,
+    under: frozenset[int],
+) -> bool:
+    """Write where all cells are free, and the cells beside hold no other mark that it would be read
+    with.
+    """
     line, end = inks[row], cell + len(text)
     if end > len(line) or not under.issuperset(line[cell:end]):
         return False

@@ -1,7 +1,8 @@
 """Rows of toned text, and the widget that draws them and redraws only those that changed.
 
-A row is a tuple of pieces (text, tone). There is no markup anywhere: text is cleaned where it becomes a strip, the one
-place that leads to the terminal, so that no log line or file name can send it a sequence.
+A row is a tuple of pieces (text, tone). There is no markup anywhere: text is cleaned where it
+becomes a strip, the one place that leads to the terminal, so that no log line or file name can send
+it a sequence.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def spread(left: Row, right: Row, width: int) -> Row:
 
 
 def title(name: str, width: int, *, right: Row = (), tone: str = "dim") -> Row:
-    """`─ name ─────── right ─`; of `right` goes what a narrow one has no room for, the first pieces first."""
+    """`─ name ─────── right ─`; of `right` goes what a narrow one has no room for, the first pieces
+    first.
+    """
     left: Row = (("─ ", "faint"), (name, tone), (" ", "plain"))
     while right and width_of(left) + width_of(right) + 4 > width:
         right = right[1:]
@@ -92,12 +95,15 @@ def wrap(text: str, width: int) -> list[str]:
 
 
 def changes(before: Row, after: Row, width: int) -> list[tuple[int, int]]:
-    """(first cell, cells) of the stretches in which two rows differ; the whole row where cells are not characters.
+    """(first cell, cells) of the stretches in which two rows differ; the whole row where cells are
+    not characters.
 
     Stretches with less between them than it takes to move the cursor over it are one.
     """
     cells = [[(char, tone) for text, tone in line for char in text] for line in (before, after)]
-    if any(len(line) != width_of(drawn) for line, drawn in zip(cells, (before, after), strict=True)):
+    if any(
+        len(line) != width_of(drawn) for line, drawn in zip(cells, (before, after), strict=True)
+    ):
         return [(0, width)]
     pairs = itertools.zip_longest(*cells, fillvalue=(" ", "plain"))
     found: list[tuple[int, int]] = []
@@ -135,7 +141,8 @@ class Lines(Widget):
         self._build, self._reserve = build, reserve
         self._view = view
         self._size_built = Size(0, 0)
-        self._built: list[Row] = []  # as `build` gave them, and `_rows`: as they fit into `_fitted` cells
+        # as `build` gave them, and `_rows`: as they fit into `_fitted` cells
+        self._built: list[Row] = []
         self._rows: list[Row] = []
         self._fitted = 0
         self._strips: dict[int, Strip] = {}
@@ -158,7 +165,8 @@ class Lines(Widget):
         # Measuring text is most of the work of a frame in which little happens.
         known = self._built if width == self._fitted else ()
         rows = [
-            self._rows[y] if y < len(known) and line == known[y] else fit(line, width) for y, line in enumerate(built)
+            self._rows[y] if y < len(known) and line == known[y] else fit(line, width)
+            for y, line in enumerate(built)
         ]
         self._built, self._fitted, self._size_built = built, width, self.size
         regions: list[Region] = []
@@ -173,7 +181,9 @@ class Lines(Widget):
             self.refresh(*regions)
 
     def _built_rows(self, view: View, width: int, height: int) -> Sequence[Row]:
-        """What `build` says; where it fails, a sentence in its place, and the rest of the screen goes on."""
+        """What `build` says; where it fails, a sentence in its place, and the rest of the screen
+        goes on.
+        """
         try:
             return self._build(view, width, height)
         except Exception as error:  # a part that cannot be drawn must not end the screen
@@ -192,9 +202,12 @@ class Lines(Widget):
 
     def render_line(self, y: int) -> Strip:
         if self._view is not None and self.size != self._size_built:
-            # The first paint at a size comes before the message that tells of it: it has the text already.
+            # The first paint at a size comes before the message that tells of it: it has the text
+            # already.
             width, height = self._size_built = self.size
-            self._rows = [fit(line, width) for line in self._built_rows(self._view, width, height)[:height]]
+            self._rows = [
+                fit(line, width) for line in self._built_rows(self._view, width, height)[:height]
+            ]
             self._built, self._fitted = [], 0
             self._strips.clear()
         if self._theme != self.app.theme:

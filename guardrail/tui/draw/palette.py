@@ -1,7 +1,8 @@
 """Named tones -> styles, one set for each theme; NO_COLOR leaves their attributes.
 
-A tone is never the only carrier of a meaning: a glyph or a word stands beside it. All sets keep to hues that
-colour-blind eyes tell apart; one has exactly those of Okabe and Ito ("Color Universal Design", 2008).
+A tone is never the only carrier of a meaning: a glyph or a word stands beside it. All sets keep to
+hues that colour-blind eyes tell apart; one has exactly those of Okabe and Ito ("Color Universal
+Design", 2008).
 """
 
 from __future__ import annotations
@@ -109,7 +110,9 @@ def _styles(names: Mapping[str, str], band: str) -> dict[str, Style]:
     return styles | {name + BAND: style + ground for name, style in styles.items()}
 
 
-def _theme(name: str, tones: Mapping[str, str], background: str, panel: str, *, dark: bool = True) -> Theme:
+def _theme(
+    name: str, tones: Mapping[str, str], background: str, panel: str, *, dark: bool = True
+) -> Theme:
     colour = {tone: text.split()[-1] for tone, text in tones.items()}
     return Theme(
         name=f"guardrail-{name}",
@@ -136,7 +139,9 @@ OURS = tuple(theme for theme, _ in _OURS)
 ANSI = _styles(_ANSI, "")
 _STYLES = {theme.name: styles for theme, styles in _OURS}
 # What a viewer calls a theme -> what textual calls it.
-THEMES = {theme.name.removeprefix("guardrail-"): theme.name for theme in OURS} | {"terminal": TERMINAL}
+THEMES = {theme.name.removeprefix("guardrail-"): theme.name for theme in OURS} | {
+    "terminal": TERMINAL
+}
 
 
 def styles_of(theme: str) -> Mapping[str, Style]:

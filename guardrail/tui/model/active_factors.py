@@ -1,4 +1,6 @@
-"""What now acts on the updates besides the schedule: factors that a command or the guard has set. Pure."""
+"""What now acts on the updates besides the schedule: factors that a command or the guard has set.
+Pure.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from guardrail.core.records import CommandKind, Event, Remedy
 from guardrail.decide.remedies import CLIP, EMBED_ALPHA, LR, factor
 from guardrail.decide.run_history import Past, StepSetting
 
-NAMES = {LR: "rate", EMBED_ALPHA: "embedding", CLIP: "clip"}  # kind of a remedy -> its name on the screen
+# kind of a remedy -> its name on the screen
+NAMES = {LR: "rate", EMBED_ALPHA: "embedding", CLIP: "clip"}
 _COMMANDS = {CommandKind.LR.value: LR, CommandKind.EMBED_ALPHA.value: EMBED_ALPHA}
 
 
@@ -70,14 +73,23 @@ class HeldBook:
     def held(self) -> tuple[Held, ...]:
         remedies = [one for _, one in self._past.remedies if one.kind in NAMES]
         by_guard = [Held(one.kind, one.value, one.from_step, "guard", one) for one in remedies]
-        return (*self._by_hand(LR, self._past.lr), *self._by_hand(EMBED_ALPHA, self._past.alpha), *by_guard)
+        return (
+            *self._by_hand(LR, self._past.lr),
+            *self._by_hand(EMBED_ALPHA, self._past.alpha),
+            *by_guard,
+        )
 
     def _by_hand(self, kind: str, setting: StepSetting) -> list[Held]:
-        return [Held(kind, value, since, self._by.get((kind, value), "")) for since, value in setting.changes[-1:]]
+        return [
+            Held(kind, value, since, self._by.get((kind, value), ""))
+            for since, value in setting.changes[-1:]
+        ]
 
 
 def held_words(held: Sequence[Held], step: int) -> list[str]:
-    """What acts on the update of `step`: "embedding ×0.1 since 1,201 by guard until 1,400", one text a kind."""
+    """What acts on the update of `step`: "embedding ×0.1 since 1,201 by guard until 1,400", one
+    text a kind.
+    """
     texts = []
     for kind, name in NAMES.items():
         acting = [one for one in held if one.kind == kind and one.at(step) != 1.0]
@@ -88,7 +100,9 @@ def held_words(held: Sequence[Held], step: int) -> list[str]:
             value *= one.at(step)
         who = ", ".join(dict.fromkeys(one.by.partition("@")[0] for one in acting if one.by))
         ends = [one.until for one in acting]
-        text = f"{name} ×{value:.3g} since {count(min(one.since for one in acting))}" + (f" by {who}" if who else "")
+        text = f"{name} ×{value:.3g} since {count(min(one.since for one in acting))}" + (
+            f" by {who}" if who else ""
+        )
         if all(end is not None for end in ends):
             text += f" until {count(max(end for end in ends if end is not None))}"
         texts.append(text)

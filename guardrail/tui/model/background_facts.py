@@ -1,4 +1,5 @@
-"""What stands around the curves: ranks, what they print, the settings, who else watches. Read by the reader's thread.
+"""What stands around the curves: ranks, what they print, the settings, who else watches. Read by
+the reader's thread.
 
 Looking costs as little with a thousand ranks as with one: what takes long is looked at less often.
 """
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
     from guardrail.tui.model.config_lines import Setting
 
 LOOK_SECONDS = 1.0
-SHARE = 0.05  # of the time that looking may take: with a thousand ranks on a slow disk it is done every few seconds
+# of the time that looking may take: with a thousand ranks on a slow disk it is done every few
+# seconds
+SHARE = 0.05
 WINDOW = 100  # newest rows in which the slowest rank is counted
 _NAMED = 8
 
@@ -32,12 +35,10 @@ _NAMED = 8
 @dataclass(frozen=True)
 class Around:
     """Attributes:
-    ranks: by number.
-    slowest: (rank, how many of the newest rows it was the slowest in), the most often first.
-    printed: newest lines of all logs.
-    settings: lines of the configuration.
-    screens: that watch now, this one included.
-    looked: when the ranks were last looked at, by the viewer's clock; until the next look nobody is missed.
+    ranks: by number. slowest: (rank, how many of the newest rows it was the slowest in), the most
+    often first. printed: newest lines of all logs. settings: lines of the configuration. screens:
+    that watch now, this one included. looked: when the ranks were last looked at, by the viewer's
+    clock; until the next look nobody is missed.
     """
 
     ranks: tuple[Rank, ...] = ()
@@ -79,7 +80,9 @@ class Lookout:
         now = self._clock()
         ranks = self._ranks.look(self._run.read_ranks(), now)
         printed = self._tail.lines if self._tail.look() else before.printed
-        self.around = replace(before, ranks=ranks, printed=printed, screens=self._run.screens(), looked=now)
+        self.around = replace(
+            before, ranks=ranks, printed=printed, screens=self._run.screens(), looked=now
+        )
         if self._looks:  # the first frame waits for no schema
             self._look_at_settings()
         self._looks += 1

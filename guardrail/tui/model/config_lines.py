@@ -35,7 +35,9 @@ def settings_of(text: str) -> tuple[Setting, ...]:
         tree = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError):
         lines = text.splitlines()[:_MAX_LINES]
-        return tuple(Setting("", "", brief(line, 200), known=False) for line in lines if line.strip())
+        return tuple(
+            Setting("", "", brief(line, 200), known=False) for line in lines if line.strip()
+        )
     launch = tree.get("launch")
     package = launch.get("trainer", TRAINER) if isinstance(launch, dict) else TRAINER
     defaults = _defaults(with_trainer=package == TRAINER)
@@ -45,7 +47,9 @@ def settings_of(text: str) -> tuple[Setting, ...]:
         known = path in defaults
         differs = known and not _same(value, defaults[path])
         default = _shown(defaults[path]) if differs else ""
-        found.append(Setting(brief(section, 60), brief(key, 60), _shown(value), default, differs, known))
+        found.append(
+            Setting(brief(section, 60), brief(key, 60), _shown(value), default, differs, known)
+        )
         if len(found) >= _MAX_LINES:
             break
     return tuple(found)

@@ -1,4 +1,6 @@
-"""What the journal says about each incident in full, and about each stretch of data that is left out. Pure."""
+"""What the journal says about each incident in full, and about each stretch of data that is left
+out. Pure.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ _TOLD = ("verdict", "finding", "left_out", "rollback", "incident", "cause", "rem
 
 @dataclass(frozen=True)
 class LeftOut:
-    """One stretch that is left out. `incident` 0: of none; `documents` are those that the journal names."""
+    """One stretch that is left out. `incident` 0: of none; `documents` are those that the journal
+    names.
+    """
 
     span: Span
     incident: int
@@ -65,7 +69,9 @@ class Evidence:
                 self._left_out = [one for one in self._left_out if one.span not in back]
             elif (span := span_of(event)) is not None:
                 incident = whole(event.data.get("incident"))
-                self._left_out.append(LeftOut(span, incident, tuple(_names(event.data.get("documents")))))
+                self._left_out.append(
+                    LeftOut(span, incident, tuple(_names(event.data.get("documents"))))
+                )
         del self._left_out[:-KEPT_SPANS]
         if told:
             self._cases = {one.number: one for one in self._book.of(told) if one.number > 0}

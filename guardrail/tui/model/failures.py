@@ -30,7 +30,9 @@ class Failures:
 
 
 def is_gone(path: Path) -> bool:
-    """Whether a directory is not there any more; that a file system does not answer raises OSError."""
+    """Whether a directory is not there any more; that a file system does not answer raises
+    OSError.
+    """
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -53,7 +55,8 @@ def damage_of(
     Args:
         status_known: a status was read once; `status_read`: at the last look.
         journal_known: the journal had lines.
-        unreadable: lines of the journal that are no events; `journal_cut`: it has lost lines that were read.
+        unreadable: lines of the journal that are no events; `journal_cut`: it has lost lines that
+        were read.
         rows: how many metrics.bin had before it was cut, and has now.
     """
     found = []

@@ -1,4 +1,6 @@
-"""Is it healthy? One glyph, one short text and one tone for every state that a run can be in. Pure."""
+"""Is it healthy? One glyph, one short text and one tone for every state that a run can be in.
+Pure.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,10 @@ from dataclasses import dataclass
 from guardrail.core.format import age, brief, countdown
 from guardrail.core.records import Mode, Phase, Status
 
-HEARTBEAT_SECONDS = 10.0  # a heartbeat comes once a second; after this long without one the run does not respond
-LOST_SECONDS = 60.0  # after this long without a heartbeat there is no process that could read a command
+# a heartbeat comes once a second; after this long without one the run does not respond
+HEARTBEAT_SECONDS = 10.0
+# after this long without a heartbeat there is no process that could read a command
+LOST_SECONDS = 60.0
 PHASES = {
     Phase.STARTING: "starting",
     Phase.SETUP: "setting up",
@@ -27,7 +31,9 @@ STARTING = (Phase.STARTING, Phase.SETUP)
 
 @dataclass(frozen=True)
 class Health:
-    """`word`: the state, with its number or name where it has one; `tone`: "good", "warn", "bad" or "calm"."""
+    """`word`: the state, with its number or name where it has one; `tone`: "good", "warn", "bad" or
+    "calm".
+    """
 
     glyph: str
     word: str
@@ -78,8 +84,8 @@ def health_of(
 
 
 def seconds_left(status: Status, silence: float) -> float:
-    """Seconds until the guard answers its question itself. The clock of the run's host may differ from the viewer's:
-    only the viewer's time since the last heartbeat counts."""
+    """Seconds until the guard answers its question itself. The clock of the run's host may differ
+    from the viewer's: only the viewer's time since the last heartbeat counts."""
     return max(0.0, status.deadline - status.heartbeat - silence)
 
 

@@ -51,7 +51,9 @@ _TONES = {
 
 
 def line_of(event: Event) -> Line:
-    """One event for a person: its message, or what its data says where an old version wrote no message."""
+    """One event for a person: its message, or what its data says where an old version wrote no
+    message.
+    """
     tone = _TONES.get(event.kind, "plain")
     data = event.data
     if event.kind == "command" and data.get("effect") != "applied":
@@ -63,7 +65,13 @@ def line_of(event: Event) -> Line:
     elif event.kind == "incident" and data.get("state") in ("recovered", "offset", "accepted"):
         tone = "good"
     elif event.kind == "ended":
-        tone = "good" if data.get("phase") == "finished" else "bad" if data.get("phase") == "failed" else "warn"
+        tone = (
+            "good"
+            if data.get("phase") == "finished"
+            else "bad"
+            if data.get("phase") == "failed"
+            else "warn"
+        )
     text = brief(event.message, 400) or _fallback(event)
     who = event.data.get("who")
     if event.kind == "command" and isinstance(who, str) and who:
@@ -74,5 +82,9 @@ def line_of(event: Event) -> Line:
 
 def _fallback(event: Event) -> str:
     kind = brief(event.kind, 40)
-    plain = [f"{brief(k, 40)} {brief(str(v), 80)}" for k, v in event.data.items() if isinstance(v, str | int | float)]
+    plain = [
+        f"{brief(k, 40)} {brief(str(v), 80)}"
+        for k, v in event.data.items()
+        if isinstance(v, str | int | float)
+    ]
     return f"{kind} {', '.join(plain)}".strip()[:400]

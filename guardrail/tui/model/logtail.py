@@ -1,6 +1,8 @@
-"""The newest lines of what the ranks print: logs/*.log of a run, read as they grow, in bounded memory.
+"""The newest lines of what the ranks print: logs/*.log of a run, read as they grow, in bounded
+memory.
 
-Whatever a rank prints is harmless here: a line is cleaned, and of one of ten megabytes only the beginning is kept.
+Whatever a rank prints is harmless here: a line is cleaned, and of one of ten megabytes only the
+beginning is kept.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ MAX_LOGS = 4096
 
 @dataclass(frozen=True)
 class Printed:
-    """One line. `source` is the number of the rank, or what else has a log: "supervisor", "elastic"."""
+    """One line. `source` is the number of the rank, or what else has a log: "supervisor",
+    "elastic".
+    """
 
     source: str
     text: str
@@ -41,15 +45,23 @@ class LogTail:
 
     @property
     def lines(self) -> tuple[Printed, ...]:
-        """Oldest first; those of one look stand together by log, since lines have no common clock."""
+        """Oldest first; those of one look stand together by log, since lines have no common
+        clock.
+        """
         return tuple(self._lines)
 
     def look(self) -> bool:
-        """Read what is new; True if there is something. A log that cannot be read is passed over."""
+        """Read what is new; True if there is something. A log that cannot be read is passed
+        over.
+        """
         found = False
         try:
             with os.scandir(self._folder) as entries:
-                names = [entry.name for entry in entries if entry.name.endswith(".log") and entry.is_file()]
+                names = [
+                    entry.name
+                    for entry in entries
+                    if entry.name.endswith(".log") and entry.is_file()
+                ]
         except OSError:
             return False
         for name in sorted(names, key=_order)[:MAX_LOGS]:
@@ -76,7 +88,8 @@ class _Log:
                 return []
             begin = 0 if size < self._offset else max(0, self._offset)  # it was cut: from the start
             if size - begin > CHUNK:
-                begin, self._rest, self._skipping = size - CHUNK, b"", True  # the line that we land in is torn
+                # the line that we land in is torn
+                begin, self._rest, self._skipping = size - CHUNK, b"", True
             with open_file(self._path) as file:
                 file.seek(begin)
                 data = file.read(CHUNK)
@@ -102,8 +115,12 @@ class _Log:
 
 
 def _shown(line: bytes) -> str:
-    """One line for a person; of a progress bar, which returns to the start of its line, the last state."""
-    last = next((part for part in reversed(line[: 16 * LINE_BYTES].split(b"\r")) if part.strip()), b"")
+    """One line for a person; of a progress bar, which returns to the start of its line, the last
+    state.
+    """
+    last = next(
+        (part for part in reversed(line[: 16 * LINE_BYTES].split(b"\r")) if part.strip()), b""
+    )
     return brief(last[:LINE_BYTES].decode("utf-8", "replace"))
 
 

@@ -10,7 +10,8 @@ class State:
     """One pane as this viewer looks at it.
 
     Attributes:
-        cursor: the entry that is marked; None: none is, and a pane that grows at its end shows its end.
+        cursor: the entry that is marked; None: none is, and a pane that grows at its end shows its
+        end.
         filter: only entries with this text in them are shown, in any case of letters; "" shows all.
         focused: keys go to this pane.
     """

@@ -1,7 +1,7 @@
 """Ranks as a viewer sees them: silent, stuck or slow, by the viewer's own clock. Pure.
 
-A rank's time stamps come from the clock of its host, which may be wrong by minutes. So what counts is when this viewer
-last saw a heartbeat, or the count of progress, change.
+A rank's time stamps come from the clock of its host, which may be wrong by minutes. So what counts
+is when this viewer last saw a heartbeat, or the count of progress, change.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ _RESTING = (Phase.PAUSED, Phase.FINISHED, Phase.STOPPED, Phase.HALTED, Phase.FAI
 
 @dataclass(frozen=True)
 class Rank:
-    """One rank. `heard` and `moved` are times of the viewer's clock at which its heartbeat and its progress changed."""
+    """One rank. `heard` and `moved` are times of the viewer's clock at which its heartbeat and its
+    progress changed.
+    """
 
     told: RankStatus
     heard: float
@@ -47,7 +49,11 @@ class Judged:
     def weight(self) -> tuple[int, float, int]:
         """Worst first when sorted."""
         order = ("silent", "failed", "stuck", "slow", "")
-        return order.index(self.trouble), -max(self.seconds, 0.0) or -self.ratio, self.rank.told.rank
+        return (
+            order.index(self.trouble),
+            -max(self.seconds, 0.0) or -self.ratio,
+            self.rank.told.rank,
+        )
 
 
 class RankBook:
@@ -62,7 +68,8 @@ class RankBook:
         for status in told:
             before = self._known.get(status.rank)
             if before is None or before.told.incarnation != status.incarnation:
-                # What was there when we came may be old already; two times of one clock can be compared.
+                # What was there when we came may be old already; two times of one clock can be
+                # compared.
                 still = max(0.0, status.heartbeat - status.progress_time)
                 found[status.rank] = Rank(status, min(status.heartbeat, now), now - still)
                 continue
@@ -102,6 +109,8 @@ def _judge(rank: Rank, usual: float, now: float, *, ended: bool) -> Judged:
     if (silence := now - rank.heard) > SILENT_SECONDS:
         return Judged(rank, ratio, "silent", silence)
     still = now - rank.moved
-    if told.phase in (Phase.STEP, Phase.EVAL) and still > max(STUCK_SECONDS, 10 * told.step_seconds):
+    if told.phase in (Phase.STEP, Phase.EVAL) and still > max(
+        STUCK_SECONDS, 10 * told.step_seconds
+    ):
         return Judged(rank, ratio, "stuck", still)
     return Judged(rank, ratio, "slow" if ratio >= SLOW else "")

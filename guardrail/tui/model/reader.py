@@ -1,5 +1,6 @@
-"""From the run directory to snapshots. One thread reads what is new, one reads again what is looked at closer, one
-hands commands in; the screen's own touches no disk, so that a file system that hangs leaves the keys alive.
+"""From the run directory to snapshots. One thread reads what is new, one reads again what is looked
+at closer, one hands commands in; the screen's own touches no disk, so that a file system that hangs
+leaves the keys alive.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ WAIT_SECONDS = 1.0  # between two looks at a quiet one
 PRESENCE_SECONDS = 5.0
 _CHUNK = 65536  # rows read, and mapped, before the screen hears of them
 RETRY_SECONDS = 5.0  # between two tries to read what could not be read again
-RESTART_SECONDS = 1.0  # before a thread that failed starts again; twice as long after each further failure
+# before a thread that failed starts again; twice as long after each further failure
+RESTART_SECONDS = 1.0
 
 
 class Reader(Protocol):
@@ -43,19 +45,27 @@ class Reader(Protocol):
     def latest(self) -> Snapshot: ...
 
     def choose(self, signals: tuple[str, ...], axis: str) -> None:
-        """Which curves are looked at, along which axis; never blocks, and comes with `Snapshot.series`."""
+        """Which curves are looked at, along which axis; never blocks, and comes with
+        `Snapshot.series`.
+        """
 
     def look_closer(self, stretches: Sequence[tuple[float, float]]) -> None:
-        """These stretches of steps are looked at in single rows; never blocks, and comes with `Series.details`."""
+        """These stretches of steps are looked at in single rows; never blocks, and comes with
+        `Series.details`.
+        """
 
     def send(self, command: Command) -> None:
         """Hand a command in; never blocks, and says a failure through `Snapshot.unsent`."""
 
     def preview(self, command: Command) -> None:
-        """Work out what a command would do; never blocks, and says it through `Snapshot.previews`."""
+        """Work out what a command would do; never blocks, and says it through
+        `Snapshot.previews`.
+        """
 
     def note(self, text: str) -> None:
-        """Write a note into the journal; never blocks, and says a failure through `Snapshot.trouble`."""
+        """Write a note into the journal; never blocks, and says a failure through
+        `Snapshot.trouble`.
+        """
 
     def close(self) -> None: ...
 
@@ -103,12 +113,20 @@ class RunReader:
         self._details: tuple[Detail, ...] = ()
         self._cuts = 0  # of `_track`, when these were read
         self._sums = 0  # of `_track`, when memory was given back
-        self._closer: tuple[tuple[float, float], ...] = ()  # what is wanted, and what was tried last, and when
+        # what is wanted, and what was tried last, and when
+        self._closer: tuple[tuple[float, float], ...] = ()
         self._tried: tuple[tuple[tuple[float, float], ...], float] = ((), 0.0)
         self._notify: Callable[[], None] = lambda: None
-        works = (("reader", self._read), ("sender", self._work), ("zoom", self._look_up), ("preview", self._foresee))
+        works = (
+            ("reader", self._read),
+            ("sender", self._work),
+            ("zoom", self._look_up),
+            ("preview", self._foresee),
+        )
         self._threads = [
-            threading.Thread(target=self._keep_going, args=work, name=f"guardrail-{work[0]}", daemon=True)
+            threading.Thread(
+                target=self._keep_going, args=work, name=f"guardrail-{work[0]}", daemon=True
+            )
             for work in works
         ]
 
@@ -125,7 +143,9 @@ class RunReader:
         self._shelf.put(self._track_anew)
 
     def look_closer(self, stretches: Sequence[tuple[float, float]]) -> None:
-        """Asked again and again, it reads once; what nobody asks for any more is let go of with the next reading."""
+        """Asked again and again, it reads once; what nobody asks for any more is let go of with the
+        next reading.
+        """
         wanted = tuple(stretches)
         tried, when = self._tried
         if wanted and (wanted != tried or time.monotonic() - when >= RETRY_SECONDS):
@@ -146,7 +166,9 @@ class RunReader:
         self._outbox.put(lambda: self._write_down(text))
 
     def close(self) -> None:
-        """Leave. A file system that hangs does not hold the screen: all threads end with the process."""
+        """Leave. A file system that hangs does not hold the screen: all threads end with the
+        process.
+        """
         self._leaving.set()
         self._outbox.put(None)
         self._shelf.put(None)
@@ -155,12 +177,15 @@ class RunReader:
             self._threads[1].join(timeout=0.5)
 
     def _keep_going(self, name: str, work: Callable[[], None]) -> None:
-        """The work of one thread until the screen is left. Where it fails, the screen says so, and it starts again."""
+        """The work of one thread until the screen is left. Where it fails, the screen says so, and
+        it starts again.
+        """
         pause = RESTART_SECONDS
         while not self._leaving.is_set():
             try:
                 return work()
-            except Exception as error:  # whatever it is: a thread that dies without a word looks like a quiet run
+            # whatever it is: a thread that dies without a word looks like a quiet run
+            except Exception as error:
                 self._fail(name, error)
                 self._again = self._again or name == "reader"
                 self._leaving.wait(pause)
@@ -195,7 +220,12 @@ class RunReader:
                 journal_cut=self._journal_cut,
                 rows=self._cut_rows,
             )
-            self._publish(loaded=True, trouble=self._failures.said(), damage=damage, around=self._lookout.around)
+            self._publish(
+                loaded=True,
+                trouble=self._failures.said(),
+                damage=damage,
+                around=self._lookout.around,
+            )
         except (OSError, GuardrailError) as error:
             trouble = self._failures.said(f"cannot read the run: {reason_of(error)}")
             self._publish(loaded=True, trouble=trouble, damage=("cannot be read",))
@@ -203,11 +233,15 @@ class RunReader:
     def _is_gone(self) -> bool:
         gone = is_gone(self._run.path)
         text = f"{self._run.path} was moved or deleted; shown is what was read before"
-        self._publish(gone=gone, **({"loaded": True, "trouble": self._failures.said(text)} if gone else {}))
+        self._publish(
+            gone=gone, **({"loaded": True, "trouble": self._failures.said(text)} if gone else {})
+        )
         return gone
 
     def _read_again(self) -> None:
-        """From the beginning: a file has lost what was read of it, or what was read is half taken in."""
+        """From the beginning: a file has lost what was read of it, or what was read is half taken
+        in.
+        """
         if self._follower.cut == "metrics.bin":
             self._cut_rows = (max(self._cut_rows[0], self._follower.row), len(self._run.metrics()))
         self._journal_cut = self._journal_cut or self._follower.cut == "journal.jsonl"
@@ -235,7 +269,8 @@ class RunReader:
             return
         heard = self._latest.heard
         if status.heartbeat != self._heartbeat:
-            # What was there when we came may be old; whatever comes later came now, whatever the other clock says.
+            # What was there when we came may be old; whatever comes later came now, whatever the
+            # other clock says.
             now = self._clock()
             heard = min(status.heartbeat, now) if self._heartbeat is None else now
             self._heartbeat = status.heartbeat
@@ -251,7 +286,10 @@ class RunReader:
         if update.events:
             self._digest.add(update.events)
             self._publish(story=self._digest.story())
-            if self._latest.status is None and (ended := self._run.status_of_end(update.events)) is not None:
+            if (
+                self._latest.status is None
+                and (ended := self._run.status_of_end(update.events)) is not None
+            ):
                 self._publish(status=ended, heard=ended.heartbeat)
         first, end = update.rows
         with self._tracking:
@@ -268,7 +306,9 @@ class RunReader:
 
     def _leave(self, track: Track) -> None:
         """A rollback is true from its journal line on, before the first row of the new timeline."""
-        limit = self._follower.timelines.end(track.timeline) if self._follower.complete else math.inf
+        limit = (
+            self._follower.timelines.end(track.timeline) if self._follower.complete else math.inf
+        )
         if limit < track.last_step:
             track.abandon(after=limit)
 
@@ -282,7 +322,9 @@ class RunReader:
         return replace(self._track.series(), details=self._details)
 
     def _track_anew(self) -> None:
-        """Read the rows again for signals that were not kept so far; what is kept beyond need stays."""
+        """Read the rows again for signals that were not kept so far; what is kept beyond need
+        stays.
+        """
         signals, axis = self._wanted
         with self._tracking:
             if set(signals) <= {*SIGNALS, *self._kept[0]} and axis in (STEP, self._kept[1]):
@@ -294,7 +336,8 @@ class RunReader:
             except (OSError, GuardrailError) as error:
                 return self._fail("zoom", error)
             self._leave(track)
-            self._track, self._kept, self._cuts = track, (signals, axis), -1  # details do not have the signals
+            # details do not have the signals
+            self._track, self._kept, self._cuts = track, (signals, axis), -1
             self._publish(series=self._series())
 
     def _in_chunks(self, first: int, end: int) -> Iterable[tuple[int, Sequence[str], np.ndarray]]:
@@ -311,7 +354,9 @@ class RunReader:
             return (), np.zeros((0, 0))
 
     def _read_closer(self) -> None:
-        """Read the rows of the stretches that are looked at; those that are at hand already are not read again."""
+        """Read the rows of the stretches that are looked at; those that are at hand already are not
+        read again.
+        """
         wanted, kept = self._closer, self._kept
         with self._tracking:
             series, details = self._series(), {(one.low, one.high): one for one in self._details}
@@ -332,19 +377,28 @@ class RunReader:
             self._publish(looking_up=None)
         with self._tracking:
             if (self._track.cuts, self._kept) != (cuts, kept):
-                self._tried = ((), 0.0)  # they may be abandoned, or lack what is looked at: to be asked for anew
+                # they may be abandoned, or lack what is looked at: to be asked for anew
+                self._tried = ((), 0.0)
                 return
             self._details = tuple(details[stretch] for stretch in wanted if stretch in details)
             self._publish(series=self._series())
 
-    def _detail(self, series: Series, kept: tuple[tuple[str, ...], str], low: float, high: float) -> Detail | None:
-        """All rows of the present with steps in [low, high], and the rest of the points that they are in."""
+    def _detail(
+        self, series: Series, kept: tuple[tuple[str, ...], str], low: float, high: float
+    ) -> Detail | None:
+        """All rows of the present with steps in [low, high], and the rest of the points that they
+        are in.
+        """
         if not len(series):
             return None
         point = int(np.searchsorted(series.step, low))
         last = min(len(series) - 1, int(np.searchsorted(series.step, high, side="right")))
         first, end = int(series.row[point - 1]) + 1 if point else 0, int(series.row[last]) + 1
-        base = {name: float(places[point - 1]) for name, places in series.axes.items()} if point else {}
+        base = (
+            {name: float(places[point - 1]) for name, places in series.axes.items()}
+            if point
+            else {}
+        )
         track = Track(kept[0], (kept[1],), exact=EXACT, base=base)
         for at, columns, rows in self._in_chunks(first, end):
             track.add(columns, rows, first=at)
@@ -385,7 +439,8 @@ class RunReader:
     def _hand_in(self, command: Command) -> None:
         try:
             self._run.send(command)
-        except Exception as error:  # whatever it was: the command has not been sent, and whoever gave it waits
+        # whatever it was: the command has not been sent, and whoever gave it waits
+        except Exception as error:
             self._publish(unsent={**self._latest.unsent, command.id: reason_of(error)})
 
     def _work_out(self, command: Command) -> None:
@@ -410,8 +465,8 @@ class RunReader:
 
 
 def give_back() -> None:
-    """Hand what is free back to the system. The C library keeps it in pieces, 30 MB of them after a day, as measured by
-    tests/bench/screen.py; where it is not glibc there is nothing to call."""
+    """Hand what is free back to the system. The C library keeps it in pieces, 30 MB of them after a
+    day, as measured by tests/bench/screen.py; where it is not glibc there is nothing to call."""
     import ctypes
 
     with contextlib.suppress(OSError, AttributeError):

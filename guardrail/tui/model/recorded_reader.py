@@ -1,4 +1,6 @@
-"""A recorded log as snapshots: its rows at once, then what the controller says of them, as it says it."""
+"""A recorded log as snapshots: its rows at once, then what the controller says of them, as it says
+it.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ class Part(Protocol):
 
 
 class Recorded(Protocol):
-    """What `guardrail.backtest.recorded_run.Viewing` is to the screen, which must not know the controller."""
+    """What `guardrail.backtest.recorded_run.Viewing` is to the screen, which must not know the
+    controller.
+    """
 
     name: str
     format: str
@@ -93,13 +97,20 @@ class RecordedReader:
             self._show_rows()
             self._judge()
         except Exception as error:
-            # Whatever it was, the curves stand, and a thread that dies without a word would look like a slow one.
+            # Whatever it was, the curves stand, and a thread that dies without a word would look
+            # like a slow one.
             known = isinstance(error, OSError | GuardrailError)
-            reason = (getattr(error, "strerror", None) or str(error)) if known else f"{type(error).__name__}: {error}"
+            reason = (
+                (getattr(error, "strerror", None) or str(error))
+                if known
+                else f"{type(error).__name__}: {error}"
+            )
             self._publish(loaded=True, trouble=f"cannot judge the log: {reason}")
 
     def _new_track(self) -> Track:
-        return Track(choosable(self._log.columns), [axis for axis in AXES if axis in self._log.columns])
+        return Track(
+            choosable(self._log.columns), [axis for axis in AXES if axis in self._log.columns]
+        )
 
     def _show_rows(self) -> None:
         track = self._new_track()
@@ -121,7 +132,9 @@ class RecordedReader:
                 news = {} if told else {"story": digest.story()}
                 self._publish(recorded=self._told(done), **news)
                 shown, told = time.monotonic(), True
-        self._publish(series=track.series(), story=digest.story(), recorded=self._told(len(self._log)))
+        self._publish(
+            series=track.series(), story=digest.story(), recorded=self._told(len(self._log))
+        )
 
     def _told(self, done: int) -> str:
         total = len(self._log)

@@ -1,7 +1,9 @@
-"""The journal as the screen tells it: incidents, marks on the curves, log lines, answers to commands. Pure.
+"""The journal as the screen tells it: incidents, marks on the curves, log lines, answers to
+commands. Pure.
 
-A `Digest` takes events in order, in the reader's thread; the `Story` that it hands out never changes. Journals of other
-versions, and broken ones, are read as far as they make sense: nothing here raises on what an event holds.
+A `Digest` takes events in order, in the reader's thread; the `Story` that it hands out never
+changes. Journals of other versions, and broken ones, are read as far as they make sense: nothing
+here raises on what an event holds.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ class Incident:
 
     @property
     def samples(self) -> int:
-        """Positions left out; a rollback names those of the rejected batches in its window once more."""
+        """Positions left out; a rollback names those of the rejected batches in its window once
+        more.
+        """
         total = end = 0
         for first, last in sorted(self.spans):
             total += max(0, last - max(first, end))
@@ -74,15 +78,18 @@ class Story:
 
     Attributes:
         incidents: newest first.
-        marks: letter -> (steps, labels), in order of the journal; a label is an incident's number or "".
+        marks: letter -> (steps, labels), in order of the journal; a label is an incident's number
+        or "".
         lines: newest last.
         answers: command id -> answer.
         question: journal line of the question that is open, 0: none is; `asked`: its text.
         proposals: what the guard proposes in it.
         costs: what each of these would do, "" where the journal does not say.
         shown: the same as an answer carries it, None where it goes nowhere.
-        paused_by: who has paused the run by a command, while it is paused so; "": no one, or it is not known.
-        held: factors on the updates that a command or the guard has set, whether they act now or not.
+        paused_by: who has paused the run by a command, while it is paused so; "": no one, or it is
+        not known.
+        held: factors on the updates that a command or the guard has set, whether they act now or
+        not.
         known: the evidence in full.
     """
 
@@ -165,7 +172,9 @@ class Digest:
         incidents = [*self._incidents.values(), *([self._loose] if self._loose else [])]
         return Story(
             incidents=tuple(reversed(incidents)),
-            marks=MappingProxyType({letter: tuple(found.items()) for letter, found in self._marks.items()}),
+            marks=MappingProxyType(
+                {letter: tuple(found.items()) for letter, found in self._marks.items()}
+            ),
             lines=tuple(self._lines),
             answers=MappingProxyType(dict(self._answers)),
             question=self._question,
@@ -181,7 +190,8 @@ class Digest:
     # -- incidents
 
     def _learn(self, event: Event, at: int, **news: Any) -> Incident:
-        """Merge `news` into the incident that the event belongs to: its own number, else the open one, else a new.
+        """Merge `news` into the incident that the event belongs to: its own number, else the open
+        one, else a new.
 
         Args:
             at: the step where a new incident begins.
@@ -189,7 +199,9 @@ class Digest:
         number = _number(event)
         if not number:
             newest = next(reversed(self._incidents.values()), None)
-            number = newest.number if newest is not None and newest.open and newest.number > 0 else 0
+            number = (
+                newest.number if newest is not None and newest.open and newest.number > 0 else 0
+            )
         if not number:
             if self._loose is not None and abs(at - self._loose.step) > _NEAR:
                 self._unnumbered -= 1
@@ -210,7 +222,9 @@ class Digest:
 
     def _verdict(self, event: Event) -> None:
         action, would = _action(event.data.get("action")), _action(event.data.get("would"))
-        if action is None or (action in (Action.APPLY, Action.OVERFLOW) and would in (None, Action.APPLY)):
+        if action is None or (
+            action in (Action.APPLY, Action.OVERFLOW) and would in (None, Action.APPLY)
+        ):
             return
         at = _whole(event.data.get("at_step"), event.step)
         advised = action in (Action.APPLY, Action.OVERFLOW)
@@ -219,7 +233,8 @@ class Digest:
         if action is Action.SKIP:
             self._marks[SKIP][at] = _label(incident)
         elif advised and _label(incident) not in self._marks[INCIDENT].values():
-            self._marks[INCIDENT][at] = _label(incident)  # nothing was done: where it would have begun
+            # nothing was done: where it would have begun
+            self._marks[INCIDENT][at] = _label(incident)
 
     def _left_out(self, event: Event) -> None:
         span = span_of(event)
@@ -252,8 +267,14 @@ class Digest:
         if not _number(event):
             return
         onset, state = _whole(event.data.get("onset"), 0), event.data.get("state")
-        begins = {"step": onset} if onset and state == "open" else {}  # one that recurs began where it did at first
-        self._learn(event, onset or event.step, open=state not in ("recovered", "offset", "accepted"), **begins)
+        # one that recurs began where it did at first
+        begins = {"step": onset} if onset and state == "open" else {}
+        self._learn(
+            event,
+            onset or event.step,
+            open=state not in ("recovered", "offset", "accepted"),
+            **begins,
+        )
 
     # -- questions
 
@@ -289,7 +310,9 @@ class Digest:
         identity = event.data.get("id")
         if isinstance(identity, str):
             self._answers.pop(identity, None)
-            self._answers[identity] = Answer(applied, event.step, brief(event.data.get("reason") or "", 200))
+            self._answers[identity] = Answer(
+                applied, event.step, brief(event.data.get("reason") or "", 200)
+            )
             while len(self._answers) > _MAX_LINES:
                 del self._answers[next(iter(self._answers))]
         if applied:
@@ -318,8 +341,16 @@ def _answer_of(event: Event) -> str:
 def _how_answered(event: Event, taken: str, who: str) -> str:
     """How a question ended: "accepted by ann@vm"."""
     if taken:
-        return f"{taken} by default, nobody answered" if who == "guard" else f"{taken} by {who or 'a command'}"
-    return "asked, and not answered before a restart" if event.kind == "restarted" else "asked, and not answered"
+        return (
+            f"{taken} by default, nobody answered"
+            if who == "guard"
+            else f"{taken} by {who or 'a command'}"
+        )
+    return (
+        "asked, and not answered before a restart"
+        if event.kind == "restarted"
+        else "asked, and not answered"
+    )
 
 
 _DEEDS: dict[Action | None, str] = {
@@ -342,7 +373,8 @@ def _merged(incident: Incident, news: Mapping[str, Any]) -> Incident:
     known: dict[tuple[str, Kind], Finding] = {}
     for finding in (*incident.findings, *news.get("findings", ())):
         before = known.get((finding.signal, finding.kind))
-        if before is None or not finding.score <= before.score:  # the worst of each; a NaN is worse than all
+        # the worst of each; a NaN is worse than all
+        if before is None or not finding.score <= before.score:
             known[finding.signal, finding.kind] = finding
     documents = dict.fromkeys((*incident.documents, *news.get("documents", ())))
     return replace(
@@ -354,7 +386,9 @@ def _merged(incident: Incident, news: Mapping[str, Any]) -> Incident:
         findings=tuple(known.values()),
         spans=tuple(dict.fromkeys((*incident.spans, *news.get("spans", ())))),
         documents=tuple(documents)[:_MAX_DOCUMENTS],
-        documents_total=max(len(documents), incident.documents_total, news.get("documents_total", 0)),
+        documents_total=max(
+            len(documents), incident.documents_total, news.get("documents_total", 0)
+        ),
     )
 
 
@@ -368,7 +402,9 @@ def _data(event: Event) -> dict[str, Any]:
 
 
 def _proposal(raw: Any) -> str:
-    """What the guard would do by one of its proposals; "back" is a rollback that leaves nothing out."""
+    """What the guard would do by one of its proposals; "back" is a rollback that leaves nothing
+    out.
+    """
     if not isinstance(raw, Mapping):
         return brief(raw, 200)
     action = brief(raw.get("action", ""), 200)
@@ -383,7 +419,9 @@ def _cost(raw: Any) -> str:
 
 
 def _shown(raw: Any) -> Shown | None:
-    """The state that a proposal goes back to, and what that loses. Training is parked: it comes to lose no more."""
+    """The state that a proposal goes back to, and what that loses. Training is parked: it comes to
+    lose no more.
+    """
     if not isinstance(raw, Mapping) or raw.get("to_step") is None:
         return None
     lost = as_int(raw.get("steps_lost"))
@@ -425,5 +463,7 @@ def left_out(incident: Incident) -> str:
     """ "12 samples of 3 documents left out", or nothing."""
     if not incident.samples:
         return ""
-    documents = f" of {plural(incident.documents_total, 'document')}" if incident.documents_total else ""
+    documents = (
+        f" of {plural(incident.documents_total, 'document')}" if incident.documents_total else ""
+    )
     return f"{plural(incident.samples, 'sample')}{documents} left out"

@@ -1,5 +1,5 @@
-"""Commands on their way: sent, answered by the journal with the step of their effect, refused with the reason, or not
-answered yet, and said so. Pure but for the name of who gives them."""
+"""Commands on their way: sent, answered by the journal with the step of their effect, refused with
+the reason, or not answered yet, and said so. Pure but for the name of who gives them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ class Desk:
     """The commands of this viewer.
 
     Args:
-        reader: hands a command in (its failure comes back as `Snapshot.unsent`), works out previews, writes notes.
+        reader: hands a command in (its failure comes back as `Snapshot.unsent`), works out
+        previews, writes notes.
         clock: wall time.
     """
 
@@ -84,18 +85,35 @@ class Desk:
         """Send a command.
 
         Args:
-            question: journal line of the question that was open for the viewer, 0: none was; None: that is not known.
+            question: journal line of the question that was open for the viewer, 0: none was; None:
+            that is not known.
             shown: what the viewer was shown that it does.
         """
         now = self._clock()
         sent = Sent(f"screen-{secrets.token_hex(8)}", kind, label, now)
         self._sent.append(sent)
         self._notice = None
-        self._send(Command(id=sent.id, kind=kind, value=value, who=who(), time=now, question=question, shown=shown))
+        self._send(
+            Command(
+                id=sent.id,
+                kind=kind,
+                value=value,
+                who=who(),
+                time=now,
+                question=question,
+                shown=shown,
+            )
+        )
 
     def foresee(self, kind: CommandKind, value: float) -> Foreseen:
         """Ask what a command would do, again and again while somebody looks."""
-        command = Command(id=f"preview-{secrets.token_hex(8)}", kind=kind, value=value, who=who(), time=self._clock())
+        command = Command(
+            id=f"preview-{secrets.token_hex(8)}",
+            kind=kind,
+            value=value,
+            who=who(),
+            time=self._clock(),
+        )
         return Foreseen(command, self._preview)
 
     def note(self, text: str) -> None:
@@ -118,7 +136,9 @@ class Desk:
             if sent.id in view.snapshot.story.answers or sent.id in view.snapshot.unsent:
                 self._answered.setdefault(sent.id, view.now)
         # Answers leave after a while; what waits for one never does.
-        self._sent = [s for s in self._sent if view.now - self._answered.get(s.id, view.now) < SHOWN_SECONDS]
+        self._sent = [
+            s for s in self._sent if view.now - self._answered.get(s.id, view.now) < SHOWN_SECONDS
+        ]
         if self._notice and view.now - self._notice[2] < NOTICE_SECONDS:
             return self._notice[0], self._notice[1]
         if not self._sent:
@@ -126,7 +146,9 @@ class Desk:
         waiting = [sent for sent in self._sent if sent.id not in self._answered]
         text, tone = self._state(self._sent[-1], view)
         others = len(waiting) - (bool(waiting) and waiting[-1] is self._sent[-1])
-        return text + (f"  (and {plural(others, 'command')} without an answer yet)" if others else ""), tone
+        return text + (
+            f"  (and {plural(others, 'command')} without an answer yet)" if others else ""
+        ), tone
 
     def _state(self, sent: Sent, view: View) -> tuple[str, str]:
         reason = view.snapshot.unsent.get(sent.id)
@@ -137,15 +159,21 @@ class Desk:
             return f"✗ {sent.label}: the run ended before it answered", "bad"
         if answer is None:
             silent = ", and no sign of life of the run" if view.silence > HEARTBEAT_SECONDS else ""
-            return f"… {sent.label}: sent, no answer yet ({spoken(view.now - sent.time)}{silent})", "accent"
+            return (
+                f"… {sent.label}: sent, no answer yet ({spoken(view.now - sent.time)}{silent})",
+                "accent",
+            )
         why = f": {answer.reason}" if answer.reason else ""
         if answer.applied:
             return f"✓ {sent.label}: took effect at step {count(answer.step)}{why}", "good"
-        # The reason first: a narrow line is cut at its end, and what was asked for is known to who has asked.
+        # The reason first: a narrow line is cut at its end, and what was asked for is known to who
+        # has asked.
         return f"✗ refused{why} ({sent.label}, step {count(answer.step)})", "bad"
 
 
-def refusal(status: Status | None, *, read_only: bool, lost: bool = False, name: str = "RUN") -> str | None:
+def refusal(
+    status: Status | None, *, read_only: bool, lost: bool = False, name: str = "RUN"
+) -> str | None:
     """Why no control key can do anything now, or None.
 
     Args:
@@ -176,8 +204,12 @@ def preview_lines(preview: Preview) -> list[str]:
         return [f"✗ It would be refused: {preview.refusal}."]
     lines = []
     if preview.to_step is not None:
-        took = f", {spoken(preview.seconds_lost)} of training" if preview.seconds_lost >= 0.5 else ""
-        lines.append(f"Goes back to step {count(preview.to_step)} ({preview.tier}, {preview.state}).")
+        took = (
+            f", {spoken(preview.seconds_lost)} of training" if preview.seconds_lost >= 0.5 else ""
+        )
+        lines.append(
+            f"Goes back to step {count(preview.to_step)} ({preview.tier}, {preview.state})."
+        )
         lines.append(f"Loses {plural(preview.steps_lost, 'step')}{took}.")
     if preview.samples:
         lines.append(f"Leaves out {plural(preview.samples, 'sample')} for the rest of the run.")
@@ -188,7 +220,9 @@ def preview_lines(preview: Preview) -> list[str]:
         before = f", now {now}" if math.isfinite(preview.lr_before) and now != rate else ""
         lines.append(f"Learning rate afterwards {rate}{before}.")
     if preview.state == "suspect":
-        lines.append("▲ This state is suspect: it was taken after the trouble is thought to have begun.")
+        lines.append(
+            "▲ This state is suspect: it was taken after the trouble is thought to have begun."
+        )
     elif preview.state == "candidate":
         lines.append("It is a candidate: too few healthy steps have followed it to call it good.")
     if preview.remark:
@@ -203,7 +237,9 @@ def rollback_cost(info: SnapshotInfo, status: Status) -> list[str]:
     if samples:
         lines.append(f"Leaves out the data that came after it: up to {plural(samples, 'sample')}.")
     if info.state == "suspect":
-        lines.append("▲ This state is suspect: it was taken after the trouble is thought to have begun.")
+        lines.append(
+            "▲ This state is suspect: it was taken after the trouble is thought to have begun."
+        )
     elif info.state == "candidate":
         lines.append("It is a candidate: too few healthy steps have followed it to call it good.")
     return lines

@@ -1,4 +1,6 @@
-"""What one frame of the screen is drawn from: the run's snapshot, the time, and what the viewer chose. Immutable."""
+"""What one frame of the screen is drawn from: the run's snapshot, the time, and what the viewer
+chose. Immutable.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,15 @@ import msgspec
 from guardrail.core.format import brief
 from guardrail.core.records import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS, Status
 from guardrail.tui.model.background_facts import Around
-from guardrail.tui.model.health import GONE, HEARTBEAT_SECONDS, LOST_SECONDS, RECORDED, STARTING, Health, health_of
+from guardrail.tui.model.health import (
+    GONE,
+    HEARTBEAT_SECONDS,
+    LOST_SECONDS,
+    RECORDED,
+    STARTING,
+    Health,
+    health_of,
+)
 from guardrail.tui.model.pane_state import State
 from guardrail.tui.model.run_story import Story
 from guardrail.tui.numerics.series import STEP, THROUGHPUT, Series
@@ -44,12 +54,14 @@ def label_of(signal: str) -> str:
 def cleaned(status: Status) -> Status:
     """The same status with every text in it cleaned, so that what is measured is what is shown.
 
-    Before the first step of a start, and after the end, no process holds a state in memory: those that the status of
-    the processes before still names are gone.
+    Before the first step of a start, and after the end, no process holds a state in memory: those
+    that the status of the processes before still names are gone.
     """
     without_memory = status.phase in STARTING or status.phase.ended
     snapshots = [
-        msgspec.structs.replace(s, tier=brief(s.tier, 20), state=brief(s.state, 20), path=brief(s.path))
+        msgspec.structs.replace(
+            s, tier=brief(s.tier, 20), state=brief(s.state, 20), path=brief(s.path)
+        )
         for s in status.snapshots
         if not (without_memory and s.tier == "memory")
     ]
@@ -63,18 +75,21 @@ class Snapshot:
 
     Attributes:
         name: NAME/DATE-NN.
-        heard: when a new heartbeat was last seen, by the viewer's own clock: clocks of two machines differ.
+        heard: when a new heartbeat was last seen, by the viewer's own clock: clocks of two machines
+        differ.
         loaded: the metrics have been read to their end at least once.
         trouble: why the directory could not be read just now, or "".
-        damage: files of the directory that are cut, missing or unreadable, each in a few words; what they still hold
-            is shown.
+        damage: files of the directory that are cut, missing or unreadable, each in a few words;
+            what they still hold is shown.
         gone: the directory is not there any more; what was read of it is shown.
         unsent: id of a command -> why it could not be handed in.
-        recorded: of a log that something else has written: what it is, and how far it is judged. "" for a run.
+        recorded: of a log that something else has written: what it is, and how far it is judged. ""
+        for a run.
         previews: id of a preview that was asked for -> what the command would do.
         around: ranks, their output, the configuration, who else watches.
         columns: names of what the rows hold, from outside.
-        looking_up: since when rows that are looked at closer are being read, by the viewer's clock; None: none are.
+        looking_up: since when rows that are looked at closer are being read, by the viewer's clock;
+        None: none are.
     """
 
     name: str
@@ -97,7 +112,9 @@ class Snapshot:
         for name in ("name", "trouble", "recorded"):
             object.__setattr__(self, name, brief(getattr(self, name)))
         object.__setattr__(self, "damage", tuple(brief(text, 80) for text in self.damage))
-        object.__setattr__(self, "unsent", {id: brief(reason) for id, reason in self.unsent.items()})
+        object.__setattr__(
+            self, "unsent", {id: brief(reason) for id, reason in self.unsent.items()}
+        )
         if self.status is not None:
             object.__setattr__(self, "status", cleaned(self.status))
 
@@ -112,9 +129,12 @@ class View:
         big: the signal whose chart is enlarged.
         logarithmic: signals drawn on a log axis.
         message: (text, tone) of the line that answers keys.
-        axis: what the x-axis runs along, of `series.AXES`; `smooth`: 0 not at all, 1 lightly, 2 strongly.
-        span: how much of the axis the charts show, None: all of it; `end`: the last of it, None: it follows the newest.
-        at: the step that the value cursor stands on, None: there is none and titles say the newest values.
+        axis: what the x-axis runs along, of `series.AXES`; `smooth`: 0 not at all, 1 lightly, 2
+        strongly.
+        span: how much of the axis the charts show, None: all of it; `end`: the last of it, None: it
+        follows the newest.
+        at: the step that the value cursor stands on, None: there is none and titles say the newest
+        values.
         focus: the pane that keys go to; `full`: it has the whole screen.
         states: name of a pane -> what was chosen there.
     """
@@ -155,7 +175,9 @@ class View:
 
     @property
     def lost(self) -> bool:
-        """The run has not ended, and for so long no process of it has written that none can read a command."""
+        """The run has not ended, and for so long no process of it has written that none can read a
+        command.
+        """
         return self.snapshot.gone or (not self.responds and self.silence > LOST_SECONDS)
 
     @property
@@ -171,4 +193,9 @@ class View:
         if self.snapshot.gone:
             return GONE
         story = self.snapshot.story
-        return health_of(self.status, recovering=story.recovering, silence=self.silence, paused_by=story.paused_by)
+        return health_of(
+            self.status,
+            recovering=story.recovering,
+            silence=self.silence,
+            paused_by=story.paused_by,
+        )

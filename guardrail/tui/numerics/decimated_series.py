@@ -1,8 +1,10 @@
-"""Rows as they come, and what is kept of them: the newest as they are, older ones summed up, in bounded memory.
+"""Rows as they come, and what is kept of them: the newest as they are, older ones summed up, in
+bounded memory.
 
-A `Track` belongs to one thread; the `Series` it hands out never change, though both share their memory: rows are only
-ever written behind the end of every series handed out, and a rewind or a summing up starts a new buffer. Ghosts have
-memory of their own: a view of an old buffer would keep all of it.
+A `Track` belongs to one thread; the `Series` it hands out never change, though both share their
+memory: rows are only ever written behind the end of every series handed out, and a rewind or a
+summing up starts a new buffer. Ghosts have memory of their own: a view of an old buffer would keep
+all of it.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from guardrail.core.records import Action
 from guardrail.tui.numerics.pyramid import BLOCK, Level, levels_above
 from guardrail.tui.numerics.series import BANDS, SIGNALS, STEP, THROUGHPUT, TOKENS, Series
 
-EXACT = 8192  # newest rows of a run that are kept as they are, about; four times as many points are kept of all
+# newest rows of a run that are kept as they are, about; four times as many points are kept of all
+EXACT = 8192
 _GROUP = 8  # rows that an old point stands for at first
 _MAX_GHOSTS = 32  # newest abandoned stretches that are kept
 _GHOST_POINTS = 2048  # ... and of each at most so many points
@@ -29,15 +32,17 @@ Again = Callable[[int, int], tuple[Sequence[str], np.ndarray]]
 class Track:
     """Grows by rows, goes back by `abandon`.
 
-    Memory: 55 bytes a point, 5 more for each further signal, 8 for an axis; of what is summed up 8 more a signal.
+    Memory: 55 bytes a point, 5 more for each further signal, 8 for an axis; of what is summed up 8
+    more a signal.
 
     Args:
         signals: what is kept besides SIGNALS, which are always.
         axes: of AXES, kept besides the steps.
-        exact: about so many of the newest rows stay, at most twice as many, and of all four times as many points; None:
+        exact: about so many of the newest rows stay, at most twice as many, and of all four times
+        as many points; None:
             all of them stay.
-        again: rows [first, end) of the file once more, and their columns: what a return into the middle of a point
-            needs. Without, the point leaves with what is abandoned.
+        again: rows [first, end) of the file once more, and their columns: what a return into the
+            middle of a point needs. Without, the point leaves with what is abandoned.
         base: where the axes begin, for rows from the middle of a run.
     """
 
@@ -58,27 +63,40 @@ class Track:
         self._rows, self._seen = 0, 0  # points that are kept; rows of the file that were added
         self._group = _GROUP
         self._old = _old(Series())
-        self._stem = object()  # another one once points that were handed out are no longer the first ones
+        # another one once points that were handed out are no longer the first ones
+        self._stem = object()
         self.cuts = 0  # times that something was abandoned
         self.sums = 0  # times that something was summed up
         self._new_buffers(1024)
 
     def _new_buffers(self, capacity: int) -> None:
         self._step, self._row = np.empty(capacity), np.empty(capacity, np.int64)
-        self._values = {name: np.empty(capacity, dtype=np.float32) for name in (*self._signals, *BANDS)}
+        self._values = {
+            name: np.empty(capacity, dtype=np.float32) for name in (*self._signals, *BANDS)
+        }
         self._bad = {name: np.empty(capacity, dtype=bool) for name in self._signals}
         self._axes = {name: np.empty(capacity) for name in self._axis_names}
         blocks = capacity // BLOCK
         self._blocks = {
-            name: Level(np.empty(blocks, np.float32), np.empty(blocks, np.float32), np.empty(blocks, bool))
+            name: Level(
+                np.empty(blocks, np.float32), np.empty(blocks, np.float32), np.empty(blocks, bool)
+            )
             for name in self._signals
         }
 
     def _arrays(self) -> list[np.ndarray]:
-        return [self._step, self._row, *self._values.values(), *self._bad.values(), *self._axes.values()]
+        return [
+            self._step,
+            self._row,
+            *self._values.values(),
+            *self._bad.values(),
+            *self._axes.values(),
+        ]
 
     def _refill(self, rows: int, *parts: Sequence[np.ndarray]) -> None:
-        """Fresh buffers, for `rows` points at least, that begin with these arrays, one behind the other."""
+        """Fresh buffers, for `rows` points at least, that begin with these arrays, one behind the
+        other.
+        """
         self._new_buffers(max(1024, 1 << (rows - 1).bit_length()))
         at = 0
         for part in parts:
@@ -98,14 +116,21 @@ class Track:
         return float(self._step[self._rows - 1]) if self._rows else 0.0
 
     def add(
-        self, columns: Sequence[str], rows: np.ndarray, missing: np.ndarray | None = None, *, first: int | None = None
+        self,
+        columns: Sequence[str],
+        rows: np.ndarray,
+        missing: np.ndarray | None = None,
+        *,
+        first: int | None = None,
     ) -> None:
         """Append rows in the order of the file.
 
         Args:
-            columns: names of the columns of `rows`; unknown ones are passed over, missing ones are NaN.
-            rows: float64 [n, len(columns)]. A row whose step is no number from 1 on (the zeros that a power failure
-                leaves) is none. A new timeline, or a step that goes back, abandons what it replaces.
+            columns: names of the columns of `rows`; unknown ones are passed over, missing ones are
+            NaN.
+            rows: float64 [n, len(columns)]. A row whose step is no number from 1 on (the zeros that
+                a power failure leaves) is none. A new timeline, or a step that goes back, abandons
+                what it replaces.
             missing: bool [n, len(columns)] cells that nobody measured: no NaN that is worth a mark.
             first: number of the first of them in the file; without, they follow the ones before.
         """
@@ -118,7 +143,11 @@ class Track:
         with np.errstate(invalid="ignore"):
             valid = (step >= 1) & (step < 2.0**53)
         if not valid.all():
-            rows, missing, numbers = rows[valid], missing[valid] if missing is not None else None, numbers[valid]
+            rows, missing, numbers = (
+                rows[valid],
+                missing[valid] if missing is not None else None,
+                numbers[valid],
+            )
             step = rows[:, where["step"]]
         if not len(rows):
             return
@@ -131,9 +160,17 @@ class Track:
                 self._timeline = timeline[start]
             for at in range(start, end, self._exact or end):
                 part = slice(at, min(end, at + (self._exact or end)))
-                self._append(where, rows[part], missing[part] if missing is not None else None, numbers[part])
+                self._append(
+                    where, rows[part], missing[part] if missing is not None else None, numbers[part]
+                )
 
-    def _append(self, where: dict[str, int], rows: np.ndarray, missing: np.ndarray | None, numbers: np.ndarray) -> None:
+    def _append(
+        self,
+        where: dict[str, int],
+        rows: np.ndarray,
+        missing: np.ndarray | None,
+        numbers: np.ndarray,
+    ) -> None:
         self._make_room(len(rows))
         begin, end = self._rows, self._rows + len(rows)
         here = slice(begin, end)
@@ -148,9 +185,12 @@ class Track:
             if name not in self._bad:
                 continue
             if name not in SIGNALS:
-                self._bad[name][here] = np.isinf(values)  # not every row has it: a NaN may be nothing at all
+                # not every row has it: a NaN may be nothing at all
+                self._bad[name][here] = np.isinf(values)
             else:
-                self._bad[name][here] = ~finite if missing is None else ~(finite | missing[:, where[name]])
+                self._bad[name][here] = (
+                    ~finite if missing is None else ~(finite | missing[:, where[name]])
+                )
         for name, flags in self._bad.items():
             if name not in where and name != THROUGHPUT:
                 flags[here] = False
@@ -169,7 +209,9 @@ class Track:
             self._refill(max(self._rows + rows, 2 * len(self._step)), kept)
 
     def _thin_out(self, exact: int) -> None:
-        """Sum up all but the newest `exact` rows; old points become half as many where they are too many."""
+        """Sum up all but the newest `exact` rows; old points become half as many where they are too
+        many.
+        """
         thin = self._old.thin
         many = -(-(self._rows - thin - exact) // self._group)
         if halve := thin + many > 2 * exact:
@@ -178,7 +220,10 @@ class Track:
         fold = many * self._group
         end = thin + fold
         starts = np.concatenate([np.arange(0, thin, 1 + halve), np.arange(thin, end, self._group)])
-        old, rest = self._series(0, end).summed_up(starts), [array[end : self._rows] for array in self._arrays()]
+        old, rest = (
+            self._series(0, end).summed_up(starts),
+            [array[end : self._rows] for array in self._arrays()],
+        )
         self._old, self._stem = _old(old), object()
         self.sums += 1
         self._refill(len(starts) + 2 * exact, _arrays_of(old), rest)
@@ -190,8 +235,14 @@ class Track:
         thin = self._old.thin
         rows = slice(thin + first * BLOCK, thin + last * BLOCK)
         for name, level in self._blocks.items():
-            fresh = Level(self._values[name][rows], self._values[name][rows], self._bad[name][rows]).folded()
-            level.low[first:last], level.high[first:last], level.bad[first:last] = fresh.low, fresh.high, fresh.bad
+            fresh = Level(
+                self._values[name][rows], self._values[name][rows], self._bad[name][rows]
+            ).folded()
+            level.low[first:last], level.high[first:last], level.bad[first:last] = (
+                fresh.low,
+                fresh.high,
+                fresh.bad,
+            )
 
     def abandon(self, *, after: float) -> None:
         """A rollback or restart to step `after`: later rows become a ghost."""
@@ -216,7 +267,11 @@ class Track:
         if self._again is None:
             return None
         first = int(self._row[point - 1]) + 1 if point else 0
-        base = {name: float(places[point - 1]) for name, places in self._axes.items()} if point else self._base
+        base = (
+            {name: float(places[point - 1]) for name, places in self._axes.items()}
+            if point
+            else self._base
+        )
         part = Track(self._signals, self._axis_names, base=base)
         part.add(*self._again(first, int(self._row[point]) + 1), first=first)
         return part if part._rows else None
@@ -224,11 +279,15 @@ class Track:
     def series(self) -> Series:
         blocks = (self._rows - self._old.thin) // BLOCK
         above = {
-            name: levels_above(Level(*(_view(part, 0, blocks) for part in (level.low, level.high, level.bad))))
+            name: levels_above(
+                Level(*(_view(part, 0, blocks) for part in (level.low, level.high, level.bad)))
+            )
             for name, level in self._blocks.items()
         }
         found = self._series(0, self._rows)
-        return replace(found, ghosts=self._ghosts, above=above, low_above=self._old.low_above, stem=self._stem)
+        return replace(
+            found, ghosts=self._ghosts, above=above, low_above=self._old.low_above, stem=self._stem
+        )
 
     def _series(self, first: int, end: int) -> Series:
         thin = slice(first, min(end, self._old.thin))
@@ -245,15 +304,27 @@ class Track:
 
 
 def _old(series: Series) -> Series:
-    """What points that sum up rows have beyond rows, with a pyramid over them, in memory of its own."""
-    low, high = ({name: array.copy() for name, array in part.items()} for part in (series.low, series.high))
-    above = {name: levels_above(Level(low[name], high[name], series.bad[name]).folded()) for name in low}
+    """What points that sum up rows have beyond rows, with a pyramid over them, in memory of its
+    own.
+    """
+    low, high = (
+        {name: array.copy() for name, array in part.items()} for part in (series.low, series.high)
+    )
+    above = {
+        name: levels_above(Level(low[name], high[name], series.bad[name]).folded()) for name in low
+    }
     return Series(thin=series.thin, low=low, high=high, low_above=above)
 
 
 def _arrays_of(series: Series) -> list[np.ndarray]:
     """In the order of `Track._arrays`."""
-    return [series.step, series.row, *series.values.values(), *series.bad.values(), *series.axes.values()]
+    return [
+        series.step,
+        series.row,
+        *series.values.values(),
+        *series.bad.values(),
+        *series.axes.values(),
+    ]
 
 
 def _begun_with(rows: Series, series: Series) -> Series:
@@ -282,7 +353,9 @@ def _column(where: Mapping[str, int], rows: np.ndarray, name: str) -> np.ndarray
 
 
 def _places(where: Mapping[str, int], rows: np.ndarray, axis: str, before: float) -> np.ndarray:
-    """float64 [n], nondecreasing: where rows stand that follow one at `before`. A rejected row learns from no token."""
+    """float64 [n], nondecreasing: where rows stand that follow one at `before`. A rejected row
+    learns from no token.
+    """
     if axis not in where:
         return np.full(len(rows), before)
     values = np.nan_to_num(rows[:, where[axis]], nan=0.0, posinf=0.0, neginf=0.0)

@@ -1,8 +1,9 @@
 """Least and greatest values of any stretches of a long curve, without looking at all of its points.
 
-Level 0 are the points; a block of level k + 1 sums up `BLOCK` blocks of level k. A stretch is put together from whole
-blocks of the highest level that fits, and at its two ends from those below: the numbers are those of the points
-themselves, at the cost of some hundred values a stretch, however long it is.
+Level 0 are the points; a block of level k + 1 sums up `BLOCK` blocks of level k. A stretch is put
+together from whole blocks of the highest level that fits, and at its two ends from those below: the
+numbers are those of the points themselves, at the cost of some hundred values a stretch, however
+long it is.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ BLOCK = 32
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """Blocks of one size, complete ones only: low, high (NaN where a block has no value), bad (any of its points)."""
+    """Blocks of one size, complete ones only: low, high (NaN where a block has no value), bad (any
+    of its points).
+    """
 
     low: np.ndarray
     high: np.ndarray
@@ -29,8 +32,12 @@ class Level:
     def folded(self) -> Level:
         """The level above."""
         whole = len(self) // BLOCK * BLOCK
-        low, high, bad = (part[:whole].reshape(-1, BLOCK) for part in (self.low, self.high, self.bad))
-        return Level(np.fmin.reduce(low, axis=1), np.fmax.reduce(high, axis=1), np.asarray(bad.any(axis=1)))
+        low, high, bad = (
+            part[:whole].reshape(-1, BLOCK) for part in (self.low, self.high, self.bad)
+        )
+        return Level(
+            np.fmin.reduce(low, axis=1), np.fmax.reduce(high, axis=1), np.asarray(bad.any(axis=1))
+        )
 
 
 def levels_above(first: Level) -> tuple[Level, ...]:
@@ -72,13 +79,20 @@ def stretches(
 def _outside(
     starts: np.ndarray, ends: np.ndarray, first: np.ndarray, last: np.ndarray, inside: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """What the level above does not cover: all of a stretch, or what lies before and behind its whole blocks."""
+    """What the level above does not cover: all of a stretch, or what lies before and behind its
+    whole blocks.
+    """
     yield starts, np.where(inside, first * BLOCK, ends)
     yield np.where(inside, last * BLOCK, 0), np.where(inside, ends, 0)
 
 
 def _take(
-    level: Level, begin: np.ndarray, end: np.ndarray, low: np.ndarray, high: np.ndarray, wrong: np.ndarray
+    level: Level,
+    begin: np.ndarray,
+    end: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    wrong: np.ndarray,
 ) -> None:
     """Merge blocks [begin, end) of a level into the results."""
     lengths = np.maximum(0, end - begin)

@@ -1,7 +1,9 @@
-"""Curves to braille cells with numpy alone: a million points in milliseconds, no spike lost, none flattening the rest.
+"""Curves to braille cells with numpy alone: a million points in milliseconds, no spike lost, none
+flattening the rest.
 
-Shapes: n points of a curve; C = 2 W dot columns and D = 4 (H - 1) dot rows on a plot of H x W cells. The top row of
-cells belongs to alarms: `▲` with the value where the axis clips a curve, `×` where a value is NaN or Inf.
+Shapes: n points of a curve; C = 2 W dot columns and D = 4 (H - 1) dot rows on a plot of H x W
+cells. The top row of cells belongs to alarms: `▲` with the value where the axis clips a curve, `×`
+where a value is NaN or Inf.
 """
 
 from __future__ import annotations
@@ -40,9 +42,10 @@ class Ink(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Points [first, end) of: x [n], nondecreasing; y [n], NaN where it is not finite; bad [n]: y was NaN or Inf, not
-    merely absent; above: levels of a pyramid over them, none for a short curve. Where a point stands for several values
-    y is one of them, and `low` and `high` are the least and the greatest."""
+    """Points [first, end) of: x [n], nondecreasing; y [n], NaN where it is not finite; bad [n]: y
+    was NaN or Inf, not merely absent; above: levels of a pyramid over them, none for a short curve.
+    Where a point stands for several values y is one of them, and `low` and `high` are the least and
+    the greatest."""
 
     x: np.ndarray
     y: np.ndarray
@@ -60,11 +63,17 @@ class Curve:
 
     @property
     def points(self) -> Level:
-        return Level(self.y if self.low is None else self.low, self.y if self.high is None else self.high, self.bad)
+        return Level(
+            self.y if self.low is None else self.low,
+            self.y if self.high is None else self.high,
+            self.bad,
+        )
 
     def at(self, edges: np.ndarray) -> np.ndarray:
         """Before which points places of the x-axis lie, int."""
-        return np.searchsorted(self.x, edges).clip(self.first, len(self.x) if self.end is None else self.end)
+        return np.searchsorted(self.x, edges).clip(
+            self.first, len(self.x) if self.end is None else self.end
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +101,16 @@ def columns_of(curves: Iterable[Curve], scale: XScale, first: int = 0) -> Column
     found = Columns(nothing, nothing, np.zeros(len(nothing), dtype=bool))
     for curve in curves:
         part = columns(curve, scale, first)
-        found = Columns(np.fmin(found.low, part.low), np.fmax(found.high, part.high), found.bad | part.bad)
+        found = Columns(
+            np.fmin(found.low, part.low), np.fmax(found.high, part.high), found.bad | part.bad
+        )
     return found
 
 
 def sample(x: np.ndarray, y: np.ndarray, scale: XScale, first: int = 0) -> np.ndarray:
-    """The last value of y in each dot column from `first` on, float64 [C - first]; NaN where there is none."""
+    """The last value of y in each dot column from `first` on, float64 [C - first]; NaN where there
+    is none.
+    """
     at = np.searchsorted(x, scale.edges(first))
     some = at[1:] > at[:-1]
     found = np.full(scale.dots - first, np.nan)
@@ -107,7 +120,9 @@ def sample(x: np.ndarray, y: np.ndarray, scale: XScale, first: int = 0) -> np.nd
 
 @dataclass(slots=True)
 class Plot:
-    """H x W cells: code points (uint32), Ink (uint8), whether the cell lies in the detector's band (bool)."""
+    """H x W cells: code points (uint32), Ink (uint8), whether the cell lies in the detector's band
+    (bool).
+    """
 
     codes: np.ndarray
     inks: np.ndarray
@@ -190,12 +205,17 @@ def _clipped_rows(part: Columns, y: YScale, dots: int) -> tuple[np.ndarray, np.n
     """int [C]: upper and lower dot row of each column; meaningless where the column is empty."""
     upper, lower = (y.rows(np.where(part.filled, v, 0.0), dots) for v in (part.high, part.low))
     with np.errstate(invalid="ignore"):
-        ends = [np.clip(np.nan_to_num(v, nan=0, posinf=dots, neginf=0), 0, dots - 1) for v in (upper, lower)]
+        ends = [
+            np.clip(np.nan_to_num(v, nan=0, posinf=dots, neginf=0), 0, dots - 1)
+            for v in (upper, lower)
+        ]
     return np.rint(ends[0]).astype(np.int64), np.rint(ends[1]).astype(np.int64)
 
 
 def _line(part: Columns, y: YScale, dots: int) -> np.ndarray:
-    """bool [D, C]: each column from its least to its greatest value, joined to its neighbours, broken at NaN."""
+    """bool [D, C]: each column from its least to its greatest value, joined to its neighbours,
+    broken at NaN.
+    """
     upper, lower = _clipped_rows(part, y, dots)
     drawn = part.filled.copy()
     at = np.flatnonzero(drawn)
@@ -215,7 +235,9 @@ def _line(part: Columns, y: YScale, dots: int) -> np.ndarray:
 
 
 def _meet(upper: np.ndarray, lower: np.ndarray, left: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Columns `left` and left + 1 meet half way, so that the line has no holes where it is steep."""
+    """Columns `left` and left + 1 meet half way, so that the line has no holes where it is
+    steep.
+    """
     right = left + 1
     new_upper, new_lower = upper.copy(), lower.copy()
     for above, below in ((left, right), (right, left)):
@@ -227,8 +249,12 @@ def _meet(upper: np.ndarray, lower: np.ndarray, left: np.ndarray) -> tuple[np.nd
     return new_upper, new_lower
 
 
-def _bridge(upper: np.ndarray, lower: np.ndarray, drawn: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
-    """Fill the empty columns between points that stand apart (few steps on a wide plot) by straight lines."""
+def _bridge(
+    upper: np.ndarray, lower: np.ndarray, drawn: np.ndarray, left: np.ndarray, right: np.ndarray
+) -> None:
+    """Fill the empty columns between points that stand apart (few steps on a wide plot) by straight
+    lines.
+    """
     wide = right - left > 1
     left, right = left[wide], right[wide]
     if not len(left):
@@ -256,7 +282,12 @@ def _dotted(part: Columns, y: YScale, dots: int) -> np.ndarray:
 
 
 def _draw_band(
-    result: Plot, body: slice, y: YScale, dots: int, baseline: np.ndarray | None, threshold: np.ndarray | None
+    result: Plot,
+    body: slice,
+    y: YScale,
+    dots: int,
+    baseline: np.ndarray | None,
+    threshold: np.ndarray | None,
 ) -> None:
     if threshold is None or baseline is None:
         return
@@ -264,7 +295,10 @@ def _draw_band(
     count, width = codes.shape
     with np.errstate(invalid="ignore"):
         limit, base = (
-            np.floor(np.nan_to_num(y.rows(v[: 2 * width : 2], dots), nan=np.nan, posinf=4e9, neginf=-4e9) / 4)
+            np.floor(
+                np.nan_to_num(y.rows(v[: 2 * width : 2], dots), nan=np.nan, posinf=4e9, neginf=-4e9)
+                / 4
+            )
             for v in (threshold, baseline)
         )
         row = np.arange(count)[:, None]
@@ -274,7 +308,9 @@ def _draw_band(
 
 
 def _alarms(result: Plot, part: Columns, y: YScale, clip: Ink, bad: Ink) -> None:
-    """`▲value`, `▼` and `×` at the edges of the plot, one label per run of clipped cells that has room."""
+    """`▲value`, `▼` and `×` at the edges of the plot, one label per run of clipped cells that has
+    room.
+    """
     height, width = result.codes.shape
     if not width:
         return
@@ -289,10 +325,15 @@ def _alarms(result: Plot, part: Columns, y: YScale, clip: Ink, bad: Ink) -> None
     top = result.inks[0]
     _put(result, 0, above & (top != Ink.BAD) & (top != Ink.CLIP), "▲", clip)
     _put(result, 0, wrong, "×", bad)
-    peaks = np.where(np.isfinite(part.high), part.high, -np.inf)[: 2 * width].reshape(width, 2).max(axis=1)
+    peaks = (
+        np.where(np.isfinite(part.high), part.high, -np.inf)[: 2 * width]
+        .reshape(width, 2)
+        .max(axis=1)
+    )
     runs = np.flatnonzero(np.diff(np.concatenate(([False], above, [False]))))
     stretches = sorted(
-        zip(runs[::2].tolist(), runs[1::2].tolist(), strict=True), key=lambda r: -peaks[r[0] : r[1]].max()
+        zip(runs[::2].tolist(), runs[1::2].tolist(), strict=True),
+        key=lambda r: -peaks[r[0] : r[1]].max(),
     )
     for first, end in stretches:
         _label(result, first, end, short(float(peaks[first:end].max())), clip)
@@ -309,12 +350,18 @@ def _put(result: Plot, row: int, where: np.ndarray, glyph: str, ink: Ink) -> Non
 
 
 def _label(result: Plot, first: int, end: int, text: str, ink: Ink) -> None:
-    """Write `text` right of the run [first, end) of the top row, else left of it, else not at all."""
+    """Write `text` right of the run [first, end) of the top row, else left of it, else not at
+    all.
+    """
     width = result.codes.shape[1]
     for start in (end, first - len(text)):
         stop = start + len(text)
         # One cell of air on both sides keeps two labels from reading as one number.
-        if start >= 0 and stop <= width and _free(result, start - (start != end), stop + (start == end)):
+        if (
+            start >= 0
+            and stop <= width
+            and _free(result, start - (start != end), stop + (start == end))
+        ):
             result.codes[0, start:stop] = [ord(c) for c in text]
             result.inks[0, start:stop] = ink
             return

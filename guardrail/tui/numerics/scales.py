@@ -37,10 +37,12 @@ class XScale:
 
     @classmethod
     def fit(cls, last: float, dots: int, *, first: float = 0.0, least: float = 50.0) -> XScale:
-        """The narrowest round scale that shows [first, last]; it changes rarely, so that a growing curve stands still.
+        """The narrowest round scale that shows [first, last]; it changes rarely, so that a growing
+        curve stands still.
 
         Args:
-            least: the stretch shown at least, so that the first steps of a run do not fill the plot.
+            least: the stretch shown at least, so that the first steps of a run do not fill the
+            plot.
         """
         dots = max(1, dots)
         need = max(last - first, least) * (1 + 1e-9) / dots
@@ -84,7 +86,11 @@ class YScale:
         if not self.log:
             return np.clip(y, -_HUGE, _HUGE)
         with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(y > 0, np.log10(np.clip(y, 1 / _HUGE, _HUGE)), np.where(np.isnan(y), np.nan, -np.inf))
+            return np.where(
+                y > 0,
+                np.log10(np.clip(y, 1 / _HUGE, _HUGE)),
+                np.where(np.isnan(y), np.nan, -np.inf),
+            )
 
     def rows(self, y: np.ndarray, dots: int) -> np.ndarray:
         """Dot rows (float, not clipped to the plot, perhaps infinite) of values y."""
@@ -93,13 +99,16 @@ class YScale:
 
 
 def y_scale(
-    parts: Sequence[tuple[np.ndarray, np.ndarray]], *, log: bool, threshold: np.ndarray | None = None
+    parts: Sequence[tuple[np.ndarray, np.ndarray]],
+    *,
+    log: bool,
+    threshold: np.ndarray | None = None,
 ) -> YScale:
     """A range that a single spike does not set.
 
     Args:
-        parts: (least, greatest) value of each column, of the curve first, then of ghosts; these widen the range
-            downwards, upwards only a little.
+        parts: (least, greatest) value of each column, of the curve first, then of ghosts; these
+            widen the range downwards, upwards only a little.
         threshold: [C], included where it lies near.
     """
     probe = YScale(0.0, 1.0, log)
@@ -113,11 +122,13 @@ def y_scale(
     bottom, top = float(_smooth(lows).min()), float(_smooth(highs).max())
     bottom = min(bottom, top)
     span = max(top - bottom, 0.02 if log else max(abs(top), abs(bottom)) * 0.01)
-    # A logarithm flattens little by itself: there a spike of up to a decade may be twice as high as the rest.
+    # A logarithm flattens little by itself: there a spike of up to a decade may be twice as high as
+    # the rest.
     slack = max(_SLACK * span, min(1.0, 2 * span)) if log else _SLACK * span
     least, most = bottom - slack, top + slack
     for low, _ in parts[1:]:
-        # Lower than the present is no explosion: a stretch that was given up while all was well is shown whole.
+        # Lower than the present is no explosion: a stretch that was given up while all was well is
+        # shown whole.
         lows = probe.place(low)
         if np.isfinite(lows).any():
             bottom = min(bottom, float(_smooth(lows[np.isfinite(lows)]).min()))
@@ -135,7 +146,9 @@ def y_scale(
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Running median; the ends are mirrored so that a spike in the last column counts as narrow too."""
+    """Running median; the ends are mirrored so that a spike in the last column counts as narrow
+    too.
+    """
     width = _SMOOTH if len(values) >= 4 * _SMOOTH else 3
     if len(values) < width:
         return values
@@ -162,7 +175,9 @@ def nice(value: float) -> float:
     if not math.isfinite(value) or value <= 0:
         return 1.0
     decade = 10.0 ** math.floor(math.log10(value))
-    return next((m * decade for m in (1.0, 2.0, 2.5, 5.0) if m * decade >= value * (1 - 1e-9)), 10 * decade)
+    return next(
+        (m * decade for m in (1.0, 2.0, 2.5, 5.0) if m * decade >= value * (1 - 1e-9)), 10 * decade
+    )
 
 
 def ticks(y: YScale, rows: int, *, offset: int = 0) -> list[tuple[int, str]]:
@@ -175,7 +190,11 @@ def ticks(y: YScale, rows: int, *, offset: int = 0) -> list[tuple[int, str]]:
     for value, label in zip(values, labels, strict=True):
         row = round(float(y.rows(np.array([value]), dots)[0])) // 4
         # Where seven characters cannot tell two values apart, one of them is said.
-        if 0 <= row < rows and not {row - 1, row, row + 1} & placed.keys() and label not in placed.values():
+        if (
+            0 <= row < rows
+            and not {row - 1, row, row + 1} & placed.keys()
+            and label not in placed.values()
+        ):
             placed[row] = label
     return sorted((row + offset, label) for row, label in placed.items())
 
@@ -187,7 +206,9 @@ def _linear_ticks(bottom: float, top: float, wanted: int) -> list[float]:
 
 
 def _log_ticks(y: YScale, wanted: int) -> list[float]:
-    """Decades, every second (third, ...) where there are many; 1-2-5 or plain round values where there are few."""
+    """Decades, every second (third, ...) where there are many; 1-2-5 or plain round values where
+    there are few.
+    """
     first, last = math.ceil(y.bottom - 1e-9), math.floor(y.top + 1e-9)
     if last - first >= 1:
         stride = max(1, math.ceil((last - first) / wanted))
@@ -212,7 +233,9 @@ def labels_of(values: Sequence[float]) -> list[str]:
 
 
 def short(value: float) -> str:
-    """A number in at most eight characters, seven without a sign: 0.0312, 11.5, 1.2k, 3e+12, NaN."""
+    """A number in at most eight characters, seven without a sign: 0.0312, 11.5, 1.2k, 3e+12,
+    NaN.
+    """
     if math.isnan(value):
         return "NaN"
     if math.isinf(value):
@@ -223,5 +246,7 @@ def short(value: float) -> str:
     if size < 1e-3 or size >= 1e9:
         text = f"{value:.2g}" if 1e-99 < size < 1e99 else f"{value:.0e}"
         return text.replace("e+0", "e").replace("e-0", "e-").replace("e+", "e")
-    divisor, unit = next((d, u) for limit, d, u in _UNITS if size < limit * 0.9995 or limit == _UNITS[-1][0])
+    divisor, unit = next(
+        (d, u) for limit, d, u in _UNITS if size < limit * 0.9995 or limit == _UNITS[-1][0]
+    )
     return f"{value / divisor:.3g}{unit}"

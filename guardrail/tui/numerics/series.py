@@ -1,7 +1,9 @@
-"""Metric rows as curves: the present one, and the abandoned stretches behind it. What is handed out never changes.
+"""Metric rows as curves: the present one, and the abandoned stretches behind it. What is handed out
+never changes.
 
-Of a long run the rows that are far back are summed up: a point stands for several of them in a row, with the least and
-the greatest value, so that no spike is lost. Where the viewer looks closer their rows are read again: a `Detail`.
+Of a long run the rows that are far back are summed up: a point stands for several of them in a row,
+with the least and the greatest value, so that no spike is lost. Where the viewer looks closer their
+rows are read again: a `Detail`.
 """
 
 from __future__ import annotations
@@ -19,17 +21,22 @@ from guardrail.tui.numerics.pyramid import Level
 from guardrail.tui.numerics.raster import Curve, sample
 from guardrail.tui.numerics.scales import XScale
 
-SIGNALS = (LOSS, GRAD_NORM, EMBED_GRAD_NORM)  # every row has them: one that is not finite was NaN or Inf
+# every row has them: one that is not finite was NaN or Inf
+SIGNALS = (LOSS, GRAD_NORM, EMBED_GRAD_NORM)
 BANDS = tuple(f"{signal}_{part}" for signal in SIGNALS for part in ("baseline", "threshold"))
 THROUGHPUT = "throughput"  # label tokens a second, of two columns
 STEP, TOKENS, TIME = "step", "tokens", "time"
 AXES = (STEP, TOKENS, TIME)
-_NO_SIGNALS = frozenset(("step", "timeline", "time", "first", "last", "verdict", "tokens", "slowest_rank"))
+_NO_SIGNALS = frozenset(
+    ("step", "timeline", "time", "first", "last", "verdict", "tokens", "slowest_rank")
+)
 _FAR = 4096  # points looked at at once for the last value of what not every row has
 
 
 class Detail(NamedTuple):
-    """Rows that were read again: all of the present with steps in [low, high], rows [first, end) of the file."""
+    """Rows that were read again: all of the present with steps in [low, high], rows [first, end) of
+    the file.
+    """
 
     series: Series
     first: int
@@ -40,22 +47,25 @@ class Detail(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Series:
-    """One stretch of rows as points: the first `thin` stand for several rows each, the others are rows.
+    """One stretch of rows as points: the first `thin` stand for several rows each, the others are
+    rows.
 
     Attributes:
-        step: float64 [n], nondecreasing, of a point's last row; a rejected attempt and the one that replaced it have
-            the same step.
-        values: float32 [n] a column: of a point's last row, or the last known one for what not every row has. NaN where
-            there is none.
+        step: float64 [n], nondecreasing, of a point's last row; a rejected attempt and the one that
+            replaced it have the same step.
+        values: float32 [n] a column: of a point's last row, or the last known one for what not
+            every row has. NaN where there is none.
         bad: bool [n] a signal: a value was NaN or Inf.
         ghosts: abandoned stretches, oldest first.
-        axes: float64 [n], nondecreasing, what else the rows can stand along: tokens learnt from, seconds of the clock.
+        axes: float64 [n], nondecreasing, what else the rows can stand along: tokens learnt from,
+        seconds of the clock.
         above: levels of a pyramid over the rows from `thin` on, a signal.
         low, high: float32 [thin] a signal: least and greatest value; NaN where there is none.
         low_above: levels of a pyramid over the points before.
         row: int64 [n], the number in the file of a point's last row.
         details: stretches of what is summed up, in rows.
-        stem: two series with the same one begin with the same points; None: nothing is known of that.
+        stem: two series with the same one begin with the same points; None: nothing is known of
+        that.
     """
 
     step: np.ndarray = field(default_factory=lambda: np.zeros(0))
@@ -117,7 +127,9 @@ class Series:
     # -- drawing
 
     def curves(self, signal: str, axis: str = STEP) -> Iterator[Curve]:
-        """The points of a signal in as many curves as lie behind each other; closer ones in place of coarse ones."""
+        """The points of a signal in as many curves as lie behind each other; closer ones in place
+        of coarse ones.
+        """
         for part, first, end in self._parts:
             if signal in part.values and signal in part.bad:
                 yield from part._own_curves(signal, axis, first, end)
@@ -133,10 +145,14 @@ class Series:
                         end=end - thin)  # fmt: skip
 
     def sampled(self, column: str, axis: str, scale: XScale, first_dot: int = 0) -> np.ndarray:
-        """The last value of a column in each dot column, float64 [C - first_dot], NaN where there is none."""
+        """The last value of a column in each dot column, float64 [C - first_dot], NaN where there
+        is none.
+        """
         found = np.full(scale.dots - first_dot, np.nan)
         for part, first, end in self._parts:
-            closer = sample(part.along(axis)[first:end], part.values[column][first:end], scale, first_dot)
+            closer = sample(
+                part.along(axis)[first:end], part.values[column][first:end], scale, first_dot
+            )
             np.copyto(found, closer, where=np.isfinite(closer))
         return found
 
@@ -146,7 +162,8 @@ class Series:
         found: list[tuple[Series, int, int]] = []
         at = 0
         for detail in sorted(self.details, key=lambda one: one.first):
-            # A point is replaced if all of its rows are in the detail: it begins behind the last row of the one before.
+            # A point is replaced if all of its rows are in the detail: it begins behind the last
+            # row of the one before.
             begin = int(np.searchsorted(self.row, detail.first - 1)) + 1 if detail.first else 0
             end = int(np.searchsorted(self.row, detail.end))
             if at <= begin < end:
@@ -158,10 +175,14 @@ class Series:
 
     def exact(self, step: float) -> bool:
         """Whether the last row up to a step is at hand, and not only a sum of it and others."""
-        return self._count(step) >= self.thin or any(self._in(detail, step) for detail in self.details)
+        return self._count(step) >= self.thin or any(
+            self._in(detail, step) for detail in self.details
+        )
 
     def at(self, column: str, step: float) -> float | None:
-        """The value of a column at the last row up to `step`; None where there is none, or where it is not at hand."""
+        """The value of a column at the last row up to `step`; None where there is none, or where it
+        is not at hand.
+        """
         count = self._count(step)
         if count >= self.thin:
             return self._value(column, count)
@@ -175,7 +196,9 @@ class Series:
         return None
 
     def last(self, column: str) -> float | None:
-        """The newest value of a column: NaN for one that was NaN or Inf, None where there is no row."""
+        """The newest value of a column: NaN for one that was NaN or Inf, None where there is no
+        row.
+        """
         return self._value(column, len(self))
 
     def _count(self, step: float) -> int:
@@ -183,15 +206,24 @@ class Series:
         return int(np.searchsorted(self.step, step, side="right"))
 
     def _in(self, detail: Detail, step: float) -> bool:
-        return detail.low <= step <= detail.high and detail.series._count(step) >= detail.series.thin
+        return (
+            detail.low <= step <= detail.high and detail.series._count(step) >= detail.series.thin
+        )
 
     def _value(self, column: str, end: int) -> float | None:
-        """Of the last of `end` points; a column that not every row has (an evaluation) has its last one."""
+        """Of the last of `end` points; a column that not every row has (an evaluation) has its last
+        one.
+        """
         values = self.values.get(column)
         if values is None or not end:
             return None
         value = float(values[end - 1])
-        if math.isfinite(value) or column not in self.bad or column in SIGNALS or self.bad[column][end - 1]:
+        if (
+            math.isfinite(value)
+            or column not in self.bad
+            or column in SIGNALS
+            or self.bad[column][end - 1]
+        ):
             return value
         while end:
             first = max(0, end - _FAR)
@@ -217,7 +249,9 @@ class Series:
         )
 
     def summed_up(self, starts: np.ndarray) -> Series:
-        """A point for all points from one of `starts` to the next, the last one's to the end; none of it is rows."""
+        """A point for all points from one of `starts` to the next, the last one's to the end; none
+        of it is rows.
+        """
         last = np.append(starts[1:], len(self)) - 1
         values, low, high, bad = {}, {}, {}, {}
         for name, array in self.values.items():
@@ -226,13 +260,28 @@ class Series:
                 continue
             bad[name] = np.logical_or.reduceat(self.bad[name], starts)
             rows = array[self.thin :]
-            low[name] = np.fmin.reduceat(np.concatenate([self.low[name], rows]) if self.thin else rows, starts)
-            high[name] = np.fmax.reduceat(np.concatenate([self.high[name], rows]) if self.thin else rows, starts)
+            low[name] = np.fmin.reduceat(
+                np.concatenate([self.low[name], rows]) if self.thin else rows, starts
+            )
+            high[name] = np.fmax.reduceat(
+                np.concatenate([self.high[name], rows]) if self.thin else rows, starts
+            )
             if name not in SIGNALS:
-                known = np.maximum.reduceat(np.where(np.isfinite(array), np.arange(len(array)), -1), starts)
+                known = np.maximum.reduceat(
+                    np.where(np.isfinite(array), np.arange(len(array)), -1), starts
+                )
                 values[name] = np.where(known >= 0, array[known], np.float32(np.nan))
         axes = {name: array[last] for name, array in self.axes.items()}
-        return Series(self.step[last], values, bad, axes=axes, thin=len(last), low=low, high=high, row=self.row[last])
+        return Series(
+            self.step[last],
+            values,
+            bad,
+            axes=axes,
+            thin=len(last),
+            low=low,
+            high=high,
+            row=self.row[last],
+        )
 
 
 def _copied(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

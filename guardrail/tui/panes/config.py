@@ -1,4 +1,6 @@
-"""Pane 7: the resolved configuration; what differs from the defaults stands out, with the default beside it."""
+"""Pane 7: the resolved configuration; what differs from the defaults stands out, with the default
+beside it.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,11 @@ def count(view: View, state: State) -> int:
 def build(view: View, width: int, height: int, state: State) -> Sequence[Row]:
     shown = found(view, state)
     differing = sum(one.differs for one in view.snapshot.around.settings)
-    about = f"{differing} of {plural(len(view.snapshot.around.settings), 'line')} not the default" if shown else ""
+    about = (
+        f"{differing} of {plural(len(view.snapshot.around.settings), 'line')} not the default"
+        if shown
+        else ""
+    )
     rows = [heading("configuration", width, state, right=row((about, "dim")))]
     if not shown:
         return [*rows, row((" none on record" if not state.filter else " none like that", "dim"))]

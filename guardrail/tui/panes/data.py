@@ -22,7 +22,11 @@ _CAUSES = {
 
 def found(view: View, state: State) -> list[LeftOut]:
     """Stretches that are left out, newest first."""
-    return [one for one in view.snapshot.story.known.left_out if not state.filter or state.shows(_text(one))]
+    return [
+        one
+        for one in view.snapshot.story.known.left_out
+        if not state.filter or state.shows(_text(one))
+    ]
 
 
 def count(view: View, state: State) -> int:
@@ -31,7 +35,11 @@ def count(view: View, state: State) -> int:
 
 def step(view: View, state: State) -> int | None:
     known = found(view, state)
-    return known[state.cursor].span.step if state.cursor is not None and state.cursor < len(known) else None
+    return (
+        known[state.cursor].span.step
+        if state.cursor is not None and state.cursor < len(known)
+        else None
+    )
 
 
 def build(view: View, width: int, height: int, state: State) -> Sequence[Row]:
@@ -39,7 +47,10 @@ def build(view: View, width: int, height: int, state: State) -> Sequence[Row]:
     rows += [fit(line, width) for line in _where(view)]
     entries = found(view, state)
     if not entries:
-        return [*rows, row((" nothing left out" if not state.filter else " none like that", "dim"))][:height]
+        return [
+            *rows,
+            row((" nothing left out" if not state.filter else " none like that", "dim")),
+        ][:height]
     for index in window(len(entries), height - len(rows), state):
         rows.append(fit(marked(row(_text(entries[index])), index, state), width))
     return rows[:height]
@@ -53,17 +64,25 @@ def detail(view: View, width: int, height: int, state: State) -> Sequence[Row]:
     one = entries[state.cursor]
     span, reason = one.span, brief(one.span.reason, 400)
     facts = [
-        ("decided", f"at step {number(span.step)}: {_cause(one)}" + (f", {reason}" if reason else "")),
+        (
+            "decided",
+            f"at step {number(span.step)}: {_cause(one)}" + (f", {reason}" if reason else ""),
+        ),
         ("positions", f"{number(span.first)} to {number(max(span.first, span.last - 1))}"),
         (
             "samples",
-            number(one.samples) + (" chosen ones" if span.positions else f" in {plural(span.batches, 'batch')}"),
+            number(one.samples)
+            + (" chosen ones" if span.positions else f" in {plural(span.batches, 'batch')}"),
         ),
     ]
     if one.incident:
         facts.append(("incident", f"#{one.incident}"))
     facts += [("documents" if not index else "", name) for index, name in enumerate(one.documents)]
-    lines = [(name if not at else "", text) for name, told in facts for at, text in enumerate(wrap(told, width - 14))]
+    lines = [
+        (name if not at else "", text)
+        for name, told in facts
+        for at, text in enumerate(wrap(told, width - 14))
+    ]
     return [row((f"   {name:<10}", "dim"), text) for name, text in lines]
 
 
@@ -75,7 +94,11 @@ def _where(view: View) -> list[Row]:
         if known.samples:
             epochs, rest = divmod(status.cursor, known.samples)
             epoch = f"   epoch {epochs + 1}, {100 * rest // known.samples} %"
-        rows.append(row(f" position {number(status.cursor)}{epoch}   {metric(status.tokens)} tokens learnt from"))
+        rows.append(
+            row(
+                f" position {number(status.cursor)}{epoch}   {metric(status.tokens)} tokens learnt from"
+            )
+        )
     if known.samples_out:
         rows.append(row((f" {plural(known.samples_out, 'sample')} left out", "strong")))
     return rows

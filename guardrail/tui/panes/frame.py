@@ -1,4 +1,6 @@
-"""What panes share: the title, the stretch of entries in sight, the pointer before the marked one. Pure."""
+"""What panes share: the title, the stretch of entries in sight, the pointer before the marked one.
+Pure.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ def heading(name: str, width: int, state: State, *, right: Row = ()) -> Row:
 
 
 def window(count: int, room: int, state: State, *, tail: bool = False) -> range:
-    """Which of `count` entries of one row each are in sight in `room` rows: those around the cursor.
+    """Which of `count` entries of one row each are in sight in `room` rows: those around the
+    cursor.
 
     Args:
         tail: without a cursor the last ones are in sight, not the first.

@@ -36,18 +36,32 @@ def count(view: View, state: State) -> int:
 
 def step(view: View, state: State) -> int | None:
     incidents = found(view, state)
-    return incidents[state.cursor].step if state.cursor is not None and state.cursor < len(incidents) else None
+    return (
+        incidents[state.cursor].step
+        if state.cursor is not None and state.cursor < len(incidents)
+        else None
+    )
 
 
 def build(view: View, width: int, height: int, state: State) -> Sequence[Row]:
     """The marked one (else the newest) in full, the others in two lines each."""
     incidents = found(view, state)
-    rows = [heading("incidents", width, state, right=((str(len(incidents)), "dim"),) if incidents else ())]
+    rows = [
+        heading(
+            "incidents", width, state, right=((str(len(incidents)), "dim"),) if incidents else ()
+        )
+    ]
     if not incidents:
         return [*rows, ((" none" if not state.filter else " none like that", "dim"),)]
     full = min(state.cursor or 0, len(incidents) - 1)
     blocks = [
-        _incident(view, incident, width, full=index == full, marked=state.focused and index == state.cursor)
+        _incident(
+            view,
+            incident,
+            width,
+            full=index == full,
+            marked=state.focused and index == state.cursor,
+        )
         for index, incident in enumerate(incidents[: full + height])
     ]
     blocks = [[(entry(index), *line) for line in block] for index, block in enumerate(blocks)]
@@ -70,7 +84,9 @@ def detail(view: View, width: int, height: int, state: State) -> Sequence[Row]:
 
 
 def evidence(view: View, width: int, height: int) -> Sequence[Row]:
-    """The same of the newest incident, which is the one that the guard asks about, if it is open."""
+    """The same of the newest incident, which is the one that the guard asks about, if it is
+    open.
+    """
     known = view.snapshot.story.incidents
     if not known or not known[0].open:
         return [((" the journal tells of no open incident", "dim"),)]
@@ -103,7 +119,10 @@ def newest(view: View, width: int, height: int) -> Sequence[Row]:
 
 def _evidence_of(case: casefile.Incident) -> Iterator[tuple[str, list[str]]]:
     """(what, its lines) in the order in which a person asks."""
-    yield "seen", [_finding(finding) for finding in case.findings] or ["nothing that the journal tells"]
+    yield (
+        "seen",
+        [_finding(finding) for finding in case.findings] or ["nothing that the journal tells"],
+    )
     if case.parameters:
         yield "in", [f"rank {rank}: {', '.join(names)}" for rank, names in case.parameters.items()]
     if case.tokens:
@@ -125,7 +144,14 @@ def _evidence_of(case: casefile.Incident) -> Iterator[tuple[str, list[str]]]:
         yield "documents", [*names, f"and {more:,} more"] if more else names
     yield "outcome", [case.outcome or {"open": "not over yet"}.get(case.state, case.state)]
     if case.measured:
-        yield "measured", [", ".join(f"{name.replace('_', ' ')} {short(x)}" for name, x in case.measured.items())]
+        yield (
+            "measured",
+            [
+                ", ".join(
+                    f"{name.replace('_', ' ')} {short(x)}" for name, x in case.measured.items()
+                )
+            ],
+        )
 
 
 def _summary_of(incident: Incident) -> Iterator[tuple[str, list[str]]]:
@@ -155,13 +181,17 @@ def _sample(sample: casefile.Sample) -> Iterator[str]:
         yield f"  odd: {', '.join(sample.odd)}"
     for document in sample.documents[:2]:
         yield from (f"  {line}" for line in _document(document))
-    if sample.excerpt and all(sample.excerpt != document.excerpt for document in sample.documents[:2]):
+    if sample.excerpt and all(
+        sample.excerpt != document.excerpt for document in sample.documents[:2]
+    ):
         yield f"  “{sample.excerpt}”"
 
 
 def _document(document: casefile.Document) -> Iterator[str]:
     record = f":{document.record}" if document.record else ""
-    stretch = f"  bytes {document.first_byte:,}-{document.last_byte:,}" if document.last_byte else ""
+    stretch = (
+        f"  bytes {document.first_byte:,}-{document.last_byte:,}" if document.last_byte else ""
+    )
     yield f"{document.path}{record}{stretch}"
     if document.excerpt:
         yield f"  “{document.excerpt}”"
@@ -175,7 +205,9 @@ def _case(view: View, incident: Incident) -> casefile.Incident | None:
 
 
 def _text(view: View, incident: Incident) -> str:
-    return " ".join(["".join(text for text, _ in _head(view, incident, 400)), *map(_finding, incident.findings)])
+    return " ".join(
+        ["".join(text for text, _ in _head(view, incident, 400)), *map(_finding, incident.findings)]
+    )
 
 
 def _incident(view: View, incident: Incident, width: int, *, full: bool, marked: bool) -> list[Row]:
@@ -216,7 +248,9 @@ def _head(view: View, incident: Incident, width: int, *, marked: bool = False) -
 
 
 def _short(incident: Incident, width: int) -> list[Row]:
-    """Findings, then what was left out. The narrow view shows the first line only, so it holds both."""
+    """Findings, then what was left out. The narrow view shows the first line only, so it holds
+    both.
+    """
     told = [_finding(finding) for finding in incident.findings[:3]]
     if data := left_out(incident):
         told.append(data)

@@ -24,7 +24,9 @@ def count(view: View, state: State) -> int:
 
 def step(view: View, state: State) -> int | None:
     lines = found(view, state)
-    return lines[state.cursor].step if state.cursor is not None and state.cursor < len(lines) else None
+    return (
+        lines[state.cursor].step if state.cursor is not None and state.cursor < len(lines) else None
+    )
 
 
 def build(view: View, width: int, height: int, state: State) -> Sequence[Row]:
@@ -47,5 +49,10 @@ def log_rows(line: Line, width: int, *, marked: bool = False) -> list[Row]:
 def _log_rows(line: Line, width: int, marked: bool) -> tuple[Row, ...]:
     head = f"{clock(line.time)} "
     texts = wrap(line.text, width - len(head) - 3)
-    first = row(("▸" if marked else " ", "key"), (head, "dim"), (f"{line.mark} ", line.tone), (texts[0], "plain"))
+    first = row(
+        ("▸" if marked else " ", "key"),
+        (head, "dim"),
+        (f"{line.mark} ", line.tone),
+        (texts[0], "plain"),
+    )
     return first, *(row((" " * (len(head) + 3), "plain"), (text, "plain")) for text in texts[1:])

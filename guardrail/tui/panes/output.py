@@ -18,7 +18,11 @@ _WARN = ("warn",)
 def found(view: View, state: State) -> list[Printed]:
     """ "3: " as a filter shows one rank."""
     lines = view.snapshot.around.printed
-    return [line for line in lines if state.shows(f"{line.source}: {line.text}")] if state.filter else list(lines)
+    return (
+        [line for line in lines if state.shows(f"{line.source}: {line.text}")]
+        if state.filter
+        else list(lines)
+    )
 
 
 def count(view: View, state: State) -> int:
@@ -30,14 +34,20 @@ def build(view: View, width: int, height: int, state: State) -> Sequence[Row]:
     about = row((plural(len(lines), "line"), "dim")) if lines else ()
     rows: list[Row] = []
     last = len(lines) - 1 if state.cursor is None else min(state.cursor, len(lines) - 1)
-    label = min(12, max((len(line.source) for line in lines[max(0, last - height) : last + 1]), default=1))
+    label = min(
+        12, max((len(line.source) for line in lines[max(0, last - height) : last + 1]), default=1)
+    )
     for index in range(last, -1, -1):
         if len(rows) >= height - 1:
             break
-        rows = _rows(lines[index], width, label, marked=state.focused and index == state.cursor) + rows
+        rows = (
+            _rows(lines[index], width, label, marked=state.focused and index == state.cursor) + rows
+        )
     if not rows:
         rows = [row((" nothing printed yet" if not state.filter else " none like that", "dim"))]
-    return [heading("output", width, state, right=about), *rows[max(0, len(rows) - height + 1) :]][:height]
+    return [heading("output", width, state, right=about), *rows[max(0, len(rows) - height + 1) :]][
+        :height
+    ]
 
 
 def detail(view: View, width: int, height: int, state: State) -> Sequence[Row]:
@@ -46,14 +56,20 @@ def detail(view: View, width: int, height: int, state: State) -> Sequence[Row]:
     if state.cursor is None or state.cursor >= len(lines):
         return []
     line = lines[state.cursor]
-    return [row((f" {line.source}", "strong")), *(row(f"   {text}") for text in wrap(line.text, width - 4))]
+    return [
+        row((f" {line.source}", "strong")),
+        *(row(f"   {text}") for text in wrap(line.text, width - 4)),
+    ]
 
 
 def _rows(line: Printed, width: int, label: int, *, marked: bool) -> list[Row]:
     texts = wrap(line.text, max(1, width - label - 3))
     tone = _tone(line.text)
     head = row(("▸" if marked else " ", "key"), (f"{line.source[:label]:>{label}} ", "dim"))
-    return [(*head, (texts[0], tone)), *(row((" " * (label + 2), "plain"), (text, tone)) for text in texts[1:3])]
+    return [
+        (*head, (texts[0], tone)),
+        *(row((" " * (label + 2), "plain"), (text, tone)) for text in texts[1:3]),
+    ]
 
 
 def _tone(text: str) -> str:

@@ -17,8 +17,19 @@ from guardrail.tui.model.view import View
 from guardrail.tui.panes.frame import heading, marked, window
 
 # Least ratio to the median -> the cell of a rank on the map.
-_HEAT = ((2.0, "█", "bad"), (1.5, "▓", "warn"), (1.25, "▒", "warn"), (1.1, "░", "plain"), (0.0, "·", "dim"))
-_TROUBLE = {"silent": ("?", "bad"), "failed": ("✗", "bad"), "stuck": ("‖", "bad"), "slow": ("▲", "warn")}
+_HEAT = (
+    (2.0, "█", "bad"),
+    (1.5, "▓", "warn"),
+    (1.25, "▒", "warn"),
+    (1.1, "░", "plain"),
+    (0.0, "·", "dim"),
+)
+_TROUBLE = {
+    "silent": ("?", "bad"),
+    "failed": ("✗", "bad"),
+    "stuck": ("‖", "bad"),
+    "slow": ("▲", "warn"),
+}
 _BAR = 24  # most cells of a bar
 _GUTTER = 7  # cells of the number before a row of the map
 MAP_FROM = 65  # ranks from which on there is a map
@@ -56,7 +67,10 @@ def build(view: View, width: int, height: int, state: State) -> Sequence[Row]:
     about = f"{number(len(shown))} on {plural(hosts, 'host')}" if shown else ""
     rows = [heading("ranks", width, state, right=row((about, "dim")))]
     if not shown:
-        return [*rows, row((" no rank has reported yet" if not state.filter else " none like that", "dim"))]
+        return [
+            *rows,
+            row((" no rank has reported yet" if not state.filter else " none like that", "dim")),
+        ]
     rows.append(fit(_summary(view, shown, width), width))
     room = height - len(rows)
     worst = _ordered(view, shown)
@@ -66,7 +80,9 @@ def build(view: View, width: int, height: int, state: State) -> Sequence[Row]:
         room = height - len(rows)
     longest = max((one.rank.told.step_seconds for one in shown), default=0.0)
     for index in window(len(worst), room, state):
-        rows.append(fit(marked(_rank(worst[index], _now(view), longest, width), index, state), width))
+        rows.append(
+            fit(marked(_rank(worst[index], _now(view), longest, width), index, state), width)
+        )
     return rows[:height]
 
 
@@ -90,11 +106,16 @@ def detail(view: View, width: int, height: int, state: State) -> Sequence[Row]:
         ("start", f"{told.incarnation}"),
         ("log", f"logs/rank-{told.rank}.log"),
     ]
-    return [row((f" rank {told.rank}", "strong")), *(row((f"   {name:<10}", "dim"), text) for name, text in facts)]
+    return [
+        row((f" rank {told.rank}", "strong")),
+        *(row((f"   {name:<10}", "dim"), text) for name, text in facts),
+    ]
 
 
 def heat_map(ranks: Sequence[Judged], width: int, height: int) -> list[Row]:
-    """A cell for each rank, or for each group of them, which is as its worst. Rows begin with a rank's number."""
+    """A cell for each rank, or for each group of them, which is as its worst. Rows begin with a
+    rank's number.
+    """
     cells = width - _GUTTER
     cells -= cells % 8 if cells >= 16 else 0  # ranks of one host stand together
     if cells < 1 or height < 1:
@@ -129,7 +150,9 @@ def _summary(view: View, shown: Sequence[Judged], width: int) -> Row:
     if slowest.rank.told.step_seconds > 0 and len(shown) > 1:
         told = slowest.rank.told
         tone = "warn" if slowest.trouble == "slow" else "plain"
-        line.append((f"   slowest {told.rank} ({brief(told.host, 24)}) {_seconds(told.step_seconds)}", tone))
+        line.append(
+            (f"   slowest {told.rank} ({brief(told.host, 24)}) {_seconds(told.step_seconds)}", tone)
+        )
         if told.rank == often:
             line.append((f", in {times} of {plural(total, 'step')}", "dim"))
     for trouble in ("silent", "stuck", "failed"):
@@ -155,11 +178,20 @@ def _rank(one: Judged, now: float, longest: float, width: int) -> Row:
     bar = min(_BAR, max(0, width - 68))
     if bar >= 6:
         filled = round(bar * told.step_seconds / longest) if longest > 0 else 0
-        head = (*head, ("▇" * filled, tone if one.trouble == "slow" else "accent"), (" " * (bar - filled), "plain"))
+        head = (
+            *head,
+            ("▇" * filled, tone if one.trouble == "slow" else "accent"),
+            (" " * (bar - filled), "plain"),
+        )
     line: Row = (*head, (f" {_seconds(told.step_seconds):>8}", "plain"))
     memory = size(told.gpu_memory_bytes or told.memory_bytes)
     gpu = [f"  GPU {told.gpu_percent:>3.0f} %"] if told.gpu_percent >= 0 else []
-    more = [*gpu, f"{memory:>9}", f" {duration(now - one.rank.heard):>9}", f"  {brief(told.host, 40)}"]
+    more = [
+        *gpu,
+        f"{memory:>9}",
+        f" {duration(now - one.rank.heard):>9}",
+        f"  {brief(told.host, 40)}",
+    ]
     for text in more:  # as many as there is room for
         if width_of(line) + cell_len(text) < width:
             line = (*line, (text, "dim"))
@@ -178,7 +210,11 @@ def _words(one: Judged) -> str:
     """Its trouble, else its phase."""
     if one.trouble in ("silent", "stuck"):
         return f"{one.trouble} {duration(one.seconds)}"
-    return f"{one.ratio:.1f} × median" if one.trouble == "slow" else one.trouble or PHASES[one.rank.told.phase]
+    return (
+        f"{one.ratio:.1f} × median"
+        if one.trouble == "slow"
+        else one.trouble or PHASES[one.rank.told.phase]
+    )
 
 
 def _text(one: Judged) -> str:

@@ -17,12 +17,18 @@ _WIDE = 44  # cells of an entry with the size on disk
 
 
 def restorable(status: Status | None) -> list[SnapshotInfo]:
-    """All states one can go back to, newest first; of the same step the memory first, since it is faster."""
+    """All states one can go back to, newest first; of the same step the memory first, since it is
+    faster.
+    """
     return sorted(status.snapshots, key=lambda s: (-s.step, s.tier != "memory")) if status else []
 
 
 def found(view: View, state: State) -> list[SnapshotInfo]:
-    return [s for s in restorable(view.status) if not state.filter or state.shows(f"{s.step} {s.tier} {s.state}")]
+    return [
+        s
+        for s in restorable(view.status)
+        if not state.filter or state.shows(f"{s.step} {s.tier} {s.state}")
+    ]
 
 
 def count(view: View, state: State) -> int:
@@ -31,7 +37,9 @@ def count(view: View, state: State) -> int:
 
 def step(view: View, state: State) -> int | None:
     known = found(view, state)
-    return known[state.cursor].step if state.cursor is not None and state.cursor < len(known) else None
+    return (
+        known[state.cursor].step if state.cursor is not None and state.cursor < len(known) else None
+    )
 
 
 def build(view: View, width: int, height: int, state: State) -> Sequence[Row]:
@@ -49,7 +57,9 @@ def build(view: View, width: int, height: int, state: State) -> Sequence[Row]:
         disk = [at for at in shown if known[at].tier == "disk"][: max(1, room // 2)]
         memory = [at for at in shown if known[at].tier != "disk"][: max(0, room - len(disk))]
         shown = sorted([*disk, *memory])
-    rows += [fit(marked(snapshot(known[at], view.now, width - 2), at, state), width) for at in shown]
+    rows += [
+        fit(marked(snapshot(known[at], view.now, width - 2), at, state), width) for at in shown
+    ]
     return rows[:height]
 
 
@@ -74,7 +84,9 @@ def detail(view: View, width: int, height: int, state: State) -> Sequence[Row]:
 
 
 def _safety(view: View, state: State) -> list[Row]:
-    """What a crash now would cost; said only where there is something to lose and room is given to this pane."""
+    """What a crash now would cost; said only where there is something to lose and room is given to
+    this pane.
+    """
     status = view.status
     if status is None or not (state.focused or status.durability != "ok"):
         return []
@@ -83,18 +95,33 @@ def _safety(view: View, state: State) -> list[Row]:
         rows.append(row((f" ▲ {disk_words(status)}", "bad")))
     disk = [s.step for s in status.snapshots if s.tier == "disk" and s.state != "suspect"]
     if not status.phase.ended and disk:
-        rows.append(row((f" a crash now costs {plural(max(0, status.step - max(disk)), 'step')}", "dim")))
+        rows.append(
+            row((f" a crash now costs {plural(max(0, status.step - max(disk)), 'step')}", "dim"))
+        )
     elif not status.phase.ended and status.step:
-        rows.append(row((f" nothing is on disk yet: a crash now costs {plural(status.step, 'step')}", "warn")))
+        rows.append(
+            row(
+                (
+                    f" nothing is on disk yet: a crash now costs {plural(status.step, 'step')}",
+                    "warn",
+                )
+            )
+        )
     return rows
 
 
 def glyph(info: SnapshotInfo) -> Piece:
-    """Filled: good. Hollow: candidate. Triangle: suspect. Circles are in memory, squares on disk."""
+    """Filled: good. Hollow: candidate. Triangle: suspect. Circles are in memory, squares on
+    disk.
+    """
     if info.state == "suspect":
         return "▲", "warn"
     filled = info.state == "good"
-    return ("●" if filled else "○", "good") if info.tier == "memory" else ("■" if filled else "□", "good")
+    return (
+        ("●" if filled else "○", "good")
+        if info.tier == "memory"
+        else ("■" if filled else "□", "good")
+    )
 
 
 def snapshot(info: SnapshotInfo, now: float, width: int = _WIDE) -> Row:
@@ -105,7 +132,12 @@ def snapshot(info: SnapshotInfo, now: float, width: int = _WIDE) -> Row:
     taken = age(max(0.0, now - info.time)) if info.time else ""
     return (
         glyph(info),
-        (f" {number(info.step):>9}  {place:<13}" if wide else f" {number(info.step):>9} {place:<7}", "plain"),
+        (
+            f" {number(info.step):>9}  {place:<13}"
+            if wide
+            else f" {number(info.step):>9} {place:<7}",
+            "plain",
+        ),
         (f"{info.state:<10}", tone),
         (f"{taken:>6}", "dim"),
     )

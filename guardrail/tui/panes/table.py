@@ -1,4 +1,6 @@
-"""All panes, once: number, name, content. The screen, its keys and its help are made from this table."""
+"""All panes, once: number, name, content. The screen, its keys and its help are made from this
+table.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ class Pane:
         about: what it shows, for the help.
         build: (view, width, height, state) -> at most `height` rows, the title first. Pure.
         count: entries that a cursor can stand on, with the filter applied.
-        detail: rows of the window that Enter opens for the entry under the cursor; no rows, no window.
+        detail: rows of the window that Enter opens for the entry under the cursor; no rows, no
+        window.
         step: the step of the entry under the cursor, where the curves' value cursor goes on Enter.
         tail: it grows at its end.
     """

@@ -1,4 +1,6 @@
-"""The keys that ask the run for something: each says first what it would do, and the default is No."""
+"""The keys that ask the run for something: each says first what it would do, and the default is
+No.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,11 @@ PROPOSALS = {
     "skip": ": leave it out",
 }
 ANSWERS = ("Do as proposed", "Go on as if nothing had happened", "Stop here with a checkpoint")
-DEFAULTS = {"proposed": "what is proposed is done", "go_on": "it goes on", "stop": "it stops with a checkpoint"}
+DEFAULTS = {
+    "proposed": "what is proposed is done",
+    "go_on": "it goes on",
+    "stop": "it stops with a checkpoint",
+}
 
 
 class Commanding(Base):
@@ -59,7 +65,9 @@ class Commanding(Base):
     def _may(self) -> bool:
         """Whether control keys do anything now; says why not."""
         view = self.view
-        reason = controls.refusal(view.status, read_only=view.read_only, lost=view.lost, name=view.snapshot.name)
+        reason = controls.refusal(
+            view.status, read_only=view.read_only, lost=view.lost, name=view.snapshot.name
+        )
         if reason:
             self.say(reason)
         return reason is None
@@ -82,7 +90,13 @@ class Commanding(Base):
         self.app.push_screen(dialog, closed)
 
     def _command(
-        self, kind: CommandKind, value: float, label: str, *, question: int | None = None, shown: Shown | None = None
+        self,
+        kind: CommandKind,
+        value: float,
+        label: str,
+        *,
+        question: int | None = None,
+        shown: Shown | None = None,
     ) -> None:
         if not self._may():
             return
@@ -116,13 +130,19 @@ class Commanding(Base):
                 self.desk.note(text.strip())
                 self.redraw()
 
-        self.app.push_screen(Text("note", self.view, text=["It goes into the journal, with your name."]), send)
+        self.app.push_screen(
+            Text("note", self.view, text=["It goes into the journal, with your name."]), send
+        )
 
     # -- numbers
 
     def action_skip(self) -> None:
-        text = ["How many of the next batches are left out? Their samples are never used in this run."]
-        self._ask_number("skip batches", text, "1", CommandKind.SKIP, lambda v: f"skip {plural(int(v), 'batch')}")
+        text = [
+            "How many of the next batches are left out? Their samples are never used in this run."
+        ]
+        self._ask_number(
+            "skip batches", text, "1", CommandKind.SKIP, lambda v: f"skip {plural(int(v), 'batch')}"
+        )
 
     def action_rate(self) -> None:
         now = self.view.status.lr_factor if self.view.status else 1.0
@@ -131,10 +151,21 @@ class Commanding(Base):
 
     def action_alpha(self) -> None:
         text = ["Factor on the gradients of the embedding, in (0, 1]; 1 leaves them as they are."]
-        self._ask_number("embedding", text, "0.1", CommandKind.EMBED_ALPHA, lambda v: f"embedding gradients ×{v:g}")
+        self._ask_number(
+            "embedding",
+            text,
+            "0.1",
+            CommandKind.EMBED_ALPHA,
+            lambda v: f"embedding gradients ×{v:g}",
+        )
 
     def _ask_number(
-        self, name: str, text: list[str], default: str, kind: CommandKind, label: Callable[[float], str]
+        self,
+        name: str,
+        text: list[str],
+        default: str,
+        kind: CommandKind,
+        label: Callable[[float], str],
     ) -> None:
         if not self._may():
             return
@@ -143,27 +174,38 @@ class Commanding(Base):
             if value is not None:
                 self._consider(kind, value, label(value))
 
-        dialog = Number(name, self.view, text=text, default=default, parse=lambda t: controls.number(t, kind))
+        dialog = Number(
+            name, self.view, text=text, default=default, parse=lambda t: controls.number(t, kind)
+        )
         self._open(dialog, ask)
 
     # -- what asks before it is sent
 
-    def _consider(self, kind: CommandKind, value: float, label: str, costs: Sequence[str] = ()) -> None:
-        """Show what the command would do, and send it on Yes. `costs` stand there until the preview is made."""
+    def _consider(
+        self, kind: CommandKind, value: float, label: str, costs: Sequence[str] = ()
+    ) -> None:
+        """Show what the command would do, and send it on Yes. `costs` stand there until the preview
+        is made.
+        """
         if not self._may():
             return
         foreseen = self.desk.foresee(kind, value)
 
         def describe(view: View) -> Sequence[str]:
             preview = foreseen.look(view)
-            return [*controls.preview_lines(preview)] if preview is not None else [*costs, "(working out the rest …)"]
+            return (
+                [*controls.preview_lines(preview)]
+                if preview is not None
+                else [*costs, "(working out the rest …)"]
+            )
 
         def done(answer: int | None) -> None:
             preview = foreseen.last
             if answer == 1 and preview is None:
                 self._command(kind, value, label)
             elif answer == 1 and preview is not None:
-                # Undo without a line means the newest decision: what is sent names the line that was shown.
+                # Undo without a line means the newest decision: what is sent names the line that
+                # was shown.
                 line = preview.value if kind is CommandKind.UNDO and preview.possible else value
                 known = preview.worked_out
                 self._command(
@@ -202,7 +244,8 @@ class Commanding(Base):
             self.say("there is no snapshot or checkpoint to go back to yet")
             return
         options: list[tuple[str | Row, str]] = [
-            (snapshot(info, self.view.now), " ".join(controls.rollback_cost(info, status))) for info in known
+            (snapshot(info, self.view.now), " ".join(controls.rollback_cost(info, status)))
+            for info in known
         ]
         good = next((index for index, info in enumerate(known) if info.state == "good"), 0)
 
@@ -215,7 +258,9 @@ class Commanding(Base):
     def _confirm_rollback(self, info: SnapshotInfo) -> None:
         status = self.view.status
         cost = controls.rollback_cost(info, status) if status is not None else []
-        self._consider(CommandKind.ROLLBACK, float(info.step), f"roll back to step {count(info.step)}", cost)
+        self._consider(
+            CommandKind.ROLLBACK, float(info.step), f"roll back to step {count(info.step)}", cost
+        )
 
     def action_mode(self) -> None:
         if not self._may():
@@ -226,9 +271,13 @@ class Commanding(Base):
         def send(index: int | None) -> None:
             if index is not None and modes[index] is not now:
                 shown = Shown(instead_of=float(modes.index(now)))
-                self._command(CommandKind.POLICY, float(index), f"mode {modes[index].value}", shown=shown)
+                self._command(
+                    CommandKind.POLICY, float(index), f"mode {modes[index].value}", shown=shown
+                )
 
-        options = [(f"{mode.value:<8}{MODES[mode]}{' (now)' if mode is now else ''}", "") for mode in modes]
+        options = [
+            (f"{mode.value:<8}{MODES[mode]}{' (now)' if mode is now else ''}", "") for mode in modes
+        ]
         dialog = Choose("who decides", self.view, text=[], options=options, cursor=modes.index(now))
         self._open(dialog, send)
 
@@ -239,7 +288,11 @@ class Commanding(Base):
         status = self.view.status
         if status is None or not status.question or status.phase.ended:
             self._asked = ("", 0)
-        elif not _is_open(self.view, *self._asked) and self.app.screen is self and not self.view.read_only:
+        elif (
+            not _is_open(self.view, *self._asked)
+            and self.app.screen is self
+            and not self.view.read_only
+        ):
             self.action_answer(by_itself=True)
         elif status.question_number:
             self._asked = (status.question, status.question_number)
@@ -262,7 +315,9 @@ class Commanding(Base):
                 name = _choices(self.view, asked)[index][0] if same else ""
                 shown = story.shown[index] if same and index < len(story.shown) else None
                 label = f"answer: {name or ANSWERS[index]}"
-                self._command(CommandKind.ANSWER, float(index), label, question=asked.line, shown=shown)
+                self._command(
+                    CommandKind.ANSWER, float(index), label, question=asked.line, shown=shown
+                )
 
         dialog = Question(
             f"step {count(status.step)}: the guard asks",
@@ -294,7 +349,9 @@ class Asked:
 
 
 def _is_open(view: View, text: str, line: int) -> bool:
-    """Whether this question is the one that is open. One whose number is not known yet is known by its text."""
+    """Whether this question is the one that is open. One whose number is not known yet is known by
+    its text.
+    """
     status = view.status
     if status is None or status.question != text or not text:
         return False
@@ -302,7 +359,9 @@ def _is_open(view: View, text: str, line: int) -> bool:
 
 
 def _choices(view: View, asked: Asked) -> list[tuple[str | Row, str]]:
-    """What can be answered to this question, with the cost of each; nothing until its journal line is read."""
+    """What can be answered to this question, with the cost of each; nothing until its journal line
+    is read.
+    """
     story, status = view.snapshot.story, view.status
     if not story.question or story.asked != asked.text or status is None:
         return []
@@ -337,7 +396,11 @@ def _patience(view: View) -> list[str]:
 
 def _left(view: View) -> str:
     status = view.status
-    return f"{spoken(_seconds_left(status, view.now))} left" if status is not None and status.deadline else ""
+    return (
+        f"{spoken(_seconds_left(status, view.now))} left"
+        if status is not None and status.deadline
+        else ""
+    )
 
 
 def _seconds_left(status: Status, now: float) -> float:

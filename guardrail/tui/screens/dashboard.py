@@ -1,4 +1,6 @@
-"""The one screen: charts and panes, which of them has the keys, and what the keys do to what is seen."""
+"""The one screen: charts and panes, which of them has the keys, and what the keys do to what is
+seen.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,19 @@ from guardrail.tui.screens.layout import Layout, arrange
 from guardrail.tui.terminal.themed_app import Themed
 
 # What the viewer chose, which a new view from the reader does not change.
-MINE = ("charts", "big", "logarithmic", "axis", "smooth", "span", "end", "at", "focus", "full", "states")
+MINE = (
+    "charts",
+    "big",
+    "logarithmic",
+    "axis",
+    "smooth",
+    "span",
+    "end",
+    "at",
+    "focus",
+    "full",
+    "states",
+)
 SLOTS = 6  # charts that can be in sight at once
 
 
@@ -50,7 +64,9 @@ class PaneLines(Lines):
 
 class Cockpit(Commanding, Screen[None]):
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding(key.keys, key.action, key.label or key.help, show=False, priority=key.keys == "ctrl+p")
+        Binding(
+            key.keys, key.action, key.label or key.help, show=False, priority=key.keys == "ctrl+p"
+        )
         for key in keys.KEYS
     ]
     AUTO_FOCUS = None
@@ -79,10 +95,13 @@ class Cockpit(Commanding, Screen[None]):
         yield Lines(self._footer, id="footer")
 
     def _footer(self, view: View, width: int, height: int) -> Sequence[Row]:
-        return (panels.footer if self.layout_now.messages else panels.low_footer)(view, width, height)
+        return (panels.footer if self.layout_now.messages else panels.low_footer)(
+            view, width, height
+        )
 
     def on_mount(self) -> None:
-        # What is here stays here; to ask for it anew is a good part of a frame in which little happens.
+        # What is here stays here; to ask for it anew is a good part of a frame in which little
+        # happens.
         self._lines = list(self.query(Lines))
         self._charts, self._pane_lines = list(self.query(Chart)), list(self.query(PaneLines))
         self._arrange()
@@ -121,7 +140,9 @@ class Cockpit(Commanding, Screen[None]):
         """Show what has a place at this size, in its place."""
         width, height = self.size
         signals = self.view.charts
-        self.layout_now = found = arrange(width, height, self.view.focus, full=self.view.full, signals=len(signals))
+        self.layout_now = found = arrange(
+            width, height, self.view.focus, full=self.view.full, signals=len(signals)
+        )
         self.set_class(found.beside and bool(found.panes) and found.charts > 0, "-beside")
         shown = _in_sight(self.view, found.charts)
         grid = self.query_one("#charts")
@@ -129,7 +150,8 @@ class Cockpit(Commanding, Screen[None]):
         grid.styles.grid_size_columns = max(1, found.columns)
         # Where charts stand in one column the enlarged one is a half higher than the others.
         grid.styles.grid_rows = " ".join(
-            "3fr" if signal == self.view.big and found.columns == 1 else "2fr" for signal in shown or ("",)
+            "3fr" if signal == self.view.big and found.columns == 1 else "2fr"
+            for signal in shown or ("",)
         )
         for slot, chart in enumerate(self._charts):
             chart.display = slot < len(shown)
@@ -194,7 +216,10 @@ class Cockpit(Commanding, Screen[None]):
         _, state = self._pane()
         dialog = Text("show only", self.view, text=["Entries with this text in them; nothing shows all."],
                       default=state.filter, hint="Enter filter   Esc close")  # fmt: skip
-        self.app.push_screen(dialog, lambda text: self._choose(filter=text, cursor=None) if text is not None else None)
+        self.app.push_screen(
+            dialog,
+            lambda text: self._choose(filter=text, cursor=None) if text is not None else None,
+        )
 
     def action_open(self) -> None:
         if self.view.focus == CURVES:
@@ -208,7 +233,11 @@ class Cockpit(Commanding, Screen[None]):
         if pane.detail is not None and pane.detail(self.view, 80, 24, state):
             detail = pane.detail
             self.app.push_screen(
-                Pager(pane.name, self.view, lambda view, width, height: detail(view, width, height, state))
+                Pager(
+                    pane.name,
+                    self.view,
+                    lambda view, width, height: detail(view, width, height, state),
+                )
             )
 
     # -- zoom, pan and the value cursor
@@ -218,7 +247,9 @@ class Cockpit(Commanding, Screen[None]):
         return axis.x_scale(self.view, max(8, shown - GUTTER))
 
     def action_zoom(self, factor: float, about: float | None = None) -> None:
-        """About a place of the axis, else about the value cursor; else the newest step stays in sight."""
+        """About a place of the axis, else about the value cursor; else the newest step stays in
+        sight.
+        """
         scale, whole = self._scale(), axis.end(self.view) - axis.origin(self.view)
         span = max(axis.nearest(self.view), scale.per_dot * scale.dots * factor)
         if span >= whole:
@@ -304,7 +335,9 @@ class Cockpit(Commanding, Screen[None]):
             name, charts = known[index], self.view.charts
             charts = tuple(n for n in charts if n != name) if name in charts else (*charts, name)
             if charts:
-                self.look(charts=charts, big=self.view.big if self.view.big in charts else charts[0])
+                self.look(
+                    charts=charts, big=self.view.big if self.view.big in charts else charts[0]
+                )
 
         self.app.push_screen(Toggle("curves", self.view, options=options, toggle=toggle))
 
@@ -318,12 +351,16 @@ class Cockpit(Commanding, Screen[None]):
         self.look(states={**self.view.states, pane.name: replace(state, **changes)})  # type: ignore[arg-type]
 
     def action_help(self) -> None:
-        self.app.push_screen(Pager("keys and signs", self.view, lambda view, width, height: keys.help_rows(width)))
+        self.app.push_screen(
+            Pager("keys and signs", self.view, lambda view, width, height: keys.help_rows(width))
+        )
 
     def action_journal(self) -> None:
         def rows(view: View, width: int, height: int) -> Sequence[Row]:
             lines = view.snapshot.story.lines
-            return [line for event in lines for line in log_rows(event, width)] or [((" nothing yet", "dim"),)]
+            return [line for event in lines for line in log_rows(event, width)] or [
+                ((" nothing yet", "dim"),)
+            ]
 
         self.app.push_screen(Pager("journal", self.view, rows, tail=True))
 
@@ -338,12 +375,16 @@ class Cockpit(Commanding, Screen[None]):
                 self.call_later(self.run_action, known[index].action)
 
         labels: list[Row] = [((f"{key.shown:>10}  ", "key"), (key.help, "plain")) for key in known]
-        self.app.push_screen(Palette("commands", self.view, options=[(label, "") for label in labels]), done)
+        self.app.push_screen(
+            Palette("commands", self.view, options=[(label, "") for label in labels]), done
+        )
 
     def action_theme(self) -> None:
         name = self.app.next_theme() if isinstance(self.app, Themed) else ""
         kept = f"theme {name} (GUARDRAIL_THEME={name} keeps it)"
-        self.say(kept if name else "this terminal has its own few colours, and no other theme", "accent")
+        self.say(
+            kept if name else "this terminal has its own few colours, and no other theme", "accent"
+        )
 
     def action_leave(self) -> None:
         self.app.exit(return_code=0)
@@ -353,7 +394,8 @@ class Cockpit(Commanding, Screen[None]):
     def on_click(self, event: Click) -> None:
         """A click gives the keys to what was clicked; it never sends anything.
 
-        On an entry it marks it, and the curves jump there; on the enlarged chart it puts the value cursor.
+        On an entry it marks it, and the curves jump there; on the enlarged chart it puts the value
+        cursor.
         """
         widget = event.widget
         if isinstance(widget, PaneLines):
@@ -406,4 +448,8 @@ def _signal_row(view: View, name: str) -> Row:
     value = view.snapshot.series.last(name)
     told = short(value) if value is not None else ""
     on = name in view.charts
-    return ((("✓ " if on else "· "), "good" if on else "dim"), (f"{label_of(name):<42}", "plain"), (told, "dim"))
+    return (
+        (("✓ " if on else "· "), "good" if on else "dim"),
+        (f"{label_of(name):<42}", "plain"),
+        (told, "dim"),
+    )

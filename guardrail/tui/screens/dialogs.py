@@ -1,4 +1,6 @@
-"""Windows over the screen. Each closes with a result, or with None when nothing is to be done; none sends anything."""
+"""Windows over the screen. Each closes with a result, or with None when nothing is to be done; none
+sends anything.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ class Dialog(ModalScreen[T]):
     EXTRA = 0
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q", "close", "close", show=False)]
 
-    def __init__(self, name: str, view: View, *, alive: Callable[[View], bool] = lambda view: True) -> None:
+    def __init__(
+        self, name: str, view: View, *, alive: Callable[[View], bool] = lambda view: True
+    ) -> None:
         super().__init__()
         self.label, self.view, self.alive = name, view, alive
         self.by_itself = self.lapsed = False
@@ -88,14 +92,18 @@ class Dialog(ModalScreen[T]):
         if self.drawn is None:
             return LATER
         if self.by_itself:
-            early = key.time < self.drawn or (key.key == "enter" and key.time < self.drawn + SETTLED_SECONDS)
+            early = key.time < self.drawn or (
+                key.key == "enter" and key.time < self.drawn + SETTLED_SECONDS
+            )
             return NEVER if early else NOW
         if self.stands():
             return NOW
         return LATER if key.time < self.drawn or self.agrees(key) else NOW
 
     def agrees(self, key: Key) -> bool:
-        """Whether a key agrees to what the text says, so that it waits until the text says all of it."""
+        """Whether a key agrees to what the text says, so that it waits until the text says all of
+        it.
+        """
         return False
 
     def show(self, view: View) -> None:
@@ -156,8 +164,8 @@ class Choose(Dialog[int]):
 
     Args:
         text: said above the list; a function of the view where it changes.
-        options: (label, explanation of the marked one); a function of the view where they change. Without any,
-            nothing can be chosen.
+        options: (label, explanation of the marked one); a function of the view where they change.
+            Without any, nothing can be chosen.
         cursor: what is marked first.
     """
 
@@ -183,7 +191,9 @@ class Choose(Dialog[int]):
         super().__init__(name, view, alive=alive)
         self._text, self.cursor = text, cursor
         self._options_of = options if callable(options) else None
-        self.options: Sequence[tuple[str | Row, str]] = options(view) if callable(options) else options
+        self.options: Sequence[tuple[str | Row, str]] = (
+            options(view) if callable(options) else options
+        )
         self._first_option = 0  # row of the first option that is shown
         self._offset = 0
 
@@ -209,7 +219,9 @@ class Choose(Dialog[int]):
         for index in range(self._offset, min(len(self.options), self._offset + room)):
             label = self.options[index][0]
             marked = index == self.cursor
-            pieces = ((label, "strong" if marked else "plain"),) if isinstance(label, str) else label
+            pieces = (
+                ((label, "strong" if marked else "plain"),) if isinstance(label, str) else label
+            )
             rows.append(fit(((" ▸ " if marked else "   ", "key"), *pieces), width))
         return [*rows, *tail]
 
@@ -251,7 +263,12 @@ class Toggle(Choose):
     BINDINGS: ClassVar[list[BindingType]] = [Binding("space", "take", "change", show=False)]
 
     def __init__(
-        self, name: str, view: View, *, options: Callable[[], Sequence[tuple[Row, str]]], toggle: Callable[[int], None]
+        self,
+        name: str,
+        view: View,
+        *,
+        options: Callable[[], Sequence[tuple[Row, str]]],
+        toggle: Callable[[int], None],
     ) -> None:
         super().__init__(name, view, text=[], options=options())
         self._now, self._toggle = options, toggle
@@ -266,7 +283,8 @@ class Toggle(Choose):
 
 
 class Confirm(Choose):
-    """A question whose default is No; the result is 1 for Yes, which is taken only when its text stands.
+    """A question whose default is No; the result is 1 for Yes, which is taken only when its text
+    stands.
 
     Args:
         ready: whether the text says all that it has to say.
@@ -278,7 +296,13 @@ class Confirm(Choose):
     ]
 
     def __init__(
-        self, name: str, view: View, *, text: Words, yes: str, ready: Callable[[View], bool] = lambda view: True
+        self,
+        name: str,
+        view: View,
+        *,
+        text: Words,
+        yes: str,
+        ready: Callable[[View], bool] = lambda view: True,
     ) -> None:
         super().__init__(name, view, text=text, options=[("No, go back", ""), (f"Yes, {yes}", "")])
         self._ready = ready
@@ -304,10 +328,18 @@ class Number(Dialog[float]):
     """Asks for a number; what `parse` does not like is said and asked again."""
 
     EXTRA = 2
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "close", "close", show=False, priority=True)]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "close", "close", show=False, priority=True)
+    ]
 
     def __init__(
-        self, name: str, view: View, *, text: Sequence[str], default: str, parse: Callable[[str], float | str]
+        self,
+        name: str,
+        view: View,
+        *,
+        text: Sequence[str],
+        default: str,
+        parse: Callable[[str], float | str],
     ) -> None:
         super().__init__(name, view)
         self.text, self._default, self._parse = text, default, parse
@@ -336,16 +368,31 @@ class Text(Dialog[str]):
     """Asks for a line of text."""
 
     EXTRA = 2
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "close", "close", show=False, priority=True)]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "close", "close", show=False, priority=True)
+    ]
 
     def __init__(
-        self, name: str, view: View, *, text: Sequence[str], default: str = "", hint: str = "Enter send   Esc close"
+        self,
+        name: str,
+        view: View,
+        *,
+        text: Sequence[str],
+        default: str = "",
+        hint: str = "Enter send   Esc close",
     ) -> None:
         super().__init__(name, view)
         self._text, self._default, self._hint = text, default, hint
 
     def extras(self) -> ComposeResult:
-        yield Input(self._default, id="text", classes="long", select_on_focus=True, compact=True, max_length=400)
+        yield Input(
+            self._default,
+            id="text",
+            classes="long",
+            select_on_focus=True,
+            compact=True,
+            max_length=400,
+        )
 
     def body(self, view: View, width: int, height: int) -> Sequence[Row]:
         return [row(f" {line}") for text in self._text for line in wrap(text, width - 2)]
@@ -362,7 +409,9 @@ class Palette(Choose):
 
     EXTRA = 2
     WIDTH = 110
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,ctrl+p", "close", "close", show=False, priority=True)]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape,ctrl+p", "close", "close", show=False, priority=True)
+    ]
 
     def __init__(self, name: str, view: View, *, options: Sequence[tuple[str | Row, str]]) -> None:
         super().__init__(name, view, text=[], options=options)
@@ -373,7 +422,9 @@ class Palette(Choose):
 
     def on_input_changed(self, event: Input.Changed) -> None:
         words = event.value.casefold().split()
-        self._found = [i for i, (label, _) in enumerate(self._all) if all(w in _plain(label) for w in words)]
+        self._found = [
+            i for i, (label, _) in enumerate(self._all) if all(w in _plain(label) for w in words)
+        ]
         self.options, self.cursor = [self._all[i] for i in self._found], 0
         self.show(self.view)
 
@@ -452,7 +503,13 @@ class Evidence(Pager):
     BINDINGS: ClassVar[list[BindingType]] = [Binding("v", "close", "back", show=False)]
 
     def __init__(
-        self, name: str, view: View, build: Builder, *, alive: Callable[[View], bool], left: Callable[[View], str]
+        self,
+        name: str,
+        view: View,
+        build: Builder,
+        *,
+        alive: Callable[[View], bool],
+        left: Callable[[View], str],
     ) -> None:
         super().__init__(name, view, build, alive=alive)
         self._left = left

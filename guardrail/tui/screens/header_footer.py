@@ -13,7 +13,8 @@ from guardrail.tui.model.view import View
 from guardrail.tui.screens import keys
 
 _NAMED_FROM = 100  # cells from which on the name of the run counts more than its speed
-_NAME, _NAME_LEAST = 16, 12  # cells of a shortened name that are kept free there, and of one worth showing
+# cells of a shortened name that are kept free there, and of one worth showing
+_NAME, _NAME_LEAST = 16, 12
 
 
 def header(view: View, width: int, height: int) -> Sequence[Row]:
@@ -28,14 +29,20 @@ def header(view: View, width: int, height: int) -> Sequence[Row]:
     for _, part in sorted(parts):
         line = (*line, ("   ", "plain"), *part)
     room = width - width_of(line) - 2
-    right = row((name, "dim")) if room >= cells_of(name) else (*fit(row((name.strip(), "dim")), room - 1), (" ", "dim"))
+    right = (
+        row((name, "dim"))
+        if room >= cells_of(name)
+        else (*fit(row((name.strip(), "dim")), room - 1), (" ", "dim"))
+    )
     return [spread(line, right if room > _NAME_LEAST else (), width)]
 
 
 def _progress(view: View) -> list[tuple[int, Row]]:
     """(place in the line, part), the most important first: a narrow terminal drops the last."""
     status = view.status
-    damage = [(1, row((f"✗ {', '.join(view.snapshot.damage)}", "bad")))] if view.snapshot.damage else []
+    damage = (
+        [(1, row((f"✗ {', '.join(view.snapshot.damage)}", "bad")))] if view.snapshot.damage else []
+    )
     if status is None:
         return damage
     total = count(status.total_steps) if status.total_steps else ""
@@ -75,7 +82,9 @@ def facts(view: View, width: int, height: int) -> Sequence[Row]:
     if status.unresolved is not None:
         parts.append((f"▲ {brief(status.unresolved.sentence(), 120)}", "warn"))
     progress = f": {status.progress}" if status.progress and not status.phase.ended else ""
-    parts.append((f"{'' if view.responds else 'last seen '}{PHASES[status.phase]}{progress}", "plain"))
+    parts.append(
+        (f"{'' if view.responds else 'last seen '}{PHASES[status.phase]}{progress}", "plain")
+    )
     if status.phase.ended and status.exit_code:
         parts.append((f"exit code {status.exit_code}", "warn"))
     parts.append((f"timeline {status.timeline}", "dim"))
@@ -92,7 +101,9 @@ def facts(view: View, width: int, height: int) -> Sequence[Row]:
     if view.snapshot.around.screens > 1:
         parts.append((f"{view.snapshot.around.screens} screens", "accent"))
     hosts = len({rank.told.host for rank in view.snapshot.around.ranks})
-    where = f" on {count(hosts)} hosts" if hosts > 1 else f" on {status.host}" if status.host else ""
+    where = (
+        f" on {count(hosts)} hosts" if hosts > 1 else f" on {status.host}" if status.host else ""
+    )
     parts.append((f"{plural(status.world, 'rank')}{where}", "dim"))
     while len(parts) > 1 and width_of(_joined(parts)) > width:
         parts.remove(next((part for part in reversed(parts) if part[1] == "dim"), parts[-1]))
@@ -118,7 +129,14 @@ def low_footer(view: View, width: int, height: int) -> Sequence[Row]:
 
 def footer(view: View, width: int, height: int) -> Sequence[Row]:
     status = view.status
-    controls = not view.read_only and not view.lost and not (status is not None and status.phase.ended)
+    controls = (
+        not view.read_only and not view.lost and not (status is not None and status.phase.ended)
+    )
     return [
-        keys.footer(width, controls=controls, asking=bool(status is not None and status.question), focus=view.focus)
+        keys.footer(
+            width,
+            controls=controls,
+            asking=bool(status is not None and status.question),
+            focus=view.focus,
+        )
     ]

@@ -1,4 +1,5 @@
-"""Every key of the screen, once. Bindings, footer, the `?` page and the README's table are made from this table.
+"""Every key of the screen, once. Bindings, footer, the `?` page and the README's table are made
+from this table.
 
 `python -m guardrail.tui.screens.keys` prints the README's table.
 """
@@ -26,7 +27,8 @@ class Key:
         label: one or two words for the footer; "" keeps it out of there.
         help: what it does, as a sentence.
         control: it asks the run for something (refused by --read-only and by a run that has ended).
-        pane: the footer has it only while this pane has the keys: "curves", or "lists" for all others; "": always.
+        pane: the footer has it only while this pane has the keys: "curves", or "lists" for all
+        others; "": always.
         rank: the footer drops the highest first where the terminal is narrow.
     """
 
@@ -96,7 +98,10 @@ KEYS = (
 # Keys inside of a dialog, for the `?` page; each dialog binds those it needs.
 DIALOG_KEYS = (
     ("↑ ↓ k j", "Move the choice, or scroll (also Home, End, PgUp, PgDn, Space)."),
-    ("Enter", "Take what is marked, or switch it on and off (so does Space); in a text, close it (so does ?)."),
+    (
+        "Enter",
+        "Take what is marked, or switch it on and off (so does Space); in a text, close it (so does ?).",
+    ),
     ("y n", "Answer a yes-or-no question at once."),
     ("v", "Of the guard's question: show its evidence, and go back to it."),
     ("Esc q", "Close the dialog; nothing is sent (so does Ctrl+P in the list of commands)."),
@@ -104,7 +109,10 @@ DIALOG_KEYS = (
 SIGNS = (
     ("● ▲ ◆ ‖", "healthy; unstable, rolling back or recovering; needs an answer; paused"),
     ("✓ ■ ✗ ?", "finished, stopped, halted or failed, not responding"),
-    ("R S ! C", "on a curve: rollback and left-out update with the incident's number, command, checkpoint"),
+    (
+        "R S ! C",
+        "on a curve: rollback and left-out update with the incident's number, command, checkpoint",
+    ),
     ("#", "on a curve: an incident in which the guard only says what it would have done"),
     ("▲ × ┈", "on a curve: value above the axis, NaN or Inf, threshold of the detector"),
     ("⠂⠂ ┊", "an abandoned timeline, and where it was left"),
@@ -113,7 +121,8 @@ SIGNS = (
 
 @lru_cache(maxsize=16)
 def footer(width: int, *, controls: bool = True, asking: bool = False, focus: str = CURVES) -> Row:
-    """As many keys as fit, always in the order of the table; those of the focused pane stay longest.
+    """As many keys as fit, always in the order of the table; those of the focused pane stay
+    longest.
 
     Args:
         focus: name of the pane that has the keys.

@@ -1,7 +1,8 @@
 """Where things stand on a terminal of any size. Pure.
 
-Wide: a grid of charts and a side of panes. 80x24: one chart, the other signals as curves of one row, the newest
-incident. Narrow and tall: charts above, panes below. The focused pane is always in sight.
+Wide: a grid of charts and a side of panes. 80x24: one chart, the other signals as curves of one
+row, the newest incident. Narrow and tall: charts above, panes below. The focused pane is always in
+sight.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ TALL = 36  # rows from which on a narrow terminal stacks
 ROOMY, AIRY = 18, 22  # rows from which on two, then three of the hidden charts have a line each
 _CHART_ROWS = 8  # rows that a chart wants
 _AROUND = 4  # rows of header, facts, message and footer
-_SIDES = ((52, ("incidents", "ranks", "snapshots", "data", "log")), (38, ("incidents", "ranks", "snapshots", "log")))
+_SIDES = (
+    (52, ("incidents", "ranks", "snapshots", "data", "log")),
+    (38, ("incidents", "ranks", "snapshots", "log")),
+)
 _SIDE = ("incidents", "snapshots", "log")
 
 
@@ -30,7 +34,8 @@ class Layout:
         beside: the panes stand right of the charts, not below.
         sparks: rows for signals without a chart.
         newest: the newest incident has its two rows.
-        messages: answers to keys have a row of their own; without one they take the place of the keys.
+        messages: answers to keys have a row of their own; without one they take the place of the
+        keys.
     """
 
     columns: int
@@ -43,7 +48,9 @@ class Layout:
 
 
 def arrange(width: int, height: int, focus: str, *, full: bool = False, signals: int = 6) -> Layout:
-    """The layout of a terminal of `width` x `height`; `full` gives all of it to the focused pane."""
+    """The layout of a terminal of `width` x `height`; `full` gives all of it to the focused
+    pane.
+    """
     columns = 2 if width >= GRID else 1
     rows = max(1, min(3, (height - _AROUND) // _CHART_ROWS))
     charts = min(signals, columns * rows)
@@ -54,12 +61,18 @@ def arrange(width: int, height: int, focus: str, *, full: bool = False, signals:
     if full and wide:
         return Layout(columns, charts, ())
     if wide:
-        return Layout(columns, charts, _with(next((s for least, s in _SIDES if height >= least), _SIDE), focus))
+        return Layout(
+            columns,
+            charts,
+            _with(next((s for least, s in _SIDES if height >= least), _SIDE), focus),
+        )
     if height >= TALL:
         return Layout(1, min(charts, 3), _with(("incidents", "log"), focus), beside=False)
     if focus != CURVES:
         return Layout(0, 0, (focus,), messages=roomy)
-    return Layout(1, 1, (), sparks=3 if height >= AIRY else 2 if roomy else 0, newest=True, messages=roomy)
+    return Layout(
+        1, 1, (), sparks=3 if height >= AIRY else 2 if roomy else 0, newest=True, messages=roomy
+    )
 
 
 def _with(panes: tuple[str, ...], focus: str) -> tuple[str, ...]:

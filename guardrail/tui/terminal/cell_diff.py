@@ -1,7 +1,8 @@
 """What of a frame goes to the terminal: the cells that changed, and colours only where they change.
 
-Textual's own partial update writes each row from the left edge of its widget, and every piece of text with all its
-colours and a reset. On a quiet screen that is three times as much, for the whole day, through somebody's SSH.
+Textual's own partial update writes each row from the left edge of its widget, and every piece of
+text with all its colours and a reset. On a quiet screen that is three times as much, for the whole
+day, through somebody's SSH.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from rich.segment import Segment
 from rich.style import Style
 from textual._compositor import ChopsUpdate
 
-_Pen = tuple[str, str, str]  # SGR codes of attributes, foreground, background; "" is the terminal's own
+# SGR codes of attributes, foreground, background; "" is the terminal's own
+_Pen = tuple[str, str, str]
 _PLAIN: _Pen = ("", "", "")
 
 
@@ -46,7 +48,9 @@ class Cells(ChopsUpdate):
         return "".join(written) + _turn(pen, _PLAIN)
 
     def _pieces(self) -> Iterator[tuple[int, int, list[Segment]]]:
-        """(y, x, segments) of what lies in the changed spans, from left to right and from top to bottom."""
+        """(y, x, segments) of what lies in the changed spans, from left to right and from top to
+        bottom.
+        """
         for y, x1, x2 in self.spans:
             for end, (x, strip) in zip(self.chop_ends[y], self.chops[y].items(), strict=True):
                 first, last = max(x, x1), min(end, x2)
@@ -58,7 +62,9 @@ class Cells(ChopsUpdate):
 def pen_of(style: Style, system: ColorSystem) -> _Pen:
     """The SGR codes of a style on a terminal of so many colours."""
     colours = [
-        ";".join(colour.downgrade(system).get_ansi_codes(foreground=index == 0)) if colour is not None else ""
+        ";".join(colour.downgrade(system).get_ansi_codes(foreground=index == 0))
+        if colour is not None
+        else ""
         for index, colour in enumerate((style.color, style.bgcolor))
     ]
     return style.without_color._make_ansi_codes(system), colours[0], colours[1]
@@ -70,5 +76,9 @@ def _turn(pen: _Pen, wanted: _Pen) -> str:
         return ""
     if pen[0] != wanted[0]:
         return f"\x1b[{';'.join(('0', *filter(None, wanted)))}m" if any(wanted) else "\x1b[0m"
-    codes = [new or f"{number}" for old, new, number in zip(pen[1:], wanted[1:], (39, 49), strict=True) if old != new]
+    codes = [
+        new or f"{number}"
+        for old, new, number in zip(pen[1:], wanted[1:], (39, 49), strict=True)
+        if old != new
+    ]
     return f"\x1b[{';'.join(codes)}m"

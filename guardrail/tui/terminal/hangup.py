@@ -1,7 +1,8 @@
 """The terminal's end: a closed window, a dropped SSH connection, SIGHUP, SIGTERM.
 
-A Textual application dies of SIGHUP with its `finally` unrun, and burns a core when SIGHUP is ignored and the terminal
-gone, since its input is readable for ever. The screen is only a client: it restores what it can and goes, at once.
+A Textual application dies of SIGHUP with its `finally` unrun, and burns a core when SIGHUP is
+ignored and the terminal gone, since its input is readable for ever. The screen is only a client: it
+restores what it can and goes, at once.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from typing import Any
 CHECK_SECONDS = 0.5
 Attributes = Mapping[int, list[Any]]
 _STUCK_SECONDS = 1.0
-# End of a frame, Kitty keyboard off, bracketed paste off, mouse off, size reports off, line wrap on, plain colours,
-# main screen, cursor on, focus reports off.
+# End of a frame, Kitty keyboard off, bracketed paste off, mouse off, size reports off, line wrap
+# on, plain colours, main screen, cursor on, focus reports off.
 _RESTORE = (
     b"\x1b[?2026l\x1b[<u\x1b[?2004l\x1b[?1000l\x1b[?1003l\x1b[?1015l\x1b[?1006l\x1b[?1016l\x1b[?2048l"
     b"\x1b[?7h\x1b[0m\x1b[?1049l\x1b[?25h\x1b[?1004l"
 )
-waited_for_by = 0  # the process that waits for this one and restores the terminal after it; 0: none. See `waiting`.
+# the process that waits for this one and restores the terminal after it; 0: none. See `waiting`.
+waited_for_by = 0
 
 
 def gone(descriptor: int) -> bool:
@@ -34,14 +36,18 @@ def gone(descriptor: int) -> bool:
     poll = select.poll()
     poll.register(descriptor, 0)
     try:
-        return any(flags & (select.POLLHUP | select.POLLERR | select.POLLNVAL) for _, flags in poll.poll(0))
+        return any(
+            flags & (select.POLLHUP | select.POLLERR | select.POLLNVAL) for _, flags in poll.poll(0)
+        )
     except OSError:
         return True
 
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """Ends the process with exit code 0 when the terminal goes, or when SIGHUP or SIGTERM asks for it."""
+    """Ends the process with exit code 0 when the terminal goes, or when SIGHUP or SIGTERM asks for
+    it.
+    """
     known = attributes()
     left = threading.Event()
 
@@ -54,9 +60,11 @@ def guarded() -> Iterator[None]:
             if any(gone(descriptor) for descriptor in known):
                 os._exit(0)
             if waited_for_by and os.getppid() != waited_for_by:
-                # Killed, and the shell has its terminal back: how it reads keys is its own business by now.
+                # Killed, and the shell has its terminal back: how it reads keys is its own business
+                # by now.
                 _show_shell(
-                    known, b"\r\nguardrail: the monitor's first process was killed; training is not affected\r\n"
+                    known,
+                    b"\r\nguardrail: the monitor's first process was killed; training is not affected\r\n",
                 )
                 os._exit(0)
 
@@ -71,24 +79,31 @@ def guarded() -> Iterator[None]:
 
 
 def attributes() -> Attributes:
-    """The settings of the terminal that keys come from and that is drawn on, by descriptor; empty without one."""
-    descriptors = [d for d in (_descriptor(sys.__stdin__), _descriptor(sys.__stderr__)) if d is not None]
+    """The settings of the terminal that keys come from and that is drawn on, by descriptor; empty
+    without one.
+    """
+    descriptors = [
+        d for d in (_descriptor(sys.__stdin__), _descriptor(sys.__stderr__)) if d is not None
+    ]
     return {d: termios.tcgetattr(d) for d in descriptors}
 
 
 def restore(known: Attributes) -> None:
-    """Restore the terminal if it still listens; the process ends by an alarm if anything blocks on the way.
+    """Restore the terminal if it still listens; the process ends by an alarm if anything blocks on
+    the way.
 
     Args:
         known: settings by descriptor.
     """
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, _STUCK_SECONDS)
-    background = signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # setting a terminal from the background would stop us
+    # setting a terminal from the background would stop us
+    background = signal.signal(signal.SIGTTOU, signal.SIG_IGN)
     for descriptor, saved in known.items():
         with contextlib.suppress(OSError, termios.error):
             termios.tcsetattr(descriptor, termios.TCSANOW, saved)
-            termios.tcflush(descriptor, termios.TCIFLUSH)  # reports of the mouse that no one has read
+            # reports of the mouse that no one has read
+            termios.tcflush(descriptor, termios.TCIFLUSH)
     _show_shell(known)
     signal.setitimer(signal.ITIMER_REAL, 0.0)
     signal.signal(signal.SIGTTOU, background)
@@ -97,7 +112,8 @@ def restore(known: Attributes) -> None:
 def _show_shell(known: Attributes, words: bytes = b"") -> None:
     for descriptor in list(known)[-1:]:
         with contextlib.suppress(OSError):
-            if select.select([], [descriptor], [], _STUCK_SECONDS / 2)[1]:  # a slow one is drained meanwhile
+            # a slow one is drained meanwhile
+            if select.select([], [descriptor], [], _STUCK_SECONDS / 2)[1]:
                 os.write(descriptor, _RESTORE + words)
 
 

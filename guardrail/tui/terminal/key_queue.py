@@ -1,7 +1,9 @@
-"""Keys in the order in which they were pressed: each is handed on when the one before has done all that it does.
+"""Keys in the order in which they were pressed: each is handed on when the one before has done all
+that it does.
 
-A key may open a dialog, which takes some frames until it stands. Keys that were typed ahead wait for it. A dialog that
-opened by itself takes no key that was pressed before it was drawn: that key was meant for something else.
+A key may open a dialog, which takes some frames until it stands. Keys that were typed ahead wait
+for it. A dialog that opened by itself takes no key that was pressed before it was drawn: that key
+was meant for something else.
 """
 
 from __future__ import annotations

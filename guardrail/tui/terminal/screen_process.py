@@ -1,5 +1,5 @@
-"""A screen in a process of its own. The process that was started waits for it, and restores the terminal where the
-screen dies of a signal that nothing can catch: SIGKILL, SIGSEGV, SIGABRT.
+"""A screen in a process of its own. The process that was started waits for it, and restores the
+terminal where the screen dies of a signal that nothing can catch: SIGKILL, SIGSEGV, SIGABRT.
 
 Made before the large imports, it costs one fork, and neither of the two imports anything twice.
 """
@@ -18,8 +18,13 @@ from types import FrameType
 from guardrail.core.errors import ExitCode, GuardrailError
 from guardrail.tui.terminal import hangup as terminal
 
-# What leaves the screen when it reaches only the process that was started, as `kill PID` and a batch system send it.
-_PASSED = {signal.SIGTERM: signal.SIGTERM, signal.SIGHUP: signal.SIGHUP, signal.SIGINT: signal.SIGTERM}
+# What leaves the screen when it reaches only the process that was started, as `kill PID` and a
+# batch system send it.
+_PASSED = {
+    signal.SIGTERM: signal.SIGTERM,
+    signal.SIGHUP: signal.SIGHUP,
+    signal.SIGINT: signal.SIGTERM,
+}
 
 
 def in_child(screen: Callable[[], int]) -> int:
@@ -41,7 +46,8 @@ def in_child(screen: Callable[[], int]) -> int:
 
     with _handlers(pass_on) as restore:
         with warnings.catch_warnings():
-            # Python warns of threads of any library; those of numpy hold no lock that the fork would want.
+            # Python warns of threads of any library; those of numpy hold no lock that the fork
+            # would want.
             warnings.simplefilter("ignore", DeprecationWarning)
             child = os.fork()
         if child == 0:
@@ -79,8 +85,8 @@ def _code_of(screen: Callable[[], int]) -> int:
 def _wait(child: int, attributes: terminal.Attributes) -> int:
     """The wait status of the child once it has ended.
 
-    Where it is stopped, this process stops as well, so that the shell gets its terminal back. A child that SIGSTOP has
-    stopped could not restore the terminal itself.
+    Where it is stopped, this process stops as well, so that the shell gets its terminal back. A
+    child that SIGSTOP has stopped could not restore the terminal itself.
 
     Args:
         attributes: of the terminal before the child, by descriptor.
@@ -98,7 +104,9 @@ def _wait(child: int, attributes: terminal.Attributes) -> int:
 
 @contextlib.contextmanager
 def _handlers(handler: Callable[[int, FrameType | None], None]) -> Iterator[Callable[[], None]]:
-    """Pass signals on for a while; an ignored one (nohup) stays ignored. Gives what takes the handlers back."""
+    """Pass signals on for a while; an ignored one (nohup) stays ignored. Gives what takes the
+    handlers back.
+    """
     numbers = [number for number in _PASSED if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, handler) for number in numbers}
 

@@ -1,4 +1,6 @@
-"""An app whose colours are one of the themes; the terminal is sent what it can show, and only what changed."""
+"""An app whose colours are one of the themes; the terminal is sent what it can show, and only what
+changed.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +33,16 @@ class Themed(App[T]):
             self.register_theme(known)
         # Without colour, or with sixteen, the terminal's own colours are the right ones.
         self.few = self.no_color or self.console.color_system in (None, "standard")
-        self.theme = palette.TERMINAL if self.few else palette.THEMES.get(theme or "", palette.OURS[0].name)
+        self.theme = (
+            palette.TERMINAL if self.few else palette.THEMES.get(theme or "", palette.OURS[0].name)
+        )
         if self.no_color:
             self._strip_colours()
 
     def on_mount(self) -> None:
-        """After a stop (Ctrl-Z, SIGSTOP) the terminal shows nothing of the screen: draw all of it."""
+        """After a stop (Ctrl-Z, SIGSTOP) the terminal shows nothing of the screen: draw all of
+        it.
+        """
         resume = signal.getsignal(signal.SIGCONT)
         if not callable(resume):
             return  # without a terminal nothing of textual's waits for it
@@ -48,14 +54,18 @@ class Themed(App[T]):
         signal.signal(signal.SIGCONT, draw_all)
 
     def _strip_colours(self) -> None:
-        """Textual chose its filter by the theme that was there before ours; greys are colours too."""
+        """Textual chose its filter by the theme that was there before ours; greys are colours
+        too.
+        """
         from textual.filter import Monochrome, NoColor
 
         self._filters = [NoColor() if isinstance(f, Monochrome) else f for f in self._filters]
 
     def _display(self, screen: Screen[object], renderable: RenderableType | None) -> None:
         """The one way to the terminal. Whole frames are textual's own business."""
-        super()._display(screen, Cells(renderable) if isinstance(renderable, ChopsUpdate) else renderable)
+        super()._display(
+            screen, Cells(renderable) if isinstance(renderable, ChopsUpdate) else renderable
+        )
 
     def next_theme(self) -> str:
         """Go on to the next theme; returns its name, "" where the terminal shows no other."""

@@ -1,4 +1,6 @@
-"""One rank that needs no torch and no model: it counts steps, saves the count, and misbehaves where it is told to."""
+"""One rank that needs no torch and no model: it counts steps, saves the count, and misbehaves where
+it is told to.
+"""
 
 import contextlib
 import fcntl
@@ -27,7 +29,10 @@ def misbehave(kind: str, run: RunDirectory) -> None:
         print("this is the line that explains it", flush=True)
         os._exit(1)
     if kind == "full":
-        with contextlib.suppress(OSError), (run.path.parent / "ballast").open("wb", buffering=0) as file:
+        with (
+            contextlib.suppress(OSError),
+            (run.path.parent / "ballast").open("wb", buffering=0) as file,
+        ):
             while file.write(bytes(4096)):
                 pass
         os._exit(4)
@@ -48,7 +53,9 @@ def misbehave(kind: str, run: RunDirectory) -> None:
 
 
 def strike(run: RunDirectory, times: int) -> bool:
-    """True for the first so many starts of the rank, however many agents and supervisors they are spread over."""
+    """True for the first so many starts of the rank, however many agents and supervisors they are
+    spread over.
+    """
     marks = (run.checkpoints / f"struck-{number}" for number in range(times))
     for mark in marks:
         with contextlib.suppress(FileExistsError):
@@ -72,7 +79,9 @@ def meet(gloo: bool) -> Callable[[], object]:
 def is_ahead(run: RunDirectory, step: int) -> bool:
     """Whether another rank has not got within ten steps of `step`."""
     files = (run.checkpoints / f"fake-{rank}" for rank in range(int(os.environ["WORLD_SIZE"])))
-    return step > 10 and any(not file.exists() or int(file.read_text()) < step - 10 for file in files)
+    return step > 10 and any(
+        not file.exists() or int(file.read_text()) < step - 10 for file in files
+    )
 
 
 def main() -> None:
@@ -84,10 +93,17 @@ def main() -> None:
     time.sleep(fake.import_seconds)
     signals = StopSignals()
     signals.install(run.logs / f"rank-{rank}.stacks")
-    heartbeat = Heartbeat(run, rank, status=lambda: Status(run=run.name, phase=Phase.SETUP, total_steps=fake.steps))
-    heartbeat.status = lambda: Status(run=run.name, phase=heartbeat.phase, step=heartbeat.step, total_steps=fake.steps)
+    heartbeat = Heartbeat(
+        run, rank, status=lambda: Status(run=run.name, phase=Phase.SETUP, total_steps=fake.steps)
+    )
+    heartbeat.status = lambda: Status(
+        run=run.name, phase=heartbeat.phase, step=heartbeat.step, total_steps=fake.steps
+    )
     heartbeat.start()
-    print(f"rank {rank} start {start} threads {os.environ['OMP_NUM_THREADS']} in {os.getcwd()}", flush=True)
+    print(
+        f"rank {rank} start {start} threads {os.environ['OMP_NUM_THREADS']} in {os.getcwd()}",
+        flush=True,
+    )
     together = meet(fake.gloo)
     saved = run.checkpoints / f"fake-{rank}"
     first = int(saved.read_text()) if saved.exists() else 0
@@ -114,7 +130,13 @@ def end(run: RunDirectory, rank: int, heartbeat: Heartbeat, phase: Phase, code: 
     heartbeat.at(phase)
     heartbeat.stop()
     if rank == 0:
-        run.append("ended", f"{phase.value} by the fake", step=heartbeat.step, phase=phase.value, exit_code=code)
+        run.append(
+            "ended",
+            f"{phase.value} by the fake",
+            step=heartbeat.step,
+            phase=phase.value,
+            exit_code=code,
+        )
     sys.stdout.flush()
     os._exit(0)
 

@@ -8,10 +8,13 @@ from guardrail.core.config import Section, Settings
 class FakeSection(Section, frozen=True, kw_only=True):
     steps: int = 20
     seconds: float = 0.02
-    # exit: status 1; hang: the main thread stops; freeze: the process stops; deaf: ignores every stop; silent: ends
-    # with 0 and says nothing; forks: leaves a child behind; chatty: a megabyte of notes; usage: refuses its
-    # configuration; full: fills the disk of the run directory and fails; lock: as freeze, and holds the journal.
-    fault: Literal["", "exit", "hang", "freeze", "deaf", "silent", "forks", "chatty", "usage", "full", "lock"] = ""
+    # exit: status 1; hang: the main thread stops; freeze: the process stops; deaf: ignores every
+    # stop; silent: ends with 0 and says nothing; forks: leaves a child behind; chatty: a megabyte
+    # of notes; usage: refuses its configuration; full: fills the disk of the run directory and
+    # fails; lock: as freeze, and holds the journal.
+    fault: Literal[
+        "", "exit", "hang", "freeze", "deaf", "silent", "forks", "chatty", "usage", "full", "lock"
+    ] = ""
     rank: int = 1
     step: int = 5
     # The fault strikes in the first so many starts of the ranks.

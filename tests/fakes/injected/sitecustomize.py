@@ -1,6 +1,8 @@
-"""Faults from inside a rank, for tests/bench/restarts.py. Python imports this module by itself where it is on the path.
+"""Faults from inside a rank, for tests/bench/restarts.py. Python imports this module by itself
+where it is on the path.
 
-RESTARTS_FAULT names what strikes, RESTARTS_RANK whom, RESTARTS_MARK the file that says that it has struck: once a run.
+RESTARTS_FAULT names what strikes, RESTARTS_RANK whom, RESTARTS_MARK the file that says that it has
+struck: once a run.
 """
 
 import contextlib
@@ -22,7 +24,9 @@ def strike_once() -> bool:
 
 
 def die_in_save(name: str) -> None:
-    """Killed at the moment at which a file or folder whose path contains `name` is renamed into place."""
+    """Killed at the moment at which a file or folder whose path contains `name` is renamed into
+    place.
+    """
 
     def hook(event: str, arguments: tuple) -> None:
         if event == "os.rename" and name in os.fsdecode(arguments[1]) and strike_once():
