@@ -54,7 +54,7 @@ lint: install
 
 # The tests that train a model, with initial weights changed by 1e-6 (three seeds), and with the kernels of older CPUs:
 # none of them may depend on the rounding of one machine.
-TRAINING = $(shell grep -El 'tests\.(running|tiny|jumping)|trainer\.loop' tests/test_*.py)
+TRAINING = $(shell grep -El 'tests\.support\.(running|tiny|jumping)|trainer\.train' -r tests --include='test_*.py')
 rounding: $(EXTRAS)
 	@set -e; for seed in 1 2 3; do echo "initial weights changed by 1e-6, seed $$seed"; \
 	  GUARDRAIL_PERTURB=$$seed $(PYTEST) -m 'not slow and not ci_slow' $(PYTEST_ARGS) $(TRAINING); done
@@ -63,7 +63,7 @@ rounding: $(EXTRAS)
 
 # The tests of each known fault, and the faults that have none.
 faults: $(EXTRAS)
-	$(BIN)/python -m tests.faults
+	$(BIN)/python -m tests.support.faults
 
 # Whether a run recovers from each kind of failure, 20 times each, and a table. About two hours on two cores.
 RUNS ?= 20

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import FAULTS
-from tests.lab import Lab
+from tests.support.faults import FAULTS
+from tests.support.lab import Lab
 
 # The files that take longest begin first: several workers share the files among them, and one that
 # takes minutes and comes last would leave the others idle.
@@ -20,7 +20,7 @@ LONGEST = (
     "test_mesh",
     "test_supervisor",
     "test_exactness",
-    "test_tui_keys",
+    "test_keys",
     "test_readme",
     "test_loop",
     "test_disk",
@@ -32,7 +32,7 @@ LONGEST = (
     "test_shift",
     "test_cause",
     "test_fp16",
-    "test_tui_panels",
+    "test_panels",
     "test_tui_terminal",
     "test_recipes_exact",
     "test_undo",
@@ -45,7 +45,7 @@ LONGEST = (
     "test_replay_incident",
     "test_good",
     "test_answers",
-    "test_tui_screens",
+    "test_screens",
 )
 
 
@@ -57,7 +57,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             for fault in mark.args:
                 if fault not in FAULTS:
                     raise pytest.UsageError(
-                        f"{item.nodeid}: unknown fault {fault!r}, see tests/faults.py"
+                        f"{item.nodeid}: unknown fault {fault!r}, see tests/support/faults.py"
                     )
 
 
@@ -106,7 +106,7 @@ def _perturbed_weights() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _no_rank_outlives_its_test() -> Iterator[None]:
     yield
-    if ranks := sys.modules.get("tests.ranks"):  # imports torch, so only where a test has
+    if ranks := sys.modules.get("tests.support.ranks"):  # imports torch, so only where a test has
         ranks.bury_ranks()
 
 

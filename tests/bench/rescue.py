@@ -39,7 +39,7 @@ from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.guard.guard import Step
 from tests.bench.rescue_faults import BATCH, FAULTS, HEALTHY, HEALTHY_TWO, STEPS, Staged, healthy
 from tests.bench.rules import OlmoSkipStep
-from tests.ranks import bury_ranks, ended, start_ranks
+from tests.support.ranks import bury_ranks, ended, start_ranks
 from trainer.config.config import Config
 from trainer.train import Trainer
 

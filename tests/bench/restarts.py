@@ -34,7 +34,7 @@ from pathlib import Path
 
 from guardrail.core.records import Phase, Status
 from guardrail.rundir.run_directory import RunDirectory
-from tests.lab import FAKES, Lab
+from tests.support.lab import FAKES, Lab
 
 KINDS = ("kill-0", "kill-1", "stop", "set-up", "save", "end", "memory", "disk")
 LIMIT_SECONDS = 60.0

@@ -31,12 +31,12 @@ import numpy as np
 
 from guardrail.core.records import METRIC_COLUMNS
 from guardrail.rundir.run_directory import RunDirectory
-from tests.fake_run import FakeRun
-from tests.terminal import FRAME_END, Terminal, blank
+from tests.support.fake_run import FakeRun
+from tests.support.terminal import FRAME_END, Terminal, blank
 
 COLUMNS, ROWS = 120, 32
 GUARDRAIL = str(Path(sys.executable).with_name("guardrail"))
-PROBE = str(Path(__file__).parents[1] / "screen_probe.py")
+PROBE = str(Path(__file__).parents[1] / "support" / "screen_probe.py")
 LAST_LOSS = 1.777  # of the newest row: the whole curve is on the screen once its title says so
 KEYS = {
     "zoom in": "+",
@@ -325,7 +325,7 @@ def step_of(display: Sequence[str]) -> int:
 
 def day(table: Table) -> None:
     """24 hours at ten steps a second, as many rows at once as half a minute brings."""
-    command = [sys.executable, "-m", "tests.screen_probe", "day"]
+    command = [sys.executable, "-m", "tests.support.screen_probe", "day"]
     told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     table.line(
         "memory after 1, 6, 12 and 24 hours of ten steps a second (simulated)",

@@ -45,7 +45,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from guardrail.core.config import build, dump
 from guardrail.rundir.run_directory import RunDirectory
-from tests.ports import free_port
+from tests.support.ports import free_port
 from trainer.config.config import Config
 from trainer.config.sizes import parameter_count
 from trainer.model import Decoder

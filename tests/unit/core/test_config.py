@@ -1,0 +1,583 @@
+"""Bad configurations, each with the message that a person gets, and the files of configs/."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from guardrail.core.config import (
+    LADDER,
+    GuardSection,
+    RungSection,
+    Settings,
+    build,
+    dump,
+    load,
+    load_guard,
+)
+from guardrail.core.errors import ConfigError, ExitCode
+from guardrail.core.records import Mode
+from tests.support.places import ROOT
+from trainer.config import config as trainer_config
+from trainer.config.config import Config, TrainSection
+
+CONFIGS = ROOT / "configs"
+STEPS = "[train]\nsteps = 300\n"
+
+
+def refused(path: Path, text: str, *overrides: str) -> str:
+    """The message, without the folder that the file lies in."""
+    file = path / "c.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load(file, overrides=overrides)
+    assert caught.value.exit_code is ExitCode.USAGE
+    return str(caught.value).replace(f"{path}/", "")
+
+
+BAD = [
+    # Names.
+    (
+        "[train]\nsteps = 3\nbatchsize = 16",
+        "c.toml: train.batchsize = 16: expected a known key",
+        "train.batch_size?",
+    ),
+    ("[gaurd]\nmode = 'auto'", "c.toml: gaurd: expected a known key", "did you mean guard?"),
+    (
+        "[train]\nwindow_before = 3",
+        "c.toml: train.window_before = 3: expected a known key",
+        "mean guard.window_before?",
+    ),
+    ("[run]\nqqq = 3", "c.toml: run.qqq = 3: expected a known key", "valid keys: name, root"),
+    (
+        "[[faults]]\nkindd = 'hang'",
+        "c.toml: faults[0].kindd = 'hang': expected a known key",
+        "faults[0].kind?",
+    ),
+    (
+        "[train.x]\ny = 1",
+        "c.toml: train.x: expected a known key",
+        "valid keys: activation_checkpointing",
+    ),
+    # Types.
+    (
+        "[train]\nsteps = '300'",
+        "c.toml: train.steps = '300': expected a whole number, got a string",
+        "",
+    ),
+    (
+        "[train]\nsteps = 1.5",
+        "c.toml: train.steps = 1.5: expected a whole number, got one with a fraction",
+        "",
+    ),
+    (
+        "[train]\nsteps = true",
+        "c.toml: train.steps = True: expected a whole number, got a truth value",
+        "",
+    ),
+    ("[optim]\nlr = '1e-3'", "c.toml: optim.lr = '1e-3': expected a number, got a string", ""),
+    ("[model]\ntied = 1", "c.toml: model.tied = 1: expected true or false, got a whole number", ""),
+    (
+        "[run]\nname = 2024-01-01",
+        "c.toml: run.name = datetime.date(2024, 1, 1): expected a string, got a date",
+        "",
+    ),
+    ("launch = 3", "c.toml: launch = 3: expected a table, got a whole number", ""),
+    ("[faults]\nkind = 'hang'", "c.toml: faults: expected a list, got a table", "[[...]]"),
+    (
+        "[data]\nsources = 'x'",
+        "c.toml: data.sources = 'x': expected a list, got a string",
+        'a list of one: ["x"]',
+    ),
+    (
+        "[data]\nsources = [3]",
+        "c.toml: data.sources[0] = 3: expected a string, got a whole number",
+        "",
+    ),
+    ("[[faults]]\nfirst = 1", "c.toml: faults[0].kind: expected nan_loss, spike_loss,", ""),
+    # Choices.
+    (
+        "[guard]\nmode = 'automatic'",
+        "guard.mode = 'automatic': expected auto, ask, advise or off",
+        "mean 'auto'?",
+    ),
+    ("[data]\norder = 'random'", "c.toml: data.order = 'random': expected shuffled or stream", ""),
+    (
+        "[train]\nprecision = 'bf15'",
+        "train.precision = 'bf15': expected fp32, bf16 or fp16",
+        "mean 'bf16'?",
+    ),
+    # Ranges.
+    ("[train]\nsteps = -1", "c.toml: train.steps = -1: expected a whole number >= 0", ""),
+    ("[guard]\nwindow = 8", "c.toml: guard.window = 8: expected a whole number >= 16", ""),
+    ("[checkpoint]\nkeep = 1", "c.toml: checkpoint.keep = 1: expected a whole number >= 2", ""),
+    ("[optim]\nlr = 0", "c.toml: optim.lr = 0: expected a number > 0", ""),
+    ("[optim]\nbeta1 = 1.0", "c.toml: optim.beta1 = 1.0: expected a number < 1", ""),
+    ("[optim]\nlr = inf", "c.toml: optim.lr = inf: expected a finite number", ""),
+    ("[guard]\nask_seconds = nan", "c.toml: guard.ask_seconds = nan: expected a finite number", ""),
+    (
+        "[data]\nsources = []",
+        "c.toml: data.sources = []: expected a list with at least 1 entry",
+        "",
+    ),
+    # Impossible combinations.
+    (
+        "",
+        "c.toml: train.steps = 0: expected either train.steps or train.epochs, and not both",
+        "train.epochs is 0",
+    ),
+    (
+        "[train]\nsteps = 9\nepochs = 1",
+        "train.steps = 9: expected either train.steps or train.epochs",
+        "epochs is 1",
+    ),
+    (
+        "[guard]\nwarmup = 200",
+        "c.toml: guard.warmup = 200: expected at most guard.window (128)",
+        "fills the window",
+    ),
+    (
+        "[guard]\nconfirm = 100",
+        "c.toml: guard.confirm = 100: expected at most snapshots.every * (snapshots.keep - 1) = 30",
+        "raise snapshots.keep",
+    ),
+    (
+        "[snapshots]\nkeep = 1",
+        "c.toml: snapshots.keep = 1: expected 0, or 2 and more",
+        "checkpoints alone",
+    ),
+    (
+        STEPS + "[launch]\nprocesses = 3",
+        "train.batch_size = 16: expected a multiple of the 3 data-",
+        "nearest: 15",
+    ),
+    (
+        "[train]\nsteps = 300\nmicro_batch_size = 5",
+        "c.toml: train.micro_batch_size = 5: expected a divisor of the 16 samples that a rank has of one batch",
+        "",
+    ),
+    (
+        STEPS + "[model]\nwidth = 130",
+        "c.toml: model.width = 130: expected a multiple of 2 * model.heads",
+        "128",
+    ),
+    (
+        STEPS + "[optim]\nwarmup_steps = 300",
+        "optim.warmup_steps = 300: expected less than train.steps (300)",
+        "peak",
+    ),
+    (
+        STEPS + "eval_every = 10\n[data]\neval_fraction = 0",
+        "train.eval_every = 10: expected 0, or held-out documents to evaluate on",
+        "data.eval_fraction above 0",
+    ),
+    (
+        STEPS + "[launch]\nnode_rank = 1",
+        "c.toml: launch.node_rank = 1: expected less than launch.nodes (1)",
+        "from 0",
+    ),
+    (
+        STEPS + "[launch]\nnodes = 2",
+        "launch.rendezvous_endpoint = '': expected HOST:PORT of the first node",
+        "nodes is",
+    ),
+    (
+        STEPS + "[[faults]]\nkind = 'hang'\nstep = 1\nrank = 1",
+        "faults[0].rank = 1: expected a rank below 1, or -1",
+        "",
+    ),
+    (
+        STEPS + "[[faults]]\nkind = 'hang'\nfirst = 5",
+        "faults[0].last = 0: expected more than faults[0].first (5)",
+        "",
+    ),
+    # Missing files.
+    (
+        STEPS + "[data]\nsources = ['builtin:python', 'nope/']",
+        "c.toml: data.sources[1] = 'nope/': expected an exist",
+        "",
+    ),
+    (
+        STEPS + "[data]\nsources = ['builtin:perl']",
+        "data.sources[0] = 'builtin:perl': expected 'builtin:python'",
+        "",
+    ),
+    (
+        STEPS + "[data]\ntokenizer = 'bp'",
+        'data.tokenizer = \'bp\': expected "bytes", "bpe" or an existing',
+        "",
+    ),
+    (
+        STEPS + "[data]\nquarantine = 'q.txt'",
+        "data.quarantine = 'q.txt': expected an existing file",
+        "--quarantine",
+    ),
+    (
+        "[launch]\ntrainer = 'nosuch'",
+        "launch.trainer = 'nosuch': expected an importable package",
+        "No module named",
+    ),
+    (
+        "[launch]\ntrainer = 'os'",
+        "c.toml: launch.trainer = 'os': expected an importable package",
+        "not a package",
+    ),
+    ("[launch]\ntrainer = 5", "c.toml: launch.trainer = 5: expected an importable package", ""),
+    ("[launch]\ntrainer = ''", "c.toml: launch.trainer = '': expected an importable package", ""),
+    (
+        "[launch]\ntrainer = 'guardrail'",
+        "expected an importable package whose `config` module has a class `Config`",
+        "",
+    ),
+    # No TOML.
+    ("steps =", "c.toml: expected valid TOML (Invalid value (at end of document))", ""),
+    (STEPS + "steps = 4\n", "c.toml: expected valid TOML (Cannot overwrite a value (at line 3", ""),
+]
+
+
+@pytest.mark.parametrize(("text", "message", "hint"), BAD)
+def test_a_bad_file_is_refused_in_words(tmp_path: Path, text: str, message: str, hint: str) -> None:
+    told = refused(tmp_path, text)
+    first, _, second = told.partition("\n  hint: ")
+    assert message in first
+    assert hint in second and bool(hint) <= bool(second)
+    told = told.replace("`config`", "").replace("`Config`", "")
+    for leftover in ("`", r"\bobject\b", r"\barray\b", "Expected", "Invalid enum", "msgspec"):
+        assert not re.search(leftover, told)
+
+
+@pytest.mark.fault("B5")
+def test_a_batch_is_shared_out_over_data_ranks_and_not_over_processes(tmp_path: Path) -> None:
+    told = refused(
+        tmp_path, STEPS + "batch_size = 6\n[launch]\nprocesses = 8\n[parallel]\ntp = 2\n"
+    )
+    assert (
+        "train.batch_size = 6: expected a multiple of the 4 data-parallel ranks (launch.processes"
+        in told
+    )
+    assert (
+        "launch.processes * launch.nodes = 8, over parallel.tp * parallel.pp = 2)" in told
+        and "nearest: 8" in told
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("guard.mode=foo", "--set: guard.mode = 'foo': expected auto, ask, advise or off"),
+        (
+            "guard.wndow=30",
+            "--set: guard.wndow = 30: expected a known key\n  hint: did you mean guard.window?",
+        ),
+        ("guard.window.x=3", "--set: guard.window: expected a whole number, got a table"),
+        ("train.steps.x=3", "--set: train.steps.x = '3': expected a key inside a section"),
+        (
+            "guard=3",
+            "--set = 'guard=3': expected SECTION.KEY=VALUE\n  hint: e.g. --set train.steps=500",
+        ),
+        ("guard.window", "--set = 'guard.window': expected SECTION.KEY=VALUE"),
+        ("guard..window=3", "--set = 'guard..window=3': expected SECTION.KEY=VALUE"),
+        ("data.sources=a", "--set: data.sources = 'a': expected a list, got a string"),
+        ('data.sources=["a"]', "--set: data.sources[0] = 'a': expected an existing file"),
+        (
+            "launch.trainer=nosuch",
+            "--set: launch.trainer = 'nosuch': expected an importable package",
+        ),
+        ("optim.lr=1e400", "--set: optim.lr = inf: expected a finite number"),
+        (
+            "train.batch_size=3",
+            "--set: train.batch_size = 3: expected a multiple of the 2 data-parallel ranks",
+        ),
+        (
+            "train.epochs=2",
+            "c.toml: train.steps = 300: expected either train.steps or train.epochs",
+        ),
+    ],
+)
+def test_a_bad_override_is_named_as_such(tmp_path: Path, override: str, message: str) -> None:
+    assert refused(tmp_path, STEPS + "[launch]\nprocesses = 2", override).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "key", ["data.tokenizer", "data.quarantine", "data.cache", "data.sources", "model.hf"]
+)
+@pytest.mark.parametrize(
+    "name",
+    ["a" * 300, "nosuch/" + "a" * 300, "a/" * 3000, "~nosuch/" + "ä" * 200],
+    ids=["long", "below", "deep", "bytes"],
+)
+def test_a_value_too_long_for_a_file_name_is_refused_by_its_key(
+    tmp_path: Path, key: str, name: str
+) -> None:
+    override = f'{key}=["{name}"]' if key == "data.sources" else f'{key}="{name}"'
+    message = refused(tmp_path, STEPS, override)
+    assert message.startswith(f"--set: {key}") and message.endswith("File name too long")
+    assert name[:50] in message and len(message) < 400
+
+
+def test_a_value_with_nul_is_refused_by_its_key(tmp_path: Path) -> None:
+    for key in (
+        "data.tokenizer",
+        "data.quarantine",
+        "data.cache",
+        "model.hf",
+        "model.preset",
+        "launch.trainer",
+    ):
+        assert refused(tmp_path, STEPS, f'{key}="a\\u0000b"').startswith(
+            f"--set: {key} = 'a\\x00b': expected "
+        )
+
+
+def test_an_error_of_the_guard_alone_names_the_override(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text("[guard]\nwindow = 64\n")
+    for override, key in (("guard.window=-1", "guard.window"), ("guard.warmup=99", "guard.warmup")):
+        with pytest.raises(ConfigError, match=f"^--set: {key} = "):
+            load_guard(file, overrides=[override])
+    file.write_text("[guard]\nwindow = -1\n")
+    with pytest.raises(ConfigError, match=r"c\.toml: guard\.window = "):
+        load_guard(file, overrides=["guard.loss_score=6"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file or directory"),
+        (b"\xff\xfe", "not UTF-8 text"),
+        ("folder", "Is a directory"),
+    ],
+)
+def test_a_file_that_cannot_be_read(tmp_path: Path, content: Any, message: str) -> None:
+    file = tmp_path / "c.toml"
+    if content == "folder":
+        file.mkdir()
+    elif content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match=re.escape(f"expected a readable TOML file ({message})")):
+        load(file)
+
+
+# -- overrides and defaults ------------------------------------------------------------------------
+
+
+def loaded(path: Path, text: str = STEPS, *overrides: str) -> Config:
+    file = path / "c.toml"
+    file.write_text(text)
+    config = load(file, overrides=overrides)
+    assert isinstance(config, Config)
+    return config
+
+
+def test_overrides_reach_nested_keys_and_new_sections(tmp_path: Path) -> None:
+    config = loaded(
+        tmp_path,
+        STEPS,
+        "guard.mode=ask",
+        "guard.window_before=100",
+        " optim.lr = 2e-4 ",
+        "model.tied=false",
+        'data.sources=["builtin:python"]',
+        "train.steps=1_000",
+        "train.steps=2000",
+    )
+    assert config.guard.mode is Mode.ASK and config.guard.window_before == 100
+    assert config.optim.lr == 2e-4 and config.model.tied is False and config.train.steps == 2000
+
+
+@pytest.mark.parametrize("name", ["007", "2024-01-01", "a b", "1\\nx = 2", "12:30:00"])
+def test_a_value_that_is_no_toml_is_a_string(tmp_path: Path, name: str) -> None:
+    assert loaded(tmp_path, STEPS, f"run.name={name}").run.name == name
+
+
+def test_building_does_not_touch_the_tree() -> None:
+    tree = tomllib.loads(STEPS)
+    build(tree, file="c.toml", overrides=["train.steps=5", "optim.warmup_steps=1"], base=Path.cwd())
+    assert tree == {"train": {"steps": 300}}
+
+
+def test_paths_are_absolute_after_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "a[1].txt").write_text("x")
+    (tmp_path / "text.txt").write_text("x")
+    (tmp_path / "q.txt").write_text("1\n")
+    config = loaded(
+        tmp_path,
+        STEPS
+        + "[data]\nsources = ['text.txt', '*.txt', '~/a[1].txt', 'builtin:python']\nquarantine = 'q.txt'\ncache = 'c'\n"
+        + "[run]\nroot = '~/runs'\n",
+    )
+    here, home = str(tmp_path), str(tmp_path / "home")
+    assert config.data.sources == (
+        f"{here}/text.txt",
+        f"{here}/*.txt",
+        f"{home}/a[1].txt",
+        "builtin:python",
+    )
+    assert config.data.quarantine == f"{here}/q.txt" and config.data.cache == f"{here}/c"
+    assert config.run.root == f"{home}/runs"
+    assert config.resolved(base=Path("/elsewhere")) == config
+
+
+def test_counts_follow_from_batch_and_processes() -> None:
+    config = Config(train=TrainSection(steps=1, batch_size=48, micro_batch_size=4))
+    config = msgspec.structs.replace(
+        config, launch=msgspec.structs.replace(config.launch, processes=2, nodes=3)
+    )
+    assert (config.world, config.micro_batch_size, config.micro_batches) == (6, 4, 2)
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.toml")), ids=lambda file: file.name)
+def test_every_file_in_configs_loads_and_dumps_to_the_same(file: Path, tmp_path: Path) -> None:
+    config = load(file)
+    (tmp_path / "config.toml").write_text(dump(config))
+    assert load(tmp_path / "config.toml") == config
+    sections = re.split(r"^\[", file.read_text(), flags=re.MULTILINE)
+    assert all("\n# " in f"\n{section}" for section in sections), "every section is explained"
+
+
+def test_the_shipped_files_are_there() -> None:
+    assert {"quickstart.toml", "gpu-8.toml"} <= {file.name for file in CONFIGS.glob("*.toml")}
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [("careful", "ask"), ("night", "auto"), ("advise", "advise")]
+)
+def test_who_decides_is_chosen_by_a_file_and_every_line_of_it_is_explained(
+    name: str, mode: str
+) -> None:
+    config, quickstart = load(CONFIGS / f"{name}.toml"), load(CONFIGS / "quickstart.toml")
+    assert isinstance(config, Config) and isinstance(quickstart, Config)
+    assert (config.guard.mode, config.run.name) == (mode, name)
+    assert (config.model, config.optim, config.train) == (
+        quickstart.model,
+        quickstart.optim,
+        quickstart.train,
+    )
+    assert (config.data, config.launch.device) == (quickstart.data, "cpu")
+    lines = (CONFIGS / f"{name}.toml").read_text(encoding="utf-8").splitlines()
+    guard = lines[lines.index("[guard]") : lines.index("[snapshots]")]
+    bare = [
+        line
+        for above, line in pairwise(guard)
+        if "=" in line and above in ("", "[guard]") and line[0] != "#"
+    ]
+    assert not bare, "a setting under no comment"
+
+
+def test_quickstart_is_small_and_stands_alone() -> None:
+    config = load(CONFIGS / "quickstart.toml")
+    assert isinstance(config, Config)
+    assert config.data.sources == ("builtin:python",) and config.data.order == "stream"
+    assert (config.launch.processes, config.launch.device) == (2, "cpu")
+
+
+def test_a_complete_configuration_survives_dump_and_load(tmp_path: Path) -> None:
+    config = loaded(
+        tmp_path,
+        STEPS
+        + "[[faults]]\nkind = 'nan_loss'\nstep = 3\nrank = 0\nvalue = 1e-30\n[guard]\nmode = 'advise'\n"
+        + "[run]\nname = 'ünïcode \"quoted\"'\n[optim]\nlr = 3.3333333333333335e-4\n",
+    )
+    tree = tomllib.loads(dump(config))
+    assert set(tree) == {field.name for field in msgspec.structs.fields(Config)}
+    assert build(tree, file="dumped", base=Path("/")) == config
+
+
+# -- the machine -----------------------------------------------------------------------------------
+
+
+def test_a_ring_larger_than_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load(CONFIGS / "gpu-8.toml")
+    monkeypatch.setattr(trainer_config, "memory_bytes", lambda: 64 * 2**30)
+    config.check_machine()
+    monkeypatch.setattr(trainer_config, "memory_bytes", lambda: 32 * 2**30)
+    with pytest.raises(ConfigError) as caught:
+        config.check_machine()
+    assert str(caught.value) == (
+        "snapshots.keep = 4: expected a ring that fits 32.0 GiB of memory\n"
+        "  hint: 4 snapshots x 8 processes x 1.2 GiB are 39.4 GiB; 3 would fit"
+    )
+    monkeypatch.setattr(trainer_config, "memory_bytes", lambda: 2**30)
+    with pytest.raises(ConfigError, match="0 needs none, and goes back to checkpoints"):
+        config.check_machine()
+    sharded = msgspec.structs.replace(
+        config, train=msgspec.structs.replace(config.train, strategy="fsdp")
+    )
+    monkeypatch.setattr(trainer_config, "memory_bytes", lambda: 8 * 2**30)
+    sharded.check_machine()
+
+
+def test_memory_is_what_this_machine_has() -> None:
+    assert 2**28 < trainer_config.memory_bytes() < 2**50
+
+
+def test_the_vocabulary_is_known_before_anything_is_tokenised(tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 1}}}))
+    assert loaded(tmp_path, STEPS + f"[data]\ntokenizer = '{file}'").vocabulary == 2
+    file.write_text("broken")
+    assert loaded(tmp_path, STEPS + f"[data]\ntokenizer = '{file}'").vocabulary == 8192
+    assert loaded(tmp_path, STEPS).vocabulary == 259
+
+
+def test_reading_a_configuration_loads_no_torch() -> None:
+    code = "import sys; from guardrail.core.config import load; load(sys.argv[1]); print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(CONFIGS / "quickstart.toml")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "False"
+
+
+def test_every_setting_is_explained_beside_it() -> None:
+    """A line of comment above each field, or above the group of fields that it stands in."""
+    for module in (
+        "guardrail/core/config.py",
+        "trainer/config/config.py",
+        "trainer/config/recipe.py",
+        "trainer/config/layout.py",
+    ):
+        explained = section = False
+        for number, line in enumerate((CONFIGS.parent / module).read_text().splitlines(), 1):
+            if line[:1].strip():
+                section = line.startswith("class ")
+            if line.startswith("    #"):
+                explained = True
+            elif not line.strip() or line.strip().startswith(('"""', "class ", "def ")):
+                explained = line.startswith("    #")
+            elif section and re.match(r"    \w+: .* = ", line) and "Section" not in line:
+                assert explained, f"{module}:{number}: {line.strip()}"
+
+
+def test_settings_alone_make_a_schema() -> None:
+    Settings().check(base=Path.cwd())
+    Settings().check_machine()
+
+
+def test_the_night_writes_the_default_ladder_out() -> None:
+    """So that what stands beside each rung is what happens without one, and at the end of it the
+    run halts.
+    """
+    night = load(CONFIGS / "night.toml").guard
+    assert night.ladder == (*LADDER, RungSection(do="halt"))
+    assert (night.skips, night.rollbacks) == (
+        2 * GuardSection().skips,
+        8,
+    ) and GuardSection().rollbacks == 5

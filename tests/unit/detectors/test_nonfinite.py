@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from guardrail.core.records import GRAD_NORM, LOSS, Kind, Severity
+from guardrail.detectors.no_tokens import NoTokens
+from guardrail.detectors.nonfinite import ABSURD, NonFinite
+from tests.support.feed import obs
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_no_number_is_rejected_from_the_first_step(value: float) -> None:
+    for signals, name in (((value, 1.0), LOSS), ((2.0, value), GRAD_NORM)):
+        (finding,) = NonFinite().observe(obs(1, *signals))
+        assert (finding.signal, finding.kind, finding.severity) == (
+            name,
+            Kind.NONFINITE,
+            Severity.REJECT,
+        )
+
+
+def test_the_rank_that_saw_it_is_named_even_if_the_sum_hides_it() -> None:
+    (finding,) = NonFinite().observe(obs(5, 2.0, 1.0, nonfinite_loss=(1, 3)))
+    assert finding.ranks == (1, 3) and math.isnan(finding.value)
+    assert finding.sentence() == "loss is nan on ranks 1, 3"
+    (finding,) = NonFinite().observe(obs(5, 2.0, math.inf, nonfinite_grad=(1,)))
+    assert finding.sentence() == "grad_norm is inf on rank 1"
+
+
+def test_the_embedding_norm_alone_is_enough() -> None:
+    (finding,) = NonFinite().observe(obs(5, 2.0, 1.0, embed=math.nan))
+    assert finding.signal == "embed_grad_norm"
+
+
+@pytest.mark.parametrize("loss", [0.0, -0.0, 1e30, -1e30, 2 * ABSURD])
+def test_a_loss_that_no_model_has_is_rejected(loss: float) -> None:
+    (finding,) = NonFinite().observe(obs(1, loss, 1.0))
+    assert finding.kind is Kind.IMPOSSIBLE and finding.severity is Severity.REJECT
+
+
+def test_small_and_large_and_missing_numbers_are_none_of_its_business() -> None:
+    detector = NonFinite()
+    for loss, grad in ((1e-12, 0.0), (1e6, 1e12), (None, None), (-3.0, 1.0), (ABSURD, ABSURD)):
+        assert detector.observe(obs(1, loss, grad)) == []
+
+
+def test_a_batch_without_label_tokens_is_no_trouble_of_the_weights() -> None:
+    (finding,) = NoTokens().observe(obs(3, math.nan, 0.0, tokens=0))
+    assert finding.kind is Kind.NO_TOKENS and finding.severity is Severity.REJECT
+    assert finding.sentence() == "no label token in the whole batch"
+    assert NoTokens().observe(obs(3, 2.0, 1.0, tokens=1)) == []
