@@ -30,7 +30,7 @@ from guardrail.core.errors import GuardrailError, UsageError
 from trainer.config.config import BUILTIN
 from trainer.data.document_reader import DocumentReader
 from trainer.data.holdout import origin_hash, threshold
-from trainer.data.progress import Pulse
+from trainer.data.progress import Progress
 from trainer.data.sources import discover
 
 MARKER = ".corpus.json"  # hidden, so that a run that reads the folder passes it over
@@ -150,7 +150,7 @@ def _honest(plan: Plan, dice: random.Random) -> Iterator[Text]:
     beginning if need be.
     """
     found = discover((BUILTIN,))
-    pulse = Pulse(lambda text, share: None, lambda: False)
+    pulse = Progress(lambda text, share: None, lambda: False)
     reader = DocumentReader(found.files, text_field="text", max_bytes=1 << 26, pulse=pulse)
     texts = [piece for document in reader for piece in _cut(document.text, plan.document_bytes)]
     while True:

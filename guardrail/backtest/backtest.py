@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 from guardrail.backtest.importers.recorded_log import Log, settings_for
 from guardrail.backtest.rejudge import Rejudge, Watch
-from guardrail.core.config import GuardSection, checked_guard
-from guardrail.core.records import Action, Finding, Kind, Mode, Verdict
+from guardrail.core.config import GuardOptions, checked_guard
+from guardrail.core.records import Action, Finding, FindingKind, Mode, Verdict
 from guardrail.decide.controller import Controller
 from guardrail.decide.incidents import CLOSED
 from guardrail.decide.policy import evidence
@@ -172,7 +172,7 @@ class Result:
 
 
 def backtest(
-    log: Log, settings: GuardSection, *, own: bool = False, watch: Watch | None = None
+    log: Log, settings: GuardOptions, *, own: bool = False, watch: Watch | None = None
 ) -> Result:
     """Run the controller over a log.
 
@@ -209,7 +209,7 @@ def backtest(
 
 
 def _rejudge(
-    log: Log, result: Result, settings: GuardSection, *, own: bool, watch: Watch | None
+    log: Log, result: Result, settings: GuardOptions, *, own: bool, watch: Watch | None
 ) -> None:
     assert log.folder is not None
     judge = Rejudge(RunDirectory.open(log.folder), settings, own=own, watch=watch)
@@ -282,7 +282,7 @@ def _said(verdict: Verdict) -> str:
 
 def kind_of(finding: Finding) -> str:
     """What the JSON calls a finding's kind."""
-    return "nan" if finding.kind is Kind.NONFINITE else finding.kind.value
+    return "nan" if finding.kind is FindingKind.NONFINITE else finding.kind.value
 
 
 def _row_of(steps: array[int], row: int, onset: int) -> int:

@@ -18,7 +18,7 @@ import msgspec
 
 from guardrail.backtest.importers.recorded_log import Log, settings_for
 from guardrail.backtest.rejudge import Rejudge
-from guardrail.core.config import GuardSection, checked_guard
+from guardrail.core.config import GuardOptions, checked_guard
 from guardrail.core.errors import DataError, GuardrailError, RunDirectoryError
 from guardrail.core.records import METRIC_COLUMNS, Action, Event, Mode, Verdict
 from guardrail.decide.advised_incidents import advised_words
@@ -46,7 +46,7 @@ class Part(NamedTuple):
     events: list[Event]
 
 
-class Viewing:
+class RecordedRun:
     """One log, read once and judged once.
 
     Args:
@@ -58,7 +58,7 @@ class Viewing:
         last_step: the greatest step.
     """
 
-    def __init__(self, log: Log, settings: GuardSection) -> None:
+    def __init__(self, log: Log, settings: GuardOptions) -> None:
         self._log, self._settings = log, settings_for(log, checked_guard(settings))
         self.name, self.format = log.path, log.format
         signals = [name for name in log.columns if name in METRIC_COLUMNS]
@@ -138,14 +138,14 @@ class Viewing:
 
 
 class Background:
-    """A `Viewing` that is judged in a process of its own, so that the screen's keys wait for
+    """A `RecordedRun` that is judged in a process of its own, so that the screen's keys wait for
     nobody.
 
     To be made while this process has one thread: the other is a fork of it, and nothing is read
     twice. It ends with its work, or when nobody reads it any more.
     """
 
-    def __init__(self, viewing: Viewing) -> None:
+    def __init__(self, viewing: RecordedRun) -> None:
         self._viewing = viewing
         self.name, self.format, self.columns = viewing.name, viewing.format, viewing.columns
         self.last_step = viewing.last_step
@@ -168,7 +168,7 @@ class Background:
         return self._viewing.plain()
 
     def judged(self) -> Iterator[Part]:
-        """As of the `Viewing`. Raises DataError with what went wrong there."""
+        """As of the `RecordedRun`. Raises DataError with what went wrong there."""
         while True:
             try:
                 got = self._pipe.recv()
@@ -186,7 +186,7 @@ class Background:
         self._pipe.close()
 
 
-def _send_all(viewing: Viewing, ours: Any, pipe: Any) -> None:
+def _send_all(viewing: RecordedRun, ours: Any, pipe: Any) -> None:
     ours.close()  # or nobody would notice when the reader goes
     with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):
         try:
@@ -206,7 +206,7 @@ def _send_all(viewing: Viewing, ours: Any, pipe: Any) -> None:
 class _Part:
     """Rows [first, end) while they are judged."""
 
-    def __init__(self, viewing: Viewing, first: int) -> None:
+    def __init__(self, viewing: RecordedRun, first: int) -> None:
         self.first, self.end = first, min(len(viewing), first + CHUNK)
         self._rows, self._missing = viewing._rows(first, self.end)
         self._where = viewing._bands

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from guardrail.backtest.importers.run_directory import signals
-from guardrail.core.config import GuardSection
+from guardrail.core.config import GuardOptions
 from guardrail.core.records import (
     GRAD_NORM,
     LOSS,
@@ -25,15 +25,15 @@ from guardrail.core.records import (
     Action,
     CommandKind,
     Event,
-    Kind,
+    FindingKind,
     Mode,
     Observation,
     Verdict,
 )
 from guardrail.decide.controller import Controller
 from guardrail.decide.diagnoses import diagnosis_of
-from guardrail.decide.run_history import Past
-from guardrail.decide.undo import taken_back
+from guardrail.decide.run_history import RunHistory
+from guardrail.decide.undo import undone_spans
 from guardrail.rundir.run_directory import RunDirectory, findings_of, span_of
 
 ACTIONS = list(Action)
@@ -44,7 +44,7 @@ Watch = Callable[[int, dict[str, tuple[float, float]]], None]
 HEAD = ("step", "timeline", "time", "first", "last", "tokens", "verdict")
 
 
-class Judged(NamedTuple):
+class JudgedRow(NamedTuple):
     """One row.
 
     Attributes:
@@ -99,7 +99,7 @@ class Rejudge:
     """
 
     def __init__(
-        self, run: RunDirectory, settings: GuardSection, *, own: bool, watch: Watch | None = None
+        self, run: RunDirectory, settings: GuardOptions, *, own: bool, watch: Watch | None = None
     ) -> None:
         self._settings, self._own, self._watch = settings, own, watch
         self._events = run.events()
@@ -157,7 +157,7 @@ class Rejudge:
             if span is not None and span.cause == "rejected":
                 self._left_out[span.first, span.last] = span.first if span.positions else span.last
 
-    def __iter__(self) -> Iterator[Judged]:
+    def __iter__(self) -> Iterator[JudgedRow]:
         import numpy as np
 
         view = self._view
@@ -170,7 +170,7 @@ class Rejudge:
                 if all(math.isfinite(cell) for cell in cells[:2]) and cells[0] >= 1:
                     yield self._judge(row, cells)
 
-    def _judge(self, row: int, cells: list[float]) -> Judged:
+    def _judge(self, row: int, cells: list[float]) -> JudgedRow:
         step, timeline, first, last = int(cells[0]), int(cells[1]), int(cells[3]), int(cells[4])
         while self._timeline < timeline:
             self._timeline += 1
@@ -181,7 +181,11 @@ class Rejudge:
         done = ACTIONS[int(cells[6])]
         said = self._said(timeline, step, done)
         told = findings_of(said) if said is not None else ()
-        ranks = {f.signal: f.ranks for f in told if f.kind in (Kind.NONFINITE, Kind.SCALE_COLLAPSE)}
+        ranks = {
+            f.signal: f.ranks
+            for f in told
+            if f.kind in (FindingKind.NONFINITE, FindingKind.SCALE_COLLAPSE)
+        }
         measured = dict(zip(self._names, cells[len(HEAD) :], strict=True))
         obs = Observation(
             step=step,
@@ -195,7 +199,7 @@ class Rejudge:
             overflow=_overflow(measured),
         )
         causes = self._causes.get((timeline, step)) if self._own else None
-        return Judged(row, self._observe(obs, done, causes), done, said)
+        return JudgedRow(row, self._observe(obs, done, causes), done, said)
 
     def _observe(self, obs: Observation, done: Action, causes: deque[Event] | None) -> Verdict:
         """The verdict; afterwards the controller knows what the run did, whether or not that was
@@ -204,8 +208,8 @@ class Rejudge:
         controller, applied = self._controller, done is Action.APPLY
         before = None if applied else controller.state_dict()
         verdict = controller.observe(obs)
-        if causes and controller.wants_cause(verdict):
-            verdict = controller.reconsider(obs, verdict, diagnosis_of(causes.popleft().data))
+        if causes and controller.needs_cause_test(verdict):
+            verdict = controller.apply_diagnosis(obs, verdict, diagnosis_of(causes.popleft().data))
         if before is not None and verdict.accepted:
             controller.load_state_dict(before)
         elif applied and self._own and verdict.action is not Action.APPLY:
@@ -275,14 +279,14 @@ class Rejudge:
                 self._controller.resumed()
         else:
             span = span_of(event)
-            gone = [span] if span is not None and span.cause == "rollback" else taken_back(event)
+            gone = [span] if span is not None and span.cause == "rollback" else undone_spans(event)
             self._rejected = [
                 r
                 for r in self._rejected
                 if not any(s.first <= r[0] and r[1] <= s.last for s in gone)
             ]
             if self._own:
-                past = Past.of(self._events[: index + 1])
+                past = RunHistory.of(self._events[: index + 1])
                 self._controller.went_back(step, past.rollbacks)
                 self._controller.pardons = [*self._settings.pardon, *past.pardons]
 
@@ -294,7 +298,7 @@ class Rejudge:
         told = self._events[:index]
         self._controller = Controller(self._settings)
         self._controller.rebuild(told)
-        mode = Past.of(told).mode
+        mode = RunHistory.of(told).mode
         if mode is not None:
             self._controller.set_mode(mode)
 

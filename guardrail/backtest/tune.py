@@ -18,7 +18,7 @@ import msgspec
 
 from guardrail.backtest.backtest import Case, Result, backtest
 from guardrail.backtest.importers.recorded_log import Log
-from guardrail.core.config import GuardSection
+from guardrail.core.config import GuardOptions
 from guardrail.core.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS
 
 BUDGET = 1.0  # single rejections in 10,000 records that a run should not mind
@@ -60,7 +60,7 @@ class Proposal:
 
 def tune(
     logs: Sequence[Log],
-    settings: GuardSection,
+    settings: GuardOptions,
     *,
     budget: float = BUDGET,
     say: Callable[[str], None] = lambda text: None,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from guardrail.backtest.importers.recorded_log import Log
     from guardrail.backtest.importers.sources import Source
     from guardrail.backtest.scoring import Marks
-    from guardrail.core.config import GuardSection
+    from guardrail.core.config import GuardOptions
 
 
 MOST_LABELS = 16 << 20  # characters of a file of labels; one of 37 runs has 30,000
@@ -179,7 +179,7 @@ def _read(
     return logs
 
 
-def _settings_for(log: Log, settings: GuardSection, *, given: bool) -> tuple[GuardSection, bool]:
+def _settings_for(log: Log, settings: GuardOptions, *, given: bool) -> tuple[GuardOptions, bool]:
     """A run directory is judged under its own settings, unless the command line gives some."""
     from guardrail.core.config import load_guard
 

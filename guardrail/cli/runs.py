@@ -31,12 +31,12 @@ def command(
 
     Leaving its screen comes back to the list.
     """
-    from guardrail.operate.run_summary import Glance, glances
+    from guardrail.operate.run_summary import RunSummary, glances
     from guardrail.rundir.liveness import HeartbeatObserver
 
     observer = HeartbeatObserver()
 
-    def look() -> list[Glance]:
+    def look() -> list[RunSummary]:
         return glances(root, observer.listed)
 
     if not (as_json or plain) and can_draw():

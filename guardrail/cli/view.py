@@ -11,8 +11,8 @@ from guardrail.cli.common import can_draw, given_columns, has_terminal, screen_o
 from guardrail.core.text import clean
 
 if TYPE_CHECKING:
-    from guardrail.backtest.recorded_run import Viewing
-    from guardrail.core.config import GuardSection
+    from guardrail.backtest.recorded_run import RecordedRun
+    from guardrail.core.config import GuardOptions
 
 
 @click.command(short_help="Look at a recorded log, or at a run directory.")
@@ -68,7 +68,7 @@ def command(
         if viewing.is_run(log) and not given:
             return run_screen(log, read_only=True, theme=theme, mouse=not no_mouse)
         background = viewing.Background(
-            viewing.Viewing(viewing.the_log(log, given_columns(columns)), settings)
+            viewing.RecordedRun(viewing.the_log(log, given_columns(columns)), settings)
         )
         try:
             return run_log(background, theme=theme, mouse=not no_mouse)
@@ -78,7 +78,7 @@ def command(
     return show_screen(screen)
 
 
-def _print_lines(log: str, columns: tuple[str, ...], settings: GuardSection, *, given: bool) -> int:
+def _print_lines(log: str, columns: tuple[str, ...], settings: GuardOptions, *, given: bool) -> int:
     """For a terminal that takes plain lines only: what the screen would show, on stderr."""
     from guardrail.backtest import recorded_run as viewing
     from guardrail.launch import log_printer as headless
@@ -86,21 +86,21 @@ def _print_lines(log: str, columns: tuple[str, ...], settings: GuardSection, *, 
 
     if viewing.is_run(log) and not given:
         return headless.attach(RunDirectory.open(log))
-    recorded = viewing.Viewing(viewing.the_log(log, given_columns(columns)), settings)
+    recorded = viewing.RecordedRun(viewing.the_log(log, given_columns(columns)), settings)
     for line in recorded_lines(recorded):
         click.echo(line, err=True)
     return 0
 
 
-def recorded_lines(recorded: Viewing) -> Iterator[str]:
+def recorded_lines(recorded: RecordedRun) -> Iterator[str]:
     """A log that something else has written: what it is, and what the guard would have said of
     it.
     """
-    from guardrail.decide.advised_incidents import Advised
+    from guardrail.decide.advised_incidents import AdvisedIncidents
     from guardrail.launch.log_printer import event_line
 
     yield f"{clean(recorded.name, 400)}: {len(recorded):,} rows ({recorded.format}), last step {recorded.last_step:,}"
-    advised, said = Advised(), 0
+    advised, said = AdvisedIncidents(), 0
     for part in recorded.judged():
         for event in part.events:
             line = "" if advised.is_repeated(event) else event_line(event)

@@ -1,7 +1,7 @@
 """TOML -> typed settings; a configuration that cannot run is refused before any process starts.
 
 `[launch] trainer` names the package whose `config` module holds the complete schema (a subclass of
-`Settings`), so guardrail reads the sections of a trainer without importing it at module level.
+`GuardConfig`), so guardrail reads the sections of a trainer without importing it at module level.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class LaunchSection(Section, frozen=True, kw_only=True):
     threads: Natural = 0
 
 
-class RungSection(Section, frozen=True, kw_only=True):
+class EscalationStep(Section, frozen=True, kw_only=True):
     """[[guard.ladder]]: one answer to an instability. Rungs are gone up in their order."""
 
     # skip: leave updates out, up to `persist` - 1 in a row, before anything else. rollback: go
@@ -124,20 +124,20 @@ class RungSection(Section, frozen=True, kw_only=True):
 REMEDIES = ("lr", "embed_alpha", "clip", "moments")  # kinds of guard.remedies
 
 LADDER = (
-    RungSection(do="skip"),
-    RungSection(do="rollback"),
-    RungSection(do="widen", times=2),
-    RungSection(do="older"),
-    RungSection(do="shrink_embedding"),
+    EscalationStep(do="skip"),
+    EscalationStep(do="rollback"),
+    EscalationStep(do="widen", times=2),
+    EscalationStep(do="older"),
+    EscalationStep(do="shrink_embedding"),
     # Strong and short: 0.1 for 20 steps and back over 40 costs 36 steps' worth of progress, 0.5 for
     # 100 and back over 200 costs 100, and helps against less.
-    RungSection(do="lower_lr", times=3, factor=0.1, hold=20, back=40),
-    RungSection(do="tighten_clip"),
-    RungSection(do="reset_moments", factor=0.1, hold=20, back=100),
+    EscalationStep(do="lower_lr", times=3, factor=0.1, hold=20, back=40),
+    EscalationStep(do="tighten_clip"),
+    EscalationStep(do="reset_moments", factor=0.1, hold=20, back=100),
 )
 
 
-class GuardSection(Section, frozen=True, kw_only=True):
+class GuardOptions(Section, frozen=True, kw_only=True):
     """[guard]: what is watched, and what is done about it."""
 
     # auto: acts; ask: parks and asks before a rollback; advise: only says what it would do; off: no
@@ -190,7 +190,7 @@ class GuardSection(Section, frozen=True, kw_only=True):
     # What is done, mildest first; each rung is one line. Rungs that do not fit the cause are passed
     # over: where the state is to blame no data is left out, where data is, leaving it out comes
     # first. When the last one has not helped, or `rollbacks` in a row, the run halts.
-    ladder: tuple[RungSection, ...] = LADDER
+    ladder: tuple[EscalationStep, ...] = LADDER
     # Batches that a widened window holds at most.
     window_max: Positive = 512
     # Where the embedding leads an incident its gradients are multiplied by this (1: never), not
@@ -356,14 +356,14 @@ def check_webhook(address: str) -> None:
         )
 
 
-class Settings(Section, frozen=True, kw_only=True):
+class GuardConfig(Section, frozen=True, kw_only=True):
     """Base of a trainer's complete schema; `resolved`, `check` and `check_machine` may be extended
     there.
     """
 
     run: RunSection = RunSection()
     launch: LaunchSection = LaunchSection()
-    guard: GuardSection = GuardSection()
+    guard: GuardOptions = GuardOptions()
     snapshots: SnapshotSection = SnapshotSection()
     checkpoint: CheckpointSection = CheckpointSection()
     tensorboard: TensorboardSection = TensorboardSection()
@@ -388,7 +388,7 @@ class Settings(Section, frozen=True, kw_only=True):
         """
         return []
 
-    def resolved(self, *, base: Path) -> Settings:
+    def resolved(self, *, base: Path) -> GuardConfig:
         """A copy that means the same from any working directory: relative paths made absolute."""
         root = str(base / os.path.expanduser(self.run.root))
         run = msgspec.structs.replace(self.run, root=root)
@@ -468,7 +468,7 @@ class Settings(Section, frozen=True, kw_only=True):
 
 def load(
     path: str | os.PathLike[str], *, overrides: Sequence[str] = (), of_run: bool = False
-) -> Settings:
+) -> GuardConfig:
     """Read, override, type and check a configuration.
 
     Args:
@@ -500,7 +500,7 @@ def _check_remedies(remedies: Sequence[Remedy]) -> None:
                 )
 
 
-SettingsT = typing.TypeVar("SettingsT", bound="Settings")
+SettingsT = typing.TypeVar("SettingsT", bound="GuardConfig")
 
 
 def checked(settings: SettingsT | Mapping[str, Any], schema: type[SettingsT]) -> SettingsT:
@@ -523,19 +523,19 @@ def checked(settings: SettingsT | Mapping[str, Any], schema: type[SettingsT]) ->
             key="settings",
             value=settings,
             hint=f"{schema.__name__}(guard=...) takes a {name}"
-            if isinstance(settings, GuardSection)
+            if isinstance(settings, GuardOptions)
             else "",
         )
     result = typed(
         as_tree(settings), type(settings) if isinstance(settings, schema) else schema, file=""
     )
-    Settings.check(result, base=Path.cwd())
+    GuardConfig.check(result, base=Path.cwd())
     return result
 
 
-def checked_guard(section: GuardSection) -> GuardSection:
+def checked_guard(section: GuardOptions) -> GuardOptions:
     """A [guard] section built in Python, converted and checked. Raises ConfigError."""
-    return checked({"guard": section, "snapshots": {"keep": 0}}, Settings).guard
+    return checked({"guard": section, "snapshots": {"keep": 0}}, GuardConfig).guard
 
 
 def load_guard(
@@ -543,7 +543,7 @@ def load_guard(
     *,
     overrides: Sequence[str] = (),
     of_run: bool = False,
-) -> GuardSection:
+) -> GuardOptions:
     """The [guard] section alone, for a run that is not started: other sections of the file need not
     fit this machine.
 
@@ -571,7 +571,7 @@ def load_guard(
         _override(kept, text)
     file = "--set" if path is None else str(path)
     try:
-        settings = typed(kept, Settings, file=file)
+        settings = typed(kept, GuardConfig, file=file)
         settings.check(base=Path.cwd())
     except ConfigError as error:
         raise error.at(source_of(error.key, file=file, overrides=overrides)) from error
@@ -617,7 +617,7 @@ def _reason(error: ValueError) -> str:
 
 def build(
     tree: dict[str, Any], *, file: str, overrides: Sequence[str] = (), base: Path
-) -> Settings:
+) -> GuardConfig:
     """A parsed TOML tree plus overrides -> checked settings of the schema that `launch.trainer`
     names.
     """
@@ -635,13 +635,13 @@ def build(
     return settings
 
 
-def schema_of(tree: dict[str, Any], *, file: str) -> type[Settings]:
+def schema_of(tree: dict[str, Any], *, file: str) -> type[GuardConfig]:
     """The schema class `Config` of the package that `[launch] trainer` names."""
     launch = tree.get("launch", {})
     package = launch.get("trainer", "trainer") if isinstance(launch, dict) else "trainer"
     try:
         module = importlib.import_module(f"{package}.config")
-        schema: type[Settings] = module.Config
+        schema: type[GuardConfig] = module.Config
     except (ImportError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
             "an importable package whose `config` module has a class `Config`",
@@ -653,7 +653,7 @@ def schema_of(tree: dict[str, Any], *, file: str) -> type[Settings]:
     return schema
 
 
-def dump(settings: Settings) -> str:
+def dump(settings: GuardConfig) -> str:
     """The complete configuration as TOML: it starts the same run again. Secrets that are written
     out are masked.
     """

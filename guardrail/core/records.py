@@ -60,7 +60,7 @@ class Severity(str, Enum):
     PERSISTENT = "persistent"  # damage is already in the weights: go back
 
 
-class Kind(str, Enum):
+class FindingKind(str, Enum):
     """What a finding claims."""
 
     NONFINITE = "nonfinite"  # NaN or Inf in a loss or a gradient
@@ -124,7 +124,7 @@ class Finding(Record, frozen=True, kw_only=True):
 
     signal: str
     step: int
-    kind: Kind
+    kind: FindingKind
     severity: Severity
     value: float
     baseline: float
@@ -137,23 +137,23 @@ class Finding(Record, frozen=True, kw_only=True):
         """One line for a person: "loss 11.50 against 2.31, score 41.2 (limit 8)"."""
         named = ", ".join(map(str, self.ranks))
         where = f" on rank{'s' if len(self.ranks) > 1 else ''} {named}" if self.ranks else ""
-        if self.kind is Kind.NO_TOKENS:
+        if self.kind is FindingKind.NO_TOKENS:
             return "no label token in the whole batch"
-        if self.kind is Kind.RESTART:
+        if self.kind is FindingKind.RESTART:
             return f"the step counter goes back to {self.step}"
-        if self.kind is Kind.IMPOSSIBLE and self.value == 0.0:
+        if self.kind is FindingKind.IMPOSSIBLE and self.value == 0.0:
             # "%g" would print a tiny number as 0 as well.
             return (
                 f"{self.signal} is exactly 0: check that labels are not all masked and that the "
                 "model computes the loss"
             )
-        if self.kind in (Kind.NONFINITE, Kind.IMPOSSIBLE):
+        if self.kind in (FindingKind.NONFINITE, FindingKind.IMPOSSIBLE):
             return f"{self.signal} is {self.value:.4g}{where}"
-        if self.kind is Kind.RESUME_JUMP:
+        if self.kind is FindingKind.RESUME_JUMP:
             return f"{self.signal} {self.value:.4g} after the resume against {self.baseline:.4g} before it"
-        if self.kind is Kind.STUCK:
+        if self.kind is FindingKind.STUCK:
             return f"{self.signal} has been exactly {self.value:.6g} for {self.score + 1:.0f} steps"
-        if self.kind is Kind.SCALE_COLLAPSE:
+        if self.kind is FindingKind.SCALE_COLLAPSE:
             row = (
                 f", {self.score:.0f} overflows in a row"
                 if self.severity is Severity.PERSISTENT
@@ -230,7 +230,7 @@ class Remedy(Record, frozen=True, kw_only=True):
     back: int = 0
 
 
-class Curve(Record, frozen=True, kw_only=True):
+class LossTrend(Record, frozen=True, kw_only=True):
     """The loss before an incident: log loss = level + slope (log step - middle); see
     guardrail.decide.recovery.
 
@@ -247,7 +247,7 @@ class Curve(Record, frozen=True, kw_only=True):
     count: int
 
 
-class Outcome(Record, frozen=True, kw_only=True):
+class RecoveryResult(Record, frozen=True, kw_only=True):
     """The loss behind an incident against what its curve had promised, nats a token.
 
     Attributes:
@@ -305,7 +305,7 @@ class Verdict(Record, frozen=True, kw_only=True):
     rung: str = ""
     remedies: tuple[Remedy, ...] = ()
     cause: Cause | None = None
-    outcome: Outcome | None = None
+    outcome: RecoveryResult | None = None
 
 
 class CommandKind(str, Enum):

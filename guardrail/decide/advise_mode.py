@@ -9,15 +9,21 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from guardrail.core.records import Action, Finding, Kind, Observation
-from guardrail.decide.policy import Rollback, is_trouble
-from guardrail.decide.response import Answer
-from guardrail.detectors.base import Jumps
+from guardrail.core.records import Action, Finding, FindingKind, Observation
+from guardrail.decide.policy import Rollback, is_anomaly
+from guardrail.decide.response import Response
+from guardrail.detectors.base import LogJumps
 
-SPIKES = (Kind.LOSS_SPIKE, Kind.GRAD_SPIKE, Kind.EMBED_SPIKE, Kind.UPDATE_SPIKE, Kind.SPIKE)
+SPIKES = (
+    FindingKind.LOSS_SPIKE,
+    FindingKind.GRAD_SPIKE,
+    FindingKind.EMBED_SPIKE,
+    FindingKind.UPDATE_SPIKE,
+    FindingKind.SPIKE,
+)
 
 
-class Advice:
+class AdviseSimulation:
     """Would-be rejections and rollbacks. Part of the state: in `advise` no ledger and no journal
     holds them.
     """
@@ -28,17 +34,21 @@ class Advice:
         # troubled would-be rejections since the last accepted step or would-be rollback
         self.streak = 0
         self.since = 0  # the step of the first of them
-        self.left_out: list[Jumps] = []  # of each would-be rejection since the last accepted step
+        self.left_out: list[
+            LogJumps
+        ] = []  # of each would-be rejection since the last accepted step
         self.rollbacks: deque[Rollback] = deque(maxlen=self.KEEP)
 
     def accepted(self) -> None:
         self.streak, self.left_out = 0, []
 
-    def book(self, done: Answer, obs: Observation, findings: Sequence[Finding], onset: int) -> bool:
+    def book(
+        self, done: Response, obs: Observation, findings: Sequence[Finding], onset: int
+    ) -> bool:
         """What `auto` would have done about a rejected step; returns whether it would have gone
         back or halted.
         """
-        self.rejected(obs.step, trouble=is_trouble(findings), jumps=jumps_of(findings))
+        self.rejected(obs.step, trouble=is_anomaly(findings), jumps=jumps_of(findings))
         if done.action not in (Action.ROLLBACK, Action.HALT):
             return False
         self.streak = 0
@@ -55,7 +65,7 @@ class Advice:
             )
         return True
 
-    def rejected(self, step: int, *, trouble: bool, jumps: Jumps) -> None:
+    def rejected(self, step: int, *, trouble: bool, jumps: LogJumps) -> None:
         if trouble and not self.streak:
             self.since = step
         self.streak += trouble
@@ -72,7 +82,7 @@ class Advice:
         }
 
     @classmethod
-    def of(cls, state: Mapping[str, Any]) -> Advice:
+    def of(cls, state: Mapping[str, Any]) -> AdviseSimulation:
         advice = cls()
         advice.streak, advice.since = int(state["streak"]), int(state["since"])
         advice.left_out = [dict(jumps) for jumps in state["left_out"]]
@@ -89,7 +99,7 @@ class Advice:
         return advice
 
 
-def jumps_of(findings: Iterable[Finding]) -> Jumps:
+def jumps_of(findings: Iterable[Finding]) -> LogJumps:
     """The spikes among findings of positive signals: signal -> log(value / baseline)."""
     spikes = (f for f in findings if f.kind in SPIKES and f.value > 0.0 and f.baseline > 0.0)
     return {f.signal: math.log(f.value / f.baseline) for f in spikes}

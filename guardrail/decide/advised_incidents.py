@@ -29,7 +29,7 @@ def advised_words(would: str) -> str:
     return f"would {'roll back' if would == Action.ROLLBACK.value else would}"
 
 
-class Advised:
+class AdvisedIncidents:
     """Takes in events in their order."""
 
     def __init__(self) -> None:

@@ -22,17 +22,17 @@ from typing import Any
 
 from msgspec import structs
 
-from guardrail.core.config import GuardSection
+from guardrail.core.config import GuardOptions
 from guardrail.core.records import (
     GRAD_NORM,
     LOSS,
     LOSS_SCALE,
     Action,
     Cause,
-    Curve,
     Diagnosis,
     Finding,
-    Kind,
+    FindingKind,
+    LossTrend,
     Mode,
     Observation,
     Severity,
@@ -40,20 +40,20 @@ from guardrail.core.records import (
     Verdict,
 )
 from guardrail.decide import level_shift as levels
-from guardrail.decide.advise_mode import Advice
-from guardrail.decide.detector_set import Watch, Watchers
+from guardrail.decide.advise_mode import AdviseSimulation
+from guardrail.decide.detector_set import ActiveDetectors, DetectorSet
 from guardrail.decide.diagnoses import leaving_nothing_out, signals_of
 from guardrail.decide.incidents import CLOSED, RECURRED
-from guardrail.decide.memory import Facts
-from guardrail.decide.policy import by_severity, is_trouble, rejects, untouched
-from guardrail.decide.recovery import LEAST, MOST, expected, fit
-from guardrail.decide.response import Answer, Case, answer
+from guardrail.decide.memory import ControllerMemory
+from guardrail.decide.policy import by_severity, is_anomaly, rejects, weights_are_clean
+from guardrail.decide.recovery import LEAST, MOST, expected, fit_trend
+from guardrail.decide.response import RejectedStep, Response, answer
 from guardrail.decide.rollback_window import Applied
 from guardrail.detectors.base import Detector
 from guardrail.detectors.build import TOGETHER
 from guardrail.detectors.divergence import Divergence
 from guardrail.detectors.growth import CLIMB
-from guardrail.detectors.joint_cusum import Together
+from guardrail.detectors.joint_cusum import JointCusum
 from guardrail.detectors.loss_scale import ScaleCollapse, overflows
 from guardrail.detectors.no_tokens import NoTokens
 from guardrail.detectors.resume_jump import ROWS, resume_jumps
@@ -69,7 +69,7 @@ UNASKED = (Action.APPLY, Action.OVERFLOW, Action.RETRY)
 CAUSES = (Cause.DATA, Cause.STATE, Cause.DATA_AND_STATE)
 
 
-class Controller(Facts):
+class Controller(ControllerMemory):
     """Detectors, policy and memory of one run.
 
     Args:
@@ -77,11 +77,11 @@ class Controller(Facts):
         mode: overrides `settings.mode`.
     """
 
-    def __init__(self, settings: GuardSection, *, mode: Mode | None = None) -> None:
+    def __init__(self, settings: GuardOptions, *, mode: Mode | None = None) -> None:
         super().__init__(settings)
         self.mode = settings.mode if mode is None else mode
         self._no_tokens = NoTokens()
-        self.watchers = Watchers(settings)
+        self.watchers = DetectorSet(settings)
         self._scale: ScaleCollapse = self.detectors[LOSS_SCALE]  # type: ignore[assignment]
         # Reaches back to the earliest onset that a detector can name, and `window_before` batches
         # further.
@@ -97,7 +97,7 @@ class Controller(Facts):
         self._losses: deque[tuple[int, float]] = deque(maxlen=2 * MOST)
         self._overflows = 0  # in a row, directly before the next step
         self._asks_again = False  # of the newest verdict: whether it is still the data
-        self._advice = Advice()
+        self._advice = AdviseSimulation()
         self._resumed = 0  # rows that are still to be held against what was before a resume
         self._jumped: set[str] = set()  # signals of which a jump has been told
         # (step, loss) of the last steps that were applied and are not among `_losses`: a detector
@@ -166,7 +166,7 @@ class Controller(Facts):
         """
         known = self.diagnoses.up_to(self.incidents.number, obs.first)
         together = self.detectors[TOGETHER]
-        assert isinstance(together, Together)
+        assert isinstance(together, JointCusum)
         if known is None or known.cause not in CAUSES or known.shift or known.borne:
             return []
         counts = together.counts(obs)
@@ -176,7 +176,7 @@ class Controller(Facts):
     def _healthy(
         self,
         obs: Observation,
-        watch: Watch,
+        watch: ActiveDetectors,
         findings: tuple[Finding, ...] = (),
         reason: str = "",
     ) -> Verdict:
@@ -225,9 +225,11 @@ class Controller(Facts):
         return Verdict(action=Action.OVERFLOW, step=obs.step, reason=reason, accepted=False)
 
     def _rejected(self, obs: Observation, findings: tuple[Finding, ...]) -> Verdict:
-        trouble = is_trouble(findings)
+        trouble = is_anomaly(findings)
         # What nobody has said the meaning of does not say how far to go back either.
-        onset = max(1, min(finding.onset for finding in findings if finding.kind is not Kind.SPIKE))
+        onset = max(
+            1, min(finding.onset for finding in findings if finding.kind is not FindingKind.SPIKE)
+        )
         streak = self._streak(obs)
         if streak and self.mode is Mode.ADVISE:
             onset = min(onset, self._advice.since)  # `auto` would still be at that step
@@ -250,7 +252,7 @@ class Controller(Facts):
         state: str,
     ) -> Verdict:
         """What is done about a rejected step, by what is known of its incident."""
-        case = Case(
+        case = RejectedStep(
             obs=obs,
             findings=findings,
             onset=onset,
@@ -263,7 +265,7 @@ class Controller(Facts):
             advise=self.mode is Mode.ADVISE,
         )
         action, row = case.action(), case.row
-        self._asks_again = untouched(case.diagnosis) and (
+        self._asks_again = weights_are_clean(case.diagnosis) and (
             case.too_long or _is_due(case.streak + 1, self.settings.persist)
         )
         # The same place again, before enough healthy steps have gone by since the run went back for
@@ -304,14 +306,14 @@ class Controller(Facts):
             cause=case.cause,
         )
 
-    def _curve(self, onset: int) -> Curve | None:
+    def _curve(self, onset: int) -> LossTrend | None:
         if self.watchers.loss_is_signed:
             return None  # such a loss shows no progress
-        return fit([pair for pair in self._losses if pair[0] < onset])
+        return fit_trend([pair for pair in self._losses if pair[0] < onset])
 
     # -- what cannot be rejected -------------------------------------------------------------------
 
-    def ceilings(self, like: Observation) -> dict[str, float] | None:
+    def safe_limits(self, like: Observation) -> dict[str, float] | None:
         """Signal -> a value up to which the next step is applied without a word, if all keep to it,
         the loss above 0.
 
@@ -337,7 +339,7 @@ class Controller(Facts):
             return None
         if self.incidents.may_recover(like.step, self._losses):
             return None
-        return self.watchers.ceilings(like)
+        return self.watchers.safe_limits(like)
 
     # -- a new level -------------------------------------------------------------------------------
 
@@ -351,7 +353,7 @@ class Controller(Facts):
 
     # -- the cause ---------------------------------------------------------------------------------
 
-    def wants_cause(self, verdict: Verdict) -> bool:
+    def needs_cause_test(self, verdict: Verdict) -> bool:
         """Whether a replay should look for the cause of this verdict's incident, before the verdict
         takes effect.
 
@@ -370,11 +372,11 @@ class Controller(Facts):
         if self.watchers.loss_is_signed and {finding.signal for finding in verdict.findings} == {
             LOSS
         }:
-            if all(finding.kind is Kind.LOSS_SPIKE for finding in verdict.findings):
+            if all(finding.kind is FindingKind.LOSS_SPIKE for finding in verdict.findings):
                 return False  # a replay compares ratios, which mean nothing here
-        return self._asks_again or self.diagnoses.untold(verdict, self.rollbacks)
+        return self._asks_again or self.diagnoses.needs_diagnosis(verdict, self.rollbacks)
 
-    def weighed(self, obs: Observation, diagnosis: Diagnosis) -> Diagnosis:
+    def classify_shift(self, obs: Observation, diagnosis: Diagnosis) -> Diagnosis:
         """The diagnosis with the word whether this is another kind of data, to be learnt, or no
         more than raised.
         """
@@ -397,7 +399,7 @@ class Controller(Facts):
             diagnosis, shift=True, reason=f"{diagnosis.reason}: another kind of data"
         )
 
-    def reconsider(self, obs: Observation, verdict: Verdict, diagnosis: Diagnosis) -> Verdict:
+    def apply_diagnosis(self, obs: Observation, verdict: Verdict, diagnosis: Diagnosis) -> Verdict:
         """The verdict in the light of what a replay has shown; `verdict` is what `observe` has said
         of `obs`.
 
@@ -496,7 +498,7 @@ class Controller(Facts):
         if self.mode is Mode.OFF and mode is not Mode.OFF:
             self.watchers.reset()
         if mode is not Mode.ADVISE:
-            self._advice = Advice()
+            self._advice = AdviseSimulation()
         self.mode = mode
 
     # -- the window --------------------------------------------------------------------------------
@@ -547,7 +549,7 @@ class Controller(Facts):
         last = self._history[-1].step
         if self.mode is Mode.OFF:
             return last
-        suspected = self.watchers.suspect_from()
+        suspected = self.watchers.first_suspect_step()
         return last if suspected is None else suspected - 1
 
     def is_good(self, step: int) -> bool:
@@ -626,7 +628,7 @@ class Controller(Facts):
         self._other_losses.clear()
         self._overflows = int(state.get("overflows", 0))
         advise = self.mode is Mode.ADVISE
-        self._advice = Advice.of(state["advice"]) if advise else Advice()
+        self._advice = AdviseSimulation.of(state["advice"]) if advise else AdviseSimulation()
         self._resumed, *jumped = (advise and state.get("resumed")) or (0,)
         self._jumped = set(jumped)
         return anew
@@ -634,7 +636,7 @@ class Controller(Facts):
     # -- advise ------------------------------------------------------------------------------------
 
     def _advise(
-        self, done: Answer, obs: Observation, findings: tuple[Finding, ...], onset: int
+        self, done: Response, obs: Observation, findings: tuple[Finding, ...], onset: int
     ) -> None:
         """Book what `auto` would have done. Nothing was done, so the run goes on from the bad
         state.
@@ -663,7 +665,7 @@ class Controller(Facts):
             self._history.clear()
             self._losses.clear()
             self._overflows = 0
-            self._advice = Advice()
+            self._advice = AdviseSimulation()
         while self._losses and self._losses[-1][0] >= step:
             self._losses.pop()
         while self._history and self._history[-1].step >= step:
@@ -687,7 +689,7 @@ def _restarted(obs: Observation) -> Finding:
     return Finding(
         signal="step",
         step=obs.step,
-        kind=Kind.RESTART,
+        kind=FindingKind.RESTART,
         severity=Severity.NOTE,
         value=obs.step,
         baseline=0.0,

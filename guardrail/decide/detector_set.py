@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 from msgspec import structs
 
-from guardrail.core.config import GuardSection
+from guardrail.core.config import GuardOptions
 from guardrail.core.objective import policy_name
 from guardrail.core.records import Finding, Observation, Severity
-from guardrail.detectors.base import Detector, Jumps
+from guardrail.detectors.base import Detector, LogJumps
 from guardrail.detectors.build import NAMED, POSITIVE_LOSS, SIGNED_LOSS, USUAL, build, build_named
-from guardrail.detectors.embedding_share import Share
+from guardrail.detectors.embedding_share import EmbeddingShare
 from guardrail.detectors.nonfinite import NonFinite
 from guardrail.detectors.signed_loss import LossKind, SignedLoss
 from guardrail.detectors.spike import Spike
@@ -29,20 +29,20 @@ ZERO = {
 MOST_NAMED = 3
 
 
-class Watch(NamedTuple):
+class ActiveDetectors(NamedTuple):
     """The detectors of a step's signals; what each step asks of them is looked up once."""
 
     observe: tuple[Callable[[Observation], list[Finding]], ...]
-    accept: tuple[Callable[[Observation, Sequence[Jumps]], None], ...]
+    accept: tuple[Callable[[Observation, Sequence[LogJumps]], None], ...]
 
 
-class Watchers:
+class DetectorSet:
     """The detectors of a run by name, those of further signals among them as soon as one is met."""
 
-    def __init__(self, settings: GuardSection) -> None:
+    def __init__(self, settings: GuardOptions) -> None:
         self._settings = settings
         self.detectors = build(settings)
-        self._by_signals: dict[tuple[str, ...], Watch] = {}
+        self._by_signals: dict[tuple[str, ...], ActiveDetectors] = {}
         signed_loss = self.detectors[SIGNED_LOSS]
         assert isinstance(signed_loss, SignedLoss)
         self.signed_loss = signed_loss  # knows whether the loss is signed
@@ -60,7 +60,7 @@ class Watchers:
         assert isinstance(nonfinite, NonFinite)
         nonfinite.zero = ZERO[kind]
 
-    def of(self, obs: Observation) -> Watch:
+    def of(self, obs: Observation) -> ActiveDetectors:
         """The detectors that watch one of the step's signals; most logs hold few of them."""
         names = tuple(obs.signals)
         if self.signed_loss.kind is not self._loss_kind:
@@ -80,7 +80,7 @@ class Watchers:
             }
             for name in self._asleep():
                 concerned.pop(name, None)
-            watch = Watch(
+            watch = ActiveDetectors(
                 tuple(d.observe for d in concerned.values()),
                 tuple(d.accept for d in concerned.values()),
             )
@@ -112,7 +112,7 @@ class Watchers:
         )
         return {name: band for name, band in known if band is not None}
 
-    def ceilings(self, like: Observation) -> dict[str, float] | None:
+    def safe_limits(self, like: Observation) -> dict[str, float] | None:
         """Signal -> a value up to which no detector says a word of the next step, if all keep to
         it; None: no telling.
 
@@ -125,17 +125,19 @@ class Watchers:
                 return None
             if isinstance(detector, SignedLoss) and detector.signed:
                 return None  # a loss that is too low is found as well
-            if isinstance(detector, Spike | Share) and detector.signals[0] in like.signals:
+            if isinstance(detector, Spike | EmbeddingShare) and detector.signals[0] in like.signals:
                 most[detector.signals[0]] = detector.ceiling()
         if most.keys() != like.signals.keys():
             return None
         high = structs.replace(like, signals=most)
         return None if any(observe(high) for observe in self.of(like).observe) else most
 
-    def suspect_from(self) -> int | None:
+    def first_suspect_step(self) -> int | None:
         """The first step that some detector suspects; those of further signals only take note."""
         suspected = (
-            d.suspect_from() for name, d in self.detectors.items() if not name.startswith(NAMED)
+            d.first_suspect_step()
+            for name, d in self.detectors.items()
+            if not name.startswith(NAMED)
         )
         return min((step for step in suspected if step is not None), default=None)
 

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 from msgspec import structs
 
-from guardrail.core.config import GuardSection
+from guardrail.core.config import GuardOptions
 from guardrail.core.records import Action, Cause, Diagnosis, Finding, Mode, Severity, Verdict
 from guardrail.decide.policy import Rollback, close_together
 
 
-class Told(NamedTuple):
+class DiagnosisKey(NamedTuple):
     """For which trouble a cause was told.
 
     Attributes:
@@ -41,7 +41,7 @@ class Diagnoses:
 
     def __init__(self) -> None:
         self.of: dict[int, Diagnosis] = {}
-        self._told: dict[int, Told] = {}
+        self._told: dict[int, DiagnosisKey] = {}
         # incident -> (position of the batch, its cause)
         self._places: dict[int, list[tuple[int, Diagnosis]]] = {}
         # steps at which the hardware gave other numbers the second time
@@ -66,7 +66,9 @@ class Diagnoses:
         """
         self.of[incident] = diagnosis
         self._places.setdefault(incident, []).append((place, diagnosis))
-        self._told[incident] = Told(onset, step, frozenset(signals), _answers(rollbacks, incident))
+        self._told[incident] = DiagnosisKey(
+            onset, step, frozenset(signals), _answers(rollbacks, incident)
+        )
         if diagnosis.cause is Cause.HARDWARE:
             self._unsound.append(step)
 
@@ -93,7 +95,7 @@ class Diagnoses:
         found = [diagnosis for at, diagnosis in self._places.get(incident, ()) if at <= place]
         return found[-1] if found else None
 
-    def untold(self, verdict: Verdict, rollbacks: Sequence[Rollback]) -> bool:
+    def needs_diagnosis(self, verdict: Verdict, rollbacks: Sequence[Rollback]) -> bool:
         """Whether no replay has told the cause of this trouble: none of its incident, or of another
         trouble.
 
@@ -108,7 +110,7 @@ class Diagnoses:
         return elsewhere or in_vain or not signals_of(verdict.findings) <= told.signals
 
     def unsound(
-        self, verdict: Verdict, diagnosis: Diagnosis, *, settings: GuardSection, mode: Mode
+        self, verdict: Verdict, diagnosis: Diagnosis, *, settings: GuardOptions, mode: Mode
     ) -> Verdict:
         """The verdict where the hardware is to blame: form the same batch again, and halt where
         that is too often.

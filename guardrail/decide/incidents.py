@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from guardrail.core.records import Curve, Outcome
+from guardrail.core.records import LossTrend, RecoveryResult
 from guardrail.decide.recovery import LEAST, MOST, compare
 
 OPEN, RECOVERED, OFFSET, RECURRED, ACCEPTED = "open", "recovered", "offset", "recurred", "accepted"
@@ -41,7 +41,7 @@ class Ended(NamedTuple):
     number: int
     onset: int
     until: int | None
-    curve: Curve | None = None
+    curve: LossTrend | None = None
     accepted: bool = False
 
 
@@ -55,8 +55,8 @@ class Incidents:
         self.number = 0  # of the last incident
         self.open = False
         self.onset = 0
-        self.curve: Curve | None = None  # of the loss before the onset
-        self.outcome: Outcome | None = None  # of the last incident that was closed
+        self.curve: LossTrend | None = None  # of the loss before the onset
+        self.outcome: RecoveryResult | None = None  # of the last incident that was closed
         self.ended: tuple[Ended, ...] = ()  # by their end; those that are unresolved come last
         # Have ended with a loss above the curve, which is not back and which no one has accepted.
         self.unresolved: tuple[Ended, ...] = ()
@@ -70,7 +70,7 @@ class Incidents:
         is_open: bool = False,
         onset: int = 0,
         step: int = 0,
-        curve: Curve | None = None,
+        curve: LossTrend | None = None,
     ) -> None:
         """Go on after `number` incidents, the last one still open if `is_open`; `step` is that of
         its last finding.
@@ -84,7 +84,7 @@ class Incidents:
         )
         self.curve = curve if is_open else None
 
-    def trouble(self, step: int, onset: int, *, curve: Curve | None = None) -> tuple[int, str]:
+    def trouble(self, step: int, onset: int, *, curve: LossTrend | None = None) -> tuple[int, str]:
         """A rejecting finding. Returns (number, "open" if it is a new incident else "").
 
         Args:
@@ -150,7 +150,7 @@ class Incidents:
 
     def _is_back(
         self, one: Ended, losses: Sequence[tuple[int, float]]
-    ) -> tuple[bool, Outcome | None]:
+    ) -> tuple[bool, RecoveryResult | None]:
         """Whether the loss is where the curve before an unresolved incident leads.
 
         The curve is followed for as many steps as it was fitted over at most. Further on its own
@@ -198,7 +198,9 @@ class Incidents:
                     return True
         return False
 
-    def end(self, number: int, state: str, *, step: int, onset: int, curve: Curve | None) -> None:
+    def end(
+        self, number: int, state: str, *, step: int, onset: int, curve: LossTrend | None
+    ) -> None:
         """An incident has ended, or an unresolved one is resolved, with step `step`."""
         if number == self.number:
             self.open = False

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from guardrail.core.config import RungSection
+from guardrail.core.config import EscalationStep
 from guardrail.core.records import Cause
 from guardrail.decide.policy import Rollback
 
@@ -22,14 +22,14 @@ ENDS = ("pause", "halt")
 
 
 def next_rung(
-    ladder: Sequence[RungSection],
+    ladder: Sequence[EscalationStep],
     in_a_row: Sequence[Rollback],
     rollbacks: Sequence[Rollback],
     *,
     applied: int,
     cause: Cause | None,
     embedding: bool,
-) -> RungSection | None:
+) -> EscalationStep | None:
     """The rung that answers a call for a rollback; None when all are used up.
 
     Args:
@@ -50,13 +50,13 @@ def next_rung(
     return None
 
 
-def _fits(rung: RungSection, cause: Cause | None, embedding: bool) -> bool:
+def _fits(rung: EscalationStep, cause: Cause | None, embedding: bool) -> bool:
     if rung.do == "shrink_embedding":
         return embedding
     return rung.do != "widen" or cause is not Cause.STATE
 
 
-def _in_order(ladder: Sequence[RungSection], cause: Cause | None) -> list[RungSection]:
+def _in_order(ladder: Sequence[EscalationStep], cause: Cause | None) -> list[EscalationStep]:
     if cause is not None and cause.of_data:
         return sorted(ladder, key=lambda rung: (rung.do in ENDS, rung.do not in DATA_RUNGS))
     if cause is not Cause.STATE:
@@ -67,12 +67,12 @@ def _in_order(ladder: Sequence[RungSection], cause: Cause | None) -> list[RungSe
     return list(ladder) if behind is None else [*rest[:behind], *older, *rest[behind:]]
 
 
-def times_taken(rung: RungSection, in_a_row: Sequence[Rollback]) -> int:
+def times_taken(rung: EscalationStep, in_a_row: Sequence[Rollback]) -> int:
     """How often a rung of this kind has been taken in a row, in vain."""
     return sum(one.rung == rung.do for one in in_a_row)
 
 
-def widening(rung: RungSection, in_a_row: Sequence[Rollback]) -> int:
+def widening(rung: EscalationStep, in_a_row: Sequence[Rollback]) -> int:
     """By how much the window is longer than the plain one: 2 for the first widening in a row, then
     4, 8, ...
     """

@@ -14,15 +14,15 @@ from collections.abc import Iterable, Mapping
 
 from msgspec import structs
 
-from guardrail.core.records import LOSS, Diagnosis, Finding, Kind, Observation, Severity
+from guardrail.core.records import LOSS, Diagnosis, Finding, FindingKind, Observation, Severity
 from guardrail.detectors.base import Detector
 from guardrail.detectors.build import TOGETHER
-from guardrail.detectors.embedding_share import Share
-from guardrail.detectors.joint_cusum import Together
+from guardrail.detectors.embedding_share import EmbeddingShare
+from guardrail.detectors.joint_cusum import JointCusum
 from guardrail.detectors.spike import Spike
 
 # Claims about norms alone: where the loss has nothing of it, clipping is all that the update needs.
-NORMS = frozenset({Kind.GRAD_SPIKE, Kind.EMBED_SPIKE})
+NORMS = frozenset({FindingKind.GRAD_SPIKE, FindingKind.EMBED_SPIKE})
 # Of what the order of labels is worth in usual batches: text of other kinds had 0.39 to 0.91 of it
 # (capitals, rot13, backwards), shuffled labels, shuffled letters and noise less than 0.05
 # (tests/bench/structure.py).
@@ -81,7 +81,7 @@ def begin_norms(
     """
     for finding in findings:
         detector = detectors.get(finding.signal)
-        if finding.severity is Severity.REJECT and isinstance(detector, Spike | Share):
+        if finding.severity is Severity.REJECT and isinstance(detector, Spike | EmbeddingShare):
             detector.adopt(obs)
     return tuple(_shifted(finding) if finding.kind in NORMS else finding for finding in findings)
 
@@ -95,7 +95,7 @@ def bear(
     Baselines and what is known of the loss stay: should it go on to rise, that is a divergence.
     """
     together = detectors[TOGETHER]
-    assert isinstance(together, Together)
+    assert isinstance(together, JointCusum)
     together.adopt(obs)
     return tuple(structs.replace(finding, severity=Severity.NOTE) for finding in findings)
 
@@ -105,7 +105,7 @@ def begin(
 ) -> tuple[Finding, ...]:
     """Every signal begins a new baseline with this step. Returns the findings as they are noted."""
     for detector in detectors.values():
-        if isinstance(detector, Spike | Share | Together):
+        if isinstance(detector, Spike | EmbeddingShare | JointCusum):
             detector.adopt(obs)
         else:
             detector.reset()
@@ -113,4 +113,4 @@ def begin(
 
 
 def _shifted(finding: Finding) -> Finding:
-    return structs.replace(finding, kind=Kind.LEVEL_SHIFT, severity=Severity.NOTE)
+    return structs.replace(finding, kind=FindingKind.LEVEL_SHIFT, severity=Severity.NOTE)

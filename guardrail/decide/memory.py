@@ -10,16 +10,16 @@ from typing import Any
 
 from msgspec import convert
 
-from guardrail.core.config import GuardSection
+from guardrail.core.config import GuardOptions
 from guardrail.core.records import (
     SENSELESS,
     Action,
     CommandKind,
-    Curve,
     Diagnosis,
     Event,
     Finding,
-    Kind,
+    FindingKind,
+    LossTrend,
     Observation,
     Severity,
     Verdict,
@@ -31,10 +31,12 @@ from guardrail.decide.incidents import CLOSED, OPEN, RECURRED, Incidents
 from guardrail.decide.policy import UNSUSPECTED, Rollback, rollback_of
 
 # An update with these has no meaning, whoever wishes for it.
-UNPARDONABLE = frozenset({Kind.NONFINITE, Kind.NO_TOKENS, Kind.SCALE_COLLAPSE})
+NEVER_ALLOWED = frozenset(
+    {FindingKind.NONFINITE, FindingKind.NO_TOKENS, FindingKind.SCALE_COLLAPSE}
+)
 
 
-class Facts:
+class ControllerMemory:
     """Attributes:
     incidents: numbered; the last one may be open. rollbacks: all that were done and stand, oldest
     first. diagnoses: what replays have told about causes. pardons: stretches [first, last) of
@@ -44,7 +46,7 @@ class Facts:
     empty_spans: stretches that were rejected for want of labels: no sign of trouble.
     """
 
-    def __init__(self, settings: GuardSection) -> None:
+    def __init__(self, settings: GuardOptions) -> None:
         self.settings = settings
         self.incidents = Incidents(confirm=settings.confirm)
         self.rollbacks: list[Rollback] = []
@@ -228,7 +230,7 @@ class _Known:
     def __init__(self) -> None:
         self.open = self.number = self.last = 0
         self._onsets: dict[int, int] = {}
-        self._curves: dict[int, Curve | None] = {}
+        self._curves: dict[int, LossTrend | None] = {}
 
     def turned(self, event: Event, incidents: Incidents) -> None:
         """An `incident` line. What has ended is added to `incidents`."""
@@ -239,7 +241,7 @@ class _Known:
             self.open = number
             raw = data.get("curve")
             self._curves[number] = (
-                raw if raw is None or isinstance(raw, Curve) else convert(raw, Curve)
+                raw if raw is None or isinstance(raw, LossTrend) else convert(raw, LossTrend)
             )
             return
         self.open = 0
@@ -274,4 +276,4 @@ def _begins_in(stretches: Iterable[tuple[int, int]], obs: Observation) -> bool:
 
 
 def _pardonable(findings: Iterable[Finding]) -> bool:
-    return not any(f.kind in UNPARDONABLE and f.severity is not Severity.NOTE for f in findings)
+    return not any(f.kind in NEVER_ALLOWED and f.severity is not Severity.NOTE for f in findings)

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from guardrail.core.config import GuardSection
+from guardrail.core.config import GuardOptions
 from guardrail.core.records import (
     Action,
     Cause,
     Diagnosis,
     Finding,
-    Kind,
+    FindingKind,
     Record,
     Severity,
     SnapshotInfo,
@@ -25,7 +25,7 @@ from guardrail.core.records import (
 
 # Left out without a suspicion of the weights: however often it happens in a row, it never adds up
 # to a rollback.
-UNSUSPECTED = frozenset({Kind.NO_TOKENS})
+UNSUSPECTED = frozenset({FindingKind.NO_TOKENS})
 _RANK = {Severity.PERSISTENT: 2, Severity.REJECT: 1, Severity.NOTE: 0}
 
 
@@ -75,14 +75,19 @@ def by_severity(findings: Iterable[Finding]) -> tuple[Finding, ...]:
 
 def _order(finding: Finding) -> tuple[int, bool, bool, float]:
     severity = -_RANK[finding.severity]
-    return severity, finding.threshold != 0.0, finding.kind is Kind.IMPOSSIBLE, -_excess(finding)
+    return (
+        severity,
+        finding.threshold != 0.0,
+        finding.kind is FindingKind.IMPOSSIBLE,
+        -_excess(finding),
+    )
 
 
 def evidence(findings: Sequence[Finding]) -> str:
     """What was found, as the beginning of a sentence: the most severe finding, and all that is no
     usable number.
     """
-    unusable = (Kind.NONFINITE, Kind.IMPOSSIBLE)
+    unusable = (FindingKind.NONFINITE, FindingKind.IMPOSSIBLE)
     shown = [
         f
         for at, f in enumerate(findings)
@@ -100,7 +105,7 @@ def rejects(findings: Iterable[Finding]) -> bool:
     return any(finding.severity is not Severity.NOTE for finding in findings)
 
 
-def is_trouble(findings: Iterable[Finding]) -> bool:
+def is_anomaly(findings: Iterable[Finding]) -> bool:
     """Whether something is wrong with the run, and not just with a batch without a label or with
     the loss scale.
     """
@@ -112,7 +117,7 @@ def decide(
     *,
     streak: int,
     in_a_row: int,
-    settings: GuardSection,
+    settings: GuardOptions,
     diagnosis: Diagnosis | None = None,
 ) -> Action:
     """What `auto` does.
@@ -129,10 +134,15 @@ def decide(
     if not rejects(findings):
         return Action.APPLY
     persistent = any(finding.severity is Severity.PERSISTENT for finding in findings)
-    trouble = is_trouble(findings)
-    if trouble and not persistent and untouched(diagnosis) and patience(settings) > 1:
+    trouble = is_anomaly(findings)
+    if (
+        trouble
+        and not persistent
+        and weights_are_clean(diagnosis)
+        and consecutive_skip_limit(settings) > 1
+    ):
         return Action.SKIP if streak < settings.skips else Action.HALT
-    serious = streak + 1 >= patience(settings) or (
+    serious = streak + 1 >= consecutive_skip_limit(settings) or (
         diagnosis is not None and (diagnosis.cause is Cause.STATE or diagnosis.applied)
     )
     if not persistent and not (trouble and serious):
@@ -140,12 +150,12 @@ def decide(
     return Action.ROLLBACK if in_a_row < settings.rollbacks else Action.HALT
 
 
-def untouched(diagnosis: Diagnosis | None) -> bool:
+def weights_are_clean(diagnosis: Diagnosis | None) -> bool:
     """Whether a replay has put the trouble down to data of which nothing is in the weights."""
     return diagnosis is not None and diagnosis.cause.of_data and not diagnosis.applied
 
 
-def patience(settings: GuardSection) -> int:
+def consecutive_skip_limit(settings: GuardOptions) -> int:
     """Rejections in a row that call for more than leaving the update out."""
     return settings.persist if any(rung.do == "skip" for rung in settings.ladder) else 1
 

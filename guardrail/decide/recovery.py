@@ -17,7 +17,7 @@ import statistics
 from collections.abc import Sequence
 from itertools import combinations
 
-from guardrail.core.records import Curve, Outcome
+from guardrail.core.records import LossTrend, RecoveryResult
 
 LEAST = 8  # losses from which on a curve is worth something
 MOST = 48  # of the newest losses are fitted: 1,128 slopes
@@ -27,7 +27,7 @@ MAD_TO_SIGMA, MEDIAN_ERROR = 1.4826, 1.2533
 SIGMAS, SHARE = 4.0, 0.01
 
 
-def fit(points: Sequence[tuple[int, float]]) -> Curve | None:
+def fit_trend(points: Sequence[tuple[int, float]]) -> LossTrend | None:
     """The curve of the newest (step, loss in nats) of these; None where there are too few, or
     losses not positive.
     """
@@ -45,7 +45,7 @@ def fit(points: Sequence[tuple[int, float]]) -> Curve | None:
     middle = statistics.fmean(x for x, _ in logs)
     level = statistics.median(y - slope * (x - middle) for x, y in logs)
     residuals = [abs(y - level - slope * (x - middle)) for x, y in logs]
-    return Curve(
+    return LossTrend(
         middle=middle,
         level=level,
         slope=slope,
@@ -55,14 +55,14 @@ def fit(points: Sequence[tuple[int, float]]) -> Curve | None:
     )
 
 
-def expected(curve: Curve, step: float) -> float:
+def expected(curve: LossTrend, step: float) -> float:
     """The loss that a curve leads to at a step, nats a token."""
     return math.exp(curve.level + curve.slope * (math.log(step) - curve.middle))
 
 
 def compare(
-    curve: Curve | None, after: Sequence[tuple[int, float]], *, until: float = math.inf
-) -> Outcome | None:
+    curve: LossTrend | None, after: Sequence[tuple[int, float]], *, until: float = math.inf
+) -> RecoveryResult | None:
     """How the losses behind the trouble stand to the curve; None where there is nothing to compare.
 
     Args:
@@ -84,7 +84,7 @@ def compare(
     line = 1.0 / curve.count + (at - curve.middle) ** 2 / curve.spread if curve.spread else 1.0
     error = curve.noise * math.sqrt(MEDIAN_ERROR**2 / len(logs) + line)
     expected = math.exp(curve.level + curve.slope * (at - curve.middle))
-    return Outcome(
+    return RecoveryResult(
         expected=expected,
         got=expected * math.exp(apart),
         noise=expected * curve.noise,

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from guardrail.core.config import GuardSection, RungSection
+from guardrail.core.config import EscalationStep, GuardOptions
 from guardrail.core.records import (
     EMBED_GRAD_NORM,
     EMBED_SHARE,
     Action,
     Finding,
-    Kind,
+    FindingKind,
     Remedy,
     Severity,
     Verdict,
@@ -60,7 +60,7 @@ def resets(remedies: Iterable[Remedy], step: int) -> bool:
     return any(remedy.kind == MOMENTS and remedy.from_step == step for remedy in remedies)
 
 
-def of_rung(rung: RungSection, from_step: int, *, again: int = 0) -> tuple[Remedy, ...]:
+def of_rung(rung: EscalationStep, from_step: int, *, again: int = 0) -> tuple[Remedy, ...]:
     """What goes with a rung. Without moments Adam's first steps are of full size, so the rate is
     low as well.
 
@@ -79,7 +79,7 @@ def of_rung(rung: RungSection, from_step: int, *, again: int = 0) -> tuple[Remed
     return (Remedy(kind=kind, value=value, from_step=from_step, hold=hold, back=back),)
 
 
-def of_embedding(settings: GuardSection, from_step: int) -> tuple[Remedy, ...]:
+def of_embedding(settings: GuardOptions, from_step: int) -> tuple[Remedy, ...]:
     """What an incident that the embedding leads does to its gradients by itself."""
     if settings.embed_factor >= 1.0:
         return ()
@@ -96,7 +96,7 @@ def embedding_leads(findings: Sequence[Finding]) -> bool:
     was too high.
     """
     grave = [finding for finding in findings if finding.severity is not Severity.NOTE]
-    if any(finding.kind is Kind.NONFINITE for finding in grave):
+    if any(finding.kind is FindingKind.NONFINITE for finding in grave):
         return False
     own = [finding for finding in grave if finding.signal in EMBEDDING]
     others = [finding for finding in grave if finding.signal not in EMBEDDING]

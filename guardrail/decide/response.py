@@ -1,7 +1,7 @@
 """What is done about a rejected step, by what is known of its incident, and why: an action, its
 rung, its remedies.
 
-Pure, and without memory: a `Case` holds all that counts.
+Pure, and without memory: a `RejectedStep` holds all that counts.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from guardrail.core.config import GuardSection, RungSection
+from guardrail.core.config import EscalationStep, GuardOptions
 from guardrail.core.records import (
     Action,
     Cause,
     Diagnosis,
     Finding,
-    Kind,
+    FindingKind,
     Observation,
     Remedy,
     Severity,
@@ -24,19 +24,19 @@ from guardrail.core.text import plural
 from guardrail.decide.ladder import ENDS, next_rung, times_taken, widening
 from guardrail.decide.policy import (
     Rollback,
+    consecutive_skip_limit,
     decide,
     evidence,
-    is_trouble,
-    patience,
+    is_anomaly,
     recent_rollbacks,
-    untouched,
+    weights_are_clean,
 )
 from guardrail.decide.remedies import EMBED_ALPHA, embedding_leads, of_embedding, of_rung, sentence
 from guardrail.decide.rollback_window import Applied, window
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class RejectedStep:
     """A rejected step and what is known of it.
 
     Attributes:
@@ -58,7 +58,7 @@ class Case:
     diagnosis: Diagnosis | None
     history: Sequence[Applied]
     overflows: int
-    settings: GuardSection
+    settings: GuardOptions
     advise: bool = False
 
     @property
@@ -69,7 +69,9 @@ class Case:
     def too_long(self) -> bool:
         """Whether data alone has been left out for longer than `skips` allows."""
         grave = any(finding.severity is Severity.PERSISTENT for finding in self.findings)
-        return untouched(self.diagnosis) and not grave and self.streak >= self.settings.skips
+        return (
+            weights_are_clean(self.diagnosis) and not grave and self.streak >= self.settings.skips
+        )
 
     @property
     def applied(self) -> int:
@@ -95,7 +97,7 @@ class Case:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class Response:
     """Attributes:
     action: what `auto` does.
     rung: its name.
@@ -115,10 +117,10 @@ class Answer:
     reason: str
 
 
-def answer(case: Case, action: Action) -> Answer:
+def answer(case: RejectedStep, action: Action) -> Response:
     """What is done about a case whose `action()` this is."""
     settings, row, leads = case.settings, case.row, embedding_leads(case.findings)
-    rung: RungSection | None = None
+    rung: EscalationStep | None = None
     if action is Action.ROLLBACK:
         rung = next_rung(
             settings.ladder,
@@ -145,7 +147,7 @@ def answer(case: Case, action: Action) -> Answer:
         remedies = ()
     if remedies:
         reason += "; " + "; ".join(map(sentence, remedies))
-    return Answer(
+    return Response(
         action=action,
         rung=name,
         window=out,
@@ -156,14 +158,14 @@ def answer(case: Case, action: Action) -> Answer:
     )
 
 
-def _end(case: Case) -> str:
+def _end(case: RejectedStep) -> str:
     """Which end it is where no rung is asked for."""
     ladder = case.settings.ladder
     return ladder[-1].do if case.too_long and ladder and ladder[-1].do in ENDS else "halt"
 
 
 def _window(
-    case: Case, action: Action, rung: RungSection | None
+    case: RejectedStep, action: Action, rung: EscalationStep | None
 ) -> tuple[tuple[int, int], int | None]:
     """(Positions to leave out, the step that the state to go back to is older than), of this action
     and rung.
@@ -186,7 +188,9 @@ def _window(
     return out, before
 
 
-def _few(case: Case, rung: RungSection | None, window: tuple[int, int]) -> tuple[int, ...]:
+def _few(
+    case: RejectedStep, rung: EscalationStep | None, window: tuple[int, int]
+) -> tuple[int, ...]:
     """The samples of a window that are to blame; () where all of it goes.
 
     To widen means that what was left out was not enough: then nothing of the window is kept.
@@ -198,31 +202,39 @@ def _few(case: Case, rung: RungSection | None, window: tuple[int, int]) -> tuple
 
 
 def _reason(
-    case: Case, action: Action, *, window: tuple[int, int], few: int, before: int | None, rung: str
+    case: RejectedStep,
+    action: Action,
+    *,
+    window: tuple[int, int],
+    few: int,
+    before: int | None,
+    rung: str,
 ) -> str:
     settings, findings, streak, row = case.settings, case.findings, case.streak, case.row
     what, would = evidence(findings), "would " if case.advise else ""
-    if action is Action.SKIP and untouched(case.diagnosis):
+    if action is Action.SKIP and weights_are_clean(case.diagnosis):
         count = f"{streak + 1} in a row of at most {settings.skips}"
         return f"{what}, the data is to blame: {would}leave this update out, {count}"
     if action is Action.SKIP:
-        count = (
-            f", rejection {streak + 1} in a row of {patience(settings)} that call for a rollback"
-        )
-        return f"{what}: {would}leave this update out{count if is_trouble(findings) else ''}"
+        count = f", rejection {streak + 1} in a row of {consecutive_skip_limit(settings)} that call for a rollback"
+        return f"{what}: {would}leave this update out{count if is_anomaly(findings) else ''}"
     if action is Action.HALT and case.too_long:
         end = "ask" if rung == "pause" else "halt"
         return f"{what}, the data is to blame: {would}{end}, since {streak} in a row are as many as guard.skips allows"
     why = (
         f"{streak + 1} batches in a row rejected"
-        if streak + 1 >= patience(settings)
+        if streak + 1 >= consecutive_skip_limit(settings)
         else "it has stayed up"
     )
-    if findings[0].kind is Kind.SCALE_COLLAPSE:
+    if findings[0].kind is FindingKind.SCALE_COLLAPSE:
         why = f"of which {findings[0].threshold - 1:.0f} may be the search for a scale"
     elif case.cause is Cause.STATE:
         why = "whatever the batch"
-    elif case.diagnosis is not None and case.diagnosis.applied and streak + 1 < patience(settings):
+    elif (
+        case.diagnosis is not None
+        and case.diagnosis.applied
+        and streak + 1 < consecutive_skip_limit(settings)
+    ):
         why = "and an update of such data is in the weights"
     one = len(row) == 1
     tried = f"{plural(len(row), 'rollback')} without {settings.healthy_after} healthy steps "

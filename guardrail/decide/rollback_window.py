@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-from guardrail.core.config import GuardSection
+from guardrail.core.config import GuardOptions
 from guardrail.core.records import Observation
 
 
@@ -28,7 +28,7 @@ def window(
     obs: Observation,
     *,
     history: Sequence[Applied],
-    settings: GuardSection,
+    settings: GuardOptions,
     overflows: int = 0,
     widened: int = 1,
 ) -> tuple[tuple[int, int], int]:

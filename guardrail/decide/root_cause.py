@@ -19,10 +19,20 @@ from collections.abc import Iterable, Sequence
 
 from msgspec import structs
 
-from guardrail.core.records import Cause, Diagnosis, Finding, Kind, Observation, Record, Severity
+from guardrail.core.records import (
+    Cause,
+    Diagnosis,
+    Finding,
+    FindingKind,
+    Observation,
+    Record,
+    Severity,
+)
 from guardrail.detectors.nonfinite import NonFinite
 
-NONFINITE_KINDS = frozenset({Kind.NONFINITE, Kind.IMPOSSIBLE, Kind.SCALE_COLLAPSE})
+NONFINITE_KINDS = frozenset(
+    {FindingKind.NONFINITE, FindingKind.IMPOSSIBLE, FindingKind.SCALE_COLLAPSE}
+)
 # Kernels that add in any order repeat themselves to some 1e-3 at worst (sums in bfloat16), and the
 # smallest jump that is ever rejected is one of 8 % (detectors.standard). Half of that lies far from
 # both.
@@ -35,7 +45,7 @@ LEAST_AHEAD = 3
 LEAST_GAIN = 0.1
 
 
-class Pass(Record, frozen=True, kw_only=True):
+class ReplayPass(Record, frozen=True, kw_only=True):
     """One forward and backward pass over a global batch, after the reduction; equal on all ranks.
 
     Attributes:
@@ -58,7 +68,7 @@ class Pass(Record, frozen=True, kw_only=True):
         )
 
 
-class Own(Record, frozen=True, kw_only=True):
+class RankNumbers(Record, frozen=True, kw_only=True):
     """What one rank computed by itself in a pass.
 
     Attributes:
@@ -74,7 +84,7 @@ class Own(Record, frozen=True, kw_only=True):
     host: str = ""
 
 
-class Trouble(Record, frozen=True, kw_only=True):
+class AnomalySignature(Record, frozen=True, kw_only=True):
     """What a pass must show to be in the trouble for which a step was rejected.
 
     Attributes:
@@ -101,7 +111,7 @@ class Trouble(Record, frozen=True, kw_only=True):
         return not self.nonfinite and not self.stuck
 
     @classmethod
-    def of(cls, findings: Sequence[Finding]) -> Trouble:
+    def of(cls, findings: Sequence[Finding]) -> AnomalySignature:
         """From the findings of a verdict, the most severe first."""
         grave = [finding for finding in findings if finding.severity is not Severity.NOTE]
         return cls(
@@ -112,10 +122,12 @@ class Trouble(Record, frozen=True, kw_only=True):
                 for f in reversed(grave)
                 if 0.0 < f.baseline < f.value < math.inf
             },
-            stuck={f.signal: f.value for f in grave if f.kind is Kind.STUCK},
+            stuck={f.signal: f.value for f in grave if f.kind is FindingKind.STUCK},
         )
 
-    def shown_by(self, one: Pass, level: Pass | None = None, *, wholly: bool = False) -> bool:
+    def shown_by(
+        self, one: ReplayPass, level: ReplayPass | None = None, *, wholly: bool = False
+    ) -> bool:
         """Whether a pass is in this trouble.
 
         Args:
@@ -138,7 +150,7 @@ class Trouble(Record, frozen=True, kw_only=True):
             )
         return bool(high) and (all(high) if wholly else any(high))
 
-    def value(self, one: Pass) -> str:
+    def value(self, one: ReplayPass) -> str:
         """Of the signal in question, for a sentence."""
         return f"{one.signals.get(self.signal, math.nan):.4g}"
 
@@ -166,7 +178,7 @@ def same(one: float, other: float, tolerance: float = 0.0) -> bool:
 
 
 def apart(
-    first: Sequence[Own], again: Sequence[Own], tolerance: float
+    first: Sequence[RankNumbers], again: Sequence[RankNumbers], tolerance: float
 ) -> tuple[list[int], str] | None:
     """(Ranks whose own numbers did not come again, what did not), None where all did.
 
@@ -186,8 +198,8 @@ def apart(
 
 
 def hardware(
-    first: Sequence[Own],
-    again: Sequence[Own],
+    first: Sequence[RankNumbers],
+    again: Sequence[RankNumbers],
     tolerance: float,
     *,
     sums: tuple[float, float],
@@ -229,12 +241,12 @@ def hardware(
 
 
 def judge(
-    trouble: Trouble,
+    trouble: AnomalySignature,
     *,
-    again: Pass,
-    others: Sequence[Pass],
-    suspects: Sequence[Pass] = (),
-    level: Pass | None = None,
+    again: ReplayPass,
+    others: Sequence[ReplayPass],
+    suspects: Sequence[ReplayPass] = (),
+    level: ReplayPass | None = None,
     older_step: int = -1,
     lasting: bool = False,
     passes: int,
@@ -293,7 +305,11 @@ def judge(
 
 
 def ahead_of(
-    diagnosis: Diagnosis, trouble: Trouble, far: Sequence[tuple[int, Pass]], *, passes: int
+    diagnosis: Diagnosis,
+    trouble: AnomalySignature,
+    far: Sequence[tuple[int, ReplayPass]],
+    *,
+    passes: int,
 ) -> Diagnosis:
     """The diagnosis in the light of what lies ahead of data that is to blame.
 
@@ -340,16 +356,16 @@ def structure_of(
     )
 
 
-def _values(trouble: Trouble, passes: Iterable[Pass]) -> str:
+def _values(trouble: AnomalySignature, passes: Iterable[ReplayPass]) -> str:
     return ", ".join(trouble.value(one) for one in passes)
 
 
-def _against(trouble: Trouble) -> str:
+def _against(trouble: AnomalySignature) -> str:
     bounds = trouble.limits.get(trouble.signal)
     return "" if bounds is None or trouble.nonfinite else f" over {bounds[1]:.4g}"
 
 
-def _named(trouble: Trouble, passes: Sequence[Pass]) -> str:
+def _named(trouble: AnomalySignature, passes: Sequence[ReplayPass]) -> str:
     return " and ".join(f"{one.what} has {trouble.value(one)}" for one in passes[:2])
 
 

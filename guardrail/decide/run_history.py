@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from guardrail.core.config import GuardSection
+from guardrail.core.config import GuardOptions
 from guardrail.core.records import (
     SENSELESS,
     Action,
@@ -77,7 +77,7 @@ class StepSetting:
 
 
 @dataclass(kw_only=True)
-class Past:
+class RunHistory:
     """Facts of the journal, in order.
 
     Attributes:
@@ -127,7 +127,7 @@ class Past:
     saved: set[int] = field(default_factory=set)
 
     @classmethod
-    def of(cls, events: Iterable[Event]) -> Past:
+    def of(cls, events: Iterable[Event]) -> RunHistory:
         """What a journal from the disk says; a line of it that makes no sense is counted and passed
         over.
         """
@@ -252,7 +252,7 @@ class Past:
                 (decision, raw if isinstance(raw, Remedy) else msgspec.convert(raw, Remedy))
             )
 
-    def effects(self, step: int, settings: GuardSection) -> Effects:
+    def effects(self, step: int, settings: GuardOptions) -> Effects:
         """What the update of a step is made with: what a person has set, and the remedies of the
         guard.
         """

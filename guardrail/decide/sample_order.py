@@ -351,7 +351,7 @@ class LedgerState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 _LOOK_AHEAD = 4096  # batches of growing size that are counted one by one
 
 
-class Ledger:
+class SampleCursor:
     """Order + cursor + quarantine -> the next batch.
 
     Args:

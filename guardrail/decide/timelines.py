@@ -34,7 +34,7 @@ def sensible(steps: np.ndarray, timelines: np.ndarray) -> np.ndarray:
         return (np.abs(steps) < LARGEST) & ~(np.abs(timelines) >= LARGEST)
 
 
-class Timelines:
+class TimelineIndex:
     """The step at which each timeline began; later timelines cut off earlier ones there."""
 
     def __init__(self) -> None:

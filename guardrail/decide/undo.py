@@ -16,7 +16,7 @@ from guardrail.core.files import as_int
 from guardrail.core.records import AUTOMATIC, Event, Record, Span
 
 
-class Undoing(Record, frozen=True, kw_only=True):
+class UndoPlan(Record, frozen=True, kw_only=True):
     """What an undo would do.
 
     Attributes:
@@ -53,14 +53,14 @@ def positions_of(span: Span) -> Sequence[int]:
     return span.positions or range(span.first, span.last)
 
 
-def pieces_of(span: Span) -> list[tuple[int, int]]:
+def split_span(span: Span) -> list[tuple[int, int]]:
     """The same as stretches [first, last), without listing the positions of a long span."""
     return (
         stretches(span.positions) if span.positions else [(span.first, max(span.first, span.last))]
     )
 
 
-def find(events: Iterable[Event], seq: int | None = None) -> Undoing | str:
+def find(events: Iterable[Event], seq: int | None = None) -> UndoPlan | str:
     """The decision that is meant.
 
     Args:
@@ -107,10 +107,10 @@ def _automatic(event: Event) -> bool:
     return span is not None and span.cause in AUTOMATIC
 
 
-def _undoing(event: Event, standing: Sequence[Event], events: Sequence[Event]) -> Undoing | str:
+def _undoing(event: Event, standing: Sequence[Event], events: Sequence[Event]) -> UndoPlan | str:
     span = span_in(event)
     if span is None:
-        return Undoing(
+        return UndoPlan(
             of=event.seq,
             kind=event.kind,
             message=event.message,
@@ -141,7 +141,7 @@ def _undoing(event: Event, standing: Sequence[Event], events: Sequence[Event]) -
     batch = _batch_behind(event, events) if span.cause in AUTOMATIC else []
     if (
         batch
-        and not any(pieces_of(one)[0][0] < pieces_of(one)[-1][1] for one in spans)
+        and not any(split_span(one)[0][0] < split_span(one)[-1][1] for one in spans)
         and _is_over(event, events)
     ):
         return (
@@ -149,7 +149,7 @@ def _undoing(event: Event, standing: Sequence[Event], events: Sequence[Event]) -
             f"{event.data.get('incident')} is over: going back would only repeat steps"
         )
     pardons += batch
-    return Undoing(
+    return UndoPlan(
         of=event.seq,
         kind=event.kind,
         message=event.message,
@@ -194,7 +194,7 @@ def _batch_behind(event: Event, events: Sequence[Event]) -> list[tuple[int, int]
     return []
 
 
-def lines_of(events: Iterable[Event], undoing: Undoing) -> list[int]:
+def lines_of(events: Iterable[Event], undoing: UndoPlan) -> list[int]:
     """Seqs of all journal lines that the undo takes back."""
     spans = set(undoing.spans)
     return sorted(
@@ -235,7 +235,7 @@ def joined(pieces: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return found
 
 
-def taken_back(event: Event) -> list[Span]:
+def undone_spans(event: Event) -> list[Span]:
     """The spans of an `undo` event; one that makes no sense is passed over."""
     raw = event.data.get("spans")
     spans = [as_span(one) for one in (raw if isinstance(raw, list | tuple) else ())]

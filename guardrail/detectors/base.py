@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from guardrail.core.records import Finding, Observation
 
 # A rejected step in numbers: signal -> log(value / baseline) of its spikes.
-Jumps = Mapping[str, float]
+LogJumps = Mapping[str, float]
 
 
 class Detector(Protocol):
@@ -27,7 +27,7 @@ class Detector(Protocol):
     def observe(self, obs: Observation) -> list[Finding]:
         """Findings about this step; leaves the detector as it was."""
 
-    def accept(self, obs: Observation, left_out: Sequence[Jumps] = ()) -> None:
+    def accept(self, obs: Observation, left_out: Sequence[LogJumps] = ()) -> None:
         """Learn from a step whose update is applied.
 
         Args:
@@ -36,7 +36,7 @@ class Detector(Protocol):
                 left out nobody knows.
         """
 
-    def suspect_from(self) -> int | None:
+    def first_suspect_step(self) -> int | None:
         """First accepted step of a suspicion that has not gone away: states from it on are not
         called good yet.
         """

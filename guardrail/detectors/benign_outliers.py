@@ -31,7 +31,7 @@ RATE = 1.5e-4
 PRIOR, PRIOR_EXCESS = 3.0, 0.1
 
 
-class Tail:
+class BenignOutliers:
     def __init__(self) -> None:
         self.reset()
 

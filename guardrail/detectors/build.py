@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from guardrail.core.config import GuardSection
+from guardrail.core.config import GuardOptions
 from guardrail.core.objective import policy_name
 from guardrail.core.records import (
     EMBED_GRAD_NORM,
@@ -13,13 +13,13 @@ from guardrail.core.records import (
     LOSS,
     LOSS_SCALE,
     UPDATE_NORM,
-    Kind,
+    FindingKind,
 )
 from guardrail.detectors.base import Detector
 from guardrail.detectors.divergence import Divergence
-from guardrail.detectors.embedding_share import Share
+from guardrail.detectors.embedding_share import EmbeddingShare
 from guardrail.detectors.growth import Growth
-from guardrail.detectors.joint_cusum import Together
+from guardrail.detectors.joint_cusum import JointCusum
 from guardrail.detectors.loss_scale import ScaleCollapse
 from guardrail.detectors.nonfinite import NonFinite
 from guardrail.detectors.signed_loss import SignedLoss
@@ -47,7 +47,7 @@ SIGNED_LOSS = "signed_loss"
 POSITIVE_LOSS = (LOSS, TOGETHER, "divergence", "stuck_loss")
 
 
-def build(settings: GuardSection) -> dict[str, Detector]:
+def build(settings: GuardOptions) -> dict[str, Detector]:
     """Name -> detector, in the order in which they are asked; a spike detector is named after its
     signal.
     """
@@ -59,7 +59,7 @@ def build(settings: GuardSection) -> dict[str, Detector]:
         "signed": signed,
         **shared,
     }
-    loss = Spike(LOSS, Kind.LOSS_SPIKE, score=settings.loss_score, **positive)
+    loss = Spike(LOSS, FindingKind.LOSS_SPIKE, score=settings.loss_score, **positive)
     scale = ScaleCollapse(overflows=settings.overflows, **shared)
     norm: dict[str, Any] = {
         "floor": NORM_FLOOR,
@@ -67,18 +67,20 @@ def build(settings: GuardSection) -> dict[str, Detector]:
         "loss_scale": scale,
         **shared,
     }
-    grad = Spike(GRAD_NORM, Kind.GRAD_SPIKE, score=settings.grad_score, **norm)
-    embed = Spike(EMBED_GRAD_NORM, Kind.EMBED_SPIKE, score=settings.embed_score, **norm)
+    grad = Spike(GRAD_NORM, FindingKind.GRAD_SPIKE, score=settings.grad_score, **norm)
+    embed = Spike(EMBED_GRAD_NORM, FindingKind.EMBED_SPIKE, score=settings.embed_score, **norm)
     own: dict[str, Any] = {"floor": QUIET_FLOOR, "cold_factor": NORM_COLD, **shared}
-    update = Spike(UPDATE_NORM, Kind.UPDATE_SPIKE, score=settings.grad_score, note_only=True, **own)
+    update = Spike(
+        UPDATE_NORM, FindingKind.UPDATE_SPIKE, score=settings.grad_score, note_only=True, **own
+    )
     return {
         "nonfinite": NonFinite(),
         SIGNED_LOSS: signed,
         LOSS: loss,
         GRAD_NORM: grad,
-        TOGETHER: Together(loss, grad),
+        TOGETHER: JointCusum(loss, grad),
         EMBED_GRAD_NORM: embed,
-        EMBED_SHARE: Share(embed, score=settings.embed_score, **shared),
+        EMBED_SHARE: EmbeddingShare(embed, score=settings.embed_score, **shared),
         UPDATE_NORM: update,
         LOSS_SCALE: scale,
         "divergence": Divergence(
@@ -95,13 +97,13 @@ def build(settings: GuardSection) -> dict[str, Detector]:
     }
 
 
-def _loss_kind(settings: GuardSection) -> str:
+def _loss_kind(settings: GuardOptions) -> str:
     if settings.loss == "auto" and policy_name(settings.signals) is not None:
         return "signed"
     return settings.loss
 
 
-def build_named(signal: str, settings: GuardSection) -> Spike:
+def build_named(signal: str, settings: GuardOptions) -> Spike:
     """The detector of a signal that is none of the above. It notes: what a spike of it means,
     nobody has said.
 
@@ -113,7 +115,7 @@ def build_named(signal: str, settings: GuardSection) -> Spike:
     floor = NORM_FLOOR if gradient else QUIET_FLOOR
     return Spike(
         signal,
-        Kind.GRAD_SPIKE if gradient else Kind.SPIKE,
+        FindingKind.GRAD_SPIKE if gradient else FindingKind.SPIKE,
         score=settings.loss_score if loss else settings.grad_score,
         floor=LOSS_FLOOR if loss else floor,
         cold_factor=LOSS_COLD if loss else NORM_COLD,

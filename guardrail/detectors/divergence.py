@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
-from guardrail.core.records import LOSS, Finding, Kind, Observation, Severity
-from guardrail.detectors.base import Jumps
+from guardrail.core.records import LOSS, Finding, FindingKind, Observation, Severity
+from guardrail.detectors.base import LogJumps
 from guardrail.detectors.baseline import Baseline, SortedWindow
 
 
@@ -74,7 +74,7 @@ class Divergence:
             Finding(
                 signal=LOSS,
                 step=obs.step,
-                kind=Kind.DIVERGENCE if diverges else Kind.LEVEL_SHIFT,
+                kind=FindingKind.DIVERGENCE if diverges else FindingKind.LEVEL_SHIFT,
                 severity=Severity.PERSISTENT if diverges else Severity.NOTE,
                 value=math.exp(self._recent.median()),
                 baseline=math.exp(reference),
@@ -110,7 +110,7 @@ class Divergence:
                 best, onset = total, step
         return onset
 
-    def accept(self, obs: Observation, left_out: Sequence[Jumps] = ()) -> None:
+    def accept(self, obs: Observation, left_out: Sequence[LogJumps] = ()) -> None:
         value = obs.signals.get(LOSS)
         if value is None or not 0.0 < value < math.inf:
             return
@@ -133,7 +133,7 @@ class Divergence:
         elif y > 0.5 * (lowest[0][1] + level):
             self._up += 1
 
-    def suspect_from(self) -> int | None:
+    def first_suspect_step(self) -> int | None:
         return self.onset() if self.raised else None
 
     def band(self) -> None:

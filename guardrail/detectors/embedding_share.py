@@ -19,8 +19,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from guardrail.core.records import EMBED_SHARE, Finding, Kind, Observation, Severity
-from guardrail.detectors.base import Jumps
+from guardrail.core.records import EMBED_SHARE, Finding, FindingKind, Observation, Severity
+from guardrail.detectors.base import LogJumps
 from guardrail.detectors.baseline import Baseline, SortedWindow
 from guardrail.detectors.spike import BELOW, NEW_LEVEL, NOTE_SHARE, Spike
 
@@ -36,7 +36,7 @@ AGREE = 0.8
 EDGE = 1e-9
 
 
-class Share:
+class EmbeddingShare:
     """Watches `embed_share`.
 
     Args:
@@ -74,7 +74,7 @@ class Share:
             Finding(
                 signal=EMBED_SHARE,
                 step=obs.step,
-                kind=Kind.EMBED_SPIKE,
+                kind=FindingKind.EMBED_SPIKE,
                 severity=Severity.REJECT if hurts else Severity.NOTE,
                 value=_share(odds),
                 baseline=_share(centre),
@@ -89,7 +89,7 @@ class Share:
             return False
         return odds - self._odds.median() > NOTE_SHARE * self.score * self.baseline.scale
 
-    def accept(self, obs: Observation, left_out: Sequence[Jumps] = ()) -> None:
+    def accept(self, obs: Observation, left_out: Sequence[LogJumps] = ()) -> None:
         odds = _log_odds(obs.signals.get(EMBED_SHARE))
         if odds is None:
             return
@@ -122,7 +122,7 @@ class Share:
             self.baseline.recentre()
             self._above = 0
 
-    def suspect_from(self) -> int | None:
+    def first_suspect_step(self) -> int | None:
         return self._since if self._above else None
 
     def band(self) -> None:

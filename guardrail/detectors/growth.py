@@ -21,8 +21,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from guardrail.core.records import Finding, Kind, Observation, Severity
-from guardrail.detectors.base import Jumps
+from guardrail.core.records import Finding, FindingKind, Observation, Severity
+from guardrail.detectors.base import LogJumps
 from guardrail.detectors.baseline import Baseline
 
 # Values in a block: odd values out of eight do not move its median, and three blocks are over in 24
@@ -80,7 +80,7 @@ class Growth:
             Finding(
                 signal=self.signal,
                 step=obs.step,
-                kind=Kind.GROWTH,
+                kind=FindingKind.GROWTH,
                 severity=Severity.PERSISTENT if sure else Severity.NOTE,
                 value=math.exp(self._low + rise),
                 baseline=math.exp(self._low),
@@ -93,7 +93,7 @@ class Growth:
     def _least(self) -> float:
         return max(LEAST, SIGMAS * self.baseline.scale)
 
-    def accept(self, obs: Observation, left_out: Sequence[Jumps] = ()) -> None:
+    def accept(self, obs: Observation, left_out: Sequence[LogJumps] = ()) -> None:
         value = obs.signals.get(self.signal)
         if value is None or not 0.0 < value < math.inf:
             return
@@ -116,7 +116,7 @@ class Growth:
             if middle - first > least and now - middle > least:
                 self._since, self._low = levels[0]
 
-    def suspect_from(self) -> int | None:
+    def first_suspect_step(self) -> int | None:
         return self._since or None
 
     def band(self) -> None:

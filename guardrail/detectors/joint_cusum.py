@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from guardrail.core.records import Finding, Observation, Severity
-from guardrail.detectors.base import Jumps
+from guardrail.detectors.base import LogJumps
 from guardrail.detectors.baseline import Baseline
 from guardrail.detectors.spike import ONSET_SHARE, Spike
 
@@ -46,7 +46,7 @@ KNOWN = 128
 DOUBT = 2.0
 
 
-class Together:
+class JointCusum:
     """Watches two signals.
 
     Args:
@@ -147,13 +147,13 @@ class Together:
             total, since = total + counts, step
         return total, since
 
-    def accept(self, obs: Observation, left_out: Sequence[Jumps] = ()) -> None:
+    def accept(self, obs: Observation, left_out: Sequence[LogJumps] = ()) -> None:
         if left_out or obs.streak:
             self._unsettled = True
         if self._unsettled and (shares := self._shares(obs)) is not None:
             self._unsettled = sum(shares) > DRIFT
 
-    def suspect_from(self) -> int | None:
+    def first_suspect_step(self) -> int | None:
         """What stands so high is suspected by the loss's own detector."""
         return None
 

@@ -23,11 +23,11 @@ from guardrail.core.records import (
     LOSS,
     LOSS_SCALE,
     Finding,
-    Kind,
+    FindingKind,
     Observation,
     Severity,
 )
-from guardrail.detectors.base import Jumps
+from guardrail.detectors.base import LogJumps
 from guardrail.detectors.baseline import SortedWindow
 
 # Overflows in a row, at least, before the scale has settled: from 65536, where scalers begin, down
@@ -97,7 +97,7 @@ class ScaleCollapse:
         return Finding(
             signal=LOSS_SCALE,
             step=obs.step,
-            kind=Kind.SCALE_COLLAPSE,
+            kind=FindingKind.SCALE_COLLAPSE,
             severity=severity,
             value=obs.signals.get(LOSS_SCALE, 0.0),
             baseline=2.0 ** self._scales.median() if len(self._scales) else 0.0,
@@ -110,7 +110,7 @@ class ScaleCollapse:
     def _fallen(self, halvings: float) -> bool:
         return self._settled and halvings <= self._scales.median() - FALL
 
-    def accept(self, obs: Observation, left_out: Sequence[Jumps] = ()) -> None:
+    def accept(self, obs: Observation, left_out: Sequence[LogJumps] = ()) -> None:
         halvings = _halvings(obs)
         if halvings is None:
             return
@@ -128,7 +128,7 @@ class ScaleCollapse:
         now = _halvings(obs)
         return 0.0 if now is None or self._last is None else (now - self._last) * math.log(2.0)
 
-    def suspect_from(self) -> int | None:
+    def first_suspect_step(self) -> int | None:
         return self._low or None
 
     def band(self) -> None:

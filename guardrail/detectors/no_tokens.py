@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from guardrail.core.records import LOSS, Finding, Kind, Observation, Severity
-from guardrail.detectors.base import Jumps
+from guardrail.core.records import LOSS, Finding, FindingKind, Observation, Severity
+from guardrail.detectors.base import LogJumps
 
 
 class NoTokens:
@@ -23,7 +23,7 @@ class NoTokens:
             Finding(
                 signal=LOSS,
                 step=obs.step,
-                kind=Kind.NO_TOKENS,
+                kind=FindingKind.NO_TOKENS,
                 severity=Severity.REJECT,
                 value=obs.signals.get(LOSS, 0.0),
                 baseline=0.0,
@@ -33,10 +33,10 @@ class NoTokens:
             )
         ]
 
-    def accept(self, obs: Observation, left_out: Sequence[Jumps] = ()) -> None:
+    def accept(self, obs: Observation, left_out: Sequence[LogJumps] = ()) -> None:
         """Nothing to learn."""
 
-    def suspect_from(self) -> None:
+    def first_suspect_step(self) -> None:
         return None
 
     def band(self) -> None:

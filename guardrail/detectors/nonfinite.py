@@ -18,11 +18,11 @@ from guardrail.core.records import (
     GRAD_NORM,
     LOSS,
     Finding,
-    Kind,
+    FindingKind,
     Observation,
     Severity,
 )
-from guardrail.detectors.base import Jumps
+from guardrail.detectors.base import LogJumps
 
 WATCHED = (LOSS, GRAD_NORM, EMBED_GRAD_NORM)
 # sqrt of the largest float32: beyond it a square overflows, so a norm or a loss has lost all
@@ -58,21 +58,21 @@ class NonFinite:
                 # A flagged rank makes the step non-finite even if the reduced number happens to be
                 # finite.
                 value = math.nan if value is None or math.isfinite(value) else value
-                findings.append(_finding(obs, signal, Kind.NONFINITE, value, ranks))
+                findings.append(_finding(obs, signal, FindingKind.NONFINITE, value, ranks))
             elif value is not None and abs(value) > ABSURD:
-                findings.append(_finding(obs, signal, Kind.IMPOSSIBLE, value, ranks))
+                findings.append(_finding(obs, signal, FindingKind.IMPOSSIBLE, value, ranks))
             elif value == 0.0 and signal == LOSS and self.zero is not None:
                 # A cross-entropy of exactly 0 means that no token was scored, or that the loss is
                 # disconnected.
                 findings.append(
-                    _finding(obs, signal, Kind.IMPOSSIBLE, value, ranks, severity=self.zero)
+                    _finding(obs, signal, FindingKind.IMPOSSIBLE, value, ranks, severity=self.zero)
                 )
         return findings
 
-    def accept(self, obs: Observation, left_out: Sequence[Jumps] = ()) -> None:
+    def accept(self, obs: Observation, left_out: Sequence[LogJumps] = ()) -> None:
         """Nothing to learn."""
 
-    def suspect_from(self) -> None:
+    def first_suspect_step(self) -> None:
         return None
 
     def band(self) -> None:
@@ -91,7 +91,7 @@ class NonFinite:
 def _finding(
     obs: Observation,
     signal: str,
-    kind: Kind,
+    kind: FindingKind,
     value: float,
     ranks: tuple[int, ...],
     *,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from guardrail.core.records import Finding, Kind, Observation, Severity
+from guardrail.core.records import Finding, FindingKind, Observation, Severity
 from guardrail.detectors.spike import NOTE_SHARE, Spike
 
 # Rows that are looked at: the first may meet odd data, and what was not restored shows in all of
@@ -32,7 +32,12 @@ def resume_jumps(obs: Observation, spikes: Iterable[Spike]) -> list[Finding]:
         if jump > limit:
             findings.append(
                 spike.claim(
-                    obs, Kind.RESUME_JUMP, Severity.NOTE, jump=jump, limit=limit, onset=obs.step
+                    obs,
+                    FindingKind.RESUME_JUMP,
+                    Severity.NOTE,
+                    jump=jump,
+                    limit=limit,
+                    onset=obs.step,
                 )
             )
     return findings

@@ -24,8 +24,8 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any
 
-from guardrail.core.records import LOSS, Finding, Kind, Observation, Severity
-from guardrail.detectors.base import Jumps
+from guardrail.core.records import LOSS, Finding, FindingKind, Observation, Severity
+from guardrail.detectors.base import LogJumps
 
 FIRST, MOST_NOT_POSITIVE = 20, 2
 # Values in the spread; a value that repeats the one before it (logged again, or held for ten rows)
@@ -102,7 +102,7 @@ class SignedLoss:
             Finding(
                 signal=LOSS,
                 step=obs.step,
-                kind=Kind.LOSS_SPIKE,
+                kind=FindingKind.LOSS_SPIKE,
                 severity=Severity.REJECT if rejected else Severity.NOTE,
                 value=value,
                 baseline=middle,
@@ -118,7 +118,7 @@ class SignedLoss:
         distances = sorted(abs(value - middle) for value in self._values)
         return middle, distances[int(0.9 * (len(distances) - 1))]
 
-    def accept(self, obs: Observation, left_out: Sequence[Jumps] = ()) -> None:
+    def accept(self, obs: Observation, left_out: Sequence[LogJumps] = ()) -> None:
         value = obs.signals.get(LOSS)
         if value is None or (self._is_positive and value > 0.0) or not math.isfinite(value):
             return
@@ -155,7 +155,7 @@ class SignedLoss:
         middle, spread = self._scale() if len(self._values) == KEEP else (0.0, 0.0)
         return 0.0 < spread < STEADY * middle
 
-    def suspect_from(self) -> None:
+    def first_suspect_step(self) -> None:
         return None
 
     def band(self) -> None:

@@ -23,10 +23,10 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from guardrail.core.records import Finding, Kind, Observation, Severity
-from guardrail.detectors.base import Jumps
+from guardrail.core.records import Finding, FindingKind, Observation, Severity
+from guardrail.detectors.base import LogJumps
 from guardrail.detectors.baseline import Baseline
-from guardrail.detectors.benign_outliers import Tail
+from guardrail.detectors.benign_outliers import BenignOutliers
 from guardrail.detectors.loss_scale import ScaleCollapse
 from guardrail.detectors.signed_loss import SignedLoss
 
@@ -67,7 +67,7 @@ class Spike:
     def __init__(
         self,
         signal: str,
-        kind: Kind,
+        kind: FindingKind,
         *,
         score: float,
         floor: float,
@@ -87,7 +87,7 @@ class Spike:
         self.cold_jump = math.log(cold_factor)
         self.signals = (signal,)
         self.baseline = Baseline(window=window, floor=floor)
-        self.tail = Tail()
+        self.tail = BenignOutliers()
         self.reset()
 
     def reset(self) -> None:
@@ -119,7 +119,7 @@ class Spike:
         )
         rejected = jump > limit and not self.note_only
         stays = self._above + 1 == NEW_LEVEL and not rejected
-        kind = Kind.LEVEL_SHIFT if stays else self.kind
+        kind = FindingKind.LEVEL_SHIFT if stays else self.kind
         severity = Severity.REJECT if rejected else Severity.NOTE
         return [
             self.claim(obs, kind, severity, jump=jump, limit=limit, onset=self._onset(obs.step))
@@ -128,7 +128,7 @@ class Spike:
     def claim(
         self,
         obs: Observation,
-        kind: Kind,
+        kind: FindingKind,
         severity: Severity,
         *,
         jump: float,
@@ -185,7 +185,7 @@ class Spike:
         distance = self.distance(obs)
         return distance is not None and distance[0] > share * distance[1]
 
-    def accept(self, obs: Observation, left_out: Sequence[Jumps] = ()) -> None:
+    def accept(self, obs: Observation, left_out: Sequence[LogJumps] = ()) -> None:
         value = obs.signals.get(self.signal)
         if value is None or not 0.0 < value < math.inf:
             if self.signed is not None:
@@ -235,7 +235,7 @@ class Spike:
         self._note = NOTE_SHARE * plain
 
     def _learn_tail(
-        self, obs: Observation, outlier: float | None, left_out: Sequence[Jumps]
+        self, obs: Observation, outlier: float | None, left_out: Sequence[LogJumps]
     ) -> None:
         """An outlier that was applied, alone between two ordinary steps, was harmless.
 
@@ -270,7 +270,7 @@ class Spike:
             step = earlier
         return step
 
-    def suspect_from(self) -> int | None:
+    def first_suspect_step(self) -> int | None:
         if not self.last or self.last[-1][1] < ONSET_SHARE * self.score:
             return None
         return self._onset(self.last[-1][0])

@@ -16,8 +16,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from guardrail.core.records import Finding, Kind, Observation, Severity
-from guardrail.detectors.base import Jumps
+from guardrail.core.records import Finding, FindingKind, Observation, Severity
+from guardrail.detectors.base import LogJumps
 
 # Chance of a stretch that still counts as chance: once in a hundred thousand runs of a million
 # steps each would be 1e-11; a few digits of a quiet signal repeat more than independent draws
@@ -51,7 +51,7 @@ class Stuck:
             Finding(
                 signal=self.signal,
                 step=obs.step,
-                kind=Kind.STUCK,
+                kind=FindingKind.STUCK,
                 severity=Severity.NOTE,
                 value=self._value,
                 baseline=self._value,
@@ -66,7 +66,7 @@ class Stuck:
         """Whether one more of the same number would be told."""
         return self._repeats + 1 >= self._tell_at
 
-    def accept(self, obs: Observation, left_out: Sequence[Jumps] = ()) -> None:
+    def accept(self, obs: Observation, left_out: Sequence[LogJumps] = ()) -> None:
         value = obs.signals.get(self.signal)
         if value is None or not -math.inf < value < math.inf:
             return
@@ -93,7 +93,7 @@ class Stuck:
             max(LEAST, math.ceil(math.log(CHANCE) / math.log(usual))) if usual < 1.0 else math.inf
         )
 
-    def suspect_from(self) -> None:
+    def first_suspect_step(self) -> None:
         return None
 
     def band(self) -> None:

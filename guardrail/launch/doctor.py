@@ -22,7 +22,7 @@ from typing import Any, Literal
 import psutil
 
 from guardrail.core import config
-from guardrail.core.config import Settings
+from guardrail.core.config import GuardConfig
 from guardrail.core.errors import ConfigError, ExitCode
 from guardrail.core.records import Record
 from guardrail.core.text import clean, plural
@@ -311,7 +311,7 @@ def _talk(done: threading.Event) -> None:
 
 
 def _configuration(
-    settings: Settings, path: str, overrides: tuple[str, ...], torch: dict[str, Any]
+    settings: GuardConfig, path: str, overrides: tuple[str, ...], torch: dict[str, Any]
 ) -> Iterator[Check]:
     """Everything that stops it, and then what makes it slow."""
     problems = preflight.problems(settings, file=path, overrides=overrides)
@@ -335,7 +335,7 @@ def _configuration(
 
 
 def _dry_run(
-    settings: Settings, path: str, overrides: tuple[str, ...], torch: dict[str, Any]
+    settings: GuardConfig, path: str, overrides: tuple[str, ...], torch: dict[str, Any]
 ) -> Iterator[Check]:
     """What is wrong wherever it runs; what it asks of its machines; what has not been looked at."""
     yield from (Check(name=OUTLINE, level="ok", text=line) for line in settings.outline())
@@ -357,7 +357,7 @@ def _dry_run(
     )
 
 
-def _devices(settings: Settings, torch: dict[str, Any]) -> Iterator[Check]:
+def _devices(settings: GuardConfig, torch: dict[str, Any]) -> Iterator[Check]:
     launch, devices = settings.launch, torch["devices"]
     wants_cuda = launch.device == "cuda" or (launch.device == "auto" and devices)
     if launch.device == "cuda" and not devices and preflight.cuda_devices() != 0:

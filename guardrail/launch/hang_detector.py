@@ -48,7 +48,7 @@ class _Seen:
     silent: float = 0.0
 
 
-class Watch:
+class HangDetector:
     """Counts the seconds in which each process showed no progress.
 
     It goes by changes of (phase, progress) between two looks and not by the time stamps inside, so

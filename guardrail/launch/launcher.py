@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from guardrail.core import config, secret
-from guardrail.core.config import Settings
+from guardrail.core.config import GuardConfig
 from guardrail.core.errors import (
     ConfigError,
     ExitCode,
@@ -93,7 +93,7 @@ def prepare(
     return Prepared(RunDirectory.create(settings.run.root, name, text), node_rank, written_out)
 
 
-def _warn_of_secrets(settings: Settings) -> dict[str, Any]:
+def _warn_of_secrets(settings: GuardConfig) -> dict[str, Any]:
     """Say on stderr which secrets are written out, and which are missing; returns the former. The
     first node's.
     """
@@ -104,7 +104,7 @@ def _warn_of_secrets(settings: Settings) -> dict[str, Any]:
     return secret.literals(settings.notify)
 
 
-def secret_remarks(settings: Settings) -> list[str]:
+def secret_remarks(settings: GuardConfig) -> list[str]:
     """A sentence for each secret that is written out, and for each one that was masked and not
     given again.
     """
@@ -121,13 +121,13 @@ def secret_remarks(settings: Settings) -> list[str]:
     return written + masked
 
 
-def _shared(settings: Settings) -> str:
+def _shared(settings: GuardConfig) -> str:
     """The configuration as all nodes read it."""
     launch = msgspec.structs.replace(settings.launch, node_rank=0)
     return config.dump(msgspec.structs.replace(settings, launch=launch))
 
 
-def load(tree: dict[str, Any], *, file: str, overrides: tuple[str, ...] = ()) -> Settings:
+def load(tree: dict[str, Any], *, file: str, overrides: tuple[str, ...] = ()) -> GuardConfig:
     """`config.build`, with the current folder as the last place where the trainer's package may
     lie.
     """
@@ -212,7 +212,7 @@ def _start_lock(run: RunDirectory) -> RunLock:
 
 
 def _resumed(
-    run: RunDirectory, settings: Settings, file: str, overrides: tuple[str, ...]
+    run: RunDirectory, settings: GuardConfig, file: str, overrides: tuple[str, ...]
 ) -> Prepared | None:
     from guardrail.launch import preflight
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from guardrail.core.errors import ExitCode
 from guardrail.core.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Action, Event, Phase, Status
 from guardrail.core.text import clean
-from guardrail.decide.advised_incidents import Advised
+from guardrail.decide.advised_incidents import AdvisedIncidents
 from guardrail.decide.questions import CHOICES
 from guardrail.decide.timelines import LARGEST, sensible
 from guardrail.launch.launcher import exit_code_of, way_back
@@ -39,7 +39,7 @@ SPOKEN = frozenset(
 SPOKEN_CHECKPOINTS = frozenset(("failed", "invalid", "suspect", "foreign"))
 
 
-class Lines:
+class LogLines:
     """Turns what is new in a run directory into lines.
 
     Args:
@@ -50,7 +50,7 @@ class Lines:
         self._run, self._every = run, every
         self._follower = Follower(run)
         self._setup = ("", 0.0)
-        self._advised = Advised()
+        self._advised = AdvisedIncidents()
 
     def new(self) -> list[str]:
         """Lines since the last call, each with its time of day: events and steps in the order of
@@ -217,7 +217,7 @@ class Printer:
     """
 
     def __init__(self, run: RunDirectory) -> None:
-        self._lines = Lines(run)
+        self._lines = LogLines(run)
         self._silent = False
 
     def say(self, *lines: str) -> None:

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from guardrail.core.config import Settings, check_webhook, source_of
+from guardrail.core.config import GuardConfig, check_webhook, source_of
 from guardrail.core.errors import ConfigError
 from guardrail.core.files import why_unreachable
 from guardrail.core.secret import SecretRef
@@ -51,7 +51,7 @@ def cuda_devices() -> int | None:
 
 
 def check(
-    settings: Settings,
+    settings: GuardConfig,
     *,
     file: str,
     overrides: Sequence[str] = (),
@@ -68,7 +68,7 @@ def check(
 
 
 def problems(
-    settings: Settings,
+    settings: GuardConfig,
     *,
     file: str,
     overrides: Sequence[str] = (),
@@ -83,14 +83,14 @@ def problems(
             yield error.at(source)
 
 
-def _memory(settings: Settings) -> Iterator[ConfigError]:
+def _memory(settings: GuardConfig) -> Iterator[ConfigError]:
     try:
         settings.check_machine()
     except ConfigError as error:
         yield error
 
 
-def _packages(settings: Settings) -> Iterator[ConfigError]:
+def _packages(settings: GuardConfig) -> Iterator[ConfigError]:
     if settings.notify.apprise and importlib.util.find_spec("apprise") is None:
         yield ConfigError(
             "an installed apprise",
@@ -99,7 +99,7 @@ def _packages(settings: Settings) -> Iterator[ConfigError]:
         )
 
 
-def _secrets(settings: Settings) -> Iterator[ConfigError]:
+def _secrets(settings: GuardConfig) -> Iterator[ConfigError]:
     """Secrets that are referred to: the first node, which notifies, must be able to read them."""
     notify = settings.notify
     if settings.launch.node_rank:
@@ -116,7 +116,7 @@ def _secrets(settings: Settings) -> Iterator[ConfigError]:
                 yield error
 
 
-def _devices(settings: Settings) -> Iterator[ConfigError]:
+def _devices(settings: GuardConfig) -> Iterator[ConfigError]:
     launch, devices = settings.launch, cuda_devices()
     if launch.device == "cuda" and devices == 0:
         yield ConfigError(
@@ -134,7 +134,7 @@ def _devices(settings: Settings) -> Iterator[ConfigError]:
         )
 
 
-def _disk(settings: Settings) -> Iterator[ConfigError]:
+def _disk(settings: GuardConfig) -> Iterator[ConfigError]:
     key, value = "run.root", settings.run.root
     root = Path(value)
     if why := why_unreachable(root):

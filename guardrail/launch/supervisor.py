@@ -30,9 +30,9 @@ from guardrail.core.config import LaunchSection, NotifySection, TensorboardSecti
 from guardrail.core.errors import DiskRefuses, ExitCode, GuardrailError
 from guardrail.core.records import Mode, Phase
 from guardrail.launch import rank_stacks as stacks
-from guardrail.launch.hang_detector import Hung, Watch
+from guardrail.launch.hang_detector import HangDetector, Hung
 from guardrail.launch.notify import Notifier
-from guardrail.launch.supervisor_journal import Chronicle, flush_log, log, tail
+from guardrail.launch.supervisor_journal import SupervisorJournal, flush_log, log, tail
 from guardrail.launch.torchrun import Agent, Failure
 from guardrail.rundir import processes
 from guardrail.rundir.local_ranks import LocalRanks, become_reaper
@@ -73,7 +73,7 @@ class Supervisor:
         self.signals = signals
         self.host = socket.gethostname()
         self.ranks = LocalRanks(run, node_rank=node_rank, nodes=self.launch.nodes)
-        self.chronicle = Chronicle(
+        self.chronicle = SupervisorJournal(
             run, self.launch, self.host, Mode(tree.get("guard", {}).get("mode", Mode.AUTO))
         )
         # a sentence each, newest last; all count against launch.max_restarts
@@ -221,7 +221,7 @@ class Supervisor:
 
     def _watch(self, agent: Agent) -> int:
         """Look after one agent and its ranks until it has ended; returns its exit status."""
-        watch = Watch(self.launch)
+        watch = HangDetector(self.launch)
         before = time.monotonic()
         while True:
             code = agent.process.poll()

@@ -33,7 +33,7 @@ _unwritten: deque[bytes] = deque(maxlen=1000)
 _writing = threading.Lock()  # held by the thread that changes `_unwritten`
 
 
-class Chronicle:
+class SupervisorJournal:
     """The supervisor's pen. On other nodes than the first it writes events only."""
 
     def __init__(self, run: RunDirectory, launch: LaunchSection, host: str, mode: Mode) -> None:

@@ -38,12 +38,12 @@ from guardrail.core.records import (
 from guardrail.core.text import clean, plural
 from guardrail.decide.questions import Open, how_to_answer, open_question, question_changed
 from guardrail.decide.remedies import sentence
-from guardrail.decide.run_history import Past
-from guardrail.decide.undo import Undoing, find
-from guardrail.operate.run_state import Scene
+from guardrail.decide.run_history import RunHistory
+from guardrail.decide.undo import UndoPlan, find
+from guardrail.operate.run_state import RunState
 
 if TYPE_CHECKING:
-    from guardrail.decide.sample_order import Ledger
+    from guardrail.decide.sample_order import SampleCursor
     from guardrail.rundir.run_directory import RunDirectory
 
 # between the sight of a preview and the effect of its command: as many steps more may be lost
@@ -160,7 +160,7 @@ def foresee(run: RunDirectory, command: Command, *, status: Status | None = None
         UsageError: it cannot be worked out from what lies in the directory.
     """
     try:
-        return of(Scene.of(run, status=status), command)
+        return of(RunState.of(run, status=status), command)
     except GuardrailError:
         raise
     except Exception as error:  # whatever a directory of another version, or a damaged one, holds
@@ -171,7 +171,7 @@ def foresee(run: RunDirectory, command: Command, *, status: Status | None = None
         ) from error
 
 
-def of(scene: Scene, command: Command) -> Preview:
+def of(scene: RunState, command: Command) -> Preview:
     """What `command` would do if it took effect now."""
     kind, value = command.kind, command.value
     match kind:
@@ -222,7 +222,7 @@ def of(scene: Scene, command: Command) -> Preview:
     return _plain(scene, kind, value)
 
 
-def _accept(scene: Scene, value: float) -> Preview:
+def _accept(scene: RunState, value: float) -> Preview:
     one = scene.unresolved
     refusal = not_acceptable(one, asking=scene.end > 0)
     if one is None or refusal:
@@ -250,7 +250,7 @@ def not_acceptable(one: Unresolved | None, *, asking: bool) -> str:
     return ""
 
 
-def _answer(scene: Scene, command: Command) -> Preview:
+def _answer(scene: RunState, command: Command) -> Preview:
     """What an answer would do: to the question that it names, else to the one that is open."""
     answers, value = asked(scene), command.value
     refusal = "" if int(value) < len(answers) else "no question is open"
@@ -263,7 +263,7 @@ def _answer(scene: Scene, command: Command) -> Preview:
     )
 
 
-def asked(scene: Scene) -> list[Preview]:
+def asked(scene: RunState) -> list[Preview]:
     """What the answers to the open question would do, as the guard has journaled it; [] without a
     question.
     """
@@ -283,7 +283,7 @@ def asked(scene: Scene) -> list[Preview]:
 
 
 def rollback_for(
-    scene: Scene,
+    scene: RunState,
     window: tuple[int, int],
     *,
     positions: Sequence[int] = (),
@@ -310,7 +310,7 @@ def rollback_for(
 
 
 def choices(
-    scene: Scene,
+    scene: RunState,
     verdict: Verdict,
     *,
     first: int,
@@ -346,7 +346,7 @@ def choices(
 
 
 def _rollback_of(
-    scene: Scene, verdict: Verdict, window: tuple[int, int], settled: Callable[[int], bool]
+    scene: RunState, verdict: Verdict, window: tuple[int, int], settled: Callable[[int], bool]
 ) -> Preview:
     """What the rollback that a verdict names would do; `window` is the verdict's own."""
     return rollback_for(
@@ -359,14 +359,14 @@ def _rollback_of(
     )
 
 
-def _stop(scene: Scene) -> Preview:
+def _stop(scene: RunState) -> Preview:
     return _named(
         scene, "stop", remark=f"saves after step {scene.step:,} and ends; a resume asks again"
     )
 
 
 def _allowed(
-    scene: Scene, verdict: Verdict, *, first: int, last: int, settled: Callable[[int], bool]
+    scene: RunState, verdict: Verdict, *, first: int, last: int, settled: Callable[[int], bool]
 ) -> Preview:
     """What the guard would do if a user lets it leave out more than its share."""
     more = "guard.max_skipped_share is counted anew from there"
@@ -378,7 +378,7 @@ def _allowed(
     return _named(scene, "go on", samples=scene.fresh(range(first, last)), remark=more)
 
 
-def undo(scene: Scene, undoing: Undoing | str) -> Preview:
+def undo(scene: RunState, undoing: UndoPlan | str) -> Preview:
     """What taking a decision back would do, or why it cannot be taken back."""
     if isinstance(undoing, str):
         return _plain(scene, CommandKind.UNDO, math.nan, possible=False, refusal=undoing)
@@ -432,16 +432,16 @@ def _newest(
 
 
 def _went_back(
-    scene: Scene,
+    scene: RunState,
     target: SnapshotInfo | None,
     *,
     remedies: Iterable[tuple[Span | int | None, Remedy]] | None = None,
-) -> Past:
+) -> RunHistory:
     """The rates that hold once the run has gone back: what was set by hand later holds from there
     on.
     """
     past = scene.past
-    after = Past(lr=copy.deepcopy(past.lr), alpha=copy.deepcopy(past.alpha))
+    after = RunHistory(lr=copy.deepcopy(past.lr), alpha=copy.deepcopy(past.alpha))
     after.remedies = list(past.remedies if remedies is None else remedies)
     if target is not None:
         after.lr.rewind(target.step)
@@ -449,7 +449,7 @@ def _went_back(
     return after
 
 
-def _roll_back(scene: Scene, to_step: int | None) -> Preview:
+def _roll_back(scene: RunState, to_step: int | None) -> Preview:
     target = _newest(scene.states, scene.cursor - 1, to_step)
     where = f"of step {to_step:,}" if to_step is not None else "of an earlier step"
     window = (target.cursor, max(scene.cursor, scene.end)) if target is not None else None
@@ -460,10 +460,10 @@ def _roll_back(scene: Scene, to_step: int | None) -> Preview:
 
 
 def _back_to(
-    scene: Scene,
+    scene: RunState,
     target: SnapshotInfo | None,
     window: tuple[int, int] | None,
-    after: Past,
+    after: RunHistory,
     *,
     command: CommandKind = CommandKind.ROLLBACK,
     value: float = math.nan,
@@ -496,7 +496,7 @@ def _back_to(
     )
 
 
-def _skip(scene: Scene, batches: int) -> Preview:
+def _skip(scene: RunState, batches: int) -> Preview:
     if scene.ledger is None or not scene.rows:
         return _plain(
             scene,
@@ -523,18 +523,18 @@ def _skip(scene: Scene, batches: int) -> Preview:
     )
 
 
-def _usable(ledger: Ledger, first: int, last: int) -> list[int]:
+def _usable(ledger: SampleCursor, first: int, last: int) -> list[int]:
     """The positions of [first, last) that are not quarantined."""
     order = ledger.order
     held = ledger.quarantine.held(first, order.samples(first, last), order)
     return [position for position, out in enumerate(held, first) if not out]
 
 
-def _plain(scene: Scene, command: CommandKind, value: float, **fields: Any) -> Preview:
+def _plain(scene: RunState, command: CommandKind, value: float, **fields: Any) -> Preview:
     return _named(scene, command.value, value=float(value), **fields)
 
 
-def _named(scene: Scene, command: str, **fields: Any) -> Preview:
+def _named(scene: RunState, command: str, **fields: Any) -> Preview:
     alpha = scene.effects(scene.step + 1).embed_alpha
     now = {"lr_before": scene.lr_of(scene.step + 1), "alpha_before": alpha}
     where = {"step": scene.step, "timeline": scene.timeline, "question": scene.question}

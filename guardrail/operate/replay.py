@@ -31,12 +31,12 @@ from guardrail.core.errors import (
 from guardrail.core.files import FOLDER_MODE, encode_json, replace_file
 from guardrail.core.records import METRIC_COLUMNS, Command, CommandKind, Event, Record
 from guardrail.core.text import clean
-from guardrail.decide.run_history import Past
-from guardrail.decide.timelines import Timelines
+from guardrail.decide.run_history import RunHistory
+from guardrail.decide.timelines import TimelineIndex
 from guardrail.launch import launcher as launching
 from guardrail.launch.preflight import cuda_devices
 from guardrail.report.incident import Incident
-from guardrail.report.incident_builder import ENDS, Casebook
+from guardrail.report.incident_builder import ENDS, IncidentBuilder
 from guardrail.rundir import processes
 from guardrail.rundir.manifest import Manifest, checkpoint_dirs, fingerprint, read_manifest
 from guardrail.rundir.run_directory import MetricsView, RunDirectory
@@ -160,7 +160,7 @@ def plan(run: RunDirectory, incident: int | None = None) -> Plan:
 
 
 def _incident(run: RunDirectory, events: Sequence[Event], number: int) -> Incident:
-    incidents = {one.number: one for one in Casebook().of(events)}
+    incidents = {one.number: one for one in IncidentBuilder().of(events)}
     if number not in incidents:
         known = ", ".join(str(one) for one in sorted(incidents) if one) or "none"
         raise UsageError(f"{run.name} has no incident {number}\n  hint: it has {known}")
@@ -173,7 +173,7 @@ def _before(
     """The newest checkpoint of the present from before the incident; the beginning does where it is
     that near.
     """
-    past = Past.of(events)
+    past = RunHistory.of(events)
     data = min((span.first for span in incident.spans), default=None)
     left: list[int] = []
     for folder in checkpoint_dirs(run.checkpoints):
@@ -348,7 +348,7 @@ class Comparison:
         import numpy as np
 
         self._read = 0  # rows of the replay that have been compared
-        self._timelines = Timelines()
+        self._timelines = TimelineIndex()
         self._met = np.zeros(len(self._steps), dtype=bool)
         self.steps = 0
         self.first: Difference | None = None
@@ -430,7 +430,7 @@ def weights(run: RunDirectory, scratch: RunDirectory, stretch: Plan) -> tuple[in
         for folder in checkpoint_dirs(scratch.checkpoints)
         if (m := _manifest(folder)) is not None
     }
-    past = Past.of(run.events())
+    past = RunHistory.of(run.events())
     for folder in checkpoint_dirs(run.checkpoints):
         manifest = _manifest(folder)
         if manifest is None or not stretch.from_step < manifest.step <= stretch.to_step:

@@ -9,16 +9,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from guardrail.core.config import GuardSection, load_guard
+from guardrail.core.config import GuardOptions, load_guard
 from guardrail.core.errors import ConfigError
 from guardrail.core.files import as_int
 from guardrail.core.records import Event, Mode, Phase, SnapshotInfo, Status, Unresolved
 from guardrail.decide.questions import open_question
-from guardrail.decide.run_history import Effects, Past
+from guardrail.decide.run_history import Effects, RunHistory
 from guardrail.rundir.run_directory import RunDirectory
 
 if TYPE_CHECKING:
-    from guardrail.decide.sample_order import Ledger
+    from guardrail.decide.sample_order import SampleCursor
 
 COLUMNS = ("step", "first", "last", "lr", "step_time")
 
@@ -34,7 +34,7 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scene:
+class RunState:
     """Where a run stands.
 
     Attributes:
@@ -57,20 +57,20 @@ class Scene:
     phase: Phase = Phase.STEP
     states: tuple[SnapshotInfo, ...] = ()
     rows: Sequence[Row] = ()
-    past: Past = field(default_factory=Past)
+    past: RunHistory = field(default_factory=RunHistory)
     events: Sequence[Event] = ()
-    ledger: Ledger | None = None
+    ledger: SampleCursor | None = None
     unresolved: Unresolved | None = None
-    settings: GuardSection = field(default_factory=GuardSection)
+    settings: GuardOptions = field(default_factory=GuardOptions)
 
     @classmethod
-    def of(cls, run: RunDirectory, *, status: Status | None = None) -> Scene:
+    def of(cls, run: RunDirectory, *, status: Status | None = None) -> RunState:
         """Read it from a run directory; `status` replaces what the directory says where somebody
         knows better.
         """
         events = run.events()
         status = status or run.known_status()
-        past = Past.of(events)
+        past = RunHistory.of(events)
         settings = _settings_of(run)
         if status is None:
             return cls(past=past, events=events, ledger=_ledger_of(events, past), settings=settings)
@@ -105,13 +105,13 @@ class Scene:
         recent = [row.seconds for row in self.rows[-20:] if row.seconds > 0]
         return max(10, math.ceil(seconds * len(recent) / math.fsum(recent))) if recent else 10
 
-    def effects(self, step: int, past: Past | None = None) -> Effects:
+    def effects(self, step: int, past: RunHistory | None = None) -> Effects:
         """What an update is made with, as things are or as `past` has it: settings by hand and all
         remedies.
         """
         return (past or self.past).effects(step, self.settings)
 
-    def lr_of(self, step: int, past: Past | None = None) -> float:
+    def lr_of(self, step: int, past: RunHistory | None = None) -> float:
         """The learning rate of `step`, a step that the rows know or the next one, as things are or
         as `past` has it.
         """
@@ -151,24 +151,24 @@ class Scene:
         )
 
 
-def _settings_of(run: RunDirectory) -> GuardSection:
+def _settings_of(run: RunDirectory) -> GuardOptions:
     """The guard's settings of a run; the defaults where another version wrote them."""
     try:
         return load_guard(run.path / "config.toml", of_run=True)
     except ConfigError:
-        return GuardSection()
+        return GuardOptions()
 
 
-def _ledger_of(events: Iterable[Event], past: Past) -> Ledger | None:
+def _ledger_of(events: Iterable[Event], past: RunHistory) -> SampleCursor | None:
     """The order that the journal names, with all that the run itself has left out."""
-    from guardrail.decide.sample_order import Ledger, SampleOrder
+    from guardrail.decide.sample_order import SampleCursor, SampleOrder
 
     for event in events:
         data = event.data
         samples = data.get("samples")
         if event.kind == "started" and isinstance(samples, int) and samples > 0:
             seed, shuffled = data.get("order_seed", data.get("seed", 0)), data.get("shuffled", True)
-            ledger = Ledger(
+            ledger = SampleCursor(
                 SampleOrder(samples=samples, seed=int(seed), shuffled=bool(shuffled)), batch_size=1
             )
             for span in past.spans:

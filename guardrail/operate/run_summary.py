@@ -23,7 +23,7 @@ Alive = Callable[[RunDirectory, Status], bool | None]
 
 
 @dataclass(frozen=True)
-class Glance:
+class RunSummary:
     """One run. Texts are clean.
 
     Attributes:
@@ -53,7 +53,7 @@ class Glance:
         return asdict(self)
 
 
-def glance(run: RunDirectory, alive: Alive) -> Glance:
+def glance(run: RunDirectory, alive: Alive) -> RunSummary:
     """One run as it is now.
 
     Args:
@@ -71,7 +71,7 @@ def glance(run: RunDirectory, alive: Alive) -> Glance:
             state = "asking"
     losses = loss_points(run, 1)
     going = state not in ("new", "lost", "unknown") and not known.phase.ended
-    return Glance(
+    return RunSummary(
         run=clean(run.name, 120),
         path=str(run.path),
         state=state,
@@ -88,7 +88,7 @@ def glance(run: RunDirectory, alive: Alive) -> Glance:
     )
 
 
-def glances(root: str | os.PathLike[str], alive: Alive) -> list[Glance]:
+def glances(root: str | os.PathLike[str], alive: Alive) -> list[RunSummary]:
     """All runs under a root, newest first."""
     return [glance(run, alive) for run in list_runs(root)]
 

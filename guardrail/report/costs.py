@@ -10,7 +10,7 @@ import msgspec
 
 from guardrail.core.records import LOSS, Action, Event
 from guardrail.decide.recovery import expected
-from guardrail.decide.timelines import Timelines
+from guardrail.decide.timelines import TimelineIndex
 from guardrail.report.incident import Cost, Incident
 from guardrail.report.journal_entries import whole
 from guardrail.rundir.run_directory import MetricsView, RunDirectory
@@ -44,7 +44,7 @@ def _cost(incident: Incident, view: MetricsView, events: list[Event], parked: fl
     tried = np.zeros(len(view), dtype=bool)
     for deed in incident.deeds:
         if deed.new_timeline >= 0 and deed.to_step is not None:
-            before = Timelines()
+            before = TimelineIndex()
             before.add_events(
                 e
                 for e in events

@@ -8,7 +8,7 @@ import math
 
 import msgspec
 
-from guardrail.core.records import Curve, Finding, Record, Span
+from guardrail.core.records import Finding, LossTrend, Record, Span
 
 
 class Document(Record, frozen=True, kw_only=True):
@@ -67,7 +67,7 @@ class Token(Record, frozen=True, kw_only=True):
         return f"{named}: {', '.join(facts)}" if facts else named
 
 
-class Deed(Record, frozen=True, kw_only=True):
+class IncidentAction(Record, frozen=True, kw_only=True):
     """What was done about an incident.
 
     Attributes:
@@ -141,7 +141,7 @@ class Incident(Record, frozen=True, kw_only=True):
     # rank -> non-finite gradients
     parameters: dict[str, list[str]] = msgspec.field(default_factory=dict)
     tokens: tuple[Token, ...] = ()
-    deeds: tuple[Deed, ...] = ()
+    deeds: tuple[IncidentAction, ...] = ()
     spans: tuple[Span, ...] = ()
     samples: int = 0
     documents: tuple[Document, ...] = ()
@@ -150,7 +150,7 @@ class Incident(Record, frozen=True, kw_only=True):
     cause: str = ""
     cause_reason: str = ""
     closed_step: int = 0
-    curve: Curve | None = None
+    curve: LossTrend | None = None
     outcome: str = ""
     measured: dict[str, float] = msgspec.field(default_factory=dict)
     cost: Cost = Cost()

@@ -13,8 +13,8 @@ import msgspec
 from guardrail.core.files import as_float
 from guardrail.core.records import Event, Finding, Span
 from guardrail.core.text import clean
-from guardrail.decide.undo import joined, pieces_of, taken_back
-from guardrail.report.incident import Deed, Incident, Token
+from guardrail.decide.undo import joined, split_span, undone_spans
+from guardrail.report.incident import Incident, IncidentAction, Token
 from guardrail.report.journal_entries import (
     curve_of,
     deed_of,
@@ -32,7 +32,7 @@ _NEAR = 20  # verdicts without an incident's number belong together up to this m
 _TOKENS = 8  # of an incident, named
 
 
-class Casebook:
+class IncidentBuilder:
     """Gathers events into incidents: by number, else with what happened close by.
 
     Args:
@@ -139,7 +139,7 @@ class Casebook:
 
     def _undo(self, event: Event) -> None:
         """What a person took back is no longer left out."""
-        back = taken_back(event)
+        back = undone_spans(event)
         for incident in [
             one for one in self._found.values() if any(span in back for span in one.spans)
         ]:
@@ -192,7 +192,7 @@ class Casebook:
         self._found[incident.number] = msgspec.structs.replace(incident, **changes)
 
 
-def asked_for(events: Iterable[Event]) -> Iterator[Deed]:
+def asked_for(events: Iterable[Event]) -> Iterator[IncidentAction]:
     """Skips and rollbacks that a person wanted: no incidents."""
     for event in events:
         span = span_of(event) if event.kind in ("left_out", "rollback") else None
@@ -234,7 +234,7 @@ def _with_span(incident: Incident, span: Span, event: Event) -> dict[str, Any]:
 
 def _samples(spans: Iterable[Span]) -> int:
     """Positions that are left out; of a span that means some of its positions, these."""
-    pieces = joined(piece for span in spans for piece in pieces_of(span))
+    pieces = joined(piece for span in spans for piece in split_span(span))
     return sum(last - first for first, last in pieces)
 
 

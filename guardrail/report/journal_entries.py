@@ -11,20 +11,20 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from guardrail.core.files import as_float, as_int
-from guardrail.core.records import Curve, Event
+from guardrail.core.records import Event, LossTrend
 from guardrail.core.text import clean
-from guardrail.report.incident import Deed, Document, Sample, Token
+from guardrail.report.incident import Document, IncidentAction, Sample, Token
 from guardrail.rundir.run_directory import span_of
 
 
-def deed_of(event: Event, action: str) -> Deed:
+def deed_of(event: Event, action: str) -> IncidentAction:
     """What the line did, under the name `action`."""
     data = event.data
     window = data.get("window")
     to_step = data.get("to_step")
     lost = whole(data.get("from_step")) - to_step if isinstance(to_step, int) else 0
     span = span_of(event)
-    return Deed(
+    return IncidentAction(
         action=action,
         step=event.step,
         timeline=event.timeline,
@@ -114,7 +114,7 @@ def documents_of(data: Mapping[str, Any]) -> tuple[Document, ...]:
     return tuple(found)
 
 
-def curve_of(raw: Any) -> Curve | None:
+def curve_of(raw: Any) -> LossTrend | None:
     """Of a journal that may be anybody's: only one that gives a finite loss at every step."""
     if not isinstance(raw, dict):
         return None
@@ -129,7 +129,7 @@ def curve_of(raw: Any) -> Curve | None:
         and abs(numbers["middle"]) < 100
     ):
         return None
-    return Curve(**numbers, count=max(0, whole(raw.get("count"))))
+    return LossTrend(**numbers, count=max(0, whole(raw.get("count"))))
 
 
 def whole(value: Any) -> int:

@@ -9,8 +9,8 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 
 from guardrail.core.records import CommandKind, Finding, Mode, Span
-from guardrail.report.incident import Deed, Document, Incident, Sample
-from guardrail.report.report import Answered, CheckpointLine, Report, Restart
+from guardrail.report.incident import Document, Incident, IncidentAction, Sample
+from guardrail.report.report import CheckpointLine, CommandRecord, Report, Restart
 
 MAX_DOCUMENTS = 16  # named of one incident; the JSON report has all that the journal named
 MAX_DEEDS = 12  # told of one incident
@@ -176,7 +176,7 @@ def finding_line(finding: Finding) -> str:
     return f"step {finding.step:,}: {finding.kind.value.replace('_', ' ')}: {finding.sentence()}{onset}"
 
 
-def deed_line(deed: Deed) -> str:
+def deed_line(deed: IncidentAction) -> str:
     if deed.action != "rollback" or deed.to_step is None:
         return deed.sentence or f"{deed.action} at step {deed.step:,}"
     tier = f" from {deed.tier}" if deed.tier else ""
@@ -233,7 +233,7 @@ def document_line(document: Document) -> str:
     return f"{document.path}{record}{stretch}"
 
 
-def command_line(answer: Answered) -> str:
+def command_line(answer: CommandRecord) -> str:
     value = ""
     if answer.command == CommandKind.POLICY.value and answer.value in range(len(Mode)):
         value = f" {list(Mode)[int(answer.value)].value}"

@@ -20,17 +20,17 @@ from guardrail.core.errors import RunDirectoryError
 from guardrail.core.files import as_float, encode_json, read_file
 from guardrail.core.records import Event, Record, Span, Status
 from guardrail.core.text import clean
-from guardrail.decide.undo import taken_back
+from guardrail.decide.undo import undone_spans
 from guardrail.report.costs import with_costs
-from guardrail.report.incident import Deed, Incident
-from guardrail.report.incident_builder import Casebook, asked_for
+from guardrail.report.incident import Incident, IncidentAction
+from guardrail.report.incident_builder import IncidentBuilder, asked_for
 from guardrail.report.journal_entries import whole
 from guardrail.rundir.journal import last_turn, outcome_of
 from guardrail.rundir.liveness import is_alive
 from guardrail.rundir.run_directory import RunDirectory, span_of
 
 
-class Answered(Record, frozen=True, kw_only=True):
+class CommandRecord(Record, frozen=True, kw_only=True):
     """A command and the journal's answer."""
 
     id: str
@@ -105,8 +105,8 @@ class Report(Record, frozen=True, kw_only=True):
     unresolved: str = ""
     left_out: int = 0
     incidents: tuple[Incident, ...] = ()
-    by_person: tuple[Deed, ...] = ()  # skips and rollbacks that somebody asked for
-    commands: tuple[Answered, ...] = ()
+    by_person: tuple[IncidentAction, ...] = ()  # skips and rollbacks that somebody asked for
+    commands: tuple[CommandRecord, ...] = ()
     checkpoints: tuple[CheckpointLine, ...] = ()
     restarts: tuple[Restart, ...] = ()
     troubles: tuple[str, ...] = ()
@@ -142,7 +142,7 @@ def build(run: RunDirectory) -> Report:
         guard_share=status.guard_share if status else 0.0,
         unresolved=status.unresolved.sentence() if status and status.unresolved else "",
         left_out=_left_out(events),
-        incidents=tuple(with_costs(run, events, Casebook().of(events))),
+        incidents=tuple(with_costs(run, events, IncidentBuilder().of(events))),
         by_person=tuple(asked_for(events)),
         commands=tuple(_answered(e) for e in events if e.kind == "command"),
         checkpoints=tuple(_checkpoints(events)),
@@ -203,7 +203,7 @@ def quarantine_lines(run: RunDirectory) -> list[str]:
         RunDirectoryError: the order of the samples is not in the journal, or the file cannot be
             read; a list that is not complete would be worse than none.
     """
-    from guardrail.decide.sample_order import Ledger
+    from guardrail.decide.sample_order import SampleCursor
 
     events = run.events()
     spans = list(_spans(events))
@@ -213,7 +213,7 @@ def quarantine_lines(run: RunDirectory) -> list[str]:
             f"{run.path}: the journal does not say in which order the samples came"
         )
     # An order of one sample serves where nothing but the file is left out.
-    ledger = Ledger(order or _any_order(), batch_size=1)
+    ledger = SampleCursor(order or _any_order(), batch_size=1)
     file = _quarantine_file(run)
     if file is not None:
         try:
@@ -232,9 +232,9 @@ def _left_out(events: list[Event]) -> int:
     order = _order(events) if spans else None
     if not spans or order is None:
         return -1 if spans else 0
-    from guardrail.decide.sample_order import Ledger
+    from guardrail.decide.sample_order import SampleCursor
 
-    ledger = Ledger(order, batch_size=1)
+    ledger = SampleCursor(order, batch_size=1)
     return sum(ledger.leave_out(span) for span in spans)
 
 
@@ -249,7 +249,7 @@ def _spans(events: Iterable[Event]) -> Iterator[Span]:
             if span is not None and span not in seen:
                 seen.append(span)
         elif event.kind == "undo":
-            back = taken_back(event)
+            back = undone_spans(event)
             seen = [span for span in seen if span not in back]
     yield from seen
 
@@ -334,9 +334,9 @@ def _metrics(run: RunDirectory) -> dict[str, Any]:
 # -- the rest
 
 
-def _answered(event: Event) -> Answered:
+def _answered(event: Event) -> CommandRecord:
     data = event.data
-    return Answered(
+    return CommandRecord(
         id=clean(str(data.get("id", "")), 128),
         command=clean(str(data.get("command", "")), 40),
         value=as_float(data.get("value", 0.0)),

@@ -70,7 +70,7 @@ _MOJIBAKE = re.compile("\ufffd|[ÃÂ][\x80-\xbf]|â[\x80-\xbf€]|ï»¿")
 _SYMBOL = re.compile(r"#|\.\.\.|…")
 
 
-class Usual:
+class CorpusStatistics:
     """The usual character distribution of a corpus.
 
     Args:
@@ -108,7 +108,9 @@ class Usual:
         return f"characters unlike the corpus: {bits:.1f} bits a character against {self._centre:.1f}{_script(text)}"
 
 
-def odd(text: str, *, usual: Usual | None = None, among: Sequence[str] = ()) -> list[str]:
+def text_anomalies(
+    text: str, *, usual: CorpusStatistics | None = None, among: Sequence[str] = ()
+) -> list[str]:
     """What is odd about a text, one short sentence each; empty where nothing is.
 
     Args:

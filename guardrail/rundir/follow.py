@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from guardrail.core.errors import RunDirectoryError
 from guardrail.core.files import open_file
 from guardrail.core.records import Event
-from guardrail.decide.timelines import Timelines
+from guardrail.decide.timelines import TimelineIndex
 from guardrail.rundir import journal
 from guardrail.rundir.run_directory import MetricsView, RunDirectory
 
@@ -70,7 +70,7 @@ class Follower:
         self._most = most
         self.seq = seq
         self.row = row
-        self.timelines = Timelines()
+        self.timelines = TimelineIndex()
         self.view: MetricsView | None = None
         self.fresh: np.ndarray | None = None
         self.complete = True

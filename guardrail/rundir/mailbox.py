@@ -16,7 +16,7 @@ from guardrail.rundir.run_directory import RunDirectory
 SILENT_SECONDS = 30.0  # a look that takes longer means that the file system hangs
 
 
-class Mailbox:
+class CommandPoller:
     """Commands in the order of their arrival; `next` costs a look at a deque.
 
     The thread outlives whatever goes wrong in a look; `problem` says so until a look succeeds

@@ -21,7 +21,7 @@ import msgspec
 from guardrail.core.errors import RunDirectoryError
 from guardrail.core.files import FILE_MODE, open_file, read_file, refuse_special, replace_file
 from guardrail.core.records import METRIC_COLUMNS, Record
-from guardrail.decide.timelines import Timelines, sensible
+from guardrail.decide.timelines import TimelineIndex, sensible
 
 if TYPE_CHECKING:
     import numpy as np
@@ -157,7 +157,7 @@ class MetricsView:
     """
 
     def __init__(
-        self, columns: Sequence[str], array: np.ndarray, timelines: Callable[[], Timelines]
+        self, columns: Sequence[str], array: np.ndarray, timelines: Callable[[], TimelineIndex]
     ) -> None:
         self.columns = tuple(columns)
         self.array = array
@@ -181,7 +181,7 @@ class MetricsView:
         good = sensible(self.column("step"), self.column("timeline"))
         return self if good.all() else MetricsView(self.columns, self.array[good], self._timelines)
 
-    def current(self, timelines: Timelines | None = None) -> np.ndarray:
+    def current(self, timelines: TimelineIndex | None = None) -> np.ndarray:
         """bool [rows]: rows of the present; what a rollback or a restart abandoned is False.
 
         Args:
@@ -199,7 +199,7 @@ def read_metrics(
     layout_path: Path,
     *,
     columns: Sequence[str] | None,
-    timelines: Callable[[], Timelines],
+    timelines: Callable[[], TimelineIndex],
 ) -> MetricsView:
     """Map the complete rows. `columns` picks and orders columns (a copy); None maps all of them
     without reading.
@@ -258,5 +258,5 @@ class _Picked(MetricsView):
         super().__init__(columns, picked, whole._timelines)
         self._whole = whole
 
-    def current(self, timelines: Timelines | None = None) -> np.ndarray:
+    def current(self, timelines: TimelineIndex | None = None) -> np.ndarray:
         return self._whole.current(timelines)

@@ -40,7 +40,7 @@ from guardrail.core.files import (
 )
 from guardrail.core.records import Command, Event, NodeStatus, RankStatus, Status
 from guardrail.core.text import clean
-from guardrail.decide.timelines import Timelines
+from guardrail.decide.timelines import TimelineIndex
 from guardrail.rundir import journal
 from guardrail.rundir.command_files import Inbox, Refusal, check_command, undone
 from guardrail.rundir.journal import findings_of, last_turn, outcome_of, span_of
@@ -371,8 +371,8 @@ class RunDirectory:
     def metrics(self, columns: Sequence[str] | None = None) -> MetricsView:
         """The rows that are complete now; empty while there are none."""
 
-        def timelines() -> Timelines:
-            known = Timelines()
+        def timelines() -> TimelineIndex:
+            known = TimelineIndex()
             known.add_events(self.events())
             return known
 

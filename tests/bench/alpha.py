@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from guardrail.torch.measure.reduction import Probes
+from guardrail.torch.measure.reduction import StepReduction
 from guardrail.torch.measure.update_gate import Gate
 
 BATCH, LENGTH, WIDTH = 16, 64, 64
@@ -78,7 +78,7 @@ class Run:
 
     def train(self, steps: int, *, alpha: float = 1.0, until: int | None = None) -> list[float]:
         """Norms of the embedding's updates."""
-        probes = Probes(self.model, rank=0, world=1)
+        probes = StepReduction(self.model, rank=0, world=1)
         gate = Gate(
             [self.optimizer], parameters=probes.parameters, embedding=probes.embedding, clip=1.0
         )

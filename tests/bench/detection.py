@@ -32,7 +32,7 @@ from guardrail.backtest.backtest import backtest
 from guardrail.backtest.importers import delimited
 from guardrail.backtest.importers.recorded_log import Column, Log
 from guardrail.backtest.scoring import Marks, score, total
-from guardrail.core.config import GuardSection, load_guard
+from guardrail.core.config import GuardOptions, load_guard
 from guardrail.core.records import GRAD_NORM, LOSS
 from tests.bench.rules import RULES, Rule
 
@@ -107,7 +107,7 @@ def read_traces(folder: Path) -> tuple[dict[str, Any], dict[str, Log]]:
     }
 
 
-def cross_validate(labels: dict[str, Any], logs: dict[str, Log], settings: GuardSection) -> None:
+def cross_validate(labels: dict[str, Any], logs: dict[str, Log], settings: GuardOptions) -> None:
     """Each family under the scores that were the best on all others: most acted on within the goals
     on false alarms.
     """
@@ -140,7 +140,7 @@ def merit(figures: dict[str, Any], scores: tuple[float, ...]) -> tuple[float, ..
     return within, figures["acted"], figures["noted"], -figures["false_skips_per_10k"], *scores
 
 
-def time_a_million(settings: GuardSection, records: int = 1_000_000) -> None:
+def time_a_million(settings: GuardOptions, records: int = 1_000_000) -> None:
     dice = random.Random(0)
     log = Log(path="healthy", format="none", steps=array("q", range(1, records + 1)))
     for name, level, noise in ((LOSS, 2.5, 0.02), (GRAD_NORM, 0.5, 0.15)):
@@ -157,7 +157,7 @@ def time_a_million(settings: GuardSection, records: int = 1_000_000) -> None:
     print(f"{len(alarms)} alarms")
 
 
-def by_guardrail(logs: dict[str, Log], settings: GuardSection) -> tuple[float, Verdicts]:
+def by_guardrail(logs: dict[str, Log], settings: GuardOptions) -> tuple[float, Verdicts]:
     """(seconds, run -> steps and verdicts)."""
     results = {run: backtest(log, settings) for run, log in logs.items()}
     verdicts: Verdicts = {

@@ -17,10 +17,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from guardrail.core.records import Span
-from guardrail.decide.sample_order import Ledger, SampleOrder
-from guardrail.decide.timelines import Timelines
+from guardrail.decide.sample_order import SampleCursor, SampleOrder
+from guardrail.decide.timelines import TimelineIndex
 from guardrail.operate.replay import Comparison, Plan
-from guardrail.report.text_quality import odd
+from guardrail.report.text_quality import text_anomalies
 from guardrail.rundir.metrics import MetricsView
 
 COLUMNS = ("step", "timeline", "verdict", *(f"signal_{number}" for number in range(12)))
@@ -43,7 +43,7 @@ class Rows:
         self.table, self.rows = table, len(table)
 
     def metrics(self) -> MetricsView:
-        return MetricsView(COLUMNS, self.table[: self.rows], Timelines)
+        return MetricsView(COLUMNS, self.table[: self.rows], TimelineIndex)
 
 
 def compare(steps: int) -> float:
@@ -63,7 +63,7 @@ def compare(steps: int) -> float:
 def skip(batches: int) -> tuple[float, float]:
     """(Seconds, MB) for a skip of so many batches of 32."""
     count = 32 * batches
-    book = Ledger(SampleOrder(samples=2 * count, seed=1), batch_size=32)
+    book = SampleCursor(SampleOrder(samples=2 * count, seed=1), batch_size=32)
     span = Span(
         first=count // 2, last=count // 2 + count, cause="user", step=1, reason="", batches=batches
     )
@@ -100,7 +100,7 @@ def lines() -> Iterator[str]:
         for size in (250_000, 1_000_000):
             text = text_of(script, size)
             began = time.process_time()
-            odd(text)
+            text_anomalies(text)
             yield f"text      {size:>9,} characters {script:12} {time.process_time() - began:8.2f} s of CPU"
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from guardrail.core.config import GuardSection
+from guardrail.core.config import GuardOptions
 from guardrail.detectors import baseline, divergence, growth, spike, stuck
 from guardrail.detectors import benign_outliers as tail
 from guardrail.detectors import build as standard
@@ -69,7 +69,7 @@ def main() -> None:
         return
     labels, logs = read_traces(arguments.traces)
 
-    def row(name: str, value: float, settings: GuardSection) -> None:
+    def row(name: str, value: float, settings: GuardOptions) -> None:
         figures = score(labels, by_guardrail(logs, settings)[1])[0]
         cells = " ".join(f"{figures[key]:>12.4g}" for key in FIGURES)
         print(f"{name:28} {value:>10.4g} {cells}", flush=True)
@@ -78,7 +78,7 @@ def main() -> None:
         f"{'constant':28} {'value':>10} "
         + " ".join(f"{key.removesuffix('_per_10k')[-12:]:>12}" for key in FIGURES)
     )
-    plain = GuardSection()
+    plain = GuardOptions()
     row("as it is", math.nan, plain)
     for name in SETTINGS:
         for value in moved(getattr(plain, name), arguments.by):

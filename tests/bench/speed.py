@@ -470,8 +470,8 @@ def main() -> None:
             options = ["--rounds", str(arguments.rounds), "--only", ";".join(names), *compiled]
             found = start(world, folder, arguments.threads, *options)[0]
             memory = {}
-            weighed = [*names, NO_RING] if OURS in names else names
-            for contender in [] if arguments.no_memory else weighed:
+            classify_shift = [*names, NO_RING] if OURS in names else names
+            for contender in [] if arguments.no_memory else classify_shift:
                 ranks = start(world, folder, arguments.threads, "--alone", contender, *compiled)
                 memory[contender] = max(each["mib"] for each in ranks)
             report(world, found, memory)

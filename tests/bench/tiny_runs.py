@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from guardrail.core.config import GuardSection, load_guard
+from guardrail.core.config import GuardOptions, load_guard
 from guardrail.core.records import GRAD_NORM, LOSS, Action, Mode, Observation
 from guardrail.decide.controller import Controller
 
@@ -100,7 +100,7 @@ def train(text: np.ndarray, seed: int, steps: int) -> Iterator[tuple[float, floa
         yield loss, norm
 
 
-def judge(rows: list[tuple[float, float]], settings: GuardSection) -> Counter[str]:
+def judge(rows: list[tuple[float, float]], settings: GuardOptions) -> Counter[str]:
     """What the guard would have done: verdicts, and the number of incidents."""
     controller = Controller(settings, mode=Mode.ADVISE)
     found: Counter[str] = Counter()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from guardrail.core.records import Command, CommandKind
-from guardrail.decide.run_history import Past
+from guardrail.decide.run_history import RunHistory
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.running import (
     BATCH,
@@ -56,7 +56,7 @@ def config_of(
 
 
 def alphas(config: Config, run: RunDirectory, steps: range) -> list[float]:
-    past = Past.of(run.events())
+    past = RunHistory.of(run.events())
     return [past.effects(step, config.guard).embed_alpha for step in steps]
 
 

@@ -25,14 +25,14 @@ from torch import nn
 import guardrail.torch.guard.command_handler as desk
 from guardrail.cli.ctl import command as ctl
 from guardrail.core import records
-from guardrail.core.config import CheckpointSection, GuardSection, Settings, SnapshotSection
+from guardrail.core.config import CheckpointSection, GuardConfig, GuardOptions, SnapshotSection
 from guardrail.core.errors import RunDirectoryError, UsageError
 from guardrail.core.records import Command, CommandKind, Event, Mode, Phase, Status
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.launch import launcher as launching
 from guardrail.operate import control, preview
 from guardrail.rundir import journal, processes
-from guardrail.rundir.mailbox import Mailbox
+from guardrail.rundir.mailbox import CommandPoller
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.rundir.run_lock import RunLock
 from guardrail.torch.guard.guard import Guard
@@ -60,8 +60,8 @@ class Asking:
         model = nn.Linear(2, 1)
         self.model = model
         self.guard = Guard.from_config(
-            Settings(
-                guard=GuardSection(mode=mode, persist=1, cause_test=False),
+            GuardConfig(
+                guard=GuardOptions(mode=mode, persist=1, cause_test=False),
                 snapshots=SnapshotSection(every=5, keep=3),
                 checkpoint=CheckpointSection(every=100_000),
             ),
@@ -135,7 +135,7 @@ class Asking:
 def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The same paths, with shorter waits between two looks."""
     monkeypatch.setattr(desk, "PARKED_SECONDS", 0.002)
-    monkeypatch.setattr(desk, "Mailbox", partial(Mailbox, seconds=0.004))
+    monkeypatch.setattr(desk, "Mailbox", partial(CommandPoller, seconds=0.004))
     yield
 
 

@@ -20,7 +20,7 @@ from guardrail.backtest.importers.sources import sources
 from guardrail.backtest.rejudge import Rejudge
 from guardrail.backtest.scoring import as_dict, score
 from guardrail.cli.main import main
-from guardrail.core.config import GuardSection, load_guard
+from guardrail.core.config import GuardOptions, load_guard
 from guardrail.core.files import encode_json
 from guardrail.core.records import (
     EMBED_GRAD_NORM,
@@ -29,7 +29,7 @@ from guardrail.core.records import (
     Action,
     Command,
     CommandKind,
-    Kind,
+    FindingKind,
     Mode,
     Observation,
 )
@@ -198,7 +198,7 @@ def test_what_cannot_be_read_is_said_and_the_rest_done(
 
 def test_the_same_code_as_live(spiked: Path) -> None:
     (log,) = next(sources([str(spiked)])).read({})
-    controller = Controller(GuardSection(), mode=Mode.ADVISE)
+    controller = Controller(GuardOptions(), mode=Mode.ADVISE)
     expected = []
     for row, (step, loss, norm) in enumerate(
         zip(log.steps, log.columns["loss"].values, log.columns["grad_norm"].values, strict=True)
@@ -209,7 +209,7 @@ def test_the_same_code_as_live(spiked: Path) -> None:
         verdict = controller.observe(obs)
         if verdict.findings:
             expected.append((row, (verdict.would or Action.APPLY).value, verdict.findings[0].score))
-    alarms = backtest(log, GuardSection()).alarms
+    alarms = backtest(log, GuardOptions()).alarms
     assert [(a.row, a.verdict.replace("note", "apply"), a.score) for a in alarms] == expected
     assert len(expected) > 4
 
@@ -359,7 +359,8 @@ def test_run_that_was_resumed_into_other_data(tmp_path: Path) -> None:
     assert_as_live(run)
     (noted,) = of_kind(run, "finding")
     assert (
-        noted.data["at_step"] == 21 and noted.data["findings"][0]["kind"] == Kind.RESUME_JUMP.value
+        noted.data["at_step"] == 21
+        and noted.data["findings"][0]["kind"] == FindingKind.RESUME_JUMP.value
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from guardrail.core.config import NotifySection, Settings
+from guardrail.core.config import GuardConfig, NotifySection
 from guardrail.core.errors import ConfigError
 from guardrail.core.records import Event
 from guardrail.launch import preflight
@@ -62,11 +62,11 @@ def test_an_address_that_is_none_and_a_package_that_is_missing_are_refused_early
     tmp_path: Path,
 ) -> None:
     with pytest.raises(ConfigError, match=r"notify\.webhook = \(masked\): expected an http"):
-        Settings(notify=NotifySection(webhook="file:///etc/passwd")).check(base=tmp_path)
+        GuardConfig(notify=NotifySection(webhook="file:///etc/passwd")).check(base=tmp_path)
     found = [
         error.key
         for error in preflight.problems(
-            Settings(notify=NotifySection(apprise=("json://x",))), file="c"
+            GuardConfig(notify=NotifySection(apprise=("json://x",))), file="c"
         )
     ]
     assert ("notify.apprise" in found) is (not _has_apprise())

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from guardrail.core.config import Settings
+from guardrail.core.config import GuardConfig
 from guardrail.core.errors import ExitCode
 from guardrail.core.schema import typed
 from guardrail.tui.screens.keys import markdown
@@ -123,4 +123,4 @@ def test_numbers_stand_where_they_are_promised() -> None:
 
 @pytest.mark.parametrize("block", blocks("toml"))
 def test_every_piece_of_configuration_is_one(block: str) -> None:
-    typed(tomllib.loads(block), Settings, file="README.md").check(base=ROOT)
+    typed(tomllib.loads(block), GuardConfig, file="README.md").check(base=ROOT)

@@ -17,7 +17,7 @@ import pytest
 from guardrail.cli.main import main
 from guardrail.core.errors import UsageError
 from guardrail.core.records import Command, CommandKind, Event, Mode
-from guardrail.decide.timelines import Timelines
+from guardrail.decide.timelines import TimelineIndex
 from guardrail.operate import replay as replaying
 from guardrail.operate.replay import Comparison, Outcome, Plan, outcome, plan, prepare
 from guardrail.rundir.manifest import checkpoint_dirs
@@ -272,7 +272,7 @@ class Growing:
                 outer.read += len(self.array)
                 return super().column(name)
 
-        return Counting(self.columns, self.table[: self.rows], Timelines)
+        return Counting(self.columns, self.table[: self.rows], TimelineIndex)
 
 
 @pytest.mark.fault("C3")

@@ -14,7 +14,7 @@ import pytest
 
 from guardrail.cli import report as report_command
 from guardrail.cli.main import main
-from guardrail.core.config import NotifySection, Settings, build, dump, load, load_guard
+from guardrail.core.config import GuardConfig, NotifySection, build, dump, load, load_guard
 from guardrail.core.errors import ConfigError
 from guardrail.launch import launcher as launching
 from guardrail.launch import preflight
@@ -36,7 +36,7 @@ def reference(**place: str) -> Any:
     return SecretRef(**place)
 
 
-def loaded(path: Path, text: str, *overrides: str) -> Settings:
+def loaded(path: Path, text: str, *overrides: str) -> GuardConfig:
     (path / "c.toml").write_text(text)
     return load(path / "c.toml", overrides=overrides)
 
@@ -205,7 +205,7 @@ def test_the_launcher_wants_to_read_what_is_referred_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def problems(**notify: Any) -> list[str]:
-        found = preflight.problems(Settings(notify=NotifySection(**notify)), file="c.toml")
+        found = preflight.problems(GuardConfig(notify=NotifySection(**notify)), file="c.toml")
         return [
             str(error)
             for error in found

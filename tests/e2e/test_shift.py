@@ -13,7 +13,7 @@ import pytest
 from msgspec import structs
 
 import guardrail.torch.diagnose.cause_test
-from guardrail.core.config import GuardSection
+from guardrail.core.config import GuardOptions
 from guardrail.core.records import (
     LOSS,
     Action,
@@ -21,13 +21,13 @@ from guardrail.core.records import (
     Diagnosis,
     Event,
     Finding,
-    Kind,
+    FindingKind,
     Mode,
     Observation,
     Severity,
 )
 from guardrail.decide.controller import Controller
-from guardrail.decide.root_cause import Pass, Trouble, ahead_of, structure_of
+from guardrail.decide.root_cause import AnomalySignature, ReplayPass, ahead_of, structure_of
 from guardrail.report.report import build
 from tests.parallel.test_law import killed_behind
 from tests.support.feed import healthy_loss, noisy, obs, warmed
@@ -47,7 +47,7 @@ from trainer.objectives.loss import IGNORED, reordered
 SPIKE = Finding(
     signal=LOSS,
     step=31,
-    kind=Kind.LOSS_SPIKE,
+    kind=FindingKind.LOSS_SPIKE,
     severity=Severity.REJECT,
     value=6.0,
     baseline=2.0,
@@ -57,9 +57,12 @@ SPIKE = Finding(
 )
 
 
-def far(*losses: float) -> list[tuple[int, Pass]]:
+def far(*losses: float) -> list[tuple[int, ReplayPass]]:
     """Batches 256, 128, ... ahead with these losses."""
-    return [(256 >> at, Pass(what="far", signals={LOSS: value})) for at, value in enumerate(losses)]
+    return [
+        (256 >> at, ReplayPass(what="far", signals={LOSS: value}))
+        for at, value in enumerate(losses)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +81,7 @@ def test_all_that_is_looked_at_ahead_must_be_in_the_same_trouble(
     losses: tuple[float, ...], ahead: bool
 ) -> None:
     before = Diagnosis(cause=Cause.DATA, reason="it comes again", passes=6)
-    after = ahead_of(before, Trouble.of([SPIKE]), far(*losses), passes=6 + len(losses))
+    after = ahead_of(before, AnomalySignature.of([SPIKE]), far(*losses), passes=6 + len(losses))
     assert after.ahead is ahead and after.passes == 6 + len(losses) and after.cause is Cause.DATA
     hit = sum(value > 4.0 for value in losses)
     assert (f"so do {hit} of {len(losses)} batches" in after.reason) == bool(losses)
@@ -88,7 +91,7 @@ def test_what_is_not_a_number_is_never_the_level() -> None:
     nan = Finding(
         signal=LOSS,
         step=31,
-        kind=Kind.NONFINITE,
+        kind=FindingKind.NONFINITE,
         severity=Severity.REJECT,
         value=math.nan,
         baseline=2.0,
@@ -97,7 +100,7 @@ def test_what_is_not_a_number_is_never_the_level() -> None:
         onset=31,
     )
     before = Diagnosis(cause=Cause.DATA, reason="it comes again", passes=6)
-    assert not ahead_of(before, Trouble.of([nan]), far(*[math.nan] * 5), passes=11).ahead
+    assert not ahead_of(before, AnomalySignature.of([nan]), far(*[math.nan] * 5), passes=11).ahead
 
 
 # -- the controller
@@ -110,11 +113,13 @@ def other(step: int) -> Observation:
 
 def shifted(mode: Mode) -> tuple[Controller, int]:
     """(A controller that has been told of the shift at a step, that step)."""
-    controller = Controller(GuardSection(mode=mode))
+    controller = Controller(GuardOptions(mode=mode))
     step = warmed(controller)
     verdict = controller.observe(other(step))
-    assert controller.wants_cause(verdict)
-    retry = controller.reconsider(other(step), verdict, Diagnosis(cause=Cause.DATA, shift=True))
+    assert controller.needs_cause_test(verdict)
+    retry = controller.apply_diagnosis(
+        other(step), verdict, Diagnosis(cause=Cause.DATA, shift=True)
+    )
     assert retry.action is Action.RETRY and retry.window is None and not retry.accepted
     return controller, step
 
@@ -124,7 +129,9 @@ def test_the_batch_is_formed_again_and_begins_a_level(mode: Mode) -> None:
     controller, step = shifted(mode)
     first = controller.observe(other(step))
     assert first.action is Action.APPLY and first.accepted
-    assert {f.kind for f in first.findings} == {Kind.LEVEL_SHIFT} and "accepted" in first.reason
+    assert {f.kind for f in first.findings} == {
+        FindingKind.LEVEL_SHIFT
+    } and "accepted" in first.reason
     ends = [first.incident_state]
     for later in range(step + 1, step + 100):
         verdict = controller.observe(other(later))
@@ -149,7 +156,7 @@ def test_another_batch_is_asked_about_anew_and_a_nan_stays_out() -> None:
 
 def test_a_process_that_starts_again_knows_where_the_level_begins() -> None:
     live, step = shifted(Mode.AUTO)
-    resumed = Controller(GuardSection())
+    resumed = Controller(GuardOptions())
     resumed.load_state_dict(live.state_dict())
     batch = other(step)
     curve = None
@@ -183,13 +190,13 @@ def test_nobody_is_wary_before_the_place_of_the_trouble() -> None:
     """A process that starts again from an older state knows of the incident there, and judged those
     steps without.
     """
-    controller = Controller(GuardSection())
+    controller = Controller(GuardOptions())
     step = warmed(controller)
     raised = obs(step, 1.12 * healthy_loss(step), 0.5 * math.exp(0.2 * 6))
     assert controller.observe(raised).action is Action.APPLY, "nothing by itself"
 
     for place, action in ((raised.first + 5 * 16, Action.APPLY), (raised.first, Action.SKIP)):
-        again = Controller(GuardSection())
+        again = Controller(GuardOptions())
         warmed(again)
         again.rebuild(
             Event(seq=at, time=0.0, step=step - 1, timeline=0, kind=kind, message="", data=fields)
@@ -218,16 +225,17 @@ def raised(step: int) -> Observation:
 
 
 def test_what_every_batch_has_a_little_of_is_borne_and_a_spike_is_not() -> None:
-    controller = Controller(GuardSection())
+    controller = Controller(GuardOptions())
     step = warmed(controller)
     assert controller.observe(raised(step)).action is Action.APPLY
     verdict = controller.observe(raised(step + 1))
-    assert verdict.action is Action.SKIP and controller.wants_cause(verdict)
-    told = controller.weighed(raised(step + 1), Diagnosis(cause=Cause.STATE))
+    assert verdict.action is Action.SKIP and controller.needs_cause_test(verdict)
+    told = controller.classify_shift(raised(step + 1), Diagnosis(cause=Cause.STATE))
     assert (
-        told.borne and not controller.weighed(other(step + 1), Diagnosis(cause=Cause.STATE)).borne
+        told.borne
+        and not controller.classify_shift(other(step + 1), Diagnosis(cause=Cause.STATE)).borne
     )
-    retry = controller.reconsider(raised(step + 1), verdict, told)
+    retry = controller.apply_diagnosis(raised(step + 1), verdict, told)
     assert retry.action is Action.RETRY and retry.incident_state == "open"
     assert controller.is_borne(raised(step + 1))
     for later in range(step + 1, step + 4):
@@ -237,13 +245,13 @@ def test_what_every_batch_has_a_little_of_is_borne_and_a_spike_is_not() -> None:
 
 
 def test_what_is_borne_and_goes_on_to_rise_is_found_as_a_divergence() -> None:
-    controller = Controller(GuardSection())
+    controller = Controller(GuardOptions())
     step = warmed(controller)
     controller.observe(raised(step))
     verdict = controller.observe(raised(step + 1))
-    told = controller.weighed(raised(step + 1), Diagnosis(cause=Cause.STATE))
-    controller.reconsider(raised(step + 1), verdict, told)
-    kinds: set[Kind] = set()
+    told = controller.classify_shift(raised(step + 1), Diagnosis(cause=Cause.STATE))
+    controller.apply_diagnosis(raised(step + 1), verdict, told)
+    kinds: set[FindingKind] = set()
     for later in range(step + 1, step + 60):
         seen = controller.observe(
             obs(later, (1.14 + 0.002 * (later - step)) * healthy_loss(later), 0.5)
@@ -253,7 +261,7 @@ def test_what_is_borne_and_goes_on_to_rise_is_found_as_a_divergence() -> None:
         }
         if kinds:
             break
-    assert kinds == {Kind.DIVERGENCE}
+    assert kinds == {FindingKind.DIVERGENCE}
 
 
 @pytest.mark.parametrize(("mark", "steps"), [("shift", 20), ("borne", 1)])
@@ -263,7 +271,7 @@ def test_a_level_begins_at_its_place_though_nobody_is_wary_any_more(mark: str, s
     """
     kept = []
     for ends in ([], ["recovered"]):
-        controller = Controller(GuardSection())
+        controller = Controller(GuardOptions())
         step = warmed(controller)
         seen = raised(step)
         batch = [seen.first, seen.last]
@@ -288,7 +296,7 @@ def test_a_level_begins_at_its_place_though_nobody_is_wary_any_more(mark: str, s
             assert verdict.action is Action.APPLY and verdict.accepted
         kept.append(controller.state_dict())
     assert kept[0] == kept[1]
-    ignorant = Controller(GuardSection())
+    ignorant = Controller(GuardOptions())
     step = warmed(ignorant)
     for later in range(step, step + steps):
         ignorant.observe(raised(later) if later == step else obs(later, healthy_loss(later), 0.5))
@@ -395,11 +403,11 @@ def judged(structure: float | None, *, ahead: bool, raised: bool = True) -> bool
     """Whether a step is taken for another kind of data; `raised`: by a row of steps that are no
     spikes.
     """
-    controller = Controller(GuardSection())
+    controller = Controller(GuardOptions())
     step = warmed(controller)
     seen = obs(step, 1.1 * healthy_loss(step), 0.5) if raised else other(step)
     found = Diagnosis(cause=Cause.DATA, structure=structure, ahead=ahead)
-    return controller.weighed(seen, found).shift
+    return controller.classify_shift(seen, found).shift
 
 
 @pytest.mark.parametrize("raised", [True, False])
@@ -417,10 +425,10 @@ def test_what_lies_ahead_and_what_the_model_finds_in_it_tell_them_apart(raised: 
 @pytest.mark.fault("A13")
 @pytest.mark.parametrize("raised", [True, False])
 def test_data_whose_structure_was_not_measured_is_never_accepted_as_new_data(raised: bool) -> None:
-    controller = Controller(GuardSection())
+    controller = Controller(GuardOptions())
     step = warmed(controller)
     seen = obs(step, 1.1 * healthy_loss(step), 0.5) if raised else other(step)
-    found = controller.weighed(seen, Diagnosis(cause=Cause.DATA, structure=None, ahead=True))
+    found = controller.classify_shift(seen, Diagnosis(cause=Cause.DATA, structure=None, ahead=True))
     assert not found.shift
     assert "new data and noise look the same" in found.reason
 

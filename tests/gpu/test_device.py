@@ -20,13 +20,13 @@ import msgspec
 import pytest
 import torch
 
-from guardrail.core.config import GuardSection, Settings, SnapshotSection
+from guardrail.core.config import GuardConfig, GuardOptions, SnapshotSection
 from guardrail.core.errors import UsageError
 from guardrail.core.records import Command, CommandKind
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.checkpoint.memory_snapshots import SnapshotRing
-from guardrail.torch.guard.deferred_gate import Lagged
+from guardrail.torch.guard.deferred_gate import DeferredGate
 from guardrail.torch.guard.guard import Guard, Step
 from guardrail.torch.state.training_state import TrainingState
 from tests.support.places import ROOT
@@ -218,7 +218,7 @@ def healthy_steps_of_a_loop(_: Path) -> None:
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     guard = Guard.from_config(
-        Settings(guard=GuardSection(gate="lagged"), snapshots=SnapshotSection(every=50)),
+        GuardConfig(guard=GuardOptions(gate="lagged"), snapshots=SnapshotSection(every=50)),
         model=model,
         optimizer=optimizer,
         scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=200),
@@ -263,25 +263,25 @@ def healthy_steps_of_the_trainer(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def no_wait(lagged: Lagged, watched: bool) -> Iterator[None]:
+def no_wait(lagged: DeferredGate, watched: bool) -> Iterator[None]:
     """Where `watched`, a synchronisation is an error; not from where the guard has found that it
     must wait.
     """
-    ceilings = lagged.ceilings
+    safe_limits = lagged.safe_limits
 
     def asked(step: Step, *, wait: bool) -> list[float] | None:
-        most = ceilings(step, wait=wait)
+        most = safe_limits(step, wait=wait)
         if most is None:
             torch.cuda.set_sync_debug_mode("default")
         return most
 
-    lagged.ceilings = asked  # type: ignore[method-assign]
+    lagged.safe_limits = asked  # type: ignore[method-assign]
     torch.cuda.set_sync_debug_mode("error" if watched else "default")
     try:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
-        lagged.ceilings = ceilings  # type: ignore[method-assign]
+        lagged.safe_limits = safe_limits  # type: ignore[method-assign]
 
 
 def pinned_copies(_: Path) -> None:
@@ -305,7 +305,7 @@ def pinned_copies(_: Path) -> None:
     plain = torch.optim.AdamW(model.parameters(), lr=0.1)
     try:
         Guard(
-            Settings(guard=GuardSection(gate="lagged")),
+            GuardConfig(guard=GuardOptions(gate="lagged")),
             model=model,
             optimizer=plain,
             order=SampleOrder(samples=8),

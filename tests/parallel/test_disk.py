@@ -20,7 +20,7 @@ from guardrail.core.errors import ExitCode
 from guardrail.core.records import Command, CommandKind, Mode, Phase, Status
 from guardrail.launch import supervisor_journal as chronicle
 from guardrail.launch.launcher import prepare_resume
-from guardrail.launch.supervisor_journal import Chronicle
+from guardrail.launch.supervisor_journal import SupervisorJournal
 from guardrail.rundir.manifest import MANIFEST, checkpoint_dirs, read_manifest
 from guardrail.rundir.metrics import MetricsWriter
 from guardrail.rundir.run_directory import RunDirectory
@@ -227,7 +227,7 @@ def test_a_run_whose_end_could_not_be_saved_has_failed_and_can_be_resumed(
     """
     refused = Refused(FULL)
     run = new_run(config_of(tmp_path))
-    supervisor = Chronicle(run, LaunchSection(), socket.gethostname(), Mode.AUTO)
+    supervisor = SupervisorJournal(run, LaunchSection(), socket.gethostname(), Mode.AUTO)
     with prompt_disk(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             guardrail.torch.checkpoint.commit,

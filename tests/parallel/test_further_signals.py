@@ -16,13 +16,13 @@ import torch
 from guardrail.backtest.backtest import backtest
 from guardrail.backtest.importers import run_directory
 from guardrail.cli.main import main
-from guardrail.core.config import GuardSection, build, load_guard
+from guardrail.core.config import GuardOptions, build, load_guard
 from guardrail.core.errors import ConfigError, UsageError
 from guardrail.core.records import (
     METRIC_COLUMNS,
     UPDATE_NORM,
     Action,
-    Kind,
+    FindingKind,
     Observation,
     Severity,
     Verdict,
@@ -30,13 +30,13 @@ from guardrail.core.records import (
 from guardrail.decide.controller import Controller
 from guardrail.decide.detector_set import MOST_NAMED
 from guardrail.rundir.run_directory import RunDirectory
-from guardrail.torch.measure.reduction import Probes, block_of
+from guardrail.torch.measure.reduction import StepReduction, block_of
 from guardrail.torch.measure.update_norm import UpdateNorm
 from tests.support.ranks import run_ranks
 from tests.support.tiny import Setup, Tiny
 from tests.unit.torch.test_guard import Loop
 
-SETTINGS = GuardSection(window=32, warmup=12, confirm=4)
+SETTINGS = GuardOptions(window=32, warmup=12, confirm=4)
 
 
 def observation(step: int, **signals: float) -> Observation:
@@ -65,7 +65,7 @@ def test_a_spike_of_a_named_signal_is_noted_and_applied() -> None:
     assert not any(verdict.findings for verdict in healthy)
     (finding,) = noted.findings
     assert noted.action is Action.APPLY and finding.severity is Severity.NOTE
-    assert (finding.signal, finding.kind, finding.value) == ("router", Kind.SPIKE, 1e4)
+    assert (finding.signal, finding.kind, finding.value) == ("router", FindingKind.SPIKE, 1e4)
     # What nobody has said the meaning of keeps no state from being called good.
     assert controller.healthy_through == noted.step
     assert "router" in controller.bands()
@@ -83,7 +83,7 @@ def test_the_foremost_layers_stand_for_all() -> None:
     *_, noted = watched(Controller(SETTINGS), range(1, 60), names, **special)
     assert len(noted.findings) == MOST_NAMED
     assert [f.signal for f in noted.findings] == list(names[: -MOST_NAMED - 1 : -1])
-    assert {f.kind for f in noted.findings} == {Kind.GRAD_SPIKE}
+    assert {f.kind for f in noted.findings} == {FindingKind.GRAD_SPIKE}
 
 
 def test_what_is_not_a_positive_number_teaches_nothing() -> None:
@@ -140,7 +140,7 @@ def test_blocks_by_name(name: str, block: str) -> None:
 def reduced(rank: int, kind: str) -> dict[str, Any]:
     setup = Setup(kind, "momentum")
     options: dict[str, Any] = {"layers": True, "named": ("router_loss", "rare"), "updates": True}
-    probes = Probes(setup.model, rank=setup.rank, world=setup.world, **options)
+    probes = StepReduction(setup.model, rank=setup.rank, world=setup.world, **options)
     updates = UpdateNorm(probes.parameters, probes.weights)
     full = lambda: [  # noqa: E731
         (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
@@ -200,7 +200,7 @@ def test_one_reduction_carries_them_all(tmp_path: Path, world: int, kind: str) -
 
 
 def test_a_number_that_was_not_announced_is_refused() -> None:
-    probes = Probes(Tiny(), rank=0, world=1, named=("a",))
+    probes = StepReduction(Tiny(), rank=0, world=1, named=("a",))
     with pytest.raises(UsageError, match=r"'b'.*announces a"):
         probes.reduce(torch.tensor(1.0), 1, nominal_tokens=None, step_time=0.0, named={"b": 1.0})
 

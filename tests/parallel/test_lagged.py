@@ -14,13 +14,13 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
-from guardrail.core.config import GuardSection, Settings, SnapshotSection
+from guardrail.core.config import GuardConfig, GuardOptions, SnapshotSection
 from guardrail.core.errors import ConfigError, UsageError
 from guardrail.core.records import Command, CommandKind, Phase
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.guard.guard import Guard
-from guardrail.torch.measure.reduction import Probes
+from guardrail.torch.measure.reduction import StepReduction
 from guardrail.torch.measure.update_gate import Gate, can_leave_out
 from tests.support.older import NO_LIMIT
 from tests.support.ranks import run_ranks, wait_ranks
@@ -260,9 +260,9 @@ class Loop:
         made = torch.optim.AdamW(self.model.parameters(), lr=0.05, fused=optimizer == "adamw-fused")
         more: Any = {"gate": gate, "layers": True, "update_norm": True, "signals": ("odd",)}
         # In 60 steps two bad batches are already 3 % of the data.
-        guard = GuardSection(window=32, warmup=12, confirm=4, **NO_LIMIT, **more)
+        guard = GuardOptions(window=32, warmup=12, confirm=4, **NO_LIMIT, **more)
         self.guard = Guard.from_config(
-            Settings(guard=guard, snapshots=SnapshotSection(every=5, keep=4)),
+            GuardConfig(guard=guard, snapshots=SnapshotSection(every=5, keep=4)),
             model=self.model,
             optimizer=made,
             scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(made, T_max=80),
@@ -363,7 +363,7 @@ def state_of(setup: Setup) -> dict[str, torch.Tensor]:
 def test_the_device_computes_what_the_host_computes() -> None:
     torch.manual_seed(0)
     model = Tiny()
-    probes = Probes(model, rank=0, world=1, layers=True, named=("a", "b"), updates=True)
+    probes = StepReduction(model, rank=0, world=1, layers=True, named=("a", "b"), updates=True)
     gate = Gate([], parameters=probes.parameters, embedding=probes.embedding, clip=0.01)
     for seed in range(50):
         torch.manual_seed(seed)
@@ -403,7 +403,7 @@ def test_the_device_computes_what_the_host_computes() -> None:
 )
 def test_what_is_not_sound_is_told_on_the_device(numbers: dict[str, Any]) -> None:
     model = Tiny()
-    probes = Probes(model, rank=0, world=1)
+    probes = StepReduction(model, rank=0, world=1)
     model(torch.zeros(1, 2, dtype=torch.long)).sum().backward()
     if gradient := numbers.get("gradient"):
         next(p for p in model.parameters() if p.grad is not None).grad.view(-1)[0] = gradient  # type: ignore[union-attr]

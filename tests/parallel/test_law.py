@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from guardrail.core.records import Command, CommandKind, Event
-from guardrail.decide.run_history import Past
+from guardrail.decide.run_history import RunHistory
 from guardrail.report.report import quarantine_lines
 from guardrail.rundir.command_files import DEEDS
 from guardrail.rundir.manifest import checkpoint_dirs, read_manifest
@@ -142,7 +142,7 @@ def pardoning(config: Config, run: RunDirectory) -> Config:
     """As `told`, but with the guard on: it knows from the beginning what `run` pardoned."""
     lines = told(config, run).data.quarantine
     replace = msgspec.structs.replace
-    pardons = tuple(Past.of(run.events()).pardons)
+    pardons = tuple(RunHistory.of(run.events()).pardons)
     return replace(
         config,
         guard=replace(config.guard, pardon=pardons),

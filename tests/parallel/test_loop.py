@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from guardrail.core.config import dump, load
 from guardrail.core.records import Action, Command, CommandKind, Span
-from guardrail.decide.sample_order import Ledger
+from guardrail.decide.sample_order import SampleCursor
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.checkpoint.memory_snapshots import SnapshotRing
 from guardrail.torch.measure.update_gate import Gate
@@ -231,10 +231,10 @@ def test_what_is_done_stands_in_the_journal_first(tmp_path: Path) -> None:
     run.send(Command(id="slower", kind=CommandKind.LR, value=0.5, at_step=5))
     run.send(Command(id="skip", kind=CommandKind.SKIP, value=1, at_step=24))
     seen = tmp_path / "seen"
-    leave_out, restore, factor = Ledger.leave_out, SnapshotRing.restore, Gate.apply
+    leave_out, restore, factor = SampleCursor.leave_out, SnapshotRing.restore, Gate.apply
     with pytest.MonkeyPatch.context() as patch:
 
-        def leaving_out(self: Ledger, span: Span) -> int:
+        def leaving_out(self: SampleCursor, span: Span) -> int:
             assert span in spans(run), "left out before it was journaled"
             with seen.open("a") as file:
                 file.write(f"{span.cause} ")
@@ -250,7 +250,7 @@ def test_what_is_done_stands_in_the_journal_first(tmp_path: Path) -> None:
             )
             factor(self, *arguments, lr_factor=lr_factor, **settings)
 
-        patch.setattr(Ledger, "leave_out", leaving_out)
+        patch.setattr(SampleCursor, "leave_out", leaving_out)
         patch.setattr(SnapshotRing, "restore", restoring)
         patch.setattr(Gate, "apply", applying)
         assert train(run, 1) == "finished"

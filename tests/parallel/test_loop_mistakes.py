@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from guardrail.core.config import CheckpointSection, GuardSection, Settings, SnapshotSection
+from guardrail.core.config import CheckpointSection, GuardConfig, GuardOptions, SnapshotSection
 from guardrail.core.errors import DataError, UsageError
 from guardrail.core.records import Phase
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.guard.guard import Guard, Step
-from guardrail.torch.measure.reduction import Probes
+from guardrail.torch.measure.reduction import StepReduction
 from guardrail.torch.measure.update_gate import Gate
 from tests.support.ranks import run_ranks
 
@@ -55,8 +55,8 @@ class Loop:
         self.scheduler = schedule(self.optimizer) if schedule is not None else None
         self.rates: dict[int, float] = {}
         self.guard = Guard.from_config(
-            Settings(
-                guard=GuardSection(warmup=10, window=32, confirm=2),
+            GuardConfig(
+                guard=GuardOptions(warmup=10, window=32, confirm=2),
                 snapshots=SnapshotSection(every=2, keep=3),
                 checkpoint=CheckpointSection(every=5),
             ),
@@ -157,7 +157,7 @@ def test_a_loop_without_any_gradient_is_refused_at_its_first_step(what: str) -> 
 def test_a_model_that_is_all_frozen_is_refused() -> None:
     frozen = Model().requires_grad_(False)
     with pytest.raises(UsageError, match="no parameter of the model requires a gradient"):
-        Probes(frozen, rank=0, world=1)
+        StepReduction(frozen, rank=0, world=1)
 
 
 @pytest.mark.fault("E2")

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import trainer.train
-from guardrail.core.config import LaunchSection, Settings, dump, parse
+from guardrail.core.config import GuardConfig, LaunchSection, dump, parse
 from guardrail.core.errors import ConfigError, UsageError
 from guardrail.core.records import Phase
 from guardrail.decide.sample_order import SampleOrder
@@ -142,7 +142,7 @@ def test_nodes_with_different_text_are_refused_and_both_are_named(tmp_path: Path
 def refusal_of_guard(rank: int) -> str:
     model = torch.nn.Linear(2, 2)
     guard = Guard.from_config(
-        Settings(),
+        GuardConfig(),
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
         data=SampleOrder(samples=10, seed=rank),

@@ -20,15 +20,15 @@ from torch.distributed.tensor import DTensor
 
 from guardrail.core.errors import RunDirectoryError
 from guardrail.core.records import Command, CommandKind, Event, Mode, Span
-from guardrail.decide.run_history import Past, StepSetting
-from guardrail.decide.sample_order import Ledger, SampleOrder
-from guardrail.rundir.mailbox import Mailbox
+from guardrail.decide.run_history import RunHistory, StepSetting
+from guardrail.decide.sample_order import SampleCursor, SampleOrder
+from guardrail.rundir.mailbox import CommandPoller
 from guardrail.rundir.recorder import Recorder
 from guardrail.rundir.run_directory import RunDirectory
-from guardrail.torch.measure.reduction import Probes, Reduced, embedding_parameters
+from guardrail.torch.measure.reduction import ReducedStep, StepReduction, embedding_parameters
 from guardrail.torch.measure.update_gate import Gate
 from guardrail.torch.state import rng_state as rng
-from guardrail.torch.state.forward_side_effects import Attempt
+from guardrail.torch.state.forward_side_effects import ForwardSideEffects
 from guardrail.torch.state.training_state import TrainingState
 from tests.support.lab import wait_for
 from tests.support.ranks import run_ranks
@@ -75,7 +75,7 @@ SPAN = Span(first=80, last=88, cause="rejected", step=11)
 def test_the_past_of_a_journal() -> None:
     raw = msgspec.to_builtins(SPAN)
     rolled = Span(first=72, last=104, cause="rollback", step=12)
-    past = Past.of(
+    past = RunHistory.of(
         [
             event("started", samples=100),
             event("command", step=5, command="lr", value=0.5, effect="applied"),
@@ -120,7 +120,7 @@ def test_the_past_of_a_journal() -> None:
 
 
 def test_a_checkpoint_whose_name_is_used_again_is_judged_again() -> None:
-    past = Past.of(
+    past = RunHistory.of(
         [
             event("checkpoint", path="step-20", state=state)
             for state in ("candidate", "good", "suspect")
@@ -261,7 +261,7 @@ def test_commands_come_in_order_and_not_before_their_step(tmp_path: Path) -> Non
     run = made(tmp_path)
     run.send(Command(id="later", kind=CommandKind.STOP, at_step=7))
     run.send(Command(id="now", kind=CommandKind.PAUSE))
-    mailbox = Mailbox(run, seconds=0.01)
+    mailbox = CommandPoller(run, seconds=0.01)
     try:
         first = mailbox.next(1)
         assert first is not None and first.id == "now", (
@@ -290,7 +290,7 @@ def test_commands_come_in_order_and_not_before_their_step(tmp_path: Path) -> Non
 # -- what is measured
 
 
-def reduced(**values: Any) -> Reduced:
+def reduced(**values: Any) -> ReducedStep:
     known: dict[str, Any] = {
         "loss": 2.0,
         "tokens": 10,
@@ -308,7 +308,7 @@ def reduced(**values: Any) -> Reduced:
         "loss_scale": 1.0,
         "overflow": False,
     }
-    return Reduced(**{**known, **values})
+    return ReducedStep(**{**known, **values})
 
 
 def whole(gradient: Tensor | None) -> Tensor:
@@ -319,7 +319,7 @@ def whole(gradient: Tensor | None) -> Tensor:
 def measured(rank: int, kind: str) -> dict[str, Any]:
     """One window by hand: sums of token losses, and what plain torch says of the same gradients."""
     setup = Setup(kind)
-    probes = Probes(setup.model, rank=setup.rank, world=setup.world)
+    probes = StepReduction(setup.model, rank=setup.rank, world=setup.world)
     tokens = torch.randint(0, VOCABULARY, (4, 6), generator=torch.Generator().manual_seed(rank))
     logits = setup.model(tokens[:, :-1])
     losses = nn.functional.cross_entropy(
@@ -372,14 +372,14 @@ def test_norms_and_sums_over_ranks_and_shards(tmp_path: Path, world: int, kind: 
 
 def test_a_norm_over_gradients_of_which_some_are_missing() -> None:
     model = Tiny()
-    probes = Probes(model, rank=0, world=1)
+    probes = StepReduction(model, rank=0, world=1)
     present = [p for index, p in enumerate(model.parameters()) if index % 2]
     for p in present:
         p.grad = torch.full_like(p, 0.5)
     result = probes.reduce(torch.tensor(3.0), 2, nominal_tokens=None, step_time=0.0)
     assert result.grad_norm == pytest.approx(math.sqrt(sum(p.numel() for p in present)) * 0.5)
     assert result.embed_grad_norm == 0.0 and result.loss == 1.5
-    nothing = Probes(Tiny(), rank=0, world=1).reduce(
+    nothing = StepReduction(Tiny(), rank=0, world=1).reduce(
         torch.tensor(0.0), 0, nominal_tokens=8.0, step_time=0.0
     )
     assert (nothing.tokens, nothing.grad_norm, nothing.scale) == (0, 0.0, 1.0) and math.isnan(
@@ -397,7 +397,7 @@ def test_watching_a_gradient_neither_copies_nor_changes_it() -> None:
     made: dict[str, int] = {}
     for name, p in model.named_parameters():
         p.register_hook(lambda gradient, name=name: made.update({name: gradient.data_ptr()}))
-    probes = Probes(model, rank=0, world=2)
+    probes = StepReduction(model, rank=0, world=2)
     model[2](model[1](model[0](torch.tensor([[1, 2, 1]]))).double()).square().sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert {name: g.data_ptr() for name, g in gradients.items()} == made
@@ -408,7 +408,7 @@ def test_watching_a_gradient_neither_copies_nor_changes_it() -> None:
 
 def test_a_nan_names_its_parameter() -> None:
     model = Tiny()
-    probes = Probes(model, rank=0, world=1)
+    probes = StepReduction(model, rank=0, world=1)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     name, bias = next(
@@ -514,7 +514,7 @@ def test_an_attempt_is_undone_and_redone() -> None:
     setup = Setup()
     norm = nn.BatchNorm1d(6)
     setup.inner.add_module("running", norm)
-    attempt = Attempt(TrainingState(setup.model, setup.optimizers))
+    attempt = ForwardSideEffects(TrainingState(setup.model, setup.optimizers))
 
     def look() -> tuple[Any, ...]:
         assert norm.running_mean is not None and norm.num_batches_tracked is not None
@@ -545,7 +545,7 @@ def test_an_attempt_is_undone_and_redone() -> None:
 
 
 def test_a_stretch_of_rejections_is_a_streak_until_something_is_applied() -> None:
-    ledger = Ledger(SampleOrder(samples=100, shuffled=False), batch_size=8)
+    ledger = SampleCursor(SampleOrder(samples=100, shuffled=False), batch_size=8)
     streaks = []
     for applied in (True, False, False, True, False):
         batch = ledger.next_batch()

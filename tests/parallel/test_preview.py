@@ -13,15 +13,15 @@ import pytest
 from click.testing import CliRunner
 
 from guardrail.cli.ctl import command as ctl
-from guardrail.core.config import GuardSection
+from guardrail.core.config import GuardOptions
 from guardrail.core.errors import GuardrailError
 from guardrail.core.records import Command, CommandKind, Event, Phase, Remedy, SnapshotInfo, Span
-from guardrail.decide.run_history import Past
-from guardrail.decide.sample_order import Ledger, SampleOrder
+from guardrail.decide.run_history import RunHistory
+from guardrail.decide.sample_order import SampleCursor, SampleOrder
 from guardrail.decide.undo import positions_of, span_in
 from guardrail.launch.log_printer import event_line
 from guardrail.operate.preview import of, rollback_for
-from guardrail.operate.run_state import Row, Scene
+from guardrail.operate.run_state import Row, RunState
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.fake_run import FakeRun
 from tests.support.lab import wait_for
@@ -37,11 +37,11 @@ def info(step: int, tier: str = "memory", state: str = "good", **fields: Any) ->
     )
 
 
-def scene(*states: SnapshotInfo, step: int = 30, **fields: Any) -> Scene:
+def scene(*states: SnapshotInfo, step: int = 30, **fields: Any) -> RunState:
     """30 steps of 2 s each; the learning rate of step n is n."""
     rows = [Row(n, (n - 1) * BATCH, n * BATCH, float(n), 2.0) for n in range(1, step + 1)]
-    ledger = Ledger(SampleOrder(samples=1000, shuffled=False), batch_size=1)
-    return Scene(
+    ledger = SampleCursor(SampleOrder(samples=1000, shuffled=False), batch_size=1)
+    return RunState(
         **{
             "step": step,
             "cursor": step * BATCH,
@@ -124,7 +124,7 @@ def test_a_skip_of_two_batches_passes_over_what_is_left_out() -> None:
 
 
 def test_a_rate_set_by_hand_holds_from_the_target_on_and_a_remedy_comes_on_top() -> None:
-    past = Past()
+    past = RunHistory()
     past.lr.set(26, 0.5)
     here = scene(info(20), past=past)
     assert of(here, wish(CommandKind.ROLLBACK, NAN)).lr == 21 * 0.5
@@ -156,7 +156,7 @@ def test_older_goes_further_back_than_the_window_and_what_is_kept_of_a_window_is
 
 def test_seconds_that_no_row_has_measured_are_not_made_up() -> None:
     here = scene(info(20))
-    short = Scene(step=30, cursor=240, states=here.states, rows=here.rows[:-1])
+    short = RunState(step=30, cursor=240, states=here.states, rows=here.rows[:-1])
     back = of(short, wish(CommandKind.ROLLBACK, NAN))
     assert math.isnan(back.seconds_lost) and "of training" not in back.sentence()
 
@@ -172,11 +172,11 @@ def decision(
 
 
 def test_remedies_in_force_count_for_what_is_and_what_will_be() -> None:
-    past = Past()
+    past = RunHistory()
     rate = Remedy(kind="lr", value=0.5, from_step=16, hold=10, back=0)  # of the rows 16 to 25
     alpha = Remedy(kind="embed_alpha", value=0.2, from_step=16, hold=40)
     past.remedies = [(1, rate), (2, alpha)]
-    here = scene(info(20), past=past, settings=GuardSection(embed_floor=0.15))
+    here = scene(info(20), past=past, settings=GuardOptions(embed_floor=0.15))
     back = of(here, wish(CommandKind.ROLLBACK, NAN))
     assert (back.lr_before, back.lr) == (30.0, 21.0), (
         "the row of step 21 was made with the rate that it will have"
@@ -228,7 +228,7 @@ def test_resume_does_nothing_while_a_question_is_open_and_its_preview_says_so(
     tmp_path: Path,
 ) -> None:
     run = FakeRun().begin().advance(300).spike().ask("proposed: rollback").write(tmp_path)
-    shown = of(Scene.of(run), wish(CommandKind.RESUME))
+    shown = of(RunState.of(run), wish(CommandKind.RESUME))
     assert not shown.possible and "answer accept, answer continue or answer stop" in shown.refusal
 
 
@@ -238,7 +238,7 @@ def test_a_preview_of_a_damaged_run_is_a_sentence(tmp_path: Path) -> None:
     run.append("rollback", "of another version", step=200)
     run.append("undo", "of another version", step=200, spans=7, lines="x")
     run.append("command", "of another version", command="lr", effect="applied", value="much")
-    assert of(Scene.of(run), wish(CommandKind.STOP)).possible
+    assert of(RunState.of(run), wish(CommandKind.STOP)).possible
     (run.path / "metrics.json").write_text('{"columns": ["step", "loss"]}')
     done = CliRunner().invoke(ctl, [str(run.path), "rollback", "--preview"], standalone_mode=False)
     assert done.exception is None or isinstance(done.exception, GuardrailError)
@@ -246,7 +246,7 @@ def test_a_preview_of_a_damaged_run_is_a_sentence(tmp_path: Path) -> None:
 
 def test_a_run_of_which_nothing_is_known() -> None:
     for kind in CommandKind:
-        assert of(Scene(), wish(kind, 1.0)).sentence()
+        assert of(RunState(), wish(kind, 1.0)).sentence()
 
 
 # -- a run
@@ -388,7 +388,7 @@ def test_each_rung_does_what_was_foretold(tmp_path: Path) -> None:
             back.message
         )
         assert said["steps_lost"] == back.data["from_step"] - back.data["to_step"]
-        before = Past.of(event for event in events if event.seq < back.seq)
+        before = RunHistory.of(event for event in events if event.seq < back.seq)
         span, out = (
             span_in(back),
             {position for span in before.spans for position in positions_of(span)},
@@ -397,7 +397,7 @@ def test_each_rung_does_what_was_foretold(tmp_path: Path) -> None:
         assert said["samples"] == len(set(positions_of(span)) - out)
         first = (timeline == back.data["new_timeline"]) & (step == said["to_step"] + 1)
         assert set(lr[first]) == {said["lr"]}, back.message
-        effects = Past.of(event for event in events if event.seq <= back.seq).effects(
+        effects = RunHistory.of(event for event in events if event.seq <= back.seq).effects(
             said["to_step"] + 1, config.guard
         )
         assert said["alpha"] == effects.embed_alpha == 0.3

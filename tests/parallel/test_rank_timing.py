@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from guardrail.rundir.heartbeat import Heartbeat
 from guardrail.rundir.run_directory import RunDirectory
-from guardrail.torch.measure.rank_timing import Meter, Pace
+from guardrail.torch.measure.rank_timing import GpuMeter, RankTimer
 from tests.support.ranks import run_ranks
 
 SLOW = 0.2
@@ -28,7 +28,7 @@ def paced(rank: int) -> tuple[float, float]:
         torch.nn.Embedding(64, 32), torch.nn.Linear(32, 32), torch.nn.Linear(32, 1)
     )
     wrapped = DistributedDataParallel(model)
-    pace = Pace(list(model.parameters()))
+    pace = RankTimer(list(model.parameters()))
     own, whole = [], []
     for _ in range(3):
         began = time.perf_counter()
@@ -55,11 +55,11 @@ def test_the_slow_rank_stands_out_though_all_wait_for_it(tmp_path: Path) -> None
 
 def test_without_a_gradient_the_whole_step_counts() -> None:
     frozen = torch.nn.Linear(2, 2).requires_grad_(False)
-    pace = Pace(list(frozen.parameters()))
+    pace = RankTimer(list(frozen.parameters()))
     assert pace.seconds(1.0, 3.0) == 2.0
     pace.close()
     weight = torch.nn.Parameter(torch.ones(2))
-    pace = Pace([weight])
+    pace = RankTimer([weight])
     weight.sum().backward()
     now = time.perf_counter()
     assert pace.seconds(now, now + 2.0) == 2.0, (
@@ -68,10 +68,10 @@ def test_without_a_gradient_the_whole_step_counts() -> None:
 
 
 def test_a_machine_without_a_gpu_says_nothing_of_one(tmp_path: Path) -> None:
-    assert Meter(torch.device("cpu"))() == (-1.0, 0)
+    assert GpuMeter(torch.device("cpu"))() == (-1.0, 0)
     run = RunDirectory.create(tmp_path, "beat", "")
     heart = Heartbeat(run, 0, seconds=3600)
-    heart.meter = Meter(torch.device("cpu"))
+    heart.meter = GpuMeter(torch.device("cpu"))
     heart.stop()
     assert run.read_ranks()[0].gpu_percent == -1.0
 
@@ -98,7 +98,7 @@ def test_a_gpu_that_cannot_be_asked_is_asked_once(
 
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5_000_000)
     monkeypatch.setattr(torch.cuda, "utilization", utilization)
-    meter = Meter(torch.device("cuda", 0))
+    meter = GpuMeter(torch.device("cuda", 0))
     assert [meter() for _ in range(4)] == [(87.0, 5_000_000), *[(-1.0, 5_000_000)] * 3]
     assert len(asked) == 2
 
@@ -110,7 +110,7 @@ def test_what_asks_the_driver_may_be_missing(tmp_path: Path) -> None:
     """
     run = RunDirectory.create(tmp_path, "beat", "")
     heart = Heartbeat(run, 0, seconds=3600)
-    heart.meter = Meter(torch.device("cuda", 0))
+    heart.meter = GpuMeter(torch.device("cuda", 0))
     heart.stop()
     told = run.read_ranks()[0]
     assert (told.gpu_percent, told.gpu_memory_bytes) == (-1.0, 0)
@@ -120,7 +120,7 @@ def test_what_asks_the_driver_may_be_missing(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_is_read_without_waiting_for_it() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    meter = Meter(device)
+    meter = GpuMeter(device)
     before = meter()[1]
     held = torch.ones(1 << 20, device=device)
     torch.cuda.synchronize()

@@ -23,13 +23,13 @@ from guardrail.core.records import (
     Action,
     Event,
     Finding,
-    Kind,
+    FindingKind,
     Severity,
     Verdict,
 )
 from guardrail.core.text import visible
 from guardrail.decide.remedies import embedding_concerned
-from guardrail.decide.run_history import Past
+from guardrail.decide.run_history import RunHistory
 from guardrail.report.report import as_dict, written
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.diagnose.embedding_tokens import MOST, longest_rows
@@ -133,7 +133,7 @@ def assert_one_byte(config: Config, *, leads: bool = True) -> list[dict[str, Any
     )
     assert sum(token["share"] for token in tokens) <= 1.0 + 1e-6
     assert not any("tokens" in event.data for event in run.events() if event.kind != "verdict")
-    past = Past.of(run.events())
+    past = RunHistory.of(run.events())
     alphas = [past.effects(step, config.guard).embed_alpha for step in range(32, 40)]
     assert alphas == pytest.approx([1.0, 0.4, 0.4, 0.4, 0.6, 0.8, 1.0, 1.0] if leads else [1.0] * 8)
     assert_same(run, trained(told(config, run)))
@@ -193,7 +193,7 @@ def verdict(action: Action, signal: str, value: float = 5.0, **more: Any) -> Ver
     found = Finding(
         signal=signal,
         step=3,
-        kind=Kind.EMBED_SPIKE,
+        kind=FindingKind.EMBED_SPIKE,
         severity=Severity.REJECT,
         value=value,
         baseline=1.0,

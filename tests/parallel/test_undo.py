@@ -15,12 +15,21 @@ import numpy as np
 import pytest
 
 from guardrail.backtest.rejudge import Rejudge
-from guardrail.core.config import GuardSection, load_guard
-from guardrail.core.records import Action, Command, CommandKind, Event, Kind, Mode, Severity, Span
+from guardrail.core.config import GuardOptions, load_guard
+from guardrail.core.records import (
+    Action,
+    Command,
+    CommandKind,
+    Event,
+    FindingKind,
+    Mode,
+    Severity,
+    Span,
+)
 from guardrail.decide.controller import Controller
-from guardrail.decide.run_history import Past
-from guardrail.decide.sample_order import Ledger, SampleOrder
-from guardrail.decide.undo import Undoing, find, lines_of
+from guardrail.decide.run_history import RunHistory
+from guardrail.decide.sample_order import SampleCursor, SampleOrder
+from guardrail.decide.undo import UndoPlan, find, lines_of
 from guardrail.report.report import quarantine_lines
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.feed import BATCH as FED
@@ -61,9 +70,9 @@ def line(
     )
 
 
-def meant(events: list[Event], seq: int | None = None) -> Undoing:
+def meant(events: list[Event], seq: int | None = None) -> UndoPlan:
     found = find(events, seq)
-    assert isinstance(found, Undoing), found
+    assert isinstance(found, UndoPlan), found
     return found
 
 
@@ -169,7 +178,7 @@ def test_what_cannot_be_undone_is_said(events: list[Event], seq: int | None, why
 
 
 def test_samples_come_back_unless_somebody_else_leaves_them_out_too() -> None:
-    ledger = Ledger(SampleOrder(samples=100, shuffled=False), batch_size=4)
+    ledger = SampleCursor(SampleOrder(samples=100, shuffled=False), batch_size=4)
     ledger.quarantine.read(["8", "9@1"])
     mine = Span(first=4, last=12, cause="rollback", step=2)
     rejected = Span(first=4, last=8, cause="rejected", step=2)
@@ -190,7 +199,7 @@ def test_samples_come_back_unless_somebody_else_leaves_them_out_too() -> None:
 
 
 def test_a_rollback_that_leaves_a_few_samples_out_takes_the_rejected_ones_with_it() -> None:
-    ledger = Ledger(SampleOrder(samples=100, shuffled=False), batch_size=4)
+    ledger = SampleCursor(SampleOrder(samples=100, shuffled=False), batch_size=4)
     for span in (
         Span(first=8, last=12, cause="rejected", step=3),
         Span(first=12, last=16, cause="rejected", step=3, positions=(13,)),
@@ -205,7 +214,7 @@ def test_a_rollback_that_leaves_a_few_samples_out_takes_the_rejected_ones_with_i
 
 
 def test_a_pardoned_jump_is_noted_and_applied_and_enters_no_baseline() -> None:
-    told, plain = Controller(GuardSection()), Controller(GuardSection())
+    told, plain = Controller(GuardOptions()), Controller(GuardOptions())
     step = warmed(told)
     warmed(plain)
     told.pardon([(step * FED - 1, step * FED)])
@@ -222,25 +231,25 @@ def test_a_pardoned_jump_is_noted_and_applied_and_enters_no_baseline() -> None:
 
 
 def test_no_pardon_for_what_is_not_finite_or_has_no_labels() -> None:
-    controller = Controller(GuardSection(pardon=((0, 1 << 40),)))
+    controller = Controller(GuardOptions(pardon=((0, 1 << 40),)))
     step = warmed(controller)
     assert controller.observe(obs(step, math.nan, 0.5)).action is Action.SKIP
     assert controller.observe(obs(step, math.nan, 0.0, tokens=0)).action is Action.SKIP
 
 
 def test_a_pardoned_level_is_the_new_normal() -> None:
-    controller = Controller(GuardSection(loss_score=20.0))
+    controller = Controller(GuardOptions(loss_score=20.0))
     step = warmed(controller)
     first = step
     while controller.observe(obs(first, 1.25 * healthy_loss(first), 0.5)).action is Action.APPLY:
         first += 1
-    told = Controller(GuardSection(loss_score=20.0, pardon=((0, first * FED),)))
+    told = Controller(GuardOptions(loss_score=20.0, pardon=((0, first * FED),)))
     warmed(told)
     verdicts = [
         told.observe(obs(at, 1.25 * healthy_loss(at), 0.5)) for at in range(step, first + 60)
     ]
     assert {verdict.action for verdict in verdicts} == {Action.APPLY}
-    (found,) = [v for v in verdicts if any(f.kind is Kind.DIVERGENCE for f in v.findings)]
+    (found,) = [v for v in verdicts if any(f.kind is FindingKind.DIVERGENCE for f in v.findings)]
     assert found.step == first and found.accepted
 
 
@@ -261,14 +270,14 @@ def test_pardons_and_the_budget_come_back_from_the_journal() -> None:
         "new_timeline": 2,
     }
     events = [line(8, "rollback", 184, 224, "rollback", **rollback), line(9, "undo", **undo)]
-    past = Past.of(events)
+    past = RunHistory.of(events)
     assert (past.spans, past.rollbacks, past.pardons, past.timeline) == ([], [], [(184, 224)], 2)
     assert past.lives(timeline=1, step=20) and not past.lives(timeline=1, step=21)
-    controller = Controller(GuardSection(pardon=((1, 2),)))
+    controller = Controller(GuardOptions(pardon=((1, 2),)))
     controller.rebuild(events)
     assert (controller.rollbacks, controller.pardons) == ([], [(1, 2), (184, 224)])
     # The very same span may be left out again, as when the batch turns out to hold a NaN.
-    assert len(Past.of([*events, line(10, "left_out", 184, 224)]).spans) == 1
+    assert len(RunHistory.of([*events, line(10, "left_out", 184, 224)]).spans) == 1
 
 
 # -- a run
@@ -301,7 +310,7 @@ def letting(config: Config, run: RunDirectory) -> Config:
     replace = msgspec.structs.replace
     file = run.path / "quarantine.txt"
     file.write_text("".join(f"{text}\n" for text in quarantine_lines(run)), encoding="utf-8")
-    pardons = tuple(Past.of(run.events()).pardons)
+    pardons = tuple(RunHistory.of(run.events()).pardons)
     assert pardons
     return replace(
         config,

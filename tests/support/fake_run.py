@@ -27,7 +27,7 @@ from guardrail.core.records import (
     DocumentRef,
     Event,
     Finding,
-    Kind,
+    FindingKind,
     Mode,
     Phase,
     Severity,
@@ -118,9 +118,9 @@ class FakeRun:
         for index in range(length):
             value = (6.84, 11.5, 9.7, 8.8)[index % 4]
             _, grad, embed, base = self._healthy(np.array([last]))
-            finding = Finding(signal="loss", step=last, kind=Kind.LOSS_SPIKE, severity=Severity.REJECT, value=value,
-                              baseline=float(base[0]), score=4 * value - 9, threshold=8.0, onset=last)  # fmt: skip
-            other = msgspec.structs.replace(finding, signal="grad_norm", kind=Kind.GRAD_SPIKE,
+            finding = Finding(signal="loss", step=last, kind=FindingKind.LOSS_SPIKE,
+                              severity=Severity.REJECT, value=value, baseline=float(base[0]), score=4 * value - 9, threshold=8.0, onset=last)  # fmt: skip
+            other = msgspec.structs.replace(finding, signal="grad_norm", kind=FindingKind.GRAD_SPIKE,
                                             value=float(grad[0] * 50), baseline=0.71, score=22.8)  # fmt: skip
             self._rows(
                 np.array([last]),
@@ -184,7 +184,7 @@ class FakeRun:
     def not_a_number(self) -> FakeRun:
         """One batch whose loss is NaN on rank 1: left out."""
         at = self.step + 1
-        finding = Finding(signal="loss", step=at, kind=Kind.NONFINITE, severity=Severity.REJECT, value=math.nan,
+        finding = Finding(signal="loss", step=at, kind=FindingKind.NONFINITE, severity=Severity.REJECT, value=math.nan,
                           baseline=2.31, score=math.inf, threshold=0.0, onset=at, ranks=(1,))  # fmt: skip
         self.incident += 1
         bad = np.array([math.nan])
@@ -209,7 +209,7 @@ class FakeRun:
         samples to blame.
         """
         at, number = self.step + 1, self.incident
-        finding = Finding(signal="embed_grad_norm", step=at, kind=Kind.EMBED_SPIKE, severity=Severity.REJECT,
+        finding = Finding(signal="embed_grad_norm", step=at, kind=FindingKind.EMBED_SPIKE, severity=Severity.REJECT,
                           value=14.2, baseline=0.2, score=31.0, threshold=8.0, onset=at - 4)  # fmt: skip
         tokens = [
             {"id": 195, "text": "Ã", "share": 0.62, "norm": 11.2, "count": 810},

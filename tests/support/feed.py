@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from guardrail.core.config import GuardSection
+from guardrail.core.config import GuardOptions
 from guardrail.core.records import (
     EMBED_GRAD_NORM,
     GRAD_NORM,
@@ -22,7 +22,7 @@ from guardrail.core.records import (
 )
 from guardrail.decide.controller import Controller
 from guardrail.decide.policy import Rollback
-from guardrail.decide.sample_order import Ledger, SampleOrder
+from guardrail.decide.sample_order import SampleCursor, SampleOrder
 
 BATCH = 16
 
@@ -87,7 +87,7 @@ class Trainer:
 
     def __init__(
         self,
-        settings: GuardSection,
+        settings: GuardOptions,
         *,
         bad: Iterable[int] = (),
         samples: int = 100_000,
@@ -110,8 +110,8 @@ class Trainer:
         self.halted = False
         self._save()
 
-    def _ledger(self, quarantine: Iterable[str] = ()) -> Ledger:
-        ledger = Ledger(SampleOrder(samples=self.samples, seed=3), batch_size=BATCH)
+    def _ledger(self, quarantine: Iterable[str] = ()) -> SampleCursor:
+        ledger = SampleCursor(SampleOrder(samples=self.samples, seed=3), batch_size=BATCH)
         ledger.quarantine.read(quarantine)
         return ledger
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from guardrail.core.config import CheckpointSection, GuardSection, Settings, SnapshotSection
+from guardrail.core.config import CheckpointSection, GuardConfig, GuardOptions, SnapshotSection
 from guardrail.core.records import Command, CommandKind, Status
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.rundir.run_directory import RunDirectory
@@ -62,8 +62,8 @@ class Loop:
         self.model = Model()
         section = {"warmup": 10, "window": 32, "confirm": 4, "divergence_steps": 8, **guard}
         self.guard = Guard.from_config(
-            Settings(
-                guard=GuardSection(**section),
+            GuardConfig(
+                guard=GuardOptions(**section),
                 snapshots=SnapshotSection(every=5, keep=3),
                 checkpoint=CheckpointSection(every=10, keep=2),
             ),

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from guardrail.core.config import GuardSection
+from guardrail.core.config import GuardOptions
 
 # These tests skip much of a tiny corpus. Older versions have no limit on that, and refuse the key.
 NO_LIMIT: dict[str, Any] = (
-    {"max_skipped_share": 1.0} if "max_skipped_share" in GuardSection.__struct_fields__ else {}
+    {"max_skipped_share": 1.0} if "max_skipped_share" in GuardOptions.__struct_fields__ else {}
 )

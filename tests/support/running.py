@@ -27,7 +27,7 @@ import trainer.__main__
 import trainer.train
 from guardrail.core.config import build, dump
 from guardrail.core.records import Event, Mode, Remedy, Span
-from guardrail.decide.run_history import Past
+from guardrail.decide.run_history import RunHistory
 from guardrail.report.report import quarantine_lines
 from guardrail.rundir.manifest import checkpoint_dirs, fingerprint, verify
 from guardrail.rundir.run_directory import RunDirectory, span_of
@@ -242,7 +242,7 @@ def assert_same(a: RunDirectory, b: RunDirectory) -> None:
 
 def remedies_of(run: RunDirectory) -> tuple[Remedy, ...]:
     """What the guard has done besides leaving data out, as far as it stands."""
-    return tuple(remedy for _, remedy in Past.of(run.events()).remedies)
+    return tuple(remedy for _, remedy in RunHistory.of(run.events()).remedies)
 
 
 def told(config: Config, run: RunDirectory) -> Config:

@@ -18,12 +18,12 @@ from msgspec import Meta
 
 from guardrail.core.config import (
     Fraction,
+    GuardConfig,
     Natural,
     NonNegativeFloat,
     Positive,
     PositiveFloat,
     Section,
-    Settings,
 )
 from guardrail.core.errors import ConfigError
 from guardrail.core.files import why_unreachable
@@ -185,7 +185,7 @@ class FaultSection(Section, frozen=True, kw_only=True):
     micro: Annotated[int, Meta(ge=-1)] = -1
 
 
-class Config(Settings, frozen=True, kw_only=True):
+class Config(GuardConfig, frozen=True, kw_only=True):
     data: DataSection = DataSection()
     model: ModelSection = ModelSection()
     optim: OptimSection = OptimSection()

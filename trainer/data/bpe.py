@@ -12,7 +12,7 @@ from pathlib import Path
 from guardrail.core.errors import Interrupted
 from guardrail.core.files import replace_file
 from trainer.data.document_reader import DocumentReader
-from trainer.data.progress import Pulse
+from trainer.data.progress import Progress
 from trainer.data.tokenizer import JsonTokenizer, from_file, pieces
 
 TRAINING_BYTES = 16 << 20  # of text; more changes a vocabulary of this kind very little
@@ -21,7 +21,7 @@ SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>")
 
 
 def train_or_load(
-    reader: DocumentReader, *, vocabulary: int, cache: Path, pulse: Pulse
+    reader: DocumentReader, *, vocabulary: int, cache: Path, pulse: Progress
 ) -> JsonTokenizer:
     """The tokenizer of the text that `reader` gives; trained when `cache` has none of the same text
     and size.
@@ -64,7 +64,7 @@ def sample(reader: DocumentReader, limit: int) -> Iterator[str]:
                     break
 
 
-def _train(texts: list[str], vocabulary: int, pulse: Pulse) -> str:
+def _train(texts: list[str], vocabulary: int, pulse: Progress) -> str:
     """The content of a tokenizer.json. Trains in a thread, so that a stop does not wait for the end
     of it.
     """

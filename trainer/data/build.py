@@ -17,9 +17,9 @@ from trainer.data import bpe, holdout
 from trainer.data.bad_records import FIELD, NO_TEXT, BadRecords
 from trainer.data.corpus import FORMAT, INDEX, CorpusIndex, Report
 from trainer.data.document_reader import Document, DocumentReader
-from trainer.data.progress import Pulse
+from trainer.data.progress import Progress
 from trainer.data.shards import FileEntry, SplitIndex, SplitWriter
-from trainer.data.sources import Found, SourceFile
+from trainer.data.sources import ResolvedSources, SourceFile
 from trainer.data.tokenizer import ByteTokenizer, Tokenizer, from_file, pieces
 
 _BATCH_CHARACTERS = 1 << 17  # encoded at once: about 0.1 s of a BPE on one core
@@ -36,11 +36,11 @@ class Builder:
     def __init__(
         self,
         data: DataSection,
-        found: Found,
+        found: ResolvedSources,
         folder: Path,
         *,
         cache: Path,
-        pulse: Pulse,
+        pulse: Progress,
         shard_bytes: int,
     ) -> None:
         self.data, self.found, self.folder, self.cache = data, found, folder, cache
@@ -259,7 +259,7 @@ def _places(data: DataSection) -> str:
     return clean(", ".join(data.sources), 300)
 
 
-def _nothing(data: DataSection, found: Found, bad: BadRecords) -> str:
+def _nothing(data: DataSection, found: ResolvedSources, bad: BadRecords) -> str:
     """What was found, when none of it can be used."""
     message = [f"no usable document in {_places(data)}, files read: {len(found.files):,}"]
     message += [f"  {line}" for line in bad.lines()]

@@ -24,7 +24,7 @@ from trainer.data.bad_records import (
     UNREADABLE,
     BadRecords,
 )
-from trainer.data.progress import Pulse
+from trainer.data.progress import Progress
 from trainer.data.sources import SourceFile
 
 CHUNK = 1 << 18
@@ -61,7 +61,7 @@ class DocumentReader:
     """
 
     def __init__(
-        self, files: list[SourceFile], *, text_field: str, max_bytes: int, pulse: Pulse
+        self, files: list[SourceFile], *, text_field: str, max_bytes: int, pulse: Progress
     ) -> None:
         self.files, self.text_field, self.max_bytes, self.pulse = (
             files,

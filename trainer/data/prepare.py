@@ -23,9 +23,9 @@ from guardrail.core.files import sync_folder
 from trainer.config.config import BUILTIN, DataSection
 from trainer.data.build import Builder
 from trainer.data.corpus import FORMAT, inspect
-from trainer.data.progress import Progress, Pulse, Stop
+from trainer.data.progress import Progress, ReportProgress, Stop
 from trainer.data.shards import SHARD_BYTES
-from trainer.data.sources import Found, discover
+from trainer.data.sources import ResolvedSources, discover
 from trainer.data.tokenizer import from_file
 
 _POLL_SECONDS = 0.05
@@ -39,7 +39,7 @@ def cache_folder(data: DataSection) -> Path:
 
 
 def prepare(
-    data: DataSection, *, progress: Progress, stop: Stop, shard_bytes: int = SHARD_BYTES
+    data: DataSection, *, progress: ReportProgress, stop: Stop, shard_bytes: int = SHARD_BYTES
 ) -> Path:
     """The folder of the corpus that `data` describes; built when the cache does not have it.
 
@@ -54,7 +54,7 @@ def prepare(
         DataError: nothing usable in the sources, or a cache that cannot be written.
         Interrupted: `stop` said so. Nothing half-built stays behind.
     """
-    pulse = Pulse(progress, stop)
+    pulse = Progress(progress, stop)
     found = discover(data.sources, pulse)
     folder = cache_folder(data) / _name(data, found)
     if inspect(folder)[0] is not None:
@@ -84,7 +84,7 @@ def wait_prepared(
 
     Raises DataError after `seconds`, Interrupted when `stop` says so.
     """
-    pulse = Pulse(lambda text, share: None, stop, "waiting for the corpus")
+    pulse = Progress(lambda text, share: None, stop, "waiting for the corpus")
     folder = cache_folder(data) / _name(data, discover(data.sources, pulse))
     reached, since = builder(), time.monotonic()
     while True:
@@ -101,7 +101,7 @@ def wait_prepared(
         time.sleep(_POLL_SECONDS)
 
 
-def _name(data: DataSection, found: Found) -> str:
+def _name(data: DataSection, found: ResolvedSources) -> str:
     """32 hex digits over all that the corpus depends on."""
     tokenizer = data.tokenizer
     if tokenizer == "bpe":
@@ -128,7 +128,7 @@ def _name(data: DataSection, found: Found) -> str:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, pulse: Pulse) -> Iterator[None]:
+def _locked(folder: Path, pulse: Progress) -> Iterator[None]:
     """Holds the lock of a corpus. The file stays: deleting it would race with the next process to
     take it.
     """
@@ -150,7 +150,12 @@ def _locked(folder: Path, pulse: Pulse) -> Iterator[None]:
 
 
 def _build(
-    data: DataSection, found: Found, folder: Path, damage: str, pulse: Pulse, shard_bytes: int
+    data: DataSection,
+    found: ResolvedSources,
+    folder: Path,
+    damage: str,
+    pulse: Progress,
+    shard_bytes: int,
 ) -> None:
     """Build into a temporary folder and rename. Called with the lock held."""
     if damage:

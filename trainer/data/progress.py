@@ -7,20 +7,22 @@ from collections.abc import Callable
 
 from guardrail.core.errors import Interrupted
 
-Progress = Callable[[str, float], None]  # (what is being done, share done in [0, 1])
+ReportProgress = Callable[[str, float], None]  # (what is being done, share done in [0, 1])
 Stop = Callable[[], bool]
 
 REPORT_SECONDS = 0.25
 POLL_SECONDS = 0.002
 
 
-class Pulse:
+class Progress:
     """Called from every inner loop: polls `stop`, and passes `share` on a few times a second.
 
     Raises Interrupted as soon as `stop()` is true.
     """
 
-    def __init__(self, progress: Progress, stop: Stop, text: str = "looking for text") -> None:
+    def __init__(
+        self, progress: ReportProgress, stop: Stop, text: str = "looking for text"
+    ) -> None:
         self._progress, self._stop = progress, stop
         self._polled = self._reported = 0.0
         self.text, self.share = text, 0.0

@@ -48,7 +48,7 @@ class SourceFile:
 
 
 @dataclass
-class Found:
+class ResolvedSources:
     """What `discover` found.
 
     Attributes:
@@ -69,7 +69,7 @@ class Found:
         return sum(file.size for file in self.files)
 
 
-def discover(sources: tuple[str, ...], pulse: Callable[[], None] = lambda: None) -> Found:
+def discover(sources: tuple[str, ...], pulse: Callable[[], None] = lambda: None) -> ResolvedSources:
     """The files behind `sources`, in the order of the sources and sorted by name within one; each
     file once.
 
@@ -77,7 +77,7 @@ def discover(sources: tuple[str, ...], pulse: Callable[[], None] = lambda: None)
     passed over. A file that a glob or a path names is taken whatever its suffix. A source without a
     file counts among the bad records.
     """
-    found, seen = Found(), set()
+    found, seen = ResolvedSources(), set()
     for source in sources:
         first, ignored, candidate = len(found.files), found.ignored.total(), None
         if source == BUILTIN:
@@ -104,7 +104,9 @@ def discover(sources: tuple[str, ...], pulse: Callable[[], None] = lambda: None)
     return found
 
 
-def _files_of(source: str, found: Found, pulse: Callable[[], None]) -> Iterator[SourceFile]:
+def _files_of(
+    source: str, found: ResolvedSources, pulse: Callable[[], None]
+) -> Iterator[SourceFile]:
     if os.path.isdir(source):
         yield from _walk(source, source, found, pulse)
     elif os.path.lexists(source) or not glob.has_magic(source):
@@ -119,7 +121,9 @@ def _files_of(source: str, found: Found, pulse: Callable[[], None]) -> Iterator[
                 yield from _walk(match, fixed, found, pulse)
 
 
-def _walk(folder: str, base: str, found: Found, pulse: Callable[[], None]) -> Iterator[SourceFile]:
+def _walk(
+    folder: str, base: str, found: ResolvedSources, pulse: Callable[[], None]
+) -> Iterator[SourceFile]:
     """The text files below `folder`; their keys are relative to `base`."""
     names: list[str] = []
 
@@ -143,7 +147,7 @@ def _walk(folder: str, base: str, found: Found, pulse: Callable[[], None]) -> It
             found.ignored[suffix or "no suffix"] += 1
 
 
-def _file(path: str, key: str, found: Found) -> Iterator[SourceFile]:
+def _file(path: str, key: str, found: ResolvedSources) -> Iterator[SourceFile]:
     try:
         status = os.stat(path)
     except OSError as error:

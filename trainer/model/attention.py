@@ -15,7 +15,7 @@ from trainer.model.layers import Linear, norm
 from trainer.model.positions import Rotary
 
 
-class Sight(NamedTuple):
+class AttentionMask(NamedTuple):
     """Who sees whom in one forward pass; the same for all blocks of a stack.
 
     Attributes:
@@ -56,7 +56,7 @@ class Attention(nn.Module):
         self.key_norm = norm(section, section.head_width) if section.qk_norm else None
         self.out = Linear(section.width, section.width, bias=section.bias)
 
-    def _heads(self, x_BTD: Tensor, sight: Sight) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, x_BTD: Tensor, sight: AttentionMask) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, T, H, K], keys and values [B, T, G, K], normed and turned.
 
         Under tensor parallelism these are the heads of this rank.
@@ -75,7 +75,7 @@ class Attention(nn.Module):
             return q, k
         return self.query_norm(q).type_as(q), self.key_norm(k).type_as(k)
 
-    def forward(self, x_BTD: Tensor, sight: Sight) -> Tensor:
+    def forward(self, x_BTD: Tensor, sight: AttentionMask) -> Tensor:
         q, k, v = (y.transpose(1, 2) for y in self._heads(x_BTD, sight))
         return self._attend(q, k, v, causal=sight.causal, mask=sight.mask)
 
@@ -123,7 +123,7 @@ class CrossAttention(Attention):
     et al. 2020).
     """
 
-    def forward(self, x_BTD: Tensor, sight: Sight) -> Tensor:
+    def forward(self, x_BTD: Tensor, sight: AttentionMask) -> Tensor:
         memory_BSD = sight.memory_BSD
         assert memory_BSD is not None
         q_BTHK = self.q(x_BTD).unflatten(-1, (-1, self.head_width))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trainer.config.recipe import ModelSection
-from trainer.model.attention import Attention, CrossAttention, Sight
+from trainer.model.attention import Attention, AttentionMask, CrossAttention
 from trainer.model.feed_forward import feed_forward
 from trainer.model.layers import norm
 
@@ -48,7 +48,7 @@ class Block(nn.Module):
         self.feed_forward = feed_forward(section)
         self.feed_forward_after = norm(section) if sandwich else None
 
-    def forward(self, x_BTD: Tensor, sight: Sight) -> Tensor:
+    def forward(self, x_BTD: Tensor, sight: AttentionMask) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
             # saving their state costs, and without dropout none are thrown
             dice = self.training and self.dropout > 0
@@ -60,7 +60,7 @@ class Block(nn.Module):
             )
         return self._forward(x_BTD, sight)
 
-    def _forward(self, x_BTD: Tensor, sight: Sight) -> Tensor:
+    def _forward(self, x_BTD: Tensor, sight: AttentionMask) -> Tensor:
         if self.feed_forward_norm is None:
             normed_BTD = self.attention_norm(x_BTD)
             attended_BTD = self._drop(self.attention(normed_BTD, sight))
@@ -76,7 +76,7 @@ class Block(nn.Module):
         sublayer: nn.Module,
         norm: nn.Module,
         after: nn.Module | None,
-        *sight: Sight,
+        *sight: AttentionMask,
     ) -> Tensor:
         if self.post:
             return cast(Tensor, norm(x_BTD + self._drop(sublayer(x_BTD, *sight))))

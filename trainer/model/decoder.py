@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.config.recipe import ModelSection
-from trainer.model.attention import Sight
+from trainer.model.attention import AttentionMask
 from trainer.model.block import Block
 from trainer.model.layers import NORMS, Embedding, Linear, norm
 from trainer.model.positions import (
@@ -149,7 +149,7 @@ class Decoder(nn.Module):
         """
         x_BTD = self.embed(tokens_BT, positions_BT, blanks_BT)
         mask = self.mask(tokens_BT.shape[1], tokens_BT.device, prefix_B)
-        sight = Sight(mask=mask, rotary=self.rotary, positions_BT=positions_BT)
+        sight = AttentionMask(mask=mask, rotary=self.rotary, positions_BT=positions_BT)
         return self.logits(self.run(self.blocks, x_BTD, sight))
 
     def embed(
@@ -175,7 +175,7 @@ class Decoder(nn.Module):
         return x_BTD
 
     @staticmethod
-    def run(blocks: Iterable[nn.Module], x_BTD: Tensor, sight: Sight) -> Tensor:
+    def run(blocks: Iterable[nn.Module], x_BTD: Tensor, sight: AttentionMask) -> Tensor:
         for block in blocks:
             x_BTD = block(x_BTD, sight)
         return x_BTD

@@ -6,7 +6,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from trainer.model.attention import Sight
+from trainer.model.attention import AttentionMask
 from trainer.model.block import Block
 from trainer.model.decoder import Decoder
 from trainer.model.layers import norm
@@ -43,7 +43,7 @@ class EncoderDecoder(Decoder):
         """
         memory_BSD = self.encode(tokens_BT if source_BS is None else source_BS)
         mask = self.mask(tokens_BT.shape[1], tokens_BT.device)
-        sight = Sight(mask=mask, rotary=self.rotary, memory_BSD=memory_BSD)
+        sight = AttentionMask(mask=mask, rotary=self.rotary, memory_BSD=memory_BSD)
         return self.logits(
             self.run(self.blocks[self.encoder_layers :], self.embed(tokens_BT), sight)
         )
@@ -51,6 +51,6 @@ class EncoderDecoder(Decoder):
     def encode(self, source_BS: Tensor) -> Tensor:
         """[B, S, D]: each token of the source knows all the others."""
         bias = None if self.encoder_bias is None else self.encoder_bias(source_BS.shape[1])[None]
-        sight = Sight(causal=False, mask=bias, rotary=self.rotary)
+        sight = AttentionMask(causal=False, mask=bias, rotary=self.rotary)
         x_BSD = self.run(self.blocks[: self.encoder_layers], self.embed(source_BS), sight)
         return x_BSD if self.encoder_norm is None else cast(Tensor, self.encoder_norm(x_BSD))

@@ -37,7 +37,7 @@ from trainer.config.layout import Layout
 from trainer.model import Decoder
 from trainer.objectives.loss import loss_sum
 from trainer.parallel import tensor_parallel
-from trainer.parallel.pipeline import Elsewhere, Place, cut
+from trainer.parallel.pipeline import OtherStage, StagePosition, cut
 from trainer.parallel.tensor_parallel import LossSum
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -237,7 +237,7 @@ def _shard(model: Decoder, config: Config, accelerator: Accelerator) -> Decoder:
         model.loss_sum = split  # type: ignore[assignment]
     if config.layout.pp > 1:
         layout = config.layout
-        place = Place(
+        place = StagePosition(
             stage=whole.get_local_rank("pp"),
             stages=layout.pp,
             chunks=layout.chunks,
@@ -253,7 +253,7 @@ def _shard(model: Decoder, config: Config, accelerator: Accelerator) -> Decoder:
     if section.cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=accelerator.device.type == "cuda")
     for block in model.blocks:
-        if isinstance(block, Elsewhere):
+        if isinstance(block, OtherStage):
             continue
         fully_shard(
             block, mp_policy=policy, reshard_after_forward=section.reshard_after_forward, **options
@@ -316,9 +316,9 @@ def loss_of(model: nn.Module) -> LossSum:
     return split or loss_sum
 
 
-def place_of(model: nn.Module) -> Place | None:
+def place_of(model: nn.Module) -> StagePosition | None:
     """Where this rank stands in its pipeline; None without one."""
-    place: Place | None = getattr(unwrapped(model), "place", None)
+    place: StagePosition | None = getattr(unwrapped(model), "place", None)
     return place
 
 

@@ -32,21 +32,21 @@ from torch.distributed.pipelining import (
 
 from trainer.config.layout import numbers, stretches
 from trainer.model import Decoder
-from trainer.model.attention import Sight
+from trainer.model.attention import AttentionMask
 
 SCHEDULES: dict[str, Any] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 OF_CHUNKS: dict[str, Any] = {"gpipe": ScheduleLoopedBFS, "1f1b": ScheduleInterleaved1F1B}
 
 
-class Elsewhere(nn.Module):
+class OtherStage(nn.Module):
     """Stands for a block of another stage, so that the blocks here keep their numbers and names."""
 
-    def forward(self, x_BTD: Tensor, _sight: Sight) -> Tensor:
+    def forward(self, x_BTD: Tensor, _sight: AttentionMask) -> Tensor:
         return x_BTD
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class StagePosition:
     """Where a rank stands in its pipeline.
 
     Attributes:
@@ -85,7 +85,7 @@ class Place:
         return stretches(layers, stage=self.stage, stages=self.stages, chunks=self.chunks)
 
 
-def cut(model: Decoder, place: Place) -> None:
+def cut(model: Decoder, place: StagePosition) -> None:
     """Leave of a whole model what this stage has: its blocks, the embedding at the beginning, the
     head at the end.
 
@@ -94,9 +94,9 @@ def cut(model: Decoder, place: Place) -> None:
     """
     dealt = place.stretches(len(model.blocks))
     for number in set(range(len(model.blocks))) - set(chain(*dealt)):
-        model.blocks[number] = Elsewhere()
+        model.blocks[number] = OtherStage()
     if not place.first:
-        model.embedding = Elsewhere()  # type: ignore[assignment]
+        model.embedding = OtherStage()  # type: ignore[assignment]
         model.embedding_norm = model.absolute = None
     if not place.last:
         model.norm = model.head = None
@@ -106,7 +106,7 @@ def cut(model: Decoder, place: Place) -> None:
         x_BTD = model.embed(x) if number == 0 else x
         mask = model.mask(x_BTD.shape[1] * model.stream_parts, x_BTD.device)
         blocks = [model.blocks[number] for number in dealt[chunk]]
-        x_BTD = model.run(blocks, x_BTD, Sight(mask=mask, rotary=model.rotary))
+        x_BTD = model.run(blocks, x_BTD, AttentionMask(mask=mask, rotary=model.rotary))
         return model.logits(x_BTD) if number == place.end else x_BTD
 
     model.forward = forward  # type: ignore[assignment, method-assign]
@@ -159,7 +159,7 @@ class Pipeline:
     def __init__(
         self,
         model: nn.Module,
-        place: Place,
+        place: StagePosition,
         *,
         schedule: str,
         micro_batches: int,

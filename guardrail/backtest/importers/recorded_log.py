@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from guardrail.core.config import GuardSection
+from guardrail.core.config import GuardOptions
 from guardrail.core.records import Observation
 
 # From this share of records that repeat the step of the one before, the "step" is an epoch or the
@@ -161,7 +161,7 @@ class Log:
                 yield row, Observation(step=step, first=row, last=row + 1, signals=cells)
 
 
-def settings_for(log: Log, settings: GuardSection) -> GuardSection:
+def settings_for(log: Log, settings: GuardOptions) -> GuardOptions:
     """The settings by which a log is judged: one of reinforcement learning has a signed loss,
     unless they say more.
     """

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from guardrail.core.config import Settings
+from guardrail.core.config import GuardConfig
 from guardrail.core.records import SnapshotInfo
 from guardrail.decide.policy import choose_target
-from guardrail.decide.run_history import Past
+from guardrail.decide.run_history import RunHistory
 from guardrail.rundir.manifest import Manifest
 from guardrail.rundir.recorder import Recorder
 from guardrail.torch.checkpoint.disk_checkpoints import (
@@ -46,7 +46,7 @@ def never(step: int) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Fits:
-    """Which states a rollback can use, by step and cursor; see `Tiers.target`."""
+    """Which states a rollback can use, by step and cursor; see `SnapshotManager.target`."""
 
     cursor: int
     to_step: int | None
@@ -86,7 +86,7 @@ class Restored:
     check: dict[str, str] = field(default_factory=dict)
 
 
-class Tiers:
+class SnapshotManager:
     """Snapshots and checkpoints of one guard. Every rank calls the same methods at the same steps.
 
     Args:
@@ -101,7 +101,7 @@ class Tiers:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: GuardConfig,
         *,
         state: TrainingState,
         store: CheckpointStore | None,
@@ -115,14 +115,16 @@ class Tiers:
         self.store = store
         self.infos: tuple[SnapshotInfo, ...] = ()  # of both tiers, for the status
         self._recorder, self._say, self._gathered, self._alive = recorder, say, gathered, alive
-        self._past = Past()
+        self._past = RunHistory()
         # (timeline, step) of a state with nothing bad before it
         self._born_good: tuple[int, int] | None = None
         self._since: int | None = None  # first step of an incident that is not over
 
     # -- copying -----------------------------------------------------------------------------------
 
-    def begin(self, facts: Facts, *, past: Past, good: bool = True, saved: bool = False) -> None:
+    def begin(
+        self, facts: Facts, *, past: RunHistory, good: bool = True, saved: bool = False
+    ) -> None:
         """The first snapshot and checkpoint of this process, so that there always is something to
         go back to.
 
@@ -360,9 +362,9 @@ class Tiers:
         self.ring.drop_after(target.step)
         if target.snapshot is None and self.settings.snapshots.keep:
             self._take(facts, checkpoint=False).state = target.state
-        self.suspect_from(target.step + 1)
+        self.first_suspect_step(target.step + 1)
 
-    def suspect_from(self, step: int) -> None:
+    def first_suspect_step(self, step: int) -> None:
         """Checkpoints of `step` and later hold what went wrong; they are never chosen again."""
         if self.store is not None:
             for info in self.store.mark_suspect(step):
@@ -371,7 +373,7 @@ class Tiers:
 
     # -- the start and the end of a process --------------------------------------------------------
 
-    def resume(self, past: Past) -> Restored | None:
+    def resume(self, past: RunHistory) -> Restored | None:
         """Load the newest valid checkpoint of the present timeline; None when there is none. A
         collective.
         """
@@ -409,7 +411,7 @@ class Tiers:
         if self.store is None:
             return ""
         if onset is not None:
-            self.suspect_from(onset)
+            self.first_suspect_step(onset)
         suspect = onset is not None and onset <= facts(False)["step"]
         why = self._written()
         for _ in range(FINAL_TRIES):

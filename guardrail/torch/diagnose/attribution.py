@@ -21,10 +21,10 @@ import msgspec
 from guardrail.core.records import MAX_NAMED, Record, Verdict
 from guardrail.core.text import clean
 from guardrail.decide.rollback_window import Applied
-from guardrail.decide.root_cause import Pass, Trouble
-from guardrail.decide.sample_order import Batch, Ledger
+from guardrail.decide.root_cause import AnomalySignature, ReplayPass
+from guardrail.decide.sample_order import Batch, SampleCursor
 from guardrail.decide.sample_outliers import Outlier, Sample, foremost, outliers
-from guardrail.report.text_quality import Usual, odd
+from guardrail.report.text_quality import CorpusStatistics, text_anomalies
 from guardrail.torch.diagnose.batch_replay import Replays
 
 ORDINARY = 3  # healthy batches that the samples are held against
@@ -54,7 +54,12 @@ class Attribution(Record, frozen=True, kw_only=True):
 
 
 def attribute(
-    batch: Batch, *, verdict: Verdict, replays: Replays, ledger: Ledger, applied: Sequence[Applied]
+    batch: Batch,
+    *,
+    verdict: Verdict,
+    replays: Replays,
+    ledger: SampleCursor,
+    applied: Sequence[Applied],
 ) -> Attribution:
     """A collective. Call it when gradients, dice and buffers of the attempt are gone.
 
@@ -62,7 +67,7 @@ def attribute(
         verdict: that rejects the batch.
         applied: the last applied batches, oldest first.
     """
-    step, trouble = verdict.step, Trouble.of(verdict.findings)
+    step, trouble = verdict.step, AnomalySignature.of(verdict.findings)
     onset = min(verdict.onset or step, step)
     with replays.visit(keep_gradients=False):
         ordinary: list[Sample] = []
@@ -78,11 +83,11 @@ def explaining(
     batches: Sequence[Batch],
     *,
     healthy: Sequence[Batch],
-    level: Pass | None,
+    level: ReplayPass | None,
     step: int,
-    trouble: Trouble,
+    trouble: AnomalySignature,
     replays: Replays,
-    ledger: Ledger,
+    ledger: SampleCursor,
 ) -> tuple[int, ...]:
     """The few samples without which none of these batches is in trouble, ascending; () where there
     are none such.
@@ -113,10 +118,10 @@ def _attribute(
     ordinary: Sequence[Sample],
     *,
     step: int,
-    trouble: Trouble,
+    trouble: AnomalySignature,
     replays: Replays,
-    ledger: Ledger,
-    level: Pass | None = None,
+    ledger: SampleCursor,
+    level: ReplayPass | None = None,
 ) -> Attribution:
     found = outliers(replays.samples(batch, step=step), ordinary)
     named = Attribution(
@@ -141,7 +146,7 @@ def _attribute(
 def told(
     attribution: Attribution,
     *,
-    ledger: Ledger,
+    ledger: SampleCursor,
     texts: Texts | None,
     documents: Callable[[Sequence[int]], tuple[list[dict[str, Any]], int]] | None,
 ) -> list[dict[str, Any]]:
@@ -153,7 +158,7 @@ def told(
     ordinary = [ledger.order.sample(position) for position in attribution.ordinary]
     written = texts([*ids, *ordinary]) if texts is not None else []
     mine, theirs = written[: len(ids)], written[len(ids) :]
-    usual = Usual(text[:LOOKED_AT] for text in theirs) if theirs else None
+    usual = CorpusStatistics(text[:LOOKED_AT] for text in theirs) if theirs else None
     lines = []
     for at, (outlier, sample) in enumerate(zip(chosen, ids, strict=True)):
         line: dict[str, Any] = {
@@ -169,7 +174,7 @@ def told(
             others = [*mine[:at], *mine[at + 1 :], *theirs]
             line |= {
                 "excerpt": clean(mine[at], EXCERPT),
-                "odd": odd(mine[at][:LOOKED_AT], usual=usual),
+                "odd": text_anomalies(mine[at][:LOOKED_AT], usual=usual),
             }
             line["odd"] += ["the very same text as another sample"] * (mine[at] in others)
         lines.append(line)

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from guardrail.decide.root_cause import NONDETERMINISTIC, Own, Pass
+from guardrail.decide.root_cause import NONDETERMINISTIC, RankNumbers, ReplayPass
 from guardrail.decide.sample_order import Batch
 from guardrail.decide.sample_outliers import Sample
 from guardrail.rundir.manifest import BUFFER, MODEL
 from guardrail.torch.checkpoint.memory_snapshots import Snapshot
 from guardrail.torch.diagnose.per_sample import Rows, embedding_gradients, merged, samples_of
-from guardrail.torch.measure.reduction import Probes, Reduced
-from guardrail.torch.state.forward_side_effects import Attempt
+from guardrail.torch.measure.reduction import ReducedStep, StepReduction
+from guardrail.torch.state.forward_side_effects import ForwardSideEffects
 from guardrail.torch.state.training_state import TrainingState
 
 # (batch, step, rows) -> (loss sum of this rank, 0-d; label tokens behind it; nominal tokens):
@@ -53,7 +53,7 @@ class Replays:
         structure: Structure | None = None,
         *,
         state: TrainingState,
-        probes: Probes,
+        probes: StepReduction,
         loss_scale: Callable[[], float | None],
         gathered: Callable[[Any], list[Any]],
         alive: Callable[[], None],
@@ -96,12 +96,13 @@ class Replays:
                 parameter.grad = gradient
             self.state.settle()
 
-    def own(self) -> list[Own]:
+    def own(self) -> list[RankNumbers]:
         """What each rank computed by itself in the last reduction. A collective."""
         loss_sum, after, before = self.probes.own.tolist()
         mine = (loss_sum, before, after, socket.gethostname())
         return [
-            Own(loss_sum=a, before=b, after=c, host=host) for a, b, c, host in self.gathered(mine)
+            RankNumbers(loss_sum=a, before=b, after=c, host=host)
+            for a, b, c, host in self.gathered(mine)
         ]
 
     def samples(self, batch: Batch, *, step: int) -> list[Sample]:
@@ -119,7 +120,7 @@ class Replays:
         self._alive()
         self.passes += 1
         self.state.settle()
-        aside = Attempt(self.state)
+        aside = ForwardSideEffects(self.state)
         aside.begin()
         try:
             yield
@@ -142,7 +143,7 @@ class Replays:
         gain = (other - loss) / tokens if tokens else math.nan
         return gain if math.isfinite(gain) else None
 
-    def run(self, batch: Batch, *, step: int, what: str) -> Pass:
+    def run(self, batch: Batch, *, step: int, what: str) -> ReplayPass:
         """One pass from the state at hand; dice and buffers begin and end as they are."""
         rows: Rows = []
         with self._aside():
@@ -200,8 +201,8 @@ def tolerance(device: torch.device) -> float:
     )
 
 
-def pass_of(reduced: Reduced, *, what: str) -> Pass:
-    return Pass(
+def pass_of(reduced: ReducedStep, *, what: str) -> ReplayPass:
+    return ReplayPass(
         what=what,
         signals=reduced.signals(),
         nonfinite=bool(reduced.nonfinite_loss or reduced.nonfinite_grad),

@@ -24,12 +24,19 @@ from msgspec import structs
 
 from guardrail.core.records import Action, Cause, Diagnosis, Verdict
 from guardrail.decide.rollback_window import Applied
-from guardrail.decide.root_cause import Pass, Trouble, ahead_of, hardware, judge, structure_of
-from guardrail.decide.sample_order import Batch, Ledger
+from guardrail.decide.root_cause import (
+    AnomalySignature,
+    ReplayPass,
+    ahead_of,
+    hardware,
+    judge,
+    structure_of,
+)
+from guardrail.decide.sample_order import Batch, SampleCursor
 from guardrail.torch.checkpoint.memory_snapshots import CANDIDATE, GOOD, Snapshot, SnapshotRing
 from guardrail.torch.diagnose.attribution import ORDINARY, explaining
 from guardrail.torch.diagnose.batch_replay import Replays, pass_of
-from guardrail.torch.measure.reduction import Reduced
+from guardrail.torch.measure.reduction import ReducedStep
 
 EARLIER, FROM_ONSET = 2, 3  # batches of each kind that are run
 # times as many batches ahead as may be left out in a row: data of another kind reaches at least so
@@ -50,7 +57,7 @@ class CauseTest:
     ring: older states; only read.
     """
 
-    def __init__(self, replays: Replays, *, ledger: Ledger, ring: SnapshotRing) -> None:
+    def __init__(self, replays: Replays, *, ledger: SampleCursor, ring: SnapshotRing) -> None:
         self._replays, self._ledger, self._ring = replays, ledger, ring
 
     def run(
@@ -58,7 +65,7 @@ class CauseTest:
         batch: Batch,
         *,
         verdict: Verdict,
-        reduced: Reduced,
+        reduced: ReducedStep,
         applied: Sequence[Applied],
         keep_gradients: bool,
         reach: int = 0,
@@ -77,7 +84,7 @@ class CauseTest:
             end: applied updates after which the run is finished; 0: endless.
         """
         replays, step = self._replays, verdict.step
-        trouble = Trouble.of(verdict.findings)
+        trouble = AnomalySignature.of(verdict.findings)
         first, own = pass_of(reduced, what="the batch"), replays.own()
         onset = min(verdict.onset or step, step)
         before = [self._again(one) for one in applied if one.step < onset][
@@ -107,8 +114,8 @@ class CauseTest:
             lasting = onset < step
             everywhere = 2 * sum(map(trouble.shown_by, others)) > len(others)
             older = self._older(onset, present=step - 1)
-            level: Pass | None = None
-            suspects: list[Pass] = []
+            level: ReplayPass | None = None
+            suspects: list[ReplayPass] = []
             if older is not None and (lasting or not everywhere):
                 asked = [("the batch", batch)]
                 if lasting:
@@ -157,12 +164,12 @@ class CauseTest:
             return structs.replace(diagnosis, positions=few, passes=replays.passes)
 
     def _far(
-        self, batch: Batch, trouble: Trouble, reach: int, *, step: int
-    ) -> list[tuple[int, Pass]]:
+        self, batch: Batch, trouble: AnomalySignature, reach: int, *, step: int
+    ) -> list[tuple[int, ReplayPass]]:
         """(Batches ahead, pass) of some behind the next one, the farthest first; two that are
         healthy are enough.
         """
-        found: list[tuple[int, Pass]] = []
+        found: list[tuple[int, ReplayPass]] = []
         size, healthy = batch.last - batch.first, 0
         for distance in dict.fromkeys(round(share * reach) for share in PLACES):
             first = batch.last + (distance - 1) * size
@@ -185,8 +192,8 @@ class CauseTest:
         older: Snapshot,
         batches: Sequence[Batch],
         usual: Sequence[Batch],
-        level: Pass | None,
-        trouble: Trouble,
+        level: ReplayPass | None,
+        trouble: AnomalySignature,
     ) -> tuple[int, ...]:
         """The few samples that explain the trouble of these batches, as an older state shows it."""
         if len(batches) > EXPLAINED:
@@ -209,7 +216,7 @@ class CauseTest:
 
     def _from(
         self, older: Snapshot, asked: Sequence[tuple[str, Batch]], compared: Batch | None
-    ) -> tuple[Pass | None, list[Pass]]:
+    ) -> tuple[ReplayPass | None, list[ReplayPass]]:
         """(A healthy batch, those asked about) from an older state."""
         step = older.step + 1
         with self._replays.older(older):

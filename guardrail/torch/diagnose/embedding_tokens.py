@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from guardrail.core.records import Verdict
 from guardrail.decide.remedies import embedding_concerned
-from guardrail.torch.measure.reduction import Reduced, local
+from guardrail.torch.measure.reduction import ReducedStep, local
 
 MOST = 8  # tokens that are named of one step
 
@@ -64,7 +64,7 @@ def _of_shard(gradient: Tensor) -> list[tuple[int, float]]:
 
 def token_evidence(
     verdict: Verdict,
-    reduced: Reduced,
+    reduced: ReducedStep,
     *,
     embedding: Sequence[Tensor],
     samples: Sequence[int],

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from guardrail.core.config import Settings, checked
+from guardrail.core.config import GuardConfig, checked
 from guardrail.core.errors import ConfigError, UsageError
 from guardrail.core.records import Mode
 from guardrail.core.schema import as_tree
@@ -27,9 +27,9 @@ _STATEFUL = ("state_dict", "load_state_dict")
 _FUNCTIONS = ("describe", "texts", "tokens", "rerun", "replay", "structure", "fixed_loss", "lr_at")
 
 
-def check_settings(settings: Any) -> Settings:
+def check_settings(settings: Any) -> GuardConfig:
     """The settings, converted and checked as a TOML file would be. Raises ConfigError."""
-    schema = type(settings) if isinstance(settings, Settings) else Settings
+    schema = type(settings) if isinstance(settings, GuardConfig) else GuardConfig
     return checked(settings, schema)
 
 

@@ -29,10 +29,10 @@ from guardrail.decide.questions import (
     timeline_changed,
 )
 from guardrail.decide.sample_order import Batch
-from guardrail.decide.undo import Undoing, find, lines_of
+from guardrail.decide.undo import UndoPlan, find, lines_of
 from guardrail.operate.preview import not_acceptable
 from guardrail.rundir.command_files import DEEDS
-from guardrail.rundir.mailbox import Mailbox
+from guardrail.rundir.mailbox import CommandPoller
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.checkpoint.snapshot_manager import Target
 from guardrail.torch.guard.questions import MODES, line_of_question, worded
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from guardrail.torch.guard.guard import Guard
 
 PARKED_SECONDS = 0.1  # between two meetings of parked ranks
-DEFAULTS = ("proposed", "go_on", "stop")  # guard.ask_default, in the order of `Answer`
+DEFAULTS = ("proposed", "go_on", "stop")  # guard.ask_default, in the order of `Response`
 KINDS = list(CommandKind)
 # Kinds that hold for what was shown with them alone; the others do the same whatever has happened
 # since.
@@ -49,7 +49,7 @@ BOUND = (*BY_HAND, CommandKind.ANSWER, CommandKind.LR, CommandKind.EMBED_ALPHA, 
 _REMEMBERED = 64  # questions of which it is known who ended them
 
 
-class Answer(Enum):
+class ParkResult(Enum):
     """How a wait ended."""
 
     AS_PROPOSED = 0
@@ -58,12 +58,12 @@ class Answer(Enum):
     BY_HAND = 3  # rolled back or skipped by command: the batch under question is gone
 
 
-class Desk:
+class CommandHandler:
     """Commands of one guard; `question` is what it asks while parked."""
 
     def __init__(self, guard: Guard) -> None:
         self._guard = guard
-        self._mailbox: Mailbox | None = None
+        self._mailbox: CommandPoller | None = None
         self._current: Command | None = None
         self._answered: Command | None = None  # its deed is under way, and its file is still there
         self._end = 0  # end of the batch that is under question, else 0
@@ -78,7 +78,7 @@ class Desk:
 
     def open(self, run: RunDirectory) -> None:
         """Read commands; on rank 0 only."""
-        self._mailbox = Mailbox(run, stamp=self._stamp)
+        self._mailbox = CommandPoller(run, stamp=self._stamp)
 
     @property
     def number(self) -> int:
@@ -141,7 +141,7 @@ class Desk:
         verdict: Verdict | None = None,
         batch: Batch | None = None,
         command: tuple[int, float] = (0, 0.0),
-    ) -> Answer:
+    ) -> ParkResult:
         """Wait for a person while the ranks keep meeting, so that no collective times out, for
         hours if need be.
 
@@ -166,7 +166,7 @@ class Desk:
         guard.recorder.written.pop("paused", None)
         self.question, self.deadline, self.default = question, deadline, default_now
         guard.say("paused", question or f"paused by {self._last_who or 'a command'}", **data)
-        answer: Answer | None = None
+        answer: ParkResult | None = None
         while answer is None:
             guard.at(Phase.PAUSED)
             if command[0]:
@@ -185,7 +185,7 @@ class Desk:
             (kind, value, stop), command = self.agree(command), (0, 0.0)
             if stop:
                 guard.end(Phase.STOPPED, "asked to stop by a signal while paused")
-                answer = Answer.STOP
+                answer = ParkResult.STOP
             elif kind:
                 answer = self._while_parked(KINDS[kind - 1], value, verdict)
             else:
@@ -195,7 +195,7 @@ class Desk:
         self._over_now(answer, verdict)
         return answer
 
-    def _over_now(self, answer: Answer, verdict: Verdict | None) -> None:
+    def _over_now(self, answer: ParkResult, verdict: Verdict | None) -> None:
         """The wait has ended; whoever answers the same question later learns how."""
         guard, asked, number = self._guard, bool(self.question), self.number
         if number:
@@ -239,30 +239,30 @@ class Desk:
 
     def _while_parked(
         self, kind: CommandKind, value: float, verdict: Verdict | None
-    ) -> Answer | None:
+    ) -> ParkResult | None:
         """What ends the wait comes back; the rest takes effect in place."""
         asked = bool(self.question)
         if kind is CommandKind.RESUME:
             refusal = self._guard.shared(how_to_answer(self.number)) if asked else ""
-            return Answer.AS_PROPOSED if self._answer(kind, value, refusal=refusal) else None
+            return ParkResult.AS_PROPOSED if self._answer(kind, value, refusal=refusal) else None
         if kind is CommandKind.ANSWER and asked:
-            return self._answered_with(Answer(int(value)), verdict)
+            return self._answered_with(ParkResult(int(value)), verdict)
         if kind is CommandKind.PAUSE:
             self._answer(kind, value, refusal="training is paused already")
             return None
         done = self.execute(kind, value)
         if done and kind is CommandKind.STOP:
-            return Answer.STOP
+            return ParkResult.STOP
         # After a pause by hand, training stays paused.
-        return Answer.BY_HAND if done and asked and kind in BY_HAND else None
+        return ParkResult.BY_HAND if done and asked and kind in BY_HAND else None
 
-    def _answered_with(self, answer: Answer, verdict: Verdict | None) -> Answer | None:
+    def _answered_with(self, answer: ParkResult, verdict: Verdict | None) -> ParkResult | None:
         """An answer to the open question, if it is one to this question and to what was
         proposed.
         """
         refusal = self._take_up(CommandKind.ANSWER)
         back = (
-            answer is Answer.AS_PROPOSED
+            answer is ParkResult.AS_PROPOSED
             and verdict is not None
             and verdict.would is Action.ROLLBACK
         )
@@ -280,7 +280,7 @@ class Desk:
             refusal = self._target_changed(target) if target is not None else ""
         if not self._answer(CommandKind.ANSWER, float(answer.value), refusal=refusal):
             return None
-        if answer is Answer.STOP:
+        if answer is ParkResult.STOP:
             self._guard.end(
                 Phase.STOPPED, f"stopped by {self._last_who or 'a command'} while the guard asked"
             )
@@ -497,7 +497,7 @@ class Desk:
         guard.timelines.undo(found, target, lines)
         return True
 
-    def _meant(self, seq: int | None) -> tuple[Undoing | str, list[int]]:
+    def _meant(self, seq: int | None) -> tuple[UndoPlan | str, list[int]]:
         """On rank 0, which alone knows the numbers of the lines: the decision, and all lines that
         go with it.
         """

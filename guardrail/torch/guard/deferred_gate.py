@@ -2,7 +2,7 @@
 step one step later.
 
 When step t has been computed the host knows all steps up to t-1, so it knows what t must keep to:
-one ceiling for each signal (`Controller.ceilings`), chosen so that a step below all of them is
+one ceiling for each signal (`Controller.safe_limits`), chosen so that a step below all of them is
 applied without a word. The ceilings travel to the device beside the packed vector; there they are
 compared, and the optimizer leaves the update out by `found_inf` where a number is not below its
 own. The host goes on to the next step, and reads behind it:
@@ -40,16 +40,16 @@ from guardrail.core.records import Action, Observation, Phase, Verdict
 from guardrail.decide.sample_order import LedgerState
 from guardrail.torch.diagnose.batch_replay import tolerance
 from guardrail.torch.guard.step import Step
-from guardrail.torch.measure.reduction import Reduced, local
+from guardrail.torch.measure.reduction import ReducedStep, local
 from guardrail.torch.measure.update_gate import can_leave_out
-from guardrail.torch.state.forward_side_effects import Attempt
+from guardrail.torch.state.forward_side_effects import ForwardSideEffects
 
 if TYPE_CHECKING:
     from guardrail.torch.guard.guard import Guard
 
 
 @dataclass(kw_only=True, slots=True)
-class Flight:
+class PendingStep:
     """A step on whose update the device has decided, and of which the host knows nothing yet.
 
     Attributes:
@@ -67,26 +67,26 @@ class Flight:
     told: Tensor
     arrived: torch.cuda.Event | None
     position: LedgerState
-    attempt: Attempt
+    attempt: ForwardSideEffects
     square: Tensor | None
     lr: float
     seconds: float = 0.0
     guarding: float = 0.0
 
 
-class Lagged:
+class DeferredGate:
     """Raises UsageError where an update could not be left out on the device, or would not be the
     same one.
     """
 
     def __init__(self, guard: Guard) -> None:
         self._guard = guard
-        self.flight: Flight | None = None
-        self._spare = Attempt(guard.state)
+        self.flight: PendingStep | None = None
+        self._spare = ForwardSideEffects(guard.state)
         self._signals: tuple[str, ...] = ()  # of the last step that was judged
         self._dropped = 0  # number of the step that is formed again, 0: none
         # numbers of its first time, where the device left it out
-        self._first: tuple[Reduced, Tensor] | None = None
+        self._first: tuple[ReducedStep, Tensor] | None = None
         self.waited = self.flown = 0  # steps that the host has waited for, and others
         self._refuse()
 
@@ -124,7 +124,7 @@ class Lagged:
 
     # -- the step that was computed ----------------------------------------------------------------
 
-    def ceilings(self, step: Step, *, wait: bool) -> list[float] | None:
+    def safe_limits(self, step: Step, *, wait: bool) -> list[float] | None:
         """What the signals of this step must keep to, as `Probes.signal_names` has them; None: the
         host has to wait.
         """
@@ -145,7 +145,7 @@ class Lagged:
                 signals=signals,
                 streak=batch.streak,
             )
-            most = guard.controller.ceilings(like)
+            most = guard.controller.safe_limits(like)
         if most is None:
             self.waited += 1
             return None
@@ -154,14 +154,14 @@ class Lagged:
 
     @torch.no_grad()
     def launch(
-        self, step: Step, vector: Tensor, ceilings: list[float], *, nominal: float | None
+        self, step: Step, vector: Tensor, safe_limits: list[float], *, nominal: float | None
     ) -> None:
         """Decide on the device, apply there or not, and go on as if it were applied."""
         began = time.perf_counter()
         guard = self._guard
         probes, effects = guard.probes, guard.effects(step.number)
         values, known, sound, scale = probes.on_device(vector, nominal)
-        most = torch.tensor(ceilings, dtype=vector.dtype).to(vector.device, non_blocking=True)
+        most = torch.tensor(safe_limits, dtype=vector.dtype).to(vector.device, non_blocking=True)
         # NaN is not below any ceiling. A number that no rank gave is not judged, as on the host.
         applied = sound & (values[0] > 0) & ((values <= most) | ~known).all()
         told = torch.cat([vector, applied.to(vector.dtype)[None]])
@@ -171,7 +171,7 @@ class Lagged:
             told = on_host.copy_(told, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        flight = self.flight = Flight(
+        flight = self.flight = PendingStep(
             step=step,
             nominal=nominal,
             told=told,
@@ -231,7 +231,7 @@ class Lagged:
         guard.keep()
         return True
 
-    def _confirm(self, flight: Flight, reduced: Reduced) -> None:
+    def _confirm(self, flight: PendingStep, reduced: ReducedStep) -> None:
         """The books of an applied step, as far as the next one did not need them."""
         guard, step = self._guard, flight.step
         guard.checks.advance_schedule()
@@ -239,7 +239,9 @@ class Lagged:
         guard.tokens += reduced.tokens
         guard.account.add(step, reduced, seconds=flight.seconds, guarding=flight.guarding)
 
-    def _take_back(self, flight: Flight, reduced: Reduced, *, computed_after: bool) -> None:
+    def _take_back(
+        self, flight: PendingStep, reduced: ReducedStep, *, computed_after: bool
+    ) -> None:
         """The update was left out: back to where its step began, which is formed again."""
         guard = self._guard
         if computed_after:
@@ -292,7 +294,7 @@ class Lagged:
         first = self._first[0]
         return (first.command_kind, first.command_value) if self._guard.rank == 0 else (0, 0.0)
 
-    def first_numbers(self, again: Reduced) -> Reduced:
+    def first_numbers(self, again: ReducedStep) -> ReducedStep:
         """The numbers that a step which was formed again is judged by."""
         if self._first is None:
             return again
@@ -310,7 +312,7 @@ class Lagged:
         self._signals = tuple(signals)
 
 
-def _same(a: Reduced, b: Reduced, relative: float) -> bool:
+def _same(a: ReducedStep, b: ReducedStep, relative: float) -> bool:
     ours, theirs = a.signals(), b.signals()
     if ours.keys() != theirs.keys() or (a.nonfinite_loss, a.nonfinite_grad) != (
         b.nonfinite_loss,

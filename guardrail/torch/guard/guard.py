@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from guardrail.core.config import Settings
+from guardrail.core.config import GuardConfig
 from guardrail.core.records import (
     GRAD_NORM,
     Action,
@@ -32,32 +32,32 @@ from guardrail.core.records import (
     Verdict,
 )
 from guardrail.decide.controller import Controller
-from guardrail.decide.run_history import Effects, Past
-from guardrail.decide.sample_order import Batch, Ledger, SampleOrder
+from guardrail.decide.run_history import Effects, RunHistory
+from guardrail.decide.sample_order import Batch, SampleCursor, SampleOrder
 from guardrail.rundir.heartbeat import Heartbeat
 from guardrail.rundir.recorder import Recorder
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.rundir.stop_signals import StopSignals
 from guardrail.torch.checkpoint.disk_checkpoints import CheckpointStore
-from guardrail.torch.checkpoint.snapshot_manager import Tiers
+from guardrail.torch.checkpoint.snapshot_manager import SnapshotManager
 from guardrail.torch.diagnose.attribution import Texts
 from guardrail.torch.diagnose.batch_replay import Replay, Replays, Structure
 from guardrail.torch.diagnose.embedding_tokens import DescribeTokens
 from guardrail.torch.guard.arguments import check_mode, check_names, check_parts, check_settings
-from guardrail.torch.guard.command_handler import Desk
-from guardrail.torch.guard.deferred_gate import Lagged
+from guardrail.torch.guard.command_handler import CommandHandler
+from guardrail.torch.guard.deferred_gate import DeferredGate
 from guardrail.torch.guard.loop_checks import LoopChecks
 from guardrail.torch.guard.quarantine import Describe, Quarantine
 from guardrail.torch.guard.step import Step
-from guardrail.torch.guard.step_metrics import Account
-from guardrail.torch.guard.timeline_switch import Timelines
-from guardrail.torch.guard.verdict_executor import Verdicts
+from guardrail.torch.guard.step_metrics import StepMetrics
+from guardrail.torch.guard.timeline_switch import TimelineSwitch
+from guardrail.torch.guard.verdict_executor import VerdictExecutor
 from guardrail.torch.measure.loss_scaler import LossScale, enabled
-from guardrail.torch.measure.rank_timing import Meter, Pace
-from guardrail.torch.measure.reduction import Probes, Reduced
+from guardrail.torch.measure.rank_timing import GpuMeter, RankTimer
+from guardrail.torch.measure.reduction import ReducedStep, StepReduction
 from guardrail.torch.measure.update_gate import Gate
 from guardrail.torch.measure.update_norm import UpdateNorm
-from guardrail.torch.state.forward_side_effects import Attempt
+from guardrail.torch.state.forward_side_effects import ForwardSideEffects
 from guardrail.torch.state.rank_agreement import require_equal
 from guardrail.torch.state.slow_work import T, run_together
 from guardrail.torch.state.training_state import TrainingState
@@ -124,7 +124,7 @@ class Guard:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: GuardConfig,
         *,
         model: nn.Module,
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
@@ -189,10 +189,10 @@ class Guard:
         clip, device = given["clip"], given["device"]
         self.run = run
         self.total_steps = total_steps
-        self.ledger = Ledger(order, batch_size=batch_size, limit=limit)
-        self.past = Past()
+        self.ledger = SampleCursor(order, batch_size=batch_size, limit=limit)
+        self.past = RunHistory()
         self.controller = Controller(settings.guard)
-        self.probes = Probes(
+        self.probes = StepReduction(
             model,
             rank=self.rank,
             world=self.world,
@@ -203,7 +203,7 @@ class Guard:
             named=settings.guard.signals,
             updates=settings.guard.update_norm,
         )
-        self.pace = Pace(self.probes.parameters)
+        self.pace = RankTimer(self.probes.parameters)
         self.updates = (
             UpdateNorm(self.probes.parameters, self.probes.weights)
             if settings.guard.update_norm
@@ -226,12 +226,12 @@ class Guard:
         self.state = TrainingState(
             model, optimizers, scheduler, scaler if enabled(scaler) else None, holders
         )
-        self.attempt = Attempt(self.state)
+        self.attempt = ForwardSideEffects(self.state)
         self.scheduler = scheduler
         self.optimizers = optimizers
         self._signals = signals
         self.heartbeat = heartbeat
-        self.tiers = Tiers(
+        self.tiers = SnapshotManager(
             settings,
             state=self.state,
             store=self._store(run),
@@ -240,22 +240,22 @@ class Guard:
             gathered=self.gathered,
             alive=lambda: self.at(Phase.SAVE),
         )
-        self.desk = Desk(self)
+        self.desk = CommandHandler(self)
         self.replays = self._replays(replay, structure) if replay is not None else None
-        self.account = Account(self)
+        self.account = StepMetrics(self)
         self.checks = LoopChecks(self)
         self.quarantine = Quarantine(self, describe)
-        self.timelines = Timelines(
+        self.timelines = TimelineSwitch(
             self, fixed_loss=fixed_loss, lr_at=lr_at, identity=identity or {}
         )
-        self.verdicts = Verdicts(self, texts=texts, tokens=tokens, rerun=rerun)
+        self.verdicts = VerdictExecutor(self, texts=texts, tokens=tokens, rerun=rerun)
 
         self.step = 0  # applied updates so far
         self.timeline = 0
         self.tokens = 0
         self.phase: Phase | None = None  # set when the run has ended
         self.mode = settings.guard.mode
-        self.lagged = Lagged(self) if settings.guard.gate == "lagged" else None
+        self.lagged = DeferredGate(self) if settings.guard.gate == "lagged" else None
         self._to_keep = False  # an update was applied and the tiers do not know of it yet
         self._command = (0, 0.0)  # agreed on in the last reduction, carried out between two steps
         self._stop = 0  # ranks that were asked to stop, by the same reduction
@@ -269,7 +269,7 @@ class Guard:
     # -- the loop ----------------------------------------------------------------------------------
 
     @classmethod
-    def from_config(cls, settings: Settings, *, data: SampleOrder, **parts: Any) -> Guard:
+    def from_config(cls, settings: GuardConfig, *, data: SampleOrder, **parts: Any) -> Guard:
         """The guard of a custom loop: `data` is the sample order, `parts` the arguments of the
         constructor.
 
@@ -396,13 +396,13 @@ class Guard:
             if self.heartbeat is None:
                 self.heartbeat = Heartbeat(self.run, self.rank).start()
             self.heartbeat.meter = (
-                Meter(self.probes.parameters[0].device) if self.probes.parameters else None
+                GpuMeter(self.probes.parameters[0].device) if self.probes.parameters else None
             )
             if self.rank == 0:
                 self.desk.open(self.run)
             run = self.run
             events = self.shared(self.slow_work(lambda: run.events() if self.rank == 0 else None))
-            self.past, self._effects = Past.of(events), None
+            self.past, self._effects = RunHistory.of(events), None
             self.controller.rebuild(events)
             if self.rank == 0:
                 self.heartbeat.status = self.account.status
@@ -499,10 +499,10 @@ class Guard:
             named=signals,
             update_square=self.updates.square if self.updates is not None else None,
         )
-        ceilings = lagged.ceilings(step, wait=wait) if lagged is not None else None
-        if lagged is not None and ceilings is not None:
+        safe_limits = lagged.safe_limits(step, wait=wait) if lagged is not None else None
+        if lagged is not None and safe_limits is not None:
             self.account.guarding += time.perf_counter() - began
-            lagged.launch(step, vector, ceilings, nominal=nominal)
+            lagged.launch(step, vector, safe_limits, nominal=nominal)
             return None
         scale = self.loss_scale.value if self.loss_scale is not None else None
         verdict = self._finish(step, self.probes.unpack(vector.tolist(), nominal, scale), began)
@@ -525,7 +525,7 @@ class Guard:
             self._resting = False
             self.attempt.undo()
 
-    def _finish(self, step: Step, computed: Reduced, began: float) -> Verdict | None:
+    def _finish(self, step: Step, computed: ReducedStep, began: float) -> Verdict | None:
         """Judge what the host has read, and carry the verdict out."""
         reduced = computed if self.lagged is None else self.lagged.first_numbers(computed)
         if reduced.incomplete:
@@ -555,7 +555,7 @@ class Guard:
         """The learning rate that an update of this step is made with."""
         return float(self.optimizers[0].param_groups[0]["lr"]) * self.effects(step).lr
 
-    def judge(self, step: Step, reduced: Reduced, *, lr: float) -> tuple[Observation, Verdict]:
+    def judge(self, step: Step, reduced: ReducedStep, *, lr: float) -> tuple[Observation, Verdict]:
         """What the controller says of a step's numbers; begins its row."""
         observation = Observation(
             step=step.number,
@@ -578,7 +578,7 @@ class Guard:
             self.lagged.saw(observation.signals)
         return observation, verdict
 
-    def heed(self, reduced: Reduced) -> None:
+    def heed(self, reduced: ReducedStep) -> None:
         """Keep a command or a stop that came with a step's numbers until the loop has done with the
         step.
         """

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from guardrail.core.errors import UsageError
 from guardrail.core.records import MAX_NAMED
 from guardrail.torch.guard.step import Step
-from guardrail.torch.measure.reduction import Reduced
+from guardrail.torch.measure.reduction import ReducedStep
 from guardrail.torch.measure.rounding import HalfWeights
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class LoopChecks:
 
     # -- gradients ---------------------------------------------------------------------------------
 
-    def refuse_without_gradients(self, step: Step, reduced: Reduced) -> None:
+    def refuse_without_gradients(self, step: Step, reduced: ReducedStep) -> None:
         """Once, at the first step of this process. Every rank raises UsageError if no rank has a
         gradient.
         """

@@ -13,7 +13,7 @@ from guardrail.core.text import plural
 from guardrail.decide.questions import CHOICES
 from guardrail.decide.sample_order import Batch
 from guardrail.operate.preview import choices
-from guardrail.operate.run_state import Scene
+from guardrail.operate.run_state import RunState
 
 if TYPE_CHECKING:
     from guardrail.torch.guard.guard import Guard
@@ -49,7 +49,7 @@ def line_of_question(
             **data,
         }
     try:
-        scene = Scene.of(guard.run, status=guard.account.status())
+        scene = RunState.of(guard.run, status=guard.account.status())
         previews = choices(
             scene, verdict, first=batch.first, last=batch.last, settled=guard.controller.is_settled
         )

@@ -13,7 +13,7 @@ import torch
 
 from guardrail.core.records import Action, Phase, Status, Verdict
 from guardrail.torch.guard.step import Step
-from guardrail.torch.measure.reduction import Reduced
+from guardrail.torch.measure.reduction import ReducedStep
 
 if TYPE_CHECKING:
     from guardrail.torch.guard.guard import Guard
@@ -25,7 +25,7 @@ VERSIONS = {
 }
 
 
-class Account:
+class StepMetrics:
     """The books of one guard; `guarding` are the seconds that it took of the present step."""
 
     def __init__(self, guard: Guard) -> None:
@@ -40,7 +40,7 @@ class Account:
     def begin(
         self,
         step: Step,
-        reduced: Reduced,
+        reduced: ReducedStep,
         verdict: Verdict,
         bands: dict[str, tuple[float, float]],
         lr: float,
@@ -81,7 +81,7 @@ class Account:
         if self.row is not None:
             self.row["verdict"] = list(Action).index(action)
 
-    def add(self, step: Step, reduced: Reduced, *, seconds: float, guarding: float) -> None:
+    def add(self, step: Step, reduced: ReducedStep, *, seconds: float, guarding: float) -> None:
         """Times of a step, for the row and the status. The guard's own: reduction, verdict, copies,
         the row.
         """

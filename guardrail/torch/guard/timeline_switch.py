@@ -13,7 +13,7 @@ import msgspec
 
 from guardrail.core.errors import UsageError
 from guardrail.core.records import MAX_NAMED, Phase, Span, Verdict
-from guardrail.decide.undo import Undoing
+from guardrail.decide.undo import UndoPlan
 from guardrail.torch.checkpoint.snapshot_manager import Restored, Target
 from guardrail.torch.guard.quarantine import amount
 from guardrail.torch.guard.step_metrics import VERSIONS
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 AHEAD = 8  # samples after the cursor that a checkpoint remembers
 
 
-class Timelines:
+class TimelineSwitch:
     """Start, resume, rollback and undo of one guard: each but the first opens a new timeline.
 
     Args:
@@ -291,7 +291,7 @@ class Timelines:
             allowed=allowed,
         )
 
-    def undo(self, undoing: Undoing, target: Target, lines: Sequence[int]) -> None:
+    def undo(self, undoing: UndoPlan, target: Target, lines: Sequence[int]) -> None:
         """Take a decision back: go to `target`, from before it, with its samples no longer left
         out.
 

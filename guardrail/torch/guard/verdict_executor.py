@@ -15,7 +15,7 @@ from guardrail.core.records import (
     MAX_NAMED,
     Action,
     Diagnosis,
-    Kind,
+    FindingKind,
     Mode,
     Observation,
     Phase,
@@ -29,20 +29,20 @@ from guardrail.torch.diagnose.attribution import Attribution, Texts, attribute, 
 from guardrail.torch.diagnose.cause_test import FAR, CauseTest
 from guardrail.torch.diagnose.embedding_tokens import DescribeTokens, token_evidence
 from guardrail.torch.diagnose.nonfinite_module import first_nonfinite
-from guardrail.torch.guard.command_handler import Answer
+from guardrail.torch.guard.command_handler import ParkResult
 from guardrail.torch.guard.step import Step
-from guardrail.torch.measure.reduction import Reduced
-from guardrail.torch.state.forward_side_effects import Attempt
+from guardrail.torch.measure.reduction import ReducedStep
+from guardrail.torch.state.forward_side_effects import ForwardSideEffects
 
 if TYPE_CHECKING:
     from guardrail.torch.guard.guard import Guard
 
 # (rejected try, its verdict, its numbers) -> the cause of its incident; a collective that leaves
 # the run as it was.
-Judge = Callable[[Step, Verdict, Reduced], Diagnosis]
+Judge = Callable[[Step, Verdict, ReducedStep], Diagnosis]
 
 
-class Verdicts:
+class VerdictExecutor:
     """What one guard does with a judged step; the same on every rank.
 
     Args:
@@ -67,7 +67,7 @@ class Verdicts:
         self.judge: Judge | None = self._find_cause if guard.replays is not None else None
 
     def carry_out(
-        self, step: Step, verdict: Verdict, reduced: Reduced, observation: Observation
+        self, step: Step, verdict: Verdict, reduced: ReducedStep, observation: Observation
     ) -> Verdict:
         """Explain and carry out; returns the verdict that was carried out, which a cause may have
         changed.
@@ -115,15 +115,15 @@ class Verdicts:
         guard.tiers.withdraw(guard.controller.incidents.since)
 
     def _reconsidered(
-        self, step: Step, verdict: Verdict, reduced: Reduced, observation: Observation
+        self, step: Step, verdict: Verdict, reduced: ReducedStep, observation: Observation
     ) -> Verdict:
         """The verdict in the light of its incident's cause, which is on the record before anything
         takes effect.
         """
         guard = self._guard
-        if self.judge is None or not guard.controller.wants_cause(verdict):
+        if self.judge is None or not guard.controller.needs_cause_test(verdict):
             return verdict
-        diagnosis = guard.controller.weighed(observation, self.judge(step, verdict, reduced))
+        diagnosis = guard.controller.classify_shift(observation, self.judge(step, verdict, reduced))
         guard.say(
             "cause",
             f"cause of incident {verdict.incident}: {diagnosis.cause.value}: {diagnosis.reason}",
@@ -134,11 +134,11 @@ class Verdicts:
             onset=verdict.onset,
             signals=sorted(signals_of(verdict.findings)),
         )
-        step.verdict = guard.controller.reconsider(observation, verdict, diagnosis)
+        step.verdict = guard.controller.apply_diagnosis(observation, verdict, diagnosis)
         guard.account.judged(step.verdict.action)
         return step.verdict
 
-    def _find_cause(self, step: Step, verdict: Verdict, reduced: Reduced) -> Diagnosis:
+    def _find_cause(self, step: Step, verdict: Verdict, reduced: ReducedStep) -> Diagnosis:
         guard = self._guard
         assert guard.replays is not None
         settings = guard.controller.settings
@@ -153,7 +153,7 @@ class Verdicts:
             keep_gradients=asks,  # a person may have the update applied all the same
         )
 
-    def _apply(self, step: Step, reduced: Reduced) -> None:
+    def _apply(self, step: Step, reduced: ReducedStep) -> None:
         guard = self._guard
         effects = guard.effects(step.number)
         if effects.reset:
@@ -311,7 +311,7 @@ class Verdicts:
         self,
         step: Step,
         verdict: Verdict,
-        reduced: Reduced,
+        reduced: ReducedStep,
         observation: Observation,
         named: Attribution | None,
     ) -> None:
@@ -325,12 +325,12 @@ class Verdicts:
         )
         answer = guard.desk.park(question, verdict=verdict, batch=step.batch, command=command)
         step.began += time.perf_counter() - asked  # a person's time is not the step's
-        if answer is Answer.GO_ON and verdict.beyond is Action.ROLLBACK:
+        if answer is ParkResult.GO_ON and verdict.beyond is Action.ROLLBACK:
             self._roll_back_for(step, verdict, allowed=True)
-        elif answer is Answer.GO_ON and verdict.beyond is not None:
+        elif answer is ParkResult.GO_ON and verdict.beyond is not None:
             self._skip(step, verdict, named, allowed=True)
         elif (
-            answer is Answer.GO_ON
+            answer is ParkResult.GO_ON
             and math.isfinite(reduced.loss)
             and math.isfinite(reduced.grad_norm)
         ):
@@ -339,28 +339,30 @@ class Verdicts:
             guard.account.rated(guard.rate(step.number))
             self._apply(step, reduced)
             guard.account.judged(Action.APPLY)
-        elif answer is Answer.GO_ON and self._guard.ledger.nothing_left(
+        elif answer is ParkResult.GO_ON and self._guard.ledger.nothing_left(
             step.batch.first, step.batch.last
         ):
             self._halt(verdict)
-        elif answer is Answer.GO_ON:
+        elif answer is ParkResult.GO_ON:
             self._skip(step, verdict, None, allowed=True)
-        elif answer is Answer.AS_PROPOSED and would is Action.ROLLBACK:
+        elif answer is ParkResult.AS_PROPOSED and would is Action.ROLLBACK:
             self._roll_back_for(step, verdict)
-        elif answer is Answer.AS_PROPOSED:
+        elif answer is ParkResult.AS_PROPOSED:
             guard.gate.leave_out()
             self._halt(verdict)
         else:  # stopped, rolled back or skipped by hand: it is done
             guard.gate.leave_out()
 
-    def _evidence(self, step: Step, verdict: Verdict, reduced: Reduced) -> dict[str, Any]:
+    def _evidence(self, step: Step, verdict: Verdict, reduced: ReducedStep) -> dict[str, Any]:
         """Where the numbers come from: parameters of a non-finite gradient on every rank, the
         module of a non-finite loss, the tokens of an embedding in trouble. Asked while the
         gradients of the step are at hand."""
         guard = self._guard
         data: dict[str, Any] = {}
         nonfinite = {
-            f.signal for f in verdict.findings if f.kind in (Kind.NONFINITE, Kind.SCALE_COLLAPSE)
+            f.signal
+            for f in verdict.findings
+            if f.kind in (FindingKind.NONFINITE, FindingKind.SCALE_COLLAPSE)
         }
         if nonfinite - {LOSS}:
             named = guard.gathered(guard.probes.names_of_nonfinite())
@@ -417,7 +419,7 @@ class Verdicts:
 
     def _culprit(self, rerun: Callable[[], None]) -> str:
         state = self._guard.state
-        aside = Attempt(state)
+        aside = ForwardSideEffects(state)
         aside.begin()
         try:
             with torch.compiler.set_stance("force_eager"):  # what is compiled calls no hooks

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 
-class Pace:
+class RankTimer:
     """Notes when the last gradient of this rank is made.
 
     The parameter that is used first, which models register first, gets its gradient last. Its hook
@@ -48,7 +48,7 @@ class Pace:
             self._hook = None
 
 
-class Meter:
+class GpuMeter:
     """Utilisation and memory of a GPU, for the heartbeat; what cannot be had is unknown, and is
     asked for once.
 

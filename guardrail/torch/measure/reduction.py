@@ -89,7 +89,7 @@ def block_of(name: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Reduced:
+class ReducedStep:
     """The sums of one step, equal on every rank.
 
     Attributes:
@@ -151,7 +151,7 @@ class Reduced:
         }
 
 
-class Probes:
+class StepReduction:
     """Measures the gradients of `parameters` and agrees on them with all other ranks.
 
     Args:
@@ -294,7 +294,7 @@ class Probes:
         nominal_tokens: float | None,
         loss_scale: float | None = None,
         **more: Any,
-    ) -> Reduced:
+    ) -> ReducedStep:
         """`launch`, and `unpack` of what comes back: waits for the device."""
         return self.unpack(self.launch(*numbers, **more).tolist(), nominal_tokens, loss_scale)
 
@@ -417,7 +417,7 @@ class Probes:
         return bool(self.lacking)
 
     def take_lacking(self) -> list[str]:
-        """Names of the parameters that `Reduced.lacking` is about; each is given once."""
+        """Names of the parameters that `ReducedStep.lacking` is about; each is given once."""
         names = [self._names[id(self.parameters[at])] for at in self.lacking]
         self._named_lacking.update(self.lacking)
         self.lacking = []
@@ -512,7 +512,7 @@ class Probes:
 
     def unpack(
         self, values: list[float], nominal_tokens: float | None, loss_scale: float | None
-    ) -> Reduced:
+    ) -> ReducedStep:
         """The packed vector on the host -> what it says.
 
         Args:
@@ -541,7 +541,7 @@ class Probes:
         # from before.
         culprits = ranks("nonfinite_local") or ranks("nonfinite_grad")
         losses = ranks("nonfinite_loss")
-        return Reduced(
+        return ReducedStep(
             loss=sums["loss_sum"] / tokens if tokens else float("nan"),
             tokens=int(tokens),
             grad_norm=values[self._length] * scale,

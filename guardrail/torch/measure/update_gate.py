@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from guardrail.core.errors import UsageError
-from guardrail.torch.measure.reduction import Reduced, local
+from guardrail.torch.measure.reduction import ReducedStep, local
 
 # State of torch's own optimizers, and of those that name theirs alike, that sums up past gradients.
 MOMENTS = frozenset(
@@ -86,7 +86,7 @@ class Gate:
                 "step.finish(loss) steps the optimizer. Remove optimizer.step() (or scaler.step) from the loop"
             )
 
-    def factor(self, reduced: Reduced, *, embed_alpha: float = 1.0, clip: float = 1.0) -> float:
+    def factor(self, reduced: ReducedStep, *, embed_alpha: float = 1.0, clip: float = 1.0) -> float:
         """What all gradients are multiplied by: token weighting and clipping in one pass. Once an
         applied update.
 

@@ -16,7 +16,7 @@ from guardrail.torch.state import rng_state as rng
 from guardrail.torch.state.training_state import TrainingState
 
 
-class _Kept:
+class _SavedBuffer:
     """A buffer and its content before the attempt. torch counts in-place changes, so one that rests
     costs nothing.
 
@@ -32,7 +32,7 @@ class _Kept:
         return self.silent or self.buffer._version != self.version
 
 
-class Attempt:
+class ForwardSideEffects:
     """The side effects of one forward pass, or of a window of them: `begin` before, then `undo`,
     and `redo` if need be.
 
@@ -45,9 +45,9 @@ class Attempt:
         self._state = state
         layers = (layer for layer in state.model.modules() if isinstance(layer, _NormBase))
         self._silent = {id(buffer) for layer in layers for buffer in layer.buffers(recurse=False)}
-        self._kept: dict[str, _Kept] = {}
-        self._before: rng.Dice | None = None
-        self._after: rng.Dice | None = None
+        self._kept: dict[str, _SavedBuffer] = {}
+        self._before: rng.RngStates | None = None
+        self._after: rng.RngStates | None = None
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -58,7 +58,7 @@ class Attempt:
         for name, buffer in self._state.buffers():
             kept = self._kept.get(name)
             if kept is None or kept.buffer is not buffer:
-                self._kept[name] = _Kept(buffer, silent=id(buffer) in self._silent)
+                self._kept[name] = _SavedBuffer(buffer, silent=id(buffer) in self._silent)
             elif kept.touched():
                 kept.before.copy_(buffer)
                 kept.version = buffer._version

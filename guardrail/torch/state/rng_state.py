@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 
-class Dice(NamedTuple):
+class RngStates(NamedTuple):
     """All states at one moment. `device` is that of the present CUDA device, None without one."""
 
     python: tuple[Any, ...]
@@ -23,14 +23,14 @@ class Dice(NamedTuple):
     device: torch.Tensor | None
 
 
-def look() -> Dice:
+def look() -> RngStates:
     """The states as they are, in some ten microseconds."""
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     device = torch.cuda.get_rng_state() if cuda else None
-    return Dice(random.getstate(), np.random.get_state(), torch.get_rng_state(), device)
+    return RngStates(random.getstate(), np.random.get_state(), torch.get_rng_state(), device)
 
 
-def put_back(dice: Dice) -> None:
+def put_back(dice: RngStates) -> None:
     random.setstate(dice.python)
     np.random.set_state(dice.numpy)
     torch.set_rng_state(dice.torch)
@@ -58,7 +58,7 @@ def restore(state: dict[str, Any]) -> None:
     version, internal, gauss = state["python"]
     name, keys, at, has_gauss, cached = state["numpy"]
     put_back(
-        Dice(
+        RngStates(
             python=(version, tuple(internal), gauss),
             numpy=(name, np.frombuffer(_bytes(keys), dtype=np.uint32), at, has_gauss, cached),
             torch=_tensor(state["torch"]),

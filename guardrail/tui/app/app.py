@@ -19,7 +19,7 @@ from textual.message_pump import MessagePump
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.tui.model.reader import Reader, RunReader
 from guardrail.tui.model.recorded_reader import Recorded, RecordedReader
-from guardrail.tui.model.sent_commands import Desk
+from guardrail.tui.model.sent_commands import SentCommands
 from guardrail.tui.model.view import Snapshot, View
 from guardrail.tui.screens.dashboard import Cockpit
 from guardrail.tui.screens.dialogs import Dialog
@@ -68,7 +68,7 @@ class GuardrailApp(Themed[None]):
         self._drawn, self._happened = -math.inf, -math.inf  # by the clock that never goes back
         self._monotonic = time.monotonic
         self._shown = reader.latest()
-        self._desk = Desk(reader, clock)
+        self._desk = SentCommands(reader, clock)
         self._typing = Typing(super().on_event, self._takes, self._busy)
 
     def get_default_screen(self) -> Cockpit:

@@ -18,7 +18,7 @@ from textual.events import Click, Key
 from textual.message import Message
 
 from guardrail.core.format import brief, count, plural
-from guardrail.operate.run_summary import Glance, loss_points
+from guardrail.operate.run_summary import RunSummary, loss_points
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.tui.draw.lines import Lines, Row, fit, row, spread, width_of
 from guardrail.tui.model.failures import reason_of
@@ -72,18 +72,18 @@ def curve(points: Sequence[float], width: int) -> str:
     return "".join(cells)
 
 
-def matching(runs: Sequence[Glance], words: str) -> list[Glance]:
+def matching(runs: Sequence[RunSummary], words: str) -> list[RunSummary]:
     """Runs in whose name, host or state every word occurs."""
     wanted = words.lower().split()
 
-    def text(one: Glance) -> str:
+    def text(one: RunSummary) -> str:
         return f"{one.run} {one.host} {one.state} {STATES.get(one.state, ('', '', ''))[1]}".lower()
 
     return [one for one in runs if all(word in text(one) for word in wanted)]
 
 
 def run_row(
-    one: Glance, points: Sequence[float], *, name: int, width: int, now: float, marked: bool
+    one: RunSummary, points: Sequence[float], *, name: int, width: int, now: float, marked: bool
 ) -> Row:
     """One run in one row of `width` cells; a narrow one drops the curve first, then speed, then the
     last sign.
@@ -150,7 +150,7 @@ class Chooser(Themed[str]):
 
     def __init__(
         self,
-        look: Callable[[], list[Glance]],
+        look: Callable[[], list[RunSummary]],
         *,
         root: str,
         points: Callable[[str], list[float]] | None = None,
@@ -165,7 +165,7 @@ class Chooser(Themed[str]):
         # (path, step) of curves to read
         self._wanted: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()
         self._asked: dict[str, int] = {}  # path -> the step for which its curve was asked last
-        self.runs: list[Glance] = []
+        self.runs: list[RunSummary] = []
         # path of the marked run: it stays marked while the list changes around it
         self.marked = marked
         self.words = ""
@@ -213,10 +213,10 @@ class Chooser(Themed[str]):
     # -- drawing
 
     @property
-    def shown(self) -> list[Glance]:
+    def shown(self) -> list[RunSummary]:
         return matching(self.runs, self.words)
 
-    def _at(self, shown: Sequence[Glance]) -> int:
+    def _at(self, shown: Sequence[RunSummary]) -> int:
         return next((index for index, one in enumerate(shown) if one.path == self.marked), 0)
 
     def _draw(self) -> None:
@@ -251,7 +251,7 @@ class Chooser(Themed[str]):
             for index, one in enumerate(shown[self.first : self.first + height], self.first)
         ]
 
-    def _curve(self, one: Glance) -> list[float]:
+    def _curve(self, one: RunSummary) -> list[float]:
         """As far as it has been read; a newer one is asked for."""
         step, points = self._known.get(one.path, (-1, []))
         if step != one.step and self._asked.get(one.path) != one.step:
@@ -326,7 +326,7 @@ class Chooser(Themed[str]):
 
 
 def choose_and_watch(
-    look: Callable[[], list[Glance]],
+    look: Callable[[], list[RunSummary]],
     *,
     root: str,
     read_only: bool,

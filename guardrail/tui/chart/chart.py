@@ -14,7 +14,7 @@ import numpy as np
 from guardrail.core.format import count
 from guardrail.tui.chart import axis, overlay
 from guardrail.tui.chart.axis import GUTTER
-from guardrail.tui.chart.column_cache import Eye, Given
+from guardrail.tui.chart.column_cache import Given, Viewport
 from guardrail.tui.draw import palette
 from guardrail.tui.draw.lines import Lines, Piece, Row, fit, title, width_of
 from guardrail.tui.draw.palette import BAND
@@ -142,7 +142,7 @@ class Memory:
     """The last plot of a chart, in rows."""
 
     def __init__(self) -> None:
-        self.eye = Eye()
+        self.eye = Viewport()
         self._key: tuple[object, ...] = ()
         self._rows: list[Row] = []
 

@@ -56,7 +56,7 @@ class Given(NamedTuple):
         return (*curves, *lines, self.rules, self.marks, self.log, self.scale, self.rows)
 
 
-class Eye:
+class Viewport:
     """Looks at one signal again and again."""
 
     def __init__(self) -> None:

@@ -13,7 +13,7 @@ import msgspec
 from guardrail.core.format import brief, count
 from guardrail.core.records import CommandKind, Event, Remedy
 from guardrail.decide.remedies import CLIP, EMBED_ALPHA, LR, factor
-from guardrail.decide.run_history import Past, StepSetting
+from guardrail.decide.run_history import RunHistory, StepSetting
 
 # kind of a remedy -> its name on the screen
 NAMES = {LR: "rate", EMBED_ALPHA: "embedding", CLIP: "clip"}
@@ -52,7 +52,7 @@ class HeldBook:
     """Takes in events in their order."""
 
     def __init__(self) -> None:
-        self._past = Past()
+        self._past = RunHistory()
         self._by: dict[tuple[str, float], str] = {}  # (kind, value) -> who set it last
 
     def add(self, event: Event) -> bool:

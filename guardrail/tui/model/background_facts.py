@@ -49,7 +49,7 @@ class Around:
     looked: float = math.inf
 
 
-class Lookout:
+class BackgroundFacts:
     """Looks around when it is time to.
 
     Args:

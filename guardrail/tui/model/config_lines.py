@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from guardrail.core.config import Settings
+from guardrail.core.config import GuardConfig
 from guardrail.core.format import brief
 
 TRAINER = "trainer"  # whose defaults are known; nothing that a run directory names is imported
@@ -66,12 +66,12 @@ def _leaves(tree: dict[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple
 
 def _defaults(*, with_trainer: bool) -> dict[tuple[str, ...], Any]:
     """(section, key) -> default, of every section that can be made without an argument."""
-    schema: type = Settings
+    schema: type = GuardConfig
     if with_trainer:
         try:
             schema = importlib.import_module(f"{TRAINER}.config").Config
         except (ImportError, AttributeError):
-            schema = Settings
+            schema = GuardConfig
     found: dict[tuple[str, ...], Any] = {}
     for field in msgspec.structs.fields(schema):
         made = _made(field)

@@ -10,9 +10,9 @@ from types import MappingProxyType
 
 from guardrail.core.format import brief
 from guardrail.core.records import Event, Span
-from guardrail.decide.undo import joined, pieces_of, taken_back
+from guardrail.decide.undo import joined, split_span, undone_spans
 from guardrail.report.incident import Incident
-from guardrail.report.incident_builder import Casebook
+from guardrail.report.incident_builder import IncidentBuilder
 from guardrail.report.journal_entries import whole
 from guardrail.rundir.run_directory import span_of
 
@@ -54,7 +54,7 @@ class Evidence:
     """Takes in events in their order; what it hands out never changes."""
 
     def __init__(self) -> None:
-        self._book = Casebook(keep=KEPT_CASES)
+        self._book = IncidentBuilder(keep=KEPT_CASES)
         self._cases: dict[int, Incident] = {}
         self._left_out: list[LeftOut] = []
         self._samples = 0
@@ -65,7 +65,7 @@ class Evidence:
             if event.kind == "started":
                 self._samples = max(0, whole(event.data.get("samples"))) or self._samples
             elif event.kind == "undo":
-                back = taken_back(event)
+                back = undone_spans(event)
                 self._left_out = [one for one in self._left_out if one.span not in back]
             elif (span := span_of(event)) is not None:
                 incident = whole(event.data.get("incident"))
@@ -77,7 +77,7 @@ class Evidence:
             self._cases = {one.number: one for one in self._book.of(told) if one.number > 0}
 
     def known(self) -> Known:
-        pieces = [piece for one in self._left_out for piece in pieces_of(one.span)]
+        pieces = [piece for one in self._left_out for piece in split_span(one.span)]
         return Known(
             cases=MappingProxyType(self._cases),
             left_out=tuple(reversed(self._left_out)),

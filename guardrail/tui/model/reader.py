@@ -20,7 +20,7 @@ from guardrail.core.errors import GuardrailError
 from guardrail.core.records import Command
 from guardrail.rundir.follow import Follower
 from guardrail.rundir.run_directory import RunDirectory
-from guardrail.tui.model.background_facts import Lookout
+from guardrail.tui.model.background_facts import BackgroundFacts
 from guardrail.tui.model.failures import Failures, damage_of, is_gone, reason_of
 from guardrail.tui.model.run_story import Digest
 from guardrail.tui.model.view import Snapshot
@@ -95,7 +95,7 @@ class RunReader:
         self._shelf: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._foreseeing: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._foreseen: set[str] = set()  # ids of previews that are asked for and not answered
-        self._lookout = Lookout(run, clock=clock)
+        self._lookout = BackgroundFacts(run, clock=clock)
         self._leaving = threading.Event()
         self._failures = Failures()
         self._again = False  # what was read may be half taken in: read it from the beginning

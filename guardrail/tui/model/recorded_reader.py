@@ -35,7 +35,7 @@ class Part(Protocol):
 
 
 class Recorded(Protocol):
-    """What `guardrail.backtest.recorded_run.Viewing` is to the screen, which must not know the
+    """What `guardrail.backtest.recorded_run.RecordedRun` is to the screen, which must not know the
     controller.
     """
 

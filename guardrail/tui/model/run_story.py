@@ -18,8 +18,8 @@ from typing import Any
 
 from guardrail.core.files import as_int
 from guardrail.core.format import brief, count, plural
-from guardrail.core.records import Action, CommandKind, Event, Finding, Kind, Shown
-from guardrail.decide.advised_incidents import Advised
+from guardrail.core.records import Action, CommandKind, Event, Finding, FindingKind, Shown
+from guardrail.decide.advised_incidents import AdvisedIncidents
 from guardrail.decide.questions import asks
 from guardrail.rundir.run_directory import findings_of, span_of
 from guardrail.tui.model.active_factors import Held, HeldBook
@@ -130,7 +130,7 @@ class Digest:
         self._evidence = Evidence()
         self._book = HeldBook()
         self._held: tuple[Held, ...] = ()
-        self._advised = Advised()
+        self._advised = AdvisedIncidents()
 
     def add(self, events: Iterable[Event]) -> None:
         events = list(events)
@@ -370,7 +370,7 @@ _WOULD: dict[Action | None, str] = {
 
 
 def _merged(incident: Incident, news: Mapping[str, Any]) -> Incident:
-    known: dict[tuple[str, Kind], Finding] = {}
+    known: dict[tuple[str, FindingKind], Finding] = {}
     for finding in (*incident.findings, *news.get("findings", ())):
         before = known.get((finding.signal, finding.kind))
         # the worst of each; a NaN is worse than all

@@ -56,7 +56,7 @@ class Foreseen:
         return self.last
 
 
-class Desk:
+class SentCommands:
     """The commands of this viewer.
 
     Args:

@@ -13,7 +13,7 @@ from guardrail.core.format import brief, count, plural, spoken
 from guardrail.core.records import CommandKind, Mode, Phase, Shown, SnapshotInfo, Status
 from guardrail.tui.draw.lines import Row
 from guardrail.tui.model import sent_commands as controls
-from guardrail.tui.model.sent_commands import Desk
+from guardrail.tui.model.sent_commands import SentCommands
 from guardrail.tui.model.view import View
 from guardrail.tui.panes.incidents import evidence
 from guardrail.tui.panes.snapshots import restorable, snapshot
@@ -52,7 +52,7 @@ class Commanding(Base):
     """Part of the cockpit."""
 
     view: View
-    desk: Desk
+    desk: SentCommands
     _asked: tuple[str, int] = ("", 0)  # the question that has been put on the screen
 
     def redraw(self) -> None:

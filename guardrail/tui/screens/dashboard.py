@@ -19,7 +19,7 @@ from guardrail.tui.chart.axis import GUTTER
 from guardrail.tui.chart.chart import SMOOTHINGS, Chart, Sparks
 from guardrail.tui.draw.lines import Lines, Row
 from guardrail.tui.model.pane_state import State
-from guardrail.tui.model.sent_commands import Desk
+from guardrail.tui.model.sent_commands import SentCommands
 from guardrail.tui.model.view import View, label_of
 from guardrail.tui.numerics.scales import XScale, short
 from guardrail.tui.numerics.series import AXES, choosable
@@ -71,7 +71,7 @@ class Cockpit(Commanding, Screen[None]):
     ]
     AUTO_FOCUS = None
 
-    def __init__(self, view: View, desk: Desk) -> None:
+    def __init__(self, view: View, desk: SentCommands) -> None:
         super().__init__()
         self.view, self.desk = view, desk
         self.layout_now = Layout(1, 1, ())

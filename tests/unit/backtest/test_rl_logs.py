@@ -16,7 +16,7 @@ from guardrail.backtest.backtest import Result, backtest
 from guardrail.backtest.importers import names
 from guardrail.backtest.importers.sources import sources
 from guardrail.cli.main import main
-from guardrail.core.config import GuardSection
+from guardrail.core.config import GuardOptions
 from guardrail.core.records import LOSS, Action, Mode, Observation, Severity
 from guardrail.decide.controller import Controller
 from tests.support.feed import noisy, through_json
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.fault("RL")
 
 def judged(name: str, folder: Path = CASES) -> Result:
     ((log,),) = (source.read({}) for source in sources([str(folder / name)]))
-    return backtest(log, GuardSection())
+    return backtest(log, GuardOptions())
 
 
 def acts(result: Result) -> list[tuple[int, str, str]]:
@@ -264,14 +264,14 @@ def signed_run(controller: Controller, steps: range, **signals: float) -> list[A
 @pytest.mark.parametrize(
     ("settings", "signals"),
     [
-        (GuardSection(signals=("reward",)), {"reward": 0.5}),
-        (GuardSection(loss="signed"), {}),
-        (GuardSection(), {}),
+        (GuardOptions(signals=("reward",)), {"reward": 0.5}),
+        (GuardOptions(loss="signed"), {}),
+        (GuardOptions(), {}),
     ],
     ids=["by its signals", "by the setting", "by its values"],
 )
 def test_a_live_guard_does_not_act_on_a_policy_loss(
-    settings: GuardSection, signals: dict[str, float]
+    settings: GuardOptions, signals: dict[str, float]
 ) -> None:
     controller = Controller(settings, mode=Mode.AUTO)
     assert set(signed_run(controller, range(1, 300), **signals)) == {Action.APPLY}
@@ -288,7 +288,7 @@ def test_a_live_guard_does_not_act_on_a_policy_loss(
 
 
 def test_a_signed_loss_travels_with_the_state() -> None:
-    controller, other = Controller(GuardSection()), Controller(GuardSection())
+    controller, other = Controller(GuardOptions()), Controller(GuardOptions())
     signed_run(controller, range(1, 100))
     state = through_json(controller.state_dict())
     assert other.load_state_dict(state) == [] and other.state_dict() == controller.state_dict()
@@ -297,7 +297,7 @@ def test_a_signed_loss_travels_with_the_state() -> None:
 
 
 def test_an_old_state_is_that_of_a_positive_loss() -> None:
-    controller = Controller(GuardSection())
+    controller = Controller(GuardOptions())
     state: dict[str, Any] = through_json(controller.state_dict())
     del state["detectors"]["signed_loss"]
     assert controller.load_state_dict(state) == ["signed_loss"]
@@ -305,7 +305,7 @@ def test_an_old_state_is_that_of_a_positive_loss() -> None:
 
 
 def test_a_cross_entropy_of_zero_is_impossible_once_its_kind_is_known() -> None:
-    controller = Controller(GuardSection(), mode=Mode.AUTO)
+    controller = Controller(GuardOptions(), mode=Mode.AUTO)
     for step in range(1, 50):
         signals = {LOSS: noisy(2.0)(step)}
         assert controller.observe(
@@ -320,7 +320,7 @@ def test_zeros_at_the_start_do_not_blind_the_guard_for_good() -> None:
     """A loss that was 0 at first and has behaved like a cross-entropy since then is judged as
     one.
     """
-    controller = Controller(GuardSection(), mode=Mode.AUTO)
+    controller = Controller(GuardOptions(), mode=Mode.AUTO)
     for step in range(1, 200):
         signals = {LOSS: 0.0 if step < 10 else noisy(2.0)(step)}
         assert controller.observe(
@@ -335,7 +335,7 @@ def test_zeros_at_the_start_do_not_blind_the_guard_for_good() -> None:
 
 def test_a_positive_loss_that_turns_negative_is_signed() -> None:
     """No cross-entropy is ever negative, however long it was positive before."""
-    controller = Controller(GuardSection(), mode=Mode.AUTO)
+    controller = Controller(GuardOptions(), mode=Mode.AUTO)
     for step in range(1, 60):
         loss = -0.1 if step in (40, 45, 50) else noisy(0.3)(step)
         assert controller.observe(
@@ -347,7 +347,7 @@ def test_a_positive_loss_that_turns_negative_is_signed() -> None:
 
 @pytest.mark.fault("E16")
 def test_a_loss_of_zero_is_reported_with_the_gradients_that_are_not_finite() -> None:
-    controller = Controller(GuardSection(loss="positive"), mode=Mode.AUTO)
+    controller = Controller(GuardOptions(loss="positive"), mode=Mode.AUTO)
     observed = {LOSS: 0.0, "grad_norm": math.nan}
     verdict = controller.observe(Observation(step=1, first=0, last=1, signals=observed))
     assert verdict.reason.startswith("grad_norm is nan and loss is exactly 0: check that")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from guardrail.core.config import GuardSection
+from guardrail.core.config import GuardOptions
 from guardrail.core.records import Mode, Observation, Verdict
 from guardrail.decide.controller import Controller
 from tests.support.feed import BATCH
@@ -26,7 +26,7 @@ LADDER = ("healthy", "note", "skip", "rollback", "halt")
 
 def verdicts(name: str) -> list[Verdict]:
     """What `advise` says of each step."""
-    controller = Controller(GuardSection(mode=Mode.ADVISE))
+    controller = Controller(GuardOptions(mode=Mode.ADVISE))
     told = []
     with (FOLDER / f"{name}.csv").open(newline="", encoding="utf-8") as file:
         for row, cells in enumerate(csv.DictReader(file)):

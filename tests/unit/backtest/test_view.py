@@ -50,7 +50,7 @@ def spiked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def read(path: Path, *overrides: str) -> Snapshot:
     reader = RecordedReader(
-        viewing.Viewing(viewing.the_log(str(path), {}), load_guard(overrides=overrides))
+        viewing.RecordedRun(viewing.the_log(str(path), {}), load_guard(overrides=overrides))
     )
     said: list[str] = []
     reader.start(lambda: said.append(reader.latest().recorded))
@@ -140,8 +140,8 @@ def test_without_a_terminal_it_names_backtest(
 
 def test_another_process_judges_the_same(spiked: Path, tmp_path: Path) -> None:
     log = viewing.the_log(str(spiked), {})
-    here = viewing.Viewing(log, load_guard())
-    there = viewing.Background(viewing.Viewing(log, load_guard()))
+    here = viewing.RecordedRun(log, load_guard())
+    there = viewing.Background(viewing.RecordedRun(log, load_guard()))
     try:
         assert len(there) == len(here) and there.columns == here.columns
         for mine, other in zip(here.judged(), there.judged(), strict=True):
@@ -153,12 +153,12 @@ def test_another_process_judges_the_same(spiked: Path, tmp_path: Path) -> None:
 
 
 def test_a_judge_that_fails_says_why(spiked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(self: viewing.Viewing) -> Iterator[viewing.Part]:
+    def fails(self: viewing.RecordedRun) -> Iterator[viewing.Part]:
         raise ValueError("no such thing")
         yield
 
-    monkeypatch.setattr(viewing.Viewing, "judged", fails)
-    there = viewing.Background(viewing.Viewing(viewing.the_log(str(spiked), {}), load_guard()))
+    monkeypatch.setattr(viewing.RecordedRun, "judged", fails)
+    there = viewing.Background(viewing.RecordedRun(viewing.the_log(str(spiked), {}), load_guard()))
     reader = RecordedReader(there)
     reader.start(lambda: None)
     reader.join()
@@ -168,7 +168,7 @@ def test_a_judge_that_fails_says_why(spiked: Path, monkeypatch: pytest.MonkeyPat
 
 
 async def test_the_screen_over_a_log(spiked: Path) -> None:
-    reader = RecordedReader(viewing.Viewing(viewing.the_log(str(spiked), {}), load_guard()))
+    reader = RecordedReader(viewing.RecordedRun(viewing.the_log(str(spiked), {}), load_guard()))
     app = GuardrailApp(reader, read_only=True)
     async with app.run_test(size=(120, 32)) as pilot:
         reader.join()

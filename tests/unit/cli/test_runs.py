@@ -16,7 +16,7 @@ from rich.cells import cell_len
 from guardrail.cli.main import main
 from guardrail.cli.runs import ago
 from guardrail.core.records import Phase, Status
-from guardrail.operate.run_summary import Glance, glance, glances, loss_points
+from guardrail.operate.run_summary import RunSummary, glance, glances, loss_points
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.tui.app.run_list import Chooser, curve, matching, run_row
 from guardrail.tui.draw.lines import Row
@@ -99,7 +99,7 @@ def test_the_table(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 120, 200])
 @pytest.mark.parametrize("state", ["step", "lost", "asking", "finished", "of a newer version"])
 def test_rows_fit_and_say_the_state(width: int, state: str) -> None:
-    one = Glance(
+    one = RunSummary(
         HOSTILE, "/r", state, 1_284_000, 6_000_000, None, 1000.0, "h", "auto", 8e3, 60.0, 2.2
     )
     for points in ([], [math.nan] * 50, [3.0, 2.0, 99.0, math.inf]):
@@ -125,7 +125,7 @@ def test_curves(points: Sequence[float], shown: str) -> None:
 
 
 def test_filter_looks_at_names_hosts_and_states() -> None:
-    runs = [Glance(name, f"/{name}", state, 1, 2, None, 0.0, "node-1", "auto", 0.0, 0.0, None)
+    runs = [RunSummary(name, f"/{name}", state, 1, 2, None, 0.0, "node-1", "auto", 0.0, 0.0, None)
             for name, state in (("gpt/1", "step"), ("gpt/2", "failed"), ("bert/1", "step"))]  # fmt: skip
     assert [one.run for one in matching(runs, "gpt training")] == ["gpt/1"]
     assert len(matching(runs, "NODE")) == 3 and not matching(runs, "nowhere")
@@ -156,7 +156,7 @@ async def test_leaving_chooses_nothing(root: Path, key: str) -> None:
 
 
 async def test_a_root_that_cannot_be_read_is_said() -> None:
-    def look() -> list[Glance]:
+    def look() -> list[RunSummary]:
         raise OSError(116, "Stale file handle")
 
     app = Chooser(look, root="/far")

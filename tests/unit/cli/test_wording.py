@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from guardrail.core.records import CommandKind, Finding, Kind, Mode, Severity
-from guardrail.launch.log_printer import Lines
+from guardrail.core.records import CommandKind, Finding, FindingKind, Mode, Severity
+from guardrail.launch.log_printer import LogLines
 from guardrail.operate.preview import Preview, of
-from guardrail.operate.run_state import Scene
+from guardrail.operate.run_state import RunState
 from guardrail.report.svg_curves import scale_of
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.tui.numerics.scales import y_scale
@@ -35,7 +35,7 @@ def test_advise_journals_what_would_be_done(tmp_path: Path) -> None:
         ), message
         assert "leave this update out" not in reason or "would leave this update out" in reason
         assert "go back before" not in reason or "would go back before" in reason
-    lines = [line for line in Lines(run).new() if "verdict" in line]
+    lines = [line for line in LogLines(run).new() if "verdict" in line]
     assert 1 <= len(lines) < len(verdicts), (
         "one line for each incident and action, not one for each step"
     )
@@ -46,7 +46,7 @@ def test_a_score_just_over_its_limit_is_not_said_to_equal_it() -> None:
     def said(score: float) -> str:
         found = Finding(
             **finding(score=score, threshold=10.0)
-            | {"kind": Kind.LOSS_SPIKE, "severity": Severity.REJECT}
+            | {"kind": FindingKind.LOSS_SPIKE, "severity": Severity.REJECT}
         )
         return found.sentence()
 
@@ -75,7 +75,7 @@ def test_a_rate_that_looks_the_same_is_said_once() -> None:
     ],
 )
 def test_one_batch_is_no_batches(batches: int, said: str) -> None:
-    assert said in of(Scene(), wish(CommandKind.SKIP, batches)).sentence()
+    assert said in of(RunState(), wish(CommandKind.SKIP, batches)).sentence()
 
 
 @pytest.mark.fault("T21")

@@ -16,9 +16,9 @@ import pytest
 
 from guardrail.core.config import (
     LADDER,
-    GuardSection,
-    RungSection,
-    Settings,
+    EscalationStep,
+    GuardConfig,
+    GuardOptions,
     build,
     dump,
     load,
@@ -567,8 +567,8 @@ def test_every_setting_is_explained_beside_it() -> None:
 
 
 def test_settings_alone_make_a_schema() -> None:
-    Settings().check(base=Path.cwd())
-    Settings().check_machine()
+    GuardConfig().check(base=Path.cwd())
+    GuardConfig().check_machine()
 
 
 def test_the_night_writes_the_default_ladder_out() -> None:
@@ -576,8 +576,8 @@ def test_the_night_writes_the_default_ladder_out() -> None:
     run halts.
     """
     night = load(CONFIGS / "night.toml").guard
-    assert night.ladder == (*LADDER, RungSection(do="halt"))
+    assert night.ladder == (*LADDER, EscalationStep(do="halt"))
     assert (night.skips, night.rollbacks) == (
-        2 * GuardSection().skips,
+        2 * GuardOptions().skips,
         8,
-    ) and GuardSection().rollbacks == 5
+    ) and GuardOptions().rollbacks == 5

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from guardrail.core.records import CommandKind
-from guardrail.decide.run_history import Past
+from guardrail.decide.run_history import RunHistory
 from guardrail.rundir.manifest import MANIFEST, read_manifest, sealed
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.jumping import Loop
@@ -89,9 +89,9 @@ def test_what_an_older_version_saved_stays_readable(tmp_path: Path) -> None:
         (folder / MANIFEST).write_bytes(sealed(manifest))
     assert resumed(tmp_path)[0] == 25
     old = {"config": "..."}
-    assert Past().why_not_of_this_run(old, timeline=0, step=25) == ""
-    past = Past(run_id="a", saved={10})
+    assert RunHistory().why_not_of_this_run(old, timeline=0, step=25) == ""
+    past = RunHistory(run_id="a", saved={10})
     assert past.why_not_of_this_run(old, timeline=0, step=10) == ""
     assert "does not say which run" in past.why_not_of_this_run(old, timeline=0, step=20)
-    assert "another run" in Past().why_not_of_this_run({"run_id": "b"}, timeline=0, step=20)
+    assert "another run" in RunHistory().why_not_of_this_run({"run_id": "b"}, timeline=0, step=20)
     assert "timeline 3" in past.why_not_of_this_run(old, timeline=3, step=10)

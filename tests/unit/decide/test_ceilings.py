@@ -1,4 +1,4 @@
-"""What `Controller.ceilings` promises: a step that keeps to them is applied without a word,
+"""What `Controller.safe_limits` promises: a step that keeps to them is applied without a word,
 whatever else it holds.
 """
 
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guardrail.core.config import GuardSection
+from guardrail.core.config import GuardOptions
 from guardrail.core.records import (
     EMBED_GRAD_NORM,
     EMBED_SHARE,
@@ -54,11 +54,11 @@ def step_of(dice: random.Random, step: int) -> Observation:
 @given(seed=st.integers(0, 10_000))
 def test_a_step_below_the_ceilings_is_applied_without_a_word(seed: int) -> None:
     dice = random.Random(seed)
-    controller = Controller(GuardSection(window=32, warmup=12, confirm=4, signals=("router",)))
+    controller = Controller(GuardOptions(window=32, warmup=12, confirm=4, signals=("router",)))
     given_ = 0
     for step in range(1, 120):
         like = observation(step, dict.fromkeys(SIGNALS, math.nan))
-        most = controller.ceilings(like)
+        most = controller.safe_limits(like)
         if most is not None:
             given_ += 1
             assert most.keys() == set(SIGNALS)
@@ -84,26 +84,26 @@ def healthy(controller: Controller, steps: int) -> None:
         assert controller.observe(observation(step, values)).action is Action.APPLY
 
 
-def ceilings(controller: Controller, step: int, *names: str) -> dict[str, float] | None:
-    return controller.ceilings(
+def safe_limits(controller: Controller, step: int, *names: str) -> dict[str, float] | None:
+    return controller.safe_limits(
         observation(step, dict.fromkeys(names or (LOSS, GRAD_NORM), math.nan))
     )
 
 
 def test_every_healthy_step_but_the_first_has_ceilings_and_they_lie_above_it() -> None:
-    controller = Controller(GuardSection())
+    controller = Controller(GuardOptions())
     for step in range(1, 300):
         values = {LOSS: healthy_loss(step), GRAD_NORM: noisy(0.5, seed=1, noise=0.2)(step)}
-        most = ceilings(controller, step)
+        most = safe_limits(controller, step)
         assert (most is None) == (step == 1)
         assert most is None or all(values[name] <= most[name] for name in values)
         assert controller.observe(observation(step, values)).action is Action.APPLY
 
 
 def test_beyond_a_ceiling_there_is_something_to_say() -> None:
-    controller = Controller(GuardSection())
+    controller = Controller(GuardOptions())
     healthy(controller, 200)
-    most = ceilings(controller, 201)
+    most = safe_limits(controller, 201)
     assert most is not None
     for name in most:
         above = most | {name: most[name] * 1.001}
@@ -112,31 +112,31 @@ def test_beyond_a_ceiling_there_is_something_to_say() -> None:
 
 @pytest.mark.parametrize("mode", [Mode.ADVISE, Mode.OFF])
 def test_no_ceilings_where_everything_is_applied(mode: Mode) -> None:
-    controller = Controller(GuardSection(), mode=mode)
+    controller = Controller(GuardOptions(), mode=mode)
     healthy(controller, 100)
-    assert ceilings(controller, 101) is None
+    assert safe_limits(controller, 101) is None
 
 
 def test_no_ceilings_for_a_signal_that_nobody_has_seen_nor_in_an_incident_nor_behind_a_resume() -> (
     None
 ):
-    controller = Controller(GuardSection(confirm=3))
+    controller = Controller(GuardOptions(confirm=3))
     healthy(controller, 100)
-    assert ceilings(controller, 101) and ceilings(controller, 101, LOSS) is not None
+    assert safe_limits(controller, 101) and safe_limits(controller, 101, LOSS) is not None
     resumed = copy.deepcopy(controller)
     resumed.resumed()
-    assert ceilings(resumed, 101) is None
+    assert safe_limits(resumed, 101) is None
     spike = observation(101, {LOSS: 1e3, GRAD_NORM: 0.5})
     assert controller.observe(spike).action is Action.SKIP
-    assert ceilings(controller, 101) is None, "an incident is open"
+    assert safe_limits(controller, 101) is None, "an incident is open"
 
 
 def test_no_ceilings_while_a_number_that_repeats_is_about_to_be_told() -> None:
-    controller = Controller(GuardSection())
+    controller = Controller(GuardOptions())
     healthy(controller, 200)
     given_ = []
     for step in range(201, 216):
-        given_.append(ceilings(controller, step) is not None)
+        given_.append(safe_limits(controller, step) is not None)
         verdict = controller.observe(
             observation(step, {LOSS: 2.0, GRAD_NORM: noisy(0.5, seed=1, noise=0.2)(step)})
         )

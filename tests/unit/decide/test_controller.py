@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from guardrail.core.config import GuardSection, RungSection
+from guardrail.core.config import EscalationStep, GuardOptions
 from guardrail.core.records import (
     EMBED_GRAD_NORM,
     EMBED_SHARE,
@@ -22,7 +22,7 @@ from guardrail.core.records import (
     Diagnosis,
     Event,
     Finding,
-    Kind,
+    FindingKind,
     Mode,
     Observation,
     Severity,
@@ -32,8 +32,8 @@ from guardrail.decide.controller import Controller
 from guardrail.decide.policy import Rollback
 from tests.support.feed import BATCH, Trainer, healthy_loss, noisy, obs, plain, through_json, warmed
 
-DEFAULT = GuardSection()
-SKIP, PAUSE = RungSection(do="skip"), RungSection(do="pause")
+DEFAULT = GuardOptions()
+SKIP, PAUSE = EscalationStep(do="skip"), EscalationStep(do="pause")
 
 
 def rejections(controller: Controller, step: int, count: int, **fields: Any) -> list[Verdict]:
@@ -55,7 +55,7 @@ def test_a_spike_is_left_out_with_its_own_samples() -> None:
     assert verdict.action is Action.SKIP and not verdict.accepted
     assert verdict.window == ((step - 1) * BATCH, step * BATCH)
     assert verdict.onset == step and verdict.would is None
-    assert [f.kind for f in verdict.findings] == [Kind.LOSS_SPIKE]
+    assert [f.kind for f in verdict.findings] == [FindingKind.LOSS_SPIKE]
     assert "loss 9 against 2" in verdict.reason and "1 in a row of 3" in verdict.reason
 
 
@@ -72,7 +72,7 @@ def test_rejections_in_a_row_roll_back_from_the_batch_before_the_onset() -> None
 
 @pytest.mark.parametrize(("before", "after"), [(0, 0), (1, 0), (7, 3), (100, 400)])
 def test_the_window_is_as_wide_as_configured(before: int, after: int) -> None:
-    controller = Controller(GuardSection(window_before=before, window_after=after))
+    controller = Controller(GuardOptions(window_before=before, window_after=after))
     step = warmed(controller)
     last = rejections(controller, step, 3)[-1]
     assert last.window == ((step - 1 - before) * BATCH, (step + 2 + after) * BATCH)
@@ -80,7 +80,7 @@ def test_the_window_is_as_wide_as_configured(before: int, after: int) -> None:
 
 
 def test_a_window_that_reaches_before_the_beginning_starts_there() -> None:
-    controller = Controller(GuardSection(window_before=100))
+    controller = Controller(GuardOptions(window_before=100))
     for step in range(1, 41):
         controller.observe(obs(step, noisy(2.0)(step), 0.5))
     last = rejections(controller, 41, 3)[-1]
@@ -89,7 +89,7 @@ def test_a_window_that_reaches_before_the_beginning_starts_there() -> None:
 
 def test_rejections_before_anything_was_applied_are_handled() -> None:
     for before in (0, 1, 5):
-        controller = Controller(GuardSection(window_before=before))
+        controller = Controller(GuardOptions(window_before=before))
         verdicts = [
             controller.observe(
                 obs(1, math.nan, 1.0, first=BATCH * k, last=BATCH * (k + 1), streak=k)
@@ -101,7 +101,7 @@ def test_rejections_before_anything_was_applied_are_handled() -> None:
 
 
 def test_divergence_rolls_back_at_once_to_before_its_onset() -> None:
-    controller = Controller(GuardSection(loss_score=20.0))
+    controller = Controller(GuardOptions(loss_score=20.0))
     step = warmed(controller)
     verdict = None
     for at in range(step, step + 40):
@@ -110,7 +110,7 @@ def test_divergence_rolls_back_at_once_to_before_its_onset() -> None:
             break
         assert verdict.accepted
     assert verdict is not None and verdict.action is Action.ROLLBACK
-    assert verdict.findings[0].kind is Kind.DIVERGENCE
+    assert verdict.findings[0].kind is FindingKind.DIVERGENCE
     assert verdict.onset is not None and abs(verdict.onset - step) <= 2
     assert verdict.window == ((verdict.onset - 2) * BATCH, verdict.step * BATCH)
     assert "it has stayed up" in verdict.reason
@@ -121,7 +121,10 @@ def test_signals_are_judged_together() -> None:
     step = warmed(controller)
     verdict = controller.observe(obs(step, 9.0, 500.0, embed=math.inf, nonfinite_grad=(1,)))
     kinds = [f.kind for f in verdict.findings]
-    assert kinds[0] is Kind.NONFINITE and {Kind.LOSS_SPIKE, Kind.GRAD_SPIKE} < set(kinds)
+    assert kinds[0] is FindingKind.NONFINITE and {
+        FindingKind.LOSS_SPIKE,
+        FindingKind.GRAD_SPIKE,
+    } < set(kinds)
     assert verdict.incident == 1 and verdict.incident_state == "open"
 
 
@@ -146,7 +149,7 @@ def test_batches_without_labels_are_left_out_and_never_add_up_to_a_rollback() ->
             obs(step, math.nan, 0.0, first=first + BATCH * k, streak=k, tokens=0)
         )
         assert verdict.action is Action.SKIP and verdict.incident is None
-        assert [f.kind for f in verdict.findings] == [Kind.NO_TOKENS]
+        assert [f.kind for f in verdict.findings] == [FindingKind.NO_TOKENS]
     assert controller.state_dict() == before
     # Nor do they make the next rejection the last straw.
     verdict = controller.observe(obs(step, 9.0, 0.5, first=first + BATCH * 10, streak=10))
@@ -164,7 +167,7 @@ def done(step: int) -> Rollback:
 
 
 def test_the_budget_halts_and_healthy_steps_give_it_back() -> None:
-    controller = Controller(GuardSection(rollbacks=2, healthy_after=100))
+    controller = Controller(GuardOptions(rollbacks=2, healthy_after=100))
     step = warmed(controller)
     controller.load_rollbacks([*controller.rollbacks, done(step - 60)])
     assert rejections(controller, step, 3)[-1].action is Action.ROLLBACK
@@ -179,7 +182,7 @@ def test_the_budget_halts_and_healthy_steps_give_it_back() -> None:
 
 
 def test_rollbacks_are_read_from_the_journal_as_it_is_written() -> None:
-    controller = Controller(GuardSection(rollbacks=1))
+    controller = Controller(GuardOptions(rollbacks=1))
     step = warmed(controller)
     data = {
         "to_step": 150,
@@ -202,7 +205,7 @@ def test_rollbacks_are_read_from_the_journal_as_it_is_written() -> None:
 
 
 def test_ask_skips_by_itself_and_parks_before_a_rollback() -> None:
-    controller = Controller(GuardSection(mode=Mode.ASK, rollbacks=1))
+    controller = Controller(GuardOptions(mode=Mode.ASK, rollbacks=1))
     step = warmed(controller)
     verdicts = rejections(controller, step, 3)
     assert [v.action for v in verdicts] == [Action.SKIP, Action.SKIP, Action.PAUSE]
@@ -213,7 +216,7 @@ def test_ask_skips_by_itself_and_parks_before_a_rollback() -> None:
 
 
 def test_a_person_can_overrule_and_is_not_asked_again_each_step() -> None:
-    controller = Controller(GuardSection(mode=Mode.ASK))
+    controller = Controller(GuardOptions(mode=Mode.ASK))
     step = warmed(controller)
     asked = rejections(controller, step, 3)[-1]
     assert asked.action is Action.PAUSE
@@ -227,7 +230,7 @@ def test_a_person_can_overrule_and_is_not_asked_again_each_step() -> None:
 
 
 def test_advise_changes_nothing_and_says_what_it_would_do() -> None:
-    controller = Controller(GuardSection(mode=Mode.ADVISE, rollbacks=2))
+    controller = Controller(GuardOptions(mode=Mode.ADVISE, rollbacks=2))
     step = warmed(controller)
     verdicts = [controller.observe(obs(at, 9.0, 0.5)) for at in range(step, step + 9)]
     assert all(v.action is Action.APPLY and not v.accepted for v in verdicts)
@@ -240,7 +243,7 @@ def test_advise_changes_nothing_and_says_what_it_would_do() -> None:
 
 
 def test_advise_learns_where_the_run_stays() -> None:
-    controller = Controller(GuardSection(mode=Mode.ADVISE))
+    controller = Controller(GuardOptions(mode=Mode.ADVISE))
     step = warmed(controller)
     verdicts = [controller.observe(obs(at, noisy(9.0)(at), 0.5)) for at in range(step, step + 200)]
     assert verdicts[0].would is Action.SKIP
@@ -249,7 +252,7 @@ def test_advise_learns_where_the_run_stays() -> None:
 
 
 def test_advise_says_once_that_the_loss_has_diverged() -> None:
-    controller = Controller(GuardSection(mode=Mode.ADVISE, loss_score=20.0))
+    controller = Controller(GuardOptions(mode=Mode.ADVISE, loss_score=20.0))
     step = warmed(controller)
     verdicts = [
         controller.observe(obs(at, 1.25 * healthy_loss(at), 0.5)) for at in range(step, step + 200)
@@ -258,7 +261,7 @@ def test_advise_says_once_that_the_loss_has_diverged() -> None:
 
 
 def test_off_is_silent_and_begins_anew_when_it_is_left() -> None:
-    controller = Controller(GuardSection(mode=Mode.OFF))
+    controller = Controller(GuardOptions(mode=Mode.OFF))
     for step in range(1, 101):
         verdict = controller.observe(obs(step, math.nan if step % 3 else 2.0, 0.5))
         assert verdict == Verdict(action=Action.APPLY, step=step)
@@ -287,7 +290,7 @@ def test_the_mode_argument_wins_over_the_settings() -> None:
 
 
 def test_an_incident_runs_from_the_first_finding_to_confirm_healthy_steps() -> None:
-    controller = Controller(GuardSection(confirm=4))
+    controller = Controller(GuardOptions(confirm=4))
     step = warmed(controller)
     states = [(v.incident, v.incident_state) for v in rejections(controller, step, 2)]
     assert states == [(1, "open"), (1, "")]
@@ -320,7 +323,7 @@ def test_bands_are_in_the_units_of_the_signal_and_part_right_from_wrong() -> Non
 
 
 def test_states_are_not_called_healthy_while_the_loss_rises() -> None:
-    controller = Controller(GuardSection(loss_score=20.0))
+    controller = Controller(GuardOptions(loss_score=20.0))
     assert controller.healthy_through == 0
     step = warmed(controller)
     assert controller.healthy_through == step - 1
@@ -336,31 +339,31 @@ def test_states_are_not_called_healthy_while_the_loss_rises() -> None:
 
 
 def test_a_step_counter_that_goes_back_is_a_new_run_and_no_alarm_storm() -> None:
-    controller = Controller(GuardSection(mode=Mode.ADVISE))
+    controller = Controller(GuardOptions(mode=Mode.ADVISE))
     warmed(controller)
     verdicts = [
         controller.observe(obs(at, healthy_loss(at), noisy(0.5)(at), first=at * 9999))
         for at in range(1, 100)
     ]
-    assert [f.kind for f in verdicts[0].findings] == [Kind.RESTART]
+    assert [f.kind for f in verdicts[0].findings] == [FindingKind.RESTART]
     assert all(not v.findings and v.would is None for v in verdicts[1:])
     assert controller.observe(obs(100, 9.0, 0.5)).would is Action.SKIP
 
 
 def test_a_log_that_was_resumed_keeps_its_baseline() -> None:
-    controller = Controller(GuardSection(mode=Mode.ADVISE))
+    controller = Controller(GuardOptions(mode=Mode.ADVISE))
     warmed(controller)
     verdict = controller.observe(obs(180, healthy_loss(180), 0.5))
-    assert [f.kind for f in verdict.findings] == [Kind.RESTART] and verdict.accepted
+    assert [f.kind for f in verdict.findings] == [FindingKind.RESTART] and verdict.accepted
     assert verdict.reason == "noted: the step counter goes back to 180"
     assert controller.observe(obs(181, 3.5, 0.5)).would is Action.SKIP
-    assert controller.observe(obs(182, 3.5, 0.5)).findings[0].kind is Kind.LOSS_SPIKE
+    assert controller.observe(obs(182, 3.5, 0.5)).findings[0].kind is FindingKind.LOSS_SPIKE
     verdict = controller.observe(obs(183, 3.5, 0.5))
     assert verdict.onset == 181 and verdict.window == (179 * BATCH, 183 * BATCH)
 
 
 def test_a_step_that_is_logged_twice_is_no_restart() -> None:
-    controller = Controller(GuardSection(mode=Mode.ADVISE))
+    controller = Controller(GuardOptions(mode=Mode.ADVISE))
     for step in range(1, 201):
         for _ in range(2):
             assert not controller.observe(obs(step, noisy(2.0)(step), 0.5)).findings
@@ -435,7 +438,7 @@ def drive(
 
 
 EVERY = (LOSS, GRAD_NORM, EMBED_GRAD_NORM, EMBED_SHARE, UPDATE_NORM, LOSS_SCALE)
-SHORT = GuardSection(window=32, warmup=8, divergence_steps=10)
+SHORT = GuardOptions(window=32, warmup=8, divergence_steps=10)
 
 
 @HYPOTHESIS
@@ -610,7 +613,7 @@ def test_a_run_meets_corrupted_data_rolls_back_and_goes_on() -> None:
 
 def test_afterwards_all_is_as_if_the_data_had_been_left_out_from_the_beginning() -> None:
     run = Trainer(DEFAULT, bad=corrupted()).run(300)
-    told = Trainer(GuardSection(mode=Mode.OFF), bad=corrupted(), quarantine=run.quarantined()).run(
+    told = Trainer(GuardOptions(mode=Mode.OFF), bad=corrupted(), quarantine=run.quarantined()).run(
         300
     )
     assert told.story(300) == run.story(300)
@@ -618,7 +621,7 @@ def test_afterwards_all_is_as_if_the_data_had_been_left_out_from_the_beginning()
 
 @pytest.mark.parametrize("every", [1, 7, 50, 130])
 def test_what_is_left_out_does_not_depend_on_which_snapshots_there_are(every: int) -> None:
-    settings = GuardSection(window_before=3, window_after=2)
+    settings = GuardOptions(window_before=3, window_after=2)
     assert Trainer(settings, bad=corrupted(), every=every).run(300).story(300) == Trainer(
         settings, bad=corrupted(), every=10
     ).run(300).story(300)
@@ -628,10 +631,10 @@ def test_a_second_rollback_inside_the_stretch_that_is_run_again() -> None:
     """The second corrupted stretch lies between the snapshot and the first one, and shows only
     after a shift.
     """
-    settings = GuardSection(window_before=30)
+    settings = GuardOptions(window_before=30)
     bad = corrupted()
     run = Trainer(settings, bad=bad, every=100).run(300)
-    told = Trainer(GuardSection(mode=Mode.OFF), bad=bad, quarantine=run.quarantined()).run(300)
+    told = Trainer(GuardOptions(mode=Mode.OFF), bad=bad, quarantine=run.quarantined()).run(300)
     assert told.story(300) == run.story(300)
 
 
@@ -640,11 +643,11 @@ def test_damage_that_leaks_into_the_weights_is_rolled_back_too() -> None:
     little.
     """
     bad = corrupted()[:3]
-    run = Trainer(GuardSection(loss_score=200.0, window_before=2), bad=bad, every=10).run(300)
+    run = Trainer(GuardOptions(loss_score=200.0, window_before=2), bad=bad, every=10).run(300)
     kinds = {f.kind for v in run.verdicts for f in v.findings if v.action is Action.ROLLBACK}
-    assert kinds == {Kind.DIVERGENCE}
+    assert kinds == {FindingKind.DIVERGENCE}
     assert run.poison == 0.0
-    told = Trainer(GuardSection(mode=Mode.OFF), bad=bad, quarantine=run.quarantined()).run(300)
+    told = Trainer(GuardOptions(mode=Mode.OFF), bad=bad, quarantine=run.quarantined()).run(300)
     assert told.story(300) == run.story(300)
 
 
@@ -652,7 +655,7 @@ def test_damage_that_leaks_into_the_weights_is_rolled_back_too() -> None:
 def test_crashes_at_any_moment_change_nothing(seed: int) -> None:
     rng = random.Random(seed)
     bad = corrupted() + [rng.randrange(100_000) for _ in range(200)]
-    settings = GuardSection(window_before=rng.choice([0, 1, 20]), rollbacks=50)
+    settings = GuardOptions(window_before=rng.choice([0, 1, 20]), rollbacks=50)
     every = rng.choice([5, 25, 60])
     calm = Trainer(settings, bad=bad, every=every).run(300)
     crashes = [rng.randrange(1, 320) for _ in range(8)]
@@ -663,7 +666,7 @@ def test_crashes_at_any_moment_change_nothing(seed: int) -> None:
 
 
 def test_trouble_that_never_ends_halts_within_the_budget() -> None:
-    run = Trainer(GuardSection(rollbacks=3), bad=range(100_000), every=10, samples=100_000)
+    run = Trainer(GuardOptions(rollbacks=3), bad=range(100_000), every=10, samples=100_000)
     run.bad = set()
     run.run(100)
     run.bad = set(range(100_000))
@@ -686,7 +689,7 @@ def event(kind: str, step: int, **data: Any) -> Event:
 
 
 def test_facts_come_back_from_the_journal() -> None:
-    whole = Controller(GuardSection(rollbacks=1))
+    whole = Controller(GuardOptions(rollbacks=1))
     step = warmed(whole)
     state = through_json(whole.state_dict())
     first = (step - 1) * BATCH
@@ -719,7 +722,7 @@ def test_facts_come_back_from_the_journal() -> None:
     events.append(event("rollback", 150, **done))
     whole.load_rollbacks([done])
 
-    fresh = Controller(GuardSection(rollbacks=1))
+    fresh = Controller(GuardOptions(rollbacks=1))
     fresh.load_state_dict(state)
     fresh.rebuild(events)
     assert fresh.rollbacks == whole.rollbacks
@@ -751,7 +754,7 @@ def test_a_state_of_an_older_version_can_be_loaded() -> None:
     del state["detectors"]["divergence"]
     del state["detectors"][GRAD_NORM]["tail"]
     state["detectors"]["something new"] = {"x": 1}
-    fresh = Controller(GuardSection(window=64, divergence_steps=5))
+    fresh = Controller(GuardOptions(window=64, divergence_steps=5))
     assert fresh.load_state_dict(state) == [GRAD_NORM, "divergence"]
     assert set(fresh.bands()) == {LOSS}
     assert fresh.observe(obs(201, 9.0, 0.5)).action is Action.SKIP
@@ -772,7 +775,7 @@ def test_sentences_say_what_happened() -> None:
     spike = Finding(
         signal="loss",
         step=7,
-        kind=Kind.LOSS_SPIKE,
+        kind=FindingKind.LOSS_SPIKE,
         severity=Severity.REJECT,
         value=11.5,
         baseline=2.31,
@@ -782,7 +785,7 @@ def test_sentences_say_what_happened() -> None:
     )
     assert spike.sentence() == "loss 11.5 against 2.31, score 41.2 (limit 8)"
     assert msgspec.structs.replace(
-        spike, kind=Kind.NONFINITE, value=math.nan, ranks=(2,)
+        spike, kind=FindingKind.NONFINITE, value=math.nan, ranks=(2,)
     ).sentence() == ("loss is nan on rank 2")
 
 
@@ -792,8 +795,8 @@ def test_sentences_say_what_happened() -> None:
 def diagnosed(controller: Controller, at: Observation, cause: Cause) -> Verdict:
     """The verdict on an observation after a replay has told the cause."""
     verdict = controller.observe(at)
-    assert controller.wants_cause(verdict)
-    return controller.reconsider(
+    assert controller.needs_cause_test(verdict)
+    return controller.apply_diagnosis(
         at, verdict, Diagnosis(cause=cause, reason="...", rank=1, host="node7")
     )
 
@@ -806,7 +809,7 @@ def test_where_the_cause_is_unknown_nothing_changes() -> None:
     verdict, plainly = diagnosed(controller, bad, Cause.UNKNOWN), other.observe(bad)
     assert verdict == msgspec.structs.replace(plainly, cause=Cause.UNKNOWN)
     again = controller.observe(obs(step, 9.0, 0.5, first=step * BATCH, streak=1))
-    assert again.action is Action.SKIP and controller.wants_cause(again)
+    assert again.action is Action.SKIP and controller.needs_cause_test(again)
 
 
 def nth(step: int, streak: int) -> Observation:
@@ -816,7 +819,7 @@ def nth(step: int, streak: int) -> Observation:
 
 @pytest.mark.parametrize("cause", [Cause.DATA, Cause.DATA_AND_STATE])
 def test_data_to_blame_is_left_out_however_often_in_a_row(cause: Cause) -> None:
-    controller = Controller(GuardSection(skips=20))
+    controller = Controller(GuardOptions(skips=20))
     step = warmed(controller)
     verdict = diagnosed(controller, nth(step, 0), cause)
     asked = []
@@ -827,9 +830,9 @@ def test_data_to_blame_is_left_out_however_often_in_a_row(cause: Cause) -> None:
             in verdict.reason
         )
         verdict = controller.observe(nth(step, streak))
-        if controller.wants_cause(verdict):
+        if controller.needs_cause_test(verdict):
             asked.append(streak + 1)
-            verdict = controller.reconsider(nth(step, streak), verdict, Diagnosis(cause=cause))
+            verdict = controller.apply_diagnosis(nth(step, streak), verdict, Diagnosis(cause=cause))
     # Whether it still is the data is asked at 3 in a row, 6, 12, and before the run is given up.
     assert asked == [3, 6, 12, 21]
     assert (verdict.action, verdict.rung) == (Action.HALT, "halt")
@@ -841,8 +844,8 @@ def test_data_to_blame_is_left_out_however_often_in_a_row(cause: Cause) -> None:
 
 def test_a_stretch_of_bad_data_without_an_end_asks_where_there_is_somebody() -> None:
     for guard in (
-        GuardSection(skips=2, mode=Mode.ASK),
-        GuardSection(skips=2, ladder=(SKIP, PAUSE)),
+        GuardOptions(skips=2, mode=Mode.ASK),
+        GuardOptions(skips=2, ladder=(SKIP, PAUSE)),
     ):
         controller = Controller(guard)
         step = warmed(controller)
@@ -866,7 +869,9 @@ def test_an_update_of_bad_data_is_gone_back_for_once() -> None:
     controller = Controller(DEFAULT)
     step = warmed(controller)
     first = controller.observe(nth(step, 0))
-    verdict = controller.reconsider(nth(step, 0), first, Diagnosis(cause=Cause.DATA, applied=True))
+    verdict = controller.apply_diagnosis(
+        nth(step, 0), first, Diagnosis(cause=Cause.DATA, applied=True)
+    )
     assert (verdict.action, verdict.before_step) == (Action.ROLLBACK, step - 1)
     assert verdict.window == ((step - 2) * BATCH, step * BATCH)
     assert "an update of such data is in the weights: go back" in verdict.reason
@@ -887,7 +892,7 @@ def few(controller: Controller, positions: tuple[int, ...], cause: Cause = Cause
     told = Diagnosis(
         cause=cause, applied=True, positions=tuple((step - 1) * BATCH + p for p in positions)
     )
-    return controller.reconsider(at, controller.observe(at), told)
+    return controller.apply_diagnosis(at, controller.observe(at), told)
 
 
 def test_only_the_samples_to_blame_of_a_window_are_left_out_until_that_was_not_enough() -> None:
@@ -923,7 +928,7 @@ def test_a_window_that_its_samples_do_not_explain_goes_whole(
 
 
 def test_without_the_rung_skip_bad_data_is_gone_back_for() -> None:
-    controller = Controller(GuardSection(ladder=(RungSection(do="rollback"),)))
+    controller = Controller(GuardOptions(ladder=(EscalationStep(do="rollback"),)))
     assert diagnosed(controller, nth(warmed(controller), 0), Cause.DATA).action is Action.ROLLBACK
 
 
@@ -943,7 +948,7 @@ def test_where_the_state_is_to_blame_the_run_goes_back_at_once_and_leaves_nothin
     )
     # It is known from now on: no other replay, and no update left out in vain.
     again = controller.observe(obs(step, 9.0, 0.5))
-    assert again.action is Action.ROLLBACK and not controller.wants_cause(again)
+    assert again.action is Action.ROLLBACK and not controller.needs_cause_test(again)
 
 
 def known_state(controller: Controller) -> int:
@@ -968,10 +973,10 @@ def test_the_cause_is_asked_again_where_going_back_for_it_was_in_vain() -> None:
     step = known_state(controller)
     again = controller.observe(obs(step, 9.0, 0.5))
     assert (again.incident, again.incident_state, again.action) == (1, "recurred", Action.ROLLBACK)
-    assert controller.wants_cause(again)
-    after = controller.reconsider(obs(step, 9.0, 0.5), again, Diagnosis(cause=Cause.DATA))
+    assert controller.needs_cause_test(again)
+    after = controller.apply_diagnosis(obs(step, 9.0, 0.5), again, Diagnosis(cause=Cause.DATA))
     assert (after.action, after.cause) == (Action.SKIP, Cause.DATA)
-    assert not controller.wants_cause(controller.observe(nth(step, 1))), (
+    assert not controller.needs_cause_test(controller.observe(nth(step, 1))), (
         "the next batch of the same trouble"
     )
 
@@ -980,7 +985,7 @@ def test_trouble_with_data_behind_trouble_with_the_state_does_not_use_the_rollba
     """One incident, since the steps between are fewer than `confirm`: first the state, then bad
     data here and there.
     """
-    controller = Controller(GuardSection(confirm=50, rollbacks=2))
+    controller = Controller(GuardOptions(confirm=50, rollbacks=2))
     step = known_state(controller)
     for _ in range(8):
         for _ in range(3):
@@ -994,7 +999,7 @@ def test_the_cause_is_asked_again_where_another_signal_is_in_trouble() -> None:
     controller = Controller(DEFAULT)
     step = warmed(controller)
     diagnosed(controller, nth(step, 0), Cause.STATE)
-    assert not controller.wants_cause(controller.observe(nth(step, 1)))
+    assert not controller.needs_cause_test(controller.observe(nth(step, 1)))
     other = msgspec.structs.replace(
         nth(step, 1), signals={LOSS: healthy_loss(step), GRAD_NORM: 50.0}
     )
@@ -1002,13 +1007,13 @@ def test_the_cause_is_asked_again_where_another_signal_is_in_trouble() -> None:
     # Told for the gradient norm alone; and once for both, neither is another.
     both = msgspec.structs.replace(nth(step, 2), signals={LOSS: 9.0, GRAD_NORM: 50.0})
     diagnosed(controller, both, Cause.DATA)
-    assert not controller.wants_cause(controller.observe(other))
+    assert not controller.needs_cause_test(controller.observe(other))
 
 
 def test_hardware_that_does_not_repeat_itself_is_tried_again_and_named_where_it_does_so_too_often() -> (
     None
 ):
-    controller = Controller(GuardSection(retries=2))
+    controller = Controller(GuardOptions(retries=2))
     step = warmed(controller)
     before = controller.state_dict()
     verdicts = [diagnosed(controller, obs(step, 9.0, 0.5), Cause.HARDWARE) for _ in range(3)]
@@ -1019,14 +1024,14 @@ def test_hardware_that_does_not_repeat_itself_is_tried_again_and_named_where_it_
         in verdicts[0].reason
     )
     assert "rank 1 on node7 has not repeated itself 3 times" in verdicts[2].reason
-    asking = Controller(GuardSection(retries=0, mode=Mode.ASK))
+    asking = Controller(GuardOptions(retries=0, mode=Mode.ASK))
     assert warmed(asking) == step
     parked = diagnosed(asking, obs(step, 9.0, 0.5), Cause.HARDWARE)
     assert (parked.action, parked.would) == (Action.PAUSE, Action.HALT)
 
 
 def test_enough_healthy_steps_forgive_the_hardware() -> None:
-    controller = Controller(GuardSection(retries=1, healthy_after=20))
+    controller = Controller(GuardOptions(retries=1, healthy_after=20))
     step = warmed(controller)
     for _ in range(3):
         assert diagnosed(controller, obs(step, 9.0, 0.5), Cause.HARDWARE).action is Action.RETRY
@@ -1036,7 +1041,7 @@ def test_enough_healthy_steps_forgive_the_hardware() -> None:
 
 
 def test_causes_outlive_a_crash() -> None:
-    controller, other = Controller(GuardSection(retries=1)), Controller(GuardSection(retries=1))
+    controller, other = Controller(GuardOptions(retries=1)), Controller(GuardOptions(retries=1))
     step = warmed(controller)
     warmed(other)
     for cause in (Cause.HARDWARE, Cause.STATE):
@@ -1060,7 +1065,7 @@ def test_causes_outlive_a_crash() -> None:
     other.rebuild(told)
     expected, found = (one.observe(obs(step, 9.0, 0.5)) for one in (controller, other))
     assert plain(found) == plain(expected) and found.cause is Cause.STATE
-    assert not controller.wants_cause(expected) and not other.wants_cause(found), (
+    assert not controller.needs_cause_test(expected) and not other.needs_cause_test(found), (
         "told for this very trouble"
     )
     other.rebuild(told[:2])
@@ -1068,11 +1073,11 @@ def test_causes_outlive_a_crash() -> None:
 
 
 def test_no_cause_is_looked_for_where_nothing_is_done_or_nobody_wants_it() -> None:
-    for idle in (GuardSection(mode=Mode.ADVISE), GuardSection(cause_test=False)):
+    for idle in (GuardOptions(mode=Mode.ADVISE), GuardOptions(cause_test=False)):
         controller = Controller(idle)
         step = warmed(controller)
-        assert not controller.wants_cause(controller.observe(obs(step, 9.0, 0.5)))
+        assert not controller.needs_cause_test(controller.observe(obs(step, 9.0, 0.5)))
     controller = Controller(DEFAULT)
     step = warmed(controller)
-    assert not controller.wants_cause(controller.observe(obs(step, healthy_loss(step), 0.5)))
-    assert not controller.wants_cause(controller.observe(obs(step, math.nan, 0.0, tokens=0)))
+    assert not controller.needs_cause_test(controller.observe(obs(step, healthy_loss(step), 0.5)))
+    assert not controller.needs_cause_test(controller.observe(obs(step, math.nan, 0.0, tokens=0)))

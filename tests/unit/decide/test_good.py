@@ -14,7 +14,7 @@ import pytest
 
 from guardrail.backtest.rejudge import Rejudge
 from guardrail.cli.main import main
-from guardrail.core.config import GuardSection
+from guardrail.core.config import GuardOptions
 from guardrail.core.files import encode_json
 from guardrail.core.records import (
     Action,
@@ -30,10 +30,10 @@ from guardrail.core.records import (
 )
 from guardrail.decide.controller import Controller
 from guardrail.decide.incidents import Incidents
-from guardrail.decide.recovery import fit
+from guardrail.decide.recovery import fit_trend
 from guardrail.launch.log_printer import step_line
 from guardrail.operate import preview
-from guardrail.operate.run_state import Scene
+from guardrail.operate.run_state import RunState
 from guardrail.operate.run_summary import glance
 from guardrail.report.report import text
 from guardrail.rundir.manifest import checkpoint_dirs, read_manifest
@@ -53,7 +53,7 @@ class Fed:
     """
 
     def __init__(self, mode: Mode, *, back: int = 10_000) -> None:
-        self.controller = Controller(GuardSection(mode=mode))
+        self.controller = Controller(GuardOptions(mode=mode))
         self.back, self.step = back, 0
         self.events: list[Event] = []
         self.good: set[int] = set()  # steps whose state was ever good
@@ -171,7 +171,9 @@ def test_a_curve_is_not_followed_for_thousands_of_steps() -> None:
     """
     incidents = Incidents(confirm=8)
     incidents.trouble(
-        400, 400, curve=fit([(step, noisy(USUAL, noise=0.1)(step)) for step in range(352, 400)])
+        400,
+        400,
+        curve=fit_trend([(step, noisy(USUAL, noise=0.1)(step)) for step in range(352, 400)]),
     )
     for begin, until in ((400, 440), (39_000, 39_100)):
         for step in range(begin, until):
@@ -246,7 +248,7 @@ def test_a_run_in_advise_keeps_the_last_good_state_from_before_what_no_one_dealt
     memory = [info for info in loop.guard.tiers.ring.infos() if info.state == "good"]
     assert memory and max(info.step for info in memory) < loop.onset
     shown = preview.of(
-        Scene.of(loop.run, status=loop.status()),
+        RunState.of(loop.run, status=loop.status()),
         Command(id="x", kind=CommandKind.ROLLBACK, value=math.nan),
     )
     assert shown.to_step is not None and shown.to_step < loop.onset
@@ -283,7 +285,7 @@ def test_accept_lets_later_states_become_good_and_is_refused_where_nothing_is_to
     shown = None
     for step in loop.guard:
         if step.number == 122:
-            scene = Scene.of(loop.run, status=loop.status())
+            scene = RunState.of(loop.run, status=loop.status())
             shown = preview.of(scene, Command(id="x", kind=CommandKind.ACCEPT))
         loop.take(step)
     answers = [event.data for event in loop.run.events() if event.kind == "command"]

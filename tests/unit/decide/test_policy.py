@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from guardrail.core.config import GuardSection
-from guardrail.core.records import Action, Finding, Kind, Severity, SnapshotInfo
+from guardrail.core.config import GuardOptions
+from guardrail.core.records import Action, Finding, FindingKind, Severity, SnapshotInfo
 from guardrail.decide.incidents import Incidents
 from guardrail.decide.policy import (
     Rollback,
@@ -11,15 +11,18 @@ from guardrail.decide.policy import (
     choose_target,
     confirmed,
     decide,
-    is_trouble,
+    is_anomaly,
     rollbacks_in_a_row,
 )
 
-SETTINGS = GuardSection(persist=3, rollbacks=2, healthy_after=100)
+SETTINGS = GuardOptions(persist=3, rollbacks=2, healthy_after=100)
 
 
 def finding(
-    severity: Severity, kind: Kind = Kind.LOSS_SPIKE, score: float = 10.0, threshold: float = 8.0
+    severity: Severity,
+    kind: FindingKind = FindingKind.LOSS_SPIKE,
+    score: float = 10.0,
+    threshold: float = 8.0,
 ) -> Finding:
     return Finding(
         signal="loss",
@@ -35,9 +38,9 @@ def finding(
 
 
 NOTE, REJECT = finding(Severity.NOTE), finding(Severity.REJECT)
-PERSISTENT = finding(Severity.PERSISTENT, Kind.DIVERGENCE)
-EMPTY = finding(Severity.REJECT, Kind.NO_TOKENS, 0.0, 0.0)
-NAN = finding(Severity.REJECT, Kind.NONFINITE, 0.0, 0.0)
+PERSISTENT = finding(Severity.PERSISTENT, FindingKind.DIVERGENCE)
+EMPTY = finding(Severity.REJECT, FindingKind.NO_TOKENS, 0.0, 0.0)
+NAN = finding(Severity.REJECT, FindingKind.NONFINITE, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -61,10 +64,10 @@ def test_the_ladder(findings: list[Finding], streak: int, in_a_row: int, action:
 
 
 def test_a_budget_of_nothing_halts_at_once_and_a_persist_of_one_rolls_back_at_once() -> None:
-    settings = GuardSection(persist=1, rollbacks=0)
+    settings = GuardOptions(persist=1, rollbacks=0)
     assert decide([REJECT], streak=0, in_a_row=0, settings=settings) is Action.HALT
     assert (
-        decide([REJECT], streak=0, in_a_row=0, settings=GuardSection(persist=1)) is Action.ROLLBACK
+        decide([REJECT], streak=0, in_a_row=0, settings=GuardOptions(persist=1)) is Action.ROLLBACK
     )
 
 
@@ -74,7 +77,7 @@ def test_evidence_stands_most_severe_first_and_nan_before_numbers() -> None:
 
 
 def test_a_batch_without_labels_is_no_trouble() -> None:
-    assert not is_trouble([EMPTY]) and not is_trouble([NOTE]) and is_trouble([EMPTY, REJECT])
+    assert not is_anomaly([EMPTY]) and not is_anomaly([NOTE]) and is_anomaly([EMPTY, REJECT])
 
 
 def done(from_step: int, to_step: int, *, by_person: bool = False) -> Rollback:

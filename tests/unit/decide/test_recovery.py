@@ -5,13 +5,21 @@ import random
 
 import pytest
 
-from guardrail.core.config import GuardSection, RungSection
-from guardrail.core.records import EMBED_GRAD_NORM, Action, Cause, Finding, Kind, Remedy, Severity
+from guardrail.core.config import EscalationStep, GuardOptions
+from guardrail.core.records import (
+    EMBED_GRAD_NORM,
+    Action,
+    Cause,
+    Finding,
+    FindingKind,
+    Remedy,
+    Severity,
+)
 from guardrail.decide.controller import Controller
 from guardrail.decide.incidents import PATIENCE, Incidents
 from guardrail.decide.ladder import next_rung, widening
 from guardrail.decide.policy import Rollback
-from guardrail.decide.recovery import LEAST, compare, fit
+from guardrail.decide.recovery import LEAST, compare, fit_trend
 from guardrail.decide.remedies import embedding_leads, factor, of_rung, resets
 from tests.support.feed import BATCH, noisy, obs, warmed
 
@@ -24,7 +32,7 @@ BEFORE = [(step, falling(step)) for step in range(40, 100)]
 
 
 def test_a_power_law_is_continued() -> None:
-    curve = fit([(step, 12.0 * step**-0.3) for step in range(40, 100)])
+    curve = fit_trend([(step, 12.0 * step**-0.3) for step in range(40, 100)])
     assert (
         curve is not None
         and curve.slope == pytest.approx(-0.3)
@@ -41,7 +49,7 @@ def test_a_power_law_is_continued() -> None:
 @pytest.mark.parametrize(("shift", "lasting"), [(0.0, False), (0.10, True)])
 def test_an_offset_is_told_from_noise(shift: float, lasting: bool) -> None:
     for seed in range(20):
-        curve = fit([(step, falling(step, seed=seed)) for step in range(40, 100)])
+        curve = fit_trend([(step, falling(step, seed=seed)) for step in range(40, 100)])
         outcome = compare(
             curve, [(s, falling(s, seed=seed) * math.exp(shift)) for s in range(110, 118)]
         )
@@ -51,27 +59,27 @@ def test_an_offset_is_told_from_noise(shift: float, lasting: bool) -> None:
 
 def test_odd_values_do_not_bend_the_curve_and_a_rise_is_not_continued() -> None:
     odd = [(step, 40.0 if step % 10 == 0 else loss) for step, loss in BEFORE]
-    clean, bent = fit(BEFORE), fit(odd)
+    clean, bent = fit_trend(BEFORE), fit_trend(odd)
     assert (
         clean is not None and bent is not None and bent.slope == pytest.approx(clean.slope, abs=0.1)
     )
-    rising = fit([(step, 2.0 + 0.01 * step) for step in range(40, 100)])
+    rising = fit_trend([(step, 2.0 + 0.01 * step) for step in range(40, 100)])
     assert rising is not None and rising.slope == 0.0
 
 
 def test_without_numbers_nothing_is_claimed() -> None:
     assert (
-        fit(BEFORE[: LEAST - 1]) is None
-        and fit([(1, math.nan)] * 20) is None
-        and fit([(5, 2.0)] * 20) is None
+        fit_trend(BEFORE[: LEAST - 1]) is None
+        and fit_trend([(1, math.nan)] * 20) is None
+        and fit_trend([(5, 2.0)] * 20) is None
     )
-    assert compare(None, BEFORE) is None and compare(fit(BEFORE), []) is None
+    assert compare(None, BEFORE) is None and compare(fit_trend(BEFORE), []) is None
 
 
 def test_an_incident_whose_loss_stays_up_is_given_time_and_then_closes_with_an_offset() -> None:
     for back_at, state in ((14, "recovered"), (10_000, "offset")):
         incidents = Incidents(confirm=4)
-        assert incidents.trouble(100, 100, curve=fit(BEFORE)) == (1, "open")
+        assert incidents.trouble(100, 100, curve=fit_trend(BEFORE)) == (1, "open")
         losses, states = list(BEFORE), []
         for step in range(100, 100 + PATIENCE * LEAST + 8):
             losses.append((step, falling(step) * (1.0 if step - 100 >= back_at else 1.2)))
@@ -83,7 +91,7 @@ def test_an_incident_whose_loss_stays_up_is_given_time_and_then_closes_with_an_o
 def test_a_crash_changes_nothing_about_when_an_incident_is_over() -> None:
     for crash in range(100, 106):
         incidents = Incidents(confirm=6)
-        incidents.trouble(100, 100, curve=fit(BEFORE))
+        incidents.trouble(100, 100, curve=fit_trend(BEFORE))
         losses, over = list(BEFORE), None
         for step in range(100, 110):
             if step == crash:
@@ -98,7 +106,7 @@ def test_a_crash_changes_nothing_about_when_an_incident_is_over() -> None:
 
 # -- the ladder ------------------------------------------------------------------------------------
 
-DEFAULT = GuardSection()
+DEFAULT = GuardOptions()
 
 
 def done(rung: str, from_step: int = 100) -> Rollback:
@@ -108,7 +116,7 @@ def done(rung: str, from_step: int = 100) -> Rollback:
 def climb(
     cause: Cause | None,
     *,
-    ladder: tuple[RungSection, ...] = DEFAULT.ladder,
+    ladder: tuple[EscalationStep, ...] = DEFAULT.ladder,
     embedding: bool = False,
 ) -> list[str]:
     """The rungs that are taken one after the other until none is left."""
@@ -143,9 +151,9 @@ def test_the_ladder_is_gone_up_in_order_and_what_does_not_fit_is_passed_over() -
         *rest,
     ]
     upside_down = (
-        RungSection(do="lower_lr"),
-        RungSection(do="rollback", times=2),
-        RungSection(do="pause"),
+        EscalationStep(do="lower_lr"),
+        EscalationStep(do="rollback", times=2),
+        EscalationStep(do="pause"),
     )
     assert climb(None, ladder=upside_down) == ["lower_lr", "rollback", "rollback", "pause"]
     assert climb(Cause.DATA, ladder=upside_down) == ["rollback", "rollback", "lower_lr", "pause"]
@@ -153,7 +161,10 @@ def test_the_ladder_is_gone_up_in_order_and_what_does_not_fit_is_passed_over() -
 
 
 def test_a_rung_rests_for_its_cooldown() -> None:
-    ladder = (RungSection(do="lower_lr", times=9, cooldown=50), RungSection(do="rollback", times=9))
+    ladder = (
+        EscalationStep(do="lower_lr", times=9, cooldown=50),
+        EscalationStep(do="rollback", times=9),
+    )
     before = [done("lower_lr", 100)]
     names = [
         next_rung(ladder, [], before, applied=at, cause=None, embedding=False) for at in (149, 150)
@@ -162,13 +173,13 @@ def test_a_rung_rests_for_its_cooldown() -> None:
 
 
 def test_each_widening_doubles() -> None:
-    widen = RungSection(do="widen")
+    widen = EscalationStep(do="widen")
     assert [widening(widen, [done("rollback"), *[done("widen")] * n]) for n in range(3)] == [
         2,
         4,
         8,
     ]
-    assert widening(RungSection(do="rollback"), [done("widen")]) == 1
+    assert widening(EscalationStep(do="rollback"), [done("widen")]) == 1
 
 
 def rejected(controller: Controller, step: int, *, rung: str) -> list[tuple[Action, str]]:
@@ -182,7 +193,7 @@ def rejected(controller: Controller, step: int, *, rung: str) -> list[tuple[Acti
 
 def test_a_widened_window_is_twice_as_long_and_a_function_of_the_onset() -> None:
     for most, length in ((512, 8), (6, 6)):
-        controller = Controller(GuardSection(window_max=most))
+        controller = Controller(GuardOptions(window_max=most))
         step = warmed(controller)
         controller.load_rollbacks([*controller.rollbacks, done("rollback", step - 1)])
         verdicts = [
@@ -202,7 +213,7 @@ def test_a_widened_window_is_twice_as_long_and_a_function_of_the_onset() -> None
 
 
 def test_the_rungs_of_a_run_that_does_not_recover() -> None:
-    controller = Controller(GuardSection(rollbacks=11))
+    controller = Controller(GuardOptions(rollbacks=11))
     step = warmed(controller)
     for rung in (
         "rollback",
@@ -237,8 +248,8 @@ def test_a_remedy_is_a_function_of_the_step_that_returns_to_one() -> None:
         and factor([remedy, remedy], "lr", 10, floor=0.4) == 0.4
     )
     assert factor([remedy], "clip", 10) == 1.0
-    moments, low = of_rung(RungSection(do="reset_moments", factor=0.1), 7)
-    again = of_rung(RungSection(do="lower_lr", factor=0.3, hold=20, back=40), 7, again=1)
+    moments, low = of_rung(EscalationStep(do="reset_moments", factor=0.1), 7)
+    again = of_rung(EscalationStep(do="lower_lr", factor=0.3, hold=20, back=40), 7, again=1)
     assert again == (Remedy(kind="lr", value=0.3**2, from_step=7, hold=40, back=80),)
     assert (
         resets([moments, low], 7)
@@ -248,7 +259,7 @@ def test_a_remedy_is_a_function_of_the_step_that_returns_to_one() -> None:
 
 
 def claim(
-    signal: str, kind: Kind, *, onset: int = 9, severity: Severity = Severity.REJECT
+    signal: str, kind: FindingKind, *, onset: int = 9, severity: Severity = Severity.REJECT
 ) -> Finding:
     return Finding(
         signal=signal,
@@ -265,12 +276,12 @@ def claim(
 
 def test_who_leads() -> None:
     embed, share = (
-        claim("embed_grad_norm", Kind.EMBED_SPIKE),
-        claim("embed_share", Kind.EMBED_SPIKE),
+        claim("embed_grad_norm", FindingKind.EMBED_SPIKE),
+        claim("embed_share", FindingKind.EMBED_SPIKE),
     )
-    loss, nan = claim("loss", Kind.LOSS_SPIKE), claim("loss", Kind.NONFINITE)
+    loss, nan = claim("loss", FindingKind.LOSS_SPIKE), claim("loss", FindingKind.NONFINITE)
     assert embedding_leads([embed]) and embedding_leads([share, loss])
-    assert embedding_leads([claim("embed_grad_norm", Kind.EMBED_SPIKE, onset=7), loss])
+    assert embedding_leads([claim("embed_grad_norm", FindingKind.EMBED_SPIKE, onset=7), loss])
     assert (
         not embedding_leads([embed, loss])
         and not embedding_leads([loss])

@@ -5,12 +5,15 @@ import math
 import msgspec
 import pytest
 
-from guardrail.core.records import GRAD_NORM, LOSS, Cause, Diagnosis, Finding, Kind, Severity
-from guardrail.decide.root_cause import Own, Pass, Trouble, hardware, judge
+from guardrail.core.records import GRAD_NORM, LOSS, Cause, Diagnosis, Finding, FindingKind, Severity
+from guardrail.decide.root_cause import AnomalySignature, RankNumbers, ReplayPass, hardware, judge
 
 
 def finding(
-    value: float = 12.0, *, kind: Kind = Kind.LOSS_SPIKE, severity: Severity = Severity.REJECT
+    value: float = 12.0,
+    *,
+    kind: FindingKind = FindingKind.LOSS_SPIKE,
+    severity: Severity = Severity.REJECT,
 ) -> Finding:
     """A loss of `value` against 2.3; a log jump of 0.08 would be rejected."""
     score = math.log(value / 2.3) / 0.01
@@ -27,15 +30,15 @@ def finding(
     )
 
 
-def loss(value: float, what: str = "the batch") -> Pass:
-    return Pass(what=what, signals={LOSS: value, GRAD_NORM: 1.0})
+def loss(value: float, what: str = "the batch") -> ReplayPass:
+    return ReplayPass(what=what, signals={LOSS: value, GRAD_NORM: 1.0})
 
 
 def judged(
     others: list[float], suspects: list[float], *, level: float = 2.4, lasting: bool = False
 ) -> Diagnosis:
     return judge(
-        Trouble.of([finding()]),
+        AnomalySignature.of([finding()]),
         again=loss(12.0),
         others=[loss(value) for value in others],
         suspects=[loss(value) for value in suspects],
@@ -80,7 +83,7 @@ def test_trouble_that_began_earlier_asks_who_put_it_there() -> None:
 def test_an_update_of_bad_data_counts_even_where_the_state_bears_it() -> None:
     def told(**passes: float) -> Diagnosis:
         return judge(
-            Trouble.of([finding()]),
+            AnomalySignature.of([finding()]),
             again=loss(12.0),
             others=[loss(2.3), loss(2.31)],
             suspects=[loss(passes["applied"], "the batch of step 29"), loss(11.0)],
@@ -96,12 +99,14 @@ def test_an_update_of_bad_data_counts_even_where_the_state_bears_it() -> None:
 
 
 def test_what_is_nearer_to_the_trouble_than_to_the_baseline_is_in_it() -> None:
-    trouble = Trouble.of([finding(2.6)])  # rejected from 2.49 on; the middle is 2.445
+    trouble = AnomalySignature.of([finding(2.6)])  # rejected from 2.49 on; the middle is 2.445
     assert trouble.shown_by(loss(2.46)) and not trouble.shown_by(loss(2.44))
     # Far beyond its threshold the threshold itself counts.
-    assert Trouble.of([finding(115.0)]).shown_by(loss(2.6))
+    assert AnomalySignature.of([finding(115.0)]).shown_by(loss(2.6))
     # What stays up has no threshold for one step.
-    lasting = Trouble.of([finding(2.6, kind=Kind.DIVERGENCE, severity=Severity.PERSISTENT)])
+    lasting = AnomalySignature.of(
+        [finding(2.6, kind=FindingKind.DIVERGENCE, severity=Severity.PERSISTENT)]
+    )
     assert lasting.shown_by(loss(2.46)) and not lasting.shown_by(loss(2.44))
 
 
@@ -111,28 +116,28 @@ def test_what_counts_only_together_with_others_is_no_threshold_by_itself() -> No
     """
     weak = msgspec.structs.replace(finding(2.3 * math.exp(0.045)), threshold=1.6)
     norm = msgspec.structs.replace(weak, signal=GRAD_NORM, value=2.0, baseline=1.0, score=5.0)
-    trouble = Trouble.of([weak, norm])
-    ordinary = Pass(what="another", signals={LOSS: 2.3 * math.exp(0.02), GRAD_NORM: 1.3})
+    trouble = AnomalySignature.of([weak, norm])
+    ordinary = ReplayPass(what="another", signals={LOSS: 2.3 * math.exp(0.02), GRAD_NORM: 1.3})
     assert not trouble.shown_by(ordinary)
-    high_norm = Pass(what="another", signals={LOSS: 2.3, GRAD_NORM: 1.6})
+    high_norm = ReplayPass(what="another", signals={LOSS: 2.3, GRAD_NORM: 1.6})
     assert trouble.shown_by(high_norm) and not trouble.shown_by(high_norm, wholly=True)
     assert trouble.shown_by(
-        Pass(what="bad", signals={LOSS: 2.3 * math.exp(0.03), GRAD_NORM: 1.6}), wholly=True
+        ReplayPass(what="bad", signals={LOSS: 2.3 * math.exp(0.03), GRAD_NORM: 1.6}), wholly=True
     )
 
 
 def test_nan_is_shown_by_nan_alone() -> None:
-    nan = finding(12.0, kind=Kind.NONFINITE)
-    trouble = Trouble.of([nan, finding()])
+    nan = finding(12.0, kind=FindingKind.NONFINITE)
+    trouble = AnomalySignature.of([nan, finding()])
     assert trouble.shown_by(loss(math.nan)) and trouble.shown_by(
-        Pass(what="", signals={LOSS: 2.3}, nonfinite=True)
+        ReplayPass(what="", signals={LOSS: 2.3}, nonfinite=True)
     )
     assert not trouble.shown_by(loss(11.0))
 
 
-def own(*losses: float, before: float = 1.0, after: float = 1.0) -> list[Own]:
+def own(*losses: float, before: float = 1.0, after: float = 1.0) -> list[RankNumbers]:
     return [
-        Own(loss_sum=value, before=before, after=after, host=f"node{rank}")
+        RankNumbers(loss_sum=value, before=before, after=after, host=f"node{rank}")
         for rank, value in enumerate(losses)
     ]
 
@@ -148,13 +153,13 @@ def test_a_rank_that_computes_something_else_is_named() -> None:
 
 
 def test_gradients_before_the_reduction_tell_the_rank_and_those_after_it_do_not() -> None:
-    first = [Own(loss_sum=5.0, before=before, after=9.0, host="h") for before in (1.0, 7.0)]
-    again = [Own(loss_sum=5.0, before=1.0, after=2.0, host="h") for _ in range(2)]
+    first = [RankNumbers(loss_sum=5.0, before=before, after=9.0, host="h") for before in (1.0, 7.0)]
+    again = [RankNumbers(loss_sum=5.0, before=1.0, after=2.0, host="h") for _ in range(2)]
     found = hardware(first, again, 0.0, sums=(2.0, 2.0), passes=1)
     assert found is not None and found.rank == 1
     # Where only what came after the reduction differs, on one rank, that rank's memory is at fault.
-    first[1] = Own(loss_sum=5.0, before=1.0, after=9.0, host="h")
-    first[0] = Own(loss_sum=5.0, before=1.0, after=2.0, host="h")
+    first[1] = RankNumbers(loss_sum=5.0, before=1.0, after=9.0, host="h")
+    first[0] = RankNumbers(loss_sum=5.0, before=1.0, after=2.0, host="h")
     found = hardware(first, again, 0.0, sums=(2.0, 2.0), passes=1)
     assert found is not None and found.rank == 1 and "after the reduction" in found.reason
 

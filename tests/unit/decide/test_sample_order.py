@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from guardrail.core.errors import DataError, UsageError
 from guardrail.core.records import Span
 from guardrail.decide import sample_order as ledger_module
-from guardrail.decide.sample_order import Batch, Ledger, LedgerState, Quarantine, SampleOrder, mix64
+from guardrail.decide.sample_order import (
+    Batch,
+    LedgerState,
+    Quarantine,
+    SampleCursor,
+    SampleOrder,
+    mix64,
+)
 
 HYPOTHESIS = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -131,11 +138,11 @@ def test_an_id_that_the_data_does_not_have_is_refused() -> None:
 # -- batches ---------------------------------------------------------------------------------------
 
 
-def ledger(samples: int = 1000, batch: int = 8, **options: int) -> Ledger:
-    return Ledger(SampleOrder(samples=samples, seed=3), batch_size=batch, **options)
+def ledger(samples: int = 1000, batch: int = 8, **options: int) -> SampleCursor:
+    return SampleCursor(SampleOrder(samples=samples, seed=3), batch_size=batch, **options)
 
 
-def advance(book: Ledger, *, applied: bool = True) -> Batch:
+def advance(book: SampleCursor, *, applied: bool = True) -> Batch:
     batch = book.next_batch()
     assert batch is not None
     if not applied:
@@ -304,7 +311,7 @@ def test_a_restart_from_any_state_and_the_journal_makes_the_same_batches(
 ) -> None:
     """The undisturbed run and one that died after `cut` batches, resumed from an older state."""
     rng = random.Random(seed)
-    book = Ledger(SampleOrder(samples=samples + 8, seed=seed), batch_size=rng.randint(1, 8))
+    book = SampleCursor(SampleOrder(samples=samples + 8, seed=seed), batch_size=rng.randint(1, 8))
     journal: list[Span] = []
     saved: list[tuple[LedgerState, int]] = []
     applied: list[Batch] = []
@@ -323,7 +330,7 @@ def test_a_restart_from_any_state_and_the_journal_makes_the_same_batches(
     if not saved:
         return
     state, done = rng.choice(saved)
-    again = Ledger(SampleOrder(samples=samples + 8, seed=seed), batch_size=book.batch_size)
+    again = SampleCursor(SampleOrder(samples=samples + 8, seed=seed), batch_size=book.batch_size)
     for span in journal:
         again.leave_out(span)
     again.restore(state)
@@ -334,7 +341,7 @@ def test_a_restart_from_any_state_and_the_journal_makes_the_same_batches(
 
 
 def test_a_batch_that_lost_some_samples_is_formed_again_from_the_same_place() -> None:
-    ledger = Ledger(SampleOrder(samples=40, shuffled=False), batch_size=4, limit=80)
+    ledger = SampleCursor(SampleOrder(samples=40, shuffled=False), batch_size=4, limit=80)
     batch = ledger.next_batch()
     assert batch is not None
     span = Span(first=0, last=4, cause="rejected", step=1, positions=(0, 2))
@@ -351,7 +358,7 @@ def test_a_batch_that_lost_some_samples_is_formed_again_from_the_same_place() ->
 
 
 def test_what_would_leave_no_sample_is_said_before() -> None:
-    ledger = Ledger(SampleOrder(samples=40, seed=0, shuffled=True), batch_size=4)
+    ledger = SampleCursor(SampleOrder(samples=40, seed=0, shuffled=True), batch_size=4)
     all_of_it = "all 40 samples of the training split would be left out"
     assert ledger.nothing_left(0, 39) == "" and ledger.nothing_left(0, 40) == all_of_it
     # As many positions across an epoch's end show some samples twice.
@@ -430,7 +437,7 @@ def test_the_place_of_a_sample_in_an_epoch(samples: int, shuffled: bool) -> None
 def test_a_long_skip_is_one_range() -> None:
     """640,000 samples; one entry for each would be 50 MB."""
     order = SampleOrder(samples=1_000_000, seed=1)
-    book = Ledger(order, batch_size=32)
+    book = SampleCursor(order, batch_size=32)
     tracemalloc.start()
     try:
         new = book.leave_out(

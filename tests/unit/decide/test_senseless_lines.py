@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from guardrail.backtest.rejudge import Rejudge
-from guardrail.core.config import GuardSection
+from guardrail.core.config import GuardOptions
 from guardrail.core.records import Event, Mode
 from guardrail.decide.controller import Controller
-from guardrail.decide.run_history import Past
+from guardrail.decide.run_history import RunHistory
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.jumping import Loop
 
@@ -92,13 +92,13 @@ def test_a_run_goes_on_after_it(
     count = 0
     for what, lines in damaged(events):
         try:
-            past = Past.of(lines)
-            controller = Controller(GuardSection())
+            past = RunHistory.of(lines)
+            controller = Controller(GuardOptions())
             controller.rebuild(lines)
             controller.load_rollbacks(past.rollbacks)
-            past.effects(70, GuardSection())
+            past.effects(70, GuardOptions())
             monkeypatch.setattr(RunDirectory, "events", lambda _, lines=lines: lines)
-            again = Rejudge(loop.run, GuardSection(), own=True)
+            again = Rejudge(loop.run, GuardOptions(), own=True)
             if count % 20 == 0:
                 list(again)
         except Exception as error:

@@ -9,25 +9,27 @@ from pathlib import Path
 import pytest
 
 from guardrail.backtest.rejudge import Rejudge
-from guardrail.core.config import GuardSection
+from guardrail.core.config import GuardOptions
 from guardrail.core.records import Mode, Phase, Span
-from guardrail.decide.run_history import Past
-from guardrail.decide.sample_order import Ledger, SampleOrder
+from guardrail.decide.run_history import RunHistory
+from guardrail.decide.sample_order import SampleCursor, SampleOrder
 from guardrail.rundir.manifest import read_manifest
 from guardrail.rundir.run_directory import RunDirectory
-from guardrail.torch.guard.command_handler import Answer, Desk
+from guardrail.torch.guard.command_handler import CommandHandler, ParkResult
 from tests.support.jumping import Loop
 
 
-def ledger(samples: int = 1000, **more: int) -> Ledger:
-    return Ledger(SampleOrder(samples=samples, seed=1), batch_size=10, limit=more.get("limit"))
+def ledger(samples: int = 1000, **more: int) -> SampleCursor:
+    return SampleCursor(
+        SampleOrder(samples=samples, seed=1), batch_size=10, limit=more.get("limit")
+    )
 
 
 def span(first: int, last: int, cause: str = "rejected", *, allowed: bool = False) -> Span:
     return Span(first=first, last=last, cause=cause, step=1, allowed=allowed)
 
 
-def over(one: Ledger, wanted: Span, share: float = 0.03, total_steps: int = 0) -> str:
+def over(one: SampleCursor, wanted: Span, share: float = 0.03, total_steps: int = 0) -> str:
     return one.over_share(wanted, share=share, data=one.data_size(total_steps))
 
 
@@ -38,7 +40,7 @@ def test_the_data_are_the_distinct_samples_that_the_run_reads() -> None:
     assert ledger().data_size() == 1000
     assert ledger(limit=400).data_size() == 400 and ledger(limit=5000).data_size() == 1000
     assert ledger().data_size(30) == 300 and ledger().data_size(3000) == 1000
-    growing = Ledger(SampleOrder(samples=1000), batch_size=lambda step: step)
+    growing = SampleCursor(SampleOrder(samples=1000), batch_size=lambda step: step)
     assert growing.data_size(10) == 55 and growing.data_size(10_000_000) == 1000
 
 
@@ -93,7 +95,7 @@ def test_a_loss_that_steps_up_for_good_halts_a_small_run_with_a_checkpoint(
 ) -> None:
     known = (
         {"max_skipped_share": share}
-        if "max_skipped_share" in GuardSection.__struct_fields__
+        if "max_skipped_share" in GuardOptions.__struct_fields__
         else {}
     )
     loop = Loop(tmp_path, samples=80, mode=Mode.AUTO, **known)
@@ -128,11 +130,11 @@ def test_where_a_screen_is_open_it_asks_and_an_answer_lets_it_skip_as_much_again
     monkeypatch.setattr(RunDirectory, "screens", lambda self: 1)
     questions = []
 
-    def park(self: Desk, question: str = "", **given: object) -> Answer:
+    def park(self: CommandHandler, question: str = "", **given: object) -> ParkResult:
         questions.append(question)
-        return Answer.GO_ON
+        return ParkResult.GO_ON
 
-    monkeypatch.setattr(Desk, "park", park)
+    monkeypatch.setattr(CommandHandler, "park", park)
     # A batch has 4 samples, and 4 of 400 may be skipped: the first bad batch is, the second is
     # asked about.
     loop = Loop(tmp_path, samples=400, bad=range(240, 252), max_skipped_share=0.01, persist=9)
@@ -147,7 +149,7 @@ def test_where_a_screen_is_open_it_asks_and_an_answer_lets_it_skip_as_much_again
         ("pause", "skip"),
         ("skip", None),
     ]
-    assert Past.of(loop.run.events()).spans == loop.guard.ledger.spans
+    assert RunHistory.of(loop.run.events()).spans == loop.guard.ledger.spans
     judged = list(Rejudge(loop.run, loop.guard.settings.guard, own=True))
     assert len(judged) == 133 and all(row.agrees for row in judged)
 

@@ -5,10 +5,10 @@ import random
 
 import pytest
 
-from guardrail.core.config import GuardSection
+from guardrail.core.config import GuardOptions
 from guardrail.core.records import Action, Mode
 from guardrail.decide.controller import Controller
-from guardrail.detectors.benign_outliers import KEEP, LEAST, RATE, Tail
+from guardrail.detectors.benign_outliers import KEEP, LEAST, RATE, BenignOutliers
 from tests.support.feed import noisy, obs, through_json
 
 
@@ -17,7 +17,7 @@ def pareto(rng: random.Random, exponent: float) -> float:
 
 
 def test_a_few_outliers_make_no_tail() -> None:
-    tail = Tail()
+    tail = BenignOutliers()
     for index in range(LEAST - 1):
         tail.learn(100 * index, 1.0)
     assert tail.limit(1000) == 0.0
@@ -32,7 +32,7 @@ def test_the_limit_is_where_outliers_get_as_rare_as_the_rate(exponent: float) ->
     """
     rng, limits = random.Random(3), []
     for _ in range(200):
-        tail = Tail()
+        tail = BenignOutliers()
         for index in range(1, KEEP + 1):
             tail.learn(100 * index, 0.2 * pareto(rng, exponent))
         limits.append(math.log(tail.limit(100 * KEEP)))
@@ -42,14 +42,14 @@ def test_the_limit_is_where_outliers_get_as_rare_as_the_rate(exponent: float) ->
 
 
 def test_rare_outliers_raise_nothing() -> None:
-    tail = Tail()
+    tail = BenignOutliers()
     for index in range(KEEP):
         tail.learn(20_000 * index, 1.0)
     assert tail.limit(20_000 * KEEP) == 0.0
 
 
 def test_the_tail_follows_the_run() -> None:
-    tail = Tail()
+    tail = BenignOutliers()
     for index in range(KEEP):
         tail.learn(100 * index, 2.0)
     loud = tail.limit(100 * KEEP)
@@ -61,10 +61,10 @@ def test_the_tail_follows_the_run() -> None:
 
 
 def test_state_goes_through_json() -> None:
-    rng, tail = random.Random(1), Tail()
+    rng, tail = random.Random(1), BenignOutliers()
     for index in range(40):
         tail.learn(100 * index, pareto(rng, 4.0))
-        copy = Tail()
+        copy = BenignOutliers()
         copy.load_state_dict(through_json(tail.state_dict()))
         assert copy.limit(100 * index + 7) == tail.limit(100 * index + 7)
 
@@ -83,7 +83,7 @@ def micro_batch_loss(step: int) -> float:
 
 
 def test_outliers_that_come_back_by_themselves_are_noted_and_no_longer_rejected() -> None:
-    controller = Controller(GuardSection(mode=Mode.ADVISE))
+    controller = Controller(GuardOptions(mode=Mode.ADVISE))
     verdicts = [controller.observe(obs(step, micro_batch_loss(step))) for step in range(1, 8001)]
     early = sum(v.would is Action.SKIP for v in verdicts[:2000])
     late = sum(v.would is Action.SKIP for v in verdicts[2000:])
@@ -93,7 +93,7 @@ def test_outliers_that_come_back_by_themselves_are_noted_and_no_longer_rejected(
 
 
 def test_a_spike_that_stays_is_rejected_from_its_second_step_on_even_so() -> None:
-    controller = Controller(GuardSection(mode=Mode.ADVISE))
+    controller = Controller(GuardOptions(mode=Mode.ADVISE))
     for step in range(1, 8001):
         controller.observe(obs(step, micro_batch_loss(step)))
     baseline, threshold = controller.bands()["loss"]
@@ -107,7 +107,7 @@ def test_what_was_left_out_teaches_nothing() -> None:
     """Nobody knows whether its update would have done harm: the same corrupted data is rejected
     every time.
     """
-    controller = Controller(GuardSection())
+    controller = Controller(GuardOptions())
     step = 1
     for _ in range(40):
         for _ in range(50):
@@ -120,7 +120,7 @@ def test_what_was_left_out_teaches_nothing() -> None:
 
 
 def test_a_cluster_teaches_nothing() -> None:
-    controller = Controller(GuardSection(mode=Mode.ADVISE))
+    controller = Controller(GuardOptions(mode=Mode.ADVISE))
     step = 1
     for _ in range(40):
         for _ in range(50):
@@ -138,7 +138,7 @@ def learnt(controller: Controller) -> int:
 
 def watching(mode: Mode = Mode.ADVISE) -> tuple[Controller, float, float]:
     """(Controller after 300 healthy steps, a loss worth a note, a loss to be rejected)."""
-    controller = Controller(GuardSection(mode=mode))
+    controller = Controller(GuardOptions(mode=mode))
     for step in range(1, 301):
         controller.observe(obs(step, noisy(2.0)(step), 0.5))
     low, high = controller.bands()["loss"]
@@ -170,7 +170,7 @@ def test_only_outliers_that_stand_alone_are_learnt(highs: str, outliers: int) ->
 
 
 def test_after_a_rejection_the_plain_score_decides_in_a_heavy_tail_too() -> None:
-    controller = Controller(GuardSection(mode=Mode.ADVISE))
+    controller = Controller(GuardOptions(mode=Mode.ADVISE))
     for step in range(1, 8001):
         controller.observe(obs(step, micro_batch_loss(step)))
     baseline, threshold = controller.bands()["loss"]

@@ -9,7 +9,7 @@ import random
 
 import pytest
 
-from guardrail.core.config import GuardSection
+from guardrail.core.config import GuardOptions
 from guardrail.core.records import (
     EMBED_GRAD_NORM,
     EMBED_SHARE,
@@ -17,7 +17,7 @@ from guardrail.core.records import (
     LOSS,
     LOSS_SCALE,
     Action,
-    Kind,
+    FindingKind,
     Observation,
     Verdict,
 )
@@ -31,7 +31,7 @@ class Run:
     """
 
     def __init__(self) -> None:
-        self.controller = Controller(GuardSection())
+        self.controller = Controller(GuardOptions())
         self.step, self.cursor, self.streak = 1, 0, 0
 
     def attempt(self, **changes: float) -> Verdict:
@@ -67,7 +67,7 @@ class Run:
         return verdicts
 
 
-def kinds(verdict: Verdict) -> set[Kind]:
+def kinds(verdict: Verdict) -> set[FindingKind]:
     return {finding.kind for finding in verdict.findings}
 
 
@@ -92,7 +92,8 @@ def test_case_12_single_overflows_are_normal_and_one_after_the_other_is_a_collap
         scale /= 2
     assert actions == [Action.OVERFLOW] * 7 + [Action.ROLLBACK]
     assert (
-        verdict.findings[0].kind is Kind.SCALE_COLLAPSE and verdict.findings[0].signal == LOSS_SCALE
+        verdict.findings[0].kind is FindingKind.SCALE_COLLAPSE
+        and verdict.findings[0].signal == LOSS_SCALE
     )
 
 
@@ -101,7 +102,7 @@ def test_case_13_one_outlier_of_the_norm_costs_one_update(height: float) -> None
     run = Run()
     run.healthy()
     verdict = run.attempt(grad_norm=0.06 * height)  # 92 and 11,140 against 7
-    assert verdict.action is Action.SKIP and kinds(verdict) == {Kind.GRAD_SPIKE}
+    assert verdict.action is Action.SKIP and kinds(verdict) == {FindingKind.GRAD_SPIKE}
     assert verdict.findings[0].sentence() in verdict.reason
     after = [run.attempt() for _ in range(60)]
     assert {v.action for v in after} == {Action.APPLY} and after[-1].incident is None
@@ -123,7 +124,7 @@ def test_case_13_a_new_level_that_stays_is_a_level_shift() -> None:
     level = noisy(low * (high / low) ** 0.8, seed=5, noise=0.05)
     verdicts = [run.attempt(grad_norm=level(number)) for number in range(40)]
     assert {v.action for v in verdicts} == {Action.APPLY}
-    shifts = [v for v in verdicts if Kind.LEVEL_SHIFT in kinds(v)]
+    shifts = [v for v in verdicts if FindingKind.LEVEL_SHIFT in kinds(v)]
     assert len(shifts) == 1 and shifts[0].reason.startswith("noted: grad_norm")
     assert not any(v.findings for v in verdicts[8:])
 
@@ -167,8 +168,8 @@ def test_case_15_after_a_nan_the_detector_still_works() -> None:
     run.healthy()
     for signal in (LOSS, GRAD_NORM, EMBED_GRAD_NORM, LOSS):
         verdict = run.attempt(**{signal: rng.choice([math.nan, math.inf])})
-        assert verdict.action is Action.SKIP and Kind.NONFINITE in kinds(verdict)
+        assert verdict.action is Action.SKIP and FindingKind.NONFINITE in kinds(verdict)
         run.healthy(10)
         verdict = run.attempt(loss=6.0)
-        assert verdict.action is Action.SKIP and kinds(verdict) == {Kind.LOSS_SPIKE}
+        assert verdict.action is Action.SKIP and kinds(verdict) == {FindingKind.LOSS_SPIKE}
         run.healthy(10)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 
-from guardrail.core.records import Finding, Kind, Severity
+from guardrail.core.records import Finding, FindingKind, Severity
 from guardrail.detectors.baseline import Baseline
 from guardrail.detectors.divergence import Divergence
 from tests.support.feed import healthy_loss, noisy, obs, through_json
@@ -34,7 +34,7 @@ HEALTHY = [noisy(2.0)(step) for step in range(1, 301)]
 def test_a_step_that_stays_is_found_within_divergence_steps_and_dated() -> None:
     finding = Watch().first_alarm([*HEALTHY, *(noisy(2.3)(step) for step in range(301, 400))])
     assert finding is not None
-    assert finding.kind is Kind.DIVERGENCE and finding.severity is Severity.PERSISTENT
+    assert finding.kind is FindingKind.DIVERGENCE and finding.severity is Severity.PERSISTENT
     assert finding.step <= 320 and abs(finding.onset - 301) <= 1
     assert abs(finding.baseline - 2.0) < 0.05 and abs(finding.value - 2.3) < 0.1
 
@@ -54,7 +54,7 @@ def test_a_rise_behind_a_falling_loss_is_not_dated_back_into_the_fall() -> None:
     watch.baseline = Baseline(window=32, floor=0.01)
     watch.detector = Divergence(watch.baseline, score=6.0, steps=10, window=32)
     finding = watch.first_alarm(YOUNG)
-    assert finding is not None and finding.kind is Kind.DIVERGENCE
+    assert finding is not None and finding.kind is FindingKind.DIVERGENCE
     assert (finding.step, finding.onset) == (44, 38)
 
 
@@ -103,12 +103,12 @@ def test_a_rise_makes_states_suspect_before_it_is_sure() -> None:
     watch = Watch()
     for step, value in enumerate(HEALTHY, 1):
         watch.step(step, value)
-    assert watch.detector.suspect_from() is None
+    assert watch.detector.first_suspect_step() is None
     suspected = None
     for step in range(301, 340):
         if watch.step(step, noisy(2.3)(step)):
             break
-        suspected = suspected or watch.detector.suspect_from()
+        suspected = suspected or watch.detector.first_suspect_step()
     assert suspected is not None and abs(suspected - 301) <= 2
 
 
@@ -119,7 +119,7 @@ def test_a_small_step_that_stays_and_does_not_grow_is_noted_once_as_a_level_shif
     findings = [
         f for step, value in enumerate([*HEALTHY, *level], 1) for f in watch.step(step, value)
     ]
-    assert [(f.kind, f.severity) for f in findings] == [(Kind.LEVEL_SHIFT, Severity.NOTE)]
+    assert [(f.kind, f.severity) for f in findings] == [(FindingKind.LEVEL_SHIFT, Severity.NOTE)]
     assert 320 < findings[0].step < 350 and abs(findings[0].onset - 301) <= 3
 
 
@@ -141,7 +141,7 @@ def test_state_goes_through_json_at_any_step() -> None:
         copy.baseline.load_state_dict(through_json(whole.baseline.state_dict()))
         copy.detector.load_state_dict(through_json(whole.detector.state_dict()))
         assert copy.detector.observe(obs(step, value)) == whole.detector.observe(obs(step, value))
-        assert copy.detector.suspect_from() == whole.detector.suspect_from()
+        assert copy.detector.first_suspect_step() == whole.detector.first_suspect_step()
         whole.step(step, value)
 
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from guardrail.core.config import GuardSection
+from guardrail.core.config import GuardOptions
 from guardrail.core.records import (
     EMBED_GRAD_NORM,
     EMBED_SHARE,
     GRAD_NORM,
     LOSS,
     Action,
-    Kind,
+    FindingKind,
     Mode,
     Observation,
     Verdict,
@@ -56,28 +56,28 @@ def of_share(verdict: Verdict) -> list[Any]:
 
 def test_a_share_that_runs_away_with_the_embeddings_norm_is_rejected_and_named() -> None:
     """One token id through a whole batch: the embedding's gradient grows and the rest does not."""
-    controller = Controller(GuardSection())
+    controller = Controller(GuardOptions())
     step = healthy(controller)
     # 6.5-fold: no spike by itself
     verdict = controller.observe(seen(step, **ordinary(step) | {"embed": 1.3}))
     assert verdict.action is Action.SKIP
-    assert of_share(verdict) == [(Kind.EMBED_SPIKE, "reject")]
+    assert of_share(verdict) == [(FindingKind.EMBED_SPIKE, "reject")]
     assert verdict.reason.startswith("embed_share 0.89") and verdict.incident_state == "open"
 
 
 def test_a_share_that_grows_because_the_rest_shrinks_hurts_nobody_and_is_noted_once() -> None:
-    controller = Controller(GuardSection())
+    controller = Controller(GuardOptions())
     step = healthy(controller)
     verdicts = [
         controller.observe(seen(at, **ordinary(at) | {"rest": 0.05}))
         for at in range(step, step + 30)
     ]
     assert all(v.action is Action.APPLY for v in verdicts)
-    assert [of_share(v) for v in verdicts if of_share(v)] == [[(Kind.EMBED_SPIKE, "note")]]
+    assert [of_share(v) for v in verdicts if of_share(v)] == [[(FindingKind.EMBED_SPIKE, "note")]]
 
 
 def test_a_slow_runaway_does_not_drag_the_baseline_along() -> None:
-    controller = Controller(GuardSection(mode=Mode.ADVISE))
+    controller = Controller(GuardOptions(mode=Mode.ADVISE))
     step = healthy(controller)
     verdicts = [
         controller.observe(
@@ -96,7 +96,7 @@ def test_small_shares_noise_and_large_stable_shares_are_nothing() -> None:
         [{"rest": 0.1, "embed": noisy(0.8, noise=0.2)(step)} for step in range(1, 400)],
         [ordinary(step) | {"embed": noisy(0.4, noise=0.4)(step)} for step in range(1, 400)],
     ):
-        controller = Controller(GuardSection())
+        controller = Controller(GuardOptions())
         assert not any(
             of_share(controller.observe(seen(step, **row))) for step, row in enumerate(values, 1)
         )
@@ -104,7 +104,7 @@ def test_small_shares_noise_and_large_stable_shares_are_nothing() -> None:
 
 @pytest.mark.parametrize("junk", [math.nan, math.inf, -0.1, 1.5])
 def test_a_share_that_is_none_changes_nothing(junk: float) -> None:
-    controller = Controller(GuardSection())
+    controller = Controller(GuardOptions())
     step = healthy(controller)
     state = through_json(controller.state_dict()["detectors"][EMBED_SHARE])
     one = seen(step, **ordinary(step))
@@ -114,7 +114,7 @@ def test_a_share_that_is_none_changes_nothing(junk: float) -> None:
 
 
 def test_exactly_none_and_exactly_all_can_be_compared() -> None:
-    controller = Controller(GuardSection())
+    controller = Controller(GuardOptions())
     for step in range(1, 101):
         controller.observe(seen(step, rest=0.4, embed=0.0))
     verdict = controller.observe(seen(101, rest=0.0, embed=0.4))
@@ -127,9 +127,9 @@ def test_state_goes_through_json_at_any_step() -> None:
         ordinary(step) | ({"embed": rng.choice([1.0, 3.0])} if step % 40 < 6 else {})
         for step in range(1, 250)
     ]
-    whole = Controller(GuardSection(mode=Mode.ADVISE))
+    whole = Controller(GuardOptions(mode=Mode.ADVISE))
     for step, row in enumerate(rows, 1):
-        copy = Controller(GuardSection(mode=Mode.ADVISE))
+        copy = Controller(GuardOptions(mode=Mode.ADVISE))
         copy.load_state_dict(through_json(whole.state_dict()))
         assert copy.observe(seen(step, **row)).findings == whole.observe(seen(step, **row)).findings
         assert copy.state_dict() == whole.state_dict()

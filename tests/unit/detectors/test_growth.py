@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from guardrail.core.config import GuardSection
-from guardrail.core.records import GRAD_NORM, Action, Finding, Kind, Mode, Severity, Verdict
+from guardrail.core.config import GuardOptions
+from guardrail.core.records import GRAD_NORM, Action, Finding, FindingKind, Mode, Severity, Verdict
 from guardrail.decide.controller import Controller
 from guardrail.detectors.baseline import Baseline
 from guardrail.detectors.growth import CLIMB, SURE, Growth
@@ -42,7 +42,7 @@ def climb(factor: float, *, steps: int, start: int = 201) -> list[float]:
 @pytest.mark.parametrize("factor", [1.08, 1.1, 1.15, 1.2])
 def test_growth_at_a_constant_factor_is_noted_once_and_dated(factor: float) -> None:
     notes = [f for f in Watch().findings(climb(factor, steps=34)) if f.severity is Severity.NOTE]
-    assert [f.kind for f in notes] == [Kind.GROWTH]
+    assert [f.kind for f in notes] == [FindingKind.GROWTH]
     assert notes[0].step <= 230 and abs(notes[0].onset - 204) <= 8
     assert notes[0].baseline == pytest.approx(0.2, rel=0.5) and notes[0].score > notes[0].threshold
 
@@ -83,11 +83,11 @@ def test_the_first_steps_may_climb() -> None:
 def test_states_are_suspect_from_the_beginning_of_the_climb() -> None:
     watch = Watch()
     watch.findings(climb(1.0, steps=1))
-    assert watch.detector.suspect_from() is None
+    assert watch.detector.first_suspect_step() is None
     watch.findings(climb(1.1, steps=30))
-    assert watch.detector.suspect_from() is not None
+    assert watch.detector.first_suspect_step() is not None
     watch.findings([40.0] * 30)
-    assert watch.detector.suspect_from() is None
+    assert watch.detector.first_suspect_step() is None
 
 
 def test_state_goes_through_json_at_any_step() -> None:
@@ -99,7 +99,7 @@ def test_state_goes_through_json_at_any_step() -> None:
         assert copy.detector.observe(obs(step, grad=value)) == whole.detector.observe(
             obs(step, grad=value)
         )
-        assert copy.detector.suspect_from() == whole.detector.suspect_from()
+        assert copy.detector.first_suspect_step() == whole.detector.first_suspect_step()
         whole.step(step, value)
         copy.step(step, value)
         assert copy.detector.state_dict() == whole.detector.state_dict()
@@ -109,7 +109,7 @@ def test_state_goes_through_json_at_any_step() -> None:
 
 
 def test_an_explosion_on_its_way_is_rolled_back_while_the_loss_is_flat() -> None:
-    controller = Controller(GuardSection())
+    controller = Controller(GuardOptions())
     verdict: Verdict | None = None
     noted = 0
     for step, norm in enumerate(climb(1.1, steps=70), 1):
@@ -121,13 +121,13 @@ def test_an_explosion_on_its_way_is_rolled_back_while_the_loss_is_flat() -> None
             # No state since then counts as good, so that there is one left to go back to.
             assert controller.healthy_through < 215
     assert verdict is not None and verdict.action is Action.ROLLBACK and noted >= 1
-    assert verdict.findings[0].kind is Kind.GROWTH and "grad_norm" in verdict.reason
+    assert verdict.findings[0].kind is FindingKind.GROWTH and "grad_norm" in verdict.reason
     assert verdict.onset is not None and abs(verdict.onset - 204) <= 8
     assert verdict.window == ((verdict.onset - 2) * BATCH, verdict.step * BATCH)
 
 
 def test_advise_says_it_once() -> None:
-    controller = Controller(GuardSection(mode=Mode.ADVISE))
+    controller = Controller(GuardOptions(mode=Mode.ADVISE))
     values = [*climb(1.1, steps=52), *(noisy(0.2 * 1.1**51)(step) for step in range(253, 300))]
     verdicts = [
         controller.observe(obs(step, noisy(2.2)(step), norm)) for step, norm in enumerate(values, 1)
@@ -146,7 +146,7 @@ BLOOM_NORM = (0.24, 0.95, 2.39, 15.9, 145.0, 960.0, 353.0, 379.0, 650.0)
 def test_bloom_176b_is_caught_by_its_norm_before_the_loss_peaks(
     noise: float, signals: str, seed: int
 ) -> None:
-    controller = Controller(GuardSection(mode=Mode.ADVISE))
+    controller = Controller(GuardOptions(mode=Mode.ADVISE))
     norm, loss = noisy(0.2, seed=seed, noise=noise), noisy(2.2, seed=seed + 9, noise=0.015)
     alarms: list[Verdict] = []
     for step in range(30_714, 31_223):

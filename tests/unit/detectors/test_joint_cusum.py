@@ -5,11 +5,11 @@ from itertools import groupby
 
 import pytest
 
-from guardrail.core.config import GuardSection
+from guardrail.core.config import GuardOptions
 from guardrail.core.records import LOSS, Action, Cause, Diagnosis, Mode, Verdict
 from guardrail.decide.controller import Controller
 from guardrail.detectors.build import TOGETHER
-from guardrail.detectors.joint_cusum import ENOUGH, MOST, Together
+from guardrail.detectors.joint_cusum import ENOUGH, MOST, JointCusum
 from tests.support.feed import BATCH, healthy_loss, noisy, obs, through_json, warmed
 from tests.support.places import TESTS
 
@@ -29,7 +29,7 @@ def actions(verdicts: list[Verdict]) -> list[Action]:
 
 
 def test_both_high_twice_in_a_row_is_rejected_from_the_first_of_them_on() -> None:
-    controller = Controller(GuardSection())
+    controller = Controller(GuardOptions())
     step = warmed(controller)
     first, second = fed(controller, step, [HIGH, HIGH])
     assert (first.action, second.action, second.onset) == (Action.APPLY, Action.SKIP, step)
@@ -46,16 +46,16 @@ def test_both_high_twice_in_a_row_is_rejected_from_the_first_of_them_on() -> Non
     "rows", [[HIGH, (LOW, 0.5), HIGH], [(2.3, 0.5)] * 4, [(LOW, 2.0)] * 4, [LESS, (LOW, 0.5)] * 4]
 )
 def test_once_or_one_signal_alone_is_no_reason(rows: list[tuple[float, float]]) -> None:
-    controller = Controller(GuardSection())
+    controller = Controller(GuardOptions())
     verdicts = fed(controller, warmed(controller), rows)
     assert actions(verdicts) == [Action.APPLY] * len(rows)
 
 
 def test_what_is_less_high_is_rejected_once_it_has_gone_on_for_long_enough() -> None:
-    controller = Controller(GuardSection())
+    controller = Controller(GuardOptions())
     step = warmed(controller)
     together = controller.detectors[TOGETHER]
-    assert isinstance(together, Together)
+    assert isinstance(together, JointCusum)
     counts = together.counts(obs(step, *LESS))
     assert ENOUGH / 3 < counts < ENOUGH / 2 and not together.high(obs(step, *LESS), 0.5)
     verdicts = fed(controller, step, [LESS] * 4)
@@ -64,17 +64,17 @@ def test_what_is_less_high_is_rejected_once_it_has_gone_on_for_long_enough() -> 
 
 
 def test_no_step_counts_for_so_much_that_the_next_one_needs_nothing() -> None:
-    controller = Controller(GuardSection())
+    controller = Controller(GuardOptions())
     step = warmed(controller)
     together = controller.detectors[TOGETHER]
-    assert isinstance(together, Together)
+    assert isinstance(together, JointCusum)
     assert together.counts(obs(step, 1e6, 1e6)) == MOST < ENOUGH
 
 
 @pytest.mark.parametrize("ordinary", [False, True])
 def test_no_row_begins_behind_a_rejection_before_an_ordinary_step(ordinary: bool) -> None:
     """In `advise` the run goes on from a spike, and comes down from it over many steps."""
-    controller = Controller(GuardSection(), mode=Mode.ADVISE)
+    controller = Controller(GuardOptions(), mode=Mode.ADVISE)
     step = warmed(controller)
     assert fed(controller, step, [(9.0, 5.0)])[0].would is Action.SKIP
     verdicts = fed(controller, step + 1, [(LOW, 0.5)] * ordinary + [LESS] * 4)
@@ -82,7 +82,7 @@ def test_no_row_begins_behind_a_rejection_before_an_ordinary_step(ordinary: bool
 
 
 def test_it_travels_with_the_state() -> None:
-    controller, other = Controller(GuardSection()), Controller(GuardSection())
+    controller, other = Controller(GuardOptions()), Controller(GuardOptions())
     step = warmed(controller)
     controller.observe(obs(step, *HIGH))
     other.load_state_dict(through_json(controller.state_dict()))
@@ -105,10 +105,10 @@ def test_it_travels_with_the_state() -> None:
 def test_while_an_incident_of_known_cause_is_open_one_such_step_is_enough(
     cause: Cause, row: tuple[float, float], action: Action
 ) -> None:
-    controller = Controller(GuardSection())
+    controller = Controller(GuardOptions())
     step = warmed(controller)
     bad = obs(step, 9.0, 5.0)
-    controller.reconsider(bad, controller.observe(bad), Diagnosis(cause=cause))
+    controller.apply_diagnosis(bad, controller.observe(bad), Diagnosis(cause=cause))
     behind = obs(step, *row, first=step * BATCH)
     assert controller.observe(behind).action is action
     # Once the incident is over, the bar is where it was.
@@ -125,7 +125,7 @@ def test_a_window_of_32_values_finds_nothing_in_healthy_runs_of_a_tiny_model() -
     A scale of 32 values is too small by a fifth now and then. Half of the way to a limit that is so
     much too low is no reason to leave a step out.
     """
-    settings = GuardSection(window=32, warmup=12)
+    settings = GuardOptions(window=32, warmup=12)
     with (TESTS / "cases" / "tiny_runs.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     acts = {}

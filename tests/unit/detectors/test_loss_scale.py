@@ -6,14 +6,14 @@ import pytest
 
 from guardrail.backtest.backtest import backtest
 from guardrail.backtest.importers.sources import sources
-from guardrail.core.config import GuardSection
+from guardrail.core.config import GuardOptions
 from guardrail.core.records import (
     GRAD_NORM,
     LOSS,
     LOSS_SCALE,
     UPDATE_NORM,
     Action,
-    Kind,
+    FindingKind,
     Mode,
     Observation,
     Verdict,
@@ -23,14 +23,14 @@ from guardrail.detectors.loss_scale import AT_START, FALL
 from tests.support.feed import BATCH, noisy, plain, through_json
 from tests.support.places import TESTS
 
-IN_A_ROW = GuardSection().overflows
+IN_A_ROW = GuardOptions().overflows
 
 
 class Scaled:
     """A run under a dynamic loss scale: an overflow halves it, as torch's scaler does."""
 
     def __init__(self, mode: Mode = Mode.AUTO) -> None:
-        self.controller = Controller(GuardSection(), mode=mode)
+        self.controller = Controller(GuardOptions(), mode=mode)
         self.step, self.cursor, self.streak, self.scale = 1, 0, 0, 65536.0
         self.told: list[Verdict] = []
         self.flagged = False  # as the guard does it, which knows its scaler
@@ -85,7 +85,9 @@ def test_overflow_after_overflow_is_a_collapse() -> None:
     run.healthy()
     verdicts = [run.attempt(overflow=True) for _ in range(IN_A_ROW)]
     assert [v.action for v in verdicts] == [Action.OVERFLOW] * (IN_A_ROW - 1) + [Action.ROLLBACK]
-    assert verdicts[-1].findings[0].kind is Kind.SCALE_COLLAPSE and verdicts[-1].incident == 1
+    assert (
+        verdicts[-1].findings[0].kind is FindingKind.SCALE_COLLAPSE and verdicts[-1].incident == 1
+    )
     assert "loss_scale 512 against 65536, 8 overflows in a row" in verdicts[-1].reason
     assert "of which 7 may be the search for a scale" in verdicts[-1].reason
 
@@ -116,14 +118,14 @@ def test_at_a_scale_of_one_it_is_no_longer_the_scale() -> None:
     run.healthy()
     verdicts = [run.attempt(overflow=True) for _ in range(3)]
     assert [v.action for v in verdicts] == [Action.SKIP, Action.SKIP, Action.ROLLBACK]
-    assert verdicts[-1].findings[0].kind is Kind.NONFINITE
+    assert verdicts[-1].findings[0].kind is FindingKind.NONFINITE
 
 
 def test_a_loss_that_is_not_finite_is_never_an_overflow() -> None:
     run = Scaled()
     run.healthy()
     verdict = run.attempt(overflow=True, loss=math.nan)
-    assert {f.kind for f in verdict.findings} == {Kind.NONFINITE} and verdict.incident == 1
+    assert {f.kind for f in verdict.findings} == {FindingKind.NONFINITE} and verdict.incident == 1
 
 
 def test_a_scale_that_falls_far_below_what_was_usual_is_noted_once() -> None:
@@ -135,7 +137,7 @@ def test_a_scale_that_falls_far_below_what_was_usual_is_noted_once() -> None:
     for _ in range(10):
         run.attempt(overflow=True)
         run.attempt()
-    notes = [v for v in run.told if any(f.kind is Kind.SCALE_COLLAPSE for f in v.findings)]
+    notes = [v for v in run.told if any(f.kind is FindingKind.SCALE_COLLAPSE for f in v.findings)]
     assert len(notes) == 1 and notes[0].findings[-1].value == 65536 / 2**FALL
     assert run.controller.healthy_through < notes[0].step
 
@@ -154,7 +156,7 @@ def test_state_goes_through_json_at_any_step() -> None:
     run = Scaled()
     for index in range(120):
         run.attempt(overflow=index > 60 and index % 3 == 0)
-        copy = Controller(GuardSection())
+        copy = Controller(GuardOptions())
         copy.load_state_dict(through_json(run.controller.state_dict()))
         assert copy.state_dict() == run.controller.state_dict()
         assert copy.healthy_through == run.controller.healthy_through
@@ -162,7 +164,7 @@ def test_state_goes_through_json_at_any_step() -> None:
 
 def test_an_update_that_grew_is_a_note_since_it_is_in_the_weights_already() -> None:
     """Marin-32B: the norm of the update rose first."""
-    controller = Controller(GuardSection())
+    controller = Controller(GuardOptions())
     update = noisy(0.03, seed=4, noise=0.1)
 
     def seen(step: int, factor: float = 1.0) -> Observation:
@@ -173,7 +175,9 @@ def test_an_update_that_grew_is_a_note_since_it_is_in_the_weights_already() -> N
         assert not controller.observe(seen(step)).findings
     verdict = controller.observe(seen(201, factor=30.0))
     assert verdict.action is Action.APPLY
-    assert [(f.signal, f.kind) for f in verdict.findings] == [(UPDATE_NORM, Kind.UPDATE_SPIKE)]
+    assert [(f.signal, f.kind) for f in verdict.findings] == [
+        (UPDATE_NORM, FindingKind.UPDATE_SPIKE)
+    ]
     assert controller.healthy_through == 200
 
 
@@ -203,7 +207,7 @@ def scaled_run(
     ],
 )
 def test_a_norm_that_jumps_with_the_loss_scale_is_in_another_unit(factor: float) -> None:
-    controller = Controller(GuardSection())
+    controller = Controller(GuardOptions())
     assert not any(
         verdict.findings for verdict in scaled_run(controller, range(1, 200), scale=1024.0)
     )
@@ -219,7 +223,7 @@ def test_a_norm_that_jumps_with_the_loss_scale_is_in_another_unit(factor: float)
 
 
 def test_a_norm_that_jumps_by_more_than_the_loss_scale_is_a_spike() -> None:
-    controller = Controller(GuardSection())
+    controller = Controller(GuardOptions())
     scaled_run(controller, range(1, 200), scale=1024.0)
     (spiked,) = scaled_run(controller, range(200, 201), scale=2048.0, jump=200.0)
     assert spiked.action is Action.SKIP
@@ -228,14 +232,14 @@ def test_a_norm_that_jumps_by_more_than_the_loss_scale_is_a_spike() -> None:
 @pytest.mark.fault("E12")
 def test_a_recorded_log_whose_norm_jumps_with_the_scale() -> None:
     ((log,),) = (source.read({}) for source in sources([str(CASES / "c18b.jsonl")]))
-    assert [(alarm.step, alarm.kind) for alarm in backtest(log, GuardSection()).alarms] == []
+    assert [(alarm.step, alarm.kind) for alarm in backtest(log, GuardOptions()).alarms] == []
 
 
 @pytest.mark.fault("E11")
 def test_an_update_norm_that_doubles_is_noted_before_the_loss_rises() -> None:
     """Its scatter is 3 %."""
     ((log,),) = (source.read({}) for source in sources([str(CASES / "c22.jsonl")]))
-    alarms = backtest(log, GuardSection()).alarms
+    alarms = backtest(log, GuardOptions()).alarms
     first = alarms[0]
     assert (first.step, first.signal, first.kind, first.verdict) == (
         304,
@@ -250,7 +254,7 @@ def test_an_update_norm_that_doubles_is_noted_before_the_loss_rises() -> None:
 def test_a_further_signal_is_judged_by_its_own_scatter() -> None:
     """The update norm of one block doubles; the gradient norm of a block may do so."""
     names = ("update_norm/layers.3", "grad_norm/layers.3")
-    controller = Controller(GuardSection())
+    controller = Controller(GuardOptions())
     for step in range(1, 120):
         noise = {name: noisy(0.2, seed=at + 2, noise=0.03)(step) for at, name in enumerate(names)}
         if step == 119:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from guardrail.core.records import GRAD_NORM, LOSS, Kind, Severity
+from guardrail.core.records import GRAD_NORM, LOSS, FindingKind, Severity
 from guardrail.detectors.no_tokens import NoTokens
 from guardrail.detectors.nonfinite import ABSURD, NonFinite
 from tests.support.feed import obs
@@ -16,7 +16,7 @@ def test_a_value_that_is_no_number_is_rejected_from_the_first_step(value: float)
         (finding,) = NonFinite().observe(obs(1, *signals))
         assert (finding.signal, finding.kind, finding.severity) == (
             name,
-            Kind.NONFINITE,
+            FindingKind.NONFINITE,
             Severity.REJECT,
         )
 
@@ -37,7 +37,7 @@ def test_the_embedding_norm_alone_is_enough() -> None:
 @pytest.mark.parametrize("loss", [0.0, -0.0, 1e30, -1e30, 2 * ABSURD])
 def test_a_loss_that_no_model_has_is_rejected(loss: float) -> None:
     (finding,) = NonFinite().observe(obs(1, loss, 1.0))
-    assert finding.kind is Kind.IMPOSSIBLE and finding.severity is Severity.REJECT
+    assert finding.kind is FindingKind.IMPOSSIBLE and finding.severity is Severity.REJECT
 
 
 def test_small_and_large_and_missing_numbers_are_none_of_its_business() -> None:
@@ -48,6 +48,6 @@ def test_small_and_large_and_missing_numbers_are_none_of_its_business() -> None:
 
 def test_a_batch_without_label_tokens_is_no_trouble_of_the_weights() -> None:
     (finding,) = NoTokens().observe(obs(3, math.nan, 0.0, tokens=0))
-    assert finding.kind is Kind.NO_TOKENS and finding.severity is Severity.REJECT
+    assert finding.kind is FindingKind.NO_TOKENS and finding.severity is Severity.REJECT
     assert finding.sentence() == "no label token in the whole batch"
     assert NoTokens().observe(obs(3, 2.0, 1.0, tokens=1)) == []

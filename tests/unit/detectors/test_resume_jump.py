@@ -5,8 +5,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from guardrail.core.config import GuardSection, dump
-from guardrail.core.records import Action, Kind, Mode, Verdict
+from guardrail.core.config import GuardOptions, dump
+from guardrail.core.records import Action, FindingKind, Mode, Verdict
 from guardrail.decide.controller import Controller
 from guardrail.detectors.resume_jump import ROWS
 from guardrail.rundir.run_directory import findings_of
@@ -16,16 +16,16 @@ from tests.support.running import new_run, of_kind, tiny, train
 
 def resumed(mode: Mode = Mode.AUTO) -> tuple[Controller, Controller, int]:
     """(Controller that went on, controller that was resumed from its state, next step)."""
-    whole = Controller(GuardSection(), mode=mode)
+    whole = Controller(GuardOptions(), mode=mode)
     step = warmed(whole)
-    fresh = Controller(GuardSection(), mode=mode)
+    fresh = Controller(GuardOptions(), mode=mode)
     fresh.load_state_dict(through_json(whole.state_dict()))
     fresh.resumed()
     return whole, fresh, step
 
 
 def jumps(verdict: Verdict) -> list[str]:
-    return [f.signal for f in verdict.findings if f.kind is Kind.RESUME_JUMP]
+    return [f.signal for f in verdict.findings if f.kind is FindingKind.RESUME_JUMP]
 
 
 @pytest.mark.parametrize("factor", [1.13, 0.8])
@@ -36,7 +36,7 @@ def test_a_loss_that_is_off_after_a_resume_is_noted_once_up_or_down(factor: floa
     ]
     assert [v.step for v in verdicts if jumps(v)] == [step]
     assert verdicts[0].action is Action.APPLY
-    names = [f.sentence() for f in verdicts[0].findings if f.kind is Kind.RESUME_JUMP]
+    names = [f.sentence() for f in verdicts[0].findings if f.kind is FindingKind.RESUME_JUMP]
     assert "after the resume against 2" in names[0]
 
 
@@ -82,11 +82,11 @@ def test_a_rollback_ends_the_watch() -> None:
 
 
 def test_a_recorded_log_that_goes_back_a_little_was_resumed_too() -> None:
-    controller = Controller(GuardSection(mode=Mode.ADVISE))
+    controller = Controller(GuardOptions(mode=Mode.ADVISE))
     step = warmed(controller)
     first = controller.observe(obs(step - 20, noisy(2.06)(step), 0.5))
-    assert [f.kind for f in first.findings] == [Kind.RESTART]
-    copy = Controller(GuardSection(mode=Mode.ADVISE))
+    assert [f.kind for f in first.findings] == [FindingKind.RESTART]
+    copy = Controller(GuardOptions(mode=Mode.ADVISE))
     copy.load_state_dict(through_json(controller.state_dict()))
     for one in (controller, copy):
         assert jumps(one.observe(obs(step - 19, 1.5, 0.5))) == ["loss"]
@@ -102,7 +102,7 @@ def test_the_guard_watches_the_first_steps_of_a_resumed_run(tmp_path: Path) -> N
     run.write_config(dump(msgspec.structs.replace(longer, run=config.run)))
     assert train(run, 1) == "finished"
     told = [(e.data["at_step"], f) for e in of_kind(run, "finding") for f in findings_of(e)]
-    assert [(step, f.signal) for step, f in told if f.kind is Kind.RESUME_JUMP] == [
+    assert [(step, f.signal) for step, f in told if f.kind is FindingKind.RESUME_JUMP] == [
         (41, "loss"),
         (41, "grad_norm"),
     ]

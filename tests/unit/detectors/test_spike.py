@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from guardrail.core.records import LOSS, Kind, Severity
+from guardrail.core.records import LOSS, FindingKind, Severity
 from guardrail.detectors.baseline import FOLLOW, LAG, MAD_TO_SIGMA, Baseline, SortedWindow
 from guardrail.detectors.spike import NEW_LEVEL, Spike
 from tests.support.feed import healthy_loss, noisy, obs, through_json
@@ -20,7 +20,7 @@ def loss_spike(**changes: float) -> Spike:
         "window": 128,
         "warmup": 32,
     } | changes
-    return Spike(LOSS, Kind.LOSS_SPIKE, **values)  # type: ignore[arg-type]
+    return Spike(LOSS, FindingKind.LOSS_SPIKE, **values)  # type: ignore[arg-type]
 
 
 def fed(detector: Spike, values: list[float], start: int = 1) -> Spike:
@@ -74,7 +74,7 @@ def test_the_score_counts_sigmas_of_the_noise() -> None:
     assert severity(detector, 2.0 * math.exp(0.05 * 7.5)) is Severity.NOTE
     assert severity(detector, 2.0 * math.exp(0.05 * 12)) is Severity.REJECT
     (finding,) = detector.observe(obs(301, 2.0 * math.exp(0.05 * 12)))
-    assert finding.kind is Kind.LOSS_SPIKE and finding.threshold == 8.0
+    assert finding.kind is FindingKind.LOSS_SPIKE and finding.threshold == 8.0
     assert finding.score == pytest.approx(12, rel=0.25) and finding.baseline == pytest.approx(
         2.0, rel=0.05
     )
@@ -135,11 +135,11 @@ def test_outliers_that_were_let_through_do_not_raise_the_bar_but_a_new_level_doe
     high = at(detector, 0.8)
     for step in range(NEW_LEVEL - 1):
         (finding,) = detector.observe(obs(300 + step, high))
-        assert finding.severity is Severity.NOTE and finding.kind is Kind.LOSS_SPIKE
+        assert finding.severity is Severity.NOTE and finding.kind is FindingKind.LOSS_SPIKE
         detector.accept(obs(300 + step, high))
     assert detector.band() == band
     (finding,) = detector.observe(obs(400, high))
-    assert finding.severity is Severity.NOTE and finding.kind is Kind.LEVEL_SHIFT
+    assert finding.severity is Severity.NOTE and finding.kind is FindingKind.LEVEL_SHIFT
     detector.accept(obs(400, high))
     assert severity(detector, high) is None
     assert severity(detector, high * 1.4) is Severity.REJECT
@@ -157,7 +157,7 @@ def test_state_goes_through_json_at_any_step() -> None:
         for twin in (whole, copy):
             twin.accept(obs(step, value))
         assert copy.state_dict() == whole.state_dict() and copy.band() == whole.band()
-        assert copy.suspect_from() == whole.suspect_from()
+        assert copy.first_suspect_step() == whole.first_suspect_step()
         assert copy.observe(obs(999, 3.0)) == whole.observe(obs(999, 3.0))
 
 
@@ -167,9 +167,9 @@ def test_the_onset_goes_back_over_high_accepted_values() -> None:
         detector.accept(obs(step, at(detector, share)))
     (finding,) = detector.observe(obs(304, 6.0))
     assert finding.onset == 301
-    assert detector.suspect_from() == 301
+    assert detector.first_suspect_step() == 301
     detector.accept(obs(304, 2.0))
-    assert detector.suspect_from() is None
+    assert detector.first_suspect_step() is None
     (finding,) = detector.observe(obs(305, 6.0))
     assert finding.onset == 305
 
@@ -197,7 +197,13 @@ def test_megatron_like_rows_of_bloom_are_caught_before_the_loss_peaks() -> None:
     """BLOOM-176B, published log, iterations 31214-31222: the norm leads the loss by four steps."""
     norm = fed(
         Spike(
-            LOSS, Kind.GRAD_SPIKE, score=10.0, floor=0.2, cold_factor=100.0, window=128, warmup=32
+            LOSS,
+            FindingKind.GRAD_SPIKE,
+            score=10.0,
+            floor=0.2,
+            cold_factor=100.0,
+            window=128,
+            warmup=32,
         ),
         [noisy(0.2, noise=0.15)(step) for step in range(300)],
     )

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
-from guardrail.core.config import GuardSection
-from guardrail.core.records import LOSS, Action, Finding, Kind, Severity
+from guardrail.core.config import GuardOptions
+from guardrail.core.records import LOSS, Action, Finding, FindingKind, Severity
 from guardrail.decide.controller import Controller
 from guardrail.detectors.stuck import LEAST, Stuck
 from tests.support.feed import noisy, obs, through_json
@@ -35,7 +35,7 @@ def every_tenth(step: int) -> float:
 def test_a_loss_that_stops_changing_is_noted_and_again_when_the_stretch_has_doubled() -> None:
     found = findings([*map(exact, range(1, 101)), *[2.125] * 40])
     assert [f.step for f in found] == [101 + LEAST, 101 + 2 * LEAST, 101 + 4 * LEAST]
-    assert {(f.kind, f.severity) for f in found} == {(Kind.STUCK, Severity.NOTE)}
+    assert {(f.kind, f.severity) for f in found} == {(FindingKind.STUCK, Severity.NOTE)}
     assert found[0].sentence() == f"loss has been exactly 2.125 for {LEAST + 1} steps"
 
 
@@ -77,7 +77,7 @@ def test_state_goes_through_json_at_any_step() -> None:
 
 
 def test_the_controller_applies_such_steps_and_calls_no_state_suspect() -> None:
-    controller = Controller(GuardSection())
+    controller = Controller(GuardOptions())
     told = []
     for step in range(1, 140):
         verdict = controller.observe(obs(step, exact(step), noisy(0.5, seed=1)(min(step, 100))))

@@ -12,7 +12,7 @@ import pytest
 from guardrail.core.config import LaunchSection
 from guardrail.core.records import Phase, RankStatus
 from guardrail.launch import torchrun as elastic
-from guardrail.launch.hang_detector import LONGEST_LOOK, Watch
+from guardrail.launch.hang_detector import LONGEST_LOOK, HangDetector
 from guardrail.launch.torchrun import Failure
 from guardrail.rundir import processes
 from tests.support.lab import wait_for
@@ -37,7 +37,7 @@ def report(pid: int, *, phase: Phase = Phase.STEP, progress: int = 0) -> RankSta
     ],
 )
 def test_each_phase_has_its_deadline(phase: Phase, seconds: float) -> None:
-    watch = Watch(LAUNCH)
+    watch = HangDetector(LAUNCH)
     ranks = {100: report(100, phase=phase)}
     looks = 0
     while not (hung := watch.look(ranks, 1.0)):
@@ -49,7 +49,7 @@ def test_each_phase_has_its_deadline(phase: Phase, seconds: float) -> None:
 
 
 def test_progress_and_a_new_phase_start_the_count_anew() -> None:
-    watch = Watch(LAUNCH)
+    watch = HangDetector(LAUNCH)
     for number in range(100):
         assert watch.look({100: report(100, progress=number // 9)}, 1.0) == []
     for number in range(100):
@@ -58,7 +58,7 @@ def test_progress_and_a_new_phase_start_the_count_anew() -> None:
 
 
 def test_a_process_that_never_reports_has_the_deadline_of_the_set_up() -> None:
-    watch = Watch(LAUNCH)
+    watch = HangDetector(LAUNCH)
     looks = 0
     while not (hung := watch.look({7: None}, 1.0)):
         looks += 1
@@ -66,7 +66,7 @@ def test_a_process_that_never_reports_has_the_deadline_of_the_set_up() -> None:
 
 
 def test_a_new_incarnation_begins_without_a_past() -> None:
-    watch = Watch(LAUNCH)
+    watch = HangDetector(LAUNCH)
     for _ in range(10):
         watch.look({100: report(100)}, 1.0)
     for _ in range(10):
@@ -75,7 +75,7 @@ def test_a_new_incarnation_begins_without_a_past() -> None:
 
 
 def test_a_watcher_that_was_stopped_itself_does_not_blame_the_ranks() -> None:
-    watch = Watch(LAUNCH)
+    watch = HangDetector(LAUNCH)
     watch.look({100: report(100)}, 1.0)
     assert watch.look({100: report(100)}, 3600.0) == [], "a laptop that slept for an hour"
     assert LONGEST_LOOK < LAUNCH.step_seconds
@@ -86,7 +86,7 @@ def test_a_watcher_that_was_stopped_itself_does_not_blame_the_ranks() -> None:
 
 
 def test_the_longest_idle_comes_first() -> None:
-    watch = Watch(LAUNCH)
+    watch = HangDetector(LAUNCH)
     watch.look({101: report(101)}, 1.0)
     watch.look({101: report(101)}, 3.9)
     ranks = {100: report(100), 101: report(101)}
@@ -121,7 +121,7 @@ def test_a_stopped_rank_is_found_in_half_a_minute_whatever_its_phase_allows(phas
     """Its heartbeat is silent, and its peer waits. Both have not got ahead; only one of them is
     stopped.
     """
-    watch = Watch(LaunchSection(step_seconds=9000, save_seconds=9000))
+    watch = HangDetector(LaunchSection(step_seconds=9000, save_seconds=9000))
     for look in range(32):
         ranks = {
             100: beating(100, look, phase=phase),
@@ -135,7 +135,7 @@ def test_a_stopped_rank_is_found_in_half_a_minute_whatever_its_phase_allows(phas
 
 
 def test_a_stopped_rank_without_peers_is_found_as_well() -> None:
-    watch = Watch(LaunchSection(step_seconds=9000))
+    watch = HangDetector(LaunchSection(step_seconds=9000))
     looks = [watch.look({100: beating(100, look, still=True)}, 1.0) for look in range(32)]
     assert [bool(hung) for hung in looks] == [False] * 31 + [True]
 
@@ -144,7 +144,7 @@ def test_a_slow_rank_is_not_taken_for_a_stopped_one() -> None:
     """It still reports; or nothing in Python can run, and it works; or its peers get ahead without
     it.
     """
-    reports, works, alone, over = (Watch(LaunchSection(step_seconds=9000)) for _ in range(4))
+    reports, works, alone, over = (HangDetector(LaunchSection(step_seconds=9000)) for _ in range(4))
     for look in range(400):
         both = {100: beating(100, look), 101: beating(101, look)}
         assert reports.look(both, 1.0) == []
@@ -158,7 +158,7 @@ def test_a_slow_rank_is_not_taken_for_a_stopped_one() -> None:
 
 def test_one_that_is_stopped_before_it_could_report_is_found_too() -> None:
     """A process that has not reported and is not stopped may wait for a slow disk."""
-    watch = Watch(LAUNCH)
+    watch = HangDetector(LAUNCH)
     looks = [
         watch.look({100: None, 101: None}, 1.0, cpu={100: 0.1, 101: 0.1}, stopped=[101])
         for _ in range(32)

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from guardrail.core.config import LaunchSection, Settings
+from guardrail.core.config import GuardConfig, LaunchSection
 from guardrail.core.errors import ConfigError
 from guardrail.launch import launcher as launching
 from guardrail.launch import preflight
@@ -30,7 +30,7 @@ def files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def refused(folder: Path, **launch: object) -> list[str]:
     """The keys that are refused."""
     settings = msgspec.structs.replace(
-        Settings(),
+        GuardConfig(),
         launch=LaunchSection(**launch),  # type: ignore[arg-type]
     )
     return [
@@ -85,7 +85,7 @@ def test_hidden_devices_of_rocm_are_none(files: list[str], monkeypatch: pytest.M
 def test_a_machine_without_devices_is_refused_in_one_sentence(
     files: list[str], tmp_path: Path
 ) -> None:
-    settings = msgspec.structs.replace(Settings(), launch=LaunchSection(device="cuda"))
+    settings = msgspec.structs.replace(GuardConfig(), launch=LaunchSection(device="cuda"))
     with pytest.raises(ConfigError, match=r"launch\.device") as caught:
         preflight.check(settings, file="c.toml")
     assert "/dev/nvidia0" in str(caught.value) and "/dev/kfd" in str(caught.value)

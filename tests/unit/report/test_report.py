@@ -19,8 +19,8 @@ import pytest
 
 from guardrail.cli.main import main
 from guardrail.core.errors import RunDirectoryError, UsageError
-from guardrail.core.records import Action, Finding, Kind, Mode, Phase, Severity, Span, Status
-from guardrail.decide.sample_order import Ledger, Quarantine, SampleOrder
+from guardrail.core.records import Action, Finding, FindingKind, Mode, Phase, Severity, Span, Status
+from guardrail.decide.sample_order import Quarantine, SampleCursor, SampleOrder
 from guardrail.report.report import Report, as_dict, build, quarantine_lines, text, written
 from guardrail.report.text_chart import sketch
 from guardrail.rundir.run_directory import RunDirectory
@@ -43,7 +43,7 @@ def run(tmp_path: Path) -> RunDirectory:
 def finding(step: int, **changes: Any) -> Finding:
     values = {
         "signal": "loss",
-        "kind": Kind.LOSS_SPIKE,
+        "kind": FindingKind.LOSS_SPIKE,
         "severity": Severity.REJECT,
         "value": 11.5,
         "baseline": 2.31,
@@ -337,7 +337,7 @@ def test_an_incident_may_get_its_number_after_its_first_verdict(run: RunDirector
 
 def test_the_ranks_and_parameters_of_a_bad_gradient_are_named(run: RunDirectory) -> None:
     start(run)
-    bad = finding(4, signal="grad_norm", kind=Kind.NONFINITE, value=math.inf, ranks=(1,))
+    bad = finding(4, signal="grad_norm", kind=FindingKind.NONFINITE, value=math.inf, ranks=(1,))
     parameters = {"1": ["blocks.3.mlp.weight"]}
     run.append(
         "verdict", "s", step=3, action="skip", findings=[bad], incident=1, parameters=parameters
@@ -451,7 +451,7 @@ def test_the_quarantine_is_what_the_ledger_held(
     file.write_text("# found before\n3\n\n17@1\n")
     run.write_config(f"[data]\nquarantine = {json.dumps(str(file))}\n")
     order = SampleOrder(samples=23, seed=5, shuffled=shuffled)
-    ledger = Ledger(order, batch_size=4)
+    ledger = SampleCursor(order, batch_size=4)
     ledger.quarantine.read(file.read_text().splitlines())
     run.append("started", samples=23, order_seed=5, shuffled=shuffled)
     spans = [

@@ -11,7 +11,12 @@ import pytest
 
 from guardrail.decide.sample_outliers import Outlier, Sample, foremost, outliers
 from guardrail.report import text_quality as oddness
-from guardrail.report.text_quality import FEW_CHARACTERS, Usual, _character_runs, odd
+from guardrail.report.text_quality import (
+    FEW_CHARACTERS,
+    CorpusStatistics,
+    _character_runs,
+    text_anomalies,
+)
 
 PROSE = inspect.cleandoc(textwrap.__doc__ or "") + (
     " Text wrapping and filling. A paragraph is given as one long string, and comes back as lines that are short "
@@ -41,23 +46,24 @@ PROSE = inspect.cleandoc(textwrap.__doc__ or "") + (
     ],
 )
 def test_each_kind_of_rubbish_is_named(text: str, word: str) -> None:
-    assert any(word in said for said in odd(text)), odd(text)
+    assert any(word in said for said in text_anomalies(text)), text_anomalies(text)
 
 
 def test_ordinary_text_is_not_odd() -> None:
-    usual = Usual(PROSE[at : at + 120] for at in range(0, len(PROSE) - 120, 40))
-    assert odd(PROSE) == []
-    assert odd(PROSE[60:200], usual=usual) == []
-    assert odd("") == [] and odd("x") == []
+    usual = CorpusStatistics(PROSE[at : at + 120] for at in range(0, len(PROSE) - 120, 40))
+    assert text_anomalies(PROSE) == []
+    assert text_anomalies(PROSE[60:200], usual=usual) == []
+    assert text_anomalies("") == [] and text_anomalies("x") == []
 
 
 def test_another_language_and_a_copy() -> None:
-    usual = Usual(PROSE[at : at + 120] for at in range(0, len(PROSE) - 120, 40))
+    usual = CorpusStatistics(PROSE[at : at + 120] for at in range(0, len(PROSE) - 120, 40))
     text = "Это предложение написано другим алфавитом, которого нет в корпусе"
     assert any(
-        "unlike the corpus" in said and "CYRILLIC" in said for said in odd(text, usual=usual)
+        "unlike the corpus" in said and "CYRILLIC" in said
+        for said in text_anomalies(text, usual=usual)
     )
-    assert "the very same text as another sample" in odd(PROSE, among=[PROSE])
+    assert "the very same text as another sample" in text_anomalies(PROSE, among=[PROSE])
 
 
 UNSPACED = {
@@ -88,8 +94,8 @@ UNSPACED = {
 @pytest.mark.parametrize("language", UNSPACED)
 def test_scripts_without_spaces_are_ordinary_text(language: str) -> None:
     text = UNSPACED[language]
-    assert odd(text) == [] and odd(text[:60]) == []
-    assert odd("\n".join(text[at : at + 10] for at in range(0, len(text), 10))) == [], (
+    assert text_anomalies(text) == [] and text_anomalies(text[:60]) == []
+    assert text_anomalies("\n".join(text[at : at + 10] for at in range(0, len(text), 10))) == [], (
         "in short lines"
     )
 
@@ -98,11 +104,11 @@ def test_scripts_without_spaces_are_ordinary_text(language: str) -> None:
 @pytest.mark.parametrize("language", ["Chinese", "Japanese", "Thai"])
 def test_repetition_in_scripts_without_spaces(language: str) -> None:
     text = UNSPACED[language]
-    assert any("over and over" in said for said in odd(text[:30] * 20))
+    assert any("over and over" in said for said in text_anomalies(text[:30] * 20))
     mixed = "".join(text[:25] + text[at : at + 12] for at in range(25, 120))
-    assert any("repeated strings" in said or "one string" in said for said in odd(mixed)), odd(
-        mixed
-    )
+    assert any(
+        "repeated strings" in said or "one string" in said for said in text_anomalies(mixed)
+    ), text_anomalies(mixed)
 
 
 @pytest.mark.parametrize("period", [1, 2, 7, 8, 9, 40, 99])

@@ -14,9 +14,9 @@ import msgspec
 import pytest
 
 from guardrail.cli.main import main
-from guardrail.core.config import GuardSection
+from guardrail.core.config import GuardOptions
 from guardrail.core.files import encode_json
-from guardrail.core.records import GRAD_NORM, LOSS, Action, Curve, Observation, Verdict
+from guardrail.core.records import GRAD_NORM, LOSS, Action, LossTrend, Observation, Verdict
 from guardrail.decide.controller import Controller
 from guardrail.report.incident import Incident
 from guardrail.report.report import build, written
@@ -39,7 +39,7 @@ class Told:
 
     def __init__(self, folder: Path, *, shift: float) -> None:
         self.run = RunDirectory.create(folder, "known", "")
-        self.controller = Controller(GuardSection())
+        self.controller = Controller(GuardOptions())
         self.closed: Verdict | None = None
         self._rows = self.run.metrics_writer()
         for step in range(1, ONSET):
@@ -222,7 +222,7 @@ def test_the_terminal_draws_the_loss(tmp_path: Path) -> None:
         rows.append({"step": 35, "timeline": 0, "verdict": 1, "loss": 3.0})
     run.append("rollback", to_step=60, from_step=68, new_timeline=1)
     # Flat at e: drawn below the line where it is, above it in the end.
-    flat = Curve(middle=0.0, level=1.0, slope=0.0, noise=0.1, spread=1.0, count=68)
+    flat = LossTrend(middle=0.0, level=1.0, slope=0.0, noise=0.1, spread=1.0, count=68)
     lines = sketch(run, [Incident(number=1, state="open", onset=69, opened=0.0, curve=flat)])
     assert all(len(line) <= 80 and line.isascii() for line in lines)
     picture = [line[11:].ljust(WIDTH) for line in lines[:HEIGHT]]

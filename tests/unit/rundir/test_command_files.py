@@ -14,7 +14,7 @@ from guardrail.core.errors import RunDirectoryError
 from guardrail.core.files import as_float
 from guardrail.core.records import Command, CommandKind, Event
 from guardrail.rundir.command_files import Inbox, undone
-from guardrail.rundir.mailbox import Mailbox
+from guardrail.rundir.mailbox import CommandPoller
 from guardrail.rundir.run_directory import RunDirectory, check_command
 from tests.support.lab import wait_for
 
@@ -278,7 +278,7 @@ def test_hostile_files_are_answered_and_a_command_after_them_is_read(
     run: RunDirectory, tmp_path: Path
 ) -> None:
     names = plant(run, tmp_path)
-    mailbox = Mailbox(run, seconds=0.01)
+    mailbox = CommandPoller(run, seconds=0.01)
     try:
         wait_for(lambda: len(of_command(run)) >= len(names), what="an answer to each file")
         run.send(Command(id="after", kind=CommandKind.PAUSE))
@@ -301,7 +301,7 @@ def test_the_mailbox_outlives_whatever_goes_wrong_in_a_look(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It says so while it lasts, and reads on afterwards."""
-    mailbox = Mailbox(run, seconds=0.01)
+    mailbox = CommandPoller(run, seconds=0.01)
     scan = Inbox.scan
 
     def failing(self: Inbox) -> Any:
@@ -320,7 +320,7 @@ def test_the_mailbox_outlives_whatever_goes_wrong_in_a_look(
 
 def test_a_mailbox_that_cannot_read_its_folder_says_so(run: RunDirectory, tmp_path: Path) -> None:
     run.commands.rmdir()
-    mailbox = Mailbox(run, seconds=0.01)
+    mailbox = CommandPoller(run, seconds=0.01)
     try:
         assert mailbox.problem == "", "a folder that is not there holds no command"
         run.commands.symlink_to(tmp_path)

@@ -18,7 +18,7 @@ from guardrail.core.errors import ExitCode, RunDirectoryError, UsageError
 from guardrail.core.records import Command, CommandKind, Mode, Phase, Status
 from guardrail.launch import launcher as launching
 from guardrail.launch.launcher import is_alive
-from guardrail.launch.supervisor_journal import Chronicle
+from guardrail.launch.supervisor_journal import SupervisorJournal
 from guardrail.report.report import build
 from guardrail.rundir.run_directory import RunDirectory
 
@@ -119,7 +119,7 @@ def test_an_end_counts_whatever_clock_has_written_it(
     earlier clock.
     """
     run.append("ended", "finished", phase="finished", exit_code=0)
-    chronicle = Chronicle(run, LaunchSection(node_rank=1), "here", Mode.AUTO)
+    chronicle = SupervisorJournal(run, LaunchSection(node_rank=1), "here", Mode.AUTO)
     assert chronicle.last_word_of_ranks([]) is None, "that was before"
     run.append("restarted")
     now = time.time()

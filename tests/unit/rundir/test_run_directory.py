@@ -28,7 +28,7 @@ from guardrail.core.errors import ConfigError, RunDirectoryError
 from guardrail.core.records import (
     METRIC_COLUMNS,
     Finding,
-    Kind,
+    FindingKind,
     Mode,
     NodeStatus,
     Phase,
@@ -37,7 +37,7 @@ from guardrail.core.records import (
     Span,
     Status,
 )
-from guardrail.decide.timelines import Timelines
+from guardrail.decide.timelines import TimelineIndex
 from guardrail.launch.supervisor_journal import tail
 from guardrail.operate.run_summary import loss_points
 from guardrail.rundir import journal
@@ -160,7 +160,7 @@ def test_events_come_back_as_they_were_written(run: RunDirectory) -> None:
     finding = Finding(
         signal="loss",
         step=7,
-        kind=Kind.NONFINITE,
+        kind=FindingKind.NONFINITE,
         severity=Severity.REJECT,
         value=math.nan,
         baseline=2.5,
@@ -463,7 +463,7 @@ def test_the_mask_equals_its_definition() -> None:
     for _ in range(50):
         timelines = np.sort(generator.integers(0, 6, 40)).astype(float)
         steps = generator.integers(1, 30, 40).astype(float)
-        known = Timelines()
+        known = TimelineIndex()
         for timeline in generator.permutation(6)[:4].tolist():
             known.begin(timeline, int(generator.integers(0, 30)))
         expected = [

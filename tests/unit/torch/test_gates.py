@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from guardrail.core.config import (
     CheckpointSection,
-    GuardSection,
-    RungSection,
-    Settings,
+    EscalationStep,
+    GuardConfig,
+    GuardOptions,
     SnapshotSection,
 )
 from guardrail.core.errors import UsageError
@@ -37,7 +37,7 @@ from guardrail.rundir.manifest import checkpoint_dirs, fingerprint, read_manifes
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.checkpoint.disk_checkpoints import CheckpointStore
 from guardrail.torch.guard import command_handler as desk
-from guardrail.torch.guard.deferred_gate import Lagged
+from guardrail.torch.guard.deferred_gate import DeferredGate
 from guardrail.torch.guard.guard import Guard
 from guardrail.torch.state import rng_state as rng
 from guardrail.torch.state.digests import component_digests
@@ -230,17 +230,17 @@ class Loop:
             "rollbacks": history.rollbacks,
             "gate": gate,
         }
-        guard = GuardSection(
+        guard = GuardOptions(
             window=32,
             warmup=12,
             confirm=3,
             update_norm=True,
             ask_seconds=1e-9,  # what no answer is scripted for is answered at once
-            ladder=(RungSection(do="skip"), RungSection(do="rollback", times=9)),
+            ladder=(EscalationStep(do="skip"), EscalationStep(do="rollback", times=9)),
             **sections,
         )
         self.guard = Guard.from_config(
-            Settings(
+            GuardConfig(
                 guard=guard,
                 snapshots=SnapshotSection(every=SNAPSHOTS, keep=4),
                 checkpoint=CheckpointSection(every=CHECKPOINTS),
@@ -302,7 +302,7 @@ class Loop:
             """Once the loop has done with the step, as the gate that does not wait."""
             if applied:
                 guard._to_keep = False  # no copy is made of it
-                Lagged._too_late(SimpleNamespace(_guard=guard), *applied.pop())  # type: ignore[arg-type]
+                DeferredGate._too_late(SimpleNamespace(_guard=guard), *applied.pop())  # type: ignore[arg-type]
                 if guard.phase is not None:
                     guard._stop, guard._command = 0, (0, 0.0)
             return keep()
@@ -314,7 +314,9 @@ class Loop:
         due = step == self.history.steps or step % SNAPSHOTS == 0 or step % CHECKPOINTS == 0
         return not due and bool(self.history.late & set(range(first, first + BATCH)))
 
-    def ceilings(self, original: Any, controller: Controller, like: Any) -> dict[str, float] | None:
+    def safe_limits(
+        self, original: Any, controller: Controller, like: Any
+    ) -> dict[str, float] | None:
         """Those of the controller, but for a batch that is to be applied before it is judged."""
         if controller is self.guard.controller and self.is_late(like.first, like.step):
             return dict.fromkeys(like.signals, math.inf)
@@ -409,13 +411,13 @@ def outcome_of(gate: str, history: History, folder: Path) -> dict[str, Any]:
     run = RunDirectory.create(folder, gate, "")
     left = []
     with scripted() as patch:
-        original = Controller.ceilings
+        original = Controller.safe_limits
         while True:
             loop = Loop(gate, history, run)
             patch.setattr(
                 Controller,
                 "ceilings",
-                lambda self, like, loop=loop: loop.ceilings(original, self, like),
+                lambda self, like, loop=loop: loop.safe_limits(original, self, like),
             )
             left.append(loop.train().left())
             if loop.guard.phase is not Phase.STOPPED or len(left) > 1:

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import guardrail.torch.checkpoint.disk_checkpoints
-from guardrail.core.config import CheckpointSection, GuardSection, Settings, SnapshotSection
+from guardrail.core.config import CheckpointSection, GuardConfig, GuardOptions, SnapshotSection
 from guardrail.core.records import Action, Command, CommandKind, Mode, Phase, Verdict
-from guardrail.decide.sample_order import Ledger, SampleOrder
+from guardrail.decide.sample_order import SampleCursor, SampleOrder
 from guardrail.rundir.manifest import checkpoint_dirs
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.checkpoint.disk_checkpoints import CheckpointEvent
@@ -76,8 +76,8 @@ class Loop:
         # 40 steps of 4 samples: each bad batch is already 2.5 % of the data.
         guard = {"warmup": 10, "window": 32, "confirm": 4, **NO_LIMIT, **settings}
         self.guard = Guard.from_config(
-            Settings(
-                guard=GuardSection(**guard),
+            GuardConfig(
+                guard=GuardOptions(**guard),
                 snapshots=SnapshotSection(every=5, keep=3),
                 checkpoint=CheckpointSection(every=10),
             ),
@@ -322,7 +322,7 @@ def test_a_run_that_ends_with_its_data_has_a_total_and_a_time() -> None:
 
 
 def test_growing_batches_are_counted_to_the_end_of_the_data() -> None:
-    ledger = Ledger(
+    ledger = SampleCursor(
         SampleOrder(samples=100), batch_size=lambda step: 4 if step <= 5 else 8, limit=100
     )
     assert ledger.batches_left() == 15
@@ -331,4 +331,4 @@ def test_growing_batches_are_counted_to_the_end_of_the_data() -> None:
         assert batch is not None
         ledger.passed(batch, applied=True)
     assert ledger.batches_left() == 9
-    assert Ledger(SampleOrder(samples=100), batch_size=4).batches_left() == 0, "endless"
+    assert SampleCursor(SampleOrder(samples=100), batch_size=4).batches_left() == 0, "endless"

@@ -6,7 +6,7 @@ import pytest
 
 from guardrail.core.records import Action, Cause, Diagnosis, Mode, Verdict
 from guardrail.torch.guard.guard import Step
-from guardrail.torch.measure.reduction import Reduced
+from guardrail.torch.measure.reduction import ReducedStep
 from tests.unit.torch.test_guard import Loop
 
 
@@ -22,7 +22,7 @@ class Glitch(Loop):
             step, verdict, reduced, cause
         )
 
-    def judge(self, step: Step, verdict: Verdict, reduced: Reduced, cause: Cause) -> Diagnosis:
+    def judge(self, step: Step, verdict: Verdict, reduced: ReducedStep, cause: Cause) -> Diagnosis:
         assert verdict.action is not Action.APPLY and reduced.loss > 100 and step.verdict is verdict
         return Diagnosis(cause=cause, reason="as the test wants it", rank=0, host="here")
 

@@ -14,11 +14,11 @@ from torch import nn
 
 from guardrail.core.config import (
     CheckpointSection,
-    GuardSection,
+    EscalationStep,
+    GuardConfig,
+    GuardOptions,
     LaunchSection,
     NotifySection,
-    RungSection,
-    Settings,
     SnapshotSection,
 )
 from guardrail.core.errors import ConfigError
@@ -43,7 +43,7 @@ def make_guard(settings: Any = None, **parts: Any) -> Guard:
         **parts,
     }
     given = {name: value for name, value in given.items() if value is not OMITTED}
-    return Guard.from_config(Settings() if settings is None else settings, **given)
+    return Guard.from_config(GuardConfig() if settings is None else settings, **given)
 
 
 def train(guard: Guard, *, bad: range = range(0)) -> list[Action]:
@@ -64,7 +64,7 @@ def train(guard: Guard, *, bad: range = range(0)) -> list[Action]:
 @pytest.mark.fault("E1")
 @pytest.mark.parametrize("word", ["advise", "off"])
 def test_a_mode_given_as_text_is_that_mode(word: str) -> None:
-    guard = make_guard(Settings(guard=GuardSection(mode=word)))  # type: ignore[arg-type]
+    guard = make_guard(GuardConfig(guard=GuardOptions(mode=word)))  # type: ignore[arg-type]
     assert guard.mode is Mode(word) and guard.settings.guard.mode is Mode(word)
     assert set(train(guard, bad=range(12, 13))) == {Action.APPLY}
     assert guard.phase is Phase.FINISHED and guard.timeline == 0
@@ -74,54 +74,58 @@ def test_a_mode_given_as_text_is_that_mode(word: str) -> None:
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"guard": GuardSection(window=-3)}, "guard.window = -3: expected a whole number >= 16"),
+        ({"guard": GuardOptions(window=-3)}, "guard.window = -3: expected a whole number >= 16"),
         (
-            {"guard": GuardSection(warmup=200)},
+            {"guard": GuardOptions(warmup=200)},
             "guard.warmup = 200: expected at most guard.window (128)",
         ),
         (
-            {"guard": GuardSection(mode="advice")},
+            {"guard": GuardOptions(mode="advice")},
             "guard.mode = 'advice': expected auto, ask, advise or off",
         ),
         (
-            {"guard": GuardSection(loss_score=float("nan"))},
+            {"guard": GuardOptions(loss_score=float("nan"))},
             "guard.loss_score = nan: expected a finite number",
         ),
         (
-            {"guard": GuardSection(loss_score="8")},
+            {"guard": GuardOptions(loss_score="8")},
             "guard.loss_score = '8': expected a number, got a string",
         ),
-        ({"guard": GuardSection(pardon=((9, 3),))}, "guard.pardon = [9, 3]: expected stretches"),
+        ({"guard": GuardOptions(pardon=((9, 3),))}, "guard.pardon = [9, 3]: expected stretches"),
         (
-            {"guard": GuardSection(signals=("loss",))},
+            {"guard": GuardOptions(signals=("loss",))},
             "guard.signals = 'loss': expected names of their own",
         ),
         (
-            {"guard": GuardSection(confirm=100)},
+            {"guard": GuardOptions(confirm=100)},
             "guard.confirm = 100: expected at most snapshots.every",
         ),
         (
-            {"guard": GuardSection(ladder=(RungSection(do="jump"),))},
+            {"guard": GuardOptions(ladder=(EscalationStep(do="jump"),))},
             "guard.ladder[0].do = 'jump': expected skip, rollback,",
         ),
         (
-            {"guard": GuardSection(ladder=(RungSection(do="lower_lr", factor=3.0),))},
+            {"guard": GuardOptions(ladder=(EscalationStep(do="lower_lr", factor=3.0),))},
             "guard.ladder[0].factor = 3.0: expected a number <= 1",
         ),
         (
-            {"guard": GuardSection(ladder=(RungSection(do="halt"), RungSection(do="rollback")))},
+            {
+                "guard": GuardOptions(
+                    ladder=(EscalationStep(do="halt"), EscalationStep(do="rollback"))
+                )
+            },
             "guard.ladder[0].do = 'halt': expected the last rung",
         ),
         (
-            {"guard": GuardSection(ladder=("skip",))},
+            {"guard": GuardOptions(ladder=("skip",))},
             "guard.ladder[0] = 'skip': expected a table, got a string",
         ),
         (
-            {"guard": GuardSection(remedies=(Remedy(kind="lr", value=2.0, from_step=1),))},
+            {"guard": GuardOptions(remedies=(Remedy(kind="lr", value=2.0, from_step=1),))},
             "guard.remedies[0].value = 2.0: expected a factor above 0",
         ),
         (
-            {"guard": GuardSection(remedies=(Remedy(kind="rate", value=0.5, from_step=1),))},
+            {"guard": GuardOptions(remedies=(Remedy(kind="rate", value=0.5, from_step=1),))},
             "guard.remedies[0].kind = 'rate': expected one of lr, embed_alpha",
         ),
         ({"guard": None}, "guard: expected a table, got nothing"),
@@ -158,7 +162,7 @@ def test_a_mode_given_as_text_is_that_mode(word: str) -> None:
 )
 def test_every_section_is_checked(sections: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        make_guard(Settings(**sections))
+        make_guard(GuardConfig(**sections))
     assert str(caught.value).startswith(message)
 
 
@@ -166,7 +170,7 @@ def test_every_section_is_checked(sections: dict[str, Any], message: str) -> Non
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (GuardSection(), "settings = GuardSection("),
+        (GuardOptions(), "settings = GuardSection("),
         (3, "expected a table of sections"),
         (
             {"guard": {"mod": "ask"}},
@@ -186,11 +190,11 @@ def test_what_means_the_same_is_converted() -> None:
     guard = make_guard({"guard": {"mode": "advise", "ladder": [{"do": "skip"}, {"do": "halt"}]}})
     assert guard.settings.guard.mode is Mode.ADVISE and guard.settings.guard.ladder[
         1
-    ] == RungSection(do="halt")
-    section = GuardSection(
+    ] == EscalationStep(do="halt")
+    section = GuardOptions(
         window=np.int64(64), loss_score=np.float32(7.5), cause_test=np.bool_(False)
     )
-    converted = make_guard(Settings(guard=section)).settings.guard
+    converted = make_guard(GuardConfig(guard=section)).settings.guard
     assert (converted.window, converted.loss_score, converted.cause_test) == (64, 7.5, False)
     guard.set_mode("ask")  # type: ignore[arg-type]
     assert guard.mode is Mode.ASK is guard.controller.mode
@@ -289,7 +293,7 @@ def test_a_batch_size_that_a_function_gives_is_checked_too() -> None:
             "data.sources[0] = 'nope.txt': expected an existing file",
         ),
         (
-            {"guard": GuardSection(mode="careful")},
+            {"guard": GuardOptions(mode="careful")},
             "guard.mode = 'careful': expected auto, ask, advise or off",
         ),
         (
@@ -314,4 +318,4 @@ def test_a_section_for_a_backtest_is_checked(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text("step,loss\n" + "".join(f"{n},2.0\n" for n in range(1, 50)))
     (log,) = next(iter(sources([str(tmp_path / "log.csv")]))).read({})
     with pytest.raises(ConfigError, match=r"guard\.window = 2: expected a whole number >= 16"):
-        backtest(log, GuardSection(window=2))
+        backtest(log, GuardOptions(window=2))

@@ -15,7 +15,7 @@ from guardrail.core.errors import ConfigError
 from trainer.config.config import ModelSection
 from trainer.config.sizes import parameter_count
 from trainer.model import Decoder, EncoderDecoder
-from trainer.model.attention import Attention, Sight
+from trainer.model.attention import Attention, AttentionMask
 from trainer.model.block import Block
 from trainer.model.positions import Alibi, RelativeBias, SinusoidalPositions
 
@@ -151,8 +151,12 @@ def test_a_block_is_torchs_encoder_layer(place: str, activation: str) -> None:
     copy(block.feed_forward_norm, theirs.norm2)
     x = rows(2, T, 24)
     mask = nn.Transformer.generate_square_subsequent_mask(T)
-    torch.testing.assert_close(block(x, Sight()), theirs(x, src_mask=mask), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(block(x, Sight(causal=False)), theirs(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        block(x, AttentionMask()), theirs(x, src_mask=mask), rtol=1e-4, atol=1e-4
+    )
+    torch.testing.assert_close(
+        block(x, AttentionMask(causal=False)), theirs(x), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("place", ["pre", "post"])
@@ -180,7 +184,9 @@ def test_a_block_with_cross_attention_is_torchs_decoder_layer(place: str) -> Non
     x, memory = rows(2, T, 24), rows(2, 7, 24, seed=1)
     mask = nn.Transformer.generate_square_subsequent_mask(T)
     expected = theirs(x, memory, tgt_mask=mask)
-    torch.testing.assert_close(block(x, Sight(memory_BSD=memory)), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        block(x, AttentionMask(memory_BSD=memory)), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 @torch.no_grad()
@@ -204,13 +210,14 @@ def copy_in(attention: Attention, theirs: nn.MultiheadAttention) -> None:
 def test_sandwich_and_parallel_blocks_are_their_formulas() -> None:
     x = rows(2, T, 24)
     block = randomised(Block(section(norm_place="sandwich", positions="none")))
-    y = x + block.attention_after(block.attention(block.attention_norm(x), Sight()))
+    y = x + block.attention_after(block.attention(block.attention_norm(x), AttentionMask()))
     y = y + block.feed_forward_after(block.feed_forward(block.feed_forward_norm(y)))
-    assert torch.equal(block(x, Sight()), y)
+    assert torch.equal(block(x, AttentionMask()), y)
     block = randomised(Block(section(parallel=True, positions="none")))
     normed = block.attention_norm(x)
     assert torch.equal(
-        block(x, Sight()), x + block.attention(normed, Sight()) + block.feed_forward(normed)
+        block(x, AttentionMask()),
+        x + block.attention(normed, AttentionMask()) + block.feed_forward(normed),
     )
 
 
@@ -230,7 +237,9 @@ def test_grouped_queries_are_full_attention_with_repeated_keys_and_values(kv_hea
             own.weight.copy_(rows_of_heads.flatten(0, 1))
         full.out.weight.copy_(grouped.out.weight)
     x = rows(2, T, 32)
-    torch.testing.assert_close(grouped(x, Sight()), full(x, Sight()), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        grouped(x, AttentionMask()), full(x, AttentionMask()), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_qk_norm_bounds_the_scores() -> None:
@@ -239,7 +248,7 @@ def test_qk_norm_bounds_the_scores() -> None:
         nn.init.normal_(project.weight, std=50.0)
     nn.init.normal_(attention.out.weight)
     attention.peaks_H = torch.zeros(3)
-    attention(rows(2, T, 24), Sight())
+    attention(rows(2, T, 24), AttentionMask())
     assert attention.peaks_H.max() <= math.sqrt(8) * 1.001  # |q| = |k| = sqrt(K), over sqrt(K)
 
 
@@ -247,8 +256,8 @@ def test_peaks_are_the_largest_visible_scores() -> None:
     attention = randomised(Attention(section(kv_heads=1, positions="none")))
     attention.peaks_H = torch.zeros(3)
     x = rows(2, T, 24)
-    attention(x, Sight())
-    q, k, _ = (y.detach() for y in attention._heads(x, Sight()))
+    attention(x, AttentionMask())
+    q, k, _ = (y.detach() for y in attention._heads(x, AttentionMask()))
     for head in range(3):
         scores = [
             float(q[b, t, head] @ k[b, s, 0]) / math.sqrt(8)
@@ -257,7 +266,7 @@ def test_peaks_are_the_largest_visible_scores() -> None:
         ]
         assert attention.peaks_H[head].item() == pytest.approx(max(scores), rel=1e-5)
     before = attention.peaks_H.clone()
-    attention.eval()(100 * x, Sight())
+    attention.eval()(100 * x, AttentionMask())
     assert torch.equal(attention.peaks_H, before)
 
 

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from guardrail.decide.sample_order import Batch, Ledger, SampleOrder
+from guardrail.decide.sample_order import Batch, SampleCursor, SampleOrder
 from tests.support.corpora import prepared, section, write
 from trainer.data.corpus import Corpus
 from trainer.data.loader import IGNORED, Loader, MicroBatch
@@ -26,7 +26,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 def batches(corpus: Corpus, *, epochs: int = 1) -> Iterator[Batch]:
     samples = len(corpus.train)
-    ledger = Ledger(SampleOrder(samples=samples, seed=3), batch_size=BATCH, limit=epochs * samples)
+    ledger = SampleCursor(
+        SampleOrder(samples=samples, seed=3), batch_size=BATCH, limit=epochs * samples
+    )
     ledger.quarantine.add(2)
     while (batch := ledger.next_batch()) is not None:
         yield batch

@@ -17,7 +17,7 @@ from guardrail.core.errors import DataError
 from tests.support.corpora import prepared, section, stream, write
 from tests.support.places import ROOT
 from trainer.data.document_reader import DocumentReader
-from trainer.data.progress import Pulse
+from trainer.data.progress import Progress
 from trainer.data.sources import discover
 
 GOOD = "a good document, long enough for a sample"
@@ -29,7 +29,7 @@ def lines(*records: object) -> bytes:
 
 def read(folder: Path, *sources: str, max_bytes: int = 1 << 20) -> tuple[list[str], DocumentReader]:
     found = discover(sources or (str(folder),))
-    pulse = Pulse(lambda text, share: None, lambda: False)
+    pulse = Progress(lambda text, share: None, lambda: False)
     reader = DocumentReader(found.files, text_field="text", max_bytes=max_bytes, pulse=pulse)
     return [document.text for document in reader], reader
 
@@ -250,7 +250,7 @@ def test_a_file_that_becomes_a_pipe_after_it_was_found_does_not_hang(tmp_path: P
         found.files,
         text_field="text",
         max_bytes=1000,
-        pulse=Pulse(lambda t, s: None, lambda: False),
+        pulse=Progress(lambda t, s: None, lambda: False),
     )
     assert list(reader) == [] and reader.bad.counts == {"unreadable file": 1}
 

@@ -16,7 +16,7 @@ from tests.support.places import ROOT
 from trainer.data import bpe
 from trainer.data.document_reader import DocumentReader
 from trainer.data.prepare import prepare
-from trainer.data.progress import Pulse
+from trainer.data.progress import Progress
 from trainer.data.sources import discover
 from trainer.data.tokenizer import PIECE, JsonTokenizer, from_file, pieces
 
@@ -79,7 +79,7 @@ def test_the_share_of_the_text_that_is_trained_on_is_bounded_and_comes_from_ever
     for number in range(100):
         write(tmp_path / f"{number:03d}.txt", f"{number} " * 5000)
     found = discover((str(tmp_path),))
-    pulse = Pulse(lambda text, share: None, lambda: False)
+    pulse = Progress(lambda text, share: None, lambda: False)
     reader = DocumentReader(found.files, text_field="text", max_bytes=1 << 20, pulse=pulse)
     texts = list(bpe.sample(reader, 200_000))
     assert 200_000 - PIECE <= sum(map(len, texts)) <= 200_000 + PIECE

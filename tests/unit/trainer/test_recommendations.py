@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from guardrail.core import config
-from guardrail.core.config import Settings, build
+from guardrail.core.config import GuardConfig, build
 from guardrail.launch import doctor
 from guardrail.launch import launcher as launching
 from trainer.config.config import Config
@@ -106,7 +106,7 @@ def test_small_models_are_not_compared_by_size(tmp_path: Path) -> None:
     assert len(settings(**small, optim={"clip": 0.0}).practice()) == 1
     assert len(settings(**small, optim={"beta2": 0.99999}).practice()) == 1
     assert settings(**small, optim={"beta2": 0.999}).practice() == []
-    assert Settings().practice() == []
+    assert GuardConfig().practice() == []
 
 
 def test_sizes_between_those_of_the_table_lie_between() -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from guardrail.core.config import build
 from guardrail.core.errors import ConfigError
 from guardrail.core.records import Span
-from guardrail.decide.sample_order import Batch, Ledger, SampleOrder
+from guardrail.decide.sample_order import Batch, SampleCursor, SampleOrder
 from tests.support.running import of_kind, table, tiny, trained
 from trainer.config.batch_ramp import BatchPlan
 from trainer.config.config import Config
@@ -129,15 +129,15 @@ def test_sums_and_their_inverse_agree_with_counting(plan: BatchPlan, steps: int)
 # -- the ledger
 
 
-def advance(book: Ledger, applied: bool = True) -> Batch:
+def advance(book: SampleCursor, applied: bool = True) -> Batch:
     batch = book.next_batch()
     assert batch is not None
     book.passed(batch, applied=applied)
     return batch
 
 
-def ramped(samples: int = 400) -> Ledger:
-    return Ledger(
+def ramped(samples: int = 400) -> SampleCursor:
+    return SampleCursor(
         SampleOrder(samples=samples, seed=1),
         batch_size=BatchPlan.growing(start=2, by=2, size=8, samples=24),
     )

@@ -11,7 +11,7 @@ import pytest
 
 from guardrail.core.records import METRIC_COLUMNS
 from guardrail.tui.chart import axis
-from guardrail.tui.chart.column_cache import Eye
+from guardrail.tui.chart.column_cache import Viewport
 from guardrail.tui.model.view import View
 from guardrail.tui.numerics import pyramid
 from guardrail.tui.numerics.decimated_series import Track
@@ -31,7 +31,7 @@ def test_what_grows_is_what_is_there(looks: dict[str, object]) -> None:
     fake, track, eyes = (
         FakeRun().begin(),
         Track((), ("tokens",), exact=64),
-        {"loss": Eye(), "grad_norm": Eye()},
+        {"loss": Viewport(), "grad_norm": Viewport()},
     )
     rng, added = np.random.default_rng(3), 0
     for turn in range(120):
@@ -48,7 +48,8 @@ def test_what_grows_is_what_is_there(looks: dict[str, object]) -> None:
         scale = axis.x_scale(view, CELLS)
         for signal, eye in eyes.items():
             assert (
-                eye.look(view, signal, scale, 12).key() == Eye().look(view, signal, scale, 12).key()
+                eye.look(view, signal, scale, 12).key()
+                == Viewport().look(view, signal, scale, 12).key()
             ), (turn, signal)
 
 
@@ -58,7 +59,7 @@ def test_a_frame_looks_at_little(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     fake = FakeRun(total=400_000).begin()
     fake.advance(200_000, checkpoints=0, ring=0)
-    track, eye, looked = Track(), Eye(), [0]
+    track, eye, looked = Track(), Viewport(), [0]
     track.add(METRIC_COLUMNS, fake.rows)
     take = pyramid._take
 

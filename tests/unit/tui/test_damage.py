@@ -16,7 +16,7 @@ import pytest
 from textual.pilot import Pilot
 
 from guardrail.core.records import Command, CommandKind, Phase
-from guardrail.operate.run_summary import Glance
+from guardrail.operate.run_summary import RunSummary
 from guardrail.rundir import journal
 from guardrail.rundir.follow import Follower
 from guardrail.rundir.run_directory import RunDirectory
@@ -263,8 +263,8 @@ async def test_a_part_that_cannot_be_drawn_is_a_sentence(monkeypatch: pytest.Mon
 # -- the run list
 
 
-def glance(name: str, step: int = 1) -> Glance:
-    return Glance(run=name, path=f"/runs/{name}", state="step", step=step, total_steps=10, exit_code=None,
+def glance(name: str, step: int = 1) -> RunSummary:
+    return RunSummary(run=name, path=f"/runs/{name}", state="step", step=step, total_steps=10, exit_code=None,
                   heartbeat=0.0, host="vm", mode="auto", tokens_per_second=0.0, eta_seconds=0.0, loss=2.0)  # fmt: skip
 
 
@@ -297,7 +297,7 @@ async def test_the_run_list_reads_no_curve_on_the_thread_of_its_keys() -> None:
 
 
 async def test_a_run_list_that_cannot_be_read_says_so() -> None:
-    def look() -> list[Glance]:
+    def look() -> list[RunSummary]:
         raise ZeroDivisionError("bad")
 
     app = Chooser(look, root="/runs", points=lambda path: [])

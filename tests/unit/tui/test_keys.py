@@ -153,7 +153,7 @@ async def test_a_note_goes_into_the_journal_with_a_name() -> None:
 def test_why_a_key_did_nothing_is_said_for_ten_seconds() -> None:
     """It said for a minute that there is no state to go back to, beside a list of four."""
     fake = FakeRun().begin()
-    desk = controls.Desk(FakeReader(snapshot_of(fake)), lambda: fake.time)
+    desk = controls.SentCommands(FakeReader(snapshot_of(fake)), lambda: fake.time)
     desk.notice("there is no snapshot or checkpoint to go back to yet")
     view = View(snapshot_of(fake), fake.time)
     assert desk.message(replace(view, now=fake.time + 9.0))[0].startswith("there is no snapshot")

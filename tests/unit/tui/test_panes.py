@@ -25,7 +25,7 @@ from guardrail.core.records import Event, Phase, RankStatus, SnapshotInfo
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.tui.draw.lines import Row
 from guardrail.tui.model import logtail
-from guardrail.tui.model.background_facts import WINDOW, Around, Lookout
+from guardrail.tui.model.background_facts import WINDOW, Around, BackgroundFacts
 from guardrail.tui.model.config_lines import settings_of
 from guardrail.tui.model.evidence import Evidence
 from guardrail.tui.model.log_lines import line_of
@@ -274,7 +274,7 @@ def test_looking_at_many_ranks_takes_its_share_of_the_time_and_no_more(tmp_path:
     run.write_rank(rank(0, heartbeat=1.0))
     (run.logs / "rank-0.log").write_bytes(b"hello\n")
     seconds = iter([0.0, 0.5, 1.0, 9.9, 10.0, 10.0, 10.5])
-    lookout = Lookout(run, clock=lambda: 1.0, timer=lambda: next(seconds))
+    lookout = BackgroundFacts(run, clock=lambda: 1.0, timer=lambda: next(seconds))
     assert lookout.look() and [one.told.rank for one in lookout.around.ranks] == [0]
     assert not lookout.around.settings, "the first frame waits for no schema"
     assert not lookout.look() and not lookout.look(), (
@@ -305,7 +305,7 @@ def test_the_slowest_of_the_newest_rows_is_counted(tmp_path: Path) -> None:
     with run.metrics_writer() as writer:
         for step in range(1, 300):
             writer.append({"step": step, "slowest_rank": 7 if step % 4 else math.nan})
-    lookout = Lookout(run)
+    lookout = BackgroundFacts(run)
     lookout.look_at_rows(run.metrics())
     assert lookout.around.slowest == ((7, WINDOW * 3 // 4),)
 
@@ -356,7 +356,7 @@ def test_output_is_filtered_by_rank_and_words_and_shows_its_end() -> None:
 
 def test_what_differs_from_the_defaults_is_marked() -> None:
     found = {f"{one.section}.{one.key}": one for one in settings_of(config_text())}
-    defaults = config.GuardSection()
+    defaults = config.GuardOptions()
     assert found["guard.loss_score"].differs and found["guard.loss_score"].default == str(
         defaults.loss_score
     )

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from guardrail.core.records import Command, CommandKind, Phase, Status
-from guardrail.operate.run_state import Scene
+from guardrail.operate.run_state import RunState
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.tui.model import reader as reader_module
 from guardrail.tui.model.reader import RunReader
@@ -226,10 +226,10 @@ def test_a_failing_preview_stops_no_command(
     thing.
     """
 
-    def damaged(*given: object, **named: object) -> Scene:
+    def damaged(*given: object, **named: object) -> RunState:
         raise KeyError("slowest_rank")
 
-    monkeypatch.setattr(Scene, "of", damaged)
+    monkeypatch.setattr(RunState, "of", damaged)
     reading.preview(Command(id="shown", kind=CommandKind.UNDO, value=1.0))
     reading.send(Command(id="sent", kind=CommandKind.PAUSE))
     wait_for(lambda: [command.id for command in run.commands_pending()] == ["sent"], seconds=20)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guardrail.core.records import Event, Finding, Kind, Severity
+from guardrail.core.records import Event, Finding, FindingKind, Severity
 from guardrail.tui.model.log_lines import line_of
 from guardrail.tui.model.run_story import Digest, Story, left_out
 from tests.support.fake_run import FakeRun, example
@@ -40,7 +40,7 @@ def test_the_example() -> None:
     assert (spike.number, spike.step, spike.open) == (2, 1207, False)
     assert spike.deed == "rolled back to 1,200"
     worst = spike.findings[0]
-    assert (worst.signal, worst.kind, worst.value) == ("loss", Kind.LOSS_SPIKE, 11.5)
+    assert (worst.signal, worst.kind, worst.value) == ("loss", FindingKind.LOSS_SPIKE, 11.5)
     assert left_out(spike) == "48 samples of 3 documents left out"
     assert spike.documents == ("0037.txt", "0038.txt", "web.jsonl:1207")
     assert (nan.number, nan.step, nan.deed) == (1, 403, "update left out")
@@ -235,6 +235,6 @@ def test_findings_that_are_no_findings_are_passed_over() -> None:
         event("verdict", action="skip", findings=[real, {"signal": "loss"}, 7], at_step=11)
     )
     assert told.incidents[0].findings == (
-        Finding(signal="loss", step=11, kind=Kind.LOSS_SPIKE, severity=Severity.REJECT, value=11.5, baseline=2.3,
+        Finding(signal="loss", step=11, kind=FindingKind.LOSS_SPIKE, severity=Severity.REJECT, value=11.5, baseline=2.3,
                 score=41.0, threshold=8.0, onset=11),
     )  # fmt: skip

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guardrail.core.records import METRIC_COLUMNS
-from guardrail.decide.timelines import Timelines
+from guardrail.decide.timelines import TimelineIndex
 from guardrail.tui.numerics.decimated_series import Track
 from guardrail.tui.numerics.series import Series, choosable
 from tests.support.fake_run import FakeRun, example
@@ -152,7 +152,7 @@ def test_the_present_is_what_the_run_directory_says(
     to random steps.
     """
     steps, numbers = going_back(stretches)
-    known = Timelines()
+    known = TimelineIndex()
     known.add_rows(np.array(steps, dtype=float), np.array(numbers, dtype=float))
     present = known.current(np.array(steps, dtype=float), np.array(numbers, dtype=float))
     table = rows(*zip(steps, numbers, np.arange(len(steps), dtype=float), strict=True))

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from guardrail.core.config import Section, Settings
+from guardrail.core.config import GuardConfig, Section
 
 
 class FakeSection(Section, frozen=True, kw_only=True):
@@ -27,5 +27,5 @@ class FakeSection(Section, frozen=True, kw_only=True):
     import_seconds: float = 0.0
 
 
-class Config(Settings, frozen=True, kw_only=True):
+class Config(GuardConfig, frozen=True, kw_only=True):
     fake: FakeSection = FakeSection()
