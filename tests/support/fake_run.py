@@ -119,7 +119,8 @@ class FakeRun:
             value = (6.84, 11.5, 9.7, 8.8)[index % 4]
             _, grad, embed, base = self._healthy(np.array([last]))
             finding = Finding(signal="loss", step=last, kind=FindingKind.LOSS_SPIKE,
-                              severity=Severity.REJECT, value=value, baseline=float(base[0]), score=4 * value - 9, threshold=8.0, onset=last)  # fmt: skip
+                              severity=Severity.REJECT, value=value,
+                              baseline=float(base[0]), score=4 * value - 9, threshold=8.0, onset=last)  # fmt: skip
             other = msgspec.structs.replace(finding, signal="grad_norm", kind=FindingKind.GRAD_SPIKE,
                                             value=float(grad[0] * 50), baseline=0.71, score=22.8)  # fmt: skip
             self._rows(
