@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from guardrail.core.errors import GuardrailError, UsageError
-from trainer.config.config import BUILTIN
+from trainer.config.sections import BUILTIN
 from trainer.data.document_reader import DocumentReader
 from trainer.data.holdout import origin_hash, threshold
 from trainer.data.progress import Progress

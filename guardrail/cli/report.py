@@ -39,7 +39,8 @@ def command(
     HTML is one file with the curves in it. --quarantine prints the format that `[data] quarantine =
     "FILE"` reads.
     """
-    from guardrail.report import report
+    from guardrail.report import output as reports
+    from guardrail.report.quarantine import quarantine_lines
 
     if as_json and quarantine:
         raise click.UsageError("--json and --quarantine are two answers; ask for one")
@@ -47,23 +48,23 @@ def command(
         raise click.UsageError("--format does not go with --json or --quarantine")
     found = the_run(run, root)
     if as_json and output is None:
-        print_json(report.as_dict(found))
+        print_json(reports.as_dict(found))
         return
     if quarantine:
-        text = "".join(f"{line}\n" for line in report.quarantine_lines(found))
+        text = "".join(f"{line}\n" for line in quarantine_lines(found))
     elif as_json:
         import msgspec
 
         text = (
-            msgspec.json.format(msgspec.json.encode(report.as_dict(found)), indent=2).decode()
+            msgspec.json.format(msgspec.json.encode(reports.as_dict(found)), indent=2).decode()
             + "\n"
         )
     else:
-        text = report.written(found, form or _form(output))
+        text = reports.written(found, form or _form(output))
     if output is None:
         click.echo(text, nl=False)
     else:
-        report.save(output, text)
+        reports.save(output, text)
 
 
 def _form(output: str | None) -> str:

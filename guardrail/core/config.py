@@ -13,7 +13,7 @@ import os
 import re
 import tomllib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -376,18 +376,6 @@ class GuardConfig(Section, frozen=True, kw_only=True):
         """
         return tree
 
-    def practice(self) -> list[str]:
-        """Remarks on where these settings leave published practice, a sentence or two each, with
-        the source.
-        """
-        return []
-
-    def outline(self) -> list[str]:
-        """What these settings ask of their machines, worked out without them: sentences for a dry
-        run.
-        """
-        return []
-
     def resolved(self, *, base: Path) -> GuardConfig:
         """A copy that means the same from any working directory: relative paths made absolute."""
         root = str(base / os.path.expanduser(self.run.root))
@@ -651,6 +639,19 @@ def schema_of(tree: dict[str, Any], *, file: str) -> type[GuardConfig]:
             hint=str(error),
         ) from error
     return schema
+
+
+def ask_trainer(settings: GuardConfig, function: str) -> list[str]:
+    """What the trainer's config module says of a configuration: sentences; [] where it has no such
+    function.
+
+    Args:
+        function: "outline": what the settings ask of their machines, without looking at any;
+            "remarks": where they leave published practice, with the source.
+    """
+    module = importlib.import_module(f"{settings.launch.trainer}.config")
+    answer: Callable[[GuardConfig], list[str]] | None = getattr(module, function, None)
+    return [] if answer is None else answer(settings)
 
 
 def dump(settings: GuardConfig) -> str:

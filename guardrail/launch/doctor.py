@@ -22,7 +22,7 @@ from typing import Any, Literal
 import psutil
 
 from guardrail.core import config
-from guardrail.core.config import GuardConfig
+from guardrail.core.config import GuardConfig, ask_trainer
 from guardrail.core.errors import ConfigError, ExitCode
 from guardrail.core.records import Record
 from guardrail.core.text import clean, plural
@@ -320,7 +320,10 @@ def _configuration(
         found.append(Check(name=CONFIGURATION, level="problem", text="torch cannot be imported"))
     else:
         found += _devices(settings, torch)
-    found += [Check(name=PRACTICE, level="note", text=remark) for remark in settings.practice()]
+    found += [
+        Check(name=PRACTICE, level="note", text=remark)
+        for remark in ask_trainer(settings, "remarks")
+    ]
     found += [
         Check(name=SECRETS, level="note", text=remark)
         for remark in launching.secret_remarks(settings)
@@ -338,12 +341,17 @@ def _dry_run(
     settings: GuardConfig, path: str, overrides: tuple[str, ...], torch: dict[str, Any]
 ) -> Iterator[Check]:
     """What is wrong wherever it runs; what it asks of its machines; what has not been looked at."""
-    yield from (Check(name=OUTLINE, level="ok", text=line) for line in settings.outline())
+    yield from (
+        Check(name=OUTLINE, level="ok", text=line) for line in ask_trainer(settings, "outline")
+    )
     here = [str(error) for error in preflight.problems(settings, file=path, overrides=overrides)]
     if "error" not in torch:
         here += [check.text for check in _devices(settings, torch)]
     yield from (Check(name=ELSEWHERE, level="note", text=text) for text in here)
-    yield from (Check(name=PRACTICE, level="note", text=remark) for remark in settings.practice())
+    yield from (
+        Check(name=PRACTICE, level="note", text=remark)
+        for remark in ask_trainer(settings, "remarks")
+    )
     if settings.launch.nodes > 1:
         text = (
             f"the network between {settings.launch.nodes} nodes, and who answers at the rendezvous"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from guardrail.report.incident import Incident
+from guardrail.report.model import Report
 from guardrail.report.render_text import (
     MAX_DEEDS,
     MAX_DOCUMENTS,
@@ -24,7 +25,6 @@ from guardrail.report.render_text import (
     stretches_line,
     worth_of,
 )
-from guardrail.report.report import Report
 
 
 @dataclass(frozen=True, kw_only=True)

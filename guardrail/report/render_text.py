@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from guardrail.core.records import CommandKind, Finding, Mode, Span
 from guardrail.report.incident import Document, Incident, IncidentAction, Sample
-from guardrail.report.report import CheckpointLine, CommandRecord, Report, Restart
+from guardrail.report.model import CheckpointLine, CommandRecord, Report, Restart
 
 MAX_DOCUMENTS = 16  # named of one incident; the JSON report has all that the journal named
 MAX_DEEDS = 12  # told of one incident

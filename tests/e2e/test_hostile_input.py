@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from guardrail.backtest.importers.sources import sources
 from guardrail.cli.main import COMMANDS, main
-from guardrail.core.config import LaunchSection, build, dump, load, parse
+from guardrail.core.config import LaunchSection, ask_trainer, build, dump, load, parse
 from guardrail.core.errors import ConfigError, DataError, WorkersFailed
 from guardrail.core.records import Phase, Status
 from guardrail.core.schema import _fields, _structs_in
@@ -55,8 +55,8 @@ def check_settings(tree: dict[str, Any]) -> None:
     except ConfigError as error:
         check_message(str(error))
         return
-    config.practice()
-    config.outline()
+    ask_trainer(config, "remarks")
+    ask_trainer(config, "outline")
     with contextlib.suppress(ConfigError):
         config.check_machine()
     assert load_text(dump(config)) == msgspec.structs.replace(

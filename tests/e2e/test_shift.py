@@ -28,7 +28,7 @@ from guardrail.core.records import (
 )
 from guardrail.decide.controller import Controller
 from guardrail.decide.root_cause import AnomalySignature, ReplayPass, ahead_of, structure_of
-from guardrail.report.report import build
+from guardrail.report.build import build
 from tests.parallel.test_law import killed_behind
 from tests.support.feed import healthy_loss, noisy, obs, warmed
 from tests.support.running import (

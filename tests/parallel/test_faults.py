@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from guardrail.core.config import LaunchSection
 from tests.support.ranks import run_ranks, start_ranks, wait_ranks
-from trainer.config.config import Config, FaultSection, ModelSection, TrainSection
+from trainer.config.config import Config, ModelSection
+from trainer.config.sections import FaultSection, TrainSection
 from trainer.data.loader import MicroBatch
 from trainer.faults.damage import flip_bit
 from trainer.faults.fault_injection import Faults, StagedFault

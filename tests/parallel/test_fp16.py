@@ -18,7 +18,7 @@ from guardrail.core.config import GuardOptions, build, dump
 from guardrail.core.records import LOSS_SCALE, Action, Command, CommandKind, FindingKind, Mode
 from guardrail.decide.controller import Controller
 from guardrail.detectors.loss_scale import AT_START
-from guardrail.report.report import quarantine_lines
+from guardrail.report.quarantine import quarantine_lines
 from guardrail.rundir.manifest import checkpoint_dirs, fingerprint, read_manifest
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.diagnose.nonfinite_module import first_nonfinite

@@ -17,7 +17,7 @@ import pytest
 
 from guardrail.core.records import Command, CommandKind, Event
 from guardrail.decide.run_history import RunHistory
-from guardrail.report.report import quarantine_lines
+from guardrail.report.quarantine import quarantine_lines
 from guardrail.rundir.command_files import DEEDS
 from guardrail.rundir.manifest import checkpoint_dirs, read_manifest
 from guardrail.rundir.run_directory import RunDirectory

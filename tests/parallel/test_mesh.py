@@ -24,7 +24,7 @@ from guardrail.core.config import dump, load
 from guardrail.core.errors import ConfigError
 from guardrail.core.records import UPDATE_NORM, Command, CommandKind
 from guardrail.launch.launcher import prepare_resume
-from guardrail.report.report import quarantine_lines
+from guardrail.report.quarantine import quarantine_lines
 from guardrail.rundir.manifest import (
     OPTIM,
     Box,

@@ -20,7 +20,8 @@ from guardrail.core.config import LaunchSection
 from guardrail.core.errors import WorkersFailed
 from tests.support.ranks import run_ranks
 from tests.support.running import assert_same, tiny, trained
-from trainer.config.config import Config, ModelSection, TrainSection
+from trainer.config.config import Config, ModelSection
+from trainer.config.sections import TrainSection
 from trainer.model import Decoder
 from trainer.objectives.loss import IGNORED, loss_sum
 from trainer.optim.optimizers import build_optimizer

@@ -12,7 +12,7 @@ from torch import Tensor
 from guardrail.backtest.rejudge import Rejudge
 from guardrail.core.records import Command, CommandKind, Phase
 from guardrail.decide.run_history import RunHistory
-from guardrail.report.report import quarantine_lines
+from guardrail.report.quarantine import quarantine_lines
 from tests.parallel.test_law import killed_behind
 from tests.support.ranks import run_ranks
 from tests.support.running import (

@@ -30,7 +30,7 @@ from guardrail.core.records import (
 from guardrail.core.text import visible
 from guardrail.decide.remedies import embedding_concerned
 from guardrail.decide.run_history import RunHistory
-from guardrail.report.report import as_dict, written
+from guardrail.report.output import as_dict, written
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.diagnose.embedding_tokens import MOST, longest_rows
 from guardrail.tui.model.pane_state import State

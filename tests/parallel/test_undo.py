@@ -30,7 +30,7 @@ from guardrail.decide.controller import Controller
 from guardrail.decide.run_history import RunHistory
 from guardrail.decide.sample_order import SampleCursor, SampleOrder
 from guardrail.decide.undo import UndoPlan, find, lines_of
-from guardrail.report.report import quarantine_lines
+from guardrail.report.quarantine import quarantine_lines
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.feed import BATCH as FED
 from tests.support.feed import healthy_loss, obs, warmed

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import zstandard
 
-from trainer.config.config import DataSection
+from trainer.config.sections import DataSection
 from trainer.data.corpus import Corpus, Split
 from trainer.data.prepare import prepare
 

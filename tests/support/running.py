@@ -28,7 +28,7 @@ import trainer.train
 from guardrail.core.config import build, dump
 from guardrail.core.records import Event, Mode, Remedy, Span
 from guardrail.decide.run_history import RunHistory
-from guardrail.report.report import quarantine_lines
+from guardrail.report.quarantine import quarantine_lines
 from guardrail.rundir.manifest import checkpoint_dirs, fingerprint, verify
 from guardrail.rundir.run_directory import RunDirectory, span_of
 from guardrail.torch.checkpoint.disk_checkpoints import CheckpointStore

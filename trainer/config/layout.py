@@ -15,7 +15,7 @@ from trainer.config.recipe import ModelSection, OptimSection, nearest
 from trainer.config.sizes import hidden_width
 
 if TYPE_CHECKING:
-    from trainer.config.config import TrainSection
+    from trainer.config.sections import TrainSection
 
 
 class ParallelSection(Section, frozen=True, kw_only=True):

@@ -14,8 +14,8 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 
-from trainer.config.config import BUILTIN
-from trainer.data.sources import SourceFile
+from trainer.config.sections import BUILTIN
+from trainer.data.source_file import SourceFile
 
 # Not of the library itself, or different between builds of the same version.
 _FOLDERS = {

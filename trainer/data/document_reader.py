@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import msgspec
 
-from trainer.config.config import BUILTIN
+from trainer.config.sections import BUILTIN
 from trainer.data.bad_records import (
     ARCHIVE,
     EMPTY,
@@ -25,7 +25,7 @@ from trainer.data.bad_records import (
     BadRecords,
 )
 from trainer.data.progress import Progress
-from trainer.data.sources import SourceFile
+from trainer.data.source_file import SourceFile
 
 CHUNK = 1 << 18
 # Compressed bytes that are fed to zstd at once: they may unfold to 32,768 times as many.

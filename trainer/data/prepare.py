@@ -20,7 +20,7 @@ from pathlib import Path
 
 from guardrail.core.errors import DataError
 from guardrail.core.files import sync_folder
-from trainer.config.config import BUILTIN, DataSection
+from trainer.config.sections import BUILTIN, DataSection
 from trainer.data.build import Builder
 from trainer.data.corpus import FORMAT, inspect
 from trainer.data.progress import Progress, ReportProgress, Stop

@@ -11,8 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from trainer.config.config import BUILTIN
+from trainer.config.sections import BUILTIN
 from trainer.data.bad_records import NO_FILE, UNREADABLE, BadRecords
+from trainer.data.source_file import SourceFile
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 TEXT_SUFFIXES = frozenset(
@@ -23,28 +24,6 @@ TEXT_SUFFIXES = frozenset(
     ).split()
 )
 COMPRESSED = {".gz": "gz", ".zst": "zst", ".zstd": "zst"}
-
-
-@dataclass(frozen=True, slots=True)
-class SourceFile:
-    """One file, or one piece of built-in text, that holds documents.
-
-    Attributes:
-        path: absolute path, or "builtin:...".
-        key: its name below the source that it was found in. The held-out split hashes it, so that
-            the split is the same wherever the data lies.
-        size: bytes on disk.
-        mtime_ns: last change.
-        records: each line is a JSON record; else the whole file is one document.
-        compression: "", "gz" or "zst".
-    """
-
-    path: str
-    key: str
-    size: int
-    mtime_ns: int = 0
-    records: bool = False
-    compression: str = ""
 
 
 @dataclass

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from guardrail.torch.measure.reduction import local
-from trainer.config.config import FaultSection
+from trainer.config.sections import FaultSection
 from trainer.data.loader import MicroBatch
 from trainer.faults.damage import garbage, spoiled_rows, strike_state
 from trainer.objectives.loss import IGNORED

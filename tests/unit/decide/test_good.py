@@ -35,7 +35,7 @@ from guardrail.launch.log_printer import step_line
 from guardrail.operate import preview
 from guardrail.operate.run_state import RunState
 from guardrail.operate.run_summary import glance
-from guardrail.report.report import text
+from guardrail.report.output import text
 from guardrail.rundir.manifest import checkpoint_dirs, read_manifest
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.feed import BATCH, noisy, obs

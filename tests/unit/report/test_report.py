@@ -21,7 +21,10 @@ from guardrail.cli.main import main
 from guardrail.core.errors import RunDirectoryError, UsageError
 from guardrail.core.records import Action, Finding, FindingKind, Mode, Phase, Severity, Span, Status
 from guardrail.decide.sample_order import Quarantine, SampleCursor, SampleOrder
-from guardrail.report.report import Report, as_dict, build, quarantine_lines, text, written
+from guardrail.report.build import build
+from guardrail.report.model import Report
+from guardrail.report.output import as_dict, text, written
+from guardrail.report.quarantine import quarantine_lines
 from guardrail.report.text_chart import sketch
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.lab import without_waiting

@@ -18,8 +18,9 @@ from guardrail.core.config import GuardOptions
 from guardrail.core.files import encode_json
 from guardrail.core.records import GRAD_NORM, LOSS, Action, LossTrend, Observation, Verdict
 from guardrail.decide.controller import Controller
+from guardrail.report.build import build
 from guardrail.report.incident import Incident
-from guardrail.report.report import build, written
+from guardrail.report.output import written
 from guardrail.report.text_chart import HEIGHT, WIDTH, sketch
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.feed import noisy

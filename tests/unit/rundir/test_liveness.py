@@ -19,7 +19,7 @@ from guardrail.core.records import Command, CommandKind, Mode, Phase, Status
 from guardrail.launch import launcher as launching
 from guardrail.launch.launcher import is_alive
 from guardrail.launch.supervisor_journal import SupervisorJournal
-from guardrail.report.report import build
+from guardrail.report.build import build
 from guardrail.rundir.run_directory import RunDirectory
 
 FAULT = pytest.mark.fault("B8")

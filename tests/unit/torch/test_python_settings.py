@@ -25,7 +25,8 @@ from guardrail.core.errors import ConfigError
 from guardrail.core.records import Action, Mode, Phase, Remedy
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.torch.guard.guard import Guard
-from trainer.config.config import Config, DataSection, TrainSection
+from trainer.config.config import Config
+from trainer.config.sections import DataSection, TrainSection
 from trainer.train import Trainer
 
 OMITTED = object()

@@ -17,7 +17,7 @@ import pytest
 from guardrail.core.errors import DataError, Interrupted
 from tests.support.corpora import prepared, section, stream, write
 from tests.support.places import ROOT
-from trainer.config.config import DataSection
+from trainer.config.sections import DataSection
 from trainer.data import build
 from trainer.data import prepare as preparing
 from trainer.data.corpus import Corpus

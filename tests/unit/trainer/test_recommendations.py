@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from guardrail.core import config
-from guardrail.core.config import GuardConfig, build
+from guardrail.core.config import build
 from guardrail.launch import doctor
 from guardrail.launch import launcher as launching
+from trainer.config import remarks
 from trainer.config.config import Config
 from trainer.config.recommendations import GPT3, published
 
@@ -35,9 +36,9 @@ def settings(**sections: Any) -> Config:
 
 
 def test_a_published_recipe_is_beyond_reproach() -> None:
-    assert settings().practice() == []
+    assert remarks(settings()) == []
     for name in ("llama-like", "palm-like", "t5-like"):
-        assert settings(model={"preset": name}, train={"steps": 20_000}).practice() == []
+        assert remarks(settings(model={"preset": name}, train={"steps": 20_000})) == []
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_a_published_recipe_is_beyond_reproach() -> None:
 def test_each_departure_is_named_with_its_source(
     sections: dict[str, Any], words: list[str]
 ) -> None:
-    (remark,) = settings(**sections).practice()
+    (remark,) = remarks(settings(**sections))
     for word in words:
         assert word in remark
 
@@ -93,7 +94,7 @@ def test_each_departure_is_named_with_its_source(
     ],
 )
 def test_what_has_its_reason_is_not_remarked(sections: dict[str, Any]) -> None:
-    assert settings(**sections).practice() == []
+    assert remarks(settings(**sections)) == []
 
 
 def test_small_models_are_not_compared_by_size(tmp_path: Path) -> None:
@@ -102,11 +103,10 @@ def test_small_models_are_not_compared_by_size(tmp_path: Path) -> None:
         "data": {"tokenizer": "bytes"},
         "train": {"batch_size": 4},
     }
-    assert settings(**small, optim={"lr": 0.05}).practice() == []
-    assert len(settings(**small, optim={"clip": 0.0}).practice()) == 1
-    assert len(settings(**small, optim={"beta2": 0.99999}).practice()) == 1
-    assert settings(**small, optim={"beta2": 0.999}).practice() == []
-    assert GuardConfig().practice() == []
+    assert remarks(settings(**small, optim={"lr": 0.05})) == []
+    assert len(remarks(settings(**small, optim={"clip": 0.0}))) == 1
+    assert len(remarks(settings(**small, optim={"beta2": 0.99999}))) == 1
+    assert remarks(settings(**small, optim={"beta2": 0.999})) == []
 
 
 def test_sizes_between_those_of_the_table_lie_between() -> None:

@@ -1,0 +1,98 @@
+"""Which samples a run leaves out, by its journal and by its quarantine file."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from guardrail.core.errors import RunDirectoryError
+from guardrail.core.files import read_file
+from guardrail.core.records import Event, Span
+from guardrail.decide.sample_order import SampleCursor, SampleOrder
+from guardrail.decide.undo import undone_spans
+from guardrail.report.journal_entries import whole
+from guardrail.rundir.run_directory import RunDirectory, span_of
+
+
+def quarantine_lines(run: RunDirectory) -> list[str]:
+    """All samples that the run leaves out, `ID` or `ID@EPOCH`, as `[data] quarantine = "FILE"`
+    reads them.
+
+    What the run's own quarantine file names, and the samples at the positions that the journal says
+    were left out.
+
+    Raises:
+        RunDirectoryError: the order of the samples is not in the journal, or the file cannot be
+            read; a list that is not complete would be worse than none.
+    """
+    events = run.events()
+    spans = list(_spans(events))
+    order = _order(events) if spans else None
+    if spans and order is None:
+        raise RunDirectoryError(
+            f"{run.path}: the journal does not say in which order the samples came"
+        )
+    # An order of one sample serves where nothing but the file is left out.
+    ledger = SampleCursor(order or SampleOrder(samples=1), batch_size=1)
+    file = _quarantine_file(run)
+    if file is not None:
+        try:
+            ledger.quarantine.read(read_file(file).decode("utf-8").splitlines(), source=str(file))
+        except (OSError, UnicodeDecodeError) as error:
+            raise RunDirectoryError(
+                f"{file}: data.quarantine of this run cannot be read: {error}"
+            ) from error
+    for span in spans:
+        ledger.leave_out(span)
+    return list(ledger.quarantine.lines())
+
+
+def count_left_out(events: list[Event]) -> int:
+    """Samples that the journal leaves out; -1: it does not say in which order they came."""
+    spans = list(_spans(events))
+    order = _order(events) if spans else None
+    if not spans or order is None:
+        return -1 if spans else 0
+    ledger = SampleCursor(order, batch_size=1)
+    return sum(ledger.leave_out(span) for span in spans)
+
+
+def _spans(events: Iterable[Event]) -> Iterator[Span]:
+    """Each span that is still left out, once: a rollback may carry its own, beside or instead of a
+    `left_out` line.
+    """
+    seen: list[Span] = []
+    for event in events:
+        if event.kind in ("left_out", "rollback"):
+            span = span_of(event)
+            if span is not None and span not in seen:
+                seen.append(span)
+        elif event.kind == "undo":
+            back = undone_spans(event)
+            seen = [span for span in seen if span not in back]
+    yield from seen
+
+
+def _order(events: Iterable[Event]) -> SampleOrder | None:
+    for event in events:
+        if event.kind == "started" and whole(event.data.get("samples")) > 0:
+            seed = event.data.get("order_seed", event.data.get("seed", 0))
+            shuffled = event.data.get("shuffled", True)
+            return SampleOrder(
+                samples=whole(event.data["samples"]), seed=whole(seed), shuffled=bool(shuffled)
+            )
+    return None
+
+
+def _quarantine_file(run: RunDirectory) -> Path | None:
+    if not os.path.lexists(run.path / "config.toml"):
+        return None
+    try:
+        data = tomllib.loads(run.config_text()).get("data", {})
+    # also of very long numbers, and of brackets within each other
+    except (ValueError, RecursionError) as error:
+        raise RunDirectoryError(f"{run.path / 'config.toml'}: not valid TOML ({error})") from error
+    name = data.get("quarantine") if isinstance(data, dict) else None
+    return Path(os.path.expanduser(name)) if isinstance(name, str) and name else None
