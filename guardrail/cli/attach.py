@@ -6,6 +6,7 @@ import click
 
 from guardrail.cli.common import (
     can_draw,
+    complete_run,
     imports,
     root_option,
     screen_options,
@@ -15,7 +16,7 @@ from guardrail.cli.common import (
 
 
 @click.command(short_help="Watch a run, running or ended.")
-@click.argument("run", required=False)
+@click.argument("run", required=False, shell_complete=complete_run)
 @click.option("--read-only", is_flag=True, help="Send no commands.")
 @click.option(
     "--headless",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,6 +13,8 @@ from guardrail.core.text import visible
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from click.shell_completion import CompletionItem
 
     from guardrail.rundir.run_directory import RunDirectory
 
@@ -51,8 +54,6 @@ def can_draw() -> bool:
     """Whether the terminal is one that a screen can be drawn on; TERM = dumb, or none, takes plain
     lines only.
     """
-    import os
-
     return has_terminal() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
 
 
@@ -87,6 +88,23 @@ def the_run(spec: str | None, root: str) -> RunDirectory:
     from guardrail.rundir.run_directory import find_run
 
     return find_run(spec, root)
+
+
+def complete_run(context: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Names of runs for shell completion, the newest first."""
+    from guardrail.rundir.run_directory import list_runs
+
+    root = context.params.get("root") or os.environ.get("GUARDRAIL_ROOT") or "runs"
+    return [run.name for run in list_runs(root) if run.name.startswith(incomplete)]
+
+
+def complete_configuration(
+    context: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Let the shell complete the names of files."""
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(incomplete, type="file")]
 
 
 class FiniteFloat(click.FloatRange):

@@ -6,14 +6,21 @@ from typing import TYPE_CHECKING
 
 import click
 
-from guardrail.cli.common import FiniteFloat, json_option, print_json, root_option, the_run
+from guardrail.cli.common import (
+    FiniteFloat,
+    complete_run,
+    json_option,
+    print_json,
+    root_option,
+    the_run,
+)
 
 if TYPE_CHECKING:
     from guardrail.rundir.run_directory import RunDirectory
 
 
 @click.command(short_help="Send a command to a run and wait for its answer.")
-@click.argument("run")
+@click.argument("run", shell_complete=complete_run)
 @click.argument("action", metavar="ACTION")
 @click.argument("value", required=False)
 @click.option(

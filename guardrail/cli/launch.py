@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
-from guardrail.cli.common import can_draw, imports, root_option, screen_options, show_screen
+from guardrail.cli.common import (
+    can_draw,
+    complete_configuration,
+    complete_run,
+    imports,
+    root_option,
+    screen_options,
+    show_screen,
+)
 
 if TYPE_CHECKING:
     import subprocess
@@ -17,7 +25,9 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="Start a training run and watch it.")
-@click.argument("config", required=False, metavar="CONFIG.toml")
+@click.argument(
+    "config", required=False, metavar="CONFIG.toml", shell_complete=complete_configuration
+)
 @click.option(
     "--headless",
     is_flag=True,
@@ -39,6 +49,7 @@ if TYPE_CHECKING:
 @click.option(
     "--resume",
     metavar="RUN",
+    shell_complete=complete_run,
     help="Go on with a run that has ended in any way, with its own configuration.",
 )
 @root_option

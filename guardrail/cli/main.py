@@ -18,6 +18,7 @@ from guardrail.core.text import printable, visible
 # name -> what the list of `guardrail --help` says, so that it needs no import. The command stands
 # in guardrail/cli/NAME.py under the name `command`.
 COMMANDS = {
+    "init": "Write a commented config.toml.",
     "launch": "Start a training run and watch it.",
     "attach": "Watch a run, running or ended.",
     "runs": "List the runs; in a terminal, choose one to watch.",
@@ -29,7 +30,9 @@ COMMANDS = {
     "replay": "Run a stretch again and say whether every number is the same.",
     "verify": "Check the hashes of a checkpoint.",
     "doctor": "Say what this machine can do, and what of a configuration it cannot.",
+    "completion": "Print the completion script of a shell.",
 }
+COMPLETION_VARIABLE = "_GUARDRAIL_COMPLETE"  # click reads it: the shell asks for completions
 
 
 class LazyGroup(click.Group):
@@ -60,18 +63,31 @@ class LazyGroup(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(package_name="guardrail", message="%(version)s")
-def guardrail() -> None:
-    """Seat belt and flight recorder of a language-model training run.
+@click.pass_context
+def guardrail(context: click.Context) -> None:
+    """Terminal monitor and stability controller for PyTorch language-model training.
 
     \b
-    guardrail launch configs/quickstart.toml     start a run and watch it
-    guardrail attach                             come back to the newest run
+    guardrail init                               write a commented config.toml
+    guardrail launch config.toml                 start a run and watch it
+    guardrail attach                             watch the newest run again
 
     Exit codes: 0 finished, 2 bad usage or configuration, 3 halted by the guard, 4 the training
     processes failed or the end could not be saved, 5 a check did not hold, 130 interrupted.
     """
+    if context.invoked_subcommand is None:
+        from guardrail.cli.next_steps import next_steps, root_folder
+
+        steps = list(next_steps(root_folder()))
+        width = max(len(words) for words, _ in steps)
+        for words, purpose in steps:
+            click.echo(f"{words:<{width}}   {purpose}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,7 +97,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _print_anything()
     try:
         _refuse_impossible(sys.argv[1:] if arguments is None else arguments)
-        result = guardrail.main(args=arguments, prog_name="guardrail", standalone_mode=False)
+        result = guardrail.main(
+            args=arguments,
+            prog_name="guardrail",
+            complete_var=COMPLETION_VARIABLE,
+            standalone_mode=False,
+        )
         return int(result) if isinstance(result, int) else ExitCode.FINISHED
     except GuardrailError as error:
         print(f"guardrail: {printable(str(error))}", file=sys.stderr)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import click
 
-from guardrail.cli.common import json_option, print_json, root_option, the_run
+from guardrail.cli.common import complete_run, json_option, print_json, root_option, the_run
 
 
 @click.command(short_help="Run a stretch again and compare every number.")
-@click.argument("run", required=False)
+@click.argument("run", required=False, shell_complete=complete_run)
 @click.option(
     "--incident",
     type=click.IntRange(min=1),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import click
 
-from guardrail.cli.common import json_option, print_json, root_option, the_run
+from guardrail.cli.common import complete_run, json_option, print_json, root_option, the_run
 
 FORMATS = ("terminal", "markdown", "html")
 
 
 @click.command(short_help="Say what happened in a run.")
-@click.argument("run", required=False)
+@click.argument("run", required=False, shell_complete=complete_run)
 @click.option(
     "--format", "form", type=click.Choice(FORMATS), help="How; by default as the name of -o ends."
 )

@@ -1,0 +1,272 @@
+"""guardrail init: write a commented configuration."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from guardrail.cli.common import has_terminal
+from guardrail.core.errors import ConfigError, UsageError
+
+BUILT_IN_TEXT = "builtin:python"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """A model and the run that suits it.
+
+    Attributes:
+        text: what the question shows.
+        lr: peak learning rate of AdamW.
+        batch_size: samples of one update over all processes, before it is rounded up to a multiple
+            of the number of processes.
+    """
+
+    text: str
+    tokenizer: str
+    sequence_length: int
+    layers: int
+    width: int
+    heads: int
+    lr: str
+    warmup_steps: int
+    steps: int
+    batch_size: int
+    micro_batch_size: int
+    checkpoint_every: int
+
+
+# The learning rate of "base" is GPT-3 Small's (Brown et al. 2020, table 2.1). Smaller models take a
+# larger one.
+SIZES = {
+    "tiny": Size(
+        text="0.8 M parameters, for a CPU",
+        tokenizer="bytes",
+        sequence_length=128,
+        layers=4,
+        width=128,
+        heads=4,
+        lr="2e-3",
+        warmup_steps=30,
+        steps=300,
+        batch_size=16,
+        micro_batch_size=0,
+        checkpoint_every=50,
+    ),
+    "small": Size(
+        text="14 M parameters, for one GPU",
+        tokenizer="bpe",
+        sequence_length=512,
+        layers=6,
+        width=384,
+        heads=6,
+        lr="1e-3",
+        warmup_steps=200,
+        steps=5_000,
+        batch_size=64,
+        micro_batch_size=16,
+        checkpoint_every=500,
+    ),
+    "base": Size(
+        text="91 M parameters, for several GPUs",
+        tokenizer="bpe",
+        sequence_length=1024,
+        layers=12,
+        width=768,
+        heads=12,
+        lr="6e-4",
+        warmup_steps=1_000,
+        steps=20_000,
+        batch_size=256,
+        micro_batch_size=8,
+        checkpoint_every=1_000,
+    ),
+}
+
+TEMPLATE = """\
+# Written by `guardrail init`. Start the run:   guardrail launch {path}
+# Check it on this machine first:               guardrail doctor {path}
+# A key that is not here has its default.
+
+[run]
+# The run directory becomes runs/{name}/DATE-NN.
+name = "{name}"
+
+[launch]
+# Processes on this machine; on GPUs one for each GPU. They train the same model on parts of each
+# batch.
+processes = {processes}
+# "auto": GPUs where there are any, else the CPU.
+device = "auto"
+
+[guard]
+# "auto" acts by itself, "ask" pauses and asks before it rolls back, "advise" only reports, "off"
+# only records.
+mode = "auto"
+
+[snapshots]
+# Applied steps between two copies of the training state in host memory, and how many are kept.
+every = {snapshot_every}
+keep = 4
+
+[checkpoint]
+# Applied steps between two checkpoints on disk.
+every = {checkpoint_every}
+
+[data]
+# Folders, globs or files (.txt .md .py ... .jsonl, also .gz or .zst); "builtin:python" is the source
+# and documentation of this Python.
+sources = [{sources}]
+# "bytes" needs no training; "bpe" is trained once on the sources and cached; or the path of a
+# tokenizer.json.
+tokenizer = "{tokenizer}"
+# Tokens of one sample.
+sequence_length = {sequence_length}
+
+[model]
+layers = {layers}
+width = {width}
+heads = {heads}
+
+[optim]
+# Peak learning rate of AdamW, reached after a linear warm-up; then a cosine to a tenth of it.
+lr = {lr}
+warmup_steps = {warmup_steps}
+# Global gradient norm to which gradients are clipped.
+clip = 1.0
+
+[train]
+# Applied updates of the whole run.
+steps = {steps}
+# Samples of one update over all processes: {batch_size} x {sequence_length} = {batch_tokens:,} tokens.
+batch_size = {batch_size}
+# Samples of one forward and backward pass of one process; 0: its whole share of the batch.
+micro_batch_size = {micro_batch_size}
+# "bf16" halves the memory of activations on GPUs that support it.
+precision = "fp32"
+# Steps between two evaluations on held-out documents.
+eval_every = {eval_every}
+"""
+
+
+@click.command(short_help="Write a commented config.toml.")
+@click.argument("path", default="config.toml", metavar="[FILE]")
+@click.option("--data", multiple=True, metavar="PATH", help="Text to train on; repeatable.")
+@click.option(
+    "--size",
+    type=click.Choice(tuple(SIZES)),
+    help="Model size: " + "; ".join(f"{name}: {size.text}" for name, size in SIZES.items()) + ".",
+)
+@click.option(
+    "--processes", type=click.IntRange(1, 1024), help="Processes; by default one for each GPU."
+)
+@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
+def command(
+    path: str, data: tuple[str, ...], size: str | None, processes: int | None, force: bool
+) -> int:
+    """Write a commented configuration to FILE (config.toml; - prints it).
+
+    Asks for the data, the size of the model and the number of processes. Options answer these
+    questions; without a terminal a question that no option answers gets its default.
+    """
+    target = Path(path)
+    if path != "-" and target.exists() and not force:
+        raise UsageError(f"{path} exists. Give another FILE, or --force to replace it.")
+    asks = has_terminal() and path != "-"
+    sources = data or ask_sources(asks)
+    chosen = size or ask_size(asks)
+    count = processes or ask_processes(asks)
+    text = render(path, sources, SIZES[chosen], count)
+    check(text, path)
+    if path == "-":
+        click.echo(text, nl=False)
+        return 0
+    target.write_text(text, encoding="utf-8")
+    click.echo(f"{path} written. Next:")
+    click.echo(f"  guardrail doctor {path}    check this machine and the configuration")
+    click.echo(f"  guardrail launch {path}    start the run")
+    return 0
+
+
+def ask_sources(asks: bool) -> tuple[str, ...]:
+    if not asks:
+        return (BUILT_IN_TEXT,)
+    answer = click.prompt("Text to train on (folder, file or glob)", default=BUILT_IN_TEXT)
+    return (str(answer),)
+
+
+def ask_size(asks: bool) -> str:
+    if not asks:
+        return "tiny"
+    for name, size in SIZES.items():
+        click.echo(f"  {name:6} {size.text}")
+    return str(click.prompt("Model size", type=click.Choice(tuple(SIZES)), default="tiny"))
+
+
+def ask_processes(asks: bool) -> int:
+    from guardrail.launch.preflight import cuda_devices
+
+    default = cuda_devices() or 1
+    if not asks:
+        return default
+    return int(click.prompt("Processes", type=click.IntRange(1, 1024), default=default))
+
+
+def render(path: str, sources: tuple[str, ...], size: Size, processes: int) -> str:
+    """Return the text of the configuration."""
+    per_process = size.micro_batch_size or 1
+    step = processes * per_process
+    batch_size = -(-size.batch_size // step) * step
+    return TEMPLATE.format(
+        path="config.toml" if path == "-" else path,
+        name=run_name(path),
+        processes=processes,
+        sources=", ".join(quote(source) for source in sources),
+        snapshot_every=max(10, size.checkpoint_every // 10),
+        checkpoint_every=size.checkpoint_every,
+        tokenizer=size.tokenizer,
+        sequence_length=size.sequence_length,
+        layers=size.layers,
+        width=size.width,
+        heads=size.heads,
+        lr=size.lr,
+        warmup_steps=size.warmup_steps,
+        steps=size.steps,
+        batch_size=batch_size,
+        batch_tokens=batch_size * size.sequence_length,
+        micro_batch_size=size.micro_batch_size,
+        eval_every=max(50, size.steps // 20),
+    )
+
+
+def run_name(path: str) -> str:
+    """The name of the file where it can be the name of a run, else "run"."""
+    from guardrail.rundir.run_directory import is_run_name
+
+    stem = Path(path).stem
+    if path == "-" or stem == "config" or not is_run_name(stem):
+        return "run"
+    return stem
+
+
+def quote(text: str) -> str:
+    """A TOML string."""
+    import tomli_w
+
+    return tomli_w.dumps({"v": text}).removeprefix("v = ").strip()
+
+
+def check(text: str, path: str) -> None:
+    """Refuse answers that cannot work, such as a path without files, before a file is written."""
+    import tomllib
+
+    from guardrail.core.config import build
+
+    try:
+        build(tomllib.loads(text), file="guardrail init", base=Path.cwd())
+    except ConfigError as error:
+        print(f"guardrail init: {path} is not written", file=sys.stderr)
+        raise error

@@ -1,0 +1,40 @@
+"""What `guardrail` alone prints: what one can do next in this folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+CONFIGURATION = "config.toml"
+
+
+def next_steps(root: str) -> Iterator[tuple[str, str]]:
+    """Commands that make sense here and what each does, the most useful first.
+
+    Args:
+        root: folder of all runs.
+    """
+    from guardrail.rundir.run_directory import list_runs
+
+    runs = list_runs(root)
+    if runs:
+        newest = runs[0]
+        status = newest.read_status()
+        ended = status is not None and status.phase.ended
+        if ended:
+            yield f"guardrail report {newest.name}", "read what happened in the newest run"
+        else:
+            yield f"guardrail attach {newest.name}", "watch the newest run"
+        yield "guardrail runs", f"list the runs ({len(runs)})"
+    if Path(CONFIGURATION).is_file():
+        yield f"guardrail launch {CONFIGURATION}", "start a training run"
+        yield f"guardrail doctor {CONFIGURATION}", "check this machine and the configuration"
+    else:
+        yield "guardrail init", f"write a commented {CONFIGURATION}"
+    yield "guardrail backtest FILE", "see what the guard would have done in a recorded run"
+    yield "guardrail --help", "list all commands"
+
+
+def root_folder() -> str:
+    return os.environ.get("GUARDRAIL_ROOT") or "runs"
