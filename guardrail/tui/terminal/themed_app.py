@@ -11,6 +11,7 @@ from typing import TypeVar
 from rich.console import RenderableType
 from textual._compositor import ChopsUpdate
 from textual.app import App
+from textual.driver import Driver
 from textual.screen import Screen
 
 from guardrail.tui.draw import palette
@@ -48,6 +49,7 @@ class Themed(App[T]):
             return  # without a terminal nothing of textual's waits for it
 
         def draw_all(number: int, frame: FrameType | None) -> None:
+            _end_key_thread(self._driver)
             resume(number, frame)
             self.call_later(self.screen.refresh)
 
@@ -76,3 +78,19 @@ class Themed(App[T]):
         name = names[(now + 1) % len(names)]
         self.theme = palette.THEMES[name]
         return name
+
+
+def _end_key_thread(driver: Driver | None) -> None:
+    """End the thread that reads keys, where a stop has left it alive.
+
+    Ctrl-Z ends it before the process stops; SIGSTOP, which nothing can catch, does not. Textual
+    then starts a second one when the process goes on. Of the two, one would wait for a key for
+    ever, and the screen could not be left.
+    """
+    thread = getattr(driver, "_key_thread", None)
+    exit_event = getattr(driver, "exit_event", None)
+    if thread is None or exit_event is None or not thread.is_alive():
+        return
+    exit_event.set()
+    thread.join()  # it looks at the event ten times a second
+    exit_event.clear()
