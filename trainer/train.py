@@ -175,7 +175,7 @@ class Trainer:
         )
         if config.data.quarantine:
             lines = _read_lines(config.data.quarantine)
-            self.guard.ledger.quarantine.read(
+            self.guard.cursor.quarantine.read(
                 lines, source=config.data.quarantine, samples=order.n_samples
             )
 

@@ -139,9 +139,9 @@ def counted(config: Config) -> tuple[Trainer, int, int]:
     """
     trainer = Trainer(config)
     assert trainer.train() is Phase.FINISHED
-    lagged = trainer.guard.lagged
+    lagged = trainer.guard.deferred_gate
     assert lagged is not None
-    return trainer, lagged.waited, lagged.flown
+    return trainer, lagged.waited_steps, lagged.deferred_steps
 
 
 def test_the_host_waits_for_the_steps_that_a_copy_follows_and_for_no_other(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_an_update_that_the_ceilings_let_through_by_mistake_is_taken_back(
     spike = [{"kind": "spike_loss", "first": 208, "last": 209, "value": 50.0}]
     config = tiny(tmp_path, guard={"gate": "lagged"}, faults=spike, train={"steps": 40})
     monkeypatch.setattr(
-        "guardrail.decide.controller.Controller.ceilings",
+        "guardrail.decide.controller.Controller.safe_limits",
         lambda self, like: dict.fromkeys(like.signals, math.inf),
     )
     run = trained(config)
@@ -175,7 +175,7 @@ def test_what_it_takes_back_is_no_more_than_the_guard_may_leave_out_by_itself(
     guard = {"gate": "lagged", "max_skipped_share": 0.001}
     config = tiny(tmp_path, guard=guard, faults=spike, train={"steps": 40})
     monkeypatch.setattr(
-        "guardrail.decide.controller.Controller.ceilings",
+        "guardrail.decide.controller.Controller.safe_limits",
         lambda self, like: dict.fromkeys(like.signals, math.inf),
     )
     run = new_run(config)
@@ -296,13 +296,13 @@ def test_buffers_and_dice_of_dropped_tries_leave_no_trace(bad: dict[int, float])
     waiting, lagged = Loop("sync", bad=bad), Loop("lagged", bad=bad)
     theirs, ours = waiting.run(), lagged.run()
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
-    assert list(waiting.guard.ledger.quarantine.lines()) == list(
-        lagged.guard.ledger.quarantine.lines()
+    assert list(waiting.guard.cursor.quarantine.lines()) == list(
+        lagged.guard.cursor.quarantine.lines()
     )
     assert lagged.tries > waiting.tries, (
         "so small a model has notes too, and each costs two more tries"
     )
-    assert lagged.guard.lagged is not None and lagged.guard.lagged.flown > 30
+    assert lagged.guard.deferred_gate is not None and lagged.guard.deferred_gate.deferred_steps > 30
 
 
 def test_a_loop_whose_optimizer_cannot_leave_out_is_refused() -> None:

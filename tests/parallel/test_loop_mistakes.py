@@ -84,7 +84,7 @@ class Loop:
             self.rates[step.number] = float(self.optimizer.param_groups[0]["lr"])
             step.finish(loss)
             if step.number == upto:
-                self.guard.tiers.store.wait(60)  # type: ignore[union-attr]
+                self.guard.snapshots.store.wait(60)  # type: ignore[union-attr]
                 break
         return self
 

@@ -51,7 +51,7 @@ def train(guard: Guard, *, bad: range = range(0)) -> list[Action]:
     """Constant losses, infinite at the bad steps; returns what was decided."""
     actions = []
     for step in guard:
-        loss = sum((parameter**2).sum() for parameter in guard.probes.parameters)
+        loss = sum((parameter**2).sum() for parameter in guard.reduction.parameters)
         loss = loss * (float("inf") if step.number in bad else 1.0)
         loss.backward()
         step.finish(loss)
@@ -66,7 +66,7 @@ def train(guard: Guard, *, bad: range = range(0)) -> list[Action]:
 @pytest.mark.parametrize("word", ["advise", "off"])
 def test_a_mode_given_as_text_is_that_mode(word: str) -> None:
     guard = make_guard(GuardConfig(guard=GuardOptions(mode=word)))  # type: ignore[arg-type]
-    assert guard.mode is Mode(word) and guard.settings.guard.mode is Mode(word)
+    assert guard.mode is Mode(word) and guard.config.guard.mode is Mode(word)
     assert set(train(guard, bad=range(12, 13))) == {Action.APPLY}
     assert guard.phase is Phase.FINISHED and guard.timeline == 0
 
@@ -171,7 +171,7 @@ def test_every_section_is_checked(sections: dict[str, Any], message: str) -> Non
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (GuardOptions(), "settings = GuardSection("),
+        (GuardOptions(), "settings = GuardOptions("),
         (3, "expected a table of sections"),
         (
             {"guard": {"mod": "ask"}},
@@ -189,13 +189,13 @@ def test_what_is_no_settings_is_refused(settings: Any, message: str) -> None:
 @pytest.mark.fault("E1")
 def test_what_means_the_same_is_converted() -> None:
     guard = make_guard({"guard": {"mode": "advise", "ladder": [{"do": "skip"}, {"do": "halt"}]}})
-    assert guard.settings.guard.mode is Mode.ADVISE and guard.settings.guard.ladder[
+    assert guard.config.guard.mode is Mode.ADVISE and guard.config.guard.ladder[
         1
     ] == EscalationStep(do="halt")
     section = GuardOptions(
         window=np.int64(64), loss_score=np.float32(7.5), cause_test=np.bool_(False)
     )
-    converted = make_guard(GuardConfig(guard=section)).settings.guard
+    converted = make_guard(GuardConfig(guard=section)).config.guard
     assert (converted.window, converted.loss_score, converted.cause_test) == (64, 7.5, False)
     guard.set_mode("ask")  # type: ignore[arg-type]
     assert guard.mode is Mode.ASK is guard.controller.mode
