@@ -62,7 +62,7 @@ class Asking:
         self.model = model
         self.guard = Guard.from_config(
             GuardConfig(
-                guard=GuardOptions(mode=mode, persist=1, cause_test=False),
+                guard=GuardOptions(mode=mode, rollback_after_rejections=1, cause_test=False),
                 snapshots=SnapshotSection(every=5, keep=3),
                 checkpoint=CheckpointSection(every=100_000),
             ),

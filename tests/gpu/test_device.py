@@ -218,7 +218,7 @@ def healthy_steps_of_a_loop(_: Path) -> None:
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     guard = Guard.from_config(
-        GuardConfig(guard=GuardOptions(gate="lagged"), snapshots=SnapshotSection(every=50)),
+        GuardConfig(guard=GuardOptions(decide="lagged"), snapshots=SnapshotSection(every=50)),
         model=model,
         optimizer=optimizer,
         scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=200),
@@ -305,7 +305,7 @@ def pinned_copies(_: Path) -> None:
     plain = torch.optim.AdamW(model.parameters(), lr=0.1)
     try:
         Guard(
-            GuardConfig(guard=GuardOptions(gate="lagged")),
+            GuardConfig(guard=GuardOptions(decide="lagged")),
             model=model,
             optimizer=plain,
             order=SampleOrder(samples=8),

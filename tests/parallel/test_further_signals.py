@@ -36,7 +36,7 @@ from tests.support.ranks import run_ranks
 from tests.support.tiny import Setup, Tiny
 from tests.unit.torch.test_guard import Loop
 
-SETTINGS = GuardOptions(window=32, warmup=12, confirm=4)
+SETTINGS = GuardOptions(window=32, warmup=12, steps_until_good=4)
 
 
 def observation(step: int, **signals: float) -> Observation:

@@ -1,4 +1,4 @@
-"""`guard.gate = "lagged"`: the host reads each step's numbers a step later, and nothing comes out
+"""`guard.decide = "deferred"`: the host reads each step's numbers a step later, and nothing comes out
 different.
 """
 
@@ -260,7 +260,7 @@ class Loop:
         made = torch.optim.AdamW(self.model.parameters(), lr=0.05, fused=optimizer == "adamw-fused")
         more: Any = {"gate": gate, "layers": True, "update_norm": True, "signals": ("odd",)}
         # In 60 steps two bad batches are already 3 % of the data.
-        guard = GuardOptions(window=32, warmup=12, confirm=4, **NO_LIMIT, **more)
+        guard = GuardOptions(window=32, warmup=12, steps_until_good=4, **NO_LIMIT, **more)
         self.guard = Guard.from_config(
             GuardConfig(guard=guard, snapshots=SnapshotSection(every=5, keep=4)),
             model=self.model,

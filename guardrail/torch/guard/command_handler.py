@@ -17,7 +17,7 @@ from guardrail.torch.guard.questions import OpenQuestion, question_line
 from guardrail.torch.guard.user_commands import UserCommands
 
 PARKED_SECONDS = 0.1  # between two meetings of parked ranks
-DEFAULTS = ("proposed", "go_on", "stop")  # guard.ask_default, in the order of `ParkResult`
+DEFAULTS = ("proposal", "continue", "stop")  # guard.answer_default, in the order of `ParkResult`
 
 
 class ParkResult(Enum):
@@ -119,7 +119,7 @@ class CommandHandler:
     def _open_question(self, text: str, verdict: Verdict | None, batch: Batch | None) -> None:
         """Write the `paused` line with the evidence."""
         ctx = self._ctx
-        seconds = ctx.config.guard.ask_seconds
+        seconds = ctx.config.guard.answer_timeout
         deadline, default = 0.0, ""
         if text and seconds > 0:
             deadline, default = time.time() + seconds, self._default(verdict)
@@ -185,9 +185,9 @@ class CommandHandler:
             return False
         if ctx.run is None:  # nothing can bring an answer
             return True
-        seconds = ctx.config.guard.ask_seconds
+        seconds = ctx.config.guard.answer_timeout
         is_spent = verdict is not None and verdict.would is Action.HALT and verdict.rung != "pause"
-        if is_spent and self._default(verdict) == "proposed" and not ctx.run.screens():
+        if is_spent and self._default(verdict) == "proposal" and not ctx.run.screens():
             return True
         return seconds > 0 and waited > seconds
 
@@ -197,7 +197,7 @@ class CommandHandler:
         By itself the guard skips no more than its share of the data.
         """
         is_beyond = verdict is not None and verdict.beyond is not None
-        return "proposed" if is_beyond else self._ctx.config.guard.ask_default
+        return "proposal" if is_beyond else self._ctx.config.guard.answer_default
 
     def _while_parked(
         self, kind: CommandKind, value: float, verdict: Verdict | None

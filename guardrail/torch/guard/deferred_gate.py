@@ -1,4 +1,4 @@
-"""The gate without a synchronisation (`guard.gate = "lagged"`): the host reads the numbers of a
+"""The gate without a synchronisation (`guard.decide = "deferred"`): the host reads the numbers of a
 step one step later.
 
 When step t has been computed the host knows all steps up to t-1, so it knows what t must keep to:
@@ -132,13 +132,13 @@ class DeferredGate:
         deaf = [type(one).__name__ for one in gate.optimizers if not can_leave_out(one)]
         if deaf:
             raise UsageError(
-                f'guard.gate = "lagged" needs an optimizer that heeds found_inf (fused=True): {deaf[0]}'
+                f'guard.decide = "deferred" needs an optimizer that heeds found_inf (fused=True): {deaf[0]}'
             )
         has_scaler = self._applier.loss_scale is not None
         if has_scaler or callable(gate.clip):
             what = "a gradient scaler" if has_scaler else "a function that clips"
             raise UsageError(
-                f'guard.gate = "lagged" does not go with {what}: it needs the numbers at once'
+                f'guard.decide = "deferred" does not go with {what}: it needs the numbers at once'
             )
         for parameter in self._reduction.parameters:
             here = local(parameter)
@@ -147,7 +147,7 @@ class DeferredGate:
                 or here.device.type != self._reduction.device.type
             ):
                 raise UsageError(
-                    f'guard.gate = "lagged" needs fp32 parameters on the device, not {here.dtype} on {here.device}'
+                    f'guard.decide = "deferred" needs fp32 parameters on the device, not {here.dtype} on {here.device}'
                 )
 
     # -- between two steps -------------------------------------------------------------------------

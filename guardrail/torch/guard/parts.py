@@ -96,13 +96,13 @@ class GuardParts:
             device=layout.device,
             holders=layout.shard_ranks,
             counting=layout.counts_loss,
-            layers=config.guard.layers,
-            named=config.guard.signals,
-            updates=config.guard.update_norm,
+            layers=config.guard.log_block_norms,
+            named=config.guard.extra_signals,
+            updates=config.guard.log_update_norm,
         )
         self.timer = RankTimer(self.reduction.parameters)
         self.update_norm: UpdateNorm | None = None
-        if config.guard.update_norm:
+        if config.guard.log_update_norm:
             self.update_norm = UpdateNorm(self.reduction.parameters, self.reduction.weights)
         self.gate = Gate(
             optimizers,
@@ -262,7 +262,7 @@ class GuardParts:
             sample_texts=hooks.sample_texts,
         )
         self.deferred_gate: DeferredGate | None = None
-        if self.config.guard.gate == "lagged":
+        if self.config.guard.decide == "deferred":
             self.deferred_gate = DeferredGate(
                 ctx,
                 self.applier,
@@ -299,9 +299,9 @@ class GuardParts:
             rank=self.context.ranks.rank,
             world=self.context.ranks.world,
             keep=checkpoint.keep,
-            delay_steps=2 * guard.divergence_steps + guard.window_before + guard.confirm,
+            delay_steps=2 * guard.divergence_steps + guard.skip_before + guard.steps_until_good,
             retry_seconds=checkpoint.retry_seconds,
-            commit_seconds=self.config.launch.save_seconds,
+            commit_seconds=self.config.launch.save_timeout,
         )
 
     def _needs_outcome(self, step: int) -> bool:

@@ -33,7 +33,7 @@ class Step:
     Attributes:
         number: the step that it becomes when it is applied.
         batch: what to compute it from, over all ranks.
-        verdict, applied: known after `finish`; under `guard.gate = "lagged"` mostly after that of
+        verdict, applied: known after `finish`; under `guard.decide = "deferred"` mostly after that of
             the next step.
         repeated: an earlier try with this number was dropped unjudged: numbers are read a step
             late, and those of the step before it, or its own, called for the host.
@@ -83,9 +83,9 @@ class Step:
                 token weighs the same.
             incomplete: this rank was asked to stop and skipped micro-batches: nothing is decided,
                 the run ends.
-            signals: further numbers of this rank that `guard.signals` announces, 0-d; their mean
+            signals: further numbers of this rank that `guard.extra_signals` announces, 0-d; their mean
                 over the ranks that give one is watched. They travel in the step's one reduction.
-            wait: judge it now, even where `guard.gate = "lagged"` would read its numbers a step
+            wait: judge it now, even where `guard.decide = "deferred"` would read its numbers a step
                 later: the loop is going to use the weights after it, as in an evaluation. The same
                 on every rank.
 

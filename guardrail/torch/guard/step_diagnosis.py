@@ -32,14 +32,14 @@ class StepDiagnosis:
         """Return the cause of the incident that a rejected step belongs to."""
         ctx = self._ctx
         settings = ctx.controller.settings
-        has_pause = any(rung.do == "pause" for rung in settings.ladder)
+        has_pause = any(rung.action == "pause" for rung in settings.escalation)
         test = CauseTest(self._replays, ledger=ctx.order, ring=self._ring)
         return test.run(
             step.batch,
             verdict=verdict,
             reduced=reduced,
             applied=ctx.controller.applied,
-            reach=FAR * settings.skips if settings.shift == "learn" else 0,
+            reach=FAR * settings.max_data_skips if settings.new_data == "accept" else 0,
             end=self._total_steps,
             # a user may have the update applied all the same
             keep_gradients=ctx.progress.mode is Mode.ASK or has_pause,

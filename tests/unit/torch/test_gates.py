@@ -1,4 +1,4 @@
-"""Both gates over random histories: `guard.gate = "lagged"` leaves what `"sync"` leaves, in memory
+"""Both gates over random histories: `guard.decide = "deferred"` leaves what `"sync"` leaves, in memory
 and on the disk.
 """
 
@@ -232,10 +232,13 @@ class Loop:
         guard = GuardOptions(
             window=32,
             warmup=12,
-            confirm=3,
-            update_norm=True,
-            ask_seconds=1e-9,  # what no answer is scripted for is answered at once
-            ladder=(EscalationStep(do="skip"), EscalationStep(do="rollback", times=9)),
+            steps_until_good=3,
+            log_update_norm=True,
+            answer_timeout=1e-9,  # what no answer is scripted for is answered at once
+            escalation=(
+                EscalationStep(action="skip"),
+                EscalationStep(action="rollback", max_uses=9),
+            ),
             **sections,
         )
         self.guard = Guard.from_config(

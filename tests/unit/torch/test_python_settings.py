@@ -92,34 +92,37 @@ def test_a_mode_given_as_text_is_that_mode(word: str) -> None:
             {"guard": GuardOptions(loss_score="8")},
             "guard.loss_score = '8': expected a number, got a string",
         ),
-        ({"guard": GuardOptions(pardon=((9, 3),))}, "guard.pardon = [9, 3]: expected stretches"),
         (
-            {"guard": GuardOptions(signals=("loss",))},
-            "guard.signals = 'loss': expected names of their own",
+            {"guard": GuardOptions(allowlist=((9, 3),))},
+            "guard.allowlist = [9, 3]: expected stretches",
         ),
         (
-            {"guard": GuardOptions(confirm=100)},
-            "guard.confirm = 100: expected at most snapshots.every",
+            {"guard": GuardOptions(extra_signals=("loss",))},
+            "guard.extra_signals = 'loss': expected names of their own",
         ),
         (
-            {"guard": GuardOptions(ladder=(EscalationStep(do="jump"),))},
-            "guard.ladder[0].do = 'jump': expected skip, rollback,",
+            {"guard": GuardOptions(steps_until_good=100)},
+            "guard.steps_until_good = 100: expected at most snapshots.every",
         ),
         (
-            {"guard": GuardOptions(ladder=(EscalationStep(do="lower_lr", factor=3.0),))},
-            "guard.ladder[0].factor = 3.0: expected a number <= 1",
+            {"guard": GuardOptions(escalation=(EscalationStep(action="jump"),))},
+            "guard.escalation[0].do = 'jump': expected skip, rollback,",
+        ),
+        (
+            {"guard": GuardOptions(escalation=(EscalationStep(action="lower_lr", factor=3.0),))},
+            "guard.escalation[0].factor = 3.0: expected a number <= 1",
         ),
         (
             {
                 "guard": GuardOptions(
-                    ladder=(EscalationStep(do="halt"), EscalationStep(do="rollback"))
+                    escalation=(EscalationStep(action="halt"), EscalationStep(action="rollback"))
                 )
             },
-            "guard.ladder[0].do = 'halt': expected the last rung",
+            "guard.escalation[0].do = 'halt': expected the last rung",
         ),
         (
-            {"guard": GuardOptions(ladder=("skip",))},
-            "guard.ladder[0] = 'skip': expected a table, got a string",
+            {"guard": GuardOptions(escalation=("skip",))},
+            "guard.escalation[0] = 'skip': expected a table, got a string",
         ),
         (
             {"guard": GuardOptions(remedies=(Remedy(kind="lr", value=2.0, from_step=1),))},
@@ -191,7 +194,7 @@ def test_what_means_the_same_is_converted() -> None:
     guard = make_guard({"guard": {"mode": "advise", "ladder": [{"do": "skip"}, {"do": "halt"}]}})
     assert guard.config.guard.mode is Mode.ADVISE and guard.config.guard.ladder[
         1
-    ] == EscalationStep(do="halt")
+    ] == EscalationStep(action="halt")
     section = GuardOptions(
         window=np.int64(64), loss_score=np.float32(7.5), cause_test=np.bool_(False)
     )
