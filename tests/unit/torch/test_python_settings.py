@@ -106,7 +106,7 @@ def test_a_mode_given_as_text_is_that_mode(word: str) -> None:
         ),
         (
             {"guard": GuardOptions(escalation=(EscalationStep(action="jump"),))},
-            "guard.escalation[0].do = 'jump': expected skip, rollback,",
+            "guard.escalation[0].action = 'jump': expected skip, rollback,",
         ),
         (
             {"guard": GuardOptions(escalation=(EscalationStep(action="lower_lr", factor=3.0),))},
@@ -118,7 +118,7 @@ def test_a_mode_given_as_text_is_that_mode(word: str) -> None:
                     escalation=(EscalationStep(action="halt"), EscalationStep(action="rollback"))
                 )
             },
-            "guard.escalation[0].do = 'halt': expected the last rung",
+            "guard.escalation[0].action = 'halt': expected the last rung",
         ),
         (
             {"guard": GuardOptions(escalation=("skip",))},
