@@ -528,6 +528,29 @@ def load(
     return build(tree, file=str(path), overrides=overrides, base=base, notice=not of_run)
 
 
+def load_config(path: str | os.PathLike[str], *, overrides: Sequence[str] = ()) -> GuardConfig:
+    """Read, override, type and check a configuration of a custom loop or of a trainer.
+
+    A file that holds sections of `GuardConfig` alone, and names no `launch.trainer`, is that of a
+    custom loop. Any other one must be complete, as for `load`.
+
+    Args:
+        path: the TOML file.
+        overrides: "section.key=value" strings, the value as TOML (a bare word counts as a string).
+
+    Raises:
+        ConfigError: names file, key, value, expectation and the nearest valid key.
+    """
+    tree = parse(Path(path))
+    launch = tree.get("launch", {})
+    names_trainer = isinstance(launch, dict) and "trainer" in launch
+    sections = {*tree, *(text.partition(".")[0].strip() for text in overrides)}
+    schema: type[GuardConfig] | None = None
+    if not names_trainer and sections <= set(GuardConfig.__struct_fields__):
+        schema = GuardConfig
+    return build(tree, file=str(path), overrides=overrides, base=Path.cwd(), schema=schema)
+
+
 def _check_remedies(remedies: Sequence[Remedy]) -> None:
     for index, remedy in enumerate(remedies):
         key = f"guard.remedies[{index}]"
@@ -667,9 +690,10 @@ def build(
     overrides: Sequence[str] = (),
     base: Path,
     notice: bool = True,
+    schema: type[GuardConfig] | None = None,
 ) -> GuardConfig:
     """A parsed TOML tree plus overrides -> checked settings of the schema that `launch.trainer`
-    names.
+    names, or of the given one.
 
     Args:
         notice: print the present name of each key that is given under an old one.
@@ -679,7 +703,8 @@ def build(
     for text in overrides:
         _override(given, text)
     try:
-        schema = schema_of(given, file=file)
+        if schema is None:
+            schema = schema_of(given, file=file)
     except ConfigError as error:
         raise error.at(source_of(error.key, file=file, overrides=overrides)) from error
     try:

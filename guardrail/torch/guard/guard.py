@@ -1,9 +1,9 @@
 """The guard: what a training loop calls.
 
-    guard = Guard.from_config(settings, model=model, optimizer=optimizer, scheduler=scheduler, data=order)
-    for step in guard:                      # rewinds by itself after a rollback
-        loss = train_batch(step.batch)      # forward and backward, accumulation included
-        step.finish(loss)                   # observe, decide, apply or not
+    guard = Guard(model, optimizer, data=SampleOrder(len(dataset)), batch_size=32)
+    for step in guard:                      # goes back by itself after a rollback
+        loss = train_batch(step.samples)    # forward and backward, accumulation included
+        step.finish(loss)                   # judge, clip, then update or skip
 
 Every rank runs this same code on the same reduced numbers, so all reach the same verdict at the
 same step. Rank 0 alone writes the run directory, always before what it writes takes effect.
@@ -11,13 +11,14 @@ same step. Rank 0 alone writes the run directory, always before what it writes t
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from guardrail.core.config import GuardConfig
 from guardrail.core.records import Action, Mode, Phase, Verdict
@@ -26,13 +27,10 @@ from guardrail.decide.sample_order import Batch, SampleOrder
 from guardrail.rundir.heartbeat import Heartbeat
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.rundir.stop_signals import StopSignals
-from guardrail.torch.diagnose.attribution import Texts
-from guardrail.torch.diagnose.batch_replay import Replay, Structure
-from guardrail.torch.diagnose.embedding_tokens import DescribeTokens
-from guardrail.torch.guard.arguments import check_names, check_parts, check_settings
+from guardrail.torch.guard.arguments import check_config, check_hooks, check_layout, check_parts
 from guardrail.torch.guard.hooks import LoopHooks, RankLayout
+from guardrail.torch.guard.old_arguments import accept_old_arguments
 from guardrail.torch.guard.parts import GuardParts
-from guardrail.torch.guard.quarantine import DescribeSamples
 from guardrail.torch.guard.step import Step
 from guardrail.torch.measure.loss_scaler import enabled
 from guardrail.torch.measure.reduction import ReducedStep
@@ -42,165 +40,118 @@ __all__ = ["Guard", "Step"]
 
 
 class Guard(GuardParts):
-    """Watches a training loop, leaves bad updates out, rolls back, keeps the record.
+    """Watches a training loop, skips bad updates, rolls back, keeps the record.
 
     Args:
-        settings: the [guard], [snapshots] and [checkpoint] sections: `Settings(...)`, or a
-            dictionary as TOML would give it. Both are converted and checked like a configuration
-            file.
         model: any nn.Module: plain, DDP, FSDP2 (`fully_shard`).
         optimizer: one torch.optim optimizer or several.
+        data: the sample order.
+        batch_size: samples of a global batch, or a function that gives those of step 1, 2, ...
+        config: a `GuardConfig`, a dictionary of its sections, or the path of a TOML file; None: the
+            defaults. All are converted and checked like a configuration file.
         scheduler: anything with step(), state_dict() and load_state_dict(); stepped once an applied
-        update.
+            update.
         scaler: for fp16, a torch.amp.GradScaler: backpropagate `scaler.scale(loss)`, hand
             `step.finish` the loss itself, and leave unscaling, stepping and updating to the guard.
-        order: the sample order.
-        batch_size: samples of a global batch, or a function that gives those of step 1, 2, ...
+        run: the run directory; None keeps everything in memory (no commands, no checkpoints).
         total_steps: applied updates after which the run is finished; 0: endless.
         limit: positions after which the data ends; None: endless.
         clip: global norm to which gradients are clipped, 0: none; or a function of the norm (see
-        Gate).
-        run: the run directory; None keeps everything in memory (no commands, no disk tier).
-        device: that computes; None: where the parameters lie, which is the host when they are
-        offloaded.
-        counting: whether this rank's loss and tokens enter the sums; False on all but one of the
-            ranks that compute the same loss, as those of a tensor-parallel group do.
-        holders: the ranks, a contiguous stretch, that hold the same part of the model as this one,
-            such as a stage of a pipeline; None: all.
+            `Gate`).
+        hooks: functions of the loop that the guard calls; None: there are none.
+        ranks: how model and data are spread over the ranks; None: each rank has the same model, and
+            its own part of each batch.
         signals: stop signals of the process, installed by the caller; None: none.
         heartbeat: created by the caller early in set-up; None: the guard makes its own when there
-        is a run.
-        texts: sample ids -> their texts as the model met them, for what is odd about them. Called
-        on rank 0.
-        describe: sample ids -> (documents as dicts, number of documents), for the journal. Called
-        on rank 0.
-        tokens: (token ids, sample ids of a batch) -> of each token a dict with "text" and "count",
-            for the journal, where the embedding is in trouble. Called on rank 0.
-        rerun: runs the forward passes of this rank's share of the last batch again, with the same
-            dice. Called on every rank when a loss was not finite, to name the module that it came
-            from.
-        replay: runs forward and backward over this rank's share of any batch (see
-            guardrail.torch.diagnose.batch_replay). With it the cause of an incident is looked for.
-            Called on every rank.
-        structure: what the order of a batch's labels is worth to the model (see
-            guardrail.torch.diagnose.batch_replay). With it text of another kind is told from labels
-            that are as good as drawn by lot.
-        fixed_loss: loss on one fixed batch, same on every rank; stored with a checkpoint and
-        compared after a resume.
-        lr_at: the scheduled learning rate as a function of the step, to be compared after a resume.
-        identity: fingerprints stored with a checkpoint. A resume on other "data" is refused, any
-        other change noted.
+            is a run.
+
+    Old names of these arguments are accepted as well; see guardrail.torch.guard.old_arguments.
 
     Raises:
         ConfigError: a setting or an argument that cannot be; names it, its value, and what is
-        expected.
+            expected.
     """
 
+    @accept_old_arguments
     def __init__(
         self,
-        settings: GuardConfig,
-        *,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        optimizer: Optimizer | Sequence[Optimizer],
+        *,
+        data: SampleOrder,
+        batch_size: int | Callable[[int], int],
+        config: GuardConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
         scheduler: Any = None,
         scaler: Any = None,
-        order: SampleOrder,
-        batch_size: int | Callable[[int], int],
+        run: RunDirectory | None = None,
         total_steps: int = 0,
         limit: int | None = None,
         clip: float | Callable[[float], float] = 1.0,
-        run: RunDirectory | None = None,
-        device: torch.device | None = None,
-        counting: bool = True,
-        holders: range | None = None,
+        hooks: LoopHooks | None = None,
+        ranks: RankLayout | None = None,
         signals: StopSignals | None = None,
         heartbeat: Heartbeat | None = None,
-        describe: DescribeSamples | None = None,
-        texts: Texts | None = None,
-        tokens: DescribeTokens | None = None,
-        rerun: Callable[[], None] | None = None,
-        replay: Replay | None = None,
-        structure: Structure | None = None,
-        fixed_loss: Callable[[], float] | None = None,
-        lr_at: Callable[[int], float] | None = None,
-        identity: dict[str, Any] | None = None,
     ) -> None:
-        config = check_settings(settings)
         rank, world = 0, 1
         if dist.is_initialized():
             rank, world = dist.get_rank(), dist.get_world_size()
         # Everything is looked at before the first collective, so that no rank waits for one that
         # refuses.
+        checked_config = check_config(config)
         given = check_parts(
             {
                 "model": model,
                 "optimizer": optimizer,
                 "scheduler": scheduler,
                 "scaler": scaler,
-                "order": order,
+                "data": data,
                 "batch_size": batch_size,
                 "total_steps": total_steps,
                 "limit": limit,
                 "clip": clip,
                 "run": run,
-                "device": device,
-                "counting": counting,
-                "holders": holders,
-                "describe": describe,
-                "texts": texts,
-                "tokens": tokens,
-                "rerun": rerun,
-                "replay": replay,
-                "structure": structure,
-                "fixed_loss": fixed_loss,
-                "lr_at": lr_at,
-                "identity": identity,
-            },
-            world=world,
+            }
         )
         super().__init__(
-            config,
+            checked_config,
             rank=rank,
             world=world,
             model=model,
             optimizers=list(optimizer) if isinstance(optimizer, Sequence) else [optimizer],
             scheduler=scheduler,
             scaler=scaler if enabled(scaler) else None,
-            order=order,
+            order=data,
             batch_size=given["batch_size"],
             total_steps=given["total_steps"],
             limit=given["limit"],
             clip=given["clip"],
             run=run,
-            hooks=LoopHooks(
-                replay=replay,
-                label_order_gain=structure,
-                rerun_forward=rerun,
-                describe_samples=describe,
-                sample_texts=texts,
-                describe_tokens=tokens,
-                fixed_batch_loss=fixed_loss,
-                scheduled_lr=lr_at,
-                fingerprints=identity,
-            ),
-            layout=RankLayout(device=given["device"], counts_loss=counting, shard_ranks=holders),
+            hooks=check_hooks(hooks),
+            layout=check_layout(ranks, world=world),
             signals=signals,
             heartbeat=heartbeat,
         )
 
-    # -- the loop ----------------------------------------------------------------------------------
-
     @classmethod
-    def from_config(cls, settings: GuardConfig, *, data: SampleOrder, **parts: Any) -> Guard:
-        """The guard of a custom loop: `data` is the sample order, `parts` the arguments of the
-        constructor.
+    def from_config(
+        cls,
+        config: GuardConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+        **arguments: Any,
+    ) -> Guard:
+        """Return the guard of a custom loop, with its configuration first.
+
+        Args:
+            config: a `GuardConfig`, a dictionary of its sections, or the path of a TOML file; None:
+                the defaults.
+            arguments: those of `Guard`, all by name.
 
         Raises:
             ConfigError: a setting or an argument that cannot be; names it, its value, and what is
-            expected.
+                expected.
         """
-        check_names(list(parts), cls.__init__)
-        return cls(settings, order=data, **parts)
+        return cls(config=config, **arguments)
+
+    # -- the loop ----------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[Step]:
         try:
@@ -245,6 +196,7 @@ class Guard(GuardParts):
             batch=batch,
             began=began - seconds,
             repeated=repeated,
+            share=self.data_share.of,
         )
         self.metrics.guarding = seconds + time.perf_counter() - began
         return step
@@ -256,6 +208,10 @@ class Guard(GuardParts):
     def peek(self, batch: Batch) -> Batch | None:
         """Return the batch after `batch`, if that is applied; a loader may fetch it meanwhile."""
         return self.cursor.after(batch)
+
+    def share_of(self, batch: Batch) -> tuple[int, ...]:
+        """Return the ids of this rank's samples of any batch; for the hooks."""
+        return self.data_share.of(batch)
 
     def report_phase(self, phase: Phase) -> None:
         """Report what the loop does between steps; call it again now and then during long work."""
@@ -271,10 +227,7 @@ class Guard(GuardParts):
         self.journal("eval", f"held-out loss {loss:.4f} after step {self.step}", loss=loss)
 
     def poll_stop(self) -> bool:
-        """Return on every rank whether any was asked to stop. A collective.
-
-        For long phases between steps, such as an evaluation.
-        """
+        """Return on every rank whether any was asked to stop, in a long evaluation. Collective."""
         return self.command_handler.agree_to_stop()
 
     # -- start and end -----------------------------------------------------------------------------
@@ -290,6 +243,7 @@ class Guard(GuardParts):
         for name, value in self._resume_check.fingerprints.items():
             facts[f"the fingerprint of {name}"] = value
         require_equal(facts, ctx.ranks.gather)
+        self.data_share.open()
         self.gate.open()
         if self.run is not None:
             self._open_run(self.run)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 from guardrail.torch.diagnose.attribution import Texts
 from guardrail.torch.diagnose.batch_replay import Replay, Structure
 from guardrail.torch.diagnose.embedding_tokens import DescribeTokens
-from guardrail.torch.guard.quarantine import DescribeSamples
+
+# Sample ids -> (documents as dicts, number of documents).
+DescribeSamples = Callable[[Sequence[int]], tuple[list[dict[str, Any]], int]]
 
 
 @dataclass(frozen=True, kw_only=True)

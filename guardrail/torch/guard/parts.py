@@ -23,6 +23,7 @@ from guardrail.torch.guard.between_steps import BetweenSteps
 from guardrail.torch.guard.command_actions import RunActions
 from guardrail.torch.guard.command_handler import CommandHandler
 from guardrail.torch.guard.context import Progress, RankInfo, RunContext, RunRecorder
+from guardrail.torch.guard.data_share import DataShare
 from guardrail.torch.guard.deferred_gate import DeferredGate
 from guardrail.torch.guard.guarded_scheduler import GuardedScheduler
 from guardrail.torch.guard.hooks import LoopHooks, RankLayout
@@ -114,6 +115,7 @@ class GuardParts:
         self.state = TrainingState(model, optimizers, scheduler, scaler, layout.shard_ranks)
         self.side_effects = StepSideEffects(self.state)
         self.context = self._build_context(rank, world)
+        self.data_share = DataShare(self.context.ranks, layout)
         self._build_parts(hooks, heartbeat)
         self._build_commands()
         self._build_gates(hooks)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from guardrail.core.records import MAX_NAMED, Remedy, Span
 from guardrail.torch.guard.context import RunContext
-
-# Sample ids -> (documents as dicts, number of documents).
-DescribeSamples = Callable[[Sequence[int]], tuple[list[dict[str, Any]], int]]
+from guardrail.torch.guard.hooks import DescribeSamples
 
 
 class Quarantine:

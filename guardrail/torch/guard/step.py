@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from torch import Tensor
@@ -33,6 +33,11 @@ class Step:
     Attributes:
         number: the step that it becomes when it is applied.
         batch: what to compute it from, over all ranks.
+        samples: ids of this rank's share of `batch.samples`: a contiguous part of them, so that the
+            data-parallel ranks together have each sample once; all of them with one rank. Ranks
+            that compute the same loss (tensor parallelism, stages of a pipeline) have the same
+            share. Where the batch cannot be divided evenly, sizes differ by one at most: then give
+            `finish` sums with `tokens` and `nominal_tokens`, so that every token weighs the same.
         verdict, applied: known after `finish`; under `guard.decide = "deferred"` mostly after that of
             the next step.
         repeated: an earlier try with this number was dropped unjudged: numbers are read a step
@@ -49,8 +54,10 @@ class Step:
         batch: Batch,
         began: float,
         repeated: bool = False,
+        share: Callable[[Batch], tuple[int, ...]] | None = None,
     ) -> None:
         self._finish_step = finish_step
+        self._share = share
         self.number = number
         self.batch = batch
         self.verdict: Verdict | None = None
@@ -58,6 +65,11 @@ class Step:
         self.repeated = repeated
         self.began = began
         self.finished = False
+
+    @property
+    def samples(self) -> tuple[int, ...]:
+        """Ids of this rank's share of the batch's samples."""
+        return self.batch.samples if self._share is None else self._share(self.batch)
 
     def finish(
         self,

@@ -236,9 +236,9 @@ class Frozen(nn.Linear):
         ),
         (
             {"data": [1, 2]},
-            "data = [1, 2]: expected the sample order, a guardrail.decide.sample_order.SampleOrder",
+            "data = [1, 2]: expected the sample order, a guardrail.SampleOrder",
         ),
-        ({"data": SampleOrder}, "hint: SampleOrder(samples=len(dataset), seed=0)"),
+        ({"data": SampleOrder}, "hint: SampleOrder(len(dataset), seed=0)"),
         ({"batch_size": 0}, "batch_size = 0: expected a whole number >= 1"),
         ({"batch_size": 4.0}, "batch_size = 4.0: expected a whole number >= 1"),
         ({"batch_size": "4"}, "batch_size = '4': expected a whole number >= 1"),
@@ -253,11 +253,11 @@ class Frozen(nn.Linear):
         ({"device": "gpu"}, "device = 'gpu': expected a torch.device"),
         (
             {"holders": range(0, 2)},
-            "holders = range(0, 2): expected a range of ranks within 0 to 1",
+            "shard_ranks = range(0, 2): expected a range of ranks within 0 to 1",
         ),
-        ({"counting": 1}, "counting = 1: expected True or False"),
+        ({"counting": 1}, "counts_loss = 1: expected True or False"),
         ({"replay": 3}, "replay = 3: expected a function, or None"),
-        ({"identity": "abc"}, "identity = 'abc': expected a dictionary"),
+        ({"identity": "abc"}, "fingerprints = 'abc': expected a dictionary"),
         (
             {"optimiser": 1},
             "optimiser: expected an argument of Guard\n  hint: did you mean optimizer?",
