@@ -257,12 +257,8 @@ def options_of(name: str) -> list[str]:
     import importlib
 
     command: click.Command = importlib.import_module(f"guardrail.cli.{name}").command
-    return [
-        option
-        for parameter in command.params
-        for option in parameter.opts
-        if option.startswith("-")
-    ]
+    given = [option for parameter in command.params for option in parameter.opts]
+    return ["--help", *(option for option in given if option.startswith("-"))]
 
 
 def run_command(arguments: list[str]) -> tuple[int, str, str]:

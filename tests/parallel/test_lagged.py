@@ -145,7 +145,9 @@ def counted(config: Config) -> tuple[Trainer, int, int]:
 
 
 def test_the_host_waits_for_the_steps_that_a_copy_follows_and_for_no_other(tmp_path: Path) -> None:
-    trainer, waited, flown = counted(tiny(tmp_path, guard={"gate": "lagged"}, train={"steps": 40}))
+    trainer, waited, flown = counted(
+        tiny(tmp_path, guard={"decide": "deferred"}, train={"steps": 40})
+    )
     assert waited == 1 + 40 // 5 and flown == 40 - waited, "the first step, and one in five"
     assert trainer.guard.step == 40
 
@@ -155,7 +157,7 @@ def test_an_update_that_the_ceilings_let_through_by_mistake_is_taken_back(
 ) -> None:
     """The second lock: were the ceilings wrong, the controller would still have the last word."""
     spike = [{"kind": "spike_loss", "first": 208, "last": 209, "value": 50.0}]
-    config = tiny(tmp_path, guard={"gate": "lagged"}, faults=spike, train={"steps": 40})
+    config = tiny(tmp_path, guard={"decide": "deferred"}, faults=spike, train={"steps": 40})
     monkeypatch.setattr(
         "guardrail.decide.controller.Controller.safe_limits",
         lambda self, like: dict.fromkeys(like.signals, math.inf),
@@ -208,7 +210,9 @@ def test_commands_take_effect_at_the_step_they_came_with(tmp_path: Path) -> None
 @pytest.mark.parametrize(("world", "strategy"), SHAPES)
 def test_killed_and_resumed(tmp_path: Path, world: int, strategy: str) -> None:
     faults = [{"kind": "spike_loss", "first": 200, "last": 224, "value": 50.0}]
-    config = tiny(tmp_path, world=world, strategy=strategy, guard={"gate": "lagged"}, faults=faults)
+    config = tiny(
+        tmp_path, world=world, strategy=strategy, guard={"decide": "deferred"}, faults=faults
+    )
     whole, run = trained(config), new_run(config)
     pids = start_run(run, world)
     while len(run.metrics(["step"]) if run.metrics_path.exists() else ()) < 34:
@@ -237,8 +241,8 @@ def test_killed_and_resumed(tmp_path: Path, world: int, strategy: str) -> None:
 def test_what_needs_the_numbers_at_once_is_refused(
     tmp_path: Path, section: str, key: str, value: Any
 ) -> None:
-    with pytest.raises(ConfigError, match=r"guard\.gate") as caught:
-        tiny(tmp_path, guard={"gate": "lagged"}, **{section: {key: value}})
+    with pytest.raises(ConfigError, match=r"guard\.decide") as caught:
+        tiny(tmp_path, guard={"decide": "deferred"}, **{section: {key: value}})
     assert caught.value.key == f"{section}.{key}"
 
 
