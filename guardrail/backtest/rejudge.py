@@ -146,7 +146,7 @@ class Rejudge:
         elif event.kind == "note" and data.get("overflow"):
             self._told.setdefault((event.timeline, event.step + 1), deque()).append(event)
         elif event.kind == "command" and data.get("command") in (
-            CommandKind.POLICY,
+            CommandKind.MODE,
             CommandKind.ACCEPT,
         ):
             if data.get("effect") == "applied":

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from guardrail.cli.common import given_columns, json_option, print_json
+from guardrail.cli.common import FirstNameOption, given_columns, json_option, print_json
 from guardrail.core.text import visible
 
 if TYPE_CHECKING:
@@ -37,7 +37,12 @@ def log_options(function: Any) -> Any:
 @click.command(short_help="Say what the guard would have done about recorded runs.")
 @log_options
 @click.option(
-    "--policy", "--config", "policy", metavar="FILE", help="Take [guard] from this TOML file."
+    "--config",
+    "--policy",
+    "policy",
+    cls=FirstNameOption,
+    metavar="FILE",
+    help="Take [guard] from this TOML file.",
 )
 @click.option(
     "--set",

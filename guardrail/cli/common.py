@@ -107,6 +107,17 @@ def complete_configuration(
     return [CompletionItem(incomplete, type="file")]
 
 
+class FirstNameOption(click.Option):
+    """An option whose help shows its first name alone; the others are its old names."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        names, self.opts = self.opts, self.opts[:1]
+        try:
+            return super().get_help_record(ctx)
+        finally:
+            self.opts = names
+
+
 class FiniteFloat(click.FloatRange):
     """A number that is neither NaN nor infinite: every comparison with NaN is false, so a range
     lets it pass.

@@ -60,25 +60,25 @@ def command(
     """Send a command to a run and wait until it has taken effect.
 
     \b
-    pause | resume        stop turning, keep everything; go on
-    rollback [STEP]       back to a snapshot or checkpoint; without STEP the newest good one
-    undo [SEQ]            take back what the guard decided in this journal line; without SEQ its newest decision
-    accept                take the run as it is, although the loss stayed up: states may become good again
-    skip N                leave out the next N batches
-    lr FACTOR             multiply the scheduled learning rate
-    embed-alpha A         shrink the embedding gradient, A in (0, 1]
-    checkpoint            write one now
-    policy MODE           auto, ask, advise or off
-    stop                  save and end
-    answer WORD           to the guard's question: accept its proposal, continue, or stop
+    pause | resume           Pause after the current step; continue.
+    rollback [STEP]          Restore a snapshot or checkpoint; without STEP the newest good one.
+    undo [SEQ]               Undo the guard's decision of journal line SEQ; without SEQ its newest.
+    accept                   Accept the run as it is while an incident is open. States count as good again.
+    skip N                   Skip the next N batches.
+    lr FACTOR                Multiply the scheduled learning rate.
+    shrink-embedding FACTOR  Multiply the embedding gradients, 0 < FACTOR <= 1.
+    checkpoint               Write a checkpoint now.
+    mode MODE                Change who decides: auto, ask, advise or off.
+    stop                     Save a checkpoint and end.
+    answer WORD              Answer the guard's question: accept its proposal, continue, or stop.
 
-    Prints what took effect and at which step. Exit code 2 if the run refuses, is not running or
-    does not answer. With --preview it prints where the command would go, what is lost and what is
-    left out, and nothing is sent; `answer --preview` says it of each answer to the guard's
-    question.
+    Prints what took effect and at which step. Exit code 2: the run refused the command, is not
+    running, or did not answer. --preview prints what the command would restore, what would be lost
+    and what would be skipped, and sends nothing. `answer --preview` shows this for each answer.
 
-    A command holds for the question that is open when it is given, or for none. If that has changed
-    when it reaches the run, it is refused. `answer 0`, `1` and `2` are accept, continue and stop.
+    A command belongs to the question that is open when you give it. If another question is open
+    when it reaches the run, the run refuses it. `answer 0`, `1` and `2` mean accept, continue and
+    stop.
     """
     from guardrail.core.errors import ExitCode
     from guardrail.operate import control

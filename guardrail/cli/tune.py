@@ -5,13 +5,18 @@ from __future__ import annotations
 import click
 
 from guardrail.cli.backtest import log_options, read_logs
-from guardrail.cli.common import FiniteFloat
+from guardrail.cli.common import FiniteFloat, FirstNameOption
 
 
 @click.command(short_help="Propose a [guard] section for recorded runs.")
 @log_options
 @click.option(
-    "--policy", "--config", "policy", metavar="FILE", help="Start from [guard] of this TOML file."
+    "--config",
+    "--policy",
+    "policy",
+    cls=FirstNameOption,
+    metavar="FILE",
+    help="Start from [guard] of this TOML file.",
 )
 @click.option(
     "--set",

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from guardrail.cli.common import can_draw, given_columns, has_terminal, screen_options, show_screen
+from guardrail.cli.common import (
+    FirstNameOption,
+    can_draw,
+    given_columns,
+    has_terminal,
+    screen_options,
+    show_screen,
+)
 from guardrail.core.text import clean
 
 if TYPE_CHECKING:
@@ -25,7 +32,12 @@ if TYPE_CHECKING:
     help="Which column holds a signal; repeatable.",
 )
 @click.option(
-    "--policy", "--config", "policy", metavar="FILE", help="Judge by the [guard] of this TOML file."
+    "--config",
+    "--policy",
+    "policy",
+    cls=FirstNameOption,
+    metavar="FILE",
+    help="Judge by the [guard] of this TOML file.",
 )
 @click.option(
     "--set",

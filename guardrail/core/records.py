@@ -314,9 +314,9 @@ class CommandKind(str, Enum):
     ROLLBACK = "rollback"  # value: step of the target; nan: newest good one
     SKIP = "skip"  # value: number of batches to leave out
     LR = "lr"  # value: factor on the scheduled learning rate
-    EMBED_ALPHA = "embed-alpha"  # value: embedding-gradient factor in (0, 1]
+    SHRINK_EMBEDDING = "shrink-embedding"  # value: embedding-gradient factor in (0, 1]
     CHECKPOINT = "checkpoint"
-    POLICY = "policy"  # value: index into list(Mode)
+    MODE = "mode"  # value: index into list(Mode)
     STOP = "stop"
     # value: index of the choice while parked (0: accept the proposal, 1: continue, 2: stop)
     ANSWER = "answer"
@@ -324,6 +324,16 @@ class CommandKind(str, Enum):
     ACCEPT = "accept"
     # value: seq of the journal line to be undone; nan: the newest decision of the guard
     UNDO = "undo"
+
+    @classmethod
+    def _missing_(cls, value: object) -> CommandKind | None:
+        """Accept the names of older versions, in command files and in Python."""
+        new = OLD_COMMANDS.get(str(value))
+        return None if new is None else cls(new)
+
+
+# Names of commands in older versions -> present names.
+OLD_COMMANDS = {"embed-alpha": "shrink-embedding", "policy": "mode"}
 
 
 class Shown(Record, frozen=True, kw_only=True):

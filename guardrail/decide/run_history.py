@@ -222,9 +222,9 @@ class RunHistory:
         kind, value = event.data.get("command"), float(event.data.get("value", 0.0))
         if kind == CommandKind.LR:
             self.lr.set(event.step + 1, value)
-        elif kind == CommandKind.EMBED_ALPHA:
+        elif kind == CommandKind.SHRINK_EMBEDDING:
             self.alpha.set(event.step + 1, value)
-        elif kind == CommandKind.POLICY:
+        elif kind == CommandKind.MODE:
             self.mode = list(Mode)[int(value)]
 
     def _undo(self, data: dict[str, Any]) -> None:

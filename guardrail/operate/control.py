@@ -16,7 +16,8 @@ import msgspec
 
 from guardrail.core.errors import UsageError
 from guardrail.core.files import open_file
-from guardrail.core.records import Command, CommandKind, Event, Mode, Phase, Shown
+from guardrail.core.records import OLD_COMMANDS, Command, CommandKind, Event, Mode, Phase, Shown
+from guardrail.core.renamed_keys import print_notice
 from guardrail.core.text import visible
 from guardrail.decide.questions import BY_HAND, CHOICES, open_question
 from guardrail.operate.identity import who
@@ -28,8 +29,8 @@ POLL_SECONDS = 0.1
 _NEED_VALUE = {
     CommandKind.SKIP: "a number of batches",
     CommandKind.LR: "a factor",
-    CommandKind.EMBED_ALPHA: "a factor in (0, 1]",
-    CommandKind.POLICY: "a mode",
+    CommandKind.SHRINK_EMBEDDING: "a factor in (0, 1]",
+    CommandKind.MODE: "a mode",
     CommandKind.ANSWER: "accept, continue or stop",
 }
 
@@ -37,6 +38,9 @@ _NEED_VALUE = {
 def parse(action: str, value: str | None, *, at_step: int = 0) -> Command:
     """Words of a command line -> a command that makes sense. Raises UsageError."""
     names = [kind.value for kind in CommandKind]
+    if action in OLD_COMMANDS:
+        print_notice(f"ctl {action}", f"ctl {OLD_COMMANDS[action]}")
+        action = OLD_COMMANDS[action]
     if action not in names:
         close = difflib.get_close_matches(action, names, n=1)
         hint = f"did you mean {close[0]}?" if close else f"commands: {', '.join(names)}"
@@ -60,10 +64,10 @@ def parse(action: str, value: str | None, *, at_step: int = 0) -> Command:
 def _number(kind: CommandKind, value: str | None) -> float:
     if value is None:
         return math.nan if kind in (CommandKind.ROLLBACK, CommandKind.UNDO) else 0.0
-    if kind is CommandKind.POLICY:
+    if kind is CommandKind.MODE:
         modes = [mode.value for mode in Mode]
         if value not in modes:
-            raise UsageError(f"policy takes one of {', '.join(modes)}, not {visible(value, 160)}")
+            raise UsageError(f"mode takes one of {', '.join(modes)}, not {visible(value, 160)}")
         return float(modes.index(value))
     if kind is CommandKind.ANSWER:
         if value in CHOICES or value in ("0", "1", "2"):

@@ -189,13 +189,13 @@ def of(scene: RunState, command: Command) -> Preview:
             return _plain(
                 scene, kind, value, lr_before=now, lr=after, instead_of=factor, remark=remark
             )
-        case CommandKind.EMBED_ALPHA:
+        case CommandKind.SHRINK_EMBEDDING:
             setting = scene.past.alpha.at(scene.step + 1)
             before = scene.effects(scene.step + 1).embed_alpha
             after = before / setting * value if setting else math.nan
             remark = f"from step {scene.step + 1:,} on"
             return _plain(scene, kind, value, alpha=after, instead_of=setting, remark=remark)
-        case CommandKind.POLICY:
+        case CommandKind.MODE:
             remark = f"{list(Mode)[int(value)].value} instead of {scene.mode.value}"
             return _plain(
                 scene, kind, value, instead_of=float(list(Mode).index(scene.mode)), remark=remark

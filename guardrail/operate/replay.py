@@ -275,9 +275,7 @@ def prepare(run: RunDirectory, stretch: Plan) -> RunDirectory:
     scratch = RunDirectory.create_at(path, _config(run))
     try:
         # Who decided is no matter here: nobody does.
-        events = [
-            event for event in run.events() if event.data.get("command") != CommandKind.POLICY
-        ]
+        events = [event for event in run.events() if event.data.get("command") != CommandKind.MODE]
         lines = b"".join(encode_json(_fields(event)) + b"\n" for event in events)
         replace_file(scratch.journal_path, lines)
         if stretch.base is not None:

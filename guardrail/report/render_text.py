@@ -235,7 +235,7 @@ def document_line(document: Document) -> str:
 
 def command_line(answer: CommandRecord) -> str:
     value = ""
-    if answer.command == CommandKind.POLICY.value and answer.value in range(len(Mode)):
+    if answer.command == CommandKind.MODE.value and answer.value in range(len(Mode)):
         value = f" {list(Mode)[int(answer.value)].value}"
     elif (
         answer.command not in ("pause", "resume", "checkpoint", "accept", "stop")

@@ -93,11 +93,11 @@ def check_command(command: Command) -> str | None:
             if 0 < value <= MAX_LR_FACTOR
             else f"lr takes a factor in (0, {MAX_LR_FACTOR:g}], not {value:g}"
         )
-    if kind is CommandKind.EMBED_ALPHA:
-        return None if 0 < value <= 1 else f"embed-alpha takes a factor in (0, 1], not {value:g}"
+    if kind is CommandKind.SHRINK_EMBEDDING:
+        return None if 0 < value <= 1 else f"{kind.value} takes a factor in (0, 1], not {value:g}"
     count, noun = (
-        (len(Mode), "policy takes a mode")
-        if kind is CommandKind.POLICY
+        (len(Mode), "mode takes a mode")
+        if kind is CommandKind.MODE
         else (3, "answer takes a choice")
     )
     return None if whole and 0 <= value < count else f"{noun} from 0 to {count - 1}, not {value:g}"

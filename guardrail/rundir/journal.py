@@ -26,7 +26,7 @@ from guardrail.core.files import (
     refuse_special,
     sync_folder,
 )
-from guardrail.core.records import Event, Finding, Phase, Span
+from guardrail.core.records import OLD_COMMANDS, Event, Finding, Phase, Span
 
 FIXED = ("seq", "time", "step", "timeline", "kind", "message")
 LOCK_SECONDS = 30.0  # a writer that holds the lock this long is stopped or dead on another host
@@ -126,8 +126,16 @@ def parse_counted(data: bytes) -> tuple[list[Event], int, int]:
     """As `parse`, and how many of the complete lines are no events."""
     end = data.rfind(b"\n") + 1
     lines = [line for line in data[:end].split(b"\n") if line.strip()]
-    events = [event for event in map(_event, lines) if event is not None]
+    events = [with_present_names(event) for event in map(_event, lines) if event is not None]
     return events, end, len(lines) - len(events)
+
+
+def with_present_names(event: Event) -> Event:
+    """The event in the words of this version: journals of older ones are read for good."""
+    command = event.data.get("command")
+    if event.kind == "command" and isinstance(command, str) and command in OLD_COMMANDS:
+        event.data["command"] = OLD_COMMANDS[command]
+    return event
 
 
 def last_turn(events: Sequence[Event]) -> Event | None:

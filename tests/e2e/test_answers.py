@@ -275,7 +275,7 @@ def test_of_two_that_change_a_setting_at_once_one_wins(tmp_path: Path) -> None:
             assert asking.reason(loser) == f"somebody else has changed it: it is x{factor:g} now"
         for wanted in (Mode.AUTO, Mode.ADVISE):
             command = {
-                "kind": CommandKind.POLICY,
+                "kind": CommandKind.MODE,
                 "value": float(list(Mode).index(wanted)),
                 "shown": records.Shown(instead_of=float(list(Mode).index(mode))),
             }

@@ -371,11 +371,11 @@ def test_run_whose_mode_was_changed_and_that_was_sent_back_by_hand(tmp_path: Pat
     )
     run = new_run(config)
     for id, step, kind, value in (
-        ("advise", 20, CommandKind.POLICY, modes[Mode.ADVISE]),
+        ("advise", 20, CommandKind.MODE, modes[Mode.ADVISE]),
         ("back", 30, CommandKind.ROLLBACK, 15.0),
         ("skip", 31, CommandKind.SKIP, 2.0),
-        ("off", 33, CommandKind.POLICY, modes[Mode.OFF]),
-        ("auto", 36, CommandKind.POLICY, modes[Mode.AUTO]),
+        ("off", 33, CommandKind.MODE, modes[Mode.OFF]),
+        ("auto", 36, CommandKind.MODE, modes[Mode.AUTO]),
     ):
         run.send(Command(id=id, kind=kind, value=value, at_step=step))
     assert train(run, 1) == "finished"

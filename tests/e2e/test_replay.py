@@ -30,7 +30,7 @@ LR, SKIP, ROLLBACK, UNDO, STOP, POLICY = (
     CommandKind.ROLLBACK,
     CommandKind.UNDO,
     CommandKind.STOP,
-    CommandKind.POLICY,
+    CommandKind.MODE,
 )
 
 

@@ -84,11 +84,11 @@ def test_each_command_is_answered_with_its_step(tmp_path: Path) -> None:
     run = new_run(tiny(tmp_path, world=2, train={"steps": 60}))
     send(run, "slower", CommandKind.LR, 0.5, at_step=5)
     send(run, "save", CommandKind.CHECKPOINT, at_step=7)
-    send(run, "watch", CommandKind.POLICY, list(Mode).index(Mode.ADVISE), at_step=9)
+    send(run, "watch", CommandKind.MODE, list(Mode).index(Mode.ADVISE), at_step=9)
     send(run, "resume", CommandKind.RESUME, at_step=11)
     send(run, "answer", CommandKind.ANSWER, 1, at_step=13)
     send(run, "nowhere", CommandKind.ROLLBACK, 3, at_step=15)
-    send(run, "shrink", CommandKind.EMBED_ALPHA, 0.1, at_step=17)
+    send(run, "shrink", CommandKind.SHRINK_EMBEDDING, 0.1, at_step=17)
     send(run, "skip", CommandKind.SKIP, 2, at_step=19)
     send(run, "stop", CommandKind.STOP, at_step=25)
     send(run, "late", CommandKind.PAUSE, at_step=40)
@@ -132,7 +132,7 @@ def test_the_embedding_is_shrunk_from_the_next_step_on(tmp_path: Path) -> None:
         new_run(tiny(tmp_path, train={"steps": 12})),
         new_run(tiny(tmp_path, train={"steps": 12})),
     )
-    send(run, "shrink", CommandKind.EMBED_ALPHA, 0.1, at_step=5)
+    send(run, "shrink", CommandKind.SHRINK_EMBEDDING, 0.1, at_step=5)
     assert train(run, 1) == train(plain, 1) == "finished"
     losses = table(run, ("loss",)), table(plain, ("loss",))
     assert np.array_equal(losses[0][:6], losses[1][:6])
@@ -158,7 +158,7 @@ def test_parked_for_longer_than_a_collective_may_take(
     send(run, "again", CommandKind.PAUSE)
     send(run, "skip", CommandKind.SKIP, 2)
     send(run, "save", CommandKind.CHECKPOINT)
-    send(run, "watch", CommandKind.POLICY, list(Mode).index(Mode.ADVISE))
+    send(run, "watch", CommandKind.MODE, list(Mode).index(Mode.ADVISE))
     send(run, "back", CommandKind.ROLLBACK, 5)
     wait_for(lambda: "back" in answers(run), what="answers while parked")
     # A rollback by hand does not end a pause by hand.

@@ -196,7 +196,7 @@ def test_commands_take_effect_at_the_step_they_came_with(tmp_path: Path) -> None
             ("slower", CommandKind.LR, 0.5, 6),
             ("skip", CommandKind.SKIP, 2, 11),
             ("back", CommandKind.ROLLBACK, 10, 13),
-            ("shrink", CommandKind.EMBED_ALPHA, 0.5, 17),
+            ("shrink", CommandKind.SHRINK_EMBEDDING, 0.5, 17),
         ):
             run.send(Command(id=name, kind=kind, value=value, at_step=at_step, who="tester"))
         assert train(run, 1) == "finished"

@@ -95,7 +95,7 @@ def test_the_past_of_a_journal() -> None:
                 "command",
                 step=8,
                 timeline=1,
-                command="policy",
+                command="mode",
                 value=list(Mode).index(Mode.ASK),
                 effect="applied",
             ),

@@ -186,7 +186,7 @@ def test_remedies_in_force_count_for_what_is_and_what_will_be() -> None:
         here, (160, 240), remedies=[msgspec.structs.replace(alpha, from_step=21, value=0.5)]
     )
     assert more.alpha == 0.15 and "embedding gradients x0.15 instead of x0.2" in more.sentence()
-    assert of(here, wish(CommandKind.EMBED_ALPHA, 2.0)).alpha == 0.4
+    assert of(here, wish(CommandKind.SHRINK_EMBEDDING, 2.0)).alpha == 0.4
     # Undone, a decision takes its remedy with it.
     events = [decision(4, "left_out", 232, 240, "rejected", 29)]
     past.remedies[1] = (span_in(events[0]), alpha)
@@ -212,9 +212,9 @@ def test_an_undo_goes_to_the_newest_state_from_before_the_decision_candidates_to
 @pytest.mark.parametrize(
     ("kind", "value", "said"),
     [
-        (CommandKind.POLICY, 1, "ask instead of auto"),
+        (CommandKind.MODE, 1, "ask instead of auto"),
         (CommandKind.STOP, 0, "saves after step 30"),
-        (CommandKind.EMBED_ALPHA, 0.1, "x0.1 instead of x1, from step 31"),
+        (CommandKind.SHRINK_EMBEDDING, 0.1, "x0.1 instead of x1, from step 31"),
         (CommandKind.RESUME, 0, "would be refused: training is not paused"),
         (CommandKind.ANSWER, 0, "would be refused: no question is open"),
     ],

@@ -457,7 +457,7 @@ class LiveRun:
                 fake._checkpoint(fake.step)
             case CommandKind.LR:
                 fake.lr_factor = command.value
-            case CommandKind.POLICY:
+            case CommandKind.MODE:
                 fake.mode = list(Mode)[int(command.value)]
             case CommandKind.SKIP:
                 fake.cursor += int(command.value) * BATCH

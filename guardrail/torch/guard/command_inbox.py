@@ -132,10 +132,10 @@ class CommandInbox:
 
     def _why_setting_changed(self, kind: CommandKind) -> str:
         ctx = self._ctx
-        if kind is CommandKind.POLICY:
+        if kind is CommandKind.MODE:
             mode = ctx.progress.mode
             return setting_changed(self.shown, float(MODES.index(mode)), mode.value)
-        if kind not in (CommandKind.LR, CommandKind.EMBED_ALPHA):
+        if kind not in (CommandKind.LR, CommandKind.SHRINK_EMBEDDING):
             return ""
         setting = ctx.history.lr if kind is CommandKind.LR else ctx.history.alpha
         now = setting.at(ctx.progress.step + 1)

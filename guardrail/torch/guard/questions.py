@@ -116,11 +116,11 @@ def question_line(
 def worded(kind: CommandKind, value: float) -> str:
     """Return a command in words: "lr x0.5", "skip 20 batches"."""
     match kind:
-        case CommandKind.LR | CommandKind.EMBED_ALPHA:
+        case CommandKind.LR | CommandKind.SHRINK_EMBEDDING:
             return f"{kind.value} x{value:g}"
         case CommandKind.SKIP:
             return f"skip {plural(int(value), 'batch')}"
-        case CommandKind.POLICY:
+        case CommandKind.MODE:
             return f"policy {MODES[int(value)].value}"
         case CommandKind.ROLLBACK:
             return "rollback" if math.isnan(value) else f"rollback to step {value:g}"

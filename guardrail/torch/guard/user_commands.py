@@ -18,7 +18,13 @@ from guardrail.torch.guard.questions import MODES, OpenQuestion
 
 # Kinds that hold for what was shown with them alone; the others do the same whatever has happened
 # since.
-BOUND = (*BY_HAND, CommandKind.ANSWER, CommandKind.LR, CommandKind.EMBED_ALPHA, CommandKind.POLICY)
+BOUND = (
+    *BY_HAND,
+    CommandKind.ANSWER,
+    CommandKind.LR,
+    CommandKind.SHRINK_EMBEDDING,
+    CommandKind.MODE,
+)
 
 
 class UserCommands:
@@ -68,10 +74,10 @@ class UserCommands:
             case CommandKind.STOP:
                 acknowledge(kind, value)
                 self._actions.end(Phase.STOPPED, "stopped by command")
-            case CommandKind.LR | CommandKind.EMBED_ALPHA:
+            case CommandKind.LR | CommandKind.SHRINK_EMBEDDING:
                 # the journal line itself is where the setting is read from; see RunHistory
                 acknowledge(kind, value)
-            case CommandKind.POLICY:
+            case CommandKind.MODE:
                 acknowledge(kind, value)
                 self._ctx.set_mode(MODES[int(value)])
             case CommandKind.CHECKPOINT:

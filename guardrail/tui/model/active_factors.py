@@ -17,7 +17,7 @@ from guardrail.decide.run_history import RunHistory, StepSetting
 
 # kind of a remedy -> its name on the screen
 NAMES = {LR: "rate", EMBED_ALPHA: "embedding", CLIP: "clip"}
-_COMMANDS = {CommandKind.LR.value: LR, CommandKind.EMBED_ALPHA.value: EMBED_ALPHA}
+_COMMANDS = {CommandKind.LR.value: LR, CommandKind.SHRINK_EMBEDDING.value: EMBED_ALPHA}
 
 
 @dataclass(frozen=True)

@@ -324,7 +324,7 @@ class Digest:
 def _change(event: Event) -> str:
     """What a command changed, in a few characters: "×0.5"."""
     value = event.data.get("value")
-    factors = (CommandKind.LR.value, CommandKind.EMBED_ALPHA.value)
+    factors = (CommandKind.LR.value, CommandKind.SHRINK_EMBEDDING.value)
     if event.data.get("command") not in factors or not isinstance(value, int | float):
         return ""
     return f"×{value:.3g}" if math.isfinite(value) else ""

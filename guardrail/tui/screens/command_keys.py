@@ -158,7 +158,7 @@ class Commanding(Base):
             "embedding",
             text,
             "0.1",
-            CommandKind.EMBED_ALPHA,
+            CommandKind.SHRINK_EMBEDDING,
             lambda v: f"embedding gradients ×{v:g}",
         )
 
@@ -275,7 +275,7 @@ class Commanding(Base):
             if index is not None and modes[index] is not now:
                 shown = Shown(instead_of=float(modes.index(now)))
                 self._command(
-                    CommandKind.POLICY, float(index), f"mode {modes[index].value}", shown=shown
+                    CommandKind.MODE, float(index), f"mode {modes[index].value}", shown=shown
                 )
 
         options = [

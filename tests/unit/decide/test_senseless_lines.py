@@ -50,7 +50,7 @@ def events(loop: Loop) -> list[Event]:
             },
         ),
         ("command", {"command": "accept", "effect": "applied", "value": 0.0, "batch": [480, 488]}),
-        ("command", {"command": "policy", "effect": "applied", "value": 1.0}),
+        ("command", {"command": "mode", "effect": "applied", "value": 1.0}),
         ("command", {"command": "lr", "effect": "applied", "value": 0.5}),
         ("resumed", {"answer": "go_on"}),
         ("ended", {"phase": "stopped"}),

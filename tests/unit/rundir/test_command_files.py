@@ -174,8 +174,8 @@ def test_an_inbox_that_is_not_there_is_empty(run: RunDirectory) -> None:
         (CommandKind.ROLLBACK, [0.0, 17.0, math.nan], [-1.0, 0.5, math.inf, -math.inf, 1e300]),
         (CommandKind.SKIP, [1.0, 500.0], [0.0, -1.0, 1.5, math.nan, math.inf, 1e9]),
         (CommandKind.LR, [0.5, 1.0, 1e-9], [0.0, -0.1, math.nan, math.inf, 101.0]),
-        (CommandKind.EMBED_ALPHA, [0.1, 1.0], [0.0, 1.1, -0.1, math.nan]),
-        (CommandKind.POLICY, [0.0, 3.0], [4.0, -1.0, 0.5, math.nan]),
+        (CommandKind.SHRINK_EMBEDDING, [0.1, 1.0], [0.0, 1.1, -0.1, math.nan]),
+        (CommandKind.MODE, [0.0, 3.0], [4.0, -1.0, 0.5, math.nan]),
         (CommandKind.ANSWER, [0.0, 1.0, 2.0], [3.0, -1.0, math.nan, math.inf]),
     ],
 )

@@ -668,7 +668,7 @@ def test_a_pause_ends_with_resume_and_carries_out_what_comes_meanwhile(
 ) -> None:
     rig, commands = handler
     give(CommandKind.CHECKPOINT)
-    give(CommandKind.POLICY, float(list(Mode).index(Mode.ASK)))
+    give(CommandKind.MODE, float(list(Mode).index(Mode.ASK)))
     give(CommandKind.RESUME)
     assert commands.park() is ParkResult.AS_PROPOSED
     assert rig.done == [("saved", 0)] and rig.ctx.progress.mode is Mode.ASK

@@ -205,7 +205,7 @@ def test_a_pause_says_by_whom() -> None:
 @pytest.mark.fault("B2", "T14")
 def test_the_embedding_factor_has_a_mark_with_its_number() -> None:
     fake = example()
-    fake.event("command", "embed-alpha x0.1", id="a", command=CommandKind.EMBED_ALPHA.value, value=0.1,
+    fake.event("command", "shrink-embedding x0.1", id="a", command=CommandKind.SHRINK_EMBEDDING.value, value=0.1,
                effect="applied", who="ann@vm")  # fmt: skip
     assert (1284, "×0.1") in snapshot_of(fake).story.marks["!"]
 
@@ -216,9 +216,9 @@ def test_a_standing_factor_is_shown_with_since_by_and_until() -> None:
     assert "×" not in facts(look(fake))
     fake.event(
         "command",
-        "embed-alpha x0.1",
+        "shrink-embedding x0.1",
         id="a",
-        command="embed-alpha",
+        command="shrink-embedding",
         value=0.1,
         effect="applied",
         who="ann@vm",
@@ -226,9 +226,9 @@ def test_a_standing_factor_is_shown_with_since_by_and_until() -> None:
     assert "embedding ×0.1 since 1,285 by ann" in facts(look(fake))
     fake.event(
         "command",
-        "embed-alpha x1",
+        "shrink-embedding x1",
         id="b",
-        command="embed-alpha",
+        command="shrink-embedding",
         value=1.0,
         effect="applied",
         who="ann@vm",

@@ -123,11 +123,11 @@ SENDS: dict[str, tuple[list[str], CommandKind, float]] = {
     "r": (["r", "enter", "y"], CommandKind.ROLLBACK, 1270.0),
     "s": (["s", "2", "5", "enter", "y"], CommandKind.SKIP, 25.0),
     "l": (["l", "0", "full_stop", "2", "5", "enter", "y"], CommandKind.LR, 0.25),
-    "e": (["e", "enter", "y"], CommandKind.EMBED_ALPHA, 0.1),
+    "e": (["e", "enter", "y"], CommandKind.SHRINK_EMBEDDING, 0.1),
     "u": (["u", "y"], CommandKind.UNDO, math.nan),
     "A": (["A", "y"], CommandKind.ACCEPT, 0.0),
     "c": (["c"], CommandKind.CHECKPOINT, 0.0),
-    "m": (["m", "down", "enter"], CommandKind.POLICY, float(list(Mode).index(Mode.ASK))),
+    "m": (["m", "down", "enter"], CommandKind.MODE, float(list(Mode).index(Mode.ASK))),
     "a": (["escape", "a", "down", "enter"], CommandKind.ANSWER, 1.0),
     "S": (["S", "y"], CommandKind.STOP, 0.0),
 }

@@ -129,7 +129,7 @@ def test_answers_and_marks_of_commands() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["lr", pytest.param("embed-alpha", marks=pytest.mark.fault("B2"))]
+    "command", ["lr", pytest.param("shrink-embedding", marks=pytest.mark.fault("B2"))]
 )
 def test_a_factor_that_was_set_stands_beside_its_mark(command: str) -> None:
     told = story(event("command", id="a", command=command, value=0.5, effect="applied", step=7))
