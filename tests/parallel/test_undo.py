@@ -314,7 +314,7 @@ def letting(config: Config, run: RunDirectory) -> Config:
     assert pardons
     return replace(
         config,
-        guard=replace(config.guard, pardon=pardons),
+        guard=replace(config.guard, allowlist=pardons),
         data=replace(config.data, quarantine=str(file)),
     )
 
