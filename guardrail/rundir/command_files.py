@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from guardrail.core.files import as_float, encode_json, replace_file
-from guardrail.core.records import Command, CommandKind, Event, Mode, Record, field_of
+from guardrail.core.records import OLD_COMMANDS, Command, CommandKind, Event, Mode, Record, field_of
 from guardrail.core.text import clean
 
 MAX_BYTES = 64 * 1024
@@ -261,7 +261,7 @@ def _parse(name: str, data: bytes) -> Command | Refusal:
     if not isinstance(fields, dict):
         return _refuse(name, "it is not a JSON object")
     kinds = [kind.value for kind in CommandKind]
-    if not isinstance(fields.get("kind"), str) or fields["kind"] not in kinds:
+    if not isinstance(fields.get("kind"), str) or fields["kind"] not in (*kinds, *OLD_COMMANDS):
         return _refuse(name, f"its kind is none of {', '.join(kinds)}", fields)
     # Without a value `rollback` means the newest good state, not step 0, and `undo` the newest
     # decision.

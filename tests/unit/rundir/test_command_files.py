@@ -360,3 +360,16 @@ def test_a_number_from_a_file_never_overflows() -> None:
         as_int("3", 7),
         as_int(math.inf, 7),
     ) == (7, 3, 7, 7, 7)
+
+
+@pytest.mark.parametrize(
+    ("old", "kind", "value"),
+    [("embed-alpha", CommandKind.SHRINK_EMBEDDING, 0.5), ("policy", CommandKind.MODE, 1.0)],
+)
+def test_old_words_in_files_and_in_the_journal_are_read(
+    run: RunDirectory, old: str, kind: CommandKind, value: float
+) -> None:
+    (run.commands / "old.json").write_text(f'{{"id": "old", "kind": "{old}", "value": {value}}}')
+    assert [(c.kind, c.value) for c in run.commands_pending()] == [(kind, value)]
+    run.append("command", "", id="old", command=old, value=value, effect="applied")
+    assert [event.data["command"] for event in run.events()] == [kind.value]
