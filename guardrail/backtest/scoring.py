@@ -22,7 +22,7 @@ import itertools
 import statistics
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -153,10 +153,6 @@ def score_run(
         row for row, v in alarms if v == "note" and not _inside(row, events, excused, tolerated)
     )
     return out
-
-
-def as_dict(mark: Marks) -> dict[str, Any]:
-    return asdict(mark)
 
 
 def _spans(

@@ -125,8 +125,7 @@ def decide(
     Args:
         findings: of this step.
         streak: troubled batches rejected directly before this one.
-        in_a_row: rollbacks done without `healthy_after` steps of progress between them; see
-        `rollbacks_in_a_row`.
+        in_a_row: how many `recent_rollbacks` there are.
         diagnosis: of the incident, where a replay has told it. Where it is the state, to leave
             updates out is pointless; where it is data of which nothing was applied, to go back is:
             the weights are as they were.
@@ -162,11 +161,6 @@ def consecutive_skip_limit(settings: GuardOptions) -> int:
         if any(rung.action == "skip" for rung in settings.escalation)
         else 1
     )
-
-
-def rollbacks_in_a_row(rollbacks: Sequence[Rollback], *, applied: int, healthy_after: int) -> int:
-    """How many there are; see `recent_rollbacks`."""
-    return len(recent_rollbacks(rollbacks, applied=applied, healthy_after=healthy_after))
 
 
 def recent_rollbacks(

@@ -4,6 +4,7 @@ how it is scored.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
@@ -18,7 +19,7 @@ from guardrail.backtest import plotting
 from guardrail.backtest.backtest import backtest
 from guardrail.backtest.importers.sources import sources
 from guardrail.backtest.rejudge import Rejudge
-from guardrail.backtest.scoring import as_dict, score
+from guardrail.backtest.scoring import score
 from guardrail.cli.main import main
 from guardrail.core.config import GuardOptions, load_guard
 from guardrail.core.files import encode_json
@@ -513,7 +514,7 @@ def test_figures_are_those_of_the_original_scorer() -> None:
         },
         **{"delay_median": 3, "delay_p90": 3, "missing": ["absent"]},
     }
-    assert as_dict(marks["spikes"]) == {
+    assert dataclasses.asdict(marks["spikes"]) == {
         **{"grave": 2, "acted": 2, "labelled": 3, "noted": 3, "delays": [3, 20], "records": 600},
         **{"false_rollbacks": 2, "false_skips": 2, "false_notes": 1, "missing": False},
     }
