@@ -13,6 +13,7 @@ from guardrail.torch.checkpoint import memory_snapshots as snapshots_module
 from guardrail.torch.checkpoint.memory_snapshots import (
     CANDIDATE,
     GOOD,
+    SUSPECT,
     Layout,
     SnapshotRing,
 )
@@ -287,6 +288,20 @@ def test_good_after_enough_healthy_steps() -> None:
     assert ring.newest_good().step == 10  # type: ignore[union-attr]
     assert ring.newest_good(before_step=10).step == 0  # type: ignore[union-attr]
     assert ring.newest_good(before_step=0) is None
+
+
+def test_suspects_are_those_that_hold_the_onset_whatever_they_were() -> None:
+    ring = ring_of(Setup(), keep=4)
+    for step in (0, 10, 20, 30):
+        ring.take(step, step, 0, {})
+    ring.confirm(healthy_through(38, 8))
+    assert [s.step for s in ring.mark_suspect(20)] == [20, 30]
+    assert ring.mark_suspect(20) == []
+    assert ring.newest_good().step == 10  # type: ignore[union-attr]
+    ring.confirm(healthy_through(100, 8))
+    assert steps_of(ring, SUSPECT) == [20, 30]
+    ring.drop_after(10)
+    assert steps_of(ring) == [0, 10]
 
 
 def test_the_newest_good_one_outlives_any_number_of_candidates() -> None:

@@ -305,6 +305,12 @@ class SnapshotRing:
         """
         return self._move({GOOD}, CANDIDATE, lambda step: step >= from_step)
 
+    def mark_suspect(self, from_step: int) -> list[Snapshot]:
+        """Snapshots of `from_step` and later hold the trouble's updates; good ones too. Returns the
+        newly marked.
+        """
+        return self._move({CANDIDATE, GOOD}, SUSPECT, lambda step: step >= from_step)
+
     def _move(self, before: set[str], after: str, fits: Callable[[int], bool]) -> list[Snapshot]:
         moved = [s for s in self._snapshots if s.state in before and fits(s.step)]
         for snapshot in moved:
