@@ -1,4 +1,4 @@
-"""Gathers the events of a journal into incidents: the evidence, what was done, what was left out.
+"""Gathers the events of a journal into incidents: the evidence, what was done, what was skipped.
 Pure.
 """
 
@@ -14,12 +14,15 @@ from guardrail.core.files import as_float
 from guardrail.core.records import Event, Finding, Span
 from guardrail.core.text import clean
 from guardrail.decide.undo import joined, split_span, undone_spans
+from guardrail.report.cause_evidence import evidence_from_line
 from guardrail.report.incident import Incident, IncidentAction, Token
 from guardrail.report.journal_entries import (
+    SKIPPED,
+    action_of,
     curve_of,
-    deed_of,
     documents_of,
     samples_of,
+    samples_of_span,
     tokens_of,
     whole,
 )
@@ -27,7 +30,15 @@ from guardrail.rundir.run_directory import findings_of, span_of
 
 NOT_MEASURED = ("number", "onset", "at_step")
 # states of an incident that say how it went on
-ENDS = ("recovered", "offset", "recurred", "accepted")
+ENDS = (
+    "recovered",
+    "offset",
+    "recovered with higher loss",
+    "recurred",
+    "repeated",
+    "accepted",
+)
+_AGAIN = ("recurred", "repeated")
 _NEAR = 20  # verdicts without an incident's number belong together up to this many steps apart
 _TOKENS = 8  # of an incident, named
 
@@ -49,15 +60,17 @@ class IncidentBuilder:
             match event.kind:
                 case "verdict" | "finding":
                     self._verdict(event)
-                case "left_out" | "rollback":
+                case "left_out" | "skipped" | "rollback":
                     self._remedy(event)
                 case "incident":
                     self._turn(event)
-                case "cause":
+                case "cause" | "diagnosis":
                     self._cause(event)
                 case "remedy":
                     incident = self._at(event)
-                    self._put(incident, {"deeds": (*incident.deeds, deed_of(event, "remedy"))})
+                    self._put(
+                        incident, {"actions": (*incident.actions, action_of(event, "remedy"))}
+                    )
                 case "undo":
                     self._undo(event)
         while self._keep is not None and len(self._found) > self._keep:
@@ -84,13 +97,18 @@ class IncidentBuilder:
                 for rank, names in parameters.items()
                 if isinstance(names, list)
             }
+        modules = event.data.get("modules")
+        if isinstance(modules, dict):
+            changes["modules"] = incident.modules | {
+                clean(str(rank), 20): clean(str(name), 200) for rank, name in modules.items()
+            }
         if tokens := tokens_of(event):
             changes["tokens"] = _longest((*incident.tokens, *tokens))
-        # A rollback is told by its own line, with the snapshot that was used.
+        # A rollback has its own line, with the snapshot that was used.
         if action == "apply" and would and would != "apply":
             action = f"would {would}"
         if action not in ("", "apply", "rollback"):
-            changes["deeds"] = (*incident.deeds, deed_of(event, clean(str(action), 40)))
+            changes["actions"] = (*incident.actions, action_of(event, clean(str(action), 40)))
         self._put(incident, changes)
 
     def _remedy(self, event: Event) -> None:
@@ -101,8 +119,12 @@ class IncidentBuilder:
         changes: dict[str, Any] = {}
         if span is not None and span not in incident.spans:
             changes = _with_span(incident, span, event)
+            changes["actions"] = _with_samples(incident.actions, span)
         if event.kind == "rollback":
-            changes["deeds"] = (*incident.deeds, deed_of(event, "rollback"))
+            changes["actions"] = (
+                *changes.get("actions", incident.actions),
+                action_of(event, "rollback"),
+            )
         self._put(incident, changes)
 
     def _turn(self, event: Event) -> None:
@@ -120,7 +142,7 @@ class IncidentBuilder:
             and isinstance(value, int | float)
             and not isinstance(value, bool)
         }
-        closed = None if state == "recurred" else event.time
+        closed = None if state in _AGAIN else event.time
         said = clean(event.message, 400)
         # which says no more than the state
         outcome = "" if said == f"incident {incident.number}: {state}" else said
@@ -133,19 +155,31 @@ class IncidentBuilder:
         cause = clean(str(event.data.get("cause") or ""), 60)
         reason = clean(str(event.data.get("reason") or event.message), 600)
         rank, host = whole(event.data.get("rank", -1)), clean(str(event.data.get("host") or ""), 80)
-        if rank >= 0 and cause.startswith("hardware"):
+        if rank >= 0 and cause.startswith(("hardware", "not reproducible")):
             reason += f"; rank {rank}{f' on {host}' if host else ''}"
-        self._put(self._at(event), {"cause": cause, "cause_reason": reason})
+        changes: dict[str, Any] = {
+            "cause": cause,
+            "cause_reason": reason,
+            "cause_rank": rank,
+            "cause_host": host,
+            "evidence": evidence_from_line(event.data),
+            "is_new_data": event.data.get("shift") is True,
+            "is_raised_only": event.data.get("borne") is True,
+        }
+        incident = self._at(event)
+        if event.data.get("applied") is True:
+            changes["has_bad_updates"] = True
+        self._put(incident, changes)
 
     def _undo(self, event: Event) -> None:
-        """What a person took back is no longer left out."""
+        """What a user has undone is no longer skipped."""
         back = undone_spans(event)
         for incident in [
             one for one in self._found.values() if any(span in back for span in one.spans)
         ]:
             spans = tuple(span for span in incident.spans if span not in back)
-            deeds = (*incident.deeds, deed_of(event, "undo"))
-            self._put(incident, {"spans": spans, "samples": _samples(spans), "deeds": deeds})
+            actions = (*incident.actions, action_of(event, "undo"))
+            self._put(incident, {"spans": spans, "samples": _samples(spans), "actions": actions})
 
     def _at(self, event: Event, findings: Iterable[Finding] = ()) -> Incident:
         """The incident of an event. Its onset is the earliest that anything names."""
@@ -182,7 +216,7 @@ class IncidentBuilder:
         if last is None or last.state != "open":
             return None
         steps = (
-            [deed.step for deed in last.deeds]
+            [action.step for action in last.actions]
             + [finding.step for finding in last.findings]
             + [last.onset]
         )
@@ -193,11 +227,11 @@ class IncidentBuilder:
 
 
 def asked_for(events: Iterable[Event]) -> Iterator[IncidentAction]:
-    """Skips and rollbacks that a person wanted: no incidents."""
+    """Skips and rollbacks that a user asked for: no incidents."""
     for event in events:
-        span = span_of(event) if event.kind in ("left_out", "rollback") else None
+        span = span_of(event) if event.kind in (*SKIPPED, "rollback") else None
         if span is not None and span.cause == "user":
-            yield deed_of(event, "rollback" if event.kind == "rollback" else "skip")
+            yield action_of(event, "rollback" if event.kind == "rollback" else "skip")
 
 
 def _joined(known: tuple[Finding, ...], new: Iterable[Finding]) -> tuple[Finding, ...]:
@@ -214,8 +248,8 @@ def _joined(known: tuple[Finding, ...], new: Iterable[Finding]) -> tuple[Finding
 
 
 def _with_span(incident: Incident, span: Span, event: Event) -> dict[str, Any]:
-    """A rollback's window usually covers the batches that were rejected before it: nothing counts
-    twice.
+    """The changes that a span brings. The window of a rollback usually covers the batches that were
+    rejected before it: nothing counts twice.
     """
     documents = documents_of(event.data)
     total = max(whole(event.data.get("documents_total")), len(documents))
@@ -232,8 +266,18 @@ def _with_span(incident: Incident, span: Span, event: Event) -> dict[str, Any]:
     return found | {"named": (*incident.named, *samples_of(event))}
 
 
+def _with_samples(actions: tuple[IncidentAction, ...], span: Span) -> tuple[IncidentAction, ...]:
+    """The actions, where the try of that batch knows how many of its samples were skipped."""
+    for at in range(len(actions) - 1, -1, -1):
+        batch = actions[at].batch
+        if batch is not None and batch[0] == span.first and actions[at].samples_skipped < 0:
+            known = msgspec.structs.replace(actions[at], samples_skipped=samples_of_span(span))
+            return (*actions[:at], known, *actions[at + 1 :])
+    return actions
+
+
 def _samples(spans: Iterable[Span]) -> int:
-    """Positions that are left out; of a span that means some of its positions, these."""
+    """Positions that are skipped; of a span that names some of its positions, these."""
     pieces = joined(piece for span in spans for piece in split_span(span))
     return sum(last - first for first, last in pieces)
 

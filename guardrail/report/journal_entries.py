@@ -1,5 +1,5 @@
-"""What one line of a journal says of an incident: the deed, samples, documents, tokens and the
-curve in it. Pure.
+"""What one line of a journal says of an incident: the action, samples, documents, tokens and the
+trend in it. Pure.
 
 Lines of other versions, and broken ones, are read as far as they make sense.
 """
@@ -11,19 +11,24 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from guardrail.core.files import as_float, as_int
-from guardrail.core.records import Event, LossTrend
+from guardrail.core.records import Event, LossTrend, Span
 from guardrail.core.text import clean
 from guardrail.report.incident import Document, IncidentAction, Sample, Token
-from guardrail.rundir.run_directory import span_of
+from guardrail.rundir.run_directory import findings_of, span_of
+
+# kinds of lines: the name that older versions wrote, and the present one
+SKIPPED = ("left_out", "skipped")
+DIAGNOSIS = ("cause", "diagnosis")
 
 
-def deed_of(event: Event, action: str) -> IncidentAction:
+def action_of(event: Event, action: str) -> IncidentAction:
     """What the line did, under the name `action`."""
     data = event.data
     window = data.get("window")
     to_step = data.get("to_step")
     lost = whole(data.get("from_step")) - to_step if isinstance(to_step, int) else 0
     span = span_of(event)
+    worst = next(iter(findings_of(event)), None)
     return IncidentAction(
         action=action,
         step=event.step,
@@ -36,7 +41,17 @@ def deed_of(event: Event, action: str) -> IncidentAction:
         window=_pair(window) or ((span.first, span.last) if span else None),
         new_timeline=whole(data.get("new_timeline", -1)),
         remedies=tuple(_remedies(data)),
+        batch=_pair(data.get("batch")),
+        signal=clean(worst.signal, 60) if worst is not None else "",
+        value=worst.value if worst is not None else math.nan,
+        baseline=worst.baseline if worst is not None else math.nan,
+        samples_skipped=samples_of_span(span) if span is not None else -1,
     )
+
+
+def samples_of_span(span: Span) -> int:
+    """Positions that a span skips: those it names, else all of it."""
+    return len(span.positions) or max(0, span.last - span.first)
 
 
 def _remedies(data: Mapping[str, Any]) -> Iterator[str]:
@@ -55,12 +70,14 @@ def _remedies(data: Mapping[str, Any]) -> Iterator[str]:
             "clip": "clipping norm",
         }.get(kind, kind)
         hold, back = whole(item.get("hold")), whole(item.get("back"))
-        until = f", held for {hold:,} steps and back over {back:,}" if hold or back else ""
-        yield f"{what} x{value:g} from step {whole(item.get('from_step')):,} on{until}"
+        until = f", for {hold:,} steps, then back over {back:,} steps" if hold or back else ""
+        yield f"{what} x {value:g} from step {whole(item.get('from_step')):,}{until}"
 
 
 def samples_of(event: Event) -> tuple[Sample, ...]:
-    """The single samples that a `left_out` line names with their loss and their share."""
+    """The single samples that a `left_out` line names with their loss and their share of the
+    gradient.
+    """
     raw = event.data.get("samples")
     return tuple(
         Sample(
@@ -79,7 +96,7 @@ def samples_of(event: Event) -> tuple[Sample, ...]:
 
 
 def tokens_of(event: Event) -> tuple[Token, ...]:
-    """The tokens that a verdict names where the embedding was in trouble."""
+    """The tokens that a verdict names where the gradient of the embedding was too large."""
     raw = event.data.get("tokens")
     return tuple(
         Token(
@@ -115,7 +132,7 @@ def documents_of(data: Mapping[str, Any]) -> tuple[Document, ...]:
 
 
 def curve_of(raw: Any) -> LossTrend | None:
-    """Of a journal that may be anybody's: only one that gives a finite loss at every step."""
+    """A trend that gives a finite loss at every step, else None: a journal may hold anything."""
     if not isinstance(raw, dict):
         return None
     numbers = {

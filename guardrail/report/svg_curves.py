@@ -1,5 +1,5 @@
-"""The signals of a run as SVG, for a page that must stand alone: band, present, abandoned
-stretches, rejected tries.
+"""The signals of a run as SVG, for a page that must stand alone: band, applied steps, abandoned
+segments, rejected tries.
 
 A curve has two points for each column of pixels at most, the least and the greatest value in it, so
 that a million steps make a small file and no spike is lost.
@@ -70,7 +70,7 @@ class Axis:
 def draw(
     run: RunDirectory, events: Iterable[Event], incidents: Sequence[Incident] = ()
 ) -> list[tuple[str, str]]:
-    """(name, SVG) of each signal that the run has measured; the loss with where it was heading
+    """(name, SVG) of each signal that the run has measured; the loss with its trend
     before each incident.
     """
     import numpy as np
@@ -98,8 +98,9 @@ def draw(
 def expectations(
     incidents: Iterable[Incident], last: float
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(Steps, losses) of the curve before each incident, from the first loss that it was fitted to
-    until the incident was over: what it is held against. To step `last` where it is open still."""
+    """(Steps, losses) of the trend before each incident, from the first loss that it was fitted to
+    until the incident was over, or to step `last` where it is open.
+    """
     import numpy as np
 
     for incident in incidents:
@@ -157,8 +158,8 @@ def _picture(
         )
     if signal == LOSS:
         held_out = np.asarray(view.column("eval_loss"))
-        told = present & np.isfinite(held_out)
-        for x, y in zip(across(steps[told]).tolist(), up(held_out[told]).tolist(), strict=True):
+        known = present & np.isfinite(held_out)
+        for x, y in zip(across(steps[known]).tolist(), up(held_out[known]).tolist(), strict=True):
             parts.append(f'<circle class="eval" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>')
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{NAMES[signal]}">{"".join(parts)}</svg>'
 
@@ -221,7 +222,7 @@ def _line(
     values: np.ndarray,
     parts: np.ndarray | None = None,
 ) -> Iterator[str]:
-    """One polyline, or one for each of `parts`: timelines that were given up."""
+    """One polyline, or one for each of `parts`: timelines that were abandoned."""
     import numpy as np
 
     if parts is not None:

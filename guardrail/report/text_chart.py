@@ -1,8 +1,8 @@
 """The loss of a run in a few lines of plain ASCII, for a terminal, a pager or a mail: what
-curves.py draws as SVG.
+svg_curves.py draws as SVG.
 
-*  the present       .  given up by a rollback       x  a try that was rejected, at the top where it is not finite
--  where the loss was heading before an incident (guardrail.decide.recovery)
+*  applied       .  discarded by a rollback       x  rejected, at the top where it is not finite
+-  the loss trend before an incident (guardrail.decide.recovery)
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 WIDTH, HEIGHT = 68, 10  # characters
-LEAST = 2  # rows from which on there is something to draw
-PRESENT, GIVEN_UP, TRIED, EXPECTED = "*.x-"
+LEAST = 2  # rows that a curve needs
+APPLIED, DISCARDED, REJECTED, TREND = "*.x-"
 
 
 def sketch(run: RunDirectory, incidents: Iterable[Incident]) -> list[str]:
@@ -50,11 +50,11 @@ def sketch(run: RunDirectory, incidents: Iterable[Incident]) -> list[str]:
             grid[row][column] = mark
 
     for xs, ys in expectations(incidents, last):
-        put(EXPECTED, xs, ys)
+        put(TREND, xs, ys)
     present = view.current()
-    put(GIVEN_UP, steps[applied & ~present & finite], losses[applied & ~present & finite])
-    put(PRESENT, steps[applied & present & finite], losses[applied & present & finite])
-    put(TRIED, steps[~applied], losses[~applied])
+    put(DISCARDED, steps[applied & ~present & finite], losses[applied & ~present & finite])
+    put(APPLIED, steps[applied & present & finite], losses[applied & present & finite])
+    put(REJECTED, steps[~applied], losses[~applied])
     return list(_framed(grid, high=up.value(0.0), low=up.value(1.0), first=first, last=last))
 
 
@@ -69,10 +69,10 @@ def _framed(
     yield f"{'':11}{begin}{end:>{WIDTH - len(begin)}}"
     drawn = {mark for row in grid for mark in row}
     words = {
-        PRESENT: "present",
-        GIVEN_UP: "given up",
-        TRIED: "rejected",
-        EXPECTED: "where it was heading",
+        APPLIED: "applied",
+        DISCARDED: "discarded",
+        REJECTED: "rejected",
+        TREND: "trend before an incident",
     }
     yield f"{'':9}loss by step: " + ", ".join(
         f"{mark} {word}" for mark, word in words.items() if mark in drawn

@@ -1,5 +1,4 @@
-"""What is odd about a text: the heuristics by which corpora are cleaned, as sentences with numbers.
-Pure.
+"""What is odd about a text, as sentences with numbers: the heuristics that clean a corpus. Pure.
 
 Sources of the thresholds:
 
@@ -8,7 +7,7 @@ Sources of the thresholds:
     RefinedWeb  Penedo et al. 2023, appendix G.2: lines that are mostly capitals or mostly digits
 
 The rest is what a training sample may hold and a cleaned page does not: control characters,
-mis-decoded text, another script than the corpus has, hardly or wholly random characters.
+mis-decoded text, another script than the corpus has, characters that hardly vary or are random.
 
 Gopher's words are those of English. Chinese, Japanese, Thai and other scripts that put no space
 between words are judged by their characters instead. All of it takes time in proportion to the
@@ -24,6 +23,8 @@ import statistics
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+
+from guardrail.core.text import plural
 
 # Gopher, table A1: share of characters in the most frequent 2- to 4-gram of words, and in all
 # duplicate 5- to 10-grams.
@@ -50,7 +51,7 @@ TOP_STRINGS = {4: 0.20, 8: 0.16}
 DUPLICATE_STRINGS = {20: 0.15, 40: 0.10}
 UNSPACED_SHARE = 0.3  # of the letters, from which on a text is one of a script without spaces
 # Where a text might repeat: so many places are looked at, and a string of so many characters is
-# looked for behind each.
+# looked for after each.
 PLACES, ANCHOR = 16, 8
 MOST_PERIODS = 4  # lengths that are tried
 SHOWN = 40  # characters of what is repeated
@@ -74,7 +75,7 @@ class CorpusStatistics:
     """The usual character distribution of a corpus.
 
     Args:
-        texts: some ordinary samples; those shorter than a line are passed over.
+        texts: some ordinary samples; those shorter than a line are ignored.
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
@@ -105,7 +106,10 @@ class CorpusStatistics:
         bits = self.bits(text)
         if bits <= self._limit:
             return ""
-        return f"characters unlike the corpus: {bits:.1f} bits a character against {self._centre:.1f}{_script(text)}"
+        normal = f"(normal {self._centre:.1f})"
+        return (
+            f"characters unlike the corpus: {bits:.1f} bits per character {normal}{_script(text)}"
+        )
 
 
 def text_anomalies(
@@ -134,11 +138,11 @@ def _characters(text: str) -> list[str]:
         found.append(f"{controls / size:.0%} unprintable characters")
     broken = len(_MOJIBAKE.findall(text))
     if broken / size > REPLACEMENT:
-        found.append(f"{broken} traces of text decoded wrongly")
+        found.append(f"{plural(broken, 'trace')} of text decoded wrongly")
     entropy = -sum(n / size * math.log2(n / size) for n in counts.values())
     low, high = ENTROPY_OF_MANY if _is_of(text, _UNSPACED) or _is_of(text, _SYLLABLES) else ENTROPY
     if entropy < low or entropy > high:
-        found.append(f"{entropy:.1f} bits of entropy a character, usual are {low:g} to {high:g}")
+        found.append(f"{entropy:.1f} bits of entropy per character (normal {low:g} to {high:g})")
     if (braces := (counts["{"] + counts["}"]) / size) > BRACES:
         found.append(f"{braces:.0%} curly brackets")
     if "lorem ipsum" in text.lower():
@@ -241,7 +245,7 @@ def _character_runs(text: str) -> list[str]:
     """Whether a text is a short string over and over: shifted by its length it meets itself.
 
     The string is at most a quarter of the text. How long it may be is learnt at some places of the
-    text, from how far behind each the next few characters stand again: then no more than a handful
+    text, from how far after each the next few characters come again: then no more than a handful
     of lengths are tried.
     """
     if len(text) < FEW_CHARACTERS:
@@ -260,7 +264,7 @@ def _periods(text: str) -> list[int]:
     longest = len(text) // 4 - 1
     found: Counter[int] = Counter()
     for place in range(PLACES):
-        # Within the first three quarters a place has a whole period behind it.
+        # Within the first three quarters a place has a full period after it.
         at = place * (len(text) - longest - ANCHOR) // PLACES
         distance = text.find(text[at : at + ANCHOR], at + 1, at + longest + ANCHOR + 1) - at
         if 0 < distance <= longest:

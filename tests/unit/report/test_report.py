@@ -23,7 +23,7 @@ from guardrail.core.records import Action, Finding, FindingKind, Mode, Phase, Se
 from guardrail.decide.sample_order import Quarantine, SampleCursor, SampleOrder
 from guardrail.report.build import build
 from guardrail.report.model import Report
-from guardrail.report.output import as_dict, text, written
+from guardrail.report.output import as_dict, commands_text, incident_text, text, written
 from guardrail.report.quarantine import quarantine_lines
 from guardrail.report.text_chart import sketch
 from guardrail.rundir.run_directory import RunDirectory
@@ -192,7 +192,7 @@ def test_a_finished_run_with_an_incident(run: RunDirectory) -> None:
         6,
     )
     assert (report.world, report.timeline, report.applied, report.rejected) == (2, 1, 6, 0)
-    assert report.loss == 8.0 and report.left_out == 12
+    assert report.loss == 8.0 and report.samples_skipped == 12
     (incident,) = report.incidents
     assert (incident.number, incident.state, incident.onset) == (1, "recovered", 5)
     assert incident.closed is not None and incident.closed >= incident.opened
@@ -200,8 +200,8 @@ def test_a_finished_run_with_an_incident(run: RunDirectory) -> None:
         ("loss", 12.5, 42.2),
         ("grad_norm", 11.5, 20),
     ]
-    assert [deed.action for deed in incident.deeds] == ["skip", "skip", "rollback"]
-    rollback = incident.deeds[-1]
+    assert [action.action for action in incident.actions] == ["skip", "skip", "rollback"]
+    rollback = incident.actions[-1]
     assert (rollback.to_step, rollback.tier, rollback.steps_lost, rollback.window) == (
         2,
         "memory",
@@ -221,23 +221,41 @@ def test_a_finished_run_with_an_incident(run: RunDirectory) -> None:
     assert (command.command, command.value, command.who, command.step) == ("lr", 0.5, "me@host", 6)
 
 
-def test_the_text_tells_it_to_a_person(run: RunDirectory) -> None:
+def test_the_summary_has_a_line_for_each_part(run: RunDirectory) -> None:
     finished(run)
-    told = text(run)
-    for part in (
-        f"{run.name}  finished (exit 0)  step 6 of 6",
-        "12 samples left out",
-        "#1  step 5  recovered",
-        "loss spike: loss 12.5 against 2.31, score 42.2 (limit 8)",
-        "back to step 2 from memory, 2 steps lost, leaving out positions 36 to 47",
-        "left out: 12 samples of 5 documents (positions 40 to 43, 44 to 47, 36 to 47)",
-        '/data/0037.txt:12  bytes 10-90\n        "Ã‚Â Ã‚Â"',
-        "and 3 more documents",
-        "step 6  lr 0.5 by me@host  applied",
-        "step 2  good  step-00000002  41 MB",
-        "failed    No space left on device",
+    lines = text(run).splitlines()
+    assert lines[0].startswith(f"{run.name}: finished, 6 of 6 steps")
+    for numbers in (
+        ("loss", "8"),
+        ("1 incident", "1 rollback", "12 samples skipped"),
+        ("1", "5", "loss 2.31 -> 12.5", "restored 2", "12 skipped"),
+        ("Checkpoints", "step 2", "also good 0", "1 save failed", "41 MB"),
+        ("1 command", "--commands"),
+        ("guardrail report", "--incident 1"),
+        ("guardrail report", "--quarantine"),
     ):
-        assert part in told, f"{part!r} is not in\n{told}"
+        assert any(all(part.lower() in line.lower() for part in numbers) for line in lines), numbers
+
+
+def test_one_incident_is_a_paragraph_and_tables(run: RunDirectory) -> None:
+    finished(run)
+    said = incident_text(run, 1)
+    titles = ("Signals", "Decisions", "Documents")
+    assert [line.split(" (")[0] for line in said.splitlines() if line.startswith(titles)] == [
+        *titles
+    ]
+    rows = [line.split() for line in said.splitlines()]
+    assert ["loss", "5", "12.5", "2.31", "42.2", "8"] in rows
+    assert ["/data/0037.txt", "(1", "record)", "80", "-"] in rows
+    assert any(row[:3] == ["3", "4", "36-47"] and "2" in row for row in rows), "the rollback"
+    assert "names 2 of 5 documents" in said
+    assert "Ã‚Â" not in said and "Ã‚Â" in incident_text(run, 1, excerpts=True)
+
+
+def test_commands_are_listed_on_demand(run: RunDirectory) -> None:
+    finished(run)
+    rows = [line.split() for line in commands_text(run).splitlines()]
+    assert ["6", "lr", "0.5", "me@host", "applied"] in rows
 
 
 def test_json_is_the_whole_report_and_strict(run: RunDirectory) -> None:
@@ -259,7 +277,7 @@ def test_json_is_the_whole_report_and_strict(run: RunDirectory) -> None:
 
 
 def test_a_young_a_running_a_dead_and_an_ended_run(run: RunDirectory, tmp_path: Path) -> None:
-    assert build(run).state == "new" and "No incidents" in text(run)
+    assert build(run).state == "new" and "No incidents." in text(run).splitlines()
     run.append("note", "x")
     assert build(run).state == "new"
     start(run)
@@ -301,12 +319,10 @@ def test_restarts_say_what_was_made_again(run: RunDirectory) -> None:
     assert (first.step, first.checkpoint, first.steps_lost) == (2, "step-00000002", 3)
     assert first.differs == ("data: the sample order is another one",) and second.differs == ()
     assert second.steps_lost == 1
+    (fault,) = build(run).faults
+    assert (fault.kind, fault.rank, fault.resolved_step) == ("rank failed", 1, 2)
     told = text(run)
-    assert (
-        "3 steps made again" in told
-        and "killed by SIGKILL" in told
-        and "sample order is another one" in told
-    )
+    assert "3 steps repeated" in told and fault.message in told and first.differs[0] in told
 
 
 def test_an_open_incident_and_one_that_is_only_advised(run: RunDirectory) -> None:
@@ -325,8 +341,10 @@ def test_an_open_incident_and_one_that_is_only_advised(run: RunDirectory) -> Non
     run.append("verdict", "step 90: skip", step=89, action="skip", findings=[finding(90)])
     close, far = build(run).incidents
     assert close.number == far.number == 0 and close.state == "open"
-    assert [deed.action for deed in close.deeds] == ["would skip", "would rollback"]
-    assert (close.onset, far.onset) == (4, 90) and "#?  step 4  open" in text(run)
+    assert [action.action for action in close.actions] == ["would skip", "would rollback"]
+    assert (close.onset, far.onset) == (4, 90)
+    rows = [line.split() for line in text(run).splitlines()]
+    assert any(row[:1] == ["4"] for row in rows) and any(row[:1] == ["90"] for row in rows)
 
 
 def test_an_incident_may_get_its_number_after_its_first_verdict(run: RunDirectory) -> None:
@@ -345,8 +363,23 @@ def test_the_ranks_and_parameters_of_a_bad_gradient_are_named(run: RunDirectory)
     run.append(
         "verdict", "s", step=3, action="skip", findings=[bad], incident=1, parameters=parameters
     )
-    told = text(run)
-    assert "on rank 1" in told and "rank 1: not finite: blocks.3.mlp.weight" in told
+    (incident,) = build(run).incidents
+    assert incident.parameters == parameters and incident.findings[0].ranks == (1,)
+    said = incident_text(run, 1)
+    assert "rank 1" in said and parameters["1"][0] in said
+
+
+def test_only_the_ranks_that_a_finding_names_are_shown(run: RunDirectory) -> None:
+    """The reduction hands the NaN of one rank to all."""
+    start(run)
+    bad = finding(4, signal="grad_norm", kind=FindingKind.NONFINITE, value=math.nan, ranks=(1,))
+    parameters = {"0": ["norm.weight"], "1": ["norm.weight"]}
+    run.append(
+        "verdict", "s", step=3, action="skip", findings=[bad], incident=1, parameters=parameters
+    )
+    said = incident_text(run, 1)
+    assert "rank 1: norm.weight" in said and "rank 0" not in said
+    assert build(run).incidents[0].parameters == parameters
 
 
 def test_what_a_person_asked_for_is_no_incident(run: RunDirectory) -> None:
@@ -356,11 +389,9 @@ def test_what_a_person_asked_for_is_no_incident(run: RunDirectory) -> None:
         "left_out", "samples left out: asked for", step=3, span=span, samples=8, incident=None
     )
     report = build(run)
-    assert report.incidents == () and report.left_out == 8
-    assert [(deed.action, deed.step, deed.window) for deed in report.by_person] == [
-        ("skip", 3, (0, 8))
-    ]
-    assert "Asked for by a person" in text(run)
+    assert report.incidents == () and report.samples_skipped == 8
+    assert [(one.action, one.step, one.window) for one in report.by_person] == [("skip", 3, (0, 8))]
+    assert "1 skip by command" in text(run) and "positions 0-7" in commands_text(run)
 
 
 # -- what comes from outside
@@ -441,6 +472,8 @@ def test_no_control_character_of_a_document_reaches_the_terminal(run: RunDirecto
     told = text(run)
     assert_harmless(told)
     assert "[/red]" in told
+    for other in (incident_text(run, 1, excerpts=True), commands_text(run)):
+        assert_harmless(other)
 
 
 # -- quarantine
@@ -497,7 +530,7 @@ def test_a_quarantine_that_would_not_be_complete_is_refused(
     run.append("left_out", span=Span(first=0, last=4, cause="rejected", step=1))
     with pytest.raises(RunDirectoryError, match="order"):
         quarantine_lines(run)
-    assert build(run).left_out == -1 and "samples were left out" in text(run)
+    assert build(run).samples_skipped == -1 and "samples were skipped" in text(run).lower()
     start(run)
     file = tmp_path / "gone.txt"
     run.write_config(f"[data]\nquarantine = {json.dumps(str(file))}\n")
@@ -547,15 +580,14 @@ def test_what_an_incident_cost_is_what_its_rows_measured(run: RunDirectory) -> N
     assert (incident.cost.steps, incident.cost.rejected, incident.cost.seconds) == (2, 2, 4.0)
     waited = [event.time for event in run.events() if event.kind in ("paused", "resumed")]
     assert incident.cost.parked == waited[1] - waited[0]
-    told = text(run)
-    assert "cost: 2 steps given up, 12 samples left out, 4 s of training" in told
-    assert (
-        "saved: 2 updates kept out of the weights; loss reached 12.5 against 2.31, 5.41 times"
-        in told
-    )
+    assert incident.cost.total_seconds == 4.0 + incident.cost.parked
+    assert build(run).seconds_lost == incident.cost.total_seconds
+    (cost,) = [line for line in incident_text(run, 1).splitlines() if "Cost:" in line]
+    for number in ("2 steps", "2 updates", "12 samples", "4 s"):
+        assert number in cost
 
 
-def test_cause_remedies_samples_and_outcome_are_told(run: RunDirectory) -> None:
+def test_cause_remedies_samples_and_outcome_are_shown(run: RunDirectory) -> None:
     start(run)
     spike(run)
     run.append(
@@ -601,15 +633,12 @@ def test_cause_remedies_samples_and_outcome_are_told(run: RunDirectory) -> None:
         13,
     )
     assert incident.closed is not None
-    told = text(run)
-    for part in (
-        "cause: hardware or nondeterminism: loss 1 and 2; rank 1",
-        "learning rate x0.5 from step 3 on, held for 10 steps and back over 20",
-        "optimizer moments reset before step 3",
-        "position 41: loss 9.5, 80% of the gradient, 62 % symbols",
-        "outcome: incident 1: offset: loss 2.4 against 2.31",
-    ):
-        assert part in told, f"{part!r} is not in\n{told}"
+    assert (incident.cause, incident.cause_rank) == ("hardware or nondeterminism", 1)
+    assert incident.actions[-1].action == "remedy" and len(incident.actions[-1].remedies) == 2
+    assert (incident.named[0].position, incident.named[0].odd) == (41, ("62 % symbols",))
+    said = incident_text(run, 1)
+    for part in ("on rank 1", "learning rate x 0.5", "10 steps", "20 steps", "62 % symbols"):
+        assert part in said, f"{part!r} is not in\n{said}"
 
 
 def test_what_was_undone_is_no_longer_left_out(run: RunDirectory) -> None:
@@ -627,9 +656,9 @@ def test_what_was_undone_is_no_longer_left_out(run: RunDirectory) -> None:
     }
     run.append("undo", "line 9 undone", step=6, timeline=1, spans=undone, incident=1, **data)
     report = build(run)
-    assert report.left_out == 0 and quarantine_lines(run) == []
-    assert report.incidents[0].samples == 0 and report.incidents[0].deeds[-1].action == "undo"
-    assert "line 9 undone" in text(run)
+    assert report.samples_skipped == 0 and quarantine_lines(run) == []
+    assert report.incidents[0].samples == 0 and report.incidents[0].actions[-1].action == "undo"
+    assert "undo" in text(run) and "step 6: undo, restored step 2" in commands_text(run)
 
 
 # -- pages
@@ -664,7 +693,7 @@ class Tags(HTMLParser):
 
 
 HARMLESS = set(
-    "html head meta title style body h1 h2 h3 ul li dl dt dd p blockquote figure figcaption "
+    "html head meta title style body h1 h2 ul li p blockquote table tr th td code figure figcaption "
     "svg text line polyline polygon circle".split()
 )
 
@@ -676,10 +705,10 @@ def test_a_page_holds_the_whole_story_and_its_curves(run: RunDirectory) -> None:
     seen = Tags(page := written(run, "html"))
     assert seen.open == [] and seen.tags <= HARMLESS
     for part in (
-        "step 6 of 6",
+        "6 of 6 steps",
         "Incident 1: step 5, recovered",
-        "2 steps given up",
-        "0037.txt:12",
+        "2 steps discarded",
+        "/data/0037.txt",
         "Ã‚Â Ã‚Â",
         "lr 0.5",
     ):
@@ -694,15 +723,16 @@ def test_a_page_holds_the_whole_story_and_its_curves(run: RunDirectory) -> None:
     assert not re.search(r"https?://|url\(|@import", page), "nothing is fetched"
 
 
-def test_markdown_tells_the_same(run: RunDirectory) -> None:
+def test_markdown_has_the_same(run: RunDirectory) -> None:
     finished(run)
     told = written(run, "markdown")
     for part in (
-        f"# {run.name}  finished (exit 0)",
-        "### Incident 1: step 5, recovered",
-        "- **Cost:** 2 steps given up, 12 samples left out",
-        "  > Ã‚Â Ã‚Â",
-        "## Checkpoints",
+        f"# {run.name}: finished, 6 of 6 steps",
+        "## Incident 1: step 5, recovered",
+        "2 steps discarded",
+        "\n> Ã‚Â Ã‚Â",
+        "Checkpoints: ",
+        "## Commands",
     ):
         assert part in told, f"{part!r} is not in\n{told}"
 
