@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import textwrap
 from collections.abc import Iterable
 
 COLUMNS = 110  # of a line of the report
+_UNIT = re.compile(r"(?<=\d) (?=(?:s|h|d|%|B|kB|MB|GB|TB)\b|%)")
+_TIED = "\0"  # stands between a number and its unit; cleaned text has no such character
 _SIGNALS = {
     "grad_norm": "grad norm",
     "embed_grad_norm": "embed norm",
@@ -74,9 +77,12 @@ def shorten_path(path: str, width: int) -> str:
 
 
 def wrap_text(text: str, *, indent: str = "", width: int = COLUMNS) -> list[str]:
-    return textwrap.wrap(
-        text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+    """Lines of at most `width` characters; a number and its unit stay together."""
+    joined = _UNIT.sub(_TIED, text)
+    lines = textwrap.wrap(
+        joined, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
     )
+    return [line.replace(_TIED, " ") for line in lines]
 
 
 def relative_path(path: str, folder: str) -> str:

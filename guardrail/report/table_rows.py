@@ -196,7 +196,7 @@ def _describe_each(actions: Sequence[IncidentAction]) -> Iterator[str]:
         elif action.action == "rollback" and action.to_step is not None:
             yield f"restored {action.to_step:,}"
         elif action.action == "pause" and not answered:
-            yield "asked"
+            yield "user asked"
         elif action.action in _DONE:
             yield _DONE[action.action]
 

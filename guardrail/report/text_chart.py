@@ -72,7 +72,7 @@ def _framed(
         APPLIED: "applied",
         DISCARDED: "discarded",
         REJECTED: "rejected",
-        TREND: "trend before an incident",
+        TREND: "trend",
     }
     yield f"{'':9}loss by step: " + ", ".join(
         f"{mark} {word}" for mark, word in words.items() if mark in drawn

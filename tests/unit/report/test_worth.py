@@ -238,7 +238,7 @@ def test_the_terminal_draws_the_loss(tmp_path: Path) -> None:
     (row,) = [number for number, line in enumerate(picture) if "-" in line]
     assert row == round((6.2 - math.e) / 4.4 * 9) and lines[0].split("|")[0].strip() == "6.2"
     assert lines[HEIGHT + 1].split() == ["1", "69"]
-    assert "* applied, . discarded, x rejected, - trend before an incident" in lines[-1]
+    assert "* applied, . discarded, x rejected, - trend" in lines[-1]
 
 
 def test_tries_far_off_do_not_flatten_the_rest_and_the_chart_is_added_on_demand(
