@@ -122,7 +122,7 @@ class Trainer:
             micro_batches=config.micro_batches,
             micro_batch_size=config.micro_batch_size,
             objective=self.objective,
-            growing=bool(config.train.ramp_from),
+            growing=bool(config.train.batch_ramp.start),
         )
         self.micro_batches: list[MicroBatch] = []  # of the last step
         # of a replay that asks for each row's loss
@@ -150,7 +150,7 @@ class Trainer:
                 self.optimizers, schedule, zclip=clip if isinstance(clip, ZClip) else None
             ),
             scaler=self.scaler,
-            batch_size=plan if config.train.ramp_from else config.train.batch_size,
+            batch_size=plan if config.train.batch_ramp.start else config.train.batch_size,
             total_steps=config.train.steps,
             limit=limit,
             clip=clip,
@@ -175,7 +175,7 @@ class Trainer:
         )
         if config.data.quarantine:
             lines = _read_lines(config.data.quarantine)
-            self.guard.ledger.quarantine.read(
+            self.guard.cursor.quarantine.read(
                 lines, source=config.data.quarantine, samples=order.n_samples
             )
 
@@ -535,7 +535,7 @@ class Trainer:
             raise
         if first:
             nodes.ready()
-        nodes.wait(stop=self._builder_stopped, seconds=launch.setup_seconds, alive=self._say)
+        nodes.wait(stop=self._builder_stopped, seconds=launch.setup_timeout, alive=self._say)
         return folder
 
     def _prepare_here(
@@ -544,7 +544,7 @@ class Trainer:
         """The corpus on this node: built by its first rank, waited for by the others as long as
         `builder` changes.
         """
-        data, seconds = self.config.data, self.config.launch.setup_seconds
+        data, seconds = self.config.data, self.config.launch.setup_timeout
         known = ""
 
         def watched() -> str:

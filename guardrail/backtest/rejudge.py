@@ -288,7 +288,7 @@ class Rejudge:
             if self._own:
                 past = RunHistory.of(self._events[: index + 1])
                 self._controller.went_back(step, past.rollbacks)
-                self._controller.pardons = [*self._settings.pardon, *past.pardons]
+                self._controller.pardons = [*self._settings.allowlist, *past.pardons]
 
     def _restart(self, index: int) -> None:
         """A new process: what it knows is what the journal had told."""

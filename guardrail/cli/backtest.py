@@ -79,7 +79,7 @@ def command(
     if plot is not None:
         plotting.require()
     results = []
-    for log in read_logs(logs, columns, settings.signals, required=_sets_signals(overrides)):
+    for log in read_logs(logs, columns, settings.extra_signals, required=_sets_signals(overrides)):
         chosen, own = _settings_for(log, settings, given=given)
         track = plotting.Track(log) if plot is not None else None
         result = backtest.backtest(log, chosen, own=own, watch=track)
@@ -113,7 +113,7 @@ def command(
 
 
 def _sets_signals(overrides: tuple[str, ...]) -> bool:
-    return any(text.partition("=")[0].strip() == "guard.signals" for text in overrides)
+    return any(text.partition("=")[0].strip() == "guard.extra_signals" for text in overrides)
 
 
 def read_logs(
@@ -168,7 +168,8 @@ def _read(
             missing[error.signal] = str(error)
     for log in logs:
         log.notes += (
-            f"guard.signals: {reason.removeprefix(log.path + ': ')}" for reason in missing.values()
+            f"guard.extra_signals: {reason.removeprefix(log.path + ': ')}"
+            for reason in missing.values()
         )
         if log.folder is not None:
             unused = [*given, *(signal for signal in wanted if signal not in log.columns)]

@@ -48,7 +48,7 @@ def command(
     from guardrail.core.errors import ExitCode
 
     settings = load_guard(policy, overrides=overrides)
-    read = list(read_logs(logs, columns, settings.signals))
+    read = list(read_logs(logs, columns, settings.extra_signals))
     if not read:
         return ExitCode.USAGE
     for log in read:

@@ -15,7 +15,7 @@ import tomllib
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 from msgspec import Meta
@@ -24,6 +24,7 @@ from guardrail.core import secret
 from guardrail.core.errors import ConfigError, may_be_secret
 from guardrail.core.files import open_file
 from guardrail.core.records import METRIC_COLUMNS, UPDATE_NORM, Mode, Remedy
+from guardrail.core.renamed_keys import Renamed, present_key, rename_keys
 from guardrail.core.schema import MAX_DEPTH, as_tree, refuse_deep, typed
 from guardrail.core.secret import SecretRef
 from guardrail.core.text import MASK
@@ -38,7 +39,7 @@ Fraction = Annotated[float, Meta(ge=0, le=1)]
 MAX_FILE_BYTES = 4 << 20  # of a configuration; a complete one has 5 KiB
 
 
-class Section(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
+class Section(Renamed, kw_only=True, forbid_unknown_fields=True, frozen=True):
     """Base of every section: unknown keys are errors, values never change after loading."""
 
 
@@ -54,6 +55,11 @@ class RunSection(Section, frozen=True, kw_only=True):
 class LaunchSection(Section, frozen=True, kw_only=True):
     """[launch]: the processes. Passed to torch elastic, which starts them."""
 
+    RENAMED: ClassVar = {
+        f"{wait}_seconds": f"{wait}_timeout"
+        for wait in ("node", "setup", "step", "eval", "save", "stop", "collective")
+    }
+
     # Processes on this node; each is one rank with one device.
     processes: Positive = 1
     # "auto" takes CUDA where it is, else the CPU.
@@ -68,33 +74,40 @@ class LaunchSection(Section, frozen=True, kw_only=True):
     rendezvous_id: str = ""
     # Seconds to wait for the other nodes, at the start and when one was lost: it may come back
     # until then.
-    node_seconds: PositiveFloat = 600.0
+    node_timeout: PositiveFloat = 600.0
     # Times the ranks are started again after a failure before the run ends with exit code 4.
     max_restarts: Natural = 3
     # Seconds without progress after which a rank counts as hung, per phase. One whose process is
     # stopped (SIGSTOP), while the others wait, counts after 30 seconds.
-    setup_seconds: PositiveFloat = 1800.0
-    step_seconds: PositiveFloat = 600.0
-    eval_seconds: PositiveFloat = 1800.0
-    save_seconds: PositiveFloat = 1800.0
+    setup_timeout: PositiveFloat = 1800.0
+    step_timeout: PositiveFloat = 600.0
+    eval_timeout: PositiveFloat = 1800.0
+    save_timeout: PositiveFloat = 1800.0
     # Seconds that a stop may take to save before the ranks are killed.
-    stop_seconds: PositiveFloat = 300.0
+    stop_timeout: PositiveFloat = 300.0
     # Seconds after which a collective that waits for another rank gives up.
-    collective_seconds: PositiveFloat = 600.0
+    collective_timeout: PositiveFloat = 600.0
     # Intra-op threads of a CPU rank; 0: OMP_NUM_THREADS where that is set, else cores / processes.
     threads: Natural = 0
 
 
 class EscalationStep(Section, frozen=True, kw_only=True):
-    """[[guard.ladder]]: one answer to an instability. Rungs are gone up in their order."""
+    """[[guard.escalation]]: one remedy for an instability. Remedies are tried in their order."""
 
-    # skip: leave updates out, up to `persist` - 1 in a row, before anything else. rollback: go
-    # back, leave the window out. widen: leave out twice as much, then four times. older: go back
-    # `steps` further. lower_lr, shrink_embedding, tighten_clip: go back and multiply by `factor`.
-    # reset_moments: go back with the optimizer's moments at zero, and the learning rate times
-    # `factor`. pause: park and ask, whether or not a screen is open. halt: save and end with exit
-    # code 3.
-    do: typing.Literal[
+    RENAMED: ClassVar = {
+        "do": "action",
+        "times": "max_uses",
+        "hold": "hold_steps",
+        "back": "ramp_steps",
+    }
+
+    # skip: skip up to `rollback_after_rejections` - 1 consecutive updates before anything else.
+    # rollback: restore the last good state and skip the window. widen: skip twice as much, then four
+    # times. older: restore a state at least `steps` older. lower_lr, shrink_embedding, tighten_clip:
+    # restore, and multiply by `factor`. reset_moments: restore with the optimizer's moments at zero,
+    # and the learning rate times `factor`. pause: pause and ask, whether or not a screen is open.
+    # halt: save and end with exit code 3.
+    action: typing.Literal[
         "skip",
         "rollback",
         "widen",
@@ -106,139 +119,177 @@ class EscalationStep(Section, frozen=True, kw_only=True):
         "pause",
         "halt",
     ]
-    # Times that it is taken before the next rung, counted among rollbacks in a row (see
-    # healthy_after). Each time is twice as strong: a window twice as long; a factor squared, for
-    # twice as many steps.
-    times: Positive = 1
-    # What is multiplied, for how many steps, and over how many more steps the factor then returns
-    # to 1.
+    # Uses before the next remedy, among consecutive rollbacks (see `reset_budget_after`). Each use is
+    # twice as strong: a window twice as long, or the factor squared for twice as many steps.
+    max_uses: Positive = 1
+    # The factor, the steps for which it holds, and the steps over which it then returns to 1.
     factor: Annotated[float, Meta(gt=0, le=1)] = 0.5
-    hold: Natural = 100
-    back: Natural = 200
-    # older: steps further back, at least.
+    hold_steps: Natural = 100
+    ramp_steps: Natural = 200
+    # older: the restored state is at least this many steps older.
     steps: Positive = 50
-    # Applied steps after it was taken within which it is passed over.
+    # The remedy is not used again within this many applied steps.
     cooldown: Natural = 0
 
 
 REMEDIES = ("lr", "embed_alpha", "clip", "moments")  # kinds of guard.remedies
 
-LADDER = (
-    EscalationStep(do="skip"),
-    EscalationStep(do="rollback"),
-    EscalationStep(do="widen", times=2),
-    EscalationStep(do="older"),
-    EscalationStep(do="shrink_embedding"),
+ESCALATION = (
+    EscalationStep(action="skip"),
+    EscalationStep(action="rollback"),
+    EscalationStep(action="widen", max_uses=2),
+    EscalationStep(action="older"),
+    EscalationStep(action="shrink_embedding"),
     # Strong and short: 0.1 for 20 steps and back over 40 costs 36 steps' worth of progress, 0.5 for
     # 100 and back over 200 costs 100, and helps against less.
-    EscalationStep(do="lower_lr", times=3, factor=0.1, hold=20, back=40),
-    EscalationStep(do="tighten_clip"),
-    EscalationStep(do="reset_moments", factor=0.1, hold=20, back=100),
+    EscalationStep(action="lower_lr", max_uses=3, factor=0.1, hold_steps=20, ramp_steps=40),
+    EscalationStep(action="tighten_clip"),
+    EscalationStep(action="reset_moments", factor=0.1, hold_steps=20, ramp_steps=100),
 )
+
+
+class ShrinkEmbedding(Section, frozen=True, kw_only=True):
+    """[guard.shrink_embedding]: smaller embedding gradients where the embedding leads an incident
+    (GLM-130B).
+    """
+
+    # The embedding gradients are multiplied by this; 1: never. GLM-130B used 0.1. Under Adam it
+    # matters while it changes; see tests/bench/alpha.py.
+    factor: Annotated[float, Meta(gt=0, le=1)] = 0.5
+    # Several shrinks multiply. Their product never falls below this.
+    floor: Annotated[float, Meta(gt=0, le=1)] = 0.1
+    # Steps for which the factor holds, and steps over which it then returns to 1.
+    hold_steps: Natural = 100
+    ramp_steps: Natural = 200
 
 
 class GuardOptions(Section, frozen=True, kw_only=True):
     """[guard]: what is watched, and what is done about it."""
 
-    # auto: acts; ask: parks and asks before a rollback; advise: only says what it would do; off: no
-    # detection.
+    RENAMED: ClassVar = {
+        "persist": "rollback_after_rejections",
+        "skips": "max_data_skips",
+        "rollbacks": "max_rollbacks",
+        "retries": "max_retries",
+        "overflows": "rollback_after_overflows",
+        "confirm": "steps_until_good",
+        "healthy_after": "reset_budget_after",
+        "pardon": "allowlist",
+        "shift": "new_data",
+        "gate": "decide",
+        "layers": "log_block_norms",
+        "update_norm": "log_update_norm",
+        "signals": "extra_signals",
+        "ask_seconds": "answer_timeout",
+        "ask_default": "answer_default",
+        "window_before": "skip_before",
+        "window_after": "skip_after",
+        "window_max": "max_window",
+        "ladder": "escalation",
+        "embed_factor": "shrink_embedding.factor",
+        "embed_floor": "shrink_embedding.floor",
+        "embed_hold": "shrink_embedding.hold_steps",
+        "embed_back": "shrink_embedding.ramp_steps",
+    }
+    RENAMED_VALUES: ClassVar = {
+        "new_data": {"learn": "accept", "leave_out": "skip"},
+        "decide": {"sync": "before_step", "lagged": "deferred"},
+        "answer_default": {"proposed": "proposal", "go_on": "continue"},
+    }
+
+    # "auto" acts by itself. "ask" pauses and asks before a rollback. "advise" only reports what it
+    # would do. "off" detects nothing.
     mode: Mode = Mode.AUTO
-    # Accepted steps that make up a detector's baseline.
+    # Accepted steps that a detector's baseline covers.
     window: Annotated[int, Meta(ge=16)] = 128
-    # Accepted steps before a spike detector is sure of its scale; until then only larger jumps
-    # count, and non-finite values are caught from the first step.
+    # Accepted steps before a spike detector trusts its scale. Until then only larger jumps count.
+    # Non-finite values are rejected from the first step.
     warmup: Annotated[int, Meta(ge=8)] = 32
-    # Distance of the logarithm from the baseline in robust sigmas (median, MAD) above which a step
-    # is rejected.
+    # A step is rejected above this score: the distance of the logarithm from the baseline, in robust
+    # standard deviations (median, MAD).
     loss_score: PositiveFloat = 8.0
     grad_score: PositiveFloat = 10.0
     embed_score: PositiveFloat = 10.0
-    # Share of the data that the guard skips by itself. The data are the distinct samples that the
-    # run reads until its end: the corpus, or what `train.steps` need where that is less. A skip or
-    # rollback that would go beyond it is not done: the run asks in the mode `ask` and while a
-    # screen is open, else it saves and halts (exit code 3). What a user or a list skips does not
-    # count. 0: it skips nothing; 1: no limit, but some data must be left.
+    # Largest share of the data that the guard skips by itself. The data are the distinct samples
+    # that the run reads until its end: the corpus, or what `train.steps` need if that is less. A skip
+    # or rollback beyond this share is not carried out. In mode "ask", or while a screen is open, the
+    # run asks; else it saves and halts (exit code 3). Samples that a user or a list skips do not
+    # count. 0: skip nothing. 1: no limit, but some data must be left.
     max_skipped_share: Fraction = 0.03
-    # What kind of number the loss is. "positive": a cross-entropy, of which 0 is impossible and
-    # ratios mean something. "signed": a policy loss of reinforcement learning; only NaN, Inf and
-    # numbers a thousand times as large as usual are acted on. "auto": signed if a reward, an
-    # advantage, a KL divergence or a probability ratio is among the signals, or if more than 2 of
-    # the first 20 losses are 0 or negative.
+    # What kind of number the loss is. "positive": a cross-entropy; 0 is impossible, and ratios have a
+    # meaning. "signed": a policy loss of reinforcement learning; only NaN, Inf and values a thousand
+    # times as large as usual are rejected. "auto": signed if a reward, an advantage, a KL divergence
+    # or a probability ratio is among the signals, or if more than 2 of the first 20 losses are 0 or
+    # negative.
     loss: typing.Literal["auto", "positive", "signed"] = "auto"
-    # Rejections in a row, nothing applied between, that call for a rollback.
-    persist: Positive = 3
-    # Rejections in a row that a replay puts down to the data, before the run asks or halts: nothing
-    # of them is in the weights, so they call for no rollback. Whether it is still the data is asked
-    # again at `persist`, twice that, ...
-    skips: Positive = 64
-    # Where the batches that are looked at, up to four times `skips` ahead, are in the same trouble,
-    # it is no bad stretch but what the data now is. "learn": apply it, as a new level; "leave_out":
-    # as any data that is to blame.
-    shift: typing.Literal["learn", "leave_out"] = "learn"
-    # Divergence: the median of this many accepted losses stands this many robust sigmas above the
-    # lowest such median of the window. A sudden step is found after more than half of these steps.
+    # A rollback follows this many consecutive rejections. Fewer rejections are skipped one by one.
+    rollback_after_rejections: Positive = 3
+    # Limit of consecutive rejections whose cause is the data, as the cause test shows. They need no
+    # rollback, since no such update was applied. Beyond the limit the run asks or halts. The cause
+    # test is repeated at `rollback_after_rejections`, twice that, and so on.
+    max_data_skips: Positive = 64
+    # What to do when the cause is the data and the batches up to four times `max_data_skips` ahead
+    # show the same anomaly: then it is not a bad range of data but new data. "accept": apply it as a
+    # new level. "skip": skip it like any bad data.
+    new_data: typing.Literal["accept", "skip"] = "accept"
+    # Divergence: the median of this many accepted losses is this many robust standard deviations
+    # above the lowest such median of the window. A sudden rise is found after half of these steps.
     divergence_score: PositiveFloat = 6.0
     divergence_steps: Positive = 20
-    # Batches that a rollback leaves out before the onset and after the last bad batch (PaLM: 100
-    # and 200-400).
-    window_before: Natural = 1
-    window_after: Natural = 0
-    # Rollbacks in a row without `healthy_after` applied steps between them, before the run halts
-    # (or asks).
-    rollbacks: Natural = 5
-    healthy_after: Positive = 200
-    # What is done, mildest first; each rung is one line. Rungs that do not fit the cause are passed
-    # over: where the state is to blame no data is left out, where data is, leaving it out comes
-    # first. When the last one has not helped, or `rollbacks` in a row, the run halts.
-    ladder: tuple[EscalationStep, ...] = LADDER
+    # Batches that a rollback also skips, before the onset and after the last bad batch (PaLM: 100,
+    # and 200 to 400).
+    skip_before: Natural = 1
+    skip_after: Natural = 0
+    # Limit of consecutive rollbacks; beyond it the run halts or asks. The count starts again after
+    # `reset_budget_after` applied healthy steps.
+    max_rollbacks: Natural = 5
+    reset_budget_after: Positive = 200
+    # The remedies, mildest first. Remedies that do not fit the cause are left out: if the state is
+    # the cause no data is skipped; if the data is the cause it is skipped first. The run halts when
+    # the last remedy has not helped.
+    escalation: tuple[EscalationStep, ...] = ESCALATION
     # Batches that a widened window holds at most.
-    window_max: Positive = 512
-    # Where the embedding leads an incident its gradients are multiplied by this (1: never), not
-    # below the floor in all, for `embed_hold` steps, and return to full size over `embed_back` more
-    # (GLM-130B: 0.1). Under Adam this matters while it changes; see tests/bench/alpha.py.
-    embed_factor: Annotated[float, Meta(gt=0, le=1)] = 0.5
-    embed_floor: Annotated[float, Meta(gt=0, le=1)] = 0.1
-    embed_hold: Natural = 100
-    embed_back: Natural = 200
-    # Remedies that hold from the beginning, as the journal of another run tells them: to make the
-    # same run again.
+    max_window: Positive = 512
+    # What is done where the embedding leads an incident.
+    shrink_embedding: ShrinkEmbedding = ShrinkEmbedding()
+    # Remedies that hold from the first step, as the journal of another run states them. They make
+    # that run reproducible.
     remedies: tuple[Remedy, ...] = ()
-    # fp16: overflows in a row that are no longer the search for a loss scale (8 divide it by 256):
-    # the gradients themselves are broken, which calls for a rollback. Before `warmup` accepted
-    # steps it takes at least 16.
-    overflows: Positive = 8
-    # At the first rejected step of an incident a few batches are run again, to tell data, state and
-    # hardware apart; for loops that hand the guard a way to run a batch, as the built-in trainer
-    # does.
+    # fp16: a rollback follows this many consecutive overflows. Fewer are the search for a loss scale
+    # (8 overflows divide it by 256). Before `warmup` accepted steps at least 16 are needed.
+    rollback_after_overflows: Positive = 8
+    # At the first rejected step of an incident, run a few batches again to find whether the data, the
+    # model's state or the hardware is the cause. Needs a loop that can run a batch again
+    # (`LoopHooks.replay`), as the built-in trainer does.
     cause_test: bool = True
-    # Batches that are formed again because the hardware gave other numbers the second time, without
-    # `healthy_after` applied steps between them, before the run halts.
-    retries: Natural = 8
-    # Further numbers that the loop hands to `step.finish(..., signals={NAME: value})`, reduced and
-    # recorded with the others; each has a detector of spikes that notes them. One that is missing
-    # at a step is passed over.
-    signals: tuple[str, ...] = ()
-    # "sync": the host reads a step's numbers before its update is applied; "lagged": the device
-    # decides by thresholds that it was given, and the host reads a step later: no wait in a healthy
-    # step, and the same results. Needs fused Adam or AdamW; not in fp16.
-    gate: typing.Literal["sync", "lagged"] = "sync"
-    # Measure the gradient norm of each block of the model besides: "grad_norm/layers.3" tells where
-    # a spike began.
-    layers: bool = False
-    # Measure the L2 norm of each update, exactly: costs a copy of the parameters, in memory and in
-    # time.
-    update_norm: bool = False
-    # Applied healthy steps after which a snapshot or checkpoint counts as good.
-    confirm: Natural = 8
-    # Stretches [first, last) of positions of the sample order whose batches are applied whatever is
-    # found, as far as it is finite: data that is known to be odd. `guardrail ctl RUN undo` does the
-    # same for what was rejected.
-    pardon: tuple[tuple[Natural, Natural], ...] = ()
-    # Seconds that `ask` and the rung `pause` wait for an answer before they take `ask_default`; 0:
-    # for ever.
-    ask_seconds: NonNegativeFloat = 0.0
-    # Without an answer in time: do as proposed, go on with the update, or stop.
-    ask_default: typing.Literal["proposed", "go_on", "stop"] = "proposed"
+    # Limit of batches that are repeated because the hardware gave other numbers the second time. The
+    # count starts again after `reset_budget_after` applied steps. Beyond it the run halts.
+    max_retries: Natural = 8
+    # Names of further numbers that the loop gives to `step.finish(..., signals={NAME: value})`. They
+    # are reduced over the ranks and recorded. A spike in one is a note. A name may be absent from a
+    # step.
+    extra_signals: tuple[str, ...] = ()
+    # "before_step": the host reads a step's numbers before its update is applied. "deferred": the
+    # device decides by thresholds that it was given, and the host reads the numbers one step later.
+    # A healthy step then waits for nothing, and the results are the same. "deferred" needs fused Adam
+    # or AdamW, and fp32 or bf16.
+    decide: typing.Literal["before_step", "deferred"] = "before_step"
+    # Record the gradient norm of each block of the model: "grad_norm/layers.3" shows where a spike
+    # began.
+    log_block_norms: bool = False
+    # Record the L2 norm of each update, exactly. Costs a copy of the parameters and some time.
+    log_update_norm: bool = False
+    # A snapshot or checkpoint counts as good after this many applied healthy steps.
+    steps_until_good: Natural = 8
+    # Ranges [first, last) of positions of the sample order that are known to be unusual. Findings on
+    # their batches are only logged and the updates are applied; NaN and Inf are still rejected.
+    # `guardrail ctl RUN undo` adds the batches that were rejected.
+    allowlist: tuple[tuple[Natural, Natural], ...] = ()
+    # Seconds that mode "ask" and the remedy "pause" wait for an answer before `answer_default` is
+    # taken. 0: no limit.
+    answer_timeout: NonNegativeFloat = 0.0
+    # Without an answer: carry out the proposal, continue with the update, or stop.
+    answer_default: typing.Literal["proposal", "continue", "stop"] = "proposal"
 
 
 class SnapshotSection(Section, frozen=True, kw_only=True):
@@ -400,36 +451,40 @@ class GuardConfig(Section, frozen=True, kw_only=True):
                 hint="0: back to checkpoints alone",
             )
         reach = snapshots.every * (snapshots.keep - 1)
-        if guard.mode is not Mode.OFF and snapshots.keep and guard.confirm > reach:
+        if guard.mode is not Mode.OFF and snapshots.keep and guard.steps_until_good > reach:
             raise ConfigError(
                 f"at most snapshots.every * (snapshots.keep - 1) = {reach}",
-                key="guard.confirm",
-                value=guard.confirm,
+                key="guard.steps_until_good",
+                value=guard.steps_until_good,
                 hint="no snapshot would live long enough to be called good; raise snapshots.keep",
             )
-        for name in guard.signals:
+        for name in guard.extra_signals:
             if (
                 name in METRIC_COLUMNS
                 or name == UPDATE_NORM
-                or guard.signals.count(name) > 1
+                or guard.extra_signals.count(name) > 1
                 or not name.strip()
             ):
-                raise ConfigError("names of their own, each once", key="guard.signals", value=name)
-        ends = [at for at, rung in enumerate(guard.ladder) if rung.do in ("pause", "halt")]
-        if ends and ends[0] + 1 < len(guard.ladder):
+                raise ConfigError(
+                    "names of their own, each once", key="guard.extra_signals", value=name
+                )
+        ends = [at for at, rung in enumerate(guard.escalation) if rung.action in ("pause", "halt")]
+        if ends and ends[0] + 1 < len(guard.escalation):
             raise ConfigError(
                 "the last rung",
-                key=f"guard.ladder[{ends[0]}].do",
-                value=guard.ladder[ends[0]].do,
+                key=f"guard.escalation[{ends[0]}].action",
+                value=guard.escalation[ends[0]].action,
                 hint="no rung behind it would ever be taken",
             )
-        if any(rung.do == "skip" for rung in guard.ladder[1:]):
-            raise ConfigError("skip on the first rung, or on none", key="guard.ladder", value=None)
-        for first, last in guard.pardon:
+        if any(rung.action == "skip" for rung in guard.escalation[1:]):
+            raise ConfigError(
+                "skip on the first rung, or on none", key="guard.escalation", value=None
+            )
+        for first, last in guard.allowlist:
             if first >= last:
                 raise ConfigError(
                     "stretches [first, last) that are not empty",
-                    key="guard.pardon",
+                    key="guard.allowlist",
                     value=[first, last],
                 )
         _check_remedies(guard.remedies)
@@ -469,7 +524,31 @@ def load(
     """
     file = Path(path)
     tree = parse(file, of_run=of_run)
-    return build(tree, file=str(path), overrides=overrides, base=Path.cwd())
+    base = Path.cwd()
+    return build(tree, file=str(path), overrides=overrides, base=base, notice=not of_run)
+
+
+def load_config(path: str | os.PathLike[str], *, overrides: Sequence[str] = ()) -> GuardConfig:
+    """Read, override, type and check a configuration of a custom loop or of a trainer.
+
+    A file that holds sections of `GuardConfig` alone, and names no `launch.trainer`, is that of a
+    custom loop. Any other one must be complete, as for `load`.
+
+    Args:
+        path: the TOML file.
+        overrides: "section.key=value" strings, the value as TOML (a bare word counts as a string).
+
+    Raises:
+        ConfigError: names file, key, value, expectation and the nearest valid key.
+    """
+    tree = parse(Path(path))
+    launch = tree.get("launch", {})
+    names_trainer = isinstance(launch, dict) and "trainer" in launch
+    sections = {*tree, *(text.partition(".")[0].strip() for text in overrides)}
+    schema: type[GuardConfig] | None = None
+    if not names_trainer and sections <= set(GuardConfig.__struct_fields__):
+        schema = GuardConfig
+    return build(tree, file=str(path), overrides=overrides, base=Path.cwd(), schema=schema)
 
 
 def _check_remedies(remedies: Sequence[Remedy]) -> None:
@@ -550,13 +629,14 @@ def load_guard(
             "a section [guard]", file=str(path), hint=f"it has {', '.join(tree) or 'none'}"
         )
     kept: dict[str, Any] = {name: tree[name] for name in ("guard", "snapshots") if name in tree}
+    kept = rename_keys(kept, GuardConfig, file=str(path), notice=not of_run)
     for text in overrides:
         if not text.strip().startswith("guard."):
             shown = shown_override(text)
             raise ConfigError(
                 "a key of [guard]", file="--set", value=shown, hint="e.g. --set guard.loss_score=6"
             )
-        _override(kept, text)
+        _override(kept, text, GuardConfig)
     file = "--set" if path is None else str(path)
     try:
         settings = typed(kept, GuardConfig, file=file)
@@ -604,22 +684,39 @@ def _reason(error: ValueError) -> str:
 
 
 def build(
-    tree: dict[str, Any], *, file: str, overrides: Sequence[str] = (), base: Path
+    tree: dict[str, Any],
+    *,
+    file: str,
+    overrides: Sequence[str] = (),
+    base: Path,
+    notice: bool = True,
+    schema: type[GuardConfig] | None = None,
 ) -> GuardConfig:
     """A parsed TOML tree plus overrides -> checked settings of the schema that `launch.trainer`
-    names.
+    names, or of the given one.
+
+    Args:
+        notice: print the present name of each key that is given under an old one.
     """
     refuse_deep(tree, file=file)
-    tree = copy.deepcopy(tree)
+    given = copy.deepcopy(tree)
     for text in overrides:
-        _override(tree, text)
+        _override(given, text)
     try:
-        schema = schema_of(tree, file=file)
+        if schema is None:
+            schema = schema_of(given, file=file)
+    except ConfigError as error:
+        raise error.at(source_of(error.key, file=file, overrides=overrides)) from error
+    try:
+        tree = rename_keys(tree, schema, file=file, notice=notice)
+        for text in overrides:
+            _override(tree, text, schema)
         settings = typed(schema.completed(tree), schema, file=file)
         settings.check(base=base)
         settings = settings.resolved(base=base)
     except ConfigError as error:
-        raise error.at(source_of(error.key, file=file, overrides=overrides)) from error
+        source = source_of(error.key, file=file, overrides=overrides, schema=schema)
+        raise error.at(source) from error
     return settings
 
 
@@ -671,6 +768,18 @@ def _without_none(value: Any) -> Any:
     return value
 
 
+def _present(parts: list[str], value: Any, schema: type[msgspec.Struct]) -> tuple[list[str], Any]:
+    """The present name of an overridden key, and of its value."""
+    tree = value
+    for part in reversed(parts):
+        tree = {part: tree}
+    tree = rename_keys(tree, schema, file="--set", notice=True)
+    new = present_key(".".join(parts), schema).split(".")
+    for part in new:
+        tree = tree[part]
+    return new, tree
+
+
 def _override_value(raw: str) -> Any:
     """A TOML value, or else the text itself: a bare word, a path, "007", and a name that looks like
     a date.
@@ -683,15 +792,21 @@ def _override_value(raw: str) -> Any:
     return raw if is_date or len(parsed) > 1 else parsed["v"]
 
 
-def source_of(key: str, *, file: str, overrides: Sequence[str]) -> str:
+def source_of(
+    key: str,
+    *,
+    file: str,
+    overrides: Sequence[str],
+    schema: type[msgspec.Struct] | None = None,
+) -> str:
     """Where the value of a key came from: "--set" if an override set it, or something in it or
     around it; or `file`.
     """
-    return (
-        "--set"
-        if any(_same_branch(".".join(_override_parts(text)), key) for text in overrides)
-        else file
-    )
+    for text in overrides:
+        named = present_key(".".join(_override_parts(text)), schema or GuardConfig)
+        if _same_branch(named, key):
+            return "--set"
+    return file
 
 
 def _override_parts(text: str) -> list[str]:
@@ -714,7 +829,12 @@ def shown_override(text: str) -> str:
     return MASK if may_be_secret(text) or may_be_secret(text.partition("=")[0].strip()) else text
 
 
-def _override(tree: dict[str, Any], text: str) -> None:
+def _override(tree: dict[str, Any], text: str, schema: type[msgspec.Struct] | None = None) -> None:
+    """Set one key of the tree.
+
+    Args:
+        schema: the key and the value are renamed as it says; None: they stay as they are.
+    """
     key, equals, raw = text.partition("=")
     parts = _override_parts(text)
     if (
@@ -727,6 +847,8 @@ def _override(tree: dict[str, Any], text: str) -> None:
             "SECTION.KEY=VALUE", file="--set", value=shown, hint="e.g. --set train.steps=500"
         )
     value = _override_value(raw.strip())
+    if schema is not None:
+        parts, value = _present(parts, value, schema)
     at = tree
     for part in parts[:-1]:
         at = at.setdefault(part, {})

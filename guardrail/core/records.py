@@ -536,7 +536,7 @@ class Status(Record, frozen=True, kw_only=True):
     # seq of its journal line; 0: none is open, or the line is not on disk yet
     question_number: int = 0
     deadline: float = 0.0  # wall time at which the guard answers its question itself; 0: never
-    default: str = ""  # what it then does: "proposed", "go_on" or "stop"
+    default: str = ""  # what it then does: "proposal", "continue" or "stop"
     tokens: int = 0  # label tokens of applied steps
     tokens_per_second: float = 0.0
     eta_seconds: float = 0.0

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from guardrail.core.errors import ConfigError, may_be_secret
+from guardrail.core.renamed_keys import rename_keys
 from guardrail.core.secret import EXPECTED as EXPECTED_SECRET
 from guardrail.core.secret import SecretRef
 
@@ -80,6 +81,7 @@ def typed(tree: dict[str, Any], schema: type[StructT], *, file: str) -> StructT:
     if not isinstance(tree, dict):
         raise ConfigError("a table of sections", file=file, value=tree)
     refuse_deep(tree, file=file)
+    tree = rename_keys(tree, schema, file=file)
     _refuse_unknown(tree, schema, file=file, path="", root=schema)
     _refuse_unusable(tree, file=file, path="")
     try:
@@ -161,16 +163,17 @@ def _nearest_key(
     that are valid.
     """
     names = list(_fields(schema))
-    close = difflib.get_close_matches(key, names, n=1)
+    old_names: Mapping[str, str] = getattr(schema, "RENAMED", {})
+    close = difflib.get_close_matches(key, [*names, *old_names], n=1)
     if close:
-        return f"did you mean {path}{close[0]}?"
-    elsewhere = [
-        f"{table}.{name}"
-        for table, annotation in _fields(root).items()
-        for struct in _structs_in(annotation)
-        for name in _fields(struct)
-        if name == key
-    ]
+        return f"did you mean {path}{old_names.get(close[0], close[0])}?"
+    elsewhere = []
+    for table, annotation in _fields(root).items():
+        for struct in _structs_in(annotation):
+            present: dict[str, str] = {name: name for name in _fields(struct)}
+            present |= getattr(struct, "RENAMED", {})
+            if key in present:
+                elsewhere.append(f"{table}.{present[key]}")
     if elsewhere:
         return f"did you mean {elsewhere[0]}?"
     return f"valid keys: {', '.join(sorted(names))}"

@@ -86,12 +86,12 @@ class Controller(ControllerMemory):
         # Reaches back to the earliest onset that a detector can name, and `window_before` batches
         # further.
         reach = (
-            settings.window_before
+            settings.skip_before
             + max(LOOK_BACK, Divergence.MEMORY * settings.divergence_steps, CLIMB)
             + 1
         )
-        if any(rung.do == "widen" for rung in settings.ladder):
-            reach += settings.window_max // 2
+        if any(rung.action == "widen" for rung in settings.escalation):
+            reach += settings.max_window // 2
         self._history: deque[Applied] = deque(maxlen=reach)
         # (step, loss) of the last accepted steps
         self._losses: deque[tuple[int, float]] = deque(maxlen=2 * MOST)
@@ -266,7 +266,7 @@ class Controller(ControllerMemory):
         )
         action, row = case.action(), case.row
         self._asks_again = weights_are_clean(case.diagnosis) and (
-            case.too_long or _is_due(case.streak + 1, self.settings.persist)
+            case.too_long or _is_due(case.streak + 1, self.settings.rollback_after_rejections)
         )
         # The same place again, before enough healthy steps have gone by since the run went back for
         # it.
@@ -388,7 +388,7 @@ class Controller(ControllerMemory):
             return structs.replace(
                 diagnosis, borne=True, reason=f"{diagnosis.reason}: raised, and no spike: borne"
             )
-        if self.settings.shift != "learn" or not levels.another_kind(
+        if self.settings.new_data != "accept" or not levels.another_kind(
             self.detectors, obs, diagnosis
         ):
             if diagnosis.ahead and diagnosis.structure is None:
@@ -556,8 +556,9 @@ class Controller(ControllerMemory):
         """Whether the state after `step` updates is good: healthy steps have followed, and no
         incident holds it.
         """
-        return step + self.settings.confirm <= self.healthy_through and not self.incidents.within(
-            step
+        return (
+            step + self.settings.steps_until_good <= self.healthy_through
+            and not self.incidents.within(step)
         )
 
     def is_settled(self, step: int) -> bool:
@@ -567,7 +568,10 @@ class Controller(ControllerMemory):
         To go back for another incident, such a state will do: it is what the run was like before
         that one. Those from before the unresolved one may be thousands of steps old.
         """
-        if not self.incidents.unresolved or step + self.settings.confirm > self.unsuspected_through:
+        if (
+            not self.incidents.unresolved
+            or step + self.settings.steps_until_good > self.unsuspected_through
+        ):
             return False
         return not self.incidents.within(step, but_unresolved=True)
 

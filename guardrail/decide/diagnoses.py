@@ -115,18 +115,21 @@ class Diagnoses:
         """The verdict where the hardware is to blame: form the same batch again, and halt where
         that is too often.
         """
-        count = close_together(self._unsound, at=verdict.step, healthy_after=settings.healthy_after)
+        count = close_together(
+            self._unsound, at=verdict.step, healthy_after=settings.reset_budget_after
+        )
         who = (
             f"rank {diagnosis.rank} on {diagnosis.host}" if diagnosis.rank >= 0 else "the hardware"
         )
-        if count <= settings.retries:
+        if count <= settings.max_retries:
             action = Action.RETRY
-            reason = f"{who} does not repeat itself: form the batch again, time {count} of {settings.retries}"
+            reason = f"{who} does not repeat itself: form the batch again, time {count} of {settings.max_retries}"
         else:
             action = Action.HALT
             reason = (
-                f"{who} has not repeated itself {count} times without {settings.healthy_after} healthy steps between "
-                f"them: halt, since guard.retries allows {settings.retries}"
+                f"{who} has not repeated itself {count} times without "
+                f"{settings.reset_budget_after} healthy steps between them: halt, "
+                f"since guard.max_retries allows {settings.max_retries}"
             )
         asked = mode is Mode.ASK and action is Action.HALT
         return leaving_nothing_out(

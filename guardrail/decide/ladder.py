@@ -2,7 +2,7 @@
 
 Rungs are gone up in their order. One is passed over while it does not fit the cause, when it has
 been taken `times` times among the rollbacks in a row, or within its cooldown. When none is left, or
-`guard.rollbacks` of them in a row have not helped, the run halts.
+`guard.max_rollbacks` of them in a row have not helped, the run halts.
 
     data    leaving data out comes first, whatever the order; optimizer remedies once that is used up
     state   no batch is to blame: nothing is left out, so to widen the window is pointless. What came again from a good
@@ -39,43 +39,45 @@ def next_rung(
         embedding: the embedding leads the incident.
     """
     for rung in _in_order(ladder, cause):
-        if rung.do == "skip" or not _fits(rung, cause, embedding):
+        if rung.action == "skip" or not _fits(rung, cause, embedding):
             continue
         used = times_taken(rung, in_a_row)
-        allowed = sum(other.times for other in ladder if other.do == rung.do)
-        last = max((one.from_step for one in rollbacks if one.rung == rung.do), default=None)
+        allowed = sum(other.max_uses for other in ladder if other.action == rung.action)
+        last = max((one.from_step for one in rollbacks if one.rung == rung.action), default=None)
         resting = last is not None and rung.cooldown > 0 and applied - last < rung.cooldown
-        if rung.do in ENDS or (used < allowed and not resting):
+        if rung.action in ENDS or (used < allowed and not resting):
             return rung
     return None
 
 
 def _fits(rung: EscalationStep, cause: Cause | None, embedding: bool) -> bool:
-    if rung.do == "shrink_embedding":
+    if rung.action == "shrink_embedding":
         return embedding
-    return rung.do != "widen" or cause is not Cause.STATE
+    return rung.action != "widen" or cause is not Cause.STATE
 
 
 def _in_order(ladder: Sequence[EscalationStep], cause: Cause | None) -> list[EscalationStep]:
     if cause is not None and cause.of_data:
-        return sorted(ladder, key=lambda rung: (rung.do in ENDS, rung.do not in DATA_RUNGS))
+        return sorted(ladder, key=lambda rung: (rung.action in ENDS, rung.action not in DATA_RUNGS))
     if cause is not Cause.STATE:
         return list(ladder)
-    older = [rung for rung in ladder if rung.do == "older"]
-    rest = [rung for rung in ladder if rung.do != "older"]
-    behind = max((at + 1 for at, rung in enumerate(rest) if rung.do == "lower_lr"), default=None)
+    older = [rung for rung in ladder if rung.action == "older"]
+    rest = [rung for rung in ladder if rung.action != "older"]
+    behind = max(
+        (at + 1 for at, rung in enumerate(rest) if rung.action == "lower_lr"), default=None
+    )
     return list(ladder) if behind is None else [*rest[:behind], *older, *rest[behind:]]
 
 
 def times_taken(rung: EscalationStep, in_a_row: Sequence[Rollback]) -> int:
     """How often a rung of this kind has been taken in a row, in vain."""
-    return sum(one.rung == rung.do for one in in_a_row)
+    return sum(one.rung == rung.action for one in in_a_row)
 
 
 def widening(rung: EscalationStep, in_a_row: Sequence[Rollback]) -> int:
     """By how much the window is longer than the plain one: 2 for the first widening in a row, then
     4, 8, ...
     """
-    if rung.do != "widen":
+    if rung.action != "widen":
         return 1
     return int(2 ** (1 + times_taken(rung, in_a_row)))

@@ -48,10 +48,10 @@ class ControllerMemory:
 
     def __init__(self, settings: GuardOptions) -> None:
         self.settings = settings
-        self.incidents = Incidents(confirm=settings.confirm)
+        self.incidents = Incidents(confirm=settings.steps_until_good)
         self.rollbacks: list[Rollback] = []
         self.diagnoses = Diagnoses()
-        self.pardons: list[tuple[int, int]] = list(settings.pardon)
+        self.pardons: list[tuple[int, int]] = list(settings.allowlist)
         self.levels: list[tuple[int, int]] = []
         self.borne: list[tuple[int, int]] = []
         self.empty_spans: set[tuple[int, int]] = set()
@@ -115,11 +115,11 @@ class ControllerMemory:
 
     def rebuild(self, events: Iterable[Event]) -> None:
         """Take the facts over from the journal's events, in order. Replaces what was known."""
-        self.rollbacks, self.empty_spans, self.pardons = [], set(), list(self.settings.pardon)
+        self.rollbacks, self.empty_spans, self.pardons = [], set(), list(self.settings.allowlist)
         self.levels, self.borne = [], []
         self.diagnoses = Diagnoses()
         began: list[int] = []  # timelines that the rollbacks began
-        self.incidents = Incidents(confirm=self.settings.confirm)
+        self.incidents = Incidents(confirm=self.settings.steps_until_good)
         known = _Known()
         for event in events:
             # A line that makes no sense changes nothing: `Past` counts it, and a run must be able

@@ -141,13 +141,13 @@ def decide(
         and weights_are_clean(diagnosis)
         and consecutive_skip_limit(settings) > 1
     ):
-        return Action.SKIP if streak < settings.skips else Action.HALT
+        return Action.SKIP if streak < settings.max_data_skips else Action.HALT
     serious = streak + 1 >= consecutive_skip_limit(settings) or (
         diagnosis is not None and (diagnosis.cause is Cause.STATE or diagnosis.applied)
     )
     if not persistent and not (trouble and serious):
         return Action.SKIP
-    return Action.ROLLBACK if in_a_row < settings.rollbacks else Action.HALT
+    return Action.ROLLBACK if in_a_row < settings.max_rollbacks else Action.HALT
 
 
 def weights_are_clean(diagnosis: Diagnosis | None) -> bool:
@@ -157,7 +157,11 @@ def weights_are_clean(diagnosis: Diagnosis | None) -> bool:
 
 def consecutive_skip_limit(settings: GuardOptions) -> int:
     """Rejections in a row that call for more than leaving the update out."""
-    return settings.persist if any(rung.do == "skip" for rung in settings.ladder) else 1
+    return (
+        settings.rollback_after_rejections
+        if any(rung.action == "skip" for rung in settings.escalation)
+        else 1
+    )
 
 
 def rollbacks_in_a_row(rollbacks: Sequence[Rollback], *, applied: int, healthy_after: int) -> int:

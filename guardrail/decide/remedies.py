@@ -68,11 +68,11 @@ def of_rung(rung: EscalationStep, from_step: int, *, again: int = 0) -> tuple[Re
         again: times that it has been taken in vain. Each time is twice as strong, a factor squared
             for twice as long, on top of what is in force.
     """
-    kind = KIND_OF.get(rung.do)
+    kind = KIND_OF.get(rung.action)
     if kind is None:
         return ()
     much = 2**again
-    value, hold, back = rung.factor**much, rung.hold * much, rung.back * much
+    value, hold, back = rung.factor**much, rung.hold_steps * much, rung.ramp_steps * much
     if kind == MOMENTS:
         low = Remedy(kind=LR, value=value, from_step=from_step, hold=hold, back=back)
         return Remedy(kind=MOMENTS, value=1.0, from_step=from_step), low
@@ -81,12 +81,16 @@ def of_rung(rung: EscalationStep, from_step: int, *, again: int = 0) -> tuple[Re
 
 def of_embedding(settings: GuardOptions, from_step: int) -> tuple[Remedy, ...]:
     """What an incident that the embedding leads does to its gradients by itself."""
-    if settings.embed_factor >= 1.0:
+    if settings.shrink_embedding.factor >= 1.0:
         return ()
-    hold, back = settings.embed_hold, settings.embed_back
+    hold, back = settings.shrink_embedding.hold_steps, settings.shrink_embedding.ramp_steps
     return (
         Remedy(
-            kind=EMBED_ALPHA, value=settings.embed_factor, from_step=from_step, hold=hold, back=back
+            kind=EMBED_ALPHA,
+            value=settings.shrink_embedding.factor,
+            from_step=from_step,
+            hold=hold,
+            back=back,
         ),
     )
 

@@ -70,7 +70,9 @@ class RejectedStep:
         """Whether data alone has been left out for longer than `skips` allows."""
         grave = any(finding.severity is Severity.PERSISTENT for finding in self.findings)
         return (
-            weights_are_clean(self.diagnosis) and not grave and self.streak >= self.settings.skips
+            weights_are_clean(self.diagnosis)
+            and not grave
+            and self.streak >= self.settings.max_data_skips
         )
 
     @property
@@ -82,7 +84,7 @@ class RejectedStep:
     def row(self) -> list[Rollback]:
         """Rollbacks without enough healthy steps between them, up to now."""
         return recent_rollbacks(
-            self.rollbacks, applied=self.applied, healthy_after=self.settings.healthy_after
+            self.rollbacks, applied=self.applied, healthy_after=self.settings.reset_budget_after
         )
 
     def action(self) -> Action:
@@ -123,7 +125,7 @@ def answer(case: RejectedStep, action: Action) -> Response:
     rung: EscalationStep | None = None
     if action is Action.ROLLBACK:
         rung = next_rung(
-            settings.ladder,
+            settings.escalation,
             row,
             case.rollbacks,
             applied=case.applied,
@@ -139,8 +141,8 @@ def answer(case: RejectedStep, action: Action) -> Response:
     asked = leads and not row and (not case.streak or action is Action.ROLLBACK)
     if asked and not any(remedy.kind == EMBED_ALPHA for remedy in remedies):
         remedies += of_embedding(settings, before or case.obs.step)
-    name = "skip" if action is Action.SKIP else (rung.do if rung is not None else _end(case))
-    if action is Action.ROLLBACK and (rung is None or rung.do in ENDS):
+    name = "skip" if action is Action.SKIP else (rung.action if rung is not None else _end(case))
+    if action is Action.ROLLBACK and (rung is None or rung.action in ENDS):
         action = Action.HALT
     reason = _reason(case, action, window=out, few=len(few), before=before, rung=name)
     if action is Action.HALT:
@@ -160,8 +162,8 @@ def answer(case: RejectedStep, action: Action) -> Response:
 
 def _end(case: RejectedStep) -> str:
     """Which end it is where no rung is asked for."""
-    ladder = case.settings.ladder
-    return ladder[-1].do if case.too_long and ladder and ladder[-1].do in ENDS else "halt"
+    ladder = case.settings.escalation
+    return ladder[-1].action if case.too_long and ladder and ladder[-1].action in ENDS else "halt"
 
 
 def _window(
@@ -183,7 +185,7 @@ def _window(
     )
     if case.cause is Cause.STATE:
         out = (out[0], out[0])  # no batch is to blame: go back, and leave nothing out
-    if rung is not None and rung.do == "older":
+    if rung is not None and rung.action == "older":
         before = max(1, before - rung.steps)
     return out, before
 
@@ -195,7 +197,12 @@ def _few(
 
     To widen means that what was left out was not enough: then nothing of the window is kept.
     """
-    if rung is None or rung.do == "widen" or case.diagnosis is None or case.cause is not Cause.DATA:
+    if (
+        rung is None
+        or rung.action == "widen"
+        or case.diagnosis is None
+        or case.cause is not Cause.DATA
+    ):
         return ()
     few = case.diagnosis.positions
     return few if all(window[0] <= position < window[1] for position in few) else ()
@@ -213,14 +220,17 @@ def _reason(
     settings, findings, streak, row = case.settings, case.findings, case.streak, case.row
     what, would = evidence(findings), "would " if case.advise else ""
     if action is Action.SKIP and weights_are_clean(case.diagnosis):
-        count = f"{streak + 1} in a row of at most {settings.skips}"
+        count = f"{streak + 1} in a row of at most {settings.max_data_skips}"
         return f"{what}, the data is to blame: {would}leave this update out, {count}"
     if action is Action.SKIP:
         count = f", rejection {streak + 1} in a row of {consecutive_skip_limit(settings)} that call for a rollback"
         return f"{what}: {would}leave this update out{count if is_anomaly(findings) else ''}"
     if action is Action.HALT and case.too_long:
         end = "ask" if rung == "pause" else "halt"
-        return f"{what}, the data is to blame: {would}{end}, since {streak} in a row are as many as guard.skips allows"
+        return (
+            f"{what}, the data is to blame: {would}{end}, "
+            f"since {streak} in a row are as many as guard.max_data_skips allows"
+        )
     why = (
         f"{streak + 1} batches in a row rejected"
         if streak + 1 >= consecutive_skip_limit(settings)
@@ -237,13 +247,17 @@ def _reason(
     ):
         why = "and an update of such data is in the weights"
     one = len(row) == 1
-    tried = f"{plural(len(row), 'rollback')} without {settings.healthy_after} healthy steps "
+    tried = f"{plural(len(row), 'rollback')} without {settings.reset_budget_after} healthy steps "
     tried += "after it" if one else "between them"
-    if action is Action.HALT and len(row) >= settings.rollbacks:
-        return f"{what}, {why}: {would}halt, since {tried} {'is' if one else 'are'} as many as guard.rollbacks allows"
+    if action is Action.HALT and len(row) >= settings.max_rollbacks:
+        verb = "is" if one else "are"
+        return (
+            f"{what}, {why}: {would}halt, "
+            f"since {tried} {verb} as many as guard.max_rollbacks allows"
+        )
     if action is Action.HALT:
         end = "ask" if rung == "pause" else "halt"
-        spent = f"{tried} {'has' if one else 'have'} used up the rungs of guard.ladder that fit"
+        spent = f"{tried} {'has' if one else 'have'} used up the rungs of guard.escalation that fit"
         return f"{what}, {why}: {would}{end}, since {spent}"
     out = (
         "leave nothing out"

@@ -42,12 +42,12 @@ def window(
             half behind, as far as `window_max` allows.
     """
     span = min([obs.last - obs.first, *(batch.last - batch.first for batch in history)])
-    index = bisect_left(history, onset, key=lambda batch: batch.step) - settings.window_before
-    behind = settings.window_after
+    index = bisect_left(history, onset, key=lambda batch: batch.step) - settings.skip_before
+    behind = settings.skip_after
     if widened > 1:
         begin = history[max(0, index)].first if history and index < len(history) else obs.first
         plain = max(1, round((obs.last - begin) / span)) + behind
-        more = max(0, min(widened * plain, settings.window_max) - plain)
+        more = max(0, min(widened * plain, settings.max_window) - plain)
         index, behind = index - more // 2, behind + more - more // 2
     before = obs.step
     if history and index < len(history):

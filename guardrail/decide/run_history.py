@@ -262,7 +262,7 @@ class RunHistory:
         return Effects(
             lr=self.lr.at(step) * factor(remedies, LR, step),
             embed_alpha=self.alpha.at(step)
-            * factor(remedies, EMBED_ALPHA, step, floor=settings.embed_floor),
+            * factor(remedies, EMBED_ALPHA, step, floor=settings.shrink_embedding.floor),
             clip=factor(remedies, CLIP, step),
             reset=resets(remedies, step),
         )

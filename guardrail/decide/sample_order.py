@@ -71,7 +71,7 @@ class SampleOrder:
     BLOCK = 1024
     KEPT_BLOCKS = 4
 
-    def __init__(self, *, samples: int, seed: int = 0, shuffled: bool = True) -> None:
+    def __init__(self, samples: int, *, seed: int = 0, shuffled: bool = True) -> None:
         if isinstance(samples, bool) or not isinstance(samples, (int, np.integer)) or samples <= 0:
             raise DataError(f"SampleOrder(samples): expected a whole number > 0, got {samples!r}")
         self.n_samples = int(samples)

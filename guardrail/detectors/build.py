@@ -60,7 +60,7 @@ def build(settings: GuardOptions) -> dict[str, Detector]:
         **shared,
     }
     loss = Spike(LOSS, FindingKind.LOSS_SPIKE, score=settings.loss_score, **positive)
-    scale = ScaleCollapse(overflows=settings.overflows, **shared)
+    scale = ScaleCollapse(overflows=settings.rollback_after_overflows, **shared)
     norm: dict[str, Any] = {
         "floor": NORM_FLOOR,
         "cold_factor": NORM_COLD,
@@ -98,7 +98,7 @@ def build(settings: GuardOptions) -> dict[str, Detector]:
 
 
 def _loss_kind(settings: GuardOptions) -> str:
-    if settings.loss == "auto" and policy_name(settings.signals) is not None:
+    if settings.loss == "auto" and policy_name(settings.extra_signals) is not None:
         return "signed"
     return settings.loss
 

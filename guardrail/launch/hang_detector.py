@@ -57,16 +57,16 @@ class HangDetector:
 
     def __init__(self, launch: LaunchSection) -> None:
         self._deadlines = {
-            Phase.STARTING: launch.setup_seconds,
-            Phase.SETUP: launch.setup_seconds,
-            Phase.STEP: launch.step_seconds,
-            Phase.EVAL: launch.eval_seconds,
-            Phase.SAVE: launch.save_seconds,
-            Phase.ROLLBACK: launch.save_seconds,  # may read a checkpoint from disk
-            Phase.PAUSED: launch.step_seconds,  # a parked rank still turns its loop
+            Phase.STARTING: launch.setup_timeout,
+            Phase.SETUP: launch.setup_timeout,
+            Phase.STEP: launch.step_timeout,
+            Phase.EVAL: launch.eval_timeout,
+            Phase.SAVE: launch.save_timeout,
+            Phase.ROLLBACK: launch.save_timeout,  # may read a checkpoint from disk
+            Phase.PAUSED: launch.step_timeout,  # a parked rank still turns its loop
         }
         # between the last word and the end of the process
-        self._ended_seconds = launch.save_seconds
+        self._ended_seconds = launch.save_timeout
         self._seen: dict[int, _Seen] = {}
 
     def look(

@@ -231,7 +231,7 @@ def _resumed(
             )
             return None
     preflight.check(settings, file=file, overrides=overrides)
-    end_orphans(run, settings.launch.stop_seconds)
+    end_orphans(run, settings.launch.stop_timeout)
     if settings.launch.node_rank == 0:
         _refuse_stale(run)
     written_out = _warn_of_secrets(settings)

@@ -203,13 +203,13 @@ class Supervisor:
         return status is not None and not status.phase.ended
 
     def _first_node_is_back(self) -> bool:
-        """Wait until it listens again; False when it does not within launch.node_seconds, or a stop
+        """Wait until it listens again; False when it does not within launch.node_timeout, or a stop
         is asked for.
         """
         host, _, port = self.launch.rendezvous_endpoint.rpartition(":")
         message = f"the first node has gone; node {self.launch.node_rank} waits for {host}:{port} to answer again"
         self.chronicle.record("note", message, text=message)
-        deadline = time.monotonic() + self.launch.node_seconds
+        deadline = time.monotonic() + self.launch.node_timeout
         while time.monotonic() < deadline and not self.signals.stop:
             with (
                 contextlib.suppress(OSError),
@@ -262,7 +262,7 @@ class Supervisor:
         later ones.
 
         The agent would give them 30 seconds. In a collective they wait for the dead one, in set-up
-        for the whole of launch.collective_seconds.
+        for the whole of launch.collective_timeout.
         """
         now = time.monotonic()
         for pid in closing:
@@ -379,9 +379,9 @@ class Supervisor:
             self.killed = "asked to end at once"
         elif not registered and self._told.isdisjoint(self.ranks.last_pids):
             self.killed = "the ranks had not begun"
-        elif time.monotonic() - self._stop_since > self.launch.stop_seconds:
+        elif time.monotonic() - self._stop_since > self.launch.stop_timeout:
             self.killed = (
-                f"the ranks did not stop within launch.stop_seconds = {self.launch.stop_seconds:g}"
+                f"the ranks did not stop within launch.stop_timeout = {self.launch.stop_timeout:g}"
             )
         else:
             for pid in registered.keys() - self._told:
@@ -417,7 +417,7 @@ class Supervisor:
                 self.run_directory.logs / "rank-0.log",
             )
         elif self.launch.nodes > 1 and len(self.failures) <= self.launch.max_restarts:
-            waited = f"not all {self.launch.nodes} nodes met within launch.node_seconds = {self.launch.node_seconds:g}"
+            waited = f"not all {self.launch.nodes} nodes met within launch.node_timeout = {self.launch.node_timeout:g}"
             reason, explained = (
                 f"{waited}; on fewer: launch --resume RUN --set launch.nodes=N",
                 self._elastic_log,

@@ -101,7 +101,7 @@ def command(launch: LaunchSection, *, name: str, restarts: int) -> list[str]:
         # Told and not guessed from names: two agents may stand on one host, and the first node's
         # alone is met.
         arguments += [
-            f"--rdzv-conf=is_host={int(not launch.node_rank)},join_timeout={launch.node_seconds:.0f}"
+            f"--rdzv-conf=is_host={int(not launch.node_rank)},join_timeout={launch.node_timeout:.0f}"
         ]
     arguments += [
         "--no-python",
@@ -136,7 +136,7 @@ def environment(
         # An agent keeps one store for all starts of the ranks (torch 2.13,
         # DynamicRendezvousHandler.next_rendezvous), since torch 2.9 without a prefix for each
         # (torch.distributed.rendezvous, _create_c10d_store): the ranks of the second start would
-        # find the addresses of the first, and wait for them until launch.collective_seconds is
+        # find the addresses of the first, and wait for them until launch.collective_timeout is
         # over. It is no setting of the user. On one node each start has an agent, and so a store,
         # of its own.
         variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"

@@ -1,0 +1,37 @@
+"""What happened in a run, in every format.
+
+Old import path of its names; use `guardrail.report.build`, `.model`, `.output` and `.quarantine`.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+from guardrail.core.old_names import forward
+
+__getattr__ = forward(
+    __name__,
+    "guardrail.report.output",
+    ["as_dict", "text", "written", "save"],
+    renamed={
+        "Answered": "guardrail.report.model.CommandRecord",
+        "CheckpointLine": "guardrail.report.model.CheckpointLine",
+        "Restart": "guardrail.report.model.Restart",
+        "Report": "guardrail.report.model.Report",
+        "build": "guardrail.report.build.build",
+        "quarantine_lines": "guardrail.report.quarantine.quarantine_lines",
+    },
+)
+
+
+class _Package(ModuleType):
+    """Keeps the old function `build`, also once the module of that name is loaded."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "build":
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -194,7 +194,7 @@ def train_cell(
         "phase": phase.value,
         "step": trainer.guard.step,
         "seconds": seconds,
-        "left_out": len(trainer.guard.ledger.quarantine),
+        "left_out": len(trainer.guard.cursor.quarantine),
     }
 
 

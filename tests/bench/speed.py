@@ -292,7 +292,7 @@ def compare(
         for what, found in (("seconds", seconds), ("worked", worked))
     }
     if ours is not None:
-        result["share"] = ours.trainer.guard.account.status().guard_share
+        result["share"] = ours.trainer.guard.status().guard_share
         result["waited"] = ours.waited[WARM_UP_ROUNDS:]
     for each in (ours, unguarded):
         if each is not None:

@@ -22,7 +22,8 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-import guardrail.torch.guard.command_handler as desk
+import guardrail.torch.guard.command_handler as command_handler
+import guardrail.torch.guard.command_inbox as command_inbox
 from guardrail.cli.ctl import command as ctl
 from guardrail.core import records
 from guardrail.core.config import CheckpointSection, GuardConfig, GuardOptions, SnapshotSection
@@ -61,7 +62,7 @@ class Asking:
         self.model = model
         self.guard = Guard.from_config(
             GuardConfig(
-                guard=GuardOptions(mode=mode, persist=1, cause_test=False),
+                guard=GuardOptions(mode=mode, rollback_after_rejections=1, cause_test=False),
                 snapshots=SnapshotSection(every=5, keep=3),
                 checkpoint=CheckpointSection(every=100_000),
             ),
@@ -134,8 +135,8 @@ class Asking:
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The same paths, with shorter waits between two looks."""
-    monkeypatch.setattr(desk, "PARKED_SECONDS", 0.002)
-    monkeypatch.setattr(desk, "Mailbox", partial(CommandPoller, seconds=0.004))
+    monkeypatch.setattr(command_handler, "PARKED_SECONDS", 0.002)
+    monkeypatch.setattr(command_inbox, "CommandPoller", partial(CommandPoller, seconds=0.004))
     yield
 
 
@@ -288,7 +289,7 @@ def test_a_command_whose_target_or_cost_has_changed_is_refused(tmp_path: Path) -
     with Asking(tmp_path, every=0) as asking:
         wait_for(lambda: asking.guard.step > 12 or asking.failure, what="some steps")
         newest = Command(id="x", kind=CommandKind.ROLLBACK, value=float("nan"))
-        shown = preview.foresee(asking.run, newest, status=asking.guard.account.status()).shown()
+        shown = preview.foresee(asking.run, newest, status=asking.guard.status()).shown()
         assert shown.to_step is not None and shown.steps_lost_most >= shown.steps_lost + 10
         replace = msgspec.structs.replace
         refused = {

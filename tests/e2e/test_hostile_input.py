@@ -107,7 +107,7 @@ def test_any_value_for_a_section(names: list[str], value: Any) -> None:
     st.one_of(TEXTS, st.sampled_from([f"{a}.{b}" for a, b in keys_of() if b != "trainer"])), TEXTS
 )
 @example("guard.window", "[" * 3000)
-@example("guard.ladder", "[{do = 'halt'" + "}" * 3000)
+@example("guard.escalation", "[{do = 'halt'" + "}" * 3000)
 @example(".".join("a" * 5000), "1")
 @example("run.name", "a\x00b")
 @example("guard.window", "9" * 5000)
@@ -257,12 +257,8 @@ def options_of(name: str) -> list[str]:
     import importlib
 
     command: click.Command = importlib.import_module(f"guardrail.cli.{name}").command
-    return [
-        option
-        for parameter in command.params
-        for option in parameter.opts
-        if option.startswith("-")
-    ]
+    given = [option for parameter in command.params for option in parameter.opts]
+    return ["--help", *(option for option in given if option.startswith("-"))]
 
 
 def run_command(arguments: list[str]) -> tuple[int, str, str]:

@@ -22,7 +22,7 @@ from tests.support.running import (
     trained,
 )
 
-LADDER = [
+ESCALATION = [
     {"do": "skip"},
     {"do": "widen"},
     {"do": "lower_lr", "factor": 0.5, "hold": 5, "back": 6},
@@ -49,7 +49,7 @@ def test_every_rung_is_exact_through_a_crash(tmp_path: Path, world: int, strateg
         # Three bad batches call for a rollback; what the widened window has not reached calls for
         # the next rungs.
         faults=[stretch(240, 3 + 2 + 4 * 3)],
-        guard={"ladder": LADDER, "cause_test": False, "window_max": 8, "remedies": [ALPHA]},
+        guard={"ladder": ESCALATION, "cause_test": False, "window_max": 8, "remedies": [ALPHA]},
         checkpoint={"every": 10, "keep": 4},
         train={"steps": 50},
     )

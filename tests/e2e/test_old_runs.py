@@ -300,7 +300,7 @@ def test_a_run_is_resumed_by_command(old: Old, lab: Lab) -> None:
 
 
 def keys_of(tree: Any, path: str = "") -> Iterator[str]:
-    """ "guard.window", "guard.ladder", "guard.ladder[].do" of a parsed file."""
+    """ "guard.window", "guard.escalation", "guard.escalation[].do" of a parsed file."""
     if isinstance(tree, list):
         for one in tree:
             yield from keys_of(one, f"{path}[]")

@@ -23,7 +23,7 @@ from tests.e2e.test_attribution import LENGTH, plant
 from tests.support.running import new_run, of_kind, spans, tiny, train
 
 STRUCK, UNDONE, STEPS = 24, 46, 48
-LADDER = [{"do": "skip"}, {"do": "lower_lr", "factor": 0.5, "hold": 2, "back": 2, "times": 3}]
+ESCALATION = [{"do": "skip"}, {"do": "lower_lr", "factor": 0.5, "hold": 2, "back": 2, "times": 3}]
 
 
 @pytest.fixture(scope="module", params=["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
@@ -39,7 +39,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         data={"sequence_length": LENGTH},
         optim={"lr": 1e-2},
         faults=[{"kind": "spike_loss", "step": STRUCK, "times": 2, "value": 40.0}],
-        guard={"confirm": 1, "ladder": [*LADDER]},
+        guard={"confirm": 1, "ladder": [*ESCALATION]},
         checkpoint={"every": 8, "keep": 6},
         train={"steps": STEPS},
     )

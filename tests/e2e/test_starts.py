@@ -20,7 +20,8 @@ from tests.support.places import ROOT
 # its children.
 SUPERVISOR = """
 import sys
-from guardrail import elastic, supervisor
+from guardrail.launch import supervisor
+from guardrail.launch import torchrun as elastic
 elastic.command = lambda launch, **_: [sys.executable, "-c", sys.argv[2]]
 supervisor.POLL_SECONDS, supervisor.SURVIVOR_SECONDS, supervisor.SETUP_SURVIVOR_SECONDS = 0.1, 0.5, 0.2
 sys.exit(supervisor.main([sys.argv[1]]))

@@ -31,8 +31,8 @@ trainer = "faketrainer"
 device = "cpu"
 processes = {processes}
 max_restarts = {restarts}
-step_seconds = {step_seconds}
-stop_seconds = {stop_seconds}
+step_timeout = {step_seconds}
+stop_timeout = {stop_seconds}
 [tensorboard]
 enabled = false
 [fake]
@@ -269,7 +269,7 @@ def test_ranks_that_do_not_stop_in_time_are_killed(lab: Lab) -> None:
     wait_for(lambda: training(run, 3))
     lab.supervisor(run).send_signal(signal.SIGUSR1)
     wait_for(lambda: ended(run), seconds=30)
-    assert "launch.stop_seconds = 1" in run.events()[-1].message
+    assert "launch.stop_timeout = 1" in run.events()[-1].message
     status = run.read_status()
     assert status is not None and (status.phase, status.exit_code) == (Phase.STOPPED, 130)
     assert nothing_left(run)

@@ -218,7 +218,7 @@ def healthy_steps_of_a_loop(_: Path) -> None:
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     guard = Guard.from_config(
-        GuardConfig(guard=GuardOptions(gate="lagged"), snapshots=SnapshotSection(every=50)),
+        GuardConfig(guard=GuardOptions(decide="lagged"), snapshots=SnapshotSection(every=50)),
         model=model,
         optimizer=optimizer,
         scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=200),
@@ -226,20 +226,20 @@ def healthy_steps_of_a_loop(_: Path) -> None:
         batch_size=8,
         total_steps=120,
     )
-    assert guard.lagged is not None
+    assert guard.deferred_gate is not None
     tokens = torch.randint(0, 16, (8, 9), device=DEVICE)
     count = torch.tensor(8.0, device=DEVICE)
     quiet = 0
     for step in guard:
         watched = step.number % 50 not in (0, 1) and 4 < step.number < 120
-        flown = guard.lagged.flown
-        with no_wait(guard.lagged, watched):
+        flown = guard.deferred_gate.deferred_steps
+        with no_wait(guard.deferred_gate, watched):
             loss = nn.functional.cross_entropy(
                 model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
             )
             loss.backward()
             step.finish(loss, tokens=count)
-        quiet += watched and guard.lagged.flown > flown
+        quiet += watched and guard.deferred_gate.deferred_steps > flown
     assert guard.step == 120 and quiet > 90, quiet
 
 
@@ -249,15 +249,15 @@ def healthy_steps_of_the_trainer(folder: Path) -> None:
     trainer = Trainer(
         device_config(folder, guard={"gate": "lagged"}, snapshots={"every": 30}, train=train)
     )
-    lagged = trainer.guard.lagged
+    lagged = trainer.guard.deferred_gate
     assert lagged is not None
     quiet = 0
     for step in trainer.guard:
         watched = step.number % 30 not in (0, 1) and 4 < step.number < 60
-        flown = lagged.flown
+        flown = lagged.deferred_steps
         with no_wait(lagged, watched):
             trainer.train_step(step)
-        quiet += watched and lagged.flown > flown
+        quiet += watched and lagged.deferred_steps > flown
     trainer.loader.close()
     assert trainer.guard.step == 60 and quiet > 30, quiet
 
@@ -305,7 +305,7 @@ def pinned_copies(_: Path) -> None:
     plain = torch.optim.AdamW(model.parameters(), lr=0.1)
     try:
         Guard(
-            GuardConfig(guard=GuardOptions(gate="lagged")),
+            GuardConfig(guard=GuardOptions(decide="lagged")),
             model=model,
             optimizer=plain,
             order=SampleOrder(samples=8),

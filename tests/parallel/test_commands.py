@@ -331,7 +331,7 @@ def test_out_of_budget_and_nobody_there(tmp_path: Path, mode: str) -> None:
     assert train(run, 2) == "halted"
     assert status_of(run).phase is Phase.HALTED and status_of(run).step == 20
     (ended,) = of_kind(run, "ended")
-    assert ended.data["saved"] and "guard.rollbacks" in ended.data["reason"]
+    assert ended.data["saved"] and "guard.max_rollbacks" in ended.data["reason"]
     assert read_manifest(checkpoint_dirs(run.checkpoints)[0]).step == 20
     assert final(run)
 

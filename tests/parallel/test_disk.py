@@ -282,7 +282,7 @@ def test_a_rank_whose_disk_refuses_everything_does_not_make_the_others_wait(tmp_
             "withdraw",
             lambda job, why: None if job.rank else withdraw(job, why),
         )
-        assert train(run, 2) == "failed"  # not after launch.save_seconds, which are 1800
+        assert train(run, 2) == "failed"  # not after launch.save_timeout, which are 1800
     (ended,) = of_kind(run, "ended")
     assert "rank 1: No space left on device" in ended.message
     failed = [

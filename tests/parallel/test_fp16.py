@@ -88,7 +88,7 @@ def settled(controller: Controller) -> int:
 
 @pytest.mark.parametrize("mode", list(Mode))
 def test_single_overflows_are_left_out_without_a_finding(mode: Mode) -> None:
-    controller = Controller(GuardOptions(overflows=4), mode=mode)
+    controller = Controller(GuardOptions(rollback_after_overflows=4), mode=mode)
     step = settled(controller)
     for _ in range(5):
         for index in range(3):
@@ -104,7 +104,7 @@ def test_single_overflows_are_left_out_without_a_finding(mode: Mode) -> None:
 
 
 def test_overflows_in_a_row_are_a_collapse_that_rolls_back_then_halts() -> None:
-    controller = Controller(GuardOptions(overflows=4, rollbacks=1))
+    controller = Controller(GuardOptions(rollback_after_overflows=4, max_rollbacks=1))
     step = settled(controller)
     verdicts = [controller.observe(overflow(step, step - 1 + k)) for k in range(4)]
     assert [v.action for v in verdicts] == [Action.OVERFLOW] * 3 + [Action.ROLLBACK]
@@ -123,28 +123,28 @@ def test_a_collapse_in_the_first_step_reaches_back_to_its_first_batch() -> None:
     """Before there is a usual scale, as many are forgiven as bring 65536 to 1: a sound run may need
     them (case 4).
     """
-    controller = Controller(GuardOptions(overflows=3))
+    controller = Controller(GuardOptions(rollback_after_overflows=3))
     verdicts = [controller.observe(overflow(1, k)) for k in range(AT_START)]
     assert [v.action for v in verdicts] == [Action.OVERFLOW] * (AT_START - 1) + [Action.ROLLBACK]
     assert verdicts[-1].window == (0, AT_START * BATCH)
 
 
 def test_a_rejected_batch_between_overflows_leaves_no_trace_in_their_count() -> None:
-    controller = Controller(GuardOptions(overflows=3))
+    controller = Controller(GuardOptions(rollback_after_overflows=3))
     step = settled(controller)
     controller.observe(overflow(step, step))
     state = json.loads(json.dumps(controller.state_dict()))
     controller.observe(obs(step, math.nan, 0.5, first=step * BATCH))
     assert controller.state_dict() == state
     controller.observe(overflow(step, step + 2))
-    other = Controller(GuardOptions(overflows=3))
+    other = Controller(GuardOptions(rollback_after_overflows=3))
     other.load_state_dict(controller.state_dict())
     assert other.observe(overflow(step, step + 3)).action is Action.ROLLBACK
 
 
 @pytest.mark.parametrize("mode", [Mode.ADVISE, Mode.ASK, Mode.OFF])
 def test_no_mode_applies_an_overflow(mode: Mode) -> None:
-    controller = Controller(GuardOptions(overflows=2), mode=mode)
+    controller = Controller(GuardOptions(rollback_after_overflows=2), mode=mode)
     step = settled(controller)
     verdicts = [controller.observe(overflow(step, step + k)) for k in range(4)]
     assert all(v.action in (Action.OVERFLOW, Action.PAUSE) for v in verdicts)

@@ -36,7 +36,7 @@ from tests.support.ranks import run_ranks
 from tests.support.tiny import Setup, Tiny
 from tests.unit.torch.test_guard import Loop
 
-SETTINGS = GuardOptions(window=32, warmup=12, confirm=4)
+SETTINGS = GuardOptions(window=32, warmup=12, steps_until_good=4)
 
 
 def observation(step: int, **signals: float) -> Observation:
@@ -115,7 +115,7 @@ def test_a_state_knows_which_signals_there_were() -> None:
 
 @pytest.mark.parametrize("names", [["loss"], ["a", "a"], ["update_norm"], [" "], ["step"], [""]])
 def test_names_that_are_taken_are_refused(names: list[str], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"guard\.signals"):
+    with pytest.raises(ConfigError, match=r"guard\.extra_signals"):
         build({"guard": {"signals": names}}, file="x.toml", base=tmp_path)
 
 

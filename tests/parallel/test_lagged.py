@@ -1,4 +1,4 @@
-"""`guard.gate = "lagged"`: the host reads each step's numbers a step later, and nothing comes out
+"""`guard.decide = "deferred"`: the host reads each step's numbers a step later, and nothing comes out
 different.
 """
 
@@ -139,13 +139,15 @@ def counted(config: Config) -> tuple[Trainer, int, int]:
     """
     trainer = Trainer(config)
     assert trainer.train() is Phase.FINISHED
-    lagged = trainer.guard.lagged
+    lagged = trainer.guard.deferred_gate
     assert lagged is not None
-    return trainer, lagged.waited, lagged.flown
+    return trainer, lagged.waited_steps, lagged.deferred_steps
 
 
 def test_the_host_waits_for_the_steps_that_a_copy_follows_and_for_no_other(tmp_path: Path) -> None:
-    trainer, waited, flown = counted(tiny(tmp_path, guard={"gate": "lagged"}, train={"steps": 40}))
+    trainer, waited, flown = counted(
+        tiny(tmp_path, guard={"decide": "deferred"}, train={"steps": 40})
+    )
     assert waited == 1 + 40 // 5 and flown == 40 - waited, "the first step, and one in five"
     assert trainer.guard.step == 40
 
@@ -155,9 +157,9 @@ def test_an_update_that_the_ceilings_let_through_by_mistake_is_taken_back(
 ) -> None:
     """The second lock: were the ceilings wrong, the controller would still have the last word."""
     spike = [{"kind": "spike_loss", "first": 208, "last": 209, "value": 50.0}]
-    config = tiny(tmp_path, guard={"gate": "lagged"}, faults=spike, train={"steps": 40})
+    config = tiny(tmp_path, guard={"decide": "deferred"}, faults=spike, train={"steps": 40})
     monkeypatch.setattr(
-        "guardrail.decide.controller.Controller.ceilings",
+        "guardrail.decide.controller.Controller.safe_limits",
         lambda self, like: dict.fromkeys(like.signals, math.inf),
     )
     run = trained(config)
@@ -175,7 +177,7 @@ def test_what_it_takes_back_is_no_more_than_the_guard_may_leave_out_by_itself(
     guard = {"gate": "lagged", "max_skipped_share": 0.001}
     config = tiny(tmp_path, guard=guard, faults=spike, train={"steps": 40})
     monkeypatch.setattr(
-        "guardrail.decide.controller.Controller.ceilings",
+        "guardrail.decide.controller.Controller.safe_limits",
         lambda self, like: dict.fromkeys(like.signals, math.inf),
     )
     run = new_run(config)
@@ -208,7 +210,9 @@ def test_commands_take_effect_at_the_step_they_came_with(tmp_path: Path) -> None
 @pytest.mark.parametrize(("world", "strategy"), SHAPES)
 def test_killed_and_resumed(tmp_path: Path, world: int, strategy: str) -> None:
     faults = [{"kind": "spike_loss", "first": 200, "last": 224, "value": 50.0}]
-    config = tiny(tmp_path, world=world, strategy=strategy, guard={"gate": "lagged"}, faults=faults)
+    config = tiny(
+        tmp_path, world=world, strategy=strategy, guard={"decide": "deferred"}, faults=faults
+    )
     whole, run = trained(config), new_run(config)
     pids = start_run(run, world)
     while len(run.metrics(["step"]) if run.metrics_path.exists() else ()) < 34:
@@ -237,8 +241,8 @@ def test_killed_and_resumed(tmp_path: Path, world: int, strategy: str) -> None:
 def test_what_needs_the_numbers_at_once_is_refused(
     tmp_path: Path, section: str, key: str, value: Any
 ) -> None:
-    with pytest.raises(ConfigError, match=r"guard\.gate") as caught:
-        tiny(tmp_path, guard={"gate": "lagged"}, **{section: {key: value}})
+    with pytest.raises(ConfigError, match=r"guard\.decide") as caught:
+        tiny(tmp_path, guard={"decide": "deferred"}, **{section: {key: value}})
     assert caught.value.key == f"{section}.{key}"
 
 
@@ -260,7 +264,7 @@ class Loop:
         made = torch.optim.AdamW(self.model.parameters(), lr=0.05, fused=optimizer == "adamw-fused")
         more: Any = {"gate": gate, "layers": True, "update_norm": True, "signals": ("odd",)}
         # In 60 steps two bad batches are already 3 % of the data.
-        guard = GuardOptions(window=32, warmup=12, confirm=4, **NO_LIMIT, **more)
+        guard = GuardOptions(window=32, warmup=12, steps_until_good=4, **NO_LIMIT, **more)
         self.guard = Guard.from_config(
             GuardConfig(guard=guard, snapshots=SnapshotSection(every=5, keep=4)),
             model=self.model,
@@ -296,13 +300,13 @@ def test_buffers_and_dice_of_dropped_tries_leave_no_trace(bad: dict[int, float])
     waiting, lagged = Loop("sync", bad=bad), Loop("lagged", bad=bad)
     theirs, ours = waiting.run(), lagged.run()
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
-    assert list(waiting.guard.ledger.quarantine.lines()) == list(
-        lagged.guard.ledger.quarantine.lines()
+    assert list(waiting.guard.cursor.quarantine.lines()) == list(
+        lagged.guard.cursor.quarantine.lines()
     )
     assert lagged.tries > waiting.tries, (
         "so small a model has notes too, and each costs two more tries"
     )
-    assert lagged.guard.lagged is not None and lagged.guard.lagged.flown > 30
+    assert lagged.guard.deferred_gate is not None and lagged.guard.deferred_gate.deferred_steps > 30
 
 
 def test_a_loop_whose_optimizer_cannot_leave_out_is_refused() -> None:

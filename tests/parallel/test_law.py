@@ -45,7 +45,7 @@ from trainer.config.config import Config
 
 PIECES, SAMPLES = 8, 200
 NEITHER = ("checkpoint", "started", "ended")
-LADDER = [{"do": "skip"}, {"do": "rollback"}, {"do": "widen", "times": 2}]
+ESCALATION = [{"do": "skip"}, {"do": "rollback"}, {"do": "widen", "times": 2}]
 
 
 def mild_then_strong(batch: int, mild: float, strong: float) -> list[dict[str, Any]]:
@@ -97,7 +97,7 @@ def config_of(
         optim={"lr": 1e-2},
         train={"steps": 0, "epochs": epochs},
         faults=faults,
-        guard={"loss_score": score, "window_max": 10, "ladder": LADDER},
+        guard={"loss_score": score, "window_max": 10, "ladder": ESCALATION},
         checkpoint={"every": 10, "keep": 4},
     )
     assert len(corpus_of(config).train) == SAMPLES

@@ -56,7 +56,7 @@ class Loop:
         self.rates: dict[int, float] = {}
         self.guard = Guard.from_config(
             GuardConfig(
-                guard=GuardOptions(warmup=10, window=32, confirm=2),
+                guard=GuardOptions(warmup=10, window=32, steps_until_good=2),
                 snapshots=SnapshotSection(every=2, keep=3),
                 checkpoint=CheckpointSection(every=5),
             ),
@@ -84,7 +84,7 @@ class Loop:
             self.rates[step.number] = float(self.optimizer.param_groups[0]["lr"])
             step.finish(loss)
             if step.number == upto:
-                self.guard.tiers.store.wait(60)  # type: ignore[union-attr]
+                self.guard.snapshots.store.wait(60)  # type: ignore[union-attr]
                 break
         return self
 

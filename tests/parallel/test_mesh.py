@@ -551,7 +551,7 @@ def test_layouts_that_are_refused(
         ("pp", {"model": {"tied": True}}, "model.tied"),
         ("pp", {"model": {"positions": "t5"}}, "model.positions"),
         ("pp", {"train": {"micro_batch_size": 8}}, "train.micro_batch_size"),
-        ("pp", {"train": {"ramp_from": 4, "ramp_tokens": 1000}}, "train.ramp_from"),
+        ("pp", {"train": {"ramp_from": 4, "ramp_tokens": 1000}}, "train.batch_ramp.start"),
         ("chunks", {"model": {"layers": 3}}, "parallel.chunks"),
         # 5 micro-batches on 2 stages: 2 rounds would be of 2.5.
         ("chunks", {"train": {"micro_batch_size": 2, "batch_size": 10}}, "train.micro_batch_size"),

@@ -51,7 +51,7 @@ def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def settings(world: int = 1, *, model: dict[str, Any] | None = None, **train: Any) -> Config:
     return Config(
-        launch=LaunchSection(processes=world, device="cpu", threads=1, collective_seconds=60),
+        launch=LaunchSection(processes=world, device="cpu", threads=1, collective_timeout=60),
         model=ModelSection(**{"layers": 2, "width": 16, "heads": 2, **(model or {})}),
         train=TrainSection(batch_size=B, **train),
     )
@@ -466,7 +466,7 @@ def test_threads_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_lost_rank_ends_the_others_after_the_configured_time(tmp_path: Path) -> None:
     config = Config(
-        launch=LaunchSection(processes=2, device="cpu", threads=1, collective_seconds=1.0)
+        launch=LaunchSection(processes=2, device="cpu", threads=1, collective_timeout=1.0)
     )
     waited = run_ranks(_waits_for_nobody, 2, config, folder=tmp_path, init=False)
     assert waited[1] > 0.5

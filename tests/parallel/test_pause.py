@@ -39,7 +39,7 @@ STEP = 18
 FIRST = (STEP - 1) * BATCH
 # one batch before the onset is left out as well, and its step is done with another one
 ASKED = STEP - 2
-LADDER = [{"do": "skip"}, {"do": "rollback"}, {"do": "pause"}]
+ESCALATION = [{"do": "skip"}, {"do": "rollback"}, {"do": "pause"}]
 
 
 def config_of(folder: Path, *, world: int = 1, strategy: str = "ddp", **guard: Any) -> Config:
@@ -48,7 +48,7 @@ def config_of(folder: Path, *, world: int = 1, strategy: str = "ddp", **guard: A
         world=world,
         strategy=strategy,
         faults=[{"kind": "spike_loss", "first": FIRST, "last": FIRST + 6 * BATCH, "value": 50.0}],
-        guard={"ladder": LADDER, **BLIND, **guard},
+        guard={"ladder": ESCALATION, **BLIND, **guard},
         checkpoint={"every": 8, "keep": 4},
         train={"steps": 24},
     )
@@ -84,7 +84,7 @@ def stays_parked(run: RunDirectory, pids: list[int]) -> None:
         Phase.PAUSED,
         ASKED,
     ) and time.time() - status.heartbeat < 30
-    assert "used up the rungs of guard.ladder" in status.question and status.question.endswith(
+    assert "used up the rungs of guard.escalation" in status.question and status.question.endswith(
         "proposed: halt"
     )
 

@@ -331,7 +331,7 @@ def test_parked_beyond_the_timeout_of_a_collective_and_what_was_foretold_comes_t
     )
 
 
-LADDER = [
+ESCALATION = [
     {"do": "skip"},
     {"do": "rollback"},
     {"do": "widen"},
@@ -351,7 +351,7 @@ def test_each_rung_does_what_was_foretold(tmp_path: Path) -> None:
         guard={
             "mode": "ask",
             "ask_seconds": 0.01,
-            "ladder": LADDER,
+            "ladder": ESCALATION,
             "window_max": 8,
             "rollbacks": 6,
             "remedies": [ALPHA],
@@ -364,7 +364,7 @@ def test_each_rung_does_what_was_foretold(tmp_path: Path) -> None:
     assert train(run, 1) == "halted"
     events = run.events()
     backs = of_kind(run, "rollback")
-    assert [back.data["rung"] for back in backs] == [str(rung["do"]) for rung in LADDER[1:]]
+    assert [back.data["rung"] for back in backs] == [str(rung["do"]) for rung in ESCALATION[1:]]
     *asked, last = of_kind(run, "paused")
     assert last.data["proposals"][0]["action"] == "halt"
     for tried, (question, back) in enumerate(zip(asked, backs, strict=True)):

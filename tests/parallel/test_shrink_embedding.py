@@ -34,7 +34,7 @@ from trainer.train import Trainer
 LED, STOPPED = 18, 28
 HOLD, BACK = 6, 9
 SHRINK = {"do": "shrink_embedding", "factor": 0.16, "hold": HOLD, "back": BACK}
-LADDER = [
+ESCALATION = [
     {"do": "skip"},
     SHRINK,
     {"do": "lower_lr", "factor": 0.5, "hold": 3, "back": 4},
@@ -67,7 +67,7 @@ def config_of(
             {"kind": "spike_loss", "first": spiked, "last": spiked + 3 * BATCH, "value": 50.0},
         ],
         guard={
-            "ladder": LADDER,
+            "ladder": ESCALATION,
             "embed_floor": FLOOR,
             "embed_hold": len(HALVED),
             "embed_back": 0,

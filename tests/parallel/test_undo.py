@@ -231,7 +231,7 @@ def test_a_pardoned_jump_is_noted_and_applied_and_enters_no_baseline() -> None:
 
 
 def test_no_pardon_for_what_is_not_finite_or_has_no_labels() -> None:
-    controller = Controller(GuardOptions(pardon=((0, 1 << 40),)))
+    controller = Controller(GuardOptions(allowlist=((0, 1 << 40),)))
     step = warmed(controller)
     assert controller.observe(obs(step, math.nan, 0.5)).action is Action.SKIP
     assert controller.observe(obs(step, math.nan, 0.0, tokens=0)).action is Action.SKIP
@@ -243,7 +243,7 @@ def test_a_pardoned_level_is_the_new_normal() -> None:
     first = step
     while controller.observe(obs(first, 1.25 * healthy_loss(first), 0.5)).action is Action.APPLY:
         first += 1
-    told = Controller(GuardOptions(loss_score=20.0, pardon=((0, first * FED),)))
+    told = Controller(GuardOptions(loss_score=20.0, allowlist=((0, first * FED),)))
     warmed(told)
     verdicts = [
         told.observe(obs(at, 1.25 * healthy_loss(at), 0.5)) for at in range(step, first + 60)
@@ -273,7 +273,7 @@ def test_pardons_and_the_budget_come_back_from_the_journal() -> None:
     past = RunHistory.of(events)
     assert (past.spans, past.rollbacks, past.pardons, past.timeline) == ([], [], [(184, 224)], 2)
     assert past.lives(timeline=1, step=20) and not past.lives(timeline=1, step=21)
-    controller = Controller(GuardOptions(pardon=((1, 2),)))
+    controller = Controller(GuardOptions(allowlist=((1, 2),)))
     controller.rebuild(events)
     assert (controller.rollbacks, controller.pardons) == ([], [(1, 2), (184, 224)])
     # The very same span may be left out again, as when the batch turns out to hold a NaN.

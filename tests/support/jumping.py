@@ -87,7 +87,7 @@ class Loop:
         loss = self.model.loss(step.batch.first, HIGH if high else USUAL)
         loss.backward()
         step.finish(loss)
-        store = self.guard.tiers.store
+        store = self.guard.snapshots.store
         # Which checkpoints there are is no matter of the disk's speed.
         assert store is None or store.wait(60.0)
 
@@ -99,9 +99,9 @@ class Loop:
         )
 
     def status(self) -> Status:
-        return self.guard.account.status()
+        return self.guard.status()
 
     def states(self) -> dict[int, str]:
         """Step -> the state of its checkpoint, of those on disk."""
-        infos = self.guard.tiers.store.infos() if self.guard.tiers.store is not None else []
+        infos = self.guard.snapshots.store.infos() if self.guard.snapshots.store is not None else []
         return {info.step: info.state for info in infos}

@@ -58,7 +58,7 @@ class Config(GuardConfig, frozen=True, kw_only=True):
     def micro_batch_size(self) -> int:
         return (
             self.train.micro_batch_size
-            or (self.train.ramp_from or self.train.batch_size) // self.layout.data_ranks
+            or (self.train.batch_ramp.start or self.train.batch_size) // self.layout.data_ranks
         )
 
     @property
@@ -70,12 +70,12 @@ class Config(GuardConfig, frozen=True, kw_only=True):
     def batch_plan(self) -> BatchPlan:
         """Samples of a batch as a function of the step."""
         train = self.train
-        if not train.ramp_from:
+        if not train.batch_ramp.start:
             return BatchPlan.constant(train.batch_size)
-        by = train.ramp_by or self.layout.data_ranks * self.micro_batch_size
-        samples = -(-train.ramp_tokens // self.data.sequence_length)
+        by = train.batch_ramp.increment or self.layout.data_ranks * self.micro_batch_size
+        samples = -(-train.batch_ramp.tokens // self.data.sequence_length)
         return BatchPlan.growing(
-            start=train.ramp_from, by=by, size=train.batch_size, samples=samples
+            start=train.batch_ramp.start, by=by, size=train.batch_size, samples=samples
         )
 
     def schedule(self, *, steps: int) -> Schedule:
@@ -156,8 +156,8 @@ class Config(GuardConfig, frozen=True, kw_only=True):
             ),
             "parallel.cpu_offload": (True, self.parallel.cpu_offload, "false"),
         }
-        if self.guard.gate == "lagged":
-            _refuse(forbidden, instead='guard.gate = "sync"')
+        if self.guard.decide == "deferred":
+            _refuse(forbidden, instead='guard.decide = "before_step"')
 
     def _check_compile(self) -> None:
         forbidden = {
@@ -184,30 +184,32 @@ class Config(GuardConfig, frozen=True, kw_only=True):
             )
 
     def _check_ramp(self) -> None:
-        train = self.train
-        if bool(train.ramp_from) != bool(train.ramp_tokens) or (
-            train.ramp_by and not train.ramp_from
-        ):
-            key = "ramp_tokens" if train.ramp_from else "ramp_from"
+        train, ramp = self.train, self.train.batch_ramp
+        if bool(ramp.start) != bool(ramp.tokens) or (ramp.increment and not ramp.start):
+            key = "tokens" if ramp.start else "start"
             raise ConfigError(
-                "a ramp with both ramp_from and ramp_tokens", key=f"train.{key}", value=0
+                "a ramp with both start and tokens", key=f"train.batch_ramp.{key}", value=0
             )
-        if not train.ramp_from:
+        if not ramp.start:
             return
         share = self.layout.data_ranks * self.micro_batch_size
-        by = train.ramp_by or share
-        if not share or train.ramp_from % share or train.ramp_from >= train.batch_size:
+        by = train.batch_ramp.increment or share
+        if (
+            not share
+            or train.batch_ramp.start % share
+            or train.batch_ramp.start >= train.batch_size
+        ):
             least = share or self.layout.data_ranks
             raise ConfigError(
                 f"a multiple of {least} (data ranks x micro_batch_size) below train.batch_size",
-                key="train.ramp_from",
-                value=train.ramp_from,
+                key="train.batch_ramp.start",
+                value=train.batch_ramp.start,
             )
-        if by % share or (train.batch_size - train.ramp_from) % by:
+        if by % share or (train.batch_size - train.batch_ramp.start) % by:
             raise ConfigError(
                 f"a multiple of {share} (data ranks x micro_batch_size) that divides "
-                f"batch_size - ramp_from = {train.batch_size - train.ramp_from}",
-                key="train.ramp_by",
+                f"batch_size - batch_ramp.start = {train.batch_size - train.batch_ramp.start}",
+                key="train.batch_ramp.increment",
                 value=by,
             )
 

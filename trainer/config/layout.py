@@ -141,7 +141,7 @@ class Layout(Struct, frozen=True, kw_only=True):
                 "model.kind": (model.kind, "decoder"),
                 "model.tied": (model.tied, False),
                 "train.objective": (train.objective, "lm"),
-                "train.ramp_from": (train.ramp_from, 0),
+                "train.batch_ramp.start": (train.batch_ramp.start, 0),
             }
         for key, (value, *possible) in together.items():
             if value not in possible:

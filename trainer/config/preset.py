@@ -14,7 +14,7 @@ from guardrail.core.errors import ConfigError
 # Ways to say the same thing: a file that uses one of them gets none of the others from a preset.
 ALTERNATIVES = {
     "optim": [{"warmup_steps", "warmup_tokens", "warmup_share"}],
-    "train": [{"steps", "epochs"}, {"ramp_from", "ramp_by", "ramp_tokens", "batch_size"}],
+    "train": [{"steps", "epochs"}, {"batch_ramp", "batch_size"}],
 }
 
 

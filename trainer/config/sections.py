@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
@@ -50,8 +50,25 @@ class DataSection(Section, frozen=True, kw_only=True):
     max_document_bytes: Positive = 64 * 1024 * 1024
 
 
+class BatchRampSection(Section, frozen=True, kw_only=True):
+    """[train.batch_ramp]: smaller batches at the start (GPT-3)."""
+
+    # Samples of the first batches; 0: no ramp.
+    start: Natural = 0
+    # Samples by which a batch grows at a time; 0: the smallest possible number.
+    increment: Natural = 0
+    # The batch grows linearly with the tokens read, to its full size after this many.
+    tokens: Natural = 0
+
+
 class TrainSection(Section, frozen=True, kw_only=True):
     """[train]: length, batch, precision, strategy."""
+
+    RENAMED: ClassVar = {
+        "ramp_from": "batch_ramp.start",
+        "ramp_by": "batch_ramp.increment",
+        "ramp_tokens": "batch_ramp.tokens",
+    }
 
     # Applied updates of the whole run; 0: given by epochs.
     steps: Natural = 0
@@ -62,12 +79,8 @@ class TrainSection(Section, frozen=True, kw_only=True):
     # Samples of one forward and backward pass of one rank; 0: batch_size / data-parallel ranks (no
     # accumulation).
     micro_batch_size: Natural = 0
-    # Batch-size ramp (GPT-3): samples of the first batches; 0: none. It grows by ramp_by samples at
-    # a time (0: by the smallest step there is), linearly in tokens, and has its full size after
-    # ramp_tokens.
-    ramp_from: Natural = 0
-    ramp_by: Natural = 0
-    ramp_tokens: Natural = 0
+    # Batch-size ramp.
+    batch_ramp: BatchRampSection = BatchRampSection()
     # Seed of the initial weights, dropout and every other draw.
     seed: Natural = 0
     # "lm": each next token; "prefix-lm": those behind a prefix of random length; "span": denoising

@@ -76,7 +76,7 @@ def make_accelerator(config: Config) -> Accelerator:
         dynamo_backend="no",
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(seconds=config.launch.collective_seconds)),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.launch.collective_timeout)),
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
     )

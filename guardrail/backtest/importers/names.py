@@ -274,7 +274,7 @@ class Chooser:
     """Which columns of a file hold which signals.
 
     Args:
-        given: signal -> column, from the command line or from `guard.signals`; it outranks every
+        given: signal -> column, from the command line or from `guard.extra_signals`; it outranks every
             guess. The column may also be named by its signal in `FURTHER`: "reward" finds
             "critic/rewards/mean".
     """

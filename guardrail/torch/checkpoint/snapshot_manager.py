@@ -424,11 +424,11 @@ class SnapshotManager:
         return "" if self._gathered(self._on_disk_now(facts))[0] else why
 
     def _written(self) -> str:
-        """Until no rank has anything left to write, or launch.save_seconds have passed; why the
+        """Until no rank has anything left to write, or launch.save_timeout have passed; why the
         last save failed.
         """
         assert self.store is not None
-        limit = self.settings.launch.save_seconds
+        limit = self.settings.launch.save_timeout
         deadline = time.monotonic() + limit
         while True:
             reports = self._gathered(
@@ -441,7 +441,7 @@ class SnapshotManager:
             time.sleep(MEETING_SECONDS)
         self.poll()
         if any(busy for busy, *_ in reports):
-            return f"it was not written within launch.save_seconds = {limit:g}"
+            return f"it was not written within launch.save_timeout = {limit:g}"
         return _first_reason([(serial, why) for _, serial, why, _ in reports])
 
     def _on_disk_now(self, facts: Facts) -> bool:

@@ -4,8 +4,7 @@ value, expectation.
 
 from __future__ import annotations
 
-import difflib
-import inspect
+import dataclasses
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -16,21 +15,33 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from guardrail.core.config import GuardConfig, checked
+from guardrail.core.config import GuardConfig, checked, load_config
 from guardrail.core.errors import ConfigError, UsageError
 from guardrail.core.records import Mode
 from guardrail.core.schema import as_tree
 from guardrail.rundir.run_directory import RunDirectory
+from guardrail.torch.guard.hooks import LoopHooks, RankLayout
 
 _ORDER = ("n_samples", "seed", "shuffled", "epoch", "sample", "samples")
 _STATEFUL = ("state_dict", "load_state_dict")
-_FUNCTIONS = ("describe", "texts", "tokens", "rerun", "replay", "structure", "fixed_loss", "lr_at")
 
 
-def check_settings(settings: Any) -> GuardConfig:
-    """The settings, converted and checked as a TOML file would be. Raises ConfigError."""
-    schema = type(settings) if isinstance(settings, GuardConfig) else GuardConfig
-    return checked(settings, schema)
+def check_config(config: Any) -> GuardConfig:
+    """Return the configuration, converted and checked as a TOML file would be.
+
+    Args:
+        config: a GuardConfig, a dictionary of sections, the path of a TOML file; None: the
+            defaults.
+
+    Raises:
+        ConfigError: names key, value and expectation.
+    """
+    if config is None:
+        return GuardConfig()
+    if isinstance(config, (str, os.PathLike)):
+        return load_config(config)
+    schema = type(config) if isinstance(config, GuardConfig) else GuardConfig
+    return checked(config, schema)
 
 
 def check_mode(mode: Any) -> Mode:
@@ -41,9 +52,10 @@ def check_mode(mode: Any) -> Mode:
         raise ConfigError(f"one of {', '.join(Mode)}", key="guard.mode", value=mode) from error
 
 
-def check_parts(parts: Mapping[str, Any], *, world: int) -> dict[str, Any]:
-    """The other arguments of `Guard` by name, numbers of numpy as plain ones, a device as
-    torch.device.
+def check_parts(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `Guard` but config, hooks and ranks, by name.
+
+    Numbers of numpy become plain ones.
 
     Raises:
         ConfigError: an argument that the guard cannot use.
@@ -60,49 +72,49 @@ def check_parts(parts: Mapping[str, Any], *, world: int) -> dict[str, Any]:
         needed=("scale", "get_scale", "is_enabled", *_STATEFUL),
         example="None",
     )
-    _check_order(parts["order"])
+    _check_order(parts["data"])
     size = parts["batch_size"]
-    checked_parts["batch_size"] = (
-        _checked_sizes(size) if callable(size) else whole("batch_size", size, least=1)
-    )
+    if callable(size):
+        checked_parts["batch_size"] = _checked_sizes(size)
+    else:
+        checked_parts["batch_size"] = whole("batch_size", size, least=1)
     checked_parts["total_steps"] = whole("total_steps", parts["total_steps"], least=0)
     if parts["limit"] is not None:
         checked_parts["limit"] = whole("limit", parts["limit"], least=1)
     checked_parts["clip"] = _checked_clip(parts["clip"])
-    checked_parts["device"] = _checked_device(parts["device"])
     _check_run(parts["run"])
-    _check_holders(parts["holders"], world)
-    if not isinstance(parts["counting"], bool):
-        raise ConfigError("True or False", key="counting", value=parts["counting"])
-    for name in _FUNCTIONS:
-        if parts[name] is not None and not callable(parts[name]):
-            raise ConfigError("a function, or None", key=name, value=parts[name])
-    if parts["identity"] is not None and not isinstance(parts["identity"], dict):
-        raise ConfigError(
-            "a dictionary of fingerprints, or None", key="identity", value=parts["identity"]
-        )
     return checked_parts
 
 
-def check_names(names: Sequence[str], known: Callable[..., Any]) -> None:
-    """Refuse an argument that `known` does not have, and name the nearest. Raises ConfigError."""
-    valid = [
-        name
-        for name in inspect.signature(known).parameters
-        if name not in ("self", "settings", "order")
-    ]
-    for name in names:
-        if name == "order":
-            raise ConfigError(
-                "data=, the sample order", key="order", hint="Guard(...) itself calls it order"
-            )
-        if name not in valid:
-            close = difflib.get_close_matches(name, valid, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"arguments: data, {', '.join(valid)}"
-            raise ConfigError("an argument of Guard", key=name, hint=hint)
-    for name in ("model", "optimizer", "batch_size"):
-        if name not in names:
-            raise ConfigError(f"{name}=...", key=name, hint="Guard needs it")
+def check_hooks(hooks: Any) -> LoopHooks:
+    """Return the hooks; None: there are none. Raises ConfigError."""
+    if hooks is None:
+        return LoopHooks()
+    if not isinstance(hooks, LoopHooks):
+        raise ConfigError("a guardrail.LoopHooks, or None", key="hooks", value=hooks)
+    for field in dataclasses.fields(LoopHooks):
+        value = getattr(hooks, field.name)
+        if value is None:
+            continue
+        key = f"hooks.{field.name}"
+        if field.name == "fingerprints":
+            if not isinstance(value, dict):
+                raise ConfigError("a dictionary of fingerprints, or None", key=key, value=value)
+        elif not callable(value):
+            raise ConfigError("a function, or None", key=key, value=value)
+    return hooks
+
+
+def check_layout(ranks: Any, *, world: int) -> RankLayout:
+    """Return the layout of the ranks, its device as torch.device. Raises ConfigError."""
+    if ranks is None:
+        return RankLayout()
+    if not isinstance(ranks, RankLayout):
+        raise ConfigError("a guardrail.RankLayout, or None", key="ranks", value=ranks)
+    if not isinstance(ranks.counts_loss, bool):
+        raise ConfigError("True or False", key="ranks.counts_loss", value=ranks.counts_loss)
+    _check_shard_ranks(ranks.shard_ranks, world)
+    return dataclasses.replace(ranks, device=_checked_device(ranks.device))
 
 
 def whole(name: str, value: Any, *, least: int) -> int:
@@ -154,10 +166,10 @@ def _check_stateful(value: Any, name: str, *, needed: tuple[str, ...], example: 
 def _check_order(order: Any) -> None:
     if isinstance(order, type) or any(not hasattr(order, name) for name in _ORDER):
         raise ConfigError(
-            "the sample order, a guardrail.decide.sample_order.SampleOrder",
+            "the sample order, a guardrail.SampleOrder",
             key="data",
             value=order,
-            hint="SampleOrder(samples=len(dataset), seed=0); each step names its samples in step.batch.samples",
+            hint="SampleOrder(len(dataset), seed=0); each step names its samples in step.samples",
         )
 
 
@@ -190,7 +202,7 @@ def _checked_device(device: Any) -> torch.device | None:
         return torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ConfigError(
-            'a torch.device, or the name of one such as "cuda:0"', key="device", value=device
+            'a torch.device, or the name of one such as "cuda:0"', key="ranks.device", value=device
         ) from error
 
 
@@ -202,23 +214,23 @@ def _check_run(run: Any) -> None:
             else "RunDirectory.create(...)"
         )
         raise ConfigError(
-            "a guardrail.rundir.run_directory.RunDirectory, or None",
+            "a guardrail.RunDirectory, or None",
             key="run",
             value=run,
             hint=path,
         )
 
 
-def _check_holders(holders: Any, world: int) -> None:
-    if holders is None:
+def _check_shard_ranks(ranks: Any, world: int) -> None:
+    if ranks is None:
         return
     if (
-        not isinstance(holders, range)
-        or holders.step != 1
-        or not 0 <= holders.start < holders.stop <= world
+        not isinstance(ranks, range)
+        or ranks.step != 1
+        or not 0 <= ranks.start < ranks.stop <= world
     ):
         raise ConfigError(
-            f"a range of ranks within 0 to {world}, or None", key="holders", value=holders
+            f"a range of ranks within 0 to {world}, or None", key="ranks.shard_ranks", value=ranks
         )
 
 

@@ -1,21 +1,21 @@
-"""The gate without a synchronisation (`guard.gate = "lagged"`): the host reads the numbers of a
+"""The gate without a synchronisation (`guard.decide = "deferred"`): the host reads the numbers of a
 step one step later.
 
 When step t has been computed the host knows all steps up to t-1, so it knows what t must keep to:
-one ceiling for each signal (`Controller.safe_limits`), chosen so that a step below all of them is
-applied without a word. The ceilings travel to the device beside the packed vector; there they are
-compared, and the optimizer leaves the update out by `found_inf` where a number is not below its
-own. The host goes on to the next step, and reads behind it:
+one limit for each signal (`Controller.safe_limits`), chosen so that a step below all of them is
+applied without a word. The limits travel to the device beside the packed vector. There they are
+compared, and the optimizer skips the update by `found_inf` where a number is not below its own. The
+host goes on to the next step, and then reads:
 
-    applied     what the controller says of the step is what the ceilings promised; the books are brought up to date.
-    left out    its update and the step that was computed behind it never happened. The same batch is formed again, with
-                the same number and dice, and now the host waits, judges and acts as it always does:
-                by the numbers of the first time, if the second gives others, since that is what
-                broken hardware looks like.
+    applied     what the controller says of the step is what the limits promised; it is counted now.
+    skipped     its update and the step that was computed after it never happened. The same batch is
+                formed again, with the same number and RNG state, and now the host waits, judges and
+                acts as it always does: by the numbers of the first time, if the second gives
+                others, since that is what broken hardware looks like.
 
 So a rejected or noted step costs two more, a healthy one no wait, and nothing is copied. The host
 also waits for a step that something follows which needs its outcome: a snapshot, a checkpoint, an
-evaluation, the end; and while no ceilings can be given (the first steps, an open incident, a remedy
+evaluation, the end; and while no limits can be given (the first steps, an open incident, a remedy
 on the embedding). A command or a stop signal that came with a step is found one step later. The
 step that was computed meanwhile is dropped first, with all that the loop did in it: what is then
 saved, restored or shown to a user is the state after the step that the command came with.
@@ -28,24 +28,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from guardrail.core.errors import UsageError
-from guardrail.core.records import Action, Observation, Phase, Verdict
+from guardrail.core.records import Action, Observation
 from guardrail.decide.sample_order import LedgerState
 from guardrail.torch.diagnose.batch_replay import tolerance
+from guardrail.torch.guard.between_steps import BetweenSteps
+from guardrail.torch.guard.context import RunContext
+from guardrail.torch.guard.side_effects import StepSideEffects
 from guardrail.torch.guard.step import Step
-from guardrail.torch.measure.reduction import ReducedStep, local
+from guardrail.torch.guard.step_judge import StepJudge
+from guardrail.torch.guard.step_metrics import StepMetrics
+from guardrail.torch.guard.update_applier import UpdateApplier
+from guardrail.torch.guard.verdict_executor import VerdictExecutor
+from guardrail.torch.measure.reduction import ReducedStep, StepReduction, local
 from guardrail.torch.measure.update_gate import can_leave_out
 from guardrail.torch.state.forward_side_effects import ForwardSideEffects
-
-if TYPE_CHECKING:
-    from guardrail.torch.guard.guard import Guard
 
 
 @dataclass(kw_only=True, slots=True)
@@ -53,266 +56,271 @@ class PendingStep:
     """A step on whose update the device has decided, and of which the host knows nothing yet.
 
     Attributes:
-        told: the packed vector and, last, whether the update was applied; on the host once
-        `arrived`.
-        position: of the ledger before it.
-        attempt: the dice and buffers that it began with.
-        square: of the update before it.
+        nominal: see `Step.finish`.
+        numbers: the packed vector and, last, whether the update was applied; on the host once
+            `arrived`.
+        arrived: None where they are on the host at once.
+        position: of the cursor before it.
+        side_effects: RNG states and buffers that it began with.
+        update_square: squared norm of the update before it.
         lr: learning rate of its update.
         seconds, guarding: what it took, and the guard's part of that.
     """
 
     step: Step
     nominal: float | None
-    told: Tensor
+    numbers: Tensor
     arrived: torch.cuda.Event | None
     position: LedgerState
-    attempt: ForwardSideEffects
-    square: Tensor | None
+    side_effects: ForwardSideEffects
+    update_square: Tensor | None
     lr: float
     seconds: float = 0.0
     guarding: float = 0.0
 
 
 class DeferredGate:
-    """Raises UsageError where an update could not be left out on the device, or would not be the
-    same one.
+    """Decides on the device, and reads the numbers of a step when the next one is computed.
+
+    Args:
+        applier: applies updates.
+        reduction: of the present step.
+        metrics: of the present step.
+        judge: asks the controller.
+        executor: carries out what is found later.
+        side_effects: of the present step.
+        between_steps: what is done once the loop has done with a step.
+        needs_outcome: whether something follows step number N that needs its outcome.
+
+    Attributes:
+        pending: the step whose numbers were not read yet.
+        waited_steps: steps that the host has waited for.
+        deferred_steps: all others.
+
+    Raises:
+        UsageError: an update could not be skipped on the device, or would not be the same one.
     """
 
-    def __init__(self, guard: Guard) -> None:
-        self._guard = guard
-        self.flight: PendingStep | None = None
-        self._spare = ForwardSideEffects(guard.state)
+    def __init__(
+        self,
+        ctx: RunContext,
+        applier: UpdateApplier,
+        *,
+        reduction: StepReduction,
+        metrics: StepMetrics,
+        judge: StepJudge,
+        executor: VerdictExecutor,
+        side_effects: StepSideEffects,
+        between_steps: BetweenSteps,
+        needs_outcome: Callable[[int], bool],
+    ) -> None:
+        self._ctx, self._applier = ctx, applier
+        self._reduction, self._metrics, self._judge = reduction, metrics, judge
+        self._executor, self._side_effects = executor, side_effects
+        self._between_steps, self._needs_outcome = between_steps, needs_outcome
+        self.pending: PendingStep | None = None
         self._signals: tuple[str, ...] = ()  # of the last step that was judged
         self._dropped = 0  # number of the step that is formed again, 0: none
-        # numbers of its first time, where the device left it out
+        # numbers of its first time, where the device skipped it
         self._first: tuple[ReducedStep, Tensor] | None = None
-        self.waited = self.flown = 0  # steps that the host has waited for, and others
+        self.waited_steps = 0
+        self.deferred_steps = 0
         self._refuse()
 
     def _refuse(self) -> None:
-        guard = self._guard
-        deaf = [type(one).__name__ for one in guard.optimizers if not can_leave_out(one)]
+        gate = self._applier.gate
+        deaf = [type(one).__name__ for one in gate.optimizers if not can_leave_out(one)]
         if deaf:
             raise UsageError(
-                f'guard.gate = "lagged" needs an optimizer that heeds found_inf (fused=True): {deaf[0]}'
+                f'guard.decide = "deferred" needs an optimizer that heeds found_inf (fused=True): {deaf[0]}'
             )
-        if guard.loss_scale is not None or callable(guard.gate.clip):
-            what = "a gradient scaler" if guard.loss_scale is not None else "a function that clips"
+        has_scaler = self._applier.loss_scale is not None
+        if has_scaler or callable(gate.clip):
+            what = "a gradient scaler" if has_scaler else "a function that clips"
             raise UsageError(
-                f'guard.gate = "lagged" does not go with {what}: it needs the numbers at once'
+                f'guard.decide = "deferred" does not go with {what}: it needs the numbers at once'
             )
-        for parameter in guard.probes.parameters:
+        for parameter in self._reduction.parameters:
             here = local(parameter)
             if (
                 here.dtype not in (torch.float32, torch.float64)
-                or here.device.type != guard.probes.device.type
+                or here.device.type != self._reduction.device.type
             ):
                 raise UsageError(
-                    f'guard.gate = "lagged" needs fp32 parameters on the device, not {here.dtype} on {here.device}'
+                    f'guard.decide = "deferred" needs fp32 parameters on the device, not {here.dtype} on {here.device}'
                 )
 
     # -- between two steps -------------------------------------------------------------------------
 
     def begin(self) -> bool:
-        """Another try begins; returns whether it repeats one that was dropped."""
-        guard = self._guard
-        if self.flight is not None and self.flight.attempt is guard.attempt:
-            guard.attempt, self._spare = self._spare, guard.attempt
-        repeated, self._dropped = self._dropped == guard.step + 1, 0
+        """Begin another try; return whether it repeats one that was dropped."""
+        pending = self.pending
+        if pending is not None and pending.side_effects is self._side_effects.current:
+            self._side_effects.swap()
+        repeated = self._dropped == self._ctx.progress.step + 1
+        self._dropped = 0
         return repeated
 
     # -- the step that was computed ----------------------------------------------------------------
 
     def safe_limits(self, step: Step, *, wait: bool) -> list[float] | None:
-        """What the signals of this step must keep to, as `Probes.signal_names` has them; None: the
-        host has to wait.
+        """Return what the signals of this step must stay below; None: the host has to wait.
+
+        In the order of `StepReduction.signal_names`; NaN for a signal without a limit.
         """
-        guard = self._guard
-        number = step.number
-        due = number == guard.total_steps or guard.tiers.copies(number)
-        effects = guard.effects(number)
-        most: dict[str, float] | None = None
+        effects = self._ctx.effects(step.number)
+        limits: dict[str, float] | None = None
         if not (
-            wait or due or self._first is not None or effects.embed_alpha != 1.0 or effects.reset
+            wait
+            or self._needs_outcome(step.number)
+            or self._first is not None
+            or effects.embed_alpha != 1.0
+            or effects.reset
         ):
-            signals = dict.fromkeys(self._signals, math.nan)
-            batch = step.batch
             like = Observation(
-                step=number,
-                first=batch.first,
-                last=batch.last,
-                signals=signals,
-                streak=batch.streak,
+                step=step.number,
+                first=step.batch.first,
+                last=step.batch.last,
+                signals=dict.fromkeys(self._signals, math.nan),
+                streak=step.batch.streak,
             )
-            most = guard.controller.safe_limits(like)
-        if most is None:
-            self.waited += 1
+            limits = self._ctx.controller.safe_limits(like)
+        if limits is None:
+            self.waited_steps += 1
             return None
-        self.flown += 1
-        return [most.get(name, math.nan) for name in guard.probes.signal_names]
+        self.deferred_steps += 1
+        return [limits.get(name, math.nan) for name in self._reduction.signal_names]
 
     @torch.no_grad()
-    def launch(
+    def decide(
         self, step: Step, vector: Tensor, safe_limits: list[float], *, nominal: float | None
     ) -> None:
         """Decide on the device, apply there or not, and go on as if it were applied."""
         began = time.perf_counter()
-        guard = self._guard
-        probes, effects = guard.probes, guard.effects(step.number)
-        values, known, sound, scale = probes.on_device(vector, nominal)
-        most = torch.tensor(safe_limits, dtype=vector.dtype).to(vector.device, non_blocking=True)
-        # NaN is not below any ceiling. A number that no rank gave is not judged, as on the host.
-        applied = sound & (values[0] > 0) & ((values <= most) | ~known).all()
-        told = torch.cat([vector, applied.to(vector.dtype)[None]])
+        values, known, sound, scale = self._reduction.on_device(vector, nominal)
+        limits = torch.tensor(safe_limits, dtype=vector.dtype).to(vector.device, non_blocking=True)
+        # NaN is not below any limit. A number that no rank gave is not judged, as on the host.
+        applied = sound & (values[0] > 0) & ((values <= limits) | ~known).all()
+        numbers = torch.cat([vector, applied.to(vector.dtype)[None]])
         arrived = None
-        if told.device.type == "cuda":
-            on_host = torch.empty(told.shape, dtype=told.dtype, pin_memory=True)
-            told = on_host.copy_(told, non_blocking=True)
+        if numbers.device.type == "cuda":
+            on_host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            numbers = on_host.copy_(numbers, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        flight = self.flight = PendingStep(
+        self.pending = PendingStep(
             step=step,
             nominal=nominal,
-            told=told,
+            numbers=numbers,
             arrived=arrived,
-            position=guard.ledger.state(),
-            attempt=guard.attempt,
-            square=guard.updates.square if guard.updates is not None else None,
-            lr=guard.rate(step.number),
+            position=self._ctx.order.state(),
+            side_effects=self._side_effects.current,
+            update_square=self._applier.update_square,
+            lr=self._applier.learning_rate(step.number),
         )
-        if guard.updates is not None:
-            guard.account.measured(guard.updates.before)
-        factor = guard.gate.factor_on_device(values[1], scale, clip=effects.clip)
-        guard.account.guarding += time.perf_counter() - began
-        guard.gate.apply(factor, lr_factor=effects.lr, unless=(~applied).float())
-        if guard.updates is not None:
-            guard.account.measured(guard.updates.after)
-        guard.step = step.number
-        guard.ledger.passed(step.batch, applied=True)
-        guard.state.settle()
-        flight.seconds, flight.guarding = time.perf_counter() - step.began, guard.account.guarding
+        self._applier.apply_on_device(
+            step, norm=values[1], scale=scale, applied=applied, began=began
+        )
+        self.pending.seconds = time.perf_counter() - step.began
+        self.pending.guarding = self._metrics.guarding
 
     # -- the step before it ------------------------------------------------------------------------
 
-    def land(self) -> bool:
-        """Read the numbers of the step in flight, if any. False: what was computed after it does
-        not count.
+    def read_result(self) -> bool:
+        """Read the numbers of the pending step, if any.
+
+        Returns:
+            False: what was computed after it does not count.
         """
-        flight, self.flight = self.flight, None
-        if flight is None:
+        pending, self.pending = self.pending, None
+        if pending is None:
             return True
-        if flight.arrived is not None:
+        if pending.arrived is not None:
             # the device is one step further on: it has work while the host waits
-            flight.arrived.synchronize()
-        guard = self._guard
+            pending.arrived.synchronize()
         # whether the next step was computed meanwhile
-        computed_after = guard.attempt is not flight.attempt
-        *values, applied = flight.told.tolist()
-        reduced = guard.probes.unpack(values, flight.nominal, None)
+        computed_after = self._side_effects.current is not pending.side_effects
+        *values, applied = pending.numbers.tolist()
+        reduced = self._reduction.unpack(values, pending.nominal, None)
         if not applied:
-            self._take_back(flight, reduced, computed_after=computed_after)
+            self._take_back(pending, reduced, computed_after=computed_after)
             return False
-        observation, verdict = guard.judge(flight.step, reduced, lr=flight.lr)
-        late = verdict.action is not Action.APPLY
-        if computed_after and (late or reduced.is_request):
-            # First of all: RNG state and buffers must be those of the landed step before they are
+        observation, verdict = self._judge.judge(pending.step, reduced, lr=pending.lr)
+        self.record(observation.signals)
+        is_late = verdict.action is not Action.APPLY
+        if computed_after and (is_late or reduced.is_request):
+            # First of all: RNG state and buffers must be those of the pending step before they are
             # saved or restored.
-            self._drop(flight.step.number + 1)
-        self._confirm(flight, reduced)
-        if late:
-            self._too_late(flight.step, observation, verdict)
+            self._drop(pending.step.number + 1)
+        self._applier.confirm(pending.step, reduced)
+        self._metrics.add(pending.step, reduced, seconds=pending.seconds, guarding=pending.guarding)
+        if is_late:
+            self._executor.roll_back_late(pending.step, observation, verdict)
         else:
-            guard.verdicts.noted(flight.step, verdict)
-            guard.applied()
-        guard.heed(reduced)
-        if late or reduced.is_request:
+            self._executor.record_applied(pending.step, verdict)
+            self._between_steps.set_applied(True)
+        self._between_steps.handle_requests(reduced)
+        if is_late or reduced.is_request:
             return False
-        guard.keep()
+        self._between_steps.finish_previous_step()
         return True
 
-    def _confirm(self, flight: PendingStep, reduced: ReducedStep) -> None:
-        """The books of an applied step, as far as the next one did not need them."""
-        guard, step = self._guard, flight.step
-        guard.checks.advance_schedule()
-        step.applied = True
-        guard.tokens += reduced.tokens
-        guard.account.add(step, reduced, seconds=flight.seconds, guarding=flight.guarding)
-
     def _take_back(
-        self, flight: PendingStep, reduced: ReducedStep, *, computed_after: bool
+        self, pending: PendingStep, reduced: ReducedStep, *, computed_after: bool
     ) -> None:
-        """The update was left out: back to where its step began, which is formed again."""
-        guard = self._guard
+        """Go back to where a step began whose update was skipped; it is formed again."""
+        step = pending.step
         if computed_after:
-            self._drop(flight.step.number)
-            guard.attempt, self._spare = self._spare, guard.attempt
-        self._first = reduced, guard.probes.own
-        self._drop(flight.step.number)
-        guard.step = flight.step.number - 1
-        guard.ledger.restore(flight.position)
-        if guard.updates is not None:
-            guard.updates.square = flight.square
+            self._drop(step.number)
+            self._side_effects.swap()
+        self._first = reduced, self._reduction.own
+        self._drop(step.number)
+        self._applier.take_back(
+            step, position=pending.position, update_square=pending.update_square
+        )
         if reduced.incomplete:
-            guard.end_incomplete()
+            self._executor.end_incomplete()
 
     def _drop(self, number: int) -> None:
-        """What was computed last does not count; step `number` comes next."""
-        guard = self._guard
-        guard.attempt.undo()
-        guard.gate.leave_out()
-        guard.probes.forget()
+        """Undo what was computed last; step `number` comes next."""
+        self._side_effects.undo()
+        self._applier.skip()
+        self._reduction.forget()
         self._dropped = number
-
-    def _too_late(self, step: Step, observation: Observation, verdict: Verdict) -> None:
-        """An update was applied that the controller rejects: the ceilings were wrong. Go back to
-        before it.
-        """
-        guard = self._guard
-        guard.verdicts.noted(step, verdict)
-        window = verdict.window or (observation.first, observation.last)
-        onset, reason = (
-            verdict.onset or observation.step,
-            f"applied before it was judged: {verdict.reason}",
-        )
-        over = guard.over_share(
-            guard.timelines.span(window=window, onset=onset, reason=reason, verdict=verdict)
-        )
-        if over:
-            guard.end(Phase.HALTED, f"{reason}; but {over}", onset=onset)
-        elif not guard.timelines.roll_back(
-            window=window, onset=onset, reason=reason, verdict=verdict
-        ):
-            guard.end(Phase.HALTED, reason, onset=onset)
 
     # -- the same step again -----------------------------------------------------------------------
 
-    def command(self) -> tuple[int, float] | None:
-        """On rank 0: the command that came with the first time, which has not been carried out."""
+    def first_command(self) -> tuple[int, float] | None:
+        """Return the command that came with the first time, which has not been carried out.
+
+        None: this step is not formed again. Other ranks than 0 return no command.
+        """
         if self._first is None:
             return None
+        if self._ctx.ranks.rank:
+            return 0, 0.0
         first = self._first[0]
-        return (first.command_kind, first.command_value) if self._guard.rank == 0 else (0, 0.0)
+        return first.command_kind, first.command_value
 
     def first_numbers(self, again: ReducedStep) -> ReducedStep:
-        """The numbers that a step which was formed again is judged by."""
+        """Return the numbers that a step which was formed again is judged by."""
         if self._first is None:
             return again
-        guard = self._guard
         (first, own), self._first = self._first, None
-        if _same(first, again, tolerance(guard.probes.device)):
+        if _is_same(first, again, tolerance(self._reduction.device)):
             return again
-        guard.probes.own = own
+        self._reduction.own = own
         return replace(
             first, stop=again.stop, incomplete=again.incomplete, step_times=again.step_times
         )
 
-    def saw(self, signals: Mapping[str, float]) -> None:
-        """A step with these signals has been judged."""
+    def record(self, signals: Mapping[str, float]) -> None:
+        """Remember which signals the last judged step had."""
         self._signals = tuple(signals)
 
 
-def _same(a: ReducedStep, b: ReducedStep, relative: float) -> bool:
+def _is_same(a: ReducedStep, b: ReducedStep, relative: float) -> bool:
+    """Compare the numbers of two tries; `relative` is the tolerance."""
     ours, theirs = a.signals(), b.signals()
     if ours.keys() != theirs.keys() or (a.nonfinite_loss, a.nonfinite_grad) != (
         b.nonfinite_loss,

@@ -1,59 +1,82 @@
-"""Leaving data out, on the record."""
+"""Skip data for good, with a journal line first."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 from guardrail.core.records import MAX_NAMED, Remedy, Span
-
-if TYPE_CHECKING:
-    from guardrail.torch.guard.guard import Guard
-
-Describe = Callable[[Sequence[int]], tuple[list[dict[str, Any]], int]]
+from guardrail.torch.guard.context import RunContext
+from guardrail.torch.guard.hooks import DescribeSamples
 
 
 class Quarantine:
-    """What a guard leaves out.
+    """What a guard skips, and how much it may skip by itself.
 
     Args:
-        describe: sample ids -> (documents as dicts, number of documents), for the journal. Called
-        on rank 0.
+        describe_samples: for the journal, called on rank 0; None: the documents are not known.
+        total_steps: applied updates after which the run is finished; 0: only the data ends it.
     """
 
-    def __init__(self, guard: Guard, describe: Describe | None) -> None:
-        self._guard = guard
-        self._describes = describe is not None
-        self.describe = describe if guard.rank == 0 else None
+    def __init__(
+        self,
+        ctx: RunContext,
+        *,
+        describe_samples: DescribeSamples | None = None,
+        total_steps: int = 0,
+    ) -> None:
+        self._ctx = ctx
+        self._is_described = describe_samples is not None
+        self.describe_samples = describe_samples if ctx.ranks.rank == 0 else None
+        self._total_steps = total_steps
+        self._data_size: int | None = None  # samples of which the guard may skip a share
 
-    def leave_out(self, span: Span, remedies: Sequence[Remedy] = (), **more: Any) -> None:
-        """Journal first, then quarantine."""
-        guard = self._guard
-        data = self.told(span) | more
+    def skip(self, span: Span, remedies: Sequence[Remedy] = (), **more: Any) -> None:
+        """Write the journal line, then quarantine the samples of a span."""
+        data = self.data_of(span) | more
         if remedies:
             data["remedies"] = list(remedies)
-        guard.say("left_out", f"left out {amount(data)}", **data)
-        guard.ledger.leave_out(span)
+        self._ctx.recorder.event("left_out", f"left out {amount(data)}", **data)
+        self._ctx.order.leave_out(span)
 
-    def told(self, span: Span) -> dict[str, Any]:
-        """What a journal line says of a span: its samples, and on rank 0 the documents that they
-        come from.
+    def data_of(self, span: Span) -> dict[str, Any]:
+        """Return what a journal line says of a span: its samples and, on rank 0, their documents.
+
+        Called on every rank: the others wait while rank 0 looks its documents up.
         """
-        guard = self._guard
-        ids = guard.ledger.samples_of(span)
-        data: dict[str, Any] = {"span": span, "count": len(ids), "incident": guard.incident}
-        # on every rank alike: the others wait while rank 0 looks its documents up
-        if self._describes and ids:
-            documents, total = guard.slow_work(
-                lambda: self.describe(ids) if self.describe is not None else ([], 0)
-            )
-            if self.describe is not None:
-                data |= {"documents": documents[:MAX_NAMED], "documents_total": total}
+        ctx = self._ctx
+        ids = ctx.order.samples_of(span)
+        data: dict[str, Any] = {
+            "span": span,
+            "count": len(ids),
+            "incident": ctx.progress.incident,
+        }
+        if self._is_described and ids:
+            documents, total = ctx.ranks.run_together(lambda: self._documents_of(ids))
+            if self.describe_samples is not None:
+                data["documents"] = documents[:MAX_NAMED]
+                data["documents_total"] = total
         return data
+
+    def _documents_of(self, ids: Sequence[int]) -> tuple[list[dict[str, Any]], int]:
+        if self.describe_samples is None:
+            return [], 0
+        return self.describe_samples(ids)
+
+    def over_share(self, span: Span) -> str:
+        """Return why the guard may not skip a span by itself; "" where it may.
+
+        See `guard.max_skipped_share`.
+        """
+        order = self._ctx.order
+        if self._data_size is None:
+            self._data_size = order.data_size(self._total_steps)
+        share = self._ctx.config.guard.max_skipped_share
+        return order.over_share(span, share=share, data=self._data_size)
 
 
 def amount(data: dict[str, Any]) -> str:
-    """ "64 samples of 2 documents (0357.txt, 0358.txt)", from the data of a `left_out` event."""
+    """Return the data of a `left_out` event in words: "64 samples of 2 documents (a, b)"."""
     total = data.get("documents_total", 0)
     samples = f"{data['count']} sample{'' if data['count'] == 1 else 's'}"
     if not total:

@@ -1,34 +1,84 @@
-"""What the guard writes down when it asks, and the words of a command in its answer."""
+"""The question that the guard asks while it is parked, its journal line, and commands in words."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
 from guardrail.core.errors import GuardrailError
-from guardrail.core.records import CommandKind, Mode, Verdict
+from guardrail.core.records import CommandKind, Mode, Status, Verdict
 from guardrail.core.text import plural
 from guardrail.decide.questions import CHOICES
 from guardrail.decide.sample_order import Batch
 from guardrail.operate.preview import choices
 from guardrail.operate.run_state import RunState
-
-if TYPE_CHECKING:
-    from guardrail.torch.guard.guard import Guard
+from guardrail.torch.guard.context import RunContext
 
 MODES = list(Mode)
+_REMEMBERED = 64  # questions of which it is known who ended them
 
 
-def line_of_question(
-    guard: Guard, verdict: Verdict | None, batch: Batch | None, *, deadline: float, default: str
+class OpenQuestion:
+    """What the guard asks, and how earlier questions ended.
+
+    Attributes:
+        text: the question; "" while none is open.
+        deadline, default: when (wall time, 0: never) and how it answers itself.
+        end: end of the batch that is under question, else 0.
+        ended: number of a question -> how it ended.
+    """
+
+    def __init__(self, ctx: RunContext) -> None:
+        self._ctx = ctx
+        self.text = ""
+        self.deadline = 0.0
+        self.default = ""
+        self.end = 0
+        self.ended: dict[int, str] = {}
+
+    @property
+    def number(self) -> int:
+        """Journal line of the open question; 0: none is open, or its line is not on disk yet."""
+        return self._ctx.recorder.written.get("paused", 0) if self.text else 0
+
+    @property
+    def is_unwritten(self) -> bool:
+        """Whether a question is open whose line is not on disk yet."""
+        return bool(self.text) and not self.number
+
+    def open(self, text: str, *, deadline: float, default: str) -> None:
+        """Ask; "" waits without a question. Its line is written next."""
+        self._ctx.recorder.written.pop("paused", None)
+        self.text, self.deadline, self.default = text, deadline, default
+
+    def close(self, how: str) -> None:
+        """End the question; whoever answers it later learns how it ended."""
+        number = self.number
+        if number:
+            self.ended[number] = how
+            self.ended = dict(list(self.ended.items())[-_REMEMBERED:])
+        self.text, self.deadline, self.default = "", 0.0, ""
+        self.end = 0
+
+
+def question_line(
+    ctx: RunContext,
+    verdict: Verdict | None,
+    batch: Batch | None,
+    *,
+    status: Callable[[], Status],
+    deadline: float,
+    default: str,
 ) -> dict[str, Any]:
-    """Data of the `paused` line: the evidence, and each choice with what it would do and cost.
+    """Return the data of the `paused` line: the evidence, and what each choice does and costs.
 
     Args:
-        deadline: wall time at which the guard answers itself, 0: never; `default`: what it then
-        does.
+        status: of the run, asked on rank 0.
+        deadline: wall time at which the guard answers itself, 0: never.
+        default: what it then does.
     """
     if verdict is None or verdict.would is None or batch is None:
         return {"proposals": [], "asks": False}
@@ -42,31 +92,29 @@ def line_of_question(
         "deadline": deadline,
         "default": default,
     }
+    proposals: list[dict[str, Any]] = [
+        {"choice": choice, "action": name} for choice, name in enumerate(names)
+    ]
     # what the others remember of the journal holds no proposals
-    if guard.rank or guard.run is None:
-        return {
-            "proposals": [{"choice": choice, "action": name} for choice, name in enumerate(names)],
-            **data,
-        }
+    if ctx.ranks.rank or ctx.run is None:
+        return {"proposals": proposals, **data}
     try:
-        scene = RunState.of(guard.run, status=guard.account.status())
-        previews = choices(
-            scene, verdict, first=batch.first, last=batch.last, settled=guard.controller.is_settled
-        )
+        state = RunState.of(ctx.run, status=status())
+        settled = ctx.controller.is_settled
+        previews = choices(state, verdict, first=batch.first, last=batch.last, settled=settled)
     except (OSError, GuardrailError, KeyError, ValueError):
         previews = []  # a disk that does not answer: the question is asked without the numbers
     by_name = {
         preview.command: msgspec.to_builtins(preview) | {"text": preview.sentence()}
         for preview in previews
     }
-    proposals = [
-        {"choice": at, "action": name, **by_name.get(name, {})} for at, name in enumerate(names)
-    ]
+    for proposal in proposals:
+        proposal |= by_name.get(proposal["action"], {})
     return {"proposals": proposals, **data}
 
 
 def worded(kind: CommandKind, value: float) -> str:
-    """ "lr x0.5", "skip 20 batches": a command in words."""
+    """Return a command in words: "lr x0.5", "skip 20 batches"."""
     match kind:
         case CommandKind.LR | CommandKind.EMBED_ALPHA:
             return f"{kind.value} x{value:g}"

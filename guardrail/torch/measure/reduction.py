@@ -487,7 +487,7 @@ class StepReduction:
         if unknown := named.keys() - set(self.named):
             known = ", ".join(self.named) or "none"
             raise UsageError(
-                f"step.finish got a signal {min(unknown)!r}; guard.signals announces {known}"
+                f"step.finish got a signal {min(unknown)!r}; guard.extra_signals announces {known}"
             )
         if update_square is not None:
             given[UPDATE_NORM] = update_square

@@ -3,7 +3,7 @@ subtracted after it.
 
 A norm that is computed from gradients and learning rate would be a guess about the optimizer. The
 copy costs the parameters once more in memory and three passes over them a step, so it is asked for
-(`guard.update_norm`).
+(`guard.log_update_norm`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Waiting for slow work of another rank without a collective whose timeout could end the wait.
 
-A collective fails once it has waited for `launch.collective_seconds`, however well the slow rank
+A collective fails once it has waited for `launch.collective_timeout`, however well the slow rank
 does. So no rank waits inside one for a save or for the hashes of a checkpoint: that work runs on a
 thread, and meanwhile all ranks meet in small collectives, each of which is answered at once.
 """

@@ -42,6 +42,9 @@ PROPOSALS = {
 }
 ANSWERS = ("Do as proposed", "Go on as if nothing had happened", "Stop here with a checkpoint")
 DEFAULTS = {
+    "proposal": "what is proposed is done",
+    "continue": "it goes on",
+    # as versions before 0.2 wrote them
     "proposed": "what is proposed is done",
     "go_on": "it goes on",
     "stop": "it stops with a checkpoint",

@@ -141,7 +141,9 @@ def printed(capsys: pytest.CaptureFixture[str], name: str, *options: str) -> tup
     return code, *capsys.readouterr()
 
 
-@pytest.mark.parametrize("options", [("--column", "kl=kl"), ("--set", 'guard.signals=["kl"]')])
+@pytest.mark.parametrize(
+    "options", [("--column", "kl=kl"), ("--set", 'guard.extra_signals=["kl"]')]
+)
 def test_one_option_is_enough(options: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = printed(capsys, "c03b_kl.jsonl", *options)
     assert (
@@ -158,7 +160,7 @@ def test_what_nothing_judges_is_said_to_be_recorded_only(
 
 @pytest.mark.parametrize("name", ["c03_reward.jsonl", "c05_verl.log"])
 @pytest.mark.parametrize(
-    "options", [("--column", "entropy=nosuch"), ("--set", 'guard.signals=["nosuch"]')]
+    "options", [("--column", "entropy=nosuch"), ("--set", 'guard.extra_signals=["nosuch"]')]
 )
 def test_a_column_that_is_not_there_is_an_error(
     name: str, options: tuple[str, str], capsys: pytest.CaptureFixture[str]
@@ -175,7 +177,7 @@ def test_signals_of_a_policy_file_are_noted_where_they_are_not_there(
     policy.write_text("[guard]\nsignals = ['reward', 'router']\n")
     code, out, errors = printed(capsys, "c05_verl.log", "--policy", str(policy))
     assert code == 0 and "critic/rewards/mean" in out.splitlines()[0]
-    assert "guard.signals: there is no column 'router'" in errors
+    assert "guard.extra_signals: there is no column 'router'" in errors
 
 
 def test_a_column_of_console_text(capsys: pytest.CaptureFixture[str]) -> None:
@@ -264,7 +266,7 @@ def signed_run(controller: Controller, steps: range, **signals: float) -> list[A
 @pytest.mark.parametrize(
     ("settings", "signals"),
     [
-        (GuardOptions(signals=("reward",)), {"reward": 0.5}),
+        (GuardOptions(extra_signals=("reward",)), {"reward": 0.5}),
         (GuardOptions(loss="signed"), {}),
         (GuardOptions(), {}),
     ],

@@ -21,7 +21,7 @@ from tests.support.running import of_kind, spans, tiny, trained
 
 FOLDER = TESTS / "cases" / "traces"
 TRUTH: dict[str, dict[str, Any]] = json.loads((FOLDER / "truth.json").read_text(encoding="utf-8"))
-LADDER = ("healthy", "note", "skip", "rollback", "halt")
+ESCALATION = ("healthy", "note", "skip", "rollback", "halt")
 
 
 def verdicts(name: str) -> list[Verdict]:
@@ -41,8 +41,8 @@ def verdicts(name: str) -> list[Verdict]:
 
 def height(verdict: Verdict) -> int:
     if verdict.would is not None:
-        return LADDER.index(verdict.would.value)
-    return LADDER.index("note" if verdict.findings else "healthy")
+        return ESCALATION.index(verdict.would.value)
+    return ESCALATION.index("note" if verdict.findings else "healthy")
 
 
 def test_each_recording_has_its_truth() -> None:
@@ -55,8 +55,8 @@ def test_the_verdicts_on_a_staged_run_are_right(name: str) -> None:
     onset, last = truth["onset"], truth["onset"] + truth["within"]
     assert not [v.reason for v in told if v.step < onset and v.findings], "nothing was wrong yet"
     reached = max(height(v) for v in told if onset <= v.step <= last)
-    assert reached >= LADDER.index(truth["expect"]), [v.reason for v in told if v.findings][:5]
-    assert max(map(height, told)) <= LADDER.index(truth["most"])
+    assert reached >= ESCALATION.index(truth["expect"]), [v.reason for v in told if v.findings][:5]
+    assert max(map(height, told)) <= ESCALATION.index(truth["most"])
     acted = next((v for v in told if v.would is not None), None)
     if acted is not None and truth["expect"] in ("skip", "rollback"):
         assert acted.onset is not None and onset <= acted.onset <= min(last, onset + 2)

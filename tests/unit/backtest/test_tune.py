@@ -67,7 +67,7 @@ def test_a_budget_that_allows_them(outliers: Path, capsys: pytest.CaptureFixture
 def test_the_proposal_is_a_policy(
     outliers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    guard, lines = proposal(capsys, str(outliers), "--set", "guard.persist=4")
+    guard, lines = proposal(capsys, str(outliers), "--set", "guard.rollback_after_rejections=4")
     file = tmp_path / "policy.toml"
     file.write_text("\n".join(lines))
     assert load_guard(file).loss_score == guard["loss_score"]

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from guardrail.core.config import (
-    LADDER,
+    ESCALATION,
     EscalationStep,
     GuardConfig,
     GuardOptions,
@@ -56,7 +56,7 @@ BAD = [
     (
         "[train]\nwindow_before = 3",
         "c.toml: train.window_before = 3: expected a known key",
-        "mean guard.window_before?",
+        "mean guard.skip_before?",
     ),
     ("[run]\nqqq = 3", "c.toml: run.qqq = 3: expected a known key", "valid keys: name, root"),
     (
@@ -124,7 +124,11 @@ BAD = [
     ("[optim]\nlr = 0", "c.toml: optim.lr = 0: expected a number > 0", ""),
     ("[optim]\nbeta1 = 1.0", "c.toml: optim.beta1 = 1.0: expected a number < 1", ""),
     ("[optim]\nlr = inf", "c.toml: optim.lr = inf: expected a finite number", ""),
-    ("[guard]\nask_seconds = nan", "c.toml: guard.ask_seconds = nan: expected a finite number", ""),
+    (
+        "[guard]\nask_seconds = nan",
+        "c.toml: guard.answer_timeout = nan: expected a finite number",
+        "",
+    ),
     (
         "[data]\nsources = []",
         "c.toml: data.sources = []: expected a list with at least 1 entry",
@@ -148,7 +152,7 @@ BAD = [
     ),
     (
         "[guard]\nconfirm = 100",
-        "c.toml: guard.confirm = 100: expected at most snapshots.every * (snapshots.keep - 1) = 30",
+        "c.toml: guard.steps_until_good = 100: expected at most snapshots.every * (snapshots.keep - 1) = 30",
         "raise snapshots.keep",
     ),
     (
@@ -384,7 +388,7 @@ def test_overrides_reach_nested_keys_and_new_sections(tmp_path: Path) -> None:
         tmp_path,
         STEPS,
         "guard.mode=ask",
-        "guard.window_before=100",
+        "guard.skip_before=100",
         " optim.lr = 2e-4 ",
         "model.tied=false",
         'data.sources=["builtin:python"]',
@@ -563,7 +567,7 @@ def test_every_setting_is_explained_beside_it() -> None:
                 explained = True
             elif not line.strip() or line.strip().startswith(('"""', "class ", "def ")):
                 explained = line.startswith("    #")
-            elif section and re.match(r"    \w+: .* = ", line):
+            elif section and re.match(r"    (?!RENAMED)\w+: .* = ", line):
                 assert explained, f"{module}:{number}: {line.strip()}"
 
 
@@ -577,7 +581,7 @@ def test_the_night_writes_the_default_ladder_out() -> None:
     run halts.
     """
     night = load(CONFIGS / "night.toml").guard
-    assert night.ladder == (*LADDER, EscalationStep(do="halt"))
+    assert night.ladder == (*ESCALATION, EscalationStep(action="halt"))
     assert (night.skips, night.rollbacks) == (
         2 * GuardOptions().skips,
         8,

@@ -54,7 +54,9 @@ def step_of(dice: random.Random, step: int) -> Observation:
 @given(seed=st.integers(0, 10_000))
 def test_a_step_below_the_ceilings_is_applied_without_a_word(seed: int) -> None:
     dice = random.Random(seed)
-    controller = Controller(GuardOptions(window=32, warmup=12, confirm=4, signals=("router",)))
+    controller = Controller(
+        GuardOptions(window=32, warmup=12, steps_until_good=4, extra_signals=("router",))
+    )
     given_ = 0
     for step in range(1, 120):
         like = observation(step, dict.fromkeys(SIGNALS, math.nan))
@@ -120,7 +122,7 @@ def test_no_ceilings_where_everything_is_applied(mode: Mode) -> None:
 def test_no_ceilings_for_a_signal_that_nobody_has_seen_nor_in_an_incident_nor_behind_a_resume() -> (
     None
 ):
-    controller = Controller(GuardOptions(confirm=3))
+    controller = Controller(GuardOptions(steps_until_good=3))
     healthy(controller, 100)
     assert safe_limits(controller, 101) and safe_limits(controller, 101, LOSS) is not None
     resumed = copy.deepcopy(controller)

@@ -33,7 +33,7 @@ from guardrail.decide.policy import Rollback
 from tests.support.feed import BATCH, Trainer, healthy_loss, noisy, obs, plain, through_json, warmed
 
 DEFAULT = GuardOptions()
-SKIP, PAUSE = EscalationStep(do="skip"), EscalationStep(do="pause")
+SKIP, PAUSE = EscalationStep(action="skip"), EscalationStep(action="pause")
 
 
 def rejections(controller: Controller, step: int, count: int, **fields: Any) -> list[Verdict]:
@@ -72,7 +72,7 @@ def test_rejections_in_a_row_roll_back_from_the_batch_before_the_onset() -> None
 
 @pytest.mark.parametrize(("before", "after"), [(0, 0), (1, 0), (7, 3), (100, 400)])
 def test_the_window_is_as_wide_as_configured(before: int, after: int) -> None:
-    controller = Controller(GuardOptions(window_before=before, window_after=after))
+    controller = Controller(GuardOptions(skip_before=before, skip_after=after))
     step = warmed(controller)
     last = rejections(controller, step, 3)[-1]
     assert last.window == ((step - 1 - before) * BATCH, (step + 2 + after) * BATCH)
@@ -80,7 +80,7 @@ def test_the_window_is_as_wide_as_configured(before: int, after: int) -> None:
 
 
 def test_a_window_that_reaches_before_the_beginning_starts_there() -> None:
-    controller = Controller(GuardOptions(window_before=100))
+    controller = Controller(GuardOptions(skip_before=100))
     for step in range(1, 41):
         controller.observe(obs(step, noisy(2.0)(step), 0.5))
     last = rejections(controller, 41, 3)[-1]
@@ -89,7 +89,7 @@ def test_a_window_that_reaches_before_the_beginning_starts_there() -> None:
 
 def test_rejections_before_anything_was_applied_are_handled() -> None:
     for before in (0, 1, 5):
-        controller = Controller(GuardOptions(window_before=before))
+        controller = Controller(GuardOptions(skip_before=before))
         verdicts = [
             controller.observe(
                 obs(1, math.nan, 1.0, first=BATCH * k, last=BATCH * (k + 1), streak=k)
@@ -167,7 +167,7 @@ def done(step: int) -> Rollback:
 
 
 def test_the_budget_halts_and_healthy_steps_give_it_back() -> None:
-    controller = Controller(GuardOptions(rollbacks=2, healthy_after=100))
+    controller = Controller(GuardOptions(max_rollbacks=2, reset_budget_after=100))
     step = warmed(controller)
     controller.load_rollbacks([*controller.rollbacks, done(step - 60)])
     assert rejections(controller, step, 3)[-1].action is Action.ROLLBACK
@@ -182,7 +182,7 @@ def test_the_budget_halts_and_healthy_steps_give_it_back() -> None:
 
 
 def test_rollbacks_are_read_from_the_journal_as_it_is_written() -> None:
-    controller = Controller(GuardOptions(rollbacks=1))
+    controller = Controller(GuardOptions(max_rollbacks=1))
     step = warmed(controller)
     data = {
         "to_step": 150,
@@ -205,7 +205,7 @@ def test_rollbacks_are_read_from_the_journal_as_it_is_written() -> None:
 
 
 def test_ask_skips_by_itself_and_parks_before_a_rollback() -> None:
-    controller = Controller(GuardOptions(mode=Mode.ASK, rollbacks=1))
+    controller = Controller(GuardOptions(mode=Mode.ASK, max_rollbacks=1))
     step = warmed(controller)
     verdicts = rejections(controller, step, 3)
     assert [v.action for v in verdicts] == [Action.SKIP, Action.SKIP, Action.PAUSE]
@@ -230,7 +230,7 @@ def test_a_person_can_overrule_and_is_not_asked_again_each_step() -> None:
 
 
 def test_advise_changes_nothing_and_says_what_it_would_do() -> None:
-    controller = Controller(GuardOptions(mode=Mode.ADVISE, rollbacks=2))
+    controller = Controller(GuardOptions(mode=Mode.ADVISE, max_rollbacks=2))
     step = warmed(controller)
     verdicts = [controller.observe(obs(at, 9.0, 0.5)) for at in range(step, step + 9)]
     assert all(v.action is Action.APPLY and not v.accepted for v in verdicts)
@@ -290,7 +290,7 @@ def test_the_mode_argument_wins_over_the_settings() -> None:
 
 
 def test_an_incident_runs_from_the_first_finding_to_confirm_healthy_steps() -> None:
-    controller = Controller(GuardOptions(confirm=4))
+    controller = Controller(GuardOptions(steps_until_good=4))
     step = warmed(controller)
     states = [(v.incident, v.incident_state) for v in rejections(controller, step, 2)]
     assert states == [(1, "open"), (1, "")]
@@ -621,7 +621,7 @@ def test_afterwards_all_is_as_if_the_data_had_been_left_out_from_the_beginning()
 
 @pytest.mark.parametrize("every", [1, 7, 50, 130])
 def test_what_is_left_out_does_not_depend_on_which_snapshots_there_are(every: int) -> None:
-    settings = GuardOptions(window_before=3, window_after=2)
+    settings = GuardOptions(skip_before=3, skip_after=2)
     assert Trainer(settings, bad=corrupted(), every=every).run(300).story(300) == Trainer(
         settings, bad=corrupted(), every=10
     ).run(300).story(300)
@@ -631,7 +631,7 @@ def test_a_second_rollback_inside_the_stretch_that_is_run_again() -> None:
     """The second corrupted stretch lies between the snapshot and the first one, and shows only
     after a shift.
     """
-    settings = GuardOptions(window_before=30)
+    settings = GuardOptions(skip_before=30)
     bad = corrupted()
     run = Trainer(settings, bad=bad, every=100).run(300)
     told = Trainer(GuardOptions(mode=Mode.OFF), bad=bad, quarantine=run.quarantined()).run(300)
@@ -643,7 +643,7 @@ def test_damage_that_leaks_into_the_weights_is_rolled_back_too() -> None:
     little.
     """
     bad = corrupted()[:3]
-    run = Trainer(GuardOptions(loss_score=200.0, window_before=2), bad=bad, every=10).run(300)
+    run = Trainer(GuardOptions(loss_score=200.0, skip_before=2), bad=bad, every=10).run(300)
     kinds = {f.kind for v in run.verdicts for f in v.findings if v.action is Action.ROLLBACK}
     assert kinds == {FindingKind.DIVERGENCE}
     assert run.poison == 0.0
@@ -655,7 +655,7 @@ def test_damage_that_leaks_into_the_weights_is_rolled_back_too() -> None:
 def test_crashes_at_any_moment_change_nothing(seed: int) -> None:
     rng = random.Random(seed)
     bad = corrupted() + [rng.randrange(100_000) for _ in range(200)]
-    settings = GuardOptions(window_before=rng.choice([0, 1, 20]), rollbacks=50)
+    settings = GuardOptions(skip_before=rng.choice([0, 1, 20]), max_rollbacks=50)
     every = rng.choice([5, 25, 60])
     calm = Trainer(settings, bad=bad, every=every).run(300)
     crashes = [rng.randrange(1, 320) for _ in range(8)]
@@ -666,7 +666,7 @@ def test_crashes_at_any_moment_change_nothing(seed: int) -> None:
 
 
 def test_trouble_that_never_ends_halts_within_the_budget() -> None:
-    run = Trainer(GuardOptions(rollbacks=3), bad=range(100_000), every=10, samples=100_000)
+    run = Trainer(GuardOptions(max_rollbacks=3), bad=range(100_000), every=10, samples=100_000)
     run.bad = set()
     run.run(100)
     run.bad = set(range(100_000))
@@ -689,7 +689,7 @@ def event(kind: str, step: int, **data: Any) -> Event:
 
 
 def test_facts_come_back_from_the_journal() -> None:
-    whole = Controller(GuardOptions(rollbacks=1))
+    whole = Controller(GuardOptions(max_rollbacks=1))
     step = warmed(whole)
     state = through_json(whole.state_dict())
     first = (step - 1) * BATCH
@@ -722,7 +722,7 @@ def test_facts_come_back_from_the_journal() -> None:
     events.append(event("rollback", 150, **done))
     whole.load_rollbacks([done])
 
-    fresh = Controller(GuardOptions(rollbacks=1))
+    fresh = Controller(GuardOptions(max_rollbacks=1))
     fresh.load_state_dict(state)
     fresh.rebuild(events)
     assert fresh.rollbacks == whole.rollbacks
@@ -819,7 +819,7 @@ def nth(step: int, streak: int) -> Observation:
 
 @pytest.mark.parametrize("cause", [Cause.DATA, Cause.DATA_AND_STATE])
 def test_data_to_blame_is_left_out_however_often_in_a_row(cause: Cause) -> None:
-    controller = Controller(GuardOptions(skips=20))
+    controller = Controller(GuardOptions(max_data_skips=20))
     step = warmed(controller)
     verdict = diagnosed(controller, nth(step, 0), cause)
     asked = []
@@ -837,15 +837,15 @@ def test_data_to_blame_is_left_out_however_often_in_a_row(cause: Cause) -> None:
     assert asked == [3, 6, 12, 21]
     assert (verdict.action, verdict.rung) == (Action.HALT, "halt")
     assert (
-        "the data is to blame: halt, since 20 in a row are as many as guard.skips allows"
+        "the data is to blame: halt, since 20 in a row are as many as guard.max_data_skips allows"
         in verdict.reason
     )
 
 
 def test_a_stretch_of_bad_data_without_an_end_asks_where_there_is_somebody() -> None:
     for guard in (
-        GuardOptions(skips=2, mode=Mode.ASK),
-        GuardOptions(skips=2, ladder=(SKIP, PAUSE)),
+        GuardOptions(max_data_skips=2, mode=Mode.ASK),
+        GuardOptions(max_data_skips=2, escalation=(SKIP, PAUSE)),
     ):
         controller = Controller(guard)
         step = warmed(controller)
@@ -928,7 +928,7 @@ def test_a_window_that_its_samples_do_not_explain_goes_whole(
 
 
 def test_without_the_rung_skip_bad_data_is_gone_back_for() -> None:
-    controller = Controller(GuardOptions(ladder=(EscalationStep(do="rollback"),)))
+    controller = Controller(GuardOptions(escalation=(EscalationStep(action="rollback"),)))
     assert diagnosed(controller, nth(warmed(controller), 0), Cause.DATA).action is Action.ROLLBACK
 
 
@@ -985,7 +985,7 @@ def test_trouble_with_data_behind_trouble_with_the_state_does_not_use_the_rollba
     """One incident, since the steps between are fewer than `confirm`: first the state, then bad
     data here and there.
     """
-    controller = Controller(GuardOptions(confirm=50, rollbacks=2))
+    controller = Controller(GuardOptions(steps_until_good=50, max_rollbacks=2))
     step = known_state(controller)
     for _ in range(8):
         for _ in range(3):
@@ -1013,7 +1013,7 @@ def test_the_cause_is_asked_again_where_another_signal_is_in_trouble() -> None:
 def test_hardware_that_does_not_repeat_itself_is_tried_again_and_named_where_it_does_so_too_often() -> (
     None
 ):
-    controller = Controller(GuardOptions(retries=2))
+    controller = Controller(GuardOptions(max_retries=2))
     step = warmed(controller)
     before = controller.state_dict()
     verdicts = [diagnosed(controller, obs(step, 9.0, 0.5), Cause.HARDWARE) for _ in range(3)]
@@ -1024,14 +1024,14 @@ def test_hardware_that_does_not_repeat_itself_is_tried_again_and_named_where_it_
         in verdicts[0].reason
     )
     assert "rank 1 on node7 has not repeated itself 3 times" in verdicts[2].reason
-    asking = Controller(GuardOptions(retries=0, mode=Mode.ASK))
+    asking = Controller(GuardOptions(max_retries=0, mode=Mode.ASK))
     assert warmed(asking) == step
     parked = diagnosed(asking, obs(step, 9.0, 0.5), Cause.HARDWARE)
     assert (parked.action, parked.would) == (Action.PAUSE, Action.HALT)
 
 
 def test_enough_healthy_steps_forgive_the_hardware() -> None:
-    controller = Controller(GuardOptions(retries=1, healthy_after=20))
+    controller = Controller(GuardOptions(max_retries=1, reset_budget_after=20))
     step = warmed(controller)
     for _ in range(3):
         assert diagnosed(controller, obs(step, 9.0, 0.5), Cause.HARDWARE).action is Action.RETRY
@@ -1041,7 +1041,10 @@ def test_enough_healthy_steps_forgive_the_hardware() -> None:
 
 
 def test_causes_outlive_a_crash() -> None:
-    controller, other = Controller(GuardOptions(retries=1)), Controller(GuardOptions(retries=1))
+    controller, other = (
+        Controller(GuardOptions(max_retries=1)),
+        Controller(GuardOptions(max_retries=1)),
+    )
     step = warmed(controller)
     warmed(other)
     for cause in (Cause.HARDWARE, Cause.STATE):

@@ -245,7 +245,7 @@ def test_a_run_in_advise_keeps_the_last_good_state_from_before_what_no_one_dealt
     good = {step for step, state in loop.states().items() if state == "good"}
     # the two, the oldest, the newest candidates
     assert good == {40, 50} and good <= here and len(here) <= 2 + 2 + 2
-    memory = [info for info in loop.guard.tiers.ring.infos() if info.state == "good"]
+    memory = [info for info in loop.guard.snapshots.ring.infos() if info.state == "good"]
     assert memory and max(info.step for info in memory) < loop.onset
     shown = preview.of(
         RunState.of(loop.run, status=loop.status()),
@@ -297,7 +297,7 @@ def test_accept_lets_later_states_become_good_and_is_refused_where_nothing_is_to
     good = good_in_journal(loop.run)
     assert not good & set(range(60, 122)) and good >= {130, 140}
     # The rows and the journal alone lead to the same verdicts.
-    rejudge = Rejudge(loop.run, loop.guard.settings.guard, own=True)
+    rejudge = Rejudge(loop.run, loop.guard.config.guard, own=True)
     assert all(row.agrees for row in rejudge) and not rejudge.lost
     assert rejudge._controller.incidents.ended == loop.guard.controller.incidents.ended
 
@@ -329,7 +329,7 @@ def test_to_be_loaded_makes_no_state_good(tmp_path: Path) -> None:
     for step in again.guard:
         if again.guard.timeline == 2:  # behind the rollback, for which only the disk had the state
             seen[step.number] = next(
-                info.state for info in again.guard.tiers.ring.infos() if info.step == 20
+                info.state for info in again.guard.snapshots.ring.infos() if info.step == 20
             )
         again.take(step)
     assert seen == {number: "candidate" if number <= 30 else "good" for number in range(21, 33)}

@@ -15,7 +15,7 @@ from guardrail.decide.policy import (
     rollbacks_in_a_row,
 )
 
-SETTINGS = GuardOptions(persist=3, rollbacks=2, healthy_after=100)
+SETTINGS = GuardOptions(rollback_after_rejections=3, max_rollbacks=2, reset_budget_after=100)
 
 
 def finding(
@@ -64,10 +64,11 @@ def test_the_ladder(findings: list[Finding], streak: int, in_a_row: int, action:
 
 
 def test_a_budget_of_nothing_halts_at_once_and_a_persist_of_one_rolls_back_at_once() -> None:
-    settings = GuardOptions(persist=1, rollbacks=0)
+    settings = GuardOptions(rollback_after_rejections=1, max_rollbacks=0)
     assert decide([REJECT], streak=0, in_a_row=0, settings=settings) is Action.HALT
     assert (
-        decide([REJECT], streak=0, in_a_row=0, settings=GuardOptions(persist=1)) is Action.ROLLBACK
+        decide([REJECT], streak=0, in_a_row=0, settings=GuardOptions(rollback_after_rejections=1))
+        is Action.ROLLBACK
     )
 
 

@@ -151,9 +151,9 @@ def test_the_ladder_is_gone_up_in_order_and_what_does_not_fit_is_passed_over() -
         *rest,
     ]
     upside_down = (
-        EscalationStep(do="lower_lr"),
-        EscalationStep(do="rollback", times=2),
-        EscalationStep(do="pause"),
+        EscalationStep(action="lower_lr"),
+        EscalationStep(action="rollback", max_uses=2),
+        EscalationStep(action="pause"),
     )
     assert climb(None, ladder=upside_down) == ["lower_lr", "rollback", "rollback", "pause"]
     assert climb(Cause.DATA, ladder=upside_down) == ["rollback", "rollback", "lower_lr", "pause"]
@@ -162,8 +162,8 @@ def test_the_ladder_is_gone_up_in_order_and_what_does_not_fit_is_passed_over() -
 
 def test_a_rung_rests_for_its_cooldown() -> None:
     ladder = (
-        EscalationStep(do="lower_lr", times=9, cooldown=50),
-        EscalationStep(do="rollback", times=9),
+        EscalationStep(action="lower_lr", max_uses=9, cooldown=50),
+        EscalationStep(action="rollback", max_uses=9),
     )
     before = [done("lower_lr", 100)]
     names = [
@@ -173,13 +173,13 @@ def test_a_rung_rests_for_its_cooldown() -> None:
 
 
 def test_each_widening_doubles() -> None:
-    widen = EscalationStep(do="widen")
+    widen = EscalationStep(action="widen")
     assert [widening(widen, [done("rollback"), *[done("widen")] * n]) for n in range(3)] == [
         2,
         4,
         8,
     ]
-    assert widening(EscalationStep(do="rollback"), [done("widen")]) == 1
+    assert widening(EscalationStep(action="rollback"), [done("widen")]) == 1
 
 
 def rejected(controller: Controller, step: int, *, rung: str) -> list[tuple[Action, str]]:
@@ -193,7 +193,7 @@ def rejected(controller: Controller, step: int, *, rung: str) -> list[tuple[Acti
 
 def test_a_widened_window_is_twice_as_long_and_a_function_of_the_onset() -> None:
     for most, length in ((512, 8), (6, 6)):
-        controller = Controller(GuardOptions(window_max=most))
+        controller = Controller(GuardOptions(max_window=most))
         step = warmed(controller)
         controller.load_rollbacks([*controller.rollbacks, done("rollback", step - 1)])
         verdicts = [
@@ -213,7 +213,7 @@ def test_a_widened_window_is_twice_as_long_and_a_function_of_the_onset() -> None
 
 
 def test_the_rungs_of_a_run_that_does_not_recover() -> None:
-    controller = Controller(GuardOptions(rollbacks=11))
+    controller = Controller(GuardOptions(max_rollbacks=11))
     step = warmed(controller)
     for rung in (
         "rollback",
@@ -232,7 +232,7 @@ def test_the_rungs_of_a_run_that_does_not_recover() -> None:
         else:
             assert (
                 said[-1][0] is Action.HALT
-                and "have used up the rungs of guard.ladder" in said[-1][1]
+                and "have used up the rungs of guard.escalation" in said[-1][1]
             )
 
 
@@ -248,8 +248,10 @@ def test_a_remedy_is_a_function_of_the_step_that_returns_to_one() -> None:
         and factor([remedy, remedy], "lr", 10, floor=0.4) == 0.4
     )
     assert factor([remedy], "clip", 10) == 1.0
-    moments, low = of_rung(EscalationStep(do="reset_moments", factor=0.1), 7)
-    again = of_rung(EscalationStep(do="lower_lr", factor=0.3, hold=20, back=40), 7, again=1)
+    moments, low = of_rung(EscalationStep(action="reset_moments", factor=0.1), 7)
+    again = of_rung(
+        EscalationStep(action="lower_lr", factor=0.3, hold_steps=20, ramp_steps=40), 7, again=1
+    )
     assert again == (Remedy(kind="lr", value=0.3**2, from_step=7, hold=40, back=80),)
     assert (
         resets([moments, low], 7)

@@ -105,7 +105,7 @@ def test_a_loss_that_steps_up_for_good_halts_a_small_run_with_a_checkpoint(
     reason = ended(loop.run)
     assert "guard.max_skipped_share" in reason if share < 1.0 else reason
     assert (
-        len(loop.guard.ledger.quarantine) <= share * 80 and len(loop.guard.ledger.quarantine) < 80
+        len(loop.guard.cursor.quarantine) <= share * 80 and len(loop.guard.cursor.quarantine) < 80
     )
     (last,) = [event.data for event in loop.run.events() if event.kind == "ended"]
     assert (
@@ -113,7 +113,7 @@ def test_a_loss_that_steps_up_for_good_halts_a_small_run_with_a_checkpoint(
     )
     # a resume counts what was skipped before
     again = Loop(tmp_path, samples=80, mode=Mode.AUTO, **known).train()
-    assert again.guard.phase is Phase.HALTED and len(again.guard.ledger.quarantine) <= share * 80
+    assert again.guard.phase is Phase.HALTED and len(again.guard.cursor.quarantine) <= share * 80
 
 
 @pytest.mark.fault("A11")
@@ -140,7 +140,7 @@ def test_where_a_screen_is_open_it_asks_and_an_answer_lets_it_skip_as_much_again
     loop = Loop(tmp_path, samples=400, bad=range(240, 252), max_skipped_share=0.01, persist=9)
     loop.train()
     assert loop.guard.phase is Phase.FINISHED
-    assert [one.allowed for one in loop.guard.ledger.spans] == [False, True, False]
+    assert [one.allowed for one in loop.guard.cursor.spans] == [False, True, False]
     (question,) = questions
     assert "8 of 400 samples would be skipped" in question and question.endswith("proposed: halt")
     verdicts = [event.data for event in loop.run.events() if event.kind == "verdict"]
@@ -149,8 +149,8 @@ def test_where_a_screen_is_open_it_asks_and_an_answer_lets_it_skip_as_much_again
         ("pause", "skip"),
         ("skip", None),
     ]
-    assert RunHistory.of(loop.run.events()).spans == loop.guard.ledger.spans
-    judged = list(Rejudge(loop.run, loop.guard.settings.guard, own=True))
+    assert RunHistory.of(loop.run.events()).spans == loop.guard.cursor.spans
+    judged = list(Rejudge(loop.run, loop.guard.config.guard, own=True))
     assert len(judged) == 133 and all(row.agrees for row in judged)
 
 
@@ -176,4 +176,4 @@ def test_an_unanswered_question_about_the_share_never_skips(tmp_path: Path) -> N
         persist=9,
         max_skipped_share=0.03,
     ).train()
-    assert loop.guard.phase is Phase.HALTED and not loop.guard.ledger.spans
+    assert loop.guard.phase is Phase.HALTED and not loop.guard.cursor.spans

@@ -17,7 +17,7 @@ from guardrail.launch.torchrun import Failure
 from guardrail.rundir import processes
 from tests.support.lab import wait_for
 
-LAUNCH = LaunchSection(setup_seconds=100, step_seconds=10, eval_seconds=30, save_seconds=20)
+LAUNCH = LaunchSection(setup_timeout=100, step_timeout=10, eval_timeout=30, save_timeout=20)
 
 
 def report(pid: int, *, phase: Phase = Phase.STEP, progress: int = 0) -> RankStatus:
@@ -121,7 +121,7 @@ def test_a_stopped_rank_is_found_in_half_a_minute_whatever_its_phase_allows(phas
     """Its heartbeat is silent, and its peer waits. Both have not got ahead; only one of them is
     stopped.
     """
-    watch = HangDetector(LaunchSection(step_seconds=9000, save_seconds=9000))
+    watch = HangDetector(LaunchSection(step_timeout=9000, save_timeout=9000))
     for look in range(32):
         ranks = {
             100: beating(100, look, phase=phase),
@@ -135,7 +135,7 @@ def test_a_stopped_rank_is_found_in_half_a_minute_whatever_its_phase_allows(phas
 
 
 def test_a_stopped_rank_without_peers_is_found_as_well() -> None:
-    watch = HangDetector(LaunchSection(step_seconds=9000))
+    watch = HangDetector(LaunchSection(step_timeout=9000))
     looks = [watch.look({100: beating(100, look, still=True)}, 1.0) for look in range(32)]
     assert [bool(hung) for hung in looks] == [False] * 31 + [True]
 
@@ -144,7 +144,7 @@ def test_a_slow_rank_is_not_taken_for_a_stopped_one() -> None:
     """It still reports; or nothing in Python can run, and it works; or its peers get ahead without
     it.
     """
-    reports, works, alone, over = (HangDetector(LaunchSection(step_seconds=9000)) for _ in range(4))
+    reports, works, alone, over = (HangDetector(LaunchSection(step_timeout=9000)) for _ in range(4))
     for look in range(400):
         both = {100: beating(100, look), 101: beating(101, look)}
         assert reports.look(both, 1.0) == []

@@ -1,4 +1,4 @@
-"""Both gates over random histories: `guard.gate = "lagged"` leaves what `"sync"` leaves, in memory
+"""Both gates over random histories: `guard.decide = "deferred"` leaves what `"sync"` leaves, in memory
 and on the disk.
 """
 
@@ -36,8 +36,7 @@ from guardrail.decide.sample_order import SampleOrder
 from guardrail.rundir.manifest import checkpoint_dirs, fingerprint, read_manifest
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.checkpoint.disk_checkpoints import CheckpointStore
-from guardrail.torch.guard import command_handler as desk
-from guardrail.torch.guard.deferred_gate import DeferredGate
+from guardrail.torch.guard import command_handler, command_inbox
 from guardrail.torch.guard.guard import Guard
 from guardrail.torch.state import rng_state as rng
 from guardrail.torch.state.digests import component_digests
@@ -174,7 +173,7 @@ class ScriptedMailbox:
 
     def next(self, step: int) -> Command | None:
         history = self.history
-        if self.guard.desk.question:
+        if self.guard.command_handler.question.text:
             return (
                 self._made(CommandKind.ANSWER, float(history.answers.pop(0)))
                 if history.answers
@@ -233,10 +232,13 @@ class Loop:
         guard = GuardOptions(
             window=32,
             warmup=12,
-            confirm=3,
-            update_norm=True,
-            ask_seconds=1e-9,  # what no answer is scripted for is answered at once
-            ladder=(EscalationStep(do="skip"), EscalationStep(do="rollback", times=9)),
+            steps_until_good=3,
+            log_update_norm=True,
+            answer_timeout=1e-9,  # what no answer is scripted for is answered at once
+            escalation=(
+                EscalationStep(action="skip"),
+                EscalationStep(action="rollback", max_uses=9),
+            ),
             **sections,
         )
         self.guard = Guard.from_config(
@@ -286,29 +288,29 @@ class Loop:
         the other would.
         """
         guard = self.guard
-        if guard.lagged is not None:
+        if guard.deferred_gate is not None:
             return
-        carry_out, keep = guard.verdicts.carry_out, guard.keep
+        carry_out, finish = guard.verdict_executor.carry_out, guard.finish_previous_step
         applied: list[tuple[Any, Any, Any]] = []
 
         def apply_first(step: Any, verdict: Any, reduced: Any, observation: Any) -> Any:
             if verdict.action is Action.APPLY or not self.is_late(step.batch.first, step.number):
                 return carry_out(step, verdict, reduced, observation)
-            guard.verdicts._apply(step, reduced)
+            guard.applier.apply(step, reduced)
             applied.append((step, observation, verdict))
             return verdict
 
         def judge_late() -> float:
             """Once the loop has done with the step, as the gate that does not wait."""
             if applied:
-                guard._to_keep = False  # no copy is made of it
-                DeferredGate._too_late(SimpleNamespace(_guard=guard), *applied.pop())  # type: ignore[arg-type]
+                guard.between_steps.set_applied(False)  # no copy is made of it
+                guard.verdict_executor.roll_back_late(*applied.pop())
                 if guard.phase is not None:
-                    guard._stop, guard._command = 0, (0, 0.0)
-            return keep()
+                    guard.between_steps.drop_requests()
+            return finish()
 
-        guard.verdicts.carry_out = apply_first  # type: ignore[method-assign]
-        guard.keep = judge_late  # type: ignore[method-assign]
+        guard.verdict_executor.carry_out = apply_first  # type: ignore[method-assign]
+        guard.finish_previous_step = judge_late  # type: ignore[method-assign]
 
     def is_late(self, first: int, step: int) -> bool:
         due = step == self.history.steps or step % SNAPSHOTS == 0 or step % CHECKPOINTS == 0
@@ -335,11 +337,11 @@ class Loop:
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
             "rng": rng.capture(),
-            "ledger": (guard.ledger.state(), list(guard.ledger.quarantine.lines())),
+            "ledger": (guard.cursor.state(), list(guard.cursor.quarantine.lines())),
             "controller": guard.controller.state_dict(),
             "snapshots": [
                 (info.step, info.cursor, info.timeline, info.state)
-                for info in guard.tiers.ring.infos()
+                for info in guard.snapshots.ring.infos()
             ],
         }
 
@@ -398,8 +400,8 @@ def saved_at_once(store: CheckpointStore, *arguments: Any, **options: Any) -> No
 @contextmanager
 def scripted() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(desk, "Mailbox", ScriptedMailbox)
-        patch.setattr(desk, "PARKED_SECONDS", 0.0)
+        patch.setattr(command_inbox, "CommandPoller", ScriptedMailbox)
+        patch.setattr(command_handler, "PARKED_SECONDS", 0.0)
         # else the disk decides when a checkpoint becomes good
         patch.setattr(CheckpointStore, "save", saved_at_once)
         yield patch
@@ -416,7 +418,7 @@ def outcome_of(gate: str, history: History, folder: Path) -> dict[str, Any]:
             loop = Loop(gate, history, run)
             patch.setattr(
                 Controller,
-                "ceilings",
+                "safe_limits",
                 lambda self, like, loop=loop: loop.safe_limits(original, self, like),
             )
             left.append(loop.train().left())

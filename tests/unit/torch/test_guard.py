@@ -122,7 +122,7 @@ def test_a_loop_of_ones_own_is_exact(optimizer: str, bad: range) -> None:
         else {Action.APPLY, Action.SKIP, Action.ROLLBACK}
     )
     b = Loop(optimizer, mode=Mode.OFF)
-    b.guard.ledger.quarantine.read(a.guard.ledger.quarantine.lines())
+    b.guard.cursor.quarantine.read(a.guard.cursor.quarantine.lines())
     b.train()
     assert len(b.attempts) == 40 < len(a.attempts)
     assert a.losses == b.losses
@@ -136,16 +136,16 @@ def test_it_is_what_plain_torch_does() -> None:
     torch.manual_seed(1)
     plain = Loop()
     for number in range(1, 41):
-        batch = plain.guard.ledger.next_batch()
+        batch = plain.guard.cursor.next_batch()
         assert batch is not None
-        step = Step(plain.guard, number=number, batch=batch, began=0.0)
+        step = Step(plain.guard.finish, number=number, batch=batch, began=0.0)
         loss = plain.loss(step)
         loss.backward()
         nn.utils.clip_grad_norm_(plain.model.parameters(), 1.0)
         plain.optimizer.step()
         plain.scheduler.step()
         plain.optimizer.zero_grad()
-        plain.guard.ledger.passed(batch, applied=True)
+        plain.guard.cursor.passed(batch, applied=True)
         assert loss.item() == pytest.approx(guarded.losses[number], rel=1e-4)
 
 
@@ -190,7 +190,7 @@ def test_a_loop_that_breaks_off_can_be_taken_up_again(tmp_path: Path) -> None:
         loss.backward()
         step.finish(loss)
         if step.number == 26:
-            first.guard.tiers.store.wait(60)  # type: ignore[union-attr]
+            first.guard.snapshots.store.wait(60)  # type: ignore[union-attr]
             break
     second = Loop(bad=range(60, 72), run=run).train()
     assert second.attempts[0].number == 21
@@ -204,7 +204,7 @@ def test_a_checkpoint_that_is_pruned_before_anybody_looked_at_its_commit_ends_no
     """It raised StopIteration in a generator, which ended the run, now and then, after a kill."""
     run = RunDirectory.create(tmp_path, "own", "")
     loop = Loop(run=run)
-    store = loop.guard.tiers.store
+    store = loop.guard.snapshots.store
     assert store is not None
     gone: list[str] = []
     look = store.poll
@@ -218,7 +218,7 @@ def test_a_checkpoint_that_is_pruned_before_anybody_looked_at_its_commit_ends_no
             if event.state == "candidate" and event.step and not gone:
                 gone.append(event.name)
                 monkeypatch.setattr(
-                    loop.guard.tiers._past,
+                    loop.guard.snapshots._past,
                     "lives",
                     lambda *, timeline, step, gone=event.step: step != gone,
                 )
@@ -252,7 +252,7 @@ def test_an_update_that_a_person_lets_through_leaves_what_it_would_have_left(
     person.join()
     assert loop.attempts[17].applied and loop.attempts[17].number == 16
     told = Loop(bad=range(60, 72), factor=50.0, mode=Mode.OFF)
-    told.guard.ledger.quarantine.read(loop.guard.ledger.quarantine.lines())
+    told.guard.cursor.quarantine.read(loop.guard.cursor.quarantine.lines())
     told.train()
     assert loop.losses == told.losses
     assert loop.digest() == told.digest()
@@ -288,7 +288,7 @@ def test_a_process_that_dies_while_it_halts_leaves_no_candidate_with_the_damage(
         step.finish(loss)
         if step.number == 25:
             verdict = Verdict(action=Action.HALT, step=25, onset=22, reason="the loss diverged")
-            loop.guard.verdicts._halt(verdict)
+            loop.guard.verdict_executor.halt(verdict)
     assert loop.guard.phase is Phase.HALTED
     died = RunDirectory.open(tmp_path / "died")
     assert checkpoint_dirs(died.checkpoints)[0].name == "step-00000025"
@@ -298,7 +298,7 @@ def test_a_process_that_dies_while_it_halts_leaves_no_candidate_with_the_damage(
 
 def test_the_data_end() -> None:
     loop = Loop(steps=0)
-    loop.guard.ledger.limit = 30
+    loop.guard.cursor.limit = 30
     loop.train()
     assert loop.guard.phase is Phase.FINISHED
     assert [len(step.batch.samples) for step in loop.attempts] == [4] * 7 + [2]
@@ -307,14 +307,14 @@ def test_the_data_end() -> None:
 @pytest.mark.fault("B9")
 def test_a_run_that_ends_with_its_data_has_a_total_and_a_time() -> None:
     """Given in epochs: 25 batches; one that is skipped makes the run a step shorter."""
-    loop = Loop(bad=range(40, 44))
-    loop.guard.total_steps, loop.guard.ledger.limit = 0, 100
+    loop = Loop(bad=range(40, 44), steps=0)
+    loop.guard.cursor.limit = 100
     seen = []
     for step in loop.guard:
         loss = loop.loss(step)
         loss.backward()
         step.finish(loss)
-        status = loop.guard.account.status()
+        status = loop.guard.status()
         seen.append((status.total_steps, status.eta_seconds > 0))
     assert seen[0] == (25, True) and seen[9] == (25, True)
     assert seen[-1] == (24, False) and loop.guard.step == 24

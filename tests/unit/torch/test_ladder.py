@@ -18,7 +18,7 @@ class Glitch(Loop):
     def __init__(self, *, at: int, times: int, cause: Cause, **settings: Any) -> None:
         super().__init__(factor=1e3, **settings)
         self.at, self.left = at, times
-        self.guard.verdicts.judge = lambda step, verdict, reduced: self.judge(
+        self.guard.verdict_executor.find_cause = lambda step, verdict, reduced: self.judge(
             step, verdict, reduced, cause
         )
 
@@ -52,7 +52,7 @@ def test_what_is_not_the_datas_fault_costs_no_data(
 ) -> None:
     loop = Glitch(at=21, times=len(expected), cause=cause).train()
     assert actions(loop) == expected
-    assert len(loop.guard.ledger.quarantine) == 0
+    assert len(loop.guard.cursor.quarantine) == 0
     assert loop.losses == healthy.losses and loop.digest() == healthy.digest()
 
 
@@ -65,7 +65,7 @@ def test_a_state_that_is_in_trouble_again_is_gone_on_from_at_a_low_rate(healthy:
         (0.1, 20),
         (0.1**2, 40),
     ]
-    assert len(loop.guard.ledger.quarantine) == 0 and loop.digest() != healthy.digest()
+    assert len(loop.guard.cursor.quarantine) == 0 and loop.digest() != healthy.digest()
 
 
 @pytest.mark.parametrize("applied", [False, True])
@@ -75,7 +75,7 @@ def test_bad_data_is_left_out_and_gone_back_for_only_where_an_update_of_it_was_a
     """Six bad batches from step 21 on, twice as many as `persist` would bear without a cause."""
     told = [Diagnosis(cause=Cause.DATA, applied=applied)]
     loop = Loop(bad=range(80, 104), factor=1e3)
-    loop.guard.verdicts.judge = lambda step, verdict, reduced: (
+    loop.guard.verdict_executor.find_cause = lambda step, verdict, reduced: (
         told.pop() if told else Diagnosis(cause=Cause.DATA)
     )
     loop.train()
@@ -83,9 +83,9 @@ def test_bad_data_is_left_out_and_gone_back_for_only_where_an_update_of_it_was_a
         [Action.ROLLBACK, *[Action.SKIP] * 5] if applied else [Action.SKIP] * 6
     )
     # and the batch before the onset
-    assert len(loop.guard.ledger.quarantine) == (28 if applied else 24)
+    assert len(loop.guard.cursor.quarantine) == (28 if applied else 24)
     other = Loop(mode=Mode.OFF)
-    other.guard.ledger.quarantine.read(loop.guard.ledger.quarantine.lines())
+    other.guard.cursor.quarantine.read(loop.guard.cursor.quarantine.lines())
     other.train()
     assert loop.losses == other.losses and loop.digest() == other.digest()
 

@@ -51,7 +51,7 @@ def train(guard: Guard, *, bad: range = range(0)) -> list[Action]:
     """Constant losses, infinite at the bad steps; returns what was decided."""
     actions = []
     for step in guard:
-        loss = sum((parameter**2).sum() for parameter in guard.probes.parameters)
+        loss = sum((parameter**2).sum() for parameter in guard.reduction.parameters)
         loss = loss * (float("inf") if step.number in bad else 1.0)
         loss.backward()
         step.finish(loss)
@@ -66,7 +66,7 @@ def train(guard: Guard, *, bad: range = range(0)) -> list[Action]:
 @pytest.mark.parametrize("word", ["advise", "off"])
 def test_a_mode_given_as_text_is_that_mode(word: str) -> None:
     guard = make_guard(GuardConfig(guard=GuardOptions(mode=word)))  # type: ignore[arg-type]
-    assert guard.mode is Mode(word) and guard.settings.guard.mode is Mode(word)
+    assert guard.mode is Mode(word) and guard.config.guard.mode is Mode(word)
     assert set(train(guard, bad=range(12, 13))) == {Action.APPLY}
     assert guard.phase is Phase.FINISHED and guard.timeline == 0
 
@@ -92,34 +92,37 @@ def test_a_mode_given_as_text_is_that_mode(word: str) -> None:
             {"guard": GuardOptions(loss_score="8")},
             "guard.loss_score = '8': expected a number, got a string",
         ),
-        ({"guard": GuardOptions(pardon=((9, 3),))}, "guard.pardon = [9, 3]: expected stretches"),
         (
-            {"guard": GuardOptions(signals=("loss",))},
-            "guard.signals = 'loss': expected names of their own",
+            {"guard": GuardOptions(allowlist=((9, 3),))},
+            "guard.allowlist = [9, 3]: expected stretches",
         ),
         (
-            {"guard": GuardOptions(confirm=100)},
-            "guard.confirm = 100: expected at most snapshots.every",
+            {"guard": GuardOptions(extra_signals=("loss",))},
+            "guard.extra_signals = 'loss': expected names of their own",
         ),
         (
-            {"guard": GuardOptions(ladder=(EscalationStep(do="jump"),))},
-            "guard.ladder[0].do = 'jump': expected skip, rollback,",
+            {"guard": GuardOptions(steps_until_good=100)},
+            "guard.steps_until_good = 100: expected at most snapshots.every",
         ),
         (
-            {"guard": GuardOptions(ladder=(EscalationStep(do="lower_lr", factor=3.0),))},
-            "guard.ladder[0].factor = 3.0: expected a number <= 1",
+            {"guard": GuardOptions(escalation=(EscalationStep(action="jump"),))},
+            "guard.escalation[0].action = 'jump': expected skip, rollback,",
+        ),
+        (
+            {"guard": GuardOptions(escalation=(EscalationStep(action="lower_lr", factor=3.0),))},
+            "guard.escalation[0].factor = 3.0: expected a number <= 1",
         ),
         (
             {
                 "guard": GuardOptions(
-                    ladder=(EscalationStep(do="halt"), EscalationStep(do="rollback"))
+                    escalation=(EscalationStep(action="halt"), EscalationStep(action="rollback"))
                 )
             },
-            "guard.ladder[0].do = 'halt': expected the last rung",
+            "guard.escalation[0].action = 'halt': expected the last rung",
         ),
         (
-            {"guard": GuardOptions(ladder=("skip",))},
-            "guard.ladder[0] = 'skip': expected a table, got a string",
+            {"guard": GuardOptions(escalation=("skip",))},
+            "guard.escalation[0] = 'skip': expected a table, got a string",
         ),
         (
             {"guard": GuardOptions(remedies=(Remedy(kind="lr", value=2.0, from_step=1),))},
@@ -171,7 +174,7 @@ def test_every_section_is_checked(sections: dict[str, Any], message: str) -> Non
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (GuardOptions(), "settings = GuardSection("),
+        (GuardOptions(), "settings = GuardOptions("),
         (3, "expected a table of sections"),
         (
             {"guard": {"mod": "ask"}},
@@ -189,13 +192,13 @@ def test_what_is_no_settings_is_refused(settings: Any, message: str) -> None:
 @pytest.mark.fault("E1")
 def test_what_means_the_same_is_converted() -> None:
     guard = make_guard({"guard": {"mode": "advise", "ladder": [{"do": "skip"}, {"do": "halt"}]}})
-    assert guard.settings.guard.mode is Mode.ADVISE and guard.settings.guard.ladder[
+    assert guard.config.guard.mode is Mode.ADVISE and guard.config.guard.ladder[
         1
-    ] == EscalationStep(do="halt")
+    ] == EscalationStep(action="halt")
     section = GuardOptions(
         window=np.int64(64), loss_score=np.float32(7.5), cause_test=np.bool_(False)
     )
-    converted = make_guard(GuardConfig(guard=section)).settings.guard
+    converted = make_guard(GuardConfig(guard=section)).config.guard
     assert (converted.window, converted.loss_score, converted.cause_test) == (64, 7.5, False)
     guard.set_mode("ask")  # type: ignore[arg-type]
     assert guard.mode is Mode.ASK is guard.controller.mode
@@ -233,9 +236,9 @@ class Frozen(nn.Linear):
         ),
         (
             {"data": [1, 2]},
-            "data = [1, 2]: expected the sample order, a guardrail.decide.sample_order.SampleOrder",
+            "data = [1, 2]: expected the sample order, a guardrail.SampleOrder",
         ),
-        ({"data": SampleOrder}, "hint: SampleOrder(samples=len(dataset), seed=0)"),
+        ({"data": SampleOrder}, "hint: SampleOrder(len(dataset), seed=0)"),
         ({"batch_size": 0}, "batch_size = 0: expected a whole number >= 1"),
         ({"batch_size": 4.0}, "batch_size = 4.0: expected a whole number >= 1"),
         ({"batch_size": "4"}, "batch_size = '4': expected a whole number >= 1"),
@@ -250,11 +253,11 @@ class Frozen(nn.Linear):
         ({"device": "gpu"}, "device = 'gpu': expected a torch.device"),
         (
             {"holders": range(0, 2)},
-            "holders = range(0, 2): expected a range of ranks within 0 to 1",
+            "shard_ranks = range(0, 2): expected a range of ranks within 0 to 1",
         ),
-        ({"counting": 1}, "counting = 1: expected True or False"),
+        ({"counting": 1}, "counts_loss = 1: expected True or False"),
         ({"replay": 3}, "replay = 3: expected a function, or None"),
-        ({"identity": "abc"}, "identity = 'abc': expected a dictionary"),
+        ({"identity": "abc"}, "fingerprints = 'abc': expected a dictionary"),
         (
             {"optimiser": 1},
             "optimiser: expected an argument of Guard\n  hint: did you mean optimizer?",

@@ -209,14 +209,14 @@ def test_a_run_under_a_ramp_is_quiet_and_its_tokens_grow(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("train", "optim", "key"),
     [
-        ({"ramp_from": 8}, {}, "train.ramp_tokens"),
-        ({"ramp_tokens": 8}, {}, "train.ramp_from"),
-        ({"ramp_from": 3, "ramp_tokens": 9, "micro_batch_size": 2}, {}, "train.ramp_from"),
-        ({"ramp_from": 16, "ramp_tokens": 9}, {}, "train.ramp_from"),
+        ({"ramp_from": 8}, {}, "train.batch_ramp.tokens"),
+        ({"ramp_tokens": 8}, {}, "train.batch_ramp.start"),
+        ({"ramp_from": 3, "ramp_tokens": 9, "micro_batch_size": 2}, {}, "train.batch_ramp.start"),
+        ({"ramp_from": 16, "ramp_tokens": 9}, {}, "train.batch_ramp.start"),
         (
             {"ramp_from": 8, "ramp_by": 3, "ramp_tokens": 9, "micro_batch_size": 2},
             {},
-            "train.ramp_by",
+            "train.batch_ramp.increment",
         ),
         ({}, {"warmup_share": 0.1, "warmup_tokens": 5}, "optim.warmup_tokens"),
         ({}, {"warmup_tokens": 10**9}, "optim.warmup_tokens"),

@@ -1,0 +1,47 @@
+"""Old import path; use `guardrail.Action`, `guardrail.Finding`, `guardrail.Verdict` or `guardrail.core.records`."""
+
+from __future__ import annotations
+
+from guardrail.core.old_names import forward
+
+__getattr__ = forward(
+    __name__,
+    "guardrail.core.records",
+    [
+        "LOSS",
+        "GRAD_NORM",
+        "EMBED_GRAD_NORM",
+        "EMBED_SHARE",
+        "UPDATE_NORM",
+        "LOSS_SCALE",
+        "AUTOMATIC",
+        "MAX_NAMED",
+        "Action",
+        "Cause",
+        "Severity",
+        "Mode",
+        "Record",
+        "Observation",
+        "Finding",
+        "score_words",
+        "Diagnosis",
+        "Remedy",
+        "Verdict",
+        "CommandKind",
+        "Shown",
+        "Command",
+        "Span",
+        "DocumentRef",
+        "SnapshotInfo",
+        "SENSELESS",
+        "Event",
+        "field_of",
+        "Phase",
+        "Unresolved",
+        "Status",
+        "RankStatus",
+        "NodeStatus",
+        "METRIC_COLUMNS",
+    ],
+    renamed={"Kind": "FindingKind", "Curve": "LossTrend", "Outcome": "RecoveryResult"},
+)

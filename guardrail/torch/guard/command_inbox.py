@@ -1,0 +1,193 @@
+"""The command at hand: read on rank 0, agreed on by all ranks, refused or acknowledged.
+
+A command travels to the other ranks as two numbers of the packed vector, so no step waits for a
+broadcast. Each command is answered in the journal before it takes effect, with the step at which it
+does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from guardrail.core.records import Command, CommandKind, Shown
+from guardrail.decide.questions import (
+    BY_HAND,
+    Open,
+    question_changed,
+    setting_changed,
+    target_changed,
+    timeline_changed,
+)
+from guardrail.rundir.command_files import DEEDS
+from guardrail.rundir.mailbox import CommandPoller
+from guardrail.rundir.run_directory import RunDirectory
+from guardrail.torch.checkpoint.snapshot_manager import Target
+from guardrail.torch.guard.command_actions import CommandActions
+from guardrail.torch.guard.context import RunContext
+from guardrail.torch.guard.questions import MODES, OpenQuestion, worded
+
+KINDS = list(CommandKind)
+NO_COMMAND = (0, 0.0)
+
+
+def numbers_of(kind: CommandKind, value: float) -> tuple[int, float]:
+    """Return a command as it travels to the other ranks: (1 + index of its kind, its value)."""
+    return 1 + KINDS.index(kind), value
+
+
+class CommandInbox:
+    """Reads commands and keeps the one at hand until it is done.
+
+    Args:
+        actions: of the run.
+        question: that is open.
+
+    Attributes:
+        last_who: sender of the command that was taken last.
+        last_taken: that command in words, with its sender and step.
+        shown: what the sender of the command at hand was shown; on every rank.
+    """
+
+    def __init__(self, ctx: RunContext, actions: CommandActions, question: OpenQuestion) -> None:
+        self._ctx = ctx
+        self._actions = actions
+        self._question = question
+        self._poller: CommandPoller | None = None
+        self._current: Command | None = None
+        # its action is under way, and its file is still there
+        self._acknowledged: Command | None = None
+        self.shown: Shown | None = None
+        self.last_who = ""
+        self.last_taken = ""
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    def open(self, run: RunDirectory) -> None:
+        """Read commands from now on; on rank 0 only."""
+        self._poller = CommandPoller(run, stamp=self._stamp)
+
+    def close(self) -> None:
+        """Read no more commands; harmless when called again."""
+        if self._poller is not None:
+            self._poller.close()
+            self._poller = None
+
+    @property
+    def problem(self) -> str:
+        """Why commands are not read at the moment, for the status; "" while they are."""
+        return self._poller.problem if self._poller is not None else ""
+
+    def _stamp(self, command: Command) -> Command:
+        """Add the number of the open question to a command that names none."""
+        number = self._question.number
+        if command.question is not None or (self._question.text and not number):
+            return command
+        return msgspec.structs.replace(command, question=number)
+
+    def next(self, step: int) -> tuple[int, float]:
+        """Return rank 0's next command as two numbers; `NO_COMMAND` when there is none."""
+        self._current = self._poller.next(step) if self._poller is not None else None
+        if self._current is not None:
+            return numbers_of(self._current.kind, self._current.value)
+        if self._ctx.ranks.rank == 0 and self._actions.is_retry_due():
+            # Each rank writes its share of a checkpoint, so a save is tried again by all of them
+            # together.
+            return numbers_of(CommandKind.CHECKPOINT, 0.0)
+        return NO_COMMAND
+
+    def agree(self, command: tuple[int, float]) -> tuple[int, float, int]:
+        """Return (command kind, value, ranks that were asked to stop) on every rank.
+
+        The small all-reduce outside a step.
+        """
+        ranks = self._ctx.ranks
+        failed = [0.0] * ranks.world
+        failed[ranks.rank] = float(self._actions.failed_save())
+        stop = float(self._actions.is_stop_requested())
+        summed = ranks.sum([float(command[0]), command[1], stop, *failed])
+        kind, value, stop, *failed = summed
+        self._actions.note_failed_saves([int(serial) for serial in failed])
+        return int(kind), value, int(stop)
+
+    # -- what a command was shown for --------------------------------------------------------------
+
+    def why_outdated(self, kind: CommandKind) -> str:
+        """Return why the command at hand does not hold for what is now; "" if it does.
+
+        A collective: every rank decides alike. What its sender was shown is kept in `shown`.
+        """
+        ctx, command, question = self._ctx, self._current, self._question
+        refusal = ""
+        names_question = kind in (*BY_HAND, CommandKind.ANSWER)
+        if command is not None and names_question and not question.is_unwritten:
+            refusal = question_changed(command.question, Open(question.number, question.ended))
+        shown = command.shown if command is not None else None
+        refusal, self.shown = ctx.ranks.broadcast((refusal, shown))
+        if not refusal and kind in BY_HAND:
+            progress = ctx.progress
+            refusal = timeline_changed(self.shown, timeline=progress.timeline, step=progress.step)
+        return refusal or self._why_setting_changed(kind)
+
+    def _why_setting_changed(self, kind: CommandKind) -> str:
+        ctx = self._ctx
+        if kind is CommandKind.POLICY:
+            mode = ctx.progress.mode
+            return setting_changed(self.shown, float(MODES.index(mode)), mode.value)
+        if kind not in (CommandKind.LR, CommandKind.EMBED_ALPHA):
+            return ""
+        setting = ctx.history.lr if kind is CommandKind.LR else ctx.history.alpha
+        now = setting.at(ctx.progress.step + 1)
+        return setting_changed(self.shown, now, f"x{now:g}")
+
+    def why_target_changed(self, target: Target) -> str:
+        """Return why `target` is not what the sender was shown; "" if it is."""
+        lost = self._ctx.progress.step - target.step
+        return target_changed(self.shown, to_step=target.step, tier=target.tier, steps_lost=lost)
+
+    # -- acknowledging -----------------------------------------------------------------------------
+
+    def acknowledge(
+        self, kind: CommandKind, value: float, *, refusal: str = "", **data: Any
+    ) -> bool:
+        """Answer the command at hand in the journal, before its effect.
+
+        Args:
+            refusal: why it is not taken; "" takes it.
+            data: more for its line, of a command whose line itself is what it does.
+
+        Returns:
+            Whether it is taken.
+        """
+        ctx, command = self._ctx, self._current
+        if command is None and kind is CommandKind.CHECKPOINT and ctx.ranks.rank == 0:
+            return True  # a retry of the guard's own
+        step = ctx.progress.step
+        outcome = f"refused: {refusal}" if refusal else f"takes effect after step {step}"
+        who = command.who if command else "guard"
+        if not refusal:
+            self.last_who = who
+            self.last_taken = f"{worded(kind, value)} by {who or 'a command'} at step {step}"
+        ctx.recorder.event(
+            "command",
+            f"{worded(kind, value)} {outcome}",
+            id=command.id if command else "",
+            command=kind.value,
+            value=value,
+            who=who,
+            question=self._question.number,
+            effect="refused" if refusal else "applied",
+            reason=refusal,
+            **data,
+        )
+        self._acknowledged, self._current = command, None
+        if refusal or kind not in DEEDS:
+            self.put_away()
+        return not refusal
+
+    def put_away(self) -> None:
+        """Remove the file of the acknowledged command, if it is still there."""
+        command, self._acknowledged = self._acknowledged, None
+        if command is not None and self._ctx.run is not None:
+            self._ctx.run.command_done(command.id)

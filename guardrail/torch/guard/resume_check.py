@@ -1,0 +1,149 @@
+"""What a checkpoint remembers so that a resume can be checked, and the check."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from guardrail.core.errors import UsageError
+from guardrail.core.records import MAX_NAMED
+from guardrail.torch.guard.context import RunContext
+from guardrail.torch.measure.reduction import StepReduction
+
+AHEAD = 8  # samples after the cursor that a checkpoint remembers
+
+
+class ResumeCheck:
+    """Compares a resumed run with what its checkpoint says.
+
+    Args:
+        reduction: knows which parameters are trained.
+        fixed_batch_loss: loss on one fixed batch, same on every rank; None: it is not compared.
+        scheduled_lr: the scheduled learning rate as a function of the step; None: it is not
+            compared.
+        fingerprints: a resume on other "data" is refused, any other change noted.
+    """
+
+    def __init__(
+        self,
+        ctx: RunContext,
+        *,
+        reduction: StepReduction,
+        fixed_batch_loss: Callable[[], float] | None = None,
+        scheduled_lr: Callable[[int], float] | None = None,
+        fingerprints: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._ctx = ctx
+        self._reduction = reduction
+        self._fixed_batch_loss, self._scheduled_lr = fixed_batch_loss, scheduled_lr
+        self.fingerprints = dict(fingerprints or {})
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold for the check; the fixed batch is run for it."""
+        ctx = self._ctx
+        # What the journal on disk does not have yet, nothing can be held against.
+        journal = {} if ctx.recorder.behind else {"journal_seq": ctx.history.seq}
+        facts: dict[str, Any] = {
+            "world": ctx.ranks.world,
+            "order": self._order_facts(),
+            "order_ahead": ctx.order.order.samples(ctx.order.cursor, ctx.order.cursor + AHEAD),
+            "identity": {**self.fingerprints, "run_id": ctx.history.run_id, **journal},
+            "frozen": self._reduction.frozen(),
+            "without_gradient": self._reduction.without_gradient(),
+        }
+        if self._fixed_batch_loss is not None:
+            facts["fixed_loss"] = self._fixed_batch_loss()
+        return facts
+
+    def check(self, extra: dict[str, Any], saved_rate: float) -> dict[str, str]:
+        """Return for schedule, data order, trained parameters and loss "ok" or what differs.
+
+        Weights are compared by `TrainingState`.
+
+        Args:
+            extra: what travelled with the checkpoint.
+            saved_rate: learning rate that was loaded with it.
+
+        Raises:
+            UsageError: the fingerprint of the data is another one.
+        """
+        check = {}
+        if self._scheduled_lr is not None:
+            want = self._scheduled_lr(self._ctx.progress.step + 1)
+            good = math.isclose(saved_rate, want, rel_tol=0.01)
+            check["schedule"] = (
+                "ok" if good else f"learning rate {saved_rate:.4g}, the schedule says {want:.4g}"
+            )
+        check["data"] = "ok"
+        if "frozen" in extra:
+            check["trained"] = self._check_trained(extra)
+        same = self._is_same_setup(extra)
+        stored = extra.get("fixed_loss")
+        if stored is not None and self._fixed_batch_loss is not None:
+            now = self._fixed_batch_loss()
+            good = now == stored if same else math.isclose(now, stored, rel_tol=1e-3)
+            check["loss"] = "ok" if good else f"fixed batch gives {now!r}, was {stored!r}"
+        return check
+
+    def _is_same_setup(self, extra: dict[str, Any]) -> bool:
+        """Compare ranks and fingerprints: where all are the same, arithmetic is, to the bit."""
+        same = bool(extra.get("world") == self._ctx.ranks.world)
+        for key, value in self.fingerprints.items():
+            saved = extra.get("identity", {}).get(key, value)
+            if saved == value:
+                continue
+            if key == "data":
+                raise UsageError(
+                    f"the data's fingerprint was {saved} when this run was saved and is {value} now: "
+                    "resuming would train on something else"
+                )
+            same = False
+            self._ctx.recorder.event(
+                "note", f"{key} is not what it was when step {extra['step']} was saved"
+            )
+        return same
+
+    def refuse_other_order(self, extra: dict[str, Any]) -> None:
+        """Raise UsageError where positions that the run has passed would hold other samples now."""
+        ctx = self._ctx
+        order, cursor = ctx.order.order, int(extra["cursor"])
+        started = ctx.history.started or {}
+        was = extra.get("order") or {
+            "samples": started.get("samples"),
+            "seed": started.get("order_seed"),
+        }
+        if not cursor and not ctx.history.spans:
+            return
+        ahead = order.samples(cursor, cursor + AHEAD)
+        changed = [
+            f"{name} is {now} and was {was[name]} when step {extra['step']} was saved"
+            for name, now in self._order_facts().items()
+            if was.get(name) is not None and was[name] != now
+        ]
+        if not changed and extra.get("order_ahead", ahead) != ahead:
+            changed = [
+                f"the samples from position {cursor} on are {ahead} and were {extra['order_ahead']}"
+            ]
+        if changed:
+            raise UsageError(
+                f"the sample order has changed: {'; '.join(changed)}. The rest of the epoch would repeat some samples "
+                "and never show others. Resume with the saved order (data.seed, data.order, the same data), or begin a "
+                "new run"
+            )
+
+    def _order_facts(self) -> dict[str, Any]:
+        order = self._ctx.order.order
+        return {"samples": order.n_samples, "seed": order.seed, "shuffled": order.shuffled}
+
+    def _check_trained(self, extra: dict[str, Any]) -> str:
+        """Compare which parameters are trained; gradients are watched from here on."""
+        reduction = self._reduction
+        reduction.expect_gradients(without=extra["without_gradient"])
+        saved, now = set(extra["frozen"]) & reduction.all_names, set(reduction.frozen())
+        differ = [f"{name} was trained and is frozen now" for name in sorted(now - saved)]
+        differ += [f"{name} was frozen and is trained now" for name in sorted(saved - now)]
+        if not differ:
+            return "ok"
+        rest = f", and {len(differ) - MAX_NAMED} more" if len(differ) > MAX_NAMED else ""
+        return ", ".join(differ[:MAX_NAMED]) + rest

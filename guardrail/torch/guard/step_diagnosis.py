@@ -1,0 +1,65 @@
+"""Find the cause of an incident, and the samples that a bad batch owes it to."""
+
+from __future__ import annotations
+
+from guardrail.core.records import Action, Diagnosis, Mode, Verdict
+from guardrail.decide.sample_order import Batch
+from guardrail.torch.checkpoint.memory_snapshots import SnapshotRing
+from guardrail.torch.diagnose.attribution import Attribution, attribute
+from guardrail.torch.diagnose.batch_replay import Replays
+from guardrail.torch.diagnose.cause_test import FAR, CauseTest
+from guardrail.torch.guard.context import RunContext
+from guardrail.torch.guard.step import Step
+from guardrail.torch.measure.reduction import ReducedStep
+
+
+class StepDiagnosis:
+    """Runs batches again at a rejected step. Collectives; the run stays as it was.
+
+    Args:
+        replays: runs the passes.
+        ring: older states.
+        total_steps: applied updates after which the run is finished; 0: only the data ends it.
+    """
+
+    def __init__(
+        self, ctx: RunContext, *, replays: Replays, ring: SnapshotRing, total_steps: int = 0
+    ) -> None:
+        self._ctx = ctx
+        self._replays, self._ring, self._total_steps = replays, ring, total_steps
+
+    def find_cause(self, step: Step, verdict: Verdict, reduced: ReducedStep) -> Diagnosis:
+        """Return the cause of the incident that a rejected step belongs to."""
+        ctx = self._ctx
+        settings = ctx.controller.settings
+        has_pause = any(rung.action == "pause" for rung in settings.escalation)
+        test = CauseTest(self._replays, ledger=ctx.order, ring=self._ring)
+        return test.run(
+            step.batch,
+            verdict=verdict,
+            reduced=reduced,
+            applied=ctx.controller.applied,
+            reach=FAR * settings.max_data_skips if settings.new_data == "accept" else 0,
+            end=self._total_steps,
+            # a user may have the update applied all the same
+            keep_gradients=ctx.progress.mode is Mode.ASK or has_pause,
+        )
+
+    def find_bad_samples(self, batch: Batch, verdict: Verdict) -> Attribution | None:
+        """Return the samples that make a skipped batch bad.
+
+        None: the batch is not skipped, or its data is not known to be the cause.
+        """
+        ctx = self._ctx
+        if verdict.incident is None or verdict.action is not Action.SKIP:
+            return None
+        known = ctx.controller.diagnoses.of.get(verdict.incident)
+        if known is None or not known.cause.of_data:
+            return None
+        return attribute(
+            batch,
+            verdict=verdict,
+            replays=self._replays,
+            ledger=ctx.order,
+            applied=ctx.controller.applied,
+        )
