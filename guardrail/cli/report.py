@@ -61,31 +61,31 @@ def command(
     """
     flags = (incident is not None, quarantine, commands, as_json)
     part = "".join(_only_one([name for name, given in zip(_PARTS, flags, strict=True) if given]))
-    shape = form or _form(output)
+    shape = form or _find_form(output)
     _refuse_others(part, form=form, shape=shape, excerpts=excerpts, chart=chart)
     found = the_run(run, root)
     if as_json and output is None:
-        from guardrail.report.output import as_dict
+        from guardrail.report.output import report_as_dict
 
-        print_json(as_dict(found))
+        print_json(report_as_dict(found))
         return
     if part:
-        text = _part(found, part, incident, excerpts)
+        text = _render_part(found, part, incident, excerpts)
     else:
-        from guardrail.report.output import written
+        from guardrail.report.output import render_report
 
-        text = written(found, shape, spec=_spec(found, run), chart=chart)
+        text = render_report(found, shape, spec=_find_spec(found, run), chart=chart)
     if output is None:
         click.echo(text, nl=False)
     else:
-        from guardrail.report.output import save
+        from guardrail.report.output import save_report
 
-        save(output, text)
+        save_report(output, text)
 
 
 def _only_one(parts: list[str]) -> list[str]:
     if len(parts) > 1:
-        raise click.UsageError(f"{parts[0]} and {parts[1]} are two reports. Ask for one of them.")
+        raise click.UsageError(f"{parts[0]} and {parts[1]} are two reports; ask for one")
     return parts
 
 
@@ -101,7 +101,7 @@ def _refuse_others(part: str, *, form: str | None, shape: str, excerpts: bool, c
         raise click.UsageError("--chart is for the terminal; HTML has the curves anyway.")
 
 
-def _part(found: RunDirectory, part: str, incident: int | None, excerpts: bool) -> str:
+def _render_part(found: RunDirectory, part: str, incident: int | None, excerpts: bool) -> str:
     """The text of a report that is not the summary."""
     from guardrail.report import output as reports
 
@@ -115,11 +115,11 @@ def _part(found: RunDirectory, part: str, incident: int | None, excerpts: bool) 
         return "".join(f"{line}\n" for line in quarantine_lines(found))
     import msgspec
 
-    encoded = msgspec.json.encode(reports.as_dict(found))
+    encoded = msgspec.json.encode(reports.report_as_dict(found))
     return f"{msgspec.json.format(encoded, indent=2).decode()}\n"
 
 
-def _spec(found: RunDirectory, typed: str | None) -> str:
+def _find_spec(found: RunDirectory, typed: str | None) -> str:
     """What names the run on a command line: its name where that is enough, else what was typed, or
     its path.
     """
@@ -133,7 +133,7 @@ def _spec(found: RunDirectory, typed: str | None) -> str:
     return path if below.startswith("..") else below
 
 
-def _form(output: str | None) -> str:
+def _find_form(output: str | None) -> str:
     ending = (output or "").rsplit(".", 1)[-1].lower()
     return {"md": "markdown", "markdown": "markdown", "html": "html", "htm": "html"}.get(
         ending, "terminal"

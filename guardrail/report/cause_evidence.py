@@ -121,55 +121,55 @@ def evidence_from_line(data: Mapping[str, Any]) -> CauseEvidence | None:
 def evidence_from_sentence(reason: str) -> CauseEvidence:
     """The numbers in the sentence of versions that wrote no `evidence`."""
     return CauseEvidence(
-        same_batch=_same_batch(reason),
-        other_batches=_other_batches(reason),
-        older_state=_older_state(reason),
-        batches_ahead=_batches_ahead(reason),
-        label_order=_label_order(reason),
+        same_batch=_find_same_batch(reason),
+        other_batches=_find_other_batches(reason),
+        older_state=_find_older_state(reason),
+        batches_ahead=_find_batches_ahead(reason),
+        label_order=_find_label_order(reason),
     )
 
 
-def _same_batch(reason: str) -> SameBatch | None:
+def _find_same_batch(reason: str) -> SameBatch | None:
     if again := _AGAIN.search(reason):
-        value = _value(again[2])
+        value = _parse_number(again[2])
         return SameBatch(signal=clean(again[1], 60), repeated=True, first=value, again=value)
     if other := _OTHER_NUMBER.search(reason):
         return SameBatch(
             signal=clean(other[3].removeprefix("the "), 60),
             repeated=False,
-            first=_value(other[4]),
-            again=_value(other[5]),
+            first=_parse_number(other[4]),
+            again=_parse_number(other[5]),
             where=clean(other[1] or other[2] or "", 120),
         )
     return None
 
 
-def _other_batches(reason: str) -> OtherBatches | None:
+def _find_other_batches(reason: str) -> OtherBatches | None:
     found = _OTHERS.search(reason)
     if found is None:
         return None
-    values = tuple(_value(value.strip()) for value in found[3].split(",") if value.strip())
+    values = tuple(_parse_number(value.strip()) for value in found[3].split(",") if value.strip())
     return OtherBatches(
         tested=as_int(int(found[2])),
         spiked=as_int(int(found[1])),
         values=values,
-        limit=_value(found[4]) if found[4] else None,
+        limit=_parse_number(found[4]) if found[4] else None,
     )
 
 
-def _older_state(reason: str) -> OlderState | None:
+def _find_older_state(reason: str) -> OlderState | None:
     found = _OLDER.search(reason)
     if found is None:
         return None
     return OlderState(
         step=as_int(int(found[1])),
         spiked=found[4] == "too",
-        values=tuple(_value(value) for value in _HAS.findall(found[2])),
-        other_batch=_value(found[3]) if found[3] else None,
+        values=tuple(_parse_number(value) for value in _HAS.findall(found[2])),
+        other_batch=_parse_number(found[3]) if found[3] else None,
     )
 
 
-def _batches_ahead(reason: str) -> BatchesAhead | None:
+def _find_batches_ahead(reason: str) -> BatchesAhead | None:
     found = _AHEAD.search(reason)
     if found is None:
         return None
@@ -177,12 +177,16 @@ def _batches_ahead(reason: str) -> BatchesAhead | None:
     return BatchesAhead(tested=tested, spiked=spiked, nearest=nearest, farthest=farthest)
 
 
-def _label_order(reason: str) -> LabelOrder | None:
+def _find_label_order(reason: str) -> LabelOrder | None:
     found = _ORDER.search(reason)
-    return None if found is None else LabelOrder(here=_value(found[1]), normal=_value(found[2]))
+    return (
+        None
+        if found is None
+        else LabelOrder(here=_parse_number(found[1]), normal=_parse_number(found[2]))
+    )
 
 
-def _value(text: str) -> float:
+def _parse_number(text: str) -> float:
     try:
         return float(text)
     except ValueError:

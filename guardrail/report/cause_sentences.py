@@ -123,10 +123,14 @@ def describe_incident(incident: Incident) -> Paragraph:
     title = template.title.format(
         files=list_files(incident.files), rank=rank, what=name_anomaly(incident)
     )
-    sentences = [*_tries(incident), *_evidence(incident)]
+    sentences = [*_describe_tries(incident), *_describe_evidence(incident)]
     if template.conclusion:
         sentences.append(template.conclusion)
-    sentences += [*_text_problem(incident), *_effect(incident), *_loss_after(incident)]
+    sentences += [
+        *_describe_text(incident),
+        *_describe_effect(incident),
+        *_describe_loss_after(incident),
+    ]
     return Paragraph(title=title, sentences=tuple(sentences))
 
 
@@ -146,18 +150,19 @@ def name_anomaly(incident: Incident) -> str:
     return words[:1].upper() + words[1:]
 
 
-def _tries(incident: Incident) -> Iterator[str]:
+def _describe_tries(incident: Incident) -> Iterator[str]:
     tried = [action for action in incident.actions if action.batch is not None]
     rejected = [action for action in tried if not action.action.startswith("would ")]
-    if len(rejected) > 1 and not _retried(rejected):
-        first, last = rejected[0].step + 1, rejected[-1].step + 1
+    if len(rejected) > 1 and not _is_retry(rejected):
+        steps = [action.step + 1 for action in rejected]
+        first, last = min(steps), max(steps)
         if first == last:
             yield f"guardrail rejected {len(rejected):,} consecutive batches at step {first:,}."
         else:
             yield f"guardrail rejected {len(rejected):,} batches at steps {first:,} to {last:,}."
 
 
-def _retried(actions: Sequence[IncidentAction]) -> bool:
+def _is_retry(actions: Sequence[IncidentAction]) -> bool:
     return all(action.action == "retry" for action in actions)
 
 
@@ -168,16 +173,16 @@ def list_files(files: Sequence[SkippedFile]) -> str:
     largest = max(file.bytes for file in files)
     few = [file for file in files if 0 < file.bytes < NEIGHBOUR * largest]
     bad = [file for file in files if file not in few]
-    said = f" in {plural(len(bad), 'file')}: {_names(bad)}"
+    said = f" in {plural(len(bad), 'file')}: {_list_names(bad)}"
     if few:
         most = max(file.bytes for file in few)
         limit = 10 ** len(str(most))
         limit = min(limit, 100 * (most // 100 + 1))
-        said += f" (under {limit:,} bytes also from {_names(few)})"
+        said += f" (under {limit:,} bytes also from {_list_names(few)})"
     return said
 
 
-def _names(files: Sequence[SkippedFile]) -> str:
+def _list_names(files: Sequence[SkippedFile]) -> str:
     names = [shorten(file_name(file.shown), 40) for file in files]
     if len(names) > 3 and _is_range(names):
         return f"{names[0]} to {names[-1]}"
@@ -196,7 +201,7 @@ def _is_range(names: Sequence[str]) -> bool:
     return numbers == list(range(numbers[0], numbers[0] + len(numbers)))
 
 
-def _text_problem(incident: Incident) -> Iterator[str]:
+def _describe_text(incident: Incident) -> Iterator[str]:
     if incident.samples and (
         remark := typical_remark(odd for s in incident.named for odd in s.odd)
     ):
@@ -206,37 +211,37 @@ def _text_problem(incident: Incident) -> Iterator[str]:
 # -- how that is known
 
 
-def _evidence(incident: Incident) -> Iterator[str]:
+def _describe_evidence(incident: Incident) -> Iterator[str]:
     evidence = incident.evidence
     if evidence is None:
         return
     if evidence.same_batch is not None:
-        yield from _same_batch(evidence.same_batch)
+        yield from _describe_same_batch(evidence.same_batch)
     if evidence.older_state is not None:
-        yield _older_state(evidence.older_state)
+        yield _describe_older_state(evidence.older_state)
     if evidence.other_batches is not None and evidence.other_batches.tested:
-        yield _other_batches(evidence.other_batches)
+        yield _describe_other_batches(evidence.other_batches)
     if evidence.batches_ahead is not None and evidence.batches_ahead.spiked:
-        yield _batches_ahead(evidence.batches_ahead)
+        yield _describe_batches_ahead(evidence.batches_ahead)
     if evidence.label_order is not None:
-        yield _label_order(evidence.label_order)
+        yield _describe_label_order(evidence.label_order)
 
 
-def _same_batch(test: SameBatch) -> Iterator[str]:
+def _describe_same_batch(test: SameBatch) -> Iterator[str]:
     if test.repeated:
         return
     where = f" on {test.where}" if test.where.startswith(("rank", "every")) else ""
     first, again = format_number(test.first), format_number(test.again)
-    yield f"The same batch gave {format_signal(test.signal)} {first}{where}, then {again}."
+    yield f"The same batch gave a {format_signal(test.signal)} of {first}{where}, then {again}."
 
 
-def _older_state(test: OlderState) -> str:
+def _describe_older_state(test: OlderState) -> str:
     if test.spiked:
         return f"Run again from the older state of step {test.step:,}, the data spikes too."
     return f"Run again from the older state of step {test.step:,}, the data is normal."
 
 
-def _other_batches(test: OtherBatches) -> str:
+def _describe_other_batches(test: OtherBatches) -> str:
     normal = test.tested - test.spiked
     if not normal:
         return f"All {plural(test.tested, 'other batch')} tested from the same state spike too."
@@ -244,14 +249,14 @@ def _other_batches(test: OtherBatches) -> str:
     return f"{normal:,} of {plural(test.tested, 'other batch')} {verb} normal from the same state."
 
 
-def _batches_ahead(test: BatchesAhead) -> str:
+def _describe_batches_ahead(test: BatchesAhead) -> str:
     return (
         f"{test.spiked} of {test.tested} later batches "
         f"({test.nearest:,} to {test.farthest:,} batches ahead) spike too."
     )
 
 
-def _label_order(test: LabelOrder) -> str:
+def _describe_label_order(test: LabelOrder) -> str:
     here, normal = max(0.0, test.here), test.normal
     known = (
         f"Shuffling the labels costs {here:.1f} nats per token here and {normal:.1f} on normal text"
@@ -265,7 +270,7 @@ def _label_order(test: LabelOrder) -> str:
 # -- what it did to the run
 
 
-def _effect(incident: Incident) -> Iterator[str]:
+def _describe_effect(incident: Incident) -> Iterator[str]:
     advised = [action for action in incident.actions if action.action.startswith("would ")]
     rollbacks = [action for action in incident.actions if action.action == "rollback"]
     if advised:
@@ -287,7 +292,7 @@ def _effect(incident: Incident) -> Iterator[str]:
         yield f"A user has undone a decision of the guard at step {undo.step:,}{state}."
 
 
-def _loss_after(incident: Incident) -> Iterator[str]:
+def _describe_loss_after(incident: Incident) -> Iterator[str]:
     got, trend = (incident.measured.get(name, math.nan) for name in ("got", "expected"))
     if not math.isfinite(got) or not math.isfinite(trend):
         return

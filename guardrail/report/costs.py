@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from guardrail.core.files import as_int
 from guardrail.core.records import LOSS, Action, Event
 from guardrail.decide.recovery import expected
 from guardrail.decide.timelines import TimelineIndex
 from guardrail.report.incident import Cost, Effect, Incident
-from guardrail.report.journal_entries import whole
 from guardrail.rundir.run_directory import MetricsView, RunDirectory
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ def with_costs(
     if not incidents:
         return
     view = run.metrics(["step", "timeline", "verdict", "step_time", LOSS])
-    parked = _parked(events)
+    parked = _measure_waiting(events)
     for incident in incidents:
-        cost = _cost(incident, view, events, parked.get(incident.number, 0.0))
+        cost = _measure_cost(incident, view, events, parked.get(incident.number, 0.0))
         yield msgspec.structs.replace(incident, cost=cost, effect=effect_of(incident, cost))
 
 
@@ -46,7 +46,9 @@ def effect_of(incident: Incident, cost: Cost) -> Effect | None:
     return Effect(excess=cost.excess, offset=offset, price=cost.price, noise=noise, worth=worth)
 
 
-def _cost(incident: Incident, view: MetricsView, events: list[Event], parked: float) -> Cost:
+def _measure_cost(
+    incident: Incident, view: MetricsView, events: list[Event], parked: float
+) -> Cost:
     """Rows that its rollbacks discarded, and tries that were rejected, with the seconds that both
     have taken.
     """
@@ -111,13 +113,13 @@ def _applied_after_all(retried: np.ndarray, view: MetricsView) -> np.ndarray:
     return found
 
 
-def _parked(events: Iterable[Event]) -> dict[int, float]:
+def _measure_waiting(events: Iterable[Event]) -> dict[int, float]:
     """Seconds for which each incident's question waited: number -> seconds."""
     found: dict[int, float] = {}
     since: Event | None = None
     for event in events:
         if since is not None and event.kind in ("resumed", "ended", "rollback", "restarted"):
-            number = whole(since.data.get("incident"))
+            number = as_int(since.data.get("incident"))
             found[number] = found.get(number, 0.0) + max(0.0, event.time - since.time)
             since = None
         elif event.kind == "paused":

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from guardrail.core.records import Finding
+from guardrail.core.records import Finding, FindingKind
 from guardrail.core.text import plural
 from guardrail.report.cause_sentences import Paragraph, describe_incident
 from guardrail.report.formats import (
@@ -23,6 +23,14 @@ MAX_ROWS = 16  # of a table; JSON has all that the journal named
 MAX_TOKENS = 3
 MAX_NAMES = 4  # parameters of a rank
 PATH_WIDTH = 60
+_ACTIONS = {
+    "retry": "batch repeated",
+    "pause": "paused to ask",
+    "halt": "run halted",
+    "rollback": "older state restored",
+}
+# kinds that the name of the signal does not tell
+_KINDS = (FindingKind.DIVERGENCE, FindingKind.LEVEL_SHIFT, FindingKind.GROWTH, FindingKind.STUCK)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,20 +60,20 @@ class IncidentDetails:
 def detail_incident(incident: Incident) -> IncidentDetails:
     number = f"Incident {incident.number}" if incident.number else "Incident without a number"
     tables = (
-        _signals(incident),
-        _decisions(incident),
-        _documents(incident),
-        _tokens(incident),
+        _make_signals(incident),
+        _make_decisions(incident),
+        _make_documents(incident),
+        _make_tokens(incident),
     )
     return IncidentDetails(
         title=f"{number}: step {incident.onset:,}, {describe_state(incident)}",
         paragraph=describe_incident(incident),
-        facts=tuple(_facts(incident)),
+        facts=tuple(_list_facts(incident)),
         tables=tuple(table for table in tables if table.rows),
     )
 
 
-def _facts(incident: Incident) -> Iterator[str]:
+def _list_facts(incident: Incident) -> Iterator[str]:
     """What it cost and what it was worth, and where NaN and Inf came from: a sentence each."""
     if cost := describe_cost(incident):
         yield f"Cost: {cost}."
@@ -73,12 +81,12 @@ def _facts(incident: Incident) -> Iterator[str]:
         yield effect
     for rank, module in incident.modules.items():
         yield f"First non-finite output on rank {rank}: {module}."
-    for rank, names in _own_parameters(incident).items():
+    for rank, names in _find_own_parameters(incident).items():
         more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
         yield f"Non-finite gradients on rank {rank}: {', '.join(names[:MAX_NAMES])}{more}."
 
 
-def _own_parameters(incident: Incident) -> dict[str, list[str]]:
+def _find_own_parameters(incident: Incident) -> dict[str, list[str]]:
     """Of the ranks that findings name: the reduction hands a NaN of one rank to all."""
     ranks = {str(rank) for finding in incident.findings for rank in finding.ranks}
     own = {rank: names for rank, names in incident.parameters.items() if rank in ranks}
@@ -113,14 +121,14 @@ def describe_effect(incident: Incident) -> str:
 # -- tables
 
 
-def _signals(incident: Incident) -> Table:
+def _make_signals(incident: Incident) -> Table:
     findings = incident.findings[:MAX_ROWS]
     heads: tuple[str, ...] = ("signal", "step", "value", "normal", "score", "limit")
     has_ranks = any(finding.ranks for finding in findings)
-    rows = [_signal(finding) for finding in findings]
+    rows = [_signal_cells(finding) for finding in findings]
     if has_ranks:
         heads = (*heads, "ranks")
-        rows = [(*row, _ranks(finding)) for row, finding in zip(rows, findings, strict=True)]
+        rows = [(*row, _list_ranks(finding)) for row, finding in zip(rows, findings, strict=True)]
     return Table(
         title="Signals",
         heads=heads,
@@ -130,12 +138,14 @@ def _signals(incident: Incident) -> Table:
     )
 
 
-def _ranks(finding: Finding) -> str:
+def _list_ranks(finding: Finding) -> str:
     return ", ".join(map(str, finding.ranks[:8])) or "-"
 
 
-def _signal(finding: Finding) -> tuple[str, ...]:
+def _signal_cells(finding: Finding) -> tuple[str, ...]:
     name = format_signal(finding.signal)
+    if finding.kind in _KINDS:
+        name += f", {finding.kind.value.replace('_', ' ')}"
     if finding.severity.value == "note":
         name += " (noted)"
     judged = (finding.baseline, finding.score, finding.threshold)
@@ -143,62 +153,63 @@ def _signal(finding: Finding) -> tuple[str, ...]:
     return (name, f"{finding.step:,}", format_number(finding.value), *numbers)
 
 
-def _decisions(incident: Incident) -> Table:
-    actions = incident.actions[:MAX_ROWS]
+def _make_decisions(incident: Incident) -> Table:
+    rows: list[tuple[str, ...]] = []
+    for number, action in enumerate(incident.actions[:MAX_ROWS], 1):
+        rows.append(_decision_cells(number, action))
+        rows += [("", "", "", "", "", remedy) for remedy in action.remedies]
     return Table(
         title="Decisions (a rejected batch does not advance the step)",
         heads=("try", "step", "positions", "signal", "value", "decision"),
-        rows=tuple(_decision(number, action) for number, action in enumerate(actions, 1)),
+        rows=tuple(rows),
         right=(0, 1, 4),
         rest=_count_more(len(incident.actions), "decision"),
     )
 
 
-def _decision(number: int, action: IncidentAction) -> tuple[str, ...]:
+def _decision_cells(number: int, action: IncidentAction) -> tuple[str, ...]:
     first, last = action.batch or action.window or (0, 0)
-    measured = bool(action.signal)
-    # A decision on a step has the number of the step before it; a restored state is one.
-    step = action.step + 1 if measured else action.step
-    return (
-        str(number),
-        f"{step:,}",
-        f"{first:,}-{last - 1:,}" if first < last else "-",
-        format_signal(action.signal) if measured else "-",
-        format_number(action.value) if measured else "-",
-        describe_decision(action),
-    )
+    if action.action == "rollback" and action.window is not None:
+        first, last = action.window
+    positions = f"{first:,}-{last - 1:,}" if first < last else "-"
+    decision = describe_decision(action)
+    if not action.signal:
+        return (str(number), f"{action.step:,}", positions, "-", "-", decision)
+    # The journal has the number of the step before the rejected one.
+    step, signal = f"{action.step + 1:,}", format_signal(action.signal)
+    return (str(number), step, positions, signal, format_number(action.value), decision)
 
 
 def describe_decision(action: IncidentAction) -> str:
-    """What a decision did: "16 samples skipped", "restored step 220 from memory, ..."."""
-    parts = [_describe_action(action)]
+    """What a decision did: "16 samples skipped", "restored step 220 (memory), 12 steps
+    discarded, 112 skipped".
+    """
     skipped = action.samples_skipped
+    if action.action in ("rollback", "undo") and action.to_step is not None:
+        done = "restored" if action.action == "rollback" else "undo: restored"
+        tier = f" ({action.tier})" if action.tier else ""
+        lost = plural(action.steps_lost, "step")
+        said = f"{done} step {action.to_step:,}{tier}, {lost} discarded"
+        return f"{said}, {skipped:,} skipped" if skipped >= 0 else said
+    parts = [_describe_action(action)]
     if skipped >= 0:
         parts.append(f"{plural(skipped, 'sample')} skipped")
     if action.batch is not None and 0 <= skipped < action.batch[1] - action.batch[0]:
         parts.append(f"{action.batch[1] - action.batch[0] - skipped:,} kept")
-    parts += action.remedies
     return ", ".join(part for part in parts if part)
 
 
 def _describe_action(action: IncidentAction) -> str:
-    if action.action == "rollback" and action.to_step is not None:
-        tier = f" from {action.tier}" if action.tier else ""
-        return f"restored step {action.to_step:,}{tier} ({plural(action.steps_lost, 'step')} discarded)"
     if action.action == "skip":
         return "" if action.samples_skipped >= 0 else "batch skipped"
-    if action.action == "retry":
-        return "batch repeated"
-    if action.action == "pause":
-        return "paused to ask"
-    if action.action == "halt":
-        return "run halted"
     if action.action.startswith("would "):
         return f"{action.action} (advise)"
-    return "" if action.remedies else action.sentence or action.action
+    if action.action == "remedy":
+        return "remedies" if action.remedies else action.sentence
+    return _ACTIONS.get(action.action, action.sentence or action.action)
 
 
-def _documents(incident: Incident) -> Table:
+def _make_documents(incident: Incident) -> Table:
     files = incident.files[:MAX_ROWS]
     rest = _count_more(len(incident.files), "file")
     if incident.documents_total > len(incident.documents):
@@ -207,30 +218,30 @@ def _documents(incident: Incident) -> Table:
     return Table(
         title="Documents",
         heads=("file", "bytes skipped", "remark"),
-        rows=tuple(_file(file) for file in files),
+        rows=tuple(_file_cells(file) for file in files),
         right=(1,),
         rest=rest,
         excerpts=tuple((file.shown, text) for file in files for text in file.excerpts),
     )
 
 
-def _file(file: SkippedFile) -> tuple[str, ...]:
+def _file_cells(file: SkippedFile) -> tuple[str, ...]:
     records = f" ({plural(file.records, 'record')})" if file.records else ""
     size = f"{file.bytes:,}" if file.bytes else "-"
     return (f"{shorten_path(file.shown, PATH_WIDTH)}{records}", size, file.remark or "-")
 
 
-def _tokens(incident: Incident) -> Table:
+def _make_tokens(incident: Incident) -> Table:
     there = [token for token in incident.tokens if token.count]
     return Table(
         title="Tokens",
         heads=("token", "share of the embedding gradient", "in the batch"),
-        rows=tuple(_token(token) for token in there[:MAX_TOKENS]),
+        rows=tuple(_token_cells(token) for token in there[:MAX_TOKENS]),
         right=(2,),
     )
 
 
-def _token(token: Token) -> tuple[str, ...]:
+def _token_cells(token: Token) -> tuple[str, ...]:
     share = f"up to {format_share(token.share)}" if math.isfinite(token.share) else "-"
     count = f"{token.count:,}" if token.count >= 0 else "-"
     named = f'{token.id} "{token.text}"' if token.text else str(token.id)

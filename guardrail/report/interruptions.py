@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from guardrail.core.files import as_int
 from guardrail.core.records import Event
 from guardrail.core.text import clean
-from guardrail.report.journal_entries import whole
 from guardrail.report.model import Fault, Restart
 from guardrail.rundir.run_directory import MetricsView, RunDirectory
 
@@ -30,23 +30,27 @@ _TURNS = ("started", "restarted", "ended")
 
 def find_faults(events: Sequence[Event]) -> tuple[Fault, ...]:
     """Failed and hung ranks, and disks that could not be written. Consecutive ones with the same
-    message are one.
+    message are one, until the run has continued.
     """
     found: list[Fault] = []
     step = 0
     for event in events:
-        fault = _fault(event, step)
+        fault = _read_fault(event, step)
         step = max(step, event.step) if event.kind in _DISK else event.step
         if fault is None:
-            _resolve(found, event, step)
-        elif found and (found[-1].kind, found[-1].message) == (fault.kind, fault.message):
+            _resolve_faults(found, event, step)
+        elif found and _is_same(found[-1], fault):
             found[-1] = msgspec.structs.replace(found[-1], count=found[-1].count + 1)
         else:
             found.append(fault)
     return tuple(found)
 
 
-def _fault(event: Event, step: int) -> Fault | None:
+def _is_same(before: Fault, now: Fault) -> bool:
+    return before.resolved_step is None and (before.kind, before.message) == (now.kind, now.message)
+
+
+def _read_fault(event: Event, step: int) -> Fault | None:
     data = event.data
     if event.kind in _RANK_FAULTS:
         return Fault(
@@ -54,7 +58,7 @@ def _fault(event: Event, step: int) -> Fault | None:
             step=event.step,
             time=event.time,
             message=clean(event.message, 400),
-            rank=whole(data.get("rank", -1)),
+            rank=as_int(data.get("rank", -1)),
             host=clean(str(data.get("host") or ""), 80),
             log=clean(str(data.get("log") or ""), 200),
         )
@@ -68,7 +72,7 @@ def _fault(event: Event, step: int) -> Fault | None:
     return None
 
 
-def _resolve(faults: list[Fault], event: Event, step: int) -> None:
+def _resolve_faults(faults: list[Fault], event: Event, step: int) -> None:
     """Note in the faults that are open what this event puts right."""
     if event.kind == "restarted":
         kinds: tuple[str, ...] = ("rank failed", "rank hung")
@@ -92,7 +96,7 @@ def find_restarts(run: RunDirectory, events: Sequence[Event]) -> Iterator[Restar
         return
     view = run.metrics().sensible()
     for event in restarts:
-        reached, took = _abandoned(view, event.timeline)
+        reached, took = _find_abandoned(view, event.timeline)
         repeated = reached > event.step
         lost = int(reached.max()) - event.step if len(reached) else 0
         measured = took[repeated & (took == took)]
@@ -103,13 +107,13 @@ def find_restarts(run: RunDirectory, events: Sequence[Event]) -> Iterator[Restar
             checkpoint=clean(str(event.data.get("checkpoint") or ""), 120),
             steps_lost=max(0, lost),
             sentence=clean(event.message or str(event.data.get("reason") or ""), 400),
-            differs=_differences(events, event),
+            differs=_list_differences(events, event),
             seconds=float(measured.sum()) if len(measured) else math.nan,
-            after=_ended_with(events, event),
+            after=_find_ending(events, event),
         )
 
 
-def _abandoned(view: MetricsView, timeline: int) -> tuple[np.ndarray, np.ndarray]:
+def _find_abandoned(view: MetricsView, timeline: int) -> tuple[np.ndarray, np.ndarray]:
     """(Steps, seconds) of the applied rows of the last timeline before `timeline`."""
     names = ("step", "timeline", "verdict", "step_time")
     steps, timelines, verdicts, seconds = (view.column(name) for name in names)
@@ -119,7 +123,7 @@ def _abandoned(view: MetricsView, timeline: int) -> tuple[np.ndarray, np.ndarray
     return steps[rows], seconds[rows]
 
 
-def _differences(events: Sequence[Event], restart: Event) -> tuple[str, ...]:
+def _list_differences(events: Sequence[Event], restart: Event) -> tuple[str, ...]:
     """Parts of the state that were not what had been saved, by the check after the restart."""
     after = (e for e in events if e.seq > restart.seq and e.kind in ("resume_check", "restarted"))
     check = next(after, None)
@@ -130,7 +134,7 @@ def _differences(events: Sequence[Event], restart: Event) -> tuple[str, ...]:
     )
 
 
-def _ended_with(events: Sequence[Event], restart: Event) -> str:
+def _find_ending(events: Sequence[Event], restart: Event) -> str:
     """What the run had ended with before it was continued."""
     before = [e for e in events if e.seq < restart.seq and e.kind in (*_TURNS, *_RANK_FAULTS)]
     if not before:

@@ -47,9 +47,9 @@ def outline_report(report: Report, spec: str) -> Iterator[Section]:
     Args:
         spec: what names the run on a command line.
     """
-    yield _summary(report, spec)
+    yield _outline_summary(report, spec)
     for incident in report.incidents:
-        yield _incident(incident)
+        yield _outline_incident(incident)
     differing = [restart for restart in report.restarts if restart.differs]
     for restart in differing:
         title = f"Restart at step {restart.step:,}: the state differs from the saved one"
@@ -64,7 +64,7 @@ def outline_report(report: Report, spec: str) -> Iterator[Section]:
         yield Section(title="Notes", items=report.notes)
 
 
-def _summary(report: Report, spec: str) -> Section:
+def _outline_summary(report: Report, spec: str) -> Section:
     said = (
         describe_numbers(report),
         *describe_reason(report),
@@ -83,7 +83,7 @@ def _summary(report: Report, spec: str) -> Section:
     )
 
 
-def _incident(incident: Incident) -> Section:
+def _outline_incident(incident: Incident) -> Section:
     details = detail_incident(incident)
     return Section(
         title=details.title,

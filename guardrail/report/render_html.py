@@ -46,52 +46,55 @@ _LEGEND = (
 )
 
 
-def markdown(sections: Iterable[Section]) -> str:
+def render_markdown(sections: Iterable[Section]) -> str:
     """CommonMark, with tables as GitHub has them."""
     lines: list[str] = []
     for section in sections:
-        lines += [f"{'#' * section.level} {_plain(section.title)}", ""]
+        lines += [f"{'#' * section.level} {_escape_markdown(section.title)}", ""]
         for paragraph in section.paragraphs:
-            lines += [_plain(paragraph), ""]
+            lines += [_escape_markdown(paragraph), ""]
         for table in section.tables:
-            lines += [*_markdown_table(table), ""]
+            lines += [*_render_markdown_table(table), ""]
         if section.items:
-            lines += [*(f"- {_plain(item)}" for item in section.items), ""]
+            lines += [*(f"- {_escape_markdown(item)}" for item in section.items), ""]
         if section.commands:
             lines += ["Next:", ""]
-            lines += [f"- {_code(command)}: {_plain(what)}" for command, what in section.commands]
+            lines += [
+                f"- {_escape_code(command)}: {_escape_markdown(what)}"
+                for command, what in section.commands
+            ]
             lines += [""]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _markdown_table(table: Table) -> Iterator[str]:
+def _render_markdown_table(table: Table) -> Iterator[str]:
     if table.title:
-        yield from (f"**{_plain(table.title)}**", "")
-    yield _markdown_row(table.heads)
-    yield _markdown_row(
+        yield from (f"**{_escape_markdown(table.title)}**", "")
+    yield _render_markdown_row(table.heads)
+    yield _render_markdown_row(
         "--:" if at in table.right else "---" for at in range(len(table.heads))
     ).replace("\\", "")
-    yield from map(_markdown_row, table.rows)
+    yield from map(_render_markdown_row, table.rows)
     if table.rest:
-        yield from ("", _plain(table.rest))
+        yield from ("", _escape_markdown(table.rest))
     for name, text in table.excerpts:
-        yield from ("", f"{_plain(name)}:", "", f"> {_plain(text)}")
+        yield from ("", f"{_escape_markdown(name)}:", "", f"> {_escape_markdown(text)}")
 
 
-def _markdown_row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(map(_plain, cells))} |"
+def _render_markdown_row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(map(_escape_markdown, cells))} |"
 
 
-def _code(text: str) -> str:
+def _escape_code(text: str) -> str:
     """A command as inline code; what a code span cannot hold is shown as text."""
-    return _plain(text) if re.search(r"[`<&\[\]]", text) else f"`{text}`"
+    return _escape_markdown(text) if re.search(r"[`<&\[\]]", text) else f"`{text}`"
 
 
-def _plain(text: str) -> str:
+def _escape_markdown(text: str) -> str:
     return _SPECIAL.sub(r"\\\1", text).replace("&", "&amp;").replace("<", "&lt;")
 
 
-def page(sections: Sequence[Section], curves: Iterable[tuple[str, str]]) -> str:
+def render_page(sections: Sequence[Section], curves: Iterable[tuple[str, str]]) -> str:
     """One HTML file.
 
     Args:
@@ -100,9 +103,9 @@ def page(sections: Sequence[Section], curves: Iterable[tuple[str, str]]) -> str:
     """
     summary, *others = sections
     body = [
-        *_section(summary),
-        *_figures(curves),
-        *(line for section in others for line in _section(section)),
+        *_render_section(summary),
+        *_render_figures(curves),
+        *(line for section in others for line in _render_section(section)),
     ]
     return "\n".join(
         [
@@ -120,7 +123,7 @@ def page(sections: Sequence[Section], curves: Iterable[tuple[str, str]]) -> str:
     )
 
 
-def _figures(curves: Iterable[tuple[str, str]]) -> Iterator[str]:
+def _render_figures(curves: Iterable[tuple[str, str]]) -> Iterator[str]:
     drawn = list(curves)
     for name, picture in drawn:
         yield f"<figure><figcaption>{html.escape(name)}</figcaption>{picture}</figure>"
@@ -128,11 +131,11 @@ def _figures(curves: Iterable[tuple[str, str]]) -> Iterator[str]:
         yield f'<p class="label">{_LEGEND}</p>'
 
 
-def _section(section: Section) -> Iterator[str]:
+def _render_section(section: Section) -> Iterator[str]:
     yield f"<h{section.level}>{html.escape(section.title)}</h{section.level}>"
     yield from (f"<p>{html.escape(paragraph)}</p>" for paragraph in section.paragraphs)
     for table in section.tables:
-        yield from _table(table)
+        yield from _render_table(table)
     if section.items:
         yield from ("<ul>", *(f"<li>{html.escape(item)}</li>" for item in section.items), "</ul>")
     if section.commands:
@@ -142,12 +145,12 @@ def _section(section: Section) -> Iterator[str]:
         yield "</ul>"
 
 
-def _table(table: Table) -> Iterator[str]:
+def _render_table(table: Table) -> Iterator[str]:
     if table.title:
         yield f'<p class="label">{html.escape(table.title)}</p>'
     yield "<table>"
-    yield _row("th", table.heads, table.right)
-    yield from (_row("td", row, table.right) for row in table.rows)
+    yield _render_row("th", table.heads, table.right)
+    yield from (_render_row("td", row, table.right) for row in table.rows)
     yield "</table>"
     if table.rest:
         yield f"<p>{html.escape(table.rest)}</p>"
@@ -155,7 +158,7 @@ def _table(table: Table) -> Iterator[str]:
         yield f'<p class="label">{html.escape(name)}:</p><blockquote>{html.escape(text)}</blockquote>'
 
 
-def _row(tag: str, cells: Iterable[str], right: Sequence[int]) -> str:
+def _render_row(tag: str, cells: Iterable[str], right: Sequence[int]) -> str:
     shown = []
     for at, cell in enumerate(cells):
         kind = ' class="number"' if at in right else ""

@@ -48,8 +48,8 @@ def render_summary(report: Report, *, spec: str, chart: Sequence[str] = ()) -> s
         spec: what names the run on a command line.
         chart: lines of the loss curve, which come after the numbers; they count extra.
     """
-    head = [*_head(report)]
-    foot = [*_foot(report, spec)]
+    head = [*_head_lines(report)]
+    foot = [*_foot_lines(report, spec)]
     rows = make_rows(report)
     table = _fit_table(rows, LINES - len(head) - len(foot))
     room = LINES - len(head) - len(table) - len(foot)
@@ -58,7 +58,7 @@ def render_summary(report: Report, *, spec: str, chart: Sequence[str] = ()) -> s
     return "\n".join([*lines, *foot])
 
 
-def _head(report: Report) -> Iterator[str]:
+def _head_lines(report: Report) -> Iterator[str]:
     yield from wrap_text(describe_run(report))[:2]
     yield from wrap_text(describe_numbers(report))[:2]
     for reason in describe_reason(report):
@@ -66,7 +66,7 @@ def _head(report: Report) -> Iterator[str]:
     yield from wrap_text(describe_incidents(report))[:2]
 
 
-def _foot(report: Report, spec: str) -> Iterator[str]:
+def _foot_lines(report: Report, spec: str) -> Iterator[str]:
     for at, line in enumerate((describe_checkpoints(report), describe_commands(report))):
         if line:
             yield from ["", shorten(line, COLUMNS)][at:]
@@ -79,13 +79,13 @@ def _foot(report: Report, spec: str) -> Iterator[str]:
 def _fit_table(rows: Sequence[Row], room: int) -> list[str]:
     """The table of as many rows as there is room for, after an empty line."""
     for count in range(min(MAX_ROWS, len(rows)), LEAST_ROWS - 1, -1):
-        lines = _table(rows, count)
+        lines = _table_lines(rows, count)
         if len(lines) <= room:
             return lines
-    return _table(rows, min(LEAST_ROWS, len(rows)))
+    return _table_lines(rows, min(LEAST_ROWS, len(rows)))
 
 
-def _table(rows: Sequence[Row], count: int) -> list[str]:
+def _table_lines(rows: Sequence[Row], count: int) -> list[str]:
     if not rows:
         return []
     shown = choose_costliest(rows, count)
@@ -104,7 +104,7 @@ def _fit_paragraphs(report: Report, rows: Sequence[Row], room: int) -> list[str]
     """Paragraphs of the incidents in the table after an empty line, in at most `room` lines. They
     get shorter, then fewer, until they fit; the costliest stay.
     """
-    found = _paragraphs(report, rows)
+    found = _list_paragraphs(report, rows)
     for longest in range(LONGEST_PARAGRAPH, 1, -1):
         lines = [line for paragraph in found for line in fit_paragraph(paragraph, longest)]
         if len(lines) < room:
@@ -128,7 +128,7 @@ class _TimedParagraph:
     sentences: tuple[str, ...]
 
 
-def _paragraphs(report: Report, rows: Sequence[Row]) -> list[_TimedParagraph]:
+def _list_paragraphs(report: Report, rows: Sequence[Row]) -> list[_TimedParagraph]:
     """Of the incidents and restarts that need one and have a row in the table, in its order."""
     shown = {(row.kind, row.time) for row in choose_costliest(rows, MAX_ROWS)}
     found = []

@@ -59,11 +59,12 @@ def group_by_file(incident: Incident, folder: str) -> tuple[SkippedFile, ...]:
             documents.setdefault(document.path, []).append(document)
             remarks.setdefault(document.path, []).extend(sample.odd)
     return tuple(
-        _file(path, documents[path], remarks.get(path, []), folder) for path in sorted(documents)
+        _make_file(path, documents[path], remarks.get(path, []), folder)
+        for path in sorted(documents)
     )
 
 
-def _file(
+def _make_file(
     path: str, documents: Sequence[Document], remarks: Iterable[str], folder: str
 ) -> SkippedFile:
     records = {document.record for document in documents if document.record}

@@ -80,6 +80,7 @@ def describe_reason(report: Report) -> Iterator[str]:
 def describe_incidents(report: Report) -> str:
     """ "2 incidents, both recovered. No rollback. 119 samples skipped (2.4 % of those read)."."""
     parts = [_count_incidents(report.incidents)]
+    parts += _count_faults(report)
     if report.incidents:
         actions = [action for incident in report.incidents for action in incident.actions]
         rollbacks = sum(action.action == "rollback" for action in actions)
@@ -102,6 +103,13 @@ def _count_incidents(incidents: tuple[Incident, ...]) -> str:
     (state,) = states
     every = {1: "", 2: "both "}.get(count, "all ")
     return f"{plural(count, 'incident')}, {every}{state}"
+
+
+def _count_faults(report: Report) -> list[str]:
+    ranks = sum(fault.count for fault in report.faults if fault.kind.startswith("rank"))
+    disks = sum(fault.count for fault in report.faults) - ranks
+    parts = [plural(ranks, "rank failure")] if ranks else []
+    return [*parts, plural(disks, "disk problem")] if disks else parts
 
 
 def _count_samples(report: Report) -> str:
@@ -187,7 +195,18 @@ def _commands_to_continue(report: Report, run: str) -> Iterator[tuple[str, str]]
     elif report.state == "running":
         yield f"guardrail attach {run}", "watch the run"
     elif report.state not in ("finished", "new"):
+        yield from _command_to_read_log(report)
         yield f"guardrail launch --resume {run}", "continue the run from its newest checkpoint"
+
+
+def _command_to_read_log(report: Report) -> Iterator[tuple[str, str]]:
+    """The log of the rank that failed last, where that ended the run and its path is short."""
+    last = next((fault for fault in reversed(report.faults) if fault.log), None)
+    if last is None or last.resolved_step is not None:
+        return
+    command = f"less {shlex.quote(f'{report.path}/{last.log}')}"
+    if len(command) < COLUMNS - 2:
+        yield command, "read why the rank failed"
 
 
 def align_commands(commands: list[tuple[str, str]]) -> list[str]:

@@ -27,6 +27,7 @@ STATES = {
     "recurred": "repeated",
     "open": "not over",
 }
+_URGENT = frozenset(STATES.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +69,13 @@ def make_rows(report: Report) -> list[Row]:
 
 def choose_costliest(rows: Sequence[Row], count: int) -> list[Row]:
     """At most `count` rows, those that are not over and the costliest; in their order."""
-    order = sorted(rows, key=lambda row: (not row.urgent, -_seconds(row), -row.weight))
+    order = sorted(rows, key=lambda row: (not row.urgent, -_known_seconds(row), -row.weight))
     chosen = {id(row) for row in order[:count]}
     return [row for row in rows if id(row) in chosen]
 
 
 def costliest_first(rows: Iterable[Row]) -> list[Row]:
-    return sorted(rows, key=lambda row: (not row.urgent, -_seconds(row), -row.weight))
+    return sorted(rows, key=lambda row: (not row.urgent, -_known_seconds(row), -row.weight))
 
 
 def count_rest(rows: Sequence[Row]) -> str:
@@ -86,7 +87,7 @@ def count_rest(rows: Sequence[Row]) -> str:
     return f"and {named} that cost less{lost}"
 
 
-def _seconds(row: Row) -> float:
+def _known_seconds(row: Row) -> float:
     return row.seconds if math.isfinite(row.seconds) else 0.0
 
 
@@ -105,7 +106,7 @@ def incident_row(incident: Incident) -> Row:
         seconds=incident.cost.total_seconds,
         result=describe_state(incident),
         kind="incident",
-        urgent=incident.state in ("open", "offset", "recurred", "repeated"),
+        urgent=STATES.get(incident.state, incident.state) in _URGENT,
         weight=incident.cost.steps + incident.samples + incident.cost.rejected,
     )
 
@@ -218,22 +219,22 @@ def fault_row(fault: Fault, report: Report) -> Row:
         time=fault.time,
         what=(what or fault.kind) + times,
         cause=fault.kind if is_rank else "disk",
-        action=_action_after(fault, following),
-        seconds=_seconds_of_fault(fault, following),
-        result=_result_of_fault(fault, following),
+        action=_describe_fault_action(fault, following),
+        seconds=_measure_fault(fault, following),
+        result=_describe_fault_result(fault, following),
         kind="fault",
         urgent=fault.resolved_step is None,
         weight=following.steps_lost if following is not None else 0,
     )
 
 
-def _action_after(fault: Fault, restart: Restart | None) -> str:
+def _describe_fault_action(fault: Fault, restart: Restart | None) -> str:
     if restart is not None and fault.resolved_step is not None:
         return f"restarted from {restart.step:,}"
     return "none"
 
 
-def _seconds_of_fault(fault: Fault, restart: Restart | None) -> float:
+def _measure_fault(fault: Fault, restart: Restart | None) -> float:
     if not fault.kind.startswith("rank"):
         return math.nan
     parts = [fault.seconds, restart.seconds if restart is not None else math.nan]
@@ -241,7 +242,7 @@ def _seconds_of_fault(fault: Fault, restart: Restart | None) -> float:
     return sum(known) if known else math.nan
 
 
-def _result_of_fault(fault: Fault, restart: Restart | None) -> str:
+def _describe_fault_result(fault: Fault, restart: Restart | None) -> str:
     if restart is not None and fault.resolved_step is not None:
         return f"{plural(restart.steps_lost, 'step')} repeated"
     if fault.kind.startswith("rank"):
@@ -252,9 +253,12 @@ def _result_of_fault(fault: Fault, restart: Restart | None) -> str:
 
 
 def restart_row(restart: Restart) -> Row:
-    ended = f"the run was {restart.after}" if restart.after else "the run ended without a message"
-    differs = "state differs from the saved one" if restart.differs else "continued"
-    repeated = f", {plural(restart.steps_lost, 'step')} repeated" if restart.steps_lost else ""
+    ended = "the run ended without a message"
+    if restart.after:
+        ended = f"the run was {restart.after}"
+    result = "state differs from the saved one" if restart.differs else "continued"
+    if restart.steps_lost:
+        result += f", {plural(restart.steps_lost, 'step')} repeated"
     return Row(
         number=0,
         step=restart.step,
@@ -263,7 +267,7 @@ def restart_row(restart: Restart) -> Row:
         cause="-",
         action=f"resumed from {restart.step:,}",
         seconds=restart.seconds,
-        result=f"{differs}{repeated}",
+        result=result,
         kind="restart",
         urgent=bool(restart.differs),
         weight=restart.steps_lost,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from guardrail.core.records import LOSS, Action
 from guardrail.report.incident import Incident
-from guardrail.report.svg_curves import expectations, scale_of
+from guardrail.report.svg_curves import list_trends, scale_of
 from guardrail.rundir.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ LEAST = 2  # rows that a curve needs
 APPLIED, DISCARDED, REJECTED, TREND = "*.x-"
 
 
-def sketch(run: RunDirectory, incidents: Iterable[Incident]) -> list[str]:
+def draw_chart(run: RunDirectory, incidents: Iterable[Incident]) -> list[str]:
     """Lines of at most 80 characters; empty where there is no loss to draw."""
     import numpy as np
 
@@ -37,7 +37,7 @@ def sketch(run: RunDirectory, incidents: Iterable[Incident]) -> list[str]:
     first, last = float(np.nanmin(steps)), float(np.nanmax(steps))
     grid = [[" "] * WIDTH for _ in range(HEIGHT)]
 
-    def put(mark: str, xs: np.ndarray, ys: np.ndarray) -> None:
+    def put_marks(mark: str, xs: np.ndarray, ys: np.ndarray) -> None:
         columns = (
             np.clip((xs - first) / max(1.0, last - first) * (WIDTH - 1), 0, WIDTH - 1)
             .round()
@@ -49,16 +49,16 @@ def sketch(run: RunDirectory, incidents: Iterable[Incident]) -> list[str]:
         for row, column in set(zip(rows.tolist(), columns.tolist(), strict=True)):
             grid[row][column] = mark
 
-    for xs, ys in expectations(incidents, last):
-        put(TREND, xs, ys)
+    for xs, ys in list_trends(incidents, last):
+        put_marks(TREND, xs, ys)
     present = view.current()
-    put(DISCARDED, steps[applied & ~present & finite], losses[applied & ~present & finite])
-    put(APPLIED, steps[applied & present & finite], losses[applied & present & finite])
-    put(REJECTED, steps[~applied], losses[~applied])
-    return list(_framed(grid, high=up.value(0.0), low=up.value(1.0), first=first, last=last))
+    put_marks(DISCARDED, steps[applied & ~present & finite], losses[applied & ~present & finite])
+    put_marks(APPLIED, steps[applied & present & finite], losses[applied & present & finite])
+    put_marks(REJECTED, steps[~applied], losses[~applied])
+    return list(_frame_grid(grid, high=up.value(0.0), low=up.value(1.0), first=first, last=last))
 
 
-def _framed(
+def _frame_grid(
     grid: list[list[str]], *, high: float, low: float, first: float, last: float
 ) -> Iterator[str]:
     labels = {0: f"{high:.3g}", len(grid) - 1: f"{low:.3g}"}

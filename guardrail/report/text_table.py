@@ -25,12 +25,12 @@ def format_table(
         width: of a line; the widest columns shrink until the table fits.
     """
     table = [tuple(heads), *(tuple(row) for row in rows)]
-    widths = _measure(table)
-    _shrink(widths, width - len(indent) - GAP * (len(widths) - 1))
+    widths = _measure_columns(table)
+    _shrink_columns(widths, width - len(indent) - GAP * (len(widths) - 1))
     lines = []
     for row in table:
         cells = [
-            _align(shorten(cell, wide), wide, at in right)
+            _align_cell(shorten(cell, wide), wide, at in right)
             for at, (cell, wide) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append((indent + (" " * GAP).join(cells)).rstrip())
@@ -39,19 +39,19 @@ def format_table(
 
 def measure_width(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
     """Characters that the table needs in order to show every cell in full."""
-    widths = _measure([heads, *rows])
+    widths = _measure_columns([heads, *rows])
     return sum(widths) + GAP * (len(widths) - 1)
 
 
-def _measure(table: Sequence[Sequence[str]]) -> list[int]:
+def _measure_columns(table: Sequence[Sequence[str]]) -> list[int]:
     return [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
 
 
-def _align(cell: str, width: int, right: bool) -> str:
+def _align_cell(cell: str, width: int, right: bool) -> str:
     return cell.rjust(width) if right else cell.ljust(width)
 
 
-def _shrink(widths: list[int], room: int) -> None:
+def _shrink_columns(widths: list[int], room: int) -> None:
     """Take from the widest columns until all fit, as far as each keeps `LEAST` characters."""
     while sum(widths) > room and max(widths) > LEAST:
         widest = widths.index(max(widths))

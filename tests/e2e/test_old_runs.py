@@ -23,7 +23,7 @@ from guardrail.cli.main import main
 from guardrail.core.config import build, dump, parse
 from guardrail.core.records import Event, Phase
 from guardrail.launch.launcher import prepare_resume
-from guardrail.report.output import as_dict
+from guardrail.report.output import report_as_dict
 from guardrail.report.quarantine import quarantine_lines
 from guardrail.rundir.manifest import checkpoint_dirs, verify
 from guardrail.rundir.run_directory import RunDirectory
@@ -270,7 +270,7 @@ def assert_finished(old: Old) -> None:
     assert steps.tolist() == list(range(1, STEPS + 1))
     assert rates[-1] == pytest.approx(PEAK_RATE * LAST_SHARE * RATE_FACTOR)
     assert set(facts["quarantine"]) <= set(quarantine_lines(run))
-    incidents = [as_written(facts_of_incident(one)) for one in as_dict(run)["incidents"]]
+    incidents = [as_written(facts_of_incident(one)) for one in report_as_dict(run)["incidents"]]
     assert incidents[: len(facts["incidents"])] == facts["incidents"]
     assert_whole(run)
     assert final(run)

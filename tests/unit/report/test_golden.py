@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from guardrail.core.records import Phase
-from guardrail.report.output import commands_text, incident_text, written
+from guardrail.report.output import commands_text, incident_text, render_report
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.fake_run import FakeRun
 from tests.support.golden import assert_golden
@@ -45,12 +45,12 @@ def made(tmp_path: Path) -> RunDirectory:
 
 @pytest.mark.parametrize("form", ENDINGS)
 def test_the_report_of_a_stored_run(stored: RunDirectory, form: str) -> None:
-    assert_golden(f"report_stored.{ENDINGS[form]}", written(stored, form))
+    assert_golden(f"report_stored.{ENDINGS[form]}", render_report(stored, form))
 
 
 @pytest.mark.parametrize("form", ENDINGS)
 def test_the_report_of_a_made_run(made: RunDirectory, form: str) -> None:
-    assert_golden(f"report_made.{ENDINGS[form]}", written(made, form))
+    assert_golden(f"report_made.{ENDINGS[form]}", render_report(made, form))
 
 
 def test_the_details_of_an_incident(stored: RunDirectory, made: RunDirectory) -> None:
@@ -63,4 +63,4 @@ def test_the_commands(stored: RunDirectory) -> None:
 
 
 def test_the_loss_curve(stored: RunDirectory) -> None:
-    assert_golden("report_chart.txt", written(stored, "terminal", chart=True))
+    assert_golden("report_chart.txt", render_report(stored, "terminal", chart=True))

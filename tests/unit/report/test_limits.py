@@ -10,9 +10,9 @@ import msgspec
 import pytest
 
 from guardrail.core.records import Finding, FindingKind, Mode, Phase, Severity, Span, Status
-from guardrail.report.build import build
+from guardrail.report.build import build_report
 from guardrail.report.formats import COLUMNS
-from guardrail.report.output import commands_text, incident_text, text
+from guardrail.report.output import commands_text, incident_text, summary_text
 from guardrail.report.render_text import LINES, render_summary
 from guardrail.report.summary import describe_checkpoints, list_next_commands
 from guardrail.report.table_rows import choose_costliest, make_rows
@@ -108,7 +108,7 @@ def assert_fits(said: str, *, lines: int | None = LINES) -> None:
 @pytest.mark.parametrize("count", COUNTS)
 def test_a_summary_fits_a_screen(tmp_path: Path, count: int, faults: int, words: str) -> None:
     run = make_run(tmp_path, count, words=words, faults=faults)
-    report = build(run)
+    report = build_report(run)
     assert len(report.incidents) == count
     for spec in (run.name, str(run.path), LONG):
         assert_fits(render_summary(report, spec=spec))
@@ -122,8 +122,8 @@ def test_the_summary_of_a_stored_run_fits_a_screen(name: str, tmp_path: Path) ->
     path = tmp_path / "old" / "2026-11-30-01"
     shutil.copytree(TESTS / "cases" / "old_runs" / name, path)
     run = RunDirectory.open(path)
-    assert_fits(text(run))
-    for incident in build(run).incidents:
+    assert_fits(summary_text(run))
+    for incident in build_report(run).incidents:
         assert_fits(incident_text(run, incident.number, excerpts=True), lines=None)
 
 
@@ -132,11 +132,11 @@ def test_the_costliest_incidents_are_shown_and_the_others_counted(
     tmp_path: Path, count: int
 ) -> None:
     run = make_run(tmp_path, count)
-    report = build(run)
+    report = build_report(run)
     incidents = [row for row in make_rows(report) if row.kind == "incident"]
     shown = [row.number for row in choose_costliest(incidents, 8)]
     assert shown == list(range(max(1, count - 7), count + 1))
-    lines = text(run).splitlines()
+    lines = summary_text(run).splitlines()
     table = lines[next(at for at, line in enumerate(lines) if "what happened" in line) :]
     rows = [line.split() for line in table[1 : table.index("")]]
     numbers = [int(row[0]) for row in rows if row[0].isdigit() and row[1].isdigit()]
@@ -151,7 +151,7 @@ def test_the_costliest_incidents_are_shown_and_the_others_counted(
 
 
 def test_each_incident_has_its_paragraph_where_there_is_room(tmp_path: Path) -> None:
-    lines = text(make_run(tmp_path, 2)).splitlines()
+    lines = summary_text(make_run(tmp_path, 2)).splitlines()
     assert [line[:3] for line in lines if line.startswith("#") and line[1:2] != " "] == [
         "#1 ",
         "#2 ",
@@ -162,8 +162,8 @@ def test_a_run_without_incidents_is_short(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path, "calm", "")
     run.append("started", "x", world=1, host="h")
     run.append("ended", "x", phase="finished", exit_code=0)
-    report = build(run)
-    lines = [line for line in text(run).splitlines() if line]
+    report = build_report(run)
+    lines = [line for line in summary_text(run).splitlines() if line]
     assert lines[2:] == ["No incidents.", describe_checkpoints(report)]
     asked = msgspec.structs.replace(report, question="go back?")
     assert [command.split()[1] for command, _ in list_next_commands(asked, "x")] == ["attach"]

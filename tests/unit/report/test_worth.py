@@ -18,12 +18,12 @@ from guardrail.core.config import GuardOptions
 from guardrail.core.files import encode_json
 from guardrail.core.records import GRAD_NORM, LOSS, Action, LossTrend, Observation, Verdict
 from guardrail.decide.controller import Controller
-from guardrail.report.build import build
+from guardrail.report.build import build_report
 from guardrail.report.costs import effect_of
 from guardrail.report.formats import format_number
 from guardrail.report.incident import Cost, Incident
-from guardrail.report.output import incident_text, written
-from guardrail.report.text_chart import HEIGHT, WIDTH, sketch
+from guardrail.report.output import incident_text, render_report
+from guardrail.report.text_chart import HEIGHT, WIDTH, draw_chart
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.feed import noisy
 
@@ -118,7 +118,7 @@ def numbers(told: Told) -> tuple[float, float, float]:
 
 def test_the_offset_and_its_price_are_the_known_numbers(shifted: Told) -> None:
     expected, got, price = numbers(shifted)
-    (incident,) = build(shifted.run).incidents
+    (incident,) = build_report(shifted.run).incidents
     assert incident.state == "offset" and shifted.closed is not None
     assert (incident.onset, incident.closed_step) == (ONSET, shifted.closed.step - 1)
     assert incident.curve is not None and incident.curve.slope == pytest.approx(-0.3)
@@ -149,7 +149,7 @@ def test_all_four_forms_show_what_it_cost_and_whether_it_was_worth_it(
         "2 updates rejected",
         "8 s",
     ]
-    forms = [written(shifted.run, form) for form in ("markdown", "html")]
+    forms = [render_report(shifted.run, form) for form in ("markdown", "html")]
     for said in (incident_text(shifted.run, 1), *forms):
         missing = [part for part in parts if part not in said.replace("\\+", "+")]
         assert not missing, said
@@ -163,7 +163,7 @@ def test_all_four_forms_show_what_it_cost_and_whether_it_was_worth_it(
 
 
 def test_what_cost_no_step_and_left_no_offset(whole: Told) -> None:
-    (incident,) = build(whole.run).incidents
+    (incident,) = build_report(whole.run).incidents
     assert incident.state == "recovered" and incident.measured["offset"] == pytest.approx(
         0.0, abs=1e-9
     )
@@ -199,7 +199,7 @@ def points(page: str, name: str) -> dict[float, float]:
 
 def test_the_page_draws_where_the_loss_was_heading(shifted: Told) -> None:
     """It lies on the losses before the onset, and below those that stayed up behind it."""
-    page = written(shifted.run, "html")
+    page = render_report(shifted.run, "html")
     heading, here = points(page, "heading"), points(page, "here")
     assert shifted.closed is not None
     span = max(here) - min(here)
@@ -216,7 +216,7 @@ def test_the_page_draws_where_the_loss_was_heading(shifted: Told) -> None:
 
 def test_the_terminal_draws_the_loss(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path, "drawn", "")
-    assert sketch(run, []) == []
+    assert draw_chart(run, []) == []
     with run.metrics_writer() as rows:
         for step in range(1, 69):
             rows.append(
@@ -227,7 +227,7 @@ def test_the_terminal_draws_the_loss(tmp_path: Path) -> None:
     run.append("rollback", to_step=60, from_step=68, new_timeline=1)
     # Flat at e: drawn below the line where it is, above it in the end.
     flat = LossTrend(middle=0.0, level=1.0, slope=0.0, noise=0.1, spread=1.0, count=68)
-    lines = sketch(run, [Incident(number=1, state="open", onset=69, opened=0.0, curve=flat)])
+    lines = draw_chart(run, [Incident(number=1, state="open", onset=69, opened=0.0, curve=flat)])
     assert all(len(line) <= 80 and line.isascii() for line in lines)
     picture = [line[11:].ljust(WIDTH) for line in lines[:HEIGHT]]
     assert picture[0][0] == "*" and picture[-1][-2] == ".", (
@@ -244,8 +244,10 @@ def test_the_terminal_draws_the_loss(tmp_path: Path) -> None:
 def test_tries_far_off_do_not_flatten_the_rest_and_the_chart_is_added_on_demand(
     shifted: Told,
 ) -> None:
-    assert not [line for line in written(shifted.run, "terminal").splitlines() if " |" in line]
-    lines = written(shifted.run, "terminal", chart=True).splitlines()
+    assert not [
+        line for line in render_report(shifted.run, "terminal").splitlines() if " |" in line
+    ]
+    lines = render_report(shifted.run, "terminal", chart=True).splitlines()
     drawn = [line for line in lines if re.match(r"^ {0,9}[\d.]* +\|", line)]
     assert len(drawn) == HEIGHT and "x" in drawn[0]
     assert sum("*" in line for line in drawn) >= HEIGHT // 2
@@ -272,5 +274,5 @@ def test_a_curve_of_a_hostile_journal_breaks_nothing(tmp_path: Path, curve: Any)
         "incident", "x", step=3, number=1, state="offset", onset=0, offset="nan", curve=curve
     )
     for form in ("terminal", "markdown", "html"):
-        assert "incident" in written(run, form).lower()
-    assert msgspec.json.decode(encode_json(build(run)))
+        assert "incident" in render_report(run, form).lower()
+    assert msgspec.json.decode(encode_json(build_report(run)))
