@@ -64,7 +64,7 @@ def describe_numbers(report: Report) -> str:
 
 def describe_reason(report: Report) -> Iterator[str]:
     """Why the run is not finished, and what is not over."""
-    if report.question:
+    if report.question and report.state == "running":
         yield f"The run waits for an answer: {report.question}"
     if report.state == "lost":
         yield "The run ended without a final message."
@@ -142,7 +142,7 @@ def describe_checkpoints(report: Report) -> str:
     failed = [c for c in report.checkpoints if c.state == "failed"]
     if not there and not failed:
         return "Checkpoints: none."
-    said = ", ".join(_describe_newest(there)) or "none"
+    said = ", ".join(_describe_newest(there, report.state)) or "none"
     if failed:
         said += f"; {plural(len(failed), 'save')} failed"
         said += f" ({failed[-1].reason})" if failed[-1].reason else ""
@@ -151,14 +151,15 @@ def describe_checkpoints(report: Report) -> str:
     return f"Checkpoints: {said}.{each}"
 
 
-def _describe_newest(there: list[CheckpointLine]) -> Iterator[str]:
+def _describe_newest(there: list[CheckpointLine], state_of_run: str) -> Iterator[str]:
     ordered = sorted(there, key=lambda checkpoint: checkpoint.step)
     good = [checkpoint.step for checkpoint in ordered if checkpoint.state == "good"]
     yield f"newest good step {good[-1]:,}" if good else "no good one yet"
     if ordered and (not good or ordered[-1].step > good[-1]):
         last = ordered[-1]
         state = "not confirmed" if last.state == "candidate" else last.state
-        yield f"final step {last.step:,} ({state})"
+        which = "final" if state_of_run == "finished" else "last"
+        yield f"{which} step {last.step:,} ({state})"
     if older := good[:-1]:
         named = join_words(f"{step:,}" for step in older[-MAX_NAMED:])
         more = f" ({len(older):,} in all)" if len(older) > MAX_NAMED else ""
@@ -190,7 +191,7 @@ def list_next_commands(report: Report, spec: str) -> list[tuple[str, str]]:
 
 
 def _commands_to_continue(report: Report, run: str) -> Iterator[tuple[str, str]]:
-    if report.question:
+    if report.question and report.state == "running":
         yield f"guardrail attach {run}", "see the question and answer it"
     elif report.state == "running":
         yield f"guardrail attach {run}", "watch the run"

@@ -150,7 +150,7 @@ def describe_finding(finding: Finding) -> str:
         case FindingKind.RESUME_JUMP:
             return f"{change} after the resume"
         case FindingKind.DIVERGENCE | FindingKind.LEVEL_SHIFT:
-            return f"{change}, stays"
+            return f"{change}, stays up"
         case FindingKind.GROWTH:
             return f"{change}, step by step"
         case _:
@@ -197,7 +197,7 @@ def _describe_each(actions: Sequence[IncidentAction]) -> Iterator[str]:
         elif action.action == "rollback" and action.to_step is not None:
             yield f"restored {action.to_step:,}"
         elif action.action == "pause" and not answered:
-            yield "user asked"
+            yield "asked the user"
         elif action.action in _DONE:
             yield _DONE[action.action]
 

@@ -165,5 +165,5 @@ def test_a_run_without_incidents_is_short(tmp_path: Path) -> None:
     report = build_report(run)
     lines = [line for line in summary_text(run).splitlines() if line]
     assert lines[2:] == ["No incidents.", describe_checkpoints(report)]
-    asked = msgspec.structs.replace(report, question="go back?")
+    asked = msgspec.structs.replace(report, state="running", question="go back?")
     assert [command.split()[1] for command, _ in list_next_commands(asked, "x")] == ["attach"]
