@@ -1,75 +1,107 @@
 """What happened in a run: from a run directory to a typed report.
 
-Works on a run that is young, running, ended or dead: whatever the journal does not say is left out
-of the report. Text that came from outside is cleaned here, so that every way of showing the report
-is safe.
+Works on a run that is young, running, ended or lost: the report lacks what the journal lacks. Text
+that came from outside is cleaned here, so that every way of showing the report is safe.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable
 from typing import Any
 
-from guardrail.core.files import as_float
-from guardrail.core.records import Event, Status
+import msgspec
+
+from guardrail.core.files import as_float, as_int
+from guardrail.core.records import Event, Phase, Status
 from guardrail.core.text import clean
 from guardrail.report.costs import with_costs
+from guardrail.report.incident import Incident
 from guardrail.report.incident_builder import IncidentBuilder, asked_for
-from guardrail.report.journal_entries import whole
-from guardrail.report.model import CheckpointLine, CommandRecord, Report, Restart
-from guardrail.report.quarantine import count_left_out
+from guardrail.report.interruptions import find_faults, find_restarts
+from guardrail.report.model import CheckpointLine, CommandRecord, Fault, Report, Restart
+from guardrail.report.quarantine import count_skipped
+from guardrail.report.skipped_files import find_data_folder, group_by_file
 from guardrail.rundir.journal import last_turn, outcome_of
 from guardrail.rundir.liveness import is_alive
 from guardrail.rundir.run_directory import RunDirectory
 
+_TROUBLES = ("hung", "rank_hung", "ranks_failed", "rank_failed", "durability", "disk", "note")
 
-def build(run: RunDirectory) -> Report:
-    """Raises RunDirectoryError only where the metrics cannot be understood."""
+
+def build_report(run: RunDirectory) -> Report:
+    """Return the report of a run. Raises RunDirectoryError only where the metrics cannot be
+    understood.
+    """
     events = run.events()
     status = run.read_status()
-    first = next((e for e in events if e.kind == "started"), None)
-    state, last = _state(run, status, events)
-    seen = [e.time for e in events] + ([status.heartbeat] if status else [])
-    began = events[0].time if events else (status.started if status else 0.0)
-    metrics = _metrics(run)
-    reached = max((e.step for e in events), default=0)
+    known = status or Status(run=run.name, phase=Phase.STARTING)
+    state, last = _find_state(run, status, events)
+    metrics = _read_metrics(run)
+    reached = int(metrics.pop("step", max((e.step for e in events), default=0)))
+    passed = metrics.pop("passed", 0)
+    folder = find_data_folder(run)
+    incidents = _gather_incidents(run, events, folder)
+    restarts = tuple(find_restarts(run, events))
+    faults = find_faults(events)
     return Report(
         run=clean(run.name, 120),
         path=clean(str(run.path)),
         state=state,
-        step=status.step if status else int(metrics.pop("step", reached)),
-        total_steps=status.total_steps if status else 0,
+        step=reached if status is None else status.step,
+        total_steps=known.total_steps,
         timeline=max((e.timeline for e in events), default=0),
         exit_code=_exit_code(status, last),
         reason=clean(str(last.data.get("reason") or last.message), 600) if last else "",
-        started=began,
-        seconds=max(0.0, max(seen, default=began) - began),
-        host=clean(str(first.data.get("host") or (status.host if status else "")), 80)
-        if first
-        else "",
-        world=whole(first.data.get("world")) if first else (status.world if status else 0),
-        mode=status.mode.value if status else "",
-        tokens=status.tokens if status else 0,
-        guard_share=status.guard_share if status else 0.0,
-        unresolved=status.unresolved.sentence() if status and status.unresolved else "",
-        left_out=count_left_out(events),
-        incidents=tuple(with_costs(run, events, IncidentBuilder().of(events))),
+        mode="" if status is None else status.mode.value,
+        tokens=known.tokens,
+        guard_share=known.guard_share,
+        unresolved=known.unresolved.sentence() if known.unresolved else "",
+        samples_skipped=count_skipped(events),
+        samples_read=max(passed, known.cursor),
+        seconds_lost=_seconds_lost(incidents, restarts, faults),
+        incidents=incidents,
         by_person=tuple(asked_for(events)),
-        commands=tuple(_answered(e) for e in events if e.kind == "command"),
-        checkpoints=tuple(_checkpoints(events)),
-        restarts=tuple(_restarts(run, events)),
-        troubles=tuple(_troubles(events)),
-        **{key: value for key, value in metrics.items() if key != "step"},
+        commands=tuple(_read_command(e) for e in events if e.kind == "command"),
+        checkpoints=tuple(_list_checkpoints(events)),
+        restarts=restarts,
+        troubles=_list_messages(events, _TROUBLES),
+        faults=faults,
+        notes=_list_messages(events, ("note",)),
+        data_folder=folder,
+        question=clean(known.question, 400),
+        **_find_machine(known, events),
+        **_measure_time(status, events),
+        **metrics,
     )
 
 
 # -- how it stands
 
 
-def _state(
+def _find_machine(status: Status, events: list[Event]) -> dict[str, Any]:
+    """Host and number of ranks, by the first line of the run, else by its status."""
+    first = next((event for event in events if event.kind == "started"), None)
+    if first is None:
+        return {"world": status.world}
+    host = clean(str(first.data.get("host") or status.host), 80)
+    return {"host": host, "world": as_int(first.data.get("world"))}
+
+
+def _measure_time(status: Status | None, events: list[Event]) -> dict[str, Any]:
+    """When the run began, and the seconds from then to the last sign of life."""
+    seen = [event.time for event in events]
+    began = seen[0] if seen else 0.0
+    if status is not None:
+        began = seen[0] if seen else status.started
+        seen.append(status.heartbeat)
+    return {"started": began, "seconds": max(0.0, max(seen, default=began) - began)}
+
+
+def _find_state(
     run: RunDirectory, status: Status | None, events: list[Event]
 ) -> tuple[str, Event | None]:
-    """The state, and the event that is the last word, if there is one."""
+    """The state, and the event that is the final message, if there is one."""
     turn = last_turn(events)
     if turn is not None and turn.kind == "ended":
         phase = turn.data.get("phase")
@@ -93,14 +125,17 @@ def _exit_code(status: Status | None, last: Event | None) -> int | None:
     return status.exit_code if status else None
 
 
-def _metrics(run: RunDirectory) -> dict[str, Any]:
-    """Numbers of the present timeline, read in one pass over six columns."""
-    view = run.metrics(["step", "loss", "verdict", "eval_loss"])
+def _read_metrics(run: RunDirectory) -> dict[str, Any]:
+    """Numbers of the present timeline, read in one pass over the columns that they need."""
+    view = run.metrics(["step", "loss", "verdict", "eval_loss", "last"])
     if not len(view):
         return {}
-    steps, losses, verdicts, evals = view.array[view.current()].T
+    lasts = view.array[:, 4]
+    lasts = lasts[(lasts > 0) & (lasts < 2**53)]
+    steps, losses, verdicts, evals, _ = view.array[view.current()].T
     applied = verdicts == 0
     found: dict[str, Any] = {"applied": int(applied.sum()), "rejected": int((~applied).sum())}
+    found["passed"] = int(lasts.max()) if len(lasts) else 0
     if applied.any():
         found |= {"loss": float(losses[applied][-1]), "step": int(steps[applied][-1])}
     held_out = evals[evals == evals]
@@ -112,7 +147,7 @@ def _metrics(run: RunDirectory) -> dict[str, Any]:
 # -- the rest
 
 
-def _answered(event: Event) -> CommandRecord:
+def _read_command(event: Event) -> CommandRecord:
     data = event.data
     return CommandRecord(
         id=clean(str(data.get("id", "")), 128),
@@ -126,8 +161,8 @@ def _answered(event: Event) -> CommandRecord:
     )
 
 
-def _checkpoints(events: Iterable[Event]) -> list[CheckpointLine]:
-    """The last word on each; a save that failed has no name and is told each time."""
+def _list_checkpoints(events: Iterable[Event]) -> list[CheckpointLine]:
+    """The last state of each; a save that failed has no name and is listed each time."""
     found: dict[str, CheckpointLine] = {}
     for event in events:
         if event.kind != "checkpoint":
@@ -138,52 +173,46 @@ def _checkpoints(events: Iterable[Event]) -> list[CheckpointLine]:
         known = before if before is not None and name else None
         found[name or f"seq {event.seq}"] = CheckpointLine(
             name=name,
-            step=whole(data["cp_step"])
-            if "cp_step" in data
-            else known.step
-            if known
-            else event.step,
+            step=_checkpoint_step(event, known),
             state=clean(str(data.get("state", "")), 40),
-            bytes=whole(data.get("bytes")) or (known.bytes if known else 0),
+            bytes=_checkpoint_bytes(event, known),
             reason=clean(str(data.get("reason") or ""), 400),
             time=event.time,
         )
     return list(found.values())
 
 
-def _restarts(run: RunDirectory, events: list[Event]) -> Iterator[Restart]:
-    """What was lost is counted in applied rows: those that the restart itself abandoned."""
-    restarts = [e for e in events if e.kind == "restarted"]
-    if not restarts:
-        return
-    view = run.metrics().sensible()
-    steps, timelines, verdicts = (view.column(name) for name in ("step", "timeline", "verdict"))
-    for event in restarts:
-        before = timelines < event.timeline
-        last = timelines[before].max() if before.any() else -1
-        reached = steps[(timelines == last) & (verdicts == 0)]
-        lost = int(reached.max()) - event.step if len(reached) else 0
-        check = next(
-            (e for e in events if e.seq > event.seq and e.kind in ("resume_check", "restarted")),
-            None,
-        )
-        parts = check.data if check is not None and check.kind == "resume_check" else {}
-        yield Restart(
-            step=event.step,
-            timeline=event.timeline,
-            time=event.time,
-            checkpoint=clean(str(event.data.get("checkpoint") or ""), 120),
-            steps_lost=max(0, lost),
-            sentence=clean(event.message or str(event.data.get("reason") or ""), 400),
-            differs=tuple(
-                clean(f"{part}: {outcome}", 200)
-                for part, outcome in parts.items()
-                if outcome != "ok"
-            ),
-        )
+def _checkpoint_step(event: Event, known: CheckpointLine | None) -> int:
+    if "cp_step" in event.data:
+        return as_int(event.data["cp_step"])
+    return known.step if known is not None else event.step
 
 
-def _troubles(events: Iterable[Event]) -> Iterator[str]:
-    for event in events:
-        if event.kind in ("hung", "ranks_failed", "durability", "note") and event.message:
-            yield clean(event.message, 400)
+def _checkpoint_bytes(event: Event, known: CheckpointLine | None) -> int:
+    size = as_int(event.data.get("bytes"))
+    return known.bytes if known is not None and not size else size
+
+
+def _gather_incidents(run: RunDirectory, events: list[Event], folder: str) -> tuple[Incident, ...]:
+    found = with_costs(run, events, IncidentBuilder().of(events))
+    return tuple(
+        msgspec.structs.replace(incident, files=group_by_file(incident, folder))
+        for incident in found
+    )
+
+
+def _seconds_lost(
+    incidents: Iterable[Incident], restarts: Iterable[Restart], faults: Iterable[Fault]
+) -> float:
+    """By incidents, by ranks that failed until the run continued, and by repeated steps."""
+    seconds = [incident.cost.total_seconds for incident in incidents]
+    seconds += [restart.seconds for restart in restarts]
+    seconds += [fault.seconds for fault in faults if fault.kind.startswith("rank")]
+    measured = [one for one in seconds if math.isfinite(one)]
+    return sum(measured) if measured else math.nan
+
+
+def _list_messages(events: Iterable[Event], kinds: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(
+        clean(event.message, 400) for event in events if event.kind in kinds and event.message
+    )

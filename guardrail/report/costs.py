@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from guardrail.core.files import as_int
 from guardrail.core.records import LOSS, Action, Event
 from guardrail.decide.recovery import expected
 from guardrail.decide.timelines import TimelineIndex
-from guardrail.report.incident import Cost, Incident
-from guardrail.report.journal_entries import whole
+from guardrail.report.incident import Cost, Effect, Incident
 from guardrail.rundir.run_directory import MetricsView, RunDirectory
 
 if TYPE_CHECKING:
@@ -26,44 +26,59 @@ def with_costs(
     if not incidents:
         return
     view = run.metrics(["step", "timeline", "verdict", "step_time", LOSS])
-    parked = _parked(events)
+    parked = _measure_waiting(events)
     for incident in incidents:
-        yield msgspec.structs.replace(
-            incident, cost=_cost(incident, view, events, parked.get(incident.number, 0.0))
-        )
+        cost = _measure_cost(incident, view, events, parked.get(incident.number, 0.0))
+        yield msgspec.structs.replace(incident, cost=cost, effect=effect_of(incident, cost))
 
 
-def _cost(incident: Incident, view: MetricsView, events: list[Event], parked: float) -> Cost:
-    """Rows that its rollbacks gave up, and tries that were rejected, with the seconds that both
+def effect_of(incident: Incident, cost: Cost) -> Effect | None:
+    """Whether what was gained is worth the steps lost. None where there was no trend, no loss to
+    compare with it, or no loss after it. A gain below the noise of a single loss is neither.
+    """
+    offset, noise = incident.measured.get("offset", math.nan), incident.measured.get("noise", 0.0)
+    if not math.isfinite(cost.excess) or not math.isfinite(offset):
+        return None
+    gain = cost.excess - offset - cost.price
+    worth = "yes" if gain > 0 else "no"
+    if abs(gain) <= noise:
+        worth = "within the noise"
+    return Effect(excess=cost.excess, offset=offset, price=cost.price, noise=noise, worth=worth)
+
+
+def _measure_cost(
+    incident: Incident, view: MetricsView, events: list[Event], parked: float
+) -> Cost:
+    """Rows that its rollbacks discarded, and tries that were rejected, with the seconds that both
     have taken.
     """
     import numpy as np
 
     steps, timelines, verdicts, seconds, losses = view.array.T
-    given_up = np.zeros(len(view), dtype=bool)
+    discarded = np.zeros(len(view), dtype=bool)
     tried = np.zeros(len(view), dtype=bool)
-    for deed in incident.deeds:
-        if deed.new_timeline >= 0 and deed.to_step is not None:
+    for action in incident.actions:
+        if action.new_timeline >= 0 and action.to_step is not None:
             before = TimelineIndex()
             before.add_events(
                 e
                 for e in events
-                if e.time <= deed.time and e.data.get("new_timeline") != deed.new_timeline
+                if e.time <= action.time and e.data.get("new_timeline") != action.new_timeline
             )
-            present = before.current(steps, timelines) & (timelines < deed.new_timeline)
-            given_up |= present & (steps > deed.to_step) & (verdicts == 0)
-        if not deed.action.startswith("would"):
-            tried |= (timelines == deed.timeline) & (steps == deed.step + 1) & (verdicts != 0)
-    took = seconds[given_up | tried]
+            present = before.current(steps, timelines) & (timelines < action.new_timeline)
+            discarded |= present & (steps > action.to_step) & (verdicts == 0)
+        if not action.action.startswith("would"):
+            tried |= (timelines == action.timeline) & (steps == action.step + 1) & (verdicts != 0)
+    took = seconds[discarded | tried]
     tried &= ~_applied_after_all(tried & (verdicts == list(Action).index(Action.RETRY)), view)
     lost, onset, curve = (
-        sum(deed.steps_lost for deed in incident.deeds),
+        sum(action.steps_lost for action in incident.actions),
         max(1, incident.onset),
         incident.curve,
     )
     excess, price = math.nan, 0.0
     if curve is not None:
-        bad = (given_up | tried) & (steps >= onset) & np.isfinite(losses)
+        bad = (discarded | tried) & (steps >= onset) & np.isfinite(losses)
         above = [
             loss - expected(curve, step) for step, loss in zip(steps[bad], losses[bad], strict=True)
         ]
@@ -98,13 +113,13 @@ def _applied_after_all(retried: np.ndarray, view: MetricsView) -> np.ndarray:
     return found
 
 
-def _parked(events: Iterable[Event]) -> dict[int, float]:
+def _measure_waiting(events: Iterable[Event]) -> dict[int, float]:
     """Seconds for which each incident's question waited: number -> seconds."""
     found: dict[int, float] = {}
     since: Event | None = None
     for event in events:
         if since is not None and event.kind in ("resumed", "ended", "rollback", "restarted"):
-            number = whole(since.data.get("incident"))
+            number = as_int(since.data.get("incident"))
             found[number] = found.get(number, 0.0) + max(0.0, event.time - since.time)
             since = None
         elif event.kind == "paused":

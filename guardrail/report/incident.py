@@ -1,4 +1,4 @@
-"""What there is to know of one incident: what was seen, what was done, what was left out, how it
+"""What there is to know of one incident: what was seen, what was done, what was skipped, how it
 ended. Pure.
 """
 
@@ -9,10 +9,11 @@ import math
 import msgspec
 
 from guardrail.core.records import Finding, LossTrend, Record, Span
+from guardrail.report.cause_evidence import CauseEvidence
 
 
 class Document(Record, frozen=True, kw_only=True):
-    """A stretch of a document that was left out. `record` counts from 1; 0: the file is the
+    """A range of a document that was skipped. `record` counts from 1; 0: the file is the
     document.
     """
 
@@ -24,7 +25,7 @@ class Document(Record, frozen=True, kw_only=True):
 
 
 class Sample(Record, frozen=True, kw_only=True):
-    """One sample that was left out by itself: its loss, its share of the trouble, and what is odd
+    """One sample that was found bad by itself: its loss, its share of the gradient, and what is odd
     about its text.
     """
 
@@ -37,13 +38,13 @@ class Sample(Record, frozen=True, kw_only=True):
 
 
 class Token(Record, frozen=True, kw_only=True):
-    """A token whose row of the embedding's gradient was among the longest at a rejected step.
+    """A token whose row of the embedding gradient was among the longest at a rejected step.
 
     Attributes:
-        text: "" where no tokenizer was at hand; what does not print stands in it as an escape.
-        share: of the squared norm of the embedding's gradient, in [0, 1].
+        text: "" where no tokenizer was at hand; characters that do not print are escapes.
+        share: of the squared norm of the embedding gradient, in [0, 1].
         norm: of its row of that gradient, before clipping.
-        count: in the batch; -1: nobody counted.
+        count: in the batch; -1: not counted.
     """
 
     id: int
@@ -67,6 +68,26 @@ class Token(Record, frozen=True, kw_only=True):
         return f"{named}: {', '.join(facts)}" if facts else named
 
 
+class SkippedFile(Record, frozen=True, kw_only=True):
+    """A file of which documents or records were skipped: as much as the journal names.
+
+    Attributes:
+        path: in full.
+        shown: the path relative to the folder of the data.
+        bytes: that were skipped; 0: the journal does not say.
+        records: the number of its records, where it holds several documents.
+        remark: what is odd about its text, "" where nothing was found.
+        excerpts: beginnings of the skipped ranges.
+    """
+
+    path: str
+    shown: str
+    bytes: int = 0
+    records: int = 0
+    remark: str = ""
+    excerpts: tuple[str, ...] = ()
+
+
 class IncidentAction(Record, frozen=True, kw_only=True):
     """What was done about an incident.
 
@@ -75,10 +96,13 @@ class IncidentAction(Record, frozen=True, kw_only=True):
             the guard only advised.
         step, timeline: where the run stood.
         to_step, tier, steps_lost: of a rollback: the snapshot used, and applied updates that were
-        given up.
-        window: positions [first, last) of the sample order that were left out.
+        discarded.
+        window: positions [first, last) of the sample order that were skipped.
         new_timeline: that it began, -1 if it began none.
-        remedies: what went with it, a sentence each.
+        remedies: what was done with it, a sentence each.
+        batch: positions [first, last) of the batch that was tried.
+        signal, value, baseline: of the most severe finding on it.
+        samples_skipped: of the batch or the window; -1: the journal does not say.
     """
 
     action: str
@@ -92,20 +116,25 @@ class IncidentAction(Record, frozen=True, kw_only=True):
     window: tuple[int, int] | None = None
     new_timeline: int = -1
     remedies: tuple[str, ...] = ()
+    batch: tuple[int, int] | None = None
+    signal: str = ""
+    value: float = math.nan
+    baseline: float = math.nan
+    samples_skipped: int = -1
 
 
 class Cost(Record, frozen=True, kw_only=True):
     """What an incident has cost.
 
     Attributes:
-        steps: applied updates that were given up.
+        steps: applied updates that were discarded.
         seconds: that these and the rejected tries took; NaN where no row has measured it.
-        parked: seconds that the run waited for a person.
+        parked: seconds that the run waited for an answer.
         rejected: updates that were kept out of the weights.
-        excess: nats a token, median, by which the losses from the onset on that were given up or
-            rejected stand above the curve from before it; NaN where there is none.
-        price: nats a token that the given-up steps bring on that curve: what it costs to make them
-        again.
+        excess: nats per token, median, by which the losses from the onset on that were discarded or
+            rejected stand above the trend from before it; NaN where there is none.
+        price: nats per token that the discarded steps gain on that trend: what it costs to repeat
+        them.
     """
 
     steps: int = 0
@@ -115,21 +144,54 @@ class Cost(Record, frozen=True, kw_only=True):
     excess: float = math.nan
     price: float = 0.0
 
+    @property
+    def total_seconds(self) -> float:
+        """Training time and waiting together; NaN where nothing was measured."""
+        if math.isnan(self.seconds):
+            return self.parked or math.nan
+        return self.seconds + self.parked
+
+
+class Effect(Record, frozen=True, kw_only=True):
+    """Whether the incident was worth its cost: losses against the trend from before it, nats per
+    token.
+
+    Attributes:
+        excess: of what was discarded or rejected, above the trend.
+        offset: of the loss after the incident, above the trend.
+        price: what the discarded steps gain on the trend.
+        noise: of a single loss.
+        worth: "yes", "no", or "within the noise".
+    """
+
+    excess: float
+    offset: float
+    price: float
+    noise: float
+    worth: str
+
 
 class Incident(Record, frozen=True, kw_only=True):
-    """Findings that belong together, with what was done and what was left out. `number` 0: the
+    """Findings that belong together, with what was done and what was skipped. `number` 0: the
     journal gave none.
 
     Attributes:
-        state: "open", "recovered", "offset" (a loss that stays above what was expected) or
-        "recurred".
-        tokens: that pulled hardest on the embedding where it was in trouble, by the longest row of
-        any rejected step.
-        cause, cause_reason: what a replay has shown, "" where none was made.
+        state: "open", "recovered", "accepted", "offset" (recovered with a higher loss) or
+        "recurred" (it came back after a rollback), as the journal has it.
+        modules: rank -> first module with a non-finite output.
+        tokens: with the longest rows of the embedding gradient of any rejected step.
+        cause, cause_reason: what a cause test has shown, "" where none was made.
+        cause_rank, cause_host: that did not reproduce; -1 and "" where it was none.
+        evidence: the numbers of that test.
+        has_bad_updates: updates of the bad data were in the weights before it was noticed.
+        is_new_data: the data was taken for a new kind of data, and accepted.
+        is_raised_only: raised values without a spike, which were applied.
         closed_step: of the run when it was over; 0: it is not.
-        curve: of the loss before the onset, where there was enough of it.
+        curve: trend of the loss before the onset, where there was enough of it.
         outcome: the sentence that closed it.
         measured: the numbers of that sentence, as far as the journal has them: name -> value.
+        files: of which something was skipped, in the order of their paths.
+        effect: None where no loss can be compared with a trend.
     """
 
     number: int
@@ -140,8 +202,9 @@ class Incident(Record, frozen=True, kw_only=True):
     findings: tuple[Finding, ...] = ()
     # rank -> non-finite gradients
     parameters: dict[str, list[str]] = msgspec.field(default_factory=dict)
+    modules: dict[str, str] = msgspec.field(default_factory=dict)
     tokens: tuple[Token, ...] = ()
-    deeds: tuple[IncidentAction, ...] = ()
+    actions: tuple[IncidentAction, ...] = ()
     spans: tuple[Span, ...] = ()
     samples: int = 0
     documents: tuple[Document, ...] = ()
@@ -149,8 +212,16 @@ class Incident(Record, frozen=True, kw_only=True):
     named: tuple[Sample, ...] = ()
     cause: str = ""
     cause_reason: str = ""
+    cause_rank: int = -1
+    cause_host: str = ""
+    evidence: CauseEvidence | None = None
+    has_bad_updates: bool = False
+    is_new_data: bool = False
+    is_raised_only: bool = False
     closed_step: int = 0
     curve: LossTrend | None = None
     outcome: str = ""
     measured: dict[str, float] = msgspec.field(default_factory=dict)
     cost: Cost = Cost()
+    files: tuple[SkippedFile, ...] = ()
+    effect: Effect | None = None

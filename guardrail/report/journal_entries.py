@@ -1,5 +1,5 @@
-"""What one line of a journal says of an incident: the deed, samples, documents, tokens and the
-curve in it. Pure.
+"""What one line of a journal says of an incident: the action, samples, documents, tokens and the
+trend in it. Pure.
 
 Lines of other versions, and broken ones, are read as far as they make sense.
 """
@@ -11,35 +11,69 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from guardrail.core.files import as_float, as_int
-from guardrail.core.records import Event, LossTrend
+from guardrail.core.records import Event, LossTrend, Span
 from guardrail.core.text import clean
 from guardrail.report.incident import Document, IncidentAction, Sample, Token
-from guardrail.rundir.run_directory import span_of
+from guardrail.rundir.run_directory import findings_of, span_of
+
+# kinds of lines: the name that older versions wrote, and the present one
+SKIPPED = ("left_out", "skipped")
+DIAGNOSIS = ("cause", "diagnosis")
 
 
-def deed_of(event: Event, action: str) -> IncidentAction:
+def action_of(event: Event, action: str) -> IncidentAction:
     """What the line did, under the name `action`."""
     data = event.data
-    window = data.get("window")
-    to_step = data.get("to_step")
-    lost = whole(data.get("from_step")) - to_step if isinstance(to_step, int) else 0
-    span = span_of(event)
     return IncidentAction(
         action=action,
         step=event.step,
         timeline=event.timeline,
         time=event.time,
         sentence=clean(event.message, 600),
-        to_step=to_step if isinstance(to_step, int) else None,
         tier=clean(str(data.get("tier", "")), 40),
-        steps_lost=max(0, lost),
-        window=_pair(window) or ((span.first, span.last) if span else None),
-        new_timeline=whole(data.get("new_timeline", -1)),
-        remedies=tuple(_remedies(data)),
+        new_timeline=as_int(data.get("new_timeline", -1)),
+        remedies=tuple(_list_remedies(data)),
+        batch=_as_pair(data.get("batch")),
+        **_find_target(data),
+        **_find_window(event),
+        **_find_worst(event),
     )
 
 
-def _remedies(data: Mapping[str, Any]) -> Iterator[str]:
+def _find_target(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The state that the line restored, and the steps that this discarded."""
+    to_step = data.get("to_step")
+    if not isinstance(to_step, int):
+        return {}
+    return {"to_step": to_step, "steps_lost": max(0, as_int(data.get("from_step")) - to_step)}
+
+
+def _find_window(event: Event) -> dict[str, Any]:
+    """The positions that the line skipped."""
+    window, span = _as_pair(event.data.get("window")), span_of(event)
+    if span is None:
+        return {"window": window}
+    return {"window": window or (span.first, span.last), "samples_skipped": samples_of_span(span)}
+
+
+def _find_worst(event: Event) -> dict[str, Any]:
+    """The most severe finding of the line."""
+    worst = next(iter(findings_of(event)), None)
+    if worst is None:
+        return {}
+    return {
+        "signal": clean(worst.signal, 60),
+        "value": worst.value,
+        "baseline": worst.baseline,
+    }
+
+
+def samples_of_span(span: Span) -> int:
+    """Positions that a span skips: those it names, else all of it."""
+    return len(span.positions) or max(0, span.last - span.first)
+
+
+def _list_remedies(data: Mapping[str, Any]) -> Iterator[str]:
     """What went with a decision, in words."""
     raw = data.get("remedies", [data.get("remedy")])
     for item in raw if isinstance(raw, list) else []:
@@ -47,47 +81,51 @@ def _remedies(data: Mapping[str, Any]) -> Iterator[str]:
             continue
         kind, value = clean(str(item["kind"]), 40), as_float(item.get("value"))
         if kind == "moments":
-            yield f"optimizer moments reset before step {whole(item.get('from_step')):,}"
+            yield f"optimizer moments reset before step {as_int(item.get('from_step')):,}"
             continue
         what = {
             "lr": "learning rate",
             "embed_alpha": "embedding gradients",
+            "shrink_embedding": "embedding gradients",
             "clip": "clipping norm",
         }.get(kind, kind)
-        hold, back = whole(item.get("hold")), whole(item.get("back"))
-        until = f", held for {hold:,} steps and back over {back:,}" if hold or back else ""
-        yield f"{what} x{value:g} from step {whole(item.get('from_step')):,} on{until}"
+        hold = as_int(item.get("hold", item.get("hold_steps")))
+        back = as_int(item.get("back", item.get("ramp_steps")))
+        until = f", for {hold:,} steps, then back over {back:,} steps" if hold or back else ""
+        yield f"{what} x {value:g} from step {as_int(item.get('from_step')):,}{until}"
 
 
 def samples_of(event: Event) -> tuple[Sample, ...]:
-    """The single samples that a `left_out` line names with their loss and their share."""
+    """The single samples that a `left_out` line names with their loss and their share of the
+    gradient.
+    """
     raw = event.data.get("samples")
-    return tuple(
-        Sample(
-            position=whole(item.get("position")),
-            loss=as_float(item.get("loss")),
-            share=as_float(item.get("share")),
-            documents=documents_of(item),
-            excerpt=clean(str(item.get("excerpt") or ""), 200),
-            odd=tuple(clean(str(word), 120) for word in odd)
-            if isinstance(odd := item.get("odd"), list)
-            else (),
-        )
-        for item in (raw if isinstance(raw, list) else [])
-        if isinstance(item, dict)
+    items = raw if isinstance(raw, list) else []
+    return tuple(_as_sample(item) for item in items if isinstance(item, dict))
+
+
+def _as_sample(item: Mapping[str, Any]) -> Sample:
+    odd = item.get("odd")
+    return Sample(
+        position=as_int(item.get("position")),
+        loss=as_float(item.get("loss")),
+        share=as_float(item.get("share")),
+        documents=documents_of(item),
+        excerpt=clean(str(item.get("excerpt") or ""), 200),
+        odd=tuple(clean(str(word), 120) for word in odd) if isinstance(odd, list) else (),
     )
 
 
 def tokens_of(event: Event) -> tuple[Token, ...]:
-    """The tokens that a verdict names where the embedding was in trouble."""
+    """The tokens that a verdict names where the gradient of the embedding was too large."""
     raw = event.data.get("tokens")
     return tuple(
         Token(
-            id=whole(item.get("id")),
+            id=as_int(item.get("id")),
             text=clean(str(item.get("text") or ""), 60),
             share=as_float(item.get("share")),
             norm=as_float(item.get("norm")),
-            count=whole(item.get("count", -1)),
+            count=as_int(item.get("count", -1)),
         )
         for item in (raw if isinstance(raw, list) else [])
         if isinstance(item, dict)
@@ -105,9 +143,9 @@ def documents_of(data: Mapping[str, Any]) -> tuple[Document, ...]:
             found.append(
                 Document(
                     path=clean(str(item.get("path", "")), 400),
-                    record=whole(item.get("record")),
-                    first_byte=whole(item.get("first_byte")),
-                    last_byte=whole(item.get("last_byte")),
+                    record=as_int(item.get("record")),
+                    first_byte=as_int(item.get("first_byte")),
+                    last_byte=as_int(item.get("last_byte")),
                     excerpt=clean(str(item.get("excerpt") or ""), 200),
                 )
             )
@@ -115,7 +153,7 @@ def documents_of(data: Mapping[str, Any]) -> tuple[Document, ...]:
 
 
 def curve_of(raw: Any) -> LossTrend | None:
-    """Of a journal that may be anybody's: only one that gives a finite loss at every step."""
+    """A trend that gives a finite loss at every step, else None: a journal may hold anything."""
     if not isinstance(raw, dict):
         return None
     numbers = {
@@ -129,15 +167,10 @@ def curve_of(raw: Any) -> LossTrend | None:
         and abs(numbers["middle"]) < 100
     ):
         return None
-    return LossTrend(**numbers, count=max(0, whole(raw.get("count"))))
+    return LossTrend(**numbers, count=max(0, as_int(raw.get("count"))))
 
 
-def whole(value: Any) -> int:
-    """An integer from JSON; 0 for anything else."""
-    return as_int(value)
-
-
-def _pair(value: Any) -> tuple[int, int] | None:
+def _as_pair(value: Any) -> tuple[int, int] | None:
     if isinstance(value, list) and len(value) == 2 and all(isinstance(item, int) for item in value):
         return value[0], value[1]
     return None

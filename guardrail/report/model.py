@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 from guardrail.core.records import Record
 from guardrail.report.incident import Incident, IncidentAction
 
 
 class CommandRecord(Record, frozen=True, kw_only=True):
-    """A command and the journal's answer."""
+    """A command and its answer in the journal."""
 
     id: str
     command: str
@@ -20,7 +22,7 @@ class CommandRecord(Record, frozen=True, kw_only=True):
 
 
 class CheckpointLine(Record, frozen=True, kw_only=True):
-    """A checkpoint and what became of it."""
+    """A checkpoint and its last known state."""
 
     name: str
     step: int
@@ -31,8 +33,12 @@ class CheckpointLine(Record, frozen=True, kw_only=True):
 
 
 class Restart(Record, frozen=True, kw_only=True):
-    """The run went on from `checkpoint`; `steps_lost` updates had been applied behind it and were
-    made again.
+    """The run was continued from `checkpoint`; `steps_lost` updates applied after it were repeated.
+
+    Attributes:
+        seconds: that the repeated updates had taken; NaN where no row has measured it.
+        after: what the run had ended with: "stopped", "finished", ..., "failure" (a rank failed or
+            hung), or "" where it ended without a final message.
     """
 
     step: int
@@ -42,21 +48,53 @@ class Restart(Record, frozen=True, kw_only=True):
     steps_lost: int
     sentence: str
     differs: tuple[str, ...] = ()  # parts of the state that were not what had been saved
+    seconds: float = math.nan
+    after: str = ""
+
+
+class Fault(Record, frozen=True, kw_only=True):
+    """A rank that failed or hung, or a disk that could not be written.
+
+    Attributes:
+        kind: "rank failed", "rank hung", "disk failing" or "checkpoint failed".
+        count: consecutive faults with this message.
+        rank, host, log: of a rank; -1 and "" where unknown.
+        resolved_step: where the run continued, or could be written again; None: nowhere.
+        seconds: from the fault until the run continued; NaN: unknown.
+    """
+
+    kind: str
+    step: int
+    time: float
+    message: str
+    count: int = 1
+    rank: int = -1
+    host: str = ""
+    log: str = ""
+    resolved_step: int | None = None
+    seconds: float = math.nan
 
 
 class Report(Record, frozen=True, kw_only=True):
-    """Everything a person asks about a run afterwards.
+    """What happened in a run.
 
     Attributes:
-        state: phase of the last word; "running", or "lost" when there is none and nobody lives;
-        "new".
-        reason: the last word itself.
+        state: phase of the final message; "running", or "lost" when there is none and no process
+            lives; "new".
+        reason: the final message.
         seconds: from the first event to the last sign of life.
         applied, rejected: rows of the present timeline.
         unresolved: the incident that is not over, as a sentence; "" without one.
-        left_out: samples in quarantine by this run, those of a file not counted; -1: the journal
-        lacks the order.
-        troubles: failed or hung ranks, degraded durability, notes: in the order of the journal.
+        samples_skipped: by this run, those of `data.quarantine` not counted; -1: the journal lacks
+            the order.
+        samples_read: positions of the sample order that the run has passed; 0: unknown.
+        seconds_lost: by incidents, faults and repeated steps; NaN where nothing was measured.
+        by_person: skips and rollbacks that a user asked for.
+        troubles: failed or hung ranks, disk problems, notes: messages in the order of the journal.
+        faults: the same but for the notes.
+        notes: messages of `note` lines.
+        data_folder: what the paths of documents are relative to, "" where they have no such folder.
+        question: what the run asks at the moment.
     """
 
     run: str
@@ -79,10 +117,16 @@ class Report(Record, frozen=True, kw_only=True):
     applied: int = 0
     rejected: int = 0
     unresolved: str = ""
-    left_out: int = 0
+    samples_skipped: int = 0
+    samples_read: int = 0
+    seconds_lost: float = math.nan
     incidents: tuple[Incident, ...] = ()
-    by_person: tuple[IncidentAction, ...] = ()  # skips and rollbacks that somebody asked for
+    by_person: tuple[IncidentAction, ...] = ()
     commands: tuple[CommandRecord, ...] = ()
     checkpoints: tuple[CheckpointLine, ...] = ()
     restarts: tuple[Restart, ...] = ()
     troubles: tuple[str, ...] = ()
+    faults: tuple[Fault, ...] = ()
+    notes: tuple[str, ...] = ()
+    data_folder: str = ""
+    question: str = ""

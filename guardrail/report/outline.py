@@ -1,4 +1,4 @@
-"""A report as headings, facts and lists: what every page of it shows, whatever it is written in.
+"""A report as headings, lines and tables: what every page of it shows, whatever it is written in.
 Pure.
 """
 
@@ -7,103 +7,90 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from guardrail.report.command_list import HEADS as COMMAND_HEADS
+from guardrail.report.command_list import list_commands, list_effects
 from guardrail.report.incident import Incident
+from guardrail.report.incident_details import Table, detail_incident
 from guardrail.report.model import Report
-from guardrail.report.render_text import (
-    MAX_DEEDS,
-    MAX_DOCUMENTS,
-    command_line,
-    cost_of,
-    deed_line,
-    document_line,
-    finding_line,
-    head_lines,
-    restart_lines,
-    sample_line,
-    saved_by,
-    shown_checkpoints,
-    stretches_line,
-    worth_of,
+from guardrail.report.summary import (
+    describe_checkpoints,
+    describe_commands,
+    describe_incidents,
+    describe_numbers,
+    describe_reason,
+    describe_run,
+    list_next_commands,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Item:
-    """An entry of a list; `quotes` is text of somebody's data, `more` what belongs below it."""
-
-    text: str
-    more: tuple[str, ...] = ()
-    quotes: tuple[str, ...] = ()
+from guardrail.report.table_rows import HEADS, make_rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A heading of `level` (1: the page), facts as (label, text), and lists as (label, entries)."""
+    """A heading of `level` (1: the page), then paragraphs, tables and a list.
+
+    Attributes:
+        commands: (command, what it does).
+        items: entries of a list.
+    """
 
     title: str
     level: int = 2
-    facts: tuple[tuple[str, str], ...] = ()
-    lists: tuple[tuple[str, tuple[Item, ...]], ...] = ()
+    paragraphs: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
+    items: tuple[str, ...] = ()
+    commands: tuple[tuple[str, str], ...] = ()
 
 
-def outline(report: Report) -> Iterator[Section]:
-    """All that a report says, most important first."""
-    title, *head = head_lines(report)
-    yield Section(
-        title=title, level=1, lists=(("", tuple(Item(text=line.strip()) for line in head)),)
-    )
-    count = len(report.incidents)
-    yield Section(title=f"Incidents ({count})" if count else "No incidents")
+def outline_report(report: Report, spec: str) -> Iterator[Section]:
+    """All that a page says: the summary, each incident's details, commands and notes.
+
+    Args:
+        spec: what names the run on a command line.
+    """
+    yield _outline_summary(report, spec)
     for incident in report.incidents:
-        yield _incident(incident)
-    for name, lines in (
-        (
-            "Asked for by a person",
-            [f"step {deed.step:,}: {deed.sentence}" for deed in report.by_person],
-        ),
-        ("Commands", [command_line(answer).strip() for answer in report.commands]),
-        (
-            "Restarts",
-            [line.strip() for restart in report.restarts for line in restart_lines(restart)],
-        ),
-        ("Checkpoints", [line.strip() for line in shown_checkpoints(report.checkpoints)]),
-        ("Also noted", list(report.troubles)),
-    ):
-        if lines:
-            yield Section(title=name, lists=(("", tuple(Item(text=line) for line in lines)),))
+        yield _outline_incident(incident)
+    differing = [restart for restart in report.restarts if restart.differs]
+    for restart in differing:
+        title = f"Restart at step {restart.step:,}: the state differs from the saved one"
+        yield Section(title=title, items=restart.differs)
+    commands = tuple(list_commands(report))
+    if commands:
+        table = Table(title="", heads=COMMAND_HEADS, rows=commands, right=(0,))
+        yield Section(title="Commands", tables=(table,), items=tuple(list_effects(report)))
+    elif report.by_person:
+        yield Section(title="By command", items=tuple(list_effects(report)))
+    if report.notes:
+        yield Section(title="Notes", items=report.notes)
 
 
-def _incident(incident: Incident) -> Section:
-    number = f"Incident {incident.number}" if incident.number else "Incident without a number"
-    seen = [Item(text=finding_line(finding)) for finding in incident.findings]
-    seen += [
-        Item(text=f"rank {rank}: not finite: {', '.join(n)}")
-        for rank, n in incident.parameters.items()
-    ]
-    seen += [Item(text=token.sentence()) for token in incident.tokens]
-    done = [Item(text=deed_line(deed), more=deed.remedies) for deed in incident.deeds[:MAX_DEEDS]]
-    if len(incident.deeds) > MAX_DEEDS:
-        done.append(Item(text=f"and {len(incident.deeds) - MAX_DEEDS} more of the kind"))
-    left = [
-        Item(text=sample_line(sample), quotes=(sample.excerpt,) if sample.excerpt else ())
-        for sample in incident.named[:MAX_DOCUMENTS]
-    ]
-    left += [
-        Item(text=document_line(document), quotes=(document.excerpt,) if document.excerpt else ())
-        for document in incident.documents[:MAX_DOCUMENTS]
-    ]
-    facts = (
-        ("Cause", ": ".join(part for part in (incident.cause, incident.cause_reason) if part)),
-        ("Cost", cost_of(incident)),
-        ("Saved", saved_by(incident)),
-        ("Worth it", worth_of(incident)),
-        ("Outcome", incident.outcome or incident.state),
-        ("Left out", stretches_line(incident)),
+def _outline_summary(report: Report, spec: str) -> Section:
+    said = (
+        describe_numbers(report),
+        *describe_reason(report),
+        describe_incidents(report),
+        describe_checkpoints(report),
+        describe_commands(report).replace(" (list them with --commands)", ""),
     )
-    lists = (("Seen", tuple(seen)), ("Done", tuple(done)), ("Documents", tuple(left)))
+    rows = tuple(row.cells() for row in make_rows(report))
+    table = Table(title="", heads=HEADS, rows=rows, right=(0, 1))
     return Section(
-        title=f"{number}: step {incident.onset:,}, {incident.state}",
-        level=3,
-        facts=tuple((label, text) for label, text in facts if text),
-        lists=tuple((label, items) for label, items in lists if items),
+        title=describe_run(report),
+        level=1,
+        paragraphs=tuple(line for line in said if line),
+        tables=(table,) if rows else (),
+        commands=tuple(list_next_commands(report, spec)),
+    )
+
+
+def _outline_incident(incident: Incident) -> Section:
+    details = detail_incident(incident)
+    return Section(
+        title=details.title,
+        paragraphs=(
+            f"{details.paragraph.title}.",
+            " ".join(details.paragraph.sentences),
+            *details.facts,
+        ),
+        tables=details.tables,
     )

@@ -7,42 +7,69 @@ from typing import Any
 
 import msgspec
 
-from guardrail.core.errors import RunDirectoryError
+from guardrail.core.errors import RunDirectoryError, UsageError
 from guardrail.core.files import encode_json
-from guardrail.report.build import build
+from guardrail.report.build import build_report
 from guardrail.rundir.run_directory import RunDirectory
 
 
-def as_dict(run: RunDirectory) -> dict[str, Any]:
+def report_as_dict(run: RunDirectory) -> dict[str, Any]:
     """The report as JSON-able data; NaN and infinities are strings, as in the journal."""
-    return msgspec.json.decode(encode_json(build(run)))
+    return msgspec.json.decode(encode_json(build_report(run)))
 
 
-def text(run: RunDirectory) -> str:
-    """The report for a person, plain text with the loss drawn in it."""
-    from guardrail.report.render_text import tell
-    from guardrail.report.text_chart import sketch
+def summary_text(run: RunDirectory, *, spec: str = "", chart: bool = False) -> str:
+    """The summary as plain text, without a line end after it.
 
-    report = build(run)
-    return tell(report, drawn=sketch(run, report.incidents))
+    Args:
+        spec: what names the run on a command line, by default its name.
+        chart: add the loss curve.
+    """
+    from guardrail.report.render_text import render_summary
+    from guardrail.report.text_chart import draw_chart
+
+    report = build_report(run)
+    curve = draw_chart(run, report.incidents) if chart else []
+    return render_summary(report, spec=spec or report.run, chart=curve)
 
 
-def written(run: RunDirectory, form: str) -> str:
+def incident_text(run: RunDirectory, number: int, *, excerpts: bool = False) -> str:
+    """Everything about one incident as plain text. Raises UsageError: there is none such."""
+    from guardrail.report.incident_details import find_incident
+    from guardrail.report.render_text import render_incident
+
+    report = build_report(run)
+    incident = find_incident(report.incidents, number)
+    if incident is None:
+        known = [one.number for one in report.incidents if one.number]
+        there = f"1 to {max(known)}" if known else "no incidents"
+        raise UsageError(f"--incident {number}: {report.run} has {there}.")
+    return render_incident(report, incident, excerpts=excerpts)
+
+
+def commands_text(run: RunDirectory) -> str:
+    """Commands, what they did, and notes, as plain text."""
+    from guardrail.report.render_text import render_commands
+
+    return render_commands(build_report(run))
+
+
+def render_report(run: RunDirectory, form: str, *, spec: str = "", chart: bool = False) -> str:
     """The report as "terminal" (plain text), "markdown" or "html" (one file, with curves)."""
     if form == "terminal":
-        return text(run) + "\n"
+        return summary_text(run, spec=spec, chart=chart) + "\n"
     from guardrail.report import render_html as pages
     from guardrail.report import svg_curves as curves
-    from guardrail.report.outline import outline
+    from guardrail.report.outline import outline_report
 
-    report = build(run)
-    sections = list(outline(report))
+    report = build_report(run)
+    sections = list(outline_report(report, spec or report.run))
     if form == "markdown":
-        return pages.markdown(sections)
-    return pages.page(sections, curves.draw(run, run.events(), report.incidents))
+        return pages.render_markdown(sections)
+    return pages.render_page(sections, curves.draw_curves(run, run.events(), report.incidents))
 
 
-def save(path: str, content: str) -> None:
+def save_report(path: str, content: str) -> None:
     """Write a report. Raises RunDirectoryError: it cannot be written there."""
     try:
         Path(path).write_text(content, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Which samples a run leaves out, by its journal and by its quarantine file."""
+"""Which samples a run skips, by its journal and by its quarantine file."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from guardrail.core.errors import RunDirectoryError
-from guardrail.core.files import read_file
+from guardrail.core.files import as_int, read_file
 from guardrail.core.records import Event, Span
 from guardrail.decide.sample_order import SampleCursor, SampleOrder
 from guardrail.decide.undo import undone_spans
-from guardrail.report.journal_entries import whole
+from guardrail.report.journal_entries import SKIPPED
 from guardrail.rundir.run_directory import RunDirectory, span_of
 
 
 def quarantine_lines(run: RunDirectory) -> list[str]:
-    """All samples that the run leaves out, `ID` or `ID@EPOCH`, as `[data] quarantine = "FILE"`
+    """All samples that the run skips, `ID` or `ID@EPOCH`, as `[data] quarantine = "FILE"`
     reads them.
 
     What the run's own quarantine file names, and the samples at the positions that the journal says
-    were left out.
+    were skipped.
 
     Raises:
         RunDirectoryError: the order of the samples is not in the journal, or the file cannot be
             read; a list that is not complete would be worse than none.
     """
     events = run.events()
-    spans = list(_spans(events))
-    order = _order(events) if spans else None
+    spans = list(_list_spans(events))
+    order = _find_order(events) if spans else None
     if spans and order is None:
         raise RunDirectoryError(
             f"{run.path}: the journal does not say in which order the samples came"
         )
-    # An order of one sample serves where nothing but the file is left out.
+    # An order of one sample serves where nothing but the file is skipped.
     ledger = SampleCursor(order or SampleOrder(samples=1), batch_size=1)
     file = _quarantine_file(run)
     if file is not None:
@@ -49,23 +49,23 @@ def quarantine_lines(run: RunDirectory) -> list[str]:
     return list(ledger.quarantine.lines())
 
 
-def count_left_out(events: list[Event]) -> int:
-    """Samples that the journal leaves out; -1: it does not say in which order they came."""
-    spans = list(_spans(events))
-    order = _order(events) if spans else None
+def count_skipped(events: list[Event]) -> int:
+    """Return how many samples the journal skips; -1: it does not say in which order they came."""
+    spans = list(_list_spans(events))
+    order = _find_order(events) if spans else None
     if not spans or order is None:
         return -1 if spans else 0
     ledger = SampleCursor(order, batch_size=1)
     return sum(ledger.leave_out(span) for span in spans)
 
 
-def _spans(events: Iterable[Event]) -> Iterator[Span]:
-    """Each span that is still left out, once: a rollback may carry its own, beside or instead of a
-    `left_out` line.
+def _list_spans(events: Iterable[Event]) -> Iterator[Span]:
+    """Each span that is still skipped, once: a rollback may carry its own, beside or instead of a
+    line of its own.
     """
     seen: list[Span] = []
     for event in events:
-        if event.kind in ("left_out", "rollback"):
+        if event.kind in (*SKIPPED, "rollback"):
             span = span_of(event)
             if span is not None and span not in seen:
                 seen.append(span)
@@ -75,13 +75,13 @@ def _spans(events: Iterable[Event]) -> Iterator[Span]:
     yield from seen
 
 
-def _order(events: Iterable[Event]) -> SampleOrder | None:
+def _find_order(events: Iterable[Event]) -> SampleOrder | None:
     for event in events:
-        if event.kind == "started" and whole(event.data.get("samples")) > 0:
+        if event.kind == "started" and as_int(event.data.get("samples")) > 0:
             seed = event.data.get("order_seed", event.data.get("seed", 0))
             shuffled = event.data.get("shuffled", True)
             return SampleOrder(
-                samples=whole(event.data["samples"]), seed=whole(seed), shuffled=bool(shuffled)
+                samples=as_int(event.data["samples"]), seed=as_int(seed), shuffled=bool(shuffled)
             )
     return None
 

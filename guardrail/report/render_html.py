@@ -1,8 +1,7 @@
 """A report as Markdown, and as one HTML file that needs nothing else: no script, no font, no
 address to fetch.
 
-What came from outside (document names, excerpts, messages) is text here and nothing else, whatever
-it holds.
+What came from outside (document names, excerpts, messages) stays text here, whatever it holds.
 """
 
 from __future__ import annotations
@@ -11,7 +10,8 @@ import html
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from guardrail.report.outline import Item, Section
+from guardrail.report.incident_details import Table
+from guardrail.report.outline import Section
 
 # ASCII punctuation that can begin something in CommonMark (section 2.4 allows a backslash before
 # each), and the characters of HTML, which Markdown lets through.
@@ -27,8 +27,11 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var
   margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.3rem; } h2 { font-size: 1.1rem; border-bottom: 1px solid var(--line); margin-top: 2rem; }
 h3 { font-size: 1rem; margin-top: 1.5rem; } ul { padding-left: 1.2rem; } li { margin: .1rem 0; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem .8rem; margin: .4rem 0; }
-dt, figcaption, .label { color: var(--dim); } dd { margin: 0; } figure { margin: 1rem 0; }
+table { border-collapse: collapse; margin: .6rem 0; }
+th, td { text-align: left; vertical-align: top; padding: .1rem .8rem .1rem 0; }
+th, figcaption, .label { color: var(--dim); font-weight: normal; }
+figure { margin: 1rem 0; } .number { text-align: right; }
+code { font: .9em ui-monospace, monospace; }
 blockquote { margin: .1rem 0 .1rem 1rem; font: .85em ui-monospace, monospace; white-space: pre-wrap; }
 svg { width: 100%; height: auto; } svg text { font-size: 11px; fill: var(--dim); } polyline { fill: none; }
 .grid { stroke: var(--line); } .here { stroke: var(--here); stroke-width: 1.4; } .band { fill: var(--band); }
@@ -37,48 +40,72 @@ svg { width: 100%; height: auto; } svg text { font-size: 11px; fill: var(--dim);
 .mark { stroke: var(--bad); stroke-dasharray: 2 4; } .undo { stroke: var(--undo); }
 """.strip()
 _LEGEND = (
-    "line: the present; dashed: given up; area: from the baseline to the threshold; red: tries that were rejected "
-    "(hollow: not finite); green: held-out loss, and dashed where the loss was heading before an incident; dashed "
-    "upright: where a rollback or an undo went"
+    "line: applied steps; dashed grey: discarded steps; area: from the normal value to the limit; red: rejected tries "
+    "(hollow: not finite); green: held-out loss, and dashed the loss trend before an incident; dashed upright: the "
+    "step that a rollback or an undo restored"
 )
 
 
-def markdown(sections: Iterable[Section]) -> str:
-    """CommonMark."""
+def render_markdown(sections: Iterable[Section]) -> str:
+    """CommonMark, with tables as GitHub has them."""
     lines: list[str] = []
     for section in sections:
-        lines += [f"{'#' * section.level} {_plain(section.title)}", ""]
-        lines += [f"- **{label}:** {_plain(text)}" for label, text in section.facts]
-        lines += [""] if section.facts else []
-        for label, items in section.lists:
-            lines += [f"**{label}**", ""] if label else []
-            lines += [line for item in items for line in _entry(item)]
+        lines += [f"{'#' * section.level} {_escape_markdown(section.title)}", ""]
+        for paragraph in section.paragraphs:
+            lines += [_escape_markdown(paragraph), ""]
+        for table in section.tables:
+            lines += [*_render_markdown_table(table), ""]
+        if section.items:
+            lines += [*(f"- {_escape_markdown(item)}" for item in section.items), ""]
+        if section.commands:
+            lines += ["Next:", ""]
+            lines += [
+                f"- {_escape_code(command)}: {_escape_markdown(what)}"
+                for command, what in section.commands
+            ]
             lines += [""]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _entry(item: Item) -> Iterator[str]:
-    yield f"- {_plain(item.text)}"
-    yield from (f"  - {_plain(line)}" for line in item.more)
-    yield from (f"  > {_plain(quote)}" for quote in item.quotes)
+def _render_markdown_table(table: Table) -> Iterator[str]:
+    if table.title:
+        yield from (f"**{_escape_markdown(table.title)}**", "")
+    yield _render_markdown_row(table.heads)
+    yield _render_markdown_row(
+        "--:" if at in table.right else "---" for at in range(len(table.heads))
+    ).replace("\\", "")
+    yield from map(_render_markdown_row, table.rows)
+    if table.rest:
+        yield from ("", _escape_markdown(table.rest))
+    for name, text in table.excerpts:
+        yield from ("", f"{_escape_markdown(name)}:", "", f"> {_escape_markdown(text)}")
 
 
-def _plain(text: str) -> str:
+def _render_markdown_row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(map(_escape_markdown, cells))} |"
+
+
+def _escape_code(text: str) -> str:
+    """A command as inline code; what a code span cannot hold is shown as text."""
+    return _escape_markdown(text) if re.search(r"[`<&\[\]]", text) else f"`{text}`"
+
+
+def _escape_markdown(text: str) -> str:
     return _SPECIAL.sub(r"\\\1", text).replace("&", "&amp;").replace("<", "&lt;")
 
 
-def page(sections: Sequence[Section], curves: Iterable[tuple[str, str]]) -> str:
+def render_page(sections: Sequence[Section], curves: Iterable[tuple[str, str]]) -> str:
     """One HTML file.
 
     Args:
-        curves: (name, SVG) as `guardrail.report.svg_curves` draws them; they stand below the head
-        of the page.
+        curves: (name, SVG) as `guardrail.report.svg_curves` draws them; they stand below the
+        summary.
     """
-    told = list(sections)
+    summary, *others = sections
     body = [
-        *_section(told[0]),
-        *_figures(curves),
-        *(line for section in told[1:] for line in _section(section)),
+        *_render_section(summary),
+        *_render_figures(curves),
+        *(line for section in others for line in _render_section(section)),
     ]
     return "\n".join(
         [
@@ -87,7 +114,7 @@ def page(sections: Sequence[Section], curves: Iterable[tuple[str, str]]) -> str:
             # Whatever slips in: nothing is fetched, nothing runs.
             "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
             '<meta name="viewport" content="width=device-width">',
-            f"<title>{html.escape(told[0].title)}</title>",
+            f"<title>{html.escape(summary.title)}</title>",
             f"<style>\n{_STYLE}\n</style></head><body>",
             *body,
             "</body></html>",
@@ -96,7 +123,7 @@ def page(sections: Sequence[Section], curves: Iterable[tuple[str, str]]) -> str:
     )
 
 
-def _figures(curves: Iterable[tuple[str, str]]) -> Iterator[str]:
+def _render_figures(curves: Iterable[tuple[str, str]]) -> Iterator[str]:
     drawn = list(curves)
     for name, picture in drawn:
         yield f"<figure><figcaption>{html.escape(name)}</figcaption>{picture}</figure>"
@@ -104,22 +131,36 @@ def _figures(curves: Iterable[tuple[str, str]]) -> Iterator[str]:
         yield f'<p class="label">{_LEGEND}</p>'
 
 
-def _section(section: Section) -> Iterator[str]:
+def _render_section(section: Section) -> Iterator[str]:
     yield f"<h{section.level}>{html.escape(section.title)}</h{section.level}>"
-    if section.facts:
-        facts = "".join(
-            f"<dt>{html.escape(label)}</dt><dd>{html.escape(text)}</dd>"
-            for label, text in section.facts
-        )
-        yield f"<dl>{facts}</dl>"
-    for label, items in section.lists:
-        if label:
-            yield f'<p class="label">{html.escape(label)}</p>'
-        yield "<ul>"
-        for item in items:
-            more = "".join(f"<li>{html.escape(line)}</li>" for line in item.more)
-            quotes = "".join(
-                f"<blockquote>{html.escape(quote)}</blockquote>" for quote in item.quotes
-            )
-            yield f"<li>{html.escape(item.text)}{f'<ul>{more}</ul>' if more else ''}{quotes}</li>"
+    yield from (f"<p>{html.escape(paragraph)}</p>" for paragraph in section.paragraphs)
+    for table in section.tables:
+        yield from _render_table(table)
+    if section.items:
+        yield from ("<ul>", *(f"<li>{html.escape(item)}</li>" for item in section.items), "</ul>")
+    if section.commands:
+        yield from ("<p>Next:</p>", "<ul>")
+        for command, what in section.commands:
+            yield f"<li><code>{html.escape(command)}</code>: {html.escape(what)}</li>"
         yield "</ul>"
+
+
+def _render_table(table: Table) -> Iterator[str]:
+    if table.title:
+        yield f'<p class="label">{html.escape(table.title)}</p>'
+    yield "<table>"
+    yield _render_row("th", table.heads, table.right)
+    yield from (_render_row("td", row, table.right) for row in table.rows)
+    yield "</table>"
+    if table.rest:
+        yield f"<p>{html.escape(table.rest)}</p>"
+    for name, text in table.excerpts:
+        yield f'<p class="label">{html.escape(name)}:</p><blockquote>{html.escape(text)}</blockquote>'
+
+
+def _render_row(tag: str, cells: Iterable[str], right: Sequence[int]) -> str:
+    shown = []
+    for at, cell in enumerate(cells):
+        kind = ' class="number"' if at in right else ""
+        shown.append(f"<{tag}{kind}>{html.escape(cell)}</{tag}>")
+    return f"<tr>{''.join(shown)}</tr>"

@@ -1,298 +1,205 @@
-"""A report as plain text for a terminal, a pager or a mail. Pure; everything in a report is clean
+"""A report as plain text for a terminal, a pager or a mail. Pure: everything in a report is clean
 already.
 """
 
 from __future__ import annotations
 
-import datetime
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-from guardrail.core.records import CommandKind, Finding, Mode, Span
-from guardrail.report.incident import Document, Incident, IncidentAction, Sample
-from guardrail.report.model import CheckpointLine, CommandRecord, Report, Restart
+from guardrail.report.cause_sentences import describe_incident
+from guardrail.report.command_list import HEADS as COMMAND_HEADS
+from guardrail.report.command_list import list_commands, list_effects
+from guardrail.report.formats import COLUMNS, shorten, wrap_text
+from guardrail.report.incident import Incident
+from guardrail.report.incident_details import Table, detail_incident
+from guardrail.report.model import Report
+from guardrail.report.summary import (
+    align_commands,
+    describe_checkpoints,
+    describe_commands,
+    describe_incidents,
+    describe_numbers,
+    describe_reason,
+    describe_run,
+    list_next_commands,
+)
+from guardrail.report.table_rows import (
+    HEADS,
+    Row,
+    choose_costliest,
+    costliest_first,
+    count_rest,
+    make_rows,
+)
+from guardrail.report.text_table import format_table, measure_width
 
-MAX_DOCUMENTS = 16  # named of one incident; the JSON report has all that the journal named
-MAX_DEEDS = 12  # told of one incident
+LINES = 25  # of a summary, without the curve
+MAX_ROWS, LEAST_ROWS = 8, 3  # of its table
+LONGEST_PARAGRAPH = 7  # lines
+_INDENT = "   "
+_RIGHT = (0, 1)  # columns of numbers
 
 
-def tell(report: Report, *, drawn: Sequence[str] = ()) -> str:
-    """`drawn`: lines of a picture, which stand behind the head."""
-    lines = [
-        *head_lines(report),
-        "",
-        *drawn,
-        *([""] if drawn else []),
-        *_incidents(report.incidents),
+def render_summary(report: Report, *, spec: str, chart: Sequence[str] = ()) -> str:
+    """The summary, at most LINES lines of COLUMNS characters.
+
+    Args:
+        spec: what names the run on a command line.
+        chart: lines of the loss curve, which come after the numbers; they count extra.
+    """
+    head = [*_head_lines(report)]
+    foot = [*_foot_lines(report, spec)]
+    rows = make_rows(report)
+    table = _fit_table(rows, LINES - len(head) - len(foot))
+    room = LINES - len(head) - len(table) - len(foot)
+    lines = [*head, *(["", *chart] if chart else []), *table]
+    lines += _fit_paragraphs(report, rows, room)
+    return "\n".join([*lines, *foot])
+
+
+def _head_lines(report: Report) -> Iterator[str]:
+    yield from wrap_text(describe_run(report))[:2]
+    yield from wrap_text(describe_numbers(report))[:2]
+    for reason in describe_reason(report):
+        yield shorten(reason, COLUMNS)
+    yield from wrap_text(describe_incidents(report))[:2]
+
+
+def _foot_lines(report: Report, spec: str) -> Iterator[str]:
+    for at, line in enumerate((describe_checkpoints(report), describe_commands(report))):
+        if line:
+            yield from ["", shorten(line, COLUMNS)][at:]
+    commands = list_next_commands(report, spec)
+    if commands:
+        yield "Next:" if " RUN" not in commands[0][0] else "Next (RUN is the path of this run):"
+        yield from align_commands(commands)
+
+
+def _fit_table(rows: Sequence[Row], room: int) -> list[str]:
+    """The table of as many rows as there is room for, after an empty line."""
+    for count in range(min(MAX_ROWS, len(rows)), LEAST_ROWS - 1, -1):
+        lines = _table_lines(rows, count)
+        if len(lines) <= room:
+            return lines
+    return _table_lines(rows, min(LEAST_ROWS, len(rows)))
+
+
+def _table_lines(rows: Sequence[Row], count: int) -> list[str]:
+    if not rows:
+        return []
+    shown = choose_costliest(rows, count)
+    cells = [row.cells() for row in shown]
+    if measure_width(HEADS, cells) > COLUMNS:
+        cells = [row.cells(short=True) for row in shown]
+    lines = format_table(HEADS, cells, right=_RIGHT)
+    kept = {id(row) for row in shown}
+    rest = [row for row in rows if id(row) not in kept]
+    if rest:
+        lines.append(shorten(f"{_INDENT}{count_rest(rest)}", COLUMNS))
+    return ["", *lines]
+
+
+def _fit_paragraphs(report: Report, rows: Sequence[Row], room: int) -> list[str]:
+    """Paragraphs of the incidents in the table after an empty line, in at most `room` lines. They
+    get shorter, then fewer, until they fit; the costliest stay.
+    """
+    found = _list_paragraphs(report, rows)
+    for longest in range(LONGEST_PARAGRAPH, 1, -1):
+        lines = [line for paragraph in found for line in fit_paragraph(paragraph, longest)]
+        if len(lines) < room:
+            return ["", *lines] if lines else []
+    kept: dict[int, list[str]] = {}
+    free = room - 1
+    for row in costliest_first(rows):
+        for place, paragraph in enumerate(found):
+            lines = fit_paragraph(paragraph, 2)
+            if paragraph.time == row.time and place not in kept and len(lines) <= free:
+                kept[place] = lines
+                free -= len(lines)
+    lines = [line for place in sorted(kept) for line in kept[place]]
+    return ["", *lines] if lines else []
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TimedParagraph:
+    time: float
+    title: str
+    sentences: tuple[str, ...]
+
+
+def _list_paragraphs(report: Report, rows: Sequence[Row]) -> list[_TimedParagraph]:
+    """Of the incidents and restarts that need one and have a row in the table, in its order."""
+    shown = {(row.kind, row.time) for row in choose_costliest(rows, MAX_ROWS)}
+    found = []
+    for incident in report.incidents:
+        if ("incident", incident.opened) in shown:
+            number = f"#{incident.number} " if incident.number else ""
+            said = describe_incident(incident)
+            found.append((incident.opened, number + said.title, said.sentences))
+    for restart in report.restarts:
+        if restart.differs:
+            title = f"Restart at step {restart.step:,}: the state differs from the saved one"
+            found.append((restart.time, title, restart.differs))
+    ordered = sorted(found, key=lambda one: one[0])
+    return [
+        _TimedParagraph(time=time, title=title, sentences=sentences)
+        for time, title, sentences in ordered
     ]
-    for title, part in (
-        (
-            "Asked for by a person",
-            [f"  step {deed.step:,}  {deed.sentence}" for deed in report.by_person],
-        ),
-        ("Commands", [command_line(answer) for answer in report.commands]),
-        ("Restarts", [line for restart in report.restarts for line in restart_lines(restart)]),
-        ("Checkpoints", list(shown_checkpoints(report.checkpoints))),
-        ("Also noted", [f"  {trouble}" for trouble in report.troubles]),
-    ):
-        if part:
-            lines += ["", title, *part]
+
+
+def fit_paragraph(paragraph: _TimedParagraph, count: int) -> list[str]:
+    """The heading, and below it as many of the sentences as `count` lines hold."""
+    title = wrap_text(paragraph.title)[: min(2, count)]
+    best = title
+    for many in range(1, len(paragraph.sentences) + 1):
+        lines = wrap_text(" ".join(paragraph.sentences[:many]), indent=_INDENT)
+        if len(title) + len(lines) > count:
+            return best
+        best = [*title, *lines]
+    return best
+
+
+# -- one incident
+
+
+def render_incident(report: Report, incident: Incident, *, excerpts: bool = False) -> str:
+    """The paragraph of one incident, and its tables."""
+    details = detail_incident(incident)
+    lines = [*wrap_text(f"{report.run}, {details.title[:1].lower()}{details.title[1:]}"), ""]
+    lines += wrap_text(details.paragraph.title)
+    lines += wrap_text(" ".join(details.paragraph.sentences), indent=_INDENT)
+    for fact in details.facts:
+        lines += wrap_text(fact, indent=_INDENT)
+    for table in details.tables:
+        lines += ["", *render_table(table, excerpts=excerpts)]
     return "\n".join(lines)
 
 
-def head_lines(report: Report) -> Iterator[str]:
-    of = f" of {report.total_steps:,}" if report.total_steps else ""
-    code = f" (exit {report.exit_code})" if report.exit_code is not None else ""
-    yield f"{report.run}  {report.state}{code}  step {report.step:,}{of}"
-    yield f"  {report.path}"
-    if report.reason:
-        yield f"  {report.reason}"
-    elif report.state == "lost":
-        yield "  ended without a last word; `guardrail launch --resume` goes on with it"
-    facts = []
-    if report.started:
-        facts.append(f"started {_moment(report.started)}, {_duration(report.seconds)}")
-    if report.world:
-        facts.append(f"{_count(report.world, 'rank')}{f' on {report.host}' if report.host else ''}")
-    if report.mode:
-        facts.append(f"mode {report.mode}")
-    if facts:
-        yield f"  {', '.join(facts)}"
-    numbers = []
-    if report.loss is not None:
-        numbers.append(f"loss {report.loss:.4g}")
-    if report.eval_loss is not None:
-        numbers.append(f"held-out loss {report.eval_loss:.4g}")
-    if report.tokens:
-        numbers.append(f"{report.tokens:,} tokens")
-    if report.guard_share:
-        numbers.append(f"guard {report.guard_share:.2%} of the step")
-    if numbers:
-        yield f"  {', '.join(numbers)}"
-    if report.unresolved:
-        yield f"  {report.unresolved}"
-    if report.left_out:
-        yield (
-            f"  {_count(report.left_out, 'sample')} left out"
-            if report.left_out > 0
-            else "  samples were left out"
-        )
+def render_table(table: Table, *, excerpts: bool = False) -> list[str]:
+    lines = [table.title]
+    lines += format_table(table.heads, table.rows, right=table.right, indent="  ")
+    if table.rest:
+        lines += wrap_text(table.rest, indent="  ")
+    if excerpts and table.excerpts:
+        lines.append("Excerpts")
+        for name, text in table.excerpts:
+            lines += wrap_text(f'{name}: "{text}"', indent="  ")
+    return lines
 
 
-def _incidents(incidents: tuple[Incident, ...]) -> Iterator[str]:
-    if not incidents:
-        yield "No incidents"
-        return
-    yield "Incidents"
-    for incident in incidents:
-        number = f"#{incident.number}" if incident.number else "#?"
-        yield f"{number}  step {incident.onset:,}  {incident.state}"
-        for finding in incident.findings:
-            yield f"    {finding_line(finding)}"
-        for rank, names in incident.parameters.items():
-            yield f"    rank {rank}: not finite: {', '.join(names)}"
-        for token in incident.tokens:
-            yield f"    {token.sentence()}"
-        if incident.cause:
-            yield f"    cause: {incident.cause}: {incident.cause_reason}"
-        for deed in incident.deeds[:MAX_DEEDS]:
-            yield f"    {deed_line(deed)}"
-            yield from (f"      with {remedy}" for remedy in deed.remedies)
-        if len(incident.deeds) > MAX_DEEDS:
-            yield f"    and {len(incident.deeds) - MAX_DEEDS} more of the kind"
-        if cost := cost_of(incident):
-            yield f"    cost: {cost}"
-        if saved := saved_by(incident):
-            yield f"    saved: {saved}"
-        if worth := worth_of(incident):
-            yield f"    worth: {worth}"
-        if incident.outcome:
-            yield f"    outcome: {incident.outcome}"
-        yield from _left_out(incident)
+# -- what users did
 
 
-def cost_of(incident: Incident) -> str:
-    """ "3 steps given up, 12 samples left out, 1.3 s of training, 40 s parked", as far as it was
-    measured.
-    """
-    cost = incident.cost
-    parts = [f"{_count(cost.steps, 'step')} given up"] if cost.steps else []
-    parts += [f"{_count(incident.samples, 'sample')} left out"] if incident.samples else []
-    parts += [f"{_seconds(cost.seconds)} of training"] if cost.seconds == cost.seconds else []
-    parts += [f"{_seconds(cost.parked)} parked"] if cost.parked else []
-    return ", ".join(parts)
-
-
-def saved_by(incident: Incident) -> str:
-    """What was kept out of the weights: only what was measured, no guess at what would have become
-    of the run.
-    """
-    if not incident.cost.rejected:
-        return ""
-    updates = f"{_count(incident.cost.rejected, 'update')} kept out of the weights"
-    high = [f for f in incident.findings if f.baseline and not abs(f.value) <= abs(f.baseline)]
-    if not high:
-        return updates
-    worst = max(
-        high, key=lambda f: abs(f.value / f.baseline) if math.isfinite(f.value) else math.inf
-    )
-    times = f", {worst.value / worst.baseline:.3g} times" if math.isfinite(worst.value) else ""
-    return (
-        f"{updates}; {worst.signal} reached {worst.value:.4g} against {worst.baseline:.4g}{times}"
-    )
-
-
-def worth_of(incident: Incident) -> str:
-    """Whether what was gained is worth the steps lost, in nats a token by the curve from before the
-    onset: only what was measured, "" where there was no curve, no loss to hold against it or no
-    loss after it. A gain within the noise of a single loss is called neither."""
-    cost, offset, noise = (
-        incident.cost,
-        incident.measured.get("offset", math.nan),
-        incident.measured.get("noise", 0.0),
-    )
-    if not math.isfinite(cost.excess) or not math.isfinite(offset):
-        return ""
-    gain = cost.excess - offset - cost.price
-    said = f"loss against its curve: {cost.excess:+.3g} in what was given up or rejected, {offset:+.3g} after"
-    if cost.steps:
-        said += (
-            f"; the {_count(cost.steps, 'step')} made again bring {cost.price:.2g} on that curve"
-        )
-    return f"{'within the noise' if abs(gain) <= noise else 'yes' if gain > 0 else 'no'}: {said}"
-
-
-def sample_line(sample: Sample) -> str:
-    """One sample that was left out by itself."""
-    where = ", ".join(str(document_line(document)) for document in sample.documents)
-    loss = f"loss {sample.loss:.4g}" if sample.loss == sample.loss else ""
-    share = f"{sample.share:.0%} of the gradient" if sample.share == sample.share else ""
-    facts = ", ".join(part for part in (loss, share, *sample.odd) if part)
-    return f"position {sample.position:,}{f' of {where}' if where else ''}{f': {facts}' if facts else ''}"
-
-
-def finding_line(finding: Finding) -> str:
-    onset = f", since step {finding.onset:,}" if finding.onset < finding.step else ""
-    return f"step {finding.step:,}: {finding.kind.value.replace('_', ' ')}: {finding.sentence()}{onset}"
-
-
-def deed_line(deed: IncidentAction) -> str:
-    if deed.action != "rollback" or deed.to_step is None:
-        return deed.sentence or f"{deed.action} at step {deed.step:,}"
-    tier = f" from {deed.tier}" if deed.tier else ""
-    window = ""
-    if deed.window:
-        first, last = deed.window
-        window = (
-            f", leaving out positions {first:,} to {last - 1:,}"
-            if first < last
-            else ", leaving nothing out"
-        )
-    return f"rollback: back to step {deed.to_step:,}{tier}, {_count(deed.steps_lost, 'step')} lost{window}"
-
-
-def _left_out(incident: Incident) -> Iterator[str]:
-    where = stretches_line(incident)
-    if not where:
-        return
-    yield f"    left out: {where}"
-    for sample in incident.named[:MAX_DOCUMENTS]:
-        yield f"      {sample_line(sample)}"
-    for document in incident.documents[:MAX_DOCUMENTS]:
-        yield f"      {document_line(document)}"
-        if document.excerpt:
-            yield f'        "{document.excerpt}"'
-    shown = min(len(incident.documents), MAX_DOCUMENTS)
-    if shown and incident.documents_total > shown:
-        yield f"      and {_count(incident.documents_total - shown, 'more document')}"
-
-
-def stretches_line(incident: Incident) -> str:
-    """ "12 samples of 5 documents (positions 40 to 43, 44 to 47, 36 to 47)", "" where nothing is
-    left out.
-    """
-    spans = [span for span in incident.spans if span.positions or span.first < span.last]
-    if not spans:
-        return ""
-    of = f" of {_count(incident.documents_total, 'document')}" if incident.documents_total else ""
-    where = ", ".join(map(_stretch, spans[:8]))
-    more = f" and {len(spans) - 8} more stretches" if len(spans) > 8 else ""
-    return f"{_count(incident.samples, 'sample')}{of} (positions {where}{more})"
-
-
-def _stretch(span: Span) -> str:
-    chosen = f", {len(span.positions)} of them" if span.positions else ""
-    return f"{span.first:,} to {max(span.first, span.last - 1):,}{chosen}"
-
-
-def document_line(document: Document) -> str:
-    record = f":{document.record}" if document.record else ""
-    stretch = (
-        f"  bytes {document.first_byte:,}-{document.last_byte:,}" if document.last_byte else ""
-    )
-    return f"{document.path}{record}{stretch}"
-
-
-def command_line(answer: CommandRecord) -> str:
-    value = ""
-    if answer.command == CommandKind.MODE.value and answer.value in range(len(Mode)):
-        value = f" {list(Mode)[int(answer.value)].value}"
-    elif (
-        answer.command not in ("pause", "resume", "checkpoint", "accept", "stop")
-        and answer.value == answer.value
-    ):
-        value = f" {answer.value:g}"
-    who = f" by {answer.who}" if answer.who else ""
-    reason = f": {answer.reason}" if answer.reason else ""
-    return f"  step {answer.step:,}  {answer.command or 'command'}{value}{who}  {answer.effect}{reason}"
-
-
-def restart_lines(restart: Restart) -> Iterator[str]:
-    lost = f", {_count(restart.steps_lost, 'step')} made again" if restart.steps_lost else ""
-    yield f"  {_moment(restart.time)}  {restart.sentence or f'continues at step {restart.step:,}'}{lost}"
-    for difference in restart.differs:
-        yield f"    differs from what was saved: {difference}"
-
-
-def shown_checkpoints(checkpoints: Iterable[CheckpointLine]) -> Iterator[str]:
-    """Those that are there or went wrong; pruned ones are counted."""
-    pruned = 0
-    for checkpoint in checkpoints:
-        if checkpoint.state == "pruned":
-            pruned += 1
-            continue
-        size = f"  {_bytes(checkpoint.bytes)}" if checkpoint.bytes else ""
-        reason = f"  {checkpoint.reason}" if checkpoint.reason else ""
-        yield f"  step {checkpoint.step:,}  {checkpoint.state}  {checkpoint.name}{size}{reason}"
-    if pruned:
-        yield f"  {_count(pruned, 'older one')} pruned"
-
-
-def _seconds(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _moment(time: float) -> str:
-    try:
-        return datetime.datetime.fromtimestamp(time).strftime("%Y-%m-%d %H:%M:%S")
-    except (ValueError, OverflowError, OSError):
-        return "?"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
+def render_commands(report: Report) -> str:
+    """Commands, what was skipped and restored by command, and notes."""
+    lines = [*wrap_text(describe_run(report))]
+    rows = list(list_commands(report))
+    if rows:
+        lines += ["", "Commands", *format_table(COMMAND_HEADS, rows, right=(0,), indent="  ")]
+    for title, said in (("By command", [*list_effects(report)]), ("Notes", report.notes)):
+        if said:
+            lines += ["", title, *(line for one in said for line in wrap_text(one, indent="  "))]
+    if len(lines) <= 2:
+        lines += ["", "No commands and no notes."]
+    return "\n".join(lines)

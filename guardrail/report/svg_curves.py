@@ -1,5 +1,5 @@
-"""The signals of a run as SVG, for a page that must stand alone: band, present, abandoned
-stretches, rejected tries.
+"""The signals of a run as SVG, for a page that must stand alone: band, applied steps, abandoned
+segments, rejected tries.
 
 A curve has two points for each column of pixels at most, the least and the greatest value in it, so
 that a million steps make a small file and no spike is lost.
@@ -67,10 +67,10 @@ class Axis:
         return [step * number for number in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
 
-def draw(
+def draw_curves(
     run: RunDirectory, events: Iterable[Event], incidents: Sequence[Incident] = ()
 ) -> list[tuple[str, str]]:
-    """(name, SVG) of each signal that the run has measured; the loss with where it was heading
+    """(name, SVG) of each signal that the run has measured; the loss with its trend
     before each incident.
     """
     import numpy as np
@@ -90,16 +90,19 @@ def draw(
     found = []
     for signal in (LOSS, GRAD_NORM, EMBED_GRAD_NORM):
         if np.isfinite(view.column(signal)).any():
-            heading = list(expectations(incidents, high)) if signal == LOSS else []
-            found.append((NAMES[signal], _picture(view, signal, across, present, marks, heading)))
+            heading = list(list_trends(incidents, high)) if signal == LOSS else []
+            found.append(
+                (NAMES[signal], _draw_signal(view, signal, across, present, marks, heading))
+            )
     return found
 
 
-def expectations(
+def list_trends(
     incidents: Iterable[Incident], last: float
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(Steps, losses) of the curve before each incident, from the first loss that it was fitted to
-    until the incident was over: what it is held against. To step `last` where it is open still."""
+    """(Steps, losses) of the trend before each incident, from the first loss that it was fitted to
+    until the incident was over, or to step `last` where it is open.
+    """
     import numpy as np
 
     for incident in incidents:
@@ -113,7 +116,7 @@ def expectations(
                 yield steps, np.array([expected(incident.curve, step) for step in steps.tolist()])
 
 
-def _picture(
+def _draw_signal(
     view: MetricsView,
     signal: str,
     across: Axis,
@@ -127,24 +130,26 @@ def _picture(
     applied = np.asarray(view.column("verdict")) == list(Action).index(Action.APPLY)
     unit = scale_of(values[applied & np.isfinite(values)], values[np.isfinite(values)])
     up = replace(unit, begin=HEIGHT - BOTTOM, end=TOP)
-    parts = [*_frame(across, up)]
+    parts = [*_draw_frame(across, up)]
     base, top = (
         np.asarray(view.column(f"{signal}_baseline")),
         np.asarray(view.column(f"{signal}_threshold")),
     )
     known = present & applied & np.isfinite(base) & np.isfinite(top)
-    parts += _band(across, up, steps[known], base[known], top[known])
+    parts += _draw_band(across, up, steps[known], base[known], top[known])
     for step, kind in marks:
         x = float(across(np.array(step)))
         parts.append(
             f'<line class="mark {kind}" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
         )
     gone = applied & ~present & np.isfinite(values)
-    parts += _line("gone", across, up, steps[gone], values[gone], view.column("timeline")[gone])
+    parts += _draw_line(
+        "gone", across, up, steps[gone], values[gone], view.column("timeline")[gone]
+    )
     here = applied & present & np.isfinite(values)
-    parts += _line("here", across, up, steps[here], values[here])
+    parts += _draw_line("here", across, up, steps[here], values[here])
     for xs, ys in heading:
-        parts += _line("heading", across, up, xs, ys)
+        parts += _draw_line("heading", across, up, xs, ys)
     tried = ~applied
     for x, y, finite in zip(
         across(steps[tried][-MAX_TRIES:]).tolist(),
@@ -157,8 +162,8 @@ def _picture(
         )
     if signal == LOSS:
         held_out = np.asarray(view.column("eval_loss"))
-        told = present & np.isfinite(held_out)
-        for x, y in zip(across(steps[told]).tolist(), up(held_out[told]).tolist(), strict=True):
+        known = present & np.isfinite(held_out)
+        for x, y in zip(across(steps[known]).tolist(), up(held_out[known]).tolist(), strict=True):
             parts.append(f'<circle class="eval" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>')
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{NAMES[signal]}">{"".join(parts)}</svg>'
 
@@ -182,7 +187,7 @@ def scale_of(applied: np.ndarray, finite: np.ndarray) -> Axis:
     return Axis(max(least, low - room), high + room, 1.0, 0.0)
 
 
-def _frame(across: Axis, up: Axis) -> Iterator[str]:
+def _draw_frame(across: Axis, up: Axis) -> Iterator[str]:
     import numpy as np
 
     for tick in up.ticks():
@@ -194,7 +199,7 @@ def _frame(across: Axis, up: Axis) -> Iterator[str]:
         yield f'<text x="{x:.1f}" y="{HEIGHT - 6}" text-anchor="middle">{tick:,.0f}</text>'
 
 
-def _band(
+def _draw_band(
     across: Axis, up: Axis, steps: np.ndarray, base: np.ndarray, top: np.ndarray
 ) -> Iterator[str]:
     """What the guard expected, as an area from the baseline to the threshold."""
@@ -213,7 +218,7 @@ def _band(
     yield f'<polygon class="band" points="{" ".join([*forth, *reversed(back)])}"/>'
 
 
-def _line(
+def _draw_line(
     name: str,
     across: Axis,
     up: Axis,
@@ -221,12 +226,12 @@ def _line(
     values: np.ndarray,
     parts: np.ndarray | None = None,
 ) -> Iterator[str]:
-    """One polyline, or one for each of `parts`: timelines that were given up."""
+    """One polyline, or one for each of `parts`: timelines that were abandoned."""
     import numpy as np
 
     if parts is not None:
         for part in np.unique(parts).tolist():
-            yield from _line(name, across, up, steps[parts == part], values[parts == part])
+            yield from _draw_line(name, across, up, steps[parts == part], values[parts == part])
         return
     if not len(steps):
         return

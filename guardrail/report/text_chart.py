@@ -1,8 +1,8 @@
 """The loss of a run in a few lines of plain ASCII, for a terminal, a pager or a mail: what
-curves.py draws as SVG.
+svg_curves.py draws as SVG.
 
-*  the present       .  given up by a rollback       x  a try that was rejected, at the top where it is not finite
--  where the loss was heading before an incident (guardrail.decide.recovery)
+*  applied       .  discarded by a rollback       x  rejected, at the top where it is not finite
+-  the loss trend before an incident (guardrail.decide.recovery)
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING
 
 from guardrail.core.records import LOSS, Action
 from guardrail.report.incident import Incident
-from guardrail.report.svg_curves import expectations, scale_of
+from guardrail.report.svg_curves import list_trends, scale_of
 from guardrail.rundir.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     import numpy as np
 
 WIDTH, HEIGHT = 68, 10  # characters
-LEAST = 2  # rows from which on there is something to draw
-PRESENT, GIVEN_UP, TRIED, EXPECTED = "*.x-"
+LEAST = 2  # rows that a curve needs
+APPLIED, DISCARDED, REJECTED, TREND = "*.x-"
 
 
-def sketch(run: RunDirectory, incidents: Iterable[Incident]) -> list[str]:
+def draw_chart(run: RunDirectory, incidents: Iterable[Incident]) -> list[str]:
     """Lines of at most 80 characters; empty where there is no loss to draw."""
     import numpy as np
 
@@ -37,7 +37,7 @@ def sketch(run: RunDirectory, incidents: Iterable[Incident]) -> list[str]:
     first, last = float(np.nanmin(steps)), float(np.nanmax(steps))
     grid = [[" "] * WIDTH for _ in range(HEIGHT)]
 
-    def put(mark: str, xs: np.ndarray, ys: np.ndarray) -> None:
+    def put_marks(mark: str, xs: np.ndarray, ys: np.ndarray) -> None:
         columns = (
             np.clip((xs - first) / max(1.0, last - first) * (WIDTH - 1), 0, WIDTH - 1)
             .round()
@@ -49,16 +49,16 @@ def sketch(run: RunDirectory, incidents: Iterable[Incident]) -> list[str]:
         for row, column in set(zip(rows.tolist(), columns.tolist(), strict=True)):
             grid[row][column] = mark
 
-    for xs, ys in expectations(incidents, last):
-        put(EXPECTED, xs, ys)
+    for xs, ys in list_trends(incidents, last):
+        put_marks(TREND, xs, ys)
     present = view.current()
-    put(GIVEN_UP, steps[applied & ~present & finite], losses[applied & ~present & finite])
-    put(PRESENT, steps[applied & present & finite], losses[applied & present & finite])
-    put(TRIED, steps[~applied], losses[~applied])
-    return list(_framed(grid, high=up.value(0.0), low=up.value(1.0), first=first, last=last))
+    put_marks(DISCARDED, steps[applied & ~present & finite], losses[applied & ~present & finite])
+    put_marks(APPLIED, steps[applied & present & finite], losses[applied & present & finite])
+    put_marks(REJECTED, steps[~applied], losses[~applied])
+    return list(_frame_grid(grid, high=up.value(0.0), low=up.value(1.0), first=first, last=last))
 
 
-def _framed(
+def _frame_grid(
     grid: list[list[str]], *, high: float, low: float, first: float, last: float
 ) -> Iterator[str]:
     labels = {0: f"{high:.3g}", len(grid) - 1: f"{low:.3g}"}
@@ -69,10 +69,10 @@ def _framed(
     yield f"{'':11}{begin}{end:>{WIDTH - len(begin)}}"
     drawn = {mark for row in grid for mark in row}
     words = {
-        PRESENT: "present",
-        GIVEN_UP: "given up",
-        TRIED: "rejected",
-        EXPECTED: "where it was heading",
+        APPLIED: "applied",
+        DISCARDED: "discarded",
+        REJECTED: "rejected",
+        TREND: "trend",
     }
     yield f"{'':9}loss by step: " + ", ".join(
         f"{mark} {word}" for mark, word in words.items() if mark in drawn

@@ -1,5 +1,4 @@
-"""What is odd about a text: the heuristics by which corpora are cleaned, as sentences with numbers.
-Pure.
+"""What is odd about a text, as sentences with numbers: the heuristics that clean a corpus. Pure.
 
 Sources of the thresholds:
 
@@ -8,7 +7,7 @@ Sources of the thresholds:
     RefinedWeb  Penedo et al. 2023, appendix G.2: lines that are mostly capitals or mostly digits
 
 The rest is what a training sample may hold and a cleaned page does not: control characters,
-mis-decoded text, another script than the corpus has, hardly or wholly random characters.
+mis-decoded text, another script than the corpus has, characters that hardly vary or are random.
 
 Gopher's words are those of English. Chinese, Japanese, Thai and other scripts that put no space
 between words are judged by their characters instead. All of it takes time in proportion to the
@@ -24,6 +23,8 @@ import statistics
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+
+from guardrail.core.text import plural
 
 # Gopher, table A1: share of characters in the most frequent 2- to 4-gram of words, and in all
 # duplicate 5- to 10-grams.
@@ -50,7 +51,7 @@ TOP_STRINGS = {4: 0.20, 8: 0.16}
 DUPLICATE_STRINGS = {20: 0.15, 40: 0.10}
 UNSPACED_SHARE = 0.3  # of the letters, from which on a text is one of a script without spaces
 # Where a text might repeat: so many places are looked at, and a string of so many characters is
-# looked for behind each.
+# looked for after each.
 PLACES, ANCHOR = 16, 8
 MOST_PERIODS = 4  # lengths that are tried
 SHOWN = 40  # characters of what is repeated
@@ -74,7 +75,7 @@ class CorpusStatistics:
     """The usual character distribution of a corpus.
 
     Args:
-        texts: some ordinary samples; those shorter than a line are passed over.
+        texts: some ordinary samples; those shorter than a line are ignored.
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
@@ -83,14 +84,14 @@ class CorpusStatistics:
         for text in self._texts:
             self._counts.update(text)
         self._total = sum(self._counts.values())
-        bits = [self.bits(text) for text in self._texts]
+        bits = [self.count_bits(text) for text in self._texts]
         self._centre = statistics.median(bits) if bits else 0.0
         spread = (
             1.4826 * statistics.median(abs(one - self._centre) for one in bits) if bits else 0.0
         )
         self._limit = self._centre + max(FOREIGN_BITS, FOREIGN_SIGMAS * spread)
 
-    def bits(self, text: str) -> float:
+    def count_bits(self, text: str) -> float:
         """Cross-entropy of a text under the distribution, bits a character; unseen ones share one
         count.
         """
@@ -98,14 +99,15 @@ class CorpusStatistics:
         cost = {c: math.log2((self._total + kinds) / (self._counts[c] + 1)) for c in set(text)}
         return sum(cost[c] for c in text) / max(1, len(text))
 
-    def foreign(self, text: str) -> str:
+    def describe_foreign(self, text: str) -> str:
         """A sentence where the characters of a text are others than the corpus has, else ""."""
         if not self._texts or len(text) < FEW_CHARACTERS:
             return ""
-        bits = self.bits(text)
+        bits = self.count_bits(text)
         if bits <= self._limit:
             return ""
-        return f"characters unlike the corpus: {bits:.1f} bits a character against {self._centre:.1f}{_script(text)}"
+        normal = f"(normal {self._centre:.1f})"
+        return f"characters unlike the corpus: {bits:.1f} bits per character {normal}{_name_script(text)}"
 
 
 def text_anomalies(
@@ -117,15 +119,15 @@ def text_anomalies(
         usual: what the corpus looks like.
         among: other samples, of the same batch or near it, of which it may be a copy.
     """
-    found = [*_characters(text), *_words(text), *_repetition(text)]
-    if usual is not None and (foreign := usual.foreign(text)):
+    found = [*_check_characters(text), *_check_words(text), *_check_repetition(text)]
+    if usual is not None and (foreign := usual.describe_foreign(text)):
         found.append(foreign)
     if text and text in among:
         found.append("the very same text as another sample")
     return found
 
 
-def _characters(text: str) -> list[str]:
+def _check_characters(text: str) -> list[str]:
     if len(text) < FEW_CHARACTERS:
         return []
     size, found, counts = len(text), [], Counter(text)
@@ -134,11 +136,11 @@ def _characters(text: str) -> list[str]:
         found.append(f"{controls / size:.0%} unprintable characters")
     broken = len(_MOJIBAKE.findall(text))
     if broken / size > REPLACEMENT:
-        found.append(f"{broken} traces of text decoded wrongly")
+        found.append(f"{plural(broken, 'trace')} of text decoded wrongly")
     entropy = -sum(n / size * math.log2(n / size) for n in counts.values())
     low, high = ENTROPY_OF_MANY if _is_of(text, _UNSPACED) or _is_of(text, _SYLLABLES) else ENTROPY
     if entropy < low or entropy > high:
-        found.append(f"{entropy:.1f} bits of entropy a character, usual are {low:g} to {high:g}")
+        found.append(f"{entropy:.1f} bits of entropy per character (normal {low:g} to {high:g})")
     if (braces := (counts["{"] + counts["}"]) / size) > BRACES:
         found.append(f"{braces:.0%} curly brackets")
     if "lorem ipsum" in text.lower():
@@ -163,7 +165,7 @@ def _is_of(text: str, script: re.Pattern[str]) -> bool:
     return len(script.findall(text)) > UNSPACED_SHARE * sum(not c.isspace() for c in text)
 
 
-def _words(text: str) -> list[str]:
+def _check_words(text: str) -> list[str]:
     words = _WORD.findall(text)
     if len(text) < FEW_CHARACTERS or not words or _is_of(text, _UNSPACED):
         return []
@@ -182,17 +184,17 @@ def _words(text: str) -> list[str]:
     return found
 
 
-def _repetition(text: str) -> list[str]:
+def _check_repetition(text: str) -> list[str]:
     found = []
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if len(lines) > 3 and (share := 1 - len(set(lines)) / len(lines)) > DUPLICATE_LINES:
         found.append(f"{share:.0%} of the lines are repeated")
     if _is_of(text, _UNSPACED):
-        return [*found, *(_character_runs(text) or _repeated_strings(text))]
+        return [*found, *(_find_character_runs(text) or _find_repeated_strings(text))]
     words = _WORD.findall(text)
     if len(words) < FEW_WORDS:
         # Without words that could repeat, as in one long string, the characters may.
-        return [*found, *_character_runs(text)]
+        return [*found, *_find_character_runs(text)]
     size = sum(map(len, words))
     for length, limit in TOP_GRAMS.items():
         (gram, count), *_ = Counter(
@@ -201,12 +203,12 @@ def _repetition(text: str) -> list[str]:
         if count > 2 and (share := count * sum(map(len, gram)) / size) > limit:
             return [*found, f"{min(share, 1.0):.0%} of the text is one phrase of {length} words"]
     for length, limit in DUPLICATE_GRAMS.items():
-        if (share := _duplicated(words, length) / size) > limit:
+        if (share := _count_duplicated(words, length) / size) > limit:
             return [*found, f"{share:.0%} of the text are repeated phrases of {length} words"]
     return found
 
 
-def _duplicated(words: Sequence[str], length: int) -> int:
+def _count_duplicated(words: Sequence[str], length: int) -> int:
     """Characters in n-grams of words (or of the characters of a text) that stood there before, each
     counted once.
     """
@@ -220,7 +222,7 @@ def _duplicated(words: Sequence[str], length: int) -> int:
     return sum(len(word) for word, inside in zip(words, covered, strict=True) if inside)
 
 
-def _repeated_strings(text: str) -> list[str]:
+def _find_repeated_strings(text: str) -> list[str]:
     """As the phrases of words, for a script without spaces."""
     text = "".join(text.split())
     if len(text) < FEW_CHARACTERS:
@@ -232,35 +234,35 @@ def _repeated_strings(text: str) -> list[str]:
         if count > 2 and (share := count * length / len(text)) > limit:
             return [f"{min(share, 1.0):.0%} of the text is one string of {length} characters"]
     for length, limit in DUPLICATE_STRINGS.items():
-        if (share := _duplicated(text, length) / len(text)) > limit:
+        if (share := _count_duplicated(text, length) / len(text)) > limit:
             return [f"{share:.0%} of the text are repeated strings of {length} characters"]
     return []
 
 
-def _character_runs(text: str) -> list[str]:
+def _find_character_runs(text: str) -> list[str]:
     """Whether a text is a short string over and over: shifted by its length it meets itself.
 
     The string is at most a quarter of the text. How long it may be is learnt at some places of the
-    text, from how far behind each the next few characters stand again: then no more than a handful
+    text, from how far after each the next few characters come again: then no more than a handful
     of lengths are tried.
     """
     if len(text) < FEW_CHARACTERS:
         return []
-    for period in _periods(text):
+    for period in _find_periods(text):
         same = sum(map(operator.eq, text, text[period:]))
         if same >= REPEATS * (len(text) - period):
             return [f"{text[:period][:SHOWN].strip() or 'white space'!r} over and over"]
     return []
 
 
-def _periods(text: str) -> list[int]:
+def _find_periods(text: str) -> list[int]:
     """Lengths after which a text may repeat itself, shortest first; as many as there are places at
     most.
     """
     longest = len(text) // 4 - 1
     found: Counter[int] = Counter()
     for place in range(PLACES):
-        # Within the first three quarters a place has a whole period behind it.
+        # Within the first three quarters a place has a full period after it.
         at = place * (len(text) - longest - ANCHOR) // PLACES
         distance = text.find(text[at : at + ANCHOR], at + 1, at + longest + ANCHOR + 1) - at
         if 0 < distance <= longest:
@@ -269,7 +271,7 @@ def _periods(text: str) -> list[int]:
     return sorted(common)
 
 
-def _script(text: str) -> str:
+def _name_script(text: str) -> str:
     """The script of most of its letters, by their Unicode names: " (mostly CYRILLIC)"; "" for Latin
     or none.
     """

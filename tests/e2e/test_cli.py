@@ -574,4 +574,5 @@ def test_all_commands_know_that_a_run_has_ended_also_without_its_status(
         assert main(["ctl", str(run.path), "pause"]) == 2
         assert "is not running (it halted at step 30)" in capsys.readouterr().err
         assert main(["report", str(run.path)]) == 0
-        assert "halted (exit 3)" in capsys.readouterr().out
+        head = capsys.readouterr().out.splitlines()[0]
+        assert "halted" in head and "exit code 3" in head

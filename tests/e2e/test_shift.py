@@ -28,7 +28,7 @@ from guardrail.core.records import (
 )
 from guardrail.decide.controller import Controller
 from guardrail.decide.root_cause import AnomalySignature, ReplayPass, ahead_of, structure_of
-from guardrail.report.build import build
+from guardrail.report.build import build_report
 from tests.parallel.test_law import killed_behind
 from tests.support.feed import healthy_loss, noisy, obs, warmed
 from tests.support.running import (
@@ -348,7 +348,7 @@ def test_nothing_of_it_is_left_out_and_not_a_bit_is_changed(
     assert not spans(run)
     (noted,) = [event for event in of_kind(run, "finding") if "level shift" in event.message]
     assert noted.data["at_step"] == AT and noted.data["incident"] == 1
-    (incident,) = build(run).incidents
+    (incident,) = build_report(run).incidents
     assert incident.cost.rejected == 0 and incident.cost.seconds > 0.0, "the second try was applied"
     off = tiny(
         tmp_path / "off",

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from guardrail.core.files import as_int
 from guardrail.core.format import brief
 from guardrail.core.records import Event, Span
 from guardrail.decide.undo import joined, split_span, undone_spans
 from guardrail.report.incident import Incident
 from guardrail.report.incident_builder import IncidentBuilder
-from guardrail.report.journal_entries import whole
 from guardrail.rundir.run_directory import span_of
 
 KEPT_CASES, KEPT_SPANS = 200, 5000
@@ -63,12 +63,12 @@ class Evidence:
         told = [event for event in events if event.kind in _TOLD or event.kind == "started"]
         for event in told:
             if event.kind == "started":
-                self._samples = max(0, whole(event.data.get("samples"))) or self._samples
+                self._samples = max(0, as_int(event.data.get("samples"))) or self._samples
             elif event.kind == "undo":
                 back = undone_spans(event)
                 self._left_out = [one for one in self._left_out if one.span not in back]
             elif (span := span_of(event)) is not None:
-                incident = whole(event.data.get("incident"))
+                incident = as_int(event.data.get("incident"))
                 self._left_out.append(
                     LeftOut(span, incident, tuple(_names(event.data.get("documents"))))
                 )
@@ -90,5 +90,5 @@ def _names(raw: object) -> Iterable[str]:
     for item in raw if isinstance(raw, list) else []:
         path = item.get("path") if isinstance(item, dict) else item
         name = brief(str(path or ""), 400)
-        record = whole(item.get("record")) if isinstance(item, dict) else 0
+        record = as_int(item.get("record")) if isinstance(item, dict) else 0
         yield f"{name}:{record}" if record else name

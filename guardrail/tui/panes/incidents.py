@@ -129,10 +129,10 @@ def _evidence_of(case: casefile.Incident) -> Iterator[tuple[str, list[str]]]:
         yield "tokens", [token.sentence() for token in case.tokens]
     if case.cause:
         yield "cause", [f"{case.cause}: {case.cause_reason}" if case.cause_reason else case.cause]
-    if case.deeds:
-        done = [f"{clock(deed.time)}  {deed.sentence or deed.action}" for deed in case.deeds]
+    if case.actions:
+        done = [f"{clock(one.time)}  {one.sentence or one.action}" for one in case.actions]
         yield "done", done[-12:]
-    if remedies := [remedy for deed in case.deeds for remedy in deed.remedies]:
+    if remedies := [remedy for action in case.actions for remedy in action.remedies]:
         yield "remedy", list(dict.fromkeys(remedies))
     if case.samples:
         yield "left out", list(_left_out(case))

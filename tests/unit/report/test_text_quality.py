@@ -14,7 +14,7 @@ from guardrail.report import text_quality as oddness
 from guardrail.report.text_quality import (
     FEW_CHARACTERS,
     CorpusStatistics,
-    _character_runs,
+    _find_character_runs,
     text_anomalies,
 )
 
@@ -119,14 +119,16 @@ def test_a_string_over_and_over_is_found_at_any_length(period: int, noise: float
     text = "".join(
         draw.choice("XYZ") if draw.random() < noise else one for one in string * (600 // period)
     )
-    (said,) = _character_runs(text)
+    (said,) = _find_character_runs(text)
     assert said.endswith("over and over")
 
 
 def test_random_characters_are_no_repetition() -> None:
     draw = random.Random(0)
     for size in (FEW_CHARACTERS, 100, 8192):
-        assert _character_runs("".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=size))) == []
+        assert (
+            _find_character_runs("".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=size))) == []
+        )
 
 
 @pytest.mark.fault("A6")
@@ -143,7 +145,7 @@ def test_the_time_grows_with_the_length_and_not_with_its_square(
 
     text = "".join(random.Random(0).choices("abcdefgh", k=40_000))
     monkeypatch.setattr(oddness.operator, "eq", counted)
-    assert _character_runs(text) == [] and compared <= 4 * len(text)
+    assert _find_character_runs(text) == [] and compared <= 4 * len(text)
 
 
 def samples(losses: list[float], gradients: list[float] | None = None) -> list[Sample]:

@@ -1,5 +1,5 @@
-"""Was it enough, and was it worth it: an incident whose every number is known, in all four forms of
-the report.
+"""Was it enough, and was it worth it: an incident of which every number is known, in all four forms
+of the report.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from guardrail.core.config import GuardOptions
 from guardrail.core.files import encode_json
 from guardrail.core.records import GRAD_NORM, LOSS, Action, LossTrend, Observation, Verdict
 from guardrail.decide.controller import Controller
-from guardrail.report.build import build
-from guardrail.report.incident import Incident
-from guardrail.report.output import written
-from guardrail.report.text_chart import HEIGHT, WIDTH, sketch
+from guardrail.report.build import build_report
+from guardrail.report.costs import effect_of
+from guardrail.report.formats import format_number
+from guardrail.report.incident import Cost, Incident
+from guardrail.report.output import incident_text, render_report
+from guardrail.report.text_chart import HEIGHT, WIDTH, draw_chart
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.feed import noisy
 
@@ -116,7 +118,7 @@ def numbers(told: Told) -> tuple[float, float, float]:
 
 def test_the_offset_and_its_price_are_the_known_numbers(shifted: Told) -> None:
     expected, got, price = numbers(shifted)
-    (incident,) = build(shifted.run).incidents
+    (incident,) = build_report(shifted.run).incidents
     assert incident.state == "offset" and shifted.closed is not None
     assert (incident.onset, incident.closed_step) == (ONSET, shifted.closed.step - 1)
     assert incident.curve is not None and incident.curve.slope == pytest.approx(-0.3)
@@ -133,56 +135,57 @@ def test_the_offset_and_its_price_are_the_known_numbers(shifted: Told) -> None:
     assert cost.excess == pytest.approx(SPIKE - power(ONSET)) and cost.price == pytest.approx(price)
 
 
-def test_all_four_forms_say_what_it_cost_what_it_saved_and_whether_it_was_worth_it(
+def test_all_four_forms_show_what_it_cost_and_whether_it_was_worth_it(
     shifted: Told, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected, got, price = numbers(shifted)
     parts = [
-        f"incident 1: offset: loss {got:.4g} against {expected:.4g} that its curve before step {ONSET} leads to",
-        "2 steps given up, 8 s of training",
-        "2 updates kept out of the weights; loss reached 50 against 2.5",
-        f"yes: loss against its curve: {SPIKE - power(ONSET):+.3g} in what was given up or rejected, "
-        f"{got - expected:+.3g} after; the 2 steps made again bring {price:.2g} on that curve",
+        format_number(got),
+        format_number(expected),
+        f"{SPIKE - power(ONSET):+.3g}",
+        f"{got - expected:+.3g}",
+        format_number(price),
+        "2 steps discarded",
+        "2 updates rejected",
+        "8 s",
     ]
-    for form in ("terminal", "markdown", "html"):
-        said = written(shifted.run, form).replace("\\+", "+")
-        for part in parts:
-            assert part in said, f"{part!r} is not in the {form}:\n{said}"
+    forms = [render_report(shifted.run, form) for form in ("markdown", "html")]
+    for said in (incident_text(shifted.run, 1), *forms):
+        missing = [part for part in parts if part not in said.replace("\\+", "+")]
+        assert not missing, said
     assert main(["report", str(shifted.run.path), "--json"]) == 0
     (incident,) = json.loads(capsys.readouterr().out)["incidents"]
     assert incident["measured"]["offset"] == pytest.approx(got - expected)
     assert {"steps", "seconds", "parked", "rejected", "excess", "price"} <= set(incident["cost"])
+    effect = {"excess": SPIKE - power(ONSET), "offset": got - expected, "price": price, "noise": 0}
+    assert incident["effect"].pop("worth") == "yes"
+    assert incident["effect"] == pytest.approx(effect, abs=1e-9)
 
 
 def test_what_cost_no_step_and_left_no_offset(whole: Told) -> None:
-    (incident,) = build(whole.run).incidents
+    (incident,) = build_report(whole.run).incidents
     assert incident.state == "recovered" and incident.measured["offset"] == pytest.approx(
         0.0, abs=1e-9
     )
     assert (incident.cost.steps, incident.cost.price) == (0, 0.0)
-    said = written(whole.run, "terminal")
-    assert "worth: yes: loss against its curve: +47.5 in what was given up or rejected, " in said
-    assert "made again" not in said
+    assert incident.effect is not None and incident.effect.worth == "yes"
+    assert incident.effect.excess == pytest.approx(SPIKE - power(ONSET))
+    assert "discarded steps" not in incident_text(whole.run, 1)
 
 
 def test_a_gain_below_its_price_is_not_worth_it() -> None:
-    from guardrail.report.incident import Cost
-    from guardrail.report.render_text import worth_of
-
-    def said(excess: float, offset: float, noise: float = 0.0) -> str:
+    def worth(excess: float, offset: float, noise: float = 0.0) -> str | None:
         cost, measured = (
             Cost(steps=100, excess=excess, price=0.2),
             {"offset": offset, "noise": noise},
         )
-        return worth_of(
-            Incident(number=1, state="offset", onset=5, opened=0.0, cost=cost, measured=measured)
-        )
+        incident = Incident(number=1, state="offset", onset=5, opened=0.0, measured=measured)
+        effect = effect_of(incident, cost)
+        return effect.worth if effect is not None else None
 
-    assert said(0.5, 0.1).startswith("yes: ") and said(0.5, 0.4).startswith("no: ")
-    assert said(0.5, 0.1, 0.3).startswith("within the noise: ") and said(0.5, 0.4, 0.3).startswith(
-        "within the noise: "
-    )
-    assert said(math.nan, 0.1) == said(0.5, math.nan) == ""
+    assert worth(0.5, 0.1) == "yes" and worth(0.5, 0.4) == "no"
+    assert worth(0.5, 0.1, 0.3) == worth(0.5, 0.4, 0.3) == "within the noise"
+    assert worth(math.nan, 0.1) is None and worth(0.5, math.nan) is None
 
 
 # -- the curves
@@ -196,7 +199,7 @@ def points(page: str, name: str) -> dict[float, float]:
 
 def test_the_page_draws_where_the_loss_was_heading(shifted: Told) -> None:
     """It lies on the losses before the onset, and below those that stayed up behind it."""
-    page = written(shifted.run, "html")
+    page = render_report(shifted.run, "html")
     heading, here = points(page, "heading"), points(page, "here")
     assert shifted.closed is not None
     span = max(here) - min(here)
@@ -208,12 +211,12 @@ def test_the_page_draws_where_the_loss_was_heading(shifted: Told) -> None:
     for x, y in heading.items():
         near = here[min(here, key=lambda other: abs(other - x))]
         assert abs(near - y) < 1.0 if x in before else y - near > 1.0 if x in behind else True
-    assert "heading before an incident" in page
+    assert "loss trend before an incident" in page
 
 
 def test_the_terminal_draws_the_loss(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path, "drawn", "")
-    assert sketch(run, []) == []
+    assert draw_chart(run, []) == []
     with run.metrics_writer() as rows:
         for step in range(1, 69):
             rows.append(
@@ -224,24 +227,27 @@ def test_the_terminal_draws_the_loss(tmp_path: Path) -> None:
     run.append("rollback", to_step=60, from_step=68, new_timeline=1)
     # Flat at e: drawn below the line where it is, above it in the end.
     flat = LossTrend(middle=0.0, level=1.0, slope=0.0, noise=0.1, spread=1.0, count=68)
-    lines = sketch(run, [Incident(number=1, state="open", onset=69, opened=0.0, curve=flat)])
+    lines = draw_chart(run, [Incident(number=1, state="open", onset=69, opened=0.0, curve=flat)])
     assert all(len(line) <= 80 and line.isascii() for line in lines)
     picture = [line[11:].ljust(WIDTH) for line in lines[:HEIGHT]]
     assert picture[0][0] == "*" and picture[-1][-2] == ".", (
-        "from the first loss to the last, which was given up"
+        "from the first loss to the last, which was discarded"
     )
     assert picture[0][-1] == "x", "what is not finite is at the top"
     assert sum(row.count("x") for row in picture) == 2 and picture[7][34] == "x"
     (row,) = [number for number, line in enumerate(picture) if "-" in line]
     assert row == round((6.2 - math.e) / 4.4 * 9) and lines[0].split("|")[0].strip() == "6.2"
     assert lines[HEIGHT + 1].split() == ["1", "69"]
-    assert "* present, . given up, x rejected, - where it was heading" in lines[-1]
+    assert "* applied, . discarded, x rejected, - trend" in lines[-1]
 
 
-def test_tries_far_off_do_not_flatten_the_rest_and_the_report_holds_the_picture(
+def test_tries_far_off_do_not_flatten_the_rest_and_the_chart_is_added_on_demand(
     shifted: Told,
 ) -> None:
-    lines = written(shifted.run, "terminal").splitlines()
+    assert not [
+        line for line in render_report(shifted.run, "terminal").splitlines() if " |" in line
+    ]
+    lines = render_report(shifted.run, "terminal", chart=True).splitlines()
     drawn = [line for line in lines if re.match(r"^ {0,9}[\d.]* +\|", line)]
     assert len(drawn) == HEIGHT and "x" in drawn[0]
     assert sum("*" in line for line in drawn) >= HEIGHT // 2
@@ -268,5 +274,5 @@ def test_a_curve_of_a_hostile_journal_breaks_nothing(tmp_path: Path, curve: Any)
         "incident", "x", step=3, number=1, state="offset", onset=0, offset="nan", curve=curve
     )
     for form in ("terminal", "markdown", "html"):
-        assert "incident" in written(run, form).lower()
-    assert msgspec.json.decode(encode_json(build(run)))
+        assert "incident" in render_report(run, form).lower()
+    assert msgspec.json.decode(encode_json(build_report(run)))

@@ -19,7 +19,7 @@ from guardrail.core.records import Command, CommandKind, Mode, Phase, Status
 from guardrail.launch import launcher as launching
 from guardrail.launch.launcher import is_alive
 from guardrail.launch.supervisor_journal import SupervisorJournal
-from guardrail.report.build import build
+from guardrail.report.build import build_report
 from guardrail.rundir.run_directory import RunDirectory
 
 FAULT = pytest.mark.fault("B8")
@@ -75,7 +75,7 @@ def test_a_run_on_a_host_with_another_clock_lives(
         assert main(["runs", "--json"]) == 0
         assert [row["state"] for row in json.loads(capsys.readouterr().out)] == ["step"]
         run.append("started")
-        assert build(run).state == "running"
+        assert build_report(run).state == "running"
 
 
 @pytest.mark.parametrize("skew", [*BEHIND, 45.0, pytest.param(3600.0, marks=FAULT)])

@@ -1,0 +1,193 @@
+"""What a cause test measured, as numbers under names: from a `cause` line of the journal. Pure.
+
+A line may hold them under `evidence`. Older versions wrote them into the sentence `reason` alone;
+it is taken apart here. What does not fit stays unknown.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from guardrail.core.files import as_int
+from guardrail.core.records import Record
+from guardrail.core.text import clean
+
+LONGEST = 2000  # characters of a sentence that are read
+_NUMBER = r"(-?(?:\d[\d.]*(?:e[+-]?\d+)?|nan|inf))"
+_AGAIN = re.compile(rf"^(\S+) {_NUMBER} comes again")
+_OTHERS = re.compile(rf"(\d+) of (\d+) other batches show it \(([^)]*)\)(?: over {_NUMBER})?")
+_OLDER = re.compile(
+    rf"from the state of step (\d+) (.*?)(?:, where another batch has {_NUMBER})? (too|only)\b"
+)
+_HAS = re.compile(rf" has {_NUMBER}")
+_AHEAD = re.compile(r"so do (\d+) of (\d+) batches (\d+) to (\d+) ahead")
+_ORDER = re.compile(
+    rf"in another order the loss is {_NUMBER} higher, and {_NUMBER} with usual batches"
+)
+_OTHER_NUMBER = re.compile(
+    r"gave another number(?: on (.*?)| (in the reduction between the ranks))?: "
+    rf"(.*?) {_NUMBER} at first and {_NUMBER} then"
+)
+
+
+class SameBatch(Record, frozen=True, kw_only=True):
+    """The rejected batch run again from the same state.
+
+    Attributes:
+        repeated: it gave the same number again.
+        first, again: the value of `signal` at first, and in the second run.
+        where: "rank 1 (vm)"; "" where the number repeated.
+    """
+
+    signal: str
+    repeated: bool
+    first: float
+    again: float
+    where: str = ""
+
+
+class OtherBatches(Record, frozen=True, kw_only=True):
+    """Other batches run from the same state: how many spiked too, above `limit`."""
+
+    tested: int
+    spiked: int
+    values: tuple[float, ...] = ()
+    limit: float | None = None
+
+
+class OlderState(Record, frozen=True, kw_only=True):
+    """The batch (or those since the onset) run from the older state of `step`.
+
+    Attributes:
+        spiked: it spiked from there too.
+        other_batch: value of a healthy batch from that state.
+    """
+
+    step: int
+    spiked: bool
+    values: tuple[float, ...] = ()
+    other_batch: float | None = None
+
+
+class BatchesAhead(Record, frozen=True, kw_only=True):
+    """Batches that come later, run from the same state."""
+
+    tested: int
+    spiked: int
+    nearest: int
+    farthest: int
+
+
+class LabelOrder(Record, frozen=True, kw_only=True):
+    """Loss increase (nats per token) when the labels of each row are shuffled, here and in normal
+    text; about 0 where the text has no structure.
+    """
+
+    here: float
+    normal: float
+
+
+class CauseEvidence(Record, frozen=True, kw_only=True):
+    """The tests that were made; None: that one was not made, or the journal does not say."""
+
+    same_batch: SameBatch | None = None
+    other_batches: OtherBatches | None = None
+    older_state: OlderState | None = None
+    batches_ahead: BatchesAhead | None = None
+    label_order: LabelOrder | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        return self == CauseEvidence()
+
+
+def evidence_from_line(data: Mapping[str, Any]) -> CauseEvidence | None:
+    """The evidence of a `cause` line; None where it has none that can be read."""
+    stored = data.get("evidence")
+    if isinstance(stored, dict):
+        try:
+            return msgspec.convert(stored, CauseEvidence, strict=False)
+        except (msgspec.ValidationError, ValueError, OverflowError):
+            return None
+    found = evidence_from_sentence(str(data.get("reason") or "")[:LONGEST])
+    return None if found.is_empty else found
+
+
+def evidence_from_sentence(reason: str) -> CauseEvidence:
+    """The numbers in the sentence of versions that wrote no `evidence`."""
+    return CauseEvidence(
+        same_batch=_find_same_batch(reason),
+        other_batches=_find_other_batches(reason),
+        older_state=_find_older_state(reason),
+        batches_ahead=_find_batches_ahead(reason),
+        label_order=_find_label_order(reason),
+    )
+
+
+def _find_same_batch(reason: str) -> SameBatch | None:
+    if again := _AGAIN.search(reason):
+        value = _parse_number(again[2])
+        return SameBatch(signal=clean(again[1], 60), repeated=True, first=value, again=value)
+    if other := _OTHER_NUMBER.search(reason):
+        return SameBatch(
+            signal=clean(other[3].removeprefix("the "), 60),
+            repeated=False,
+            first=_parse_number(other[4]),
+            again=_parse_number(other[5]),
+            where=clean(other[1] or other[2] or "", 120),
+        )
+    return None
+
+
+def _find_other_batches(reason: str) -> OtherBatches | None:
+    found = _OTHERS.search(reason)
+    if found is None:
+        return None
+    values = tuple(_parse_number(value.strip()) for value in found[3].split(",") if value.strip())
+    return OtherBatches(
+        tested=as_int(int(found[2])),
+        spiked=as_int(int(found[1])),
+        values=values,
+        limit=_parse_number(found[4]) if found[4] else None,
+    )
+
+
+def _find_older_state(reason: str) -> OlderState | None:
+    found = _OLDER.search(reason)
+    if found is None:
+        return None
+    return OlderState(
+        step=as_int(int(found[1])),
+        spiked=found[4] == "too",
+        values=tuple(_parse_number(value) for value in _HAS.findall(found[2])),
+        other_batch=_parse_number(found[3]) if found[3] else None,
+    )
+
+
+def _find_batches_ahead(reason: str) -> BatchesAhead | None:
+    found = _AHEAD.search(reason)
+    if found is None:
+        return None
+    spiked, tested, nearest, farthest = (as_int(int(number)) for number in found.groups())
+    return BatchesAhead(tested=tested, spiked=spiked, nearest=nearest, farthest=farthest)
+
+
+def _find_label_order(reason: str) -> LabelOrder | None:
+    found = _ORDER.search(reason)
+    return (
+        None
+        if found is None
+        else LabelOrder(here=_parse_number(found[1]), normal=_parse_number(found[2]))
+    )
+
+
+def _parse_number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

@@ -1,0 +1,304 @@
+"""What an incident was, in plain sentences: one template per cause, filled with the numbers of its
+evidence. Pure.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from guardrail.core.records import FindingKind
+from guardrail.core.text import plural
+from guardrail.report.cause_evidence import (
+    BatchesAhead,
+    LabelOrder,
+    OlderState,
+    OtherBatches,
+    SameBatch,
+)
+from guardrail.report.formats import (
+    file_name,
+    format_number,
+    format_signal,
+    join_words,
+    shorten,
+)
+from guardrail.report.incident import Incident, IncidentAction, SkippedFile
+from guardrail.report.skipped_files import typical_remark
+
+STRUCTURED = 0.25  # share of the normal label-order loss from which on a text has structure
+NEIGHBOUR = 0.1  # share of the largest file below which a file is only a neighbour of the bad ones
+
+
+@dataclass(frozen=True, kw_only=True)
+class CauseTemplate:
+    """Attributes:
+    short: for a table.
+    title: for a heading; slots: {files}, {rank}, {what}.
+    conclusion: what the evidence shows, after it.
+    """
+
+    short: str
+    title: str
+    conclusion: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paragraph:
+    """What an incident was: a heading, and sentences, most important first."""
+
+    title: str
+    sentences: tuple[str, ...]
+
+
+NEW_DATA = CauseTemplate(
+    short="new data",
+    title="A new kind of data{files}",
+    conclusion="The data is new to the model and has structure, so guardrail accepted it.",
+)
+RAISED = CauseTemplate(
+    short="raised level",
+    title="Raised values, but no spike",
+    conclusion="Other batches have the same values, so guardrail applied the update.",
+)
+NOT_TESTED = CauseTemplate(short="not tested", title="{what}, cause not tested")
+TEMPLATES = {
+    "data": CauseTemplate(
+        short="bad data",
+        title="Bad data{files}",
+        conclusion="The cause is the data, not the model.",
+    ),
+    "data x state": CauseTemplate(
+        short="data + state",
+        title="Data that spikes only from this model state{files}",
+        conclusion="The cause is this data together with this state of the model.",
+    ),
+    "state": CauseTemplate(
+        short="model state",
+        title="The state of the model, not the data",
+        conclusion="The cause is the state of the model, not the data.",
+    ),
+    "hardware or nondeterminism": CauseTemplate(
+        short="not reproducible",
+        title="A fault{rank} that did not repeat",
+        conclusion="A rare case is harmless. If it returns, check this device.",
+    ),
+    "unknown": CauseTemplate(
+        short="unknown",
+        title="{what}, cause unknown",
+        conclusion="The cause test had too little to compare with.",
+    ),
+}
+# present names of causes -> the names that older journals have
+_RENAMED = {
+    "data, only from this state": "data x state",
+    "not reproducible": "hardware or nondeterminism",
+}
+
+
+def find_template(incident: Incident) -> CauseTemplate:
+    """The template of an incident's cause; a cause that is not known stands for itself."""
+    if not incident.cause:
+        return NOT_TESTED
+    if incident.is_new_data:
+        return NEW_DATA
+    if incident.is_raised_only:
+        return RAISED
+    cause = _RENAMED.get(incident.cause, incident.cause)
+    if cause in TEMPLATES:
+        return TEMPLATES[cause]
+    named = incident.cause.replace("{", "(").replace("}", ")")
+    return CauseTemplate(short=named, title=f"{named}{{files}}")
+
+
+def describe_incident(incident: Incident) -> Paragraph:
+    """The paragraph of an incident: what was wrong, how that is known, what it did to the run."""
+    template = find_template(incident)
+    rank = f" on rank {incident.cause_rank}" if incident.cause_rank >= 0 else ""
+    if rank and incident.cause_host:
+        rank += f" (host {incident.cause_host})"
+    title = template.title.format(
+        files=list_files(incident.files), rank=rank, what=name_anomaly(incident)
+    )
+    sentences = [*_describe_tries(incident), *_describe_evidence(incident)]
+    if template.conclusion:
+        sentences.append(template.conclusion)
+    sentences += [
+        *_describe_text(incident),
+        *_describe_effect(incident),
+        *_describe_loss_after(incident),
+    ]
+    return Paragraph(title=title, sentences=tuple(sentences))
+
+
+# -- what was wrong
+
+
+def name_anomaly(incident: Incident) -> str:
+    """ "Loss spike", "NaN or Inf", "Anomaly" where the journal has no finding."""
+    worst = next(iter(incident.findings), None)
+    if worst is None:
+        return "Anomaly"
+    if worst.kind is FindingKind.NONFINITE:
+        return "NaN or Inf"
+    if worst.kind is FindingKind.NO_TOKENS:
+        return "A batch without labels"
+    words = worst.kind.value.replace("_", " ")
+    return words[:1].upper() + words[1:]
+
+
+def _describe_tries(incident: Incident) -> Iterator[str]:
+    tried = [action for action in incident.actions if action.batch is not None]
+    rejected = [action for action in tried if not action.action.startswith("would ")]
+    if len(rejected) > 1 and not _is_retry(rejected):
+        steps = [action.step + 1 for action in rejected]
+        first, last = min(steps), max(steps)
+        if first == last:
+            yield f"guardrail rejected {len(rejected):,} consecutive batches at step {first:,}."
+        else:
+            yield f"guardrail rejected {len(rejected):,} batches at steps {first:,} to {last:,}."
+
+
+def _is_retry(actions: Sequence[IncidentAction]) -> bool:
+    return all(action.action == "retry" for action in actions)
+
+
+def list_files(files: Sequence[SkippedFile]) -> str:
+    """ " in 5 files: 0357.txt to 0361.txt (under 300 bytes also from 0356.txt and 0362.txt)"."""
+    if not files:
+        return ""
+    largest = max(file.bytes for file in files)
+    few = [file for file in files if 0 < file.bytes < NEIGHBOUR * largest]
+    bad = [file for file in files if file not in few]
+    said = f" in {plural(len(bad), 'file')}: {_list_names(bad)}"
+    if few:
+        most = max(file.bytes for file in few)
+        limit = 10 ** len(str(most))
+        limit = min(limit, 100 * (most // 100 + 1))
+        said += f" (under {limit:,} bytes also from {_list_names(few)})"
+    return said
+
+
+def _list_names(files: Sequence[SkippedFile]) -> str:
+    names = [shorten(file_name(file.shown), 40) for file in files]
+    if len(names) > 3 and _is_range(names):
+        return f"{names[0]} to {names[-1]}"
+    if len(names) > 3:
+        return f"{', '.join(names[:2])} and {len(names) - 2:,} more"
+    return join_words(names)
+
+
+def _is_range(names: Sequence[str]) -> bool:
+    """Whether the names differ by a number that counts up by one."""
+    parts = [re.fullmatch(r"(\D*)(\d{1,15})(\D*)", os.path.basename(name)) for name in names]
+    found = [(part[1], part[3], int(part[2])) for part in parts if part is not None]
+    if len(found) < len(names) or len({part[:2] for part in found}) > 1:
+        return False
+    numbers = [part[2] for part in found]
+    return numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+
+
+def _describe_text(incident: Incident) -> Iterator[str]:
+    if incident.samples and (
+        remark := typical_remark(odd for s in incident.named for odd in s.odd)
+    ):
+        yield f"Typical of the skipped text: {remark}."
+
+
+# -- how that is known
+
+
+def _describe_evidence(incident: Incident) -> Iterator[str]:
+    evidence = incident.evidence
+    if evidence is None:
+        return
+    if evidence.same_batch is not None:
+        yield from _describe_same_batch(evidence.same_batch)
+    if evidence.older_state is not None:
+        yield _describe_older_state(evidence.older_state)
+    if evidence.other_batches is not None and evidence.other_batches.tested:
+        yield _describe_other_batches(evidence.other_batches)
+    if evidence.batches_ahead is not None and evidence.batches_ahead.spiked:
+        yield _describe_batches_ahead(evidence.batches_ahead)
+    if evidence.label_order is not None:
+        yield _describe_label_order(evidence.label_order)
+
+
+def _describe_same_batch(test: SameBatch) -> Iterator[str]:
+    if test.repeated:
+        return
+    where = f" on {test.where}" if test.where.startswith(("rank", "every")) else ""
+    first, again = format_number(test.first), format_number(test.again)
+    yield f"The same batch gave a {format_signal(test.signal)} of {first}{where}, then {again}."
+
+
+def _describe_older_state(test: OlderState) -> str:
+    if test.spiked:
+        return f"Run again from the older state of step {test.step:,}, the data spikes too."
+    return f"Run again from the older state of step {test.step:,}, the data is normal."
+
+
+def _describe_other_batches(test: OtherBatches) -> str:
+    normal = test.tested - test.spiked
+    if not normal:
+        return f"All {plural(test.tested, 'other batch')} tested from the same state spike too."
+    verb = "is" if normal == 1 else "are"
+    return f"{normal:,} of {plural(test.tested, 'other batch')} {verb} normal from the same state."
+
+
+def _describe_batches_ahead(test: BatchesAhead) -> str:
+    return (
+        f"{test.spiked} of {test.tested} later batches "
+        f"({test.nearest:,} to {test.farthest:,} batches ahead) spike too."
+    )
+
+
+def _describe_label_order(test: LabelOrder) -> str:
+    here, normal = max(0.0, test.here), test.normal
+    known = (
+        f"Shuffling the labels costs {here:.1f} nats per token here and {normal:.1f} on normal text"
+    )
+    if not math.isfinite(here) or not normal > 0:
+        return f"{known}."
+    structured = "has structure" if here / normal >= STRUCTURED else "has no structure"
+    return f"{known}: this text {structured}."
+
+
+# -- what it did to the run
+
+
+def _describe_effect(incident: Incident) -> Iterator[str]:
+    advised = [action for action in incident.actions if action.action.startswith("would ")]
+    rollbacks = [action for action in incident.actions if action.action == "rollback"]
+    if advised:
+        yield "guardrail only reported it (mode advise): every update was applied."
+    for rollback in rollbacks[-1:]:
+        lost = sum(action.steps_lost for action in rollbacks)
+        why = (
+            "Bad updates were in the weights, so guardrail"
+            if incident.has_bad_updates
+            else "guardrail"
+        )
+        to_step = "an older state" if rollback.to_step is None else f"step {rollback.to_step:,}"
+        yield f"{why} restored {to_step} ({plural(lost, 'step')} discarded)."
+    is_over = incident.closed is not None
+    if is_over and incident.cost.rejected and not rollbacks and not advised:
+        yield "No bad update was applied, so no rollback was needed."
+    for undo in [action for action in incident.actions if action.action == "undo"][-1:]:
+        state = "" if undo.to_step is None else f", which restored step {undo.to_step:,}"
+        yield f"A user has undone a decision of the guard at step {undo.step:,}{state}."
+
+
+def _describe_loss_after(incident: Incident) -> Iterator[str]:
+    got, trend = (incident.measured.get(name, math.nan) for name in ("got", "expected"))
+    if not math.isfinite(got) or not math.isfinite(trend):
+        return
+    noise = incident.measured.get("noise", math.nan)
+    around = f" (noise {format_number(noise)})" if math.isfinite(noise) else ""
+    yield (
+        f"Loss after the incident {format_number(got)}, "
+        f"trend predicted {format_number(trend)}{around}."
+    )

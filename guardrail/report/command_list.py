@@ -1,0 +1,68 @@
+"""What users did to a run, and the notes in its journal, as lines. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from guardrail.core.records import CommandKind, Mode
+from guardrail.core.text import plural
+from guardrail.report.incident import IncidentAction
+from guardrail.report.model import CommandRecord, Report
+
+HEADS = ("step", "command", "user", "answer")
+_WITHOUT_VALUE = ("pause", "resume", "checkpoint", "accept", "stop")
+_MODES = (CommandKind.MODE.value, "mode")
+_ANSWERS = ("accept", "continue", "stop")
+
+
+def list_commands(report: Report) -> Iterator[tuple[str, ...]]:
+    """A row for each command."""
+    for command in report.commands:
+        reason = f": {command.reason}" if command.reason else ""
+        yield (
+            f"{command.step:,}",
+            describe_command(command),
+            command.who or "-",
+            f"{command.effect}{reason}",
+        )
+
+
+def describe_command(command: CommandRecord) -> str:
+    """The command with its value: "lr 0.5", "mode ask", "answer accept"."""
+    name, value = command.command or "command", command.value
+    if name in _MODES and value in range(len(Mode)):
+        return f"{name} {list(Mode)[int(value)].value}"
+    if name == CommandKind.ANSWER.value and value in range(len(_ANSWERS)):
+        return f"{name} {_ANSWERS[int(value)]}"
+    if name in _WITHOUT_VALUE or value != value:
+        return name
+    return f"{name} {value:g}"
+
+
+def list_effects(report: Report) -> Iterator[str]:
+    """Skips, rollbacks and undone decisions, a sentence each."""
+    for action in report.by_person:
+        yield f"step {action.step:,}: {_describe_effect(action)}"
+    undone = {
+        (action.time, action.step): action
+        for incident in report.incidents
+        for action in incident.actions
+        if action.action == "undo"
+    }
+    for action in undone.values():
+        restored = "" if action.to_step is None else f", restored step {action.to_step:,}"
+        lost = f" ({plural(action.steps_lost, 'step')} discarded)" if action.steps_lost else ""
+        yield f"step {action.step:,}: undo{restored}{lost}"
+
+
+def _describe_effect(action: IncidentAction) -> str:
+    parts = []
+    if action.action == "rollback" and action.to_step is not None:
+        parts.append(
+            f"restored step {action.to_step:,} ({plural(action.steps_lost, 'step')} discarded)"
+        )
+    if action.samples_skipped >= 0:
+        parts.append(f"{plural(action.samples_skipped, 'sample')} skipped")
+    if action.window is not None and action.window[0] < action.window[1]:
+        parts.append(f"positions {action.window[0]:,}-{action.window[1] - 1:,}")
+    return ", ".join(parts) or action.sentence or action.action

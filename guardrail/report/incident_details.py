@@ -1,0 +1,256 @@
+"""Everything about one incident as a paragraph and short tables. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from guardrail.core.records import Finding, FindingKind
+from guardrail.core.text import plural
+from guardrail.report.cause_sentences import Paragraph, describe_incident
+from guardrail.report.formats import (
+    format_duration,
+    format_number,
+    format_share,
+    format_signal,
+    shorten_path,
+)
+from guardrail.report.incident import Incident, IncidentAction, SkippedFile, Token
+from guardrail.report.table_rows import describe_state
+
+MAX_ROWS = 16  # of a table; JSON has all that the journal named
+MAX_TOKENS = 3
+MAX_NAMES = 4  # parameters of a rank
+PATH_WIDTH = 60
+_ACTIONS = {
+    "retry": "batch repeated",
+    "pause": "paused to ask",
+    "halt": "run halted",
+    "rollback": "older state restored",
+}
+# kinds that the name of the signal does not tell
+_KINDS = (FindingKind.DIVERGENCE, FindingKind.LEVEL_SHIFT, FindingKind.GROWTH, FindingKind.STUCK)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A titled table. `right`: numbers of the columns aligned to the right; `rest`: a line after
+    it; `excerpts`: (whose, text), text of the data itself.
+    """
+
+    title: str
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    right: tuple[int, ...] = ()
+    rest: str = ""
+    excerpts: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class IncidentDetails:
+    """`title` names the incident, `paragraph` says what it was."""
+
+    title: str
+    paragraph: Paragraph
+    facts: tuple[str, ...]
+    tables: tuple[Table, ...]
+
+
+def detail_incident(incident: Incident) -> IncidentDetails:
+    number = f"Incident {incident.number}" if incident.number else "Incident without a number"
+    tables = (
+        _make_signals(incident),
+        _make_decisions(incident),
+        _make_documents(incident),
+        _make_tokens(incident),
+    )
+    return IncidentDetails(
+        title=f"{number}: step {incident.onset:,}, {describe_state(incident)}",
+        paragraph=describe_incident(incident),
+        facts=tuple(_list_facts(incident)),
+        tables=tuple(table for table in tables if table.rows),
+    )
+
+
+def _list_facts(incident: Incident) -> Iterator[str]:
+    """What it cost and what it was worth, and where NaN and Inf came from: a sentence each."""
+    if cost := describe_cost(incident):
+        yield f"Cost: {cost}."
+    if effect := describe_effect(incident):
+        yield effect
+    for rank, module in incident.modules.items():
+        yield f"First non-finite output on rank {rank}: {module}."
+    for rank, names in _find_own_parameters(incident).items():
+        more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+        yield f"Non-finite gradients on rank {rank}: {', '.join(names[:MAX_NAMES])}{more}."
+
+
+def _find_own_parameters(incident: Incident) -> dict[str, list[str]]:
+    """Of the ranks that findings name: the reduction hands a NaN of one rank to all."""
+    ranks = {str(rank) for finding in incident.findings for rank in finding.ranks}
+    own = {rank: names for rank, names in incident.parameters.items() if rank in ranks}
+    return own or incident.parameters
+
+
+def describe_cost(incident: Incident) -> str:
+    """ "3 steps discarded, 12 samples skipped, 1.3 s of training", as far as it was measured."""
+    cost = incident.cost
+    parts = [f"{plural(cost.steps, 'step')} discarded"] if cost.steps else []
+    parts += [f"{plural(cost.rejected, 'update')} rejected"] if cost.rejected else []
+    parts += [f"{plural(incident.samples, 'sample')} skipped"] if incident.samples else []
+    parts += [f"{format_duration(cost.seconds)} of training"] if cost.seconds >= 0 else []
+    parts += [f"{format_duration(cost.parked)} waiting for an answer"] if cost.parked else []
+    return ", ".join(parts)
+
+
+def describe_effect(incident: Incident) -> str:
+    """The losses against the trend, and whether what was done was worth its cost."""
+    effect = incident.effect
+    if effect is None:
+        return ""
+    price = ""
+    if incident.cost.steps:
+        price = f" Progress of the discarded steps: {format_number(effect.price)}."
+    return (
+        f"Loss against the trend, nats per token: {effect.excess:+.3g} in rejected and discarded "
+        f"batches, {effect.offset:+.3g} after the incident.{price} Worth its cost: {effect.worth}."
+    )
+
+
+# -- tables
+
+
+def _make_signals(incident: Incident) -> Table:
+    findings = incident.findings[:MAX_ROWS]
+    heads: tuple[str, ...] = ("signal", "step", "value", "normal", "score", "limit")
+    has_ranks = any(finding.ranks for finding in findings)
+    rows = [_signal_cells(finding) for finding in findings]
+    if has_ranks:
+        heads = (*heads, "ranks")
+        rows = [(*row, _list_ranks(finding)) for row, finding in zip(rows, findings, strict=True)]
+    return Table(
+        title="Signals",
+        heads=heads,
+        rows=tuple(rows),
+        right=(1, 2, 3, 4, 5),
+        rest=_count_more(len(incident.findings), "signal"),
+    )
+
+
+def _list_ranks(finding: Finding) -> str:
+    return ", ".join(map(str, finding.ranks[:8])) or "-"
+
+
+def _signal_cells(finding: Finding) -> tuple[str, ...]:
+    name = format_signal(finding.signal)
+    if finding.kind in _KINDS:
+        name += f", {finding.kind.value.replace('_', ' ')}"
+    if finding.severity.value == "note":
+        name += " (noted)"
+    judged = (finding.baseline, finding.score, finding.threshold)
+    numbers = [format_number(one) for one in judged] if finding.threshold > 0 else ["-", "-", "-"]
+    return (name, f"{finding.step:,}", format_number(finding.value), *numbers)
+
+
+def _make_decisions(incident: Incident) -> Table:
+    rows: list[tuple[str, ...]] = []
+    for number, action in enumerate(incident.actions[:MAX_ROWS], 1):
+        rows.append(_decision_cells(number, action))
+        rows += [("", "", "", "", "", remedy) for remedy in action.remedies]
+    return Table(
+        title="Decisions (a rejected batch does not advance the step)",
+        heads=("try", "step", "positions", "signal", "value", "decision"),
+        rows=tuple(rows),
+        right=(0, 1, 4),
+        rest=_count_more(len(incident.actions), "decision"),
+    )
+
+
+def _decision_cells(number: int, action: IncidentAction) -> tuple[str, ...]:
+    first, last = action.batch or action.window or (0, 0)
+    if action.action == "rollback" and action.window is not None:
+        first, last = action.window
+    positions = f"{first:,}-{last - 1:,}" if first < last else "-"
+    decision = describe_decision(action)
+    if not action.signal:
+        return (str(number), f"{action.step:,}", positions, "-", "-", decision)
+    # The journal has the number of the step before the rejected one.
+    step, signal = f"{action.step + 1:,}", format_signal(action.signal)
+    return (str(number), step, positions, signal, format_number(action.value), decision)
+
+
+def describe_decision(action: IncidentAction) -> str:
+    """What a decision did: "16 samples skipped", "restored step 220 (memory), 12 steps
+    discarded, 112 skipped".
+    """
+    skipped = action.samples_skipped
+    if action.action in ("rollback", "undo") and action.to_step is not None:
+        done = "restored" if action.action == "rollback" else "undo: restored"
+        tier = f" ({action.tier})" if action.tier else ""
+        lost = plural(action.steps_lost, "step")
+        said = f"{done} step {action.to_step:,}{tier}, {lost} discarded"
+        return f"{said}, {skipped:,} skipped" if skipped >= 0 else said
+    parts = [_describe_action(action)]
+    if skipped >= 0:
+        parts.append(f"{plural(skipped, 'sample')} skipped")
+    if action.batch is not None and 0 <= skipped < action.batch[1] - action.batch[0]:
+        parts.append(f"{action.batch[1] - action.batch[0] - skipped:,} kept")
+    return ", ".join(part for part in parts if part)
+
+
+def _describe_action(action: IncidentAction) -> str:
+    if action.action == "skip":
+        return "" if action.samples_skipped >= 0 else "batch skipped"
+    if action.action.startswith("would "):
+        return f"{action.action} (advise)"
+    if action.action == "remedy":
+        return "remedies" if action.remedies else action.sentence
+    return _ACTIONS.get(action.action, action.sentence or action.action)
+
+
+def _make_documents(incident: Incident) -> Table:
+    files = incident.files[:MAX_ROWS]
+    rest = _count_more(len(incident.files), "file")
+    if incident.documents_total > len(incident.documents):
+        known = f"{len(incident.documents):,} of {plural(incident.documents_total, 'document')}"
+        rest = f"{rest}; the journal names {known}" if rest else f"the journal names {known}"
+    return Table(
+        title="Documents",
+        heads=("file", "bytes skipped", "remark"),
+        rows=tuple(_file_cells(file) for file in files),
+        right=(1,),
+        rest=rest,
+        excerpts=tuple((file.shown, text) for file in files for text in file.excerpts),
+    )
+
+
+def _file_cells(file: SkippedFile) -> tuple[str, ...]:
+    records = f" ({plural(file.records, 'record')})" if file.records else ""
+    size = f"{file.bytes:,}" if file.bytes else "-"
+    return (f"{shorten_path(file.shown, PATH_WIDTH)}{records}", size, file.remark or "-")
+
+
+def _make_tokens(incident: Incident) -> Table:
+    there = [token for token in incident.tokens if token.count]
+    return Table(
+        title="Tokens",
+        heads=("token", "share of the embedding gradient", "in the batch"),
+        rows=tuple(_token_cells(token) for token in there[:MAX_TOKENS]),
+        right=(2,),
+    )
+
+
+def _token_cells(token: Token) -> tuple[str, ...]:
+    share = f"up to {format_share(token.share)}" if math.isfinite(token.share) else "-"
+    count = f"{token.count:,}" if token.count >= 0 else "-"
+    named = f'{token.id} "{token.text}"' if token.text else str(token.id)
+    return (named, share, count)
+
+
+def _count_more(count: int, noun: str) -> str:
+    return f"and {plural(count - MAX_ROWS, noun)} more" if count > MAX_ROWS else ""
+
+
+def find_incident(incidents: Sequence[Incident], number: int) -> Incident | None:
+    return next((one for one in incidents if one.number == number and number > 0), None)

@@ -1,0 +1,58 @@
+"""A table as lines of text that fit a width. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from guardrail.report.formats import COLUMNS, shorten
+
+GAP = 2  # spaces between columns
+LEAST = 10  # characters that a column keeps when it must shrink
+
+
+def format_table(
+    heads: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    right: Collection[int] = (),
+    indent: str = "",
+    width: int = COLUMNS,
+) -> list[str]:
+    """The lines of a table: the heads, then a line for each row.
+
+    Args:
+        right: numbers of the columns that are aligned to the right.
+        width: of a line; the widest columns shrink until the table fits.
+    """
+    table = [tuple(heads), *(tuple(row) for row in rows)]
+    widths = _measure_columns(table)
+    _shrink_columns(widths, width - len(indent) - GAP * (len(widths) - 1))
+    lines = []
+    for row in table:
+        cells = [
+            _align_cell(shorten(cell, wide), wide, at in right)
+            for at, (cell, wide) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append((indent + (" " * GAP).join(cells)).rstrip())
+    return lines
+
+
+def measure_width(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """Characters that the table needs in order to show every cell in full."""
+    widths = _measure_columns([heads, *rows])
+    return sum(widths) + GAP * (len(widths) - 1)
+
+
+def _measure_columns(table: Sequence[Sequence[str]]) -> list[int]:
+    return [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
+
+
+def _align_cell(cell: str, width: int, right: bool) -> str:
+    return cell.rjust(width) if right else cell.ljust(width)
+
+
+def _shrink_columns(widths: list[int], room: int) -> None:
+    """Take from the widest columns until all fit, as far as each keeps `LEAST` characters."""
+    while sum(widths) > room and max(widths) > LEAST:
+        widest = widths.index(max(widths))
+        widths[widest] -= 1

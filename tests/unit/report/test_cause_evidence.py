@@ -1,0 +1,136 @@
+"""The numbers of a cause test are found in the sentence that the controller writes today, and in
+the slots that a journal may hold.
+"""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+import pytest
+
+from guardrail.core.records import Cause
+from guardrail.decide.root_cause import (
+    AnomalySignature,
+    RankNumbers,
+    ReplayPass,
+    ahead_of,
+    hardware,
+    judge,
+    structure_of,
+)
+from guardrail.report.cause_evidence import (
+    BatchesAhead,
+    CauseEvidence,
+    LabelOrder,
+    OlderState,
+    OtherBatches,
+    SameBatch,
+    evidence_from_line,
+    evidence_from_sentence,
+)
+
+SPIKE = AnomalySignature(signal="loss", limits={"loss": (2.0, 4.0)}, stuck={})
+
+
+def passed(loss: float, what: str = "another batch") -> ReplayPass:
+    return ReplayPass(what=what, signals={"loss": loss})
+
+
+def test_the_sentence_of_bad_data() -> None:
+    found = judge(
+        SPIKE,
+        again=passed(8.5, "the batch"),
+        others=[passed(2.0), passed(2.25), passed(7.5)],
+        suspects=[passed(8.25, "the batch")],
+        level=passed(2.5),
+        older_step=160,
+        passes=9,
+    )
+    found = ahead_of(found, SPIKE, [(131, passed(2.0)), (81, passed(2.0))], passes=9)
+    found = structure_of(found, [0.0026], [2.0, 2.2], passes=9)
+    assert found.cause is Cause.DATA
+    assert evidence_from_sentence(found.reason) == CauseEvidence(
+        same_batch=SameBatch(signal="loss", repeated=True, first=8.5, again=8.5),
+        other_batches=OtherBatches(tested=3, spiked=1, values=(2.0, 2.25, 7.5), limit=4.0),
+        older_state=OlderState(step=160, spiked=True, values=(8.25,), other_batch=2.5),
+        batches_ahead=BatchesAhead(tested=2, spiked=0, nearest=81, farthest=131),
+        label_order=LabelOrder(here=0.0026, normal=2.1),
+    )
+
+
+def test_the_sentences_of_other_causes() -> None:
+    again, normal = passed(8.5, "the batch"), [passed(2.0), passed(2.25)]
+    state = judge(SPIKE, again=again, others=[passed(9.0), passed(8.0)], passes=3)
+    others = evidence_from_sentence(state.reason).other_batches
+    assert state.cause is Cause.STATE and others is not None
+    assert (others.tested, others.spiked) == (2, 2)
+    both = judge(
+        SPIKE,
+        again=again,
+        others=normal,
+        suspects=[passed(2.0, "the batch")],
+        older_step=7,
+        passes=3,
+    )
+    older = evidence_from_sentence(both.reason).older_state
+    assert both.cause is Cause.DATA_AND_STATE
+    assert older == OlderState(step=7, spiked=False, values=(2.0,))
+    unknown = judge(SPIKE, again=again, others=[], passes=3)
+    only = evidence_from_sentence(unknown.reason)
+    assert unknown.cause is Cause.UNKNOWN and only == CauseEvidence(same_batch=only.same_batch)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_sentence_of_a_number_that_did_not_come_again(world: int) -> None:
+    first = [RankNumbers(loss_sum=4.0, before=math.nan, after=1.0, host="vm")] * world
+    again = [*first[1:], RankNumbers(loss_sum=4.0, before=1.5, after=1.0, host="vm")]
+    found = hardware(first, again, 0.0, sums=(2.0, 2.0), passes=1)
+    assert found is not None
+    same = evidence_from_sentence(found.reason).same_batch
+    assert same is not None and not same.repeated and same.signal == "gradient"
+    assert math.isnan(same.first) and same.again == 1.5 and same.where == f"rank {world - 1} (vm)"
+    alike = [RankNumbers(loss_sum=4.0, before=1.0, after=1.0)] * 2
+    found = hardware(alike, alike, 0.0, sums=(2.0, 2.5), passes=1)
+    assert found is not None
+    same = evidence_from_sentence(found.reason).same_batch
+    assert same == SameBatch(
+        signal="loss",
+        repeated=False,
+        first=2.0,
+        again=2.5,
+        where="in the reduction between the ranks",
+    )
+
+
+def test_slots_of_a_journal_are_taken_as_they_are() -> None:
+    slots = CauseEvidence(
+        other_batches=OtherBatches(tested=3, spiked=1),
+        label_order=LabelOrder(here=0.1, normal=2.0),
+    )
+    line = {"evidence": msgspec.to_builtins(slots), "reason": "loss 8 comes again"}
+    assert evidence_from_line(line) == slots
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {},
+        {"reason": 3},
+        {"reason": "other words"},
+        {"evidence": {"other_batches": "x"}},
+        {"evidence": {"label_order": {"here": [], "normal": 1}}},
+        {"reason": "loss 1.2.3 comes again".replace("comes", "went")},
+    ],
+)
+def test_what_cannot_be_read_is_no_evidence(line: dict[str, object]) -> None:
+    assert evidence_from_line(line) is None
+
+
+def test_a_sentence_of_any_length_is_read_in_time() -> None:
+    reason = "from the state of step 1 " * 50_000 + "loss 1.2.3 comes again"
+    assert evidence_from_line({"reason": reason}) is None
+    numbers = evidence_from_sentence(
+        "loss 1.2.3 comes again, 9" + "9" * 90 + " of 3 other batches show it ()"
+    )
+    assert numbers.other_batches is not None and numbers.other_batches.spiked == 0

@@ -1,0 +1,108 @@
+"""Each cause has a template, and its paragraph the numbers of the evidence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from guardrail.core.records import Cause, Finding, FindingKind, Severity
+from guardrail.report.cause_evidence import (
+    CauseEvidence,
+    LabelOrder,
+    OlderState,
+    OtherBatches,
+    SameBatch,
+)
+from guardrail.report.cause_sentences import (
+    NEW_DATA,
+    NOT_TESTED,
+    RAISED,
+    TEMPLATES,
+    describe_incident,
+    find_template,
+    list_files,
+)
+from guardrail.report.incident import Incident, SkippedFile
+from guardrail.report.table_rows import describe_finding, describe_findings
+
+
+def incident(**changes: Any) -> Incident:
+    return Incident(**{"number": 1, "state": "recovered", "onset": 5, "opened": 0.0, **changes})
+
+
+@pytest.mark.parametrize("cause", [cause.value for cause in Cause])
+def test_each_cause_has_a_template(cause: str) -> None:
+    assert find_template(incident(cause=cause)) in TEMPLATES.values()
+
+
+@pytest.mark.parametrize("cause", ["data, only from this state", "not reproducible"])
+def test_present_names_of_causes_have_the_template_of_the_old_one(cause: str) -> None:
+    assert find_template(incident(cause=cause)) in TEMPLATES.values()
+
+
+def test_what_a_cause_is_called_besides() -> None:
+    assert find_template(incident()) is NOT_TESTED
+    assert find_template(incident(cause="data", is_new_data=True)) is NEW_DATA
+    assert find_template(incident(cause="state", is_raised_only=True)) is RAISED
+    assert find_template(incident(cause="{x} of another version")).short == "(x) of another version"
+    assert describe_incident(incident(cause="{files}{x}")).title.startswith("(files)(x)")
+
+
+def test_the_paragraph_has_the_numbers_of_the_evidence() -> None:
+    evidence = CauseEvidence(
+        other_batches=OtherBatches(tested=5, spiked=1),
+        older_state=OlderState(step=160, spiked=True),
+        label_order=LabelOrder(here=-0.01, normal=2.1),
+    )
+    files = tuple(SkippedFile(path=f"{n}.txt", shown=f"{n}.txt", bytes=90) for n in (357, 358))
+    said = describe_incident(incident(cause="data", evidence=evidence, files=files))
+    assert "357.txt" in said.title and "2 files" in said.title
+    text = " ".join(said.sentences)
+    for number in ("160", "4 of 5", "0.0", "2.1"):
+        assert number in text, number
+    same = SameBatch(signal="gradient", repeated=False, first=1.5, again=1.25, where="rank 1 (vm)")
+    fault = incident(
+        cause="not reproducible",
+        cause_rank=1,
+        cause_host="vm",
+        evidence=CauseEvidence(same_batch=same),
+    )
+    told = describe_incident(fault)
+    assert "rank 1" in told.title and "1.5" in told.sentences[0] and "1.25" in told.sentences[0]
+
+
+def test_every_sentence_is_short() -> None:
+    """At most 20 words, by the rules of the project's texts."""
+    for template in (*TEMPLATES.values(), NEW_DATA, RAISED, NOT_TESTED):
+        assert len(template.conclusion.split()) <= 20
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({}, ""),
+        ({"a.txt": 9}, " in 1 file: a.txt"),
+        ({f"{n:04d}.txt": 900 for n in range(9)}, " in 9 files: 0000.txt to 0008.txt"),
+        ({f"{n * n}.txt": 900 for n in range(9)}, " in 9 files: 0.txt, 1.txt and 7 more"),
+        (
+            {"1.txt": 5, "2.txt": 3000, "3.txt": 284},
+            " in 1 file: 2.txt (under 300 bytes also from 1.txt and 3.txt)",
+        ),
+        ({"1.txt": 0, "2.txt": 3000}, " in 2 files: 1.txt and 2.txt"),
+    ],
+)
+def test_files_are_named_in_few_words(sizes: dict[str, int], said: str) -> None:
+    files = [SkippedFile(path=name, shown=name, bytes=size) for name, size in sizes.items()]
+    assert list_files(files) == said
+
+
+@pytest.mark.parametrize("kind", FindingKind)
+def test_each_kind_of_finding_has_its_words(kind: FindingKind) -> None:
+    found = Finding(
+        signal="embed_grad_norm", step=9, kind=kind, severity=Severity.REJECT, value=1640.4,
+        baseline=1.1, score=21.9, threshold=10.0, onset=9, ranks=(2,),
+    )  # fmt: skip
+    said = describe_finding(found)
+    assert 0 < len(said) <= 60 and "embed_grad_norm" not in said
+    assert describe_findings([found])

@@ -1,0 +1,106 @@
+"""Nothing that a journal or a metrics file holds breaks the report or reaches the terminal."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from guardrail.core.records import Span
+from guardrail.report.output import (
+    commands_text,
+    incident_text,
+    report_as_dict,
+    summary_text,
+)
+from guardrail.rundir.run_directory import RunDirectory
+from tests.support.report_runs import (
+    assert_harmless,
+    finding,
+    start,
+)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return RunDirectory.create(tmp_path, "demo", "[data]\nquarantine = ''\n")
+
+
+# -- what comes from outside
+
+
+def test_journals_full_of_nonsense_do_not_break_the_report(run: RunDirectory) -> None:
+    generator = random.Random(0)
+    values = [
+        None,
+        -1,
+        0,
+        3,
+        2.5,
+        "nan",
+        "x",
+        [],
+        [1],
+        [1, 2],
+        [None],
+        {},
+        {"a": 1},
+        True,
+        10**30,
+        "\x1b[2J",
+        [{}],
+        1e300,
+    ]
+    keys = """action would findings onset window span documents documents_total samples incident number state to_step
+        from_step new_timeline tier parameters id command value who effect reason path cp_step bytes phase exit_code
+        checkpoint order_seed shuffled world host loss schedule""".split()
+    kinds = """started restarted resume_check finding verdict left_out rollback incident command checkpoint durability
+        eval paused resumed note hung ranks_failed ended future""".split()
+    for n in range(1500):
+        data = {key: generator.choice(values) for key in generator.sample(keys, 12)}
+        line = {
+            "seq": n + 1,
+            "time": float(n),
+            "step": generator.randrange(99),
+            "timeline": generator.randrange(4),
+        }
+        line |= {
+            "kind": generator.choice(kinds),
+            "message": generator.choice(["", "m", "\x1b]0;t\x07"]),
+        }
+        with run.journal_path.open("a") as file:
+            file.write(json.dumps(line | data) + "\n")
+        if n % 100 == 99:
+            report_as_dict(run)
+            assert_harmless(summary_text(run))
+
+
+def test_no_control_character_of_a_document_reaches_the_terminal(run: RunDirectory) -> None:
+    evil = "\x1b]52;c;ZXZpbA==\x07\x9b2J\u202e[/red]\n"
+    start(run, host=evil)
+    document = {"path": evil, "excerpt": evil}
+    span = Span(first=0, last=4, cause="rejected", step=1, reason=evil)
+    bad = finding(2, signal=evil)
+    run.append(
+        "verdict",
+        evil,
+        step=1,
+        action="skip",
+        findings=[bad],
+        incident=1,
+        parameters={evil: [evil]},
+    )
+    run.append("left_out", evil, step=1, span=span, documents=[document], incident=1)
+    run.append("command", evil, id=evil, command=evil, who=evil, effect=evil, reason=evil)
+    run.append("checkpoint", evil, path=evil, state=evil, reason=evil)
+    run.append("restarted", evil, step=1, timeline=1, checkpoint=evil)
+    run.append("resume_check", evil, schedule=evil)
+    run.append("hung", evil)
+    run.append("ended", evil, phase=evil, reason=evil)
+    told = summary_text(run)
+    assert_harmless(told)
+    assert "[/red]" in told
+    for other in (incident_text(run, 1, excerpts=True), commands_text(run)):
+        assert_harmless(other)
