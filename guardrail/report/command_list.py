@@ -11,7 +11,7 @@ from guardrail.report.model import CommandRecord, Report
 
 HEADS = ("step", "command", "user", "answer")
 _WITHOUT_VALUE = ("pause", "resume", "checkpoint", "accept", "stop")
-_MODES = (CommandKind.MODE.value, "mode")
+_MODES = (CommandKind.MODE.value,)
 _ANSWERS = ("accept", "continue", "stop")
 
 
