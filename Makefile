@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: install demo test ci-slow lint rounding faults restarts bench clean
+.PHONY: install demo test ci-slow lint docs rounding faults restarts bench clean
 
 install: $(STAMP)
 	@:
@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 # What the extras read, write and train is tested with the real libraries.
 $(EXTRAS): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-	  -e '.[dev,hf,notify,plot,stacks,wandb,web]'
+	  -e '.[dev,docs,hf,notify,plot,stacks,wandb,web]'
 	@touch $@
 
 # With a terminal the screen opens, without one there is a line for every 20 steps. The report comes in any case.
@@ -51,6 +51,11 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The pages of docs/ as a site in build/site; a broken link or a page that is not in the navigation fails.
+docs: $(EXTRAS)
+	$(BIN)/python -m tests.support.make_docs --check
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 # The tests that train a model, with initial weights changed by 1e-6 (three seeds), and with the kernels of older CPUs:
 # none of them may depend on the rounding of one machine.
