@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 from guardrail.backtest.importers.recorded_log import Log, settings_for
 from guardrail.backtest.rejudge import Rejudge, Watch
-from guardrail.core.config import GuardOptions, checked_guard
+from guardrail.core.config import checked_guard
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import Action, Finding, FindingKind, Mode, Verdict
 from guardrail.decide.controller import Controller
 from guardrail.decide.incidents import CLOSED

@@ -18,8 +18,9 @@ import msgspec
 
 from guardrail.backtest.importers.recorded_log import Log, settings_for
 from guardrail.backtest.rejudge import Rejudge
-from guardrail.core.config import GuardOptions, checked_guard
+from guardrail.core.config import checked_guard
 from guardrail.core.errors import DataError, GuardrailError, RunDirectoryError
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import METRIC_COLUMNS, Action, Event, Mode, Verdict
 from guardrail.decide.advised_incidents import advised_words
 from guardrail.decide.controller import Controller

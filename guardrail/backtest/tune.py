@@ -18,7 +18,7 @@ import msgspec
 
 from guardrail.backtest.backtest import Case, Result, backtest
 from guardrail.backtest.importers.recorded_log import Log
-from guardrail.core.config import GuardOptions
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS
 
 BUDGET = 1.0  # single rejections in 10,000 records that a run should not mind

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from guardrail.backtest.importers.recorded_log import Log
     from guardrail.backtest.importers.sources import Source
     from guardrail.backtest.scoring import Marks
-    from guardrail.core.config import GuardOptions
+    from guardrail.core.guard_options import GuardOptions
 
 
 MOST_LABELS = 16 << 20  # characters of a file of labels; one of 37 runs has 30,000

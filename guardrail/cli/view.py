@@ -19,7 +19,7 @@ from guardrail.core.text import clean
 
 if TYPE_CHECKING:
     from guardrail.backtest.recorded_run import RecordedRun
-    from guardrail.core.config import GuardOptions
+    from guardrail.core.guard_options import GuardOptions
 
 
 @click.command(short_help="Look at a recorded log, or at a run directory.")

@@ -22,7 +22,7 @@ from typing import Any
 
 from msgspec import structs
 
-from guardrail.core.config import GuardOptions
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import (
     GRAD_NORM,
     LOSS,

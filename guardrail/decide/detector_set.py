@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from msgspec import structs
 
-from guardrail.core.config import GuardOptions
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.objective import policy_name
 from guardrail.core.records import Finding, Observation, Severity
 from guardrail.detectors.base import Detector, LogJumps

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from msgspec import structs
 
-from guardrail.core.config import GuardOptions
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import Action, Cause, Diagnosis, Finding, Mode, Severity, Verdict
 from guardrail.decide.policy import Rollback, close_together
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from guardrail.core.config import EscalationStep
+from guardrail.core.guard_options import EscalationStep
 from guardrail.core.records import Cause
 from guardrail.decide.policy import Rollback
 

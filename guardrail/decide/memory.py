@@ -10,7 +10,7 @@ from typing import Any
 
 from msgspec import convert
 
-from guardrail.core.config import GuardOptions
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import (
     SENSELESS,
     Action,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from guardrail.core.config import EscalationStep, GuardOptions
+from guardrail.core.guard_options import EscalationStep, GuardOptions
 from guardrail.core.records import (
     EMBED_GRAD_NORM,
     EMBED_SHARE,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from guardrail.core.config import EscalationStep, GuardOptions
+from guardrail.core.guard_options import EscalationStep, GuardOptions
 from guardrail.core.records import (
     Action,
     Cause,

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from guardrail.core.config import GuardOptions
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import (
     SENSELESS,
     Action,

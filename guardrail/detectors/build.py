@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from guardrail.core.config import GuardOptions
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.objective import policy_name
 from guardrail.core.records import (
     EMBED_GRAD_NORM,

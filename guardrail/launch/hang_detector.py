@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from guardrail.core.config import LaunchSection
 from guardrail.core.records import Phase, RankStatus
+from guardrail.core.sections import LaunchSection
 
 # a process that has done nothing for this long, while its peers wait, is stopped
 SILENT_SECONDS = 30.0

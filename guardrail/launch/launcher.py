@@ -26,6 +26,7 @@ from guardrail.core.errors import (
     UsageError,
     WorkersFailed,
 )
+from guardrail.core.overrides import shown_override, source_of
 from guardrail.core.records import Phase, Status
 from guardrail.core.text import clean, plural
 from guardrail.rundir import processes
@@ -88,7 +89,7 @@ def prepare(
         raise UsageError("a further node joins the run of the first one: give its --run-dir DIR")
     name = settings.run.name
     if not is_run_name(name):  # with --run-dir it names no folder
-        source = config.source_of("run.name", file=path, overrides=overrides)
+        source = source_of("run.name", file=path, overrides=overrides)
         raise ConfigError(NAME, file=source, key="run.name", value=name)
     return Prepared(RunDirectory.create(settings.run.root, name, text), node_rank, written_out)
 
@@ -175,7 +176,7 @@ def prepare_resume(spec: str, overrides: tuple[str, ...], *, root: str) -> Prepa
         key = override.partition("=")[0].strip()
         if not key.startswith(CHANGEABLE):
             hint = f"a resumed run may change {', '.join(name.rstrip('.') for name in CHANGEABLE)}"
-            key = key if "=" in override else config.shown_override(override)
+            key = key if "=" in override else shown_override(override)
             raise ConfigError(
                 "a setting that leaves the run the same", file="--set", key=key, hint=hint
             )

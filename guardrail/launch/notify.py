@@ -26,11 +26,11 @@ from typing import Any
 import msgspec
 
 from guardrail.core import secret
-from guardrail.core.config import NotifySection, check_webhook
 from guardrail.core.errors import ConfigError
 from guardrail.core.files import encode_json, open_file
 from guardrail.core.records import Event, Record
 from guardrail.core.secret import SecretRef
+from guardrail.core.sections import NotifySection, check_webhook
 from guardrail.core.text import clean, redact
 from guardrail.rundir import journal
 from guardrail.rundir.run_directory import RunDirectory

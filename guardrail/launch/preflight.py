@@ -11,10 +11,12 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from guardrail.core.config import GuardConfig, check_webhook, source_of
+from guardrail.core.config import GuardConfig
 from guardrail.core.errors import ConfigError
 from guardrail.core.files import why_unreachable
+from guardrail.core.overrides import source_of
 from guardrail.core.secret import SecretRef
+from guardrail.core.sections import check_webhook
 
 LEAST_FREE_BYTES = 32 * 1024 * 1024  # journal, logs, status, and the first refused checkpoint
 _NVIDIA = re.compile(r"nvidia\d+")

@@ -26,9 +26,10 @@ from typing import Any
 import msgspec
 
 from guardrail.core import secret
-from guardrail.core.config import LaunchSection, NotifySection, TensorboardSection, parse
+from guardrail.core.config import parse
 from guardrail.core.errors import DiskRefuses, ExitCode, GuardrailError
 from guardrail.core.records import Mode, Phase
+from guardrail.core.sections import LaunchSection, NotifySection, TensorboardSection
 from guardrail.launch import rank_stacks as stacks
 from guardrail.launch.hang_detector import HangDetector, Hung
 from guardrail.launch.notify import Notifier

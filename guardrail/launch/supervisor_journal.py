@@ -18,10 +18,10 @@ from typing import Any
 
 import msgspec
 
-from guardrail.core.config import LaunchSection
 from guardrail.core.errors import ExitCode
 from guardrail.core.files import open_file
 from guardrail.core.records import Mode, Phase, Status
+from guardrail.core.sections import LaunchSection
 from guardrail.core.text import clean, plural
 from guardrail.rundir.journal import EXIT_CODES, last_turn, outcome_of
 from guardrail.rundir.run_directory import RunDirectory

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from guardrail.core.config import LaunchSection
+from guardrail.core.sections import LaunchSection
 from guardrail.rundir.processes import (
     INCARNATION_VARIABLE,
     RUN_VARIABLE,

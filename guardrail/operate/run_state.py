@@ -9,9 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from guardrail.core.config import GuardOptions, load_guard
+from guardrail.core.config import load_guard
 from guardrail.core.errors import ConfigError
 from guardrail.core.files import as_int
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import Event, Mode, Phase, SnapshotInfo, Status, Unresolved
 from guardrail.decide.questions import open_question
 from guardrail.decide.run_history import Effects, RunHistory

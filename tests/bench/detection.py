@@ -32,7 +32,8 @@ from guardrail.backtest.backtest import backtest
 from guardrail.backtest.importers import delimited
 from guardrail.backtest.importers.recorded_log import Column, Log
 from guardrail.backtest.scoring import Marks, score, total
-from guardrail.core.config import GuardOptions, load_guard
+from guardrail.core.config import load_guard
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import GRAD_NORM, LOSS
 from tests.bench.rules import RULES, Rule
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from guardrail.core.config import GuardOptions
+from guardrail.core.guard_options import GuardOptions
 from guardrail.detectors import baseline, divergence, growth, spike, stuck
 from guardrail.detectors import benign_outliers as tail
 from guardrail.detectors import build as standard

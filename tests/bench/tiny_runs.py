@@ -22,7 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from guardrail.core.config import GuardOptions, load_guard
+from guardrail.core.config import load_guard
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import GRAD_NORM, LOSS, Action, Mode, Observation
 from guardrail.decide.controller import Controller
 

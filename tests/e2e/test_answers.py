@@ -26,9 +26,11 @@ import guardrail.torch.guard.command_handler as command_handler
 import guardrail.torch.guard.command_inbox as command_inbox
 from guardrail.cli.ctl import command as ctl
 from guardrail.core import records
-from guardrail.core.config import CheckpointSection, GuardConfig, GuardOptions, SnapshotSection
+from guardrail.core.config import GuardConfig
 from guardrail.core.errors import RunDirectoryError, UsageError
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import Command, CommandKind, Event, Mode, Phase, Status
+from guardrail.core.sections import CheckpointSection, SnapshotSection
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.launch import launcher as launching
 from guardrail.operate import control, preview

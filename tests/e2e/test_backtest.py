@@ -21,8 +21,9 @@ from guardrail.backtest.importers.sources import sources
 from guardrail.backtest.rejudge import Rejudge
 from guardrail.backtest.scoring import score
 from guardrail.cli.main import main
-from guardrail.core.config import GuardOptions, load_guard
+from guardrail.core.config import load_guard
 from guardrail.core.files import encode_json
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import (
     EMBED_GRAD_NORM,
     GRAD_NORM,

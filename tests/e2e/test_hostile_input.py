@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 
 from guardrail.backtest.importers.sources import sources
 from guardrail.cli.main import COMMANDS, main
-from guardrail.core.config import LaunchSection, ask_trainer, build, dump, load, parse
+from guardrail.core.config import ask_trainer, build, dump, load, parse
 from guardrail.core.errors import ConfigError, DataError, WorkersFailed
 from guardrail.core.records import Phase, Status
 from guardrail.core.schema import _fields, _structs_in
+from guardrail.core.sections import LaunchSection
 from guardrail.launch import doctor
 from guardrail.launch import launcher as launching
 from guardrail.rundir.run_directory import RunDirectory

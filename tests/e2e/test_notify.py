@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from guardrail.core.config import GuardConfig, NotifySection
+from guardrail.core.config import GuardConfig
 from guardrail.core.errors import ConfigError
 from guardrail.core.records import Event
+from guardrail.core.sections import NotifySection
 from guardrail.launch import preflight
 from guardrail.launch.notify import Notifier, kind_of, notice_of
 from guardrail.rundir.run_directory import RunDirectory

@@ -14,8 +14,9 @@ import pytest
 
 from guardrail.cli import report as report_command
 from guardrail.cli.main import main
-from guardrail.core.config import GuardConfig, NotifySection, build, dump, load, load_guard
+from guardrail.core.config import GuardConfig, build, dump, load, load_guard
 from guardrail.core.errors import ConfigError
+from guardrail.core.sections import NotifySection
 from guardrail.launch import launcher as launching
 from guardrail.launch import preflight
 from guardrail.launch.notify import Notifier

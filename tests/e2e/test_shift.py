@@ -13,7 +13,7 @@ import pytest
 from msgspec import structs
 
 import guardrail.torch.diagnose.cause_test
-from guardrail.core.config import GuardOptions
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import (
     LOSS,
     Action,

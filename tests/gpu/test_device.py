@@ -20,9 +20,11 @@ import msgspec
 import pytest
 import torch
 
-from guardrail.core.config import GuardConfig, GuardOptions, SnapshotSection
+from guardrail.core.config import GuardConfig
 from guardrail.core.errors import UsageError
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import Command, CommandKind
+from guardrail.core.sections import SnapshotSection
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.checkpoint.memory_snapshots import SnapshotRing

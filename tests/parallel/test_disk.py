@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 import guardrail.torch.checkpoint.commit
-from guardrail.core.config import LaunchSection
 from guardrail.core.errors import ExitCode
 from guardrail.core.records import Command, CommandKind, Mode, Phase, Status
+from guardrail.core.sections import LaunchSection
 from guardrail.launch import supervisor_journal as chronicle
 from guardrail.launch.launcher import prepare_resume
 from guardrail.launch.supervisor_journal import SupervisorJournal

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from guardrail.core.config import LaunchSection
+from guardrail.core.sections import LaunchSection
 from tests.support.ranks import run_ranks, start_ranks, wait_ranks
 from trainer.config.config import Config, ModelSection
 from trainer.config.sections import FaultSection, TrainSection

@@ -14,7 +14,8 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
-from guardrail.core.config import GuardOptions, build, dump
+from guardrail.core.config import build, dump
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import LOSS_SCALE, Action, Command, CommandKind, FindingKind, Mode
 from guardrail.decide.controller import Controller
 from guardrail.detectors.loss_scale import AT_START

@@ -16,8 +16,9 @@ import torch
 from guardrail.backtest.backtest import backtest
 from guardrail.backtest.importers import run_directory
 from guardrail.cli.main import main
-from guardrail.core.config import GuardOptions, build, load_guard
+from guardrail.core.config import build, load_guard
 from guardrail.core.errors import ConfigError, UsageError
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import (
     METRIC_COLUMNS,
     UPDATE_NORM,

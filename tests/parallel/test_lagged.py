@@ -14,9 +14,11 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
-from guardrail.core.config import GuardConfig, GuardOptions, SnapshotSection
+from guardrail.core.config import GuardConfig
 from guardrail.core.errors import ConfigError, UsageError
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import Command, CommandKind, Phase
+from guardrail.core.sections import SnapshotSection
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.guard.guard import Guard

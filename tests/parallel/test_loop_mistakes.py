@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from guardrail.core.config import CheckpointSection, GuardConfig, GuardOptions, SnapshotSection
+from guardrail.core.config import GuardConfig
 from guardrail.core.errors import DataError, UsageError
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import Phase
+from guardrail.core.sections import CheckpointSection, SnapshotSection
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.guard.guard import Guard, Step

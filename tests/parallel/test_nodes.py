@@ -15,9 +15,10 @@ import pytest
 import torch
 
 import trainer.train
-from guardrail.core.config import GuardConfig, LaunchSection, dump, parse
+from guardrail.core.config import GuardConfig, dump, parse
 from guardrail.core.errors import ConfigError, UsageError
 from guardrail.core.records import Phase
+from guardrail.core.sections import LaunchSection
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.launch.launcher import load, prepare_resume
 from guardrail.rundir import processes

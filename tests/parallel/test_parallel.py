@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from guardrail.core.config import LaunchSection
 from guardrail.core.errors import WorkersFailed
+from guardrail.core.sections import LaunchSection
 from tests.support.ranks import run_ranks
 from tests.support.running import assert_same, tiny, trained
 from trainer.config.config import Config, ModelSection

@@ -13,8 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 from guardrail.cli.ctl import command as ctl
-from guardrail.core.config import GuardOptions
 from guardrail.core.errors import GuardrailError
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import Command, CommandKind, Event, Phase, Remedy, SnapshotInfo, Span
 from guardrail.decide.run_history import RunHistory
 from guardrail.decide.sample_order import SampleCursor, SampleOrder

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from guardrail.backtest.rejudge import Rejudge
-from guardrail.core.config import GuardOptions, load_guard
+from guardrail.core.config import load_guard
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import (
     Action,
     Command,

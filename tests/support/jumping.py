@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from guardrail.core.config import CheckpointSection, GuardConfig, GuardOptions, SnapshotSection
+from guardrail.core.config import GuardConfig
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import Command, CommandKind, Status
+from guardrail.core.sections import CheckpointSection, SnapshotSection
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.guard.guard import Guard, Step

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from guardrail.core.config import Section
+from guardrail.core.section import Section
 from guardrail.tui.screens import keys
 from tests.support.places import ROOT
 from trainer.config import Config

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from guardrail.core.config import GuardOptions
+from guardrail.core.guard_options import GuardOptions
 
 # These tests skip much of a tiny corpus. Older versions have no limit on that, and refuse the key.
 NO_LIMIT: dict[str, Any] = (

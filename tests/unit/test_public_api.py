@@ -138,7 +138,7 @@ def test_old_import_paths_work_without_a_warning(module: str) -> None:
 
 def test_old_names_are_the_same_objects() -> None:
     from guardrail.config import GuardSection, Settings
-    from guardrail.core.config import GuardOptions
+    from guardrail.core.guard_options import GuardOptions
     from guardrail.rundir import RunDirectory as OldRunDirectory
     from guardrail.torch.guard import Guard as OldGuard
 

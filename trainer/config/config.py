@@ -15,9 +15,7 @@ from typing import Any
 
 import msgspec
 
-from guardrail.core.config import (
-    GuardConfig,
-)
+from guardrail.core.config import GuardConfig
 from guardrail.core.errors import ConfigError
 from guardrail.core.files import why_unreachable
 from trainer.config import preset

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from msgspec import Struct
 
-from guardrail.core.config import Natural, Positive, Section
 from guardrail.core.errors import ConfigError
+from guardrail.core.section import Natural, Positive, Section
 from trainer.config.recipe import ModelSection, OptimSection, nearest
 from trainer.config.sizes import hidden_width
 

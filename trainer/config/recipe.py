@@ -13,7 +13,9 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from guardrail.core.config import (
+from guardrail.core.errors import ConfigError
+from guardrail.core.files import why_unreachable
+from guardrail.core.section import (
     Fraction,
     Natural,
     NonNegativeFloat,
@@ -21,8 +23,6 @@ from guardrail.core.config import (
     PositiveFloat,
     Section,
 )
-from guardrail.core.errors import ConfigError
-from guardrail.core.files import why_unreachable
 
 Objective = Literal["lm", "prefix-lm", "span", "blank"]
 GATED = ("swiglu", "geglu")

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
-from guardrail.core.config import (
+from guardrail.core.section import (
     Fraction,
     Natural,
     NonNegativeFloat,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from guardrail.core.config import GuardOptions
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import Observation
 
 # From this share of records that repeat the step of the one before, the "step" is an epoch or the

@@ -9,8 +9,8 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
-from guardrail.core.config import Section
 from guardrail.core.errors import ConfigError
+from guardrail.core.section import Section
 from guardrail.torch.guard.hooks import LoopHooks, RankLayout
 
 P = ParamSpec("P")

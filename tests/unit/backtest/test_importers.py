@@ -17,8 +17,8 @@ from guardrail.backtest.backtest import backtest
 from guardrail.backtest.importers import names, wandb_files
 from guardrail.backtest.importers.recorded_log import Log
 from guardrail.backtest.importers.sources import sources
-from guardrail.core.config import GuardOptions
 from guardrail.core.errors import DataError
+from guardrail.core.guard_options import GuardOptions
 
 NAN = float("nan")
 

@@ -16,7 +16,7 @@ from guardrail.backtest.backtest import Result, backtest
 from guardrail.backtest.importers import names
 from guardrail.backtest.importers.sources import sources
 from guardrail.cli.main import main
-from guardrail.core.config import GuardOptions
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import LOSS, Action, Mode, Observation, Severity
 from guardrail.decide.controller import Controller
 from tests.support.feed import noisy, through_json

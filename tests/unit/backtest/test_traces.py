@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from guardrail.core.config import GuardOptions
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import Mode, Observation, Verdict
 from guardrail.decide.controller import Controller
 from tests.support.feed import BATCH

@@ -14,17 +14,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from guardrail.core.config import (
-    ESCALATION,
-    EscalationStep,
-    GuardConfig,
-    GuardOptions,
-    build,
-    dump,
-    load,
-    load_guard,
-)
+from guardrail.core.config import GuardConfig, build, dump, load, load_guard
 from guardrail.core.errors import ConfigError, ExitCode
+from guardrail.core.guard_options import ESCALATION, EscalationStep, GuardOptions
 from guardrail.core.records import Mode
 from tests.support.places import ROOT
 from trainer.config import config as trainer_config
@@ -554,7 +546,8 @@ def test_reading_a_configuration_loads_no_torch() -> None:
 def test_every_setting_is_explained_beside_it() -> None:
     """A line of comment above each field, or above the group of fields that it stands in."""
     for module in (
-        "guardrail/core/config.py",
+        "guardrail/core/guard_options.py",
+        "guardrail/core/sections.py",
         "trainer/config/sections.py",
         "trainer/config/recipe.py",
         "trainer/config/layout.py",

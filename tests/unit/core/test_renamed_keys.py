@@ -9,18 +9,11 @@ from typing import Any
 import pytest
 
 from guardrail.core import renamed_keys
-from guardrail.core.config import (
-    EscalationStep,
-    GuardConfig,
-    GuardOptions,
-    LaunchSection,
-    Section,
-    ShrinkEmbedding,
-    build,
-    checked,
-    load_guard,
-)
+from guardrail.core.config import GuardConfig, build, checked, load_guard
 from guardrail.core.errors import ConfigError
+from guardrail.core.guard_options import EscalationStep, GuardOptions, ShrinkEmbedding
+from guardrail.core.section import Section
+from guardrail.core.sections import LaunchSection
 from trainer.config import Config
 from trainer.config.sections import TrainSection
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from guardrail.core.config import GuardOptions
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import Action, Finding, FindingKind, Severity, SnapshotInfo
 from guardrail.decide.incidents import Incidents
 from guardrail.decide.policy import (

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from guardrail.core.config import EscalationStep, GuardOptions
+from guardrail.core.guard_options import EscalationStep, GuardOptions
 from guardrail.core.records import (
     EMBED_GRAD_NORM,
     Action,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from guardrail.backtest.rejudge import Rejudge
-from guardrail.core.config import GuardOptions
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import Event, Mode
 from guardrail.decide.controller import Controller
 from guardrail.decide.run_history import RunHistory

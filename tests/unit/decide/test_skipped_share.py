@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from guardrail.backtest.rejudge import Rejudge
-from guardrail.core.config import GuardOptions
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import Mode, Phase, Span
 from guardrail.decide.run_history import RunHistory
 from guardrail.decide.sample_order import SampleCursor, SampleOrder

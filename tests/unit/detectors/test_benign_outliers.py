@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from guardrail.core.config import GuardOptions
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import Action, Mode
 from guardrail.decide.controller import Controller
 from guardrail.detectors.benign_outliers import KEEP, LEAST, RATE, BenignOutliers

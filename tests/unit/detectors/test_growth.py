@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from guardrail.core.config import GuardOptions
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import GRAD_NORM, Action, Finding, FindingKind, Mode, Severity, Verdict
 from guardrail.decide.controller import Controller
 from guardrail.detectors.baseline import Baseline

@@ -5,7 +5,7 @@ from itertools import groupby
 
 import pytest
 
-from guardrail.core.config import GuardOptions
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import LOSS, Action, Cause, Diagnosis, Mode, Verdict
 from guardrail.decide.controller import Controller
 from guardrail.detectors.build import TOGETHER

@@ -6,7 +6,7 @@ import pytest
 
 from guardrail.backtest.backtest import backtest
 from guardrail.backtest.importers.sources import sources
-from guardrail.core.config import GuardOptions
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import (
     GRAD_NORM,
     LOSS,

@@ -5,7 +5,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from guardrail.core.config import GuardOptions, dump
+from guardrail.core.config import dump
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import Action, FindingKind, Mode, Verdict
 from guardrail.decide.controller import Controller
 from guardrail.detectors.resume_jump import ROWS

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
-from guardrail.core.config import GuardOptions
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import LOSS, Action, Finding, FindingKind, Severity
 from guardrail.decide.controller import Controller
 from guardrail.detectors.stuck import LEAST, Stuck

@@ -9,8 +9,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from guardrail.core.config import LaunchSection
 from guardrail.core.records import Phase, RankStatus
+from guardrail.core.sections import LaunchSection
 from guardrail.launch import torchrun as elastic
 from guardrail.launch.hang_detector import LONGEST_LOOK, HangDetector
 from guardrail.launch.torchrun import Failure

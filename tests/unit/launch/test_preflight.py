@@ -8,8 +8,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from guardrail.core.config import GuardConfig, LaunchSection
+from guardrail.core.config import GuardConfig
 from guardrail.core.errors import ConfigError
+from guardrail.core.sections import LaunchSection
 from guardrail.launch import launcher as launching
 from guardrail.launch import preflight
 

@@ -14,8 +14,8 @@ import msgspec
 import pytest
 
 from guardrail.cli.main import main
-from guardrail.core.config import GuardOptions
 from guardrail.core.files import encode_json
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import GRAD_NORM, LOSS, Action, LossTrend, Observation, Verdict
 from guardrail.decide.controller import Controller
 from guardrail.report.build import build_report

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from guardrail.cli.main import main
-from guardrail.core.config import LaunchSection
 from guardrail.core.errors import ExitCode, RunDirectoryError, UsageError
 from guardrail.core.records import Command, CommandKind, Mode, Phase, Status
+from guardrail.core.sections import LaunchSection
 from guardrail.launch import launcher as launching
 from guardrail.launch.launcher import is_alive
 from guardrail.launch.supervisor_journal import SupervisorJournal

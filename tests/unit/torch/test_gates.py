@@ -22,15 +22,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from guardrail.core.config import (
-    CheckpointSection,
-    EscalationStep,
-    GuardConfig,
-    GuardOptions,
-    SnapshotSection,
-)
+from guardrail.core.config import GuardConfig
 from guardrail.core.errors import UsageError
+from guardrail.core.guard_options import EscalationStep, GuardOptions
 from guardrail.core.records import Action, Command, CommandKind, Mode, Phase
+from guardrail.core.sections import CheckpointSection, SnapshotSection
 from guardrail.decide.controller import Controller
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.rundir.manifest import checkpoint_dirs, fingerprint, read_manifest

@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import guardrail.torch.checkpoint.disk_checkpoints
-from guardrail.core.config import CheckpointSection, GuardConfig, GuardOptions, SnapshotSection
+from guardrail.core.config import GuardConfig
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import Action, Command, CommandKind, Mode, Phase, Verdict
+from guardrail.core.sections import CheckpointSection, SnapshotSection
 from guardrail.decide.sample_order import SampleCursor, SampleOrder
 from guardrail.rundir.manifest import checkpoint_dirs
 from guardrail.rundir.run_directory import RunDirectory

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from guardrail.core.config import GuardConfig, GuardOptions
+from guardrail.core.config import GuardConfig
 from guardrail.core.errors import ConfigError, UsageError
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import (
     Action,
     Command,

@@ -12,8 +12,8 @@ import msgspec
 import pytest
 from rich.cells import cell_len
 
-from guardrail.core.config import LaunchSection
 from guardrail.core.records import CommandKind, Mode, Phase, SnapshotInfo, Status
+from guardrail.core.sections import LaunchSection
 from guardrail.launch.supervisor_journal import SupervisorJournal
 from guardrail.tui.model.pane_state import State
 from guardrail.tui.model.view import Snapshot, View

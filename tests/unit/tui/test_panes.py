@@ -20,7 +20,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from guardrail.core import config
+from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import Event, Phase, RankStatus, SnapshotInfo
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.tui.draw.lines import Row
@@ -356,7 +356,7 @@ def test_output_is_filtered_by_rank_and_words_and_shows_its_end() -> None:
 
 def test_what_differs_from_the_defaults_is_marked() -> None:
     found = {f"{one.section}.{one.key}": one for one in settings_of(config_text())}
-    defaults = config.GuardOptions()
+    defaults = GuardOptions()
     assert found["guard.loss_score"].differs and found["guard.loss_score"].default == str(
         defaults.loss_score
     )

@@ -2,7 +2,8 @@
 
 from typing import Literal
 
-from guardrail.core.config import GuardConfig, Section
+from guardrail.core.config import GuardConfig
+from guardrail.core.section import Section
 
 
 class FakeSection(Section, frozen=True, kw_only=True):
