@@ -232,13 +232,17 @@ def _file_cells(file: SkippedFile) -> tuple[str, ...]:
 
 
 def _make_tokens(incident: Incident) -> Table:
-    there = [token for token in incident.tokens if token.count]
+    there = sorted((token for token in incident.tokens if token.count), key=_share_first)
     return Table(
         title="Tokens",
         heads=("token", "share of the embedding gradient", "in the batch"),
         rows=tuple(_token_cells(token) for token in there[:MAX_TOKENS]),
         right=(2,),
     )
+
+
+def _share_first(token: Token) -> float:
+    return -token.share if math.isfinite(token.share) else 0.0
 
 
 def _token_cells(token: Token) -> tuple[str, ...]:
