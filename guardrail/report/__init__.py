@@ -14,13 +14,17 @@ from guardrail.core.old_names import forward
 __getattr__ = forward(
     __name__,
     "guardrail.report.output",
-    ["as_dict", "text", "written", "save"],
+    [],
     renamed={
+        "as_dict": "report_as_dict",
+        "text": "summary_text",
+        "written": "render_report",
+        "save": "save_report",
         "Answered": "guardrail.report.model.CommandRecord",
         "CheckpointLine": "guardrail.report.model.CheckpointLine",
         "Restart": "guardrail.report.model.Restart",
         "Report": "guardrail.report.model.Report",
-        "build": "guardrail.report.build.build",
+        "build": "guardrail.report.build.build_report",
         "quarantine_lines": "guardrail.report.quarantine.quarantine_lines",
     },
 )

@@ -151,8 +151,8 @@ def test_the_function_build_is_found_before_and_after_its_module_is_loaded() -> 
         "from guardrail.report import build as before\n"
         "import guardrail.report.build\n"
         "from guardrail.report import build as after\n"
-        "from guardrail.report.build import build\n"
-        "assert before is after is build\n"
+        "from guardrail.report.build import build_report\n"
+        "assert before is after is build_report\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
