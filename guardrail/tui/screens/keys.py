@@ -1,7 +1,7 @@
-"""Every key of the screen, once. Bindings, footer, the `?` page and the README's table are made
+"""Every key of the screen, once. Bindings, footer, the `?` page and docs/keys.md are made
 from this table.
 
-`python -m guardrail.tui.screens.keys` prints the README's table.
+`python -m guardrail.tui.screens.keys` prints the table of docs/keys.md.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def help_rows(width: int) -> list[Row]:
 
 
 def markdown() -> str:
-    """The table of the README."""
+    """Return the table of docs/keys.md."""
     lines = ["| key | what it does |", "|---|---|"]
     return "\n".join([*lines, *(f"| `{key.shown}` | {key.help} |" for key in KEYS)]) + "\n"
 
