@@ -7,14 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
 
-from guardrail.core.config import GuardConfig
 from guardrail.core.errors import ExitCode
-from guardrail.core.schema import typed
 from guardrail.tui.screens.keys import markdown
 from tests.support.places import ROOT
 
@@ -118,8 +115,3 @@ def test_every_exit_code_is_explained(code: ExitCode) -> None:
 def test_the_picture_is_there() -> None:
     for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
         assert (ROOT / picture).is_file(), f"{picture} is missing"
-
-
-@pytest.mark.parametrize("block", blocks("toml"))
-def test_every_piece_of_configuration_is_one(block: str) -> None:
-    typed(tomllib.loads(block), GuardConfig, file="README.md").check(base=ROOT)
