@@ -187,7 +187,7 @@ def train_cell(
     began = time.perf_counter()
     phase = trainer.train()
     seconds = time.perf_counter() - began
-    trainer.guard.phase = None  # a run that was halted is evaluated as it stands
+    trainer.guard.context.progress.phase = None  # a run that was halted is evaluated as it stands
     trainer._evaluate()
     return {
         "loss": losses[-1],

@@ -266,7 +266,7 @@ def test_parked_beyond_the_timeout_of_a_collective_and_what_was_foretold_comes_t
         world=2,
         strategy=strategy,
         faults=[SPIKE],
-        guard={"mode": "ask", "ask_seconds": 900.0, "ask_default": "go_on", **BLIND},
+        guard={"mode": "ask", "answer_timeout": 900.0, "answer_default": "continue", **BLIND},
         train={"steps": 28},
         launch={"collective_seconds": seconds},
     )
@@ -279,7 +279,7 @@ def test_parked_beyond_the_timeout_of_a_collective_and_what_was_foretold_comes_t
     began = time.monotonic()
     status = run.read_status()
     assert status is not None
-    assert status.default == "go_on" and 800 < status.deadline - time.time() <= 900
+    assert status.default == "continue" and 800 < status.deadline - time.time() <= 900
     (paused,) = of_kind(run, "paused")
     assert paused.data["findings"] and paused.data["incident"] == 1 and paused.data["end"] == 184
     proposed, going_on, stop = paused.data["proposals"]
