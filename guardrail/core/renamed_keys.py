@@ -6,6 +6,7 @@ were called. Old names hold in TOML, in --set, in dictionaries and as keyword ar
 
 from __future__ import annotations
 
+import re
 import sys
 import typing
 from collections.abc import Iterator, Mapping
@@ -81,7 +82,8 @@ def rename_keys(
         if new != key:
             old_names[new] = key
             if notice:
-                print_notice(f"{path}{key}", f"{path}{new}")
+                shown = re.sub(r"\[\d+\]", "[]", path)  # one notice for all entries of a list
+                print_notice(f"{shown}{key}", f"{shown}{new}")
             continue
         result[key] = value
     for new, key in old_names.items():

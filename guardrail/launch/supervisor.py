@@ -26,9 +26,10 @@ from typing import Any
 import msgspec
 
 from guardrail.core import secret
-from guardrail.core.config import parse
+from guardrail.core.config import GuardConfig, parse
 from guardrail.core.errors import DiskRefuses, ExitCode, GuardrailError
 from guardrail.core.records import Mode, Phase
+from guardrail.core.renamed_keys import rename_keys
 from guardrail.core.sections import LaunchSection, NotifySection, TensorboardSection
 from guardrail.launch import rank_stacks as stacks
 from guardrail.launch.hang_detector import HangDetector, Hung
@@ -62,6 +63,8 @@ class Supervisor:
         secrets: dict[str, Any] | None = None,
     ) -> None:
         tree = parse(run.path / "config.toml", of_run=True)
+        # The run may have been started by a version with other names of keys.
+        tree = rename_keys(tree, GuardConfig, file="config.toml")
         self.run_directory = run
         # The nodes share one config.toml; which of them this is, only the one who started us knows.
         self.launch = msgspec.convert(
