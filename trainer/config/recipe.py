@@ -48,8 +48,8 @@ class ModelSection(Section, frozen=True, kw_only=True):
     # "decoder": causal; "prefix": sees a prefix in both directions (GLM, T5 section 3.2.1); or
     # encoder and decoder.
     kind: Literal["decoder", "prefix", "encoder-decoder"] = "decoder"
-    # Blocks, width of the residual stream, attention heads (each of width / heads).
-    layers: Positive = 4
+    # Blocks (at most 10,000), width of the residual stream, attention heads (each of width / heads).
+    layers: Annotated[int, Meta(ge=1, le=10_000)] = 4
     width: Positive = 128
     heads: Positive = 4
     # Layers of the encoder; 0: as many as `layers`.
