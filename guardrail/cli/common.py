@@ -90,11 +90,16 @@ def the_run(spec: str | None, root: str) -> RunDirectory:
     return find_run(spec, root)
 
 
+def root_folder() -> str:
+    """The folder of all runs where no option names one."""
+    return os.environ.get("GUARDRAIL_ROOT") or "runs"
+
+
 def complete_run(context: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     """Names of runs for shell completion, the newest first."""
     from guardrail.rundir.run_directory import list_runs
 
-    root = context.params.get("root") or os.environ.get("GUARDRAIL_ROOT") or "runs"
+    root = context.params.get("root") or root_folder()
     return [run.name for run in list_runs(root) if run.name.startswith(incomplete)]
 
 

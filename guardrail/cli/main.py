@@ -82,7 +82,8 @@ def guardrail(context: click.Context) -> None:
     processes failed or the end could not be saved, 5 a check did not hold, 130 interrupted.
     """
     if context.invoked_subcommand is None:
-        from guardrail.cli.next_steps import next_steps, root_folder
+        from guardrail.cli.common import root_folder
+        from guardrail.cli.next_steps import next_steps
 
         steps = list(next_steps(root_folder()))
         width = max(len(words) for words, _ in steps)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,7 +33,3 @@ def next_steps(root: str) -> Iterator[tuple[str, str]]:
         yield "guardrail init", f"write a commented {CONFIGURATION}"
     yield "guardrail backtest FILE", "see what the guard would have done in a recorded run"
     yield "guardrail --help", "list all commands"
-
-
-def root_folder() -> str:
-    return os.environ.get("GUARDRAIL_ROOT") or "runs"

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from guardrail.cli.common import complete_run, json_option, print_json, root_option, the_run
+from guardrail.cli.common import (
+    complete_run,
+    json_option,
+    print_json,
+    root_folder,
+    root_option,
+    the_run,
+)
 
 if TYPE_CHECKING:
     from guardrail.rundir.run_directory import RunDirectory
@@ -123,7 +130,7 @@ def _find_spec(found: RunDirectory, typed: str | None) -> str:
     """What names the run on a command line: its name where that is enough, else what was typed, or
     its path.
     """
-    usual = os.environ.get("GUARDRAIL_ROOT") or "runs"
+    usual = root_folder()
     path = os.path.abspath(found.path)
     if os.path.abspath(os.path.join(usual, found.name)) == path:
         return found.name

@@ -6,10 +6,11 @@ were called. Old names hold in TOML, in --set, in dictionaries and as keyword ar
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import msgspec
@@ -27,11 +28,11 @@ class SectionType(msgspec.StructMeta):
         values = getattr(cls, "RENAMED_VALUES", {})
         if not any(name in renamed or name in values for name in given):
             return super().__call__(*args, **given)
-        new = rename_keys(given, typing.cast(type[msgspec.Struct], cls), path="", file="")
-        fields = typing.get_type_hints(cls)
-        for name, value in new.items():
-            if isinstance(value, dict) and isinstance(fields.get(name), SectionType):
-                new[name] = fields[name](**value)
+        schema = typing.cast(type[msgspec.Struct], cls)
+        new = rename_keys(given, schema, path="", file="")
+        for name, section in _sections(schema).items():
+            if isinstance(new.get(name), dict):
+                new[name] = section(**new[name])
         return super().__call__(*args, **new)
 
 
@@ -94,7 +95,7 @@ def rename_keys(
             if notice:
                 print_notice(f'{path}{key} = "{value}"', f'"{table[value]}"')
             result[key] = table[value]
-    for key, section in _sections(schema):
+    for key, section in _sections(schema).items():
         if key in result:
             result[key] = _below(
                 result[key], section, file=file, path=f"{path}{key}", notice=notice
@@ -127,12 +128,15 @@ def _below(value: Any, section: type[msgspec.Struct], *, file: str, path: str, n
     return rename_keys(value, section, file=file, path=f"{path}.", notice=notice)
 
 
-def _sections(schema: type[msgspec.Struct]) -> Iterator[tuple[str, type[msgspec.Struct]]]:
-    """Keys of a schema whose values are sections, or lists of them."""
+@functools.cache
+def _sections(schema: type[msgspec.Struct]) -> dict[str, type[msgspec.Struct]]:
+    """Keys of a schema whose values are sections, or lists of them. Reading its hints is slow."""
+    found: dict[str, type[msgspec.Struct]] = {}
     for name, annotation in typing.get_type_hints(schema).items():
         for section in (annotation, *typing.get_args(annotation)):
             if isinstance(section, type) and issubclass(section, Renamed):
-                yield name, section
+                found[name] = section
+    return found
 
 
 def present_key(key: str, schema: type[msgspec.Struct]) -> str:
@@ -143,7 +147,7 @@ def present_key(key: str, schema: type[msgspec.Struct]) -> str:
     first = getattr(schema, "RENAMED", {}).get(first, first)
     if not rest:
         return str(first)
-    section = dict(_sections(schema)).get(first.partition("[")[0])
+    section = _sections(schema).get(first.partition("[")[0])
     return f"{first}.{rest if section is None else present_key(rest, section)}"
 
 

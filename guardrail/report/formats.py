@@ -8,6 +8,8 @@ import re
 import textwrap
 from collections.abc import Iterable
 
+from guardrail.core.format import countdown
+
 COLUMNS = 110  # of a line of the report
 _UNIT = re.compile(r"(?<=\d) (?=(?:s|h|d|%|B|kB|MB|GB|TB)\b|%)")
 _TIED = "\0"  # stands between a number and its unit; cleaned text has no such character
@@ -39,8 +41,7 @@ def format_duration(seconds: float) -> str:
     if seconds < 59.5:
         return f"{seconds:.0f} s"
     if seconds < 3599.5:
-        minutes, rest = divmod(round(seconds), 60)
-        return f"{minutes}:{rest:02d}"
+        return countdown(round(seconds))
     if seconds < 48 * 3600:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 86400:.1f} d"
@@ -48,10 +49,7 @@ def format_duration(seconds: float) -> str:
 
 def format_clock(seconds: float) -> str:
     """How long a run took: "1:57", "12:03:44"."""
-    minutes, rest = divmod(int(max(0.0, seconds)), 60)
-    if minutes < 60:
-        return f"{minutes}:{rest:02d}"
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+    return countdown(int(seconds))
 
 
 def format_share(share: float) -> str:
