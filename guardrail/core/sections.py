@@ -116,8 +116,8 @@ class NotifySection(Section, frozen=True, kw_only=True):
     webhook: str | SecretRef = ""
     # Addresses as apprise writes them, such as "slack://..." (`pip install 'guardrail[notify]'`).
     apprise: tuple[str | SecretRef, ...] = ()
-    # What is told: incidents and how they end, the guard's questions, a disk that fails, ranks that
-    # fail, the end.
+    # Events that are sent: incidents and how they end, the guard's questions, a failing disk, failed
+    # ranks, the end.
     on: tuple[
         typing.Literal[
             "incident",

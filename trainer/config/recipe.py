@@ -66,10 +66,11 @@ class ModelSection(Section, frozen=True, kw_only=True):
     # "pre": before each block; "post": after the sum (Vaswani et al. 2017); "sandwich": before and
     # after it (CogView).
     norm_place: Literal["pre", "post", "sandwich"] = "pre"
-    # A norm directly behind the embedding (BLOOM).
+    # Apply a norm to the output of the embedding (BLOOM).
     embedding_norm: bool = False
-    # Attention and feed-forward side by side behind one norm (GPT-J, PaLM).
+    # Attention and feed-forward both read the output of one norm (GPT-J, PaLM).
     parallel: bool = False
+    # How the model knows the position of a token.
     positions: Literal["rope", "learned", "sinusoidal", "alibi", "t5", "none"] = "rope"
     # T5's relative bias: number of buckets, and the distance from which on all share the last one.
     t5_buckets: Annotated[int, Meta(ge=4)] = 32

@@ -42,7 +42,7 @@ class DataSection(Section, frozen=True, kw_only=True):
     seed: Natural = 0
     # Share of the documents held out for evaluation, chosen by a hash of their origin.
     eval_fraction: Annotated[float, Meta(ge=0, lt=1)] = 0.02
-    # File with one sample id a line (ID or ID@EPOCH) that is left out from the beginning; "": none.
+    # File with one sample id a line (ID or ID@EPOCH) that is skipped from the first step; "": none.
     quarantine: str = ""
     # Where tokenised shards are kept between runs; "": $XDG_CACHE_HOME/guardrail.
     cache: str = ""
