@@ -35,7 +35,7 @@ from guardrail.report.output import incident_text, render_report, report_as_dict
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.diagnose.embedding_tokens import MOST, longest_rows
 from guardrail.tui.model.pane_state import State
-from guardrail.tui.model.run_story import Digest, Story
+from guardrail.tui.model.run_story import Story, StoryBuilder
 from guardrail.tui.model.view import View
 from guardrail.tui.panes import incidents
 from tests.support.fake_run import example, snapshot_of
@@ -248,7 +248,7 @@ EVIL = "\x1b]52;c;ZXZpbA==\x07\x9b2J\u202e</dd><script>alert(1)</script>[/red]\n
 
 
 def story_of(events: list[Event]) -> Story:
-    digest = Digest()
+    digest = StoryBuilder()
     digest.add(events)
     return digest.story()
 

@@ -38,7 +38,7 @@ from guardrail.core.records import (
 from guardrail.operate.preview import Preview
 from guardrail.rundir import journal
 from guardrail.rundir.run_directory import RunDirectory
-from guardrail.tui.model.run_story import Digest
+from guardrail.tui.model.run_story import StoryBuilder
 from guardrail.tui.model.view import Snapshot
 from guardrail.tui.numerics.decimated_series import Track
 from guardrail.tui.numerics.series import AXES, choosable
@@ -399,7 +399,7 @@ class FakeReader:
 
 def snapshot_of(fake: FakeRun) -> Snapshot:
     """What a reader would make of the run."""
-    track, digest = Track(choosable(METRIC_COLUMNS), AXES), Digest()
+    track, digest = Track(choosable(METRIC_COLUMNS), AXES), StoryBuilder()
     track.add(METRIC_COLUMNS, fake.rows)
     digest.add(fake.events)
     status = fake.status if fake.events else None

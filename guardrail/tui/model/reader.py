@@ -22,7 +22,7 @@ from guardrail.rundir.follow import Follower
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.tui.model.background_facts import BackgroundFacts
 from guardrail.tui.model.failures import Failures, damage_of, is_gone, reason_of
-from guardrail.tui.model.run_story import Digest
+from guardrail.tui.model.run_story import StoryBuilder
 from guardrail.tui.model.view import Snapshot
 from guardrail.tui.numerics.decimated_series import EXACT, Track
 from guardrail.tui.numerics.series import SIGNALS, STEP, Detail, Series
@@ -90,7 +90,7 @@ class RunReader:
     ) -> None:
         self._run, self._present, self._clock, self._exact = run, present, clock, exact
         self._follower = Follower(run, most=_CHUNK)
-        self._track, self._digest = self._new_track(), Digest()
+        self._track, self._story = self._new_track(), StoryBuilder()
         self._outbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._shelf: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._foreseeing: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -247,10 +247,10 @@ class RunReader:
         self._journal_cut = self._journal_cut or self._follower.cut == "journal.jsonl"
         self._again = False
         self._follower.close()
-        self._follower, self._digest = Follower(self._run, most=_CHUNK), Digest()
+        self._follower, self._story = Follower(self._run, most=_CHUNK), StoryBuilder()
         with self._tracking:
             self._track, self._taken, self._cuts = self._new_track(*self._kept), 0, -1
-            self._publish(series=self._series(), story=self._digest.story())
+            self._publish(series=self._series(), story=self._story.story())
 
     def _read(self) -> None:
         while not self._leaving.is_set():
@@ -284,8 +284,8 @@ class RunReader:
         if self._follower.cut:
             return self._read_again()
         if update.events:
-            self._digest.add(update.events)
-            self._publish(story=self._digest.story())
+            self._story.add(update.events)
+            self._publish(story=self._story.story())
             if (
                 self._latest.status is None
                 and (ended := self._run.status_of_end(update.events)) is not None

@@ -14,7 +14,7 @@ import numpy as np
 
 from guardrail.core.errors import GuardrailError
 from guardrail.core.records import Command, Event, Mode, Phase, Status
-from guardrail.tui.model.run_story import Digest
+from guardrail.tui.model.run_story import StoryBuilder
 from guardrail.tui.model.view import Snapshot
 from guardrail.tui.numerics.decimated_series import Track
 from guardrail.tui.numerics.series import AXES, choosable
@@ -120,20 +120,20 @@ class RecordedReader:
 
     def _judge(self) -> None:
         """The curves get their bands when all is judged; incidents are told as they are found."""
-        track, digest = self._new_track(), Digest()
+        track, builder = self._new_track(), StoryBuilder()
         done, shown, told = 0, time.monotonic(), True
         for part in self._log.judged():
             if self._leaving.is_set():
                 return
             track.add(self._log.columns, part.rows, part.missing)
-            digest.add(part.events)
+            builder.add(part.events)
             done, told = done + len(part.rows), told and not part.events
             if time.monotonic() - shown >= SHOW_SECONDS:
-                news = {} if told else {"story": digest.story()}
+                news = {} if told else {"story": builder.story()}
                 self._publish(recorded=self._told(done), **news)
                 shown, told = time.monotonic(), True
         self._publish(
-            series=track.series(), story=digest.story(), recorded=self._told(len(self._log))
+            series=track.series(), story=builder.story(), recorded=self._told(len(self._log))
         )
 
     def _told(self, done: int) -> str:

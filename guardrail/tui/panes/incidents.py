@@ -10,8 +10,9 @@ from guardrail.core.format import count as number
 from guardrail.core.records import Finding, score_words
 from guardrail.report import incident as casefile
 from guardrail.tui.draw.lines import Piece, Row, fit, row, wrap
+from guardrail.tui.model.incident_list import IncidentSummary, format_skipped
 from guardrail.tui.model.pane_state import State
-from guardrail.tui.model.run_story import ASKS, Incident, left_out
+from guardrail.tui.model.run_story import ASKS
 from guardrail.tui.model.view import View, label_of
 from guardrail.tui.numerics.scales import short
 from guardrail.tui.panes.frame import entry, heading
@@ -25,7 +26,7 @@ _STATES: dict[str, Piece] = {
 }
 
 
-def found(view: View, state: State) -> list[Incident]:
+def found(view: View, state: State) -> list[IncidentSummary]:
     known = view.snapshot.story.incidents
     return [one for one in known if state.shows(_text(view, one))] if state.filter else list(known)
 
@@ -93,7 +94,7 @@ def evidence(view: View, width: int, height: int) -> Sequence[Row]:
     return _in_full(view, known[0], width)
 
 
-def _in_full(view: View, incident: Incident, width: int) -> list[Row]:
+def _in_full(view: View, incident: IncidentSummary, width: int) -> list[Row]:
     case = _case(view, incident)
     head = [_head(view, incident, width)]
     parts = _evidence_of(case) if case is not None else _summary_of(incident)
@@ -154,13 +155,13 @@ def _evidence_of(case: casefile.Incident) -> Iterator[tuple[str, list[str]]]:
         )
 
 
-def _summary_of(incident: Incident) -> Iterator[tuple[str, list[str]]]:
+def _summary_of(incident: IncidentSummary) -> Iterator[tuple[str, list[str]]]:
     """Of an incident to which the journal gave no number."""
     yield "seen", [_finding(finding) for finding in incident.findings]
-    if incident.deed or incident.answered:
-        yield "done", [text for text in (incident.deed, incident.answered) if text]
+    if incident.action or incident.answered:
+        yield "done", [text for text in (incident.action, incident.answered) if text]
     if incident.samples:
-        yield "left out", [left_out(incident)]
+        yield "left out", [format_skipped(incident)]
     if incident.documents:
         yield "documents", list(incident.documents)
 
@@ -200,17 +201,19 @@ def _document(document: casefile.Document) -> Iterator[str]:
 # -- in the table
 
 
-def _case(view: View, incident: Incident) -> casefile.Incident | None:
+def _case(view: View, incident: IncidentSummary) -> casefile.Incident | None:
     return view.snapshot.story.known.cases.get(incident.number) if incident.number > 0 else None
 
 
-def _text(view: View, incident: Incident) -> str:
+def _text(view: View, incident: IncidentSummary) -> str:
     return " ".join(
         ["".join(text for text, _ in _head(view, incident, 400)), *map(_finding, incident.findings)]
     )
 
 
-def _incident(view: View, incident: Incident, width: int, *, full: bool, marked: bool) -> list[Row]:
+def _incident(
+    view: View, incident: IncidentSummary, width: int, *, full: bool, marked: bool
+) -> list[Row]:
     rows = [_head(view, incident, width, marked=marked)]
     evidence = _short(incident, width)
     rows += evidence[:4] if full else evidence[:1]
@@ -227,7 +230,7 @@ def _incident(view: View, incident: Incident, width: int, *, full: bool, marked:
     return rows
 
 
-def _head(view: View, incident: Incident, width: int, *, marked: bool = False) -> Row:
+def _head(view: View, incident: IncidentSummary, width: int, *, marked: bool = False) -> Row:
     name = f"#{incident.number}" if incident.number > 0 else "–"
     case = _case(view, incident)
     state = ("▲ open", "warn") if incident.open else ("✓ over", "good")
@@ -240,19 +243,19 @@ def _head(view: View, incident: Incident, width: int, *, marked: bool = False) -
         state,
     )
     cause = f"  {case.cause}" if case is not None and case.cause else ""
-    deed = incident.deed
+    action = incident.action
     if incident.answered:
         # That it asks is over: how it was answered stands in its place.
-        deed = incident.answered if deed == ASKS else f"{incident.answered}, then {deed}"
-    return fit((*left, (f"  {deed}", "plain"), (cause, "dim")), width)
+        action = incident.answered if action == ASKS else f"{incident.answered}, then {action}"
+    return fit((*left, (f"  {action}", "plain"), (cause, "dim")), width)
 
 
-def _short(incident: Incident, width: int) -> list[Row]:
+def _short(incident: IncidentSummary, width: int) -> list[Row]:
     """Findings, then what was left out. The narrow view shows the first line only, so it holds
     both.
     """
     told = [_finding(finding) for finding in incident.findings[:3]]
-    if data := left_out(incident):
+    if data := format_skipped(incident):
         told.append(data)
     return [fit(row((f"    {text}", "plain")), width) for text in told]
 

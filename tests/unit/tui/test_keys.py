@@ -27,7 +27,7 @@ from guardrail.tui.app.app import GuardrailApp
 from guardrail.tui.chart.chart import Chart
 from guardrail.tui.draw.lines import Lines
 from guardrail.tui.model import sent_commands as controls
-from guardrail.tui.model.run_story import Answer
+from guardrail.tui.model.run_story import CommandAnswer
 from guardrail.tui.model.view import Snapshot, View
 from guardrail.tui.screens import dialogs, keys
 from guardrail.tui.screens.dashboard import MINE, Cockpit
@@ -852,7 +852,7 @@ async def test_a_preview_is_renewed_and_the_command_carries_the_one_that_was_see
 
 
 async def answers(
-    answer: Answer | None, *, unsent: str = "", later: float = 0.0, silent: bool = False
+    answer: CommandAnswer | None, *, unsent: str = "", later: float = 0.0, silent: bool = False
 ) -> str:
     """The message line after `c` and an answer."""
     texts: list[str] = []
@@ -880,11 +880,11 @@ async def answers(
 
 
 async def test_an_answer_is_shown_with_its_step() -> None:
-    assert await answers(Answer(True, 1290, "")) == "✓ checkpoint: took effect at step 1,290"
+    assert await answers(CommandAnswer(True, 1290, "")) == "✓ checkpoint: took effect at step 1,290"
 
 
 async def test_a_refusal_is_shown_with_its_reason() -> None:
-    assert await answers(Answer(False, 1290, "the disk is full")) == (
+    assert await answers(CommandAnswer(False, 1290, "the disk is full")) == (
         "✗ refused: the disk is full (checkpoint, step 1,290)"
     )
 
@@ -926,7 +926,9 @@ async def test_waiting_commands_are_counted() -> None:
 async def test_an_answer_leaves_the_line_after_a_while() -> None:
     async def wait(pilot: Pilot[None], reader: FakeReader) -> None:
         clock = pilot.app._clock  # type: ignore[attr-defined]
-        story = replace(reader.snapshot.story, answers={reader.sent[0].id: Answer(True, 1, "")})
+        story = replace(
+            reader.snapshot.story, answers={reader.sent[0].id: CommandAnswer(True, 1, "")}
+        )
         reader.put(replace(reader.snapshot, story=story))
         await pilot.pause(0.3)
         assert message(pilot.app).startswith("✓")

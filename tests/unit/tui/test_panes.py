@@ -33,7 +33,7 @@ from guardrail.tui.model.logtail import LogTail, Printed
 from guardrail.tui.model.pane_state import State
 from guardrail.tui.model.rank_health import Rank, RankBook, judge
 from guardrail.tui.model.reader import RunReader
-from guardrail.tui.model.run_story import Digest
+from guardrail.tui.model.run_story import StoryBuilder
 from guardrail.tui.model.view import Snapshot, View
 from guardrail.tui.panes import ranks as ranks_pane
 from guardrail.tui.panes.table import BY_NAME, PANES
@@ -169,7 +169,7 @@ def hostile(piece: str) -> View:
     fake.event("command", piece, id=piece, command=piece, who=piece, effect="applied", reason=piece)
     fake.event("incident", piece, number=1, state=piece, onset=301)
     fake.event(piece, piece, **{"x": piece})
-    digest = Digest()
+    digest = StoryBuilder()
     digest.add(fake.events)
     bad = rank(1, host=piece)
     around = Around(

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guardrail.core.records import Event, Finding, FindingKind, Severity
+from guardrail.tui.model.incident_list import format_skipped
 from guardrail.tui.model.log_lines import line_of
-from guardrail.tui.model.run_story import Digest, Story, left_out
+from guardrail.tui.model.run_story import Story, StoryBuilder
 from tests.support.fake_run import FakeRun, example
 
 
@@ -19,9 +20,9 @@ def event(kind: str, message: str = "", *, step: int = 10, seq: int = 1, **data:
 
 
 def story(*events: Event) -> Story:
-    digest = Digest()
-    digest.add(events)
-    return digest.story()
+    builder = StoryBuilder()
+    builder.add(events)
+    return builder.story()
 
 
 def finding(**changes: Any) -> dict[str, Any]:
@@ -38,12 +39,12 @@ def test_the_example() -> None:
     told = story(*example().events)
     spike, nan = told.incidents
     assert (spike.number, spike.step, spike.open) == (2, 1207, False)
-    assert spike.deed == "rolled back to 1,200"
+    assert spike.action == "rolled back to 1,200"
     worst = spike.findings[0]
     assert (worst.signal, worst.kind, worst.value) == ("loss", FindingKind.LOSS_SPIKE, 11.5)
-    assert left_out(spike) == "48 samples of 3 documents left out"
+    assert format_skipped(spike) == "48 samples of 3 documents left out"
     assert spike.documents == ("0037.txt", "0038.txt", "web.jsonl:1207")
-    assert (nan.number, nan.step, nan.deed) == (1, 403, "update left out")
+    assert (nan.number, nan.step, nan.action) == (1, 403, "update left out")
     assert told.marks["R"] == ((1200, "2"),)
     assert told.marks["S"] == ((403, "1"),), "the skip at 1,207 belongs to the abandoned timeline"
     assert not told.recovering
@@ -60,7 +61,7 @@ def test_a_verdict_before_its_incident_has_a_number() -> None:
         event("verdict", action="skip", findings=[finding()], at_step=11),
         event("incident", number=3, state="open", onset=11),
     )
-    assert [(i.number, i.step, i.deed, len(i.findings)) for i in told.incidents] == [
+    assert [(i.number, i.step, i.action, len(i.findings)) for i in told.incidents] == [
         (3, 11, "update left out", 1)
     ]
 
@@ -73,7 +74,7 @@ def test_verdicts_without_any_incident() -> None:
         event("verdict", action="apply", would="skip", findings=[finding(step=400)], at_step=400),
         event("verdict", action="apply", findings=[finding(severity="note")], at_step=500),
     )
-    assert [(i.step, i.deed) for i in told.incidents] == [
+    assert [(i.step, i.action) for i in told.incidents] == [
         (400, "would leave the update out"),
         (11, "would roll back"),
     ]
@@ -178,22 +179,22 @@ def test_a_line_without_a_message_says_its_data() -> None:
 
 
 def test_a_story_does_not_grow_for_ever() -> None:
-    digest = Digest()
+    builder = StoryBuilder()
     for number in range(3000):
-        digest.add([event("command", step=number, id=f"id-{number}", effect="applied"),
+        builder.add([event("command", step=number, id=f"id-{number}", effect="applied"),
                     event("incident", number=number + 1, state="open", onset=number)])  # fmt: skip
-    told = digest.story()
+    told = builder.story()
     assert len(told.lines) == 500 and len(told.answers) == 500 and len(told.incidents) == 200
     assert told.incidents[0].number == 3000
     assert [step for step, _ in told.marks["!"]] == list(range(1000, 3000)), "the newest marks"
 
 
 def test_a_story_that_was_handed_out_does_not_change() -> None:
-    digest = Digest()
-    digest.add(example().events)
-    before = digest.story()
+    builder = StoryBuilder()
+    builder.add(example().events)
+    before = builder.story()
     lines, marks = before.lines, dict(before.marks)
-    digest.add([event("rollback", span=span(0, 9, "rollback"), to_step=3, onset=4, incident=1)])
+    builder.add([event("rollback", span=span(0, 9, "rollback"), to_step=3, onset=4, incident=1)])
     assert before.lines == lines and dict(before.marks) == marks
 
 

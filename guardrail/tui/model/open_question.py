@@ -1,0 +1,99 @@
+"""The guard's open question, as the journal describes it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from guardrail.core.files import as_int
+from guardrail.core.format import brief
+from guardrail.core.records import Event, Shown
+
+_ANSWERS = ("accepted", "continued", "stopped")  # by the value of an `answer` command
+
+
+class OpenQuestion:
+    """The question that is open; all fields are empty while none is.
+
+    Attributes:
+        number: its journal line, 0: none is open.
+        text: its message.
+        incident: number of the incident that it is about, 0: none.
+        proposals: what the guard would do, by each proposal.
+        costs: what each of them would cost, "" where the journal does not say.
+        shown: the restore target of each of them as an answer carries it, None: it has none.
+    """
+
+    def __init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
+        self.number, self.text, self.incident = 0, "", 0
+        self.proposals: tuple[str, ...] = ()
+        self.costs: tuple[str, ...] = ()
+        self.shown: tuple[Shown | None, ...] = ()
+        self._answer, self._answered_by = "", ""
+
+    def ask(self, event: Event) -> None:
+        """Take a `paused` event that asks a question."""
+        self._clear()
+        self.number, self.text = event.seq, brief(event.message)
+        self.incident = as_int(event.data.get("incident"))
+        proposals = event.data.get("proposals")
+        if isinstance(proposals, list):
+            self.proposals = tuple(map(_proposed_action, proposals))
+            self.costs = tuple(map(_proposal_cost, proposals))
+            self.shown = tuple(map(_restore_target, proposals))
+
+    def take_command(self, event: Event) -> None:
+        """Remember a command that was applied while the question is open: it may be the answer."""
+        if self.number:
+            self._answer = _answer_word(event)
+            self._answered_by = brief(event.data.get("who") or "", 100)
+
+    def end(self, event: Event) -> str:
+        """Close the question; return how it ended: "accepted by ann@vm"."""
+        how = "asked, and not answered"
+        if self._answer and self._answered_by == "guard":
+            how = f"{self._answer} by default, nobody answered"
+        elif self._answer:
+            how = f"{self._answer} by {self._answered_by or 'a command'}"
+        elif event.kind == "restarted":
+            how = "asked, and not answered before a restart"
+        self._clear()
+        return how
+
+
+def _answer_word(event: Event) -> str:
+    """Return what a command that ended a question did to it."""
+    command, value = event.data.get("command"), event.data.get("value")
+    if command == "answer" and value in (0, 1, 2):
+        return _ANSWERS[int(value)]
+    return brief(f"answered with {command}", 40)
+
+
+def _proposed_action(raw: Any) -> str:
+    """Return the action of a proposal; "back" is a rollback that skips nothing."""
+    if not isinstance(raw, Mapping):
+        return brief(raw, 200)
+    action = brief(raw.get("action", ""), 200)
+    return "back" if action == "rollback" and raw.get("samples") == 0 else action
+
+
+def _proposal_cost(raw: Any) -> str:
+    """Return what a proposal would do, in the words of the journal."""
+    if not isinstance(raw, Mapping):
+        return ""
+    return brief(raw.get("text", ""), 400).removeprefix(f"{brief(raw.get('command', ''), 40)}: ")
+
+
+def _restore_target(raw: Any) -> Shown | None:
+    """Return the state that a proposal restores, and the steps that it discards.
+
+    Training is paused, so it cannot come to discard more.
+    """
+    if not isinstance(raw, Mapping) or raw.get("to_step") is None:
+        return None
+    lost = as_int(raw.get("steps_lost"))
+    to_step, tier = as_int(raw["to_step"]), brief(raw.get("tier", ""), 40)
+    return Shown(to_step=to_step, tier=tier, steps_lost=lost, steps_lost_most=lost)
