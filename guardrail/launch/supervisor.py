@@ -479,7 +479,7 @@ class Supervisor:
 
     def _export(self, stop: threading.Event) -> None:
         try:
-            from guardrail.report import tensorboard
+            from guardrail.trackers import tensorboard
 
             tensorboard.export(self.run_directory, stop=stop)
         except Exception as error:

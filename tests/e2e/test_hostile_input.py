@@ -344,7 +344,7 @@ SUFFIX = {
 
 
 def event_file() -> bytes:
-    from guardrail.report import tfevents
+    from guardrail.trackers import tfevents
 
     with tempfile.TemporaryDirectory() as folder:
         file = tfevents.EventFile(Path(folder))

@@ -519,7 +519,7 @@ def test_event_files_of_a_run_that_was_resumed(tmp_path: Path) -> None:
 
 
 def test_guardrails_own_event_files(tmp_path: Path) -> None:
-    from guardrail.report.tfevents import EventFile, scalars
+    from guardrail.trackers.tfevents import EventFile, scalars
 
     file = EventFile(tmp_path)
     for step in range(1, 20):

@@ -33,9 +33,9 @@ from guardrail.core.errors import RunDirectoryError
 from guardrail.core.files import FILE_MODE, FOLDER_MODE, read_file, replace_file
 from guardrail.core.records import METRIC_COLUMNS, Event, Record
 from guardrail.core.text import clean
-from guardrail.report import tfevents
 from guardrail.rundir.follow import Follower
 from guardrail.rundir.run_directory import MetricsView, RunDirectory
+from guardrail.trackers import tfevents
 
 logger = logging.getLogger(__name__)
 

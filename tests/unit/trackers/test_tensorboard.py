@@ -23,9 +23,9 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import (
 
 from guardrail.backtest.importers.sources import sources
 from guardrail.core.records import Action, Span
-from guardrail.report import tensorboard, tfevents
-from guardrail.report.tensorboard import Exporter, catch_up, export
 from guardrail.rundir.run_directory import RunDirectory
+from guardrail.trackers import tensorboard, tfevents
+from guardrail.trackers.tensorboard import Exporter, catch_up, export
 
 SKIP = float(list(Action).index(Action.SKIP))
 ROLLBACK = float(list(Action).index(Action.ROLLBACK))
@@ -470,7 +470,7 @@ def test_a_disk_that_fails_is_logged_once_and_nothing_is_lost(
         raise OSError(28, "No space left on device")
 
     exporter = Exporter(run)
-    with caplog.at_level(logging.WARNING, "guardrail.report.tensorboard"):
+    with caplog.at_level(logging.WARNING, "guardrail.trackers.tensorboard"):
         write(run, (1, 0, 3.0))
         run.append("verdict", "step 1: skip", step=0)
         with monkeypatch.context() as patched:
