@@ -188,7 +188,7 @@ def train_cell(
     phase = trainer.train()
     seconds = time.perf_counter() - began
     trainer.guard.context.progress.phase = None  # a run that was halted is evaluated as it stands
-    trainer._evaluate()
+    trainer.evaluation.run(trainer.guard)
     return {
         "loss": losses[-1],
         "phase": phase.value,

@@ -94,7 +94,7 @@ def trained(steps: int, folder: Path) -> Trainer:
 @torch.no_grad()
 def loss(trainer: Trainer, inputs: np.ndarray, labels: np.ndarray) -> float:
     """Nats a token."""
-    total, count = trainer.loss_sum(
+    total, count = trainer.passes.loss_sum(
         trainer.model(torch.from_numpy(inputs)), torch.from_numpy(labels)
     )
     return float(total / count)

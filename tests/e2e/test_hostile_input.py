@@ -462,7 +462,7 @@ def test_labels_that_are_none(place: Path, labels: bytes, message: str) -> None:
 def test_a_list_of_samples_that_is_none(tmp_path: Path) -> None:
     from guardrail.core.errors import UsageError
     from guardrail.decide.sample_order import Quarantine
-    from trainer.train import _read_lines
+    from trainer.train import read_lines
 
     for line in ("9" * 5000, "x" * 5000, "\x1b[2J", "1@" + "9" * 30):
         with pytest.raises(UsageError, match=r"line 1: .* is not a sample id") as caught:
@@ -470,7 +470,7 @@ def test_a_list_of_samples_that_is_none(tmp_path: Path) -> None:
         check_message(str(caught.value), longest=200)
     (tmp_path / "q").write_bytes(b"\xff")
     with pytest.raises(DataError, match=r"data\.quarantine = .*not UTF-8 text"):
-        _read_lines(str(tmp_path / "q"))
+        read_lines(str(tmp_path / "q"))
 
 
 def test_a_device_that_never_ends_is_not_read(place: Path) -> None:

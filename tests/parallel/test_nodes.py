@@ -14,7 +14,6 @@ import psutil
 import pytest
 import torch
 
-import trainer.train
 from guardrail.core.config import GuardConfig, dump, parse
 from guardrail.core.errors import ConfigError, UsageError
 from guardrail.core.records import Phase
@@ -32,6 +31,8 @@ from tests.support.ports import free_port
 from tests.support.ranks import run_ranks
 from tests.support.running import assert_same, new_run, of_kind, tiny, trained, write_corpus
 from trainer.config.config import Config
+from trainer.loop import corpus_setup
+from trainer.loop.corpus_setup import CorpusSetup
 from trainer.train import Trainer
 
 STEPS = 150
@@ -171,24 +172,21 @@ def test_a_node_that_is_ready_waits_for_the_text_of_the_others_outside_of_any_pr
     config = config_of(tmp_path, processes=1, nodes=2, rendezvous_endpoint="127.0.0.1:1")
     run = new_run(config)
 
-    def node(number: int) -> Trainer:
-        made = Trainer.__new__(Trainer)
-        made.config, made.run_directory, made.heartbeat = config, run, None
-        made.signals = StopSignals()
-        return made
+    def node() -> CorpusSetup:
+        return CorpusSetup(config, run=run, signals=StopSignals(), heartbeat=None)
 
-    prepared, done, prepare = threading.Event(), threading.Event(), trainer.train.prepare
+    prepared, done, prepare = threading.Event(), threading.Event(), corpus_setup.prepare
     monkeypatch.setattr(
-        trainer.train, "prepare", lambda *a, **n: (prepare(*a, **n), prepared.set())[0]
+        corpus_setup, "prepare", lambda *a, **n: (prepare(*a, **n), prepared.set())[0]
     )
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("GROUP_RANK", "1")
-    waiting = threading.Thread(target=lambda: (node(1)._prepare_data(), done.set()), daemon=True)
+    waiting = threading.Thread(target=lambda: (node().prepare(), done.set()), daemon=True)
     waiting.start()
     assert prepared.wait(60)
     assert not done.wait(0.5), "it has met the others before all corpora are there"
     monkeypatch.setenv("GROUP_RANK", "0")
-    assert node(0)._prepare_data().is_dir()
+    assert node().prepare().is_dir()
     assert done.wait(60)
     waiting.join()
 

@@ -16,8 +16,8 @@ import torch
 import guardrail.rundir.stop_signals
 import guardrail.torch.checkpoint.disk_checkpoints
 import guardrail.torch.checkpoint.loader
+import trainer.loop.corpus_setup
 import trainer.parallel.data_parallel
-import trainer.train
 from guardrail.core.records import Command, CommandKind, Phase
 from guardrail.rundir.manifest import checkpoint_dirs
 from guardrail.rundir.run_directory import RunDirectory
@@ -39,6 +39,7 @@ from tests.support.running import (
     trained,
 )
 from trainer.config.config import Config
+from trainer.loop.evaluation import Evaluation
 from trainer.train import Trainer
 
 STEPS = 30
@@ -84,7 +85,7 @@ def me(rank: int) -> bool:
 
 def in_tokenizing(patch: pytest.MonkeyPatch, number: int, rank: int) -> None:
     name = "wait_prepared" if rank else "prepare"  # only the first rank of a node builds
-    whole = getattr(trainer.train, name)
+    whole = getattr(trainer.loop.corpus_setup, name)
 
     def signalled(*arguments: Any, **settings: Any) -> Path:
         # A forked rank needs milliseconds to get here, in which another may not even have begun.
@@ -93,7 +94,7 @@ def in_tokenizing(patch: pytest.MonkeyPatch, number: int, rank: int) -> None:
         os.kill(os.getpid(), number)
         return Path(whole(*arguments, **settings))
 
-    patch.setattr(trainer.train, name, signalled)
+    patch.setattr(trainer.loop.corpus_setup, name, signalled)
 
 
 def in_step(patch: pytest.MonkeyPatch, number: int, rank: int) -> None:
@@ -108,17 +109,22 @@ def in_step(patch: pytest.MonkeyPatch, number: int, rank: int) -> None:
 
 
 def in_evaluation(patch: pytest.MonkeyPatch, number: int, rank: int) -> None:
-    whole = Trainer._loss_of
-    sent = []
+    run, sum_losses = Evaluation.run, Evaluation.sum_losses
+    evaluated, sent = [], []
 
-    def signalled(self: Trainer, *arguments: Any) -> Any:
-        evaluates = self.heartbeat is not None and self.heartbeat.phase is Phase.EVAL
-        if self.guard.step == 20 and evaluates and me(rank) and not sent:
+    def noted(self: Evaluation, guard: Any) -> None:
+        evaluated.append(guard.step)
+        run(self, guard)
+        evaluated.clear()
+
+    def signalled(self: Evaluation, *arguments: Any) -> Any:
+        if evaluated == [20] and me(rank) and not sent:
             sent.append(number)
             os.kill(os.getpid(), number)
-        return whole(self, *arguments)
+        return sum_losses(self, *arguments)
 
-    patch.setattr(Trainer, "_loss_of", signalled)
+    patch.setattr(Evaluation, "run", noted)
+    patch.setattr(Evaluation, "sum_losses", signalled)
 
 
 def in_save(patch: pytest.MonkeyPatch, number: int, rank: int) -> None:

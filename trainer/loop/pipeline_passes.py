@@ -1,0 +1,105 @@
+"""Forward and backward passes of one rank of a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config.config import Config
+from trainer.loop.passes import PassResult, RankPasses
+from trainer.objectives.loss import IGNORED
+from trainer.parallel.data_parallel import unwrapped
+from trainer.parallel.pipeline import Pipeline, StagePosition
+from trainer.parallel.tensor_parallel import columns
+
+
+class PipelinePasses(RankPasses):
+    """Runs the micro-batches of a batch through all stages of the pipeline together.
+
+    The loss sum is known on the last stage and is 0 on the others.
+
+    Args:
+        place: of this rank in its pipeline.
+        vocabulary: token ids of the model.
+        others: see `RankPasses`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        *,
+        place: StagePosition,
+        vocabulary: int,
+        **others: Any,
+    ) -> None:
+        super().__init__(model, config, **others)
+        length, layout = config.data.sequence_length, config.layout
+        stream_tokens = length // unwrapped(model).stream_parts
+        outputs = columns(vocabulary, place=self.rank % layout.tp, ranks=layout.tp)
+        self._total = torch.zeros((), device=self.device)
+        self._pipeline = Pipeline(
+            model,
+            place,
+            schedule=config.parallel.schedule,
+            micro_batches=config.micro_batches,
+            rows=config.micro_batch_size,
+            length=length,
+            stream=(stream_tokens, config.model.width),
+            outputs=len(outputs),
+            device=self.device,
+            begin=self.seed,
+            loss=self._measure_loss,
+        )
+
+    def run(self, *, stoppable: bool) -> PassResult:
+        """See `RankPasses.run`. A pipeline always runs to the end of the batch: its stages wait for
+        each other in every micro-batch.
+        """
+        self._total = torch.zeros((), device=self.device)
+        inputs, targets = [], []
+        for index, micro in enumerate(self.micro_batches):
+            inputs.append(self.to_device(micro.tokens))
+            labels = self.to_device(micro.labels)
+            if self.faults:
+                labels = self.faults.labels(index, labels)
+            targets.append(labels)
+        labels = torch.cat(targets)
+        self._pipeline.train(torch.cat(inputs), labels)
+        return PassResult(self._total, (labels != IGNORED).sum(), incomplete=False)
+
+    def _measure_loss(self, index: int, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return what the backward pass of a micro-batch starts from; called on the last stage."""
+        if self.faults:
+            logits = self.faults.logits(index, logits)
+        loss, _ = self.loss_sum(logits, labels)
+        self.record_row_losses(index, logits, labels)
+        if self.faults:
+            loss = self.faults.loss(index, self.model, loss, scale=self.scaler.get_scale())
+        self._total += loss.detach()
+        return self.scaled(loss)
+
+    def rerun_forward(self) -> None:
+        """See `RankPasses.rerun_forward`."""
+        for index, micro in enumerate(self.micro_batches):
+            self._pipeline.forward(self.to_device(micro.tokens), again=index)
+
+    @torch.no_grad()
+    def measure_losses(
+        self, tokens: Any, label_orders: Sequence[Any], extra: dict[str, Any]
+    ) -> Tensor:
+        """See `RankPasses.measure_losses`; the values of the last stage on every stage."""
+        labels = [self.to_device(order) for order in label_orders]
+        self.model.eval()
+        try:
+            logits = self._pipeline.forward(self.to_device(tokens))
+            sums = torch.zeros(len(labels) + 1, device=self.device, dtype=torch.float64)
+            if logits is not None:
+                sums = self.sum_losses(logits, labels)
+            return self._pipeline.from_last(sums)
+        finally:
+            self.model.train()
+            self.settle()
