@@ -276,7 +276,7 @@ class _Book:
 
 def _said(verdict: Verdict) -> str:
     action = verdict.action
-    if action in (Action.APPLY, Action.OVERFLOW) and verdict.would is not None:
+    if action in (Action.APPLY, Action.FP16_OVERFLOW) and verdict.would is not None:
         action = verdict.would
     return NOTE if action is Action.APPLY else action.value
 

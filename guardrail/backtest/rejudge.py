@@ -154,7 +154,7 @@ class Rejudge:
                 self._changes.append(index)
         elif event.kind == "left_out":
             span = span_of(event)
-            if span is not None and span.cause == "rejected":
+            if span is not None and span.origin == "rejected":
                 self._left_out[span.first, span.last] = span.first if span.positions else span.last
 
     def __iter__(self) -> Iterator[JudgedRow]:
@@ -234,8 +234,8 @@ class Rejudge:
         if not told:
             return None
         action = told[0].data.get("action")
-        overflow = done is Action.OVERFLOW
-        if action is None or action == Action.OVERFLOW:
+        overflow = done is Action.FP16_OVERFLOW
+        if action is None or action == Action.FP16_OVERFLOW:
             # Each overflow is noted; in `advise`, that of a collapse behind its verdict.
             said = told.popleft() if overflow and action is not None else None
             if overflow and told and told[0].kind == "note":
@@ -279,7 +279,7 @@ class Rejudge:
                 self._controller.resumed()
         else:
             span = span_of(event)
-            gone = [span] if span is not None and span.cause == "rollback" else undone_spans(event)
+            gone = [span] if span is not None and span.origin == "rollback" else undone_spans(event)
             self._rejected = [
                 r
                 for r in self._rejected

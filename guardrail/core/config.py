@@ -191,7 +191,7 @@ def _check_remedies(remedies: Sequence[Remedy]) -> None:
             raise ConfigError(
                 "a factor above 0 and at most 1", key=f"{key}.value", value=remedy.value
             )
-        for name, least in (("from_step", 1), ("hold", 0), ("back", 0)):
+        for name, least in (("from_step", 1), ("hold_steps", 0), ("ramp_steps", 0)):
             if getattr(remedy, name) < least:
                 raise ConfigError(
                     f"at least {least}", key=f"{key}.{name}", value=getattr(remedy, name)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
+
+from guardrail.core.renamed_keys import Renamed
 
 LOSS = "loss"  # nats a token, mean over the global batch
 GRAD_NORM = "grad_norm"  # L2 norm of all gradients before clipping
@@ -20,7 +22,7 @@ EMBED_SHARE = "embed_share"  # embed_grad_norm^2 / grad_norm^2, in [0, 1]
 UPDATE_NORM = "update_norm"  # L2 norm of the optimizer's last update, where it is measured
 LOSS_SCALE = "loss_scale"  # what fp16 multiplies the loss by before the backward pass
 
-AUTOMATIC = ("rejected", "rollback")  # causes of spans that the guard decided by itself
+AUTOMATIC = ("rejected", "rollback")  # origins of spans that the guard decided by itself
 MAX_NAMED = 16  # documents or parameters named in one journal line; the rest is counted
 
 
@@ -32,8 +34,8 @@ class Action(str, Enum):
     ROLLBACK = "rollback"  # go back before the onset and quarantine the window
     PAUSE = "pause"  # park and ask
     HALT = "halt"  # checkpoint and exit with code 3
-    # fp16: leave this update out, halve the loss scale, go on with the next batch
-    OVERFLOW = "overflow"
+    # fp16: skip this update, halve the loss scale, continue with the next batch
+    FP16_OVERFLOW = "overflow"
     # the numbers did not come again: leave this update out and form the same batch once more
     RETRY = "retry"
 
@@ -43,15 +45,27 @@ class Cause(str, Enum):
 
     DATA = "data"  # this batch does it from an older state too, and other batches do not
     STATE = "state"  # any batch does it from this state
-    DATA_AND_STATE = "data x state"  # only this batch from this state
-    # the same batch from the same state gives other numbers
-    HARDWARE = "hardware or nondeterminism"
+    DATA_AND_STATE = "data, only from this state"  # this batch spikes, but only from this state
+    HARDWARE = "not reproducible"  # the same batch from the same state gives other numbers
     UNKNOWN = "unknown"  # nothing to compare with: no older state, no other batch
+
+    @classmethod
+    def _missing_(cls, value: object) -> Cause | None:
+        """Accept the words of older versions."""
+        new = OLD_CAUSES.get(str(value))
+        return None if new is None else cls(new)
 
     @property
     def of_data(self) -> bool:
         """Whether the batch is to blame, alone or with this state."""
         return self in (Cause.DATA, Cause.DATA_AND_STATE)
+
+
+# Causes in older versions -> present words.
+OLD_CAUSES = {
+    "data x state": "data, only from this state",
+    "hardware or nondeterminism": "not reproducible",
+}
 
 
 class Severity(str, Enum):
@@ -210,24 +224,25 @@ class Diagnosis(Record, frozen=True, kw_only=True):
     borne: bool = False
 
 
-class Remedy(Record, frozen=True, kw_only=True):
-    """What goes with a verdict besides leaving data out. A function of the step: exact under
-    rollback.
+class Remedy(Renamed, frozen=True, kw_only=True, forbid_unknown_fields=False):
+    """What a verdict does besides skipping data. A function of the step, so exact after a rollback.
 
     Attributes:
         kind: "lr" (factor on the scheduled rate), "embed_alpha" (factor on embedding gradients),
             "clip" (factor on the clipping norm) or "moments" (optimizer moments set to zero, once).
         value: the factor, in (0, 1]; unused for "moments".
         from_step: first step it holds for.
-        hold: steps at the full effect.
-        back: steps over which the factor then returns to 1, linearly.
+        hold_steps: steps at the full effect.
+        ramp_steps: steps over which the factor then returns to 1, linearly.
     """
+
+    RENAMED: ClassVar[Mapping[str, str]] = {"hold": "hold_steps", "back": "ramp_steps"}
 
     kind: str
     value: float
     from_step: int
-    hold: int = 0
-    back: int = 0
+    hold_steps: int = 0
+    ramp_steps: int = 0
 
 
 class LossTrend(Record, frozen=True, kw_only=True):
@@ -283,7 +298,7 @@ class Verdict(Record, frozen=True, kw_only=True):
         incident_state: "open" on the verdict that opens it, "recurred" on one that goes back for it
             once more, "recovered" or "offset" on the one that closes it, "recovered" on a later one
             that brings the loss back behind "offset", else "".
-        rung: name of the rung of the ladder that this is.
+        escalation: action of the `[[guard.escalation]]` step that this is.
         remedies: what goes with it.
         cause: of the incident, where a replay has told it.
         outcome: where the loss stands on the verdict that closes an incident.
@@ -302,7 +317,7 @@ class Verdict(Record, frozen=True, kw_only=True):
     accepted: bool = True
     incident: int | None = None
     incident_state: str = ""
-    rung: str = ""
+    escalation: str = ""
     remedies: tuple[Remedy, ...] = ()
     cause: Cause | None = None
     outcome: RecoveryResult | None = None
@@ -375,18 +390,22 @@ class Command(Record, frozen=True, kw_only=True):
     shown: Shown | None = None
 
 
-class Span(Record, frozen=True, kw_only=True):
-    """A stretch [first, last) of positions of the sample order that the run leaves out, and why.
+class Span(Record, frozen=True, kw_only=True, rename={"origin": "cause"}):
+    """A range [first, last) of positions of the sample order that the run skips, and why.
 
-    `cause` is "rejected" (one left-out update), "rollback", "user" or "file". `step` is the step at
-    which it was decided; `batches` how many batches it covered. With `positions`, in order, only
-    those of the stretch are meant. `allowed`: a user was asked first, since it is more than the
-    guard may leave out by itself.
+    On disk and in JSON `origin` is called "cause".
+
+    Attributes:
+        origin: "rejected" (one skipped update), "rollback", "user" or "file".
+        step: at which it was decided.
+        batches: how many it covers.
+        positions: ascending; where given, only these of the range are skipped.
+        allowed: a user was asked first, since it is more than the guard may skip by itself.
     """
 
     first: int
     last: int
-    cause: str
+    origin: str
     step: int
     reason: str = ""
     batches: int = 1
@@ -446,6 +465,11 @@ class Event(Record, frozen=True, kw_only=True):
 def field_of(record: Any, name: str) -> Any:
     """A field of a record, or of the dict that it became in the journal."""
     return record.get(name) if isinstance(record, Mapping) else getattr(record, name, None)
+
+
+def origin_of_span(span: Any) -> Any:
+    """The origin of a span, as a record or as the dict that it became in the journal."""
+    return span.origin if isinstance(span, Span) else field_of(span, "cause")
 
 
 class Phase(str, Enum):

@@ -72,9 +72,9 @@ class SnapshotSection(Section, frozen=True, kw_only=True):
     every: Positive = 10
     # Snapshots kept by each rank, each as large as its parameters and optimizer state; at least 2,
     # since the last good one must outlive the next. 0: no ring, for a machine without that memory.
-    # A rollback then goes to a checkpoint, the cause test, without an older state, does not tell
-    # data from data x state (a row of rejections calls for a rollback), and only a save holds a
-    # copy, until it is written. With a disk so slow that a checkpoint is still being written when
+    # A rollback then goes to a checkpoint. The cause test has no older state, so it does not show
+    # whether the data is bad from every state (a row of rejections calls for a rollback). Only a
+    # save holds a copy, until it is written. With a disk so slow that a checkpoint is still being written when
     # its snapshot leaves the ring, up to two copies more are held.
     keep: Natural = 4
 

@@ -60,7 +60,7 @@ class AdviseSimulation:
                     to_step=to_step,
                     onset=onset,
                     window=done.window,
-                    rung=done.rung,
+                    escalation=done.escalation,
                 )
             )
         return True
@@ -77,7 +77,7 @@ class AdviseSimulation:
             "since": self.since,
             "left_out": [dict(jumps) for jumps in self.left_out],
             "rollbacks": [
-                [r.from_step, r.to_step, r.onset, *r.window, r.rung] for r in self.rollbacks
+                [r.from_step, r.to_step, r.onset, *r.window, r.escalation] for r in self.rollbacks
             ],
         }
 
@@ -93,7 +93,7 @@ class AdviseSimulation:
                     to_step=to_step,
                     onset=onset,
                     window=(first, last),
-                    rung="".join(rung),
+                    escalation="".join(rung),
                 )
             )
         return advice

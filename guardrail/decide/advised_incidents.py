@@ -7,7 +7,7 @@ from __future__ import annotations
 from guardrail.core.records import Action, Event
 
 # what happens to a step about which the guard only advises
-_DONE = (Action.APPLY.value, Action.OVERFLOW.value)
+_DONE = (Action.APPLY.value, Action.FP16_OVERFLOW.value)
 
 
 def would_of(event: Event) -> str:

@@ -63,7 +63,7 @@ from guardrail.detectors.spike import LOOK_BACK, ONSET_SHARE, Spike
 # say for ever.
 LASTING = ("divergence", "growth", "embed_growth", "update_growth")
 # Verdicts of which no replay asks the cause.
-UNASKED = (Action.APPLY, Action.OVERFLOW, Action.RETRY)
+UNASKED = (Action.APPLY, Action.FP16_OVERFLOW, Action.RETRY)
 # Of the run itself: such trouble comes again. Hardware and the unknown say nothing of the next
 # batch.
 CAUSES = (Cause.DATA, Cause.STATE, Cause.DATA_AND_STATE)
@@ -222,7 +222,7 @@ class Controller(ControllerMemory):
             return self._rejected(obs, (found,))
         scale = obs.signals.get(LOSS_SCALE, 0.0)
         reason = f"the gradients overflow at a loss scale of {scale:g}"
-        return Verdict(action=Action.OVERFLOW, step=obs.step, reason=reason, accepted=False)
+        return Verdict(action=Action.FP16_OVERFLOW, step=obs.step, reason=reason, accepted=False)
 
     def _rejected(self, obs: Observation, findings: tuple[Finding, ...]) -> Verdict:
         trouble = is_anomaly(findings)
@@ -279,12 +279,12 @@ class Controller(ControllerMemory):
         done = answer(case, action)
         taken, would = done.action, None
         if self.mode is Mode.ADVISE:
-            taken, would = Action.OVERFLOW if obs.overflow else Action.APPLY, done.action
+            taken, would = Action.FP16_OVERFLOW if obs.overflow else Action.APPLY, done.action
             self._advise(done, obs, findings, onset)
             self._note_other_loss(obs)
         elif (
             self.mode is Mode.ASK and done.action in (Action.ROLLBACK, Action.HALT)
-        ) or done.rung == "pause":
+        ) or done.escalation == "pause":
             taken, would = Action.PAUSE, done.action
         elif number is None:
             self.empty_spans.add((obs.first, obs.last))
@@ -301,7 +301,7 @@ class Controller(ControllerMemory):
             accepted=False,
             incident=number,
             incident_state=state,
-            rung=done.rung if number is not None else "",
+            escalation=done.escalation if number is not None else "",
             remedies=done.remedies,
             cause=case.cause,
         )

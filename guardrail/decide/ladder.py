@@ -43,7 +43,9 @@ def next_rung(
             continue
         used = times_taken(rung, in_a_row)
         allowed = sum(other.max_uses for other in ladder if other.action == rung.action)
-        last = max((one.from_step for one in rollbacks if one.rung == rung.action), default=None)
+        last = max(
+            (one.from_step for one in rollbacks if one.escalation == rung.action), default=None
+        )
         resting = last is not None and rung.cooldown > 0 and applied - last < rung.cooldown
         if rung.action in ENDS or (used < allowed and not resting):
             return rung
@@ -71,7 +73,7 @@ def _in_order(ladder: Sequence[EscalationStep], cause: Cause | None) -> list[Esc
 
 def times_taken(rung: EscalationStep, in_a_row: Sequence[Rollback]) -> int:
     """How often a rung of this kind has been taken in a row, in vain."""
-    return sum(one.rung == rung.action for one in in_a_row)
+    return sum(one.escalation == rung.action for one in in_a_row)
 
 
 def widening(rung: EscalationStep, in_a_row: Sequence[Rollback]) -> int:

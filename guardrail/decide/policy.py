@@ -20,7 +20,7 @@ from guardrail.core.records import (
     Record,
     Severity,
     SnapshotInfo,
-    field_of,
+    origin_of_span,
 )
 
 # Left out without a suspicion of the weights: however often it happens in a row, it never adds up
@@ -37,7 +37,7 @@ class Rollback(Record, frozen=True, kw_only=True):
         to_step: applied steps of the state that was restored.
         onset: first step of the trouble.
         window: positions [first, last) that it left out.
-        rung: of the ladder that it was, "" for a person's.
+        escalation: action of the escalation step that it was, "" for a user's.
         incident: that it answered, None without one.
         by_person: commanded, not decided by the guard; such a rollback is outside the budget.
     """
@@ -47,21 +47,21 @@ class Rollback(Record, frozen=True, kw_only=True):
     onset: int
     window: tuple[int, int]
     by_person: bool = False
-    rung: str = ""
+    escalation: str = ""
     incident: int | None = None
 
 
 def rollback_of(data: Mapping[str, Any]) -> Rollback:
     """From the data of a `rollback` event."""
     first, last = data["window"]
-    by_person = field_of(data.get("span"), "cause") == "user"
+    by_person = origin_of_span(data.get("span")) == "user"
     return Rollback(
         from_step=int(data["from_step"]),
         to_step=int(data["to_step"]),
         onset=int(data["onset"]),
         window=(int(first), int(last)),
         by_person=by_person,
-        rung=str(data.get("rung") or ""),
+        escalation=str(data.get("rung") or ""),
         incident=None if by_person or data.get("incident") is None else int(data["incident"]),
     )
 

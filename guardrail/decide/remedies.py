@@ -48,11 +48,13 @@ def factor(remedies: Iterable[Remedy], kind: str, step: int, *, floor: float = 0
 
 def _at(remedy: Remedy, step: int) -> float:
     since = step - remedy.from_step
-    if since < 0 or since >= remedy.hold + remedy.back:
+    if since < 0 or since >= remedy.hold_steps + remedy.ramp_steps:
         return 1.0
-    if since < remedy.hold:
+    if since < remedy.hold_steps:
         return remedy.value
-    return remedy.value + (1.0 - remedy.value) * (since - remedy.hold + 1) / (remedy.back + 1)
+    return remedy.value + (1.0 - remedy.value) * (since - remedy.hold_steps + 1) / (
+        remedy.ramp_steps + 1
+    )
 
 
 def resets(remedies: Iterable[Remedy], step: int) -> bool:
@@ -74,9 +76,9 @@ def of_rung(rung: EscalationStep, from_step: int, *, again: int = 0) -> tuple[Re
     much = 2**again
     value, hold, back = rung.factor**much, rung.hold_steps * much, rung.ramp_steps * much
     if kind == MOMENTS:
-        low = Remedy(kind=LR, value=value, from_step=from_step, hold=hold, back=back)
+        low = Remedy(kind=LR, value=value, from_step=from_step, hold_steps=hold, ramp_steps=back)
         return Remedy(kind=MOMENTS, value=1.0, from_step=from_step), low
-    return (Remedy(kind=kind, value=value, from_step=from_step, hold=hold, back=back),)
+    return (Remedy(kind=kind, value=value, from_step=from_step, hold_steps=hold, ramp_steps=back),)
 
 
 def of_embedding(settings: GuardOptions, from_step: int) -> tuple[Remedy, ...]:
@@ -89,8 +91,8 @@ def of_embedding(settings: GuardOptions, from_step: int) -> tuple[Remedy, ...]:
             kind=EMBED_ALPHA,
             value=settings.shrink_embedding.factor,
             from_step=from_step,
-            hold=hold,
-            back=back,
+            hold_steps=hold,
+            ramp_steps=back,
         ),
     )
 
@@ -114,7 +116,9 @@ def embedding_concerned(verdict: Verdict) -> bool:
     """Whether a step was rejected, or would be, with something finite found of the embedding: worth
     naming tokens.
     """
-    rejected = verdict.action not in (Action.APPLY, Action.OVERFLOW) or verdict.would is not None
+    rejected = (
+        verdict.action not in (Action.APPLY, Action.FP16_OVERFLOW) or verdict.would is not None
+    )
     return rejected and any(
         f.signal in EMBEDDING and math.isfinite(f.value) for f in verdict.findings
     )
@@ -124,6 +128,6 @@ def sentence(remedy: Remedy) -> str:
     """ "the learning rate x 0.5 from step 120 for 100 steps, back over 200"."""
     if remedy.kind == MOMENTS:
         return f"the optimizer's moments at zero before step {remedy.from_step}"
-    back = f", back over {remedy.back}" if remedy.back else ""
+    back = f", back over {remedy.ramp_steps}" if remedy.ramp_steps else ""
     what = WORDS.get(remedy.kind, remedy.kind)
-    return f"{what} x {remedy.value:g} from step {remedy.from_step} for {plural(remedy.hold, 'step')}{back}"
+    return f"{what} x {remedy.value:g} from step {remedy.from_step} for {plural(remedy.hold_steps, 'step')}{back}"

@@ -102,7 +102,7 @@ class RejectedStep:
 class Response:
     """Attributes:
     action: what `auto` does.
-    rung: its name.
+    escalation: action of the escalation step.
     window: positions [first, last) that are left out.
     positions: those of the window that are to blame; (): all.
     before: the state to go back to is older than this step; None where it does not go back.
@@ -111,7 +111,7 @@ class Response:
     """
 
     action: Action
-    rung: str
+    escalation: str
     window: tuple[int, int]
     positions: tuple[int, ...]
     before: int | None
@@ -151,7 +151,7 @@ def answer(case: RejectedStep, action: Action) -> Response:
         reason += "; " + "; ".join(map(sentence, remedies))
     return Response(
         action=action,
-        rung=name,
+        escalation=name,
         window=out,
         positions=few,
         before=before,

@@ -3,7 +3,7 @@ diagnosis out.
 
     the batch again     Same state, batch and dice. Other numbers: hardware, or kernels that do not repeat themselves.
     other batches       Same state. Most of them in the same trouble: the state.
-    an older state      The batch there. In trouble as well: the data; healthy there: data x state, only this batch now.
+    an older state      The batch there. In trouble as well: the data; healthy there: data, only from now.
 
 Where the trouble began before the step at hand (a divergence, a norm that climbed), the updates of
 the onset are in the weights already, so that every batch is in trouble now, whatever began it.

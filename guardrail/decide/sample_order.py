@@ -512,13 +512,13 @@ class SampleCursor:
         self.spans.append(span)
         if span.allowed:
             self.left_out_alone = 0
-        elif span.cause in AUTOMATIC:
+        elif span.origin in AUTOMATIC:
             self.left_out_alone += len(self.quarantine) - before
-        if span.cause == "rejected":
+        if span.origin == "rejected":
             # What is left of a batch that lost some samples is formed again from the same place: it
             # comes after it.
             insort(self._rejected, (span.first, span.first if span.positions else span.last))
-        elif span.cause == "rollback":
+        elif span.origin == "rollback":
             # What a rollback has answered does not count again towards the next one.
             self._rejected = [
                 r for r in self._rejected if not (span.first <= r[0] and r[1] <= span.last)
@@ -581,7 +581,7 @@ class SampleCursor:
     def rejected(self, first: int, last: int) -> set[int]:
         """The positions that rejected updates within [first, last) have left out."""
         within = [
-            s for s in self.spans if s.cause == "rejected" and first <= s.first and s.last <= last
+            s for s in self.spans if s.origin == "rejected" and first <= s.first and s.last <= last
         ]
         return {
             position

@@ -104,7 +104,7 @@ def _automatic(event: Event) -> bool:
     span = span_in(event)
     if event.kind == "remedy":
         return event.data.get("who") in (None, "", "guard")
-    return span is not None and span.cause in AUTOMATIC
+    return span is not None and span.origin in AUTOMATIC
 
 
 def _undoing(event: Event, standing: Sequence[Event], events: Sequence[Event]) -> UndoPlan | str:
@@ -122,12 +122,12 @@ def _undoing(event: Event, standing: Sequence[Event], events: Sequence[Event]) -
         if other.seq > event.seq and theirs is not None and _covers(theirs, span):
             return f"line {other.seq} has left the same samples out since: undo that one"
     spans, rollbacks = [span], [*_timeline(event)]
-    for other in standing if span.cause in AUTOMATIC else ():
+    for other in standing if span.origin in AUTOMATIC else ():
         theirs = span_in(other)
         if (
             other is not event
             and theirs is not None
-            and theirs.cause in AUTOMATIC
+            and theirs.origin in AUTOMATIC
             and _covers(span, theirs)
         ):
             spans.append(theirs)
@@ -135,10 +135,10 @@ def _undoing(event: Event, standing: Sequence[Event], events: Sequence[Event]) -
     pardons = [
         stretch
         for one in spans
-        if one.cause in AUTOMATIC
+        if one.origin in AUTOMATIC
         for stretch in stretches(positions_of(one))
     ]
-    batch = _batch_behind(event, events) if span.cause in AUTOMATIC else []
+    batch = _batch_behind(event, events) if span.origin in AUTOMATIC else []
     if (
         batch
         and not any(split_span(one)[0][0] < split_span(one)[-1][1] for one in spans)

@@ -71,7 +71,7 @@ TEMPLATES = {
         title="Bad data{files}",
         conclusion="The cause is the data, not the model.",
     ),
-    "data x state": CauseTemplate(
+    "data, only from this state": CauseTemplate(
         short="data + state",
         title="Data that spikes only from this model state{files}",
         conclusion="The cause is this data together with this state of the model.",
@@ -81,7 +81,7 @@ TEMPLATES = {
         title="The state of the model, not the data",
         conclusion="The cause is the state of the model, not the data.",
     ),
-    "hardware or nondeterminism": CauseTemplate(
+    "not reproducible": CauseTemplate(
         short="not reproducible",
         title="A fault{rank} that did not repeat",
         conclusion="A rare case is harmless. If it returns, check this device.",
@@ -91,11 +91,6 @@ TEMPLATES = {
         title="{what}, cause unknown",
         conclusion="The cause test had too little to compare with.",
     ),
-}
-# present names of causes -> the names that older journals have
-_RENAMED = {
-    "data, only from this state": "data x state",
-    "not reproducible": "hardware or nondeterminism",
 }
 
 
@@ -107,9 +102,8 @@ def find_template(incident: Incident) -> CauseTemplate:
         return NEW_DATA
     if incident.is_raised_only:
         return RAISED
-    cause = _RENAMED.get(incident.cause, incident.cause)
-    if cause in TEMPLATES:
-        return TEMPLATES[cause]
+    if incident.cause in TEMPLATES:
+        return TEMPLATES[incident.cause]
     named = incident.cause.replace("{", "(").replace("}", ")")
     return CauseTemplate(short=named, title=f"{named}{{files}}")
 

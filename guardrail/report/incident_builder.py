@@ -115,7 +115,7 @@ class IncidentBuilder:
 
     def _add_remedy(self, event: Event) -> None:
         span = span_of(event)
-        if span is not None and span.cause == "user":
+        if span is not None and span.origin == "user":
             return
         incident = self._incident_of(event)
         changes: dict[str, Any] = {}
@@ -250,7 +250,7 @@ def asked_for(events: Iterable[Event]) -> Iterator[IncidentAction]:
     """Skips and rollbacks that a user asked for: no incidents."""
     for event in events:
         span = span_of(event) if event.kind in (*SKIPPED, "rollback") else None
-        if span is not None and span.cause == "user":
+        if span is not None and span.origin == "user":
             yield action_of(event, "rollback" if event.kind == "rollback" else "skip")
 
 

@@ -20,7 +20,15 @@ from typing import Any
 import msgspec
 
 from guardrail.core.files import as_float, encode_json, replace_file
-from guardrail.core.records import OLD_COMMANDS, Command, CommandKind, Event, Mode, Record, field_of
+from guardrail.core.records import (
+    OLD_COMMANDS,
+    Command,
+    CommandKind,
+    Event,
+    Mode,
+    Record,
+    origin_of_span,
+)
 from guardrail.core.text import clean
 
 MAX_BYTES = 64 * 1024
@@ -116,7 +124,7 @@ def undone(events: Iterable[Event]) -> dict[str, int]:
             if deed is not None and event.data.get("effect") == "applied":
                 found[str(event.data.get("id"))] = deed, event.step
         elif event.kind == "undo" or (
-            event.kind in DEEDS.values() and field_of(event.data.get("span"), "cause") == "user"
+            event.kind in DEEDS.values() and origin_of_span(event.data.get("span")) == "user"
         ):
             found = {id: (deed, step) for id, (deed, step) in found.items() if deed != event.kind}
     return {id: step for id, (_, step) in found.items()}

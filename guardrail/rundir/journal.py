@@ -11,7 +11,7 @@ import errno
 import fcntl
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from guardrail.core.files import (
     refuse_special,
     sync_folder,
 )
-from guardrail.core.records import OLD_COMMANDS, Event, Finding, Phase, Span
+from guardrail.core.records import OLD_CAUSES, OLD_COMMANDS, Event, Finding, Phase, Remedy, Span
 
 FIXED = ("seq", "time", "step", "timeline", "kind", "message")
 LOCK_SECONDS = 30.0  # a writer that holds the lock this long is stopped or dead on another host
@@ -38,6 +38,11 @@ EXIT_CODES = {
     Phase.FAILED: ExitCode.WORKERS_FAILED,
 }
 _TAIL = 64 * 1024
+# kind of line -> field -> word of an older version -> present word
+_OLD_WORDS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
+    "command": {"command": OLD_COMMANDS},
+    "cause": {"cause": OLD_CAUSES},
+}
 
 
 def append_event(
@@ -132,10 +137,22 @@ def parse_counted(data: bytes) -> tuple[list[Event], int, int]:
 
 def with_present_names(event: Event) -> Event:
     """The event in the words of this version: journals of older ones are read for good."""
-    command = event.data.get("command")
-    if event.kind == "command" and isinstance(command, str) and command in OLD_COMMANDS:
-        event.data["command"] = OLD_COMMANDS[command]
+    data = event.data
+    for field, words in _OLD_WORDS.get(event.kind, {}).items():
+        value = data.get(field)
+        if isinstance(value, str) and value in words:
+            data[field] = words[value]
+    if data.get("remedies"):
+        data["remedies"] = [
+            _with_present_keys(one, Remedy.RENAMED) for one in _list(data["remedies"])
+        ]
     return event
+
+
+def _with_present_keys(record: Any, renamed: Mapping[str, str]) -> Any:
+    if not isinstance(record, Mapping):
+        return record
+    return {renamed.get(key, key): value for key, value in record.items()}
 
 
 def last_turn(events: Sequence[Event]) -> Event | None:

@@ -65,7 +65,7 @@ def skip(batches: int) -> tuple[float, float]:
     count = 32 * batches
     book = SampleCursor(SampleOrder(samples=2 * count, seed=1), batch_size=32)
     span = Span(
-        first=count // 2, last=count // 2 + count, cause="user", step=1, reason="", batches=batches
+        first=count // 2, last=count // 2 + count, origin="user", step=1, reason="", batches=batches
     )
     tracemalloc.start()
     book.leave_out(span)

@@ -13,8 +13,8 @@ STEPS = 240
 HEALTHY = "none"
 # held-out batches are shared out among the ranks, so that they are others
 HEALTHY_TWO = "none, two ranks"
-DATA, STATE, HARDWARE = "data", "state", "hardware or nondeterminism"
-BOTH = "data x state"
+DATA, STATE, HARDWARE = "data", "state", "not reproducible"
+BOTH = "data, only from this state"
 
 Sections = list[dict[str, Any]]
 

@@ -80,7 +80,7 @@ def test_down_when_the_embedding_leads_and_back_exactly(
     first = of_kind(run, "left_out")[0]
     assert first.data["span"]["step"] == LED
     (alpha,) = remedies_of(run)
-    assert (alpha.kind, alpha.value, alpha.from_step, alpha.hold, alpha.back) == (
+    assert (alpha.kind, alpha.value, alpha.from_step, alpha.hold_steps, alpha.ramp_steps) == (
         "embed_alpha", FACTOR, LED, HOLD, BACK,
     )  # fmt: skip
     (back,) = of_kind(run, "rollback")

@@ -274,7 +274,8 @@ def assert_as_live(run: RunDirectory) -> list[Action]:
         assert one.agrees, one
         if one.said is None:
             assert (
-                one.verdict.action in (Action.APPLY, Action.OVERFLOW) and not one.verdict.findings
+                one.verdict.action in (Action.APPLY, Action.FP16_OVERFLOW)
+                and not one.verdict.findings
             )
             continue
         data = one.said.data
@@ -400,7 +401,7 @@ def test_run_whose_gradients_overflowed(mode: str, tmp_path: Path) -> None:
     train = {"steps": 45, "precision": "fp16", "loss_scale_steps": 8}
     run = trained(tiny(tmp_path, faults=faults, train=train, guard={"overflows": 5, "mode": mode}))
     actions = assert_as_live(run)
-    assert actions.count(Action.OVERFLOW) > 8
+    assert actions.count(Action.FP16_OVERFLOW) > 8
     assert actions.count(Action.ROLLBACK) == (mode == "auto")
 
 

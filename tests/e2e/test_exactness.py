@@ -56,7 +56,7 @@ def test_corrupted_documents(tmp_path: Path, world: int, strategy: str) -> None:
     # Eleven batches and more, the data is to blame, and nothing of it was applied: nothing is made
     # again.
     out = spans(a)
-    assert {span.cause for span in out} == {"rejected"} and len(out) > 2 * config.guard.persist
+    assert {span.origin for span in out} == {"rejected"} and len(out) > 2 * config.guard.persist
     named = [
         document["path"] for event in of_kind(a, "left_out") for document in event.data["documents"]
     ]
@@ -216,7 +216,7 @@ def test_rollback_and_skip_by_command(tmp_path: Path, world: int, strategy: str)
     a.send(Command(id="back", kind=CommandKind.ROLLBACK, value=15, at_step=19))
     a.send(Command(id="newest", kind=CommandKind.ROLLBACK, value=float("nan"), at_step=27))
     assert train(a, world) == "finished"
-    assert [span.cause for span in spans(a)] == ["user", "user", "user"]
+    assert [span.origin for span in spans(a)] == ["user", "user", "user"]
     assert [done["to_step"] for done in rollbacks(a)] == [15, 20]
     assert [e.step for e in of_kind(a, "command")] == [12, 19, 27]
     assert_exact(config, a)

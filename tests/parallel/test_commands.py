@@ -120,7 +120,7 @@ def test_each_command_is_answered_with_its_step(tmp_path: Path) -> None:
     assert [path.name.split("-", 1)[1] for path in run.commands.iterdir()] == ["late.json"]
     assert status_of(run).mode is Mode.ADVISE and status_of(run).lr_factor == 0.5
     assert {read_manifest(path).step for path in checkpoint_dirs(run.checkpoints)} >= {0, 7, 20, 25}
-    assert [(span.first, span.last, span.cause) for span in spans(run)] == [
+    assert [(span.first, span.last, span.origin) for span in spans(run)] == [
         (19 * BATCH, 21 * BATCH, "user")
     ]
     assert len(table(run)) == 25
@@ -277,7 +277,7 @@ def test_ask_and_answer_by_another_deed(tmp_path: Path, kind: CommandKind, value
     send(run, "deed", kind, value)
     assert wait_ranks(pids) == [0, 0]
     assert answers(run) == {"slower": ("applied", 20), "deed": ("applied", 20)}
-    assert spans(run)[-1].cause == "user"
+    assert spans(run)[-1].origin == "user"
     left_out = [176, 192] if kind is CommandKind.SKIP else [80, 184]
     assert [spans(run)[-1].first, spans(run)[-1].last] == left_out
     assert_same(run, trained(told(config, run)))

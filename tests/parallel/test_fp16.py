@@ -31,7 +31,7 @@ from tests.support.ranks import run_ranks
 from trainer.config.config import Config
 from trainer.train import Trainer, train
 
-OVERFLOW = list(Action).index(Action.OVERFLOW)
+OVERFLOW = list(Action).index(Action.FP16_OVERFLOW)
 _train_step = Trainer.train_step
 
 
@@ -95,7 +95,7 @@ def test_single_overflows_are_left_out_without_a_finding(mode: Mode) -> None:
         for index in range(3):
             verdict = controller.observe(overflow(step, step + index))
             assert (verdict.action, verdict.findings, verdict.incident) == (
-                Action.OVERFLOW,
+                Action.FP16_OVERFLOW,
                 (),
                 None,
             )
@@ -108,7 +108,7 @@ def test_overflows_in_a_row_are_a_collapse_that_rolls_back_then_halts() -> None:
     controller = Controller(GuardOptions(rollback_after_overflows=4, max_rollbacks=1))
     step = settled(controller)
     verdicts = [controller.observe(overflow(step, step - 1 + k)) for k in range(4)]
-    assert [v.action for v in verdicts] == [Action.OVERFLOW] * 3 + [Action.ROLLBACK]
+    assert [v.action for v in verdicts] == [Action.FP16_OVERFLOW] * 3 + [Action.ROLLBACK]
     (finding,) = verdicts[-1].findings
     assert (finding.kind, finding.ranks, finding.onset) == (FindingKind.SCALE_COLLAPSE, (1,), step)
     # window_before and the four
@@ -117,7 +117,7 @@ def test_overflows_in_a_row_are_a_collapse_that_rolls_back_then_halts() -> None:
         "4 overflows in a row on rank 1" in verdicts[-1].reason
         and verdicts[-1].incident_state == "open"
     )
-    assert controller.observe(overflow(step, step)).action is Action.OVERFLOW  # counted anew
+    assert controller.observe(overflow(step, step)).action is Action.FP16_OVERFLOW  # counted anew
 
 
 def test_a_collapse_in_the_first_step_reaches_back_to_its_first_batch() -> None:
@@ -126,7 +126,9 @@ def test_a_collapse_in_the_first_step_reaches_back_to_its_first_batch() -> None:
     """
     controller = Controller(GuardOptions(rollback_after_overflows=3))
     verdicts = [controller.observe(overflow(1, k)) for k in range(AT_START)]
-    assert [v.action for v in verdicts] == [Action.OVERFLOW] * (AT_START - 1) + [Action.ROLLBACK]
+    assert [v.action for v in verdicts] == [Action.FP16_OVERFLOW] * (AT_START - 1) + [
+        Action.ROLLBACK
+    ]
     assert verdicts[-1].window == (0, AT_START * BATCH)
 
 
@@ -148,7 +150,7 @@ def test_no_mode_applies_an_overflow(mode: Mode) -> None:
     controller = Controller(GuardOptions(rollback_after_overflows=2), mode=mode)
     step = settled(controller)
     verdicts = [controller.observe(overflow(step, step + k)) for k in range(4)]
-    assert all(v.action in (Action.OVERFLOW, Action.PAUSE) for v in verdicts)
+    assert all(v.action in (Action.FP16_OVERFLOW, Action.PAUSE) for v in verdicts)
     would = None if mode is Mode.OFF else Action.ROLLBACK
     assert [v.would for v in verdicts] == [None, would, None, would]
 

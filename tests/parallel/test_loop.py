@@ -237,7 +237,7 @@ def test_what_is_done_stands_in_the_journal_first(tmp_path: Path) -> None:
         def leaving_out(self: SampleCursor, span: Span) -> int:
             assert span in spans(run), "left out before it was journaled"
             with seen.open("a") as file:
-                file.write(f"{span.cause} ")
+                file.write(f"{span.origin} ")
             return leave_out(self, span)
 
         def restoring(self: SnapshotRing, snapshot: Any) -> Any:
@@ -362,7 +362,7 @@ def test_batches_without_a_label_are_left_out_and_never_add_up_to_a_rollback(
     ]
     config = tiny(tmp_path, world=world, strategy=strategy, faults=faults, train={"steps": 20})
     run = trained(config)
-    assert [(span.first, span.last, span.cause) for span in spans(run)] == [
+    assert [(span.first, span.last, span.origin) for span in spans(run)] == [
         (first, first + BATCH, "rejected") for first in (0, 80, 88, 96, 104, 112, 120)
     ]
     assert not of_kind(run, "rollback") and not of_kind(run, "incident")

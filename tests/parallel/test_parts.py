@@ -69,12 +69,12 @@ def event(kind: str, *, step: int = 0, timeline: int = 0, **data: Any) -> Event:
     return Event(seq=0, time=0.0, step=step, timeline=timeline, kind=kind, data=data)
 
 
-SPAN = Span(first=80, last=88, cause="rejected", step=11)
+SPAN = Span(first=80, last=88, origin="rejected", step=11)
 
 
 def test_the_past_of_a_journal() -> None:
     raw = msgspec.to_builtins(SPAN)
-    rolled = Span(first=72, last=104, cause="rollback", step=12)
+    rolled = Span(first=72, last=104, origin="rollback", step=12)
     past = RunHistory.of(
         [
             event("started", samples=100),
@@ -552,6 +552,6 @@ def test_a_stretch_of_rejections_is_a_streak_until_something_is_applied() -> Non
         assert batch is not None
         streaks.append(batch.streak)
         if not applied:
-            ledger.leave_out(Span(first=batch.first, last=batch.last, cause="rejected", step=1))
+            ledger.leave_out(Span(first=batch.first, last=batch.last, origin="rejected", step=1))
         ledger.passed(batch, applied=applied)
     assert streaks == [0, 0, 1, 2, 0]

@@ -147,7 +147,7 @@ def test_it_is_answered_by_another_deed(
         pids = parked(run, 1)
     ctl(run, *words)
     assert wait_ranks(pids) == [0] and outcome(run) == "finished"
-    assert spans(run)[-1].cause == "user" and spans(run)[-1].last == FIRST + last * BATCH
+    assert spans(run)[-1].origin == "user" and spans(run)[-1].last == FIRST + last * BATCH
     if left_out:
         assert of_kind(run, "left_out")[-1].data["count"] == left_out * BATCH, "and nothing twice"
     assert_same(run, trained(told(config, run)))

@@ -92,7 +92,7 @@ def test_a_state_that_is_not_there_is_said(step: float, said: str) -> None:
 def test_what_is_left_out_already_does_not_count_again() -> None:
     here = scene(info(20))
     assert here.ledger is not None
-    here.ledger.leave_out(Span(first=168, last=176, cause="rejected", step=22))
+    here.ledger.leave_out(Span(first=168, last=176, origin="rejected", step=22))
     assert of(here, wish(CommandKind.ROLLBACK, 20)).samples == 80 - 8
     assert of(here, wish(CommandKind.SKIP, 2)).window == (240, 256)
 
@@ -118,7 +118,7 @@ def test_what_would_leave_no_data_is_refused_as_the_guard_refuses_it(
 def test_a_skip_of_two_batches_passes_over_what_is_left_out() -> None:
     here = scene()
     assert here.ledger is not None
-    here.ledger.leave_out(Span(first=244, last=252, cause="user", step=22))
+    here.ledger.leave_out(Span(first=244, last=252, origin="user", step=22))
     skip = of(here, wish(CommandKind.SKIP, 2))
     assert (skip.window, skip.samples) == ((240, 264), 16)
 
@@ -128,7 +128,7 @@ def test_a_rate_set_by_hand_holds_from_the_target_on_and_a_remedy_comes_on_top()
     past.lr.set(26, 0.5)
     here = scene(info(20), past=past)
     assert of(here, wish(CommandKind.ROLLBACK, NAN)).lr == 21 * 0.5
-    remedy = Remedy(kind="lr", value=0.5, from_step=21, hold=9)
+    remedy = Remedy(kind="lr", value=0.5, from_step=21, hold_steps=9)
     lowered = rollback_for(here, (176, 240), remedies=[remedy])
     assert lowered.lr == 21 * 0.25
     assert lowered.sentence().endswith("the learning rate x 0.5 from step 21 for 9 steps")
@@ -164,7 +164,7 @@ def test_seconds_that_no_row_has_measured_are_not_made_up() -> None:
 def decision(
     seq: int, kind: str, first: int, last: int, cause: str, step: int, **data: Any
 ) -> Event:
-    span = Span(first=first, last=last, cause=cause, step=step)
+    span = Span(first=first, last=last, origin=cause, step=step)
     data = {"span": msgspec.to_builtins(span), "incident": 1, **data}
     return Event(
         seq=seq, time=0.0, step=step, timeline=0, kind=kind, message=f"line {seq}", data=data
@@ -173,8 +173,10 @@ def decision(
 
 def test_remedies_in_force_count_for_what_is_and_what_will_be() -> None:
     past = RunHistory()
-    rate = Remedy(kind="lr", value=0.5, from_step=16, hold=10, back=0)  # of the rows 16 to 25
-    alpha = Remedy(kind="embed_alpha", value=0.2, from_step=16, hold=40)
+    rate = Remedy(
+        kind="lr", value=0.5, from_step=16, hold_steps=10, ramp_steps=0
+    )  # of the rows 16 to 25
+    alpha = Remedy(kind="embed_alpha", value=0.2, from_step=16, hold_steps=40)
     past.remedies = [(1, rate), (2, alpha)]
     here = scene(info(20), past=past, settings=GuardOptions(embed_floor=0.15))
     back = of(here, wish(CommandKind.ROLLBACK, NAN))

@@ -62,7 +62,7 @@ def line(
     seq: int, kind: str, first: int = 0, last: int = 8, cause: str = "rejected", **data: Any
 ) -> Event:
     span = Span(
-        first=first, last=last, cause=cause, step=seq, positions=tuple(data.pop("positions", ()))
+        first=first, last=last, origin=cause, step=seq, positions=tuple(data.pop("positions", ()))
     )
     if kind != "undo":
         data = {"span": msgspec.to_builtins(span), **data}
@@ -96,7 +96,7 @@ def test_the_newest_decision_of_the_guard_and_not_of_a_person() -> None:
 
 def test_a_rollback_takes_back_the_batches_that_led_to_it_and_not_what_a_person_left_out() -> None:
     undoing = meant(ROLLED_BACK)
-    assert [(span.first, span.cause) for span in undoing.spans] == [
+    assert [(span.first, span.origin) for span in undoing.spans] == [
         (184, "rollback"),
         (200, "rejected"),
         (208, "rejected"),
@@ -181,9 +181,9 @@ def test_what_cannot_be_undone_is_said(events: list[Event], seq: int | None, why
 def test_samples_come_back_unless_somebody_else_leaves_them_out_too() -> None:
     ledger = SampleCursor(SampleOrder(samples=100, shuffled=False), batch_size=4)
     ledger.quarantine.read(["8", "9@1"])
-    mine = Span(first=4, last=12, cause="rollback", step=2)
-    rejected = Span(first=4, last=8, cause="rejected", step=2)
-    other = Span(first=4, last=6, cause="user", step=9)
+    mine = Span(first=4, last=12, origin="rollback", step=2)
+    rejected = Span(first=4, last=8, origin="rejected", step=2)
+    other = Span(first=4, last=6, origin="user", step=9)
     before = list(ledger.quarantine.lines())
     for span in (rejected, mine, other):
         ledger.leave_out(span)
@@ -202,10 +202,10 @@ def test_samples_come_back_unless_somebody_else_leaves_them_out_too() -> None:
 def test_a_rollback_that_leaves_a_few_samples_out_takes_the_rejected_ones_with_it() -> None:
     ledger = SampleCursor(SampleOrder(samples=100, shuffled=False), batch_size=4)
     for span in (
-        Span(first=8, last=12, cause="rejected", step=3),
-        Span(first=12, last=16, cause="rejected", step=3, positions=(13,)),
-        Span(first=16, last=20, cause="user", step=3),
-        Span(first=24, last=28, cause="rejected", step=4),
+        Span(first=8, last=12, origin="rejected", step=3),
+        Span(first=12, last=16, origin="rejected", step=3, positions=(13,)),
+        Span(first=16, last=20, origin="user", step=3),
+        Span(first=24, last=28, origin="rejected", step=4),
     ):
         ledger.leave_out(span)
     assert ledger.rejected(4, 24) == {8, 9, 10, 11, 13}
@@ -264,7 +264,7 @@ def test_pardons_and_the_budget_come_back_from_the_journal() -> None:
     }
     undo = {
         "lines": [8],
-        "spans": [msgspec.to_builtins(Span(first=184, last=224, cause="rollback", step=8))],
+        "spans": [msgspec.to_builtins(Span(first=184, last=224, origin="rollback", step=8))],
         "pardons": [[184, 224]],
         "rollbacks": [1],
         "to_step": 20,

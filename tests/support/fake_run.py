@@ -172,7 +172,7 @@ class FakeRun:
             DocumentRef(path="/data/corpus/0038.txt"),
             DocumentRef(path="/data/corpus/web.jsonl", record=1207),
         ]
-        span = Span(first=first, last=last, cause=cause, step=step)
+        span = Span(first=first, last=last, origin=cause, step=step)
         self.event(kind, f"{message}left out {last - first} samples of 3 documents", span=span, documents=documents,
                    documents_total=3, samples=last - first, incident=self.incident, **data)  # fmt: skip
 
@@ -224,7 +224,7 @@ class FakeRun:
         span = Span(
             first=self.cursor,
             last=self.cursor + BATCH,
-            cause="rejected",
+            origin="rejected",
             step=at,
             positions=(self.cursor + 3,),
         )
@@ -462,7 +462,7 @@ class LiveRun:
             case CommandKind.SKIP:
                 fake.cursor += int(command.value) * BATCH
             case CommandKind.ROLLBACK if command.value in {s.step for s in fake.snapshots}:
-                span = Span(first=fake.cursor, last=fake.cursor, cause="user", step=fake.step)
+                span = Span(first=fake.cursor, last=fake.cursor, origin="user", step=fake.step)
                 fake.event("rollback", f"rolled back to {command.value:.0f} by command", to_step=int(command.value),
                            from_step=fake.step, new_timeline=fake.timeline + 1, span=span)  # fmt: skip
                 fake.step, fake.timeline = int(command.value), fake.timeline + 1

@@ -169,7 +169,7 @@ class Trainer:
             if step % self.every == 0:
                 self._save()
         elif verdict.action is Action.SKIP:
-            self._leave_out(Span(first=batch.first, last=batch.last, cause="rejected", step=step))
+            self._leave_out(Span(first=batch.first, last=batch.last, origin="rejected", step=step))
             self.ledger.passed(batch, applied=False)
         elif verdict.action is Action.ROLLBACK:
             assert (
@@ -184,7 +184,7 @@ class Trainer:
                 )
             )
             self._leave_out(
-                Span(first=verdict.window[0], last=verdict.window[1], cause="rollback", step=step)
+                Span(first=verdict.window[0], last=verdict.window[1], origin="rollback", step=step)
             )
             self._restore(target)
             self.controller.load_rollbacks(self.rollbacks)

@@ -66,7 +66,7 @@ def spike(run: RunDirectory, *, number: int = 1, step: int = 5, first: int = 40)
     """
     for n in range(2):
         span = Span(
-            first=first + 4 * n, last=first + 4 * n + 4, cause="rejected", step=step, reason="loss"
+            first=first + 4 * n, last=first + 4 * n + 4, origin="rejected", step=step, reason="loss"
         )
         rows(run, step, verdict=Action.SKIP)
         run.append(
@@ -112,7 +112,7 @@ def spike(run: RunDirectory, *, number: int = 1, step: int = 5, first: int = 40)
         tier="memory",
         new_timeline=1,
         incident=number,
-        span=Span(first=first - 4, last=first + 8, cause="rollback", step=step, batches=3),
+        span=Span(first=first - 4, last=first + 8, origin="rollback", step=step, batches=3),
         documents=[DOCUMENT, {"path": "/data/0038.txt"}],
         documents_total=5,
     )

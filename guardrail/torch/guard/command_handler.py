@@ -186,7 +186,9 @@ class CommandHandler:
         if ctx.run is None:  # nothing can bring an answer
             return True
         seconds = ctx.config.guard.answer_timeout
-        is_spent = verdict is not None and verdict.would is Action.HALT and verdict.rung != "pause"
+        is_spent = (
+            verdict is not None and verdict.would is Action.HALT and verdict.escalation != "pause"
+        )
         if is_spent and self._default(verdict) == "proposal" and not ctx.run.screens():
             return True
         return seconds > 0 and waited > seconds

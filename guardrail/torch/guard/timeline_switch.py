@@ -180,7 +180,7 @@ class TimelineSwitch:
             window=list(window),
             tier=target.tier,
             new_timeline=progress.timeline + 1,
-            rung=verdict.rung if verdict else "",
+            rung=verdict.escalation if verdict else "",
             remedies=list(verdict.remedies) if verdict else [],
             **data,
         )
@@ -209,7 +209,7 @@ class TimelineSwitch:
         return Span(
             first=window[0],
             last=window[1],
-            cause=cause,
+            origin=cause,
             step=onset,
             reason=reason,
             batches=batches,

@@ -119,7 +119,7 @@ class UserCommands:
             span = Span(
                 first=first,
                 last=last,
-                cause="user",
+                origin="user",
                 step=self._ctx.progress.step + 1,
                 reason=f"{plural(batches, 'batch')} skipped by command",
                 batches=batches,

@@ -122,7 +122,7 @@ class VerdictExecutor:
                 self._applier.apply(step, reduced)
             case Action.SKIP:
                 self._skip(step, verdict, bad_samples)
-            case Action.OVERFLOW:
+            case Action.FP16_OVERFLOW:
                 self._lower_loss_scale(step, verdict)
             case Action.ROLLBACK:
                 self._roll_back(step, verdict)
@@ -244,7 +244,7 @@ class VerdictExecutor:
         return Span(
             first=step.batch.first,
             last=step.batch.last,
-            cause="rejected",
+            origin="rejected",
             step=step.number,
             reason=verdict.reason,
             positions=() if bad_samples is None else bad_samples.positions,
@@ -378,7 +378,7 @@ class VerdictExecutor:
         kind, what = "verdict", f"{verdict.action.value} at step"
         if verdict.action is Action.APPLY and verdict.would is None:
             kind, what = "finding", "step"
-        elif verdict.would is not None and verdict.action in (Action.APPLY, Action.OVERFLOW):
+        elif verdict.would is not None and verdict.action in (Action.APPLY, Action.FP16_OVERFLOW):
             what = f"{advised_words(verdict.would.value)} at step"
         beyond: dict[str, Any] = {}
         if verdict.beyond:

@@ -45,7 +45,11 @@ class Held:
     @property
     def until(self) -> int | None:
         """The first step that it no longer holds for."""
-        return None if self.remedy is None else self.since + self.remedy.hold + self.remedy.back
+        return (
+            None
+            if self.remedy is None
+            else self.since + self.remedy.hold_steps + self.remedy.ramp_steps
+        )
 
 
 class HeldBook:

@@ -175,7 +175,7 @@ class StoryBuilder:
 
     def _verdict(self, event: Event) -> None:
         action, would = _action(event.data.get("action")), _action(event.data.get("would"))
-        advised = action in (Action.APPLY, Action.OVERFLOW)
+        advised = action in (Action.APPLY, Action.FP16_OVERFLOW)
         if action is None or (advised and would in (None, Action.APPLY)):
             return
         at = as_int(event.data.get("at_step"), event.step)
@@ -190,13 +190,13 @@ class StoryBuilder:
 
     def _left_out(self, event: Event) -> None:
         span = span_of(event)
-        if span is not None and span.cause == "user":
+        if span is not None and span.origin == "user":
             self._marks[SKIP][span.step] = ""
             return  # no incident: a user asked for it
         if span is None and not incident_number(event):
             return  # neither samples nor an incident: the line of another version, or a broken one
         self._incidents.merge(event, event.step, skipped_data(event))
-        if span is not None and span.cause == "rejected":
+        if span is not None and span.origin == "rejected":
             self._marks[SKIP].setdefault(span.step, "")
 
     def _rollback(self, event: Event) -> None:
@@ -204,7 +204,7 @@ class StoryBuilder:
         if span is None and not incident_number(event) and "to_step" not in event.data:
             return  # the line of another version, or a broken one
         label = ""
-        if span is None or span.cause != "user":
+        if span is None or span.origin != "user":
             onset = as_int(event.data.get("onset"), event.step)
             news = replace(skipped_data(event), action=f"rolled back to {count(to_step)}")
             label = self._incidents.merge(event, onset, news).label

@@ -105,7 +105,7 @@ def _where(view: View) -> list[Row]:
 
 
 def _cause(one: LeftOut) -> str:
-    return _CAUSES.get(one.span.cause, brief(one.span.cause, 20))
+    return _CAUSES.get(one.span.origin, brief(one.span.origin, 20))
 
 
 def _text(one: LeftOut) -> str:

@@ -172,7 +172,7 @@ def _left_out(case: casefile.Incident) -> Iterator[str]:
     for span in case.spans[:6]:
         chosen = f", {len(span.positions)} of them" if span.positions else ""
         stretch = f"positions {number(span.first)} to {number(max(span.first, span.last - 1))}"
-        yield f"{stretch}{chosen} ({brief(span.cause, 20)})"
+        yield f"{stretch}{chosen} ({brief(span.origin, 20)})"
 
 
 def _sample(sample: casefile.Sample) -> Iterator[str]:

@@ -824,7 +824,7 @@ def test_data_to_blame_is_left_out_however_often_in_a_row(cause: Cause) -> None:
     verdict = diagnosed(controller, nth(step, 0), cause)
     asked = []
     for streak in range(1, 21):
-        assert verdict.action is Action.SKIP and verdict.rung == "skip"
+        assert verdict.action is Action.SKIP and verdict.escalation == "skip"
         assert (
             f"the data is to blame: leave this update out, {streak} in a row of at most 20"
             in verdict.reason
@@ -835,7 +835,7 @@ def test_data_to_blame_is_left_out_however_often_in_a_row(cause: Cause) -> None:
             verdict = controller.apply_diagnosis(nth(step, streak), verdict, Diagnosis(cause=cause))
     # Whether it still is the data is asked at 3 in a row, 6, 12, and before the run is given up.
     assert asked == [3, 6, 12, 21]
-    assert (verdict.action, verdict.rung) == (Action.HALT, "halt")
+    assert (verdict.action, verdict.escalation) == (Action.HALT, "halt")
     assert (
         "the data is to blame: halt, since 20 in a row are as many as guard.max_data_skips allows"
         in verdict.reason
@@ -910,12 +910,14 @@ def test_only_the_samples_to_blame_of_a_window_are_left_out_until_that_was_not_e
         to_step=190,
         onset=verdict.step,
         window=verdict.window,
-        rung="rollback",
+        escalation="rollback",
         incident=1,
     )
     controller.load_rollbacks([went])
     again = few(controller, (3,))
-    assert (again.rung, again.positions) == ("widen", ()), "what is left of the window goes as well"
+    assert (again.escalation, again.positions) == ("widen", ()), (
+        "what is left of the window goes as well"
+    )
 
 
 @pytest.mark.parametrize(
@@ -961,7 +963,7 @@ def known_state(controller: Controller) -> int:
         to_step=step - 2,
         onset=step,
         window=back.window,
-        rung=back.rung,
+        escalation=back.escalation,
         incident=1,
     )
     controller.load_rollbacks([went])

@@ -110,7 +110,7 @@ DEFAULT = GuardOptions()
 
 
 def done(rung: str, from_step: int = 100) -> Rollback:
-    return Rollback(from_step=from_step, to_step=90, onset=95, window=(0, 1), rung=rung)
+    return Rollback(from_step=from_step, to_step=90, onset=95, window=(0, 1), escalation=rung)
 
 
 def climb(
@@ -127,7 +127,7 @@ def climb(
         taken.append(done(rung.do))
         if rung.do in ("halt", "pause"):
             break
-    return [one.rung for one in taken]
+    return [one.escalation for one in taken]
 
 
 def test_the_ladder_is_gone_up_in_order_and_what_does_not_fit_is_passed_over() -> None:
@@ -187,7 +187,7 @@ def rejected(controller: Controller, step: int, *, rung: str) -> list[tuple[Acti
     said = [
         controller.observe(obs(step, 9.0, 0.5, first=first + BATCH * k, streak=k)) for k in range(3)
     ]
-    assert said[-1].rung == rung, said[-1].reason
+    assert said[-1].escalation == rung, said[-1].reason
     return [(verdict.action, verdict.reason) for verdict in said]
 
 
@@ -205,7 +205,7 @@ def test_a_widened_window_is_twice_as_long_and_a_function_of_the_onset() -> None
         assert (
             window is not None
             and (window[1] - window[0]) // BATCH == length
-            and verdicts[-1].rung == "widen"
+            and verdicts[-1].escalation == "widen"
         )
         before = verdicts[-1].before_step
         assert before is not None and window[0] == (before - 1) * BATCH and before < step - 1
@@ -240,7 +240,7 @@ def test_the_rungs_of_a_run_that_does_not_recover() -> None:
 
 
 def test_a_remedy_is_a_function_of_the_step_that_returns_to_one() -> None:
-    remedy = Remedy(kind="lr", value=0.5, from_step=10, hold=2, back=3)
+    remedy = Remedy(kind="lr", value=0.5, from_step=10, hold_steps=2, ramp_steps=3)
     values = [factor([remedy], "lr", step) for step in range(8, 17)]
     assert values == pytest.approx([1, 1, 0.5, 0.5, 0.625, 0.75, 0.875, 1, 1])
     assert (
@@ -252,7 +252,7 @@ def test_a_remedy_is_a_function_of_the_step_that_returns_to_one() -> None:
     again = of_rung(
         EscalationStep(action="lower_lr", factor=0.3, hold_steps=20, ramp_steps=40), 7, again=1
     )
-    assert again == (Remedy(kind="lr", value=0.3**2, from_step=7, hold=40, back=80),)
+    assert again == (Remedy(kind="lr", value=0.3**2, from_step=7, hold_steps=40, ramp_steps=80),)
     assert (
         resets([moments, low], 7)
         and not resets([moments, low], 8)
@@ -300,7 +300,7 @@ def test_the_embedding_that_leads_is_shrunk() -> None:
     verdict = controller.observe(obs(100, 2.0, 0.5, embed=5.0))
     assert (verdict.action, verdict.findings[0].signal) == (Action.SKIP, EMBED_GRAD_NORM)
     assert verdict.remedies == (
-        Remedy(kind="embed_alpha", value=0.5, from_step=100, hold=100, back=200),
+        Remedy(kind="embed_alpha", value=0.5, from_step=100, hold_steps=100, ramp_steps=200),
     )
     assert "the gradients of the embedding x 0.5 from step 100" in verdict.reason
     assert controller.observe(obs(100, 9.0, 0.5, embed=0.1)).remedies == ()

@@ -146,7 +146,7 @@ def advance(book: SampleCursor, *, applied: bool = True) -> Batch:
     batch = book.next_batch()
     assert batch is not None
     if not applied:
-        book.leave_out(Span(first=batch.first, last=batch.last, cause="rejected", step=1))
+        book.leave_out(Span(first=batch.first, last=batch.last, origin="rejected", step=1))
     book.passed(batch, applied=applied)
     return batch
 
@@ -237,8 +237,8 @@ def test_a_sample_met_again_is_left_out_from_that_epoch_on() -> None:
 
 def test_leave_out_counts_what_is_new() -> None:
     book = ledger()
-    assert book.leave_out(Span(first=0, last=8, cause="rejected", step=1)) == 8
-    assert book.leave_out(Span(first=4, last=12, cause="rollback", step=1)) == 4
+    assert book.leave_out(Span(first=0, last=8, origin="rejected", step=1)) == 8
+    assert book.leave_out(Span(first=4, last=12, origin="rollback", step=1)) == 4
     assert [span.first for span in book.spans] == [0, 4]
 
 
@@ -264,7 +264,7 @@ def test_what_a_rollback_has_answered_does_not_count_again() -> None:
         advance(book, applied=False)
     batch = book.next_batch()
     assert batch is not None and batch.streak == 2
-    book.leave_out(Span(first=24, last=batch.last, cause="rollback", step=4))
+    book.leave_out(Span(first=24, last=batch.last, origin="rollback", step=4))
     book.restore(saved)
     again = book.next_batch()
     assert again is not None and (again.first, again.streak) == (batch.last, 0)
@@ -283,7 +283,7 @@ def test_a_rejection_before_the_window_still_counts_when_it_is_passed_again() ->
 def test_what_a_person_leaves_out_is_no_streak() -> None:
     book = ledger()
     advance(book)
-    book.leave_out(Span(first=8, last=24, cause="user", step=2, batches=2))
+    book.leave_out(Span(first=8, last=24, origin="user", step=2, batches=2))
     batch = advance(book)
     assert (batch.first, batch.streak) == (24, 0)
 
@@ -321,7 +321,7 @@ def test_a_restart_from_any_state_and_the_journal_makes_the_same_batches(
         batch = book.next_batch()
         assert batch is not None
         if rng.random() < 0.02 and len(book.quarantine) < samples // 2:
-            journal.append(Span(first=batch.first, last=batch.last, cause="rejected", step=1))
+            journal.append(Span(first=batch.first, last=batch.last, origin="rejected", step=1))
             book.leave_out(journal[-1])
             book.passed(batch, applied=False)
         else:
@@ -344,7 +344,7 @@ def test_a_batch_that_lost_some_samples_is_formed_again_from_the_same_place() ->
     ledger = SampleCursor(SampleOrder(samples=40, shuffled=False), batch_size=4, limit=80)
     batch = ledger.next_batch()
     assert batch is not None
-    span = Span(first=0, last=4, cause="rejected", step=1, positions=(0, 2))
+    span = Span(first=0, last=4, origin="rejected", step=1, positions=(0, 2))
     assert ledger.samples_of(span) == [0, 2] and ledger.leave_out(span) == 2
     again = ledger.next_batch()
     assert again is not None and again.positions == (1, 3, 4, 5) and again.streak == 1
@@ -365,13 +365,13 @@ def test_what_would_leave_no_sample_is_said_before() -> None:
     twice = 40 - len(set(ledger.order.samples(20, 60)))
     assert twice > 0 and ledger.nothing_left(20, 60) == ""
     assert ledger.nothing_left(20, 80) == all_of_it
-    ledger.leave_out(Span(first=40, last=79, cause="user", step=1))
+    ledger.leave_out(Span(first=40, last=79, origin="user", step=1))
     (kept,) = set(range(40)) - set(ledger.order.samples(40, 79))
     place = 80 + ledger.order.samples(80, 120).index(kept)
     assert (
         ledger.nothing_left(80, place) == "" and ledger.nothing_left(place, place + 1) == all_of_it
     )
-    ledger.leave_out(Span(first=place, last=place + 1, cause="user", step=1))
+    ledger.leave_out(Span(first=place, last=place + 1, origin="user", step=1))
     ledger.restore(LedgerState(cursor=place, applied_end=0))
     with pytest.raises(DataError, match="all 40 samples"):
         ledger.next_batch()
@@ -441,7 +441,7 @@ def test_a_long_skip_is_one_range() -> None:
     tracemalloc.start()
     try:
         new = book.leave_out(
-            Span(first=100, last=640_100, cause="user", step=1, reason="", batches=20_000)
+            Span(first=100, last=640_100, origin="user", step=1, reason="", batches=20_000)
         )
         kept, _ = tracemalloc.get_traced_memory()
     finally:

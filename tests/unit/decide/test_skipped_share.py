@@ -26,7 +26,7 @@ def ledger(samples: int = 1000, **more: int) -> SampleCursor:
 
 
 def span(first: int, last: int, cause: str = "rejected", *, allowed: bool = False) -> Span:
-    return Span(first=first, last=last, cause=cause, step=1, allowed=allowed)
+    return Span(first=first, last=last, origin=cause, step=1, allowed=allowed)
 
 
 def over(one: SampleCursor, wanted: Span, share: float = 0.03, total_steps: int = 0) -> str:
@@ -64,7 +64,7 @@ def test_many_epochs_do_not_make_more_data() -> None:
     one = ledger(100)
     one.leave_out(span(0, 3))
     assert over(one, span(100, 200)).startswith("100 of 100 samples")
-    assert over(one, Span(first=0, last=3, cause="rejected", step=1)) == ""
+    assert over(one, Span(first=0, last=3, origin="rejected", step=1)) == ""
 
 
 def test_what_a_user_has_allowed_begins_the_count_anew_and_nothing_may_be_all() -> None:

@@ -78,19 +78,23 @@ def test_case_12_single_overflows_are_normal_and_one_after_the_other_is_a_collap
             grad_norm=math.inf, embed_grad_norm=math.inf, embed_share=math.nan, loss_scale=scale
         )
         assert (
-            verdict.action is Action.OVERFLOW and verdict.incident is None and not verdict.findings
+            verdict.action is Action.FP16_OVERFLOW
+            and verdict.incident is None
+            and not verdict.findings
         )
         scale /= 2
     for index in range(300):
         overflow = {"grad_norm": math.inf} if index % 100 == 70 else {}
         verdict = run.attempt(loss_scale=scale, **overflow)
-        assert verdict.incident is None and (verdict.action is Action.OVERFLOW) == bool(overflow)
+        assert verdict.incident is None and (verdict.action is Action.FP16_OVERFLOW) == bool(
+            overflow
+        )
     actions = []
     while Action.ROLLBACK not in actions and len(actions) < 20:
         verdict = run.attempt(grad_norm=math.inf, loss_scale=scale)
         actions.append(verdict.action)
         scale /= 2
-    assert actions == [Action.OVERFLOW] * 7 + [Action.ROLLBACK]
+    assert actions == [Action.FP16_OVERFLOW] * 7 + [Action.ROLLBACK]
     assert (
         verdict.findings[0].kind is FindingKind.SCALE_COLLAPSE
         and verdict.findings[0].signal == LOSS_SCALE

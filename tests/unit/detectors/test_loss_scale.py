@@ -73,9 +73,9 @@ def test_overflows_at_the_start_and_single_ones_later_are_no_incident() -> None:
         run.healthy(60)
         verdicts += [run.attempt(overflow=True)]
     run.healthy(60)
-    assert {v.action for v in verdicts} == {Action.OVERFLOW} and {v.incident for v in verdicts} == {
-        None
-    }
+    assert {v.action for v in verdicts} == {Action.FP16_OVERFLOW} and {
+        v.incident for v in verdicts
+    } == {None}
     assert not any(v.findings for v in verdicts)
     assert verdicts[0].reason == "the gradients overflow at a loss scale of 65536"
 
@@ -84,7 +84,9 @@ def test_overflow_after_overflow_is_a_collapse() -> None:
     run = Scaled()
     run.healthy()
     verdicts = [run.attempt(overflow=True) for _ in range(IN_A_ROW)]
-    assert [v.action for v in verdicts] == [Action.OVERFLOW] * (IN_A_ROW - 1) + [Action.ROLLBACK]
+    assert [v.action for v in verdicts] == [Action.FP16_OVERFLOW] * (IN_A_ROW - 1) + [
+        Action.ROLLBACK
+    ]
     assert (
         verdicts[-1].findings[0].kind is FindingKind.SCALE_COLLAPSE and verdicts[-1].incident == 1
     )
@@ -109,7 +111,9 @@ def test_a_recorded_overflow_and_a_live_one_are_judged_by_one_rule() -> None:
 def test_a_scale_that_falls_from_the_very_first_step_to_its_end_is_a_collapse_too() -> None:
     run = Scaled()
     verdicts = [run.attempt(overflow=True) for _ in range(AT_START)]
-    assert [v.action for v in verdicts] == [Action.OVERFLOW] * (AT_START - 1) + [Action.ROLLBACK]
+    assert [v.action for v in verdicts] == [Action.FP16_OVERFLOW] * (AT_START - 1) + [
+        Action.ROLLBACK
+    ]
 
 
 def test_at_a_scale_of_one_it_is_no_longer_the_scale() -> None:

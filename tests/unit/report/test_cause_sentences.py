@@ -36,11 +36,6 @@ def test_each_cause_has_a_template(cause: str) -> None:
     assert find_template(incident(cause=cause)) in TEMPLATES.values()
 
 
-@pytest.mark.parametrize("cause", ["data, only from this state", "not reproducible"])
-def test_present_names_of_causes_have_the_template_of_the_old_one(cause: str) -> None:
-    assert find_template(incident(cause=cause)) in TEMPLATES.values()
-
-
 def test_what_a_cause_is_called_besides() -> None:
     assert find_template(incident()) is NOT_TESTED
     assert find_template(incident(cause="data", is_new_data=True)) is NEW_DATA

@@ -81,7 +81,7 @@ def test_no_control_character_of_a_document_reaches_the_terminal(run: RunDirecto
     evil = "\x1b]52;c;ZXZpbA==\x07\x9b2J\u202e[/red]\n"
     start(run, host=evil)
     document = {"path": evil, "excerpt": evil}
-    span = Span(first=0, last=4, cause="rejected", step=1, reason=evil)
+    span = Span(first=0, last=4, origin="rejected", step=1, reason=evil)
     bad = finding(2, signal=evil)
     run.append(
         "verdict",

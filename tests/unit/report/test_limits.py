@@ -47,7 +47,7 @@ def add_incident(run: RunDirectory, number: int, *, words: str = "") -> None:
         )
         documents = [{"path": f"/data/{words}{number}.txt", "first_byte": 0, "last_byte": 90}]
         odd = {"position": first, "odd": [f"90% {words}"], "documents": documents}
-        span = Span(first=first, last=first + 8, cause="rejected", step=step, reason=words)
+        span = Span(first=first, last=first + 8, origin="rejected", step=step, reason=words)
         run.append("left_out", words, span=span, documents=documents, samples=[odd], **data)
     run.append("incident", words, step=step, number=number, state="open", onset=step)
     reason = REASONS[number % 2]

@@ -116,7 +116,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     start(run, host=evil)
     rows(run, 1, 2)
     document = {"path": evil, "excerpt": evil}
-    span = Span(first=0, last=4, cause="rejected", step=1, reason=evil)
+    span = Span(first=0, last=4, origin="rejected", step=1, reason=evil)
     run.append(
         "verdict", evil, step=1, action="skip", findings=[finding(2, signal=evil)], incident=1
     )

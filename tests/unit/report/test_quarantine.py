@@ -40,9 +40,9 @@ def test_the_quarantine_is_what_the_ledger_held(
     ledger.quarantine.read(file.read_text().splitlines())
     run.append("started", samples=23, order_seed=5, shuffled=shuffled)
     spans = [
-        Span(first=8, last=12, cause="rejected", step=2),
-        Span(first=21, last=27, cause="rollback", step=4),  # across the end of an epoch
-        Span(first=60, last=71, cause="user", step=9),
+        Span(first=8, last=12, origin="rejected", step=2),
+        Span(first=21, last=27, origin="rollback", step=4),  # across the end of an epoch
+        Span(first=60, last=71, origin="user", step=9),
     ]
     for span in spans:
         ledger.leave_out(span)
@@ -76,7 +76,7 @@ def test_a_run_that_left_nothing_out_has_the_quarantine_of_its_file(
 def test_a_quarantine_that_would_not_be_complete_is_refused(
     run: RunDirectory, tmp_path: Path
 ) -> None:
-    run.append("left_out", span=Span(first=0, last=4, cause="rejected", step=1))
+    run.append("left_out", span=Span(first=0, last=4, origin="rejected", step=1))
     with pytest.raises(RunDirectoryError, match="order"):
         quarantine_lines(run)
     assert (

@@ -243,7 +243,7 @@ def test_only_the_ranks_that_a_finding_names_are_shown(run: RunDirectory) -> Non
 
 def test_what_a_person_asked_for_is_no_incident(run: RunDirectory) -> None:
     start(run)
-    span = Span(first=0, last=8, cause="user", step=3, batches=2)
+    span = Span(first=0, last=8, origin="user", step=3, batches=2)
     run.append(
         "left_out", "samples left out: asked for", step=3, span=span, samples=8, incident=None
     )
@@ -303,7 +303,7 @@ def test_cause_remedies_samples_and_outcome_are_shown(run: RunDirectory) -> None
         "excerpt": "ÿÿÿÿ",
         "odd": ["62 % symbols"],
     }
-    span = Span(first=60, last=64, cause="rejected", step=5, positions=(61,))
+    span = Span(first=60, last=64, origin="rejected", step=5, positions=(61,))
     run.append("left_out", "one sample", step=4, timeline=1, incident=1, span=span, samples=[odd])
     run.append(
         "incident",
@@ -320,7 +320,7 @@ def test_cause_remedies_samples_and_outcome_are_shown(run: RunDirectory) -> None
         13,
     )
     assert incident.closed is not None
-    assert (incident.cause, incident.cause_rank) == ("hardware or nondeterminism", 1)
+    assert (incident.cause, incident.cause_rank) == ("not reproducible", 1)
     assert incident.actions[-1].action == "remedy" and len(incident.actions[-1].remedies) == 2
     assert (incident.named[0].position, incident.named[0].odd) == (41, ("62 % symbols",))
     said = incident_text(run, 1)

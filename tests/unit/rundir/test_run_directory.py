@@ -169,7 +169,7 @@ def test_events_come_back_as_they_were_written(run: RunDirectory) -> None:
         onset=7,
         ranks=(1,),
     )
-    span = Span(first=10, last=20, cause="rejected", step=7, reason="because")
+    span = Span(first=10, last=20, origin="rejected", step=7, reason="because")
     first = run.append(
         "verdict",
         "loss nan",

@@ -138,7 +138,7 @@ def never(*given: Any) -> None:
 
 
 def span_of(*, window: tuple[int, int], onset: int, **given: Any) -> Span:
-    return Span(first=window[0], last=window[1], cause="rollback", step=onset)
+    return Span(first=window[0], last=window[1], origin="rollback", step=onset)
 
 
 def reduced(loss: float = 2.0, **values: Any) -> ReducedStep:
@@ -441,13 +441,13 @@ def test_the_quarantine_writes_first_and_names_documents() -> None:
     quarantine = Quarantine(
         rig.ctx, describe_samples=lambda ids: ([{"path": "/data/a.txt"}] * len(ids), 1)
     )
-    span = Span(first=0, last=4, cause="rejected", step=1)
+    span = Span(first=0, last=4, origin="rejected", step=1)
     assert quarantine.over_share(span) == ""
     quarantine.skip(span)
     (event,) = rig.events
     assert (event.kind, event.data["count"], event.data["documents_total"]) == ("left_out", 4, 1)
     assert "a.txt" in event.message and len(rig.ctx.order.quarantine) == 4
-    assert quarantine.over_share(Span(first=4, last=8, cause="rejected", step=2))
+    assert quarantine.over_share(Span(first=4, last=8, origin="rejected", step=2))
 
 
 def test_a_resume_on_other_data_is_refused_and_another_schedule_is_named() -> None:

@@ -60,8 +60,8 @@ def test_a_state_that_is_in_trouble_again_is_gone_on_from_at_a_low_rate(healthy:
     loop = Glitch(at=21, times=3, cause=Cause.STATE).train()
     verdicts = [step.verdict for step in loop.attempts if step.verdict is not None]
     back = [verdict for verdict in verdicts if verdict.action is Action.ROLLBACK]
-    assert [verdict.rung for verdict in back] == ["rollback", "lower_lr", "lower_lr"]
-    assert [(one.value, one.hold) for verdict in back for one in verdict.remedies] == [
+    assert [verdict.escalation for verdict in back] == ["rollback", "lower_lr", "lower_lr"]
+    assert [(one.value, one.hold_steps) for verdict in back for one in verdict.remedies] == [
         (0.1, 20),
         (0.1**2, 40),
     ]

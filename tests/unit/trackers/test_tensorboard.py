@@ -221,7 +221,7 @@ def test_what_happened_is_told_as_text(run: RunDirectory) -> None:
     }
     run.append("started", "begins")
     run.append("verdict", "step 5: skip: loss 11.5 against 2.3", step=4, findings=[])
-    span = Span(first=10, last=14, cause="rejected", step=5)
+    span = Span(first=10, last=14, origin="rejected", step=5)
     run.append(
         "left_out", "samples left out", step=4, span=span, documents=[document], documents_total=3
     )

@@ -177,11 +177,11 @@ def test_a_rollback_makes_the_batches_of_a_run_that_knew_from_its_beginning(
             saved = book.state()
         if rng.random() < 0.15:
             batch = advance(book, applied=False)
-            book.leave_out(Span(first=batch.first, last=batch.last, cause="rejected", step=1))
+            book.leave_out(Span(first=batch.first, last=batch.last, origin="rejected", step=1))
         else:
             advance(book)
     if book.cursor > saved.cursor:
-        book.leave_out(Span(first=saved.cursor, last=book.cursor, cause="rollback", step=1))
+        book.leave_out(Span(first=saved.cursor, last=book.cursor, origin="rollback", step=1))
     book.restore(saved)
     knew = ramped()
     knew.quarantine = book.quarantine

@@ -381,7 +381,13 @@ def test_a_run_directory_names_no_code_to_import() -> None:
 
 def test_evidence_tells_cause_samples_remedy_and_outcome() -> None:
     fake = FakeRun().begin().advance(300).spike(length=1, back_to=290)
-    fake.event("cause", "", incident=1, cause="data x state", reason="3 of 3 passes gave 11.5")
+    fake.event(
+        "cause",
+        "",
+        incident=1,
+        cause="data, only from this state",
+        reason="3 of 3 passes gave 11.5",
+    )
     span = {
         "first": 4800,
         "last": 4816,
@@ -414,7 +420,8 @@ def test_evidence_tells_cause_samples_remedy_and_outcome() -> None:
     )
     seen = View(snapshot_of(fake), fake.time)
     shown = text(BY_NAME["incidents"].detail(seen, 100, 40, State(cursor=0)))  # type: ignore[misc]
-    for said in ("data x state: 3 of 3 passes gave 11.5", "position 4,801: loss 11.5, 91 % of the trouble",
+    for said in ("data, only from this state: 3 of 3 passes gave 11.5",
+                 "position 4,801: loss 11.5, 91 % of the trouble",
                  "odd: repeats 0.98", "“Ã‚Â Ã‚Â”", "2 of them (rejected)", "recovered after 12 steps",
                  "expected 2.3", "score 18.4 (limit 8)", "0037.txt"):  # fmt: skip
         assert said in shown, said
@@ -433,7 +440,7 @@ def test_what_is_undone_is_no_longer_left_out() -> None:
     assert evidence.known().samples_out == 32, "what both leave out counts once"
     evidence.add([event(3, "undo", spans=[two])])
     known = evidence.known()
-    assert (known.samples_out, [one.span.cause for one in known.left_out]) == (16, ["rejected"])
+    assert (known.samples_out, [one.span.origin for one in known.left_out]) == (16, ["rejected"])
 
 
 def test_the_journal_says_who_gave_a_command() -> None:
