@@ -13,6 +13,7 @@ longer than 30 seconds, the last word. The signals are told in `guardrail.rundir
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -30,7 +31,7 @@ from guardrail.core.config import GuardConfig, parse
 from guardrail.core.errors import DiskRefuses, ExitCode, GuardrailError
 from guardrail.core.records import Mode, Phase
 from guardrail.core.renamed_keys import rename_keys
-from guardrail.core.sections import LaunchSection, NotifySection, TensorboardSection
+from guardrail.core.sections import LaunchSection, NotifySection
 from guardrail.launch import rank_stacks as stacks
 from guardrail.launch.hang_detector import HangDetector, Hung
 from guardrail.launch.notify import Notifier
@@ -41,6 +42,9 @@ from guardrail.rundir.local_ranks import LocalRanks, become_reaper
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.rundir.run_lock import RunLock
 from guardrail.rundir.stop_signals import SupervisorSignals
+from guardrail.trackers.base import Tracker
+from guardrail.trackers.registry import enabled_trackers
+from guardrail.trackers.sink import follow_run
 
 POLL_SECONDS = 0.4
 # peers of a failed rank that still live after this are killed: they wait for it in vain
@@ -70,7 +74,9 @@ class Supervisor:
         self.launch = msgspec.convert(
             {**tree.get("launch", {}), "node_rank": node_rank}, LaunchSection
         )
-        self.tensorboard = msgspec.convert(tree.get("tensorboard", {}), TensorboardSection)
+        self.trackers: list[type[Tracker]] = []
+        if node_rank == 0:
+            self.trackers = enabled_trackers(tree)
         notify = tree.get("notify", {})
         self.notify = msgspec.convert(secret.restored(notify, secrets or {}), NotifySection)
         self._missing = secret.missing({**notify, **(secrets or {})})
@@ -110,7 +116,7 @@ class Supervisor:
         self.chronicle.starting(restarts=0)
         phase, exit_code = Phase.FAILED, ExitCode.WORKERS_FAILED
         try:
-            with self._exporter(), _beside("reports", self._publish_reports, seconds=5):
+            with self._feed_trackers(), _beside("reports", self._publish_reports, seconds=5):
                 phase, exit_code, reason, last_lines = self._outcome(self._agents())
                 self.chronicle.ended(phase, exit_code, reason, last_lines)
         except BaseException as error:
@@ -466,25 +472,24 @@ class Supervisor:
         while not stop.wait(POLL_SECONDS):
             self.ranks.publish()
 
-    # -- TensorBoard
+    # -- trackers
 
     @contextlib.contextmanager
-    def _exporter(self) -> Iterator[None]:
-        """The TensorBoard exporter beside the run; it may fail, and training does not notice."""
-        if not (self.tensorboard.enabled and self.launch.node_rank == 0):
-            yield
-            return
-        with _beside("tensorboard", self._export, seconds=60):
+    def _feed_trackers(self) -> Iterator[None]:
+        """Feed each tracker on its own thread while the ranks run."""
+        with contextlib.ExitStack() as threads:
+            for tracker in self.trackers:
+                feed = functools.partial(self._feed, tracker)
+                threads.enter_context(_beside(tracker.name, feed, seconds=60))
             yield
 
-    def _export(self, stop: threading.Event) -> None:
+    def _feed(self, tracker: type[Tracker], stop: threading.Event) -> None:
+        """Feed one tracker until `stop`. If it fails, the journal notes it and training goes on."""
         try:
-            from guardrail.trackers import tensorboard
-
-            tensorboard.export(self.run_directory, stop=stop)
+            follow_run(tracker(self.run_directory), stop=stop)
         except Exception as error:
             self.chronicle.record(
-                "note", f"TensorBoard files are no longer written: {error!r}", text="tensorboard"
+                "note", f"{tracker.output} are no longer written: {error!r}", text=tracker.name
             )
 
 

@@ -349,7 +349,9 @@ def event_file() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         file = tfevents.EventFile(Path(folder))
         for step in range(1, 4):
-            file.append(tfevents.scalars({"train/loss": 4.0 / step}, step=step, at=float(step)))
+            file.append(
+                tfevents.encode_scalars({"train/loss": 4.0 / step}, step=step, at=float(step))
+            )
         file.close()
         (written,) = Path(folder).glob("events*")
         return written.read_bytes()

@@ -519,11 +519,11 @@ def test_event_files_of_a_run_that_was_resumed(tmp_path: Path) -> None:
 
 
 def test_guardrails_own_event_files(tmp_path: Path) -> None:
-    from guardrail.trackers.tfevents import EventFile, scalars
+    from guardrail.trackers.tfevents import EventFile, encode_scalars
 
     file = EventFile(tmp_path)
     for step in range(1, 20):
-        file.append(scalars({"train/loss": 2.5, "train/grad_norm": 1.5}, step=step, at=NAN))
+        file.append(encode_scalars({"train/loss": 2.5, "train/grad_norm": 1.5}, step=step, at=NAN))
     log = only(tmp_path)
     assert (list(log.steps), set(cells(log))) == (list(range(1, 20)), {2.5})
 

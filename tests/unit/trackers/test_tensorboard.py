@@ -24,8 +24,9 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import (
 from guardrail.backtest.importers.sources import sources
 from guardrail.core.records import Action, Span
 from guardrail.rundir.run_directory import RunDirectory
-from guardrail.trackers import tensorboard, tfevents
-from guardrail.trackers.tensorboard import Exporter, catch_up, export
+from guardrail.trackers import sink, tfevents
+from guardrail.trackers.sink import Sink, follow_run, write_once
+from guardrail.trackers.tensorboard import TensorBoard
 
 SKIP = float(list(Action).index(Action.SKIP))
 ROLLBACK = float(list(Action).index(Action.ROLLBACK))
@@ -118,7 +119,7 @@ def test_curves_carry_the_columns(run: RunDirectory) -> None:
         guard_time=0.005,
     )
     write(run, (3, 0, 2.0), eval_loss=2.25)
-    catch_up(run)
+    write_once(TensorBoard(run))
     assert scalars(run) == [(1, 3.0), (2, 2.5), (3, 2.0)]
     for tag, value in [
         ("train/grad_norm", 0.5),
@@ -149,7 +150,7 @@ def test_odd_values_do_not_stop_it(run: RunDirectory) -> None:
         step_time=0.0,
         time=math.nan,
     )
-    catch_up(run)
+    write_once(TensorBoard(run))
     values = [value for _, value in scalars(run)]
     assert math.isnan(values[0]) and values[1] == values[2] == math.inf and values[3] == 1.0
 
@@ -158,7 +159,7 @@ def test_a_rejected_step_is_one_point_and_its_value_stands_apart(run: RunDirecto
     write(run, (1, 0, 3.0))
     write(run, (2, 0, 11.5), (2, 0, math.nan), verdict=SKIP)
     write(run, (2, 0, 2.5), (3, 0, 2.4))
-    catch_up(run)
+    write_once(TensorBoard(run))
     assert scalars(run) == [(1, 3.0), (2, 2.5), (3, 2.4)]
     rejected = scalars(run, "guard/rejected_loss")
     assert rejected[0] == (2, 11.5) and math.isnan(rejected[1][1])
@@ -181,11 +182,11 @@ def rollback(run: RunDirectory, *, step: int, to: int, timeline: int, **data: An
 def test_after_rollbacks_and_a_restart_only_the_present_is_shown(
     run: RunDirectory, live: bool
 ) -> None:
-    exporter = Exporter(run)
+    exporter = Sink(TensorBoard(run))
 
     def look() -> None:
         if live:
-            exporter.catch_up()
+            exporter.write_new()
 
     write(run, *[(s, 0, 3.0) for s in range(1, 8)])
     look()
@@ -204,7 +205,7 @@ def test_after_rollbacks_and_a_restart_only_the_present_is_shown(
     write(run, (4, 3, 0.5))  # a restart from step 3 that the journal lost
     run.append("restarted", "again", step=4, timeline=4)
     write(run, (5, 4, 0.25))
-    exporter.catch_up()
+    exporter.write_new()
     assert scalars(run) == [(1, 3.0), (2, 3.0), (3, 1.0), (4, 0.5), (5, 0.25)]
     assert scalars(run, "timeline") == [(1, 0), (2, 0), (3, 2), (4, 3), (5, 4)]
     assert scalars(run, "guard/rejected_loss") == []
@@ -227,7 +228,7 @@ def test_what_happened_is_told_as_text(run: RunDirectory) -> None:
     )
     run.append("command", "pause applied", step=6, id="a", command="pause", effect="applied")
     write(run, (1, 0, 3.0))
-    catch_up(run)
+    write_once(TensorBoard(run))
     journal = EventAccumulator(str(run.tensorboard / "journal")).Reload()
     assert journal.SummaryMetadata("guard/incident").plugin_data.plugin_name == "text"
     ((seq, text),) = texts(run)
@@ -246,16 +247,16 @@ def test_what_happened_is_told_as_text(run: RunDirectory) -> None:
 
 
 def test_texts_of_abandoned_steps_stay(run: RunDirectory) -> None:
-    exporter = Exporter(run)
+    exporter = Sink(TensorBoard(run))
     write(run, *[(s, 0, 3.0) for s in range(1, 7)])
     run.append("verdict", "step 3: skip", step=2)
     run.append("verdict", "step 7: skip", step=6)
-    exporter.catch_up()
+    exporter.write_new()
     rollback(run, step=6, to=4, timeline=1)
     write(run, (5, 1, 2.0))
-    exporter.catch_up()
+    exporter.write_new()
     run.append("verdict", "step 6: skip", step=5, timeline=1)
-    exporter.catch_up()
+    exporter.write_new()
     assert [text.split("** ")[1] for _, text in texts(run)] == [
         "step 3: skip",
         "step 7: skip",
@@ -269,17 +270,17 @@ def test_texts_of_abandoned_steps_stay(run: RunDirectory) -> None:
 def test_each_text_is_written_once_and_in_order_through_rollbacks(
     run: RunDirectory, again: str
 ) -> None:
-    exporter = Exporter(run)
+    exporter = Sink(TensorBoard(run))
 
     def look() -> None:
         nonlocal exporter
         if again != "the same exporter":
             exporter.close()
-            exporter = Exporter(run)
+            exporter = Sink(TensorBoard(run))
         if again == "another without position":
             (run.tensorboard / "position.json").unlink(missing_ok=True)
-            exporter = Exporter(run)
-        exporter.catch_up()
+            exporter = Sink(TensorBoard(run))
+        exporter.write_new()
 
     write(run, *[(s, 0, 3.0) for s in range(1, 7)])
     run.append("verdict", "first", step=2)
@@ -324,7 +325,7 @@ def test_a_text_that_was_half_written_by_a_killed_exporter_is_written_once(
     for name in ("first", "second", "third"):
         run.append("verdict", name, step=len(name))
         run.append("command", f"after {name}", step=len(name))
-    catch_up(run)
+    write_once(TensorBoard(run))
     expected, commands = texts(run), texts(run, "guard/command")
     path = max(run.tensorboard.rglob("*tfevents*"), key=lambda path: path.parent.name == "journal")
     whole = path.read_bytes()
@@ -333,7 +334,7 @@ def test_a_text_that_was_half_written_by_a_killed_exporter_is_written_once(
             other.unlink()
         path.write_bytes(whole[:size])
         (run.tensorboard / "position.json").unlink()
-        catch_up(run)
+        write_once(TensorBoard(run))
         assert texts(run) == expected and texts(run, "guard/command") == commands, size
         assert len(texts(run, "config")) == 1
 
@@ -344,11 +345,11 @@ def test_a_run_whose_texts_stand_beside_the_curves_goes_on_without_a_second_copy
     """Event files of older versions hold the texts among the curves."""
     write(run, (1, 0, 3.0))
     run.append("verdict", "old", step=1)
-    catch_up(run)
+    write_once(TensorBoard(run))
     for path in (run.tensorboard / "journal").iterdir():
         path.rename(run.tensorboard / f"{path.name}.old")
     run.append("verdict", "new", step=1)
-    catch_up(run)
+    write_once(TensorBoard(run))
     found = [text for _, text in texts(run)]
     assert [sum(word in text for text in found) for word in ("old", "new")] == [1, 1]
     assert len(texts(run, "config")) == 1
@@ -357,7 +358,7 @@ def test_a_run_whose_texts_stand_beside_the_curves_goes_on_without_a_second_copy
 def test_texts_are_no_log_of_their_own(run: RunDirectory) -> None:
     write(run, *[(s, 0, 3.0) for s in range(1, 5)])
     run.append("verdict", "step 3: skip", step=2)
-    catch_up(run)
+    write_once(TensorBoard(run))
     (log,) = [log for source in sources([str(run.tensorboard)]) for log in source.read({})]
     assert log.format == "tensorboard"
 
@@ -367,7 +368,7 @@ def test_the_configuration_is_text_and_hparams(run: RunDirectory) -> None:
 
     write(run, (1, 0, 3.0))
     run.append("ended", "finished", phase="finished", step=1)
-    catch_up(run)
+    write_once(TensorBoard(run))
     assert "lr = 0.001" in texts(run, "config")[0][1]
     found = read(run)
     content = found.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
@@ -377,7 +378,7 @@ def test_the_configuration_is_text_and_hparams(run: RunDirectory) -> None:
     end = found.SummaryMetadata(metadata.SESSION_END_INFO_TAG).plugin_data.content
     assert metadata.parse_session_end_info_plugin_data(end).status == 1  # STATUS_SUCCESS
     run.write_config(CONFIG.replace("0.001", "0.002"))
-    catch_up(run)
+    write_once(TensorBoard(run))
     assert "lr = 0.002" in texts(run, "config")[-1][1]
 
 
@@ -388,17 +389,17 @@ def story(run: RunDirectory) -> dict[str, list[tuple[int, float]]]:
 def test_exporting_again_adds_nothing(run: RunDirectory) -> None:
     write(run, (1, 0, 3.0), (2, 0, 2.0))
     run.append("verdict", "step 2: skip", step=1)
-    catch_up(run)
+    write_once(TensorBoard(run))
     before, files = story(run), event_files(run)
     sizes = [os.path.getsize(run.tensorboard / name) for name in files]
-    catch_up(run)
+    write_once(TensorBoard(run))
     assert len(texts(run)) == 1 and len(list((run.tensorboard / "journal").iterdir())) == 1
     assert (
         event_files(run) == files
         and [os.path.getsize(run.tensorboard / name) for name in files] == sizes
     )
     write(run, (3, 0, 1.0))
-    catch_up(run)
+    write_once(TensorBoard(run))
     assert len(event_files(run)) == 2
     assert scalars(run) == [*before["train/loss"], (3, 1.0)] and len(texts(run)) == 1
 
@@ -410,21 +411,21 @@ def test_an_exporter_that_died_before_it_noted_its_position_repeats_nothing(
     write(run, (1, 0, 3.0), (2, 0, 2.5))
     write(run, (3, 0, 9.0), verdict=SKIP)
     position = run.tensorboard / "position.json"
-    catch_up(run)
+    write_once(TensorBoard(run))
     noted = position.read_bytes()
     write(run, (3, 0, 2.0), (4, 0, 1.5))
     run.append("verdict", "step 5: skip", step=4)
-    catch_up(run)
+    write_once(TensorBoard(run))
     rollback(run, step=4, to=3, timeline=1)
     write(run, (4, 1, 1.25), (5, 1, 1.0))
-    catch_up(run)
+    write_once(TensorBoard(run))
     expected = story(run)
     assert expected["train/loss"] == [(1, 3.0), (2, 2.5), (3, 2.0), (4, 1.25), (5, 1.0)]
     if lost == "position":
         position.write_bytes(noted)
     else:
         position.write_bytes(b"{")
-    catch_up(run)
+    write_once(TensorBoard(run))
     assert story(run) == expected
     assert expected["guard/rejected_loss"] == [(3, 9.0)]
     assert [seq for seq, _ in texts(run)] == [1, 2]
@@ -433,11 +434,11 @@ def test_an_exporter_that_died_before_it_noted_its_position_repeats_nothing(
 def test_many_rows_are_written_in_pieces(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensorboard, "_CHUNK", 7)
+    monkeypatch.setattr(sink, "CHUNK_ROWS", 7)
     write(run, *[(s, 0, float(s)) for s in range(1, 41)])
     rollback(run, step=40, to=30, timeline=1)
     write(run, *[(s, 1, float(-s)) for s in range(31, 60)])
-    catch_up(run)
+    write_once(TensorBoard(run))
     assert scalars(run) == [(s, float(s)) for s in range(1, 31)] + [
         (s, float(-s)) for s in range(31, 60)
     ]
@@ -445,14 +446,16 @@ def test_many_rows_are_written_in_pieces(
 
 def test_it_follows_a_run_in_a_thread_until_it_is_stopped(run: RunDirectory) -> None:
     stop = threading.Event()
-    thread = threading.Thread(target=export, args=(run,), kwargs={"stop": stop, "seconds": 0.01})
+    thread = threading.Thread(
+        target=follow_run, args=(TensorBoard(run),), kwargs={"stop": stop, "seconds": 0.01}
+    )
     thread.start()
     write(run, (1, 0, 3.0))
     deadline = time.monotonic() + 30
     while not event_files(run):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    catch_up(run)  # a second exporter leaves the first one alone
+    write_once(TensorBoard(run))  # a second exporter leaves the first one alone
     assert len(event_files(run)) == 1
     write(run, (2, 0, 2.0))
     stop.set()
@@ -469,22 +472,22 @@ def test_a_disk_that_fails_is_logged_once_and_nothing_is_lost(
         real(descriptor, data[: len(data) // 2])
         raise OSError(28, "No space left on device")
 
-    exporter = Exporter(run)
-    with caplog.at_level(logging.WARNING, "guardrail.trackers.tensorboard"):
+    exporter = Sink(TensorBoard(run))
+    with caplog.at_level(logging.WARNING, "guardrail.trackers.sink"):
         write(run, (1, 0, 3.0))
         run.append("verdict", "step 1: skip", step=0)
         with monkeypatch.context() as patched:
             patched.setattr(tfevents, "write_all", half)
             for _ in range(3):
-                exporter.try_catch_up()
+                exporter.try_write_new()
             assert event_files(run) == [] and len(caplog.records) == 1
             assert "No space left" in caplog.text
-        exporter.try_catch_up()
+        exporter.try_write_new()
         write(run, (2, 0, 2.0))
         with monkeypatch.context() as patched:
             patched.setattr(tfevents, "write_all", half)
-            exporter.try_catch_up()
-        exporter.try_catch_up()
+            exporter.try_write_new()
+        exporter.try_write_new()
         assert len(caplog.records) == 4
     assert len(texts(run)) == 1
     assert scalars(run) == [(1, 3.0), (2, 2.0)]
@@ -497,21 +500,21 @@ def test_a_position_that_cannot_be_noted_does_not_repeat_the_story(
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    exporter = Exporter(run)
+    exporter = Sink(TensorBoard(run))
     write(run, (1, 0, 3.0))
     with monkeypatch.context() as patched:
-        patched.setattr(tensorboard, "replace_file", fail)
-        exporter.try_catch_up()
-        exporter.try_catch_up()
+        patched.setattr(sink, "replace_file", fail)
+        exporter.try_write_new()
+        exporter.try_write_new()
     write(run, (2, 0, 2.0))
-    exporter.try_catch_up()
+    exporter.try_write_new()
     assert scalars(run) == [(1, 3.0), (2, 2.0)]
     assert (run.tensorboard / "position.json").exists()
 
 
 def test_a_run_that_has_no_files_yet_is_waited_for(tmp_path: Path) -> None:
-    catch_up(RunDirectory(tmp_path / "not-there"))
+    write_once(TensorBoard(RunDirectory(tmp_path / "not-there")))
     path = tmp_path / "young"
     path.mkdir()
-    catch_up(RunDirectory(path))
+    write_once(TensorBoard(RunDirectory(path)))
     assert event_files(RunDirectory(path)) == [] and not (path / "tensorboard" / "journal").exists()
