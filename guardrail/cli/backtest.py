@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from guardrail.cli.common import FirstNameOption, given_columns, json_option, print_json
-from guardrail.core.text import visible
+from guardrail.core.text import escape_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -216,7 +216,7 @@ def _labels(path: str) -> dict[str, Any]:
         raise click.UsageError(f"--labels {path}: expected an object with one entry for each run")
     for name, label in labels.items():
         if not name.startswith("_"):
-            _check_label(label, f"--labels {path}: {visible(name, 80)}")
+            _check_label(label, f"--labels {path}: {escape_text(name, 80)}")
     return labels
 
 
@@ -225,7 +225,7 @@ def _check_label(label: Any, place: str) -> None:
     from guardrail.backtest.scoring import why_no_label
 
     if reason := why_no_label(label):
-        raise click.UsageError(f"{place}: {visible(reason, 200)}")
+        raise click.UsageError(f"{place}: {escape_text(reason, 200)}")
 
 
 def _score(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from guardrail.cli import theme_names as themes
-from guardrail.core.text import visible
+from guardrail.core.text import escape_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -146,7 +146,7 @@ def given_columns(columns: tuple[str, ...]) -> dict[str, str]:
         signal, equals, name = text.partition("=")
         if not equals or not signal or not name:
             raise click.UsageError(
-                f"--column {visible(text, 160)}: expected SIGNAL=NAME, e.g. loss=train/ce"
+                f"--column {escape_text(text, 160)}: expected SIGNAL=NAME, e.g. loss=train/ce"
             )
         given[signal] = name
     return given

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import click
 
 from guardrail.core.errors import ExitCode, GuardrailError, UsageError, hide_assignments
-from guardrail.core.text import printable, visible
+from guardrail.core.text import escape_lines, escape_text
 
 # name -> what the list of `guardrail --help` says, so that it needs no import. The command stands
 # in guardrail/cli/NAME.py under the name `command`.
@@ -54,7 +54,7 @@ class LazyGroup(click.Group):
             close = difflib.get_close_matches(args[0], COMMANDS, n=1)
             hint = f"did you mean {close[0]}?" if close else f"commands: {', '.join(COMMANDS)}"
             raise click.UsageError(
-                f"no such command: {visible(args[0], 160)}\n  hint: {hint}", context
+                f"no such command: {escape_text(args[0], 160)}\n  hint: {hint}", context
             )
         return super().resolve_command(context, args)
 
@@ -106,13 +106,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return int(result) if isinstance(result, int) else ExitCode.FINISHED
     except GuardrailError as error:
-        print(f"guardrail: {printable(str(error))}", file=sys.stderr)
+        print(f"guardrail: {escape_lines(str(error))}", file=sys.stderr)
         return error.exit_code
     except click.ClickException as error:
         shown = io.StringIO()
         error.show(file=shown)
         # An override without its --set is an argument too many, which click repeats.
-        print(printable(hide_assignments(shown.getvalue().rstrip("\n")), 400), file=sys.stderr)
+        print(escape_lines(hide_assignments(shown.getvalue().rstrip("\n")), 400), file=sys.stderr)
         return ExitCode.USAGE
     except (KeyboardInterrupt, click.Abort):
         return ExitCode.INTERRUPTED
@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.filename is None and error.errno is None:
             raise
         place = f"{error.filename}: " if error.filename is not None else ""
-        print(f"guardrail: {printable(f'{place}{error.strerror or error}')}", file=sys.stderr)
+        print(f"guardrail: {escape_lines(f'{place}{error.strerror or error}')}", file=sys.stderr)
         return ExitCode.USAGE
 
 
@@ -146,5 +146,5 @@ def _refuse_impossible(arguments: Sequence[str]) -> None:
             possible = False
         if not possible:
             raise UsageError(
-                f"{visible(argument, 160)}: expected an argument of characters that a file name may have"
+                f"{escape_text(argument, 160)}: expected an argument of characters that a file name may have"
             )

@@ -15,6 +15,7 @@ from guardrail.cli.common import (
     screen_options,
     show_screen,
 )
+from guardrail.core.format import format_age
 
 
 @click.command(short_help="List the runs; in a terminal, choose one to watch.")
@@ -78,7 +79,4 @@ def ago(moment: float) -> str:
     if not 0.0 < moment < math.inf:
         return ""
     seconds = max(0.0, time.time() - moment)
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{int(seconds // size)} {unit} ago"
-    return f"{int(seconds)} s ago"
+    return f"{format_age(seconds)} ago"

@@ -15,7 +15,7 @@ from guardrail.cli.common import (
     screen_options,
     show_screen,
 )
-from guardrail.core.text import clean
+from guardrail.core.text import clean_text
 
 if TYPE_CHECKING:
     from guardrail.backtest.recorded_run import RecordedRun
@@ -111,7 +111,8 @@ def recorded_lines(recorded: RecordedRun) -> Iterator[str]:
     from guardrail.decide.advised_incidents import AdvisedIncidents
     from guardrail.launch.log_printer import event_line
 
-    yield f"{clean(recorded.name, 400)}: {len(recorded):,} rows ({recorded.format}), last step {recorded.last_step:,}"
+    rows = f"{len(recorded):,} rows ({recorded.format})"
+    yield f"{clean_text(recorded.name, 400)}: {rows}, last step {recorded.last_step:,}"
     advised, said = AdvisedIncidents(), 0
     for part in recorded.judged():
         for event in part.events:

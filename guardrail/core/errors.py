@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterator
 from enum import IntEnum
 
-from guardrail.core.text import MASK, hide_credentials, redact, visible
+from guardrail.core.text import MASK, escape_text, hide_credentials, redact_secrets
 
 # Settings whose value may be a secret: everything under [notify] but these two, and whatever is
 # called like one, since a key may be misspelt or stand in the wrong section.
@@ -73,15 +73,15 @@ class ConfigError(UsageError):
         self, expected: str, *, file: str = "", key: str = "", value: object = None, hint: str = ""
     ) -> None:
         secrets = _secrets(key, value)
-        expected, hint = redact(expected, secrets), redact(hint, secrets)
+        expected, hint = redact_secrets(expected, secrets), redact_secrets(hint, secrets)
         self.expected, self.file, self.key, self.value, self.hint = expected, file, key, value, hint
-        shown_key = hide_credentials(visible(key, _LONGEST["key"]))
-        shown_file = hide_assignments(visible(file, _LONGEST["file"]))
+        shown_key = hide_credentials(escape_text(key, _LONGEST["key"]))
+        shown_file = hide_assignments(escape_text(file, _LONGEST["file"]))
         place = ": ".join(part for part in (shown_file, shown_key) if part)
         shown = f" = {_shown(key, value)}" if value is not None else ""
-        expected = hide_credentials(visible(expected, _LONGEST["expected"]))
+        expected = hide_credentials(escape_text(expected, _LONGEST["expected"]))
         message = f"{place}{shown}: expected {expected}" if place else f"expected {expected}"
-        hint = hide_credentials(visible(hint, _LONGEST["hint"]))
+        hint = hide_credentials(escape_text(hint, _LONGEST["hint"]))
         super().__init__(f"{message}\n  hint: {hint}" if hint else message)
 
     def at(self, file: str) -> ConfigError:
@@ -95,7 +95,7 @@ def _shown(key: str, value: object) -> str:
         text = _repr(key, value)
     except Exception:  # of an object that somebody else wrote
         text = f"<{type(value).__name__}>"
-    return hide_credentials(visible(text, _LONGEST["value"]))
+    return hide_credentials(escape_text(text, _LONGEST["value"]))
 
 
 def _repr(key: str, value: object) -> str:

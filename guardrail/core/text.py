@@ -35,7 +35,7 @@ _SHORTEST_PIECE = 8  # characters; shorter words of a command are no tokens
 _ADDRESS = re.compile(r"\b([a-z][a-z0-9+.-]{1,20}://)[^\s'\"<>]+", re.IGNORECASE)
 
 
-def clean(text: str | bytes, limit: int | None = None) -> str:
+def clean_text(text: str | bytes, limit: int | None = None) -> str:
     """One line of text without terminal sequences, control characters and bidi controls; never
     raises.
 
@@ -56,18 +56,12 @@ def clean(text: str | bytes, limit: int | None = None) -> str:
     return text
 
 
-def plural(number: int, noun: str) -> str:
-    """1 batch, 2 batches."""
-    ending = "es" if noun.endswith(("ch", "s")) else "s"
-    return f"{number:,} {noun}{'' if number == 1 else ending}"
-
-
 def hide_credentials(text: str) -> str:
     """Text in which only the scheme of each address is left: "https://(masked)"."""
     return _ADDRESS.sub(rf"\g<1>{MASK}", text)
 
 
-def redact(text: str, secrets: Iterable[str]) -> str:
+def redact_secrets(text: str, secrets: Iterable[str]) -> str:
     """Text in which every secret, and every part of one that may be a token, is masked."""
     pieces = {piece for secret in secrets for piece in _pieces(secret)}
     for piece in sorted(pieces, key=len, reverse=True):
@@ -88,23 +82,23 @@ def _pieces(secret: str) -> Iterator[str]:
                 yield urllib.parse.quote(word)
 
 
-def printable(text: str, width: int = 2000) -> str:
+def escape_lines(text: str, width: int = 2000) -> str:
     """Several lines for a terminal: each character that does not print stands as its escape, but
     for line ends.
 
     Args:
         width: longest line in characters; a longer one ends in an ellipsis.
     """
-    return "\n".join(visible(line, width) for line in text.split("\n"))
+    return "\n".join(escape_text(line, width) for line in text.split("\n"))
 
 
-def visible(text: str, limit: int) -> str:
+def escape_text(text: str, limit: int) -> str:
     """Text in which each character that does not print stands as its escape: a token may be one
     line end.
 
     Args:
         limit: longest result in characters; a longer one ends in an ellipsis.
     """
-    return clean(
+    return clean_text(
         "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: limit + 1]), limit
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 from msgspec import convert
 
+from guardrail.core.format import format_plural
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import (
     SENSELESS,
@@ -25,7 +26,6 @@ from guardrail.core.records import (
     Verdict,
     field_of,
 )
-from guardrail.core.text import plural
 from guardrail.decide.diagnoses import Diagnoses, diagnosis_of
 from guardrail.decide.incidents import CLOSED, OPEN, RECURRED, Incidents
 from guardrail.decide.policy import UNSUSPECTED, Rollback, rollback_of
@@ -203,7 +203,7 @@ class ControllerMemory:
         if state not in CLOSED:
             data["curve"] = self.incidents.curve
             return (
-                f"{message}, {plural(lost, 'step')} repeated so far"
+                f"{message}, {format_plural(lost, 'step')} repeated so far"
                 if state == RECURRED
                 else message
             ), data
@@ -215,7 +215,7 @@ class ControllerMemory:
                 f": loss {outcome.got:.4g} against {outcome.expected:.4g} that its curve before step "
                 f"{onset} leads to, noise {outcome.noise:.2g}"
             )
-        return message + (f"; {plural(lost, 'step')} repeated" if lost else ""), data
+        return message + (f"; {format_plural(lost, 'step')} repeated" if lost else ""), data
 
 
 class _Known:

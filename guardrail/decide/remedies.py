@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+from guardrail.core.format import format_plural
 from guardrail.core.guard_options import EscalationStep, GuardOptions
 from guardrail.core.records import (
     EMBED_GRAD_NORM,
@@ -21,7 +22,6 @@ from guardrail.core.records import (
     Severity,
     Verdict,
 )
-from guardrail.core.text import plural
 
 LR, EMBED_ALPHA, CLIP, MOMENTS = "lr", "embed_alpha", "clip", "moments"
 KIND_OF = {
@@ -130,4 +130,5 @@ def sentence(remedy: Remedy) -> str:
         return f"the optimizer's moments at zero before step {remedy.from_step}"
     back = f", back over {remedy.ramp_steps}" if remedy.ramp_steps else ""
     what = WORDS.get(remedy.kind, remedy.kind)
-    return f"{what} x {remedy.value:g} from step {remedy.from_step} for {plural(remedy.hold_steps, 'step')}{back}"
+    steps = format_plural(remedy.hold_steps, "step")
+    return f"{what} x {remedy.value:g} from step {remedy.from_step} for {steps}{back}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from guardrail.core.format import format_plural
 from guardrail.core.guard_options import EscalationStep, GuardOptions
 from guardrail.core.records import (
     Action,
@@ -20,7 +21,6 @@ from guardrail.core.records import (
     Remedy,
     Severity,
 )
-from guardrail.core.text import plural
 from guardrail.decide.ladder import ENDS, next_rung, times_taken, widening
 from guardrail.decide.policy import (
     Rollback,
@@ -247,7 +247,7 @@ def _reason(
     ):
         why = "and an update of such data is in the weights"
     one = len(row) == 1
-    tried = f"{plural(len(row), 'rollback')} without {settings.reset_budget_after} healthy steps "
+    tried = f"{format_plural(len(row), 'rollback')} without {settings.reset_budget_after} healthy steps "
     tried += "after it" if one else "between them"
     if action is Action.HALT and len(row) >= settings.max_rollbacks:
         verb = "is" if one else "are"

@@ -20,7 +20,7 @@ import numpy as np
 from guardrail.core.errors import DataError, UsageError
 from guardrail.core.ranges import Ranges
 from guardrail.core.records import AUTOMATIC, Record, Span
-from guardrail.core.text import visible
+from guardrail.core.text import escape_text
 
 _FAR = 1 << 40  # epochs
 LONG = 4096  # positions from which on a range is kept as one
@@ -315,7 +315,7 @@ class Quarantine:
                 continue
             parts = _QUARANTINE_LINE.fullmatch(text)
             if parts is None:
-                shown = visible(repr(text), 80)
+                shown = escape_text(repr(text), 80)
                 raise UsageError(
                     f"{source}, line {number}: {shown} is not a sample id (ID, or ID@EPOCH)"
                 )

@@ -24,8 +24,9 @@ import psutil
 from guardrail.core import config
 from guardrail.core.config import GuardConfig, ask_trainer
 from guardrail.core.errors import ConfigError, ExitCode
+from guardrail.core.format import format_gib, format_plural
 from guardrail.core.records import Record
-from guardrail.core.text import clean, plural
+from guardrail.core.text import clean_text
 from guardrail.launch import launcher as launching
 from guardrail.launch import preflight
 from guardrail.launch import rank_stacks as stacks
@@ -167,7 +168,9 @@ def _processor() -> Iterator[Check]:
     memory = psutil.virtual_memory()
     yield Check(name="cores", level="ok", text=str(processes.cores()))
     yield Check(
-        name="memory", level="ok", text=f"{_gib(memory.available)} free of {_gib(memory.total)}"
+        name="memory",
+        level="ok",
+        text=f"{format_gib(memory.available)} free of {format_gib(memory.total)}",
     )
 
 
@@ -178,7 +181,9 @@ def _torch(torch: dict[str, Any]) -> Iterator[Check]:
     files = preflight.cuda_devices()
     devices = torch["devices"]
     if devices:
-        names = ", ".join(f"{clean(device['name'])} {_gib(device['bytes'])}" for device in devices)
+        names = ", ".join(
+            f"{clean_text(device['name'])} {format_gib(device['bytes'])}" for device in devices
+        )
         yield Check(name="cuda", level="ok", text=f"{len(devices)}: {names}")
         if importlib.util.find_spec("pynvml") is None:
             text = "not shown: nvidia-ml-py is not installed; pip install 'guardrail[gpu]'"
@@ -216,11 +221,11 @@ def _torch(torch: dict[str, Any]) -> Iterator[Check]:
 def _system() -> Iterator[Check]:
     free = shutil.disk_usage(".").free
     few = free < preflight.LEAST_FREE_BYTES
-    yield Check(name="disk", level="problem" if few else "ok", text=f"{_gib(free)} free here")
+    yield Check(name="disk", level="problem" if few else "ok", text=f"{format_gib(free)} free here")
     if Path("/dev/shm").is_dir():
         shared = shutil.disk_usage("/dev/shm").free
         small = shared < LEAST_SHM_BYTES
-        text = f"{_gib(shared)} free" + (
+        text = f"{format_gib(shared)} free" + (
             ": too little for NCCL (docker: --shm-size)" if small else ""
         )
         yield Check(name="/dev/shm", level="note" if small else "ok", text=text)
@@ -252,7 +257,7 @@ def _terminal() -> Iterator[Check]:
     name = os.environ.get("TERM", "")
     colours = "none (NO_COLOR)" if os.environ.get("NO_COLOR") else _colours(name)
     encoding = (sys.stdout.encoding or "").lower().replace("-", "")
-    text = f"{clean(name, 40) or 'unknown'}, {size.columns} x {size.lines}, colours {colours}"
+    text = f"{clean_text(name, 40) or 'unknown'}, {size.columns} x {size.lines}, colours {colours}"
     if encoding != "utf8":
         yield Check(
             name="terminal",
@@ -298,7 +303,7 @@ def _ask_torch() -> dict[str, Any]:
         return answer
     except (ValueError, IndexError):
         last = errors.strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
-        return {"error": clean(last[0], 300)}
+        return {"error": clean_text(last[0], 300)}
 
 
 def _talk(done: threading.Event) -> None:
@@ -333,7 +338,7 @@ def _configuration(
         yield Check(
             name=CONFIGURATION,
             level="ok",
-            text=f"{path} can run here, {plural(settings.launch.processes, 'process')}",
+            text=f"{path} can run here, {format_plural(settings.launch.processes, 'process')}",
         )
 
 
@@ -361,7 +366,7 @@ def _dry_run(
     yield Check(
         name=CONFIGURATION,
         level="ok",
-        text=f"{path} is right in itself, for {plural(ranks, 'rank')}; nothing was started",
+        text=f"{path} is right in itself, for {format_plural(ranks, 'rank')}; nothing was started",
     )
 
 
@@ -385,7 +390,3 @@ def _devices(settings: GuardConfig, torch: dict[str, Any]) -> Iterator[Check]:
     if not wants_cuda and launch.processes > processes.cores():
         text = f"launch.processes = {launch.processes}: {processes.cores()} cores; they will share"
         yield Check(name=CONFIGURATION, level="note", text=text)
-
-
-def _gib(count: float) -> str:
-    return f"{count / (1 << 30):.1f} GiB"

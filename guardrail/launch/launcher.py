@@ -26,9 +26,10 @@ from guardrail.core.errors import (
     UsageError,
     WorkersFailed,
 )
+from guardrail.core.format import format_plural
 from guardrail.core.overrides import shown_override, source_of
 from guardrail.core.records import Phase, Status
-from guardrail.core.text import clean, plural
+from guardrail.core.text import clean_text
 from guardrail.rundir import processes
 from guardrail.rundir.liveness import is_alive
 from guardrail.rundir.run_directory import NAME, RunDirectory, find_run, is_run_name
@@ -279,7 +280,7 @@ def refuse_alive(run: RunDirectory, status: Status | None) -> None:
             "  hint: try again in some seconds"
         )
     raise RunDirectoryError(
-        f"{run.name} is running on {clean(status.host, 80)}\n"
+        f"{run.name} is running on {clean_text(status.host, 80)}\n"
         f"  hint: guardrail attach {run.name}, or guardrail ctl {run.name} stop"
     )
 
@@ -291,7 +292,7 @@ def end_orphans(run: RunDirectory, seconds: float) -> None:
         return
     several = "outlived their supervisor; they save and stop"
     words = "outlived its supervisor; it saves and stops" if len(orphans) == 1 else several
-    print(f"{plural(len(orphans), 'process')} of {run.name} {words}", file=sys.stderr)
+    print(f"{format_plural(len(orphans), 'process')} of {run.name} {words}", file=sys.stderr)
     pids = {process.pid for process in orphans}
     ranks = [report for report in run.read_ranks() if report.pid in pids]
     by_pid = {process.pid: process for process in orphans}
@@ -373,7 +374,7 @@ def start(
         time.sleep(0.02)
     if process.poll() is None or has_taken_over():
         return process  # a very slow machine; or it has ended already
-    words = [clean(line, 500) for line in log_path.read_bytes()[offset:].splitlines()[-12:]]
+    words = [clean_text(line, 500) for line in log_path.read_bytes()[offset:].splitlines()[-12:]]
     run.check_writable()  # it could not say so itself
     if process.returncode == ExitCode.USAGE:
         raise RunDirectoryError("\n".join(words))

@@ -13,8 +13,9 @@ from types import FrameType
 from typing import NamedTuple
 
 from guardrail.core.errors import ExitCode
+from guardrail.core.format import format_elapsed
 from guardrail.core.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Action, Event, Phase, Status
-from guardrail.core.text import clean
+from guardrail.core.text import clean_text
 from guardrail.decide.advised_incidents import AdvisedIncidents
 from guardrail.decide.questions import CHOICES
 from guardrail.decide.timelines import LARGEST, sensible
@@ -92,7 +93,7 @@ class LogLines:
         if status.phase not in (Phase.STARTING, Phase.SETUP):
             return []
         text = (
-            f"{status.phase.value}: {clean(status.progress, 200)}"
+            f"{status.phase.value}: {clean_text(status.progress, 200)}"
             if status.progress
             else status.phase.value
         )
@@ -152,7 +153,7 @@ def step_line(values: dict[str, float], status: Status | None, pace: Pace | None
     if pace is not None and pace.tokens_per_second > 0:
         line += f"  {pace.tokens_per_second:,.0f} tok/s"
     if pace is not None and pace.step_seconds > 0 and total > values["step"]:
-        line += f"  ETA {clock((total - values['step']) * pace.step_seconds)}"
+        line += f"  ETA {format_elapsed((total - values['step']) * pace.step_seconds)}"
     return line
 
 
@@ -181,12 +182,12 @@ def event_line(event: Event) -> str:
     if event.kind not in SPOKEN and event.kind != "checkpoint":
         return ""
     where = f"step {event.step}: " if event.step else ""
-    first, *more = [clean(line, 1000) for line in event.message.splitlines()] or [""]
+    first, *more = [clean_text(line, 1000) for line in event.message.splitlines()] or [""]
     proposals = event.data.get("proposals")
     for one in proposals if isinstance(proposals, list) else []:
         if isinstance(one, dict) and "choice" in one:
             more.append(
-                f"answer {_choice(one['choice'])}: {clean(str(one.get('text') or one.get('action') or ''), 400)}"
+                f"answer {_choice(one['choice'])}: {clean_text(str(one.get('text') or one.get('action') or ''), 400)}"
             )
     return "\n".join([f"{event.kind:<12} {where}{first}", *(f"    {line}" for line in more)])
 
@@ -196,14 +197,8 @@ def _choice(value: object) -> str:
     return (
         CHOICES[value]
         if isinstance(value, int) and 0 <= value < len(CHOICES)
-        else clean(str(value), 20)
+        else clean_text(str(value), 20)
     )
-
-
-def clock(seconds: float) -> str:
-    """Seconds as H:MM:SS."""
-    whole = int(seconds)
-    return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
 
 
 class _Left(Exception):

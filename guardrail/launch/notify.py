@@ -31,7 +31,7 @@ from guardrail.core.files import encode_json, open_file
 from guardrail.core.records import Event, Record
 from guardrail.core.secret import SecretRef
 from guardrail.core.sections import NotifySection, check_webhook
-from guardrail.core.text import clean, redact
+from guardrail.core.text import clean_text, redact_secrets
 from guardrail.rundir import journal
 from guardrail.rundir.run_directory import RunDirectory
 
@@ -96,23 +96,24 @@ def notice_of(event: Event, *, run: str, path: str, host: str) -> Notice:
     """What is said of a journal line. Text from outside is cleaned: it ends on somebody's
     screen.
     """
-    message = clean(event.message, 600)
+    message = clean_text(event.message, 600)
     proposals = event.data.get("proposals")
     choices = [
-        clean(str(one.get("text") or one.get("action") or ""), 300)
+        clean_text(str(one.get("text") or one.get("action") or ""), 300)
         for one in (proposals if isinstance(proposals, list) else [])
         if isinstance(one, dict)
     ]
     kept = {name: event.data[name] for name in _TOLD if event.data.get(name) is not None}
     data = {
-        name: clean(value, 600) if isinstance(value, str) else value for name, value in kept.items()
+        name: clean_text(value, 600) if isinstance(value, str) else value
+        for name, value in kept.items()
     }
     return Notice(
         event=kind_of(event),
-        text=f"{clean(run, 120)}, step {event.step:,}: {message}",
-        run=clean(run, 120),
-        path=clean(path),
-        host=clean(host, 80),
+        text=f"{clean_text(run, 120)}, step {event.step:,}: {message}",
+        run=clean_text(run, 120),
+        path=clean_text(path),
+        host=clean_text(host, 80),
         seq=event.seq,
         step=event.step,
         timeline=event.timeline,
@@ -195,8 +196,8 @@ class Notifier:
             # whatever a service or its library does, the run must not notice
             except Exception as error:
                 failure = f"{type(error).__name__}: {error}"
-            failure = redact(failure, self._used)
-            outcome = f"failed: {clean(failure, 300)}" if failure else "sent"
+            failure = redact_secrets(failure, self._used)
+            outcome = f"failed: {clean_text(failure, 300)}" if failure else "sent"
             self._say(
                 "notified",
                 f"{notice.event} of line {event.seq} by {way}: {outcome}",
@@ -204,7 +205,7 @@ class Notifier:
                 event=notice.event,
                 way=way,
                 ok=not failure,
-                reason=clean(failure, 300),
+                reason=clean_text(failure, 300),
                 seconds=round(time.monotonic() - began, 3),
             )
 

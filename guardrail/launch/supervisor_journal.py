@@ -20,9 +20,10 @@ import msgspec
 
 from guardrail.core.errors import ExitCode
 from guardrail.core.files import open_file
+from guardrail.core.format import format_plural
 from guardrail.core.records import Mode, Phase, Status
 from guardrail.core.sections import LaunchSection
-from guardrail.core.text import clean, plural
+from guardrail.core.text import clean_text
 from guardrail.rundir.journal import EXIT_CODES, last_turn, outcome_of
 from guardrail.rundir.run_directory import RunDirectory
 
@@ -63,7 +64,7 @@ class SupervisorJournal:
         if self._leads and time.monotonic() - self._written >= 1.0:
             again = f", restart {restarts} of {self._launch.max_restarts}" if restarts else ""
             nodes = f" on each of {self._launch.nodes} nodes" if self._launch.nodes > 1 else ""
-            progress = f"starting {plural(self._launch.processes, 'process')}{nodes}{again}"
+            progress = f"starting {format_plural(self._launch.processes, 'process')}{nodes}{again}"
             last = self._run.read_status()
             # What the processes before held in memory is gone with them, and so is their speed.
             on_disk = tuple(one for one in (last.snapshots if last else ()) if one.tier != "memory")
@@ -170,4 +171,4 @@ def tail(file: Path, lines: int = TAIL_LINES) -> list[str]:
             text = opened.read()
     except OSError:
         return []
-    return [clean(line, 300) for line in text.splitlines()[-lines:]]
+    return [clean_text(line, 300) for line in text.splitlines()[-lines:]]

@@ -18,7 +18,7 @@ from guardrail.core.errors import UsageError
 from guardrail.core.files import open_file
 from guardrail.core.records import OLD_COMMANDS, Command, CommandKind, Event, Mode, Phase, Shown
 from guardrail.core.renamed_keys import print_notice
-from guardrail.core.text import visible
+from guardrail.core.text import escape_text
 from guardrail.decide.questions import BY_HAND, CHOICES, open_question
 from guardrail.operate.identity import who
 from guardrail.rundir import journal, processes
@@ -44,7 +44,7 @@ def parse(action: str, value: str | None, *, at_step: int = 0) -> Command:
     if action not in names:
         close = difflib.get_close_matches(action, names, n=1)
         hint = f"did you mean {close[0]}?" if close else f"commands: {', '.join(names)}"
-        raise UsageError(f"no such command: {visible(action, 160)}\n  hint: {hint}")
+        raise UsageError(f"no such command: {escape_text(action, 160)}\n  hint: {hint}")
     kind = CommandKind(action)
     if value is None and kind in _NEED_VALUE:
         raise UsageError(f"{action} needs {_NEED_VALUE[kind]}")
@@ -67,7 +67,7 @@ def _number(kind: CommandKind, value: str | None) -> float:
     if kind is CommandKind.MODE:
         modes = [mode.value for mode in Mode]
         if value not in modes:
-            raise UsageError(f"mode takes one of {', '.join(modes)}, not {visible(value, 160)}")
+            raise UsageError(f"mode takes one of {', '.join(modes)}, not {escape_text(value, 160)}")
         return float(modes.index(value))
     if kind is CommandKind.ANSWER:
         if value in CHOICES or value in ("0", "1", "2"):
@@ -76,7 +76,7 @@ def _number(kind: CommandKind, value: str | None) -> float:
     try:
         return float(value)
     except ValueError:
-        raise UsageError(f"{kind.value} takes a number, not {visible(value, 160)}") from None
+        raise UsageError(f"{kind.value} takes a number, not {escape_text(value, 160)}") from None
 
 
 def bound(run: RunDirectory, command: Command, question: int | None = None) -> Command:

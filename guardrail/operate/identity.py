@@ -7,7 +7,7 @@ import getpass
 import os
 import socket
 
-from guardrail.core.text import clean
+from guardrail.core.text import clean_text
 
 VARIABLE = "GUARDRAIL_WHO"
 
@@ -16,7 +16,7 @@ def who() -> str:
     """ "ann@vm (pts/3 from 10.0.0.5)", or what $GUARDRAIL_WHO says. Two screens of one user have
     two names.
     """
-    named = clean(os.environ.get(VARIABLE, ""), 100).strip()
+    named = clean_text(os.environ.get(VARIABLE, ""), 100).strip()
     if named:
         return named
     try:
@@ -25,7 +25,7 @@ def who() -> str:
         user = str(os.getuid())  # a container without an entry for the user's number
     place = [_terminal() or f"process {os.getpid()}"]
     if client := os.environ.get("SSH_CONNECTION", "").split(" ")[0]:
-        place.append(f"from {clean(client, 60)}")
+        place.append(f"from {clean_text(client, 60)}")
     return f"{user}@{socket.gethostname()} ({' '.join(place)})"
 
 

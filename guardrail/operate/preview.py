@@ -20,6 +20,7 @@ import msgspec
 from msgspec import structs
 
 from guardrail.core.errors import GuardrailError, UsageError
+from guardrail.core.format import format_plural
 from guardrail.core.records import (
     Action,
     Command,
@@ -35,7 +36,7 @@ from guardrail.core.records import (
     Unresolved,
     Verdict,
 )
-from guardrail.core.text import clean, plural
+from guardrail.core.text import clean_text
 from guardrail.decide.questions import Open, how_to_answer, open_question, question_changed
 from guardrail.decide.remedies import sentence
 from guardrail.decide.run_history import RunHistory
@@ -165,7 +166,7 @@ def foresee(run: RunDirectory, command: Command, *, status: Status | None = None
         raise
     except Exception as error:  # whatever a directory of another version, or a damaged one, holds
         strerror = error.strerror if isinstance(error, OSError) else None
-        reason = clean(strerror or f"{type(error).__name__}: {error}", 200)
+        reason = clean_text(strerror or f"{type(error).__name__}: {error}", 200)
         raise UsageError(
             f"what {command.kind.value} would do cannot be worked out: {reason}"
         ) from error
@@ -399,7 +400,7 @@ def undo(scene: RunState, undoing: UndoPlan | str) -> Preview:
         if undoing.spans
         else None
     )
-    remark = f'undone is "{clean(undoing.message, 200)}"'
+    remark = f'undone is "{clean_text(undoing.message, 200)}"'
     return structs.replace(went, window=window, returned=undoing.positions, remark=remark)
 
 
@@ -502,7 +503,7 @@ def _skip(scene: RunState, batches: int) -> Preview:
             scene,
             CommandKind.SKIP,
             batches,
-            remark=f"the next {plural(batches, 'batch')} {'is' if batches == 1 else 'are'} left out",
+            remark=f"the next {format_plural(batches, 'batch')} {'is' if batches == 1 else 'are'} left out",
         )
     last = scene.rows[-1]
     ledger = scene.ledger

@@ -30,7 +30,7 @@ from guardrail.core.errors import (
 )
 from guardrail.core.files import FOLDER_MODE, encode_json, replace_file
 from guardrail.core.records import METRIC_COLUMNS, Command, CommandKind, Event, Record
-from guardrail.core.text import clean
+from guardrail.core.text import clean_text
 from guardrail.decide.run_history import RunHistory
 from guardrail.decide.timelines import TimelineIndex
 from guardrail.launch import launcher as launching
@@ -248,13 +248,13 @@ def remarks(run: RunDirectory) -> tuple[str, ...]:
     found = []
     host = first.data.get("host")
     if host and host != socket.gethostname():
-        found.append(f"the run began on {clean(str(host), 80)}, another machine")
+        found.append(f"the run began on {clean_text(str(host), 80)}, another machine")
     versions = first.data.get("versions")
     for name in ("torch", "guardrail"):
         was = versions.get(name) if isinstance(versions, dict) else None
         with contextlib.suppress(PackageNotFoundError):
             if was and str(was).split("+")[0] != version(name).split("+")[0]:
-                found.append(f"{name} was {clean(str(was), 40)} and is {version(name)}")
+                found.append(f"{name} was {clean_text(str(was), 40)} and is {version(name)}")
     return tuple(found)
 
 
@@ -503,7 +503,7 @@ def _follow(
     if code in (ExitCode.FINISHED, ExitCode.INTERRUPTED):
         return
     last = next((event for event in reversed(scratch.events()) if event.kind == "ended"), None)
-    why = clean(last.message, 600) if last is not None else f"exit code {code}"
+    why = clean_text(last.message, 600) if last is not None else f"exit code {code}"
     raise (UsageError if code == ExitCode.USAGE else WorkersFailed)(
         f"the replay did not get to its end: {why}"
     )

@@ -15,7 +15,7 @@ from typing import Any
 from guardrail.core.errors import RunDirectoryError
 from guardrail.core.files import open_file
 from guardrail.core.records import LOSS, Phase, Status
-from guardrail.core.text import clean
+from guardrail.core.text import clean_text
 from guardrail.rundir.metrics import read_layout
 from guardrail.rundir.run_directory import RunDirectory, list_runs
 
@@ -72,19 +72,21 @@ def glance(run: RunDirectory, alive: Alive) -> RunSummary:
     losses = loss_points(run, 1)
     going = state not in ("new", "lost", "unknown") and not known.phase.ended
     return RunSummary(
-        run=clean(run.name, 120),
+        run=clean_text(run.name, 120),
         path=str(run.path),
         state=state,
         step=known.step,
         total_steps=known.total_steps,
         exit_code=known.exit_code,
         heartbeat=known.heartbeat,
-        host=clean(known.host, 80),
+        host=clean_text(known.host, 80),
         mode=known.mode.value,
         tokens_per_second=known.tokens_per_second if going else 0.0,
         eta_seconds=known.eta_seconds if going else 0.0,
         loss=losses[-1] if losses and math.isfinite(losses[-1]) else None,
-        unresolved=clean(known.unresolved.headline(), 80) if known.unresolved is not None else "",
+        unresolved=clean_text(known.unresolved.headline(), 80)
+        if known.unresolved is not None
+        else "",
     )
 
 

@@ -14,7 +14,7 @@ import msgspec
 
 from guardrail.core.files import as_float, as_int
 from guardrail.core.records import Event, Phase, Status
-from guardrail.core.text import clean
+from guardrail.core.text import clean_text
 from guardrail.report.costs import with_costs
 from guardrail.report.incident import Incident
 from guardrail.report.incident_builder import IncidentBuilder, asked_for
@@ -45,14 +45,14 @@ def build_report(run: RunDirectory) -> Report:
     restarts = tuple(find_restarts(run, events))
     faults = find_faults(events)
     return Report(
-        run=clean(run.name, 120),
-        path=clean(str(run.path)),
+        run=clean_text(run.name, 120),
+        path=clean_text(str(run.path)),
         state=state,
         step=reached if status is None else status.step,
         total_steps=known.total_steps,
         timeline=max((e.timeline for e in events), default=0),
         exit_code=_exit_code(status, last),
-        reason=clean(str(last.data.get("reason") or last.message), 600) if last else "",
+        reason=clean_text(str(last.data.get("reason") or last.message), 600) if last else "",
         mode="" if status is None else status.mode.value,
         tokens=known.tokens,
         guard_share=known.guard_share,
@@ -69,7 +69,7 @@ def build_report(run: RunDirectory) -> Report:
         faults=faults,
         notes=_list_messages(events, ("note",)),
         data_folder=folder,
-        question=clean(known.question, 400),
+        question=clean_text(known.question, 400),
         **_find_machine(known, events),
         **_measure_time(status, events),
         **metrics,
@@ -84,7 +84,7 @@ def _find_machine(status: Status, events: list[Event]) -> dict[str, Any]:
     first = next((event for event in events if event.kind == "started"), None)
     if first is None:
         return {"world": status.world}
-    host = clean(str(first.data.get("host") or status.host), 80)
+    host = clean_text(str(first.data.get("host") or status.host), 80)
     return {"host": host, "world": as_int(first.data.get("world"))}
 
 
@@ -105,7 +105,7 @@ def _find_state(
     turn = last_turn(events)
     if turn is not None and turn.kind == "ended":
         phase = turn.data.get("phase")
-        return clean(str(phase or (status.phase.value if status else "ended")), 40), turn
+        return clean_text(str(phase or (status.phase.value if status else "ended")), 40), turn
     if status is None:
         if turn is None:
             return "new", None
@@ -150,14 +150,14 @@ def _read_metrics(run: RunDirectory) -> dict[str, Any]:
 def _read_command(event: Event) -> CommandRecord:
     data = event.data
     return CommandRecord(
-        id=clean(str(data.get("id", "")), 128),
-        command=clean(str(data.get("command", "")), 40),
+        id=clean_text(str(data.get("id", "")), 128),
+        command=clean_text(str(data.get("command", "")), 40),
         value=as_float(data.get("value", 0.0)),
-        who=clean(str(data.get("who") or ""), 120),
+        who=clean_text(str(data.get("who") or ""), 120),
         step=event.step,
         time=event.time,
-        effect=clean(str(data.get("effect", "")), 40),
-        reason=clean(str(data.get("reason") or ""), 400),
+        effect=clean_text(str(data.get("effect", "")), 40),
+        reason=clean_text(str(data.get("reason") or ""), 400),
     )
 
 
@@ -168,15 +168,15 @@ def _list_checkpoints(events: Iterable[Event]) -> list[CheckpointLine]:
         if event.kind != "checkpoint":
             continue
         data = event.data
-        name = clean(str(data.get("path") or "").rstrip("/").rsplit("/", 1)[-1], 120)
+        name = clean_text(str(data.get("path") or "").rstrip("/").rsplit("/", 1)[-1], 120)
         before = found.get(name)
         known = before if before is not None and name else None
         found[name or f"seq {event.seq}"] = CheckpointLine(
             name=name,
             step=_checkpoint_step(event, known),
-            state=clean(str(data.get("state", "")), 40),
+            state=clean_text(str(data.get("state", "")), 40),
             bytes=_checkpoint_bytes(event, known),
-            reason=clean(str(data.get("reason") or ""), 400),
+            reason=clean_text(str(data.get("reason") or ""), 400),
             time=event.time,
         )
     return list(found.values())
@@ -214,5 +214,5 @@ def _seconds_lost(
 
 def _list_messages(events: Iterable[Event], kinds: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(
-        clean(event.message, 400) for event in events if event.kind in kinds and event.message
+        clean_text(event.message, 400) for event in events if event.kind in kinds and event.message
     )

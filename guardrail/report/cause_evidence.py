@@ -15,7 +15,7 @@ import msgspec
 
 from guardrail.core.files import as_int
 from guardrail.core.records import Record
-from guardrail.core.text import clean
+from guardrail.core.text import clean_text
 
 LONGEST = 2000  # characters of a sentence that are read
 _NUMBER = r"(-?(?:\d[\d.]*(?:e[+-]?\d+)?|nan|inf))"
@@ -132,14 +132,14 @@ def evidence_from_sentence(reason: str) -> CauseEvidence:
 def _find_same_batch(reason: str) -> SameBatch | None:
     if again := _AGAIN.search(reason):
         value = _parse_number(again[2])
-        return SameBatch(signal=clean(again[1], 60), repeated=True, first=value, again=value)
+        return SameBatch(signal=clean_text(again[1], 60), repeated=True, first=value, again=value)
     if other := _OTHER_NUMBER.search(reason):
         return SameBatch(
-            signal=clean(other[3].removeprefix("the "), 60),
+            signal=clean_text(other[3].removeprefix("the "), 60),
             repeated=False,
             first=_parse_number(other[4]),
             again=_parse_number(other[5]),
-            where=clean(other[1] or other[2] or "", 120),
+            where=clean_text(other[1] or other[2] or "", 120),
         )
     return None
 

@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from guardrail.core.format import format_number, format_plural
 from guardrail.core.records import FindingKind
-from guardrail.core.text import plural
 from guardrail.report.cause_evidence import (
     BatchesAhead,
     LabelOrder,
@@ -19,13 +19,7 @@ from guardrail.report.cause_evidence import (
     OtherBatches,
     SameBatch,
 )
-from guardrail.report.formats import (
-    file_name,
-    format_number,
-    format_signal,
-    join_words,
-    shorten,
-)
+from guardrail.report.formats import file_name, format_signal, join_words, shorten
 from guardrail.report.incident import Incident, IncidentAction, SkippedFile
 from guardrail.report.skipped_files import typical_remark
 
@@ -167,7 +161,7 @@ def list_files(files: Sequence[SkippedFile]) -> str:
     largest = max(file.bytes for file in files)
     few = [file for file in files if 0 < file.bytes < NEIGHBOUR * largest]
     bad = [file for file in files if file not in few]
-    said = f" in {plural(len(bad), 'file')}: {_list_names(bad)}"
+    said = f" in {format_plural(len(bad), 'file')}: {_list_names(bad)}"
     if few:
         most = max(file.bytes for file in few)
         limit = 10 ** len(str(most))
@@ -238,9 +232,11 @@ def _describe_older_state(test: OlderState) -> str:
 def _describe_other_batches(test: OtherBatches) -> str:
     normal = test.tested - test.spiked
     if not normal:
-        return f"All {plural(test.tested, 'other batch')} tested from the same state spike too."
+        return (
+            f"All {format_plural(test.tested, 'other batch')} tested from the same state spike too."
+        )
     verb = "is" if normal == 1 else "are"
-    return f"{normal:,} of {plural(test.tested, 'other batch')} {verb} normal from the same state."
+    return f"{normal:,} of {format_plural(test.tested, 'other batch')} {verb} normal from the same state."
 
 
 def _describe_batches_ahead(test: BatchesAhead) -> str:
@@ -277,7 +273,7 @@ def _describe_effect(incident: Incident) -> Iterator[str]:
             else "guardrail"
         )
         to_step = "an older state" if rollback.to_step is None else f"step {rollback.to_step:,}"
-        yield f"{why} restored {to_step} ({plural(lost, 'step')} discarded)."
+        yield f"{why} restored {to_step} ({format_plural(lost, 'step')} discarded)."
     is_over = incident.closed is not None
     if is_over and incident.cost.rejected and not rollbacks and not advised:
         yield "No bad update was applied, so no rollback was needed."

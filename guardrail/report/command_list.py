@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from guardrail.core.format import format_plural
 from guardrail.core.records import CommandKind, Mode
-from guardrail.core.text import plural
 from guardrail.report.incident import IncidentAction
 from guardrail.report.model import CommandRecord, Report
 
@@ -51,7 +51,9 @@ def list_effects(report: Report) -> Iterator[str]:
     }
     for action in undone.values():
         restored = "" if action.to_step is None else f", restored step {action.to_step:,}"
-        lost = f" ({plural(action.steps_lost, 'step')} discarded)" if action.steps_lost else ""
+        lost = (
+            f" ({format_plural(action.steps_lost, 'step')} discarded)" if action.steps_lost else ""
+        )
         yield f"step {action.step:,}: undo{restored}{lost}"
 
 
@@ -59,10 +61,10 @@ def _describe_effect(action: IncidentAction) -> str:
     parts = []
     if action.action == "rollback" and action.to_step is not None:
         parts.append(
-            f"restored step {action.to_step:,} ({plural(action.steps_lost, 'step')} discarded)"
+            f"restored step {action.to_step:,} ({format_plural(action.steps_lost, 'step')} discarded)"
         )
     if action.samples_skipped >= 0:
-        parts.append(f"{plural(action.samples_skipped, 'sample')} skipped")
+        parts.append(f"{format_plural(action.samples_skipped, 'sample')} skipped")
     if action.window is not None and action.window[0] < action.window[1]:
         parts.append(f"positions {action.window[0]:,}-{action.window[1] - 1:,}")
     return ", ".join(parts) or action.sentence or action.action

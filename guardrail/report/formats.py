@@ -1,14 +1,11 @@
-"""Numbers, durations, names and paths as the report shows them. Pure."""
+"""Names, paths and lines of text as the report shows them. Pure."""
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import textwrap
 from collections.abc import Iterable
-
-from guardrail.core.format import countdown
 
 COLUMNS = 110  # of a line of the report
 _UNIT = re.compile(r"(?<=\d) (?=(?:s|h|d|%|B|kB|MB|GB|TB)\b|%)")
@@ -18,43 +15,6 @@ _SIGNALS = {
     "embed_grad_norm": "embed norm",
     "embed_share": "embed share",
 }
-
-
-def format_number(value: float) -> str:
-    """Three significant digits: "1.1", "105", "1,640"."""
-    if math.isnan(value):
-        return "NaN"
-    if math.isinf(value):
-        return "Inf" if value > 0 else "-Inf"
-    if 1000 <= abs(value) < 1e7:
-        rounded = round(value, 2 - int(math.log10(abs(value))))
-        return f"{rounded:,.0f}"
-    return f"{value:.3g}"
-
-
-def format_duration(seconds: float) -> str:
-    """ "0.7 s", "21 s", "1:57", "2.3 h", "4.2 d"; "-" where it was not measured."""
-    if not math.isfinite(seconds) or seconds < 0:
-        return "-"
-    if seconds < 9.5:
-        return f"{seconds:.2g} s"
-    if seconds < 59.5:
-        return f"{seconds:.0f} s"
-    if seconds < 3599.5:
-        return countdown(round(seconds))
-    if seconds < 48 * 3600:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 86400:.1f} d"
-
-
-def format_clock(seconds: float) -> str:
-    """How long a run took: "1:57", "12:03:44"."""
-    return countdown(int(seconds))
-
-
-def format_share(share: float) -> str:
-    """ "2.4 %"."""
-    return f"{100 * share:.2g} %" if share < 0.995 else f"{100 * share:.0f} %"
 
 
 def format_signal(signal: str) -> str:

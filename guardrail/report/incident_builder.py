@@ -12,7 +12,7 @@ import msgspec
 
 from guardrail.core.files import as_float, as_int
 from guardrail.core.records import Event, Finding, Span
-from guardrail.core.text import clean
+from guardrail.core.text import clean_text
 from guardrail.decide.undo import joined, split_span, undone_spans
 from guardrail.report.cause_evidence import evidence_from_line
 from guardrail.report.incident import Incident, IncidentAction, Token
@@ -93,14 +93,15 @@ class IncidentBuilder:
         parameters = event.data.get("parameters")
         if isinstance(parameters, dict):
             changes["parameters"] = incident.parameters | {
-                clean(str(rank), 20): [clean(str(name), 200) for name in names]
+                clean_text(str(rank), 20): [clean_text(str(name), 200) for name in names]
                 for rank, names in parameters.items()
                 if isinstance(names, list)
             }
         modules = event.data.get("modules")
         if isinstance(modules, dict):
             changes["modules"] = incident.modules | {
-                clean(str(rank), 20): clean(str(name), 200) for rank, name in modules.items()
+                clean_text(str(rank), 20): clean_text(str(name), 200)
+                for rank, name in modules.items()
             }
         if tokens := tokens_of(event):
             changes["tokens"] = _keep_longest((*incident.tokens, *tokens))
@@ -110,7 +111,7 @@ class IncidentBuilder:
         if action == "rollback":
             self._decided[incident.number] = action_of(event, "rollback")
         if action not in ("", "apply", "rollback"):
-            changes["actions"] = (*incident.actions, action_of(event, clean(str(action), 40)))
+            changes["actions"] = (*incident.actions, action_of(event, clean_text(str(action), 40)))
         self._store(incident, changes)
 
     def _add_remedy(self, event: Event) -> None:
@@ -143,7 +144,7 @@ class IncidentBuilder:
         )
 
     def _add_state(self, event: Event) -> None:
-        state = clean(str(event.data.get("state") or ""), 40)
+        state = clean_text(str(event.data.get("state") or ""), 40)
         incident = self._incident_of(event)
         curve = curve_of(event.data.get("curve"))
         trend: dict[str, Any] = {"curve": curve} if curve is not None else {}
@@ -151,14 +152,14 @@ class IncidentBuilder:
             self._store(incident, trend)
             return
         numbers = {
-            clean(name, 40): as_float(value)
+            clean_text(name, 40): as_float(value)
             for name, value in event.data.items()
             if name not in ("number", "onset", "at_step")
             and isinstance(value, int | float)
             and not isinstance(value, bool)
         }
         closed = None if state in _AGAIN else event.time
-        said = clean(event.message, 400)
+        said = clean_text(event.message, 400)
         # which says no more than the state
         outcome = "" if said == f"incident {incident.number}: {state}" else said
         ended = {"closed": closed, "closed_step": event.step if closed is not None else 0}
@@ -167,11 +168,11 @@ class IncidentBuilder:
         )
 
     def _add_cause(self, event: Event) -> None:
-        cause = clean(str(event.data.get("cause") or ""), 60)
-        reason = clean(str(event.data.get("reason") or event.message), 600)
+        cause = clean_text(str(event.data.get("cause") or ""), 60)
+        reason = clean_text(str(event.data.get("reason") or event.message), 600)
         rank, host = (
             as_int(event.data.get("rank", -1)),
-            clean(str(event.data.get("host") or ""), 80),
+            clean_text(str(event.data.get("host") or ""), 80),
         )
         if rank >= 0 and cause.startswith(("hardware", "not reproducible")):
             reason += f"; rank {rank}{f' on {host}' if host else ''}"
@@ -264,7 +265,9 @@ def _join_findings(known: tuple[Finding, ...], new: Iterable[Finding]) -> tuple[
         before = worst.get(key)
         if before is None or (before.score == before.score and not finding.score <= before.score):
             worst[key] = finding
-    return tuple(msgspec.structs.replace(f, signal=clean(f.signal, 60)) for f in worst.values())
+    return tuple(
+        msgspec.structs.replace(f, signal=clean_text(f.signal, 60)) for f in worst.values()
+    )
 
 
 def _add_span(incident: Incident, span: Span, event: Event) -> dict[str, Any]:

@@ -6,16 +6,10 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from guardrail.core.format import format_duration, format_number, format_plural, format_share
 from guardrail.core.records import Finding, FindingKind
-from guardrail.core.text import plural
 from guardrail.report.cause_sentences import Paragraph, describe_incident
-from guardrail.report.formats import (
-    format_duration,
-    format_number,
-    format_share,
-    format_signal,
-    shorten_path,
-)
+from guardrail.report.formats import format_signal, shorten_path
 from guardrail.report.incident import Incident, IncidentAction, SkippedFile, Token
 from guardrail.report.table_rows import describe_state
 
@@ -96,9 +90,9 @@ def _find_own_parameters(incident: Incident) -> dict[str, list[str]]:
 def describe_cost(incident: Incident) -> str:
     """ "3 steps discarded, 12 samples skipped, 1.3 s of training", as far as it was measured."""
     cost = incident.cost
-    parts = [f"{plural(cost.steps, 'step')} discarded"] if cost.steps else []
-    parts += [f"{plural(cost.rejected, 'update')} rejected"] if cost.rejected else []
-    parts += [f"{plural(incident.samples, 'sample')} skipped"] if incident.samples else []
+    parts = [f"{format_plural(cost.steps, 'step')} discarded"] if cost.steps else []
+    parts += [f"{format_plural(cost.rejected, 'update')} rejected"] if cost.rejected else []
+    parts += [f"{format_plural(incident.samples, 'sample')} skipped"] if incident.samples else []
     parts += [f"{format_duration(cost.seconds)} of training"] if cost.seconds >= 0 else []
     parts += [f"{format_duration(cost.parked)} waiting for an answer"] if cost.parked else []
     return ", ".join(parts)
@@ -188,12 +182,12 @@ def describe_decision(action: IncidentAction) -> str:
     if action.action in ("rollback", "undo") and action.to_step is not None:
         done = "restored" if action.action == "rollback" else "undo: restored"
         tier = f" ({action.tier})" if action.tier else ""
-        lost = plural(action.steps_lost, "step")
+        lost = format_plural(action.steps_lost, "step")
         said = f"{done} step {action.to_step:,}{tier}, {lost} discarded"
         return f"{said}, {skipped:,} skipped" if skipped >= 0 else said
     parts = [_describe_action(action)]
     if skipped >= 0:
-        parts.append(f"{plural(skipped, 'sample')} skipped")
+        parts.append(f"{format_plural(skipped, 'sample')} skipped")
     if action.batch is not None and 0 <= skipped < action.batch[1] - action.batch[0]:
         parts.append(f"{action.batch[1] - action.batch[0] - skipped:,} kept")
     return ", ".join(part for part in parts if part)
@@ -213,7 +207,9 @@ def _make_documents(incident: Incident) -> Table:
     files = incident.files[:MAX_ROWS]
     rest = _count_more(len(incident.files), "file")
     if incident.documents_total > len(incident.documents):
-        known = f"{len(incident.documents):,} of {plural(incident.documents_total, 'document')}"
+        known = (
+            f"{len(incident.documents):,} of {format_plural(incident.documents_total, 'document')}"
+        )
         rest = f"{rest}; the journal names {known}" if rest else f"the journal names {known}"
     return Table(
         title="Documents",
@@ -226,7 +222,7 @@ def _make_documents(incident: Incident) -> Table:
 
 
 def _file_cells(file: SkippedFile) -> tuple[str, ...]:
-    records = f" ({plural(file.records, 'record')})" if file.records else ""
+    records = f" ({format_plural(file.records, 'record')})" if file.records else ""
     size = f"{file.bytes:,}" if file.bytes else "-"
     return (f"{shorten_path(file.shown, PATH_WIDTH)}{records}", size, file.remark or "-")
 
@@ -253,7 +249,7 @@ def _token_cells(token: Token) -> tuple[str, ...]:
 
 
 def _count_more(count: int, noun: str) -> str:
-    return f"and {plural(count - MAX_ROWS, noun)} more" if count > MAX_ROWS else ""
+    return f"and {format_plural(count - MAX_ROWS, noun)} more" if count > MAX_ROWS else ""
 
 
 def find_incident(incidents: Sequence[Incident], number: int) -> Incident | None:

@@ -10,7 +10,7 @@ import msgspec
 
 from guardrail.core.files import as_int
 from guardrail.core.records import Event
-from guardrail.core.text import clean
+from guardrail.core.text import clean_text
 from guardrail.report.model import Fault, Restart
 from guardrail.rundir.run_directory import MetricsView, RunDirectory
 
@@ -57,17 +57,17 @@ def _read_fault(event: Event, step: int) -> Fault | None:
             kind=_RANK_FAULTS[event.kind],
             step=event.step,
             time=event.time,
-            message=clean(event.message, 400),
+            message=clean_text(event.message, 400),
             rank=as_int(data.get("rank", -1)),
-            host=clean(str(data.get("host") or ""), 80),
-            log=clean(str(data.get("log") or ""), 200),
+            host=clean_text(str(data.get("host") or ""), 80),
+            log=clean_text(str(data.get("log") or ""), 200),
         )
     if event.kind in _DISK and data.get("state") != "ok":
         # A recorder that cannot write knows no step.
-        message = clean(str(data.get("reason") or event.message), 400)
+        message = clean_text(str(data.get("reason") or event.message), 400)
         return Fault(kind="disk failing", step=event.step or step, time=event.time, message=message)
     if event.kind == "checkpoint" and data.get("state") == "failed":
-        message = clean(str(data.get("reason") or event.message), 400)
+        message = clean_text(str(data.get("reason") or event.message), 400)
         return Fault(kind="checkpoint failed", step=event.step, time=event.time, message=message)
     return None
 
@@ -104,9 +104,9 @@ def find_restarts(run: RunDirectory, events: Sequence[Event]) -> Iterator[Restar
             step=event.step,
             timeline=event.timeline,
             time=event.time,
-            checkpoint=clean(str(event.data.get("checkpoint") or ""), 120),
+            checkpoint=clean_text(str(event.data.get("checkpoint") or ""), 120),
             steps_lost=max(0, lost),
-            sentence=clean(event.message or str(event.data.get("reason") or ""), 400),
+            sentence=clean_text(event.message or str(event.data.get("reason") or ""), 400),
             differs=_list_differences(events, event),
             seconds=float(measured.sum()) if len(measured) else math.nan,
             after=_find_ending(events, event),
@@ -130,7 +130,9 @@ def _list_differences(events: Sequence[Event], restart: Event) -> tuple[str, ...
     if check is None or check.kind != "resume_check":
         return ()
     return tuple(
-        clean(f"{part}: {outcome}", 200) for part, outcome in check.data.items() if outcome != "ok"
+        clean_text(f"{part}: {outcome}", 200)
+        for part, outcome in check.data.items()
+        if outcome != "ok"
     )
 
 
@@ -142,4 +144,4 @@ def _find_ending(events: Sequence[Event], restart: Event) -> str:
     last = before[-1]
     if last.kind in _RANK_FAULTS:
         return "failure"
-    return clean(str(last.data.get("phase") or "ended"), 40) if last.kind == "ended" else ""
+    return clean_text(str(last.data.get("phase") or "ended"), 40) if last.kind == "ended" else ""

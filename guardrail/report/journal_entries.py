@@ -12,7 +12,7 @@ from typing import Any
 
 from guardrail.core.files import as_float, as_int
 from guardrail.core.records import Event, LossTrend, Span
-from guardrail.core.text import clean
+from guardrail.core.text import clean_text
 from guardrail.report.incident import Document, IncidentAction, Sample, Token
 from guardrail.rundir.run_directory import findings_of, span_of
 
@@ -29,8 +29,8 @@ def action_of(event: Event, action: str) -> IncidentAction:
         step=event.step,
         timeline=event.timeline,
         time=event.time,
-        sentence=clean(event.message, 600),
-        tier=clean(str(data.get("tier", "")), 40),
+        sentence=clean_text(event.message, 600),
+        tier=clean_text(str(data.get("tier", "")), 40),
         new_timeline=as_int(data.get("new_timeline", -1)),
         remedies=tuple(_list_remedies(data)),
         batch=_as_pair(data.get("batch")),
@@ -62,7 +62,7 @@ def _find_worst(event: Event) -> dict[str, Any]:
     if worst is None:
         return {}
     return {
-        "signal": clean(worst.signal, 60),
+        "signal": clean_text(worst.signal, 60),
         "value": worst.value,
         "baseline": worst.baseline,
     }
@@ -79,7 +79,7 @@ def _list_remedies(data: Mapping[str, Any]) -> Iterator[str]:
     for item in raw if isinstance(raw, list) else []:
         if not isinstance(item, dict) or not item.get("kind"):
             continue
-        kind, value = clean(str(item["kind"]), 40), as_float(item.get("value"))
+        kind, value = clean_text(str(item["kind"]), 40), as_float(item.get("value"))
         if kind == "moments":
             yield f"optimizer moments reset before step {as_int(item.get('from_step')):,}"
             continue
@@ -111,8 +111,8 @@ def _as_sample(item: Mapping[str, Any]) -> Sample:
         loss=as_float(item.get("loss")),
         share=as_float(item.get("share")),
         documents=documents_of(item),
-        excerpt=clean(str(item.get("excerpt") or ""), 200),
-        odd=tuple(clean(str(word), 120) for word in odd) if isinstance(odd, list) else (),
+        excerpt=clean_text(str(item.get("excerpt") or ""), 200),
+        odd=tuple(clean_text(str(word), 120) for word in odd) if isinstance(odd, list) else (),
     )
 
 
@@ -122,7 +122,7 @@ def tokens_of(event: Event) -> tuple[Token, ...]:
     return tuple(
         Token(
             id=as_int(item.get("id")),
-            text=clean(str(item.get("text") or ""), 60),
+            text=clean_text(str(item.get("text") or ""), 60),
             share=as_float(item.get("share")),
             norm=as_float(item.get("norm")),
             count=as_int(item.get("count", -1)),
@@ -138,15 +138,15 @@ def documents_of(data: Mapping[str, Any]) -> tuple[Document, ...]:
     raw = data.get("documents")
     for item in raw if isinstance(raw, list) else []:
         if isinstance(item, str):
-            found.append(Document(path=clean(item, 400)))
+            found.append(Document(path=clean_text(item, 400)))
         elif isinstance(item, dict):
             found.append(
                 Document(
-                    path=clean(str(item.get("path", "")), 400),
+                    path=clean_text(str(item.get("path", "")), 400),
                     record=as_int(item.get("record")),
                     first_byte=as_int(item.get("first_byte")),
                     last_byte=as_int(item.get("last_byte")),
-                    excerpt=clean(str(item.get("excerpt") or ""), 200),
+                    excerpt=clean_text(str(item.get("excerpt") or ""), 200),
                 )
             )
     return tuple(found)

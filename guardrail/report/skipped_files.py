@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from guardrail.core.errors import GuardrailError
-from guardrail.core.text import clean
+from guardrail.core.text import clean_text
 from guardrail.decide.undo import joined
 from guardrail.report.formats import relative_path
 from guardrail.report.incident import Document, Incident, SkippedFile
@@ -36,7 +36,7 @@ def find_data_folder(run: RunDirectory) -> str:
     if not folders:
         return ""
     folder = os.path.commonpath(folders)
-    return "" if folder == os.sep else clean(folder)
+    return "" if folder == os.sep else clean_text(folder)
 
 
 def _folder_of(source: str) -> str:

@@ -9,17 +9,15 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator
 
-from guardrail.core.format import size
-from guardrail.core.text import plural
-from guardrail.report.formats import (
-    COLUMNS,
-    format_clock,
+from guardrail.core.format import (
     format_duration,
     format_number,
+    format_plural,
+    format_run_time,
     format_share,
-    join_words,
-    shorten,
+    format_size,
 )
+from guardrail.report.formats import COLUMNS, join_words, shorten
 from guardrail.report.incident import Incident
 from guardrail.report.model import CheckpointLine, Report
 from guardrail.report.table_rows import STATES, costliest_first, incident_row
@@ -35,8 +33,8 @@ def describe_run(report: Report) -> str:
     """ "two/2026-11-29-01: finished, 300 of 300 steps in 1:57 (exit code 0)"."""
     steps = f"{report.step:,} of {report.total_steps:,} steps"
     if not report.total_steps:
-        steps = plural(report.step, "step")
-    took = f" in {format_clock(report.seconds)}" if report.seconds else ""
+        steps = format_plural(report.step, "step")
+    took = f" in {format_run_time(report.seconds)}" if report.seconds else ""
     code = f" (exit code {report.exit_code})" if report.exit_code is not None else ""
     return f"{report.run}: {report.state}, {steps}{took}{code}"
 
@@ -53,7 +51,7 @@ def describe_numbers(report: Report) -> str:
     setup = []
     if report.world:
         on = f" on {report.host}" if report.host else ""
-        setup.append(f"{plural(report.world, 'rank')}{on}")
+        setup.append(f"{format_plural(report.world, 'rank')}{on}")
     if report.mode:
         setup.append(f"mode {report.mode}")
     if report.guard_share:
@@ -84,7 +82,7 @@ def describe_incidents(report: Report) -> str:
     if report.incidents:
         actions = [action for incident in report.incidents for action in incident.actions]
         rollbacks = sum(action.action == "rollback" for action in actions)
-        parts.append(plural(rollbacks, "rollback") if rollbacks else "No rollback")
+        parts.append(format_plural(rollbacks, "rollback") if rollbacks else "No rollback")
     if report.samples_skipped:
         parts.append(_count_samples(report))
     if math.isfinite(report.seconds_lost) and report.seconds_lost > 0:
@@ -99,17 +97,17 @@ def _count_incidents(incidents: tuple[Incident, ...]) -> str:
     states = Counter(STATES.get(incident.state, incident.state) for incident in incidents)
     if len(states) > 1:
         listed = join_words(f"{number:,} {state}" for state, number in states.items())
-        return f"{plural(count, 'incident')}: {listed}"
+        return f"{format_plural(count, 'incident')}: {listed}"
     (state,) = states
     every = {1: "", 2: "both "}.get(count, "all ")
-    return f"{plural(count, 'incident')}, {every}{state}"
+    return f"{format_plural(count, 'incident')}, {every}{state}"
 
 
 def _count_faults(report: Report) -> list[str]:
     ranks = sum(fault.count for fault in report.faults if fault.kind.startswith("rank"))
     disks = sum(fault.count for fault in report.faults) - ranks
-    parts = [plural(ranks, "rank failure")] if ranks else []
-    return [*parts, plural(disks, "disk problem")] if disks else parts
+    parts = [format_plural(ranks, "rank failure")] if ranks else []
+    return [*parts, format_plural(disks, "disk problem")] if disks else parts
 
 
 def _count_samples(report: Report) -> str:
@@ -117,17 +115,17 @@ def _count_samples(report: Report) -> str:
         return "Samples were skipped, the journal does not say how many"
     share = report.samples_skipped / report.samples_read if report.samples_read else math.nan
     known = f" ({format_share(share)} of those read)" if share <= 1 else ""
-    return f"{plural(report.samples_skipped, 'sample')} skipped{known}"
+    return f"{format_plural(report.samples_skipped, 'sample')} skipped{known}"
 
 
 def describe_commands(report: Report) -> str:
     """A count of what a user did, and of the notes; "" where there is none."""
     undone = sum(command.command == "undo" for command in report.commands)
     asked = Counter(action.action for action in report.by_person)
-    parts = [plural(len(report.commands), "command")] if report.commands else []
+    parts = [format_plural(len(report.commands), "command")] if report.commands else []
     parts += [f"{undone:,} undo"] if undone else []
-    parts += [f"{plural(count, action)} by command" for action, count in asked.items()]
-    parts += [plural(len(report.notes), "note")] if report.notes else []
+    parts += [f"{format_plural(count, action)} by command" for action, count in asked.items()]
+    parts += [format_plural(len(report.notes), "note")] if report.notes else []
     if not parts:
         return ""
     return f"Also: {', '.join(parts)} (list them with --commands)."
@@ -144,10 +142,10 @@ def describe_checkpoints(report: Report) -> str:
         return "Checkpoints: none."
     said = ", ".join(_describe_newest(there, report.state)) or "none"
     if failed:
-        said += f"; {plural(len(failed), 'save')} failed"
+        said += f"; {format_plural(len(failed), 'save')} failed"
         said += f" ({failed[-1].reason})" if failed[-1].reason else ""
     sizes = [checkpoint.bytes for checkpoint in there if checkpoint.bytes]
-    each = f" {size(sizes[-1])} each." if sizes else ""
+    each = f" {format_size(sizes[-1])} each." if sizes else ""
     return f"Checkpoints: {said}.{each}"
 
 

@@ -7,15 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from guardrail.core.format import format_duration, format_number, format_plural
 from guardrail.core.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Finding, FindingKind, Severity
-from guardrail.core.text import plural
 from guardrail.report.cause_sentences import find_template
-from guardrail.report.formats import (
-    format_duration,
-    format_number,
-    format_signal,
-    join_words,
-)
+from guardrail.report.formats import format_signal, join_words
 from guardrail.report.incident import Incident, IncidentAction
 from guardrail.report.model import Fault, Report, Restart
 
@@ -81,7 +76,7 @@ def costliest_first(rows: Iterable[Row]) -> list[Row]:
 def count_rest(rows: Sequence[Row]) -> str:
     """ "32 more: 30 incidents and 2 restarts"."""
     kinds = Counter(row.kind for row in rows)
-    named = join_words(plural(count, kind) for kind, count in kinds.items())
+    named = join_words(format_plural(count, kind) for kind, count in kinds.items())
     measured = [row.seconds for row in rows if math.isfinite(row.seconds)]
     lost = f", {format_duration(sum(measured))} lost" if measured else ""
     return f"and {named} that cost less{lost}"
@@ -181,7 +176,7 @@ def describe_actions(incident: Incident) -> str:
     undone = any(action.action == "undo" for action in incident.actions)
     if incident.samples:
         alone = not said and not undone
-        skipped = plural(incident.samples, "sample") if alone else f"{incident.samples:,}"
+        skipped = format_plural(incident.samples, "sample") if alone else f"{incident.samples:,}"
         said.append(f"{skipped} skipped")
     if undone:
         said.append("undone" if not incident.samples else "others undone")
@@ -244,7 +239,7 @@ def _measure_fault(fault: Fault, restart: Restart | None) -> float:
 
 def _describe_fault_result(fault: Fault, restart: Restart | None) -> str:
     if restart is not None and fault.resolved_step is not None:
-        return f"{plural(restart.steps_lost, 'step')} repeated"
+        return f"{format_plural(restart.steps_lost, 'step')} repeated"
     if fault.kind.startswith("rank"):
         return "not continued"
     if fault.resolved_step is None:
@@ -258,7 +253,7 @@ def restart_row(restart: Restart) -> Row:
         ended = f"the run was {restart.after}"
     result = "state differs from the saved one" if restart.differs else "continued"
     if restart.steps_lost:
-        result += f", {plural(restart.steps_lost, 'step')} repeated"
+        result += f", {format_plural(restart.steps_lost, 'step')} repeated"
     return Row(
         number=0,
         step=restart.step,

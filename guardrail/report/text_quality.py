@@ -24,7 +24,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from guardrail.core.text import plural
+from guardrail.core.format import format_plural
 
 # Gopher, table A1: share of characters in the most frequent 2- to 4-gram of words, and in all
 # duplicate 5- to 10-grams.
@@ -136,7 +136,7 @@ def _check_characters(text: str) -> list[str]:
         found.append(f"{controls / size:.0%} unprintable characters")
     broken = len(_MOJIBAKE.findall(text))
     if broken / size > REPLACEMENT:
-        found.append(f"{plural(broken, 'trace')} of text decoded wrongly")
+        found.append(f"{format_plural(broken, 'trace')} of text decoded wrongly")
     entropy = -sum(n / size * math.log2(n / size) for n in counts.values())
     low, high = ENTROPY_OF_MANY if _is_of(text, _UNSPACED) or _is_of(text, _SYLLABLES) else ENTROPY
     if entropy < low or entropy > high:

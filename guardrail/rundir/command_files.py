@@ -29,7 +29,7 @@ from guardrail.core.records import (
     Record,
     origin_of_span,
 )
-from guardrail.core.text import clean
+from guardrail.core.text import clean_text
 
 MAX_BYTES = 64 * 1024
 MAX_SKIP = 100_000  # batches that one `skip` may leave out
@@ -292,7 +292,7 @@ def _parse(name: str, data: bytes) -> Command | Refusal:
         return _refuse(name, f"it does not fit a command ({error})", fields)
     if reason is not None:
         return _refuse(name, reason, fields)
-    return msgspec.structs.replace(command, who=clean(command.who, 256))
+    return msgspec.structs.replace(command, who=clean_text(command.who, 256))
 
 
 def _refuse(name: str, reason: str, fields: dict[str, Any] | None = None) -> Refusal:
@@ -300,7 +300,7 @@ def _refuse(name: str, reason: str, fields: dict[str, Any] | None = None) -> Ref
     id = fields.get("id")
     return Refusal(
         id=id if isinstance(id, str) and _ID.fullmatch(id) else _id_of(name),
-        reason=clean(reason, 400),
+        reason=clean_text(reason, 400),
         kind=_text(fields.get("kind"), 40),
         value=as_float(fields.get("value", 0.0)),
         who=_text(fields.get("who"), 256),
@@ -312,7 +312,7 @@ def _text(value: Any, limit: int) -> str:
     impossible to make.
     """
     return (
-        clean(value, limit)
+        clean_text(value, limit)
         if isinstance(value, str)
         else f"({type(value).__name__})"
         if value is not None
@@ -321,4 +321,4 @@ def _text(value: Any, limit: int) -> str:
 
 
 def _id_of(name: str) -> str:
-    return clean(re.sub(r"[^A-Za-z0-9._-]", "_", name.removesuffix(".json"))[:128])
+    return clean_text(re.sub(r"[^A-Za-z0-9._-]", "_", name.removesuffix(".json"))[:128])

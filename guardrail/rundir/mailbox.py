@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 
 from guardrail.core.records import Command
-from guardrail.core.text import clean
+from guardrail.core.text import clean_text
 from guardrail.rundir.run_directory import RunDirectory
 
 SILENT_SECONDS = 30.0  # a look that takes longer means that the file system hangs
@@ -68,9 +68,9 @@ class CommandPoller:
             self._failure = self._run.commands_problem
         # a file system that does not answer will be back; the commands wait on it
         except OSError as error:
-            self._failure = clean(f"commands/: {error.strerror or error}", 200)
+            self._failure = clean_text(f"commands/: {error.strerror or error}", 200)
         except Exception as error:  # the thread must not end before the run does
-            self._failure = clean(f"{type(error).__name__}: {error}", 200)
+            self._failure = clean_text(f"{type(error).__name__}: {error}", 200)
         self._looked = time.monotonic()
 
     def _look(self) -> None:

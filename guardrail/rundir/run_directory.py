@@ -39,7 +39,7 @@ from guardrail.core.files import (
     why_unwritable,
 )
 from guardrail.core.records import Command, Event, NodeStatus, RankStatus, Status
-from guardrail.core.text import clean
+from guardrail.core.text import clean_text
 from guardrail.decide.timelines import TimelineIndex
 from guardrail.rundir import journal
 from guardrail.rundir.command_files import Inbox, Refusal, check_command, undone
@@ -107,7 +107,7 @@ class RunDirectory:
         Several processes may do this at once: each gets its own number. Raises RunDirectoryError.
         """
         if not is_run_name(name):
-            raise RunDirectoryError(f"{clean(name, 80)!r} is no name for a run: {NAME}")
+            raise RunDirectoryError(f"{clean_text(name, 80)!r} is no name for a run: {NAME}")
         parent = Path(root) / name
         try:
             parent.mkdir(parents=True, exist_ok=True, mode=FOLDER_MODE)
@@ -502,13 +502,15 @@ class RunDirectory:
         with contextlib.suppress(OSError):
             self._folder(self._screens)
             _touch(
-                self._screens / f"{clean(socket.gethostname(), 64).replace('/', '_')}-{os.getpid()}"
+                self._screens
+                / f"{clean_text(socket.gethostname(), 64).replace('/', '_')}-{os.getpid()}"
             )
 
     def screen_gone(self) -> None:
         with contextlib.suppress(OSError):
             (
-                self._screens / f"{clean(socket.gethostname(), 64).replace('/', '_')}-{os.getpid()}"
+                self._screens
+                / f"{clean_text(socket.gethostname(), 64).replace('/', '_')}-{os.getpid()}"
             ).unlink()
 
     def screens(self) -> int:
@@ -565,7 +567,7 @@ def find_run(spec: str | None, root: str | os.PathLike[str]) -> RunDirectory:
         return RunDirectory.open(spec)
     if not runs:
         raise RunDirectoryError(
-            f"no such run: {clean(spec or '', 200) or 'there is none'} in {root}"
+            f"no such run: {clean_text(spec or '', 200) or 'there is none'} in {root}"
         )
     if spec is None:
         return runs[0]
@@ -580,12 +582,12 @@ def find_run(spec: str | None, root: str | os.PathLike[str]) -> RunDirectory:
         return matches[0]
     if matches:
         names = ", ".join(run.name for run in matches[:5]) + (" ..." if len(matches) > 5 else "")
-        raise RunDirectoryError(f"{clean(spec, 200)!r} is not one run; it could be {names}")
+        raise RunDirectoryError(f"{clean_text(spec, 200)!r} is not one run; it could be {names}")
     close = difflib.get_close_matches(
         spec, [run.name for run in runs] + [run.path.parent.name for run in runs], n=1
     )
     hint = f"\n  hint: did you mean {close[0]}?" if close else ""
-    raise RunDirectoryError(f"no such run: {clean(spec, 200)} in {root}{hint}")
+    raise RunDirectoryError(f"no such run: {clean_text(spec, 200)} in {root}{hint}")
 
 
 def _touch(path: Path) -> float:

@@ -16,7 +16,7 @@ import msgspec
 from guardrail.core.errors import RunDirectoryError
 from guardrail.core.files import FILE_MODE, encode_json
 from guardrail.core.records import Record
-from guardrail.core.text import clean
+from guardrail.core.text import clean_text
 
 _TRIES = 25  # times 20 ms: longer than any reader takes to ask who holds the lock
 
@@ -30,7 +30,7 @@ class Holder(Record, frozen=True, kw_only=True):
     time: float = 0.0
 
     def sentence(self) -> str:
-        return f"{clean(self.who, 80)}, process {self.pid} on {clean(self.host, 80)}"
+        return f"{clean_text(self.who, 80)}, process {self.pid} on {clean_text(self.host, 80)}"
 
 
 class RunLock:

@@ -22,7 +22,7 @@ from typing import Any
 
 from guardrail.core.files import FOLDER_MODE
 from guardrail.core.records import Event
-from guardrail.core.text import clean
+from guardrail.core.text import clean_text
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.trackers import tfevents
 from guardrail.trackers.base import Entry, NewConfig
@@ -128,7 +128,7 @@ def _config_texts(toml: str, seq: int, last: tfevents.Text | None) -> list[tfeve
 
     Its step lies after that of `last`, because readers keep one text per step of a tag.
     """
-    lines = [clean(line.replace("```", "'''")) for line in toml.splitlines()]
+    lines = [clean_text(line.replace("```", "'''")) for line in toml.splitlines()]
     markdown = "\n".join(["```toml", *lines, "```"])
     if last is None:
         return [tfevents.Text(CONFIG, markdown, seq, time.time())]
@@ -162,17 +162,17 @@ def _format_event(event: Event) -> str:
 
 def _format_document(document: dict[str, Any]) -> str:
     """Return a document of the journal as "FILE:RECORD bytes 10-20  EXCERPT"."""
-    text = clean(str(document.get("path", "?")), MOST_OF_PATH)
+    text = clean_text(str(document.get("path", "?")), MOST_OF_PATH)
     if document.get("record"):
         text += f":{document['record']}"
     if isinstance(document.get("last_byte"), int):
         text += f" bytes {document.get('first_byte', 0)}-{document['last_byte']}"
     excerpt = document.get("excerpt")
     if isinstance(excerpt, str) and excerpt:
-        text += f"  {clean(excerpt, MOST_OF_EXCERPT)}"
+        text += f"  {clean_text(excerpt, MOST_OF_EXCERPT)}"
     return text
 
 
 def _escape(text: str) -> str:
     """Return text in which no character is Markdown."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", clean(text, MOST_OF_MESSAGE))
+    return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", clean_text(text, MOST_OF_MESSAGE))

@@ -27,7 +27,7 @@ from guardrail.core.records import (
     Severity,
     Verdict,
 )
-from guardrail.core.text import visible
+from guardrail.core.text import escape_text
 from guardrail.decide.remedies import embedding_concerned
 from guardrail.decide.run_history import RunHistory
 from guardrail.report.build import build_report
@@ -240,8 +240,8 @@ def test_a_token_is_spelled_by_its_text_or_by_its_name() -> None:
 
 
 def test_what_does_not_print_is_shown_as_its_escape() -> None:
-    assert visible("a\n\x1b[2J\u202e\ud800é", 60) == "a\\n\\x1b[2J\\u202e\\ud800é"
-    assert visible("x" * 100, 10) == "x" * 9 + "…" and visible(" the", 9) == " the"
+    assert escape_text("a\n\x1b[2J\u202e\ud800é", 60) == "a\\n\\x1b[2J\\u202e\\ud800é"
+    assert escape_text("x" * 100, 10) == "x" * 9 + "…" and escape_text(" the", 9) == " the"
 
 
 EVIL = "\x1b]52;c;ZXZpbA==\x07\x9b2J\u202e</dd><script>alert(1)</script>[/red]\n"

@@ -18,6 +18,7 @@ import msgspec
 from guardrail.core.config import GuardConfig
 from guardrail.core.errors import ConfigError
 from guardrail.core.files import why_unreachable
+from guardrail.core.format import format_gib
 from trainer.config import preset
 from trainer.config.batch_ramp import BatchPlan
 from trainer.config.layout import Layout, ParallelSection
@@ -329,11 +330,12 @@ class Config(GuardConfig, frozen=True, kw_only=True):
         if ring > memory:
             fit = memory // (one * self.launch.processes)
             raise ConfigError(
-                f"a ring that fits {_gib(memory)} of memory",
+                f"a ring that fits {format_gib(memory)} of memory",
                 key="snapshots.keep",
                 value=self.snapshots.keep,
-                hint=f"{self.snapshots.keep} snapshots x {self.launch.processes} processes x {_gib(one)} are "
-                f"{_gib(ring)}; {f'{fit} would fit' if fit >= 2 else '0 needs none, and goes back to checkpoints'}",
+                hint=f"{self.snapshots.keep} snapshots x {self.launch.processes} processes x {format_gib(one)} are "
+                f"{format_gib(ring)}; "
+                f"{f'{fit} would fit' if fit >= 2 else '0 needs none, and goes back to checkpoints'}",
             )
 
     @property
@@ -370,10 +372,6 @@ def _refuse(forbidden: Mapping[str, tuple[object, bool, str]], *, instead: str) 
     for key, (value, bad, expected) in forbidden.items():
         if bad:
             raise ConfigError(f"{expected}, or {instead}", key=key, value=value)
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def _path(base: Path, path: str) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from guardrail.core.format import format_gib
 from trainer.config.sizes import hidden_width, parameter_count, stage_parameters
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def _memory(config: Config) -> list[str]:
     moments = _MOMENTS.get(config.optim.name, 2)
     state = most * _FP32 * (2 + moments)
     text = (
-        f"at most {_gib(state)} a rank for {_count(most)} parameters, "
+        f"at most {format_gib(state)} a rank for {_count(most)} parameters, "
         f"their gradients and {moments} moments each (fp32)"
     )
     if config.parallel.cpu_offload:
@@ -92,8 +93,9 @@ def _memory(config: Config) -> list[str]:
     copies = most * _FP32 * (1 + moments) * max(1, keep)
     what = f"{keep} snapshots" if keep else "a copy while a save is written, and for no snapshots"
     return [
-        f"{text}; the logits of a micro-batch take {_gib(logits)} more where they are computed",
-        f"host memory for {what}: at most {_gib(copies)} a rank, {_gib(copies * config.launch.processes)} a node",
+        f"{text}; the logits of a micro-batch take {format_gib(logits)} more where they are computed",
+        f"host memory for {what}: at most {format_gib(copies)} a rank, "
+        f"{format_gib(copies * config.launch.processes)} a node",
         "not worked out: activations, buffers of the communication, what torch and the allocator keep",
     ]
 
@@ -116,7 +118,3 @@ def _count(number: int) -> str:
         if number >= size:
             return f"{number / size:.1f} {unit}"
     return str(number)
-
-
-def _gib(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from guardrail.core.text import clean
+from guardrail.core.text import clean_text
 
 NO_FILE = "source without a file"
 NO_TEXT = "source without usable text"
@@ -41,7 +41,7 @@ class BadRecords:
         names = self.named.setdefault(kind, [])
         if len(names) < NAMED:
             place = f"{path}:{record}" if record else path
-            names.append(clean(f"{place} ({reason})" if reason else place, _LONGEST))
+            names.append(clean_text(f"{place} ({reason})" if reason else place, _LONGEST))
 
     def merge(self, other: BadRecords) -> None:
         for kind, count in other.counts.items():

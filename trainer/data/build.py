@@ -11,7 +11,7 @@ import numpy as np
 
 from guardrail.core.errors import DataError
 from guardrail.core.files import replace_file
-from guardrail.core.text import clean
+from guardrail.core.text import clean_text
 from trainer.config.sections import DataSection
 from trainer.data import bpe, holdout
 from trainer.data.bad_records import FIELD, NO_TEXT, BadRecords
@@ -257,7 +257,7 @@ def _shown(file: SourceFile) -> bytes:
 
 
 def _places(data: DataSection) -> str:
-    return clean(", ".join(data.sources), 300)
+    return clean_text(", ".join(data.sources), 300)
 
 
 def _nothing(data: DataSection, found: ResolvedSources, bad: BadRecords) -> str:

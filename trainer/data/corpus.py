@@ -209,14 +209,14 @@ class Split:
         Comes from the shards, so it needs no source file. Raises KeyError for a document that is
         not of this split.
         """
-        from guardrail.core.text import clean
+        from guardrail.core.text import clean_text
 
         # clean() takes characters out, and a character may take four tokens
         wanted = 4 * limit + 16
         if isinstance(what, int):
-            return clean(self._corpus.tokenizer.decode(self.tokens([what])[0][:wanted]), limit)
+            return clean_text(self._corpus.tokenizer.decode(self.tokens([what])[0][:wanted]), limit)
         first, last = self._positions(what)
-        return clean(
+        return clean_text(
             self._corpus.tokenizer.decode(self._stream(first, min(last, first + wanted))), limit
         )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from guardrail.core.text import visible
+from guardrail.core.text import escape_text
 from trainer.data.corpus import Corpus
 
 MAX_DESCRIBED = 20_000  # samples of one journal line whose documents are looked up
@@ -45,6 +45,6 @@ class SampleTexts:
         rows = self._split.tokens(list(sample_ids))[:, :-1]
         described = []
         for token in token_ids:
-            text = visible(self._corpus.tokenizer.spelled(token), TOKEN_CHARACTERS)
+            text = escape_text(self._corpus.tokenizer.spelled(token), TOKEN_CHARACTERS)
             described.append({"text": text, "count": int((rows == token).sum())})
         return described

@@ -20,7 +20,7 @@ from guardrail.backtest.importers.names import (
 )
 from guardrail.backtest.importers.recorded_log import COUNTED, Log, number, step_number
 from guardrail.core.errors import DataError
-from guardrail.core.text import clean
+from guardrail.core.text import clean_text
 
 DELIMITERS = ",\t;"
 # wandb exports "RUN - NAME", "RUN - NAME__MIN" and "RUN - NAME__MAX" beside a column "Step".
@@ -96,7 +96,7 @@ def read(path: Path, shown: str, columns: Mapping[str, str]) -> list[Log]:
             told = [
                 row for row in kept if any(_cell(row, at) is not None for at in picked.values())
             ]
-            log = Log(path=f"{shown}#{clean(run, 80)}", format="wandb csv")
+            log = Log(path=f"{shown}#{clean_text(run, 80)}", format="wandb csv")
             describe(log, columns_of, Chooser(columns))
             log.names = {signal: names[at] for signal, at in picked.items()}
             logs.append(_fill(log, iter(told), step_at, picked, names))
@@ -159,11 +159,11 @@ def _fill(
         log.notes.append(f"stopped after {len(log)} records: {error}")
     if stepless and not len(log) and step_at is not None:
         broken -= len(stepless)
-        log.notes.append(COUNTED.format(clean(names[step_at], 40)))
+        log.notes.append(COUNTED.format(clean_text(names[step_at], 40)))
         for step, cells in enumerate(stepless, 1):
             log.add(step, cells)
     for signal, cells_unread in unread.items():
-        shown = clean(log.names[signal], 40)
+        shown = clean_text(log.names[signal], 40)
         log.notes.append(
             f"{shown}: {cells_unread:,} value{'s are' if cells_unread > 1 else ' is'} no number: not read"
         )

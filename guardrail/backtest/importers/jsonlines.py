@@ -25,7 +25,7 @@ from guardrail.backtest.importers.names import (
 )
 from guardrail.backtest.importers.recorded_log import COUNTED, Log, number, step_number
 from guardrail.core.errors import DataError
-from guardrail.core.text import clean
+from guardrail.core.text import clean_text
 
 SUMMARY = ("train runtime", "train loss", "total flos")  # what the Trainer says at the end
 SAMPLE = 1000  # records that are looked at to learn the names
@@ -94,7 +94,7 @@ def from_records(
             else:
                 log.add(step, cells)
     if at_step is None and (counter := step_name(names)) is not None:
-        log.notes.append(COUNTED.format(clean(counter, 40)))
+        log.notes.append(COUNTED.format(clean_text(counter, 40)))
     log.notes += unread.notes(wanted)
     if broken:
         log.notes.append(
@@ -131,7 +131,7 @@ class _Unread:
     def notes(self, wanted: Iterable[tuple[str, str]]) -> Iterator[str]:
         read = {name for _, name in wanted}
         for name, (count, example) in self._found.items():
-            shown = f"{clean(name, 40)}: {{}}, such as {clean(example, 40)!r}: not read"
+            shown = f"{clean_text(name, 40)}: {{}}, such as {clean_text(example, 40)!r}: not read"
             if name not in read:
                 yield shown.format("holds no numbers")
             elif count:

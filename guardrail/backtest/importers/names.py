@@ -22,7 +22,7 @@ from guardrail.core.records import (
     LOSS_SCALE,
     UPDATE_NORM,
 )
-from guardrail.core.text import clean
+from guardrail.core.text import clean_text
 
 # signal -> names, the surest first; compared in lower case with every run of other characters than
 # letters and digits as one space. Who writes them: Trainer, nanoGPT, Megatron, torchtitan, OLMo,
@@ -315,13 +315,15 @@ class Chooser:
         """
         names = list(names)
         chosen = self.choose(names)
-        listed = ", ".join(clean(name, 40) for name in names[:MOST_LISTED]) or "none"
+        listed = ", ".join(clean_text(name, 40) for name in names[:MOST_LISTED]) or "none"
         listed += ", ..." if len(names) > MOST_LISTED else ""
         found = self._found(names)
         for signal, column in self._given.items():
             if signal not in found:
-                missing = f"there is no column {clean(column, 60)!r} for {clean(signal, 60)}; there are {listed}"
-                raise ColumnError(f"{path}: {missing}", signal)
+                missing = (
+                    f"there is no column {clean_text(column, 60)!r} for {clean_text(signal, 60)}"
+                )
+                raise ColumnError(f"{path}: {missing}; there are {listed}", signal)
         if not chosen:
             raise DataError(
                 f"{path}: no column looks like a training loss or a gradient norm; there are {listed}"

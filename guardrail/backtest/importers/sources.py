@@ -22,7 +22,7 @@ from guardrail.backtest.importers import (
 )
 from guardrail.backtest.importers.recorded_log import Log
 from guardrail.core.errors import DataError, RunDirectoryError
-from guardrail.core.text import clean, visible
+from guardrail.core.text import clean_text, escape_text
 from guardrail.rundir.run_directory import RunDirectory
 
 HEAD = 64 * 1024
@@ -66,7 +66,7 @@ def sources(paths: Sequence[str]) -> Iterator[Source]:
 
 def _refusal(path: str, why: str) -> Source:
     def read(columns: Mapping[str, str]) -> list[Log]:
-        raise DataError(f"{visible(path, 300)}: {why}")
+        raise DataError(f"{escape_text(path, 300)}: {why}")
 
     return Source(path, read)
 
@@ -108,7 +108,7 @@ def _in_folder(root: Path) -> Iterator[Source]:
 
 
 def _read_trainer_state(path: Path, columns: Mapping[str, str]) -> list[Log]:
-    return trainer_state.read(path, clean(str(path)), columns)
+    return trainer_state.read(path, clean_text(str(path)), columns)
 
 
 def _file(path: Path, *, named: bool) -> Source | None:
@@ -117,7 +117,7 @@ def _file(path: Path, *, named: bool) -> Source | None:
     Args:
         named: the file itself was asked for, so it is read as what it most resembles.
     """
-    shown = clean(str(path))
+    shown = clean_text(str(path))
     head = _head(path)
     reader = _reader(path, head, named=named)
     if reader is None:
@@ -194,7 +194,7 @@ def _names_a_signal(line: str) -> bool:
 
 
 def _events(paths: list[Path], folder: str) -> Source:
-    return Source(folder, lambda columns: event_files.read(paths, clean(folder), columns))
+    return Source(folder, lambda columns: event_files.read(paths, clean_text(folder), columns))
 
 
 def _holds_texts(folder: Path, name: str) -> bool:
@@ -209,7 +209,7 @@ def _is_run(folder: Path) -> bool:
 def _run(folder: Path) -> Source:
     def read(columns: Mapping[str, str]) -> list[Log]:
         try:
-            return [run_directory.read(RunDirectory.open(folder), clean(str(folder)))]
+            return [run_directory.read(RunDirectory.open(folder), clean_text(str(folder)))]
         except RunDirectoryError as error:
             raise DataError(str(error)) from error
 

@@ -23,7 +23,7 @@ from guardrail.backtest.importers.names import rank
 from guardrail.backtest.importers.recorded_log import Log, number
 from guardrail.core.errors import DataError
 from guardrail.core.records import GRAD_NORM, LOSS, LOSS_SCALE
-from guardrail.core.text import clean
+from guardrail.core.text import clean_text
 
 # Lines of one format after which no other is thought of any more.
 SURE = 16
@@ -309,5 +309,5 @@ def _lines(file: TextIO) -> Iterator[str]:
             continue
         line = line[:MOST]
         if "\x1b" in line:
-            line = clean(line)
+            line = clean_text(line)
         yield line

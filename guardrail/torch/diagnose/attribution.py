@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from guardrail.core.records import MAX_NAMED, Record, Verdict
-from guardrail.core.text import clean
+from guardrail.core.text import clean_text
 from guardrail.decide.rollback_window import Applied
 from guardrail.decide.root_cause import AnomalySignature, ReplayPass
 from guardrail.decide.sample_order import Batch, SampleCursor
@@ -173,7 +173,7 @@ def told(
         if mine:
             others = [*mine[:at], *mine[at + 1 :], *theirs]
             line |= {
-                "excerpt": clean(mine[at], EXCERPT),
+                "excerpt": clean_text(mine[at], EXCERPT),
                 "odd": text_anomalies(mine[at][:LOOKED_AT], usual=usual),
             }
             line["odd"] += ["the very same text as another sample"] * (mine[at] in others)

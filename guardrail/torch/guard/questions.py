@@ -9,8 +9,8 @@ from typing import Any
 import msgspec
 
 from guardrail.core.errors import GuardrailError
+from guardrail.core.format import format_plural
 from guardrail.core.records import CommandKind, Mode, Status, Verdict
-from guardrail.core.text import plural
 from guardrail.decide.questions import CHOICES
 from guardrail.decide.sample_order import Batch
 from guardrail.operate.preview import choices
@@ -119,7 +119,7 @@ def worded(kind: CommandKind, value: float) -> str:
         case CommandKind.LR | CommandKind.SHRINK_EMBEDDING:
             return f"{kind.value} x{value:g}"
         case CommandKind.SKIP:
-            return f"skip {plural(int(value), 'batch')}"
+            return f"skip {format_plural(int(value), 'batch')}"
         case CommandKind.MODE:
             return f"policy {MODES[int(value)].value}"
         case CommandKind.ROLLBACK:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from guardrail.core.format import format_plural
 from guardrail.core.records import CommandKind, Phase, Span
-from guardrail.core.text import plural
 from guardrail.decide.questions import BY_HAND
 from guardrail.decide.sample_order import Batch
 from guardrail.decide.undo import UndoPlan, find, lines_of
@@ -121,7 +121,7 @@ class UserCommands:
                 last=last,
                 origin="user",
                 step=self._ctx.progress.step + 1,
-                reason=f"{plural(batches, 'batch')} skipped by command",
+                reason=f"{format_plural(batches, 'batch')} skipped by command",
                 batches=batches,
             )
             self._actions.skip(span)

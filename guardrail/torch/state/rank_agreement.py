@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from guardrail.core.errors import UsageError
-from guardrail.core.text import clean
+from guardrail.core.text import clean_text
 
 
 def require_equal(facts: Mapping[str, Any], gathered: Callable[[Any], Sequence[Any]]) -> None:
@@ -26,7 +26,7 @@ def require_equal(facts: Mapping[str, Any], gathered: Callable[[Any], Sequence[A
         for name in first:
             if theirs.get(name) != first[name]:
                 raise UsageError(
-                    f"{name} is {first[name]} on rank 0 ({clean(host, 80)}) and {theirs.get(name)} on rank {rank} "
-                    f"({clean(other, 80)}): all ranks must train on the same data in the same order. "
+                    f"{name} is {first[name]} on rank 0 ({clean_text(host, 80)}) and {theirs.get(name)} on rank {rank} "
+                    f"({clean_text(other, 80)}): all ranks must train on the same data in the same order. "
                     "Give every node the same files and the same configuration"
                 )

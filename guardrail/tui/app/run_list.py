@@ -17,7 +17,7 @@ from textual.binding import Binding, BindingType
 from textual.events import Click, Key
 from textual.message import Message
 
-from guardrail.core.format import brief, count, plural
+from guardrail.core.format import clean_and_shorten, format_age, format_count, format_plural
 from guardrail.operate.run_summary import RunSummary, loss_points
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.tui.draw.lines import Lines, Row, fit, row, spread, width_of
@@ -88,14 +88,16 @@ def run_row(
     """One run in one row of `width` cells; a narrow one drops the curve first, then speed, then the
     last sign.
     """
-    glyph, word, tone = STATES.get(one.state, ("·", brief(one.state, 12), "calm"))
-    label = fit(((brief(one.run), "strong" if marked else "plain"),), name)
+    glyph, word, tone = STATES.get(one.state, ("·", clean_and_shorten(one.state, 12), "calm"))
+    label = fit(((clean_and_shorten(one.run), "strong" if marked else "plain"),), name)
     line: Row = (
         (" ▸ " if marked else "   ", "key"),
         *label,
         (" " * (name - width_of(label) + 1), "plain"),
     )
-    step = count(one.step) + (f" / {count(one.total_steps)}" if one.total_steps else "")
+    step = format_count(one.step) + (
+        f" / {format_count(one.total_steps)}" if one.total_steps else ""
+    )
     share = f"{min(100, 100 * one.step // one.total_steps)} %" if one.total_steps else ""
     loss = short(one.loss) if one.loss is not None else "–"
     parts = (
@@ -108,18 +110,13 @@ def run_row(
         if width_of(line) + width_of((part,)) > width:
             return fit(line, width)
         line = (*line, part)
-    when = f"{_ago(now - one.heartbeat)} " if one.heartbeat else ""
+    when = ""
+    if one.heartbeat:
+        when = f"{format_age(max(0.0, now - one.heartbeat))} ago "
     cells = min(_SPARK, width - width_of(line) - _WHEN)
     if cells >= 8:
         line = (*line, (f"{curve(points, cells):<{cells}}", "loss"))
     return spread(line, ((when, "dim"),), width) if when else line
-
-
-def _ago(seconds: float) -> str:
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{int(seconds // size)} {unit} ago"
-    return f"{int(max(0, seconds))} s ago"
 
 
 class Chooser(Themed[str]):
@@ -159,7 +156,7 @@ class Chooser(Themed[str]):
         theme: str | None = None,
     ) -> None:
         super().__init__(theme)
-        self._look, self._root, self._clock = look, brief(root, 80), clock
+        self._look, self._root, self._clock = look, clean_and_shorten(root, 80), clock
         self._points = points or (lambda path: loss_points(RunDirectory(path), _SPARK))
         self._known: dict[str, tuple[int, list[float]]] = {}  # path -> (step, its curve)
         # (path, step) of curves to read
@@ -193,7 +190,7 @@ class Chooser(Themed[str]):
                 self.runs, self._trouble = self._look(), ""
             # a thread that dies without a word looks like runs that stand still
             except Exception as error:
-                self._trouble = brief(reason_of(error), 200)
+                self._trouble = clean_and_shorten(reason_of(error), 200)
             self._loaded = True
             self.post_message(self.Fresh())
             self._leaving.wait(LOOK_SECONDS)
@@ -204,7 +201,7 @@ class Chooser(Themed[str]):
             try:
                 self._known[path] = (step, self._points(path))
             except Exception as error:
-                self._trouble = brief(f"{path}: {reason_of(error)}", 200)
+                self._trouble = clean_and_shorten(f"{path}: {reason_of(error)}", 200)
             self.post_message(self.Fresh())
 
     def on_chooser_fresh(self) -> None:
@@ -230,7 +227,7 @@ class Chooser(Themed[str]):
             for one in self.runs
         )
         told = (
-            f"{plural(len(self.runs), 'run')} in {self._root}, {living} at work"
+            f"{format_plural(len(self.runs), 'run')} in {self._root}, {living} at work"
             if self._loaded
             else "reading …"
         )
@@ -244,7 +241,7 @@ class Chooser(Themed[str]):
             return [(), row((f"   {why}", "dim"))]
         at = self._at(shown)
         self.first = max(0, min(at - height // 2, len(shown) - height))
-        name = min(_NAME, max(width_of(((brief(one.run), "plain"),)) for one in shown))
+        name = min(_NAME, max(width_of(((clean_and_shorten(one.run), "plain"),)) for one in shown))
         now = self._clock()
         return [
             run_row(one, self._curve(one), name=name, width=width, now=now, marked=index == at)
@@ -277,7 +274,7 @@ class Chooser(Themed[str]):
             elif event.key == "backspace":
                 self.words = self.words[:-1]
             elif event.is_printable and event.character:
-                self.words = brief(self.words + event.character, 80)
+                self.words = clean_and_shorten(self.words + event.character, 80)
             else:
                 return  # arrows move, Esc clears
             event.stop()

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from guardrail.core.format import count, duration, metric
+from guardrail.core.format import format_count, format_elapsed, format_short_count
 from guardrail.tui.chart.overlay import Mark
 from guardrail.tui.draw.lines import Row
 from guardrail.tui.model.log_lines import CHECKPOINT, COMMAND, INCIDENT, ROLLBACK, SKIP
@@ -152,8 +152,8 @@ def _stride(least: float, axis: str) -> float:
 
 def tick_label(at: float, axis: str, *, wide: bool) -> str:
     if axis == TIME:
-        return duration(at)
-    return metric(at) if axis == TOKENS or wide else count(at)
+        return format_elapsed(at)
+    return format_short_count(at) if axis == TOKENS or wide else format_count(at)
 
 
 # -- what happened

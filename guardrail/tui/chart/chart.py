@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from guardrail.core.format import count
+from guardrail.core.format import format_count
 from guardrail.tui.chart import axis, overlay
 from guardrail.tui.chart.axis import GUTTER
 from guardrail.tui.chart.column_cache import Given, Viewport
@@ -199,7 +199,7 @@ def _title(view: View, signal: str, width: int) -> Row:
     if view.at is not None:
         there = axis.at_step(view, view.at)
         right.append((f"{there}  " if there and width >= 40 else "", "warn"))
-        right.append((f"step {count(view.at)}  ", "accent"))
+        right.append((f"step {format_count(view.at)}  ", "accent"))
     right.append(_value(view, signal))
     ways = [
         name

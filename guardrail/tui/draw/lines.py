@@ -17,7 +17,7 @@ from textual.geometry import Region, Size
 from textual.strip import Strip
 from textual.widget import Widget
 
-from guardrail.core.text import clean
+from guardrail.core.text import clean_text
 from guardrail.tui.draw import palette
 from guardrail.tui.model.view import View
 
@@ -187,7 +187,7 @@ class Lines(Widget):
         try:
             return self._build(view, width, height)
         except Exception as error:  # a part that cannot be drawn must not end the screen
-            text = f" ✗ this part cannot be drawn: {type(error).__name__}: {clean(str(error), 200)}"
+            text = f" ✗ this part cannot be drawn: {type(error).__name__}: {clean_text(str(error), 200)}"
             return [fit(((text, "bad"),), width)]
 
     def on_resize(self, event: Resize) -> None:
@@ -221,6 +221,6 @@ class Lines(Widget):
     def _strip(self, line: Row) -> Strip:
         styles = palette.styles_of(self.app.theme)
         base = self.rich_style
-        cleaned = fit(tuple((clean(text), tone) for text, tone in line), self.size.width)
+        cleaned = fit(tuple((clean_text(text), tone) for text, tone in line), self.size.width)
         segments = [Segment(text, base + styles[tone]) for text, tone in cleaned if text]
         return Strip(segments).adjust_cell_length(self.size.width, base)

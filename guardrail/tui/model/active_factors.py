@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from guardrail.core.format import brief, count
+from guardrail.core.format import clean_and_shorten, format_count
 from guardrail.core.records import CommandKind, Event, Remedy
 from guardrail.decide.remedies import CLIP, EMBED_ALPHA, LR, factor
 from guardrail.decide.run_history import RunHistory, StepSetting
@@ -68,7 +68,7 @@ class HeldBook:
             kind, value = _COMMANDS.get(str(data.get("command"))), data.get("value")
             if kind is None or not isinstance(value, int | float):
                 return False
-            self._by[kind, float(value)] = brief(data.get("who") or "", 60)
+            self._by[kind, float(value)] = clean_and_shorten(data.get("who") or "", 60)
         # A line of another version, or a broken one, sets nothing.
         with contextlib.suppress(KeyError, TypeError, ValueError, msgspec.ValidationError):
             self._past.add(event)
@@ -104,10 +104,10 @@ def held_words(held: Sequence[Held], step: int) -> list[str]:
             value *= one.at(step)
         who = ", ".join(dict.fromkeys(one.by.partition("@")[0] for one in acting if one.by))
         ends = [one.until for one in acting]
-        text = f"{name} ×{value:.3g} since {count(min(one.since for one in acting))}" + (
+        text = f"{name} ×{value:.3g} since {format_count(min(one.since for one in acting))}" + (
             f" by {who}" if who else ""
         )
         if all(end is not None for end in ends):
-            text += f" until {count(max(end for end in ends if end is not None))}"
+            text += f" until {format_count(max(end for end in ends if end is not None))}"
         texts.append(text)
     return texts

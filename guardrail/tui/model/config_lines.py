@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from guardrail.core.config import GuardConfig
-from guardrail.core.format import brief
+from guardrail.core.format import clean_and_shorten
 
 TRAINER = "trainer"  # whose defaults are known; nothing that a run directory names is imported
 _MAX_LINES = 2000
@@ -36,7 +36,9 @@ def settings_of(text: str) -> tuple[Setting, ...]:
     except (tomllib.TOMLDecodeError, RecursionError):
         lines = text.splitlines()[:_MAX_LINES]
         return tuple(
-            Setting("", "", brief(line, 200), known=False) for line in lines if line.strip()
+            Setting("", "", clean_and_shorten(line, 200), known=False)
+            for line in lines
+            if line.strip()
         )
     launch = tree.get("launch")
     package = launch.get("trainer", TRAINER) if isinstance(launch, dict) else TRAINER
@@ -48,7 +50,14 @@ def settings_of(text: str) -> tuple[Setting, ...]:
         differs = known and not _same(value, defaults[path])
         default = _shown(defaults[path]) if differs else ""
         found.append(
-            Setting(brief(section, 60), brief(key, 60), _shown(value), default, differs, known)
+            Setting(
+                clean_and_shorten(section, 60),
+                clean_and_shorten(key, 60),
+                _shown(value),
+                default,
+                differs,
+                known,
+            )
         )
         if len(found) >= _MAX_LINES:
             break
@@ -103,4 +112,4 @@ def _shown(value: Any) -> str:
         return "none"
     if isinstance(value, bool):
         return "true" if value else "false"
-    return brief(value if isinstance(value, str) else repr(value), 200) or '""'
+    return clean_and_shorten(value if isinstance(value, str) else repr(value), 200) or '""'

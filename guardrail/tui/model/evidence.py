@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from guardrail.core.files import as_int
-from guardrail.core.format import brief
+from guardrail.core.format import clean_and_shorten
 from guardrail.core.records import Event, Span
 from guardrail.decide.undo import joined, split_span, undone_spans
 from guardrail.report.incident import Incident
@@ -89,6 +89,6 @@ class Evidence:
 def _names(raw: object) -> Iterable[str]:
     for item in raw if isinstance(raw, list) else []:
         path = item.get("path") if isinstance(item, dict) else item
-        name = brief(str(path or ""), 400)
+        name = clean_and_shorten(str(path or ""), 400)
         record = as_int(item.get("record")) if isinstance(item, dict) else 0
         yield f"{name}:{record}" if record else name

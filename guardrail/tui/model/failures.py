@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from guardrail.core.errors import GuardrailError
-from guardrail.core.text import plural
+from guardrail.core.format import format_plural
 from guardrail.rundir.run_directory import RunDirectory
 
 SAID_SECONDS = 30.0  # how long the screen says that something has failed
@@ -66,7 +66,7 @@ def damage_of(
     elif status_known and not status.exists():
         found.append("status.json missing")
     if unreadable:
-        found.append(plural(unreadable, "unreadable journal line"))
+        found.append(format_plural(unreadable, "unreadable journal line"))
     if journal_known and not run.journal_path.exists():
         found.append("journal.jsonl missing")
     elif journal_cut:

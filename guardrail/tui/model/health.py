@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from guardrail.core.format import age, brief, countdown
+from guardrail.core.format import clean_and_shorten, format_age, format_countdown
 from guardrail.core.records import Mode, Phase, Status
 
 # a heartbeat comes once a second; after this long without one the run does not respond
@@ -72,12 +72,14 @@ def health_of(
     if status.phase in _ENDED:
         return _at_the_end(status)
     if silence > HEARTBEAT_SECONDS:
-        return Health("?", f"NOT RESPONDING for {age(silence)}", "bad")
+        return Health("?", f"NOT RESPONDING for {format_age(silence)}", "bad")
     if status.question:
-        left = f" {countdown(seconds_left(status, silence))}" if status.deadline else ""
+        left = f" {format_countdown(seconds_left(status, silence))}" if status.deadline else ""
         return Health("◆", f"NEEDS ANSWER{left}", "warn")
     if status.phase is Phase.PAUSED:
-        return Health("‖", f"PAUSED by {brief(paused_by, 16)}" if paused_by else "PAUSED", "warn")
+        return Health(
+            "‖", f"PAUSED by {clean_and_shorten(paused_by, 16)}" if paused_by else "PAUSED", "warn"
+        )
     if status.phase in STARTING:
         return Health("○", "STARTING", "calm")
     return _while_training(status, recovering=recovering)
@@ -107,7 +109,9 @@ def _while_training(status: Status, *, recovering: bool) -> Health:
     if status.phase is Phase.ROLLBACK:
         return Health("▲", "ROLLING BACK", "warn")
     if status.unresolved is not None:
-        return Health("▲", brief(status.unresolved.headline(), 40) or "RECOVERING", "warn")
+        return Health(
+            "▲", clean_and_shorten(status.unresolved.headline(), 40) or "RECOVERING", "warn"
+        )
     if recovering and status.mode is Mode.ADVISE:  # a run of an older version says no more
         return Health("▲", "UNSTABLE, no action (advise)", "warn")
     if recovering:

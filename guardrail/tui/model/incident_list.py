@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from guardrail.core.files import as_int
-from guardrail.core.format import brief, plural
+from guardrail.core.format import clean_and_shorten, format_plural
 from guardrail.core.records import Event, Finding, FindingKind
 from guardrail.rundir.run_directory import span_of
 
@@ -167,8 +167,8 @@ def format_skipped(incident: IncidentSummary) -> str:
         return ""
     documents = ""
     if incident.documents_total:
-        documents = f" of {plural(incident.documents_total, 'document')}"
-    return f"{plural(incident.samples, 'sample')}{documents} left out"
+        documents = f" of {format_plural(incident.documents_total, 'document')}"
+    return f"{format_plural(incident.samples, 'sample')}{documents} left out"
 
 
 def _merged(incident: IncidentSummary, news: IncidentNews) -> IncidentSummary:
@@ -200,10 +200,10 @@ def _worst_of_each(findings: Iterable[Finding]) -> tuple[Finding, ...]:
 def _document_name(raw: Any) -> str:
     """Return a document's name as it is shown: the end of its path, and the record in it."""
     if isinstance(raw, str):
-        return brief(raw, 200)
+        return clean_and_shorten(raw, 200)
     if not isinstance(raw, Mapping):
         return ""
-    path = brief(str(raw.get("path", "")), 400)
+    path = clean_and_shorten(str(raw.get("path", "")), 400)
     name = path
     if not path.startswith("builtin:"):
         name = posixpath.basename(path) or path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from guardrail.core.format import brief
+from guardrail.core.format import clean_and_shorten
 from guardrail.core.records import Event
 
 # The same letters mark the event on the axis of a chart.
@@ -72,18 +72,18 @@ def line_of(event: Event) -> Line:
             if data.get("phase") == "failed"
             else "warn"
         )
-    text = brief(event.message, 400) or _fallback(event)
+    text = clean_and_shorten(event.message, 400) or _fallback(event)
     who = event.data.get("who")
     if event.kind == "command" and isinstance(who, str) and who:
-        text = f"{text} (by {brief(who, 60)})"
+        text = f"{text} (by {clean_and_shorten(who, 60)})"
     mark = "●" if tone == "good" and event.kind == "durability" else _MARKS.get(event.kind, "·")
     return Line(event.time, event.step, mark, tone, text)
 
 
 def _fallback(event: Event) -> str:
-    kind = brief(event.kind, 40)
+    kind = clean_and_shorten(event.kind, 40)
     plain = [
-        f"{brief(k, 40)} {brief(str(v), 80)}"
+        f"{clean_and_shorten(k, 40)} {clean_and_shorten(str(v), 80)}"
         for k, v in event.data.items()
         if isinstance(v, str | int | float)
     ]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from guardrail.core.files import open_file
-from guardrail.core.format import brief
+from guardrail.core.format import clean_and_shorten
 
 KEPT_LINES = 2000  # of all logs together
 LINE_BYTES = 4000  # of one line that are looked at
@@ -121,12 +121,12 @@ def _shown(line: bytes) -> str:
     last = next(
         (part for part in reversed(line[: 16 * LINE_BYTES].split(b"\r")) if part.strip()), b""
     )
-    return brief(last[:LINE_BYTES].decode("utf-8", "replace"))
+    return clean_and_shorten(last[:LINE_BYTES].decode("utf-8", "replace"))
 
 
 def _source(name: str) -> str:
     stem = name.removesuffix(".log")
-    return brief(stem.removeprefix("rank-"), 20)
+    return clean_and_shorten(stem.removeprefix("rank-"), 20)
 
 
 def _order(name: str) -> tuple[int, str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from guardrail.core.files import as_int
-from guardrail.core.format import brief
+from guardrail.core.format import clean_and_shorten
 from guardrail.core.records import Event, Shown
 
 _ANSWERS = ("accepted", "continued", "stopped")  # by the value of an `answer` command
@@ -37,7 +37,7 @@ class OpenQuestion:
     def ask(self, event: Event) -> None:
         """Take a `paused` event that asks a question."""
         self._clear()
-        self.number, self.text = event.seq, brief(event.message)
+        self.number, self.text = event.seq, clean_and_shorten(event.message)
         self.incident = as_int(event.data.get("incident"))
         proposals = event.data.get("proposals")
         if isinstance(proposals, list):
@@ -49,7 +49,7 @@ class OpenQuestion:
         """Remember a command that was applied while the question is open: it may be the answer."""
         if self.number:
             self._answer = _answer_word(event)
-            self._answered_by = brief(event.data.get("who") or "", 100)
+            self._answered_by = clean_and_shorten(event.data.get("who") or "", 100)
 
     def end(self, event: Event) -> str:
         """Close the question; return how it ended: "accepted by ann@vm"."""
@@ -69,14 +69,14 @@ def _answer_word(event: Event) -> str:
     command, value = event.data.get("command"), event.data.get("value")
     if command == "answer" and value in (0, 1, 2):
         return _ANSWERS[int(value)]
-    return brief(f"answered with {command}", 40)
+    return clean_and_shorten(f"answered with {command}", 40)
 
 
 def _proposed_action(raw: Any) -> str:
     """Return the action of a proposal; "back" is a rollback that skips nothing."""
     if not isinstance(raw, Mapping):
-        return brief(raw, 200)
-    action = brief(raw.get("action", ""), 200)
+        return clean_and_shorten(raw, 200)
+    action = clean_and_shorten(raw.get("action", ""), 200)
     return "back" if action == "rollback" and raw.get("samples") == 0 else action
 
 
@@ -84,7 +84,9 @@ def _proposal_cost(raw: Any) -> str:
     """Return what a proposal would do, in the words of the journal."""
     if not isinstance(raw, Mapping):
         return ""
-    return brief(raw.get("text", ""), 400).removeprefix(f"{brief(raw.get('command', ''), 40)}: ")
+    return clean_and_shorten(raw.get("text", ""), 400).removeprefix(
+        f"{clean_and_shorten(raw.get('command', ''), 40)}: "
+    )
 
 
 def _restore_target(raw: Any) -> Shown | None:
@@ -95,5 +97,5 @@ def _restore_target(raw: Any) -> Shown | None:
     if not isinstance(raw, Mapping) or raw.get("to_step") is None:
         return None
     lost = as_int(raw.get("steps_lost"))
-    to_step, tier = as_int(raw["to_step"]), brief(raw.get("tier", ""), 40)
+    to_step, tier = as_int(raw["to_step"]), clean_and_shorten(raw.get("tier", ""), 40)
     return Shown(to_step=to_step, tier=tier, steps_lost=lost, steps_lost_most=lost)

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from guardrail.core.files import as_int
-from guardrail.core.format import brief, count
+from guardrail.core.format import clean_and_shorten, format_count
 from guardrail.core.records import Action, CommandKind, Event, Shown
 from guardrail.decide.advised_incidents import AdvisedIncidents
 from guardrail.decide.questions import asks
@@ -206,7 +206,7 @@ class StoryBuilder:
         label = ""
         if span is None or span.origin != "user":
             onset = as_int(event.data.get("onset"), event.step)
-            news = replace(skipped_data(event), action=f"rolled back to {count(to_step)}")
+            news = replace(skipped_data(event), action=f"rolled back to {format_count(to_step)}")
             label = self._incidents.merge(event, onset, news).label
         self._forget_skips_after(to_step)
         self._marks[ROLLBACK][to_step] = label
@@ -249,10 +249,10 @@ class StoryBuilder:
         self._question.take_command(event)
         self._marks[COMMAND][event.step] = _factor_label(event)
         if event.data.get("command") == CommandKind.PAUSE.value:
-            self._paused_by = brief(event.data.get("who") or "", 60).partition("@")[0]
+            self._paused_by = clean_and_shorten(event.data.get("who") or "", 60).partition("@")[0]
 
     def _keep_answer(self, identity: str, event: Event, *, applied: bool) -> None:
-        reason = brief(event.data.get("reason") or "", 200)
+        reason = clean_and_shorten(event.data.get("reason") or "", 200)
         self._answers.pop(identity, None)  # the newest answer stands last
         self._answers[identity] = CommandAnswer(applied, event.step, reason)
         while len(self._answers) > _MAX_LINES:

@@ -9,7 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from guardrail.core.format import brief, count, plural, spoken
+from guardrail.core.format import (
+    clean_and_shorten,
+    format_count,
+    format_plural,
+    format_seconds_in_words,
+)
 from guardrail.core.records import Command, CommandKind, Shown, SnapshotInfo, Status
 from guardrail.operate.identity import who
 from guardrail.rundir.run_directory import check_command
@@ -147,7 +152,7 @@ class SentCommands:
         text, tone = self._state(self._sent[-1], view)
         others = len(waiting) - (bool(waiting) and waiting[-1] is self._sent[-1])
         return text + (
-            f"  (and {plural(others, 'command')} without an answer yet)" if others else ""
+            f"  (and {format_plural(others, 'command')} without an answer yet)" if others else ""
         ), tone
 
     def _state(self, sent: Sent, view: View) -> tuple[str, str]:
@@ -160,15 +165,15 @@ class SentCommands:
         if answer is None:
             silent = ", and no sign of life of the run" if view.silence > HEARTBEAT_SECONDS else ""
             return (
-                f"… {sent.label}: sent, no answer yet ({spoken(view.now - sent.time)}{silent})",
+                f"… {sent.label}: sent, no answer yet ({format_seconds_in_words(view.now - sent.time)}{silent})",
                 "accent",
             )
         why = f": {answer.reason}" if answer.reason else ""
         if answer.applied:
-            return f"✓ {sent.label}: took effect at step {count(answer.step)}{why}", "good"
+            return f"✓ {sent.label}: took effect at step {format_count(answer.step)}{why}", "good"
         # The reason first: a narrow line is cut at its end, and what was asked for is known to who
         # has asked.
-        return f"✗ refused{why} ({sent.label}, step {count(answer.step)})", "bad"
+        return f"✗ refused{why} ({sent.label}, step {format_count(answer.step)})", "bad"
 
 
 def refusal(
@@ -205,16 +210,20 @@ def preview_lines(preview: Preview) -> list[str]:
     lines = []
     if preview.to_step is not None:
         took = (
-            f", {spoken(preview.seconds_lost)} of training" if preview.seconds_lost >= 0.5 else ""
+            f", {format_seconds_in_words(preview.seconds_lost)} of training"
+            if preview.seconds_lost >= 0.5
+            else ""
         )
         lines.append(
-            f"Goes back to step {count(preview.to_step)} ({preview.tier}, {preview.state})."
+            f"Goes back to step {format_count(preview.to_step)} ({preview.tier}, {preview.state})."
         )
-        lines.append(f"Loses {plural(preview.steps_lost, 'step')}{took}.")
+        lines.append(f"Loses {format_plural(preview.steps_lost, 'step')}{took}.")
     if preview.samples:
-        lines.append(f"Leaves out {plural(preview.samples, 'sample')} for the rest of the run.")
+        lines.append(
+            f"Leaves out {format_plural(preview.samples, 'sample')} for the rest of the run."
+        )
     if preview.returned:
-        lines.append(f"Brings {plural(preview.returned, 'sample')} back.")
+        lines.append(f"Brings {format_plural(preview.returned, 'sample')} back.")
     if math.isfinite(preview.lr):
         rate, now = f"{preview.lr:.3g}", f"{preview.lr_before:.3g}"
         before = f", now {now}" if math.isfinite(preview.lr_before) and now != rate else ""
@@ -226,16 +235,18 @@ def preview_lines(preview: Preview) -> list[str]:
     elif preview.state == "candidate":
         lines.append("It is a candidate: too few healthy steps have followed it to call it good.")
     if preview.remark:
-        lines.append(brief(preview.remark[:1].upper() + preview.remark[1:], 300) + ".")
+        lines.append(clean_and_shorten(preview.remark[:1].upper() + preview.remark[1:], 300) + ".")
     return lines or ["Nothing is lost by it."]
 
 
 def rollback_cost(info: SnapshotInfo, status: Status) -> list[str]:
     """What going back to a state costs, one fact a line."""
     steps, samples = max(0, status.step - info.step), max(0, status.cursor - info.cursor)
-    lines = [f"Loses {plural(steps, 'step')}" + _since(info, status) + "."]
+    lines = [f"Loses {format_plural(steps, 'step')}" + _since(info, status) + "."]
     if samples:
-        lines.append(f"Leaves out the data that came after it: up to {plural(samples, 'sample')}.")
+        lines.append(
+            f"Leaves out the data that came after it: up to {format_plural(samples, 'sample')}."
+        )
     if info.state == "suspect":
         lines.append(
             "▲ This state is suspect: it was taken after the trouble is thought to have begun."
@@ -247,4 +258,8 @@ def rollback_cost(info: SnapshotInfo, status: Status) -> list[str]:
 
 def _since(info: SnapshotInfo, status: Status) -> str:
     seconds = status.heartbeat - info.time
-    return f", made in the last {spoken(seconds)}" if info.time > 0 and seconds >= 1 else ""
+    return (
+        f", made in the last {format_seconds_in_words(seconds)}"
+        if info.time > 0 and seconds >= 1
+        else ""
+    )

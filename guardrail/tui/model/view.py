@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from guardrail.core.format import brief
+from guardrail.core.format import clean_and_shorten
 from guardrail.core.records import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS, Status
 from guardrail.tui.model.background_facts import Around
 from guardrail.tui.model.health import (
@@ -48,7 +48,7 @@ LABELS = {
 
 def label_of(signal: str) -> str:
     """A signal as a person names it. Names of further signals come from outside."""
-    return LABELS.get(signal) or brief(signal.replace("_", " "), 40)
+    return LABELS.get(signal) or clean_and_shorten(signal.replace("_", " "), 40)
 
 
 def cleaned(status: Status) -> Status:
@@ -60,12 +60,15 @@ def cleaned(status: Status) -> Status:
     without_memory = status.phase in STARTING or status.phase.ended
     snapshots = [
         msgspec.structs.replace(
-            s, tier=brief(s.tier, 20), state=brief(s.state, 20), path=brief(s.path)
+            s,
+            tier=clean_and_shorten(s.tier, 20),
+            state=clean_and_shorten(s.state, 20),
+            path=clean_and_shorten(s.path),
         )
         for s in status.snapshots
         if not (without_memory and s.tier == "memory")
     ]
-    texts = {name: brief(getattr(status, name)) for name in _TEXTS}
+    texts = {name: clean_and_shorten(getattr(status, name)) for name in _TEXTS}
     return msgspec.structs.replace(status, snapshots=tuple(snapshots), **texts)
 
 
@@ -110,10 +113,12 @@ class Snapshot:
 
     def __post_init__(self) -> None:
         for name in ("name", "trouble", "recorded"):
-            object.__setattr__(self, name, brief(getattr(self, name)))
-        object.__setattr__(self, "damage", tuple(brief(text, 80) for text in self.damage))
+            object.__setattr__(self, name, clean_and_shorten(getattr(self, name)))
         object.__setattr__(
-            self, "unsent", {id: brief(reason) for id, reason in self.unsent.items()}
+            self, "damage", tuple(clean_and_shorten(text, 80) for text in self.damage)
+        )
+        object.__setattr__(
+            self, "unsent", {id: clean_and_shorten(reason) for id, reason in self.unsent.items()}
         )
         if self.status is not None:
             object.__setattr__(self, "status", cleaned(self.status))

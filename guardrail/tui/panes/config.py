@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from guardrail.core.format import plural
+from guardrail.core.format import format_plural
 from guardrail.tui.draw.lines import Row, fit, row
 from guardrail.tui.model.config_lines import Setting
 from guardrail.tui.model.pane_state import State
@@ -27,7 +27,7 @@ def build(view: View, width: int, height: int, state: State) -> Sequence[Row]:
     shown = found(view, state)
     differing = sum(one.differs for one in view.snapshot.around.settings)
     about = (
-        f"{differing} of {plural(len(view.snapshot.around.settings), 'line')} not the default"
+        f"{differing} of {format_plural(len(view.snapshot.around.settings), 'line')} not the default"
         if shown
         else ""
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from guardrail.core.format import brief, metric, plural
-from guardrail.core.format import count as number
+from guardrail.core.format import clean_and_shorten, format_plural, format_short_count
+from guardrail.core.format import format_count as number
 from guardrail.tui.draw.lines import Row, fit, row, wrap
 from guardrail.tui.model.evidence import LeftOut
 from guardrail.tui.model.pane_state import State
@@ -62,7 +62,7 @@ def detail(view: View, width: int, height: int, state: State) -> Sequence[Row]:
     if state.cursor is None or state.cursor >= len(entries):
         return []
     one = entries[state.cursor]
-    span, reason = one.span, brief(one.span.reason, 400)
+    span, reason = one.span, clean_and_shorten(one.span.reason, 400)
     facts = [
         (
             "decided",
@@ -72,7 +72,7 @@ def detail(view: View, width: int, height: int, state: State) -> Sequence[Row]:
         (
             "samples",
             number(one.samples)
-            + (" chosen ones" if span.positions else f" in {plural(span.batches, 'batch')}"),
+            + (" chosen ones" if span.positions else f" in {format_plural(span.batches, 'batch')}"),
         ),
     ]
     if one.incident:
@@ -96,22 +96,22 @@ def _where(view: View) -> list[Row]:
             epoch = f"   epoch {epochs + 1}, {100 * rest // known.samples} %"
         rows.append(
             row(
-                f" position {number(status.cursor)}{epoch}   {metric(status.tokens)} tokens learnt from"
+                f" position {number(status.cursor)}{epoch}   {format_short_count(status.tokens)} tokens learnt from"
             )
         )
     if known.samples_out:
-        rows.append(row((f" {plural(known.samples_out, 'sample')} left out", "strong")))
+        rows.append(row((f" {format_plural(known.samples_out, 'sample')} left out", "strong")))
     return rows
 
 
 def _cause(one: LeftOut) -> str:
-    return _CAUSES.get(one.span.origin, brief(one.span.origin, 20))
+    return _CAUSES.get(one.span.origin, clean_and_shorten(one.span.origin, 20))
 
 
 def _text(one: LeftOut) -> str:
     incident = f"  #{one.incident}" if one.incident else ""
     names = ", ".join(name.rsplit("/", 1)[-1] for name in one.documents[:3])
     more = f" +{len(one.documents) - 3}" if len(one.documents) > 3 else ""
-    reason = f"  {brief(one.span.reason, 80)}" if one.span.reason else ""
-    head = f"step {number(one.span.step):>7}  {plural(one.samples, 'sample'):>11}  {_cause(one)}{incident}"
+    reason = f"  {clean_and_shorten(one.span.reason, 80)}" if one.span.reason else ""
+    head = f"step {number(one.span.step):>7}  {format_plural(one.samples, 'sample'):>11}  {_cause(one)}{incident}"
     return f"{head}{reason}  {names}{more}"

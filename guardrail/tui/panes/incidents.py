@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from guardrail.core.format import brief, clock, plural
-from guardrail.core.format import count as number
+from guardrail.core.format import clean_and_shorten, format_plural, format_time_of_day
+from guardrail.core.format import format_count as number
 from guardrail.core.records import Finding, score_words
 from guardrail.report import incident as casefile
 from guardrail.tui.draw.lines import Piece, Row, fit, row, wrap
@@ -131,7 +131,9 @@ def _evidence_of(case: casefile.Incident) -> Iterator[tuple[str, list[str]]]:
     if case.cause:
         yield "cause", [f"{case.cause}: {case.cause_reason}" if case.cause_reason else case.cause]
     if case.actions:
-        done = [f"{clock(one.time)}  {one.sentence or one.action}" for one in case.actions]
+        done = [
+            f"{format_time_of_day(one.time)}  {one.sentence or one.action}" for one in case.actions
+        ]
         yield "done", done[-12:]
     if remedies := [remedy for action in case.actions for remedy in action.remedies]:
         yield "remedy", list(dict.fromkeys(remedies))
@@ -167,12 +169,12 @@ def _summary_of(incident: IncidentSummary) -> Iterator[tuple[str, list[str]]]:
 
 
 def _left_out(case: casefile.Incident) -> Iterator[str]:
-    of = f" of {plural(case.documents_total, 'document')}" if case.documents_total else ""
-    yield plural(case.samples, "sample") + of
+    of = f" of {format_plural(case.documents_total, 'document')}" if case.documents_total else ""
+    yield format_plural(case.samples, "sample") + of
     for span in case.spans[:6]:
         chosen = f", {len(span.positions)} of them" if span.positions else ""
         stretch = f"positions {number(span.first)} to {number(max(span.first, span.last - 1))}"
-        yield f"{stretch}{chosen} ({brief(span.origin, 20)})"
+        yield f"{stretch}{chosen} ({clean_and_shorten(span.origin, 20)})"
 
 
 def _sample(sample: casefile.Sample) -> Iterator[str]:

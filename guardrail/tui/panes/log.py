@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-from guardrail.core.format import clock
+from guardrail.core.format import format_time_of_day
 from guardrail.tui.draw.lines import Row, row, wrap
 from guardrail.tui.model.log_lines import Line
 from guardrail.tui.model.pane_state import State
@@ -47,7 +47,7 @@ def log_rows(line: Line, width: int, *, marked: bool = False) -> list[Row]:
 
 @lru_cache(maxsize=256)
 def _log_rows(line: Line, width: int, marked: bool) -> tuple[Row, ...]:
-    head = f"{clock(line.time)} "
+    head = f"{format_time_of_day(line.time)} "
     texts = wrap(line.text, width - len(head) - 3)
     first = row(
         ("▸" if marked else " ", "key"),

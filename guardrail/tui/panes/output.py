@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from guardrail.core.format import plural
+from guardrail.core.format import format_plural
 from guardrail.tui.draw.lines import Row, row, wrap
 from guardrail.tui.model.logtail import Printed
 from guardrail.tui.model.pane_state import State
@@ -31,7 +31,7 @@ def count(view: View, state: State) -> int:
 
 def build(view: View, width: int, height: int, state: State) -> Sequence[Row]:
     lines = found(view, state)
-    about = row((plural(len(lines), "line"), "dim")) if lines else ()
+    about = row((format_plural(len(lines), "line"), "dim")) if lines else ()
     rows: list[Row] = []
     last = len(lines) - 1 if state.cursor is None else min(state.cursor, len(lines) - 1)
     label = min(

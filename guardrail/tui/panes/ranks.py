@@ -7,8 +7,13 @@ from collections.abc import Sequence
 
 from rich.cells import cell_len
 
-from guardrail.core.format import brief, duration, plural, size
-from guardrail.core.format import count as number
+from guardrail.core.format import (
+    clean_and_shorten,
+    format_count,
+    format_elapsed,
+    format_plural,
+    format_size,
+)
 from guardrail.tui.draw.lines import Row, fit, row, width_of
 from guardrail.tui.model.health import PHASES
 from guardrail.tui.model.pane_state import State
@@ -64,7 +69,7 @@ def count(view: View, state: State) -> int:
 def build(view: View, width: int, height: int, state: State) -> Sequence[Row]:
     shown = found(view, state)
     hosts = len({one.rank.told.host for one in shown})
-    about = f"{number(len(shown))} on {plural(hosts, 'host')}" if shown else ""
+    about = f"{format_count(len(shown))} on {format_plural(hosts, 'host')}" if shown else ""
     rows = [heading("ranks", width, state, right=row((about, "dim")))]
     if not shown:
         return [
@@ -96,13 +101,13 @@ def detail(view: View, width: int, height: int, state: State) -> Sequence[Row]:
     facts = [
         ("phase", PHASES[told.phase]),
         ("trouble", _words(one) if one.trouble else "none"),
-        ("step", number(told.step)),
+        ("step", format_count(told.step)),
         ("own work", f"{_seconds(told.step_seconds)} of a step, {one.ratio:.2f} × the median"),
-        ("host", f"{brief(told.host, 80)}, process {told.pid}"),
-        ("memory", size(told.memory_bytes) or "unknown"),
+        ("host", f"{clean_and_shorten(told.host, 80)}, process {told.pid}"),
+        ("memory", format_size(told.memory_bytes) or "unknown"),
         ("GPU", _gpu(one)),
-        ("heard", f"{duration(_now(view) - one.rank.heard)} ago"),
-        ("progress", f"{duration(_now(view) - one.rank.moved)} ago"),
+        ("heard", f"{format_elapsed(_now(view) - one.rank.heard)} ago"),
+        ("progress", f"{format_elapsed(_now(view) - one.rank.moved)} ago"),
         ("start", f"{told.incarnation}"),
         ("log", f"logs/rank-{told.rank}.log"),
     ]
@@ -151,17 +156,20 @@ def _summary(view: View, shown: Sequence[Judged], width: int) -> Row:
         told = slowest.rank.told
         tone = "warn" if slowest.trouble == "slow" else "plain"
         line.append(
-            (f"   slowest {told.rank} ({brief(told.host, 24)}) {_seconds(told.step_seconds)}", tone)
+            (
+                f"   slowest {told.rank} ({clean_and_shorten(told.host, 24)}) {_seconds(told.step_seconds)}",
+                tone,
+            )
         )
         if told.rank == often:
-            line.append((f", in {times} of {plural(total, 'step')}", "dim"))
+            line.append((f", in {times} of {format_plural(total, 'step')}", "dim"))
     for trouble in ("silent", "stuck", "failed"):
         if many := sum(one.trouble == trouble for one in shown):
             line.append((f"   {_TROUBLE[trouble][0]} {many} {trouble}", "bad"))
     if any(one.rank.told.gpu_memory_bytes and one.rank.told.gpu_percent < 0 for one in shown):
         line.append(("   GPU use unknown: needs guardrail[gpu]", "dim"))
     if total and slowest.rank.told.rank != often:
-        line.append((f"   {often} was slowest in {times} of {plural(total, 'step')}", "dim"))
+        line.append((f"   {often} was slowest in {times} of {format_plural(total, 'step')}", "dim"))
     while width_of(tuple(line)) > width and any(tone == "dim" for _, tone in line):
         line.remove(next(piece for piece in reversed(line) if piece[1] == "dim"))
     return tuple(line)
@@ -184,13 +192,13 @@ def _rank(one: Judged, now: float, longest: float, width: int) -> Row:
             (" " * (bar - filled), "plain"),
         )
     line: Row = (*head, (f" {_seconds(told.step_seconds):>8}", "plain"))
-    memory = size(told.gpu_memory_bytes or told.memory_bytes)
+    memory = format_size(told.gpu_memory_bytes or told.memory_bytes)
     gpu = [f"  GPU {told.gpu_percent:>3.0f} %"] if told.gpu_percent >= 0 else []
     more = [
         *gpu,
         f"{memory:>9}",
-        f" {duration(now - one.rank.heard):>9}",
-        f"  {brief(told.host, 40)}",
+        f" {format_elapsed(now - one.rank.heard):>9}",
+        f"  {clean_and_shorten(told.host, 40)}",
     ]
     for text in more:  # as many as there is room for
         if width_of(line) + cell_len(text) < width:
@@ -202,14 +210,14 @@ def _gpu(one: Judged) -> str:
     told = one.rank.told
     unknown = "use unknown: pip install 'guardrail[gpu]' where the run trains (nvidia-ml-py)"
     busy = f"{told.gpu_percent:.0f} % busy" if told.gpu_percent >= 0 else unknown
-    used = size(told.gpu_memory_bytes)
+    used = format_size(told.gpu_memory_bytes)
     return f"{busy}, {used} in use" if used else "none" if told.gpu_percent < 0 else busy
 
 
 def _words(one: Judged) -> str:
     """Its trouble, else its phase."""
     if one.trouble in ("silent", "stuck"):
-        return f"{one.trouble} {duration(one.seconds)}"
+        return f"{one.trouble} {format_elapsed(one.seconds)}"
     return (
         f"{one.ratio:.1f} × median"
         if one.trouble == "slow"

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from guardrail.core.format import age, brief, duration, plural, size
-from guardrail.core.format import count as number
+from guardrail.core.format import (
+    clean_and_shorten,
+    format_age,
+    format_count,
+    format_elapsed,
+    format_plural,
+    format_size,
+)
 from guardrail.core.records import SnapshotInfo, Status
 from guardrail.tui.draw.lines import Piece, Row, fit, row
 from guardrail.tui.model.health import disk_words
@@ -71,14 +77,17 @@ def detail(view: View, width: int, height: int, state: State) -> Sequence[Row]:
     info = known[state.cursor]
     facts = [
         ("state", info.state),
-        ("tier", f"{info.tier} {size(info.bytes)}".strip()),
+        ("tier", f"{info.tier} {format_size(info.bytes)}".strip()),
         ("timeline", str(info.timeline)),
-        ("position", f"{number(info.cursor)} of the sample order"),
-        ("taken", f"{duration(view.now - info.time)} ago" if info.time else "at an unknown time"),
-        ("path", brief(info.path) or "in memory only: gone with the processes"),
+        ("position", f"{format_count(info.cursor)} of the sample order"),
+        (
+            "taken",
+            f"{format_elapsed(view.now - info.time)} ago" if info.time else "at an unknown time",
+        ),
+        ("path", clean_and_shorten(info.path) or "in memory only: gone with the processes"),
     ]
     return [
-        row((f" step {number(info.step)}", "strong")),
+        row((f" step {format_count(info.step)}", "strong")),
         *(row((f"   {name:<10}", "dim"), text) for name, text in facts),
     ]
 
@@ -96,13 +105,18 @@ def _safety(view: View, state: State) -> list[Row]:
     disk = [s.step for s in status.snapshots if s.tier == "disk" and s.state != "suspect"]
     if not status.phase.ended and disk:
         rows.append(
-            row((f" a crash now costs {plural(max(0, status.step - max(disk)), 'step')}", "dim"))
+            row(
+                (
+                    f" a crash now costs {format_plural(max(0, status.step - max(disk)), 'step')}",
+                    "dim",
+                )
+            )
         )
     elif not status.phase.ended and status.step:
         rows.append(
             row(
                 (
-                    f" nothing is on disk yet: a crash now costs {plural(status.step, 'step')}",
+                    f" nothing is on disk yet: a crash now costs {format_plural(status.step, 'step')}",
                     "warn",
                 )
             )
@@ -127,15 +141,15 @@ def glyph(info: SnapshotInfo) -> Piece:
 def snapshot(info: SnapshotInfo, now: float, width: int = _WIDE) -> Row:
     """`● 1,280  memory        candidate      2 s`; a narrow one has no size."""
     wide = width >= _WIDE
-    place = f"{info.tier} {size(info.bytes) if info.tier == 'disk' and wide else ''}"
+    place = f"{info.tier} {format_size(info.bytes) if info.tier == 'disk' and wide else ''}"
     tone = "warn" if info.state == "suspect" else "plain" if info.state == "good" else "dim"
-    taken = age(max(0.0, now - info.time)) if info.time else ""
+    taken = format_age(max(0.0, now - info.time)) if info.time else ""
     return (
         glyph(info),
         (
-            f" {number(info.step):>9}  {place:<13}"
+            f" {format_count(info.step):>9}  {place:<13}"
             if wide
-            else f" {number(info.step):>9} {place:<7}",
+            else f" {format_count(info.step):>9} {place:<7}",
             "plain",
         ),
         (f"{info.state:<10}", tone),

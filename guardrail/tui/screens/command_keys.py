@@ -9,7 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from guardrail.core.format import brief, count, plural, spoken
+from guardrail.core.format import (
+    clean_and_shorten,
+    format_count,
+    format_plural,
+    format_seconds_in_words,
+)
 from guardrail.core.records import CommandKind, Mode, Phase, Shown, SnapshotInfo, Status
 from guardrail.tui.draw.lines import Row
 from guardrail.tui.model import sent_commands as controls
@@ -144,7 +149,11 @@ class Commanding(Base):
             "How many of the next batches are left out? Their samples are never used in this run."
         ]
         self._ask_number(
-            "skip batches", text, "1", CommandKind.SKIP, lambda v: f"skip {plural(int(v), 'batch')}"
+            "skip batches",
+            text,
+            "1",
+            CommandKind.SKIP,
+            lambda v: f"skip {format_plural(int(v), 'batch')}",
         )
 
     def action_rate(self) -> None:
@@ -227,7 +236,7 @@ class Commanding(Base):
 
     def action_stop(self) -> None:
         step = self.view.status.step if self.view.status else 0
-        text = f"Training saves a checkpoint at step {count(step)} and ends. It can be continued later."
+        text = f"Training saves a checkpoint at step {format_count(step)} and ends. It can be continued later."
         self._consider(CommandKind.STOP, 0.0, "stop", [text])
 
     def action_undo(self) -> None:
@@ -262,7 +271,10 @@ class Commanding(Base):
         status = self.view.status
         cost = controls.rollback_cost(info, status) if status is not None else []
         self._consider(
-            CommandKind.ROLLBACK, float(info.step), f"roll back to step {count(info.step)}", cost
+            CommandKind.ROLLBACK,
+            float(info.step),
+            f"roll back to step {format_count(info.step)}",
+            cost,
         )
 
     def action_mode(self) -> None:
@@ -323,7 +335,7 @@ class Commanding(Base):
                 )
 
         dialog = Question(
-            f"step {count(status.step)}: the guard asks",
+            f"step {format_count(status.step)}: the guard asks",
             self.view,
             text=lambda view: [question, "", *_patience(view), "", *_findings(view)],
             options=lambda view: _choices(view, asked),
@@ -384,7 +396,7 @@ def _findings(view: View) -> list[str]:
     found = view.snapshot.story.incidents
     if not found or not found[0].open:
         return []
-    return [brief(finding.sentence(), 200) for finding in found[0].findings[:3]]
+    return [clean_and_shorten(finding.sentence(), 200) for finding in found[0].findings[:3]]
 
 
 def _patience(view: View) -> list[str]:
@@ -394,13 +406,16 @@ def _patience(view: View) -> list[str]:
     if status is None or not status.deadline:
         return [calm]
     then = DEFAULTS.get(status.default, "it decides by itself")
-    return [f"Without an answer in {spoken(_seconds_left(status, view.now))} {then}.", calm]
+    return [
+        f"Without an answer in {format_seconds_in_words(_seconds_left(status, view.now))} {then}.",
+        calm,
+    ]
 
 
 def _left(view: View) -> str:
     status = view.status
     return (
-        f"{spoken(_seconds_left(status, view.now))} left"
+        f"{format_seconds_in_words(_seconds_left(status, view.now))} left"
         if status is not None and status.deadline
         else ""
     )

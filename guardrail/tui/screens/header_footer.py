@@ -5,7 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from guardrail.core.format import brief, count, duration, metric, plural
+from guardrail.core.format import (
+    clean_and_shorten,
+    format_count,
+    format_elapsed,
+    format_plural,
+    format_short_count,
+)
 from guardrail.tui.draw.lines import Piece, Row, cells_of, fit, row, spread, width_of
 from guardrail.tui.model.active_factors import held_words
 from guardrail.tui.model.health import PHASES, STARTING, disk_words
@@ -45,8 +51,8 @@ def _progress(view: View) -> list[tuple[int, Row]]:
     )
     if status is None:
         return damage
-    total = count(status.total_steps) if status.total_steps else ""
-    steps = f"step {count(status.step):>{len(total)}}" + (f" / {total}" if total else "")
+    total = format_count(status.total_steps) if status.total_steps else ""
+    steps = f"step {format_count(status.step):>{len(total)}}" + (f" / {total}" if total else "")
     parts: list[tuple[int, Row]] = [(2, row((steps, "strong"))), *damage]
     parts.append((0, row((f"{status.mode.value:<6}", "accent"))))
     if total:
@@ -57,8 +63,8 @@ def _progress(view: View) -> list[tuple[int, Row]]:
         measured = view.responds and status.phase not in STARTING
         eta = status.eta_seconds if measured and status.eta_seconds > 0 else math.nan
         speed = status.tokens_per_second if measured and status.tokens_per_second else math.nan
-        parts.append((5, row(f"ETA {duration(eta):>8}")))
-        parts.append((4, row(f"{metric(speed):>5} tok/s")))
+        parts.append((5, row(f"ETA {format_elapsed(eta):>8}")))
+        parts.append((4, row(f"{format_short_count(speed):>5} tok/s")))
     return parts
 
 
@@ -80,7 +86,7 @@ def facts(view: View, width: int, height: int) -> Sequence[Row]:
     if status.commands_problem and not status.phase.ended:
         parts.append((f"✗ commands are not read: {status.commands_problem}", "bad"))
     if status.unresolved is not None:
-        parts.append((f"▲ {brief(status.unresolved.sentence(), 120)}", "warn"))
+        parts.append((f"▲ {clean_and_shorten(status.unresolved.sentence(), 120)}", "warn"))
     progress = f": {status.progress}" if status.progress and not status.phase.ended else ""
     parts.append(
         (f"{'' if view.responds else 'last seen '}{PHASES[status.phase]}{progress}", "plain")
@@ -95,16 +101,20 @@ def facts(view: View, width: int, height: int) -> Sequence[Row]:
         held = [f"rate ×{status.lr_factor:g}", *held]
     parts += [(text, "accent") for text in held]
     if status.restarts:
-        parts.append((plural(status.restarts, "restart"), "warn"))
+        parts.append((format_plural(status.restarts, "restart"), "warn"))
     if status.guard_share:
         parts.append((f"guard {100 * status.guard_share:.1f} %", "dim"))
     if view.snapshot.around.screens > 1:
         parts.append((f"{view.snapshot.around.screens} screens", "accent"))
     hosts = len({rank.told.host for rank in view.snapshot.around.ranks})
     where = (
-        f" on {count(hosts)} hosts" if hosts > 1 else f" on {status.host}" if status.host else ""
+        f" on {format_count(hosts)} hosts"
+        if hosts > 1
+        else f" on {status.host}"
+        if status.host
+        else ""
     )
-    parts.append((f"{plural(status.world, 'rank')}{where}", "dim"))
+    parts.append((f"{format_plural(status.world, 'rank')}{where}", "dim"))
     while len(parts) > 1 and width_of(_joined(parts)) > width:
         parts.remove(next((part for part in reversed(parts) if part[1] == "dim"), parts[-1]))
     return [fit(_joined(parts), width)]

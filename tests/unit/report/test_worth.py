@@ -15,12 +15,12 @@ import pytest
 
 from guardrail.cli.main import main
 from guardrail.core.files import encode_json
+from guardrail.core.format import format_number
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import GRAD_NORM, LOSS, Action, LossTrend, Observation, Verdict
 from guardrail.decide.controller import Controller
 from guardrail.report.build import build_report
 from guardrail.report.costs import effect_of
-from guardrail.report.formats import format_number
 from guardrail.report.incident import Cost, Incident
 from guardrail.report.output import incident_text, render_report
 from guardrail.report.text_chart import HEIGHT, WIDTH, draw_chart

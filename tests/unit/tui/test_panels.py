@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from textual.strip import Strip
 
-from guardrail.core.format import clock, count, duration, metric, plural, size, spoken
+from guardrail.core.format import (
+    format_count,
+    format_elapsed,
+    format_plural,
+    format_seconds_in_words,
+    format_short_count,
+    format_size,
+    format_time_of_day,
+)
 from guardrail.core.records import Mode, Phase, SnapshotInfo, Status
 from guardrail.tui.app.app import GuardrailApp
 from guardrail.tui.chart.axis import GUTTER, marks_of, next_event, x_scale
@@ -393,15 +401,31 @@ def test_title_and_spread() -> None:
 @pytest.mark.parametrize(
     ("shown", "expected"),
     [
-        (count(1284), "1,284"), (count(float("nan")), "?"), (metric(8123), "8.12k"), (metric(131e6), "131M"),
-        (metric(0), "0"), (metric(float("nan")), "–"), (metric(999.9), "1k"), (duration(3492), "0:58:12"),
-        (duration(90_061), "1d 1:01:01"), (duration(float("inf")), "–:--:--"), (spoken(4.2), "4 s"),
-        (spoken(130), "2 min 10 s"), (spoken(3900), "1 h 5 min"), (spoken(7200), "2 h"),
-        (spoken(float("nan")), "an unknown time"), (size(0), ""), (size(41e6), "41 MB"), (size(2e13), "20 TB"),
-        (clock(float("nan")), "--:--:--"), (clock(1e30), "--:--:--"), (plural(1, "batch"), "1 batch"),
-        (plural(2, "batch"), "2 batches"), (plural(1000, "step"), "1,000 steps"),
+        (format_count(1284), "1,284"),
+        (format_count(float("nan")), "?"),
+        (format_short_count(8123), "8.12k"),
+        (format_short_count(131e6), "131M"),
+        (format_short_count(0), "0"),
+        (format_short_count(float("nan")), "–"),
+        (format_short_count(999.9), "1k"),
+        (format_elapsed(3492), "0:58:12"),
+        (format_elapsed(90_061), "1d 1:01:01"),
+        (format_elapsed(float("inf")), "–:--:--"),
+        (format_seconds_in_words(4.2), "4 s"),
+        (format_seconds_in_words(130), "2 min 10 s"),
+        (format_seconds_in_words(3900), "1 h 5 min"),
+        (format_seconds_in_words(7200), "2 h"),
+        (format_seconds_in_words(float("nan")), "an unknown time"),
+        (format_size(0), ""),
+        (format_size(41e6), "41 MB"),
+        (format_size(2e13), "20 TB"),
+        (format_time_of_day(float("nan")), "--:--:--"),
+        (format_time_of_day(1e30), "--:--:--"),
+        (format_plural(1, "batch"), "1 batch"),
+        (format_plural(2, "batch"), "2 batches"),
+        (format_plural(1000, "step"), "1,000 steps"),
     ],
-)  # fmt: skip
+)
 def test_numbers(shown: str, expected: str) -> None:
     assert shown == expected
 
