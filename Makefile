@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: install demo test ci-slow lint docs rounding faults restarts bench clean
+.PHONY: install demo test ci-slow lint docs oldest rounding faults restarts bench clean
 
 install: $(STAMP)
 	@:
@@ -24,13 +24,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "guardrail needs Python 3.11 or newer; try: make install PYTHON=python3.12" >&2; exit 1; }
 	@$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,stacks]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,stacks,tensorboard,trainer]'
 	@touch $@
 
 # What the extras read, write and train is tested with the real libraries.
 $(EXTRAS): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-	  -e '.[dev,docs,hf,notify,plot,stacks,wandb,web]'
+	  -e '.[dev,docs,hf,notify,plot,stacks,tensorboard,trainer,wandb,web]'
 	@touch $@
 
 # With a terminal the screen opens, without one there is a line for every 20 steps. The report comes in any case.
@@ -56,6 +56,17 @@ lint: install
 docs: $(EXTRAS)
 	$(BIN)/python -m tests.support.make_docs --check
 	$(BIN)/python -m mkdocs build --strict --quiet
+
+# The tests with the oldest versions that pyproject.toml allows, in an environment of their own (3 GB with a CUDA torch).
+OLDEST := build/oldest
+oldest: $(STAMP)
+	@mkdir -p $(OLDEST)
+	$(BIN)/python -m tests.support.oldest > $(OLDEST)/constraints.txt
+	@$(OLDEST)/venv/bin/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(OLDEST)/venv
+	$(OLDEST)/venv/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt \
+	  -e '.[dev,hf,notify,plot,stacks,tensorboard,trainer,web]'
+	$(OLDEST)/venv/bin/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+	  -m 'not slow and not ci_slow' $(PYTEST_ARGS)
 
 # The tests that train a model, with initial weights changed by 1e-6 (three seeds), and with the kernels of older CPUs:
 # none of them may depend on the rounding of one machine.

@@ -60,6 +60,10 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
+    from guardrail.core.packages import require_package
+
+    if _MODULES[name].startswith("guardrail.torch."):
+        require_package("torch", f"guardrail.{name}")
     value = getattr(importlib.import_module(_MODULES[name]), name)
     globals()[name] = value
     return value

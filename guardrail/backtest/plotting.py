@@ -4,7 +4,6 @@ Needs matplotlib.
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
 import re
@@ -14,7 +13,7 @@ from typing import Any
 
 from guardrail.backtest.backtest import NOTE, Result
 from guardrail.backtest.importers.recorded_log import Log
-from guardrail.core.errors import UsageError
+from guardrail.core.packages import require_package
 
 POINTS = 4000  # columns in which a long run is drawn; of each the least and the greatest value
 COLOURS = {
@@ -27,11 +26,8 @@ COLOURS = {
 
 
 def require() -> None:
-    """UsageError if matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError(
-            "--plot needs matplotlib, which is not installed\n  hint: pip install 'guardrail[plot]'"
-        )
+    """Raise MissingPackage if matplotlib is not installed."""
+    require_package("matplotlib", "--plot")
 
 
 class Track:

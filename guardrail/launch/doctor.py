@@ -25,6 +25,7 @@ from guardrail.core import config
 from guardrail.core.config import GuardConfig, ask_trainer
 from guardrail.core.errors import ConfigError, ExitCode
 from guardrail.core.format import format_gib, format_plural
+from guardrail.core.packages import EXTRA_OF, install_hint
 from guardrail.core.records import Record
 from guardrail.core.text import clean_text
 from guardrail.launch import launcher as launching
@@ -138,7 +139,7 @@ def _software() -> Iterator[Check]:
         try:
             yield Check(name=name, level="ok", text=metadata.version(name))
         except metadata.PackageNotFoundError:
-            yield Check(name=name, level="problem", text="not installed")
+            yield _missing_package(name)
     if stacks.py_spy() is None:
         text = "not installed: the stacks of a hung rank come from faulthandler alone"
         yield Check(name="py-spy", level="note", text=text)
@@ -147,6 +148,15 @@ def _software() -> Iterator[Check]:
         yield Check(name="py-spy", level="note", text=text)
     else:
         yield Check(name="py-spy", level="ok", text="installed")
+
+
+def _missing_package(name: str) -> Check:
+    text = "not installed"
+    if name in EXTRA_OF:
+        text = f"not installed: {install_hint(name)}"
+    if name == "tensorboard":
+        return Check(name=name, level="note", text=text)
+    return Check(name=name, level="problem", text=text)
 
 
 def _may_trace() -> bool:

@@ -28,6 +28,7 @@ from guardrail.core.errors import (
 )
 from guardrail.core.format import format_plural
 from guardrail.core.overrides import shown_override, source_of
+from guardrail.core.packages import install_hint, is_installed
 from guardrail.core.records import Phase, Status
 from guardrail.core.text import clean_text
 from guardrail.rundir import processes
@@ -81,7 +82,7 @@ def prepare(
     given = {} if root is None else {"run.root": "--root or $GUARDRAIL_ROOT"}
     preflight.check(settings, file=path, overrides=overrides, given=given)
     node_rank, text = settings.launch.node_rank, _shared(settings)
-    written_out = _warn_of_secrets(settings)
+    written_out = _warn_before_launch(settings)
     if run_dir is not None:
         folder = Path(run_dir).absolute()
         run = _made_by_first_node(folder) if node_rank else RunDirectory.create_at(folder, text)
@@ -95,13 +96,15 @@ def prepare(
     return Prepared(RunDirectory.create(settings.run.root, name, text), node_rank, written_out)
 
 
-def _warn_of_secrets(settings: GuardConfig) -> dict[str, Any]:
-    """Say on stderr which secrets are written out, and which are missing; returns the former. The
-    first node's.
+def _warn_before_launch(settings: GuardConfig) -> dict[str, Any]:
+    """Print the warnings about secrets and missing packages to stderr, on the first node only.
+
+    Returns:
+        the secrets that the configuration writes out, as `[notify]` keys and values.
     """
     if settings.launch.node_rank:
         return {}
-    for remark in secret_remarks(settings):
+    for remark in [*secret_remarks(settings), *package_remarks(settings)]:
         print(f"warning: {remark}", file=sys.stderr)
     return secret.literals(settings.notify)
 
@@ -121,6 +124,16 @@ def secret_remarks(settings: GuardConfig) -> list[str]:
         for key in secret.missing(msgspec.to_builtins(settings.notify))
     ]
     return written + masked
+
+
+def package_remarks(settings: GuardConfig) -> list[str]:
+    """Return a sentence for each missing package without which the run goes on with less."""
+    if not settings.tensorboard.enabled or is_installed("tensorboard"):
+        return []
+    return [
+        "tensorboard is not installed, so this run writes no TensorBoard files. "
+        f"To have them: {install_hint('tensorboard')}. To hide this: --set tensorboard.enabled=false"
+    ]
 
 
 def _shared(settings: GuardConfig) -> str:
@@ -236,7 +249,7 @@ def _resumed(
     end_orphans(run, settings.launch.stop_timeout)
     if settings.launch.node_rank == 0:
         _refuse_stale(run)
-    written_out = _warn_of_secrets(settings)
+    written_out = _warn_before_launch(settings)
     if (overrides or written_out) and settings.launch.node_rank == 0:
         run.write_config(_shared(settings))
     return Prepared(run, settings.launch.node_rank, written_out)

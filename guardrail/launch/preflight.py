@@ -4,7 +4,6 @@ importing torch.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -15,6 +14,7 @@ from guardrail.core.config import GuardConfig
 from guardrail.core.errors import ConfigError
 from guardrail.core.files import why_unreachable
 from guardrail.core.overrides import source_of
+from guardrail.core.packages import install_hint, is_installed
 from guardrail.core.secret import SecretRef
 from guardrail.core.sections import check_webhook
 
@@ -93,11 +93,18 @@ def _memory(settings: GuardConfig) -> Iterator[ConfigError]:
 
 
 def _packages(settings: GuardConfig) -> Iterator[ConfigError]:
-    if settings.notify.apprise and importlib.util.find_spec("apprise") is None:
+    if settings.notify.apprise and not is_installed("apprise"):
         yield ConfigError(
             "an installed apprise",
             key="notify.apprise",
-            hint="pip install 'guardrail[notify]', or use notify.webhook or notify.command",
+            hint=f"{install_hint('apprise')}, or use notify.webhook or notify.command",
+        )
+    if not is_installed("torch"):
+        yield ConfigError(
+            "an installed torch",
+            key="launch.trainer",
+            value=settings.launch.trainer,
+            hint=install_hint("torch"),
         )
 
 

@@ -65,6 +65,9 @@ class Tracker(abc.ABC):
     output: ClassVar[str]
     """What it writes, in the plural, for messages: "TensorBoard files"."""
 
+    package: ClassVar[str] = ""
+    """The optional package that it needs (`core.packages`). Without it the run goes on untracked."""
+
     def __init__(self, run: RunDirectory) -> None:
         self.run = run
 

@@ -57,6 +57,7 @@ class TensorBoard(Tracker):
 
     name = "tensorboard"
     output = "TensorBoard files"
+    package = "tensorboard"
 
     def __init__(self, run: RunDirectory) -> None:
         super().__init__(run)

@@ -19,6 +19,7 @@ from guardrail.core.config import GuardConfig
 from guardrail.core.errors import ConfigError
 from guardrail.core.files import why_unreachable
 from guardrail.core.format import format_gib
+from guardrail.core.packages import install_hint, is_installed
 from trainer.config import preset
 from trainer.config.batch_ramp import BatchPlan
 from trainer.config.layout import Layout, ParallelSection
@@ -317,7 +318,15 @@ class Config(GuardConfig, frozen=True, kw_only=True):
                 raise ConfigError("a factor above 0", key=f"{key}.value", value=fault.value)
 
     def check_machine(self) -> None:
-        """Refuse a ring of snapshots that the memory of this node cannot hold."""
+        """Refuse missing packages, and a ring of snapshots that this node's memory cannot hold."""
+        for package in ("accelerate", "tokenizers"):
+            if not is_installed(package):
+                raise ConfigError(
+                    f"an installed {package}",
+                    key="launch.trainer",
+                    value=self.launch.trainer,
+                    hint=install_hint(package),
+                )
         from trainer.config.sizes import state_bytes
 
         layout = self.layout

@@ -13,6 +13,7 @@ from typing import IO, Any
 
 import msgspec
 
+from guardrail.core.packages import require_package
 from trainer.config.sections import BUILTIN
 from trainer.data.bad_records import (
     ARCHIVE,
@@ -228,6 +229,7 @@ class _Zstd:
     """
 
     def __init__(self, raw: IO[bytes]) -> None:
+        require_package("zstandard", "a .zst file")
         import zstandard
 
         self._raw, self._error = raw, zstandard.ZstdError

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from guardrail.backtest.importers.names import Chooser, describe, further, rank
 from guardrail.backtest.importers.recorded_log import Log
+from guardrail.core.packages import require_package
 
 
 class Point(NamedTuple):
@@ -56,6 +57,7 @@ def read(paths: Sequence[Path], shown: str, columns: Mapping[str, str]) -> list[
 
 
 def _points(path: Path, notes: list[str]) -> Iterator[tuple[str, Point]]:
+    require_package("tensorboard", path.name)
     from google.protobuf.message import DecodeError
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event
