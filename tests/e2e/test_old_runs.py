@@ -29,7 +29,7 @@ from guardrail.rundir.manifest import checkpoint_dirs, verify
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.tui.app.app import GuardrailApp
 from guardrail.tui.model.pane_state import State
-from guardrail.tui.model.reader import RunReader
+from guardrail.tui.model.run_reader import RunReader
 from guardrail.tui.model.view import View
 from guardrail.tui.panes.table import PANES
 from tests.support.fake_run import FakeReader

@@ -375,11 +375,11 @@ class FakeReader:
         self.snapshot = snapshot
         self._notify()
 
-    def choose(self, signals: tuple[str, ...], axis: str) -> None:
+    def choose_signals(self, signals: tuple[str, ...], axis: str) -> None:
         self.chosen = (signals, axis)  # a snapshot made by hand holds all of them already
 
-    def look_closer(self, stretches: Sequence[tuple[float, float]]) -> None:
-        self.closer = tuple(stretches)
+    def request_rows(self, ranges: Sequence[tuple[float, float]]) -> None:
+        self.closer = tuple(ranges)
 
     def send(self, command: Command) -> None:
         self.sent.append(command)
@@ -390,7 +390,7 @@ class FakeReader:
             told = Preview(command=command.kind.value, value=command.value)
             self.put(replace(self.snapshot, previews={**self.snapshot.previews, command.id: told}))
 
-    def note(self, text: str) -> None:
+    def write_note(self, text: str) -> None:
         self.notes.append(text)
 
     def close(self) -> None:

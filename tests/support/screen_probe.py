@@ -50,7 +50,7 @@ def day() -> None:
 
     from guardrail.rundir.run_directory import RunDirectory
     from guardrail.tui.app.app import GuardrailApp
-    from guardrail.tui.model.reader import RunReader
+    from guardrail.tui.model.run_reader import RunReader
     from tests.support.fake_run import FakeRun
 
     async def live(folder: Path) -> None:

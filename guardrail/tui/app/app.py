@@ -17,8 +17,9 @@ from textual.message import Message
 from textual.message_pump import MessagePump
 
 from guardrail.rundir.run_directory import RunDirectory
-from guardrail.tui.model.reader import Reader, RunReader
+from guardrail.tui.model.reader import Reader
 from guardrail.tui.model.recorded_reader import Recorded, RecordedReader
+from guardrail.tui.model.run_reader import RunReader
 from guardrail.tui.model.sent_commands import SentCommands
 from guardrail.tui.model.view import Snapshot, View
 from guardrail.tui.screens.dashboard import Cockpit

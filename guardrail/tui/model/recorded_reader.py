@@ -67,10 +67,10 @@ class RecordedReader:
     def latest(self) -> Snapshot:
         return self._latest
 
-    def choose(self, signals: tuple[str, ...], axis: str) -> None:
+    def choose_signals(self, signals: tuple[str, ...], axis: str) -> None:
         """All that the log has is kept already."""
 
-    def look_closer(self, stretches: Sequence[tuple[float, float]]) -> None:
+    def request_rows(self, ranges: Sequence[tuple[float, float]]) -> None:
         """And none of it is summed up."""
 
     def send(self, command: Command) -> None:
@@ -82,7 +82,7 @@ class RecordedReader:
         told = Preview(command=command.kind.value, possible=False, refusal=REFUSAL)
         self._publish(previews={**self._latest.previews, command.id: told})
 
-    def note(self, text: str) -> None:
+    def write_note(self, text: str) -> None:
         self._publish(trouble="the note is not written: a recorded log has no journal")
 
     def close(self) -> None:

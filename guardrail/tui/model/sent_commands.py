@@ -71,8 +71,8 @@ class SentCommands:
     """
 
     def __init__(self, reader: Reader, clock: Callable[[], float]) -> None:
-        self._send, self._preview, self._note = reader.send, reader.preview, reader.note
-        self.choose, self.look_closer = reader.choose, reader.look_closer
+        self._send, self._preview, self._note = reader.send, reader.preview, reader.write_note
+        self.choose_signals, self.request_rows = reader.choose_signals, reader.request_rows
         self._clock = clock
         self._sent: list[Sent] = []
         self._answered: dict[str, float] = {}

@@ -121,7 +121,7 @@ class Cockpit(Commanding, Screen[None]):
 
     def redraw(self) -> None:
         self.view = replace(self.view, message=self.desk.message(self.view))
-        self.desk.look_closer(axis.closer(self.view, self._scale()))
+        self.desk.request_rows(axis.closer(self.view, self._scale()))
         for lines in self._lines:
             lines.show(self.view)
         top = self.app.screen
@@ -158,7 +158,7 @@ class Cockpit(Commanding, Screen[None]):
             chart.signal = shown[slot] if slot < len(shown) else ""
         sparks = [signal for signal in signals if signal != self.view.big][: found.sparks]
         self.query_one("#sparks").styles.height = max(1, len(sparks))
-        self.desk.choose((*shown, *sparks), self.view.axis)
+        self.desk.choose_signals((*shown, *sparks), self.view.axis)
         for lines in self._pane_lines:
             lines.display = lines.pane.name in found.panes
             lines.set_class(lines.pane.name == self.view.focus, "focused")

@@ -22,8 +22,8 @@ from guardrail.rundir.follow import Follower
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.tui.app.app import GuardrailApp
 from guardrail.tui.app.run_list import Chooser
-from guardrail.tui.model import reader as reader_module
-from guardrail.tui.model.reader import RunReader
+from guardrail.tui.model import worker_thread
+from guardrail.tui.model.run_reader import RunReader
 from guardrail.tui.model.view import View
 from guardrail.tui.screens.dashboard import PaneLines
 from guardrail.tui.screens.header_footer import facts, header
@@ -200,7 +200,7 @@ def test_parse_counts_what_is_no_event() -> None:
 def test_a_reader_that_fails_says_so_and_starts_again(
     run: RunDirectory, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reader_module, "RESTART_SECONDS", 0.01)
+    monkeypatch.setattr(worker_thread, "RESTART_SECONDS", 0.01)
     reader, failing = RunReader(run), threading.Event()
     work = getattr(reader, part)
     failing.set()
@@ -228,16 +228,16 @@ def test_a_reader_that_fails_says_so_and_starts_again(
 def test_a_reading_that_fails_in_the_background_says_so(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reader_module, "RESTART_SECONDS", 0.01)
+    monkeypatch.setattr(worker_thread, "RESTART_SECONDS", 0.01)
     reader = RunReader(run)
     reader.start(lambda: None)
     try:
         wait_for(lambda: reader.latest().loaded)
         with monkeypatch.context() as broken:
             broken.setattr(run, "rows", lambda first, end: {}["nothing"])
-            reader.choose(("loss", "lr"), "tokens")
+            reader.choose_signals(("loss", "lr"), "tokens")
             wait_for(lambda: "the zoom failed" in reader.latest().trouble)
-        reader.choose(("loss", "lr"), "tokens")
+        reader.choose_signals(("loss", "lr"), "tokens")
         wait_for(lambda: "lr" in reader.latest().series.values)
         reader.send(Command(id="a", kind=CommandKind.PAUSE))
         wait_for(lambda: bool(run.commands_pending()))

@@ -21,8 +21,8 @@ from guardrail.rundir.run_directory import RunDirectory
 from guardrail.tui.app.app import GuardrailApp
 from guardrail.tui.chart import axis
 from guardrail.tui.chart.chart import chart_rows
-from guardrail.tui.model import reader as reader_module
-from guardrail.tui.model.reader import RunReader
+from guardrail.tui.model import run_reader
+from guardrail.tui.model.run_reader import RunReader
 from guardrail.tui.model.view import View
 from guardrail.tui.numerics.decimated_series import Track
 from guardrail.tui.numerics.raster import Columns, columns_of
@@ -182,10 +182,8 @@ def reader(long_run: RunDirectory) -> Iterator[RunReader]:
 
 def closer(reader: RunReader, *stretches: tuple[float, float]) -> Series:
     """As the reader's thread would, in this one."""
-    reader.look_closer(stretches)
-    while not reader._shelf.empty():
-        if work := reader._shelf.get():
-            work()
+    reader.request_rows(stretches)
+    reader._zooming.run_waiting()
     return reader.latest().series
 
 
@@ -231,7 +229,7 @@ def test_a_stretch_that_is_looked_at_is_drawn_and_read_as_its_rows_are(
 def test_along_another_axis_and_with_further_signals(
     reader: RunReader, long_run: RunDirectory
 ) -> None:
-    reader.choose(("loss", "lr"), "tokens")
+    reader.choose_signals(("loss", "lr"), "tokens")
     closer(reader, (1050.0, 1350.0))
     series, expected = reader.latest().series, whole(long_run, ("lr",), "tokens")
     place = expected.place(1200, "tokens")
@@ -259,10 +257,10 @@ def test_what_is_at_hand_is_not_read_again_and_what_nobody_looks_at_goes(
     assert closer(reader, (100.0, 300.0)) is first and len(opened) == 1
     second = closer(reader, (100.0, 300.0), (2000.0, 2100.0))
     assert len(opened) == 2 and len(second.details) == 2
-    sizes = {held(reader._track) + held(reader.latest().series)}
+    sizes = {held(reader._curves._track) + held(reader.latest().series)}
     for at in range(400, 4000, 50):
         series = closer(reader, (at, at + 200.0))
-        sizes.add(held(reader._track) + held(series))
+        sizes.add(held(reader._curves._track) + held(series))
         assert len(series.details) == 1
     assert max(sizes) < 1e6, "however much has been looked at"
 
@@ -300,7 +298,7 @@ def test_a_file_that_cannot_be_read_is_trouble_and_tried_again(
         closer(reader, (100.0, 300.0))
         assert "Stale" in reader.latest().trouble and reader.latest().looking_up is None
     assert closer(reader, (100.0, 300.0)).details == (), "not at every frame"
-    reader._tried = (reader._tried[0], time.monotonic() - 6.0)
+    reader._curves._tried = (reader._curves._tried[0], time.monotonic() - 6.0)
     assert closer(reader, (100.0, 300.0)).exact(200)
 
 
@@ -312,12 +310,12 @@ def test_a_slow_file_holds_no_command_and_no_row(
     """
     reader, hangs = RunReader(long_run, exact=EXACT, present=False), threading.Event()
     reader.look()
-    monkeypatch.setattr(reader, "_detail", lambda *_: hangs.wait(20) and None)
+    monkeypatch.setattr(reader._curves, "_detail", lambda *_: hangs.wait(20) and None)
     reader.start(lambda: None)
     try:
-        reader.look_closer([(100.0, 300.0)])
+        reader.request_rows([(100.0, 300.0)])
         wait_for(lambda: reader.latest().looking_up is not None)
-        reader.note("still here")
+        reader.write_note("still here")
         wait_for(lambda: any("still here" in line.text for line in reader.latest().story.lines))
         assert reader.latest().looking_up is not None
         hangs.set()
@@ -331,7 +329,7 @@ def test_what_is_free_goes_back_when_old_rows_were_summed_up(
     long_run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[int] = []
-    monkeypatch.setattr(reader_module, "give_back", lambda: given.append(1))
+    monkeypatch.setattr(run_reader, "give_back", lambda: given.append(1))
     reader, more = RunReader(long_run, exact=EXACT, present=False), FakeRun(seed=1)
     reader.look()
     reader.look()
@@ -345,7 +343,7 @@ def test_what_is_free_goes_back_when_old_rows_were_summed_up(
             rows.astype("<f8").tofile(file)
         reader.look()
     assert reader.latest().series.last_step == 5120 and 2 <= len(given) <= 4
-    reader_module.give_back()
+    run_reader.give_back()
 
 
 # -- on the screen

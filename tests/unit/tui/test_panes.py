@@ -32,7 +32,7 @@ from guardrail.tui.model.log_lines import line_of
 from guardrail.tui.model.logtail import LogTail, Printed
 from guardrail.tui.model.pane_state import State
 from guardrail.tui.model.rank_health import Rank, RankBook, judge
-from guardrail.tui.model.reader import RunReader
+from guardrail.tui.model.run_reader import RunReader
 from guardrail.tui.model.run_story import StoryBuilder
 from guardrail.tui.model.view import Snapshot, View
 from guardrail.tui.panes import ranks as ranks_pane

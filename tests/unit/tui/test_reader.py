@@ -14,8 +14,8 @@ import pytest
 from guardrail.core.records import Command, CommandKind, Phase, Status
 from guardrail.operate.run_state import RunState
 from guardrail.rundir.run_directory import RunDirectory
-from guardrail.tui.model import reader as reader_module
-from guardrail.tui.model.reader import RunReader
+from guardrail.tui.model import curve_reader, run_reader, worker_thread
+from guardrail.tui.model.run_reader import RunReader
 from tests.support.fake_run import FakeRun, LiveRun, example, snapshot_of
 from tests.support.lab import wait_for
 
@@ -66,14 +66,14 @@ def test_further_signals_and_another_axis_come_by_choice(
         "rollback", "rolled back to 1000", to_step=1000, new_timeline=2, timeline=1, step=1284
     )
     wait_for(lambda: reading.latest().series.last_step == 1000)
-    reading.choose(("loss", "lr", "throughput"), "tokens")
+    reading.choose_signals(("loss", "lr", "throughput"), "tokens")
     wait_for(lambda: "lr" in reading.latest().series.values)
     series, expected = reading.latest().series, snapshot_of(example()).series
     assert series.values["lr"].tolist() == expected.values["lr"][: len(series)].tolist()
     assert series.along("tokens").tolist() == expected.along("tokens")[: len(series)].tolist()
     assert series.last_step == 1000 and len(series.ghosts) == 2, "what was left stays left"
-    reading.choose(("loss",), "step")
-    reading.choose(("loss", "lr"), "tokens")
+    reading.choose_signals(("loss",), "step")
+    reading.choose_signals(("loss", "lr"), "tokens")
     reading.send(Command(id="after", kind=CommandKind.PAUSE))  # comes after both on the same thread
     wait_for(lambda: bool(run.commands_pending()))
     assert reading.latest().series is series, "what is kept already is not read again"
@@ -95,11 +95,12 @@ def test_a_rollback_is_true_before_the_first_row_after_it(run: RunDirectory) -> 
 
 
 def test_many_rows_arrive_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader_module, "_CHUNK", 100)
+    monkeypatch.setattr(curve_reader, "CHUNK_ROWS", 100)
+    monkeypatch.setattr(run_reader, "CHUNK_ROWS", 100)
     run = example().write(tmp_path)
     reader = RunReader(run)
     lengths: list[int] = []
-    reader._notify = lambda: lengths.append(len(reader.latest().series))
+    reader._latest.notify = lambda: lengths.append(len(reader.latest().series))
     reader.look()
     assert len(set(lengths)) > 10 and reader.latest().series.last_step == 1284
 
@@ -188,7 +189,7 @@ def test_a_run_that_has_ended_is_not_written_to(tmp_path: Path) -> None:
 def test_news_is_told(run: RunDirectory, reading: RunReader) -> None:
     told = threading.Event()
     wait_for(lambda: reading.latest().loaded)
-    reading._notify = told.set
+    reading._latest.notify = told.set
     run.append("note", "something")
     assert told.wait(10)
 
@@ -253,14 +254,14 @@ def test_threads_of_the_screen_outlive_whatever_happens(
         return whole(*given, **named)
 
     monkeypatch.setattr(RunDirectory, what, sometimes)
-    monkeypatch.setattr(reader_module, "RESTART_SECONDS", 0.01, raising=False)
-    monkeypatch.setattr(reader_module, "PRESENCE_SECONDS", 0.0)
+    monkeypatch.setattr(worker_thread, "RESTART_SECONDS", 0.01)
+    monkeypatch.setattr(run_reader, "PRESENCE_SECONDS", 0.0)
     reader = RunReader(run)
     reader.start(lambda: None)
     try:
         wait_for(lambda: reader.latest().loaded)
         reader.send(Command(id="first", kind=CommandKind.PAUSE))
-        reader.note("a note")
+        reader.write_note("a note")
         said = {
             "send": lambda: "a mistake" in reader.latest().unsent.get("first", ""),
             "screen_seen": lambda: "the reader failed and starts again" in reader.latest().trouble,
@@ -269,7 +270,7 @@ def test_threads_of_the_screen_outlive_whatever_happens(
         wait_for(said[what])
         failing = False
         reader.send(Command(id="second", kind=CommandKind.PAUSE))
-        reader.note("another note")
+        reader.write_note("another note")
         wait_for(lambda: "second" in {command.id for command in run.commands_pending()})
         wait_for(lambda: reader.latest().story.lines[-1].text == "another note")
     finally:
