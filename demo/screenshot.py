@@ -16,7 +16,7 @@ from guardrail.rundir.run_directory import find_run
 async def draw(path: Path, size: tuple[int, int]) -> str:
     from guardrail.rundir.run_directory import RunDirectory
     from guardrail.tui.app.app import GuardrailApp
-    from guardrail.tui.model.reader import RunReader
+    from guardrail.tui.model.run_reader import RunReader
 
     app = GuardrailApp(RunReader(RunDirectory.open(path), present=False), read_only=True)
     async with app.run_test(size=size) as pilot:

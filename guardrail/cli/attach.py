@@ -57,7 +57,7 @@ def command(
         from guardrail.tui.app import web as browser
 
         port = browser.PORT if port is None else port
-        return browser.serve(
+        return browser.serve_screen(
             str(found.path), name=found.name, port=port, read_only=read_only, theme=theme
         )
     if headless or not (in_browser or can_draw()):

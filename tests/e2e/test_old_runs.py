@@ -28,7 +28,7 @@ from guardrail.report.quarantine import quarantine_lines
 from guardrail.rundir.manifest import checkpoint_dirs, verify
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.tui.app.app import GuardrailApp
-from guardrail.tui.model.pane_state import State
+from guardrail.tui.model.pane_state import PaneState
 from guardrail.tui.model.run_reader import RunReader
 from guardrail.tui.model.view import View
 from guardrail.tui.panes.table import PANES
@@ -227,7 +227,7 @@ def test_the_reader_finds_the_story(old: Old, reader: RunReader) -> None:
 def test_every_pane_has_its_rows(old: Old, reader: RunReader) -> None:
     seen = View(reader.latest(), old.expected["ended_at"])
     for pane in PANES:
-        state = State(focused=True)
+        state = PaneState(focused=True)
         assert pane.build(seen, 120, 32, state), pane.name
         assert pane.count(seen, state) >= 0, pane.name
 

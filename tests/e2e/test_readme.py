@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from guardrail.core.errors import ExitCode
-from guardrail.tui.screens.keys import markdown
+from guardrail.tui.screens.keys import keys_as_markdown
 from tests.support.places import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -100,7 +100,9 @@ def test_the_keys_are_keys_of_the_screen() -> None:
         r"`([^`]+)`", "\n".join(line.split("|")[1] for line in table.splitlines()[2:])
     )
     assert len(named) > 10
-    assert set(named) <= set(re.findall(r"^\| `([^`]+)` \|", markdown(), flags=re.MULTILINE))
+    assert set(named) <= set(
+        re.findall(r"^\| `([^`]+)` \|", keys_as_markdown(), flags=re.MULTILINE)
+    )
 
 
 def test_it_can_be_read_in_five_minutes() -> None:

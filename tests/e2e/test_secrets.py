@@ -21,7 +21,7 @@ from guardrail.launch import launcher as launching
 from guardrail.launch import preflight
 from guardrail.launch.notify import Notifier
 from guardrail.rundir.run_directory import RunDirectory
-from guardrail.tui.model.config_lines import settings_of
+from guardrail.tui.model.config_lines import read_config_lines
 from tests.support.lab import Lab, wait_for
 
 MASK = "(masked)"
@@ -260,7 +260,8 @@ def test_a_copy_of_an_older_version_shows_no_secret(tmp_path: Path) -> None:
     (run.path / "config.toml").write_text(text)
     assert MARK not in run.config_text()
     shown = {
-        (line.section, line.key): line.value for line in settings_of(run.config_text(display=True))
+        (line.section, line.key): line.value
+        for line in read_config_lines(run.config_text(display=True))
     }
     assert shown["notify", "webhook"] == shown["notify", "command"] == MASK
     (run.path / "config.toml").write_text(text + "[[[")
@@ -406,7 +407,7 @@ rank = 0
         ["--root", str(lab.root), "planted"], standalone_mode=False
     ) in (None, 0)
     assert MARK not in capsys.readouterr().out
-    pane = " ".join(line.value for line in settings_of(run.config_text(display=True)))
+    pane = " ".join(line.value for line in read_config_lines(run.config_text(display=True)))
     assert MASK in pane and MARK not in pane
     files = [file for file in run.path.rglob("*") if file.is_file()]
     assert any(file.name.startswith("events.") for file in files)

@@ -52,10 +52,10 @@ def test_a_port_that_is_taken_is_said(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_a_path_cannot_leave_its_word() -> None:
     path = '/runs/$(rm -rf x)/a\'b; "c" --read-only'
-    words = shlex.split(web.command_of(path, read_only=False))
+    words = shlex.split(web.screen_command(path, read_only=False))
     assert words[-2:] == ["--", path] and words[:4] == [sys.executable, "-m", "guardrail", "attach"]
-    assert "--read-only" in shlex.split(web.command_of("/r", read_only=True))
-    assert shlex.split(web.command_of("/r", read_only=True, theme="light"))[-4:] == [
+    assert "--read-only" in shlex.split(web.screen_command("/r", read_only=True))
+    assert shlex.split(web.screen_command("/r", read_only=True, theme="light"))[-4:] == [
         "--theme",
         "light",
         "--",

@@ -34,7 +34,7 @@ from guardrail.report.build import build_report
 from guardrail.report.output import incident_text, render_report, report_as_dict
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.diagnose.embedding_tokens import MOST, longest_rows
-from guardrail.tui.model.pane_state import State
+from guardrail.tui.model.pane_state import PaneState
 from guardrail.tui.model.run_story import Story, StoryBuilder
 from guardrail.tui.model.view import View
 from guardrail.tui.panes import incidents
@@ -293,7 +293,7 @@ def test_tokens_stand_in_every_form_of_the_report_and_on_the_screen_and_can_do_n
         "what has no norm is foremost"
     )
     snapshot = replace(snapshot_of(example()), story=story_of(run.events()))
-    rows = incidents.detail(View(snapshot, 0.0), 200, 40, State(cursor=0))
+    rows = incidents.detail(View(snapshot, 0.0), 200, 40, PaneState(cursor=0))
     screen = "\n".join("".join(piece for piece, _ in line) for line in rows)
     assert "tokens" in screen and best in screen
     for shown in (terminal, markdown, page, screen):

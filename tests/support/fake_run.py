@@ -40,8 +40,8 @@ from guardrail.rundir import journal
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.tui.model.run_story import StoryBuilder
 from guardrail.tui.model.view import Snapshot
-from guardrail.tui.numerics.decimated_series import Track
-from guardrail.tui.numerics.series import AXES, choosable
+from guardrail.tui.numerics.decimated_series import DecimatedSeries
+from guardrail.tui.numerics.series import AXES, choosable_signals
 
 START = 1_795_569_240.0  # 2026-11-25 01:14:00 UTC
 STEP_SECONDS = 0.12
@@ -399,7 +399,7 @@ class FakeReader:
 
 def snapshot_of(fake: FakeRun) -> Snapshot:
     """What a reader would make of the run."""
-    track, digest = Track(choosable(METRIC_COLUMNS), AXES), StoryBuilder()
+    track, digest = DecimatedSeries(choosable_signals(METRIC_COLUMNS), AXES), StoryBuilder()
     track.add(METRIC_COLUMNS, fake.rows)
     digest.add(fake.events)
     status = fake.status if fake.events else None

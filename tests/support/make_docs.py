@@ -41,7 +41,7 @@ KEYS = """\
 
 
 def keys_page() -> str:
-    return f"{GENERATED}\n\n{KEYS}\n{keys.markdown().strip()}\n"
+    return f"{GENERATED}\n\n{KEYS}\n{keys.keys_as_markdown().strip()}\n"
 
 
 def configuration_page() -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from guardrail.tui.numerics.raster import Curve, Plot, columns, draw
+from guardrail.tui.numerics.raster import Curve, Plot, dot_columns, draw_plot
 from guardrail.tui.numerics.scales import XScale
 
 
@@ -19,9 +19,9 @@ def plot(
     threshold: np.ndarray | None = None,
     rules: Sequence[int] = (),
 ) -> Plot:
-    pale = [columns(ghost, scale) for ghost in ghosts]
-    return draw(
-        columns(curve, scale),
+    pale = [dot_columns(ghost, scale) for ghost in ghosts]
+    return draw_plot(
+        dot_columns(curve, scale),
         pale,
         height=height,
         log=log,

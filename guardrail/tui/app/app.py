@@ -1,5 +1,5 @@
 """Start-up and wiring of the screen: reader -> two frames a second, or five while something happens
--> cockpit.
+-> dashboard.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from guardrail.tui.model.recorded_reader import Recorded, RecordedReader
 from guardrail.tui.model.run_reader import RunReader
 from guardrail.tui.model.sent_commands import SentCommands
 from guardrail.tui.model.view import Snapshot, View
-from guardrail.tui.screens.dashboard import Cockpit
+from guardrail.tui.screens.dashboard import Dashboard
 from guardrail.tui.screens.dialogs import Dialog
 from guardrail.tui.terminal import hangup as terminal
-from guardrail.tui.terminal.key_queue import NOW, Typing
-from guardrail.tui.terminal.themed_app import Themed
+from guardrail.tui.terminal.key_queue import NOW, KeyQueue
+from guardrail.tui.terminal.themed_app import ThemedApp
 
 # between two frames while something happens: to the run, or by the viewer's hand
 FRAME_SECONDS = 0.2
@@ -35,7 +35,7 @@ TICK_SECONDS = 1.0  # ages and silence grow without news
 LIVELY_SECONDS = 5.0  # after the last thing that happened
 
 
-class GuardrailApp(Themed[None]):
+class GuardrailApp(ThemedApp[None]):
     """The screen of one run.
 
     Args:
@@ -69,11 +69,11 @@ class GuardrailApp(Themed[None]):
         self._drawn, self._happened = -math.inf, -math.inf  # by the clock that never goes back
         self._monotonic = time.monotonic
         self._shown = reader.latest()
-        self._desk = SentCommands(reader, clock)
-        self._typing = Typing(super().on_event, self._takes, self._busy)
+        self._commands = SentCommands(reader, clock)
+        self._typing = KeyQueue(super().on_event, self._takes, self._busy)
 
-    def get_default_screen(self) -> Cockpit:
-        return Cockpit(self._view(), self._desk)
+    def get_default_screen(self) -> Dashboard:
+        return Dashboard(self._view(), self._commands)
 
     def on_mount(self) -> None:
         self.set_interval(TICK_SECONDS / 2, self._tick)
@@ -140,9 +140,9 @@ class GuardrailApp(Themed[None]):
 
     def _show(self) -> None:
         # A timer may fire once more while the screens are being taken down.
-        for cockpit in self.screen_stack[:1]:
-            if isinstance(cockpit, Cockpit):
-                cockpit.show(self._view())
+        for dashboard in self.screen_stack[:1]:
+            if isinstance(dashboard, Dashboard):
+                dashboard.show(self._view())
 
 
 def _news(before: Snapshot, now: Snapshot) -> bool:

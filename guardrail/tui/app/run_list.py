@@ -20,12 +20,12 @@ from textual.message import Message
 from guardrail.core.format import clean_and_shorten, format_age, format_count, format_plural
 from guardrail.operate.run_summary import RunSummary, loss_points
 from guardrail.rundir.run_directory import RunDirectory
-from guardrail.tui.draw.lines import Lines, Row, fit, row, spread, width_of
-from guardrail.tui.model.failures import reason_of
+from guardrail.tui.draw.lines import Lines, Row, fit_row, make_row, row_width, spread_row
+from guardrail.tui.model.failures import format_reason
 from guardrail.tui.model.view import Snapshot, View
-from guardrail.tui.numerics.scales import short
+from guardrail.tui.numerics.scales import format_short
 from guardrail.tui.terminal import hangup as terminal
-from guardrail.tui.terminal.themed_app import Themed
+from guardrail.tui.terminal.themed_app import ThemedApp
 
 LOOK_SECONDS = 2.0
 # state -> glyph, word, tone; a phase that a newer version writes is shown as it is called.
@@ -50,7 +50,7 @@ _NAME, _SPARK, _WHEN = 44, 40, 12  # most cells of a name and of a curve; those 
 _HINT = (("↑ ↓", "move"), ("Enter", "watch"), ("/", "filter"), ("q", "leave"))
 
 
-def curve(points: Sequence[float], width: int) -> str:
+def draw_curve(points: Sequence[float], width: int) -> str:
     """Losses as at most `width` blocks, the newest at the right: `×` for NaN and Inf, `▲` far above
     nine of ten.
     """
@@ -72,7 +72,7 @@ def curve(points: Sequence[float], width: int) -> str:
     return "".join(cells)
 
 
-def matching(runs: Sequence[RunSummary], words: str) -> list[RunSummary]:
+def matching_runs(runs: Sequence[RunSummary], words: str) -> list[RunSummary]:
     """Runs in whose name, host or state every word occurs."""
     wanted = words.lower().split()
 
@@ -82,24 +82,24 @@ def matching(runs: Sequence[RunSummary], words: str) -> list[RunSummary]:
     return [one for one in runs if all(word in text(one) for word in wanted)]
 
 
-def run_row(
+def draw_run(
     one: RunSummary, points: Sequence[float], *, name: int, width: int, now: float, marked: bool
 ) -> Row:
     """One run in one row of `width` cells; a narrow one drops the curve first, then speed, then the
     last sign.
     """
     glyph, word, tone = STATES.get(one.state, ("·", clean_and_shorten(one.state, 12), "calm"))
-    label = fit(((clean_and_shorten(one.run), "strong" if marked else "plain"),), name)
+    label = fit_row(((clean_and_shorten(one.run), "strong" if marked else "plain"),), name)
     line: Row = (
         (" ▸ " if marked else "   ", "key"),
         *label,
-        (" " * (name - width_of(label) + 1), "plain"),
+        (" " * (name - row_width(label) + 1), "plain"),
     )
     step = format_count(one.step) + (
         f" / {format_count(one.total_steps)}" if one.total_steps else ""
     )
     share = f"{min(100, 100 * one.step // one.total_steps)} %" if one.total_steps else ""
-    loss = short(one.loss) if one.loss is not None else "–"
+    loss = format_short(one.loss) if one.loss is not None else "–"
     parts = (
         (f"{glyph} {word:<12}", tone),
         (f"{step:>15} ", "plain"),
@@ -107,19 +107,19 @@ def run_row(
         (f" loss {loss:<7}", "plain"),
     )
     for part in parts:
-        if width_of(line) + width_of((part,)) > width:
-            return fit(line, width)
+        if row_width(line) + row_width((part,)) > width:
+            return fit_row(line, width)
         line = (*line, part)
     when = ""
     if one.heartbeat:
         when = f"{format_age(max(0.0, now - one.heartbeat))} ago "
-    cells = min(_SPARK, width - width_of(line) - _WHEN)
+    cells = min(_SPARK, width - row_width(line) - _WHEN)
     if cells >= 8:
-        line = (*line, (f"{curve(points, cells):<{cells}}", "loss"))
-    return spread(line, ((when, "dim"),), width) if when else line
+        line = (*line, (f"{draw_curve(points, cells):<{cells}}", "loss"))
+    return spread_row(line, ((when, "dim"),), width) if when else line
 
 
-class Chooser(Themed[str]):
+class RunList(ThemedApp[str]):
     """Returns the path of the chosen run, or None.
 
     Args:
@@ -190,7 +190,7 @@ class Chooser(Themed[str]):
                 self.runs, self._trouble = self._look(), ""
             # a thread that dies without a word looks like runs that stand still
             except Exception as error:
-                self._trouble = clean_and_shorten(reason_of(error), 200)
+                self._trouble = clean_and_shorten(format_reason(error), 200)
             self._loaded = True
             self.post_message(self.Fresh())
             self._leaving.wait(LOOK_SECONDS)
@@ -201,17 +201,17 @@ class Chooser(Themed[str]):
             try:
                 self._known[path] = (step, self._points(path))
             except Exception as error:
-                self._trouble = clean_and_shorten(f"{path}: {reason_of(error)}", 200)
+                self._trouble = clean_and_shorten(f"{path}: {format_reason(error)}", 200)
             self.post_message(self.Fresh())
 
-    def on_chooser_fresh(self) -> None:
+    def on_run_list_fresh(self) -> None:
         self._draw()
 
     # -- drawing
 
     @property
     def shown(self) -> list[RunSummary]:
-        return matching(self.runs, self.words)
+        return matching_runs(self.runs, self.words)
 
     def _at(self, shown: Sequence[RunSummary]) -> int:
         return next((index for index, one in enumerate(shown) if one.path == self.marked), 0)
@@ -232,19 +232,21 @@ class Chooser(Themed[str]):
             else "reading …"
         )
         right = ((f"✗ {self._trouble} ", "bad"),) if self._trouble else ()
-        return [spread(row((" guardrail ", "strong"), (f" {told}", "plain")), right, width)]
+        return [
+            spread_row(make_row((" guardrail ", "strong"), (f" {told}", "plain")), right, width)
+        ]
 
     def _body(self, width: int, height: int) -> list[Row]:
         shown = self.shown
         if not shown:
             why = "no run matches" if self.runs else "no runs here yet" if self._loaded else ""
-            return [(), row((f"   {why}", "dim"))]
+            return [(), make_row((f"   {why}", "dim"))]
         at = self._at(shown)
         self.first = max(0, min(at - height // 2, len(shown) - height))
-        name = min(_NAME, max(width_of(((clean_and_shorten(one.run), "plain"),)) for one in shown))
+        name = min(_NAME, max(row_width(((clean_and_shorten(one.run), "plain"),)) for one in shown))
         now = self._clock()
         return [
-            run_row(one, self._curve(one), name=name, width=width, now=now, marked=index == at)
+            draw_run(one, self._curve(one), name=name, width=width, now=now, marked=index == at)
             for index, one in enumerate(shown[self.first : self.first + height], self.first)
         ]
 
@@ -258,12 +260,14 @@ class Chooser(Themed[str]):
 
     def _foot(self, width: int) -> list[Row]:
         if self._typing:
-            text = row((" / ", "key"), (self.words, "strong"), ("▏", "key"))
-            return [spread(text, (("Enter keep   Esc clear ", "dim"),), width)]
+            text = make_row((" / ", "key"), (self.words, "strong"), ("▏", "key"))
+            return [spread_row(text, (("Enter keep   Esc clear ", "dim"),), width)]
         line = [
             piece for key, what in _HINT for piece in ((f" {key} ", "key"), (f"{what} ", "dim"))
         ]
-        return [spread(tuple(line), ((f"/ {self.words} ", "accent"),) if self.words else (), width)]
+        return [
+            spread_row(tuple(line), ((f"/ {self.words} ", "accent"),) if self.words else (), width)
+        ]
 
     # -- keys
 
@@ -338,7 +342,7 @@ def choose_and_watch(
 
     marked: str | None = ""
     while marked is not None:
-        app = Chooser(look, root=root, marked=marked, theme=theme)
+        app = RunList(look, root=root, marked=marked, theme=theme)
         with terminal.guarded():
             marked = app.run(mouse=mouse)
         if marked is not None:

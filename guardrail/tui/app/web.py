@@ -30,7 +30,7 @@ _POLICY = (
 )
 
 
-def command_of(path: str, *, read_only: bool, theme: str | None = None) -> str:
+def screen_command(path: str, *, read_only: bool, theme: str | None = None) -> str:
     """The shell command that runs one screen for one visitor."""
     words = [
         sys.executable,
@@ -58,7 +58,7 @@ def check_port(port: int) -> int:
         return int(probe.getsockname()[1])
 
 
-def serve(
+def serve_screen(
     path: str, *, name: str, port: int = PORT, read_only: bool = False, theme: str | None = None
 ) -> int:
     """Serve the screen of the run at `path` until Ctrl-C; returns 0. Training never notices.
@@ -67,7 +67,7 @@ def serve(
         UsageError: textual-serve is not installed, or the port is taken.
     """
     server = make_server(
-        command_of(path, read_only=read_only, theme=theme), title=name, port=check_port(port)
+        screen_command(path, read_only=read_only, theme=theme), title=name, port=check_port(port)
     )
     server.serve()
     return 0

@@ -16,7 +16,7 @@ from guardrail.tui.draw.lines import Row
 from guardrail.tui.model.log_lines import CHECKPOINT, COMMAND, INCIDENT, ROLLBACK, SKIP
 from guardrail.tui.model.view import View
 from guardrail.tui.numerics.raster import Ink
-from guardrail.tui.numerics.scales import XScale, nice
+from guardrail.tui.numerics.scales import XScale, round_up
 from guardrail.tui.numerics.series import STEP, TIME, TOKENS, Series
 
 GUTTER = 8  # cells left of the plot: a label of at most seven and the axis
@@ -27,7 +27,7 @@ _POINTS = 4  # that sum up rows, a dot column at least; closer they are read aga
 _NEIGHBOURS = 1024.0  # steps read around the value cursor
 _CLOCK = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 43200, 86400)
 # A mark that finds no place because of another gives way to the graver one.
-GRAVITY = (ROLLBACK, SKIP, INCIDENT, COMMAND, CHECKPOINT)
+SEVERITY = (ROLLBACK, SKIP, INCIDENT, COMMAND, CHECKPOINT)
 _INKS = {
     ROLLBACK: Ink.WARN,
     SKIP: Ink.WARN,
@@ -37,33 +37,33 @@ _INKS = {
 }
 
 
-def axis_of(view: View) -> str:
+def shown_axis(view: View) -> str:
     """The axis that was chosen, once the rows know it."""
     return view.axis if view.axis in view.snapshot.series.axes else STEP
 
 
-def origin(view: View) -> float:
+def axis_start(view: View) -> float:
     """Where the axis begins: time stamps count from the first row."""
-    series, axis = view.snapshot.series, axis_of(view)
+    series, axis = view.snapshot.series, shown_axis(view)
     return float(series.along(axis)[0]) if axis == TIME and len(series) else 0.0
 
 
-def end(view: View) -> float:
+def axis_end(view: View) -> float:
     """The last place that has to be in sight."""
-    return view.snapshot.series.end(axis_of(view))
+    return view.snapshot.series.end(shown_axis(view))
 
 
-def nearest(view: View) -> float:
+def shortest_span(view: View) -> float:
     """The shortest stretch that can be looked at."""
-    return _NEAREST[axis_of(view)]
+    return _NEAREST[shown_axis(view)]
 
 
-def x_scale(view: View, cells: int) -> XScale:
+def make_x_scale(view: View, cells: int) -> XScale:
     """Common to all charts: from the beginning to the last step, or to the end of the run once that
     fits nearly as well; or the stretch that the viewer chose. One that follows the newest step
     moves on by a tenth of itself at once.
     """
-    axis, start, last = axis_of(view), origin(view), end(view)
+    axis, start, last = shown_axis(view), axis_start(view), axis_end(view)
     # steps count from 1: so the last step of a full axis is on it
     half = 0.5 if axis == STEP else 0.0
     if view.span is not None:
@@ -86,12 +86,12 @@ def x_scale(view: View, cells: int) -> XScale:
     return XScale(start + fit.first, fit.per_dot, fit.dots)
 
 
-def closer(view: View, scale: XScale) -> list[tuple[float, float]]:
+def ranges_to_read(view: View, scale: XScale) -> list[tuple[float, float]]:
     """Stretches of steps that are summed up and looked at so closely that their rows are wanted."""
-    series, axis, wanted = view.snapshot.series, axis_of(view), []
+    series, axis, wanted = view.snapshot.series, shown_axis(view), []
     if not series.thin:
         return []
-    low, high = (series.step_at(x, axis) for x in (scale.first, min(scale.last, end(view))))
+    low, high = (series.step_at(x, axis) for x in (scale.first, min(scale.last, axis_end(view))))
     high = min(high, float(series.step[series.thin - 1]))
     parts = [
         series,
@@ -118,7 +118,7 @@ def _coarse(series: Series, low: float, high: float, scale: XScale, axis: str) -
 
 def axis_rows(view: View, scale: XScale, cells: int) -> list[Row]:
     """The x-axis with its ticks, and the labels below them."""
-    return list(_axis_rows(scale, cells, axis_of(view), origin(view)))
+    return list(_axis_rows(scale, cells, shown_axis(view), axis_start(view)))
 
 
 @lru_cache(maxsize=16)
@@ -128,7 +128,7 @@ def _axis_rows(scale: XScale, cells: int, axis: str, start: float) -> tuple[Row,
     at = math.ceil((scale.first - start - 0.5 * (axis == STEP)) / step) * step
     while (cell := max(0, scale.cell(start + at))) < cells:
         line[cell] = "┬"
-        text = tick_label(at, axis, wide=scale.last - start >= 1e6)
+        text = format_tick(at, axis, wide=scale.last - start >= 1e6)
         first = min(max(0, cell - len(text) // 2), cells - len(text))
         if first >= 0 and all(
             char == " " for char in labels[max(0, first - 1) : first + len(text) + 1]
@@ -145,12 +145,14 @@ def _stride(least: float, axis: str) -> float:
     """Round distance of two ticks: a clock has its own round numbers."""
     if axis == TIME:
         return float(
-            next((seconds for seconds in _CLOCK if seconds >= least), 86400 * nice(least / 86400))
+            next(
+                (seconds for seconds in _CLOCK if seconds >= least), 86400 * round_up(least / 86400)
+            )
         )
-    return nice(least)
+    return round_up(least)
 
 
-def tick_label(at: float, axis: str, *, wide: bool) -> str:
+def format_tick(at: float, axis: str, *, wide: bool) -> str:
     if axis == TIME:
         return format_elapsed(at)
     return format_short_count(at) if axis == TOKENS or wide else format_count(at)
@@ -159,32 +161,32 @@ def tick_label(at: float, axis: str, *, wide: bool) -> str:
 # -- what happened
 
 
-def events(view: View) -> Iterator[tuple[str, int, str]]:
+def iterate_marks(view: View) -> Iterator[tuple[str, int, str]]:
     """(letter, step, label) of all that is marked, the gravest first."""
-    for letter in GRAVITY:
+    for letter in SEVERITY:
         yield from ((letter, step, label) for step, label in _marked(view, letter))
 
 
 def _marked(view: View, letter: str) -> Sequence[tuple[int, str]]:
     """(step, label) of one kind."""
     if letter == CHECKPOINT:
-        return [(step, "") for step in checkpoints(view)]
+        return [(step, "") for step in checkpoint_steps(view)]
     return view.snapshot.story.marks.get(letter, ())
 
 
-def marks_of(view: View, scale: XScale, *, all_kinds: bool) -> list[Mark]:
+def marks_in_view(view: View, scale: XScale, *, all_kinds: bool) -> list[Mark]:
     """The marks in sight. Of hundreds in one cell the newest of the gravest kind stands for all.
 
     Args:
         all_kinds: with checkpoints and commands; else only what went wrong and what was done.
     """
     found: dict[float, Mark] = {}
-    for letter in GRAVITY:
+    for letter in SEVERITY:
         if letter in (COMMAND, CHECKPOINT) and not all_kinds:
             continue
         known = _marked(view, letter)
         places = view.snapshot.series.places(
-            np.array([step for step, _ in known], dtype=np.float64), axis_of(view)
+            np.array([step for step, _ in known], dtype=np.float64), shown_axis(view)
         )
         cells = np.floor((places - scale.first) / scale.per_dot) // 2
         in_sight = np.flatnonzero((places >= scale.first) & (cells < scale.dots // 2))[::-1]
@@ -193,24 +195,26 @@ def marks_of(view: View, scale: XScale, *, all_kinds: bool) -> list[Mark]:
             found.setdefault(
                 cell, Mark(float(places[index]), letter, known[index][1], _INKS[letter])
             )
-    return sorted(found.values(), key=lambda mark: (GRAVITY.index(mark.letter), -mark.x))
+    return sorted(found.values(), key=lambda mark: (SEVERITY.index(mark.letter), -mark.x))
 
 
-def at_step(view: View, step: float) -> str:
+def describe_marks_at(view: View, step: float) -> str:
     """What is marked at a step, in letters: "S2 C"."""
     return " ".join(
-        dict.fromkeys(f"{letter}{label}" for letter, at, label in events(view) if at == round(step))
+        dict.fromkeys(
+            f"{letter}{label}" for letter, at, label in iterate_marks(view) if at == round(step)
+        )
     )
 
 
-def next_event(view: View, step: float, by: int) -> int | None:
+def next_marked_step(view: View, step: float, by: int) -> int | None:
     """The nearest marked step after (`by` 1) or before (-1) a step."""
-    steps = [at for _, at, _ in events(view)]
+    steps = [at for _, at, _ in iterate_marks(view)]
     if by > 0:
         return min((at for at in steps if at > step), default=None)
     return max((at for at in steps if at < step), default=None)
 
 
-def checkpoints(view: View) -> tuple[int, ...]:
+def checkpoint_steps(view: View) -> tuple[int, ...]:
     """Only what one can still go back to; hundreds of pruned checkpoints would say nothing."""
     return tuple(s.step for s in view.status.snapshots if s.tier == "disk") if view.status else ()

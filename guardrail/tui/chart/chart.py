@@ -14,14 +14,14 @@ import numpy as np
 from guardrail.core.format import format_count
 from guardrail.tui.chart import axis, overlay
 from guardrail.tui.chart.axis import GUTTER
-from guardrail.tui.chart.column_cache import Given, Viewport
+from guardrail.tui.chart.column_cache import ColumnCache, PlotInput
 from guardrail.tui.draw import palette
-from guardrail.tui.draw.lines import Lines, Piece, Row, fit, title, width_of
+from guardrail.tui.draw.lines import Lines, Piece, Row, fit_row, row_width, title_row
 from guardrail.tui.draw.palette import BAND
-from guardrail.tui.model.view import View, label_of
+from guardrail.tui.model.view import View, signal_label
 from guardrail.tui.numerics import raster
 from guardrail.tui.numerics.raster import Ink
-from guardrail.tui.numerics.scales import short
+from guardrail.tui.numerics.scales import format_short
 
 SMOOTHINGS = ("off", "light", "strong")
 _TONES = {
@@ -50,12 +50,12 @@ class Chart(Lines):
         self._sources: tuple[object, ...] = ()
         self._settings: tuple[object, ...] = ()
         self._drawn: Sequence[Row] = ()
-        self._memory = Memory()
+        self._memory = PlotCache()
 
     def _chart(self, view: View, width: int, height: int) -> Sequence[Row]:
         snapshot, status = view.snapshot, view.status
         sources = (snapshot.series, snapshot.story.marks)
-        run = (status.total_steps, axis.checkpoints(view)) if status else ()
+        run = (status.total_steps, axis.checkpoint_steps(view)) if status else ()
         chosen = (
             self.signal,
             view.big,
@@ -70,12 +70,12 @@ class Chart(Lines):
         same = len(sources) == len(self._sources) and all(map(operator.is_, sources, self._sources))
         if not same or settings != self._settings:
             self._sources, self._settings = sources, settings
-            self._drawn = chart_rows(view, self.signal, width, height, self._memory)
+            self._drawn = draw_chart(view, self.signal, width, height, self._memory)
         return self._drawn
 
 
-def chart_rows(
-    view: View, signal: str, width: int, height: int, memory: Memory | None = None
+def draw_chart(
+    view: View, signal: str, width: int, height: int, memory: PlotCache | None = None
 ) -> list[Row]:
     """Title and plot in `width` x `height` cells; the enlarged chart has an axis with labels below.
 
@@ -89,9 +89,9 @@ def chart_rows(
     cells = width - GUTTER
     if rows < 1 or cells < 8:
         return [head][:height]
-    scale = axis.x_scale(view, cells)
+    scale = axis.make_x_scale(view, cells)
     nothing = not len(view.snapshot.series) and not view.snapshot.series.ghosts
-    memory = memory or Memory()
+    memory = memory or PlotCache()
     given = memory.eye.look(view, signal, scale, rows)
     plot = list(memory.rows(given, _tones(view, signal), ticks=not nothing))
     if nothing:
@@ -102,34 +102,34 @@ def chart_rows(
     return [head, *plot, *(axis.axis_rows(view, scale, cells)[:below] if below else ())]
 
 
-class Sparks(Lines):
+class Sparklines(Lines):
     """The first signals whose charts are hidden, a row each."""
 
     def __init__(self) -> None:
         super().__init__(self._sparks, id="sparks")
-        self._memories: dict[str, Memory] = {}
+        self._memories: dict[str, PlotCache] = {}
 
     def _sparks(self, view: View, width: int, height: int) -> Sequence[Row]:
         signals = [signal for signal in view.charts if signal != view.big][:height]
-        self._memories = {signal: self._memories.get(signal) or Memory() for signal in signals}
-        return [spark_row(view, signal, width, self._memories[signal]) for signal in signals]
+        self._memories = {signal: self._memories.get(signal) or PlotCache() for signal in signals}
+        return [draw_sparkline(view, signal, width, self._memories[signal]) for signal in signals]
 
 
-def spark_row(view: View, signal: str, width: int, memory: Memory | None = None) -> Row:
+def draw_sparkline(view: View, signal: str, width: int, memory: PlotCache | None = None) -> Row:
     """A signal in one row: name, last value, a curve of four dots' height."""
     value = _value(view, signal)
-    name = fit((((label_of(signal)), "dim"),), 24)
+    name = fit_row((((signal_label(signal)), "dim"),), 24)
     head: Row = (
         (" ", "plain"),
         *name,
-        (" " * (24 - width_of(name)), "plain"),
+        (" " * (24 - row_width(name)), "plain"),
         (f"{value[0]:>8} ", value[1]),
     )
     cells = width - 34
     if cells < 8:
-        return fit(head, width)
-    scale = axis.x_scale(view, cells)
-    memory = memory or Memory()
+        return fit_row(head, width)
+    scale = axis.make_x_scale(view, cells)
+    memory = memory or PlotCache()
     return (
         *head,
         *memory.rows(memory.eye.look(view, signal, scale, 1), _tones(view, signal), gutter=False)[
@@ -138,16 +138,21 @@ def spark_row(view: View, signal: str, width: int, memory: Memory | None = None)
     )
 
 
-class Memory:
+class PlotCache:
     """The last plot of a chart, in rows."""
 
     def __init__(self) -> None:
-        self.eye = Viewport()
+        self.eye = ColumnCache()
         self._key: tuple[object, ...] = ()
         self._rows: list[Row] = []
 
     def rows(
-        self, given: Given, tones: Mapping[Ink, str], *, ticks: bool = False, gutter: bool = True
+        self,
+        given: PlotInput,
+        tones: Mapping[Ink, str],
+        *,
+        ticks: bool = False,
+        gutter: bool = True,
     ) -> list[Row]:
         """Drawn anew only if something else is given."""
         key = (*given.key(), tones, ticks)
@@ -162,8 +167,8 @@ class Memory:
         return self._rows
 
 
-def _draw(given: Given) -> raster.Plot:
-    drawn = raster.draw(
+def _draw(given: PlotInput) -> raster.Plot:
+    drawn = raster.draw_plot(
         given.main,
         given.pale,
         height=given.rows,
@@ -187,7 +192,7 @@ def _value(view: View, signal: str) -> Piece:
         return "–", "dim"
     if math.isnan(value):
         return ("× NaN", "bad")
-    return (short(value), "strong")
+    return (format_short(value), "strong")
 
 
 def _title(view: View, signal: str, width: int) -> Row:
@@ -195,9 +200,9 @@ def _title(view: View, signal: str, width: int) -> Row:
     series, name = view.snapshot.series, f"{signal}_threshold"
     threshold = series.last(name) if view.at is None else series.at(name, view.at)
     if threshold is not None and math.isfinite(threshold) and width >= 56:
-        right.append((f"threshold {short(threshold)}   ", "threshold"))
+        right.append((f"threshold {format_short(threshold)}   ", "threshold"))
     if view.at is not None:
-        there = axis.at_step(view, view.at)
+        there = axis.describe_marks_at(view, view.at)
         right.append((f"{there}  " if there and width >= 40 else "", "warn"))
         right.append((f"step {format_count(view.at)}  ", "accent"))
     right.append(_value(view, signal))
@@ -206,13 +211,15 @@ def _title(view: View, signal: str, width: int) -> Row:
         for name, on in (("log", signal in view.logarithmic), ("smoothed", view.smooth > 0))
         if on
     ]
-    name = label_of(signal) + (f" ({', '.join(ways)})" if ways else "")
-    return title(name, width, right=tuple(right), tone="strong" if view.big == signal else "dim")
+    name = signal_label(signal) + (f" ({', '.join(ways)})" if ways else "")
+    return title_row(
+        name, width, right=tuple(right), tone="strong" if view.big == signal else "dim"
+    )
 
 
 def _tones(view: View, signal: str) -> dict[Ink, str]:
     """The curve has its signal's colour; under a smoothed one the raw one is pale."""
-    curve = palette.tone_of(signal, view.charts)
+    curve = palette.curve_tone(signal, view.charts)
     return _TONES | ({Ink.LINE: "raw", Ink.SMOOTH: curve} if view.smooth else {Ink.LINE: curve})
 
 

@@ -26,7 +26,7 @@ from guardrail.tui.numerics.series import STEP, Series
 SMOOTHING = (0.0, 2.0, 8.0)
 
 
-class Given(NamedTuple):
+class PlotInput(NamedTuple):
     """All that the cells of a plot are made of. A row more in a run of a million seldom changes any
     of it.
     """
@@ -56,7 +56,7 @@ class Given(NamedTuple):
         return (*curves, *lines, self.rules, self.marks, self.log, self.scale, self.rows)
 
 
-class Viewport:
+class ColumnCache:
     """Looks at one signal again and again."""
 
     def __init__(self) -> None:
@@ -71,20 +71,20 @@ class Viewport:
         self._mark_key: tuple[object, ...] = ()
         self._marks: tuple[Mark, ...] = ()
 
-    def look(self, view: View, signal: str, scale: XScale, rows: int) -> Given:
+    def look(self, view: View, signal: str, scale: XScale, rows: int) -> PlotInput:
         """At a plot of so many rows."""
-        series, along = view.snapshot.series, axis.axis_of(view)
+        series, along = view.snapshot.series, axis.shown_axis(view)
         tall = rows > 1  # a curve of one row has no room for more than itself
         log, smooth = signal in view.logarithmic, view.smooth if tall else 0
         dots = self._columns(series, signal, along, scale, log=log, tall=tall, smooth=smooth > 0)
         rules = [step for step, _ in view.snapshot.story.marks.get(ROLLBACK, ())]
         rules += [round(view.at)] if view.at is not None else []
-        return Given(
+        return PlotInput(
             main=Columns(dots["low"], dots["high"], dots["bad"]),
             pale=self._abandoned(series, signal, along, scale),
             baseline=dots.get("baseline"),
             threshold=dots.get("threshold"),
-            places=overlay.averaged(dots["median"], SMOOTHING[smooth]) if smooth else None,
+            places=overlay.moving_average(dots["median"], SMOOTHING[smooth]) if smooth else None,
             rules=tuple(map(scale.cell, series.places(np.array(rules, dtype=np.float64), along)))
             if tall
             else (),
@@ -131,18 +131,19 @@ class Viewport:
         if key != self._ghost_key or not _same(series.ghosts, self._ghosts):
             self._ghosts, self._ghost_key = series.ghosts, key
             self._pale = tuple(
-                raster.columns_of(ghost.curves(signal, along), scale) for ghost in series.ghosts
+                raster.merged_dot_columns(ghost.curves(signal, along), scale)
+                for ghost in series.ghosts
             )
         return self._pale
 
     def _marks_of(self, view: View, scale: XScale, *, all_kinds: bool) -> tuple[Mark, ...]:
         """Along steps they stand where they stand; along other axes the rows say where."""
-        along, marks = axis.axis_of(view), view.snapshot.story.marks
+        along, marks = axis.shown_axis(view), view.snapshot.story.marks
         sources = (marks, None if along == STEP else view.snapshot.series)
-        key = (axis.checkpoints(view), along, scale, all_kinds)
+        key = (axis.checkpoint_steps(view), along, scale, all_kinds)
         if key != self._mark_key or not _same(sources, self._marked):
             self._marked, self._mark_key = sources, key
-            self._marks = tuple(axis.marks_of(view, scale, all_kinds=all_kinds))
+            self._marks = tuple(axis.marks_in_view(view, scale, all_kinds=all_kinds))
         return self._marks
 
 
@@ -163,11 +164,11 @@ def _fresh(
 ) -> dict[str, np.ndarray]:
     """The dot columns from `first` on."""
     curves = tuple(series.curves(signal, along))
-    main = raster.columns_of(curves, scale, first)
+    main = raster.merged_dot_columns(curves, scale, first)
     found = {"low": main.low, "high": main.high, "bad": main.bad}
     for part in ("baseline", "threshold"):
         if tall and f"{signal}_{part}" in series.values:
             found[part] = series.sampled(f"{signal}_{part}", along, scale, first)
     if smooth:
-        found["median"] = overlay.medians(curves, scale, log, first)
+        found["median"] = overlay.column_medians(curves, scale, log, first)
     return found

@@ -33,14 +33,14 @@ class Mark(NamedTuple):
     ink: Ink
 
 
-def smoothed(curves: Iterable[Curve], scale: XScale, log: bool, half_life: float) -> np.ndarray:
+def smooth_curve(curves: Iterable[Curve], scale: XScale, log: bool, half_life: float) -> np.ndarray:
     """A curve as a line that follows it slowly, in places of the y-axis: float64 [C], NaN where
     nothing is.
     """
-    return averaged(medians(curves, scale, log), half_life)
+    return moving_average(column_medians(curves, scale, log), half_life)
 
 
-def averaged(values: np.ndarray, half_life: float) -> np.ndarray:
+def moving_average(values: np.ndarray, half_life: float) -> np.ndarray:
     """An exponential moving average over dot columns, float64 [C].
 
     It is divided by the sum of its weights, as Adam corrects its moments (Kingma and Ba 2015,
@@ -58,7 +58,7 @@ def averaged(values: np.ndarray, half_life: float) -> np.ndarray:
     return found
 
 
-def medians(curves: Iterable[Curve], scale: XScale, log: bool, first: int = 0) -> np.ndarray:
+def column_medians(curves: Iterable[Curve], scale: XScale, log: bool, first: int = 0) -> np.ndarray:
     """The median of up to 16 points of each dot column from `first` on, in places of the y-axis:
     one spike does not drag it along. float64 [C - first]
 
@@ -83,7 +83,7 @@ def medians(curves: Iterable[Curve], scale: XScale, log: bool, first: int = 0) -
 def draw_smoothed(plot: Plot, places: np.ndarray) -> None:
     """Draw a line through places of the y-axis; in its cells the raw curve gives way."""
     values = 10.0**places if plot.scale.log else places
-    bits = raster.line(
+    bits = raster.draw_line(
         Columns(values, values, np.zeros(len(values), dtype=bool)), plot.scale, plot.body
     )
     codes, inks = plot.codes[plot.body], plot.inks[plot.body]

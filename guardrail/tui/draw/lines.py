@@ -27,28 +27,28 @@ Builder = Callable[[View, int, int], Sequence[Row]]
 _MOVE = 4  # cells that are sent again rather than passed over
 
 
-def row(*pieces: Piece | str) -> Row:
+def make_row(*pieces: Piece | str) -> Row:
     """Pieces; a bare string is plain."""
     return tuple((piece, "plain") if isinstance(piece, str) else piece for piece in pieces if piece)
 
 
-def cells_of(text: str) -> int:
+def text_width(text: str) -> int:
     """Most texts are plain ones, for which there is nothing to look up."""
     return len(text) if text.isascii() and text.isprintable() else cell_len(text)
 
 
-def width_of(line: Row) -> int:
-    return sum([cells_of(text) for text, _ in line])
+def row_width(line: Row) -> int:
+    return sum([text_width(text) for text, _ in line])
 
 
-def fit(line: Row, width: int) -> Row:
+def fit_row(line: Row, width: int) -> Row:
     """The row in at most `width` cells, ending in an ellipsis where it was cut."""
-    if width_of(line) <= width:
+    if row_width(line) <= width:
         return line
     kept: list[Piece] = []
     left = width - 1
     for text, tone in line:
-        length = cells_of(text)
+        length = text_width(text)
         if length > left:
             kept.append((set_cell_size(text, max(0, left)).rstrip() + "…", tone))
             break
@@ -57,36 +57,36 @@ def fit(line: Row, width: int) -> Row:
     return tuple(kept) if width > 0 else ()
 
 
-def spread(left: Row, right: Row, width: int) -> Row:
+def spread_row(left: Row, right: Row, width: int) -> Row:
     """`left`, and `right` at the right edge; `right` goes where both have no room."""
-    room = width - width_of(left) - width_of(right)
-    return (*left, (" " * room, "plain"), *right) if right and room >= 2 else fit(left, width)
+    room = width - row_width(left) - row_width(right)
+    return (*left, (" " * room, "plain"), *right) if right and room >= 2 else fit_row(left, width)
 
 
-def title(name: str, width: int, *, right: Row = (), tone: str = "dim") -> Row:
+def title_row(name: str, width: int, *, right: Row = (), tone: str = "dim") -> Row:
     """`─ name ─────── right ─`; of `right` goes what a narrow one has no room for, the first pieces
     first.
     """
     left: Row = (("─ ", "faint"), (name, tone), (" ", "plain"))
-    while right and width_of(left) + width_of(right) + 4 > width:
+    while right and row_width(left) + row_width(right) + 4 > width:
         right = right[1:]
     tail: Row = ((" ", "plain"), *right, (" ─", "faint")) if right else (("─", "faint"),)
-    room = width - width_of(left) - width_of(tail)
-    return (*left, ("─" * room, "faint"), *tail) if room >= 1 else fit(left, width)
+    room = width - row_width(left) - row_width(tail)
+    return (*left, ("─" * room, "faint"), *tail) if room >= 1 else fit_row(left, width)
 
 
-def wrap(text: str, width: int) -> list[str]:
+def wrap_text(text: str, width: int) -> list[str]:
     """Words in lines of at most `width` cells; a longer word is broken."""
     width = max(1, width)
     lines, line = [], ""
     for word in text.split(" "):
         joined = f"{line} {word}" if line else word
-        if cells_of(joined) <= width:
+        if text_width(joined) <= width:
             line = joined
             continue
         if line:
             lines.append(line)
-        while cells_of(word) > width:
+        while text_width(word) > width:
             head = set_cell_size(word, width).rstrip() or word[0]
             lines.append(head)
             word = word[len(head) :]
@@ -94,7 +94,7 @@ def wrap(text: str, width: int) -> list[str]:
     return [*lines, line] if line or not lines else lines
 
 
-def changes(before: Row, after: Row, width: int) -> list[tuple[int, int]]:
+def changed_cells(before: Row, after: Row, width: int) -> list[tuple[int, int]]:
     """(first cell, cells) of the stretches in which two rows differ; the whole row where cells are
     not characters.
 
@@ -102,7 +102,7 @@ def changes(before: Row, after: Row, width: int) -> list[tuple[int, int]]:
     """
     cells = [[(char, tone) for text, tone in line for char in text] for line in (before, after)]
     if any(
-        len(line) != width_of(drawn) for line, drawn in zip(cells, (before, after), strict=True)
+        len(line) != row_width(drawn) for line, drawn in zip(cells, (before, after), strict=True)
     ):
         return [(0, width)]
     pairs = itertools.zip_longest(*cells, fillvalue=(" ", "plain"))
@@ -165,7 +165,7 @@ class Lines(Widget):
         # Measuring text is most of the work of a frame in which little happens.
         known = self._built if width == self._fitted else ()
         rows = [
-            self._rows[y] if y < len(known) and line == known[y] else fit(line, width)
+            self._rows[y] if y < len(known) and line == known[y] else fit_row(line, width)
             for y, line in enumerate(built)
         ]
         self._built, self._fitted, self._size_built = built, width, self.size
@@ -175,7 +175,9 @@ class Lines(Widget):
             after = rows[y] if y < len(rows) else ()
             if before != after:
                 self._strips.pop(y, None)
-                regions += [Region(x, y, cells, 1) for x, cells in changes(before, after, width)]
+                regions += [
+                    Region(x, y, cells, 1) for x, cells in changed_cells(before, after, width)
+                ]
         self._rows = rows
         if regions:
             self.refresh(*regions)
@@ -188,7 +190,7 @@ class Lines(Widget):
             return self._build(view, width, height)
         except Exception as error:  # a part that cannot be drawn must not end the screen
             text = f" ✗ this part cannot be drawn: {type(error).__name__}: {clean_text(str(error), 200)}"
-            return [fit(((text, "bad"),), width)]
+            return [fit_row(((text, "bad"),), width)]
 
     def on_resize(self, event: Resize) -> None:
         self._strips.clear()
@@ -206,7 +208,8 @@ class Lines(Widget):
             # already.
             width, height = self._size_built = self.size
             self._rows = [
-                fit(line, width) for line in self._built_rows(self._view, width, height)[:height]
+                fit_row(line, width)
+                for line in self._built_rows(self._view, width, height)[:height]
             ]
             self._built, self._fitted = [], 0
             self._strips.clear()
@@ -219,8 +222,8 @@ class Lines(Widget):
         return strip
 
     def _strip(self, line: Row) -> Strip:
-        styles = palette.styles_of(self.app.theme)
+        styles = palette.theme_styles(self.app.theme)
         base = self.rich_style
-        cleaned = fit(tuple((clean_text(text), tone) for text, tone in line), self.size.width)
+        cleaned = fit_row(tuple((clean_text(text), tone) for text, tone in line), self.size.width)
         segments = [Segment(text, base + styles[tone]) for text, tone in cleaned if text]
         return Strip(segments).adjust_cell_length(self.size.width, base)

@@ -144,12 +144,12 @@ THEMES = {theme.name.removeprefix("guardrail-"): theme.name for theme in OURS} |
 }
 
 
-def styles_of(theme: str) -> Mapping[str, Style]:
+def theme_styles(theme: str) -> Mapping[str, Style]:
     """The styles of a theme by textual's name; those of the terminal for one that is not ours."""
     return _STYLES.get(theme, ANSI)
 
 
-def tone_of(signal: str, among: Sequence[str]) -> str:
+def curve_tone(signal: str, among: Sequence[str]) -> str:
     """The tone of a curve: its own, else one by its place."""
     if signal in CHARTS:
         return signal

@@ -21,7 +21,7 @@ _COMMANDS = {CommandKind.LR.value: LR, CommandKind.SHRINK_EMBEDDING.value: EMBED
 
 
 @dataclass(frozen=True)
-class Held:
+class ActiveFactor:
     """One factor.
 
     Attributes:
@@ -52,7 +52,7 @@ class Held:
         )
 
 
-class HeldBook:
+class FactorTracker:
     """Takes in events in their order."""
 
     def __init__(self) -> None:
@@ -74,23 +74,25 @@ class HeldBook:
             self._past.add(event)
         return True
 
-    def held(self) -> tuple[Held, ...]:
+    def held(self) -> tuple[ActiveFactor, ...]:
         remedies = [one for _, one in self._past.remedies if one.kind in NAMES]
-        by_guard = [Held(one.kind, one.value, one.from_step, "guard", one) for one in remedies]
+        by_guard = [
+            ActiveFactor(one.kind, one.value, one.from_step, "guard", one) for one in remedies
+        ]
         return (
             *self._by_hand(LR, self._past.lr),
             *self._by_hand(EMBED_ALPHA, self._past.alpha),
             *by_guard,
         )
 
-    def _by_hand(self, kind: str, setting: StepSetting) -> list[Held]:
+    def _by_hand(self, kind: str, setting: StepSetting) -> list[ActiveFactor]:
         return [
-            Held(kind, value, since, self._by.get((kind, value), ""))
+            ActiveFactor(kind, value, since, self._by.get((kind, value), ""))
             for since, value in setting.changes[-1:]
         ]
 
 
-def held_words(held: Sequence[Held], step: int) -> list[str]:
+def format_factors(held: Sequence[ActiveFactor], step: int) -> list[str]:
     """What acts on the update of `step`: "embedding ×0.1 since 1,201 by guard until 1,400", one
     text a kind.
     """

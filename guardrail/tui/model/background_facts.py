@@ -18,11 +18,11 @@ import numpy as np
 
 from guardrail.core.errors import RunDirectoryError
 from guardrail.rundir.run_directory import MetricsView, RunDirectory
-from guardrail.tui.model.logtail import LogTail, Printed
-from guardrail.tui.model.rank_health import Rank, RankBook
+from guardrail.tui.model.logtail import LogTail, PrintedLine
+from guardrail.tui.model.rank_health import Rank, RankTracker
 
 if TYPE_CHECKING:
-    from guardrail.tui.model.config_lines import Setting
+    from guardrail.tui.model.config_lines import ConfigLine
 
 LOOK_SECONDS = 1.0
 # of the time that looking may take: with a thousand ranks on a slow disk it is done every few
@@ -33,7 +33,7 @@ _NAMED = 8
 
 
 @dataclass(frozen=True)
-class Around:
+class Background:
     """Attributes:
     ranks: by number. slowest: (rank, how many of the newest rows it was the slowest in), the most
     often first. printed: newest lines of all logs. settings: lines of the configuration. screens:
@@ -43,13 +43,13 @@ class Around:
 
     ranks: tuple[Rank, ...] = ()
     slowest: tuple[tuple[int, int], ...] = ()
-    printed: tuple[Printed, ...] = ()
-    settings: tuple[Setting, ...] = ()
+    printed: tuple[PrintedLine, ...] = ()
+    settings: tuple[ConfigLine, ...] = ()
     screens: int = 0
     looked: float = math.inf
 
 
-class BackgroundFacts:
+class BackgroundReader:
     """Looks around when it is time to.
 
     Args:
@@ -65,11 +65,11 @@ class BackgroundFacts:
         timer: Callable[[], float] = time.monotonic,
     ) -> None:
         self._run, self._clock, self._timer = run, clock, timer
-        self._ranks, self._tail = RankBook(), LogTail(run.logs)
+        self._ranks, self._tail = RankTracker(), LogTail(run.logs)
         self._next = -1.0
         self._looks = 0
         self._config: tuple[int, int] | None = None
-        self.around = Around()
+        self.around = Background()
 
     def look(self, *, ended: bool = False) -> bool:
         """Look if it is time; True if `around` says something new."""
@@ -110,6 +110,6 @@ class BackgroundFacts:
             text = self._run.config_text(display=True)
         except (OSError, RunDirectoryError):
             return
-        from guardrail.tui.model.config_lines import settings_of
+        from guardrail.tui.model.config_lines import read_config_lines
 
-        self.around = replace(self.around, settings=settings_of(text))
+        self.around = replace(self.around, settings=read_config_lines(text))

@@ -18,7 +18,7 @@ _MAX_LINES = 2000
 
 
 @dataclass(frozen=True)
-class Setting:
+class ConfigLine:
     """One line. `default` is "" where it is the same, and `known` False where nobody can say."""
 
     section: str
@@ -29,14 +29,14 @@ class Setting:
     known: bool = True
 
 
-def settings_of(text: str) -> tuple[Setting, ...]:
+def read_config_lines(text: str) -> tuple[ConfigLine, ...]:
     """The lines of a config.toml; one that is no TOML is shown as it stands. Never raises."""
     try:
         tree = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError):
         lines = text.splitlines()[:_MAX_LINES]
         return tuple(
-            Setting("", "", clean_and_shorten(line, 200), known=False)
+            ConfigLine("", "", clean_and_shorten(line, 200), known=False)
             for line in lines
             if line.strip()
         )
@@ -50,7 +50,7 @@ def settings_of(text: str) -> tuple[Setting, ...]:
         differs = known and not _same(value, defaults[path])
         default = _shown(defaults[path]) if differs else ""
         found.append(
-            Setting(
+            ConfigLine(
                 clean_and_shorten(section, 60),
                 clean_and_shorten(key, 60),
                 _shown(value),

@@ -16,7 +16,7 @@ import numpy as np
 from guardrail.core.errors import GuardrailError
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.tui.model.latest_snapshot import LatestSnapshot
-from guardrail.tui.numerics.decimated_series import EXACT, Track
+from guardrail.tui.numerics.decimated_series import EXACT, DecimatedSeries
 from guardrail.tui.numerics.series import SIGNALS, STEP, Detail, Series
 
 CHUNK_ROWS = 65536  # read, and mapped, before the screen draws them
@@ -172,7 +172,7 @@ class CurveReader:
         if point:
             first = int(series.row[point - 1]) + 1
             base = {name: float(places[point - 1]) for name, places in series.axes.items()}
-        track = Track(kept[0], (kept[1],), exact=EXACT, base=base)
+        track = DecimatedSeries(kept[0], (kept[1],), exact=EXACT, base=base)
         for at, columns, rows in self._in_chunks(first, end):
             track.add(columns, rows, first=at)
             if self._leaving.is_set():
@@ -182,10 +182,10 @@ class CurveReader:
 
     # -- the track
 
-    def _new_track(self, signals: tuple[str, ...] = (), axis: str = STEP) -> Track:
-        return Track(signals, (axis,), exact=self._exact, again=self._rows_again)
+    def _new_track(self, signals: tuple[str, ...] = (), axis: str = STEP) -> DecimatedSeries:
+        return DecimatedSeries(signals, (axis,), exact=self._exact, again=self._rows_again)
 
-    def _abandon_ended(self, track: Track) -> None:
+    def _abandon_ended(self, track: DecimatedSeries) -> None:
         limit = self._timeline_end(track.timeline)
         if limit < track.last_step:
             track.abandon(after=limit)

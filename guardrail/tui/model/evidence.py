@@ -21,7 +21,7 @@ _TOLD = ("verdict", "finding", "left_out", "rollback", "incident", "cause", "rem
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class SkippedSpan:
     """One stretch that is left out. `incident` 0: of none; `documents` are those that the journal
     names.
     """
@@ -36,7 +36,7 @@ class LeftOut:
 
 
 @dataclass(frozen=True)
-class Known:
+class JournalEvidence:
     """Attributes:
     cases: number of an incident -> all that is known of it.
     left_out: newest first.
@@ -45,18 +45,18 @@ class Known:
     """
 
     cases: Mapping[int, Incident] = field(default_factory=dict)
-    left_out: tuple[LeftOut, ...] = ()
+    left_out: tuple[SkippedSpan, ...] = ()
     samples_out: int = 0
     samples: int = 0
 
 
-class Evidence:
+class EvidenceBuilder:
     """Takes in events in their order; what it hands out never changes."""
 
     def __init__(self) -> None:
         self._book = IncidentBuilder(keep=KEPT_CASES)
         self._cases: dict[int, Incident] = {}
-        self._left_out: list[LeftOut] = []
+        self._left_out: list[SkippedSpan] = []
         self._samples = 0
 
     def add(self, events: Iterable[Event]) -> None:
@@ -70,15 +70,15 @@ class Evidence:
             elif (span := span_of(event)) is not None:
                 incident = as_int(event.data.get("incident"))
                 self._left_out.append(
-                    LeftOut(span, incident, tuple(_names(event.data.get("documents"))))
+                    SkippedSpan(span, incident, tuple(_names(event.data.get("documents"))))
                 )
         del self._left_out[:-KEPT_SPANS]
         if told:
             self._cases = {one.number: one for one in self._book.of(told) if one.number > 0}
 
-    def known(self) -> Known:
+    def known(self) -> JournalEvidence:
         pieces = [piece for one in self._left_out for piece in split_span(one.span)]
-        return Known(
+        return JournalEvidence(
             cases=MappingProxyType(self._cases),
             left_out=tuple(reversed(self._left_out)),
             samples_out=sum(last - first for first, last in joined(pieces)),

@@ -40,7 +40,7 @@ def is_gone(path: Path) -> bool:
     return False
 
 
-def damage_of(
+def find_damage(
     run: RunDirectory,
     *,
     status_known: bool,
@@ -77,7 +77,7 @@ def damage_of(
     return tuple(found)
 
 
-def reason_of(error: Exception) -> str:
+def format_reason(error: Exception) -> str:
     """One line: what the system or guardrail itself says; of anything else its kind as well."""
     if isinstance(error, OSError | GuardrailError):
         return str((error.strerror if isinstance(error, OSError) else None) or error)

@@ -53,7 +53,7 @@ _ENDED = {
 }
 
 
-def health_of(
+def assess_health(
     status: Status | None,
     *,
     recovering: bool,
@@ -91,7 +91,7 @@ def seconds_left(status: Status, silence: float) -> float:
     return max(0.0, status.deadline - status.heartbeat - silence)
 
 
-def disk_words(status: Status) -> str:
+def format_disk_state(status: Status) -> str:
     """ "disk failing: checkpoint: No space left on device"; the status says "degraded: WHY"."""
     return f"disk failing{status.durability.removeprefix('degraded')}"
 

@@ -12,7 +12,7 @@ SKIP, ROLLBACK, COMMAND, CHECKPOINT, INCIDENT = "S", "R", "!", "C", "#"
 
 
 @dataclass(frozen=True)
-class Line:
+class LogLine:
     """One line of the log. `mark` says the kind in one character, `tone` how it is meant."""
 
     time: float
@@ -50,7 +50,7 @@ _TONES = {
 }
 
 
-def line_of(event: Event) -> Line:
+def make_log_line(event: Event) -> LogLine:
     """One event for a person: its message, or what its data says where an old version wrote no
     message.
     """
@@ -77,7 +77,7 @@ def line_of(event: Event) -> Line:
     if event.kind == "command" and isinstance(who, str) and who:
         text = f"{text} (by {clean_and_shorten(who, 60)})"
     mark = "●" if tone == "good" and event.kind == "durability" else _MARKS.get(event.kind, "·")
-    return Line(event.time, event.step, mark, tone, text)
+    return LogLine(event.time, event.step, mark, tone, text)
 
 
 def _fallback(event: Event) -> str:

@@ -22,7 +22,7 @@ MAX_LOGS = 4096
 
 
 @dataclass(frozen=True)
-class Printed:
+class PrintedLine:
     """One line. `source` is the number of the rank, or what else has a log: "supervisor",
     "elastic".
     """
@@ -41,10 +41,10 @@ class LogTail:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._logs: dict[str, _Log] = {}
-        self._lines: deque[Printed] = deque(maxlen=KEPT_LINES)
+        self._lines: deque[PrintedLine] = deque(maxlen=KEPT_LINES)
 
     @property
-    def lines(self) -> tuple[Printed, ...]:
+    def lines(self) -> tuple[PrintedLine, ...]:
         """Oldest first; those of one look stand together by log, since lines have no common
         clock.
         """
@@ -69,7 +69,7 @@ class LogTail:
             if log is None:
                 log = self._logs[name] = _Log(self._folder / name, source=_source(name))
             for text in log.look():
-                self._lines.append(Printed(log.source, text))
+                self._lines.append(PrintedLine(log.source, text))
                 found = True
         return found
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class State:
+class PaneState:
     """One pane as this viewer looks at it.
 
     Attributes:

@@ -31,7 +31,7 @@ class Rank:
 
 
 @dataclass(frozen=True)
-class Judged:
+class RankHealth:
     """What a viewer thinks of a rank.
 
     Attributes:
@@ -56,7 +56,7 @@ class Judged:
         )
 
 
-class RankBook:
+class RankTracker:
     """Remembers when what a rank says last changed."""
 
     def __init__(self) -> None:
@@ -83,34 +83,34 @@ class RankBook:
         return tuple(found[number] for number in sorted(found))
 
 
-def median(ranks: Sequence[Rank]) -> float:
+def median_step_seconds(ranks: Sequence[Rank]) -> float:
     """Of the step times; NaN where no rank has one."""
     times = [rank.told.step_seconds for rank in ranks if rank.told.step_seconds > 0]
     return statistics.median(times) if times else math.nan
 
 
-def judge(ranks: Sequence[Rank], now: float, *, ended: bool = False) -> list[Judged]:
+def assess_ranks(ranks: Sequence[Rank], now: float, *, ended: bool = False) -> list[RankHealth]:
     """What is the matter with each, in the same order.
 
     Args:
         ended: the run has ended; ranks that say nothing any more are no news.
     """
-    usual = median(ranks)
+    usual = median_step_seconds(ranks)
     return [_judge(rank, usual, now, ended=ended) for rank in ranks]
 
 
-def _judge(rank: Rank, usual: float, now: float, *, ended: bool) -> Judged:
+def _judge(rank: Rank, usual: float, now: float, *, ended: bool) -> RankHealth:
     told = rank.told
     ratio = told.step_seconds / usual if usual > 0 and told.step_seconds > 0 else 1.0
     if told.phase is Phase.FAILED:
-        return Judged(rank, ratio, "failed")
+        return RankHealth(rank, ratio, "failed")
     if ended or told.phase in _RESTING:
-        return Judged(rank, ratio)
+        return RankHealth(rank, ratio)
     if (silence := now - rank.heard) > SILENT_SECONDS:
-        return Judged(rank, ratio, "silent", silence)
+        return RankHealth(rank, ratio, "silent", silence)
     still = now - rank.moved
     if told.phase in (Phase.STEP, Phase.EVAL) and still > max(
         STUCK_SECONDS, 10 * told.step_seconds
     ):
-        return Judged(rank, ratio, "stuck", still)
-    return Judged(rank, ratio, "slow" if ratio >= SLOW else "")
+        return RankHealth(rank, ratio, "stuck", still)
+    return RankHealth(rank, ratio, "slow" if ratio >= SLOW else "")

@@ -16,8 +16,8 @@ from guardrail.core.errors import GuardrailError
 from guardrail.core.records import Command, Event, Mode, Phase, Status
 from guardrail.tui.model.run_story import StoryBuilder
 from guardrail.tui.model.view import Snapshot
-from guardrail.tui.numerics.decimated_series import Track
-from guardrail.tui.numerics.series import AXES, choosable
+from guardrail.tui.numerics.decimated_series import DecimatedSeries
+from guardrail.tui.numerics.series import AXES, choosable_signals
 
 REFUSAL = "a recorded log takes no commands"
 SHOW_SECONDS = 0.5  # between two looks of the screen at a judgement that goes on
@@ -107,9 +107,10 @@ class RecordedReader:
             )
             self._publish(loaded=True, trouble=f"cannot judge the log: {reason}")
 
-    def _new_track(self) -> Track:
-        return Track(
-            choosable(self._log.columns), [axis for axis in AXES if axis in self._log.columns]
+    def _new_track(self) -> DecimatedSeries:
+        return DecimatedSeries(
+            choosable_signals(self._log.columns),
+            [axis for axis in AXES if axis in self._log.columns],
         )
 
     def _show_rows(self) -> None:

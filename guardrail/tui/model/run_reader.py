@@ -17,9 +17,9 @@ from guardrail.core.errors import GuardrailError
 from guardrail.core.records import Command
 from guardrail.rundir.follow import Follower
 from guardrail.rundir.run_directory import RunDirectory
-from guardrail.tui.model.background_facts import BackgroundFacts
+from guardrail.tui.model.background_facts import BackgroundReader
 from guardrail.tui.model.curve_reader import CHUNK_ROWS, CurveReader
-from guardrail.tui.model.failures import Failures, damage_of, is_gone, reason_of
+from guardrail.tui.model.failures import Failures, find_damage, format_reason, is_gone
 from guardrail.tui.model.latest_snapshot import LatestSnapshot
 from guardrail.tui.model.run_story import StoryBuilder
 from guardrail.tui.model.view import Snapshot
@@ -54,7 +54,7 @@ class RunReader:
         self._failures = Failures()
         self._leaving = threading.Event()
         self._follower, self._story = Follower(run, most=CHUNK_ROWS), StoryBuilder()
-        self._facts = BackgroundFacts(run, clock=clock)
+        self._facts = BackgroundReader(run, clock=clock)
         self._curves = CurveReader(
             run,
             self._latest,
@@ -123,7 +123,7 @@ class RunReader:
         self._sender.join(timeout=0.5)
 
     def _fail(self, name: str, error: Exception) -> None:
-        self._failures.add(name, f"the {name} failed and starts again: {reason_of(error)}")
+        self._failures.add(name, f"the {name} failed and starts again: {format_reason(error)}")
         self._latest.publish(trouble=self._failures.said())
         self._start_over = self._start_over or name == "reader"
 
@@ -145,7 +145,7 @@ class RunReader:
             if not self._is_gone():
                 self._look_at_all()
         except (OSError, GuardrailError) as error:
-            trouble = self._failures.said(f"cannot read the run: {reason_of(error)}")
+            trouble = self._failures.said(f"cannot read the run: {format_reason(error)}")
             self._latest.publish(loaded=True, trouble=trouble, damage=("cannot be read",))
 
     def _look_at_all(self) -> None:
@@ -159,7 +159,7 @@ class RunReader:
             give_back()
         status = self._latest.now.status
         self._facts.look(ended=status is not None and status.phase.ended)
-        damage = damage_of(
+        damage = find_damage(
             self._run,
             status_known=status is not None,
             status_read=self._readable,
@@ -256,7 +256,9 @@ class RunReader:
             self._run.send(command)
         # Every kind: the command is not sent, and its sender waits for an answer.
         except Exception as error:
-            self._latest.publish(unsent={**self._latest.now.unsent, command.id: reason_of(error)})
+            self._latest.publish(
+                unsent={**self._latest.now.unsent, command.id: format_reason(error)}
+            )
 
     def _write_note(self, text: str) -> None:
         status = self._latest.now.status
@@ -264,7 +266,7 @@ class RunReader:
         try:
             self._run.append("note", text, step=step, timeline=timeline)
         except OSError as error:
-            self._failures.add("note", f"the note is not in the journal: {reason_of(error)}")
+            self._failures.add("note", f"the note is not in the journal: {format_reason(error)}")
             self._latest.publish(trouble=self._failures.said())
 
     def _preview(self, command: Command) -> None:

@@ -21,8 +21,8 @@ from guardrail.core.records import Action, CommandKind, Event, Shown
 from guardrail.decide.advised_incidents import AdvisedIncidents
 from guardrail.decide.questions import asks
 from guardrail.rundir.run_directory import findings_of, span_of
-from guardrail.tui.model.active_factors import Held, HeldBook
-from guardrail.tui.model.evidence import Evidence, Known
+from guardrail.tui.model.active_factors import ActiveFactor, FactorTracker
+from guardrail.tui.model.evidence import EvidenceBuilder, JournalEvidence
 from guardrail.tui.model.incident_list import (
     IncidentList,
     IncidentNews,
@@ -30,7 +30,7 @@ from guardrail.tui.model.incident_list import (
     incident_number,
     skipped_data,
 )
-from guardrail.tui.model.log_lines import COMMAND, INCIDENT, ROLLBACK, SKIP, Line, line_of
+from guardrail.tui.model.log_lines import COMMAND, INCIDENT, ROLLBACK, SKIP, LogLine, make_log_line
 from guardrail.tui.model.open_question import OpenQuestion
 
 _MAX_LINES = 500  # newest log lines, and answers to commands, that are kept
@@ -82,7 +82,7 @@ class Story:
 
     incidents: tuple[IncidentSummary, ...] = ()
     marks: Mapping[str, tuple[tuple[int, str], ...]] = field(default_factory=dict)
-    lines: tuple[Line, ...] = ()
+    lines: tuple[LogLine, ...] = ()
     answers: Mapping[str, CommandAnswer] = field(default_factory=dict)
     question: int = 0
     asked: str = ""
@@ -90,8 +90,8 @@ class Story:
     costs: tuple[str, ...] = ()
     shown: tuple[Shown | None, ...] = ()
     paused_by: str = ""
-    held: tuple[Held, ...] = ()
-    known: Known = field(default_factory=Known)
+    held: tuple[ActiveFactor, ...] = ()
+    known: JournalEvidence = field(default_factory=JournalEvidence)
 
     @property
     def recovering(self) -> bool:
@@ -106,12 +106,12 @@ class StoryBuilder:
         self._incidents = IncidentList()
         self._question = OpenQuestion()
         self._marks: dict[str, dict[int, str]] = {SKIP: {}, ROLLBACK: {}, COMMAND: {}, INCIDENT: {}}
-        self._lines: deque[Line] = deque(maxlen=_MAX_LINES)
+        self._lines: deque[LogLine] = deque(maxlen=_MAX_LINES)
         self._answers: dict[str, CommandAnswer] = {}
         self._paused_by = ""
-        self._evidence = Evidence()
-        self._book = HeldBook()
-        self._held: tuple[Held, ...] = ()
+        self._evidence = EvidenceBuilder()
+        self._book = FactorTracker()
+        self._held: tuple[ActiveFactor, ...] = ()
         self._advised = AdvisedIncidents()
 
     def add(self, events: Iterable[Event]) -> None:
@@ -122,7 +122,7 @@ class StoryBuilder:
                 self._held = self._book.held()
             self._take(event)
             if not self._advised.is_repeated(event):
-                self._lines.append(line_of(event))
+                self._lines.append(make_log_line(event))
         for letter, found in self._marks.items():
             if len(found) > _MAX_MARKS:
                 self._marks[letter] = dict(list(found.items())[-_MAX_MARKS:])

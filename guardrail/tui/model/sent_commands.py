@@ -31,14 +31,14 @@ RENEW_SECONDS = 1.0  # between two previews of a command that somebody looks at
 
 
 @dataclass(frozen=True)
-class Sent:
+class SentCommand:
     id: str
     kind: CommandKind
     label: str
     time: float
 
 
-class Foreseen:
+class LivePreview:
     """What a command would do now: asked for at once, and again each second that somebody looks.
 
     Args:
@@ -51,7 +51,7 @@ class Foreseen:
         self.last: Preview | None = None  # the one that was looked at last
         ask(command)
 
-    def look(self, view: View) -> Preview | None:
+    def newest(self, view: View) -> Preview | None:
         """The newest one; None until there is one."""
         found = view.snapshot.previews.get(self._command.id)
         if found is not None and view.now - self._asked >= RENEW_SECONDS:
@@ -74,11 +74,11 @@ class SentCommands:
         self._send, self._preview, self._note = reader.send, reader.preview, reader.write_note
         self.choose_signals, self.request_rows = reader.choose_signals, reader.request_rows
         self._clock = clock
-        self._sent: list[Sent] = []
+        self._sent: list[SentCommand] = []
         self._answered: dict[str, float] = {}
         self._notice: tuple[str, str, float] | None = None
 
-    def command(
+    def send(
         self,
         kind: CommandKind,
         value: float,
@@ -95,7 +95,7 @@ class SentCommands:
             shown: what the viewer was shown that it does.
         """
         now = self._clock()
-        sent = Sent(f"screen-{secrets.token_hex(8)}", kind, label, now)
+        sent = SentCommand(f"screen-{secrets.token_hex(8)}", kind, label, now)
         self._sent.append(sent)
         self._notice = None
         self._send(
@@ -110,7 +110,7 @@ class SentCommands:
             )
         )
 
-    def foresee(self, kind: CommandKind, value: float) -> Foreseen:
+    def preview(self, kind: CommandKind, value: float) -> LivePreview:
         """Ask what a command would do, again and again while somebody looks."""
         command = Command(
             id=f"preview-{secrets.token_hex(8)}",
@@ -119,19 +119,19 @@ class SentCommands:
             who=who(),
             time=self._clock(),
         )
-        return Foreseen(command, self._preview)
+        return LivePreview(command, self._preview)
 
-    def note(self, text: str) -> None:
+    def write_note(self, text: str) -> None:
         """Write a note into the journal; it is seen there."""
         self._notice = None
         self._note(f"{text} ({who()})")
 
-    def waiting(self, *kinds: CommandKind) -> CommandKind | None:
+    def newest_waiting(self, *kinds: CommandKind) -> CommandKind | None:
         """The newest command of these kinds that has no answer yet."""
         waiting = (sent.kind for sent in reversed(self._sent) if sent.id not in self._answered)
         return next((kind for kind in waiting if kind in kinds), None)
 
-    def notice(self, text: str, tone: str = "warn") -> None:
+    def show_notice(self, text: str, tone: str = "warn") -> None:
         """Something for the viewer alone."""
         self._notice = (text, tone, self._clock())
 
@@ -155,7 +155,7 @@ class SentCommands:
             f"  (and {format_plural(others, 'command')} without an answer yet)" if others else ""
         ), tone
 
-    def _state(self, sent: Sent, view: View) -> tuple[str, str]:
+    def _state(self, sent: SentCommand, view: View) -> tuple[str, str]:
         reason = view.snapshot.unsent.get(sent.id)
         if reason is not None:
             return f"✗ {sent.label}: could not be sent: {reason}", "bad"
@@ -176,7 +176,7 @@ class SentCommands:
         return f"✗ refused{why} ({sent.label}, step {format_count(answer.step)})", "bad"
 
 
-def refusal(
+def why_refused(
     status: Status | None, *, read_only: bool, lost: bool = False, name: str = "RUN"
 ) -> str | None:
     """Why no control key can do anything now, or None.
@@ -194,7 +194,7 @@ def refusal(
     return None
 
 
-def number(text: str, kind: CommandKind) -> float | str:
+def parse_value(text: str, kind: CommandKind) -> float | str:
     """The value of a command of that kind, or what is wrong with it."""
     try:
         value = float(text.strip())

@@ -12,7 +12,7 @@ import msgspec
 
 from guardrail.core.format import clean_and_shorten
 from guardrail.core.records import EMBED_GRAD_NORM, EMBED_SHARE, GRAD_NORM, LOSS, Status
-from guardrail.tui.model.background_facts import Around
+from guardrail.tui.model.background_facts import Background
 from guardrail.tui.model.health import (
     GONE,
     HEARTBEAT_SECONDS,
@@ -20,9 +20,9 @@ from guardrail.tui.model.health import (
     RECORDED,
     STARTING,
     Health,
-    health_of,
+    assess_health,
 )
-from guardrail.tui.model.pane_state import State
+from guardrail.tui.model.pane_state import PaneState
 from guardrail.tui.model.run_story import Story
 from guardrail.tui.numerics.series import STEP, THROUGHPUT, Series
 
@@ -46,12 +46,12 @@ LABELS = {
 }
 
 
-def label_of(signal: str) -> str:
+def signal_label(signal: str) -> str:
     """A signal as a person names it. Names of further signals come from outside."""
     return LABELS.get(signal) or clean_and_shorten(signal.replace("_", " "), 40)
 
 
-def cleaned(status: Status) -> Status:
+def clean_status(status: Status) -> Status:
     """The same status with every text in it cleaned, so that what is measured is what is shown.
 
     Before the first step of a start, and after the end, no process holds a state in memory: those
@@ -107,7 +107,7 @@ class Snapshot:
     unsent: Mapping[str, str] = field(default_factory=dict)
     recorded: str = ""
     previews: Mapping[str, Preview] = field(default_factory=dict)
-    around: Around = field(default_factory=Around)
+    around: Background = field(default_factory=Background)
     columns: tuple[str, ...] = ()
     looking_up: float | None = None
 
@@ -121,7 +121,7 @@ class Snapshot:
             self, "unsent", {id: clean_and_shorten(reason) for id, reason in self.unsent.items()}
         )
         if self.status is not None:
-            object.__setattr__(self, "status", cleaned(self.status))
+            object.__setattr__(self, "status", clean_status(self.status))
 
 
 @dataclass(frozen=True)
@@ -158,11 +158,11 @@ class View:
     at: float | None = None
     focus: str = "curves"
     full: bool = False
-    states: Mapping[str, State] = field(default_factory=dict)
+    states: Mapping[str, PaneState] = field(default_factory=dict)
 
-    def state(self, pane: str) -> State:
+    def state(self, pane: str) -> PaneState:
         """What the viewer chose in a pane."""
-        return replace(self.states.get(pane, State()), focused=self.focus == pane)
+        return replace(self.states.get(pane, PaneState()), focused=self.focus == pane)
 
     @property
     def status(self) -> Status | None:
@@ -198,7 +198,7 @@ class View:
         if self.snapshot.gone:
             return GONE
         story = self.snapshot.story
-        return health_of(
+        return assess_health(
             self.status,
             recovering=story.recovering,
             silence=self.silence,

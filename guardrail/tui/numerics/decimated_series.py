@@ -29,7 +29,7 @@ _FLOAT32 = float(np.finfo(np.float32).max)
 Again = Callable[[int, int], tuple[Sequence[str], np.ndarray]]
 
 
-class Track:
+class DecimatedSeries:
     """Grows by rows, goes back by `abandon`.
 
     Memory: 55 bytes a point, 5 more for each further signal, 8 for an axis; of what is summed up 8
@@ -262,7 +262,7 @@ class Track:
         self._stem = object()
         self.cuts += 1
 
-    def _read_again(self, point: int) -> Track | None:
+    def _read_again(self, point: int) -> DecimatedSeries | None:
         """The rows that a point stands for."""
         if self._again is None:
             return None
@@ -272,7 +272,7 @@ class Track:
             if point
             else self._base
         )
-        part = Track(self._signals, self._axis_names, base=base)
+        part = DecimatedSeries(self._signals, self._axis_names, base=base)
         part.add(*self._again(first, int(self._row[point]) + 1), first=first)
         return part if part._rows else None
 

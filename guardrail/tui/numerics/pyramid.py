@@ -48,7 +48,7 @@ def levels_above(first: Level) -> tuple[Level, ...]:
     return tuple(found)
 
 
-def stretches(
+def reduce_ranges(
     points: Level, above: tuple[Level, ...], starts: np.ndarray, ends: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Least and greatest value, and whether there is a bad point, of points [starts, ends).

@@ -14,8 +14,8 @@ from enum import IntEnum
 
 import numpy as np
 
-from guardrail.tui.numerics.pyramid import Level, stretches
-from guardrail.tui.numerics.scales import XScale, YScale, short, ticks, y_scale
+from guardrail.tui.numerics.pyramid import Level, reduce_ranges
+from guardrail.tui.numerics.scales import XScale, YScale, fit_y_scale, format_short, place_ticks
 
 BRAILLE = 0x2800
 # Bit of the dot at [row in cell, column in cell] (Unicode 15, braille patterns).
@@ -89,25 +89,25 @@ class Columns:
         return np.isfinite(self.high)
 
 
-def columns(curve: Curve, scale: XScale, first: int = 0) -> Columns:
+def dot_columns(curve: Curve, scale: XScale, first: int = 0) -> Columns:
     """Least and greatest value of each dot column from `first` on."""
     at = curve.at(scale.edges(first))
-    return Columns(*stretches(curve.points, curve.above, at[:-1], at[1:]))
+    return Columns(*reduce_ranges(curve.points, curve.above, at[:-1], at[1:]))
 
 
-def columns_of(curves: Iterable[Curve], scale: XScale, first: int = 0) -> Columns:
+def merged_dot_columns(curves: Iterable[Curve], scale: XScale, first: int = 0) -> Columns:
     """`columns` of curves that are one behind the other."""
     nothing = np.full(scale.dots - first, np.nan)
     found = Columns(nothing, nothing, np.zeros(len(nothing), dtype=bool))
     for curve in curves:
-        part = columns(curve, scale, first)
+        part = dot_columns(curve, scale, first)
         found = Columns(
             np.fmin(found.low, part.low), np.fmax(found.high, part.high), found.bad | part.bad
         )
     return found
 
 
-def sample(x: np.ndarray, y: np.ndarray, scale: XScale, first: int = 0) -> np.ndarray:
+def sample_last(x: np.ndarray, y: np.ndarray, scale: XScale, first: int = 0) -> np.ndarray:
     """The last value of y in each dot column from `first` on, float64 [C - first]; NaN where there
     is none.
     """
@@ -135,7 +135,7 @@ class Plot:
         return self.codes[row].astype("<u4").tobytes().decode("utf-32-le")
 
 
-def draw(
+def draw_plot(
     main: Columns,
     pale: Sequence[Columns],
     *,
@@ -156,7 +156,7 @@ def draw(
     alarms = height >= 4  # lower plots have no row to spare: alarms lie over the curve
     rows = height - alarms
     dots = 4 * rows
-    y = y_scale([(part.low, part.high) for part in (main, *pale)], log=log, threshold=threshold)
+    y = fit_y_scale([(part.low, part.high) for part in (main, *pale)], log=log, threshold=threshold)
     result = Plot(
         np.full((height, width), ord(" "), dtype=np.uint32),
         np.zeros((height, width), dtype=np.uint8),
@@ -165,7 +165,7 @@ def draw(
         slice(height - rows, height),
     )
     body = result.body
-    drawn = line(main, y, body)
+    drawn = draw_line(main, y, body)
     ghost = np.zeros_like(drawn)
     for part in pale:
         ghost |= _cells(_dotted(part, y, dots), width)
@@ -179,11 +179,11 @@ def draw(
     for part in pale:
         _alarms(result, part, y, Ink.GHOST_CLIP, Ink.GHOST_BAD)
     _alarms(result, main, y, Ink.CLIP, Ink.BAD)
-    result.ticks = ticks(y, rows, offset=height - rows)
+    result.ticks = place_ticks(y, rows, offset=height - rows)
     return result
 
 
-def line(part: Columns, y: YScale, body: slice) -> np.ndarray:
+def draw_line(part: Columns, y: YScale, body: slice) -> np.ndarray:
     """Braille bits uint16 [rows of the body, W] of a curve."""
     return _cells(_line(part, y, 4 * (body.stop - body.start)), len(part.high) // 2)
 
@@ -331,12 +331,12 @@ def _alarms(result: Plot, part: Columns, y: YScale, clip: Ink, bad: Ink) -> None
         .max(axis=1)
     )
     runs = np.flatnonzero(np.diff(np.concatenate(([False], above, [False]))))
-    stretches = sorted(
+    clipped = sorted(
         zip(runs[::2].tolist(), runs[1::2].tolist(), strict=True),
         key=lambda r: -peaks[r[0] : r[1]].max(),
     )
-    for first, end in stretches:
-        _label(result, first, end, short(float(peaks[first:end].max())), clip)
+    for first, end in clipped:
+        _label(result, first, end, format_short(float(peaks[first:end].max())), clip)
 
 
 def _fold(flags: np.ndarray, width: int) -> np.ndarray:

@@ -98,7 +98,7 @@ class YScale:
             return np.asarray((self.top - self.place(y)) / (self.top - self.bottom) * (dots - 1))
 
 
-def y_scale(
+def fit_y_scale(
     parts: Sequence[tuple[np.ndarray, np.ndarray]],
     *,
     log: bool,
@@ -118,7 +118,7 @@ def y_scale(
     # On a log axis a column may reach down to zero or below: its upper end counts alone.
     lows = np.where(np.isfinite(lows), lows, highs)
     if not len(highs):
-        return y_scale(parts[1:], log=log) if len(parts) > 1 else YScale(0.0, 1.0, log)
+        return fit_y_scale(parts[1:], log=log) if len(parts) > 1 else YScale(0.0, 1.0, log)
     bottom, top = float(_smooth(lows).min()), float(_smooth(highs).max())
     bottom = min(bottom, top)
     span = max(top - bottom, 0.02 if log else max(abs(top), abs(bottom)) * 0.01)
@@ -163,14 +163,14 @@ def _snap(bottom: float, top: float, log: bool, *, floor: float = -math.inf) -> 
     if span < least:
         middle = (top + bottom) / 2
         bottom, top, span = max(floor, middle - least / 2), middle + least / 2, least
-    grid = nice(span / 8)
+    grid = round_up(span / 8)
     # A little under the round number counts as the number: 2.4000001 does not open another stretch.
     bottom, top = math.floor(bottom / grid + 1e-6) * grid, math.ceil(top / grid - 1e-6) * grid
     bottom = max(floor, bottom)
     return YScale(bottom, top if top > bottom else bottom + grid, log)
 
 
-def nice(value: float) -> float:
+def round_up(value: float) -> float:
     """The least of 1, 2, 2.5, 5 x 10^k that is not below `value`."""
     if not math.isfinite(value) or value <= 0:
         return 1.0
@@ -180,13 +180,13 @@ def nice(value: float) -> float:
     )
 
 
-def ticks(y: YScale, rows: int, *, offset: int = 0) -> list[tuple[int, str]]:
+def place_ticks(y: YScale, rows: int, *, offset: int = 0) -> list[tuple[int, str]]:
     """(cell row, label) of round values, about one in three rows, from top to bottom."""
     wanted = max(2, rows // 3)
     values = _log_ticks(y, wanted) if y.log else _linear_ticks(y.bottom, y.top, wanted)
     dots = 4 * rows
     placed: dict[int, str] = {}
-    labels = [short(value) for value in values] if y.log else labels_of(values)
+    labels = [format_short(value) for value in values] if y.log else format_labels(values)
     for value, label in zip(values, labels, strict=True):
         row = round(float(y.rows(np.array([value]), dots)[0])) // 4
         # Where seven characters cannot tell two values apart, one of them is said.
@@ -200,7 +200,7 @@ def ticks(y: YScale, rows: int, *, offset: int = 0) -> list[tuple[int, str]]:
 
 
 def _linear_ticks(bottom: float, top: float, wanted: int) -> list[float]:
-    step = nice((top - bottom) / wanted)
+    step = round_up((top - bottom) / wanted)
     first = math.ceil(bottom / step - 1e-6)
     return [k * step for k in range(first, first + 64) if k * step <= top + step * 1e-6]
 
@@ -218,21 +218,21 @@ def _log_ticks(y: YScale, wanted: int) -> list[float]:
     return found if len(found) >= 2 else _linear_ticks(10.0**y.bottom, 10.0**y.top, wanted)
 
 
-def labels_of(values: Sequence[float]) -> list[str]:
+def format_labels(values: Sequence[float]) -> list[str]:
     """Short labels with the same number of decimals, enough to tell neighbours apart."""
     if not values:
         return []
     largest = max(abs(v) for v in values)
     if largest >= 1e5 or largest < 1e-3 or min(abs(v) for v in values if v) < 1e-4 * largest:
-        return [short(v) for v in values]
+        return [format_short(v) for v in values]
     gap = min((abs(b - a) for a, b in itertools.pairwise(values)), default=largest)
-    if largest >= 1e4 and len(set(map(short, values))) == len(values):
-        return [short(v) for v in values]
+    if largest >= 1e4 and len(set(map(format_short, values))) == len(values):
+        return [format_short(v) for v in values]
     decimals = next((d for d in range(6) if abs(round(gap, d) - gap) < 1e-3 * gap), 5)
     return [f"{v:.{decimals}f}" for v in values]
 
 
-def short(value: float) -> str:
+def format_short(value: float) -> str:
     """A number in at most eight characters, seven without a sign: 0.0312, 11.5, 1.2k, 3e+12,
     NaN.
     """

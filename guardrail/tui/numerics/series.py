@@ -18,7 +18,7 @@ import numpy as np
 
 from guardrail.core.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS
 from guardrail.tui.numerics.pyramid import Level
-from guardrail.tui.numerics.raster import Curve, sample
+from guardrail.tui.numerics.raster import Curve, sample_last
 from guardrail.tui.numerics.scales import XScale
 
 # every row has them: one that is not finite was NaN or Inf
@@ -150,7 +150,7 @@ class Series:
         """
         found = np.full(scale.dots - first_dot, np.nan)
         for part, first, end in self._parts:
-            closer = sample(
+            closer = sample_last(
                 part.along(axis)[first:end], part.values[column][first:end], scale, first_dot
             )
             np.copyto(found, closer, where=np.isfinite(closer))
@@ -288,7 +288,7 @@ def _copied(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: array.copy() for name, array in arrays.items()}
 
 
-def choosable(columns: Sequence[str]) -> tuple[str, ...]:
+def choosable_signals(columns: Sequence[str]) -> tuple[str, ...]:
     """Which signals rows with these columns have."""
     bands = ("_baseline", "_threshold")
     found = [name for name in columns if name not in _NO_SIGNALS and not name.endswith(bands)]

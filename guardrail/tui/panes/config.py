@@ -7,23 +7,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from guardrail.core.format import format_plural
-from guardrail.tui.draw.lines import Row, fit, row
-from guardrail.tui.model.config_lines import Setting
-from guardrail.tui.model.pane_state import State
+from guardrail.tui.draw.lines import Row, fit_row, make_row
+from guardrail.tui.model.config_lines import ConfigLine
+from guardrail.tui.model.pane_state import PaneState
 from guardrail.tui.model.view import View
-from guardrail.tui.panes.frame import heading, marked, window
+from guardrail.tui.panes.frame import entries_in_view, mark_entry, pane_title
 
 
-def found(view: View, state: State) -> list[Setting]:
+def found(view: View, state: PaneState) -> list[ConfigLine]:
     """Filter "●" shows what differs."""
     return [one for one in view.snapshot.around.settings if state.shows(_text(one))]
 
 
-def count(view: View, state: State) -> int:
+def count(view: View, state: PaneState) -> int:
     return len(found(view, state))
 
 
-def build(view: View, width: int, height: int, state: State) -> Sequence[Row]:
+def build(view: View, width: int, height: int, state: PaneState) -> Sequence[Row]:
     shown = found(view, state)
     differing = sum(one.differs for one in view.snapshot.around.settings)
     about = (
@@ -31,15 +31,18 @@ def build(view: View, width: int, height: int, state: State) -> Sequence[Row]:
         if shown
         else ""
     )
-    rows = [heading("configuration", width, state, right=row((about, "dim")))]
+    rows = [pane_title("configuration", width, state, right=make_row((about, "dim")))]
     if not shown:
-        return [*rows, row((" none on record" if not state.filter else " none like that", "dim"))]
-    for index in window(len(shown), height - 1, state):
-        rows.append(fit(marked(_line(shown[index]), index, state), width))
+        return [
+            *rows,
+            make_row((" none on record" if not state.filter else " none like that", "dim")),
+        ]
+    for index in entries_in_view(len(shown), height - 1, state):
+        rows.append(fit_row(mark_entry(_line(shown[index]), index, state), width))
     return rows[:height]
 
 
-def _line(one: Setting) -> Row:
+def _line(one: ConfigLine) -> Row:
     name = f"{one.section}." if one.section else ""
     mark = ("● ", "warn") if one.differs else ("  ", "plain")
     if not one.key:
@@ -49,5 +52,5 @@ def _line(one: Setting) -> Row:
     return (mark, (name, "dim"), (f"{one.key} ", tone), ("= ", "faint"), (one.value, tone), default)
 
 
-def _text(one: Setting) -> str:
+def _text(one: ConfigLine) -> str:
     return "".join(text for text, _ in _line(one))

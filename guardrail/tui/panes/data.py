@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from guardrail.core.format import clean_and_shorten, format_plural, format_short_count
 from guardrail.core.format import format_count as number
-from guardrail.tui.draw.lines import Row, fit, row, wrap
-from guardrail.tui.model.evidence import LeftOut
-from guardrail.tui.model.pane_state import State
+from guardrail.tui.draw.lines import Row, fit_row, make_row, wrap_text
+from guardrail.tui.model.evidence import SkippedSpan
+from guardrail.tui.model.pane_state import PaneState
 from guardrail.tui.model.view import View
-from guardrail.tui.panes.frame import heading, marked, window
+from guardrail.tui.panes.frame import entries_in_view, mark_entry, pane_title
 
 _CAUSES = {
     "rejected": "update left out",
@@ -20,7 +20,7 @@ _CAUSES = {
 }
 
 
-def found(view: View, state: State) -> list[LeftOut]:
+def found(view: View, state: PaneState) -> list[SkippedSpan]:
     """Stretches that are left out, newest first."""
     return [
         one
@@ -29,11 +29,11 @@ def found(view: View, state: State) -> list[LeftOut]:
     ]
 
 
-def count(view: View, state: State) -> int:
+def count(view: View, state: PaneState) -> int:
     return len(found(view, state))
 
 
-def step(view: View, state: State) -> int | None:
+def step(view: View, state: PaneState) -> int | None:
     known = found(view, state)
     return (
         known[state.cursor].span.step
@@ -42,21 +42,21 @@ def step(view: View, state: State) -> int | None:
     )
 
 
-def build(view: View, width: int, height: int, state: State) -> Sequence[Row]:
-    rows = [heading("data", width, state)]
-    rows += [fit(line, width) for line in _where(view)]
+def build(view: View, width: int, height: int, state: PaneState) -> Sequence[Row]:
+    rows = [pane_title("data", width, state)]
+    rows += [fit_row(line, width) for line in _where(view)]
     entries = found(view, state)
     if not entries:
         return [
             *rows,
-            row((" nothing left out" if not state.filter else " none like that", "dim")),
+            make_row((" nothing left out" if not state.filter else " none like that", "dim")),
         ][:height]
-    for index in window(len(entries), height - len(rows), state):
-        rows.append(fit(marked(row(_text(entries[index])), index, state), width))
+    for index in entries_in_view(len(entries), height - len(rows), state):
+        rows.append(fit_row(mark_entry(make_row(_text(entries[index])), index, state), width))
     return rows[:height]
 
 
-def detail(view: View, width: int, height: int, state: State) -> Sequence[Row]:
+def detail(view: View, width: int, height: int, state: PaneState) -> Sequence[Row]:
     """One stretch: its positions, why, and the documents that the journal names."""
     entries = found(view, state)
     if state.cursor is None or state.cursor >= len(entries):
@@ -81,9 +81,9 @@ def detail(view: View, width: int, height: int, state: State) -> Sequence[Row]:
     lines = [
         (name if not at else "", text)
         for name, told in facts
-        for at, text in enumerate(wrap(told, width - 14))
+        for at, text in enumerate(wrap_text(told, width - 14))
     ]
-    return [row((f"   {name:<10}", "dim"), text) for name, text in lines]
+    return [make_row((f"   {name:<10}", "dim"), text) for name, text in lines]
 
 
 def _where(view: View) -> list[Row]:
@@ -95,20 +95,20 @@ def _where(view: View) -> list[Row]:
             epochs, rest = divmod(status.cursor, known.samples)
             epoch = f"   epoch {epochs + 1}, {100 * rest // known.samples} %"
         rows.append(
-            row(
+            make_row(
                 f" position {number(status.cursor)}{epoch}   {format_short_count(status.tokens)} tokens learnt from"
             )
         )
     if known.samples_out:
-        rows.append(row((f" {format_plural(known.samples_out, 'sample')} left out", "strong")))
+        rows.append(make_row((f" {format_plural(known.samples_out, 'sample')} left out", "strong")))
     return rows
 
 
-def _cause(one: LeftOut) -> str:
+def _cause(one: SkippedSpan) -> str:
     return _CAUSES.get(one.span.origin, clean_and_shorten(one.span.origin, 20))
 
 
-def _text(one: LeftOut) -> str:
+def _text(one: SkippedSpan) -> str:
     incident = f"  #{one.incident}" if one.incident else ""
     names = ", ".join(name.rsplit("/", 1)[-1] for name in one.documents[:3])
     more = f" +{len(one.documents) - 3}" if len(one.documents) > 3 else ""

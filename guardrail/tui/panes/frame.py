@@ -4,20 +4,20 @@ Pure.
 
 from __future__ import annotations
 
-from guardrail.tui.draw.lines import Piece, Row, title
-from guardrail.tui.model.pane_state import State
+from guardrail.tui.draw.lines import Piece, Row, title_row
+from guardrail.tui.model.pane_state import PaneState
 
 _ENTRY = "entry "
 
 
-def heading(name: str, width: int, state: State, *, right: Row = ()) -> Row:
+def pane_title(name: str, width: int, state: PaneState, *, right: Row = ()) -> Row:
     """The title of a pane: bright while it has the keys, with the filter where there is one."""
     if state.filter:
         right = (*right, (("  " if right else "") + f"/{state.filter}", "accent"))
-    return title(name, width, right=right, tone="key" if state.focused else "dim")
+    return title_row(name, width, right=right, tone="key" if state.focused else "dim")
 
 
-def window(count: int, room: int, state: State, *, tail: bool = False) -> range:
+def entries_in_view(count: int, room: int, state: PaneState, *, tail: bool = False) -> range:
     """Which of `count` entries of one row each are in sight in `room` rows: those around the
     cursor.
 
@@ -33,18 +33,18 @@ def window(count: int, room: int, state: State, *, tail: bool = False) -> range:
     return range(first, min(count, first + room))
 
 
-def marked(line: Row, index: int, state: State) -> Row:
+def mark_entry(line: Row, index: int, state: PaneState) -> Row:
     """The entry with a pointer before it where it is marked; every entry leaves that cell free."""
     on = state.focused and state.cursor == index
-    return (entry(index), ("▸" if on else " ", "key"), *line)
+    return (entry_marker(index), ("▸" if on else " ", "key"), *line)
 
 
-def entry(index: int) -> Piece:
+def entry_marker(index: int) -> Piece:
     """An empty piece before a row, which says what entry the row is of: a click has to find it."""
     return ("", f"{_ENTRY}{index}")
 
 
-def entry_of(line: Row) -> int | None:
+def entry_of_row(line: Row) -> int | None:
     """The entry that a row is of; None for a row of none."""
     if not line or line[0][0] or not line[0][1].startswith(_ENTRY):
         return None

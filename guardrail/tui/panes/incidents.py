@@ -9,13 +9,13 @@ from guardrail.core.format import clean_and_shorten, format_plural, format_time_
 from guardrail.core.format import format_count as number
 from guardrail.core.records import Finding, score_words
 from guardrail.report import incident as casefile
-from guardrail.tui.draw.lines import Piece, Row, fit, row, wrap
+from guardrail.tui.draw.lines import Piece, Row, fit_row, make_row, wrap_text
 from guardrail.tui.model.incident_list import IncidentSummary, format_skipped
-from guardrail.tui.model.pane_state import State
+from guardrail.tui.model.pane_state import PaneState
 from guardrail.tui.model.run_story import ASKS
-from guardrail.tui.model.view import View, label_of
-from guardrail.tui.numerics.scales import short
-from guardrail.tui.panes.frame import entry, heading
+from guardrail.tui.model.view import View, signal_label
+from guardrail.tui.numerics.scales import format_short
+from guardrail.tui.panes.frame import entry_marker, pane_title
 
 # State of an incident -> how it stands in the table.
 _STATES: dict[str, Piece] = {
@@ -26,16 +26,16 @@ _STATES: dict[str, Piece] = {
 }
 
 
-def found(view: View, state: State) -> list[IncidentSummary]:
+def found(view: View, state: PaneState) -> list[IncidentSummary]:
     known = view.snapshot.story.incidents
     return [one for one in known if state.shows(_text(view, one))] if state.filter else list(known)
 
 
-def count(view: View, state: State) -> int:
+def count(view: View, state: PaneState) -> int:
     return len(found(view, state))
 
 
-def step(view: View, state: State) -> int | None:
+def step(view: View, state: PaneState) -> int | None:
     incidents = found(view, state)
     return (
         incidents[state.cursor].step
@@ -44,11 +44,11 @@ def step(view: View, state: State) -> int | None:
     )
 
 
-def build(view: View, width: int, height: int, state: State) -> Sequence[Row]:
+def build(view: View, width: int, height: int, state: PaneState) -> Sequence[Row]:
     """The marked one (else the newest) in full, the others in two lines each."""
     incidents = found(view, state)
     rows = [
-        heading(
+        pane_title(
             "incidents", width, state, right=((str(len(incidents)), "dim"),) if incidents else ()
         )
     ]
@@ -65,7 +65,9 @@ def build(view: View, width: int, height: int, state: State) -> Sequence[Row]:
         )
         for index, incident in enumerate(incidents[: full + height])
     ]
-    blocks = [[(entry(index), *line) for line in block] for index, block in enumerate(blocks)]
+    blocks = [
+        [(entry_marker(index), *line) for line in block] for index, block in enumerate(blocks)
+    ]
     first = 0
     while first < full and sum(map(len, blocks[first : full + 1])) > height - 1:
         first += 1
@@ -76,7 +78,7 @@ def build(view: View, width: int, height: int, state: State) -> Sequence[Row]:
     return rows[:height]
 
 
-def detail(view: View, width: int, height: int, state: State) -> Sequence[Row]:
+def detail(view: View, width: int, height: int, state: PaneState) -> Sequence[Row]:
     """All evidence of the marked incident: seen, cause, done, left out, and how it ended."""
     incidents = found(view, state)
     if state.cursor is None or state.cursor >= len(incidents):
@@ -102,8 +104,8 @@ def _in_full(view: View, incident: IncidentSummary, width: int) -> list[Row]:
         for index, text in enumerate(lines):
             label = f"   {name if not index else '':<10}"
             indent = " " * (len(text) - len(text.lstrip(" ")))
-            for at, line in enumerate(wrap(text.lstrip(" "), width - 14 - len(indent))):
-                head.append(row((label if not at else " " * 13, "dim"), indent + line))
+            for at, line in enumerate(wrap_text(text.lstrip(" "), width - 14 - len(indent))):
+                head.append(make_row((label if not at else " " * 13, "dim"), indent + line))
     return head
 
 
@@ -151,7 +153,8 @@ def _evidence_of(case: casefile.Incident) -> Iterator[tuple[str, list[str]]]:
             "measured",
             [
                 ", ".join(
-                    f"{name.replace('_', ' ')} {short(x)}" for name, x in case.measured.items()
+                    f"{name.replace('_', ' ')} {format_short(x)}"
+                    for name, x in case.measured.items()
                 )
             ],
         )
@@ -179,7 +182,7 @@ def _left_out(case: casefile.Incident) -> Iterator[str]:
 
 def _sample(sample: casefile.Sample) -> Iterator[str]:
     share = f", {100 * sample.share:.0f} % of the trouble" if math.isfinite(sample.share) else ""
-    yield f"position {number(sample.position)}: loss {short(sample.loss)}{share}"
+    yield f"position {number(sample.position)}: loss {format_short(sample.loss)}{share}"
     if sample.odd:
         yield f"  odd: {', '.join(sample.odd)}"
     for document in sample.documents[:2]:
@@ -221,14 +224,14 @@ def _incident(
     rows += evidence[:4] if full else evidence[:1]
     case = _case(view, incident)
     if full and case is not None and case.outcome:
-        rows.append(fit(row((f"    {case.outcome}", "dim")), width))
+        rows.append(fit_row(make_row((f"    {case.outcome}", "dim")), width))
     if full and incident.documents:
         more = incident.documents_total - len(incident.documents)
         names = ", ".join(incident.documents) + (f" and {more:,} more" if more > 0 else "")
-        lines = wrap(names, width - 5)
-        rows += [row((f"    {line}", "dim")) for line in lines[:3]]
+        lines = wrap_text(names, width - 5)
+        rows += [make_row((f"    {line}", "dim")) for line in lines[:3]]
         if len(lines) > 3:
-            rows[-1] = fit(row((f"    {lines[2]} …", "dim")), width)
+            rows[-1] = fit_row(make_row((f"    {lines[2]} …", "dim")), width)
     return rows
 
 
@@ -249,7 +252,7 @@ def _head(view: View, incident: IncidentSummary, width: int, *, marked: bool = F
     if incident.answered:
         # That it asks is over: how it was answered stands in its place.
         action = incident.answered if action == ASKS else f"{incident.answered}, then {action}"
-    return fit((*left, (f"  {action}", "plain"), (cause, "dim")), width)
+    return fit_row((*left, (f"  {action}", "plain"), (cause, "dim")), width)
 
 
 def _short(incident: IncidentSummary, width: int) -> list[Row]:
@@ -259,16 +262,16 @@ def _short(incident: IncidentSummary, width: int) -> list[Row]:
     told = [_finding(finding) for finding in incident.findings[:3]]
     if data := format_skipped(incident):
         told.append(data)
-    return [fit(row((f"    {text}", "plain")), width) for text in told]
+    return [fit_row(make_row((f"    {text}", "plain")), width) for text in told]
 
 
 def _finding(finding: Finding) -> str:
     """ "loss 2.31 → 11.5, score 41 (limit 8)" """
-    signal = label_of(finding.signal)
+    signal = signal_label(finding.signal)
     where = f" on rank {', '.join(map(str, finding.ranks))}" if finding.ranks else ""
     if not math.isfinite(finding.value):
-        return f"{signal}: {short(finding.value)}{where}"
+        return f"{signal}: {format_short(finding.value)}{where}"
     return (
-        f"{signal} {short(finding.baseline)} → {short(finding.value)}{where}, "
+        f"{signal} {format_short(finding.baseline)} → {format_short(finding.value)}{where}, "
         f"{score_words(finding.score, finding.threshold)}"
     )

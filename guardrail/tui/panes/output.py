@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from guardrail.core.format import format_plural
-from guardrail.tui.draw.lines import Row, row, wrap
-from guardrail.tui.model.logtail import Printed
-from guardrail.tui.model.pane_state import State
+from guardrail.tui.draw.lines import Row, make_row, wrap_text
+from guardrail.tui.model.logtail import PrintedLine
+from guardrail.tui.model.pane_state import PaneState
 from guardrail.tui.model.view import View
-from guardrail.tui.panes.frame import heading
+from guardrail.tui.panes.frame import pane_title
 
 _BAD = ("error", "traceback", "exception", "fatal", "nan", "killed", "out of memory")
 _WARN = ("warn",)
 
 
-def found(view: View, state: State) -> list[Printed]:
+def found(view: View, state: PaneState) -> list[PrintedLine]:
     """ "3: " as a filter shows one rank."""
     lines = view.snapshot.around.printed
     return (
@@ -25,13 +25,13 @@ def found(view: View, state: State) -> list[Printed]:
     )
 
 
-def count(view: View, state: State) -> int:
+def count(view: View, state: PaneState) -> int:
     return len(found(view, state))
 
 
-def build(view: View, width: int, height: int, state: State) -> Sequence[Row]:
+def build(view: View, width: int, height: int, state: PaneState) -> Sequence[Row]:
     lines = found(view, state)
-    about = row((format_plural(len(lines), "line"), "dim")) if lines else ()
+    about = make_row((format_plural(len(lines), "line"), "dim")) if lines else ()
     rows: list[Row] = []
     last = len(lines) - 1 if state.cursor is None else min(state.cursor, len(lines) - 1)
     label = min(
@@ -44,31 +44,34 @@ def build(view: View, width: int, height: int, state: State) -> Sequence[Row]:
             _rows(lines[index], width, label, marked=state.focused and index == state.cursor) + rows
         )
     if not rows:
-        rows = [row((" nothing printed yet" if not state.filter else " none like that", "dim"))]
-    return [heading("output", width, state, right=about), *rows[max(0, len(rows) - height + 1) :]][
-        :height
-    ]
+        rows = [
+            make_row((" nothing printed yet" if not state.filter else " none like that", "dim"))
+        ]
+    return [
+        pane_title("output", width, state, right=about),
+        *rows[max(0, len(rows) - height + 1) :],
+    ][:height]
 
 
-def detail(view: View, width: int, height: int, state: State) -> Sequence[Row]:
+def detail(view: View, width: int, height: int, state: PaneState) -> Sequence[Row]:
     """The marked line in full."""
     lines = found(view, state)
     if state.cursor is None or state.cursor >= len(lines):
         return []
     line = lines[state.cursor]
     return [
-        row((f" {line.source}", "strong")),
-        *(row(f"   {text}") for text in wrap(line.text, width - 4)),
+        make_row((f" {line.source}", "strong")),
+        *(make_row(f"   {text}") for text in wrap_text(line.text, width - 4)),
     ]
 
 
-def _rows(line: Printed, width: int, label: int, *, marked: bool) -> list[Row]:
-    texts = wrap(line.text, max(1, width - label - 3))
+def _rows(line: PrintedLine, width: int, label: int, *, marked: bool) -> list[Row]:
+    texts = wrap_text(line.text, max(1, width - label - 3))
     tone = _tone(line.text)
-    head = row(("▸" if marked else " ", "key"), (f"{line.source[:label]:>{label}} ", "dim"))
+    head = make_row(("▸" if marked else " ", "key"), (f"{line.source[:label]:>{label}} ", "dim"))
     return [
         (*head, (texts[0], tone)),
-        *(row((" " * (label + 2), "plain"), (text, tone)) for text in texts[1:3]),
+        *(make_row((" " * (label + 2), "plain"), (text, tone)) for text in texts[1:3]),
     ]
 
 

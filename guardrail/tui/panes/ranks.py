@@ -14,12 +14,12 @@ from guardrail.core.format import (
     format_plural,
     format_size,
 )
-from guardrail.tui.draw.lines import Row, fit, row, width_of
+from guardrail.tui.draw.lines import Row, fit_row, make_row, row_width
 from guardrail.tui.model.health import PHASES
-from guardrail.tui.model.pane_state import State
-from guardrail.tui.model.rank_health import Judged, judge, median
+from guardrail.tui.model.pane_state import PaneState
+from guardrail.tui.model.rank_health import RankHealth, assess_ranks, median_step_seconds
 from guardrail.tui.model.view import View
-from guardrail.tui.panes.frame import heading, marked, window
+from guardrail.tui.panes.frame import entries_in_view, mark_entry, pane_title
 
 # Least ratio to the median -> the cell of a rank on the map.
 _HEAT = (
@@ -41,10 +41,10 @@ MAP_FROM = 65  # ranks from which on there is a map
 _NAMED = 3  # ranks that are named below the map, at least
 
 
-def found(view: View, state: State) -> list[Judged]:
+def found(view: View, state: PaneState) -> list[RankHealth]:
     """Those that the filter lets through: by number while each has a row, else the worst first."""
     ended = view.status is not None and view.status.phase.ended
-    judged = judge(view.snapshot.around.ranks, _now(view), ended=ended)
+    judged = assess_ranks(view.snapshot.around.ranks, _now(view), ended=ended)
     return [one for one in judged if state.shows(_text(one))] if state.filter else judged
 
 
@@ -52,31 +52,33 @@ def _now(view: View) -> float:
     return min(view.now, view.snapshot.around.looked)
 
 
-def ordered(view: View, state: State) -> list[Judged]:
+def ordered(view: View, state: PaneState) -> list[RankHealth]:
     """In the order of the cursor: by number, and under a map the worst first."""
     return _ordered(view, found(view, state))
 
 
-def _ordered(view: View, shown: list[Judged]) -> list[Judged]:
+def _ordered(view: View, shown: list[RankHealth]) -> list[RankHealth]:
     mapped = len(view.snapshot.around.ranks) >= MAP_FROM
     return sorted(shown, key=lambda one: one.weight) if mapped else shown
 
 
-def count(view: View, state: State) -> int:
+def count(view: View, state: PaneState) -> int:
     return len(found(view, state))
 
 
-def build(view: View, width: int, height: int, state: State) -> Sequence[Row]:
+def build(view: View, width: int, height: int, state: PaneState) -> Sequence[Row]:
     shown = found(view, state)
     hosts = len({one.rank.told.host for one in shown})
     about = f"{format_count(len(shown))} on {format_plural(hosts, 'host')}" if shown else ""
-    rows = [heading("ranks", width, state, right=row((about, "dim")))]
+    rows = [pane_title("ranks", width, state, right=make_row((about, "dim")))]
     if not shown:
         return [
             *rows,
-            row((" no rank has reported yet" if not state.filter else " none like that", "dim")),
+            make_row(
+                (" no rank has reported yet" if not state.filter else " none like that", "dim")
+            ),
         ]
-    rows.append(fit(_summary(view, shown, width), width))
+    rows.append(fit_row(_summary(view, shown, width), width))
     room = height - len(rows)
     worst = _ordered(view, shown)
     if len(view.snapshot.around.ranks) >= MAP_FROM:
@@ -84,14 +86,16 @@ def build(view: View, width: int, height: int, state: State) -> Sequence[Row]:
         rows += heat_map(shown, width, max(0, room - named))
         room = height - len(rows)
     longest = max((one.rank.told.step_seconds for one in shown), default=0.0)
-    for index in window(len(worst), room, state):
+    for index in entries_in_view(len(worst), room, state):
         rows.append(
-            fit(marked(_rank(worst[index], _now(view), longest, width), index, state), width)
+            fit_row(
+                mark_entry(_rank(worst[index], _now(view), longest, width), index, state), width
+            )
         )
     return rows[:height]
 
 
-def detail(view: View, width: int, height: int, state: State) -> Sequence[Row]:
+def detail(view: View, width: int, height: int, state: PaneState) -> Sequence[Row]:
     """All that the marked rank says of itself."""
     worst = ordered(view, state)
     if state.cursor is None or state.cursor >= len(worst):
@@ -112,12 +116,12 @@ def detail(view: View, width: int, height: int, state: State) -> Sequence[Row]:
         ("log", f"logs/rank-{told.rank}.log"),
     ]
     return [
-        row((f" rank {told.rank}", "strong")),
-        *(row((f"   {name:<10}", "dim"), text) for name, text in facts),
+        make_row((f" rank {told.rank}", "strong")),
+        *(make_row((f"   {name:<10}", "dim"), text) for name, text in facts),
     ]
 
 
-def heat_map(ranks: Sequence[Judged], width: int, height: int) -> list[Row]:
+def heat_map(ranks: Sequence[RankHealth], width: int, height: int) -> list[Row]:
     """A cell for each rank, or for each group of them, which is as its worst. Rows begin with a
     rank's number.
     """
@@ -140,14 +144,14 @@ def heat_map(ranks: Sequence[Judged], width: int, height: int) -> list[Row]:
     return rows
 
 
-def _cell(one: Judged) -> tuple[str, str]:
+def _cell(one: RankHealth) -> tuple[str, str]:
     if one.trouble in ("silent", "failed", "stuck"):
         return _TROUBLE[one.trouble]
     return next((glyph, tone) for least, glyph, tone in _HEAT if one.ratio >= least)
 
 
-def _summary(view: View, shown: Sequence[Judged], width: int) -> Row:
-    usual = median([one.rank for one in shown])
+def _summary(view: View, shown: Sequence[RankHealth], width: int) -> Row:
+    usual = median_step_seconds([one.rank for one in shown])
     line: list[tuple[str, str]] = [(f" median {_seconds(usual)}", "plain")]
     slowest = max(shown, key=lambda one: one.rank.told.step_seconds)
     total = sum(times for _, times in view.snapshot.around.slowest)
@@ -170,12 +174,12 @@ def _summary(view: View, shown: Sequence[Judged], width: int) -> Row:
         line.append(("   GPU use unknown: needs guardrail[gpu]", "dim"))
     if total and slowest.rank.told.rank != often:
         line.append((f"   {often} was slowest in {times} of {format_plural(total, 'step')}", "dim"))
-    while width_of(tuple(line)) > width and any(tone == "dim" for _, tone in line):
+    while row_width(tuple(line)) > width and any(tone == "dim" for _, tone in line):
         line.remove(next(piece for piece in reversed(line) if piece[1] == "dim"))
     return tuple(line)
 
 
-def _rank(one: Judged, now: float, longest: float, width: int) -> Row:
+def _rank(one: RankHealth, now: float, longest: float, width: int) -> Row:
     told = one.rank.told
     glyph, tone = _TROUBLE.get(one.trouble, ("●", "good"))
     head: Row = (
@@ -201,12 +205,12 @@ def _rank(one: Judged, now: float, longest: float, width: int) -> Row:
         f"  {clean_and_shorten(told.host, 40)}",
     ]
     for text in more:  # as many as there is room for
-        if width_of(line) + cell_len(text) < width:
+        if row_width(line) + cell_len(text) < width:
             line = (*line, (text, "dim"))
     return line
 
 
-def _gpu(one: Judged) -> str:
+def _gpu(one: RankHealth) -> str:
     told = one.rank.told
     unknown = "use unknown: pip install 'guardrail[gpu]' where the run trains (nvidia-ml-py)"
     busy = f"{told.gpu_percent:.0f} % busy" if told.gpu_percent >= 0 else unknown
@@ -214,7 +218,7 @@ def _gpu(one: Judged) -> str:
     return f"{busy}, {used} in use" if used else "none" if told.gpu_percent < 0 else busy
 
 
-def _words(one: Judged) -> str:
+def _words(one: RankHealth) -> str:
     """Its trouble, else its phase."""
     if one.trouble in ("silent", "stuck"):
         return f"{one.trouble} {format_elapsed(one.seconds)}"
@@ -225,7 +229,7 @@ def _words(one: Judged) -> str:
     )
 
 
-def _text(one: Judged) -> str:
+def _text(one: RankHealth) -> str:
     told = one.rank.told
     return f"{told.rank} {told.host} {PHASES[told.phase]} {one.trouble}"
 

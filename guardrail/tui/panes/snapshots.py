@@ -13,11 +13,11 @@ from guardrail.core.format import (
     format_size,
 )
 from guardrail.core.records import SnapshotInfo, Status
-from guardrail.tui.draw.lines import Piece, Row, fit, row
-from guardrail.tui.model.health import disk_words
-from guardrail.tui.model.pane_state import State
+from guardrail.tui.draw.lines import Piece, Row, fit_row, make_row
+from guardrail.tui.model.health import format_disk_state
+from guardrail.tui.model.pane_state import PaneState
 from guardrail.tui.model.view import View
-from guardrail.tui.panes.frame import heading, marked, window
+from guardrail.tui.panes.frame import entries_in_view, mark_entry, pane_title
 
 _WIDE = 44  # cells of an entry with the size on disk
 
@@ -29,7 +29,7 @@ def restorable(status: Status | None) -> list[SnapshotInfo]:
     return sorted(status.snapshots, key=lambda s: (-s.step, s.tier != "memory")) if status else []
 
 
-def found(view: View, state: State) -> list[SnapshotInfo]:
+def found(view: View, state: PaneState) -> list[SnapshotInfo]:
     return [
         s
         for s in restorable(view.status)
@@ -37,39 +37,40 @@ def found(view: View, state: State) -> list[SnapshotInfo]:
     ]
 
 
-def count(view: View, state: State) -> int:
+def count(view: View, state: PaneState) -> int:
     return len(found(view, state))
 
 
-def step(view: View, state: State) -> int | None:
+def step(view: View, state: PaneState) -> int | None:
     known = found(view, state)
     return (
         known[state.cursor].step if state.cursor is not None and state.cursor < len(known) else None
     )
 
 
-def build(view: View, width: int, height: int, state: State) -> Sequence[Row]:
+def build(view: View, width: int, height: int, state: PaneState) -> Sequence[Row]:
     known = found(view, state)
-    rows = [heading("snapshots and checkpoints", width, state)]
-    rows += [fit(line, width) for line in _safety(view, state)]
+    rows = [pane_title("snapshots and checkpoints", width, state)]
+    rows += [fit_row(line, width) for line in _safety(view, state)]
     if not known:
         return [*rows, ((" none yet" if not state.filter else " none like that", "dim"),)][:height]
     room = height - len(rows)
     shown = list(range(len(known)))
     if state.cursor is not None:
-        shown = list(window(len(known), room, state))
+        shown = list(entries_in_view(len(known), room, state))
     elif len(known) > room:
         # What is in memory comes and goes; the disk is what survives, so it is never squeezed out.
         disk = [at for at in shown if known[at].tier == "disk"][: max(1, room // 2)]
         memory = [at for at in shown if known[at].tier != "disk"][: max(0, room - len(disk))]
         shown = sorted([*disk, *memory])
     rows += [
-        fit(marked(snapshot(known[at], view.now, width - 2), at, state), width) for at in shown
+        fit_row(mark_entry(snapshot(known[at], view.now, width - 2), at, state), width)
+        for at in shown
     ]
     return rows[:height]
 
 
-def detail(view: View, width: int, height: int, state: State) -> Sequence[Row]:
+def detail(view: View, width: int, height: int, state: PaneState) -> Sequence[Row]:
     """All that is known of one state."""
     known = found(view, state)
     if state.cursor is None or state.cursor >= len(known):
@@ -87,12 +88,12 @@ def detail(view: View, width: int, height: int, state: State) -> Sequence[Row]:
         ("path", clean_and_shorten(info.path) or "in memory only: gone with the processes"),
     ]
     return [
-        row((f" step {format_count(info.step)}", "strong")),
-        *(row((f"   {name:<10}", "dim"), text) for name, text in facts),
+        make_row((f" step {format_count(info.step)}", "strong")),
+        *(make_row((f"   {name:<10}", "dim"), text) for name, text in facts),
     ]
 
 
-def _safety(view: View, state: State) -> list[Row]:
+def _safety(view: View, state: PaneState) -> list[Row]:
     """What a crash now would cost; said only where there is something to lose and room is given to
     this pane.
     """
@@ -101,11 +102,11 @@ def _safety(view: View, state: State) -> list[Row]:
         return []
     rows: list[Row] = []
     if status.durability != "ok":
-        rows.append(row((f" ▲ {disk_words(status)}", "bad")))
+        rows.append(make_row((f" ▲ {format_disk_state(status)}", "bad")))
     disk = [s.step for s in status.snapshots if s.tier == "disk" and s.state != "suspect"]
     if not status.phase.ended and disk:
         rows.append(
-            row(
+            make_row(
                 (
                     f" a crash now costs {format_plural(max(0, status.step - max(disk)), 'step')}",
                     "dim",
@@ -114,7 +115,7 @@ def _safety(view: View, state: State) -> list[Row]:
         )
     elif not status.phase.ended and status.step:
         rows.append(
-            row(
+            make_row(
                 (
                     f" nothing is on disk yet: a crash now costs {format_plural(status.step, 'step')}",
                     "warn",

@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from guardrail.tui.draw.lines import Row
-from guardrail.tui.model.pane_state import State
+from guardrail.tui.model.pane_state import PaneState
 from guardrail.tui.model.view import View
 from guardrail.tui.panes import config, data, incidents, log, output, ranks, snapshots
 
 CURVES = "curves"
-Build = Callable[[View, int, int, State], Sequence[Row]]
+Build = Callable[[View, int, int, PaneState], Sequence[Row]]
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Pane:
     name: str
     about: str
     build: Build
-    count: Callable[[View, State], int]
+    count: Callable[[View, PaneState], int]
     detail: Build | None = None
-    step: Callable[[View, State], int | None] | None = None
+    step: Callable[[View, PaneState], int | None] | None = None
     tail: bool = False
 
 

@@ -56,24 +56,24 @@ DEFAULTS = {
 }
 
 
-class Commanding(Base):
-    """Part of the cockpit."""
+class CommandKeys(Base):
+    """Part of the dashboard."""
 
     view: View
-    desk: SentCommands
+    commands: SentCommands
     _asked: tuple[str, int] = ("", 0)  # the question that has been put on the screen
 
     def redraw(self) -> None:
         raise NotImplementedError
 
     def say(self, text: str, tone: str = "warn") -> None:
-        self.desk.notice(text, tone)
+        self.commands.show_notice(text, tone)
         self.redraw()
 
     def _may(self) -> bool:
         """Whether control keys do anything now; says why not."""
         view = self.view
-        reason = controls.refusal(
+        reason = controls.why_refused(
             view.status, read_only=view.read_only, lost=view.lost, name=view.snapshot.name
         )
         if reason:
@@ -108,7 +108,7 @@ class Commanding(Base):
     ) -> None:
         if not self._may():
             return
-        self.desk.command(kind, value, label, question=question, shown=shown)
+        self.commands.send(kind, value, label, question=question, shown=shown)
         self.redraw()
 
     def action_pause(self) -> None:
@@ -119,7 +119,7 @@ class Commanding(Base):
             self.action_answer()
             return
         # A pause that is still on its way counts: pressed again, the key takes it back.
-        waiting = self.desk.waiting(CommandKind.PAUSE, CommandKind.RESUME)
+        waiting = self.commands.newest_waiting(CommandKind.PAUSE, CommandKind.RESUME)
         paused = status is not None and status.phase is Phase.PAUSED
         if waiting is CommandKind.PAUSE or (waiting is None and paused):
             self._command(CommandKind.RESUME, 0.0, "go on")
@@ -135,7 +135,7 @@ class Commanding(Base):
 
         def send(text: str | None) -> None:
             if text and text.strip():
-                self.desk.note(text.strip())
+                self.commands.write_note(text.strip())
                 self.redraw()
 
         self.app.push_screen(
@@ -187,7 +187,11 @@ class Commanding(Base):
                 self._consider(kind, value, label(value))
 
         dialog = Number(
-            name, self.view, text=text, default=default, parse=lambda t: controls.number(t, kind)
+            name,
+            self.view,
+            text=text,
+            default=default,
+            parse=lambda t: controls.parse_value(t, kind),
         )
         self._open(dialog, ask)
 
@@ -201,10 +205,10 @@ class Commanding(Base):
         """
         if not self._may():
             return
-        foreseen = self.desk.foresee(kind, value)
+        foreseen = self.commands.preview(kind, value)
 
         def describe(view: View) -> Sequence[str]:
-            preview = foreseen.look(view)
+            preview = foreseen.newest(view)
             return (
                 [*controls.preview_lines(preview)]
                 if preview is not None
@@ -348,7 +352,7 @@ class Commanding(Base):
 
 
 def _is_controllable(view: View) -> bool:
-    return controls.refusal(view.status, read_only=view.read_only, lost=view.lost) is None
+    return controls.why_refused(view.status, read_only=view.read_only, lost=view.lost) is None
 
 
 @dataclass

@@ -16,26 +16,26 @@ from textual.screen import Screen
 
 from guardrail.tui.chart import axis
 from guardrail.tui.chart.axis import GUTTER
-from guardrail.tui.chart.chart import SMOOTHINGS, Chart, Sparks
+from guardrail.tui.chart.chart import SMOOTHINGS, Chart, Sparklines
 from guardrail.tui.draw.lines import Lines, Row
-from guardrail.tui.model.pane_state import State
+from guardrail.tui.model.pane_state import PaneState
 from guardrail.tui.model.sent_commands import SentCommands
-from guardrail.tui.model.view import View, label_of
-from guardrail.tui.numerics.scales import XScale, short
-from guardrail.tui.numerics.series import AXES, choosable
-from guardrail.tui.panes.frame import entry_of
+from guardrail.tui.model.view import View, signal_label
+from guardrail.tui.numerics.scales import XScale, format_short
+from guardrail.tui.numerics.series import AXES, choosable_signals
+from guardrail.tui.panes.frame import entry_of_row
 from guardrail.tui.panes.incidents import newest
 from guardrail.tui.panes.log import log_rows
 from guardrail.tui.panes.table import BY_NAME, CURVES, NAMES, PANES, Pane
 from guardrail.tui.screens import header_footer as panels
 from guardrail.tui.screens import keys
-from guardrail.tui.screens.command_keys import Commanding
+from guardrail.tui.screens.command_keys import CommandKeys
 from guardrail.tui.screens.dialogs import Dialog, Pager, Palette, Text, Toggle
-from guardrail.tui.screens.layout import Layout, arrange
-from guardrail.tui.terminal.themed_app import Themed
+from guardrail.tui.screens.layout import Layout, arrange_screen
+from guardrail.tui.terminal.themed_app import ThemedApp
 
 # What the viewer chose, which a new view from the reader does not change.
-MINE = (
+VIEWER_CHOICES = (
     "charts",
     "big",
     "logarithmic",
@@ -62,7 +62,7 @@ class PaneLines(Lines):
         return self.pane.build(view, width, height, view.state(self.pane.name))
 
 
-class Cockpit(Commanding, Screen[None]):
+class Dashboard(CommandKeys, Screen[None]):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding(
             key.keys, key.action, key.label or key.help, show=False, priority=key.keys == "ctrl+p"
@@ -71,31 +71,31 @@ class Cockpit(Commanding, Screen[None]):
     ]
     AUTO_FOCUS = None
 
-    def __init__(self, view: View, desk: SentCommands) -> None:
+    def __init__(self, view: View, commands: SentCommands) -> None:
         super().__init__()
-        self.view, self.desk = view, desk
+        self.view, self.commands = view, commands
         self.layout_now = Layout(1, 1, ())
         self._lines: list[Lines] = []
         self._charts: list[Chart] = []
         self._pane_lines: list[PaneLines] = []
 
     def compose(self) -> ComposeResult:
-        yield Lines(panels.header, id="header")
+        yield Lines(panels.header_rows, id="header")
         with Container(id="body"):
             with Container(id="charts"):
                 for slot in range(SLOTS):
                     yield Chart(slot)
-            yield Sparks()
+            yield Sparklines()
             with Vertical(id="panes"):
                 for pane in PANES:
                     yield PaneLines(pane)
         yield Lines(newest, id="newest")
-        yield Lines(panels.facts, id="facts")
-        yield Lines(panels.message, id="message")
+        yield Lines(panels.status_rows, id="facts")
+        yield Lines(panels.message_rows, id="message")
         yield Lines(self._footer, id="footer")
 
     def _footer(self, view: View, width: int, height: int) -> Sequence[Row]:
-        return (panels.footer if self.layout_now.messages else panels.low_footer)(
+        return (panels.footer_rows if self.layout_now.messages else panels.low_footer_rows)(
             view, width, height
         )
 
@@ -114,14 +114,14 @@ class Cockpit(Commanding, Screen[None]):
 
     def show(self, view: View) -> None:
         """Draw a new view; only what differs reaches the terminal."""
-        mine = {name: getattr(self.view, name) for name in MINE}
+        mine = {name: getattr(self.view, name) for name in VIEWER_CHOICES}
         self.view = replace(view, **mine)
         self.redraw()
         self.put_question()
 
     def redraw(self) -> None:
-        self.view = replace(self.view, message=self.desk.message(self.view))
-        self.desk.request_rows(axis.closer(self.view, self._scale()))
+        self.view = replace(self.view, message=self.commands.message(self.view))
+        self.commands.request_rows(axis.ranges_to_read(self.view, self._scale()))
         for lines in self._lines:
             lines.show(self.view)
         top = self.app.screen
@@ -140,7 +140,7 @@ class Cockpit(Commanding, Screen[None]):
         """Show what has a place at this size, in its place."""
         width, height = self.size
         signals = self.view.charts
-        self.layout_now = found = arrange(
+        self.layout_now = found = arrange_screen(
             width, height, self.view.focus, full=self.view.full, signals=len(signals)
         )
         self.set_class(found.beside and bool(found.panes) and found.charts > 0, "-beside")
@@ -158,7 +158,7 @@ class Cockpit(Commanding, Screen[None]):
             chart.signal = shown[slot] if slot < len(shown) else ""
         sparks = [signal for signal in signals if signal != self.view.big][: found.sparks]
         self.query_one("#sparks").styles.height = max(1, len(sparks))
-        self.desk.choose_signals((*shown, *sparks), self.view.axis)
+        self.commands.choose_signals((*shown, *sparks), self.view.axis)
         for lines in self._pane_lines:
             lines.display = lines.pane.name in found.panes
             lines.set_class(lines.pane.name == self.view.focus, "focused")
@@ -244,14 +244,14 @@ class Cockpit(Commanding, Screen[None]):
 
     def _scale(self) -> XScale:
         shown = next((chart.size.width for chart in self._charts if chart.display), self.size.width)
-        return axis.x_scale(self.view, max(8, shown - GUTTER))
+        return axis.make_x_scale(self.view, max(8, shown - GUTTER))
 
     def action_zoom(self, factor: float, about: float | None = None) -> None:
         """About a place of the axis, else about the value cursor; else the newest step stays in
         sight.
         """
-        scale, whole = self._scale(), axis.end(self.view) - axis.origin(self.view)
-        span = max(axis.nearest(self.view), scale.per_dot * scale.dots * factor)
+        scale, whole = self._scale(), axis.axis_end(self.view) - axis.axis_start(self.view)
+        span = max(axis.shortest_span(self.view), scale.per_dot * scale.dots * factor)
         if span >= whole:
             return self.look(span=None, end=None)
         if about is None and self.view.at is not None:
@@ -266,23 +266,23 @@ class Cockpit(Commanding, Screen[None]):
             return self.say("the whole run is in sight; + shows less of it")
         scale = self._scale()
         width = scale.per_dot * scale.dots
-        end = (axis.end(self.view) if self.view.end is None else self.view.end) + share * width
-        self.look(end=self._until(max(axis.origin(self.view) + width, end)))
+        end = (axis.axis_end(self.view) if self.view.end is None else self.view.end) + share * width
+        self.look(end=self._until(max(axis.axis_start(self.view) + width, end)))
 
     def _until(self, end: float) -> float | None:
         """Where a stretch ends; one that reaches the newest step follows it."""
-        return None if end >= axis.end(self.view) else end
+        return None if end >= axis.axis_end(self.view) else end
 
     def action_follow(self) -> None:
         self.look(end=None, at=None)
 
     def _place(self, step: float) -> float:
-        return self.view.snapshot.series.place(step, axis.axis_of(self.view))
+        return self.view.snapshot.series.place(step, axis.shown_axis(self.view))
 
     def _step_at(self, x: float) -> float:
         """The step at a place of the axis."""
         series = self.view.snapshot.series
-        return max(1.0, min(series.last_step, round(series.step_at(x, axis.axis_of(self.view)))))
+        return max(1.0, min(series.last_step, round(series.step_at(x, axis.shown_axis(self.view)))))
 
     def action_cursor(self, cells: int) -> None:
         """Move the value cursor; it begins at the newest step, and draws the stretch along."""
@@ -298,7 +298,9 @@ class Cockpit(Commanding, Screen[None]):
     def action_event(self, by: int) -> None:
         """Put the value cursor on the nearest thing that is marked."""
         last = self.view.snapshot.series.last_step
-        step = axis.next_event(self.view, last + 1 if self.view.at is None else self.view.at, by)
+        step = axis.next_marked_step(
+            self.view, last + 1 if self.view.at is None else self.view.at, by
+        )
         if step is None:
             return self.say(f"nothing is marked {'after' if by > 0 else 'before'} this")
         self.go_to(max(1.0, min(last, step)))
@@ -326,7 +328,9 @@ class Cockpit(Commanding, Screen[None]):
 
     def action_signals(self) -> None:
         """Choose what is drawn; each choice shows at once."""
-        known = tuple(dict.fromkeys((*self.view.charts, *choosable(self.view.snapshot.columns))))
+        known = tuple(
+            dict.fromkeys((*self.view.charts, *choosable_signals(self.view.snapshot.columns)))
+        )
 
         def options() -> list[tuple[Row, str]]:
             return [(_signal_row(self.view, name), "") for name in known]
@@ -341,7 +345,7 @@ class Cockpit(Commanding, Screen[None]):
 
         self.app.push_screen(Toggle("curves", self.view, options=options, toggle=toggle))
 
-    def _pane(self) -> tuple[Pane, State]:
+    def _pane(self) -> tuple[Pane, PaneState]:
         pane = BY_NAME[self.view.focus]
         return pane, self.view.state(pane.name)
 
@@ -380,7 +384,7 @@ class Cockpit(Commanding, Screen[None]):
         )
 
     def action_theme(self) -> None:
-        name = self.app.next_theme() if isinstance(self.app, Themed) else ""
+        name = self.app.next_theme() if isinstance(self.app, ThemedApp) else ""
         kept = f"theme {name} (GUARDRAIL_THEME={name} keeps it)"
         self.say(
             kept if name else "this terminal has its own few colours, and no other theme", "accent"
@@ -401,7 +405,7 @@ class Cockpit(Commanding, Screen[None]):
         if isinstance(widget, PaneLines):
             self.look(focus=widget.pane.name)
             row = event.screen_y - widget.region.y
-            index = entry_of(widget.rows[row]) if 0 <= row < len(widget.rows) else None
+            index = entry_of_row(widget.rows[row]) if 0 <= row < len(widget.rows) else None
             if index is not None:
                 self._choose(cursor=index)
                 pane, state = self._pane()
@@ -446,10 +450,10 @@ def _in_sight(view: View, charts: int) -> Sequence[str]:
 
 def _signal_row(view: View, name: str) -> Row:
     value = view.snapshot.series.last(name)
-    told = short(value) if value is not None else ""
+    told = format_short(value) if value is not None else ""
     on = name in view.charts
     return (
         (("✓ " if on else "· "), "good" if on else "dim"),
-        (f"{label_of(name):<42}", "plain"),
+        (f"{signal_label(name):<42}", "plain"),
         (told, "dim"),
     )

@@ -15,7 +15,16 @@ from textual.events import Click, Key, MouseScrollDown, MouseScrollUp
 from textual.screen import ModalScreen
 from textual.widgets import Input
 
-from guardrail.tui.draw.lines import Builder, Lines, Row, fit, row, spread, title, wrap
+from guardrail.tui.draw.lines import (
+    Builder,
+    Lines,
+    Row,
+    fit_row,
+    make_row,
+    spread_row,
+    title_row,
+    wrap_text,
+)
 from guardrail.tui.model.view import View
 from guardrail.tui.terminal.key_queue import LATER, NEVER, NOW
 
@@ -33,7 +42,7 @@ def _cut(rows: Sequence[Row], count: int, width: int) -> list[Row]:
     """The first rows; where there are more, the last of them ends with a sign of it."""
     kept = list(rows[: max(0, count)])
     if kept and len(rows) > len(kept):
-        kept[-1] = (*fit(kept[-1], width - 2), (" …", "dim"))
+        kept[-1] = (*fit_row(kept[-1], width - 2), (" …", "dim"))
     return kept
 
 
@@ -122,7 +131,7 @@ class Dialog(ModalScreen[T]):
         air: list[Row] = [()] * self._airy
         room = height - 1 - 2 * len(air)
         body = _cut(self.body(view, width, room), room, width)
-        return [title(self.label, width, right=self.corner(), tone="strong"), *air, *body, *air]
+        return [title_row(self.label, width, right=self.corner(), tone="strong"), *air, *body, *air]
 
     @property
     def _airy(self) -> bool:
@@ -144,7 +153,7 @@ class Dialog(ModalScreen[T]):
         return ()
 
     def _last(self, view: View, width: int, height: int) -> Sequence[Row]:
-        return [spread(row((f" {self.hint()}", "dim")), self.aside(), width)]
+        return [spread_row(make_row((f" {self.hint()}", "dim")), self.aside(), width)]
 
     def on_mouse_scroll_up(self, event: MouseScrollUp) -> None:
         self.turn(-1)
@@ -202,19 +211,19 @@ class Choose(Dialog[int]):
             self.options = self._options_of(view)
         # The options come first: of the text goes what a low terminal has no room for.
         explained = any(why for _, why in self.options)
-        why = wrap(self.options[self.cursor][1], width - 6) if explained else []
-        tail: list[Row] = [(), *(row((f"   {line}", "dim")) for line in why)] if why else []
+        why = wrap_text(self.options[self.cursor][1], width - 6) if explained else []
+        tail: list[Row] = [(), *(make_row((f"   {line}", "dim")) for line in why)] if why else []
         told = self._text(view) if callable(self._text) else self._text
-        lines = [line for text in told for line in wrap(text, width - 2)]
+        lines = [line for text in told for line in wrap_text(text, width - 2)]
         spare = max(0, height - len(tail) - min(len(self.options), _OPTIONS) - 1)
-        rows: list[Row] = _cut([row(f" {line}") for line in lines], spare, width)
+        rows: list[Row] = _cut([make_row(f" {line}") for line in lines], spare, width)
         while rows and not rows[-1][0][0].strip():
             rows.pop()
         rows += [()] if rows else []
         self._first_option = 1 + self._airy + len(rows)
         room = max(1, height - len(rows) - len(tail))
         if not self.options:
-            rows.append(row((f"   {self.EMPTY}", "dim")))
+            rows.append(make_row((f"   {self.EMPTY}", "dim")))
         self._offset = max(0, min(self.cursor - room // 2, len(self.options) - room))
         for index in range(self._offset, min(len(self.options), self._offset + room)):
             label = self.options[index][0]
@@ -222,7 +231,7 @@ class Choose(Dialog[int]):
             pieces = (
                 ((label, "strong" if marked else "plain"),) if isinstance(label, str) else label
             )
-            rows.append(fit(((" ▸ " if marked else "   ", "key"), *pieces), width))
+            rows.append(fit_row(((" ▸ " if marked else "   ", "key"), *pieces), width))
         return [*rows, *tail]
 
     def hint(self) -> str:
@@ -349,8 +358,10 @@ class Number(Dialog[float]):
         yield Input(self._default, id="number", select_on_focus=True, compact=True)
 
     def body(self, view: View, width: int, height: int) -> Sequence[Row]:
-        rows: list[Row] = [row(f" {line}") for text in self.text for line in wrap(text, width - 2)]
-        return [*rows, row((f" ✗ {self._wrong}", "bad"))] if self._wrong else rows
+        rows: list[Row] = [
+            make_row(f" {line}") for text in self.text for line in wrap_text(text, width - 2)
+        ]
+        return [*rows, make_row((f" ✗ {self._wrong}", "bad"))] if self._wrong else rows
 
     def hint(self) -> str:
         return "Enter send   Esc close"
@@ -395,7 +406,7 @@ class Text(Dialog[str]):
         )
 
     def body(self, view: View, width: int, height: int) -> Sequence[Row]:
-        return [row(f" {line}") for text in self._text for line in wrap(text, width - 2)]
+        return [make_row(f" {line}") for text in self._text for line in wrap_text(text, width - 2)]
 
     def hint(self) -> str:
         return self._hint
@@ -475,7 +486,7 @@ class Pager(Dialog[None]):
         last = max(0, len(rows) - height)
         self._top = last if self._tail else max(0, min(self._top, last))
         self._rest = f"{self._top + 1}–{self._top + height} of {len(rows)}" if last else ""
-        return [fit(line, width) for line in rows[self._top : self._top + height]]
+        return [fit_row(line, width) for line in rows[self._top : self._top + height]]
 
     def corner(self) -> Row:
         """Which rows are in sight, where not all of them are."""

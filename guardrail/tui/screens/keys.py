@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from guardrail.tui.draw.lines import Row, fit, width_of, wrap
+from guardrail.tui.draw.lines import Row, fit_row, row_width, wrap_text
 from guardrail.tui.panes.table import CURVES, PANES
 
 LISTS = "lists"
@@ -23,7 +23,7 @@ class Key:
     Attributes:
         keys: names as textual knows them, comma-separated; all do the same.
         shown: how the key is written for a person.
-        action: the cockpit's method `action_...`, with arguments in brackets if any.
+        action: the dashboard's method `action_...`, with arguments in brackets if any.
         label: one or two words for the footer; "" keeps it out of there.
         help: what it does, as a sentence.
         control: it asks the run for something (refused by --read-only and by a run that has ended).
@@ -106,7 +106,7 @@ DIALOG_KEYS = (
     ("v", "Of the guard's question: show its evidence, and go back to it."),
     ("Esc q", "Close the dialog; nothing is sent (so does Ctrl+P in the list of commands)."),
 )
-SIGNS = (
+SYMBOLS = (
     ("● ▲ ◆ ‖", "healthy; unstable, rolling back or recovering; needs an answer; paused"),
     ("✓ ■ ✗ ?", "finished, stopped, halted or failed, not responding"),
     (
@@ -120,7 +120,9 @@ SIGNS = (
 
 
 @lru_cache(maxsize=16)
-def footer(width: int, *, controls: bool = True, asking: bool = False, focus: str = CURVES) -> Row:
+def footer_keys(
+    width: int, *, controls: bool = True, asking: bool = False, focus: str = CURVES
+) -> Row:
     """As many keys as fit, always in the order of the table; those of the focused pane stay
     longest.
 
@@ -137,8 +139,8 @@ def footer(width: int, *, controls: bool = True, asking: bool = False, focus: st
         line: list[tuple[str, str]] = []
         for key in chosen:
             line += [("  " if line else " ", "plain"), (key.shown, "key"), (f" {key.label}", "dim")]
-        if width_of(tuple(line)) <= width:
-            return fit(tuple(line), width)
+        if row_width(tuple(line)) <= width:
+            return fit_row(tuple(line), width)
         worst = max(key.rank for key in chosen)
         chosen.remove(next(key for key in reversed(chosen) if key.rank == worst))
     return ()
@@ -149,23 +151,23 @@ def help_rows(width: int) -> list[Row]:
     parts: tuple[tuple[str, str, Sequence[tuple[str, str]]], ...] = (
         ("", "key", [(key.shown, key.help) for key in KEYS]),
         ("in a dialog", "key", DIALOG_KEYS),
-        ("signs", "strong", SIGNS),
+        ("signs", "strong", SYMBOLS),
     )
     rows: list[Row] = []
     for name, tone, lines in parts:
         if name:
             rows += [(), ((f"   {name}", "dim"),)]
         for shown, told in lines:
-            for index, text in enumerate(wrap(told, width - 13)):
+            for index, text in enumerate(wrap_text(told, width - 13)):
                 rows.append(((f"{'' if index else shown:>10}  ", tone), (text, "plain")))
     return rows
 
 
-def markdown() -> str:
+def keys_as_markdown() -> str:
     """Return the table of docs/keys.md."""
     lines = ["| key | what it does |", "|---|---|"]
     return "\n".join([*lines, *(f"| `{key.shown}` | {key.help} |" for key in KEYS)]) + "\n"
 
 
 if __name__ == "__main__":
-    print(markdown(), end="")
+    print(keys_as_markdown(), end="")

@@ -47,7 +47,9 @@ class Layout:
     messages: bool = True
 
 
-def arrange(width: int, height: int, focus: str, *, full: bool = False, signals: int = 6) -> Layout:
+def arrange_screen(
+    width: int, height: int, focus: str, *, full: bool = False, signals: int = 6
+) -> Layout:
     """The layout of a terminal of `width` x `height`; `full` gives all of it to the focused
     pane.
     """

@@ -21,7 +21,7 @@ _Pen = tuple[str, str, str]
 _PLAIN: _Pen = ("", "", "")
 
 
-class Cells(ChopsUpdate):
+class CellUpdate(ChopsUpdate):
     """The cells of a partial update, and no others."""
 
     def __init__(self, update: ChopsUpdate) -> None:
@@ -41,7 +41,7 @@ class Cells(ChopsUpdate):
             for segment in segments:
                 if not segment.text:
                     continue
-                wanted = pen_of(segment.style or Style.null(), system)
+                wanted = sgr_codes(segment.style or Style.null(), system)
                 written.append(_turn(pen, wanted) + segment.text)
                 pen = wanted
                 column += segment.cell_length
@@ -59,7 +59,7 @@ class Cells(ChopsUpdate):
 
 
 @lru_cache(maxsize=4096)
-def pen_of(style: Style, system: ColorSystem) -> _Pen:
+def sgr_codes(style: Style, system: ColorSystem) -> _Pen:
     """The SGR codes of a style on a terminal of so many colours."""
     colours = [
         ";".join(colour.downgrade(system).get_ansi_codes(foreground=index == 0))

@@ -24,7 +24,7 @@ _SETTLE_SECONDS = 2.0  # longest wait for a part of the screen that answers no m
 NOW, LATER, NEVER = "now", "later", "never"
 
 
-class Typing:
+class KeyQueue:
     """Args:
     hand_on: gives a key to whatever has the keys.
     takes: what the dialog on top does with a key: NOW, LATER or NEVER.

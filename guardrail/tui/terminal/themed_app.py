@@ -15,12 +15,12 @@ from textual.driver import Driver
 from textual.screen import Screen
 
 from guardrail.tui.draw import palette
-from guardrail.tui.terminal.cell_diff import Cells
+from guardrail.tui.terminal.cell_diff import CellUpdate
 
 T = TypeVar("T")
 
 
-class Themed(App[T]):
+class ThemedApp(App[T]):
     """Args:
     theme: one of `palette.THEMES`. None: dark, and the terminal's own colours where it has few.
     """
@@ -66,7 +66,7 @@ class Themed(App[T]):
     def _display(self, screen: Screen[object], renderable: RenderableType | None) -> None:
         """The one way to the terminal. Whole frames are textual's own business."""
         super()._display(
-            screen, Cells(renderable) if isinstance(renderable, ChopsUpdate) else renderable
+            screen, CellUpdate(renderable) if isinstance(renderable, ChopsUpdate) else renderable
         )
 
     def next_theme(self) -> str:

@@ -18,7 +18,7 @@ from guardrail.cli.runs import ago
 from guardrail.core.records import Phase, Status
 from guardrail.operate.run_summary import RunSummary, glance, glances, loss_points
 from guardrail.rundir.run_directory import RunDirectory
-from guardrail.tui.app.run_list import Chooser, curve, matching, run_row
+from guardrail.tui.app.run_list import RunList, draw_curve, draw_run, matching_runs
 from guardrail.tui.draw.lines import Row
 from tests.support.fake_run import FakeRun, example
 
@@ -103,7 +103,7 @@ def test_rows_fit_and_say_the_state(width: int, state: str) -> None:
         HOSTILE, "/r", state, 1_284_000, 6_000_000, None, 1000.0, "h", "auto", 8e3, 60.0, 2.2
     )
     for points in ([], [math.nan] * 50, [3.0, 2.0, 99.0, math.inf]):
-        row = run_row(one, points, name=30, width=width, now=1500.0, marked=True)
+        row = draw_run(one, points, name=30, width=width, now=1500.0, marked=True)
         assert cell_len(text(row)) <= width and "\x1b" not in text(row) and "\x9b" not in text(row)
     if width >= 80:
         assert "1,284,000 / 6,000,000" in text(row)
@@ -120,20 +120,20 @@ def test_rows_fit_and_say_the_state(width: int, state: str) -> None:
     ],
 )
 def test_curves(points: Sequence[float], shown: str) -> None:
-    assert curve(points, 20) == shown
-    assert len(curve(points, 2)) <= 2
+    assert draw_curve(points, 20) == shown
+    assert len(draw_curve(points, 2)) <= 2
 
 
 def test_filter_looks_at_names_hosts_and_states() -> None:
     runs = [RunSummary(name, f"/{name}", state, 1, 2, None, 0.0, "node-1", "auto", 0.0, 0.0, None)
             for name, state in (("gpt/1", "step"), ("gpt/2", "failed"), ("bert/1", "step"))]  # fmt: skip
-    assert [one.run for one in matching(runs, "gpt training")] == ["gpt/1"]
-    assert len(matching(runs, "NODE")) == 3 and not matching(runs, "nowhere")
+    assert [one.run for one in matching_runs(runs, "gpt training")] == ["gpt/1"]
+    assert len(matching_runs(runs, "NODE")) == 3 and not matching_runs(runs, "nowhere")
 
 
 async def test_choosing_with_the_keys(root: Path) -> None:
     runs = glances(root, alive)
-    app = Chooser(lambda: runs, root=str(root), clock=lambda: time.time())
+    app = RunList(lambda: runs, root=str(root), clock=lambda: time.time())
     async with app.run_test(size=(100, 20)) as pilot:
         await pilot.pause(0.1)
         await pilot.press("down", "down", "down", "up")
@@ -149,7 +149,7 @@ async def test_choosing_with_the_keys(root: Path) -> None:
 
 @pytest.mark.parametrize("key", ["q", "ctrl+c"])
 async def test_leaving_chooses_nothing(root: Path, key: str) -> None:
-    app = Chooser(lambda: [], root=str(root))
+    app = RunList(lambda: [], root=str(root))
     async with app.run_test(size=(60, 10)) as pilot:
         await pilot.press("enter", "escape", key)
     assert app.return_value is None
@@ -159,7 +159,7 @@ async def test_a_root_that_cannot_be_read_is_said() -> None:
     def look() -> list[RunSummary]:
         raise OSError(116, "Stale file handle")
 
-    app = Chooser(look, root="/far")
+    app = RunList(look, root="/far")
     async with app.run_test(size=(100, 10)) as pilot:
         await pilot.pause(0.1)
         assert "Stale file handle" in text(app._head(100)[0])

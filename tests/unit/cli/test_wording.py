@@ -16,7 +16,7 @@ from guardrail.operate.preview import Preview, of
 from guardrail.operate.run_state import RunState
 from guardrail.report.svg_curves import scale_of
 from guardrail.rundir.run_directory import RunDirectory
-from guardrail.tui.numerics.scales import y_scale
+from guardrail.tui.numerics.scales import fit_y_scale
 from tests.parallel.test_preview import wish
 from tests.unit.torch.test_guard import Loop
 from tests.unit.tui.test_run_story import finding
@@ -84,4 +84,4 @@ def test_no_axis_of_a_loss_reaches_below_zero() -> None:
     assert scale_of(losses, losses).value(1.0) >= 0.0
     assert scale_of(-losses, -losses).value(1.0) < -8.0, "a signal that is negative has one"
     flat = np.full(40, 0.0)
-    assert y_scale([(flat, flat)], log=False).bottom >= 0.0
+    assert fit_y_scale([(flat, flat)], log=False).bottom >= 0.0

@@ -17,7 +17,7 @@ from rich.style import Style
 from textual._compositor import ChopsUpdate
 from textual.strip import Strip
 
-from guardrail.tui.terminal.cell_diff import Cells, pen_of
+from guardrail.tui.terminal.cell_diff import CellUpdate, sgr_codes
 
 WIDTH, HEIGHT = 12, 2
 STYLES = [
@@ -86,18 +86,20 @@ def test_the_cells_that_changed_make_the_whole_frame(
     where, terminal = sorted({0, WIDTH, *cuts}), terminal_of("truecolor")
     everything = [(y, 0, WIDTH) for y in range(HEIGHT)]
     first = update(before, everything, where).render_segments(terminal)
-    partial = Cells(update(after, stretches, where)).render_segments(terminal)
+    partial = CellUpdate(update(after, stretches, where)).render_segments(terminal)
     assert shown(first, partial) == shown(
         update(after, everything, where).render_segments(terminal)
     )
-    assert shown(Cells(update(before, everything, where)).render_segments(terminal)) == shown(first)
+    assert shown(CellUpdate(update(before, everything, where)).render_segments(terminal)) == shown(
+        first
+    )
 
 
 @pytest.mark.parametrize("style", [0, 4])
 def test_one_number_costs_one_number(style: int) -> None:
     frame: Frame = [[("a", style)] * WIDTH for _ in range(HEIGHT)]
     terminal = terminal_of("truecolor")
-    told = Cells(update(frame, [(1, 8, 10)], [0, 4, WIDTH])).render_segments(terminal)
+    told = CellUpdate(update(frame, [(1, 8, 10)], [0, 4, WIDTH])).render_segments(terminal)
     assert told.startswith("\x1b[2;9H") and told.endswith(
         "aa\x1b[0m" if style == 4 else "aa\x1b[39;49m"
     )
@@ -109,7 +111,7 @@ def test_a_wide_character_at_the_edge_leaves_no_half() -> None:
     two.
     """
     chops = [{0: Strip([Segment("a語b" + "." * (WIDTH - 4), STYLES[0])])} for _ in range(HEIGHT)]
-    partial = Cells(ChopsUpdate(chops, [(0, 2, 5)], [[WIDTH]] * HEIGHT)).render_segments(
+    partial = CellUpdate(ChopsUpdate(chops, [(0, 2, 5)], [[WIDTH]] * HEIGHT)).render_segments(
         terminal_of("truecolor")
     )
     assert "語" not in partial
@@ -119,7 +121,7 @@ def test_a_wide_character_at_the_edge_leaves_no_half() -> None:
 
 def test_colours_are_those_that_the_terminal_has() -> None:
     style = Style(color="#ff0000", bgcolor="#000000", bold=True)
-    assert pen_of(style, ColorSystem.TRUECOLOR) == ("1", "38;2;255;0;0", "48;2;0;0;0")
-    assert pen_of(style, ColorSystem.EIGHT_BIT) == ("1", "38;5;196", "48;5;16")
-    assert pen_of(style, ColorSystem.STANDARD) == ("1", "31", "40")
-    assert pen_of(Style(reverse=True), ColorSystem.STANDARD) == ("7", "", "")
+    assert sgr_codes(style, ColorSystem.TRUECOLOR) == ("1", "38;2;255;0;0", "48;2;0;0;0")
+    assert sgr_codes(style, ColorSystem.EIGHT_BIT) == ("1", "38;5;196", "48;5;16")
+    assert sgr_codes(style, ColorSystem.STANDARD) == ("1", "31", "40")
+    assert sgr_codes(Style(reverse=True), ColorSystem.STANDARD) == ("7", "", "")

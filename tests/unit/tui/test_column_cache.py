@@ -11,10 +11,10 @@ import pytest
 
 from guardrail.core.records import METRIC_COLUMNS
 from guardrail.tui.chart import axis
-from guardrail.tui.chart.column_cache import Viewport
+from guardrail.tui.chart.column_cache import ColumnCache
 from guardrail.tui.model.view import View
 from guardrail.tui.numerics import pyramid
-from guardrail.tui.numerics.decimated_series import Track
+from guardrail.tui.numerics.decimated_series import DecimatedSeries
 from guardrail.tui.numerics.pyramid import Level
 from tests.support.fake_run import FakeRun, snapshot_of
 
@@ -30,8 +30,8 @@ def test_what_grows_is_what_is_there(looks: dict[str, object]) -> None:
     """
     fake, track, eyes = (
         FakeRun().begin(),
-        Track((), ("tokens",), exact=64),
-        {"loss": Viewport(), "grad_norm": Viewport()},
+        DecimatedSeries((), ("tokens",), exact=64),
+        {"loss": ColumnCache(), "grad_norm": ColumnCache()},
     )
     rng, added = np.random.default_rng(3), 0
     for turn in range(120):
@@ -45,11 +45,11 @@ def test_what_grows_is_what_is_there(looks: dict[str, object]) -> None:
             added = len(fake.rows)
         series = track.series()
         view = replace(View(replace(snapshot_of(fake), series=series), fake.time), **looks)  # type: ignore[arg-type]
-        scale = axis.x_scale(view, CELLS)
+        scale = axis.make_x_scale(view, CELLS)
         for signal, eye in eyes.items():
             assert (
                 eye.look(view, signal, scale, 12).key()
-                == Viewport().look(view, signal, scale, 12).key()
+                == ColumnCache().look(view, signal, scale, 12).key()
             ), (turn, signal)
 
 
@@ -59,7 +59,7 @@ def test_a_frame_looks_at_little(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     fake = FakeRun(total=400_000).begin()
     fake.advance(200_000, checkpoints=0, ring=0)
-    track, eye, looked = Track(), Viewport(), [0]
+    track, eye, looked = DecimatedSeries(), ColumnCache(), [0]
     track.add(METRIC_COLUMNS, fake.rows)
     take = pyramid._take
 
@@ -73,14 +73,14 @@ def test_a_frame_looks_at_little(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(6):
         looked[0], added = 0, len(fake.rows)
         view = View(replace(told, series=track.series()), fake.time)
-        eye.look(view, "loss", axis.x_scale(view, CELLS), 12)
+        eye.look(view, "loss", axis.make_x_scale(view, CELLS), 12)
         counts.append(looked[0])
         fake.advance(fake.step + 3, checkpoints=0, ring=0)
         track.add(METRIC_COLUMNS, fake.rows[added:])
     assert max(counts[1:]) < 200 and counts[0] > 10 * max(counts[1:])
-    again = eye.look(view, "loss", axis.x_scale(view, CELLS), 12)
+    again = eye.look(view, "loss", axis.make_x_scale(view, CELLS), 12)
     looked[0] = 0
     assert (
-        eye.look(view, "loss", axis.x_scale(view, CELLS), 12).key() == again.key()
+        eye.look(view, "loss", axis.make_x_scale(view, CELLS), 12).key() == again.key()
         and looked[0] == 0
     )

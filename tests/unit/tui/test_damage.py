@@ -21,12 +21,12 @@ from guardrail.rundir import journal
 from guardrail.rundir.follow import Follower
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.tui.app.app import GuardrailApp
-from guardrail.tui.app.run_list import Chooser
+from guardrail.tui.app.run_list import RunList
 from guardrail.tui.model import worker_thread
 from guardrail.tui.model.run_reader import RunReader
 from guardrail.tui.model.view import View
 from guardrail.tui.screens.dashboard import PaneLines
-from guardrail.tui.screens.header_footer import facts, header
+from guardrail.tui.screens.header_footer import header_rows, status_rows
 from tests.support.fake_run import FakeReader, FakeRun, example, snapshot_of
 from tests.support.lab import wait_for
 from tests.unit.tui.test_panels import BUILDERS, text
@@ -49,7 +49,7 @@ def shown(reader: RunReader) -> str:
     reader.look()
     reader.look()
     view = View(reader.latest(), small().time)
-    return text([*header(view, 200, 1), *facts(view, 400, 1)])
+    return text([*header_rows(view, 200, 1), *status_rows(view, 400, 1)])
 
 
 def half(path: Path) -> None:
@@ -148,7 +148,7 @@ def test_damage_while_it_is_watched_is_said_in_the_header(
     reader.look()
     DAMAGE[damage](run.path / file)
     shown(reader)
-    assert said in text(header(View(reader.latest(), small().time), 200, 1))
+    assert said in text(header_rows(View(reader.latest(), small().time), 200, 1))
 
 
 @pytest.mark.fault("T17")
@@ -161,7 +161,7 @@ def test_unreadable_lines_of_the_journal_are_counted_and_are_no_incident(run: Ru
     run.journal_path.write_bytes(b"".join([*lines, *broken, *strange]))
     reader = RunReader(run)
     assert "✗ 3 unreadable journal lines" in text(
-        header(View((shown(reader), reader.latest())[1], 0.0), 200, 1)
+        header_rows(View((shown(reader), reader.latest())[1], 0.0), 200, 1)
     )
     assert [one.number for one in reader.latest().story.incidents] == [1], (
         "what cannot be understood is no incident"
@@ -281,7 +281,7 @@ async def test_the_run_list_reads_no_curve_on_the_thread_of_its_keys() -> None:
         return [3.0, 2.0, 1.0]
 
     main = threading.get_ident()
-    app = Chooser(lambda: [glance(f"demo/{n:03}") for n in range(300)], root="/runs", points=slow)
+    app = RunList(lambda: [glance(f"demo/{n:03}") for n in range(300)], root="/runs", points=slow)
     async with app.run_test(size=(140, 40)) as pilot:
         await until(pilot, lambda: bool(app.runs))
         await pilot.press("down", "down", "end")
@@ -300,7 +300,7 @@ async def test_a_run_list_that_cannot_be_read_says_so() -> None:
     def look() -> list[RunSummary]:
         raise ZeroDivisionError("bad")
 
-    app = Chooser(look, root="/runs", points=lambda path: [])
+    app = RunList(look, root="/runs", points=lambda path: [])
     async with app.run_test(size=(100, 20)) as pilot:
         await until(pilot, lambda: "ZeroDivisionError: bad" in text(app._head(100)))
 

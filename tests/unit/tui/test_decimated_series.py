@@ -20,12 +20,12 @@ from guardrail.core.records import METRIC_COLUMNS
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.tui.app.app import GuardrailApp
 from guardrail.tui.chart import axis
-from guardrail.tui.chart.chart import chart_rows
+from guardrail.tui.chart.chart import draw_chart
 from guardrail.tui.model import run_reader
 from guardrail.tui.model.run_reader import RunReader
 from guardrail.tui.model.view import View
-from guardrail.tui.numerics.decimated_series import Track
-from guardrail.tui.numerics.raster import Columns, columns_of
+from guardrail.tui.numerics.decimated_series import DecimatedSeries
+from guardrail.tui.numerics.raster import Columns, merged_dot_columns
 from guardrail.tui.numerics.scales import XScale
 from guardrail.tui.numerics.series import SIGNALS, Series
 from tests.support.fake_run import FakeReader, FakeRun, snapshot_of
@@ -36,9 +36,9 @@ EXACT = 64
 COLUMNS = ("step", "timeline", *SIGNALS, "eval_loss", "tokens")
 
 
-def bounded(table: np.ndarray) -> Track:
+def bounded(table: np.ndarray) -> DecimatedSeries:
     """A track that reads its table again where it has to."""
-    return Track(
+    return DecimatedSeries(
         ("eval_loss",),
         ("tokens",),
         exact=EXACT,
@@ -73,7 +73,7 @@ def held(value: object) -> int:
                 look(part)
         elif hasattr(one, "low") and not isinstance(one, Series):
             look([getattr(one, name, None) for name in ("low", "high", "bad", "series")])
-        elif isinstance(one, Series | Track):
+        elif isinstance(one, Series | DecimatedSeries):
             look(vars(one))
 
     look(value)
@@ -106,7 +106,7 @@ def test_what_is_summed_up_is_what_the_rows_say(stretches: list[tuple[int, int]]
     """
     steps, timelines = going_back(stretches)
     table = noise(steps, timelines)
-    thinned, whole = bounded(table), Track(("eval_loss",), ("tokens",))
+    thinned, whole = bounded(table), DecimatedSeries(("eval_loss",), ("tokens",))
     for first in range(0, len(table), cut):
         for track in (thinned, whole):
             track.add(COLUMNS, table[first : first + cut], first=first)
@@ -136,7 +136,7 @@ def test_a_day_holds_no_more_bytes_than_an_hour() -> None:
     """Of everything that grows with rows, ghosts included; counted, whatever a process may have
     left over.
     """
-    track, sizes = Track(exact=EXACT), []
+    track, sizes = DecimatedSeries(exact=EXACT), []
     for hour in range(24):
         for at in range(hour * 3600, (hour + 1) * 3600, 300):
             steps = np.arange(at + 1.0, at + 301)
@@ -155,7 +155,7 @@ def test_a_day_holds_no_more_bytes_than_an_hour() -> None:
 
 
 def test_a_ghost_of_a_whole_day_is_summed_up_too() -> None:
-    track = Track()
+    track = DecimatedSeries()
     track.add(COLUMNS, noise(np.arange(1.0, 100_001).tolist(), [0.0] * 100_000))
     before = extremes(track.series(), "loss")
     track.abandon(after=0)
@@ -188,13 +188,13 @@ def closer(reader: RunReader, *stretches: tuple[float, float]) -> Series:
 
 
 def whole(run: RunDirectory, signals: tuple[str, ...] = (), axis: str = "step") -> Series:
-    track, view = Track(signals, (axis,)), run.metrics()
+    track, view = DecimatedSeries(signals, (axis,)), run.metrics()
     track.add(view.columns, np.asarray(view.array))
     return track.series()
 
 
 def drawn(series: Series, signal: str, scale: XScale, along: str = "step") -> list[list[float]]:
-    found: Columns = columns_of(series.curves(signal, along), scale)
+    found: Columns = merged_dot_columns(series.curves(signal, along), scale)
     return [found.low.tolist(), found.high.tolist(), found.bad.tolist()]
 
 
@@ -351,13 +351,13 @@ def test_what_is_free_goes_back_when_old_rows_were_summed_up(
 
 def thinned() -> View:
     fake = FakeRun(total=8000).begin().advance(1206).spike().advance(5000)
-    track = Track(exact=EXACT)
+    track = DecimatedSeries(exact=EXACT)
     track.add(METRIC_COLUMNS, fake.rows)
     return View(replace(snapshot_of(fake), series=track.series()), now=fake.time)
 
 
 def text_of(view: View) -> str:
-    return "\n".join("".join(text for text, _ in row) for row in chart_rows(view, "loss", 120, 16))
+    return "\n".join("".join(text for text, _ in row) for row in draw_chart(view, "loss", 120, 16))
 
 
 def test_a_value_that_is_not_at_hand_is_not_said_and_a_long_wait_is() -> None:
@@ -375,7 +375,7 @@ def test_rows_are_wanted_where_points_are_fewer_than_dots() -> None:
 
     def wanted(**looks: object) -> list[tuple[float, float]]:
         looked = replace(view, **looks)  # type: ignore[arg-type]
-        return axis.closer(looked, axis.x_scale(looked, cells))
+        return axis.ranges_to_read(looked, axis.make_x_scale(looked, cells))
 
     assert wanted(span=30.0) == [], "the newest rows are all there"
     ((low, high),) = wanted(span=400.0, end=2000.0)
@@ -396,17 +396,17 @@ async def test_the_screen_asks_for_what_it_shows_and_shows_what_comes(
     async with app.run_test(size=(120, 32)) as pilot:
         wait_for(lambda: reader.latest().loaded)
         app._draw()
-        cockpit = app.screen
-        cockpit.go_to(1206.0)  # type: ignore[attr-defined]
+        dashboard = app.screen
+        dashboard.go_to(1206.0)  # type: ignore[attr-defined]
         for _ in range(8):
             await pilot.press("plus")
         for _ in range(400):
             app._draw()
             await pilot.pause(0.01)
-            if cockpit.view.snapshot.series.exact(1206):  # type: ignore[attr-defined]
+            if dashboard.view.snapshot.series.exact(1206):  # type: ignore[attr-defined]
                 break
-        shown = axis.x_scale(cockpit.view, 50)  # type: ignore[attr-defined]
-        series = cockpit.view.snapshot.series  # type: ignore[attr-defined]
+        shown = axis.make_x_scale(dashboard.view, 50)  # type: ignore[attr-defined]
+        series = dashboard.view.snapshot.series  # type: ignore[attr-defined]
         assert repr(drawn(series, "loss", shown)) == repr(drawn(expected, "loss", shown))
         assert series.at("loss", 1206) == expected.at("loss", 1206)
 

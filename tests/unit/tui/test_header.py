@@ -15,7 +15,7 @@ from rich.cells import cell_len
 from guardrail.core.records import CommandKind, Mode, Phase, SnapshotInfo, Status
 from guardrail.core.sections import LaunchSection
 from guardrail.launch.supervisor_journal import SupervisorJournal
-from guardrail.tui.model.pane_state import State
+from guardrail.tui.model.pane_state import PaneState
 from guardrail.tui.model.view import Snapshot, View
 from guardrail.tui.panes import log, snapshots
 from guardrail.tui.screens import header_footer as panels
@@ -34,17 +34,17 @@ def look(
 
 
 def header(view: View, width: int = 120) -> str:
-    shown = text(panels.header(view, width, 1))
+    shown = text(panels.header_rows(view, width, 1))
     assert cell_len(shown) <= width
     return shown
 
 
 def facts(view: View, width: int = 160) -> str:
-    return text(panels.facts(view, width, 1))
+    return text(panels.status_rows(view, width, 1))
 
 
 def footer(view: View, width: int = 120) -> str:
-    return text(panels.footer(view, width, 1))
+    return text(panels.footer_rows(view, width, 1))
 
 
 # -- a run that does not respond
@@ -86,7 +86,7 @@ def test_a_resumed_run_in_set_up_shows_nothing_of_its_dead_processes(phase: Phas
     shown = header(view)
     assert shown.startswith(" ○ STARTING"), "an incident that was open says nothing of now"
     assert "– tok/s" in shown and "–:--:--" in shown
-    states = text(snapshots.build(view, 60, 12, State()))
+    states = text(snapshots.build(view, 60, 12, PaneState()))
     assert "memory" not in states and "■" in states, "what was in memory is gone with the processes"
 
 
@@ -106,7 +106,7 @@ def test_a_new_start_writes_nothing_of_the_dead_processes(tmp_path: Path) -> Non
 
 
 def test_an_ended_run_has_no_states_in_memory() -> None:
-    assert "memory" not in text(snapshots.build(look(phase=Phase.FAILED), 60, 12, State()))
+    assert "memory" not in text(snapshots.build(look(phase=Phase.FAILED), 60, 12, PaneState()))
 
 
 # -- who acts
@@ -138,7 +138,7 @@ def test_what_is_advised_stands_in_the_journal_once_an_incident() -> None:
     fake.event(
         "verdict", "would skip at step 200", action="apply", would="skip", incident=2, at_step=200
     )
-    shown = text(log.build(look(fake), 80, 40, State()))
+    shown = text(log.build(look(fake), 80, 40, PaneState()))
     lines = [line for line in shown.splitlines() if "would" in line]
     assert [line.split("▲ ")[1] for line in lines] == [
         "would skip at step 101", "would rollback at step 103", "would skip at step 200",
@@ -150,7 +150,9 @@ def test_nothing_is_green_over_damage_that_no_one_has_dealt_with() -> None:
     standing = {"incident": 1, "since": 400, "let_pass": "advise", "loss": 10.3, "expected": 1.8}
     shown = header(look_at(standing))
     assert shown.startswith(" ▲ LOSS +8.5 since 400 "), shown
-    tones = {tone for piece, tone in panels.header(look_at(standing), 120, 1)[0] if "LOSS" in piece}
+    tones = {
+        tone for piece, tone in panels.header_rows(look_at(standing), 120, 1)[0] if "LOSS" in piece
+    }
     assert tones == {"warn"}
     assert (
         "unresolved since step 400: loss 10.3, +8.5 above its trend, no action was taken"
@@ -281,5 +283,5 @@ def test_ages_of_states_are_short_and_whole(width: int) -> None:
         example().status, snapshots=(info,), heartbeat=100.0 + 3 * 86400
     )
     view = View(Snapshot("a/b", status=status, heard=status.heartbeat), status.heartbeat)
-    shown = text(snapshots.build(view, width, 4, State())).splitlines()[1]
+    shown = text(snapshots.build(view, width, 4, PaneState())).splitlines()[1]
     assert shown.rstrip().endswith("3 d") and "good" in shown and cell_len(shown) <= width, shown

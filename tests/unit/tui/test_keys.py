@@ -30,7 +30,7 @@ from guardrail.tui.model import sent_commands as controls
 from guardrail.tui.model.run_story import CommandAnswer
 from guardrail.tui.model.view import Snapshot, View
 from guardrail.tui.screens import dialogs, keys
-from guardrail.tui.screens.dashboard import MINE, Cockpit
+from guardrail.tui.screens.dashboard import VIEWER_CHOICES, Dashboard
 from guardrail.tui.screens.dialogs import (
     Choose,
     Confirm,
@@ -91,9 +91,9 @@ async def act(
 
 
 def message(app: App[None]) -> str:
-    cockpit = app.screen_stack[0]
-    assert isinstance(cockpit, Cockpit)
-    return cockpit.view.message[0]
+    dashboard = app.screen_stack[0]
+    assert isinstance(dashboard, Dashboard)
+    return dashboard.view.message[0]
 
 
 def only(sent: list[Command]) -> tuple[CommandKind, float]:
@@ -153,11 +153,13 @@ async def test_a_note_goes_into_the_journal_with_a_name() -> None:
 def test_why_a_key_did_nothing_is_said_for_ten_seconds() -> None:
     """It said for a minute that there is no state to go back to, beside a list of four."""
     fake = FakeRun().begin()
-    desk = controls.SentCommands(FakeReader(snapshot_of(fake)), lambda: fake.time)
-    desk.notice("there is no snapshot or checkpoint to go back to yet")
+    commands = controls.SentCommands(FakeReader(snapshot_of(fake)), lambda: fake.time)
+    commands.show_notice("there is no snapshot or checkpoint to go back to yet")
     view = View(snapshot_of(fake), fake.time)
-    assert desk.message(replace(view, now=fake.time + 9.0))[0].startswith("there is no snapshot")
-    assert desk.message(replace(view, now=fake.time + 11.0)) == ("", "plain")
+    assert commands.message(replace(view, now=fake.time + 9.0))[0].startswith(
+        "there is no snapshot"
+    )
+    assert commands.message(replace(view, now=fake.time + 11.0)) == ("", "plain")
 
 
 async def test_a_preview_says_what_is_lost_before_anything_is_sent() -> None:
@@ -220,9 +222,9 @@ async def test_a_command_that_would_be_refused_says_so_first() -> None:
 
 def seen(app: App[None]) -> tuple[object, ...]:
     """What the screen is like, for the viewer's part."""
-    cockpit = app.screen_stack[0]
-    assert isinstance(cockpit, Cockpit)
-    shown = replace(cockpit.view, snapshot=Snapshot("any"), message=("", ""))
+    dashboard = app.screen_stack[0]
+    assert isinstance(dashboard, Dashboard)
+    shown = replace(dashboard.view, snapshot=Snapshot("any"), message=("", ""))
     return repr(shown.states), repr(replace(shown, states={})), type(app.screen), app.theme
 
 
@@ -245,9 +247,9 @@ async def test_every_other_key_sends_nothing_and_does_something(
 
     async def look(pilot: Pilot[None], reader: FakeReader) -> None:
         app = pilot.app
-        cockpit = app.screen_stack[0]
-        assert isinstance(cockpit, Cockpit)
-        fresh = {name: getattr(View(reader.snapshot, 0.0), name) for name in MINE}
+        dashboard = app.screen_stack[0]
+        assert isinstance(dashboard, Dashboard)
+        fresh = {name: getattr(View(reader.snapshot, 0.0), name) for name in VIEWER_CHOICES}
         theme = app.theme
         for key in [name for one in keys.KEYS if not one.control for name in one.keys.split(",")]:
             if key in LEAVING:
@@ -255,7 +257,7 @@ async def test_every_other_key_sends_nothing_and_does_something(
             while len(app.screen_stack) > 1:
                 await app.pop_screen()
             app.theme = theme
-            cockpit.look(**fresh)
+            dashboard.look(**fresh)
             await pilot.press(*BEFORE.get(key, []))
             before = seen(app)
             await pilot.press(key)
@@ -277,16 +279,18 @@ async def test_leaving_stops_nothing(key: str) -> None:
 
 async def test_curves_are_chosen_and_their_rows_are_asked_for() -> None:
     async def look(pilot: Pilot[None], reader: FakeReader) -> None:
-        cockpit = pilot.app.screen_stack[0]
-        assert isinstance(cockpit, Cockpit)
-        shown = [chart for chart in cockpit.query(Chart) if chart.display]
+        dashboard = pilot.app.screen_stack[0]
+        assert isinstance(dashboard, Dashboard)
+        shown = [chart for chart in dashboard.query(Chart) if chart.display]
         assert [chart.signal for chart in shown] == ["grad_norm", "embed_grad_norm", "embed_share"]
-        assert cockpit.view.big == "grad_norm", "the enlarged one was taken out"
+        assert dashboard.view.big == "grad_norm", "the enlarged one was taken out"
         assert reader.chosen == (("grad_norm", "embed_grad_norm", "embed_share"), "tokens")
         await pilot.press("escape", "v", *["down"] * 20, "space", "escape", *["up"])
         await pilot.pause()
-        assert cockpit.view.charts[-1] == cockpit.view.big == "loss_scale", "once round"
-        assert [chart.signal for chart in cockpit.query(Chart) if chart.display][-1] == "loss_scale"
+        assert dashboard.view.charts[-1] == dashboard.view.big == "loss_scale", "once round"
+        assert [chart.signal for chart in dashboard.query(Chart) if chart.display][
+            -1
+        ] == "loss_scale"
         assert "loss_scale" in reader.chosen[0]
 
     assert not (await act("b", "v", "enter", script=look)).sent
@@ -299,12 +303,14 @@ def test_every_key_has_help_and_its_own_place() -> None:
         assert len(key.help) > 10 and key.help.endswith("."), f"{key.shown} has no help"
         assert key.shown and len(key.label) <= 10
         name = key.action.partition("(")[0]
-        assert callable(getattr(Cockpit, f"action_{name}", None)), f"{key.shown}: no action_{name}"
+        assert callable(getattr(Dashboard, f"action_{name}", None)), (
+            f"{key.shown}: no action_{name}"
+        )
 
 
 def test_every_binding_of_the_screen_is_in_the_table() -> None:
     """A binding that was added beside the table would have no help."""
-    bound = {binding.key for binding in Cockpit.BINDINGS}  # type: ignore[union-attr]
+    bound = {binding.key for binding in Dashboard.BINDINGS}  # type: ignore[union-attr]
     assert bound == {key.keys for key in keys.KEYS}
     extra = {name for binding in GuardrailApp.BINDINGS for name in binding.key.split(",")}  # type: ignore[union-attr]
     assert extra <= {name for key in keys.KEYS for name in key.keys.split(",")}
@@ -352,17 +358,17 @@ def text_of(lines: Lines) -> str:
 
 
 def test_footer_keeps_what_matters_on_narrow_terminals() -> None:
-    wide = "".join(text for text, _ in keys.footer(120))
-    narrow = "".join(text for text, _ in keys.footer(40))
+    wide = "".join(text for text, _ in keys.footer_keys(120))
+    narrow = "".join(text for text, _ in keys.footer_keys(40))
     assert "p pause" in wide and "j journal" in wide and "answer" not in wide
     assert "q leave" in narrow and "? help" in narrow
-    assert keys.footer(0) == ()
-    assert "a answer" in "".join(text for text, _ in keys.footer(80, asking=True))
-    assert "pause" not in "".join(text for text, _ in keys.footer(120, controls=False))
+    assert keys.footer_keys(0) == ()
+    assert "a answer" in "".join(text for text, _ in keys.footer_keys(80, asking=True))
+    assert "pause" not in "".join(text for text, _ in keys.footer_keys(120, controls=False))
 
 
 def test_the_table_for_the_readme() -> None:
-    lines = keys.markdown().splitlines()
+    lines = keys.keys_as_markdown().splitlines()
     assert len(lines) == len(keys.KEYS) + 2 and all(line.startswith("|") for line in lines)
 
 
@@ -475,7 +481,7 @@ async def test_a_dialog_that_controls_a_run_closes_when_the_run_ends(presses: li
         fake.end(Phase.STOPPED, ExitCode.INTERRUPTED)
         reader.put(snapshot_of(fake))
         await pilot.pause(0.3)
-        assert isinstance(pilot.app.screen, Cockpit)
+        assert isinstance(pilot.app.screen, Dashboard)
         await pilot.press("enter")
 
     done = await act(*presses, fake=fake, script=ends)
@@ -508,7 +514,7 @@ async def test_a_question_comes_up_by_itself_once() -> None:
         await pilot.press("escape")
         reader.put(replace(reader.snapshot, heard=reader.snapshot.heard + 1))
         await pilot.pause(0.3)
-        assert isinstance(pilot.app.screen, Cockpit), "it was put aside, and stays there"
+        assert isinstance(pilot.app.screen, Dashboard), "it was put aside, and stays there"
 
     assert not (await act(script=look, fake=asking())).sent
 
@@ -536,7 +542,7 @@ async def test_a_question_that_somebody_else_has_answered_goes_away() -> None:
         fake.phase, fake.question = Phase.STEP, ""
         reader.put(snapshot_of(fake))
         await pilot.pause(0.3)
-        assert isinstance(pilot.app.screen, Cockpit)
+        assert isinstance(pilot.app.screen, Dashboard)
 
     assert not (await act(fake=fake, script=answered)).sent
 
@@ -563,7 +569,7 @@ async def test_v_shows_the_evidence_while_the_question_stands() -> None:
         await until(pilot, lambda: reader.sent)
 
     done = await act("v", fake=asking(known=True), script=look)
-    assert only(done.sent) == (CommandKind.ANSWER, 1.0) and done.top is Cockpit
+    assert only(done.sent) == (CommandKind.ANSWER, 1.0) and done.top is Dashboard
 
 
 async def test_a_question_that_is_answered_elsewhere_takes_its_evidence_along() -> None:
@@ -574,7 +580,7 @@ async def test_a_question_that_is_answered_elsewhere_takes_its_evidence_along() 
         fake.phase, fake.question = Phase.STEP, ""
         reader.put(snapshot_of(fake))
         await pilot.pause(0.3)
-        assert isinstance(pilot.app.screen, Cockpit)
+        assert isinstance(pilot.app.screen, Dashboard)
 
     assert not (await act("v", fake=fake, script=answered)).sent
 
@@ -751,15 +757,15 @@ async def test_keys_typed_ahead_go_to_the_dialogs_that_they_open() -> None:
         await until(pilot, lambda: isinstance(pilot.app.screen, Confirm))
         assert isinstance(pilot.app.screen, Confirm) and pilot.app.screen.label == "skip 7 batches?"
         await pilot.press("escape")
-        await until(pilot, lambda: isinstance(pilot.app.screen, Cockpit))
+        await until(pilot, lambda: isinstance(pilot.app.screen, Dashboard))
         burst(pilot.app, "s", "1", "2", "enter", "y", "2", "c")
         await until(pilot, lambda: len(reader.sent) == 2)
         assert [(command.kind, command.value) for command in reader.sent] == [
             (CommandKind.SKIP, 12.0),
             (CommandKind.CHECKPOINT, 0.0),
         ]
-        cockpit = pilot.app.screen
-        assert isinstance(cockpit, Cockpit) and cockpit.view.focus == "incidents"
+        dashboard = pilot.app.screen
+        assert isinstance(dashboard, Dashboard) and dashboard.view.focus == "incidents"
 
     await act(script=type_fast)
 
@@ -769,7 +775,7 @@ async def test_keys_that_wait_for_a_dialog_never_keep_escape_waiting() -> None:
     async def type_fast(pilot: Pilot[None], reader: FakeReader) -> None:
         burst(pilot.app, "u", "y", "escape", "c")
         await until(pilot, lambda: reader.sent)
-        assert isinstance(pilot.app.screen, Cockpit)
+        assert isinstance(pilot.app.screen, Dashboard)
         assert [command.kind for command in reader.sent] == [CommandKind.CHECKPOINT]
 
     await act(script=type_fast, foresees=False)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guardrail.tui.chart.overlay import Mark, draw_smoothed, put_marks, smoothed
+from guardrail.tui.chart.overlay import Mark, draw_smoothed, put_marks, smooth_curve
 from guardrail.tui.numerics.raster import Curve, Ink, Plot
 from guardrail.tui.numerics.scales import XScale
 from tests.support.plots import plot
@@ -24,7 +24,7 @@ def drawn(
 @pytest.mark.parametrize("half_life", [1.0, 4.0, 20.0])
 def test_a_smoothed_constant_is_the_constant_from_its_first_column_on(half_life: float) -> None:
     result, curve, scale = drawn(np.full(120, 3.0))
-    assert np.allclose(smoothed([curve], scale, result.scale.log, half_life), 3.0), (
+    assert np.allclose(smooth_curve([curve], scale, result.scale.log, half_life), 3.0), (
         "the correction: it begins at the curve"
     )
 
@@ -32,7 +32,7 @@ def test_a_smoothed_constant_is_the_constant_from_its_first_column_on(half_life:
 def test_it_is_the_average_that_its_name_says() -> None:
     y = np.random.default_rng(0).normal(5, 1, 120)
     result, curve, scale = drawn(y)
-    found = smoothed([curve], scale, result.scale.log, 4.0)
+    found = smooth_curve([curve], scale, result.scale.log, 4.0)
     decay, total, weight = 0.5 ** (1 / 4), 0.0, 0.0
     for index, value in enumerate(y):
         total, weight = decay * total + value, decay * weight + 1
@@ -43,7 +43,7 @@ def test_one_spike_of_a_long_run_does_not_drag_the_line_along() -> None:
     y = 2 + np.random.default_rng(1).normal(0, 0.01, 120_000)
     y[60_000] = 1e6
     result, curve, scale = drawn(y)
-    found = smoothed([curve], scale, result.scale.log, 4.0)
+    found = smooth_curve([curve], scale, result.scale.log, 4.0)
     assert np.abs(found - 2).max() < 0.02
 
 
@@ -52,18 +52,18 @@ def test_nan_and_gaps_stay_gaps_and_nothing_raises(log: bool) -> None:
     y = np.full(60, np.nan)
     y[[10, 11, 40]] = 1.0, -1.0, 4.0
     result, curve, scale = drawn(y, log=log)
-    found = smoothed([curve], scale, result.scale.log, 4.0)
+    found = smooth_curve([curve], scale, result.scale.log, 4.0)
     assert np.isnan(found[20:30]).all() and np.isfinite(found[40])
     draw_smoothed(result, found)
     assert not np.isfinite(
-        smoothed([Curve.of(np.zeros(0), np.zeros(0))], scale, result.scale.log, 4.0)
+        smooth_curve([Curve.of(np.zeros(0), np.zeros(0))], scale, result.scale.log, 4.0)
     ).any()
 
 
 def test_the_smoothed_line_has_its_cells_for_itself() -> None:
     result, curve, scale = drawn(2 + np.random.default_rng(2).normal(0, 1, 4000))
     raw = int((result.inks == Ink.LINE).sum())
-    draw_smoothed(result, smoothed([curve], scale, result.scale.log, 8.0))
+    draw_smoothed(result, smooth_curve([curve], scale, result.scale.log, 8.0))
     smooth = int((result.inks == Ink.SMOOTH).sum())
     assert 60 <= smooth <= 180 and int((result.inks == Ink.LINE).sum()) > raw // 3, "both are seen"
     assert not (result.inks[: result.body.start] == Ink.SMOOTH).any(), "alarms keep their row"

@@ -10,7 +10,7 @@ import pytest
 
 from guardrail.core.records import Mode
 from guardrail.tui.app.app import GuardrailApp
-from guardrail.tui.model.log_lines import Line
+from guardrail.tui.model.log_lines import LogLine
 from tests.support.fake_run import FakeReader, FakeRun, snapshot_of
 
 TURN = 1 / 64  # sums of it are exact
@@ -109,7 +109,7 @@ def test_news_are_drawn_at_once_and_watched(what: str, app: Turned, reader: Fake
     app.pass_by(6.0, rows_come(reader))
     old = reader.snapshot
     assert old.status is not None
-    line = Line(time=0.0, step=1, mark="·", tone="plain", text="a note")
+    line = LogLine(time=0.0, step=1, mark="·", tone="plain", text="a note")
     new = {
         "an event": replace(old, story=replace(old.story, lines=(*old.story.lines, line))),
         "another mode": replace(old, status=msgspec.structs.replace(old.status, mode=Mode.ASK)),

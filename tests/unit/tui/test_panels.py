@@ -27,20 +27,30 @@ from guardrail.core.format import (
 )
 from guardrail.core.records import Mode, Phase, SnapshotInfo, Status
 from guardrail.tui.app.app import GuardrailApp
-from guardrail.tui.chart.axis import GUTTER, marks_of, next_event, x_scale
-from guardrail.tui.chart.chart import Memory, Sparks, chart_rows, spark_row
+from guardrail.tui.chart.axis import GUTTER, make_x_scale, marks_in_view, next_marked_step
+from guardrail.tui.chart.chart import PlotCache, Sparklines, draw_chart, draw_sparkline
 from guardrail.tui.draw import palette
-from guardrail.tui.draw.lines import Lines, Row, changes, fit, row, spread, title, width_of, wrap
+from guardrail.tui.draw.lines import (
+    Lines,
+    Row,
+    changed_cells,
+    fit_row,
+    make_row,
+    row_width,
+    spread_row,
+    title_row,
+    wrap_text,
+)
 from guardrail.tui.draw.palette import BAND
-from guardrail.tui.model.health import health_of
-from guardrail.tui.model.pane_state import State
+from guardrail.tui.model.health import assess_health
+from guardrail.tui.model.pane_state import PaneState
 from guardrail.tui.model.view import CHARTS, Snapshot, View
 from guardrail.tui.numerics import raster
 from guardrail.tui.numerics.series import AXES, Series
 from guardrail.tui.panes import incidents, log, snapshots
 from guardrail.tui.panes.table import PANES
 from guardrail.tui.screens import header_footer as panels
-from guardrail.tui.screens.dashboard import Cockpit
+from guardrail.tui.screens.dashboard import Dashboard
 from tests.support.fake_run import FakeReader, FakeRun, example, snapshot_of
 
 HOSTILE = {
@@ -62,12 +72,12 @@ _RAW = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u200e\u200f\ud8
 BUILDERS: dict[str, Callable[[View, int, int], Sequence[Row]]] = {
     builder.__name__: builder
     for builder in (
-        panels.header,
-        panels.facts,
-        panels.message,
-        panels.footer,
+        panels.header_rows,
+        panels.status_rows,
+        panels.message_rows,
+        panels.footer_rows,
         incidents.newest,
-        Sparks()._sparks,
+        Sparklines()._sparks,
     )
 } | {
     pane.name: lambda view, width, height, pane=pane: pane.build(
@@ -119,16 +129,16 @@ def test_every_state_has_a_glyph_and_a_word(
     changes: dict[str, object], options: dict[str, object], shown: str
 ) -> None:
     given_options: dict[str, object] = {"recovering": False, "silence": 0.0} | options
-    assert str(health_of(status(**changes), **given_options)).startswith(shown)  # type: ignore[arg-type]
+    assert str(assess_health(status(**changes), **given_options)).startswith(shown)  # type: ignore[arg-type]
 
 
 def test_every_phase_has_a_health_and_words() -> None:
     for phase in Phase:
         assert (
-            health_of(status(phase=phase), recovering=False, silence=0).word
+            assess_health(status(phase=phase), recovering=False, silence=0).word
             and panels.PHASES[phase]
         )
-    assert health_of(None, recovering=False, silence=0).word
+    assert assess_health(None, recovering=False, silence=0).word
 
 
 # -- header and facts
@@ -137,7 +147,7 @@ def test_every_phase_has_a_health_and_words() -> None:
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 120, 200])
 @pytest.mark.parametrize("mode", Mode)
 def test_header_tells_health_and_step_at_every_width(width: int, mode: Mode) -> None:
-    shown = text(panels.header(view(mode=mode), width, 1))
+    shown = text(panels.header_rows(view(mode=mode), width, 1))
     assert cell_len(shown) <= width and shown.startswith(" ● HEALTHY")
     assert ("step 1,284 / 6,000" in shown) == (width >= 40)
     assert ("ETA" in shown) == (width >= 80)
@@ -150,7 +160,7 @@ def test_numbers_of_the_header_stand_in_fixed_columns() -> None:
     """
     shown = [
         text(
-            panels.header(
+            panels.header_rows(
                 view(step=step, tokens_per_second=speed, eta_seconds=eta, phase=phase), 120, 1
             )
         )
@@ -164,42 +174,44 @@ def test_numbers_of_the_header_stand_in_fixed_columns() -> None:
 
 
 def test_a_run_without_a_length_has_no_share() -> None:
-    shown = text(panels.header(view(total_steps=0), 120, 1))
+    shown = text(panels.header_rows(view(total_steps=0), 120, 1))
     assert "step 1,284 " in shown and "%" not in shown
 
 
 def test_facts_put_trouble_first() -> None:
     shown = text(
-        panels.facts(
+        panels.status_rows(
             view(durability="degraded: No space left on device", restarts=2, lr_factor=0.5), 120, 1
         )
     )
     assert shown.startswith(" ▲ disk failing: No space left on device") and "2 restarts" in shown
     assert "rate ×0.5" in shown and "disk ok" not in shown
-    setting_up = text(panels.facts(view(phase=Phase.SETUP, progress="tokenizing 43 %"), 120, 1))
+    setting_up = text(
+        panels.status_rows(view(phase=Phase.SETUP, progress="tokenizing 43 %"), 120, 1)
+    )
     assert setting_up.startswith(" setting up: tokenizing 43 %")
-    ended = text(panels.facts(view(phase=Phase.HALTED, exit_code=3), 120, 1))
+    ended = text(panels.status_rows(view(phase=Phase.HALTED, exit_code=3), 120, 1))
     assert "halted by the guard" in ended and "exit code 3" in ended
 
 
 def test_facts_before_the_first_sign_of_life() -> None:
     nothing = View(Snapshot("a/b"), 0.0)
-    assert "waiting" in text(panels.facts(nothing, 80, 1))
+    assert "waiting" in text(panels.status_rows(nothing, 80, 1))
     broken = View(Snapshot("a/b", trouble="cannot read the run: Stale file handle"), 0.0)
-    assert "Stale file handle" in text(panels.facts(broken, 80, 1))
+    assert "Stale file handle" in text(panels.status_rows(broken, 80, 1))
 
 
 # -- side panels
 
 
 def test_incidents_newest_first_and_cut_to_the_height() -> None:
-    rows = incidents.build(view(), 60, 12, State())
+    rows = incidents.build(view(), 60, 12, PaneState())
     shown = text(rows)
     assert shown.index("#2") < shown.index("#1") and len(rows) <= 12
     assert "rolled back to 1,200" in shown and "48 samples of 3 documents left out" in shown
-    assert "#1" not in text(incidents.build(view(), 60, 7, State()))
+    assert "#1" not in text(incidents.build(view(), 60, 7, PaneState()))
     assert "none" in text(
-        incidents.build(View(snapshot_of(FakeRun().begin()), 0.0), 60, 5, State())
+        incidents.build(View(snapshot_of(FakeRun().begin()), 0.0), 60, 5, PaneState())
     )
 
 
@@ -208,7 +220,7 @@ def test_many_documents_are_counted() -> None:
     many = replace(told.incidents[0], documents=tuple(f"a-rather-long-name-{n:03}.txt" for n in range(16)),
                    documents_total=900)  # fmt: skip
     snapshot = replace(view().snapshot, story=replace(told, incidents=(many,)))
-    shown = incidents.build(View(snapshot, 0.0), 50, 20, State())
+    shown = incidents.build(View(snapshot, 0.0), 50, 20, PaneState())
     assert len(shown) <= 9 and text(shown).rstrip().endswith("…")
 
 
@@ -218,7 +230,7 @@ def test_checkpoints_never_squeeze_the_disk_out() -> None:
         for step, tier, state in [(10 * n, "memory", "candidate") for n in range(10, 20)]
         + [(50, "disk", "good")]
     )
-    shown = text(snapshots.build(view(snapshots=infos), 60, 5, State()))
+    shown = text(snapshots.build(view(snapshots=infos), 60, 5, PaneState()))
     assert "■        50  disk 1 GB" in shown and "○       190  memory" in shown
     assert len(shown.splitlines()) == 5
 
@@ -235,7 +247,7 @@ def test_glyphs_of_states() -> None:
 
 
 def test_the_journal_ends_with_the_newest_line() -> None:
-    rows = log.build(view(), 50, 8, State())
+    rows = log.build(view(), 50, 8, PaneState())
     assert len(rows) == 8 and "recovered" in text(rows[-1:])
 
 
@@ -246,13 +258,13 @@ def test_the_journal_ends_with_the_newest_line() -> None:
 @pytest.mark.parametrize("height", [1, 2, 3, 5, 8, 20])
 def test_a_chart_fits_its_place(width: int, height: int) -> None:
     for signal in CHARTS:
-        rows = chart_rows(view(), signal, width, height)
-        assert len(rows) <= height and all(width_of(line) <= max(width, 0) for line in rows)
-        assert width_of(spark_row(view(), signal, width)) <= width
+        rows = draw_chart(view(), signal, width, height)
+        assert len(rows) <= height and all(row_width(line) <= max(width, 0) for line in rows)
+        assert row_width(draw_sparkline(view(), signal, width)) <= width
 
 
 def test_marks_stand_on_the_curve_at_their_step() -> None:
-    rows = chart_rows(view(), "loss", 120, 24)
+    rows = draw_chart(view(), "loss", 120, 24)
     lines = text(rows).splitlines()
     for mark, step in (("S1", 403), ("R2", 1200), ("C", 800)):
         row, line = next((row, line) for row, line in enumerate(lines[1:-2], 1) if mark in line)
@@ -264,7 +276,7 @@ def test_marks_stand_on_the_curve_at_their_step() -> None:
         )
     assert text(rows).count("C") == 2, "the checkpoint of step 1,200 gives way to the rollback"
     assert "1,000" in lines[-1]
-    small = text(chart_rows(view(), "grad_norm", 120, 24))
+    small = text(draw_chart(view(), "grad_norm", 120, 24))
     assert "R2" in small and "C" not in small, (
         "what went wrong is on all curves, the rest on the enlarged one"
     )
@@ -278,11 +290,11 @@ def test_of_many_marks_the_gravest_are_seen() -> None:
     fake.step = 300
     fake.not_a_number()
     told = View(snapshot_of(fake), fake.time)
-    marks = marks_of(told, x_scale(told, 60), all_kinds=True)
+    marks = marks_in_view(told, make_x_scale(told, 60), all_kinds=True)
     assert len(marks) <= 60 and marks[0].letter == "S"
-    shown = text(chart_rows(told, "loss", 68, 16))
+    shown = text(draw_chart(told, "loss", 68, 16))
     assert "S1" in shown and "!×0.5" in shown
-    assert next_event(told, 300, 1) == 301 and next_event(told, 1, -1) is None
+    assert next_marked_step(told, 300, 1) == 301 and next_marked_step(told, 1, -1) is None
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -292,12 +304,12 @@ def test_marks_and_the_value_cursor_keep_to_their_step_on_every_axis(
 ) -> None:
     series = view().snapshot.series
     told = replace(view(), axis=axis, span=span, at=1207.0)
-    scale = x_scale(told, 100)
-    for mark in marks_of(told, scale, all_kinds=True):
+    scale = make_x_scale(told, 100)
+    for mark in marks_in_view(told, scale, all_kinds=True):
         assert scale.first <= mark.x < scale.last
         assert round(series.step_at(mark.x, axis)) in {403, 800, 1000, 1200}
     assert scale.first <= series.along(axis)[-1] < scale.last, "the newest step is in sight"
-    assert "step 1,207" in text(chart_rows(told, "loss", 100, 16))
+    assert "step 1,207" in text(draw_chart(told, "loss", 100, 16))
 
 
 def test_axes_count_only_what_was_learnt_and_from_the_first_row() -> None:
@@ -311,18 +323,18 @@ def test_axes_count_only_what_was_learnt_and_from_the_first_row() -> None:
         and (np.diff(seconds) >= 0).all()
         and len(series.ghosts[-1].along("tokens"))
     )
-    shown = text(chart_rows(replace(view(), axis="time"), "loss", 100, 16)[-2:])
+    shown = text(draw_chart(replace(view(), axis="time"), "loss", 100, 16)[-2:])
     assert (
         shown.splitlines()[0].endswith("─ time") and shown.splitlines()[1].split()[0] == "0:00:00"
     )
 
 
 def test_smoothing_is_a_line_on_a_pale_curve() -> None:
-    rows = chart_rows(replace(view(), smooth=1), "grad_norm", 100, 16)
+    rows = draw_chart(replace(view(), smooth=1), "grad_norm", 100, 16)
     tones = {tone.removesuffix(BAND) for line in rows for _, tone in line}
     assert {"raw", "grad_norm"} <= tones and "smoothed" in text(rows[:1])
     assert "raw" not in {
-        tone.removesuffix(BAND) for line in chart_rows(view(), "loss", 100, 16) for _, tone in line
+        tone.removesuffix(BAND) for line in draw_chart(view(), "loss", 100, 16) for _, tone in line
     }
 
 
@@ -330,24 +342,24 @@ def test_a_signal_of_any_name_has_a_chart() -> None:
     evil = "grad_norm/\x1b[31mblock [/red]" + "w" * 99
     told = replace(view(), charts=("loss", evil), big=evil)
     for height in (1, 4, 16):
-        assert all(width_of(line) <= 60 for line in chart_rows(told, evil, 60, height))
-    assert "not in the rows" in text(chart_rows(told, evil, 60, 16))
-    assert width_of(spark_row(told, evil, 80)) <= 80
+        assert all(row_width(line) <= 60 for line in draw_chart(told, evil, 60, height))
+    assert "not in the rows" in text(draw_chart(told, evil, 60, 16))
+    assert row_width(draw_sparkline(told, evil, 80)) <= 80
 
 
 def test_the_title_says_the_value() -> None:
-    assert "2.41" in text(chart_rows(view(), "loss", 60, 8)[:1])
+    assert "2.41" in text(draw_chart(view(), "loss", 60, 8)[:1])
     fake = FakeRun().begin().advance(300).not_a_number()
-    assert "× NaN" in text(chart_rows(View(snapshot_of(fake), 0.0), "loss", 60, 8)[:1])
-    assert "no steps yet" in text(chart_rows(View(Snapshot("a"), 0.0), "loss", 60, 8))
+    assert "× NaN" in text(draw_chart(View(snapshot_of(fake), 0.0), "loss", 60, 8)[:1])
+    assert "no steps yet" in text(draw_chart(View(Snapshot("a"), 0.0), "loss", 60, 8))
     assert "reading the metrics" in text(
-        chart_rows(View(Snapshot("a", loaded=False), 0.0), "loss", 60, 8)
+        draw_chart(View(Snapshot("a", loaded=False), 0.0), "loss", 60, 8)
     )
 
 
 def test_the_axis_reaches_to_the_end_of_a_run_that_is_nearly_there() -> None:
     near = view(total_steps=1400)
-    assert "R2" in text(chart_rows(near, "loss", 120, 16)) and Series().end("step") == 0
+    assert "R2" in text(draw_chart(near, "loss", 120, 16)) and Series().end("step") == 0
 
 
 def test_a_stretch_that_follows_stands_still_most_of_the_time() -> None:
@@ -358,7 +370,7 @@ def test_a_stretch_that_follows_stands_still_most_of_the_time() -> None:
             span=200.0,
             snapshot=replace(view().snapshot, series=Series(step=np.arange(1.0, step))),
         )
-        scale = x_scale(told, 100)
+        scale = make_x_scale(told, 100)
         seen.add(scale.first)
         assert scale.first <= step - 1 <= scale.last, "the newest step is in sight"
     assert len(seen) <= 7, "it moves by a tenth of itself, not by a step"
@@ -370,7 +382,7 @@ def test_the_value_cursor_reads_what_was_at_its_step() -> None:
     )
     told = [series.at("loss", step) for step in (0.5, 1, 2, 2.5, 99)]
     assert told == [None, 5.0, 4.0, 4.0, 3.0] and series.at("lr", 2) is None
-    shown = text(chart_rows(replace(view(), at=1000.0), "loss", 80, 12))
+    shown = text(draw_chart(replace(view(), at=1000.0), "loss", 80, 12))
     assert "step 1,000" in shown.splitlines()[0]
 
 
@@ -379,20 +391,22 @@ def test_the_value_cursor_reads_what_was_at_its_step() -> None:
 
 @given(st.text(max_size=60), st.integers(0, 30))
 def test_fit_and_wrap_keep_to_the_width(words: str, width: int) -> None:
-    assert width_of(fit(row((words, "plain"), (words, "dim")), width)) <= width
-    assert all(cell_len(line) <= max(width, 1) or len(line) == 1 for line in wrap(words, width))
+    assert row_width(fit_row(make_row((words, "plain"), (words, "dim")), width)) <= width
+    assert all(
+        cell_len(line) <= max(width, 1) or len(line) == 1 for line in wrap_text(words, width)
+    )
 
 
 def test_wrap_keeps_every_word() -> None:
     words = "rolled back from step 1206 to 1200 (memory), left out 48 samples"
-    assert " ".join(wrap(words, 20)) == words
-    assert wrap("", 10) == [""] and "".join(wrap("x" * 35, 10)) == "x" * 35
+    assert " ".join(wrap_text(words, 20)) == words
+    assert wrap_text("", 10) == [""] and "".join(wrap_text("x" * 35, 10)) == "x" * 35
 
 
 def test_title_and_spread() -> None:
-    assert text([title("loss", 20, right=row("2.2"))]) == "─ loss ─────── 2.2 ─"
-    assert text([spread(row("a"), row("b"), 6)]) == "a    b"
-    assert text([spread(row("aaaa"), row("bbb"), 6)]) == "aaaa"
+    assert text([title_row("loss", 20, right=make_row("2.2"))]) == "─ loss ─────── 2.2 ─"
+    assert text([spread_row(make_row("a"), make_row("b"), 6)]) == "a    b"
+    assert text([spread_row(make_row("aaaa"), make_row("bbb"), 6)]) == "aaaa"
 
 
 # -- numbers
@@ -475,7 +489,7 @@ def test_any_text_is_drawn(evil: str) -> None:
     told = View(hostile_run(evil), 0.0, message=(evil, "plain"))
     for builder in BUILDERS.values():
         for width, height in ((60, 10), (30, 3)):
-            assert all(width_of(line) <= width for line in builder(told, width, height))
+            assert all(row_width(line) <= width for line in builder(told, width, height))
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -488,9 +502,9 @@ def test_panels_fit_their_place(name: str, width: int, height: int) -> None:
         view(question="?"),
     ):
         rows = BUILDERS[name](told, width, height)
-        assert width < 30 or all(width_of(line) <= width for line in rows)
+        assert width < 30 or all(row_width(line) <= width for line in rows)
         tones = {tone for line in rows for text, tone in line if text}
-        assert all(tones <= palette.styles_of(theme).keys() for theme in palette.THEMES.values())
+        assert all(tones <= palette.theme_styles(theme).keys() for theme in palette.THEMES.values())
 
 
 # -- only what changed is drawn again
@@ -526,9 +540,9 @@ async def test_frames_are_at_most_five_a_second(monkeypatch: pytest.MonkeyPatch)
     reader = FakeReader(snapshot_of(fake))
     app = GuardrailApp(reader, clock=lambda: fake.time)
     frames: list[int] = []
-    original = Cockpit.show
+    original = Dashboard.show
     monkeypatch.setattr(
-        Cockpit,
+        Dashboard,
         "show",
         lambda self, told: frames.append(told.snapshot.status.step) or original(self, told),
     )
@@ -554,7 +568,7 @@ def test_a_change_covers_every_cell_that_differs(
     before: list[tuple[str, str]], after: list[tuple[str, str]]
 ) -> None:
     cells = [[(c, tone) for piece, tone in line for c in piece] for line in (before, after)]
-    found = changes(tuple(before), tuple(after), 40)
+    found = changed_cells(tuple(before), tuple(after), 40)
     covered = {x for first, count in found for x in range(first, first + count)}
     for x in range(40):
         a, b = (line[x] if x < len(line) else (" ", "plain") for line in cells)
@@ -564,23 +578,23 @@ def test_a_change_covers_every_cell_that_differs(
 
 def test_what_did_not_change_is_not_sent() -> None:
     before, after = (
-        row(("a" * 10 + "x", "dim"), "b" * 10 + "1"),
-        row(("a" * 10 + "y", "dim"), "b" * 10 + "2"),
+        make_row(("a" * 10 + "x", "dim"), "b" * 10 + "1"),
+        make_row(("a" * 10 + "y", "dim"), "b" * 10 + "2"),
     )
-    assert changes(before, after, 40) == [(10, 1), (21, 1)]
-    assert changes(row("abcdef"), row("xbcdeY"), 40) == [(0, 6)], (
+    assert changed_cells(before, after, 40) == [(10, 1), (21, 1)]
+    assert changed_cells(make_row("abcdef"), make_row("xbcdeY"), 40) == [(0, 6)], (
         "passing over four cells costs as much"
     )
-    assert changes(before, before, 40) == []
+    assert changed_cells(before, before, 40) == []
 
 
 def test_a_row_with_wide_characters_changes_as_a_whole() -> None:
-    assert changes(row("語"), row("文"), 40) == [(0, 40)]
+    assert changed_cells(make_row("語"), make_row("文"), 40) == [(0, 40)]
 
 
 def test_a_chart_that_remembers_shows_what_one_without_memory_does() -> None:
     """Steps that change little, a spike, a rollback, marks, another way to look, another size."""
-    memory, fake = Memory(), FakeRun().begin().advance(3000)
+    memory, fake = PlotCache(), FakeRun().begin().advance(3000)
     ways = [{}, {"at": 2990.0}, {"smooth": 2}, {"logarithmic": frozenset({"loss"})}, {"span": 64.0}]
     for number in range(24):
         if number == 12:
@@ -589,17 +603,19 @@ def test_a_chart_that_remembers_shows_what_one_without_memory_does() -> None:
             fake.advance(fake.step + 1 + number % 3)
         seen = View(snapshot_of(fake), fake.time, **ways[number // 4 % len(ways)])  # type: ignore[arg-type]
         width = 90 if number < 20 else 70
-        assert chart_rows(seen, "loss", width, 14, memory) == chart_rows(seen, "loss", width, 14)
+        assert draw_chart(seen, "loss", width, 14, memory) == draw_chart(seen, "loss", width, 14)
 
 
 def test_a_row_more_does_not_draw_a_plot_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[object] = []
-    draw = raster.draw
+    draw = raster.draw_plot
     monkeypatch.setattr(
-        raster, "draw", lambda *given, **options: drawn.append(given) or draw(*given, **options)
+        raster,
+        "draw_plot",
+        lambda *given, **options: drawn.append(given) or draw(*given, **options),
     )
-    memory, fake = Memory(), FakeRun().begin().advance(20_000, checkpoints=0, ring=0)
+    memory, fake = PlotCache(), FakeRun().begin().advance(20_000, checkpoints=0, ring=0)
     for _ in range(40):
-        chart_rows(View(snapshot_of(fake), fake.time), "loss", 90, 14, memory)
+        draw_chart(View(snapshot_of(fake), fake.time), "loss", 90, 14, memory)
         fake.advance(fake.step + 1, checkpoints=0, ring=0)
     assert len(drawn) < 15

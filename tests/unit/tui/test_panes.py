@@ -25,13 +25,13 @@ from guardrail.core.records import Event, Phase, RankStatus, SnapshotInfo
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.tui.draw.lines import Row
 from guardrail.tui.model import logtail
-from guardrail.tui.model.background_facts import WINDOW, Around, BackgroundFacts
-from guardrail.tui.model.config_lines import settings_of
-from guardrail.tui.model.evidence import Evidence
-from guardrail.tui.model.log_lines import line_of
-from guardrail.tui.model.logtail import LogTail, Printed
-from guardrail.tui.model.pane_state import State
-from guardrail.tui.model.rank_health import Rank, RankBook, judge
+from guardrail.tui.model.background_facts import WINDOW, Background, BackgroundReader
+from guardrail.tui.model.config_lines import read_config_lines
+from guardrail.tui.model.evidence import EvidenceBuilder
+from guardrail.tui.model.log_lines import make_log_line
+from guardrail.tui.model.logtail import LogTail, PrintedLine
+from guardrail.tui.model.pane_state import PaneState
+from guardrail.tui.model.rank_health import Rank, RankTracker, assess_ranks
 from guardrail.tui.model.run_reader import RunReader
 from guardrail.tui.model.run_story import StoryBuilder
 from guardrail.tui.model.view import Snapshot, View
@@ -81,19 +81,25 @@ def ranks(count: int, *, slow: int = -1, silent: int = -1, now: float = 0.0) -> 
     )  # fmt: skip
 
 
-def view(around: Around | None = None, **changes: Any) -> View:
+def view(around: Background | None = None, **changes: Any) -> View:
     fake = example()
-    return View(replace(snapshot_of(fake), around=around or Around(), **changes), fake.time + 0.4)
+    return View(
+        replace(snapshot_of(fake), around=around or Background(), **changes), fake.time + 0.4
+    )
 
 
-def full(now: float) -> Around:
+def full(now: float) -> Background:
     printed = tuple(
-        Printed(str(at % 4), f"line {at} of what a rank prints, {'long ' * (at % 40)}")
+        PrintedLine(str(at % 4), f"line {at} of what a rank prints, {'long ' * (at % 40)}")
         for at in range(300)
     )
     text = (ROOT / "configs" / "quickstart.toml").read_text()
-    return Around(
-        ranks(1024, slow=500, silent=700, now=now), ((500, 87),), printed, settings_of(text), 2
+    return Background(
+        ranks(1024, slow=500, silent=700, now=now),
+        ((500, 87),),
+        printed,
+        read_config_lines(text),
+        2,
     )
 
 
@@ -108,7 +114,7 @@ def assert_fits(rows: Sequence[Row], width: int, height: int, what: str) -> None
 def all_rows(seen: View, width: int, height: int, cursor: int | None, words: str = "") -> None:
     """Every pane, its detail and its counters."""
     for pane in PANES:
-        state = State(cursor=cursor, filter=words, focused=True)
+        state = PaneState(cursor=cursor, filter=words, focused=True)
         assert_fits(pane.build(seen, width, height, state), width, height, pane.name)
         entries = pane.count(seen, state)
         assert entries >= 0
@@ -172,10 +178,10 @@ def hostile(piece: str) -> View:
     digest = StoryBuilder()
     digest.add(fake.events)
     bad = rank(1, host=piece)
-    around = Around(
+    around = Background(
         ranks=(Rank(bad, fake.time, fake.time),) * 3,
-        printed=(Printed("0", logtail._shown(piece.encode("utf-8", "surrogatepass"))),) * 5,
-        settings=settings_of(
+        printed=(PrintedLine("0", logtail._shown(piece.encode("utf-8", "surrogatepass"))),) * 5,
+        settings=read_config_lines(
             f"[data]\nsources = [{msgspec.json.encode(piece.replace(chr(0xD800), '')).decode()}]\n"
         ),
     )
@@ -195,7 +201,12 @@ def test_hostile_text_is_harmless_in_every_pane(name: str) -> None:
     for width, height in SIZES:
         for cursor in (None, 0, 1):
             all_rows(seen, width, height, cursor)
-        for build in (panels.header, panels.facts, panels.message, panels.footer):
+        for build in (
+            panels.header_rows,
+            panels.status_rows,
+            panels.message_rows,
+            panels.footer_rows,
+        ):
             assert_fits(build(seen, width, 1), width, 1, build.__name__)
 
 
@@ -213,16 +224,16 @@ def test_any_text_is_harmless(piece: str, width: int) -> None:
 @pytest.mark.parametrize("count", [8, 64, 1024])
 def test_the_straggler_and_the_silent_one_are_named(count: int, width: int, height: int) -> None:
     seen = view(
-        Around(ranks(count, slow=5, silent=3, now=example().time + 0.4), ((5, 87), (1, 13)))
+        Background(ranks(count, slow=5, silent=3, now=example().time + 0.4), ((5, 87), (1, 13)))
     )
-    shown = text(BY_NAME["ranks"].build(seen, width, height, State()))
+    shown = text(BY_NAME["ranks"].build(seen, width, height, PaneState()))
     assert "slowest 5 (node-000) 390 ms" in shown
     assert width < 80 or "in 87 of 100 steps" in shown
     if count == 8 or count == 1024:
         assert "? silent 0:00:40" in shown and "▲ 3.2 × median" in shown
     if count == 1024:
         assert shown.count("█") == 1, "one cell of the map is hot"
-        worst = ranks_pane.ordered(seen, State())
+        worst = ranks_pane.ordered(seen, PaneState())
         assert [one.rank.told.rank for one in worst[:2]] == [3, 5]
 
 
@@ -230,40 +241,42 @@ def test_nobody_is_missed_between_two_looks() -> None:
     """A look at a thousand ranks on a slow disk may be half a minute old."""
     now = example().time
     for looked, missed in ((now + 0.4, 0), (now + 30, 8)):
-        seen = replace(view(Around(ranks(8, now=now), looked=looked)), now=now + 60)
-        assert ranks_pane.count(seen, State(filter="silent")) == missed
+        seen = replace(view(Background(ranks(8, now=now), looked=looked)), now=now + 60)
+        assert ranks_pane.count(seen, PaneState(filter="silent")) == missed
 
 
 def test_a_rank_is_found_by_its_number_and_its_host() -> None:
-    seen = view(Around(ranks(1024, slow=513, now=example().time)))
-    assert [one.rank.told.rank for one in ranks_pane.found(seen, State(filter="node-064"))] == list(
-        range(512, 520)
-    )
-    assert ranks_pane.count(seen, State(filter="slow")) == 1
+    seen = view(Background(ranks(1024, slow=513, now=example().time)))
+    assert [
+        one.rank.told.rank for one in ranks_pane.found(seen, PaneState(filter="node-064"))
+    ] == list(range(512, 520))
+    assert ranks_pane.count(seen, PaneState(filter="slow")) == 1
 
 
 def test_groups_of_ranks_share_a_cell_and_show_their_worst() -> None:
-    shown = ranks_pane.heat_map(judge(ranks(4096, slow=4000), 0.0), 40, 4)
+    shown = ranks_pane.heat_map(assess_ranks(ranks(4096, slow=4000), 0.0), 40, 4)
     assert len(shown) <= 4 and text(shown).count("█") == 1
 
 
 def test_silence_goes_by_the_clock_of_the_viewer() -> None:
     """The host's clock is an hour behind; each new heartbeat is a sign of life all the same."""
-    book, skew = RankBook(), -3600.0
+    book, skew = RankTracker(), -3600.0
     for now in (1000.0, 1010.0, 1020.0):
         known = book.look(
             [rank(0, heartbeat=now + skew, progress=7, progress_time=now + skew), rank(1)], now
         )
-    first, second = judge(known, 1021.0)
+    first, second = assess_ranks(known, 1021.0)
     assert (first.trouble, second.trouble) == ("", "silent")
     book.look([rank(0, heartbeat=5.0, progress=7)], 1100.0)
-    (stuck,) = judge(book.look([rank(0, heartbeat=6.0, progress=7)], 1200.0), 1201.0)
+    (stuck,) = assess_ranks(book.look([rank(0, heartbeat=6.0, progress=7)], 1200.0), 1201.0)
     assert stuck.trouble == "stuck" and stuck.seconds > 100
-    (again,) = judge(
+    (again,) = assess_ranks(
         book.look([rank(0, heartbeat=1201.0, progress_time=1201.0, incarnation=1)], 1201.0), 1202.0
     )
     assert again.trouble == ""
-    assert judge(known, 99999.0, ended=True)[1].trouble == "", "after the end nobody is missed"
+    assert assess_ranks(known, 99999.0, ended=True)[1].trouble == "", (
+        "after the end nobody is missed"
+    )
 
 
 # -- looking around
@@ -274,7 +287,7 @@ def test_looking_at_many_ranks_takes_its_share_of_the_time_and_no_more(tmp_path:
     run.write_rank(rank(0, heartbeat=1.0))
     (run.logs / "rank-0.log").write_bytes(b"hello\n")
     seconds = iter([0.0, 0.5, 1.0, 9.9, 10.0, 10.0, 10.5])
-    lookout = BackgroundFacts(run, clock=lambda: 1.0, timer=lambda: next(seconds))
+    lookout = BackgroundReader(run, clock=lambda: 1.0, timer=lambda: next(seconds))
     assert lookout.look() and [one.told.rank for one in lookout.around.ranks] == [0]
     assert not lookout.around.settings, "the first frame waits for no schema"
     assert not lookout.look() and not lookout.look(), (
@@ -305,7 +318,7 @@ def test_the_slowest_of_the_newest_rows_is_counted(tmp_path: Path) -> None:
     with run.metrics_writer() as writer:
         for step in range(1, 300):
             writer.append({"step": step, "slowest_rank": 7 if step % 4 else math.nan})
-    lookout = BackgroundFacts(run)
+    lookout = BackgroundReader(run)
     lookout.look_at_rows(run.metrics())
     assert lookout.around.slowest == ((7, WINDOW * 3 // 4),)
 
@@ -344,25 +357,27 @@ def test_logs_are_followed_in_bounded_memory(tmp_path: Path) -> None:
 
 
 def test_output_is_filtered_by_rank_and_words_and_shows_its_end() -> None:
-    lines = tuple(Printed(str(at % 3), f"step {at}") for at in range(90))
-    seen = view(Around(printed=(*lines, Printed("2", "RuntimeError: bad"))))
-    shown = BY_NAME["output"].build(seen, 60, 6, State())
+    lines = tuple(PrintedLine(str(at % 3), f"step {at}") for at in range(90))
+    seen = view(Background(printed=(*lines, PrintedLine("2", "RuntimeError: bad"))))
+    shown = BY_NAME["output"].build(seen, 60, 6, PaneState())
     assert "RuntimeError: bad" in text(shown) and shown[-1][-1][1] == "bad"
-    assert "step 88" in text(BY_NAME["output"].build(seen, 60, 3, State(filter="1: step")))
+    assert "step 88" in text(BY_NAME["output"].build(seen, 60, 3, PaneState(filter="1: step")))
 
 
 # -- configuration
 
 
 def test_what_differs_from_the_defaults_is_marked() -> None:
-    found = {f"{one.section}.{one.key}": one for one in settings_of(config_text())}
+    found = {f"{one.section}.{one.key}": one for one in read_config_lines(config_text())}
     defaults = GuardOptions()
     assert found["guard.loss_score"].differs and found["guard.loss_score"].default == str(
         defaults.loss_score
     )
     assert not found["guard.grad_score"].differs and found["guard.grad_score"].known
     shown = text(
-        BY_NAME["config"].build(view(Around(settings=tuple(found.values()))), 80, 10, State())
+        BY_NAME["config"].build(
+            view(Background(settings=tuple(found.values()))), 80, 10, PaneState()
+        )
     )
     assert (
         "● guard.loss_score = 5.0   default 8.0" in shown
@@ -371,9 +386,9 @@ def test_what_differs_from_the_defaults_is_marked() -> None:
 
 
 def test_a_run_directory_names_no_code_to_import() -> None:
-    found = settings_of('[launch]\ntrainer = "antigravity"\n[model]\nwidth = 7\n')
+    found = read_config_lines('[launch]\ntrainer = "antigravity"\n[model]\nwidth = 7\n')
     assert [(one.section, one.known) for one in found] == [("launch", True), ("model", False)]
-    assert not any(one.known for one in settings_of("this is = = no TOML\x1b[2J"))
+    assert not any(one.known for one in read_config_lines("this is = = no TOML\x1b[2J"))
 
 
 # -- evidence
@@ -419,7 +434,7 @@ def test_evidence_tells_cause_samples_remedy_and_outcome() -> None:
         expected=2.3,
     )
     seen = View(snapshot_of(fake), fake.time)
-    shown = text(BY_NAME["incidents"].detail(seen, 100, 40, State(cursor=0)))  # type: ignore[misc]
+    shown = text(BY_NAME["incidents"].detail(seen, 100, 40, PaneState(cursor=0)))  # type: ignore[misc]
     for said in ("data, only from this state: 3 of 3 passes gave 11.5",
                  "position 4,801: loss 11.5, 91 % of the trouble",
                  "odd: repeats 0.98", "“Ã‚Â Ã‚Â”", "2 of them (rejected)", "recovered after 12 steps",
@@ -431,7 +446,7 @@ def test_what_is_undone_is_no_longer_left_out() -> None:
     def event(seq: int, kind: str, **data: Any) -> Event:
         return Event(seq=seq, time=1.0, step=9, timeline=0, kind=kind, data=data)
 
-    evidence = Evidence()
+    evidence = EvidenceBuilder()
     one = {"first": 0, "last": 16, "cause": "rejected", "step": 9}
     two = {"first": 8, "last": 32, "cause": "rollback", "step": 9}
     evidence.add(
@@ -446,8 +461,8 @@ def test_what_is_undone_is_no_longer_left_out() -> None:
 def test_the_journal_says_who_gave_a_command() -> None:
     event = Event(seq=1, time=1.0, step=9, timeline=0, kind="command", message="pause applied",
                   data={"who": "ana@node-1\x1b[2J", "effect": "applied"})  # fmt: skip
-    assert line_of(event).text == "pause applied (by ana@node-1)"
-    assert line_of(msgspec.structs.replace(event, data={})).text == "pause applied"
+    assert make_log_line(event).text == "pause applied (by ana@node-1)"
+    assert make_log_line(msgspec.structs.replace(event, data={})).text == "pause applied"
 
 
 @pytest.mark.fault("B7")
@@ -455,8 +470,8 @@ def test_gpus_whose_use_is_unknown_say_what_is_missing() -> None:
     def shown(percent: float) -> str:
         told = rank(0, gpu_memory_bytes=10**9, gpu_percent=percent)
         now = example().time + 0.4
-        seen = view(Around((Rank(told, now, now),)))
-        return text(ranks_pane.build(seen, 120, 12, State()))
+        seen = view(Background((Rank(told, now, now),)))
+        return text(ranks_pane.build(seen, 120, 12, PaneState()))
 
     assert "GPU use unknown: needs guardrail[gpu]" in shown(-1.0)
     assert "unknown" not in shown(43.0) and "GPU  43 %" in shown(43.0)
@@ -491,7 +506,9 @@ def test_an_incident_says_how_its_question_was_answered_and_by_whom(
 
     def row() -> str:
         view = View(snapshot_of(fake), fake.time)
-        return "".join(text for text, _ in BY_NAME["incidents"].build(view, 110, 20, State())[1])
+        return "".join(
+            text for text, _ in BY_NAME["incidents"].build(view, 110, 20, PaneState())[1]
+        )
 
     assert "parked, asks" in row()
     fake.event("command", "taken", command=command, value=value, who=who, effect="applied", id="x")

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guardrail.tui.numerics import pyramid
-from guardrail.tui.numerics.decimated_series import Track
-from guardrail.tui.numerics.pyramid import BLOCK, Level, levels_above, stretches
-from guardrail.tui.numerics.raster import Curve, columns
+from guardrail.tui.numerics.decimated_series import DecimatedSeries
+from guardrail.tui.numerics.pyramid import BLOCK, Level, levels_above, reduce_ranges
+from guardrail.tui.numerics.raster import Curve, dot_columns
 from guardrail.tui.numerics.scales import XScale
 from guardrail.tui.numerics.series import BANDS, SIGNALS
 
@@ -47,7 +47,7 @@ def test_any_stretches_are_as_the_points_say(seed: int, n: int, count: int) -> N
     starts, ends = np.sort(rng.integers(0, n + 1, (2, count)), axis=0)
     found = list(
         zip(
-            *(part.tolist() for part in stretches(Level(y, y, bad), above, starts, ends)),
+            *(part.tolist() for part in reduce_ranges(Level(y, y, bad), above, starts, ends)),
             strict=True,
         )
     )
@@ -63,7 +63,7 @@ def test_a_level_may_lag_behind_the_points() -> None:
     starts, ends = np.array([0, 7, 100]), np.array([len(y), 6 * BLOCK, 1500])
     found = list(
         zip(
-            *(part.tolist() for part in stretches(Level(y, y, bad), above, starts, ends)),
+            *(part.tolist() for part in reduce_ranges(Level(y, y, bad), above, starts, ends)),
             strict=True,
         )
     )
@@ -71,7 +71,7 @@ def test_a_level_may_lag_behind_the_points() -> None:
 
 
 def test_a_track_that_grows_and_goes_back_draws_what_its_points_say() -> None:
-    rng, track, at = np.random.default_rng(2), Track(), 0
+    rng, track, at = np.random.default_rng(2), DecimatedSeries(), 0
     for timeline in range(4):
         for length in rng.integers(1, 4 * BLOCK**2, 5).tolist():
             table = rng.normal(size=(length, len(COLUMNS)))
@@ -84,8 +84,8 @@ def test_a_track_that_grows_and_goes_back_draws_what_its_points_say() -> None:
             for signal in SIGNALS:
                 (curve,) = series.curves(signal)
                 seen, expected = (
-                    columns(curve, scale),
-                    columns(Curve(curve.x, curve.y, curve.bad), scale),
+                    dot_columns(curve, scale),
+                    dot_columns(Curve(curve.x, curve.y, curve.bad), scale),
                 )
                 for one, other in (
                     (seen.low, expected.low),
@@ -111,13 +111,13 @@ def test_a_million_points_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(pyramid, "_take", counted)
     edges = np.linspace(0, n, 201).astype(np.int64)
-    _, high, _ = stretches(Level(y, y, y > 0), above, edges[:-1], edges[1:])
+    _, high, _ = reduce_ranges(Level(y, y, y > 0), above, edges[:-1], edges[1:])
     assert np.flatnonzero(high == 9.0).tolist() == [113], "one spike in a million is not lost"
     assert sum(looked) < 200 * 6 * BLOCK
 
 
 def test_a_ghost_keeps_no_more_than_itself() -> None:
-    track = Track()
+    track = DecimatedSeries()
     table = np.ones((100_000, len(COLUMNS)))
     table[:, 0], table[:, 1] = np.arange(1, 100_001), 0
     track.add(COLUMNS, table)

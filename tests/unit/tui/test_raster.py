@@ -13,8 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guardrail.tui.numerics.raster import BRAILLE, Curve, Ink, Plot, columns, sample
-from guardrail.tui.numerics.scales import XScale, YScale, labels_of, nice, short, ticks, y_scale
+from guardrail.tui.numerics.raster import BRAILLE, Curve, Ink, Plot, dot_columns, sample_last
+from guardrail.tui.numerics.scales import (
+    XScale,
+    YScale,
+    fit_y_scale,
+    format_labels,
+    format_short,
+    place_ticks,
+    round_up,
+)
 from tests.support.plots import plot
 
 _BIT = [[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]]
@@ -43,7 +51,7 @@ def assert_extremes_visible(result: Plot, drawn: Curve, scale: XScale) -> None:
     height, width = result.codes.shape
     alarms = int(height >= 4)
     dots = 4 * (height - alarms)
-    extremes = columns(drawn, scale)
+    extremes = dot_columns(drawn, scale)
     for column in np.flatnonzero(extremes.filled):
         cell = column // 2
         if cell >= width:
@@ -90,9 +98,9 @@ def test_nothing_raises_and_nothing_is_lost(
 ) -> None:
     drawn, scale = curve(y), XScale(0.5, per_dot, 2 * width)
     with np.errstate(over="ignore"):
-        threshold = sample(drawn.x, drawn.y * 2, scale)
-    result = plot(drawn, scale, height=height, log=log, ghosts=[curve(ghost)], baseline=sample(drawn.x, drawn.y, scale),
-                  threshold=threshold, rules=rules)  # fmt: skip
+        threshold = sample_last(drawn.x, drawn.y * 2, scale)
+    result = plot(drawn, scale, height=height, log=log, ghosts=[curve(ghost)],
+                  baseline=sample_last(drawn.x, drawn.y, scale), threshold=threshold, rules=rules)  # fmt: skip
     assert result.codes.shape == (height, width)
     assert all(len(result.text(row)) == width for row in range(height))
     assert all(0 <= row < height and label for row, label in result.ticks)
@@ -104,7 +112,7 @@ def test_nothing_raises_and_nothing_is_lost(
 def test_columns_keep_extremes(y: list[float], dots: int) -> None:
     """The envelope over all columns is the envelope of the curve."""
     drawn = curve(y)
-    found = columns(drawn, XScale.fit(len(y), dots, first=0.5))
+    found = dot_columns(drawn, XScale.fit(len(y), dots, first=0.5))
     finite = np.asarray(y)[np.isfinite(y)]
     assert found.bad.any() == (len(finite) < len(y))
     if len(finite):
@@ -265,14 +273,14 @@ def test_a_growing_curve_stands_still_most_of_the_time() -> None:
 def test_ticks_are_inside_and_apart(bottom: float, span: float, rows: int, log: bool) -> None:
     scale = YScale(max(-90, min(90, bottom)), max(-90, min(90, bottom)) + min(span, 90), True) if log else YScale(
         bottom, bottom + max(span, abs(bottom) * 1e-3), False)  # fmt: skip
-    found = [row for row, _ in ticks(scale, rows)]
+    found = [row for row, _ in place_ticks(scale, rows)]
     assert all(0 <= row < rows for row in found)
     assert all(b - a >= 2 for a, b in itertools.pairwise(found))
 
 
 @given(st.floats(allow_nan=True, allow_infinity=True))
 def test_short_numbers_are_short(value: float) -> None:
-    assert 1 <= len(short(value)) <= 7 + (value < 0)
+    assert 1 <= len(format_short(value)) <= 7 + (value < 0)
 
 
 @pytest.mark.parametrize(
@@ -281,13 +289,13 @@ def test_short_numbers_are_short(value: float) -> None:
      (2e-7, "2e-7"), (math.nan, "NaN"), (-math.inf, "-Inf"), (999.7, "1k"), (-2.5, "-2.5")],
 )  # fmt: skip
 def test_short(value: float, text: str) -> None:
-    assert short(value) == text
+    assert format_short(value) == text
 
 
 def test_no_two_ticks_say_the_same() -> None:
-    labels = [label for _, label in ticks(YScale(0.00099, 0.00101, False), 18)]
+    labels = [label for _, label in place_ticks(YScale(0.00099, 0.00101, False), 18)]
     assert len(labels) >= 2 and len(set(labels)) == len(labels)
-    assert labels_of([34000.0, 34200.0, 34400.0]) == ["34k", "34.2k", "34.4k"]
+    assert format_labels([34000.0, 34200.0, 34400.0]) == ["34k", "34.2k", "34.4k"]
 
 
 def test_a_value_at_the_end_of_its_axis_is_not_above_it() -> None:
@@ -298,17 +306,17 @@ def test_a_value_at_the_end_of_its_axis_is_not_above_it() -> None:
 
 
 def test_labels_have_the_same_decimals() -> None:
-    assert labels_of([0.0, 0.5, 1.0]) == ["0.0", "0.5", "1.0"]
-    assert labels_of([2.0, 4.0, 6.0]) == ["2", "4", "6"]
-    assert labels_of([]) == []
+    assert format_labels([0.0, 0.5, 1.0]) == ["0.0", "0.5", "1.0"]
+    assert format_labels([2.0, 4.0, 6.0]) == ["2", "4", "6"]
+    assert format_labels([]) == []
 
 
 def test_nice() -> None:
-    assert [nice(v) for v in (0.9, 1.0, 1.1, 2.2, 3.0, 7.0)] == [1.0, 1.0, 2.0, 2.5, 5.0, 10.0]
-    assert nice(math.nan) == nice(0.0) == nice(math.inf) == 1.0
+    assert [round_up(v) for v in (0.9, 1.0, 1.1, 2.2, 3.0, 7.0)] == [1.0, 1.0, 2.0, 2.5, 5.0, 10.0]
+    assert round_up(math.nan) == round_up(0.0) == round_up(math.inf) == 1.0
 
 
 def test_y_range_of_nothing() -> None:
     nothing = np.full(4, np.nan)
-    assert y_scale([(nothing, nothing)], log=False) == YScale(0.0, 1.0, False)
-    assert y_scale([(nothing, nothing), (nothing, nothing)], log=True) == YScale(0.0, 1.0, True)
+    assert fit_y_scale([(nothing, nothing)], log=False) == YScale(0.0, 1.0, False)
+    assert fit_y_scale([(nothing, nothing), (nothing, nothing)], log=True) == YScale(0.0, 1.0, True)

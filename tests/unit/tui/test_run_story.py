@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from guardrail.core.records import Event, Finding, FindingKind, Severity
 from guardrail.tui.model.incident_list import format_skipped
-from guardrail.tui.model.log_lines import line_of
+from guardrail.tui.model.log_lines import make_log_line
 from guardrail.tui.model.run_story import Story, StoryBuilder
 from tests.support.fake_run import FakeRun, example
 
@@ -170,12 +170,12 @@ def test_skips_after_a_restart_point_are_forgotten() -> None:
     ],
 )
 def test_lines(kind: str, data: dict[str, Any], mark: str, tone: str) -> None:
-    line = line_of(event(kind, "message", **data))
+    line = make_log_line(event(kind, "message", **data))
     assert (line.mark, line.tone, line.text) == (mark, tone, "message")
 
 
 def test_a_line_without_a_message_says_its_data() -> None:
-    assert line_of(event("eval", loss=2.5)).text == "eval loss 2.5"
+    assert make_log_line(event("eval", loss=2.5)).text == "eval loss 2.5"
 
 
 def test_a_story_does_not_grow_for_ever() -> None:

@@ -22,12 +22,12 @@ from textual.pilot import Pilot
 
 from guardrail.core.records import Mode, Phase, RankStatus, Status
 from guardrail.tui.app.app import GuardrailApp
-from guardrail.tui.model.background_facts import Around
-from guardrail.tui.model.config_lines import settings_of
-from guardrail.tui.model.logtail import Printed
+from guardrail.tui.model.background_facts import Background
+from guardrail.tui.model.config_lines import read_config_lines
+from guardrail.tui.model.logtail import PrintedLine
 from guardrail.tui.model.rank_health import Rank
 from guardrail.tui.model.view import Snapshot, View
-from guardrail.tui.screens.dashboard import MINE, Cockpit
+from guardrail.tui.screens.dashboard import VIEWER_CHOICES, Dashboard
 from tests.support.fake_run import START, FakeReader, FakeRun, example, snapshot_of
 from tests.support.places import ROOT
 
@@ -69,10 +69,10 @@ def with_around(fake: FakeRun, *, world: int = 2, slow: int = -1, silent: float 
         )
         for at in range(world)
     )  # fmt: skip
-    printed = tuple(Printed(str(at % 2), f"step {at * 10}: loss 2.4") for at in range(1, 40))
+    printed = tuple(PrintedLine(str(at % 2), f"step {at * 10}: loss 2.4") for at in range(1, 40))
     slowest = ((slow, 96), (3, 4)) if slow >= 0 else ((1, 54), (0, 46))
     text = (ROOT / "configs" / "quickstart.toml").read_text(encoding="utf-8")
-    around = Around(ranks, slowest, printed, settings_of(text), 1, now)
+    around = Background(ranks, slowest, printed, read_config_lines(text), 1, now)
     snapshot = replace(snapshot_of(fake), around=around)
     if snapshot.status is not None:
         snapshot = replace(snapshot, status=msgspec.structs.replace(snapshot.status, world=world))
@@ -181,9 +181,9 @@ class Studio:
 
     def __init__(self, pilot: Pilot[None], reader: FakeReader, clock: list[float]) -> None:
         self.pilot, self.reader, self.clock = pilot, reader, clock
-        cockpit = pilot.app.screen_stack[0]
-        assert isinstance(cockpit, Cockpit)
-        self.cockpit = cockpit
+        dashboard = pilot.app.screen_stack[0]
+        assert isinstance(dashboard, Dashboard)
+        self.dashboard = dashboard
 
     async def show(self, scene: Callable[[], Scene], **look: Any) -> None:
         """The scene as somebody sees it who has just come, but for what `look` chooses."""
@@ -192,10 +192,10 @@ class Studio:
             await app.pop_screen()
         snapshot, self.clock[0] = scene()
         self.reader.snapshot = snapshot
-        self.cockpit.desk.notice("")
+        self.dashboard.commands.show_notice("")
         view = View(snapshot, self.clock[0])
-        self.cockpit._asked = ("", 0)
-        self.cockpit.look(**{name: getattr(view, name) for name in MINE} | look)
+        self.dashboard._asked = ("", 0)
+        self.dashboard.look(**{name: getattr(view, name) for name in VIEWER_CHOICES} | look)
         assert isinstance(app, GuardrailApp)
         app._draw()
         await self.pilot.pause()

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from guardrail.core.records import METRIC_COLUMNS
 from guardrail.decide.timelines import TimelineIndex
-from guardrail.tui.numerics.decimated_series import Track
-from guardrail.tui.numerics.series import Series, choosable
+from guardrail.tui.numerics.decimated_series import DecimatedSeries
+from guardrail.tui.numerics.series import Series, choosable_signals
 from tests.support.fake_run import FakeRun, example
 from tests.support.feed import going_back
 
@@ -24,8 +24,8 @@ def rows(*values: tuple[float, float, float]) -> np.ndarray:
     return np.array([(*value, 2 * value[2]) for value in values], dtype=float).reshape(-1, 4)
 
 
-def track_of(*chunks: np.ndarray) -> Track:
-    track = Track()
+def track_of(*chunks: np.ndarray) -> DecimatedSeries:
+    track = DecimatedSeries()
     for chunk in chunks:
         track.add(COLUMNS, chunk)
     return track
@@ -45,7 +45,7 @@ def test_rows_become_columns() -> None:
 
 
 def test_a_run_without_rows() -> None:
-    series = Track().series()
+    series = DecimatedSeries().series()
     assert len(series) == 0 and series.last("loss") is None and series.end("step") == 0
     assert not list(Series().curves("loss"))
 
@@ -133,7 +133,7 @@ def test_what_was_handed_out_never_changes() -> None:
 
 
 def test_only_the_newest_ghosts_are_kept() -> None:
-    track = Track()
+    track = DecimatedSeries()
     for timeline in range(50):
         track.add(COLUMNS, rows((1, timeline, 1.0), (2, timeline, float(timeline))))
     ghosts = track.series().ghosts
@@ -163,7 +163,7 @@ def test_the_present_is_what_the_run_directory_says(
 
 
 def test_an_example_run_in_one_chunk_and_in_many() -> None:
-    whole, pieces = Track(), Track()
+    whole, pieces = DecimatedSeries(), DecimatedSeries()
     table = example().rows
     whole.add(METRIC_COLUMNS, table)
     for first in range(0, len(table), 37):
@@ -176,7 +176,7 @@ def test_an_example_run_in_one_chunk_and_in_many() -> None:
 
 
 def test_columns_of_another_version() -> None:
-    track = Track()
+    track = DecimatedSeries()
     track.add(("novel", "step"), np.array([[5.0, 1.0]]))
     track.add(("novel",), np.array([[5.0]]))
     track.add(METRIC_COLUMNS, FakeRun().rows)
@@ -197,7 +197,7 @@ def test_signals_and_axes_by_choice() -> None:
     )
     raw = np.array([[1, 0, 4.0, 1e-3, 100, 0.5, 50.0, 0, 2.0], [2, 0, 9.0, 1e-3, 100, 0.5, 51.0, 1, np.nan],
                     [2, 0, 3.0, 1e-3, 100, 0.0, 49.0, 0, np.inf]])  # fmt: skip
-    track = Track(choosable(columns), ("tokens", "time"))
+    track = DecimatedSeries(choosable_signals(columns), ("tokens", "time"))
     track.add(columns, raw)
     series = track.series()
     assert series.values["throughput"][:2].tolist() == [200.0, 200.0] and np.isnan(
@@ -213,7 +213,13 @@ def test_signals_and_axes_by_choice() -> None:
     assert series.at("grad_norm/block", 1) == 2.0 and math.isnan(
         series.last("grad_norm/block") or 0.0
     )
-    assert choosable(columns) == ("loss", "lr", "step_time", "grad_norm/block", "throughput")
+    assert choosable_signals(columns) == (
+        "loss",
+        "lr",
+        "step_time",
+        "grad_norm/block",
+        "throughput",
+    )
     track.add(columns, np.array([[2, 1, 2.5, 1e-3, 100, 0.5, 60.0, 0, 2.0]]))
     assert (
         track.series().along("tokens").tolist() == [100, 200]
@@ -226,7 +232,7 @@ def test_what_not_every_row_has_is_said_by_its_last_value() -> None:
     columns = ("step", "timeline", "eval_loss")
     values = np.full(20_000, np.nan)
     values[[5, 9]] = 3.0, 2.5
-    track = Track(("eval_loss",))
+    track = DecimatedSeries(("eval_loss",))
     track.add(columns, np.column_stack([np.arange(1.0, 20_001), np.zeros(20_000), values]))
     series = track.series()
     assert (

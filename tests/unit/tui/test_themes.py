@@ -19,7 +19,7 @@ from guardrail.tui.chart.chart import Chart
 from guardrail.tui.draw import palette
 from guardrail.tui.draw.lines import Lines
 from guardrail.tui.model.view import CHARTS
-from guardrail.tui.screens.dashboard import Cockpit, PaneLines
+from guardrail.tui.screens.dashboard import Dashboard, PaneLines
 from guardrail.tui.screens.dialogs import Pager
 from tests.support.fake_run import FakeReader, FakeRun, example, snapshot_of
 
@@ -52,7 +52,7 @@ def test_what_means_something_stands_out_from_the_ground(theme: Theme) -> None:
     """At least 3 : 1, which WCAG 2.2 asks of signs; running text has 4.5 : 1."""
     ground = luminance(ColorTriplet(*bytes.fromhex((theme.background or "")[1:])))
     for tone in MEANING:
-        colour = palette.styles_of(theme.name)[tone].color
+        colour = palette.theme_styles(theme.name)[tone].color
         assert colour is not None and colour.triplet is not None
         light, dark = sorted((luminance(colour.triplet), ground), reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= (
@@ -61,7 +61,7 @@ def test_what_means_something_stands_out_from_the_ground(theme: Theme) -> None:
 
 
 def test_themes_have_the_same_tones_and_the_names_of_the_command_line() -> None:
-    tones = {frozenset(palette.styles_of(name)) for name in palette.THEMES.values()}
+    tones = {frozenset(palette.theme_styles(name)) for name in palette.THEMES.values()}
     assert len(tones) == 1 and tuple(palette.THEMES) == themes.THEMES
 
 
@@ -121,35 +121,35 @@ async def test_few_colours_are_the_terminals_own(
 
 async def test_a_click_on_an_incident_jumps_there_and_the_wheel_zooms() -> None:
     async def use(pilot: Pilot[None]) -> None:
-        cockpit = pilot.app.screen
-        assert isinstance(cockpit, Cockpit)
-        pane = cockpit.query_one("#pane-incidents", PaneLines)
+        dashboard = pilot.app.screen
+        assert isinstance(dashboard, Dashboard)
+        pane = dashboard.query_one("#pane-incidents", PaneLines)
         row = next(
             y for y, line in enumerate(pane.rows) if "#1" in "".join(text for text, _ in line)
         )
         await pilot.click(pane, offset=(6, row))
         await pilot.pause()
-        assert cockpit.view.focus == "incidents" and cockpit.view.at == 403
-        assert cockpit.view.state("incidents").cursor == 1
+        assert dashboard.view.focus == "incidents" and dashboard.view.at == 403
+        assert dashboard.view.state("incidents").cursor == 1
 
-        chart = next(chart for chart in cockpit.query(Chart) if chart.signal == "loss")
+        chart = next(chart for chart in dashboard.query(Chart) if chart.signal == "loss")
         await pilot.click(chart, offset=(20, 4))
         await pilot.pause()
-        assert cockpit.view.focus == "curves" and cockpit.view.at is not None
-        cell = cockpit._scale().cell(cockpit.view.at)
+        assert dashboard.view.focus == "curves" and dashboard.view.at is not None
+        cell = dashboard._scale().cell(dashboard.view.at)
         assert cell == 20 - GUTTER, "the value cursor stands under the mouse"
         await pilot._post_mouse_events([MouseScrollUp], chart, offset=(20, 4), button=0)
         await pilot.pause()
-        assert cockpit.view.span is not None and cockpit.view.span < 1284
-        scale = cockpit._scale()
-        assert scale.first <= cockpit.view.at <= scale.last, "it zooms about the mouse"
+        assert dashboard.view.span is not None and dashboard.view.span < 1284
+        scale = dashboard._scale()
+        assert scale.first <= dashboard.view.at <= scale.last, "it zooms about the mouse"
         for _ in range(9):
             await pilot._post_mouse_events([MouseScrollDown], chart, offset=(20, 4), button=0)
         await pilot.pause()
-        assert cockpit.view.span is None, "and back to the whole run"
+        assert dashboard.view.span is None, "and back to the whole run"
         await pilot._post_mouse_events([MouseScrollDown], pane, offset=(6, 2), button=0)
         await pilot.pause()
-        assert cockpit.view.focus == "incidents"
+        assert dashboard.view.focus == "incidents"
 
         await pilot.press("question_mark")
         await pilot.pause()
