@@ -23,7 +23,7 @@ from guardrail.core.records import Action, Finding, FindingKind, Mode, Verdict
 from guardrail.decide.controller import Controller
 from guardrail.decide.incidents import CLOSED
 from guardrail.decide.policy import evidence
-from guardrail.detectors.build import USUAL
+from guardrail.detectors.build import OWN_SIGNALS
 from guardrail.detectors.signed_loss import LossKind
 from guardrail.rundir.run_directory import RunDirectory
 
@@ -204,7 +204,7 @@ def backtest(
             if verdict.findings or verdict.incident_state:
                 book.enter(row, verdict)
         if "loss" in log.columns:
-            result.loss = controller.watchers.signed_loss.kind
+            result.loss = controller.detector_set.signed_loss.loss_kind
     result.seconds = time.perf_counter() - began
     return result
 
@@ -313,7 +313,7 @@ def lines(result: Result) -> Iterator[str]:
     asked = [
         signal
         for signal in result.names
-        if signal not in USUAL and result.format != "guardrail run"
+        if signal not in OWN_SIGNALS and result.format != "guardrail run"
     ]
     if asked:
         yield f"  noted only, where far above the usual: {', '.join(asked)}"

@@ -7,12 +7,14 @@ this file.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any, ClassVar
 
 import msgspec
 
+from guardrail.core.late_imports import find_detector
 from guardrail.core.renamed_keys import Renamed
 
 LOSS = "loss"  # nats a token, mean over the global batch
@@ -69,13 +71,23 @@ OLD_CAUSES = {
 
 
 class Severity(str, Enum):
-    NOTE = "note"  # worth a line
+    """What a finding calls for."""
+
+    NOTE = "note"  # a line in the journal; the update is applied
     REJECT = "reject"  # this update must not be applied
-    PERSISTENT = "persistent"  # damage is already in the weights: go back
+    WEIGHTS_DAMAGED = "persistent"  # damage is in the weights already: roll back
+    PERSISTENT = "persistent"  # old name of WEIGHTS_DAMAGED
+
+
+_KIND_NAME = re.compile(r"[a-z][a-z0-9_]{0,59}")
 
 
 class FindingKind(str, Enum):
-    """What a finding claims."""
+    """What a finding claims.
+
+    Any other name of lower-case letters, digits and underscores is a kind too, such as
+    `FindingKind("token_drift")`: of a detector that was added, or of another version.
+    """
 
     NONFINITE = "nonfinite"  # NaN or Inf in a loss or a gradient
     LOSS_SPIKE = "loss_spike"
@@ -93,6 +105,15 @@ class FindingKind(str, Enum):
     SCALE_COLLAPSE = "scale_collapse"
     RESUME_JUMP = "resume_jump"  # the run does not go on where it was before a resume
     RESTART = "restart"  # the step counter went back: another run, or a resume in a recorded log
+
+    @classmethod
+    def _missing_(cls, value: object) -> FindingKind | None:
+        """Make the kind of a name that does not stand above; None: it is not a name."""
+        if not isinstance(value, str) or not _KIND_NAME.fullmatch(value):
+            return None
+        kind = str.__new__(cls, value)
+        kind._name_, kind._value_ = value.upper(), value
+        return kind
 
 
 class Mode(str, Enum):
@@ -148,37 +169,11 @@ class Finding(Record, frozen=True, kw_only=True):
     ranks: tuple[int, ...] = ()
 
     def sentence(self) -> str:
-        """One line for a person: "loss 11.50 against 2.31, score 41.2 (limit 8)"."""
-        named = ", ".join(map(str, self.ranks))
-        where = f" on rank{'s' if len(self.ranks) > 1 else ''} {named}" if self.ranks else ""
-        if self.kind is FindingKind.NO_TOKENS:
-            return "no label token in the whole batch"
-        if self.kind is FindingKind.RESTART:
-            return f"the step counter goes back to {self.step}"
-        if self.kind is FindingKind.IMPOSSIBLE and self.value == 0.0:
-            # "%g" would print a tiny number as 0 as well.
-            return (
-                f"{self.signal} is exactly 0: check that labels are not all masked and that the "
-                "model computes the loss"
-            )
-        if self.kind in (FindingKind.NONFINITE, FindingKind.IMPOSSIBLE):
-            return f"{self.signal} is {self.value:.4g}{where}"
-        if self.kind is FindingKind.RESUME_JUMP:
-            return f"{self.signal} {self.value:.4g} after the resume against {self.baseline:.4g} before it"
-        if self.kind is FindingKind.STUCK:
-            return f"{self.signal} has been exactly {self.value:.6g} for {self.score + 1:.0f} steps"
-        if self.kind is FindingKind.SCALE_COLLAPSE:
-            row = (
-                f", {self.score:.0f} overflows in a row"
-                if self.severity is Severity.PERSISTENT
-                else ""
-            )
-            usual = f" against {self.baseline:.6g}" if self.baseline else ""
-            return f"{self.signal} {self.value:.6g}{usual}{row}{where}"
-        return (
-            f"{self.signal} {self.value:.4g} against {self.baseline:.4g}{where}, "
-            f"{score_words(self.score, self.threshold)}"
-        )
+        """Return one line: "loss 11.50 against 2.31, score 41.2 (limit 8)".
+
+        The detector of its kind has the wording.
+        """
+        return str(find_detector(self.kind).sentence(self))
 
 
 def score_words(score: float, limit: float) -> str:

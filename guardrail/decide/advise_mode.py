@@ -9,18 +9,11 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from guardrail.core.records import Action, Finding, FindingKind, Observation
+from guardrail.core.records import Action, Finding, Observation
 from guardrail.decide.policy import Rollback, is_anomaly
 from guardrail.decide.response import Response
 from guardrail.detectors.base import LogJumps
-
-SPIKES = (
-    FindingKind.LOSS_SPIKE,
-    FindingKind.GRAD_SPIKE,
-    FindingKind.EMBED_SPIKE,
-    FindingKind.UPDATE_SPIKE,
-    FindingKind.SPIKE,
-)
+from guardrail.detectors.build import find_detector
 
 
 class AdviseSimulation:
@@ -101,5 +94,9 @@ class AdviseSimulation:
 
 def jumps_of(findings: Iterable[Finding]) -> LogJumps:
     """The spikes among findings of positive signals: signal -> log(value / baseline)."""
-    spikes = (f for f in findings if f.kind in SPIKES and f.value > 0.0 and f.baseline > 0.0)
-    return {f.signal: math.log(f.value / f.baseline) for f in spikes}
+    jumps = {}
+    for finding in findings:
+        is_spike = find_detector(finding.kind).judges_one_value
+        if is_spike and finding.value > 0.0 and finding.baseline > 0.0:
+            jumps[finding.signal] = math.log(finding.value / finding.baseline)
+    return jumps

@@ -24,7 +24,6 @@ from msgspec import structs
 
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import (
-    GRAD_NORM,
     LOSS,
     LOSS_SCALE,
     Action,
@@ -50,18 +49,13 @@ from guardrail.decide.recovery import LEAST, MOST, expected, fit_trend
 from guardrail.decide.response import RejectedStep, Response, answer
 from guardrail.decide.rollback_window import Applied
 from guardrail.detectors.base import Detector
-from guardrail.detectors.build import TOGETHER
+from guardrail.detectors.build import find_detector
 from guardrail.detectors.divergence import Divergence
 from guardrail.detectors.growth import CLIMB
-from guardrail.detectors.joint_cusum import JointCusum
-from guardrail.detectors.loss_scale import ScaleCollapse, overflows
-from guardrail.detectors.no_tokens import NoTokens
-from guardrail.detectors.resume_jump import ROWS, resume_jumps
-from guardrail.detectors.spike import LOOK_BACK, ONSET_SHARE, Spike
+from guardrail.detectors.loss_scale import overflows
+from guardrail.detectors.resume_jump import ROWS
+from guardrail.detectors.spike import LOOK_BACK, ONSET_SHARE
 
-# Detectors of damage in the weights. `advise` does not go back, so what they said once they would
-# say for ever.
-LASTING = ("divergence", "growth", "embed_growth", "update_growth")
 # Verdicts of which no replay asks the cause.
 UNASKED = (Action.APPLY, Action.FP16_OVERFLOW, Action.RETRY)
 # Of the run itself: such trouble comes again. Hardware and the unknown say nothing of the next
@@ -80,9 +74,7 @@ class Controller(ControllerMemory):
     def __init__(self, settings: GuardOptions, *, mode: Mode | None = None) -> None:
         super().__init__(settings)
         self.mode = settings.mode if mode is None else mode
-        self._no_tokens = NoTokens()
-        self.watchers = DetectorSet(settings)
-        self._scale: ScaleCollapse = self.detectors[LOSS_SCALE]  # type: ignore[assignment]
+        self.detector_set = DetectorSet(settings)
         # Reaches back to the earliest onset that a detector can name, and `window_before` batches
         # further.
         reach = (
@@ -119,11 +111,11 @@ class Controller(ControllerMemory):
             return Verdict(action=Action.APPLY, step=obs.step)
         findings: list[Finding] = []
         if self._history and obs.step < self._history[-1].step:
-            findings.append(_restarted(obs))
+            findings += self.detector_set.restart.observe(obs)
             self._went_back(obs.step)
         if self.mode is Mode.ADVISE and self._advice.left_out:
             obs = structs.replace(obs, streak=len(self._advice.left_out))
-        watch = self.watchers.of(obs)
+        watch = self.detector_set.select(obs)
         if obs.tokens > 0:
             for observe in watch.observe:
                 if found := observe(obs):
@@ -134,18 +126,18 @@ class Controller(ControllerMemory):
                 findings += self._after_resume(obs)
         else:
             # Without a label token the loss is 0/0: every other claim about it would be noise.
-            findings = self._no_tokens.observe(obs)
+            findings = self.detector_set.no_tokens.observe(obs)
         if not (findings or self.levels or self.borne):
             return self._healthy(obs, watch)
-        evidence = self.watchers.foremost(by_severity(findings))
+        evidence = self.detector_set.limit_named(by_severity(findings))
         # By position, whatever is found: who starts again may no longer be as wary as the process
         # that asked.
         if self.begins_level(obs, evidence):
             return self._level(
-                obs, levels.begin(self.detectors, obs, evidence), "another kind of data"
+                obs, levels.begin_level(self.detector_set, obs, evidence), "another kind of data"
             )
-        if self.is_borne(obs) and levels.raised_only(self.detectors, obs):
-            notes = levels.bear(self.detectors, obs, evidence)
+        if self.is_borne(obs) and levels.is_only_raised(self.detector_set, obs):
+            notes = levels.tolerate(self.detector_set, obs, evidence)
             return self._healthy(
                 obs, watch, notes, f"borne: {_told(notes)}every batch is as high: applied"
             )
@@ -165,12 +157,11 @@ class Controller(ControllerMemory):
         with which a row might begin. Where it is the state, the run would go back for it.
         """
         known = self.diagnoses.up_to(self.incidents.number, obs.first)
-        together = self.detectors[TOGETHER]
-        assert isinstance(together, JointCusum)
+        together = self.detector_set.joint_cusum
         if known is None or known.cause not in CAUSES or known.shift or known.borne:
             return []
-        counts = together.counts(obs)
-        wary = counts > 0.0 if known.cause.of_data else together.high(obs, ONSET_SHARE)
+        counts = together.evidence(obs)
+        wary = counts > 0.0 if known.cause.of_data else together.is_high(obs, ONSET_SHARE)
         return together.findings(obs, to_spare=counts, onset=obs.step) if wary else []
 
     def _healthy(
@@ -182,12 +173,12 @@ class Controller(ControllerMemory):
     ) -> Verdict:
         advice = self._advice
         left_out = advice.left_out
-        for accept in watch.accept:
-            accept(obs, left_out)
+        for update in watch.update:
+            update(obs, left_out)
         self._history.append(Applied(obs.step, obs.first, obs.last))
         loss = obs.signals.get(LOSS)
         if loss is not None and math.isfinite(loss):
-            (self._other_losses if self.watchers.loss_is_signed else self._losses).append(
+            (self._other_losses if self.detector_set.loss_is_signed else self._losses).append(
                 (obs.step, loss)
             )
         self._overflows = 0
@@ -217,7 +208,8 @@ class Controller(ControllerMemory):
         self._overflows += 1
         if (
             self.mode is not Mode.OFF
-            and (found := self._scale.collapsed(obs, self._overflows)) is not None
+            and (found := self.detector_set.loss_scale.judge_overflows(obs, self._overflows))
+            is not None
         ):
             return self._rejected(obs, (found,))
         scale = obs.signals.get(LOSS_SCALE, 0.0)
@@ -227,9 +219,7 @@ class Controller(ControllerMemory):
     def _rejected(self, obs: Observation, findings: tuple[Finding, ...]) -> Verdict:
         trouble = is_anomaly(findings)
         # What nobody has said the meaning of does not say how far to go back either.
-        onset = max(
-            1, min(finding.onset for finding in findings if finding.kind is not FindingKind.SPIKE)
-        )
+        onset = max(1, min(f.onset for f in findings if find_detector(f.kind).dates_onset))
         streak = self._streak(obs)
         if streak and self.mode is Mode.ADVISE:
             onset = min(onset, self._advice.since)  # `auto` would still be at that step
@@ -272,8 +262,8 @@ class Controller(ControllerMemory):
         # it.
         again = bool(row) and case.applied - row[-1].from_step < self.incidents.confirm
         if action in (Action.ROLLBACK, Action.HALT) and again:
-            if levels.norms_alone(self.detectors, obs, findings):
-                notes = levels.begin_norms(self.detectors, obs, findings)
+            if levels.are_only_norms_high(self.detector_set, obs, findings):
+                notes = levels.begin_norms(self.detector_set, obs, findings)
                 return self._level(obs, notes, "again behind a rollback while the loss is as usual")
             state = state or RECURRED
         done = answer(case, action)
@@ -307,7 +297,7 @@ class Controller(ControllerMemory):
         )
 
     def _curve(self, onset: int) -> LossTrend | None:
-        if self.watchers.loss_is_signed:
+        if self.detector_set.loss_is_signed:
             return None  # such a loss shows no progress
         return fit_trend([pair for pair in self._losses if pair[0] < onset])
 
@@ -339,7 +329,7 @@ class Controller(ControllerMemory):
             return None
         if self.incidents.may_recover(like.step, self._losses):
             return None
-        return self.watchers.safe_limits(like)
+        return self.detector_set.safe_limits(like)
 
     # -- a new level -------------------------------------------------------------------------------
 
@@ -348,7 +338,7 @@ class Controller(ControllerMemory):
         begin.
         """
         return self._healthy(
-            obs, self.watchers.of(obs), notes, f"level shift: {_told(notes)}{why}: accepted"
+            obs, self.detector_set.select(obs), notes, f"level shift: {_told(notes)}{why}: accepted"
         )
 
     # -- the cause ---------------------------------------------------------------------------------
@@ -369,9 +359,9 @@ class Controller(ControllerMemory):
             return False
         if verdict.action in UNASKED:
             return False
-        if self.watchers.loss_is_signed and {finding.signal for finding in verdict.findings} == {
-            LOSS
-        }:
+        if self.detector_set.loss_is_signed and {
+            finding.signal for finding in verdict.findings
+        } == {LOSS}:
             if all(finding.kind is FindingKind.LOSS_SPIKE for finding in verdict.findings):
                 return False  # a replay compares ratios, which mean nothing here
         return self._asks_again or self.diagnoses.needs_diagnosis(verdict, self.rollbacks)
@@ -383,13 +373,13 @@ class Controller(ControllerMemory):
         if (
             diagnosis.cause is Cause.STATE
             and not diagnosis.applied
-            and levels.raised_only(self.detectors, obs)
+            and levels.is_only_raised(self.detector_set, obs)
         ):
             return structs.replace(
                 diagnosis, borne=True, reason=f"{diagnosis.reason}: raised, and no spike: borne"
             )
-        if self.settings.new_data != "accept" or not levels.another_kind(
-            self.detectors, obs, diagnosis
+        if self.settings.new_data != "accept" or not levels.is_new_data(
+            self.detector_set, obs, diagnosis
         ):
             if diagnosis.ahead and diagnosis.structure is None:
                 unknown = "the label order was not measured, so new data and noise look the same: treated as bad data"
@@ -442,7 +432,7 @@ class Controller(ControllerMemory):
         """Applied; a jump enters no baseline. What has stayed up is the new normal, or the next
         batch would say it.
         """
-        lasting = any(finding.severity is Severity.PERSISTENT for finding in findings)
+        lasting = any(finding.severity is Severity.WEIGHTS_DAMAGED for finding in findings)
         if lasting:
             self.overrule(obs)
         else:
@@ -461,12 +451,8 @@ class Controller(ControllerMemory):
 
     def _after_resume(self, obs: Observation) -> list[Finding]:
         self._resumed -= 1
-        spikes = (
-            spike
-            for spike in (self.detectors[LOSS], self.detectors[GRAD_NORM])
-            if isinstance(spike, Spike)
-        )
-        findings = [f for f in resume_jumps(obs, spikes) if f.signal not in self._jumped]
+        found = self.detector_set.resume_jump.observe(obs)
+        findings = [finding for finding in found if finding.signal not in self._jumped]
         self._jumped.update(f.signal for f in findings)
         return findings
 
@@ -486,7 +472,7 @@ class Controller(ControllerMemory):
         """
         for detector in self.detectors.values():
             detector.reset()
-            detector.accept(obs)
+            detector.update(obs)
         self._history.append(Applied(obs.step, obs.first, obs.last))
         self._overflows = 0
         self._note_other_loss(obs)
@@ -496,7 +482,7 @@ class Controller(ControllerMemory):
         out of date.
         """
         if self.mode is Mode.OFF and mode is not Mode.OFF:
-            self.watchers.reset()
+            self.detector_set.reset()
         if mode is not Mode.ADVISE:
             self._advice = AdviseSimulation()
         self.mode = mode
@@ -521,13 +507,13 @@ class Controller(ControllerMemory):
     @property
     def detectors(self) -> dict[str, Detector]:
         """By name."""
-        return self.watchers.detectors
+        return self.detector_set.detectors
 
     # -- what is known -----------------------------------------------------------------------------
 
     def bands(self) -> dict[str, tuple[float, float]]:
         """signal -> (baseline, threshold) that the next step meets, in the signal's own units."""
-        return self.watchers.bands()
+        return self.detector_set.bands()
 
     @property
     def healthy_through(self) -> int:
@@ -549,7 +535,7 @@ class Controller(ControllerMemory):
         last = self._history[-1].step
         if self.mode is Mode.OFF:
             return last
-        suspected = self.watchers.first_suspect_step()
+        suspected = self.detector_set.first_suspect_step()
         return last if suspected is None else suspected - 1
 
     def is_good(self, step: int) -> bool:
@@ -609,7 +595,7 @@ class Controller(ControllerMemory):
         controller afterwards.
         """
         return {
-            "detectors": self.watchers.state_dict(),
+            "detectors": self.detector_set.state_dict(),
             "history": [list(structs.astuple(batch)) for batch in self._history],
             "losses": [list(pair) for pair in self._losses],
             "overflows": self._overflows,
@@ -624,7 +610,7 @@ class Controller(ControllerMemory):
         """Go back to a state. Returns the detectors that it does not fit, as of another version:
         they begin anew.
         """
-        anew = self.watchers.load_state_dict(state["detectors"])
+        anew = self.detector_set.load_state_dict(state["detectors"])
         self._history.clear()
         self._history.extend(Applied(*batch) for batch in state["history"])
         self._losses.clear()
@@ -647,13 +633,12 @@ class Controller(ControllerMemory):
         """
         advice = self._advice
         if advice.book(done, obs, findings, onset):
-            if any(finding.severity is Severity.PERSISTENT for finding in findings):
-                for name in LASTING:
-                    self.detectors[name].reset()
+            if any(finding.severity is Severity.WEIGHTS_DAMAGED for finding in findings):
+                self.detector_set.reset_weight_detectors()
         if len(advice.left_out) >= self.settings.warmup:
             # So long a stretch is where the run is now. Learn that, instead of the same alarm for
             # ever.
-            self.watchers.reset()
+            self.detector_set.reset()
             advice.left_out.clear()
 
     def _went_back(self, step: int) -> None:
@@ -665,7 +650,7 @@ class Controller(ControllerMemory):
         anything.
         """
         if 2 * step < self._history[-1].step:
-            self.watchers.reset()
+            self.detector_set.reset()
             self._history.clear()
             self._losses.clear()
             self._overflows = 0
@@ -687,17 +672,3 @@ def _is_due(rejections: int, persist: int) -> bool:
     """At `persist` in a row, at twice that, at four times that, ..."""
     times, rest = divmod(rejections, persist)
     return rest == 0 and times > 0 and times & (times - 1) == 0
-
-
-def _restarted(obs: Observation) -> Finding:
-    return Finding(
-        signal="step",
-        step=obs.step,
-        kind=FindingKind.RESTART,
-        severity=Severity.NOTE,
-        value=obs.step,
-        baseline=0.0,
-        score=0.0,
-        threshold=0.0,
-        onset=obs.step,
-    )

@@ -1,114 +1,101 @@
-"""A new level: what would be rejected is where the run now is, so that the detectors learn it
-instead. Pure.
+"""A new level: what would be rejected is where the run is now, so the detectors learn it. Pure.
 
-norms alone     High again behind a rollback while the loss has nothing of it: then no batch is to blame and no harm is
-                done, and the clip keeps the updates as long as they were.
-everything      The data has become another kind, as a replay has shown: it is there to be learnt.
-borne           Loss and norm are both raised, step after step, and so they are with every other batch: to leave one out
-                or to go back for so little would be in vain.
+only norms   Norms are high again after a rollback, and the loss is normal. Then no batch is the cause
+             and no harm is done: the clip keeps the updates at their length.
+new data     The data has become another kind, as a cause test shows. It is there to be learnt.
+tolerated    Loss and norm are both raised step after step, and so are those of every other batch. To
+             skip a batch, or to roll back, would not help.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-
 from msgspec import structs
 
 from guardrail.core.records import LOSS, Diagnosis, Finding, FindingKind, Observation, Severity
-from guardrail.detectors.base import Detector
-from guardrail.detectors.build import TOGETHER
-from guardrail.detectors.embedding_share import EmbeddingShare
-from guardrail.detectors.joint_cusum import JointCusum
-from guardrail.detectors.spike import Spike
+from guardrail.decide.detector_set import DetectorSet
+from guardrail.detectors.build import find_detector
 
-# Claims about norms alone: where the loss has nothing of it, clipping is all that the update needs.
-NORMS = frozenset({FindingKind.GRAD_SPIKE, FindingKind.EMBED_SPIKE})
-# Of what the order of labels is worth in usual batches: text of other kinds had 0.39 to 0.91 of it
-# (capitals, rot13, backwards), shuffled labels, shuffled letters and noise less than 0.05
-# (tests/bench/structure.py).
+# Loss increase when the labels stand in another order, as a share of that of usual batches. Text of
+# other kinds had 0.39 to 0.91 (capitals, rot13, backwards). Shuffled labels, shuffled letters and
+# noise had less than 0.05 (tests/bench/structure.py).
 STRUCTURE = 0.25
-QUIET = 0.5  # share of the way to its limit below which a loss has nothing of it
+QUIET = 0.5  # share of the way to its limit below which a loss is normal
 
 
-def norms_alone(
-    detectors: Mapping[str, Detector], obs: Observation, findings: Iterable[Finding]
+def are_only_norms_high(
+    detectors: DetectorSet, obs: Observation, findings: tuple[Finding, ...]
 ) -> bool:
-    """Whether norms alone are high, and the loss has nothing of it."""
-    grave = [finding for finding in findings if finding.severity is not Severity.NOTE]
-    loss = detectors[LOSS]
-    quiet = LOSS in obs.signals and isinstance(loss, Spike) and not loss.raised(obs, QUIET)
-    return quiet and all(
-        finding.kind in NORMS and finding.severity is Severity.REJECT for finding in grave
-    )
+    """Return whether only norms are rejected, and the loss is normal."""
+    if LOSS not in obs.signals or detectors.loss_spike.is_raised(obs, QUIET):
+        return False
+    rejected = [finding for finding in findings if finding.severity is not Severity.NOTE]
+    return all(finding.severity is Severity.REJECT and _is_of_norm(finding) for finding in rejected)
 
 
-def another_kind(detectors: Mapping[str, Detector], obs: Observation, diagnosis: Diagnosis) -> bool:
-    """Whether the data that caused a rejected step is another kind of data and not bad data.
+def _is_of_norm(finding: Finding) -> bool:
+    return find_detector(finding.kind).is_harmless_with_clipping
+
+
+def is_new_data(detectors: DetectorSet, obs: Observation, diagnosis: Diagnosis) -> bool:
+    """Return whether the data that caused a rejected step is new data and not bad data.
 
     Two things must hold. The model finds structure in the data that it does not find in shuffled
     labels. And either the batches ahead look the same, or no signal of the step is a spike by
-    itself (`raised_only`).
+    itself (`is_only_raised`).
 
     Where the structure was not measured (no `structure` function, or a model that has not learnt
     any order yet), the answer is no: noise that lasts to the end of the data looks the same there,
     and training on it destroys the model. The batches are then skipped like bad data, within the
     limits of the guard, and the run halts at the limit.
     """
-    if (
-        not diagnosis.cause.of_data
-        or diagnosis.structure is None
-        or diagnosis.structure < STRUCTURE
-    ):
+    if not diagnosis.cause.of_data:
         return False
-    return diagnosis.ahead or raised_only(detectors, obs)
+    if diagnosis.structure is None or diagnosis.structure < STRUCTURE:
+        return False
+    return diagnosis.ahead or is_only_raised(detectors, obs)
 
 
-def raised_only(detectors: Mapping[str, Detector], obs: Observation) -> bool:
-    """Whether no signal by itself is high enough to be rejected: loss and norm are both raised,
-    step after step.
+def is_only_raised(detectors: DetectorSet, obs: Observation) -> bool:
+    """Return whether no signal is high enough to be rejected by itself.
+
+    Then loss and norm are both raised, step after step.
     """
-    alone = (detector for name, detector in detectors.items() if name != TOGETHER)
-    return all(
-        finding.severity is Severity.NOTE for detector in alone for finding in detector.observe(obs)
-    )
+    for detector in detectors.detectors.values():
+        if detector is detectors.joint_cusum:
+            continue
+        if any(finding.severity is not Severity.NOTE for finding in detector.observe(obs)):
+            return False
+    return True
 
 
 def begin_norms(
-    detectors: Mapping[str, Detector], obs: Observation, findings: tuple[Finding, ...]
+    detectors: DetectorSet, obs: Observation, findings: tuple[Finding, ...]
 ) -> tuple[Finding, ...]:
-    """The norms that were to be rejected begin a new baseline. Returns the findings as they are
-    noted.
-    """
+    """Let the rejected norms begin a new baseline. Return the findings as notes."""
     for finding in findings:
-        detector = detectors.get(finding.signal)
-        if finding.severity is Severity.REJECT and isinstance(detector, Spike | EmbeddingShare):
-            detector.adopt(obs)
-    return tuple(_shifted(finding) if finding.kind in NORMS else finding for finding in findings)
+        detector = detectors.detectors.get(finding.signal)
+        if finding.severity is Severity.REJECT and detector is not None:
+            detector.begin_level(obs)
+    return tuple(_shifted(finding) if _is_of_norm(finding) else finding for finding in findings)
 
 
-def bear(
-    detectors: Mapping[str, Detector], obs: Observation, findings: tuple[Finding, ...]
+def tolerate(
+    detectors: DetectorSet, obs: Observation, findings: tuple[Finding, ...]
 ) -> tuple[Finding, ...]:
-    """A raised step is applied, and the next ones as well unless they are raised by more. Returns
-    it as it is noted.
+    """Let raised steps be applied, unless they are raised by more. Return the findings as notes.
 
-    Baselines and what is known of the loss stay: should it go on to rise, that is a divergence.
+    The baselines and the level of the loss stay: a loss that goes on to rise is a divergence.
     """
-    together = detectors[TOGETHER]
-    assert isinstance(together, JointCusum)
-    together.adopt(obs)
+    detectors.joint_cusum.begin_level(obs)
     return tuple(structs.replace(finding, severity=Severity.NOTE) for finding in findings)
 
 
-def begin(
-    detectors: Mapping[str, Detector], obs: Observation, findings: tuple[Finding, ...]
+def begin_level(
+    detectors: DetectorSet, obs: Observation, findings: tuple[Finding, ...]
 ) -> tuple[Finding, ...]:
-    """Every signal begins a new baseline with this step. Returns the findings as they are noted."""
-    for detector in detectors.values():
-        if isinstance(detector, Spike | EmbeddingShare | JointCusum):
-            detector.adopt(obs)
-        else:
-            detector.reset()
+    """Let every signal begin a new baseline with this step. Return the findings as notes."""
+    for detector in detectors.detectors.values():
+        detector.begin_level(obs)
     return tuple(map(_shifted, findings))
 
 

@@ -19,7 +19,6 @@ from guardrail.core.records import (
     Diagnosis,
     Event,
     Finding,
-    FindingKind,
     LossTrend,
     Observation,
     Severity,
@@ -28,12 +27,8 @@ from guardrail.core.records import (
 )
 from guardrail.decide.diagnoses import Diagnoses, diagnosis_of
 from guardrail.decide.incidents import CLOSED, OPEN, RECURRED, Incidents
-from guardrail.decide.policy import UNSUSPECTED, Rollback, rollback_of
-
-# An update with these has no meaning, whoever wishes for it.
-NEVER_ALLOWED = frozenset(
-    {FindingKind.NONFINITE, FindingKind.NO_TOKENS, FindingKind.SCALE_COLLAPSE}
-)
+from guardrail.decide.policy import Rollback, rollback_of
+from guardrail.detectors.build import find_detector
 
 
 class ControllerMemory:
@@ -174,8 +169,8 @@ class ControllerMemory:
             known.turned(event, self.incidents)
         elif event.kind == "verdict":
             known.rejected(event)
-            kinds = {field_of(finding, "kind") for finding in data.get("findings") or ()}
-            if data.get("action") == Action.SKIP and kinds and kinds <= UNSUSPECTED:
+            findings = data.get("findings") or ()
+            if data.get("action") == Action.SKIP and findings and not _has_anomaly(findings):
                 first, last = data["window"]
                 self.empty_spans.add((int(first), int(last)))
         elif event.kind == "command" and data.get("command") == CommandKind.ACCEPT:
@@ -276,4 +271,12 @@ def _begins_in(stretches: Iterable[tuple[int, int]], obs: Observation) -> bool:
 
 
 def _pardonable(findings: Iterable[Finding]) -> bool:
-    return not any(f.kind in NEVER_ALLOWED and f.severity is not Severity.NOTE for f in findings)
+    return all(
+        finding.severity is Severity.NOTE or find_detector(finding.kind).may_be_allowlisted
+        for finding in findings
+    )
+
+
+def _has_anomaly(findings: Iterable[Any]) -> bool:
+    """Return whether a finding of a journal line counts towards a rollback."""
+    return any(find_detector(field_of(finding, "kind")).is_anomaly for finding in findings)

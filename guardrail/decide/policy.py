@@ -22,11 +22,9 @@ from guardrail.core.records import (
     SnapshotInfo,
     origin_of_span,
 )
+from guardrail.detectors.build import find_detector
 
-# Left out without a suspicion of the weights: however often it happens in a row, it never adds up
-# to a rollback.
-UNSUSPECTED = frozenset({FindingKind.NO_TOKENS})
-_RANK = {Severity.PERSISTENT: 2, Severity.REJECT: 1, Severity.NOTE: 0}
+_RANK = {Severity.WEIGHTS_DAMAGED: 2, Severity.REJECT: 1, Severity.NOTE: 0}
 
 
 class Rollback(Record, frozen=True, kw_only=True):
@@ -87,13 +85,15 @@ def evidence(findings: Sequence[Finding]) -> str:
     """What was found, as the beginning of a sentence: the most severe finding, and all that is no
     usable number.
     """
-    unusable = (FindingKind.NONFINITE, FindingKind.IMPOSSIBLE)
-    shown = [
-        f
-        for at, f in enumerate(findings)
-        if at == 0 or (f.kind in unusable and f.severity is findings[0].severity)
-    ]
-    return " and ".join(finding.sentence() for finding in shown)
+    if not findings:
+        return ""
+    first, *others = findings
+    sentences = [first.sentence()]
+    for finding in others:
+        is_unusable = find_detector(finding.kind).has_unusable_value
+        if is_unusable and finding.severity is first.severity:
+            sentences.append(finding.sentence())
+    return " and ".join(sentences)
 
 
 def _excess(finding: Finding) -> float:
@@ -106,10 +106,14 @@ def rejects(findings: Iterable[Finding]) -> bool:
 
 
 def is_anomaly(findings: Iterable[Finding]) -> bool:
-    """Whether something is wrong with the run, and not just with a batch without a label or with
-    the loss scale.
+    """Return whether something is wrong with the run, and not only with a batch without labels.
+
+    Such batches never add up to a rollback, however many are consecutive.
     """
-    return any(f.severity is not Severity.NOTE and f.kind not in UNSUSPECTED for f in findings)
+    return any(
+        finding.severity is not Severity.NOTE and find_detector(finding.kind).is_anomaly
+        for finding in findings
+    )
 
 
 def decide(
@@ -132,7 +136,7 @@ def decide(
     """
     if not rejects(findings):
         return Action.APPLY
-    persistent = any(finding.severity is Severity.PERSISTENT for finding in findings)
+    persistent = any(finding.severity is Severity.WEIGHTS_DAMAGED for finding in findings)
     trouble = is_anomaly(findings)
     if (
         trouble

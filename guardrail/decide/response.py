@@ -16,7 +16,6 @@ from guardrail.core.records import (
     Cause,
     Diagnosis,
     Finding,
-    FindingKind,
     Observation,
     Remedy,
     Severity,
@@ -33,6 +32,7 @@ from guardrail.decide.policy import (
 )
 from guardrail.decide.remedies import EMBED_ALPHA, embedding_leads, of_embedding, of_rung, sentence
 from guardrail.decide.rollback_window import Applied, window
+from guardrail.detectors.build import find_detector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class RejectedStep:
     @property
     def too_long(self) -> bool:
         """Whether data alone has been left out for longer than `skips` allows."""
-        grave = any(finding.severity is Severity.PERSISTENT for finding in self.findings)
+        grave = any(finding.severity is Severity.WEIGHTS_DAMAGED for finding in self.findings)
         return (
             weights_are_clean(self.diagnosis)
             and not grave
@@ -236,8 +236,9 @@ def _reason(
         if streak + 1 >= consecutive_skip_limit(settings)
         else "it has stayed up"
     )
-    if findings[0].kind is FindingKind.SCALE_COLLAPSE:
-        why = f"of which {findings[0].threshold - 1:.0f} may be the search for a scale"
+    own = find_detector(findings[0].kind).explain_rollback(findings[0])
+    if own:
+        why = own
     elif case.cause is Cause.STATE:
         why = "whatever the batch"
     elif (

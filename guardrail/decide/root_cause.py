@@ -23,16 +23,15 @@ from guardrail.core.records import (
     Cause,
     Diagnosis,
     Finding,
-    FindingKind,
     Observation,
     Record,
     Severity,
 )
+from guardrail.detectors.base import ReplaySign
+from guardrail.detectors.build import find_detector
+from guardrail.detectors.impossible import Impossible
 from guardrail.detectors.nonfinite import NonFinite
 
-NONFINITE_KINDS = frozenset(
-    {FindingKind.NONFINITE, FindingKind.IMPOSSIBLE, FindingKind.SCALE_COLLAPSE}
-)
 # Kernels that add in any order repeat themselves to some 1e-3 at worst (sums in bfloat16), and the
 # smallest jump that is ever rejected is one of 8 % (detectors.standard). Half of that lies far from
 # both.
@@ -61,11 +60,8 @@ class ReplayPass(Record, frozen=True, kw_only=True):
     def broken(self) -> bool:
         """Whether a loss or gradient is no usable number."""
         flags = (0,) if self.nonfinite else ()
-        return bool(
-            NonFinite().observe(
-                Observation(step=0, first=0, last=1, signals=self.signals, nonfinite_loss=flags)
-            )
-        )
+        obs = Observation(step=0, first=0, last=1, signals=self.signals, nonfinite_loss=flags)
+        return bool(NonFinite().observe(obs) or Impossible().observe(obs))
 
 
 class RankNumbers(Record, frozen=True, kw_only=True):
@@ -116,13 +112,13 @@ class AnomalySignature(Record, frozen=True, kw_only=True):
         grave = [finding for finding in findings if finding.severity is not Severity.NOTE]
         return cls(
             signal=grave[0].signal if grave else "",
-            nonfinite=any(finding.kind in NONFINITE_KINDS for finding in grave),
+            nonfinite=any(_sign(finding) is ReplaySign.UNUSABLE_VALUE for finding in grave),
             limits={
                 f.signal: (f.baseline, _limit(f))
                 for f in reversed(grave)
                 if 0.0 < f.baseline < f.value < math.inf
             },
-            stuck={f.signal: f.value for f in grave if f.kind is FindingKind.STUCK},
+            stuck={f.signal: f.value for f in grave if _sign(f) is ReplaySign.SAME_VALUE},
         )
 
     def shown_by(
@@ -155,10 +151,14 @@ class AnomalySignature(Record, frozen=True, kw_only=True):
         return f"{one.signals.get(self.signal, math.nan):.4g}"
 
 
+def _sign(finding: Finding) -> ReplaySign:
+    return find_detector(finding.kind).replay_sign
+
+
 def _limit(finding: Finding) -> float:
     jump = math.log(finding.value / finding.baseline)
     middle = finding.baseline * math.exp(jump / 2)
-    if finding.severity is Severity.PERSISTENT or not finding.score > 0:
+    if finding.severity is Severity.WEIGHTS_DAMAGED or not finding.score > 0:
         return middle
     # score = jump / scale and threshold = limit / scale, both in log units.
     threshold = max(finding.threshold, ALONE)

@@ -1,18 +1,20 @@
-"""The robust baseline of one signal: a centre that follows drift and a scale that outliers cannot
+"""The robust baseline of one signal: a centre that follows drift, and a scale that outliers cannot
 move.
 
-Everything is measured in logarithms, so that units cancel and a norm that doubles weighs the same
-at 0.1 and at 10.
+Everything is measured in logarithms. Units cancel, and a norm that doubles weighs the same at 0.1
+and at 10.
 
-    centre  median of the last `FOLLOW` accepted logarithms. Short, because losses fall fast in early training and
-            norms drift for a whole run; long enough that a few bad values in a row do not move it.
-    scale   1.4826 x median of the deviations of the last `window` accepted steps (1.4826 makes it the standard
-            deviation if the noise is normal, Hampel 1974). A value's deviation is taken from the centre as it stood
-            before it, less the lag: the median of the last such differences. On a steady slope the centre lags by
-            a constant, which is no noise; left in, it would hide every spike of the first steps' fast fall.
+centre  Median of the last `FOLLOW` accepted logarithms. It is short, because losses fall fast in
+        early training and norms drift for a complete run. It is long enough that a few consecutive
+        bad values do not move it.
+scale   1.4826 x the median of the deviations of the last `history` accepted steps. The factor makes
+        it the standard deviation if the noise is normal (Hampel 1974). The deviation of a value is
+        its difference to the centre before it, less the lag. The lag is the median of the last such
+        differences: on a steady slope the centre lags by a constant, which is not noise. Without
+        this correction it would hide every spike while the loss falls fast.
 
-Scores themselves are taken from the centre without the lag. On a falling signal that is the careful
-side, and when a fall ends at once there is no lag to be wrong about.
+Scores are taken from the centre without the lag. On a falling signal that is the careful side. When
+a fall ends at once, there is no lag that could be wrong.
 """
 
 from __future__ import annotations
@@ -23,27 +25,26 @@ from collections.abc import Iterable
 from typing import Any
 
 MAD_TO_SIGMA = 1.4826
-# Values in the centre: six outliers in a row would move it; a fall of 1 % a step makes it lag by 6
-# %.
+# Values in the centre. Six consecutive outliers would move it. A fall of 1 % a step makes it lag by
+# 6 %.
 FOLLOW = 12
-# Differences in the lag: twice as many, or the lag would follow the noise that it is to be told
-# from.
+# Differences in the lag: twice as many, or the lag would follow the noise.
 LAG = 2 * FOLLOW
-# While a run is young only the younger half of what it has shown counts, but at least this many
-# values: the start is nothing like what follows, and a short run must not be judged by it to its
-# end.
+# While a run is young, only the newer half of its values counts, but at least this many. The start
+# is nothing like what follows, and must not decide about a short run to its end.
 YOUNGEST = 8
-# The scale never counts as less than this share of what has been usual of late. A stretch of
-# repeated numbers (a stuck or rounded signal) would otherwise make the next ordinary value a spike.
+# The scale never counts as less than this share of its recent usual value. Otherwise repeated
+# numbers (a stuck or rounded signal) would make the next ordinary value a spike.
 USUAL_SHARE = 0.5
-# "Of late", in windows; of a young run the last quarter. The mean is geometric, so that a few high
-# values do not rule.
-USUAL_WINDOWS = 8
+# "Recent", in lengths of the history; of a young run the last quarter. The mean is geometric, so a
+# few high values do not dominate.
+USUAL_HISTORIES = 8
 
 
 class SortedWindow:
-    """The last `size` values, in order of arrival and sorted. A push costs one bisection and one
-    short memmove.
+    """The last `size` values, in order of arrival and sorted.
+
+    A push costs one bisection and one short memmove.
     """
 
     __slots__ = ("arrivals", "size", "sorted")
@@ -72,9 +73,7 @@ class SortedWindow:
         del self.sorted[bisect_left(self.sorted, self.arrivals.popleft())]
 
     def median(self) -> float:
-        """The upper median; a value that was really seen, so that it scales exactly with the
-        units.
-        """
+        """Return the upper median. It is one of the values, so it scales exactly with the units."""
         return self.sorted[len(self.sorted) >> 1]
 
     def clear(self) -> None:
@@ -83,12 +82,16 @@ class SortedWindow:
 
 
 class Baseline:
-    """Centre and scale of a signal's logarithm.
+    """Centre and scale of the logarithm of one signal.
 
     Args:
-        window: accepted steps in the scale.
-        floor: least scale that counts, in log units: changes below a few times this are nobody's
-        business.
+        history: accepted steps in the scale.
+        floor: smallest scale, in log units. Changes below a few times this are never reported.
+
+    Attributes:
+        count: accepted values since the beginning.
+        usual: slow geometric mean of the scale.
+        empty: no value was accepted yet; `centre` has no meaning then.
     """
 
     __slots__ = (
@@ -101,31 +104,33 @@ class Baseline:
         "count",
         "empty",
         "floor",
+        "history",
         "scale",
         "usual",
-        "window",
     )
 
-    def __init__(self, *, window: int, floor: float) -> None:
-        self.window = window
+    def __init__(self, *, history: int, floor: float) -> None:
+        self.history = history
         self.floor = floor
-        self._share = 1.0 / (USUAL_WINDOWS * window)
+        self._share = 1.0 / (USUAL_HISTORIES * history)
         # accepted values after which nothing depends on `count`
-        self._young = max(4 * USUAL_WINDOWS * window, 2 * LAG)
+        self._young = max(4 * USUAL_HISTORIES * history, 2 * LAG)
         self.reset()
 
     def reset(self) -> None:
-        self.count = 0  # accepted values since the beginning
-        self.usual = self.floor  # slow geometric mean of the scale
+        """Forget everything."""
+        self.count = 0
+        self.usual = self.floor
         self._centre = SortedWindow(FOLLOW)
         self._differences = SortedWindow(LAG)
-        self._deviations = SortedWindow(self.window)
-        # What every step asks for, computed when it changes; `centre` means nothing while `empty`.
+        self._deviations = SortedWindow(self.history)
+        # Every step reads these, so they are computed when they change.
         self.empty, self.centre, self.scale = True, 0.0, self.floor
 
     def learn(self, y: float) -> None:
-        """Add an accepted logarithm (finite). Called for each signal of each step, so it is written
-        for speed.
+        """Add an accepted logarithm, which must be finite.
+
+        Each signal of each step calls this, so it is written for speed.
         """
         self.count = count = self.count + 1
         centre = self._centre.sorted
@@ -133,9 +138,8 @@ class Baseline:
             lags = self._differences.sorted
             deviations = self._deviations.sorted
             difference = y - self.centre
-            self._deviations.push(
-                abs(difference - lags[len(lags) >> 1]) if lags else abs(difference)
-            )
+            lag = lags[len(lags) >> 1] if lags else 0.0
+            self._deviations.push(abs(difference - lag))
             self._differences.push(difference)
             if count <= self._young:
                 most = max(YOUNGEST, count >> 1)
@@ -150,12 +154,15 @@ class Baseline:
                 now = self.floor
             self.usual = usual = self.usual * (now / self.usual) ** share
             least = USUAL_SHARE * usual
-            self.scale = now if now > least else least
+            if now < least:
+                now = least
+            self.scale = now
         self._centre.push(y)
         self.centre = centre[len(centre) >> 1]
         self.empty = False
 
-    def _settle(self) -> None:
+    def _compute(self) -> None:
+        """Compute what every step reads from the stored values."""
         self.empty = not self._centre.sorted
         self.centre = 0.0 if self.empty else self._centre.median()
         self.scale = self.floor
@@ -165,16 +172,17 @@ class Baseline:
             )
 
     def recentre(self) -> None:
-        """Forget the centre, keep the scale: the signal stands on a new level."""
+        """Forget the centre and keep the scale, for a signal on a new level."""
         self._centre.clear()
-        self._settle()
+        self._compute()
 
     def shift(self, by: float) -> None:
-        """The signal is measured in another unit from now on: `by` is added to each logarithm."""
+        """Add `by` to each logarithm of the centre, for a signal with another unit from now on."""
         self._centre = SortedWindow(FOLLOW, (y + by for y in self._centre.arrivals))
-        self._settle()
+        self._compute()
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the state as JSON values."""
         return {
             "count": self.count,
             "usual": self.usual,
@@ -184,9 +192,10 @@ class Baseline:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state, also one with another length of the history."""
         self.count = int(state["count"])
         self.usual = float(state["usual"])
         self._centre = SortedWindow(FOLLOW, state["centre"])
         self._differences = SortedWindow(LAG, state["differences"])
-        self._deviations = SortedWindow(self.window, state["deviations"])
-        self._settle()
+        self._deviations = SortedWindow(self.history, state["deviations"])
+        self._compute()

@@ -1,15 +1,14 @@
-"""The loss rose and stays up: slow divergence, or a step to a worse level that no single value gave
-away.
+"""The loss rose and stays up: slow divergence, or a step to a worse level that no single value
+shows.
 
-The level of the loss is the median of the logarithms of the last `steps` accepted steps. It is held
-against the lowest level of the last `window` accepted steps, which a rise cannot lift: the baseline
-is from before it. What is rejected never gets here, so this is damage that is in the weights
-already, and the finding is persistent. A rise that is too small for that and neither grows nor goes
-away is noted as a level shift.
+The level of the loss is the median of the logarithms of the last `steps` accepted steps. It is
+compared with the lowest level of the last `history` accepted steps, which a rise cannot lift: that
+reference is from before the rise. A rejected value never enters a level, so this is damage that is
+in the weights already. A smaller rise that neither grows nor goes away is noted as a level shift.
 
-The onset is where the last values part best into "before" and "after": the k that maximises the sum
-over i >= k of y[i] - middle, with the middle between reference and present level (the
-maximum-likelihood change point of a step in normal noise, Hinkley 1970).
+The onset is the point that best separates the last values into "before" and "after". It is the k
+that maximises the sum over i >= k of y[i] - middle, with the middle between reference and present
+level (the maximum-likelihood change point of a step in normal noise, Hinkley 1970).
 """
 
 from __future__ import annotations
@@ -21,87 +20,125 @@ from itertools import islice
 from typing import Any
 
 from guardrail.core.records import LOSS, Finding, FindingKind, Observation, Severity
-from guardrail.detectors.base import LogJumps
+from guardrail.detectors.base import Detector, DetectorParts, LogJumps
 from guardrail.detectors.baseline import Baseline, SortedWindow
+from guardrail.detectors.spikes import LossSpike
 
 
-class Divergence:
-    """Watches the loss.
+class Divergence(Detector):
+    """Judges the level of the loss.
 
     Args:
-        baseline: of the loss spikes; its scale is the noise of a single value. It learns elsewhere.
-        score: robust sigmas of rise that count.
-        steps: accepted steps in the level; a sudden step is found after more than half of them.
-        window: accepted steps within which the reference level lies.
+        baseline: of the loss spikes, which learns it; its scale is the noise of a single value.
+        threshold: robust sigmas of a rise that counts.
+        steps: accepted steps in the level. A sudden step is found after more than half of them.
+        history: accepted steps within which the reference level lies.
     """
 
-    # Share of the score at which a level that has stood for `steps` steps is worth a note: far
-    # enough above the half at which states become suspect that the wandering of smoothed losses
-    # does not get there.
+    name = "divergence"
+    kind = FindingKind.DIVERGENCE
+    signals = (LOSS,)
+    severities = (Severity.NOTE, Severity.WEIGHTS_DAMAGED)
+    keys = ("divergence_score", "divergence_steps", "window")
+    damage_is_in_weights = True
+    needs_positive_loss = True
+    title = "Divergence"
+    help = """\
+The loss rose and stays up. No single value shows it.
+
+- The level is the median of the logarithms of the last `divergence_steps` accepted steps.
+- It is compared with the lowest level of the last `guard.window` accepted steps.
+- **Limit:** `divergence_score` robust standard deviations. The finding is `persistent` and causes
+  a rollback.
+- A sudden rise is found after half of `divergence_steps`.
+- From half of the limit on, new states are suspect: they are not called good.
+- A level that stands at 0.65 of the limit for `divergence_steps` steps is noted as a level shift.
+- The onset is the point that best separates "before" and "after".
+- **Source:** maximum-likelihood change point, Hinkley 1970.
+- **Test:** `tests/unit/detectors/test_divergence.py`."""
+
+    # Share of the threshold at which a level that has stood for `steps` steps is noted. States
+    # become suspect at half of it. This is far enough above that: drifting smoothed losses do not
+    # reach it.
     SHIFT = 0.65
     # Accepted steps kept for the onset, in multiples of `steps`: a slow rise began before the level
     # showed it.
     MEMORY = 3
-    signals = (LOSS,)
 
-    def __init__(self, baseline: Baseline, *, score: float, steps: int, window: int) -> None:
+    def __init__(self, baseline: Baseline, *, threshold: float, steps: int, history: int) -> None:
         self.baseline = baseline
-        self.score = score
+        self.threshold = threshold
         self.steps = steps
-        self.window = window
+        self.history = history
         self.reset()
+
+    @classmethod
+    def create(cls, parts: DetectorParts) -> Divergence:
+        options = parts.options
+        return cls(
+            parts.get(LossSpike).baseline,
+            threshold=options.divergence_score,
+            steps=options.divergence_steps,
+            history=options.window,
+        )
 
     def reset(self) -> None:
         self._count = 0
-        self._up = 0  # high accepted values since the level has been worth a note
+        self._up = 0  # high accepted values since the level is high enough for a note
         self._recent = SortedWindow(self.steps)
         self._memory: deque[tuple[int, float]] = deque(maxlen=self.MEMORY * self.steps)  # (step, y)
-        # Candidates for the lowest level: (count, level, scale), ascending in both; the first is
-        # the reference.
+        # Candidates for the lowest level, ascending in count and level: (count, level, scale). The
+        # first one is the reference.
         self._lowest: deque[tuple[int, float, float]] = deque()
-        self._raised = self._shifted = False
+        self._is_raised = self._is_shifted = False
 
     def observe(self, obs: Observation) -> list[Finding]:
         value = obs.signals.get(LOSS)
-        if not self._raised or value is None or not 0.0 < value < math.inf:
+        if not self._is_raised or value is None or not 0.0 < value < math.inf:
             return []
         _, reference, scale = self._lowest[0]
         rise = self._recent.median() - reference
-        diverges = rise > self.score * scale
-        if not (diverges or self._up == self.steps) or math.log(value) <= reference + 0.5 * rise:
+        if math.log(value) <= reference + 0.5 * rise:
+            return []
+        if rise > self.threshold * scale:
+            kind, severity, limit = self.kind, Severity.WEIGHTS_DAMAGED, self.threshold
+        elif self._up == self.steps:
+            limit = self.SHIFT * self.threshold
+            kind, severity = FindingKind.LEVEL_SHIFT, Severity.NOTE
+        else:
             return []
         return [
-            Finding(
+            self.make_finding(
+                obs,
+                severity,
                 signal=LOSS,
-                step=obs.step,
-                kind=FindingKind.DIVERGENCE if diverges else FindingKind.LEVEL_SHIFT,
-                severity=Severity.PERSISTENT if diverges else Severity.NOTE,
+                kind=kind,
                 value=math.exp(self._recent.median()),
                 baseline=math.exp(reference),
                 score=rise / scale,
-                threshold=self.score if diverges else self.SHIFT * self.score,
+                threshold=limit,
                 onset=self.onset(),
             )
         ]
 
     @property
-    def raised(self) -> bool:
-        """Whether the level stands half as high over its reference as divergence takes."""
-        return self._raised
+    def is_raised(self) -> bool:
+        """Return whether the rise of the level is more than half of the limit."""
+        return self._is_raised
 
-    def _settle(self, level: float) -> None:
-        """How the level stands to the reference now; every step asks for it."""
+    def _compare(self, level: float) -> None:
+        """Compare the level with the reference. Every step reads the result."""
         _, reference, scale = self._lowest[0]
         rise = level - reference
-        self._raised = rise > 0.5 * self.score * scale
-        self._shifted = self._raised and rise > self.SHIFT * self.score * scale
+        self._is_raised = rise > 0.5 * self.threshold * scale
+        self._is_shifted = self._is_raised and rise > self.SHIFT * self.threshold * scale
 
     def onset(self) -> int:
-        """The step at which the present rise began; only meaningful while `raised`."""
+        """Return the step at which the present rise began. It has a meaning while `is_raised`."""
         reached, lowest, _ = self._lowest[0]
         middle = 0.5 * (lowest + self._recent.median())
         best, total, onset = 0.0, 0.0, self._memory[-1][0]
-        # Half of the values of the lowest level are older than it: what is older still was high
+        # Half of the values of the lowest level are older than it. Values before those were high
         # because the loss fell.
         since = self._count - reached + self.steps // 2
         for step, y in islice(reversed(self._memory), since):
@@ -110,7 +147,7 @@ class Divergence:
                 best, onset = total, step
         return onset
 
-    def accept(self, obs: Observation, left_out: Sequence[LogJumps] = ()) -> None:
+    def update(self, obs: Observation, skipped: Sequence[LogJumps] = ()) -> None:
         value = obs.signals.get(LOSS)
         if value is None or not 0.0 < value < math.inf:
             return
@@ -125,20 +162,16 @@ class Divergence:
         while lowest and lowest[-1][1] >= level:
             lowest.pop()
         lowest.append((count, level, scale))
-        if lowest[0][0] <= count - self.window:
+        if lowest[0][0] <= count - self.history:
             lowest.popleft()
-        self._settle(level)
-        if not self._shifted:
+        self._compare(level)
+        if not self._is_shifted:
             self._up = 0
         elif y > 0.5 * (lowest[0][1] + level):
             self._up += 1
 
     def first_suspect_step(self) -> int | None:
-        return self.onset() if self.raised else None
-
-    def band(self) -> None:
-        """The spike detector of the loss draws its band."""
-        return None
+        return self.onset() if self._is_raised else None
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -157,4 +190,4 @@ class Divergence:
             (int(count), float(level), float(scale)) for count, level, scale in state["lowest"]
         )
         if self._lowest:
-            self._settle(self._recent.median())
+            self._compare(self._recent.median())

@@ -1,16 +1,18 @@
-"""The embedding takes over the gradient: its share of the squared norm runs away towards 1.
+"""The embedding takes over the gradient: its share of the squared norm goes towards 1.
 
-GLM-130B's spikes began in the embedding layer, whose gradients grew orders of magnitude over all
-others. Under a global clip that also starves the rest: whatever the embedding takes of the norm,
-the others lose.
+GLM-130B's spikes began in the embedding layer, whose gradients grew orders of magnitude above all
+others. Under a global clip that also starves the rest: what the embedding takes of the norm, the
+others lose.
 
-The share lives between 0 and 1, so its distance is measured in log odds. The centre is the median
-of the whole window, not of the last few values as for spikes: a share that runs away over fifty
-steps would drag a quick centre along.
+The share lies between 0 and 1, so its distance is measured in log odds. The centre is the median of
+the complete history, not of the last few values as for spikes. A share that grows over fifty steps
+would drag a fast centre along.
 
-    note      the share is far above what it was, and more than half of all; once, until it is back or the new usual
-    reject    and the embedding's own norm is near its limit: this update would move the embedding by far more than
-              usual. A share that grew because the other gradients shrank does not.
+note      The share is far above its history, and more than half of all. Reported once, until it is
+          back or has become the new normal.
+reject    In addition the embedding's own norm is near its limit, so this update would move the
+          embedding by far more than usual. A share that grew because the other gradients shrank
+          does not.
 """
 
 from __future__ import annotations
@@ -20,81 +22,126 @@ from collections.abc import Sequence
 from typing import Any
 
 from guardrail.core.records import EMBED_SHARE, Finding, FindingKind, Observation, Severity
-from guardrail.detectors.base import LogJumps
+from guardrail.detectors.base import Detector, DetectorParts, LogJumps
 from guardrail.detectors.baseline import Baseline, SortedWindow
 from guardrail.detectors.spike import BELOW, NEW_LEVEL, NOTE_SHARE, Spike
+from guardrail.detectors.spikes import EmbedNormSpike
 
-# Least scale in log odds: with a score of 10 no rise by less than 7.4 times the odds counts, as for
-# the norms.
+# Smallest scale in log odds. With a threshold of 10, no rise by less than 7.4 times the odds
+# counts, as for the norms.
 FLOOR = 0.2
-# Where a share counts as taking over.
+# A share above this counts as taking over.
 MOST = 0.5
 # Share of its own limit from which on the embedding's norm agrees. Two signals together need less
 # than one alone.
 AGREE = 0.8
-# A share of exactly 0 or 1 has no log odds; 1 - 1e-9 is as near as it is worth telling apart.
+# A share of exactly 0 or 1 has no log odds; 1 - 1e-9 is the nearest that is distinguished.
 EDGE = 1e-9
 
 
-class EmbeddingShare:
-    """Watches `embed_share`.
+class EmbeddingShare(Detector):
+    """Judges `embed_share`.
 
     Args:
-        embedding: the spike detector of the embedding's norm, which says whether that norm stands
-        out.
-        score: robust sigmas of the log odds; from `NOTE_SHARE` of them on the share has run away.
-        window, warmup: accepted steps in the baseline, and before it is trusted.
+        embedding: the spike detector of the embedding's norm: whether that norm is high.
+        threshold: robust sigmas of the log odds. From `NOTE_SHARE` of it on, the share is too high.
+        history: accepted steps in the baseline.
+        min_history: accepted steps before the baseline is trusted.
     """
 
+    name = EMBED_SHARE
+    kind = FindingKind.EMBED_SPIKE
     signals = (EMBED_SHARE,)
+    severities = (Severity.NOTE, Severity.REJECT)
+    keys = ("embed_score", "window", "warmup")
+    judges_one_value = True
+    is_harmless_with_clipping = True
+    title = "Share of the embedding"
+    help = """\
+- **Note:** the share is above 0.5, and its log odds exceed 0.6 x `embed_score` robust standard
+  deviations.
+- **Reject:** in addition, the embedding's norm exceeds 0.8 of its own limit.
+- A share that grew because the other gradients shrank is not rejected.
+- The centre is the median of the last `guard.window` values, so a share that grows over fifty
+  steps is found.
+- Eight consecutive accepted values above the limit are a new level.
+- **Source:** GLM-130B, whose spikes began in the embedding layer. See [Embedding
+  shrink](embedding-shrink.md).
+- **Test:** `tests/unit/detectors/test_embedding_share.py`."""
 
-    def __init__(self, embedding: Spike, *, score: float, window: int, warmup: int) -> None:
+    def __init__(
+        self, embedding: Spike, *, threshold: float, history: int, min_history: int
+    ) -> None:
         self.embedding = embedding
-        self.score = score
-        self.window = window
-        self.warmup = warmup
-        self.baseline = Baseline(window=window, floor=FLOOR)
+        self.threshold = threshold
+        self.history = history
+        self.min_history = min_history
+        self.baseline = Baseline(history=history, floor=FLOOR)
         self.reset()
+
+    @classmethod
+    def create(cls, parts: DetectorParts) -> EmbeddingShare:
+        options = parts.options
+        return cls(
+            parts.get(EmbedNormSpike),
+            threshold=options.embed_score,
+            history=options.window,
+            min_history=options.warmup,
+        )
 
     def reset(self) -> None:
         self.baseline.reset()
-        self._odds = SortedWindow(self.window)
-        self._above = 0  # accepted values in a row that had run away
+        self._odds = SortedWindow(self.history)
+        self._above = 0  # consecutive accepted values that were too high
         self._since = 0  # step of the first of them
+
+    # -- judging -----------------------------------------------------------------------------------
 
     def observe(self, obs: Observation) -> list[Finding]:
         odds = _log_odds(obs.signals.get(EMBED_SHARE))
-        if odds is None or not self._away(odds):
+        if odds is None or not self._is_too_high(odds):
             return []
-        centre, scale = self._odds.median(), self.baseline.scale
-        hurts = self.embedding.raised(obs, AGREE)
-        if self._above and not hurts:
+        is_harmful = self.embedding.is_raised(obs, AGREE)
+        if self._above and not is_harmful:
             return []  # it has been noted
+        centre, scale = self._odds.median(), self.baseline.scale
         return [
-            Finding(
+            self.make_finding(
+                obs,
+                Severity.REJECT if is_harmful else Severity.NOTE,
                 signal=EMBED_SHARE,
-                step=obs.step,
-                kind=FindingKind.EMBED_SPIKE,
-                severity=Severity.REJECT if hurts else Severity.NOTE,
                 value=_share(odds),
                 baseline=_share(centre),
                 score=(odds - centre) / scale,
-                threshold=NOTE_SHARE * self.score,
+                threshold=NOTE_SHARE * self.threshold,
                 onset=self._since if self._above else obs.step,
             )
         ]
 
-    def _away(self, odds: float) -> bool:
-        if self.baseline.count < self.warmup or odds <= _MOST_ODDS:
+    def _is_too_high(self, odds: float) -> bool:
+        if self.baseline.count < self.min_history or odds <= _MOST_ODDS:
             return False
-        return odds - self._odds.median() > NOTE_SHARE * self.score * self.baseline.scale
+        return odds - self._odds.median() > NOTE_SHARE * self.threshold * self.baseline.scale
 
-    def accept(self, obs: Observation, left_out: Sequence[LogJumps] = ()) -> None:
+    def first_suspect_step(self) -> int | None:
+        return self._since if self._above else None
+
+    def safe_limits(self) -> dict[str, float]:
+        """Return the limit of the share, which holds while the embedding's norm is not high."""
+        if self._above or self.baseline.count < self.min_history:
+            return {EMBED_SHARE: 1.0}
+        limit = self._odds.median() + BELOW * NOTE_SHARE * self.threshold * self.baseline.scale
+        return {EMBED_SHARE: _share(max(_MOST_ODDS, limit))}
+
+    # -- learning ----------------------------------------------------------------------------------
+
+    def update(self, obs: Observation, skipped: Sequence[LogJumps] = ()) -> None:
         odds = _log_odds(obs.signals.get(EMBED_SHARE))
         if odds is None:
             return
-        if self._away(odds):
-            self._since = self._since if self._above else obs.step
+        if self._is_too_high(odds):
+            if not self._above:
+                self._since = obs.step
             self._above += 1
             if self._above < NEW_LEVEL:
                 return
@@ -104,30 +151,14 @@ class EmbeddingShare:
         self._odds.push(odds)
         self.baseline.learn(odds)
 
-    def ceiling(self) -> float:
-        """A share up to which nothing is said, as long as the embedding's norm does not stand
-        out.
-        """
-        if self._above or self.baseline.count < self.warmup:
-            return 1.0
-        away = self._odds.median() + BELOW * NOTE_SHARE * self.score * self.baseline.scale
-        return _share(max(_MOST_ODDS, away))
-
-    def adopt(self, obs: Observation) -> None:
-        """This share is the new level: forget the old one, keep the scale."""
+    def begin_level(self, obs: Observation) -> None:
+        """Forget the level of the share and keep its scale."""
         odds = _log_odds(obs.signals.get(EMBED_SHARE))
         if odds is not None:
             self._odds.clear()
             self._odds.push(odds)
             self.baseline.recentre()
             self._above = 0
-
-    def first_suspect_step(self) -> int | None:
-        return self._since if self._above else None
-
-    def band(self) -> None:
-        """The charts draw norms."""
-        return None
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -139,7 +170,7 @@ class EmbeddingShare:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.baseline.load_state_dict(state)
-        self._odds = SortedWindow(self.window, map(float, state["odds"]))
+        self._odds = SortedWindow(self.history, map(float, state["odds"]))
         self._above, self._since = int(state["above"]), int(state["since"])
 
 

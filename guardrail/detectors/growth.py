@@ -1,17 +1,17 @@
-"""A gradient norm that climbs by a like factor step after step, none of which is a spike.
+"""A gradient norm grows by a similar factor at each step, and no step is a spike.
 
 The centre of the spike detector follows what it accepts, so a norm that grows by up to a fifth a
-step never gets far enough above it: 10 % a step are a factor of 200 in 56 steps without a word.
+step is never far enough above it. 10 % a step is a factor of 200 in 56 steps without a finding.
 Diverging runs begin like that while their loss is still flat (BLOOM-176B, Marin-32B).
 
-Three blocks of `BLOCK` accepted values, end to end: the median must rise from the first to the
-second AND from the second to the third. One jump, however high, falls into one of the two; drift
-over thousands of steps into neither.
+Three consecutive blocks of `BLOCK` accepted values are compared. The median must rise from the
+first to the second AND from the second to the third. A single jump of any height falls into one of
+the two. Drift over thousands of steps falls into neither.
 
-At first a note: each of these updates is clipped, so there is no single one to leave out. But the
-states since the climb began are not called good, and when the loss follows, the rollback goes back
-to before it. A climb that has become `SURE` without a pause is an explosion on its way, and is not
-waited for.
+The first finding is a note: each of these updates is clipped, so there is no single one to skip.
+But states since the growth began are not called good, and when the loss follows, the rollback goes
+back to before it. A growth that has reached `SURE` without a pause leads to an explosion, so it
+calls for a rollback at once.
 """
 
 from __future__ import annotations
@@ -19,73 +19,115 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
-from guardrail.core.records import Finding, FindingKind, Observation, Severity
-from guardrail.detectors.base import LogJumps
+from guardrail.core.records import (
+    EMBED_GRAD_NORM,
+    GRAD_NORM,
+    UPDATE_NORM,
+    Finding,
+    FindingKind,
+    Observation,
+    Severity,
+)
+from guardrail.detectors.base import Detector, DetectorParts, LogJumps
 from guardrail.detectors.baseline import Baseline
+from guardrail.detectors.spike import Spike
+from guardrail.detectors.spikes import EmbedNormSpike, GradNormSpike, UpdateNormSpike
 
-# Values in a block: odd values out of eight do not move its median, and three blocks are over in 24
-# steps.
+# Values in a block. A few odd values out of eight do not move its median, and three blocks are over
+# in 24 steps.
 BLOCK = 8
-# Least climb from block to block in log units: 6 % a step, 2.6-fold over both. Slower drift is
-# ordinary: norms rise by a few per cent in a hundred steps when the learning rate is warmed up, or
+# Smallest growth from block to block in log units: 6 % a step, 2.6-fold over both. Slower drift is
+# ordinary: norms rise by a few per cent in a hundred steps while the learning rate is warmed up, or
 # late in a run.
 LEAST = BLOCK * math.log(1.06)
-# And in robust sigmas of a single value; the difference of two medians of eight has 0.6 of them, so
-# four of its own.
+# The same in robust sigmas of a single value. The difference of two medians of eight has 0.6 of
+# them, so this is four of its own.
 SIGMAS = 2.5
-# Factor over the level at which the climb began that is damage and not weather. None of 34 recorded
-# runs without such trouble climbs at this pace at all.
+# Factor over the level at the start of the growth that is damage. None of 34 recorded runs without
+# such an anomaly grows at this pace at all.
 SURE = math.log(20.0)
-# Steps after which a climb is sure, at the slowest pace that is seen at all.
+# Steps after which a growth is sure, at the slowest pace that is found.
 CLIMB = math.ceil(BLOCK * SURE / LEAST) + 3 * BLOCK
 
 
-class Growth:
-    """Watches one norm.
+class Growth(Detector):
+    """Judges one norm. Base of the detectors below.
+
+    Attributes:
+        signal: its name in `Observation.signals`.
+        spike: the spike detector of the same signal.
 
     Args:
-        signal: its name in `Observation.signals`.
-        baseline: of the same signal; its scale is the noise. It learns elsewhere.
-        warmup: accepted steps before anything is said: the first steps of a run climb and fall as
-        they like.
+        baseline: of the spike detector, which learns it; its scale is the noise.
+        min_history: accepted steps before the first report. Norms rise and fall freely in the first
+            steps of a run.
     """
 
-    def __init__(self, signal: str, baseline: Baseline, *, warmup: int) -> None:
-        self.signal = signal
-        self.signals = (signal,)
+    kind = FindingKind.GROWTH
+    severities = (Severity.NOTE, Severity.WEIGHTS_DAMAGED)
+    keys = ("warmup",)
+    damage_is_in_weights = True
+    title = "Growth of a norm"
+    help = """\
+A gradient norm grows by a similar factor at each step, and no step is a spike. BLOOM-176B and
+Marin-32B began like that while their loss was still flat. A growth of 10 % a step is a factor of
+200 in 56 steps.
+
+- Three consecutive blocks of 8 accepted values are compared. The median must rise from the first
+  to the second, and from the second to the third.
+- **Limit of a note:** 6 % a step in each of both, and 2.5 robust standard deviations of a single
+  value.
+- **Limit of `persistent`:** a factor of 20 over the level at which the growth began.
+- States since the start of the growth are not called good. A later rollback goes back to before
+  it.
+- It is silent until `guard.warmup` + 16 accepted steps.
+- **Test:** `tests/unit/detectors/test_growth.py`."""
+
+    signal: str
+    spike: ClassVar[type[Spike]]
+
+    def __init__(self, baseline: Baseline, *, min_history: int) -> None:
         self.baseline = baseline
-        self.warmup = warmup
+        self.min_history = min_history
         self.reset()
+
+    @classmethod
+    def create(cls, parts: DetectorParts) -> Growth:
+        return cls(parts.get(cls.spike).baseline, min_history=parts.options.warmup)
 
     def reset(self) -> None:
         self._block: deque[float] = deque(maxlen=BLOCK)
         # (step, median of the last BLOCK)
         self._levels: deque[tuple[int, float]] = deque(maxlen=2 * BLOCK + 1)
-        self._since = 0  # step at which the present climb began, 0: none
+        self._since = 0  # step at which the present growth began, 0: none
         self._low = 0.0  # the level there
-        self._told = False  # it has been noted once
+        self._is_noted = False  # it has been noted once
+
+    # -- judging -----------------------------------------------------------------------------------
 
     def observe(self, obs: Observation) -> list[Finding]:
         value = obs.signals.get(self.signal)
         if not self._since or value is None or not 0.0 < value < math.inf:
             return []
         rise = self._levels[-1][1] - self._low
-        # What a persistent finding claims must show in the step itself.
-        sure = rise > SURE and math.log(value) > self._low + SURE
-        if self._told and not sure:
+        # A finding of damage must also show in the step itself.
+        is_sure = rise > SURE and math.log(value) > self._low + SURE
+        if self._is_noted and not is_sure:
             return []
+        severity, limit = Severity.NOTE, 2.0 * self._least()
+        if is_sure:
+            severity, limit = Severity.WEIGHTS_DAMAGED, SURE
         return [
-            Finding(
+            self.make_finding(
+                obs,
+                severity,
                 signal=self.signal,
-                step=obs.step,
-                kind=FindingKind.GROWTH,
-                severity=Severity.PERSISTENT if sure else Severity.NOTE,
                 value=math.exp(self._low + rise),
                 baseline=math.exp(self._low),
                 score=rise / self.baseline.scale,
-                threshold=(SURE if sure else 2.0 * self._least()) / self.baseline.scale,
+                threshold=limit / self.baseline.scale,
                 onset=self._since,
             )
         ]
@@ -93,35 +135,33 @@ class Growth:
     def _least(self) -> float:
         return max(LEAST, SIGMAS * self.baseline.scale)
 
-    def accept(self, obs: Observation, left_out: Sequence[LogJumps] = ()) -> None:
+    def first_suspect_step(self) -> int | None:
+        return self._since or None
+
+    # -- learning ----------------------------------------------------------------------------------
+
+    def update(self, obs: Observation, skipped: Sequence[LogJumps] = ()) -> None:
         value = obs.signals.get(self.signal)
         if value is None or not 0.0 < value < math.inf:
             return
-        self._told = bool(self._since)
+        self._is_noted = bool(self._since)
         block, levels = self._block, self._levels
         block.append(math.log(value))
         if len(block) < BLOCK:
             return
         now = sorted(block)[BLOCK >> 1]
         levels.append((obs.step, now))
-        if len(levels) <= 2 * BLOCK or self.baseline.count < self.warmup + 2 * BLOCK:
+        if len(levels) <= 2 * BLOCK or self.baseline.count < self.min_history + 2 * BLOCK:
             return
         first = levels[0][1]
         if self._since:
-            # half of what it took to begin, or noise at the border would begin it anew
+            # Half of what it took to begin, or noise at the border would begin it anew.
             if now - first < self._least():
-                self._since, self._told = 0, False
+                self._since, self._is_noted = 0, False
         elif now - first > LEAST:
             middle, least = levels[BLOCK][1], self._least()
             if middle - first > least and now - middle > least:
                 self._since, self._low = levels[0]
-
-    def first_suspect_step(self) -> int | None:
-        return self._since or None
-
-    def band(self) -> None:
-        """The spike detector of the signal draws its band."""
-        return None
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -129,7 +169,7 @@ class Growth:
             "levels": [list(pair) for pair in self._levels],
             "since": self._since,
             "low": self._low,
-            "told": self._told,
+            "told": self._is_noted,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -137,8 +177,27 @@ class Growth:
         self._levels = deque(
             ((int(step), float(y)) for step, y in state["levels"]), maxlen=2 * BLOCK + 1
         )
-        self._since, self._low, self._told = (
-            int(state["since"]),
-            float(state["low"]),
-            bool(state["told"]),
-        )
+        self._since = int(state["since"])
+        self._low = float(state["low"])
+        self._is_noted = bool(state["told"])
+
+
+class GradNormGrowth(Growth):
+    """Judges the norm of all gradients."""
+
+    name, signal, signals = "growth", GRAD_NORM, (GRAD_NORM,)
+    spike = GradNormSpike
+
+
+class EmbedNormGrowth(Growth):
+    """Judges the norm of the embedding gradients."""
+
+    name, signal, signals = "embed_growth", EMBED_GRAD_NORM, (EMBED_GRAD_NORM,)
+    spike = EmbedNormSpike
+
+
+class UpdateNormGrowth(Growth):
+    """Judges the norm of the update."""
+
+    name, signal, signals = "update_growth", UPDATE_NORM, (UPDATE_NORM,)
+    spike = UpdateNormSpike

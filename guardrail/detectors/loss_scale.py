@@ -1,14 +1,13 @@
-"""The loss scale of float16: overflow after overflow, or a scale that falls far below what has been
-usual.
+"""The loss scale of float16: overflow after overflow, or a scale far below its usual value.
 
-A dynamic scale is raised until it overflows, once in a thousand steps or so, and starts far too
-high (65536): single overflows, and a few in a row at the start, are how it works. The update is
-left out and nothing is wrong with the weights. A scale that keeps falling is another matter: then
-the gradients themselves are too large or not finite, and halving only hides it (OPT, ChatGLM).
-GLM-130B's fell for about 30 steps before the loss exploded.
+A dynamic scale is raised until it overflows, once in about a thousand steps, and starts far too
+high (65536). Single overflows, and a few consecutive ones at the start, are how it works: the
+update is skipped and nothing is wrong with the weights. A scale that keeps falling is different.
+Then the gradients themselves are too large or not finite, and halving only hides it (OPT, ChatGLM).
+GLM-130B's scale fell for about 30 steps before the loss exploded.
 
-An overflow never comes to `observe`: the controller leaves the update out in any mode, counts, and
-asks `collapsed`.
+`observe` is not asked about an overflow. The controller skips its update in any mode, counts it,
+and asks `judge_overflows`.
 """
 
 from __future__ import annotations
@@ -27,65 +26,95 @@ from guardrail.core.records import (
     Observation,
     Severity,
 )
-from guardrail.detectors.base import LogJumps
+from guardrail.detectors.base import Detector, DetectorParts, LogJumps, ReplaySign, format_ranks
 from guardrail.detectors.baseline import SortedWindow
 
-# Overflows in a row, at least, before the scale has settled: from 65536, where scalers begin, down
-# to 1.
+# Smallest number of consecutive overflows before the scale has settled: from 65536, where scalers
+# begin, down to 1.
 AT_START = 16
-# Halvings below the usual scale that are worth a note.
+# Halvings below the usual scale that are a note.
 FALL = 4
 
 
-class ScaleCollapse:
-    """Watches `loss_scale`.
+class ScaleCollapse(Detector):
+    """Judges `loss_scale`.
 
     Args:
-        window, warmup: accepted steps in the usual scale, and before it is settled.
-        overflows: in a row that no settled scale shows.
+        history: accepted steps in the usual scale.
+        min_history: accepted steps before the scale has settled.
+        overflows: consecutive overflows that no settled scale shows.
     """
 
+    name = LOSS_SCALE
+    kind = FindingKind.SCALE_COLLAPSE
     signals = (LOSS_SCALE,)
+    severities = (Severity.NOTE, Severity.WEIGHTS_DAMAGED)
+    keys = ("rollback_after_overflows", "warmup")
+    may_be_allowlisted = False  # its gradients are not finite
+    replay_sign = ReplaySign.UNUSABLE_VALUE
+    title = "Loss scale of fp16"
+    help = """\
+A dynamic loss scale overflows once in about a thousand steps, and more often at the start. That
+is normal. The batch of an overflow is skipped in every mode. The detector finds a scale that
+collapses.
 
-    def __init__(self, *, window: int, warmup: int, overflows: int) -> None:
-        self.window, self.warmup, self.overflows = window, warmup, overflows
+- **Note:** the scale is 4 halvings or more below its median.
+- **Persistent:** `rollback_after_overflows` (8) consecutive overflows. Before `warmup` accepted
+  steps at least 16.
+- Eight overflows divide the scale by 256.
+- **Source:** OPT and ChatGLM saw scales that kept falling. GLM-130B's scale fell for about 30
+  steps before the loss exploded.
+- **Tests:** `tests/unit/detectors/test_loss_scale.py`, `tests/parallel/test_fp16.py`."""
+
+    def __init__(self, *, history: int, min_history: int, overflows: int) -> None:
+        self.history, self.min_history, self.overflows = history, min_history, overflows
         self.reset()
 
+    @classmethod
+    def create(cls, parts: DetectorParts) -> ScaleCollapse:
+        options = parts.options
+        return cls(
+            history=options.window,
+            min_history=options.warmup,
+            overflows=options.rollback_after_overflows,
+        )
+
     def reset(self) -> None:
-        self._scales = SortedWindow(self.window)  # log2 of accepted ones
+        self._scales = SortedWindow(self.history)  # log2 of accepted ones
         self._low = 0  # step since which it has been low, 0: it is not
         self._last: float | None = None  # log2 of the last accepted one
 
+    # -- judging -----------------------------------------------------------------------------------
+
     @property
-    def _settled(self) -> bool:
-        return len(self._scales) >= self.warmup
+    def _is_settled(self) -> bool:
+        return len(self._scales) >= self.min_history
 
     def observe(self, obs: Observation) -> list[Finding]:
-        halvings = _halvings(obs)
-        if halvings is None:
+        log2 = _log2_scale(obs)
+        if log2 is None or self._low or not self._has_fallen(log2):
             return []
-        if self._low or not self._fallen(halvings):
-            return []
-        return [
-            self._finding(
-                obs, Severity.NOTE, score=self._scales.median() - halvings, threshold=FALL
-            )
-        ]
+        halvings = self._scales.median() - log2
+        return [self._make(obs, Severity.NOTE, score=halvings, threshold=FALL)]
 
-    def collapsed(self, obs: Observation, row: int) -> Finding | None:
-        """Whether `row` overflows, this one the last, with no update applied between them, are no
-        search for a scale.
+    def judge_overflows(self, obs: Observation, count: int) -> Finding | None:
+        """Return a finding if the overflows are not the search for a scale; else None.
 
-        Told again after as many more, where nobody has gone back.
+        It is reported again after as many more overflows, where no rollback followed.
+
+        Args:
+            obs: of the last overflow.
+            count: consecutive overflows, with no update applied between them.
         """
-        limit = self.overflows if self._settled else max(self.overflows, AT_START)
-        if row % limit:
+        limit = self.overflows
+        if not self._is_settled:
+            limit = max(limit, AT_START)
+        if count % limit:
             return None
-        return self._finding(
-            obs, Severity.PERSISTENT, score=row, threshold=limit, ranks=obs.nonfinite_grad
-        )
+        ranks = obs.nonfinite_grad
+        return self._make(obs, Severity.WEIGHTS_DAMAGED, score=count, threshold=limit, ranks=ranks)
 
-    def _finding(
+    def _make(
         self,
         obs: Observation,
         severity: Severity,
@@ -94,11 +123,10 @@ class ScaleCollapse:
         threshold: float,
         ranks: tuple[int, ...] = (),
     ) -> Finding:
-        return Finding(
+        return self.make_finding(
+            obs,
+            severity,
             signal=LOSS_SCALE,
-            step=obs.step,
-            kind=FindingKind.SCALE_COLLAPSE,
-            severity=severity,
             value=obs.signals.get(LOSS_SCALE, 0.0),
             baseline=2.0 ** self._scales.median() if len(self._scales) else 0.0,
             score=float(score),
@@ -107,49 +135,62 @@ class ScaleCollapse:
             ranks=ranks,
         )
 
-    def _fallen(self, halvings: float) -> bool:
-        return self._settled and halvings <= self._scales.median() - FALL
-
-    def accept(self, obs: Observation, left_out: Sequence[LogJumps] = ()) -> None:
-        halvings = _halvings(obs)
-        if halvings is None:
-            return
-        if self._fallen(halvings):
-            self._low = self._low or obs.step
-        else:
-            self._low = 0
-        self._scales.push(halvings)
-        self._last = halvings
+    def _has_fallen(self, log2: float) -> bool:
+        return self._is_settled and log2 <= self._scales.median() - FALL
 
     def jump(self, obs: Observation) -> float:
-        """log(scale / scale of the last accepted step): what a norm of scaled gradients has jumped
-        by through it.
-        """
-        now = _halvings(obs)
-        return 0.0 if now is None or self._last is None else (now - self._last) * math.log(2.0)
+        """Return log(scale / last accepted scale): the jump of a norm of scaled gradients."""
+        now = _log2_scale(obs)
+        if now is None or self._last is None:
+            return 0.0
+        return (now - self._last) * math.log(2.0)
 
     def first_suspect_step(self) -> int | None:
         return self._low or None
 
-    def band(self) -> None:
-        return None
+    # -- learning ----------------------------------------------------------------------------------
+
+    def update(self, obs: Observation, skipped: Sequence[LogJumps] = ()) -> None:
+        log2 = _log2_scale(obs)
+        if log2 is None:
+            return
+        if not self._has_fallen(log2):
+            self._low = 0
+        elif not self._low:
+            self._low = obs.step
+        self._scales.push(log2)
+        self._last = log2
 
     def state_dict(self) -> dict[str, Any]:
         return {"scales": list(self._scales.arrivals), "low": self._low, "last": self._last}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._scales = SortedWindow(self.window, map(float, state["scales"]))
+        self._scales = SortedWindow(self.history, map(float, state["scales"]))
         self._low = int(state["low"])
         last = state.get("last")
         self._last = None if last is None else float(last)
 
+    # -- wording -----------------------------------------------------------------------------------
+
+    @classmethod
+    def sentence(cls, finding: Finding) -> str:
+        text = f"{finding.signal} {finding.value:.6g}"
+        if finding.baseline:
+            text += f" against {finding.baseline:.6g}"
+        if finding.severity is Severity.WEIGHTS_DAMAGED:
+            text += f", {finding.score:.0f} overflows in a row"
+        return text + format_ranks(finding)
+
+    @classmethod
+    def explain_rollback(cls, finding: Finding) -> str:
+        return f"of which {finding.threshold - 1:.0f} may be the search for a scale"
+
 
 def overflows(obs: Observation) -> bool:
-    """Whether gradients are beyond a loss scale that can still be lowered, and the loss itself is
-    sound.
+    """Return whether gradients exceed a loss scale that can still be lowered, with a finite loss.
 
-    The guard knows its scaler and says so itself (`Observation.overflow`); of a recorded log this
-    is what can be told.
+    The guard knows its scaler and reports it (`Observation.overflow`). In a recorded log only the
+    numbers show it.
     """
     scale = obs.signals.get(LOSS_SCALE)
     if scale is None or not 1.0 < scale < math.inf:
@@ -160,7 +201,8 @@ def overflows(obs: Observation) -> bool:
     return bool(obs.nonfinite_grad) or not all(map(math.isfinite, norms))
 
 
-def _halvings(obs: Observation) -> float | None:
-    """log2 of the scale."""
+def _log2_scale(obs: Observation) -> float | None:
     scale = obs.signals.get(LOSS_SCALE)
-    return math.log2(scale) if scale is not None and 0.0 < scale < math.inf else None
+    if scale is None or not 0.0 < scale < math.inf:
+        return None
+    return math.log2(scale)

@@ -1,17 +1,16 @@
-"""NaN, Inf, and numbers that no working model gives. Speaks from the first step; needs no baseline.
+"""NaN and Inf in the loss or a gradient. Active from the first step; needs no baseline.
 
-A NaN that one rank alone saw arrives here twice: as that rank's flag and as NaN in the sum over
-ranks.
+A NaN that a single rank saw is reported twice: as the flag of that rank, and as NaN in the sum over
+the ranks.
 
-Under a loss scale (float16) an infinite gradient beside a finite loss is an overflow, part of how
-the scale is found, and does not come here; scale.py says when there are too many.
+Under a loss scale (float16), an infinite gradient with a finite loss is an overflow. That is part
+of the search for the scale and is not reported here. `loss_scale.py` reports when there are too
+many.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 from guardrail.core.records import (
     EMBED_GRAD_NORM,
@@ -22,90 +21,62 @@ from guardrail.core.records import (
     Observation,
     Severity,
 )
-from guardrail.detectors.base import LogJumps
+from guardrail.detectors.base import Detector, ReplaySign, format_ranks
 
-WATCHED = (LOSS, GRAD_NORM, EMBED_GRAD_NORM)
-# sqrt of the largest float32: beyond it a square overflows, so a norm or a loss has lost all
-# meaning. Logs of runs that ended in NaN show such values (1e30) in the rows before.
-ABSURD = 1.8e19
+SIGNALS = (LOSS, GRAD_NORM, EMBED_GRAD_NORM)
 
 
-class NonFinite:
-    """Rejects a step whose loss or gradient is not a usable number, and names the ranks that saw it
-    themselves.
+class NonFinite(Detector):
+    """Rejects a step with NaN or Inf, and names the ranks that saw it themselves."""
 
-    Attributes:
-        zero: what a loss of exactly 0 is worth; None where such a loss is healthy (see
-        signed_loss.py).
-    """
-
-    zero: Severity | None = Severity.REJECT
-
-    signals: tuple[str, ...] = ()  # the flags speak without any
+    name = "nonfinite"
+    kind = FindingKind.NONFINITE
+    signals = ()  # the flags of the ranks count in a step without any signal
+    watches = "loss, grad_norm, embed_grad_norm"
+    severities = (Severity.REJECT,)
+    may_be_allowlisted = False  # an update with NaN has no meaning
+    has_unusable_value = True
+    replay_sign = ReplaySign.UNUSABLE_VALUE
+    title = "NaN and Inf"
+    help = """\
+- **Limit:** NaN or Inf in `loss`, `grad_norm` or `embed_grad_norm`.
+- It is active from the first step and needs no baseline.
+- It names the ranks that saw the value themselves.
+- Under a loss scale, an infinite gradient with a finite loss is an overflow. It does not come
+  here.
+- **Test:** `tests/unit/detectors/test_nonfinite.py`."""
 
     def observe(self, obs: Observation) -> list[Finding]:
         signals = obs.signals
-        flagged = {}
-        if obs.nonfinite_loss or obs.nonfinite_grad:
-            flagged = {LOSS: obs.nonfinite_loss, GRAD_NORM: obs.nonfinite_grad}
-        findings: list[Finding] = []
-        for signal in WATCHED:
+        if not (obs.nonfinite_loss or obs.nonfinite_grad):
+            return [
+                self.make_finding(obs, Severity.REJECT, signal=signal, value=signals[signal])
+                for signal in SIGNALS
+                if not math.isfinite(signals.get(signal, 0.0))
+            ]
+        findings = []
+        for signal in SIGNALS:
+            ranks = flagged_ranks(obs, signal)
             value = signals.get(signal)
-            if not flagged and (value is None or 0.0 < value <= ABSURD):
+            if not ranks and (value is None or math.isfinite(value)):
                 continue
-            ranks = flagged.get(signal, ())
-            if ranks or (value is not None and not math.isfinite(value)):
-                # A flagged rank makes the step non-finite even if the reduced number happens to be
-                # finite.
-                value = math.nan if value is None or math.isfinite(value) else value
-                findings.append(_finding(obs, signal, FindingKind.NONFINITE, value, ranks))
-            elif value is not None and abs(value) > ABSURD:
-                findings.append(_finding(obs, signal, FindingKind.IMPOSSIBLE, value, ranks))
-            elif value == 0.0 and signal == LOSS and self.zero is not None:
-                # A cross-entropy of exactly 0 means that no token was scored, or that the loss is
-                # disconnected.
-                findings.append(
-                    _finding(obs, signal, FindingKind.IMPOSSIBLE, value, ranks, severity=self.zero)
-                )
+            # A flagged rank makes the step non-finite, even if the reduced number is finite.
+            if value is None or math.isfinite(value):
+                value = math.nan
+            findings.append(
+                self.make_finding(obs, Severity.REJECT, signal=signal, value=value, ranks=ranks)
+            )
         return findings
 
-    def accept(self, obs: Observation, left_out: Sequence[LogJumps] = ()) -> None:
-        """Nothing to learn."""
-
-    def first_suspect_step(self) -> None:
-        return None
-
-    def band(self) -> None:
-        return None
-
-    def reset(self) -> None:
-        """Nothing to forget."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """No state."""
+    @classmethod
+    def sentence(cls, finding: Finding) -> str:
+        return f"{finding.signal} is {finding.value:.4g}{format_ranks(finding)}"
 
 
-def _finding(
-    obs: Observation,
-    signal: str,
-    kind: FindingKind,
-    value: float,
-    ranks: tuple[int, ...],
-    *,
-    severity: Severity = Severity.REJECT,
-) -> Finding:
-    return Finding(
-        signal=signal,
-        step=obs.step,
-        kind=kind,
-        severity=severity,
-        value=value,
-        baseline=0.0,
-        score=0.0,
-        threshold=0.0,
-        onset=obs.step,
-        ranks=ranks,
-    )
+def flagged_ranks(obs: Observation, signal: str) -> tuple[int, ...]:
+    """Return the ranks that saw a NaN or Inf in this signal themselves."""
+    if signal == LOSS:
+        return obs.nonfinite_loss
+    if signal == GRAD_NORM:
+        return obs.nonfinite_grad
+    return ()

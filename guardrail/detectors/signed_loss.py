@@ -2,17 +2,17 @@
 size.
 
 Its ratios and its logarithm mean nothing, and a value of 0 is healthy. So while the loss of a run
-is signed, the detectors of losses that are positive are not asked, and this one is:
+is signed, the detectors of positive losses are not asked, and this one is:
 
-    note     |x - median| exceeds `NOTED` times the 90th percentile of |x - median| over the last values
-    reject   it exceeds `REJECTED` times that: no update of a working run gives such a number
+note     |x - median| exceeds `NOTED` times the 90th percentile of |x - median| over the last values
+reject   it exceeds `REJECTED` times that: no update of a working run gives such a number
 
-Whether a loss is signed, `guard.loss` says. With "auto" it is signed if a signal of reinforcement
-learning is recorded beside it, or if more than `MOST_NOT_POSITIVE` of the first `FIRST` losses were
-0 or negative. From the first such loss until that is decided it is treated as signed. Later on
-losses below 0 alone show it, since no cross-entropy is ever negative; and a loss that is signed by
-its values alone counts as positive again when it has behaved like a cross-entropy for `KEEP` steps:
-all above 0, and their spread well below their median.
+`guard.loss` says whether a loss is signed. With "auto" it is signed in two cases: a signal of
+reinforcement learning is recorded with it, or more than `MOST_NOT_POSITIVE` of the first `FIRST`
+losses were 0 or negative. From the first such loss until that is decided it is treated as signed.
+Later only losses below 0 show it, since no cross-entropy is ever negative. A loss that is signed by
+its values alone becomes positive again when it has behaved like a cross-entropy for `KEEP` steps:
+all values above 0, and their spread well below their median.
 """
 
 from __future__ import annotations
@@ -24,52 +24,88 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any
 
+from guardrail.core.objective import policy_name
 from guardrail.core.records import LOSS, Finding, FindingKind, Observation, Severity
-from guardrail.detectors.base import LogJumps
+from guardrail.detectors.base import Detector, DetectorParts, LogJumps
 
 FIRST, MOST_NOT_POSITIVE = 20, 2
-# Values in the spread; a value that repeats the one before it (logged again, or held for ten rows)
-# is no new one, and a value of 0 is that of a batch without variance.
+# Values in the spread. A value that repeats the one before it (logged again, or held for ten rows)
+# is not new, and a value of 0 is that of a batch without variance.
 KEEP, LEAST = 50, 16
 NOTED, REJECTED = 10.0, 1000.0
-# Spread of a positive loss, as a share of its median, at most. That of a loss around 0 is greater
+# Largest spread of a positive loss, as a share of its median. That of a loss around 0 is greater
 # than the median.
 STEADY = 0.25
 
 
 class LossKind(StrEnum):
+    """What is known of the kind of the loss."""
+
     UNKNOWN = "unknown"  # every loss was positive so far
     DOUBTFUL = "doubtful"  # one was not
     POSITIVE = "positive"
     SIGNED = "signed"
 
 
-class SignedLoss:
-    """Watches the loss.
+class SignedLoss(Detector):
+    """Judges a signed loss, and decides whether the loss is one.
+
+    Attributes:
+        loss_kind: what is known of the loss.
+        is_signed: whether it is treated as signed.
 
     Args:
         given: the setting `guard.loss`: "auto", "positive" or "signed".
     """
 
+    name = "signed_loss"
+    kind = FindingKind.LOSS_SPIKE
     signals = (LOSS,)
-    kind: LossKind  # what is known of the loss
-    signed: bool  # whether it is treated as signed
+    severities = (Severity.NOTE, Severity.REJECT)
+    keys = ("loss",)
+    judges_one_value = True
+    title = "Signed loss"
+    help = """\
+A policy loss of reinforcement learning can be 0 or negative. Its ratios and logarithm mean
+nothing. While the loss is signed, this detector replaces `loss`, `together`, `divergence` and
+`stuck_loss`.
+
+- The spread is the 90th percentile of the distance from the median, over the last 50 values (at
+  least 16).
+- **Note:** a distance of more than 10 spreads. **Reject:** more than 1000 spreads.
+- With `guard.loss = "auto"` the loss is signed in two cases. A reward, an advantage, a KL
+  divergence or a probability ratio is among the signals. Or more than 2 of the first 20 losses
+  are 0 or negative.
+- Later, losses below 0 also show it.
+- A loss that is signed only by its values becomes positive again after 50 steps. All must be
+  above 0, and their spread must be below a quarter of their median.
+- Reward, KL, entropy, lengths and router losses are recorded and not judged.
+  `guard.extra_signals` notes spikes in one of them.
+- **Test:** `tests/unit/backtest/test_rl_logs.py`."""
+
+    loss_kind: LossKind
+    is_signed: bool
 
     def __init__(self, given: str) -> None:
         self._given = given
-        self._named = given == "signed"  # it is signed whatever its values are
+        self._is_declared = given == "signed"  # it is signed whatever its values are
         named = {"signed": LossKind.SIGNED, "positive": LossKind.POSITIVE}
         self._become(named.get(given, LossKind.UNKNOWN))
         self.reset()
 
+    @classmethod
+    def create(cls, parts: DetectorParts) -> SignedLoss:
+        options = parts.options
+        if options.loss == "auto" and policy_name(options.extra_signals) is not None:
+            return cls("signed")
+        return cls(options.loss)
+
     def reset(self) -> None:
-        """What has been decided stays: a new level or other data make it no other kind of
-        number.
-        """
-        if self.kind is LossKind.DOUBTFUL:
+        """Forget the values. What has been decided stays: new data make no other kind of number."""
+        if self.loss_kind is LossKind.DOUBTFUL:
             self._become(LossKind.UNKNOWN)
-        # Of the first losses; later on those below 0 are counted.
-        self._records = 0 if self.kind is LossKind.UNKNOWN else FIRST
+        # Count the first losses; later only those below 0 count.
+        self._records = 0 if self.loss_kind is LossKind.UNKNOWN else FIRST
         self._not_positive = 0
         self._positive = 0  # losses above 0 directly before the next one
         self._step = 0  # of the last loss that counted
@@ -77,70 +113,82 @@ class SignedLoss:
         self._values: deque[float] = deque(maxlen=KEEP)
 
     def _become(self, kind: LossKind) -> None:
-        self.kind = kind
-        self.signed = kind in (LossKind.SIGNED, LossKind.DOUBTFUL)
+        self.loss_kind = kind
+        self.is_signed = kind in (LossKind.SIGNED, LossKind.DOUBTFUL)
         self._is_positive = kind is LossKind.POSITIVE
 
     def declare(self) -> None:
-        """A signal is recorded beside it that only reinforcement learning has."""
+        """Take the loss as signed: a signal is recorded that only reinforcement learning has."""
         if self._given == "auto":
             self._become(LossKind.SIGNED)
-            self._named = True
+            self._is_declared = True
+
+    # -- judging -----------------------------------------------------------------------------------
 
     def observe(self, obs: Observation) -> list[Finding]:
-        if not self.signed:
+        if not self.is_signed:
             return []
         value = obs.signals.get(LOSS)
         if value is None or not math.isfinite(value) or len(self._values) < LEAST:
             return []
-        middle, spread = self._scale()
+        middle, spread = self._spread()
         distance = abs(value - middle)
         if not spread or distance <= NOTED * spread:
             return []
-        rejected = distance > REJECTED * spread
+        severity, limit = Severity.NOTE, NOTED
+        if distance > REJECTED * spread:
+            severity, limit = Severity.REJECT, REJECTED
         return [
-            Finding(
+            self.make_finding(
+                obs,
+                severity,
                 signal=LOSS,
-                step=obs.step,
-                kind=FindingKind.LOSS_SPIKE,
-                severity=Severity.REJECT if rejected else Severity.NOTE,
                 value=value,
                 baseline=middle,
                 score=distance / spread,
-                threshold=REJECTED if rejected else NOTED,
-                onset=obs.step,
+                threshold=limit,
             )
         ]
 
-    def _scale(self) -> tuple[float, float]:
-        """(Median, 90th percentile of the distance from it)."""
+    def _spread(self) -> tuple[float, float]:
+        """Return (median, 90th percentile of the distance from it)."""
         middle = statistics.median(self._values)
         distances = sorted(abs(value - middle) for value in self._values)
         return middle, distances[int(0.9 * (len(distances) - 1))]
 
-    def accept(self, obs: Observation, left_out: Sequence[LogJumps] = ()) -> None:
+    def safe_limits(self) -> dict[str, float] | None:
+        # A loss that is too low is found as well.
+        return None if self.is_signed else {}
+
+    # -- learning ----------------------------------------------------------------------------------
+
+    def update(self, obs: Observation, skipped: Sequence[LogJumps] = ()) -> None:
         value = obs.signals.get(LOSS)
         if value is None or (self._is_positive and value > 0.0) or not math.isfinite(value):
             return
         if self._is_positive and obs.step == self._step:
             return
         self._step = obs.step
-        if self._given == "auto" and not self._named:
+        if self._given == "auto" and not self._is_declared:
             self._decide(value)
         if value not in (0.0, self._last):
             self._values.append(value)
         self._last = value
 
-    def reconsider(self, obs: Observation) -> None:
-        """A loss that was taken for a positive one is not positive in this step."""
-        if self.kind is LossKind.POSITIVE:
-            self.accept(obs)
+    def learn_unexpected(self, obs: Observation) -> None:
+        """Learn from a step whose loss is not positive, though it was taken for a positive one."""
+        if self.loss_kind is LossKind.POSITIVE:
+            self.update(obs)
 
     def _decide(self, value: float) -> None:
         self._records += 1
-        self._positive = self._positive + 1 if value > 0.0 else 0
-        self._not_positive += value < 0.0 or (value == 0.0 and self._records <= FIRST)
-        if self.kind is LossKind.SIGNED:
+        if value > 0.0:
+            self._positive += 1
+        else:
+            self._positive = 0
+        is_first = self._records <= FIRST
+        self._not_positive += value < 0.0 or (value == 0.0 and is_first)
+        if self.loss_kind is LossKind.SIGNED:
             if self._positive > KEEP and self._is_steady():
                 self._become(LossKind.POSITIVE)
                 self._not_positive = 0
@@ -152,23 +200,20 @@ class SignedLoss:
             self._become(LossKind.DOUBTFUL)
 
     def _is_steady(self) -> bool:
-        middle, spread = self._scale() if len(self._values) == KEEP else (0.0, 0.0)
+        if len(self._values) < KEEP:
+            return False
+        middle, spread = self._spread()
         return 0.0 < spread < STEADY * middle
 
-    def first_suspect_step(self) -> None:
-        return None
-
-    def band(self) -> None:
-        """No one-sided band: the loss may be far off on either side."""
-        return None
+    # -- state -------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "kind": self.kind.value,
+            "kind": self.loss_kind.value,
             "records": self._records,
             "not_positive": self._not_positive,
             "positive": self._positive,
-            "named": self._named,
+            "named": self._is_declared,
             "step": self._step,
             "last": None if math.isnan(self._last) else self._last,
             "values": list(self._values),
@@ -178,8 +223,9 @@ class SignedLoss:
         self.reset()
         if self._given == "auto":
             self._become(LossKind(state["kind"]))
-            self._named = bool(state["named"])
+            self._is_declared = bool(state["named"])
+        last = state["last"]
         self._positive, self._step = int(state["positive"]), int(state["step"])
         self._records, self._not_positive = int(state["records"]), int(state["not_positive"])
-        self._last = math.nan if state["last"] is None else float(state["last"])
+        self._last = math.nan if last is None else float(last)
         self._values.extend(map(float, state["values"]))

@@ -257,7 +257,9 @@ def test_what_is_borne_and_goes_on_to_rise_is_found_as_a_divergence() -> None:
             obs(later, (1.14 + 0.002 * (later - step)) * healthy_loss(later), 0.5)
         )
         kinds |= {
-            finding.kind for finding in seen.findings if finding.severity is Severity.PERSISTENT
+            finding.kind
+            for finding in seen.findings
+            if finding.severity is Severity.WEIGHTS_DAMAGED
         }
         if kinds:
             break

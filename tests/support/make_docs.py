@@ -2,6 +2,7 @@
 
 keys.md            from the table of keys of the screen
 configuration.md   from the sections of the configuration, their comments and defaults
+detection.md       one part of it from the classes of the detectors
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import msgspec
 
 from guardrail.core.section import Section
 from guardrail.tui.screens import keys
+from tests.support.class_docs import fill_detection
 from tests.support.places import ROOT
 from trainer.config import Config
 
@@ -146,7 +148,15 @@ def capitalized(sentence: str) -> str:
     return sentence[:1].upper() + sentence[1:]
 
 
-PAGES = {"keys.md": keys_page, "configuration.md": configuration_page}
+def detection_page() -> str:
+    return fill_detection((DOCS / "detection.md").read_text(encoding="utf-8"))
+
+
+PAGES = {
+    "keys.md": keys_page,
+    "configuration.md": configuration_page,
+    "detection.md": detection_page,
+}
 
 
 def main() -> int:

@@ -277,7 +277,7 @@ def test_a_live_guard_does_not_act_on_a_policy_loss(
 ) -> None:
     controller = Controller(settings, mode=Mode.AUTO)
     assert set(signed_run(controller, range(1, 300), **signals)) == {Action.APPLY}
-    assert controller.watchers.signed_loss.kind == "signed"
+    assert controller.detector_set.signed_loss.loss_kind == "signed"
     # What is no number, and what no update of a working run gives, is acted on all the same.
     for loss in (math.nan, math.inf, 1e4, -1e4):
         observed = {LOSS: loss, "grad_norm": 0.5, **signals}
@@ -294,7 +294,7 @@ def test_a_signed_loss_travels_with_the_state() -> None:
     signed_run(controller, range(1, 100))
     state = through_json(controller.state_dict())
     assert other.load_state_dict(state) == [] and other.state_dict() == controller.state_dict()
-    assert other.watchers.signed_loss.kind == "signed"
+    assert other.detector_set.signed_loss.loss_kind == "signed"
     assert signed_run(other, range(100, 200)) == signed_run(controller, range(100, 200))
 
 
@@ -303,7 +303,7 @@ def test_an_old_state_is_that_of_a_positive_loss() -> None:
     state: dict[str, Any] = through_json(controller.state_dict())
     del state["detectors"]["signed_loss"]
     assert controller.load_state_dict(state) == ["signed_loss"]
-    assert controller.watchers.signed_loss.kind == "unknown"
+    assert controller.detector_set.signed_loss.loss_kind == "unknown"
 
 
 def test_a_cross_entropy_of_zero_is_impossible_once_its_kind_is_known() -> None:
@@ -329,8 +329,8 @@ def test_zeros_at_the_start_do_not_blind_the_guard_for_good() -> None:
             Observation(step=step, first=step, last=step + 1, signals=signals)
         ).accepted
         if step == 35:
-            assert controller.watchers.signed_loss.kind == "signed"
-    assert controller.watchers.signed_loss.kind == "positive"
+            assert controller.detector_set.signed_loss.loss_kind == "signed"
+    assert controller.detector_set.signed_loss.loss_kind == "positive"
     verdict = controller.observe(Observation(step=200, first=200, last=201, signals={LOSS: 20.0}))
     assert verdict.action is Action.SKIP
 
@@ -344,7 +344,9 @@ def test_a_positive_loss_that_turns_negative_is_signed() -> None:
             Observation(step=step, first=step, last=step + 1, signals={LOSS: loss})
         ).accepted
         expected = "signed" if step >= 50 else "positive"
-        assert controller.watchers.signed_loss.kind == (expected if step >= 20 else "unknown")
+        assert controller.detector_set.signed_loss.loss_kind == (
+            expected if step >= 20 else "unknown"
+        )
 
 
 @pytest.mark.fault("E16")

@@ -38,7 +38,7 @@ def finding(
 
 
 NOTE, REJECT = finding(Severity.NOTE), finding(Severity.REJECT)
-PERSISTENT = finding(Severity.PERSISTENT, FindingKind.DIVERGENCE)
+PERSISTENT = finding(Severity.WEIGHTS_DAMAGED, FindingKind.DIVERGENCE)
 EMPTY = finding(Severity.REJECT, FindingKind.NO_TOKENS, 0.0, 0.0)
 NAN = finding(Severity.REJECT, FindingKind.NONFINITE, 0.0, 0.0)
 

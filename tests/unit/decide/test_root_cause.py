@@ -105,7 +105,7 @@ def test_what_is_nearer_to_the_trouble_than_to_the_baseline_is_in_it() -> None:
     assert AnomalySignature.of([finding(115.0)]).shown_by(loss(2.6))
     # What stays up has no threshold for one step.
     lasting = AnomalySignature.of(
-        [finding(2.6, kind=FindingKind.DIVERGENCE, severity=Severity.PERSISTENT)]
+        [finding(2.6, kind=FindingKind.DIVERGENCE, severity=Severity.WEIGHTS_DAMAGED)]
     )
     assert lasting.shown_by(loss(2.46)) and not lasting.shown_by(loss(2.44))
 

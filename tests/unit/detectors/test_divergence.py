@@ -12,13 +12,13 @@ class Watch:
     """The loss baseline and the divergence detector over it, as the controller runs them."""
 
     def __init__(self) -> None:
-        self.baseline = Baseline(window=128, floor=0.01)
-        self.detector = Divergence(self.baseline, score=6.0, steps=20, window=128)
+        self.baseline = Baseline(history=128, floor=0.01)
+        self.detector = Divergence(self.baseline, threshold=6.0, steps=20, history=128)
 
     def step(self, step: int, value: float) -> list[Finding]:
         findings = self.detector.observe(obs(step, value))
         self.baseline.learn(math.log(value))
-        self.detector.accept(obs(step, value))
+        self.detector.update(obs(step, value))
         return findings
 
     def first_alarm(self, values: list[float], start: int = 1) -> Finding | None:
@@ -34,7 +34,7 @@ HEALTHY = [noisy(2.0)(step) for step in range(1, 301)]
 def test_a_step_that_stays_is_found_within_divergence_steps_and_dated() -> None:
     finding = Watch().first_alarm([*HEALTHY, *(noisy(2.3)(step) for step in range(301, 400))])
     assert finding is not None
-    assert finding.kind is FindingKind.DIVERGENCE and finding.severity is Severity.PERSISTENT
+    assert finding.kind is FindingKind.DIVERGENCE and finding.severity is Severity.WEIGHTS_DAMAGED
     assert finding.step <= 320 and abs(finding.onset - 301) <= 1
     assert abs(finding.baseline - 2.0) < 0.05 and abs(finding.value - 2.3) < 0.1
 
@@ -51,8 +51,8 @@ def test_a_rise_behind_a_falling_loss_is_not_dated_back_into_the_fall() -> None:
     """What lay above the present level while the loss still fell is no part of the rise: whoever
     took it for one went back 30 steps and left all of the data out."""
     watch = Watch()
-    watch.baseline = Baseline(window=32, floor=0.01)
-    watch.detector = Divergence(watch.baseline, score=6.0, steps=10, window=32)
+    watch.baseline = Baseline(history=32, floor=0.01)
+    watch.detector = Divergence(watch.baseline, threshold=6.0, steps=10, history=32)
     finding = watch.first_alarm(YOUNG)
     assert finding is not None and finding.kind is FindingKind.DIVERGENCE
     assert (finding.step, finding.onset) == (44, 38)
@@ -150,8 +150,8 @@ def test_a_state_of_other_settings_can_be_loaded() -> None:
     for step, value in enumerate(HEALTHY[:25], 1):
         whole.step(step, value)
     for steps in (5, 60):
-        other = Divergence(whole.baseline, score=6.0, steps=steps, window=64)
+        other = Divergence(whole.baseline, threshold=6.0, steps=steps, history=64)
         other.load_state_dict(through_json(whole.detector.state_dict()))
         for step in range(26, 60):
             assert other.observe(obs(step, noisy(2.0)(step))) == []
-            other.accept(obs(step, noisy(2.0)(step)))
+            other.update(obs(step, noisy(2.0)(step)))

@@ -8,7 +8,7 @@ from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import GRAD_NORM, Action, Finding, FindingKind, Mode, Severity, Verdict
 from guardrail.decide.controller import Controller
 from guardrail.detectors.baseline import Baseline
-from guardrail.detectors.growth import CLIMB, SURE, Growth
+from guardrail.detectors.growth import CLIMB, SURE, GradNormGrowth
 from tests.support.feed import BATCH, noisy, obs, through_json
 
 NOISE = noisy(0.2, seed=1, noise=0.15)
@@ -18,14 +18,14 @@ class Watch:
     """The norm's baseline and the growth detector over it, as the controller runs them."""
 
     def __init__(self) -> None:
-        self.baseline = Baseline(window=128, floor=0.2)
-        self.detector = Growth(GRAD_NORM, self.baseline, warmup=32)
+        self.baseline = Baseline(history=128, floor=0.2)
+        self.detector = GradNormGrowth(self.baseline, min_history=32)
 
     def step(self, step: int, value: float) -> list[Finding]:
         seen = obs(step, grad=value)
         findings = self.detector.observe(seen)
         self.baseline.learn(math.log(value))
-        self.detector.accept(seen)
+        self.detector.update(seen)
         return findings
 
     def findings(self, values: list[float]) -> list[Finding]:
@@ -49,7 +49,7 @@ def test_growth_at_a_constant_factor_is_noted_once_and_dated(factor: float) -> N
 
 def test_a_climb_without_a_pause_is_damage() -> None:
     findings = Watch().findings(climb(1.1, steps=60))
-    sure = [f for f in findings if f.severity is Severity.PERSISTENT]
+    sure = [f for f in findings if f.severity is Severity.WEIGHTS_DAMAGED]
     assert 201 + SURE / math.log(1.1) < sure[0].step <= 201 + CLIMB
     assert {f.onset for f in findings} == {findings[0].onset}
     assert sure[0].value > 20 * sure[0].baseline

@@ -8,8 +8,7 @@ import pytest
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import LOSS, Action, Cause, Diagnosis, Mode, Verdict
 from guardrail.decide.controller import Controller
-from guardrail.detectors.build import TOGETHER
-from guardrail.detectors.joint_cusum import ENOUGH, MOST, JointCusum
+from guardrail.detectors.joint_cusum import ENOUGH, MOST
 from tests.support.feed import BATCH, healthy_loss, noisy, obs, through_json, warmed
 from tests.support.places import TESTS
 
@@ -54,10 +53,9 @@ def test_once_or_one_signal_alone_is_no_reason(rows: list[tuple[float, float]]) 
 def test_what_is_less_high_is_rejected_once_it_has_gone_on_for_long_enough() -> None:
     controller = Controller(GuardOptions())
     step = warmed(controller)
-    together = controller.detectors[TOGETHER]
-    assert isinstance(together, JointCusum)
-    counts = together.counts(obs(step, *LESS))
-    assert ENOUGH / 3 < counts < ENOUGH / 2 and not together.high(obs(step, *LESS), 0.5)
+    together = controller.detector_set.joint_cusum
+    counts = together.evidence(obs(step, *LESS))
+    assert ENOUGH / 3 < counts < ENOUGH / 2 and not together.is_high(obs(step, *LESS), 0.5)
     verdicts = fed(controller, step, [LESS] * 4)
     assert actions(verdicts)[:3] == [Action.APPLY, Action.APPLY, Action.SKIP]
     assert verdicts[2].onset == step
@@ -66,9 +64,8 @@ def test_what_is_less_high_is_rejected_once_it_has_gone_on_for_long_enough() -> 
 def test_no_step_counts_for_so_much_that_the_next_one_needs_nothing() -> None:
     controller = Controller(GuardOptions())
     step = warmed(controller)
-    together = controller.detectors[TOGETHER]
-    assert isinstance(together, JointCusum)
-    assert together.counts(obs(step, 1e6, 1e6)) == MOST < ENOUGH
+    together = controller.detector_set.joint_cusum
+    assert together.evidence(obs(step, 1e6, 1e6)) == MOST < ENOUGH
 
 
 @pytest.mark.parametrize("ordinary", [False, True])

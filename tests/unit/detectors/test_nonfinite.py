@@ -5,8 +5,9 @@ import math
 import pytest
 
 from guardrail.core.records import GRAD_NORM, LOSS, FindingKind, Severity
+from guardrail.detectors.impossible import LARGEST, Impossible
 from guardrail.detectors.no_tokens import NoTokens
-from guardrail.detectors.nonfinite import ABSURD, NonFinite
+from guardrail.detectors.nonfinite import NonFinite
 from tests.support.feed import obs
 
 
@@ -34,16 +35,17 @@ def test_the_embedding_norm_alone_is_enough() -> None:
     assert finding.signal == "embed_grad_norm"
 
 
-@pytest.mark.parametrize("loss", [0.0, -0.0, 1e30, -1e30, 2 * ABSURD])
+@pytest.mark.parametrize("loss", [0.0, -0.0, 1e30, -1e30, 2 * LARGEST])
 def test_a_loss_that_no_model_has_is_rejected(loss: float) -> None:
-    (finding,) = NonFinite().observe(obs(1, loss, 1.0))
+    assert NonFinite().observe(obs(1, loss, 1.0)) == []
+    (finding,) = Impossible().observe(obs(1, loss, 1.0))
     assert finding.kind is FindingKind.IMPOSSIBLE and finding.severity is Severity.REJECT
 
 
 def test_small_and_large_and_missing_numbers_are_none_of_its_business() -> None:
-    detector = NonFinite()
-    for loss, grad in ((1e-12, 0.0), (1e6, 1e12), (None, None), (-3.0, 1.0), (ABSURD, ABSURD)):
-        assert detector.observe(obs(1, loss, grad)) == []
+    for loss, grad in ((1e-12, 0.0), (1e6, 1e12), (None, None), (-3.0, 1.0), (LARGEST, LARGEST)):
+        assert NonFinite().observe(obs(1, loss, grad)) == []
+        assert Impossible().observe(obs(1, loss, grad)) == []
 
 
 def test_a_batch_without_label_tokens_is_no_trouble_of_the_weights() -> None:

@@ -6,26 +6,21 @@ import statistics
 
 import pytest
 
-from guardrail.core.records import LOSS, FindingKind, Severity
+from guardrail.core.records import FindingKind, Severity
 from guardrail.detectors.baseline import FOLLOW, LAG, MAD_TO_SIGMA, Baseline, SortedWindow
 from guardrail.detectors.spike import NEW_LEVEL, Spike
+from guardrail.detectors.spikes import GradNormSpike, LossSpike
 from tests.support.feed import healthy_loss, noisy, obs, through_json
 
 
 def loss_spike(**changes: float) -> Spike:
-    values = {
-        "score": 8.0,
-        "floor": 0.01,
-        "cold_factor": 3.0,
-        "window": 128,
-        "warmup": 32,
-    } | changes
-    return Spike(LOSS, FindingKind.LOSS_SPIKE, **values)  # type: ignore[arg-type]
+    values = {"threshold": 8.0, "history": 128, "min_history": 32} | changes
+    return LossSpike(**values)  # type: ignore[arg-type]
 
 
 def fed(detector: Spike, values: list[float], start: int = 1) -> Spike:
     for step, value in enumerate(values, start):
-        detector.accept(obs(step, value))
+        detector.update(obs(step, value))
     return detector
 
 
@@ -54,7 +49,7 @@ def test_a_sorted_window_is_the_last_values_sorted() -> None:
 def test_centre_and_scale_are_those_of_the_definition() -> None:
     rng = random.Random(7)
     ys = [rng.gauss(0.0, 0.1) for _ in range(400)]
-    baseline = Baseline(window=128, floor=1e-6)
+    baseline = Baseline(history=128, floor=1e-6)
     differences: list[float] = []
     deviations: list[float] = []
     for index, y in enumerate(ys):
@@ -90,7 +85,7 @@ def test_the_baseline_follows_a_fast_fall_and_still_sees_a_spike_in_it() -> None
     for step in range(1, 150):
         value = healthy_loss(step)
         assert severity(detector, value, step) is None, step
-        detector.accept(obs(step, value))
+        detector.update(obs(step, value))
         if step in (60, 149):  # in the middle of the fall from 11 to 2, and at its end
             assert severity(detector, (4.0 if step == 60 else 1.5) * value, step) is Severity.REJECT
 
@@ -125,7 +120,7 @@ def test_the_first_value_and_values_without_a_logarithm_are_passed_over() -> Non
     for value in (None, 0.0, -1.0, math.nan, math.inf):
         observation = obs(1, value)
         assert detector.observe(observation) == []
-        detector.accept(observation)
+        detector.update(observation)
     assert detector.band() is None
 
 
@@ -136,11 +131,11 @@ def test_outliers_that_were_let_through_do_not_raise_the_bar_but_a_new_level_doe
     for step in range(NEW_LEVEL - 1):
         (finding,) = detector.observe(obs(300 + step, high))
         assert finding.severity is Severity.NOTE and finding.kind is FindingKind.LOSS_SPIKE
-        detector.accept(obs(300 + step, high))
+        detector.update(obs(300 + step, high))
     assert detector.band() == band
     (finding,) = detector.observe(obs(400, high))
     assert finding.severity is Severity.NOTE and finding.kind is FindingKind.LEVEL_SHIFT
-    detector.accept(obs(400, high))
+    detector.update(obs(400, high))
     assert severity(detector, high) is None
     assert severity(detector, high * 1.4) is Severity.REJECT
 
@@ -155,7 +150,7 @@ def test_state_goes_through_json_at_any_step() -> None:
         copy = loss_spike()
         copy.load_state_dict(through_json(whole.state_dict()))
         for twin in (whole, copy):
-            twin.accept(obs(step, value))
+            twin.update(obs(step, value))
         assert copy.state_dict() == whole.state_dict() and copy.band() == whole.band()
         assert copy.first_suspect_step() == whole.first_suspect_step()
         assert copy.observe(obs(999, 3.0)) == whole.observe(obs(999, 3.0))
@@ -164,11 +159,11 @@ def test_state_goes_through_json_at_any_step() -> None:
 def test_the_onset_goes_back_over_high_accepted_values() -> None:
     detector = fed(loss_spike(), [noisy(2.0)(step) for step in range(1, 301)])
     for step, share in ((301, 0.5), (302, 0.55), (303, 0.6)):
-        detector.accept(obs(step, at(detector, share)))
+        detector.update(obs(step, at(detector, share)))
     (finding,) = detector.observe(obs(304, 6.0))
     assert finding.onset == 301
     assert detector.first_suspect_step() == 301
-    detector.accept(obs(304, 2.0))
+    detector.update(obs(304, 2.0))
     assert detector.first_suspect_step() is None
     (finding,) = detector.observe(obs(305, 6.0))
     assert finding.onset == 305
@@ -186,7 +181,7 @@ def test_the_band_is_where_the_verdict_changes() -> None:
 def test_a_state_of_another_window_length_can_be_loaded() -> None:
     state = through_json(fed(loss_spike(), [noisy(2.0)(step) for step in range(300)]).state_dict())
     for window in (64, 256):
-        other = loss_spike(window=window)
+        other = loss_spike(history=window)
         other.load_state_dict(state)
         fed(other, [noisy(2.0)(step) for step in range(300, 600)], start=301)
         assert severity(other, 6.0) is Severity.REJECT
@@ -195,18 +190,12 @@ def test_a_state_of_another_window_length_can_be_loaded() -> None:
 
 def test_megatron_like_rows_of_bloom_are_caught_before_the_loss_peaks() -> None:
     """BLOOM-176B, published log, iterations 31214-31222: the norm leads the loss by four steps."""
-    norm = fed(
-        Spike(
-            LOSS,
-            FindingKind.GRAD_SPIKE,
-            score=10.0,
-            floor=0.2,
-            cold_factor=100.0,
-            window=128,
-            warmup=32,
-        ),
-        [noisy(0.2, noise=0.15)(step) for step in range(300)],
-    )
+    norm = GradNormSpike(threshold=10.0, history=128, min_history=32)
+    for step in range(300):
+        norm.update(obs(step + 1, grad=noisy(0.2, noise=0.15)(step)))
     rows = [0.24, 0.95, 2.39, 15.9, 145.0, 960.0]
-    seen = [severity(norm, value, 31214 + index) for index, value in enumerate(rows)]
+    seen: list[Severity | None] = []
+    for index, value in enumerate(rows):
+        findings = norm.observe(obs(31214 + index, grad=value))
+        seen.append(findings[0].severity if findings else None)
     assert seen[:3] == [None, Severity.NOTE, Severity.REJECT]

@@ -6,17 +6,17 @@ from collections.abc import Callable, Iterable
 import pytest
 
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import LOSS, Action, Finding, FindingKind, Severity
+from guardrail.core.records import Action, Finding, FindingKind, Severity
 from guardrail.decide.controller import Controller
-from guardrail.detectors.stuck import LEAST, Stuck
+from guardrail.detectors.stuck import LEAST, StuckLoss
 from tests.support.feed import noisy, obs, through_json
 
 
 def findings(values: Iterable[float]) -> list[Finding]:
-    detector, found = Stuck(LOSS), []
+    detector, found = StuckLoss(), []
     for step, value in enumerate(values, 1):
         found += detector.observe(obs(step, value))
-        detector.accept(obs(step, value))
+        detector.update(obs(step, value))
     return found
 
 
@@ -64,15 +64,15 @@ def test_a_short_stretch_is_nothing_and_is_remembered() -> None:
 
 
 def test_state_goes_through_json_at_any_step() -> None:
-    whole = Stuck(LOSS)
+    whole = StuckLoss()
     for step, value in enumerate(
         [*map(exact, range(1, 60)), *[2.0] * 20, *map(exact, range(60, 80))], 1
     ):
-        copy = Stuck(LOSS)
+        copy = StuckLoss()
         copy.load_state_dict(through_json(whole.state_dict()))
         assert copy.observe(obs(step, value)) == whole.observe(obs(step, value))
-        whole.accept(obs(step, value))
-        copy.accept(obs(step, value))
+        whole.update(obs(step, value))
+        copy.update(obs(step, value))
         assert copy.state_dict() == whole.state_dict()
 
 

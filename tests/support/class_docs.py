@@ -1,0 +1,60 @@
+"""The generated parts of docs/detection.md and docs/remedies.md, from the classes themselves.
+
+The rest of both pages is written by hand. A generated part stands between two comments:
+
+    <!-- begin NAME: ... -->
+    <!-- end NAME -->
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from guardrail.detectors.base import Detector
+from guardrail.detectors.build import DETECTORS, ON_DEMAND
+
+
+def fill_part(page: str, name: str, content: str) -> str:
+    """Return the page with other content in one of its generated parts."""
+    part = re.compile(rf"(<!-- begin {name}:[^\n]*-->\n).*?(<!-- end {name} -->)", re.DOTALL)
+    if not part.search(page):
+        raise ValueError(f"the page has no part {name!r}")
+    return part.sub(lambda match: f"{match[1]}\n{content.strip()}\n\n{match[2]}", page, count=1)
+
+
+def fill_detection(page: str) -> str:
+    """Return docs/detection.md with its generated part."""
+    classes = [*DETECTORS, *ON_DEMAND]
+    return fill_part(page, "detectors", f"{table_of(classes)}\n\n{sections_of(classes)}")
+
+
+def table_of(classes: Sequence[type[Detector]]) -> str:
+    """Return a table with one row for each detector."""
+    lines = [
+        "## All detectors",
+        "",
+        "| detector | signals | severity | keys |",
+        "|---|---|---|---|",
+    ]
+    for cls in classes:
+        signals = cls.watches or ", ".join(cls.signals) or "every step"
+        severities = ", ".join(severity.value for severity in cls.severities)
+        keys = ", ".join(f"`{key}`" for key in cls.keys) or "none"
+        lines.append(
+            f"| [`{cls.name}`](#{anchor(cls.title)}) | {signals} | {severities} | {keys} |"
+        )
+    return "\n".join(lines)
+
+
+def sections_of(classes: Sequence[type[Detector]]) -> str:
+    """Return one section for each title, with the text of the first class that has it."""
+    sections: dict[str, str] = {}
+    for cls in classes:
+        sections.setdefault(cls.title, f"## {cls.title}\n\n{cls.help}")
+    return "\n\n".join(sections.values())
+
+
+def anchor(title: str) -> str:
+    """Return the anchor that a heading gets on the page."""
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
