@@ -27,11 +27,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from guardrail.core.errors import GuardrailError, UsageError
-from trainer.config.sections import BUILTIN
 from trainer.data.document_reader import DocumentReader
 from trainer.data.holdout import origin_hash, threshold
 from trainer.data.progress import Progress
 from trainer.data.sources import discover
+from trainer.sources.python_library import BUILTIN
 
 MARKER = ".corpus.json"  # hidden, so that a run that reads the folder passes it over
 # the end of what the marker file says of the second stretch

@@ -12,7 +12,9 @@ from trainer.config.config import Config
 from trainer.model import Decoder, EncoderDecoder, HuggingFace
 from trainer.objectives.blank_filling import BlankFilling
 from trainer.objectives.examples import LanguageModelling, Objective, PrefixLM, SpanDenoising
-from trainer.optim.stabilisers import QKClip, UpdateClipping, ZClip
+from trainer.stabilisers.qk_clip import QKClip
+from trainer.stabilisers.update_clipping import UpdateClipping
+from trainer.stabilisers.zclip import ZClip
 
 
 def build_objective(config: Config, *, vocabulary: int) -> Objective:

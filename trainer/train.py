@@ -33,9 +33,10 @@ from trainer.loop.passes import AccumulatedPasses, RankPasses
 from trainer.loop.pipeline_passes import PipelinePasses
 from trainer.loop.replays import BatchReplays
 from trainer.loop.sample_texts import SampleTexts
-from trainer.optim.optimizers import Scheduler, build_optimizers
-from trainer.optim.stabilisers import ZClip
+from trainer.optim.registry import build_optimizers
 from trainer.parallel.data_parallel import distribute, make_accelerator, make_scaler, place_of
+from trainer.stabilisers.scheduler import Scheduler
+from trainer.stabilisers.zclip import ZClip
 
 LOCK_SECONDS = 60.0  # the ranks of an earlier start may need this long to end
 

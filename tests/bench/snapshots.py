@@ -33,7 +33,7 @@ from guardrail.torch.checkpoint.memory_snapshots import SnapshotRing
 from guardrail.torch.state.training_state import TrainingState
 from trainer.config.config import ModelSection, OptimSection
 from trainer.model import Decoder
-from trainer.optim.optimizers import build_optimizer
+from trainer.optim.registry import build_optimizers
 
 SIZES = {
     10: ModelSection(layers=8, width=320, heads=5),
@@ -49,7 +49,7 @@ class Subject:
     def __init__(self, folder: Path, *, millions: int = 10) -> None:
         self.accelerator = Accelerator(cpu=True)
         model = Decoder(SIZES[millions], vocabulary=259, sequence_length=128, seed=0)
-        optimizer = build_optimizer(model, OptimSection(lr=3e-4, warmup_steps=10))
+        optimizer = build_optimizers(model, OptimSection(lr=3e-4, warmup_steps=10))[0]
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         for parameter in model.parameters():

@@ -38,7 +38,7 @@ from tests.support.running import (
     trained,
 )
 from trainer.config.config import Config
-from trainer.optim.optimizers import Schedule
+from trainer.config.schedule import Schedule
 from trainer.train import Trainer
 
 # step 21 is tried three times

@@ -20,14 +20,11 @@ from torch.optim import Muon
 
 from tests.support.ranks import run_ranks
 from trainer.config.config import ModelSection, OptimSection
+from trainer.config.schedule import Schedule
 from trainer.model import Decoder
-from trainer.optim.optimizers import (
-    Schedule,
-    Scheduler,
-    ShardedMuon,
-    build_optimizer,
-    build_optimizers,
-)
+from trainer.optim.registry import build_optimizers
+from trainer.optim.sharded_muon import ShardedMuon
+from trainer.stabilisers.scheduler import Scheduler
 
 SECTION = OptimSection(lr=1e-2, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.3)
 
@@ -47,7 +44,7 @@ def gradient(step: int, index: int, shape: torch.Size) -> Tensor:
 
 def test_updates_are_those_of_the_formula() -> None:
     decoder = model()
-    optimizer = build_optimizer(decoder, SECTION)
+    optimizer = build_optimizers(decoder, SECTION)[0]
     expected = {name: p.detach().double().clone() for name, p in decoder.named_parameters()}
     first = {name: torch.zeros_like(p) for name, p in expected.items()}
     second = {name: torch.zeros_like(p) for name, p in expected.items()}
@@ -70,7 +67,7 @@ def test_updates_are_those_of_the_formula() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_only_matrices_decay_and_every_parameter_stands_once(tied: bool) -> None:
     decoder = model(tied)
-    optimizer = build_optimizer(decoder, SECTION)
+    optimizer = build_optimizers(decoder, SECTION)[0]
     names = {id(p): name for name, p in decoder.named_parameters()}
     decay = {names[id(p)]: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert len(decay) == sum(len(g["params"]) for g in optimizer.param_groups) == len(names)
@@ -82,7 +79,7 @@ def test_only_matrices_decay_and_every_parameter_stands_once(tied: bool) -> None
 def test_frozen_parameters_are_left_out_and_empty_groups_too() -> None:
     layer = nn.Linear(3, 2)
     layer.bias.requires_grad_(False)
-    optimizer = build_optimizer(layer, SECTION)
+    optimizer = build_optimizers(layer, SECTION)[0]
     assert [len(g["params"]) for g in optimizer.param_groups] == [1]
 
 
@@ -90,7 +87,7 @@ def test_the_same_steps_give_the_same_bits() -> None:
     results = []
     for _ in range(2):
         decoder = model()
-        optimizer = build_optimizer(decoder, SECTION)
+        optimizer = build_optimizers(decoder, SECTION)[0]
         for step in range(3):
             for index, parameter in enumerate(decoder.parameters()):
                 parameter.grad = gradient(step, index, parameter.shape)
@@ -104,7 +101,7 @@ def _sharded_steps(rank: int, world: int) -> dict[str, Tensor]:
     decoder = model(tied=False)
     # 11 x 8 and 8 do not divide by 3: uneven and empty shards are among them.
     fully_shard(decoder, mesh=init_device_mesh("cpu", (world,)))
-    optimizer = build_optimizer(decoder, SECTION)
+    optimizer = build_optimizers(decoder, SECTION)[0]
     for step in range(3):
         for index, parameter in enumerate(decoder.parameters()):
             assert isinstance(parameter, DTensor)
@@ -121,7 +118,7 @@ def _sharded_steps(rank: int, world: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_fused_adamw_on_shards_equals_the_whole(world: int, tmp_path: Path) -> None:
     decoder = model(tied=False)
-    optimizer = build_optimizer(decoder, SECTION)
+    optimizer = build_optimizers(decoder, SECTION)[0]
     for step in range(3):
         for index, parameter in enumerate(decoder.parameters()):
             parameter.grad = gradient(step, index, parameter.shape)
@@ -145,7 +142,7 @@ def test_adam_adds_its_decay_to_the_gradient_and_adamw_does_not(
     )
     layer = nn.Linear(3, 2, bias=False)
     before = layer.weight.detach().double()
-    optimizer = build_optimizer(layer, section)
+    optimizer = build_optimizers(layer, section)[0]
     layer.weight.grad = gradient(0, 0, layer.weight.shape)
     optimizer.step()
     g = layer.weight.grad.double()
@@ -163,7 +160,9 @@ def test_adafactor_is_the_formula() -> None:
     documentation.
     """
     layer = nn.Linear(5, 3, bias=False)
-    optimizer = build_optimizer(layer, OptimSection(name="adafactor", lr=0.05, weight_decay=0.1))
+    optimizer = build_optimizers(layer, OptimSection(name="adafactor", lr=0.05, weight_decay=0.1))[
+        0
+    ]
     w = layer.weight.detach().double()
     rows, columns = torch.zeros(3, 1, dtype=torch.float64), torch.zeros(1, 5, dtype=torch.float64)
     for step in range(1, 6):
@@ -282,7 +281,7 @@ def test_schedule_rises_then_falls_within_its_bounds(
 
 def test_scheduler_goes_with_applied_updates_and_restores_the_same_float() -> None:
     schedule = Schedule.of(OptimSection(lr=0.7, warmup_steps=3), steps=17)
-    scheduler = Scheduler(build_optimizer(model(), SECTION), schedule)
+    scheduler = Scheduler(build_optimizers(model(), SECTION)[0], schedule)
     seen = []
     for _ in range(20):
         rates = {g["lr"] for g in scheduler.optimizers[0].param_groups}
@@ -292,7 +291,7 @@ def test_scheduler_goes_with_applied_updates_and_restores_the_same_float() -> No
     assert seen == [schedule(step) for step in range(1, 21)]
 
     scheduler.load_state_dict({"next_step": 11})
-    other = Scheduler(build_optimizer(model(), SECTION), schedule)
+    other = Scheduler(build_optimizers(model(), SECTION)[0], schedule)
     other.load_state_dict(json.loads(json.dumps(scheduler.state_dict())))
     assert {g["lr"] for g in other.optimizers[0].param_groups} == {schedule(11)}
     assert other.state_dict() == scheduler.state_dict()
@@ -301,7 +300,7 @@ def test_scheduler_goes_with_applied_updates_and_restores_the_same_float() -> No
 def test_the_learning_rate_of_a_step_acts_on_that_step() -> None:
     layer = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(layer.weight)
-    optimizer = build_optimizer(layer, OptimSection(weight_decay=0.0))
+    optimizer = build_optimizers(layer, OptimSection(weight_decay=0.0))[0]
     scheduler = Scheduler(optimizer, Schedule.of(OptimSection(lr=0.5, warmup_steps=2), steps=4))
     # Adam moves by lr under a constant gradient: half of the peak, then the peak.
     for expected in (-0.25, -0.75):

@@ -24,7 +24,7 @@ from trainer.config.config import Config, ModelSection
 from trainer.config.sections import TrainSection
 from trainer.model import Decoder
 from trainer.objectives.loss import IGNORED, loss_sum
-from trainer.optim.optimizers import build_optimizer
+from trainer.optim.registry import build_optimizers
 from trainer.parallel.data_parallel import (
     accumulating,
     cpu_threads,
@@ -106,7 +106,7 @@ def step(
 def train(rank: int, config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Gradients of the first step and the weights after three, whole and in fp32."""
     model, decoder = build(config)
-    optimizer = build_optimizer(decoder, config.optim)
+    optimizer = build_optimizers(decoder, config.optim)[0]
     first: dict[str, Tensor] = {}
     for _ in range(3):
         gradients = step(model, config, rank)
@@ -331,7 +331,7 @@ def test_fsdp_shards_every_parameter_and_its_moments(tmp_path: Path) -> None:
 def _held(rank: int, config: Config) -> tuple[int, int]:
     model, decoder = build(config)
     assert is_sharded(model)
-    optimizer = build_optimizer(decoder, config.optim)
+    optimizer = build_optimizers(decoder, config.optim)[0]
     step(model, config, rank)
     optimizer.step()
     parameters = sum(p.to_local().numel() for p in decoder.parameters() if isinstance(p, DTensor))

@@ -18,10 +18,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from guardrail.torch.measure.update_gate import Gate
 from tests.support.ranks import run_ranks
 from trainer.config.config import ModelSection, OptimSection
+from trainer.config.schedule import Schedule
 from trainer.model import Decoder, EncoderDecoder
 from trainer.objectives.loss import IGNORED, loss_sum, z_penalty
-from trainer.optim.optimizers import Schedule, Scheduler, build_optimizer
-from trainer.optim.stabilisers import QKClip, UpdateClipping, ZClip
+from trainer.optim.registry import build_optimizers
+from trainer.stabilisers.qk_clip import QKClip
+from trainer.stabilisers.scheduler import Scheduler
+from trainer.stabilisers.update_clipping import UpdateClipping
+from trainer.stabilisers.zclip import ZClip
 
 # -- ZClip
 
@@ -76,7 +80,7 @@ def test_zclips_state_travels_with_the_schedulers() -> None:
     layer = nn.Linear(1, 1)
     schedule = Schedule.of(OptimSection(), steps=200)
     one, other = (
-        Scheduler(build_optimizer(layer, OptimSection()), schedule, zclip=z)
+        Scheduler(build_optimizers(layer, OptimSection())[0], schedule, zclip=z)
         for z in (warmed(), ZClip(z_limit=2.5, clip=0))
     )
     other.load_state_dict(json.loads(json.dumps(one.state_dict())))
@@ -107,7 +111,7 @@ def test_update_clipping_is_stable_adamw(implementation: str) -> None:
     layer, plain = nn.Linear(5, 3, bias=False), nn.Linear(5, 3, bias=False)
     with torch.no_grad():
         plain.weight.copy_(layer.weight)
-    optimizer, untouched = build_optimizer(layer, section), build_optimizer(plain, section)
+    optimizer, untouched = build_optimizers(layer, section)[0], build_optimizers(plain, section)[0]
     UpdateClipping(optimizer)
     w = layer.weight.detach().double()
     m, v = torch.zeros_like(w), torch.zeros_like(w)
@@ -135,7 +139,7 @@ def _sharded(rank: int) -> Tensor:
     torch.manual_seed(0)
     layer = nn.Linear(5, 3, bias=False)
     fully_shard(layer, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    optimizer = build_optimizer(layer, STABLE)
+    optimizer = build_optimizers(layer, STABLE)[0]
     UpdateClipping(optimizer)
     weight = layer.weight
     assert isinstance(weight, DTensor)
@@ -150,7 +154,7 @@ def _sharded(rank: int) -> Tensor:
 def test_update_clipping_measures_whole_tensors_under_sharding(tmp_path: Path) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(5, 3, bias=False)
-    optimizer = build_optimizer(layer, STABLE)
+    optimizer = build_optimizers(layer, STABLE)[0]
     UpdateClipping(optimizer)
     for step in range(1, 8):
         layer.weight.grad = gradient(step, layer.weight.shape)

@@ -6,7 +6,6 @@ Imports no torch: `guardrail launch` refuses a bad file before any process start
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 from collections.abc import Mapping
@@ -26,13 +25,14 @@ from trainer.config.layout import Layout, ParallelSection
 from trainer.config.recipe import ModelSection, OptimSection, check_objective, nearest
 from trainer.config.schedule import Schedule, warmup_steps
 from trainer.config.sections import (
-    BUILTIN,
     BYTE_IDS,
     TRAINED,
     DataSection,
     FaultSection,
     TrainSection,
 )
+from trainer.optim.registry import names_of
+from trainer.sources.registry import builtin_names, source_of_entry
 
 
 class Config(GuardConfig, frozen=True, kw_only=True):
@@ -95,7 +95,7 @@ class Config(GuardConfig, frozen=True, kw_only=True):
         absolute = lambda path: str(base / os.path.expanduser(path))  # noqa: E731
         data = msgspec.structs.replace(
             data,
-            sources=tuple(s if s.startswith("builtin:") else absolute(s) for s in data.sources),
+            sources=tuple(source_of_entry(s).resolve(s, base=base) for s in data.sources),
             tokenizer=data.tokenizer if data.tokenizer in TRAINED else absolute(data.tokenizer),
             quarantine=absolute(data.quarantine) if data.quarantine else "",
             cache=absolute(data.cache) if data.cache else "",
@@ -140,7 +140,11 @@ class Config(GuardConfig, frozen=True, kw_only=True):
         """
         optim = self.optim
         forbidden = {
-            "optim.name": (optim.name, optim.name not in ("adam", "adamw"), '"adamw" or "adam"'),
+            "optim.name": (
+                optim.name,
+                not optim.spec.works_deferred,
+                " or ".join(f'"{name}"' for name in names_of(having="works_deferred")),
+            ),
             "optim.implementation": (
                 optim.implementation,
                 optim.implementation != "fused",
@@ -266,18 +270,12 @@ class Config(GuardConfig, frozen=True, kw_only=True):
     def _check_data(self, base: Path) -> None:
         for index, source in enumerate(self.data.sources):
             key = f"data.sources[{index}]"
-            if source.startswith("builtin:"):
-                if source != BUILTIN:
-                    raise ConfigError(
-                        f"{BUILTIN!r}, the one built-in corpus", key=key, value=source
-                    )
-            elif not _exists(base, source):
-                raise ConfigError(
-                    "an existing file, folder or glob with matches",
-                    key=key,
-                    value=source,
-                    hint=why_unreachable(_path(base, source)),
-                )
+            try:
+                kind = source_of_entry(source)
+            except KeyError:
+                names = " or ".join(repr(name) for name in builtin_names())
+                raise ConfigError(names, key=key, value=source) from None
+            kind.check(source, base=base, key=key)
         tokenizer, quarantine = _path(base, self.data.tokenizer), _path(base, self.data.quarantine)
         if self.data.tokenizer not in TRAINED and not os.path.isfile(tokenizer):
             raise ConfigError(
@@ -333,7 +331,11 @@ class Config(GuardConfig, frozen=True, kw_only=True):
         # of a pipeline: a stage with its share of the embeddings
         shards = layout.dp_shard * layout.tp * layout.pp
         one = state_bytes(
-            self.model, self.vocabulary, shards=shards, sequence_length=self.data.sequence_length
+            self.model,
+            self.vocabulary,
+            moments=self.optim.spec.moments,
+            shards=shards,
+            sequence_length=self.data.sequence_length,
         )
         ring, memory = one * self.snapshots.keep * self.launch.processes, memory_bytes()
         if ring > memory:
@@ -385,8 +387,3 @@ def _refuse(forbidden: Mapping[str, tuple[object, bool, str]], *, instead: str) 
 
 def _path(base: Path, path: str) -> Path:
     return base / os.path.expanduser(path)
-
-
-def _exists(base: Path, source: str) -> bool:
-    path = _path(base, source)
-    return os.path.exists(path) or any(True for _ in glob.iglob(str(path), recursive=True))

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from trainer.config.config import Config
 
 _FP32 = 4  # bytes; parameters, gradients and moments are kept in fp32 whatever the precision
-# numbers a parameter, at most; adafactor's are few
-_MOMENTS = {"adam": 2, "adamw": 2, "muon": 2, "adafactor": 0}
 
 
 def outline(config: Config) -> list[str]:
@@ -75,7 +73,7 @@ def _shapes(config: Config) -> str:
 def _memory(config: Config) -> list[str]:
     """Of the stage that has most."""
     most = max(rank_parameters(config))
-    moments = _MOMENTS.get(config.optim.name, 2)
+    moments = config.optim.spec.moments
     state = most * _FP32 * (2 + moments)
     text = (
         f"at most {format_gib(state)} a rank for {_count(most)} parameters, "

@@ -13,6 +13,7 @@ from guardrail.core.errors import ConfigError
 from guardrail.core.section import Natural, Positive, Section
 from trainer.config.recipe import ModelSection, OptimSection, nearest
 from trainer.config.sizes import hidden_width
+from trainer.optim.registry import names_of
 
 if TYPE_CHECKING:
     from trainer.config.sections import TrainSection
@@ -132,7 +133,7 @@ class Layout(Struct, frozen=True, kw_only=True):
             "model.kind": (model.kind, "decoder", "prefix"),
             "model.positions": (model.positions, "rope", "learned", "sinusoidal", "alibi", "none"),
             "model.qk_norm": (model.qk_norm, False),
-            "optim.name": (optim.name, "adamw", "adam"),
+            "optim.name": (optim.name, *names_of(having="works_with_model_parallel")),
             "optim.qk_clip": (optim.qk_clip, 0.0),
             "train.z_loss": (train.z_loss, 0.0),
         }

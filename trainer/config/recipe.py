@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from msgspec import Meta
 
@@ -23,7 +23,13 @@ from guardrail.core.section import (
     PositiveFloat,
     Section,
 )
+from trainer.optim.base import OptimizerSpec
+from trainer.optim.registry import OPTIMIZERS, find_optimizer, names_of
 
+if TYPE_CHECKING:
+    OptimizerName = str
+else:
+    OptimizerName = Literal[tuple(spec.name for spec in OPTIMIZERS)]
 Objective = Literal["lm", "prefix-lm", "span", "blank"]
 GATED = ("swiglu", "geglu")
 
@@ -163,9 +169,8 @@ class ModelSection(Section, frozen=True, kw_only=True):
 class OptimSection(Section, frozen=True, kw_only=True):
     """[optim]: as it stands, AdamW, linear warm-up, cosine decay, clipping."""
 
-    # adafactor: factored second moments (Shazeer & Stern 2018); muon: orthogonalised momentum for
-    # the matrices inside the blocks (Jordan 2024), AdamW for the rest.
-    name: Literal["adamw", "adam", "adafactor", "muon"] = "adamw"
+    # The optimizer.
+    name: OptimizerName = "adamw"
     # How torch steps: "fused" one kernel (fastest here), "foreach" lists of tensors, "loop" one
     # tensor after another.
     implementation: Literal["fused", "foreach", "loop"] = "fused"
@@ -202,21 +207,27 @@ class OptimSection(Section, frozen=True, kw_only=True):
     # (MuonClip: 100).
     qk_clip: NonNegativeFloat = 0.0
 
+    @property
+    def spec(self) -> OptimizerSpec:
+        """What the trainer knows of the optimizer."""
+        return find_optimizer(self.name)
+
     def check(self, model: ModelSection, *, strategy: str) -> None:
         """Refuse what does not go together. Raises ConfigError."""
         if self.warmup_tokens and self.warmup_share:
             raise ConfigError(
                 "0, or optim.warmup_share = 0", key="optim.warmup_tokens", value=self.warmup_tokens
             )
-        if self.name == "adafactor" and strategy == "fsdp":
+        if strategy == "fsdp" and not self.spec.works_sharded:
             raise ConfigError(
                 'an optimizer whose state is sharded like its parameters, or train.strategy = "ddp"',
                 key="optim.name",
                 value=self.name,
-                hint="adafactor's row and column factors have no place on shards; adamw and muon do",
+                hint=f"sharded: {', '.join(names_of(having='works_sharded'))}",
             )
-        if self.stable and self.name != "adamw":
-            raise ConfigError('false, or optim.name = "adamw"', key="optim.stable", value=True)
+        if self.stable and not self.spec.works_stable:
+            names = " or ".join(f'"{name}"' for name in names_of(having="works_stable"))
+            raise ConfigError(f"false, or optim.name = {names}", key="optim.stable", value=True)
         if self.qk_clip and (model.hf or model.qk_norm):
             why = (
                 "queries and keys of a Hugging Face model are not watched"

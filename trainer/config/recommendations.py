@@ -67,8 +67,7 @@ def published(parameters: int) -> tuple[float, float]:
 
 
 def _learning_rate(config: Config, parameters: int) -> str:
-    # its learning rate is relative to the size of the parameters
-    if config.optim.name == "adafactor":
+    if config.optim.spec.lr_is_relative:
         return ""
     usual = published(parameters)[1]
     ratio = config.optim.lr / usual
@@ -118,7 +117,7 @@ def _placement(config: Config) -> str:
 
 def _beta2(config: Config) -> str:
     optim = config.optim
-    if optim.name == "adafactor":
+    if not optim.spec.uses_betas:
         return ""
     steps, memory = config.train.steps, 1 / (1 - optim.beta2)
     if 0 < steps < memory:

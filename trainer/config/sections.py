@@ -15,8 +15,8 @@ from guardrail.core.section import (
     Section,
 )
 from trainer.config.recipe import Objective
+from trainer.sources.python_library import BUILTIN
 
-BUILTIN = "builtin:python"
 # Tokenizers that need no file.
 TRAINED = ("bytes", "bpe")
 BYTE_IDS = 259  # 256 bytes and three special tokens

@@ -9,7 +9,7 @@ from __future__ import annotations
 from trainer.config.recipe import GATED, ModelSection
 
 _HIDDEN_MULTIPLE = 32
-_ADAMW_MOMENTS = 2
+_ADAMW_MOMENTS = 2  # fp32 numbers per parameter
 
 
 def hidden_width(section: ModelSection) -> int:
@@ -101,18 +101,24 @@ def _feed_forward(section: ModelSection) -> int:
 
 
 def state_bytes(
-    section: ModelSection, vocabulary: int, *, shards: int = 1, sequence_length: int = 0
+    section: ModelSection,
+    vocabulary: int,
+    *,
+    moments: int = _ADAMW_MOMENTS,
+    shards: int = 1,
+    sequence_length: int = 0,
 ) -> int:
-    """Bytes of one rank's parameters and AdamW moments, as one snapshot holds them (all fp32).
+    """Return the bytes of one rank's parameters and moments in one snapshot (all fp32).
 
-    An upper bound for the other optimizers: muon keeps one moment of the matrices, adafactor sums
-    of rows and columns.
+    At least AdamW's two moments are counted. That is an upper bound for optimizers that keep less:
+    muon keeps one moment of the matrices, adafactor sums over rows and columns.
 
     Args:
+        moments: numbers that the optimizer keeps per parameter.
         shards: ranks that share the state: the world size under fsdp, 1 under ddp.
         sequence_length: see `parameter_count`.
     """
     numbers = parameter_count(section, vocabulary, sequence_length=sequence_length) * (
-        1 + _ADAMW_MOMENTS
+        1 + max(moments, _ADAMW_MOMENTS)
     )
     return -(-4 * numbers // shards)

@@ -54,7 +54,7 @@ def sample(reader: DocumentReader, limit: int) -> Iterator[str]:
     for index, size in enumerate(sizes):
         credit += size * share
         if credit > 0:
-            for document in reader.file(index):
+            for document in reader.read_file(index):
                 for text in pieces(document.text):
                     yield text
                     credit -= len(text)

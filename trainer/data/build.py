@@ -14,14 +14,14 @@ from guardrail.core.files import replace_file
 from guardrail.core.text import clean_text
 from trainer.config.sections import DataSection
 from trainer.data import bpe, holdout
-from trainer.data.bad_records import FIELD, NO_TEXT, BadRecords
 from trainer.data.corpus import FORMAT, INDEX, CorpusIndex, Report
 from trainer.data.document_reader import Document, DocumentReader
 from trainer.data.progress import Progress
 from trainer.data.shards import FileEntry, SplitIndex, SplitWriter
-from trainer.data.source_file import SourceFile
-from trainer.data.sources import ResolvedSources
 from trainer.data.tokenizer import ByteTokenizer, Tokenizer, from_file, pieces
+from trainer.sources.bad_records import FIELD, NO_TEXT, BadRecords
+from trainer.sources.base import ResolvedSources
+from trainer.sources.source_file import SourceFile
 
 _BATCH_CHARACTERS = 1 << 17  # encoded at once: about 0.1 s of a BPE on one core
 

@@ -14,9 +14,9 @@ import numpy as np
 
 from guardrail.core.errors import DataError
 from guardrail.core.records import MAX_NAMED, DocumentRef
-from trainer.data.bad_records import BadRecords
 from trainer.data.shards import FileEntry, SplitIndex
 from trainer.data.tokenizer import Tokenizer, id_dtype, saved
+from trainer.sources.bad_records import BadRecords
 
 FORMAT = 1
 INDEX = "corpus.json"

@@ -20,13 +20,15 @@ from pathlib import Path
 
 from guardrail.core.errors import DataError
 from guardrail.core.files import sync_folder
-from trainer.config.sections import BUILTIN, DataSection
+from trainer.config.sections import DataSection
 from trainer.data.build import Builder
 from trainer.data.corpus import FORMAT, inspect
 from trainer.data.progress import Progress, ReportProgress, Stop
 from trainer.data.shards import SHARD_BYTES
-from trainer.data.sources import ResolvedSources, discover
+from trainer.data.sources import discover
 from trainer.data.tokenizer import from_file
+from trainer.sources.base import ResolvedSources
+from trainer.sources.registry import SOURCES, source_of_entry
 
 _POLL_SECONDS = 0.05
 
@@ -117,8 +119,10 @@ def _name(data: DataSection, found: ResolvedSources) -> str:
         data.max_document_bytes,
     )
     digest = hashlib.sha256(repr(settings).encode())
-    if BUILTIN in data.sources:
-        digest.update(sys.version.encode())
+    used = {source_of_entry(entry).name for entry in data.sources}
+    for source in SOURCES:
+        if source.name in used:
+            digest.update(source.version().encode())
     for file in found.files:
         entry = repr((file.path, file.key, file.size, file.mtime_ns))
         digest.update(entry.encode("utf-8", "backslashreplace"))

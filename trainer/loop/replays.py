@@ -13,7 +13,7 @@ from guardrail.torch.diagnose.per_sample import Rows
 from trainer.loop.batch_source import BatchSource
 from trainer.loop.passes import RankPasses
 from trainer.objectives.loss import reordered
-from trainer.optim.stabilisers import QKClip
+from trainer.stabilisers.qk_clip import QKClip
 
 
 class BatchReplays:

@@ -28,7 +28,7 @@ from trainer.model import Decoder, EncoderDecoder
 from trainer.model.attention import Attention
 from trainer.model.hugging_face import HuggingFace
 from trainer.model.positions import Alibi
-from trainer.optim.optimizers import hidden_matrices
+from trainer.optim.parameter_groups import hidden_matrices
 
 transformers = pytest.importorskip("transformers")
 

@@ -1,6 +1,4 @@
-"""Records that cannot be used: counted by kind, the first few named, fatal only when nothing else
-is left.
-"""
+"""Records that cannot be used: counted by kind, the first ones named."""
 
 from __future__ import annotations
 
@@ -18,15 +16,17 @@ FIELD = "no text field"
 EMPTY = "empty document"
 LARGE = "document too large"
 
-NAMED = 5  # of each kind
+NAMED = 5  # bad records that are named, per kind
 _LONGEST = 400  # characters of one name
 
 
 @dataclass
 class BadRecords:
-    """Attributes:
-    counts: kind -> how many.
-    named: kind -> the first `NAMED` of them, each "PATH:LINE (what is wrong)".
+    """Bad records of a corpus. A corpus fails only when nothing else is left.
+
+    Attributes:
+        counts: kind -> how many.
+        named: kind -> the first `NAMED` of them, each "PATH:LINE (what is wrong)".
     """
 
     counts: dict[str, int] = field(default_factory=dict)
@@ -37,26 +37,37 @@ class BadRecords:
         return sum(self.counts.values())
 
     def add(self, kind: str, path: str, record: int = 0, reason: str = "") -> None:
+        """Count one bad record.
+
+        Args:
+            record: its line, from 1; 0: the complete file.
+            reason: what is wrong; "": the kind says it.
+        """
         self.counts[kind] = self.counts.get(kind, 0) + 1
         names = self.named.setdefault(kind, [])
-        if len(names) < NAMED:
-            place = f"{path}:{record}" if record else path
-            names.append(clean_text(f"{place} ({reason})" if reason else place, _LONGEST))
+        if len(names) >= NAMED:
+            return
+        name = path
+        if record:
+            name = f"{path}:{record}"
+        if reason:
+            name = f"{name} ({reason})"
+        names.append(clean_text(name, _LONGEST))
 
     def merge(self, other: BadRecords) -> None:
+        """Add the records of `other`."""
         for kind, count in other.counts.items():
             self.counts[kind] = self.counts.get(kind, 0) + count
             names = self.named.setdefault(kind, [])
             names += other.named[kind][: NAMED - len(names)]
 
     def lines(self) -> list[str]:
-        """One line a kind: "2 x broken JSON: a.jsonl:3 (...), a.jsonl:9 (...)"."""
+        """Return one line per kind: "2 x broken JSON: a.jsonl:3 (...), a.jsonl:9 (...)"."""
         lines = []
         for kind, count in self.counts.items():
-            more = (
-                f" and {count - len(self.named[kind])} more"
-                if count > len(self.named[kind])
-                else ""
-            )
-            lines.append(f"{count} x {kind}: {', '.join(self.named[kind])}{more}")
+            line = f"{count} x {kind}: {', '.join(self.named[kind])}"
+            unnamed = count - len(self.named[kind])
+            if unnamed > 0:
+                line += f" and {unnamed} more"
+            lines.append(line)
         return lines
