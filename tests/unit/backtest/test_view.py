@@ -69,7 +69,7 @@ def test_it_shows_the_incidents_that_backtest_tells(spiked: Path) -> None:
     assert [(one.number, one.step) for one in reversed(found.story.incidents)] == told and len(
         told
     ) == 2
-    assert all(not one.open and one.deed.startswith("would ") for one in found.story.incidents)
+    assert all(not one.open and one.action.startswith("would ") for one in found.story.incidents)
     assert found.story.marks["#"] == ((501, "1"), (801, "2")), (
         "where each would have been acted on first"
     )
