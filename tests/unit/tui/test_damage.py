@@ -25,8 +25,8 @@ from guardrail.tui.app.run_list import RunList
 from guardrail.tui.model import worker_thread
 from guardrail.tui.model.run_reader import RunReader
 from guardrail.tui.model.view import View
-from guardrail.tui.screens.dashboard import PaneLines
 from guardrail.tui.screens.header_footer import header_rows, status_rows
+from guardrail.tui.screens.pane_keys import PaneLines
 from tests.support.fake_run import FakeReader, FakeRun, example, snapshot_of
 from tests.support.lab import wait_for
 from tests.unit.tui.test_panels import BUILDERS, text

@@ -257,7 +257,7 @@ async def test_every_other_key_sends_nothing_and_does_something(
             while len(app.screen_stack) > 1:
                 await app.pop_screen()
             app.theme = theme
-            dashboard.look(**fresh)
+            dashboard.change_view(**fresh)
             await pilot.press(*BEFORE.get(key, []))
             before = seen(app)
             await pilot.press(key)

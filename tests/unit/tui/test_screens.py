@@ -195,7 +195,7 @@ class Studio:
         self.dashboard.commands.show_notice("")
         view = View(snapshot, self.clock[0])
         self.dashboard._asked = ("", 0)
-        self.dashboard.look(**{name: getattr(view, name) for name in VIEWER_CHOICES} | look)
+        self.dashboard.change_view(**{name: getattr(view, name) for name in VIEWER_CHOICES} | look)
         assert isinstance(app, GuardrailApp)
         app._draw()
         await self.pilot.pause()

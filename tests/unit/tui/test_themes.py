@@ -19,8 +19,9 @@ from guardrail.tui.chart.chart import Chart
 from guardrail.tui.draw import palette
 from guardrail.tui.draw.lines import Lines
 from guardrail.tui.model.view import CHARTS
-from guardrail.tui.screens.dashboard import Dashboard, PaneLines
+from guardrail.tui.screens.dashboard import Dashboard
 from guardrail.tui.screens.dialogs import Pager
+from guardrail.tui.screens.pane_keys import PaneLines
 from tests.support.fake_run import FakeReader, FakeRun, example, snapshot_of
 
 MEANING = (
@@ -136,12 +137,12 @@ async def test_a_click_on_an_incident_jumps_there_and_the_wheel_zooms() -> None:
         await pilot.click(chart, offset=(20, 4))
         await pilot.pause()
         assert dashboard.view.focus == "curves" and dashboard.view.at is not None
-        cell = dashboard._scale().cell(dashboard.view.at)
+        cell = dashboard.x_scale().cell(dashboard.view.at)
         assert cell == 20 - GUTTER, "the value cursor stands under the mouse"
         await pilot._post_mouse_events([MouseScrollUp], chart, offset=(20, 4), button=0)
         await pilot.pause()
         assert dashboard.view.span is not None and dashboard.view.span < 1284
-        scale = dashboard._scale()
+        scale = dashboard.x_scale()
         assert scale.first <= dashboard.view.at <= scale.last, "it zooms about the mouse"
         for _ in range(9):
             await pilot._post_mouse_events([MouseScrollDown], chart, offset=(20, 4), button=0)
