@@ -141,7 +141,7 @@ class Rejudge:
             self._wanted.add(event.step)
         elif event.kind in ("verdict", "finding") and "at_step" in data:
             self._told.setdefault((event.timeline, int(data["at_step"])), deque()).append(event)
-        elif event.kind == "cause":
+        elif event.kind == "diagnosis":
             self._causes.setdefault((event.timeline, int(data["at_step"])), deque()).append(event)
         elif event.kind == "note" and data.get("overflow"):
             self._told.setdefault((event.timeline, event.step + 1), deque()).append(event)
@@ -152,7 +152,7 @@ class Rejudge:
             if data.get("effect") == "applied":
                 self._changed_to(event)
                 self._changes.append(index)
-        elif event.kind == "left_out":
+        elif event.kind == "skipped":
             span = span_of(event)
             if span is not None and span.origin == "rejected":
                 self._left_out[span.first, span.last] = span.first if span.positions else span.last

@@ -290,9 +290,9 @@ class Verdict(Record, frozen=True, kw_only=True):
         `guard.max_skipped_share` allows.
         accepted: the value enters the baselines (False for every rejected step).
         incident: number of the incident that this step belongs to, None while all is well.
-        incident_state: "open" on the verdict that opens it, "recurred" on one that goes back for it
-            once more, "recovered" or "offset" on the one that closes it, "recovered" on a later one
-            that brings the loss back behind "offset", else "".
+        incident_state: "open" on the verdict that opens it, "repeated" on one that goes back for it
+            once more, "recovered" or "recovered with higher loss" on the one that closes it, "recovered" on a
+            later one that brings the loss back after that, else "".
         escalation: action of the `[[guard.escalation]]` step that this is.
         remedies: what goes with it.
         cause: of the incident, where a replay has told it.
@@ -559,7 +559,7 @@ class Status(Record, frozen=True, kw_only=True):
     started: float = 0.0
     progress: str = ""  # a long set-up says how far it is: "tokenizing 43 %"
     mode: Mode = Mode.AUTO
-    durability: str = "ok"  # "ok" or "degraded: WHY"
+    disk: str = "ok"  # "ok" or "failing: WHY"
     commands_problem: str = ""  # why commands are not read at the moment, "" while they are
     question: str = ""  # while parked by the guard: what it proposes
     # seq of its journal line; 0: none is open, or the line is not on disk yet

@@ -90,17 +90,25 @@ def rename_keys(
     for new, key in old_names.items():
         _put(result, new.split("."), tree[key], key=f"{path}{key}", name=f"{path}{new}", file=file)
     for key, table in words.items():
-        value = result.get(key)
-        if isinstance(value, str) and value in table:
-            if notice:
-                print_notice(f'{path}{key} = "{value}"', f'"{table[value]}"')
-            result[key] = table[value]
+        if key in result:
+            result[key] = _present_value(result[key], table, f"{path}{key}", notice=notice)
     for key, section in _sections(schema).items():
         if key in result:
             result[key] = _below(
                 result[key], section, file=file, path=f"{path}{key}", notice=notice
             )
     return result
+
+
+def _present_value(value: Any, words: Mapping[str, str], key: str, *, notice: bool) -> Any:
+    """Return a value, or each value of a list, under its present name."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_present_value(one, words, key, notice=notice) for one in value)
+    if not isinstance(value, str) or value not in words:
+        return value
+    if notice:
+        print_notice(f'{key} = "{value}"', f'"{words[value]}"')
+    return words[value]
 
 
 def _put(

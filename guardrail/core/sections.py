@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -107,6 +108,17 @@ class NotifySection(Section, frozen=True, kw_only=True):
     resume needs it again.
     """
 
+    RENAMED_VALUES: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        "on": {
+            "offset": "recovered with higher loss",
+            "recurred": "repeated",
+            "degraded": "disk_failing",
+            "restored": "disk_ok",
+            "hung": "rank_hung",
+            "ranks_failed": "rank_failed",
+        }
+    }
+
     # A shell command, or a list of words: gets the event as JSON on its standard input, and
     # GUARDRAIL_EVENT, _TEXT, _MESSAGE, _NAME, _DIRECTORY, _HOST, _STEP and _SEQ in its environment.
     # The words of a list can be seen in the process list of the machine while it runs.
@@ -122,23 +134,32 @@ class NotifySection(Section, frozen=True, kw_only=True):
         typing.Literal[
             "incident",
             "recovered",
-            "offset",
+            "recovered with higher loss",
             "accepted",
-            "recurred",
+            "repeated",
             "rollback",
             "undo",
             "paused",
-            "degraded",
-            "restored",
-            "hung",
-            "ranks_failed",
+            "disk_failing",
+            "disk_ok",
+            "rank_hung",
+            "rank_failed",
             "finished",
             "stopped",
             "halted",
             "failed",
         ],
         ...,
-    ] = ("incident", "paused", "degraded", "hung", "ranks_failed", "finished", "halted", "failed")
+    ] = (
+        "incident",
+        "paused",
+        "disk_failing",
+        "rank_hung",
+        "rank_failed",
+        "finished",
+        "halted",
+        "failed",
+    )
     # Seconds that one way may take.
     seconds: PositiveFloat = 10.0
 

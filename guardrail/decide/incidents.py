@@ -23,7 +23,13 @@ from typing import NamedTuple
 from guardrail.core.records import LossTrend, RecoveryResult
 from guardrail.decide.recovery import LEAST, MOST, compare
 
-OPEN, RECOVERED, OFFSET, RECURRED, ACCEPTED = "open", "recovered", "offset", "recurred", "accepted"
+OPEN, RECOVERED, OFFSET, RECURRED, ACCEPTED = (
+    "open",
+    "recovered",
+    "recovered with higher loss",
+    "repeated",
+    "accepted",
+)
 CLOSED = (RECOVERED, OFFSET, ACCEPTED)
 PATIENCE = 4
 

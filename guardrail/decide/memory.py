@@ -150,7 +150,7 @@ class ControllerMemory:
             )
             self.pardons += pardons
             self.incidents.rewind(to_step)
-        elif event.kind == "cause":
+        elif event.kind == "diagnosis":
             at = int(data.get("at_step") or event.step + 1)
             diagnosis = diagnosis_of(data)
             known.last = max(known.last, at)

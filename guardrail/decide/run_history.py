@@ -153,7 +153,7 @@ class RunHistory:
                 self.run_id = self.run_id or str(data.get("run_id") or "")
                 self.ended = None
                 self._branch(event.timeline, event.step)
-            case "left_out":
+            case "skipped":
                 self._span(data.get("span"))
                 self._act(data)
                 self._remedies(data, _as_span(data.get("span")))
@@ -187,7 +187,7 @@ class RunHistory:
                     self.suspects.discard(name)
             case "verdict":
                 self._judged(data)
-            case "cause" if data.get("shift") or data.get("borne"):
+            case "diagnosis" if data.get("shift") or data.get("borne"):
                 self._let_pass(data, NEW_DATA)
             case "resumed" if data.get("answer") == GO_ON:
                 self._let_pass(data, "go on")

@@ -21,7 +21,7 @@ class UndoPlan(Record, frozen=True, kw_only=True):
 
     Attributes:
         of: seq of the decision's journal line.
-        kind: of that line: "left_out", "rollback" or "remedy".
+        kind: of that line: "skipped", "rollback" or "remedy".
         message: of that line.
         spans: what comes back out of the quarantine.
         pardons: stretches [first, last) of positions whose batches the guard must not reject again.
@@ -72,7 +72,7 @@ def find(events: Iterable[Event], seq: int | None = None) -> UndoPlan | str:
     """
     events = list(events)
     decisions = [
-        event for event in events if event.kind in ("left_out", "rollback", "remedy", "undo")
+        event for event in events if event.kind in ("skipped", "rollback", "remedy", "undo")
     ]
     gone = {
         as_int(of)
@@ -171,7 +171,11 @@ def _is_over(event: Event, events: Sequence[Event]) -> bool:
     number = event.data.get("incident")
     states = [e.data.get("state") for e in events if e.seq > event.seq and e.kind == "incident"
               and e.data.get("number") == number]  # fmt: skip
-    return number is not None and bool(states) and states[-1] in ("recovered", "offset")
+    return (
+        number is not None
+        and bool(states)
+        and states[-1] in ("recovered", "recovered with higher loss")
+    )
 
 
 def _batch_behind(event: Event, events: Sequence[Event]) -> list[tuple[int, int]]:
@@ -202,7 +206,7 @@ def lines_of(events: Iterable[Event], undoing: UndoPlan) -> list[int]:
         | {
             e.seq
             for e in events
-            if e.kind in ("left_out", "rollback") and (s := span_in(e)) is not None and s in spans
+            if e.kind in ("skipped", "rollback") and (s := span_in(e)) is not None and s in spans
         }
     )
 

@@ -34,8 +34,8 @@ PACE_ROWS = 20  # rows over which speed and the time that is left are taken
 # Journal lines that a person at a log wants to read. Findings are told again by their verdict, a
 # checkpoint that became good is routine.
 SPOKEN = frozenset(
-    "started restarted resume_check verdict left_out rollback undo cause remedy incident command durability paused "
-    "resumed note hung ranks_failed ended".split()
+    "started restarted resume_check verdict skipped rollback undo diagnosis remedy incident command disk paused "
+    "resumed note rank_hung rank_failed ended".split()
 )
 SPOKEN_CHECKPOINTS = frozenset(("failed", "invalid", "suspect", "foreign"))
 

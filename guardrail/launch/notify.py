@@ -83,11 +83,11 @@ def kind_of(event: Event) -> str:
             return "incident" if state == "open" else state
         case "paused":
             return "paused" if data.get("proposals") else ""  # a person who pauses knows it
-        case "durability":
-            return "restored" if data.get("state") == "ok" else "degraded"
+        case "disk":
+            return "disk_ok" if data.get("state") == "ok" else "disk_failing"
         case "ended":
             return str(data.get("phase", ""))
-        case "rollback" | "undo" | "hung" | "ranks_failed":
+        case "rollback" | "undo" | "rank_hung" | "rank_failed":
             return event.kind
     return ""
 

@@ -301,7 +301,7 @@ class Supervisor:
         self._last_log = self.run_directory.logs / f"rank-{rank}.log"
         self._fail(sentence)
         self.chronicle.record(
-            "ranks_failed",
+            "rank_failed",
             f"{sentence} on {self.host}",
             rank=rank,
             exit=failure.exit,
@@ -347,7 +347,7 @@ class Supervisor:
         self._count_start(culprit.pid)
         self.ranks.kill()
         self.chronicle.record(
-            "hung",
+            "rank_hung",
             f"{name} {why}, in phase {culprit.phase.value}{where}",
             rank=rank,
             phase=culprit.phase.value,

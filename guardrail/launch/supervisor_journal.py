@@ -97,7 +97,7 @@ class SupervisorJournal:
         could.
         """
         if self._leads:
-            changes = {"durability": f"degraded: {unwritable}"} if unwritable else {}
+            changes = {"disk": f"failing: {unwritable}"} if unwritable else {}
             self._replace(
                 phase=phase, progress="", exit_code=exit_code.value, restarts=restarts, **changes
             )

@@ -26,7 +26,7 @@ from guardrail.rundir.journal import last_turn, outcome_of
 from guardrail.rundir.liveness import is_alive
 from guardrail.rundir.run_directory import RunDirectory
 
-_TROUBLES = ("hung", "rank_hung", "ranks_failed", "rank_failed", "durability", "disk", "note")
+_TROUBLES = ("rank_hung", "rank_failed", "disk", "note")
 
 
 def build_report(run: RunDirectory) -> Report:

@@ -176,8 +176,8 @@ class Incident(Record, frozen=True, kw_only=True):
     journal gave none.
 
     Attributes:
-        state: "open", "recovered", "accepted", "offset" (recovered with a higher loss) or
-        "recurred" (it came back after a rollback), as the journal has it.
+        state: "open", "recovered", "accepted", "recovered with higher loss" or
+        "repeated" (it came back after a rollback), as the journal has it.
         modules: rank -> first module with a non-finite output.
         tokens: with the longest rows of the embedding gradient of any rejected step.
         cause, cause_reason: what a cause test has shown, "" where none was made.

@@ -31,13 +31,10 @@ NOT_MEASURED = ("number", "onset", "at_step")
 # states of an incident that say how it went on
 ENDS = (
     "recovered",
-    "offset",
     "recovered with higher loss",
-    "recurred",
     "repeated",
     "accepted",
 )
-_AGAIN = ("recurred", "repeated")
 _NEAR = 20  # verdicts without an incident's number belong together up to this many steps apart
 _TOKENS = 8  # of an incident, named
 
@@ -60,11 +57,11 @@ class IncidentBuilder:
             match event.kind:
                 case "verdict" | "finding":
                     self._add_verdict(event)
-                case "left_out" | "skipped" | "rollback":
+                case "skipped" | "rollback":
                     self._add_remedy(event)
                 case "incident":
                     self._add_state(event)
-                case "cause" | "diagnosis":
+                case "diagnosis":
                     self._add_cause(event)
                 case "remedy":
                     incident = self._incident_of(event)
@@ -158,7 +155,7 @@ class IncidentBuilder:
             and isinstance(value, int | float)
             and not isinstance(value, bool)
         }
-        closed = None if state in _AGAIN else event.time
+        closed = None if state == "repeated" else event.time
         said = clean_text(event.message, 400)
         # which says no more than the state
         outcome = "" if said == f"incident {incident.number}: {state}" else said

@@ -17,14 +17,12 @@ from guardrail.rundir.run_directory import MetricsView, RunDirectory
 if TYPE_CHECKING:
     import numpy as np
 
-# kinds of lines, also those that older versions wrote -> what is reported
+# kinds of lines -> what is reported
 _RANK_FAULTS = {
-    "ranks_failed": "rank failed",
     "rank_failed": "rank failed",
-    "hung": "rank hung",
     "rank_hung": "rank hung",
 }
-_DISK = ("durability", "disk")
+_DISK = ("disk",)
 _TURNS = ("started", "restarted", "ended")
 
 

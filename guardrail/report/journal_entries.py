@@ -16,9 +16,7 @@ from guardrail.core.text import clean_text
 from guardrail.report.incident import Document, IncidentAction, Sample, Token
 from guardrail.rundir.run_directory import findings_of, span_of
 
-# kinds of lines: the name that older versions wrote, and the present one
-SKIPPED = ("left_out", "skipped")
-DIAGNOSIS = ("cause", "diagnosis")
+SKIPPED = ("skipped",)
 
 
 def action_of(event: Event, action: str) -> IncidentAction:

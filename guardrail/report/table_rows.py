@@ -17,12 +17,8 @@ from guardrail.report.model import Fault, Report, Restart
 HEADS = ("#", "step", "what happened", "cause", "action", "lost", "result")
 _FIRST = (GRAD_NORM, LOSS, EMBED_GRAD_NORM)  # signals that are named before others
 _DONE = {"halt": "run halted", "retry": "batch repeated"}
-STATES = {
-    "offset": "recovered with higher loss",
-    "recurred": "repeated",
-    "open": "not over",
-}
-_URGENT = frozenset(STATES.values())
+STATES = {"open": "not over"}
+_URGENT = ("not over", "recovered with higher loss", "repeated")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ MAX_LR_FACTOR = 100.0
 _MAX_STEP = 2**53  # steps travel as float64
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # Commands whose deed is a line of its own, behind that of the answer.
-DEEDS = {CommandKind.SKIP: "left_out", CommandKind.ROLLBACK: "rollback", CommandKind.UNDO: "undo"}
+DEEDS = {CommandKind.SKIP: "skipped", CommandKind.ROLLBACK: "rollback", CommandKind.UNDO: "undo"}
 _VALUELESS = (
     CommandKind.PAUSE,
     CommandKind.RESUME,

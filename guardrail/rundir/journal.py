@@ -38,10 +38,20 @@ EXIT_CODES = {
     Phase.FAILED: ExitCode.WORKERS_FAILED,
 }
 _TAIL = 64 * 1024
-# kind of line -> field -> word of an older version -> present word
+# Kinds of lines in older versions -> present names.
+OLD_KINDS: Mapping[str, str] = {
+    "left_out": "skipped",
+    "durability": "disk",
+    "ranks_failed": "rank_failed",
+    "hung": "rank_hung",
+    "cause": "diagnosis",
+}
+# Present kind of line -> field -> word of an older version -> present word.
 _OLD_WORDS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
     "command": {"command": OLD_COMMANDS},
-    "cause": {"cause": OLD_CAUSES},
+    "diagnosis": {"cause": OLD_CAUSES},
+    "disk": {"state": {"degraded": "failing"}},
+    "incident": {"state": {"recurred": "repeated", "offset": "recovered with higher loss"}},
 }
 
 
@@ -137,6 +147,8 @@ def parse_counted(data: bytes) -> tuple[list[Event], int, int]:
 
 def with_present_names(event: Event) -> Event:
     """The event in the words of this version: journals of older ones are read for good."""
+    if event.kind in OLD_KINDS:
+        event = msgspec.structs.replace(event, kind=OLD_KINDS[event.kind])
     data = event.data
     for field, words in _OLD_WORDS.get(event.kind, {}).items():
         value = data.get(field)

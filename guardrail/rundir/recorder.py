@@ -1,8 +1,8 @@
 """What a trainer writes into its run directory: events and metric rows, by rank 0, never stopping a
 step.
 
-A disk that fails degrades durability and is said so; events and rows wait in memory, in order,
-until it takes them again. They keep the time at which they happened.
+A disk that fails is named in the journal and in the status. Events and rows wait in memory, in
+order, until the disk takes them again. They keep the time at which they happened.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class Recorder:
         self.written: dict[str, int] = {}  # kind -> seq of the newest line of that kind
 
     @property
-    def durability(self) -> str:
-        """ "ok" or "degraded: WHY", for status and screen."""
-        return "ok" if not self._failing else "degraded: " + "; ".join(self._failing.values())
+    def disk(self) -> str:
+        """ "ok" or "failing: WHY", for status and screen."""
+        return "ok" if not self._failing else "failing: " + "; ".join(self._failing.values())
 
     def event(self, kind: str, message: str, *, step: int, timeline: int, **data: Any) -> Event:
         """Append an event, synced before this returns, or queue it when the disk refuses."""
@@ -87,7 +87,7 @@ class Recorder:
             self.flush()
 
     @property
-    def behind(self) -> bool:
+    def has_waiting(self) -> bool:
         """Whether events wait that the journal on disk does not have yet."""
         return bool(self._waiting)
 
@@ -112,9 +112,9 @@ class Recorder:
                 self._waiting.popleft()
         except OSError as error:
             self._retry = time.monotonic() + RETRY_SECONDS
-            self.degraded("journal", f"journal: {error.strerror or error}")
+            self.note_failing("journal", f"journal: {error.strerror or error}")
         else:
-            self.restored("journal")
+            self.note_working("journal")
 
     def row(self, values: dict[str, float]) -> None:
         """Append a metrics row; flushed to the kernel, not synced. It waits while the disk refuses
@@ -134,7 +134,7 @@ class Recorder:
         try:
             self._metrics.amend(values)
         except OSError as error:
-            self.degraded("metrics", f"metrics: {error.strerror or error}")
+            self.note_failing("metrics", f"metrics: {error.strerror or error}")
 
     def _write_rows(self, run: RunDirectory) -> None:
         try:
@@ -145,30 +145,32 @@ class Recorder:
                 self._rows.popleft()
         except OSError as error:
             self._retry = time.monotonic() + RETRY_SECONDS
-            self.degraded("metrics", f"metrics: {error.strerror or error}")
+            self.note_failing("metrics", f"metrics: {error.strerror or error}")
         else:
-            self.restored("metrics")
+            self.note_working("metrics")
 
-    def degraded(self, what: str, reason: str) -> None:
+    def note_failing(self, what: str, reason: str) -> None:
         """Note that `what` cannot be kept safely; journaled once, when it changes."""
         if self._failing.get(what) == reason:
             return
         self._failing[what] = reason
-        self._say("degraded", f"durability degraded: {reason}")
+        self._write_state("failing", f"disk failing: {reason}")
 
-    def restored(self, what: str) -> None:
+    def note_working(self, what: str) -> None:
         if self._failing.pop(what, None) is not None:
-            self._say("ok" if not self._failing else "degraded", f"{what} can be written again")
+            self._write_state(
+                "ok" if not self._failing else "failing", f"{what} can be written again"
+            )
 
-    def _say(self, state: str, message: str) -> None:
+    def _write_state(self, state: str, message: str) -> None:
         if self._run is not None:
-            data = {"state": state, "reason": self.durability}
+            data = {"state": state, "reason": self.disk}
             event = Event(
                 seq=0,
                 time=time.time(),
                 step=0,
                 timeline=0,
-                kind="durability",
+                kind="disk",
                 message=message,
                 data=data,
             )

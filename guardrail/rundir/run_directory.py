@@ -646,9 +646,19 @@ def _started(path: Path) -> float:
 
 def _read(path: Path, kind: type[Any]) -> Any:
     try:
-        found = msgspec.json.decode(read_file(path), type=kind, strict=False)
+        fields = msgspec.json.decode(read_file(path))
+        if kind is Status:
+            fields = _with_present_disk(fields)
+        found = msgspec.convert(fields, kind, strict=False)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return None
     numbers = [value for value in msgspec.structs.astuple(found) if isinstance(value, int)]
     # JSON has numbers of any length
     return found if all(abs(number) < 2**63 for number in numbers) else None
+
+
+def _with_present_disk(fields: Any) -> Any:
+    """Return the fields of a status, with the present name and word of its field `durability`."""
+    if not isinstance(fields, dict) or not isinstance(old := fields.get("durability"), str):
+        return fields
+    return {"disk": old.replace("degraded", "failing", 1)} | fields

@@ -36,20 +36,20 @@ _TAGS = {
         (
             "finding",
             "verdict",
-            "left_out",
+            "skipped",
             "rollback",
             "undo",
-            "cause",
+            "diagnosis",
             "remedy",
             "incident",
             "paused",
             "resumed",
-            "hung",
-            "ranks_failed",
+            "rank_hung",
+            "rank_failed",
         ),
         INCIDENT,
     ),
-    **dict.fromkeys(("restarted", "durability", "ended"), INCIDENT),
+    **dict.fromkeys(("restarted", "disk", "ended"), INCIDENT),
 }
 MOST_OF_MESSAGE = 2000  # characters
 MOST_OF_PATH = 300

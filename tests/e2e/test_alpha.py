@@ -77,7 +77,7 @@ def test_down_when_the_embedding_leads_and_back_exactly(
     run.send(Command(id="stop", kind=CommandKind.STOP, at_step=STOPPED))
     assert train(run, world) == "stopped"
     assert train(run, world) == "finished"
-    first = of_kind(run, "left_out")[0]
+    first = of_kind(run, "skipped")[0]
     assert first.data["span"]["step"] == LED
     (alpha,) = remedies_of(run)
     assert (alpha.kind, alpha.value, alpha.from_step, alpha.hold_steps, alpha.ramp_steps) == (

@@ -119,7 +119,7 @@ def hold(config: Config, bad: set[str]) -> None:
         quarantined,
         bad,
     )
-    lines = [sample for event in of_kind(run, "left_out") for sample in event.data["samples"]]
+    lines = [sample for event in of_kind(run, "skipped") for sample in event.data["samples"]]
     for line in lines:
         assert {"position", "id", "loss", "share", "excerpt"} <= set(line)
         if line["documents"][0]["path"].rsplit("/", 1)[-1] in bad:

@@ -33,7 +33,7 @@ BROKEN: dict[str, Any] = {"kind": "scale_weights", "value": 4.0, "times": 1}
 
 
 def causes(run: RunDirectory) -> list[dict[str, Any]]:
-    return [event.data for event in of_kind(run, "cause")]
+    return [event.data for event in of_kind(run, "diagnosis")]
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def names(run: RunDirectory) -> set[str]:
 def check(folder: Path, config: Config) -> RunDirectory:
     """Rolled back exactly, and with the names of a model that was never compiled."""
     run = trained(config, seconds=600.0)
-    assert of_kind(run, "verdict") and of_kind(run, "cause") and of_kind(run, "rollback")
+    assert of_kind(run, "verdict") and of_kind(run, "diagnosis") and of_kind(run, "rollback")
     sound = msgspec.structs.replace(told(config, run), faults=())  # nothing scales its weights
     assert_same(run, trained(sound, seconds=600.0))
     return run

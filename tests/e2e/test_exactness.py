@@ -58,7 +58,7 @@ def test_corrupted_documents(tmp_path: Path, world: int, strategy: str) -> None:
     out = spans(a)
     assert {span.origin for span in out} == {"rejected"} and len(out) > 2 * config.guard.persist
     named = [
-        document["path"] for event in of_kind(a, "left_out") for document in event.data["documents"]
+        document["path"] for event in of_kind(a, "skipped") for document in event.data["documents"]
     ]
     assert any(name.endswith("0007.txt") for name in named)
     assert_exact(config, a)
@@ -161,7 +161,7 @@ def test_without_a_ring_data_is_left_out_and_a_person_goes_back_to_the_disk(
     a.send(Command(id="back", kind=CommandKind.ROLLBACK, value=16, at_step=27))
     with prompt_disk():
         assert train(a, 1) == "finished"
-    causes = of_kind(a, "cause")
+    causes = of_kind(a, "diagnosis")
     assert causes and all(
         "there is no older state to compare with" in event.message for event in causes
     )

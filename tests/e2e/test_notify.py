@@ -31,13 +31,13 @@ def event(kind: str, message: str = "", **data: Any) -> Event:
     [
         (event("incident", state="open"), "incident"),
         (event("incident", state="recovered"), "recovered"),
-        (event("incident", state="offset"), "offset"),
+        (event("incident", state="recovered with higher loss"), "recovered with higher loss"),
         (event("paused", proposals=[{"action": "rollback"}]), "paused"),
         (event("paused", proposals=[]), ""),
-        (event("durability", state="degraded"), "degraded"),
-        (event("durability", state="ok"), "restored"),
+        (event("disk", state="failing"), "disk_failing"),
+        (event("disk", state="ok"), "disk_ok"),
         (event("ended", phase="halted"), "halted"),
-        (event("hung"), "hung"),
+        (event("rank_hung"), "rank_hung"),
         (event("verdict"), ""),
         (event("notified", of=3), ""),
     ],
@@ -264,5 +264,5 @@ rank = 0
     )
     done = lab.guardrail("launch", "c.toml", "--headless")
     assert done.returncode == 0, done.stderr
-    assert out.read_text().split() == ["ranks_failed", "finished"]
+    assert out.read_text().split() == ["rank_failed", "finished"]
     assert [ok for _, ok, _ in outcomes(lab.newest())] == [True, True]

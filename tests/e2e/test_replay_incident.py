@@ -70,7 +70,7 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> None:
 def incidents(run: RunDirectory) -> list[int]:
     """The one that went back, one that left single samples out, and the one that was undone."""
     (undo,) = of_kind(run, "undo")
-    lines = [*of_kind(run, "left_out"), *of_kind(run, "rollback")]
+    lines = [*of_kind(run, "skipped"), *of_kind(run, "rollback")]
     chosen = [event for event in lines if event.data["span"]["positions"]]
     return [
         of_kind(run, "rollback")[0].data["incident"],
@@ -102,7 +102,7 @@ def falsified(
     shutil.copytree(run.path, folder / "runs" / "copy")
     copy = RunDirectory.open(folder / "runs" / "copy")
     lines = [json.loads(line) for line in copy.journal_path.read_text().splitlines()]
-    assert any(line["kind"] in ("left_out", "rollback") and change(line) for line in lines)
+    assert any(line["kind"] in ("skipped", "rollback") and change(line) for line in lines)
     copy.journal_path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return copy
 

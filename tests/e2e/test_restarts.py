@@ -64,7 +64,7 @@ def test_killed_ranks_are_started_again_and_each_death_counts_once(lab: Lab) -> 
     failed = [
         (event.data["rank"], event.data["exit"])
         for event in run.events()
-        if event.kind == "ranks_failed"
+        if event.kind == "rank_failed"
     ]
     assert failed == [(1, -9), (0, -9)]
     assert "failure 3" not in (run.logs / "supervisor.log").read_text()

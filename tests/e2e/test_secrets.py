@@ -372,7 +372,7 @@ processes = 2
 max_restarts = 1
 [notify]
 command = "echo {MARK} > {lab.folder}/sent/$GUARDRAIL_SEQ; echo {MARK} >&2; exit 7"
-on = ["ranks_failed", "finished"]
+on = ["rank_failed", "finished"]
 [fake]
 steps = 200
 fault = "exit"

@@ -344,7 +344,7 @@ def test_nothing_of_it_is_left_out_and_not_a_bit_is_changed(
         tmp_path, world=world, strategy=strategy, faults=FOREVER, guard={"gate": gate}, optim=optim
     )
     run = trained(config)
-    (cause,) = of_kind(run, "cause")
+    (cause,) = of_kind(run, "diagnosis")
     assert cause.data["ahead"] and cause.data["shift"]
     assert cause.data["at_step"] == AT and "another kind of data" in cause.message
     assert not spans(run)
@@ -372,7 +372,7 @@ def test_killed_where_the_level_begins_or_behind_it_and_begun_again_from_before(
     config = tiny(tmp_path, faults=FOREVER, checkpoint={"every": 1000}, train={"steps": 75})
     whole, run = trained(config), new_run(config)
     assert killed_behind(
-        run, config.world, closing if where == "end" else lambda event: event.kind == "cause"
+        run, config.world, closing if where == "end" else lambda event: event.kind == "diagnosis"
     )
     assert train(run, config.world) == "finished"
     assert not spans(run)
@@ -380,21 +380,24 @@ def test_killed_where_the_level_begins_or_behind_it_and_begun_again_from_before(
 
 
 def closing(event: Event) -> bool:
-    return event.kind == "incident" and event.data.get("state") in ("recovered", "offset")
+    return event.kind == "incident" and event.data.get("state") in (
+        "recovered",
+        "recovered with higher loss",
+    )
 
 
 @pytest.mark.usefixtures("structured")
 def test_a_bad_stretch_is_left_out_and_so_is_all_where_that_is_wanted(tmp_path: Path) -> None:
     stretch = [{**FOREVER[0], "last": (AT + 4) * BATCH}]
     run = trained(tiny(tmp_path / "stretch", faults=stretch))
-    causes = of_kind(run, "cause")
+    causes = of_kind(run, "diagnosis")
     assert causes and not any(cause.data["shift"] for cause in causes)
     assert all("and so do 0 of 2 batches" in cause.message for cause in causes)
     assert sum(span.last - span.first for span in spans(run)) == 5 * BATCH
     config = tiny(tmp_path / "all", faults=FOREVER, guard={"shift": "leave_out", "skips": 6})
     run = new_run(config)
     assert train(run, 1) == "halted"
-    assert all(not event.data["shift"] for event in of_kind(run, "cause"))
+    assert all(not event.data["shift"] for event in of_kind(run, "diagnosis"))
     assert sum(span.last - span.first for span in spans(run)) == 6 * BATCH
 
 
@@ -466,7 +469,7 @@ def test_noise_to_the_end_of_the_data_is_not_learnt(tmp_path: Path) -> None:
         tiny(tmp_path, faults=noise, guard={"skips": 6}, train={"steps": LATE + 25}, **SKILLED)
     )
     assert train(run, 1) == "halted"
-    causes = [event.data for event in of_kind(run, "cause")]
+    causes = [event.data for event in of_kind(run, "diagnosis")]
     assert causes and all(one["ahead"] and not one["shift"] for one in causes)
     # On some CPUs so small a model has learnt too little order by then for a measure.
     assert all(one["structure"] is None or one["structure"] < 0.1 for one in causes)
@@ -478,7 +481,7 @@ def structures(folder: Path, **shape: Any) -> list[float]:
     ]
     model, train = {"tied": False, "dropout": 0.0}, {"steps": LATE + 2, "micro_batch_size": 4}
     run = trained(tiny(folder, faults=stretch, train=train, model=model, **SKILLED, **shape))
-    return [event.data["structure"] for event in of_kind(run, "cause")]
+    return [event.data["structure"] for event in of_kind(run, "diagnosis")]
 
 
 @pytest.mark.slow

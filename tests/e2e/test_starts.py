@@ -91,7 +91,7 @@ verdict(alive=[rank.poll() is None for rank in ranks])
         nodes=2,
     )
     assert verdict == {"alive": [True, True]}
-    assert [event.kind for event in events if event.kind != "ended"] == ["ranks_failed"]
+    assert [event.kind for event in events if event.kind != "ended"] == ["rank_failed"]
     assert (
         "failure 1, launch.max_restarts = 1: rank 1 was killed by SIGKILL" in log
         and "failure 2" not in log
@@ -118,7 +118,7 @@ failed(ranks[0], 0)
 """,
     )
     assert verdict == {"peer": -9}
-    assert [event.data["rank"] for event in events if event.kind == "ranks_failed"] == [0]
+    assert [event.data["rank"] for event in events if event.kind == "rank_failed"] == [0]
 
 
 @pytest.mark.fault("R1", "R2")
@@ -140,7 +140,7 @@ sys.exit(1)
 """,
     )
     assert verdict == {"again": True, "incarnation": "1"}
-    assert [event.kind for event in events] == ["ranks_failed", "ranks_failed", "ended"]
+    assert [event.kind for event in events] == ["rank_failed", "rank_failed", "ended"]
     assert "failure 2, launch.max_restarts = 1" in events[-1].message and "failure 3" not in log
 
 

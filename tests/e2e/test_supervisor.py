@@ -119,9 +119,9 @@ def test_a_failed_rank_is_started_again(lab: Lab) -> None:
     result = lab.guardrail("launch", configure(lab, "fault = 'exit'"), "--headless")
     run = lab.newest()
     assert result.returncode == 0, result.stderr
-    failure = next(event for event in run.events() if event.kind == "ranks_failed")
+    failure = next(event for event in run.events() if event.kind == "rank_failed")
     assert (failure.data["rank"], failure.data["exit"]) == (1, 1)
-    assert "ranks_failed" in result.stderr and "rank 1 exited with 1" in result.stderr
+    assert "rank_failed" in result.stderr and "rank 1 exited with 1" in result.stderr
     log = (run.logs / "rank-1.log").read_text()
     assert "start 0" in log and "this is the line that explains it" in log and "start 1" in log
     status = run.read_status()
@@ -134,7 +134,7 @@ def test_ranks_that_fail_too_often_end_the_run_with_4_and_say_why(lab: Lab) -> N
     )
     run = lab.newest()
     assert result.returncode == 4
-    assert kinds(run).count("ranks_failed") == 2, "launch.max_restarts = 1"
+    assert kinds(run).count("rank_failed") == 2, "launch.max_restarts = 1"
     last = run.events()[-1]
     assert (last.kind, last.data["phase"], last.data["exit_code"]) == ("ended", "failed", 4)
     assert "rank 0 exited with 1; failure 2, launch.max_restarts = 1" in last.message
@@ -169,12 +169,12 @@ def test_a_full_disk_ends_the_start_of_the_ranks_with_4_says_so_and_leaves_a_run
         assert sentence in result.stderr and "Traceback" not in result.stderr
         status = run.read_status()
         assert status is not None and (status.phase, status.exit_code) == (Phase.FAILED, 4)
-        assert sentence in status.durability
+        assert sentence in status.disk
         assert nothing_left(run)
         (run.path.parent / "ballast").unlink()
         assert lab.guardrail("launch", "--resume", str(run.path), "--headless").returncode == 0
         status = run.read_status()
-        assert status is not None and (status.phase, status.durability) == (Phase.FINISHED, "ok")
+        assert status is not None and (status.phase, status.disk) == (Phase.FINISHED, "ok")
 
 
 def test_ranks_that_end_without_a_word_count_as_failed(lab: Lab) -> None:
@@ -191,12 +191,12 @@ def test_a_hung_rank_is_written_down_killed_and_started_again(lab: Lab) -> None:
     result = lab.guardrail("launch", config, "--headless")
     run = lab.newest()
     assert result.returncode == 0, result.stderr
-    hung = next(event for event in run.events() if event.kind == "hung")
+    hung = next(event for event in run.events() if event.kind == "rank_hung")
     assert (hung.data["rank"], hung.data["phase"]) == (1, "step")
     assert "__main__.py" in hung.message
     assert "logs/rank-1.stacks" in hung.data["stacks"]
     assert "here_it_hangs" in (run.logs / "rank-1.stacks").read_text()
-    assert kinds(run) == ["started", "hung", "restarted", "ended"], (
+    assert kinds(run) == ["started", "rank_hung", "restarted", "ended"], (
         "what the supervisor killed did not fail by itself"
     )
 
@@ -206,7 +206,7 @@ def test_a_rank_that_is_stopped_cannot_answer_and_is_replaced_all_the_same(lab: 
     result = lab.guardrail("launch", config, "--headless")
     run = lab.newest()
     assert result.returncode == 0, result.stderr
-    (hung,) = (event for event in run.events() if event.kind == "hung")
+    (hung,) = (event for event in run.events() if event.kind == "rank_hung")
     assert hung.data["rank"] == 1
     if '"MainThread"' in (run.logs / "rank-1.stacks").read_text():  # py-spy is there and may
         assert "__main__.py" in hung.message
@@ -220,7 +220,7 @@ def test_a_stopped_rank_that_holds_the_journal_is_killed_before_the_journal_is_w
     config = configure(lab, "fault = 'lock'\nsteps = 150\nlockstep = true", step_seconds=1.5)
     result = lab.guardrail("launch", config, "--headless")
     assert result.returncode == 0, result.stderr
-    assert kinds(lab.newest()) == ["started", "hung", "restarted", "ended"]
+    assert kinds(lab.newest()) == ["started", "rank_hung", "restarted", "ended"]
 
 
 def test_sigterm_to_a_headless_launch_saves_and_ends_with_130(lab: Lab) -> None:
@@ -287,7 +287,7 @@ def test_a_stop_before_any_rank_has_begun_ends_at_once(lab: Lab) -> None:
         process.send_signal(signal.SIGTERM)
     wait_for(lambda: ended(run), seconds=30)
     assert "the ranks had not begun" in run.events()[-1].message
-    assert "ranks_failed" not in kinds(run)
+    assert "rank_failed" not in kinds(run)
     assert nothing_left(run)
 
 
@@ -478,7 +478,7 @@ def test_two_nodes_share_a_run_directory(lab: Lab) -> None:
         f"rank-{rank}.log" for rank in range(4)
     }
     assert "node_rank = 0" in run.config_text()
-    assert [event.data["rank"] for event in run.events() if event.kind == "ranks_failed"] == [3]
+    assert [event.data["rank"] for event in run.events() if event.kind == "rank_failed"] == [3]
     status = run.read_status()
     assert status is not None and (status.phase, status.exit_code, status.world) == (
         Phase.FINISHED,

@@ -182,7 +182,7 @@ def test_hostile_bytes_never_reach_the_terminal(tmp_path: Path, opened: list[Ter
     for evil in HOSTILE.values():
         if "\ud800" not in evil:
             fake.event("note", evil)
-    fake.durability = "degraded: " + HOSTILE["clipboard"]
+    fake.disk = "failing: " + HOSTILE["clipboard"]
     run = fake.write(tmp_path)
     with run.journal_path.open("ab") as journal:
         journal.write(

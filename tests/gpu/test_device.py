@@ -131,7 +131,7 @@ def test_a_run_on_devices_is_the_run_that_was_told_before(
         tmp_path, world=world, strategy=strategy, faults=faults(world - 1), train=options
     )
     run = trained(config)
-    assert {"verdict", "rollback", "left_out"} <= {event.kind for event in run.events()}
+    assert {"verdict", "rollback", "skipped"} <= {event.kind for event in run.events()}
     seen = [
         f["ranks"]
         for event in of_kind(run, "verdict")

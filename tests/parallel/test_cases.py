@@ -441,8 +441,8 @@ def test_case_18_a_disk_that_is_too_small_is_found_before_it_is_full(
     assert len(failed) >= 2 and all(
         "No space left on device: 1.5 MB are needed, 0.1 MB free" == why for why in failed
     )
-    states = [event.data["state"] for event in of_kind(run, "durability")]
-    assert states[0] == "degraded" and states[-1] == "ok"
+    states = [event.data["state"] for event in of_kind(run, "disk")]
+    assert states[0] == "failing" and states[-1] == "ok"
     candidates = [
         event.data["cp_step"]
         for event in of_kind(run, "checkpoint")

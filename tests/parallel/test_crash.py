@@ -61,7 +61,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run
     def run_of(strategy: str) -> RunDirectory:
         if strategy not in known:
             known[strategy] = run = trained(config_of(tmp_path_factory.mktemp(strategy), strategy))
-            assert len(of_kind(run, "rollback")) == 2 and len(of_kind(run, "left_out")) == 5
+            assert len(of_kind(run, "rollback")) == 2 and len(of_kind(run, "skipped")) == 5
             assert len(run.metrics()) >= ROWS
         return known[strategy]
 

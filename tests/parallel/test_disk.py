@@ -72,8 +72,8 @@ def at_steps(patch: pytest.MonkeyPatch, **deeds: Callable[[], None]) -> None:
     patch.setattr(Trainer, "train_step", interrupted)
 
 
-def durability(run: RunDirectory) -> list[str]:
-    return [event.data["state"] for event in of_kind(run, "durability")]
+def disk_states(run: RunDirectory) -> list[str]:
+    return [event.data["state"] for event in of_kind(run, "disk")]
 
 
 @pytest.fixture(scope="module")
@@ -108,12 +108,12 @@ def test_a_disk_that_fills_up_and_is_freed_again(
         wait_for(reached.exists, what="step 35")
         if leave:  # else no status can be replaced
             wait_for(
-                lambda: (s := run.read_status()) is not None and s.durability != "ok",
-                what="degraded durability",
+                lambda: (s := run.read_status()) is not None and s.disk != "ok",
+                what="failing durability",
             )
             status = run.read_status()
-            assert status is not None and status.durability.startswith("degraded: checkpoint: ")
-            assert "No space left on device" in status.durability
+            assert status is not None and status.disk.startswith("failing: checkpoint: ")
+            assert "No space left on device" in status.disk
         (small_disk / "ballast").unlink()
         freed.touch()
         assert wait_ranks(pids) == [0, 0]
@@ -125,8 +125,8 @@ def test_a_disk_that_fills_up_and_is_freed_again(
         failed and [data["reason"] for data in failed if not data["reason"].startswith(known)] == []
     )
     assert any("No space left on device" in data["reason"] for data in failed)
-    assert durability(run)[0] == "degraded" and durability(run)[-1] == "ok"
-    assert (run.read_status() or pytest.fail("no status")).durability == "ok"
+    assert disk_states(run)[0] == "failing" and disk_states(run)[-1] == "ok"
+    assert (run.read_status() or pytest.fail("no status")).disk == "ok"
     assert not list(run.checkpoints.glob(".*")), "temporary folders are left"
     assert_whole(run)
     assert_same(run, undisturbed)
@@ -206,11 +206,9 @@ def test_a_file_system_that_refuses_for_a_while(
         patch.setattr(where, name, refused.wrapped(getattr(module, name)))
         at_steps(patch, s12=refused.turn(on=True), s35=refused.turn(on=False))
         assert train(run, 2) == "finished"
-    degraded = [
-        event.message for event in of_kind(run, "durability") if event.data["state"] == "degraded"
-    ]
-    assert any(said in message for message in degraded)
-    assert durability(run)[-1] == "ok"
+    failing = [event.message for event in of_kind(run, "disk") if event.data["state"] == "failing"]
+    assert any(said in message for message in failing)
+    assert disk_states(run)[-1] == "ok"
     assert [event.kind for event in run.events() if event.kind in ("rollback", "restarted")] == [
         "rollback"
     ]

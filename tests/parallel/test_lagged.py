@@ -42,7 +42,7 @@ from tests.support.tiny import BATCH, VOCABULARY, Setup, Tiny
 from trainer.config.config import Config
 from trainer.train import Trainer
 
-JUDGED = ("finding", "verdict", "cause", "incident", "left_out", "rollback", "eval", "ended")
+JUDGED = ("finding", "verdict", "diagnosis", "incident", "skipped", "rollback", "eval", "ended")
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +118,7 @@ def test_a_batch_a_stretch_the_hardware_and_the_state(
     waiting, lagged = both(tmp_path, world=world, strategy=strategy, faults=faults, **sections)
     assert_alike(waiting, lagged)
     kinds = [event.kind for event in lagged.events()]
-    assert {"verdict", "cause", "rollback", "left_out", "eval"} <= set(kinds)
+    assert {"verdict", "diagnosis", "rollback", "skipped", "eval"} <= set(kinds)
 
 
 @pytest.mark.slow

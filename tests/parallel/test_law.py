@@ -125,7 +125,7 @@ def killed_behind(run: RunDirectory, world: int, wanted: Callable[[Event], bool]
 
 def of_samples(event: Event) -> bool:
     span = event.data.get("span")
-    return event.kind == "left_out" and bool(
+    return event.kind == "skipped" and bool(
         span["positions"] if isinstance(span, dict) else span.positions
     )
 
@@ -155,7 +155,7 @@ def crashed(config: Config) -> tuple[RunDirectory, Event, Event]:
     run = new_run(config)
     assert killed_behind(run, config.world, of_samples)
     first, widened = of_kind(run, "rollback")
-    (narrowed,) = filter(of_samples, of_kind(run, "left_out"))
+    (narrowed,) = filter(of_samples, of_kind(run, "skipped"))
     assert (first.data["rung"], widened.data["rung"]) == ("rollback", "widen")
     window = widened.data["window"]
     assert window[1] - window[0] > 8 * BATCH and window[0] < 2 * SAMPLES < window[1], (

@@ -305,7 +305,7 @@ def test_the_lagged_gate_changes_nothing_on_any_mesh(name: str, tmp_path: Path) 
     assert "retry" in {event.data["action"] for event in of_kind(runs[1], "verdict")}
 
 
-ACTED = ("verdict", "cause", "left_out", "rollback", "ended")
+ACTED = ("verdict", "diagnosis", "skipped", "rollback", "ended")
 
 
 # -- from one mesh to another

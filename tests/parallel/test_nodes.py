@@ -103,7 +103,7 @@ def test_a_node_that_was_lost_comes_back_and_no_bit_differs(lost: int, lab: Lab)
     wait_for(lambda: reached(run, 25), seconds=120, what="training on both nodes")
     alive = supervisor_pid(run, 1 - lost)
     lose(run, lost, nodes[lost])
-    noticed = ("ranks_failed", "note")[lost == 0]
+    noticed = ("rank_failed", "note")[lost == 0]
     wait_for(lambda: of_kind(run, noticed), what="the node that is left notices")
     again = ["--set", f"launch.node_rank={lost}"] if lost else []
     nodes[lost] = lab.start("launch", "--resume", place, "--headless", *again)

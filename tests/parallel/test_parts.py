@@ -80,8 +80,8 @@ def test_the_past_of_a_journal() -> None:
             event("started", samples=100),
             event("command", step=5, command="lr", value=0.5, effect="applied"),
             event("command", step=6, command="lr", value=9.0, effect="refused"),
-            event("left_out", step=10, span=raw),
-            event("left_out", step=10, span=raw),
+            event("skipped", step=10, span=raw),
+            event("skipped", step=10, span=raw),
             event("incident", number=1),
             event(
                 "rollback",
@@ -175,20 +175,17 @@ def test_events_and_rows_wait_for_a_full_disk_in_their_order(
         recorder.event("more", "", step=step, timeline=0)
         recorder.row({"step": float(step)})
     assert learnt == ["one", "more", "more"], "what happened is known at once, written or not"
-    assert (
-        recorder.durability.startswith("degraded: ")
-        and "No space left on device" in recorder.durability
-    )
+    assert recorder.disk.startswith("failing: ") and "No space left on device" in recorder.disk
     assert [e.kind for e in run.events()] == ["one"] and len(run.metrics()) == 1
     disk.full = False
     recorder.row({"step": 4.0})
-    assert recorder.durability == "ok"
+    assert recorder.disk == "ok"
     assert run.metrics().column("step").tolist() == [1, 2, 3, 4]
     events = run.events()
     assert [e.step for e in events if e.kind in ("one", "more")] == [1, 2, 3]
     assert [e.seq for e in events] == list(range(1, len(events) + 1))
-    states = [e.data["state"] for e in events if e.kind == "durability"]
-    assert states[0] == "degraded" and states[-1] == "ok"
+    states = [e.data["state"] for e in events if e.kind == "disk"]
+    assert states[0] == "failing" and states[-1] == "ok"
     assert learnt == ["one", "more", "more"]
     recorder.close()
 
@@ -210,7 +207,7 @@ def test_other_ranks_learn_and_write_nothing(tmp_path: Path) -> None:
     recorder = Recorder(run, active=False, learn=learnt.append)
     recorder.event("note", "hello", step=3, timeline=1, text="x")
     recorder.row({"step": 1.0})
-    recorder.degraded("checkpoint", "full")
+    recorder.note_failing("checkpoint", "full")
     recorder.close()
     assert [(e.kind, e.step, e.timeline, e.data) for e in learnt] == [("note", 3, 1, {"text": "x"})]
     assert not run.events() and not len(run.metrics())
@@ -228,7 +225,7 @@ def test_an_event_that_waits_for_the_disk_keeps_its_own_time(
     time.sleep(0.01)
     disk.full = False
     recorder.flush()
-    note, degraded, ok = run.events()
+    note, failing, ok = run.events()
     assert (note.kind, note.time, note.step, note.timeline, note.data) == (
         "note",
         happened.time,
@@ -236,21 +233,21 @@ def test_an_event_that_waits_for_the_disk_keeps_its_own_time(
         1,
         {"loss": 2.5},
     )
-    assert degraded.data["state"] == "degraded" and degraded.time <= full_since < ok.time
+    assert failing.data["state"] == "failing" and failing.time <= full_since < ok.time
     recorder.close()
 
 
-def test_durability_says_each_change_once(tmp_path: Path) -> None:
+def test_disk_says_each_change_once(tmp_path: Path) -> None:
     run = made(tmp_path)
     recorder = Recorder(run, active=True, learn=lambda event: None)
     for _ in range(3):
-        recorder.degraded("checkpoint", "checkpoint: full")
-    recorder.degraded("metrics", "metrics: full")
-    assert recorder.durability == "degraded: checkpoint: full; metrics: full"
-    recorder.restored("checkpoint")
-    recorder.restored("checkpoint")
-    recorder.restored("metrics")
-    assert [e.data["state"] for e in run.events()] == ["degraded", "degraded", "degraded", "ok"]
+        recorder.note_failing("checkpoint", "checkpoint: full")
+    recorder.note_failing("metrics", "metrics: full")
+    assert recorder.disk == "failing: checkpoint: full; metrics: full"
+    recorder.note_working("checkpoint")
+    recorder.note_working("checkpoint")
+    recorder.note_working("metrics")
+    assert [e.data["state"] for e in run.events()] == ["failing", "failing", "failing", "ok"]
     recorder.close()
 
 

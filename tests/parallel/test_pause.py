@@ -149,7 +149,7 @@ def test_it_is_answered_by_another_deed(
     assert wait_ranks(pids) == [0] and outcome(run) == "finished"
     assert spans(run)[-1].origin == "user" and spans(run)[-1].last == FIRST + last * BATCH
     if left_out:
-        assert of_kind(run, "left_out")[-1].data["count"] == left_out * BATCH, "and nothing twice"
+        assert of_kind(run, "skipped")[-1].data["count"] == left_out * BATCH, "and nothing twice"
     assert_same(run, trained(told(config, run)))
 
 
@@ -178,7 +178,7 @@ def test_the_update_under_question_is_whole_though_its_cause_was_looked_for(
     config = tiny(tmp_path, faults=[fault], guard=guard, train={"steps": 22})
     run = new_run(config)
     pids = parked(run, 1)
-    assert of_kind(run, "cause")
+    assert of_kind(run, "diagnosis")
     ctl(run, "answer", "1")
     assert wait_ranks(pids) == [0] and outcome(run) == "finished"
     assert not spans(run)

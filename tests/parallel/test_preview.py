@@ -190,7 +190,7 @@ def test_remedies_in_force_count_for_what_is_and_what_will_be() -> None:
     assert more.alpha == 0.15 and "embedding gradients x0.15 instead of x0.2" in more.sentence()
     assert of(here, wish(CommandKind.SHRINK_EMBEDDING, 2.0)).alpha == 0.4
     # Undone, a decision takes its remedy with it.
-    events = [decision(4, "left_out", 232, 240, "rejected", 29)]
+    events = [decision(4, "skipped", 232, 240, "rejected", 29)]
     past.remedies[1] = (span_in(events[0]), alpha)
     gone = of(scene(info(20), past=past, events=events), wish(CommandKind.UNDO, NAN))
     assert (gone.alpha_before, gone.alpha, gone.lr) == (0.2, 1.0, 21.0)
@@ -198,8 +198,8 @@ def test_remedies_in_force_count_for_what_is_and_what_will_be() -> None:
 
 def test_an_undo_goes_to_the_newest_state_from_before_the_decision_candidates_too() -> None:
     events = [
-        decision(4, "left_out", 200, 208, "rejected", 25),
-        decision(6, "left_out", 240, 264, "user", 28),
+        decision(4, "skipped", 200, 208, "rejected", 25),
+        decision(6, "skipped", 240, 264, "user", 28),
     ]
     here = scene(info(20), info(25, state="candidate"), info(26, state="suspect"), events=events)
     undo = of(here, wish(CommandKind.UNDO, NAN))

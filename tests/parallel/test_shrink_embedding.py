@@ -148,7 +148,7 @@ def test_where_the_state_is_to_blame_it_comes_first_and_costs_no_data(tmp_path: 
     fault, replace = config.faults[0], msgspec.structs.replace
     config = replace(config, faults=(replace(fault, first=0, last=0, step=LED, times=2),))
     run = trained(config)
-    (cause,), (back,) = of_kind(run, "cause"), of_kind(run, "rollback")
+    (cause,), (back,) = of_kind(run, "diagnosis"), of_kind(run, "rollback")
     assert (cause.data["cause"], back.data["rung"]) == ("state", "shrink_embedding")
     assert not quarantine_lines(run)
     assert [remedy.value for remedy in remedies_of(run)] == [0.16]

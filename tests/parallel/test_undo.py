@@ -78,16 +78,16 @@ def meant(events: list[Event], seq: int | None = None) -> UndoPlan:
 
 
 ROLLED_BACK = [
-    line(2, "left_out", 80, 88),
-    line(4, "left_out", 200, 208),
-    line(6, "left_out", 208, 216),
-    line(7, "left_out", 190, 198, "user"),
+    line(2, "skipped", 80, 88),
+    line(4, "skipped", 200, 208),
+    line(6, "skipped", 208, 216),
+    line(7, "skipped", 190, 198, "user"),
     line(8, "rollback", 184, 224, "rollback", new_timeline=1),
 ]
 
 
 def test_the_newest_decision_of_the_guard_and_not_of_a_person() -> None:
-    events = [line(2, "left_out"), line(3, "left_out", 80, 88, "user")]
+    events = [line(2, "skipped"), line(3, "skipped", 80, 88, "user")]
     assert meant(events).of == 2
     assert meant(events, 3).of == 3 and meant(events, 3).pardons == (), (
         "who was not rejected needs no pardon"
@@ -107,7 +107,7 @@ def test_a_rollback_takes_back_the_batches_that_led_to_it_and_not_what_a_person_
 
 
 def test_only_some_samples_of_a_batch() -> None:
-    undoing = meant([line(4, "left_out", 200, 208, positions=(201, 202, 206))])
+    undoing = meant([line(4, "skipped", 200, 208, positions=(201, 202, 206))])
     assert (undoing.positions, undoing.pardons, undoing.first) == (3, ((201, 203), (206, 207)), 200)
 
 
@@ -134,11 +134,11 @@ def test_a_rollback_that_skipped_nothing_is_not_undone_once_its_batch_was_applie
         seq=5, time=0.0, step=5, timeline=0, kind="verdict", data={"incident": 1, "batch": [40, 48]}
     )
     back = line(6, "rollback", 24, 24, "rollback", new_timeline=1, incident=1)
-    for state in ("recovered", "offset"):
+    for state in ("recovered", "recovered with higher loss"):
         found = find([verdict, back, incident(7, state)])
         assert isinstance(found, str)
         assert found.startswith("line 6 skipped no data") and "incident 1 is over" in found
-    assert not isinstance(find([verdict, back, incident(7, "recurred")]), str)
+    assert not isinstance(find([verdict, back, incident(7, "repeated")]), str)
     remedies = [{"kind": "lr", "value": 0.5}]
     slower = line(6, "rollback", 24, 24, "rollback", new_timeline=1, incident=1, remedies=remedies)
     assert not isinstance(find([verdict, slower, incident(7, "recovered")]), str)
@@ -151,20 +151,20 @@ def test_a_rollback_that_skipped_nothing_is_not_undone_once_its_batch_was_applie
     [
         ([], None, "there is no decision of the guard that stands"),
         (
-            [line(3, "left_out", 80, 88, "user")],
+            [line(3, "skipped", 80, 88, "user")],
             None,
             "there is no decision of the guard that stands",
         ),
         (ROLLED_BACK, 5, "line 5 of the journal is no decision"),
         (ROLLED_BACK, 4, "line 8 has left the same samples out since"),
-        ([line(2, "left_out"), line(3, "undo", lines=[2])], 2, "line 2 is undone already"),
+        ([line(2, "skipped"), line(3, "undo", lines=[2])], 2, "line 2 is undone already"),
         (
-            [line(2, "left_out"), line(3, "undo", lines=[2])],
+            [line(2, "skipped"), line(3, "undo", lines=[2])],
             3,
             "line 3 of the journal is no decision",
         ),
         (
-            [line(2, "left_out"), line(3, "undo", lines=[2])],
+            [line(2, "skipped"), line(3, "undo", lines=[2])],
             None,
             "no decision of the guard that stands",
         ),
@@ -278,7 +278,7 @@ def test_pardons_and_the_budget_come_back_from_the_journal() -> None:
     controller.rebuild(events)
     assert (controller.rollbacks, controller.pardons) == ([], [(1, 2), (184, 224)])
     # The very same span may be left out again, as when the batch turns out to hold a NaN.
-    assert len(RunHistory.of([*events, line(10, "left_out", 184, 224)]).spans) == 1
+    assert len(RunHistory.of([*events, line(10, "skipped", 184, 224)]).spans) == 1
 
 
 # -- a run
@@ -402,7 +402,7 @@ def test_an_undo_out_of_reach_is_refused_and_changes_nothing(tmp_path: Path) -> 
     plain = trained(config)
     with prompt_disk():
         run = undone(config, (38, math.nan), (39, 1.0))
-    (skip,) = of_kind(run, "left_out")
+    (skip,) = of_kind(run, "skipped")
     refused = [event.data["reason"] for event in of_kind(run, "command")]
     assert refused == [
         f"no snapshot or checkpoint from before journal line {skip.seq} is left",

@@ -59,7 +59,7 @@ class FakeRun:
         self.rng = np.random.default_rng(seed)
         self.name, self.total = name, total
         self.time, self.step, self.timeline, self.cursor = START, 0, 0, 0
-        self.phase, self.mode, self.question, self.durability = Phase.STEP, Mode.AUTO, "", "ok"
+        self.phase, self.mode, self.question, self.disk = Phase.STEP, Mode.AUTO, "", "ok"
         self.lr_factor, self.progress, self.exit_code = 1.0, "", None
         self.incident = 0
         self.chunks: list[np.ndarray] = []
@@ -143,7 +143,7 @@ class FakeRun:
                     onset=last,
                 )
             if action == "skip":
-                self._left_out("left_out", "", self.cursor, self.cursor + BATCH, "rejected", last)
+                self._left_out("skipped", "", self.cursor, self.cursor + BATCH, "rejected", last)
             self.cursor, self.time = self.cursor + BATCH, self.time + STEP_SECONDS
         if under_way:
             return self
@@ -201,7 +201,7 @@ class FakeRun:
             state="open",
             onset=at,
         )
-        self._left_out("left_out", "", self.cursor, self.cursor + BATCH, "rejected", at)
+        self._left_out("skipped", "", self.cursor, self.cursor + BATCH, "rejected", at)
         self.cursor += BATCH
         return self
 
@@ -228,11 +228,11 @@ class FakeRun:
             step=at,
             positions=(self.cursor + 3,),
         )
-        self.event("left_out", "left out 1 sample of 1 document", span=span, samples=samples, documents=[document],
+        self.event("skipped", "left out 1 sample of 1 document", span=span, samples=samples, documents=[document],
                    documents_total=1, incident=number)  # fmt: skip
         reason = "the batch is in trouble on the weights of step 1,190 as well, and the batch before it is not"
-        self.event("cause", f"cause of incident {number}: data: {reason}", cause="data", reason=reason, incident=number,
-                   at_step=at)  # fmt: skip
+        self.event("diagnosis", f"cause of incident {number}: data: {reason}", cause="data", reason=reason,
+                   incident=number, at_step=at)  # fmt: skip
         return self
 
     def ask(self, question: str) -> FakeRun:
@@ -268,7 +268,7 @@ class FakeRun:
             started=START,
             progress=self.progress,
             mode=self.mode,
-            durability=self.durability,
+            disk=self.disk,
             question=self.question,
             tokens=self.step * TOKENS,
             tokens_per_second=speed,

@@ -90,7 +90,7 @@ def spike(run: RunDirectory, *, number: int = 1, step: int = 5, first: int = 40)
                 onset=step,
             )
         run.append(
-            "left_out",
+            "skipped",
             step=step - 1,
             span=span,
             incident=number,

@@ -190,7 +190,7 @@ def of_kind(run: RunDirectory, kind: str) -> list[Event]:
 
 def spans(run: RunDirectory) -> list[Span]:
     """What was left out, in the order of the journal."""
-    found = [span_of(event) for event in run.events() if event.kind in ("left_out", "rollback")]
+    found = [span_of(event) for event in run.events() if event.kind in ("skipped", "rollback")]
     return [span for span in found if span is not None]
 
 

@@ -93,7 +93,7 @@ class SnapshotManager:
         settings: the [snapshots], [checkpoint] and [guard] sections.
         state: what is copied.
         store: the disk tier; None: there is none.
-        recorder: told when durability degrades.
+        recorder: gets a disk that fails, and one that works again.
         say: journals an event of this run, (kind, message, **data).
         gathered: every rank's value, by rank; a collective.
         alive: this rank gets ahead.
@@ -492,9 +492,9 @@ class SnapshotManager:
                 (event.reason for event in reversed(events) if event.state == "failed"), ""
             )
             if self.store.degraded:
-                self._recorder.degraded("checkpoint", f"checkpoint: {failed}")
+                self._recorder.note_failing("checkpoint", f"checkpoint: {failed}")
             else:
-                self._recorder.restored("checkpoint")
+                self._recorder.note_working("checkpoint")
             self._tell()
 
     def _committed(self, event: CheckpointEvent) -> None:

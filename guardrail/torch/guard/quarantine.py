@@ -36,7 +36,7 @@ class Quarantine:
         data = self.data_of(span) | more
         if remedies:
             data["remedies"] = list(remedies)
-        self._ctx.recorder.event("left_out", f"left out {amount(data)}", **data)
+        self._ctx.recorder.event("skipped", f"left out {amount(data)}", **data)
         self._ctx.order.leave_out(span)
 
     def data_of(self, span: Span) -> dict[str, Any]:

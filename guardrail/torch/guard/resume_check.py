@@ -43,7 +43,7 @@ class ResumeCheck:
         """Return what a checkpoint must hold for the check; the fixed batch is run for it."""
         ctx = self._ctx
         # What the journal on disk does not have yet, nothing can be held against.
-        journal = {} if ctx.recorder.behind else {"journal_seq": ctx.history.seq}
+        journal = {} if ctx.recorder.has_waiting else {"journal_seq": ctx.history.seq}
         facts: dict[str, Any] = {
             "world": ctx.ranks.world,
             "order": self._order_facts(),

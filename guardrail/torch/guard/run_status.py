@@ -46,7 +46,7 @@ class RunStatus:
             cursor=ctx.order.cursor,
             timeline=progress.timeline,
             mode=progress.mode,
-            durability=ctx.recorder.durability,
+            disk=ctx.recorder.disk,
             commands_problem=self._commands.problem,
             question=question.text,
             question_number=question.number,

@@ -183,7 +183,7 @@ class UserCommands:
         ctx = self._ctx
         if ctx.ranks.rank or ctx.run is None:
             return "there is no journal", []
-        if ctx.recorder.behind:
+        if ctx.recorder.has_waiting:
             return "the journal cannot be written now, so its lines are not complete", []
         events = ctx.run.events()
         found = find(events, seq)

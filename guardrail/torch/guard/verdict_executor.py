@@ -182,7 +182,7 @@ class VerdictExecutor:
         found = self.find_cause(step, verdict, reduced)
         diagnosis = controller.classify_shift(observation, found)
         self._ctx.recorder.event(
-            "cause",
+            "diagnosis",
             f"cause of incident {verdict.incident}: {diagnosis.cause.value}: {diagnosis.reason}",
             **msgspec.to_builtins(diagnosis),
             incident=verdict.incident,

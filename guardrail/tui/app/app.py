@@ -154,7 +154,7 @@ def _news(before: Snapshot, now: Snapshot) -> bool:
     told = [
         (one.trouble, one.recorded, one.looking_up, one.unsent, one.previews, one.columns,
          one.series.details, len(one.series.ghosts),
-         one.status and (one.status.phase, one.status.mode, one.status.question, one.status.durability))
+         one.status and (one.status.phase, one.status.mode, one.status.question, one.status.disk))
         for one in (before, now)
     ]  # fmt: skip
     return told[0] != told[1]

@@ -61,7 +61,7 @@ class FactorTracker:
 
     def add(self, event: Event) -> bool:
         """Returns whether the factors may be others now."""
-        if event.kind not in ("left_out", "rollback", "undo", "command"):
+        if event.kind not in ("skipped", "rollback", "undo", "command"):
             return False
         data = event.data
         if event.kind == "command":

@@ -17,7 +17,7 @@ from guardrail.report.incident_builder import IncidentBuilder
 from guardrail.rundir.run_directory import span_of
 
 KEPT_CASES, KEPT_SPANS = 200, 5000
-_TOLD = ("verdict", "finding", "left_out", "rollback", "incident", "cause", "remedy", "undo")
+_TOLD = ("verdict", "finding", "skipped", "rollback", "incident", "diagnosis", "remedy", "undo")
 
 
 @dataclass(frozen=True)

@@ -92,8 +92,8 @@ def seconds_left(status: Status, silence: float) -> float:
 
 
 def format_disk_state(status: Status) -> str:
-    """ "disk failing: checkpoint: No space left on device"; the status says "degraded: WHY"."""
-    return f"disk failing{status.durability.removeprefix('degraded')}"
+    """ "disk failing: checkpoint: No space left on device"."""
+    return f"disk {status.disk}"
 
 
 def _at_the_end(status: Status) -> Health:
@@ -116,6 +116,6 @@ def _while_training(status: Status, *, recovering: bool) -> Health:
         return Health("▲", "UNSTABLE, no action (advise)", "warn")
     if recovering:
         return Health("▲", "RECOVERING", "warn")
-    if status.durability != "ok":  # it trains, and a crash would cost more than it should
+    if status.disk != "ok":  # it trains, and a crash would cost more than it should
         return Health("▲", "DISK FAILING", "warn")
     return Health("●", "HEALTHY", "good")

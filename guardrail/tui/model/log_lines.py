@@ -25,28 +25,28 @@ class LogLine:
 _MARKS = {
     "verdict": "▲",
     "finding": "▲",
-    "left_out": SKIP,
+    "skipped": SKIP,
     "rollback": ROLLBACK,
     "undo": ROLLBACK,
     "command": COMMAND,
     "checkpoint": CHECKPOINT,
     "incident": "#",
-    "durability": "▲",
+    "disk": "▲",
     "paused": "‖",
-    "hung": "✗",
-    "ranks_failed": "✗",
+    "rank_hung": "✗",
+    "rank_failed": "✗",
     "ended": "■",
     "started": "●",
     "restarted": "●",
 }
 _TONES = {
     "verdict": "warn",
-    "left_out": "warn",
+    "skipped": "warn",
     "rollback": "warn",
     "undo": "warn",
     "paused": "warn",
-    "hung": "bad",
-    "ranks_failed": "bad",
+    "rank_hung": "bad",
+    "rank_failed": "bad",
 }
 
 
@@ -60,9 +60,13 @@ def make_log_line(event: Event) -> LogLine:
         tone = "warn"
     elif event.kind == "checkpoint" and data.get("state") in ("failed", "invalid"):
         tone = "bad"
-    elif event.kind == "durability":
+    elif event.kind == "disk":
         tone = "good" if data.get("state") == "ok" else "bad"
-    elif event.kind == "incident" and data.get("state") in ("recovered", "offset", "accepted"):
+    elif event.kind == "incident" and data.get("state") in (
+        "recovered",
+        "recovered with higher loss",
+        "accepted",
+    ):
         tone = "good"
     elif event.kind == "ended":
         tone = (
@@ -76,7 +80,7 @@ def make_log_line(event: Event) -> LogLine:
     who = event.data.get("who")
     if event.kind == "command" and isinstance(who, str) and who:
         text = f"{text} (by {clean_and_shorten(who, 60)})"
-    mark = "●" if tone == "good" and event.kind == "durability" else _MARKS.get(event.kind, "·")
+    mark = "●" if tone == "good" and event.kind == "disk" else _MARKS.get(event.kind, "·")
     return LogLine(event.time, event.step, mark, tone, text)
 
 

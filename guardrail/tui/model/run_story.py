@@ -149,7 +149,7 @@ class StoryBuilder:
         match event.kind:
             case "verdict":
                 self._verdict(event)
-            case "left_out":
+            case "skipped":
                 self._left_out(event)
             case "rollback":
                 self._rollback(event)
@@ -221,7 +221,7 @@ class StoryBuilder:
         onset, state = as_int(event.data.get("onset")), event.data.get("state")
         # one that repeats keeps the step where it began at first
         begins = onset if onset and state == "open" else None
-        is_open = state not in ("recovered", "offset", "accepted")
+        is_open = state not in ("recovered", "recovered with higher loss", "accepted")
         self._incidents.merge(event, onset or event.step, IncidentNews(step=begins, open=is_open))
 
     # -- questions and commands

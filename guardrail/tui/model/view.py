@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # What is shown without a choice: as many of them, from the first on, as the terminal has room for.
 CHARTS = (LOSS, GRAD_NORM, EMBED_GRAD_NORM, EMBED_SHARE, "lr", THROUGHPUT)
-_TEXTS = ("run", "progress", "durability", "commands_problem", "question", "host")
+_TEXTS = ("run", "progress", "disk", "commands_problem", "question", "host")
 SLOW_SECONDS = 0.5  # what takes longer is said
 LABELS = {
     GRAD_NORM: "gradient norm",

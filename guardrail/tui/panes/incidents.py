@@ -21,8 +21,8 @@ from guardrail.tui.panes.frame import entry_marker, pane_title
 _STATES: dict[str, Piece] = {
     "open": ("▲ open", "warn"),
     "recovered": ("✓ recovered", "good"),
-    "offset": ("▲ offset", "warn"),
-    "recurred": ("▲ recurred", "bad"),
+    "recovered with higher loss": ("▲ higher loss", "warn"),
+    "repeated": ("▲ repeated", "bad"),
 }
 
 

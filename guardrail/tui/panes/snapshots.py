@@ -98,10 +98,10 @@ def _safety(view: View, state: PaneState) -> list[Row]:
     this pane.
     """
     status = view.status
-    if status is None or not (state.focused or status.durability != "ok"):
+    if status is None or not (state.focused or status.disk != "ok"):
         return []
     rows: list[Row] = []
-    if status.durability != "ok":
+    if status.disk != "ok":
         rows.append(make_row((f" ▲ {format_disk_state(status)}", "bad")))
     disk = [s.step for s in status.snapshots if s.tier == "disk" and s.state != "suspect"]
     if not status.phase.ended and disk:

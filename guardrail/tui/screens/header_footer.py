@@ -91,7 +91,7 @@ def status_rows(view: View, width: int, height: int) -> Sequence[Row]:
         if not parts:
             parts.append(("waiting for the first sign of life of the run", "dim"))
         return [fit_row(_joined(parts), width)]
-    if status.durability != "ok":
+    if status.disk != "ok":
         parts.append((f"▲ {format_disk_state(status)}", "bad"))
     if status.commands_problem and not status.phase.ended:
         parts.append((f"✗ commands are not read: {status.commands_problem}", "bad"))
@@ -104,7 +104,7 @@ def status_rows(view: View, width: int, height: int) -> Sequence[Row]:
     if status.phase.ended and status.exit_code:
         parts.append((f"exit code {status.exit_code}", "warn"))
     parts.append((f"timeline {status.timeline}", "dim"))
-    if status.durability == "ok":
+    if status.disk == "ok":
         parts.append(("disk ok", "dim"))
     held = format_factors(view.snapshot.story.held, status.step + 1)
     if status.lr_factor != 1 and not any(text.startswith("rate ") for text in held):

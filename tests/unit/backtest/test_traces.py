@@ -87,7 +87,7 @@ def test_another_kind_of_text_is_learnt_and_not_left_out(tmp_path: Path, documen
         guard={"mode": "auto"},
     )
     run = trained(config)
-    (cause,) = of_kind(run, "cause")
+    (cause,) = of_kind(run, "diagnosis")
     assert (
         cause.data["shift"]
         and cause.data["ahead"] is (documents > 100)

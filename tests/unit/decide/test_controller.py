@@ -974,7 +974,7 @@ def test_the_cause_is_asked_again_where_going_back_for_it_was_in_vain() -> None:
     controller = Controller(DEFAULT)
     step = known_state(controller)
     again = controller.observe(obs(step, 9.0, 0.5))
-    assert (again.incident, again.incident_state, again.action) == (1, "recurred", Action.ROLLBACK)
+    assert (again.incident, again.incident_state, again.action) == (1, "repeated", Action.ROLLBACK)
     assert controller.needs_cause_test(again)
     after = controller.apply_diagnosis(obs(step, 9.0, 0.5), again, Diagnosis(cause=Cause.DATA))
     assert (after.action, after.cause) == (Action.SKIP, Cause.DATA)
@@ -1054,7 +1054,7 @@ def test_causes_outlive_a_crash() -> None:
     told = [
         event("incident", step - 1, number=1, state="open", onset=step),
         event(
-            "cause",
+            "diagnosis",
             step - 1,
             incident=1,
             cause="hardware or nondeterminism",
@@ -1063,7 +1063,13 @@ def test_causes_outlive_a_crash() -> None:
             at_step=step,
         ),
         event(
-            "cause", step - 1, incident=1, cause="state", at_step=step, onset=step, signals=[LOSS]
+            "diagnosis",
+            step - 1,
+            incident=1,
+            cause="state",
+            at_step=step,
+            onset=step,
+            signals=[LOSS],
         ),
         event("verdict", step - 1, action="rollback", at_step=step, findings=[]),
     ]

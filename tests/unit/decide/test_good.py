@@ -135,7 +135,7 @@ class Fed:
 def test_nothing_becomes_good_from_the_onset_on_while_the_loss_stays_up(mode: Mode) -> None:
     run = Fed(mode).to(400)
     assert max(run.good) < ONSET
-    assert (run.states()[0], run.states()[-1]) == ("open", "offset")
+    assert (run.states()[0], run.states()[-1]) == ("open", "recovered with higher loss")
     unresolved = run.controller.unresolved()
     assert unresolved is not None and (unresolved.since, unresolved.is_open) == (ONSET, False)
     assert unresolved.offset == pytest.approx(HIGH - USUAL, abs=0.5)
@@ -147,7 +147,7 @@ def test_nothing_becomes_good_from_the_onset_on_while_the_loss_stays_up(mode: Mo
 @pytest.mark.fault("T1")
 def test_what_lies_within_an_incident_stays_a_candidate_when_the_loss_is_back() -> None:
     run = Fed(Mode.ADVISE, back=300).to(500)
-    assert "offset" in run.states() and run.states()[-1] == "recovered"
+    assert "recovered with higher loss" in run.states() and run.states()[-1] == "recovered"
     assert run.controller.unresolved() is None
     resolved = next(e.data["at_step"] for e in reversed(run.events) if e.kind == "incident")
     assert not run.good & set(range(ONSET, resolved))

@@ -77,7 +77,7 @@ def test_without_numbers_nothing_is_claimed() -> None:
 
 
 def test_an_incident_whose_loss_stays_up_is_given_time_and_then_closes_with_an_offset() -> None:
-    for back_at, state in ((14, "recovered"), (10_000, "offset")):
+    for back_at, state in ((14, "recovered"), (10_000, "recovered with higher loss")):
         incidents = Incidents(confirm=4)
         assert incidents.trouble(100, 100, curve=fit_trend(BEFORE)) == (1, "open")
         losses, states = list(BEFORE), []
@@ -85,7 +85,9 @@ def test_an_incident_whose_loss_stays_up_is_given_time_and_then_closes_with_an_o
             losses.append((step, falling(step) * (1.0 if step - 100 >= back_at else 1.2)))
             states.append(incidents.healthy(step, losses)[1])
         assert [one for one in states if one] == [state]
-        assert incidents.outcome is not None and incidents.outcome.lasting is (state == "offset")
+        assert incidents.outcome is not None and incidents.outcome.lasting is (
+            state == "recovered with higher loss"
+        )
 
 
 def test_a_crash_changes_nothing_about_when_an_incident_is_over() -> None:
@@ -353,6 +355,6 @@ def test_a_place_that_spikes_again_has_recurred() -> None:
         ]
         states += [verdict.incident_state for verdict in said]
         controller.load_rollbacks([*controller.rollbacks, done("rollback", step - 1)])
-    assert states == ["open", "", "", "", "", "recurred"]
+    assert states == ["open", "", "", "", "", "repeated"]
     _, data = controller.incident_line(said[-1])
-    assert data["state"] == "recurred" and data["curve"] == controller.incidents.curve is not None
+    assert data["state"] == "repeated" and data["curve"] == controller.incidents.curve is not None

@@ -56,8 +56,8 @@ def test_journals_full_of_nonsense_do_not_break_the_report(run: RunDirectory) ->
     keys = """action would findings onset window span documents documents_total samples incident number state to_step
         from_step new_timeline tier parameters id command value who effect reason path cp_step bytes phase exit_code
         checkpoint order_seed shuffled world host loss schedule""".split()
-    kinds = """started restarted resume_check finding verdict left_out rollback incident command checkpoint durability
-        eval paused resumed note hung ranks_failed ended future""".split()
+    kinds = """started restarted resume_check finding verdict skipped rollback incident command checkpoint durability
+        eval paused resumed note rank_hung rank_failed ended future""".split()
     for n in range(1500):
         data = {key: generator.choice(values) for key in generator.sample(keys, 12)}
         line = {
@@ -92,12 +92,12 @@ def test_no_control_character_of_a_document_reaches_the_terminal(run: RunDirecto
         incident=1,
         parameters={evil: [evil]},
     )
-    run.append("left_out", evil, step=1, span=span, documents=[document], incident=1)
+    run.append("skipped", evil, step=1, span=span, documents=[document], incident=1)
     run.append("command", evil, id=evil, command=evil, who=evil, effect=evil, reason=evil)
     run.append("checkpoint", evil, path=evil, state=evil, reason=evil)
     run.append("restarted", evil, step=1, timeline=1, checkpoint=evil)
     run.append("resume_check", evil, schedule=evil)
-    run.append("hung", evil)
+    run.append("rank_hung", evil)
     run.append("ended", evil, phase=evil, reason=evil)
     told = summary_text(run)
     assert_harmless(told)

@@ -48,11 +48,11 @@ def add_incident(run: RunDirectory, number: int, *, words: str = "") -> None:
         documents = [{"path": f"/data/{words}{number}.txt", "first_byte": 0, "last_byte": 90}]
         odd = {"position": first, "odd": [f"90% {words}"], "documents": documents}
         span = Span(first=first, last=first + 8, origin="rejected", step=step, reason=words)
-        run.append("left_out", words, span=span, documents=documents, samples=[odd], **data)
+        run.append("skipped", words, span=span, documents=documents, samples=[odd], **data)
     run.append("incident", words, step=step, number=number, state="open", onset=step)
     reason = REASONS[number % 2]
     if reason:
-        run.append("cause", words, cause="data", reason=reason + words, host=words, **data)
+        run.append("diagnosis", words, cause="data", reason=reason + words, host=words, **data)
     if number % 3 == 0:
         back = {
             "to_step": step - 5,
@@ -72,7 +72,7 @@ def make_run(folder: Path, count: int, *, words: str = "", faults: int = 0) -> R
         add_incident(run, number, words=words)
         if number <= faults:
             run.append(
-                "ranks_failed", words or f"rank {number} failed", step=10 * number, rank=number
+                "rank_failed", words or f"rank {number} failed", step=10 * number, rank=number
             )
             run.append("restarted", words, step=10 * number, timeline=number)
             run.append("resume_check", words, data=words or "another order")

@@ -122,13 +122,21 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     )
     sample = {"position": 1, "loss": 9.0, "excerpt": evil, "odd": [evil], "documents": [document]}
     run.append(
-        "left_out", evil, step=1, span=span, documents=[document], samples=[sample], incident=1
+        "skipped", evil, step=1, span=span, documents=[document], samples=[sample], incident=1
     )
     remedy = {"kind": evil, "value": 0.5, "from_step": 3, "hold": 1}
     run.append("remedy", evil, step=1, incident=1, remedies=[remedy])
-    run.append("incident", evil, step=1, number=1, state="offset", onset=1, **{evil: 1.0})
-    run.append("cause", evil, incident=1, cause=evil, reason=evil)
-    run.append("hung", evil)
+    run.append(
+        "incident",
+        evil,
+        step=1,
+        number=1,
+        state="recovered with higher loss",
+        onset=1,
+        **{evil: 1.0},
+    )
+    run.append("diagnosis", evil, incident=1, cause=evil, reason=evil)
+    run.append("rank_hung", evil)
     run.append("ended", evil, phase=evil, reason=evil)
     page = render_report(run, "html")
     seen = Tags(page)

@@ -46,10 +46,10 @@ def test_the_quarantine_is_what_the_ledger_held(
     ]
     for span in spans:
         ledger.leave_out(span)
-    run.append("left_out", span=spans[0])
+    run.append("skipped", span=spans[0])
     run.append("rollback", span=spans[1], to_step=3, new_timeline=1)
-    run.append("left_out", span=spans[1])
-    run.append("left_out", span=spans[2])
+    run.append("skipped", span=spans[1])
+    run.append("skipped", span=spans[2])
     lines = quarantine_lines(run)
     assert (
         lines == list(ledger.quarantine.lines())
@@ -59,7 +59,7 @@ def test_the_quarantine_is_what_the_ledger_held(
     again = Quarantine()
     again.read(lines)
     assert list(again.lines()) == lines
-    run.append("left_out", broken="line", span={"first": "x"})
+    run.append("skipped", broken="line", span={"first": "x"})
     assert quarantine_lines(run) == lines
 
 
@@ -76,7 +76,7 @@ def test_a_run_that_left_nothing_out_has_the_quarantine_of_its_file(
 def test_a_quarantine_that_would_not_be_complete_is_refused(
     run: RunDirectory, tmp_path: Path
 ) -> None:
-    run.append("left_out", span=Span(first=0, last=4, origin="rejected", step=1))
+    run.append("skipped", span=Span(first=0, last=4, origin="rejected", step=1))
     with pytest.raises(RunDirectoryError, match="order"):
         quarantine_lines(run)
     assert (

@@ -167,7 +167,7 @@ def test_restarts_say_what_was_made_again(run: RunDirectory) -> None:
     start(run)
     rows(run, 1, 2, 3, 4, 5)
     rows(run, 6, verdict=Action.SKIP)
-    run.append("ranks_failed", "rank 1 was killed by SIGKILL", step=5, rank=1, exit=-9, host="h")
+    run.append("rank_failed", "rank 1 was killed by SIGKILL", step=5, rank=1, exit=-9, host="h")
     run.append("restarted", "continues at step 2", step=2, timeline=1, checkpoint="step-00000002")
     run.append(
         "resume_check", step=2, timeline=1, schedule="ok", data="the sample order is another one"
@@ -245,7 +245,7 @@ def test_what_a_person_asked_for_is_no_incident(run: RunDirectory) -> None:
     start(run)
     span = Span(first=0, last=8, origin="user", step=3, batches=2)
     run.append(
-        "left_out", "samples left out: asked for", step=3, span=span, samples=8, incident=None
+        "skipped", "samples left out: asked for", step=3, span=span, samples=8, incident=None
     )
     report = build_report(run)
     assert report.incidents == () and report.samples_skipped == 8
@@ -278,7 +278,7 @@ def test_cause_remedies_samples_and_outcome_are_shown(run: RunDirectory) -> None
     start(run)
     spike(run)
     run.append(
-        "cause",
+        "diagnosis",
         "replayed",
         step=4,
         incident=1,
@@ -304,18 +304,18 @@ def test_cause_remedies_samples_and_outcome_are_shown(run: RunDirectory) -> None
         "odd": ["62 % symbols"],
     }
     span = Span(first=60, last=64, origin="rejected", step=5, positions=(61,))
-    run.append("left_out", "one sample", step=4, timeline=1, incident=1, span=span, samples=[odd])
+    run.append("skipped", "one sample", step=4, timeline=1, incident=1, span=span, samples=[odd])
     run.append(
         "incident",
         "incident 1: offset: loss 2.4 against 2.31",
         number=1,
-        state="offset",
+        state="recovered with higher loss",
         onset=5,
         expected=2.31,
     )
     (incident,) = build_report(run).incidents
     assert (incident.state, incident.measured, incident.samples) == (
-        "offset",
+        "recovered with higher loss",
         {"expected": 2.31},
         13,
     )
@@ -330,9 +330,7 @@ def test_cause_remedies_samples_and_outcome_are_shown(run: RunDirectory) -> None
 
 def test_what_was_undone_is_no_longer_left_out(run: RunDirectory) -> None:
     finished(run)
-    undone = [
-        event.data["span"] for event in run.events() if event.kind in ("left_out", "rollback")
-    ]
+    undone = [event.data["span"] for event in run.events() if event.kind in ("skipped", "rollback")]
     data = {
         "to_step": 2,
         "from_step": 6,

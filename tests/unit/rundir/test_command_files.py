@@ -209,8 +209,8 @@ def test_what_was_answered_and_not_done_is_due_where_it_was_said_to_take_effect(
     by_guard, by_person = ({"span": {"cause": cause}} for cause in ("rejected", "user"))
     events = [
         answer(1, "a", "skip"),
-        line(2, "left_out", **by_guard),
-        line(3, "left_out", **by_person),
+        line(2, "skipped", **by_guard),
+        line(3, "skipped", **by_person),
         answer(4, "b", "rollback"),
         line(5, "rollback", **by_person),
         answer(6, "c", "undo", "refused"),

@@ -180,7 +180,7 @@ def test_events_come_back_as_they_were_written(run: RunDirectory) -> None:
         n=np.float64(1.5),
     )
     run.append(
-        "left_out", step=7, timeline=2, span=span, path=Path("/x"), name=os.fsdecode(b"\xff.txt")
+        "skipped", step=7, timeline=2, span=span, path=Path("/x"), name=os.fsdecode(b"\xff.txt")
     )
     events = run.events()
     assert [e.seq for e in events] == [1, 2]

@@ -384,7 +384,7 @@ def test_a_skipped_batch_is_quarantined_and_the_weights_stay() -> None:
     assert done.action is Action.SKIP and rig.done == [("undo",)]
     assert torch.equal(rig.layer.weight, weights) and rig.layer.weight.grad is None
     assert len(rig.ctx.order.quarantine) == 4 == rig.ctx.order.cursor
-    assert rig.kinds() == ["left_out"] and not step.applied
+    assert rig.kinds() == ["skipped"] and not step.applied
 
 
 def test_more_than_the_share_is_a_halt_or_with_a_user_a_question() -> None:
@@ -445,7 +445,7 @@ def test_the_quarantine_writes_first_and_names_documents() -> None:
     assert quarantine.over_share(span) == ""
     quarantine.skip(span)
     (event,) = rig.events
-    assert (event.kind, event.data["count"], event.data["documents_total"]) == ("left_out", 4, 1)
+    assert (event.kind, event.data["count"], event.data["documents_total"]) == ("skipped", 4, 1)
     assert "a.txt" in event.message and len(rig.ctx.order.quarantine) == 4
     assert quarantine.over_share(Span(first=4, last=8, origin="rejected", step=2))
 
@@ -647,7 +647,7 @@ def test_a_command_is_answered_before_its_effect(handler: tuple[Rig, CommandHand
     given = give(CommandKind.SKIP, 2.0)
     assert commands.next(1) == given and KINDS[given[0] - 1] is CommandKind.SKIP
     assert commands.carry_out(*given)
-    assert rig.kinds() == ["started", "command", "left_out"]
+    assert rig.kinds() == ["started", "command", "skipped"]
     assert rig.events[1].data["who"] == "ann" and len(rig.ctx.order.quarantine) == 8
     assert rig.ctx.order.cursor == 0
 

@@ -224,7 +224,7 @@ def test_what_happened_is_told_as_text(run: RunDirectory) -> None:
     run.append("verdict", "step 5: skip: loss 11.5 against 2.3", step=4, findings=[])
     span = Span(first=10, last=14, origin="rejected", step=5)
     run.append(
-        "left_out", "samples left out", step=4, span=span, documents=[document], documents_total=3
+        "skipped", "samples left out", step=4, span=span, documents=[document], documents_total=3
     )
     run.append("command", "pause applied", step=6, id="a", command="pause", effect="applied")
     write(run, (1, 0, 3.0))

@@ -156,7 +156,7 @@ def test_unreadable_lines_of_the_journal_are_counted_and_are_no_incident(run: Ru
     lines = run.journal_path.read_bytes().splitlines(keepends=True)
     broken = [b"{\n", b"\xff\xfe\n", b"[1, 2]\n"]
     strange = [b'{"seq": 90, "time": 1.0, "kind": "verdict", "action": "levitate", "findings": 7}\n',
-               b'{"seq": 91, "time": 1.0, "kind": "incident"}\n', b'{"seq": 92, "time": 1.0, "kind": "left_out"}\n',
+               b'{"seq": 91, "time": 1.0, "kind": "incident"}\n', b'{"seq": 92, "time": 1.0, "kind": "skipped"}\n',
                b'{"seq": 93, "time": 1.0, "kind": "rollback"}\n']  # fmt: skip
     run.journal_path.write_bytes(b"".join([*lines, *broken, *strange]))
     reader = RunReader(run)

@@ -238,7 +238,7 @@ def test_a_standing_factor_is_shown_with_since_by_and_until() -> None:
     assert "embedding" not in facts(look(fake))
     clip = {"kind": "clip", "value": 0.5, "from_step": 1280, "hold_steps": 20, "ramp_steps": 10}
     span = {"first": 0, "last": 16, "cause": "rejected", "step": 1280}
-    fake.event("left_out", "left out", span=span, incident=3, remedies=[clip])
+    fake.event("skipped", "left out", span=span, incident=3, remedies=[clip])
     assert "clip ×0.5 since 1,280 by guard until 1,310" in facts(look(fake))
     assert "clip ×0.682 since" in facts(look(fake, step=1302)), "on its way back"
     assert "clip" not in facts(look(fake, step=1310))

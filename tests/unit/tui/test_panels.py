@@ -109,8 +109,8 @@ def view(**changes: object) -> View:
         ({}, {}, "● HEALTHY"),
         ({"phase": Phase.EVAL}, {}, "● HEALTHY"),
         ({"phase": Phase.SAVE}, {}, "● HEALTHY"),
-        ({"durability": "degraded: no space left"}, {}, "▲ DISK FAILING"),
-        ({"durability": "degraded: no space left"}, {"recovering": True}, "▲ RECOVERING"),
+        ({"disk": "failing: no space left"}, {}, "▲ DISK FAILING"),
+        ({"disk": "failing: no space left"}, {"recovering": True}, "▲ RECOVERING"),
         ({}, {"recovering": True}, "▲ RECOVERING"),
         ({"phase": Phase.ROLLBACK}, {}, "▲ ROLLING BACK"),
         ({"phase": Phase.PAUSED}, {}, "‖ PAUSED"),
@@ -181,7 +181,7 @@ def test_a_run_without_a_length_has_no_share() -> None:
 def test_facts_put_trouble_first() -> None:
     shown = text(
         panels.status_rows(
-            view(durability="degraded: No space left on device", restarts=2, lr_factor=0.5), 120, 1
+            view(disk="failing: No space left on device", restarts=2, lr_factor=0.5), 120, 1
         )
     )
     assert shown.startswith(" ▲ disk failing: No space left on device") and "2 restarts" in shown
@@ -453,11 +453,11 @@ def hostile_run(evil: str) -> Snapshot:
     fake.event("note", evil)
     fake.event(evil, "", detail=evil)
     fake.event("incident", evil, number=3, state="open", onset=1284)
-    fake.event("left_out", "", span={"first": 0, "last": 16, "cause": "rejected", "step": 1284}, samples=16, incident=3,
+    fake.event("skipped", "", span={"first": 0, "last": 16, "cause": "rejected", "step": 1284}, samples=16, incident=3,
                documents=[{"path": f"/data/{evil}"}, {"path": evil}], documents_total=2)  # fmt: skip
     told = snapshot_of(fake)
     info = SnapshotInfo(step=1, cursor=0, timeline=0, tier=evil, state=evil, path=evil)
-    changed = msgspec.structs.replace(fake.status, run=evil, progress=evil, durability=f"degraded: {evil}",
+    changed = msgspec.structs.replace(fake.status, run=evil, progress=evil, disk=f"failing: {evil}",
                                       question=evil, host=evil, snapshots=(info,))  # fmt: skip
     return replace(told, name=evil, status=changed, trouble=evil, unsent={"x": evil})
 

@@ -160,9 +160,16 @@ def hostile(piece: str) -> View:
         "positions": [17, 18],
     }
     fake.event(
-        "cause", piece, incident=1, cause=piece, reason=piece, rank=0, host=piece, passes=[piece]
+        "diagnosis",
+        piece,
+        incident=1,
+        cause=piece,
+        reason=piece,
+        rank=0,
+        host=piece,
+        passes=[piece],
     )
-    fake.event("left_out", piece, incident=1, span=span, documents=[document, piece], documents_total=9,
+    fake.event("skipped", piece, incident=1, span=span, documents=[document, piece], documents_total=9,
                samples=[{"position": 17, "loss": 9.0, "share": 0.9, "documents": [document], "excerpt": piece,
                          "odd": [piece]}])  # fmt: skip
     fake.event("verdict", piece, incident=1, action="skip", at_step=301, findings=[
@@ -186,7 +193,7 @@ def hostile(piece: str) -> View:
         ),
     )
     status = msgspec.structs.replace(
-        fake.status, run=piece, host=piece, durability=piece, progress=piece, question=piece,
+        fake.status, run=piece, host=piece, disk=piece, progress=piece, question=piece,
         snapshots=(SnapshotInfo(step=1, cursor=1, timeline=0, tier=piece, state=piece, path=piece),),
     )  # fmt: skip
     snapshot = replace(
@@ -397,7 +404,7 @@ def test_a_run_directory_names_no_code_to_import() -> None:
 def test_evidence_tells_cause_samples_remedy_and_outcome() -> None:
     fake = FakeRun().begin().advance(300).spike(length=1, back_to=290)
     fake.event(
-        "cause",
+        "diagnosis",
         "",
         incident=1,
         cause="data, only from this state",
@@ -411,7 +418,7 @@ def test_evidence_tells_cause_samples_remedy_and_outcome() -> None:
         "positions": [4801, 4803],
     }
     fake.event(
-        "left_out",
+        "skipped",
         "",
         incident=1,
         span=span,
@@ -450,7 +457,7 @@ def test_what_is_undone_is_no_longer_left_out() -> None:
     one = {"first": 0, "last": 16, "cause": "rejected", "step": 9}
     two = {"first": 8, "last": 32, "cause": "rollback", "step": 9}
     evidence.add(
-        [event(1, "left_out", span=one, incident=1), event(2, "rollback", span=two, incident=1)]
+        [event(1, "skipped", span=one, incident=1), event(2, "rollback", span=two, incident=1)]
     )
     assert evidence.known().samples_out == 32, "what both leave out counts once"
     evidence.add([event(3, "undo", spans=[two])])

@@ -84,8 +84,8 @@ def test_verdicts_without_any_incident() -> None:
 def test_samples_named_twice_count_once() -> None:
     told = story(
         event("incident", number=1, state="open", onset=11),
-        event("left_out", span=span(100, 116), samples=16, incident=1),
-        event("left_out", span=span(116, 132), samples=16, incident=1),
+        event("skipped", span=span(100, 116), samples=16, incident=1),
+        event("skipped", span=span(116, 132), samples=16, incident=1),
         event(
             "rollback", span=span(100, 148, "rollback"), to_step=5, onset=11, samples=48, incident=1
         ),
@@ -105,7 +105,7 @@ def test_the_worst_finding_of_each_kind_is_told() -> None:
 
 def test_what_a_person_asked_for_is_no_incident() -> None:
     told = story(
-        event("left_out", span=span(0, 16, "user", step=12), samples=16, incident=0),
+        event("skipped", span=span(0, 16, "user", step=12), samples=16, incident=0),
         event("rollback", span=span(0, 16, "user"), to_step=5, onset=6, incident=0),
     )
     assert not told.incidents and told.marks["R"] == ((5, ""),)
@@ -148,7 +148,7 @@ def test_proposals_while_parked() -> None:
 
 def test_skips_after_a_restart_point_are_forgotten() -> None:
     told = story(
-        event("left_out", span=span(0, 16, step=30), incident=1),
+        event("skipped", span=span(0, 16, step=30), incident=1),
         event("restarted", step=20, checkpoint="c", reason="killed", restarts=1),
     )
     assert not told.marks["S"]
@@ -161,8 +161,8 @@ def test_skips_after_a_restart_point_are_forgotten() -> None:
         ("checkpoint", {"state": "failed"}, "C", "bad"),
         ("checkpoint", {"state": "good"}, "C", "plain"),
         ("command", {"effect": "refused"}, "!", "warn"),
-        ("durability", {"state": "degraded"}, "▲", "bad"),
-        ("durability", {"state": "ok"}, "●", "good"),
+        ("disk", {"state": "failing"}, "▲", "bad"),
+        ("disk", {"state": "ok"}, "●", "good"),
         ("incident", {"state": "recovered"}, "#", "good"),
         ("ended", {"phase": "finished"}, "■", "good"),
         ("ended", {"phase": "failed"}, "■", "bad"),
@@ -206,8 +206,8 @@ _strange = st.recursive(
     max_leaves=6,
 )
 _kinds = st.sampled_from(
-    "started restarted finding verdict left_out rollback incident command checkpoint durability eval paused resumed "
-    "note hung ranks_failed ended novel".split()
+    "started restarted finding verdict skipped rollback incident command checkpoint disk eval paused resumed "
+    "note rank_hung rank_failed ended novel".split()
 )
 _names = st.sampled_from(
     "action would findings onset window span documents documents_total samples incident to_step from_step number state "

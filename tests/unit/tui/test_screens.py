@@ -123,10 +123,8 @@ def asking(fake: FakeRun | None = None) -> Scene:
 
 def degraded() -> Scene:
     fake = FakeRun().begin().advance(1284)
-    fake.durability = "degraded: checkpoint: No space left on device"
-    fake.event(
-        "durability", "durability degraded: checkpoint: No space left on device", state="degraded"
-    )
+    fake.disk = "failing: checkpoint: No space left on device"
+    fake.event("disk", "disk failing: checkpoint: No space left on device", state="failing")
     return with_around(fake)
 
 
