@@ -64,11 +64,11 @@ def main() -> int:
         if rank == 0:  # with nowhere to keep what is trained, training does not begin
             run.check_writable()
         heartbeat.start()
-        from guardrail.core.config import load
+        from guardrail.core.config import load_trainer_config
         from trainer.config.config import Config
         from trainer.train import train
 
-        config = load(run.path / "config.toml", of_run=True)
+        config = load_trainer_config(run.path / "config.toml", of_run=True)
         assert isinstance(config, Config)
         train(config, run=run, signals=signals, heartbeat=heartbeat)
     except (Interrupted, UsageError) as error:

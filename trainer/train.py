@@ -14,9 +14,10 @@ import torch.distributed as dist
 from torch import nn
 
 from guardrail import Guard, LoopHooks, RankLayout, RunDirectory, SampleOrder, Step
-from guardrail.core.config import checked, dump
+from guardrail.core.config import check_settings
 from guardrail.core.errors import DataError, Interrupted, RunDirectoryError
 from guardrail.core.records import Phase
+from guardrail.core.toml_file import dump_toml
 from guardrail.rundir.heartbeat import Heartbeat
 from guardrail.rundir.run_directory import RunLock
 from guardrail.rundir.stop_signals import StopSignals
@@ -255,7 +256,7 @@ class Trainer:
                 scheduled_lr=schedule,
                 fingerprints={
                     "data": self.corpus.fingerprint,
-                    "config": hashlib.sha256(dump(config).encode()).hexdigest(),
+                    "config": hashlib.sha256(dump_toml(config).encode()).hexdigest(),
                 },
             ),
             ranks=RankLayout(
@@ -283,7 +284,7 @@ def checked_config(config: Config | Mapping[str, Any]) -> Config:
 
     Raises ConfigError.
     """
-    result = checked(config, Config)
+    result = check_settings(config, Config)
     base = Path.cwd()
     result.check(base=base)
     return result.resolved(base=base)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from guardrail.backtest.importers.recorded_log import Log, settings_for
 from guardrail.backtest.rejudge import Rejudge, Watch
-from guardrail.core.config import checked_guard
+from guardrail.core.config import check_guard_options
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import Action, Finding, FindingKind, Mode, Verdict
 from guardrail.decide.controller import Controller
@@ -184,7 +184,7 @@ def backtest(
     Raises:
         ConfigError: settings that cannot be.
     """
-    settings = checked_guard(settings)
+    settings = check_guard_options(settings)
     result = Result(path=log.path, format=log.format, steps=log.steps, names=log.names)
     result.beside, result.apart, result.policy = log.beside, log.apart, log.policy
     settings = settings_for(log, settings)

@@ -18,7 +18,7 @@ import msgspec
 
 from guardrail.backtest.importers.recorded_log import Log, settings_for
 from guardrail.backtest.rejudge import Rejudge
-from guardrail.core.config import checked_guard
+from guardrail.core.config import check_guard_options
 from guardrail.core.errors import DataError, GuardrailError, RunDirectoryError
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import METRIC_COLUMNS, Action, Event, Mode, Verdict
@@ -60,7 +60,7 @@ class RecordedRun:
     """
 
     def __init__(self, log: Log, settings: GuardOptions) -> None:
-        self._log, self._settings = log, settings_for(log, checked_guard(settings))
+        self._log, self._settings = log, settings_for(log, check_guard_options(settings))
         self.name, self.format = log.path, log.format
         signals = [name for name in log.columns if name in METRIC_COLUMNS]
         bands = [f"{name}_{part}" for name in signals for part in ("baseline", "threshold")]

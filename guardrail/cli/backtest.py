@@ -75,10 +75,10 @@ def command(
     Exit code 2 if nothing could be read; what could not be is named on stderr.
     """
     from guardrail.backtest import backtest, plotting
-    from guardrail.core.config import load_guard
+    from guardrail.core.config import load_guard_options
     from guardrail.core.errors import ExitCode
 
-    settings = load_guard(policy, overrides=overrides)
+    settings = load_guard_options(policy, overrides=overrides)
     given = policy is not None or bool(overrides)
     marks = _labels(labels) if labels is not None else None
     if plot is not None:
@@ -187,11 +187,11 @@ def _read(
 
 def _settings_for(log: Log, settings: GuardOptions, *, given: bool) -> tuple[GuardOptions, bool]:
     """A run directory is judged under its own settings, unless the command line gives some."""
-    from guardrail.core.config import load_guard
+    from guardrail.core.config import load_guard_options
 
     if log.folder is None or given:
         return settings, False
-    return load_guard(log.folder / "config.toml", of_run=True), True
+    return load_guard_options(log.folder / "config.toml", of_run=True), True
 
 
 def _labels(path: str) -> dict[str, Any]:

@@ -263,10 +263,10 @@ def check(text: str, path: str) -> None:
     """Refuse answers that cannot work, such as a path without files, before a file is written."""
     import tomllib
 
-    from guardrail.core.config import build
+    from guardrail.core.config import build_config
 
     try:
-        build(tomllib.loads(text), file="guardrail init", base=Path.cwd())
+        build_config(tomllib.loads(text), file="guardrail init", base=Path.cwd())
     except ConfigError as error:
         print(f"guardrail init: {path} is not written", file=sys.stderr)
         raise error

@@ -49,10 +49,10 @@ def command(
     Exit code 2 if nothing could be read.
     """
     from guardrail.backtest import tune
-    from guardrail.core.config import load_guard
+    from guardrail.core.config import load_guard_options
     from guardrail.core.errors import ExitCode
 
-    settings = load_guard(policy, overrides=overrides)
+    settings = load_guard_options(policy, overrides=overrides)
     read = list(read_logs(logs, columns, settings.extra_signals))
     if not read:
         return ExitCode.USAGE

@@ -63,14 +63,14 @@ def command(
     those settings would have said. With TERM=dumb it prints lines.
     """
     from guardrail.backtest import recorded_run as viewing
-    from guardrail.core.config import load_guard
+    from guardrail.core.config import load_guard_options
 
     if not has_terminal():
         raise click.UsageError(
             f"view needs a terminal; guardrail backtest {log} prints what it would show"
         )
     given = policy is not None or bool(overrides)
-    settings = load_guard(policy, overrides=overrides)
+    settings = load_guard_options(policy, overrides=overrides)
     if not can_draw():
         return _print_lines(log, columns, settings, given=given)
 

@@ -40,7 +40,7 @@ def _override_value(raw: str) -> Any:
     return raw if is_date or len(parsed) > 1 else parsed["v"]
 
 
-def source_of(
+def find_source(
     key: str,
     *,
     file: str,
@@ -72,12 +72,14 @@ def _same_branch(one: str, other: str) -> bool:
     )
 
 
-def shown_override(text: str) -> str:
+def mask_override(text: str) -> str:
     """An override, or a part of one, for a message: nothing of one that may hold a secret."""
     return MASK if may_be_secret(text) or may_be_secret(text.partition("=")[0].strip()) else text
 
 
-def override(tree: dict[str, Any], text: str, schema: type[msgspec.Struct] | None = None) -> None:
+def apply_override(
+    tree: dict[str, Any], text: str, schema: type[msgspec.Struct] | None = None
+) -> None:
     """Set one key of the tree.
 
     Args:
@@ -90,7 +92,7 @@ def override(tree: dict[str, Any], text: str, schema: type[msgspec.Struct] | Non
         or not 2 <= len(parts) <= MAX_DEPTH
         or not all(re.fullmatch(r"[\w-]{1,100}", p) for p in parts)
     ):
-        shown = shown_override(text)
+        shown = mask_override(text)
         raise ConfigError(
             "SECTION.KEY=VALUE", file="--set", value=shown, hint="e.g. --set train.steps=500"
         )
@@ -102,6 +104,6 @@ def override(tree: dict[str, Any], text: str, schema: type[msgspec.Struct] | Non
         at = at.setdefault(part, {})
         if not isinstance(at, dict):
             raise ConfigError(
-                "a key inside a section", file="--set", key=key.strip(), value=shown_override(raw)
+                "a key inside a section", file="--set", key=key.strip(), value=mask_override(raw)
             )
     at[parts[-1]] = value

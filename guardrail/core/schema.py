@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 import msgspec
 
 from guardrail.core.errors import ConfigError, may_be_secret
-from guardrail.core.renamed_keys import rename_keys
 from guardrail.core.secret import EXPECTED as EXPECTED_SECRET
 from guardrail.core.secret import SecretRef
 
@@ -44,7 +43,7 @@ _WORDS = {
 }
 
 
-def as_tree(value: Any, depth: int = 0) -> Any:
+def to_plain_tree(value: Any, depth: int = 0) -> Any:
     """Return settings built in Python as the plain values that TOML would give, for `typed`.
 
     Sections become dictionaries, enumerations their values, tuples lists, paths text, numbers of
@@ -54,13 +53,13 @@ def as_tree(value: Any, depth: int = 0) -> Any:
         return value  # `typed` names the key
     if isinstance(value, msgspec.Struct):
         fields = zip(value.__struct_encode_fields__, value.__struct_fields__, strict=True)
-        return {name: as_tree(getattr(value, field), depth + 1) for name, field in fields}
+        return {name: to_plain_tree(getattr(value, field), depth + 1) for name, field in fields}
     if isinstance(value, Mapping):
-        return {key: as_tree(one, depth + 1) for key, one in value.items()}
+        return {key: to_plain_tree(one, depth + 1) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return [as_tree(one, depth + 1) for one in value]
+        return [to_plain_tree(one, depth + 1) for one in value]
     if isinstance(value, enum.Enum):
-        return as_tree(value.value, depth + 1)
+        return to_plain_tree(value.value, depth + 1)
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     return _plain_number(value)
@@ -76,12 +75,11 @@ def _plain_number(value: Any) -> Any:
     return float(value) if isinstance(value, numbers.Real) else value
 
 
-def typed(tree: dict[str, Any], schema: type[StructT], *, file: str) -> StructT:
+def convert_tree(tree: dict[str, Any], schema: type[StructT], *, file: str) -> StructT:
     """Names first (with the nearest valid one), then types and ranges. Raises ConfigError."""
     if not isinstance(tree, dict):
         raise ConfigError("a table of sections", file=file, value=tree)
     refuse_deep(tree, file=file)
-    tree = rename_keys(tree, schema, file=file)
     _refuse_unknown(tree, schema, file=file, path="", root=schema)
     _refuse_unusable(tree, file=file, path="")
     try:

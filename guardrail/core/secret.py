@@ -69,7 +69,7 @@ class SecretRef(
         return value
 
 
-def read(value: str | SecretRef, key: str) -> str:
+def read_secret(value: str | SecretRef, key: str) -> str:
     """A secret, written out or referred to. Raises ConfigError."""
     return value.read(key) if isinstance(value, SecretRef) else value
 
@@ -77,7 +77,7 @@ def read(value: str | SecretRef, key: str) -> str:
 # -- masking
 
 
-def masked(tree: Mapping[str, Any]) -> dict[str, Any]:
+def mask_secrets(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A parsed configuration in which the secrets of [notify] that are written out are masked."""
     notify = tree.get("notify")
     if not isinstance(notify, Mapping):
@@ -102,7 +102,7 @@ def _mask(value: Any) -> Any:
     return value
 
 
-def masked_text(text: str, *, display: bool = False) -> str:
+def mask_text(text: str, *, display: bool = False) -> str:
     """The text of a configuration file without secrets; the same text where it holds none. Never
     raises.
 
@@ -116,7 +116,7 @@ def masked_text(text: str, *, display: bool = False) -> str:
         tree = tomllib.loads(text)
     except (ValueError, RecursionError):
         return "\n".join(_mask_line(line) for line in text.split("\n"))
-    hidden = masked(tree)
+    hidden = mask_secrets(tree)
     if display:
         hidden = _mask_by_name(hidden, "")
     if hidden == tree:
@@ -152,7 +152,7 @@ def _mask_line(line: str) -> str:
 # -- those that are written out
 
 
-def literals(notify: msgspec.Struct) -> dict[str, Any]:
+def find_written_secrets(notify: msgspec.Struct) -> dict[str, Any]:
     """The secrets that a [notify] section holds itself: what the process that uses them must be
     given beside it.
     """
@@ -173,12 +173,12 @@ def _has_text(value: Any) -> bool:
     )
 
 
-def missing(notify: Mapping[str, Any]) -> list[str]:
+def find_missing_secrets(notify: Mapping[str, Any]) -> list[str]:
     """Keys of [notify] whose secret was masked and has not been given again."""
     return [f"notify.{name}" for name in KEYS if is_masked(notify.get(name))]
 
 
-def restored(notify: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def restore_secrets(notify: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """A [notify] table as it is used: with the secrets that were given, and without those that are
     missing.
     """

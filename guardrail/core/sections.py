@@ -164,7 +164,9 @@ class NotifySection(Section, frozen=True, kw_only=True):
     seconds: PositiveFloat = 10.0
 
     def __repr__(self) -> str:
-        return f"NotifySection({secret.masked({'notify': msgspec.to_builtins(self)})['notify']})"
+        return (
+            f"NotifySection({secret.mask_secrets({'notify': msgspec.to_builtins(self)})['notify']})"
+        )
 
     def check(self) -> None:
         """Refuse references that name nothing and addresses that are none. Raises ConfigError."""

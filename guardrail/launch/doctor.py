@@ -21,15 +21,13 @@ from typing import Any, Literal
 
 import psutil
 
-from guardrail.core import config
 from guardrail.core.config import GuardConfig, ask_trainer
 from guardrail.core.errors import ConfigError, ExitCode
 from guardrail.core.format import format_gib, format_plural
 from guardrail.core.packages import EXTRA_OF, install_hint
 from guardrail.core.records import Record
 from guardrail.core.text import clean_text
-from guardrail.launch import launcher as launching
-from guardrail.launch import preflight
+from guardrail.launch import launcher, preflight
 from guardrail.launch import rank_stacks as stacks
 from guardrail.rundir import processes
 
@@ -102,7 +100,7 @@ def examine(
     if path is None:
         return Report(machine=machine)
     try:
-        settings = launching.load(config.parse(Path(path)), file=path, overrides=overrides)
+        settings = launcher.load_settings(path, overrides)
     except ConfigError as error:
         return Report(
             machine=machine,
@@ -341,7 +339,7 @@ def _configuration(
     ]
     found += [
         Check(name=SECRETS, level="note", text=remark)
-        for remark in launching.secret_remarks(settings)
+        for remark in launcher.secret_remarks(settings)
     ]
     yield from found
     if not any(check.level == "problem" for check in found):

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from guardrail.core import config, secret
-from guardrail.core.config import GuardConfig
+from guardrail.core import secret
+from guardrail.core.config import GuardConfig, build_config
 from guardrail.core.errors import (
     ConfigError,
     ExitCode,
@@ -27,10 +27,11 @@ from guardrail.core.errors import (
     WorkersFailed,
 )
 from guardrail.core.format import format_plural
-from guardrail.core.overrides import shown_override, source_of
+from guardrail.core.overrides import find_source, mask_override
 from guardrail.core.packages import install_hint, is_installed
 from guardrail.core.records import Phase, Status
 from guardrail.core.text import clean_text
+from guardrail.core.toml_file import dump_toml, read_toml
 from guardrail.rundir import processes
 from guardrail.rundir.liveness import is_alive
 from guardrail.rundir.run_directory import NAME, RunDirectory, find_run, is_run_name
@@ -73,7 +74,7 @@ def prepare(
     """
     from guardrail.launch import preflight
 
-    settings = load(config.parse(Path(path)), file=path, overrides=overrides)
+    settings = load_settings(path, overrides)
     if root is not None:
         absolute = os.path.abspath(os.path.expanduser(root))
         settings = msgspec.structs.replace(
@@ -91,7 +92,7 @@ def prepare(
         raise UsageError("a further node joins the run of the first one: give its --run-dir DIR")
     name = settings.run.name
     if not is_run_name(name):  # with --run-dir it names no folder
-        source = source_of("run.name", file=path, overrides=overrides)
+        source = find_source("run.name", file=path, overrides=overrides)
         raise ConfigError(NAME, file=source, key="run.name", value=name)
     return Prepared(RunDirectory.create(settings.run.root, name, text), node_rank, written_out)
 
@@ -106,7 +107,7 @@ def _warn_before_launch(settings: GuardConfig) -> dict[str, Any]:
         return {}
     for remark in [*secret_remarks(settings), *package_remarks(settings)]:
         print(f"warning: {remark}", file=sys.stderr)
-    return secret.literals(settings.notify)
+    return secret.find_written_secrets(settings.notify)
 
 
 def secret_remarks(settings: GuardConfig) -> list[str]:
@@ -116,12 +117,12 @@ def secret_remarks(settings: GuardConfig) -> list[str]:
     written = [
         f'notify.{name} is written out: use {{ env = "NAME" }} or {{ file = "PATH" }}. '
         "It is masked in the run directory, so a resume needs it again"
-        for name in secret.literals(settings.notify)
+        for name in secret.find_written_secrets(settings.notify)
     ]
     masked = [
         f"{key} was written out and is masked in the run directory. The run goes on without this notification; "
         f"to have it again: --set {key}=VALUE"
-        for key in secret.missing(msgspec.to_builtins(settings.notify))
+        for key in secret.find_missing_secrets(msgspec.to_builtins(settings.notify))
     ]
     return written + masked
 
@@ -139,13 +140,20 @@ def package_remarks(settings: GuardConfig) -> list[str]:
 def _shared(settings: GuardConfig) -> str:
     """The configuration as all nodes read it."""
     launch = msgspec.structs.replace(settings.launch, node_rank=0)
-    return config.dump(msgspec.structs.replace(settings, launch=launch))
+    return dump_toml(msgspec.structs.replace(settings, launch=launch))
 
 
-def load(tree: dict[str, Any], *, file: str, overrides: tuple[str, ...] = ()) -> GuardConfig:
-    """`config.build`, with the current folder as the last place where the trainer's package may
-    lie.
+def load_settings(
+    path: str, overrides: tuple[str, ...] = (), *, of_run: bool = False
+) -> GuardConfig:
+    """Return the checked configuration of a file.
+
+    The trainer's package is searched in the current folder last.
+
+    Raises:
+        ConfigError: as for `load_trainer_config`.
     """
+    tree = read_toml(Path(path), of_run=of_run)
     package = _table(tree, "launch").get("trainer", "trainer")
     for override in overrides:
         if override.partition("=")[0].strip() == "launch.trainer":
@@ -153,7 +161,7 @@ def load(tree: dict[str, Any], *, file: str, overrides: tuple[str, ...] = ()) ->
     top = package.partition(".")[0] if isinstance(package, str) else ""
     if top.isidentifier() and importlib.util.find_spec(top) is None:
         sys.path.append(os.getcwd())
-    return config.build(tree, file=file, overrides=overrides, base=Path.cwd())
+    return build_config(tree, file=path, overrides=overrides, base=Path.cwd())
 
 
 def _table(tree: dict[str, Any], name: str) -> dict[str, Any]:
@@ -190,12 +198,12 @@ def prepare_resume(spec: str, overrides: tuple[str, ...], *, root: str) -> Prepa
         key = override.partition("=")[0].strip()
         if not key.startswith(CHANGEABLE):
             hint = f"a resumed run may change {', '.join(name.rstrip('.') for name in CHANGEABLE)}"
-            key = key if "=" in override else shown_override(override)
+            key = key if "=" in override else mask_override(override)
             raise ConfigError(
                 "a setting that leaves the run the same", file="--set", key=key, hint=hint
             )
     file = str(run.path / "config.toml")
-    settings = load(config.parse(Path(file), of_run=True), file=file, overrides=overrides)
+    settings = load_settings(file, overrides, of_run=True)
     lock = _start_lock(run) if settings.launch.node_rank == 0 else None
     try:
         prepared = _resumed(run, settings, file, overrides)

@@ -212,7 +212,7 @@ class Notifier:
     # -- the ways; each returns why it failed, "" if it did not
 
     def _secret(self, value: str | SecretRef, key: str) -> str:
-        text = secret.read(value, key)
+        text = secret.read_secret(value, key)
         self._used.add(text)
         return text
 

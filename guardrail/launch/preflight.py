@@ -13,7 +13,7 @@ from pathlib import Path
 from guardrail.core.config import GuardConfig
 from guardrail.core.errors import ConfigError
 from guardrail.core.files import why_unreachable
-from guardrail.core.overrides import source_of
+from guardrail.core.overrides import find_source
 from guardrail.core.packages import install_hint, is_installed
 from guardrail.core.secret import SecretRef
 from guardrail.core.sections import check_webhook
@@ -79,7 +79,7 @@ def problems(
     """Everything that keeps it from running here; arguments as of `check`."""
     for look in (_memory, _devices, _disk, _packages, _secrets):
         for error in look(settings):
-            source = (given or {}).get(error.key) or source_of(
+            source = (given or {}).get(error.key) or find_source(
                 error.key, file=file, overrides=overrides
             )
             yield error.at(source)

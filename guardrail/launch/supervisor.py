@@ -27,10 +27,9 @@ from typing import Any
 import msgspec
 
 from guardrail.core import secret
-from guardrail.core.config import GuardConfig, parse
+from guardrail.core.config import read_run_tables
 from guardrail.core.errors import DiskRefuses, ExitCode, GuardrailError
 from guardrail.core.records import Mode, Phase
-from guardrail.core.renamed_keys import rename_keys
 from guardrail.core.sections import LaunchSection, NotifySection
 from guardrail.launch import rank_stacks as stacks
 from guardrail.launch.hang_detector import HangDetector, Hung
@@ -66,9 +65,7 @@ class Supervisor:
         node_rank: int = 0,
         secrets: dict[str, Any] | None = None,
     ) -> None:
-        tree = parse(run.path / "config.toml", of_run=True)
-        # The run may have been started by a version with other names of keys.
-        tree = rename_keys(tree, GuardConfig, file="config.toml")
+        tree = read_run_tables(run.path / "config.toml")
         self.run_directory = run
         # The nodes share one config.toml; which of them this is, only the one who started us knows.
         self.launch = msgspec.convert(
@@ -78,8 +75,8 @@ class Supervisor:
         if node_rank == 0:
             self.trackers = enabled_trackers(tree)
         notify = tree.get("notify", {})
-        self.notify = msgspec.convert(secret.restored(notify, secrets or {}), NotifySection)
-        self._missing = secret.missing({**notify, **(secrets or {})})
+        self.notify = msgspec.convert(secret.restore_secrets(notify, secrets or {}), NotifySection)
+        self._missing = secret.find_missing_secrets({**notify, **(secrets or {})})
         self.signals = signals
         self.host = socket.gethostname()
         self.ranks = LocalRanks(run, node_rank=node_rank, nodes=self.launch.nodes)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from guardrail.core.config import load_guard
+from guardrail.core.config import load_guard_options
 from guardrail.core.errors import ConfigError
 from guardrail.core.files import as_int
 from guardrail.core.guard_options import GuardOptions
@@ -155,7 +155,7 @@ class RunState:
 def _settings_of(run: RunDirectory) -> GuardOptions:
     """The guard's settings of a run; the defaults where another version wrote them."""
     try:
-        return load_guard(run.path / "config.toml", of_run=True)
+        return load_guard_options(run.path / "config.toml", of_run=True)
     except ConfigError:
         return GuardOptions()
 

@@ -116,9 +116,7 @@ class RunDirectory:
             try:
                 for folder in _FOLDERS:
                     (hidden / folder).mkdir(mode=FOLDER_MODE)
-                replace_file(
-                    hidden / "config.toml", secret.masked_text(config_toml).encode("utf-8")
-                )
+                replace_file(hidden / "config.toml", secret.mask_text(config_toml).encode("utf-8"))
                 path = _claim(hidden, parent)
             except BaseException:
                 shutil.rmtree(hidden, ignore_errors=True)
@@ -143,7 +141,7 @@ class RunDirectory:
                 raise RunDirectoryError(f"{path}: exists already\n  hint: {hint}")
             for folder in _FOLDERS:
                 (path / folder).mkdir(mode=FOLDER_MODE)
-            replace_file(path / "config.toml", secret.masked_text(config_toml).encode("utf-8"))
+            replace_file(path / "config.toml", secret.mask_text(config_toml).encode("utf-8"))
         except FileExistsError as error:
             raise RunDirectoryError(
                 f"{path}: another launch is making a run there, or it is no folder"
@@ -183,13 +181,13 @@ class RunDirectory:
         """
         try:
             text = read_file(self.path / "config.toml").decode("utf-8")
-            return secret.masked_text(text, display=display)  # older versions wrote them out
+            return secret.mask_text(text, display=display)  # older versions wrote them out
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8 text"
             raise RunDirectoryError(f"{self.path / 'config.toml'}: {reason}") from error
 
     def write_config(self, text: str) -> None:
-        replace_file(self.path / "config.toml", secret.masked_text(text).encode("utf-8"))
+        replace_file(self.path / "config.toml", secret.mask_text(text).encode("utf-8"))
 
     def read_status(self) -> Status | None:
         """None while there is none, or when a newer version wrote something this one cannot

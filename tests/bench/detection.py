@@ -32,7 +32,7 @@ from guardrail.backtest.backtest import backtest
 from guardrail.backtest.importers import delimited
 from guardrail.backtest.importers.recorded_log import Column, Log
 from guardrail.backtest.scoring import Marks, score, total
-from guardrail.core.config import load_guard
+from guardrail.core.config import load_guard_options
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import GRAD_NORM, LOSS
 from tests.bench.rules import RULES, Rule
@@ -62,7 +62,7 @@ def main() -> None:
         "--families", action="store_true", help="also guardrail's figures of each family of runs"
     )
     arguments = parser.parse_args()
-    settings = load_guard(arguments.policy, overrides=arguments.overrides)
+    settings = load_guard_options(arguments.policy, overrides=arguments.overrides)
     if arguments.million or arguments.traces is None:
         time_a_million(settings)
         return

@@ -33,8 +33,9 @@ from typing import Any
 import msgspec
 import torch
 
-from guardrail.core.config import build, dump
+from guardrail.core.config import build_config
 from guardrail.core.records import GRAD_NORM, LOSS, Action, Observation, Phase, Verdict
+from guardrail.core.toml_file import dump_toml
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.guard.guard import Step
 from tests.bench.rescue_faults import BATCH, FAULTS, HEALTHY, HEALTHY_TWO, STEPS, Staged, healthy
@@ -167,7 +168,7 @@ def configuration(
         sections.items(), staged.sections.items(), ARMS[arm][0].items()
     ):
         tree.setdefault(name, {}).update(section)
-    config = build(tree, file="rescue", base=folder)
+    config = build_config(tree, file="rescue", base=folder)
     assert isinstance(config, Config)
     return config
 
@@ -293,7 +294,7 @@ class _Running:
             steps=bench.steps,
             sections=bench.sections,
         )
-        self.run = RunDirectory.create(config.run.root, config.run.name, dump(config))
+        self.run = RunDirectory.create(config.run.root, config.run.name, dump_toml(config))
         packages = str(bench.cache / "packages")
         self.pids = start_ranks(
             train_cell,

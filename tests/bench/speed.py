@@ -43,7 +43,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from guardrail.core.config import build, dump
+from guardrail.core.config import build_config
+from guardrail.core.toml_file import dump_toml
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.ports import free_port
 from trainer.config.config import Config
@@ -88,7 +89,7 @@ def configuration(
     }
     if compiled:
         tree["train"]["compile"] = True
-    config = build(tree, file="bench", base=folder)
+    config = build_config(tree, file="bench", base=folder)
     assert isinstance(config, Config)
     return config
 
@@ -156,7 +157,7 @@ class Ours:
         if recorded:
             world, rank = ranks_and_own()
             if rank == 0:
-                run = RunDirectory.create(config.run.root, "bench", dump(config))
+                run = RunDirectory.create(config.run.root, "bench", dump_toml(config))
             box = [str(run.path) if run is not None else ""]
             if world > 1:
                 dist.broadcast_object_list(box, src=0)

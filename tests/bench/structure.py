@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from guardrail.core.config import build
+from guardrail.core.config import build_config
 from guardrail.core.records import Phase
 from guardrail.torch.guard.guard import Step
 from trainer.config.config import Config
@@ -76,7 +76,7 @@ def trained(steps: int, folder: Path) -> Trainer:
         },
         "guard": {"mode": "off"},
     }
-    config = build(tree, file="structure", base=folder)
+    config = build_config(tree, file="structure", base=folder)
     assert isinstance(config, Config)
     trainer = Trainer(config)
     step_of = trainer.train_step

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from guardrail.core.config import load_guard
+from guardrail.core.config import load_guard_options
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import GRAD_NORM, LOSS, Action, Mode, Observation
 from guardrail.decide.controller import Controller
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="seed of the first run")
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     arguments = parser.parse_args()
-    settings = load_guard(None, overrides=[*SETTINGS, *arguments.overrides])
+    settings = load_guard_options(None, overrides=[*SETTINGS, *arguments.overrides])
     text = corpus()
     total: Counter[str] = Counter()
     for seed in range(arguments.first, arguments.first + arguments.runs):

@@ -21,7 +21,7 @@ from guardrail.backtest.importers.sources import sources
 from guardrail.backtest.rejudge import Rejudge
 from guardrail.backtest.scoring import score
 from guardrail.cli.main import main
-from guardrail.core.config import load_guard
+from guardrail.core.config import load_guard_options
 from guardrail.core.files import encode_json
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import (
@@ -261,7 +261,7 @@ def assert_as_live(run: RunDirectory) -> list[Action]:
     """Every row's verdict, with its evidence, is the one in the journal; returns the verdicts that
     were no apply.
     """
-    judge = Rejudge(run, load_guard(run.path / "config.toml"), own=True)
+    judge = Rejudge(run, load_guard_options(run.path / "config.toml"), own=True)
     judged = list(judge)
     assert len(judged) == len(run.metrics())
     assert judge.lost == []
@@ -304,7 +304,7 @@ def assert_bands_as_live(run: RunDirectory) -> None:
             ), (row, signal)
             compared += signal in bands
 
-    for _ in Rejudge(run, load_guard(run.path / "config.toml"), own=True, watch=watch):
+    for _ in Rejudge(run, load_guard_options(run.path / "config.toml"), own=True, watch=watch):
         pass
     assert compared > len(view)
 
@@ -424,7 +424,7 @@ def test_a_changed_verdict_is_reported(tmp_path: Path, capsys: pytest.CaptureFix
     run = trained(tiny(tmp_path, faults=[spike(240, 248)], train={"steps": 40}))
     text = run.config_text()
     scores = {
-        name: load_guard(run.path / "config.toml")
+        name: load_guard_options(run.path / "config.toml")
         for name in ("loss_score", "grad_score", "embed_score")
     }
     for name, guard in scores.items():

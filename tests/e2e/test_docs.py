@@ -13,7 +13,7 @@ import pytest
 
 from guardrail.cli.main import COMMANDS
 from guardrail.core.config import GuardConfig
-from guardrail.core.schema import typed
+from guardrail.core.schema import convert_tree
 from tests.support import make_docs
 from tests.support.places import ROOT
 from trainer.config import Config
@@ -50,7 +50,7 @@ def test_generated_pages_are_fresh(name: str) -> None:
 def test_every_piece_of_toml_is_configuration(page: str, block: str) -> None:
     tree = tomllib.loads(block)
     schema = GuardConfig if set(tree) <= set(GuardConfig.__struct_fields__) else Config
-    typed(tree, schema, file=page)
+    convert_tree(tree, schema, file=page)
 
 
 @pytest.mark.parametrize(("page", "line"), command_lines())

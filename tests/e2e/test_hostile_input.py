@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 
 from guardrail.backtest.importers.sources import sources
 from guardrail.cli.main import COMMANDS, main
-from guardrail.core.config import ask_trainer, build, dump, load, parse
+from guardrail.core.config import ask_trainer, build_config, load_trainer_config
 from guardrail.core.errors import ConfigError, DataError, WorkersFailed
 from guardrail.core.records import Phase, Status
 from guardrail.core.schema import _fields, _structs_in
 from guardrail.core.sections import LaunchSection
+from guardrail.core.toml_file import dump_toml, read_toml
 from guardrail.launch import doctor
 from guardrail.launch import launcher as launching
 from guardrail.rundir.run_directory import RunDirectory
@@ -52,7 +53,7 @@ def check_settings(tree: dict[str, Any]) -> None:
     own dump.
     """
     try:
-        config = build(tree, file="c.toml", base=Path.cwd())
+        config = build_config(tree, file="c.toml", base=Path.cwd())
     except ConfigError as error:
         check_message(str(error))
         return
@@ -60,8 +61,8 @@ def check_settings(tree: dict[str, Any]) -> None:
     ask_trainer(config, "outline")
     with contextlib.suppress(ConfigError):
         config.check_machine()
-    assert load_text(dump(config)) == msgspec.structs.replace(
-        config, notify=load_text(dump(config)).notify
+    assert load_text(dump_toml(config)) == msgspec.structs.replace(
+        config, notify=load_text(dump_toml(config)).notify
     )
 
 
@@ -69,7 +70,7 @@ def load_text(text: str) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "c.toml"
         file.write_text(text, encoding="utf-8")
-        return load(file)
+        return load_trainer_config(file)
 
 
 # -- the configuration
@@ -114,7 +115,7 @@ def test_any_value_for_a_section(names: list[str], value: Any) -> None:
 @example("guard.window", "9" * 5000)
 def test_any_override(key: str, value: str) -> None:
     try:
-        build(
+        build_config(
             {"train": {"steps": 300}}, file="c.toml", overrides=[f"{key}={value}"], base=Path.cwd()
         )
     except ConfigError as error:
@@ -149,7 +150,7 @@ def test_files_that_no_one_would_write(tmp_path: Path, content: bytes, message: 
     file = tmp_path / "c.toml"
     file.write_bytes(content)
     with pytest.raises(ConfigError) as caught:
-        load(file)
+        load_trainer_config(file)
     check_message(str(caught.value))
     assert message in str(caught.value) and "c.toml" in str(caught.value)
 
@@ -167,14 +168,14 @@ def test_files_that_are_no_toml(tmp_path: Path, content: bytes, message: str) ->
     file = tmp_path / "c.toml"
     file.write_bytes(content)
     with pytest.raises(ConfigError) as caught:
-        load(file)
+        load_trainer_config(file)
     check_message(str(caught.value))
     assert message in str(caught.value)
 
 
 def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_bytes(b"\xef\xbb\xbf[train]\nsteps = 300\n")
-    assert load(tmp_path / "c.toml").train.steps == 300  # type: ignore[attr-defined]
+    assert load_trainer_config(tmp_path / "c.toml").train.steps == 300  # type: ignore[attr-defined]
 
 
 def check_mutations(file: Path, count: int, folder: Path) -> None:
@@ -182,7 +183,7 @@ def check_mutations(file: Path, count: int, folder: Path) -> None:
         changed = folder / "c.toml"
         changed.write_bytes(content)
         try:
-            check_settings(parse(changed))
+            check_settings(read_toml(changed))
         except ConfigError as error:
             check_message(str(error))
         except Exception as error:

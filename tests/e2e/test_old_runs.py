@@ -20,8 +20,9 @@ import numpy as np
 import pytest
 
 from guardrail.cli.main import main
-from guardrail.core.config import build, dump, parse
+from guardrail.core.config import build_config
 from guardrail.core.records import Event, Phase
+from guardrail.core.toml_file import dump_toml, read_toml
 from guardrail.launch.launcher import prepare_resume
 from guardrail.report.output import report_as_dict
 from guardrail.report.quarantine import quarantine_lines
@@ -322,11 +323,11 @@ def numbers_in(tree: Any) -> Iterator[float]:
 
 def test_every_old_key_loads() -> None:
     file = CASES / "every_old_key.toml"
-    tree = parse(file)
+    tree = read_toml(file)
     known = set((CASES / "old_keys.txt").read_text().split())
     assert known <= set(keys_of(tree))
-    settings = build(tree, file=str(file), base=CASES)
-    lost = Counter(numbers_in(tree)) - Counter(numbers_in(tomllib.loads(dump(settings))))
+    settings = build_config(tree, file=str(file), base=CASES)
+    lost = Counter(numbers_in(tree)) - Counter(numbers_in(tomllib.loads(dump_toml(settings))))
     assert not lost, "a number of the file that stands nowhere in the settings"
 
 
@@ -334,6 +335,6 @@ def test_every_old_key_loads() -> None:
 def test_the_configuration_of_an_old_run_loads(name: str, tmp_path: Path) -> None:
     run = copy_run(name, tmp_path)
     file = run.path / "config.toml"
-    settings = build(parse(file, of_run=True), file=str(file), base=tmp_path)
+    settings = build_config(read_toml(file, of_run=True), file=str(file), base=tmp_path)
     assert settings.launch.processes == WORLD
     assert len(settings.guard.ladder) == 7 and settings.guard.remedies[0].from_step == 100

@@ -14,9 +14,10 @@ import pytest
 
 from guardrail.cli import report as report_command
 from guardrail.cli.main import main
-from guardrail.core.config import GuardConfig, build, dump, load, load_guard
+from guardrail.core.config import GuardConfig, build_config, load_guard_options, load_trainer_config
 from guardrail.core.errors import ConfigError
 from guardrail.core.sections import NotifySection
+from guardrail.core.toml_file import dump_toml
 from guardrail.launch import launcher as launching
 from guardrail.launch import preflight
 from guardrail.launch.notify import Notifier
@@ -39,7 +40,7 @@ def reference(**place: str) -> Any:
 
 def loaded(path: Path, text: str, *overrides: str) -> GuardConfig:
     (path / "c.toml").write_text(text)
-    return load(path / "c.toml", overrides=overrides)
+    return load_trainer_config(path / "c.toml", overrides=overrides)
 
 
 # -- the configuration
@@ -55,19 +56,19 @@ webhook = "{ADDRESS}"
 apprise = ["ntfy://{MARK}", {{ env = "NTFY" }}, {{ file = "{tmp_path}/ntfy" }}]
 """
     settings = loaded(tmp_path, text)
-    copy = dump(settings)
+    copy = dump_toml(settings)
     assert MARK not in copy and MARK not in repr(settings)
     notify = tomllib.loads(copy)["notify"]
     assert notify["apprise"] == [MASK, {"env": "NTFY"}, {"file": f"{tmp_path}/ntfy"}]
-    again = build(tomllib.loads(copy), file="copy", base=tmp_path)
-    assert secret.missing(tomllib.loads(copy)["notify"]) == [
+    again = build_config(tomllib.loads(copy), file="copy", base=tmp_path)
+    assert secret.find_missing_secrets(tomllib.loads(copy)["notify"]) == [
         "notify.command",
         "notify.webhook",
         "notify.apprise",
     ]
-    assert secret.literals(again.notify) == {}
-    assert secret.literals(settings.notify).keys() == {"command", "webhook", "apprise"}
-    assert dump(again) == copy
+    assert secret.find_written_secrets(again.notify) == {}
+    assert secret.find_written_secrets(settings.notify).keys() == {"command", "webhook", "apprise"}
+    assert dump_toml(again) == copy
 
 
 @pytest.mark.fault("A3")
@@ -181,7 +182,7 @@ def test_nor_does_one_about_an_override(tmp_path: Path, override: str) -> None:
 def test_nor_does_one_about_an_override_that_does_not_fit_the_command(tmp_path: Path) -> None:
     for override in (f"notify.webhook={MARK}", f"notify={MARK}", f"webhook {MARK}"):
         with pytest.raises(ConfigError, match=r"a key of \[guard\]") as caught:
-            load_guard(overrides=[override])
+            load_guard_options(overrides=[override])
         assert MARK not in str(caught.value)
     run = RunDirectory.create(tmp_path, "old", STEPS)
     with pytest.raises(ConfigError, match="a setting that leaves the run the same") as caught:
@@ -279,8 +280,8 @@ def test_on_a_screen_other_settings_that_are_called_like_secrets_are_masked_too(
     from guardrail.core import secret
 
     text = f'[tracker]\napi_key = "{MARK}"\n[data]\nsources = ["s3://me:{MARK}@store/x"]\ntokenizer = "bytes"\n'
-    assert secret.masked_text(text) == text, "the run needs them"
-    shown = tomllib.loads(secret.masked_text(text, display=True))
+    assert secret.mask_text(text) == text, "the run needs them"
+    shown = tomllib.loads(secret.mask_text(text, display=True))
     assert shown["tracker"]["api_key"] == MASK
     assert shown["data"] == {"sources": ["s3://(masked)@store/x"], "tokenizer": "bytes"}
 

@@ -17,9 +17,10 @@ import torch
 
 import guardrail.torch.checkpoint.commit
 import guardrail.torch.checkpoint.disk_checkpoints
-from guardrail.core.config import dump, load
+from guardrail.core.config import load_trainer_config
 from guardrail.core.errors import CheckpointInvalid
 from guardrail.core.records import Action, Command, CommandKind, Phase
+from guardrail.core.toml_file import dump_toml
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.rundir.manifest import MANIFEST, checkpoint_dirs, read_manifest, sealed
 from guardrail.rundir.run_directory import RunDirectory
@@ -70,7 +71,7 @@ def samples_met(rank: int, path: Path) -> list[tuple[int, tuple[int, ...]]]:
     """Train or resume, and tell (step, sample ids in the order of the rows) of each applied
     step.
     """
-    config = load(path / "config.toml")
+    config = load_trainer_config(path / "config.toml")
     assert isinstance(config, Config)
     trainer = Trainer(config, run=RunDirectory.open(path))
     met = []
@@ -126,7 +127,7 @@ def test_case_01_another_order_is_refused_before_the_first_step(
     config = tiny(tmp_path, data={"order": "shuffled"}, train={"steps": 20})
     run = stopped(config, 10)
     data = msgspec.structs.replace(config.data, seed=config.data.seed + 1)
-    run.write_config(dump(msgspec.structs.replace(config, data=data)))
+    run.write_config(dump_toml(msgspec.structs.replace(config, data=data)))
     lines, rows = len(run.events()), len(run.metrics())
     train(run, 1)
     assert (
@@ -209,7 +210,7 @@ def test_case_05_a_rate_off_its_schedule_is_reported(
     config = tiny(tmp_path, train={"steps": 30})
     run = stopped(config, 20)
     optim = msgspec.structs.replace(config.optim, lr=config.optim.lr * factor)
-    run.write_config(dump(msgspec.structs.replace(config, optim=optim)))
+    run.write_config(dump_toml(msgspec.structs.replace(config, optim=optim)))
     assert train(run, 1) == "finished"
     schedule = Schedule.of(config.optim, steps=30)
     said = check_of(run)["schedule"]
@@ -231,7 +232,7 @@ def test_case_05_a_run_that_is_made_shorter_goes_on_at_the_rate_of_the_shorter_s
     """
     run = stopped(tiny(tmp_path, train={"steps": 3000}), 20)
     shorter = tiny(tmp_path, train={"steps": 30}, optim={"weight_decay": 0.0})
-    run.write_config(dump(shorter))
+    run.write_config(dump_toml(shorter))
     assert train(run, 1) == "finished"
     schedule = Schedule.of(shorter.optim, steps=30)
     assert table(run, ("lr",))[20:, 0].tolist() == [schedule(step) for step in range(21, 31)]
@@ -287,7 +288,9 @@ def test_case_07_a_resume_says_which_part_differs(tmp_path: Path, what: str) -> 
                 TrainingState, "load", _spoil("model/" if what == "weights" else "optim/")
             )
         elif what == "schedule":
-            run.write_config(dump(replace(config, optim=replace(config.optim, warmup_steps=15))))
+            run.write_config(
+                dump_toml(replace(config, optim=replace(config.optim, warmup_steps=15)))
+            )
         elif what == "loss":
             patch.setattr("trainer.model.Decoder.forward", _scaled_forward())
         assert train(run, 1) == "finished"

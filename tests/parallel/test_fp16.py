@@ -14,9 +14,10 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
-from guardrail.core.config import build, dump
+from guardrail.core.config import build_config
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import LOSS_SCALE, Action, Command, CommandKind, FindingKind, Mode
+from guardrail.core.toml_file import dump_toml
 from guardrail.decide.controller import Controller
 from guardrail.detectors.loss_scale import AT_START
 from guardrail.report.quarantine import quarantine_lines
@@ -193,13 +194,13 @@ def configure(folder: Path, world: int, strategy: str, **sections: Any) -> Confi
             tree[name] |= section
         else:
             tree[name] = section
-    config = build(tree, file="test", base=folder)
+    config = build_config(tree, file="test", base=folder)
     assert isinstance(config, Config)
     return config
 
 
 def trained(config: Config, folder: Path, run: RunDirectory | None = None) -> RunDirectory:
-    run = run or RunDirectory.create(config.run.root, config.run.name, dump(config))
+    run = run or RunDirectory.create(config.run.root, config.run.name, dump_toml(config))
     run_ranks(_rank, config.world, config, run, folder=folder, init=False)
     return run
 
@@ -231,7 +232,7 @@ def test_case_4_the_scale_comes_back_and_overflows_move_no_schedule(
     above = {"kind": "overflow", "first": 0, "last": 10**6, "value": 4096.0}
     config = configure(tmp_path, world, strategy, faults=[above])
     whole = trained(config, tmp_path)
-    stopped = RunDirectory.create(config.run.root, config.run.name, dump(config))
+    stopped = RunDirectory.create(config.run.root, config.run.name, dump_toml(config))
     stopped.send(Command(id="stop", kind=CommandKind.STOP, at_step=17))
     assert [e["phase"] for e in events(trained(config, tmp_path, stopped), "ended")] == ["stopped"]
     resumed = trained(config, tmp_path, stopped)

@@ -16,7 +16,7 @@ import torch
 from guardrail.backtest.backtest import backtest
 from guardrail.backtest.importers import run_directory
 from guardrail.cli.main import main
-from guardrail.core.config import build, load_guard
+from guardrail.core.config import build_config, load_guard_options
 from guardrail.core.errors import ConfigError, UsageError
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import (
@@ -117,7 +117,7 @@ def test_a_state_knows_which_signals_there_were() -> None:
 @pytest.mark.parametrize("names", [["loss"], ["a", "a"], ["update_norm"], [" "], ["step"], [""]])
 def test_names_that_are_taken_are_refused(names: list[str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"guard\.extra_signals"):
-        build({"guard": {"signals": names}}, file="x.toml", base=tmp_path)
+        build_config({"guard": {"signals": names}}, file="x.toml", base=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_its_verdicts_are_those_of_a_backtest(recorded: tuple[RunDirectory, Hand
     run = recorded[0]
     log = run_directory.read(run, "run")
     assert {"router", UPDATE_NORM, "grad_norm/out"} <= set(log.columns)
-    result = backtest(log, load_guard(run.path / "config.toml"), own=True)
+    result = backtest(log, load_guard_options(run.path / "config.toml"), own=True)
     assert result.differing == [] and result.said == []
     assert any(alarm.verdict == "rollback" for alarm in result.alarms)
 

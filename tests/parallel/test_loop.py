@@ -11,8 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from guardrail.core.config import dump, load
+from guardrail.core.config import load_trainer_config
 from guardrail.core.records import Action, Command, CommandKind, Span
+from guardrail.core.toml_file import dump_toml
 from guardrail.decide.sample_order import SampleCursor
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.checkpoint.memory_snapshots import SnapshotRing
@@ -45,7 +46,7 @@ TWO = FEW_SHAPES[1:]
 
 def watched(rank: int, path: Path) -> list[dict[str, Any]]:
     """Train as the trainer does, and tell of each attempt what became of it, on this rank."""
-    config = load(path / "config.toml")
+    config = load_trainer_config(path / "config.toml")
     assert isinstance(config, Config)
     trainer = Trainer(config, run=RunDirectory.open(path))
     attempts = []
@@ -183,7 +184,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     whole, run = trained(configs[0]), new_run(configs[0])
     run.send(Command(id="stop", kind=CommandKind.STOP, at_step=17))
     assert train(run, first[0]) == "stopped"
-    run.write_config(dump(configs[1]))
+    run.write_config(dump_toml(configs[1]))
     assert train(run, then[0]) == "finished"
     assert of_kind(run, "restarted")[0].step == 17
     assert {said for key, said in of_kind(run, "resume_check")[0].data.items()} == {"ok"}
@@ -314,7 +315,7 @@ def assert_same_as_told(config: Config, run: RunDirectory) -> None:
 
 def reference_norm(rank: int, path: Path) -> tuple[float, float]:
     """(loss, gradient norm) of step 11, by plain torch over the samples that are not ignored."""
-    config = load(path / "config.toml")
+    config = load_trainer_config(path / "config.toml")
     assert isinstance(config, Config)
     trainer = Trainer(config)
     for step in trainer.guard:

@@ -20,9 +20,10 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 from torch.distributed.tensor import DTensor
 
-from guardrail.core.config import dump, load
+from guardrail.core.config import load_trainer_config
 from guardrail.core.errors import ConfigError
 from guardrail.core.records import UPDATE_NORM, Command, CommandKind
+from guardrail.core.toml_file import dump_toml
 from guardrail.launch.launcher import prepare_resume
 from guardrail.report.quarantine import quarantine_lines
 from guardrail.rundir.manifest import (
@@ -373,7 +374,7 @@ def test_a_checkpoint_of_one_mesh_loads_on_another(
     fresh = msgspec.to_builtins(ParallelSection())
     overrides += [f"parallel.{k}={json.dumps(v)}" for k, v in (fresh | MESHES[after][1]).items()]
     assert prepare_resume(str(run.path), tuple(overrides), root="") is not None
-    assert run.config_text() == dump(second)
+    assert run.config_text() == dump_toml(second)
     assert train_to_end(run, second.world) == "finished"
     (check,) = of_kind(run, "resume_check")
     assert all(
@@ -404,7 +405,7 @@ def test_two_optimizers_load_on_another_mesh(before: str, after: str, tmp_path: 
 def _loaded(rank: int, config: Config, run: RunDirectory) -> Path:
     """Load the newest checkpoint of `run` and save it again: the copy."""
     copy = (
-        RunDirectory.create(run.path.parent.parent / "copies", "copy", dump(config))
+        RunDirectory.create(run.path.parent.parent / "copies", "copy", dump_toml(config))
         if rank == 0
         else None
     )
@@ -637,7 +638,7 @@ def test_a_batch_is_shared_by_the_data_ranks(tmp_path: Path) -> None:
 
 
 def test_the_published_layout_of_bloom_adds_up() -> None:
-    config = load(ROOT / "configs" / "bloom-3d.toml")
+    config = load_trainer_config(ROOT / "configs" / "bloom-3d.toml")
     assert isinstance(config, Config)
     assert config.world == 384 and (
         config.layout.dp_replicate,

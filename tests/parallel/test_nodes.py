@@ -14,10 +14,11 @@ import psutil
 import pytest
 import torch
 
-from guardrail.core.config import GuardConfig, dump, parse
+from guardrail.core.config import GuardConfig
 from guardrail.core.errors import ConfigError, UsageError
 from guardrail.core.records import Phase
 from guardrail.core.sections import LaunchSection
+from guardrail.core.toml_file import dump_toml, read_toml
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.launch.launcher import load, prepare_resume
 from guardrail.rundir import processes
@@ -84,7 +85,7 @@ def test_a_node_that_was_lost_comes_back_and_no_bit_differs(lost: int, lab: Lab)
     config = config_of(
         lab.folder, processes=1, nodes=2, rendezvous_endpoint=endpoint, max_restarts=2
     )
-    (lab.folder / "c.toml").write_text(dump(config))
+    (lab.folder / "c.toml").write_text(dump_toml(config))
     place = str(lab.root / "nodes" / "shared")
     nodes = [
         lab.start(
@@ -275,12 +276,14 @@ def test_the_slurm_script_starts_and_resumes_what_the_command_line_takes(
         assert options["headless"] and options["run_dir"] == str(
             tmp_path / "runs" / "slurm" / "104711"
         )
-        config = load(parse(Path(options["config"])), file="c.toml", overrides=options["overrides"])
+        config = load(
+            read_toml(Path(options["config"])), file="c.toml", overrides=options["overrides"]
+        )
         assert isinstance(config, Config)
         assert (config.launch.nodes, config.launch.node_rank, config.world) == (2, node, 16)
         assert config.launch.rendezvous_endpoint == "node-07:24711"
 
-    run = RunDirectory.create_at(tmp_path / "before", dump(config_of(tmp_path)))
+    run = RunDirectory.create_at(tmp_path / "before", dump_toml(config_of(tmp_path)))
     for node, (name, *words) in enumerate(slurm(tmp_path, RUN=str(run.path))):
         options = command.make_context(name, words).params
         assert options["config"] is None and options["run_dir"] is None

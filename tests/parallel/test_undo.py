@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from guardrail.backtest.rejudge import Rejudge
-from guardrail.core.config import load_guard
+from guardrail.core.config import load_guard_options
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import (
     Action,
@@ -343,7 +343,7 @@ def test_an_undone_rollback_and_skip_leave_a_run_that_was_told_so_from_its_begin
     assert_whole(run)
     assert table(run)[:, 1].tolist() == [8.0 * step for step in range(44)], "no batch is missing"
     told = letting(config, run)
-    judged = list(Rejudge(run, load_guard(run.path / "config.toml"), own=True))
+    judged = list(Rejudge(run, load_guard_options(run.path / "config.toml"), own=True))
     assert [one.verdict.action for one in judged] == [one.done for one in judged], "as live"
     assert_same(run, trained(told))
     if world > 1:

@@ -25,8 +25,9 @@ import torch.distributed.fsdp  # noqa: F401
 
 import trainer.__main__
 import trainer.train
-from guardrail.core.config import build, dump
+from guardrail.core.config import build_config
 from guardrail.core.records import Event, Mode, Remedy, Span
+from guardrail.core.toml_file import dump_toml
 from guardrail.decide.run_history import RunHistory
 from guardrail.report.quarantine import quarantine_lines
 from guardrail.rundir.manifest import checkpoint_dirs, fingerprint, verify
@@ -114,7 +115,7 @@ def tiny(folder: Path, *, world: int = 1, strategy: str = "ddp", **sections: Any
             tree.setdefault(name, {}).update(section)
         else:
             tree[name] = section
-    config = build(tree, file="tiny.toml", base=folder)
+    config = build_config(tree, file="tiny.toml", base=folder)
     assert isinstance(config, Config)
     return config
 
@@ -124,7 +125,7 @@ def corpus_of(config: Config) -> Corpus:
 
 
 def new_run(config: Config) -> RunDirectory:
-    return RunDirectory.create(config.run.root, config.run.name, dump(config))
+    return RunDirectory.create(config.run.root, config.run.name, dump_toml(config))
 
 
 @contextlib.contextmanager

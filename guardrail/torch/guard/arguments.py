@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from guardrail.core.config import GuardConfig, checked, load_config
+from guardrail.core.config import GuardConfig, check_settings, load_config
 from guardrail.core.errors import ConfigError, UsageError
 from guardrail.core.records import Mode
-from guardrail.core.schema import as_tree
+from guardrail.core.schema import to_plain_tree
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.guard.hooks import LoopHooks, RankLayout
 
@@ -41,7 +41,7 @@ def check_config(config: Any) -> GuardConfig:
     if isinstance(config, (str, os.PathLike)):
         return load_config(config)
     schema = type(config) if isinstance(config, GuardConfig) else GuardConfig
-    return checked(config, schema)
+    return check_settings(config, schema)
 
 
 def check_mode(mode: Any) -> Mode:
@@ -119,7 +119,7 @@ def check_layout(ranks: Any, *, world: int) -> RankLayout:
 
 def whole(name: str, value: Any, *, least: int) -> int:
     """A whole number of at least `least`. Raises ConfigError."""
-    number = as_tree(value)
+    number = to_plain_tree(value)
     if isinstance(number, bool) or not isinstance(number, int) or number < least:
         raise ConfigError(f"a whole number >= {least}", key=name, value=value)
     return number
@@ -183,7 +183,7 @@ def _checked_sizes(size: Callable[[int], int]) -> Callable[[int], int]:
 def _checked_clip(clip: Any) -> Any:
     if callable(clip):
         return clip
-    number = as_tree(clip)
+    number = to_plain_tree(clip)
     if (
         isinstance(number, bool)
         or not isinstance(number, (int, float))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from guardrail.cli.main import main
-from guardrail.core.config import load_guard
+from guardrail.core.config import load_guard_options
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_the_proposal_is_a_policy(
     guard, lines = proposal(capsys, str(outliers), "--set", "guard.rollback_after_rejections=4")
     file = tmp_path / "policy.toml"
     file.write_text("\n".join(lines))
-    assert load_guard(file).loss_score == guard["loss_score"]
+    assert load_guard_options(file).loss_score == guard["loss_score"]
     assert main(["backtest", str(outliers), "--policy", str(file)]) == 0
 
 

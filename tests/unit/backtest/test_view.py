@@ -15,7 +15,7 @@ import pytest
 from guardrail.backtest import backtest
 from guardrail.backtest import recorded_run as viewing
 from guardrail.cli.main import main
-from guardrail.core.config import load_guard
+from guardrail.core.config import load_guard_options
 from guardrail.core.errors import DataError
 from guardrail.core.records import Command, CommandKind
 from guardrail.tui.app.app import GuardrailApp
@@ -50,7 +50,7 @@ def spiked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def read(path: Path, *overrides: str) -> Snapshot:
     reader = RecordedReader(
-        viewing.RecordedRun(viewing.the_log(str(path), {}), load_guard(overrides=overrides))
+        viewing.RecordedRun(viewing.the_log(str(path), {}), load_guard_options(overrides=overrides))
     )
     said: list[str] = []
     reader.start(lambda: said.append(reader.latest().recorded))
@@ -64,7 +64,7 @@ def read(path: Path, *overrides: str) -> Snapshot:
 def test_it_shows_the_incidents_that_backtest_tells(spiked: Path) -> None:
     found = read(spiked)
     (log,) = [viewing.the_log(str(spiked), {})]
-    cases = backtest.backtest(log, load_guard()).cases
+    cases = backtest.backtest(log, load_guard_options()).cases
     told = [(case.first.incident, min(case.first.onset_step, case.first.step)) for case in cases]
     assert [(one.number, one.step) for one in reversed(found.story.incidents)] == told and len(
         told
@@ -140,8 +140,8 @@ def test_without_a_terminal_it_names_backtest(
 
 def test_another_process_judges_the_same(spiked: Path, tmp_path: Path) -> None:
     log = viewing.the_log(str(spiked), {})
-    here = viewing.RecordedRun(log, load_guard())
-    there = viewing.Background(viewing.RecordedRun(log, load_guard()))
+    here = viewing.RecordedRun(log, load_guard_options())
+    there = viewing.Background(viewing.RecordedRun(log, load_guard_options()))
     try:
         assert len(there) == len(here) and there.columns == here.columns
         for mine, other in zip(here.judged(), there.judged(), strict=True):
@@ -158,7 +158,9 @@ def test_a_judge_that_fails_says_why(spiked: Path, monkeypatch: pytest.MonkeyPat
         yield
 
     monkeypatch.setattr(viewing.RecordedRun, "judged", fails)
-    there = viewing.Background(viewing.RecordedRun(viewing.the_log(str(spiked), {}), load_guard()))
+    there = viewing.Background(
+        viewing.RecordedRun(viewing.the_log(str(spiked), {}), load_guard_options())
+    )
     reader = RecordedReader(there)
     reader.start(lambda: None)
     reader.join()
@@ -168,7 +170,9 @@ def test_a_judge_that_fails_says_why(spiked: Path, monkeypatch: pytest.MonkeyPat
 
 
 async def test_the_screen_over_a_log(spiked: Path) -> None:
-    reader = RecordedReader(viewing.RecordedRun(viewing.the_log(str(spiked), {}), load_guard()))
+    reader = RecordedReader(
+        viewing.RecordedRun(viewing.the_log(str(spiked), {}), load_guard_options())
+    )
     app = GuardrailApp(reader, read_only=True)
     async with app.run_test(size=(120, 32)) as pilot:
         reader.join()

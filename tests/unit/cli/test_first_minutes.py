@@ -12,8 +12,9 @@ import pytest
 
 from guardrail.cli import init
 from guardrail.cli.main import COMMANDS, COMPLETION_VARIABLE, main
-from guardrail.core.config import build, parse
+from guardrail.core.config import build_config
 from guardrail.core.records import Phase, Status
+from guardrail.core.toml_file import read_toml
 from guardrail.rundir.run_directory import RunDirectory
 from trainer.config import Config
 
@@ -26,7 +27,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def read(path: str = "config.toml") -> Config:
-    config = build(parse(Path(path)), file=path, base=Path.cwd())
+    config = build_config(read_toml(Path(path)), file=path, base=Path.cwd())
     assert isinstance(config, Config)
     return config
 

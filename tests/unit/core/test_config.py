@@ -14,10 +14,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from guardrail.core.config import GuardConfig, build, dump, load, load_guard
+from guardrail.core.config import GuardConfig, build_config, load_guard_options, load_trainer_config
 from guardrail.core.errors import ConfigError, ExitCode
 from guardrail.core.guard_options import ESCALATION, EscalationStep, GuardOptions
 from guardrail.core.records import Mode
+from guardrail.core.toml_file import dump_toml
 from tests.support.places import ROOT
 from trainer.config import config as trainer_config
 from trainer.config.config import Config
@@ -32,7 +33,7 @@ def refused(path: Path, text: str, *overrides: str) -> str:
     file = path / "c.toml"
     file.write_text(text)
     with pytest.raises(ConfigError) as caught:
-        load(file, overrides=overrides)
+        load_trainer_config(file, overrides=overrides)
     assert caught.value.exit_code is ExitCode.USAGE
     return str(caught.value).replace(f"{path}/", "")
 
@@ -150,7 +151,7 @@ BAD = [
     (
         "[snapshots]\nkeep = 1",
         "c.toml: snapshots.keep = 1: expected 0, or 2 and more",
-        "checkpoints alone",
+        "restores a checkpoint",
     ),
     (
         STEPS + "[launch]\nprocesses = 3",
@@ -340,10 +341,10 @@ def test_an_error_of_the_guard_alone_names_the_override(tmp_path: Path) -> None:
     file.write_text("[guard]\nwindow = 64\n")
     for override, key in (("guard.window=-1", "guard.window"), ("guard.warmup=99", "guard.warmup")):
         with pytest.raises(ConfigError, match=f"^--set: {key} = "):
-            load_guard(file, overrides=[override])
+            load_guard_options(file, overrides=[override])
     file.write_text("[guard]\nwindow = -1\n")
     with pytest.raises(ConfigError, match=r"c\.toml: guard\.window = "):
-        load_guard(file, overrides=["guard.loss_score=6"])
+        load_guard_options(file, overrides=["guard.loss_score=6"])
 
 
 @pytest.mark.parametrize(
@@ -361,7 +362,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, content: Any, message: str) 
     elif content is not None:
         file.write_bytes(content)
     with pytest.raises(ConfigError, match=re.escape(f"expected a readable TOML file ({message})")):
-        load(file)
+        load_trainer_config(file)
 
 
 # -- overrides and defaults ------------------------------------------------------------------------
@@ -370,7 +371,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, content: Any, message: str) 
 def loaded(path: Path, text: str = STEPS, *overrides: str) -> Config:
     file = path / "c.toml"
     file.write_text(text)
-    config = load(file, overrides=overrides)
+    config = load_trainer_config(file, overrides=overrides)
     assert isinstance(config, Config)
     return config
 
@@ -398,7 +399,9 @@ def test_a_value_that_is_no_toml_is_a_string(tmp_path: Path, name: str) -> None:
 
 def test_building_does_not_touch_the_tree() -> None:
     tree = tomllib.loads(STEPS)
-    build(tree, file="c.toml", overrides=["train.steps=5", "optim.warmup_steps=1"], base=Path.cwd())
+    build_config(
+        tree, file="c.toml", overrides=["train.steps=5", "optim.warmup_steps=1"], base=Path.cwd()
+    )
     assert tree == {"train": {"steps": 300}}
 
 
@@ -440,9 +443,9 @@ def test_counts_follow_from_batch_and_processes() -> None:
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.toml")), ids=lambda file: file.name)
 def test_every_file_in_configs_loads_and_dumps_to_the_same(file: Path, tmp_path: Path) -> None:
-    config = load(file)
-    (tmp_path / "config.toml").write_text(dump(config))
-    assert load(tmp_path / "config.toml") == config
+    config = load_trainer_config(file)
+    (tmp_path / "config.toml").write_text(dump_toml(config))
+    assert load_trainer_config(tmp_path / "config.toml") == config
     sections = re.split(r"^\[", file.read_text(), flags=re.MULTILINE)
     assert all("\n# " in f"\n{section}" for section in sections), "every section is explained"
 
@@ -457,7 +460,10 @@ def test_the_shipped_files_are_there() -> None:
 def test_who_decides_is_chosen_by_a_file_and_every_line_of_it_is_explained(
     name: str, mode: str
 ) -> None:
-    config, quickstart = load(CONFIGS / f"{name}.toml"), load(CONFIGS / "quickstart.toml")
+    config, quickstart = (
+        load_trainer_config(CONFIGS / f"{name}.toml"),
+        load_trainer_config(CONFIGS / "quickstart.toml"),
+    )
     assert isinstance(config, Config) and isinstance(quickstart, Config)
     assert (config.guard.mode, config.run.name) == (mode, name)
     assert (config.model, config.optim, config.train) == (
@@ -477,7 +483,7 @@ def test_who_decides_is_chosen_by_a_file_and_every_line_of_it_is_explained(
 
 
 def test_quickstart_is_small_and_stands_alone() -> None:
-    config = load(CONFIGS / "quickstart.toml")
+    config = load_trainer_config(CONFIGS / "quickstart.toml")
     assert isinstance(config, Config)
     assert config.data.sources == ("builtin:python",) and config.data.order == "stream"
     assert (config.launch.processes, config.launch.device) == (2, "cpu")
@@ -490,16 +496,16 @@ def test_a_complete_configuration_survives_dump_and_load(tmp_path: Path) -> None
         + "[[faults]]\nkind = 'nan_loss'\nstep = 3\nrank = 0\nvalue = 1e-30\n[guard]\nmode = 'advise'\n"
         + "[run]\nname = 'ünïcode \"quoted\"'\n[optim]\nlr = 3.3333333333333335e-4\n",
     )
-    tree = tomllib.loads(dump(config))
+    tree = tomllib.loads(dump_toml(config))
     assert set(tree) == {field.name for field in msgspec.structs.fields(Config)}
-    assert build(tree, file="dumped", base=Path("/")) == config
+    assert build_config(tree, file="dumped", base=Path("/")) == config
 
 
 # -- the machine -----------------------------------------------------------------------------------
 
 
 def test_a_ring_larger_than_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load(CONFIGS / "gpu-8.toml")
+    config = load_trainer_config(CONFIGS / "gpu-8.toml")
     monkeypatch.setattr(trainer_config, "memory_bytes", lambda: 64 * 2**30)
     config.check_machine()
     monkeypatch.setattr(trainer_config, "memory_bytes", lambda: 32 * 2**30)
@@ -533,7 +539,10 @@ def test_the_vocabulary_is_known_before_anything_is_tokenised(tmp_path: Path) ->
 
 
 def test_reading_a_configuration_loads_no_torch() -> None:
-    code = "import sys; from guardrail.core.config import load; load(sys.argv[1]); print('torch' in sys.modules)"
+    code = (
+        "import sys; from guardrail.core.config import load_trainer_config; "
+        "load_trainer_config(sys.argv[1]); print('torch' in sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, str(CONFIGS / "quickstart.toml")],
         capture_output=True,
@@ -573,7 +582,7 @@ def test_the_night_writes_the_default_ladder_out() -> None:
     """So that what stands beside each rung is what happens without one, and at the end of it the
     run halts.
     """
-    night = load(CONFIGS / "night.toml").guard
+    night = load_trainer_config(CONFIGS / "night.toml").guard
     assert night.ladder == (*ESCALATION, EscalationStep(action="halt"))
     assert (night.skips, night.rollbacks) == (
         2 * GuardOptions().skips,

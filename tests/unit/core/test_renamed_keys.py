@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from guardrail.core import renamed_keys
-from guardrail.core.config import GuardConfig, build, checked, load_guard
+from guardrail.core.config import GuardConfig, build_config, check_settings, load_guard_options
 from guardrail.core.errors import ConfigError
 from guardrail.core.guard_options import EscalationStep, GuardOptions, ShrinkEmbedding
 from guardrail.core.section import Section
@@ -30,7 +30,7 @@ def _no_notice_yet() -> Iterator[None]:
 
 def read(tree: dict[str, Any], *overrides: str) -> Config:
     tree = {"train": {"steps": 500}, **tree}
-    config = build(tree, file="c.toml", overrides=overrides, base=Path.cwd())
+    config = build_config(tree, file="c.toml", overrides=overrides, base=Path.cwd())
     assert isinstance(config, Config)
     return config
 
@@ -144,7 +144,7 @@ def test_an_error_names_the_present_key_and_where_it_was_given(
 
 
 def test_dictionaries_and_policies_take_old_names(tmp_path: Path) -> None:
-    assert checked({"guard": {"pardon": [[1, 2]]}}, GuardConfig).guard.allowlist == ((1, 2),)
+    assert check_settings({"guard": {"pardon": [[1, 2]]}}, GuardConfig).guard.allowlist == ((1, 2),)
     (tmp_path / "p.toml").write_text("[guard]\nconfirm = 5\n")
-    assert load_guard(tmp_path / "p.toml", overrides=["guard.skips=9"]).max_data_skips == 9
-    assert load_guard(tmp_path / "p.toml").steps_until_good == 5
+    assert load_guard_options(tmp_path / "p.toml", overrides=["guard.skips=9"]).max_data_skips == 9
+    assert load_guard_options(tmp_path / "p.toml").steps_until_good == 5

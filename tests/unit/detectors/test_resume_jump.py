@@ -5,9 +5,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from guardrail.core.config import dump
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import Action, FindingKind, Mode, Verdict
+from guardrail.core.toml_file import dump_toml
 from guardrail.decide.controller import Controller
 from guardrail.detectors.resume_jump import ROWS
 from guardrail.rundir.run_directory import findings_of
@@ -100,7 +100,7 @@ def test_the_guard_watches_the_first_steps_of_a_resumed_run(tmp_path: Path) -> N
     assert train(run, 1) == "finished"
     fault = {"kind": "spike_loss", "step": 41, "value": 0.2}
     longer = tiny(tmp_path, train={"steps": 44}, faults=[fault])
-    run.write_config(dump(msgspec.structs.replace(longer, run=config.run)))
+    run.write_config(dump_toml(msgspec.structs.replace(longer, run=config.run)))
     assert train(run, 1) == "finished"
     told = [(e.data["at_step"], f) for e in of_kind(run, "finding") for f in findings_of(e)]
     assert [(step, f.signal) for step, f in told if f.kind is FindingKind.RESUME_JUMP] == [

@@ -23,7 +23,6 @@ import msgspec
 import numpy as np
 import pytest
 
-from guardrail.core import config
 from guardrail.core.errors import ConfigError, RunDirectoryError
 from guardrail.core.records import (
     METRIC_COLUMNS,
@@ -37,6 +36,7 @@ from guardrail.core.records import (
     Span,
     Status,
 )
+from guardrail.core.toml_file import read_toml
 from guardrail.decide.timelines import TimelineIndex
 from guardrail.launch.supervisor_journal import tail
 from guardrail.operate.run_summary import loss_points
@@ -630,7 +630,7 @@ def test_a_pipe_is_not_waited_for_and_counts_as_unreadable(run: RunDirectory, na
 
 REFUSED: dict[str, Callable[[RunDirectory], object]] = {
     "config.toml": lambda run: run.config_text(),
-    "config.toml ": lambda run: config.parse(run.path / "config.toml", of_run=True),
+    "config.toml ": lambda run: read_toml(run.path / "config.toml", of_run=True),
     "journal.jsonl": lambda run: run.events(),
     "journal.jsonl ": lambda run: journal.end_of(run.journal_path),
     "journal.jsonl  ": lambda run: run.append("note"),
@@ -666,7 +666,7 @@ def test_a_configuration_that_is_of_no_run_may_be_a_pipe(tmp_path: Path) -> None
     os.write(write, b"[run]\nname = 'piped'\n")
     os.close(write)
     try:
-        assert config.parse(Path(f"/dev/fd/{read}")) == {"run": {"name": "piped"}}
+        assert read_toml(Path(f"/dev/fd/{read}")) == {"run": {"name": "piped"}}
     finally:
         os.close(read)
 

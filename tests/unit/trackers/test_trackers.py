@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from guardrail.core.config import parse
 from guardrail.core.records import Event
+from guardrail.core.toml_file import read_toml
 from guardrail.launch.supervisor import Supervisor
 from guardrail.rundir import run_directory
 from guardrail.rundir.run_directory import RunDirectory
@@ -160,7 +160,7 @@ def test_a_line_in_the_list_is_all_that_a_new_tracker_needs(
     stored: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "TRACKERS", (*registry.TRACKERS, JsonLines))
-    config = parse(stored.path / "config.toml", of_run=True)
+    config = read_toml(stored.path / "config.toml", of_run=True)
     assert JsonLines in enabled_trackers(config)
     supervisor = Supervisor(stored, SupervisorSignals())
     with supervisor._feed_trackers():

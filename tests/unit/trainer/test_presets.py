@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from guardrail.core.config import build, dump
+from guardrail.core.config import build_config
 from guardrail.core.errors import ConfigError
+from guardrail.core.toml_file import dump_toml
 from tests.support.places import ROOT
 from tests.support.running import of_kind, table, tiny, trained
 from trainer.config import preset
@@ -36,7 +37,7 @@ def settings(
     model: dict[str, Any], overrides: tuple[str, ...] = (), **sections: dict[str, Any]
 ) -> Config:
     tree = {"train": {"steps": 10_000}, "model": model} | sections
-    made = build(tree, file="x.toml", overrides=overrides, base=Path.cwd())
+    made = build_config(tree, file="x.toml", overrides=overrides, base=Path.cwd())
     assert isinstance(made, Config)
     return made
 
@@ -52,7 +53,7 @@ def test_every_value_of_a_preset_arrives(name: str) -> None:
     for section, values in tomllib.loads((preset.folder() / f"{name}.toml").read_text()).items():
         for key, value in values.items():
             assert getattr(getattr(made, section), key) == value, f"{section}.{key}"
-    again = build(tomllib.loads(dump(made)), file="config.toml", base=Path.cwd())
+    again = build_config(tomllib.loads(dump_toml(made)), file="config.toml", base=Path.cwd())
     assert again == made  # a run's own config.toml stands above the preset that it names
 
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from guardrail.core import config
-from guardrail.core.config import build
+from guardrail.core.config import build_config
 from guardrail.launch import doctor
 from guardrail.launch import launcher as launching
 from trainer.config import remarks
@@ -30,7 +29,7 @@ def settings(**sections: Any) -> Config:
         name: {**USUAL.get(name, {}), **sections.get(name, {})}
         for name in USUAL.keys() | sections.keys()
     }
-    made = build(tree, file="x.toml", base=Path.cwd())
+    made = build_config(tree, file="x.toml", base=Path.cwd())
     assert isinstance(made, Config)
     return made
 
@@ -122,7 +121,7 @@ def test_sizes_between_those_of_the_table_lie_between() -> None:
 def test_doctor_passes_the_remarks_on_as_notes(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text("[optim]\nclip = 0\n[train]\nsteps = 300\n")
-    settings = launching.load(config.parse(file), file=str(file), overrides=())
+    settings = launching.load_settings(str(file))
     torch = {"devices": [], "gloo": True, "nccl": False, "bf16": False}
     checks = list(doctor._configuration(settings, str(file), (), torch))
     (remark,) = [check for check in checks if check.name == doctor.PRACTICE]

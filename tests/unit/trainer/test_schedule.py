@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guardrail.core.config import build
+from guardrail.core.config import build_config
 from guardrail.core.errors import ConfigError
 from guardrail.core.records import Span
 from guardrail.decide.sample_order import Batch, SampleCursor, SampleOrder
@@ -230,7 +230,7 @@ def test_what_does_not_go_together_is_refused(
 ) -> None:
     tree = {"train": {"steps": 200, "batch_size": 16, **train}, "optim": optim}
     with pytest.raises(ConfigError) as caught:
-        build(tree, file="x.toml", base=Path.cwd())
+        build_config(tree, file="x.toml", base=Path.cwd())
     assert caught.value.key == key
 
 
@@ -244,7 +244,7 @@ def test_epochs_are_counted_in_the_batches_of_the_plan() -> None:
             "micro_batch_size": 4,
         }
     }
-    made = build({**tree, "data": {"sequence_length": 32}}, file="x.toml", base=Path.cwd())
+    made = build_config({**tree, "data": {"sequence_length": 32}}, file="x.toml", base=Path.cwd())
     assert isinstance(made, Config)
     assert [made.batch_plan(step) for step in (1, 2, 3, 4)] == [4, 4, 8, 8]
     assert made.batch_plan.steps(100) == 2 + 12  # 8 samples, then 92 in batches of 8

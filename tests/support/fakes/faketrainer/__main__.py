@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from guardrail.core.config import load
+from guardrail.core.config import load_trainer_config
 from guardrail.core.files import replace_file
 from guardrail.core.records import Phase, Status
 from guardrail.rundir.heartbeat import Heartbeat
@@ -88,7 +88,7 @@ def main() -> None:
     run = RunDirectory.open(os.environ["GUARDRAIL_RUN"])
     rank = int(os.environ["RANK"])
     start = int(os.environ["GUARDRAIL_INCARNATION"]) + int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    config = load(run.path / "config.toml")
+    config = load_trainer_config(run.path / "config.toml")
     fake = config.fake  # type: ignore[attr-defined]
     time.sleep(fake.import_seconds)
     signals = StopSignals()
