@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from guardrail.backtest.importers.recorded_log import Log, settings_for
+from guardrail.backtest.importers.recorded_log import Log, options_for_log
 from guardrail.backtest.rejudge import Rejudge, Watch
 from guardrail.core.config import check_guard_options
 from guardrail.core.guard_options import GuardOptions
@@ -186,8 +186,8 @@ def backtest(
     """
     settings = check_guard_options(settings)
     result = Result(path=log.path, format=log.format, steps=log.steps, names=log.names)
-    result.beside, result.apart, result.policy = log.beside, log.apart, log.policy
-    settings = settings_for(log, settings)
+    result.beside, result.apart, result.policy = log.further, log.other_rows, log.policy_column
+    settings = options_for_log(log, settings)
     began = time.perf_counter()
     if log.folder is not None:
         _rejudge(log, result, settings, own=own, watch=watch)

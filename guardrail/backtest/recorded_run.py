@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from guardrail.backtest.importers.recorded_log import Log, settings_for
+from guardrail.backtest.importers.recorded_log import Log, options_for_log
 from guardrail.backtest.rejudge import Rejudge
 from guardrail.core.config import check_guard_options
 from guardrail.core.errors import DataError, GuardrailError, RunDirectoryError
@@ -60,7 +60,7 @@ class RecordedRun:
     """
 
     def __init__(self, log: Log, settings: GuardOptions) -> None:
-        self._log, self._settings = log, settings_for(log, check_guard_options(settings))
+        self._log, self._settings = log, options_for_log(log, check_guard_options(settings))
         self.name, self.format = log.path, log.format
         signals = [name for name in log.columns if name in METRIC_COLUMNS]
         bands = [f"{name}_{part}" for name in signals for part in ("baseline", "threshold")]
@@ -278,10 +278,10 @@ def the_log(path: str, columns: dict[str, str]) -> Log:
     Raises:
         DataError: nothing there can be read, or several runs are recorded there.
     """
-    from guardrail.backtest.importers.sources import sources
+    from guardrail.backtest.importers.sources import find_sources
 
     found: list[Log] = []
-    for source in sources([path]):
+    for source in find_sources([path]):
         try:
             found += [log for log in source.read(columns) if len(log)]
         except OSError as error:

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from guardrail.backtest.importers.run_directory import signals
+from guardrail.backtest.importers.run_directory import watched_signals
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import (
     GRAD_NORM,
@@ -104,7 +104,7 @@ class Rejudge:
         self._settings, self._own, self._watch = settings, own, watch
         self._events = run.events()
         self._view = run.metrics()
-        self._names = signals(self._view)
+        self._names = watched_signals(self._view)
         self._controller = Controller(settings, mode=None if own else Mode.ADVISE)
         self.lost: list[str] = []
         self._timeline = 0

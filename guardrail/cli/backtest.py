@@ -34,7 +34,19 @@ def log_options(function: Any) -> Any:
     return click.argument("logs", nargs=-1, required=True, metavar="LOG...")(function)
 
 
-@click.command(short_help="Say what the guard would have done about recorded runs.")
+class BacktestCommand(click.Command):
+    """Lists in its help what the importers read. They are loaded only to print it."""
+
+    def format_help_text(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        from guardrail.backtest.importers.registry import list_formats
+
+        self.help = (self.help or "").replace("{formats}", list_formats().replace("`", ""))
+        super().format_help_text(context, formatter)
+
+
+@click.command(
+    cls=BacktestCommand, short_help="Print what the guard would have done in recorded runs."
+)
 @log_options
 @click.option(
     "--config",
@@ -65,14 +77,12 @@ def command(
     svg: bool,
     as_json: bool,
 ) -> int:
-    """Run the live controller over recorded runs and say what it would have done.
+    """Run the live controller over recorded runs and print what it would have done.
 
-    Reads TensorBoard event files, trainer_state.json, CSV and TSV, JSON lines, .wandb files, the
-    text that llm.c, nanoGPT, Megatron, torchtitan, the Trainer, verl, OpenRLHF and others print,
-    and guardrail's own run directories, which are judged under their own settings unless --policy
-    or --set says otherwise. Folders are searched.
+    Reads {formats}. Folders are searched. A run directory is judged with its own settings, unless
+    --config or --set is given.
 
-    Exit code 2 if nothing could be read; what could not be is named on stderr.
+    Exit code 2 means that nothing could be read. What could not be read is named on stderr.
     """
     from guardrail.backtest import backtest, plotting
     from guardrail.core.config import load_guard_options
@@ -138,12 +148,12 @@ def read_logs(
         required: a log without one of `signals` is not read; otherwise it is read without it, with
         a note.
     """
-    from guardrail.backtest.importers.sources import sources
+    from guardrail.backtest.importers.sources import find_sources
     from guardrail.core.errors import DataError
 
     given = given_columns(columns)
     wanted = {signal: signal for signal in signals if signal not in given}
-    for source in sources(paths):
+    for source in find_sources(paths):
         try:
             yield from _read(source, given, wanted, required=required)
         except (DataError, OSError) as error:

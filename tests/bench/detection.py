@@ -103,7 +103,7 @@ def read_traces(folder: Path) -> tuple[dict[str, Any], dict[str, Log]]:
     """(labels, run -> log)."""
     labels = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
     return labels, {
-        path.parent.name: delimited.read(path, str(path), {})[0]
+        path.parent.name: delimited.Tables().read(path, str(path), {})[0]
         for path in sorted(folder.glob("*/log.csv"))
     }
 

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import random
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from guardrail.backtest import plotting
 from guardrail.backtest.backtest import backtest
-from guardrail.backtest.importers.sources import sources
+from guardrail.backtest.importers.sources import find_sources
 from guardrail.backtest.rejudge import Rejudge
 from guardrail.backtest.scoring import score
 from guardrail.cli.main import main
@@ -199,7 +199,7 @@ def test_what_cannot_be_read_is_said_and_the_rest_done(
 
 
 def test_the_same_code_as_live(spiked: Path) -> None:
-    (log,) = next(sources([str(spiked)])).read({})
+    (log,) = next(find_sources([str(spiked)])).read({})
     controller = Controller(GuardOptions(), mode=Mode.ADVISE)
     expected = []
     for row, (step, loss, norm) in enumerate(
@@ -552,7 +552,7 @@ def test_plot_without_matplotlib(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(plotting.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["backtest", str(spiked), "--plot", str(tmp_path / "plots")]) == 2
     output, errors = capsys.readouterr()
     assert output == "" and "pip install 'guardrail[plot]'" in errors

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from guardrail.backtest.importers.sources import sources
+from guardrail.backtest.importers.sources import find_sources
 from guardrail.cli.main import COMMANDS, main
 from guardrail.core.config import ask_trainer, build_config, load_trainer_config
 from guardrail.core.errors import ConfigError, DataError, WorkersFailed
@@ -363,7 +363,7 @@ def read_hostile(content: bytes, name: str) -> None:
         file = Path(folder) / name
         file.write_bytes(content)
         for path in (file, Path(folder)):
-            for source in sources([str(path)]):
+            for source in find_sources([str(path)]):
                 try:
                     for log in source.read({}):
                         assert all(len(column) == len(log) for column in log.columns.values())

@@ -266,7 +266,7 @@ def test_after_a_rollback_the_update_before_it_is_known(
 
 def test_its_verdicts_are_those_of_a_backtest(recorded: tuple[RunDirectory, Handing]) -> None:
     run = recorded[0]
-    log = run_directory.read(run, "run")
+    log = run_directory.read_run(run, "run")
     assert {"router", UPDATE_NORM, "grad_norm/out"} <= set(log.columns)
     result = backtest(log, load_guard_options(run.path / "config.toml"), own=True)
     assert result.differing == [] and result.said == []

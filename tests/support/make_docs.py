@@ -3,6 +3,7 @@
 keys.md            from the table of keys of the screen
 configuration.md   from the sections of the configuration, their comments and defaults
 detection.md       one part of it from the classes of the detectors
+backtest.md        its table of formats, from the list of importers
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import msgspec
 
+from guardrail.backtest.importers.registry import format_table
 from guardrail.core.section import Section
 from guardrail.tui.screens import keys
 from tests.support.class_docs import fill_detection
@@ -164,10 +166,19 @@ def detection_page() -> str:
     return fill_detection((DOCS / "detection.md").read_text(encoding="utf-8"))
 
 
+def backtest_page() -> str:
+    """Return the page with the table between its two marks made anew."""
+    text = (DOCS / "backtest.md").read_text(encoding="utf-8")
+    before, begin, rest = text.partition("<!-- formats -->\n")
+    _, end, after = rest.partition("<!-- /formats -->\n")
+    return f"{before}{begin}{format_table()}{end}{after}"
+
+
 PAGES = {
     "keys.md": keys_page,
     "configuration.md": configuration_page,
     "detection.md": detection_page,
+    "backtest.md": backtest_page,
 }
 
 

@@ -9,31 +9,72 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from guardrail.backtest.importers.base import Importer
+from guardrail.backtest.importers.log_file import LogFile
 from guardrail.backtest.importers.names import (
     KINDS,
     Chooser,
-    describe,
+    choose_signals,
+    find_step_column,
     is_evaluation,
-    plain_name,
+    normalize,
+    rank_signal,
     says_evaluation,
-    step_name,
 )
-from guardrail.backtest.importers.recorded_log import COUNTED, Log, number, step_number
+from guardrail.backtest.importers.recorded_log import COUNTED, Log, parse_number, parse_step
+from guardrail.backtest.importers.text_logs import is_training_line
 from guardrail.core.errors import DataError
+from guardrail.core.format import format_plural
 from guardrail.core.text import clean_text
 
 DELIMITERS = ",\t;"
+LONGEST_NAME = 200  # characters; a longer "name" is a line of text
 # wandb exports "RUN - NAME", "RUN - NAME__MIN" and "RUN - NAME__MAX" beside a column "Step".
 _WANDB = re.compile(r"(?P<run>.+) - (?P<name>.+?)(?P<bound>__MIN|__MAX)?")
-# "iter 12: loss 10.2301, time 250.11ms" is no header.
-_TELLS = re.compile(r"[:=]\s*[-+]?(\d|nan|inf)|\s[-+]?\d+\.\d", re.IGNORECASE)
+# "iter 12: loss 10.2301, time 250.11ms" is no header: it holds values.
+_VALUE = re.compile(r"[:=]\s*[-+]?(\d|nan|inf)|\s[-+]?\d+\.\d", re.IGNORECASE)
 _NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?|[-+]?(nan|inf)|", re.IGNORECASE)
 
 csv.field_size_limit(2**24)
 
 
-def header(line: str) -> tuple[str, list[str]] | None:
-    """(delimiter, names) if a file that begins with this line is a table with a header."""
+class Tables(Importer):
+    name = "csv"
+    reads = "CSV and TSV files"
+    recognised_by = "a header line that names a signal"
+
+    def recognises(self, file: LogFile) -> bool:
+        if not file.is_plain_text:
+            return False
+        header = parse_header(file.first_line)
+        # "iter 0: loss nan, time 3ms" has commas too.
+        if header is None or is_training_line(file.first_line):
+            return False
+        _, names = header
+        if any(rank_signal(name.rsplit(" - ", 1)[-1]) is not None for name in names):
+            return True
+        return file.is_named and _has_table_row(file.text)
+
+    def read(self, path: Path, shown: str, columns: Mapping[str, str]) -> list[Log]:
+        """Return one log, or one per run of a table that wandb exported."""
+        with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+            header = parse_header(file.readline())
+            if header is None:
+                raise DataError(f"{shown}: the first line names no columns")
+            delimiter, names = header
+            rows = csv.reader(_without_zeros(file), delimiter=delimiter)
+            runs = _find_wandb_runs(names)
+            if not runs:
+                log = Log(path=shown, format="csv")
+                choose_signals(log, names, Chooser(columns))
+                chosen = {signal: names.index(name) for signal, name in log.names.items()}
+                return [_Table(names, chosen).fill(log, rows)]
+            kept = [row for row in rows if row]
+        return _read_wandb_runs(runs, names, kept, shown, columns)
+
+
+def parse_header(line: str) -> tuple[str, list[str]] | None:
+    """Return (delimiter, names) if a file that begins with this line is a table with a header."""
     line = line.strip("\r\n")
     delimiter = max(DELIMITERS, key=line.count)
     if delimiter not in line:
@@ -43,144 +84,160 @@ def header(line: str) -> tuple[str, list[str]] | None:
     except csv.Error:
         return None
     words = [name for name in names if name and not _NUMBER.fullmatch(name)]
-    unlike = any(
-        len(name) > 200 or "{" in name or "|" in name or _TELLS.search(name) for name in names
-    )
-    return (
-        (delimiter, names)
-        if len(words) >= 1 and len(words) >= len(names) - 1 and not unlike
-        else None
-    )
+    # One column may have no name: pandas writes its index so.
+    if not words or len(words) < len(names) - 1:
+        return None
+    if any(_is_no_name(name) for name in names):
+        return None
+    return delimiter, names
 
 
-def is_table(text: str) -> bool:
-    """Whether the line behind the header has as many fields as it: many a log begins with words and
-    commas.
+def _is_no_name(name: str) -> bool:
+    return len(name) > LONGEST_NAME or "{" in name or "|" in name or bool(_VALUE.search(name))
+
+
+def _has_table_row(text: str) -> bool:
+    """Return whether the line after the header has as many fields as it.
+
+    Many logs begin with words and commas.
     """
     first, _, rest = text.partition("\n")
-    found = header(first)
-    return found is not None and rest.split("\n", 1)[0].count(found[0]) == len(found[1]) - 1
+    header = parse_header(first)
+    if header is None:
+        return False
+    delimiter, names = header
+    return rest.split("\n", 1)[0].count(delimiter) == len(names) - 1
 
 
-def read(path: Path, shown: str, columns: Mapping[str, str]) -> list[Log]:
-    """One log, or one for each run of a wandb export. DataError if no column is a signal, or no
-    record is whole.
-    """
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        found = header(file.readline())
-        if found is None:
-            raise DataError(f"{shown}: the first line names no columns")
-        delimiter, names = found
-        rows = csv.reader(_without_nul(file), delimiter=delimiter)
-        at_step = step_name(names)
-        step_at = names.index(at_step) if at_step is not None else None
-        groups = _wandb_runs(names)
-        if groups is None:
-            log = Log(path=shown, format="csv")
-            describe(log, names, Chooser(columns))
-            return [
-                _fill(
-                    log,
-                    rows,
-                    step_at,
-                    {signal: names.index(name) for signal, name in log.names.items()},
-                    names,
-                )
-            ]
-        kept = [row for row in rows if row]
+def _find_wandb_runs(names: list[str]) -> dict[str, dict[str, int]]:
+    """Return run -> name -> column, if this is a table that wandb exported; else nothing."""
+    runs: dict[str, dict[str, int]] = {}
+    for column, name in enumerate(names):
+        match = _WANDB.fullmatch(name)
+        if match and not match["bound"] and f"{name}__MIN" in names:
+            runs.setdefault(match["run"], {})[match["name"]] = column
+    return runs
+
+
+def _read_wandb_runs(
+    runs: dict[str, dict[str, int]],
+    names: list[str],
+    rows: list[list[str]],
+    shown: str,
+    columns: Mapping[str, str],
+) -> list[Log]:
+    chooser = Chooser(columns)
     logs = []
-    for run, columns_of in groups.items():
-        inside = Chooser(columns).choose(columns_of)
-        if inside:
-            picked = {signal: columns_of[name] for signal, name in inside.items()}
-            told = [
-                row for row in kept if any(_cell(row, at) is not None for at in picked.values())
-            ]
-            log = Log(path=f"{shown}#{clean_text(run, 80)}", format="wandb csv")
-            describe(log, columns_of, Chooser(columns))
-            log.names = {signal: names[at] for signal, at in picked.items()}
-            logs.append(_fill(log, iter(told), step_at, picked, names))
+    for run, columns_of in runs.items():
+        signals = chooser.choose(columns_of)
+        if not signals:
+            continue
+        chosen = {signal: columns_of[name] for signal, name in signals.items()}
+        of_run = [row for row in rows if _has_number(row, chosen)]
+        log = Log(path=f"{shown}#{clean_text(run, 80)}", format="wandb csv")
+        choose_signals(log, columns_of, chooser)
+        log.names = {signal: names[column] for signal, column in chosen.items()}
+        logs.append(_Table(names, chosen).fill(log, iter(of_run)))
     if not logs:
-        Chooser(columns).choose_or_refuse(names, shown)
+        chooser.choose_or_refuse(names, shown)
     return logs
 
 
-def _wandb_runs(names: list[str]) -> dict[str, dict[str, int]] | None:
-    """run -> name -> column, if this is a table that wandb exported."""
-    groups: dict[str, dict[str, int]] = {}
-    for at, name in enumerate(names):
-        match = _WANDB.fullmatch(name)
-        if match and not match["bound"] and f"{name}__MIN" in names:
-            groups.setdefault(match["run"], {})[match["name"]] = at
-    return groups or None
+def _has_number(row: list[str], chosen: dict[str, int]) -> bool:
+    for column in chosen.values():
+        if column < len(row) and parse_number(row[column]) is not None:
+            return True
+    return False
 
 
-def _fill(
-    log: Log,
-    rows: Iterator[list[str]],
-    step_at: int | None,
-    chosen: dict[str, int],
-    names: list[str],
-) -> Log:
-    evaluations = [at for at, name in enumerate(names) if is_evaluation(name)]
-    kinds = [at for at, name in enumerate(names) if plain_name(name) in KINDS]
-    width = max([*chosen.values(), step_at if step_at is not None else 0]) + 1
-    wanted = list(chosen.items())
-    broken, count = 0, 0
-    unread: dict[str, int] = {}
-    stepless: list[dict[str, float]] = []  # the records before the first one with a step
-    try:
-        for row in rows:
-            if len(row) < width:
-                broken += bool(row)
-                continue
-            if any(at < len(row) and says_evaluation(row[at]) for at in kinds):
-                log.set_apart("evaluation")
-                continue
-            cells = {}
-            for signal, at in wanted:
-                value = number(row[at])
-                if value is not None:
-                    cells[signal] = value
-                elif row[at].strip():
-                    unread[signal] = unread.get(signal, 0) + 1
-            count += bool(cells)
-            step = step_number(row[step_at]) if step_at is not None else count
-            if step is None:
-                broken += 1
-                if cells and not len(log):
-                    stepless.append(cells)
-            elif cells:
-                log.add(step, cells)
-            else:
-                told = any(at < len(row) and row[at] for at in evaluations)
-                log.set_apart("evaluation" if told else "other")
-    except csv.Error as error:
-        log.notes.append(f"stopped after {len(log)} records: {error}")
-    if stepless and not len(log) and step_at is not None:
-        broken -= len(stepless)
-        log.notes.append(COUNTED.format(clean_text(names[step_at], 40)))
-        for step, cells in enumerate(stepless, 1):
-            log.add(step, cells)
-    for signal, cells_unread in unread.items():
-        shown = clean_text(log.names[signal], 40)
-        log.notes.append(
-            f"{shown}: {cells_unread:,} value{'s are' if cells_unread > 1 else ' is'} no number: not read"
-        )
-    if broken:
-        log.notes.append(
-            f"{broken} line{'s' if broken > 1 else ''} without a step or with too few fields left out"
-        )
-    if not any(column.missing < len(column) for column in log.columns.values()):
-        raise DataError(f"{log.path}: the columns {', '.join(log.names.values())} hold no number")
-    return log.finish()
+class _Table:
+    """Fills a log from the rows of a table.
+
+    Args:
+        names: of all columns.
+        chosen: signal -> its column.
+    """
+
+    def __init__(self, names: list[str], chosen: dict[str, int]) -> None:
+        self._names = names
+        self._chosen = chosen
+        self._evaluations = [i for i, name in enumerate(names) if is_evaluation(name)]
+        self._kinds = [i for i, name in enumerate(names) if normalize(name) in KINDS]
+        self._step_column: int | None = None
+        step_name = find_step_column(names)
+        if step_name is not None:
+            self._step_column = names.index(step_name)
+        self._width = max([*chosen.values(), self._step_column or 0]) + 1
+        self._broken = 0  # rows with too few fields, or without a step
+        self._count = 0  # rows with a signal
+        self._unread: dict[str, int] = {}  # signal -> values that are not numbers
+        self._stepless: list[dict[str, float]] = []  # records before the first one with a step
+
+    def fill(self, log: Log, rows: Iterator[list[str]]) -> Log:
+        """Add all rows. DataError if no signal has a number."""
+        try:
+            for row in rows:
+                self._add(log, row)
+        except csv.Error as error:
+            log.notes.append(f"stopped after {len(log)} records: {error}")
+        if self._stepless and not len(log) and self._step_column is not None:
+            self._broken -= len(self._stepless)
+            log.notes.append(COUNTED.format(clean_text(self._names[self._step_column], 40)))
+            for step, cells in enumerate(self._stepless, 1):
+                log.add_record(step, cells)
+        self._note_unread(log)
+        if not any(column.missing < len(column) for column in log.columns.values()):
+            raise DataError(
+                f"{log.path}: the columns {', '.join(log.names.values())} hold no number"
+            )
+        return log.finish()
+
+    def _add(self, log: Log, row: list[str]) -> None:
+        if len(row) < self._width:
+            self._broken += bool(row)
+            return
+        if any(column < len(row) and says_evaluation(row[column]) for column in self._kinds):
+            log.count_other_row("evaluation")
+            return
+        cells = self._cells(row)
+        self._count += bool(cells)
+        step: int | None = self._count
+        if self._step_column is not None:
+            step = parse_step(row[self._step_column])
+        if step is None:
+            self._broken += 1
+            if cells and not len(log):
+                self._stepless.append(cells)
+        elif cells:
+            log.add_record(step, cells)
+        elif any(column < len(row) and row[column] for column in self._evaluations):
+            log.count_other_row("evaluation")
+        else:
+            log.count_other_row("other")
+
+    def _cells(self, row: list[str]) -> dict[str, float]:
+        """Return signal -> value of a row."""
+        cells = {}
+        for signal, column in self._chosen.items():
+            value = parse_number(row[column])
+            if value is not None:
+                cells[signal] = value
+            elif row[column].strip():
+                self._unread[signal] = self._unread.get(signal, 0) + 1
+        return cells
+
+    def _note_unread(self, log: Log) -> None:
+        for signal, count in self._unread.items():
+            log.notes.append(
+                f"{clean_text(log.names[signal], 40)}: {format_plural(count, 'cell')} without a number: not read"
+            )
+        if self._broken:
+            log.notes.append(
+                f"{format_plural(self._broken, 'line')} skipped: without a step, or with too few fields"
+            )
 
 
-def _cell(row: list[str], at: int) -> float | None:
-    return number(row[at]) if at < len(row) else None
-
-
-def _without_nul(lines: Iterator[str]) -> Iterator[str]:
-    """A crash of the machine leaves zeros at the end of a file; csv refuses them."""
+def _without_zeros(lines: Iterator[str]) -> Iterator[str]:
+    """Give lines without NUL. A crash of the machine leaves them at the end; csv refuses them."""
     for line in lines:
-        yield line.replace("\0", "") if "\0" in line else line
+        yield line.replace("\0", "")

@@ -1,15 +1,14 @@
-"""What others call the signals: a column's name -> the signal that it holds, and how surely.
+"""Finds the signals of a log by the names that other programs give to their columns.
 
-First come names that are known to mean it; else the words of the name decide. Losses and norms of a
-validation, of a part of the model or of the loss, and anything that says how it was summarised, are
-never taken for the signal itself.
+Known names come first. Otherwise the words of a name decide. These are never taken for a signal:
+losses and norms of a validation, of a part of the model or of the loss, and statistics over steps.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from guardrail.backtest.importers.recorded_log import Log
 from guardrail.core.errors import DataError
@@ -24,9 +23,8 @@ from guardrail.core.records import (
 )
 from guardrail.core.text import clean_text
 
-# signal -> names, the surest first; compared in lower case with every run of other characters than
-# letters and digits as one space. Who writes them: Trainer, nanoGPT, Megatron, torchtitan, OLMo,
-# llm-foundry, NeMo, fairseq, Lightning.
+# Signal -> names as `normalize` returns them, the surest first. They are those of Trainer, nanoGPT,
+# Megatron, torchtitan, OLMo, llm-foundry, NeMo, fairseq and Lightning.
 KNOWN = {
     LOSS: (
         "loss",
@@ -83,8 +81,8 @@ KNOWN = {
     UPDATE_NORM: ("update norm", "train update norm", "optim total update norm"),
     LOSS_SCALE: ("loss scale", "train loss scale", "grad scale", "loss scale loss scale"),
 }
-# Signals that are recorded beside them, by the names that trl, verl, OpenRLHF, ms-swift and
-# Megatron give them. Nothing judges them unless it is asked for; see `Chooser`.
+# Further signals, by the names of trl, verl, OpenRLHF, ms-swift and Megatron. They are judged only
+# if the user asks for it; see `Chooser`.
 FURTHER = {
     "value_loss": (
         "critic vf loss",
@@ -121,7 +119,7 @@ FURTHER = {
         "policy approxkl avg",
         "ppo mean kl",
     ),
-    # a sum over the completion, where the others are means over its tokens
+    # a sum over the tokens of a completion; the others are means
     "sequence_kl": ("objective kl",),
     "entropy": ("entropy", "actor entropy", "policy entropy avg", "actor entropy loss"),
     "completion_length": (
@@ -131,7 +129,7 @@ FURTHER = {
         "response length",
         "glen",
     ),
-    # completions that were cut off
+    # share of the completions that were cut off
     "clipped_ratio": ("completions clipped ratio", "response length clip ratio"),
     "clip_frac": (
         "clip ratio region mean",
@@ -175,20 +173,24 @@ STEPS = (
     "episode",
 )
 _NOT_TRAINING = frozenset("val valid validation eval evaluation test dev heldout".split())
+# Words of a part of the loss or the model, of a summary over steps, or of another quantity.
 _A_PART = frozenset(
-    "aux balance balancing router routing z mtp kl reg scale ppl perplexity acc accuracy min max std var best "
-    "epoch ema smoothed layer layers block param parameter params weight weights clip clipped threshold baseline "
-    "delta ratio time count tokens vf vpred critic rep lb".split()
+    "aux balance balancing router routing z mtp kl reg scale ppl perplexity acc accuracy min max"
+    " std var best epoch ema smoothed layer layers block param parameter params weight weights clip"
+    " clipped threshold baseline delta ratio time count tokens vf vpred critic rep lb".split()
 )
 MOST_LISTED = 40  # columns named in an error
+# Ranks of a name: 0 is the surest. A known name comes before a guess.
+_AFTER_PREFIX = 100  # a further signal whose name begins with a known prefix
+_GUESS = 100  # a name that is not known, and whose words decide
 _WORD = re.compile(r"[a-z]+|\d+")
 _OTHER = re.compile(r"[^a-z0-9]+")
 
 
 @functools.cache
-def rank(name: str) -> tuple[str, int] | None:
-    """(signal, how far from sure; 0 is the surest), or None if the name means no signal."""
-    plain = plain_name(name)
+def rank_signal(name: str) -> tuple[str, int] | None:
+    """Return (signal, rank; 0 is the surest) of a column, or None if its name means no signal."""
+    plain = normalize(name)
     for signal, names in KNOWN.items():
         if plain in names:
             return signal, names.index(plain)
@@ -196,66 +198,76 @@ def rank(name: str) -> tuple[str, int] | None:
     if words & _NOT_TRAINING or words & _A_PART or ("entropy" in words and "cross" not in words):
         return None
     if plain.startswith("value") or plain.endswith("loss value avg"):
-        return None
+        return None  # of the value model in reinforcement learning
     bare = _without_prefix(plain)
     for signal, names in KNOWN.items():
         if bare in names:
             return signal, len(names) + names.index(bare)
-    far = 100 + len(words) - 10 * bool(words & {"train", "training"})
-    norm = bool(words & {"norm", "gnorm", "gradnorm"}) and bool(
-        words & {"grad", "grads", "gradient", "gradients"}
-    )
-    if norm and words & {"embed", "embedding", "embeddings", "wte"}:
-        return EMBED_GRAD_NORM, far
-    if norm:
-        return GRAD_NORM, far
+    return _guess_signal(words)
+
+
+def _guess_signal(words: set[str]) -> tuple[str, int] | None:
+    """Return the signal of a name that is not known. Fewer words are surer."""
+    rank = _GUESS + len(words)
+    if words & {"train", "training"}:
+        rank -= 10
+    is_norm = bool(words & {"norm", "gnorm", "gradnorm"})
+    if is_norm and words & {"grad", "grads", "gradient", "gradients"}:
+        if words & {"embed", "embedding", "embeddings", "wte"}:
+            return EMBED_GRAD_NORM, rank
+        return GRAD_NORM, rank
     if words & {"loss", "nll", "xent", "crossentropy"}:
-        return LOSS, far
+        return LOSS, rank
     return None
 
 
 @functools.cache
-def further(name: str) -> tuple[str, int] | None:
-    """(Signal of `FURTHER`, how far from sure) of a column, or None."""
-    plain = plain_name(name)
-    for candidate, far in ((plain, 0), (_without_prefix(plain), 100)):
+def rank_further(name: str) -> tuple[str, int] | None:
+    """Return (signal of `FURTHER`, rank) of a column, or None."""
+    plain = normalize(name)
+    for candidate, rank in ((plain, 0), (_without_prefix(plain), _AFTER_PREFIX)):
         for signal, names in FURTHER.items():
             if candidate in names:
-                return signal, far + names.index(candidate)
+                return signal, rank + names.index(candidate)
     return None
 
 
 @functools.cache
 def is_evaluation(name: str) -> bool:
-    """Whether a column is of an evaluation: "eval_loss", "val/accuracy", "heldout_reward"."""
-    return bool(set(_WORD.findall(plain_name(name))) & _NOT_TRAINING)
+    """Return whether a column is of an evaluation: "eval_loss", "val/accuracy", "heldout_reward"."""
+    return bool(set(_WORD.findall(normalize(name))) & _NOT_TRAINING)
 
 
 def says_evaluation(value: object) -> bool:
-    """Whether the kind of a row is an evaluation: "eval", "validation"."""
+    """Return whether the kind of a row is an evaluation: "eval", "validation"."""
     return isinstance(value, str) and is_evaluation(value)
 
 
-def describe(log: Log, names: Iterable[str], chooser: Chooser) -> None:
-    """Choose the signals of a log among the names of its columns; DataError as of
-    `Chooser.choose_or_refuse`.
+def choose_signals(log: Log, names: Iterable[str], chooser: Chooser) -> None:
+    """Set the names of a log: its signals, further signals, and the sign of reinforcement learning.
+
+    Raises:
+        DataError: as `Chooser.choose_or_refuse`.
     """
     names = list(names)
-    log.names = chosen = chooser.choose_or_refuse(names, log.path)
-    read = set(chosen.values())
-    log.beside = {
-        signal: name for signal, name in chooser.beside(names).items() if name not in read
-    }
-    loss = chosen.get(LOSS, "")
-    log.policy = loss if is_policy_loss(loss) else (policy_name(names) or "")
+    log.names = chooser.choose_or_refuse(names, log.path)
+    read = set(log.names.values())
+    further = chooser.choose_further(names)
+    log.further = {signal: name for signal, name in further.items() if name not in read}
+    loss = log.names.get(LOSS, "")
+    if is_policy_loss(loss):
+        log.policy_column = loss
+    else:
+        log.policy_column = policy_name(names) or ""
 
 
-def plain_name(name: str) -> str:
+def normalize(name: str) -> str:
+    """Return a name in lower case, with one space for each run of other characters."""
     return _OTHER.sub(" ", name.lower()).strip()
 
 
 def _without_prefix(plain: str) -> str:
-    """ "data actor pg loss" -> "pg loss"."""
+    """Return "pg loss" for "data actor pg loss"."""
     words = plain.split()
     while len(words) > 1 and words[0] in _PREFIXES:
         words = words[1:]
@@ -263,7 +275,7 @@ def _without_prefix(plain: str) -> str:
 
 
 class ColumnError(DataError):
-    """A column that was asked for is not there. `signal` is what it was to hold."""
+    """A column that the user chose does not exist. `signal` is the signal that it was chosen for."""
 
     def __init__(self, message: str, signal: str) -> None:
         super().__init__(message)
@@ -271,53 +283,42 @@ class ColumnError(DataError):
 
 
 class Chooser:
-    """Which columns of a file hold which signals.
+    """Chooses the columns of a file that hold signals.
 
     Args:
-        given: signal -> column, from the command line or from `guard.extra_signals`; it outranks every
-            guess. The column may also be named by its signal in `FURTHER`: "reward" finds
-            "critic/rewards/mean".
+        given: signal -> column, from the command line or from `guard.extra_signals`. It comes
+            before every guess. The column may also be named by its signal in `FURTHER`: "reward"
+            finds "critic/rewards/mean".
     """
 
     def __init__(self, given: Mapping[str, str] | None = None) -> None:
         self._given = dict(given or {})
 
     def choose(self, names: Iterable[str]) -> dict[str, str]:
-        """signal -> name, for the names of a file. The first of two equally sure names is taken."""
+        """Return signal -> column. The first of two equally sure columns is taken."""
         names = list(names)
-        best: dict[str, tuple[int, str]] = {}
-        for name in names:
-            found = rank(name)
-            if found is not None and (found[0] not in best or found[1] < best[found[0]][0]):
-                best[found[0]] = found[1], name
-        given = self._found(names)
+        given = self._find_given(names)
         taken = set(given.values())
-        return {signal: name for signal, (_, name) in best.items() if name not in taken} | given
+        best = _choose_best(names, rank_signal)
+        return {signal: name for signal, name in best.items() if name not in taken} | given
 
-    def _found(self, names: list[str]) -> dict[str, str]:
-        """signal -> name, of the columns that were asked for and are there."""
-        beside = self.beside(names)
-        found = ((signal, c if c in names else beside.get(c)) for signal, c in self._given.items())
-        return {signal: name for signal, name in found if name is not None}
-
-    def beside(self, names: Iterable[str]) -> dict[str, str]:
-        """Signal of `FURTHER` -> name, for the names of a file."""
-        best: dict[str, tuple[int, str]] = {}
-        for name in names:
-            found = further(name)
-            if found is not None and (found[0] not in best or found[1] < best[found[0]][0]):
-                best[found[0]] = found[1], name
-        return {signal: name for signal, (_, name) in best.items()}
+    def choose_further(self, names: Iterable[str]) -> dict[str, str]:
+        """Return signal of `FURTHER` -> column."""
+        return _choose_best(names, rank_further)
 
     def choose_or_refuse(self, names: Iterable[str], path: str) -> dict[str, str]:
-        """As `choose`; a DataError that lists the columns if none is a signal, or one that was
-        asked for is missing.
+        """Return as `choose`.
+
+        Raises:
+            ColumnError: a column that the user chose is missing. Both errors list the columns.
+            DataError: no column is a signal.
         """
         names = list(names)
         chosen = self.choose(names)
         listed = ", ".join(clean_text(name, 40) for name in names[:MOST_LISTED]) or "none"
-        listed += ", ..." if len(names) > MOST_LISTED else ""
-        found = self._found(names)
+        if len(names) > MOST_LISTED:
+            listed += ", ..."
+        found = self._find_given(names)
         for signal, column in self._given.items():
             if signal not in found:
                 missing = (
@@ -331,10 +332,39 @@ class Chooser:
             )
         return chosen
 
+    def _find_given(self, names: list[str]) -> dict[str, str]:
+        """Return signal -> column, of the columns that the user chose and that exist."""
+        further = self.choose_further(names)
+        found = {}
+        for signal, column in self._given.items():
+            if column in names:
+                found[signal] = column
+            elif column in further:
+                found[signal] = further[column]
+        return found
 
-def step_name(names: Iterable[str]) -> str | None:
-    """The column that counts steps."""
-    plain: dict[str, str] = {}
+
+def _choose_best(
+    names: Iterable[str], rank_of: Callable[[str], tuple[str, int] | None]
+) -> dict[str, str]:
+    """Return signal -> its surest column."""
+    best: dict[str, tuple[int, str]] = {}
     for name in names:
-        plain.setdefault(plain_name(name), name)
-    return next((plain[known] for known in STEPS if known in plain), None)
+        found = rank_of(name)
+        if found is None:
+            continue
+        signal, rank = found
+        if signal not in best or rank < best[signal][0]:
+            best[signal] = rank, name
+    return {signal: name for signal, (_, name) in best.items()}
+
+
+def find_step_column(names: Iterable[str]) -> str | None:
+    """Return the column that counts steps, or None."""
+    columns: dict[str, str] = {}
+    for name in names:
+        columns.setdefault(normalize(name), name)
+    for known in STEPS:
+        if known in columns:
+            return columns[known]
+    return None

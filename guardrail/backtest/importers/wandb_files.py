@@ -1,11 +1,11 @@
-""".wandb files, as wandb leaves them in wandb/offline-run-*: framed as a log of LevelDB, filled
-with wandb's records.
+""".wandb files, as wandb writes them in wandb/offline-run-*.
 
-The records are read with wandb's own protocol buffers, so wandb must be installed. Its reader of
-the frames was Python once and is none any more (0.31); the frames are simple:
+A file has the frames of a LevelDB log. They hold records of wandb's own protocol buffers, so wandb
+must be installed. Without it, export the run as CSV. wandb had a reader of the frames in Python;
+version 0.31 has none any more. The format of the frames:
 
     file    7 bytes ":W&B", 0xBEE1, version; then blocks of 32 KiB, the first one shorter by these 7 bytes
-    frame   CRC-32 of type and data, length, type (1 whole, 2 first, 3 middle, 4 last part of a record); data
+    frame   CRC-32 of type and data, length, type (1 complete, 2 first, 3 middle, 4 last part of a record); data
 """
 
 from __future__ import annotations
@@ -16,47 +16,53 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from guardrail.backtest.importers.jsonlines import flat, from_records, loads
+from guardrail.backtest.importers.base import Importer
+from guardrail.backtest.importers.jsonlines import decode_json, flatten, log_from_records
+from guardrail.backtest.importers.log_file import LogFile
 from guardrail.backtest.importers.recorded_log import Log
-from guardrail.core.errors import DataError
 
 MAGIC = b":W&B"
 _BLOCK = 32 * 1024
 _HEADER = struct.Struct("<IHB")
-_WHOLE, _FIRST, _LAST = 1, 2, 4
+_COMPLETE, _FIRST, _LAST = 1, 2, 4
 
 
-def read(path: Path, shown: str, columns: Mapping[str, str]) -> list[Log]:
-    """DataError if wandb is not installed, or the file holds no history."""
-    try:
-        from google.protobuf.message import DecodeError
-        from wandb.proto.wandb_internal_pb2 import Record
-    except ImportError as error:
-        raise DataError(
-            f"{shown}: a file of wandb, which is not installed here"
-            "\n  hint: pip install 'guardrail[wandb]', or export the run as CSV"
-        ) from error
+class WandbFiles(Importer):
+    name = "wandb"
+    reads = "`.wandb` files"
+    recognised_by = "file header"
+    package = "wandb"
 
-    def records() -> Iterator[dict[str, Any] | None]:
-        with path.open("rb") as file:
-            for data in frames(file):
-                if data is None:
-                    yield None
-                    continue
-                try:
-                    record = Record.FromString(data)
-                except DecodeError:
-                    yield None
-                    continue
-                if record.WhichOneof("record_type") == "history":
-                    yield _history(record.history)
+    def recognises(self, file: LogFile) -> bool:
+        return file.head.startswith(MAGIC)
 
-    return [from_records(records(), shown, "wandb", columns)]
+    def read(self, path: Path, shown: str, columns: Mapping[str, str]) -> list[Log]:
+        return [log_from_records(_read_records(path), shown, "wandb", columns)]
 
 
-def frames(file: BinaryIO) -> Iterator[bytes | None]:
-    """The data of each record whose checksums hold; None, as the last, where the file is cut off or
-    damaged.
+def _read_records(path: Path) -> Iterator[dict[str, Any] | None]:
+    """Give the records of the history; None for one that cannot be read."""
+    from google.protobuf.message import DecodeError
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    with path.open("rb") as file:
+        for data in read_frames(file):
+            if data is None:
+                yield None
+                continue
+            try:
+                record = Record.FromString(data)
+            except DecodeError:
+                yield None
+                continue
+            if record.WhichOneof("record_type") == "history":
+                yield _flatten_history(record.history)
+
+
+def read_frames(file: BinaryIO) -> Iterator[bytes | None]:
+    """Give the data of each record whose checksums are right.
+
+    The last one is None if the file is cut off or damaged.
     """
     at = len(file.read(_HEADER.size))
     record = b""
@@ -78,19 +84,21 @@ def frames(file: BinaryIO) -> Iterator[bytes | None]:
         if len(data) < length or zlib.crc32(data, zlib.crc32(bytes([kind]))) != checksum:
             yield None
             return
-        record = data if kind in (_WHOLE, _FIRST) else record + data
-        if kind in (_WHOLE, _LAST):
+        if kind in (_COMPLETE, _FIRST):
+            record = b""
+        record += data
+        if kind in (_COMPLETE, _LAST):
             yield record
 
 
-def _history(history: Any) -> dict[str, Any]:
+def _flatten_history(history: Any) -> dict[str, Any]:
     cells: dict[str, Any] = {}
     if history.HasField("step"):
         cells["_step"] = history.step.num
     for item in history.item:
         name = item.key or "/".join(item.nested_key)
         try:
-            cells |= flat({name: loads(item.value_json)})
+            cells |= flatten({name: decode_json(item.value_json)})
         except (ValueError, RecursionError):
             continue
     return cells

@@ -14,7 +14,7 @@ import pytest
 
 from guardrail.backtest.backtest import Result, backtest
 from guardrail.backtest.importers import names
-from guardrail.backtest.importers.sources import sources
+from guardrail.backtest.importers.sources import find_sources
 from guardrail.cli.main import main
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import LOSS, Action, Mode, Observation, Severity
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.fault("RL")
 
 
 def judged(name: str, folder: Path = CASES) -> Result:
-    ((log,),) = (source.read({}) for source in sources([str(folder / name)]))
+    ((log,),) = (source.read({}) for source in find_sources([str(folder / name)]))
     return backtest(log, GuardOptions())
 
 

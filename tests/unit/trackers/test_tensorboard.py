@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import (
     EventAccumulator as PluginAccumulator,
 )
 
-from guardrail.backtest.importers.sources import sources
+from guardrail.backtest.importers.sources import find_sources
 from guardrail.core.records import Action, Span
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.trackers import sink, tfevents
@@ -359,7 +359,7 @@ def test_texts_are_no_log_of_their_own(run: RunDirectory) -> None:
     write(run, *[(s, 0, 3.0) for s in range(1, 5)])
     run.append("verdict", "step 3: skip", step=2)
     write_once(TensorBoard(run))
-    (log,) = [log for source in sources([str(run.tensorboard)]) for log in source.read({})]
+    (log,) = [log for source in find_sources([str(run.tensorboard)]) for log in source.read({})]
     assert log.format == "tensorboard"
 
 
