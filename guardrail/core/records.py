@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import msgspec
 
+from guardrail.core.cause_evidence import CauseEvidence
 from guardrail.core.late_imports import find_detector
 from guardrail.core.renamed_keys import Renamed
 
@@ -187,7 +188,7 @@ def score_words(score: float, limit: float) -> str:
 
 
 class Diagnosis(Record, frozen=True, kw_only=True):
-    """The outcome of a replay; equal on all ranks, and a `cause` line of the journal.
+    """The outcome of a replay; equal on all ranks, and a `diagnosis` line of the journal.
 
     Attributes:
         reason: one sentence with the numbers of the passes.
@@ -204,6 +205,7 @@ class Diagnosis(Record, frozen=True, kw_only=True):
             by lot. None: nobody looked.
         shift: so this is another kind of data, to be learnt as a new level.
         borne: no spike, just raised steps, and no batch is to blame: applied.
+        evidence: the numbers of `reason` under names; None in journals of older versions.
     """
 
     cause: Cause
@@ -217,6 +219,7 @@ class Diagnosis(Record, frozen=True, kw_only=True):
     structure: float | None = None
     shift: bool = False
     borne: bool = False
+    evidence: CauseEvidence | None = None
 
 
 class Remedy(Renamed, frozen=True, kw_only=True, forbid_unknown_fields=False):

@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from msgspec import structs
+from msgspec import ValidationError, convert, structs
 
+from guardrail.core.cause_evidence import CauseEvidence
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import Action, Cause, Diagnosis, Finding, Mode, Severity, Verdict
 from guardrail.decide.policy import Rollback, close_together
@@ -184,4 +185,15 @@ def diagnosis_of(data: Mapping[str, Any]) -> Diagnosis:
         structure=None if data.get("structure") is None else float(data["structure"]),
         shift=bool(data.get("shift", False)),
         borne=bool(data.get("borne", False)),
+        evidence=_evidence(data.get("evidence")),
     )
+
+
+def _evidence(raw: Any) -> CauseEvidence | None:
+    """The numbers of a cause test; None where the line has none that can be read."""
+    if raw is None or isinstance(raw, CauseEvidence):
+        return raw
+    try:
+        return convert(raw, CauseEvidence, strict=False)
+    except ValidationError:
+        return None

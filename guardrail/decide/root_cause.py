@@ -19,6 +19,14 @@ from collections.abc import Iterable, Sequence
 
 from msgspec import structs
 
+from guardrail.core.cause_evidence import (
+    BatchesAhead,
+    CauseEvidence,
+    LabelOrder,
+    OlderState,
+    OtherBatches,
+    SameBatch,
+)
 from guardrail.core.records import (
     Cause,
     Diagnosis,
@@ -216,8 +224,10 @@ def hardware(
     if found is None and same(*sums, tolerance):
         return None
     if found is None:
-        reason = f"{repeats} in the reduction between the ranks: loss {sums[0]:.6g} at first and {sums[1]:.6g} then"
-        return Diagnosis(cause=Cause.HARDWARE, reason=reason, passes=passes)
+        place = "in the reduction between the ranks"
+        reason = f"{repeats} {place}: loss {sums[0]:.6g} at first and {sums[1]:.6g} then"
+        evidence = _not_repeated("loss", *sums, where=place)
+        return Diagnosis(cause=Cause.HARDWARE, reason=reason, passes=passes, evidence=evidence)
     ranks, what = found
     numbers = {"the loss": "loss_sum", "the gradient": "before"}.get(what, "after")
     worst = max(
@@ -237,7 +247,14 @@ def hardware(
         rank=-1 if everyone else worst,
         host="" if everyone else host,
         passes=passes,
+        evidence=_not_repeated(what.removeprefix("the "), one, other, where=where),
     )
+
+
+def _not_repeated(signal: str, first: float, again: float, *, where: str) -> CauseEvidence:
+    """Return the evidence of a pass that did not give the same numbers twice."""
+    same_batch = SameBatch(signal=signal, repeated=False, first=first, again=again, where=where)
+    return CauseEvidence(same_batch=same_batch)
 
 
 def judge(
@@ -271,9 +288,19 @@ def judge(
     everywhere = 2 * len(hit) > len(others)
     earlier = [one for one in bad if one.what != again.what]
 
+    evidence = CauseEvidence(
+        same_batch=_repeated(trouble, again),
+        other_batches=_evidence_of_others(trouble, others, spiked=len(hit)),
+        older_state=_evidence_of_older(
+            trouble, bad or suspects, level, step=older_step, spiked=bool(bad)
+        ),
+    )
+
     def diagnosis(cause: Cause, *sentences: str, applied: bool = False) -> Diagnosis:
         reason = ", ".join([again_says, *sentences])
-        return Diagnosis(cause=cause, reason=reason, passes=passes, applied=applied)
+        return Diagnosis(
+            cause=cause, reason=reason, passes=passes, applied=applied, evidence=evidence
+        )
 
     if not others and not suspects:
         return diagnosis(
@@ -322,8 +349,17 @@ def ahead_of(
     ahead = hit >= LEAST_AHEAD and hit >= len(far) - 1
     distances = [distance for distance, _ in far]
     said = f"and so do {hit} of {len(far)} batches {min(distances)} to {max(distances)} ahead"
+    batches_ahead = BatchesAhead(
+        tested=len(far), spiked=hit, nearest=min(distances), farthest=max(distances)
+    )
     return structs.replace(
-        diagnosis, reason=f"{diagnosis.reason}, {said}", passes=passes, ahead=ahead
+        diagnosis,
+        reason=f"{diagnosis.reason}, {said}",
+        passes=passes,
+        ahead=ahead,
+        evidence=structs.replace(
+            diagnosis.evidence or CauseEvidence(), batches_ahead=batches_ahead
+        ),
     )
 
 
@@ -351,9 +387,54 @@ def structure_of(
         return structs.replace(diagnosis, passes=passes)
     gain = min(found)
     said = f"with its labels in another order the loss is {gain:.2g} higher, and {level:.2g} with usual batches"
+    label_order = LabelOrder(here=gain, normal=level)
     return structs.replace(
-        diagnosis, reason=f"{diagnosis.reason}; {said}", passes=passes, structure=gain / level
+        diagnosis,
+        reason=f"{diagnosis.reason}; {said}",
+        passes=passes,
+        structure=gain / level,
+        evidence=structs.replace(diagnosis.evidence or CauseEvidence(), label_order=label_order),
     )
+
+
+def _repeated(trouble: AnomalySignature, again: ReplayPass) -> SameBatch:
+    value = again.signals.get(trouble.signal, math.nan)
+    return SameBatch(signal=trouble.signal, repeated=True, first=value, again=value)
+
+
+def _evidence_of_others(
+    trouble: AnomalySignature, others: Sequence[ReplayPass], *, spiked: int
+) -> OtherBatches | None:
+    if not others:
+        return None
+    limit = None
+    if trouble.signal in trouble.limits and not trouble.nonfinite:
+        limit = trouble.limits[trouble.signal][1]
+    return OtherBatches(
+        tested=len(others), spiked=spiked, values=_numbers(trouble, others), limit=limit
+    )
+
+
+def _evidence_of_older(
+    trouble: AnomalySignature,
+    suspects: Sequence[ReplayPass],
+    level: ReplayPass | None,
+    *,
+    step: int,
+    spiked: bool,
+) -> OlderState | None:
+    if not suspects:
+        return None
+    return OlderState(
+        step=step,
+        spiked=spiked,
+        values=_numbers(trouble, suspects[:2]),
+        other_batch=None if level is None else _numbers(trouble, [level])[0],
+    )
+
+
+def _numbers(trouble: AnomalySignature, passes: Iterable[ReplayPass]) -> tuple[float, ...]:
+    return tuple(one.signals.get(trouble.signal, math.nan) for one in passes)
 
 
 def _values(trouble: AnomalySignature, passes: Iterable[ReplayPass]) -> str:

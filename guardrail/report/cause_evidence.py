@@ -1,7 +1,7 @@
-"""What a cause test measured, as numbers under names: from a `cause` line of the journal. Pure.
+"""The evidence of a `diagnosis` line of the journal. Pure.
 
-A line may hold them under `evidence`. Older versions wrote them into the sentence `reason` alone;
-it is taken apart here. What does not fit stays unknown.
+The line holds it under `evidence`. Older versions wrote the numbers into the sentence `reason`
+alone; this module parses them. What does not fit stays unknown.
 """
 
 from __future__ import annotations
@@ -13,8 +13,15 @@ from typing import Any
 
 import msgspec
 
+from guardrail.core.cause_evidence import (
+    BatchesAhead,
+    CauseEvidence,
+    LabelOrder,
+    OlderState,
+    OtherBatches,
+    SameBatch,
+)
 from guardrail.core.files import as_int
-from guardrail.core.records import Record
 from guardrail.core.text import clean_text
 
 LONGEST = 2000  # characters of a sentence that are read
@@ -35,79 +42,8 @@ _OTHER_NUMBER = re.compile(
 )
 
 
-class SameBatch(Record, frozen=True, kw_only=True):
-    """The rejected batch run again from the same state.
-
-    Attributes:
-        repeated: it gave the same number again.
-        first, again: the value of `signal` at first, and in the second run.
-        where: "rank 1 (vm)"; "" where the number repeated.
-    """
-
-    signal: str
-    repeated: bool
-    first: float
-    again: float
-    where: str = ""
-
-
-class OtherBatches(Record, frozen=True, kw_only=True):
-    """Other batches run from the same state: how many spiked too, above `limit`."""
-
-    tested: int
-    spiked: int
-    values: tuple[float, ...] = ()
-    limit: float | None = None
-
-
-class OlderState(Record, frozen=True, kw_only=True):
-    """The batch (or those since the onset) run from the older state of `step`.
-
-    Attributes:
-        spiked: it spiked from there too.
-        other_batch: value of a healthy batch from that state.
-    """
-
-    step: int
-    spiked: bool
-    values: tuple[float, ...] = ()
-    other_batch: float | None = None
-
-
-class BatchesAhead(Record, frozen=True, kw_only=True):
-    """Batches that come later, run from the same state."""
-
-    tested: int
-    spiked: int
-    nearest: int
-    farthest: int
-
-
-class LabelOrder(Record, frozen=True, kw_only=True):
-    """Loss increase (nats per token) when the labels of each row are shuffled, here and in normal
-    text; about 0 where the text has no structure.
-    """
-
-    here: float
-    normal: float
-
-
-class CauseEvidence(Record, frozen=True, kw_only=True):
-    """The tests that were made; None: that one was not made, or the journal does not say."""
-
-    same_batch: SameBatch | None = None
-    other_batches: OtherBatches | None = None
-    older_state: OlderState | None = None
-    batches_ahead: BatchesAhead | None = None
-    label_order: LabelOrder | None = None
-
-    @property
-    def is_empty(self) -> bool:
-        return self == CauseEvidence()
-
-
 def evidence_from_line(data: Mapping[str, Any]) -> CauseEvidence | None:
-    """The evidence of a `cause` line; None where it has none that can be read."""
+    """The evidence of a `diagnosis` line; None where it has none that can be read."""
     stored = data.get("evidence")
     if isinstance(stored, dict):
         try:

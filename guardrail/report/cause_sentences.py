@@ -10,15 +10,15 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from guardrail.core.format import format_number, format_plural
-from guardrail.core.records import FindingKind
-from guardrail.report.cause_evidence import (
+from guardrail.core.cause_evidence import (
     BatchesAhead,
     LabelOrder,
     OlderState,
     OtherBatches,
     SameBatch,
 )
+from guardrail.core.format import format_number, format_plural
+from guardrail.core.records import FindingKind
 from guardrail.report.formats import file_name, format_signal, join_words, shorten
 from guardrail.report.incident import Incident, IncidentAction, SkippedFile
 from guardrail.report.skipped_files import typical_remark

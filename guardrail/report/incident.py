@@ -8,8 +8,8 @@ import math
 
 import msgspec
 
+from guardrail.core.cause_evidence import CauseEvidence
 from guardrail.core.records import Finding, LossTrend, Record, Span
-from guardrail.report.cause_evidence import CauseEvidence
 
 
 class Document(Record, frozen=True, kw_only=True):

@@ -9,6 +9,14 @@ import math
 import msgspec
 import pytest
 
+from guardrail.core.cause_evidence import (
+    BatchesAhead,
+    CauseEvidence,
+    LabelOrder,
+    OlderState,
+    OtherBatches,
+    SameBatch,
+)
 from guardrail.core.records import Cause
 from guardrail.decide.root_cause import (
     AnomalySignature,
@@ -19,16 +27,7 @@ from guardrail.decide.root_cause import (
     judge,
     structure_of,
 )
-from guardrail.report.cause_evidence import (
-    BatchesAhead,
-    CauseEvidence,
-    LabelOrder,
-    OlderState,
-    OtherBatches,
-    SameBatch,
-    evidence_from_line,
-    evidence_from_sentence,
-)
+from guardrail.report.cause_evidence import evidence_from_line, evidence_from_sentence
 
 SPIKE = AnomalySignature(signal="loss", limits={"loss": (2.0, 4.0)}, stuck={})
 
@@ -50,19 +49,24 @@ def test_the_sentence_of_bad_data() -> None:
     found = ahead_of(found, SPIKE, [(131, passed(2.0)), (81, passed(2.0))], passes=9)
     found = structure_of(found, [0.0026], [2.0, 2.2], passes=9)
     assert found.cause is Cause.DATA
-    assert evidence_from_sentence(found.reason) == CauseEvidence(
-        same_batch=SameBatch(signal="loss", repeated=True, first=8.5, again=8.5),
-        other_batches=OtherBatches(tested=3, spiked=1, values=(2.0, 2.25, 7.5), limit=4.0),
-        older_state=OlderState(step=160, spiked=True, values=(8.25,), other_batch=2.5),
-        batches_ahead=BatchesAhead(tested=2, spiked=0, nearest=81, farthest=131),
-        label_order=LabelOrder(here=0.0026, normal=2.1),
+    assert (
+        found.evidence
+        == evidence_from_sentence(found.reason)
+        == CauseEvidence(
+            same_batch=SameBatch(signal="loss", repeated=True, first=8.5, again=8.5),
+            other_batches=OtherBatches(tested=3, spiked=1, values=(2.0, 2.25, 7.5), limit=4.0),
+            older_state=OlderState(step=160, spiked=True, values=(8.25,), other_batch=2.5),
+            batches_ahead=BatchesAhead(tested=2, spiked=0, nearest=81, farthest=131),
+            label_order=LabelOrder(here=0.0026, normal=2.1),
+        )
     )
 
 
 def test_the_sentences_of_other_causes() -> None:
     again, normal = passed(8.5, "the batch"), [passed(2.0), passed(2.25)]
     state = judge(SPIKE, again=again, others=[passed(9.0), passed(8.0)], passes=3)
-    others = evidence_from_sentence(state.reason).other_batches
+    assert state.evidence == evidence_from_sentence(state.reason)
+    others = state.evidence.other_batches
     assert state.cause is Cause.STATE and others is not None
     assert (others.tested, others.spiked) == (2, 2)
     both = judge(
@@ -73,11 +77,13 @@ def test_the_sentences_of_other_causes() -> None:
         older_step=7,
         passes=3,
     )
-    older = evidence_from_sentence(both.reason).older_state
+    assert both.evidence == evidence_from_sentence(both.reason)
+    older = both.evidence.older_state
     assert both.cause is Cause.DATA_AND_STATE
     assert older == OlderState(step=7, spiked=False, values=(2.0,))
     unknown = judge(SPIKE, again=again, others=[], passes=3)
     only = evidence_from_sentence(unknown.reason)
+    assert unknown.evidence == only
     assert unknown.cause is Cause.UNKNOWN and only == CauseEvidence(same_batch=only.same_batch)
 
 
@@ -92,8 +98,8 @@ def test_the_sentence_of_a_number_that_did_not_come_again(world: int) -> None:
     assert math.isnan(same.first) and same.again == 1.5 and same.where == f"rank {world - 1} (vm)"
     alike = [RankNumbers(loss_sum=4.0, before=1.0, after=1.0)] * 2
     found = hardware(alike, alike, 0.0, sums=(2.0, 2.5), passes=1)
-    assert found is not None
-    same = evidence_from_sentence(found.reason).same_batch
+    assert found is not None and found.evidence == evidence_from_sentence(found.reason)
+    same = found.evidence.same_batch
     assert same == SameBatch(
         signal="loss",
         repeated=False,

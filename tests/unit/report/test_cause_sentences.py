@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from guardrail.core.records import Cause, Finding, FindingKind, Severity
-from guardrail.report.cause_evidence import (
+from guardrail.core.cause_evidence import (
     CauseEvidence,
     LabelOrder,
     OlderState,
     OtherBatches,
     SameBatch,
 )
+from guardrail.core.records import Cause, Finding, FindingKind, Severity
 from guardrail.report.cause_sentences import (
     NEW_DATA,
     NOT_TESTED,
