@@ -1,6 +1,4 @@
-"""An app whose colours are one of the themes; the terminal is sent what it can show, and only what
-changed.
-"""
+"""An app in one of the themes. The terminal is sent what it can show, and only what changed."""
 
 from __future__ import annotations
 
@@ -9,44 +7,45 @@ from types import FrameType
 from typing import TypeVar
 
 from rich.console import RenderableType
-from textual._compositor import ChopsUpdate
 from textual.app import App
 from textual.driver import Driver
+from textual.filter import LineFilter, Monochrome, NoColor
 from textual.screen import Screen
 
 from guardrail.tui.draw import palette
-from guardrail.tui.terminal.cell_diff import CellUpdate
+from guardrail.tui.terminal.cell_diff import send_cells_only
 
 T = TypeVar("T")
 
 
 class ThemedApp(App[T]):
-    """Args:
-    theme: one of `palette.THEMES`. None: dark, and the terminal's own colours where it has few.
+    """An app with the themes of `palette`.
+
+    Args:
+        theme: one of `palette.THEMES`. None: dark, and the terminal's own colours where it has few.
     """
 
     ENABLE_COMMAND_PALETTE = False
-    ALLOW_SELECT = False  # what is selected would go to the clipboard by OSC 52
+    ALLOW_SELECT = False  # textual would copy a selection into the clipboard by OSC 52
 
     def __init__(self, theme: str | None = None) -> None:
         super().__init__()
         for known in palette.OURS:
             self.register_theme(known)
-        # Without colour, or with sixteen, the terminal's own colours are the right ones.
+        # Without colour, or with sixteen, only the terminal's own colours look right.
         self.few = self.no_color or self.console.color_system in (None, "standard")
-        self.theme = (
-            palette.TERMINAL if self.few else palette.THEMES.get(theme or "", palette.OURS[0].name)
-        )
+        if self.few:
+            self.theme = palette.TERMINAL
+        else:
+            self.theme = palette.THEMES.get(theme or "", palette.OURS[0].name)
         if self.no_color:
             self._strip_colours()
 
     def on_mount(self) -> None:
-        """After a stop (Ctrl-Z, SIGSTOP) the terminal shows nothing of the screen: draw all of
-        it.
-        """
+        """Draw everything after a stop (Ctrl-Z, SIGSTOP): the terminal has lost the screen."""
         resume = signal.getsignal(signal.SIGCONT)
         if not callable(resume):
-            return  # without a terminal nothing of textual's waits for it
+            return  # textual handles the signal only in a terminal
 
         def draw_all(number: int, frame: FrameType | None) -> None:
             _end_key_thread(self._driver)
@@ -56,21 +55,24 @@ class ThemedApp(App[T]):
         signal.signal(signal.SIGCONT, draw_all)
 
     def _strip_colours(self) -> None:
-        """Textual chose its filter by the theme that was there before ours; greys are colours
-        too.
-        """
-        from textual.filter import Monochrome, NoColor
+        """Replace the filter that textual chose for the theme before ours: greys are colours too.
 
-        self._filters = [NoColor() if isinstance(f, Monochrome) else f for f in self._filters]
+        `_filters` is private to textual. Where it is missing, textual's own filter stays.
+        """
+        filters: list[LineFilter] = getattr(self, "_filters", [])
+        for at, line_filter in enumerate(filters):
+            if isinstance(line_filter, Monochrome):
+                filters[at] = NoColor()
 
     def _display(self, screen: Screen[object], renderable: RenderableType | None) -> None:
-        """The one way to the terminal. Whole frames are textual's own business."""
-        super()._display(
-            screen, CellUpdate(renderable) if isinstance(renderable, ChopsUpdate) else renderable
-        )
+        """Write a frame to the terminal: all output goes through this private method of textual.
+
+        A textual without it never calls this, and draws by itself.
+        """
+        super()._display(screen, send_cells_only(renderable))
 
     def next_theme(self) -> str:
-        """Go on to the next theme; returns its name, "" where the terminal shows no other."""
+        """Change to the next theme; return its name, "" where the terminal shows no other."""
         if self.few:
             return ""
         names = list(palette.THEMES)
@@ -83,9 +85,12 @@ class ThemedApp(App[T]):
 def _end_key_thread(driver: Driver | None) -> None:
     """End the thread that reads keys, where a stop has left it alive.
 
-    Ctrl-Z ends it before the process stops; SIGSTOP, which nothing can catch, does not. Textual
-    then starts a second one when the process goes on. Of the two, one would wait for a key for
+    Ctrl-Z ends it before the process stops; SIGSTOP, which no process can catch, does not. Textual
+    then starts a second one when the process continues. Of the two, one would wait for a key for
     ever, and the screen could not be left.
+
+    `_key_thread` and `exit_event` are private to textual's driver for Linux. Where one is missing,
+    nothing is done.
     """
     thread = getattr(driver, "_key_thread", None)
     exit_event = getattr(driver, "exit_event", None)

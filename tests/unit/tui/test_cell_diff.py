@@ -17,7 +17,7 @@ from rich.style import Style
 from textual._compositor import ChopsUpdate
 from textual.strip import Strip
 
-from guardrail.tui.terminal.cell_diff import CellUpdate, sgr_codes
+from guardrail.tui.terminal.cell_diff import render_cells, sgr_codes
 
 WIDTH, HEIGHT = 12, 2
 STYLES = [
@@ -86,20 +86,18 @@ def test_the_cells_that_changed_make_the_whole_frame(
     where, terminal = sorted({0, WIDTH, *cuts}), terminal_of("truecolor")
     everything = [(y, 0, WIDTH) for y in range(HEIGHT)]
     first = update(before, everything, where).render_segments(terminal)
-    partial = CellUpdate(update(after, stretches, where)).render_segments(terminal)
+    partial = render_cells(update(after, stretches, where), terminal)
     assert shown(first, partial) == shown(
         update(after, everything, where).render_segments(terminal)
     )
-    assert shown(CellUpdate(update(before, everything, where)).render_segments(terminal)) == shown(
-        first
-    )
+    assert shown(render_cells(update(before, everything, where), terminal)) == shown(first)
 
 
 @pytest.mark.parametrize("style", [0, 4])
 def test_one_number_costs_one_number(style: int) -> None:
     frame: Frame = [[("a", style)] * WIDTH for _ in range(HEIGHT)]
     terminal = terminal_of("truecolor")
-    told = CellUpdate(update(frame, [(1, 8, 10)], [0, 4, WIDTH])).render_segments(terminal)
+    told = render_cells(update(frame, [(1, 8, 10)], [0, 4, WIDTH]), terminal)
     assert told.startswith("\x1b[2;9H") and told.endswith(
         "aa\x1b[0m" if style == 4 else "aa\x1b[39;49m"
     )
@@ -111,9 +109,8 @@ def test_a_wide_character_at_the_edge_leaves_no_half() -> None:
     two.
     """
     chops = [{0: Strip([Segment("a語b" + "." * (WIDTH - 4), STYLES[0])])} for _ in range(HEIGHT)]
-    partial = CellUpdate(ChopsUpdate(chops, [(0, 2, 5)], [[WIDTH]] * HEIGHT)).render_segments(
-        terminal_of("truecolor")
-    )
+    cut = ChopsUpdate(chops, [(0, 2, 5)], [[WIDTH]] * HEIGHT)
+    partial = render_cells(cut, terminal_of("truecolor"))
     assert "語" not in partial
     row = shown(partial)[0]
     assert [cell[0] for cell in row[2:5]] == [" ", "b", "."]
