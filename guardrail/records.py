@@ -27,7 +27,6 @@ __getattr__ = forward(
         "Diagnosis",
         "Remedy",
         "Verdict",
-        "CommandKind",
         "Shown",
         "Command",
         "Span",
@@ -43,5 +42,10 @@ __getattr__ = forward(
         "NodeStatus",
         "METRIC_COLUMNS",
     ],
-    renamed={"Kind": "FindingKind", "Curve": "LossTrend", "Outcome": "RecoveryResult"},
+    renamed={
+        "Kind": "FindingKind",
+        "Curve": "LossTrend",
+        "Outcome": "RecoveryResult",
+        "CommandKind": "guardrail.decide.control_commands.old_kinds.CommandKind",
+    },
 )

@@ -23,13 +23,14 @@ from guardrail.core.records import (
     LOSS_SCALE,
     SENSELESS,
     Action,
-    CommandKind,
     Event,
     FindingKind,
     Mode,
     Observation,
     Verdict,
 )
+from guardrail.decide.control_commands.base import ReplayTarget
+from guardrail.decide.control_commands.registry import replay_line
 from guardrail.decide.controller import Controller
 from guardrail.decide.diagnoses import diagnosis_of
 from guardrail.decide.run_history import RunHistory
@@ -37,7 +38,6 @@ from guardrail.decide.undo import undone_spans
 from guardrail.rundir.run_directory import RunDirectory, findings_of, span_of
 
 ACTIONS = list(Action)
-MODES = list(Mode)
 CHUNK = 4096  # rows read at once
 # Sees (row, bands that the row meets): signal -> (baseline, threshold).
 Watch = Callable[[int, dict[str, tuple[float, float]]], None]
@@ -145,12 +145,8 @@ class Rejudge:
             self._causes.setdefault((event.timeline, int(data["at_step"])), deque()).append(event)
         elif event.kind == "note" and data.get("overflow"):
             self._told.setdefault((event.timeline, event.step + 1), deque()).append(event)
-        elif event.kind == "command" and data.get("command") in (
-            CommandKind.MODE,
-            CommandKind.ACCEPT,
-        ):
-            if data.get("effect") == "applied":
-                self._changed_to(event)
+        elif event.kind == "command":
+            if _ControllerChange.read(event) is not None:
                 self._changes.append(index)
         elif event.kind == "skipped":
             span = span_of(event)
@@ -320,19 +316,41 @@ class Rejudge:
         event = self._events[index]
         if not self._own:
             return
-        changed = self._changed_to(event)
-        if isinstance(changed, Mode):
-            self._controller.set_mode(changed)
-        else:
-            self._controller.accept(event.step, changed)
+        change = _ControllerChange.read(event)
+        if change is None:
+            return
+        if change.mode is not None:
+            self._controller.set_mode(change.mode)
+        if change.batch is not None:
+            self._controller.accept(event.step, change.batch)
 
-    @staticmethod
-    def _changed_to(event: Event) -> Mode | tuple[int, int]:
-        """The mode that a command has set, or the batch at which it accepted an incident."""
-        if event.data.get("command") == CommandKind.ACCEPT:
-            first, last = map(int, event.data.get("batch") or (0, 0))
-            return first, last
-        return MODES[int(event.data["value"])]
+
+class _ControllerChange(ReplayTarget):
+    """What a command line changes in the controller.
+
+    Attributes:
+        mode: that the command has set; None: it sets none.
+        batch: that came next when the command accepted an incident; None: it accepts none.
+    """
+
+    def __init__(self) -> None:
+        self.mode: Mode | None = None
+        self.batch: tuple[int, int] | None = None
+
+    @classmethod
+    def read(cls, event: Event) -> _ControllerChange | None:
+        """Return what a line changes; None: nothing. Raises one of SENSELESS."""
+        change = cls()
+        replay_line(event, change)
+        if change.mode is None and change.batch is None:
+            return None
+        return change
+
+    def set_mode(self, mode: Mode) -> None:
+        self.mode = mode
+
+    def accept_incidents(self, step: int, batch: tuple[int, int]) -> None:
+        self.batch = batch
 
 
 def _overflow(measured: Mapping[str, float]) -> bool:

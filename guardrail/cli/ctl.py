@@ -1,7 +1,11 @@
-"""guardrail ctl: one command to a run, and the answer from its journal."""
+"""guardrail ctl: send one command to a run, and print the answer from its journal.
+
+The commands, their help and their completion come from `guardrail.decide.control_commands`.
+"""
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING
 
 import click
@@ -16,13 +20,53 @@ from guardrail.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from guardrail.operate.preview import Preview
     from guardrail.rundir.run_directory import RunDirectory
 
+LIST = "{commands}"  # where the help has the list of commands
 
-@click.command(short_help="Send a command to a run and wait for its answer.")
+
+class CtlCommand(click.Command):
+    """A command whose help lists the commands to a run. It is made when it is asked for."""
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        template = inspect.cleandoc(self.help or "")
+        self.help = template.replace(LIST, command_list())
+        super().format_help_text(ctx, formatter)
+        self.help = template
+
+
+def command_list() -> str:
+    """Return a line for each command: its name, its argument and what it does."""
+    from guardrail.decide.control_commands.registry import COMMANDS
+
+    rows = [(f"{kind.name} {kind.argument.metavar}".rstrip(), kind.help) for kind in COMMANDS]
+    width = max(len(usage) for usage, _ in rows)
+    return "\n".join(f"{usage:<{width}}  {text}" for usage, text in rows)
+
+
+def complete_action(context: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Return the names of commands for shell completion."""
+    from guardrail.decide.control_commands.registry import command_names
+
+    return [name for name in command_names() if name.startswith(incomplete)]
+
+
+def complete_value(context: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Return the words that the command takes, for shell completion."""
+    from guardrail.decide.control_commands.arguments import Word
+    from guardrail.decide.control_commands.registry import find_command
+
+    kind = find_command(context.params.get("action"))
+    if kind is None or not isinstance(kind.argument, Word):
+        return []
+    return [word for word in kind.argument.words if word.startswith(incomplete)]
+
+
+@click.command(cls=CtlCommand, short_help="Send a command to a run and wait for its answer.")
 @click.argument("run", shell_complete=complete_run)
-@click.argument("action", metavar="ACTION")
-@click.argument("value", required=False)
+@click.argument("action", metavar="ACTION", shell_complete=complete_action)
+@click.argument("value", required=False, shell_complete=complete_value)
 @click.option(
     "--wait",
     "seconds",
@@ -41,9 +85,7 @@ if TYPE_CHECKING:
     metavar="N",
     help="Answer the question of journal line N.",
 )
-@click.option(
-    "--preview", is_flag=True, help="Say what it would do and cost now, and send nothing."
-)
+@click.option("--preview", is_flag=True, help="Print what it would do and cost now; send nothing.")
 @json_option
 @root_option
 def command(
@@ -60,17 +102,7 @@ def command(
     """Send a command to a run and wait until it has taken effect.
 
     \b
-    pause | resume           Pause after the current step; continue.
-    rollback [STEP]          Restore a snapshot or checkpoint; without STEP the newest good one.
-    undo [SEQ]               Undo the guard's decision of journal line SEQ; without SEQ its newest.
-    accept                   Accept the run as it is while an incident is open. States count as good again.
-    skip N                   Skip the next N batches.
-    lr FACTOR                Multiply the scheduled learning rate.
-    shrink-embedding FACTOR  Multiply the embedding gradients, 0 < FACTOR <= 1.
-    checkpoint               Write a checkpoint now.
-    mode MODE                Change who decides: auto, ask, advise or off.
-    stop                     Save a checkpoint and end.
-    answer WORD              Answer the guard's question: accept its proposal, continue, or stop.
+    {commands}
 
     Prints what took effect and at which step. Exit code 2: the run refused the command, is not
     running, or did not answer. --preview prints what the command would restore, what would be lost
@@ -81,10 +113,11 @@ def command(
     stop.
     """
     from guardrail.core.errors import ExitCode
+    from guardrail.decide.control_commands.answer import Answer
     from guardrail.operate import control
 
-    if question is not None and action != "answer":
-        raise click.UsageError("--question goes with answer alone")
+    if question is not None and action != Answer.name:
+        raise click.UsageError(f"--question needs the command {Answer.name}, not {action}")
     found = the_run(run, root)
     if preview:
         return _preview(found, action, value, question, as_json=as_json)
@@ -100,22 +133,38 @@ def command(
 def _preview(
     run: RunDirectory, action: str, value: str | None, question: int | None, *, as_json: bool
 ) -> int:
-    """What the command would do; of an answer without a value, what each of them would."""
+    """Print what the command would do; of `answer` without a value, what each answer would do."""
     import msgspec
 
     from guardrail.core.errors import ExitCode
+    from guardrail.decide.control_commands.answer import Answer
     from guardrail.decide.questions import CHOICES, open_question
     from guardrail.operate import control
-    from guardrail.operate.preview import foresee
+    from guardrail.operate.preview import preview_in_run
 
     values = [value]
-    if action == "answer" and value is None:
-        values = list(CHOICES) if open_question(run.events()) is not None else [CHOICES[0]]
-    wanted = [control.parse(action, one) for one in values]
-    foreseen = [foresee(run, msgspec.structs.replace(one, question=question)) for one in wanted]
+    if action == Answer.name and value is None:
+        values = list(CHOICES)
+        if open_question(run.events()) is None:
+            values = values[:1]  # one refusal is enough
+    previews = []
+    for one in values:
+        wanted = msgspec.structs.replace(control.parse(action, one), question=question)
+        previews.append(preview_in_run(run, wanted))
     if as_json:
-        print_json(foreseen if len(foreseen) > 1 else foreseen[0])
+        print_json(previews if len(previews) > 1 else previews[0])
     else:
-        for at, one in enumerate(foreseen):
-            click.echo(f"{CHOICES[at]}: {one.sentence()}" if len(foreseen) > 1 else one.sentence())
-    return ExitCode.FINISHED if all(one.possible for one in foreseen) else ExitCode.USAGE
+        _print_previews(previews)
+    if not all(one.possible for one in previews):
+        return ExitCode.USAGE
+    return ExitCode.FINISHED
+
+
+def _print_previews(previews: list[Preview]) -> None:
+    from guardrail.decide.questions import CHOICES
+
+    if len(previews) == 1:
+        click.echo(previews[0].sentence())
+        return
+    for choice, one in zip(CHOICES, previews, strict=True):
+        click.echo(f"{choice}: {one.sentence()}")

@@ -321,34 +321,6 @@ class Verdict(Record, frozen=True, kw_only=True):
     outcome: RecoveryResult | None = None
 
 
-class CommandKind(str, Enum):
-    PAUSE = "pause"
-    RESUME = "resume"
-    ROLLBACK = "rollback"  # value: step of the target; nan: newest good one
-    SKIP = "skip"  # value: number of batches to leave out
-    LR = "lr"  # value: factor on the scheduled learning rate
-    SHRINK_EMBEDDING = "shrink-embedding"  # value: embedding-gradient factor in (0, 1]
-    CHECKPOINT = "checkpoint"
-    MODE = "mode"  # value: index into list(Mode)
-    STOP = "stop"
-    # value: index of the choice while parked (0: accept the proposal, 1: continue, 2: stop)
-    ANSWER = "answer"
-    # the run as it is: an incident that is not over is over, and states may become good again
-    ACCEPT = "accept"
-    # value: seq of the journal line to be undone; nan: the newest decision of the guard
-    UNDO = "undo"
-
-    @classmethod
-    def _missing_(cls, value: object) -> CommandKind | None:
-        """Accept the names of older versions, in command files and in Python."""
-        new = OLD_COMMANDS.get(str(value))
-        return None if new is None else cls(new)
-
-
-# Names of commands in older versions -> present names.
-OLD_COMMANDS = {"embed-alpha": "shrink-embedding", "policy": "mode"}
-
-
 class Shown(Record, frozen=True, kw_only=True):
     """What a command was shown to do when it was given. Where that has changed it is refused.
 
@@ -372,6 +344,7 @@ class Command(Record, frozen=True, kw_only=True):
     """One file of the inbox. Kind and value fit two float64 slots of the packed vector.
 
     Attributes:
+        kind: name of the command; see `guardrail.decide.control_commands.registry`.
         at_step: delays the effect to the end of that step, for scripts and tests.
         question: journal line of the question that was open when the command was given, 0: none
             was; None: not said, then the one counts that is open when the command arrives.
@@ -379,7 +352,7 @@ class Command(Record, frozen=True, kw_only=True):
     """
 
     id: str
-    kind: CommandKind
+    kind: str
     value: float = 0.0
     who: str = ""
     time: float = 0.0

@@ -15,7 +15,6 @@ from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import (
     SENSELESS,
     Action,
-    CommandKind,
     Diagnosis,
     Event,
     Finding,
@@ -25,6 +24,8 @@ from guardrail.core.records import (
     Verdict,
     field_of,
 )
+from guardrail.decide.control_commands.base import ReplayTarget
+from guardrail.decide.control_commands.registry import replay_line
 from guardrail.decide.diagnoses import Diagnoses, diagnosis_of
 from guardrail.decide.incidents import CLOSED, OPEN, RECURRED, Incidents
 from guardrail.decide.policy import Rollback, rollback_of
@@ -173,12 +174,8 @@ class ControllerMemory:
             if data.get("action") == Action.SKIP and findings and not _has_anomaly(findings):
                 first, last = data["window"]
                 self.empty_spans.add((int(first), int(last)))
-        elif event.kind == "command" and data.get("command") == CommandKind.ACCEPT:
-            if data.get("effect") == "applied":
-                known.resume(self.incidents)
-                first, last = map(int, data.get("batch") or (0, 0))
-                self.accept(event.step, (first, last))
-                known.open = 0
+        elif event.kind == "command":
+            replay_line(event, _AcceptedIncidents(self, known))
 
     def incident_line(self, verdict: Verdict) -> tuple[str, dict[str, Any]]:
         """(Message, data) of the `incident` line of a verdict that turns an incident."""
@@ -264,6 +261,18 @@ class _Known:
         incidents.resume(
             self.number, is_open=bool(self.open), onset=onset, step=self.last, curve=curve
         )
+
+
+class _AcceptedIncidents(ReplayTarget):
+    """What command lines of the journal change in a memory."""
+
+    def __init__(self, memory: ControllerMemory, known: _Known) -> None:
+        self._memory, self._known = memory, known
+
+    def accept_incidents(self, step: int, batch: tuple[int, int]) -> None:
+        self._known.resume(self._memory.incidents)
+        self._memory.accept(step, batch)
+        self._known.open = 0
 
 
 def _begins_in(stretches: Iterable[tuple[int, int]], obs: Observation) -> bool:

@@ -5,15 +5,22 @@ changed since. Pure.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from enum import Enum
 from typing import NamedTuple
 
-from guardrail.core.records import CommandKind, Event, Shown
+from guardrail.core.records import Event, Shown
 
-# What these do depends on where the run is, so each holds for one timeline; each answers the
-# guard's question as well.
-BY_HAND = (CommandKind.ROLLBACK, CommandKind.SKIP, CommandKind.UNDO)
 CHOICES = ("accept", "continue", "stop")  # words of the three answers, in the order of their values
 _TURNS = ("paused", "resumed", "started", "restarted", "ended")
+
+
+class ParkResult(Enum):
+    """How a wait of the ranks ended. The first three are the answers to a question."""
+
+    AS_PROPOSED = 0
+    GO_ON = 1
+    STOP = 2
+    BY_HAND = 3  # rolled back or skipped by command: the batch under question is gone
 
 
 class Open(NamedTuple):

@@ -7,8 +7,6 @@ person, which checkpoints are on the present timeline and which are suspect.
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -19,14 +17,16 @@ from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import (
     SENSELESS,
     Action,
-    CommandKind,
     Event,
     Mode,
     Remedy,
     Span,
     Unresolved,
 )
+from guardrail.decide.control_commands.base import ReplayTarget
+from guardrail.decide.control_commands.registry import replay_line
 from guardrail.decide.remedies import CLIP, EMBED_ALPHA, LR, factor, resets
+from guardrail.decide.step_setting import StepSetting
 
 # Actions by which something is done about an incident.
 ACTS = (Action.SKIP, Action.ROLLBACK, Action.RETRY)
@@ -50,34 +50,8 @@ class Effects(NamedTuple):
     reset: bool
 
 
-class StepSetting:
-    """A value that a person changes live, as a function of the step: [(first step, value), ...].
-
-    A run that resumes from before a change meets it again at the same step. After a rollback a
-    value that was set later than the target holds from the target on: it was set because of what
-    happened.
-    """
-
-    def __init__(self, default: float) -> None:
-        self.default = default
-        self.changes: list[tuple[int, float]] = []
-
-    def at(self, step: int) -> float:
-        index = bisect_right(self.changes, (step, math.inf))
-        return self.changes[index - 1][1] if index else self.default
-
-    def set(self, from_step: int, value: float) -> None:
-        self.changes = [change for change in self.changes if change[0] < from_step]
-        self.changes.append((from_step, value))
-
-    def rewind(self, to_step: int) -> None:
-        later = [value for step, value in self.changes if step > to_step + 1]
-        if later:
-            self.set(to_step + 1, later[-1])
-
-
 @dataclass(kw_only=True)
-class RunHistory:
+class RunHistory(ReplayTarget):
     """Facts of the journal, in order.
 
     Attributes:
@@ -170,8 +144,8 @@ class RunHistory:
                 self.rollbacks.append(data)
             case "undo":
                 self._undo(data)
-            case "command" if data.get("effect") == "applied":
-                self._command(event)
+            case "command":
+                replay_line(event, self)
             case "checkpoint":
                 name = str(data.get("path", "")).rsplit("/", 1)[-1]
                 state = data.get("state")
@@ -218,14 +192,15 @@ class RunHistory:
         why, acted = self.let_pass.get(one.incident, ""), one.incident in self.acted
         return msgspec.structs.replace(one, acted=acted, let_pass=why)
 
-    def _command(self, event: Event) -> None:
-        kind, value = event.data.get("command"), float(event.data.get("value", 0.0))
-        if kind == CommandKind.LR:
-            self.lr.set(event.step + 1, value)
-        elif kind == CommandKind.SHRINK_EMBEDDING:
-            self.alpha.set(event.step + 1, value)
-        elif kind == CommandKind.MODE:
-            self.mode = list(Mode)[int(value)]
+    def setting_of(self, factor: str) -> StepSetting:
+        """Return what users have set; `factor` is the kind of a remedy, LR or EMBED_ALPHA."""
+        return {LR: self.lr, EMBED_ALPHA: self.alpha}[factor]
+
+    def set_factor(self, factor: str, from_step: int, value: float) -> None:
+        self.setting_of(factor).set(from_step, value)
+
+    def set_mode(self, mode: Mode) -> None:
+        self.mode = mode
 
     def _undo(self, data: dict[str, Any]) -> None:
         """A decision was taken back: its spans are not left out, its rollbacks are none, its

@@ -1,11 +1,8 @@
-"""Commands to a run from outside: from words to a Command, into the inbox, and the answer out of
-the journal.
-"""
+"""Send commands to a run: from a command line to a command file, and the answer from the journal."""
 
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import secrets
 import signal
@@ -16,42 +13,52 @@ import msgspec
 
 from guardrail.core.errors import UsageError
 from guardrail.core.files import open_file
-from guardrail.core.records import OLD_COMMANDS, Command, CommandKind, Event, Mode, Phase, Shown
+from guardrail.core.records import Command, Event, Phase, Shown
 from guardrail.core.renamed_keys import print_notice
 from guardrail.core.text import escape_text
-from guardrail.decide.questions import BY_HAND, CHOICES, open_question
+from guardrail.decide.control_commands.answer import Answer
+from guardrail.decide.control_commands.base import ControlCommand, HoldsFor
+from guardrail.decide.control_commands.registry import command_from, command_names, find_command
+from guardrail.decide.control_commands.stop import Stop
+from guardrail.decide.questions import open_question
 from guardrail.operate.identity import who
 from guardrail.rundir import journal, processes
 from guardrail.rundir.liveness import is_alive
 from guardrail.rundir.run_directory import RunDirectory, check_command
 
 POLL_SECONDS = 0.1
-_NEED_VALUE = {
-    CommandKind.SKIP: "a number of batches",
-    CommandKind.LR: "a factor",
-    CommandKind.SHRINK_EMBEDDING: "a factor in (0, 1]",
-    CommandKind.MODE: "a mode",
-    CommandKind.ANSWER: "accept, continue or stop",
-}
+
+
+def find_kind(name: str) -> type[ControlCommand]:
+    """Return the command with this name; an old name prints a notice. Raises UsageError."""
+    kind = find_command(name)
+    if kind is None:
+        names = command_names()
+        hint = f"commands: {', '.join(names)}"
+        if close := difflib.get_close_matches(name, names, n=1):
+            hint = f"did you mean {close[0]}?"
+        raise UsageError(f"no such command: {escape_text(name, 160)}\n  hint: {hint}")
+    if name != kind.name:
+        print_notice(f"ctl {name}", f"ctl {kind.name}")
+    return kind
 
 
 def parse(action: str, value: str | None, *, at_step: int = 0) -> Command:
-    """Words of a command line -> a command that makes sense. Raises UsageError."""
-    names = [kind.value for kind in CommandKind]
-    if action in OLD_COMMANDS:
-        print_notice(f"ctl {action}", f"ctl {OLD_COMMANDS[action]}")
-        action = OLD_COMMANDS[action]
-    if action not in names:
-        close = difflib.get_close_matches(action, names, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"commands: {', '.join(names)}"
-        raise UsageError(f"no such command: {escape_text(action, 160)}\n  hint: {hint}")
-    kind = CommandKind(action)
-    if value is None and kind in _NEED_VALUE:
-        raise UsageError(f"{action} needs {_NEED_VALUE[kind]}")
+    """Return the command of a command line.
+
+    Args:
+        action: name of the command.
+        value: its argument; None: none was given.
+        at_step: delays the effect to the end of that step.
+
+    Raises:
+        UsageError: the command can never be carried out.
+    """
+    kind = find_kind(action)
     command = Command(
         id=f"{time.time_ns():x}-{secrets.token_hex(4)}",
-        kind=kind,
-        value=_number(kind, value),
+        kind=kind.name,
+        value=kind.argument.parse(kind.name, value),
         who=who(),
         time=time.time(),
         at_step=at_step,
@@ -61,49 +68,30 @@ def parse(action: str, value: str | None, *, at_step: int = 0) -> Command:
     return command
 
 
-def _number(kind: CommandKind, value: str | None) -> float:
-    if value is None:
-        return math.nan if kind in (CommandKind.ROLLBACK, CommandKind.UNDO) else 0.0
-    if kind is CommandKind.MODE:
-        modes = [mode.value for mode in Mode]
-        if value not in modes:
-            raise UsageError(f"mode takes one of {', '.join(modes)}, not {escape_text(value, 160)}")
-        return float(modes.index(value))
-    if kind is CommandKind.ANSWER:
-        if value in CHOICES or value in ("0", "1", "2"):
-            return float(CHOICES.index(value) if value in CHOICES else value)
-        raise UsageError(f"answer takes one of {', '.join(CHOICES)}, not {value}")
-    try:
-        return float(value)
-    except ValueError:
-        raise UsageError(f"{kind.value} takes a number, not {escape_text(value, 160)}") from None
-
-
 def bound(run: RunDirectory, command: Command, question: int | None = None) -> Command:
-    """The command for the run as it is now: it holds for no other question, and for no other
-    timeline.
+    """Return the command for the present question and timeline: it holds for no others.
 
-    So of two that send `rollback` at the same instant one goes back, and the other learns that the
-    run has gone back.
+    Of two `rollback` commands that are sent at the same instant, one restores a state. The other is
+    refused, because the run is on another timeline then.
 
     Args:
         question: journal line of the question that it answers; None: the one that is open.
     """
     status = run.read_status()
-    if command.kind in BY_HAND and not command.at_step and status is not None:
+    holds_for = command_from(command).holds_for
+    if holds_for is HoldsFor.TIMELINE and not command.at_step and status is not None:
         timeline = max([status.timeline, *(event.timeline for event in run.events()[-1:])])
         command = msgspec.structs.replace(command, shown=Shown(timeline=timeline))
-    if (
-        question is None
-        and command.kind is not CommandKind.ANSWER
-        and not (status is not None and status.question)
-    ):
+    is_asking = status is not None and bool(status.question)
+    if question is None and not is_asking and command.kind != Answer.name:
         question = 0
     if question is None:
-        asked = open_question(run.events())  # the status is a second late
-        if asked is None and status is not None and status.question:
-            return command  # its line is not on disk: the run knows what it asks
-        question = asked.seq if asked is not None else 0
+        asked = open_question(run.events())  # the status is up to a second old
+        if asked is None and is_asking:
+            return command  # the line is not on disk yet: the run itself names its question
+        question = 0
+        if asked is not None:
+            question = asked.seq
     return msgspec.structs.replace(command, question=question)
 
 
@@ -160,7 +148,7 @@ def send(run: RunDirectory, command: Command, *, seconds: float) -> Event | None
         raise UsageError(f"{run.name} is not running ({state})")
     tail = Tail(run)
     run.send(command)
-    if command.kind is CommandKind.STOP and status.phase in (Phase.STARTING, Phase.SETUP):
+    if command.kind == Stop.name and status.phase in (Phase.STARTING, Phase.SETUP):
         supervisor = processes.supervisor_of(run.path, status.supervisor_pid)
         if supervisor is not None:
             processes.tell(supervisor, signal.SIGUSR1)
@@ -176,7 +164,7 @@ def send(run: RunDirectory, command: Command, *, seconds: float) -> Event | None
                     )
                 return event
             if event.kind == "ended":
-                if command.kind is CommandKind.STOP:
+                if command.kind == Stop.name:
                     return event
                 raise UsageError(f"{run.name} ended before it answered ({event.message})")
         time.sleep(POLL_SECONDS)

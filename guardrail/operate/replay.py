@@ -29,8 +29,10 @@ from guardrail.core.errors import (
     WorkersFailed,
 )
 from guardrail.core.files import FOLDER_MODE, encode_json, replace_file
-from guardrail.core.records import METRIC_COLUMNS, Command, CommandKind, Event, Record
+from guardrail.core.records import METRIC_COLUMNS, Command, Event, Record
 from guardrail.core.text import clean_text
+from guardrail.decide.control_commands.mode import ChangeMode
+from guardrail.decide.control_commands.stop import Stop
 from guardrail.decide.run_history import RunHistory
 from guardrail.decide.timelines import TimelineIndex
 from guardrail.launch import launcher as launching
@@ -275,14 +277,12 @@ def prepare(run: RunDirectory, stretch: Plan) -> RunDirectory:
     scratch = RunDirectory.create_at(path, _config(run))
     try:
         # Who decided is no matter here: nobody does.
-        events = [event for event in run.events() if event.data.get("command") != CommandKind.MODE]
+        events = [event for event in run.events() if event.data.get("command") != ChangeMode.name]
         lines = b"".join(encode_json(_fields(event)) + b"\n" for event in events)
         replace_file(scratch.journal_path, lines)
         if stretch.base is not None:
             _link(stretch.base, scratch.checkpoints / stretch.base.name)
-        scratch.send(
-            Command(id="replayed", kind=CommandKind.STOP, at_step=stretch.to_step, who="replay")
-        )
+        scratch.send(Command(id="replayed", kind=Stop.name, at_step=stretch.to_step, who="replay"))
     except OSError as error:
         shutil.rmtree(path, ignore_errors=True)
         raise RunDirectoryError(f"{path}: cannot be written ({error.strerror})") from error

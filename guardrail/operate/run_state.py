@@ -4,6 +4,7 @@ what is left out.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,14 +14,27 @@ from guardrail.core.config import load_guard_options
 from guardrail.core.errors import ConfigError
 from guardrail.core.files import as_int
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import Event, Mode, Phase, SnapshotInfo, Status, Unresolved
+from guardrail.core.records import (
+    Event,
+    Mode,
+    Phase,
+    Remedy,
+    SnapshotInfo,
+    Span,
+    Status,
+    Unresolved,
+)
+from guardrail.decide.control_commands.base import Rates
 from guardrail.decide.questions import open_question
-from guardrail.decide.run_history import Effects, RunHistory
+from guardrail.decide.run_history import RunHistory
+from guardrail.decide.step_setting import StepSetting
 from guardrail.rundir.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from guardrail.decide.sample_order import SampleCursor
 
+# `next_window` looks this many times further than the batches, past positions in quarantine.
+MAX_QUARANTINED = 64
 COLUMNS = ("step", "first", "last", "lr", "step_time")
 
 
@@ -106,32 +120,86 @@ class RunState:
         recent = [row.seconds for row in self.rows[-20:] if row.seconds > 0]
         return max(10, math.ceil(seconds * len(recent) / math.fsum(recent))) if recent else 10
 
-    def effects(self, step: int, past: RunHistory | None = None) -> Effects:
-        """What an update is made with, as things are or as `past` has it: settings by hand and all
-        remedies.
-        """
-        return (past or self.past).effects(step, self.settings)
+    @property
+    def is_paused(self) -> bool:
+        """Whether training is paused, by a command or for a question."""
+        return self.phase is Phase.PAUSED
 
-    def lr_of(self, step: int, past: RunHistory | None = None) -> float:
-        """The learning rate of `step`, a step that the rows know or the next one, as things are or
-        as `past` has it.
+    @property
+    def is_asking(self) -> bool:
+        """Whether a question of the guard is open."""
+        return self.question > 0 or self.end > 0 or open_question(self.events) is not None
+
+    @property
+    def remedies(self) -> Sequence[tuple[Span | int | None, Remedy]]:
+        """Remedies of the decisions that stand, each with its decision."""
+        return self.past.remedies
+
+    def setting_of(self, factor: str) -> StepSetting:
+        """Return what users have set; `factor` is the kind of a remedy, LR or EMBED_ALPHA."""
+        return self.past.setting_of(factor)
+
+    def next_rates(self) -> Rates:
+        """Return what the next update is made with; NaN where that is not known."""
+        return self._rates(self.step + 1, self.past)
+
+    def rates_after(self, step: int, remedies: Sequence[Remedy]) -> Rates:
+        """Return what the update after `step` is made with, once `step` was restored.
+
+        A factor that a user set later holds from the restored step on.
+
+        Args:
+            remedies: in force then.
         """
+        after = RunHistory(lr=copy.deepcopy(self.past.lr), alpha=copy.deepcopy(self.past.alpha))
+        after.remedies = [(None, remedy) for remedy in remedies]
+        after.lr.rewind(step)
+        after.alpha.rewind(step)
+        return self._rates(step + 1, after)
+
+    def _rates(self, step: int, history: RunHistory) -> Rates:
+        effects = history.effects(step, self.settings)
+        return Rates(self._scheduled_lr(step) * effects.lr, effects.embed_alpha)
+
+    def _scheduled_lr(self, step: int) -> float:
+        """Return the learning rate of the schedule alone; NaN where no row tells it."""
         row = next((row for row in self.rows if row.step == step), None)
         if row is None and self.rows and step > self.rows[-1].step:
-            # the next step's is not on record; the schedule moves little in one step
+            # The rate of the next step is not recorded yet. The schedule moves little in one step.
             row = self.rows[-1]
-        factor = self.effects(row.step).lr if row is not None else 0.0
-        return (
-            row.lr / factor * self.effects(step, past).lr
-            if row is not None and factor
-            else math.nan
-        )
+        if row is None:
+            return math.nan
+        factor = self.past.effects(row.step, self.settings).lr
+        if not factor:
+            return math.nan
+        return row.lr / factor
+
+    def next_window(self, batches: int) -> tuple[int, int] | None:
+        """Return the positions [first, last) of the next batches; None: the order is not known."""
+        if self.ledger is None or not self.rows:
+            return None
+        last = self.rows[-1]
+        wanted = batches * max(1, len(self._usable(last.first, last.last)))
+        end, missing = self.cursor, wanted
+        while missing > 0 and end < self.cursor + MAX_QUARANTINED * wanted:
+            end += missing
+            missing = wanted - len(self._usable(self.cursor, end))
+        first = next(iter(self._usable(self.cursor, end)), self.cursor)
+        return first, end
+
+    def _usable(self, first: int, last: int) -> list[int]:
+        """Return the positions of [first, last) that are not quarantined."""
+        if self.ledger is None:
+            return []
+        order = self.ledger.order
+        held = self.ledger.quarantine.held(first, order.samples(first, last), order)
+        return [position for position, is_held in enumerate(held, first) if not is_held]
 
     def nothing_left(self, window: tuple[int, int]) -> str:
-        """Why a person cannot leave these positions out, as Ledger.nothing_left has it; "" where
-        that is unknown.
-        """
-        return self.ledger.nothing_left(*window) if self.ledger is not None else ""
+        """Return why a user cannot skip these positions; "" where a user can, or it is not known."""
+        if self.ledger is None:
+            return ""
+        return self.ledger.nothing_left(*window)
 
     def fresh(self, positions: Sequence[int]) -> int:
         """Samples of these positions that are not left out yet."""

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from guardrail.core.format import format_plural
-from guardrail.core.records import CommandKind, Mode
+from guardrail.decide.control_commands.registry import find_command
 from guardrail.report.incident import IncidentAction
 from guardrail.report.model import CommandRecord, Report
 
 HEADS = ("step", "command", "user", "answer")
-_WITHOUT_VALUE = ("pause", "resume", "checkpoint", "accept", "stop")
-_MODES = (CommandKind.MODE.value,)
-_ANSWERS = ("accept", "continue", "stop")
 
 
 def list_commands(report: Report) -> Iterator[tuple[str, ...]]:
@@ -29,14 +26,13 @@ def list_commands(report: Report) -> Iterator[tuple[str, ...]]:
 
 def describe_command(command: CommandRecord) -> str:
     """The command with its value: "lr 0.5", "mode ask", "answer accept"."""
-    name, value = command.command or "command", command.value
-    if name in _MODES and value in range(len(Mode)):
-        return f"{name} {list(Mode)[int(value)].value}"
-    if name == CommandKind.ANSWER.value and value in range(len(_ANSWERS)):
-        return f"{name} {_ANSWERS[int(value)]}"
-    if name in _WITHOUT_VALUE or value != value:
+    kind = find_command(command.command)
+    if kind is not None:
+        return kind(command.value).write()
+    name = command.command or "command"
+    if command.value != command.value:
         return name
-    return f"{name} {value:g}"
+    return f"{name} {command.value:g}"
 
 
 def list_effects(report: Report) -> Iterator[str]:

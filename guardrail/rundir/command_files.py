@@ -1,8 +1,8 @@
-"""commands/: one JSON file a command, renamed into place by its sender, removed once its answer is
-in the journal.
+"""commands/: one JSON file per command.
 
-A part of `guardrail.rundir.run_directory`. Whatever lies in the folder, reading it never raises:
-what cannot be obeyed is returned as a refusal with its reason.
+The sender renames it into place. It is removed once its answer is in the journal. Reading the
+folder never raises, whatever lies there: a file that is no valid command is returned as a refusal
+with its reason. A part of `guardrail.rundir.run_directory`.
 """
 
 from __future__ import annotations
@@ -20,36 +20,26 @@ from typing import Any
 import msgspec
 
 from guardrail.core.files import as_float, encode_json, replace_file
-from guardrail.core.records import (
-    OLD_COMMANDS,
-    Command,
-    CommandKind,
-    Event,
-    Mode,
-    Record,
-    origin_of_span,
-)
+from guardrail.core.records import Command, Event, Record, origin_of_span
 from guardrail.core.text import clean_text
+from guardrail.decide.control_commands.arguments import MAX_STEP
+from guardrail.decide.control_commands.registry import command_names, find_command, own_lines
 
-MAX_BYTES = 64 * 1024
-MAX_SKIP = 100_000  # batches that one `skip` may leave out
-MAX_LR_FACTOR = 100.0
-_MAX_STEP = 2**53  # steps travel as float64
-_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-# Commands whose deed is a line of its own, behind that of the answer.
-DEEDS = {CommandKind.SKIP: "skipped", CommandKind.ROLLBACK: "rollback", CommandKind.UNDO: "undo"}
-_VALUELESS = (
-    CommandKind.PAUSE,
-    CommandKind.RESUME,
-    CommandKind.CHECKPOINT,
-    CommandKind.ACCEPT,
-    CommandKind.STOP,
-)
+MAX_BYTES = 64 * 1024  # of one file
+MAX_ID, MAX_REASON, MAX_KIND, MAX_WHO = 128, 400, 40, 256  # characters
+_ID = re.compile(rf"[A-Za-z0-9._-]{{1,{MAX_ID}}}")
+_NOT_IN_ID = re.compile(r"[^A-Za-z0-9._-]")
+# JSON has no such numbers, so they are written as text.
+_SPECIAL_NUMBERS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 class Refusal(Record, frozen=True, kw_only=True):
-    """A file of the inbox that cannot be obeyed. `id` is the command's own where it has one, else
-    the file name.
+    """A file of the folder that is no valid command.
+
+    Attributes:
+        id: the command's own id, where it has a valid one; else made of the file name.
+        reason: what is wrong.
+        kind, value, who: as the file says, as far as it can be read.
     """
 
     id: str
@@ -60,74 +50,51 @@ class Refusal(Record, frozen=True, kw_only=True):
 
 
 def check_command(command: Command) -> str | None:
-    """Why a command can never be obeyed, as the end of a sentence; None for one that makes sense.
+    """Return why a command can never be carried out, as the end of a sentence; None if it can.
 
-    Pure. Whether it can be obeyed *now* (a rollback target that exists, an answer to an open
-    question) is for the guard to say.
+    Pure. Whether it can be carried out *now* depends on the run; see `ControlCommand.refuse`.
     """
-    kind, value = command.kind, command.value
-    whole = math.isfinite(value) and value == int(value)
     if not _ID.fullmatch(command.id):
-        return "the id must be 1 to 128 letters, digits, dots, dashes or underscores"
-    if not 0 <= command.at_step < _MAX_STEP:
+        return f"the id must be 1 to {MAX_ID} letters, digits, dots, dashes or underscores"
+    if not 0 <= command.at_step < MAX_STEP:
         return f"at_step must be a step (0: now), not {command.at_step}"
     if not math.isfinite(command.time):
         return "the time must be a finite number of seconds"
-    if kind in _VALUELESS:
-        return None if value == 0 else f"{kind.value} takes no value, not {value:g}"
-    if kind is CommandKind.ROLLBACK:
-        good = math.isnan(value) or (whole and 0 <= value < _MAX_STEP)
-        return (
-            None
-            if good
-            else f"rollback takes a step, or nan for the newest good one, not {value:g}"
-        )
-    if kind is CommandKind.UNDO:
-        good = math.isnan(value) or (whole and 1 <= value < _MAX_STEP)
-        return (
-            None
-            if good
-            else f"undo takes the seq of a journal line, or nan for the newest decision, not {value:g}"
-        )
-    if kind is CommandKind.SKIP:
-        return (
-            None
-            if whole and 1 <= value <= MAX_SKIP
-            else f"skip takes 1 to {MAX_SKIP} batches, not {value:g}"
-        )
-    if kind is CommandKind.LR:
-        return (
-            None
-            if 0 < value <= MAX_LR_FACTOR
-            else f"lr takes a factor in (0, {MAX_LR_FACTOR:g}], not {value:g}"
-        )
-    if kind is CommandKind.SHRINK_EMBEDDING:
-        return None if 0 < value <= 1 else f"{kind.value} takes a factor in (0, 1], not {value:g}"
-    count, noun = (
-        (len(Mode), "mode takes a mode")
-        if kind is CommandKind.MODE
-        else (3, "answer takes a choice")
-    )
-    return None if whole and 0 <= value < count else f"{noun} from 0 to {count - 1}, not {value:g}"
+    kind = find_command(command.kind)
+    if kind is None:
+        return f"its kind is none of {', '.join(command_names())}"
+    return kind.argument.check(kind.name, command.value) or None
 
 
-def undone(events: Iterable[Event]) -> dict[str, int]:
-    """Commands that were taken, and whose deed a death has kept from the journal: id -> step behind
-    which it belongs.
+def find_interrupted(events: Iterable[Event]) -> dict[str, int]:
+    """Return the commands that were taken, but whose own journal line is missing.
 
-    Pure. A deed comes directly behind its answer.
+    A process died between the two lines. Pure. The line of the action comes directly after that of
+    the answer.
+
+    Returns:
+        id of the command -> step after which its line belongs.
     """
+    kinds = own_lines()
     found: dict[str, tuple[str, int]] = {}
     for event in events:
+        data = event.data
         if event.kind == "command":
-            deed = DEEDS.get(str(event.data.get("command")))  # type: ignore[call-overload]  # a str is its own member
-            if deed is not None and event.data.get("effect") == "applied":
-                found[str(event.data.get("id"))] = deed, event.step
-        elif event.kind == "undo" or (
-            event.kind in DEEDS.values() and origin_of_span(event.data.get("span")) == "user"
-        ):
-            found = {id: (deed, step) for id, (deed, step) in found.items() if deed != event.kind}
+            line = kinds.get(str(data.get("command")))
+            if line is not None and data.get("effect") == "applied":
+                found[str(data.get("id"))] = line, event.step
+        elif _is_action_of_user(event, kinds):
+            found = {id: one for id, one in found.items() if one[0] != event.kind}
     return {id: step for id, (_, step) in found.items()}
+
+
+def _is_action_of_user(event: Event, kinds: dict[str, str]) -> bool:
+    """Return whether this is the journal line of a command's action, not of the guard's own."""
+    if event.kind not in kinds.values():
+        return False
+    if "span" not in event.data:
+        return True  # only a command writes such a line
+    return origin_of_span(event.data["span"]) == "user"
 
 
 class Inbox:
@@ -135,41 +102,43 @@ class Inbox:
 
     Args:
         folder: `commands/` of a run directory.
-        owner: uid whose commands are obeyed.
+        owner: uid of the user whose commands count.
+
+    Attributes:
+        problem: why the folder could not be read at the last scan; "" if it could.
     """
 
     def __init__(self, folder: Path, *, owner: int) -> None:
         self.folder = folder
         self.owner = owner
-        self.problem = ""  # why the folder could not be read at the last scan
+        self.problem = ""
         self._names: dict[str, str] = {}  # command id -> file name
         self._first_names: dict[str, str] = {}  # the same, also of commands that are answered
-        # answered, but the file system would not let go of them
+        # (name, inode) of files that are answered and cannot be removed
         self._stuck: set[tuple[str, int]] = set()
 
     def send(self, command: Command) -> None:
-        """Put a command into the inbox; OSError where that is impossible."""
-        name = f"{time.time_ns():020d}-{re.sub(r'[^A-Za-z0-9._-]', '_', command.id)[:128]}.json"
-        replace_file(self.folder / name, encode_json(command))
+        """Write a command into the folder. Raises OSError."""
+        id = _NOT_IN_ID.sub("_", command.id)[:MAX_ID]
+        replace_file(self.folder / f"{time.time_ns():020d}-{id}.json", encode_json(command))
 
     def scan(self) -> tuple[list[Command], list[Refusal]]:
-        """What waits for an answer, oldest first."""
+        """Return the commands and refusals that wait for an answer, oldest first."""
         commands: list[Command] = []
         refusals: list[Refusal] = []
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            folder = os.open(
-                self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-            )
+            folder = os.open(self.folder, flags)
         except FileNotFoundError:
-            self.problem = ""  # whoever sends a command makes the folder
+            self.problem = ""  # the first sender makes the folder
             return commands, refusals
         except OSError as error:
             self.problem = f"commands/ cannot be opened: {error.strerror or error}"
             return commands, refusals
         self.problem = ""
         try:
-            for name in self._waiting(folder):
-                found = self._checked(folder, name)
+            for name in self._names_by_age(folder):
+                found = self._read_checked(folder, name)
                 if isinstance(found, Command):
                     commands.append(found)
                 elif found is not None:
@@ -181,7 +150,7 @@ class Inbox:
         return commands, refusals
 
     def remove(self, id: str) -> None:
-        """Forget an answered command. What cannot be unlinked is passed over from now on."""
+        """Remove the file of an answered command. One that cannot be removed is ignored from now on."""
         if id not in self._names:
             self.scan()
         name = self._names.pop(id, None)
@@ -199,9 +168,10 @@ class Inbox:
             with contextlib.suppress(OSError):
                 self._stuck.add((name, path.lstat().st_ino))
 
-    def _waiting(self, folder: int) -> list[str]:
-        """Names by age. Files still being written begin with a dot; the name settles equal
-        times.
+    def _names_by_age(self, folder: int) -> list[str]:
+        """Return the file names, oldest first; of equal age, by name.
+
+        Files that are still being written begin with a dot.
         """
         found = []
         try:
@@ -217,22 +187,20 @@ class Inbox:
             self.problem = f"commands/ cannot be read: {error.strerror or error}"
         return [name for _, name in sorted(found)]
 
-    def _checked(self, folder: int, name: str) -> Command | Refusal | None:
-        """What a file holds. Whatever is wrong with it, it is refused and the others are read all
-        the same.
-        """
+    def _read_checked(self, folder: int, name: str) -> Command | Refusal | None:
+        """Return what a file holds, as `_read_file`. Never raises, so that the others are read."""
         try:
-            found = self._read(folder, name)
-        except Exception as error:  # a kind of hostile content that nothing above has thought of
+            found = self._read_file(folder, name)
+        except Exception as error:  # hostile content that no other check expects
             found = _refuse(name, f"it cannot be understood ({type(error).__name__})")
         if isinstance(found, Command):
             first = self._first_names.setdefault(found.id, name)
             if first != name:
-                return _refuse(name, f"another command has had the id {found.id} before")
+                return _refuse(name, f"another command had the id {found.id} before")
         return found
 
-    def _read(self, folder: int, name: str) -> Command | Refusal | None:
-        """None: the file is gone, or cannot be read at the moment."""
+    def _read_file(self, folder: int, name: str) -> Command | Refusal | None:
+        """Return what a file holds; None: it is gone, or cannot be read at the moment."""
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
             info = os.stat(name, dir_fd=folder, follow_symlinks=False)
@@ -264,27 +232,20 @@ class Inbox:
 def _parse(name: str, data: bytes) -> Command | Refusal:
     try:
         fields = msgspec.json.decode(data)
-    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
+    except (ValueError, RecursionError) as error:  # the errors of msgspec are ValueErrors
         return _refuse(name, f"it is not JSON ({error})")
     if not isinstance(fields, dict):
         return _refuse(name, "it is not a JSON object")
-    kinds = [kind.value for kind in CommandKind]
-    if not isinstance(fields.get("kind"), str) or fields["kind"] not in (*kinds, *OLD_COMMANDS):
-        return _refuse(name, f"its kind is none of {', '.join(kinds)}", fields)
-    # Without a value `rollback` means the newest good state, not step 0, and `undo` the newest
-    # decision.
-    if (
-        fields["kind"] in (CommandKind.ROLLBACK.value, CommandKind.UNDO.value)
-        and fields.get("value") is None
-    ):
-        fields["value"] = math.nan
-    if isinstance(fields.get("value"), str):
-        fields["value"] = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}.get(
-            fields["value"], fields["value"]
-        )
-    if fields.get("value", 0) is None:
-        del fields["value"]
-    fields.setdefault("id", _id_of(name))
+    kind = find_command(fields.get("kind"))
+    if kind is None:
+        return _refuse(name, f"its kind is none of {', '.join(command_names())}", fields)
+    fields["kind"] = kind.name
+    value = fields.get("value")
+    if isinstance(value, str):
+        fields["value"] = _SPECIAL_NUMBERS.get(value, value)
+    elif value is None:
+        fields["value"] = kind.argument.omitted or 0.0
+    fields.setdefault("id", _id_from_name(name))
     try:
         command = msgspec.convert(fields, Command)
         reason = check_command(command)
@@ -292,33 +253,34 @@ def _parse(name: str, data: bytes) -> Command | Refusal:
         return _refuse(name, f"it does not fit a command ({error})", fields)
     if reason is not None:
         return _refuse(name, reason, fields)
-    return msgspec.structs.replace(command, who=clean_text(command.who, 256))
+    return msgspec.structs.replace(command, who=clean_text(command.who, MAX_WHO))
 
 
 def _refuse(name: str, reason: str, fields: dict[str, Any] | None = None) -> Refusal:
     fields = fields or {}
     id = fields.get("id")
+    if not isinstance(id, str) or not _ID.fullmatch(id):
+        id = _id_from_name(name)
     return Refusal(
-        id=id if isinstance(id, str) and _ID.fullmatch(id) else _id_of(name),
-        reason=clean_text(reason, 400),
-        kind=_text(fields.get("kind"), 40),
+        id=id,
+        reason=clean_text(reason, MAX_REASON),
+        kind=_as_text(fields.get("kind"), MAX_KIND),
         value=as_float(fields.get("value", 0.0)),
-        who=_text(fields.get("who"), 256),
+        who=_as_text(fields.get("who"), MAX_WHO),
     )
 
 
-def _text(value: Any, limit: int) -> str:
-    """Text from JSON. Anything else is named by its type: its own text may be long, deep or
-    impossible to make.
+def _as_text(value: Any, limit: int) -> str:
+    """Return text from JSON.
+
+    Anything else is named by its type: its own text may be long, deep or impossible to make.
     """
-    return (
-        clean_text(value, limit)
-        if isinstance(value, str)
-        else f"({type(value).__name__})"
-        if value is not None
-        else ""
-    )
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return clean_text(value, limit)
+    return f"({type(value).__name__})"
 
 
-def _id_of(name: str) -> str:
-    return clean_text(re.sub(r"[^A-Za-z0-9._-]", "_", name.removesuffix(".json"))[:128])
+def _id_from_name(name: str) -> str:
+    return clean_text(_NOT_IN_ID.sub("_", name.removesuffix(".json"))[:MAX_ID])

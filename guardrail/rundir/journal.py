@@ -26,7 +26,8 @@ from guardrail.core.files import (
     refuse_special,
     sync_folder,
 )
-from guardrail.core.records import OLD_CAUSES, OLD_COMMANDS, Event, Finding, Phase, Remedy, Span
+from guardrail.core.records import OLD_CAUSES, Event, Finding, Phase, Remedy, Span
+from guardrail.decide.control_commands.registry import old_names
 
 FIXED = ("seq", "time", "step", "timeline", "kind", "message")
 LOCK_SECONDS = 30.0  # a writer that holds the lock this long is stopped or dead on another host
@@ -48,7 +49,7 @@ OLD_KINDS: Mapping[str, str] = {
 }
 # Present kind of line -> field -> word of an older version -> present word.
 _OLD_WORDS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
-    "command": {"command": OLD_COMMANDS},
+    "command": {"command": old_names()},
     "diagnosis": {"cause": OLD_CAUSES},
     "disk": {"state": {"degraded": "failing"}},
     "incident": {"state": {"recurred": "repeated", "offset": "recovered with higher loss"}},

@@ -42,7 +42,7 @@ from guardrail.core.records import Command, Event, NodeStatus, RankStatus, Statu
 from guardrail.core.text import clean_text
 from guardrail.decide.timelines import TimelineIndex
 from guardrail.rundir import journal
-from guardrail.rundir.command_files import Inbox, Refusal, check_command, undone
+from guardrail.rundir.command_files import Inbox, Refusal, check_command, find_interrupted
 from guardrail.rundir.journal import findings_of, last_turn, outcome_of, span_of
 from guardrail.rundir.metrics import MetricsView, MetricsWriter, read_metrics, read_rows
 from guardrail.rundir.run_lock import Holder, RunLock, holder_of
@@ -448,7 +448,7 @@ class RunDirectory:
         """Journal the answer to a command, then remove its file. Raises OSError and keeps the
         file.
         """
-        kind = to.kind.value if isinstance(to, Command) else to.kind
+        kind = str(to.kind)
         reason = reason or (to.reason if isinstance(to, Refusal) else "")
         effect = "applied" if applied else "refused"
         event = self.append(
@@ -472,7 +472,7 @@ class RunDirectory:
             # A crash between the answer and the removal of its file must not make it count twice.
             # What was answered and not done is due where it was said to take effect.
             events = self.events()
-            self._undone = undone(events)
+            self._undone = find_interrupted(events)
             answered = {
                 str(event.data.get("id")) for event in events if event.kind == "command"
             } - set(self._undone)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from guardrail.core.records import Command, CommandKind
+from guardrail.core.records import Command
 from guardrail.decide.run_history import RunHistory
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.running import (
@@ -74,7 +74,7 @@ def test_down_when_the_embedding_leads_and_back_exactly(
 ) -> None:
     config = config_of(tmp_path, world=world, strategy=strategy, tied=tied)
     run = new_run(config)
-    run.send(Command(id="stop", kind=CommandKind.STOP, at_step=STOPPED))
+    run.send(Command(id="stop", kind="stop", at_step=STOPPED))
     assert train(run, world) == "stopped"
     assert train(run, world) == "finished"
     first = of_kind(run, "skipped")[0]

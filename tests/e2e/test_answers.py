@@ -29,8 +29,9 @@ from guardrail.core import records
 from guardrail.core.config import GuardConfig
 from guardrail.core.errors import RunDirectoryError, UsageError
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import Command, CommandKind, Event, Mode, Phase, Status
+from guardrail.core.records import Command, Event, Mode, Phase, Status
 from guardrail.core.sections import CheckpointSection, SnapshotSection
+from guardrail.decide.control_commands.registry import shown_in
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.launch import launcher as launching
 from guardrail.operate import control, preview
@@ -92,7 +93,7 @@ class Asking:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.send(CommandKind.STOP)
+        self.send("stop")
         self.thread.join(timeout=60)
         assert not self.thread.is_alive() and self.failure is None
 
@@ -110,7 +111,7 @@ class Asking:
         wait_for(lambda: self.failure or self.lines("paused", after), what="a question")
         return self.lines("paused", after)[0].seq
 
-    def send(self, kind: CommandKind, value: float = 0.0, **fields: Any) -> str:
+    def send(self, kind: str, value: float = 0.0, **fields: Any) -> str:
         self.sent += 1
         id = f"c{self.sent}"
         self.run.send(Command(id=id, kind=kind, value=value, who=f"sender {id}", **fields))
@@ -189,7 +190,7 @@ def test_of_two_answers_at_once_one_counts_and_the_other_learns_who_was_first(
         question, met = 0, 0
         for _ in range(ROUNDS):
             question = asking.question(question)
-            given = {"kind": CommandKind.ANSWER, "value": CONTINUE} | (
+            given = {"kind": "answer", "value": CONTINUE} | (
                 {"question": question} if named else {}
             )
             winner, loser = at_once(asking, given, given)
@@ -215,9 +216,9 @@ def test_an_answer_that_comes_late_never_answers_the_next_question(tmp_path: Pat
     with Asking(tmp_path) as asking:
         question = asking.question()
         for _ in range(ROUNDS):
-            asking.send(CommandKind.ANSWER, CONTINUE, question=question)
+            asking.send("answer", CONTINUE, question=question)
             following = asking.question(question)
-            late = asking.send(CommandKind.ANSWER, STOP, question=question)
+            late = asking.send("answer", STOP, question=question)
             reason = asking.reason(late)
             assert f"the question of line {question} is over: answer continue by sender" in reason
             assert f"the question of line {following} is open now" in reason
@@ -230,14 +231,14 @@ def test_resume_answers_no_question_and_says_what_does(tmp_path: Path) -> None:
     with Asking(tmp_path) as asking:
         question = asking.question()
         for _ in range(5):
-            assert asking.reason(asking.send(CommandKind.RESUME)) == (
+            assert asking.reason(asking.send("resume")) == (
                 f"the guard asks (journal line {question}): use answer accept, answer continue or answer stop"
             )
         assert not asking.lines("resumed")
         wait_for(
             lambda: (status := asking.run.read_status()) and status.question, what="its status"
         )
-        foreseen = preview.foresee(asking.run, Command(id="x", kind=CommandKind.RESUME))
+        foreseen = preview.preview_in_run(asking.run, Command(id="x", kind="resume"))
         assert not foreseen.possible and "answer accept" in foreseen.refusal
 
 
@@ -247,17 +248,17 @@ def test_a_command_that_was_shown_before_the_question_does_not_answer_it(tmp_pat
     with Asking(tmp_path) as asking:
         question = asking.question()
         for kind, value in (
-            (CommandKind.SKIP, 1.0),
-            (CommandKind.ROLLBACK, 0.0),
-            (CommandKind.UNDO, 3.0),
+            ("skip", 1.0),
+            ("rollback", 0.0),
+            ("undo", 3.0),
         ):
             reason = asking.reason(asking.send(kind, value, question=0))
             assert f"before the guard asked the question of line {question}" in reason
-        assert asking.outcomes(asking.send(CommandKind.SKIP, 1.0, question=question)) == ["applied"]
+        assert asking.outcomes(asking.send("skip", 1.0, question=question)) == ["applied"]
         wait_for(lambda: asking.lines("resumed"), what="the end of the question")
         resumed = asking.lines("resumed")[0]
         assert (resumed.data["question"], resumed.data["answer"]) == (question, "by_hand")
-        over = asking.reason(asking.send(CommandKind.SKIP, 1.0, question=question))
+        over = asking.reason(asking.send("skip", 1.0, question=question))
         assert f"the question of line {question} is over: skip 1 batch by sender" in over
 
 
@@ -269,7 +270,7 @@ def test_of_two_that_change_a_setting_at_once_one_wins(tmp_path: Path) -> None:
         for turn in range(ROUNDS):
             values = [0.5, 0.25] if factor == 1.0 else [1.0, 1.0]
             given = [
-                {"kind": CommandKind.LR, "value": value, "shown": records.Shown(instead_of=factor)}
+                {"kind": "lr", "value": value, "shown": records.Shown(instead_of=factor)}
                 for value in (values if turn % 2 else reversed(values))
             ]
             winner, loser = at_once(asking, *given)
@@ -277,7 +278,7 @@ def test_of_two_that_change_a_setting_at_once_one_wins(tmp_path: Path) -> None:
             assert asking.reason(loser) == f"somebody else has changed it: it is x{factor:g} now"
         for wanted in (Mode.AUTO, Mode.ADVISE):
             command = {
-                "kind": CommandKind.MODE,
+                "kind": "mode",
                 "value": float(list(Mode).index(wanted)),
                 "shown": records.Shown(instead_of=float(list(Mode).index(mode))),
             }
@@ -290,8 +291,8 @@ def test_of_two_that_change_a_setting_at_once_one_wins(tmp_path: Path) -> None:
 def test_a_command_whose_target_or_cost_has_changed_is_refused(tmp_path: Path) -> None:
     with Asking(tmp_path, every=0) as asking:
         wait_for(lambda: asking.guard.step > 12 or asking.failure, what="some steps")
-        newest = Command(id="x", kind=CommandKind.ROLLBACK, value=float("nan"))
-        shown = preview.foresee(asking.run, newest, status=asking.guard.status()).shown()
+        newest = Command(id="x", kind="rollback", value=float("nan"))
+        shown = shown_in(preview.preview_in_run(asking.run, newest, status=asking.guard.status()))
         assert shown.to_step is not None and shown.steps_lost_most >= shown.steps_lost + 10
         replace = msgspec.structs.replace
         refused = {
@@ -304,11 +305,11 @@ def test_a_command_whose_target_or_cost_has_changed_is_refused(tmp_path: Path) -
         }
         for words, one in refused.items():
             value = 0.0 if one.to_step == 0 else float("nan")
-            assert words in asking.reason(asking.send(CommandKind.ROLLBACK, value, shown=one))
+            assert words in asking.reason(asking.send("rollback", value, shown=one))
         assert not asking.lines("rollback")
         # A rollback that both have seen: the second one was shown on a timeline that is over.
         first = replace(shown, to_step=0, tier="disk", steps_lost_most=1 << 40)
-        given = {"kind": CommandKind.ROLLBACK, "value": 0.0, "shown": first}
+        given = {"kind": "rollback", "value": 0.0, "shown": first}
         loser = at_once(asking, given, given)[1]
         assert "the run has gone back meanwhile" in asking.reason(loser)
         assert "of timeline 1 now" in asking.reason(loser) and len(asking.lines("rollback")) == 1
@@ -433,7 +434,7 @@ def test_a_resume_that_is_under_way_keeps_others_away(
         tmp_path, "words", '[train]\nsteps = 1000\n[launch]\ndevice = "cpu"\n'
     )
     run.write_status(Status(run=run.name, phase=Phase.STOPPED, host="elsewhere"))
-    run.send(Command(id="waits", kind=CommandKind.STOP))
+    run.send(Command(id="waits", kind="stop"))
     with (
         RunLock(run.path / "launch.lock", "guardrail launch --resume"),
         pytest.raises(

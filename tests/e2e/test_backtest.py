@@ -30,7 +30,6 @@ from guardrail.core.records import (
     LOSS,
     Action,
     Command,
-    CommandKind,
     FindingKind,
     Mode,
     Observation,
@@ -340,7 +339,7 @@ def test_run_on_two_ranks_whose_rollback_came_after_a_restart(tmp_path: Path) ->
         train={"steps": 50},
     )
     run = new_run(config)
-    run.send(Command(id="stop", kind=CommandKind.STOP, at_step=38))
+    run.send(Command(id="stop", kind="stop", at_step=38))
     with prompt_disk():
         assert train(run, 2) == "stopped"
     assert train(run, 2) == "finished"
@@ -356,7 +355,7 @@ def test_run_that_was_resumed_into_other_data(tmp_path: Path) -> None:
     """
     low = {"kind": "spike_loss", "first": 160, "last": 176, "value": 0.5}
     run = new_run(tiny(tmp_path, faults=[low], train={"steps": 26}))
-    run.send(Command(id="stop", kind=CommandKind.STOP, at_step=20))
+    run.send(Command(id="stop", kind="stop", at_step=20))
     assert train(run, 1) == "stopped"
     assert train(run, 1) == "finished"
     assert_as_live(run)
@@ -374,11 +373,11 @@ def test_run_whose_mode_was_changed_and_that_was_sent_back_by_hand(tmp_path: Pat
     )
     run = new_run(config)
     for id, step, kind, value in (
-        ("advise", 20, CommandKind.MODE, modes[Mode.ADVISE]),
-        ("back", 30, CommandKind.ROLLBACK, 15.0),
-        ("skip", 31, CommandKind.SKIP, 2.0),
-        ("off", 33, CommandKind.MODE, modes[Mode.OFF]),
-        ("auto", 36, CommandKind.MODE, modes[Mode.AUTO]),
+        ("advise", 20, "mode", modes[Mode.ADVISE]),
+        ("back", 30, "rollback", 15.0),
+        ("skip", 31, "skip", 2.0),
+        ("off", 33, "mode", modes[Mode.OFF]),
+        ("auto", 36, "mode", modes[Mode.AUTO]),
     ):
         run.send(Command(id=id, kind=kind, value=value, at_step=step))
     assert train(run, 1) == "finished"

@@ -19,7 +19,7 @@ import pytest
 
 from guardrail.cli.main import COMMANDS, main
 from guardrail.core.errors import RunDirectoryError
-from guardrail.core.records import Command, CommandKind, Event, Mode, Phase, Status
+from guardrail.core.records import Command, Event, Mode, Phase, Status
 from guardrail.launch import launcher as launching
 from guardrail.operate import control
 from guardrail.rundir import journal
@@ -282,7 +282,7 @@ def test_ctl_sends_and_prints_the_step_of_the_answer(
         assert main(["ctl", alive.name, *words, "--wait", "30"]) == 0
         assert main(["ctl", alive.name, *words, "--json"]) == 0
     first, second = trainer.seen
-    assert (first.kind.value, first.value) == (kind, pytest.approx(value, nan_ok=True))
+    assert (first.kind, first.value) == (kind, pytest.approx(value, nan_ok=True))
     assert first.id != second.id and "@" in first.who
     line, document = capsys.readouterr().out.split("\n", 1)
     assert line == f"step 42: {kind} applied"
@@ -306,15 +306,15 @@ def test_ctl_refused_by_the_run(alive: RunDirectory, capsys: pytest.CaptureFixtu
     ("words", "said"),
     [
         (["puase"], "did you mean pause?"),
-        (["skip"], "skip needs a number of batches"),
+        (["skip"], "skip needs 1 to"),
         (["skip", "0"], "skip takes 1 to"),
         (["skip", "2.5"], "skip takes 1 to"),
-        (["lr", "fast"], "lr takes a number, not fast"),
+        (["lr", "fast"], "(0, 100], not fast"),
         (["lr", "nan"], "lr takes a factor"),
         (["shrink-embedding", "2"], "shrink-embedding takes a factor in (0, 1]"),
-        (["mode", "wild"], "mode takes one of auto, ask, advise, off, not wild"),
-        (["answer", "9"], "answer takes one of accept, continue, stop, not 9"),
-        (["pause", "--question", "3"], "--question goes with answer alone"),
+        (["mode", "wild"], "(0 to 3), not wild"),
+        (["answer", "9"], "(0 to 2), not 9"),
+        (["pause", "--question", "3"], "answer, not pause"),
         (["pause", "3"], "pause takes no value"),
         (["stop", "--at-step", "-1"], "at_step must be a step"),
     ],
@@ -334,7 +334,7 @@ def test_ctl_without_an_answer_keeps_the_command_in_the_inbox(
     assert "has not answered within 0.2 s" in capsys.readouterr().err
     assert main(["ctl", alive.name, "resume", "--wait", "0"]) == 0
     assert capsys.readouterr().out == "sent\n"
-    assert [command.kind.value for command in alive.commands_pending()] == ["pause", "resume"]
+    assert [command.kind for command in alive.commands_pending()] == ["pause", "resume"]
 
 
 def test_ctl_to_a_run_that_ends_meanwhile(
@@ -383,14 +383,14 @@ def test_resume_answers_what_was_sent_to_a_dead_run(folder: Path) -> None:
     """
     run = make_run(folder, phase=Phase.FAILED)
     sent = [
-        ("stop", CommandKind.STOP, 0),
-        ("past", CommandKind.PAUSE, 7),
-        ("later", CommandKind.CHECKPOINT, 8),
+        ("stop", "stop", 0),
+        ("past", "pause", 7),
+        ("later", "checkpoint", 8),
     ]
     for id, kind, at_step in sent:
         run.send(Command(id=id, kind=kind, at_step=at_step))
     assert launching.prepare_resume(run.name, (), root="runs") is not None
-    run.send(Command(id="new", kind=CommandKind.STOP))
+    run.send(Command(id="new", kind="stop"))
     assert [command.id for command in run.commands_pending()] == ["later", "new"]
     refused = [event for event in run.events() if event.kind == "command"]
     assert [(event.data["id"], event.data["effect"], event.step) for event in refused] == [

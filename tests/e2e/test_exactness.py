@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from guardrail.core.records import Command, CommandKind
+from guardrail.core.records import Command
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.running import (
     BANDS,
@@ -158,7 +158,7 @@ def test_without_a_ring_data_is_left_out_and_a_person_goes_back_to_the_disk(
         train={"steps": 34},
     )
     a = new_run(config)
-    a.send(Command(id="back", kind=CommandKind.ROLLBACK, value=16, at_step=27))
+    a.send(Command(id="back", kind="rollback", value=16, at_step=27))
     with prompt_disk():
         assert train(a, 1) == "finished"
     causes = of_kind(a, "diagnosis")
@@ -199,7 +199,7 @@ def test_rollback_to_the_disk_after_a_restart_with_an_empty_ring(tmp_path: Path)
         train={"steps": 34},
     )
     a = new_run(config)
-    a.send(Command(id="stop", kind=CommandKind.STOP, at_step=26))
+    a.send(Command(id="stop", kind="stop", at_step=26))
     with prompt_disk():
         assert train(a, 2) == "stopped"
     assert train(a, 2) == "finished"
@@ -212,9 +212,9 @@ def test_rollback_to_the_disk_after_a_restart_with_an_empty_ring(tmp_path: Path)
 def test_rollback_and_skip_by_command(tmp_path: Path, world: int, strategy: str) -> None:
     config = tiny(tmp_path, world=world, strategy=strategy, train={"steps": 32})
     a = new_run(config)
-    a.send(Command(id="skip", kind=CommandKind.SKIP, value=3, at_step=12))
-    a.send(Command(id="back", kind=CommandKind.ROLLBACK, value=15, at_step=19))
-    a.send(Command(id="newest", kind=CommandKind.ROLLBACK, value=float("nan"), at_step=27))
+    a.send(Command(id="skip", kind="skip", value=3, at_step=12))
+    a.send(Command(id="back", kind="rollback", value=15, at_step=19))
+    a.send(Command(id="newest", kind="rollback", value=float("nan"), at_step=27))
     assert train(a, world) == "finished"
     assert [span.origin for span in spans(a)] == ["user", "user", "user"]
     assert [done["to_step"] for done in rollbacks(a)] == [15, 20]
@@ -230,9 +230,9 @@ def test_a_person_is_kept_from_leaving_all_data_out(tmp_path: Path) -> None:
     config = tiny(tmp_path, train={"steps": 30, "batch_size": 64, "micro_batch_size": 32})
     samples = len(corpus_of(config).train)
     a = new_run(config)
-    a.send(Command(id="all", kind=CommandKind.SKIP, value=samples, at_step=4))
-    a.send(Command(id="back", kind=CommandKind.ROLLBACK, value=5, at_step=24))
-    a.send(Command(id="few", kind=CommandKind.SKIP, value=1, at_step=25))
+    a.send(Command(id="all", kind="skip", value=samples, at_step=4))
+    a.send(Command(id="back", kind="rollback", value=5, at_step=24))
+    a.send(Command(id="few", kind="skip", value=1, at_step=25))
     assert 10 * 64 < samples < 19 * 64
     assert train(a, 1) == "finished"
     said = [(event.data["effect"], event.data["reason"]) for event in of_kind(a, "command")]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from guardrail.backtest.rejudge import Rejudge
-from guardrail.core.records import Command, CommandKind
+from guardrail.core.records import Command
 from tests.support.running import (
     BATCH,
     assert_same,
@@ -54,7 +54,7 @@ def test_every_rung_is_exact_through_a_crash(tmp_path: Path, world: int, strateg
         train={"steps": 50},
     )
     a = new_run(config)
-    a.send(Command(id="stop", kind=CommandKind.STOP, at_step=33))
+    a.send(Command(id="stop", kind="stop", at_step=33))
     assert train(a, world) == "stopped"
     assert train(a, world) == "finished"
     back = [event.data for event in of_kind(a, "rollback")]

@@ -16,7 +16,7 @@ import pytest
 
 from guardrail.cli.main import main
 from guardrail.core.errors import UsageError
-from guardrail.core.records import Command, CommandKind, Event, Mode
+from guardrail.core.records import Command, Event, Mode
 from guardrail.decide.timelines import TimelineIndex
 from guardrail.operate import replay as replaying
 from guardrail.operate.replay import Comparison, Outcome, Plan, outcome, plan, prepare
@@ -25,12 +25,12 @@ from guardrail.rundir.run_directory import MetricsView, RunDirectory
 from tests.support.running import BATCH, BLIND, new_run, of_kind, tiny, train
 
 LR, SKIP, ROLLBACK, UNDO, STOP, POLICY = (
-    CommandKind.LR,
-    CommandKind.SKIP,
-    CommandKind.ROLLBACK,
-    CommandKind.UNDO,
-    CommandKind.STOP,
-    CommandKind.MODE,
+    "lr",
+    "skip",
+    "rollback",
+    "undo",
+    "stop",
+    "mode",
 )
 
 

@@ -15,7 +15,7 @@ import pytest
 import tomli_w
 
 from guardrail.cli.main import main
-from guardrail.core.records import Command, CommandKind
+from guardrail.core.records import Command
 from guardrail.operate import replay as replaying
 from guardrail.operate.replay import Comparison, Plan
 from guardrail.rundir.run_directory import RunDirectory
@@ -44,7 +44,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         train={"steps": STEPS},
     )
     made = new_run(config)
-    made.send(Command(id="back", kind=CommandKind.UNDO, value=math.nan, at_step=UNDONE))
+    made.send(Command(id="back", kind="undo", value=math.nan, at_step=UNDONE))
     assert train(made, 2) == "finished"
     assert of_kind(made, "rollback") and len(of_kind(made, "undo")) == 1
     assert any(span.positions for span in spans(made)) and incidents(made)[0] < incidents(made)[-1]

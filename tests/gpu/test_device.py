@@ -23,7 +23,7 @@ import torch
 from guardrail.core.config import GuardConfig
 from guardrail.core.errors import UsageError
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import Command, CommandKind
+from guardrail.core.records import Command
 from guardrail.core.sections import SnapshotSection
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.rundir.run_directory import RunDirectory
@@ -151,7 +151,7 @@ def test_stopped_and_resumed_on_devices(
 ) -> None:
     config = device_config(tmp_path, world=world, strategy=strategy, train={"precision": precision})
     run = new_run(config)
-    run.send(Command(id="stop", kind=CommandKind.STOP, at_step=23))
+    run.send(Command(id="stop", kind="stop", at_step=23))
     assert train(run, world) == "stopped"
     assert train(run, world) == "finished"
     assert_same(run, trained(config))

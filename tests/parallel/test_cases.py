@@ -19,7 +19,7 @@ import guardrail.torch.checkpoint.commit
 import guardrail.torch.checkpoint.disk_checkpoints
 from guardrail.core.config import load_trainer_config
 from guardrail.core.errors import CheckpointInvalid
-from guardrail.core.records import Action, Command, CommandKind, Phase
+from guardrail.core.records import Action, Command, Phase
 from guardrail.core.toml_file import dump_toml
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.rundir.manifest import MANIFEST, checkpoint_dirs, read_manifest, sealed
@@ -57,7 +57,7 @@ def fault(kind: str, step: int, **settings: Any) -> dict[str, Any]:
 def stopped(config: Config, step: int) -> RunDirectory:
     """A run that was stopped by command after `step`."""
     run = new_run(config)
-    run.send(Command(id="stop", kind=CommandKind.STOP, at_step=step))
+    run.send(Command(id="stop", kind="stop", at_step=step))
     assert train(run, config.world) == "stopped"
     return run
 
@@ -99,7 +99,7 @@ def test_case_01_resume_in_a_later_epoch_goes_on_in_that_epochs_order(tmp_path: 
     whole = meet(new_run(config), "whole")
     assert len(whole) == 30 and len({rows for _, rows in whole}) == 30
     run = new_run(config)
-    run.send(Command(id="stop", kind=CommandKind.STOP, at_step=14))
+    run.send(Command(id="stop", kind="stop", at_step=14))
     first = meet(run, "first")
     manifest = read_manifest(checkpoint_dirs(run.checkpoints)[0])
     order = SampleOrder(samples=80, seed=config.data.seed)
@@ -148,7 +148,7 @@ def test_case_02_each_sample_once_an_epoch_through_a_resume_in_the_middle(tmp_pa
         tiny(tmp_path, data={"order": "shuffled"}, train={"steps": 0, "epochs": 2}), 64
     )
     run = new_run(config)
-    run.send(Command(id="stop", kind=CommandKind.STOP, at_step=3))
+    run.send(Command(id="stop", kind="stop", at_step=3))
     met = [rows for _, rows in meet(run, "first")]
     torch.manual_seed(12345)  # the state of the global dice is nobody's business
     met += [rows for _, rows in meet(run, "second")]
@@ -490,7 +490,7 @@ def test_case_19_a_signal_in_an_evaluation_saves_at_once(tmp_path: Path) -> None
 def test_case_20_steps_that_go_back_are_kept_and_the_last_attempt_is_shown(tmp_path: Path) -> None:
     """wandb#4482, ms-swift#7080: after a rollback the points with a smaller step are dropped."""
     run = new_run(tiny(tmp_path, train={"steps": 30}))
-    run.send(Command(id="back", kind=CommandKind.ROLLBACK, value=15, at_step=22))
+    run.send(Command(id="back", kind="rollback", value=15, at_step=22))
     assert train(run, 1) == "finished"
     view = run.metrics()
     assert view.column("step").tolist() == [*range(1, 23), *range(16, 31)]

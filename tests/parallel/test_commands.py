@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from guardrail.core.records import Command, CommandKind, Mode, Phase, Status
+from guardrail.core.records import Command, Mode, Phase, Status
 from guardrail.rundir.manifest import checkpoint_dirs, read_manifest
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.lab import wait_for
@@ -50,9 +50,7 @@ def asking(folder: Path, *, world: int = 1, **guard: Any) -> Config:
     return tiny(folder, world=world, faults=[SPIKE], guard=guard, train={"steps": 32})
 
 
-def send(
-    run: RunDirectory, name: str, kind: CommandKind, value: float = 0.0, at_step: int = 0
-) -> None:
+def send(run: RunDirectory, name: str, kind: str, value: float = 0.0, at_step: int = 0) -> None:
     run.send(Command(id=name, kind=kind, value=value, at_step=at_step, who="tester"))
 
 
@@ -82,16 +80,16 @@ def parked(run: RunDirectory, world: int = 1) -> list[int]:
 
 def test_each_command_is_answered_with_its_step(tmp_path: Path) -> None:
     run = new_run(tiny(tmp_path, world=2, train={"steps": 60}))
-    send(run, "slower", CommandKind.LR, 0.5, at_step=5)
-    send(run, "save", CommandKind.CHECKPOINT, at_step=7)
-    send(run, "watch", CommandKind.MODE, list(Mode).index(Mode.ADVISE), at_step=9)
-    send(run, "resume", CommandKind.RESUME, at_step=11)
-    send(run, "answer", CommandKind.ANSWER, 1, at_step=13)
-    send(run, "nowhere", CommandKind.ROLLBACK, 3, at_step=15)
-    send(run, "shrink", CommandKind.SHRINK_EMBEDDING, 0.1, at_step=17)
-    send(run, "skip", CommandKind.SKIP, 2, at_step=19)
-    send(run, "stop", CommandKind.STOP, at_step=25)
-    send(run, "late", CommandKind.PAUSE, at_step=40)
+    send(run, "slower", "lr", 0.5, at_step=5)
+    send(run, "save", "checkpoint", at_step=7)
+    send(run, "watch", "mode", list(Mode).index(Mode.ADVISE), at_step=9)
+    send(run, "resume", "resume", at_step=11)
+    send(run, "answer", "answer", 1, at_step=13)
+    send(run, "nowhere", "rollback", 3, at_step=15)
+    send(run, "shrink", "shrink-embedding", 0.1, at_step=17)
+    send(run, "skip", "skip", 2, at_step=19)
+    send(run, "stop", "stop", at_step=25)
+    send(run, "late", "pause", at_step=40)
     (run.commands / "nonsense.json").write_text('{"kind": "dance"}')
     with prompt_disk():
         assert train(run, 2) == "stopped"
@@ -132,7 +130,7 @@ def test_the_embedding_is_shrunk_from_the_next_step_on(tmp_path: Path) -> None:
         new_run(tiny(tmp_path, train={"steps": 12})),
         new_run(tiny(tmp_path, train={"steps": 12})),
     )
-    send(run, "shrink", CommandKind.SHRINK_EMBEDDING, 0.1, at_step=5)
+    send(run, "shrink", "shrink-embedding", 0.1, at_step=5)
     assert train(run, 1) == train(plain, 1) == "finished"
     losses = table(run, ("loss",)), table(plain, ("loss",))
     assert np.array_equal(losses[0][:6], losses[1][:6])
@@ -151,15 +149,15 @@ def test_parked_for_longer_than_a_collective_may_take(
     launch = {"collective_seconds": 3.0}
     config = tiny(tmp_path, world=world, strategy=strategy, launch=launch, train={"steps": 30})
     run = new_run(config)
-    send(run, "pause", CommandKind.PAUSE, at_step=10)
+    send(run, "pause", "pause", at_step=10)
     pids = parked(run, world)
     began = time.monotonic()
     assert status_of(run).question == ""
-    send(run, "again", CommandKind.PAUSE)
-    send(run, "skip", CommandKind.SKIP, 2)
-    send(run, "save", CommandKind.CHECKPOINT)
-    send(run, "watch", CommandKind.MODE, list(Mode).index(Mode.ADVISE))
-    send(run, "back", CommandKind.ROLLBACK, 5)
+    send(run, "again", "pause")
+    send(run, "skip", "skip", 2)
+    send(run, "save", "checkpoint")
+    send(run, "watch", "mode", list(Mode).index(Mode.ADVISE))
+    send(run, "back", "rollback", 5)
     wait_for(lambda: "back" in answers(run), what="answers while parked")
     # A rollback by hand does not end a pause by hand.
     wait_for(
@@ -167,7 +165,7 @@ def test_parked_for_longer_than_a_collective_may_take(
         what="a pause at step 5",
     )
     time.sleep(max(0.0, began + 5.0 - time.monotonic()))
-    send(run, "resume", CommandKind.RESUME)
+    send(run, "resume", "resume")
     assert wait_ranks(pids) == [0, 0]
     assert outcome(run) == "finished"
     assert answers(run) == {
@@ -185,9 +183,9 @@ def test_parked_for_longer_than_a_collective_may_take(
 def test_a_save_that_was_asked_for_while_parked_survives_a_kill(tmp_path: Path) -> None:
     config = tiny(tmp_path, train={"steps": 20})
     run, whole = new_run(config), trained(config)
-    send(run, "pause", CommandKind.PAUSE, at_step=7)
+    send(run, "pause", "pause", at_step=7)
     (pid,) = parked(run)
-    send(run, "save", CommandKind.CHECKPOINT)
+    send(run, "save", "checkpoint")
     wait_for(
         lambda: any(e.data.get("cp_step") == 7 for e in of_kind(run, "checkpoint")),
         what="a checkpoint",
@@ -203,7 +201,7 @@ def test_stop_at_an_evaluation_says_nothing_after_its_last_word(tmp_path: Path) 
     run = new_run(
         tiny(tmp_path, data={"eval_fraction": 0.1}, train={"steps": 30, "eval_every": 10})
     )
-    send(run, "stop", CommandKind.STOP, at_step=10)
+    send(run, "stop", "stop", at_step=10)
     assert train(run, 1) == "stopped"
     assert run.events()[-1].kind == "ended"
     assert [event.step for event in of_kind(run, "eval")] == [10]
@@ -232,7 +230,7 @@ def test_ask_and_do_as_proposed(tmp_path: Path, world: int, strategy: str) -> No
     assert "rollback" in status_of(run).question and "loss" in status_of(run).question
     (paused,) = of_kind(run, "paused")
     assert (paused.step, paused.data["proposals"][0]["action"]) == (20, "rollback")
-    send(run, "yes", CommandKind.ANSWER, 0)
+    send(run, "yes", "answer", 0)
     assert wait_ranks(pids) == [0] * world
     assert status_of(run).question == ""
     assert len(of_kind(run, "rollback")) == 1
@@ -246,7 +244,7 @@ def test_ask_and_go_on(tmp_path: Path) -> None:
     config = asking(tmp_path, world=2)
     run = new_run(config)
     pids = parked(run, 2)
-    send(run, "no", CommandKind.ANSWER, 1)
+    send(run, "no", "answer", 1)
     assert wait_ranks(pids) == [0, 0]
     assert not of_kind(run, "rollback")
     assert [span.first for span in spans(run)] == [160, 168]
@@ -257,28 +255,28 @@ def test_ask_and_go_on(tmp_path: Path) -> None:
 def test_ask_and_stop_and_be_asked_again(tmp_path: Path) -> None:
     run = new_run(asking(tmp_path))
     pids = parked(run)
-    send(run, "stop", CommandKind.ANSWER, 2)
+    send(run, "stop", "answer", 2)
     assert wait_ranks(pids) == [0]
     assert outcome(run) == "stopped"
     assert len(table(run)) == 20 and [span.first for span in spans(run)] == [160, 168]
     pids = parked(run)
-    send(run, "yes", CommandKind.ANSWER, 0)
+    send(run, "yes", "answer", 0)
     assert wait_ranks(pids) == [0]
     assert outcome(run) == "finished"
     assert_same(run, trained(tiny(tmp_path, faults=[SPIKE], guard=BLIND, train={"steps": 32})))
 
 
-@pytest.mark.parametrize(("kind", "value"), [(CommandKind.SKIP, 2), (CommandKind.ROLLBACK, 10)])
-def test_ask_and_answer_by_another_deed(tmp_path: Path, kind: CommandKind, value: float) -> None:
+@pytest.mark.parametrize(("kind", "value"), [("skip", 2), ("rollback", 10)])
+def test_ask_and_answer_by_another_deed(tmp_path: Path, kind: str, value: float) -> None:
     config = asking(tmp_path, world=2)
     run = new_run(config)
     pids = parked(run, 2)
-    send(run, "slower", CommandKind.LR, 1.0)
+    send(run, "slower", "lr", 1.0)
     send(run, "deed", kind, value)
     assert wait_ranks(pids) == [0, 0]
     assert answers(run) == {"slower": ("applied", 20), "deed": ("applied", 20)}
     assert spans(run)[-1].origin == "user"
-    left_out = [176, 192] if kind is CommandKind.SKIP else [80, 184]
+    left_out = [176, 192] if kind == "skip" else [80, 184]
     assert [spans(run)[-1].first, spans(run)[-1].last] == left_out
     assert_same(run, trained(told(config, run)))
 
@@ -289,8 +287,8 @@ def test_a_rate_that_is_set_while_the_guard_asks_is_that_of_the_update_and_of_it
     config = asking(tmp_path)
     run = new_run(config)
     pids = parked(run)
-    send(run, "slower", CommandKind.LR, 0.5)
-    send(run, "on", CommandKind.ANSWER, 1)
+    send(run, "slower", "lr", 0.5)
+    send(run, "on", "answer", 1)
     assert wait_ranks(pids) == [0]
     assert answers(run) == {"slower": ("applied", 20), "on": ("applied", 20)}
     schedule = Schedule.of(config.optim, steps=32)
@@ -305,11 +303,11 @@ def test_a_command_that_comes_with_the_step_under_question_is_answered_at_once(
     """It could be a stop, and whoever sent it waits."""
     run = new_run(asking(tmp_path))
     for name in ("first", "second"):  # each attempt at step 21 takes one command
-        send(run, name, CommandKind.CHECKPOINT, at_step=21)
-    send(run, "slower", CommandKind.LR, 0.5, at_step=21)
+        send(run, name, "checkpoint", at_step=21)
+    send(run, "slower", "lr", 0.5, at_step=21)
     pids = parked(run)
     wait_for(lambda: "slower" in answers(run), what="an answer while the guard asks")
-    send(run, "yes", CommandKind.ANSWER, 0)
+    send(run, "yes", "answer", 0)
     assert wait_ranks(pids) == [0]
     given = answers(run)
     assert list(given) == ["first", "second", "slower", "yes"]
@@ -373,8 +371,8 @@ def test_a_learning_rate_factor_is_exact_under_rollback_and_crash(tmp_path: Path
 
     def commanded() -> RunDirectory:
         run = new_run(config)
-        send(run, "slower", CommandKind.LR, 0.5, at_step=8)
-        send(run, "slowest", CommandKind.LR, 0.25, at_step=19)
+        send(run, "slower", "lr", 0.5, at_step=8)
+        send(run, "slowest", "lr", 0.25, at_step=19)
         return run
 
     whole, killed = commanded(), commanded()

@@ -16,7 +16,7 @@ import pytest
 
 import guardrail.torch.checkpoint.commit
 from guardrail.core.errors import ExitCode
-from guardrail.core.records import Command, CommandKind, Mode, Phase, Status
+from guardrail.core.records import Command, Mode, Phase, Status
 from guardrail.core.sections import LaunchSection
 from guardrail.launch import supervisor_journal as chronicle
 from guardrail.launch.launcher import prepare_resume
@@ -324,7 +324,7 @@ def write_an_old_manifest(checkpoint: Path) -> None:
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     run = new_run(config_of(tmp_path_factory.mktemp("stopped")))
-    run.send(Command(id="stop", kind=CommandKind.STOP, at_step=34))
+    run.send(Command(id="stop", kind="stop", at_step=34))
     with prompt_disk():
         assert train(run, 2) == "stopped"
     return run

@@ -16,7 +16,7 @@ from torch import nn
 
 from guardrail.core.config import build_config
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import LOSS_SCALE, Action, Command, CommandKind, FindingKind, Mode
+from guardrail.core.records import LOSS_SCALE, Action, Command, FindingKind, Mode
 from guardrail.core.toml_file import dump_toml
 from guardrail.decide.controller import Controller
 from guardrail.detectors.loss_scale import AT_START
@@ -233,7 +233,7 @@ def test_case_4_the_scale_comes_back_and_overflows_move_no_schedule(
     config = configure(tmp_path, world, strategy, faults=[above])
     whole = trained(config, tmp_path)
     stopped = RunDirectory.create(config.run.root, config.run.name, dump_toml(config))
-    stopped.send(Command(id="stop", kind=CommandKind.STOP, at_step=17))
+    stopped.send(Command(id="stop", kind="stop", at_step=17))
     assert [e["phase"] for e in events(trained(config, tmp_path, stopped), "ended")] == ["stopped"]
     resumed = trained(config, tmp_path, stopped)
     (check,) = events(resumed, "resume_check")

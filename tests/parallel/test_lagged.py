@@ -17,7 +17,7 @@ from torch import nn
 from guardrail.core.config import GuardConfig
 from guardrail.core.errors import ConfigError, UsageError
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import Command, CommandKind, Phase
+from guardrail.core.records import Command, Phase
 from guardrail.core.sections import SnapshotSection
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.rundir.run_directory import RunDirectory
@@ -195,10 +195,10 @@ def test_commands_take_effect_at_the_step_they_came_with(tmp_path: Path) -> None
     for gate in ("sync", "lagged"):
         run = new_run(tiny(tmp_path, guard={"gate": gate}, train={"steps": 24}))
         for name, kind, value, at_step in (
-            ("slower", CommandKind.LR, 0.5, 6),
-            ("skip", CommandKind.SKIP, 2, 11),
-            ("back", CommandKind.ROLLBACK, 10, 13),
-            ("shrink", CommandKind.SHRINK_EMBEDDING, 0.5, 17),
+            ("slower", "lr", 0.5, 6),
+            ("skip", "skip", 2, 11),
+            ("back", "rollback", 10, 13),
+            ("shrink", "shrink-embedding", 0.5, 17),
         ):
             run.send(Command(id=name, kind=kind, value=value, at_step=at_step, who="tester"))
         assert train(run, 1) == "finished"

@@ -15,10 +15,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from guardrail.core.records import Command, CommandKind, Event
+from guardrail.core.records import Command, Event
+from guardrail.decide.control_commands.registry import own_lines
 from guardrail.decide.run_history import RunHistory
 from guardrail.report.quarantine import quarantine_lines
-from guardrail.rundir.command_files import DEEDS
 from guardrail.rundir.manifest import checkpoint_dirs, read_manifest
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.ranks import wait_ranks
@@ -132,9 +132,7 @@ def of_samples(event: Event) -> bool:
 
 def send_undo(run: RunDirectory, seq: int, at_step: int) -> None:
     run.send(
-        Command(
-            id=f"undo-{seq}", kind=CommandKind.UNDO, value=float(seq), at_step=at_step, who="tester"
-        )
+        Command(id=f"undo-{seq}", kind="undo", value=float(seq), at_step=at_step, who="tester")
     )
 
 
@@ -214,7 +212,7 @@ def test_killed_behind_each_line_of_the_journal(tmp_path: Path, strategy: str) -
 
     def asked() -> RunDirectory:
         run = new_run(config)
-        run.send(Command(id="undo", kind=CommandKind.UNDO, value=math.nan, at_step=60))
+        run.send(Command(id="undo", kind="undo", value=math.nan, at_step=60))
         return run
 
     whole = asked()
@@ -232,10 +230,10 @@ def test_killed_behind_each_line_of_the_journal(tmp_path: Path, strategy: str) -
 
 @pytest.mark.parametrize(
     ("kind", "value"),
-    [(CommandKind.SKIP, 2.0), (CommandKind.ROLLBACK, math.nan), (CommandKind.UNDO, math.nan)],
+    [("skip", 2.0), ("rollback", math.nan), ("undo", math.nan)],
 )
 def test_killed_between_the_answer_to_a_command_and_its_deed(
-    tmp_path: Path, kind: CommandKind, value: float
+    tmp_path: Path, kind: str, value: float
 ) -> None:
     fault = {"kind": "spike_loss", "first": 20 * BATCH, "last": 21 * BATCH, "value": 50.0}
     config = tiny(
@@ -253,7 +251,7 @@ def test_killed_between_the_answer_to_a_command_and_its_deed(
     assert killed_behind(run, 1, lambda event: event.kind == "command")
     assert run.commands_pending(), "it was taken, and is still to be done"
     assert train(run, 1) == "finished"
-    deeds = [[(e.step, said(e)) for e in of_kind(one, DEEDS[kind])] for one in (whole, run)]
+    deeds = [[(e.step, said(e)) for e in of_kind(one, own_lines()[kind])] for one in (whole, run)]
     assert deeds[0] == deeds[1] != []
     assert not run.commands_pending()
     assert_same(run, whole)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from guardrail.core.config import load_trainer_config
-from guardrail.core.records import Action, Command, CommandKind, Span
+from guardrail.core.records import Action, Command, Span
 from guardrail.core.toml_file import dump_toml
 from guardrail.decide.sample_order import SampleCursor
 from guardrail.rundir.run_directory import RunDirectory
@@ -182,7 +182,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(
         for world, strategy in (first, then)
     ]
     whole, run = trained(configs[0]), new_run(configs[0])
-    run.send(Command(id="stop", kind=CommandKind.STOP, at_step=17))
+    run.send(Command(id="stop", kind="stop", at_step=17))
     assert train(run, first[0]) == "stopped"
     run.write_config(dump_toml(configs[1]))
     assert train(run, then[0]) == "finished"
@@ -229,8 +229,8 @@ def test_what_is_done_stands_in_the_journal_first(tmp_path: Path) -> None:
         for first, last in ((80, 88), (160, 184))
     ]
     run = new_run(tiny(tmp_path, faults=faults, guard=BLIND, train={"steps": 26}))
-    run.send(Command(id="slower", kind=CommandKind.LR, value=0.5, at_step=5))
-    run.send(Command(id="skip", kind=CommandKind.SKIP, value=1, at_step=24))
+    run.send(Command(id="slower", kind="lr", value=0.5, at_step=5))
+    run.send(Command(id="skip", kind="skip", value=1, at_step=24))
     seen = tmp_path / "seen"
     leave_out, restore, factor = SampleCursor.leave_out, SnapshotRing.restore, Gate.apply
     with pytest.MonkeyPatch.context() as patch:

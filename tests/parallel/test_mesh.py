@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from guardrail.core.config import load_trainer_config
 from guardrail.core.errors import ConfigError
-from guardrail.core.records import UPDATE_NORM, Command, CommandKind
+from guardrail.core.records import UPDATE_NORM, Command
 from guardrail.core.toml_file import dump_toml
 from guardrail.launch.launcher import prepare_resume
 from guardrail.report.quarantine import quarantine_lines
@@ -261,7 +261,7 @@ def test_rolled_back_stopped_and_resumed_it_is_the_run_that_was_told_before(
     fault = {"kind": "spike_loss", "first": 104, "last": 128, "value": 50.0}
     config = exact_config(tmp_path, name, faults=[fault], guard=BLIND, train={"steps": 20})
     run = new(config)
-    run.send(Command(id="stop", kind=CommandKind.STOP, at_step=17))
+    run.send(Command(id="stop", kind="stop", at_step=17))
     assert train_to_end(run, config.world) == "stopped"
     (rollback,) = of_kind(run, "rollback")
     assert rollback.data["tier"] == "memory"
@@ -360,7 +360,7 @@ def test_a_checkpoint_of_one_mesh_loads_on_another(
     options = {**BEFORE, "model": {**BEFORE["model"], "layers": layers}}
     first, second = config_of(tmp_path, before, **options), config_of(tmp_path, after, **options)
     run = new(first)
-    run.send(Command(id="stop", kind=CommandKind.STOP, at_step=11))
+    run.send(Command(id="stop", kind="stop", at_step=11))
     assert train_to_end(run, first.world) == "stopped"
     saved = checkpoint_dirs(run.checkpoints)[0]
     assert read_manifest(saved).scalars["scalers"][0]["scale"] != 256.0

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from guardrail.core.errors import RunDirectoryError
-from guardrail.core.records import Command, CommandKind, Event, Mode, Span
+from guardrail.core.records import Command, Event, Mode, Span
 from guardrail.decide.run_history import RunHistory, StepSetting
 from guardrail.decide.sample_order import SampleCursor, SampleOrder
 from guardrail.rundir.mailbox import CommandPoller
@@ -256,8 +256,8 @@ def test_disk_says_each_change_once(tmp_path: Path) -> None:
 
 def test_commands_come_in_order_and_not_before_their_step(tmp_path: Path) -> None:
     run = made(tmp_path)
-    run.send(Command(id="later", kind=CommandKind.STOP, at_step=7))
-    run.send(Command(id="now", kind=CommandKind.PAUSE))
+    run.send(Command(id="later", kind="stop", at_step=7))
+    run.send(Command(id="now", kind="pause"))
     mailbox = CommandPoller(run, seconds=0.01)
     try:
         first = mailbox.next(1)
@@ -272,7 +272,7 @@ def test_commands_come_in_order_and_not_before_their_step(tmp_path: Path) -> Non
             "a command that is not answered yet is not handed out twice"
         )
         assert len(list(run.commands.iterdir())) == 2
-        run.send(Command(id="third", kind=CommandKind.RESUME))
+        run.send(Command(id="third", kind="resume"))
         wait_for(lambda: (found := mailbox.next(1)) is not None and found.id == "third")
         (run.commands / "junk.json").write_text("{")
         wait_for(lambda: run.events())
@@ -281,7 +281,7 @@ def test_commands_come_in_order_and_not_before_their_step(tmp_path: Path) -> Non
     finally:
         mailbox.close()
     with pytest.raises(RunDirectoryError):
-        run.send(Command(id="bad", kind=CommandKind.LR, value=-1.0))
+        run.send(Command(id="bad", kind="lr", value=-1.0))
 
 
 # -- what is measured

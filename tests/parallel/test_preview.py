@@ -15,12 +15,14 @@ from click.testing import CliRunner
 from guardrail.cli.ctl import command as ctl
 from guardrail.core.errors import GuardrailError
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import Command, CommandKind, Event, Phase, Remedy, SnapshotInfo, Span
+from guardrail.core.records import Command, Event, Phase, Remedy, SnapshotInfo, Span
+from guardrail.decide.control_commands import registry
 from guardrail.decide.run_history import RunHistory
 from guardrail.decide.sample_order import SampleCursor, SampleOrder
 from guardrail.decide.undo import positions_of, span_in
 from guardrail.launch.log_printer import event_line
-from guardrail.operate.preview import of, rollback_for
+from guardrail.operate.preview import preview_command as of
+from guardrail.operate.preview import rollback_for
 from guardrail.operate.run_state import Row, RunState
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.fake_run import FakeRun
@@ -53,13 +55,13 @@ def scene(*states: SnapshotInfo, step: int = 30, **fields: Any) -> RunState:
     )
 
 
-def wish(kind: CommandKind, value: float = 0.0) -> Command:
+def wish(kind: str, value: float = 0.0) -> Command:
     return Command(id="x", kind=kind, value=value)
 
 
 def test_the_newest_good_state_of_the_ring_before_one_on_disk_and_before_a_candidate() -> None:
     here = scene(info(29, state="candidate"), info(20), info(24, "disk"), info(28, state="suspect"))
-    back = of(here, wish(CommandKind.ROLLBACK, NAN))
+    back = of(here, wish("rollback", NAN))
     assert (back.to_step, back.tier, back.state) == (20, "memory", "good")
     assert (back.steps_lost, back.seconds_lost, back.window, back.samples) == (
         10,
@@ -71,21 +73,19 @@ def test_the_newest_good_state_of_the_ring_before_one_on_disk_and_before_a_candi
     assert (back.lr_before, back.lr) == (30.0, 21.0)
     said = back.sentence()
     assert "back to step 20 (memory), 10 steps (20.0 s of training) lost" in said
-    assert "80 samples left out, learning rate 21 instead of 30" in said
-    assert (
-        of(scene(info(29, state="candidate")), wish(CommandKind.ROLLBACK, NAN)).state == "candidate"
-    )
+    assert "80 samples skipped, learning rate 21 instead of 30" in said
+    assert of(scene(info(29, state="candidate")), wish("rollback", NAN)).state == "candidate"
 
 
 def test_the_batch_under_question_is_left_out_as_well() -> None:
-    assert of(scene(info(20), end=260), wish(CommandKind.ROLLBACK, 20)).window == (160, 260)
+    assert of(scene(info(20), end=260), wish("rollback", 20)).window == (160, 260)
 
 
 @pytest.mark.parametrize(
     ("step", "said"), [(12, "of step 12"), (30, "of step 30"), (NAN, "of an earlier step")]
 )
 def test_a_state_that_is_not_there_is_said(step: float, said: str) -> None:
-    back = of(scene(info(30)), wish(CommandKind.ROLLBACK, step))
+    back = of(scene(info(30)), wish("rollback", step))
     assert not back.possible and said in back.refusal and back.refusal in back.sentence()
 
 
@@ -93,18 +93,18 @@ def test_what_is_left_out_already_does_not_count_again() -> None:
     here = scene(info(20))
     assert here.ledger is not None
     here.ledger.leave_out(Span(first=168, last=176, origin="rejected", step=22))
-    assert of(here, wish(CommandKind.ROLLBACK, 20)).samples == 80 - 8
-    assert of(here, wish(CommandKind.SKIP, 2)).window == (240, 256)
+    assert of(here, wish("rollback", 20)).samples == 80 - 8
+    assert of(here, wish("skip", 2)).window == (240, 256)
 
 
-@pytest.mark.parametrize(("kind", "value"), [(CommandKind.ROLLBACK, 20), (CommandKind.SKIP, 80)])
+@pytest.mark.parametrize(("kind", "value"), [("rollback", 20), ("skip", 80)])
 def test_what_would_leave_no_data_is_refused_as_the_guard_refuses_it(
-    kind: CommandKind, value: float
+    kind: str, value: float
 ) -> None:
     here = scene(info(20))
     assert here.ledger is not None and of(here, wish(kind, value)).possible
     order = here.ledger.order
-    kept = order.samples(160, 240) if kind is CommandKind.ROLLBACK else order.samples(240, 320)
+    kept = order.samples(160, 240) if kind == "rollback" else order.samples(240, 320)
     for sample in set(range(order.n_samples)) - set(kept):
         here.ledger.quarantine.add(sample)
     refused = of(here, wish(kind, value))
@@ -119,7 +119,7 @@ def test_a_skip_of_two_batches_passes_over_what_is_left_out() -> None:
     here = scene()
     assert here.ledger is not None
     here.ledger.leave_out(Span(first=244, last=252, origin="user", step=22))
-    skip = of(here, wish(CommandKind.SKIP, 2))
+    skip = of(here, wish("skip", 2))
     assert (skip.window, skip.samples) == ((240, 264), 16)
 
 
@@ -127,7 +127,7 @@ def test_a_rate_set_by_hand_holds_from_the_target_on_and_a_remedy_comes_on_top()
     past = RunHistory()
     past.lr.set(26, 0.5)
     here = scene(info(20), past=past)
-    assert of(here, wish(CommandKind.ROLLBACK, NAN)).lr == 21 * 0.5
+    assert of(here, wish("rollback", NAN)).lr == 21 * 0.5
     remedy = Remedy(kind="lr", value=0.5, from_step=21, hold_steps=9)
     lowered = rollback_for(here, (176, 240), remedies=[remedy])
     assert lowered.lr == 21 * 0.25
@@ -136,7 +136,7 @@ def test_a_rate_set_by_hand_holds_from_the_target_on_and_a_remedy_comes_on_top()
     assert rollback_for(here, (176, 240), remedies=[later]).lr == 21 * 0.5, (
         "it holds from the next step but one on"
     )
-    assert of(here, wish(CommandKind.LR, 0.1)).lr == pytest.approx(30 / 0.5 * 0.1)
+    assert of(here, wish("lr", 0.1)).lr == pytest.approx(30 / 0.5 * 0.1)
     assert past.lr.changes == [(26, 0.5)], "a preview changes nothing"
 
 
@@ -157,7 +157,7 @@ def test_older_goes_further_back_than_the_window_and_what_is_kept_of_a_window_is
 def test_seconds_that_no_row_has_measured_are_not_made_up() -> None:
     here = scene(info(20))
     short = RunState(step=30, cursor=240, states=here.states, rows=here.rows[:-1])
-    back = of(short, wish(CommandKind.ROLLBACK, NAN))
+    back = of(short, wish("rollback", NAN))
     assert math.isnan(back.seconds_lost) and "of training" not in back.sentence()
 
 
@@ -179,7 +179,7 @@ def test_remedies_in_force_count_for_what_is_and_what_will_be() -> None:
     alpha = Remedy(kind="embed_alpha", value=0.2, from_step=16, hold_steps=40)
     past.remedies = [(1, rate), (2, alpha)]
     here = scene(info(20), past=past, settings=GuardOptions(embed_floor=0.15))
-    back = of(here, wish(CommandKind.ROLLBACK, NAN))
+    back = of(here, wish("rollback", NAN))
     assert (back.lr_before, back.lr) == (30.0, 21.0), (
         "the row of step 21 was made with the rate that it will have"
     )
@@ -188,11 +188,11 @@ def test_remedies_in_force_count_for_what_is_and_what_will_be() -> None:
         here, (160, 240), remedies=[msgspec.structs.replace(alpha, from_step=21, value=0.5)]
     )
     assert more.alpha == 0.15 and "embedding gradients x0.15 instead of x0.2" in more.sentence()
-    assert of(here, wish(CommandKind.SHRINK_EMBEDDING, 2.0)).alpha == 0.4
+    assert of(here, wish("shrink-embedding", 2.0)).alpha == 0.4
     # Undone, a decision takes its remedy with it.
     events = [decision(4, "skipped", 232, 240, "rejected", 29)]
     past.remedies[1] = (span_in(events[0]), alpha)
-    gone = of(scene(info(20), past=past, events=events), wish(CommandKind.UNDO, NAN))
+    gone = of(scene(info(20), past=past, events=events), wish("undo", NAN))
     assert (gone.alpha_before, gone.alpha, gone.lr) == (0.2, 1.0, 21.0)
 
 
@@ -202,10 +202,10 @@ def test_an_undo_goes_to_the_newest_state_from_before_the_decision_candidates_to
         decision(6, "skipped", 240, 264, "user", 28),
     ]
     here = scene(info(20), info(25, state="candidate"), info(26, state="suspect"), events=events)
-    undo = of(here, wish(CommandKind.UNDO, NAN))
+    undo = of(here, wish("undo", NAN))
     assert (undo.value, undo.to_step, undo.returned, undo.window) == (4, 25, 8, (200, 208))
     assert 'undone is "line 4"' in undo.sentence()
-    late = of(scene(info(26), events=events), wish(CommandKind.UNDO, NAN))
+    late = of(scene(info(26), events=events), wish("undo", NAN))
     assert (
         not late.possible and "no snapshot or checkpoint from before journal line 4" in late.refusal
     )
@@ -214,14 +214,14 @@ def test_an_undo_goes_to_the_newest_state_from_before_the_decision_candidates_to
 @pytest.mark.parametrize(
     ("kind", "value", "said"),
     [
-        (CommandKind.MODE, 1, "ask instead of auto"),
-        (CommandKind.STOP, 0, "saves after step 30"),
-        (CommandKind.SHRINK_EMBEDDING, 0.1, "x0.1 instead of x1, from step 31"),
-        (CommandKind.RESUME, 0, "would be refused: training is not paused"),
-        (CommandKind.ANSWER, 0, "would be refused: no question is open"),
+        ("mode", 1, "ask instead of auto"),
+        ("stop", 0, "saves after step 30"),
+        ("shrink-embedding", 0.1, "x0.1 instead of x1, from step 31"),
+        ("resume", 0, "would be refused: training is not paused"),
+        ("answer", 0, "would be refused: no question is open"),
     ],
 )
-def test_the_rest_is_said_in_words(kind: CommandKind, value: float, said: str) -> None:
+def test_the_rest_is_said_in_words(kind: str, value: float, said: str) -> None:
     assert said in of(scene(), wish(kind, value)).sentence()
 
 
@@ -230,7 +230,7 @@ def test_resume_does_nothing_while_a_question_is_open_and_its_preview_says_so(
     tmp_path: Path,
 ) -> None:
     run = FakeRun().begin().advance(300).spike().ask("proposed: rollback").write(tmp_path)
-    shown = of(RunState.of(run), wish(CommandKind.RESUME))
+    shown = of(RunState.of(run), wish("resume"))
     assert not shown.possible and "answer accept, answer continue or answer stop" in shown.refusal
 
 
@@ -240,14 +240,14 @@ def test_a_preview_of_a_damaged_run_is_a_sentence(tmp_path: Path) -> None:
     run.append("rollback", "of another version", step=200)
     run.append("undo", "of another version", step=200, spans=7, lines="x")
     run.append("command", "of another version", command="lr", effect="applied", value="much")
-    assert of(RunState.of(run), wish(CommandKind.STOP)).possible
+    assert of(RunState.of(run), wish("stop")).possible
     (run.path / "metrics.json").write_text('{"columns": ["step", "loss"]}')
     done = CliRunner().invoke(ctl, [str(run.path), "rollback", "--preview"], standalone_mode=False)
     assert done.exception is None or isinstance(done.exception, GuardrailError)
 
 
 def test_a_run_of_which_nothing_is_known() -> None:
-    for kind in CommandKind:
+    for kind in registry.command_names():
         assert of(RunState(), wish(kind, 1.0)).sentence()
 
 
@@ -311,7 +311,7 @@ def test_parked_beyond_the_timeout_of_a_collective_and_what_was_foretold_comes_t
     newest = foretold(run, "undo")
     assert (newest["to_step"], newest["returned"]) == (20, 8)
     time.sleep(max(0.0, began + 1.5 * seconds - time.monotonic()))
-    run.send(Command(id="yes", kind=CommandKind.ANSWER, value=0))
+    run.send(Command(id="yes", kind="answer", value=0))
     assert wait_ranks(pids) == [0, 0]
     (done,) = of_kind(run, "rollback")
     assert [proposed[name] for name in ("to_step", "tier", "window")] == [

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from guardrail.backtest.rejudge import Rejudge
-from guardrail.core.records import Command, CommandKind, Phase
+from guardrail.core.records import Command, Phase
 from guardrail.decide.run_history import RunHistory
 from guardrail.report.quarantine import quarantine_lines
 from tests.parallel.test_law import killed_behind
@@ -91,7 +91,7 @@ def test_it_is_exact_through_a_kill_another_rollback_and_a_stop(
 ) -> None:
     config = config_of(tmp_path, world=world, strategy=strategy)
     run = new_run(config)
-    run.send(Command(id="stop", kind=CommandKind.STOP, at_step=STOPPED))
+    run.send(Command(id="stop", kind="stop", at_step=STOPPED))
     assert killed_behind(run, world, lambda event: event.kind == "rollback"), (
         "before the factor has taken effect"
     )

@@ -18,7 +18,7 @@ import guardrail.torch.checkpoint.disk_checkpoints
 import guardrail.torch.checkpoint.loader
 import trainer.loop.corpus_setup
 import trainer.parallel.data_parallel
-from guardrail.core.records import Command, CommandKind, Phase
+from guardrail.core.records import Command, Phase
 from guardrail.rundir.manifest import checkpoint_dirs
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.rundir.stop_signals import KILLED
@@ -226,7 +226,7 @@ def test_stopped_while_paused(
 ) -> None:
     whole = undisturbed()
     run = new_run(config_of(tmp_path))
-    run.send(Command(id="pause", kind=CommandKind.PAUSE, at_step=12))
+    run.send(Command(id="pause", kind="pause", at_step=12))
     pids = start_run(run, 2)
     wait_for(lambda: of_kind(run, "paused"), what="a pause")
     wait_for(
@@ -288,7 +288,7 @@ def test_the_end_of_an_earlier_start_stops_nobody(tmp_path: Path) -> None:
     """
     config = config_of(tmp_path)
     run = new_run(config)
-    run.send(Command(id="stop", kind=CommandKind.STOP, at_step=17))
+    run.send(Command(id="stop", kind="stop", at_step=17))
     assert train(run, config.world) == "stopped"
     status = run.read_status()
     assert status is not None and status.phase is Phase.STOPPED and status.start
@@ -340,7 +340,7 @@ class Meetings:
 def test_no_rank_waits_in_a_collective_for_a_slow_disk_of_another(tmp_path: Path) -> None:
     """A save that a stop asks for, the hashes of it at the resume, and the save at the end."""
     run = new_run(tiny(tmp_path, world=2, train={"steps": 8}, launch={"collective_seconds": 40.0}))
-    run.send(Command(id="stop", kind=CommandKind.STOP, at_step=6))
+    run.send(Command(id="stop", kind="stop", at_step=6))
     meetings = Meetings(tmp_path)
     checkpoints, loading = (
         guardrail.torch.checkpoint.disk_checkpoints,

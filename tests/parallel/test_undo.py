@@ -20,7 +20,6 @@ from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import (
     Action,
     Command,
-    CommandKind,
     Event,
     FindingKind,
     Mode,
@@ -295,11 +294,7 @@ FAULTS = [spike(160, 184), spike(240, 248)]
 def undone(config: Config, *commands: tuple[int, float]) -> RunDirectory:
     run = new_run(config)
     for number, (step, seq) in enumerate(commands):
-        run.send(
-            Command(
-                id=f"undo-{number}", kind=CommandKind.UNDO, value=seq, at_step=step, who="tester"
-            )
-        )
+        run.send(Command(id=f"undo-{number}", kind="undo", value=seq, at_step=step, who="tester"))
     assert train(run, config.world) == "finished"
     return run
 
@@ -356,8 +351,8 @@ def test_a_crash_after_an_undo_forgets_no_pardon(tmp_path: Path) -> None:
     config = tiny(tmp_path, faults=FAULTS, guard=BLIND, train={"steps": 40})
     whole = undone(config, (24, math.nan))
     run = new_run(config)
-    run.send(Command(id="undo", kind=CommandKind.UNDO, value=math.nan, at_step=24))
-    run.send(Command(id="pause", kind=CommandKind.PAUSE, at_step=28))
+    run.send(Command(id="undo", kind="undo", value=math.nan, at_step=24))
+    run.send(Command(id="pause", kind="pause", at_step=28))
     (pid,) = start_run(run, 1)
     wait_for(lambda: of_kind(run, "paused"), what="a pause")
     os.kill(pid, signal.SIGKILL)
@@ -380,7 +375,7 @@ def test_an_undo_answers_the_question_of_the_guard(tmp_path: Path) -> None:
     run = new_run(config)
     pids = start_run(run, 2)
     wait_for(lambda: of_kind(run, "paused"), what="a question")
-    run.send(Command(id="undo", kind=CommandKind.UNDO, value=math.nan))
+    run.send(Command(id="undo", kind="undo", value=math.nan))
     assert wait_ranks(pids) == [0, 0]
     assert len(of_kind(run, "paused")) == 1, "one rejection in a row is no question"
     assert sorted(int(text) for text in quarantine_lines(run)) == [

@@ -23,7 +23,6 @@ from guardrail.core.records import (
     METRIC_COLUMNS,
     Action,
     Command,
-    CommandKind,
     DocumentRef,
     Event,
     Finding,
@@ -387,7 +386,7 @@ class FakeReader:
     def preview(self, command: Command) -> None:
         self.previewed.append(command)
         if self.foresees:
-            told = Preview(command=command.kind.value, value=command.value)
+            told = Preview(command=command.kind, value=command.value)
             self.put(replace(self.snapshot, previews={**self.snapshot.previews, command.id: told}))
 
     def write_note(self, text: str) -> None:
@@ -449,27 +448,27 @@ class LiveRun:
     def _obey(self, command: Command) -> None:
         fake, reason = self.fake, ""
         match command.kind:
-            case CommandKind.PAUSE if fake.phase is Phase.STEP:
+            case "pause" if fake.phase is Phase.STEP:
                 fake.phase = Phase.PAUSED
-            case CommandKind.RESUME if fake.phase is Phase.PAUSED:
+            case "resume" if fake.phase is Phase.PAUSED:
                 fake.phase = Phase.STEP
-            case CommandKind.CHECKPOINT:
+            case "checkpoint":
                 fake._checkpoint(fake.step)
-            case CommandKind.LR:
+            case "lr":
                 fake.lr_factor = command.value
-            case CommandKind.MODE:
+            case "mode":
                 fake.mode = list(Mode)[int(command.value)]
-            case CommandKind.SKIP:
+            case "skip":
                 fake.cursor += int(command.value) * BATCH
-            case CommandKind.ROLLBACK if command.value in {s.step for s in fake.snapshots}:
+            case "rollback" if command.value in {s.step for s in fake.snapshots}:
                 span = Span(first=fake.cursor, last=fake.cursor, origin="user", step=fake.step)
                 fake.event("rollback", f"rolled back to {command.value:.0f} by command", to_step=int(command.value),
                            from_step=fake.step, new_timeline=fake.timeline + 1, span=span)  # fmt: skip
                 fake.step, fake.timeline = int(command.value), fake.timeline + 1
                 fake.snapshots = [s for s in fake.snapshots if s.step <= fake.step]
-            case CommandKind.STOP:
+            case "stop":
                 fake.end(Phase.STOPPED, 130)
-            case CommandKind.ANSWER if fake.question:
+            case "answer" if fake.question:
                 fake.phase, fake.question = Phase.STEP, ""
             case _:
                 reason = f"not possible while {fake.phase.value}"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from guardrail.core.config import GuardConfig
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import Command, CommandKind, Status
+from guardrail.core.records import Command, Status
 from guardrail.core.sections import CheckpointSection, SnapshotSection
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.rundir.run_directory import RunDirectory
@@ -93,11 +93,9 @@ class Loop:
         # Which checkpoints there are is no matter of the disk's speed.
         assert store is None or store.wait(60.0)
 
-    def send(self, kind: CommandKind, *, at_step: int, value: float = 0.0) -> None:
+    def send(self, kind: str, *, at_step: int, value: float = 0.0) -> None:
         self.run.send(
-            Command(
-                id=f"{kind.value}-{at_step}", kind=kind, value=value, at_step=at_step, who="tester"
-            )
+            Command(id=f"{kind}-{at_step}", kind=kind, value=value, at_step=at_step, who="tester")
         )
 
     def status(self) -> Status:

@@ -80,7 +80,7 @@ class CommandActions(Protocol):
         ...
 
 
-class RunActions:
+class GuardActions:
     """The actions on a real run; see `CommandActions`.
 
     Args:

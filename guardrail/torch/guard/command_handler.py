@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import time
-from enum import Enum
 from typing import Any
 
-from guardrail.core.records import Action, CommandKind, Phase, Verdict
-from guardrail.decide.questions import BY_HAND, how_to_answer
+from guardrail.core.records import Action, Phase, Verdict
+from guardrail.decide.control_commands.answer import Answer
+from guardrail.decide.control_commands.base import ControlCommand
+from guardrail.decide.control_commands.registry import command_of, numbers_of
+from guardrail.decide.questions import ParkResult
 from guardrail.decide.sample_order import Batch
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.guard.command_actions import CommandActions
-from guardrail.torch.guard.command_inbox import KINDS, NO_COMMAND, CommandInbox, numbers_of
+from guardrail.torch.guard.command_inbox import NO_COMMAND, CommandInbox
 from guardrail.torch.guard.context import RunContext
 from guardrail.torch.guard.questions import OpenQuestion, question_line
 from guardrail.torch.guard.user_commands import UserCommands
 
 PARKED_SECONDS = 0.1  # between two meetings of parked ranks
 DEFAULTS = ("proposal", "continue", "stop")  # guard.answer_default, in the order of `ParkResult`
-
-
-class ParkResult(Enum):
-    """How a wait ended."""
-
-    AS_PROPOSED = 0
-    GO_ON = 1
-    STOP = 2
-    BY_HAND = 3  # rolled back or skipped by command: the batch under question is gone
 
 
 class CommandHandler:
@@ -77,7 +70,7 @@ class CommandHandler:
         Args:
             kind: 1 + index of its kind.
         """
-        return self._commands.carry_out(KINDS[kind - 1], value)
+        return self._commands.carry_out(command_of(kind, value))
 
     # -- waiting -----------------------------------------------------------------------------------
 
@@ -103,16 +96,18 @@ class CommandHandler:
         self.is_done_already = bool(command[0])
         self.question.end = batch.last if batch is not None else 0
         began = time.monotonic()
+        self._commands.proposal, self._commands.facts.is_paused = verdict, True
         self._open_question(question, verdict, batch)
         answer: ParkResult | None = None
         while answer is None:
             self._actions.set_phase(Phase.PAUSED)
             if command[0]:
                 kind, value = command
-                answer = self._while_parked(KINDS[kind - 1], value, verdict)
+                answer = self._while_parked(command_of(kind, value))
                 command = NO_COMMAND
             else:
                 answer = self._meet(question, verdict, began)
+        self._commands.proposal, self._commands.facts.is_paused = None, False
         self._close_question(answer, verdict)
         return answer
 
@@ -143,13 +138,13 @@ class CommandHandler:
         waited = time.monotonic() - began
         if not command[0] and question and self._decides_alone(verdict, waited):
             default = DEFAULTS.index(self._default(verdict))
-            command = numbers_of(CommandKind.ANSWER, float(default))
+            command = numbers_of(Answer(float(default)))
         kind, value, stop = self._inbox.agree(command)
         if stop:
             self._actions.end(Phase.STOPPED, "asked to stop by a signal while paused")
             return ParkResult.STOP
         if kind:
-            return self._while_parked(KINDS[kind - 1], value, verdict)
+            return self._while_parked(command_of(kind, value))
         self._actions.poll()
         time.sleep(PARKED_SECONDS)
         return None
@@ -201,46 +196,8 @@ class CommandHandler:
         is_beyond = verdict is not None and verdict.beyond is not None
         return "proposal" if is_beyond else self._ctx.config.guard.answer_default
 
-    def _while_parked(
-        self, kind: CommandKind, value: float, verdict: Verdict | None
-    ) -> ParkResult | None:
+    def _while_parked(self, command: ControlCommand) -> ParkResult | None:
         """Return how a command ends the wait; None: it does not, and took effect in place."""
-        is_asked = bool(self.question.text)
-        acknowledge = self._inbox.acknowledge
-        if kind is CommandKind.RESUME:
-            refusal = ""
-            if is_asked:
-                refusal = self._ctx.ranks.broadcast(how_to_answer(self.question.number))
-            taken = acknowledge(kind, value, refusal=refusal)
-            return ParkResult.AS_PROPOSED if taken else None
-        if kind is CommandKind.ANSWER and is_asked:
-            return self._answered_with(ParkResult(int(value)), verdict)
-        if kind is CommandKind.PAUSE:
-            acknowledge(kind, value, refusal="training is paused already")
-            return None
-        done = self._commands.carry_out(kind, value)
-        if done and kind is CommandKind.STOP:
-            return ParkResult.STOP
-        # After a pause by command, training stays paused.
-        return ParkResult.BY_HAND if done and is_asked and kind in BY_HAND else None
-
-    def _answered_with(self, answer: ParkResult, verdict: Verdict | None) -> ParkResult | None:
-        """Take an answer, if it is one to the open question and to what was proposed."""
-        refusal = self._inbox.why_outdated(CommandKind.ANSWER)
-        if not refusal and answer is ParkResult.AS_PROPOSED and verdict is not None:
-            refusal = self._why_proposal_changed(verdict)
-        if not self._inbox.acknowledge(CommandKind.ANSWER, float(answer.value), refusal=refusal):
-            return None
-        if answer is ParkResult.STOP:
-            who = self._inbox.last_who or "a command"
-            self._actions.end(Phase.STOPPED, f"stopped by {who} while the guard asked")
-        return answer
-
-    def _why_proposal_changed(self, verdict: Verdict) -> str:
-        """Return why the proposed rollback is not what the sender was shown; "" if it is."""
-        if verdict.would is not Action.ROLLBACK or verdict.window is None:
-            return ""
-        if self._inbox.shown is None:
-            return ""
-        target = self._actions.proposed_target(verdict)
-        return self._inbox.why_target_changed(target) if target is not None else ""
+        self._commands.result = None
+        self._commands.carry_out(command)
+        return self._commands.result

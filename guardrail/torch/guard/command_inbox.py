@@ -11,30 +11,25 @@ from typing import Any
 
 import msgspec
 
-from guardrail.core.records import Command, CommandKind, Shown
+from guardrail.core.records import Command, Shown
+from guardrail.decide.control_commands.base import ControlCommand, HoldsFor, RunFacts
+from guardrail.decide.control_commands.checkpoint import WriteCheckpoint
+from guardrail.decide.control_commands.registry import command_from, numbers_of
 from guardrail.decide.questions import (
-    BY_HAND,
     Open,
     question_changed,
     setting_changed,
     target_changed,
     timeline_changed,
 )
-from guardrail.rundir.command_files import DEEDS
 from guardrail.rundir.mailbox import CommandPoller
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.checkpoint.snapshot_manager import Target
 from guardrail.torch.guard.command_actions import CommandActions
 from guardrail.torch.guard.context import RunContext
-from guardrail.torch.guard.questions import MODES, OpenQuestion, worded
+from guardrail.torch.guard.questions import OpenQuestion
 
-KINDS = list(CommandKind)
 NO_COMMAND = (0, 0.0)
-
-
-def numbers_of(kind: CommandKind, value: float) -> tuple[int, float]:
-    """Return a command as it travels to the other ranks: (1 + index of its kind, its value)."""
-    return 1 + KINDS.index(kind), value
 
 
 class CommandInbox:
@@ -90,11 +85,11 @@ class CommandInbox:
         """Return rank 0's next command as two numbers; `NO_COMMAND` when there is none."""
         self._current = self._poller.next(step) if self._poller is not None else None
         if self._current is not None:
-            return numbers_of(self._current.kind, self._current.value)
+            return numbers_of(command_from(self._current))
         if self._ctx.ranks.rank == 0 and self._actions.is_retry_due():
             # Each rank writes its share of a checkpoint, so a save is tried again by all of them
             # together.
-            return numbers_of(CommandKind.CHECKPOINT, 0.0)
+            return numbers_of(WriteCheckpoint())
         return NO_COMMAND
 
     def agree(self, command: tuple[int, float]) -> tuple[int, float, int]:
@@ -113,33 +108,30 @@ class CommandInbox:
 
     # -- what a command was shown for --------------------------------------------------------------
 
-    def why_outdated(self, kind: CommandKind) -> str:
+    def why_outdated(self, given: ControlCommand, run: RunFacts) -> str:
         """Return why the command at hand does not hold for what is now; "" if it does.
 
-        A collective: every rank decides alike. What its sender was shown is kept in `shown`.
+        A collective, but for a command that holds for anything: every rank decides alike. What the
+        sender was shown is kept in `shown`.
         """
-        ctx, command, question = self._ctx, self._current, self._question
-        refusal = ""
-        names_question = kind in (*BY_HAND, CommandKind.ANSWER)
-        if command is not None and names_question and not question.is_unwritten:
-            refusal = question_changed(command.question, Open(question.number, question.ended))
-        shown = command.shown if command is not None else None
-        refusal, self.shown = ctx.ranks.broadcast((refusal, shown))
-        if not refusal and kind in BY_HAND:
-            progress = ctx.progress
-            refusal = timeline_changed(self.shown, timeline=progress.timeline, step=progress.step)
-        return refusal or self._why_setting_changed(kind)
-
-    def _why_setting_changed(self, kind: CommandKind) -> str:
-        ctx = self._ctx
-        if kind is CommandKind.MODE:
-            mode = ctx.progress.mode
-            return setting_changed(self.shown, float(MODES.index(mode)), mode.value)
-        if kind not in (CommandKind.LR, CommandKind.SHRINK_EMBEDDING):
+        if given.holds_for is HoldsFor.ANYTHING:
             return ""
-        setting = ctx.history.lr if kind is CommandKind.LR else ctx.history.alpha
-        now = setting.at(ctx.progress.step + 1)
-        return setting_changed(self.shown, now, f"x{now:g}")
+        ctx, command, question = self._ctx, self._current, self._question
+        refusal, shown = "", None
+        if command is not None:
+            shown = command.shown
+            if given.holds_for is not HoldsFor.SETTING and not question.is_unwritten:
+                refusal = question_changed(command.question, Open(question.number, question.ended))
+        refusal, self.shown = ctx.ranks.broadcast((refusal, shown))
+        if refusal:
+            return refusal
+        if given.holds_for is HoldsFor.TIMELINE:
+            progress = ctx.progress
+            return timeline_changed(self.shown, timeline=progress.timeline, step=progress.step)
+        setting = given.current_setting(run)
+        if setting is None:
+            return ""
+        return setting_changed(self.shown, setting.value, setting.words)
 
     def why_target_changed(self, target: Target) -> str:
         """Return why `target` is not what the sender was shown; "" if it is."""
@@ -148,9 +140,7 @@ class CommandInbox:
 
     # -- acknowledging -----------------------------------------------------------------------------
 
-    def acknowledge(
-        self, kind: CommandKind, value: float, *, refusal: str = "", **data: Any
-    ) -> bool:
+    def acknowledge(self, given: ControlCommand, *, refusal: str = "", **data: Any) -> bool:
         """Answer the command at hand in the journal, before its effect.
 
         Args:
@@ -161,28 +151,32 @@ class CommandInbox:
             Whether it is taken.
         """
         ctx, command = self._ctx, self._current
-        if command is None and kind is CommandKind.CHECKPOINT and ctx.ranks.rank == 0:
-            return True  # a retry of the guard's own
-        step = ctx.progress.step
-        outcome = f"refused: {refusal}" if refusal else f"takes effect after step {step}"
-        who = command.who if command else "guard"
+        if command is None and isinstance(given, WriteCheckpoint) and ctx.ranks.rank == 0:
+            return True  # the guard itself retries a save
+        step, words = ctx.progress.step, given.describe()
+        outcome, effect = f"takes effect after step {step}", "applied"
+        if refusal:
+            outcome, effect = f"refused: {refusal}", "refused"
+        who = "guard"
+        if command is not None:
+            who = command.who
         if not refusal:
             self.last_who = who
-            self.last_taken = f"{worded(kind, value)} by {who or 'a command'} at step {step}"
+            self.last_taken = f"{words} by {who or 'a command'} at step {step}"
         ctx.recorder.event(
             "command",
-            f"{worded(kind, value)} {outcome}",
+            f"{words} {outcome}",
             id=command.id if command else "",
-            command=kind.value,
-            value=value,
+            command=given.name,
+            value=given.value,
             who=who,
             question=self._question.number,
-            effect="refused" if refusal else "applied",
+            effect=effect,
             reason=refusal,
             **data,
         )
         self._acknowledged, self._current = command, None
-        if refusal or kind not in DEEDS:
+        if refusal or not given.own_line:
             self.put_away()
         return not refusal
 

@@ -20,7 +20,7 @@ from guardrail.torch.checkpoint.disk_checkpoints import CheckpointStore
 from guardrail.torch.checkpoint.snapshot_manager import SnapshotManager
 from guardrail.torch.diagnose.batch_replay import Replays
 from guardrail.torch.guard.between_steps import BetweenSteps
-from guardrail.torch.guard.command_actions import RunActions
+from guardrail.torch.guard.command_actions import GuardActions
 from guardrail.torch.guard.command_handler import CommandHandler
 from guardrail.torch.guard.context import Progress, RankInfo, RunContext, RunRecorder
 from guardrail.torch.guard.data_share import DataShare
@@ -204,7 +204,7 @@ class GuardParts:
 
     def _build_commands(self) -> None:
         ctx = self.context
-        actions = RunActions(
+        actions = GuardActions(
             ctx,
             snapshots=self.snapshots,
             quarantine=self.quarantine,

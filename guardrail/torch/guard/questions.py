@@ -1,23 +1,19 @@
-"""The question that the guard asks while it is parked, its journal line, and commands in words."""
+"""The question that the guard asks while it is parked, and its journal line."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
 from guardrail.core.errors import GuardrailError
-from guardrail.core.format import format_plural
-from guardrail.core.records import CommandKind, Mode, Status, Verdict
-from guardrail.decide.questions import CHOICES
+from guardrail.core.records import Status, Verdict
 from guardrail.decide.sample_order import Batch
 from guardrail.operate.preview import choices
 from guardrail.operate.run_state import RunState
 from guardrail.torch.guard.context import RunContext
 
-MODES = list(Mode)
 _REMEMBERED = 64  # questions of which it is known who ended them
 
 
@@ -111,21 +107,3 @@ def question_line(
     for proposal in proposals:
         proposal |= by_name.get(proposal["action"], {})
     return {"proposals": proposals, **data}
-
-
-def worded(kind: CommandKind, value: float) -> str:
-    """Return a command in words: "lr x0.5", "skip 20 batches"."""
-    match kind:
-        case CommandKind.LR | CommandKind.SHRINK_EMBEDDING:
-            return f"{kind.value} x{value:g}"
-        case CommandKind.SKIP:
-            return f"skip {format_plural(int(value), 'batch')}"
-        case CommandKind.MODE:
-            return f"policy {MODES[int(value)].value}"
-        case CommandKind.ROLLBACK:
-            return "rollback" if math.isnan(value) else f"rollback to step {value:g}"
-        case CommandKind.UNDO:
-            return "undo" if math.isnan(value) else f"undo line {value:g}"
-        case CommandKind.ANSWER:
-            return f"answer {CHOICES[int(value)]}"
-    return kind.value

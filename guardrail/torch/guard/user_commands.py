@@ -2,39 +2,77 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from guardrail.core.format import format_plural
-from guardrail.core.records import CommandKind, Phase, Span
-from guardrail.decide.questions import BY_HAND
+from guardrail.core.records import Action, Mode, Phase, Span, Unresolved, Verdict
+from guardrail.decide.control_commands.base import ControlCommand, RestorableState
+from guardrail.decide.questions import ParkResult
 from guardrail.decide.sample_order import Batch
+from guardrail.decide.step_setting import StepSetting
 from guardrail.decide.undo import UndoPlan, find, lines_of
-from guardrail.operate.preview import not_acceptable
+from guardrail.torch.checkpoint.snapshot_manager import Target
 from guardrail.torch.guard.command_actions import CommandActions
 from guardrail.torch.guard.command_inbox import CommandInbox
 from guardrail.torch.guard.context import RunContext
-from guardrail.torch.guard.questions import MODES, OpenQuestion
+from guardrail.torch.guard.questions import OpenQuestion
 
-# Kinds that hold for what was shown with them alone; the others do the same whatever has happened
-# since.
-BOUND = (
-    *BY_HAND,
-    CommandKind.ANSWER,
-    CommandKind.LR,
-    CommandKind.SHRINK_EMBEDDING,
-    CommandKind.MODE,
-)
+
+class LiveFacts:
+    """Where the run stands, for commands; see `RunFacts` in guardrail.decide.control_commands.base.
+
+    Args:
+        question: that is open.
+
+    Attributes:
+        is_paused: whether the ranks are parked.
+    """
+
+    def __init__(self, ctx: RunContext, question: OpenQuestion) -> None:
+        self._ctx, self._question = ctx, question
+        self.is_paused = False
+
+    @property
+    def step(self) -> int:
+        return self._ctx.progress.step
+
+    @property
+    def mode(self) -> Mode:
+        return self._ctx.progress.mode
+
+    @property
+    def is_asking(self) -> bool:
+        return bool(self._question.text)
+
+    @property
+    def question(self) -> int:
+        return self._question.number
+
+    @property
+    def unresolved(self) -> Unresolved | None:
+        ctx = self._ctx
+        one = ctx.controller.unresolved()
+        if one is None:
+            return None
+        return ctx.history.unresolved(one)
+
+    def setting_of(self, factor: str) -> StepSetting:
+        return self._ctx.history.setting_of(factor)
 
 
 class UserCommands:
-    """Checks and carries out commands.
+    """Checks and carries out commands; see `RunActions` in guardrail.decide.control_commands.base.
 
     Args:
         actions: of the run.
         inbox: holds the command at hand, and acknowledges it.
         question: that is open.
         pause: waits until a command ends the pause.
+
+    Attributes:
+        facts: what a command may ask of the run.
+        proposal: what the open question proposes; None: nothing.
+        result: how the wait ends; None: it goes on.
     """
 
     def __init__(
@@ -48,83 +86,68 @@ class UserCommands:
     ) -> None:
         self._ctx, self._actions = ctx, actions
         self._inbox, self._question, self._pause = inbox, question, pause
+        self.facts = LiveFacts(ctx, question)
+        self.proposal: Verdict | None = None
+        self.result: ParkResult | None = None
 
-    def carry_out(self, kind: CommandKind, value: float) -> bool:
+    def carry_out(self, command: ControlCommand) -> bool:
         """Carry a command out, or refuse it with a reason; return whether it was taken.
 
-        The file of one with an action of its own goes once that is on the record: a death before
-        leaves it to be done.
+        A command whose action has a journal line keeps its file until that line is written. After a
+        death in between, a restart does it again.
         """
-        taken = self._carry_out(kind, value)
+        refusal = self._inbox.why_outdated(command, self.facts)
+        if not refusal:
+            # Only rank 0 knows the numbers of journal lines.
+            refusal = self._ctx.ranks.broadcast(command.refuse(self.facts))
+        if refusal:
+            taken = self._inbox.acknowledge(command, refusal=refusal)
+        else:
+            taken = command.execute(self)
         self._inbox.put_away()
         return taken
 
-    def _carry_out(self, kind: CommandKind, value: float) -> bool:
-        acknowledge = self._inbox.acknowledge
-        if kind in BOUND and (refusal := self._inbox.why_outdated(kind)):
-            return acknowledge(kind, value, refusal=refusal)
-        match kind:
-            case CommandKind.PAUSE:
-                acknowledge(kind, value)
-                self._pause()
-            case CommandKind.RESUME:
-                return acknowledge(kind, value, refusal="training is not paused")
-            case CommandKind.ANSWER:
-                return acknowledge(kind, value, refusal="no question is open")
-            case CommandKind.STOP:
-                acknowledge(kind, value)
-                self._actions.end(Phase.STOPPED, "stopped by command")
-            case CommandKind.LR | CommandKind.SHRINK_EMBEDDING:
-                # the journal line itself is where the setting is read from; see RunHistory
-                acknowledge(kind, value)
-            case CommandKind.MODE:
-                acknowledge(kind, value)
-                self._ctx.set_mode(MODES[int(value)])
-            case CommandKind.CHECKPOINT:
-                acknowledge(kind, value)
-                self._actions.save_checkpoint()
-            case CommandKind.ACCEPT:
-                return self._accept(value)
-            case CommandKind.SKIP:
-                self._skip(int(value))
-            case CommandKind.ROLLBACK:
-                return self._roll_back(value)
-            case CommandKind.UNDO:
-                return self._undo(value)
-        return True
+    # -- what a command may do ---------------------------------------------------------------------
 
-    def _accept(self, value: float) -> bool:
-        """Accept the run as it is: open incidents end, and later states may become good."""
-        ctx = self._ctx
-        unresolved = ctx.controller.unresolved()
-        if unresolved is not None:
-            unresolved = ctx.history.unresolved(unresolved)
-        refusal = not_acceptable(unresolved, asking=bool(self._question.text))
-        batch = (ctx.order.cursor, ctx.order.cursor + ctx.order.batch_size)
-        if not self._inbox.acknowledge(
-            CommandKind.ACCEPT, value, refusal=refusal, batch=list(batch)
-        ):
-            return False
-        self._actions.accept(batch)
-        return True
+    @property
+    def sender(self) -> str:
+        return self._inbox.last_who or "a command"
 
-    def _skip(self, batches: int) -> None:
-        """Skip the next `batches` batches."""
+    def acknowledge(self, command: ControlCommand, *, refusal: str = "", **data: Any) -> bool:
+        return self._inbox.acknowledge(command, refusal=refusal, **data)
+
+    def pause(self) -> None:
+        self._pause()
+
+    def end_pause(self, result: ParkResult) -> None:
+        self.result = result
+
+    def end_question(self) -> None:
+        if self._question.text:
+            self.result = ParkResult.BY_HAND
+
+    def end_run(self, reason: str) -> None:
+        self._actions.end(Phase.STOPPED, reason)
+
+    def set_mode(self, mode: Mode) -> None:
+        self._ctx.set_mode(mode)
+
+    def save_checkpoint(self) -> None:
+        self._actions.save_checkpoint()
+
+    def next_batch(self) -> tuple[int, int]:
         order = self._ctx.order
-        ahead = self._next_batches(batches)
+        return order.cursor, order.cursor + order.batch_size
+
+    def accept(self, batch: tuple[int, int]) -> None:
+        self._actions.accept(batch)
+
+    def next_window(self, batches: int) -> tuple[int, int]:
         # Not from the cursor on: after a restart, what was rejected before lies between.
-        first, last = (ahead[0].first, ahead[-1].last) if ahead else (0, 0)
-        refusal = order.nothing_left(first, last)
-        if self._inbox.acknowledge(CommandKind.SKIP, batches, refusal=refusal) and ahead:
-            span = Span(
-                first=first,
-                last=last,
-                origin="user",
-                step=self._ctx.progress.step + 1,
-                reason=f"{format_plural(batches, 'batch')} skipped by command",
-                batches=batches,
-            )
-            self._actions.skip(span)
+        ahead = self._next_batches(batches)
+        if not ahead:
+            return 0, 0
+        return ahead[0].first, ahead[-1].last
 
     def _next_batches(self, count: int) -> list[Batch]:
         """Return the batches that would come next, fewer at the end of the data."""
@@ -137,49 +160,60 @@ class UserCommands:
         order.restore(position)
         return batches
 
-    def _roll_back(self, value: float) -> bool:
-        """Restore the named step, or the newest good state, and skip the data since then."""
-        order = self._ctx.order
-        to_step = None if math.isnan(value) else int(value)
-        end = max(order.cursor, self._question.end)
-        target = self._actions.find_target(order.cursor - 1, to_step=to_step)
-        if target is None:
-            where = f"step {to_step}" if to_step is not None else "an earlier step"
-            refusal = f"there is no snapshot or valid checkpoint of {where}"
-            return self._inbox.acknowledge(CommandKind.ROLLBACK, value, refusal=refusal)
-        refusal = self._inbox.why_target_changed(target)
-        refusal = refusal or order.nothing_left(target.cursor, end)
-        if not self._inbox.acknowledge(CommandKind.ROLLBACK, value, refusal=refusal):
-            return False
-        return self._actions.roll_back(
-            target,
-            window=(target.cursor, end),
-            reason=f"rollback to step {target.step} by command",
+    def nothing_left(self, window: tuple[int, int]) -> str:
+        return self._ctx.order.nothing_left(*window)
+
+    def skip(self, window: tuple[int, int], *, batches: int, reason: str) -> None:
+        first, last = window
+        if first == last:
+            return  # the data have ended
+        self._actions.skip(
+            Span(
+                first=first,
+                last=last,
+                origin="user",
+                step=self._ctx.progress.step + 1,
+                reason=reason,
+                batches=batches,
+            )
         )
 
-    def _undo(self, value: float) -> bool:
-        """Take back the decision of one journal line, or the newest; see guardrail.decide.undo."""
-        ranks = self._ctx.ranks
-        seq = None if math.isnan(value) else int(value)
-        found, lines = ranks.broadcast(ranks.run_together(lambda: self._find_decision(seq)))
-        if isinstance(found, str):
-            return self._inbox.acknowledge(CommandKind.UNDO, value, refusal=found)
-        assert found.first is not None
-        target = self._actions.find_target(found.first, candidates=True)
+    def find_state(
+        self, cursor: int | None = None, *, to_step: int | None = None, candidates: bool = False
+    ) -> Target | None:
+        if cursor is None:
+            cursor = self._ctx.order.cursor - 1
+        return self._actions.find_target(cursor, to_step=to_step, candidates=candidates)
+
+    def window_since(self, state: RestorableState) -> tuple[int, int]:
+        return state.cursor, max(self._ctx.order.cursor, self._question.end)
+
+    def why_state_changed(self, state: RestorableState) -> str:
+        return self._inbox.why_target_changed(_as_target(state))
+
+    def why_proposal_changed(self) -> str:
+        verdict = self.proposal
+        if verdict is None or verdict.would is not Action.ROLLBACK or verdict.window is None:
+            return ""
+        if self._inbox.shown is None:
+            return ""
+        target = self._actions.proposed_target(verdict)
         if target is None:
-            refusal = f"no snapshot or checkpoint from before journal line {found.of} is left"
-            return self._inbox.acknowledge(CommandKind.UNDO, value, refusal=refusal)
-        refusal = self._inbox.why_target_changed(target)
-        if not self._inbox.acknowledge(CommandKind.UNDO, value, refusal=refusal):
-            return False
-        self._actions.undo(found, target, lines)
-        return True
+            return ""
+        return self._inbox.why_target_changed(target)
+
+    def roll_back(self, state: RestorableState, *, reason: str) -> bool:
+        window = self.window_since(state)
+        return self._actions.roll_back(_as_target(state), window=window, reason=reason)
+
+    def find_decision(self, seq: int | None) -> tuple[UndoPlan | str, Sequence[int]]:
+        ranks = self._ctx.ranks
+        found: tuple[UndoPlan | str, list[int]]
+        found = ranks.broadcast(ranks.run_together(lambda: self._find_decision(seq)))
+        return found
 
     def _find_decision(self, seq: int | None) -> tuple[UndoPlan | str, list[int]]:
-        """Return the decision and all journal lines that go with it, or why there is none.
-
-        On rank 0, which alone knows the numbers of the lines.
-        """
+        """Return the decision and its lines on rank 0, which alone knows their numbers."""
         ctx = self._ctx
         if ctx.ranks.rank or ctx.run is None:
             return "there is no journal", []
@@ -187,4 +221,15 @@ class UserCommands:
             return "the journal cannot be written now, so its lines are not complete", []
         events = ctx.run.events()
         found = find(events, seq)
-        return found, [] if isinstance(found, str) else lines_of(events, found)
+        if isinstance(found, str):
+            return found, []
+        return found, lines_of(events, found)
+
+    def undo(self, plan: UndoPlan, state: RestorableState, lines: Sequence[int]) -> None:
+        self._actions.undo(plan, _as_target(state), lines)
+
+
+def _as_target(state: RestorableState) -> Target:
+    """Return the state as `find_state` has returned it."""
+    assert isinstance(state, Target)
+    return state

@@ -12,10 +12,10 @@ import msgspec
 from guardrail.core.records import Action, Diagnosis, Mode, Observation, Phase, Span, Verdict
 from guardrail.decide.advised_incidents import advised_words
 from guardrail.decide.diagnoses import signals_of
+from guardrail.decide.questions import ParkResult
 from guardrail.decide.sample_order import Batch
 from guardrail.torch.checkpoint.snapshot_manager import SnapshotManager
 from guardrail.torch.diagnose.attribution import Attribution, Texts, told
-from guardrail.torch.guard.command_handler import ParkResult
 from guardrail.torch.guard.context import RunContext
 from guardrail.torch.guard.quarantine import Quarantine
 from guardrail.torch.guard.side_effects import StepSideEffects

@@ -105,7 +105,7 @@ class ReducedStep:
         where known).
         step_times: seconds of this step that each rank has worked itself, without waiting for
         others (`Pace`).
-        command_kind: 0, or 1 + index of the CommandKind; command_value its argument.
+        command_kind: 0, or 1 + index in COMMANDS; command_value its argument.
         stop, incomplete: ranks that were asked to stop; ranks that left micro-batches out because
         of it.
         failed_saves: by rank, the number of its last save that failed, counting from 1; 0: none.

@@ -23,7 +23,7 @@ from guardrail.tui.model.run_reader import RunReader
 from guardrail.tui.model.sent_commands import SentCommands
 from guardrail.tui.model.view import Snapshot, View
 from guardrail.tui.screens.dashboard import Dashboard
-from guardrail.tui.screens.dialogs import Dialog
+from guardrail.tui.screens.dialog import Dialog
 from guardrail.tui.terminal import hangup as terminal
 from guardrail.tui.terminal.key_queue import NOW, KeyQueue
 from guardrail.tui.terminal.themed_app import ThemedApp

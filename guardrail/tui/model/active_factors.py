@@ -11,13 +11,14 @@ from dataclasses import dataclass
 import msgspec
 
 from guardrail.core.format import clean_and_shorten, format_count
-from guardrail.core.records import CommandKind, Event, Remedy
+from guardrail.core.records import Event, Remedy
+from guardrail.decide.control_commands.registry import find_command
 from guardrail.decide.remedies import CLIP, EMBED_ALPHA, LR, factor
-from guardrail.decide.run_history import RunHistory, StepSetting
+from guardrail.decide.run_history import RunHistory
+from guardrail.decide.step_setting import StepSetting
 
 # kind of a remedy -> its name on the screen
 NAMES = {LR: "rate", EMBED_ALPHA: "embedding", CLIP: "clip"}
-_COMMANDS = {CommandKind.LR.value: LR, CommandKind.SHRINK_EMBEDDING.value: EMBED_ALPHA}
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,10 @@ class FactorTracker:
             return False
         data = event.data
         if event.kind == "command":
-            kind, value = _COMMANDS.get(str(data.get("command"))), data.get("value")
-            if kind is None or not isinstance(value, int | float):
+            command, value = find_command(data.get("command")), data.get("value")
+            if command is None or not command.factor or not isinstance(value, int | float):
                 return False
-            self._by[kind, float(value)] = clean_and_shorten(data.get("who") or "", 60)
+            self._by[command.factor, float(value)] = clean_and_shorten(data.get("who") or "", 60)
         # A line of another version, or a broken one, sets nothing.
         with contextlib.suppress(KeyError, TypeError, ValueError, msgspec.ValidationError):
             self._past.add(event)

@@ -79,7 +79,7 @@ class RecordedReader:
     def preview(self, command: Command) -> None:
         from guardrail.operate.preview import Preview
 
-        told = Preview(command=command.kind.value, possible=False, refusal=REFUSAL)
+        told = Preview(command=command.kind, possible=False, refusal=REFUSAL)
         self._publish(previews={**self._latest.previews, command.id: told})
 
     def write_note(self, text: str) -> None:

@@ -273,9 +273,9 @@ class RunReader:
         from guardrail.operate import preview
 
         try:
-            found = preview.foresee(self._run, command, status=self._latest.now.status)
+            found = preview.preview_in_run(self._run, command, status=self._latest.now.status)
         except GuardrailError as error:
-            found = preview.Preview(command=command.kind.value, worked_out=False, remark=str(error))
+            found = preview.Preview(command=command.kind, worked_out=False, remark=str(error))
         finally:
             self._previewed.discard(command.id)
         self._latest.publish(previews={**self._latest.now.previews, command.id: found})

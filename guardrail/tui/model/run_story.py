@@ -17,8 +17,10 @@ from typing import Any
 
 from guardrail.core.files import as_int
 from guardrail.core.format import clean_and_shorten, format_count
-from guardrail.core.records import Action, CommandKind, Event, Shown
+from guardrail.core.records import Action, Event, Shown
 from guardrail.decide.advised_incidents import AdvisedIncidents
+from guardrail.decide.control_commands.pause import Pause
+from guardrail.decide.control_commands.registry import find_command
 from guardrail.decide.questions import asks
 from guardrail.rundir.run_directory import findings_of, span_of
 from guardrail.tui.model.active_factors import ActiveFactor, FactorTracker
@@ -248,7 +250,7 @@ class StoryBuilder:
             return
         self._question.take_command(event)
         self._marks[COMMAND][event.step] = _factor_label(event)
-        if event.data.get("command") == CommandKind.PAUSE.value:
+        if event.data.get("command") == Pause.name:
             self._paused_by = clean_and_shorten(event.data.get("who") or "", 60).partition("@")[0]
 
     def _keep_answer(self, identity: str, event: Event, *, applied: bool) -> None:
@@ -262,8 +264,8 @@ class StoryBuilder:
 def _factor_label(event: Event) -> str:
     """Return the factor that a command set, in a few characters: "×0.5"."""
     value = event.data.get("value")
-    factors = (CommandKind.LR.value, CommandKind.SHRINK_EMBEDDING.value)
-    if event.data.get("command") not in factors or not isinstance(value, int | float):
+    command = find_command(event.data.get("command"))
+    if command is None or not command.factor or not isinstance(value, int | float):
         return ""
     return f"×{value:.3g}" if math.isfinite(value) else ""
 

@@ -9,15 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from guardrail.core.errors import UsageError
 from guardrail.core.format import (
     clean_and_shorten,
     format_count,
     format_plural,
     format_seconds_in_words,
 )
-from guardrail.core.records import Command, CommandKind, Shown, SnapshotInfo, Status
+from guardrail.core.records import Command, Shown, SnapshotInfo, Status
+from guardrail.decide.control_commands.base import ControlCommand
 from guardrail.operate.identity import who
-from guardrail.rundir.run_directory import check_command
 from guardrail.tui.model.health import HEARTBEAT_SECONDS
 from guardrail.tui.model.reader import Reader
 from guardrail.tui.model.view import View
@@ -33,7 +34,7 @@ RENEW_SECONDS = 1.0  # between two previews of a command that somebody looks at
 @dataclass(frozen=True)
 class SentCommand:
     id: str
-    kind: CommandKind
+    kind: str
     label: str
     time: float
 
@@ -80,7 +81,7 @@ class SentCommands:
 
     def send(
         self,
-        kind: CommandKind,
+        kind: str,
         value: float,
         label: str,
         *,
@@ -110,7 +111,7 @@ class SentCommands:
             )
         )
 
-    def preview(self, kind: CommandKind, value: float) -> LivePreview:
+    def preview(self, kind: str, value: float) -> LivePreview:
         """Ask what a command would do, again and again while somebody looks."""
         command = Command(
             id=f"preview-{secrets.token_hex(8)}",
@@ -126,7 +127,7 @@ class SentCommands:
         self._notice = None
         self._note(f"{text} ({who()})")
 
-    def newest_waiting(self, *kinds: CommandKind) -> CommandKind | None:
+    def newest_waiting(self, *kinds: str) -> str | None:
         """The newest command of these kinds that has no answer yet."""
         waiting = (sent.kind for sent in reversed(self._sent) if sent.id not in self._answered)
         return next((kind for kind in waiting if kind in kinds), None)
@@ -194,13 +195,12 @@ def why_refused(
     return None
 
 
-def parse_value(text: str, kind: CommandKind) -> float | str:
-    """The value of a command of that kind, or what is wrong with it."""
+def parse_value(text: str, kind: type[ControlCommand]) -> float | str:
+    """Return the value of a command, or what is wrong with the text."""
     try:
-        value = float(text.strip())
-    except ValueError:
-        return f"{text.strip()[:20]!r} is not a number"
-    return check_command(Command(id="number", kind=kind, value=value)) or value
+        return kind.argument.parse(kind.name, text)
+    except UsageError as error:
+        return str(error)
 
 
 def preview_lines(preview: Preview) -> list[str]:

@@ -12,7 +12,7 @@ from guardrail.tui.model.view import View, signal_label
 from guardrail.tui.numerics.scales import XScale, format_short
 from guardrail.tui.numerics.series import AXES, choosable_signals
 from guardrail.tui.panes.table import CURVES
-from guardrail.tui.screens.dialogs import Toggle
+from guardrail.tui.screens.choice_dialogs import Toggle
 from guardrail.tui.screens.screen_part import ScreenPart
 
 

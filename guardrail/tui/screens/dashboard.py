@@ -20,7 +20,7 @@ from guardrail.tui.panes.incidents import newest
 from guardrail.tui.panes.table import PANES
 from guardrail.tui.screens import header_footer, keys
 from guardrail.tui.screens.command_keys import CommandKeys
-from guardrail.tui.screens.dialogs import Dialog
+from guardrail.tui.screens.dialog import Dialog
 from guardrail.tui.screens.layout import Layout, arrange_screen
 from guardrail.tui.screens.mouse import Mouse
 from guardrail.tui.screens.pane_keys import PaneLines

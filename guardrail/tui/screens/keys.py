@@ -1,5 +1,6 @@
-"""Every key of the screen, once. Bindings, footer, the `?` page and docs/keys.md are made
-from this table.
+"""Every key of the screen, once. Bindings, footer, the `?` page and docs/keys.md are made from it.
+
+The keys of commands come from the classes of `guardrail.decide.control_commands`.
 
 `python -m guardrail.tui.screens.keys` prints the table of docs/keys.md.
 """
@@ -10,6 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from guardrail.decide.control_commands import registry
+from guardrail.decide.control_commands.answer import Answer
+from guardrail.decide.control_commands.base import ControlCommand
 from guardrail.tui.draw.lines import Row, fit_row, row_width, wrap_text
 from guardrail.tui.panes.table import CURVES, PANES
 
@@ -42,21 +46,34 @@ class Key:
     rank: int = 5
 
 
+def command_action(kind: type[ControlCommand]) -> str:
+    """Return the action of the dashboard that sends a command."""
+    return f"command('{kind.name}')"
+
+
+def command_keys() -> list[Key]:
+    """Return the keys of all commands, in the order of `COMMANDS`."""
+    found = []
+    for kind in registry.COMMANDS:
+        if kind.key is None:
+            continue
+        found.append(
+            Key(
+                kind.key.key,
+                kind.key.key,
+                command_action(kind),
+                kind.key.label,
+                kind.key.help,
+                control=True,
+                rank=kind.key.rank,
+            )
+        )
+    return found
+
+
 KEYS = (
-    Key("p", "p", "pause", "pause", "Pause training after the current step, or go on with it.", control=True, rank=1),
-    Key("r", "r", "rollback", "roll back", "Roll back: choose a snapshot or checkpoint, see what it costs, confirm.",
-        control=True, rank=1),
-    Key("s", "s", "skip", "skip", "Leave out the next N batches.", control=True, rank=3),
-    Key("l", "l", "rate", "rate", "Multiply the scheduled learning rate by a factor.", control=True, rank=3),
-    Key("e", "e", "alpha", "embedding", "Multiply the gradients of the embedding by a factor.", control=True, rank=6),
-    Key("c", "c", "checkpoint", "checkpoint", "Write a checkpoint now.", control=True, rank=4),
-    Key("m", "m", "mode", "mode", "Change who decides: auto, ask, advise or off.", control=True, rank=4),
-    Key("u", "u", "undo", "undo", "Take the guard's newest decision back: see what it costs, confirm.", control=True,
-        rank=6),
-    Key("A", "A", "accept", "", "Accept the run as it is though an incident is not over: asks first.", control=True),
+    *command_keys(),
     Key("n", "n", "note", "note", "Write a note into the journal.", control=True, rank=7),
-    Key("a", "a", "answer", "answer", "Answer the guard's question while training is parked.", control=True, rank=1),
-    Key("S", "S", "stop", "stop", "Stop training: save a checkpoint and end. Asks first.", control=True, rank=2),
     Key("tab", "Tab", "next_pane(1)", "pane", "Go to the next pane.", rank=4),
     Key("shift+tab", "Shift+Tab", "next_pane(-1)", "", "Go to the pane before."),
     Key("1", "1", "pane('curves')", "", "Go to the curves."),
@@ -132,7 +149,8 @@ def footer_keys(
         asking: the guard waits for an answer.
     """
     chosen = [key for key in KEYS if key.label and (controls or not key.control)]
-    chosen = [key for key in chosen if asking or key.action != "answer"]
+    if not asking:
+        chosen = [key for key in chosen if key.action != command_action(Answer)]
     mine = CURVES if focus == CURVES else LISTS
     chosen = [key for key in chosen if key.pane in ("", mine)]
     while chosen:

@@ -11,7 +11,9 @@ from guardrail.tui.model.view import View
 from guardrail.tui.panes.log import log_rows
 from guardrail.tui.panes.table import BY_NAME, CURVES, NAMES, Pane
 from guardrail.tui.screens import keys
-from guardrail.tui.screens.dialogs import Pager, Palette, Text
+from guardrail.tui.screens.choice_dialogs import Palette
+from guardrail.tui.screens.input_dialogs import Text
+from guardrail.tui.screens.pager import Pager
 from guardrail.tui.screens.screen_part import ScreenPart
 from guardrail.tui.terminal.themed_app import ThemedApp
 

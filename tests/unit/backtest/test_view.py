@@ -17,7 +17,7 @@ from guardrail.backtest import recorded_run as viewing
 from guardrail.cli.main import main
 from guardrail.core.config import load_guard_options
 from guardrail.core.errors import DataError
-from guardrail.core.records import Command, CommandKind
+from guardrail.core.records import Command
 from guardrail.tui.app.app import GuardrailApp
 from guardrail.tui.model.recorded_reader import RecordedReader
 from guardrail.tui.model.view import Snapshot, View
@@ -56,7 +56,7 @@ def read(path: Path, *overrides: str) -> Snapshot:
     reader.start(lambda: said.append(reader.latest().recorded))
     reader.join()
     assert said
-    reader.send(Command(id="x", kind=CommandKind.STOP))
+    reader.send(Command(id="x", kind="stop"))
     assert "takes no commands" in reader.latest().unsent["x"]
     return reader.latest()
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from guardrail.core.records import CommandKind, Finding, FindingKind, Mode, Severity
+from guardrail.core.records import Finding, FindingKind, Mode, Severity
 from guardrail.launch.log_printer import LogLines
-from guardrail.operate.preview import Preview, of
+from guardrail.operate.preview import Preview
+from guardrail.operate.preview import preview_command as of
 from guardrail.operate.run_state import RunState
 from guardrail.report.svg_curves import scale_of
 from guardrail.rundir.run_directory import RunDirectory
@@ -70,12 +71,12 @@ def test_a_rate_that_looks_the_same_is_said_once() -> None:
 @pytest.mark.parametrize(
     ("batches", "said"),
     [
-        pytest.param(1, "the next 1 batch is left out", marks=pytest.mark.fault("T21")),
-        (2, "the next 2 batches are left out"),
+        pytest.param(1, "next 1 batch is skipped", marks=pytest.mark.fault("T21")),
+        (2, "next 2 batches are skipped"),
     ],
 )
 def test_one_batch_is_no_batches(batches: int, said: str) -> None:
-    assert said in of(RunState(), wish(CommandKind.SKIP, batches)).sentence()
+    assert said in of(RunState(), wish("skip", batches)).sentence()
 
 
 @pytest.mark.fault("T21")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from guardrail.core.records import CommandKind
 from guardrail.decide.run_history import RunHistory
 from guardrail.rundir.manifest import MANIFEST, read_manifest, sealed
 from guardrail.rundir.run_directory import RunDirectory
@@ -18,7 +17,7 @@ NEVER = 10_000
 
 def stopped(folder: Path, at_step: int) -> Loop:
     loop = Loop(folder, onset=NEVER, steps=60)
-    loop.send(CommandKind.STOP, at_step=at_step)
+    loop.send("stop", at_step=at_step)
     return loop.train()
 
 

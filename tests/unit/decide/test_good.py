@@ -19,7 +19,6 @@ from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import (
     Action,
     Command,
-    CommandKind,
     Event,
     Mode,
     Observation,
@@ -247,9 +246,9 @@ def test_a_run_in_advise_keeps_the_last_good_state_from_before_what_no_one_dealt
     assert good == {40, 50} and good <= here and len(here) <= 2 + 2 + 2
     memory = [info for info in loop.guard.snapshots.ring.infos() if info.state == "good"]
     assert memory and max(info.step for info in memory) < loop.onset
-    shown = preview.of(
+    shown = preview.preview_command(
         RunState.of(loop.run, status=loop.status()),
-        Command(id="x", kind=CommandKind.ROLLBACK, value=math.nan),
+        Command(id="x", kind="rollback", value=math.nan),
     )
     assert shown.to_step is not None and shown.to_step < loop.onset
 
@@ -280,13 +279,13 @@ def test_accept_lets_later_states_become_good_and_is_refused_where_nothing_is_to
     tmp_path: Path,
 ) -> None:
     loop = Loop(tmp_path, mode=Mode.ADVISE, steps=150)
-    loop.send(CommandKind.ACCEPT, at_step=30)
-    loop.send(CommandKind.ACCEPT, at_step=122)
+    loop.send("accept", at_step=30)
+    loop.send("accept", at_step=122)
     shown = None
     for step in loop.guard:
         if step.number == 122:
             scene = RunState.of(loop.run, status=loop.status())
-            shown = preview.of(scene, Command(id="x", kind=CommandKind.ACCEPT))
+            shown = preview.preview_command(scene, Command(id="x", kind="accept"))
         loop.take(step)
     answers = [event.data for event in loop.run.events() if event.kind == "command"]
     assert [data["effect"] for data in answers] == ["refused", "applied"]
@@ -305,7 +304,7 @@ def test_accept_lets_later_states_become_good_and_is_refused_where_nothing_is_to
 @pytest.mark.fault("T1")
 def test_a_resumed_run_still_knows_what_is_unresolved(tmp_path: Path) -> None:
     first = Loop(tmp_path, mode=Mode.ADVISE)
-    first.send(CommandKind.STOP, at_step=110)
+    first.send("stop", at_step=110)
     first.train()
     again = Loop(tmp_path, mode=Mode.ADVISE)
     heads = []
@@ -320,11 +319,11 @@ def test_a_resumed_run_still_knows_what_is_unresolved(tmp_path: Path) -> None:
 @pytest.mark.fault("A10")
 def test_to_be_loaded_makes_no_state_good(tmp_path: Path) -> None:
     first = Loop(tmp_path, confirm=10)
-    first.send(CommandKind.STOP, at_step=23)
+    first.send("stop", at_step=23)
     first.train()
     assert first.states() == {0: "good", 10: "good", 20: "candidate", 23: "candidate"}
     again = Loop(tmp_path, confirm=10, steps=32)
-    again.send(CommandKind.ROLLBACK, at_step=24, value=20.0)
+    again.send("rollback", at_step=24, value=20.0)
     seen: dict[int, str] = {}
     for step in again.guard:
         if again.guard.timeline == 2:  # behind the rollback, for which only the disk had the state

@@ -11,11 +11,12 @@ import pytest
 from guardrail.backtest.rejudge import Rejudge
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import Mode, Phase, Span
+from guardrail.decide.questions import ParkResult
 from guardrail.decide.run_history import RunHistory
 from guardrail.decide.sample_order import SampleCursor, SampleOrder
 from guardrail.rundir.manifest import read_manifest
 from guardrail.rundir.run_directory import RunDirectory
-from guardrail.torch.guard.command_handler import CommandHandler, ParkResult
+from guardrail.torch.guard.command_handler import CommandHandler
 from tests.support.jumping import Loop
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from guardrail.cli.main import main
 from guardrail.core.errors import ExitCode, RunDirectoryError, UsageError
-from guardrail.core.records import Command, CommandKind, Mode, Phase, Status
+from guardrail.core.records import Command, Mode, Phase, Status
 from guardrail.core.sections import LaunchSection
 from guardrail.launch import launcher as launching
 from guardrail.launch.launcher import is_alive
@@ -150,4 +150,4 @@ def test_a_command_to_a_dead_run_is_refused(
     monkeypatch.setattr("guardrail.rundir.liveness.FIRST_SECONDS", 0.3)
     run.write_status(status(run, time.time() - 3600.0))
     with pytest.raises(UsageError, match="no sign of life"):
-        control.send(run, Command(id="x", kind=CommandKind.PAUSE), seconds=0.0)
+        control.send(run, Command(id="x", kind="pause"), seconds=0.0)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from guardrail.core.config import GuardConfig
 from guardrail.core.errors import UsageError
 from guardrail.core.guard_options import EscalationStep, GuardOptions
-from guardrail.core.records import Action, Command, CommandKind, Mode, Phase
+from guardrail.core.records import Action, Command, Mode, Phase
 from guardrail.core.sections import CheckpointSection, SnapshotSection
 from guardrail.decide.controller import Controller
 from guardrail.decide.sample_order import SampleOrder
@@ -81,7 +81,7 @@ class History:
     steps: int = FIRST + 13
     bad: dict[int, float] = field(default_factory=dict)
     late: set[int] = field(default_factory=set)
-    commands: list[tuple[CommandKind, float, int]] = field(default_factory=list)
+    commands: list[tuple[str, float, int]] = field(default_factory=list)
     answers: list[int] = field(default_factory=list)
     stop: int = 0
     overflows: set[int] = field(default_factory=set)
@@ -124,20 +124,20 @@ def add_event(history: History, event: str, step: int) -> None:
         case "stop signal":
             history.stop = history.stop or step
         case "stop":
-            commands.append((CommandKind.STOP, 0.0, step))
+            commands.append(("stop", 0.0, step))
         case "pause":
-            commands += [(CommandKind.PAUSE, 0.0, step), (CommandKind.RESUME, 0.0, 0)]
+            commands += [("pause", 0.0, step), ("resume", 0.0, 0)]
         case "pause and go back":
-            commands += [(CommandKind.PAUSE, 0.0, step), (CommandKind.CHECKPOINT, 0.0, 0)]
-            commands += [(CommandKind.ROLLBACK, math.nan, 0), (CommandKind.RESUME, 0.0, 0)]
+            commands += [("pause", 0.0, step), ("checkpoint", 0.0, 0)]
+            commands += [("rollback", math.nan, 0), ("resume", 0.0, 0)]
         case "rollback":
-            commands.append((CommandKind.ROLLBACK, math.nan, step))
+            commands.append(("rollback", math.nan, step))
         case "checkpoint":
-            commands.append((CommandKind.CHECKPOINT, 0.0, step))
+            commands.append(("checkpoint", 0.0, step))
         case "skip":
-            commands.append((CommandKind.SKIP, 2.0, step))
+            commands.append(("skip", 2.0, step))
         case "lr":
-            commands.append((CommandKind.LR, 0.5, step))
+            commands.append(("lr", 0.5, step))
         case "overflow":
             history.overflows.add(first + 1)
 
@@ -170,19 +170,15 @@ class ScriptedMailbox:
     def next(self, step: int) -> Command | None:
         history = self.history
         if self.guard.command_handler.question.text:
-            return (
-                self._made(CommandKind.ANSWER, float(history.answers.pop(0)))
-                if history.answers
-                else None
-            )
+            return self._made("answer", float(history.answers.pop(0))) if history.answers else None
         if not history.commands or history.commands[0][2] > step:
             return None
         kind, value, _ = history.commands.pop(0)
         return self._made(kind, value)
 
-    def _made(self, kind: CommandKind, value: float) -> Command:
+    def _made(self, kind: str, value: float) -> Command:
         self._count += 1
-        return Command(id=f"{kind.value}-{self._count}", kind=kind, value=value, who="tester")
+        return Command(id=f"{kind}-{self._count}", kind=kind, value=value, who="tester")
 
     def close(self) -> None:
         pass

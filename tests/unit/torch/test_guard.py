@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import guardrail.torch.checkpoint.disk_checkpoints
 from guardrail.core.config import GuardConfig
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import Action, Command, CommandKind, Mode, Phase, Verdict
+from guardrail.core.records import Action, Command, Mode, Phase, Verdict
 from guardrail.core.sections import CheckpointSection, SnapshotSection
 from guardrail.decide.sample_order import SampleCursor, SampleOrder
 from guardrail.rundir.manifest import checkpoint_dirs
@@ -246,7 +246,7 @@ def test_an_update_that_a_person_lets_through_leaves_what_it_would_have_left(
 
     def answer() -> None:
         wait_for(lambda: any(event.kind == "paused" for event in run.events()), what="a question")
-        run.send(Command(id="go-on", kind=CommandKind.ANSWER, value=1.0))
+        run.send(Command(id="go-on", kind="answer", value=1.0))
 
     person = threading.Thread(target=answer)
     person.start()

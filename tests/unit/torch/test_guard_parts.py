@@ -18,7 +18,6 @@ from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import (
     Action,
     Command,
-    CommandKind,
     Event,
     Finding,
     FindingKind,
@@ -30,16 +29,18 @@ from guardrail.core.records import (
     Status,
     Verdict,
 )
+from guardrail.decide.control_commands.registry import command_of, find_command, numbers_of
+from guardrail.decide.control_commands.skip import Skip
 from guardrail.decide.controller import Controller
+from guardrail.decide.questions import ParkResult
 from guardrail.decide.run_history import RunHistory
 from guardrail.decide.sample_order import Batch, SampleCursor, SampleOrder
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.torch.checkpoint.snapshot_manager import Target
 from guardrail.torch.guard import command_handler
 from guardrail.torch.guard.between_steps import BetweenSteps
-from guardrail.torch.guard.command_actions import RunActions
-from guardrail.torch.guard.command_handler import CommandHandler, ParkResult
-from guardrail.torch.guard.command_inbox import KINDS, numbers_of
+from guardrail.torch.guard.command_actions import GuardActions
+from guardrail.torch.guard.command_handler import CommandHandler
 from guardrail.torch.guard.context import Progress, RankInfo, RunContext, RunRecorder
 from guardrail.torch.guard.deferred_gate import DeferredGate
 from guardrail.torch.guard.guarded_scheduler import GuardedScheduler
@@ -620,7 +621,7 @@ def handler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Rig, Comma
     snapshots: Any = FakeSnapshots(rig)
     switch = timeline_switch(rig, snapshots)
     switch.open()
-    actions = RunActions(
+    actions = GuardActions(
         rig.ctx,
         snapshots=snapshots,
         quarantine=Quarantine(rig.ctx),
@@ -636,16 +637,18 @@ def handler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Rig, Comma
     return rig, made
 
 
-def give(kind: CommandKind, value: float = 0.0, **more: Any) -> tuple[int, float]:
-    command = Command(id=f"{kind.value}-1", kind=kind, value=value, who="ann", **more)
+def give(kind: str, value: float = 0.0, **more: Any) -> tuple[int, float]:
+    command = Command(id=f"{kind}-1", kind=kind, value=value, who="ann", **more)
     FakePoller.commands.append(command)
-    return numbers_of(kind, value)
+    found = find_command(kind)
+    assert found is not None
+    return numbers_of(found(value))
 
 
 def test_a_command_is_answered_before_its_effect(handler: tuple[Rig, CommandHandler]) -> None:
     rig, commands = handler
-    given = give(CommandKind.SKIP, 2.0)
-    assert commands.next(1) == given and KINDS[given[0] - 1] is CommandKind.SKIP
+    given = give("skip", 2.0)
+    assert commands.next(1) == given and isinstance(command_of(*given), Skip)
     assert commands.carry_out(*given)
     assert rig.kinds() == ["started", "command", "skipped"]
     assert rig.events[1].data["who"] == "ann" and len(rig.ctx.order.quarantine) == 8
@@ -656,10 +659,10 @@ def test_a_command_for_what_is_not_there_any_more_is_refused(
     handler: tuple[Rig, CommandHandler],
 ) -> None:
     rig, commands = handler
-    given = give(CommandKind.LR, 0.5, shown=Shown(instead_of=0.25))
+    given = give("lr", 0.5, shown=Shown(instead_of=0.25))
     commands.next(1)
     assert not commands.carry_out(*given) and rig.events[-1].data["effect"] == "refused"
-    given = give(CommandKind.RESUME)
+    given = give("resume")
     commands.next(1)
     assert not commands.carry_out(*given) and rig.events[-1].data["reason"]
 
@@ -668,9 +671,9 @@ def test_a_pause_ends_with_resume_and_carries_out_what_comes_meanwhile(
     handler: tuple[Rig, CommandHandler],
 ) -> None:
     rig, commands = handler
-    give(CommandKind.CHECKPOINT)
-    give(CommandKind.MODE, float(list(Mode).index(Mode.ASK)))
-    give(CommandKind.RESUME)
+    give("checkpoint")
+    give("mode", float(list(Mode).index(Mode.ASK)))
+    give("resume")
     assert commands.park() is ParkResult.AS_PROPOSED
     assert rig.done == [("saved", 0)] and rig.ctx.progress.mode is Mode.ASK
     assert [rig.kinds()[1], rig.kinds()[-1]] == ["paused", "resumed"]
@@ -679,7 +682,7 @@ def test_a_pause_ends_with_resume_and_carries_out_what_comes_meanwhile(
 
 def test_an_answer_ends_a_question(handler: tuple[Rig, CommandHandler]) -> None:
     rig, commands = handler
-    give(CommandKind.ANSWER, 1.0)
+    give("answer", 1.0)
     proposal = verdict(Action.PAUSE, would=Action.HALT)
     batch = Batch(first=0, last=4, positions=(0,), samples=(0,))
     commands._actions.status = lambda: Status(run="", phase=Phase.PAUSED)  # type: ignore[method-assign]

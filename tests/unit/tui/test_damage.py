@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from textual.pilot import Pilot
 
-from guardrail.core.records import Command, CommandKind, Phase
+from guardrail.core.records import Command, Phase
 from guardrail.operate.run_summary import RunSummary
 from guardrail.rundir import journal
 from guardrail.rundir.follow import Follower
@@ -239,7 +239,7 @@ def test_a_reading_that_fails_in_the_background_says_so(
             wait_for(lambda: "the zoom failed" in reader.latest().trouble)
         reader.choose_signals(("loss", "lr"), "tokens")
         wait_for(lambda: "lr" in reader.latest().series.values)
-        reader.send(Command(id="a", kind=CommandKind.PAUSE))
+        reader.send(Command(id="a", kind="pause"))
         wait_for(lambda: bool(run.commands_pending()))
     finally:
         reader.close()

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from rich.cells import cell_len
 
-from guardrail.core.records import CommandKind, Mode, Phase, SnapshotInfo, Status
+from guardrail.core.records import Mode, Phase, SnapshotInfo, Status
 from guardrail.core.sections import LaunchSection
 from guardrail.launch.supervisor_journal import SupervisorJournal
 from guardrail.tui.model.pane_state import PaneState
@@ -207,7 +207,7 @@ def test_a_pause_says_by_whom() -> None:
 @pytest.mark.fault("B2", "T14")
 def test_the_embedding_factor_has_a_mark_with_its_number() -> None:
     fake = example()
-    fake.event("command", "shrink-embedding x0.1", id="a", command=CommandKind.SHRINK_EMBEDDING.value, value=0.1,
+    fake.event("command", "shrink-embedding x0.1", id="a", command="shrink-embedding", value=0.1,
                effect="applied", who="ann@vm")  # fmt: skip
     assert (1284, "×0.1") in snapshot_of(fake).story.marks["!"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from guardrail.core.records import Command, CommandKind, Phase, Status
+from guardrail.core.records import Command, Phase, Status
 from guardrail.operate.run_state import RunState
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.tui.model import curve_reader, run_reader, worker_thread
@@ -74,7 +74,7 @@ def test_further_signals_and_another_axis_come_by_choice(
     assert series.last_step == 1000 and len(series.ghosts) == 2, "what was left stays left"
     reading.choose_signals(("loss",), "step")
     reading.choose_signals(("loss", "lr"), "tokens")
-    reading.send(Command(id="after", kind=CommandKind.PAUSE))  # comes after both on the same thread
+    reading.send(Command(id="after", kind="pause"))  # comes after both on the same thread
     wait_for(lambda: bool(run.commands_pending()))
     assert reading.latest().series is series, "what is kept already is not read again"
 
@@ -147,7 +147,7 @@ def test_silence_counts_from_the_last_new_heartbeat_by_our_own_clock(run: RunDir
 def test_commands_go_into_the_inbox_and_answers_come_back(
     run: RunDirectory, reading: RunReader
 ) -> None:
-    reading.send(Command(id="mine", kind=CommandKind.LR, value=0.5, who="me@here", time=1.0))
+    reading.send(Command(id="mine", kind="lr", value=0.5, who="me@here", time=1.0))
     wait_for(lambda: [c.id for c in run.commands_pending()] == ["mine"])
     run.answer(run.commands_pending()[0], applied=True, step=1290)
     wait_for(lambda: "mine" in reading.latest().story.answers)
@@ -155,7 +155,7 @@ def test_commands_go_into_the_inbox_and_answers_come_back(
 
 
 def test_a_command_that_cannot_be_handed_in_is_said(run: RunDirectory, reading: RunReader) -> None:
-    reading.send(Command(id="wrong", kind=CommandKind.LR, value=-1.0))
+    reading.send(Command(id="wrong", kind="lr", value=-1.0))
     wait_for(lambda: "wrong" in reading.latest().unsent)
     assert "lr takes a factor" in reading.latest().unsent["wrong"]
 
@@ -231,14 +231,11 @@ def test_a_failing_preview_stops_no_command(
         raise KeyError("slowest_rank")
 
     monkeypatch.setattr(RunState, "of", damaged)
-    reading.preview(Command(id="shown", kind=CommandKind.UNDO, value=1.0))
-    reading.send(Command(id="sent", kind=CommandKind.PAUSE))
+    reading.preview(Command(id="shown", kind="undo", value=1.0))
+    reading.send(Command(id="sent", kind="pause"))
     wait_for(lambda: [command.id for command in run.commands_pending()] == ["sent"], seconds=20)
     wait_for(lambda: "shown" in reading.latest().previews)
-    assert (
-        "cannot be worked out: KeyError: 'slowest_rank'"
-        in reading.latest().previews["shown"].remark
-    )
+    assert "KeyError: 'slowest_rank'" in reading.latest().previews["shown"].remark
 
 
 @pytest.mark.fault("B3")
@@ -260,7 +257,7 @@ def test_threads_of_the_screen_outlive_whatever_happens(
     reader.start(lambda: None)
     try:
         wait_for(lambda: reader.latest().loaded)
-        reader.send(Command(id="first", kind=CommandKind.PAUSE))
+        reader.send(Command(id="first", kind="pause"))
         reader.write_note("a note")
         said = {
             "send": lambda: "a mistake" in reader.latest().unsent.get("first", ""),
@@ -269,7 +266,7 @@ def test_threads_of_the_screen_outlive_whatever_happens(
         }
         wait_for(said[what])
         failing = False
-        reader.send(Command(id="second", kind=CommandKind.PAUSE))
+        reader.send(Command(id="second", kind="pause"))
         reader.write_note("another note")
         wait_for(lambda: "second" in {command.id for command in run.commands_pending()})
         wait_for(lambda: reader.latest().story.lines[-1].text == "another note")

@@ -28,6 +28,7 @@ from guardrail.tui.model.logtail import PrintedLine
 from guardrail.tui.model.rank_health import Rank
 from guardrail.tui.model.view import Snapshot, View
 from guardrail.tui.screens.dashboard import VIEWER_CHOICES, Dashboard
+from guardrail.tui.screens.question_keys import OpenQuestion
 from tests.support.fake_run import START, FakeReader, FakeRun, example, snapshot_of
 from tests.support.places import ROOT
 
@@ -192,7 +193,7 @@ class Studio:
         self.reader.snapshot = snapshot
         self.dashboard.commands.show_notice("")
         view = View(snapshot, self.clock[0])
-        self.dashboard._asked = ("", 0)
+        self.dashboard._asked = OpenQuestion()
         self.dashboard.change_view(**{name: getattr(view, name) for name in VIEWER_CHOICES} | look)
         assert isinstance(app, GuardrailApp)
         app._draw()

@@ -20,7 +20,7 @@ from guardrail.tui.draw import palette
 from guardrail.tui.draw.lines import Lines
 from guardrail.tui.model.view import CHARTS
 from guardrail.tui.screens.dashboard import Dashboard
-from guardrail.tui.screens.dialogs import Pager
+from guardrail.tui.screens.pager import Pager
 from guardrail.tui.screens.pane_keys import PaneLines
 from tests.support.fake_run import FakeReader, FakeRun, example, snapshot_of
 

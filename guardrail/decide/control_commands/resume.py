@@ -1,0 +1,28 @@
+"""`resume`: a paused training continues. The key of `pause` gives it too."""
+
+from __future__ import annotations
+
+from guardrail.decide.control_commands.base import ControlCommand, RunActions, RunFacts
+from guardrail.decide.questions import ParkResult, how_to_answer
+
+
+class Resume(ControlCommand):
+    """Continue a paused training. It answers no question."""
+
+    name = "resume"
+    help = "Continue after a pause."
+
+    def label(self) -> str:
+        return "continue"
+
+    def refuse(self, run: RunFacts) -> str:
+        if run.is_asking:
+            return how_to_answer(run.question)
+        if not run.is_paused:
+            return "training is not paused"
+        return ""
+
+    def execute(self, actions: RunActions) -> bool:
+        actions.acknowledge(self)
+        actions.end_pause(ParkResult.AS_PROPOSED)
+        return True

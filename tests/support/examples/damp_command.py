@@ -1,0 +1,45 @@
+"""An example of a command to a run: `damp` multiplies the learning rate by 0.1 until `lr` is given.
+
+To add it to guardrail, put `Damp` into `COMMANDS` of guardrail/decide/control_commands/registry.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from guardrail.decide.control_commands.base import (
+    ControlCommand,
+    RecordedFacts,
+    ReplayTarget,
+    RunActions,
+    RunFacts,
+    ScreenKey,
+)
+from guardrail.decide.control_commands.preview import Preview
+from guardrail.decide.remedies import LR
+
+FACTOR = 0.1
+
+
+class Damp(ControlCommand):
+    """Multiply the learning rate by 0.1."""
+
+    name = "damp"
+    help = "Multiply the learning rate by 0.1."
+    key = ScreenKey(key="D", label="damp", help="Multiply the learning rate by 0.1.")
+
+    def refuse(self, run: RunFacts) -> str:
+        if run.setting_of(LR).at(run.step + 1) == FACTOR:
+            return "the learning rate is damped already"
+        return ""
+
+    def preview_effect(self, run: RecordedFacts) -> Preview:
+        return self.make_preview(run, lr=run.next_rates().lr * FACTOR)
+
+    def execute(self, actions: RunActions) -> bool:
+        # The journal line is the setting itself: `replayed` reads it, now and after a restart.
+        return actions.acknowledge(self)
+
+    def replayed(self, target: ReplayTarget, step: int, data: Mapping[str, Any]) -> None:
+        target.set_factor(LR, step + 1, FACTOR)
