@@ -31,6 +31,18 @@ def has_supervisor() -> bool:
     return True
 
 
+def record_failure(error: BaseException) -> None:
+    """Write the exception that ends this rank to TORCHELASTIC_ERROR_FILE; the journal shows it.
+
+    Called in an `except` block. torch's decorator `record` would do the same, but also for a stop
+    on request, and it would import torch before the signal handlers are installed.
+    """
+    with contextlib.suppress(Exception):  # a full disk, or torch that cannot be imported
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+
+
 REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what a disk says that takes nothing
 
 
@@ -87,6 +99,7 @@ def main() -> int:
         heartbeat.at(phase)
     except GuardrailError as error:
         print(error, file=sys.stderr)
+        record_failure(error)
         return int(error.exit_code)
     except OSError as error:
         # A first write that a disk refuses is no fault of the program: a traceback would hide the
@@ -105,8 +118,9 @@ if __name__ == "__main__":
     # up for minutes; after an error too, since the other ranks wait for this process to be gone.
     try:
         code = main()
-    except BaseException:
+    except BaseException as error:
         traceback.print_exc()
+        record_failure(error)
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()

@@ -302,6 +302,7 @@ class Supervisor:
             f"{sentence} on {self.host}",
             rank=rank,
             exit=failure.exit,
+            error=failure.error,
             host=self.host,
             log=f"logs/rank-{rank}.log",
         )

@@ -5,6 +5,7 @@ another process.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from guardrail.core.sections import LaunchSection
+from guardrail.core.text import clean_text
 from guardrail.rundir.processes import (
     INCARNATION_VARIABLE,
     RUN_VARIABLE,
@@ -25,8 +27,14 @@ from guardrail.rundir.processes import (
 
 # A rank's output is appended, so that the log of the incarnation that failed survives the restart;
 # elastic's own --redirects would truncate it. `exec` keeps the rank the direct child of the agent,
-# with the pid that the agent knows.
-_RANK = 'exec "$@" >>"$GUARDRAIL_RUN/logs/rank-$RANK.log" 2>&1 </dev/null'
+# with the pid that the agent knows; $$ is that pid. torch's `record` writes the exception that ends
+# a rank to TORCHELASTIC_ERROR_FILE.
+_RANK = (
+    'export TORCHELASTIC_ERROR_FILE="$GUARDRAIL_ERRORS-$$.json"; '
+    'exec "$@" >>"$GUARDRAIL_RUN/logs/rank-$RANK.log" 2>&1 </dev/null'
+)
+ERRORS_VARIABLE = "GUARDRAIL_ERRORS"  # path of the error files of a node's ranks, up to the pid
+_ERROR_CHARACTERS = 300  # of an exception that the journal holds
 
 # Ignored signals stay ignored over exec, in the ranks too until they install handlers. So a batch
 # system's SIGTERM to every process of the job does not kill a rank that is still importing torch;
@@ -42,15 +50,24 @@ _FAILURE = re.compile(rb"failed \(exitcode: (-?\d+)\) local_rank: (\d+) \(pid: (
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """One rank that ended badly, as elastic reports it. `exit` is negative for a signal, as in
-    subprocess.
+    """One rank that ended badly, as elastic reports it.
+
+    Attributes:
+        exit: exit status; negative for a signal, as in subprocess.
+        error: the exception that ended it, one line; "" if it wrote none.
     """
 
     exit: int
     local_rank: int
     pid: int
+    error: str = ""
 
     def __str__(self) -> str:
+        if self.error:
+            return f"{self._how_it_ended()} ({self.error})"
+        return self._how_it_ended()
+
+    def _how_it_ended(self) -> str:
         if self.exit < 0:
             try:
                 return f"was killed by {signal.Signals(-self.exit).name}"
@@ -107,7 +124,8 @@ def command(launch: LaunchSection, *, name: str, restarts: int) -> list[str]:
         "--no-python",
         "/bin/sh",
         "-c",
-        _RANK,
+        # torch fills in its macros with string.Template, where $$ stands for $.
+        _RANK.replace("$$", "$$$$"),
         "rank",
         sys.executable,
         "-u",
@@ -131,6 +149,7 @@ def environment(
     variables[RUN_VARIABLE] = str(run)
     variables[SUPERVISOR_VARIABLE] = str(os.getpid())
     variables[INCARNATION_VARIABLE] = str(incarnation)
+    variables[ERRORS_VARIABLE] = str(_error_files(run, launch))
     variables["PET_SIGNALS_TO_HANDLE"] = variables["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     if launch.nodes > 1:
         # An agent keeps one store for all starts of the ranks (torch 2.13,
@@ -146,6 +165,22 @@ def environment(
     if launch.threads:
         variables["OMP_NUM_THREADS"] = str(launch.threads)
     return variables
+
+
+def _error_files(run: Path, launch: LaunchSection) -> Path:
+    """Return the path of the error files of this node's ranks, up to "-PID.json"."""
+    return run / "logs" / f"error-{launch.node_rank}"
+
+
+def read_error(file: Path) -> str:
+    """Return the exception in an error file of torch elastic, as one line; "" if there is none."""
+    try:
+        message = json.loads(file.read_bytes())["message"]
+        if isinstance(message, dict):
+            message = message["message"]
+        return clean_text(str(message), _ERROR_CHARACTERS)
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 class Agent:
@@ -168,6 +203,8 @@ class Agent:
         self._log: BinaryIO | None = None
         with contextlib.suppress(OSError):
             self._log = log.open("ab", buffering=0)
+        self._errors = _error_files(run, launch)
+        self._remove_errors()  # pids are used again
         self._pending = b""  # the beginning of a line
         self.process = subprocess.Popen(
             command(launch, name=f"{run.parent.name}-{run.name}", restarts=restarts),
@@ -191,13 +228,20 @@ class Agent:
         text = self._pending + text
         end = text.rfind(b"\n") + 1
         self._pending = text[end:]
-        failures = (map(int, found.groups()) for found in _FAILURE.finditer(text[:end]))
         return Output(
             closing=tuple(int(found.group(1)) for found in _CLOSING.finditer(text[:end])),
-            failures=tuple(
-                Failure(exit=code, local_rank=rank, pid=pid) for code, rank, pid in failures
-            ),
+            failures=tuple(self._failure(found) for found in _FAILURE.finditer(text[:end])),
         )
+
+    def _failure(self, found: re.Match[bytes]) -> Failure:
+        code, rank, pid = map(int, found.groups())
+        error = read_error(Path(f"{self._errors}-{pid}.json"))
+        return Failure(exit=code, local_rank=rank, pid=pid, error=error)
+
+    def _remove_errors(self) -> None:
+        for file in self._errors.parent.glob(f"{self._errors.name}-*.json"):
+            with contextlib.suppress(OSError):
+                file.unlink()
 
     def _chunks(self) -> Iterator[bytes]:
         with contextlib.suppress(BlockingIOError):
@@ -208,6 +252,7 @@ class Agent:
         """Kill the agent if it still runs. It leaves its ranks to the reaper."""
         self.process.kill()
         self.process.wait()
+        self._remove_errors()  # the log of the rank has the traceback
         self._pipe.close()
         if self._log is not None:
             self._log.close()

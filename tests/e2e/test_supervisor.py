@@ -128,6 +128,15 @@ def test_a_failed_rank_is_started_again(lab: Lab) -> None:
     assert status is not None and (status.restarts, status.phase) == (1, Phase.FINISHED)
 
 
+def test_the_exception_of_a_failed_rank_is_in_the_journal(lab: Lab) -> None:
+    lab.guardrail("launch", configure(lab, "fault = 'record'"), "--headless")
+    run = lab.newest()
+    failure = next(event for event in run.events() if event.kind == "ranks_failed")
+    assert (failure.data["rank"], failure.data["error"]) == (1, "ValueError: too small")
+    assert failure.data["error"] in failure.message
+    assert not list(run.logs.glob("error*"))
+
+
 def test_ranks_that_fail_too_often_end_the_run_with_4_and_say_why(lab: Lab) -> None:
     result = lab.guardrail(
         "launch", configure(lab, "fault = 'exit'\nstarts = 99\nrank = 0"), "--headless"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -218,7 +219,59 @@ def test_an_agent_is_heard_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.Mo
         agent.end()
 
 
+def test_the_exception_that_ended_a_rank_is_read_and_its_file_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is that of torch's error handler, at the path that the rank's shell exports."""
+    (tmp_path / "logs").mkdir()
+    stale = tmp_path / "logs" / "error-0-99.json"
+    stale.write_text("{}")
+    rank = tmp_path / "rank.py"
+    rank.write_text(
+        "from torch.distributed.elastic.multiprocessing.errors import record\n"
+        "@record\n"
+        "def main() -> None:\n"
+        "    raise ValueError('two\\nlines')\n"
+        "main()\n"
+    )
+    shell = " ".join(shlex.quote(word) for word in ("/bin/sh", "-c", elastic._RANK, "rank"))
+    script = (
+        f"RANK=0 {shell} {sys.executable} {rank} & pid=$!; wait $pid; "
+        'echo "failed (exitcode: 1) local_rank: 0 (pid: $pid) of binary: /bin/sh"'
+    )
+    agent = agent_that_prints(monkeypatch, tmp_path, script)
+    try:
+        assert not stale.exists()
+        agent.process.wait()
+        (failure,) = agent.read().failures
+        assert failure.error == "ValueError: two lines" and failure.error in str(failure)
+    finally:
+        agent.end()
+    assert [file.name for file in (tmp_path / "logs").iterdir()] == ["rank-0.log"]
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        (None, ""),
+        ("", ""),
+        ("[]", ""),
+        ('{"message": 3}', "3"),
+        ('{"message": "KeyError: 1"}', "KeyError: 1"),
+        ('{"message": {"extraInfo": {}}}', ""),
+    ],
+)
+def test_an_error_file_of_any_content_is_read(
+    tmp_path: Path, content: str | None, error: str
+) -> None:
+    file = tmp_path / "error.json"
+    if content is not None:
+        file.write_text(content)
+    assert elastic.read_error(file) == error
+
+
 def test_a_failure_in_words() -> None:
+    assert str(Failure(exit=1, local_rank=0, pid=1, error="E: x")) == "exited with 1 (E: x)"
     assert str(Failure(exit=1, local_rank=0, pid=1)) == "exited with 1"
     assert str(Failure(exit=-9, local_rank=0, pid=1)) == "was killed by SIGKILL"
     assert str(Failure(exit=-77, local_rank=0, pid=1)) == "was killed by signal 77"

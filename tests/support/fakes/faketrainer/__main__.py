@@ -4,6 +4,7 @@ it is told to.
 
 import contextlib
 import fcntl
+import json
 import os
 import signal
 import sys
@@ -27,6 +28,10 @@ def here_it_hangs() -> None:
 def misbehave(kind: str, run: RunDirectory) -> None:
     if kind == "exit":
         print("this is the line that explains it", flush=True)
+        os._exit(1)
+    if kind == "record":  # as torch's `record` does for an exception
+        message = {"message": {"message": "ValueError: too small", "extraInfo": {}}}
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(message))
         os._exit(1)
     if kind == "full":
         with (

@@ -12,9 +12,21 @@ class FakeSection(Section, frozen=True, kw_only=True):
     # exit: status 1; hang: the main thread stops; freeze: the process stops; deaf: ignores every
     # stop; silent: ends with 0 and says nothing; forks: leaves a child behind; chatty: a megabyte
     # of notes; usage: refuses its configuration; full: fills the disk of the run directory and
-    # fails; lock: as freeze, and holds the journal.
+    # fails; lock: as freeze, and holds the journal; record: status 1, and the exception in torch's
+    # error file.
     fault: Literal[
-        "", "exit", "hang", "freeze", "deaf", "silent", "forks", "chatty", "usage", "full", "lock"
+        "",
+        "exit",
+        "hang",
+        "freeze",
+        "deaf",
+        "silent",
+        "forks",
+        "chatty",
+        "usage",
+        "full",
+        "lock",
+        "record",
     ] = ""
     rank: int = 1
     step: int = 5
