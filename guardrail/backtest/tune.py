@@ -14,21 +14,21 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import msgspec
-
 from guardrail.backtest.backtest import Case, Result, backtest
 from guardrail.backtest.importers.recorded_log import Log
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS
+from guardrail.core.section import replace_key
 
 BUDGET = 1.0  # single rejections in 10,000 records that a run should not mind
 LONE = 2  # rows that a rejection which stands alone lasts at most
-# Setting -> (the signal that it judges, the values that are tried). Around the defaults, a factor
+TABLE = "detectors.spike"  # of [guard]
+# Key of that table -> (the signal that it judges, the values that are tried). Around the defaults, a factor
 # of about 1.25 apart.
 TRIED = {
-    "loss_score": (LOSS, (5.0, 6.0, 7.0, 8.0, 10.0, 12.0, 15.0, 20.0)),
-    "grad_score": (GRAD_NORM, (6.0, 7.0, 8.0, 10.0, 12.0, 15.0, 20.0, 25.0)),
-    "embed_score": (EMBED_GRAD_NORM, (6.0, 7.0, 8.0, 10.0, 12.0, 15.0, 20.0, 25.0)),
+    "loss_threshold": (LOSS, (5.0, 6.0, 7.0, 8.0, 10.0, 12.0, 15.0, 20.0)),
+    "grad_threshold": (GRAD_NORM, (6.0, 7.0, 8.0, 10.0, 12.0, 15.0, 20.0, 25.0)),
+    "embed_threshold": (EMBED_GRAD_NORM, (6.0, 7.0, 8.0, 10.0, 12.0, 15.0, 20.0, 25.0)),
 }
 
 
@@ -79,13 +79,12 @@ def tune(
         )
         if not records:
             continue
-        default = float(getattr(settings, name))
+        default = float(getattr(settings.detectors.spike, name))
         trials = []
         for value in sorted({*values, default}):
             say(f"{name} = {value:g}")
-            results = [
-                backtest(log, msgspec.structs.replace(settings, **{name: value})) for log in logs
-            ]
+            tried = replace_key(settings, f"{TABLE}.{name}", value)
+            results = [backtest(log, tried) for log in logs]
             trials.append(_trial(value, results, signal))
         fit = [trial.value for trial in trials if 1e4 * trial.lone <= budget * records]
         chosen = min(fit) if fit else max(trial.value for trial in trials)
@@ -122,7 +121,7 @@ def toml(
         yield "#"
         yield f"# {len(spaced)} of the logs tell only every n-th step, or means over n steps. A live run sees each,"
         yield "# and they are noisier: be slow to set anything lower than the default because of such logs."
-    yield "[guard]"
+    yield f"[guard.{TABLE}]"
     for proposal in proposals:
         yield ""
         yield f"# {'score':>7} {'alone':>7} {'more':>7} {'notes':>7}   ({proposal.signal})"

@@ -73,7 +73,7 @@ class GuardConfig(Section, frozen=True, kw_only=True):
             base: folder of relative paths.
         """
         guard = self.guard
-        section_checks.check_history(guard)
+        section_checks.check_detectors(guard)
         section_checks.check_snapshots(self.snapshots, guard)
         section_checks.check_extra_signals(guard.extra_signals)
         section_checks.check_escalation(guard.escalation)
@@ -169,14 +169,15 @@ def load_guard_options(
                 "a key of [guard]",
                 file="--set",
                 value=mask_override(text),
-                hint="e.g. --set guard.loss_score=6",
+                hint="e.g. --set guard.max_rollbacks=3",
             )
         apply_override(kept, text, GuardConfig)
     try:
         settings = convert_tree(kept, GuardConfig, file=file)
         settings.check(base=Path.cwd())
     except ConfigError as error:
-        raise error.at(find_source(error.key, file=file, overrides=overrides)) from error
+        source = find_source(error.key, file=file, overrides=overrides, schema=GuardConfig)
+        raise error.at(source) from error
     return settings.guard
 
 

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import typing
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from msgspec import Meta
 
+from guardrail.core.late_imports import make_detector_sections
 from guardrail.core.records import Mode, Remedy
 from guardrail.core.section import (
     Fraction,
     Natural,
     NonNegativeFloat,
     Positive,
-    PositiveFloat,
     Section,
 )
+
+if typing.TYPE_CHECKING:
+
+    class DetectorSections(Section, frozen=True, kw_only=True):
+        """[guard.detectors]: a table for each type of detector settings."""
+
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+    DetectorSections = make_detector_sections()
 
 
 class EscalationStep(Section, frozen=True, kw_only=True):
@@ -117,6 +127,13 @@ class GuardOptions(Section, frozen=True, kw_only=True):
         "embed_floor": "shrink_embedding.floor",
         "embed_hold": "shrink_embedding.hold_steps",
         "embed_back": "shrink_embedding.ramp_steps",
+        "window": "detectors.spike.history",
+        "warmup": "detectors.spike.min_history",
+        "loss_score": "detectors.spike.loss_threshold",
+        "grad_score": "detectors.spike.grad_threshold",
+        "embed_score": "detectors.spike.embed_threshold",
+        "divergence_score": "detectors.divergence.threshold",
+        "divergence_steps": "detectors.divergence.steps",
     }
     RENAMED_VALUES: ClassVar = {
         "new_data": {"learn": "accept", "leave_out": "skip"},
@@ -127,16 +144,6 @@ class GuardOptions(Section, frozen=True, kw_only=True):
     # "auto" acts by itself. "ask" pauses and asks before a rollback. "advise" only reports what it
     # would do. "off" detects nothing.
     mode: Mode = Mode.AUTO
-    # Accepted steps that a detector's baseline covers.
-    window: Annotated[int, Meta(ge=16)] = 128
-    # Accepted steps before a spike detector trusts its scale. Until then only larger jumps count.
-    # Non-finite values are rejected from the first step.
-    warmup: Annotated[int, Meta(ge=8)] = 32
-    # A step is rejected above this score: the distance of the logarithm from the baseline, in robust
-    # standard deviations (median, MAD).
-    loss_score: PositiveFloat = 8.0
-    grad_score: PositiveFloat = 10.0
-    embed_score: PositiveFloat = 10.0
     # Largest share of the data that the guard skips by itself. The data are the distinct samples
     # that the run reads until its end: the corpus, or what `train.steps` need if that is less. A skip
     # or rollback beyond this share is not carried out. In mode "ask", or while a screen is open, the
@@ -159,10 +166,6 @@ class GuardOptions(Section, frozen=True, kw_only=True):
     # show the same anomaly: then it is not a bad range of data but new data. "accept": apply it as a
     # new level. "skip": skip it like any bad data.
     new_data: typing.Literal["accept", "skip"] = "accept"
-    # Divergence: the median of this many accepted losses is this many robust standard deviations
-    # above the lowest such median of the window. A sudden rise is found after half of these steps.
-    divergence_score: PositiveFloat = 6.0
-    divergence_steps: Positive = 20
     # Batches that a rollback also skips, before the onset and after the last bad batch (PaLM: 100,
     # and 200 to 400).
     skip_before: Natural = 1
@@ -179,11 +182,14 @@ class GuardOptions(Section, frozen=True, kw_only=True):
     max_window: Positive = 512
     # What is done where the embedding leads an incident.
     shrink_embedding: ShrinkEmbedding = ShrinkEmbedding()
+    # Thresholds and histories of the detectors.
+    detectors: DetectorSections = DetectorSections()
     # Remedies that hold from the first step, as the journal of another run states them. They make
     # that run reproducible.
     remedies: tuple[Remedy, ...] = ()
     # fp16: a rollback follows this many consecutive overflows. Fewer are the search for a loss scale
-    # (8 overflows divide it by 256). Before `warmup` accepted steps at least 16 are needed.
+    # (8 overflows divide it by 256). Before `detectors.spike.min_history` accepted steps at least 16
+    # are needed.
     rollback_after_overflows: Positive = 8
     # At the first rejected step of an incident, run a few batches again to find whether the data, the
     # model's state or the hardware is the cause. Needs a loop that can run a batch again

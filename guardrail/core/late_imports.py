@@ -9,14 +9,32 @@ from __future__ import annotations
 
 import functools
 import importlib
+import types
 from typing import Any
 
+from guardrail.core.section import Section
+
 DETECTORS = "guardrail.detectors.build"
+GUARD_OPTIONS = "guardrail.core.guard_options"  # where the type of [guard.detectors] stands
 
 
 @functools.cache
 def _load(module: str) -> Any:
     return importlib.import_module(module)
+
+
+def make_detector_sections() -> type[Section]:
+    """Return the type of [guard.detectors]: one table for each type of settings."""
+    settings = _load(DETECTORS).SETTINGS
+    namespace: dict[str, Any] = {"__annotations__": dict(settings), "__module__": GUARD_OPTIONS}
+    namespace["__doc__"] = "[guard.detectors]: the settings of the detectors."
+    namespace |= {table: cls() for table, cls in settings.items()}
+    return types.new_class(
+        "DetectorSections",
+        (Section,),
+        {"frozen": True, "kw_only": True},
+        lambda body: body.update(namespace),
+    )
 
 
 def find_detector(kind: Any) -> Any:

@@ -30,10 +30,7 @@ class SectionType(msgspec.StructMeta):
             return super().__call__(*args, **given)
         schema = typing.cast(type[msgspec.Struct], cls)
         new = rename_keys(given, schema, path="", file="")
-        for name, section in _sections(schema).items():
-            if isinstance(new.get(name), dict):
-                new[name] = section(**new[name])
-        return super().__call__(*args, **new)
+        return super().__call__(*args, **_make_sections(new, schema))
 
 
 class Renamed(msgspec.Struct, metaclass=SectionType, frozen=True, kw_only=True):
@@ -109,6 +106,15 @@ def _present_value(value: Any, words: Mapping[str, str], key: str, *, notice: bo
     if notice:
         print_notice(f'{key} = "{value}"', f'"{words[value]}"')
     return words[value]
+
+
+def _make_sections(tree: dict[str, Any], schema: type[msgspec.Struct]) -> dict[str, Any]:
+    """Return the values of a section, with each table in it as its section."""
+    made = dict(tree)
+    for name, section in _sections(schema).items():
+        if isinstance(made.get(name), dict):
+            made[name] = section(**_make_sections(made[name], section))
+    return made
 
 
 def _put(

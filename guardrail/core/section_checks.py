@@ -13,15 +13,10 @@ from guardrail.core.records import METRIC_COLUMNS, UPDATE_NORM, Mode, Remedy
 from guardrail.core.sections import LaunchSection, SnapshotSection
 
 
-def check_history(guard: GuardOptions) -> None:
-    """Refuse a warm-up that is longer than the window it fills."""
-    if guard.warmup > guard.window:
-        raise ConfigError(
-            f"at most guard.window ({guard.window})",
-            key="guard.warmup",
-            value=guard.warmup,
-            hint="the warm-up fills the window",
-        )
+def check_detectors(guard: GuardOptions) -> None:
+    """Refuse settings of detectors that do not fit each other."""
+    for table in guard.detectors.__struct_fields__:
+        getattr(guard.detectors, table).check(f"guard.detectors.{table}")
 
 
 def check_snapshots(snapshots: SnapshotSection, guard: GuardOptions) -> None:

@@ -79,7 +79,7 @@ class Controller(ControllerMemory):
         # further.
         reach = (
             settings.skip_before
-            + max(LOOK_BACK, Divergence.MEMORY * settings.divergence_steps, CLIMB)
+            + max(LOOK_BACK, Divergence.MEMORY * settings.detectors.divergence.steps, CLIMB)
             + 1
         )
         if any(rung.action == "widen" for rung in settings.escalation):
@@ -635,7 +635,7 @@ class Controller(ControllerMemory):
         if advice.book(done, obs, findings, onset):
             if any(finding.severity is Severity.WEIGHTS_DAMAGED for finding in findings):
                 self.detector_set.reset_weight_detectors()
-        if len(advice.left_out) >= self.settings.warmup:
+        if len(advice.left_out) >= self.settings.detectors.spike.min_history:
             # So long a stretch is where the run is now. Learn that, instead of the same alarm for
             # ever.
             self.detector_set.reset()

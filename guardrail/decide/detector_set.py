@@ -19,6 +19,7 @@ from guardrail.detectors.no_tokens import NoTokens
 from guardrail.detectors.restart import Restart
 from guardrail.detectors.resume_jump import ResumeJump
 from guardrail.detectors.signed_loss import LossKind, SignedLoss
+from guardrail.detectors.spike_settings import SpikeSettings
 from guardrail.detectors.spikes import NAMED, LossSpike, NamedSpike
 
 # Severity of a loss of exactly 0.
@@ -52,8 +53,8 @@ class DetectorSet:
     """
 
     def __init__(self, options: GuardOptions) -> None:
-        self._options = options
         self.detectors, parts = build_detectors(options)
+        self._spike_settings = parts.settings(SpikeSettings)
         self.signed_loss = parts.get(SignedLoss)
         self.loss_spike = parts.get(LossSpike)
         self.joint_cusum = parts.get(JointCusum)
@@ -98,7 +99,7 @@ class DetectorSet:
         """Add the detectors of further signals that are new."""
         for signal in signals:
             if signal not in OWN_SIGNALS and NAMED + signal not in self.detectors:
-                self.detectors[NAMED + signal] = NamedSpike(signal, self._options)
+                self.detectors[NAMED + signal] = NamedSpike(signal, self._spike_settings)
 
     def _is_active(self, detector: Detector, signals: Sequence[str]) -> bool:
         """Return whether a detector judges steps with these signals."""

@@ -16,6 +16,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from guardrail.core.records import Finding, FindingKind, Observation, Severity, score_words
+from guardrail.core.section import Section
 
 if TYPE_CHECKING:  # the options hold the settings of the detectors, so they are imported after them
     from guardrail.core.guard_options import GuardOptions
@@ -32,6 +33,29 @@ class ReplaySign(Enum):
     SAME_VALUE = "the very same number again"
 
 
+class DetectorSettings(Section, frozen=True, kw_only=True):
+    """Base of the keys of a detector, or of several: a table [guard.detectors.NAME].
+
+    The comment above a key says in which unit it is, what it means, and where it comes from. The
+    documentation is made of these comments.
+
+    Attributes:
+        table: NAME.
+    """
+
+    table: ClassVar[str]
+
+    def check(self, key: str) -> None:
+        """Refuse values that do not fit each other.
+
+        Args:
+            key: the name of the table in the configuration, for the message.
+
+        Raises:
+            ConfigError: names key, value and what would be right.
+        """
+
+
 class Detector:
     """Base of all detectors. A subclass defines the attributes without a value, and `observe`.
 
@@ -44,7 +68,8 @@ class Detector:
         severities: that its findings can have.
         title: heading of its section in docs/detection.md; detectors with the same one share it.
         help: Markdown text of that section.
-        keys: configuration keys that it reads, below [guard].
+        Settings: type of its keys; None: it has none of its own.
+        keys: all configuration keys that it reads, below [guard].
         damage_is_in_weights: updates that were applied did the damage it reports. `advise` applies
             them and does not roll back, so it resets this detector after each report.
         may_be_allowlisted: `guard.allowlist` and `undo` can turn its findings into notes.
@@ -64,6 +89,7 @@ class Detector:
     severities: ClassVar[tuple[Severity, ...]] = (Severity.NOTE,)
     title: ClassVar[str]
     help: ClassVar[str]
+    Settings: ClassVar[type[DetectorSettings] | None] = None
     keys: ClassVar[tuple[str, ...]] = ()
     damage_is_in_weights: ClassVar[bool] = False
     may_be_allowlisted: ClassVar[bool] = True
@@ -192,6 +218,7 @@ def format_ranks(finding: Finding) -> str:
 
 
 DetectorT = TypeVar("DetectorT", bound=Detector)
+SettingsT = TypeVar("SettingsT", bound=DetectorSettings)
 
 
 class DetectorParts:
@@ -204,6 +231,12 @@ class DetectorParts:
     def __init__(self, options: GuardOptions) -> None:
         self.options = options
         self._created: dict[type[Detector], Detector] = {}
+
+    def settings(self, cls: type[SettingsT]) -> SettingsT:
+        """Return the keys of this type, as the configuration has them."""
+        settings = getattr(self.options.detectors, cls.table)
+        assert isinstance(settings, cls)
+        return settings
 
     def get(self, cls: type[DetectorT]) -> DetectorT:
         """Return the detector of this class, and create it if it does not exist yet.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from guardrail.core.records import FindingKind
-from guardrail.detectors.base import Detector, DetectorParts
+from guardrail.detectors.base import Detector, DetectorParts, DetectorSettings
 from guardrail.detectors.divergence import Divergence
 from guardrail.detectors.embedding_share import EmbeddingShare
 from guardrail.detectors.growth import EmbedNormGrowth, GradNormGrowth, UpdateNormGrowth
@@ -58,6 +58,12 @@ ON_DEMAND: tuple[type[Detector], ...] = (NamedSpike, NoTokens, ResumeJump, Resta
 
 # The signals that have a detector of their own. Each other signal gets a `NamedSpike`.
 OWN_SIGNALS = frozenset(signal for cls in DETECTORS for signal in cls.signals)
+
+
+# Tables of [guard.detectors] -> the type of their keys.
+SETTINGS: dict[str, type[DetectorSettings]] = {
+    cls.Settings.table: cls.Settings for cls in (*DETECTORS, *ON_DEMAND) if cls.Settings is not None
+}
 
 
 def build_detectors(options: GuardOptions) -> tuple[dict[str, Detector], DetectorParts]:

@@ -17,12 +17,26 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 from guardrail.core.records import LOSS, Finding, FindingKind, Observation, Severity
-from guardrail.detectors.base import Detector, DetectorParts, LogJumps
+from guardrail.core.section import Positive, PositiveFloat
+from guardrail.detectors.base import Detector, DetectorParts, DetectorSettings, LogJumps
 from guardrail.detectors.baseline import Baseline, SortedWindow
+from guardrail.detectors.spike_settings import SpikeSettings
 from guardrail.detectors.spikes import LossSpike
+
+
+class DivergenceSettings(DetectorSettings, frozen=True, kw_only=True):
+    """[guard.detectors.divergence]: a loss that rose and stays up."""
+
+    table: ClassVar[str] = "divergence"
+
+    # Robust standard deviations by which the level of the loss may rise above the lowest level of the
+    # history. Above it, the run is rolled back.
+    threshold: PositiveFloat = 6.0
+    # Accepted steps whose median log loss is the level. A sudden rise is found after half of them.
+    steps: Positive = 20
 
 
 class Divergence(Detector):
@@ -30,8 +44,7 @@ class Divergence(Detector):
 
     Args:
         baseline: of the loss spikes, which learns it; its scale is the noise of a single value.
-        threshold: robust sigmas of a rise that counts.
-        steps: accepted steps in the level. A sudden step is found after more than half of them.
+        settings: the threshold, and the accepted steps in the level.
         history: accepted steps within which the reference level lies.
     """
 
@@ -39,20 +52,25 @@ class Divergence(Detector):
     kind = FindingKind.DIVERGENCE
     signals = (LOSS,)
     severities = (Severity.NOTE, Severity.WEIGHTS_DAMAGED)
-    keys = ("divergence_score", "divergence_steps", "window")
+    Settings = DivergenceSettings
+    keys = (
+        "detectors.divergence.threshold",
+        "detectors.divergence.steps",
+        "detectors.spike.history",
+    )
     damage_is_in_weights = True
     needs_positive_loss = True
     title = "Divergence"
     help = """\
 The loss rose and stays up. No single value shows it.
 
-- The level is the median of the logarithms of the last `divergence_steps` accepted steps.
-- It is compared with the lowest level of the last `guard.window` accepted steps.
-- **Limit:** `divergence_score` robust standard deviations. The finding is `persistent` and causes
+- The level is the median of the logarithms of the last `steps` accepted steps.
+- It is compared with the lowest level of the last `history` accepted steps.
+- **Limit:** `threshold` robust standard deviations. The finding is `persistent` and causes
   a rollback.
-- A sudden rise is found after half of `divergence_steps`.
+- A sudden rise is found after half of `steps`.
 - From half of the limit on, new states are suspect: they are not called good.
-- A level that stands at 0.65 of the limit for `divergence_steps` steps is noted as a level shift.
+- A level that stands at 0.65 of the limit for `steps` steps is noted as a level shift.
 - The onset is the point that best separates "before" and "after".
 - **Source:** maximum-likelihood change point, Hinkley 1970.
 - **Test:** `tests/unit/detectors/test_divergence.py`."""
@@ -65,22 +83,17 @@ The loss rose and stays up. No single value shows it.
     # showed it.
     MEMORY = 3
 
-    def __init__(self, baseline: Baseline, *, threshold: float, steps: int, history: int) -> None:
+    def __init__(self, baseline: Baseline, settings: DivergenceSettings, *, history: int) -> None:
         self.baseline = baseline
-        self.threshold = threshold
-        self.steps = steps
+        self.threshold, self.steps = settings.threshold, settings.steps
         self.history = history
         self.reset()
 
     @classmethod
     def create(cls, parts: DetectorParts) -> Divergence:
-        options = parts.options
-        return cls(
-            parts.get(LossSpike).baseline,
-            threshold=options.divergence_score,
-            steps=options.divergence_steps,
-            history=options.window,
-        )
+        history = parts.settings(SpikeSettings).history
+        baseline = parts.get(LossSpike).baseline
+        return cls(baseline, parts.settings(DivergenceSettings), history=history)
 
     def reset(self) -> None:
         self._count = 0

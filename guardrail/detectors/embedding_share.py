@@ -25,7 +25,8 @@ from guardrail.core.records import EMBED_SHARE, Finding, FindingKind, Observatio
 from guardrail.detectors.base import Detector, DetectorParts, LogJumps
 from guardrail.detectors.baseline import Baseline, SortedWindow
 from guardrail.detectors.spike import BELOW, NEW_LEVEL, NOTE_SHARE, Spike
-from guardrail.detectors.spikes import EmbedNormSpike
+from guardrail.detectors.spike_settings import SpikeSettings
+from guardrail.detectors.spikes import EmbedNormSpike, spike_keys
 
 # Smallest scale in log odds. With a threshold of 10, no rise by less than 7.4 times the odds
 # counts, as for the norms.
@@ -44,50 +45,41 @@ class EmbeddingShare(Detector):
 
     Args:
         embedding: the spike detector of the embedding's norm: whether that norm is high.
-        threshold: robust sigmas of the log odds. From `NOTE_SHARE` of it on, the share is too high.
-        history: accepted steps in the baseline.
-        min_history: accepted steps before the baseline is trusted.
+        settings: its threshold in robust sigmas of the log odds, and the history. From `NOTE_SHARE`
+            of the threshold on, the share is too high.
     """
 
     name = EMBED_SHARE
     kind = FindingKind.EMBED_SPIKE
     signals = (EMBED_SHARE,)
     severities = (Severity.NOTE, Severity.REJECT)
-    keys = ("embed_score", "window", "warmup")
+    Settings = SpikeSettings
+    keys = spike_keys("embed_threshold")
     judges_one_value = True
     is_harmless_with_clipping = True
     title = "Share of the embedding"
     help = """\
-- **Note:** the share is above 0.5, and its log odds exceed 0.6 x `embed_score` robust standard
+- **Note:** the share is above 0.5, and its log odds exceed 0.6 x `embed_threshold` robust standard
   deviations.
 - **Reject:** in addition, the embedding's norm exceeds 0.8 of its own limit.
 - A share that grew because the other gradients shrank is not rejected.
-- The centre is the median of the last `guard.window` values, so a share that grows over fifty
+- The centre is the median of the last `history` values, so a share that grows over fifty
   steps is found.
 - Eight consecutive accepted values above the limit are a new level.
 - **Source:** GLM-130B, whose spikes began in the embedding layer. See [Embedding
   shrink](embedding-shrink.md).
 - **Test:** `tests/unit/detectors/test_embedding_share.py`."""
 
-    def __init__(
-        self, embedding: Spike, *, threshold: float, history: int, min_history: int
-    ) -> None:
+    def __init__(self, embedding: Spike, settings: SpikeSettings) -> None:
         self.embedding = embedding
-        self.threshold = threshold
-        self.history = history
-        self.min_history = min_history
-        self.baseline = Baseline(history=history, floor=FLOOR)
+        self.threshold = settings.embed_threshold
+        self.history, self.min_history = settings.history, settings.min_history
+        self.baseline = Baseline(history=self.history, floor=FLOOR)
         self.reset()
 
     @classmethod
     def create(cls, parts: DetectorParts) -> EmbeddingShare:
-        options = parts.options
-        return cls(
-            parts.get(EmbedNormSpike),
-            threshold=options.embed_score,
-            history=options.window,
-            min_history=options.warmup,
-        )
+        return cls(parts.get(EmbedNormSpike), parts.settings(SpikeSettings))
 
     def reset(self) -> None:
         self.baseline.reset()

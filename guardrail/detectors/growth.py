@@ -33,6 +33,7 @@ from guardrail.core.records import (
 from guardrail.detectors.base import Detector, DetectorParts, LogJumps
 from guardrail.detectors.baseline import Baseline
 from guardrail.detectors.spike import Spike
+from guardrail.detectors.spike_settings import SpikeSettings
 from guardrail.detectors.spikes import EmbedNormSpike, GradNormSpike, UpdateNormSpike
 
 # Values in a block. A few odd values out of eight do not move its median, and three blocks are over
@@ -67,7 +68,8 @@ class Growth(Detector):
 
     kind = FindingKind.GROWTH
     severities = (Severity.NOTE, Severity.WEIGHTS_DAMAGED)
-    keys = ("warmup",)
+    Settings = SpikeSettings
+    keys = ("detectors.spike.min_history",)
     damage_is_in_weights = True
     title = "Growth of a norm"
     help = """\
@@ -82,7 +84,7 @@ Marin-32B began like that while their loss was still flat. A growth of 10 % a st
 - **Limit of `persistent`:** a factor of 20 over the level at which the growth began.
 - States since the start of the growth are not called good. A later rollback goes back to before
   it.
-- It is silent until `guard.warmup` + 16 accepted steps.
+- It is silent until `min_history` + 16 accepted steps.
 - **Test:** `tests/unit/detectors/test_growth.py`."""
 
     signal: str
@@ -95,7 +97,9 @@ Marin-32B began like that while their loss was still flat. A growth of 10 % a st
 
     @classmethod
     def create(cls, parts: DetectorParts) -> Growth:
-        return cls(parts.get(cls.spike).baseline, min_history=parts.options.warmup)
+        return cls(
+            parts.get(cls.spike).baseline, min_history=parts.settings(SpikeSettings).min_history
+        )
 
     def reset(self) -> None:
         self._block: deque[float] = deque(maxlen=BLOCK)

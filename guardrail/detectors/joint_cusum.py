@@ -23,7 +23,8 @@ from guardrail.core.records import GRAD_NORM, LOSS, Finding, FindingKind, Observ
 from guardrail.detectors.base import Detector, DetectorParts, LogJumps
 from guardrail.detectors.baseline import Baseline
 from guardrail.detectors.spike import ONSET_SHARE, Spike
-from guardrail.detectors.spikes import GradNormSpike, LossSpike
+from guardrail.detectors.spike_settings import SpikeSettings
+from guardrail.detectors.spikes import GradNormSpike, LossSpike, spike_keys
 
 # Share of the way to its limit that each signal must have gone for a step to count: 1.6 and 2
 # robust sigmas. Harder text raises the loss alone, and a norm alone is clipped.
@@ -58,7 +59,8 @@ class JointCusum(Detector):
     kind = FindingKind.LOSS_SPIKE  # each finding has the kind of its signal
     signals = (LOSS, GRAD_NORM)
     severities = (Severity.REJECT,)
-    keys = ("loss_score", "grad_score")
+    Settings = SpikeSettings
+    keys = spike_keys("loss_threshold", "grad_threshold")
     judges_one_value = True
     needs_positive_loss = True
     title = "Loss and gradient norm together"

@@ -28,6 +28,7 @@ from guardrail.core.records import (
 )
 from guardrail.detectors.base import Detector, DetectorParts, LogJumps, ReplaySign, format_ranks
 from guardrail.detectors.baseline import SortedWindow
+from guardrail.detectors.spike_settings import SpikeSettings
 
 # Smallest number of consecutive overflows before the scale has settled: from 65536, where scalers
 # begin, down to 1.
@@ -40,8 +41,7 @@ class ScaleCollapse(Detector):
     """Judges `loss_scale`.
 
     Args:
-        history: accepted steps in the usual scale.
-        min_history: accepted steps before the scale has settled.
+        settings: the history that the usual scale covers, and the steps before it has settled.
         overflows: consecutive overflows that no settled scale shows.
     """
 
@@ -49,7 +49,12 @@ class ScaleCollapse(Detector):
     kind = FindingKind.SCALE_COLLAPSE
     signals = (LOSS_SCALE,)
     severities = (Severity.NOTE, Severity.WEIGHTS_DAMAGED)
-    keys = ("rollback_after_overflows", "warmup")
+    Settings = SpikeSettings
+    keys = (
+        "rollback_after_overflows",
+        "detectors.spike.history",
+        "detectors.spike.min_history",
+    )
     may_be_allowlisted = False  # its gradients are not finite
     replay_sign = ReplaySign.UNUSABLE_VALUE
     title = "Loss scale of fp16"
@@ -59,25 +64,22 @@ is normal. The batch of an overflow is skipped in every mode. The detector finds
 collapses.
 
 - **Note:** the scale is 4 halvings or more below its median.
-- **Persistent:** `rollback_after_overflows` (8) consecutive overflows. Before `warmup` accepted
+- **Persistent:** `rollback_after_overflows` (8) consecutive overflows. Before `min_history` accepted
   steps at least 16.
 - Eight overflows divide the scale by 256.
 - **Source:** OPT and ChatGLM saw scales that kept falling. GLM-130B's scale fell for about 30
   steps before the loss exploded.
 - **Tests:** `tests/unit/detectors/test_loss_scale.py`, `tests/parallel/test_fp16.py`."""
 
-    def __init__(self, *, history: int, min_history: int, overflows: int) -> None:
-        self.history, self.min_history, self.overflows = history, min_history, overflows
+    def __init__(self, settings: SpikeSettings, *, overflows: int) -> None:
+        self.history, self.min_history = settings.history, settings.min_history
+        self.overflows = overflows
         self.reset()
 
     @classmethod
     def create(cls, parts: DetectorParts) -> ScaleCollapse:
-        options = parts.options
-        return cls(
-            history=options.window,
-            min_history=options.warmup,
-            overflows=options.rollback_after_overflows,
-        )
+        overflows = parts.options.rollback_after_overflows
+        return cls(parts.settings(SpikeSettings), overflows=overflows)
 
     def reset(self) -> None:
         self._scales = SortedWindow(self.history)  # log2 of accepted ones

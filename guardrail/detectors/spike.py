@@ -31,6 +31,7 @@ from guardrail.detectors.baseline import Baseline
 from guardrail.detectors.benign_outliers import BenignOutliers
 from guardrail.detectors.loss_scale import ScaleCollapse
 from guardrail.detectors.signed_loss import SignedLoss
+from guardrail.detectors.spike_settings import SpikeSettings
 
 # Accepted values from which on a scale has a meaning.
 COLD = 8
@@ -62,13 +63,13 @@ class Spike(Detector):
         last: (step, score) of the last accepted values.
 
     Args:
+        settings: the history that the scale covers, and the steps before it is trusted.
         threshold: robust sigmas above which a step is rejected.
-        history: accepted steps in the scale.
-        min_history: accepted steps before the scale is trusted.
         loss_scale: knows the loss scale that the signal may be multiplied by; None: there is none.
         signed: of the loss, learns from the values that are not positive.
     """
 
+    Settings = SpikeSettings
     severities: ClassVar[tuple[Severity, ...]] = (Severity.NOTE, Severity.REJECT)
     judges_one_value = True
     title = "Spikes"
@@ -105,18 +106,17 @@ The detectors `loss`, `grad_norm`, `embed_grad_norm` and `update_norm` work alik
 
     def __init__(
         self,
+        settings: SpikeSettings,
         *,
         threshold: float,
-        history: int,
-        min_history: int,
         loss_scale: ScaleCollapse | None = None,
         signed: SignedLoss | None = None,
     ) -> None:
         self.threshold = threshold
-        self.min_history = min_history
+        self.min_history = settings.min_history
         self.loss_scale, self.signed = loss_scale, signed
         self.cold_jump = math.log(self.cold_factor)
-        self.baseline = Baseline(history=history, floor=self.floor)
+        self.baseline = Baseline(history=settings.history, floor=self.floor)
         self.outliers = BenignOutliers()
         self.reset()
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from guardrail.core.records import (
     EMBED_GRAD_NORM,
     GRAD_NORM,
@@ -16,9 +14,7 @@ from guardrail.detectors.base import DetectorParts
 from guardrail.detectors.loss_scale import ScaleCollapse
 from guardrail.detectors.signed_loss import SignedLoss
 from guardrail.detectors.spike import Spike
-
-if TYPE_CHECKING:  # as in guardrail.detectors.base
-    from guardrail.core.guard_options import GuardOptions
+from guardrail.detectors.spike_settings import SpikeSettings
 
 # Smallest log jump that is ever a spike, as sigmas of this size: 8 x 0.01 = 8 % of the loss, 10 x
 # 0.2 = 7.4-fold for a norm of gradients. A gradient that is a few times too long is clipped and
@@ -35,21 +31,26 @@ LOSS_COLD, NORM_COLD = 3.0, 100.0
 NAMED = "named "
 
 
+def spike_keys(*names: str) -> tuple[str, ...]:
+    """Return keys of [guard.detectors.spike], those of the history after them."""
+    return tuple(f"detectors.spike.{name}" for name in (*names, "history", "min_history"))
+
+
 class LossSpike(Spike):
     """Judges the loss."""
 
     name = signal = LOSS
     kind = FindingKind.LOSS_SPIKE
     signals = (LOSS,)
-    keys = ("loss_score", "window", "warmup")
+    keys = spike_keys("loss_threshold")
     needs_positive_loss = True
     floor, cold_factor = LOSS_FLOOR, LOSS_COLD
 
     @classmethod
     def create(cls, parts: DetectorParts) -> LossSpike:
-        options = parts.options
+        settings = parts.settings(SpikeSettings)
         signed = parts.get(SignedLoss)
-        return cls(threshold=options.loss_score, signed=signed, **_history(options))
+        return cls(settings, threshold=settings.loss_threshold, signed=signed)
 
 
 class GradNormSpike(Spike):
@@ -58,15 +59,15 @@ class GradNormSpike(Spike):
     name = signal = GRAD_NORM
     kind = FindingKind.GRAD_SPIKE
     signals = (GRAD_NORM,)
-    keys = ("grad_score", "window", "warmup")
+    keys = spike_keys("grad_threshold")
     is_harmless_with_clipping = True
     floor, cold_factor = NORM_FLOOR, NORM_COLD
 
     @classmethod
     def create(cls, parts: DetectorParts) -> GradNormSpike:
-        options = parts.options
+        settings = parts.settings(SpikeSettings)
         scale = parts.get(ScaleCollapse)
-        return cls(threshold=options.grad_score, loss_scale=scale, **_history(options))
+        return cls(settings, threshold=settings.grad_threshold, loss_scale=scale)
 
 
 class EmbedNormSpike(Spike):
@@ -75,15 +76,15 @@ class EmbedNormSpike(Spike):
     name = signal = EMBED_GRAD_NORM
     kind = FindingKind.EMBED_SPIKE
     signals = (EMBED_GRAD_NORM,)
-    keys = ("embed_score", "window", "warmup")
+    keys = spike_keys("embed_threshold")
     is_harmless_with_clipping = True
     floor, cold_factor = NORM_FLOOR, NORM_COLD
 
     @classmethod
     def create(cls, parts: DetectorParts) -> EmbedNormSpike:
-        options = parts.options
+        settings = parts.settings(SpikeSettings)
         scale = parts.get(ScaleCollapse)
-        return cls(threshold=options.embed_score, loss_scale=scale, **_history(options))
+        return cls(settings, threshold=settings.embed_threshold, loss_scale=scale)
 
 
 class UpdateNormSpike(Spike):
@@ -93,14 +94,14 @@ class UpdateNormSpike(Spike):
     kind = FindingKind.UPDATE_SPIKE
     signals = (UPDATE_NORM,)
     severities = (Severity.NOTE,)
-    keys = ("grad_score", "log_update_norm")
+    keys = ("log_update_norm", *spike_keys("grad_threshold"))
     is_note_only = True
     floor, cold_factor = QUIET_FLOOR, NORM_COLD
 
     @classmethod
     def create(cls, parts: DetectorParts) -> UpdateNormSpike:
-        options = parts.options
-        return cls(threshold=options.grad_score, **_history(options))
+        settings = parts.settings(SpikeSettings)
+        return cls(settings, threshold=settings.grad_threshold)
 
 
 class NamedSpike(Spike):
@@ -117,7 +118,11 @@ class NamedSpike(Spike):
     kind = FindingKind.SPIKE
     watches = "your own signals, norms of blocks"
     severities = (Severity.NOTE,)
-    keys = ("extra_signals", "log_block_norms")
+    keys = (
+        "extra_signals",
+        "log_block_norms",
+        *spike_keys("loss_threshold", "grad_threshold"),
+    )
     dates_onset = False  # what a spike of such a signal means is not known
     is_note_only = True
     title = "Your own signals"
@@ -127,31 +132,27 @@ of `guard.log_block_norms`, where `grad_norm/layers.3` shows where a spike began
 
 | name | limit | smallest scale |
 |---|---|---|
-| ends with `loss` | `guard.loss_score` | 0.01, as for the loss |
-| begins with `grad_norm/` | `guard.grad_score` | 0.2, as for a norm |
-| any other | `guard.grad_score` | 0.033 |
+| ends with `loss` | `loss_threshold` | 0.01, as for the loss |
+| begins with `grad_norm/` | `grad_threshold` | 0.2, as for a norm |
+| any other | `grad_threshold` | 0.033 |
 
 **Test:** `tests/parallel/test_further_signals.py`."""
 
-    def __init__(self, signal: str, options: GuardOptions) -> None:
+    def __init__(self, signal: str, settings: SpikeSettings) -> None:
         is_loss = signal.lower().endswith("loss")
         is_gradient = signal.startswith(f"{GRAD_NORM}/")
         self.signal = signal
         self.signals = (signal,)
-        threshold = options.grad_score
+        threshold = settings.grad_threshold
         self.floor, self.cold_factor = QUIET_FLOOR, NORM_COLD
         if is_gradient:
             self.kind = FindingKind.GRAD_SPIKE
             self.floor = NORM_FLOOR
         if is_loss:
-            threshold = options.loss_score
+            threshold = settings.loss_threshold
             self.floor, self.cold_factor = LOSS_FLOOR, LOSS_COLD
-        super().__init__(threshold=threshold, **_history(options))
+        super().__init__(settings, threshold=threshold)
 
     def first_suspect_step(self) -> None:
         """Return None: a further signal only takes note."""
         return None
-
-
-def _history(options: GuardOptions) -> dict[str, Any]:
-    return {"history": options.window, "min_history": options.warmup}

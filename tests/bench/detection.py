@@ -23,10 +23,9 @@ import random
 import time
 from array import array
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
-
-import msgspec
 
 from guardrail.backtest.backtest import backtest
 from guardrail.backtest.importers import delimited
@@ -35,13 +34,14 @@ from guardrail.backtest.scoring import Marks, score, total
 from guardrail.core.config import load_guard_options
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import GRAD_NORM, LOSS
+from guardrail.core.section import replace_key
 from tests.bench.rules import RULES, Rule
 
 # What `--by-family` chooses among: the defaults, a fifth lower and a quarter higher.
 SCORES = {
-    "loss_score": (6.4, 8.0, 10.0),
-    "grad_score": (8.0, 10.0, 12.5),
-    "divergence_score": (4.8, 6.0, 7.5),
+    "detectors.spike.loss_threshold": (6.4, 8.0, 10.0),
+    "detectors.spike.grad_threshold": (8.0, 10.0, 12.5),
+    "detectors.divergence.threshold": (4.8, 6.0, 7.5),
 }
 
 Verdicts = dict[str, tuple[Sequence[int], list[tuple[int, str]]]]
@@ -114,7 +114,9 @@ def cross_validate(labels: dict[str, Any], logs: dict[str, Log], settings: Guard
     """
     choices: dict[tuple[float, ...], dict[str, Marks]] = {}
     for scores in itertools.product(*SCORES.values()):
-        tried = msgspec.structs.replace(settings, **dict(zip(SCORES, scores, strict=True)))
+        tried = settings
+        for key, value in zip(SCORES, scores, strict=True):
+            tried = replace_key(tried, key, value)
         choices[scores] = score(labels, by_guardrail(logs, tried)[1])[1]
     runs = next(iter(choices.values()))
     left_out: list[Marks] = []
@@ -128,7 +130,7 @@ def cross_validate(labels: dict[str, Any], logs: dict[str, Log], settings: Guard
         left_out += marks
         print_row(f"{name} {best}", total(marks))
     print_row("all, each left out", total(left_out))
-    chosen = tuple(getattr(settings, name) for name in SCORES)
+    chosen = tuple(attrgetter(key)(settings) for key in SCORES)
     if chosen in choices:
         print_row("all, as they are", total(choices[chosen].values()))
 

@@ -11,40 +11,58 @@ from __future__ import annotations
 
 import argparse
 import math
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import msgspec
-
 from guardrail.core.guard_options import GuardOptions
-from guardrail.detectors import baseline, divergence, growth, spike, stuck
-from guardrail.detectors import benign_outliers as tail
-from guardrail.detectors import build as standard
-from guardrail.detectors import embedding_share as share
-from guardrail.detectors import joint_cusum as together
-from guardrail.detectors import resume_jump as resume
+from guardrail.core.section import replace_key
+from guardrail.detectors import (
+    baseline,
+    benign_outliers,
+    divergence,
+    embedding_share,
+    growth,
+    joint_cusum,
+    resume_jump,
+    spike,
+    spikes,
+    stuck,
+)
 from tests.bench.detection import by_guardrail, read_traces, score
 
-MODULES = (baseline, divergence, growth, resume, share, spike, standard, stuck, tail, together)
+MODULES = (
+    baseline,
+    benign_outliers,
+    divergence,
+    embedding_share,
+    growth,
+    joint_cusum,
+    resume_jump,
+    spike,
+    spikes,
+    stuck,
+)
 SETTINGS = (
-    "window",
-    "warmup",
-    "loss_score",
-    "grad_score",
-    "persist",
-    "divergence_score",
-    "divergence_steps",
+    "detectors.spike.history",
+    "detectors.spike.min_history",
+    "detectors.spike.loss_threshold",
+    "detectors.spike.grad_threshold",
+    "rollback_after_rejections",
+    "detectors.divergence.threshold",
+    "detectors.divergence.steps",
 )
 CONSTANTS: tuple[tuple[Any, tuple[str, ...]], ...] = (
-    (baseline, ("FOLLOW", "LAG", "YOUNGEST", "USUAL_SHARE", "USUAL_WINDOWS")),
-    (standard, ("LOSS_FLOOR", "NORM_FLOOR", "LOSS_COLD", "NORM_COLD")),
+    (baseline, ("FOLLOW", "LAG", "YOUNGEST", "USUAL_SHARE", "USUAL_HISTORIES")),
+    (spikes.LossSpike, ("floor", "cold_factor")),
+    (spikes.GradNormSpike, ("floor", "cold_factor")),
     (spike, ("COLD", "NOTE_SHARE", "ONSET_SHARE", "NEW_LEVEL", "LOOK_BACK")),
     (divergence.Divergence, ("SHIFT", "MEMORY")),
     (growth, ("BLOCK", "LEAST", "SIGMAS", "SURE")),
-    (tail, ("KEEP", "LEAST", "RATE", "PRIOR", "PRIOR_EXCESS")),
+    (benign_outliers, ("KEEP", "LEAST", "RATE", "PRIOR", "PRIOR_EXCESS")),
     (stuck, ("CHANCE", "KNOWN")),
-    (together, ("RAISED", "SHARE", "DRIFT", "ENOUGH", "MOST")),
+    (joint_cusum, ("RAISED", "SHARE", "DRIFT", "ENOUGH", "MOST")),
 )
 FIGURES = (
     "acted",
@@ -81,9 +99,9 @@ def main() -> None:
     plain = GuardOptions()
     row("as it is", math.nan, plain)
     for name in SETTINGS:
-        for value in moved(getattr(plain, name), arguments.by):
+        for value in moved(attrgetter(name)(plain), arguments.by):
             if arguments.only in (None, name):
-                row(f"guard.{name}", value, msgspec.structs.replace(plain, **{name: value}))
+                row(f"guard.{name}", value, replace_key(plain, name, value))
     for owner, names in CONSTANTS:
         for name in names:
             was = getattr(owner, name)

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import random
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -151,10 +152,10 @@ def test_settings_from_a_file_and_the_command_line(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--set", "guard.loss_scor=3"], "did you mean guard.loss_score?"),
+        (["--set", "guard.loss_scor=3"], "did you mean guard.detectors.spike.loss_threshold?"),
         (["--set", "train.steps=3"], "expected a key of [guard]"),
         (["--set", "guard.loss_score=x"], "expected a number"),
-        (["--set", "guard.warmup=500"], "at most guard.window"),
+        (["--set", "guard.warmup=500"], "at most guard.detectors.spike.history"),
         (["--policy", "nowhere.toml"], "nowhere.toml"),
         (["--policy", "other.toml"], "expected a section [guard]"),
         (["--column", "loss"], "expected SIGNAL=NAME"),
@@ -421,14 +422,7 @@ def test_run_under_other_settings(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_a_changed_verdict_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Rows of a run whose configuration was edited afterwards do not agree with it."""
     run = trained(tiny(tmp_path, faults=[spike(240, 248)], train={"steps": 40}))
-    text = run.config_text()
-    scores = {
-        name: load_guard_options(run.path / "config.toml")
-        for name in ("loss_score", "grad_score", "embed_score")
-    }
-    for name, guard in scores.items():
-        text = text.replace(f"{name} = {getattr(guard, name)!r}", f"{name} = 1e6")
-    run.write_config(text.replace("divergence_score = 6.0", "divergence_score = 1e6"))
+    run.write_config(re.sub(r"(threshold = )[\d.]+", r"\g<1>1e6", run.config_text()))
     answer = run_json(capsys, str(run.path))["runs"][0]
     rows = [row for row, verdict in enumerate(run.metrics().column("verdict")) if verdict]
     assert answer["differing_from_live"] == rows and rows

@@ -8,11 +8,15 @@ The rest of both pages is written by hand. A generated part stands between two c
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Sequence
 
+import msgspec
+
+from guardrail.core.section import Section
 from guardrail.detectors.base import Detector
-from guardrail.detectors.build import DETECTORS, ON_DEMAND
+from guardrail.detectors.build import DETECTORS, ON_DEMAND, SETTINGS
 
 
 def fill_part(page: str, name: str, content: str) -> str:
@@ -26,7 +30,41 @@ def fill_part(page: str, name: str, content: str) -> str:
 def fill_detection(page: str) -> str:
     """Return docs/detection.md with its generated part."""
     classes = [*DETECTORS, *ON_DEMAND]
+    page = fill_part(page, "settings", settings_table())
     return fill_part(page, "detectors", f"{table_of(classes)}\n\n{sections_of(classes)}")
+
+
+def settings_table() -> str:
+    """Return a table with one row for each key of [guard.detectors]."""
+    lines = ["| key of `[guard.detectors]` | default | meaning |", "|---|---|---|"]
+    for table, settings in SETTINGS.items():
+        comments = comments_of(settings)
+        for field in msgspec.structs.fields(settings):
+            meaning = comments[field.name]
+            lines.append(f"| `{table}.{field.name}` | {field.default} | {meaning} |")
+    return "\n".join(lines)
+
+
+def comments_of(section: type[Section]) -> dict[str, str]:
+    """Return field -> the comment above it, or above the group of fields that it is in."""
+    found: dict[str, str] = {}
+    comment: list[str] = []
+    fresh = True  # the next comment line begins a new comment
+    for line in inspect.getsource(section).splitlines():
+        text = line.strip()
+        if text.startswith("#"):
+            if fresh:
+                comment = []
+            comment.append(text.lstrip("# "))
+            fresh = False
+            continue
+        field = re.match(r"    (\w+): ", line)
+        if field is not None:
+            found[field[1]] = " ".join(comment)
+        elif not text:
+            comment = []
+        fresh = True
+    return found
 
 
 def table_of(classes: Sequence[type[Detector]]) -> str:
@@ -40,7 +78,7 @@ def table_of(classes: Sequence[type[Detector]]) -> str:
     for cls in classes:
         signals = cls.watches or ", ".join(cls.signals) or "every step"
         severities = ", ".join(severity.value for severity in cls.severities)
-        keys = ", ".join(f"`{key}`" for key in cls.keys) or "none"
+        keys = ", ".join(f"`{key.removeprefix('detectors.')}`" for key in cls.keys) or "none"
         lines.append(
             f"| [`{cls.name}`](#{anchor(cls.title)}) | {signals} | {severities} | {keys} |"
         )

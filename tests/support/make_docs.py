@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import re
 import sys
 import typing
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ import msgspec
 from guardrail.backtest.importers.registry import format_table
 from guardrail.core.section import Section
 from guardrail.tui.screens import keys
-from tests.support.class_docs import fill_detection
+from tests.support.class_docs import comments_of, fill_detection
 from tests.support.places import ROOT
 from trainer.config import Config
 from trainer.optim.registry import OPTIMIZERS
@@ -101,11 +100,14 @@ def section_lines(header: str, section: type[Section]) -> list[str]:
 
 
 def key_rows(section: type[Section]) -> Iterator[str]:
-    comments = comments_of(section)
     hints = typing.get_type_hints(section)
-    for field in msgspec.structs.fields(section):
-        if section_of(hints[field.name]) is not None:
-            continue  # a table of its own
+    fields = [
+        field
+        for field in msgspec.structs.fields(section)
+        if section_of(hints[field.name]) is None  # else a table of its own
+    ]
+    comments = comments_of(section) if fields else {}
+    for field in fields:
         text = comments.get(field.name, "")
         choices = choices_of(hints[field.name])
         if choices and not all(choice in text for choice in choices):
@@ -129,28 +131,6 @@ def default_of(field: Any) -> str:
     else:
         return "required"
     return f"`{msgspec.json.encode(value).decode()}`"
-
-
-def comments_of(section: type[Section]) -> dict[str, str]:
-    """Field -> the comment above it, or above the group of fields that it is in."""
-    found: dict[str, str] = {}
-    comment: list[str] = []
-    fresh = True  # the next comment line begins a new comment
-    for line in inspect.getsource(section).splitlines():
-        text = line.strip()
-        if text.startswith("#"):
-            if fresh:
-                comment = []
-            comment.append(text.lstrip("# "))
-            fresh = False
-            continue
-        field = re.match(r"    (\w+): ", line)
-        if field is not None:
-            found[field[1]] = " ".join(comment)
-        elif not text:
-            comment = []
-        fresh = True
-    return found
 
 
 def old_names(section: type[Section]) -> str:

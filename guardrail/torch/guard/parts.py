@@ -301,7 +301,9 @@ class GuardParts:
             rank=self.context.ranks.rank,
             world=self.context.ranks.world,
             keep=checkpoint.keep,
-            delay_steps=2 * guard.divergence_steps + guard.skip_before + guard.steps_until_good,
+            delay_steps=2 * guard.detectors.divergence.steps
+            + guard.skip_before
+            + guard.steps_until_good,
             retry_seconds=checkpoint.retry_seconds,
             commit_seconds=self.config.launch.save_timeout,
         )

@@ -12,6 +12,7 @@ import msgspec
 
 from guardrail.core.config import GuardConfig
 from guardrail.core.format import clean_and_shorten
+from guardrail.core.renamed_keys import present_key
 
 TRAINER = "trainer"  # whose defaults are known; nothing that a run directory names is imported
 _MAX_LINES = 2000
@@ -42,13 +43,17 @@ def read_config_lines(text: str) -> tuple[ConfigLine, ...]:
         )
     launch = tree.get("launch")
     package = launch.get("trainer", TRAINER) if isinstance(launch, dict) else TRAINER
-    defaults = _defaults(with_trainer=package == TRAINER)
+    schema = _schema(with_trainer=package == TRAINER)
+    defaults = _defaults(schema)
     found = []
     for path, value in _leaves(tree, ()):
         section, key = ".".join(path[:-1]), path[-1]
-        known = path in defaults
-        differs = known and not _same(value, defaults[path])
-        default = _shown(defaults[path]) if differs else ""
+        present = path
+        if path not in defaults:  # a run of an older version has older names
+            present = tuple(present_key(".".join(path), schema).split("."))
+        known = present in defaults
+        differs = known and not _same(value, defaults[present])
+        default = _shown(defaults[present]) if differs else ""
         found.append(
             ConfigLine(
                 clean_and_shorten(section, 60),
@@ -73,22 +78,24 @@ def _leaves(tree: dict[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple
             yield (*path, name), value
 
 
-def _defaults(*, with_trainer: bool) -> dict[tuple[str, ...], Any]:
-    """(section, key) -> default, of every section that can be made without an argument."""
-    schema: type = GuardConfig
-    if with_trainer:
-        try:
-            schema = importlib.import_module(f"{TRAINER}.config").Config
-        except (ImportError, AttributeError):
-            schema = GuardConfig
+def _schema(*, with_trainer: bool) -> type[GuardConfig]:
+    """Return the schema of the trainer, or the part of it that guardrail knows."""
+    if not with_trainer:
+        return GuardConfig
+    try:
+        schema: type[GuardConfig] = importlib.import_module(f"{TRAINER}.config").Config
+    except (ImportError, AttributeError):
+        return GuardConfig
+    return schema
+
+
+def _defaults(schema: type[GuardConfig]) -> dict[tuple[str, ...], Any]:
+    """Return path of a key -> default, of every section that can be made without an argument."""
     found: dict[tuple[str, ...], Any] = {}
     for field in msgspec.structs.fields(schema):
         made = _made(field)
-        if isinstance(made, msgspec.Struct):
-            for name in made.__struct_fields__:
-                found[field.encode_name, name] = msgspec.to_builtins(getattr(made, name))
-        elif made is not msgspec.NODEFAULT:
-            found[field.encode_name,] = msgspec.to_builtins(made)
+        if made is not msgspec.NODEFAULT:
+            found.update(_leaves({field.encode_name: msgspec.to_builtins(made)}, ()))
     return found
 
 

@@ -34,7 +34,7 @@ def proposal(
 ) -> tuple[dict[str, float], list[str]]:
     assert main(["tune", *arguments]) == 0
     output = capsys.readouterr().out
-    return tomllib.loads(output)["guard"], output.splitlines()
+    return tomllib.loads(output)["guard"]["detectors"]["spike"], output.splitlines()
 
 
 def test_a_run_with_outliers_is_left_in_peace(
@@ -42,16 +42,16 @@ def test_a_run_with_outliers_is_left_in_peace(
 ) -> None:
     before = sorted(outliers.parent.rglob("*"))
     guard, lines = proposal(capsys, str(outliers))
-    assert set(guard) == {"loss_score", "grad_score"}, "no embedding norm was recorded"
-    assert guard["loss_score"] >= 10.0
-    assert guard["grad_score"] < 10.0, "nothing speaks against being more watchful there"
-    table = lines[: lines.index(f"loss_score = {guard['loss_score']}")]
+    assert set(guard) == {"loss_threshold", "grad_threshold"}, "no embedding norm was recorded"
+    assert guard["loss_threshold"] >= 10.0
+    assert guard["grad_threshold"] < 10.0, "nothing speaks against being more watchful there"
+    table = lines[: lines.index(f"loss_threshold = {guard['loss_threshold']}")]
     rows = {
         float(line.split()[1]): int(line.split()[2])
         for line in table
         if re.match(r"#\s+[\d.]+\s", line)
     }
-    assert rows[5.0] > 0 and rows[guard["loss_score"]] == 0
+    assert rows[5.0] > 0 and rows[guard["loss_threshold"]] == 0
     assert rows == dict(sorted(rows.items())), "a table by threshold"
     assert any(line.endswith("default") for line in lines) and any(
         line.endswith("proposed") for line in lines
@@ -61,7 +61,7 @@ def test_a_run_with_outliers_is_left_in_peace(
 
 def test_a_budget_that_allows_them(outliers: Path, capsys: pytest.CaptureFixture[str]) -> None:
     guard, _ = proposal(capsys, str(outliers), "--budget", "100")
-    assert guard["loss_score"] == 5.0
+    assert guard["loss_threshold"] == 5.0
 
 
 def test_the_proposal_is_a_policy(
@@ -70,7 +70,7 @@ def test_the_proposal_is_a_policy(
     guard, lines = proposal(capsys, str(outliers), "--set", "guard.rollback_after_rejections=4")
     file = tmp_path / "policy.toml"
     file.write_text("\n".join(lines))
-    assert load_guard_options(file).loss_score == guard["loss_score"]
+    assert load_guard_options(file).detectors.spike.loss_threshold == guard["loss_threshold"]
     assert main(["backtest", str(outliers), "--policy", str(file)]) == 0
 
 

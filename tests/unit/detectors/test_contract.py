@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+import msgspec
 import pytest
 
 from guardrail.core.guard_options import GuardOptions
@@ -24,9 +25,11 @@ from guardrail.core.records import (
     Observation,
     Severity,
 )
-from guardrail.detectors.base import Detector, DetectorParts
-from guardrail.detectors.build import DETECTORS, ON_DEMAND, build_detectors, find_detector
+from guardrail.detectors.base import Detector, DetectorParts, DetectorSettings
+from guardrail.detectors.build import DETECTORS, ON_DEMAND, SETTINGS, build_detectors, find_detector
+from guardrail.detectors.spike_settings import SpikeSettings
 from guardrail.detectors.spikes import NamedSpike
+from tests.support.class_docs import comments_of
 from tests.support.feed import BATCH, plain, through_json
 
 ALL = [*DETECTORS, *ON_DEMAND]
@@ -85,7 +88,7 @@ def detectors_of(options: GuardOptions) -> dict[str, Detector]:
     detectors, parts = build_detectors(options)
     for cls in ON_DEMAND:
         if cls is NamedSpike:
-            detectors["named router"] = NamedSpike("router", options)
+            detectors["named router"] = NamedSpike("router", parts.settings(SpikeSettings))
         else:
             detectors[cls.name] = parts.get(cls)
     return detectors
@@ -121,6 +124,18 @@ def test_it_says_what_it_is(cls: type[Detector]) -> None:
         value = options
         for part in key.split("."):
             value = getattr(value, part)
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_each_key_has_a_default_and_a_meaning(settings: type[DetectorSettings]) -> None:
+    assert SETTINGS[settings.table] is settings
+    comments = comments_of(settings)
+    for field in msgspec.structs.fields(settings):
+        assert field.default is not msgspec.NODEFAULT
+        assert len(comments[field.name].split()) > 3, field.name
+    assert getattr(GuardOptions().detectors, settings.table) == settings()
+    read = {f"detectors.{settings.table}.{name}" for name in settings.__struct_fields__}
+    assert read <= {key for cls in ALL for key in cls.keys}, "a key that no detector names"
 
 
 def test_names_are_unique() -> None:

@@ -4,7 +4,7 @@ import math
 
 from guardrail.core.records import Finding, FindingKind, Severity
 from guardrail.detectors.baseline import Baseline
-from guardrail.detectors.divergence import Divergence
+from guardrail.detectors.divergence import Divergence, DivergenceSettings
 from tests.support.feed import healthy_loss, noisy, obs, through_json
 
 
@@ -13,7 +13,7 @@ class Watch:
 
     def __init__(self) -> None:
         self.baseline = Baseline(history=128, floor=0.01)
-        self.detector = Divergence(self.baseline, threshold=6.0, steps=20, history=128)
+        self.detector = Divergence(self.baseline, DivergenceSettings(), history=128)
 
     def step(self, step: int, value: float) -> list[Finding]:
         findings = self.detector.observe(obs(step, value))
@@ -52,7 +52,7 @@ def test_a_rise_behind_a_falling_loss_is_not_dated_back_into_the_fall() -> None:
     took it for one went back 30 steps and left all of the data out."""
     watch = Watch()
     watch.baseline = Baseline(history=32, floor=0.01)
-    watch.detector = Divergence(watch.baseline, threshold=6.0, steps=10, history=32)
+    watch.detector = Divergence(watch.baseline, DivergenceSettings(steps=10), history=32)
     finding = watch.first_alarm(YOUNG)
     assert finding is not None and finding.kind is FindingKind.DIVERGENCE
     assert (finding.step, finding.onset) == (44, 38)
@@ -150,7 +150,7 @@ def test_a_state_of_other_settings_can_be_loaded() -> None:
     for step, value in enumerate(HEALTHY[:25], 1):
         whole.step(step, value)
     for steps in (5, 60):
-        other = Divergence(whole.baseline, threshold=6.0, steps=steps, history=64)
+        other = Divergence(whole.baseline, DivergenceSettings(steps=steps), history=64)
         other.load_state_dict(through_json(whole.detector.state_dict()))
         for step in range(26, 60):
             assert other.observe(obs(step, noisy(2.0)(step))) == []

@@ -9,13 +9,13 @@ import pytest
 from guardrail.core.records import FindingKind, Severity
 from guardrail.detectors.baseline import FOLLOW, LAG, MAD_TO_SIGMA, Baseline, SortedWindow
 from guardrail.detectors.spike import NEW_LEVEL, Spike
+from guardrail.detectors.spike_settings import SpikeSettings
 from guardrail.detectors.spikes import GradNormSpike, LossSpike
 from tests.support.feed import healthy_loss, noisy, obs, through_json
 
 
-def loss_spike(**changes: float) -> Spike:
-    values = {"threshold": 8.0, "history": 128, "min_history": 32} | changes
-    return LossSpike(**values)  # type: ignore[arg-type]
+def loss_spike(history: int = 128) -> LossSpike:
+    return LossSpike(SpikeSettings(history=history), threshold=8.0)
 
 
 def fed(detector: Spike, values: list[float], start: int = 1) -> Spike:
@@ -190,7 +190,7 @@ def test_a_state_of_another_window_length_can_be_loaded() -> None:
 
 def test_megatron_like_rows_of_bloom_are_caught_before_the_loss_peaks() -> None:
     """BLOOM-176B, published log, iterations 31214-31222: the norm leads the loss by four steps."""
-    norm = GradNormSpike(threshold=10.0, history=128, min_history=32)
+    norm = GradNormSpike(SpikeSettings(), threshold=10.0)
     for step in range(300):
         norm.update(obs(step + 1, grad=noisy(0.2, noise=0.15)(step)))
     rows = [0.24, 0.95, 2.39, 15.9, 145.0, 960.0]

@@ -69,10 +69,13 @@ def test_a_mode_given_as_text_is_that_mode(word: str) -> None:
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"guard": GuardOptions(window=-3)}, "guard.window = -3: expected a whole number >= 16"),
+        (
+            {"guard": GuardOptions(window=-3)},
+            "guard.detectors.spike.history = -3: expected a whole number >= 16",
+        ),
         (
             {"guard": GuardOptions(warmup=200)},
-            "guard.warmup = 200: expected at most guard.window (128)",
+            "guard.detectors.spike.min_history = 200: expected at most guard.detectors.spike.history (128)",
         ),
         (
             {"guard": GuardOptions(mode="advice")},
@@ -80,11 +83,11 @@ def test_a_mode_given_as_text_is_that_mode(word: str) -> None:
         ),
         (
             {"guard": GuardOptions(loss_score=float("nan"))},
-            "guard.loss_score = nan: expected a finite number",
+            "guard.detectors.spike.loss_threshold = nan: expected a finite number",
         ),
         (
             {"guard": GuardOptions(loss_score="8")},
-            "guard.loss_score = '8': expected a number, got a string",
+            "guard.detectors.spike.loss_threshold = '8': expected a number, got a string",
         ),
         (
             {"guard": GuardOptions(allowlist=((9, 3),))},
@@ -315,5 +318,5 @@ def test_a_section_for_a_backtest_is_checked(tmp_path: Path) -> None:
 
     (tmp_path / "log.csv").write_text("step,loss\n" + "".join(f"{n},2.0\n" for n in range(1, 50)))
     (log,) = next(iter(find_sources([str(tmp_path / "log.csv")]))).read({})
-    with pytest.raises(ConfigError, match=r"guard\.window = 2: expected a whole number >= 16"):
+    with pytest.raises(ConfigError, match=r"spike\.history = 2: expected a whole number >= 16"):
         backtest(log, GuardOptions(window=2))
