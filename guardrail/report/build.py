@@ -39,7 +39,12 @@ def build_report(run: RunDirectory) -> Report:
     state, last = _find_state(run, status, events)
     metrics = _read_metrics(run)
     reached = int(metrics.pop("step", max((e.step for e in events), default=0)))
+    if status is not None:
+        reached = status.step
     passed = metrics.pop("passed", 0)
+    mode = ""
+    if status is not None:
+        mode = status.mode.value
     folder = find_data_folder(run)
     incidents = _gather_incidents(run, events, folder)
     restarts = tuple(find_restarts(run, events))
@@ -48,12 +53,12 @@ def build_report(run: RunDirectory) -> Report:
         run=clean_text(run.name, 120),
         path=clean_text(str(run.path)),
         state=state,
-        step=reached if status is None else status.step,
+        step=reached,
         total_steps=known.total_steps,
         timeline=max((e.timeline for e in events), default=0),
         exit_code=_exit_code(status, last),
-        reason=clean_text(str(last.data.get("reason") or last.message), 600) if last else "",
-        mode="" if status is None else status.mode.value,
+        reason=_final_reason(last),
+        mode=mode,
         tokens=known.tokens,
         guard_share=known.guard_share,
         unresolved=known.unresolved.sentence() if known.unresolved else "",
@@ -91,10 +96,13 @@ def _find_machine(status: Status, events: list[Event]) -> dict[str, Any]:
 def _measure_time(status: Status | None, events: list[Event]) -> dict[str, Any]:
     """When the run began, and the seconds from then to the last sign of life."""
     seen = [event.time for event in events]
-    began = seen[0] if seen else 0.0
     if status is not None:
-        began = seen[0] if seen else status.started
+        if not seen:
+            seen.append(status.started)
         seen.append(status.heartbeat)
+    began = 0.0
+    if seen:
+        began = seen[0]
     return {"started": began, "seconds": max(0.0, max(seen, default=began) - began)}
 
 
@@ -105,24 +113,41 @@ def _find_state(
     turn = last_turn(events)
     if turn is not None and turn.kind == "ended":
         phase = turn.data.get("phase")
-        return clean_text(str(phase or (status.phase.value if status else "ended")), 40), turn
-    if status is None:
-        if turn is None:
-            return "new", None
-        return ("lost" if run.lock_holder() is None else "running"), None
-    if status.phase.ended:
+        if not phase and status is not None:
+            phase = status.phase.value
+        return clean_text(str(phase or "ended"), 40), turn
+    if status is None and turn is None:
+        return "new", None
+    if status is not None and status.phase.ended:
         return status.phase.value, None
-    return ("running" if is_alive(run, status) else "lost"), None
+    if status is None:
+        is_running = run.lock_holder() is not None
+    else:
+        is_running = is_alive(run, status)
+    if is_running:
+        return "running", None
+    return "lost", None
+
+
+def _final_reason(last: Event | None) -> str:
+    """Return the reason of the final message, or ""."""
+    if last is None:
+        return ""
+    return clean_text(str(last.data.get("reason") or last.message), 600)
 
 
 def _exit_code(status: Status | None, last: Event | None) -> int | None:
-    code = last.data.get("exit_code") if last else None
-    if isinstance(code, int):
-        return code
-    if status is None and last is not None:
+    if last is not None:
+        code = last.data.get("exit_code")
+        if isinstance(code, int):
+            return code
+    if status is not None:
+        return status.exit_code
+    if last is not None:
         outcome = outcome_of(last)
-        return outcome[1].value if outcome is not None else None
-    return status.exit_code if status else None
+        if outcome is not None:
+            return outcome[1].value
+    return None
 
 
 def _read_metrics(run: RunDirectory) -> dict[str, Any]:
@@ -135,7 +160,9 @@ def _read_metrics(run: RunDirectory) -> dict[str, Any]:
     steps, losses, verdicts, evals, _ = view.array[view.current()].T
     applied = verdicts == 0
     found: dict[str, Any] = {"applied": int(applied.sum()), "rejected": int((~applied).sum())}
-    found["passed"] = int(lasts.max()) if len(lasts) else 0
+    found["passed"] = 0
+    if len(lasts):
+        found["passed"] = int(lasts.max())
     if applied.any():
         found |= {"loss": float(losses[applied][-1]), "step": int(steps[applied][-1])}
     held_out = evals[evals == evals]
@@ -170,7 +197,9 @@ def _list_checkpoints(events: Iterable[Event]) -> list[CheckpointLine]:
         data = event.data
         name = clean_text(str(data.get("path") or "").rstrip("/").rsplit("/", 1)[-1], 120)
         before = found.get(name)
-        known = before if before is not None and name else None
+        known = None
+        if before is not None and name:
+            known = before
         found[name or f"seq {event.seq}"] = CheckpointLine(
             name=name,
             step=_checkpoint_step(event, known),
@@ -185,12 +214,16 @@ def _list_checkpoints(events: Iterable[Event]) -> list[CheckpointLine]:
 def _checkpoint_step(event: Event, known: CheckpointLine | None) -> int:
     if "cp_step" in event.data:
         return as_int(event.data["cp_step"])
-    return known.step if known is not None else event.step
+    if known is not None:
+        return known.step
+    return event.step
 
 
 def _checkpoint_bytes(event: Event, known: CheckpointLine | None) -> int:
     size = as_int(event.data.get("bytes"))
-    return known.bytes if known is not None and not size else size
+    if known is not None and not size:
+        return known.bytes
+    return size
 
 
 def _gather_incidents(run: RunDirectory, events: list[Event], folder: str) -> tuple[Incident, ...]:
@@ -209,7 +242,9 @@ def _seconds_lost(
     seconds += [restart.seconds for restart in restarts]
     seconds += [fault.seconds for fault in faults if fault.kind.startswith("rank")]
     measured = [one for one in seconds if math.isfinite(one)]
-    return sum(measured) if measured else math.nan
+    if measured:
+        return sum(measured)
+    return math.nan
 
 
 def _list_messages(events: Iterable[Event], kinds: tuple[str, ...]) -> tuple[str, ...]:

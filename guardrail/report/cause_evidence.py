@@ -51,7 +51,9 @@ def evidence_from_line(data: Mapping[str, Any]) -> CauseEvidence | None:
         except (msgspec.ValidationError, ValueError, OverflowError):
             return None
     found = evidence_from_sentence(str(data.get("reason") or "")[:LONGEST])
-    return None if found.is_empty else found
+    if found.is_empty:
+        return None
+    return found
 
 
 def evidence_from_sentence(reason: str) -> CauseEvidence:
@@ -115,11 +117,9 @@ def _find_batches_ahead(reason: str) -> BatchesAhead | None:
 
 def _find_label_order(reason: str) -> LabelOrder | None:
     found = _ORDER.search(reason)
-    return (
-        None
-        if found is None
-        else LabelOrder(here=_parse_number(found[1]), normal=_parse_number(found[2]))
-    )
+    if found is None:
+        return None
+    return LabelOrder(here=_parse_number(found[1]), normal=_parse_number(found[2]))
 
 
 def _parse_number(text: str) -> float:

@@ -105,7 +105,9 @@ def find_template(incident: Incident) -> CauseTemplate:
 def describe_incident(incident: Incident) -> Paragraph:
     """The paragraph of an incident: what was wrong, how that is known, what it did to the run."""
     template = find_template(incident)
-    rank = f" on rank {incident.cause_rank}" if incident.cause_rank >= 0 else ""
+    rank = ""
+    if incident.cause_rank >= 0:
+        rank = f" on rank {incident.cause_rank}"
     if rank and incident.cause_host:
         rank += f" (host {incident.cause_host})"
     title = template.title.format(
@@ -218,7 +220,9 @@ def _describe_evidence(incident: Incident) -> Iterator[str]:
 def _describe_same_batch(test: SameBatch) -> Iterator[str]:
     if test.repeated:
         return
-    where = f" on {test.where}" if test.where.startswith(("rank", "every")) else ""
+    where = ""
+    if test.where.startswith(("rank", "every")):
+        where = f" on {test.where}"
     first, again = format_number(test.first), format_number(test.again)
     yield f"The same batch gave a {format_signal(test.signal)} of {first}{where}, then {again}."
 
@@ -235,7 +239,9 @@ def _describe_other_batches(test: OtherBatches) -> str:
         return (
             f"All {format_plural(test.tested, 'other batch')} tested from the same state spike too."
         )
-    verb = "is" if normal == 1 else "are"
+    verb = "are"
+    if normal == 1:
+        verb = "is"
     return f"{normal:,} of {format_plural(test.tested, 'other batch')} {verb} normal from the same state."
 
 
@@ -253,7 +259,9 @@ def _describe_label_order(test: LabelOrder) -> str:
     )
     if not math.isfinite(here) or not normal > 0:
         return f"{known}."
-    structured = "has structure" if here / normal >= STRUCTURED else "has no structure"
+    structured = "has no structure"
+    if here / normal >= STRUCTURED:
+        structured = "has structure"
     return f"{known}: this text {structured}."
 
 
@@ -267,18 +275,21 @@ def _describe_effect(incident: Incident) -> Iterator[str]:
         yield "guardrail only reported it (mode advise): every update was applied."
     for rollback in rollbacks[-1:]:
         lost = sum(action.steps_lost for action in rollbacks)
-        why = (
-            "Bad updates were in the weights, so guardrail"
-            if incident.has_bad_updates
-            else "guardrail"
-        )
-        to_step = "an older state" if rollback.to_step is None else f"step {rollback.to_step:,}"
+        why = "guardrail"
+        if incident.has_bad_updates:
+            why = "Bad updates were in the weights, so guardrail"
+        if rollback.to_step is None:
+            to_step = "an older state"
+        else:
+            to_step = f"step {rollback.to_step:,}"
         yield f"{why} restored {to_step} ({format_plural(lost, 'step')} discarded)."
     is_over = incident.closed is not None
     if is_over and incident.cost.rejected and not rollbacks and not advised:
         yield "No bad update was applied, so no rollback was needed."
     for undo in [action for action in incident.actions if action.action == "undo"][-1:]:
-        state = "" if undo.to_step is None else f", which restored step {undo.to_step:,}"
+        state = ""
+        if undo.to_step is not None:
+            state = f", which restored step {undo.to_step:,}"
         yield f"A user has undone a decision of the guard at step {undo.step:,}{state}."
 
 
@@ -287,7 +298,9 @@ def _describe_loss_after(incident: Incident) -> Iterator[str]:
     if not math.isfinite(got) or not math.isfinite(trend):
         return
     noise = incident.measured.get("noise", math.nan)
-    around = f" (noise {format_number(noise)})" if math.isfinite(noise) else ""
+    around = ""
+    if math.isfinite(noise):
+        around = f" (noise {format_number(noise)})"
     yield (
         f"Loss after the incident {format_number(got)}, "
         f"trend predicted {format_number(trend)}{around}."

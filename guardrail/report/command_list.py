@@ -15,7 +15,9 @@ HEADS = ("step", "command", "user", "answer")
 def list_commands(report: Report) -> Iterator[tuple[str, ...]]:
     """A row for each command."""
     for command in report.commands:
-        reason = f": {command.reason}" if command.reason else ""
+        reason = ""
+        if command.reason:
+            reason = f": {command.reason}"
         yield (
             f"{command.step:,}",
             describe_command(command),
@@ -46,10 +48,13 @@ def list_effects(report: Report) -> Iterator[str]:
         if action.action == "undo"
     }
     for action in undone.values():
-        restored = "" if action.to_step is None else f", restored step {action.to_step:,}"
-        lost = (
-            f" ({format_plural(action.steps_lost, 'step')} discarded)" if action.steps_lost else ""
-        )
+        if action.to_step is None:
+            restored = ""
+        else:
+            restored = f", restored step {action.to_step:,}"
+        lost = ""
+        if action.steps_lost:
+            lost = f" ({format_plural(action.steps_lost, 'step')} discarded)"
         yield f"step {action.step:,}: undo{restored}{lost}"
 
 

@@ -40,7 +40,9 @@ def effect_of(incident: Incident, cost: Cost) -> Effect | None:
     if not math.isfinite(cost.excess) or not math.isfinite(offset):
         return None
     gain = cost.excess - offset - cost.price
-    worth = "yes" if gain > 0 else "no"
+    worth = "no"
+    if gain > 0:
+        worth = "yes"
     if abs(gain) <= noise:
         worth = "within the noise"
     return Effect(excess=cost.excess, offset=offset, price=cost.price, noise=noise, worth=worth)
@@ -82,7 +84,9 @@ def _measure_cost(
         above = [
             loss - expected(curve, step) for step, loss in zip(steps[bad], losses[bad], strict=True)
         ]
-        excess = float(np.median(above)) if above else math.nan
+        excess = math.nan
+        if above:
+            excess = float(np.median(above))
         price = expected(curve, onset) - expected(curve, onset + lost)
     return Cost(
         steps=lost,

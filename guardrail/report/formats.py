@@ -21,17 +21,23 @@ def format_signal(signal: str) -> str:
     """The name of a signal for a reader: "grad norm", "grad norm of blocks.0"."""
     name, slash, block = signal.partition("/")
     shown = _SIGNALS.get(name, name.replace("_", " "))
-    return f"{shown} of {block}" if slash else shown
+    if slash:
+        return f"{shown} of {block}"
+    return shown
 
 
 def shorten(text: str, width: int) -> str:
     """Text of at most `width` characters; a longer one ends in an ellipsis."""
-    return text if len(text) <= width else text[: max(0, width - 1)] + "…"
+    if len(text) <= width:
+        return text
+    return text[: max(0, width - 1)] + "…"
 
 
 def shorten_path(path: str, width: int) -> str:
     """A path of at most `width` characters; of a longer one the end is kept."""
-    return path if len(path) <= width else "…" + path[len(path) - width + 1 :]
+    if len(path) <= width:
+        return path
+    return "…" + path[len(path) - width + 1 :]
 
 
 def wrap_text(text: str, *, indent: str = "", width: int = COLUMNS) -> list[str]:
@@ -46,13 +52,17 @@ def wrap_text(text: str, *, indent: str = "", width: int = COLUMNS) -> list[str]
 def relative_path(path: str, folder: str) -> str:
     """The path as seen from `folder`, where it lies below it."""
     below = folder.rstrip("/") + "/"
-    return path[len(below) :] if folder and path.startswith(below) else path
+    if folder and path.startswith(below):
+        return path[len(below) :]
+    return path
 
 
 def join_words(words: Iterable[str]) -> str:
     """ "a", "a and b", "a, b and c"."""
     *others, last = list(words) or [""]
-    return f"{', '.join(others)} and {last}" if others else last
+    if others:
+        return f"{', '.join(others)} and {last}"
+    return last
 
 
 def file_name(path: str) -> str:

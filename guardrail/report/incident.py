@@ -57,15 +57,20 @@ class Token(Record, frozen=True, kw_only=True):
         """'token 126 "~": up to 87% of the gradient of the embedding, norm 1.46, 264 times in the
         batch'
         """
-        facts = (
-            [f"up to {100 * self.share:.2g}% of the gradient of the embedding"]
-            if math.isfinite(self.share)
-            else []
-        )
-        facts += [f"norm {self.norm:.4g}"] if math.isfinite(self.norm) else []
-        facts += [f"{self.count:,} times in the batch"] if self.count >= 0 else []
-        named = f'token {self.id} "{self.text}"' if self.text else f"token {self.id}"
-        return f"{named}: {', '.join(facts)}" if facts else named
+        facts = []
+        if math.isfinite(self.share):
+            facts = [f"up to {100 * self.share:.2g}% of the gradient of the embedding"]
+        if math.isfinite(self.norm):
+            facts.append(f"norm {self.norm:.4g}")
+        if self.count >= 0:
+            facts.append(f"{self.count:,} times in the batch")
+        if self.text:
+            named = f'token {self.id} "{self.text}"'
+        else:
+            named = f"token {self.id}"
+        if facts:
+            return f"{named}: {', '.join(facts)}"
+        return named
 
 
 class SkippedFile(Record, frozen=True, kw_only=True):

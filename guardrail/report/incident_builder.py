@@ -155,10 +155,14 @@ class IncidentBuilder:
             and isinstance(value, int | float)
             and not isinstance(value, bool)
         }
-        closed = None if state == "repeated" else event.time
+        closed = None
+        if state != "repeated":
+            closed = event.time
         said = clean_text(event.message, 400)
         # which says no more than the state
-        outcome = "" if said == f"incident {incident.number}: {state}" else said
+        outcome = said
+        if said == f"incident {incident.number}: {state}":
+            outcome = ""
         ended = {"closed": closed, "closed_step": event.step if closed is not None else 0}
         self._store(
             incident, {**trend, **ended, "state": state, "outcome": outcome, "measured": numbers}
@@ -238,7 +242,9 @@ class IncidentBuilder:
             + [finding.step for finding in last.findings]
             + [last.onset]
         )
-        return last if min(abs(event.step - step) for step in steps) <= _NEAR else None
+        if min(abs(event.step - step) for step in steps) <= _NEAR:
+            return last
+        return None
 
     def _store(self, incident: Incident, changes: dict[str, Any]) -> None:
         self._found[incident.number] = msgspec.structs.replace(incident, **changes)
@@ -247,7 +253,9 @@ class IncidentBuilder:
 def asked_for(events: Iterable[Event]) -> Iterator[IncidentAction]:
     """Skips and rollbacks that a user asked for: no incidents."""
     for event in events:
-        span = span_of(event) if event.kind in (*SKIPPED, "rollback") else None
+        span = None
+        if event.kind in (*SKIPPED, "rollback"):
+            span = span_of(event)
         if span is not None and span.origin == "user":
             yield action_of(event, "rollback" if event.kind == "rollback" else "skip")
 
@@ -315,4 +323,6 @@ def _keep_longest(tokens: Iterable[Token]) -> tuple[Token, ...]:
 
 
 def _sort_key(norm: float) -> float:
-    return norm if norm == norm else math.inf
+    if norm == norm:
+        return norm
+    return math.inf

@@ -52,7 +52,9 @@ class IncidentDetails:
 
 
 def detail_incident(incident: Incident) -> IncidentDetails:
-    number = f"Incident {incident.number}" if incident.number else "Incident without a number"
+    number = "Incident without a number"
+    if incident.number:
+        number = f"Incident {incident.number}"
     tables = (
         _make_signals(incident),
         _make_decisions(incident),
@@ -76,7 +78,9 @@ def _list_facts(incident: Incident) -> Iterator[str]:
     for rank, module in incident.modules.items():
         yield f"First non-finite output on rank {rank}: {module}."
     for rank, names in _find_own_parameters(incident).items():
-        more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+        more = ""
+        if len(names) > MAX_NAMES:
+            more = f" and {len(names) - MAX_NAMES} more"
         yield f"Non-finite gradients on rank {rank}: {', '.join(names[:MAX_NAMES])}{more}."
 
 
@@ -90,11 +94,17 @@ def _find_own_parameters(incident: Incident) -> dict[str, list[str]]:
 def describe_cost(incident: Incident) -> str:
     """ "3 steps discarded, 12 samples skipped, 1.3 s of training", as far as it was measured."""
     cost = incident.cost
-    parts = [f"{format_plural(cost.steps, 'step')} discarded"] if cost.steps else []
-    parts += [f"{format_plural(cost.rejected, 'update')} rejected"] if cost.rejected else []
-    parts += [f"{format_plural(incident.samples, 'sample')} skipped"] if incident.samples else []
-    parts += [f"{format_duration(cost.seconds)} of training"] if cost.seconds >= 0 else []
-    parts += [f"{format_duration(cost.parked)} waiting for an answer"] if cost.parked else []
+    parts = []
+    if cost.steps:
+        parts = [f"{format_plural(cost.steps, 'step')} discarded"]
+    if cost.rejected:
+        parts.append(f"{format_plural(cost.rejected, 'update')} rejected")
+    if incident.samples:
+        parts.append(f"{format_plural(incident.samples, 'sample')} skipped")
+    if cost.seconds >= 0:
+        parts.append(f"{format_duration(cost.seconds)} of training")
+    if cost.parked:
+        parts.append(f"{format_duration(cost.parked)} waiting for an answer")
     return ", ".join(parts)
 
 
@@ -143,7 +153,10 @@ def _signal_cells(finding: Finding) -> tuple[str, ...]:
     if finding.severity.value == "note":
         name += " (noted)"
     judged = (finding.baseline, finding.score, finding.threshold)
-    numbers = [format_number(one) for one in judged] if finding.threshold > 0 else ["-", "-", "-"]
+    if finding.threshold > 0:
+        numbers = [format_number(one) for one in judged]
+    else:
+        numbers = ["-", "-", "-"]
     return (name, f"{finding.step:,}", format_number(finding.value), *numbers)
 
 
@@ -165,7 +178,9 @@ def _decision_cells(number: int, action: IncidentAction) -> tuple[str, ...]:
     first, last = action.batch or action.window or (0, 0)
     if action.action == "rollback" and action.window is not None:
         first, last = action.window
-    positions = f"{first:,}-{last - 1:,}" if first < last else "-"
+    positions = "-"
+    if first < last:
+        positions = f"{first:,}-{last - 1:,}"
     decision = describe_decision(action)
     if not action.signal:
         return (str(number), f"{action.step:,}", positions, "-", "-", decision)
@@ -180,11 +195,17 @@ def describe_decision(action: IncidentAction) -> str:
     """
     skipped = action.samples_skipped
     if action.action in ("rollback", "undo") and action.to_step is not None:
-        done = "restored" if action.action == "rollback" else "undo: restored"
-        tier = f" ({action.tier})" if action.tier else ""
+        done = "undo: restored"
+        if action.action == "rollback":
+            done = "restored"
+        tier = ""
+        if action.tier:
+            tier = f" ({action.tier})"
         lost = format_plural(action.steps_lost, "step")
         said = f"{done} step {action.to_step:,}{tier}, {lost} discarded"
-        return f"{said}, {skipped:,} skipped" if skipped >= 0 else said
+        if skipped >= 0:
+            return f"{said}, {skipped:,} skipped"
+        return said
     parts = [_describe_action(action)]
     if skipped >= 0:
         parts.append(f"{format_plural(skipped, 'sample')} skipped")
@@ -195,11 +216,15 @@ def describe_decision(action: IncidentAction) -> str:
 
 def _describe_action(action: IncidentAction) -> str:
     if action.action == "skip":
-        return "" if action.samples_skipped >= 0 else "batch skipped"
+        if action.samples_skipped >= 0:
+            return ""
+        return "batch skipped"
     if action.action.startswith("would "):
         return f"{action.action} (advise)"
     if action.action == "remedy":
-        return "remedies" if action.remedies else action.sentence
+        if action.remedies:
+            return "remedies"
+        return action.sentence
     return _ACTIONS.get(action.action, action.sentence or action.action)
 
 
@@ -210,7 +235,10 @@ def _make_documents(incident: Incident) -> Table:
         known = (
             f"{len(incident.documents):,} of {format_plural(incident.documents_total, 'document')}"
         )
-        rest = f"{rest}; the journal names {known}" if rest else f"the journal names {known}"
+        if rest:
+            rest = f"{rest}; the journal names {known}"
+        else:
+            rest = f"the journal names {known}"
     return Table(
         title="Documents",
         heads=("file", "bytes skipped", "remark"),
@@ -222,8 +250,12 @@ def _make_documents(incident: Incident) -> Table:
 
 
 def _file_cells(file: SkippedFile) -> tuple[str, ...]:
-    records = f" ({format_plural(file.records, 'record')})" if file.records else ""
-    size = f"{file.bytes:,}" if file.bytes else "-"
+    records = ""
+    if file.records:
+        records = f" ({format_plural(file.records, 'record')})"
+    size = "-"
+    if file.bytes:
+        size = f"{file.bytes:,}"
     return (f"{shorten_path(file.shown, PATH_WIDTH)}{records}", size, file.remark or "-")
 
 
@@ -238,18 +270,29 @@ def _make_tokens(incident: Incident) -> Table:
 
 
 def _share_first(token: Token) -> float:
-    return -token.share if math.isfinite(token.share) else 0.0
+    if math.isfinite(token.share):
+        return -token.share
+    return 0.0
 
 
 def _token_cells(token: Token) -> tuple[str, ...]:
-    share = f"up to {format_share(token.share)}" if math.isfinite(token.share) else "-"
-    count = f"{token.count:,}" if token.count >= 0 else "-"
-    named = f'{token.id} "{token.text}"' if token.text else str(token.id)
+    share = "-"
+    if math.isfinite(token.share):
+        share = f"up to {format_share(token.share)}"
+    count = "-"
+    if token.count >= 0:
+        count = f"{token.count:,}"
+    if token.text:
+        named = f'{token.id} "{token.text}"'
+    else:
+        named = str(token.id)
     return (named, share, count)
 
 
 def _count_more(count: int, noun: str) -> str:
-    return f"and {format_plural(count - MAX_ROWS, noun)} more" if count > MAX_ROWS else ""
+    if count > MAX_ROWS:
+        return f"and {format_plural(count - MAX_ROWS, noun)} more"
+    return ""
 
 
 def find_incident(incidents: Sequence[Incident], number: int) -> Incident | None:

@@ -34,7 +34,10 @@ def find_faults(events: Sequence[Event]) -> tuple[Fault, ...]:
     step = 0
     for event in events:
         fault = _read_fault(event, step)
-        step = max(step, event.step) if event.kind in _DISK else event.step
+        if event.kind in _DISK:
+            step = max(step, event.step)
+        else:
+            step = event.step
         if fault is None:
             _resolve_faults(found, event, step)
         elif found and _is_same(found[-1], fault):
@@ -96,7 +99,9 @@ def find_restarts(run: RunDirectory, events: Sequence[Event]) -> Iterator[Restar
     for event in restarts:
         reached, took = _find_abandoned(view, event.timeline)
         repeated = reached > event.step
-        lost = int(reached.max()) - event.step if len(reached) else 0
+        lost = 0
+        if len(reached):
+            lost = int(reached.max()) - event.step
         measured = took[repeated & (took == took)]
         yield Restart(
             step=event.step,
@@ -116,7 +121,9 @@ def _find_abandoned(view: MetricsView, timeline: int) -> tuple[np.ndarray, np.nd
     names = ("step", "timeline", "verdict", "step_time")
     steps, timelines, verdicts, seconds = (view.column(name) for name in names)
     before = timelines < timeline
-    last = timelines[before].max() if before.any() else -1
+    last = -1
+    if before.any():
+        last = timelines[before].max()
     rows = (timelines == last) & (verdicts == 0)
     return steps[rows], seconds[rows]
 
@@ -142,4 +149,6 @@ def _find_ending(events: Sequence[Event], restart: Event) -> str:
     last = before[-1]
     if last.kind in _RANK_FAULTS:
         return "failure"
-    return clean_text(str(last.data.get("phase") or "ended"), 40) if last.kind == "ended" else ""
+    if last.kind == "ended":
+        return clean_text(str(last.data.get("phase") or "ended"), 40)
+    return ""

@@ -73,8 +73,7 @@ def samples_of_span(span: Span) -> int:
 
 def _list_remedies(data: Mapping[str, Any]) -> Iterator[str]:
     """What went with a decision, in words."""
-    raw = data.get("remedies", [data.get("remedy")])
-    for item in raw if isinstance(raw, list) else []:
+    for item in _as_list(data.get("remedies", [data.get("remedy")])):
         if not isinstance(item, dict) or not item.get("kind"):
             continue
         kind, value = clean_text(str(item["kind"]), 40), as_float(item.get("value"))
@@ -89,7 +88,9 @@ def _list_remedies(data: Mapping[str, Any]) -> Iterator[str]:
         }.get(kind, kind)
         hold = as_int(item.get("hold", item.get("hold_steps")))
         back = as_int(item.get("back", item.get("ramp_steps")))
-        until = f", for {hold:,} steps, then back over {back:,} steps" if hold or back else ""
+        until = ""
+        if hold or back:
+            until = f", for {hold:,} steps, then back over {back:,} steps"
         yield f"{what} x {value:g} from step {as_int(item.get('from_step')):,}{until}"
 
 
@@ -97,26 +98,24 @@ def samples_of(event: Event) -> tuple[Sample, ...]:
     """The single samples that a `left_out` line names with their loss and their share of the
     gradient.
     """
-    raw = event.data.get("samples")
-    items = raw if isinstance(raw, list) else []
+    items = _as_list(event.data.get("samples"))
     return tuple(_as_sample(item) for item in items if isinstance(item, dict))
 
 
 def _as_sample(item: Mapping[str, Any]) -> Sample:
-    odd = item.get("odd")
     return Sample(
         position=as_int(item.get("position")),
         loss=as_float(item.get("loss")),
         share=as_float(item.get("share")),
         documents=documents_of(item),
         excerpt=clean_text(str(item.get("excerpt") or ""), 200),
-        odd=tuple(clean_text(str(word), 120) for word in odd) if isinstance(odd, list) else (),
+        odd=tuple(clean_text(str(word), 120) for word in _as_list(item.get("odd"))),
     )
 
 
 def tokens_of(event: Event) -> tuple[Token, ...]:
     """The tokens that a verdict names where the gradient of the embedding was too large."""
-    raw = event.data.get("tokens")
+    items = _as_list(event.data.get("tokens"))
     return tuple(
         Token(
             id=as_int(item.get("id")),
@@ -125,7 +124,7 @@ def tokens_of(event: Event) -> tuple[Token, ...]:
             norm=as_float(item.get("norm")),
             count=as_int(item.get("count", -1)),
         )
-        for item in (raw if isinstance(raw, list) else [])
+        for item in items
         if isinstance(item, dict)
     )
 
@@ -133,8 +132,7 @@ def tokens_of(event: Event) -> tuple[Token, ...]:
 def documents_of(data: Mapping[str, Any]) -> tuple[Document, ...]:
     """The documents that a line, or one of its samples, names."""
     found = []
-    raw = data.get("documents")
-    for item in raw if isinstance(raw, list) else []:
+    for item in _as_list(data.get("documents")):
         if isinstance(item, str):
             found.append(Document(path=clean_text(item, 400)))
         elif isinstance(item, dict):
@@ -166,6 +164,13 @@ def curve_of(raw: Any) -> LossTrend | None:
     ):
         return None
     return LossTrend(**numbers, count=max(0, as_int(raw.get("count"))))
+
+
+def _as_list(value: Any) -> list[Any]:
+    """Return a list of the journal; an empty one for anything else."""
+    if isinstance(value, list):
+        return value
+    return []
 
 
 def _as_pair(value: Any) -> tuple[int, int] | None:

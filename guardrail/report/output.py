@@ -29,7 +29,9 @@ def summary_text(run: RunDirectory, *, spec: str = "", chart: bool = False) -> s
     from guardrail.report.text_chart import draw_chart
 
     report = build_report(run)
-    curve = draw_chart(run, report.incidents) if chart else []
+    curve = []
+    if chart:
+        curve = draw_chart(run, report.incidents)
     return render_summary(report, spec=spec or report.run, chart=curve)
 
 
@@ -42,7 +44,9 @@ def incident_text(run: RunDirectory, number: int, *, excerpts: bool = False) -> 
     incident = find_incident(report.incidents, number)
     if incident is None:
         known = [one.number for one in report.incidents if one.number]
-        there = f"1 to {max(known)}" if known else "no incidents"
+        there = "no incidents"
+        if known:
+            there = f"1 to {max(known)}"
         raise UsageError(f"--incident {number}: {report.run} has {there}.")
     return render_incident(report, incident, excerpts=excerpts)
 

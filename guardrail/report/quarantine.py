@@ -29,7 +29,9 @@ def quarantine_lines(run: RunDirectory) -> list[str]:
     """
     events = run.events()
     spans = list(_list_spans(events))
-    order = _find_order(events) if spans else None
+    order = None
+    if spans:
+        order = _find_order(events)
     if spans and order is None:
         raise RunDirectoryError(
             f"{run.path}: the journal does not say in which order the samples came"
@@ -52,9 +54,13 @@ def quarantine_lines(run: RunDirectory) -> list[str]:
 def count_skipped(events: list[Event]) -> int:
     """Return how many samples the journal skips; -1: it does not say in which order they came."""
     spans = list(_list_spans(events))
-    order = _find_order(events) if spans else None
+    order = None
+    if spans:
+        order = _find_order(events)
     if not spans or order is None:
-        return -1 if spans else 0
+        if spans:
+            return -1
+        return 0
     ledger = SampleCursor(order, batch_size=1)
     return sum(ledger.leave_out(span) for span in spans)
 
@@ -94,5 +100,9 @@ def _quarantine_file(run: RunDirectory) -> Path | None:
     # also of very long numbers, and of brackets within each other
     except (ValueError, RecursionError) as error:
         raise RunDirectoryError(f"{run.path / 'config.toml'}: not valid TOML ({error})") from error
-    name = data.get("quarantine") if isinstance(data, dict) else None
-    return Path(os.path.expanduser(name)) if isinstance(name, str) and name else None
+    name = None
+    if isinstance(data, dict):
+        name = data.get("quarantine")
+    if isinstance(name, str) and name:
+        return Path(os.path.expanduser(name))
+    return None

@@ -87,7 +87,9 @@ def _render_markdown_row(cells: Iterable[str]) -> str:
 
 def _escape_code(text: str) -> str:
     """A command as inline code; what a code span cannot hold is shown as text."""
-    return _escape_markdown(text) if re.search(r"[`<&\[\]]", text) else f"`{text}`"
+    if re.search(r"[`<&\[\]]", text):
+        return _escape_markdown(text)
+    return f"`{text}`"
 
 
 def _escape_markdown(text: str) -> str:
@@ -161,6 +163,8 @@ def _render_table(table: Table) -> Iterator[str]:
 def _render_row(tag: str, cells: Iterable[str], right: Sequence[int]) -> str:
     shown = []
     for at, cell in enumerate(cells):
-        kind = ' class="number"' if at in right else ""
+        kind = ""
+        if at in right:
+            kind = ' class="number"'
         shown.append(f"<{tag}{kind}>{html.escape(cell)}</{tag}>")
     return f"<tr>{''.join(shown)}</tr>"

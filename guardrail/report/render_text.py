@@ -108,7 +108,9 @@ def _fit_paragraphs(report: Report, rows: Sequence[Row], room: int) -> list[str]
     for longest in range(LONGEST_PARAGRAPH, 1, -1):
         lines = [line for paragraph in found for line in fit_paragraph(paragraph, longest)]
         if len(lines) < room:
-            return ["", *lines] if lines else []
+            if lines:
+                return ["", *lines]
+            return []
     kept: dict[int, list[str]] = {}
     free = room - 1
     for row in costliest_first(rows):
@@ -118,7 +120,9 @@ def _fit_paragraphs(report: Report, rows: Sequence[Row], room: int) -> list[str]
                 kept[place] = lines
                 free -= len(lines)
     lines = [line for place in sorted(kept) for line in kept[place]]
-    return ["", *lines] if lines else []
+    if lines:
+        return ["", *lines]
+    return []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +138,9 @@ def _list_paragraphs(report: Report, rows: Sequence[Row]) -> list[_TimedParagrap
     found = []
     for incident in report.incidents:
         if ("incident", incident.opened) in shown:
-            number = f"#{incident.number} " if incident.number else ""
+            number = ""
+            if incident.number:
+                number = f"#{incident.number} "
             said = describe_incident(incident)
             found.append((incident.opened, number + said.title, said.sentences))
     for restart in report.restarts:

@@ -28,7 +28,10 @@ def find_data_folder(run: RunDirectory) -> str:
     """
     try:
         data = tomllib.loads(run.config_text()).get("data", {})
-        sources = data.get("sources", []) if isinstance(data, dict) else []
+        if isinstance(data, dict):
+            sources = data.get("sources", [])
+        else:
+            sources = []
     except (GuardrailError, OSError, ValueError, RecursionError):
         return ""
     named = [source for source in sources if isinstance(source, str) and os.path.isabs(source)]
@@ -36,14 +39,18 @@ def find_data_folder(run: RunDirectory) -> str:
     if not folders:
         return ""
     folder = os.path.commonpath(folders)
-    return "" if folder == os.sep else clean_text(folder)
+    if folder == os.sep:
+        return ""
+    return clean_text(folder)
 
 
 def _folder_of(source: str) -> str:
     """The folder of a source: the source itself where it has no ending and no pattern."""
     if pattern := _PATTERN.search(source):
         return os.path.dirname(source[: pattern.start()] + "x")
-    return os.path.dirname(source) if os.path.splitext(source)[1] else source.rstrip(os.sep)
+    if os.path.splitext(source)[1]:
+        return os.path.dirname(source)
+    return source.rstrip(os.sep)
 
 
 def group_by_file(incident: Incident, folder: str) -> tuple[SkippedFile, ...]:
@@ -97,6 +104,8 @@ def typical_remark(remarks: Iterable[str]) -> str:
 def _first_number(remark: str) -> float:
     found = _DIGITS.search(remark)
     try:
-        return float(found[0].replace(",", "").rstrip(".")) if found else 0.0
+        if found:
+            return float(found[0].replace(",", "").rstrip("."))
+        return 0.0
     except ValueError:
         return 0.0

@@ -34,8 +34,12 @@ def describe_run(report: Report) -> str:
     steps = f"{report.step:,} of {report.total_steps:,} steps"
     if not report.total_steps:
         steps = format_plural(report.step, "step")
-    took = f" in {format_run_time(report.seconds)}" if report.seconds else ""
-    code = f" (exit code {report.exit_code})" if report.exit_code is not None else ""
+    took = ""
+    if report.seconds:
+        took = f" in {format_run_time(report.seconds)}"
+    code = ""
+    if report.exit_code is not None:
+        code = f" (exit code {report.exit_code})"
     return f"{report.run}: {report.state}, {steps}{took}{code}"
 
 
@@ -50,7 +54,9 @@ def describe_numbers(report: Report) -> str:
         numbers.append(f"{report.tokens:,} tokens")
     setup = []
     if report.world:
-        on = f" on {report.host}" if report.host else ""
+        on = ""
+        if report.host:
+            on = f" on {report.host}"
         setup.append(f"{format_plural(report.world, 'rank')}{on}")
     if report.mode:
         setup.append(f"mode {report.mode}")
@@ -106,15 +112,23 @@ def _count_incidents(incidents: tuple[Incident, ...]) -> str:
 def _count_faults(report: Report) -> list[str]:
     ranks = sum(fault.count for fault in report.faults if fault.kind.startswith("rank"))
     disks = sum(fault.count for fault in report.faults) - ranks
-    parts = [format_plural(ranks, "rank failure")] if ranks else []
-    return [*parts, format_plural(disks, "disk problem")] if disks else parts
+    parts = []
+    if ranks:
+        parts = [format_plural(ranks, "rank failure")]
+    if disks:
+        return [*parts, format_plural(disks, "disk problem")]
+    return parts
 
 
 def _count_samples(report: Report) -> str:
     if report.samples_skipped < 0:
         return "Samples were skipped, the journal does not say how many"
-    share = report.samples_skipped / report.samples_read if report.samples_read else math.nan
-    known = f" ({format_share(share)} of those read)" if share <= 1 else ""
+    share = math.nan
+    if report.samples_read:
+        share = report.samples_skipped / report.samples_read
+    known = ""
+    if share <= 1:
+        known = f" ({format_share(share)} of those read)"
     return f"{format_plural(report.samples_skipped, 'sample')} skipped{known}"
 
 
@@ -122,10 +136,14 @@ def describe_commands(report: Report) -> str:
     """A count of what a user did, and of the notes; "" where there is none."""
     undone = sum(command.command == "undo" for command in report.commands)
     asked = Counter(action.action for action in report.by_person)
-    parts = [format_plural(len(report.commands), "command")] if report.commands else []
-    parts += [f"{undone:,} undo"] if undone else []
+    parts = []
+    if report.commands:
+        parts = [format_plural(len(report.commands), "command")]
+    if undone:
+        parts.append(f"{undone:,} undo")
     parts += [f"{format_plural(count, action)} by command" for action, count in asked.items()]
-    parts += [format_plural(len(report.notes), "note")] if report.notes else []
+    if report.notes:
+        parts.append(format_plural(len(report.notes), "note"))
     if not parts:
         return ""
     return f"Also: {', '.join(parts)} (list them with --commands)."
@@ -143,9 +161,12 @@ def describe_checkpoints(report: Report) -> str:
     said = ", ".join(_describe_newest(there, report.state)) or "none"
     if failed:
         said += f"; {format_plural(len(failed), 'save')} failed"
-        said += f" ({failed[-1].reason})" if failed[-1].reason else ""
+        if failed[-1].reason:
+            said += f" ({failed[-1].reason})"
     sizes = [checkpoint.bytes for checkpoint in there if checkpoint.bytes]
-    each = f" {format_size(sizes[-1])} each." if sizes else ""
+    each = ""
+    if sizes:
+        each = f" {format_size(sizes[-1])} each."
     return f"Checkpoints: {said}.{each}"
 
 
@@ -155,12 +176,19 @@ def _describe_newest(there: list[CheckpointLine], state_of_run: str) -> Iterator
     yield f"newest good step {good[-1]:,}" if good else "no good one yet"
     if ordered and (not good or ordered[-1].step > good[-1]):
         last = ordered[-1]
-        state = "not confirmed" if last.state == "candidate" else last.state
-        which = "final" if state_of_run == "finished" else "last"
+        if last.state == "candidate":
+            state = "not confirmed"
+        else:
+            state = last.state
+        which = "last"
+        if state_of_run == "finished":
+            which = "final"
         yield f"{which} step {last.step:,} ({state})"
     if older := good[:-1]:
         named = join_words(f"{step:,}" for step in older[-MAX_NAMED:])
-        more = f" ({len(older):,} in all)" if len(older) > MAX_NAMED else ""
+        more = ""
+        if len(older) > MAX_NAMED:
+            more = f" ({len(older):,} in all)"
         yield f"also good {named}{more}"
 
 

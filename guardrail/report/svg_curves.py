@@ -45,14 +45,18 @@ class Axis:
     def __call__(self, values: np.ndarray) -> np.ndarray:
         import numpy as np
 
-        seen = np.log10(np.maximum(values, 10.0**self.low)) if self.log else values
+        seen = values
+        if self.log:
+            seen = np.log10(np.maximum(values, 10.0**self.low))
         share = (np.clip(seen, self.low, self.high) - self.low) / (self.high - self.low)
         return self.begin + share * (self.end - self.begin)
 
     def value(self, place: float) -> float:
         """Pixels -> data, within the margins."""
         seen = self.low + (place - self.begin) / (self.end - self.begin) * (self.high - self.low)
-        return 10.0**seen if self.log else seen
+        if self.log:
+            return 10.0**seen
+        return seen
 
     def ticks(self) -> list[float]:
         """At most seven round numbers."""
@@ -90,7 +94,9 @@ def draw_curves(
     found = []
     for signal in (LOSS, GRAD_NORM, EMBED_GRAD_NORM):
         if np.isfinite(view.column(signal)).any():
-            heading = list(list_trends(incidents, high)) if signal == LOSS else []
+            heading = []
+            if signal == LOSS:
+                heading = list(list_trends(incidents, high))
             found.append(
                 (NAMES[signal], _draw_signal(view, signal, across, present, marks, heading))
             )
@@ -174,7 +180,9 @@ def scale_of(applied: np.ndarray, finite: np.ndarray) -> Axis:
     import numpy as np
 
     finite = np.clip(finite, -LARGEST, LARGEST)
-    seen = np.clip(applied, -LARGEST, LARGEST) if len(applied) else finite
+    seen = finite
+    if len(applied):
+        seen = np.clip(applied, -LARGEST, LARGEST)
     low, most = float(seen.min()), float(seen.max())
     high = max(
         most, min(float(np.quantile(finite, 0.999)), most + max(most - low, 0.1 * abs(most)))
@@ -183,7 +191,9 @@ def scale_of(applied: np.ndarray, finite: np.ndarray) -> Axis:
         return Axis(math.log10(low) - 0.05, math.log10(high) + 0.05, 1.0, 0.0, log=True)
     room = 0.05 * (high - low) or max(1e-9, abs(high)) * 0.05
     # a loss or a norm that is never negative has no axis below 0
-    least = 0.0 if low >= 0 else -math.inf
+    least = 0.0
+    if not low >= 0:
+        least = -math.inf
     return Axis(max(least, low - room), high + room, 1.0, 0.0)
 
 

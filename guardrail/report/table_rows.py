@@ -44,8 +44,13 @@ class Row:
     weight: float = 0.0
 
     def cells(self, *, short: bool = False) -> tuple[str, ...]:
-        what = self.short if short and self.short else self.what
-        number = str(self.number) if self.number else ""
+        if short and self.short:
+            what = self.short
+        else:
+            what = self.what
+        number = ""
+        if self.number:
+            number = str(self.number)
         lost = format_duration(self.seconds)
         return (number, f"{self.step:,}", what, self.cause, self.action, lost, self.result)
 
@@ -74,12 +79,16 @@ def count_rest(rows: Sequence[Row]) -> str:
     kinds = Counter(row.kind for row in rows)
     named = join_words(format_plural(count, kind) for kind, count in kinds.items())
     measured = [row.seconds for row in rows if math.isfinite(row.seconds)]
-    lost = f", {format_duration(sum(measured))} lost" if measured else ""
+    lost = ""
+    if measured:
+        lost = f", {format_duration(sum(measured))} lost"
     return f"and {named} that cost less{lost}"
 
 
 def _known_seconds(row: Row) -> float:
-    return row.seconds if math.isfinite(row.seconds) else 0.0
+    if math.isfinite(row.seconds):
+        return row.seconds
+    return 0.0
 
 
 # -- incidents
@@ -105,7 +114,9 @@ def incident_row(incident: Incident) -> Row:
 def describe_state(incident: Incident) -> str:
     """ "recovered at 175", "not over"."""
     state = STATES.get(incident.state, incident.state)
-    return f"{state} at {incident.closed_step:,}" if incident.closed_step else state
+    if incident.closed_step:
+        return f"{state} at {incident.closed_step:,}"
+    return state
 
 
 def describe_findings(findings: Sequence[Finding], *, most: int = 2) -> str:
@@ -172,7 +183,10 @@ def describe_actions(incident: Incident) -> str:
     undone = any(action.action == "undo" for action in incident.actions)
     if incident.samples:
         alone = not said and not undone
-        skipped = format_plural(incident.samples, "sample") if alone else f"{incident.samples:,}"
+        if alone:
+            skipped = format_plural(incident.samples, "sample")
+        else:
+            skipped = f"{incident.samples:,}"
         said.append(f"{skipped} skipped")
     if undone:
         said.append("undone" if not incident.samples else "others undone")
@@ -197,12 +211,16 @@ def _describe_each(actions: Sequence[IncidentAction]) -> Iterator[str]:
 
 
 def fault_row(fault: Fault, report: Report) -> Row:
-    times = f" ({fault.count:,} times)" if fault.count > 1 else ""
+    times = ""
+    if fault.count > 1:
+        times = f" ({fault.count:,} times)"
     is_rank = fault.kind.startswith("rank")
     message = fault.message
     if fault.host == report.host:
         message = message.removesuffix(f" on {fault.host}")
-    what = message if is_rank else f"{fault.kind}: {message}"
+    what = message
+    if not is_rank:
+        what = f"{fault.kind}: {message}"
     following = next((r for r in report.restarts if is_rank and r.time >= fault.time), None)
     return Row(
         number=0,
@@ -230,7 +248,9 @@ def _measure_fault(fault: Fault, restart: Restart | None) -> float:
         return math.nan
     parts = [fault.seconds, restart.seconds if restart is not None else math.nan]
     known = [part for part in parts if math.isfinite(part)]
-    return sum(known) if known else math.nan
+    if known:
+        return sum(known)
+    return math.nan
 
 
 def _describe_fault_result(fault: Fault, restart: Restart | None) -> str:
@@ -247,7 +267,9 @@ def restart_row(restart: Restart) -> Row:
     ended = "the run ended without a message"
     if restart.after:
         ended = f"the run was {restart.after}"
-    result = "state differs from the saved one" if restart.differs else "continued"
+    result = "continued"
+    if restart.differs:
+        result = "state differs from the saved one"
     if restart.steps_lost:
         result += f", {format_plural(restart.steps_lost, 'step')} repeated"
     return Row(

@@ -85,10 +85,12 @@ class CorpusStatistics:
             self._counts.update(text)
         self._total = sum(self._counts.values())
         bits = [self.count_bits(text) for text in self._texts]
-        self._centre = statistics.median(bits) if bits else 0.0
-        spread = (
-            1.4826 * statistics.median(abs(one - self._centre) for one in bits) if bits else 0.0
-        )
+        self._centre = 0.0
+        if bits:
+            self._centre = statistics.median(bits)
+        spread = 0.0
+        if bits:
+            spread = 1.4826 * statistics.median(abs(one - self._centre) for one in bits)
         self._limit = self._centre + max(FOREIGN_BITS, FOREIGN_SIGMAS * spread)
 
     def count_bits(self, text: str) -> float:
@@ -138,7 +140,9 @@ def _check_characters(text: str) -> list[str]:
     if broken / size > REPLACEMENT:
         found.append(f"{format_plural(broken, 'trace')} of text decoded wrongly")
     entropy = -sum(n / size * math.log2(n / size) for n in counts.values())
-    low, high = ENTROPY_OF_MANY if _is_of(text, _UNSPACED) or _is_of(text, _SYLLABLES) else ENTROPY
+    low, high = ENTROPY
+    if _is_of(text, _UNSPACED) or _is_of(text, _SYLLABLES):
+        low, high = ENTROPY_OF_MANY
     if entropy < low or entropy > high:
         found.append(f"{entropy:.1f} bits of entropy per character (normal {low:g} to {high:g})")
     if (braces := (counts["{"] + counts["}"]) / size) > BRACES:
@@ -215,7 +219,9 @@ def _count_duplicated(words: Sequence[str], length: int) -> int:
     seen: set[Sequence[str]] = set()
     covered = [False] * len(words)
     for at in range(len(words) - length + 1):
-        gram = words[at : at + length] if isinstance(words, str) else tuple(words[at : at + length])
+        gram: Sequence[str] = words[at : at + length]
+        if not isinstance(words, str):
+            gram = tuple(gram)
         if gram in seen:
             covered[at : at + length] = [True] * length
         seen.add(gram)
@@ -280,4 +286,6 @@ def _name_script(text: str) -> str:
     if not names:
         return ""
     script, count = names.most_common(1)[0]
-    return f" (mostly {script})" if script != "LATIN" and 2 * count > len(text) / 2 else ""
+    if script != "LATIN" and 2 * count > len(text) / 2:
+        return f" (mostly {script})"
+    return ""

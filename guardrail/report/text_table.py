@@ -48,7 +48,9 @@ def _measure_columns(table: Sequence[Sequence[str]]) -> list[int]:
 
 
 def _align_cell(cell: str, width: int, right: bool) -> str:
-    return cell.rjust(width) if right else cell.ljust(width)
+    if right:
+        return cell.rjust(width)
+    return cell.ljust(width)
 
 
 def _shrink_columns(widths: list[int], room: int) -> None:
