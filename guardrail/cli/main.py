@@ -27,7 +27,7 @@ COMMANDS = {
     "report": "Say what happened in a run.",
     "backtest": "Say what the guard would have done about recorded runs.",
     "tune": "Propose a [guard] section for recorded runs.",
-    "replay": "Run a stretch again and say whether every number is the same.",
+    "replay": "Make steps again and compare every number.",
     "verify": "Check the hashes of a checkpoint.",
     "doctor": "Say what this machine can do, and what of a configuration it cannot.",
     "completion": "Print the completion script of a shell.",

@@ -1,4 +1,4 @@
-"""guardrail replay: the same steps once more, and whether every number is the same."""
+"""guardrail replay: make steps again, and check that every number is the same."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import click
 from guardrail.cli.common import complete_run, json_option, print_json, root_option, the_run
 
 
-@click.command(short_help="Run a stretch again and compare every number.")
+@click.command(short_help="Make steps again and compare every number.")
 @click.argument("run", required=False, shell_complete=complete_run)
 @click.option(
     "--incident",
@@ -23,25 +23,25 @@ from guardrail.cli.common import complete_run, json_option, print_json, root_opt
 @json_option
 @root_option
 def command(run: str | None, incident: int | None, keep: bool, as_json: bool, root: str) -> int:
-    """Run a stretch again with the journal's decisions, and say whether every number is the same as
-    in metrics.bin.
+    """Make steps again with the decisions of the journal, and compare every number with metrics.bin.
 
-    Without --incident it begins at step 0; with it, at the newest checkpoint from before that
-    incident, and ends where the incident was over. Same ranks and devices as the run had; its
-    directory is only read.
+    Without --incident the replay begins at step 0. With it, the replay begins at the newest
+    checkpoint from before that incident, and ends where the incident ended. It needs the same ranks
+    and devices as the run had. The run directory is only read.
 
-    Exit code 5 if a number differs: the first such step and column are named.
+    Exit code 5: a number differs. The first such step and column are printed.
     """
     import sys
     import time
 
     from guardrail.core.errors import ExitCode
-    from guardrail.operate import replay as replaying
+    from guardrail.operate.replay import replay_run
+    from guardrail.operate.replay_plan import machine_remarks
 
-    shown = [0.0, -1.0]  # when progress was last told, and at which step
+    shown = [0.0, -1.0]  # when progress was last printed, and at which step
     live = sys.stderr.isatty()
 
-    def tell(done: int, of: int) -> None:
+    def report(done: int, of: int) -> None:
         now = time.monotonic()
         if done != shown[1] and now - shown[0] >= (0.0 if live else 5.0):
             shown[:] = [now, done]
@@ -50,9 +50,9 @@ def command(run: str | None, incident: int | None, keep: bool, as_json: bool, ro
             )
 
     found = the_run(run, root)
-    for remark in replaying.remarks(found):
+    for remark in machine_remarks(found):
         click.echo(f"note: {remark}; numbers may differ", err=True)
-    outcome = replaying.replay(found, incident=incident, keep=keep, tell=tell)
+    outcome = replay_run(found, incident=incident, keep=keep, report=report)
     if live:
         click.echo("", err=True)
     if as_json:

@@ -19,7 +19,6 @@ from msgspec import structs
 from guardrail.core.errors import GuardrailError, UsageError
 from guardrail.core.records import Action, Command, Remedy, Status, Verdict
 from guardrail.core.text import clean_text
-from guardrail.decide.control_commands.base import make_preview
 from guardrail.decide.control_commands.preview import Preview
 from guardrail.decide.control_commands.registry import command_from
 from guardrail.decide.control_commands.restore_preview import (
@@ -28,6 +27,7 @@ from guardrail.decide.control_commands.restore_preview import (
     preview_restore,
 )
 from guardrail.decide.control_commands.rollback import Rollback
+from guardrail.decide.control_commands.run_facts import make_preview
 from guardrail.decide.control_commands.stop import Stop
 from guardrail.decide.remedies import sentence
 from guardrail.operate.run_state import RunState

@@ -24,7 +24,7 @@ from guardrail.core.records import (
     Status,
     Unresolved,
 )
-from guardrail.decide.control_commands.base import Rates
+from guardrail.decide.control_commands.run_facts import Rates
 from guardrail.decide.questions import open_question
 from guardrail.decide.run_history import RunHistory
 from guardrail.decide.step_setting import StepSetting

@@ -19,7 +19,8 @@ import numpy as np
 from guardrail.core.records import Span
 from guardrail.decide.sample_order import SampleCursor, SampleOrder
 from guardrail.decide.timelines import TimelineIndex
-from guardrail.operate.replay import Comparison, Plan
+from guardrail.operate.replay_comparison import Comparison
+from guardrail.operate.replay_plan import ReplayPlan
 from guardrail.report.text_quality import text_anomalies
 from guardrail.rundir.metrics import MetricsView
 
@@ -50,11 +51,11 @@ def compare(steps: int) -> float:
     table = np.random.default_rng(0).normal(size=(steps, len(COLUMNS)))
     table[:, 0], table[:, 1], table[:, 2] = np.arange(1, steps + 1), 0, 0
     run, scratch = Rows(table), Rows(table.copy())
-    compared = Comparison(run, scratch, Plan(None, 0, steps))  # type: ignore[arg-type]
+    compared = Comparison(run, scratch, ReplayPlan(None, 0, steps))  # type: ignore[arg-type]
     began = time.process_time()
     for look in range(1, LOOKS + 1):
         scratch.rows = steps * look // LOOKS
-        compared.look()
+        compared.compare_new_rows()
     compared.finish()
     assert compared.first is None and not compared.missing
     return time.process_time() - began

@@ -18,8 +18,10 @@ from guardrail.cli.main import main
 from guardrail.core.errors import UsageError
 from guardrail.core.records import Command, Event, Mode
 from guardrail.decide.timelines import TimelineIndex
-from guardrail.operate import replay as replaying
-from guardrail.operate.replay import Comparison, Outcome, Plan, outcome, plan, prepare
+from guardrail.operate import replay_comparison, replay_plan
+from guardrail.operate.replay import ReplayOutcome, make_outcome, make_scratch_run
+from guardrail.operate.replay_comparison import Comparison
+from guardrail.operate.replay_plan import ReplayPlan, machine_remarks, plan_replay, starts_in
 from guardrail.rundir.manifest import checkpoint_dirs
 from guardrail.rundir.run_directory import MetricsView, RunDirectory
 from tests.support.running import BATCH, BLIND, new_run, of_kind, tiny, train
@@ -79,19 +81,19 @@ def files(run: RunDirectory) -> dict[Path, tuple[int, int]]:
 class Again(NamedTuple):
     """A replay of the whole run, by ranks that are forked instead of launched."""
 
-    stretch: Plan
+    stretch: ReplayPlan
     scratch: RunDirectory
     before: dict[Path, tuple[int, int]]  # files of the run before it
 
-    def held_against(self, run: RunDirectory) -> Outcome:
+    def held_against(self, run: RunDirectory) -> ReplayOutcome:
         compared = Comparison(run, self.scratch, self.stretch)
-        return outcome(run, self.scratch, self.stretch, compared, keep=False)
+        return make_outcome(run, self.scratch, self.stretch, compared, keep=False)
 
 
 @pytest.fixture(scope="module")
 def again(eventful: RunDirectory) -> Iterator[Again]:
     before = files(eventful)
-    scratch = prepare(eventful, stretch := plan(eventful))
+    scratch = make_scratch_run(eventful, stretch := plan_replay(eventful))
     assert train(scratch, 2) in ("stopped", "finished")
     yield Again(stretch, scratch, before)
     shutil.rmtree(scratch.path)
@@ -126,7 +128,7 @@ def test_an_incident_from_the_checkpoint_before_it_by_the_command_line(
     eventful: RunDirectory, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """With the supervisor and torch elastic, as launch does it."""
-    stretch = plan(eventful, 2)
+    stretch = plan_replay(eventful, 2)
     assert stretch.base is not None and 0 < stretch.from_step < stretch.to_step < 64
     assert main(["replay", str(eventful.path), "--incident", "2", "--json", "--keep"]) == 0
     said = json.loads(capfd.readouterr().out)
@@ -162,19 +164,21 @@ def test_a_number_that_is_not_the_same_is_named(
 def test_the_same_numbers_with_other_weights_are_not_the_same(
     eventful: RunDirectory, again: Again, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replaying, "fingerprint", str)  # two folders, two fingerprints
+    monkeypatch.setattr(replay_comparison, "fingerprint", str)  # two folders, two fingerprints
     found = again.held_against(eventful)
     assert (
         not found.same
         and found.first is None
-        and "the weights after step 64 are others" in found.sentence()
+        and "the weights after step 64 differ" in found.sentence()
     )
 
 
 def test_a_replay_that_lost_rows_is_not_called_the_same(eventful: RunDirectory) -> None:
-    stretch = plan(eventful)
-    scratch = prepare(eventful, stretch)
-    found = outcome(eventful, scratch, stretch, Comparison(eventful, scratch, stretch), keep=False)
+    stretch = plan_replay(eventful)
+    scratch = make_scratch_run(eventful, stretch)
+    found = make_outcome(
+        eventful, scratch, stretch, Comparison(eventful, scratch, stretch), keep=False
+    )
     shutil.rmtree(scratch.path)
     assert not found.same and found.missing == 64 and "have no row" in found.sentence()
 
@@ -192,18 +196,18 @@ def test_what_cannot_be_replayed_is_refused_with_a_way_out(
 ) -> None:
     run = copied(eventful, tmp_path)
     with pytest.raises(UsageError, match=r"has no incident 9\n  hint: it has 1, 2"):
-        plan(run, 9)
+        plan_replay(run, 9)
     for folder in checkpoint_dirs(run.checkpoints):
         if int(folder.name.split("-")[1]) < 24:
             shutil.rmtree(folder)
     with pytest.raises(
         UsageError, match=r"before incident 1 \(step 24\) is pruned\n  hint: the oldest one left"
     ):
-        plan(run, 1)
-    assert plan(run).to_step == 64, "from the beginning no checkpoint is needed"
+        plan_replay(run, 1)
+    assert plan_replay(run).to_step == 64, "from the beginning no checkpoint is needed"
     run.write_config(run.config_text().replace("processes = 2", "processes = 1"))
-    with pytest.raises(UsageError, match="ran on 2 ranks from step 0 on, and on 1"):
-        plan(run)
+    with pytest.raises(UsageError, match="ran on 2 ranks from step 0 on"):
+        plan_replay(run)
 
 
 def test_a_device_that_is_not_here_and_a_run_without_steps(
@@ -211,19 +215,19 @@ def test_a_device_that_is_not_here_and_a_run_without_steps(
 ) -> None:
     run = RunDirectory.create(tmp_path, "young", "")
     with pytest.raises(UsageError, match="no step yet"):
-        plan(run)
+        plan_replay(run)
     with run.metrics_writer() as writer:
         writer.append({"step": 1, "timeline": 0, "verdict": 0})
     run.append("started", world=1, device="cuda", versions={"torch": "1.0.0"})
-    monkeypatch.setattr(replaying, "cuda_devices", lambda: 0)
+    monkeypatch.setattr(replay_plan, "cuda_devices", lambda: 0)
     with pytest.raises(UsageError, match="CUDA devices"):
-        plan(run)
-    (said,) = replaying.remarks(run)
+        plan_replay(run)
+    (said,) = machine_remarks(run)
     assert said.startswith("torch was 1.0.0 and is ")
-    monkeypatch.setattr(replaying, "cuda_devices", lambda: 1)
-    assert plan(run) == Plan(None, 0, 1)
+    monkeypatch.setattr(replay_plan, "cuda_devices", lambda: 1)
+    assert plan_replay(run) == ReplayPlan(None, 0, 1)
     with pytest.raises(UsageError, match="not started by `guardrail launch`"):
-        prepare(run, plan(run))
+        make_scratch_run(run, plan_replay(run))
     assert list(run.path.parent.iterdir()) == [run.path]
 
 
@@ -236,7 +240,7 @@ def test_only_the_starts_of_the_stretch_count() -> None:
     events = [start(0, 1), start(30, 2), start(20, 3), start(60, 4)]
 
     def worlds(*stretch: int) -> list[int]:
-        return [event.data["world"] for event in replaying._starts_of(events, Plan(None, *stretch))]
+        return [event.data["world"] for event in starts_in(events, ReplayPlan(None, *stretch))]
 
     assert (
         worlds(0, 10) == [1]
@@ -284,10 +288,10 @@ def test_each_row_of_a_replay_is_compared_once() -> None:
     table[:, 3:] = np.random.default_rng(0).normal(size=(4000, 2))
     run, scratch = Growing(table, columns), Growing(table.copy(), columns)
     run.rows = 4000
-    compared = Comparison(run, scratch, Plan(None, 0, 4000))  # type: ignore[arg-type]
+    compared = Comparison(run, scratch, ReplayPlan(None, 0, 4000))  # type: ignore[arg-type]
     for rows in range(0, 4001, 20):
         scratch.rows = rows
-        compared.look()
+        compared.compare_new_rows()
         assert (compared.steps, compared.first) == (rows, None)
     assert scratch.read < 4 * table.size
 
@@ -302,11 +306,11 @@ def test_rows_are_compared_as_they_come_and_at_the_end() -> None:
     now[5, 3] = 7.0  # step 6, abandoned by the rollback to step 4
     run, scratch = Growing(was, columns), Growing(now, columns)
     run.rows, scratch.rows = len(was), 5
-    compared = Comparison(run, scratch, Plan(None, 0, 10))  # type: ignore[arg-type]
-    compared.look()
+    compared = Comparison(run, scratch, ReplayPlan(None, 0, 10))  # type: ignore[arg-type]
+    compared.compare_new_rows()
     assert (compared.steps, compared.first, compared.missing) == (5, None, 5)
     scratch.rows = len(now)
-    compared.look()
+    compared.compare_new_rows()
     assert (compared.steps, compared.first) == (10, None), "abandoned before it was looked at"
     now[11, 3] = 2.0
     compared.finish()

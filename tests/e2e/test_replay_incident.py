@@ -17,7 +17,8 @@ import tomli_w
 from guardrail.cli.main import main
 from guardrail.core.records import Command
 from guardrail.operate import replay as replaying
-from guardrail.operate.replay import Comparison, Plan
+from guardrail.operate.replay_comparison import Comparison
+from guardrail.operate.replay_plan import ReplayPlan
 from guardrail.rundir.run_directory import RunDirectory
 from tests.e2e.test_attribution import LENGTH, plant
 from tests.support.running import new_run, of_kind, spans, tiny, train
@@ -57,13 +58,13 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     again; all else is the command's own. tests/e2e/test_replay.py launches them."""
 
     def follow(
-        scratch: RunDirectory, supervisor: Any, compared: Comparison, stretch: Plan, tell: Any
+        scratch: RunDirectory, supervisor: Any, compared: Comparison, stretch: ReplayPlan, tell: Any
     ) -> None:
         tree = tomllib.loads(scratch.config_text())
         scratch.write_config(tomli_w.dumps(tree | {"faults": []}))
         assert train(scratch, 2) in ("stopped", "finished")
 
-    monkeypatch.setattr(replaying.launching, "start", lambda scratch: None)
+    monkeypatch.setattr(replaying.launcher, "start", lambda scratch: None)
     monkeypatch.setattr(replaying, "_follow", follow)
 
 

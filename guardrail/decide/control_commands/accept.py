@@ -8,13 +8,12 @@ from typing import Any
 from guardrail.core.records import Status
 from guardrail.decide.control_commands.base import (
     ControlCommand,
-    RecordedFacts,
     ReplayTarget,
     RunActions,
-    RunFacts,
     ScreenKey,
 )
 from guardrail.decide.control_commands.preview import Preview
+from guardrail.decide.control_commands.run_facts import RecordedFacts, RunFacts
 
 
 class Accept(ControlCommand):

@@ -5,15 +5,9 @@ from __future__ import annotations
 import msgspec
 
 from guardrail.decide.control_commands.arguments import Word
-from guardrail.decide.control_commands.base import (
-    ControlCommand,
-    HoldsFor,
-    RecordedFacts,
-    RunActions,
-    RunFacts,
-    ScreenKey,
-)
+from guardrail.decide.control_commands.base import ControlCommand, HoldsFor, RunActions, ScreenKey
 from guardrail.decide.control_commands.preview import Preview, proposals_of
+from guardrail.decide.control_commands.run_facts import RecordedFacts, RunFacts
 from guardrail.decide.questions import CHOICES, Open, ParkResult, question_changed
 
 NO_QUESTION = "no question is open"

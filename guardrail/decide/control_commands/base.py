@@ -18,21 +18,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Protocol
 
 from guardrail.core.records import (
-    Event,
     Mode,
-    Remedy,
-    SnapshotInfo,
-    Span,
     Status,
-    Unresolved,
 )
 from guardrail.decide.control_commands.arguments import Argument, NoArgument
 from guardrail.decide.control_commands.preview import Preview
+from guardrail.decide.control_commands.run_facts import (
+    RecordedFacts,
+    RunFacts,
+    Setting,
+    make_preview,
+)
 from guardrail.decide.questions import ParkResult
-from guardrail.decide.step_setting import StepSetting
 from guardrail.decide.undo import UndoPlan
 
 
@@ -64,120 +64,6 @@ class ScreenKey:
     rank: int = 5
     title: str = ""
     asks_first: bool = False
-
-
-class Rates(NamedTuple):
-    """What one update is made with: the learning rate, and the factor on embedding gradients."""
-
-    lr: float
-    embedding: float
-
-
-class Setting(NamedTuple):
-    """A setting as it is now: its number, and the same in words."""
-
-    value: float
-    words: str
-
-
-class RunFacts(Protocol):
-    """Where a run stands. Both the guard and a reader of the run directory know this."""
-
-    @property
-    def step(self) -> int:
-        """Applied steps."""
-        ...
-
-    @property
-    def mode(self) -> Mode:
-        """What the guard may do by itself."""
-        ...
-
-    @property
-    def is_paused(self) -> bool:
-        """Whether training is paused, by a command or for a question."""
-        ...
-
-    @property
-    def is_asking(self) -> bool:
-        """Whether a question of the guard is open."""
-        ...
-
-    @property
-    def question(self) -> int:
-        """Journal line of the open question; 0: none is open, or its line is not known yet."""
-        ...
-
-    @property
-    def unresolved(self) -> Unresolved | None:
-        """The earliest incident that is not over."""
-        ...
-
-    def setting_of(self, factor: str) -> StepSetting:
-        """Return what users have set: `factor` is the kind of a remedy, LR or EMBED_ALPHA."""
-        ...
-
-
-class RecordedFacts(RunFacts, Protocol):
-    """What a preview needs besides: the records of a run directory."""
-
-    @property
-    def timeline(self) -> int:
-        """Number of the present timeline."""
-        ...
-
-    @property
-    def cursor(self) -> int:
-        """Position in the sample order after the last step."""
-        ...
-
-    @property
-    def end(self) -> int:
-        """End of the batch under question, which a rollback by command skips as well; else 0."""
-        ...
-
-    @property
-    def states(self) -> Sequence[SnapshotInfo]:
-        """Snapshots and checkpoints that can be restored."""
-        ...
-
-    @property
-    def events(self) -> Sequence[Event]:
-        """The journal."""
-        ...
-
-    @property
-    def remedies(self) -> Sequence[tuple[Span | int | None, Remedy]]:
-        """Remedies of the decisions that stand, each with its decision."""
-        ...
-
-    def next_rates(self) -> Rates:
-        """Return what the next update is made with; NaN where that is not known."""
-        ...
-
-    def rates_after(self, step: int, remedies: Sequence[Remedy]) -> Rates:
-        """Return what the update after `step` is made with, once `step` was restored."""
-        ...
-
-    def seconds_since(self, step: int) -> float:
-        """Return the training time of the steps after `step`; NaN where a row is missing."""
-        ...
-
-    def steps_in(self, seconds: float) -> int:
-        """Return how many steps the run makes in this time."""
-        ...
-
-    def next_window(self, batches: int) -> tuple[int, int] | None:
-        """Return the positions of the next batches; None where the order is not known."""
-        ...
-
-    def nothing_left(self, window: tuple[int, int]) -> str:
-        """Return why a user cannot skip these positions; "" where a user can."""
-        ...
-
-    def fresh(self, positions: Sequence[int]) -> int:
-        """Return how many samples of these positions are not skipped yet."""
-        ...
 
 
 class RestorableState(Protocol):
@@ -416,17 +302,3 @@ class ControlCommand:
             step: after which the command took effect.
             data: of its journal line.
         """
-
-
-def make_preview(run: RecordedFacts, command: str, **fields: Any) -> Preview:
-    """Return a preview of `command`, which may also be a choice of the guard's own question."""
-    rates = run.next_rates()
-    known = {
-        "command": command,
-        "step": run.step,
-        "timeline": run.timeline,
-        "question": run.question,
-        "lr_before": rates.lr,
-        "alpha_before": rates.embedding,
-    }
-    return Preview(**{**known, **fields})

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from guardrail.decide.control_commands.base import (
-    ControlCommand,
-    RecordedFacts,
-    RunActions,
-    ScreenKey,
-)
+from guardrail.decide.control_commands.base import ControlCommand, RunActions, ScreenKey
 from guardrail.decide.control_commands.preview import Preview
+from guardrail.decide.control_commands.run_facts import RecordedFacts
 
 
 class WriteCheckpoint(ControlCommand):

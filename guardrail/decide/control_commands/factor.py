@@ -5,15 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from guardrail.decide.control_commands.base import (
-    ControlCommand,
-    HoldsFor,
-    RecordedFacts,
-    ReplayTarget,
-    RunFacts,
-    Setting,
-)
+from guardrail.decide.control_commands.base import ControlCommand, HoldsFor, ReplayTarget
 from guardrail.decide.control_commands.preview import Preview
+from guardrail.decide.control_commands.run_facts import RecordedFacts, RunFacts, Setting
 
 
 class FactorCommand(ControlCommand):

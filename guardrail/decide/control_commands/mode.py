@@ -10,14 +10,12 @@ from guardrail.decide.control_commands.arguments import Word
 from guardrail.decide.control_commands.base import (
     ControlCommand,
     HoldsFor,
-    RecordedFacts,
     ReplayTarget,
     RunActions,
-    RunFacts,
     ScreenKey,
-    Setting,
 )
 from guardrail.decide.control_commands.preview import Preview
+from guardrail.decide.control_commands.run_facts import RecordedFacts, RunFacts, Setting
 
 MODES = tuple(Mode)
 MEANINGS = {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from guardrail.decide.control_commands.base import ControlCommand, RunActions, RunFacts, ScreenKey
+from guardrail.decide.control_commands.base import ControlCommand, RunActions, ScreenKey
+from guardrail.decide.control_commands.run_facts import RunFacts
 
 
 class Pause(ControlCommand):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from guardrail.core.records import Remedy, SnapshotInfo
-from guardrail.decide.control_commands.base import RecordedFacts, make_preview
 from guardrail.decide.control_commands.preview import Preview
+from guardrail.decide.control_commands.run_facts import RecordedFacts, make_preview
 
 # Time between a look at a preview and the effect of its command. As many steps more may be lost.
 SPARE_SECONDS = 10.0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from guardrail.decide.control_commands.base import ControlCommand, RunActions, RunFacts
+from guardrail.decide.control_commands.base import ControlCommand, RunActions
+from guardrail.decide.control_commands.run_facts import RunFacts
 from guardrail.decide.questions import ParkResult, how_to_answer
 
 

@@ -5,15 +5,10 @@ from __future__ import annotations
 import math
 
 from guardrail.decide.control_commands.arguments import NumberOrNewest
-from guardrail.decide.control_commands.base import (
-    ControlCommand,
-    HoldsFor,
-    RecordedFacts,
-    RunActions,
-    ScreenKey,
-)
+from guardrail.decide.control_commands.base import ControlCommand, HoldsFor, RunActions, ScreenKey
 from guardrail.decide.control_commands.preview import Preview
 from guardrail.decide.control_commands.restore_preview import newest_state, preview_restore
+from guardrail.decide.control_commands.run_facts import RecordedFacts
 
 
 class Rollback(ControlCommand):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from guardrail.core.records import Status
 from guardrail.decide.control_commands.arguments import Factor
-from guardrail.decide.control_commands.base import RecordedFacts, ScreenKey
+from guardrail.decide.control_commands.base import ScreenKey
 from guardrail.decide.control_commands.factor import FactorCommand
 from guardrail.decide.control_commands.preview import Preview
+from guardrail.decide.control_commands.run_facts import RecordedFacts
 from guardrail.decide.remedies import EMBED_ALPHA
 
 

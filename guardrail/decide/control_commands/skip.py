@@ -5,14 +5,9 @@ from __future__ import annotations
 from guardrail.core.format import format_plural
 from guardrail.core.records import Status
 from guardrail.decide.control_commands.arguments import Count
-from guardrail.decide.control_commands.base import (
-    ControlCommand,
-    HoldsFor,
-    RecordedFacts,
-    RunActions,
-    ScreenKey,
-)
+from guardrail.decide.control_commands.base import ControlCommand, HoldsFor, RunActions, ScreenKey
 from guardrail.decide.control_commands.preview import Preview
+from guardrail.decide.control_commands.run_facts import RecordedFacts
 
 MAX_SKIP = 100_000  # batches of one command
 

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from guardrail.core.records import Status
-from guardrail.decide.control_commands.base import (
-    ControlCommand,
-    RecordedFacts,
-    RunActions,
-    ScreenKey,
-)
+from guardrail.decide.control_commands.base import ControlCommand, RunActions, ScreenKey
 from guardrail.decide.control_commands.preview import Preview
+from guardrail.decide.control_commands.run_facts import RecordedFacts
 from guardrail.decide.questions import ParkResult
 
 

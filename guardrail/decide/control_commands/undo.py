@@ -9,15 +9,10 @@ import msgspec
 from guardrail.core.records import Status
 from guardrail.core.text import clean_text
 from guardrail.decide.control_commands.arguments import NumberOrNewest
-from guardrail.decide.control_commands.base import (
-    ControlCommand,
-    HoldsFor,
-    RecordedFacts,
-    RunActions,
-    ScreenKey,
-)
+from guardrail.decide.control_commands.base import ControlCommand, HoldsFor, RunActions, ScreenKey
 from guardrail.decide.control_commands.preview import Preview
 from guardrail.decide.control_commands.restore_preview import newest_state, preview_restore
+from guardrail.decide.control_commands.run_facts import RecordedFacts
 from guardrail.decide.undo import UndoPlan, find
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import msgspec
 
 from guardrail.core.records import Command, Shown
-from guardrail.decide.control_commands.base import ControlCommand, HoldsFor, RunFacts
+from guardrail.decide.control_commands.base import ControlCommand, HoldsFor
 from guardrail.decide.control_commands.checkpoint import WriteCheckpoint
 from guardrail.decide.control_commands.registry import command_from, numbers_of
+from guardrail.decide.control_commands.run_facts import RunFacts
 from guardrail.decide.questions import (
     Open,
     question_changed,

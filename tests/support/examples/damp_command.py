@@ -10,13 +10,12 @@ from typing import Any
 
 from guardrail.decide.control_commands.base import (
     ControlCommand,
-    RecordedFacts,
     ReplayTarget,
     RunActions,
-    RunFacts,
     ScreenKey,
 )
 from guardrail.decide.control_commands.preview import Preview
+from guardrail.decide.control_commands.run_facts import RecordedFacts, RunFacts
 from guardrail.decide.remedies import LR
 
 FACTOR = 0.1

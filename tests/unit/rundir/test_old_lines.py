@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from guardrail.core.config import GuardConfig, build
+from guardrail.core.config import GuardConfig, build_config
 from guardrail.core.records import Cause, Event, Remedy, Span
 from guardrail.core.sections import NotifySection
 from guardrail.decide.run_history import RunHistory
@@ -80,7 +80,7 @@ def test_the_disk_of_an_old_status_is_read(tmp_path: Path, old: dict[str, str]) 
 
 def test_old_events_of_notify_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tree = {"notify": {"on": ["hung", "offset", "paused"]}}
-    settings = build(tree, file="f", base=tmp_path, schema=GuardConfig)
+    settings = build_config(tree, file="f", base=tmp_path, schema=GuardConfig)
     assert settings.notify.on == ("rank_hung", "recovered with higher loss", "paused")
     assert NotifySection(on=("ranks_failed",)).on == ("rank_failed",)
     assert "rank_hung" in capsys.readouterr().err
