@@ -28,7 +28,7 @@ from pathlib import Path
 
 from guardrail.core.errors import GuardrailError, UsageError
 from trainer.data.document_reader import DocumentReader
-from trainer.data.holdout import origin_hash, threshold
+from trainer.data.holdout import hash_threshold, origin_hash
 from trainer.data.progress import Progress
 from trainer.data.sources import discover
 from trainer.sources.python_library import BUILTIN
@@ -142,7 +142,7 @@ def _documents(plan: Plan) -> Iterator[tuple[str, Text, int]]:
 
 
 def _held(name: str, plan: Plan) -> bool:
-    return origin_hash(name, 0) < threshold(plan.eval_fraction)
+    return origin_hash(name, 0) < hash_threshold(plan.eval_fraction)
 
 
 def _honest(plan: Plan, dice: random.Random) -> Iterator[Text]:

@@ -66,13 +66,15 @@ def build_model(config: Config, *, vocabulary: int) -> Decoder:
     return kind(config.model, vocabulary=vocabulary, sequence_length=length)
 
 
-def clipping(config: Config) -> float | ZClip:
+def build_clip(config: Config) -> float | ZClip:
     """What the guard clips with: a global norm (0: none), or ZClip within it."""
     optim = config.optim
     return ZClip(z_limit=optim.zclip, clip=optim.clip) if optim.zclip else optim.clip
 
 
-def stabilise(model: nn.Module, optimizers: Sequence[Optimizer], config: Config) -> QKClip | None:
+def attach_stabilisers(
+    model: nn.Module, optimizers: Sequence[Optimizer], config: Config
+) -> QKClip | None:
     """Hang the configured stabilisers around the optimizers' steps."""
     if config.optim.stable:
         UpdateClipping(optimizers[0])

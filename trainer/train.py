@@ -22,7 +22,7 @@ from guardrail.rundir.heartbeat import Heartbeat
 from guardrail.rundir.run_directory import RunLock
 from guardrail.rundir.stop_signals import StopSignals
 from guardrail.torch.state.rank_agreement import require_equal
-from trainer.build import build_model, build_objective, clipping, stabilise
+from trainer.build import attach_stabilisers, build_clip, build_model, build_objective
 from trainer.config.config import Config
 from trainer.data.corpus import Corpus
 from trainer.data.loader import Loader
@@ -35,7 +35,12 @@ from trainer.loop.pipeline_passes import PipelinePasses
 from trainer.loop.replays import BatchReplays
 from trainer.loop.sample_texts import SampleTexts
 from trainer.optim.registry import build_optimizers
-from trainer.parallel.data_parallel import distribute, make_accelerator, make_scaler, place_of
+from trainer.parallel.data_parallel import (
+    distribute_model,
+    find_stage_position,
+    make_accelerator,
+    make_scaler,
+)
 from trainer.stabilisers.scheduler import Scheduler
 from trainer.stabilisers.zclip import ZClip
 
@@ -110,12 +115,12 @@ class Trainer:
         following = self.guard.peek(step.batch)
         self.passes.micro_batches = self.batches.load(step, following)
         if self.faults:
-            self.faults.state(self.model, self.optimizers)
+            self.faults.damage_state(self.model, self.optimizers)
         if self.qk_clip is not None:
-            self.qk_clip.begin()
+            self.qk_clip.forget_scores()
         result = self.passes.run(stoppable=True)
         if self.faults:
-            self.faults.gradients(self.model)
+            self.faults.damage_gradients(self.model)
         step.finish(
             result.loss_sum,
             tokens=result.tokens,
@@ -163,7 +168,7 @@ class Trainer:
         self.limit: int | None = None
         if config.train.epochs:
             self.limit = config.train.epochs * self.order.n_samples
-        self.total_steps = config.train.steps or config.batch_plan.steps(self.limit or 0)
+        self.total_steps = config.train.steps or config.batch_plan.steps_for(self.limit or 0)
         self.objective = build_objective(config, vocabulary=self.corpus.vocabulary)
         # Token ids of the model: those of the tokenizer, then those of the objective.
         self.vocabulary = self.corpus.vocabulary + self.objective.extra_ids
@@ -186,16 +191,16 @@ class Trainer:
         torch.manual_seed(config.train.seed)
         model = build_model(config, vocabulary=self.vocabulary)
         self._stop_if_asked()
-        self.model: nn.Module = distribute(model.to(self.device), config, self.accelerator)
+        self.model: nn.Module = distribute_model(model.to(self.device), config, self.accelerator)
         self.optimizers = build_optimizers(self.model, config.optim)
-        self.qk_clip = stabilise(self.model, self.optimizers, config)
+        self.qk_clip = attach_stabilisers(self.model, self.optimizers, config)
         self.scaler = make_scaler(config, self.device)
         self.faults.attach(self.model, self.optimizers)
 
     def _build_passes(self) -> None:
         """Build what runs batches: for training, for evaluation and for replays."""
         config = self.config
-        counts_loss = config.layout.counts(self.rank)
+        counts_loss = config.layout.counts_loss(self.rank)
         self.passes = self._choose_passes()
         self.evaluation = Evaluation(
             self.passes,
@@ -218,7 +223,7 @@ class Trainer:
             "rank": self.rank,
             "settle": lambda: self.guard.state.settle(),
         }
-        place = place_of(self.model)
+        place = find_stage_position(self.model)
         if place is None:
             return AccumulatedPasses(self.model, self.config, signals=self.signals, **common)
         return PipelinePasses(
@@ -227,7 +232,7 @@ class Trainer:
 
     def _build_guard(self) -> None:
         config, schedule = self.config, self.config.schedule(steps=self.total_steps)
-        clip = clipping(config)
+        clip = build_clip(config)
         zclip = clip if isinstance(clip, ZClip) else None
         batch_size: Any = config.train.batch_size
         if config.train.batch_ramp.start:
@@ -261,8 +266,8 @@ class Trainer:
             ),
             ranks=RankLayout(
                 device=self.device,
-                counts_loss=config.layout.counts(self.rank),
-                shard_ranks=config.layout.holders(self.rank),
+                counts_loss=config.layout.counts_loss(self.rank),
+                shard_ranks=config.layout.shard_ranks(self.rank),
             ),
             signals=self.signals,
             heartbeat=self.heartbeat,

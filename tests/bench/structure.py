@@ -22,7 +22,7 @@ from guardrail.core.config import build_config
 from guardrail.core.records import Phase
 from guardrail.torch.guard.guard import Step
 from trainer.config.config import Config
-from trainer.objectives.loss import reordered
+from trainer.objectives.loss import shuffle_labels
 from trainer.train import Trainer
 
 ROWS, BATCHES, LENGTH = 16, 8, 64
@@ -122,7 +122,9 @@ def main() -> None:
                 for batch in ids.reshape(BATCHES, ROWS).tolist():
                     inputs, labels = kind(trainer.corpus.train.tokens(batch), dice)
                     plain.append(loss(trainer, inputs, labels))
-                    gains.append(loss(trainer, inputs, reordered(labels, seeds=batch)) - plain[-1])
+                    gains.append(
+                        loss(trainer, inputs, shuffle_labels(labels, seeds=batch)) - plain[-1]
+                    )
                 worth = statistics.fmean(gains)
                 usual = worth if usual is None else usual
                 row = f"{statistics.fmean(plain):.2f} | {worth:+.2f} | {worth / usual:+.2f}"

@@ -42,7 +42,7 @@ from tests.support.running import (
     train,
     trained,
 )
-from trainer.objectives.loss import IGNORED, reordered
+from trainer.objectives.loss import IGNORED, shuffle_labels
 
 SPIKE = Finding(
     signal=LOSS,
@@ -451,12 +451,16 @@ def test_a_measure_needs_something_to_be_measured_by() -> None:
 def test_labels_in_another_order_are_the_same_labels_row_by_row() -> None:
     labels = np.arange(40).reshape(4, 10)
     labels[0, :3] = labels[3] = IGNORED
-    found = reordered(labels, seeds=[5, 6, 7])
+    found = shuffle_labels(labels, seeds=[5, 6, 7])
     assert (np.sort(found, axis=1) == np.sort(labels, axis=1)).all() and (
         found[:3] != labels[:3]
     ).any(axis=1).all()
-    assert (found[0, :3] == IGNORED).all() and (found == reordered(labels, seeds=[5, 6, 7])).all()
-    assert (reordered(labels[1:], seeds=[6, 7]) == found[1:]).all(), "whichever rank has the row"
+    assert (found[0, :3] == IGNORED).all() and (
+        found == shuffle_labels(labels, seeds=[5, 6, 7])
+    ).all()
+    assert (shuffle_labels(labels[1:], seeds=[6, 7]) == found[1:]).all(), (
+        "whichever rank has the row"
+    )
 
 
 # By this step the order of the text is worth something to so small a model.

@@ -195,7 +195,7 @@ def test_case_05_the_learning_rate_goes_on_along_its_schedule(tmp_path: Path) ->
     resume.
     """
     config = tiny(tmp_path, train={"steps": 40}, optim={"warmup_steps": 10})
-    schedule = Schedule.of(config.optim, steps=40)
+    schedule = Schedule.from_section(config.optim, steps=40)
     run = stopped(config, 25)
     assert train(run, 1) == "finished"
     assert check_of(run)["schedule"] == "ok"
@@ -212,7 +212,7 @@ def test_case_05_a_rate_off_its_schedule_is_reported(
     optim = msgspec.structs.replace(config.optim, lr=config.optim.lr * factor)
     run.write_config(dump_toml(msgspec.structs.replace(config, optim=optim)))
     assert train(run, 1) == "finished"
-    schedule = Schedule.of(config.optim, steps=30)
+    schedule = Schedule.from_section(config.optim, steps=30)
     said = check_of(run)["schedule"]
     if fine:
         assert said == "ok"
@@ -234,7 +234,7 @@ def test_case_05_a_run_that_is_made_shorter_goes_on_at_the_rate_of_the_shorter_s
     shorter = tiny(tmp_path, train={"steps": 30}, optim={"weight_decay": 0.0})
     run.write_config(dump_toml(shorter))
     assert train(run, 1) == "finished"
-    schedule = Schedule.of(shorter.optim, steps=30)
+    schedule = Schedule.from_section(shorter.optim, steps=30)
     assert table(run, ("lr",))[20:, 0].tolist() == [schedule(step) for step in range(21, 31)]
     settings = [entry for event in of_kind(run, "note") for entry in event.data.get("settings", ())]
     assert {entry["key"] for entry in settings} == {

@@ -291,7 +291,7 @@ def test_a_rate_that_is_set_while_the_guard_asks_is_that_of_the_update_and_of_it
     send(run, "on", "answer", 1)
     assert wait_ranks(pids) == [0]
     assert answers(run) == {"slower": ("applied", 20), "on": ("applied", 20)}
-    schedule = Schedule.of(config.optim, steps=32)
+    schedule = Schedule.from_section(config.optim, steps=32)
     assert table(run, ("lr",))[:, 0].tolist() == [
         schedule(s) * (0.5 if s > 20 else 1.0) for s in range(1, 33)
     ]
@@ -380,7 +380,7 @@ def test_a_learning_rate_factor_is_exact_under_rollback_and_crash(tmp_path: Path
     to_step = of_kind(whole, "rollback")[0].data["to_step"]
     assert to_step == 15
     # 0.25 was set because of what was seen; after going back behind that, it holds from there on.
-    schedule = Schedule.of(config.optim, steps=40)
+    schedule = Schedule.from_section(config.optim, steps=40)
     factors = [1.0] * 8 + [0.5] * 7 + [0.25] * 25
     assert table(whole, ("lr",))[:, 0].tolist() == [
         schedule(step) * factor for step, factor in enumerate(factors, start=1)

@@ -23,7 +23,12 @@ from trainer.faults.damage import flip_bit
 from trainer.faults.fault_injection import Faults, StagedFault
 from trainer.model import Decoder
 from trainer.objectives.loss import IGNORED, loss_sum
-from trainer.parallel.data_parallel import accumulating, distribute, make_accelerator, unwrapped
+from trainer.parallel.data_parallel import (
+    accumulate_gradients,
+    distribute_model,
+    make_accelerator,
+    unwrap_model,
+)
 
 V, T = 17, 6
 
@@ -58,19 +63,19 @@ def window(
     micros: int = 2,
 ) -> tuple[list[float], dict[str, Tensor]]:
     """Losses and gradients of one attempt, with every hook called as the loop calls it."""
-    faults.batch(step=step, positions=positions)
+    faults.choose_for_step(step=step, positions=positions)
     losses = []
     for micro in range(micros):
         ids = sample(micro)
-        labels = faults.labels(micro, ids[:, 1:])
-        with accumulating(model, last=micro == micros - 1):
+        labels = faults.damage_labels(micro, ids[:, 1:])
+        with accumulate_gradients(model, last=micro == micros - 1):
             loss, _ = loss_sum(model(ids[:, :-1]), labels)
-            loss = faults.loss(micro, model, loss)
+            loss = faults.damage_loss(micro, model, loss)
             (loss / 10).backward()
         losses.append(loss.item())
-    faults.gradients(model)
+    faults.damage_gradients(model)
     gradients = {}
-    for name, parameter in unwrapped(model).named_parameters():
+    for name, parameter in unwrap_model(model).named_parameters():
         assert parameter.grad is not None
         local = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
         gradients[name] = local.clone()
@@ -139,18 +144,18 @@ def test_inf_grad_reduced_touches_one_entry_and_no_loss() -> None:
 
 def test_ignore_labels_silences_its_micro_batch_without_touching_the_data() -> None:
     faults = Faults([fault("ignore_labels", micro=0)], rank=0)
-    faults.batch(step=1, positions=())
+    faults.choose_for_step(step=1, positions=())
     labels = sample()[:, 1:]
     kept = labels.clone()
-    assert (faults.labels(0, labels) == IGNORED).all()
+    assert (faults.damage_labels(0, labels) == IGNORED).all()
     assert torch.equal(labels, kept)
-    assert torch.equal(faults.labels(1, labels), kept)
+    assert torch.equal(faults.damage_labels(1, labels), kept)
     assert window(faults, decoder())[0] == [0.0, CLEAN_LOSSES[1]]
 
 
 def strikes(faults: Faults, step: int, positions: tuple[int, ...]) -> bool:
-    faults.batch(step=step, positions=positions)
-    return math.isnan(faults.loss(0, decoder(), torch.ones(())).item())
+    faults.choose_for_step(step=step, positions=positions)
+    return math.isnan(faults.damage_loss(0, decoder(), torch.ones(())).item())
 
 
 def test_a_fault_by_position_strikes_batches_that_use_one_of_them() -> None:
@@ -189,11 +194,11 @@ def test_two_faults_strike_together() -> None:
 @pytest.mark.parametrize(("micro", "expected"), [(-1, 0), (0, 0), (1, 1)])
 def test_raise_strikes_before_its_micro_batch(micro: int, expected: int) -> None:
     faults = Faults([fault("raise", micro=micro)], rank=0)
-    faults.batch(step=1, positions=())
+    faults.choose_for_step(step=1, positions=())
     for index in range(expected):
-        faults.labels(index, sample())
+        faults.damage_labels(index, sample())
     with pytest.raises(StagedFault, match="staged on rank 0"):
-        faults.labels(expected, sample())
+        faults.damage_labels(expected, sample())
 
 
 def test_exit_ends_the_process_with_its_status_and_no_clean_up(tmp_path: Path) -> None:
@@ -204,8 +209,8 @@ def test_exit_ends_the_process_with_its_status_and_no_clean_up(tmp_path: Path) -
 
 def _exits(rank: int) -> None:
     faults = Faults([fault("exit", value=37.0)], rank=rank)
-    faults.batch(step=1, positions=())
-    faults.labels(0, sample())
+    faults.choose_for_step(step=1, positions=())
+    faults.damage_labels(0, sample())
 
 
 def test_hang_waits_as_long_as_it_was_told_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,10 +218,10 @@ def test_hang_waits_as_long_as_it_was_told_and_once(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
     faults = Faults([fault("hang", value=7.5)], rank=0)
-    faults.batch(step=1, positions=())
-    faults.labels(0, sample())
+    faults.choose_for_step(step=1, positions=())
+    faults.damage_labels(0, sample())
     assert clock == [7.5]
-    faults.labels(1, sample())
+    faults.damage_labels(1, sample())
     assert clock == [7.5]
 
 
@@ -246,7 +251,7 @@ def _on_rank_one(
     rank: int, config: Config
 ) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
     accelerator = make_accelerator(config)
-    model = distribute(
+    model = distribute_model(
         Decoder(config.model, vocabulary=V, sequence_length=T, seed=1), config, accelerator
     )
     before = broken(window(Faults([fault("inf_grad", rank=1)], rank=rank), model)[1])
@@ -269,9 +274,11 @@ def rows(
         tokens=ids[:, :-1].copy(), labels=labels, position=8, sample_ids=(0, 1, 2, 3)
     )
     faults = Faults([FaultSection(kind=kind, **settings)], rank=0)
-    (faults.again if again else faults.batch)(step=now, positions=(8, 9, 10, 11))
+    (faults.choose_for_replay if again else faults.choose_for_step)(
+        step=now, positions=(8, 9, 10, 11)
+    )
     kept = clean.tokens.copy(), clean.labels.copy()
-    (spoiled,) = faults.data([clean], [(8, 9, 10, 11)], vocabulary=V)
+    (spoiled,) = faults.damage_data([clean], [(8, 9, 10, 11)], vocabulary=V)
     assert (clean.tokens == kept[0]).all() and (clean.labels == kept[1]).all()
     return clean, spoiled
 
@@ -321,16 +328,16 @@ def struck(kind: Any, **settings: Any) -> tuple[dict[str, Tensor], dict[str, Ten
     model, optimizer = trained()
     before = everything(model, optimizer)
     faults = Faults([fault(kind, times=1, **settings)], rank=0)
-    faults.again(step=1, positions=())
-    faults.state(model, [optimizer])
+    faults.choose_for_replay(step=1, positions=())
+    faults.damage_state(model, [optimizer])
     assert all(
         torch.equal(now, before[name]) for name, now in everything(model, optimizer).items()
     ), "in a replay"
-    faults.batch(step=1, positions=())
-    faults.state(model, [optimizer])
+    faults.choose_for_step(step=1, positions=())
+    faults.damage_state(model, [optimizer])
     after = everything(model, optimizer)
-    faults.batch(step=1, positions=())
-    faults.state(model, [optimizer])
+    faults.choose_for_step(step=1, positions=())
+    faults.damage_state(model, [optimizer])
     assert all(
         torch.equal(now, after[name]) for name, now in everything(model, optimizer).items()
     ), "a second time"
@@ -398,8 +405,8 @@ def test_the_rate_is_raised_within_the_step_alone() -> None:
     seen: list[float] = []
     optimizer.register_step_pre_hook(lambda hooked, *_: seen.append(hooked.param_groups[0]["lr"]))
     for step in range(1, 5):
-        faults.batch(step=step, positions=())
-        faults.again(step=2, positions=())  # a replay of another step changes nothing
+        faults.choose_for_step(step=step, positions=())
+        faults.choose_for_replay(step=2, positions=())  # a replay of another step changes nothing
         optimizer.step()
         assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
     assert seen == pytest.approx([1e-3, 3e-2, 3e-2, 1e-3])
@@ -435,9 +442,9 @@ def test_garbage_has_the_size_it_was_told_and_is_another_each_time() -> None:
     faults = Faults([fault("garbage_grad", value=100.0, times=2)], rank=0)
     found = []
     for _ in range(3):
-        faults.batch(step=1, positions=())
+        faults.choose_for_step(step=1, positions=())
         logits = torch.ones(2, 3, requires_grad=True)
-        (faults.logits(0, logits * 1.0) * torch.tensor([3.0, 0.0, 4.0])).sum().backward()
+        (faults.damage_logits(0, logits * 1.0) * torch.tensor([3.0, 0.0, 4.0])).sum().backward()
         assert logits.grad is not None
         found.append(logits.grad)
     clean = math.sqrt(2 * 25)

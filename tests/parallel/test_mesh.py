@@ -126,7 +126,12 @@ def exact_config(folder: Path, name: str, **sections: Any) -> Config:
     """
     world, parallel = MESHES[name]
     if "pp" not in parallel and name not in ALONE:
-        rows = 8 // Layout.of(ParallelSection(**parallel), world=world, strategy="ddp").data_ranks
+        rows = (
+            8
+            // Layout.from_section(
+                ParallelSection(**parallel), world=world, strategy="ddp"
+            ).data_ranks
+        )
         sections["train"] = {"micro_batch_size": max(1, rows // 2), **sections.pop("train", {})}
     if "pp" not in parallel:
         sections["model"] = {"layers": 1, **sections.pop("model", {})}
@@ -494,28 +499,31 @@ def test_replicas_of_shards_write_each_piece_once(tmp_path: Path) -> None:
 def test_layouts(
     section: dict[str, Any], world: int, strategy: str, expected: tuple[int, int, bool]
 ) -> None:
-    layout = Layout.of(ParallelSection(**section), world=world, strategy=strategy)
+    layout = Layout.from_section(ParallelSection(**section), world=world, strategy=strategy)
     assert (layout.dp_replicate, layout.dp_shard, layout.sharded) == expected
     assert layout.world == world
     ranks = [layout.data_rank(rank) for rank in range(world)]
     assert ranks == sorted(list(range(layout.data_ranks)) * layout.tp) * layout.pp
-    stages = [layout.stage(rank) for rank in range(world)]
+    stages = [layout.stage_of(rank) for rank in range(world)]
     assert stages == sorted(list(range(layout.pp)) * (world // layout.pp))
     assert all(
         stages[other] == stages[rank]
         for rank in range(world)
-        for other in layout.holders(rank) or ()
+        for other in layout.shard_ranks(rank) or ()
     )
-    assert {rank for rank in range(world) if layout.counts(rank)} <= set(
-        layout.holders(world - 1) or range(world)
+    assert {rank for rank in range(world) if layout.counts_loss(rank)} <= set(
+        layout.shard_ranks(world - 1) or range(world)
     )
-    assert sum(layout.counts(rank) for rank in range(world)) == layout.data_ranks
-    assert all(layout.dice(rank) == layout.stage(rank) for rank in range(world)) or layout.sequence
+    assert sum(layout.counts_loss(rank) for rank in range(world)) == layout.data_ranks
+    assert (
+        all(layout.rng_part(rank) == layout.stage_of(rank) for rank in range(world))
+        or layout.sequence
+    )
     if layout.sequence:
         places = itertools.product(range(world), range(layout.chunks))
-        thrown = {(layout.data_rank(rank), layout.dice(rank, chunk)) for rank, chunk in places}
+        thrown = {(layout.data_rank(rank), layout.rng_part(rank, chunk)) for rank, chunk in places}
         assert len(thrown) == world * layout.chunks
-    dealt = layout.blocks(13)
+    dealt = layout.blocks_of_stages(13)
     assert sorted(itertools.chain(*dealt)) == list(range(13))
     assert max(map(len, dealt)) - min(map(len, dealt)) <= layout.chunks
 

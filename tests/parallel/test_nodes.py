@@ -20,7 +20,7 @@ from guardrail.core.records import Phase
 from guardrail.core.sections import LaunchSection
 from guardrail.core.toml_file import dump_toml, read_toml
 from guardrail.decide.sample_order import SampleOrder
-from guardrail.launch.launcher import load, prepare_resume
+from guardrail.launch.launcher import load_settings, prepare_resume
 from guardrail.rundir import processes
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.rundir.run_lock import holder_of
@@ -176,9 +176,9 @@ def test_a_node_that_is_ready_waits_for_the_text_of_the_others_outside_of_any_pr
     def node() -> CorpusSetup:
         return CorpusSetup(config, run=run, signals=StopSignals(), heartbeat=None)
 
-    prepared, done, prepare = threading.Event(), threading.Event(), corpus_setup.prepare
+    prepared, done, prepare = threading.Event(), threading.Event(), corpus_setup.prepare_corpus
     monkeypatch.setattr(
-        corpus_setup, "prepare", lambda *a, **n: (prepare(*a, **n), prepared.set())[0]
+        corpus_setup, "prepare_corpus", lambda *a, **n: (prepare(*a, **n), prepared.set())[0]
     )
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("GROUP_RANK", "1")
@@ -276,7 +276,7 @@ def test_the_slurm_script_starts_and_resumes_what_the_command_line_takes(
         assert options["headless"] and options["run_dir"] == str(
             tmp_path / "runs" / "slurm" / "104711"
         )
-        config = load(
+        config = load_settings(
             read_toml(Path(options["config"])), file="c.toml", overrides=options["overrides"]
         )
         assert isinstance(config, Config)

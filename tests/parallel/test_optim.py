@@ -232,7 +232,9 @@ def test_muon_is_its_formula_with_the_length_of_adamws_updates() -> None:
 
 
 def test_schedule_at_its_corners() -> None:
-    schedule = Schedule.of(OptimSection(lr=2.0, warmup_steps=10, min_lr_share=0.1), steps=110)
+    schedule = Schedule.from_section(
+        OptimSection(lr=2.0, warmup_steps=10, min_lr_share=0.1), steps=110
+    )
     assert schedule(0) == 0.0
     assert schedule(1) == pytest.approx(0.2)
     assert schedule(5) == pytest.approx(1.0)
@@ -243,14 +245,14 @@ def test_schedule_at_its_corners() -> None:
 
 
 def test_schedule_without_warmup_starts_at_the_peak() -> None:
-    schedule = Schedule.of(OptimSection(lr=2.0, warmup_steps=0), steps=10)
+    schedule = Schedule.from_section(OptimSection(lr=2.0, warmup_steps=0), steps=10)
     assert schedule(0) == 2.0
     assert schedule(1) == pytest.approx(0.2 + 1.8 * 0.5 * (1 + math.cos(math.pi / 10)))
 
 
 def test_a_run_shorter_than_its_warmup_never_passes_it() -> None:
     # By epochs, the number of steps is only known when the data is.
-    schedule = Schedule.of(OptimSection(lr=2.0, warmup_steps=100), steps=50)
+    schedule = Schedule.from_section(OptimSection(lr=2.0, warmup_steps=100), steps=50)
     assert schedule(50) == pytest.approx(1.0)
     assert schedule(100) == 2.0
 
@@ -267,7 +269,7 @@ def test_schedule_rises_then_falls_within_its_bounds(
     peak: float, share: float, warmup: int, total: int, step: int
 ) -> None:
     assume(warmup < total)
-    schedule = Schedule.of(
+    schedule = Schedule.from_section(
         OptimSection(lr=peak, warmup_steps=warmup, min_lr_share=share), steps=total
     )
     here, there = schedule(step), schedule(step + 1)
@@ -280,7 +282,7 @@ def test_schedule_rises_then_falls_within_its_bounds(
 
 
 def test_scheduler_goes_with_applied_updates_and_restores_the_same_float() -> None:
-    schedule = Schedule.of(OptimSection(lr=0.7, warmup_steps=3), steps=17)
+    schedule = Schedule.from_section(OptimSection(lr=0.7, warmup_steps=3), steps=17)
     scheduler = Scheduler(build_optimizers(model(), SECTION)[0], schedule)
     seen = []
     for _ in range(20):
@@ -301,7 +303,9 @@ def test_the_learning_rate_of_a_step_acts_on_that_step() -> None:
     layer = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(layer.weight)
     optimizer = build_optimizers(layer, OptimSection(weight_decay=0.0))[0]
-    scheduler = Scheduler(optimizer, Schedule.of(OptimSection(lr=0.5, warmup_steps=2), steps=4))
+    scheduler = Scheduler(
+        optimizer, Schedule.from_section(OptimSection(lr=0.5, warmup_steps=2), steps=4)
+    )
     # Adam moves by lr under a constant gradient: half of the peak, then the peak.
     for expected in (-0.25, -0.75):
         layer.weight.grad = torch.ones(1, 1)

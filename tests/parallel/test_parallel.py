@@ -26,13 +26,13 @@ from trainer.model import Decoder
 from trainer.objectives.loss import IGNORED, loss_sum
 from trainer.optim.registry import build_optimizers
 from trainer.parallel.data_parallel import (
-    accumulating,
+    accumulate_gradients,
     cpu_threads,
-    distribute,
+    distribute_model,
     is_sharded,
     make_accelerator,
     seed_micro_batch,
-    unwrapped,
+    unwrap_model,
 )
 
 V, T, B = 29, 8, 4
@@ -60,8 +60,8 @@ def settings(world: int = 1, *, model: dict[str, Any] | None = None, **train: An
 def build(config: Config) -> tuple[torch.nn.Module, Decoder]:
     accelerator = make_accelerator(config)
     decoder = Decoder(config.model, vocabulary=V, sequence_length=T, seed=1)
-    model = distribute(decoder, config, accelerator)
-    return model, unwrapped(model)
+    model = distribute_model(decoder, config, accelerator)
+    return model, unwrap_model(model)
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -89,7 +89,7 @@ def step(
         rows = slice(mine.start + micro * size, mine.start + (micro + 1) * size)
         if seeds:
             seed_micro_batch(5, rows.start, rank)
-        with accumulating(model, last=micro == config.micro_batches - 1):
+        with accumulate_gradients(model, last=micro == config.micro_batches - 1):
             total, count = loss_sum(model(tokens[rows]), targets[rows])
             (total * (config.world / nominal)).backward()
         counted += count
@@ -98,7 +98,7 @@ def step(
     factor = nominal / int(counted)
     return {
         name: whole(p.grad) * factor
-        for name, p in unwrapped(model).named_parameters()
+        for name, p in unwrap_model(model).named_parameters()
         if p.grad is not None
     }
 
@@ -277,7 +277,7 @@ def _first_and_second(
     rank: int, config: Config
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
     accelerator = make_accelerator(config)
-    model = distribute(
+    model = distribute_model(
         Decoder(config.model, vocabulary=V, sequence_length=T, seed=1), config, accelerator
     )
     assert isinstance(model, DistributedDataParallel)
@@ -306,7 +306,7 @@ def _untouched(rank: int, config: Config) -> bool:
     decoder = Decoder(config.model, vocabulary=V, sequence_length=T, seed=1)
     before = [p.detach().clone() for p in decoder.parameters()]
     dice = torch.get_rng_state()
-    distribute(decoder, config, accelerator)
+    distribute_model(decoder, config, accelerator)
     same = all(torch.equal(a, b) for a, b in zip(before, decoder.parameters(), strict=True))
     return (
         same
@@ -354,7 +354,7 @@ def _differs_before_the_last(rank: int, config: Config) -> bool:
     tokens, targets = batch()
     agreements = []
     for micro, last in enumerate((False, True)):
-        with accumulating(model, last=last):
+        with accumulate_gradients(model, last=last):
             loss_sum(model(tokens[[2 * rank + micro]]), targets[[2 * rank + micro]])[0].backward()
         gradient = whole(decoder.norm.weight.grad)  # type: ignore[arg-type]
         theirs = gradient.clone()

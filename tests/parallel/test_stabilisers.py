@@ -78,7 +78,7 @@ def test_the_gate_clips_to_what_zclip_says() -> None:
 
 def test_zclips_state_travels_with_the_schedulers() -> None:
     layer = nn.Linear(1, 1)
-    schedule = Schedule.of(OptimSection(), steps=200)
+    schedule = Schedule.from_section(OptimSection(), steps=200)
     one, other = (
         Scheduler(build_optimizers(layer, OptimSection())[0], schedule, zclip=z)
         for z in (warmed(), ZClip(z_limit=2.5, clip=0))
@@ -192,7 +192,7 @@ def tokens(seed: int) -> Tensor:
 
 
 def peaks(clip: QKClip, made: nn.Module, ids: Tensor) -> Tensor:
-    clip.begin()
+    clip.forget_scores()
     made(ids)
     return torch.stack([a.peaks_H.clone() for a in clip.attentions])  # type: ignore[union-attr]
 
@@ -226,7 +226,7 @@ def test_what_a_left_out_batch_showed_is_forgotten_and_a_calm_one_changes_no_bit
     made.get_parameter("embedding.weight").data.mul_(100)
     made(tokens(1))
     made.get_parameter("embedding.weight").data.copy_(weights[0])
-    clip.begin()
+    clip.forget_scores()
     made(tokens(0))
     optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(weights, made.parameters(), strict=True))
@@ -240,7 +240,7 @@ def _ranks(rank: int, sharded: bool) -> list[Tensor]:
         fully_shard(made, mesh=init_device_mesh("cpu", (2,)))
     optimizer = torch.optim.SGD(made.parameters(), lr=0.0)
     clip = QKClip(made, optimizer, limit=0.05)
-    clip.begin()
+    clip.forget_scores()
     made(tokens(rank)).sum().backward()
     optimizer.step()
     return [(p.full_tensor() if isinstance(p, DTensor) else p).detach() for p in made.parameters()]
@@ -251,7 +251,7 @@ def test_ranks_agree_on_the_largest_score_of_all(sharded: bool, tmp_path: Path) 
     made = model()
     optimizer = torch.optim.SGD(made.parameters(), lr=0.0)
     clip = QKClip(made, optimizer, limit=0.05)
-    clip.begin()
+    clip.forget_scores()
     for rank in range(2):
         made(tokens(rank))
     optimizer.step()

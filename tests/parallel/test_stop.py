@@ -84,7 +84,7 @@ def me(rank: int) -> bool:
 
 
 def in_tokenizing(patch: pytest.MonkeyPatch, number: int, rank: int) -> None:
-    name = "wait_prepared" if rank else "prepare"  # only the first rank of a node builds
+    name = "wait_for_corpus" if rank else "prepare_corpus"  # only the first rank of a node builds
     whole = getattr(trainer.loop.corpus_setup, name)
 
     def signalled(*arguments: Any, **settings: Any) -> Path:

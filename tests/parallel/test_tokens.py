@@ -221,7 +221,7 @@ def test_tokens_are_asked_for_only_of_a_rejected_step_with_a_finding_on_the_embe
 
 def test_a_token_is_spelled_by_its_text_or_by_its_name() -> None:
     tokenizer = ByteTokenizer()
-    assert [tokenizer.spelled(token) for token in (126, 0xE2, 257, 300)] == [
+    assert [tokenizer.spell_token(token) for token in (126, 0xE2, 257, 300)] == [
         "~",
         "<0xE2>",
         "<|eos|>",
@@ -236,7 +236,11 @@ def test_a_token_is_spelled_by_its_text_or_by_its_name() -> None:
         "model": {"type": "WordLevel", "vocab": {"a": 0, " SolidGoldMagikarp": 1, "<|eos|>": 2}, "unk_token": "a"},
     }  # fmt: skip
     words = JsonTokenizer(json.dumps(content), name="x", source="x")
-    assert [words.spelled(token) for token in (1, 2, 9)] == [" SolidGoldMagikarp", "<|eos|>", ""]
+    assert [words.spell_token(token) for token in (1, 2, 9)] == [
+        " SolidGoldMagikarp",
+        "<|eos|>",
+        "",
+    ]
 
 
 def test_what_does_not_print_is_shown_as_its_escape() -> None:

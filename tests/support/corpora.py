@@ -11,7 +11,7 @@ import zstandard
 
 from trainer.config.sections import DataSection
 from trainer.data.corpus import Corpus, Split
-from trainer.data.prepare import prepare
+from trainer.data.prepare import prepare_corpus
 
 
 def section(folder: Path, **settings: Any) -> DataSection:
@@ -26,7 +26,7 @@ def section(folder: Path, **settings: Any) -> DataSection:
 
 def prepared(data: DataSection, **options: Any) -> Corpus:
     return Corpus.open(
-        prepare(data, progress=lambda text, share: None, stop=lambda: False, **options)
+        prepare_corpus(data, progress=lambda text, share: None, stop=lambda: False, **options)
     )
 
 

@@ -37,7 +37,7 @@ from tests.support.older import NO_LIMIT
 from tests.support.ranks import start_ranks, wait_ranks
 from trainer.config.config import Config
 from trainer.data.corpus import Corpus
-from trainer.data.prepare import prepare
+from trainer.data.prepare import prepare_corpus
 
 BATCH, LENGTH = 8, 32
 SHAPES = [(1, "ddp"), (2, "ddp"), (2, "fsdp")]
@@ -121,7 +121,9 @@ def tiny(folder: Path, *, world: int = 1, strategy: str = "ddp", **sections: Any
 
 
 def corpus_of(config: Config) -> Corpus:
-    return Corpus.open(prepare(config.data, progress=lambda text, share: None, stop=lambda: False))
+    return Corpus.open(
+        prepare_corpus(config.data, progress=lambda text, share: None, stop=lambda: False)
+    )
 
 
 def new_run(config: Config) -> RunDirectory:

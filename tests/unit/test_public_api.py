@@ -277,12 +277,12 @@ def test_ranks_that_compute_the_same_read_the_same_as_in_the_trainer(
     world: int, section: ParallelSection
 ) -> None:
     """As trainer.data.loader deals out a batch with one micro-batch a rank."""
-    layout = Layout.of(section, world=world, strategy="ddp")
+    layout = Layout.from_section(section, world=world, strategy="ddp")
     rows = 16 // layout.data_ranks
     found = shares(
         16,
         [
-            RankLayout(counts_loss=layout.counts(rank), shard_ranks=layout.holders(rank))
+            RankLayout(counts_loss=layout.counts_loss(rank), shard_ranks=layout.shard_ranks(rank))
             for rank in range(world)
         ],
     )

@@ -48,7 +48,7 @@ class BatchPlan(msgspec.Struct, frozen=True, kw_only=True):
         """Samples of the batch of this step, from 1."""
         return self.sizes[max(0, bisect_right(self.firsts, step) - 1)]
 
-    def samples(self, steps: int) -> int:
+    def samples_in(self, steps: int) -> int:
         """Samples of the first `steps` applied batches together."""
         total = 0
         for index, (first, size) in enumerate(zip(self.firsts, self.sizes, strict=True)):
@@ -56,10 +56,10 @@ class BatchPlan(msgspec.Struct, frozen=True, kw_only=True):
             total += max(0, min(end, steps + 1) - first) * size
         return total
 
-    def steps(self, samples: float) -> int:
+    def steps_for(self, samples: float) -> int:
         """The fewest steps whose batches hold at least `samples`."""
         for index, (first, size) in enumerate(zip(self.firsts, self.sizes, strict=True)):
-            before = self.samples(first - 1)
+            before = self.samples_in(first - 1)
             steps = first - 1 + max(0, -int(-(samples - before) // size))
             if index + 1 == len(self.firsts) or steps < self.firsts[index + 1]:
                 return steps

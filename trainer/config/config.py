@@ -22,7 +22,7 @@ from guardrail.core.packages import install_hint, is_installed
 from trainer.config import preset
 from trainer.config.batch_ramp import BatchPlan
 from trainer.config.layout import Layout, ParallelSection
-from trainer.config.recipe import ModelSection, OptimSection, check_objective, nearest
+from trainer.config.recipe import ModelSection, OptimSection, check_objective, nearest_multiple
 from trainer.config.schedule import Schedule, warmup_steps
 from trainer.config.sections import (
     BYTE_IDS,
@@ -52,7 +52,7 @@ class Config(GuardConfig, frozen=True, kw_only=True):
         """The mesh of ranks. Raises ConfigError where the numbers do not fit; `check` has seen that
         they do.
         """
-        return Layout.of(self.parallel, world=self.world, strategy=self.train.strategy)
+        return Layout.from_section(self.parallel, world=self.world, strategy=self.train.strategy)
 
     @property
     def micro_batch_size(self) -> int:
@@ -82,11 +82,11 @@ class Config(GuardConfig, frozen=True, kw_only=True):
         """The learning rate as a function of the step, for a run of so many."""
         length = self.data.sequence_length
         warmup = warmup_steps(self.optim, steps=steps, plan=self.batch_plan, sequence_length=length)
-        return Schedule.of(self.optim, steps=steps, warmup=warmup)
+        return Schedule.from_section(self.optim, steps=steps, warmup=warmup)
 
     @classmethod
     def completed(cls, tree: dict[str, Any]) -> dict[str, Any]:
-        return preset.completed(tree)
+        return preset.with_preset(tree)
 
     def resolved(self, *, base: Path) -> Config:
         config = super().resolved(base=base)
@@ -228,7 +228,7 @@ class Config(GuardConfig, frozen=True, kw_only=True):
                 f"a multiple of parallel.pp ({stages}) always does",
                 key="train.micro_batch_size",
                 value=self.micro_batch_size,
-                hint=f"nearest: train.batch_size = {nearest(count, stages) * self.train.batch_size // count}",
+                hint=f"nearest: train.batch_size = {nearest_multiple(count, stages) * self.train.batch_size // count}",
             )
         if self.parallel.schedule == "1f1b" and count < stages:
             raise ConfigError(
@@ -245,7 +245,7 @@ class Config(GuardConfig, frozen=True, kw_only=True):
                 f"a multiple of parallel.tp ({parts}), whose ranks share out the tokens",
                 key="data.sequence_length",
                 value=length,
-                hint=f"nearest: {nearest(length, parts)}, or parallel.sequence_parallel = false",
+                hint=f"nearest: {nearest_multiple(length, parts)}, or parallel.sequence_parallel = false",
             )
 
     def _check_batch(self) -> None:
@@ -257,7 +257,7 @@ class Config(GuardConfig, frozen=True, kw_only=True):
                 f"a multiple of the {world} data-parallel ranks{split if model_ranks > 1 else ''}",
                 key="train.batch_size",
                 value=batch,
-                hint=f"nearest: {nearest(batch, world)}",
+                hint=f"nearest: {nearest_multiple(batch, world)}",
             )
         share = self.train.micro_batch_size * world
         if share and batch % share:

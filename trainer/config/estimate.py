@@ -61,7 +61,7 @@ def _batch(config: Config) -> str:
 def _shapes(config: Config) -> str:
     model, tp = config.model, config.layout.tp
     total = parameter_count(model, config.vocabulary, sequence_length=config.data.sequence_length)
-    blocks = sorted({len(numbers) for numbers in config.layout.blocks(model.layers)})
+    blocks = sorted({len(numbers) for numbers in config.layout.blocks_of_stages(model.layers)})
     hidden = hidden_width(model)
     return (
         f"{_count(total)} parameters; a stage has {' or '.join(map(str, blocks))} of {model.layers} blocks, a rank "
@@ -105,7 +105,7 @@ def rank_parameters(config: Config) -> list[int]:
     of_stages = stage_parameters(
         config.model,
         config.vocabulary,
-        blocks=layout.blocks(config.model.layers),
+        blocks=layout.blocks_of_stages(config.model.layers),
         sequence_length=config.data.sequence_length,
     )
     return [-(-count // (layout.tp * layout.dp_shard)) for count in of_stages]

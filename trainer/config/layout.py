@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from guardrail.core.errors import ConfigError
 from guardrail.core.section import Natural, Positive, Section
-from trainer.config.recipe import ModelSection, OptimSection, nearest
+from trainer.config.recipe import ModelSection, OptimSection, nearest_multiple
 from trainer.config.sizes import hidden_width
 from trainer.optim.registry import names_of
 
@@ -77,7 +77,7 @@ class Layout(Struct, frozen=True, kw_only=True):
     sequence: bool
 
     @classmethod
-    def of(cls, section: ParallelSection, *, world: int, strategy: str) -> Layout:
+    def from_section(cls, section: ParallelSection, *, world: int, strategy: str) -> Layout:
         """The layout of `world` ranks. Raises ConfigError where they do not fill the mesh."""
         replicate, shard = section.dp_replicate, section.dp_shard
         given = max(replicate, 1) * max(shard, 1) * section.tp * section.pp
@@ -126,7 +126,7 @@ class Layout(Struct, frozen=True, kw_only=True):
                     f"a multiple of parallel.tp ({self.tp})",
                     key=f"model.{key}",
                     value=count,
-                    hint=f"nearest: {nearest(count, self.tp)}",
+                    hint=f"nearest: {nearest_multiple(count, self.tp)}",
                 )
         together: dict[str, tuple[Any, ...]] = {
             "model.hf": (model.hf, ""),
@@ -182,32 +182,32 @@ class Layout(Struct, frozen=True, kw_only=True):
     def world(self) -> int:
         return self.pp * self.data_ranks * self.tp
 
-    def stage(self, rank: int) -> int:
+    def stage_of(self, rank: int) -> int:
         """Which stage of the pipeline a rank has."""
         return rank // (self.data_ranks * self.tp)
 
-    def blocks(self, layers: int) -> list[list[int]]:
+    def blocks_of_stages(self, layers: int) -> list[list[int]]:
         """Numbers of the blocks of each stage."""
         dealt = [
-            stretches(layers, stage=stage, stages=self.pp, chunks=self.chunks)
+            chunk_blocks(layers, stage=stage, stages=self.pp, chunks=self.chunks)
             for stage in range(self.pp)
         ]
         return [[block for stretch in each for block in stretch] for each in dealt]
 
-    def dice(self, rank: int, chunk: int = 0) -> int:
+    def rng_part(self, rank: int, chunk: int = 0) -> int:
         """Which part of a micro-batch's pass a rank computes by dice of its own; equal where ranks
         compute the same.
 
         Without sequence parallelism a tensor-parallel group drops the same entries of the stream,
         which it has whole.
         """
-        number = numbers(stage=self.stage(rank), stages=self.pp, chunks=self.chunks)[chunk]
+        number = chunk_numbers(stage=self.stage_of(rank), stages=self.pp, chunks=self.chunks)[chunk]
         return number * self.tp + rank % self.tp if self.sequence else number
 
-    def holders(self, rank: int) -> range | None:
+    def shard_ranks(self, rank: int) -> range | None:
         """The ranks of the same stage; None: there is one stage."""
         size = self.data_ranks * self.tp
-        first = self.stage(rank) * size
+        first = self.stage_of(rank) * size
         return None if self.pp == 1 else range(first, first + size)
 
     @property
@@ -221,21 +221,22 @@ class Layout(Struct, frozen=True, kw_only=True):
         """
         return rank // self.tp % self.data_ranks
 
-    def counts(self, rank: int) -> bool:
+    def counts_loss(self, rank: int) -> bool:
         """Whether a rank's loss and tokens enter the sums over all ranks: once for each share of
         the data.
         """
-        return rank % self.tp == 0 and self.stage(rank) == self.pp - 1
+        return rank % self.tp == 0 and self.stage_of(rank) == self.pp - 1
 
 
-def numbers(*, stage: int, stages: int, chunks: int) -> range:
+def chunk_numbers(*, stage: int, stages: int, chunks: int) -> range:
     """Which of all chunks, in the order of the model, one stage has: they are dealt out in turn."""
     return range(stage, stages * chunks, stages)
 
 
-def stretches(layers: int, *, stage: int, stages: int, chunks: int = 1) -> list[range]:
+def chunk_blocks(layers: int, *, stage: int, stages: int, chunks: int = 1) -> list[range]:
     """Numbers of the blocks of each chunk of one stage of a pipeline."""
     cuts = [number * layers // (stages * chunks) for number in range(stages * chunks + 1)]
     return [
-        range(cuts[at], cuts[at + 1]) for at in numbers(stage=stage, stages=stages, chunks=chunks)
+        range(cuts[at], cuts[at + 1])
+        for at in chunk_numbers(stage=stage, stages=stages, chunks=chunks)
     ]

@@ -18,7 +18,7 @@ ALTERNATIVES = {
 }
 
 
-def folder() -> Path:
+def presets_folder() -> Path:
     """Where the presets are: beside this file in an installed package, in configs/presets of a
     clone.
     """
@@ -26,11 +26,11 @@ def folder() -> Path:
     return installed if installed.is_dir() else Path(__file__).parents[2] / "configs" / "presets"
 
 
-def names() -> list[str]:
-    return sorted(path.stem for path in folder().glob("*.toml"))
+def list_presets() -> list[str]:
+    return sorted(path.stem for path in presets_folder().glob("*.toml"))
 
 
-def completed(tree: dict[str, Any]) -> dict[str, Any]:
+def with_preset(tree: dict[str, Any]) -> dict[str, Any]:
     """A parsed configuration over the preset that its `[model] preset` names, if it names one.
 
     Raises:
@@ -40,11 +40,11 @@ def completed(tree: dict[str, Any]) -> dict[str, Any]:
     name = model.get("preset", "") if isinstance(model, dict) else ""
     if not name or not isinstance(name, str):  # a wrong type is refused with all the others
         return tree
-    if name not in names():
-        close = difflib.get_close_matches(name, names(), n=1, cutoff=0.4)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names())}"
+    if name not in list_presets():
+        close = difflib.get_close_matches(name, list_presets(), n=1, cutoff=0.4)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(list_presets())}"
         raise ConfigError("the name of a preset", key="model.preset", value=name, hint=hint)
-    preset = tomllib.loads((folder() / f"{name}.toml").read_text(encoding="utf-8"))
+    preset = tomllib.loads((presets_folder() / f"{name}.toml").read_text(encoding="utf-8"))
     merged = dict(tree)
     for section, values in preset.items():
         own = tree.get(section, {})

@@ -135,7 +135,7 @@ class ModelSection(Section, frozen=True, kw_only=True):
                 f"a multiple of {'2 * ' * (pairs - 1)}model.heads{' (RoPE turns pairs)' * (pairs - 1)}",
                 key="model.width",
                 value=self.width,
-                hint=f"model.heads = {self.heads}; nearest: {nearest(self.width, multiple)}",
+                hint=f"model.heads = {self.heads}; nearest: {nearest_multiple(self.width, multiple)}",
             )
         if self.heads % self.groups:
             divisors = [str(n) for n in range(1, self.heads + 1) if self.heads % n == 0]
@@ -256,6 +256,6 @@ def check_objective(objective: Objective, model: ModelSection) -> None:
         )
 
 
-def nearest(value: int, multiple: int) -> int:
+def nearest_multiple(value: int, multiple: int) -> int:
     """The multiple, at least 1x, that lies nearest to `value`."""
     return max(multiple, round(value / multiple) * multiple)

@@ -52,7 +52,7 @@ def _batch_tokens(config: Config) -> int:
     return config.train.batch_size * config.data.sequence_length
 
 
-def published(parameters: int) -> tuple[float, float]:
+def published_recipe(parameters: int) -> tuple[float, float]:
     """(tokens of a batch, learning rate) of a published model of this size, between GPT-3's on
     logarithmic scales.
     """
@@ -69,7 +69,7 @@ def published(parameters: int) -> tuple[float, float]:
 def _learning_rate(config: Config, parameters: int) -> str:
     if config.optim.spec.lr_is_relative:
         return ""
-    usual = published(parameters)[1]
+    usual = published_recipe(parameters)[1]
     ratio = config.optim.lr / usual
     if 1 / 5 <= ratio <= 5:
         return ""
@@ -137,7 +137,7 @@ def _beta2(config: Config) -> str:
 
 
 def _batch(config: Config, parameters: int) -> str:
-    usual, tokens = published(parameters)[0], _batch_tokens(config)
+    usual, tokens = published_recipe(parameters)[0], _batch_tokens(config)
     if usual / 10 <= tokens <= usual * 8:
         return ""
     few = tokens < usual
@@ -151,7 +151,7 @@ def _batch(config: Config, parameters: int) -> str:
 def _tokens_per_parameter(config: Config, parameters: int) -> str:
     if not config.train.steps:
         return ""  # by epochs, the data decides
-    tokens = config.batch_plan.samples(config.train.steps) * config.data.sequence_length
+    tokens = config.batch_plan.samples_in(config.train.steps) * config.data.sequence_length
     ratio = tokens / parameters
     if 5 <= ratio <= 2500:
         return ""

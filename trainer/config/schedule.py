@@ -30,7 +30,9 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True):
     decay: int = 0
 
     @classmethod
-    def of(cls, section: OptimSection, *, steps: int, warmup: int | None = None) -> Schedule:
+    def from_section(
+        cls, section: OptimSection, *, steps: int, warmup: int | None = None
+    ) -> Schedule:
         """The schedule of a run of `steps` applied updates.
 
         Args:
@@ -72,7 +74,7 @@ def warmup_steps(
         sequence_length: tokens of a sample.
     """
     if section.warmup_tokens:
-        return plan.steps(section.warmup_tokens / sequence_length)
+        return plan.steps_for(section.warmup_tokens / sequence_length)
     if section.warmup_share:
         return max(1, round(section.warmup_share * steps))
     return section.warmup_steps

@@ -13,7 +13,7 @@ from guardrail.core.errors import Interrupted
 from guardrail.core.files import replace_file
 from trainer.data.document_reader import DocumentReader
 from trainer.data.progress import Progress
-from trainer.data.tokenizer import JsonTokenizer, from_file, pieces
+from trainer.data.tokenizer import JsonTokenizer, load_tokenizer, split_text
 
 TRAINING_BYTES = 16 << 20  # of text; more changes a vocabulary of this kind very little
 _UNFOLDS = 5  # bytes of text in a byte of a compressed file, roughly
@@ -26,23 +26,23 @@ def train_or_load(
     """The tokenizer of the text that `reader` gives; trained when `cache` has none of the same text
     and size.
     """
-    pulse.phase("reading text for the tokenizer")
+    pulse.begin("reading text for the tokenizer")
     texts, digest = [], hashlib.sha256(f"byte-level BPE 1, {vocabulary}".encode())
-    for text in sample(reader, TRAINING_BYTES):
+    for text in read_sample(reader, TRAINING_BYTES):
         texts.append(text)
         digest.update(text.encode("utf-8"))
         pulse()
     file = cache / "tokenizers" / f"bpe-{vocabulary}-{digest.hexdigest()[:32]}.json"
     if file.exists():
-        return from_file(file, name="bpe")
-    pulse.phase("training the tokenizer")
+        return load_tokenizer(file, name="bpe")
+    pulse.begin("training the tokenizer")
     content = _train(texts, vocabulary, pulse)
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     replace_file(file, content.encode("utf-8"))
     return JsonTokenizer(content, name="bpe", source=str(file))
 
 
-def sample(reader: DocumentReader, limit: int) -> Iterator[str]:
+def read_sample(reader: DocumentReader, limit: int) -> Iterator[str]:
     """About `limit` characters, of each file in proportion to its size, from its beginning.
 
     A file earns its share and pays with its text; files that come while nothing is left are not
@@ -55,7 +55,7 @@ def sample(reader: DocumentReader, limit: int) -> Iterator[str]:
         credit += size * share
         if credit > 0:
             for document in reader.read_file(index):
-                for text in pieces(document.text):
+                for text in split_text(document.text):
                     yield text
                     credit -= len(text)
                     if credit <= 0:

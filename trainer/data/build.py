@@ -14,11 +14,11 @@ from guardrail.core.files import replace_file
 from guardrail.core.text import clean_text
 from trainer.config.sections import DataSection
 from trainer.data import bpe, holdout
-from trainer.data.corpus import FORMAT, INDEX, CorpusIndex, Report
+from trainer.data.corpus import FORMAT, INDEX, CorpusIndex, CorpusReport
 from trainer.data.document_reader import Document, DocumentReader
 from trainer.data.progress import Progress
 from trainer.data.shards import FileEntry, SplitIndex, SplitWriter
-from trainer.data.tokenizer import ByteTokenizer, Tokenizer, from_file, pieces
+from trainer.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, split_text
 from trainer.sources.bad_records import FIELD, NO_TEXT, BadRecords
 from trainer.sources.base import ResolvedSources
 from trainer.sources.source_file import SourceFile
@@ -55,13 +55,13 @@ class Builder:
         if not self.found.files:
             raise DataError(_nothing(data, self.found, self.found.bad))
         self.tokenizer = self._tokenizer()
-        limit = holdout.threshold(data.eval_fraction)
-        self.pulse.phase("tokenizing")
+        limit = holdout.hash_threshold(data.eval_fraction)
+        self.pulse.begin("tokenizing")
         splits = self._pack(limit)
         better = self._better_limit(limit, splits)
         if better != limit:
             self._remove(splits)
-            self.pulse.phase("tokenizing again, with other documents held out")
+            self.pulse.begin("tokenizing again, with other documents held out")
             splits = self._pack(better)
         for name in splits:
             (self.folder / f"{name}-hash.idx").unlink()
@@ -77,7 +77,7 @@ class Builder:
             return bpe.train_or_load(
                 self._reader(), vocabulary=self.data.vocabulary, cache=self.cache, pulse=self.pulse
             )
-        return from_file(Path(self.data.tokenizer), name=self.data.tokenizer)
+        return load_tokenizer(Path(self.data.tokenizer), name=self.data.tokenizer)
 
     def _reader(self) -> DocumentReader:
         return DocumentReader(
@@ -150,7 +150,7 @@ class Builder:
                 hashes.append(np.fromfile(self.folder / f"{name}-hash.idx", dtype="<u8"))
                 starts = np.fromfile(self.folder / f"{name}-start.idx", dtype="<i8")
                 tokens.append(np.diff(starts, append=split.stream_tokens))
-        return holdout.balanced(
+        return holdout.balance_splits(
             np.concatenate(hashes),
             np.concatenate(tokens),
             limit,
@@ -174,7 +174,7 @@ class Builder:
         files = self._write_names()
         if self.tokenizer.content:
             files["tokenizer"] = _entry(self.folder / "tokenizer.json")
-        report = Report(
+        report = CorpusReport(
             documents=sum(split.documents for split in splits.values()),
             bytes=self.bytes,
             tokens=self.tokens,
@@ -231,7 +231,7 @@ def _batches(reader: DocumentReader) -> Iterator[list[tuple[Document, str, int]]
     held = 0
     for document in reader:
         offset = 0
-        for text in pieces(document.text):
+        for text in split_text(document.text):
             batch.append((document, text, offset))
             offset, held = offset + len(text), held + len(text)
             if held >= _BATCH_CHARACTERS:

@@ -15,14 +15,14 @@ import numpy as np
 from guardrail.core.errors import DataError
 from guardrail.core.records import MAX_NAMED, DocumentRef
 from trainer.data.shards import FileEntry, SplitIndex
-from trainer.data.tokenizer import Tokenizer, id_dtype, saved
+from trainer.data.tokenizer import Tokenizer, id_dtype, load_saved
 from trainer.sources.bad_records import BadRecords
 
 FORMAT = 1
 INDEX = "corpus.json"
 
 
-class Report(msgspec.Struct, frozen=True, kw_only=True):
+class CorpusReport(msgspec.Struct, frozen=True, kw_only=True):
     """What was made of the sources.
 
     Attributes:
@@ -61,7 +61,7 @@ class CorpusIndex(msgspec.Struct, frozen=True, kw_only=True):
     splits: dict[str, SplitIndex]
     # "names": the paths, one after another; "ends": int64 end of each; the tokenizer
     files: dict[str, FileEntry]
-    report: Report
+    report: CorpusReport
 
 
 class Corpus:
@@ -82,14 +82,14 @@ class Corpus:
     @classmethod
     def open(cls, path: str | Path) -> Corpus:
         """Raises DataError when something is missing or has another size than its index says."""
-        index, damage = inspect(Path(path))
+        index, damage = inspect_corpus(Path(path))
         if index is None:
             raise DataError(f"{path}: not a usable corpus ({damage})")
         return cls(Path(path), index)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return saved(self.path, self._index.tokenizer)
+        return load_saved(self.path, self._index.tokenizer)
 
     @property
     def dtype(self) -> np.dtype:
@@ -298,7 +298,7 @@ def _mapped(folder: Path, entry: FileEntry, dtype: str) -> np.ndarray:
     return np.asarray(np.memmap(folder / entry.name, dtype=dtype, mode="r"))
 
 
-def inspect(path: Path) -> tuple[CorpusIndex | None, str]:
+def inspect_corpus(path: Path) -> tuple[CorpusIndex | None, str]:
     """(index, "") of a usable corpus, else (None, what is wrong with it). Reads no tokens."""
     try:
         index = msgspec.json.decode((path / INDEX).read_bytes(), type=CorpusIndex)

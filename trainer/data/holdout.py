@@ -17,12 +17,12 @@ def origin_hash(key: str, record: int) -> int:
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
 
 
-def threshold(fraction: float) -> int:
+def hash_threshold(fraction: float) -> int:
     """Documents whose hash is below it are held out."""
     return int(fraction * SPACE)
 
 
-def balanced(hashes: np.ndarray, tokens: np.ndarray, limit: int, *, sample: int) -> int:
+def balance_splits(hashes: np.ndarray, tokens: np.ndarray, limit: int, *, sample: int) -> int:
     """The threshold next to `limit` with which neither split is empty.
 
     At least one document is held out and one is not; more are held out until they fill a sample, as

@@ -97,7 +97,7 @@ class Loader:
         """This rank's micro-batches of any batch; what is being read ahead stays what it is."""
         return self._read(batch)
 
-    def positions(self, batch: Batch, number: int) -> tuple[int, ...]:
+    def row_positions(self, batch: Batch, number: int) -> tuple[int, ...]:
         """Positions of the real rows of this rank's micro-batch `number`."""
         first = (number * self.world + self.rank) * self.micro_batch_size
         return batch.positions[first : first + self.micro_batch_size]
@@ -134,7 +134,7 @@ class Loader:
     def _micro_batch(self, batch: Batch, number: int) -> MicroBatch:
         first = (number * self.world + self.rank) * self.micro_batch_size
         ids = batch.samples[first : first + self.micro_batch_size]
-        positions = self.positions(batch, number)
+        positions = self.row_positions(batch, number)
         made = self.objective(self.split.tokens(ids), positions)
         missing = self.micro_batch_size - len(ids)
         tokens = _filled(made.tokens, missing, 0)  # id 0 is in every vocabulary

@@ -57,17 +57,17 @@ class NodesReady:
         self._nodes, self._node = nodes, node
         self._reported = 0.0
 
-    def report(self, text: str) -> None:
+    def report_progress(self, text: str) -> None:
         """Say how far this node is; for its first rank, as often as it likes."""
         if time.monotonic() - self._reported >= REPORT_SECONDS:
             self._reported = time.monotonic()
             self._write(NodeReport(text=text))
 
-    def text(self) -> str:
+    def read_progress(self) -> str:
         """What the first rank of this node has reported last; for its other ranks."""
         return self._read(self._node).text
 
-    def ready(self) -> None:
+    def set_ready(self) -> None:
         """Say that the corpus of this node is there; for its first rank."""
         self._write(NodeReport(ready=True))
         if self._node == 0:
@@ -75,12 +75,12 @@ class NodesReady:
                 if older != self._folder:
                     shutil.rmtree(older, ignore_errors=True)
 
-    def give_up(self, error: GuardrailError) -> None:
+    def set_failed(self, error: GuardrailError) -> None:
         """Say that there will be no corpus on this node; for its first rank."""
         stopped = isinstance(error, Interrupted)
         self._write(NodeReport(stopped=stopped, failed="" if stopped else str(error)))
 
-    def wait(
+    def wait_for_all(
         self, *, stop: Callable[[], bool], seconds: float, alive: Callable[[str], None]
     ) -> None:
         """Until every node is ready.

@@ -22,11 +22,11 @@ from guardrail.core.errors import DataError
 from guardrail.core.files import sync_folder
 from trainer.config.sections import DataSection
 from trainer.data.build import Builder
-from trainer.data.corpus import FORMAT, inspect
+from trainer.data.corpus import FORMAT, inspect_corpus
 from trainer.data.progress import Progress, ReportProgress, Stop
 from trainer.data.shards import SHARD_BYTES
 from trainer.data.sources import discover
-from trainer.data.tokenizer import from_file
+from trainer.data.tokenizer import load_tokenizer
 from trainer.sources.base import ResolvedSources
 from trainer.sources.registry import SOURCES, source_of_entry
 
@@ -40,7 +40,7 @@ def cache_folder(data: DataSection) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "guardrail"
 
 
-def prepare(
+def prepare_corpus(
     data: DataSection, *, progress: ReportProgress, stop: Stop, shard_bytes: int = SHARD_BYTES
 ) -> Path:
     """The folder of the corpus that `data` describes; built when the cache does not have it.
@@ -59,12 +59,12 @@ def prepare(
     pulse = Progress(progress, stop)
     found = discover(data.sources, pulse)
     folder = cache_folder(data) / _name(data, found)
-    if inspect(folder)[0] is not None:
+    if inspect_corpus(folder)[0] is not None:
         return folder
     try:
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _locked(folder, pulse):
-            index, damage = inspect(folder)
+            index, damage = inspect_corpus(folder)
             if index is None:
                 _build(data, found, folder, damage if folder.exists() else "", pulse, shard_bytes)
     except OSError as error:
@@ -75,7 +75,10 @@ def prepare(
     return folder
 
 
-def wait_prepared(
+prepare = prepare_corpus  # its old name
+
+
+def wait_for_corpus(
     data: DataSection, *, stop: Stop, seconds: float, builder: Callable[[], object] = lambda: None
 ) -> Path:
     """The folder of the corpus that another process builds with `prepare`; for the ranks that do
@@ -90,7 +93,7 @@ def wait_prepared(
     folder = cache_folder(data) / _name(data, discover(data.sources, pulse))
     reached, since = builder(), time.monotonic()
     while True:
-        index, damage = inspect(folder)
+        index, damage = inspect_corpus(folder)
         if index is not None:
             return folder
         if (now := builder()) != reached:
@@ -109,7 +112,7 @@ def _name(data: DataSection, found: ResolvedSources) -> str:
     if tokenizer == "bpe":
         tokenizer = f"bpe {data.vocabulary}"
     elif tokenizer != "bytes":
-        tokenizer = from_file(Path(tokenizer), name=tokenizer).identity
+        tokenizer = load_tokenizer(Path(tokenizer), name=tokenizer).identity
     settings = (
         FORMAT,
         tokenizer,

@@ -27,7 +27,7 @@ class Progress:
         self._polled = self._reported = 0.0
         self.text, self.share = text, 0.0
 
-    def phase(self, text: str) -> None:
+    def begin(self, text: str) -> None:
         self.text, self.share, self._reported = text, 0.0, 0.0
         self()
 

@@ -77,7 +77,7 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> np.ndarray:
         """Ids of `text`, without special tokens: one-dimensional, `dtype`."""
         return np.concatenate(
-            [e.ids for e in self.encode_pieces(list(pieces(text)))] or [np.empty(0, self.dtype)]
+            [e.ids for e in self.encode_pieces(list(split_text(text)))] or [np.empty(0, self.dtype)]
         )
 
     @abstractmethod
@@ -88,7 +88,7 @@ class Tokenizer(ABC):
     def decode(self, ids: np.ndarray) -> str:
         """The text of the ids; special tokens are left out, wrong UTF-8 becomes U+FFFD."""
 
-    def spelled(self, token: int) -> str:
+    def spell_token(self, token: int) -> str:
         """One token for a person: its text, else its name; a byte that is no text by itself as
         <0xE2>. "": no token.
         """
@@ -110,7 +110,7 @@ def id_dtype(vocabulary: int) -> np.dtype:
     return np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
 
 
-def pieces(text: str) -> Iterator[str]:
+def split_text(text: str) -> Iterator[str]:
     """Cuts behind the last line end (else before the last space, else anywhere) of each `PIECE`
     characters.
     """
@@ -219,14 +219,14 @@ def _byte_offsets(text: str) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(width)])
 
 
-def saved(folder: Path, name: str) -> Tokenizer:
+def load_saved(folder: Path, name: str) -> Tokenizer:
     """The tokenizer that `save` wrote into `folder`."""
     if name == "bytes":
         return ByteTokenizer()
-    return from_file(folder / "tokenizer.json", name=name)
+    return load_tokenizer(folder / "tokenizer.json", name=name)
 
 
-def from_file(path: Path, *, name: str) -> JsonTokenizer:
+def load_tokenizer(path: Path, *, name: str) -> JsonTokenizer:
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -21,7 +21,7 @@ NGRAM = 3
 AS_INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
-def spoiled_rows(
+def damage_rows(
     micro: MicroBatch, kind: str, rows: Sequence[tuple[int, int]], *, vocabulary: int
 ) -> MicroBatch:
     """A micro-batch with other text in some rows; what was ignored stays ignored.
@@ -54,7 +54,7 @@ def spoiled_rows(
 
 
 @torch.no_grad()
-def strike_state(
+def damage_state(
     kind: str, model: nn.Module, optimizers: Sequence[Optimizer], *, value: float, entry: int
 ) -> None:
     """Change weights or moments in place, as broken memory or a broken program would between two
@@ -100,7 +100,7 @@ def flip_bit(tensor: Tensor, *, entry: int, bit: int) -> None:
         bits[entry % len(bits)] ^= mask
 
 
-def garbage(gradient: Tensor, *, value: float) -> Tensor:
+def noise_gradient(gradient: Tensor, *, value: float) -> Tensor:
     """Noise with `value` times the norm of the gradient it replaces: other noise each time, as of
     broken hardware.
     """

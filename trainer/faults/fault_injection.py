@@ -33,9 +33,9 @@ from torch.optim import Optimizer
 from guardrail.torch.measure.reduction import local
 from trainer.config.sections import FaultSection
 from trainer.data.loader import MicroBatch
-from trainer.faults.damage import garbage, spoiled_rows, strike_state
+from trainer.faults.damage import damage_rows, damage_state, noise_gradient
 from trainer.objectives.loss import IGNORED
-from trainer.parallel.data_parallel import unwrapped
+from trainer.parallel.data_parallel import unwrap_model
 
 ENDINGS = ("hang", "exit", "raise")
 TEXT = ("noise_tokens", "repeat_tokens", "shuffle_labels")
@@ -70,7 +70,9 @@ class Faults:
     def __bool__(self) -> bool:
         return bool(self._sections)
 
-    def batch(self, *, step: int, positions: Sequence[int], repeated: bool = False) -> None:
+    def choose_for_step(
+        self, *, step: int, positions: Sequence[int], repeated: bool = False
+    ) -> None:
         """Choose what strikes this attempt.
 
         Args:
@@ -100,7 +102,7 @@ class Faults:
                 self._now.append(section)
         self._rate = math.prod(fault.value for fault in self._now if fault.kind == "scale_lr")
 
-    def again(self, *, step: int, positions: Sequence[int]) -> None:
+    def choose_for_replay(self, *, step: int, positions: Sequence[int]) -> None:
         """Choose what strikes a replay, which uses no fault up.
 
         What is in the data (a fault by position) is in it again, and what is in the state (a fault
@@ -127,15 +129,19 @@ class Faults:
                 lambda hooked, *_: _scale_rates(hooked, 1 / self._rate)
             )
 
-    def state(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    def damage_state(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Strike weights or moments: the batch at hand is the first one that meets it."""
         for fault in self._now:
             if fault.kind in STATE:
-                strike_state(
-                    fault.kind, unwrapped(model), optimizers, value=fault.value, entry=fault.entry
+                damage_state(
+                    fault.kind,
+                    unwrap_model(model),
+                    optimizers,
+                    value=fault.value,
+                    entry=fault.entry,
                 )
 
-    def data(
+    def damage_data(
         self,
         micro_batches: list[MicroBatch],
         positions: Sequence[Sequence[int]],
@@ -150,7 +156,7 @@ class Faults:
         for fault in self._now:
             if fault.kind in TEXT:
                 micro_batches = [
-                    spoiled_rows(micro, fault.kind, _struck(fault, places), vocabulary=vocabulary)
+                    damage_rows(micro, fault.kind, _struck(fault, places), vocabulary=vocabulary)
                     if fault.micro in (-1, index)
                     else micro
                     for index, (micro, places) in enumerate(
@@ -159,7 +165,7 @@ class Faults:
                 ]
         return micro_batches
 
-    def labels(self, micro: int, labels: Tensor) -> Tensor:
+    def damage_labels(self, micro: int, labels: Tensor) -> Tensor:
         """Labels [B, T] of a micro-batch, all ignored where the fault says so; the argument is not
         written to.
         """
@@ -182,16 +188,18 @@ class Faults:
             ):
                 output.register_hook(partial(operator.mul, fault.value))
 
-    def logits(self, micro: int, logits: Tensor) -> Tensor:
+    def damage_logits(self, micro: int, logits: Tensor) -> Tensor:
         """Logits of a micro-batch, unchanged; their gradient becomes garbage where the fault says
         so.
         """
         for fault in self._now:
             if fault.kind == "garbage_grad" and fault.micro in (-1, micro):
-                logits.register_hook(partial(garbage, value=fault.value))
+                logits.register_hook(partial(noise_gradient, value=fault.value))
         return logits
 
-    def loss(self, micro: int, model: nn.Module, loss: Tensor, *, scale: float = 1.0) -> Tensor:
+    def damage_loss(
+        self, micro: int, model: nn.Module, loss: Tensor, *, scale: float = 1.0
+    ) -> Tensor:
         """The loss of a micro-batch, spoiled; gradient faults are hung into the backward pass that
         follows.
 
@@ -208,12 +216,12 @@ class Faults:
             elif fault.kind == "spike_grad":
                 loss.register_hook(partial(operator.mul, fault.value))
             elif fault.kind == "inf_grad" or (fault.kind == "overflow" and scale > fault.value):
-                loss = loss + _Spoiled.apply(local(unwrapped(model).root_weight), math.inf)
+                loss = loss + _Spoiled.apply(local(unwrap_model(model).root_weight), math.inf)
             elif fault.kind == "nan_grad":
-                loss = loss + _Spoiled.apply(local(unwrapped(model).root_weight), math.nan)
+                loss = loss + _Spoiled.apply(local(unwrap_model(model).root_weight), math.nan)
         return loss
 
-    def gradients(self, model: nn.Module) -> None:
+    def damage_gradients(self, model: nn.Module) -> None:
         """Spoil one entry of this rank's reduced gradients, as broken memory would. `micro` has no
         meaning here.
         """

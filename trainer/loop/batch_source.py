@@ -25,7 +25,9 @@ class BatchSource:
             self.loader.prefetch(following)
         if not self.faults:
             return micro_batches
-        self.faults.batch(step=step.number, positions=step.batch.positions, repeated=step.repeated)
+        self.faults.choose_for_step(
+            step=step.number, positions=step.batch.positions, repeated=step.repeated
+        )
         return self._damage(step.batch, micro_batches)
 
     def load_again(self, batch: Batch, step: int) -> list[MicroBatch]:
@@ -36,9 +38,9 @@ class BatchSource:
         micro_batches = self.loader.read(batch)
         if not self.faults:
             return micro_batches
-        self.faults.again(step=step, positions=batch.positions)
+        self.faults.choose_for_replay(step=step, positions=batch.positions)
         return self._damage(batch, micro_batches)
 
     def _damage(self, batch: Batch, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
-        positions = [self.loader.positions(batch, index) for index in range(len(micro_batches))]
-        return self.faults.data(micro_batches, positions, vocabulary=self.vocabulary)
+        positions = [self.loader.row_positions(batch, index) for index in range(len(micro_batches))]
+        return self.faults.damage_data(micro_batches, positions, vocabulary=self.vocabulary)

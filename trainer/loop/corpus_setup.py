@@ -14,7 +14,7 @@ from guardrail.rundir.run_directory import RunDirectory
 from guardrail.rundir.stop_signals import StopSignals
 from trainer.config.config import Config
 from trainer.data.nodes import NodesReady, node_of_this_rank
-from trainer.data.prepare import prepare, wait_prepared
+from trainer.data.prepare import prepare_corpus, wait_for_corpus
 
 
 class CorpusSetup:
@@ -57,16 +57,18 @@ class CorpusSetup:
         nodes = NodesReady(self._run, nodes=launch.nodes, node=node_of_this_rank())
         try:
             if is_builder:
-                folder = self._build(report=nodes.report)
+                folder = self._build(report=nodes.report_progress)
             else:
-                folder = self._wait_for_builder(nodes.text)
+                folder = self._wait_for_builder(nodes.read_progress)
         except (Interrupted, DataError) as error:
             if is_builder:
-                nodes.give_up(error)
+                nodes.set_failed(error)
             raise
         if is_builder:
-            nodes.ready()
-        nodes.wait(stop=self._builder_has_ended, seconds=launch.setup_timeout, alive=self._say)
+            nodes.set_ready()
+        nodes.wait_for_all(
+            stop=self._builder_has_ended, seconds=launch.setup_timeout, alive=self._say
+        )
         return folder
 
     def _build(self, *, report: Callable[[str], None]) -> Path:
@@ -78,12 +80,12 @@ class CorpusSetup:
 
         data = self._config.data
         try:
-            return prepare(data, progress=progress, stop=lambda: self._signals.requested)
+            return prepare_corpus(data, progress=progress, stop=lambda: self._signals.requested)
         except Interrupted:
             # If the corpus is in the cache, the other ranks go on. They wait for this one where all
             # ranks agree on the stop, so it goes on too.
             with contextlib.suppress(DataError):
-                return wait_prepared(data, stop=lambda: False, seconds=0.0)
+                return wait_for_corpus(data, stop=lambda: False, seconds=0.0)
             raise
 
     def _wait_for_builder(self, read_progress: Callable[[], str]) -> Path:
@@ -98,7 +100,7 @@ class CorpusSetup:
                 self._say(f"waiting for the corpus: {text}")
             return known
 
-        return wait_prepared(
+        return wait_for_corpus(
             self._config.data,
             stop=self._builder_has_ended,
             seconds=self._config.launch.setup_timeout,

@@ -16,9 +16,9 @@ from trainer.data.loader import MicroBatch
 from trainer.faults.fault_injection import Faults
 from trainer.objectives.loss import z_penalty
 from trainer.parallel.data_parallel import (
-    accumulating,
+    accumulate_gradients,
+    find_loss_sum,
     is_sharded,
-    loss_of,
     seed_micro_batch,
 )
 
@@ -71,7 +71,7 @@ class RankPasses(ABC):
         self.settle = settle
         self.accelerator, self.scaler, self.faults = accelerator, scaler, faults
         self.device = accelerator.device
-        self.loss_sum = loss_of(model)
+        self.loss_sum = find_loss_sum(model)
         self.micro_batches: list[MicroBatch] = []
         self.row_losses: list[RowLosses] | None = None
         self._data_rank = config.layout.data_rank(rank)
@@ -105,18 +105,18 @@ class RankPasses(ABC):
             label tokens.
         """
 
-    def seed(self, index: int, chunk: int = 0) -> None:
+    def seed_dropout(self, index: int, chunk: int = 0) -> None:
         """Set the RNG state for a micro-batch of the last batch.
 
         Args:
             index: number of the micro-batch on this rank.
             chunk: which part of this rank's pipeline stage runs.
         """
-        part = self.config.layout.dice(self.rank, chunk)
+        part = self.config.layout.rng_part(self.rank, chunk)
         position = self.micro_batches[index].position
         seed_micro_batch(self.config.train.seed, position, self._data_rank, part)
 
-    def scaled(self, loss: Tensor) -> Tensor:
+    def scale_loss(self, loss: Tensor) -> Tensor:
         """Return what the backward pass starts from, given the summed loss of a micro-batch.
 
         trainer.objectives.loss gives the reason for the factor.
@@ -200,27 +200,29 @@ class AccumulatedPasses(RankPasses):
         """Run forward and backward; return the loss sum, detached, and the label tokens."""
         inputs, labels = self.to_device(micro.tokens), self.to_device(micro.labels)
         if self.faults:
-            labels = self.faults.labels(index, labels)
-        self.seed(index)
-        with accumulating(self.model, last=is_last):
+            labels = self.faults.damage_labels(index, labels)
+        self.seed_dropout(index)
+        with accumulate_gradients(self.model, last=is_last):
             logits = self.model(inputs, **self.model_arguments(micro.extra))
             if self.faults:
-                logits = self.faults.logits(index, logits)
+                logits = self.faults.damage_logits(index, logits)
             loss, count = self.loss_sum(logits, labels)
             self.record_row_losses(index, logits, labels)
             if self.faults:
-                loss = self.faults.loss(index, self.model, loss, scale=self.scaler.get_scale())
+                loss = self.faults.damage_loss(
+                    index, self.model, loss, scale=self.scaler.get_scale()
+                )
             trained = loss
             z_loss = self.config.train.z_loss
             if z_loss:
                 trained = loss + z_penalty(logits, labels, z_loss)
-            self.accelerator.backward(self.scaled(trained))
+            self.accelerator.backward(self.scale_loss(trained))
         return loss.detach(), count
 
     def rerun_forward(self) -> None:
         """See `RankPasses.rerun_forward`."""
         for index, micro in enumerate(self.micro_batches):
-            self.seed(index)
+            self.seed_dropout(index)
             self.model(self.to_device(micro.tokens), **self.model_arguments(micro.extra))
 
     @torch.no_grad()

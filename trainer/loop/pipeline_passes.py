@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from trainer.config.config import Config
 from trainer.loop.passes import PassResult, RankPasses
 from trainer.objectives.loss import IGNORED
-from trainer.parallel.data_parallel import unwrapped
+from trainer.parallel.data_parallel import unwrap_model
 from trainer.parallel.pipeline import Pipeline, StagePosition
-from trainer.parallel.tensor_parallel import columns
+from trainer.parallel.tensor_parallel import vocabulary_columns
 
 
 class PipelinePasses(RankPasses):
@@ -38,8 +38,8 @@ class PipelinePasses(RankPasses):
     ) -> None:
         super().__init__(model, config, **others)
         length, layout = config.data.sequence_length, config.layout
-        stream_tokens = length // unwrapped(model).stream_parts
-        outputs = columns(vocabulary, place=self.rank % layout.tp, ranks=layout.tp)
+        stream_tokens = length // unwrap_model(model).stream_parts
+        outputs = vocabulary_columns(vocabulary, place=self.rank % layout.tp, ranks=layout.tp)
         self._total = torch.zeros((), device=self.device)
         self._pipeline = Pipeline(
             model,
@@ -51,7 +51,7 @@ class PipelinePasses(RankPasses):
             stream=(stream_tokens, config.model.width),
             outputs=len(outputs),
             device=self.device,
-            begin=self.seed,
+            begin=self.seed_dropout,
             loss=self._measure_loss,
         )
 
@@ -65,7 +65,7 @@ class PipelinePasses(RankPasses):
             inputs.append(self.to_device(micro.tokens))
             labels = self.to_device(micro.labels)
             if self.faults:
-                labels = self.faults.labels(index, labels)
+                labels = self.faults.damage_labels(index, labels)
             targets.append(labels)
         labels = torch.cat(targets)
         self._pipeline.train(torch.cat(inputs), labels)
@@ -74,13 +74,13 @@ class PipelinePasses(RankPasses):
     def _measure_loss(self, index: int, logits: Tensor, labels: Tensor) -> Tensor:
         """Return what the backward pass of a micro-batch starts from; called on the last stage."""
         if self.faults:
-            logits = self.faults.logits(index, logits)
+            logits = self.faults.damage_logits(index, logits)
         loss, _ = self.loss_sum(logits, labels)
         self.record_row_losses(index, logits, labels)
         if self.faults:
-            loss = self.faults.loss(index, self.model, loss, scale=self.scaler.get_scale())
+            loss = self.faults.damage_loss(index, self.model, loss, scale=self.scaler.get_scale())
         self._total += loss.detach()
-        return self.scaled(loss)
+        return self.scale_loss(loss)
 
     def rerun_forward(self) -> None:
         """See `RankPasses.rerun_forward`."""

@@ -12,7 +12,7 @@ from guardrail.decide.sample_order import Batch
 from guardrail.torch.diagnose.per_sample import Rows
 from trainer.loop.batch_source import BatchSource
 from trainer.loop.passes import RankPasses
-from trainer.objectives.loss import reordered
+from trainer.objectives.loss import shuffle_labels
 from trainer.stabilisers.qk_clip import QKClip
 
 
@@ -50,7 +50,7 @@ class BatchReplays:
                     passes.row_losses = []
                 result = passes.run(stoppable=False)
                 if passes.faults:
-                    passes.faults.gradients(passes.model)
+                    passes.faults.damage_gradients(passes.model)
                 if rows is not None:
                     rows += self._rows_of(batch)
             finally:
@@ -65,7 +65,7 @@ class BatchReplays:
             nothing = torch.empty(0, device=passes.device)
             losses = [(nothing, nothing)] * len(passes.micro_batches)
         return [
-            (loader.positions(batch, index), loss, count)
+            (loader.row_positions(batch, index), loss, count)
             for index, (loss, count) in enumerate(losses)
         ]
 
@@ -80,7 +80,7 @@ class BatchReplays:
         total = torch.zeros(3, device=self._passes.device, dtype=torch.float64)
         with self._kept_attention_scores():
             for micro in self._batches.load_again(batch, step):
-                orders = (micro.labels, reordered(micro.labels, seeds=micro.sample_ids))
+                orders = (micro.labels, shuffle_labels(micro.labels, seeds=micro.sample_ids))
                 total += self._passes.measure_losses(micro.tokens, orders, micro.extra)
         if not self._counts_loss:
             return 0.0, 0.0, 0.0
@@ -97,8 +97,8 @@ class BatchReplays:
         if self._qk_clip is None:
             yield
             return
-        scores = self._qk_clip.peaks()
+        scores = self._qk_clip.save_scores()
         try:
             yield
         finally:
-            self._qk_clip.put_back(scores)
+            self._qk_clip.restore_scores(scores)

@@ -45,6 +45,6 @@ class SampleTexts:
         rows = self._split.tokens(list(sample_ids))[:, :-1]
         described = []
         for token in token_ids:
-            text = escape_text(self._corpus.tokenizer.spelled(token), TOKEN_CHARACTERS)
+            text = escape_text(self._corpus.tokenizer.spell_token(token), TOKEN_CHARACTERS)
             described.append({"text": text, "count": int((rows == token).sum())})
         return described

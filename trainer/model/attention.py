@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.config.recipe import ModelSection
-from trainer.model.layers import Linear, norm
+from trainer.model.layers import Linear, build_norm
 from trainer.model.positions import Rotary
 
 
@@ -52,8 +52,8 @@ class Attention(nn.Module):
         self.q = Linear(section.width, section.heads * section.head_width, bias=section.bias)
         self.k = Linear(section.width, section.groups * section.head_width, bias=section.bias)
         self.v = Linear(section.width, section.groups * section.head_width, bias=section.bias)
-        self.query_norm = norm(section, section.head_width) if section.qk_norm else None
-        self.key_norm = norm(section, section.head_width) if section.qk_norm else None
+        self.query_norm = build_norm(section, section.head_width) if section.qk_norm else None
+        self.key_norm = build_norm(section, section.head_width) if section.qk_norm else None
         self.out = Linear(section.width, section.width, bias=section.bias)
 
     def _heads(self, x_BTD: Tensor, sight: AttentionMask) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from trainer.config.recipe import ModelSection
 from trainer.model.attention import Attention, AttentionMask, CrossAttention
 from trainer.model.feed_forward import feed_forward
-from trainer.model.layers import norm
+from trainer.model.layers import build_norm
 
 
 class Block(nn.Module):
@@ -38,15 +38,15 @@ class Block(nn.Module):
         self.parallel = section.parallel
         self.post = section.norm_place == "post"
         sandwich = section.norm_place == "sandwich"
-        self.attention_norm = norm(section)
+        self.attention_norm = build_norm(section)
         self.attention = Attention(section)
-        self.attention_after = norm(section) if sandwich else None
-        self.cross_norm = norm(section) if cross else None
+        self.attention_after = build_norm(section) if sandwich else None
+        self.cross_norm = build_norm(section) if cross else None
         self.cross = CrossAttention(section) if cross else None
-        self.cross_after = norm(section) if cross and sandwich else None
-        self.feed_forward_norm = None if section.parallel else norm(section)
+        self.cross_after = build_norm(section) if cross and sandwich else None
+        self.feed_forward_norm = None if section.parallel else build_norm(section)
         self.feed_forward = feed_forward(section)
-        self.feed_forward_after = norm(section) if sandwich else None
+        self.feed_forward_after = build_norm(section) if sandwich else None
 
     def forward(self, x_BTD: Tensor, sight: AttentionMask) -> Tensor:
         if self.recompute and torch.is_grad_enabled():

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from trainer.config.recipe import ModelSection
 from trainer.model.attention import AttentionMask
 from trainer.model.block import Block
-from trainer.model.layers import NORMS, Embedding, Linear, norm
+from trainer.model.layers import NORMS, Embedding, Linear, build_norm
 from trainer.model.positions import (
     Alibi,
     LearnedPositions,
     RelativeBias,
     Rotary,
     SinusoidalPositions,
-    absolute,
-    score_bias,
+    build_positions,
+    build_score_bias,
 )
 
 DRAWN = (Linear, Embedding, LearnedPositions, RelativeBias)
@@ -59,7 +59,7 @@ class Decoder(nn.Module):
         self.section = section
         self.stream_parts = 1  # ranks that share out the tokens of the stream
         self.embedding = Embedding(vocabulary, section.width)
-        self.embedding_norm = norm(section) if section.embedding_norm else None
+        self.embedding_norm = build_norm(section) if section.embedding_norm else None
         self.rotary = (
             Rotary(
                 head_width=section.head_width,
@@ -69,7 +69,7 @@ class Decoder(nn.Module):
             if section.positions == "rope"
             else None
         )
-        self.absolute = absolute(section, sequence_length)
+        self.absolute = build_positions(section, sequence_length)
         self.blank_positions = (
             LearnedPositions(length=sequence_length, width=section.width)
             if section.blank_positions
@@ -82,10 +82,10 @@ class Decoder(nn.Module):
 
     def _build_stacks(self) -> None:
         section = self.section
-        self.bias = score_bias(section, both=section.kind == "prefix")
+        self.bias = build_score_bias(section, both=section.kind == "prefix")
         self.blocks = nn.ModuleList(Block(section) for _ in range(section.layers))
         # Post-norm blocks end in a norm of their own.
-        self.norm = None if section.norm_place == "post" else norm(section)
+        self.norm = None if section.norm_place == "post" else build_norm(section)
 
     @torch.no_grad()
     def reset_parameters(self, seed: int | None = None) -> None:

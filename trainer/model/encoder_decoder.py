@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from trainer.model.attention import AttentionMask
 from trainer.model.block import Block
 from trainer.model.decoder import Decoder
-from trainer.model.layers import norm
-from trainer.model.positions import score_bias
+from trainer.model.layers import build_norm
+from trainer.model.positions import build_score_bias
 
 
 class EncoderDecoder(Decoder):
@@ -24,14 +24,14 @@ class EncoderDecoder(Decoder):
     def _build_stacks(self) -> None:
         section = self.section
         self.encoder_layers = section.encoder_layers or section.layers
-        self.encoder_bias = score_bias(section, both=True)
-        self.bias = score_bias(section, both=False)
+        self.encoder_bias = build_score_bias(section, both=True)
+        self.bias = build_score_bias(section, both=False)
         encoder = [Block(section) for _ in range(self.encoder_layers)]
         decoder = [Block(section, cross=True) for _ in range(section.layers)]
         self.blocks = nn.ModuleList(encoder + decoder)
         post = section.norm_place == "post"
-        self.encoder_norm = None if post else norm(section)
-        self.norm = None if post else norm(section)
+        self.encoder_norm = None if post else build_norm(section)
+        self.norm = None if post else build_norm(section)
 
     def forward(  # type: ignore[override]  # a prefix is the encoder's business here
         self, tokens_BT: Tensor, *, source_BS: Tensor | None = None

@@ -26,7 +26,7 @@ class Embedding(nn.Embedding):
         pass
 
 
-def norm(section: ModelSection, width: int = 0) -> nn.RMSNorm | nn.LayerNorm:
+def build_norm(section: ModelSection, width: int = 0) -> nn.RMSNorm | nn.LayerNorm:
     """The configured norm over the last dimension, `section.width` wide unless said otherwise.
 
     RMSNorm (Zhang & Sennrich 2019) divides by the root mean square and has no bias; LayerNorm (Ba

@@ -143,7 +143,9 @@ class RelativeBias(nn.Module):
         return base + torch.where(distance < exact, distance, far)
 
 
-def absolute(section: ModelSection, length: int) -> LearnedPositions | SinusoidalPositions | None:
+def build_positions(
+    section: ModelSection, length: int
+) -> LearnedPositions | SinusoidalPositions | None:
     """The table that is added to the embedding, if there is one."""
     if section.positions == "learned":
         return LearnedPositions(length=length, width=section.width)
@@ -152,7 +154,7 @@ def absolute(section: ModelSection, length: int) -> LearnedPositions | Sinusoida
     return None
 
 
-def score_bias(section: ModelSection, *, both: bool) -> Alibi | RelativeBias | None:
+def build_score_bias(section: ModelSection, *, both: bool) -> Alibi | RelativeBias | None:
     """The bias of attention scores, if there is one; `both`: tokens see those behind them as
     well.
     """

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainer.objectives.examples import IGNORED, Examples, dice, stacked
+from trainer.objectives.examples import IGNORED, Examples, draw_bits, stack_rows
 
 
 class BlankFilling:
@@ -64,17 +64,17 @@ class BlankFilling:
     def __call__(self, rows: np.ndarray, positions: Sequence[int]) -> Examples:
         made = [self._row(row, position) for row, position in zip(rows, positions, strict=True)]
         return Examples(
-            stacked([row.tokens for row in made], self.length),
-            stacked([row.labels for row in made], self.length),
+            stack_rows([row.tokens for row in made], self.length),
+            stack_rows([row.labels for row in made], self.length),
             {
                 "prefix_B": np.array([row.prefix for row in made], dtype=np.int64),
-                "positions_BT": stacked([row.positions for row in made], self.length),
-                "blanks_BT": stacked([row.counts for row in made], self.length),
+                "positions_BT": stack_rows([row.positions for row in made], self.length),
+                "blanks_BT": stack_rows([row.counts for row in made], self.length),
             },
         )
 
     def _row(self, row: np.ndarray, position: int) -> _Row:
-        raw = dice(self.seed, position, 2 + 4 * self._most)
+        raw = draw_bits(self.seed, position, 2 + 4 * self._most)
         if int(raw[0]) < self.tail_share * 2.0**64:
             text = row[: self.length - 1]
             return self._tail(text, 1 + int(raw[1]) % (len(text) - 1))

@@ -69,7 +69,7 @@ class PrefixLM:
         if self.encoder:
             half = self.length // 2
             return Examples(rows[:, half - 1 : -1], rows[:, half:], {"source_BS": rows[:, :half]})
-        draws = [int(dice(self.seed, position, 1)[0]) for position in positions]
+        draws = [int(draw_bits(self.seed, position, 1)[0]) for position in positions]
         prefix_B = np.array([1 + draw % (self.length - 1) for draw in draws], dtype=np.int64)
         # What follows a token inside the prefix is in sight; what follows its last one is not.
         seen = np.arange(self.length) < prefix_B[:, None] - 1
@@ -104,8 +104,8 @@ class SpanDenoising:
 
     def __call__(self, rows: np.ndarray, positions: Sequence[int]) -> Examples:
         pairs = [self._pair(row, position) for row, position in zip(rows, positions, strict=True)]
-        source = stacked([pair[0] for pair in pairs], self.cut.kept + self.cut.spans)
-        target = stacked([pair[1] for pair in pairs], self.cut.noise + self.cut.spans + 1)
+        source = stack_rows([pair[0] for pair in pairs], self.cut.kept + self.cut.spans)
+        target = stack_rows([pair[1] for pair in pairs], self.cut.noise + self.cut.spans + 1)
         if self.encoder:
             start = np.full((len(pairs), 1), self.first_id)
             return Examples(np.hstack([start, target[:, :-1]]), target, {"source_BS": source})
@@ -116,7 +116,7 @@ class SpanDenoising:
         return Examples(whole[:, :-1], labels, {"prefix_B": prefix_B})
 
     def _pair(self, row: np.ndarray, position: int) -> tuple[np.ndarray, np.ndarray]:
-        raw = dice(self.seed, position, self.cut.noise + self.cut.kept)
+        raw = draw_bits(self.seed, position, self.cut.noise + self.cut.kept)
         gone = _composition(self.cut.noise, self.cut.spans, raw[: self.cut.noise])
         kept = _composition(self.cut.kept, self.cut.spans, raw[self.cut.noise :])
         pieces = np.split(
@@ -165,13 +165,13 @@ def _composition(total: int, parts: int, raw: np.ndarray) -> np.ndarray:
     return np.diff(np.concatenate([[0], cuts, [total]]))
 
 
-def dice(seed: int, position: int, count: int) -> np.ndarray:
+def draw_bits(seed: int, position: int, count: int) -> np.ndarray:
     """uint64 draws [count]. The bit stream itself, which numpy promises to keep; its distributions
     may change.
     """
     return np.asarray(np.random.PCG64(mix64(seed, position, _DICE)).random_raw(count))
 
 
-def stacked(rows: Sequence[np.ndarray], length: int) -> np.ndarray:
+def stack_rows(rows: Sequence[np.ndarray], length: int) -> np.ndarray:
     """int64 [B, length], also of no rows."""
     return np.stack(rows).astype(np.int64) if rows else np.empty((0, length), dtype=np.int64)

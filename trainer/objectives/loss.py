@@ -61,7 +61,7 @@ class _WithoutIgnored(torch.autograd.Function):
         return gradients[0].masked_fill_((labels == IGNORED)[..., None], 0.0), None
 
 
-def reordered(labels: np.ndarray, *, seeds: Sequence[int]) -> np.ndarray:
+def shuffle_labels(labels: np.ndarray, *, seeds: Sequence[int]) -> np.ndarray:
     """Labels [B, T] with those that count in another random order within each row, the same for the
     same seed.
 

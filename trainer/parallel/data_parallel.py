@@ -37,7 +37,7 @@ from trainer.config.layout import Layout
 from trainer.model import Decoder
 from trainer.objectives.loss import loss_sum
 from trainer.parallel import tensor_parallel
-from trainer.parallel.pipeline import OtherStage, StagePosition, cut
+from trainer.parallel.pipeline import OtherStage, StagePosition, cut_model
 from trainer.parallel.tensor_parallel import LossSum
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -140,7 +140,7 @@ def _plain_type(accelerator: Accelerator) -> str:
     return "CPU" if accelerator.device.type == "cpu" else "GPU"
 
 
-def distribute(model: Decoder, config: Config, accelerator: Accelerator) -> nn.Module:
+def distribute_model(model: Decoder, config: Config, accelerator: Accelerator) -> nn.Module:
     """Spread a freshly built model over the ranks; every rank passes the same weights.
 
     ddp gives a DistributedDataParallel (or the model itself in a single process), fsdp the same
@@ -233,7 +233,7 @@ def _shard(model: Decoder, config: Config, accelerator: Accelerator) -> Decoder:
         policy = root_policy = MixedPrecisionPolicy()
     whole = _mesh(config.layout, accelerator.device)
     if config.layout.tp > 1:
-        split = tensor_parallel.split(model, whole["tp"], sequence=config.layout.sequence)
+        split = tensor_parallel.split_model(model, whole["tp"], sequence=config.layout.sequence)
         model.loss_sum = split  # type: ignore[assignment]
     if config.layout.pp > 1:
         layout = config.layout
@@ -244,7 +244,7 @@ def _shard(model: Decoder, config: Config, accelerator: Accelerator) -> Decoder:
             group=whole.get_group("pp"),
         )
         model.place = place  # type: ignore[assignment]
-        cut(model, place)
+        cut_model(model, place)
     # Replicas of shards (HSDP), or shards alone: the ranks that average gradients.
     data = (
         whole["dp_replicate", "dp_shard"] if config.layout.dp_replicate > 1 else whole["dp_shard"]
@@ -291,7 +291,7 @@ def _settle_buckets(model: nn.Module, device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def accumulating(model: nn.Module, *, last: bool) -> Iterator[None]:
+def accumulate_gradients(model: nn.Module, *, last: bool) -> Iterator[None]:
     """Around forward and backward of one micro-batch: the ranks reduce gradients after the `last`
     one of a window.
 
@@ -305,20 +305,20 @@ def accumulating(model: nn.Module, *, last: bool) -> Iterator[None]:
             yield
 
 
-def unwrapped(model: nn.Module) -> Decoder:
+def unwrap_model(model: nn.Module) -> Decoder:
     """The Decoder inside DDP, or the sharded Decoder itself."""
     return cast(Decoder, model.module if isinstance(model, DistributedDataParallel) else model)
 
 
-def loss_of(model: nn.Module) -> LossSum:
+def find_loss_sum(model: nn.Module) -> LossSum:
     """The summed loss of what `model` gives; see `objectives.loss_sum`."""
-    split: LossSum | None = getattr(unwrapped(model), "loss_sum", None)
+    split: LossSum | None = getattr(unwrap_model(model), "loss_sum", None)
     return split or loss_sum
 
 
-def place_of(model: nn.Module) -> StagePosition | None:
+def find_stage_position(model: nn.Module) -> StagePosition | None:
     """Where this rank stands in its pipeline; None without one."""
-    place: StagePosition | None = getattr(unwrapped(model), "place", None)
+    place: StagePosition | None = getattr(unwrap_model(model), "place", None)
     return place
 
 

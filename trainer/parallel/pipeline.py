@@ -30,7 +30,7 @@ from torch.distributed.pipelining import (
     ScheduleLoopedBFS,
 )
 
-from trainer.config.layout import numbers, stretches
+from trainer.config.layout import chunk_blocks, chunk_numbers
 from trainer.model import Decoder
 from trainer.model.attention import AttentionMask
 
@@ -73,7 +73,7 @@ class StagePosition:
     @property
     def numbers(self) -> range:
         """Of the chunks of this rank, in the order of the model."""
-        return numbers(stage=self.stage, stages=self.stages, chunks=self.chunks)
+        return chunk_numbers(stage=self.stage, stages=self.stages, chunks=self.chunks)
 
     @property
     def end(self) -> int:
@@ -82,10 +82,10 @@ class StagePosition:
 
     def stretches(self, layers: int) -> list[range]:
         """Numbers of the blocks of each chunk."""
-        return stretches(layers, stage=self.stage, stages=self.stages, chunks=self.chunks)
+        return chunk_blocks(layers, stage=self.stage, stages=self.stages, chunks=self.chunks)
 
 
-def cut(model: Decoder, place: StagePosition) -> None:
+def cut_model(model: Decoder, place: StagePosition) -> None:
     """Leave of a whole model what this stage has: its blocks, the embedding at the beginning, the
     head at the end.
 

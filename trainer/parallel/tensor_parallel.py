@@ -46,7 +46,7 @@ NORMS = ("attention_norm", "attention_after", "feed_forward_norm", "feed_forward
 LossSum = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def split(model: Decoder, mesh: DeviceMesh, *, sequence: bool = False) -> LossSum:
+def split_model(model: Decoder, mesh: DeviceMesh, *, sequence: bool = False) -> LossSum:
     """Split a freshly built model over the ranks of a 1-d mesh, in place; returns the loss of its
     split logits.
 
@@ -76,11 +76,11 @@ def split(model: Decoder, mesh: DeviceMesh, *, sequence: bool = False) -> LossSu
         model.stream_parts = mesh.size()
     if isinstance(model.bias, Alibi):
         model.bias.slopes_H = model.bias.slopes_H.chunk(mesh.size())[mesh.get_local_rank()].clone()
-    mine = columns(vocabulary, place=mesh.get_local_rank(), ranks=mesh.size())
+    mine = vocabulary_columns(vocabulary, place=mesh.get_local_rank(), ranks=mesh.size())
     return partial(loss_sum, first=mine.start, group=mesh.get_group())
 
 
-def columns(vocabulary: int, *, place: int, ranks: int) -> range:
+def vocabulary_columns(vocabulary: int, *, place: int, ranks: int) -> range:
     """The token ids of one rank of a group. DTensor's cut: the last ranks get less, be it
     nothing.
     """

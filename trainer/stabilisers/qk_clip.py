@@ -35,18 +35,18 @@ class QKClip:
             attention.peaks_H = torch.zeros(attention.heads, device=device)
         optimizer.register_step_post_hook(self._clip)
 
-    def begin(self) -> None:
+    def forget_scores(self) -> None:
         """Forget the scores of the last attempt: its batch may have been skipped."""
         for attention in self.attentions:
             assert attention.peaks_H is not None
             attention.peaks_H.zero_()
 
-    def peaks(self) -> list[Tensor]:
+    def save_scores(self) -> list[Tensor]:
         """Return the largest scores of the attempt so far, a copy [H] for each layer."""
         peaks = [attention.peaks_H for attention in self.attentions]
         return [peaks_H.clone() for peaks_H in peaks if peaks_H is not None]
 
-    def put_back(self, peaks: list[Tensor]) -> None:
+    def restore_scores(self, peaks: list[Tensor]) -> None:
         """Restore what `peaks` returned, after a replay."""
         for attention, peaks_H in zip(self.attentions, peaks, strict=True):
             assert attention.peaks_H is not None

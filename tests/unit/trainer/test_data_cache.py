@@ -21,7 +21,7 @@ from trainer.config.sections import DataSection
 from trainer.data import build
 from trainer.data import prepare as preparing
 from trainer.data.corpus import Corpus
-from trainer.data.prepare import cache_folder, prepare, wait_prepared
+from trainer.data.prepare import cache_folder, prepare_corpus, wait_for_corpus
 
 SCRIPT = """
 import os, sys
@@ -75,7 +75,7 @@ def test_a_corpus_is_built_once(tmp_path: Path, builds: list[str]) -> None:
         0o700,
         0o700,
     )
-    assert wait_prepared(section(tmp_path), stop=never, seconds=0) == first.path
+    assert wait_for_corpus(section(tmp_path), stop=never, seconds=0) == first.path
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_a_builder_that_is_killed_leaves_nothing_that_counts(tmp_path: Path) -> 
     run.wait()
 
     with pytest.raises(DataError, match=r"no corpus after 0 s of waiting .*: no such folder"):
-        wait_prepared(section(tmp_path), stop=never, seconds=0)
+        wait_for_corpus(section(tmp_path), stop=never, seconds=0)
     corpus = prepared(section(tmp_path))
     assert len(corpus.train) and not list((tmp_path / "cache").glob("*.tmp-*"))
 
@@ -252,7 +252,7 @@ def test_who_waits_for_the_lock_says_so_and_can_be_stopped(tmp_path: Path) -> No
             Interrupted,
             match="stopped while waiting for another process that tokenizes the same text",
         ):
-            prepare(
+            prepare_corpus(
                 section(tmp_path, cache=str(other)),
                 progress=lambda text, share: said.append(text),
                 stop=lambda: any("waiting" in text for text in said),
@@ -265,11 +265,11 @@ def test_a_rank_that_waits_gets_the_corpus_when_it_is_there(tmp_path: Path) -> N
     text_of(tmp_path)
     paths: list[Path] = []
     thread = threading.Thread(
-        target=lambda: paths.append(wait_prepared(section(tmp_path), stop=never, seconds=60)),
+        target=lambda: paths.append(wait_for_corpus(section(tmp_path), stop=never, seconds=60)),
         daemon=True,
     )
     thread.start()
-    path = prepare(section(tmp_path), progress=quiet, stop=never)
+    path = prepare_corpus(section(tmp_path), progress=quiet, stop=never)
     thread.join(60)
     assert paths == [path]
 
@@ -277,7 +277,7 @@ def test_a_rank_that_waits_gets_the_corpus_when_it_is_there(tmp_path: Path) -> N
 def test_a_rank_that_waits_can_be_stopped(tmp_path: Path) -> None:
     text_of(tmp_path)
     with pytest.raises(Interrupted, match="stopped while waiting for the corpus"):
-        wait_prepared(section(tmp_path), stop=lambda: True, seconds=60)
+        wait_for_corpus(section(tmp_path), stop=lambda: True, seconds=60)
 
 
 def test_a_stop_ends_the_work_at_once_and_leaves_nothing(tmp_path: Path) -> None:
@@ -290,7 +290,7 @@ def test_a_stop_ends_the_work_at_once_and_leaves_nothing(tmp_path: Path) -> None
         return polls > 5
 
     with pytest.raises(Interrupted, match="stopped while tokenizing"):
-        prepare(section(tmp_path), progress=quiet, stop=stop)
+        prepare_corpus(section(tmp_path), progress=quiet, stop=stop)
     assert polls == 6
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
@@ -300,7 +300,9 @@ def test_progress_grows_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for number in range(20):
         write(tmp_path / "text" / f"{number}.txt", "some text of some length\n" * 1000)
     seen: list[tuple[str, float]] = []
-    prepare(section(tmp_path), progress=lambda text, share: seen.append((text, share)), stop=never)
+    prepare_corpus(
+        section(tmp_path), progress=lambda text, share: seen.append((text, share)), stop=never
+    )
     shares = [share for text, share in seen if text == "tokenizing"]
     assert shares == sorted(shares) and shares[0] == 0.0 and 0.9 < shares[-1] <= 1.0
     assert seen[0][0] == "looking for text" and len(shares) >= 20

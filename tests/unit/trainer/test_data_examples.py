@@ -20,7 +20,7 @@ from trainer.objectives.examples import (
     PrefixLM,
     SpanDenoising,
     _composition,
-    dice,
+    draw_bits,
 )
 
 LENGTH, FIRST = 64, 1000
@@ -70,7 +70,7 @@ def test_draws_are_functions_of_seed_and_position_and_move_nodice(name: str) -> 
 
 
 def test_dice_are_the_same_on_every_machine_and_version() -> None:
-    assert dice(5, 9, 3).tolist() == DICE
+    assert draw_bits(5, 9, 3).tolist() == DICE
 
 
 def test_the_language_model_says_each_next_token() -> None:
@@ -223,7 +223,7 @@ def test_rows_of_any_length_and_noise_fit(
 
 def test_compositions_are_evenly_distributed() -> None:
     found = Counter(
-        tuple(_composition(5, 3, dice(0, position, 5)).tolist()) for position in range(6000)
+        tuple(_composition(5, 3, draw_bits(0, position, 5)).tolist()) for position in range(6000)
     )
     assert len(found) == 6  # (n - 1 over k - 1)
     assert all(sum(parts) == 5 and min(parts) >= 1 for parts in found)

@@ -209,7 +209,7 @@ def documents_in(split: Split) -> set[tuple[str, int]]:
 def held_out(
     folder: Path, corpus: Corpus, texts: dict[tuple[str, int], str], fraction: float
 ) -> None:
-    limit = holdout.threshold(fraction)
+    limit = holdout.hash_threshold(fraction)
     expected = {
         o for o in texts if holdout.origin_hash(str(Path(o[0]).relative_to(folder)), o[1]) < limit
     }
@@ -287,7 +287,7 @@ def test_training_comes_first_when_there_is_one_sample_in_all(tmp_path: Path) ->
 )
 def test_balance_of_the_splits(tokens: list[int], limit: int, held: int) -> None:
     hashes = np.array([5, 6, 7, (1 << 64) - 1], dtype=np.uint64)[: len(tokens)]
-    chosen = holdout.balanced(hashes, np.array(tokens), limit, sample=9)
+    chosen = holdout.balance_splits(hashes, np.array(tokens), limit, sample=9)
     assert sum(int(value) < chosen for value in hashes) == held
 
 

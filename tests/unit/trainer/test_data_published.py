@@ -18,7 +18,7 @@ import torch
 from trainer.config.config import ModelSection
 from trainer.model import Decoder
 from trainer.objectives.blank_filling import BlankFilling, _poisson
-from trainer.objectives.examples import IGNORED, PrefixLM, SpanDenoising, dice
+from trainer.objectives.examples import IGNORED, PrefixLM, SpanDenoising, draw_bits
 
 LENGTH, FIRST, SEED = 128, 1000, 5
 SPAN: dict[str, Any] = {
@@ -97,7 +97,7 @@ def test_spans_are_t5s_given_the_same_shuffles() -> None:
     noise = objective.cut.noise
     assert objective.cut.tokens == LENGTH and noise == 19 and objective.cut.spans == 6
     for position in range(200):
-        raw = dice(SEED, position, LENGTH)
+        raw = draw_bits(SEED, position, LENGTH)
         mask = noise_mask(LENGTH, [in_order_of(raw[:noise]), in_order_of(raw[noise:])])
         source = with_sentinels(ROW[:LENGTH].tolist(), mask, vocabulary - 1)
         target = with_sentinels(

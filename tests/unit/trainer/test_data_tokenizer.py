@@ -15,10 +15,10 @@ from tests.support.corpora import prepared, section, stream, write
 from tests.support.places import ROOT
 from trainer.data import bpe
 from trainer.data.document_reader import DocumentReader
-from trainer.data.prepare import prepare
+from trainer.data.prepare import prepare_corpus
 from trainer.data.progress import Progress
 from trainer.data.sources import discover
-from trainer.data.tokenizer import PIECE, JsonTokenizer, from_file, pieces
+from trainer.data.tokenizer import PIECE, JsonTokenizer, load_tokenizer, split_text
 
 TEXT = "def f(x):\n    return x + 1  # naïve 日本語\n" * 200
 
@@ -29,10 +29,10 @@ def test_pieces_are_cut_at_line_ends_then_spaces_and_lose_nothing() -> None:
     solid = "x" * (3 * PIECE + 5)
     spaced = " " + solid
     for text in (lines, words, solid, spaced, "", "short", "\n" * (2 * PIECE)):
-        cut = list(pieces(text))
+        cut = list(split_text(text))
         assert "".join(cut) == text and all(0 < len(piece) <= PIECE for piece in cut)
-    assert all(piece.endswith("\n") for piece in pieces(lines))
-    assert all(piece.startswith(" word") for piece in list(pieces(words))[1:])
+    assert all(piece.endswith("\n") for piece in split_text(lines))
+    assert all(piece.startswith(" word") for piece in list(split_text(words))[1:])
 
 
 def test_bpe_round_trip_and_use_of_its_vocabulary(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_bpe_training_can_be_stopped(tmp_path: Path) -> None:
         training = training or text == "training the tokenizer"
 
     with pytest.raises(Interrupted, match="stopped while training the tokenizer"):
-        prepare(section(tmp_path, tokenizer="bpe"), progress=progress, stop=lambda: training)
+        prepare_corpus(section(tmp_path, tokenizer="bpe"), progress=progress, stop=lambda: training)
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
@@ -81,11 +81,11 @@ def test_the_share_of_the_text_that_is_trained_on_is_bounded_and_comes_from_ever
     found = discover((str(tmp_path),))
     pulse = Progress(lambda text, share: None, lambda: False)
     reader = DocumentReader(found.files, text_field="text", max_bytes=1 << 20, pulse=pulse)
-    texts = list(bpe.sample(reader, 200_000))
+    texts = list(bpe.read_sample(reader, 200_000))
     assert 200_000 - PIECE <= sum(map(len, texts)) <= 200_000 + PIECE
     begins = [int(text.split()[0]) for text in texts]
     assert begins[0] < 20 and begins[-1] > 80 and begins == sorted(begins)
-    assert sum(map(len, bpe.sample(reader, 1 << 30))) == found.size
+    assert sum(map(len, bpe.read_sample(reader, 1 << 30))) == found.size
 
 
 def test_training_gives_the_same_tokenizer_in_every_process(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_a_bad_tokenizer_json_is_refused(
     if content is not None:
         write(path, content)
     with pytest.raises(DataError) as caught:
-        from_file(path, name="x")
+        load_tokenizer(path, name="x")
     assert str(caught.value).startswith(f"{path}: ") and message in str(caught.value)
 
 

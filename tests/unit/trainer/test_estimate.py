@@ -12,7 +12,7 @@ from tests.support.running import tiny
 from trainer.config.config import Config
 from trainer.config.estimate import outline, rank_parameters
 from trainer.model import Decoder
-from trainer.parallel.pipeline import StagePosition, cut
+from trainer.parallel.pipeline import StagePosition, cut_model
 
 
 def config_of(folder: Path, parallel: dict[str, Any], model: dict[str, Any]) -> Config:
@@ -59,7 +59,7 @@ def test_parameters_of_each_stage_are_those_that_are_left_of_the_model(
     found = []
     for stage in range(3):
         model = Decoder(config.model, vocabulary=config.vocabulary, sequence_length=length, seed=0)
-        cut(model, StagePosition(stage=stage, stages=3, chunks=chunks, group=None))  # type: ignore[arg-type]
+        cut_model(model, StagePosition(stage=stage, stages=3, chunks=chunks, group=None))  # type: ignore[arg-type]
         found.append(sum(parameter.numel() for parameter in model.parameters()))
     assert rank_parameters(config) == found
 

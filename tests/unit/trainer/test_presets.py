@@ -43,14 +43,16 @@ def settings(
 
 
 def test_the_presets_are_those_of_the_readme_and_of_the_folder() -> None:
-    assert preset.names() == NAMES
-    assert preset.folder().resolve() == (ROOT / "configs" / "presets").resolve()
+    assert preset.list_presets() == NAMES
+    assert preset.presets_folder().resolve() == (ROOT / "configs" / "presets").resolve()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_value_of_a_preset_arrives(name: str) -> None:
     made = settings({"preset": name})
-    for section, values in tomllib.loads((preset.folder() / f"{name}.toml").read_text()).items():
+    for section, values in tomllib.loads(
+        (preset.presets_folder() / f"{name}.toml").read_text()
+    ).items():
         for key, value in values.items():
             assert getattr(getattr(made, section), key) == value, f"{section}.{key}"
     again = build_config(tomllib.loads(dump_toml(made)), file="config.toml", base=Path.cwd())

@@ -14,7 +14,7 @@ from guardrail.launch import doctor
 from guardrail.launch import launcher as launching
 from trainer.config import remarks
 from trainer.config.config import Config
-from trainer.config.recommendations import GPT3, published
+from trainer.config.recommendations import GPT3, published_recipe
 
 # 124 M parameters, 0.5 M tokens a batch, 2.6 G tokens.
 USUAL: dict[str, Any] = {
@@ -110,11 +110,11 @@ def test_small_models_are_not_compared_by_size(tmp_path: Path) -> None:
 
 def test_sizes_between_those_of_the_table_lie_between() -> None:
     for parameters, batch, rate in GPT3:
-        assert published(int(parameters)) == pytest.approx((batch, rate))
-    assert published(10**7) == published(125 * 10**6) and published(10**13) == published(
-        175 * 10**9
-    )
-    batch, rate = published(950 * 10**6)
+        assert published_recipe(int(parameters)) == pytest.approx((batch, rate))
+    assert published_recipe(10**7) == published_recipe(125 * 10**6) and published_recipe(
+        10**13
+    ) == published_recipe(175 * 10**9)
+    batch, rate = published_recipe(950 * 10**6)
     assert 0.5e6 < batch < 1e6 and 2e-4 < rate < 2.5e-4
 
 

@@ -30,7 +30,7 @@ GPT3 = BatchPlan.growing(start=16, by=16, size=1600, samples=12_000_000_000 // 2
 
 def schedule(shape: str, **changes: Any) -> Schedule:
     section = OptimSection(lr=2.0, warmup_steps=10, min_lr_share=0.1, schedule=shape, **changes)  # type: ignore[arg-type]
-    return Schedule.of(section, steps=110)
+    return Schedule.from_section(section, steps=110)
 
 
 @pytest.mark.parametrize(
@@ -99,8 +99,8 @@ def test_under_a_ramp_the_same_tokens_take_more_steps() -> None:
 def test_gpt3s_ramp_is_linear_in_tokens() -> None:
     assert GPT3(1) * 2048 == 32768 and GPT3(10**6) * 2048 == 3_276_800
     full = next(step for step in range(1, 100_000) if GPT3(step) == 1600)
-    assert GPT3.samples(full - 1) * 2048 == pytest.approx(12e9, rel=0.01)
-    half = GPT3.steps(6e9 / 2048)
+    assert GPT3.samples_in(full - 1) * 2048 == pytest.approx(12e9, rel=0.01)
+    half = GPT3.steps_for(6e9 / 2048)
     assert GPT3(half) == pytest.approx(800, abs=16)
 
 
@@ -120,10 +120,10 @@ plans = st.builds(
 def test_sums_and_their_inverse_agree_with_counting(plan: BatchPlan, steps: int) -> None:
     sizes = [plan(step) for step in range(1, steps + 1)]
     assert sizes == sorted(sizes)
-    assert plan.samples(steps) == sum(sizes)
+    assert plan.samples_in(steps) == sum(sizes)
     samples = max(0, sum(sizes) - 1)
-    needed = next(n for n in range(steps + 1) if plan.samples(n) >= samples)
-    assert plan.steps(samples) == needed
+    needed = next(n for n in range(steps + 1) if plan.samples_in(n) >= samples)
+    assert plan.steps_for(samples) == needed
 
 
 # -- the ledger
@@ -247,4 +247,4 @@ def test_epochs_are_counted_in_the_batches_of_the_plan() -> None:
     made = build_config({**tree, "data": {"sequence_length": 32}}, file="x.toml", base=Path.cwd())
     assert isinstance(made, Config)
     assert [made.batch_plan(step) for step in (1, 2, 3, 4)] == [4, 4, 8, 8]
-    assert made.batch_plan.steps(100) == 2 + 12  # 8 samples, then 92 in batches of 8
+    assert made.batch_plan.steps_for(100) == 2 + 12  # 8 samples, then 92 in batches of 8
