@@ -27,8 +27,7 @@ from guardrail.core.format import format_gib, format_plural
 from guardrail.core.packages import EXTRA_OF, install_hint
 from guardrail.core.records import Record
 from guardrail.core.text import clean_text
-from guardrail.launch import launcher, preflight
-from guardrail.launch import rank_stacks as stacks
+from guardrail.launch import launcher, preflight, rank_stacks
 from guardrail.rundir import processes
 
 Level = Literal["ok", "note", "problem"]
@@ -138,7 +137,7 @@ def _software() -> Iterator[Check]:
             yield Check(name=name, level="ok", text=metadata.version(name))
         except metadata.PackageNotFoundError:
             yield _missing_package(name)
-    if stacks.py_spy() is None:
+    if rank_stacks.find_py_spy() is None:
         text = "not installed: the stacks of a hung rank come from faulthandler alone"
         yield Check(name="py-spy", level="note", text=text)
     elif not _may_trace():

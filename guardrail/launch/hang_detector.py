@@ -1,35 +1,36 @@
-"""When a rank counts as hung. Pure: the caller brings the heartbeats and says how much time has
-passed.
+"""When a rank counts as hung. Pure: the caller gives the heartbeats and the time that has passed.
 
-A slow rank still reports: its heartbeat is a thread of its own. It has the deadline of its phase. A
-process that is stopped (SIGSTOP, swapped out) reports nothing and uses no CPU time; it has 30
-seconds.
+A slow rank still reports, because its heartbeat has its own thread. It has the deadline of its
+phase. A process that is stopped (SIGSTOP, swapped out) reports nothing and uses no CPU time. It has
+30 seconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from guardrail.core.records import Phase, RankStatus
 from guardrail.core.sections import LaunchSection
 
-# a process that has done nothing for this long, while its peers wait, is stopped
+# A process that has done nothing for this long, while its peers wait, is stopped.
 SILENT_SECONDS = 30.0
-WAITING_SECONDS = 5.0  # a peer that has not got ahead for this long waits
-# seconds that one look may add, however long the watcher itself was stopped or the machine slept
+# Of several hung ranks, one whose process has done nothing for this long is the cause.
+CULPRIT_SILENT_SECONDS = 5.0
+WAITING_SECONDS = 5.0  # a peer without progress for this long waits
+# One look adds at most so many seconds, however long this process was stopped or the machine slept.
 LONGEST_LOOK = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hung:
-    """A rank that has not got ahead for longer than its phase allows, or whose process is stopped.
+    """A rank without progress for longer than its phase allows, or whose process is stopped.
 
     Attributes:
         rank: None if it never reported.
-        seconds: since it got ahead.
+        seconds: since its last progress.
         silent: seconds in which its process has neither reported nor used CPU time.
-        stopped: whether that is why.
+        stopped: whether the process is stopped.
     """
 
     pid: int
@@ -42,8 +43,17 @@ class Hung:
 
 @dataclass
 class _Seen:
-    mark: tuple[Phase, int] | None
-    sign: tuple[float, float]  # last heartbeat, CPU seconds used
+    """What the last looks showed of one process.
+
+    Attributes:
+        progress: phase and progress that it reported last.
+        activity: its last heartbeat, and the CPU seconds that it has used.
+        idle: seconds without progress.
+        silent: seconds without activity.
+    """
+
+    progress: tuple[Phase, int] | None
+    activity: tuple[float, float]
     idle: float = 0.0
     silent: float = 0.0
 
@@ -51,8 +61,8 @@ class _Seen:
 class HangDetector:
     """Counts the seconds in which each process showed no progress.
 
-    It goes by changes of (phase, progress) between two looks and not by the time stamps inside, so
-    that neither a clock that jumps nor a laptop that slept makes a rank look hung.
+    It compares (phase, progress) of two looks, and never reads the time stamps inside. So neither a
+    clock that jumps nor a laptop that slept makes a rank look hung.
     """
 
     def __init__(self, launch: LaunchSection) -> None:
@@ -63,78 +73,109 @@ class HangDetector:
             Phase.EVAL: launch.eval_timeout,
             Phase.SAVE: launch.save_timeout,
             Phase.ROLLBACK: launch.save_timeout,  # may read a checkpoint from disk
-            Phase.PAUSED: launch.step_timeout,  # a parked rank still turns its loop
+            Phase.PAUSED: launch.step_timeout,  # a paused rank still runs its loop
         }
-        # between the last word and the end of the process
+        # from the last report to the end of the process
         self._ended_seconds = launch.save_timeout
         self._seen: dict[int, _Seen] = {}
 
-    def look(
+    def find_hung(
         self,
         ranks: Mapping[int, RankStatus | None],
         seconds: float,
         *,
-        cpu: Mapping[int, float] | None = None,
+        cpu_seconds: Mapping[int, float] | None = None,
         stopped: Collection[int] = (),
     ) -> list[Hung]:
-        """Take in one look.
+        """Take in one look, and return the ranks over their deadline, the longest idle first.
+
+        Each is returned once; then its count starts again at 0.
 
         Args:
-            ranks: pid -> what that rank last reported, None for one that has not reported yet.
+            ranks: pid -> last report of that rank, None for one that has not reported yet.
             seconds: since the last look.
-            cpu: pid -> CPU seconds that its process has used, where that is known.
+            cpu_seconds: pid -> CPU seconds that its process has used, where that is known.
             stopped: pids whose process a signal has stopped.
-
-        Returns:
-            Those over their deadline, the longest idle first. They are reported once, then the
-            count starts anew.
         """
         seconds = min(seconds, LONGEST_LOOK)
+        used = cpu_seconds or {}
         self._seen = {pid: seen for pid, seen in self._seen.items() if pid in ranks}
         for pid, status in ranks.items():
-            self._count(pid, status, seconds, (cpu or {}).get(pid, 0.0), is_stopped=pid in stopped)
+            self._count(pid, status, seconds, used.get(pid, 0.0), is_stopped=pid in stopped)
         hung = []
         for pid, status in ranks.items():
-            seen = self._seen[pid]
-            phase = status.phase if status else Phase.STARTING
-            limit = self._deadlines.get(phase, self._ended_seconds)
-            if status is not None and status.closed:
-                limit = self._ended_seconds
-            is_silent = seen.silent > SILENT_SECONDS and (pid in stopped or self._others_wait(pid))
-            if is_silent or seen.idle > limit:
-                hung.append(
-                    Hung(
-                        pid=pid,
-                        rank=status.rank if status else None,
-                        phase=phase,
-                        seconds=seen.idle,
-                        silent=seen.silent,
-                        stopped=is_silent,
-                    )
-                )
+            if found := self._check_deadline(pid, status, is_stopped=pid in stopped):
+                hung.append(found)
         for one in hung:
             self._seen[one.pid].idle = self._seen[one.pid].silent = 0.0
         return sorted(hung, key=lambda one: -one.seconds)
 
+    def _check_deadline(
+        self, pid: int, status: RankStatus | None, *, is_stopped: bool
+    ) -> Hung | None:
+        seen = self._seen[pid]
+        rank, phase = None, Phase.STARTING
+        if status is not None:
+            rank, phase = status.rank, status.phase
+        limit = self._deadlines.get(phase, self._ended_seconds)
+        if status is not None and status.closed:
+            limit = self._ended_seconds
+        is_silent = seen.silent > SILENT_SECONDS and (is_stopped or self._others_wait(pid))
+        if not is_silent and seen.idle <= limit:
+            return None
+        return Hung(
+            pid=pid,
+            rank=rank,
+            phase=phase,
+            seconds=seen.idle,
+            silent=seen.silent,
+            stopped=is_silent,
+        )
+
     def _count(
         self, pid: int, status: RankStatus | None, seconds: float, cpu: float, *, is_stopped: bool
     ) -> None:
-        mark = (status.phase, status.progress) if status else None
-        sign = (status.heartbeat if status else 0.0, cpu)
+        progress, heartbeat = None, 0.0
+        if status is not None:
+            progress, heartbeat = (status.phase, status.progress), status.heartbeat
+        activity = (heartbeat, cpu)
         seen = self._seen.get(pid)
         if seen is None:
-            self._seen[pid] = _Seen(mark, sign)
+            self._seen[pid] = _Seen(progress, activity)
             return
-        seen.idle = seen.idle + seconds if seen.mark == mark else 0.0
-        # One that has not reported yet may wait for a slow disk to import from; one that has closed
-        # reports no more.
-        reports = sign[0] > 0.0 and status is not None and not status.closed
-        seen.silent = (
-            seen.silent + seconds if seen.sign == sign and (reports or is_stopped) else 0.0
-        )
-        seen.mark, seen.sign = mark, sign
+        is_idle = seen.progress == progress
+        seen.idle = seen.idle + seconds if is_idle else 0.0
+        # A rank that has not reported yet may wait for a slow disk to import from. One that has
+        # closed reports no more.
+        reports = heartbeat > 0.0 and status is not None and not status.closed
+        is_silent = seen.activity == activity and (reports or is_stopped)
+        seen.silent = seen.silent + seconds if is_silent else 0.0
+        seen.progress, seen.activity = progress, activity
 
     def _others_wait(self, pid: int) -> bool:
-        return all(
-            seen.idle >= WAITING_SECONDS for other, seen in self._seen.items() if other != pid
-        )
+        others = (seen for other, seen in self._seen.items() if other != pid)
+        return all(seen.idle >= WAITING_SECONDS for seen in others)
+
+
+def find_culprit(hung: Sequence[Hung], reports: Mapping[int, RankStatus | None]) -> Hung:
+    """Return the rank for which the others wait, of ranks that hang together.
+
+    That is one that never reported; else one whose process is stopped or silent; else the one with
+    the least progress.
+
+    Args:
+        reports: pid -> last report of each live rank.
+    """
+    for one in hung:
+        if reports.get(one.pid) is None:
+            return one
+    stillest = max(hung, key=lambda one: one.silent)
+    if stillest.stopped or stillest.silent > CULPRIT_SILENT_SECONDS:
+        return stillest
+
+    def progress(one: Hung) -> tuple[int, int]:
+        report = reports[one.pid]
+        assert report is not None
+        return report.step, report.progress
+
+    return min(hung, key=progress)

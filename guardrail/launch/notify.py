@@ -1,9 +1,8 @@
-"""Tells somebody what happens to a run: a command, a webhook, or any service that apprise knows.
+"""Sends the events of a run: to a command, to a webhook, or to any service that apprise knows.
 
-The supervisor does it in a thread of its own, from the journal, so neither a rank nor a step ever
-waits for a network. What an event was about is remembered on disk before it is sent: after a crash
-it is rather not told than told twice. A failure is a `notified` line of the journal and nothing
-else.
+The supervisor runs it on a thread and reads the journal, so neither a rank nor a step waits for a
+network. The number of the event is written to disk before it is sent. So a crash may lose a
+message, but never sends one twice. A failure is a `notified` line of the journal and nothing else.
 """
 
 from __future__ import annotations
@@ -38,13 +37,13 @@ from guardrail.rundir.run_directory import RunDirectory
 _SCRIPT_VARIABLE = "GUARDRAIL_COMMAND"  # in the environment of the shell that runs notify.command
 _RUN_SCRIPT = f'script=${_SCRIPT_VARIABLE}; unset {_SCRIPT_VARIABLE}; eval "$script"'
 LOOK_SECONDS = 1.0  # between two looks at the journal
-# Of an event's own fields, what leaves the machine. Documents and excerpts of the data stay.
-_TOLD = (
+# The fields of an event that leave the machine. Documents and excerpts of the data do not.
+_SENT_FIELDS = (
     *("state", "reason", "phase", "exit_code", "incident", "number", "onset"),
     *("rank", "deadline", "default", "to_step"),
 )
 
-Say = Callable[..., object]
+AppendEvent = Callable[..., object]
 Spawn = Callable[..., "contextlib.AbstractContextManager[subprocess.Popen[bytes]]"]
 
 
@@ -54,7 +53,7 @@ class Notice(Record, frozen=True, kw_only=True):
     Attributes:
         event: one of the words of `[notify] on`.
         text: one sentence; Slack, Mattermost and others show a field of this name.
-        choices: what may be answered to the guard's question, a sentence each.
+        choices: the possible answers to the guard's question, a sentence each.
         data: further fields of the journal line.
     """
 
@@ -72,17 +71,16 @@ class Notice(Record, frozen=True, kw_only=True):
     data: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
-def kind_of(event: Event) -> str:
-    """Under which word of `[notify] on` a journal line is told; "" for one that nobody is told
-    of.
-    """
+def find_notify_kind(event: Event) -> str:
+    """Return the word of `[notify] on` for a journal line, "" for one that is never sent."""
     data = event.data
     match event.kind:
         case "incident":
             state = str(data.get("state", ""))
             return "incident" if state == "open" else state
         case "paused":
-            return "paused" if data.get("proposals") else ""  # a person who pauses knows it
+            # A pause without proposals is a user's own command.
+            return "paused" if data.get("proposals") else ""
         case "disk":
             return "disk_ok" if data.get("state") == "ok" else "disk_failing"
         case "ended":
@@ -92,24 +90,16 @@ def kind_of(event: Event) -> str:
     return ""
 
 
-def notice_of(event: Event, *, run: str, path: str, host: str) -> Notice:
-    """What is said of a journal line. Text from outside is cleaned: it ends on somebody's
-    screen.
-    """
+def build_notice(event: Event, *, run: str, path: str, host: str) -> Notice:
+    """Return what is sent for a journal line. Outside text is cleaned for a terminal."""
     message = clean_text(event.message, 600)
-    proposals = event.data.get("proposals")
-    choices = [
-        clean_text(str(one.get("text") or one.get("action") or ""), 300)
-        for one in (proposals if isinstance(proposals, list) else [])
-        if isinstance(one, dict)
-    ]
-    kept = {name: event.data[name] for name in _TOLD if event.data.get(name) is not None}
-    data = {
-        name: clean_text(value, 600) if isinstance(value, str) else value
-        for name, value in kept.items()
-    }
+    data = {}
+    for name in _SENT_FIELDS:
+        value = event.data.get(name)
+        if value is not None:
+            data[name] = clean_text(value, 600) if isinstance(value, str) else value
     return Notice(
-        event=kind_of(event),
+        event=find_notify_kind(event),
         text=f"{clean_text(run, 120)}, step {event.step:,}: {message}",
         run=clean_text(run, 120),
         path=clean_text(path),
@@ -119,18 +109,28 @@ def notice_of(event: Event, *, run: str, path: str, host: str) -> Notice:
         timeline=event.timeline,
         time=event.time,
         message=message,
-        choices=tuple(choices),
+        choices=tuple(_list_choices(event)),
         data=data,
     )
 
 
+def _list_choices(event: Event) -> Iterator[str]:
+    """Yield the possible answers to the question of a journal line."""
+    proposals = event.data.get("proposals")
+    if not isinstance(proposals, list):
+        return
+    for one in proposals:
+        if isinstance(one, dict):
+            yield clean_text(str(one.get("text") or one.get("action") or ""), 300)
+
+
 class Notifier:
-    """Sends the notices of one run. `work` is the thread's own.
+    """Sends the notices of one run. `run` is for a thread.
 
     Args:
-        say: appends to the journal: (kind, message, **data).
+        record: appends to the journal: (kind, message, **data).
         spawn: starts a command, as `subprocess.Popen` does, for the time of a `with` block.
-        since: events from before this wall time are old news where nothing has been remembered yet.
+        since: where no event was sent yet, events from before this wall time are not sent.
     """
 
     def __init__(
@@ -138,40 +138,46 @@ class Notifier:
         settings: NotifySection,
         run: RunDirectory,
         *,
-        say: Say,
+        record: AppendEvent,
         spawn: Spawn | None = None,
         since: float = 0.0,
     ) -> None:
-        self._settings, self._run, self._say = settings, run, say
+        self._settings, self._run, self._record = settings, run, record
         self._spawn: Spawn = spawn or subprocess.Popen
         self._since = since
         self._host = socket.gethostname()
-        self._seq = run.notified()  # the newest event that has been dealt with
+        self._last_seq = run.notified()  # of the newest event that was sent
         self._offset = 0  # bytes of the journal that have been read
-        self._ways = [(name, send) for name, send, used in self._all_ways() if used]
-        self._used: set[str] = set()  # secrets that were read, which no message may repeat
+        self._ways = [(name, send) for name, send, is_used in self._all_ways() if is_used]
+        self._used_secrets: set[str] = set()  # that were read, and that no message may repeat
 
     def _all_ways(self) -> Iterator[tuple[str, Callable[[Notice], str], bool]]:
         settings = self._settings
-        yield "command", self._command, bool(settings.command)
-        yield "webhook", self._webhook, bool(settings.webhook)
-        yield "apprise", self._apprise, bool(settings.apprise)
+        yield "command", self._run_command, bool(settings.command)
+        yield "webhook", self._post_webhook, bool(settings.webhook)
+        yield "apprise", self._send_by_apprise, bool(settings.apprise)
 
-    def work(self, stop: threading.Event) -> None:
-        """Until `stop`, and once more after it."""
+    def run(self, stop: threading.Event) -> None:
+        """Send what is new until `stop`, and once more after it."""
         while not stop.wait(LOOK_SECONDS):
-            self.look()
-        self.look()
+            self.send_new_events()
+        self.send_new_events()
 
-    def look(self) -> None:
-        """Tell of what is new in the journal."""
-        for event in self._new():
-            if event.seq <= (self._seq or 0) or (self._seq is None and event.time < self._since):
+    def send_new_events(self) -> None:
+        """Send what is new in the journal."""
+        for event in self._read_new_events():
+            if self._is_old(event):
                 continue
-            if kind_of(event) in self._settings.on:
-                self._tell(event)
+            if find_notify_kind(event) in self._settings.on:
+                self._send(event)
 
-    def _new(self) -> list[Event]:
+    def _is_old(self, event: Event) -> bool:
+        """Return whether an event was sent already, or is from before this supervisor."""
+        if self._last_seq is None:
+            return event.seq <= 0 or event.time < self._since
+        return event.seq <= self._last_seq
+
+    def _read_new_events(self) -> list[Event]:
         try:
             with open_file(self._run.journal_path) as lines:
                 lines.seek(self._offset)
@@ -181,50 +187,58 @@ class Notifier:
         self._offset += size
         return events
 
-    def _tell(self, event: Event) -> None:
-        self._seq = event.seq
-        # A disk that cannot remember it must not keep the news of that very disk from a person.
+    def _send(self, event: Event) -> None:
+        self._last_seq = event.seq
+        # A disk that takes no file must not stop the message that says so.
         with contextlib.suppress(OSError):
             self._run.write_notified(event.seq)
-        notice = notice_of(event, run=self._run.name, path=str(self._run.path), host=self._host)
+        notice = build_notice(event, run=self._run.name, path=str(self._run.path), host=self._host)
         for way, send in self._ways:
             began = time.monotonic()
-            try:
-                failure = send(notice)
-            except ConfigError as error:  # a secret that cannot be read
-                failure = str(error)
-            # whatever a service or its library does, the run must not notice
-            except Exception as error:
-                failure = f"{type(error).__name__}: {error}"
-            failure = redact_secrets(failure, self._used)
-            outcome = f"failed: {clean_text(failure, 300)}" if failure else "sent"
-            self._say(
+            failure = clean_text(redact_secrets(self._try(send, notice), self._used_secrets), 300)
+            outcome = f"failed: {failure}" if failure else "sent"
+            self._record(
                 "notified",
                 f"{notice.event} of line {event.seq} by {way}: {outcome}",
                 of=event.seq,
                 event=notice.event,
                 way=way,
                 ok=not failure,
-                reason=clean_text(failure, 300),
+                reason=failure,
                 seconds=round(time.monotonic() - began, 3),
             )
 
+    @staticmethod
+    def _try(send: Callable[[Notice], str], notice: Notice) -> str:
+        """Return why a way failed, "" if it did not. No error of a service reaches the run."""
+        try:
+            return send(notice)
+        except ConfigError as error:  # a secret that cannot be read
+            return str(error)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    @property
+    def _time_is_over(self) -> str:
+        return f"not done after notify.seconds = {self._settings.seconds:g}"
+
     # -- the ways; each returns why it failed, "" if it did not
 
-    def _secret(self, value: str | SecretRef, key: str) -> str:
+    def _read_secret(self, value: str | SecretRef, key: str) -> str:
         text = secret.read_secret(value, key)
-        self._used.add(text)
+        self._used_secrets.add(text)
         return text
 
-    def _command(self, notice: Notice) -> str:
-        given, environment = self._settings.command, {**os.environ, **variables(notice)}
-        if isinstance(given, (str, SecretRef)):
-            # A command line can be seen by every user of the machine; an environment by its owner
-            # alone.
-            environment[_SCRIPT_VARIABLE] = self._secret(given, "notify.command")
+    def _run_command(self, notice: Notice) -> str:
+        command = self._settings.command
+        environment = {**os.environ, **command_variables(notice)}
+        if isinstance(command, (str, SecretRef)):
+            # Every user of the machine can see a command line. Only the owner of a process can see
+            # its environment.
+            environment[_SCRIPT_VARIABLE] = self._read_secret(command, "notify.command")
             arguments = ["/bin/sh", "-c", _RUN_SCRIPT]
         else:
-            arguments = [self._secret(word, "notify.command") for word in given]
+            arguments = [self._read_secret(word, "notify.command") for word in command]
         with self._spawn(
             arguments,
             stdin=subprocess.PIPE,
@@ -239,14 +253,14 @@ class Notifier:
                 with contextlib.suppress(OSError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.communicate()
-                return f"not done after notify.seconds = {self._settings.seconds:g}"
+                return self._time_is_over
         if process.returncode == 0:
             return ""
-        last = errors.decode(errors="replace").strip().splitlines()[-1:] or [""]
-        return f"exit code {process.returncode}: {last[0]}".rstrip(": ")
+        last_line = errors.decode(errors="replace").strip().splitlines()[-1:] or [""]
+        return f"exit code {process.returncode}: {last_line[0]}".rstrip(": ")
 
-    def _webhook(self, notice: Notice) -> str:
-        address = self._secret(self._settings.webhook, "notify.webhook")
+    def _post_webhook(self, notice: Notice) -> str:
+        address = self._read_secret(self._settings.webhook, "notify.webhook")
         check_webhook(address)
         address, authorization = _split_user(address)
         headers = {"Content-Type": "application/json", "User-Agent": "guardrail", **authorization}
@@ -259,54 +273,51 @@ class Notifier:
         except urllib.error.HTTPError as error:
             with error:
                 return f"the server answers {error.code} {error.reason}"
-        except OSError as error:  # the address is a secret in many a webhook, and is not repeated
+        except OSError as error:  # the address is not repeated: for many services it is a secret
             reason = getattr(error, "reason", error)
             if isinstance(reason, TimeoutError):
-                return f"not done after notify.seconds = {self._settings.seconds:g}"
+                return self._time_is_over
             return str(getattr(reason, "strerror", None) or reason or type(error).__name__)
 
-    def _apprise(self, notice: Notice) -> str:
-        """In a thread of its own, since a service may have its own idea of how long to wait."""
+    def _send_by_apprise(self, notice: Notice) -> str:
+        """Send on a thread, since a service may wait longer than notify.seconds."""
         outcome: list[str] = []
         addresses = [
-            self._secret(one, f"notify.apprise[{at}]")
-            for at, one in enumerate(self._settings.apprise)
+            self._read_secret(one, f"notify.apprise[{index}]")
+            for index, one in enumerate(self._settings.apprise)
         ]
 
         def send() -> None:
             try:
-                import apprise
-
-                _silence("apprise")  # it writes addresses into its log
-                services = apprise.Apprise()
-                for url in addresses:
-                    services.add(url)
-                body = "\n".join(
-                    [
-                        notice.message,
-                        *(f"{at}: {choice}" for at, choice in enumerate(notice.choices)),
-                    ]
-                )
-                title = f"{notice.run}: {notice.event} at step {notice.step:,}"
-                outcome.append(
-                    ""
-                    if services.notify(title=title, body=body)
-                    else "apprise could not deliver it to all"
-                )
+                outcome.append(_notify_by_apprise(notice, addresses))
             except Exception as error:
                 outcome.append(f"{type(error).__name__}: {error}")
 
         thread = threading.Thread(target=send, name="apprise", daemon=True)
         thread.start()
         thread.join(self._settings.seconds)
-        return (
-            outcome[0] if outcome else f"not done after notify.seconds = {self._settings.seconds:g}"
-        )
+        return outcome[0] if outcome else self._time_is_over
+
+
+def _notify_by_apprise(notice: Notice, addresses: list[str]) -> str:
+    """Send to every address; return why that failed, "" if it did not."""
+    import apprise
+
+    _silence_logger("apprise")  # it logs addresses
+    services = apprise.Apprise()
+    for url in addresses:
+        services.add(url)
+    choices = [f"{number}: {choice}" for number, choice in enumerate(notice.choices)]
+    title = f"{notice.run}: {notice.event} at step {notice.step:,}"
+    if services.notify(title=title, body="\n".join([notice.message, *choices])):
+        return ""
+    return "apprise did not deliver it to every address"
 
 
 def _split_user(address: str) -> tuple[str, dict[str, str]]:
-    """An address without USER:PASSWORD@, which urllib takes for a part of the host, and the header
-    that says it.
+    """Return an address without USER:PASSWORD@, and the header that replaces it.
+
+    urllib would take USER:PASSWORD for a part of the host name.
     """
     parts = urllib.parse.urlsplit(address)
     user, at, host = parts.netloc.rpartition("@")
@@ -316,16 +327,17 @@ def _split_user(address: str) -> tuple[str, dict[str, str]]:
     return parts._replace(netloc=host).geturl(), {"Authorization": f"Basic {code}"}
 
 
-def _silence(name: str) -> None:
+def _silence_logger(name: str) -> None:
     logger = logging.getLogger(name)
     logger.propagate = False
     if not logger.handlers:
         logger.addHandler(logging.NullHandler())
 
 
-def variables(notice: Notice) -> dict[str, str]:
-    """The environment of a command. Not GUARDRAIL_RUN: that makes a process one of the run's
-    own.
+def command_variables(notice: Notice) -> dict[str, str]:
+    """Return the environment of `notify.command`.
+
+    GUARDRAIL_RUN is not in it: that variable marks the processes of a run.
     """
     return {
         "GUARDRAIL_EVENT": notice.event,

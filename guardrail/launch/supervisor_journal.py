@@ -1,8 +1,8 @@
 """What the supervisor writes into a run directory: its events, the status while no rank writes one,
-the last word.
+and the last line and status.
 
-A disk that takes nothing must not end the training, so a failed write is told to supervisor.log and
-passed over.
+A full disk must not end the training. A write that fails is noted in supervisor.log, and the
+supervisor continues.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,27 +28,27 @@ from guardrail.rundir.journal import EXIT_CODES, last_turn, outcome_of
 from guardrail.rundir.run_directory import RunDirectory
 
 STDOUT = 1
-TAIL_LINES = 12
-# Lines of supervisor.log that a full disk has not taken, oldest first; of very many the newest.
+LAST_LINES = 12
+# Lines of supervisor.log that a full disk has not taken, oldest first. Beyond 1,000 the oldest go.
 _unwritten: deque[bytes] = deque(maxlen=1000)
 _writing = threading.Lock()  # held by the thread that changes `_unwritten`
 
 
 class SupervisorJournal:
-    """The supervisor's pen. On other nodes than the first it writes events only."""
+    """Writes for one supervisor. Those of further nodes write events only."""
 
     def __init__(self, run: RunDirectory, launch: LaunchSection, host: str, mode: Mode) -> None:
         self._run, self._launch, self._host, self._mode = run, launch, host, mode
-        self._leads = launch.node_rank == 0
+        self._is_first_node = launch.node_rank == 0
         self._began = time.time()
-        # What stood there before us: the time of an event or a status may come from another host's
-        # clock.
+        # The last event and status from before this supervisor. Not compared by time: they may come
+        # from another host's clock.
         self._last_event = max((event.seq for event in run.events()), default=0)
         self._last_status = run.read_status()
-        self._written = -1.0  # time.monotonic() of our last status
+        self._status_written = -1.0  # time.monotonic() of the last status
 
     def record(self, kind: str, message: str, **data: Any) -> bool:
-        """Append to the journal at the run's present step; False when the disk does not take it."""
+        """Append to the journal at the run's present step. False if the disk does not take it."""
         log(f"{kind}: {message}")
         status = self._run.read_status()
         step, timeline = (status.step, status.timeline) if status else (0, 0)
@@ -59,59 +59,70 @@ class SupervisorJournal:
             return False
         return True
 
-    def starting(self, *, restarts: int) -> None:
-        """Keep the status fresh while ranks are started; at most once a second."""
-        if self._leads and time.monotonic() - self._written >= 1.0:
-            again = f", restart {restarts} of {self._launch.max_restarts}" if restarts else ""
-            nodes = f" on each of {self._launch.nodes} nodes" if self._launch.nodes > 1 else ""
-            progress = f"starting {format_plural(self._launch.processes, 'process')}{nodes}{again}"
-            last = self._run.read_status()
-            # What the processes before held in memory is gone with them, and so is their speed.
-            on_disk = tuple(one for one in (last.snapshots if last else ()) if one.tier != "memory")
-            self._replace(
-                phase=Phase.STARTING,
-                progress=progress,
-                restarts=restarts,
-                question="",
-                deadline=0.0,
-                pid=0,
-                tokens_per_second=0.0,
-                eta_seconds=0.0,
-                snapshots=on_disk,
-            )
+    def write_starting_status(self, *, restarts: int) -> None:
+        """Keep the status fresh while ranks start; at most once a second, on the first node."""
+        if not self._is_first_node or time.monotonic() - self._status_written < 1.0:
+            return
+        progress = f"starting {format_plural(self._launch.processes, 'process')}"
+        if self._launch.nodes > 1:
+            progress += f" on each of {self._launch.nodes} nodes"
+        if restarts:
+            progress += f", restart {restarts} of {self._launch.max_restarts}"
+        last = self._run.read_status()
+        snapshots = last.snapshots if last else ()
+        self._replace_status(
+            phase=Phase.STARTING,
+            progress=progress,
+            restarts=restarts,
+            question="",
+            deadline=0.0,
+            pid=0,
+            # The memory of the earlier processes is gone, and their speed is no longer measured.
+            tokens_per_second=0.0,
+            eta_seconds=0.0,
+            snapshots=tuple(one for one in snapshots if one.tier != "memory"),
+        )
 
-    def ended(self, phase: Phase, exit_code: ExitCode, reason: str, last_lines: list[str]) -> None:
-        """The journal's last line, unless rank 0 has written it (then `reason` is "")."""
+    def record_end(
+        self, phase: Phase, exit_code: ExitCode, reason: str, last_lines: Sequence[str]
+    ) -> None:
+        """Write the journal's last line, unless rank 0 has written it (then `reason` is "")."""
         if not reason:
             log(f"{phase.value}, exit code {exit_code.value}")
-        elif self._leads:
+        elif self._is_first_node:
             message = "\n".join([f"{phase.value}: {reason}", *last_lines])
             self.record(
                 "ended", message, phase=phase.value, exit_code=exit_code.value, reason=reason
             )
 
-    def final_status(
-        self, phase: Phase, exit_code: ExitCode, *, restarts: int, unwritable: str = ""
+    def write_final_status(
+        self, phase: Phase, exit_code: ExitCode, *, restarts: int, disk_refusal: str = ""
     ) -> None:
-        """The status that stays. `unwritable`: why the run directory could not be written, "" if it
-        could.
+        """Write the status that stays, on the first node.
+
+        Args:
+            disk_refusal: why the run directory takes no file, "" if it does.
         """
-        if self._leads:
-            changes = {"disk": f"failing: {unwritable}"} if unwritable else {}
-            self._replace(
-                phase=phase, progress="", exit_code=exit_code.value, restarts=restarts, **changes
-            )
+        if not self._is_first_node:
+            return
+        changes = {}
+        if disk_refusal:
+            changes["disk"] = f"failing: {disk_refusal}"
+        self._replace_status(
+            phase=phase, progress="", exit_code=exit_code.value, restarts=restarts, **changes
+        )
 
-    def last_word_of_ranks(self, pids: Collection[int]) -> tuple[Phase, ExitCode] | None:
-        """How rank 0 ended the run, if it did so since this supervisor began.
+    def read_outcome_of_ranks(self, pids: Collection[int]) -> tuple[Phase, ExitCode] | None:
+        """Return how rank 0 ended the run, if it has since this supervisor began.
 
-        The journal says it; where a full disk has kept it out, the status does if it is of one of
-        `pids` or of another host: a status that an earlier incarnation left behind is no answer.
+        The journal holds it. Where a full disk has refused that line, the status holds it. A status
+        of an earlier start does not count: it must come from one of `pids`, or from another host.
         """
         last = last_turn(self._run.events())
         if last is not None and last.kind == "ended" and last.seq > self._last_event:
-            if (said := outcome_of(last)) is not None:
-                return said
+            outcome = outcome_of(last)
+            if outcome is not None:
+                return outcome
         status = self._run.read_status()
         if status is None or not status.phase.ended or status == self._last_status:
             return None
@@ -119,10 +130,10 @@ class SupervisorJournal:
             return None
         return status.phase, EXIT_CODES[status.phase]
 
-    def _replace(self, *, phase: Phase, **changes: Any) -> None:
-        last = self._run.read_status() or Status(
-            run="", phase=phase, started=self._began, mode=self._mode
-        )
+    def _replace_status(self, *, phase: Phase, **changes: Any) -> None:
+        last = self._run.read_status()
+        if last is None:
+            last = Status(run="", phase=phase, started=self._began, mode=self._mode)
         status = msgspec.structs.replace(
             last,
             phase=phase,
@@ -133,15 +144,16 @@ class SupervisorJournal:
             world=self._launch.processes * self._launch.nodes,
             **{"exit_code": None, **changes},
         )
-        self._written = time.monotonic()
+        self._status_written = time.monotonic()
         write = self._run.write_last_status if phase.ended else self._run.write_status
-        with contextlib.suppress(OSError):  # the next one, or a rank's, will get through
+        with contextlib.suppress(OSError):  # the next status is written in a second
             write(status)
 
 
 def log(line: str) -> None:
-    """A line for logs/supervisor.log, which is our stdout. What a full disk does not take is kept
-    for `flush_log`.
+    """Write a line to logs/supervisor.log, which is the standard output of this process.
+
+    What a full disk does not take is kept for `flush_log`.
     """
     text = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n"
     with _writing:
@@ -150,10 +162,10 @@ def log(line: str) -> None:
 
 
 def flush_log() -> None:
-    """Write the lines that are not written yet. Not by `print`, which keeps or drops what a write
-    has not taken.
+    """Write the lines that are not written yet.
 
-    The notifier and the supervisor log from two threads: one of them at a time writes.
+    Not by `print`: it keeps or drops what a write has not taken. The notifier and the supervisor
+    log from two threads, so a lock lets one at a time write.
     """
     with _writing, contextlib.suppress(OSError):
         while _unwritten:
@@ -163,8 +175,8 @@ def flush_log() -> None:
                 _unwritten.popleft()
 
 
-def tail(file: Path, lines: int = TAIL_LINES) -> list[str]:
-    """The last lines of a log, made safe for a screen."""
+def read_last_lines(file: Path, lines: int = LAST_LINES) -> list[str]:
+    """Return the last lines of a log, made safe for a terminal."""
     try:
         with open_file(file) as opened:
             opened.seek(max(0, file.stat().st_size - 16 * 1024))

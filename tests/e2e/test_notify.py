@@ -17,7 +17,7 @@ from guardrail.core.errors import ConfigError
 from guardrail.core.records import Event
 from guardrail.core.sections import NotifySection
 from guardrail.launch import preflight
-from guardrail.launch.notify import Notifier, kind_of, notice_of
+from guardrail.launch.notify import Notifier, build_notice, find_notify_kind
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.lab import Lab
 
@@ -43,7 +43,7 @@ def event(kind: str, message: str = "", **data: Any) -> Event:
     ],
 )
 def test_what_is_told_under_which_word(told: Event, word: str) -> None:
-    assert kind_of(told) == word
+    assert find_notify_kind(told) == word
 
 
 def test_no_control_characters_and_no_text_of_the_data_leave_the_machine() -> None:
@@ -52,7 +52,7 @@ def test_no_control_characters_and_no_text_of_the_data_leave_the_machine() -> No
     told = event(
         "paused", "loss \x1b]0;x\x07is up", proposals=proposals, documents=documents, deadline=99.0
     )
-    notice = notice_of(told, run="a\x1b[1mrun", path="/runs/a", host="h")
+    notice = build_notice(told, run="a\x1b[1mrun", path="/runs/a", host="h")
     assert notice.text == "arun, step 12: loss is up" and notice.choices == (
         "rollback: back to step 5",
     )
@@ -135,19 +135,19 @@ def outcomes(run: RunDirectory) -> list[tuple[str, bool, str]]:
 
 
 def notifier(run: RunDirectory, **settings: Any) -> Notifier:
-    return Notifier(NotifySection(**settings), run, say=run.append)
+    return Notifier(NotifySection(**settings), run, record=run.append)
 
 
 def test_each_event_is_posted_once_whoever_asks_again(run: RunDirectory, server: Server) -> None:
     run.append("started", "begins")
     run.append("incident", "incident 1: open", step=20, number=1, state="open", onset=19)
     first = notifier(run, webhook=server.url)
-    first.look()
-    first.look()
+    first.send_new_events()
+    first.send_new_events()
     run.append("incident", "incident 1: recovered", step=30, number=1, state="recovered")
     run.append("ended", "halted: budget", step=31, phase="halted", reason="budget")
-    notifier(run, webhook=server.url).look()  # as after a restart of the supervisor
-    notifier(run, webhook=server.url).look()
+    notifier(run, webhook=server.url).send_new_events()  # as after a restart of the supervisor
+    notifier(run, webhook=server.url).send_new_events()
     assert [(body["event"], body["step"]) for body in server.bodies] == [
         ("incident", 20),
         ("halted", 31),
@@ -167,7 +167,7 @@ def test_user_and_password_of_an_address_go_into_a_header(
     run: RunDirectory, server: Server
 ) -> None:
     run.append("ended", "failed", phase="failed")
-    notifier(run, webhook=server.url.replace("http://", "http://ann:p%40ss@")).look()
+    notifier(run, webhook=server.url.replace("http://", "http://ann:p%40ss@")).send_new_events()
     assert outcomes(run) == [("webhook", True, "")]
     assert server.authorization == "Basic YW5uOnBAc3M="  # ann:p@ss
 
@@ -177,7 +177,7 @@ def test_a_supervisor_that_died_while_sending_does_not_tell_again(
 ) -> None:
     told = run.append("ended", "failed", phase="failed")
     run.write_notified(told.seq)  # remembered first; whether it was sent nobody knows
-    notifier(run, webhook=server.url).look()
+    notifier(run, webhook=server.url).send_new_events()
     assert server.bodies == []
 
 
@@ -185,17 +185,19 @@ def test_what_happened_before_the_first_start_with_it_is_old_news(
     run: RunDirectory, server: Server
 ) -> None:
     run.append("ended", "failed", phase="failed")
-    Notifier(NotifySection(webhook=server.url), run, say=run.append, since=time.time() + 1).look()
+    Notifier(
+        NotifySection(webhook=server.url), run, record=run.append, since=time.time() + 1
+    ).send_new_events()
     assert server.bodies == []
 
 
 def test_failures_are_journal_lines_without_the_address(run: RunDirectory, server: Server) -> None:
     server.status = 500
     run.append("ended", "failed", phase="failed")
-    notifier(run, webhook=server.url, command="echo no such luck >&2; exit 3").look()
+    notifier(run, webhook=server.url, command="echo no such luck >&2; exit 3").send_new_events()
     server.close()
     run.append("ended", "failed", phase="failed")
-    notifier(run, webhook=server.url, command=["/no/such/program"]).look()
+    notifier(run, webhook=server.url, command=["/no/such/program"]).send_new_events()
     told = outcomes(run)
     assert told[:2] == [
         ("command", False, "exit code 3: no such luck"),
@@ -210,7 +212,9 @@ def test_who_is_too_slow_is_left(run: RunDirectory, server: Server, tmp_path: Pa
     server.seconds = 0.6
     run.append("ended", "failed", phase="failed")
     late = tmp_path / "late"
-    notifier(run, webhook=server.url, command=f"sleep 5; touch {late}", seconds=0.3).look()
+    notifier(
+        run, webhook=server.url, command=f"sleep 5; touch {late}", seconds=0.3
+    ).send_new_events()
     assert outcomes(run)[0] == ("command", False, "not done after notify.seconds = 0.3")
     assert outcomes(run)[1] == ("webhook", False, "not done after notify.seconds = 0.3")
     assert not late.exists()
@@ -224,7 +228,7 @@ def test_a_command_gets_json_and_variables_and_is_no_process_of_the_run(
     )
     out, words = tmp_path / "out", tmp_path / "words"
     script = f'cat > {out}; echo "$GUARDRAIL_EVENT|$GUARDRAIL_STEP|$GUARDRAIL_DIRECTORY|$GUARDRAIL_RUN" > {words}'
-    notifier(run, command=script).look()
+    notifier(run, command=script).send_new_events()
     assert json.loads(out.read_text())["choices"] == ["rollback: ..."]
     assert words.read_text().strip() == f"paused|9|{run.path}|"
 
@@ -233,7 +237,7 @@ def test_a_command_gets_json_and_variables_and_is_no_process_of_the_run(
 def test_apprise(run: RunDirectory, server: Server) -> None:
     pytest.importorskip("apprise")
     run.append("ended", "finished", step=9, phase="finished")
-    notifier(run, apprise=[server.url.replace("http://", "json://")]).look()
+    notifier(run, apprise=[server.url.replace("http://", "json://")]).send_new_events()
     assert outcomes(run) == [("apprise", True, "")]
     assert server.bodies[0]["title"] == f"{run.name}: finished at step 9"
 

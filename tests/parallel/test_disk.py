@@ -239,7 +239,7 @@ def test_a_run_whose_end_could_not_be_saved_has_failed_and_can_be_resumed(
     assert "could not be written (" in ended.message and "No space left on device" in ended.message
     status = run.read_status()
     assert status is not None and status.phase is Phase.FAILED
-    assert supervisor.last_word_of_ranks([]) == (Phase.FAILED, ExitCode.WORKERS_FAILED)
+    assert supervisor.read_outcome_of_ranks([]) == (Phase.FAILED, ExitCode.WORKERS_FAILED)
     assert read_manifest(checkpoint_dirs(run.checkpoints)[0]).step == 30
     assert prepare_resume(str(run.path), (), root="") is not None
     assert train(run, 2) == "finished"

@@ -41,27 +41,27 @@ def test_each_phase_has_its_deadline(phase: Phase, seconds: float) -> None:
     watch = HangDetector(LAUNCH)
     ranks = {100: report(100, phase=phase)}
     looks = 0
-    while not (hung := watch.look(ranks, 1.0)):
+    while not (hung := watch.find_hung(ranks, 1.0)):
         looks += 1
         assert looks < 1000
     assert looks == seconds + 1, "the first look only learns"
     assert (hung[0].pid, hung[0].rank, hung[0].phase) == (100, 0, phase)
-    assert watch.look(ranks, 1.0) == [], "reported once"
+    assert watch.find_hung(ranks, 1.0) == [], "reported once"
 
 
 def test_progress_and_a_new_phase_start_the_count_anew() -> None:
     watch = HangDetector(LAUNCH)
     for number in range(100):
-        assert watch.look({100: report(100, progress=number // 9)}, 1.0) == []
+        assert watch.find_hung({100: report(100, progress=number // 9)}, 1.0) == []
     for number in range(100):
         phase = (Phase.STEP, Phase.EVAL)[number // 9 % 2]
-        assert watch.look({100: report(100, phase=phase, progress=11)}, 1.0) == []
+        assert watch.find_hung({100: report(100, phase=phase, progress=11)}, 1.0) == []
 
 
 def test_a_process_that_never_reports_has_the_deadline_of_the_set_up() -> None:
     watch = HangDetector(LAUNCH)
     looks = 0
-    while not (hung := watch.look({7: None}, 1.0)):
+    while not (hung := watch.find_hung({7: None}, 1.0)):
         looks += 1
     assert looks == 101 and hung[0].rank is None
 
@@ -69,31 +69,31 @@ def test_a_process_that_never_reports_has_the_deadline_of_the_set_up() -> None:
 def test_a_new_incarnation_begins_without_a_past() -> None:
     watch = HangDetector(LAUNCH)
     for _ in range(10):
-        watch.look({100: report(100)}, 1.0)
+        watch.find_hung({100: report(100)}, 1.0)
     for _ in range(10):
-        assert watch.look({101: report(101)}, 1.0) == []
-    assert watch.look({100: report(100)}, 1.0) == [], "not even one that gets the same pid"
+        assert watch.find_hung({101: report(101)}, 1.0) == []
+    assert watch.find_hung({100: report(100)}, 1.0) == [], "not even one that gets the same pid"
 
 
 def test_a_watcher_that_was_stopped_itself_does_not_blame_the_ranks() -> None:
     watch = HangDetector(LAUNCH)
-    watch.look({100: report(100)}, 1.0)
-    assert watch.look({100: report(100)}, 3600.0) == [], "a laptop that slept for an hour"
+    watch.find_hung({100: report(100)}, 1.0)
+    assert watch.find_hung({100: report(100)}, 3600.0) == [], "a laptop that slept for an hour"
     assert LONGEST_LOOK < LAUNCH.step_seconds
-    assert watch.look({100: report(100)}, 3600.0) == []
-    assert len(watch.look({100: report(100)}, 3600.0)) == 1, (
+    assert watch.find_hung({100: report(100)}, 3600.0) == []
+    assert len(watch.find_hung({100: report(100)}, 3600.0)) == 1, (
         "three looks without progress are too many"
     )
 
 
 def test_the_longest_idle_comes_first() -> None:
     watch = HangDetector(LAUNCH)
-    watch.look({101: report(101)}, 1.0)
-    watch.look({101: report(101)}, 3.9)
+    watch.find_hung({101: report(101)}, 1.0)
+    watch.find_hung({101: report(101)}, 3.9)
     ranks = {100: report(100), 101: report(101)}
     for seconds in (0.0, 3.0, 3.0):
-        assert watch.look(ranks, seconds) == []
-    assert [(one.pid, round(one.seconds, 1)) for one in watch.look(ranks, 5.0)] == [
+        assert watch.find_hung(ranks, seconds) == []
+    assert [(one.pid, round(one.seconds, 1)) for one in watch.find_hung(ranks, 5.0)] == [
         (101, 14.9),
         (100, 11.0),
     ]
@@ -128,7 +128,7 @@ def test_a_stopped_rank_is_found_in_half_a_minute_whatever_its_phase_allows(phas
             100: beating(100, look, phase=phase),
             101: beating(101, look, still=True, phase=phase),
         }
-        hung = watch.look(ranks, 1.0)
+        hung = watch.find_hung(ranks, 1.0)
         assert bool(hung) == (look == 31), look
     assert [(one.rank, one.phase, round(one.silent), one.stopped) for one in hung] == [
         (1, phase, 31, True)
@@ -137,7 +137,7 @@ def test_a_stopped_rank_is_found_in_half_a_minute_whatever_its_phase_allows(phas
 
 def test_a_stopped_rank_without_peers_is_found_as_well() -> None:
     watch = HangDetector(LaunchSection(step_timeout=9000))
-    looks = [watch.look({100: beating(100, look, still=True)}, 1.0) for look in range(32)]
+    looks = [watch.find_hung({100: beating(100, look, still=True)}, 1.0) for look in range(32)]
     assert [bool(hung) for hung in looks] == [False] * 31 + [True]
 
 
@@ -148,20 +148,22 @@ def test_a_slow_rank_is_not_taken_for_a_stopped_one() -> None:
     reports, works, alone, over = (HangDetector(LaunchSection(step_timeout=9000)) for _ in range(4))
     for look in range(400):
         both = {100: beating(100, look), 101: beating(101, look)}
-        assert reports.look(both, 1.0) == []
+        assert reports.find_hung(both, 1.0) == []
         silent = {100: beating(100, look), 101: beating(101, look, still=True)}
-        assert works.look(silent, 1.0, cpu={100: 1.0, 101: look // 9}) == []
+        assert works.find_hung(silent, 1.0, cpu_seconds={100: 1.0, 101: look // 9}) == []
         ahead = {100: beating(100, look, progress=look // 3), 101: beating(101, look, still=True)}
-        assert alone.look(ahead, 1.0) == []
+        assert alone.find_hung(ahead, 1.0) == []
         closed = msgspec.structs.replace(beating(100, look, still=True), closed=True)
-        assert over.look({100: closed}, 1.0) == [], "its loop is over, and the script goes on"
+        assert over.find_hung({100: closed}, 1.0) == [], "its loop is over, and the script goes on"
 
 
 def test_one_that_is_stopped_before_it_could_report_is_found_too() -> None:
     """A process that has not reported and is not stopped may wait for a slow disk."""
     watch = HangDetector(LAUNCH)
     looks = [
-        watch.look({100: None, 101: None}, 1.0, cpu={100: 0.1, 101: 0.1}, stopped=[101])
+        watch.find_hung(
+            {100: None, 101: None}, 1.0, cpu_seconds={100: 0.1, 101: 0.1}, stopped=[101]
+        )
         for _ in range(32)
     ]
     assert not any(looks[:-1])
@@ -179,7 +181,7 @@ LINES = (
 
 def agent_that_prints(monkeypatch: pytest.MonkeyPatch, folder: Path, script: str) -> elastic.Agent:
     """An agent that is a shell script."""
-    monkeypatch.setattr(elastic, "command", lambda launch, **_: ["/bin/sh", "-c", script])
+    monkeypatch.setattr(elastic, "build_command", lambda launch, **_: ["/bin/sh", "-c", script])
     return elastic.Agent(LaunchSection(), folder, folder / "elastic.log", incarnation=0, restarts=0)
 
 
@@ -194,15 +196,19 @@ def test_failures_are_read_once_and_never_half(
     agent = agent_that_prints(monkeypatch, tmp_path, script)
     try:
         seen: list[elastic.Output] = []
-        wait_for(lambda: seen.append(agent.read()) or seen[-1].closing, what="the first line")  # type: ignore[func-returns-value]
+        wait_for(
+            lambda: seen.append(agent.read_output()) or seen[-1].closing, what="the first line"
+        )  # type: ignore[func-returns-value]
         assert seen[-1] == elastic.Output(closing=(71,)), "the second line is not complete"
         (tmp_path / "go").touch()
-        wait_for(lambda: seen.append(agent.read()) or seen[-1].failures, what="the second line")  # type: ignore[func-returns-value]
+        wait_for(
+            lambda: seen.append(agent.read_output()) or seen[-1].failures, what="the second line"
+        )  # type: ignore[func-returns-value]
         assert seen[-1] == elastic.Output(failures=(Failure(exit=-9, local_rank=1, pid=7103),))
-        assert agent.read() == elastic.Output()
+        assert agent.read_output() == elastic.Output()
     finally:
         agent.end()
-    assert agent.read() == elastic.Output()
+    assert agent.read_output() == elastic.Output()
     assert (tmp_path / "elastic.log").read_bytes() == LINES
 
 
@@ -214,7 +220,7 @@ def test_an_agent_is_heard_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.Mo
     agent = agent_that_prints(monkeypatch, tmp_path, f"cat {tmp_path / 'lines'}")
     try:
         agent.process.wait()
-        assert agent.read().failures == (Failure(exit=-9, local_rank=1, pid=7103),)
+        assert agent.read_output().failures == (Failure(exit=-9, local_rank=1, pid=7103),)
     finally:
         agent.end()
 
@@ -243,7 +249,7 @@ def test_the_exception_that_ended_a_rank_is_read_and_its_file_removed(
     try:
         assert not stale.exists()
         agent.process.wait()
-        (failure,) = agent.read().failures
+        (failure,) = agent.read_output().failures
         assert failure.error == "ValueError: two lines" and failure.error in str(failure)
     finally:
         agent.end()
@@ -290,7 +296,7 @@ def test_several_nodes_use_the_rendezvous_of_the_configuration() -> None:
     launch = LaunchSection(
         nodes=2, node_rank=1, rendezvous_endpoint="head:29400", rendezvous_backend="static"
     )
-    line = elastic.command(launch, name="run-1", restarts=3)
+    line = elastic.build_command(launch, name="run-1", restarts=3)
     for argument in (
         "--nnodes=2",
         "--node-rank=1",
@@ -299,7 +305,7 @@ def test_several_nodes_use_the_rendezvous_of_the_configuration() -> None:
     ):
         assert argument in line
     assert "--rdzv-id=run-1" in line and "--rdzv-conf=is_host=0,join_timeout=600" in line
-    alone = elastic.command(LaunchSection(processes=4), name="run-1", restarts=0)
+    alone = elastic.build_command(LaunchSection(processes=4), name="run-1", restarts=0)
     assert "--rdzv-endpoint=127.0.0.1:0" in alone and "--max-restarts=0" in alone
 
 
@@ -315,7 +321,7 @@ def test_no_two_starts_of_the_ranks_share_a_store(
         if value is not None:
             monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", value)
         assert (
-            elastic.environment(launch, tmp_path, incarnation=0)[
+            elastic.build_environment(launch, tmp_path, incarnation=0)[
                 "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
             ]
             == "1"
@@ -332,7 +338,7 @@ def test_threads_of_a_rank(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if given is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", given)
-    variables = elastic.environment(
+    variables = elastic.build_environment(
         LaunchSection(processes=4, threads=threads), tmp_path, incarnation=0
     )
     assert variables["OMP_NUM_THREADS"] == expected

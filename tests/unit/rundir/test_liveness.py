@@ -120,12 +120,12 @@ def test_an_end_counts_whatever_clock_has_written_it(
     """
     run.append("ended", "finished", phase="finished", exit_code=0)
     chronicle = SupervisorJournal(run, LaunchSection(node_rank=1), "here", Mode.AUTO)
-    assert chronicle.last_word_of_ranks([]) is None, "that was before"
+    assert chronicle.read_outcome_of_ranks([]) is None, "that was before"
     run.append("restarted")
     now = time.time()
     monkeypatch.setattr("guardrail.rundir.run_directory.time.time", lambda: now - 120.0)
     run.append("ended", "halted", phase="halted", exit_code=3)
-    assert chronicle.last_word_of_ranks([]) == (Phase.HALTED, ExitCode.HALTED)
+    assert chronicle.read_outcome_of_ranks([]) == (Phase.HALTED, ExitCode.HALTED)
 
 
 @pytest.mark.fault("B8")

@@ -38,7 +38,7 @@ from guardrail.core.records import (
 )
 from guardrail.core.toml_file import read_toml
 from guardrail.decide.timelines import TimelineIndex
-from guardrail.launch.supervisor_journal import tail
+from guardrail.launch.supervisor_journal import read_last_lines
 from guardrail.operate.run_summary import loss_points
 from guardrail.rundir import journal
 from guardrail.rundir.follow import Follower
@@ -617,7 +617,7 @@ PIPES: dict[str, Callable[[RunDirectory], object]] = {
     "checkpoints/step-00000001/manifest.json": lambda run: (
         checkpoint_dirs(run.checkpoints) and None
     ),
-    "logs/rank-0.log": lambda run: tail(run.logs / "rank-0.log") or None,
+    "logs/rank-0.log": lambda run: read_last_lines(run.logs / "rank-0.log") or None,
 }
 
 

@@ -98,7 +98,7 @@ def test_a_new_start_writes_nothing_of_the_dead_processes(tmp_path: Path) -> Non
     run = example().write(tmp_path)
     before = run.read_status()
     assert before is not None and {one.tier for one in before.snapshots} == {"memory", "disk"}
-    SupervisorJournal(run, LaunchSection(), "vm", Mode.AUTO).starting(restarts=1)
+    SupervisorJournal(run, LaunchSection(), "vm", Mode.AUTO).write_starting_status(restarts=1)
     status = run.read_status()
     assert status is not None and status.phase is Phase.STARTING and status.step == before.step
     assert {one.tier for one in status.snapshots} == {"disk"}
