@@ -19,7 +19,7 @@ import guardrail.torch.checkpoint.commit
 import guardrail.torch.checkpoint.disk_checkpoints
 from guardrail.core.config import load_trainer_config
 from guardrail.core.errors import CheckpointInvalid
-from guardrail.core.records import Action, Command, Phase
+from guardrail.core.records import Action, Command
 from guardrail.core.toml_file import dump_toml
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.rundir.manifest import MANIFEST, checkpoint_dirs, read_manifest, sealed
@@ -46,6 +46,7 @@ from tests.support.running import (
 )
 from trainer.config.config import Config
 from trainer.config.schedule import Schedule
+from trainer.loop.evaluation import Evaluation
 from trainer.train import Trainer
 
 
@@ -467,20 +468,22 @@ def test_case_19_a_signal_in_an_evaluation_saves_at_once(tmp_path: Path) -> None
     )
     run = new_run(config)
     counted = tmp_path / "counted"
-    whole = Trainer._loss_of
+    evaluate, sum_losses = Evaluation.run, Evaluation.sum_losses
+    evaluating = []
     with pytest.MonkeyPatch.context() as patch:
 
-        def signalled(self: Trainer, *arguments: Any) -> Any:
-            if (
-                self.heartbeat is not None
-                and self.heartbeat.phase is Phase.EVAL
-                and not self.signals.requested
-            ):
+        def noted(self: Evaluation, *arguments: Any) -> None:
+            evaluating.append(True)
+            evaluate(self, *arguments)
+
+        def signalled(self: Evaluation, *arguments: Any) -> Any:
+            if evaluating and not counted.exists():
                 counted.write_text("x")
                 os.kill(os.getpid(), signal.SIGTERM)
-            return whole(self, *arguments)
+            return sum_losses(self, *arguments)
 
-        patch.setattr(Trainer, "_loss_of", signalled)
+        patch.setattr(Evaluation, "run", noted)
+        patch.setattr(Evaluation, "sum_losses", signalled)
         assert train(run, 1) == "stopped"
     assert counted.exists() and not of_kind(run, "eval")
     assert read_manifest(checkpoint_dirs(run.checkpoints)[0]).step == 10

@@ -18,7 +18,7 @@ from guardrail.core.config import GuardConfig
 from guardrail.core.errors import ConfigError, UsageError
 from guardrail.core.records import Phase
 from guardrail.core.sections import LaunchSection
-from guardrail.core.toml_file import dump_toml, read_toml
+from guardrail.core.toml_file import dump_toml
 from guardrail.decide.sample_order import SampleOrder
 from guardrail.launch.launcher import load_settings, prepare_resume
 from guardrail.rundir import processes
@@ -276,9 +276,7 @@ def test_the_slurm_script_starts_and_resumes_what_the_command_line_takes(
         assert options["headless"] and options["run_dir"] == str(
             tmp_path / "runs" / "slurm" / "104711"
         )
-        config = load_settings(
-            read_toml(Path(options["config"])), file="c.toml", overrides=options["overrides"]
-        )
+        config = load_settings(options["config"], options["overrides"])
         assert isinstance(config, Config)
         assert (config.launch.nodes, config.launch.node_rank, config.world) == (2, node, 16)
         assert config.launch.rendezvous_endpoint == "node-07:24711"
