@@ -297,7 +297,7 @@ def test_tokens_stand_in_every_form_of_the_report_and_on_the_screen_and_can_do_n
         "what has no norm is foremost"
     )
     snapshot = replace(snapshot_of(example()), story=story_of(run.events()))
-    rows = incidents.detail(View(snapshot, 0.0), 200, 40, PaneState(cursor=0))
+    rows = incidents.PANE.detail(View(snapshot, 0.0), 200, 40, PaneState(cursor=0))
     screen = "\n".join("".join(piece for piece, _ in line) for line in rows)
     assert "tokens" in screen and best in screen
     for shown in (terminal, markdown, page, screen):

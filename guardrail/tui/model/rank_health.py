@@ -36,13 +36,13 @@ class RankHealth:
 
     Attributes:
         ratio: its step time over the median of all; 1 where it has none.
-        trouble: "silent", "failed", "stuck", "slow" or "".
+        fault: "silent", "failed", "stuck", "slow" or "".
         seconds: how long it has been silent or stuck.
     """
 
     rank: Rank
     ratio: float
-    trouble: str = ""
+    fault: str = ""
     seconds: float = 0.0
 
     @property
@@ -50,7 +50,7 @@ class RankHealth:
         """Worst first when sorted."""
         order = ("silent", "failed", "stuck", "slow", "")
         return (
-            order.index(self.trouble),
+            order.index(self.fault),
             -max(self.seconds, 0.0) or -self.ratio,
             self.rank.told.rank,
         )

@@ -1,51 +1,87 @@
-"""What panes share: the title, the stretch of entries in sight, the pointer before the marked one.
+"""What panes share: the title, which entries are in view, and the pointer of the selected one.
 Pure.
 """
 
 from __future__ import annotations
 
-from guardrail.tui.draw.lines import Piece, Row, title_row
+from collections.abc import Sequence
+
+from guardrail.tui.draw.lines import Piece, Row, make_row, title_row, wrap_text
 from guardrail.tui.model.pane_state import PaneState
 
 _ENTRY = "entry "
+_LABEL = 10  # cells of the name of a fact
 
 
 def pane_title(name: str, width: int, state: PaneState, *, right: Row = ()) -> Row:
-    """The title of a pane: bright while it has the keys, with the filter where there is one."""
+    """Return the title of a pane, with its filter; it is bright while the pane is focused."""
     if state.filter:
-        right = (*right, (("  " if right else "") + f"/{state.filter}", "accent"))
+        gap = "  " if right else ""
+        right = (*right, (f"{gap}/{state.filter}", "accent"))
     return title_row(name, width, right=right, tone="key" if state.focused else "dim")
 
 
+def empty_row(state: PaneState, text: str) -> Row:
+    """Return the row of a pane without entries: `text`, or that the filter matches none."""
+    return make_row((" no match for the filter" if state.filter else f" {text}", "dim"))
+
+
 def entries_in_view(count: int, room: int, state: PaneState, *, tail: bool = False) -> range:
-    """Which of `count` entries of one row each are in sight in `room` rows: those around the
-    cursor.
+    """Return which of `count` entries of one row each are in view in `room` rows.
+
+    These are the entries around the cursor.
 
     Args:
-        tail: without a cursor the last ones are in sight, not the first.
+        tail: without a cursor the last entries are in view, not the first.
     """
     room = max(0, room)
     last = max(0, count - room)
-    if state.cursor is None:
-        first = last if tail else 0
-    else:
+    if state.cursor is not None:
         first = min(last, max(0, state.cursor - room // 2))
+    else:
+        first = last if tail else 0
     return range(first, min(count, first + room))
 
 
+def last_rows(blocks: Sequence[list[Row]], room: int) -> list[Row]:
+    """Return the last `room` rows of blocks that were collected from the last one back."""
+    rows = [line for block in reversed(blocks) for line in block]
+    return rows[max(0, len(rows) - room) :]
+
+
 def mark_entry(line: Row, index: int, state: PaneState) -> Row:
-    """The entry with a pointer before it where it is marked; every entry leaves that cell free."""
+    """Return the entry with a pointer before it where it is selected, else with a free cell."""
     on = state.focused and state.cursor == index
     return (entry_marker(index), ("▸" if on else " ", "key"), *line)
 
 
 def entry_marker(index: int) -> Piece:
-    """An empty piece before a row, which says what entry the row is of: a click has to find it."""
+    """Return an empty piece that says which entry a row is of, for clicks of the mouse."""
     return ("", f"{_ENTRY}{index}")
 
 
 def entry_of_row(line: Row) -> int | None:
-    """The entry that a row is of; None for a row of none."""
+    """Return the entry that a row is of; None for a row of no entry."""
     if not line or line[0][0] or not line[0][1].startswith(_ENTRY):
         return None
     return int(line[0][1].removeprefix(_ENTRY))
+
+
+def fact_rows(facts: Sequence[tuple[str, str]]) -> list[Row]:
+    """Return one row for each (name, text)."""
+    return [make_row((f"   {name:<{_LABEL}}", "dim"), text) for name, text in facts]
+
+
+def wrapped_fact_rows(facts: Sequence[tuple[str, str]], width: int) -> list[Row]:
+    """Return the rows of (name, text) pairs, long texts wrapped under themselves.
+
+    A text that begins with spaces keeps them on each of its rows.
+    """
+    rows: list[Row] = []
+    for name, text in facts:
+        body = text.lstrip(" ")
+        indent = " " * (len(text) - len(body))
+        for at, line in enumerate(wrap_text(body, width - _LABEL - 4 - len(indent))):
+            label = "" if at else name
+            rows.append(make_row((f"   {label:<{_LABEL}}", "dim"), indent + line))
+    return rows

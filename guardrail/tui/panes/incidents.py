@@ -1,21 +1,24 @@
-"""Pane 2: what went wrong and what was done; also the two lines of it that a small screen has."""
+"""The pane of the incidents: what happened and what was done. Small screens show two rows of it."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from guardrail.core.format import clean_and_shorten, format_plural, format_time_of_day
-from guardrail.core.format import format_count as number
-from guardrail.core.records import Finding, score_words
-from guardrail.report import incident as casefile
+from guardrail.core.format import format_count
+from guardrail.report.incident import Incident
 from guardrail.tui.draw.lines import Piece, Row, fit_row, make_row, wrap_text
 from guardrail.tui.model.incident_list import IncidentSummary, format_skipped
 from guardrail.tui.model.pane_state import PaneState
 from guardrail.tui.model.run_story import ASKS
-from guardrail.tui.model.view import View, signal_label
-from guardrail.tui.numerics.scales import format_short
-from guardrail.tui.panes.frame import entry_marker, pane_title
+from guardrail.tui.model.view import View
+from guardrail.tui.panes.frame import empty_row, entry_marker, pane_title, wrapped_fact_rows
+from guardrail.tui.panes.incident_evidence import (
+    Fact,
+    evidence_facts,
+    format_finding,
+    named_facts,
+)
+from guardrail.tui.panes.pane import Pane
 
 # State of an incident -> how it stands in the table.
 _STATES: dict[str, Piece] = {
@@ -24,50 +27,30 @@ _STATES: dict[str, Piece] = {
     "recovered with higher loss": ("▲ higher loss", "warn"),
     "repeated": ("▲ repeated", "bad"),
 }
+_MOST_LINES = 3  # findings, and rows of names of documents, in the table
+_SEARCHED_CELLS = 400  # of a row that the filter searches
 
 
-def found(view: View, state: PaneState) -> list[IncidentSummary]:
+def _matching_incidents(view: View, state: PaneState) -> list[IncidentSummary]:
     known = view.snapshot.story.incidents
-    return [one for one in known if state.shows(_text(view, one))] if state.filter else list(known)
+    if not state.filter:
+        return list(known)
+    return [one for one in known if state.shows(_text(view, one))]
 
 
-def count(view: View, state: PaneState) -> int:
-    return len(found(view, state))
-
-
-def step(view: View, state: PaneState) -> int | None:
-    incidents = found(view, state)
-    return (
-        incidents[state.cursor].step
-        if state.cursor is not None and state.cursor < len(incidents)
-        else None
-    )
-
-
-def build(view: View, width: int, height: int, state: PaneState) -> Sequence[Row]:
-    """The marked one (else the newest) in full, the others in two lines each."""
-    incidents = found(view, state)
-    rows = [
-        pane_title(
-            "incidents", width, state, right=((str(len(incidents)), "dim"),) if incidents else ()
-        )
-    ]
+def _build(view: View, width: int, height: int, state: PaneState) -> Sequence[Row]:
+    """Return the selected incident (else the newest) in full, the others in two rows each."""
+    incidents = _matching_incidents(view, state)
     if not incidents:
-        return [*rows, ((" none" if not state.filter else " none like that", "dim"),)]
+        return [pane_title("incidents", width, state), empty_row(state, "none")]
+    count: Row = ((str(len(incidents)), "dim"),)
+    rows = [pane_title("incidents", width, state, right=count)]
     full = min(state.cursor or 0, len(incidents) - 1)
-    blocks = [
-        _incident(
-            view,
-            incident,
-            width,
-            full=index == full,
-            marked=state.focused and index == state.cursor,
-        )
-        for index, incident in enumerate(incidents[: full + height])
-    ]
-    blocks = [
-        [(entry_marker(index), *line) for line in block] for index, block in enumerate(blocks)
-    ]
+    blocks: list[list[Row]] = []
+    for index, incident in enumerate(incidents[: full + height]):
+        marked = state.focused and index == state.cursor
+        lines = _incident_rows(view, incident, width, full=index == full, marked=marked)
+        blocks.append([(entry_marker(index), *line) for line in lines])
     first = 0
     while first < full and sum(map(len, blocks[first : full + 1])) > height - 1:
         first += 1
@@ -78,200 +61,124 @@ def build(view: View, width: int, height: int, state: PaneState) -> Sequence[Row
     return rows[:height]
 
 
-def detail(view: View, width: int, height: int, state: PaneState) -> Sequence[Row]:
-    """All evidence of the marked incident: seen, cause, done, left out, and how it ended."""
-    incidents = found(view, state)
-    if state.cursor is None or state.cursor >= len(incidents):
-        return []
-    return _in_full(view, incidents[state.cursor], width)
+def _describe(view: View, incident: IncidentSummary, width: int) -> list[Row]:
+    """Return all evidence of an incident: findings, cause, actions, samples, outcome."""
+    recorded = _recorded(view, incident)
+    facts = _summary_facts(incident) if recorded is None else evidence_facts(recorded)
+    return [_head_row(view, incident, width), *wrapped_fact_rows(facts, width)]
 
 
-def evidence(view: View, width: int, height: int) -> Sequence[Row]:
-    """The same of the newest incident, which is the one that the guard asks about, if it is
-    open.
-    """
+def newest_evidence_rows(view: View, width: int, height: int) -> Sequence[Row]:
+    """Return all evidence of the newest incident, which the guard's question is about."""
     known = view.snapshot.story.incidents
     if not known or not known[0].open:
-        return [((" the journal tells of no open incident", "dim"),)]
-    return _in_full(view, known[0], width)
+        return [((" the journal has no open incident", "dim"),)]
+    return _describe(view, known[0], width)
 
 
-def _in_full(view: View, incident: IncidentSummary, width: int) -> list[Row]:
-    case = _case(view, incident)
-    head = [_head(view, incident, width)]
-    parts = _evidence_of(case) if case is not None else _summary_of(incident)
-    for name, lines in parts:
-        for index, text in enumerate(lines):
-            label = f"   {name if not index else '':<10}"
-            indent = " " * (len(text) - len(text.lstrip(" ")))
-            for at, line in enumerate(wrap_text(text.lstrip(" "), width - 14 - len(indent))):
-                head.append(make_row((label if not at else " " * 13, "dim"), indent + line))
-    return head
-
-
-def newest(view: View, width: int, height: int) -> Sequence[Row]:
-    """The newest incident in two rows, for a screen without a side."""
+def newest_incident_rows(view: View, width: int, height: int) -> Sequence[Row]:
+    """Return the newest incident in two rows, for a screen without panes."""
     known = view.snapshot.story.incidents
     if not known:
         return [((" no incidents", "dim"),)]
-    return [_head(view, known[0], width), *_short(known[0], width)[:1]]
+    return [_head_row(view, known[0], width), *_finding_rows(known[0], width)[:1]]
 
 
-# -- in full
-
-
-def _evidence_of(case: casefile.Incident) -> Iterator[tuple[str, list[str]]]:
-    """(what, its lines) in the order in which a person asks."""
-    yield (
-        "seen",
-        [_finding(finding) for finding in case.findings] or ["nothing that the journal tells"],
-    )
-    if case.parameters:
-        yield "in", [f"rank {rank}: {', '.join(names)}" for rank, names in case.parameters.items()]
-    if case.tokens:
-        yield "tokens", [token.sentence() for token in case.tokens]
-    if case.cause:
-        yield "cause", [f"{case.cause}: {case.cause_reason}" if case.cause_reason else case.cause]
-    if case.actions:
-        done = [
-            f"{format_time_of_day(one.time)}  {one.sentence or one.action}" for one in case.actions
-        ]
-        yield "done", done[-12:]
-    if remedies := [remedy for action in case.actions for remedy in action.remedies]:
-        yield "remedy", list(dict.fromkeys(remedies))
-    if case.samples:
-        yield "left out", list(_left_out(case))
-    if case.named:
-        yield "samples", [line for sample in case.named[:16] for line in _sample(sample)]
-    if case.documents:
-        more = max(0, case.documents_total - len(case.documents))
-        names = [line for document in case.documents for line in _document(document)]
-        yield "documents", [*names, f"and {more:,} more"] if more else names
-    yield "outcome", [case.outcome or {"open": "not over yet"}.get(case.state, case.state)]
-    if case.measured:
-        yield (
-            "measured",
-            [
-                ", ".join(
-                    f"{name.replace('_', ' ')} {format_short(x)}"
-                    for name, x in case.measured.items()
-                )
-            ],
-        )
-
-
-def _summary_of(incident: IncidentSummary) -> Iterator[tuple[str, list[str]]]:
-    """Of an incident to which the journal gave no number."""
-    yield "seen", [_finding(finding) for finding in incident.findings]
-    if incident.action or incident.answered:
-        yield "done", [text for text in (incident.action, incident.answered) if text]
+def _summary_facts(incident: IncidentSummary) -> list[Fact]:
+    """Return the facts of an incident to which the journal gave no number."""
+    actions = [text for text in (incident.action, incident.answered) if text]
+    facts = named_facts("findings", map(format_finding, incident.findings))
+    facts += named_facts("actions", actions)
     if incident.samples:
-        yield "left out", [format_skipped(incident)]
-    if incident.documents:
-        yield "documents", list(incident.documents)
+        facts.append(("skipped", format_skipped(incident)))
+    return facts + named_facts("documents", incident.documents)
 
 
-def _left_out(case: casefile.Incident) -> Iterator[str]:
-    of = f" of {format_plural(case.documents_total, 'document')}" if case.documents_total else ""
-    yield format_plural(case.samples, "sample") + of
-    for span in case.spans[:6]:
-        chosen = f", {len(span.positions)} of them" if span.positions else ""
-        stretch = f"positions {number(span.first)} to {number(max(span.first, span.last - 1))}"
-        yield f"{stretch}{chosen} ({clean_and_shorten(span.origin, 20)})"
-
-
-def _sample(sample: casefile.Sample) -> Iterator[str]:
-    share = f", {100 * sample.share:.0f} % of the trouble" if math.isfinite(sample.share) else ""
-    yield f"position {number(sample.position)}: loss {format_short(sample.loss)}{share}"
-    if sample.odd:
-        yield f"  odd: {', '.join(sample.odd)}"
-    for document in sample.documents[:2]:
-        yield from (f"  {line}" for line in _document(document))
-    if sample.excerpt and all(
-        sample.excerpt != document.excerpt for document in sample.documents[:2]
-    ):
-        yield f"  “{sample.excerpt}”"
-
-
-def _document(document: casefile.Document) -> Iterator[str]:
-    record = f":{document.record}" if document.record else ""
-    stretch = (
-        f"  bytes {document.first_byte:,}-{document.last_byte:,}" if document.last_byte else ""
-    )
-    yield f"{document.path}{record}{stretch}"
-    if document.excerpt:
-        yield f"  “{document.excerpt}”"
-
-
-# -- in the table
-
-
-def _case(view: View, incident: IncidentSummary) -> casefile.Incident | None:
-    return view.snapshot.story.known.cases.get(incident.number) if incident.number > 0 else None
+def _recorded(view: View, incident: IncidentSummary) -> Incident | None:
+    """Return what the journal says about an incident in full."""
+    if incident.number <= 0:
+        return None
+    return view.snapshot.story.known.cases.get(incident.number)
 
 
 def _text(view: View, incident: IncidentSummary) -> str:
-    return " ".join(
-        ["".join(text for text, _ in _head(view, incident, 400)), *map(_finding, incident.findings)]
-    )
+    head = "".join(text for text, _ in _head_row(view, incident, _SEARCHED_CELLS))
+    return " ".join([head, *map(format_finding, incident.findings)])
 
 
-def _incident(
+def _incident_rows(
     view: View, incident: IncidentSummary, width: int, *, full: bool, marked: bool
 ) -> list[Row]:
-    rows = [_head(view, incident, width, marked=marked)]
-    evidence = _short(incident, width)
-    rows += evidence[:4] if full else evidence[:1]
-    case = _case(view, incident)
-    if full and case is not None and case.outcome:
-        rows.append(fit_row(make_row((f"    {case.outcome}", "dim")), width))
-    if full and incident.documents:
-        more = incident.documents_total - len(incident.documents)
-        names = ", ".join(incident.documents) + (f" and {more:,} more" if more > 0 else "")
-        lines = wrap_text(names, width - 5)
-        rows += [make_row((f"    {line}", "dim")) for line in lines[:3]]
-        if len(lines) > 3:
-            rows[-1] = fit_row(make_row((f"    {lines[2]} …", "dim")), width)
-    return rows
+    head = _head_row(view, incident, width, marked=marked)
+    findings = _finding_rows(incident, width)
+    if not full:
+        return [head, *findings[:1]]
+    rows = [head, *findings]
+    recorded = _recorded(view, incident)
+    if recorded is not None and recorded.outcome:
+        rows.append(fit_row(make_row((f"    {recorded.outcome}", "dim")), width))
+    return rows + _document_rows(incident, width)
 
 
-def _head(view: View, incident: IncidentSummary, width: int, *, marked: bool = False) -> Row:
-    name = f"#{incident.number}" if incident.number > 0 else "–"
-    case = _case(view, incident)
+def _document_rows(incident: IncidentSummary, width: int) -> list[Row]:
+    if not incident.documents:
+        return []
+    names = ", ".join(incident.documents)
+    more = incident.documents_total - len(incident.documents)
+    if more > 0:
+        names += f" and {more:,} more"
+    lines = wrap_text(names, width - 5)
+    if len(lines) > _MOST_LINES:
+        lines[_MOST_LINES - 1] += " …"
+    return [
+        fit_row(make_row((f"    {line}", "dim")), width) for line in lines[:_MOST_LINES]
+    ]
+
+
+def _head_row(view: View, incident: IncidentSummary, width: int, *, marked: bool = False) -> Row:
+    """Return `#2  step 1,207  ✓ recovered  rolled back to 1,200`."""
+    recorded = _recorded(view, incident)
     state = ("▲ open", "warn") if incident.open else ("✓ over", "good")
-    if case is not None and (case.state != "open") is not incident.open:
-        state = _STATES.get(case.state, state)
-    left: Row = (
+    cause = ""
+    if recorded is not None:
+        if (recorded.state != "open") is not incident.open:
+            state = _STATES.get(recorded.state, state)
+        if recorded.cause:
+            cause = f"  {recorded.cause}"
+    name = f"#{incident.number}" if incident.number > 0 else "–"
+    line: Row = (
         ("▸" if marked else " ", "key"),
         (f"{name:<3} ", "strong"),
-        (f"step {number(incident.step)}  ", "plain"),
+        (f"step {format_count(incident.step)}  ", "plain"),
         state,
+        (f"  {_action_words(incident)}", "plain"),
+        (cause, "dim"),
     )
-    cause = f"  {case.cause}" if case is not None and case.cause else ""
-    action = incident.action
-    if incident.answered:
-        # That it asks is over: how it was answered stands in its place.
-        action = incident.answered if action == ASKS else f"{incident.answered}, then {action}"
-    return fit_row((*left, (f"  {action}", "plain"), (cause, "dim")), width)
+    return fit_row(line, width)
 
 
-def _short(incident: IncidentSummary, width: int) -> list[Row]:
-    """Findings, then what was left out. The narrow view shows the first line only, so it holds
-    both.
-    """
-    told = [_finding(finding) for finding in incident.findings[:3]]
-    if data := format_skipped(incident):
-        told.append(data)
-    return [fit_row(make_row((f"    {text}", "plain")), width) for text in told]
+def _action_words(incident: IncidentSummary) -> str:
+    """Return what was done last; the answer replaces the words that the guard asks."""
+    if not incident.answered:
+        return incident.action
+    if incident.action == ASKS:
+        return incident.answered
+    return f"{incident.answered}, then {incident.action}"
 
 
-def _finding(finding: Finding) -> str:
-    """ "loss 2.31 → 11.5, score 41 (limit 8)" """
-    signal = signal_label(finding.signal)
-    where = f" on rank {', '.join(map(str, finding.ranks))}" if finding.ranks else ""
-    if not math.isfinite(finding.value):
-        return f"{signal}: {format_short(finding.value)}{where}"
-    return (
-        f"{signal} {format_short(finding.baseline)} → {format_short(finding.value)}{where}, "
-        f"{score_words(finding.score, finding.threshold)}"
-    )
+def _finding_rows(incident: IncidentSummary, width: int) -> list[Row]:
+    """Return the findings, then what was skipped. The first row stands for all on a small screen."""
+    texts = [format_finding(finding) for finding in incident.findings[:_MOST_LINES]]
+    if skipped := format_skipped(incident):
+        texts.append(skipped)
+    return [fit_row(make_row((f"    {text}", "plain")), width) for text in texts]
+
+
+PANE = Pane(
+    "incidents",
+    "what happened and what was done",
+    _matching_incidents,
+    _build,
+    describe=_describe,
+    step_of=lambda incident: incident.step,
+)

@@ -1,4 +1,4 @@
-"""Pane 6: the journal's lines, the newest at the bottom."""
+"""The pane of the journal, the newest lines at the bottom."""
 
 from __future__ import annotations
 
@@ -10,51 +10,57 @@ from guardrail.tui.draw.lines import Row, make_row, wrap_text
 from guardrail.tui.model.log_lines import LogLine
 from guardrail.tui.model.pane_state import PaneState
 from guardrail.tui.model.view import View
-from guardrail.tui.panes.frame import pane_title
+from guardrail.tui.panes.frame import last_rows, pane_title
+from guardrail.tui.panes.pane import Pane
 
 
-def found(view: View, state: PaneState) -> list[LogLine]:
+def _matching_lines(view: View, state: PaneState) -> list[LogLine]:
     lines = view.snapshot.story.lines
-    return [line for line in lines if state.shows(line.text)] if state.filter else list(lines)
+    if not state.filter:
+        return list(lines)
+    return [line for line in lines if state.shows(line.text)]
 
 
-def count(view: View, state: PaneState) -> int:
-    return len(found(view, state))
-
-
-def step(view: View, state: PaneState) -> int | None:
-    lines = found(view, state)
-    return (
-        lines[state.cursor].step if state.cursor is not None and state.cursor < len(lines) else None
-    )
-
-
-def build(view: View, width: int, height: int, state: PaneState) -> Sequence[Row]:
-    lines = found(view, state)
+def _build(view: View, width: int, height: int, state: PaneState) -> Sequence[Row]:
+    lines = _matching_lines(view, state)
     last = len(lines) - 1 if state.cursor is None else min(state.cursor, len(lines) - 1)
-    rows: list[Row] = []
+    room = height - 1
+    blocks: list[list[Row]] = []
     for index in range(last, -1, -1):
-        if len(rows) >= height - 1:
+        if sum(map(len, blocks)) >= room:
             break
-        rows = log_rows(lines[index], width, marked=state.focused and index == state.cursor) + rows
-    return [pane_title("journal", width, state), *rows[max(0, len(rows) - height + 1) :]]
+        marked = state.focused and index == state.cursor
+        blocks.append(log_rows(lines[index], width, marked=marked))
+    return [pane_title("journal", width, state), *last_rows(blocks, room)]
 
 
 def log_rows(line: LogLine, width: int, *, marked: bool = False) -> list[Row]:
-    """One event, wrapped under its time."""
+    """Return the rows of one event, wrapped under its time."""
     return list(_log_rows(line, width, marked))
 
 
 @lru_cache(maxsize=256)
 def _log_rows(line: LogLine, width: int, marked: bool) -> tuple[Row, ...]:
-    head = f"{format_time_of_day(line.time)} "
-    texts = wrap_text(line.text, width - len(head) - 3)
-    first = make_row(
-        ("▸" if marked else " ", "key"),
-        (head, "dim"),
-        (f"{line.mark} ", line.tone),
-        (texts[0], "plain"),
-    )
-    return first, *(
-        make_row((" " * (len(head) + 3), "plain"), (text, "plain")) for text in texts[1:]
-    )
+    time = f"{format_time_of_day(line.time)} "
+    texts = wrap_text(line.text, width - len(time) - 3)
+    rows = [
+        make_row(
+            ("▸" if marked else " ", "key"),
+            (time, "dim"),
+            (f"{line.mark} ", line.tone),
+            (texts[0], "plain"),
+        )
+    ]
+    for text in texts[1:]:
+        rows.append(make_row((" " * (len(time) + 3), "plain"), (text, "plain")))
+    return tuple(rows)
+
+
+PANE = Pane(
+    "log",
+    "the journal: what happened, who did it, and when",
+    _matching_lines,
+    _build,
+    step_of=lambda line: line.step,
+    tail=True,
+)

@@ -1,4 +1,4 @@
-"""Pane 8: what the ranks print, the newest at the bottom."""
+"""The pane of what the ranks print, the newest lines at the bottom."""
 
 from __future__ import annotations
 
@@ -9,74 +9,67 @@ from guardrail.tui.draw.lines import Row, make_row, wrap_text
 from guardrail.tui.model.logtail import PrintedLine
 from guardrail.tui.model.pane_state import PaneState
 from guardrail.tui.model.view import View
-from guardrail.tui.panes.frame import pane_title
+from guardrail.tui.panes.frame import empty_row, last_rows, pane_title
+from guardrail.tui.panes.pane import Pane
 
-_BAD = ("error", "traceback", "exception", "fatal", "nan", "killed", "out of memory")
-_WARN = ("warn",)
+# words for which a line stands out, in small letters
+_BAD_WORDS = ("error", "traceback", "exception", "fatal", "nan", "killed", "out of memory")
+_WARNING_WORD = "warn"
+_LONGEST_SOURCE = 12  # cells of the name of a log
+_MOST_ROWS = 3  # of one line
 
 
-def found(view: View, state: PaneState) -> list[PrintedLine]:
-    """ "3: " as a filter shows one rank."""
+def _matching_lines(view: View, state: PaneState) -> list[PrintedLine]:
+    """The filter "3: " shows one rank."""
     lines = view.snapshot.around.printed
-    return (
-        [line for line in lines if state.shows(f"{line.source}: {line.text}")]
-        if state.filter
-        else list(lines)
-    )
+    if not state.filter:
+        return list(lines)
+    return [line for line in lines if state.shows(f"{line.source}: {line.text}")]
 
 
-def count(view: View, state: PaneState) -> int:
-    return len(found(view, state))
-
-
-def build(view: View, width: int, height: int, state: PaneState) -> Sequence[Row]:
-    lines = found(view, state)
+def _build(view: View, width: int, height: int, state: PaneState) -> Sequence[Row]:
+    lines = _matching_lines(view, state)
     about = make_row((format_plural(len(lines), "line"), "dim")) if lines else ()
-    rows: list[Row] = []
+    title = pane_title("output", width, state, right=about)
+    if not lines:
+        return [title, empty_row(state, "nothing printed yet")][:height]
     last = len(lines) - 1 if state.cursor is None else min(state.cursor, len(lines) - 1)
-    label = min(
-        12, max((len(line.source) for line in lines[max(0, last - height) : last + 1]), default=1)
-    )
+    room = height - 1
+    sources = [len(line.source) for line in lines[max(0, last - height) : last + 1]]
+    label = min(_LONGEST_SOURCE, max(sources))
+    blocks: list[list[Row]] = []
     for index in range(last, -1, -1):
-        if len(rows) >= height - 1:
+        if sum(map(len, blocks)) >= room:
             break
-        rows = (
-            _rows(lines[index], width, label, marked=state.focused and index == state.cursor) + rows
-        )
-    if not rows:
-        rows = [
-            make_row((" nothing printed yet" if not state.filter else " none like that", "dim"))
-        ]
-    return [
-        pane_title("output", width, state, right=about),
-        *rows[max(0, len(rows) - height + 1) :],
-    ][:height]
+        marked = state.focused and index == state.cursor
+        blocks.append(_line_rows(lines[index], width, label, marked=marked))
+    return [title, *last_rows(blocks, room)][:height]
 
 
-def detail(view: View, width: int, height: int, state: PaneState) -> Sequence[Row]:
-    """The marked line in full."""
-    lines = found(view, state)
-    if state.cursor is None or state.cursor >= len(lines):
-        return []
-    line = lines[state.cursor]
-    return [
-        make_row((f" {line.source}", "strong")),
-        *(make_row(f"   {text}") for text in wrap_text(line.text, width - 4)),
-    ]
+def _describe(view: View, line: PrintedLine, width: int) -> Sequence[Row]:
+    """Return a line in full."""
+    texts = wrap_text(line.text, width - 4)
+    return [make_row((f" {line.source}", "strong")), *(make_row(f"   {text}") for text in texts)]
 
 
-def _rows(line: PrintedLine, width: int, label: int, *, marked: bool) -> list[Row]:
-    texts = wrap_text(line.text, max(1, width - label - 3))
-    tone = _tone(line.text)
-    head = make_row(("▸" if marked else " ", "key"), (f"{line.source[:label]:>{label}} ", "dim"))
-    return [
-        (*head, (texts[0], tone)),
-        *(make_row((" " * (label + 2), "plain"), (text, tone)) for text in texts[1:3]),
-    ]
+def _line_rows(line: PrintedLine, width: int, label: int, *, marked: bool) -> list[Row]:
+    texts = wrap_text(line.text, max(1, width - label - 3))[:_MOST_ROWS]
+    tone = _tone_of(line.text)
+    source = f"{line.source[:label]:>{label}} "
+    rows = [make_row(("▸" if marked else " ", "key"), (source, "dim"))]
+    rows[0] = (*rows[0], (texts[0], tone))
+    for text in texts[1:]:
+        rows.append(make_row((" " * (label + 2), "plain"), (text, tone)))
+    return rows
 
 
-def _tone(text: str) -> str:
-    low = text.lower()
-    if any(word in low for word in _BAD):
+def _tone_of(text: str) -> str:
+    small = text.lower()
+    if any(word in small for word in _BAD_WORDS):
         return "bad"
-    return "warn" if any(word in low for word in _WARN) else "plain"
+    return "warn" if _WARNING_WORD in small else "plain"
+
+
+PANE = Pane(
+    "output", "what the ranks print", _matching_lines, _build, describe=_describe, tail=True
+)

@@ -1,4 +1,4 @@
-"""Pane 3: the ranks. A row each while they fit; else a heat map, and the worst of them by name."""
+"""The pane of the ranks: a row each while they fit; else a heat map, and the worst ranks by name."""
 
 from __future__ import annotations
 
@@ -14,12 +14,19 @@ from guardrail.core.format import (
     format_plural,
     format_size,
 )
-from guardrail.tui.draw.lines import Row, fit_row, make_row, row_width
+from guardrail.tui.draw.lines import Piece, Row, fit_row, make_row, row_width
 from guardrail.tui.model.health import PHASES
 from guardrail.tui.model.pane_state import PaneState
 from guardrail.tui.model.rank_health import RankHealth, assess_ranks, median_step_seconds
 from guardrail.tui.model.view import View
-from guardrail.tui.panes.frame import entries_in_view, mark_entry, pane_title
+from guardrail.tui.panes.frame import (
+    empty_row,
+    entries_in_view,
+    fact_rows,
+    mark_entry,
+    pane_title,
+)
+from guardrail.tui.panes.pane import Pane
 
 # Least ratio to the median -> the cell of a rank on the map.
 _HEAT = (
@@ -29,113 +36,114 @@ _HEAT = (
     (1.1, "░", "plain"),
     (0.0, "·", "dim"),
 )
-_TROUBLE = {
+_FAULTS = {
     "silent": ("?", "bad"),
     "failed": ("✗", "bad"),
     "stuck": ("‖", "bad"),
     "slow": ("▲", "warn"),
 }
 _BAR = 24  # most cells of a bar
+_LEAST_BAR = 6  # a narrower bar says nothing
+_BESIDE_BAR = 68  # cells of all other columns
 _GUTTER = 7  # cells of the number before a row of the map
+_HOST_CELLS = 8  # a row of the map is a multiple of them: the ranks of one host stand together
 MAP_FROM = 65  # ranks from which on there is a map
 _NAMED = 3  # ranks that are named below the map, at least
+_NO_GPU_USE = "use unknown: pip install 'guardrail[gpu]' where the run trains (nvidia-ml-py)"
 
 
-def found(view: View, state: PaneState) -> list[RankHealth]:
-    """Those that the filter lets through: by number while each has a row, else the worst first."""
+def matching_ranks(view: View, state: PaneState) -> list[RankHealth]:
+    """Return the ranks that the filter shows, by number."""
     ended = view.status is not None and view.status.phase.ended
-    judged = assess_ranks(view.snapshot.around.ranks, _now(view), ended=ended)
-    return [one for one in judged if state.shows(_text(one))] if state.filter else judged
+    ranks = assess_ranks(view.snapshot.around.ranks, _now(view), ended=ended)
+    if not state.filter:
+        return ranks
+    return [one for one in ranks if state.shows(_text(one))]
 
 
 def _now(view: View) -> float:
+    """Return the time until which the ranks are known: no rank is silent between two reads."""
     return min(view.now, view.snapshot.around.looked)
 
 
-def ordered(view: View, state: PaneState) -> list[RankHealth]:
-    """In the order of the cursor: by number, and under a map the worst first."""
-    return _ordered(view, found(view, state))
+def _ordered(view: View, ranks: list[RankHealth]) -> list[RankHealth]:
+    """Return the ranks as the cursor moves through them: under a map the worst come first."""
+    if not _has_map(view):
+        return ranks
+    return sorted(ranks, key=lambda one: one.weight)
 
 
-def _ordered(view: View, shown: list[RankHealth]) -> list[RankHealth]:
-    mapped = len(view.snapshot.around.ranks) >= MAP_FROM
-    return sorted(shown, key=lambda one: one.weight) if mapped else shown
+def _has_map(view: View) -> bool:
+    return len(view.snapshot.around.ranks) >= MAP_FROM
 
 
-def count(view: View, state: PaneState) -> int:
-    return len(found(view, state))
+def _entries(view: View, state: PaneState) -> list[RankHealth]:
+    return _ordered(view, matching_ranks(view, state))
 
 
-def build(view: View, width: int, height: int, state: PaneState) -> Sequence[Row]:
-    shown = found(view, state)
-    hosts = len({one.rank.told.host for one in shown})
-    about = f"{format_count(len(shown))} on {format_plural(hosts, 'host')}" if shown else ""
-    rows = [pane_title("ranks", width, state, right=make_row((about, "dim")))]
+def _build(view: View, width: int, height: int, state: PaneState) -> Sequence[Row]:
+    shown = matching_ranks(view, state)
     if not shown:
-        return [
-            *rows,
-            make_row(
-                (" no rank has reported yet" if not state.filter else " none like that", "dim")
-            ),
-        ]
-    rows.append(fit_row(_summary(view, shown, width), width))
-    room = height - len(rows)
-    worst = _ordered(view, shown)
-    if len(view.snapshot.around.ranks) >= MAP_FROM:
-        named = max(min(_NAMED, room - 1), room - math.ceil(len(shown) / max(1, width - _GUTTER)))
-        rows += heat_map(shown, width, max(0, room - named))
+        empty = empty_row(state, "no rank has reported yet")
+        return [pane_title("ranks", width, state), empty]
+    hosts = len({one.rank.told.host for one in shown})
+    about = f"{format_count(len(shown))} on {format_plural(hosts, 'host')}"
+    rows = [pane_title("ranks", width, state, right=make_row((about, "dim")))]
+    rows.append(_summary_row(view, shown, width))
+    if _has_map(view):
         room = height - len(rows)
-    longest = max((one.rank.told.step_seconds for one in shown), default=0.0)
-    for index in entries_in_view(len(worst), room, state):
-        rows.append(
-            fit_row(
-                mark_entry(_rank(worst[index], _now(view), longest, width), index, state), width
-            )
-        )
+        map_rows = math.ceil(len(shown) / max(1, width - _GUTTER))
+        named = max(min(_NAMED, room - 1), room - map_rows)
+        rows += heat_map(shown, width, max(0, room - named))
+    ordered = _ordered(view, shown)
+    longest = max(one.rank.told.step_seconds for one in shown)
+    for index in entries_in_view(len(ordered), height - len(rows), state):
+        line = _rank_row(ordered[index], _now(view), longest, width)
+        rows.append(fit_row(mark_entry(line, index, state), width))
     return rows[:height]
 
 
-def detail(view: View, width: int, height: int, state: PaneState) -> Sequence[Row]:
-    """All that the marked rank says of itself."""
-    worst = ordered(view, state)
-    if state.cursor is None or state.cursor >= len(worst):
-        return []
-    one = worst[state.cursor]
+def _describe(view: View, one: RankHealth, width: int) -> Sequence[Row]:
+    """Return all that a rank reports of itself."""
     told = one.rank.told
+    step_time = f"{_seconds(told.step_seconds)} of a step, {one.ratio:.2f} × the median"
     facts = [
         ("phase", PHASES[told.phase]),
-        ("trouble", _words(one) if one.trouble else "none"),
+        ("fault", _state_words(one) if one.fault else "none"),
         ("step", format_count(told.step)),
-        ("own work", f"{_seconds(told.step_seconds)} of a step, {one.ratio:.2f} × the median"),
+        ("own work", step_time),
         ("host", f"{clean_and_shorten(told.host, 80)}, process {told.pid}"),
         ("memory", format_size(told.memory_bytes) or "unknown"),
-        ("GPU", _gpu(one)),
-        ("heard", f"{format_elapsed(_now(view) - one.rank.heard)} ago"),
+        ("GPU", _gpu_words(one)),
+        ("heartbeat", f"{format_elapsed(_now(view) - one.rank.heard)} ago"),
         ("progress", f"{format_elapsed(_now(view) - one.rank.moved)} ago"),
         ("start", f"{told.incarnation}"),
         ("log", f"logs/rank-{told.rank}.log"),
     ]
-    return [
-        make_row((f" rank {told.rank}", "strong")),
-        *(make_row((f"   {name:<10}", "dim"), text) for name, text in facts),
-    ]
+    return [make_row((f" rank {told.rank}", "strong")), *fact_rows(facts)]
+
+
+# -- the map
 
 
 def heat_map(ranks: Sequence[RankHealth], width: int, height: int) -> list[Row]:
-    """A cell for each rank, or for each group of them, which is as its worst. Rows begin with a
-    rank's number.
+    """Return rows of cells, a cell for each rank, or for each group of ranks.
+
+    A group looks like its worst rank. Each row begins with the number of its first rank.
     """
     cells = width - _GUTTER
-    cells -= cells % 8 if cells >= 16 else 0  # ranks of one host stand together
+    if cells >= 2 * _HOST_CELLS:
+        cells -= cells % _HOST_CELLS
     if cells < 1 or height < 1:
         return []
     group = max(1, math.ceil(len(ranks) / (cells * height)))
     rows: list[Row] = []
     for first in range(0, len(ranks), cells * group):
-        stretch = ranks[first : first + cells * group]
-        line: list[tuple[str, str]] = [(f"{stretch[0].rank.told.rank:>{_GUTTER - 1}} ", "dim")]
-        for begin in range(0, len(stretch), group):
-            glyph, tone = _cell(min(stretch[begin : begin + group], key=lambda one: one.weight))
+        in_row = ranks[first : first + cells * group]
+        line: list[Piece] = [(f"{in_row[0].rank.told.rank:>{_GUTTER - 1}} ", "dim")]
+        for begin in range(0, len(in_row), group):
+            worst = min(in_row[begin : begin + group], key=lambda one: one.weight)
+            glyph, tone = _map_cell(worst)
             if line[-1][1] == tone and len(line) > 1:
                 line[-1] = (line[-1][0] + glyph, tone)
             else:
@@ -144,97 +152,121 @@ def heat_map(ranks: Sequence[RankHealth], width: int, height: int) -> list[Row]:
     return rows
 
 
-def _cell(one: RankHealth) -> tuple[str, str]:
-    if one.trouble in ("silent", "failed", "stuck"):
-        return _TROUBLE[one.trouble]
+def _map_cell(one: RankHealth) -> Piece:
+    if one.fault in ("silent", "failed", "stuck"):
+        return _FAULTS[one.fault]
     return next((glyph, tone) for least, glyph, tone in _HEAT if one.ratio >= least)
 
 
-def _summary(view: View, shown: Sequence[RankHealth], width: int) -> Row:
-    usual = median_step_seconds([one.rank for one in shown])
-    line: list[tuple[str, str]] = [(f" median {_seconds(usual)}", "plain")]
-    slowest = max(shown, key=lambda one: one.rank.told.step_seconds)
-    total = sum(times for _, times in view.snapshot.around.slowest)
-    often, times = max(view.snapshot.around.slowest, key=lambda pair: pair[1], default=(-1, 0))
-    if slowest.rank.told.step_seconds > 0 and len(shown) > 1:
-        told = slowest.rank.told
-        tone = "warn" if slowest.trouble == "slow" else "plain"
-        line.append(
-            (
-                f"   slowest {told.rank} ({clean_and_shorten(told.host, 24)}) {_seconds(told.step_seconds)}",
-                tone,
-            )
-        )
-        if told.rank == often:
-            line.append((f", in {times} of {format_plural(total, 'step')}", "dim"))
-    for trouble in ("silent", "stuck", "failed"):
-        if many := sum(one.trouble == trouble for one in shown):
-            line.append((f"   {_TROUBLE[trouble][0]} {many} {trouble}", "bad"))
-    if any(one.rank.told.gpu_memory_bytes and one.rank.told.gpu_percent < 0 for one in shown):
-        line.append(("   GPU use unknown: needs guardrail[gpu]", "dim"))
-    if total and slowest.rank.told.rank != often:
-        line.append((f"   {often} was slowest in {times} of {format_plural(total, 'step')}", "dim"))
+# -- rows
+
+
+def _summary_row(view: View, shown: Sequence[RankHealth], width: int) -> Row:
+    """Return the median and what stands out; dim parts are dropped where it is narrow."""
+    median = median_step_seconds([one.rank for one in shown])
+    line: list[Piece] = [(f" median {_seconds(median)}", "plain")]
+    line += _slowest_pieces(view, shown)
     while row_width(tuple(line)) > width and any(tone == "dim" for _, tone in line):
         line.remove(next(piece for piece in reversed(line) if piece[1] == "dim"))
-    return tuple(line)
+    return fit_row(tuple(line), width)
 
 
-def _rank(one: RankHealth, now: float, longest: float, width: int) -> Row:
+def _slowest_pieces(view: View, shown: Sequence[RankHealth]) -> list[Piece]:
+    counts = view.snapshot.around.slowest
+    total = sum(times for _, times in counts)
+    often, times = max(counts, key=lambda pair: pair[1], default=(-1, 0))
+    in_steps = f"in {times} of {format_plural(total, 'step')}"
+    slowest = max(shown, key=lambda one: one.rank.told.step_seconds)
+    told = slowest.rank.told
+    pieces: list[Piece] = []
+    if told.step_seconds > 0 and len(shown) > 1:
+        tone = "warn" if slowest.fault == "slow" else "plain"
+        host, seconds = clean_and_shorten(told.host, 24), _seconds(told.step_seconds)
+        pieces.append((f"   slowest {told.rank} ({host}) {seconds}", tone))
+        if told.rank == often:
+            pieces.append((f", {in_steps}", "dim"))
+    for fault in ("silent", "stuck", "failed"):
+        if many := sum(one.fault == fault for one in shown):
+            pieces.append((f"   {_FAULTS[fault][0]} {many} {fault}", "bad"))
+    if any(one.rank.told.gpu_memory_bytes and one.rank.told.gpu_percent < 0 for one in shown):
+        pieces.append(("   GPU use unknown: needs guardrail[gpu]", "dim"))
+    if total and told.rank != often:
+        pieces.append((f"   {often} was slowest {in_steps}", "dim"))
+    return pieces
+
+
+def _rank_row(one: RankHealth, now: float, longest: float, width: int) -> Row:
+    """Return the columns of one rank, as many as there is room for.
+
+    Args:
+        longest: seconds that the longest bar stands for.
+    """
     told = one.rank.told
-    glyph, tone = _TROUBLE.get(one.trouble, ("●", "good"))
-    head: Row = (
+    glyph, tone = _FAULTS.get(one.fault, ("●", "good"))
+    line: list[Piece] = [
         (f"{told.rank:>5} ", "strong"),
         (f"{glyph} ", tone),
-        (f"{_words(one):<15}", tone if one.trouble else "plain"),
-    )
-    bar = min(_BAR, max(0, width - 68))
-    if bar >= 6:
-        filled = round(bar * told.step_seconds / longest) if longest > 0 else 0
-        head = (
-            *head,
-            ("▇" * filled, tone if one.trouble == "slow" else "accent"),
-            (" " * (bar - filled), "plain"),
-        )
-    line: Row = (*head, (f" {_seconds(told.step_seconds):>8}", "plain"))
+        (f"{_state_words(one):<15}", tone if one.fault else "plain"),
+        *_bar_pieces(one, longest, min(_BAR, max(0, width - _BESIDE_BAR))),
+        (f" {_seconds(told.step_seconds):>8}", "plain"),
+    ]
     memory = format_size(told.gpu_memory_bytes or told.memory_bytes)
-    gpu = [f"  GPU {told.gpu_percent:>3.0f} %"] if told.gpu_percent >= 0 else []
-    more = [
-        *gpu,
+    columns = [
         f"{memory:>9}",
         f" {format_elapsed(now - one.rank.heard):>9}",
         f"  {clean_and_shorten(told.host, 40)}",
     ]
-    for text in more:  # as many as there is room for
-        if row_width(line) + cell_len(text) < width:
-            line = (*line, (text, "dim"))
-    return line
+    if told.gpu_percent >= 0:
+        columns.insert(0, f"  GPU {told.gpu_percent:>3.0f} %")
+    used = row_width(tuple(line))
+    for text in columns:
+        if used + cell_len(text) < width:
+            line.append((text, "dim"))
+            used += cell_len(text)
+    return tuple(line)
 
 
-def _gpu(one: RankHealth) -> str:
+def _bar_pieces(one: RankHealth, longest: float, cells: int) -> list[Piece]:
+    if cells < _LEAST_BAR:
+        return []
+    filled = round(cells * one.rank.told.step_seconds / longest) if longest > 0 else 0
+    tone = _FAULTS["slow"][1] if one.fault == "slow" else "accent"
+    return [("▇" * filled, tone), (" " * (cells - filled), "plain")]
+
+
+def _gpu_words(one: RankHealth) -> str:
     told = one.rank.told
-    unknown = "use unknown: pip install 'guardrail[gpu]' where the run trains (nvidia-ml-py)"
-    busy = f"{told.gpu_percent:.0f} % busy" if told.gpu_percent >= 0 else unknown
-    used = format_size(told.gpu_memory_bytes)
-    return f"{busy}, {used} in use" if used else "none" if told.gpu_percent < 0 else busy
+    used, known = format_size(told.gpu_memory_bytes), told.gpu_percent >= 0
+    busy = f"{told.gpu_percent:.0f} % busy" if known else _NO_GPU_USE
+    if used:
+        return f"{busy}, {used} in use"
+    return busy if known else "none"
 
 
-def _words(one: RankHealth) -> str:
-    """Its trouble, else its phase."""
-    if one.trouble in ("silent", "stuck"):
-        return f"{one.trouble} {format_elapsed(one.seconds)}"
-    return (
-        f"{one.ratio:.1f} × median"
-        if one.trouble == "slow"
-        else one.trouble or PHASES[one.rank.told.phase]
-    )
+def _state_words(one: RankHealth) -> str:
+    """Return the fault of a rank with its number, else its phase."""
+    if one.fault in ("silent", "stuck"):
+        return f"{one.fault} {format_elapsed(one.seconds)}"
+    if one.fault == "slow":
+        return f"{one.ratio:.1f} × median"
+    return one.fault or PHASES[one.rank.told.phase]
 
 
 def _text(one: RankHealth) -> str:
     told = one.rank.told
-    return f"{told.rank} {told.host} {PHASES[told.phase]} {one.trouble}"
+    return f"{told.rank} {told.host} {PHASES[told.phase]} {one.fault}"
 
 
 def _seconds(value: float) -> str:
     if not value > 0:
         return "–"
     return f"{1000 * value:,.0f} ms" if value < 10 else f"{value:,.1f} s"
+
+
+PANE = Pane(
+    "ranks",
+    "phase, own work in a step, GPU, memory, heartbeat",
+    _entries,
+    _build,
+    describe=_describe,
+)

@@ -16,7 +16,7 @@ from guardrail.tui.chart.chart import Chart, Sparklines
 from guardrail.tui.draw.lines import Lines, Row
 from guardrail.tui.model.sent_commands import SentCommands
 from guardrail.tui.model.view import View
-from guardrail.tui.panes.incidents import newest
+from guardrail.tui.panes.incidents import newest_incident_rows
 from guardrail.tui.panes.table import PANES
 from guardrail.tui.screens import header_footer, keys
 from guardrail.tui.screens.command_keys import CommandKeys
@@ -70,7 +70,7 @@ class Dashboard(CommandKeys, Mouse, Screen[None]):
             with Vertical(id="panes"):
                 for pane in PANES:
                     yield PaneLines(pane)
-        yield Lines(newest, id="newest")
+        yield Lines(newest_incident_rows, id="newest")
         yield Lines(header_footer.status_rows, id="facts")
         yield Lines(header_footer.message_rows, id="message")
         yield Lines(self._footer, id="footer")

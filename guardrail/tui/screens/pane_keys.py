@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from guardrail.tui.draw.lines import Lines, Row
 from guardrail.tui.model.pane_state import PaneState
 from guardrail.tui.model.view import View
 from guardrail.tui.panes.log import log_rows
-from guardrail.tui.panes.table import BY_NAME, CURVES, NAMES, Pane
+from guardrail.tui.panes.pane import Pane
+from guardrail.tui.panes.table import BY_NAME, CURVES, NAMES
 from guardrail.tui.screens import keys
 from guardrail.tui.screens.choice_dialogs import Palette
 from guardrail.tui.screens.input_dialogs import Text
@@ -21,7 +23,7 @@ from guardrail.tui.terminal.themed_app import ThemedApp
 class PaneLines(Lines):
     """A pane on the screen; a click focuses it."""
 
-    def __init__(self, pane: Pane) -> None:
+    def __init__(self, pane: Pane[Any]) -> None:
         super().__init__(self._content, id=f"pane-{pane.name}", classes="pane")
         self.pane = pane
 
@@ -102,23 +104,22 @@ class PaneKeys(ScreenPart):
             self.action_move(1)
             state = self.focused_pane()[1]
         self.go_to_entry()
-        detail = pane.detail
-        if detail is None or not detail(self.view, 80, 24, state):
+        if not pane.detail(self.view, 80, 24, state):
             return
 
         def rows(view: View, width: int, height: int) -> Sequence[Row]:
-            return detail(view, width, height, state)
+            return pane.detail(view, width, height, state)
 
         self.app.push_screen(Pager(pane.name, self.view, rows))
 
     def go_to_entry(self) -> None:
         """Move the cursor of the charts to the step of the selected entry, where it has one."""
         pane, state = self.focused_pane()
-        step = None if pane.step is None else pane.step(self.view, state)
+        step = pane.step(self.view, state)
         if step is not None:
             self.go_to(step)
 
-    def focused_pane(self) -> tuple[Pane, PaneState]:
+    def focused_pane(self) -> tuple[Pane[Any], PaneState]:
         pane = BY_NAME[self.view.focus]
         return pane, self.view.state(pane.name)
 

@@ -86,7 +86,7 @@ def test_a_resumed_run_in_set_up_shows_nothing_of_its_dead_processes(phase: Phas
     shown = header(view)
     assert shown.startswith(" ○ STARTING"), "an incident that was open says nothing of now"
     assert "– tok/s" in shown and "–:--:--" in shown
-    states = text(snapshots.build(view, 60, 12, PaneState()))
+    states = text(snapshots.PANE.build(view, 60, 12, PaneState()))
     assert "memory" not in states and "■" in states, "what was in memory is gone with the processes"
 
 
@@ -106,7 +106,7 @@ def test_a_new_start_writes_nothing_of_the_dead_processes(tmp_path: Path) -> Non
 
 
 def test_an_ended_run_has_no_states_in_memory() -> None:
-    assert "memory" not in text(snapshots.build(look(phase=Phase.FAILED), 60, 12, PaneState()))
+    assert "memory" not in text(snapshots.PANE.build(look(phase=Phase.FAILED), 60, 12, PaneState()))
 
 
 # -- who acts
@@ -138,7 +138,7 @@ def test_what_is_advised_stands_in_the_journal_once_an_incident() -> None:
     fake.event(
         "verdict", "would skip at step 200", action="apply", would="skip", incident=2, at_step=200
     )
-    shown = text(log.build(look(fake), 80, 40, PaneState()))
+    shown = text(log.PANE.build(look(fake), 80, 40, PaneState()))
     lines = [line for line in shown.splitlines() if "would" in line]
     assert [line.split("▲ ")[1] for line in lines] == [
         "would skip at step 101", "would rollback at step 103", "would skip at step 200",
@@ -283,5 +283,5 @@ def test_ages_of_states_are_short_and_whole(width: int) -> None:
         example().status, snapshots=(info,), heartbeat=100.0 + 3 * 86400
     )
     view = View(Snapshot("a/b", status=status, heard=status.heartbeat), status.heartbeat)
-    shown = text(snapshots.build(view, width, 4, PaneState())).splitlines()[1]
+    shown = text(snapshots.PANE.build(view, width, 4, PaneState())).splitlines()[1]
     assert shown.rstrip().endswith("3 d") and "good" in shown and cell_len(shown) <= width, shown

@@ -76,7 +76,7 @@ BUILDERS: dict[str, Callable[[View, int, int], Sequence[Row]]] = {
         panels.status_rows,
         panels.message_rows,
         panels.footer_rows,
-        incidents.newest,
+        incidents.newest_incident_rows,
         Sparklines()._sparks,
     )
 } | {
@@ -205,13 +205,13 @@ def test_facts_before_the_first_sign_of_life() -> None:
 
 
 def test_incidents_newest_first_and_cut_to_the_height() -> None:
-    rows = incidents.build(view(), 60, 12, PaneState())
+    rows = incidents.PANE.build(view(), 60, 12, PaneState())
     shown = text(rows)
     assert shown.index("#2") < shown.index("#1") and len(rows) <= 12
     assert "rolled back to 1,200" in shown and "48 samples of 3 documents left out" in shown
-    assert "#1" not in text(incidents.build(view(), 60, 7, PaneState()))
+    assert "#1" not in text(incidents.PANE.build(view(), 60, 7, PaneState()))
     assert "none" in text(
-        incidents.build(View(snapshot_of(FakeRun().begin()), 0.0), 60, 5, PaneState())
+        incidents.PANE.build(View(snapshot_of(FakeRun().begin()), 0.0), 60, 5, PaneState())
     )
 
 
@@ -220,7 +220,7 @@ def test_many_documents_are_counted() -> None:
     many = replace(told.incidents[0], documents=tuple(f"a-rather-long-name-{n:03}.txt" for n in range(16)),
                    documents_total=900)  # fmt: skip
     snapshot = replace(view().snapshot, story=replace(told, incidents=(many,)))
-    shown = incidents.build(View(snapshot, 0.0), 50, 20, PaneState())
+    shown = incidents.PANE.build(View(snapshot, 0.0), 50, 20, PaneState())
     assert len(shown) <= 9 and text(shown).rstrip().endswith("…")
 
 
@@ -230,7 +230,7 @@ def test_checkpoints_never_squeeze_the_disk_out() -> None:
         for step, tier, state in [(10 * n, "memory", "candidate") for n in range(10, 20)]
         + [(50, "disk", "good")]
     )
-    shown = text(snapshots.build(view(snapshots=infos), 60, 5, PaneState()))
+    shown = text(snapshots.PANE.build(view(snapshots=infos), 60, 5, PaneState()))
     assert "■        50  disk 1 GB" in shown and "○       190  memory" in shown
     assert len(shown.splitlines()) == 5
 
@@ -247,7 +247,7 @@ def test_glyphs_of_states() -> None:
 
 
 def test_the_journal_ends_with_the_newest_line() -> None:
-    rows = log.build(view(), 50, 8, PaneState())
+    rows = log.PANE.build(view(), 50, 8, PaneState())
     assert len(rows) == 8 and "recovered" in text(rows[-1:])
 
 

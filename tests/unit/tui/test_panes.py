@@ -240,7 +240,7 @@ def test_the_straggler_and_the_silent_one_are_named(count: int, width: int, heig
         assert "? silent 0:00:40" in shown and "▲ 3.2 × median" in shown
     if count == 1024:
         assert shown.count("█") == 1, "one cell of the map is hot"
-        worst = ranks_pane.ordered(seen, PaneState())
+        worst = ranks_pane.PANE.entries(seen, PaneState())
         assert [one.rank.told.rank for one in worst[:2]] == [3, 5]
 
 
@@ -249,15 +249,15 @@ def test_nobody_is_missed_between_two_looks() -> None:
     now = example().time
     for looked, missed in ((now + 0.4, 0), (now + 30, 8)):
         seen = replace(view(Background(ranks(8, now=now), looked=looked)), now=now + 60)
-        assert ranks_pane.count(seen, PaneState(filter="silent")) == missed
+        assert ranks_pane.PANE.count(seen, PaneState(filter="silent")) == missed
 
 
 def test_a_rank_is_found_by_its_number_and_its_host() -> None:
     seen = view(Background(ranks(1024, slow=513, now=example().time)))
     assert [
-        one.rank.told.rank for one in ranks_pane.found(seen, PaneState(filter="node-064"))
+        one.rank.told.rank for one in ranks_pane.matching_ranks(seen, PaneState(filter="node-064"))
     ] == list(range(512, 520))
-    assert ranks_pane.count(seen, PaneState(filter="slow")) == 1
+    assert ranks_pane.PANE.count(seen, PaneState(filter="slow")) == 1
 
 
 def test_groups_of_ranks_share_a_cell_and_show_their_worst() -> None:
@@ -478,7 +478,7 @@ def test_gpus_whose_use_is_unknown_say_what_is_missing() -> None:
         told = rank(0, gpu_memory_bytes=10**9, gpu_percent=percent)
         now = example().time + 0.4
         seen = view(Background((Rank(told, now, now),)))
-        return text(ranks_pane.build(seen, 120, 12, PaneState()))
+        return text(ranks_pane.PANE.build(seen, 120, 12, PaneState()))
 
     assert "GPU use unknown: needs guardrail[gpu]" in shown(-1.0)
     assert "unknown" not in shown(43.0) and "GPU  43 %" in shown(43.0)
