@@ -22,7 +22,7 @@ def _build(view: View, width: int, height: int, state: PaneState) -> Sequence[Ro
     shown = _matching_lines(view, state)
     rows = [pane_title("configuration", width, state, right=_count_of_changes(view, shown))]
     if not shown:
-        return [*rows, empty_row(state, "no configuration in the run directory")]
+        return [*rows, empty_row(state, "no configuration in the run directory", width)]
     for index in entries_in_view(len(shown), height - 1, state):
         rows.append(fit_row(mark_entry(_line_row(shown[index]), index, state), width))
     return rows[:height]

@@ -46,7 +46,7 @@ def _build(view: View, width: int, height: int, state: PaneState) -> Sequence[Ro
     rows += [fit_row(line, width) for line in _position_rows(view)]
     spans = _matching_spans(view, state)
     if not spans:
-        return [*rows, empty_row(state, "no sample is skipped")][:height]
+        return [*rows, empty_row(state, "no sample is skipped", width)][:height]
     for index in entries_in_view(len(spans), height - len(rows), state):
         rows.append(fit_row(mark_entry(make_row(_text(spans[index])), index, state), width))
     return rows[:height]
@@ -109,7 +109,7 @@ def _text(one: SkippedSpan) -> str:
 
 PANE = Pane(
     "data",
-    "position, tokens trained on, and which samples are skipped",
+    "position, tokens, skipped samples",
     _matching_spans,
     _build,
     describe=_describe,

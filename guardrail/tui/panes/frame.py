@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from guardrail.tui.draw.lines import Piece, Row, make_row, title_row, wrap_text
+from guardrail.tui.draw.lines import Piece, Row, fit_row, make_row, title_row, wrap_text
 from guardrail.tui.model.pane_state import PaneState
 
 _ENTRY = "entry "
@@ -21,9 +21,10 @@ def pane_title(name: str, width: int, state: PaneState, *, right: Row = ()) -> R
     return title_row(name, width, right=right, tone="key" if state.focused else "dim")
 
 
-def empty_row(state: PaneState, text: str) -> Row:
+def empty_row(state: PaneState, text: str, width: int) -> Row:
     """Return the row of a pane without entries: `text`, or that the filter matches none."""
-    return make_row((" no match for the filter" if state.filter else f" {text}", "dim"))
+    text = "no match for the filter" if state.filter else text
+    return fit_row(make_row((f" {text}", "dim")), width)
 
 
 def entries_in_view(count: int, room: int, state: PaneState, *, tail: bool = False) -> range:

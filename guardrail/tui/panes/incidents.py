@@ -42,7 +42,7 @@ def _build(view: View, width: int, height: int, state: PaneState) -> Sequence[Ro
     """Return the selected incident (else the newest) in full, the others in two rows each."""
     incidents = _matching_incidents(view, state)
     if not incidents:
-        return [pane_title("incidents", width, state), empty_row(state, "none")]
+        return [pane_title("incidents", width, state), empty_row(state, "none", width)]
     count: Row = ((str(len(incidents)), "dim"),)
     rows = [pane_title("incidents", width, state, right=count)]
     full = min(state.cursor or 0, len(incidents) - 1)
@@ -130,9 +130,7 @@ def _document_rows(incident: IncidentSummary, width: int) -> list[Row]:
     lines = wrap_text(names, width - 5)
     if len(lines) > _MOST_LINES:
         lines[_MOST_LINES - 1] += " …"
-    return [
-        fit_row(make_row((f"    {line}", "dim")), width) for line in lines[:_MOST_LINES]
-    ]
+    return [fit_row(make_row((f"    {line}", "dim")), width) for line in lines[:_MOST_LINES]]
 
 
 def _head_row(view: View, incident: IncidentSummary, width: int, *, marked: bool = False) -> Row:

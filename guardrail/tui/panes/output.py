@@ -32,7 +32,7 @@ def _build(view: View, width: int, height: int, state: PaneState) -> Sequence[Ro
     about = make_row((format_plural(len(lines), "line"), "dim")) if lines else ()
     title = pane_title("output", width, state, right=about)
     if not lines:
-        return [title, empty_row(state, "nothing printed yet")][:height]
+        return [title, empty_row(state, "nothing printed yet", width)][:height]
     last = len(lines) - 1 if state.cursor is None else min(state.cursor, len(lines) - 1)
     room = height - 1
     sources = [len(line.source) for line in lines[max(0, last - height) : last + 1]]

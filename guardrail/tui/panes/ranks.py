@@ -84,7 +84,7 @@ def _entries(view: View, state: PaneState) -> list[RankHealth]:
 def _build(view: View, width: int, height: int, state: PaneState) -> Sequence[Row]:
     shown = matching_ranks(view, state)
     if not shown:
-        empty = empty_row(state, "no rank has reported yet")
+        empty = empty_row(state, "no rank has reported yet", width)
         return [pane_title("ranks", width, state), empty]
     hosts = len({one.rank.told.host for one in shown})
     about = f"{format_count(len(shown))} on {format_plural(hosts, 'host')}"

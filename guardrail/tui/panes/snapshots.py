@@ -52,7 +52,7 @@ def _build(view: View, width: int, height: int, state: PaneState) -> Sequence[Ro
     rows = [pane_title("snapshots and checkpoints", width, state)]
     rows += [fit_row(line, width) for line in _safety_rows(view, state)]
     if not known:
-        return [*rows, empty_row(state, "none yet")][:height]
+        return [*rows, empty_row(state, "none yet", width)][:height]
     for at in _states_in_view(known, height - len(rows), state):
         line = mark_entry(snapshot_row(known[at], view.now, width - 2), at, state)
         rows.append(fit_row(line, width))
@@ -109,7 +109,7 @@ def _safety_rows(view: View, state: PaneState) -> list[Row]:
     return rows
 
 
-def _symbol(info: SnapshotInfo) -> Piece:
+def state_symbol(info: SnapshotInfo) -> Piece:
     """Return a circle for memory, a square for the disk, a triangle for a suspect state.
 
     A good state is filled, a candidate hollow.
@@ -128,7 +128,7 @@ def snapshot_row(info: SnapshotInfo, now: float, width: int = _WIDE) -> Row:
         place = f" {format_count(info.step):>9}  {f'{info.tier} {size}':<13}"
     taken = format_age(max(0.0, now - info.time)) if info.time else ""
     return (
-        _symbol(info),
+        state_symbol(info),
         (place, "plain"),
         (f"{info.state:<10}", _TONES.get(info.state, "dim")),
         (f"{taken:>6}", "dim"),

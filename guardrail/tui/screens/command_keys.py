@@ -23,8 +23,8 @@ from guardrail.tui.draw.lines import Row
 from guardrail.tui.model import sent_commands as controls
 from guardrail.tui.model.sent_commands import SentCommands
 from guardrail.tui.model.view import View
-from guardrail.tui.panes.incidents import evidence
-from guardrail.tui.panes.snapshots import restorable, snapshot
+from guardrail.tui.panes.incidents import newest_evidence_rows
+from guardrail.tui.panes.snapshots import restorable_states, snapshot_row
 from guardrail.tui.screens.choice_dialogs import Choose, Confirm
 from guardrail.tui.screens.dialog import Dialog
 from guardrail.tui.screens.input_dialogs import Number, Text
@@ -236,13 +236,13 @@ class CommandKeys(Base):
         self._send(Resume() if is_paused else Pause())
 
     def _choose_state(self) -> None:
-        known = restorable(self.view.status)
+        known = restorable_states(self.view.status)
         status = self.view.status
         if not known or status is None:
             self.say("there is no snapshot or checkpoint to restore yet")
             return
         options: list[tuple[str | Row, str]] = [
-            (snapshot(info, self.view.now), " ".join(controls.rollback_cost(info, status)))
+            (snapshot_row(info, self.view.now), " ".join(controls.rollback_cost(info, status)))
             for info in known
         ]
         good = [index for index, info in enumerate(known) if info.state == "good"]
@@ -297,7 +297,7 @@ class CommandKeys(Base):
             text=lambda view: question_lines(view, asked.text),
             options=asked.choices,
             alive=lambda view: view.status is None or asked.is_open(view),
-            evidence=evidence,
+            evidence=newest_evidence_rows,
             left=time_left,
         )
         dialog.by_itself = by_itself

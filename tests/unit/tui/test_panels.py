@@ -238,7 +238,9 @@ def test_checkpoints_never_squeeze_the_disk_out() -> None:
 def test_glyphs_of_states() -> None:
     info = SnapshotInfo(step=1, cursor=0, timeline=0, tier="memory", state="good")
     shown = {
-        (tier, state): snapshots.glyph(msgspec.structs.replace(info, tier=tier, state=state))[0]
+        (tier, state): snapshots.state_symbol(
+            msgspec.structs.replace(info, tier=tier, state=state)
+        )[0]
         for tier in ("memory", "disk")
         for state in ("good", "candidate", "suspect")
     }

@@ -273,17 +273,15 @@ def test_silence_goes_by_the_clock_of_the_viewer() -> None:
             [rank(0, heartbeat=now + skew, progress=7, progress_time=now + skew), rank(1)], now
         )
     first, second = assess_ranks(known, 1021.0)
-    assert (first.trouble, second.trouble) == ("", "silent")
+    assert (first.fault, second.fault) == ("", "silent")
     book.look([rank(0, heartbeat=5.0, progress=7)], 1100.0)
     (stuck,) = assess_ranks(book.look([rank(0, heartbeat=6.0, progress=7)], 1200.0), 1201.0)
-    assert stuck.trouble == "stuck" and stuck.seconds > 100
+    assert stuck.fault == "stuck" and stuck.seconds > 100
     (again,) = assess_ranks(
         book.look([rank(0, heartbeat=1201.0, progress_time=1201.0, incarnation=1)], 1201.0), 1202.0
     )
-    assert again.trouble == ""
-    assert assess_ranks(known, 99999.0, ended=True)[1].trouble == "", (
-        "after the end nobody is missed"
-    )
+    assert again.fault == ""
+    assert assess_ranks(known, 99999.0, ended=True)[1].fault == "", "after the end nobody is missed"
 
 
 # -- looking around
@@ -443,7 +441,7 @@ def test_evidence_tells_cause_samples_remedy_and_outcome() -> None:
     seen = View(snapshot_of(fake), fake.time)
     shown = text(BY_NAME["incidents"].detail(seen, 100, 40, PaneState(cursor=0)))  # type: ignore[misc]
     for said in ("data, only from this state: 3 of 3 passes gave 11.5",
-                 "position 4,801: loss 11.5, 91 % of the trouble",
+                 "position 4,801: loss 11.5, 91 % of the gradient",
                  "odd: repeats 0.98", "“Ã‚Â Ã‚Â”", "2 of them (rejected)", "recovered after 12 steps",
                  "expected 2.3", "score 18.4 (limit 8)", "0037.txt"):  # fmt: skip
         assert said in shown, said
