@@ -32,8 +32,6 @@ __getattr__ = forward(
         "Span",
         "DocumentRef",
         "SnapshotInfo",
-        "SENSELESS",
-        "Event",
         "field_of",
         "Phase",
         "Unresolved",
@@ -47,5 +45,7 @@ __getattr__ = forward(
         "Curve": "LossTrend",
         "Outcome": "RecoveryResult",
         "CommandKind": "guardrail.decide.control_commands.old_kinds.CommandKind",
+        "Event": "guardrail.core.events.event.Event",
+        "SENSELESS": "guardrail.core.events.event.SENSELESS",
     },
 )

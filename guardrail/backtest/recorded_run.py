@@ -20,8 +20,9 @@ from guardrail.backtest.importers.recorded_log import Log, options_for_log
 from guardrail.backtest.rejudge import Rejudge
 from guardrail.core.config import check_guard_options
 from guardrail.core.errors import DataError, GuardrailError, RunDirectoryError
+from guardrail.core.events.event import Event
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import METRIC_COLUMNS, Action, Event, Mode, Verdict
+from guardrail.core.records import METRIC_COLUMNS, Action, Mode, Verdict
 from guardrail.decide.advised_incidents import advised_words
 from guardrail.decide.controller import Controller
 from guardrail.rundir.run_directory import RunDirectory

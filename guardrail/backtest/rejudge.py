@@ -16,14 +16,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from guardrail.backtest.importers.run_directory import watched_signals
+from guardrail.core.events.event import SENSELESS, Event
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import (
     GRAD_NORM,
     LOSS,
     LOSS_SCALE,
-    SENSELESS,
     Action,
-    Event,
     FindingKind,
     Mode,
     Observation,

@@ -417,22 +417,6 @@ class SnapshotInfo(Record, frozen=True, kw_only=True):
     path: str = ""
 
 
-# What it raises to take fields out of a line that another version has written, or that is damaged.
-SENSELESS = (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError)
-
-
-class Event(Record, frozen=True, kw_only=True):
-    """One journal line. On disk the fields of `data` stand beside the five fixed ones, flat."""
-
-    seq: int
-    time: float
-    step: int
-    timeline: int
-    kind: str
-    message: str = ""
-    data: dict[str, Any] = msgspec.field(default_factory=dict)
-
-
 def field_of(record: Any, name: str) -> Any:
     """A field of a record, or of the dict that it became in the journal."""
     return record.get(name) if isinstance(record, Mapping) else getattr(record, name, None)

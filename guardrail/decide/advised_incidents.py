@@ -4,7 +4,8 @@ each step. Pure.
 
 from __future__ import annotations
 
-from guardrail.core.records import Action, Event
+from guardrail.core.events.event import Event
+from guardrail.core.records import Action
 
 # what happens to a step about which the guard only advises
 _DONE = (Action.APPLY.value, Action.FP16_OVERFLOW.value)

@@ -10,13 +10,12 @@ from typing import Any
 
 from msgspec import convert
 
+from guardrail.core.events.event import SENSELESS, Event
 from guardrail.core.format import format_plural
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import (
-    SENSELESS,
     Action,
     Diagnosis,
-    Event,
     Finding,
     LossTrend,
     Observation,

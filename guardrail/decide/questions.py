@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from enum import Enum
 from typing import NamedTuple
 
-from guardrail.core.records import Event, Shown
+from guardrail.core.events.event import Event
+from guardrail.core.records import Shown
 
 CHOICES = ("accept", "continue", "stop")  # words of the three answers, in the order of their values
 _TURNS = ("paused", "resumed", "started", "restarted", "ended")

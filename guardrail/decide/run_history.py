@@ -13,16 +13,9 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from guardrail.core.events.event import SENSELESS, Event
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import (
-    SENSELESS,
-    Action,
-    Event,
-    Mode,
-    Remedy,
-    Span,
-    Unresolved,
-)
+from guardrail.core.records import Action, Mode, Remedy, Span, Unresolved
 from guardrail.decide.control_commands.base import ReplayTarget
 from guardrail.decide.control_commands.registry import replay_line
 from guardrail.decide.remedies import CLIP, EMBED_ALPHA, LR, factor, resets

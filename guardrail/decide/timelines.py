@@ -12,8 +12,8 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from guardrail.core.events.event import Event
 from guardrail.core.files import as_int
-from guardrail.core.records import Event
 
 if TYPE_CHECKING:
     import numpy as np

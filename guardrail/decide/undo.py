@@ -12,8 +12,9 @@ from typing import Any
 
 import msgspec
 
+from guardrail.core.events.event import Event
 from guardrail.core.files import as_int
-from guardrail.core.records import AUTOMATIC, Event, Record, Span
+from guardrail.core.records import AUTOMATIC, Record, Span
 
 
 class UndoPlan(Record, frozen=True, kw_only=True):

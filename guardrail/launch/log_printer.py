@@ -13,8 +13,9 @@ from types import FrameType
 from typing import NamedTuple
 
 from guardrail.core.errors import ExitCode
+from guardrail.core.events.event import Event
 from guardrail.core.format import format_elapsed
-from guardrail.core.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Action, Event, Phase, Status
+from guardrail.core.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Action, Phase, Status
 from guardrail.core.text import clean_text
 from guardrail.decide.advised_incidents import AdvisedIncidents
 from guardrail.decide.questions import CHOICES

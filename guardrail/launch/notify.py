@@ -26,8 +26,9 @@ import msgspec
 
 from guardrail.core import secret
 from guardrail.core.errors import ConfigError
+from guardrail.core.events.event import Event
 from guardrail.core.files import encode_json, open_file
-from guardrail.core.records import Event, Record
+from guardrail.core.records import Record
 from guardrail.core.secret import SecretRef
 from guardrail.core.sections import NotifySection, check_webhook
 from guardrail.core.text import clean_text, redact_secrets

@@ -27,8 +27,9 @@ from guardrail.core.errors import (
     UsageError,
     WorkersFailed,
 )
+from guardrail.core.events.event import Event
 from guardrail.core.files import FOLDER_MODE, encode_json, replace_file
-from guardrail.core.records import Command, Event, Record
+from guardrail.core.records import Command, Record
 from guardrail.core.text import clean_text
 from guardrail.decide.control_commands.mode import ChangeMode
 from guardrail.decide.control_commands.stop import Stop

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from guardrail.core.errors import CheckpointInvalid, UsageError
-from guardrail.core.records import Event
+from guardrail.core.events.event import Event
 from guardrail.core.text import clean_text
 from guardrail.decide.run_history import RunHistory
 from guardrail.launch.preflight import cuda_devices

@@ -12,18 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from guardrail.core.config import load_guard_options
 from guardrail.core.errors import ConfigError
+from guardrail.core.events.event import Event
 from guardrail.core.files import as_int
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import (
-    Event,
-    Mode,
-    Phase,
-    Remedy,
-    SnapshotInfo,
-    Span,
-    Status,
-    Unresolved,
-)
+from guardrail.core.records import Mode, Phase, Remedy, SnapshotInfo, Span, Status, Unresolved
 from guardrail.decide.control_commands.run_facts import Rates
 from guardrail.decide.questions import open_question
 from guardrail.decide.run_history import RunHistory

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from guardrail.core.events.event import Event
 from guardrail.core.files import as_int
-from guardrail.core.records import LOSS, Action, Event
+from guardrail.core.records import LOSS, Action
 from guardrail.decide.recovery import expected
 from guardrail.decide.timelines import TimelineIndex
 from guardrail.report.incident import Cost, Effect, Incident

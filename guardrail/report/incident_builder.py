@@ -10,8 +10,9 @@ from typing import Any
 
 import msgspec
 
+from guardrail.core.events.event import Event
 from guardrail.core.files import as_float, as_int
-from guardrail.core.records import Event, Finding, Span
+from guardrail.core.records import Finding, Span
 from guardrail.core.text import clean_text
 from guardrail.decide.undo import joined, split_span, undone_spans
 from guardrail.report.cause_evidence import evidence_from_line

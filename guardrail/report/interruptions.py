@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from guardrail.core.events.event import Event
 from guardrail.core.files import as_int
-from guardrail.core.records import Event
 from guardrail.core.text import clean_text
 from guardrail.report.model import Fault, Restart
 from guardrail.rundir.run_directory import MetricsView, RunDirectory

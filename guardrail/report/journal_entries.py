@@ -10,8 +10,9 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from guardrail.core.events.event import Event
 from guardrail.core.files import as_float, as_int
-from guardrail.core.records import Event, LossTrend, Span
+from guardrail.core.records import LossTrend, Span
 from guardrail.core.text import clean_text
 from guardrail.report.incident import Document, IncidentAction, Sample, Token
 from guardrail.rundir.run_directory import findings_of, span_of

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from guardrail.core.errors import RunDirectoryError
+from guardrail.core.events.event import Event
 from guardrail.core.files import as_int, read_file
-from guardrail.core.records import Event, Span
+from guardrail.core.records import Span
 from guardrail.decide.sample_order import SampleCursor, SampleOrder
 from guardrail.decide.undo import undone_spans
 from guardrail.report.journal_entries import SKIPPED

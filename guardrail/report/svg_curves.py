@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from guardrail.core.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Action, Event
+from guardrail.core.events.event import Event
+from guardrail.core.records import EMBED_GRAD_NORM, GRAD_NORM, LOSS, Action
 from guardrail.decide.recovery import expected
 from guardrail.report.incident import Incident
 from guardrail.rundir.run_directory import MetricsView, RunDirectory

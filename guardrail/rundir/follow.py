@@ -16,8 +16,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from guardrail.core.errors import RunDirectoryError
+from guardrail.core.events.event import Event
 from guardrail.core.files import open_file
-from guardrail.core.records import Event
 from guardrail.decide.timelines import TimelineIndex
 from guardrail.rundir import journal
 from guardrail.rundir.run_directory import MetricsView, RunDirectory

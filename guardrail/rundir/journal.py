@@ -11,13 +11,16 @@ import errno
 import fcntl
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from guardrail.core.errors import ExitCode
+from guardrail.core.events.event import FIXED, Event
+from guardrail.core.events.kinds import make_event
+from guardrail.core.events.run_state import Note
 from guardrail.core.files import (
     FILE_MODE,
     encode_json,
@@ -26,10 +29,8 @@ from guardrail.core.files import (
     refuse_special,
     sync_folder,
 )
-from guardrail.core.records import OLD_CAUSES, Event, Finding, Phase, Remedy, Span
-from guardrail.decide.control_commands.registry import old_names
+from guardrail.core.records import Finding, Phase, Span
 
-FIXED = ("seq", "time", "step", "timeline", "kind", "message")
 LOCK_SECONDS = 30.0  # a writer that holds the lock this long is stopped or dead on another host
 TURNS = ("started", "restarted", "ended")  # kinds of lines that say whether the run goes on
 EXIT_CODES = {
@@ -39,21 +40,7 @@ EXIT_CODES = {
     Phase.FAILED: ExitCode.WORKERS_FAILED,
 }
 _TAIL = 64 * 1024
-# Kinds of lines in older versions -> present names.
-OLD_KINDS: Mapping[str, str] = {
-    "left_out": "skipped",
-    "durability": "disk",
-    "ranks_failed": "rank_failed",
-    "hung": "rank_hung",
-    "cause": "diagnosis",
-}
-# Present kind of line -> field -> word of an older version -> present word.
-_OLD_WORDS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
-    "command": {"command": old_names()},
-    "diagnosis": {"cause": OLD_CAUSES},
-    "disk": {"state": {"degraded": "failing"}},
-    "incident": {"state": {"recurred": "repeated", "offset": "recovered with higher loss"}},
-}
+_DECODER = msgspec.json.Decoder()
 
 
 def append_event(
@@ -88,17 +75,17 @@ def append_event(
         if size == 0:
             sync_folder(path.parent)
         lines, seq, keep = _mend(descriptor, size, timeline=timeline, at=at)
-        event = Event(
-            seq=seq + 1,
-            time=at,
-            step=step,
-            timeline=timeline,
-            kind=kind,
-            message=message,
-            data=data,
-        )
-        _write(descriptor, lines + _line(event), keep=keep, size=size)
-        return event
+        fixed = {
+            "seq": seq + 1,
+            "time": at,
+            "step": step,
+            "timeline": timeline,
+            "kind": kind,
+            "message": message,
+        }
+        line = encode_json(fixed | data) + b"\n"
+        _write(descriptor, lines + line, keep=keep, size=size)
+        return make_event(fixed | data)
     finally:
         os.close(descriptor)
 
@@ -142,30 +129,8 @@ def parse_counted(data: bytes) -> tuple[list[Event], int, int]:
     """As `parse`, and how many of the complete lines are no events."""
     end = data.rfind(b"\n") + 1
     lines = [line for line in data[:end].split(b"\n") if line.strip()]
-    events = [with_present_names(event) for event in map(_event, lines) if event is not None]
+    events = [event for event in map(_event, lines) if event is not None]
     return events, end, len(lines) - len(events)
-
-
-def with_present_names(event: Event) -> Event:
-    """The event in the words of this version: journals of older ones are read for good."""
-    if event.kind in OLD_KINDS:
-        event = msgspec.structs.replace(event, kind=OLD_KINDS[event.kind])
-    data = event.data
-    for field, words in _OLD_WORDS.get(event.kind, {}).items():
-        value = data.get(field)
-        if isinstance(value, str) and value in words:
-            data[field] = words[value]
-    if data.get("remedies"):
-        data["remedies"] = [
-            _with_present_keys(one, Remedy.RENAMED) for one in _list(data["remedies"])
-        ]
-    return event
-
-
-def _with_present_keys(record: Any, renamed: Mapping[str, str]) -> Any:
-    if not isinstance(record, Mapping):
-        return record
-    return {renamed.get(key, key): value for key, value in record.items()}
 
 
 def last_turn(events: Sequence[Event]) -> Event | None:
@@ -212,13 +177,10 @@ def _list(value: Any) -> list[Any]:
 
 def _event(line: bytes) -> Event | None:
     try:
-        fields = msgspec.json.decode(line)
-        if not isinstance(fields, dict):
+        fields = _DECODER.decode(line)
+        if not isinstance(fields, dict) or "seq" not in fields or "time" not in fields:
             return None
-        fixed = {name: fields.pop(name) for name in FIXED if name in fields}
-        event = msgspec.convert({"step": 0, "timeline": 0, **fixed, "data": fields}, Event)
-        # JSON has numbers of any length; a longer one would fit into no column of the metrics.
-        return event if max(abs(event.seq), abs(event.step), abs(event.timeline)) < 2**63 else None
+        return make_event(fields)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None
 
@@ -264,12 +226,10 @@ def _mend(descriptor: int, size: int, *, timeline: int, at: float) -> tuple[byte
     if whole is not None:
         # Only its newline is missing: it was never acknowledged, but nothing of it is lost either.
         return b"\n", whole.seq, size
-    note = Event(
+    note = Note(
         seq=seq + 1,
         time=at,
-        step=0,
         timeline=timeline,
-        kind="note",
         message=f"cut off {len(torn)} bytes of a line that was never finished",
     )
     return _line(note), note.seq, size - len(torn)

@@ -12,7 +12,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from guardrail.core.records import Event
+from guardrail.core.events.event import Event
+from guardrail.core.events.faults import DiskChanged
+from guardrail.core.events.kinds import make_event, with_data
 from guardrail.rundir.run_directory import MetricsWriter, RunDirectory
 
 RETRY_SECONDS = 5.0  # between two tries of a step to write what a disk has refused
@@ -55,15 +57,14 @@ class Recorder:
 
     def event(self, kind: str, message: str, *, step: int, timeline: int, **data: Any) -> Event:
         """Append an event, synced before this returns, or queue it when the disk refuses."""
-        event = Event(
-            seq=0,
-            time=time.time(),
-            step=step,
-            timeline=timeline,
-            kind=kind,
-            message=message,
-            data=data,
-        )
+        fixed = {
+            "time": time.time(),
+            "step": step,
+            "timeline": timeline,
+            "kind": kind,
+            "message": message,
+        }
+        event = make_event(fixed | data)
         self._learn(event)
         if self._run is not None:
             self._waiting.append(event)
@@ -164,15 +165,8 @@ class Recorder:
 
     def _write_state(self, state: str, message: str) -> None:
         if self._run is not None:
-            data = {"state": state, "reason": self.disk}
-            event = Event(
-                seq=0,
-                time=time.time(),
-                step=0,
-                timeline=0,
-                kind="disk",
-                message=message,
-                data=data,
+            event = with_data(
+                DiskChanged(time=time.time(), message=message, state=state, reason=self.disk)
             )
             self._waiting.append(event)
             if "journal" not in self._failing:

@@ -26,6 +26,7 @@ import msgspec
 
 from guardrail.core import secret
 from guardrail.core.errors import DiskRefuses, RunDirectoryError
+from guardrail.core.events.event import Event
 from guardrail.core.files import (
     FILE_MODE,
     FOLDER_MODE,
@@ -38,7 +39,7 @@ from guardrail.core.files import (
     sync_folder,
     why_unwritable,
 )
-from guardrail.core.records import Command, Event, NodeStatus, RankStatus, Status
+from guardrail.core.records import Command, NodeStatus, RankStatus, Status
 from guardrail.core.text import clean_text
 from guardrail.decide.timelines import TimelineIndex
 from guardrail.rundir import journal

@@ -18,7 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from guardrail.core.records import Event, Record
+from guardrail.core.events.event import Event
+from guardrail.core.records import Record
 from guardrail.rundir.run_directory import RunDirectory
 
 

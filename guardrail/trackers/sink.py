@@ -20,8 +20,8 @@ from pathlib import Path
 import msgspec
 
 from guardrail.core.errors import RunDirectoryError
+from guardrail.core.events.event import Event
 from guardrail.core.files import FILE_MODE, FOLDER_MODE, read_file, replace_file
-from guardrail.core.records import Event
 from guardrail.rundir.follow import Follower
 from guardrail.rundir.run_directory import MetricsView
 from guardrail.trackers.base import Entry, NewConfig, Position, Purge, Row, Tracker

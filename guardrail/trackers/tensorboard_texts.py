@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from guardrail.core.events.event import Event
 from guardrail.core.files import FOLDER_MODE
-from guardrail.core.records import Event
 from guardrail.core.text import clean_text
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.trackers import tfevents

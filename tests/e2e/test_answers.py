@@ -28,8 +28,9 @@ from guardrail.cli.ctl import command as ctl
 from guardrail.core import records
 from guardrail.core.config import GuardConfig
 from guardrail.core.errors import RunDirectoryError, UsageError
+from guardrail.core.events.event import Event
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import Command, Event, Mode, Phase, Status
+from guardrail.core.records import Command, Mode, Phase, Status
 from guardrail.core.sections import CheckpointSection, SnapshotSection
 from guardrail.decide.control_commands.registry import shown_in
 from guardrail.decide.sample_order import SampleOrder

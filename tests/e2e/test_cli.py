@@ -19,7 +19,8 @@ import pytest
 
 from guardrail.cli.main import COMMANDS, main
 from guardrail.core.errors import RunDirectoryError
-from guardrail.core.records import Command, Event, Mode, Phase, Status
+from guardrail.core.events.event import Event
+from guardrail.core.records import Command, Mode, Phase, Status
 from guardrail.launch import launcher as launching
 from guardrail.operate import control
 from guardrail.rundir import journal

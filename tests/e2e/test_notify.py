@@ -14,7 +14,7 @@ import pytest
 
 from guardrail.core.config import GuardConfig
 from guardrail.core.errors import ConfigError
-from guardrail.core.records import Event
+from guardrail.core.events.event import Event
 from guardrail.core.sections import NotifySection
 from guardrail.launch import preflight
 from guardrail.launch.notify import Notifier, build_notice, find_notify_kind

@@ -16,7 +16,8 @@ import pytest
 
 from guardrail.cli.main import main
 from guardrail.core.errors import UsageError
-from guardrail.core.records import Command, Event, Mode
+from guardrail.core.events.event import Event
+from guardrail.core.records import Command, Mode
 from guardrail.decide.timelines import TimelineIndex
 from guardrail.operate import replay_comparison, replay_plan
 from guardrail.operate.replay import ReplayOutcome, make_outcome, make_scratch_run

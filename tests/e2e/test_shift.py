@@ -13,13 +13,13 @@ import pytest
 from msgspec import structs
 
 import guardrail.torch.diagnose.cause_test
+from guardrail.core.events.event import Event
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import (
     LOSS,
     Action,
     Cause,
     Diagnosis,
-    Event,
     Finding,
     FindingKind,
     Mode,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from guardrail.core.records import Event
+from guardrail.core.events.event import Event
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.places import ROOT
 

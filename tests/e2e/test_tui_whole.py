@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from guardrail.core.records import Event, Phase
+from guardrail.core.events.event import Event
+from guardrail.core.records import Phase
 from guardrail.rundir.run_directory import RunDirectory
 from tests.support.lab import Lab, wait_for
 from tests.support.terminal import Terminal

@@ -15,7 +15,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from guardrail.core.records import Command, Event
+from guardrail.core.events.event import Event
+from guardrail.core.records import Command
 from guardrail.decide.control_commands.registry import own_lines
 from guardrail.decide.run_history import RunHistory
 from guardrail.report.quarantine import quarantine_lines

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from guardrail.core.errors import RunDirectoryError
-from guardrail.core.records import Command, Event, Mode, Span
+from guardrail.core.events.event import Event
+from guardrail.core.records import Command, Mode, Span
 from guardrail.decide.run_history import RunHistory, StepSetting
 from guardrail.decide.sample_order import SampleCursor, SampleOrder
 from guardrail.rundir.mailbox import CommandPoller

@@ -14,8 +14,9 @@ from click.testing import CliRunner
 
 from guardrail.cli.ctl import command as ctl
 from guardrail.core.errors import GuardrailError
+from guardrail.core.events.event import Event
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import Command, Event, Phase, Remedy, SnapshotInfo, Span
+from guardrail.core.records import Command, Phase, Remedy, SnapshotInfo, Span
 from guardrail.decide.control_commands import registry
 from guardrail.decide.run_history import RunHistory
 from guardrail.decide.sample_order import SampleCursor, SampleOrder

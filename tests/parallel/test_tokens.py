@@ -17,11 +17,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from guardrail.core.events.event import Event
 from guardrail.core.records import (
     EMBED_GRAD_NORM,
     EMBED_SHARE,
     Action,
-    Event,
     Finding,
     FindingKind,
     Severity,

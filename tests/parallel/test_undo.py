@@ -16,16 +16,9 @@ import pytest
 
 from guardrail.backtest.rejudge import Rejudge
 from guardrail.core.config import load_guard_options
+from guardrail.core.events.event import Event
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import (
-    Action,
-    Command,
-    Event,
-    FindingKind,
-    Mode,
-    Severity,
-    Span,
-)
+from guardrail.core.records import Action, Command, FindingKind, Mode, Severity, Span
 from guardrail.decide.controller import Controller
 from guardrail.decide.run_history import RunHistory
 from guardrail.decide.sample_order import SampleCursor, SampleOrder

@@ -19,12 +19,12 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from guardrail.core.events.event import Event
 from guardrail.core.records import (
     METRIC_COLUMNS,
     Action,
     Command,
     DocumentRef,
-    Event,
     Finding,
     FindingKind,
     Mode,

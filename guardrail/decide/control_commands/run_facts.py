@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
-from guardrail.core.records import Event, Mode, Remedy, SnapshotInfo, Span, Unresolved
+from guardrail.core.events.event import Event
+from guardrail.core.records import Mode, Remedy, SnapshotInfo, Span, Unresolved
 from guardrail.decide.control_commands.preview import Preview
 from guardrail.decide.step_setting import StepSetting
 

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from guardrail.core.config import GuardConfig
-from guardrail.core.records import Event, Mode, Phase
+from guardrail.core.events.event import Event
+from guardrail.core.records import Mode, Phase
 from guardrail.decide.controller import Controller
 from guardrail.decide.run_history import Effects, RunHistory
 from guardrail.decide.sample_order import SampleCursor

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from guardrail.core.config import GuardConfig
-from guardrail.core.records import GRAD_NORM, Event, Phase, Status
+from guardrail.core.events.event import Event
+from guardrail.core.records import GRAD_NORM, Phase, Status
 from guardrail.decide.controller import Controller
 from guardrail.decide.run_history import RunHistory
 from guardrail.decide.sample_order import SampleCursor, SampleOrder

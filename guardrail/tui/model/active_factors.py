@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import msgspec
 
+from guardrail.core.events.event import Event
 from guardrail.core.format import clean_and_shorten, format_count
-from guardrail.core.records import Event, Remedy
+from guardrail.core.records import Remedy
 from guardrail.decide.control_commands.registry import find_command
 from guardrail.decide.remedies import CLIP, EMBED_ALPHA, LR, factor
 from guardrail.decide.run_history import RunHistory

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from guardrail.core.events.event import Event
 from guardrail.core.files import as_int
 from guardrail.core.format import clean_and_shorten
-from guardrail.core.records import Event, Span
+from guardrail.core.records import Span
 from guardrail.decide.undo import joined, split_span, undone_spans
 from guardrail.report.incident import Incident
 from guardrail.report.incident_builder import IncidentBuilder

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from guardrail.core.events.event import Event
 from guardrail.core.files import as_int
 from guardrail.core.format import clean_and_shorten, format_plural
-from guardrail.core.records import Event, Finding, FindingKind
+from guardrail.core.records import Finding, FindingKind
 from guardrail.rundir.run_directory import span_of
 
 _MAX_INCIDENTS = 200

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from guardrail.core.events.event import Event
 from guardrail.core.format import clean_and_shorten
-from guardrail.core.records import Event
 
 # The same letters mark the event on the axis of a chart.
 SKIP, ROLLBACK, COMMAND, CHECKPOINT, INCIDENT = "S", "R", "!", "C", "#"

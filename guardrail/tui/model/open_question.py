@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from guardrail.core.events.event import Event
 from guardrail.core.files import as_int
 from guardrail.core.format import clean_and_shorten
-from guardrail.core.records import Event, Shown
+from guardrail.core.records import Shown
 
 _ANSWERS = ("accepted", "continued", "stopped")  # by the value of an `answer` command
 

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from guardrail.core.errors import GuardrailError
-from guardrail.core.records import Command, Event, Mode, Phase, Status
+from guardrail.core.events.event import Event
+from guardrail.core.records import Command, Mode, Phase, Status
 from guardrail.tui.model.run_story import StoryBuilder
 from guardrail.tui.model.view import Snapshot
 from guardrail.tui.numerics.decimated_series import DecimatedSeries

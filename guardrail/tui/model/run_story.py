@@ -15,9 +15,10 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
+from guardrail.core.events.event import Event
 from guardrail.core.files import as_int
 from guardrail.core.format import clean_and_shorten, format_count
-from guardrail.core.records import Action, Event, Shown
+from guardrail.core.records import Action, Shown
 from guardrail.decide.advised_incidents import AdvisedIncidents
 from guardrail.decide.control_commands.pause import Pause
 from guardrail.decide.control_commands.registry import find_command

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from guardrail.core.events.event import Event
 from guardrail.core.files import write_all
-from guardrail.core.records import Event
 from guardrail.rundir.run_directory import RunDirectory
 from guardrail.trackers.base import Entry, NewConfig, Position, Purge, Row, Tracker
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from guardrail.core.events.event import Event
 from guardrail.core.guard_options import EscalationStep, GuardOptions
 from guardrail.core.records import (
     EMBED_GRAD_NORM,
@@ -20,7 +21,6 @@ from guardrail.core.records import (
     Action,
     Cause,
     Diagnosis,
-    Event,
     Finding,
     FindingKind,
     Mode,

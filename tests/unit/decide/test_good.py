@@ -14,12 +14,12 @@ import pytest
 
 from guardrail.backtest.rejudge import Rejudge
 from guardrail.cli.main import main
+from guardrail.core.events.event import Event
 from guardrail.core.files import encode_json
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import (
     Action,
     Command,
-    Event,
     Mode,
     Observation,
     Phase,

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from guardrail.backtest.rejudge import Rejudge
+from guardrail.core.events.event import Event
 from guardrail.core.guard_options import GuardOptions
-from guardrail.core.records import Event, Mode
+from guardrail.core.records import Mode
 from guardrail.decide.controller import Controller
 from guardrail.decide.run_history import RunHistory
 from guardrail.rundir.run_directory import RunDirectory

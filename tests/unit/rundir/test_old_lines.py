@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from guardrail.core.config import GuardConfig, build_config
-from guardrail.core.records import Cause, Event, Remedy, Span
+from guardrail.core.events.event import Event
+from guardrail.core.records import Cause, Remedy, Span
 from guardrail.core.sections import NotifySection
 from guardrail.decide.run_history import RunHistory
 from guardrail.rundir.journal import parse

@@ -14,11 +14,11 @@ from torch import nn
 
 from guardrail.core.config import GuardConfig
 from guardrail.core.errors import ConfigError, UsageError
+from guardrail.core.events.event import Event
 from guardrail.core.guard_options import GuardOptions
 from guardrail.core.records import (
     Action,
     Command,
-    Event,
     Finding,
     FindingKind,
     Mode,

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from guardrail.core.records import Event
+from guardrail.core.events.event import Event
 from guardrail.core.toml_file import read_toml
 from guardrail.launch.supervisor import Supervisor
 from guardrail.rundir import run_directory

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guardrail.core.records import Event, Finding, FindingKind, Severity
+from guardrail.core.events.event import Event
+from guardrail.core.records import Finding, FindingKind, Severity
 from guardrail.tui.model.incident_list import format_skipped
 from guardrail.tui.model.log_lines import make_log_line
 from guardrail.tui.model.run_story import Story, StoryBuilder

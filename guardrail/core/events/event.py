@@ -1,0 +1,69 @@
+"""One line of the journal: the base of all kinds, and a line of a kind that this version lacks.
+
+The file `journal.jsonl` holds flat objects: six fixed fields, and beside them those of the kind.
+A class of this package names the fields of one kind. `guardrail.core.events.kinds` lists them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+import msgspec
+
+from guardrail.core.records import Record
+
+# What a reader may raise on a line that another version has written, or that is damaged.
+SENSELESS = (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError)
+# JSON has integers of any length. A longer one fits into no column of the metrics.
+Whole = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+Positions = tuple[Whole, Whole]  # [first, last) of the sample order
+FIXED = ("seq", "time", "step", "timeline", "kind", "message")
+
+
+class Event(Record, frozen=True, kw_only=True):
+    """One journal line. Of a kind that this version lacks, `data` holds all that is known.
+
+    Attributes:
+        seq: number of the line, from 1; 0 before it is written.
+        time: seconds since the epoch.
+        data: the fields beside the six fixed ones, as they stand on disk.
+        unreadable: names of fields that hold no value of their type. They have their defaults.
+
+    Class attributes:
+        symbol: one character for the log and for the axis of a chart.
+        is_printed: the line is shown by a program that prints a run as plain lines.
+        optional: fields that are not written while they hold their defaults.
+    """
+
+    symbol: ClassVar[str] = "·"
+    is_printed: ClassVar[bool] = False
+    optional: ClassVar[frozenset[str]] = frozenset()
+
+    seq: Whole = 0
+    time: float = 0.0
+    step: Whole = 0
+    timeline: Whole = 0
+    kind: str = ""
+    message: str = ""
+    data: dict[str, Any] = msgspec.field(default_factory=dict)
+    unreadable: tuple[str, ...] = ()
+
+    @property
+    def tone(self) -> str:
+        """How the line is meant on the screen: "plain", "good", "warn" or "bad"."""
+        return "plain"
+
+    @property
+    def notice(self) -> str:
+        """The word of `[notify] on` for this line; "" where no one is notified."""
+        return ""
+
+    def sentence(self) -> str:
+        """Return the line in one sentence; "" where the line has none."""
+        return self.message
+
+    def check_readable(self, *names: str) -> None:
+        """Raise ValueError where one of these fields is damaged."""
+        for name in names:
+            if name in self.unreadable:
+                raise ValueError(f"line {self.seq}: {name} cannot be read")

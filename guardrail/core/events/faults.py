@@ -1,0 +1,107 @@
+"""Journal lines about faults outside the training numbers: ranks, disks, messages that were sent."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from guardrail.core.events.event import Event, Whole
+
+
+class RankFailed(Event, frozen=True, kw_only=True):
+    """A rank's process ended by itself.
+
+    Attributes:
+        exit: its exit code; below 0: the signal that killed it.
+        log: path of its output in the run directory.
+    """
+
+    symbol: ClassVar[str] = "✗"
+    is_printed: ClassVar[bool] = True
+
+    kind: str = "rank_failed"
+    rank: Whole | None = None
+    exit: Whole | None = None
+    host: str = ""
+    log: str = ""
+
+    @property
+    def tone(self) -> str:
+        return "bad"
+
+    @property
+    def notice(self) -> str:
+        return self.kind
+
+
+class RankHung(Event, frozen=True, kw_only=True):
+    """A rank made no progress, and the ranks were killed.
+
+    Attributes:
+        phase: in which it stood.
+        seconds: without progress.
+        stacks: files with the stacks of the ranks.
+    """
+
+    symbol: ClassVar[str] = "✗"
+    is_printed: ClassVar[bool] = True
+
+    kind: str = "rank_hung"
+    rank: Whole | None = None
+    phase: str = ""
+    seconds: float = 0.0
+    host: str = ""
+    stacks: tuple[str, ...] = ()
+
+    @property
+    def tone(self) -> str:
+        return "bad"
+
+    @property
+    def notice(self) -> str:
+        return self.kind
+
+
+class DiskChanged(Event, frozen=True, kw_only=True):
+    """The disk fails, or works again.
+
+    Attributes:
+        state: "failing" or "ok".
+        reason: all that cannot be written, as in `Status.disk`.
+    """
+
+    symbol: ClassVar[str] = "▲"
+    is_printed: ClassVar[bool] = True
+
+    kind: str = "disk"
+    state: str = ""
+    reason: str = ""
+
+    @property
+    def is_ok(self) -> bool:
+        return self.state == "ok"
+
+    @property
+    def tone(self) -> str:
+        return "good" if self.is_ok else "bad"
+
+    @property
+    def notice(self) -> str:
+        return "disk_ok" if self.is_ok else "disk_failing"
+
+
+class Notified(Event, frozen=True, kw_only=True):
+    """A message about a journal line was sent, or could not be sent.
+
+    Attributes:
+        of: number of the line.
+        event: word of `[notify] on`.
+        way: "command", "webhook" or "apprise".
+    """
+
+    kind: str = "notified"
+    of: Whole = 0
+    event: str = ""
+    way: str = ""
+    ok: bool = False
+    reason: str = ""
+    seconds: float = 0.0

@@ -1,0 +1,264 @@
+"""Journal lines about the course of a run: start, end, pauses, commands, checkpoints, notes."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import msgspec
+
+from guardrail.core.events.event import Event, Positions, Whole
+from guardrail.core.format import format_plural
+
+
+class Started(Event, frozen=True, kw_only=True):
+    """Training began. Fingerprints of the setup stand beside these fields in `data`.
+
+    Attributes:
+        world: number of ranks.
+        samples, order_seed, shuffled: of the sample order.
+        versions: package -> version.
+    """
+
+    symbol: ClassVar[str] = "●"
+    is_printed: ClassVar[bool] = True
+
+    kind: str = "started"
+    world: Whole = 0
+    samples: Whole = 0
+    order_seed: Whole = 0
+    shuffled: bool | None = None
+    batch_size: Whole = 0
+    host: str = ""
+    device: str = ""
+    versions: dict[str, Any] = msgspec.field(default_factory=dict)
+    run_id: str = ""
+
+    def sentence(self) -> str:
+        return self.message or f"training begins on {format_plural(self.world, 'rank')}"
+
+
+class Restarted(Event, frozen=True, kw_only=True):
+    """Training continued after a restart, at this line's step.
+
+    Attributes:
+        checkpoint: that was loaded; "" where the run began again.
+        new_timeline: of a journal that says so; else the line's own timeline.
+    """
+
+    symbol: ClassVar[str] = "●"
+    is_printed: ClassVar[bool] = True
+    optional: ClassVar[frozenset[str]] = frozenset(("reason", "new_timeline"))
+
+    kind: str = "restarted"
+    checkpoint: str = ""
+    world: Whole = 0
+    device: str = ""
+    run_id: str = ""
+    reason: str = ""
+    new_timeline: Whole | None = None
+
+    def sentence(self) -> str:
+        if self.message:
+            return self.message
+        where = f"checkpoint {self.checkpoint}"
+        if not self.checkpoint:
+            where = "the beginning: no valid checkpoint was found"
+        return f"continues at step {self.step} from {where}"
+
+
+class Ended(Event, frozen=True, kw_only=True):
+    """The run ended.
+
+    Attributes:
+        phase: "finished", "stopped", "halted" or "failed".
+        saved: the last state is on disk.
+        planned: phase that was planned.
+        exit_code: of a start that trained nothing.
+    """
+
+    symbol: ClassVar[str] = "■"
+    is_printed: ClassVar[bool] = True
+    optional: ClassVar[frozenset[str]] = frozenset(("saved", "planned", "exit_code"))
+
+    kind: str = "ended"
+    phase: str = ""
+    reason: str = ""
+    saved: bool | None = None
+    planned: str = ""
+    exit_code: Whole | None = None
+
+    @property
+    def tone(self) -> str:
+        return {"finished": "good", "failed": "bad"}.get(self.phase, "warn")
+
+    @property
+    def notice(self) -> str:
+        return self.phase
+
+    def sentence(self) -> str:
+        return self.message or f"{self.phase} at step {self.step}: {self.reason}"
+
+
+class ResumeChecked(Event, frozen=True, kw_only=True):
+    """The state after a resume against the saved one. `data`: part of the state -> outcome."""
+
+    is_printed: ClassVar[bool] = True
+
+    kind: str = "resume_check"
+
+    def list_differences(self) -> list[str]:
+        """Return the parts of the state that are not what was saved."""
+        return [name for name, outcome in self.data.items() if outcome != "ok"]
+
+    def sentence(self) -> str:
+        if self.message:
+            return self.message
+        if wrong := self.list_differences():
+            return f"resumed state differs in {', '.join(wrong)}"
+        return "resumed state is what was saved"
+
+
+class Evaluated(Event, frozen=True, kw_only=True):
+    """Held-out loss, nats a token."""
+
+    kind: str = "eval"
+    loss: float | None = None
+
+
+class Paused(Event, frozen=True, kw_only=True):
+    """Training paused, by a command or with a question.
+
+    Attributes:
+        asks: it is a question. Older versions wrote `proposals` alone.
+        proposals: the answers, each with what it does.
+        deadline: wall time at which the guard answers itself; 0: never.
+        default: what it then does.
+        end: last position of the batch in question.
+    """
+
+    symbol: ClassVar[str] = "‖"
+    is_printed: ClassVar[bool] = True
+    optional: ClassVar[frozenset[str]] = frozenset(
+        (
+            *("asks", "proposals", "findings", "incident", "onset", "end"),
+            *("deadline", "default"),
+        )
+    )
+
+    kind: str = "paused"
+    asks: bool | None = None
+    proposals: tuple[Any, ...] = ()
+    findings: tuple[Any, ...] = ()
+    incident: Whole | None = None
+    onset: Whole | None = None
+    end: Whole | None = None
+    deadline: float = 0.0
+    default: str = ""
+
+    @property
+    def is_question(self) -> bool:
+        if self.asks is None:
+            return bool(self.proposals)
+        return self.asks
+
+    @property
+    def tone(self) -> str:
+        return "warn"
+
+    @property
+    def notice(self) -> str:
+        return self.kind if self.proposals else ""  # a user who pauses knows it
+
+
+class Resumed(Event, frozen=True, kw_only=True):
+    """Training continued after a pause.
+
+    Attributes:
+        question: journal line of the question that is over.
+        who: answered it.
+        answer: "go_on", "as_proposed" or "stop"; "" of a pause by a command.
+    """
+
+    is_printed: ClassVar[bool] = True
+    optional: ClassVar[frozenset[str]] = frozenset(("question", "who", "answer", "incident"))
+
+    kind: str = "resumed"
+    question: Whole | None = None
+    who: str | None = None
+    answer: str = ""
+    incident: Whole | None = None
+
+
+class CommandAnswered(Event, frozen=True, kw_only=True):
+    """A command was applied or refused.
+
+    Attributes:
+        id: of its file; "" where the guard gave it itself.
+        command: its name.
+        effect: "applied" or "refused"; `reason`: why it was refused.
+        batch: of `accept`: positions of the next batch.
+    """
+
+    symbol: ClassVar[str] = "!"
+    is_printed: ClassVar[bool] = True
+    optional: ClassVar[frozenset[str]] = frozenset(("question", "batch"))
+
+    kind: str = "command"
+    id: str = ""
+    command: str = ""
+    value: float | None = None
+    who: str = ""
+    question: Whole | None = None
+    effect: str = ""
+    reason: str = ""
+    batch: Positions | None = None
+
+    @property
+    def is_applied(self) -> bool:
+        return self.effect == "applied"
+
+    @property
+    def tone(self) -> str:
+        return "plain" if self.is_applied else "warn"
+
+
+class CheckpointChanged(Event, frozen=True, kw_only=True):
+    """A checkpoint became candidate, good, suspect, failed, invalid, foreign or pruned.
+
+    Attributes:
+        path: its name.
+        cp_step: applied steps that it holds.
+    """
+
+    symbol: ClassVar[str] = "C"
+    optional: ClassVar[frozenset[str]] = frozenset(("cp_step", "bytes", "seconds", "reason"))
+
+    kind: str = "checkpoint"
+    path: str = ""
+    state: str = ""
+    cp_step: Whole | None = None
+    bytes: Whole = 0
+    seconds: float | None = None
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.path.rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def tone(self) -> str:
+        return "bad" if self.state in ("failed", "invalid") else "plain"
+
+
+class Note(Event, frozen=True, kw_only=True):
+    """Anything else. Numbers of a note stand in `data`.
+
+    Attributes:
+        overflow: fp16: an update was skipped and the loss scale was halved.
+    """
+
+    is_printed: ClassVar[bool] = True
+    optional: ClassVar[frozenset[str]] = frozenset(("overflow",))
+
+    kind: str = "note"
+    overflow: bool = False
